@@ -1,0 +1,175 @@
+"""The rules of the repository, read from its files: no notebook is run and nothing of the library is imported.
+
+Patterns that must not occur are put together from parts, so that this file does not match itself.
+"""
+import ast, base64, io, json, re, subprocess, tokenize
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = {'_docs', '_proc', 'build', 'dist', 'runs', '__pycache__', 'node_modules'}
+
+
+def tracked():
+    "What is, or would be, committed: from git where it is there, else by walking past what is built."
+    try:
+        out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, check=True).stdout
+        found = [ROOT/o for o in out.decode().split('\0') if o]
+    except (OSError, subprocess.CalledProcessError): found = []
+    if not found:
+        def skip(p): return any(o in BUILT or o.endswith('.egg-info') or o.startswith(('.venv', '.git', '.make', '.pytest', '.ipynb')) for o in p.parts)
+        found = [p for p in ROOT.rglob('*') if not skip(p.relative_to(ROOT))] + [ROOT/'.gitignore'] + sorted((ROOT/'.github').rglob('*'))
+    return sorted({p for p in found if p.is_file() and not p.is_symlink()})
+
+
+TRACKED = tracked()
+NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb' and (ROOT/'nbs') in p.parents]
+MODULES = [p for p in TRACKED if p.suffix == '.py' and p.parent == ROOT/'dr_transfer' and p.name != '_modidx.py']
+SETTINGS = ConfigParser(delimiters=['='], interpolation=None)
+SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
+SETTINGS = SETTINGS['DEFAULT']
+
+
+def name(p): return p.relative_to(ROOT).as_posix()
+def each(paths): return pytest.mark.parametrize('path', paths, ids=name)
+def cells(path, kind='code'): return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+def source(cell): return ''.join(cell['source'])
+def directives(cell): return re.findall(r'^#\|\s*([\w-]+)', source(cell), re.M)
+def exported(path): return [c for c in cells(path) if {'export', 'exporti', 'exports'} & set(directives(c))]
+def texts(cell): return ''.join(''.join(t) if isinstance(t, list) else t for o in cell.get('outputs', []) for t in
+                                [o.get('text', '')] + [v for k, v in o.get('data', {}).items() if k.startswith('text/')])
+
+
+def code_lines(text):
+    "Lines with code on them: not the blank ones, and not those with a comment alone."
+    lines, quiet = set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        if t.type not in quiet: lines |= set(range(t.start[0], t.end[0] + 1))
+    return len(lines)
+
+
+def test_code_lines(): assert code_lines('#| export\n# why\n\ndef f(\n    a, # one\n):\n    "Doc"\n    return a\n') == 5
+
+
+# ---------------------------------------------------------------- files
+
+def test_nothing_large():
+    assert not [name(p) for p in TRACKED if p.stat().st_size > 1_000_000]
+
+
+def test_no_photographs_pickles_or_weights():
+    bad = '.jpg .jpeg .tif .tiff .bmp .webp .heic .dcm .nii .ppm .pkl .pickle .pth .pt .ckpt .safetensors .onnx .npz .npy .h5 .joblib .zip .gz'.split()
+    assert not [name(p) for p in TRACKED if p.suffix.lower() in bad]
+
+
+PATHS = ['/' + 'home/', '/' + 'Users/', '/' + 'root/', '/' + 'tmp/', '/' + 'work/', '/' + 'mnt/', '/' + 'workspace', 'C:' + r'\\', 'file:' + '//', '.py' + 'env']
+MARKS = ['TO' + 'DO', 'FIX' + 'ME', 'X' * 3, 'HA' + 'CK', 'W' + 'IP']
+
+
+def readable(paths):
+    for p in paths:
+        if p.name == 'LICENSE': continue
+        try: yield name(p), re.sub(r'"image/png": "[^"]*"', '', p.read_text(encoding='utf-8'))
+        except UnicodeDecodeError: continue
+
+
+def test_no_machine_paths():
+    # A path of a machine starts a word; `../work/` in a sentence or an address does not.
+    pattern = re.compile(r'(?<![\w.)}>*-])(?:' + '|'.join(map(re.escape, PATHS)) + ')')
+    assert pattern.search('at ' + PATHS[0] + 'somebody') and not pattern.search('https://example.org' + PATHS[0])
+    assert not [(n, m.group()) for n, text in readable(TRACKED) if (m := pattern.search(text))]
+
+
+def test_no_unfinished_marks():
+    pattern = re.compile(r'\b(?:' + '|'.join(MARKS) + r')\b')
+    assert not [(n, m.group()) for n, text in readable(TRACKED) if (m := pattern.search(text))]
+
+
+def test_version_and_pins():
+    assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT/'dr_transfer'/'__init__.py').read_text(encoding='utf-8')
+    run, dev = SETTINGS['requirements'].split(), SETTINGS['dev_requirements'].split()
+    assert {'fastai>=2.8.7,<2.9', 'fastcore>=1.12.3', 'torch', 'torchvision'} <= set(run)
+    assert {'nbdev>=2.4.14,<3', 'execnb>=0.1.18,<0.2', 'fastcore>=1.12.3,<2', 'ghapi<2'} <= set(dev)
+    assert SETTINGS['tst_flags'] == 'slow cuda' and SETTINGS['custom_sidebar'] == 'True' and SETTINGS['update_pyproject'] == 'False'
+    assert '[project]' not in (ROOT/'pyproject.toml').read_text(encoding='utf-8')
+
+
+def test_one_quarto_yml():
+    link = ROOT/'nbs'/'_quarto.yml'
+    assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'
+
+
+def test_change_log_has_this_version():
+    assert f'## {SETTINGS["version"]}' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+
+
+# ---------------------------------------------------------------- notebooks
+
+@each([p for p in NOTEBOOKS if exported(p)])
+def test_exports_are_small_and_checked(path):
+    sizes = [code_lines(source(c)) for c in exported(path)]
+    long = [f'{n}: {source(c).splitlines()[1]}' for c, n in zip(exported(path), sizes) if n > 25]
+    assert not long, f'export cells of more than 25 lines of code: {long}'
+    assert sum(sizes) <= 300, f'{sum(sizes)} exported lines: split the notebook'
+    assert any(re.search(r'^\s*(test_\w+\(|assert )', source(c), re.M) for c in cells(path) if 'hide' not in directives(c)), 'no check in full view'
+
+
+@each([p for p in NOTEBOOKS if exported(p)])
+def test_exporting_notebook_is_never_skipped(path):
+    front = ''.join(source(c) for kind in ('raw', 'markdown') for c in cells(path, kind)[:1])
+    assert 'skip_exec' not in front and 'skip_showdoc' not in front
+    assert not [source(c) for c in exported(path) if {'slow', 'cuda', 'eval'} & set(directives(c))]
+
+
+@each(NOTEBOOKS)
+def test_notebook_starts_with_title_and_summary(path):
+    first = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
+    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', source(first)), 'the first cell is "# title", then "> one line"'
+
+
+@each(NOTEBOOKS)
+def test_stored_outputs_are_small_and_stable(path):
+    for cell in cells(path):
+        shown, out = source(cell)[:80], texts(cell)
+        assert not [o for o in cell.get('outputs', []) if o['output_type'] == 'error'], shown
+        assert not re.search(r'\b0x[0-9a-f]{6,}', out), f'the address of an object after {shown}'
+        assert not re.search(r'<progress|fastprogress|\d+%\|[^|]*\||[█▏▎▍▌▋▊▉]{3}', out), f'a progress bar after {shown}'
+        assert not re.search(r'\b\d\d:\d\d\b|\b\d+(\.\d+)? ?(ms|µs|seconds)\b|\bin \d+(\.\d+)? s\b', out), f'a time after {shown}'
+        assert len(out) < 20_000, f'{len(out)} characters after {shown}'
+        for o in cell.get('outputs', []):
+            pictures = {k: v for k, v in o.get('data', {}).items() if k.startswith('image/')}
+            assert set(pictures) <= {'image/png', 'image/svg+xml'}, f'photographs are not stored: {shown}'
+            for v in pictures.values(): assert len(''.join(v))*3/4 < 120_000, f'a picture of more than 120 kB after {shown}'
+
+
+NUMBER = {m.group(1): p.name.split('_')[0] for p in NOTEBOOKS for c in cells(p) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))}
+
+
+@each(MODULES)
+def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
+    if path.stem == '__init__': return
+    assert path.stem in NUMBER, 'no notebook exports it'
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if not isinstance(node, ast.ImportFrom): continue
+        assert not any(a.name == '*' for a in node.names), f'star import of {node.module}'
+        # `from .table import x`, or `from . import table`
+        ours = [node.module.split('.')[0]] if node.level and node.module else [a.name for a in node.names] if node.level else []
+        for other in ours:
+            if other in NUMBER: assert NUMBER[other] < NUMBER[path.stem], f'imports {other}, which comes later'
+
+
+@each(MODULES)
+def test_public_functions_are_described(path):
+    text = path.read_text(encoding='utf-8')
+    lines, missing = text.splitlines(), []
+    for node in ast.parse(text).body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        if not ast.get_docstring(node): missing.append(node.name)
+        if isinstance(node, ast.ClassDef) or not node.body: continue
+        # The comments of the parameters: what show_doc prints beside them
+        for line in lines[node.lineno - 1:node.body[0].lineno - 1]:
+            comment = line.partition(' # ')[2]
+            assert len(comment) < 70, f'{node.name}: a comment of {len(comment)} characters: {comment}'
+    assert not missing, f'without a docstring: {missing}'
