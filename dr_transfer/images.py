@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FITS', 'to_rgb', 'read_rgb', 'fit_square']
 
-# %% ../nbs/01a_images.ipynb #d7c0f424
+# %% ../nbs/01a_images.ipynb #65864255
 import io
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from .files import unknown
 
-# %% ../nbs/01a_images.ipynb #ef834aca
+# %% ../nbs/01a_images.ipynb #28a04f4c
 def to_rgb(
     im:Image.Image # Image of any mode
 ) -> Image.Image: # Mode RGB, 8 bits, upright
@@ -38,13 +38,13 @@ def read_rgb(
         if size: im.draft('RGB' if im.mode == 'RGB' else im.mode, (2*size, 2*size))
         return to_rgb(im)
 
-# %% ../nbs/01a_images.ipynb #24f0c09f
+# %% ../nbs/01a_images.ipynb #090c7841
 FITS = ('pad', 'squish', 'crop')
 
 def fit_square(
     im:Image.Image, # RGB image
     size:int, # Side of the result in pixels
-    fit:str='squish' # 'pad', 'squish' or 'crop'
+    fit:str='crop' # 'pad', 'squish' or 'crop'
 ) -> Image.Image: # (size, size), RGB
     "An image as a square of `size` pixels; the same every time, nothing at random"
     if fit == 'pad': return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC)
