@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Body', 'AveragePool', 'linear_head', 'view_features', 'view_probs']
 
-# %% ../nbs/06_features.ipynb #9e05d4de
+# %% ../nbs/06_features.ipynb #f55a79a8
 from typing import Callable
 import numpy as np, torch
 from torch import nn
@@ -13,23 +13,23 @@ from .files import progress
 from .speed import Setting
 from .views import VIEWS, image_batches, normalise
 
-# %% ../nbs/06_features.ipynb #b90eceb8
+# %% ../nbs/06_features.ipynb #a0f6b239
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
-    def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting=Setting()):
+    def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
         super().__init__()
         self.stages, self.forward_setting, self.train_setting = stages, forward_setting, train_setting
-        if forward_setting.channels_last or train_setting.channels_last: self.to(memory_format=torch.channels_last)
+        if forward_setting.channels_last: self.to(memory_format=torch.channels_last)
     def setting(self, x) -> Setting:
-        "The one for training if gradients are needed below, else the one for forward passes; as it comes on a GPU"
+        "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
         if x.device.type != 'cpu': return Setting()
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
-        return self.train_setting if grad else self.forward_setting
+        return (self.train_setting or Setting()) if grad else self.forward_setting
     def forward(self, x):
         s = self.setting(x)
         with s.cast(x.device.type): return self.stages(s.place(x)).float()
 
-# %% ../nbs/06_features.ipynb #12e5ace1
+# %% ../nbs/06_features.ipynb #b25924bc
 class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
@@ -42,7 +42,7 @@ def linear_head(
     "Average, scale, weigh: a linear classifier on a body"
     return nn.Sequential(AveragePool(), nn.BatchNorm1d(n_in), nn.Dropout(dropout), nn.Linear(n_in, n_out))
 
-# %% ../nbs/06_features.ipynb #08a5f9ac
+# %% ../nbs/06_features.ipynb #7f10a044
 @torch.inference_mode()
 def view_features(
     body:nn.Module, # Body; it is put into evaluation mode
@@ -63,7 +63,7 @@ def view_features(
         out.append(torch.stack([pool(body(v(x))).cpu() for v in VIEWS[views]], 1))
     return torch.cat(out).clone()
 
-# %% ../nbs/06_features.ipynb #d7f75e82
+# %% ../nbs/06_features.ipynb #3ae00a70
 @torch.inference_mode()
 def view_probs(
     model:nn.Module, # Body and head; it is put into evaluation mode

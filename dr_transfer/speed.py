@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'Setting', 'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
-# %% ../nbs/05a_speed.ipynb #8f0518f4
+# %% ../nbs/05a_speed.ipynb #f190780b
 import json, os, platform, statistics, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .files import atomic_file, unknown
 
-# %% ../nbs/05a_speed.ipynb #babbc3c1
+# %% ../nbs/05a_speed.ipynb #f38de584
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
-# %% ../nbs/05a_speed.ipynb #daa5e232
+# %% ../nbs/05a_speed.ipynb #704b0053
 def _step(model, x, setting, train):
     with setting.cast(), (nullcontext() if train else torch.inference_mode()):
         out = model(setting.place(x))
@@ -39,9 +39,9 @@ def _step(model, x, setting, train):
 def measure_settings(
     model:nn.Module, # Network; its weights and statistics are not changed
     size:int=224, # Side of the images in pixels
-    bs:int=8, # Images in a batch
+    bs:int=4, # Images in a batch
     train:bool=False, # Time a training step, or a forward pass?
-    repeats:int=3 # Steps of each setting that count
+    repeats:int=2 # Steps of each setting that count
 ) -> dict[str,float]: # Images a second by name in `SETTINGS`
     "How fast a network runs in each setting on this CPU"
     import copy
@@ -63,7 +63,7 @@ def choose_setting(
     best = max(('plain', 'channels_last'), key=rates.get)
     return 'bf16' if rates['bf16'] > 1.1*rates[best] else best
 
-# %% ../nbs/05a_speed.ipynb #49eadf70
+# %% ../nbs/05a_speed.ipynb #51753dcb
 def _cpu() -> str:
     "What the choice depends on besides the network"
     try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
@@ -88,7 +88,7 @@ def fastest_setting(
         except OSError: pass # nowhere to remember: measured again next time
     return SETTINGS[known[key]]
 
-# %% ../nbs/05a_speed.ipynb #86d548b9
+# %% ../nbs/05a_speed.ipynb #dab16411
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network

@@ -1,0 +1,265 @@
+"What each augmentation keeps of an image, measured over hundreds of draws, and what it leaves alone."
+import numpy as np
+import pytest
+import torch
+from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorImage, TensorMask
+from fasttransform import Pipeline
+from PIL import Image
+
+from dr_transfer.augment import AUGMENTATIONS, Mirror, QuarterTurns, Views, augmentation, augmentation_table, views_of
+from dr_transfer.views import VIEWS
+
+pytestmark = pytest.mark.filterwarnings('ignore:Default grid_sample:UserWarning')     # fastai leaves align_corners to torch
+N = 200
+FINITE = [n for n in AUGMENTATIONS if views_of(n)]
+CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}
+ALL = [(t, m) for t in range(4) for m in (False, True)]         # the eight ways to lay a square picture
+
+
+def laid(a, turn, mirror): return np.rot90(a[:, ::-1] if mirror else a, turn)
+def picture(h=12, w=12): return np.random.default_rng(0).permutation(3*h*w).reshape(h, w, 3).astype(np.uint8)     # like none of its turns
+def tensor(a): return torch.from_numpy(np.ascontiguousarray(a)).movedim(-1, 0)
+def array(x): return x.movedim(0, -1).numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def way(a, out):
+    "Which of the eight ways `out` is a picture `a`."
+    found = [w for w in ALL if laid(a, *w).shape == out.shape and (laid(a, *w) == out).all()]
+    assert len(found) == 1, 'not the same pixels' if not found else 'the picture has a symmetry'
+    return found[0]
+
+
+def draws(tfm, kind, a, n=N):
+    "Pictures as `tfm` lays them: one image at a time, one tensor at a time, or a batch."
+    if kind == 'batch': return [array(o) for o in tfm(TensorImage(torch.stack([tensor(a)]*n)), split_idx=0)]
+    x = PILImage.create(a) if kind == 'pil' else TensorImage(tensor(a))
+    return [array(tfm(x, split_idx=0)) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- views
+
+ALLOWED = {'quarter_turns': {(t, False) for t in range(4)}, 'mirror': {(0, False), (0, True)}}
+
+
+def test_pictures_have_no_symmetry(): assert len({laid(picture(), *w).tobytes() for w in ALL}) == 8
+
+
+@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
+def test_no_draw_is_any_other_than_the_named_views(name, kind):
+    torch.manual_seed(1)
+    a = picture()
+    ways = [way(a, o) for o in draws(CLASSES[name](), kind, a)]
+    assert set(ways) == ALLOWED[name]
+    share = np.array([ways.count(w)/N for w in ALLOWED[name]])
+    assert (abs(share - 1/len(share)) < .12).all(), share        # each about as often as the others
+
+
+@pytest.mark.parametrize('name', VIEWS)
+@pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
+def test_the_pixels_are_the_same_ones(name, kind):
+    a = picture()
+    pixels = sorted(map(tuple, a.reshape(-1, 3)))
+    tfm = CLASSES.get(name, Views)()
+    for out in draws(tfm, kind, a, 40): assert sorted(map(tuple, out.reshape(-1, 3))) == pixels and out.dtype == a.dtype
+
+
+@pytest.mark.parametrize('name', CLASSES)
+def test_draws_are_the_views_of_the_table(name):
+    "The transform and the features that are cached of all views must be of the same pictures."
+    x = tensor(picture())
+    views = {v(x).numpy().tobytes() for v in VIEWS[name]}
+    out = CLASSES[name]()(TensorImage(torch.stack([x]*N)), split_idx=0)
+    assert {o.contiguous().numpy().tobytes() for o in out} == views and len(views) == len(VIEWS[name])
+
+
+@pytest.mark.parametrize('name', VIEWS)
+def test_views_leave_other_dimensions_alone(name):
+    x = torch.arange(2*5*3*4*4).reshape(2, 5, 3, 4, 4)
+    for view in VIEWS[name]:
+        assert all(torch.equal(view(x)[i, j, k], view(x[i, j, k])) for i in range(2) for j in range(5) for k in range(3))
+
+
+def test_quarter_turns_are_a_group():
+    x, turns = tensor(picture()), VIEWS['quarter_turns']
+    assert torch.equal(turns[0](x), x) and all(torch.equal(turns[i](turns[j](x)), turns[(i + j) % 4](x)) for i in range(4) for j in range(4))
+
+
+def test_images_in_a_batch_are_turned_independently():
+    torch.manual_seed(2)
+    a = picture()
+    both = [tuple(way(a, array(o))[0] for o in QuarterTurns()(TensorImage(torch.stack([tensor(a)]*2)), split_idx=0)) for _ in range(N)]
+    assert len(set(both)) == 16
+
+
+def test_the_seed_decides():
+    x = TensorImage(torch.stack([tensor(picture())]*32))
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return QuarterTurns()(x, split_idx=0)
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+
+
+@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
+def test_the_mask_goes_with_the_image(name, kind):
+    torch.manual_seed(3)
+    a, m, seen = picture(), picture()[..., 1], set()
+    tfm = CLASSES[name]()
+    if kind == 'batch':
+        xs, ms = tfm((TensorImage(torch.stack([tensor(a)]*60)), TensorMask(torch.stack([torch.from_numpy(m.copy())]*60))), split_idx=0)
+        pairs = list(zip(xs, ms))
+    else:
+        pair = (PILImage.create(a), PILMask.create(m)) if kind == 'pil' else (TensorImage(tensor(a)), TensorMask(torch.from_numpy(m.copy())))
+        pairs = [tfm(pair, split_idx=0) for _ in range(60)]
+    for x, y in pairs:
+        assert type(y) in (PILMask, TensorMask)
+        w = way(a, array(x))
+        np.testing.assert_array_equal(laid(m, *w), np.asarray(y))
+        seen.add(w)
+    assert seen == ALLOWED[name]
+
+
+def test_labels_are_left_alone():
+    y = torch.tensor([3, 1])
+    x, out = QuarterTurns()((TensorImage(torch.zeros(2, 3, 4, 4)), y), split_idx=0)
+    assert out is y
+
+
+@pytest.mark.parametrize('name', AUGMENTATIONS)
+def test_validation_is_untouched(name):
+    x = TensorImage(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    for _ in range(20):
+        out = Pipeline(augmentation(name), split_idx=1)(x.clone())
+        assert torch.equal(out, x) if name not in ('random_crop', 'flowers') else (out - x).abs().max() < 1e-4   # fastai maps these onto themselves
+    if name in CLASSES:
+        im = PILImage.create(picture())
+        assert all((np.asarray(CLASSES[name]()(im, split_idx=1)) == picture()).all() for _ in range(20))
+
+
+@pytest.mark.parametrize('shape', [(8, 12), (12, 8)])
+def test_oblong_images(shape):
+    "One at a time they are turned; in a batch they would not fit together, and neither would one that is turned on its own."
+    torch.manual_seed(0)
+    a = picture(*shape)
+    assert {way(a, np.asarray(QuarterTurns()(PILImage.create(a), split_idx=0))) for _ in range(60)} == ALLOWED['quarter_turns']
+    batch = TensorImage(torch.stack([tensor(a)]*40))
+    with pytest.raises(ValueError, match='a turned batch needs square images, not .*: resize them first'): QuarterTurns()(batch, split_idx=0)
+    assert Mirror()(batch, split_idx=0).shape == batch.shape
+
+
+@pytest.mark.parametrize('kind', [PILImage, PILImageBW])
+def test_kind_of_image_is_kept(kind):
+    im = kind.create(picture() if kind is PILImage else picture()[..., 0])
+    for _ in range(8):
+        out = QuarterTurns()(im, split_idx=0)
+        assert type(out) is kind and out.mode == im.mode and out.size == im.size
+    x = TensorImage(torch.zeros(3, 4, 4, dtype=torch.float16))
+    assert type(QuarterTurns()(x, split_idx=0)) is TensorImage and QuarterTurns()(x, split_idx=0).dtype == torch.float16
+
+
+@pytest.mark.xfail(strict=True, reason='images of several channels other than RGB are turned with their channels, not with their rows')
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'HSV', 'CMYK', 'P'])
+def test_other_modes_are_turned_as_well(mode):
+    torch.manual_seed(0)
+    im = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 6, 4)).astype(np.uint8), 'RGBA')
+    im = PILImage(im if mode == 'RGBA' else im.convert('RGB').convert(mode))
+    turns = [np.rot90(np.asarray(im.convert('RGBA')), k) for k in range(4)]
+    for _ in range(30):
+        out = QuarterTurns()(im, split_idx=0)
+        assert out.mode == mode and any((np.asarray(out.convert('RGBA')) == t).all() for t in turns)
+
+
+# ---------------------------------------------------------------- what the table says
+
+def augmented(name, x, seed=0):
+    torch.manual_seed(seed)
+    return Pipeline(augmentation(name), split_idx=0)(TensorImage(torch.stack([x]*N)))
+
+
+@pytest.mark.parametrize('name', AUGMENTATIONS)
+def test_shape_and_type_are_kept(name):
+    out = augmented(name, torch.rand(3, 20, 20))
+    assert out.shape == (N, 3, 20, 20) and out.dtype == torch.float32 and type(out) is TensorImage and not out.isnan().any()
+
+
+@pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
+def test_colours_are_kept_where_the_table_says_so(name, aug):
+    "Of a picture in shades of one hue: its channels stay in proportion, and none gets lighter or darker than it was."
+    shade = .2 + .7*torch.rand(1, 24, 24, generator=torch.Generator().manual_seed(1))
+    x = shade*torch.tensor([1., .5, .2])[:, None, None]
+    out = augmented(name, x)
+    same = (out[:, 0]*.5 - out[:, 1]).abs().max() < 1e-3 and (out[:, 0]*.2 - out[:, 2]).abs().max() < 1e-3 and x[0].min() - 1e-3 <= out[:, 0].min() <= out[:, 0].max() <= x[0].max() + 1e-3
+    assert bool(same) == aug.colour
+
+
+@pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
+def test_the_whole_is_kept_where_the_table_says_so(name, aug):
+    "A bright mark in each corner, of which the whole picture shows four in every draw."
+    x = torch.full((3, 24, 24), .3)
+    for rows in (slice(1, 5), slice(19, 23)):
+        for columns in (slice(1, 5), slice(19, 23)): x[:, rows, columns] = .9
+    out = augmented(name, x).mean(1)
+    bright = out > out.flatten(1).median(1).values[:, None, None] + .1
+    marks = (bright[:, :12, :12], bright[:, :12, 12:], bright[:, 12:, :12], bright[:, 12:, 12:])
+    whole = torch.stack([(m.flatten(1).sum(1) - 16).abs() <= 2 for m in marks]).all(0)
+    assert whole.all() if aug.whole else whole.float().mean() < .5
+
+
+@pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
+def test_left_and_right_are_kept_where_the_table_says_so(name, aug):
+    "Red grows to the right and green downwards: the sense of the turn from one to the other changes in a mirror only."
+    ramp = torch.linspace(.2, .8, 24)
+    x = torch.stack([ramp[None].expand(24, 24), ramp[:, None].expand(24, 24), torch.full((24, 24), .5)])
+    out = augmented(name, x)
+    d = {(c, a): out[:, c].diff(dim=a)[:, :23, :23] for c in (0, 1) for a in (1, 2)}
+    sense = (d[0, 2]*d[1, 1] - d[0, 1]*d[1, 2]).flatten(1).sum(1)
+    assert (sense.abs() > 1e-3).all()
+    mirrored = (sense < 0).float().mean()
+    assert mirrored == 0 if aug.handed else .3 < mirrored < .7
+
+
+@pytest.mark.parametrize('name', AUGMENTATIONS)
+def test_the_number_of_views_is_that_of_the_table(name):
+    found = len({o.contiguous().numpy().tobytes() for o in augmented(name, torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(2)))})
+    said = augmentation_table().loc[name, 'views']
+    assert found > 50 if said == 'endless' else found == int(said) == len(VIEWS[views_of(name)])
+
+
+def test_random_crop_takes_at_least_the_least_part():
+    "Measured on ramps: the range of red and green is the share of the width and the height that is seen."
+    ramp = torch.linspace(0, 1, 64)
+    out = augmented('random_crop', torch.stack([ramp[None].expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]))
+    area = (out[:, 0].amax((1, 2)) - out[:, 0].amin((1, 2)))*(out[:, 1].amax((1, 2)) - out[:, 1].amin((1, 2)))
+    assert area.min() > .3 and area.min() < .5 and area.max() > .85, (area.min(), area.max())
+
+
+# ---------------------------------------------------------------- names
+
+def test_table_has_every_name():
+    t = augmentation_table()
+    assert list(t.index) == list(AUGMENTATIONS) and set(VIEWS) <= set(AUGMENTATIONS)
+    for n, a in AUGMENTATIONS.items(): assert t.loc[n, ['keeps colour', 'keeps all of it', 'keeps left and right']].tolist() == [a.colour, a.whole, a.handed]
+
+
+@pytest.mark.parametrize('names,views', [('none', 'none'), ('quarter_turns', 'quarter_turns'), ('mirror', 'mirror'), ('flowers', None), ('random_crop', None),
+                                         ('colour_jitter', None), ('mirror+random_crop', None), ('quarter_turns+colour_jitter', None)])
+def test_views_of(names, views): assert views_of(names) == views
+
+
+def test_names_joined_make_one_after_the_other():
+    kinds = [type(t).__name__ for t in augmentation('mirror+quarter_turns+random_crop+colour_jitter')]
+    assert kinds == ['Mirror', 'QuarterTurns', 'AffineCoordTfm', 'Brightness', 'Contrast', 'Saturation', 'Hue']
+    a = picture(6, 6)
+    out = Pipeline(augmentation('mirror+quarter_turns'), split_idx=0)(TensorImage(torch.stack([tensor(a)]*N)))
+    assert {way(a, array(o)) for o in out} == set(ALL)           # all eight, which neither reaches alone
+
+
+def test_transforms_are_made_anew_each_time():
+    assert augmentation('quarter_turns')[0] is not augmentation('quarter_turns')[0]
+
+
+@pytest.mark.parametrize('f', [augmentation, views_of])
+@pytest.mark.parametrize('names', ['quarter_turn', 'mirror+quarter_turn', 'mirror + quarter_turns', '', 'mirror+'])
+def test_unknown_names(f, names):
+    with pytest.raises(ValueError, match='unknown augmentation .*nearest first'): f(names)
