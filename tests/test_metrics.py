@@ -83,6 +83,8 @@ def test_kappa_by_its_definition():
 def test_kappa_does_not_round_large_sets():
     y = np.tile(np.arange(5, dtype=np.int8), 200_000)           # int8: squares and sums must not overflow
     assert quadratic_kappa(y, y) == 1 and abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
+    y = np.tile(np.arange(1000), 20)                             # sums of squares beyond 32 bits
+    assert quadratic_kappa(y, y) == 1 and abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
 
 
 @pytest.mark.parametrize('as_', [list, tuple, np.array, pd.Series, lambda v: np.array(v, dtype=float), lambda v: np.array(v, dtype='int8')])

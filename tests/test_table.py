@@ -213,6 +213,12 @@ def test_labels_are_text_as_written(tmp_path):
     assert label_table(tmp_path).label.tolist() == ['007', '1.0', '1e3', 'True']
 
 
+def test_numbers_keep_their_zeros(tmp_path):
+    draw(tmp_path, 'x/0007.png', 'x/0010.png')
+    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,01\n')
+    assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '01']]
+
+
 def test_same_name_in_two_folders(tmp_path):
     draw(tmp_path, 'images/1.png', 'images/2.png', 'images/3.png', 'thumbs/1.png', 'thumbs/2.png')
     df = pd.DataFrame({'image': ['1', '2.png', '3.png'], 'label': ['a', 'b', 'c']})
