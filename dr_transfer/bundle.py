@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'FORMAT', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model', 'load_model',
            'gather_images', 'predict_table']
 
-# %% ../nbs/13_bundle.ipynb #980a82c1
+# %% ../nbs/13_bundle.ipynb #12694cd6
 import hashlib, json
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .speed import get_setting
 from .table import find_images, image_errors
 from .views import VIEWS, read_image
 
-# %% ../nbs/13_bundle.ipynb #eaed4fd3
+# %% ../nbs/13_bundle.ipynb #d4c52d53
 FIELDS = ('arch', 'tap', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std', 'dropout')
 
 class ModelError(ValueError):
@@ -42,7 +42,7 @@ class ImageModel:
         views = views or self.about['views']
         return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
 
-# %% ../nbs/13_bundle.ipynb #aac31843
+# %% ../nbs/13_bundle.ipynb #dba11080
 def image_model(
     learn:Any # A learner from `build_learner`
 ) -> ImageModel:
@@ -56,7 +56,7 @@ def image_model(
              'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
-# %% ../nbs/13_bundle.ipynb #321f9578
+# %% ../nbs/13_bundle.ipynb #3c3e5c09
 FORMAT = 'dr_transfer model 1'
 
 def _digest(about) -> str: return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -83,7 +83,7 @@ def save_model(
     with atomic_folder(folder, overwrite) as tmp: write_model(model, tmp)
     return Path(folder)
 
-# %% ../nbs/13_bundle.ipynb #3b44c607
+# %% ../nbs/13_bundle.ipynb #15a31fa2
 def _read_about(folder) -> dict:
     folder = Path(folder)
     for name in ('model.json', 'model.safetensors'):
@@ -109,7 +109,7 @@ def load_model(
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 
-# %% ../nbs/13_bundle.ipynb #d966e47e
+# %% ../nbs/13_bundle.ipynb #6feacd42
 def gather_images(
     sources:list # Files and folders
 ) -> list[str]: # Paths as given, or as found below the folders
@@ -124,6 +124,7 @@ def gather_images(
         else: raise ValueError(f"there is no {s}: give image files or folders")
     return list(dict.fromkeys(out))
 
+# %% ../nbs/13_bundle.ipynb #235f09dc
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['train', 'write_run', 'predict', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #e3d6bd49
+# %% ../nbs/14_cli.ipynb #c788ba47
 import argparse, json, os, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #4aa9216b
+# %% ../nbs/14_cli.ipynb #18083a8b
 def _default_out(data) -> str: return f'{Path(data).resolve().stem}_run'
 
 def train(
@@ -32,7 +32,7 @@ def train(
     print(f'written: {out} (model, record.json, predictions.csv, history.png, confusion.png)')
     return 0
 
-# %% ../nbs/14_cli.ipynb #0a0ebb7a
+# %% ../nbs/14_cli.ipynb #da026d18
 def _describe(learn):
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
@@ -40,6 +40,7 @@ def _describe(learn):
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
     if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
 
+# %% ../nbs/14_cli.ipynb #e7ca0de3
 def write_run(
     learn, # A trained learner
     folder:Path # A folder that exists
@@ -62,7 +63,7 @@ def write_run(
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures
 
-# %% ../nbs/14_cli.ipynb #f3d876b0
+# %% ../nbs/14_cli.ipynb #63f4510d
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
@@ -80,7 +81,7 @@ def predict(
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #c6c48399
+# %% ../nbs/14_cli.ipynb #f21f817f
 def _demo_rows(a, folder):
     "Train both starts; their measures, and the learner with ImageNet weights"
     from dr_transfer.core import build_learner, fit
@@ -92,6 +93,7 @@ def _demo_rows(a, folder):
         kept = learn
     return rows, kept
 
+# %% ../nbs/14_cli.ipynb #26ec7629
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` tells
 ) -> int: # Exit code
@@ -112,7 +114,7 @@ def demo(
     print(f"\npicture: {out/'demo.png'}\nmodel:   {out/'run'} (try: dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #863dd18c
+# %% ../nbs/14_cli.ipynb #daa0fc38
 def _scratch():
     import tempfile
     from contextlib import contextmanager
@@ -130,7 +132,7 @@ def _demo_picture(learn):
     return plot_predictions([Image.open(i) for i in t.image], titles, (t.target == t.prediction).tolist(),
                             about='Drawn eyes of patients not seen in training: truth, and what the model says')
 
-# %% ../nbs/14_cli.ipynb #28203f7f
+# %% ../nbs/14_cli.ipynb #82173f60
 def _add(sub, name, f, about, example):
     p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='CSV', help='file to write (default: print)')
     return p
 
-# %% ../nbs/14_cli.ipynb #0c91e2fd
+# %% ../nbs/14_cli.ipynb #9d445bb5
 def _train_arguments(add):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
@@ -173,6 +175,7 @@ def _train_arguments(add):
     add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
     add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
 
+# %% ../nbs/14_cli.ipynb #f6f646f5
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #89761d5a
+# %% ../nbs/08_core.ipynb #f6c24073
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +33,7 @@ from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #51d2a3da
+# %% ../nbs/08_core.ipynb #0a7f7685
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
@@ -49,7 +49,7 @@ class FrozenMode(Callback):
             for m in self.model[0].modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/08_core.ipynb #68a96721
+# %% ../nbs/08_core.ipynb #eb1877e2
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -74,7 +74,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #dc01a2e2
+# %% ../nbs/08_core.ipynb #b65929d2
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -82,7 +82,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #56dce3a3
+# %% ../nbs/08_core.ipynb #c6f858a7
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -102,7 +102,20 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #cd53b328
+# %% ../nbs/08_core.ipynb #daca09bd
+def _record(learn, **settings) -> dict:
+    "What stands in the record before anything is learnt"
+    body, task = learn.model[0][0], learn.task
+    return {'task': task.name, 'target': learn.goal.name, **settings, 'weights': vars(body.stages.weights).copy(), 'tap': body.stages.tap,
+            'size': task.size, 'bs': learn.dls.train.bs, 'augment': task.augment, 'reader': task.reader, 'fit': task.fit,
+            'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
+            'versions': versions(), 'history': []}
+
+def _split(table, valid, seed) -> pd.DataFrame:
+    "Split with the classes of the target, not the labels, in proportion"
+    return split_table(table.assign(label=table.target), valid=valid, seed=seed).assign(label=table.label)
+
+# %% ../nbs/08_core.ipynb #9c445d15
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -125,23 +138,20 @@ def build_learner(
 ) -> Learner: # With `task`, `table`, `record`
     "A Learner for a folder of pictures: pretrained, body frozen, ready to `fit`"
     task = get_task(task, size, augment)
-    goal = task.target(target)
     set_seed(seed, reproducible=True)
-    table = encode_target(label_table(data, labels, **(table_args or {})), goal)
-    table = split_table(table.assign(label=table.target), valid=valid, seed=seed).assign(label=table.label)
+    goal = task.target(target)
+    table = _split(encode_target(label_table(data, labels, **(table_args or {})), goal), valid, seed)
     body = create_body(arch, weights, tap)
     how, device = get_setting(setting, body, arch, task.size), kwargs.pop('device', None)
     if num_workers is None: num_workers = min(4, os.cpu_count() or 1) if len(table) > 500 else 0
     dls = task_dataloaders(table, task, goal, bs, body.spec.mean, body.spec.std, num_workers, device)
-    learn = _learner(dls, Body(body, how), head, task.metrics.get(goal.name, ('accuracy',)),
-                     weights != 'random', [FrozenMode(body.spec.fixed_bn if fixed_bn is None else fixed_bn), TrainSetting(setting, arch, task.size)], kwargs)
+    cbs = [FrozenMode(body.spec.fixed_bn if fixed_bn is None else fixed_bn), TrainSetting(setting, arch, task.size)]
+    learn = _learner(dls, Body(body, how), head, task.metrics.get(goal.name, ('accuracy',)), weights != 'random', cbs, kwargs)
     learn.task, learn.goal, learn.table = task, goal, table
-    learn.record = {'task': task.name, 'target': goal.name, 'arch': arch, 'weights': vars(body.weights).copy(), 'tap': body.tap,
-                    'size': task.size, 'bs': bs, 'valid': valid, 'seed': seed, 'augment': task.augment, 'head': 'own' if head else 'linear',
-                    'setting': {'forward': str(how), 'train': ''}, 'data': data_summary(table), 'versions': versions(), 'history': []}
+    learn.record = _record(learn, arch=arch, valid=valid, seed=seed, head='own' if head else 'linear')
     return learn
 
-# %% ../nbs/08_core.ipynb #90275b3b
+# %% ../nbs/08_core.ipynb #d08576f9
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -167,7 +177,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #746466ab
+# %% ../nbs/08_core.ipynb #335114b4
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
@@ -192,7 +202,7 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #6b10476d
+# %% ../nbs/08_core.ipynb #cfee5c1a
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
     (f, y), (fv, yv) = (_side_features(learn, s, v) for s, v in (('train', views_of(learn.task.augment)), ('valid', 'none')))
@@ -209,7 +219,7 @@ def _fit_head(learn, phase) -> list:
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #b3f52fd1
+# %% ../nbs/08_core.ipynb #f0ecbb16
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -222,6 +232,7 @@ def _fit_phase(learn, phase, say) -> list:
         learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
+# %% ../nbs/08_core.ipynb #d9d0311f
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -246,7 +257,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #525a2513
+# %% ../nbs/08_core.ipynb #153cc61b
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

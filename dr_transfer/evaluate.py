@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['plot_history', 'plot_confusion', 'plot_predictions', 'pick_examples']
 
-# %% ../nbs/10_evaluate.ipynb #8b81f550
+# %% ../nbs/10_evaluate.ipynb #91cab776
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .metrics import confusion
 
-# %% ../nbs/10_evaluate.ipynb #4acba06e
+# %% ../nbs/10_evaluate.ipynb #63f6212a
 def _stretch(history):
     h = pd.DataFrame(history)
     h['x'] = np.arange(1, len(h) + 1)
@@ -35,7 +35,7 @@ def plot_history(
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #578da805
+# %% ../nbs/10_evaluate.ipynb #be4447a9
 def plot_confusion(
     y, # True classes (n,), as class numbers
     pred, # Predicted classes (n,), as class numbers
@@ -56,7 +56,7 @@ def plot_confusion(
     ax.set(xlabel='predicted', ylabel='true')
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #97c4cb09
+# %% ../nbs/10_evaluate.ipynb #481869c4
 def plot_predictions(
     images:list, # Arrays or PIL images
     titles:list[str], # One line each
@@ -74,6 +74,7 @@ def plot_predictions(
     if about: fig.suptitle(about, fontsize=10)
     return fig
 
+# %% ../nbs/10_evaluate.ipynb #7e09fee9
 def pick_examples(
     table:pd.DataFrame, # `image, target, prediction, p_CLASS...`
     n:int=8 # How many

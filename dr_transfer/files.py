@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic_file', 'check_new', 'atomic_folder', 'progress', 'unknown']
 
-# %% ../nbs/00a_files.ipynb #6ddc900f
+# %% ../nbs/00a_files.ipynb #99b9b12d
 import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
 
-# %% ../nbs/00a_files.ipynb #99b80395
+# %% ../nbs/00a_files.ipynb #58cf362f
 @contextmanager
 def atomic_file(
     path:str|Path # Where the file will be
@@ -25,7 +25,7 @@ def atomic_file(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #3c8d0644
+# %% ../nbs/00a_files.ipynb #df5a52b7
 def check_new(
     path:str|Path, # A file or folder that is to be made
     overwrite:bool=False # May it replace one that is there?
@@ -36,6 +36,7 @@ def check_new(
         raise ValueError(f"{path} exists already: choose another name, or say overwrite (--overwrite on the command line)")
     return path
 
+# %% ../nbs/00a_files.ipynb #07393f99
 @contextmanager
 def atomic_folder(
     path:str|Path, # Where the folder will be
@@ -59,7 +60,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/00a_files.ipynb #752a9fac
+# %% ../nbs/00a_files.ipynb #9c47d20e
 def progress(
     items:Iterable, # What to go through
     total:int|None=None, # How many they are, if `len` does not tell
@@ -82,7 +83,7 @@ def progress(
             last, said = time.monotonic(), True
     if said: print(f'{label}: {n}, done', file=file, flush=True)
 
-# %% ../nbs/00a_files.ipynb #4f8366b3
+# %% ../nbs/00a_files.ipynb #4eabf180
 def unknown(
     what:str, # The kind of thing: 'task', 'backbone'
     name, # What was given

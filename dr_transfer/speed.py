@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'Setting', 'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
-# %% ../nbs/05a_speed.ipynb #f190780b
+# %% ../nbs/05a_speed.ipynb #4bd445fc
 import json, os, platform, statistics, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .files import atomic_file, unknown
 
-# %% ../nbs/05a_speed.ipynb #f38de584
+# %% ../nbs/05a_speed.ipynb #8710d4c8
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
-# %% ../nbs/05a_speed.ipynb #704b0053
+# %% ../nbs/05a_speed.ipynb #0701ede4
 def _step(model, x, setting, train):
     with setting.cast(), (nullcontext() if train else torch.inference_mode()):
         out = model(setting.place(x))
@@ -56,6 +56,7 @@ def measure_settings(
             if i: times[k].append(time.perf_counter() - start)
     return {k: bs/min(t) for k, t in times.items()}
 
+# %% ../nbs/05a_speed.ipynb #f84f9da7
 def choose_setting(
     rates:dict # Images a second by name in `SETTINGS`
 ) -> str: # Name in `SETTINGS`
@@ -63,7 +64,7 @@ def choose_setting(
     best = max(('plain', 'channels_last'), key=rates.get)
     return 'bf16' if rates['bf16'] > 1.1*rates[best] else best
 
-# %% ../nbs/05a_speed.ipynb #51753dcb
+# %% ../nbs/05a_speed.ipynb #68d325e2
 def _cpu() -> str:
     "What the choice depends on besides the network"
     try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
@@ -88,7 +89,7 @@ def fastest_setting(
         except OSError: pass # nowhere to remember: measured again next time
     return SETTINGS[known[key]]
 
-# %% ../nbs/05a_speed.ipynb #dab16411
+# %% ../nbs/05a_speed.ipynb #8f7b7a7f
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network

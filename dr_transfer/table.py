@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 
            'image_errors', 'read_labels', 'label_table', 'set_aside', 'class_counts', 'SplitError', 'split_table',
            'check_split', 'split_summary']
 
-# %% ../nbs/01_table.ipynb #382907cb
+# %% ../nbs/01_table.ipynb #a40cf872
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from .files import progress
 
-# %% ../nbs/01_table.ipynb #a9c727c6
+# %% ../nbs/01_table.ipynb #9a2a5c56
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm')
 
 def find_images(
@@ -31,7 +31,7 @@ def find_images(
         found += [Path(root)/f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
     return sorted(found)
 
-# %% ../nbs/01_table.ipynb #89a93b26
+# %% ../nbs/01_table.ipynb #34aabc30
 def image_error(
     path:str|Path # An image file
 ) -> str: # The reason in words, or '' if the file is good
@@ -54,7 +54,7 @@ def image_errors(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(image_error, paths), total=len(paths), label='images checked'))
 
-# %% ../nbs/01_table.ipynb #394136df
+# %% ../nbs/01_table.ipynb #8396708e
 def _locate(names, folder, files) -> list:
     "The file for each name in a CSV, or None"
     rel = {f.relative_to(folder).as_posix(): f for f in files}
@@ -70,7 +70,7 @@ def _locate(names, folder, files) -> list:
         return c[0] if c else None
     return [one(n) for n in names]
 
-# %% ../nbs/01_table.ipynb #5b0e2094
+# %% ../nbs/01_table.ipynb #19d3126b
 IMAGE_COLUMNS = ('image', 'id_code', 'image_id', 'image name', 'filename', 'file', 'path', 'img')
 LABEL_COLUMNS = ('label', 'grade', 'level', 'diagnosis', 'class', 'retinopathy grade', 'adjudicated_dr_grade', 'target')
 GROUP_COLUMNS = ('group', 'patient', 'patient_id', 'photographer', 'subject', 'subject_id')
@@ -80,8 +80,9 @@ def read_labels(
 ) -> pd.DataFrame:
     "A table of labels as text: what a number means is for the task to say"
     if isinstance(labels, pd.DataFrame): return labels.astype(object).where(labels.notna(), None)
-    try: df = pd.read_csv(labels, dtype=str, encoding='utf-8-sig', skipinitialspace=True)
+    try: df = pd.read_csv(labels, dtype=str, encoding='utf-8-sig', skipinitialspace=True, keep_default_na=False, na_values=[''])
     except FileNotFoundError: raise ValueError(f"there is no labels file {labels}: give the path of a CSV file") from None
+    except IsADirectoryError: raise ValueError(f"{labels} is a folder: give the path of a CSV file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise ValueError(f"{labels} cannot be read as a CSV file in UTF-8: {e}") from None
     return df.rename(columns=str.strip)
@@ -95,7 +96,7 @@ def _column(df, wanted, usual, what, arg, needed=True):
     if found or not needed: return found[0] if found else None
     raise ValueError(f"no column for the {what}: columns are {', '.join(map(str, df.columns))}. Say which with {arg}='...'")
 
-# %% ../nbs/01_table.ipynb #3919aae8
+# %% ../nbs/01_table.ipynb #f0ba9f37
 def _some(names, n=3) -> str:
     names = list(map(str, names))
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
@@ -105,20 +106,18 @@ def _from_csv(folder, labels, image_col, label_col, group_col, missing) -> pd.Da
     ic = _column(df, image_col, IMAGE_COLUMNS, 'image names', 'image_col')
     lc = _column(df, label_col, LABEL_COLUMNS, 'labels', 'label_col')
     gc = _column(df, group_col, GROUP_COLUMNS, 'groups', 'group_col', needed=False)
-    names = [str(n).replace('\\', '/') for n in df[ic]]
+    names = [str(n).strip().replace('\\', '/') for n in df[ic]]
     t = pd.DataFrame({'image': _locate(names, folder, find_images(folder)), 'label': df[lc].tolist(),
                       'group': df[gc].tolist() if gc else None, 'name': names}, dtype=object)
     if 'split' in df: t['split'] = df['split'].tolist()
+    if missing not in ('error', 'skip'): raise ValueError(f"missing='{missing}': say 'error' or 'skip'")
     lost = t.image.isna()
     if lost.any() and missing != 'skip':
         raise ValueError(f"{lost.sum()} of {len(t)} rows of the CSV name files that are not below {folder}: {_some(t.name[lost])}. "
                          "Correct the folder or the CSV, or say missing='skip'")
-    t = t[~lost].drop_duplicates(['image', 'label'])
-    twice = t.image[t.image.duplicated()]
-    if len(twice): raise ValueError(f"{len(twice)} images have two labels in the CSV: {_some(twice)}. Keep one row for each")
-    return t.drop(columns='name')
+    return t[~lost].drop(columns='name')
 
-# %% ../nbs/01_table.ipynb #7b9fd9d8
+# %% ../nbs/01_table.ipynb #7d0644be
 SPLITS = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test'}
 
 def _from_folders(folder, image_col, group_col) -> pd.DataFrame:
@@ -135,11 +134,11 @@ def _from_folders(folder, image_col, group_col) -> pd.DataFrame:
         ic = _column(df, image_col, IMAGE_COLUMNS, 'image names', 'image_col', needed=False)
         gc = _column(df, group_col, GROUP_COLUMNS, 'groups', 'group_col', needed=group_col is not None)
         if ic and gc:
-            known = dict(zip(_locate(df[ic].astype(str).tolist(), folder, files), df[gc]))
-            t['group'] = [known.get(f) for f in files]
+            known = dict(zip(_locate(df[ic].astype(str).str.strip().tolist(), folder, files), df[gc]))
+            t['group'] = [known.get(f, g) for f, g in zip(files, t.group)]
     return t
 
-# %% ../nbs/01_table.ipynb #ee7fffe3
+# %% ../nbs/01_table.ipynb #1541f6e0
 def label_table(
     source:str|Path|pd.DataFrame, # Folder, CSV beside its images, or table
     labels:str|Path|pd.DataFrame|None=None, # CSV or table of image names and labels
@@ -150,18 +149,17 @@ def label_table(
     missing:str='error' # Rows without a file: 'error' or 'skip'
 ) -> pd.DataFrame: # Columns `image, label, group, split`, sorted by path
     "Folder of class folders, or folder plus CSV, to one table; ValueError if it cannot be"
-    if isinstance(source, pd.DataFrame): source, labels = Path('.'), source
+    if isinstance(source, pd.DataFrame): return _finish(_from_table(source, image_col, label_col, group_col), verify)
     source = Path(source)
     if not source.exists(): raise ValueError(f"there is no {source}: give a folder of images")
     if source.is_file(): source, labels = source.parent, source
     if labels is None and (source/'labels.csv').exists(): labels = source/'labels.csv'
     if labels is None: t = _from_folders(source, image_col, group_col)
-    elif isinstance(labels, pd.DataFrame) and source == Path('.'): t = _from_table(labels, image_col, label_col, group_col)
     else: t = _from_csv(source, labels, image_col, label_col, group_col, missing)
     if not len(t): raise ValueError(f"no images in {source}: give a folder with {', '.join(IMAGE_SUFFIXES[:4])}, ... files")
     return _finish(t, verify)
 
-# %% ../nbs/01_table.ipynb #e7b24942
+# %% ../nbs/01_table.ipynb #5fced555
 def _from_table(df, image_col, label_col, group_col) -> pd.DataFrame:
     df = read_labels(df)
     ic = _column(df, image_col, IMAGE_COLUMNS, 'image paths', 'image_col')
@@ -170,22 +168,32 @@ def _from_table(df, image_col, label_col, group_col) -> pd.DataFrame:
     return pd.DataFrame({'image': df[ic].tolist(), 'label': df[lc].tolist(), 'group': df[gc].tolist() if gc else None,
                          'split': df['split'].tolist() if 'split' in df else None}, dtype=object)
 
+# %% ../nbs/01_table.ipynb #bc74610a
+def _sides(split) -> pd.Series:
+    "The names of sides in their usual spellings, as train, valid and test"
+    clean = split.map(lambda s: None if s is None or s != s or not str(s).strip() else str(s).strip().lower()).astype(object)
+    odd = clean[clean.notna() & ~clean.isin(SPLITS)]
+    if len(odd): raise ValueError(f"the column 'split' knows a side '{odd.iloc[0]}': write train, valid or test, or leave it empty")
+    return clean.map(lambda s: SPLITS.get(s)).astype(object)
+
 def _finish(t, verify) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
-    if 'split' not in t: t['split'] = None
-    t = t.assign(image=t.image.map(str)).sort_values('image', ignore_index=True)
+    t = t.assign(image=t.image.map(str), split=_sides(t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)))
+    t = t.drop_duplicates(['image', 'label']).sort_values('image', ignore_index=True)
+    twice = t.image[t.image.duplicated()]
+    if len(twice): raise ValueError(f"{len(twice)} images have two labels: {_some(twice)}. Keep one row for each")
     reason = pd.Series(image_errors(t.image.tolist()) if verify else '', index=t.index, dtype=object)
     reason = reason.mask((reason == '') & t.label.isna(), 'no label')
     aside = t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']]
     t = t[reason == ''].reset_index(drop=True)
     if not len(t): raise ValueError(f"none of {len(aside)} images can be used: {_some(aside.image + ' (' + aside.reason + ')')}")
     t['label'] = t.label.map(lambda l: str(l).strip())
-    t['group'] = t.group.map(lambda g: None if g is None or g != g or not str(g).strip() else str(g)).astype(object)
+    t['group'] = t.group.map(lambda g: None if g is None or g != g or not str(g).strip() else str(g).strip()).astype(object)
     t = t[['image', 'label', 'group', 'split']]
     t.attrs['set_aside'] = aside.astype(str).to_dict('records')
     return t
 
-# %% ../nbs/01_table.ipynb #3d2ceedd
+# %% ../nbs/01_table.ipynb #09b8e8bd
 def set_aside(
     table:pd.DataFrame # A table from `label_table`
 ) -> pd.DataFrame: # Columns `image, label, reason`
@@ -199,7 +207,7 @@ def class_counts(
     n = table.label.value_counts().sort_index()
     return pd.DataFrame({'images': n, 'share': (n/len(table)).round(3)})
 
-# %% ../nbs/01_table.ipynb #ace31af8
+# %% ../nbs/01_table.ipynb #37d8c78e
 class SplitError(ValueError):
     "A split that cannot be made, or that must not be used"
 
@@ -220,17 +228,18 @@ def _need_two(t):
     if n.min() < 2:
         raise SplitError(f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. Add images, or leave the class out")
 
-# %% ../nbs/01_table.ipynb #7f7508df
+# %% ../nbs/01_table.ipynb #36629528
 def split_table(
     table:pd.DataFrame, # A table from `label_table`
     valid:float=0.2, # Share of the images for validation
     test:float=0., # Share of the images for a test set
     seed:int=42 # Another seed, another split
 ) -> pd.DataFrame: # The table with its column `split` filled
-    "Split by group, classes in proportion, and check. Sides that are named already are kept"
+    "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
     if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
         raise SplitError(f"valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2")
-    t = table.copy()
+    t = table.reset_index(drop=True)
+    if t.split.eq('test').any(): test = 0. # there is one
     if not t.split.eq('valid').any():
         rest = t[t.split.ne('test')]
         _need_two(rest)
@@ -242,7 +251,7 @@ def split_table(
     check_split(t)
     return t
 
-# %% ../nbs/01_table.ipynb #fdd7fe8f
+# %% ../nbs/01_table.ipynb #f708f5d5
 def check_split(
     table:pd.DataFrame # A table with its column `split` filled
 ):

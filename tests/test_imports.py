@@ -1,0 +1,78 @@
+"Nothing heavy is imported before it is needed. No times: what is in sys.modules decides."
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dr_transfer
+from test_cli import COMMAND, cache_dir, eyes, home, run, shared_cache, weights  # noqa: F401
+
+HEAVY = ('torch', 'torchvision', 'fastai', 'fastcore', 'timm', 'pandas', 'numpy', 'scipy', 'sklearn', 'matplotlib', 'PIL', 'safetensors', 'tqdm')
+SHOW = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
+
+
+def loaded(code, **kwargs):
+    "Result of a program in a new process, and the packages that are loaded at its end."
+    r = subprocess.run([sys.executable, '-c', f'{code}\n{SHOW}'], capture_output=True, text=True, timeout=120, **kwargs)
+    assert r.returncode == 0, r.stderr
+    return r.stdout, set(json.loads(r.stderr.splitlines()[-1]))
+
+
+def test_the_check_sees_what_is_loaded():
+    assert 'numpy' in loaded('import numpy')[1]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    _, modules = loaded('import dr_transfer; assert dr_transfer.__version__')
+    assert 'dr_transfer' in modules and not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['predict', '--help'], ['demo', '--help'], ['--version'], ['train'], ['nonsense']])
+def test_help_loads_nothing_heavy(words):
+    out, modules = loaded(f"from dr_transfer.cli import main\ntry: main({words})\nexcept SystemExit as e: print('code', e.code)")
+    assert out.splitlines()[-1] == f"code {0 if words[-1].startswith('--') else 2}" and not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize('words, options', [
+    ([], ['demo', 'train', 'predict']),
+    (['demo'], ['--out', '--images', '--size', '--seed', '--debug', '--overwrite']),
+    (['train'], ['DATA', '--task', '--labels CSV', '--target', '--arch NAME', '--weights FILE', '--plan NAME', '--epochs N', '--size N', '--seed N', '--out DIR',
+                 '--debug', '--overwrite']),
+    (['predict'], ['DIR', 'IMAGES', '--out CSV', '--debug', '--overwrite'])])
+def test_the_installed_command(words, options):
+    "Help of the real console script: what it imports, that it exits with 0, and that each subcommand shows an example that its parser takes."
+    r = subprocess.run([COMMAND, *words, '--help'], capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPROFILEIMPORTTIME': '1', 'COLUMNS': '200'})
+    imported = {l.split('|')[-1].strip().split('.')[0] for l in r.stderr.splitlines() if l.startswith('import time:')}
+    assert r.returncode == 0 and 'argparse' in imported and not imported & set(HEAVY)
+    assert [o for o in options if o not in r.stdout] == []
+    if not words: return
+    from dr_transfer.cli import _parser
+    example = r.stdout.split('example:\n')[1].split()
+    assert example[:2] == ['dr_transfer', words[0]]
+    assert _parser().parse_args(example[1:]).run.__name__ == words[0]
+
+
+def test_wrong_words_and_failure_are_not_code_0(tmp_path):
+    r = subprocess.run([COMMAND, 'train', tmp_path/'none', '--out', tmp_path/'run'], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 1 and r.stdout == '' and len(r.stderr.splitlines()) == 1 and 'there is no' in r.stderr
+    assert subprocess.run([COMMAND, 'paint'], capture_output=True).returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predicting_needs_no_fastai(run, eyes):
+    "A whole prediction, through the command."
+    image = sorted((eyes/'images').iterdir())[0]
+    out, modules = loaded(f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0')
+    assert out.startswith('image,prediction,p_no,p_referable') and str(image) in out
+    assert {'torch', 'timm', 'dr_transfer'} <= modules and not modules & {'fastai', 'fastcore', 'matplotlib', 'sklearn', 'IPython'}
+
+
+def test_the_command_imports_the_library_only_inside_functions():
+    "The reason why it is quick, so that a violation is found where it is."
+    tree = ast.parse((Path(dr_transfer.__file__).parent/'cli.py').read_text())
+    top = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names] + [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
+    assert set(top) <= set(sys.stdlib_module_names), top
