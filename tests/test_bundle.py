@@ -1,0 +1,261 @@
+"The model folder: what is in it, that it comes back as it was, that nothing in it runs, and that a changed one is refused."
+import importlib
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from test_cli import cache_dir, cli, content, eyes, good, home, refused, rows_of, run, shared_cache, weights  # noqa: F401
+from test_cli import table
+
+FILES = ['model.json', 'model.safetensors']
+
+
+@pytest.fixture
+def model(tmp_path, run):
+    "A copy of the trained model, to be spoilt."
+    return shutil.copytree(run/'model', tmp_path/'model')
+
+
+@pytest.fixture
+def image(eyes): return sorted((eyes/'images').iterdir())[0]
+
+
+def edit(folder, **change):
+    "Change fields of model.json and sign it anew, as one would who means harm; `None` takes a field out."
+    from dr_transfer.bundle import _digest
+    about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
+    about.pop('sha256')
+    about = {k: v for k, v in {**about, **change}.items() if v is not None}
+    (folder/'model.json').write_text(json.dumps({**about, 'sha256': _digest(about)}), encoding='utf-8')
+
+
+def sign_tensors(folder):
+    import hashlib
+    edit(folder, tensors_sha256=hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest())
+
+
+def fails(folder, image):
+    "The error of a model that must be refused, the same from the library and from the command; no image is predicted."
+    line = refused('predict', folder, image)
+    said = cli('predict', folder, image)
+    assert said.out == ''
+    return line
+
+
+# ---------------------------------------------------------------- what is in it
+
+def test_safetensors_and_json_and_nothing_else(run, weights):
+    from safetensors.torch import load_file
+    folder = run/'model'
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
+    assert {k: about[k] for k in ('classes', 'task', 'target', 'size', 'arch', 'reader', 'fit', 'views', 'seed')} == {
+        'classes': ['no', 'referable'], 'task': 'dr', 'target': 'referable', 'size': 64, 'arch': 'test_resnet', 'reader': 'fundus', 'fit': 'pad',
+        'views': 'quarter_turns', 'seed': 3}
+    import timm
+    cfg = timm.get_pretrained_cfg('test_resnet')
+    assert about['mean'] == list(cfg.mean) and about['std'] == list(cfg.std)
+    assert about['versions'] == json.loads((run/'record.json').read_text())['versions'] and about['weights']['name'] == weights.name
+    sd, source = load_file(folder/'model.safetensors'), load_file(weights)
+    assert sum(v.numel() for v in sd.values()) > 1000 and sd['1.3.weight'].shape[0] == 2
+    stem = next(v for k, v in sd.items() if k.endswith('conv1.0.weight') or k.endswith('conv1.weight'))
+    assert any(v.shape == stem.shape and bool((v == stem).all()) for v in source.values()), 'the frozen body is that of the weights file'
+
+
+def test_no_file_of_the_run_is_a_pickle(run):
+    for name, data in content(run).items():
+        assert not data.startswith((b'\x80', b'PK')), name
+        with pytest.raises(Exception): pickle.loads(data)
+
+
+def test_the_permissions_are_those_of_any_folder(run, tmp_path):
+    "Not those of a temporary one, which only its owner may read."
+    (tmp_path/'new').mkdir()
+    for p in (run, run/'model'): assert p.stat().st_mode & 0o777 == (tmp_path/'new').stat().st_mode & 0o777
+    for p in (run/'model').iterdir(): assert p.stat().st_mode & 0o444 == (0o444 & ~0) or os.name == 'nt'
+
+
+# ---------------------------------------------------------------- there and back
+
+def test_saved_again_it_is_the_same(tmp_path, run):
+    from dr_transfer.bundle import load_model, save_model
+    a = load_model(run/'model', setting='plain')
+    assert save_model(a, tmp_path/'deep'/'again') == tmp_path/'deep'/'again'
+    assert (tmp_path/'deep'/'again'/'model.safetensors').read_bytes() == (run/'model'/'model.safetensors').read_bytes()
+    b = load_model(tmp_path/'deep'/'again', setting='plain')
+    assert {k: v for k, v in a.about.items()} == {k: v for k, v in b.about.items()} and a.classes == b.classes == ['no', 'referable']
+    for (k, x), (l, y) in zip(a.model.state_dict().items(), b.model.state_dict().items()): assert k == l and x.equal(y)
+
+
+def test_a_model_is_still_and_takes_any_image(run, eyes):
+    "Evaluation mode: the batch in which an image comes does not matter. Paths, images and arrays are one."
+    from PIL import Image
+    from dr_transfer.bundle import load_model
+    m, paths = load_model(run/'model', setting='plain'), sorted((eyes/'images').iterdir())[:5]
+    assert not m.model.training and not any(x.training for x in m.model.modules())
+    p = m.probs(paths)
+    assert p.shape == (5, 2) and p.dtype == np.float32
+    np.testing.assert_allclose(p, np.concatenate([m.probs([i]) for i in paths]), atol=1e-5)
+    np.testing.assert_allclose(m.probs([Image.open(i) for i in paths]), m.probs([np.asarray(Image.open(i)) for i in paths]), atol=1e-6)
+    turned = [Image.open(i).rotate(90) for i in paths]
+    np.testing.assert_allclose(m.probs(turned), m.probs([Image.open(i) for i in paths]), atol=1e-4)       # the four turns are averaged
+    assert abs(m.probs(turned, views='none') - m.probs([Image.open(i) for i in paths], views='none')).max() > 1e-4, 'or else this shows nothing'
+
+
+@pytest.mark.parametrize('setting', ['plain', 'channels_last', 'bf16', 'auto'])
+def test_every_setting_of_the_machine_agrees(run, setting):
+    from dr_transfer.bundle import load_model
+    t = table(run/'predictions.csv')
+    p = load_model(run/'model', setting).probs(t.image.tolist())
+    np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=0.02 if setting == 'bf16' else 1e-5 if setting == 'auto' else 0.02, rtol=0)
+
+
+# ---------------------------------------------------------------- written whole or not at all
+
+@pytest.mark.parametrize('at', ['save_file', '_digest'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('old', [False, True])
+def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
+    from dr_transfer import bundle
+    m = bundle.load_model(run/'model', setting='plain')
+    if old: shutil.copytree(run/'model', tmp_path/'m')
+    before = content(tmp_path)
+    real = getattr(bundle, at)
+    def half(*a):
+        real(*a)
+        raise error('the disk is full')
+    monkeypatch.setattr(bundle, at, half)
+    with pytest.raises(error): bundle.save_model(m, tmp_path/'m', overwrite=old)
+    assert content(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ['m'][:old]
+
+
+def test_a_folder_that_is_there_is_kept(tmp_path, run):
+    from dr_transfer.bundle import load_model, save_model
+    m = load_model(run/'model', setting='plain')
+    (tmp_path/'m').mkdir()
+    (tmp_path/'m'/'mine.txt').write_text('mine')
+    with pytest.raises(ValueError, match='exists already'): save_model(m, tmp_path/'m')
+    assert content(tmp_path) == {'m/mine.txt': b'mine'}
+    save_model(m, tmp_path/'m', overwrite=True)
+    assert sorted(content(tmp_path)) == [f'm/{f}' for f in FILES]
+
+
+# ---------------------------------------------------------------- nothing in it runs
+
+def test_loading_uses_no_pickle_and_imports_nothing_by_name(run, image, monkeypatch):
+    import torch
+    from dr_transfer import bundle
+    good('predict', run, image)                                     # whatever is imported late has been
+    def never(*a, **k): raise AssertionError('this must not be called')
+    for module, name in ((pickle, 'load'), (pickle, 'loads'), (pickle, 'Unpickler'), (torch, 'load'), (importlib, 'import_module'), (os, 'system'),
+                         (bundle.json, 'loads') if False else (pickle, '_Unpickler')): monkeypatch.setattr(module, name, never)
+    assert len(rows_of(good('predict', run, image).out)) == 1
+
+
+class Payload:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize('signed', [False, True])
+@pytest.mark.parametrize('way', ['pickle', 'torch'])
+@pytest.mark.parametrize('file', FILES)
+def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
+    import torch
+    hit = tmp_path/'hit'
+    if way == 'pickle': (model/file).write_bytes(pickle.dumps(Payload(hit)))
+    else: torch.save({'x': Payload(hit)}, model/file)
+    torch.load(model/file, weights_only=False) if way == 'torch' else pickle.loads((model/file).read_bytes())
+    hit.rmdir()                                                     # it would have run
+    if signed and file == 'model.safetensors': sign_tensors(model)
+    fails(model, image)
+    assert not hit.exists()
+
+
+@pytest.mark.parametrize('change, why', [
+    ({'arch': '../../../etc/passwd'}, 'unknown backbone'), ({'arch': '/tmp/evil.py'}, 'unknown backbone'), ({'arch': 'os.system'}, 'unknown backbone'),
+    ({'arch': 'hf-hub:evil/model'}, 'unknown backbone'), ({'arch': 'local-dir:/tmp'}, 'unknown backbone'), ({'arch': 'timm.hf-hub:evil/model'}, 'unknown backbone'),
+    ({'reader': 'os.system'}, "unknown reader 'os.system'. Known, nearest first: "), ({'reader': '../evil'}, 'unknown reader'), ({'reader': '__import__'}, 'unknown reader'),
+    ({'fit': 'eval'}, 'unknown fit'), ({'views': '__class__'}, ''), ({'format': 'dr_transfer model 99'}, 'another format'), ({'format': None}, 'another format'),
+    ({'arch': 'test_vit'}, ''), ({'classes': ['a', 'b', 'c']}, ''), ({'classes': None}, ''), ({'tap': 99}, 'tap=99'), ({'size': -1}, ''), ({'tensors_sha256': None}, '')])
+def test_a_description_that_was_changed_and_signed_anew(tmp_path, model, image, monkeypatch, change, why):
+    "No name in it is a path, a module or an address: what is not in a table of the library is an error."
+    import socket
+    def never(*a, **k): raise AssertionError('it went to the network or ran something')
+    for m, name in ((socket, 'create_connection'), (os, 'system'), (socket.socket, 'connect')): monkeypatch.setattr(m, name, never)
+    edit(model, **change)
+    line = fails(model, image)
+    assert why in line and 'AssertionError' not in line
+
+
+def test_signing_anew_is_what_lets_a_change_through(model, image):
+    "So that the refusals above are those of the field and not of the signature."
+    before = good('predict', model, image).out
+    edit(model)
+    assert good('predict', model, image).out == before
+    edit(model, classes=['well', 'ill'])
+    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_well', 'p_ill'}
+
+
+def test_an_unknown_reader_is_refused_by_the_library_too(model, image):
+    from dr_transfer.bundle import load_model
+    edit(model, reader='os.system')
+    with pytest.raises(ValueError, match='unknown reader'): load_model(model, setting='plain').probs([image])
+
+
+# ---------------------------------------------------------------- missing or altered
+
+@pytest.mark.parametrize('file', FILES)
+def test_a_missing_file(model, image, file):
+    (model/file).unlink()
+    assert file in fails(model, image) and 'missing' in fails(model, image)
+
+
+@pytest.mark.parametrize('file', FILES)
+@pytest.mark.parametrize('how', ['first byte', 'middle byte', 'last byte', 'cut', 'longer', 'empty'])
+def test_an_altered_file(model, image, file, how):
+    from dr_transfer.bundle import ModelError, load_model
+    data = bytearray((model/file).read_bytes())
+    at = {'first byte': 0, 'middle byte': len(data)//2, 'last byte': len(data) - 1}.get(how)
+    if at is not None: data[at] ^= 1
+    new = {'cut': data[:-7], 'longer': data + b' x', 'empty': b''}.get(how, data)
+    (model/file).write_bytes(new)
+    assert str(model/file) in fails(model, image) or str(model) in fails(model, image)
+    with pytest.raises(ModelError): load_model(model)
+
+
+@pytest.mark.parametrize('field, value', [('classes', ['referable', 'no']), ('size', 96), ('mean', [0., 0., 0.]), ('reader', 'photo'), ('views', 'none')])
+def test_one_field_that_was_changed_by_hand(model, image, field, value):
+    about = json.loads((model/'model.json').read_text())
+    assert about[field] != value
+    (model/'model.json').write_text(json.dumps({**about, field: value}))
+    assert 'changed after it was saved' in fails(model, image)
+
+
+@pytest.mark.parametrize('text', ['[]', '"x"', 'null', '{}', '{"format": "dr_transfer model 1"}', '['*100000])
+def test_another_json(model, image, text):
+    (model/'model.json').write_text(text)
+    assert str(model) in fails(model, image)
+
+
+def test_tensors_of_another_model(model, image, weights):
+    shutil.copy(weights, model/'model.safetensors')
+    assert 'was changed' in fails(model, image)
+    sign_tensors(model)
+    fails(model, image)
+
+
+def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
+    "A description cannot rebuild it, and a pickle is not an answer."
+    from torch import nn
+    from dr_transfer.bundle import ModelError, image_model, save_model
+    from dr_transfer.core import build_learner
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(2))
+    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain', head=head)
+    with pytest.raises(ModelError, match='linear head'): save_model(learn, tmp_path/'m')
+    with pytest.raises(ModelError): image_model(learn)
+    assert list(tmp_path.iterdir()) == []
