@@ -6,8 +6,8 @@
 __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model',
            'load_model', 'gather_images', 'predict_table']
 
-# %% ../nbs/13_bundle.ipynb #036058bc
-import hashlib, json
+# %% ../nbs/13_bundle.ipynb #0264904a
+import hashlib, json, os
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd, torch
@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
 from .features import Body, linear_head, view_probs
-from .files import atomic_folder
+from .files import atomic_folder, unknown, usual_mode
+from .images import FITS
 from .speed import get_setting
 from .table import find_images, image_errors
-from .views import VIEWS, read_image
+from .views import READERS, VIEWS, read_image
 
-# %% ../nbs/13_bundle.ipynb #b01c08cb
+# %% ../nbs/13_bundle.ipynb #c897409e
 FIELDS = ('arch', 'tap', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std', 'dropout')
 
 class ModelError(ValueError):
@@ -42,7 +43,7 @@ class ImageModel:
         views = views or self.about['views']
         return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
 
-# %% ../nbs/13_bundle.ipynb #ca01a07c
+# %% ../nbs/13_bundle.ipynb #d72080d5
 def image_model(
     learn:Any # A learner from `build_learner`
 ) -> ImageModel:
@@ -56,7 +57,7 @@ def image_model(
              'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
-# %% ../nbs/13_bundle.ipynb #5ddcba82
+# %% ../nbs/13_bundle.ipynb #40814366
 FORMAT = 'dr_transfer model 1'
 MODEL_FILES = ('model.json', 'model.safetensors')
 
@@ -70,6 +71,7 @@ def write_model(
     folder = Path(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.model.state_dict().items()}
     save_file(tensors, folder/'model.safetensors')
+    usual_mode(folder/'model.safetensors')
     about = {**model.about, 'format': FORMAT, 'tensors_sha256': hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest()}
     about = json.loads(json.dumps(about))
     (folder/'model.json').write_text(json.dumps({**about, 'sha256': _digest(about)}, indent=1, ensure_ascii=False), encoding='utf-8')
@@ -84,20 +86,23 @@ def save_model(
     with atomic_folder(folder, overwrite, MODEL_FILES) as tmp: write_model(model, tmp)
     return Path(folder)
 
-# %% ../nbs/13_bundle.ipynb #8eaac8c1
+# %% ../nbs/13_bundle.ipynb #cccc5b6f
 def _read_about(folder) -> dict:
     folder = Path(folder)
     for name in MODEL_FILES:
         if not (folder/name).is_file(): raise ModelError(f"{folder} is no model folder: {name} is missing. Give a folder made by save_model or dr_transfer train")
     try: about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise ModelError(f"{folder/'model.json'} cannot be read: {e}. Copy the folder again from where it was made") from None
+    except (ValueError, RecursionError) as e: raise ModelError(f"{folder/'model.json'} cannot be read: {e}. Copy the folder again from where it was made") from None
     if not isinstance(about, dict) or about.get('format') != FORMAT:
         raise ModelError(f"{folder} has another format than '{FORMAT}': use the version of dr_transfer that made it")
     if about.pop('sha256', None) != _digest(about): raise ModelError(f"{folder/'model.json'} was changed after it was saved. Copy the folder again")
     if hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest() != about['tensors_sha256']:
         raise ModelError(f"{folder/'model.safetensors'} was changed after it was saved. Copy the folder again from where it was made")
+    for field, known in (('reader', READERS), ('fit', FITS), ('views', VIEWS)):
+        if about.get(field) not in known: raise ModelError(f'{folder}: {unknown(field, about.get(field), known)}. Use the version of dr_transfer that made it')
     return about
 
+# %% ../nbs/13_bundle.ipynb #40100b7c
 def load_model(
     folder:str|Path, # Made by `save_model` or `dr_transfer train`
     setting:str='auto' # Format and precision on the CPU; 'plain': fp32
@@ -110,22 +115,22 @@ def load_model(
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 
-# %% ../nbs/13_bundle.ipynb #880d646f
+# %% ../nbs/13_bundle.ipynb #8e36c2f2
 def gather_images(
     sources:list # Files and folders
 ) -> list[str]: # Paths as given, or as found below the folders
     "The image files that are meant; ValueError if a path does not exist or a folder has none"
     out = []
-    for s in map(Path, sources):
-        if s.is_dir():
+    for s in map(str, sources):
+        if os.path.isdir(s):
             found = find_images(s)
             if not found: raise ValueError(f"no images in {s}: give image files or folders that hold some")
-            out += map(str, found)
-        elif s.exists(): out.append(str(s))
+            out += [os.path.join(s, os.path.relpath(f, s)) for f in found]
+        elif os.path.exists(s): out.append(s)
         else: raise ValueError(f"there is no {s}: give image files or folders")
     return list(dict.fromkeys(out))
 
-# %% ../nbs/13_bundle.ipynb #07901b89
+# %% ../nbs/13_bundle.ipynb #73f198e1
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths

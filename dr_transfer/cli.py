@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'STARTS', 'train', 'write_run', 'predict', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #4285da46
+# %% ../nbs/14_cli.ipynb #4d6faea0
 import argparse, json, os, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #5dac123a
+# %% ../nbs/14_cli.ipynb #a0f2176d
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
 def _default_out(data) -> str: return f'{Path(data).resolve().stem}_run'
@@ -26,7 +26,7 @@ def train(
     get_task(a.task, a.size).target(a.target), find_backbone(a.arch), get_plan(a.plan or 'head', a.epochs)
     from dr_transfer.core import build_learner, fit
     learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
-                          bs=a.bs, valid=a.valid, seed=a.seed)
+                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting)
     _describe(learn)
     fit(learn, a.plan, a.epochs)
     with atomic_folder(out, a.overwrite, RUN_FILES) as tmp: measures = write_run(learn, tmp)
@@ -34,7 +34,7 @@ def train(
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #27ab5892
+# %% ../nbs/14_cli.ipynb #9ff90501
 def _describe(learn):
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
@@ -42,7 +42,15 @@ def _describe(learn):
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
     if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
 
-# %% ../nbs/14_cli.ipynb #c9d54d01
+# %% ../nbs/14_cli.ipynb #29b472fd
+def _json(o) -> str:
+    "JSON with null for a measure that is not defined"
+    def clean(o):
+        if isinstance(o, dict): return {k: clean(v) for k, v in o.items()}
+        if isinstance(o, (list, tuple)): return [clean(v) for v in o]
+        return None if isinstance(o, float) and o != o else o
+    return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
+
 def write_run(
     learn, # A trained learner
     folder:Path # A folder that exists
@@ -59,13 +67,13 @@ def write_run(
     (folder/'model').mkdir()
     write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
-    (folder/'record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding='utf-8')
-    t.to_csv(folder/'predictions.csv', index=False)
+    (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
+    t.to_csv(folder/'predictions.csv', index=False, errors='surrogateescape')
     plot_history(learn.record['history']).savefig(folder/'history.png', dpi=120)
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures
 
-# %% ../nbs/14_cli.ipynb #4b9896de
+# %% ../nbs/14_cli.ipynb #8b213ed2
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
@@ -74,16 +82,16 @@ def predict(
     from dr_transfer.bundle import gather_images, load_model, predict_table
     if a.out: check_new(a.out, a.overwrite)
     folder = Path(a.model)
-    model = load_model(folder/'model' if (folder/'model').is_dir() else folder)
+    model = load_model(folder/'model' if (folder/'model').is_dir() else folder, a.setting)
     t = predict_table(model, gather_images(a.images))
     if a.out:
-        with atomic_file(a.out) as f: t.to_csv(f, index=False)
+        with atomic_file(a.out) as f: t.to_csv(f, index=False, errors='surrogateescape')
     else: t.to_csv(sys.stdout, index=False)
     bad = int((t.error != '').sum())
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #27da9ce2
+# %% ../nbs/14_cli.ipynb #997d8bc8
 STARTS = {'random_start': 'random', 'run': None} # folder -> weights
 
 def _demo_run(a, out, name):
@@ -92,7 +100,7 @@ def _demo_run(a, out, name):
     from dr_transfer.files import atomic_folder
     if (out/name).is_dir(): return
     print(f"training a head on {'random' if STARTS[name] else 'ImageNet'} weights", flush=True)
-    learn = fit(build_learner(out/'data', task='dr', size=a.size, seed=a.seed, weights=STARTS[name]), 'head')
+    learn = fit(build_learner(out/'data', task='dr', size=a.size, seed=a.seed, weights=STARTS[name], setting=a.setting), 'head')
     with atomic_folder(out/name) as tmp: write_run(learn, tmp)
 
 def demo(
@@ -100,18 +108,22 @@ def demo(
 ) -> int: # Exit code
     "Draw a set, learn from it, show the result"
     import shutil
-    from dr_transfer.files import check_new
+    from dr_transfer.files import atomic_folder, check_new
     from dr_transfer.phantom import make_dr
     out = Path(a.out)
-    if a.overwrite and check_new(out, True, ('data', 'demo.png', *STARTS)).exists(): shutil.rmtree(out)
-    if not (out/'data').is_dir(): check_new(out), print(f'drawing {a.images} fundus photographs', flush=True)
-    make_dr(out/'data', n=a.images, size=a.size, seed=a.seed)
+    if a.overwrite and check_new(out, True, ('data', 'demo.png', *STARTS)).exists() and (out/'data'/'drawn.json').exists(): shutil.rmtree(out)
+    what = dict(n=a.images, size=a.size, seed=a.seed)
+    if (out/'data').is_dir(): make_dr(out/'data', **what) # it is there; an error if it is another one
+    else:
+        check_new(out)
+        print(f'drawing {a.images} fundus photographs', flush=True)
+        with atomic_folder(out/'data') as tmp: make_dr(tmp, **what)
     for name in STARTS: _demo_run(a, out, name)
     print(f"\nDrawn eyes of patients not seen in training, grade 2 or more:\n\n{_demo_table(out).round(3).to_string()}\n")
     print(f"picture: {_demo_picture(out)}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #2edde7e5
+# %% ../nbs/14_cli.ipynb #90ecea9e
 def _demo_table(out):
     "Measures on the validation side, a row a start"
     import pandas as pd
@@ -132,12 +144,13 @@ def _demo_picture(out) -> Path:
     with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
     return out/'demo.png'
 
-# %% ../nbs/14_cli.ipynb #04a9d45b
+# %% ../nbs/14_cli.ipynb #5e3dd249
 def _add(sub, name, f, about, example):
     p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(run=f)
+    p.set_defaults(run=f, interrupted='what is finished is kept' if f is demo else 'nothing was written')
     p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    p.add_argument('--setting', default='auto', help='how the CPU computes: auto (fastest, measured once), plain, channels_last or bf16')
     p.add_argument('--overwrite', action='store_true', help='replace what is at --out')
     return p.add_argument
 
@@ -159,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='CSV', help='file to write (default: print)')
     return p
 
-# %% ../nbs/14_cli.ipynb #f45815eb
+# %% ../nbs/14_cli.ipynb #7157f5c5
 def _train_arguments(add):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
@@ -175,7 +188,7 @@ def _train_arguments(add):
     add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
     add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
 
-# %% ../nbs/14_cli.ipynb #d22e6fb6
+# %% ../nbs/14_cli.ipynb #b006c379
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success
@@ -184,7 +197,7 @@ def main(
     if not a.debug: warnings.filterwarnings('ignore')
     try: return a.run(a)
     except KeyboardInterrupt:
-        print('dr_transfer: interrupted; nothing was written', file=sys.stderr)
+        print(f'dr_transfer: interrupted; {a.interrupted}', file=sys.stderr)
         return 130
     except BrokenPipeError: return 1
     except Exception as e:

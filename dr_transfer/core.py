@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #717738ad
+# %% ../nbs/08_core.ipynb #3a490831
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +33,7 @@ from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #9072e6b2
+# %% ../nbs/08_core.ipynb #9382365e
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
@@ -49,7 +49,7 @@ class FrozenMode(Callback):
             for m in self.model[0].modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/08_core.ipynb #3c2f5aae
+# %% ../nbs/08_core.ipynb #b1931a52
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -74,7 +74,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #919de3e7
+# %% ../nbs/08_core.ipynb #28628ca1
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -82,7 +82,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #375c7d81
+# %% ../nbs/08_core.ipynb #6222be6c
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -102,7 +102,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #7b4e31f9
+# %% ../nbs/08_core.ipynb #ee2f8d2f
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task = learn.model[0][0], learn.task
@@ -115,7 +115,7 @@ def _split(table, valid, seed) -> pd.DataFrame:
     "Split with the classes of the target, not the labels, in proportion"
     return split_table(table.assign(label=table.target), valid=valid, seed=seed).assign(label=table.label)
 
-# %% ../nbs/08_core.ipynb #9a9ab083
+# %% ../nbs/08_core.ipynb #052b8d93
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -143,6 +143,7 @@ def build_learner(
     table = _split(encode_target(label_table(data, labels, **(table_args or {})), goal), valid, seed)
     body = create_body(arch, weights, tap)
     how, device = get_setting(setting, body, arch, task.size), kwargs.pop('device', None)
+    if isinstance(device, (str, int)): device = torch.device(device)
     if num_workers is None: num_workers = min(4, os.cpu_count() or 1) if len(table) > 500 else 0
     dls = task_dataloaders(table, task, goal, bs, body.spec.mean, body.spec.std, num_workers, device)
     cbs = [FrozenMode(body.spec.fixed_bn if fixed_bn is None else fixed_bn), TrainSetting(setting, arch, task.size)]
@@ -151,7 +152,7 @@ def build_learner(
     learn.record = _record(learn, arch=arch, valid=valid, seed=seed, head='own' if head else 'linear')
     return learn
 
-# %% ../nbs/08_core.ipynb #774c740c
+# %% ../nbs/08_core.ipynb #6bc01240
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -177,13 +178,14 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #abea2976
+# %% ../nbs/08_core.ipynb #8c992c05
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
     "Can the head be trained on stored features?"
     if views_of(learn.task.augment) is None: return f"the augmentation '{learn.task.augment}' has endlessly many results"
-    if not isinstance(learn.model[1][0], AveragePool): return 'the head does not begin with an average over the image'
+    head = learn.model[1]
+    if not isinstance(head, nn.Sequential) or len(head) < 2 or not isinstance(head[0], AveragePool): return 'the head does not begin with an average over the image'
     return ''
 
 def _reader(learn): return ReadImage(learn.task.size, learn.task.reader, learn.task.fit)
@@ -202,7 +204,7 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #cfdbc184
+# %% ../nbs/08_core.ipynb #c704e240
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
     learn.freeze()
@@ -215,12 +217,12 @@ def _fit_head(learn, phase) -> list:
     try:
         with sub.no_bar(), sub.no_logging(): sub.fit_one_cycle(cached_epochs(phase.epochs, len(y), bs), phase.rates(), wd=phase.wd)
     finally: head.to(device)
-    bn = next((m for m in head if isinstance(m, nn.BatchNorm1d)), None)
-    if bn is not None:
+    bn = head[1] # if the features go straight into it
+    if isinstance(bn, nn.BatchNorm1d):
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #cd63bd49
+# %% ../nbs/08_core.ipynb #69963fd9
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -233,7 +235,7 @@ def _fit_phase(learn, phase, say) -> list:
         learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/08_core.ipynb #2f5fd5c4
+# %% ../nbs/08_core.ipynb #c18e5ff0
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -258,7 +260,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #f69bd023
+# %% ../nbs/08_core.ipynb #8e2d78ff
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Body', 'AveragePool', 'linear_head', 'view_features', 'view_probs']
 
-# %% ../nbs/06_features.ipynb #4844aa92
+# %% ../nbs/06_features.ipynb #28197237
 from typing import Callable
 import numpy as np, torch
 from torch import nn
@@ -13,7 +13,7 @@ from .files import progress
 from .speed import Setting
 from .views import VIEWS, image_batches, normalise
 
-# %% ../nbs/06_features.ipynb #57617150
+# %% ../nbs/06_features.ipynb #1ef7b0ee
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -29,7 +29,7 @@ class Body(nn.Module):
         s = self.setting(x)
         with s.cast(x.device.type): return self.stages(s.place(x)).float()
 
-# %% ../nbs/06_features.ipynb #a4b0c7f6
+# %% ../nbs/06_features.ipynb #ba210070
 class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
@@ -42,10 +42,9 @@ def linear_head(
     "Average, scale, weigh: a linear classifier on a body"
     return nn.Sequential(AveragePool(), nn.BatchNorm1d(n_in), nn.Dropout(dropout), nn.Linear(n_in, n_out))
 
-# %% ../nbs/06_features.ipynb #77018648
+# %% ../nbs/06_features.ipynb #fbb2fc2e
 def _good_bs(device) -> int: return 8 if device.type == 'cpu' else 64
 
-@torch.inference_mode()
 def view_features(
     body:nn.Module, # Body; it is put into evaluation mode
     sources:list, # Paths or images
@@ -57,16 +56,18 @@ def view_features(
     label:str='features' # What the progress bar says
 ) -> torch.Tensor: # float32 (images, views, channels)
     "Average-pooled features of every view of every image"
+    if not len(sources): raise ValueError("no images: give a list with some")
     body.eval()
     device, pool, out = next(body.parameters()).device, AveragePool(), []
     bs = bs or _good_bs(device)
     batches = image_batches(sources, read, bs)
     for x in progress(batches, total=-(-len(sources)//bs), label=f'{label}, batches of {bs}'):
-        x = normalise(x.to(device), mean, std)
-        out.append(torch.stack([pool(body(v(x))).cpu() for v in VIEWS[views]], 1))
-    return torch.cat(out).clone()
+        with torch.inference_mode():
+            x = normalise(x.to(device), mean, std)
+            out.append(torch.stack([pool(body(v(x))).cpu() for v in VIEWS[views]], 1))
+    return torch.cat(out)
 
-# %% ../nbs/06_features.ipynb #6aeffeb4
+# %% ../nbs/06_features.ipynb #deb13852
 @torch.inference_mode()
 def view_probs(
     model:nn.Module, # Body and head; it is put into evaluation mode

@@ -331,7 +331,6 @@ def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     assert content(tmp_path/'eyes') == before
 
 
-@pytest.mark.xfail(strict=True, reason='record.json has NaN, which is no JSON, where a measure is not defined')
 def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded):
     "A validation side without the disease has no sensitivity and no AUC."
     ill = graded.groupby('patient').grade.transform('max') >= 2
@@ -366,8 +365,7 @@ def test_names_and_numbers(tmp_path, flowers, words, why):
 def test_a_demo_of_nothing(tmp_path, words): refused('demo', '--out', tmp_path/'demo', *words)
 
 
-blocked = pytest.mark.xfail(strict=True, reason='a demo that fails leaves its data folder, and the corrected demo is then refused because of it')
-@pytest.mark.parametrize('words', [('--images', '0'), pytest.param(('--size', '8'), marks=blocked)])
+@pytest.mark.parametrize('words', [('--images', '0'), ('--size', '8')])
 def test_a_demo_that_was_refused_is_not_in_the_way(tmp_path, words, monkeypatch):
     import dr_transfer.core
     refused('demo', '--out', tmp_path/'demo', *words)
@@ -414,7 +412,6 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
         assert name in line and why in line, line
 
 
-@pytest.mark.xfail(strict=True, reason="read_weights asks a list for .get: AttributeError instead of a WeightsError that names the file")
 def test_weights_in_a_list(tmp_path, flowers):
     import torch
     torch.save([torch.zeros(3)], tmp_path/'list.pth')

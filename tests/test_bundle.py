@@ -74,8 +74,7 @@ def test_no_file_of_the_run_is_a_pickle(run):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='permissions')
-@pytest.mark.parametrize('name', ['.', 'record.json', 'predictions.csv', 'history.png', 'model', 'model/model.json', pytest.param(
-    'model/model.safetensors', marks=pytest.mark.xfail(strict=True, reason='safetensors 0.8 writes with mode 600: a colleague cannot read the model'))])
+@pytest.mark.parametrize('name', ['.', 'record.json', 'predictions.csv', 'history.png', 'model', 'model/model.json', 'model/model.safetensors'])
 def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
     "Not those of a temporary one, which only its owner may read."
     (tmp_path/'folder').mkdir()

