@@ -17,7 +17,7 @@ WORKERS ?= 2
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 THREADS := $(shell n=$$(( $(CORES) / $(WORKERS) )); echo $$(( n > 0 ? n : 1 )))
 # The tests need no model hub, and must not wait for one.
-QUIET   := OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1
+QUIET   := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1
 
 BIN := .venv/bin
 
