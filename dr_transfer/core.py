@@ -6,16 +6,16 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #3a490831
+# %% ../nbs/08_core.ipynb #22024871
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable
+import fastai.callback.schedule # gives a Learner fit_one_cycle, fine_tune and lr_find
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -33,11 +33,11 @@ from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #9382365e
+# %% ../nbs/08_core.ipynb #6825db2a
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
-    def __init__(self, fixed_bn:bool=False): self.fixed_bn = fixed_bn
+    def __init__(self, fixed_bn:bool|None=None): self.fixed_bn = fixed_bn # None: as the backbone has it
     def before_fit(self):
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
@@ -45,11 +45,12 @@ class FrozenMode(Callback):
         for m in self.model.modules():
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
-        if self.fixed_bn:
+        if self._fixed():
             for m in self.model[0].modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+    def _fixed(self): return self.model[0][0].stages.spec.fixed_bn if self.fixed_bn is None else self.fixed_bn
 
-# %% ../nbs/08_core.ipynb #b1931a52
+# %% ../nbs/08_core.ipynb #240b3eb5
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -74,7 +75,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #28628ca1
+# %% ../nbs/08_core.ipynb #c9953447
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -82,7 +83,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #6222be6c
+# %% ../nbs/08_core.ipynb #d4303b14
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -102,7 +103,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #ee2f8d2f
+# %% ../nbs/08_core.ipynb #3a04c265
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task = learn.model[0][0], learn.task
@@ -111,11 +112,16 @@ def _record(learn, **settings) -> dict:
             'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
             'versions': versions(), 'history': []}
 
-def _split(table, valid, seed) -> pd.DataFrame:
-    "Split with the classes of the target, not the labels, in proportion"
-    return split_table(table.assign(label=table.target), valid=valid, seed=seed).assign(label=table.label)
+def _table(data, labels, goal, valid, seed) -> pd.DataFrame:
+    "Label, encode, and split with the classes of the target, not the labels, in proportion"
+    t = encode_target(label_table(data, labels), goal)
+    return split_table(t.assign(label=t.target), valid=valid, seed=seed).assign(label=t.label)
 
-# %% ../nbs/08_core.ipynb #052b8d93
+def _body(arch, weights, tap, setting, size) -> Body:
+    stages = create_body(arch, weights, tap)
+    return Body(stages, get_setting(setting, stages, arch, size))
+
+# %% ../nbs/08_core.ipynb #14a37124
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -133,26 +139,16 @@ def build_learner(
     setting:str='auto', # Format and precision on the CPU; 'plain': leave them
     num_workers:int|None=None, # Processes that read images; chosen if None
     fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
-    table_args:dict|None=None, # More arguments of `label_table`
     **kwargs # More arguments of `vision_learner`
 ) -> Learner: # With `task`, `table`, `record`
     "A Learner for a folder of pictures: pretrained, body frozen, ready to `fit`"
-    task = get_task(task, size, augment)
     set_seed(seed, reproducible=True)
-    goal = task.target(target)
-    table = _split(encode_target(label_table(data, labels, **(table_args or {})), goal), valid, seed)
-    body = create_body(arch, weights, tap)
-    how, device = get_setting(setting, body, arch, task.size), kwargs.pop('device', None)
-    if isinstance(device, (str, int)): device = torch.device(device)
-    if num_workers is None: num_workers = min(4, os.cpu_count() or 1) if len(table) > 500 else 0
-    dls = task_dataloaders(table, task, goal, bs, body.spec.mean, body.spec.std, num_workers, device)
-    cbs = [FrozenMode(body.spec.fixed_bn if fixed_bn is None else fixed_bn), TrainSetting(setting, arch, task.size)]
-    learn = _learner(dls, Body(body, how), head, task.metrics.get(goal.name, ('accuracy',)), weights != 'random', cbs, kwargs)
-    learn.task, learn.goal, learn.table = task, goal, table
-    learn.record = _record(learn, arch=arch, valid=valid, seed=seed, head='own' if head else 'linear')
-    return learn
+    task, what = get_task(task, size, augment), dict(arch=arch, valid=valid, seed=seed)
+    table = _table(data, labels, task.target(target), valid, seed)
+    body, cbs = _body(arch, weights, tap, setting, task.size), [FrozenMode(fixed_bn), TrainSetting(setting, arch, task.size)]
+    return _learner(task, task.target(target), table, body, head, bs, num_workers, cbs, what, kwargs)
 
-# %% ../nbs/08_core.ipynb #6bc01240
+# %% ../nbs/08_core.ipynb #ebf8abd7
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -162,14 +158,24 @@ class _Groups:
     "A body's layer groups and the head, as fastai's splitter"
     def __call__(self, model): return [*layer_groups(model[0][0].stages).values(), list(model[1].parameters())]
 
-def _learner(dls, body, head, metrics, pretrained, cbs, kwargs) -> Learner:
-    own = head if head is not None else linear_head(body.stages.n_out, dls.c)
-    kwargs = {'metrics': [METRICS[m]() for m in metrics], **kwargs}
-    cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]
-    init = kwargs.pop('init', None) # the head has its own
-    return vision_learner(dls, _Arch(body), normalize=False, pretrained=pretrained, custom_head=own, splitter=_Groups(),
-                          train_bn=False, cbs=cbs, init=init, **kwargs)
+def _loaders(task, goal, table, body, bs, num_workers, kwargs) -> DataLoaders:
+    device, spec = kwargs.pop('device', None), body.stages.spec
+    if isinstance(device, (str, int)): device = torch.device(device)
+    if num_workers is None: num_workers = min(4, os.cpu_count() or 1) if len(table) > 500 else 0
+    return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device)
 
+def _learner(task, goal, table, body, head, bs, num_workers, cbs, what, kwargs) -> Learner:
+    dls = _loaders(task, goal, table, body, bs, num_workers, kwargs)
+    own = head if head is not None else linear_head(body.stages.n_out, dls.c)
+    kwargs = {'metrics': [METRICS[m]() for m in task.metrics.get(goal.name, ('accuracy',))], 'init': None, **kwargs}
+    cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]
+    learn = vision_learner(dls, _Arch(body), normalize=False, pretrained=body.stages.weights.kind != 'random', custom_head=own,
+                           splitter=_Groups(), train_bn=False, cbs=cbs, **kwargs)
+    learn.task, learn.goal, learn.table = task, goal, table
+    learn.record = _record(learn, head='own' if head else 'linear', **what)
+    return learn
+
+# %% ../nbs/08_core.ipynb #0e43d815
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
@@ -178,7 +184,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #8c992c05
+# %% ../nbs/08_core.ipynb #4f1a1ed4
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
@@ -204,7 +210,7 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #c704e240
+# %% ../nbs/08_core.ipynb #6602b746
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
     learn.freeze()
@@ -222,7 +228,7 @@ def _fit_head(learn, phase) -> list:
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #69963fd9
+# %% ../nbs/08_core.ipynb #7d764dc4
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -235,7 +241,7 @@ def _fit_phase(learn, phase, say) -> list:
         learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/08_core.ipynb #c18e5ff0
+# %% ../nbs/08_core.ipynb #cde94b28
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -260,7 +266,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #8e2d78ff
+# %% ../nbs/08_core.ipynb #bcdda97b
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

@@ -187,7 +187,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
 
 
 @pytest.mark.parametrize('change, why', [
-    ({'arch': '../../../etc/passwd'}, 'unknown backbone'), ({'arch': '/tmp/evil.py'}, 'unknown backbone'), ({'arch': 'os.system'}, 'unknown backbone'),
+    ({'arch': '../../../etc/passwd'}, 'unknown backbone'), ({'arch': '/opt/evil.py'}, 'unknown backbone'), ({'arch': 'os.system'}, 'unknown backbone'),
     ({'arch': 'hf-hub:evil/model'}, 'unknown backbone'), ({'arch': 'local-dir:/tmp'}, 'unknown backbone'), ({'arch': 'timm.hf-hub:evil/model'}, 'unknown backbone'),
     ({'reader': 'os.system'}, "unknown reader 'os.system'. Known, nearest first: "), ({'reader': '../evil'}, 'unknown reader'), ({'reader': '__import__'}, 'unknown reader'),
     ({'fit': 'eval'}, 'unknown fit'), ({'views': '__class__'}, ''), ({'format': 'dr_transfer model 99'}, 'another format'), ({'format': None}, 'another format'),
