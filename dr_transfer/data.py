@@ -6,7 +6,7 @@
 __all__ = ['GRADES', 'GRADE', 'REFERABLE', 'TASKS', 'ReadImage', 'Target', 'encode_target', 'Task', 'get_task', 'ImageOf',
            'task_datablock', 'class_names', 'task_dataloaders']
 
-# %% ../nbs/04_data.ipynb #d7db3381
+# %% ../nbs/04_data.ipynb #74f57359
 from dataclasses import dataclass, field, replace
 from typing import Callable
 import numpy as np, pandas as pd
@@ -20,14 +20,14 @@ from .files import unknown
 from .images import FITS
 from .views import READERS, read_image
 
-# %% ../nbs/04_data.ipynb #395ba442
+# %% ../nbs/04_data.ipynb #1df36d51
 class ReadImage(Transform):
     "`read_image` as a fastai transform: from a path, an image or an array to a `PILImage`"
     def __init__(self, size:int, reader:str='photo', fit:str='crop'): self.size, self.reader, self.fit = size, reader, fit
     def image(self, o): return read_image(o, self.size, self.reader, self.fit)
     def encodes(self, o): return PILImage(self.image(o))
 
-# %% ../nbs/04_data.ipynb #726088df
+# %% ../nbs/04_data.ipynb #1795e9b0
 @dataclass(frozen=True)
 class Target:
     "What is learnt: classes, and how a label becomes one of them"
@@ -53,7 +53,7 @@ def encode_target(
                          f"Known: {target.labels or ', '.join(target.classes)}. Correct the labels, or leave these rows out")
     return t
 
-# %% ../nbs/04_data.ipynb #f2f7807c
+# %% ../nbs/04_data.ipynb #4983d4a8
 def _grade(label:str) -> str:
     g = float(label)
     if g not in (0, 1, 2, 3, 4): raise ValueError(label)
@@ -65,7 +65,7 @@ GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative
 GRADE = Target('grade', ('0', '1', '2', '3', '4'), _grade, GRADES)
 REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 
-# %% ../nbs/04_data.ipynb #acddce25
+# %% ../nbs/04_data.ipynb #1159413e
 @dataclass(frozen=True)
 class Task:
     "What is to be learnt from a table of images, and how the images are read and augmented"
@@ -88,7 +88,7 @@ class Task:
             if t.name == name: return t
         raise unknown(f"target of task '{self.name}'", name, [t.name for t in self.targets])
 
-# %% ../nbs/04_data.ipynb #335d599e
+# %% ../nbs/04_data.ipynb #b1568c61
 TASKS = {t.name: t for t in (
     Task('flowers', size=256, augment='mirror', metrics={'class': ('accuracy',)}),
     Task('dr', (REFERABLE, GRADE), size=384, reader='fundus', fit='pad', augment='quarter_turns',
@@ -106,7 +106,7 @@ def get_task(
     change = {k: v for k, v in (('size', size), ('augment', augment)) if v is not None}
     return replace(task, **change) if change else task
 
-# %% ../nbs/04_data.ipynb #fca47130
+# %% ../nbs/04_data.ipynb #f6e14dc6
 def _sides(table) -> tuple[list, list]:
     "Row numbers of the training and the validation side"
     split = table['split'].to_numpy()
@@ -136,7 +136,7 @@ def class_names(
     "The classes of a target: its own, or those that occur, sorted"
     return list(target.classes) if target.classes else sorted(table.target.unique())
 
-# %% ../nbs/04_data.ipynb #9a5ff708
+# %% ../nbs/04_data.ipynb #c5af4d3a
 def task_dataloaders(
     table:pd.DataFrame, # A table with columns `image, target, split`
     task:Task, # A task

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic_file', 'check_new', 'usual_mode', 'atomic_folder', 'progress', 'unknown']
 
-# %% ../nbs/00a_files.ipynb #c33a2ae1
+# %% ../nbs/00a_files.ipynb #af19a68f
 import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
 
-# %% ../nbs/00a_files.ipynb #f3bf76dd
+# %% ../nbs/00a_files.ipynb #995714b3
 @contextmanager
 def atomic_file(
     path:str|Path # Where the file will be
@@ -25,7 +25,7 @@ def atomic_file(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #66264a0b
+# %% ../nbs/00a_files.ipynb #46c8eabe
 def check_new(
     path:str|Path, # A file or folder that is to be made
     overwrite:bool=False, # May it replace one that is there?
@@ -43,7 +43,7 @@ def check_new(
     if strange: raise ValueError(f"{path} holds '{strange[0]}', which dr_transfer did not put there, and is not replaced: choose another name")
     return path
 
-# %% ../nbs/00a_files.ipynb #ec8ef17d
+# %% ../nbs/00a_files.ipynb #4f9d1968
 def usual_mode(
     path:str|Path # A file or folder
 ):
@@ -71,7 +71,7 @@ def atomic_folder(
         shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00a_files.ipynb #f0936974
+# %% ../nbs/00a_files.ipynb #6c77ef81
 def progress(
     items:Iterable, # What to go through
     total:int|None=None, # How many they are, if `len` does not tell
@@ -94,7 +94,7 @@ def progress(
             last, said = time.monotonic(), True
     if said: print(f'{label}: {n}, done', file=file, flush=True)
 
-# %% ../nbs/00a_files.ipynb #400ecb40
+# %% ../nbs/00a_files.ipynb #2d979de0
 def unknown(
     what:str, # The kind of thing: 'task', 'backbone'
     name, # What was given
