@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 
            'image_errors', 'read_labels', 'label_table', 'set_aside', 'class_counts', 'SplitError', 'split_table',
            'check_split', 'split_summary']
 
-# %% ../nbs/01_table.ipynb #dc94199c
+# %% ../nbs/01_table.ipynb #d93bb901
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from .files import progress
 
-# %% ../nbs/01_table.ipynb #333babbd
+# %% ../nbs/01_table.ipynb #08a82432
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm')
 
 def find_images(
@@ -31,7 +31,7 @@ def find_images(
         found += [Path(root)/f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
     return sorted(found)
 
-# %% ../nbs/01_table.ipynb #33d0160b
+# %% ../nbs/01_table.ipynb #61882e50
 def image_error(
     path:str|Path # An image file
 ) -> str: # The reason in words, or '' if the file is good
@@ -54,7 +54,7 @@ def image_errors(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(image_error, paths), total=len(paths), label='images checked'))
 
-# %% ../nbs/01_table.ipynb #1f499dfa
+# %% ../nbs/01_table.ipynb #e30c165b
 def _locate(names, folder, files) -> list:
     "The file for each name in a CSV, or None"
     rel = {f.relative_to(folder).as_posix(): f for f in files}
@@ -70,7 +70,7 @@ def _locate(names, folder, files) -> list:
         return c[0] if c else None
     return [one(n) for n in names]
 
-# %% ../nbs/01_table.ipynb #dbc76f4a
+# %% ../nbs/01_table.ipynb #26190355
 IMAGE_COLUMNS = ('image', 'id_code', 'image_id', 'image name', 'filename', 'file', 'path', 'img')
 LABEL_COLUMNS = ('label', 'grade', 'level', 'diagnosis', 'class', 'retinopathy grade', 'adjudicated_dr_grade', 'target')
 GROUP_COLUMNS = ('group', 'patient', 'patient_id', 'photographer', 'subject', 'subject_id')
@@ -96,7 +96,7 @@ def _column(df, wanted, usual, what, arg, needed=True):
     if found or not needed: return found[0] if found else None
     raise ValueError(f"no column for the {what}: columns are {', '.join(map(str, df.columns))}. Say which with {arg}='...'")
 
-# %% ../nbs/01_table.ipynb #5e6eee91
+# %% ../nbs/01_table.ipynb #8a6d6ac0
 def _some(names, n=3) -> str:
     names = list(map(str, names))
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
@@ -117,7 +117,7 @@ def _from_csv(folder, labels, image_col, label_col, group_col, missing) -> pd.Da
                          "Correct the folder or the CSV, or say missing='skip'")
     return t[~lost].drop(columns='name')
 
-# %% ../nbs/01_table.ipynb #8c87b406
+# %% ../nbs/01_table.ipynb #d0464b02
 SPLITS = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test'}
 
 def _from_folders(folder, image_col, group_col) -> pd.DataFrame:
@@ -138,7 +138,7 @@ def _from_folders(folder, image_col, group_col) -> pd.DataFrame:
             t['group'] = [known.get(f, g) for f, g in zip(files, t.group)]
     return t
 
-# %% ../nbs/01_table.ipynb #ba1fa2f9
+# %% ../nbs/01_table.ipynb #b01a1092
 def label_table(
     source:str|Path|pd.DataFrame, # Folder, CSV beside its images, or table
     labels:str|Path|pd.DataFrame|None=None, # CSV or table of image names and labels
@@ -159,7 +159,7 @@ def label_table(
     if not len(t): raise ValueError(f"no images in {source}: give a folder with {', '.join(IMAGE_SUFFIXES[:4])}, ... files")
     return _finish(t, verify)
 
-# %% ../nbs/01_table.ipynb #7939b792
+# %% ../nbs/01_table.ipynb #a7674e1a
 def _from_table(df, image_col, label_col, group_col) -> pd.DataFrame:
     df = read_labels(df)
     ic = _column(df, image_col, IMAGE_COLUMNS, 'image paths', 'image_col')
@@ -168,7 +168,7 @@ def _from_table(df, image_col, label_col, group_col) -> pd.DataFrame:
     return pd.DataFrame({'image': df[ic].tolist(), 'label': df[lc].tolist(), 'group': df[gc].tolist() if gc else None,
                          'split': df['split'].tolist() if 'split' in df else None}, dtype=object)
 
-# %% ../nbs/01_table.ipynb #9fb30b8b
+# %% ../nbs/01_table.ipynb #f84f0fbe
 def _sides(split) -> pd.Series:
     "The names of sides in their usual spellings, as train, valid and test"
     clean = split.map(lambda s: None if s is None or s != s or not str(s).strip() else str(s).strip().lower()).astype(object)
@@ -193,7 +193,7 @@ def _finish(t, verify) -> pd.DataFrame:
     t.attrs['set_aside'] = aside.astype(str).to_dict('records')
     return t
 
-# %% ../nbs/01_table.ipynb #80b4335a
+# %% ../nbs/01_table.ipynb #a4bfac5f
 def set_aside(
     table:pd.DataFrame # A table from `label_table`
 ) -> pd.DataFrame: # Columns `image, label, reason`
@@ -207,7 +207,7 @@ def class_counts(
     n = table.label.value_counts().sort_index()
     return pd.DataFrame({'images': n, 'share': (n/len(table)).round(3)})
 
-# %% ../nbs/01_table.ipynb #2424a344
+# %% ../nbs/01_table.ipynb #b50eab09
 class SplitError(ValueError):
     "A split that cannot be made, or that must not be used"
 
@@ -228,7 +228,7 @@ def _need_two(t):
     if n.min() < 2:
         raise SplitError(f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. Add images, or leave the class out")
 
-# %% ../nbs/01_table.ipynb #8eec937f
+# %% ../nbs/01_table.ipynb #c04d6176
 def split_table(
     table:pd.DataFrame, # A table from `label_table`
     valid:float=0.2, # Share of the images for validation
@@ -251,7 +251,7 @@ def split_table(
     check_split(t)
     return t
 
-# %% ../nbs/01_table.ipynb #510520fa
+# %% ../nbs/01_table.ipynb #4119e517
 def check_split(
     table:pd.DataFrame # A table with its column `split` filled
 ):
