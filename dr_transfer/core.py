@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'PACKAGES', 'FrozenMode', 'TrainSetting', 'PlainProgress', 'versions', 'data_summary', 'build_learner',
            'learner_groups', 'can_cache', 'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #ed9e3d19
+# %% ../nbs/08_core.ipynb #d142e11f
 import hashlib, os, platform, sys, time
 from contextlib import ExitStack
 from functools import partial
@@ -29,15 +29,17 @@ from .augment import views_of
 from .backbones import create_body, group_table, layer_groups
 from .data import ReadImage, Task, class_names, encode_target, get_task, task_dataloaders
 from .features import AveragePool, Body, linear_head, view_features, view_probs
-from .plans import Phase, Plan, cached_epochs, choose_plan, get_plan
+from .plans import Phase, Plan, choose_plan, get_plan, head_epochs
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 
-# %% ../nbs/08_core.ipynb #5329e546
+# %% ../nbs/08_core.ipynb #40d4ee5e
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
-    def __init__(self, fixed_bn:bool|None=None): self.fixed_bn = fixed_bn # None: as the backbone has it
+    def __init__(self,
+        fixed_bn:bool|None=None # BatchNorm of the body stays? None: as the backbone has it
+    ): self.fixed_bn = fixed_bn
     def before_fit(self):
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
@@ -50,11 +52,15 @@ class FrozenMode(Callback):
                 if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     def _fixed(self): return self.model[0][0].stages.spec.fixed_bn if self.fixed_bn is None else self.fixed_bn
 
-# %% ../nbs/08_core.ipynb #ef99fc45
+# %% ../nbs/08_core.ipynb #f82957c3
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
-    def __init__(self, setting='auto', arch='', size=224): self.setting, self.arch, self.size = setting, arch, size
+    def __init__(self,
+        setting:str='auto', # 'auto' or a name in `SETTINGS`
+        arch:str='', # Name of the backbone, for the memory
+        size:int=224 # Side of the images in pixels
+    ): self.setting, self.arch, self.size = setting, arch, size
     def before_fit(self):
         body = self.model[0][0] if isinstance(self.model[0], nn.Sequential) else None
         if body is None or body.train_setting is not None or self.dls.device.type != 'cpu': return
@@ -62,10 +68,14 @@ class TrainSetting(Callback):
         body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
         self.learn.record['setting']['train'] = str(body.train_setting)
 
+# %% ../nbs/08_core.ipynb #b76b929d
 class PlainProgress(Callback):
     "Where there is no terminal for bars: a line an epoch, and one each half minute between"
     order = 60
-    def __init__(self, say=print, every=30.): self.say, self.every = say, every
+    def __init__(self,
+        say:Callable=print, # What is done with a line
+        every:float=30. # Seconds between two lines in an epoch
+    ): self.say, self.every = say, every
     def before_fit(self): self.last = time.monotonic()
     def after_batch(self):
         if not self.training or time.monotonic() - self.last < self.every: return
@@ -75,7 +85,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/08_core.ipynb #15ef252b
+# %% ../nbs/08_core.ipynb #313a1eef
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {
@@ -83,7 +93,7 @@ METRICS = {
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
     'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
 
-# %% ../nbs/08_core.ipynb #7f3b42f3
+# %% ../nbs/08_core.ipynb #65788035
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -103,7 +113,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #1779d0b2
+# %% ../nbs/08_core.ipynb #249487a3
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task = learn.model[0][0], learn.task
@@ -121,7 +131,7 @@ def _body(arch, weights, tap, setting, size) -> Body:
     stages = create_body(arch, weights, tap)
     return Body(stages, get_setting(setting, stages, arch, size))
 
-# %% ../nbs/08_core.ipynb #ece51ef8
+# %% ../nbs/08_core.ipynb #82b025d7
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -148,7 +158,7 @@ def build_learner(
     body, cbs = _body(arch, weights, tap, setting, task.size), [FrozenMode(fixed_bn), TrainSetting(setting, arch, task.size)]
     return _learner(task, task.target(target), table, body, head, bs, num_workers, cbs, what, kwargs)
 
-# %% ../nbs/08_core.ipynb #b8bcba2c
+# %% ../nbs/08_core.ipynb #60181bd6
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -175,7 +185,7 @@ def _learner(task, goal, table, body, head, bs, num_workers, cbs, what, kwargs) 
     learn.record = _record(learn, head='own' if head else 'linear', **what)
     return learn
 
-# %% ../nbs/08_core.ipynb #21e07d3c
+# %% ../nbs/08_core.ipynb #54ff8cf0
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
@@ -184,7 +194,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #e6497e90
+# %% ../nbs/08_core.ipynb #1589cb6a
 def can_cache(
     learn:Learner # From `build_learner`
 ) -> str: # '' if it can, otherwise the reason
@@ -210,7 +220,7 @@ def _side_features(learn, side, views):
     f = view_features(learn.model[0], rows.image.tolist(), _reader(learn).image, views=views, label=f'features ({side})', **_stats(learn))
     return f, y
 
-# %% ../nbs/08_core.ipynb #f366ebc6
+# %% ../nbs/08_core.ipynb #6f9ec26e
 def _fit_head(learn, phase) -> list:
     "Train the head on stored features; the values of each epoch"
     learn.freeze()
@@ -221,14 +231,14 @@ def _fit_head(learn, phase) -> list:
     device = next(head.parameters()).device
     sub = Learner(dls, head.cpu(), loss_func=learn.loss_func, opt_func=learn.opt_func, metrics=learn.metrics, wd_bn_bias=False)
     try:
-        with sub.no_bar(), sub.no_logging(): sub.fit_one_cycle(cached_epochs(phase.epochs, len(y), bs), phase.rates(), wd=phase.wd)
+        with sub.no_bar(), sub.no_logging(): sub.fit_one_cycle(phase.epochs or head_epochs(len(y), bs), phase.rates(), wd=phase.wd)
     finally: head.to(device)
     bn = head[1] # if the features go straight into it
     if isinstance(bn, nn.BatchNorm1d):
         bn.running_mean.copy_(f.flatten(0, 1).mean(0)); bn.running_var.copy_(f.flatten(0, 1).var(0))
     return list(sub.recorder.values)
 
-# %% ../nbs/08_core.ipynb #0a0d9955
+# %% ../nbs/08_core.ipynb #76741353
 def _fit_phase(learn, phase, say) -> list:
     "Train one phase image by image; the values of each epoch"
     if phase.frozen < 0: learn.freeze()
@@ -238,10 +248,10 @@ def _fit_phase(learn, phase, say) -> list:
         if not sys.stdout.isatty() and not IN_NOTEBOOK:
             for c in (learn.no_bar(), learn.no_logging()): quiet.enter_context(c)
             cbs = [PlainProgress(say)]
-        learn.fit_one_cycle(phase.epochs, phase.rates(), wd=phase.wd, cbs=cbs)
+        learn.fit_one_cycle(phase.epochs or 10, phase.rates(), wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/08_core.ipynb #5052b2a1
+# %% ../nbs/08_core.ipynb #92225ea8
 def fit(
     learn:Learner, # From `build_learner`
     plan:str|Plan|None=None, # Name or plan; chosen for set and machine if None
@@ -266,7 +276,7 @@ def fit(
     learn.record['plan'] = {'name': plan.name, 'phases': [vars(p).copy() for p in plan.phases]}
     return learn
 
-# %% ../nbs/08_core.ipynb #19faaf92
+# %% ../nbs/08_core.ipynb #9c59f4a7
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images

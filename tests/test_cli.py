@@ -189,7 +189,7 @@ def test_a_seed_decides(home, run, eyes, weights):
 def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
     "--labels, --target grade, and a plan that trains image by image; run twice."
     import dr_transfer.core
-    monkeypatch.setattr(dr_transfer.core, 'cached_epochs', lambda epochs, *a: 3)        # its first phase is that of the other runs
+    monkeypatch.setattr(dr_transfer.core, 'head_epochs', lambda *a: 3)        # its first phase is that of the other runs
     t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
     t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
@@ -419,7 +419,9 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
     "The real thing: SIGINT to the command while it trains image by image."
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'DR_TRANSFER_CACHE': str(shared_cache)}
     words = ['train', flowers, '--arch', 'test_resnet', '--weights', 'random', '--size', '64', '--plan', 'fine_tune', '--epochs', '100000', '--out', tmp_path/'run']
-    p = subprocess.Popen([COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
+    # A job in the background of a script inherits that SIGINT is ignored; a user's terminal does not do that.
+    p = subprocess.Popen([COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     guard = threading.Timer(120, p.kill)
     guard.start()
     try:

@@ -25,7 +25,7 @@ from dr_transfer.core import (build_learner, can_cache, data_summary, fit, learn
 from dr_transfer.data import Target, Task
 from dr_transfer.features import AveragePool
 from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import HEAD, PLANS, Phase, Plan, cached_epochs, choose_plan, get_plan, plan_table
+from dr_transfer.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
 from dr_transfer.table import SplitError
 from dr_transfer.views import read_image
 
@@ -441,12 +441,12 @@ def test_chosen_plan(n):
     assert choose_plan(50, True)[0] == 'head' and choose_plan(20000, True)[0] == 'fine_tune'
 
 
-@pytest.mark.parametrize('epochs,n,bs', [(30, 38, 16), (30, 100000, 32), (1, 10, 32), (5, 600, 1)])
-def test_cached_epochs(epochs, n, bs):
-    got = cached_epochs(epochs, n, bs)
-    assert epochs <= got <= 10*epochs
-    assert got*max(1, n//bs) >= 600 or got == 10*epochs                             # steps enough, or the most that is allowed
-    assert got == epochs or (got - 1)*max(1, n//bs) < 600
+@pytest.mark.parametrize('n,bs', [(38, 16), (100000, 32), (10, 32), (600, 2)])
+def test_head_epochs(n, bs):
+    got = head_epochs(n, bs)
+    assert 30 <= got <= 300
+    assert got*max(1, n//bs) >= 600 or got == 300                                      # steps enough, or the most that is allowed
+    assert got == 30 or (got - 1)*max(1, n//bs) < 600
 
 
 @pytest.mark.parametrize('plan,frozen', [('head', -1), ('fine_tune', 0), ('all_but_stem', 2)])
@@ -458,7 +458,7 @@ def test_plans(build, arch, plan, frozen):
     k = frozen % n
     assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
     rows, n_train = learn.record['history'], int((learn.table.split == 'train').sum())
-    head = cached_epochs(2 if plan == 'head' else HEAD.epochs, n_train, n_train)
+    head = 2 if plan == 'head' else head_epochs(n_train, n_train)                      # what was asked for, or enough
     assert [r['phase'] for r in rows] == [1]*head + [2]*(0 if plan == 'head' else 2)
     assert [r['epoch'] for r in rows] == [*range(1, head + 1), *range(1, 1 + (0 if plan == 'head' else 2))]
     assert [r['stored_features'] for r in rows] == [r['phase'] == 1 for r in rows]
