@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'STARTS', 'train', 'write_run', 'predict', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #a94aea10
+# %% ../nbs/14_cli.ipynb #b413407c
 import argparse, json, os, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #3139f982
+# %% ../nbs/14_cli.ipynb #7c5eb9dc
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
-def _default_out(data) -> str: return f'{Path(data).resolve().stem}_run'
+def _default_out(data) -> str: return f'{Path(data).resolve().name.removesuffix(".csv")}_run'
 
 def train(
     a:argparse.Namespace # As `dr_transfer train --help` tells
@@ -34,7 +34,7 @@ def train(
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #5a7fdf85
+# %% ../nbs/14_cli.ipynb #eef0642c
 def _describe(learn):
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
@@ -42,7 +42,7 @@ def _describe(learn):
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
     if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
 
-# %% ../nbs/14_cli.ipynb #a3f02dde
+# %% ../nbs/14_cli.ipynb #d430f2e6
 def _json(o) -> str:
     "JSON with null for a measure that is not defined"
     def clean(o):
@@ -51,7 +51,7 @@ def _json(o) -> str:
         return None if isinstance(o, float) and o != o else o
     return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/14_cli.ipynb #e80f95ad
+# %% ../nbs/14_cli.ipynb #c5b4bb9e
 def write_run(
     learn, # A trained learner
     folder:Path # A folder that exists
@@ -74,7 +74,7 @@ def write_run(
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures
 
-# %% ../nbs/14_cli.ipynb #0af4eddb
+# %% ../nbs/14_cli.ipynb #7cbad696
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
@@ -92,7 +92,7 @@ def predict(
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #b4160221
+# %% ../nbs/14_cli.ipynb #c4b6c1ba
 STARTS = {'random_start': 'random', 'run': None} # folder -> weights
 
 def _demo_run(a, out, name):
@@ -104,7 +104,7 @@ def _demo_run(a, out, name):
     learn = fit(build_learner(out/'data', task='dr', size=a.size, seed=a.seed, weights=STARTS[name], setting=a.setting), 'head')
     with atomic_folder(out/name) as tmp: write_run(learn, tmp)
 
-# %% ../nbs/14_cli.ipynb #c54e1e92
+# %% ../nbs/14_cli.ipynb #1c2d85cb
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` tells
 ) -> int: # Exit code
@@ -125,7 +125,7 @@ def demo(
     print(f"picture: {_demo_picture(out)}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #1d242c57
+# %% ../nbs/14_cli.ipynb #85b93653
 def _demo_table(out):
     "Measures on the validation side, a row a start"
     import pandas as pd
@@ -146,7 +146,7 @@ def _demo_picture(out) -> Path:
     with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
     return out/'demo.png'
 
-# %% ../nbs/14_cli.ipynb #4930441e
+# %% ../nbs/14_cli.ipynb #419e60d9
 def _add(sub, name, f, about, example):
     p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='CSV', help='file to write (default: print)')
     return p
 
-# %% ../nbs/14_cli.ipynb #697cae3b
+# %% ../nbs/14_cli.ipynb #53b2f820
 def _train_arguments(add):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
@@ -190,7 +190,7 @@ def _train_arguments(add):
     add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
     add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
 
-# %% ../nbs/14_cli.ipynb #11af1bc6
+# %% ../nbs/14_cli.ipynb #34f693b6
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success
