@@ -130,7 +130,7 @@ def _demo_table(out):
     "Measures on the validation side, a row a start"
     import pandas as pd
     rows = {n: json.loads((out/n/'record.json').read_text(encoding='utf-8')) for n in STARTS}
-    return pd.DataFrame({f"{r['weights']['kind']} weights": r['validation'] for r in rows.values()}).T.rename_axis('start')
+    return pd.DataFrame({'random weights' if STARTS[n] else 'ImageNet weights': r['validation'] for n, r in rows.items()}).T.rename_axis('start')
 
 def _demo_picture(out) -> Path:
     "Examples from the validation side as a PNG"
