@@ -9,7 +9,7 @@ __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone',
 # %% ../nbs/05_backbones.ipynb #7c3a131b
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, timm, torch, torchvision
 from torch import nn

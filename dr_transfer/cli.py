@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'STARTS', 'train', 'write_run', 'predict', 'demo', 'main']
 
 # %% ../nbs/14_cli.ipynb #b413407c
-import argparse, json, os, sys, warnings
+import argparse, json, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/14_cli.ipynb #7c5eb9dc

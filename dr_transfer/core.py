@@ -27,9 +27,9 @@ from torch import nn
 from . import metrics as M
 from .augment import views_of
 from .backbones import create_body, group_table, layer_groups
-from .data import ReadImage, Task, class_names, encode_target, get_task, task_dataloaders
+from .data import ReadImage, Task, encode_target, get_task, task_dataloaders
 from .features import AveragePool, Body, linear_head, view_features, view_probs
-from .plans import Phase, Plan, choose_plan, get_plan, head_epochs
+from .plans import Plan, choose_plan, get_plan, head_epochs
 from .speed import get_setting
 from .table import label_table, set_aside, split_table
 

@@ -6,9 +6,9 @@
 __all__ = ['SETTINGS', 'Setting', 'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
 # %% ../nbs/05a_speed.ipynb #4bd445fc
-import json, os, platform, statistics, time
+import json, os, platform, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn

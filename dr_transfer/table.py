@@ -10,7 +10,6 @@ __all__ = ['IMAGE_SUFFIXES', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 
 # %% ../nbs/01_table.ipynb #d93bb901
 import os
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
