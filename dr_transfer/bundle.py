@@ -6,23 +6,23 @@
 __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model',
            'load_model', 'gather_images', 'predict_table']
 
-# %% ../nbs/13_bundle.ipynb #8dcc0e5e
+# %% ../nbs/13_bundle.ipynb #72554fe3
 import hashlib, json, os
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
-from .features import Body, linear_head, view_probs
+from .model import Body, Head, create_head, head_inputs, view_probs
 from .files import atomic_folder, unknown, usual_mode
 from .images import FITS
 from .speed import get_setting
 from .table import find_images, image_errors
 from .views import READERS, VIEWS, read_image
 
-# %% ../nbs/13_bundle.ipynb #d9f3deae
-FIELDS = ('arch', 'tap', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std', 'dropout')
+# %% ../nbs/13_bundle.ipynb #e05c0e11
+FIELDS = ('arch', 'stage', 'tap', 'head', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std')
 
 class ModelError(ValueError):
     "A model folder that is not complete, was changed, or is of another format"
@@ -43,22 +43,22 @@ class ImageModel:
         views = views or self.about['views']
         return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
 
-# %% ../nbs/13_bundle.ipynb #62ab72a7
+# %% ../nbs/13_bundle.ipynb #e9af1544
 def image_model(
     learn:Any # A learner from `build_learner`
 ) -> ImageModel:
     "What a learner has learnt, without the learner"
     r, body, head = learn.record, learn.model[0][0], learn.model[1]
-    if r['head'] != 'linear':
-        raise ModelError("a head of your own cannot be rebuilt from a description: use learn.export, or a linear head")
-    about = {'arch': r['arch'], 'tap': r['tap'], 'classes': list(learn.dls.vocab), 'task': r['task'], 'target': r['target'], 'size': r['size'],
+    if r['head'] == 'own':
+        raise ModelError("a head of your own cannot be rebuilt from a description: use learn.export, or a head by name")
+    about = {'arch': r['arch'], 'stage': r['stage'], 'tap': r['tap'], 'head': r['head'], 'classes': list(learn.dls.vocab), 'task': r['task'], 'target': r['target'], 'size': r['size'],
              'reader': learn.task.reader, 'fit': learn.task.fit, 'views': r['augment'] if r['augment'] in VIEWS else 'none',
-             'mean': list(body.stages.spec.mean), 'std': list(body.stages.spec.std), 'dropout': head[2].p,
+             'mean': list(body.stages.spec.mean), 'std': list(body.stages.spec.std),
              'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
-# %% ../nbs/13_bundle.ipynb #d3ec7596
-FORMAT = 'dr_transfer model 1'
+# %% ../nbs/13_bundle.ipynb #be58e991
+FORMAT = 'dr_transfer model 2'
 MODEL_FILES = ('model.json', 'model.safetensors')
 
 def _digest(about) -> str: return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -86,7 +86,7 @@ def save_model(
     with atomic_folder(folder, overwrite, MODEL_FILES) as tmp: write_model(model, tmp)
     return Path(folder)
 
-# %% ../nbs/13_bundle.ipynb #17ca377c
+# %% ../nbs/13_bundle.ipynb #967e0e40
 def _read_about(folder) -> dict:
     folder = Path(folder)
     for name in MODEL_FILES:
@@ -102,20 +102,20 @@ def _read_about(folder) -> dict:
         if about.get(field) not in known: raise ModelError(f'{folder}: {unknown(field, about.get(field), known)}. Use the version of dr_transfer that made it')
     return about
 
-# %% ../nbs/13_bundle.ipynb #97008fec
+# %% ../nbs/13_bundle.ipynb #3ea50e8b
 def load_model(
     folder:str|Path, # Made by `save_model` or `dr_transfer train`
     setting:str='auto' # Format and precision on the CPU; 'plain': fp32
 ) -> ImageModel:
     "A saved model; `ModelError` if a file is missing or was changed"
     about = _read_about(folder)
-    stages = create_body(about['arch'], 'random', about['tap'])
+    stages, head = create_body(about['arch'], 'random', about['tap'], about['stage']), Head(**{**about['head'], 'hidden': tuple(about['head']['hidden'])})
     how = get_setting(setting, stages, about['arch'], about['size'])
-    model = nn.Sequential(Body(stages, how), linear_head(stages.n_out, len(about['classes']), about['dropout']))
+    model = nn.Sequential(Body(stages, how), create_head(head, head_inputs(stages, head, about['size']), len(about['classes'])))
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 
-# %% ../nbs/13_bundle.ipynb #a1fbc435
+# %% ../nbs/13_bundle.ipynb #723e370f
 def gather_images(
     sources:list # Files and folders
 ) -> list[str]: # Paths as given, or as found below the folders
@@ -130,7 +130,7 @@ def gather_images(
         else: raise ValueError(f"there is no {s}: give image files or folders")
     return list(dict.fromkeys(out))
 
-# %% ../nbs/13_bundle.ipynb #fc3bb427
+# %% ../nbs/13_bundle.ipynb #ed4435b7
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'STARTS', 'train', 'write_run', 'predict', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #b413407c
+# %% ../nbs/14_cli.ipynb #503ce6f2
 import argparse, json, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #7c5eb9dc
+# %% ../nbs/14_cli.ipynb #81b6218c
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
 def _default_out(data) -> str: return f'{Path(data).resolve().name.removesuffix(".csv")}_run'
@@ -23,18 +23,18 @@ def train(
     from dr_transfer.plans import get_plan
     from dr_transfer.backbones import find_backbone
     out = check_new(a.out or _default_out(a.data), a.overwrite, RUN_FILES)
-    get_task(a.task, a.size).target(a.target), find_backbone(a.arch), get_plan(a.plan or 'head', a.epochs)
+    get_task(a.task, a.size).target(a.target), get_plan(a.plan or 'head', a.epochs), a.arch and find_backbone(a.arch)
     from dr_transfer.core import build_learner, fit
     learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
-                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting)
+                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=a.plan)
     _describe(learn)
-    fit(learn, a.plan, a.epochs)
+    fit(learn, epochs=a.epochs)
     with atomic_folder(out, a.overwrite, RUN_FILES) as tmp: measures = write_run(learn, tmp)
     print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #eef0642c
+# %% ../nbs/14_cli.ipynb #1787c578
 def _describe(learn):
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
@@ -42,7 +42,7 @@ def _describe(learn):
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
     if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
 
-# %% ../nbs/14_cli.ipynb #d430f2e6
+# %% ../nbs/14_cli.ipynb #f2c06e99
 def _json(o) -> str:
     "JSON with null for a measure that is not defined"
     def clean(o):
@@ -51,7 +51,7 @@ def _json(o) -> str:
         return None if isinstance(o, float) and o != o else o
     return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/14_cli.ipynb #c5b4bb9e
+# %% ../nbs/14_cli.ipynb #080ec8e2
 def write_run(
     learn, # A trained learner
     folder:Path # A folder that exists
@@ -74,7 +74,7 @@ def write_run(
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures
 
-# %% ../nbs/14_cli.ipynb #7cbad696
+# %% ../nbs/14_cli.ipynb #4c3fda9d
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
@@ -92,7 +92,7 @@ def predict(
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #c4b6c1ba
+# %% ../nbs/14_cli.ipynb #042ce323
 STARTS = {'random_start': 'random', 'run': None} # folder -> weights
 
 def _demo_run(a, out, name):
@@ -104,7 +104,7 @@ def _demo_run(a, out, name):
     learn = fit(build_learner(out/'data', task='dr', size=a.size, seed=a.seed, weights=STARTS[name], setting=a.setting), 'head')
     with atomic_folder(out/name) as tmp: write_run(learn, tmp)
 
-# %% ../nbs/14_cli.ipynb #1c2d85cb
+# %% ../nbs/14_cli.ipynb #244cac39
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` tells
 ) -> int: # Exit code
@@ -125,7 +125,7 @@ def demo(
     print(f"picture: {_demo_picture(out)}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #85b93653
+# %% ../nbs/14_cli.ipynb #9fb4539a
 def _demo_table(out):
     "Measures on the validation side, a row a start"
     import pandas as pd
@@ -146,7 +146,7 @@ def _demo_picture(out) -> Path:
     with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
     return out/'demo.png'
 
-# %% ../nbs/14_cli.ipynb #419e60d9
+# %% ../nbs/14_cli.ipynb #f303dbdf
 def _add(sub, name, f, about, example):
     p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,15 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='CSV', help='file to write (default: print)')
     return p
 
-# %% ../nbs/14_cli.ipynb #53b2f820
+# %% ../nbs/14_cli.ipynb #d85be28f
 def _train_arguments(add):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
     add('--labels', metavar='CSV', help='image names and labels, if not labels.csv in DATA')
     add('--target', help='what is learnt: for dr, referable (default) or grade')
-    add('--arch', metavar='NAME', default='efficientnet_lite0', help='backbone (default: %(default)s)')
+    add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
     add('--weights', metavar='FILE', help="weights of the backbone from a file, or 'random'")
-    add('--plan', metavar='NAME', help='head, fine_tune or all_but_stem (default: chosen for set and machine)')
+    add('--plan', metavar='NAME', help='head, fine_tune, top1, ... (default: chosen for set and machine)')
     add('--epochs', metavar='N', type=int, help="epochs of the plan's last phase")
     add('--size', metavar='N', type=int, help="side of the images in pixels (default: the task's)")
     add('--bs', metavar='N', type=int, default=32, help='images in a batch (default: %(default)s)')
@@ -190,7 +190,7 @@ def _train_arguments(add):
     add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
     add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
 
-# %% ../nbs/14_cli.ipynb #34f693b6
+# %% ../nbs/14_cli.ipynb #a48efb63
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success

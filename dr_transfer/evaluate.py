@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['plot_history', 'plot_confusion', 'plot_predictions', 'pick_examples']
 
-# %% ../nbs/10_evaluate.ipynb #91cab776
+# %% ../nbs/10_evaluate.ipynb #4f439941
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .metrics import confusion
 
-# %% ../nbs/10_evaluate.ipynb #63f6212a
+# %% ../nbs/10_evaluate.ipynb #be23ca7f
 def _stretch(history):
     h = pd.DataFrame(history)
     h['x'] = np.arange(1, len(h) + 1)
@@ -22,7 +22,7 @@ def plot_history(
 ) -> Figure:
     "Training and validation loss by epoch, and the metrics beside them"
     h, cuts = _stretch(history)
-    names = [c for c in h.columns if c not in ('phase', 'epoch', 'stored_features', 'train_loss', 'valid_loss', 'x')]
+    names = [c for c in h.columns if c not in ('phase', 'epoch', 'stored', 'train_loss', 'valid_loss', 'x')]
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
     for c, style in (('train_loss', '--'), ('valid_loss', '-')): left.plot(h.x, h[c], style, label=c.replace('_', ' '))
@@ -35,7 +35,7 @@ def plot_history(
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #be4447a9
+# %% ../nbs/10_evaluate.ipynb #18cf0925
 def plot_confusion(
     y, # True classes (n,), as class numbers
     pred, # Predicted classes (n,), as class numbers
@@ -56,7 +56,7 @@ def plot_confusion(
     ax.set(xlabel='predicted', ylabel='true')
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #481869c4
+# %% ../nbs/10_evaluate.ipynb #485e6917
 def plot_predictions(
     images:list, # Arrays or PIL images
     titles:list[str], # One line each
@@ -74,7 +74,7 @@ def plot_predictions(
     if about: fig.suptitle(about, fontsize=10)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #7e09fee9
+# %% ../nbs/10_evaluate.ipynb #a15aaa1c
 def pick_examples(
     table:pd.DataFrame, # `image, target, prediction, p_CLASS...`
     n:int=8 # How many

