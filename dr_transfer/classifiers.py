@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'STRENGTHS', 'EPOCHS', 'NEIGHBOURS', 'CLASSIFIERS', 'grouped_folds', 'classifier_head', 'FeatureClassifier',
            'out_of_fold']
 
-# %% ../nbs/06a_classifiers.ipynb #5d016f67
+# %% ../nbs/06a_classifiers.ipynb #1b836856
 from functools import cached_property
 import numpy as np, pandas as pd, torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -22,11 +22,11 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from threadpoolctl import threadpool_limits
 from torch import nn
-from .features import Features
+from .features import Features, _chosen
 from .files import unknown
 from .model import HEADS, Head, create_head
 
-# %% ../nbs/06a_classifiers.ipynb #3fe18c24
+# %% ../nbs/06a_classifiers.ipynb #acd8a314
 def _group_codes(groups, n) -> np.ndarray:
     "A number for each group; an image without one is a group of its own"
     if groups is None: return np.arange(n)
@@ -55,7 +55,7 @@ def grouped_folds(
             if all((_group_counts(y[a], g[a]).reindex(have.index, fill_value=0) >= have.clip(upper=3) - 1).all() for a, _ in out): return out
     raise ValueError(f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': add {kind}, or leave the class out")
 
-# %% ../nbs/06a_classifiers.ipynb #2f77c9fa
+# %% ../nbs/06a_classifiers.ipynb #e43e5cac
 class _Orbit:
     "All views as rows, those of an image after one another"
     def __init__(self, x, y, groups, seed):
@@ -74,7 +74,7 @@ class _Orbit:
         cv = check_cv(cv, self.labels, classifier=True)
         return [(self.rows(a), self.rows(b)) for a, b in cv.split(np.zeros(len(self.labels)), self.labels, _group_codes(self.groups, len(self.labels)))]
 
-# %% ../nbs/06a_classifiers.ipynb #9ba83b76
+# %% ../nbs/06a_classifiers.ipynb #cd99a45a
 LEAST = 0.001 # A probability counts as at least this much
 
 def _loss(model, x, y, views) -> float:
@@ -99,8 +99,8 @@ def _best(orbit, path, settings, n=5):
     model.losses_ = losses
     return model
 
-# %% ../nbs/06a_classifiers.ipynb #f51f7afe
-STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, .1, .5)) # C of logistic regression, strongest regularisation first
+# %% ../nbs/06a_classifiers.ipynb #801b49f0
+STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, .5)) # C of logistic regression, strongest regularisation first
 EPOCHS = (1, 2, 4, 8, 16, 32, 64) # Of the dense network; more than 8 only up to 400 steps
 NEIGHBOURS = (33, 17, 9, 5, 3) # Images that vote
 
@@ -124,7 +124,7 @@ def _neighbours(orbit):
         for k in settings: yield model.set_params(n_neighbors=min(k*orbit.views, len(y)))
     return _best(orbit, path, NEIGHBOURS)
 
-# %% ../nbs/06a_classifiers.ipynb #ccd31c49
+# %% ../nbs/06a_classifiers.ipynb #f5fd316b
 def _svm(orbit, make, strengths):
     "An SVM with probabilities"
     def path(x, y, w, settings):
@@ -136,7 +136,7 @@ def _svm(orbit, make, strengths):
 
 def _forest(orbit):
     forest = RandomForestClassifier(300, min_samples_leaf=orbit.views, n_jobs=-1, random_state=orbit.seed)
-    return forest.fit(orbit.x, orbit.y, orbit.weights)
+    return forest.fit(orbit.x, orbit.y, orbit.weights).set_params(n_jobs=1) # threads add up in any order
 
 CLASSIFIERS = {'logistic': lambda o: _best(o, _logistic_path, STRENGTHS),
                'linear_svm': lambda o: _svm(o, lambda C: LinearSVC(C=C, max_iter=10_000, random_state=o.seed), (1e-4, 1e-3, 1e-2)),
@@ -153,7 +153,7 @@ def _fit_given(model, orbit, y):
     if has_fit_parameter(model, 'sample_weight'): weights = {'sample_weight': orbit.weights}
     return model.fit(orbit.x, y, **weights)
 
-# %% ../nbs/06a_classifiers.ipynb #94eb0041
+# %% ../nbs/06a_classifiers.ipynb #6abe274b
 def _views_of(X, stages, pool) -> np.ndarray:
     "float32 (images, views, channels)"
     if isinstance(X, Features): x = X.numpy(stages, pool)
@@ -175,17 +175,18 @@ def _classes(y, n):
     if len(classes) < 2: raise ValueError(f"there is only the class '{classes[0]}': give images of two classes or more")
     return classes, codes
 
-# %% ../nbs/06a_classifiers.ipynb #a6ecd961
+# %% ../nbs/06a_classifiers.ipynb #3615fde9
+def _check_name(classifier):
+    if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator): return
+    raise unknown('classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()')
+
 def _train(self, x, codes, groups):
     "The fitted estimator below a classifier"
+    _check_name(self.classifier)
     orbit = _Orbit(self.scaler_.transform(x.reshape(-1, x.shape[-1])).reshape(x.shape), codes, groups, self.seed)
     with threadpool_limits(1, user_api='blas'):
         if isinstance(self.classifier, str): return CLASSIFIERS[self.classifier](orbit)
         return _fit_given(self.classifier, orbit, self.classes_[orbit.y])
-
-def _check_name(classifier):
-    if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator): return
-    raise unknown('classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()')
 
 def _mean_proba(self, X) -> np.ndarray:
     check_is_fitted(self)
@@ -195,7 +196,7 @@ def _mean_proba(self, X) -> np.ndarray:
     rows = self.scaler_.transform(x.reshape(-1, x.shape[-1]))
     with threadpool_limits(1, user_api='blas'): return self.estimator_.predict_proba(rows).reshape(*x.shape[:2], -1).mean(1)
 
-# %% ../nbs/06a_classifiers.ipynb #7a513f04
+# %% ../nbs/06a_classifiers.ipynb #768681b8
 def _layers(model) -> list:
     "(weight, bias) of each layer, or the reason in a ValueError"
     why = {'forest': 'a forest asks questions, it is no sum of weighted features', 'neighbours': 'neighbours compare with stored images',
@@ -210,6 +211,7 @@ def _layers(model) -> list:
     w, b = layers[-1]
     return layers if len(w) > 1 else [*layers[:-1], (np.concatenate([-w, w])/2, np.concatenate([-b, b])/2)]
 
+# %% ../nbs/06a_classifiers.ipynb #7e4f9ea5
 @torch.no_grad()
 def classifier_head(
     model, # A fitted `FeatureClassifier`, 'logistic' or 'dense'
@@ -227,7 +229,7 @@ def classifier_head(
                   *((getattr(l, k), v) for l, (w, b) in zip(linears, layers) for k, v in (('weight', w), ('bias', b)))]: to.copy_(torch.tensor(a))
     return head
 
-# %% ../nbs/06a_classifiers.ipynb #2053640d
+# %% ../nbs/06a_classifiers.ipynb #a058d269
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
     "A classifier of features that learns from all views and predicts the mean over the views"
     def __init__(self,
@@ -238,10 +240,10 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     ): self.classifier, self.stages, self.pool, self.seed = classifier, stages, pool, seed
     def fit(self, X, y, groups=None):
         "X: `Features`, array (images, views, channels) or (images, channels); y: classes; groups: what stays together"
-        _check_name(self.classifier)
         x = _views_of(X, self.stages, self.pool)
         (self.classes_, codes), self.n_features_in_ = _classes(y, len(x)), x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
+        self.source_ = ({**X.about, 'weights_of': {n: s.about['weights'] for n, s in X.stores.items()}}, _chosen(self.stages, X.stages)) if isinstance(X, Features) else None
         self.estimator_ = _train(self, x, codes, groups)
         return self
     def predict_proba(self, X) -> np.ndarray:
@@ -249,12 +251,13 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         return _mean_proba(self, X)
     def predict(self, X) -> np.ndarray:
         "The most probable class of each image"
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        p = self.predict_proba(X)
+        return self.classes_[p.argmax(1)]
     def head(self) -> nn.Sequential:
         "A head for the network, see `classifier_head`"
         return classifier_head(self)
 
-# %% ../nbs/06a_classifiers.ipynb #be0ba837
+# %% ../nbs/06a_classifiers.ipynb #c3232adf
 def out_of_fold(
     classifier:FeatureClassifier, # What is trained, once for each fold
     X, # `Features`, or an array (images, views, channels)

@@ -4,41 +4,43 @@
 
 # %% auto #0
 __all__ = ['Features', 'features_array', 'features_table', 'weights_digest', 'reading', 'compute_views', 'extract_features',
-           'image_features']
+           'whole_body', 'image_features']
 
-# %% ../nbs/06_features.ipynb #1371d5ec
+# %% ../nbs/06_features.ipynb #fdd926da
 import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .backbones import Stages, create_body, stage_names
+from .backbones import Stages, create_body, find_backbone, stage_names
 from .files import cache_folder, progress, unknown
+from .images import FITS
 from .model import POOLS, Body, good_bs
 from .speed import get_setting
-from .store import ArrayStore, fill_store, stored_array
-from .views import VIEWS, image_batches, normalise, read_image
+from .store import ArrayStore, fill_stores, source_name, stored_array
+from .views import READERS, VIEWS, image_batches, normalise, read_image
 
-# %% ../nbs/06_features.ipynb #842d37e4
+# %% ../nbs/06_features.ipynb #5c2fb915
 class Features:
-    "Features of images in a store on disk; what is not asked for is not read"
-    def __init__(self, store:ArrayStore, rows, images:list): self.store, self.rows, self.images = store, np.asarray(rows), list(images)
-    def __len__(self): return len(self.rows)
+    "Features of images in stores on disk, one for each stage; what is not asked for is not read"
+    def __init__(self, stores:dict, rows:dict, images:list): self.stores, self.rows, self.images = stores, rows, list(images)
+    def __len__(self): return len(self.images)
     @property
-    def about(self) -> dict: return self.store.about
+    def about(self) -> dict: return next(iter(self.stores.values())).about
     @property
     def stages(self) -> dict: # Name -> number of channels, nearest to the input first
-        return {k: shape[-1] for k, (shape, _) in self.store.fields.items()}
+        return {k: s.fields[k][0][-1] for k, s in self.stores.items()}
     @property
     def views(self) -> int: return len(VIEWS[self.about['views']])
     def take(self, rows) -> 'Features':
         "Some of the images, by number or by a mask"
         rows = np.arange(len(self))[rows]
-        return Features(self.store, self.rows[rows], [self.images[i] for i in rows])
+        return Features(self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows])
 
-# %% ../nbs/06_features.ipynb #9ac4e15e
-def _chosen(names, stages) -> list:
-    names = [names] if isinstance(names, str) else list(stages) if names is None else list(names)
-    for n in names:
-        if n not in stages: raise unknown('stage', n, stages)
+# %% ../nbs/06_features.ipynb #8e76843d
+def _chosen(names, known, what='stage') -> list:
+    "Names that are known, as a list; all if None"
+    names = [names] if isinstance(names, str) else list(known) if names is None else list(names)
+    for n in names or ['']:
+        if n not in known: raise unknown(what, n, known)
     return names
 
 def features_array(
@@ -50,7 +52,7 @@ def features_array(
     if pool not in features.about['pools']: raise unknown('pool', pool, features.about['pools'], 'Others are extracted with pools=(...)')
     i, out = features.about['pools'].index(pool), []
     for name in _chosen(stages, features.stages):
-        a, r = stored_array(features.store, name), features.rows
+        a, r = stored_array(features.stores[name], name), features.rows[name]
         straight = len(r) and np.array_equal(r, np.arange(r[0], r[0] + len(r)))
         out.append(a[r[0]:r[0] + len(r), :, i] if straight else a[r, :, i])
     return out[0] if len(out) == 1 else np.concatenate(out, -1)
@@ -63,11 +65,11 @@ def features_table(
     "Features as a table, the mean over the views"
     names = _chosen(stages, features.stages)
     columns = [f'{n}_{i:03d}' for n in names for i in range(features.stages[n])]
-    return pd.DataFrame(features_array(features, names, pool).mean(1), index=pd.Index(features.images, name='image'), columns=columns)
+    return pd.DataFrame(features_array(features, names, pool).mean(1), index=pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False), columns=columns)
 
 Features.numpy, Features.pandas = features_array, features_table
 
-# %% ../nbs/06_features.ipynb #a581563c
+# %% ../nbs/06_features.ipynb #fb939665
 def weights_digest(
     body:Body, # A body
     last:str|None=None # Last stage that counts; all if None
@@ -86,33 +88,35 @@ def reading(
     views:str # Name in `VIEWS`
 ) -> dict:
     "What is done with an image before and in the body, as a description that can be hashed"
-    if views not in VIEWS: raise unknown('views', views, VIEWS)
+    for name, what, known in ((views, 'views', VIEWS), (reader, 'reader', READERS), (fit, 'fit', FITS)):
+        if name not in known: raise unknown(what, name, known)
+    if size < 16: raise ValueError(f"size={size}: give pixels, 16 or more, such as 224")
     spec = body.stages.spec
     return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
             'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type}
 
-# %% ../nbs/06_features.ipynb #7d79361d
+# %% ../nbs/06_features.ipynb #c6195775
 def compute_views(
-    f, # Normalised batch (n, 3, size, size) -> dict of arrays (n, ...)
+    f, # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
     body:Body, # Decides device and normalisation; put into evaluation mode
     about:dict, # From `reading`
     bs:int, # Images in a batch
     label:str # What the progress bar says
 ):
-    "A function for `fill_store`: f of every view, (n, views, ...), a batch of images after the other"
+    "A function for `fill_stores`: f of every view, (n, views, ...), a batch of images after the other"
     def read(source):
         try: return read_image(source, about['size'], about['reader'], about['fit'])
-        except Exception as e: raise ValueError(f"{source} cannot be read ({e}): leave it out, or repair it; what was computed so far is kept") from None
-    def compute(sources):
+        except Exception as e: raise ValueError(f"{source_name(source)} cannot be read ({type(e).__name__}): leave it out, or repair it; what was computed so far is kept") from None
+    def compute(sources, names):
         device = next(body.eval().parameters()).device
         for x in progress(image_batches(sources, read, bs), total=-(-len(sources)//bs), label=f'{label}, batches of {bs}'):
             with torch.inference_mode():
                 x = normalise(x.to(device), about['mean'], about['std'])
-                out = [f(v(x)) for v in VIEWS[about['views']]]
+                out = [f(v(x), names) for v in VIEWS[about['views']]]
                 yield {k: np.stack([o[k] for o in out], 1) for k in out[0]}
     return compute
 
-# %% ../nbs/06_features.ipynb #faf6f486
+# %% ../nbs/06_features.ipynb #1adc4beb
 def extract_features(
     sources:list, # Paths or images
     body:Body, # The network; put into evaluation mode
@@ -121,30 +125,36 @@ def extract_features(
     fit:str='crop', # 'pad', 'squish' or 'crop'
     views:str='none', # Name in `VIEWS`
     stages=None, # Names of stages; all if None
-    pools:tuple=('mean',), # 'mean', 'max' or both
+    pools=('mean',), # 'mean', 'max' or both; the same for features without places
     folder:str|Path|None=None, # Where stores are; in the cache if None
     bs:int|None=None, # Images in a batch; chosen if None
     label:str='features' # What the progress bar says
 ) -> Features:
     "Pooled features of every stage and view, computed unless they are stored; ValueError for an image that cannot be read"
     if not len(sources): raise ValueError("no images: give a list with some")
-    names, pools = _chosen(stages, stage_names(body.stages)), list(pools)
-    for p in pools:
-        if p not in POOLS: raise unknown('pool', p, POOLS)
-    about = {**reading(body, size, reader, fit, views), 'pools': pools, 'weights': weights_digest(body, names[-1])}
-    bs, n_views = bs or good_bs(next(body.parameters()).device), len(VIEWS[views])
-    store = ArrayStore(folder or cache_folder()/'features', f"{about['arch']}-{size}px-{views}", about,
-                       {n: ((n_views, len(pools), w), 'float32') for n, w in _widths(body, names).items()})
-    def f(x): return {k: v.cpu().numpy() for k, v in body.pooled(x, names, pools).items()}
-    return Features(store, fill_store(store, list(sources), compute_views(f, body, about, bs, label), bs), list(sources))
+    names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
+    names = [n for n in stage_names(body.stages) if n in names]
+    about, n_views = {**reading(body, size, reader, fit, views), 'pools': pools}, len(VIEWS[views])
+    bs, name = bs or good_bs(next(body.parameters()).device), f'{body.stages.spec.name}-{size}px-{views}'
+    stores = {n: ArrayStore(folder or cache_folder()/'features', f'{name}-{n}', {**about, 'stage': n, 'weights': weights_digest(body, n)},
+                            {n: ((n_views, len(pools), w), 'float32')}) for n, w in _widths(body, names, size).items()}
+    def f(x, names): return {k: v.cpu().numpy() for k, v in body.pooled(x, names, pools).items()}
+    rows = fill_stores(list(stores.values()), list(sources), compute_views(f, body, about, bs, label), bs)
+    return Features(stores, dict(zip(stores, rows)), sources)
 
-# %% ../nbs/06_features.ipynb #20af2d7a
+# %% ../nbs/06_features.ipynb #19c7be75
 @torch.inference_mode()
-def _widths(body, names) -> dict:
+def _widths(body, names, size) -> dict:
     "Name -> number of channels, in the order of depth"
-    p = next(body.eval().parameters())
-    side = 64 if isinstance(body.stages, Stages) else body.stages.spec.size
-    return {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, side, side, device=p.device), names).items()}
+    device = next(body.eval().parameters()).device
+    return {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, size, size, device=device), names).items()}
+
+def whole_body(
+    arch:str, # Backbone: registry, timm or torchvision
+    weights:str|Path|None=None # None: its own; a file; or 'random'
+) -> torch.nn.Module: # `Stages` or `Whole`
+    "A backbone with every stage up to the layer before its classifier"
+    return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None)
 
 def image_features(
     images:list, # Paths or images
@@ -155,9 +165,6 @@ def image_features(
     **kwargs # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
 ) -> Features:
     "Features of images from a backbone by name, at every stage up to the layer before its classifier"
-    try: stages = create_body(arch, weights, stage='neck')
-    except ValueError as e:
-        if 'neck' not in str(e): raise
-        stages = create_body(arch, weights)
+    stages = whole_body(arch, weights)
     size = size or stages.spec.size
     return extract_features(images, Body(stages, get_setting(setting, stages, arch, size)), size, **kwargs)

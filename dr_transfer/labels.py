@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['FLAT', 'suspect_labels']
 
-# %% ../nbs/06c_labels.ipynb #d3991cfb
+# %% ../nbs/06c_labels.ipynb #b0631b64
 import numpy as np, pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from .classifiers import FeatureClassifier, _classes, _group_codes, out_of_fold
 from .features import Features
 
-# %% ../nbs/06c_labels.ipynb #b277a428
+# %% ../nbs/06c_labels.ipynb #0d15f824
 def _content(features) -> np.ndarray:
     "A number for each image, the same for the same picture"
-    if isinstance(features, Features): return pd.factorize(features.rows)[0]
+    if isinstance(features, Features): return pd.factorize(next(iter(features.rows.values())))[0]
     return pd.factorize(np.array([np.ascontiguousarray(row).tobytes() for row in np.asarray(features)], dtype=object))[0]
 
 def _joined(groups, content) -> np.ndarray:
@@ -34,7 +34,7 @@ def _contradictions(content, y, images) -> dict:
             if other is not None: out[i] = f'the same picture as {images[other]}, which has another label, {y[other]}'
     return out
 
-# %% ../nbs/06c_labels.ipynb #b460cae0
+# %% ../nbs/06c_labels.ipynb #c816991e
 FLAT = 0.9 # Entropy, as a share of the greatest possible, from which an image belongs to no class
 
 def _cleanlab():
@@ -50,7 +50,7 @@ def _reason(p, label, classes) -> str:
     if best == classes[label]: return f'looks like {best} ({p.max():.2f}), as labelled'
     return f'looks like {best} ({p.max():.2f}), {given}'
 
-# %% ../nbs/06c_labels.ipynb #3192f66e
+# %% ../nbs/06c_labels.ipynb #03d96a91
 def suspect_labels(
     features, # `Features`, or an array (images, views, channels)
     y, # Label of each image

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #ff16a677
+# %% ../nbs/05c_model.ipynb #23b4b408
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .files import progress, unknown
 from .speed import Setting
 from .views import VIEWS, image_batches, normalise
 
-# %% ../nbs/05c_model.ipynb #18362e18
+# %% ../nbs/05c_model.ipynb #9c0a9b1d
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -44,7 +44,7 @@ class Body(nn.Module):
 
 POOLS = {'mean': lambda x: x.mean((2, 3), dtype=torch.float32), 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #a0af8fbd
+# %% ../nbs/05c_model.ipynb #03590a16
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -76,7 +76,7 @@ def create_head(
     layers = [nn.Flatten() if head.flatten else AveragePool()]
     for i, o in zip((n_in, *head.hidden), (*head.hidden, n_out)):
         layers += [nn.BatchNorm1d(i), nn.Dropout(head.dropout), nn.Linear(i, o), nn.ReLU()]
-        if o in head.hidden: nn.init.kaiming_normal_(layers[-2].weight)
+    for l in layers[3:-4:4]: nn.init.kaiming_normal_(l.weight)
     net = nn.Sequential(*layers[:-1])
     net.about = head
     return net
@@ -91,7 +91,7 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #eca9b9d1
+# %% ../nbs/05c_model.ipynb #126848a3
 def good_bs(device) -> int: return 8 if device.type == 'cpu' else 64
 
 @torch.inference_mode()

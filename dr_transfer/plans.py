@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECAYS', 'HEAD', 'PLANS', 'Phase', 'Plan', 'get_plan', 'plan_table', 'choose_plan', 'head_epochs']
 
-# %% ../nbs/07_plans.ipynb #04d6f0dc
+# %% ../nbs/07_plans.ipynb #370bc323
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,14 +15,14 @@ from .backbones import create_body, layer_groups
 from .files import unknown
 from .model import Head, create_head, head_inputs
 
-# %% ../nbs/07_plans.ipynb #6d98cf7b
+# %% ../nbs/07_plans.ipynb #266ec587
 DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
 
 @dataclass(frozen=True)
 class Phase:
     "One stretch of training"
     frozen:int # Groups that stay frozen, from the input; -1: all but the head, -2: one more
-    epochs:int|None # Times through the images; None: as many as a head needs
+    epochs:int|None # Times through the images; None: solve a linear head
     lr:float # Highest rate, that of the head
     spread:float=1. # The stem learns at `lr/spread`, the groups between in even steps
     wd:float=0.01 # Weight decay
@@ -36,7 +36,7 @@ class Phase:
         "The learning rate of each group, nearest to the input first (discriminative rates, F39)"
         return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
 
-# %% ../nbs/07_plans.ipynb #5a961008
+# %% ../nbs/07_plans.ipynb #abb4bc72
 @dataclass(frozen=True)
 class Plan:
     "A named plan of transfer"
@@ -59,7 +59,7 @@ class Plan:
         if not self.augment.startswith('+'): return self.augment
         return self.augment[1:] if own == 'none' else own + self.augment
 
-# %% ../nbs/07_plans.ipynb #f2944a32
+# %% ../nbs/07_plans.ipynb #da4832b6
 HEAD = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
 
 def _then(frozen, lr=5e-4): return (HEAD, Phase(frozen, 5, lr, spread=20, wd=0.05))
@@ -86,7 +86,7 @@ def get_plan(
         plan = PLANS[plan]
     return plan if epochs is None else plan.with_epochs(epochs)
 
-# %% ../nbs/07_plans.ipynb #3e7ca68f
+# %% ../nbs/07_plans.ipynb #89bd7c3e
 @lru_cache(maxsize=16)
 def _parameters(arch, stage, tap, head, n_out, size) -> list:
     "Number of weights of each group, the head last"
@@ -104,7 +104,7 @@ def plan_table(
     for p in map(get_plan, plans or PLANS):
         for i, f in enumerate(p.phases, 1):
             row = {'plan': p.name, 'phase': i, 'frozen': 'all but the head' if f.frozen == -1 else 'nothing' if not f.frozen else
-                   f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or 'enough', 'rate': f.lr,
+                   f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or 'solved', 'rate': f.lr,
                    'rate of the stem': f.lr/f.spread if f.frozen == 0 else None, 'weight decay': f.wd, 'rate goes': f.decay,
                    'head': p.head if isinstance(p.head, str) else 'own', 'stage': p.stage or 'last', 'augmentation': p.augment or "the task's"}
             if arch:
@@ -113,7 +113,7 @@ def plan_table(
             rows.append(row)
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
-# %% ../nbs/07_plans.ipynb #b69665aa
+# %% ../nbs/07_plans.ipynb #3fc3e89d
 def choose_plan(
     n_train:int, # Number of training images
     gpu:bool=False # Is there a GPU?

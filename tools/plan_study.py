@@ -1,0 +1,92 @@
+"""Which plan of transfer is best, and does the advisor find it? Every plan on every task, three seeds, on images not learnt from.
+
+    export DR_TRANSFER_DATA=...        # the folder with flowers/ and dr/
+    python tools/plan_study.py         # hours on two cores; goes on where it was stopped; keeps nbs/results/plan_study.csv
+    python tools/plan_study.py --show  # the tables only
+
+Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30 images a class to
+learn from, and two drawn sets. Each seed is another split: 30 % of the images, at most 600, are the test; flowers are split by
+photographer. The advisor sees the training images only. To be affordable on a CPU the photographs are small (flowers 128 pixels, eyes 160)
+and, with more than 300 images to learn from, epochs are fewer than the plans' own (`EPOCHS`); everything else is as the plans have it.
+"""
+import argparse, os, tempfile, time, warnings
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+import pandas as pd
+from dr_transfer.core import build_learner, fit, valid_predictions
+from dr_transfer.data import encode_target, get_task
+from dr_transfer.files import atomic_file
+from dr_transfer.metrics import accuracy, auc
+from dr_transfer.phantom import make_dr, make_flowers
+from dr_transfer.plans import PLANS
+from dr_transfer.table import label_table, split_table
+
+EPOCHS = {'augmented_head': 5, 'flw': 5, 'top1': 3, 'top2': 3, 'all_but_stem': 3, 'fine_tune': 3, 'scratch': 10}  # with more than 300 images
+MOST_TEST, FEW = 600, 30
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    folder: str
+    task: str
+    target: str
+    size: int
+    few: bool = False
+
+
+def studies(drawn):
+    real = [('flowers', 'flowers', 'flowers', 'class', 128), ('Messidor-2 referable', 'dr/messidor2', 'dr', 'referable', 160),
+            ('Messidor-2 grade', 'dr/messidor2', 'dr', 'grade', 160), ('IDRiD referable', 'dr/idrid', 'dr', 'referable', 160)]
+    return [Study(f'{s[0]}, {FEW} a class', *s[1:], few=True) for s in real] + [
+        Study('drawn flowers', f'{drawn}/flowers', 'flowers', 'class', 128), Study('drawn eyes', f'{drawn}/eyes', 'dr', 'referable', 160)] + [Study(*s) for s in real]
+
+
+def split(study, root, seed):
+    "The table of a study: test images, all others (or a few of each class) to learn from, and some on the side `valid`, which fastai needs"
+    target = get_task(study.task).target(study.target)
+    t = encode_target(label_table(root/study.folder, verify=False), target)
+    t = split_table(t.assign(label=t.target), valid=0.3, seed=seed).assign(label=t.label)
+    held, train = t[t.split == 'valid'].sample(frac=1, random_state=seed), t[t.split == 'train']
+    valid, test = held[:40], held[40:]
+    test = test[~test.group.isin(valid.group.dropna())][:MOST_TEST].assign(split='test')
+    if study.few: train = pd.concat([g.sample(min(len(g), FEW), random_state=seed) for _, g in train.groupby('target')])
+    return pd.concat([train, valid, test]).drop(columns='target').reset_index(drop=True)
+
+
+def run(study, table, plan, seed):
+    "Score on the test side, and seconds"
+    start, n = time.monotonic(), int((table.split == 'train').sum())
+    learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed, num_workers=0 if n < 500 else 2)
+    name = getattr(plan, 'name', plan)
+    fit(learn, epochs=EPOCHS.get(name) if n > 300 else None, say=lambda s: None)
+    p, classes = valid_predictions(learn, 'test'), list(learn.dls.vocab)
+    probs = p[[f'p_{c}' for c in classes]].to_numpy()
+    score = auc((p.target == classes[1]).astype(int), probs[:, 1]) if len(classes) == 2 else accuracy(p.target, p.prediction)
+    return n, score, time.monotonic() - start
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--plans', nargs='+', default=list(PLANS))
+    p.add_argument('--show', action='store_true')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'plan_study.csv')
+    a = p.parse_args()
+    warnings.filterwarnings('ignore')
+    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
+    rows = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds'])
+    with tempfile.TemporaryDirectory() as drawn:
+        make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
+        make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
+        for seed in range(a.seeds):
+            for study in studies(drawn):
+                todo = [q for q in a.plans if not ((rows.study == study.name) & (rows.plan == q) & (rows.seed == seed)).any()]
+                table = split(study, root, seed) if todo else None
+                for plan in todo:
+                    n, score, seconds = run(study, table, plan, seed)
+                    print(f'{study.name}, {plan}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
+                    new = pd.DataFrame([{'study': study.name, 'plan': plan, 'seed': seed, 'images': n, 'score': round(float(score), 4), 'seconds': round(seconds)}])
+                    rows = pd.concat([rows, new], ignore_index=True) if len(rows) else new
+                    with atomic_file(a.out) as f: rows.to_csv(f, index=False)
