@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plot_advice']
 
-# %% ../nbs/07a_advisor.ipynb #4a5e53ed
+# %% ../nbs/07a_advisor.ipynb #76763c7f
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -18,7 +18,7 @@ from .plans import PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
 from .speed import get_setting
 
-# %% ../nbs/07a_advisor.ipynb #3cc6e5a2
+# %% ../nbs/07a_advisor.ipynb #df711aa7
 LARGE = 1000 # Images from which a set is large
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Advice:
     speed:pd.DataFrame # From `learning_speed`
     def __str__(self): return '\n'.join([f'scenario: {self.scenario}', *self.reasons, f'advice: plan \'{self.plan.name}\', {self.plan.about}', f'how sure: {self.sure}'])
 
-# %% ../nbs/07a_advisor.ipynb #950825ab
+# %% ../nbs/07a_advisor.ipynb #d927ed99
 def _candidates(stages) -> dict:
     "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
@@ -50,7 +50,7 @@ def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     if best != default and low > 0: return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is better beyond chance'
 
-# %% ../nbs/07a_advisor.ipynb #94e10836
+# %% ../nbs/07a_advisor.ipynb #888e03e7
 def choose_scenario(
     n:int, # Number of images to learn from
     distance:float # From `domain_distance`; NaN if it cannot be known
@@ -69,7 +69,7 @@ def choose_advised(
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
 
-# %% ../nbs/07a_advisor.ipynb #6736d3f0
+# %% ../nbs/07a_advisor.ipynb #8179a759
 MOST = 3000 # Images that are looked at
 
 def _some(t, seed) -> pd.DataFrame:
@@ -79,6 +79,7 @@ def _some(t, seed) -> pd.DataFrame:
     n = order.max() + 1
     return t[np.random.default_rng(seed).permutation(n)[order] < MOST/len(t)*n].reset_index(drop=True)
 
+# %% ../nbs/07a_advisor.ipynb #1b900bcb
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -99,6 +100,7 @@ def advise(
     f = extract_features(t.image.tolist(), body, task.size, task.reader, task.fit)
     return _advice(t, f, body, task, seed)
 
+# %% ../nbs/07a_advisor.ipynb #7ba98d29
 def _advice(t, f, body, task, seed) -> Advice:
     "Advice from a table, its features and the body they come from"
     spec, groups = body.stages.spec, t.group.where(t.group.notna(), t.image).to_numpy()
@@ -116,7 +118,7 @@ def _advice(t, f, body, task, seed) -> Advice:
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
     return Advice(plan, scenario, _how_sure(speed, profile, chosen), _reasons(t, distance, profile, chosen, why, speed), t.target.value_counts().to_dict(), distance, profile, speed)
 
-# %% ../nbs/07a_advisor.ipynb #a7100a30
+# %% ../nbs/07a_advisor.ipynb #24965891
 def _reasons(t, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
     counts, r, a = t.target.value_counts(), profile.loc[chosen], speed.attrs

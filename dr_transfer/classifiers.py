@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'STRENGTHS', 'EPOCHS', 'NEIGHBOURS', 'CLASSIFIERS', 'grouped_folds', 'classifier_head', 'FeatureClassifier',
            'out_of_fold']
 
-# %% ../nbs/06a_classifiers.ipynb #1b836856
+# %% ../nbs/06a_classifiers.ipynb #8189159c
 from functools import cached_property
 import numpy as np, pandas as pd, torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -26,7 +26,7 @@ from .features import Features, _chosen
 from .files import unknown
 from .model import HEADS, Head, create_head
 
-# %% ../nbs/06a_classifiers.ipynb #acd8a314
+# %% ../nbs/06a_classifiers.ipynb #b0de99a0
 def _group_codes(groups, n) -> np.ndarray:
     "A number for each group; an image without one is a group of its own"
     if groups is None: return np.arange(n)
@@ -55,7 +55,7 @@ def grouped_folds(
             if all((_group_counts(y[a], g[a]).reindex(have.index, fill_value=0) >= have.clip(upper=3) - 1).all() for a, _ in out): return out
     raise ValueError(f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': add {kind}, or leave the class out")
 
-# %% ../nbs/06a_classifiers.ipynb #e43e5cac
+# %% ../nbs/06a_classifiers.ipynb #1eadb8fc
 class _Orbit:
     "All views as rows, those of an image after one another"
     def __init__(self, x, y, groups, seed):
@@ -74,7 +74,7 @@ class _Orbit:
         cv = check_cv(cv, self.labels, classifier=True)
         return [(self.rows(a), self.rows(b)) for a, b in cv.split(np.zeros(len(self.labels)), self.labels, _group_codes(self.groups, len(self.labels)))]
 
-# %% ../nbs/06a_classifiers.ipynb #cd99a45a
+# %% ../nbs/06a_classifiers.ipynb #5b99e070
 LEAST = 0.001 # A probability counts as at least this much
 
 def _loss(model, x, y, views) -> float:
@@ -99,7 +99,7 @@ def _best(orbit, path, settings, n=5):
     model.losses_ = losses
     return model
 
-# %% ../nbs/06a_classifiers.ipynb #801b49f0
+# %% ../nbs/06a_classifiers.ipynb #bb93cb83
 STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, .5)) # C of logistic regression, strongest regularisation first
 EPOCHS = (1, 2, 4, 8, 16, 32, 64) # Of the dense network; more than 8 only up to 400 steps
 NEIGHBOURS = (33, 17, 9, 5, 3) # Images that vote
@@ -124,7 +124,7 @@ def _neighbours(orbit):
         for k in settings: yield model.set_params(n_neighbors=min(k*orbit.views, len(y)))
     return _best(orbit, path, NEIGHBOURS)
 
-# %% ../nbs/06a_classifiers.ipynb #f5fd316b
+# %% ../nbs/06a_classifiers.ipynb #457199e8
 def _svm(orbit, make, strengths):
     "An SVM with probabilities"
     def path(x, y, w, settings):
@@ -153,7 +153,7 @@ def _fit_given(model, orbit, y):
     if has_fit_parameter(model, 'sample_weight'): weights = {'sample_weight': orbit.weights}
     return model.fit(orbit.x, y, **weights)
 
-# %% ../nbs/06a_classifiers.ipynb #6abe274b
+# %% ../nbs/06a_classifiers.ipynb #6aa83057
 def _views_of(X, stages, pool) -> np.ndarray:
     "float32 (images, views, channels)"
     if isinstance(X, Features): x = X.numpy(stages, pool)
@@ -175,7 +175,12 @@ def _classes(y, n):
     if len(classes) < 2: raise ValueError(f"there is only the class '{classes[0]}': give images of two classes or more")
     return classes, codes
 
-# %% ../nbs/06a_classifiers.ipynb #3615fde9
+# %% ../nbs/06a_classifiers.ipynb #406450da
+def _source(X, stages):
+    "Where features come from: their description, with the weights of each stage, and the names of the stages"
+    if not isinstance(X, Features): return None
+    return {**X.about, 'weights_of': {n: s.about['weights'] for n, s in X.stores.items()}}, _chosen(stages, X.stages)
+
 def _check_name(classifier):
     if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator): return
     raise unknown('classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()')
@@ -196,7 +201,7 @@ def _mean_proba(self, X) -> np.ndarray:
     rows = self.scaler_.transform(x.reshape(-1, x.shape[-1]))
     with threadpool_limits(1, user_api='blas'): return self.estimator_.predict_proba(rows).reshape(*x.shape[:2], -1).mean(1)
 
-# %% ../nbs/06a_classifiers.ipynb #768681b8
+# %% ../nbs/06a_classifiers.ipynb #c998cd1b
 def _layers(model) -> list:
     "(weight, bias) of each layer, or the reason in a ValueError"
     why = {'forest': 'a forest asks questions, it is no sum of weighted features', 'neighbours': 'neighbours compare with stored images',
@@ -211,7 +216,7 @@ def _layers(model) -> list:
     w, b = layers[-1]
     return layers if len(w) > 1 else [*layers[:-1], (np.concatenate([-w, w])/2, np.concatenate([-b, b])/2)]
 
-# %% ../nbs/06a_classifiers.ipynb #7e4f9ea5
+# %% ../nbs/06a_classifiers.ipynb #f8b17ff6
 @torch.no_grad()
 def classifier_head(
     model, # A fitted `FeatureClassifier`, 'logistic' or 'dense'
@@ -229,7 +234,7 @@ def classifier_head(
                   *((getattr(l, k), v) for l, (w, b) in zip(linears, layers) for k, v in (('weight', w), ('bias', b)))]: to.copy_(torch.tensor(a))
     return head
 
-# %% ../nbs/06a_classifiers.ipynb #a058d269
+# %% ../nbs/06a_classifiers.ipynb #20e1de25
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
     "A classifier of features that learns from all views and predicts the mean over the views"
     def __init__(self,
@@ -243,8 +248,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         x = _views_of(X, self.stages, self.pool)
         (self.classes_, codes), self.n_features_in_ = _classes(y, len(x)), x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
-        self.source_ = ({**X.about, 'weights_of': {n: s.about['weights'] for n, s in X.stores.items()}}, _chosen(self.stages, X.stages)) if isinstance(X, Features) else None
-        self.estimator_ = _train(self, x, codes, groups)
+        self.source_, self.estimator_ = _source(X, self.stages), _train(self, x, codes, groups)
         return self
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities (images, classes), the mean over the views; columns in the order of `classes_`"
@@ -257,7 +261,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         "A head for the network, see `classifier_head`"
         return classifier_head(self)
 
-# %% ../nbs/06a_classifiers.ipynb #c3232adf
+# %% ../nbs/06a_classifiers.ipynb #97c2c83f
 def out_of_fold(
     classifier:FeatureClassifier, # What is trained, once for each fold
     X, # `Features`, or an array (images, views, channels)

@@ -6,7 +6,7 @@
 __all__ = ['GRADES', 'GRADE', 'REFERABLE', 'TASKS', 'ReadImage', 'Target', 'encode_target', 'Task', 'get_task', 'task_table',
            'ImageOf', 'task_datablock', 'class_names', 'task_dataloaders']
 
-# %% ../nbs/04_data.ipynb #bbeb65dd
+# %% ../nbs/04_data.ipynb #99c03a2b
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -22,14 +22,14 @@ from .images import FITS
 from .table import label_table, split_table
 from .views import READERS, read_image
 
-# %% ../nbs/04_data.ipynb #1c93486a
+# %% ../nbs/04_data.ipynb #34d1fb45
 class ReadImage(Transform):
     "`read_image` as a fastai transform: from a path, an image or an array to a `PILImage`"
     def __init__(self, size:int, reader:str='photo', fit:str='crop'): self.size, self.reader, self.fit = size, reader, fit
     def image(self, o): return read_image(o, self.size, self.reader, self.fit)
     def encodes(self, o): return PILImage(self.image(o))
 
-# %% ../nbs/04_data.ipynb #f4b19c85
+# %% ../nbs/04_data.ipynb #ba5d6e0f
 @dataclass(frozen=True)
 class Target:
     "What is learnt: classes, and how a label becomes one of them"
@@ -55,7 +55,7 @@ def encode_target(
                          f"Known: {target.labels or ', '.join(target.classes)}. Correct the labels, or leave these rows out")
     return t
 
-# %% ../nbs/04_data.ipynb #83538dbb
+# %% ../nbs/04_data.ipynb #07f7f409
 def _grade(label:str) -> str:
     g = float(label)
     if g not in (0, 1, 2, 3, 4): raise ValueError(label)
@@ -67,7 +67,7 @@ GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative
 GRADE = Target('grade', ('0', '1', '2', '3', '4'), _grade, GRADES)
 REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 
-# %% ../nbs/04_data.ipynb #85271454
+# %% ../nbs/04_data.ipynb #e544812b
 @dataclass(frozen=True)
 class Task:
     "What is to be learnt from a table of images, and how the images are read and augmented"
@@ -90,9 +90,9 @@ class Task:
             if t.name == name: return t
         raise unknown(f"target of task '{self.name}'", name, [t.name for t in self.targets])
 
-# %% ../nbs/04_data.ipynb #bd88fbac
+# %% ../nbs/04_data.ipynb #8c9e1382
 TASKS = {t.name: t for t in (
-    Task('flowers', size=256, augment='mirror', metrics={'class': ('accuracy',)}),
+    Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}),
     Task('dr', (REFERABLE, GRADE), size=384, reader='fundus', fit='pad', augment='quarter_turns',
          metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')}))}
 
@@ -108,7 +108,7 @@ def get_task(
     change = {k: v for k, v in (('size', size), ('augment', augment)) if v is not None}
     return replace(task, **change) if change else task
 
-# %% ../nbs/04_data.ipynb #26fd98ac
+# %% ../nbs/04_data.ipynb #e0f4753c
 def task_table(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     target:Target, # What is learnt
@@ -120,7 +120,7 @@ def task_table(
     t = encode_target(label_table(data, labels), target)
     return split_table(t.assign(label=t.target), valid=valid, seed=seed).assign(label=t.label)
 
-# %% ../nbs/04_data.ipynb #a0af4a00
+# %% ../nbs/04_data.ipynb #3d7a506f
 def _sides(table) -> tuple[list, list]:
     "Row numbers of the training and the validation side"
     split = table['split'].to_numpy()
@@ -150,7 +150,7 @@ def class_names(
     "The classes of a target: its own, or those that occur, sorted"
     return list(target.classes) if target.classes else sorted(table.target.unique())
 
-# %% ../nbs/04_data.ipynb #b2de745f
+# %% ../nbs/04_data.ipynb #dd676b0b
 def task_dataloaders(
     table:pd.DataFrame, # A table with columns `image, target, split`
     task:Task, # A task

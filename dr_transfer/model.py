@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #23b4b408
+# %% ../nbs/05c_model.ipynb #70d803f2
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .files import progress, unknown
 from .speed import Setting
 from .views import VIEWS, image_batches, normalise
 
-# %% ../nbs/05c_model.ipynb #9c0a9b1d
+# %% ../nbs/05c_model.ipynb #5bc25133
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -42,9 +42,10 @@ class Body(nn.Module):
                 if name in names: out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
         return out
 
+# %% ../nbs/05c_model.ipynb #49e7ac91
 POOLS = {'mean': lambda x: x.mean((2, 3), dtype=torch.float32), 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #03590a16
+# %% ../nbs/05c_model.ipynb #9cfa2898
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -66,6 +67,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
+# %% ../nbs/05c_model.ipynb #9dbdad93
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -91,8 +93,12 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #126848a3
-def good_bs(device) -> int: return 8 if device.type == 'cpu' else 64
+# %% ../nbs/05c_model.ipynb #3d300cec
+def good_bs(
+    device:torch.device # Where the network runs
+) -> int:
+    "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
+    return 8 if device.type == 'cpu' else 64
 
 @torch.inference_mode()
 def view_probs(

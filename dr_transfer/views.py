@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['READERS', 'VIEWS', 'read_image', 'image_batches', 'normalise']
 
-# %% ../nbs/02a_views.ipynb #06ea4e3e
+# %% ../nbs/02a_views.ipynb #3a230b97
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Callable, Iterator
 import numpy as np, torch
 from PIL import Image
+from torch import nn
 from .files import unknown
 from .fundus import trim_borders
 from .images import fit_square, read_rgb
 
-# %% ../nbs/02a_views.ipynb #193f5a7a
+# %% ../nbs/02a_views.ipynb #85f0bd13
 READERS = {'photo': None, 'fundus': trim_borders} # name -> what is done before resizing
 
 def read_image(
@@ -29,14 +30,23 @@ def read_image(
     im = read_rgb(source, size)
     return fit_square(READERS[reader](im) if READERS[reader] else im, size, fit)
 
-# %% ../nbs/02a_views.ipynb #6beec2bf
+# %% ../nbs/02a_views.ipynb #ee307702
 def _turn(k): return lambda x: torch.rot90(x, k, (-2, -1))
 
-VIEWS = {'none': (lambda x: x,),
-         'quarter_turns': tuple(map(_turn, range(4))),
-         'mirror': (lambda x: x, lambda x: x.flip(-1))} # name -> functions of a batch (..., height, width)
+def _near(x, share:float=0.78):
+    "The middle of a batch (..., height, width), `share` of each side, at full size"
+    edge = [round(n*(1 - share)/2) for n in x.shape[-2:]]
+    middle = x[..., edge[0]:x.shape[-2] - edge[0], edge[1]:x.shape[-1] - edge[1]]
+    flat = middle.reshape(-1, 1, *middle.shape[-2:]).float()
+    out = nn.functional.interpolate(flat, x.shape[-2:], mode='bilinear', antialias=True).reshape(x.shape)
+    return out if x.is_floating_point() else out.round().to(x.dtype)
 
-# %% ../nbs/02a_views.ipynb #dc318752
+VIEWS = {'none': (lambda x: x,), # name -> functions of a batch (..., height, width)
+         'quarter_turns': tuple(map(_turn, range(4))),
+         'mirror': (lambda x: x, lambda x: x.flip(-1)),
+         'mirror_near': (lambda x: x, lambda x: x.flip(-1), _near, lambda x: _near(x.flip(-1)))}
+
+# %% ../nbs/02a_views.ipynb #6081cb38
 def image_batches(
     sources:list, # Paths or images
     read:Callable, # source -> PIL image, all of one size

@@ -27,7 +27,7 @@ def no_network(monkeypatch, tmp_path):
     "No test may look for a hub, nor find what lies in the caches of this machine"
     def refuse(*a, **k): raise AssertionError('a test went to the network')
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
-    monkeypatch.setattr(module, '_reachable', lambda *a, **k: False)
+    monkeypatch.setattr(module, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
     monkeypatch.delenv('DR_TRANSFER_WEIGHTS', raising=False)
@@ -530,7 +530,7 @@ def test_download_from_timm(monkeypatch, small):
     monkeypatch.setattr(timm, 'create_model', stub)
     refused(None, 'no network')
     assert not asked                                                               # not reachable: not even tried
-    monkeypatch.setattr(module, '_reachable', lambda address, *a: 'huggingface.co' in address)
+    monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')
     assert asked == ['test_resnet'] and same(body, net)
     assert body.weights.kind == 'hub' and body.weights.name.startswith('https://')
@@ -542,7 +542,7 @@ def test_download_from_torchvision(monkeypatch):
         asked.append(url)
         return net.state_dict()
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
-    monkeypatch.setattr(module, '_reachable', lambda *a: True)
+    monkeypatch.setattr(module, 'reachable', lambda *a: True)
     body = create_body('torchvision.resnet18')
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad(): assert torch.allclose(body(x), maps(net, x), atol=1e-5)
@@ -551,7 +551,7 @@ def test_download_from_torchvision(monkeypatch):
 
 def test_a_download_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: {'x': torch.ones(1)})
-    monkeypatch.setattr(module, '_reachable', lambda *a: True)
+    monkeypatch.setattr(module, 'reachable', lambda *a: True)
     refused(None, 'torchvision.resnet18', arch='torchvision.resnet18')
 
 

