@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plot_advice']
 
-# %% ../nbs/07a_advisor.ipynb #76763c7f
+# %% ../nbs/07a_advisor.ipynb #89bb9db6
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .backbones import Stages
+from .classifiers import grouped_folds
 from .data import Task, get_task, task_table
 from .features import extract_features, whole_body
 from .model import Body
@@ -18,8 +19,8 @@ from .plans import PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
 from .speed import get_setting
 
-# %% ../nbs/07a_advisor.ipynb #df711aa7
-LARGE = 1000 # Images from which a set is large
+# %% ../nbs/07a_advisor.ipynb #31f0c50b
+LARGE = 5000 # Images to learn from, from which on a set is large
 
 @dataclass(frozen=True)
 class Advice:
@@ -34,7 +35,7 @@ class Advice:
     speed:pd.DataFrame # From `learning_speed`
     def __str__(self): return '\n'.join([f'scenario: {self.scenario}', *self.reasons, f'advice: plan \'{self.plan.name}\', {self.plan.about}', f'how sure: {self.sure}'])
 
-# %% ../nbs/07a_advisor.ipynb #d927ed99
+# %% ../nbs/07a_advisor.ipynb #93ae37af
 def _candidates(stages) -> dict:
     "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
@@ -45,12 +46,12 @@ def _side(stages, last, k) -> tuple: names = list(stages); i = names.index(last)
 
 def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     "Row of the depth profile for the head, and why: the default unless another is better beyond chance"
-    best = profile.score.idxmax()
+    best = profile.score.fillna(-np.inf).idxmax()
     gain, low, high = stage_gain(profile, best, default)
     if best != default and low > 0: return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is better beyond chance'
 
-# %% ../nbs/07a_advisor.ipynb #888e03e7
+# %% ../nbs/07a_advisor.ipynb #d9de5fe9
 def choose_scenario(
     n:int, # Number of images to learn from
     distance:float # From `domain_distance`; NaN if it cannot be known
@@ -69,17 +70,21 @@ def choose_advised(
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
 
-# %% ../nbs/07a_advisor.ipynb #8179a759
+# %% ../nbs/07a_advisor.ipynb #0c5bae2b
 MOST = 3000 # Images that are looked at
 
 def _some(t, seed) -> pd.DataFrame:
-    "At most about `MOST` of the images to learn from"
-    t = t[t.split == 'train'].reset_index(drop=True)
-    order = t.groupby(t.group.fillna(t.image)).ngroup().to_numpy()
-    n = order.max() + 1
-    return t[np.random.default_rng(seed).permutation(n)[order] < MOST/len(t)*n].reset_index(drop=True)
+    "About `MOST` of the images at most, groups whole; ten groups of each class at least"
+    groups = t.group.where(t.group.notna(), t.image)
+    code = groups.groupby(groups).ngroup().to_numpy()
+    n = code.max() + 1
+    rank = pd.Series(np.random.default_rng(seed).permutation(n)[code], t.index)
+    chosen = (rank < MOST/len(t)*n) | (rank.groupby(t.target).rank('dense') <= 10)
+    return t[groups.isin(groups[chosen])].reset_index(drop=True)
 
-# %% ../nbs/07a_advisor.ipynb #1b900bcb
+def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
+
+# %% ../nbs/07a_advisor.ipynb #64c59e46
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -94,42 +99,47 @@ def advise(
 ) -> Advice: # As `build_learner(..., plan=)` takes it
     "Measure the images to learn from, and recommend a plan"
     task = get_task(task, size)
-    t = _some(task_table(data, task.target(target), labels, valid, seed), seed)
-    stages = whole_body(arch, weights)
+    goal, stages = task.target(target), whole_body(arch, weights)
+    t = task_table(data, goal, labels, valid, seed)
+    t = t[t.split == 'train']
+    some, counts = _some(t, seed), t.target.value_counts()
+    grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few
     body = Body(stages, get_setting(setting, stages, arch, task.size))
-    f = extract_features(t.image.tolist(), body, task.size, task.reader, task.fit)
-    return _advice(t, f, body, task, seed)
+    f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
+    return _advice(some, counts, f, body, task, seed)
 
-# %% ../nbs/07a_advisor.ipynb #7ba98d29
-def _advice(t, f, body, task, seed) -> Advice:
-    "Advice from a table, its features and the body they come from"
-    spec, groups = body.stages.spec, t.group.where(t.group.notna(), t.image).to_numpy()
-    repeats = 1 if len(t) >= LARGE else 3
+# %% ../nbs/07a_advisor.ipynb #829cb464
+def _advice(t, counts, f, body, task, seed) -> Advice:
+    "Advice from a table, numbers of images, features of the table and the body they come from"
+    spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
+    repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
     own = [n for n in f.stages if n != 'neck'][-spec.tap:]
     default = '+'.join(own)
     candidates[default] = (own[-1], len(own))
-    kw = dict(groups=groups, seed=seed)
     profile = depth_profile(f, t.target, stages=[_side(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()], repeats=repeats, **kw)
     chosen, why = _choose_stage(profile, candidates, default)
     speed = learning_speed(f, t.target, stages=_side(f.stages, *candidates[chosen]), **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
-    scenario = choose_scenario(len(t), distance)
+    scenario = choose_scenario(counts.sum(), distance)
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
-    return Advice(plan, scenario, _how_sure(speed, profile, chosen), _reasons(t, distance, profile, chosen, why, speed), t.target.value_counts().to_dict(), distance, profile, speed)
+    reasons = _reasons(counts, len(t), distance, profile, chosen, why, speed)
+    return Advice(plan, scenario, _how_sure(profile.loc[chosen]), reasons, counts.to_dict(), distance, profile, speed)
 
-# %% ../nbs/07a_advisor.ipynb #24965891
-def _reasons(t, distance, profile, chosen, why, speed) -> tuple:
+# %% ../nbs/07a_advisor.ipynb #d33e76b8
+def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
-    counts, r, a = t.target.value_counts(), profile.loc[chosen], speed.attrs
+    n, r, a = counts.sum(), profile.loc[chosen], speed.attrs
+    some = f', {seen} of them were looked at' if seen < n else ''
     like = 'unknown, the network remembers nothing' if np.isnan(distance) else f"{distance:.3f}, {'less' if distance < SIMILAR else 'more'} than {SIMILAR}"
-    return (f"images: {len(t)}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large)", f"distance from natural photographs: {like}",
+    return (f"images: {n}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large){some}", f"distance from natural photographs: {like}",
             f"linear classifier: {profile.attrs['measure']} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}",
             f"with twice the images: {a['gain']:+.3f} [{a['gain_low']:+.3f}, {a['gain_high']:+.3f}]")
 
-def _how_sure(speed, profile, chosen) -> str:
+def _how_sure(row) -> str:
     "How far the numbers carry"
-    width = profile.loc[chosen].high - profile.loc[chosen].low
+    width = row.high - row.low
+    if np.isnan(width): return 'not at all: there are too few images to measure it'
     if not width < 0.1: return f'not very: the score is known to within {width/2:.2f} only; more images say more than another plan'
     return f'fairly: the score is known to within {width/2:.2f}'
 

@@ -6,22 +6,23 @@
 __all__ = ['AUGMENTATIONS', 'Views', 'QuarterTurns', 'Mirror', 'MirrorNear', 'flowers_matrix', 'crop_matrix', 'Augmentation',
            'augmentation', 'views_of', 'augmentation_table']
 
-# %% ../nbs/03_augment.ipynb #eff22963
+# %% ../nbs/03_augment.ipynb #e0076ed2
 import math
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, pandas as pd, torch
 from fastai.vision.augment import AffineCoordTfm, Brightness, Contrast, Hue, PadMode, RandTransform, Saturation
-from fastai.vision.core import PILBase, TensorImage, TensorMask
+from fastai.vision.core import PILBase, PILMask, TensorImage, TensorMask
 from PIL import Image
 from .files import unknown
 from .views import VIEWS
 
-# %% ../nbs/03_augment.ipynb #29a8a778
+# %% ../nbs/03_augment.ipynb #8fa62c8e
 class Views(RandTransform):
     "A random choice from finitely many views of an image"
     order, name = 15, 'none'
     def before_call(self, b, split_idx):
+        if split_idx == 1: return # nothing is drawn for what stays as it is
         x = b[0] if isinstance(b, tuple) else b
         many = isinstance(x, torch.Tensor) and x.ndim == 4
         self.k = torch.randint(len(VIEWS[self.name]), (len(x) if many else 1,)).tolist()
@@ -46,15 +47,17 @@ class Mirror(Views):
     "The image or its mirror image, left and right exchanged"
     name = 'mirror'
 
-# %% ../nbs/03_augment.ipynb #8c3bfed0
+# %% ../nbs/03_augment.ipynb #cdf707d0
 class MirrorNear(Views):
     "The image or its mirror image, from as far as it is or from nearer: its middle, enlarged"
     name = 'mirror_near'
-    def view(self, x, k:int):
-        if isinstance(x, TensorMask) and k > 1: raise ValueError("the classes of a mask cannot be enlarged by interpolation: take augment='mirror'")
-        return super().view(x, k)
+    def before_call(self, b, split_idx):
+        for x in b if isinstance(b, tuple) else (b,):
+            if split_idx != 1 and (isinstance(x, (PILMask, TensorMask)) or getattr(x, 'mode', '') == 'P'):
+                raise ValueError("the numbers of a mask or a palette cannot be enlarged by interpolation: take augment='mirror'")
+        super().before_call(b, split_idx)
 
-# %% ../nbs/03_augment.ipynb #2778d729
+# %% ../nbs/03_augment.ipynb #710989b9
 def _uniform(n, a, b): return torch.empty(n).uniform_(a, b)
 
 def _matrix(a, b, c, d, e, f) -> torch.Tensor:
@@ -78,7 +81,7 @@ def crop_matrix(x, least:float=0.35) -> torch.Tensor:
     w, h = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)
     return _matrix(w, zero, _uniform(n, -1, 1)*(1-w), zero, h, _uniform(n, -1, 1)*(1-h)).to(x.device)
 
-# %% ../nbs/03_augment.ipynb #88c1c6d7
+# %% ../nbs/03_augment.ipynb #8b8a1e98
 @dataclass(frozen=True)
 class Augmentation:
     "A named augmentation and what it keeps of an image"
@@ -106,7 +109,7 @@ AUGMENTATIONS = {
     'colour_jitter': Augmentation(_jitter, False, True, True, 'brightness, contrast, saturation and hue'),
     'flowers': Augmentation(_affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored')}
 
-# %% ../nbs/03_augment.ipynb #e7e4ae54
+# %% ../nbs/03_augment.ipynb #86024e9e
 def augmentation(
     names:str # Names joined with '+', such as 'mirror+random_crop'
 ) -> list: # fastai batch transforms

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'STARTS', 'train', 'write_run', 'advise', 'predict', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #04d399c4
+# %% ../nbs/14_cli.ipynb #93b96125
 import argparse, json, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #96467a03
+# %% ../nbs/14_cli.ipynb #df1658f7
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
 def _default_out(data) -> str: return f'{Path(data).resolve().name.removesuffix(".csv")}_run'
@@ -23,7 +23,7 @@ def train(
     from dr_transfer.plans import get_plan
     from dr_transfer.backbones import find_backbone
     out = check_new(a.out or _default_out(a.data), a.overwrite, RUN_FILES)
-    get_task(a.task, a.size).target(a.target), a.plan != 'advise' and get_plan(a.plan or 'head', a.epochs), a.arch and find_backbone(a.arch)
+    get_task(a.task, a.size).target(a.target), get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs), a.arch and find_backbone(a.arch)
     from dr_transfer.core import build_learner, fit
     plan = _print_advice(a) if a.plan == 'advise' else a.plan
     learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
@@ -35,7 +35,7 @@ def train(
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #d7fd97eb
+# %% ../nbs/14_cli.ipynb #6a35092f
 def _describe(learn):
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
@@ -43,7 +43,7 @@ def _describe(learn):
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
     if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
 
-# %% ../nbs/14_cli.ipynb #e8663fa3
+# %% ../nbs/14_cli.ipynb #6f1b3bda
 def _json(o) -> str:
     "JSON with null for a measure that is not defined"
     def clean(o):
@@ -52,7 +52,7 @@ def _json(o) -> str:
         return None if isinstance(o, float) and o != o else o
     return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/14_cli.ipynb #4c08c2a8
+# %% ../nbs/14_cli.ipynb #61724a54
 def write_run(
     learn, # A trained learner
     folder:Path # A folder that exists
@@ -75,7 +75,7 @@ def write_run(
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures
 
-# %% ../nbs/14_cli.ipynb #7f995958
+# %% ../nbs/14_cli.ipynb #f6dd5ad6
 def _print_advice(a):
     "Advice on the images to learn from, printed"
     from dr_transfer.advisor import advise
@@ -96,7 +96,7 @@ def advise(
     print(f'picture: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #25dd493c
+# %% ../nbs/14_cli.ipynb #8ab37453
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
@@ -114,7 +114,7 @@ def predict(
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #af04576b
+# %% ../nbs/14_cli.ipynb #8f610590
 STARTS = {'random_start': 'random', 'run': None} # folder -> weights
 
 def _demo_run(a, out, name):
@@ -126,7 +126,7 @@ def _demo_run(a, out, name):
     learn = fit(build_learner(out/'data', task='dr', size=a.size, seed=a.seed, weights=STARTS[name], setting=a.setting), 'head')
     with atomic_folder(out/name) as tmp: write_run(learn, tmp)
 
-# %% ../nbs/14_cli.ipynb #bb5e1361
+# %% ../nbs/14_cli.ipynb #45bd443c
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` tells
 ) -> int: # Exit code
@@ -147,7 +147,7 @@ def demo(
     print(f"picture: {_demo_picture(out)}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #30307f20
+# %% ../nbs/14_cli.ipynb #800ae832
 def _demo_table(out):
     "Measures on the validation side, a row a start"
     import pandas as pd
@@ -168,7 +168,7 @@ def _demo_picture(out) -> Path:
     with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
     return out/'demo.png'
 
-# %% ../nbs/14_cli.ipynb #12492e2c
+# %% ../nbs/14_cli.ipynb #373399b7
 def _add(sub, name, f, about, example):
     p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
                        formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,7 +178,7 @@ def _add(sub, name, f, about, example):
     p.add_argument('--overwrite', action='store_true', help='replace what is at --out')
     return p.add_argument
 
-# %% ../nbs/14_cli.ipynb #8e06c7b8
+# %% ../nbs/14_cli.ipynb #8c323085
 def _parser() -> argparse.ArgumentParser:
     from dr_transfer import __version__
     p = argparse.ArgumentParser('dr_transfer', description='Transfer learning for small, colour-sensitive image sets. Not a medical device.')
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='CSV', help='file to write (default: print)')
     return p
 
-# %% ../nbs/14_cli.ipynb #09db97fd
+# %% ../nbs/14_cli.ipynb #19a2d509
 def _data_arguments(add):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
@@ -219,7 +219,7 @@ def _train_arguments(add):
     add('--bs', metavar='N', type=int, default=32, help='images in a batch (default: %(default)s)')
     add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
 
-# %% ../nbs/14_cli.ipynb #33130595
+# %% ../nbs/14_cli.ipynb #81e03a40
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success

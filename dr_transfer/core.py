@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLearner', 'classifier_learner', 'learner_groups',
            'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #a6071de2
+# %% ../nbs/08_core.ipynb #f2dc4abc
 import hashlib, os, platform
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ from .speed import get_setting
 from .table import set_aside
 from .views import VIEWS
 
-# %% ../nbs/08_core.ipynb #0c6ccd35
+# %% ../nbs/08_core.ipynb #4d229087
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -53,7 +53,7 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #f92a5664
+# %% ../nbs/08_core.ipynb #089117fb
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task, head = learn.model[0][0], learn.task, getattr(learn.model[1], 'about', None)
@@ -63,7 +63,7 @@ def _record(learn, **settings) -> dict:
             'groups': len(layer_groups(body.stages)), 'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
             'versions': versions(), 'history': []}
 
-# %% ../nbs/08_core.ipynb #8ff857dd
+# %% ../nbs/08_core.ipynb #7facb98d
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -90,7 +90,7 @@ def build_learner(
     own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
     return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs)
 
-# %% ../nbs/08_core.ipynb #2010edf8
+# %% ../nbs/08_core.ipynb #0be3e592
 def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs) -> Learner:
     asked = plan or get_plan('head')
     own = {'arch': 'efficientnet_lite0', **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
@@ -101,7 +101,7 @@ def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs
     cbs = [FrozenMode(fixed_bn), HeadFirst(), TrainSetting(setting, arch, task.size)]
     return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed), kwargs)
 
-# %% ../nbs/08_core.ipynb #21f995ad
+# %% ../nbs/08_core.ipynb #5ce3a594
 class _View(Callback):
     "Show the model one view of each batch"
     def __init__(self, view): self.view = view
@@ -119,12 +119,11 @@ class TransferLearner(Learner):
         views = views or views_of(self.task.augment)
         if kwargs or views is None: return super().tta(ds_idx, dl, **kwargs)
         dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
-        for t in dl.after_batch.fs: # nothing at random, also on the training side
-            if t.split_idx == 0: dl.after_batch.fs.remove(t)
-        out = [self.get_preds(dl=dl, inner=False, cbs=_View(v)) for v in VIEWS[views]]
+        with dl.dataset.set_split_idx(1): # nothing at random, also on the training side
+            out = [self.get_preds(dl=dl, cbs=_View(v)) for v in VIEWS[views]]
         return torch.stack([p for p, _ in out]).mean(0), out[0][1]
 
-# %% ../nbs/08_core.ipynb #a2842e3b
+# %% ../nbs/08_core.ipynb #1507ed2c
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -153,7 +152,7 @@ def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kw
     learn.record = _record(learn, **what)
     return learn
 
-# %% ../nbs/08_core.ipynb #c6df1155
+# %% ../nbs/08_core.ipynb #c5a766d8
 def classifier_learner(
     classifier:FeatureClassifier, # Fitted on `Features`, 'logistic' or 'dense'
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
@@ -162,6 +161,7 @@ def classifier_learner(
 ) -> Learner: # Its predictions are those of the classifier
     "A classifier of features on top of its backbone again: a Learner that can be fine-tuned, saved and exported"
     if getattr(classifier, 'source_', None) is None: raise ValueError("this classifier was not fitted on Features: give what image_features or learner_features returns to its fit")
+    if classifier.pool != 'mean': raise ValueError(f"pool='{classifier.pool}': the head of a network sees means. Fit the classifier with pool='mean'")
     about, names = classifier.source_
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
     head = classifier.head()
@@ -173,7 +173,7 @@ def classifier_learner(
     if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)): raise ValueError(f"the classifier knows {list(classifier.classes_)}, the data has {list(learn.dls.vocab)}")
     return learn
 
-# %% ../nbs/08_core.ipynb #8406c04e
+# %% ../nbs/08_core.ipynb #47fb54f0
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
@@ -182,19 +182,20 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #58517b95
+# %% ../nbs/08_core.ipynb #2fd23925
 def _check_plan(learn, plan):
     "Refuse a plan for which the learner was not built"
     r = learn.record
     if plan.arch not in (None, r['arch']): what = f"the backbone '{plan.arch}'"
     elif plan.weights == 'random' and r['weights']['kind'] != 'random': what = 'random weights'
     elif plan.stage is not None and plan.stage not in (r['stage'], learn.plan.stage if learn.plan else None): what = f"a body that ends at stage {plan.stage!r}"
+    elif plan.tap not in (None, r['tap']): what = f"a head that sees {plan.tap} stages"
     elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about): what = f"the head '{plan.head}'"
-    elif plan.augment and plan.augment.strip('+') not in r['augment']: what = f"the augmentation '{plan.augment}'"
+    elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')): what = f"the augmentation '{plan.augment}'"
     else: return
     raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan='{plan.name}')")
 
-# %% ../nbs/08_core.ipynb #31b6ef36
+# %% ../nbs/08_core.ipynb #b5072782
 def fit(
     learn:Learner, # From `build_learner`
     plan:Any=None, # Name, plan or advice; that of `build_learner`, or chosen, if None
@@ -203,6 +204,7 @@ def fit(
     say:Callable=print # What is done with the lines that tell how it goes
 ) -> Learner: # The same learner, trained
     "Train a learner by a plan"
+    if not isinstance(learn, TransferLearner): raise ValueError("this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)")
     plan = get_plan(plan or _default_plan(learn, say), epochs)
     _check_plan(learn, plan)
     names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
@@ -215,13 +217,12 @@ def fit(
     return learn
 
 def _default_plan(learn, say):
-    if not hasattr(learn, 'record'): raise ValueError("this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)")
     if learn.plan: return learn.plan
     plan, why = choose_plan(int((learn.table.split == 'train').sum()), gpu=learn.dls.device.type != 'cpu')
     say(f"plan '{plan}': {why}")
     return plan
 
-# %% ../nbs/08_core.ipynb #0c3f4afa
+# %% ../nbs/08_core.ipynb #90eb182d
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -237,7 +238,7 @@ def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
     f = learner_features(learn, images).numpy()
     head, device = learn.model[1].eval(), learn.dls.device
-    p = head(torch.from_numpy(np.ascontiguousarray(f)).flatten(0, 1).to(device)).softmax(1)
+    p = head(torch.tensor(f).flatten(0, 1).to(device)).softmax(1)
     return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
 
 def prediction_table(
@@ -250,7 +251,7 @@ def prediction_table(
     t = pd.DataFrame({'image': images, 'prediction': [classes[i] for i in probs.argmax(1)] if len(probs) else []})
     return pd.concat([t, pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])], axis=1)
 
-# %% ../nbs/08_core.ipynb #94f9bbea
+# %% ../nbs/08_core.ipynb #366e01fd
 def valid_predictions(
     learn:Learner, # From `build_learner`
     side:str='valid' # 'valid', 'test' or 'train'

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['MOST_GB', 'MOST_NUMBERS', 'why_not_stored', 'learner_features', 'fit_phase']
 
-# %% ../nbs/07c_phases.ipynb #d8fcca22
+# %% ../nbs/07c_phases.ipynb #7b902c4a
 import sys
 from contextlib import ExitStack
 from typing import Callable
 import numpy as np, torch
+from fastai.callback.core import TrainEvalCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.imports import IN_NOTEBOOK
 from torch import nn
 from .augment import views_of
 from .backbones import Stages, layer_groups, stage_names
 from .boundary import BoundaryMaps, Rest, boundary_gb, boundary_loader, boundary_maps, boundary_store, split_body
-from .callbacks import FrozenMode, HeadFirst, PlainProgress
+from .callbacks import FrozenMode, HeadFirst, PlainProgress, TrainSetting
 from .classifiers import FeatureClassifier
 from .features import Features, extract_features, reading, weights_digest
 from .files import unknown
@@ -26,8 +29,9 @@ from .model import AveragePool, Head
 from .plans import Phase, head_epochs
 from .views import VIEWS
 
-# %% ../nbs/07c_phases.ipynb #d3b20bff
+# %% ../nbs/07c_phases.ipynb #67c3d8db
 MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
+_USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
 
 def why_not_stored(
     learn:Learner, # From `build_learner`
@@ -37,11 +41,14 @@ def why_not_stored(
     views, (body, k, pooled) = views_of(learn.task.augment), _frozen_part(learn, frozen)
     if not k: return 'nothing is frozen'
     if views is None: return f"the augmentation '{learn.task.augment}' has endlessly many results"
+    for c in learn.cbs:
+        if not isinstance(c, _USUAL): return f"the callback '{c.name}' is to see every batch"
     if pooled: return ''
     if not isinstance(body.stages, Stages): return f"'{body.stages.spec.name}' is no chain of stages"
     gb = boundary_gb(boundary_store(split_body(body, k, _averages(learn))[0], _about(learn, views)), len(learn.table))
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
+# %% ../nbs/07c_phases.ipynb #58ce531f
 def _frozen_part(learn, frozen) -> tuple:
     "Body, number of frozen groups, and whether only averages leave the body"
     body = learn.model[0][0]
@@ -56,7 +63,7 @@ def _averages(learn) -> bool:
 
 def _about(learn, views): t = learn.task; return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
 
-# %% ../nbs/07c_phases.ipynb #f2cf95a5
+# %% ../nbs/07c_phases.ipynb #60743e61
 def learner_features(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -75,7 +82,7 @@ def _stored(learn, side, k, pooled) -> tuple[BoundaryMaps, torch.Tensor]:
     if pooled: return BoundaryMaps([learner_features(learn, images, views, f'features ({side})').numpy()], np.arange(len(y))), y
     return boundary_maps(images, split_body(learn.model[0][0], k, _averages(learn))[0], _about(learn, views), label=f'boundary maps ({side})'), y
 
-# %% ../nbs/07c_phases.ipynb #eff2ac7d
+# %% ../nbs/07c_phases.ipynb #f719edd0
 class _RestAndHead(nn.Module):
     "The trained part of a model, on what the frozen part says"
     def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
@@ -95,7 +102,7 @@ def _sub_learner(learn, k, pooled) -> Learner:
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
-# %% ../nbs/07c_phases.ipynb #837969f3
+# %% ../nbs/07c_phases.ipynb #8c69974a
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
     if not isinstance(head[1], nn.BatchNorm1d): return
@@ -116,14 +123,15 @@ def _run(learn, phase, rates, quiet, say, epochs) -> list:
         how[phase.decay](epochs, rates, wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/07c_phases.ipynb #c57136cd
+# %% ../nbs/07c_phases.ipynb #f6122e5e
 MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
 
 def _unsolvable(learn, phase, pooled) -> str:
     "Why the head cannot be had as logistic regression; '' if it can"
     train, loss = learn.table[learn.table.split == 'train'], learn.loss_func
-    if phase.epochs is not None or not pooled: return 'steps are asked for'
+    if phase.epochs is not None: return 'steps are asked for'
     if getattr(learn.model[1], 'about', None) != Head(): return 'the head is no linear classifier'
+    if not pooled: return 'more than the head is trained'
     if not isinstance(loss, CrossEntropyLossFlat) or loss.func.weight is not None or loss.func.label_smoothing: return 'of its loss'
     have = train.groupby('target').group.nunique().reindex(list(learn.dls.vocab), fill_value=0)
     if have.min() < 3: return f"class '{have.idxmin()}' has {have.min()} groups in training, and strength is chosen with 3 or more"
@@ -141,7 +149,7 @@ def _solve_head(learn) -> list:
     with sub.no_bar(), sub.no_logging(): (loss, *_), valid = sub.validate(0), sub.validate(1)
     return [[loss, *valid]]
 
-# %% ../nbs/07c_phases.ipynb #a591cc44
+# %% ../nbs/07c_phases.ipynb #60a8ccc3
 def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
     "Train what is not frozen in steps, from what is stored"
     if not pooled: learn.train_setting.measure(learn, learn.model[0][0])
@@ -153,7 +161,7 @@ def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
 
 def _epochs(learn, phase): return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
-# %% ../nbs/07c_phases.ipynb #0b838982
+# %% ../nbs/07c_phases.ipynb #e95584d2
 def fit_phase(
     learn:Learner, # From `build_learner`
     phase:Phase, # What is frozen, for how long, at which rates

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECAYS', 'HEAD', 'PLANS', 'Phase', 'Plan', 'get_plan', 'plan_table', 'choose_plan', 'head_epochs']
 
-# %% ../nbs/07_plans.ipynb #370bc323
+# %% ../nbs/07_plans.ipynb #c8188579
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +15,7 @@ from .backbones import create_body, layer_groups
 from .files import unknown
 from .model import Head, create_head, head_inputs
 
-# %% ../nbs/07_plans.ipynb #266ec587
+# %% ../nbs/07_plans.ipynb #fcef036c
 DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Phase:
         "The learning rate of each group, nearest to the input first (discriminative rates, F39)"
         return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
 
-# %% ../nbs/07_plans.ipynb #abb4bc72
+# %% ../nbs/07_plans.ipynb #b6a9fc83
 @dataclass(frozen=True)
 class Plan:
     "A named plan of transfer"
@@ -59,7 +59,7 @@ class Plan:
         if not self.augment.startswith('+'): return self.augment
         return self.augment[1:] if own == 'none' else own + self.augment
 
-# %% ../nbs/07_plans.ipynb #da4832b6
+# %% ../nbs/07_plans.ipynb #5ad01c88
 HEAD = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
 
 def _then(frozen, lr=5e-4): return (HEAD, Phase(frozen, 5, lr, spread=20, wd=0.05))
@@ -86,7 +86,7 @@ def get_plan(
         plan = PLANS[plan]
     return plan if epochs is None else plan.with_epochs(epochs)
 
-# %% ../nbs/07_plans.ipynb #89bd7c3e
+# %% ../nbs/07_plans.ipynb #72618bca
 @lru_cache(maxsize=16)
 def _parameters(arch, stage, tap, head, n_out, size) -> list:
     "Number of weights of each group, the head last"
@@ -94,26 +94,33 @@ def _parameters(arch, stage, tap, head, n_out, size) -> list:
     net = create_head(head, head_inputs(body, head, size), n_out)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(body).values(), list(net.parameters()))]
 
+def _sizes(learn, plan) -> list:
+    "The same for a plan on a learner, as it stands unless the plan wants another, or on a backbone by name"
+    if isinstance(learn, str): return _parameters(plan.arch or learn, plan.stage, plan.tap, plan.head, 2, 224)
+    own = plan.arch in (None, learn.record['arch']) and plan.stage is None and plan.tap is None and plan.head == 'linear'
+    if not own: return _parameters(plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size)
+    return [sum(p.numel() for p in ps) for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))]
+
+# %% ../nbs/07_plans.ipynb #85a7a08a
 def plan_table(
     learn:Any=None, # A learner, or the name of a backbone
     plans=None # Names or plans; all of `PLANS` if None
 ) -> pd.DataFrame: # One row a phase
     "Plans, phase by phase; for a learner with the weights that are trained, and all"
     rows = []
-    arch, n_out, size = (learn, 2, 224) if isinstance(learn, str) else (learn.record['arch'], learn.dls.c, learn.task.size) if learn else (None,)*3
     for p in map(get_plan, plans or PLANS):
         for i, f in enumerate(p.phases, 1):
             row = {'plan': p.name, 'phase': i, 'frozen': 'all but the head' if f.frozen == -1 else 'nothing' if not f.frozen else
                    f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or 'solved', 'rate': f.lr,
                    'rate of the stem': f.lr/f.spread if f.frozen == 0 else None, 'weight decay': f.wd, 'rate goes': f.decay,
                    'head': p.head if isinstance(p.head, str) else 'own', 'stage': p.stage or 'last', 'augmentation': p.augment or "the task's"}
-            if arch:
-                n = _parameters(p.arch or arch, p.stage, p.tap, p.head, n_out, size)
-                row |= {'trainable': sum(n[f.first_trained(len(n)):]), 'total': sum(n)}
+            if learn is not None:
+                try: n = _sizes(learn, p); row |= {'trainable': sum(n[f.first_trained(len(n)):]), 'total': sum(n)}
+                except ValueError: row |= {'trainable': None, 'total': None} # it cannot be run on this network
             rows.append(row)
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
-# %% ../nbs/07_plans.ipynb #3fc3e89d
+# %% ../nbs/07_plans.ipynb #f8398717
 def choose_plan(
     n_train:int, # Number of training images
     gpu:bool=False # Is there a GPU?

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'VIEWS', 'read_image', 'image_batches', 'normalise']
 
-# %% ../nbs/02a_views.ipynb #3a230b97
+# %% ../nbs/02a_views.ipynb #70d1e525
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Callable, Iterator
@@ -16,7 +16,7 @@ from .files import unknown
 from .fundus import trim_borders
 from .images import fit_square, read_rgb
 
-# %% ../nbs/02a_views.ipynb #85f0bd13
+# %% ../nbs/02a_views.ipynb #47c32fa1
 READERS = {'photo': None, 'fundus': trim_borders} # name -> what is done before resizing
 
 def read_image(
@@ -30,7 +30,7 @@ def read_image(
     im = read_rgb(source, size)
     return fit_square(READERS[reader](im) if READERS[reader] else im, size, fit)
 
-# %% ../nbs/02a_views.ipynb #ee307702
+# %% ../nbs/02a_views.ipynb #89875163
 def _turn(k): return lambda x: torch.rot90(x, k, (-2, -1))
 
 def _near(x, share:float=0.78):
@@ -39,14 +39,14 @@ def _near(x, share:float=0.78):
     middle = x[..., edge[0]:x.shape[-2] - edge[0], edge[1]:x.shape[-1] - edge[1]]
     flat = middle.reshape(-1, 1, *middle.shape[-2:]).float()
     out = nn.functional.interpolate(flat, x.shape[-2:], mode='bilinear', antialias=True).reshape(x.shape)
-    return out if x.is_floating_point() else out.round().to(x.dtype)
+    return (out if x.is_floating_point() else out.round()).to(x.dtype)
 
 VIEWS = {'none': (lambda x: x,), # name -> functions of a batch (..., height, width)
          'quarter_turns': tuple(map(_turn, range(4))),
          'mirror': (lambda x: x, lambda x: x.flip(-1)),
          'mirror_near': (lambda x: x, lambda x: x.flip(-1), _near, lambda x: _near(x.flip(-1)))}
 
-# %% ../nbs/02a_views.ipynb #6081cb38
+# %% ../nbs/02a_views.ipynb #f3a8c4cb
 def image_batches(
     sources:list, # Paths or images
     read:Callable, # source -> PIL image, all of one size
@@ -70,4 +70,4 @@ def normalise(
 ) -> torch.Tensor: # float32 (n, 3, h, w)
     "Pixels as the backbone expects them"
     mean, std = (torch.tensor(v, device=x.device)[:, None, None]*255 for v in (mean, std))
-    return (x.float() - mean)/std
+    return (x.float() - mean).mul_(1/std)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WeightsError', 'weights_folders', 'read_weights', 'fill', 'file_hash', 'reachable']
 
-# %% ../nbs/04b_weights.ipynb #260dbbed
+# %% ../nbs/04b_weights.ipynb #c6ec0ac4
 import hashlib, os, socket, urllib.parse
 from pathlib import Path
 import torch
 from torch import nn
 from .files import cache_folder
 
-# %% ../nbs/04b_weights.ipynb #4ba40613
+# %% ../nbs/04b_weights.ipynb #4212a4d6
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
@@ -37,7 +37,7 @@ def read_weights(
         if isinstance(sd.get(key), dict): sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if torch.is_tensor(v)}
 
-# %% ../nbs/04b_weights.ipynb #df9113c9
+# %% ../nbs/04b_weights.ipynb #1da98a58
 def fill(
     net:nn.Module, # Network that gets the weights
     sd:dict, # Name -> tensor, from `read_weights`
@@ -65,7 +65,7 @@ def file_hash(
     "A file by what is in it"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/04b_weights.ipynb #525d3487
+# %% ../nbs/04b_weights.ipynb #ac097387
 def reachable(
     address:str, # Address of a hub
     seconds:float=3. # How long to try

@@ -6,13 +6,14 @@ from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorImage, Tenso
 from fasttransform import Pipeline
 from PIL import Image
 
-from dr_transfer.augment import AUGMENTATIONS, Mirror, QuarterTurns, Views, augmentation, augmentation_table, views_of
+from dr_transfer.augment import AUGMENTATIONS, Mirror, MirrorNear, QuarterTurns, Views, augmentation, augmentation_table, views_of
 from dr_transfer.views import VIEWS
 
 pytestmark = pytest.mark.filterwarnings('ignore:Default grid_sample:UserWarning')     # fastai leaves align_corners to torch
 N = 200
 FINITE = [n for n in AUGMENTATIONS if views_of(n)]
-CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}
+CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}                  # those that only lay the pixels anew
+FINITE_CLASSES = {**CLASSES, 'mirror_near': MirrorNear}
 ALL = [(t, m) for t in range(4) for m in (False, True)]         # the eight ways to lay a square picture
 
 
@@ -55,7 +56,7 @@ def test_no_draw_is_any_other_than_the_named_views(name, kind):
     assert (abs(share - 1/len(share)) < .12).all(), share        # each about as often as the others
 
 
-@pytest.mark.parametrize('name', VIEWS)
+@pytest.mark.parametrize('name', ['none', *CLASSES])
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
 def test_the_pixels_are_the_same_ones(name, kind):
     a = picture()
@@ -64,12 +65,12 @@ def test_the_pixels_are_the_same_ones(name, kind):
     for out in draws(tfm, kind, a, 40): assert sorted(map(tuple, out.reshape(-1, 3))) == pixels and out.dtype == a.dtype
 
 
-@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('name', FINITE_CLASSES)
 def test_draws_are_the_views_of_the_table(name):
     "The transform and the features that are cached of all views must be of the same pictures."
     x = tensor(picture())
     views = {v(x).numpy().tobytes() for v in VIEWS[name]}
-    out = CLASSES[name]()(TensorImage(torch.stack([x]*N)), split_idx=0)
+    out = FINITE_CLASSES[name]()(TensorImage(torch.stack([x]*N)), split_idx=0)
     assert {o.contiguous().numpy().tobytes() for o in out} == views and len(views) == len(VIEWS[name])
 
 
@@ -132,9 +133,9 @@ def test_validation_is_untouched(name):
     for _ in range(20):
         out = Pipeline(augmentation(name), split_idx=1)(x.clone())
         assert torch.equal(out, x) if name not in ('random_crop', 'flowers') else (out - x).abs().max() < 1e-4   # fastai maps these onto themselves
-    if name in CLASSES:
+    if name in FINITE_CLASSES:
         im = PILImage.create(picture())
-        assert all((np.asarray(CLASSES[name]()(im, split_idx=1)) == picture()).all() for _ in range(20))
+        assert all((np.asarray(FINITE_CLASSES[name]()(im, split_idx=1)) == picture()).all() for _ in range(20))
 
 
 @pytest.mark.parametrize('shape', [(8, 12), (12, 8)])
@@ -145,7 +146,7 @@ def test_oblong_images(shape):
     assert {way(a, np.asarray(QuarterTurns()(PILImage.create(a), split_idx=0))) for _ in range(60)} == ALLOWED['quarter_turns']
     batch = TensorImage(torch.stack([tensor(a)]*40))
     with pytest.raises(ValueError, match='a turned batch needs square images, not .*: resize them first'): QuarterTurns()(batch, split_idx=0)
-    assert Mirror()(batch, split_idx=0).shape == batch.shape
+    for t in (Mirror(), MirrorNear()): assert t(batch, split_idx=0).shape == batch.shape
 
 
 @pytest.mark.parametrize('kind', [PILImage, PILImageBW])
@@ -167,6 +168,67 @@ def test_other_modes_are_turned_as_well(mode):
     for _ in range(30):
         out = QuarterTurns()(im, split_idx=0)
         assert out.mode == mode and any((np.asarray(out.convert('RGBA')) == t).all() for t in turns)
+
+
+# ---------------------------------------------------------------- from nearer
+
+def nearer(im, share=.78):
+    "The middle of a PIL image at full size, as PIL does it."
+    edges = [round(n*(1 - share)/2) for n in im.size]
+    return im.crop((*edges, im.width - edges[0], im.height - edges[1])).resize(im.size, Image.Resampling.BILINEAR)
+
+
+def scene(w, h):
+    y, x = np.mgrid[:h, :w]
+    return np.stack([255*x/w, 255*y/h, 127 + 120*np.sin(x/3)*np.cos(y/4)], -1).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (100, 60), (31, 47), (224, 224)])
+def test_the_near_view_is_the_middle_enlarged(size):
+    im = Image.fromarray(scene(*size))
+    x, views = tensor(scene(*size)), VIEWS['mirror_near']
+    flipped = im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for view, want in zip(views, (im, flipped, nearer(im), nearer(flipped))):
+        out = view(x)
+        assert out.dtype == torch.uint8 and abs(array(out).astype(int) - np.asarray(want)).max() <= 1
+        assert (view(x.float()/255) - out/255).abs().max() < .5/255 + 1e-6
+    seen = [np.ptp(array(views[2](x))[..., c].astype(int))/np.ptp(array(x)[..., c].astype(int)) for c in (0, 1)]
+    assert seen == pytest.approx([.78, .78], abs=.04)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('shape', [(16, 20), (3, 16, 20), (2, 3, 16, 20), (1, 16, 16)])
+def test_views_keep_shape_and_type(dtype, shape):
+    x = torch.arange(np.prod(shape)).reshape(shape).remainder(256).to(dtype)
+    for view in VIEWS['mirror_near']: assert view(x).shape == x.shape and view(x).dtype == dtype
+    assert torch.equal(VIEWS['none'][0](x), x) and torch.equal(VIEWS['mirror_near'][0](x), x) and torch.equal(VIEWS['mirror_near'][1](x), x.flip(-1))
+    flat = torch.full(shape, 7).to(dtype)
+    for view in VIEWS['mirror_near']: assert torch.equal(view(flat), flat)
+    assert torch.equal(VIEWS['mirror_near'][2](x).flip(-1), VIEWS['mirror_near'][3](x)) or dtype.is_floating_point
+
+
+@pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_each_of_four_views_as_often_as_the_others(kind, dtype):
+    torch.manual_seed(4)
+    a, n = scene(16, 16), 400
+    views = [array(v(tensor(a))) for v in VIEWS['mirror_near']]
+    if kind == 'batch': out = [array(o) for o in MirrorNear()(TensorImage(torch.stack([tensor(a)]*n).to(dtype)), split_idx=0)]
+    else: out = draws(MirrorNear(), kind, a, n)
+    k = [int(np.argmin([abs(o.astype(float) - v).max() for v in views])) for o in out]
+    assert all(abs(o.astype(float) - views[i]).max() <= .51 for o, i in zip(out, k))
+    assert np.bincount(k, minlength=4) == pytest.approx([n/4]*4, abs=5*(n*3/16)**.5/2)
+
+
+@pytest.mark.parametrize('mask', [PILMask.create(np.zeros((8, 8), np.uint8)), TensorMask(torch.zeros(8, 8)), TensorMask(torch.zeros(3, 8, 8)),
+                                  PILImage(Image.fromarray(scene(8, 8)).quantize(4))], ids=['PIL', 'one', 'batch', 'palette'])
+def test_masks_are_not_enlarged(mask):
+    "Not by chance in one of two draws either, and not beside an image."
+    image = TensorImage(torch.zeros(3, 3, 8, 8)) if isinstance(mask, torch.Tensor) and mask.ndim == 3 else PILImage.create(scene(8, 8))
+    for _ in range(12):
+        for b in (mask, (image, mask)):
+            with pytest.raises(ValueError, match="cannot be enlarged by interpolation: take augment='mirror'"): MirrorNear()(b, split_idx=0)
+    assert MirrorNear()((image, mask), split_idx=1)[1] is mask
 
 
 # ---------------------------------------------------------------- what the table says
@@ -241,7 +303,8 @@ def test_table_has_every_name():
     for n, a in AUGMENTATIONS.items(): assert t.loc[n, ['keeps colour', 'keeps all of it', 'keeps left and right']].tolist() == [a.colour, a.whole, a.handed]
 
 
-@pytest.mark.parametrize('names,views', [('none', 'none'), ('quarter_turns', 'quarter_turns'), ('mirror', 'mirror'), ('flowers', None), ('random_crop', None),
+@pytest.mark.parametrize('names,views', [('none', 'none'), ('quarter_turns', 'quarter_turns'), ('mirror', 'mirror'), ('mirror_near', 'mirror_near'),
+                                         ('mirror_near+random_crop', None), ('flowers', None), ('random_crop', None),
                                          ('colour_jitter', None), ('mirror+random_crop', None), ('quarter_turns+colour_jitter', None)])
 def test_views_of(names, views): assert views_of(names) == views
 

@@ -421,7 +421,7 @@ def test_weights_in_a_list(tmp_path, flowers):
 def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch):
     "Without a network: an error that says where to put the file, and soon."
     from dr_transfer import backbones
-    monkeypatch.setattr(backbones, '_reachable', lambda *a, **k: False)
+    monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     line = broken(tmp_path, flowers, quick=FAST)
     assert 'test_resnet' in line and '--weights FILE' in line and 'random' in line

@@ -50,13 +50,15 @@ def fails(folder, image):
 # ---------------------------------------------------------------- what is in it
 
 def test_safetensors_and_json_and_nothing_else(run, weights):
+    from dr_transfer.bundle import FIELDS
     from safetensors.torch import load_file
     folder = run/'model'
     assert sorted(p.name for p in folder.iterdir()) == FILES
     about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
-    assert {k: about[k] for k in ('classes', 'task', 'target', 'size', 'arch', 'reader', 'fit', 'views', 'seed')} == {
-        'classes': ['no', 'referable'], 'task': 'dr', 'target': 'referable', 'size': 64, 'arch': 'test_resnet', 'reader': 'fundus', 'fit': 'pad',
-        'views': 'quarter_turns', 'seed': 3}
+    assert {k: about[k] for k in (*FIELDS, 'seed', 'format') if k not in ('mean', 'std')} == {
+        'classes': ['no', 'referable'], 'task': 'dr', 'target': 'referable', 'size': 64, 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1,
+        'head': {'hidden': [], 'dropout': 0., 'flatten': False}, 'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns', 'seed': 3,
+        'format': 'dr_transfer model 2'}
     import timm
     cfg = timm.get_pretrained_cfg('test_resnet')
     assert about['mean'] == list(cfg.mean) and about['std'] == list(cfg.std)
@@ -118,6 +120,36 @@ def test_every_setting_of_the_machine_agrees(run, setting):
     t = table(run/'predictions.csv')
     p = load_model(run/'model', setting).probs(t.image.tolist())
     np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5 if setting == 'auto' else 0.02, rtol=0)
+
+
+@pytest.mark.parametrize('how', [dict(head='dense'), dict(head='flw'), dict(stage='stage2', tap=2), dict(plan='flw', augment='mirror_near'), dict(arch='test_vit'),
+                                 dict(arch='efficientnet_lite0', weights=None)], ids=lambda h: '-'.join(map(str, h.values())))
+def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
+    "What is described is what is built: the same probabilities, and the same again after a second saving."
+    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.core import build_learner, predict_probs
+    learn = build_learner(eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, setting='plain'), **how})
+    m = load_model(save_model(learn, tmp_path/'m'), setting='plain')
+    images = sorted((eyes/'images').iterdir())[:3]
+    np.testing.assert_allclose(m.probs(images), predict_probs(learn, images), atol=1e-5)
+    r = learn.record
+    assert [m.about[k] for k in ('stage', 'tap', 'arch')] == [r[k] for k in ('stage', 'tap', 'arch')] and m.about['head'] == {**r['head'], 'hidden': list(r['head']['hidden'])}
+    assert m.about['views'] == (how.get('augment', 'none' if 'plan' in how else 'quarter_turns')) and m.model[1].about == learn.model[1].about
+    assert (tmp_path/'m'/'model.safetensors').read_bytes() == (save_model(m, tmp_path/'n')/'model.safetensors').read_bytes()
+
+
+def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
+    "Fitted on features, put on its backbone, saved, and loaded."
+    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.classifiers import FeatureClassifier
+    from dr_transfer.core import build_learner, classifier_learner
+    from dr_transfer.phases import learner_features
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting='plain')
+    f = learner_features(learn, (t := learn.table).image.tolist())
+    c = FeatureClassifier('dense').fit(f, t.target, t.group)
+    m = load_model(save_model(classifier_learner(c, eyes, 'dr', weights=weights, setting='plain'), tmp_path/'m'), setting='plain')
+    assert m.about['head']['hidden'] == [256] and m.about['views'] == 'quarter_turns' and m.classes == list(c.classes_)
+    np.testing.assert_allclose(m.probs(t.image[:5]), c.predict_proba(f.take(range(5))), atol=1e-5)
 
 
 # ---------------------------------------------------------------- written whole or not at all
@@ -191,7 +223,10 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
     ({'arch': 'hf-hub:evil/model'}, 'unknown backbone'), ({'arch': 'local-dir:/tmp'}, 'unknown backbone'), ({'arch': 'timm.hf-hub:evil/model'}, 'unknown backbone'),
     ({'reader': 'os.system'}, "unknown reader 'os.system'. Known, nearest first: "), ({'reader': '../evil'}, 'unknown reader'), ({'reader': '__import__'}, 'unknown reader'),
     ({'fit': 'eval'}, 'unknown fit'), ({'views': '__class__'}, ''), ({'format': 'dr_transfer model 99'}, 'another format'), ({'format': None}, 'another format'),
-    ({'arch': 'test_vit'}, ''), ({'classes': ['a', 'b', 'c']}, ''), ({'classes': None}, ''), ({'tap': 99}, 'tap=99'), ({'size': -1}, ''), ({'tensors_sha256': None}, '')])
+    ({'arch': 'test_vit'}, ''), ({'classes': ['a', 'b', 'c']}, ''), ({'classes': None}, ''), ({'tap': 99}, 'tap=99'), ({'size': -1}, ''), ({'stage': '../x'}, 'unknown stage'),
+    ({'stage': 'stage2'}, ''), ({'stage': None}, ''), ({'head': None}, ''), ({'head': 'linear'}, ''), ({'head': {'hidden': [7], 'dropout': 0., 'flatten': False}}, ''),
+    ({'head': {'hidden': [], 'dropout': 0., 'flatten': False, 'layers': 'os.system'}}, ''), ({'views': 'mirror_far'}, 'nearest first: mirror_near'),
+    ({'format': 'dr_transfer model 1'}, 'use the version of dr_transfer that made it'), ({'tensors_sha256': None}, '')])
 def test_a_description_that_was_changed_and_signed_anew(tmp_path, model, image, monkeypatch, change, why):
     "No name in it is a path, a module or an address: what is not in a table of the library is an error."
     import socket
@@ -272,6 +307,6 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     from dr_transfer.core import build_learner
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(create_body('test_resnet', 'random').n_out, 2))
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain', head=head)
-    with pytest.raises(ModelError, match='linear head'): save_model(learn, tmp_path/'m')
+    with pytest.raises(ModelError, match='head of your own cannot be rebuilt.*use learn.export, or a head by name'): save_model(learn, tmp_path/'m')
     with pytest.raises(ModelError): image_model(learn)
     assert list(tmp_path.iterdir()) == []

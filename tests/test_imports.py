@@ -31,14 +31,15 @@ def test_importing_the_package_loads_nothing_heavy():
     assert 'dr_transfer' in modules and not modules & set(HEAVY)
 
 
-@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['predict', '--help'], ['demo', '--help'], ['--version'], ['train'], ['nonsense']])
+@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['predict', '--help'], ['demo', '--help'], ['advise', '--help'], ['--version'], ['train'], ['nonsense']])
 def test_help_loads_nothing_heavy(words):
     out, modules = loaded(f"from dr_transfer.cli import main\ntry: main({words})\nexcept SystemExit as e: print('code', e.code)")
     assert out.splitlines()[-1] == f"code {0 if words[-1].startswith('--') else 2}" and not modules & set(HEAVY)
 
 
 @pytest.mark.parametrize('words, options', [
-    ([], ['demo', 'train', 'predict']),
+    ([], ['demo', 'advise', 'train', 'predict']),
+    (['advise'], ['DATA', '--task', '--labels CSV', '--target', '--arch NAME', '--weights FILE', '--size N', '--valid SHARE', '--seed N', '--out PNG', '--overwrite']),
     (['demo'], ['--out', '--images', '--size', '--seed', '--debug', '--overwrite']),
     (['train'], ['DATA', '--task', '--labels CSV', '--target', '--arch NAME', '--weights FILE', '--plan NAME', '--epochs N', '--size N', '--seed N', '--out DIR',
                  '--debug', '--overwrite']),

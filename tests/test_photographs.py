@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from dr_transfer.advisor import advise
 from dr_transfer.backbones import BACKBONES, create_body, find_backbone
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
-from dr_transfer.features import Body, view_features
-from dr_transfer.views import read_image
+from dr_transfer.features import image_features
 
 LIMIT = 180     # seconds for each on two idle cores; not asserted, because tests share machines
 
@@ -69,12 +69,23 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     weights = data_root.parent/'weights'
     if BACKBONES[name].weights == 'file' and not (weights/BACKBONES[name].file).is_file(): pytest.skip(f'no {weights/BACKBONES[name].file}')
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
-    body, spec = create_body(name), find_backbone(name)
     sides = flowers_of(data_root/'flowers', ('daisy', 'roses'), 60)
-    f = [view_features(Body(body), [data_root/'flowers'/n for n in s.image], lambda p: read_image(p, 160), spec.mean, spec.std)[:, 0].numpy() for s in sides]
+    f = [image_features([data_root/'flowers'/n for n in s.image], name, size=160) for s in sides]
+    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).tap:])[:, 0] for x in f]
     assert all(len(x) >= 58 and len(np.unique(x, axis=0)) > 50 for x in f)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=.01)).fit(f[0], sides[0].label)
     assert probe.score(f[1], sides[1].label) > .8
+
+
+def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
+    "In the words of the advice, from a part of each set."
+    flowers = some(pd.read_csv(data_root/'flowers'/'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label')
+    flowers['image'] = [str(data_root/'flowers'/n) for n in flowers.image]
+    eyes = some(pd.read_csv(data_root/'dr'/'idrid'/'labels.csv').dropna(subset='grade'), 120, 'grade')
+    eyes['image'] = [str(data_root/'dr'/'idrid'/'images'/n) for n in eyes.image]
+    near, far = advise(flowers[['image', 'label', 'group']], size=160), advise(eyes[['image', 'grade']], 'dr', size=160)
+    assert (near.scenario, far.scenario) == ('small, similar', 'small, different') and near.profile.score.max() > .8
+    assert all(a.plan.phases == far.plan.phases for a in (near, far)) and len(far.plan.phases) == 1
 
 
 @pytest.mark.parametrize('i', [0, 1, 2])

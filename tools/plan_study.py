@@ -5,14 +5,16 @@
     python tools/plan_study.py --show  # the tables only
 
 Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30 images a class to
-learn from, and two drawn sets. Each seed is another split: 30 % of the images, at most 600, are the test; flowers are split by
+learn from, and two drawn sets. Scores: accuracy for flowers, AUC for eyes, for five grades the mean of each grade against the rest. Each seed is another split: 30 % of the images, at most 600, are the test; flowers are split by
 photographer. The advisor sees the training images only. To be affordable on a CPU the photographs are small (flowers 128 pixels, eyes 160)
 and, with more than 300 images to learn from, epochs are fewer than the plans' own (`EPOCHS`); everything else is as the plans have it.
 """
 import argparse, os, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
+import numpy as np
 import pandas as pd
+from dr_transfer.advisor import advise
 from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.data import encode_target, get_task
 from dr_transfer.files import atomic_file
@@ -22,7 +24,7 @@ from dr_transfer.plans import PLANS
 from dr_transfer.table import label_table, split_table
 
 EPOCHS = {'augmented_head': 5, 'flw': 5, 'top1': 3, 'top2': 3, 'all_but_stem': 3, 'fine_tune': 3, 'scratch': 10}  # with more than 300 images
-MOST_TEST, FEW = 600, 30
+MOST_TEST, FEW, ADVISED = 600, 30, 'advised'
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,37 @@ def run(study, table, plan, seed):
     fit(learn, epochs=EPOCHS.get(name) if n > 300 else None, say=lambda s: None)
     p, classes = valid_predictions(learn, 'test'), list(learn.dls.vocab)
     probs = p[[f'p_{c}' for c in classes]].to_numpy()
-    score = auc((p.target == classes[1]).astype(int), probs[:, 1]) if len(classes) == 2 else accuracy(p.target, p.prediction)
+    if study.task == 'flowers': score = accuracy(p.target, p.prediction)
+    else: score = np.mean([auc((p.target == c).astype(int), q) for c, q in zip(classes, probs.T) if 0 < (p.target == c).sum() < len(p)])
     return n, score, time.monotonic() - start
+
+
+def regrets(rows):
+    "Points lost against the best plan of the same study and seed, a row a study and a column a plan"
+    t = rows.pivot_table(index=['study', 'seed'], columns='plan', values='score')
+    best = t.drop(columns=ADVISED, errors='ignore').max(axis=1)
+    return (100*t.rsub(best, axis=0)).groupby('study', sort=False).mean()
+
+
+def show(rows):
+    "Scores and regrets, printed"
+    mean = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
+    print('score, mean of the seeds\n', mean.round(3).to_string(), '\n')
+    r = regrets(rows)
+    print('regret in points, mean of the seeds\n', pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T]).round(1).to_string())
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--plans', nargs='+', default=list(PLANS))
+    p.add_argument('--plans', nargs='+', default=[*PLANS, ADVISED])
     p.add_argument('--show', action='store_true')
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'plan_study.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
     root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
-    rows = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds'])
+    rows = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised'])
+    if a.show: raise SystemExit(show(rows))
     with tempfile.TemporaryDirectory() as drawn:
         make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
         make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
@@ -83,9 +102,14 @@ if __name__ == '__main__':
             for study in studies(drawn):
                 todo = [q for q in a.plans if not ((rows.study == study.name) & (rows.plan == q) & (rows.seed == seed)).any()]
                 table = split(study, root, seed) if todo else None
-                for plan in todo:
-                    n, score, seconds = run(study, table, plan, seed)
-                    print(f'{study.name}, {plan}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
-                    new = pd.DataFrame([{'study': study.name, 'plan': plan, 'seed': seed, 'images': n, 'score': round(float(score), 4), 'seconds': round(seconds)}])
+                for name in todo:
+                    plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
+                    advised = plan.name if name == ADVISED else ''
+                    known = rows[(rows.study == study.name) & (rows.plan == advised) & (rows.seed == seed)]
+                    n, score, seconds = known[['images', 'score', 'seconds']].iloc[0] if len(known) else run(study, table, plan, seed)
+                    print(f'{study.name}, {name} {advised}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
+                    new = pd.DataFrame([{'study': study.name, 'plan': name, 'seed': seed, 'images': int(n), 'score': round(float(score), 4),
+                                         'seconds': round(seconds), 'advised': advised}])
                     rows = pd.concat([rows, new], ignore_index=True) if len(rows) else new
                     with atomic_file(a.out) as f: rows.to_csv(f, index=False)
+    show(rows)
