@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plot_advice']
 
-# %% ../nbs/07a_advisor.ipynb #89bb9db6
+# %% ../nbs/07a_advisor.ipynb #ee2f4897
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -19,7 +19,7 @@ from .plans import PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
 from .speed import get_setting
 
-# %% ../nbs/07a_advisor.ipynb #31f0c50b
+# %% ../nbs/07a_advisor.ipynb #1d9b4e1c
 LARGE = 5000 # Images to learn from, from which on a set is large
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Advice:
     speed:pd.DataFrame # From `learning_speed`
     def __str__(self): return '\n'.join([f'scenario: {self.scenario}', *self.reasons, f'advice: plan \'{self.plan.name}\', {self.plan.about}', f'how sure: {self.sure}'])
 
-# %% ../nbs/07a_advisor.ipynb #93ae37af
+# %% ../nbs/07a_advisor.ipynb #e89a25e1
 def _candidates(stages) -> dict:
     "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
@@ -47,11 +47,11 @@ def _side(stages, last, k) -> tuple: names = list(stages); i = names.index(last)
 def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     "Row of the depth profile for the head, and why: the default unless another is better beyond chance"
     best = profile.score.fillna(-np.inf).idxmax()
-    gain, low, high = stage_gain(profile, best, default)
+    gain, low, high = stage_gain(profile, best, default, level=1 - 0.05/max(len(profile) - 1, 1)) # it was picked from so many
     if best != default and low > 0: return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is better beyond chance'
 
-# %% ../nbs/07a_advisor.ipynb #d9de5fe9
+# %% ../nbs/07a_advisor.ipynb #dffee1be
 def choose_scenario(
     n:int, # Number of images to learn from
     distance:float # From `domain_distance`; NaN if it cannot be known
@@ -70,7 +70,7 @@ def choose_advised(
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
 
-# %% ../nbs/07a_advisor.ipynb #0c5bae2b
+# %% ../nbs/07a_advisor.ipynb #d12a411f
 MOST = 3000 # Images that are looked at
 
 def _some(t, seed) -> pd.DataFrame:
@@ -84,7 +84,7 @@ def _some(t, seed) -> pd.DataFrame:
 
 def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
 
-# %% ../nbs/07a_advisor.ipynb #64c59e46
+# %% ../nbs/07a_advisor.ipynb #830f86c2
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -108,7 +108,7 @@ def advise(
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     return _advice(some, counts, f, body, task, seed)
 
-# %% ../nbs/07a_advisor.ipynb #829cb464
+# %% ../nbs/07a_advisor.ipynb #ddb998b2
 def _advice(t, counts, f, body, task, seed) -> Advice:
     "Advice from a table, numbers of images, features of the table and the body they come from"
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
@@ -126,7 +126,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     reasons = _reasons(counts, len(t), distance, profile, chosen, why, speed)
     return Advice(plan, scenario, _how_sure(profile.loc[chosen]), reasons, counts.to_dict(), distance, profile, speed)
 
-# %% ../nbs/07a_advisor.ipynb #d33e76b8
+# %% ../nbs/07a_advisor.ipynb #1e78241c
 def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
     n, r, a = counts.sum(), profile.loc[chosen], speed.attrs

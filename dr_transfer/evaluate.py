@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['plot_history', 'plot_confusion', 'plot_predictions', 'pick_examples']
 
-# %% ../nbs/10_evaluate.ipynb #4f439941
+# %% ../nbs/10_evaluate.ipynb #7d3fb7d2
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .metrics import confusion
 
-# %% ../nbs/10_evaluate.ipynb #be23ca7f
+# %% ../nbs/10_evaluate.ipynb #cdaaab7f
 def _stretch(history):
     h = pd.DataFrame(history)
     h['x'] = np.arange(1, len(h) + 1)
@@ -25,8 +25,9 @@ def plot_history(
     names = [c for c in h.columns if c not in ('phase', 'epoch', 'stored', 'train_loss', 'valid_loss', 'x')]
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
-    for c, style in (('train_loss', '--'), ('valid_loss', '-')): left.plot(h.x, h[c], style, label=c.replace('_', ' '))
-    for c in names: right.plot(h.x, h[c], label=c)
+    dot = 'o' if len(h) < 3 else None # a head that was solved has one epoch
+    for c, style in (('train_loss', '--'), ('valid_loss', '-')): left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
+    for c in names: right.plot(h.x, h[c], marker=dot, label=c)
     for ax, what in ((left, 'loss'), (right, 'validation metrics')):
         for x in cuts: ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
         ax.set(xlabel='epoch', title=what)
@@ -35,7 +36,7 @@ def plot_history(
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #18cf0925
+# %% ../nbs/10_evaluate.ipynb #cd409adf
 def plot_confusion(
     y, # True classes (n,), as class numbers
     pred, # Predicted classes (n,), as class numbers
@@ -56,7 +57,7 @@ def plot_confusion(
     ax.set(xlabel='predicted', ylabel='true')
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #485e6917
+# %% ../nbs/10_evaluate.ipynb #878df6a0
 def plot_predictions(
     images:list, # Arrays or PIL images
     titles:list[str], # One line each
@@ -74,7 +75,7 @@ def plot_predictions(
     if about: fig.suptitle(about, fontsize=10)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #a15aaa1c
+# %% ../nbs/10_evaluate.ipynb #844b6bea
 def pick_examples(
     table:pd.DataFrame, # `image, target, prediction, p_CLASS...`
     n:int=8 # How many

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic_file', 'check_new', 'usual_mode', 'atomic_folder', 'progress', 'unknown', 'cache_folder']
 
-# %% ../nbs/00a_files.ipynb #3c7285be
+# %% ../nbs/00a_files.ipynb #6a134d9e
 import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
 
-# %% ../nbs/00a_files.ipynb #03ac5369
+# %% ../nbs/00a_files.ipynb #81e118e3
 @contextmanager
 def atomic_file(
     path:str|Path # Where the file will be
@@ -25,7 +25,7 @@ def atomic_file(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #025c8432
+# %% ../nbs/00a_files.ipynb #d166d84a
 def check_new(
     path:str|Path, # A file or folder that is to be made
     overwrite:bool=False, # May it replace one that is there?
@@ -43,7 +43,7 @@ def check_new(
     if strange: raise ValueError(f"{path} holds '{strange[0]}', which dr_transfer did not put there, and is not replaced: choose another name")
     return path
 
-# %% ../nbs/00a_files.ipynb #ed77cdbd
+# %% ../nbs/00a_files.ipynb #8ae5fff3
 def usual_mode(
     path:str|Path # A file or folder
 ):
@@ -71,7 +71,7 @@ def atomic_folder(
         shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00a_files.ipynb #7e13d961
+# %% ../nbs/00a_files.ipynb #923b41a6
 def progress(
     items:Iterable, # What to go through
     total:int|None=None, # How many they are, if `len` does not tell
@@ -94,7 +94,7 @@ def progress(
             last, said = time.monotonic(), True
     if said: print(f'{label}: {n}, done', file=file, flush=True)
 
-# %% ../nbs/00a_files.ipynb #1c3297ed
+# %% ../nbs/00a_files.ipynb #12d64037
 def unknown(
     what:str, # The kind of thing: 'task', 'backbone'
     name, # What was given
@@ -108,7 +108,7 @@ def unknown(
     shown = ', '.join(map(str, near[:12])) + (f', ... ({len(near)} in all)' if len(near) > 12 else '')
     return ValueError(f"unknown {what} '{name}'. Known, nearest first: {shown}{'. ' + hint if hint else ''}")
 
-# %% ../nbs/00a_files.ipynb #dd6fb43a
+# %% ../nbs/00a_files.ipynb #9ae17453
 def cache_folder() -> Path:
     "Where what was computed is kept: `DR_TRANSFER_CACHE`, or `.cache/dr_transfer` in the home folder"
     return Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home()/'.cache'/'dr_transfer')

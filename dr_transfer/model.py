@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #aab9b568
+# %% ../nbs/05c_model.ipynb #5ab71793
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .files import progress, unknown
 from .speed import Setting
 from .views import VIEWS, image_batches, normalise
 
-# %% ../nbs/05c_model.ipynb #8f73729d
+# %% ../nbs/05c_model.ipynb #d5ac861f
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -42,7 +42,7 @@ class Body(nn.Module):
                 if name in names: out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
         return out
 
-# %% ../nbs/05c_model.ipynb #7676f529
+# %% ../nbs/05c_model.ipynb #cf32a458
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
     if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1, dtype=torch.float32)
@@ -50,7 +50,7 @@ def _mean(x):
 
 POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #4057a59d
+# %% ../nbs/05c_model.ipynb #39f65160
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -72,7 +72,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
-# %% ../nbs/05c_model.ipynb #03b2f040
+# %% ../nbs/05c_model.ipynb #c8ae20c8
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -98,7 +98,7 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #13bd8eaa
+# %% ../nbs/05c_model.ipynb #eadc214c
 def good_bs(
     device:torch.device # Where the network runs
 ) -> int:

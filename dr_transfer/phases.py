@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GB', 'MOST_NUMBERS', 'why_not_stored', 'learner_features', 'fit_phase']
 
-# %% ../nbs/07c_phases.ipynb #7b902c4a
+# %% ../nbs/07c_phases.ipynb #361ea5ae
 import sys
 from contextlib import ExitStack
 from typing import Callable
@@ -29,7 +29,7 @@ from .model import AveragePool, Head
 from .plans import Phase, head_epochs
 from .views import VIEWS
 
-# %% ../nbs/07c_phases.ipynb #67c3d8db
+# %% ../nbs/07c_phases.ipynb #9d35ca91
 MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
 _USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
 
@@ -48,7 +48,7 @@ def why_not_stored(
     gb = boundary_gb(boundary_store(split_body(body, k, _averages(learn))[0], _about(learn, views)), len(learn.table))
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
-# %% ../nbs/07c_phases.ipynb #58ce531f
+# %% ../nbs/07c_phases.ipynb #1c33eba9
 def _frozen_part(learn, frozen) -> tuple:
     "Body, number of frozen groups, and whether only averages leave the body"
     body = learn.model[0][0]
@@ -63,7 +63,7 @@ def _averages(learn) -> bool:
 
 def _about(learn, views): t = learn.task; return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
 
-# %% ../nbs/07c_phases.ipynb #60743e61
+# %% ../nbs/07c_phases.ipynb #359ce75f
 def learner_features(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -82,7 +82,7 @@ def _stored(learn, side, k, pooled) -> tuple[BoundaryMaps, torch.Tensor]:
     if pooled: return BoundaryMaps([learner_features(learn, images, views, f'features ({side})').numpy()], np.arange(len(y))), y
     return boundary_maps(images, split_body(learn.model[0][0], k, _averages(learn))[0], _about(learn, views), label=f'boundary maps ({side})'), y
 
-# %% ../nbs/07c_phases.ipynb #f719edd0
+# %% ../nbs/07c_phases.ipynb #78ad95b8
 class _RestAndHead(nn.Module):
     "The trained part of a model, on what the frozen part says"
     def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
@@ -102,7 +102,7 @@ def _sub_learner(learn, k, pooled) -> Learner:
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
-# %% ../nbs/07c_phases.ipynb #8c69974a
+# %% ../nbs/07c_phases.ipynb #79ba9ffa
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
     if not isinstance(head[1], nn.BatchNorm1d): return
@@ -123,7 +123,7 @@ def _run(learn, phase, rates, quiet, say, epochs) -> list:
         how[phase.decay](epochs, rates, wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/07c_phases.ipynb #f6122e5e
+# %% ../nbs/07c_phases.ipynb #aaa3a78b
 MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
 
 def _unsolvable(learn, phase, pooled) -> str:
@@ -133,7 +133,8 @@ def _unsolvable(learn, phase, pooled) -> str:
     if getattr(learn.model[1], 'about', None) != Head(): return 'the head is no linear classifier'
     if not pooled: return 'more than the head is trained'
     if not isinstance(loss, CrossEntropyLossFlat) or loss.func.weight is not None or loss.func.label_smoothing: return 'of its loss'
-    have = train.groupby('target').group.nunique().reindex(list(learn.dls.vocab), fill_value=0)
+    alone = train.group.where(train.group.notna(), train.image) # an image without a group is a group of its own
+    have = alone.groupby(train.target).nunique().reindex(list(learn.dls.vocab), fill_value=0)
     if have.min() < 3: return f"class '{have.idxmin()}' has {have.min()} groups in training, and strength is chosen with 3 or more"
     if len(train)*len(VIEWS[views_of(learn.task.augment)])*learn.model[0][0].stages.n_out > MOST_NUMBERS: return f'{len(train)} images are many'
     return ''
@@ -149,7 +150,7 @@ def _solve_head(learn) -> list:
     with sub.no_bar(), sub.no_logging(): (loss, *_), valid = sub.validate(0), sub.validate(1)
     return [[loss, *valid]]
 
-# %% ../nbs/07c_phases.ipynb #60a8ccc3
+# %% ../nbs/07c_phases.ipynb #e714433d
 def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
     "Train what is not frozen in steps, from what is stored"
     if not pooled: learn.train_setting.measure(learn, learn.model[0][0])
@@ -161,7 +162,7 @@ def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
 
 def _epochs(learn, phase): return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
-# %% ../nbs/07c_phases.ipynb #e95584d2
+# %% ../nbs/07c_phases.ipynb #041f1500
 def fit_phase(
     learn:Learner, # From `build_learner`
     phase:Phase, # What is frozen, for how long, at which rates

@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'MEASURES', 'SIMILAR', 'ridge_path', 'fold_interval', 'depth_profile', 'stage_gain', 'plot_depth_profile',
            'learning_speed', 'domain_profile', 'domain_distance']
 
-# %% ../nbs/06b_probes.ipynb #df2619f5
+# %% ../nbs/06b_probes.ipynb #6141cb8f
 import os
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from .files import unknown
 from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
-# %% ../nbs/06b_probes.ipynb #9e876b37
+# %% ../nbs/06b_probes.ipynb #287e79b2
 PENALTIES = 10.**np.arange(-6, 2.1, 0.5) # penalties per training image, of features of unit variance
 
 def ridge_path(
@@ -44,7 +44,7 @@ def ridge_path(
     free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
     return p @ ((shrink/np.sqrt(d))[:, :, None]*q) + mean, n*left/free**2
 
-# %% ../nbs/06b_probes.ipynb #d5d9b24d
+# %% ../nbs/06b_probes.ipynb #86ab7ae7
 def _accuracy(y, scores, classes): return accuracy(y, scores.argmax(1))
 def _auc(y, scores, classes): return auc(y, scores[:, 1])
 def _kappa(y, scores, classes): return quadratic_kappa(classes[y], classes[scores.argmax(1)])
@@ -66,7 +66,7 @@ def _task(features, y, groups, measure) -> tuple:
                                                                                  "give grades as numbers, or type 'accuracy'")
     return codes, classes, groups, measure
 
-# %% ../nbs/06b_probes.ipynb #bc1c466f
+# %% ../nbs/06b_probes.ipynb #fab0c9f9
 def fold_interval(
     scores, # One score a fold; NaN ones are left out
     share:float=0.25, # Test images by training images of a fold
@@ -84,7 +84,7 @@ def _row(scores, share, measure) -> dict:
     score, low, high = fold_interval(scores, share)
     return {'score': score, 'low': max(low, -1. if measure == 'kappa' else 0.), 'high': min(high, 1.)}
 
-# %% ../nbs/06b_probes.ipynb #0817a161
+# %% ../nbs/06b_probes.ipynb #09f1d2b5
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
     if len(np.unique(y[train])) < 2: return np.nan
@@ -104,7 +104,7 @@ def _read(features, stages) -> np.ndarray:
 
 def _share(folds) -> float: return float(np.mean([len(test)/len(train) for train, test in folds]))
 
-# %% ../nbs/06b_probes.ipynb #ea075deb
+# %% ../nbs/06b_probes.ipynb #ac8c7ffd
 def depth_profile(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -127,19 +127,20 @@ def depth_profile(
     out.attrs = {'measure': measure, 'share': share, 'folds': scores}
     return out
 
-# %% ../nbs/06b_probes.ipynb #604fb99b
+# %% ../nbs/06b_probes.ipynb #5400ac2d
 def stage_gain(
     table:pd.DataFrame, # From `depth_profile`
     stage:str, # A row of it
-    other:str # Another one
+    other:str, # Another one
+    level:float=0.95 # Coverage; more, if the stage was picked as the best of many
 ) -> tuple[float, float, float]: # Mean, low, high
-    "By how much a stage is better than another, paired over the folds, with a 95 % interval"
+    "By how much a stage is better than another, paired over the folds, with an interval"
     known = table.attrs['folds']
     for s in (stage, other):
         if s not in known: raise unknown('row of the profile', s, known)
-    return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'])
+    return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'], level)
 
-# %% ../nbs/06b_probes.ipynb #d983a616
+# %% ../nbs/06b_probes.ipynb #6c61fb9c
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
 def plot_depth_profile(
@@ -158,7 +159,7 @@ def plot_depth_profile(
     ax.grid(axis='y', color='0.92')
     return fig
 
-# %% ../nbs/06b_probes.ipynb #7b182521
+# %% ../nbs/06b_probes.ipynb #b0e2bc6e
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
     n = len(y)
@@ -170,7 +171,7 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     at = np.array([at[g] for g in np.where(code < 0, n + np.arange(n), code)])
     return [np.flatnonzero(at <= s) for s in shares]
 
-# %% ../nbs/06b_probes.ipynb #146ad87b
+# %% ../nbs/06b_probes.ipynb #30910cf1
 def learning_speed(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -196,7 +197,7 @@ def learning_speed(
     out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
     return out
 
-# %% ../nbs/06b_probes.ipynb #c703440e
+# %% ../nbs/06b_probes.ipynb #0dc3da02
 SIMILAR = 0.1 # `domain_distance` below which images are like those of ImageNet
 
 def _remembers(m) -> bool:
@@ -220,7 +221,7 @@ def _divergence(m, seen) -> np.ndarray:
     a, b, shift = np.maximum(seen[1] - seen[0]**2, 0) + m.eps, var + m.eps, (seen[0] - mean)**2
     return (a/b + b/a + shift*(1/a + 1/b) - 2)/4
 
-# %% ../nbs/06b_probes.ipynb #097f6c04
+# %% ../nbs/06b_probes.ipynb #7a93b32b
 def domain_profile(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images
@@ -243,7 +244,7 @@ def domain_profile(
     rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
-# %% ../nbs/06b_probes.ipynb #d672e1dd
+# %% ../nbs/06b_probes.ipynb #79710ad5
 def domain_distance(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images

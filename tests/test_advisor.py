@@ -26,11 +26,11 @@ ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 
 @pytest.fixture(scope='session')
 def dots(home):
-    "A table of 160 small pictures, two of each of 80 persons: reddish or greenish noise."
+    "A table of 80 small pictures, two of each of 40 persons: reddish or greenish noise."
     def make():
         (home/'dots').mkdir()
         rng, rows = np.random.default_rng(0), []
-        for i in range(160):
+        for i in range(80):
             a = rng.integers(0, 200, (24, 24, 3)).astype(np.uint8)
             a[..., i//2 % 2] += 8
             Image.fromarray(a).save(home/'dots'/f'{i}.png')
@@ -119,10 +119,10 @@ def test_candidates_are_neighbours():
 def test_advice_on_a_table(dots):
     a = advise(dots, **TINY)
     n = len(train_side(dots))
-    assert n == 128 and sum(a.counts.values()) == n and set(a.counts) == {'red', 'green'}
+    assert n == 64 and sum(a.counts.values()) == n and set(a.counts) == {'red', 'green'}
     assert a.scenario == 'small' and np.isnan(a.distance) and a.plan.name == 'head'
     assert list(a.profile.index)[:5] == ROWS and a.profile.attrs['measure'] == 'auc' and a.profile.score.between(0, 1).all()
-    assert .7 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
+    assert .6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
     assert a.speed.index.tolist() == [.25, .5, 1] and a.speed.images.is_monotonic_increasing
     assert (a.profile.low <= a.profile.score).all() and (a.profile.score <= a.profile.high).all()
 
@@ -130,7 +130,7 @@ def test_advice_on_a_table(dots):
 def test_the_text_says_what_was_measured(dots):
     a = advise(dots, **TINY)
     text, lines = str(a), str(a).splitlines()
-    assert lines[0] == 'scenario: small' and f'images: 128, 64 to 64 a class ({LARGE} or more are large)' in lines
+    assert lines[0] == 'scenario: small' and f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
     assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
     assert f"auc {a.profile.loc['stage4'].score:.3f} [" in text and 'at stage4; no other stage is better beyond chance' in text
     assert f"with twice the images: {a.speed.attrs['gain']:+.3f} [{a.speed.attrs['gain_low']:+.3f}, {a.speed.attrs['gain_high']:+.3f}]" in lines
@@ -177,7 +177,7 @@ def test_targets(eyes, measure, target):
 def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
     advise(dots, seed=seed, valid=valid, **TINY)
     looked = set(seen)
-    assert looked == train_side(dots, seed, valid) and 0 < len(looked) < 160
+    assert looked == train_side(dots, seed, valid) and 0 < len(looked) < 80
 
 
 def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
@@ -203,11 +203,11 @@ def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, on
 
 
 def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
-    monkeypatch.setattr(advisor, 'MOST', 60), monkeypatch.setattr(advisor, 'LARGE', 100)
+    monkeypatch.setattr(advisor, 'MOST', 44), monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(seen)]
-    assert len(seen) == len(t) == 60 and (t.group.value_counts() == 2).all() and seen < train_side(dots)
-    assert sum(a.counts.values()) == 128 and 'images: 128, 64 to 64 a class (100 or more are large), 60 of them were looked at' in str(a)
+    assert len(seen) == len(t) == 44 and (t.group.value_counts() == 2).all() and seen < train_side(dots)
+    assert sum(a.counts.values()) == 64 and 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
     assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were looked at'
 
 
@@ -232,7 +232,7 @@ def test_some_of_a_table(monkeypatch):
 @pytest.mark.parametrize('large, distance, row', [(False, .5*SIMILAR, 'stage4'), (False, 2*SIMILAR, 'stage1+stage2'), (False, np.nan, 'stage1+stage2'),
                                                   (True, .5*SIMILAR, 'stage4'), (True, 2*SIMILAR, 'stage1+stage2')])
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
-    monkeypatch.setattr(advisor, 'LARGE', 100 if large else LARGE), monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
+    monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE), monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
     monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
     a = advise(dots, **TINY)
     assert a.scenario == choose_scenario(10**4 if large else 10, distance) and row in str(a) and 'as was said' in str(a)
@@ -286,6 +286,7 @@ def test_too_few_images(tmp_path, seen, counts, words):
 
 def test_too_few_groups(dots, seen):
     t = dots[(dots.label == 'green') | dots.group.isin(['person 0', 'person 2'])]
+    t = t.assign(split=np.where(t.group.isin(['person 1', 'person 2']), 'valid', 'train'))
     with pytest.raises(ValueError, match="class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"): advise(t, **TINY)
     assert not seen
 

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer import phases
-from dr_transfer.augment import Views
 from dr_transfer.backbones import Stages, layer_groups
 from dr_transfer.bundle import load_model, save_model
 from dr_transfer.callbacks import HeadFirst
@@ -214,16 +213,9 @@ VARIANTS = [*(dict(frozen=f, tap=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 
     dict(frozen=2, fixed_bn=True, opt_func=SGD), dict(frozen=-2, stage='stage3', tap=2, decay='flat_cos'), dict(frozen=-2, bs=1000)]
 
 
-@pytest.fixture
-def same_views(monkeypatch):
-    "No view is chosen for images of the validation side, where it would not be used: so that chance goes the same way"
-    choose = Views.before_call
-    monkeypatch.setattr(Views, 'before_call', lambda self, b, split_idx: None if split_idx == 1 else choose(self, b, split_idx))
-
-
 @warns_head
 @pytest.mark.parametrize('v', VARIANTS, ids=lambda v: '-'.join(getattr(o, '__name__', str(o)) for o in v.values()))
-def test_stored_is_the_same(same_views, build, v):
+def test_stored_is_the_same(build, v):
     v = dict(v)
     f, task, arch = Phase(v.pop('frozen'), 2, .1 if 'opt_func' in v else 1e-3, spread=20, wd=.05, decay=v.pop('decay', 'one_cycle')), v.pop('task', 'flowers'), v.pop('arch', 'test_resnet')
     a, b = (build(task, arch, augment=v.get('views', 'mirror_near'), **{k: o for k, o in v.items() if k != 'views'}) for _ in range(2))
@@ -236,7 +228,7 @@ def test_stored_is_the_same(same_views, build, v):
     assert pd.DataFrame(a.record['history']).drop(columns='stored').to_numpy() == pytest.approx(pd.DataFrame(b.record['history']).drop(columns='stored').to_numpy(), abs=1e-4)
 
 
-def test_steps_of_a_linear_head_are_the_same(same_views, build):
+def test_steps_of_a_linear_head_are_the_same(build):
     "But for the statistics of its BatchNorm, which are exact where they can be had"
     a, b = build('dr'), build('dr')
     for l, s in ((a, True), (b, False)): silent(l, Plan('p', (replace(STEPS, lr=1e-3),)), stored=s)
@@ -247,7 +239,7 @@ def test_steps_of_a_linear_head_are_the_same(same_views, build):
 
 
 @warns_head
-def test_two_phases_are_the_same(same_views, build):
+def test_two_phases_are_the_same(build):
     "Order and views go on where the phase before left them"
     a, b = build(), build()
     for l, s in ((a, True), (b, False)): silent(l, Plan('p', (Phase(-2, 1, 1e-3), Phase(-3, 1, 1e-3), Phase(0, 1, 1e-3))), stored=s)
@@ -255,7 +247,7 @@ def test_two_phases_are_the_same(same_views, build):
 
 
 @warns_head
-def test_bf16_is_nearly_the_same(same_views, build):
+def test_bf16_is_nearly_the_same(build):
     a, b = (build(setting='bf16', tap=2) for _ in range(2))
     before = weights(a)
     for l, s in ((a, True), (b, False)): silent(l, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
@@ -578,3 +570,12 @@ def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     silent(learn, 'head', epochs=1)
     with pytest.raises(ValueError, match='one_cycle'): silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
     assert len(learn.record['history']) == 1 and np.isfinite(probs(learn)).all()
+
+
+def test_a_head_is_solved_for_images_without_groups(tmp_path):
+    "A table that knows no patients: every image is a group of its own"
+    t = make_flowers(tmp_path/'flowers', n=40, size=48, classes=('daisy', 'tulips'))
+    table = pd.DataFrame({'image': [str(tmp_path/'flowers'/i) for i in t.image], 'label': t.label})
+    said = []
+    learn = fit(build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append)
+    assert learn.record['C'] > 0 and not any('in steps' in s for s in said)
