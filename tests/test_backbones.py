@@ -576,8 +576,8 @@ def test_reachable_looks_at_the_host(monkeypatch):
         asked.append(where)
         if 'pytorch' not in where[0]: raise OSError
         return Line()
-    monkeypatch.setattr(module.socket, 'create_connection', connect)
-    assert module._reachable('https://download.pytorch.org/models/x.pth') and not module._reachable('https://huggingface.co/timm/x')
+    monkeypatch.setattr('dr_transfer.weights.socket.create_connection', connect)
+    assert module.reachable('https://download.pytorch.org/models/x.pth') and not module.reachable('https://huggingface.co/timm/x')
     assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 

@@ -32,7 +32,13 @@ from dr_transfer.views import VIEWS, read_image
 
 IMAGENET, HALF = ((.485, .456, .406), (.229, .224, .225)), ((127/255,)*3, (128/255,)*3)
 FIVE = (.5,)*3, (.5,)*3
-TURNS = {'none': [lambda x: x], 'mirror': [lambda x: x.flip(3)], 'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)]}
+def nearer(x):
+    "The middle 78 %, enlarged, as `interpolate` has it"
+    n = x.shape[-1]
+    e = round(n*.11)
+    return torch.nn.functional.interpolate(x[..., e:n-e, e:n-e], (n, n), mode='bilinear', antialias=True)
+
+TURNS = {'none': [lambda x: x], 'mirror': [lambda x: x.flip(3)], 'mirror_near': [lambda x: x, lambda x: x.flip(3), nearer, lambda x: nearer(x.flip(3))], 'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)]}
 TURNS['mirror'].insert(0, TURNS['none'][0])
 
 
@@ -165,7 +171,7 @@ def by_hand(net, name, paths, views, size=SIZE):
 def test_every_set_of_views_is_tested(): assert set(TURNS) == set(VIEWS)
 
 
-@pytest.mark.parametrize('name,views', [(n, 'quarter_turns') for n in PLACES] + [('test_resnet', 'none'), ('test_resnet', 'mirror')])
+@pytest.mark.parametrize('name,views', [(n, 'quarter_turns') for n in PLACES] + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')])
 def test_features_are_those_of_the_network(name, views, paths, tmp_path):
     net = network(name)
     save_file(net.state_dict(), tmp_path/'w.safetensors')
