@@ -61,9 +61,9 @@ def flowers(root, seed=42):
     return task_table(root/'flowers', get_task('flowers').target(), seed=seed)
 
 
-def extract(root, n=256, rounds=2):
+def extract(root, n=512, rounds=2):
     from dr_transfer.backbones import create_body
-    from dr_transfer.features import image_features
+    from dr_transfer.features import extract_features
     from dr_transfer.model import Body
     from dr_transfer.speed import get_setting
     from dr_transfer.views import image_batches, normalise, read_image
@@ -84,7 +84,7 @@ def extract(root, n=256, rounds=2):
                 for x in tensors: body(x)
 
         def ours():
-            with fresh_cache(): return np.array(image_features(paths, ARCH, size=size).numpy('neck')[:, 0])
+            with fresh_cache(): return np.array(extract_features(paths, body, size).numpy('neck')[:, 0])
 
         def fastai():
             with plain.no_bar(): return plain.get_preds(dl=dl)
