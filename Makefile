@@ -86,6 +86,6 @@ install = $(1)/bin/uv pip install --python $(1)/bin/python $(2) || $(1)/bin/pyth
 	@touch $@ .venv/.installed
 
 .venv-latest/.installed: $(PACKAGING) | .venv-latest/bin/python
-	$(call install,.venv-latest,-e . fastai fastcore pytest pytest-xdist)
+	$(call install,.venv-latest,-e ".[labels]" fastai fastcore pytest pytest-xdist)
 	$(@D)/bin/python tools/check_latest.py
 	@touch $@

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model',
            'load_model', 'gather_images', 'predict_table']
 
-# %% ../nbs/13_bundle.ipynb #72554fe3
+# %% ../nbs/13_bundle.ipynb #3a8b8408
 import hashlib, json, os
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .speed import get_setting
 from .table import find_images, image_errors
 from .views import READERS, VIEWS, read_image
 
-# %% ../nbs/13_bundle.ipynb #e05c0e11
+# %% ../nbs/13_bundle.ipynb #cec5e3d0
 FIELDS = ('arch', 'stage', 'tap', 'head', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std')
 
 class ModelError(ValueError):
@@ -43,7 +43,7 @@ class ImageModel:
         views = views or self.about['views']
         return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
 
-# %% ../nbs/13_bundle.ipynb #e9af1544
+# %% ../nbs/13_bundle.ipynb #12002ad2
 def image_model(
     learn:Any # A learner from `build_learner`
 ) -> ImageModel:
@@ -57,7 +57,7 @@ def image_model(
              'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
-# %% ../nbs/13_bundle.ipynb #be58e991
+# %% ../nbs/13_bundle.ipynb #621cca0c
 FORMAT = 'dr_transfer model 2'
 MODEL_FILES = ('model.json', 'model.safetensors')
 
@@ -86,7 +86,7 @@ def save_model(
     with atomic_folder(folder, overwrite, MODEL_FILES) as tmp: write_model(model, tmp)
     return Path(folder)
 
-# %% ../nbs/13_bundle.ipynb #967e0e40
+# %% ../nbs/13_bundle.ipynb #ba23b966
 def _read_about(folder) -> dict:
     folder = Path(folder)
     for name in MODEL_FILES:
@@ -102,20 +102,24 @@ def _read_about(folder) -> dict:
         if about.get(field) not in known: raise ModelError(f'{folder}: {unknown(field, about.get(field), known)}. Use the version of dr_transfer that made it')
     return about
 
-# %% ../nbs/13_bundle.ipynb #3ea50e8b
+# %% ../nbs/13_bundle.ipynb #0b49c44f
+def _read_head(folder, about) -> Head:
+    try: return Head(**{**about['head'], 'hidden': tuple(about['head']['hidden'])})
+    except (TypeError, KeyError): raise ModelError(f"{folder} describes a head {about.get('head')!r} that this version does not know: use the version of dr_transfer that made it") from None
+
 def load_model(
     folder:str|Path, # Made by `save_model` or `dr_transfer train`
     setting:str='auto' # Format and precision on the CPU; 'plain': fp32
 ) -> ImageModel:
     "A saved model; `ModelError` if a file is missing or was changed"
     about = _read_about(folder)
-    stages, head = create_body(about['arch'], 'random', about['tap'], about['stage']), Head(**{**about['head'], 'hidden': tuple(about['head']['hidden'])})
+    stages, head = create_body(about['arch'], 'random', about['tap'], about['stage']), _read_head(folder, about)
     how = get_setting(setting, stages, about['arch'], about['size'])
     model = nn.Sequential(Body(stages, how), create_head(head, head_inputs(stages, head, about['size']), len(about['classes'])))
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 
-# %% ../nbs/13_bundle.ipynb #723e370f
+# %% ../nbs/13_bundle.ipynb #c964129b
 def gather_images(
     sources:list # Files and folders
 ) -> list[str]: # Paths as given, or as found below the folders
@@ -130,7 +134,7 @@ def gather_images(
         else: raise ValueError(f"there is no {s}: give image files or folders")
     return list(dict.fromkeys(out))
 
-# %% ../nbs/13_bundle.ipynb #ed4435b7
+# %% ../nbs/13_bundle.ipynb #edc4c006
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLearner', 'classifier_learner', 'learner_groups',
            'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
 
-# %% ../nbs/08_core.ipynb #f2dc4abc
+# %% ../nbs/08_core.ipynb #8405814e
 import hashlib, os, platform
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ from .speed import get_setting
 from .table import set_aside
 from .views import VIEWS
 
-# %% ../nbs/08_core.ipynb #4d229087
+# %% ../nbs/08_core.ipynb #2310f125
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
 def versions() -> dict: # Name -> version
@@ -53,17 +53,17 @@ def data_summary(
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
-# %% ../nbs/08_core.ipynb #089117fb
+# %% ../nbs/08_core.ipynb #44e0c99b
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task, head = learn.model[0][0], learn.task, getattr(learn.model[1], 'about', None)
     return {'task': task.name, 'target': learn.goal.name, **settings, 'weights': vars(body.stages.weights).copy(),
             'stage': stage_names(body.stages)[-1], 'tap': body.stages.tap, 'head': asdict(head) if head else 'own',
             'size': task.size, 'bs': learn.dls.train.bs, 'augment': task.augment, 'reader': task.reader, 'fit': task.fit,
-            'groups': len(layer_groups(body.stages)), 'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
+            'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
             'versions': versions(), 'history': []}
 
-# %% ../nbs/08_core.ipynb #7facb98d
+# %% ../nbs/08_core.ipynb #f44ba57d
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -90,7 +90,7 @@ def build_learner(
     own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
     return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs)
 
-# %% ../nbs/08_core.ipynb #0be3e592
+# %% ../nbs/08_core.ipynb #ccb7d407
 def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs) -> Learner:
     asked = plan or get_plan('head')
     own = {'arch': 'efficientnet_lite0', **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
@@ -101,7 +101,7 @@ def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs
     cbs = [FrozenMode(fixed_bn), HeadFirst(), TrainSetting(setting, arch, task.size)]
     return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed), kwargs)
 
-# %% ../nbs/08_core.ipynb #5ce3a594
+# %% ../nbs/08_core.ipynb #1aad95cc
 class _View(Callback):
     "Show the model one view of each batch"
     def __init__(self, view): self.view = view
@@ -123,7 +123,7 @@ class TransferLearner(Learner):
             out = [self.get_preds(dl=dl, cbs=_View(v)) for v in VIEWS[views]]
         return torch.stack([p for p, _ in out]).mean(0), out[0][1]
 
-# %% ../nbs/08_core.ipynb #1507ed2c
+# %% ../nbs/08_core.ipynb #14d7b393
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
     def __init__(self, body): self.body = body
@@ -152,7 +152,7 @@ def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kw
     learn.record = _record(learn, **what)
     return learn
 
-# %% ../nbs/08_core.ipynb #c5a766d8
+# %% ../nbs/08_core.ipynb #355eef25
 def classifier_learner(
     classifier:FeatureClassifier, # Fitted on `Features`, 'logistic' or 'dense'
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
@@ -173,7 +173,7 @@ def classifier_learner(
     if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)): raise ValueError(f"the classifier knows {list(classifier.classes_)}, the data has {list(learn.dls.vocab)}")
     return learn
 
-# %% ../nbs/08_core.ipynb #47fb54f0
+# %% ../nbs/08_core.ipynb #4217ab54
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
@@ -182,7 +182,7 @@ def learner_groups(
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
 
-# %% ../nbs/08_core.ipynb #2fd23925
+# %% ../nbs/08_core.ipynb #effbc6ab
 def _check_plan(learn, plan):
     "Refuse a plan for which the learner was not built"
     r = learn.record
@@ -195,7 +195,7 @@ def _check_plan(learn, plan):
     else: return
     raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan='{plan.name}')")
 
-# %% ../nbs/08_core.ipynb #b5072782
+# %% ../nbs/08_core.ipynb #92104fb4
 def fit(
     learn:Learner, # From `build_learner`
     plan:Any=None, # Name, plan or advice; that of `build_learner`, or chosen, if None
@@ -222,7 +222,7 @@ def _default_plan(learn, say):
     say(f"plan '{plan}': {why}")
     return plan
 
-# %% ../nbs/08_core.ipynb #90eb182d
+# %% ../nbs/08_core.ipynb #2c180cfd
 def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -251,7 +251,7 @@ def prediction_table(
     t = pd.DataFrame({'image': images, 'prediction': [classes[i] for i in probs.argmax(1)] if len(probs) else []})
     return pd.concat([t, pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])], axis=1)
 
-# %% ../nbs/08_core.ipynb #366e01fd
+# %% ../nbs/08_core.ipynb #256b25e2
 def valid_predictions(
     learn:Learner, # From `build_learner`
     side:str='valid' # 'valid', 'test' or 'train'

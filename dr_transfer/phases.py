@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GB', 'MOST_NUMBERS', 'why_not_stored', 'learner_features', 'fit_phase']
 
-# %% ../nbs/07c_phases.ipynb #361ea5ae
+# %% ../nbs/07c_phases.ipynb #98e747d3
 import sys
 from contextlib import ExitStack
 from typing import Callable
@@ -24,12 +24,11 @@ from .boundary import BoundaryMaps, Rest, boundary_gb, boundary_loader, boundary
 from .callbacks import FrozenMode, HeadFirst, PlainProgress, TrainSetting
 from .classifiers import FeatureClassifier
 from .features import Features, extract_features, reading, weights_digest
-from .files import unknown
 from .model import AveragePool, Head
 from .plans import Phase, head_epochs
 from .views import VIEWS
 
-# %% ../nbs/07c_phases.ipynb #9d35ca91
+# %% ../nbs/07c_phases.ipynb #7002c4ee
 MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
 _USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
 
@@ -45,10 +44,10 @@ def why_not_stored(
         if not isinstance(c, _USUAL): return f"the callback '{c.name}' is to see every batch"
     if pooled: return ''
     if not isinstance(body.stages, Stages): return f"'{body.stages.spec.name}' is no chain of stages"
-    gb = boundary_gb(boundary_store(split_body(body, k, _averages(learn))[0], _about(learn, views)), len(learn.table))
+    gb = _maps_gb(learn, k)
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
-# %% ../nbs/07c_phases.ipynb #1c33eba9
+# %% ../nbs/07c_phases.ipynb #c6c176fe
 def _frozen_part(learn, frozen) -> tuple:
     "Body, number of frozen groups, and whether only averages leave the body"
     body = learn.model[0][0]
@@ -61,9 +60,14 @@ def _averages(learn) -> bool:
     head = learn.model[1]
     return isinstance(head, nn.Sequential) and len(head) > 1 and isinstance(head[0], AveragePool)
 
+def _maps_gb(learn, k) -> float:
+    "Gigabytes on disk that the maps of all views of all images take at a boundary"
+    front, _ = split_body(learn.model[0][0], k, _averages(learn))
+    return boundary_gb(boundary_store(front, _about(learn, views_of(learn.task.augment))), len(learn.table))
+
 def _about(learn, views): t = learn.task; return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
 
-# %% ../nbs/07c_phases.ipynb #359ce75f
+# %% ../nbs/07c_phases.ipynb #edc66090
 def learner_features(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -82,7 +86,7 @@ def _stored(learn, side, k, pooled) -> tuple[BoundaryMaps, torch.Tensor]:
     if pooled: return BoundaryMaps([learner_features(learn, images, views, f'features ({side})').numpy()], np.arange(len(y))), y
     return boundary_maps(images, split_body(learn.model[0][0], k, _averages(learn))[0], _about(learn, views), label=f'boundary maps ({side})'), y
 
-# %% ../nbs/07c_phases.ipynb #78ad95b8
+# %% ../nbs/07c_phases.ipynb #baf4d4be
 class _RestAndHead(nn.Module):
     "The trained part of a model, on what the frozen part says"
     def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
@@ -102,7 +106,7 @@ def _sub_learner(learn, k, pooled) -> Learner:
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
-# %% ../nbs/07c_phases.ipynb #79ba9ffa
+# %% ../nbs/07c_phases.ipynb #71f62d75
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
     if not isinstance(head[1], nn.BatchNorm1d): return
@@ -114,7 +118,6 @@ def _exact_bn(head, maps):
 def _run(learn, phase, rates, quiet, say, epochs) -> list:
     "Train a learner for one phase; the values of each epoch"
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}
-    if phase.decay not in how: raise unknown('decay', phase.decay, how)
     with ExitStack() as stack:
         cbs = []
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
@@ -123,7 +126,7 @@ def _run(learn, phase, rates, quiet, say, epochs) -> list:
         how[phase.decay](epochs, rates, wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/07c_phases.ipynb #aaa3a78b
+# %% ../nbs/07c_phases.ipynb #1443a763
 MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
 
 def _unsolvable(learn, phase, pooled) -> str:
@@ -139,21 +142,22 @@ def _unsolvable(learn, phase, pooled) -> str:
     if len(train)*len(VIEWS[views_of(learn.task.augment)])*learn.model[0][0].stages.n_out > MOST_NUMBERS: return f'{len(train)} images are many'
     return ''
 
-def _solve_head(learn) -> list:
+def _solve_head(learn, k) -> list:
     "Logistic regression as the head; loss and metrics, as of one epoch"
     train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
-    f = learner_features(learn, train.image.tolist(), label='features (train)')
-    c = FeatureClassifier(seed=learn.record['seed']).fit(f, [o2i[t] for t in train.target], train.group.to_numpy())
+    sub = _sub_learner(learn, k, True)
+    c = FeatureClassifier(seed=learn.record['seed']).fit(sub.maps.arrays[0], [o2i[t] for t in train.target], train.group.to_numpy())
     learn.model[1].load_state_dict(c.head().state_dict())
     learn.record['C'] = c.estimator_.C
-    sub = _sub_learner(learn, learn.record['groups'], True)
     with sub.no_bar(), sub.no_logging(): (loss, *_), valid = sub.validate(0), sub.validate(1)
     return [[loss, *valid]]
 
-# %% ../nbs/07c_phases.ipynb #e714433d
+# %% ../nbs/07c_phases.ipynb #d74d971a
 def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
     "Train what is not frozen in steps, from what is stored"
-    if not pooled: learn.train_setting.measure(learn, learn.model[0][0])
+    if not pooled:
+        say(f'maps of the frozen part: {_maps_gb(learn, k):.2g} GB on disk, computed once')
+        learn.train_setting.measure(learn, learn.model[0][0])
     sub = _sub_learner(learn, k, pooled)
     values = _run(sub, phase, rates[k:], pooled, say, epochs)
     learn.dls.train.rng = sub.dls.train.rng
@@ -162,7 +166,7 @@ def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
 
 def _epochs(learn, phase): return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
-# %% ../nbs/07c_phases.ipynb #041f1500
+# %% ../nbs/07c_phases.ipynb #f78a0f16
 def fit_phase(
     learn:Learner, # From `build_learner`
     phase:Phase, # What is frozen, for how long, at which rates
@@ -180,6 +184,6 @@ def fit_phase(
     learn.stored_body = weights_digest(body) if pooled else None
     why = _unsolvable(learn, phase, pooled)
     if why and phase.epochs is None: say(f'the head is trained in steps, because {why}')
-    values = _fit_stored(learn, phase, k, pooled, rates, say, epochs) if why else _solve_head(learn)
+    values = _fit_stored(learn, phase, k, pooled, rates, say, epochs) if why else _solve_head(learn, k)
     learn.head_trained = True
     return values, True

@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'MEASURES', 'SIMILAR', 'ridge_path', 'fold_interval', 'depth_profile', 'stage_gain', 'plot_depth_profile',
            'learning_speed', 'domain_profile', 'domain_distance']
 
-# %% ../nbs/06b_probes.ipynb #0f25618c
+# %% ../nbs/06b_probes.ipynb #f39df6ed
 import os
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from .files import unknown
 from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
-# %% ../nbs/06b_probes.ipynb #b73b6077
+# %% ../nbs/06b_probes.ipynb #8ff8b6ba
 PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # penalties per training image, of features of unit variance
 
 def ridge_path(
@@ -44,7 +44,7 @@ def ridge_path(
     free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
     return p @ ((shrink/np.sqrt(d))[:, :, None]*q) + mean, n*left/free**2
 
-# %% ../nbs/06b_probes.ipynb #35717d8a
+# %% ../nbs/06b_probes.ipynb #173e4e3d
 def _accuracy(y, scores, classes): return accuracy(y, scores.argmax(1))
 def _auc(y, scores, classes): return auc(y, scores[:, 1])
 def _kappa(y, scores, classes): return quadratic_kappa(classes[y], classes[scores.argmax(1)])
@@ -66,7 +66,7 @@ def _task(features, y, groups, measure) -> tuple:
                                                                                  "give grades as numbers, or type 'accuracy'")
     return codes, classes, groups, measure
 
-# %% ../nbs/06b_probes.ipynb #44f88237
+# %% ../nbs/06b_probes.ipynb #a8f91783
 def fold_interval(
     scores, # One score a fold; NaN ones are left out
     share:float=0.25, # Test images by training images of a fold
@@ -84,7 +84,7 @@ def _row(scores, share, measure) -> dict:
     score, low, high = fold_interval(scores, share)
     return {'score': score, 'low': max(low, -1. if measure == 'kappa' else 0.), 'high': min(high, 1.)}
 
-# %% ../nbs/06b_probes.ipynb #fa742ca2
+# %% ../nbs/06b_probes.ipynb #fa06ccf2
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
     if len(np.unique(y[train])) < 2: return np.nan
@@ -104,7 +104,7 @@ def _read(features, stages) -> np.ndarray:
 
 def _share(folds) -> float: return float(np.mean([len(test)/len(train) for train, test in folds]))
 
-# %% ../nbs/06b_probes.ipynb #16cf57c6
+# %% ../nbs/06b_probes.ipynb #50fca59c
 def depth_profile(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -117,7 +117,7 @@ def depth_profile(
 ) -> pd.DataFrame: # A row a candidate: channels, score, low, high; attrs: folds, share
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, measure = _task(features, y, groups, measure)
-    parts = [f for r in range(repeats) for f in grouped_folds(codes, groups, folds, seed + r)]
+    parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
     share, rows, scores = _share(parts), {}, {}
     for s in list(features.stages) if stages is None else [stages] if isinstance(stages, str) else stages:
         x, name = _read(features, s), '+'.join(s) if isinstance(s, tuple) else s
@@ -127,7 +127,7 @@ def depth_profile(
     out.attrs = {'measure': measure, 'share': share, 'folds': scores}
     return out
 
-# %% ../nbs/06b_probes.ipynb #f2741c6a
+# %% ../nbs/06b_probes.ipynb #f523cbf4
 def stage_gain(
     table:pd.DataFrame, # From `depth_profile`
     stage:str, # A row of it
@@ -140,7 +140,7 @@ def stage_gain(
         if s not in known: raise unknown('row of the profile', s, known)
     return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'], level)
 
-# %% ../nbs/06b_probes.ipynb #bfdfd3fb
+# %% ../nbs/06b_probes.ipynb #80626d32
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
 def plot_depth_profile(
@@ -159,7 +159,7 @@ def plot_depth_profile(
     ax.grid(axis='y', color='0.92')
     return fig
 
-# %% ../nbs/06b_probes.ipynb #4e2cb052
+# %% ../nbs/06b_probes.ipynb #2c7eb432
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
     n = len(y)
@@ -171,7 +171,7 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     at = np.array([at[g] for g in np.where(code < 0, n + np.arange(n), code)])
     return [np.flatnonzero(at <= s) for s in shares]
 
-# %% ../nbs/06b_probes.ipynb #5a3c689d
+# %% ../nbs/06b_probes.ipynb #08f3a1a0
 def learning_speed(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -187,7 +187,7 @@ def learning_speed(
         raise ValueError(f"shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)")
     codes, classes, groups, measure = _task(features, y, groups, measure)
     x = _read(features, list(features.stages)[-1] if stages is None else stages if isinstance(stages, str) else tuple(stages))
-    parts = grouped_folds(codes, groups, folds, seed)
+    parts = grouped_folds(classes[codes], groups, folds, seed)
     sets = [[(train[r], test) for r in _parts(codes[train], None if groups is None else groups[train], shares, seed)] for train, test in parts]
     runs, share = list(zip(*sets)), _share(parts)
     scores = np.array([_fold_scores(x, codes, classes, run, measure) for run in runs])
@@ -197,7 +197,7 @@ def learning_speed(
     out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
     return out
 
-# %% ../nbs/06b_probes.ipynb #15452918
+# %% ../nbs/06b_probes.ipynb #cc872ea7
 SIMILAR = 0.1 # `domain_distance` below which images are like those of ImageNet
 
 def _remembers(m) -> bool:
@@ -221,7 +221,7 @@ def _divergence(m, seen) -> np.ndarray:
     a, b, shift = np.maximum(seen[1] - seen[0]**2, 0) + m.eps, var + m.eps, (seen[0] - mean)**2
     return (a/b + b/a + shift*(1/a + 1/b) - 2)/4
 
-# %% ../nbs/06b_probes.ipynb #7f7fbed8
+# %% ../nbs/06b_probes.ipynb #9fffa13e
 def domain_profile(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images
@@ -244,7 +244,7 @@ def domain_profile(
     rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
-# %% ../nbs/06b_probes.ipynb #6a856f52
+# %% ../nbs/06b_probes.ipynb #a7e560f3
 def domain_distance(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images

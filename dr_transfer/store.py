@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['content_key', 'source_name', 'content_keys', 'digest', 'ArrayStore', 'fill_stores', 'stored_array']
 
-# %% ../nbs/05b_store.ipynb #f63b1890
+# %% ../nbs/05b_store.ipynb #fed281b3
 import hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from filelock import FileLock
 from .files import atomic_file, progress
 from .images import read_rgb
 
-# %% ../nbs/05b_store.ipynb #1c096dd1
+# %% ../nbs/05b_store.ipynb #667cd87d
 def content_key(
     source # Path, bytes, PIL image or array
 ) -> str: # 32 hexadecimal digits of a SHA-256
@@ -39,17 +39,17 @@ def content_keys(
     sources:list # Paths or images
 ) -> list[str]:
     "The keys of many images, read in threads"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: 
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(content_key, sources), total=len(sources), label='images hashed'))
 
-# %% ../nbs/05b_store.ipynb #29ec08c5
+# %% ../nbs/05b_store.ipynb #5838e6f7
 def digest(
     about:dict # What JSON can hold
 ) -> str: # 16 hexadecimal digits of a SHA-256
     "A description by what it says"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/05b_store.ipynb #3f8d8fe2
+# %% ../nbs/05b_store.ipynb #a66c6290
 class ArrayStore:
     "Arrays for images, on disk in a folder of their own; rows are appended and found by key"
     def __init__(self,
@@ -73,7 +73,7 @@ class ArrayStore:
         except (ValueError, KeyError, TypeError): raise ValueError(f"{lines} was changed: delete the folder {self.folder}, it is computed anew") from None
     def __len__(self): return len(self.keys)
 
-# %% ../nbs/05b_store.ipynb #b610b079
+# %% ../nbs/05b_store.ipynb #9b8c7c0f
 @contextmanager
 def _locked(folder):
     try:
@@ -99,7 +99,7 @@ def _writing(store):
             os.truncate(store._file(f), len(store)*store.row_bytes(f))
         yield
 
-# %% ../nbs/05b_store.ipynb #2fa1f2fb
+# %% ../nbs/05b_store.ipynb #223e1cbc
 def _append(store, batch, arrays):
     "Rows for those images (key, source) of a batch that are not there yet; arrays (n, *shape) for each field"
     new = [i for i, (k, _) in enumerate(batch) if k not in store.keys]
@@ -113,18 +113,17 @@ def _append(store, batch, arrays):
             out.write(json.dumps({'key': key, 'name': Path(source).name if isinstance(source, (str, Path)) else ''}) + '\n')
             store.keys[key] = len(store)
 
-# %% ../nbs/05b_store.ipynb #6d7d24c6
+# %% ../nbs/05b_store.ipynb #d323859f
 def _room(new):
-    "Refuse what does not fit on the disk; the gigabytes that new rows take, `new` of (store, how many), all on one disk"
+    "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
     need = sum(n*store.row_bytes(f) for store, n in new for f in store.fields)
     folder = new[0][0].folder
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if need > 0.9*free: raise ValueError(f"{max(n for _, n in new)} images need {need/1e9:.1f} GB in {place}, which has {free/1e9:.1f} GB left: "
                                          "let DR_TRANSFER_CACHE name a folder on a larger disk, or take fewer images, a smaller size, or less augmentation")
-    return need/1e9
 
-# %% ../nbs/05b_store.ipynb #86399802
+# %% ../nbs/05b_store.ipynb #a0dd930f
 def fill_stores(
     stores:list, # `ArrayStore`s on one disk, no two with a field of one name
     sources:list, # Paths or images
@@ -144,7 +143,7 @@ def fill_stores(
             for s in needy: _append(s, images[i*bs:(i + 1)*bs], arrays)
     return [np.array([s.keys[k] for k in keys], dtype=np.int64) for s in stores]
 
-# %% ../nbs/05b_store.ipynb #5ae92b78
+# %% ../nbs/05b_store.ipynb #bd3b4da8
 def stored_array(
     store:ArrayStore, # A store
     field:str # Name of an array in it
