@@ -6,7 +6,7 @@
 __all__ = ['Features', 'features_array', 'features_table', 'weights_digest', 'reading', 'compute_views', 'extract_features',
            'whole_body', 'image_features']
 
-# %% ../nbs/06_features.ipynb #c353c105
+# %% ../nbs/06_features.ipynb #4304d68f
 import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -16,9 +16,9 @@ from .images import FITS
 from .model import POOLS, Body, good_bs
 from .speed import get_setting
 from .store import ArrayStore, fill_stores, source_name, stored_array
-from .views import READERS, VIEWS, image_batches, normalise, read_image
+from .views import READERS, VIEWS, map_batches, normalise, read_image
 
-# %% ../nbs/06_features.ipynb #9aaa8e75
+# %% ../nbs/06_features.ipynb #ae90995c
 class Features:
     "Features of images in stores on disk, one for each stage; what is not asked for is not read"
     def __init__(self, stores:dict, rows:dict, images:list): self.stores, self.rows, self.images = stores, rows, list(images)
@@ -35,7 +35,7 @@ class Features:
         rows = np.arange(len(self))[rows]
         return Features(self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows])
 
-# %% ../nbs/06_features.ipynb #4a3d76c5
+# %% ../nbs/06_features.ipynb #af85b4c1
 def _chosen(names, known, what='stage') -> list:
     "Names that are known, as a list; all if None"
     names = [names] if isinstance(names, str) else list(known) if names is None else list(names)
@@ -57,7 +57,7 @@ def features_array(
         out.append(a[r[0]:r[0] + len(r), :, i] if straight else a[r, :, i])
     return out[0] if len(out) == 1 else np.concatenate(out, -1)
 
-# %% ../nbs/06_features.ipynb #8a12ec48
+# %% ../nbs/06_features.ipynb #e2636fe3
 def features_table(
     features:Features, # From `extract_features` or `image_features`
     stages=None, # Name or names of stages; all if None
@@ -70,7 +70,7 @@ def features_table(
 
 Features.numpy, Features.pandas = features_array, features_table
 
-# %% ../nbs/06_features.ipynb #6cd857a8
+# %% ../nbs/06_features.ipynb #6b06f874
 def weights_digest(
     body:Body, # A body
     last:str|None=None # Last stage that counts; all if None
@@ -96,7 +96,7 @@ def reading(
     return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
             'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type}
 
-# %% ../nbs/06_features.ipynb #977731dd
+# %% ../nbs/06_features.ipynb #959f4c66
 def compute_views(
     f, # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
     body:Body, # Decides device and normalisation; put into evaluation mode
@@ -110,14 +110,15 @@ def compute_views(
         except Exception as e: raise ValueError(f"{source_name(source)} cannot be read ({type(e).__name__}): leave it out, or repair it; what was computed so far is kept") from None
     def compute(sources, names):
         device = next(body.eval().parameters()).device
-        for x in progress(image_batches(sources, read, bs), total=-(-len(sources)//bs), label=f'{label}, batches of {bs}'):
-            with torch.inference_mode():
-                x = normalise(x.to(device), about['mean'], about['std'])
-                out = [f(v(x), names) for v in VIEWS[about['views']]]
-                yield {k: np.stack([o[k] for o in out], 1) for k in out[0]}
+        @torch.inference_mode()
+        def views(x):
+            x = normalise(x.to(device), about['mean'], about['std'])
+            out = [f(v(x), names) for v in VIEWS[about['views']]]
+            return {k: np.stack([o[k] for o in out], 1) for k in out[0]}
+        return progress(map_batches(views, sources, read, bs, device), total=-(-len(sources)//bs), label=f'{label}, batches of {bs}')
     return compute
 
-# %% ../nbs/06_features.ipynb #8fe4d361
+# %% ../nbs/06_features.ipynb #6e4a6b89
 def extract_features(
     sources:list, # Paths or images
     body:Body, # The network; put into evaluation mode
@@ -143,7 +144,7 @@ def extract_features(
     rows = fill_stores(list(stores.values()), list(sources), compute_views(f, body, about, bs, label), bs)
     return Features(stores, dict(zip(stores, rows)), sources)
 
-# %% ../nbs/06_features.ipynb #d9b5b28d
+# %% ../nbs/06_features.ipynb #95484fba
 @torch.inference_mode()
 def _widths(body, names, size) -> dict:
     "Name -> number of channels, in the order of depth"

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #5ab71793
+# %% ../nbs/05c_model.ipynb #ce5f20fb
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
 from torch import nn
 from .backbones import Stages, stage_names
 from .files import progress, unknown
-from .speed import Setting
-from .views import VIEWS, image_batches, normalise
+from .speed import Setting, forward_copy
+from .views import VIEWS, map_batches, normalise, stack_images
 
-# %% ../nbs/05c_model.ipynb #d5ac861f
+# %% ../nbs/05c_model.ipynb #feafc236
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
         super().__init__()
-        self.stages, self.forward_setting, self.train_setting = stages, forward_setting, train_setting
+        self.stages, self.forward_setting, self.train_setting, self._copy = stages, forward_setting, train_setting, None
         if forward_setting.channels_last: self.to(memory_format=torch.channels_last)
     def setting(self, x) -> Setting:
         "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
@@ -29,28 +29,47 @@ class Body(nn.Module):
         return (self.train_setting or Setting()) if grad else self.forward_setting
     def forward(self, x):
         s = self.setting(x)
-        with s.cast(x.device.type): return self.stages(s.place(x)).float()
-    def pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
-        "What the named stages say of a batch, pooled over the image: name -> (n, pools, channels), float32"
-        s = self.setting(x)
-        with s.cast(x.device.type):
-            if not isinstance(self.stages, Stages): return {'last': torch.stack([self.stages(x).float()]*len(pools), 1)}
-            last, out = max(map(stage_names(self.stages).index, names)), {}
-            x = s.place(x)
-            for name, stage in list(self.stages.named_children())[:last + 1]:
-                x = stage(x)
-                if name in names: out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
-        return out
+        stages = self.quick(x) if s is self.forward_setting else self.stages
+        with s.cast(x.device.type): return stages(s.place(x)).float()
+    def train(self, mode=True):
+        if mode: self._copy = None
+        return super().train(mode)
+    def __getstate__(self): return {**self.__dict__, '_copy': None}
 
-# %% ../nbs/05c_model.ipynb #cf32a458
+# %% ../nbs/05c_model.ipynb #e603df19
+def _quick(self, x) -> nn.Module:
+    "The stages, or their copy for forward passes"
+    now = []
+    for m in self.stages.modules():
+        if m.training or m._forward_hooks or m._forward_pre_hooks: return self.stages
+        now += [(v.data_ptr(), v._version) for v in (*m._parameters.values(), *m._buffers.values()) if v is not None]
+    if self._copy is None or self._copy[0] != now: self._copy = now, forward_copy(self.stages, self.forward_setting, x)
+    return self._copy[1]
+
+def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
+    "What the named stages say of a batch, pooled over the image: name -> (n, pools, channels), float32"
+    s = self.setting(x)
+    stages = self.quick(x) if s is self.forward_setting else self.stages
+    with s.cast(x.device.type):
+        if not isinstance(stages, Stages): return {'last': torch.stack([stages(x).float()]*len(pools), 1)}
+        last, out = max(map(stage_names(stages).index, names)), {}
+        x = s.place(x)
+        for name, stage in list(stages.named_children())[:last + 1]:
+            x = stage(x)
+            if name in names: out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
+    return out
+
+Body.quick, Body.pooled = _quick, _pooled
+
+# %% ../nbs/05c_model.ipynb #01e65cc7
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
-    if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1, dtype=torch.float32)
+    if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
     return x.mean((2, 3), dtype=torch.float32)
 
 POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #39f65160
+# %% ../nbs/05c_model.ipynb #5402a2a4
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -72,7 +91,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
-# %% ../nbs/05c_model.ipynb #c8ae20c8
+# %% ../nbs/05c_model.ipynb #fcafad92
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -98,14 +117,13 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #eadc214c
+# %% ../nbs/05c_model.ipynb #26def05a
 def good_bs(
     device:torch.device # Where the network runs
 ) -> int:
     "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
     return 8 if device.type == 'cpu' else 64
 
-@torch.inference_mode()
 def view_probs(
     model:nn.Module, # Body and head; it is put into evaluation mode
     sources:list, # Paths or images
@@ -116,10 +134,11 @@ def view_probs(
     bs:int|None=None # Images in a batch; chosen if None
 ) -> np.ndarray: # float32 (images, classes)
     "Class probabilities of a model, averaged over the views of each image"
-    model.eval()
-    device, out = next(model.parameters()).device, []
+    device = next(model.eval().parameters()).device
     bs = bs or good_bs(device)
-    for x in progress(image_batches(sources, read, bs), total=-(-len(sources)//bs), label=f'predictions, batches of {bs}'):
+    @torch.inference_mode()
+    def probs(x):
         x = normalise(x.to(device), mean, std)
-        out.append(torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]]).mean(0).cpu().numpy())
+        return torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]]).mean(0).cpu().numpy()
+    out = list(progress(map_batches(probs, sources, read, bs, device), total=-(-len(sources)//bs), label=f'predictions, batches of {bs}'))
     return np.concatenate(out) if out else np.zeros((0, 0), np.float32)

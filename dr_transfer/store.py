@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['content_key', 'source_name', 'content_keys', 'digest', 'ArrayStore', 'fill_stores', 'stored_array']
 
-# %% ../nbs/05b_store.ipynb #fed281b3
+# %% ../nbs/05b_store.ipynb #4b31cd05
 import hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from filelock import FileLock
 from .files import atomic_file, progress
 from .images import read_rgb
 
-# %% ../nbs/05b_store.ipynb #667cd87d
+# %% ../nbs/05b_store.ipynb #e1c14870
 def content_key(
     source # Path, bytes, PIL image or array
 ) -> str: # 32 hexadecimal digits of a SHA-256
@@ -42,14 +42,14 @@ def content_keys(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(content_key, sources), total=len(sources), label='images hashed'))
 
-# %% ../nbs/05b_store.ipynb #5838e6f7
+# %% ../nbs/05b_store.ipynb #088d0788
 def digest(
     about:dict # What JSON can hold
 ) -> str: # 16 hexadecimal digits of a SHA-256
     "A description by what it says"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/05b_store.ipynb #a66c6290
+# %% ../nbs/05b_store.ipynb #cb9459f8
 class ArrayStore:
     "Arrays for images, on disk in a folder of their own; rows are appended and found by key"
     def __init__(self,
@@ -73,7 +73,7 @@ class ArrayStore:
         except (ValueError, KeyError, TypeError): raise ValueError(f"{lines} was changed: delete the folder {self.folder}, it is computed anew") from None
     def __len__(self): return len(self.keys)
 
-# %% ../nbs/05b_store.ipynb #9b8c7c0f
+# %% ../nbs/05b_store.ipynb #9c83b45e
 @contextmanager
 def _locked(folder):
     try:
@@ -97,23 +97,25 @@ def _writing(store):
         for f in store.fields:
             store._file(f).touch()
             os.truncate(store._file(f), len(store)*store.row_bytes(f))
-        yield
+        with ExitStack() as stack:
+            store.out = {f: stack.enter_context(open(p, 'ab')) for f, p in (('', lines), *((f, store._file(f)) for f in store.fields))}
+            yield
 
-# %% ../nbs/05b_store.ipynb #223e1cbc
+# %% ../nbs/05b_store.ipynb #98c57ee7
 def _append(store, batch, arrays):
     "Rows for those images (key, source) of a batch that are not there yet; arrays (n, *shape) for each field"
     new = [i for i, (k, _) in enumerate(batch) if k not in store.keys]
     for f, (shape, t) in store.fields.items():
         a = np.ascontiguousarray(arrays[f][new], dtype=t)
         if a.shape != (len(new), *shape): raise ValueError(f"{f} has the shape {a.shape}: give {(len(new), *shape)}")
-        with open(store._file(f), 'ab') as out: a.tofile(out)
-    with open(store.folder/'images.jsonl', 'a', encoding='utf-8') as out:
-        for i in new:
-            key, source = batch[i]
-            out.write(json.dumps({'key': key, 'name': Path(source).name if isinstance(source, (str, Path)) else ''}) + '\n')
-            store.keys[key] = len(store)
+        store.out[f].write(a.data)
+        store.out[f].flush()
+    names = [Path(s).name if isinstance(s, (str, Path)) else '' for _, s in batch]
+    store.out[''].write(''.join(json.dumps({'key': batch[i][0], 'name': names[i]}) + '\n' for i in new).encode())
+    store.out[''].flush()
+    store.keys.update({batch[i][0]: len(store) + j for j, i in enumerate(new)})
 
-# %% ../nbs/05b_store.ipynb #d323859f
+# %% ../nbs/05b_store.ipynb #adad6d34
 def _room(new):
     "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
     need = sum(n*store.row_bytes(f) for store, n in new for f in store.fields)
@@ -123,7 +125,7 @@ def _room(new):
     if need > 0.9*free: raise ValueError(f"{max(n for _, n in new)} images need {need/1e9:.1f} GB in {place}, which has {free/1e9:.1f} GB left: "
                                          "let DR_TRANSFER_CACHE name a folder on a larger disk, or take fewer images, a smaller size, or less augmentation")
 
-# %% ../nbs/05b_store.ipynb #a0dd930f
+# %% ../nbs/05b_store.ipynb #e1bd33e2
 def fill_stores(
     stores:list, # `ArrayStore`s on one disk, no two with a field of one name
     sources:list, # Paths or images
@@ -143,7 +145,7 @@ def fill_stores(
             for s in needy: _append(s, images[i*bs:(i + 1)*bs], arrays)
     return [np.array([s.keys[k] for k in keys], dtype=np.int64) for s in stores]
 
-# %% ../nbs/05b_store.ipynb #bd3b4da8
+# %% ../nbs/05b_store.ipynb #1975decb
 def stored_array(
     store:ArrayStore, # A store
     field:str # Name of an array in it

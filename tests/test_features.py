@@ -627,7 +627,7 @@ def test_a_corrupt_image(how, body, paths, tmp_path, whole):
     for p, q in zip(paths, mine): shutil.copy(p, q)
     mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
     with counting(body) as seen, pytest.raises(ValueError) as e: extract_features(mine, body, folder=tmp_path/'f', **HOW)
-    assert str(mine[5]) in str(e.value) and 'cannot be read' in str(e.value) and sum(seen) == 4*4
+    assert str(mine[5]) in str(e.value) and 'cannot be read' in str(e.value) and sum(seen) in (4*4, 4*5)  # the batch after it may be under way
     with counting(body) as seen: kept = extract_features(mine[:4], body, folder=tmp_path/'f', **HOW)
     assert not seen
     shutil.copytree(tmp_path/'f', tmp_path/'g')

