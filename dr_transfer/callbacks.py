@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['METRICS', 'FrozenMode', 'HeadFirst', 'TrainSetting', 'PlainProgress']
 
-# %% ../nbs/07b_callbacks.ipynb #d9dd7abd
+# %% ../nbs/07b_callbacks.ipynb #af4c5f84
 import time, warnings
 from functools import partial
 from typing import Callable
 from fastai.callback.core import Callback
 from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
+from torch.autograd.graph import increment_version
 from . import metrics as M
 from .model import Body
 from .speed import get_setting
 
-# %% ../nbs/07b_callbacks.ipynb #204471bb
+# %% ../nbs/07b_callbacks.ipynb #f006e566
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
     def __init__(self,
-        fixed_bn:bool|None=None # BatchNorm of the body stays? None: as the backbone has it
-    ): self.fixed_bn = fixed_bn
+        fixed_bn:bool|None=None, # BatchNorm of the body stays? None: as the phase or the backbone has it
+        of_phase:bool|None=None # The same, as the phase that is run has it
+    ): self.fixed_bn, self.of_phase = fixed_bn, of_phase
+    def fixed(self, spec) -> bool: return next(b for b in (self.fixed_bn, self.of_phase, spec.fixed_bn) if b is not None)
     def before_fit(self):
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
@@ -30,9 +33,12 @@ class FrozenMode(Callback):
         for m in self.model.modules():
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
-            if isinstance(m, Body) and (m.stages.spec.fixed_bn if self.fixed_bn is None else self.fixed_bn):
+            if isinstance(m, Body) and self.fixed(m.stages.spec):
                 for b in m.modules():
                     if isinstance(b, nn.modules.batchnorm._BatchNorm): b.eval()
+    def before_step(self): # fastai's optimisers change `p.data`, which torch does not count as a change
+        for p in self.model.parameters():
+            if p.requires_grad: increment_version(p)
 
 class HeadFirst(Callback):
     "Warn where a pretrained body is trained before its head (F37)"
@@ -44,7 +50,7 @@ class HeadFirst(Callback):
                           "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')", stacklevel=2)
     def after_fit(self): self.learn.head_trained = True
 
-# %% ../nbs/07b_callbacks.ipynb #53207a05
+# %% ../nbs/07b_callbacks.ipynb #ac97ada5
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -62,7 +68,7 @@ class TrainSetting(Callback):
         body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
         learn.record['setting']['train'] = str(body.train_setting)
 
-# %% ../nbs/07b_callbacks.ipynb #e1fef72a
+# %% ../nbs/07b_callbacks.ipynb #0a13493e
 class PlainProgress(Callback):
     "Where there is no terminal for bars: a line an epoch, and one each half minute between"
     order = 60
@@ -79,7 +85,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/07b_callbacks.ipynb #e9bdd68b
+# %% ../nbs/07b_callbacks.ipynb #4e76d53f
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {

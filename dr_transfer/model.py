@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #ce5f20fb
+# %% ../nbs/05c_model.ipynb #65172727
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .files import progress, unknown
 from .speed import Setting, forward_copy
 from .views import VIEWS, map_batches, normalise, stack_images
 
-# %% ../nbs/05c_model.ipynb #feafc236
+# %% ../nbs/05c_model.ipynb #5211dcdb
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -36,10 +36,10 @@ class Body(nn.Module):
         return super().train(mode)
     def __getstate__(self): return {**self.__dict__, '_copy': None}
 
-# %% ../nbs/05c_model.ipynb #e603df19
+# %% ../nbs/05c_model.ipynb #520b0c3f
 def _quick(self, x) -> nn.Module:
     "The stages, or their copy for forward passes"
-    now = []
+    now = [self.forward_setting]
     for m in self.stages.modules():
         if m.training or m._forward_hooks or m._forward_pre_hooks: return self.stages
         now += [(v.data_ptr(), v._version) for v in (*m._parameters.values(), *m._buffers.values()) if v is not None]
@@ -61,7 +61,7 @@ def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
 
 Body.quick, Body.pooled = _quick, _pooled
 
-# %% ../nbs/05c_model.ipynb #01e65cc7
+# %% ../nbs/05c_model.ipynb #f4add9cf
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
     if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
@@ -69,7 +69,7 @@ def _mean(x):
 
 POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #5402a2a4
+# %% ../nbs/05c_model.ipynb #98051d0f
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -91,7 +91,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
-# %% ../nbs/05c_model.ipynb #fcafad92
+# %% ../nbs/05c_model.ipynb #a4a93fb2
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -117,7 +117,7 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #26def05a
+# %% ../nbs/05c_model.ipynb #c25137c7
 def good_bs(
     device:torch.device # Where the network runs
 ) -> int:

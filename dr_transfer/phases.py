@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GB', 'MOST_NUMBERS', 'why_not_stored', 'learner_features', 'fit_phase']
 
-# %% ../nbs/07c_phases.ipynb #98e747d3
+# %% ../nbs/07c_phases.ipynb #8ed96906
 import sys
 from contextlib import ExitStack
 from typing import Callable
@@ -28,7 +28,7 @@ from .model import AveragePool, Head
 from .plans import Phase, head_epochs
 from .views import VIEWS
 
-# %% ../nbs/07c_phases.ipynb #7002c4ee
+# %% ../nbs/07c_phases.ipynb #b5a36147
 MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
 _USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
 
@@ -47,7 +47,7 @@ def why_not_stored(
     gb = _maps_gb(learn, k)
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
-# %% ../nbs/07c_phases.ipynb #c6c176fe
+# %% ../nbs/07c_phases.ipynb #57fb4ad6
 def _frozen_part(learn, frozen) -> tuple:
     "Body, number of frozen groups, and whether only averages leave the body"
     body = learn.model[0][0]
@@ -67,7 +67,7 @@ def _maps_gb(learn, k) -> float:
 
 def _about(learn, views): t = learn.task; return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
 
-# %% ../nbs/07c_phases.ipynb #edc66090
+# %% ../nbs/07c_phases.ipynb #62370833
 def learner_features(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -86,7 +86,7 @@ def _stored(learn, side, k, pooled) -> tuple[BoundaryMaps, torch.Tensor]:
     if pooled: return BoundaryMaps([learner_features(learn, images, views, f'features ({side})').numpy()], np.arange(len(y))), y
     return boundary_maps(images, split_body(learn.model[0][0], k, _averages(learn))[0], _about(learn, views), label=f'boundary maps ({side})'), y
 
-# %% ../nbs/07c_phases.ipynb #baf4d4be
+# %% ../nbs/07c_phases.ipynb #173c5199
 class _RestAndHead(nn.Module):
     "The trained part of a model, on what the frozen part says"
     def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
@@ -102,11 +102,11 @@ def _sub_learner(learn, k, pooled) -> Learner:
     groups = [*layer_groups(body.stages).values(), list(head.parameters())][k:]
     sub = Learner(dls, _RestAndHead(None if pooled else Rest(body, k), head), loss_func=learn.loss_func, opt_func=learn.opt_func, metrics=learn.metrics,
                   splitter=lambda model: groups, wd_bn_bias=learn.wd_bn_bias, moms=learn.moms, train_bn=False,
-                  cbs=[FrozenMode(learn.frozen_mode.fixed_bn), HeadFirst()])
+                  cbs=[FrozenMode(learn.frozen_mode.fixed_bn, learn.frozen_mode.of_phase), HeadFirst()])
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
-# %% ../nbs/07c_phases.ipynb #71f62d75
+# %% ../nbs/07c_phases.ipynb #12cbe8ab
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
     if not isinstance(head[1], nn.BatchNorm1d): return
@@ -126,7 +126,7 @@ def _run(learn, phase, rates, quiet, say, epochs) -> list:
         how[phase.decay](epochs, rates, wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/07c_phases.ipynb #1443a763
+# %% ../nbs/07c_phases.ipynb #6fecdd10
 MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
 
 def _unsolvable(learn, phase, pooled) -> str:
@@ -152,7 +152,7 @@ def _solve_head(learn, k) -> list:
     with sub.no_bar(), sub.no_logging(): (loss, *_), valid = sub.validate(0), sub.validate(1)
     return [[loss, *valid]]
 
-# %% ../nbs/07c_phases.ipynb #d74d971a
+# %% ../nbs/07c_phases.ipynb #e8d25ec3
 def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
     "Train what is not frozen in steps, from what is stored"
     if not pooled:
@@ -166,7 +166,7 @@ def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
 
 def _epochs(learn, phase): return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
-# %% ../nbs/07c_phases.ipynb #f78a0f16
+# %% ../nbs/07c_phases.ipynb #75da0e3d
 def fit_phase(
     learn:Learner, # From `build_learner`
     phase:Phase, # What is frozen, for how long, at which rates
@@ -180,10 +180,13 @@ def fit_phase(
     why = why_not_stored(learn, phase.frozen) if stored else 'stored=False'
     if k and why: say(f'the frozen part is computed in every epoch, because {why}')
     epochs, rates = _epochs(learn, phase), phase.rates(len(layer_groups(body.stages)) + 1)
-    if why: return _run(learn, phase, rates, False, say, epochs), False
-    learn.stored_body = weights_digest(body) if pooled else None
-    why = _unsolvable(learn, phase, pooled)
-    if why and phase.epochs is None: say(f'the head is trained in steps, because {why}')
-    values = _fit_stored(learn, phase, k, pooled, rates, say, epochs) if why else _solve_head(learn, k)
+    with ExitStack() as after:
+        after.callback(setattr, learn.frozen_mode, 'of_phase', None)
+        learn.frozen_mode.of_phase = phase.fixed_bn
+        if why: return _run(learn, phase, rates, False, say, epochs), False
+        learn.stored_body = weights_digest(body) if pooled else None
+        why = _unsolvable(learn, phase, pooled)
+        if why and phase.epochs is None: say(f'the head is trained in steps, because {why}')
+        values = _fit_stored(learn, phase, k, pooled, rates, say, epochs) if why else _solve_head(learn, k)
     learn.head_trained = True
     return values, True

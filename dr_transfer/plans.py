@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECAYS', 'HEAD', 'PLANS', 'LARGE', 'Phase', 'Plan', 'get_plan', 'plan_table', 'choose_plan', 'head_epochs']
 
-# %% ../nbs/07_plans.ipynb #a62d6dd9
+# %% ../nbs/07_plans.ipynb #d2a1de15
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +15,7 @@ from .backbones import create_body, layer_groups
 from .files import unknown
 from .model import Head, create_head, head_inputs
 
-# %% ../nbs/07_plans.ipynb #99998686
+# %% ../nbs/07_plans.ipynb #9cccc575
 DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Phase:
     spread:float=1. # The stem learns at `lr/spread`, the groups between in even steps
     wd:float=0.01 # Weight decay
     decay:str='one_cycle' # How the rate goes; in `DECAYS`
+    fixed_bn:bool|None=None # BatchNorm of the body stays? None: as the learner has it
     def __post_init__(self):
         if self.decay not in DECAYS: raise unknown('decay', self.decay, DECAYS)
     def first_trained(self, n_groups:int) -> int:
@@ -38,7 +39,7 @@ class Phase:
         "The learning rate of each group, nearest to the input first (discriminative rates, F39)"
         return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
 
-# %% ../nbs/07_plans.ipynb #d080c8a6
+# %% ../nbs/07_plans.ipynb #218242be
 @dataclass(frozen=True)
 class Plan:
     "A named plan of transfer"
@@ -61,7 +62,7 @@ class Plan:
         if not self.augment.startswith('+'): return self.augment
         return self.augment[1:] if own == 'none' else own + self.augment
 
-# %% ../nbs/07_plans.ipynb #8ac9c67c
+# %% ../nbs/07_plans.ipynb #0913ad80
 HEAD = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
 
 def _then(frozen): return (HEAD, Phase(frozen, 5, 5e-4, spread=20, wd=0.05))
@@ -88,7 +89,7 @@ def get_plan(
         plan = PLANS[plan]
     return plan if epochs is None else plan.with_epochs(epochs)
 
-# %% ../nbs/07_plans.ipynb #8d78af2b
+# %% ../nbs/07_plans.ipynb #4b774b07
 @lru_cache(maxsize=16)
 def _parameters(arch, stage, tap, head, n_out, size) -> list:
     "Number of weights of each group, the head last"
@@ -103,7 +104,7 @@ def _sizes(learn, plan) -> list:
     if not own: return _parameters(plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))]
 
-# %% ../nbs/07_plans.ipynb #cd6d0413
+# %% ../nbs/07_plans.ipynb #560212f5
 def plan_table(
     learn:Any=None, # A learner, or the name of a backbone
     plans=None # Names or plans; all of `PLANS` if None
@@ -122,7 +123,7 @@ def plan_table(
             rows.append(row)
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
-# %% ../nbs/07_plans.ipynb #4228bd00
+# %% ../nbs/07_plans.ipynb #ca3a6346
 LARGE = 5000 # Images to learn from, from which on a set is large
 
 def choose_plan(

@@ -27,6 +27,7 @@ from dr_transfer.model import AveragePool, Head
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.phases import learner_features, why_not_stored
 from dr_transfer.plans import HEAD, PLANS, Phase, Plan, plan_table
+from dr_transfer.speed import SETTINGS
 from dr_transfer.views import read_image
 
 CPU = torch.device('cpu')
@@ -579,3 +580,14 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
     said = []
     learn = fit(build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append)
     assert learn.record['C'] > 0 and not any('in steps' in s for s in said)
+
+
+@pytest.mark.parametrize('frozen', [-2, 2, 0])
+def test_predictions_follow_the_weights(build, frozen):
+    "Forward passes use a copy of the body: it is never older than the body"
+    learn = build(arch='test_resnet', setting='channels_last')
+    images = learn.table[learn.table.split == 'valid'].image.tolist()
+    fit(learn, Plan('own', (HEAD, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
+    ours = predict_probs(learn, images)
+    learn.model[0][0].forward_setting = SETTINGS['plain']                          # no copy
+    assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
