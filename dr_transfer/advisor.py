@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plot_advice']
 
-# %% ../nbs/07a_advisor.ipynb #b36cb5c3
+# %% ../nbs/07a_advisor.ipynb #011fcd19
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -19,7 +19,7 @@ from .plans import LARGE, PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
 from .speed import get_setting
 
-# %% ../nbs/07a_advisor.ipynb #85264cc8
+# %% ../nbs/07a_advisor.ipynb #49195bce
 @dataclass(frozen=True)
 class Advice:
     "A plan, and the numbers that led to it"
@@ -33,7 +33,7 @@ class Advice:
     speed:pd.DataFrame # From `learning_speed`
     def __str__(self): return '\n'.join([f'scenario: {self.scenario}', *self.reasons, f'advice: plan \'{self.plan.name}\', {self.plan.about}', f'how sure: {self.sure}'])
 
-# %% ../nbs/07a_advisor.ipynb #7a2c26d6
+# %% ../nbs/07a_advisor.ipynb #b72d86e9
 def _candidates(stages) -> dict:
     "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
@@ -49,7 +49,7 @@ def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     if best != default and low > 0: return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is better beyond chance'
 
-# %% ../nbs/07a_advisor.ipynb #dd34f4e3
+# %% ../nbs/07a_advisor.ipynb #03611f33
 def choose_scenario(
     n:int, # Number of images to learn from
     distance:float # From `domain_distance`; NaN if it cannot be known
@@ -68,7 +68,7 @@ def choose_advised(
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
 
-# %% ../nbs/07a_advisor.ipynb #257d78a0
+# %% ../nbs/07a_advisor.ipynb #d59c57ac
 MOST = 3000 # Images that are looked at
 
 def _some(t, seed) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def _some(t, seed) -> pd.DataFrame:
 
 def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
 
-# %% ../nbs/07a_advisor.ipynb #d80a7ec7
+# %% ../nbs/07a_advisor.ipynb #220d881f
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
@@ -106,7 +106,7 @@ def advise(
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     return _advice(some, counts, f, body, task, seed)
 
-# %% ../nbs/07a_advisor.ipynb #7d6b8914
+# %% ../nbs/07a_advisor.ipynb #c89aebb7
 def _advice(t, counts, f, body, task, seed) -> Advice:
     "Advice from a table, numbers of images, features of the table and the body they come from"
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
@@ -124,7 +124,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     reasons = _reasons(counts, len(t), distance, profile, chosen, why, speed)
     return Advice(plan, scenario, _how_sure(profile.loc[chosen]), reasons, counts.to_dict(), distance, profile, speed)
 
-# %% ../nbs/07a_advisor.ipynb #7539f913
+# %% ../nbs/07a_advisor.ipynb #fc537afb
 def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
     n, r, a = counts.sum(), profile.loc[chosen], speed.attrs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'FrozenMode', 'HeadFirst', 'TrainSetting', 'PlainProgress']
 
-# %% ../nbs/07b_callbacks.ipynb #af4c5f84
+# %% ../nbs/07b_callbacks.ipynb #7959b16b
 import time, warnings
 from functools import partial
 from typing import Callable
@@ -17,7 +17,12 @@ from . import metrics as M
 from .model import Body
 from .speed import get_setting
 
-# %% ../nbs/07b_callbacks.ipynb #f006e566
+# %% ../nbs/07b_callbacks.ipynb #bbeeb815
+def _eval_bn(model):
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+
+# %% ../nbs/07b_callbacks.ipynb #b6ae1a12
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
     order, run_valid = -9, False # right after the model is put into training mode
@@ -33,13 +38,12 @@ class FrozenMode(Callback):
         for m in self.model.modules():
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
-            if isinstance(m, Body) and self.fixed(m.stages.spec):
-                for b in m.modules():
-                    if isinstance(b, nn.modules.batchnorm._BatchNorm): b.eval()
+            if isinstance(m, Body) and self.fixed(m.stages.spec): _eval_bn(m)
     def before_step(self): # fastai's optimisers change `p.data`, which torch does not count as a change
         for p in self.model.parameters():
             if p.requires_grad: increment_version(p)
 
+# %% ../nbs/07b_callbacks.ipynb #2176230e
 class HeadFirst(Callback):
     "Warn where a pretrained body is trained before its head (F37)"
     def before_fit(self):
@@ -50,7 +54,7 @@ class HeadFirst(Callback):
                           "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')", stacklevel=2)
     def after_fit(self): self.learn.head_trained = True
 
-# %% ../nbs/07b_callbacks.ipynb #ac97ada5
+# %% ../nbs/07b_callbacks.ipynb #aeae136a
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
     order, run_valid = -8, False
@@ -68,7 +72,7 @@ class TrainSetting(Callback):
         body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
         learn.record['setting']['train'] = str(body.train_setting)
 
-# %% ../nbs/07b_callbacks.ipynb #0a13493e
+# %% ../nbs/07b_callbacks.ipynb #7553df14
 class PlainProgress(Callback):
     "Where there is no terminal for bars: a line an epoch, and one each half minute between"
     order = 60
@@ -85,7 +89,7 @@ class PlainProgress(Callback):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
-# %% ../nbs/07b_callbacks.ipynb #4e76d53f
+# %% ../nbs/07b_callbacks.ipynb #e6030f57
 def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 METRICS = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECAYS', 'HEAD', 'PLANS', 'LARGE', 'Phase', 'Plan', 'get_plan', 'plan_table', 'choose_plan', 'head_epochs']
 
-# %% ../nbs/07_plans.ipynb #d2a1de15
+# %% ../nbs/07_plans.ipynb #993ff4f9
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +15,7 @@ from .backbones import create_body, layer_groups
 from .files import unknown
 from .model import Head, create_head, head_inputs
 
-# %% ../nbs/07_plans.ipynb #9cccc575
+# %% ../nbs/07_plans.ipynb #2f489706
 DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Phase:
         "The learning rate of each group, nearest to the input first (discriminative rates, F39)"
         return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
 
-# %% ../nbs/07_plans.ipynb #218242be
+# %% ../nbs/07_plans.ipynb #6a5c545d
 @dataclass(frozen=True)
 class Plan:
     "A named plan of transfer"
@@ -62,10 +62,10 @@ class Plan:
         if not self.augment.startswith('+'): return self.augment
         return self.augment[1:] if own == 'none' else own + self.augment
 
-# %% ../nbs/07_plans.ipynb #0913ad80
+# %% ../nbs/07_plans.ipynb #a03a06eb
 HEAD = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
 
-def _then(frozen): return (HEAD, Phase(frozen, 5, 5e-4, spread=20, wd=0.05))
+def _then(frozen): return (HEAD, Phase(frozen, 5, 5e-4, spread=20, wd=0.05, fixed_bn=True))
 
 PLANS = {p.name: p for p in (
     Plan('head', (HEAD,), 'a linear classifier on the frozen body'),
@@ -89,7 +89,7 @@ def get_plan(
         plan = PLANS[plan]
     return plan if epochs is None else plan.with_epochs(epochs)
 
-# %% ../nbs/07_plans.ipynb #4b774b07
+# %% ../nbs/07_plans.ipynb #b6912de3
 @lru_cache(maxsize=16)
 def _parameters(arch, stage, tap, head, n_out, size) -> list:
     "Number of weights of each group, the head last"
@@ -104,7 +104,7 @@ def _sizes(learn, plan) -> list:
     if not own: return _parameters(plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))]
 
-# %% ../nbs/07_plans.ipynb #560212f5
+# %% ../nbs/07_plans.ipynb #8e9b30c3
 def plan_table(
     learn:Any=None, # A learner, or the name of a backbone
     plans=None # Names or plans; all of `PLANS` if None
@@ -116,6 +116,7 @@ def plan_table(
             row = {'plan': p.name, 'phase': i, 'frozen': 'all but the head' if f.frozen == -1 else 'nothing' if not f.frozen else
                    f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or 'solved', 'rate': f.lr,
                    'rate of the stem': f.lr/f.spread if f.frozen == 0 else None, 'weight decay': f.wd, 'rate goes': f.decay,
+                   'BatchNorm': 'stays' if f.fixed_bn or f.frozen == -1 else 'moves' if f.fixed_bn is not None else "the network's own",
                    'head': p.head if isinstance(p.head, str) else 'own', 'stage': p.stage or 'last', 'augmentation': p.augment or "the task's"}
             if learn is not None:
                 try: n = _sizes(learn, p); row |= {'trainable': sum(n[f.first_trained(len(n)):]), 'total': sum(n)}
@@ -123,8 +124,8 @@ def plan_table(
             rows.append(row)
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
-# %% ../nbs/07_plans.ipynb #ca3a6346
-LARGE = 5000 # Images to learn from, from which on a set is large
+# %% ../nbs/07_plans.ipynb #e2d91784
+LARGE = 300 # Images to learn from, from which on a set is large
 
 def choose_plan(
     n_train:int, # Number of training images

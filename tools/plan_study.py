@@ -3,6 +3,7 @@
     export DR_TRANSFER_DATA=...        # the folder with flowers/ and dr/
     python tools/plan_study.py         # hours on two cores; goes on where it was stopped; keeps nbs/results/plan_study.csv
     python tools/plan_study.py --show  # the tables only
+    python tools/plan_study.py --tune --out FILE  # on the images that every seed learns from: here rates and thresholds may be chosen
 
 Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30 images a class to
 learn from, and two drawn sets. Scores: accuracy for flowers, AUC for eyes, for five grades the mean of each grade against the rest. Each seed is another split: 30 % of the images, at most 600, are the test; flowers are split by
@@ -10,10 +11,11 @@ photographer. The advisor sees the training images only. To be affordable on a C
 and, with more than 300 images to learn from, epochs are fewer than the plans' own (`EPOCHS`); everything else is as the plans have it.
 """
 import argparse, os, tempfile, time, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from scipy import stats
 from dr_transfer.advisor import advise
 from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.data import encode_target, get_task
@@ -23,8 +25,8 @@ from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import PLANS
 from dr_transfer.table import label_table, split_table
 
-EPOCHS = {'augmented_head': 5, 'flw': 5, 'top1': 3, 'top2': 3, 'all_but_stem': 3, 'fine_tune': 3, 'scratch': 10}  # with more than 300 images
-MOST_TEST, FEW, ADVISED = 600, 30, 'advised'
+EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # with more than 300 images to learn from
+SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,18 @@ def studies(drawn):
         Study('drawn flowers', f'{drawn}/flowers', 'flowers', 'class', 128), Study('drawn eyes', f'{drawn}/eyes', 'dr', 'referable', 160)] + [Study(*s) for s in real]
 
 
-def split(study, root, seed):
+def labelled(study, root, tune):
+    "The images of a study; to choose rates and thresholds on, only those that every one of its seeds learns from and none is scored on"
+    t = label_table(root/study.folder, verify=False)
+    if not tune: return t
+    tables = [split(replace(study, few=False), t, seed) for seed in range(SEEDS)]
+    return t[t.image.isin(set.intersection(*(set(s[s.split == 'train'].image) for s in tables)))].reset_index(drop=True)
+
+
+def split(study, t, seed):
     "The table of a study: test images, all others (or a few of each class) to learn from, and some on the side `valid`, which fastai needs"
     target = get_task(study.task).target(study.target)
-    t = encode_target(label_table(root/study.folder, verify=False), target)
+    t = encode_target(t, target).reset_index(drop=True)
     t = split_table(t.assign(label=t.target), valid=0.3, seed=seed).assign(label=t.label)
     held, train = t[t.split == 'valid'].sample(frac=1, random_state=seed), t[t.split == 'train']
     valid, test = held[:40], held[40:]
@@ -70,24 +80,31 @@ def run(study, table, plan, seed):
 
 
 def regrets(rows):
-    "Points lost against the best plan of the same study and seed, a row a study and a column a plan"
-    t = rows.pivot_table(index=['study', 'seed'], columns='plan', values='score')
-    best = t.drop(columns=ADVISED, errors='ignore').max(axis=1)
-    return (100*t.rsub(best, axis=0)).groupby('study', sort=False).mean()
+    "Points lost against the best plan of the same study, means of the seeds, a row a study and a column a plan"
+    t = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
+    return 100*t.rsub(t.drop(columns=ADVISED, errors='ignore').max(axis=1), axis=0)
+
+
+def interval(x):
+    "Mean of some seeds and the half width of its 95 % interval (Student's t), as text"
+    half = stats.t.ppf(0.975, len(x) - 1)*x.std(ddof=1)/len(x)**0.5 if len(x) > 1 else np.nan
+    return f'{x.mean():.3f} ± {half:.3f}' if half == half else f'{x.mean():.3f}'
 
 
 def show(rows):
-    "Scores and regrets, printed"
-    mean = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
-    print('score, mean of the seeds\n', mean.round(3).to_string(), '\n')
+    "Scores, minutes and regrets, printed"
+    print('score, mean of the seeds ± half a 95 % interval\n', rows.pivot_table(index='study', columns='plan', values='score', aggfunc=interval, sort=False).to_string(), '\n')
+    print('what was advised\n', rows[rows.plan == ADVISED].groupby('study', sort=False).advised.agg(lambda a: ', '.join(sorted(set(a)))).to_string(), '\n')
     r = regrets(rows)
-    print('regret in points, mean of the seeds\n', pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T]).round(1).to_string())
+    print('regret in points\n', pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T]).round(1).to_string())
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--seeds', type=int, default=SEEDS)
     p.add_argument('--plans', nargs='+', default=[*PLANS, ADVISED])
+    p.add_argument('--studies', nargs='+', help='names of studies; all if left out')
+    p.add_argument('--tune', action='store_true', help='on the images that no seed is scored on')
     p.add_argument('--show', action='store_true')
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'plan_study.csv')
     a = p.parse_args()
@@ -99,9 +116,9 @@ if __name__ == '__main__':
         make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
         make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
         for seed in range(a.seeds):
-            for study in studies(drawn):
+            for study in (s for s in studies(drawn) if not a.studies or s.name in a.studies):
                 todo = [q for q in a.plans if not ((rows.study == study.name) & (rows.plan == q) & (rows.seed == seed)).any()]
-                table = split(study, root, seed) if todo else None
+                table = split(study, labelled(study, root, a.tune), seed + 100*a.tune) if todo else None
                 for name in todo:
                     plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
                     advised = plan.name if name == ADVISED else ''
