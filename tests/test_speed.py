@@ -1,0 +1,179 @@
+"Forward passes: the copy of a network that makes them, and the threads that read and run"
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dr_transfer.backbones import create_body
+from dr_transfer.model import Body
+from dr_transfer.speed import SETTINGS, forward_copy
+from dr_transfer.views import map_batches, normalise, stack_images
+
+FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
+
+
+def lively(net):
+    "BatchNorm statistics as after training, not zero and one"
+    g = torch.Generator().manual_seed(0)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for v, low in ((m.running_mean, -.5), (m.running_var, .5), (m.weight.data, .5), (m.bias.data, -.5)): v.uniform_(low, low + 1, generator=g)
+    return net.eval()
+
+
+# ---------------------------------------------------------------- the copy
+
+@pytest.mark.parametrize('arch', ['efficientnet_lite0', 'resnet18', 'test_resnet', 'mobilenet_v2', 'squeezenet1_1', 'densenet121', 'timm.resnetv2_50',
+                                  'test_vit', 'test_convnext'])
+def test_a_copy_says_the_same(arch):
+    torch.manual_seed(0)
+    net = lively(create_body(arch, 'random'))
+    side = 160 if 'vit' in arch or 'convnext' in arch else 64
+    x = torch.randn(2, 3, side, side)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        want = net(x)
+        out = forward_copy(net, FAST, x)(FAST.place(x))
+    assert (out - want).abs().max() <= 1e-3*want.abs().max()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize('arch,left', [('efficientnet_lite0', 0), ('resnet18', 0), ('test_resnet', 0), ('timm.resnetv2_50', None)])
+def test_what_is_folded(arch, left):
+    net = lively(create_body(arch, 'random'))
+    there = [sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (net, forward_copy(net, FAST, torch.randn(1, 3, 64, 64)))]
+    assert there[0] > there[1] == left if left is not None else there[0] > there[1] > 0     # one before a convolution cannot be folded
+
+
+def test_weights_in_bfloat16_only_where_autocast_would_put_them():
+    net = create_body('test_convnext', 'random').eval()
+    copy = forward_copy(net, BF16, torch.randn(1, 3, 160, 160))
+    kinds = {type(m): m.weight.dtype for m in copy.modules() if getattr(m, 'weight', None) is not None}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and {v for k, v in kinds.items() if 'Norm' in k.__name__} == {torch.float32}
+
+
+def test_plain_is_the_network_itself():
+    net = create_body('test_resnet', 'random').eval()
+    assert forward_copy(net, PLAIN, torch.randn(1, 3, 64, 64)) is net
+
+
+class Twice(nn.Module):
+    "What comes out of the convolution is used with BatchNorm and without"
+    def __init__(self): super().__init__(); self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    def forward(self, x): x = self.conv(x); return x + self.bn(x)
+
+
+def test_not_folded_where_that_would_be_wrong():
+    net, x = lively(Twice()), torch.randn(2, 3, 8, 8)
+    copy = forward_copy(net, FAST, x)
+    with torch.no_grad(): assert isinstance(copy.bn, nn.BatchNorm2d) and torch.allclose(copy(x), net(x), atol=1e-6)
+
+
+# ---------------------------------------------------------------- when the copy is used
+
+@pytest.fixture
+def body(): torch.manual_seed(0); return Body(lively(create_body('test_resnet', 'random')), FAST).eval()
+
+
+@pytest.fixture
+def x(): return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_copy_is_made_once(body, x):
+    with torch.no_grad():
+        body(x)
+        first = body.quick(x)
+        assert first is not body.stages and body.quick(x) is first
+
+
+@pytest.mark.parametrize('change', [lambda b: b.stages.load_state_dict({k: v*1.1 for k, v in b.stages.state_dict().items()}),
+                                    lambda b: next(b.stages.parameters()).data.zero_() if b.train() and b.eval() else None,
+                                    lambda b: setattr(next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)), 'weight', nn.Parameter(torch.zeros(
+                                        next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)).weight.shape))),
+                                    lambda b: next(m for m in b.stages.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1),
+                                    lambda b: setattr(b, 'forward_setting', PLAIN)], ids=['loaded', 'trained', 'replaced', 'statistics', 'setting'])
+def test_a_change_is_noticed(body, x, change):
+    with torch.no_grad():
+        old = body.quick(x)
+        change(body)
+        assert body.quick(x) is not old and torch.allclose(body(x), body.stages(x), atol=1e-3)
+
+
+def test_hooks_see_the_stages(body, x):
+    seen = []
+    hook = body.stages[-1].register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad(): body(x)
+    assert len(seen) == 1
+    hook.remove()
+    with torch.no_grad(): body(x)
+    assert len(seen) == 1
+
+
+def test_training_uses_the_stages(body, x):
+    body.train()
+    assert body.quick(x) is body.stages
+    body.eval()
+    loss = body(x).square().mean()                                                 # gradients reach the weights
+    loss.backward()
+    assert all(p.grad is not None for p in body.stages.parameters())
+
+
+def test_a_pickled_body_has_no_copy(body, x):
+    with torch.no_grad(): body.quick(x)
+    assert len(pickle.dumps(body)) < 1.2*len(pickle.dumps(body.stages)) and '_copy' not in body.state_dict()
+
+
+# ---------------------------------------------------------------- threads
+
+def pixels(i): return np.full((4, 4, 3), i, np.uint8)
+
+
+@pytest.mark.parametrize('n', [0, 1, 7, 8, 50])
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_in_order(n, device):
+    def read(i): time.sleep(.002*(i % 3)); return pixels(i)
+    out = list(map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(n)), read, 3, device))
+    assert sum(out, []) == list(range(n)) and all(len(o) == 3 for o in out[:-1])
+
+
+def test_threads_are_as_before_and_a_core_each():
+    before, seen = torch.get_num_threads(), set()
+    list(map_batches(lambda x: seen.add(torch.get_num_threads()), list(range(64)), pixels, 2))
+    assert torch.get_num_threads() == before and seen == {1 if before > 1 else before}
+    list(map_batches(lambda x: seen.add(('alone', torch.get_num_threads())), [1], pixels, 2))
+    assert ('alone', before) in seen                                               # one batch has all the cores
+
+
+def test_only_a_few_are_ahead():
+    read = []
+    batches = map_batches(lambda x: x, list(range(1000)), lambda i: read.append(i) or pixels(i), 1)
+    next(batches)
+    time.sleep(.05)
+    assert len(read) <= 4*torch.get_num_threads() + 4
+    batches.close()
+    n = len(read)
+    time.sleep(.05)
+    assert len(read) == n and not [t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()]
+
+
+def test_an_error_comes_out():
+    def read(i):
+        if i == 5: raise ValueError('five')
+        return pixels(i)
+    out, batches = [], map_batches(lambda x: len(x), list(range(40)), read, 2)
+    with pytest.raises(ValueError, match='five'):
+        for b in batches: out.append(b)
+    assert out == [2, 2]
+
+
+def test_channels_last_and_normalised():
+    x = stack_images([pixels(i) for i in (0, 255)])
+    y = normalise(x, (.5, .25, 0.), (.5, .5, 1.))
+    assert x.shape == y.shape == (2, 3, 4, 4) and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y))
+    assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -.5, 0], [1, 1.5, 1]]))
+    wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (.1, .2, .3), (.4, .5, .6))
+    assert wide.shape == (2, 3, 5, 7)
