@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Front', 'Rest', 'split_body', 'BoundaryMaps', 'boundary_store', 'boundary_gb', 'boundary_maps', 'boundary_loader']
 
-# %% ../nbs/06d_boundary.ipynb #5a9b6810
+# %% ../nbs/06d_boundary.ipynb #af2a83f4
 from collections import OrderedDict
 import numpy as np, torch
 from fastai.data.load import DataLoader
@@ -17,7 +17,7 @@ from .model import Body, good_bs
 from .store import ArrayStore, fill_stores, stored_array
 from .views import VIEWS
 
-# %% ../nbs/06d_boundary.ipynb #2eb6f1ca
+# %% ../nbs/06d_boundary.ipynb #29eaa067
 class Front(nn.Module):
     "The frozen part of a body: what the rest needs of a batch, as the setting has it"
     def __init__(self, body:Body, k:int, means:bool=False):
@@ -26,7 +26,7 @@ class Front(nn.Module):
         self.k, self.keep = k, [i for i in range(n - self.stages.tap, k - 1) if i >= 0] if k < n else []
     def forward(self, x) -> dict:
         s = self.body.forward_setting if x.device.type == 'cpu' else self.body.setting(x)
-        stages = self.body.quick(x) if s is self.body.forward_setting else self.stages
+        stages = self.body.quick(x)
         with s.cast(x.device.type):
             if self.k == len(stages): return {'boundary': stages(s.place(x)).float()}
             out, x = {}, s.place(x)
@@ -35,7 +35,7 @@ class Front(nn.Module):
                 if i in self.keep: out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
         return {'boundary': x, **out}
 
-# %% ../nbs/06d_boundary.ipynb #f81a45ba
+# %% ../nbs/06d_boundary.ipynb #f7f78108
 class Rest(Body):
     "The part of a body that is trained: from the maps of `Front` to those of the body"
     def __init__(self, body:Body, k:int):
@@ -59,7 +59,7 @@ def split_body(
     if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
     return Front(body, k, means), Rest(body, k)
 
-# %% ../nbs/06d_boundary.ipynb #f8b77cfd
+# %% ../nbs/06d_boundary.ipynb #7ab85778
 class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
     def __init__(self, arrays:list, rows): self.arrays, self.rows = arrays, np.asarray(rows)
@@ -83,7 +83,7 @@ def boundary_store(
     return ArrayStore(folder or cache_folder()/'boundary', f"{about['arch']}-{about['size']}px-{names[front.k - 1]}", what,
                       {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()})
 
-# %% ../nbs/06d_boundary.ipynb #e1959a0d
+# %% ../nbs/06d_boundary.ipynb #05fe9ee4
 def boundary_gb(
     store:ArrayStore, # From `boundary_store`
     n:int # Number of images
@@ -91,7 +91,7 @@ def boundary_gb(
     "How much room the maps of `n` images take"
     return n*sum(map(store.row_bytes, store.fields))/1e9
 
-# %% ../nbs/06d_boundary.ipynb #8f8be3b9
+# %% ../nbs/06d_boundary.ipynb #c5ccb84f
 def boundary_maps(
     sources:list, # Paths or images
     front:Front, # From `split_body`
@@ -107,7 +107,7 @@ def boundary_maps(
     rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, bs, label), bs)
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
-# %% ../nbs/06d_boundary.ipynb #822139b4
+# %% ../nbs/06d_boundary.ipynb #f25a105a
 def boundary_loader(
     maps:BoundaryMaps, # Of the images of one side
     y:torch.Tensor, # Class numbers (n,)

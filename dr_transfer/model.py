@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #65172727
+# %% ../nbs/05c_model.ipynb #e4c5b457
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
@@ -15,30 +15,32 @@ from .files import progress, unknown
 from .speed import Setting, forward_copy
 from .views import VIEWS, map_batches, normalise, stack_images
 
-# %% ../nbs/05c_model.ipynb #5211dcdb
+# %% ../nbs/05c_model.ipynb #c3ea1bb5
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
         super().__init__()
         self.stages, self.forward_setting, self.train_setting, self._copy = stages, forward_setting, train_setting, None
         if forward_setting.channels_last: self.to(memory_format=torch.channels_last)
+    def learns(self) -> bool:
+        "Are gradients needed below?"
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
     def setting(self, x) -> Setting:
         "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
         if x.device.type != 'cpu': return Setting()
-        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
-        return (self.train_setting or Setting()) if grad else self.forward_setting
+        return (self.train_setting or Setting()) if self.learns() else self.forward_setting
     def forward(self, x):
-        s = self.setting(x)
-        stages = self.quick(x) if s is self.forward_setting else self.stages
+        s, stages = self.setting(x), self.quick(x)
         with s.cast(x.device.type): return stages(s.place(x)).float()
     def train(self, mode=True):
         if mode: self._copy = None
         return super().train(mode)
     def __getstate__(self): return {**self.__dict__, '_copy': None}
 
-# %% ../nbs/05c_model.ipynb #520b0c3f
+# %% ../nbs/05c_model.ipynb #44d97064
 def _quick(self, x) -> nn.Module:
-    "The stages, or their copy for forward passes"
+    "The stages, or for forward passes on a CPU their copy"
+    if x.device.type != 'cpu' or self.learns(): return self.stages
     now = [self.forward_setting]
     for m in self.stages.modules():
         if m.training or m._forward_hooks or m._forward_pre_hooks: return self.stages
@@ -48,8 +50,7 @@ def _quick(self, x) -> nn.Module:
 
 def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
     "What the named stages say of a batch, pooled over the image: name -> (n, pools, channels), float32"
-    s = self.setting(x)
-    stages = self.quick(x) if s is self.forward_setting else self.stages
+    s, stages = self.setting(x), self.quick(x)
     with s.cast(x.device.type):
         if not isinstance(stages, Stages): return {'last': torch.stack([stages(x).float()]*len(pools), 1)}
         last, out = max(map(stage_names(stages).index, names)), {}
@@ -61,7 +62,7 @@ def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
 
 Body.quick, Body.pooled = _quick, _pooled
 
-# %% ../nbs/05c_model.ipynb #f4add9cf
+# %% ../nbs/05c_model.ipynb #38963185
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
     if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
@@ -69,7 +70,7 @@ def _mean(x):
 
 POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #98051d0f
+# %% ../nbs/05c_model.ipynb #5c431603
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -91,7 +92,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
-# %% ../nbs/05c_model.ipynb #a4a93fb2
+# %% ../nbs/05c_model.ipynb #3958df26
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -117,7 +118,7 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #c25137c7
+# %% ../nbs/05c_model.ipynb #b577aa3c
 def good_bs(
     device:torch.device # Where the network runs
 ) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'Setting', 'forward_copy', 'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
-# %% ../nbs/05a_speed.ipynb #5403f869
+# %% ../nbs/05a_speed.ipynb #1a89f850
 import copy, json, platform, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .files import atomic_file, cache_folder, unknown
 
-# %% ../nbs/05a_speed.ipynb #6884114d
+# %% ../nbs/05a_speed.ipynb #6431819e
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
@@ -31,7 +31,7 @@ class Setting:
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
-# %% ../nbs/05a_speed.ipynb #7d21ece2
+# %% ../nbs/05a_speed.ipynb #b8a75a1e
 def _folded(net):
     "A copy in which each BatchNorm that follows a convolution is folded into it; activations that sit in it stay"
     net = copy.deepcopy(net)
@@ -47,11 +47,11 @@ def _folded(net):
 def forward_copy(
     net:nn.Module, # Network in evaluation mode; it is not changed
     setting:Setting, # How it is to run
-    x:torch.Tensor # Some images (n, 3, h, w)
+    x:torch.Tensor # A batch (n, 3, h, w), for its shape
 ) -> nn.Module: # To be called within `setting.cast()` on `setting.place(x)`
     "A copy of a network that runs forward passes faster; the network itself if the setting is plain"
     if setting == Setting(): return net
-    out, x = _folded(net), x[:1].float()
+    out, x = _folded(net), torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     want = net(setting.place(x))
     same = torch.allclose(out(setting.place(x)), want, rtol=1e-3, atol=1e-4*float(want.abs().max()))
     out = out if same else copy.deepcopy(net)
@@ -59,7 +59,7 @@ def forward_copy(
         if setting.bf16 and type(m) in (nn.Conv2d, nn.Linear): m.to(torch.bfloat16)
     return out.requires_grad_(False).to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
 
-# %% ../nbs/05a_speed.ipynb #7495e5c1
+# %% ../nbs/05a_speed.ipynb #7c7ae7dd
 def _step(model, x, setting, train):
     with setting.cast(), (nullcontext() if train else torch.inference_mode()):
         out = model(setting.place(x))
@@ -75,8 +75,9 @@ def measure_settings(
     "How fast a network runs in each setting on this CPU"
     x, times = torch.rand(bs, 3, size, size, generator=torch.Generator().manual_seed(0)), {k: [] for k in SETTINGS}
     def ready(s):
-        net = copy.deepcopy(model).requires_grad_(train)
-        return net.to(memory_format=torch.channels_last) if train and s.channels_last else net if train else forward_copy(net.eval(), s, x)
+        net = copy.deepcopy(model)
+        if not train: return forward_copy(net.eval(), s, x)
+        return net.requires_grad_().to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format)
     models = {k: ready(s) for k, s in SETTINGS.items()}
     for i in range(repeats + 1):
         for k, s in SETTINGS.items():
@@ -85,7 +86,7 @@ def measure_settings(
             if i: times[k].append(time.perf_counter() - start)
     return {k: bs/min(t) for k, t in times.items()}
 
-# %% ../nbs/05a_speed.ipynb #dfa01d95
+# %% ../nbs/05a_speed.ipynb #be3692f8
 def choose_setting(
     rates:dict # Images a second by name in `SETTINGS`
 ) -> str: # Name in `SETTINGS`
@@ -93,7 +94,7 @@ def choose_setting(
     best = max(('plain', 'channels_last'), key=rates.get)
     return 'bf16' if rates['bf16'] > 1.1*rates[best] else best
 
-# %% ../nbs/05a_speed.ipynb #97d57bf1
+# %% ../nbs/05a_speed.ipynb #75d0d4e4
 def _cpu() -> str:
     "What the choice depends on besides the network"
     try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
@@ -117,7 +118,7 @@ def fastest_setting(
         except OSError: pass # nowhere to remember: measured again next time
     return SETTINGS[known[key]]
 
-# %% ../nbs/05a_speed.ipynb #c76e83f1
+# %% ../nbs/05a_speed.ipynb #06580482
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network

@@ -8,7 +8,7 @@
 Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30 images a class to
 learn from, and two drawn sets. Scores: accuracy for flowers, AUC for eyes, for five grades the mean of each grade against the rest. Each seed is another split: 30 % of the images, at most 600, are the test; flowers are split by
 photographer. The advisor sees the training images only. To be affordable on a CPU the photographs are small (flowers 128 pixels, eyes 160)
-and, with more than 300 images to learn from, epochs are fewer than the plans' own (`EPOCHS`); everything else is as the plans have it.
+and for large sets some plans have fewer epochs than their own (`EPOCHS`); everything else is as the plans have it.
 """
 import argparse, os, tempfile, time, warnings
 from dataclasses import dataclass, replace
@@ -22,10 +22,10 @@ from dr_transfer.data import encode_target, get_task
 from dr_transfer.files import atomic_file
 from dr_transfer.metrics import accuracy, auc
 from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import PLANS
+from dr_transfer.plans import LARGE, PLANS
 from dr_transfer.table import label_table, split_table
 
-EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # with more than 300 images to learn from
+EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # for a large set
 SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'
 
 
@@ -71,7 +71,7 @@ def run(study, table, plan, seed):
     start, n = time.monotonic(), int((table.split == 'train').sum())
     learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed, num_workers=0 if n < 500 else 2)
     name = getattr(plan, 'name', plan)
-    fit(learn, epochs=EPOCHS.get(name) if n > 300 else None, say=lambda s: None)
+    fit(learn, epochs=EPOCHS.get(name) if n >= LARGE else None, say=lambda s: None)
     p, classes = valid_predictions(learn, 'test'), list(learn.dls.vocab)
     probs = p[[f'p_{c}' for c in classes]].to_numpy()
     if study.task == 'flowers': score = accuracy(p.target, p.prediction)
