@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Front', 'Rest', 'split_body', 'BoundaryMaps', 'boundary_store', 'boundary_gb', 'boundary_maps', 'boundary_loader']
 
-# %% ../nbs/06d_boundary.ipynb #af2a83f4
+# %% ../nbs/06d_boundary.ipynb #3b2ddd0a
 from collections import OrderedDict
 import numpy as np, torch
 from fastai.data.load import DataLoader
@@ -17,7 +17,7 @@ from .model import Body, good_bs
 from .store import ArrayStore, fill_stores, stored_array
 from .views import VIEWS
 
-# %% ../nbs/06d_boundary.ipynb #29eaa067
+# %% ../nbs/06d_boundary.ipynb #9de0d946
 class Front(nn.Module):
     "The frozen part of a body: what the rest needs of a batch, as the setting has it"
     def __init__(self, body:Body, k:int, means:bool=False):
@@ -35,7 +35,7 @@ class Front(nn.Module):
                 if i in self.keep: out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
         return {'boundary': x, **out}
 
-# %% ../nbs/06d_boundary.ipynb #f7f78108
+# %% ../nbs/06d_boundary.ipynb #4f87ed8c
 class Rest(Body):
     "The part of a body that is trained: from the maps of `Front` to those of the body"
     def __init__(self, body:Body, k:int):
@@ -44,10 +44,8 @@ class Rest(Body):
         super().__init__(rest, body.forward_setting, body.train_setting)
     def forward(self, x, *sides):
         if not len(self.stages): return x
-        s = self.setting(x)
-        with s.cast(x.device.type):
-            maps = [*sides, x, *self.stages.maps(s.place(x if s.bf16 else x.float()))]
-            return self.stages.joined(maps).float()
+        s, stages = self.setting(x), self.quick(x)
+        with s.cast(x.device.type): return stages.joined([*sides, x, *stages.maps(s.place(x if s.bf16 else x.float()))]).float()
 
 def split_body(
     body:Body, # A body whose stages are a chain
@@ -59,7 +57,7 @@ def split_body(
     if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
     return Front(body, k, means), Rest(body, k)
 
-# %% ../nbs/06d_boundary.ipynb #7ab85778
+# %% ../nbs/06d_boundary.ipynb #7f4736a5
 class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
     def __init__(self, arrays:list, rows): self.arrays, self.rows = arrays, np.asarray(rows)
@@ -83,7 +81,7 @@ def boundary_store(
     return ArrayStore(folder or cache_folder()/'boundary', f"{about['arch']}-{about['size']}px-{names[front.k - 1]}", what,
                       {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()})
 
-# %% ../nbs/06d_boundary.ipynb #05fe9ee4
+# %% ../nbs/06d_boundary.ipynb #81af9f5c
 def boundary_gb(
     store:ArrayStore, # From `boundary_store`
     n:int # Number of images
@@ -91,7 +89,7 @@ def boundary_gb(
     "How much room the maps of `n` images take"
     return n*sum(map(store.row_bytes, store.fields))/1e9
 
-# %% ../nbs/06d_boundary.ipynb #c5ccb84f
+# %% ../nbs/06d_boundary.ipynb #df6ccb92
 def boundary_maps(
     sources:list, # Paths or images
     front:Front, # From `split_body`
@@ -107,7 +105,7 @@ def boundary_maps(
     rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, bs, label), bs)
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
-# %% ../nbs/06d_boundary.ipynb #f25a105a
+# %% ../nbs/06d_boundary.ipynb #0ca06218
 def boundary_loader(
     maps:BoundaryMaps, # Of the images of one side
     y:torch.Tensor, # Class numbers (n,)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['POOLS', 'HEADS', 'Body', 'Head', 'get_head', 'AveragePool', 'create_head', 'head_inputs', 'good_bs', 'view_probs']
 
-# %% ../nbs/05c_model.ipynb #e4c5b457
+# %% ../nbs/05c_model.ipynb #d918a312
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np, torch
 from torch import nn
 from .backbones import Stages, stage_names
 from .files import progress, unknown
-from .speed import Setting, forward_copy
+from .speed import Setting, forward_copy, training_copy
 from .views import VIEWS, map_batches, normalise, stack_images
 
-# %% ../nbs/05c_model.ipynb #c3ea1bb5
+# %% ../nbs/05c_model.ipynb #19d5f4c5
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
     def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
@@ -37,15 +37,17 @@ class Body(nn.Module):
         return super().train(mode)
     def __getstate__(self): return {**self.__dict__, '_copy': None}
 
-# %% ../nbs/05c_model.ipynb #44d97064
+# %% ../nbs/05c_model.ipynb #d5ce0c9e
 def _quick(self, x) -> nn.Module:
-    "The stages, or for forward passes on a CPU their copy"
-    if x.device.type != 'cpu' or self.learns(): return self.stages
-    now = [self.forward_setting]
-    for m in self.stages.modules():
-        if m.training or m._forward_hooks or m._forward_pre_hooks: return self.stages
-        now += [(v.data_ptr(), v._version) for v in (*m._parameters.values(), *m._buffers.values()) if v is not None]
-    if self._copy is None or self._copy[0] != now: self._copy = now, forward_copy(self.stages, self.forward_setting, x)
+    "The stages, or on a CPU a copy that says the same"
+    if x.device.type != 'cpu': return self.stages
+    learns, setting, modules = self.learns(), self.setting(x), list(self.stages.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks or m.training and not learns for m in modules): return self.stages
+    now = [learns, setting]
+    for m in modules:
+        tensors = [v for v in (*m._parameters.values(), *m._buffers.values()) if v is not None]
+        now += [m.training, *map(id, tensors)] if learns else [(v.data_ptr(), v._version) for v in tensors]
+    if self._copy is None or self._copy[0] != now: self._copy = now, (training_copy if learns else forward_copy)(self.stages, setting, x)
     return self._copy[1]
 
 def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
@@ -62,7 +64,7 @@ def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
 
 Body.quick, Body.pooled = _quick, _pooled
 
-# %% ../nbs/05c_model.ipynb #38963185
+# %% ../nbs/05c_model.ipynb #31ab6f21
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
     if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
@@ -70,7 +72,7 @@ def _mean(x):
 
 POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
 
-# %% ../nbs/05c_model.ipynb #5c431603
+# %% ../nbs/05c_model.ipynb #5eed72c3
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
@@ -92,7 +94,7 @@ class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
     def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
 
-# %% ../nbs/05c_model.ipynb #3958df26
+# %% ../nbs/05c_model.ipynb #8bfd6f8d
 def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
@@ -118,7 +120,7 @@ def head_inputs(
     if not get_head(head).flatten: return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
-# %% ../nbs/05c_model.ipynb #b577aa3c
+# %% ../nbs/05c_model.ipynb #f18058f1
 def good_bs(
     device:torch.device # Where the network runs
 ) -> int:

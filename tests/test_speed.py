@@ -1,4 +1,4 @@
-"Forward passes: the copy of a network that makes them, and the threads that read and run"
+"The copies of a network that make forward passes and training steps, and the threads that read and run"
 import pickle
 import threading
 import time
@@ -10,7 +10,7 @@ from torch import nn
 
 from dr_transfer.backbones import create_body
 from dr_transfer.model import Body
-from dr_transfer.speed import SETTINGS, forward_copy
+from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, training_copy
 from dr_transfer.views import map_batches, normalise, stack_images
 
 FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
@@ -113,18 +113,99 @@ def test_hooks_see_the_stages(body, x):
     assert len(seen) == 1
 
 
-def test_training_uses_the_stages(body, x):
-    body.train()
-    assert body.quick(x) is body.stages
-    body.eval().train_setting = body.forward_setting                               # the same for both
-    loss = body(x).square().mean()                                                 # gradients reach the weights
-    loss.backward()
+def test_gradients_reach_the_weights(body, x):
+    body.train_setting = body.forward_setting                                      # the same for both
+    body(x).square().mean().backward()
     assert all(p.grad is not None for p in body.stages.parameters())
 
 
 def test_a_pickled_body_has_no_copy(body, x):
     with torch.no_grad(): body.quick(x)
     assert len(pickle.dumps(body)) < 1.2*len(pickle.dumps(body.stages)) and '_copy' not in body.state_dict()
+
+
+# ---------------------------------------------------------------- training steps
+
+def a_step(net, x, of):
+    "Output of `net`, gradients of the weights of `of`, and its statistics afterwards"
+    of.zero_grad()
+    out = net(x).float()
+    out.square().mean().backward()
+    return out.detach(), {k: p.grad.clone() for k, p in of.named_parameters() if p.grad is not None}, {k: b.clone() for k, b in of.named_buffers()}
+
+
+def far(a, b): return float((a - b).norm()/(b.norm() + 1e-12))
+
+
+@pytest.mark.parametrize('arch', ['efficientnet_lite0', 'resnet18', 'test_resnet', 'mobilenet_v2', 'densenet121', 'timm.resnetv2_50', 'test_convnext', 'small_cnn'])
+@pytest.mark.parametrize('mode', ['fixed', 'moving', 'mixed'])
+def test_a_training_copy_takes_the_same_step(arch, mode):
+    torch.manual_seed(0)
+    net = lively(create_body(arch, 'random')).double().to(memory_format=torch.channels_last).train(mode != 'fixed')
+    x = FAST.place(torch.randn(4, 3, *[160 if 'convnext' in arch else 64]*2, dtype=torch.double))
+    if mode == 'mixed': net[0].eval()
+    for m in net.modules():
+        if isinstance(m, nn.Dropout): m.p = 0
+    before = {k: b.clone() for k, b in net.named_buffers()}
+    steps = training_copy(net, FAST, x)
+    folded, there = (sum(isinstance(m, kind) for m in n.modules()) for kind, n in ((FixedBN, steps), (nn.BatchNorm2d, net)))
+    if mode == 'moving' or not there: assert not folded
+    elif mode == 'fixed': assert folded == there if arch in ('resnet18', 'efficientnet_lite0') else 0 < folded <= there
+    out, grads, after = a_step(steps, x, net)
+    for k, b in net.named_buffers(): b.copy_(before[k])
+    want, true, moved = a_step(net, x, net)
+    assert far(out, want) < 1e-6 and grads.keys() == true.keys() == dict(net.named_parameters()).keys()
+    assert far(*(torch.cat([g[k].flatten() for k in true]) for g in (grads, true))) < 1e-6
+    assert all(torch.allclose(after[k].double(), moved[k].double()) for k in moved)
+    assert any(not torch.equal(before[k], moved[k]) for k in moved) == (mode != 'fixed' and any(isinstance(m, nn.BatchNorm2d) for m in net.modules()))
+
+
+def test_an_optimiser_does_not_notice():
+    nets = []
+    for setting in (PLAIN, FAST):
+        torch.manual_seed(0)
+        body = Body(lively(create_body('test_resnet', 'random')), train_setting=setting)
+        opt = torch.optim.SGD(body.parameters(), 0.1, momentum=.9)
+        for _ in range(4):
+            opt.zero_grad()
+            body(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+            opt.step()
+        nets.append(body.stages)
+    moved = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in nets]
+    start = torch.cat([p.detach().flatten() for p in lively(create_body('test_resnet', 'random')).parameters()])
+    assert far(moved[1], moved[0]) < 1e-4 < far(start, moved[0])
+
+
+def test_what_is_frozen_gets_no_gradient():
+    body = Body(lively(create_body('test_resnet', 'random')), train_setting=FAST)
+    body.stages[:2].requires_grad_(False)
+    body(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert all((p.grad is None) != p.requires_grad for p in body.stages.parameters())
+
+
+@pytest.mark.parametrize('change', [lambda b: b.stages[1].train(), lambda b: setattr(b, 'train_setting', BF16), lambda b: setattr(
+    next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)), 'weight', nn.Parameter(torch.zeros_like(next(b.stages.parameters()))))], ids=['mode', 'setting', 'replaced'])
+def test_a_change_makes_the_training_copy_anew(body, x, change):
+    body.train_setting = FAST
+    old = body.quick(x)
+    assert body.quick(x) is old is not body.stages
+    with torch.no_grad(): next(body.stages.parameters()).mul_(.5)
+    assert body.quick(x) is old and torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
+    change(body)
+    assert body.quick(x) is not old
+
+
+def test_depthwise_convolutions_train_in_float32():
+    torch.manual_seed(0)
+    net = lively(create_body('efficientnet_lite0', 'random')).to(memory_format=torch.channels_last)
+    x, kinds, grads = FAST.place(torch.randn(4, 3, 64, 64)), {}, []
+    steps = training_copy(net, BF16, x)
+    for m in steps.modules():
+        if isinstance(m, nn.Conv2d): m.register_forward_hook(lambda m, i, o: kinds.setdefault(m.groups > 1, set()).add(o.dtype))
+    with BF16.cast(): grads.append(a_step(steps, x, net)[1])
+    grads.append(a_step(net, x, net)[1])
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > .98
 
 
 # ---------------------------------------------------------------- threads
