@@ -165,7 +165,7 @@ def test_an_optimiser_does_not_notice():
     for setting in (PLAIN, FAST):
         torch.manual_seed(0)
         body = Body(lively(create_body('test_resnet', 'random')), train_setting=setting)
-        opt = torch.optim.SGD(body.parameters(), 0.1, momentum=.9)
+        opt = torch.optim.SGD(body.parameters(), 1e-3, momentum=.9)
         for _ in range(4):
             opt.zero_grad()
             body(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))).square().mean().backward()
@@ -197,7 +197,7 @@ def test_a_change_makes_the_training_copy_anew(body, x, change):
 
 def test_depthwise_convolutions_train_in_float32():
     torch.manual_seed(0)
-    net = lively(create_body('efficientnet_lite0', 'random')).to(memory_format=torch.channels_last)
+    net = create_body('efficientnet_lite0').eval().to(memory_format=torch.channels_last)
     x, kinds, grads = FAST.place(torch.randn(4, 3, 64, 64)), {}, []
     steps = training_copy(net, BF16, x)
     for m in steps.modules():
@@ -205,7 +205,7 @@ def test_depthwise_convolutions_train_in_float32():
     with BF16.cast(): grads.append(a_step(steps, x, net)[1])
     grads.append(a_step(net, x, net)[1])
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
-    assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > .98
+    assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > .99
 
 
 # ---------------------------------------------------------------- threads
