@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from fastai.vision.learner import vision_learner
 from torch import nn
 from .augment import views_of
@@ -135,8 +135,9 @@ class _Groups:
 
 def _loaders(task, goal, table, body, bs, num_workers, kwargs) -> DataLoaders:
     device, spec = kwargs.pop('device', None), body.stages.spec
-    if isinstance(device, (str, int)): device = torch.device(device)
-    if num_workers is None: num_workers = min(4, os.cpu_count() or 1) if len(table) > 500 else 0
+    device = default_device() if device is None else torch.device(device)
+    free = (os.cpu_count() or 1) - 2*(device.type == 'cpu') # the network needs two cores of its own
+    if num_workers is None: num_workers = max(0, min(4, free)) if len(table) > 500 else 0
     return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device)
 
 def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kwargs) -> Learner:

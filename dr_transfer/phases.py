@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GB', 'MOST_NUMBERS', 'why_not_stored', 'learner_features', 'fit_phase']
 
-# %% ../nbs/07c_phases.ipynb #8ed96906
+# %% ../nbs/07c_phases.ipynb #1c9414b9
 import sys
 from contextlib import ExitStack
 from typing import Callable
@@ -26,9 +26,10 @@ from .classifiers import FeatureClassifier
 from .features import Features, extract_features, reading, weights_digest
 from .model import AveragePool, Head
 from .plans import Phase, head_epochs
+from .speed import kept_memory
 from .views import VIEWS
 
-# %% ../nbs/07c_phases.ipynb #b5a36147
+# %% ../nbs/07c_phases.ipynb #d53584cf
 MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
 _USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
 
@@ -47,7 +48,7 @@ def why_not_stored(
     gb = _maps_gb(learn, k)
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
-# %% ../nbs/07c_phases.ipynb #57fb4ad6
+# %% ../nbs/07c_phases.ipynb #f61b3a76
 def _frozen_part(learn, frozen) -> tuple:
     "Body, number of frozen groups, and whether only averages leave the body"
     body = learn.model[0][0]
@@ -67,7 +68,7 @@ def _maps_gb(learn, k) -> float:
 
 def _about(learn, views): t = learn.task; return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
 
-# %% ../nbs/07c_phases.ipynb #62370833
+# %% ../nbs/07c_phases.ipynb #ce492c21
 def learner_features(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
@@ -86,7 +87,7 @@ def _stored(learn, side, k, pooled) -> tuple[BoundaryMaps, torch.Tensor]:
     if pooled: return BoundaryMaps([learner_features(learn, images, views, f'features ({side})').numpy()], np.arange(len(y))), y
     return boundary_maps(images, split_body(learn.model[0][0], k, _averages(learn))[0], _about(learn, views), label=f'boundary maps ({side})'), y
 
-# %% ../nbs/07c_phases.ipynb #173c5199
+# %% ../nbs/07c_phases.ipynb #e3429876
 class _RestAndHead(nn.Module):
     "The trained part of a model, on what the frozen part says"
     def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
@@ -106,7 +107,7 @@ def _sub_learner(learn, k, pooled) -> Learner:
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
-# %% ../nbs/07c_phases.ipynb #12cbe8ab
+# %% ../nbs/07c_phases.ipynb #3966ab60
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
     if not isinstance(head[1], nn.BatchNorm1d): return
@@ -123,10 +124,11 @@ def _run(learn, phase, rates, quiet, say, epochs) -> list:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
             for c in (learn.no_bar(), learn.no_logging()): stack.enter_context(c)
             cbs = [] if quiet else [PlainProgress(say)]
+        if learn.dls.device.type == 'cpu' and not quiet: stack.enter_context(kept_memory())
         how[phase.decay](epochs, rates, wd=phase.wd, cbs=cbs)
     return list(learn.recorder.values)
 
-# %% ../nbs/07c_phases.ipynb #6fecdd10
+# %% ../nbs/07c_phases.ipynb #ad2e5955
 MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
 
 def _unsolvable(learn, phase, pooled) -> str:
@@ -152,7 +154,7 @@ def _solve_head(learn, k) -> list:
     with sub.no_bar(), sub.no_logging(): (loss, *_), valid = sub.validate(0), sub.validate(1)
     return [[loss, *valid]]
 
-# %% ../nbs/07c_phases.ipynb #e8d25ec3
+# %% ../nbs/07c_phases.ipynb #85e22df7
 def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
     "Train what is not frozen in steps, from what is stored"
     if not pooled:
@@ -166,7 +168,7 @@ def _fit_stored(learn, phase, k, pooled, rates, say, epochs) -> list:
 
 def _epochs(learn, phase): return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
-# %% ../nbs/07c_phases.ipynb #75da0e3d
+# %% ../nbs/07c_phases.ipynb #d1578a11
 def fit_phase(
     learn:Learner, # From `build_learner`
     phase:Phase, # What is frozen, for how long, at which rates

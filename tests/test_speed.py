@@ -1,7 +1,9 @@
 "The copies of a network that make forward passes and training steps, and the threads that read and run"
 import pickle
+import platform
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 from dr_transfer.backbones import create_body
 from dr_transfer.model import Body
-from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, training_copy
+from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, kept_memory, training_copy
 from dr_transfer.views import map_batches, normalise, stack_images
 
 FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
@@ -206,6 +208,20 @@ def test_depthwise_convolutions_train_in_float32():
     grads.append(a_step(net, x, net)[1])
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
     assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > .99
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
+def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
+    def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
+    def a_step(): torch.zeros(2**26)                                                # 256 MB, asked for and freed
+    before = resident()
+    a_step()
+    assert resident() < before + 2**27
+    with kept_memory():
+        a_step()
+        assert resident() > before + 2**27
+    assert resident() < before + 2**27
+    with pytest.raises(KeyError), kept_memory(): raise KeyError                    # it passes errors on
 
 
 # ---------------------------------------------------------------- threads

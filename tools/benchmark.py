@@ -8,12 +8,13 @@
               best setting on tensors in memory
     head      a head with the mirror image as augmentation, to its end: against 30 frozen epochs of plain fastai (3 are run, times 10)
     tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai with `freeze_to`
+    steps     training steps of the body with fixed BatchNorm, pictures in memory: against the network as it comes
     scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
 
 Results are kept in nbs/results/benchmark.csv, a row a figure.
 """
 import argparse, os, subprocess, sys, tempfile, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -147,6 +148,26 @@ def tail(root, epochs=5, size=384):
             ('AUC, unseen Messidor-2, ours', ours, ''), ('AUC, unseen Messidor-2, plain fastai', float(plain.recorder.values[-1][-1]), '')]
 
 
+def steps(root, size=256, bs=32, rounds=5):
+    from dr_transfer.backbones import create_body
+    from dr_transfer.model import Body
+    from dr_transfer.speed import SETTINGS, get_setting, kept_memory
+    plain = create_body(ARCH).eval().requires_grad_()
+    body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
+    body.to(memory_format=torch.channels_last)
+    x, times = torch.randn(bs, 3, size, size), {}
+    for i in range(rounds + 1):
+        for name, net in (('plain', plain), ('ours', body)):
+            def step(): net(x).square().mean().backward()
+            with kept_memory() if net is body else nullcontext():
+                step() # the first one after memory was returned
+                t, _ = seconds(step)
+            if i: times.setdefault(name, []).append(t)
+    ratio = np.divide(times['plain'], times['ours'])
+    return [('training steps against the network as it comes', np.median(ratio),
+             f"median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {bs/np.median(times['ours']):.0f} against {bs/np.median(times['plain']):.0f} images a second; {body.train_setting}")]
+
+
 SCALE = """
 import resource, sys, time
 from pathlib import Path
@@ -186,7 +207,7 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
     return out
 
 
-PARTS = {f.__name__: f for f in (extract, head, tail, scale)}
+PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale)}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -69,7 +69,7 @@ def split(study, t, seed):
 def run(study, table, plan, seed):
     "Score on the test side, and seconds"
     start, n = time.monotonic(), int((table.split == 'train').sum())
-    learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed, num_workers=0 if n < 500 else 2)
+    learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed)
     name = getattr(plan, 'name', plan)
     fit(learn, epochs=EPOCHS.get(name) if n >= LARGE else None, say=lambda s: None)
     p, classes = valid_predictions(learn, 'test'), list(learn.dls.vocab)
