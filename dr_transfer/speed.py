@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'Setting', 'forward_copy', 'FixedBN', 'training_copy', 'kept_memory', 'measure_settings', 'choose_setting',
            'fastest_setting', 'get_setting']
 
-# %% ../nbs/05a_speed.ipynb #15f73d90
+# %% ../nbs/05a_speed.ipynb #d94c9dd2
 import copy, ctypes, json, platform, sys, time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .files import atomic_file, cache_folder, unknown
 
-# %% ../nbs/05a_speed.ipynb #1c0e195d
+# %% ../nbs/05a_speed.ipynb #de77f3d5
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
@@ -36,7 +36,7 @@ class Setting:
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
-# %% ../nbs/05a_speed.ipynb #f220f853
+# %% ../nbs/05a_speed.ipynb #5d93ac7d
 def _pairs(net) -> list:
     "Names of each convolution and of the BatchNorm after it"
     return [(f'{name}.{a}'.lstrip('.'), f'{name}.{b}'.lstrip('.')) for name, m in net.named_modules() for (a, conv), (b, bn) in pairwise(m.named_children())
@@ -54,13 +54,13 @@ def _fold(net, pairs, join):
 @torch.no_grad()
 def _foldable(net, x) -> list:
     "The pairs that may be folded: all, or none if the network would say something else"
-    net, dtype = copy.deepcopy(net).eval(), next(net.parameters()).dtype
+    net, dtype = copy.deepcopy(net).eval(), next((p.dtype for p in net.parameters()), torch.float32)
     x = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(0), dtype=dtype)
     want, pairs = net(x), _pairs(net)
     same = torch.allclose(_fold(net, pairs, fuse_conv_bn_eval)(x), want, rtol=1e-3, atol=1e-4*float(want.abs().max()))
     return pairs if same else []
 
-# %% ../nbs/05a_speed.ipynb #03740d11
+# %% ../nbs/05a_speed.ipynb #91497128
 def forward_copy(
     net:nn.Module, # Network in evaluation mode; it is not changed
     setting:Setting, # How it is to run
@@ -73,7 +73,7 @@ def forward_copy(
         if setting.bf16 and type(m) in (nn.Conv2d, nn.Linear): m.to(torch.bfloat16)
     return out.requires_grad_(False).to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
 
-# %% ../nbs/05a_speed.ipynb #0a3c0f80
+# %% ../nbs/05a_speed.ipynb #ad249d23
 class FixedBN(nn.Module):
     "A convolution and the BatchNorm after it, with fixed statistics, as one convolution; gradients reach the weights of both"
     def __init__(self, conv:nn.Conv2d, bn:nn.BatchNorm2d):
@@ -101,7 +101,9 @@ def training_copy(
         if setting.bf16 and isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels: m.forward = partial(_in_float32, m.forward)
     return out
 
-# %% ../nbs/05a_speed.ipynb #9f839106
+# %% ../nbs/05a_speed.ipynb #a8cbcdda
+_KEEPING = [] # one entry for each `kept_memory` that is open: the settings belong to the process
+
 @contextmanager
 def kept_memory():
     "Memory that a step has freed is kept for the next one; afterwards it is returned. Elsewhere than on glibc nothing happens"
@@ -109,12 +111,15 @@ def kept_memory():
     if not hasattr(libc, 'mallopt'): yield; return
     trim, mmap, most_mmaps = -1, -3, -4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
     libc.mallopt(most_mmaps, 0); libc.mallopt(trim, -1) # never
+    _KEEPING.append(True)
     try: yield
     finally:
-        for what, n in ((most_mmaps, 2**16), (mmap, 2**25), (trim, 2**26)): libc.mallopt(what, n) # where glibc's own values go to by and by
-        libc.malloc_trim(0)
+        _KEEPING.pop()
+        if not _KEEPING:
+            for what, n in ((most_mmaps, 2**16), (mmap, 2**25), (trim, 2**26)): libc.mallopt(what, n) # where glibc's own values go to by and by
+            libc.malloc_trim(0)
 
-# %% ../nbs/05a_speed.ipynb #e4763395
+# %% ../nbs/05a_speed.ipynb #06b3e4d4
 def _step(model, x, setting, train):
     with setting.cast(), (nullcontext() if train else torch.inference_mode()):
         out = model(setting.place(x))
@@ -142,7 +147,7 @@ def measure_settings(
             if i: times[k].append(time.perf_counter() - start)
     return {k: bs/min(t) for k, t in times.items()}
 
-# %% ../nbs/05a_speed.ipynb #f17dd50f
+# %% ../nbs/05a_speed.ipynb #5038ef37
 def choose_setting(
     rates:dict # Images a second by name in `SETTINGS`
 ) -> str: # Name in `SETTINGS`
@@ -150,7 +155,7 @@ def choose_setting(
     best = max(('plain', 'channels_last'), key=rates.get)
     return 'bf16' if rates['bf16'] > 1.1*rates[best] else best
 
-# %% ../nbs/05a_speed.ipynb #e35d08ba
+# %% ../nbs/05a_speed.ipynb #b72d65cf
 def _cpu() -> str:
     "What the choice depends on besides the network"
     try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
@@ -174,7 +179,7 @@ def fastest_setting(
         except OSError: pass # nowhere to remember: measured again next time
     return SETTINGS[known[key]]
 
-# %% ../nbs/05a_speed.ipynb #b2f94e67
+# %% ../nbs/05a_speed.ipynb #e3fc6602
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network

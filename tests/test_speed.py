@@ -75,6 +75,11 @@ def test_not_folded_where_that_would_be_wrong():
     with torch.no_grad(): assert isinstance(copy.bn, nn.BatchNorm2d) and torch.allclose(copy(x), net(x), atol=1e-6)
 
 
+def test_a_network_without_weights():
+    net, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)).eval(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(Body(net, FAST)(x), net(x))
+
+
 # ---------------------------------------------------------------- when the copy is used
 
 @pytest.fixture
@@ -218,6 +223,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
     a_step()
     assert resident() < before + 2**27
     with kept_memory():
+        with kept_memory(): pass                                                   # a setting is measured while a body is trained
         a_step()
         assert resident() > before + 2**27
     assert resident() < before + 2**27

@@ -151,7 +151,7 @@ def tail(root, epochs=5, size=384):
 def steps(root, size=256, bs=32, rounds=5):
     from dr_transfer.backbones import create_body
     from dr_transfer.model import Body
-    from dr_transfer.speed import SETTINGS, get_setting, kept_memory
+    from dr_transfer.speed import get_setting, kept_memory
     plain = create_body(ARCH).eval().requires_grad_()
     body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
     body.to(memory_format=torch.channels_last)
