@@ -179,7 +179,7 @@ def _classes(y, n):
 def _source(X, stages):
     "Where features come from: their description, with the weights of each stage, and the names of the stages"
     if not isinstance(X, Features): return None
-    return {**X.about, 'weights_of': {n: s.about['weights'] for n, s in X.stores.items()}}, _chosen(stages, X.stages)
+    return {**X.about, 'weights_of': {n: X.stores[n].about['weights'] for n in X.stages}}, _chosen(stages, X.stages)
 
 def _check_name(classifier):
     if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator): return

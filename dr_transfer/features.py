@@ -6,8 +6,10 @@
 __all__ = ['Features', 'features_array', 'features_table', 'weights_digest', 'reading', 'compute_views', 'extract_features',
            'whole_body', 'image_features']
 
-# %% ../nbs/06_features.ipynb #4304d68f
+# %% ../nbs/06_features.ipynb #2f19826e
 import hashlib
+from functools import partial
+from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .backbones import Stages, create_body, find_backbone, stage_names
@@ -18,24 +20,26 @@ from .speed import get_setting
 from .store import ArrayStore, fill_stores, source_name, stored_array
 from .views import READERS, VIEWS, map_batches, normalise, read_image
 
-# %% ../nbs/06_features.ipynb #ae90995c
+# %% ../nbs/06_features.ipynb #d49e1714
+def _field(stage, view): return f'{stage}.{view}' if view else stage # The first view is the image as it is
+
 class Features:
-    "Features of images in stores on disk, one for each stage; what is not asked for is not read"
-    def __init__(self, stores:dict, rows:dict, images:list): self.stores, self.rows, self.images = stores, rows, list(images)
+    "Features of images in stores on disk, one for each stage and view; what is not asked for is not read"
+    def __init__(self, stores:dict, rows:dict, images:list, views:str='none'): self.stores, self.rows, self.images, self.view_set = stores, rows, list(images), views
     def __len__(self): return len(self.images)
     @property
-    def about(self) -> dict: return next(iter(self.stores.values())).about
+    def about(self) -> dict: return {**next(iter(self.stores.values())).about, 'views': self.view_set}
     @property
     def stages(self) -> dict: # Name -> number of channels, nearest to the input first
-        return {k: s.fields[k][0][-1] for k, s in self.stores.items()}
+        return {k: s.fields[k][0][-1] for k, s in self.stores.items() if '.' not in k}
     @property
-    def views(self) -> int: return len(VIEWS[self.about['views']])
+    def views(self) -> int: return len(VIEWS[self.view_set])
     def take(self, rows) -> 'Features':
         "Some of the images, by number or by a mask"
         rows = np.arange(len(self))[rows]
-        return Features(self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows])
+        return Features(self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows], self.view_set)
 
-# %% ../nbs/06_features.ipynb #af85b4c1
+# %% ../nbs/06_features.ipynb #f205004b
 def _chosen(names, known, what='stage') -> list:
     "Names that are known, as a list; all if None"
     names = [names] if isinstance(names, str) else list(known) if names is None else list(names)
@@ -48,16 +52,17 @@ def features_array(
     stages=None, # Name or names of stages; all if None
     pool:str='mean' # 'mean' or 'max'
 ) -> np.ndarray: # float32 (images, views, channels)
-    "Features as an array; one stage of all images is not copied but mapped"
+    "Features as an array; one stage of one view of all images is not copied but mapped"
     if pool not in features.about['pools']: raise unknown('pool', pool, features.about['pools'], 'Others are extracted with pools=(...)')
-    i, out = features.about['pools'].index(pool), []
-    for name in _chosen(stages, features.stages):
-        a, r = stored_array(features.stores[name], name), features.rows[name]
+    i = features.about['pools'].index(pool)
+    def part(field):
+        a, r = stored_array(features.stores[field], field), features.rows[field]
         straight = len(r) and np.array_equal(r, np.arange(r[0], r[0] + len(r)))
-        out.append(a[r[0]:r[0] + len(r), :, i] if straight else a[r, :, i])
-    return out[0] if len(out) == 1 else np.concatenate(out, -1)
+        return a[r[0]:r[0] + len(r), :, i] if straight else a[r, :, i]
+    def joined(parts, axis): return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+    return joined([joined([part(_field(n, v)) for v in range(features.views)], 1) for n in _chosen(stages, features.stages)], -1)
 
-# %% ../nbs/06_features.ipynb #e2636fe3
+# %% ../nbs/06_features.ipynb #fc584610
 def features_table(
     features:Features, # From `extract_features` or `image_features`
     stages=None, # Name or names of stages; all if None
@@ -70,7 +75,7 @@ def features_table(
 
 Features.numpy, Features.pandas = features_array, features_table
 
-# %% ../nbs/06_features.ipynb #6b06f874
+# %% ../nbs/06_features.ipynb #31a6d3ea
 def weights_digest(
     body:Body, # A body
     last:str|None=None # Last stage that counts; all if None
@@ -96,7 +101,7 @@ def reading(
     return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
             'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type}
 
-# %% ../nbs/06_features.ipynb #959f4c66
+# %% ../nbs/06_features.ipynb #2b186ce6
 def compute_views(
     f, # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
     body:Body, # Decides device and normalisation; put into evaluation mode
@@ -118,7 +123,7 @@ def compute_views(
         return progress(map_batches(views, sources, read, bs, device), total=-(-len(sources)//bs), label=f'{label}, batches of {bs}')
     return compute
 
-# %% ../nbs/06_features.ipynb #6e4a6b89
+# %% ../nbs/06_features.ipynb #9e63f46d
 def extract_features(
     sources:list, # Paths or images
     body:Body, # The network; put into evaluation mode
@@ -136,21 +141,34 @@ def extract_features(
     if not len(sources): raise ValueError("no images: give a list with some")
     names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
     names = [n for n in stage_names(body.stages) if n in names]
-    about, n_views = {**reading(body, size, reader, fit, views), 'pools': pools}, len(VIEWS[views])
-    bs, name = bs or good_bs(next(body.parameters()).device), f'{body.stages.spec.name}-{size}px-{views}'
-    stores = {n: ArrayStore(folder or cache_folder()/'features', f'{name}-{n}', {**about, 'stage': n, 'weights': weights_digest(body, n)},
-                            {n: ((n_views, len(pools), w), 'float32')}) for n, w in _widths(body, names, size).items()}
-    def f(x, names): return {k: v.cpu().numpy() for k, v in body.pooled(x, names, pools).items()}
-    rows = fill_stores(list(stores.values()), list(sources), compute_views(f, body, about, bs, label), bs)
-    return Features(stores, dict(zip(stores, rows)), sources)
+    about, bs = {**reading(body, size, reader, fit, views), 'pools': pools}, bs or good_bs(next(body.parameters()).device)
+    stores = _view_stores(body, about, names, folder or cache_folder()/'features')
+    f = partial(_pooled_views, body, VIEWS[views], pools)
+    rows = fill_stores(list(stores.values()), list(sources), compute_views(f, body, {**about, 'views': 'none'}, bs, label), bs)
+    return Features(stores, dict(zip(stores, rows)), sources, views)
 
-# %% ../nbs/06_features.ipynb #95484fba
+# %% ../nbs/06_features.ipynb #fa52be35
 @torch.inference_mode()
-def _widths(body, names, size) -> dict:
-    "Name -> number of channels, in the order of depth"
-    device = next(body.eval().parameters()).device
-    return {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, size, size, device=device), names).items()}
+def _view_stores(body, about, names, folder) -> dict:
+    "Field -> the store for a stage in one of the views"
+    (device, size), out = (next(body.eval().parameters()).device, about['size']), {}
+    widths = {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, size, size, device=device), names).items()}
+    digests = {n: weights_digest(body, n) for n in names}
+    for v, n in product(range(len(VIEWS[about['views']])), names):
+        view, field = f"{about['views']}-{v}" if v else 'none', _field(n, v)
+        out[field] = ArrayStore(folder, f"{about['arch']}-{size}px-{view}-{n}", {**about, 'views': view, 'stage': n, 'weights': digests[n]},
+                                {field: ((1, len(about['pools']), widths[n]), 'float32')})
+    return out
 
+def _pooled_views(body, views, pools, x, fields) -> dict:
+    "Pooled features of a batch for fields, each a stage in one of the views"
+    out = {}
+    for i, view in enumerate(views):
+        wanted = {f.partition('.')[0]: f for f in fields if int(f.partition('.')[2] or 0) == i}
+        if wanted: out |= {wanted[n]: a.cpu().numpy() for n, a in body.pooled(view(x), list(wanted), pools).items()}
+    return out
+
+# %% ../nbs/06_features.ipynb #ebcfbb1f
 def whole_body(
     arch:str, # Backbone: registry, timm or torchvision
     weights:str|Path|None=None # None: its own; a file; or 'random'

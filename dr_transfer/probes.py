@@ -6,9 +6,10 @@
 __all__ = ['PENALTIES', 'MEASURES', 'SIMILAR', 'ridge_path', 'fold_interval', 'depth_profile', 'stage_gain', 'plot_depth_profile',
            'learning_speed', 'domain_profile', 'domain_distance']
 
-# %% ../nbs/06b_probes.ipynb #f39df6ed
-import os
+# %% ../nbs/06b_probes.ipynb #b457cd7e
+import os, threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
@@ -20,7 +21,7 @@ from .files import unknown
 from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
-# %% ../nbs/06b_probes.ipynb #8ff8b6ba
+# %% ../nbs/06b_probes.ipynb #20e11a5f
 PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # penalties per training image, of features of unit variance
 
 def ridge_path(
@@ -44,7 +45,7 @@ def ridge_path(
     free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
     return p @ ((shrink/np.sqrt(d))[:, :, None]*q) + mean, n*left/free**2
 
-# %% ../nbs/06b_probes.ipynb #173e4e3d
+# %% ../nbs/06b_probes.ipynb #9b34bf37
 def _accuracy(y, scores, classes): return accuracy(y, scores.argmax(1))
 def _auc(y, scores, classes): return auc(y, scores[:, 1])
 def _kappa(y, scores, classes): return quadratic_kappa(classes[y], classes[scores.argmax(1)])
@@ -66,7 +67,7 @@ def _task(features, y, groups, measure) -> tuple:
                                                                                  "give grades as numbers, or type 'accuracy'")
     return codes, classes, groups, measure
 
-# %% ../nbs/06b_probes.ipynb #a8f91783
+# %% ../nbs/06b_probes.ipynb #09a9791b
 def fold_interval(
     scores, # One score a fold; NaN ones are left out
     share:float=0.25, # Test images by training images of a fold
@@ -84,7 +85,7 @@ def _row(scores, share, measure) -> dict:
     score, low, high = fold_interval(scores, share)
     return {'score': score, 'low': max(low, -1. if measure == 'kappa' else 0.), 'high': min(high, 1.)}
 
-# %% ../nbs/06b_probes.ipynb #fa06ccf2
+# %% ../nbs/06b_probes.ipynb #cfbcf2ce
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
     if len(np.unique(y[train])) < 2: return np.nan
@@ -104,7 +105,7 @@ def _read(features, stages) -> np.ndarray:
 
 def _share(folds) -> float: return float(np.mean([len(test)/len(train) for train, test in folds]))
 
-# %% ../nbs/06b_probes.ipynb #50fca59c
+# %% ../nbs/06b_probes.ipynb #a1cec6e3
 def depth_profile(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -127,7 +128,7 @@ def depth_profile(
     out.attrs = {'measure': measure, 'share': share, 'folds': scores}
     return out
 
-# %% ../nbs/06b_probes.ipynb #f523cbf4
+# %% ../nbs/06b_probes.ipynb #7af6b27d
 def stage_gain(
     table:pd.DataFrame, # From `depth_profile`
     stage:str, # A row of it
@@ -140,7 +141,7 @@ def stage_gain(
         if s not in known: raise unknown('row of the profile', s, known)
     return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'], level)
 
-# %% ../nbs/06b_probes.ipynb #80626d32
+# %% ../nbs/06b_probes.ipynb #5a04a8c4
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
 def plot_depth_profile(
@@ -159,7 +160,7 @@ def plot_depth_profile(
     ax.grid(axis='y', color='0.92')
     return fig
 
-# %% ../nbs/06b_probes.ipynb #2c7eb432
+# %% ../nbs/06b_probes.ipynb #84774c54
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
     n = len(y)
@@ -171,7 +172,7 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     at = np.array([at[g] for g in np.where(code < 0, n + np.arange(n), code)])
     return [np.flatnonzero(at <= s) for s in shares]
 
-# %% ../nbs/06b_probes.ipynb #08f3a1a0
+# %% ../nbs/06b_probes.ipynb #d875c659
 def learning_speed(
     features:Features, # Of n images
     y, # Labels (n,)
@@ -197,7 +198,7 @@ def learning_speed(
     out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
     return out
 
-# %% ../nbs/06b_probes.ipynb #cc872ea7
+# %% ../nbs/06b_probes.ipynb #0241b873
 SIMILAR = 0.1 # `domain_distance` below which images are like those of ImageNet
 
 def _remembers(m) -> bool:
@@ -205,15 +206,19 @@ def _remembers(m) -> bool:
     if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None: return False
     return bool((m.running_mean != 0).any() or (m.running_var != 1).any())
 
-def _moments(body, x, layers) -> dict:
-    "For each layer that is called, the means over the places of its input and of its square: (n, 2, channels), float32"
-    out = {}
-    def keep(name): return lambda m, i: out.update({name: torch.stack([v.flatten(2).mean(2) if v.ndim > 2 else v for v in (i[0].float(), i[0].float()**2)], 1)})
+@contextmanager
+def _moments(body, layers):
+    "A function of batches and names: for each layer the means over the places of its input and of its square, (n, 2, channels), float32"
+    here = threading.local() # batches run in several threads, and a layer calls its hooks in each
+    def keep(name): return lambda m, i: here.out.update({name: torch.stack([v.flatten(2).mean(2) if v.ndim > 2 else v for v in (i[0].float(), i[0].float()**2)], 1)})
+    def f(x, names):
+        here.out = {}
+        body(x)
+        return {k: v.cpu().numpy() for k, v in here.out.items()}
     hooks = [m.register_forward_pre_hook(keep(name)) for name, m in layers.items()]
-    try: body(x)
+    try: yield f
     finally:
         for h in hooks: h.remove()
-    return {k: v.cpu().numpy() for k, v in out.items()}
 
 def _divergence(m, seen) -> np.ndarray:
     "Symmetric divergence of each channel from what a layer remembers; `seen`: mean and mean square (2, channels)"
@@ -221,7 +226,7 @@ def _divergence(m, seen) -> np.ndarray:
     a, b, shift = np.maximum(seen[1] - seen[0]**2, 0) + m.eps, var + m.eps, (seen[0] - mean)**2
     return (a/b + b/a + shift*(1/a + 1/b) - 2)/4
 
-# %% ../nbs/06b_probes.ipynb #9fffa13e
+# %% ../nbs/06b_probes.ipynb #a3b38854
 def domain_profile(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images
@@ -237,14 +242,14 @@ def domain_profile(
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
     total, bs = {}, good_bs(next(body.parameters()).device)
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
-    run = compute_views(lambda x, names: _moments(body, x, layers), body, about, bs, 'distance')
-    for batch in run([images[i] for i in some], list(layers)) if layers else ():
-        for k, v in batch.items(): total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
+    with _moments(body, layers) as f:
+        for batch in compute_views(f, body, about, bs, 'distance')([images[i] for i in some], list(layers)) if layers else ():
+            for k, v in batch.items(): total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
     far = {k: _divergence(layers[k], v/len(some)) for k, v in total.items()}
     rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
-# %% ../nbs/06b_probes.ipynb #a7e560f3
+# %% ../nbs/06b_probes.ipynb #dd0cc671
 def domain_distance(
     body:Body, # Pretrained; put into evaluation mode
     images:list, # Paths or images

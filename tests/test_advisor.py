@@ -362,6 +362,19 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=.02)
 
 
+def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, monkeypatch):
+    "The features of the images as they are; those of the mirror and near images are new"
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+    words = ('--arch', 'test_resnet', '--weights', weights, '--size', '32')
+    def stores(): return {p.parent.name: p.read_bytes() for p in (tmp_path/'cache'/'features').glob('*/images.jsonl')}
+    good('advise', flowers, *words, '--out', tmp_path/'advice.png')
+    first = stores()
+    good('train', flowers, *words, '--plan', 'head', '--out', tmp_path/'run')
+    new = {k: v for k, v in stores().items() if k not in first}
+    assert len(first) == 5 and new and all('px-mirror_near-' in k for k in new)       # one store for a stage and a view
+    assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other side was appended
+
+
 @pytest.mark.parametrize('words, why', [
     (('--arch', 'test_resnett'), 'nearest first: test_resnet,'), (('--task', 'flower'), 'nearest first: flowers'), (('--target', 'clas'), 'nearest first: class'),
     (('--size', '3'), 'size=3'), (('--valid', '0'), 'valid=0'), (('--setting', 'plian'), 'nearest first: plain')])

@@ -9,6 +9,7 @@ import traceback
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def ended(pid, seconds=60):
 def folders(f): return {k: s.folder for k, s in f.stores.items()}
 def contents(f): return {f'{k} {p.name}': p.read_bytes() for k, d in folders(f).items() for p in d.iterdir() if p.name != 'lock'}
 def times(f): return {p: p.stat().st_mtime_ns for d in folders(f).values() for p in (d, *d.iterdir())}
-def part(whole, stages): return {k: v for k, v in whole.items() if k.split()[0] in stages}
+def part(whole, stages): return {k: v for k, v in whole.items() if k.split()[0].split('.')[0] in stages}
 
 
 # ---------------------------------------------------------------- the same by hand
@@ -261,7 +262,8 @@ def test_numpy(body, paths, tmp_path):
     both = f.numpy(['stage3', 'stem'])                                             # side by side in the order asked for
     assert np.array_equal(both, np.concatenate([f.numpy('stage3'), f.numpy('stem')], -1))
     assert (f.numpy('stem', 'max') >= f.numpy('stem')).all() and (f.numpy('stem', 'max') > f.numpy('stem')).any()
-    mapped = f.numpy('stage1')
+    f = extract_features(paths, body, 32, pools=('max', 'mean'), folder=tmp_path)
+    mapped = f.numpy('stage1')                                                     # of one view
     assert isinstance(mapped, np.memmap) and not mapped.flags.writeable and isinstance(f.take(slice(2, 5)).numpy('stage1'), np.memmap)
 
 
@@ -299,17 +301,19 @@ def test_rows_follow_the_list(body, paths, tmp_path):
 def test_the_description(body, paths, tmp_path):
     "What decides the numbers can be read from the folder"
     f = extract_features(paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path)
-    want = {'arch': 'test_resnet', 'size': 48, 'fit': 'pad', 'reader': 'photo', 'views': 'mirror', 'pools': ['max'], 'mean': [.5]*3, 'std': [.5]*3,
+    want = {'arch': 'test_resnet', 'size': 48, 'fit': 'pad', 'reader': 'photo', 'pools': ['max'], 'mean': [.5]*3, 'std': [.5]*3,
             'setting': 'fp32', 'device': 'cpu'}
-    assert want.items() <= f.about.items() and list(f.stages) == list(f.stores) == ['stem', 'stage1']
-    for k, n in f.stages.items():
-        d = f.stores[k].folder
+    assert {**want, 'views': 'mirror'}.items() <= f.about.items() and list(f.stages) == ['stem', 'stage1']
+    assert list(f.stores) == ['stem', 'stage1', 'stem.1', 'stage1.1']
+    for (k, n), (i, view) in product(f.stages.items(), enumerate(('none', 'mirror-1'))):
+        field = f'{k}.1' if i else k
+        d = f.stores[field].folder
         about = json.loads((d/'about.json').read_text())
-        assert about == f.stores[k].about == {**want, 'stage': k, 'weights': weights_digest(body, k), 'fields': {k: [[2, 1, n], 'float32']}}
-        assert d.parent == tmp_path and d.name.startswith(f'test_resnet-48px-mirror-{k}-')
+        assert about == f.stores[field].about == {**want, 'views': view, 'stage': k, 'weights': weights_digest(body, k), 'fields': {field: [[1, 1, n], 'float32']}}
+        assert d.parent == tmp_path and d.name.startswith(f'test_resnet-48px-{view}-{k}-')
         lines = [json.loads(l) for l in (d/'images.jsonl').read_text().splitlines()]
         assert [l['name'] for l in lines] == [Path(p).name for p in paths] and len({l['key'] for l in lines}) == 7
-        assert np.array_equal(np.fromfile(d/f'{k}.bin', '<f4').reshape(7, 2, n), f.numpy(k, 'max'))
+        assert np.array_equal(np.fromfile(d/f'{field}.bin', '<f4').reshape(7, n), f.numpy(k, 'max')[:, i])
 
 
 def test_in_the_cache(body, paths, cache_dir):
@@ -395,7 +399,9 @@ def test_another_setting_is_computed(name, body, paths, tmp_path):
     a = extract_features(paths, body, folder=tmp_path, **{'size': 32})
     kept = contents(a)
     with counting(body) as seen: b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
-    assert sum(seen) == 7*b.views and not {*folders(a).values()} & {*folders(b).values()} and contents(a) == kept
+    shared = name in ('views', 'orbit')                                             # the first view is the image as it is
+    assert sum(seen) == 7*(b.views - shared) and contents(a) == kept
+    assert {*folders(a).values()} & {*folders(b).values()} == ({*folders(a).values()} if shared else set())
     if name in ('size', 'fit', 'squish'): assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
     with counting(body) as seen: extract_features(paths, body, 32, folder=tmp_path)    # the first is still there
     assert not seen
@@ -514,6 +520,27 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
     with counting(body) as seen: f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
     assert sum(seen) == 4*7 and sum(further) <= 1 and contents(f) == part(whole, f.stages)      # the one is that which tells the widths
+
+
+def test_more_views_afterwards(body, paths, tmp_path):
+    "What was computed of the images as they are is not computed again for their turns; and one view of many is found"
+    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path/'whole')
+    with counting(body) as seen: straight = extract_features(paths[:5], body, 32, folder=tmp_path)
+    with counting(body) as more: f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
+    with counting(body) as all_of_it: g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
+    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3*5, 4*2) and folders(straight).items() <= folders(f).items()
+    assert np.array_equal(f.numpy()[:, :1], straight.numpy()) and f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5) and g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
+    with counting(body) as seen: one = extract_features(paths, body, 32, folder=tmp_path)
+    assert not seen and np.array_equal(one.numpy(), g.numpy()[:, :1]) and isinstance(one.numpy('stage1'), np.memmap)
+    with counting(body) as seen: m = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
+    assert sum(seen) == 7 and np.array_equal(m.numpy()[:, 0], g.numpy()[:, 0])
+
+
+@pytest.mark.parametrize('views', VIEWS)
+def test_the_first_view_is_the_image_as_it_is(views):
+    "A store of the first view serves every set"
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(VIEWS[views][0](x), x)
 
 
 def test_a_stage_that_is_behind(body, paths, tmp_path, whole):

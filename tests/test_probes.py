@@ -324,6 +324,20 @@ def test_some_of_the_images_by_seed(trained):
     assert domain_distance(trained.train(), images, n=10) == one and not trained.training
 
 
+@pytest.mark.parametrize('threads', [1, 4])
+def test_threads_do_not_mix_their_batches(trained, threads):
+    "Batches run through one network at the same time; each is counted once"
+    images, before = [np.full((32, 32, 3), v, np.uint8) for v in range(0, 240, 2)], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: table = domain_profile(trained, images)
+    finally: torch.set_num_threads(before)
+    x, bn = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images]), trained.stages.stage0[1]
+    with torch.no_grad(): h = trained.stages.stage0[0]((x/255 - 0.5)/0.25).double().transpose(0, 1).flatten(1)
+    a, b, shift = h.var(1, False) + bn.eps, bn.running_var.double() + bn.eps, (h.mean(1) - bn.running_mean.double())**2
+    assert table.distance.iloc[0] == pytest.approx(np.median(((a/b + b/a + shift*(1/a + 1/b) - 2)/4).numpy()), rel=1e-3)
+    assert not any(m._forward_pre_hooks for m in trained.modules())
+
+
 def test_no_distance_without_memory(trained):
     images = pictures(4)
     assert np.isnan(domain_distance(small(), images))

@@ -15,6 +15,9 @@ NUMBERED = re.compile(r'\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 # The same name as a link in Markdown or HTML, with the folders before it.
 LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 
+# nbdev links names between backticks in the comments of a signature as well, where Markdown is not read.
+CODE, LINKED = re.compile(r"```python\\n.*?```", re.S), re.compile(r"\[(`[^`\]]+`)\]\([^)\s]+\)")
+
 
 def process(workers):
     "Let nbdev bring `_proc/` up to date; when a name appeared or went, all of it, since every page links to the others."
@@ -46,6 +49,7 @@ def stage():
             text = re.sub(r'^\s*"output-file: .*\n', '', src.read_text(encoding='utf-8'), flags=re.M)
             text = LINK.sub(r'\1', text)
             text = home.sub(r'\1' + '../' * (len(name.parts) - 1), text)
+            text = CODE.sub(lambda m: LINKED.sub(r'\1', m[0]), text)
             dest.with_name(NUMBERED.sub('', name.name)).write_text(text, encoding='utf-8')
         elif name.name == '_quarto.yml': dest.write_text(NUMBERED.sub('', src.read_text(encoding='utf-8')), encoding='utf-8')
         else: shutil.copy2(src, dest)

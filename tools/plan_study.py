@@ -3,6 +3,7 @@
     export DR_TRANSFER_DATA=...        # the folder with flowers/ and dr/
     python tools/plan_study.py         # hours on two cores; goes on where it was stopped; keeps nbs/results/plan_study.csv
     python tools/plan_study.py --show  # the tables only
+    python tools/plan_study.py --seeds 1   # some of it; several processes may share the file, best with one core each (taskset)
     python tools/plan_study.py --tune --out FILE  # on the images that every seed learns from: here rates and thresholds may be chosen
 
 Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30 images a class to
@@ -12,9 +13,11 @@ and for large sets some plans have fewer epochs than their own (`EPOCHS`); every
 """
 import argparse, os, tempfile, time, warnings
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from scipy import stats
 from dr_transfer.advisor import advise
 from dr_transfer.core import build_learner, fit, valid_predictions
@@ -91,6 +94,20 @@ def interval(x):
     return f'{x.mean():.3f} ± {half:.3f}' if half == half else f'{x.mean():.3f}'
 
 
+def read_rows(file):
+    return pd.read_csv(file).fillna({'advised': ''}) if file.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised'])
+
+
+def keep_row(file, row):
+    "One more row in the file, in the order of seeds, studies and plans; other processes may do the same"
+    with FileLock(f'{file}.lock'):
+        rows = read_rows(file)
+        rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True) if len(rows) else pd.DataFrame([row])
+        order = {n: i for i, n in enumerate([s.name for s in studies('')] + [*PLANS, ADVISED])}
+        rows = rows.sort_values(['seed', 'study', 'plan'], key=lambda c: c if c.name == 'seed' else c.map(order), kind='stable')
+        with atomic_file(file) as f: rows.to_csv(f, index=False)
+
+
 def show(rows):
     "Scores, minutes and regrets, printed"
     print('score, mean of the seeds ± half a 95 % interval\n', rows.pivot_table(index='study', columns='plan', values='score', aggfunc=interval, sort=False).to_string(), '\n')
@@ -101,7 +118,7 @@ def show(rows):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seeds', type=int, default=SEEDS)
+    p.add_argument('--seeds', nargs='+', type=int, default=[*range(SEEDS)])
     p.add_argument('--plans', nargs='+', default=[*PLANS, ADVISED])
     p.add_argument('--studies', nargs='+', help='names of studies; all if left out')
     p.add_argument('--tune', action='store_true', help='on the images that no seed is scored on')
@@ -109,24 +126,23 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'plan_study.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
+    if a.show: raise SystemExit(show(read_rows(a.out)))
     root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
-    rows = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised'])
-    if a.show: raise SystemExit(show(rows))
     with tempfile.TemporaryDirectory() as drawn:
         make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
         make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
-        for seed in range(a.seeds):
-            for study in (s for s in studies(drawn) if not a.studies or s.name in a.studies):
-                todo = [q for q in a.plans if not ((rows.study == study.name) & (rows.plan == q) & (rows.seed == seed)).any()]
-                table = split(study, labelled(study, root, a.tune), seed + 100*a.tune) if todo else None
-                for name in todo:
-                    plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
-                    advised = plan.name if name == ADVISED else ''
-                    known = rows[(rows.study == study.name) & (rows.plan == advised) & (rows.seed == seed)]
-                    n, score, seconds = known[['images', 'score', 'seconds']].iloc[0] if len(known) else run(study, table, plan, seed)
-                    print(f'{study.name}, {name} {advised}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
-                    new = pd.DataFrame([{'study': study.name, 'plan': name, 'seed': seed, 'images': int(n), 'score': round(float(score), 4),
-                                         'seconds': round(seconds), 'advised': advised}])
-                    rows = pd.concat([rows, new], ignore_index=True) if len(rows) else new
-                    with atomic_file(a.out) as f: rows.to_csv(f, index=False)
-    show(rows)
+        for seed, study in product(a.seeds, studies(drawn)):
+            if a.studies and study.name not in a.studies: continue
+            def known():
+                rows = read_rows(a.out)
+                return rows[(rows.study == study.name) & (rows.seed == seed)].set_index('plan')
+            todo = [q for q in a.plans if q not in known().index]
+            table = split(study, labelled(study, root, a.tune), seed + 100*a.tune) if todo else None
+            for name in todo:
+                plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
+                advised, done = plan.name if name == ADVISED else '', known()
+                n, score, seconds = done.loc[advised, ['images', 'score', 'seconds']] if advised in done.index else run(study, table, plan, seed)
+                print(f'{study.name}, {name} {advised}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
+                keep_row(a.out, {'study': study.name, 'plan': name, 'seed': seed, 'images': int(n), 'score': round(float(score), 4),
+                                 'seconds': round(seconds), 'advised': advised})
+    show(read_rows(a.out))
