@@ -14,10 +14,9 @@ from .backbones import Stages
 from .classifiers import grouped_folds
 from .data import Task, get_task, task_table
 from .features import extract_features, whole_body
-from .model import Body
+from .model import make_body
 from .plans import LARGE, PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
-from .speed import get_setting
 
 # %% ../nbs/07a_advisor.ipynb #49195bce
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def choose_advised(
     tap:int, # How many stages the head sees
     own:bool # Is that what the backbone has anyway?
 ) -> Plan:
-    "The plan for a scenario: what the texts say, with the stage that was measured"
+    "The plan for a scenario: its size decides, and for few images the stage that was measured"
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
 
@@ -102,9 +101,10 @@ def advise(
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
     grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few
-    body = Body(stages, get_setting(setting, stages, arch, task.size))
+    body = make_body(stages, task.size, setting)
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
-    return _advice(some, counts, f, body, task, seed)
+    advice = _advice(some, counts, f, body, task, seed)
+    return replace(advice, plan=replace(advice.plan, arch=arch, weights=weights and str(weights))) # measured on this network
 
 # %% ../nbs/07a_advisor.ipynb #c89aebb7
 def _advice(t, counts, f, body, task, seed) -> Advice:

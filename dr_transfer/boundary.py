@@ -19,7 +19,7 @@ from .views import VIEWS
 
 # %% ../nbs/06d_boundary.ipynb #9de0d946
 class Front(nn.Module):
-    "The frozen part of a body: what the rest needs of a batch, as the setting has it"
+    "The frozen part: batch (n, 3, h, w) -> {'boundary': maps (n, c, h, w), 'side_i': maps or means of stage i}"
     def __init__(self, body:Body, k:int, means:bool=False):
         super().__init__()
         self.body, self.stages, self.means, n = body, body.stages, means, len(body.stages)
@@ -52,7 +52,7 @@ def split_body(
     k:int, # Number of frozen stages
     means:bool=False # Hand over only the means of frozen stages that the head sees?
 ) -> tuple[Front, Rest]: # They share their weights with the body
-    "A body in two parts; ValueError if it is no chain"
+    "A body in two parts; ValueError if it is no chain, or k is not 1 to its number of stages"
     if not isinstance(body.stages, Stages): raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
     if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
     return Front(body, k, means), Rest(body, k)

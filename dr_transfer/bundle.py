@@ -14,10 +14,9 @@ import numpy as np, pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
-from .model import Body, Head, create_head, head_inputs, view_probs
+from .model import Head, create_head, head_inputs, make_body, view_probs
 from .files import atomic_folder, unknown, usual_mode
 from .images import FITS
-from .speed import get_setting
 from .table import find_images, image_errors
 from .views import READERS, VIEWS, read_image
 
@@ -114,8 +113,7 @@ def load_model(
     "A saved model; `ModelError` if a file is missing or was changed"
     about = _read_about(folder)
     stages, head = create_body(about['arch'], 'random', about['tap'], about['stage']), _read_head(folder, about)
-    how = get_setting(setting, stages, about['arch'], about['size'])
-    model = nn.Sequential(Body(stages, how), create_head(head, head_inputs(stages, head, about['size']), len(about['classes'])))
+    model = nn.Sequential(make_body(stages, about['size'], setting, 'cpu'), create_head(head, head_inputs(stages, head, about['size']), len(about['classes'])))
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
     return ImageModel(model, about)
 

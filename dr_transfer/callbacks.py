@@ -45,14 +45,15 @@ class FrozenMode(Callback):
 
 # %% ../nbs/07b_callbacks.ipynb #2176230e
 class HeadFirst(Callback):
-    "Warn where a pretrained body is trained before its head (F37)"
-    def before_fit(self):
+    "Warn where a pretrained body is trained before its head (Chollet 2017, chapter 5)"
+    def before_train(self): # not `before_fit`, which fastai calls before it validates and predicts as well
+        if self.epoch: return
         bodies = [m for m in self.model.modules() if isinstance(m, Body)]
         free = any(p.requires_grad for b in bodies for p in b.parameters())
         if free and not self.learn.head_trained and bodies[0].stages.weights.kind != 'random':
             warnings.warn("the body is trained before the head: a random head destroys what was learnt there. "
                           "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')", stacklevel=2)
-    def after_fit(self): self.learn.head_trained = True
+    def after_train(self): self.learn.head_trained = True
 
 # %% ../nbs/07b_callbacks.ipynb #aeae136a
 class TrainSetting(Callback):
@@ -63,7 +64,7 @@ class TrainSetting(Callback):
         arch:str='', # Name of the backbone, for the memory
         size:int=224 # Side of the images in pixels
     ): self.setting, self.arch, self.size = setting, arch, size
-    def before_fit(self):
+    def before_train(self):
         body = next((m for m in self.model.modules() if isinstance(m, Body)), None)
         if body is not None and any(p.requires_grad for p in body.parameters()): self.measure(self.learn, body)
     def measure(self, learn, body):

@@ -37,12 +37,12 @@ def _group_codes(groups, n) -> np.ndarray:
 def _group_counts(y, g) -> pd.Series: return pd.Series(g).groupby(np.asarray(y)).nunique()
 
 def grouped_folds(
-    y, # Class of each image
-    groups=None, # Group of each image, None or NaN where there is none
+    y, # Class of each image (n,)
+    groups=None, # Group of each (n,), None or NaN where there is none
     n:int=5, # Folds; fewer if a class has fewer groups
     seed:int=0 # The same seed gives the same folds
 ) -> list: # (training, test) row numbers, a pair for each fold
-    "Folds with classes in proportion and groups whole; every training part knows every class"
+    "Folds with classes in proportion and groups whole; every training part knows every class; ValueError if one has fewer than 2 groups"
     y, g = np.asarray(y), _group_codes(groups, len(y))
     if n < 2: raise ValueError(f"{n} folds: give 2 or more")
     have, kind = _group_counts(y, g), 'images' if groups is None else 'groups'
@@ -236,7 +236,7 @@ def classifier_head(
 
 # %% ../nbs/06a_classifiers.ipynb #20e1de25
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
-    "A classifier of features that learns from all views and predicts the mean over the views"
+    "Learns from all views, predicts their mean; fitted: `classes_, scaler_, estimator_`"
     def __init__(self,
         classifier='logistic', # Name in `CLASSIFIERS`, or an estimator
         stages=None, # Stages of `Features` that are used; all if None
@@ -244,7 +244,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         seed:int=0 # Decides folds and random starts
     ): self.classifier, self.stages, self.pool, self.seed = classifier, stages, pool, seed
     def fit(self, X, y, groups=None):
-        "X: `Features`, array (images, views, channels) or (images, channels); y: classes; groups: what stays together"
+        "X: `Features` or array (images, views, channels) or (images, channels); y: classes (n,); groups (n,): what stays together; ValueError for what does not fit"
         x = _views_of(X, self.stages, self.pool)
         (self.classes_, codes), self.n_features_in_ = _classes(y, len(x)), x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))

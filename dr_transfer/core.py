@@ -26,10 +26,10 @@ from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders, task_table
 from .features import weights_digest
-from .model import Body, Head, create_head, head_inputs, view_probs
-from .phases import fit_phase, learner_features
-from .plans import choose_plan, get_plan
-from .speed import get_setting
+from .model import Head, create_head, head_inputs, make_body, view_probs
+from .files import unknown
+from .phases import fit_phase, learner_features, loaders_seen
+from .plans import PLANS, choose_plan, get_plan
 from .table import set_aside
 from .views import VIEWS
 
@@ -45,7 +45,7 @@ def versions() -> dict: # Name -> version
 
 def data_summary(
     table:pd.DataFrame # Columns `image, label, group, split, target`
-) -> dict:
+) -> dict: # images, set_aside, groups, classes, share, fingerprint
     "Numbers of images, of each class on each side, of groups, and a fingerprint of names, labels and sides"
     rows = sorted(zip(table.image.map(lambda p: '/'.join(Path(p).parts[-2:])), table.target, table.split))
     return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()),
@@ -85,7 +85,7 @@ def build_learner(
     fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
     **kwargs # More arguments of `vision_learner`
 ) -> Learner: # With `task`, `table`, `record`
-    "A Learner for a folder of pictures: pretrained, body frozen, ready to `fit`"
+    "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
     set_seed(seed, reproducible=True)
     own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
     return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs)
@@ -97,7 +97,8 @@ def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
     table = task_table(data, goal, labels, valid, seed)
     stages = create_body(arch, own.get('weights'), own.get('tap'), own.get('stage'))
-    body = Body(stages, get_setting(setting, stages, arch, task.size))
+    device = kwargs.pop('device', None)
+    body = make_body(stages, task.size, setting, default_device() if device is None else device)
     cbs = [FrozenMode(fixed_bn), HeadFirst(), TrainSetting(setting, arch, task.size)]
     return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed), kwargs)
 
@@ -116,6 +117,7 @@ class TransferLearner(Learner):
         **kwargs # With any of these, or an endless augmentation: fastai's own
     ) -> tuple: # Probabilities (n, classes) and class numbers (n,)
         "Predictions averaged over the exact set of views"
+        if views is not None and views not in VIEWS: raise unknown('views', views, VIEWS)
         views = views or views_of(self.task.augment)
         if kwargs or views is None: return super().tta(ds_idx, dl, **kwargs)
         dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
@@ -133,23 +135,23 @@ class _Groups:
     "A body's layer groups and the head, as fastai's splitter"
     def __call__(self, model): return [*layer_groups(model[0][0].stages).values(), list(model[1].parameters())]
 
-def _loaders(task, goal, table, body, bs, num_workers, kwargs) -> DataLoaders:
-    device, spec = kwargs.pop('device', None), body.stages.spec
-    device = default_device() if device is None else torch.device(device)
+def _loaders(task, goal, table, body, bs, num_workers) -> DataLoaders:
+    device, spec = next(body.parameters()).device, body.stages.spec
     free = (os.cpu_count() or 1) - 2*(device.type == 'cpu') # the network needs two cores of its own
     if num_workers is None: num_workers = max(0, min(4, free)) if len(table) > 500 else 0
     return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device)
 
 def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kwargs) -> Learner:
-    dls = _loaders(task, goal, table, body, bs, num_workers, kwargs)
+    dls = _loaders(task, goal, table, body, bs, num_workers)
     if not isinstance(head, nn.Module): head = create_head(head, head_inputs(body.stages, head, task.size), dls.c)
     kwargs = {'metrics': [METRICS[m]() for m in task.metrics.get(goal.name, ('accuracy',))], 'init': None, **kwargs}
     cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]
     learn = vision_learner(dls, _Arch(body), normalize=False, pretrained=body.stages.weights.kind != 'random', custom_head=head,
                            splitter=_Groups(), train_bn=False, cbs=cbs, **kwargs)
     learn.__class__ = TransferLearner
+    learn.model.to(dls.device) # fastai does so when it trains; features and predictions may come first
     learn.task, learn.goal, learn.table, learn.plan = task, goal, table, plan
-    learn.head_trained, learn.stored_body = getattr(head, 'trained', False), None
+    learn.head_trained, learn.stored_body, learn.loaders = getattr(head, 'trained', False), None, loaders_seen(dls)
     learn.record = _record(learn, **what)
     return learn
 
@@ -160,7 +162,7 @@ def classifier_learner(
     task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
     **kwargs # More arguments of `build_learner`
 ) -> Learner: # Its predictions are those of the classifier
-    "A classifier of features on top of its backbone again: a Learner that can be fine-tuned, saved and exported"
+    "A classifier on its backbone again, to be fine-tuned or saved; ValueError if stages, weights or classes differ"
     if getattr(classifier, 'source_', None) is None: raise ValueError("this classifier was not fitted on Features: give what image_features or learner_features returns to its fit")
     if classifier.pool != 'mean': raise ValueError(f"pool='{classifier.pool}': the head of a network sees means. Fit the classifier with pool='mean'")
     about, names = classifier.source_
@@ -178,7 +180,7 @@ def classifier_learner(
 def learner_groups(
     learn:Learner # From `build_learner`
 ) -> pd.DataFrame: # One row a group, nearest to the input first
-    "The layer groups of a learner with depth, parameters, and whether they are frozen (F32)"
+    "The layer groups of a learner with depth, parameters, and whether they are frozen"
     groups = layer_groups(learn.model[0][0].stages)
     groups['head'] = list(learn.model[1].parameters())
     return group_table(groups)
@@ -194,14 +196,15 @@ def _check_plan(learn, plan):
     elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about): what = f"the head '{plan.head}'"
     elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')): what = f"the augmentation '{plan.augment}'"
     else: return
-    raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan='{plan.name}')")
+    known = PLANS.get(plan.name) == replace(plan, phases=PLANS[plan.name].phases) if plan.name in PLANS else False
+    raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={repr(plan.name) if known else 'this plan itself'})")
 
 # %% ../nbs/08_core.ipynb #92104fb4
 def fit(
     learn:Learner, # From `build_learner`
     plan:Any=None, # Name, plan or advice; that of `build_learner`, or chosen, if None
     epochs:int|None=None, # Epochs of the plan's last phase
-    stored:bool=True, # Compute what is frozen once, where that can be?
+    stored:bool=True, # Keep what is frozen on disk (50 GB a phase at most)?
     say:Callable=print # What is done with the lines that tell how it goes
 ) -> Learner: # The same learner, trained
     "Train a learner by a plan"
@@ -228,9 +231,10 @@ def predict_probs(
     learn:Learner, # From `build_learner`
     images:list, # Paths or images
     views:str|None=None # Name in `VIEWS`; the augmentation's own if None
-) -> np.ndarray: # float32 (images, classes)
+) -> np.ndarray: # float32 (images, classes), in the order of learn.dls.vocab
     "Class probabilities, averaged over the views"
     task, spec = learn.task, learn.model[0][0].stages.spec
+    if not len(images): return np.zeros((0, learn.dls.c), np.float32)
     reader = ReadImage(task.size, task.reader, task.fit)
     return view_probs(learn.model, list(images), reader.image, spec.mean, spec.std, views or views_of(task.augment) or 'none')
 
@@ -238,10 +242,11 @@ def predict_probs(
 def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
     f = learner_features(learn, images).numpy()
-    head, device = learn.model[1].eval(), learn.dls.device
-    p = head(torch.tensor(f).flatten(0, 1).to(device)).softmax(1)
+    head = learn.model[1].eval()
+    p = head(torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)).softmax(1)
     return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
 
+# %% ../nbs/08_core.ipynb #73726309
 def prediction_table(
     images:list, # Names of the images
     probs:np.ndarray, # (images, classes)

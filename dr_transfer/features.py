@@ -8,6 +8,7 @@ __all__ = ['Features', 'features_array', 'features_table', 'weights_digest', 're
 
 # %% ../nbs/06_features.ipynb #2f19826e
 import hashlib
+from importlib.metadata import version
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,10 +16,9 @@ import numpy as np, pandas as pd, torch
 from .backbones import Stages, create_body, find_backbone, stage_names
 from .files import cache_folder, progress, unknown
 from .images import FITS
-from .model import POOLS, Body, good_bs
-from .speed import get_setting
+from .model import POOLS, Body, good_bs, make_body
 from .store import ArrayStore, fill_stores, source_name, stored_array
-from .views import READERS, VIEWS, map_batches, normalise, read_image
+from .views import READERS, READING, VIEWS, map_batches, normalise, read_image
 
 # %% ../nbs/06_features.ipynb #d49e1714
 def _field(stage, view): return f'{stage}.{view}' if view else stage # The first view is the image as it is
@@ -86,6 +86,8 @@ def weights_digest(
     for k, v in stages.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+_MADE_BY = ' '.join([f'reading {READING}', *(f'{p} {version(p)}' for p in ('torch', 'timm', 'pillow'))])
+
 def reading(
     body:Body, # A body
     size:int, # Side of the images in pixels
@@ -99,7 +101,7 @@ def reading(
     if size < 16: raise ValueError(f"size={size}: give pixels, 16 or more, such as 224")
     spec = body.stages.spec
     return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
-            'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type}
+            'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type, 'made by': _MADE_BY}
 
 # %% ../nbs/06_features.ipynb #2b186ce6
 def compute_views(
@@ -138,6 +140,7 @@ def extract_features(
     label:str='features' # What the progress bar says
 ) -> Features:
     "Pooled features of every stage and view, computed unless they are stored; ValueError for an image that cannot be read"
+    if isinstance(sources, (str, bytes, Path)): raise ValueError(f"{sources!r} is one image or folder: give a list, such as [{sources!r}] or find_images({sources!r})")
     if not len(sources): raise ValueError("no images: give a list with some")
     names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
     names = [n for n in stage_names(body.stages) if n in names]
@@ -187,4 +190,4 @@ def image_features(
     "Features of images from a backbone by name, at every stage up to the layer before its classifier"
     stages = whole_body(arch, weights)
     size = size or stages.spec.size
-    return extract_features(images, Body(stages, get_setting(setting, stages, arch, size)), size, **kwargs)
+    return extract_features(images, make_body(stages, size, setting), size, **kwargs)

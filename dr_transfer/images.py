@@ -6,7 +6,7 @@
 __all__ = ['FITS', 'to_rgb', 'read_rgb', 'fit_square']
 
 # %% ../nbs/01a_images.ipynb #65864255
-import io
+import io, threading
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,13 +27,16 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB')
     return im.convert('RGB')
 
+_PIL = threading.Lock() # a PIL image is read from its file when it is first looked at, and not by two threads at once
+
 def read_rgb(
     source, # Path, bytes, PIL image or array (height, width, 3)
     size:int|None=None # Side that is needed later, in pixels
 ) -> Image.Image:
     "Read an image as RGB; a JPEG far larger than `size` is scaled down while it is decoded"
     if isinstance(source, np.ndarray): source = Image.fromarray(source)
-    if isinstance(source, Image.Image): return to_rgb(source)
+    if isinstance(source, Image.Image):
+        with _PIL: return to_rgb(source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
         if size: im.draft('RGB' if im.mode == 'RGB' else im.mode, (2*size, 2*size))
         return to_rgb(im)

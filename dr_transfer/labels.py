@@ -35,7 +35,7 @@ def _contradictions(content, y, images) -> dict:
     return out
 
 # %% ../nbs/06c_labels.ipynb #c816991e
-FLAT = 0.9 # Entropy, as a share of the greatest possible, from which an image belongs to no class
+FLAT = 0.9 # Entropy, as a share of the greatest possible, above which it is undecided
 
 def _cleanlab():
     try: from cleanlab import filter, rank
@@ -46,7 +46,7 @@ def _cleanlab():
 def _reason(p, label, classes) -> str:
     "Why an image stands in the table"
     best, given = classes[p.argmax()], f'labelled {classes[label]} ({p[label]:.2f})'
-    if -(p*np.log(p.clip(1e-12))).sum() > FLAT*np.log(len(p)): return f'belongs to none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
+    if -(p*np.log(p.clip(1e-12))).sum() > FLAT*np.log(len(p)): return f'undecided, or of none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
     if best == classes[label]: return f'looks like {best} ({p.max():.2f}), as labelled'
     return f'looks like {best} ({p.max():.2f}), {given}'
 

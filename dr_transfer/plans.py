@@ -21,10 +21,10 @@ DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one
 @dataclass(frozen=True)
 class Phase:
     "One stretch of training"
-    frozen:int # Groups that stay frozen, from the input; -1: all but the head, -2: one more
+    frozen:int # Groups that stay frozen; -1: all but the head, -2: all but it and one
     epochs:int|None # Times through the images; None: solve a linear head
     lr:float # Highest rate, that of the head
-    spread:float=1. # The stem learns at `lr/spread`, the groups between in even steps
+    spread:float=1. # The stem has lr/spread; from group to group the same factor
     wd:float=0.01 # Weight decay
     decay:str='one_cycle' # How the rate goes; in `DECAYS`
     fixed_bn:bool|None=None # BatchNorm of the body stays? None: as the learner has it
@@ -36,7 +36,7 @@ class Phase:
         if not 0 <= k < n_groups: raise ValueError(f"frozen={self.frozen}: this model has {n_groups} groups with the head; give {1 - n_groups} to {n_groups - 1}")
         return k
     def rates(self, n_groups:int) -> list:
-        "The learning rate of each group, nearest to the input first (discriminative rates, F39)"
+        "The learning rate of each group, nearest to the input first (discriminative rates, Howard and Ruder 2018)"
         return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
 
 # %% ../nbs/07_plans.ipynb #6a5c545d
@@ -46,7 +46,7 @@ class Plan:
     name:str # Name, as `plan=` takes it
     phases:tuple # Phases in order
     about:str='' # In one line
-    stage:str|int|None=None # Last stage of the body; its own if None
+    stage:str|int|None=None # Last stage, by name or from the end; its own if None
     tap:int|None=None # Last stages that the head sees; the body's own if None
     head:str|Head='linear' # Name in `HEADS`, or a head
     augment:str|None=None # Augmentation; '+NAME' adds to the task's own; that if None
@@ -106,7 +106,7 @@ def _sizes(learn, plan) -> list:
 
 # %% ../nbs/07_plans.ipynb #8e9b30c3
 def plan_table(
-    learn:Any=None, # A learner, or the name of a backbone
+    learn:Any=None, # A learner, or a backbone (2 classes, 224 pixels)
     plans=None # Names or plans; all of `PLANS` if None
 ) -> pd.DataFrame: # One row a phase
     "Plans, phase by phase; for a learner with the weights that are trained, and all"

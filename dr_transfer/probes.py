@@ -22,13 +22,13 @@ from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
 # %% ../nbs/06b_probes.ipynb #20e11a5f
-PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # penalties per training image, of features of unit variance
+PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # divided by the number of training images; features have unit variance
 
 def ridge_path(
     x:np.ndarray, # Training features (n, channels)
     targets:np.ndarray, # (n, k)
     new:np.ndarray, # Features (m, channels) to be judged
-    penalties=PENALTIES # Penalties, divided by n
+    penalties=PENALTIES # Strengths of the penalty, divided by n
 ) -> tuple[np.ndarray, np.ndarray]: # Scores (penalties, m, k); GCV error (penalties,)
     "Ridge regression on standardised features for many penalties at once; GCV as in Golub, Heath and Wahba 1979"
     n, middle, mean = len(x), x.mean(0, dtype=np.float64), targets.mean(0)
@@ -115,7 +115,7 @@ def depth_profile(
     repeats:int=1, # How often they are divided anew
     measure:str|None=None, # Name in `MEASURES`; by the classes if None
     seed:int=0 # The same seed, the same folds
-) -> pd.DataFrame: # A row a candidate: channels, score, low, high; attrs: folds, share
+) -> pd.DataFrame: # A row a candidate: channels, score, low, high; attrs: folds, measure
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, measure = _task(features, y, groups, measure)
     parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
@@ -199,7 +199,7 @@ def learning_speed(
     return out
 
 # %% ../nbs/06b_probes.ipynb #0241b873
-SIMILAR = 0.1 # `domain_distance` below which images are like those of ImageNet
+SIMILAR = 0.1 # `domain_distance` below it is similar: between flowers and eyes, no theory
 
 def _remembers(m) -> bool:
     "Is it a BatchNorm layer with statistics of some training?"
@@ -237,7 +237,8 @@ def domain_profile(
     seed:int=0 # The same seed, the same images
 ) -> pd.DataFrame: # A row a BatchNorm layer, in order of depth: channels, distance
     "How far images are from what each BatchNorm layer remembers: median over channels of the symmetric divergence, in nats"
-    if not len(images) or n < 1: raise ValueError(f"{len(images)} images, n={n}: give at least one, a hundred are better")
+    images = list(images)
+    if not images or n < 1: raise ValueError(f"{len(images)} images, n={n}: give at least one, a hundred are better")
     some = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
     total, bs = {}, good_bs(next(body.parameters()).device)

@@ -68,7 +68,7 @@ def forward_copy(
 ) -> nn.Module: # To be called within `setting.cast()` on `setting.place(x)`
     "A copy of a network that runs forward passes faster; the network itself if the setting is plain"
     if setting == Setting(): return net
-    out = _fold(copy.deepcopy(net), _foldable(net, x), fuse_conv_bn_eval)
+    with torch.inference_mode(False), torch.no_grad(): out = _fold(copy.deepcopy(net), _foldable(net, x), fuse_conv_bn_eval) # it outlives the pass
     for m in out.modules():
         if setting.bf16 and type(m) in (nn.Conv2d, nn.Linear): m.to(torch.bfloat16)
     return out.requires_grad_(False).to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
@@ -164,7 +164,7 @@ def _cpu() -> str:
 
 def fastest_setting(
     model:nn.Module, # Network
-    name:str, # Its name, for the memory
+    name:str, # Its name, for the memory; '': nothing is remembered
     size:int=224, # Side of the images in pixels
     train:bool=False # For training steps, or for forward passes?
 ) -> Setting:
@@ -172,6 +172,7 @@ def fastest_setting(
     file, key = cache_folder()/'speed.json', f"{name} size={size} {'train' if train else 'forward'} | {_cpu()}"
     try: known = json.loads(file.read_text())
     except (OSError, ValueError): known = {}
+    if not name: return SETTINGS[choose_setting(measure_settings(model, size, train=train))]
     if known.get(key) not in SETTINGS:
         known[key] = choose_setting(measure_settings(model, size, train=train))
         try:
@@ -183,7 +184,7 @@ def fastest_setting(
 def get_setting(
     setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
     model:nn.Module|None=None, # For 'auto': the network
-    name:str='', # For 'auto': its name
+    name:str='', # For 'auto': its name, for the memory
     size:int=224, # For 'auto': side of the images in pixels
     train:bool=False # For 'auto': training steps, or forward passes?
 ) -> Setting:

@@ -20,7 +20,7 @@ from .images import read_rgb
 def content_key(
     source # Path, bytes, PIL image or array
 ) -> str: # 32 hexadecimal digits of a SHA-256
-    "An image by what is in it, whatever its name"
+    "An image by the bytes of its file, or by its pixels; ValueError if it cannot be read"
     h = hashlib.sha256()
     try:
         if isinstance(source, (str, Path)): h.update(Path(source).read_bytes())
@@ -129,10 +129,10 @@ def _room(new):
 def fill_stores(
     stores:list, # `ArrayStore`s on one disk, no two with a field of one name
     sources:list, # Paths or images
-    compute, # (sources, names of fields) -> iterator: a dict of arrays a batch
+    compute, # (sources, fields) -> iterator: field -> (n, *shape), for each batch
     bs:int # Images in a batch
 ) -> list: # For each store the row of each source (n,)
-    "See that the arrays of all sources are in the stores; compute those that are not"
+    "See that the arrays of all sources are in the stores; compute those that are not. ValueError for an unreadable image or a full disk"
     keys = content_keys(sources)
     def lacking(): return [s for s in stores if not set(keys) <= set(s.keys)]
     with ExitStack() as stack:

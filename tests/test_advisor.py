@@ -1,6 +1,7 @@
 "Advice: measured on the images to learn from and on no others, and a plan that runs."
 import io
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -153,12 +154,12 @@ def test_efficientnet_remembers_photographs(eyes):
     a = advise(eyes, 'dr', size=64, setting='plain')
     assert a.distance > SIMILAR and a.scenario == 'small, different' and f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
     assert a.profile.loc['stage4+stage5+stage6+stage7', 'channels'] == 704 and a.profile.loc['neck', 'channels'] == 1280
-    assert set(a.counts) == {'no', 'referable'} and a.plan.arch is None
+    assert set(a.counts) == {'no', 'referable'} and a.plan.arch == 'efficientnet_lite0'
 
 
 def test_a_transformer(flowers):
     a = advise(flowers, arch='test_vit', weights='random', size=64, setting='plain')
-    assert list(a.profile.index) == ['last'] and a.scenario == 'small' and a.plan == PLANS['head']
+    assert list(a.profile.index) == ['last'] and a.scenario == 'small' and a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, setting='plain', plan=a)
     fit(learn, epochs=1, say=str)
     assert learn.record['plan']['name'] == 'head' and isinstance(plot_advice(a), Figure)
@@ -360,6 +361,15 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     p = pd.read_csv(tmp_path/'run'/'predictions.csv')
     again = good('predict', tmp_path/'run', *p.image, '--setting', 'plain').out
     np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=.02)
+
+
+def test_advice_is_for_a_network(flowers):
+    "Without another word the learner is that network; another one is refused"
+    a = advise(flowers, **TINY)
+    learn = build_learner(flowers, size=32, setting='plain', plan=a)
+    assert learn.record['arch'] == 'test_resnet' and learn.record['weights']['kind'] == 'random'
+    other = build_learner(flowers, arch='small_cnn', weights='random', size=32, setting='plain')
+    with pytest.raises(ValueError, match="the backbone 'test_resnet'.*this plan itself"): fit(other, a)
 
 
 def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, monkeypatch):

@@ -355,7 +355,7 @@ def test_a_picture_of_no_class():
     x, y = blobs(150, 1, 4, apart=4.)
     x[0] = x[1:].mean(0)                                                        # in the middle between all classes
     reason = suspect_labels(x, y, classifier=FeatureClassifier(LogisticRegression(C=.003)), most=150).set_index('image').reason[0]
-    assert reason.startswith('belongs to none of the classes')
+    assert reason.startswith('undecided, or of none of the classes')
 
 
 def test_without_cleanlab(monkeypatch):
@@ -375,4 +375,4 @@ def test_suspects_of_real_flowers(data_root):
     f = image_features([str(data_root/'flowers'/i) for i in t.image], size=160, stages=['stage6'])
     found = suspect_labels(f, t.label, t.photographer)
     assert .01 < len(found)/len(t) < .06
-    assert found.reason.str.contains('looks like|belongs to none|the same picture').all()
+    assert found.reason.str.contains('looks like|undecided, or of none|the same picture').all()

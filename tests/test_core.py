@@ -728,3 +728,29 @@ def test_metrics_are_those_of_the_predictions(build):
     assert said['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
     last = learn.record['history'][-1]
     assert {k: last[k] for k in said if k != 'loss'} == pytest.approx({k: v for k, v in said.items() if k != 'loss'})
+
+
+# ---------------------------------------------------------------- odd requests
+
+def test_a_size_that_the_network_does_not_take(build):
+    with pytest.raises(ValueError, match='give size=224'): build(arch='vit_tiny_patch16_224', weights='random', size=256, setting='auto')
+
+
+def test_no_images_and_no_such_views(build):
+    learn = build()
+    assert predict_probs(learn, []).shape == (0, 5)
+    for ask in (lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'), lambda: learn.tta(views='mirorr')):
+        with pytest.raises(ValueError, match='nearest first: mirror'): ask()
+
+
+# ---------------------------------------------------------------- on a GPU
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+@pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
+def test_on_a_gpu(build, plan):
+    "Everything is there before the first fit, and stays there"
+    learn = build(setting='auto', device=None)
+    def where(): return {p.device.type for p in learn.model.parameters()}
+    assert where() == {'cuda'} and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda' and predict_probs(learn, learn.table.image[:3]).shape == (3, 5)
+    silent(learn, plan, epochs=1)
+    assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)

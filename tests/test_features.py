@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer import speed
+from dr_transfer import features, speed
 from dr_transfer.backbones import Stages, create_body, find_backbone, stage_names
 from dr_transfer.features import Features, extract_features, image_features, weights_digest
 from dr_transfer.model import HEADS, POOLS, AveragePool, Body, Head, create_head, view_probs
@@ -302,7 +302,7 @@ def test_the_description(body, paths, tmp_path):
     "What decides the numbers can be read from the folder"
     f = extract_features(paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path)
     want = {'arch': 'test_resnet', 'size': 48, 'fit': 'pad', 'reader': 'photo', 'pools': ['max'], 'mean': [.5]*3, 'std': [.5]*3,
-            'setting': 'fp32', 'device': 'cpu'}
+            'setting': 'fp32', 'device': 'cpu', 'made by': features._MADE_BY}
     assert {**want, 'views': 'mirror'}.items() <= f.about.items() and list(f.stages) == ['stem', 'stage1']
     assert list(f.stores) == ['stem', 'stage1', 'stem.1', 'stage1.1']
     for (k, n), (i, view) in product(f.stages.items(), enumerate(('none', 'mirror-1'))):
@@ -834,3 +834,15 @@ def test_training_has_a_setting_of_its_own():
     stages.requires_grad_(False)
     assert body.setting(x) == bf16                                              # frozen: a forward pass and no more
     assert Body(stages.requires_grad_(True), bf16).setting(x) == plain          # not yet known: plain
+
+
+@pytest.mark.parametrize('source', ['photos', b'jpeg', Path('a.jpg')], ids=str)
+def test_one_image_instead_of_a_list(body, source):
+    with pytest.raises(ValueError, match='give a list'): extract_features(source, body, 32)
+
+
+def test_other_versions_compute_anew(body, paths, tmp_path, monkeypatch):
+    a = extract_features(paths, body, 32, folder=tmp_path)
+    monkeypatch.setattr(features, '_MADE_BY', features._MADE_BY + '.1')
+    with counting(body) as seen: b = extract_features(paths, body, 32, folder=tmp_path)
+    assert sum(seen) == 7 and not {*folders(a).values()} & {*folders(b).values()} and 'torch' in a.about['made by']

@@ -1,5 +1,6 @@
 "Images of every mode, orientation and size, and what the network gets to see of them."
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -256,3 +257,18 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
     Image.fromarray(a).save(tmp_path/'a.png')
     first, *rest = (np.asarray(read_image(s, 64, 'fundus')) for s in (a, Image.fromarray(a), tmp_path/'a.png', str(tmp_path/'a.png'), (tmp_path/'a.png').read_bytes()))
     assert set(READERS) >= {'photo', 'fundus'} and all((first == o).all() for o in rest)
+
+
+# ---------------------------------------------------------------- threads
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+def test_one_picture_in_many_threads(tmp_path, kind):
+    "A picture that PIL has not read yet, asked for by several threads at once, upright in each"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.kron(A, np.ones((8, 8, 1), np.uint8))).save(tmp_path/'p', kind, exif=exif)
+    want = np.asarray(read_rgb(tmp_path/'p'))
+    for _ in range(5):
+        im = Image.open(tmp_path/'p')
+        with ThreadPoolExecutor(8) as pool: got = list(pool.map(read_rgb, [im]*16))
+        for g in got: np.testing.assert_array_equal(g, want)

@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import TfmdDL
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.torch_core import TensorImage
+from fasttransform import Transform
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -313,6 +316,32 @@ def test_a_body_before_its_head_warns(build):
     assert not heard(lambda: quiet(learn, 'fine_tune', 1))
     assert not heard(lambda: first(build(weights='random')))
     assert not heard(lambda: silent(build(plan='fine_tune'), epochs=1))
+
+
+def test_looking_is_not_training(build):
+    "To validate and to predict neither counts as training of the head, nor warns"
+    def look(l):
+        with l.no_bar(), l.no_logging(): l.validate(); l.predict(l.table.image[0])
+    learn = build()
+    assert not heard(lambda: look(learn)) and not learn.head_trained
+    learn.unfreeze()
+    assert not heard(lambda: look(learn)) and learn.record['setting']['train'] == ''
+    assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1 and learn.head_trained
+
+
+@pytest.mark.parametrize('what', ['transform', 'loader', 'bs'])
+def test_loaders_that_were_changed_are_used(build, what):
+    learn, seen = build(), []
+    class Watch(Transform):
+        def encodes(self, x:TensorImage): seen.append(len(x)); return x
+    assert why_not_stored(learn) == ''
+    if what == 'transform': learn.dls.add_tfms([Watch()], 'after_batch')
+    else: learn.dls.loaders[0] = learn.dls.train.new(dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})}))
+    said = []
+    fit(learn, 'head', epochs=1, say=said.append)
+    if what == 'bs': assert why_not_stored(learn) == ''                              # it is the size of the batches of stored features as well
+    else: assert 'the DataLoaders were changed' in ' '.join(said)
+    if what == 'transform': assert seen
 
 
 @pytest.mark.parametrize('stored', [True, False])

@@ -366,3 +366,10 @@ def test_photographs_of_flowers_are_similar_and_eyes_are_not(data_root):
     if not flowers or not eyes: pytest.skip('no flowers or no eyes')
     assert domain_distance(body, flowers, n=32) < 0.7*SIMILAR
     assert domain_distance(body, eyes, n=32, reader='fundus', fit='pad') > 1.4*SIMILAR
+
+
+def test_images_of_a_table(trained):
+    "A column of some of its rows, numbered as it is"
+    images = pictures(12)
+    column = pd.Series(images, index=range(5, 17))
+    assert domain_distance(trained, column) == domain_distance(trained, images) and domain_distance(trained, column, n=6) == domain_distance(trained, images, n=6)

@@ -3,6 +3,7 @@ import pickle
 import platform
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from dr_transfer import model, speed
 from dr_transfer.backbones import create_body
 from dr_transfer.model import Body
-from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, kept_memory, training_copy
+from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
 from dr_transfer.views import map_batches, normalise, stack_images
 
 FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
@@ -280,3 +282,37 @@ def test_channels_last_and_normalised():
     assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -.5, 0], [1, 1.5, 1]]))
     wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (.1, .2, .3), (.4, .5, .6))
     assert wide.shape == (2, 3, 5, 7)
+
+
+def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
+    "Otherwise the next one would get its setting"
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
+    rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
+    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: next(rates))
+    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16] and not list(tmp_path.iterdir())
+
+
+def test_gradients_for_the_picture_after_a_prediction():
+    "The copy was made where no gradients were wanted"
+    body, x = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval(), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode(): want = body(x)
+    x.requires_grad_()
+    out = body(x)
+    out.square().mean().backward()
+    assert torch.allclose(out, want, atol=1e-5) and x.grad.abs().sum() > 0
+
+
+def test_a_body_made_where_nothing_is_recorded():
+    with torch.inference_mode():
+        body = Body(create_body('test_resnet', 'random'), FAST).eval()
+        assert torch.allclose(body(torch.ones(1, 3, 32, 32)), body.stages(torch.ones(1, 3, 32, 32)), atol=1e-4)
+
+
+def test_threads_share_one_copy(monkeypatch):
+    made = []
+    monkeypatch.setattr(model, 'forward_copy', lambda *a: made.append(1) or time.sleep(.05) or forward_copy(*a))
+    body = Body(create_body('test_resnet', 'random'), FAST).eval()
+    def run(i):
+        with torch.inference_mode(): return body(torch.ones(1, 3, 32, 32))
+    with ThreadPoolExecutor(4) as pool: list(pool.map(run, range(8)))
+    assert len(made) == 1
