@@ -738,7 +738,7 @@ def test_a_size_that_the_network_does_not_take(build):
 
 def test_no_images_and_no_such_views(build):
     learn = build()
-    assert predict_probs(learn, []).shape == (0, 5)
+    assert predict_probs(learn, []).shape == (0, learn.dls.c)
     for ask in (lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'), lambda: learn.tta(views='mirorr')):
         with pytest.raises(ValueError, match='nearest first: mirror'): ask()
 
@@ -751,6 +751,6 @@ def test_on_a_gpu(build, plan):
     "Everything is there before the first fit, and stays there"
     learn = build(setting='auto', device=None)
     def where(): return {p.device.type for p in learn.model.parameters()}
-    assert where() == {'cuda'} and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda' and predict_probs(learn, learn.table.image[:3]).shape == (3, 5)
+    assert where() == {'cuda'} and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda' and predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
     silent(learn, plan, epochs=1)
     assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)

@@ -139,6 +139,7 @@ if __name__ == '__main__':
             todo = [q for q in a.plans if q not in known().index]
             table = split(study, labelled(study, root, a.tune), seed + 100*a.tune) if todo else None
             for name in todo:
+                if name in known().index: continue  # another process was faster
                 plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
                 advised, done = plan.name if name == ADVISED else '', known()
                 n, score, seconds = done.loc[advised, ['images', 'score', 'seconds']] if advised in done.index else run(study, table, plan, seed)
