@@ -9,7 +9,6 @@ __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLea
 # %% ../nbs/08_core.ipynb #8405814e
 import hashlib, os, platform
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable
 import fastai.callback.schedule # gives a Learner fit_one_cycle, fine_tune and lr_find
@@ -26,9 +25,9 @@ from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders, task_table
 from .features import weights_digest
+from .files import package_version, unknown
 from .model import Head, create_head, head_inputs, make_body, view_probs
-from .files import unknown
-from .phases import fit_phase, learner_features, loaders_seen
+from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
 from .table import set_aside
 from .views import VIEWS
@@ -38,10 +37,7 @@ PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm',
 
 def versions() -> dict: # Name -> version
     "The versions of Python and of the packages that decide a result"
-    def one(p):
-        try: return version(p)
-        except PackageNotFoundError: return ''
-    return {'python': platform.python_version(), **{p: one(p) for p in PACKAGES}}
+    return {'python': platform.python_version(), **{p: package_version(p) for p in PACKAGES}}
 
 def data_summary(
     table:pd.DataFrame # Columns `image, label, group, split, target`
@@ -151,7 +147,7 @@ def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kw
     learn.__class__ = TransferLearner
     learn.model.to(dls.device) # fastai does so when it trains; features and predictions may come first
     learn.task, learn.goal, learn.table, learn.plan = task, goal, table, plan
-    learn.head_trained, learn.stored_body, learn.loaders = getattr(head, 'trained', False), None, loaders_seen(dls)
+    learn.head_trained, learn.stored_body, learn.built_loaders = getattr(head, 'trained', False), None, loader_summary(dls)
     learn.record = _record(learn, **what)
     return learn
 
@@ -196,8 +192,9 @@ def _check_plan(learn, plan):
     elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about): what = f"the head '{plan.head}'"
     elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')): what = f"the augmentation '{plan.augment}'"
     else: return
-    known = PLANS.get(plan.name) == replace(plan, phases=PLANS[plan.name].phases) if plan.name in PLANS else False
-    raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={repr(plan.name) if known else 'this plan itself'})")
+    listed = PLANS.get(plan.name)
+    how = repr(plan.name) if listed and replace(plan, phases=listed.phases) == listed else 'this plan itself'
+    raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={how})")
 
 # %% ../nbs/08_core.ipynb #92104fb4
 def fit(

@@ -8,13 +8,12 @@ __all__ = ['Features', 'features_array', 'features_table', 'weights_digest', 're
 
 # %% ../nbs/06_features.ipynb #2f19826e
 import hashlib
-from importlib.metadata import version
 from functools import partial
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .backbones import Stages, create_body, find_backbone, stage_names
-from .files import cache_folder, progress, unknown
+from .files import cache_folder, package_version, progress, unknown
 from .images import FITS
 from .model import POOLS, Body, good_bs, make_body
 from .store import ArrayStore, fill_stores, source_name, stored_array
@@ -86,7 +85,7 @@ def weights_digest(
     for k, v in stages.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-_MADE_BY = ' '.join([f'reading {READING}', *(f'{p} {version(p)}' for p in ('torch', 'timm', 'pillow'))])
+_MADE_BY = ' '.join([f'reading {READING}', *(f'{p} {package_version(p)}' for p in ('torch', 'timm', 'pillow'))])
 
 def reading(
     body:Body, # A body

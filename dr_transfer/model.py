@@ -93,7 +93,7 @@ def make_body(
         with torch.no_grad(): stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device))
     except (AssertionError, RuntimeError, ValueError) as e:
         raise ValueError(f"'{stages.spec.name}' does not take images of {size} pixels ({e}): give size={stages.spec.size}") from None
-    device = torch.device(device or best_device())
+    device = best_device() if device is None else torch.device(device)
     if setting == 'auto' and device.type != 'cpu': setting = 'plain'
     return Body(stages, get_setting(setting, stages, stages.spec.name, size)).to(device)
 
