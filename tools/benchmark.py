@@ -7,7 +7,6 @@
     extract   features of every stage, from files: against `get_preds` of a plain `vision_learner`, and against the bare network in its
               best setting on tensors in memory
     head      a head on the flowers, quarter turns as augmentation, 30 epochs and to its end: against 30 frozen epochs of plain fastai (3 are run, times 10)
-    long_head the accuracy of plain fastai after all 30 of them; not timed
     tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai with `freeze_to`
     steps     training steps of the body with fixed BatchNorm, pictures in memory: against the network as it comes
     scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
@@ -107,36 +106,24 @@ def extract(root, n=512, rounds=5):
             ('likeness of the features (cosine, least of 8)', min(cos), '')]
 
 
-def plain_head(table, size, folder, epochs):
-    "Frozen epochs of plain fastai with quarter turns: seconds, accuracy"
+def head(root, epochs=3, of=30):
     from fastai.metrics import accuracy
     from dr_transfer.augment import QuarterTurns
-    plain = plain_learner(table, size, folder, [QuarterTurns()], [accuracy])
-    with plain.no_bar(), plain.no_logging(): t, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
-    return t, float(plain.recorder.values[-1][-1])
-
-
-def head(root, epochs=3, of=30):
     from dr_transfer.core import build_learner, fit
     from dr_transfer.data import get_task
     table = flowers(root)
     ours = lambda epochs: seconds(lambda: fit(build_learner(table, augment='quarter_turns'), 'head', epochs=epochs, say=lambda s: None).record['history'][-1]['accuracy'])
     with fresh_cache(): t_steps, in_steps = ours(of)
     with fresh_cache(): t_solved, solved = ours(None)
-    with tempfile.TemporaryDirectory() as d: t_plain, theirs = plain_head(table, get_task('flowers').size, d, epochs)
-    t_plain *= of/epochs
+    with tempfile.TemporaryDirectory() as d:
+        plain = plain_learner(table, get_task('flowers').size, d, [QuarterTurns()], [accuracy])
+        with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
+    t_plain, theirs = t_plain*of/epochs, float(plain.recorder.values[-1][-1])
     about = lambda t: f'{t:.0f} s, features included, against {t_plain:.0f} s'
     return [(f'a head on the flowers, {of} epochs against {of} frozen epochs of plain fastai ({epochs} run)', t_plain/t_steps, about(t_steps)),
             ('a head solved to its end, against the same', t_plain/t_solved, about(t_solved)),
             (f'accuracy, unseen photographers, {of} epochs', in_steps, ''), ('accuracy, unseen photographers, solved', solved, ''),
             (f'accuracy, unseen photographers, plain fastai after {epochs} epochs', theirs, '')]
-
-
-def long_head(root, epochs=30):
-    from dr_transfer.data import get_task
-    from dr_transfer.speed import kept_memory
-    with tempfile.TemporaryDirectory() as d, kept_memory(): _, theirs = plain_head(flowers(root), get_task('flowers').size, d, epochs)
-    return [(f'accuracy, unseen photographers, plain fastai after {epochs} frozen epochs', theirs, '')]
 
 
 def tail(root, epochs=5, size=384):
@@ -224,7 +211,7 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
     return out
 
 
-PARTS = {f.__name__: f for f in (extract, head, long_head, tail, steps, scale)}
+PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale)}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
