@@ -143,7 +143,7 @@ def demo(
         print(f'drawing {a.images} fundus photographs', flush=True)
         with atomic_folder(out/'data') as tmp: make_dr(tmp, **what)
     for name in STARTS: _demo_run(a, out, name)
-    print(f"\nDrawn eyes of patients not seen in training, grade 2 or more:\n\n{_demo_table(out).round(3).to_string()}\n")
+    print(f"\nDrawn eyes of patients not seen in training, grade 2 or more (average of the views of each eye):\n\n{_demo_table(out).round(3).to_string()}\n")
     print(f"picture: {_demo_picture(out)}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 

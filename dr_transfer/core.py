@@ -213,7 +213,7 @@ def fit(
         values, kept = fit_phase(learn, phase, stored, say)
         rows = [{'phase': i, 'epoch': e, 'stored': kept, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)]
         learn.record['history'] += rows
-        say(f"phase {i} of {len(plan.phases)}, {len(rows)} epochs: " + ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names))
+        say(f"phase {i} of {len(plan.phases)}, {len(rows)} epoch{'s' if len(rows) != 1 else ''}: " + ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names))
     learn.record['plan'] = asdict(plan)
     return learn
 

@@ -743,7 +743,7 @@ def test_no_images_and_no_such_views(build):
         with pytest.raises(ValueError, match='nearest first: mirror'): ask()
 
 
-# ---------------------------------------------------------------- on a GPU
+# ---------------------------------------------------------------- devices
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
@@ -754,3 +754,8 @@ def test_on_a_gpu(build, plan):
     assert where() == {'cuda'} and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda' and predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
     silent(learn, plan, epochs=1)
     assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='here a device number has a device')
+def test_a_device_number_is_not_taken_for_none(build):
+    with pytest.raises((RuntimeError, AssertionError)): build(device=0)
