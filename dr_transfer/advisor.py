@@ -12,8 +12,9 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .backbones import Stages
 from .classifiers import grouped_folds
-from .data import Task, get_task, task_table
+from .data import Task, get_task
 from .features import extract_features, whole_body
+from .leaks import split_data
 from .model import make_body
 from .plans import LARGE, PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
@@ -97,7 +98,7 @@ def advise(
     "Measure the images to learn from, and recommend a plan"
     task = get_task(task, size)
     goal, stages = task.target(target), whole_body(arch, weights)
-    t = task_table(data, goal, labels, valid, seed)
+    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True) # one side is not looked at
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
     grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few

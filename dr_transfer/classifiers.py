@@ -24,16 +24,10 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from .features import Features, _chosen
 from .files import unknown
+from .intervals import group_codes
 from .model import HEADS, Head, create_head
 
 # %% ../nbs/06a_classifiers.ipynb #b0de99a0
-def _group_codes(groups, n) -> np.ndarray:
-    "A number for each group; an image without one is a group of its own"
-    if groups is None: return np.arange(n)
-    codes = pd.factorize(np.asarray(groups, dtype=object))[0]
-    if len(codes) != n: raise ValueError(f"{len(codes)} groups for {n} images: give one for each image, None where there is none")
-    return np.where(codes < 0, codes.max(initial=0) + 1 + np.arange(n), codes)
-
 def _group_counts(y, g) -> pd.Series: return pd.Series(g).groupby(np.asarray(y)).nunique()
 
 def grouped_folds(
@@ -43,7 +37,7 @@ def grouped_folds(
     seed:int=0 # The same seed gives the same folds
 ) -> list: # (training, test) row numbers, a pair for each fold
     "Folds with classes in proportion and groups whole; every training part knows every class; ValueError if one has fewer than 2 groups"
-    y, g = np.asarray(y), _group_codes(groups, len(y))
+    y, g = np.asarray(y), group_codes(groups, len(y))
     if n < 2: raise ValueError(f"{n} folds: give 2 or more")
     have, kind = _group_counts(y, g), 'images' if groups is None else 'groups'
     if have.min() < 2: raise ValueError(f"class '{have.idxmin()}' has {have.min()} {kind}: cross-validation needs 2 {kind} "
@@ -72,7 +66,7 @@ class _Orbit:
         "The same from what scikit-learn calls cv, applied to images"
         if cv is None or isinstance(cv, int): return self.splits(cv or 5)
         cv = check_cv(cv, self.labels, classifier=True)
-        return [(self.rows(a), self.rows(b)) for a, b in cv.split(np.zeros(len(self.labels)), self.labels, _group_codes(self.groups, len(self.labels)))]
+        return [(self.rows(a), self.rows(b)) for a, b in cv.split(np.zeros(len(self.labels)), self.labels, group_codes(self.groups, len(self.labels)))]
 
 # %% ../nbs/06a_classifiers.ipynb #5b99e070
 LEAST = 0.001 # A probability counts as at least this much
@@ -272,7 +266,7 @@ def out_of_fold(
 ) -> np.ndarray: # Probabilities (images, classes), classes sorted
     "Probabilities of each image from a classifier that saw neither it nor its group"
     if not isinstance(X, Features): X = np.asarray(X)
-    y, g = np.asarray(y), _group_codes(groups, len(y))
+    y, g = np.asarray(y), group_codes(groups, len(y))
     classes, _ = _classes(y, len(X))
     p = np.zeros((len(y), len(classes)))
     for train, test in grouped_folds(y, groups, folds, seed):

@@ -23,9 +23,10 @@ from .augment import views_of
 from .backbones import create_body, group_table, layer_groups, stage_names
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
-from .data import ReadImage, Task, get_task, task_dataloaders, task_table
+from .data import ReadImage, Task, get_task, task_dataloaders
 from .features import weights_digest
 from .files import package_version, unknown
+from .leaks import split_data
 from .model import Head, create_head, head_inputs, make_body, view_probs
 from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
@@ -41,10 +42,10 @@ def versions() -> dict: # Name -> version
 
 def data_summary(
     table:pd.DataFrame # Columns `image, label, group, split, target`
-) -> dict: # images, set_aside, groups, classes, share, fingerprint
+) -> dict: # images, set_aside, groups, leaks, classes, share, fingerprint
     "Numbers of images, of each class on each side, of groups, and a fingerprint of names, labels and sides"
     rows = sorted(zip(table.image.map(lambda p: '/'.join(Path(p).parts[-2:])), table.target, table.split))
-    return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()),
+    return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()), 'leaks': table.attrs.get('leaks'),
             'classes': {s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
@@ -79,19 +80,19 @@ def build_learner(
     setting:str='auto', # Format and precision on the CPU; 'plain': leave them
     num_workers:int|None=None, # Processes that read images; chosen if None
     fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
+    allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
     **kwargs # More arguments of `vision_learner`
 ) -> Learner: # With `task`, `table`, `record`
     "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
     set_seed(seed, reproducible=True)
-    own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
-    return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs)
+    return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head), setting, fixed_bn, bs, num_workers, valid, seed, allow_leaks, kwargs)
 
 # %% ../nbs/08_core.ipynb #ccb7d407
-def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, kwargs) -> Learner:
+def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, allow_leaks, kwargs) -> Learner:
     asked = plan or get_plan('head')
     own = {'arch': 'efficientnet_lite0', **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
-    table = task_table(data, goal, labels, valid, seed)
+    table = split_data(data, task, goal, labels, valid, seed, allow_leaks)
     stages = create_body(arch, own.get('weights'), own.get('tap'), own.get('stage'))
     device = kwargs.pop('device', None)
     body = make_body(stages, task.size, setting, default_device() if device is None else device)

@@ -114,11 +114,14 @@ def task_table(
     target:Target, # What is learnt
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     valid:float=0.2, # Share of the images for validation
-    seed:int=42 # Another seed, another split
-) -> pd.DataFrame: # Columns `image, label, group, split, target`
+    seed:int=42, # Another seed, another split
+    together:Callable|None=None # Table -> (n,): what stays together; its groups if None
+) -> pd.DataFrame: # `image, label, group, split, target`, and other columns
     "Label, encode, and split with the classes of the target, not the labels, in proportion"
     t = encode_target(label_table(data, labels), target)
-    return split_table(t.assign(label=t.target), valid=valid, seed=seed).assign(label=t.label)
+    apart = t.group if together is None else together(t)
+    s = split_table(t.assign(label=t.target, group=apart), valid=valid, seed=seed, check=together is None)
+    return s.assign(label=t.label, group=t.group)
 
 # %% ../nbs/04_data.ipynb #3d7a506f
 def _sides(table) -> tuple[list, list]:

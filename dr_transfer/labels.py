@@ -9,8 +9,9 @@ __all__ = ['FLAT', 'suspect_labels']
 import numpy as np, pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from .classifiers import FeatureClassifier, _classes, _group_codes, out_of_fold
+from .classifiers import FeatureClassifier, _classes, out_of_fold
 from .features import Features
+from .intervals import group_codes
 
 # %% ../nbs/06c_labels.ipynb #0d15f824
 def _content(features) -> np.ndarray:
@@ -20,7 +21,7 @@ def _content(features) -> np.ndarray:
 
 def _joined(groups, content) -> np.ndarray:
     "Groups, those that share a picture made one"
-    g, n = _group_codes(groups, len(content)), len(content)
+    g, n = group_codes(groups, len(content)), len(content)
     _, codes = np.unique(g, return_inverse=True)
     size = codes.max() + 1 + content.max() + 1
     return connected_components(coo_array((np.ones(n), (codes, codes.max() + 1 + content)), shape=(size, size)), directed=False)[1][codes]
