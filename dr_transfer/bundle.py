@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
+from .decision import apply_decision
 from .model import Head, create_head, head_inputs, make_body, view_probs
 from .files import atomic_folder, unknown, usual_mode
 from .images import FITS
@@ -36,11 +37,11 @@ class ImageModel:
     def read(self, source): return read_image(source, self.about['size'], self.about['reader'], self.about['fit'])
     def probs(self,
         images:list, # Paths, PIL images or arrays, all readable
-        views:str|None=None # Name in `VIEWS`; the model's own if None
-    ) -> np.ndarray: # float32 (images, classes)
-        "Class probabilities, averaged over the views"
-        views = views or self.about['views']
-        return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views)
+        views:str|None=None, # Name in `VIEWS`; the model's own if None
+        average:bool=True # Over the views?
+    ) -> np.ndarray: # float32 (images, classes), or (images, views, classes)
+        "Class probabilities as the network gives them, averaged over the views"
+        return view_probs(self.model, list(images), self.read, self.about['mean'], self.about['std'], views or self.about['views'], average=average)
 
 # %% ../nbs/13_bundle.ipynb #12002ad2
 def image_model(
@@ -53,7 +54,7 @@ def image_model(
     about = {'arch': r['arch'], 'stage': r['stage'], 'tap': r['tap'], 'head': r['head'], 'classes': list(learn.dls.vocab), 'task': r['task'], 'target': r['target'], 'size': r['size'],
              'reader': learn.task.reader, 'fit': learn.task.fit, 'views': r['augment'] if r['augment'] in VIEWS else 'none',
              'mean': list(body.stages.spec.mean), 'std': list(body.stages.spec.std),
-             'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
+             'decision': r.get('decision'), 'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
     return ImageModel(nn.Sequential(body, head), about)
 
 # %% ../nbs/13_bundle.ipynb #621cca0c
@@ -136,8 +137,8 @@ def gather_images(
 def predict_table(
     model:ImageModel, # From `load_model` or `image_model`
     images:list[str] # Paths
-) -> pd.DataFrame: # `image, prediction`, `p_CLASS` for each class, `error`
-    "Predictions for image files; unreadable ones get a row with the reason in `error`"
+) -> pd.DataFrame: # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
+    "Predictions for image files, calibrated if the model knows its temperature; unreadable ones get a row with the reason in `error`"
     errors = image_errors(images)
     good = [i for i, e in zip(images, errors) if not e]
     columns = [f'p_{c}' for c in model.classes]
@@ -145,4 +146,4 @@ def predict_table(
     best = p.to_numpy().argmax(1) if len(p) else []
     t = pd.DataFrame({'image': images, 'prediction': pd.Series([model.classes[i] for i in best], index=good, dtype=object).reindex(images).tolist()})
     t[columns] = p.reindex(images).to_numpy()
-    return t.assign(error=errors)
+    return apply_decision(t, model.classes, model.about.get('decision')).assign(error=errors)

@@ -10,6 +10,7 @@ import io, threading
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
+from .dicom import is_dicom, read_dicom
 from .files import unknown
 
 # %% ../nbs/01a_images.ipynb #28a04f4c
@@ -29,12 +30,14 @@ def to_rgb(
 
 _PIL = threading.Lock() # a PIL image is read from its file when it is first looked at, and not by two threads at once
 
+# %% ../nbs/01a_images.ipynb #73421f57
 def read_rgb(
     source, # Path, bytes, PIL image or array (height, width, 3)
     size:int|None=None # Side that is needed later, in pixels
 ) -> Image.Image:
     "Read an image as RGB; a JPEG far larger than `size` is scaled down while it is decoded"
     if isinstance(source, np.ndarray): source = Image.fromarray(source)
+    if is_dicom(source): return to_rgb(read_dicom(source))
     if isinstance(source, Image.Image):
         with _PIL: return to_rgb(source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:

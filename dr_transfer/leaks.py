@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import chi2_contingency
 from scipy.stats.contingency import association
 from .data import Target, Task, task_table
+from .dicom import is_dicom, read_dicom
 from .files import cache_folder, package_version, progress
 from .intervals import group_codes
 from .store import ArrayStore, fill_stores, source_name, stored_array
@@ -120,7 +121,7 @@ def file_facts(
 ) -> pd.DataFrame: # `suffix`, `width`, `height`, `kilobytes`
     "What files say of where they come from, without decoding them"
     def one(p):
-        with Image.open(p) as im: return Path(p).suffix.lower(), *im.size, Path(p).stat().st_size/1000
+        with (read_dicom(p) if is_dicom(p) else Image.open(p)) as im: return Path(p).suffix.lower(), *im.size, Path(p).stat().st_size/1000
     return pd.DataFrame([one(p) for p in sources], columns=['suffix', 'width', 'height', 'kilobytes'])
 
 # %% ../nbs/05d_leaks.ipynb #1e219da8

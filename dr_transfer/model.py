@@ -152,6 +152,7 @@ def good_bs(
     "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
     return 8 if device.type == 'cpu' else 64
 
+# %% ../nbs/05c_model.ipynb #7d1aaf4f
 def view_probs(
     model:nn.Module, # Body and head; it is put into evaluation mode
     sources:list, # Paths or images
@@ -159,8 +160,9 @@ def view_probs(
     mean, # Of the backbone, three numbers in 0 to 1
     std, # Of the backbone, three numbers
     views:str='none', # Name in `VIEWS`
-    bs:int|None=None # Images in a batch; chosen if None
-) -> np.ndarray: # float32 (images, classes)
+    bs:int|None=None, # Images in a batch; chosen if None
+    average:bool=True # Over the views?
+) -> np.ndarray: # float32 (images, classes), or (images, views, classes)
     "Class probabilities of a model, averaged over the views of each image"
     if views not in VIEWS: raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
@@ -168,6 +170,7 @@ def view_probs(
     @torch.inference_mode()
     def probs(x):
         x = normalise(x.to(device), mean, std)
-        return torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]]).mean(0).cpu().numpy()
+        p = torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]], 1)
+        return (p.mean(1) if average else p).cpu().numpy()
     out = list(progress(map_batches(probs, sources, read, bs, device), total=-(-len(sources)//bs), label=f'predictions, batches of {bs}'))
     return np.concatenate(out) if out else np.zeros((0, 0), np.float32)

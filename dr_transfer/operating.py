@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LEAST', 'OperatingPointError', 'OperatingPoint', 'choose_operating_point', 'predictive_values', 'operating_table']
 
-# %% ../nbs/00e_operating.ipynb #8604ab32
+# %% ../nbs/00e_operating.ipynb #20448a15
 from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd
 from .intervals import share_interval
 from .metrics import sensitivity, specificity
 
-# %% ../nbs/00e_operating.ipynb #6c29e6f4
+# %% ../nbs/00e_operating.ipynb #642a0588
 LEAST = 30 # positives (or negatives) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
 
 class OperatingPointError(ValueError):
@@ -30,7 +30,7 @@ class OperatingPoint:
     def decide(self, score) -> np.ndarray: return np.asarray(score, float) >= self.threshold
     def __str__(self): return f'positive from {self.threshold:.3f} on, for a {self.wanted} of {self.at_least:.0%} or more on {self.positives} positive and {self.negatives} other validation images'
 
-# %% ../nbs/00e_operating.ipynb #fad1d6b3
+# %% ../nbs/00e_operating.ipynb #4359a89c
 def choose_operating_point(
     y, # Truth of validation images (n,): 1 positive, 0 negative
     score, # Score (n,): the higher, the more likely positive
@@ -55,7 +55,7 @@ def _point(y, score, t, wanted, share) -> OperatingPoint:
     p = (score >= t).astype(int)
     return OperatingPoint(t, wanted, share, int(y.sum()), int((1 - y).sum()), sensitivity(y, p), specificity(y, p))
 
-# %% ../nbs/00e_operating.ipynb #9ef978ed
+# %% ../nbs/00e_operating.ipynb #4c01358a
 def predictive_values(
     sensitivity:float, # Of the test, 0 to 1
     specificity:float, # Of the test, 0 to 1
@@ -67,17 +67,16 @@ def predictive_values(
     fn, tn = (1 - sensitivity)*prevalence, specificity*(1 - prevalence)
     return {'positive': tp/(tp + fp) if tp + fp else float('nan'), 'negative': tn/(tn + fn) if tn + fn else float('nan')}
 
-# %% ../nbs/00e_operating.ipynb #9abb8524
+# %% ../nbs/00e_operating.ipynb #08a6efad
 def operating_table(
-    point:OperatingPoint, # Chosen on validation images
     y, # Truth of test images (n,): 1 positive, 0 negative
-    score, # Score (n,)
+    called, # What was decided (n,): True for positive
     groups=None, # Group (patient) of each image
     prevalence:float|None=None, # For predictive values; without, none
     **kw # As `bootstrap` takes them
 ) -> pd.DataFrame: # A row a figure: value, low, high, images
-    "What the operating point comes to on test images, with intervals over groups"
-    y, called = np.asarray(y, int), point.decide(score)
+    "What decisions at an operating point come to on test images, with intervals over groups"
+    y, called = np.asarray(y, int), np.asarray(called, bool)
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
     rows = {name: (*share_interval(called[side] == bool(want), g[side], **kw), int(side.sum()))
             for name, side, want in (('sensitivity', y == 1, 1), ('specificity', y == 0, 0))}

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
+from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom, read_dicom
 from .files import progress
 
 # %% ../nbs/01_table.ipynb #08a82432
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', *DICOM_SUFFIXES)
 
 def find_images(
     folder:str|Path # Where to look, however deep
@@ -37,6 +38,7 @@ def image_error(
     "Why an image cannot be read"
     try:
         if os.path.getsize(path) == 0: return 'empty file'
+        if is_dicom(path): read_dicom(path); return ''
         with Image.open(path) as im:
             im.draft(im.mode, (32, 32))
             im.load()
@@ -182,6 +184,15 @@ def _sides(split) -> pd.Series:
     if len(odd): raise ValueError(f"the column 'split' knows a side '{odd.iloc[0]}': write train, valid or test, or leave it empty")
     return clean.map(lambda s: SPLITS.get(s)).astype(object)
 
+def _dicom_columns(t) -> pd.DataFrame:
+    "What DICOM files say of patient, eye and camera, where the table does not say it"
+    facts = {i: dicom_facts(p) for i, p in t.image.items() if is_dicom(p)}
+    for c in ('group', 'eye', 'camera') if facts else ():
+        said = pd.Series({i: f[c] for i, f in facts.items()}, dtype=object).reindex(t.index)
+        t[c] = t[c].where(t[c].notna(), said) if c in t else said
+    return t
+
+# %% ../nbs/01_table.ipynb #e4d61026
 def _finish(t, verify) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
     t = t.assign(image=t.image.map(str), split=_sides(t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)))
@@ -191,7 +202,7 @@ def _finish(t, verify) -> pd.DataFrame:
     reason = pd.Series(image_errors(t.image.tolist()) if verify else '', index=t.index, dtype=object)
     reason = reason.mask((reason == '') & t.label.isna(), 'no label')
     aside = t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']]
-    t = t[reason == ''].reset_index(drop=True)
+    t = _dicom_columns(t[reason == ''].reset_index(drop=True))
     if not len(t): raise ValueError(f"none of {len(aside)} images can be used: {_some(aside.image + ' (' + aside.reason + ')')}")
     t['label'] = t.label.map(lambda l: str(l).strip())
     t['group'] = t.group.map(lambda g: None if g is None or g != g or not str(g).strip() else str(g).strip()).astype(object)
