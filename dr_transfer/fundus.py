@@ -44,7 +44,9 @@ class Disc:
     r:float # Radius
     fit:float # Share of the edge that lies on the circle, 0 to 1
     @property
-    def box(self) -> tuple: return tuple(round(v) for v in (self.x - self.r, self.y - self.r, self.x + self.r, self.y + self.r))
+    def box(self) -> tuple: # Left, top, right, bottom: a square
+        left, top, side = round(self.x - self.r), round(self.y - self.r), max(1, round(2*self.r))
+        return left, top, left + side, top + side
     def scaled(self, k:float) -> 'Disc': return Disc(self.x*k, self.y*k, self.r*k, self.fit)
     def to_crop(self, points, size:int) -> np.ndarray:
         "Points (n, 2) of the image in the crop of `size` pixels"
@@ -53,6 +55,7 @@ class Disc:
         "Points (n, 2) of a crop of `size` pixels in the image"
         return np.asarray(points, float)*(2*self.r/size) + (self.x - self.r, self.y - self.r)
 
+# %% ../nbs/02_fundus.ipynb #3a2f5970
 def _edge(bright) -> list:
     "Points (n, 2) where rows, and where columns, enter and leave the disc; the border of the image is no edge"
     out = []

@@ -6,7 +6,7 @@
 __all__ = ['ENDPOINTS', 'GRADABLE', 'STYLE', 'Evaluation', 'describe_images', 'evaluate_model', 'endpoint_table', 'report_html',
            'write_report']
 
-# %% ../nbs/13a_report.ipynb #bb30f595
+# %% ../nbs/13a_report.ipynb #a179af36
 import base64, html, io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .leaks import confounders, file_facts
 from .operating import OperatingPoint
 from .screening import by_patient, consistency, deferral_table, measure_table, plot_reliability, plot_roc, subgroup_table, worst_errors
 
-# %% ../nbs/13a_report.ipynb #d9cc5120
+# %% ../nbs/13a_report.ipynb #72cc52a0
 @dataclass
 class Evaluation:
     "What was measured of a model on a set of images"
@@ -40,11 +40,11 @@ class Evaluation:
     def asked(self): return question(self.table, self.classes)
     @property
     def facts(self) -> list: # Columns that say something about the images
-        known = {'image', 'label', 'target', 'group', 'split', 'prediction', 'decision', 'error', 'gradability', *self.numbers, *(f'p_{c}' for c in self.classes)}
+        known = {'image', 'label', 'target', 'fold', 'group', 'split', 'prediction', 'decision', 'grade', 'error', 'gradability', *self.numbers, *(f'p_{c}' for c in self.classes)}
         return [c for c in self.table if c not in known]
     numbers = ('disc', 'light', 'overexposed', 'contrast', 'focus')
 
-# %% ../nbs/13a_report.ipynb #0c2779fe
+# %% ../nbs/13a_report.ipynb #5f652d8e
 def describe_images(
     table:pd.DataFrame, # Predictions: `image, target, p_CLASS...`
     classes:list, # Class names in order
@@ -62,7 +62,7 @@ def describe_images(
     t = t.assign(format=facts.suffix.str.strip('.'), pixels=facts.width + ' x ' + facts.height)
     return Evaluation(t, list(classes), about, data, prevalence=prevalence)
 
-# %% ../nbs/13a_report.ipynb #11387594
+# %% ../nbs/13a_report.ipynb #263840bf
 def evaluate_model(
     model:ImageModel, # From `load_model` or `image_model`
     table:pd.DataFrame, # With `image, target`, perhaps `group` and facts
@@ -80,7 +80,7 @@ def evaluate_model(
     out.turns = consistency(model.probs(sample, 'quarter_turns', average=False), model.classes, out.point) | {'images': len(sample)}
     return out
 
-# %% ../nbs/13a_report.ipynb #145b76c6
+# %% ../nbs/13a_report.ipynb #d47add4f
 def _table(t, index=True, digits=3) -> str:
     "A table as HTML; numbers short, text escaped"
     def cell(v):
@@ -101,7 +101,7 @@ def _with_interval(m) -> pd.DataFrame:
     text = [f'{r.value:.3f}' + (f' [{r.low:.3f}, {r.high:.3f}]' if r.low == r.low else ' (no interval: too few)') if r.value == r.value else 'not defined' for r in m.itertuples()]
     return pd.DataFrame({'value [95 % interval]': text, 'images': m.images.astype(int)}, index=m.index)
 
-# %% ../nbs/13a_report.ipynb #79dcaf19
+# %% ../nbs/13a_report.ipynb #37aaf9c0
 ENDPOINTS = {'sensitivity': 0.85, 'specificity': 0.825} # Abramoff et al. 2018
 GRADABLE = 0.961 # share of gradable patients in that trial
 
@@ -116,7 +116,7 @@ def endpoint_table(
         rows[k] = {'endpoint': f'above {least:.1%}', 'measured': f'{r.value:.1%} [{r.low:.1%}, {r.high:.1%}]', '': said}
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/13a_report.ipynb #a359845d
+# %% ../nbs/13a_report.ipynb #1cdc4011
 def _summary(e, m) -> str:
     q, t = e.asked, e.table
     rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one', 'could not be read': len(e.aside)}
@@ -141,7 +141,7 @@ def _meaning(e, m) -> str:
     return say + (f"This holds for images like these {n}: from the same cameras, prepared the same way, with as many of each kind of finding. It says nothing of other clinics, "
                   "of other diseases of the eye, or of what a person should do about a result.")
 
-# %% ../nbs/13a_report.ipynb #48ff048d
+# %% ../nbs/13a_report.ipynb #8ad1853b
 def _how_good(e, m) -> str:
     q, (y, p) = e.asked, table_arrays(e.table, e.classes)
     out = _table(_with_interval(m))
@@ -155,11 +155,19 @@ def _how_good(e, m) -> str:
 
 def _patients(e) -> str:
     "Both eyes to one decision"
-    if e.asked is None or 'group' not in e.table or not e.table.group.duplicated().any(): return ''
+    if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any(): return ''
     t = by_patient(e.table, e.classes)
     return '<h2>By patient</h2><p>A patient is to be referred if one eye is.</p>' + _table(_with_interval(measure_table(t, ['no', e.asked.name], e.point, e.prevalence)))
 
-# %% ../nbs/13a_report.ipynb #8e5041ad
+# %% ../nbs/13a_report.ipynb #270cad85
+def _by_label(e) -> str:
+    "What is found of each grade, where the labels say more than the target"
+    called = decisions(e.table, e.classes, e.point)
+    if called is None or 'label' not in e.table or e.table.label.nunique() <= 2: return ''
+    g = pd.Series(called, index=e.table.index).groupby(e.table.label.astype(str)).agg(['size', 'sum'])
+    rows = {f'label {l}': {'images': int(r['size']), f'called {e.asked.name}': f"{int(r['sum'])} ({r['sum']/r['size']:.0%})"} for l, r in g.iterrows()}
+    return _table(pd.DataFrame.from_dict(rows, orient='index'))
+
 def _subgroups(e) -> str:
     "Figures for each value of the facts, and columns that know the label"
     shown = [c for c in e.facts if 2 <= e.table[c].nunique() <= 8 and c != 'reason']
@@ -171,9 +179,9 @@ def _subgroups(e) -> str:
         out = _table(pd.DataFrame(wide, index=[f'{a}: {b}' for a, b in s.index]))
     found = confounders(e.table[e.facts], e.table.target)
     for r in found.itertuples(): out += f'<p class="note">The column "{html.escape(str(r.column))}" says something of the truth (Cramér\'s V {r.v:.2f}): figures over all of its values together may owe something to it.</p>'
-    return out or '<p>Nothing else is known of these images.</p>'
+    return _by_label(e) + out or '<p>Nothing else is known of these images.</p>'
 
-# %% ../nbs/13a_report.ipynb #d385e90b
+# %% ../nbs/13a_report.ipynb #6e3a356d
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin:1rem 0 .3rem}
 table{border-collapse:collapse;font-size:.9rem}th,td{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #e4e4e4;vertical-align:top}
@@ -189,7 +197,7 @@ def _record(e) -> str:
             **{f'version of {k}': v for k, v in (a.get('versions') or {}).items()}, 'this page made by': f"dr_transfer {package_version('dr_transfer')}"}
     return _table(pd.DataFrame({'': {k: v for k, v in rows.items() if v not in (None, '')}}), digits=4)
 
-# %% ../nbs/13a_report.ipynb #936eb070
+# %% ../nbs/13a_report.ipynb #a2cf5915
 def report_html(
     e:Evaluation, # From `evaluate_model`
     n:int=1000 # Draws of the bootstrap
@@ -198,7 +206,7 @@ def report_html(
     m = measure_table(e.table, e.classes, e.point, e.prevalence, n)
     errors = worst_errors(e.table, e.classes, e.point).assign(image=lambda t: t.image.map(lambda p: Path(p).name))
     parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m)), ('', _patients(e)), ('Subgroups', _subgroups(e)),
-             ('Left to a human', '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>' + _table(deferral_table(e.table, e.classes, e.point), index=False)),
+             ('Left to a human', '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>' + _table(deferral_table(e.table, e.classes, e.point).assign(deferred=lambda t: [f'{r:.0%}' for r in t.deferred]), index=False)),
              ('Quarter turns', f"<p>{e.turns['same decision']:.1%} of {e.turns['images']} images get the same decision however they are turned; their scores differ by {e.turns['spread']:.3f} on average.</p>" if e.turns else ''),
              ('The surest errors', '<p>Some of them have a wrong label; look at the images.</p>' + _table(errors, index=False)), ('Record', _record(e))]
     if e.aside: parts.append(('Could not be read', _table(pd.DataFrame({'image': [Path(p).name for p in e.aside]}), index=False)))
@@ -207,7 +215,7 @@ def report_html(
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
             f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(_meaning(e, m))}</p><p class="warn">For research. Not a medical device: not to be used for diagnosis.</p>{body}</body></html>\n')
 
-# %% ../nbs/13a_report.ipynb #5ef72db8
+# %% ../nbs/13a_report.ipynb #137f4e20
 def write_report(
     e:Evaluation, # From `evaluate_model`
     path:str|Path, # HTML file; the predictions go beside it as CSV

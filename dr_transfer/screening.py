@@ -6,17 +6,17 @@
 __all__ = ['by_patient', 'measures', 'measure_table', 'compare_tables', 'subgroup_table', 'worst_errors', 'roc_band', 'plot_roc',
            'plot_reliability', 'deferral_table', 'consistency']
 
-# %% ../nbs/10a_screening.ipynb #c1dcbd59
+# %% ../nbs/10a_screening.ipynb #f9c956e7
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 from .calibration import calibration_error, deferral_curve, reliability
 from .decision import Question, decisions, positive_score, question, table_arrays
 from .intervals import bootstrap, draws, group_codes, paired_difference
-from .metrics import summary
+from .metrics import quadratic_kappa, summary
 from .operating import OperatingPoint, operating_table
 
-# %% ../nbs/10a_screening.ipynb #63233769
+# %% ../nbs/10a_screening.ipynb #96146115
 def _groups(table): return table.group.tolist() if 'group' in table and table.group.notna().any() else None
 
 def by_patient(
@@ -32,7 +32,7 @@ def by_patient(
     called = decisions(table, classes)
     return out if called is None else out.assign(decision=np.where(pd.Series(called).groupby(t.group).max(), q.name, f'not {q.name}'))
 
-# %% ../nbs/10a_screening.ipynb #c1673c95
+# %% ../nbs/10a_screening.ipynb #4ff579c2
 def measures(
     y, # Class numbers (n,)
     probs, # Probabilities (n, k)
@@ -45,6 +45,7 @@ def measures(
     if len(classes) > 2: out['auc'] = summary(ill.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
     return {k: v for k, v in out.items() if k not in ('sensitivity', 'specificity')} | {'calibration error': calibration_error(ill, found[1].clip(0, 1))}
 
+# %% ../nbs/10a_screening.ipynb #47429d45
 def measure_table(
     table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group`
     classes, # Class names in order
@@ -56,11 +57,14 @@ def measure_table(
     "Figures of predictions with 95 % intervals over patients"
     y, p = table_arrays(table, classes)
     t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=_groups(table), n=n, seed=seed).assign(images=len(y))
+    if 'grade' in table and table.grade.notna().all():
+        kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=_groups(table), n=n, seed=seed)
+        t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
     called = decisions(table, classes, point)
     if called is None: return t
     return pd.concat([operating_table(question(table, classes).y, called, _groups(table), prevalence, n=n, seed=seed), t])
 
-# %% ../nbs/10a_screening.ipynb #b783d840
+# %% ../nbs/10a_screening.ipynb #eb51b995
 def compare_tables(
     a:pd.DataFrame, # Predictions of one model, `image, target, p_CLASS...`
     b:pd.DataFrame, # Predictions of another for the same images
@@ -74,7 +78,7 @@ def compare_tables(
     (y, pa), (_, pb) = table_arrays(a, classes), table_arrays(b, classes)
     return paired_difference(lambda y, p: measures(y, p, classes), y, pa, pb, groups=_groups(a), **kw)
 
-# %% ../nbs/10a_screening.ipynb #abd29c53
+# %% ../nbs/10a_screening.ipynb #58bc43ed
 def subgroup_table(
     table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group`, and the columns
     classes, # Class names in order
@@ -91,7 +95,7 @@ def subgroup_table(
             rows[c, level] = {('images', ''): len(t)} | {(k, x): m.loc[k, x] for k in shown for x in ('value', 'low', 'high')}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['column', 'value'])
 
-# %% ../nbs/10a_screening.ipynb #b9e80449
+# %% ../nbs/10a_screening.ipynb #daef9400
 def worst_errors(
     table:pd.DataFrame, # `image, target, p_CLASS...`
     classes, # Class names in order
@@ -107,7 +111,7 @@ def worst_errors(
     t = pd.DataFrame({'image': table.image.tolist(), 'target': table.target.tolist(), 'said': said, 'probability': sure})[wrong]
     return t.iloc[np.argsort(-sure_of[wrong], kind='stable')[:n]].reset_index(drop=True)
 
-# %% ../nbs/10a_screening.ipynb #7eae4f65
+# %% ../nbs/10a_screening.ipynb #90071d03
 def roc_band(
     q:Question, # From `question`
     groups=None, # Group (patient) of each image
@@ -124,7 +128,7 @@ def roc_band(
     low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
     return pd.DataFrame({'false_alarms': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
 
-# %% ../nbs/10a_screening.ipynb #d09e8b69
+# %% ../nbs/10a_screening.ipynb #7038f22f
 def plot_roc(
     q:Question, # From `question`
     called=None, # What was decided (n,): to be marked as a point
@@ -143,7 +147,7 @@ def plot_roc(
     ax.legend(frameon=False, loc='lower right')
     return fig
 
-# %% ../nbs/10a_screening.ipynb #5d8477b7
+# %% ../nbs/10a_screening.ipynb #f5817f08
 def plot_reliability(
     right, # Did it come true? (n,) booleans
     said, # Probability that it would (n,)
@@ -169,7 +173,7 @@ def deferral_table(
     logit = lambda s: np.log(np.clip(s, 1e-6, 1 - 1e-6)/(1 - np.clip(s, 1e-6, 1 - 1e-6)))
     return deferral_curve(called == (q.y == 1), np.abs(logit(q.score) - logit(point.threshold if point else 0.5)))
 
-# %% ../nbs/10a_screening.ipynb #f3077ede
+# %% ../nbs/10a_screening.ipynb #7eae7d7d
 def consistency(
     probs, # Probabilities of each view (n, views, k)
     classes, # Class names in order

@@ -14,11 +14,12 @@ import numpy as np, torch
 from PIL import Image
 from torch import nn
 from .files import unknown
-from .fundus import trim_borders
+from .fundus import CORRECTIONS, crop_disc, trim_borders
 from .images import fit_square, read_rgb
 
 # %% ../nbs/02a_views.ipynb #cb3bc5cb
-READERS = {'photo': None, 'fundus': trim_borders} # name -> what is done before resizing; one that changes needs another name
+READERS = {'photo': None, 'fundus': trim_borders, # name -> what is done before resizing; one that changes needs another name
+           **{f'fundus_{k}': lambda im, f=f: f(crop_disc(im)) for k, f in CORRECTIONS.items() if k != 'none'}}
 READING = 1 # raised when a reader, a fit or a view here does something else, so that stored features are computed anew
 
 def read_image(
