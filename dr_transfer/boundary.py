@@ -111,7 +111,8 @@ def boundary_loader(
     y:torch.Tensor, # Class numbers (n,)
     bs:int, # Images in a batch
     shuffle:bool=False, # Training: in random order, one view of each at random
-    device=None # Where batches go
+    device=None, # Where batches go
+    weights=None # With `shuffle`: how often each image is drawn (n,); alike if None
 ) -> DataLoader: # Batches (map, ..., class numbers)
     "Batches of stored maps; without `shuffle` the image as it is"
     n_views = maps.arrays[0].shape[1]
@@ -119,4 +120,5 @@ def boundary_loader(
         i = torch.as_tensor(rows)
         v = torch.randint(n_views, (len(i),)) if shuffle else torch.zeros(len(i), dtype=torch.long)
         return (*(m.to(device or 'cpu') for m in maps.batch(i.numpy(), v.numpy())), y[i].to(device or 'cpu'))
-    return DataLoader(list(range(len(y))), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch)
+    drawn = {} if weights is None or not shuffle else {'get_idxs': lambda: np.random.choice(len(y), len(y), p=weights).tolist()}
+    return DataLoader(list(range(len(y))), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)

@@ -28,7 +28,7 @@ def train(
     from dr_transfer.core import build_learner, fit
     plan = _print_advice(a) if a.plan == 'advise' else a.plan
     learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
-                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=plan, allow_leaks=a.allow_leaks)
+                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
     _describe(learn)
     fit(learn, epochs=a.epochs)
     with atomic_folder(out, a.overwrite, RUN_FILES) as tmp: measures = write_run(learn, tmp, share)
@@ -185,7 +185,7 @@ def cross_validate(
     share, task = _share(a), get_task(a.task, a.size)
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.report import describe_images
-    t = cross_validate(a.data, task, a.target, a.labels, a.folds, a.epochs, a.seed, arch=a.arch, weights=a.weights, plan=a.plan, bs=a.bs, setting=a.setting, group_col=a.patient)
+    t = cross_validate(a.data, task, a.target, a.labels, a.folds, a.epochs, a.seed, arch=a.arch, weights=a.weights, plan=a.plan, bs=a.bs, setting=a.setting, head=a.head, balance=a.balance, group_col=a.patient)
     classes = [c[2:] for c in t if c.startswith('p_')]
     t, decision = decide_across(t, classes, **share)
     about = {'arch': a.arch or 'efficientnet_lite0', 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, **t.attrs}
@@ -331,6 +331,8 @@ def _train_arguments(add, valid=True):
     add('--plan', metavar='NAME', help='head, fine_tune, top1, ..., or advise: measure first (default: chosen for set and machine)')
     add('--epochs', metavar='N', type=int, help="epochs of the plan's last phase")
     add('--bs', metavar='N', type=int, default=32, help='images in a batch (default: %(default)s)')
+    add('--head', metavar='NAME', help='linear, dense, or for grades cumulative or regression (default: that of the plan)')
+    add('--balance', metavar='NAME', default='none', help='of classes: none, weights or sampling (default: %(default)s)')
     add('--sensitivity', metavar='SHARE', type=float, help='operating point: share of the referable that is found (default for dr: 0.9)')
     add('--specificity', metavar='SHARE', type=float, help='operating point: or share of the others that is left alone')
     if not valid: return

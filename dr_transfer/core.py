@@ -19,8 +19,11 @@ from fastai.learner import Learner
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.learner import vision_learner
 from torch import nn
+
+# %% ../nbs/08_core.ipynb #9f8c5d60
 from .augment import views_of
 from .backbones import create_body, group_table, layer_groups, stage_names
+from .balance import balanced_loss, image_weights
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders
@@ -80,15 +83,16 @@ def build_learner(
     setting:str='auto', # Format and precision on the CPU; 'plain': leave them
     num_workers:int|None=None, # Processes that read images; chosen if None
     fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
+    balance:str='none', # Of classes: 'none', 'weights' in the loss, or 'sampling'
     allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
     **kwargs # More arguments of `vision_learner`
 ) -> Learner: # With `task`, `table`, `record`
     "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
-    set_seed(seed, reproducible=True)
-    return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head), setting, fixed_bn, bs, num_workers, valid, seed, allow_leaks, kwargs)
+    return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head), setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs)
 
 # %% ../nbs/08_core.ipynb #ccb7d407
-def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, allow_leaks, kwargs) -> Learner:
+def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs) -> Learner:
+    set_seed(seed, reproducible=True)
     asked = plan or get_plan('head')
     own = {'arch': 'efficientnet_lite0', **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
@@ -97,7 +101,7 @@ def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs
     device = kwargs.pop('device', None)
     body = make_body(stages, task.size, setting, default_device() if device is None else device)
     cbs = [FrozenMode(fixed_bn), HeadFirst(), TrainSetting(setting, arch, task.size)]
-    return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed), kwargs)
+    return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed, balance=balance), kwargs)
 
 # %% ../nbs/08_core.ipynb #1aad95cc
 class _View(Callback):
@@ -132,17 +136,20 @@ class _Groups:
     "A body's layer groups and the head, as fastai's splitter"
     def __call__(self, model): return [*layer_groups(model[0][0].stages).values(), list(model[1].parameters())]
 
-def _loaders(task, goal, table, body, bs, num_workers) -> DataLoaders:
+# %% ../nbs/08_core.ipynb #33733f69
+def _loaders(task, goal, table, body, bs, num_workers, weights=None) -> DataLoaders:
     device, spec = next(body.parameters()).device, body.stages.spec
     free = (os.cpu_count() or 1) - 2*(device.type == 'cpu') # the network needs two cores of its own
     if num_workers is None: num_workers = max(0, min(4, free)) if len(table) > 500 else 0
-    return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device)
+    return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device, weights)
 
 def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kwargs) -> Learner:
-    dls = _loaders(task, goal, table, body, bs, num_workers)
+    dls = _loaders(task, goal, table, body, bs, num_workers, image_weights(table, what['balance']))
     if not isinstance(head, nn.Module): head = create_head(head, head_inputs(body.stages, head, task.size), dls.c)
     kwargs = {'metrics': [METRICS[m]() for m in task.metrics.get(goal.name, ('accuracy',))], 'init': None, **kwargs}
     cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]
+    loss = balanced_loss(table, dls.vocab, what['balance'], getattr(getattr(head, 'about', None), 'ordered', ''), dls.device)
+    kwargs = kwargs if loss is None else {'loss_func': loss, **kwargs}
     learn = vision_learner(dls, _Arch(body), normalize=False, pretrained=body.stages.weights.kind != 'random', custom_head=head,
                            splitter=_Groups(), train_bn=False, cbs=cbs, **kwargs)
     learn.__class__ = TransferLearner

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 import numpy as np, pandas as pd
+import fastai.callback.data # gives a DataBlock weighted_dataloaders
 from fasttransform import Transform
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
@@ -162,11 +163,13 @@ def task_dataloaders(
     mean=(0.5, 0.5, 0.5), # Mean of the backbone's normalisation
     std=(0.5, 0.5, 0.5), # Spread of the backbone's normalisation
     num_workers:int=0, # Processes that read images; 0: none
-    device=None # Where batches go; fastai's default if None
+    device=None, # Where batches go; fastai's default if None
+    weights=None # How often each image of the table is drawn; alike if None
 ) -> DataLoaders: # `train` and `valid`
     "fastai DataLoaders of a table for a task"
     n_train = int((table.split == 'train').sum())
     if not isinstance(bs, int) or bs < 2: raise ValueError(f"bs={bs!r}: give the number of images in a batch, 2 or more, such as 32")
     block = task_datablock(task, class_names(table, target), mean, std)
-    dls = block.dataloaders(table, bs=min(bs, max(n_train, 1)), num_workers=num_workers, device=device)
-    return dls
+    kwargs = dict(bs=min(bs, max(n_train, 1)), num_workers=num_workers, device=device)
+    if weights is None: return block.dataloaders(table, **kwargs)
+    return block.weighted_dataloaders(table, weights, **kwargs)

@@ -123,7 +123,7 @@ def apply_decision(
     good = table[columns].notna().all(axis=1)
     if not decision or not good.any(): return table
     p = apply_temperature(table.loc[good, columns], decision['temperature'])
-    table = table.copy()
+    table = table.astype({c: float for c in columns})
     table.loc[good, columns] = p
     if decision.get('cuts'): table['grade'] = pd.Series(np.digitize(expected_grade(p), decision['cuts']), index=table.index[good], dtype=object).reindex(table.index)
     if decision['operating'] is None: return table

@@ -14,6 +14,7 @@ import numpy as np, torch
 from torch import nn
 from .backbones import Stages, stage_names
 from .files import progress, unknown
+from .ordered import ORDERED
 from .speed import Setting, forward_copy, get_setting, training_copy
 from .views import VIEWS, map_batches, normalise, stack_images
 
@@ -104,8 +105,12 @@ class Head:
     hidden:tuple=() # Widths of the hidden layers
     dropout:float=0. # Share of a layer's inputs dropped in training
     flatten:bool=False # Every place on its own, instead of the average?
+    ordered:str='' # Name in `ORDERED`: one score that is cut into grades
+    def __post_init__(self):
+        if self.ordered and self.ordered not in ORDERED: raise unknown('kind of ordered head', self.ordered, ORDERED)
 
-HEADS = {'linear': Head(), 'dense': Head((256,), 0.2), 'flw': Head((2048, 1024), flatten=True)} # name, as plans have it
+HEADS = {'linear': Head(), 'dense': Head((256,), 0.2), 'flw': Head((2048, 1024), flatten=True),
+         **{k: Head(ordered=k) for k in ORDERED}} # name, as plans have it
 
 def get_head(
     head:str|Head # Name in `HEADS`, or a head
@@ -124,14 +129,14 @@ def create_head(
     head:str|Head, # Name in `HEADS`, or a head
     n_in:int, # Number of features: channels, times places if `flatten`
     n_out:int # Number of classes
-) -> nn.Sequential: # Maps to logits (n, n_out)
+) -> nn.Sequential: # Maps to logits, or log-probabilities (n, n_out)
     "A head; hidden layers start as He et al. 2015 say"
     head = get_head(head)
     layers = [nn.Flatten() if head.flatten else AveragePool()]
-    for i, o in zip((n_in, *head.hidden), (*head.hidden, n_out)):
+    for i, o in zip((n_in, *head.hidden), (*head.hidden, 1 if head.ordered else n_out)):
         layers += [nn.BatchNorm1d(i), nn.Dropout(head.dropout), nn.Linear(i, o), nn.ReLU()]
     for l in layers[3:-4:4]: nn.init.kaiming_normal_(l.weight)
-    net = nn.Sequential(*layers[:-1])
+    net = nn.Sequential(*layers[:-1], *([ORDERED[head.ordered](n_out)] if head.ordered else []))
     net.about = head
     return net
 

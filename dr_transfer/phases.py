@@ -105,7 +105,7 @@ def _sub_learner(learn, k, pooled) -> Learner:
     body, head, device = learn.model[0][0], learn.model[1], learn.dls.device
     (maps, y), (maps_v, y_v) = (_stored(learn, side, k, pooled) for side in ('train', 'valid'))
     bs = min(learn.dls.train.bs or len(y), len(y))
-    dls = DataLoaders(boundary_loader(maps, y, bs, True, device), boundary_loader(maps_v, y_v, 2*bs if not pooled else 256, False, device), device=device)
+    dls = DataLoaders(boundary_loader(maps, y, bs, True, device, getattr(learn.dls.train, 'wgts', None)), boundary_loader(maps_v, y_v, 2*bs if not pooled else 256, False, device), device=device)
     dls.train.rng = learn.dls.train.rng # the order of the images is that of the learner
     groups = [*layer_groups(body.stages).values(), list(head.parameters())][k:]
     sub = Learner(dls, _RestAndHead(None if pooled else Rest(body, k), head), loss_func=learn.loss_func, opt_func=learn.opt_func, metrics=learn.metrics,
@@ -144,6 +144,7 @@ def _unsolvable(learn, phase, pooled) -> str:
     if phase.epochs is not None: return 'steps are asked for'
     if getattr(learn.model[1], 'about', None) != Head(): return 'the head is no linear classifier'
     if not pooled: return 'more than the head is trained'
+    if hasattr(learn.dls.train, 'wgts'): return 'images are drawn by class'
     if not isinstance(loss, CrossEntropyLossFlat) or loss.func.weight is not None or loss.func.label_smoothing: return 'of its loss'
     alone = train.group.where(train.group.notna(), train.image) # an image without a group is a group of its own
     have = alone.groupby(train.target).nunique().reindex(list(learn.dls.vocab), fill_value=0)

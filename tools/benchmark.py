@@ -10,6 +10,9 @@
     tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai with `freeze_to`
     steps     training steps of the body with fixed BatchNorm, pictures in memory: against the network as it comes
     scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
+    fundus    a photograph of 4288 x 2848 pixels to a disc of 512: against opening and resizing with PIL, the JPEG decoder alone, and
+              retinalysis-fundusprep from PyPI where PEER_PYTHON names a Python that has it
+    copies    near copies among 100,000 hashes
 
 Results are kept in nbs/results/benchmark.csv, a row a figure.
 """
@@ -219,7 +222,59 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
     return out
 
 
-PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale)}
+PEER = """
+import sys, time
+from PIL import Image
+import numpy as np
+from rtnls_fundusprep.preprocessor import FundusPreprocessor
+from rtnls_fundusprep.utils import open_image
+prep, best = FundusPreprocessor(square_size=512), 1e9
+for _ in range(4):
+    start = time.perf_counter()
+    for f in sys.argv[1:]: prep(open_image(f))
+    best = min(best, time.perf_counter() - start)
+print(best)
+"""
+
+
+def fundus(root, rounds=7):
+    from PIL import Image
+    from dr_transfer.fundus import read_disc
+    files = sorted((root/'dr'/'idrid'/'originals').iterdir())
+
+    def decode(smaller=None):
+        for f in files:
+            with Image.open(f) as im:
+                if smaller: im.draft('RGB', smaller)
+                im.load()
+
+    ways = {'ours': lambda: [read_disc(f, 512) for f in files], 'pil': lambda: [Image.open(f).convert('RGB').resize((512, 512)) for f in files],
+            'decoder': decode, 'decoder at a quarter': lambda: decode((1072, 712))}
+    times = {k: [] for k in ways}
+    for i, (k, f) in ((i, w) for i in range(rounds + 1) for w in ways.items()):
+        t, _ = seconds(f)
+        if i: times[k].append(1000*t/len(files))
+    ms = {k: np.median(v) for k, v in times.items()}
+    out = [('disc of 512 pixels against opening and resizing with PIL', np.median(np.divide(times['pil'], times['ours'])), f"{ms['ours']:.0f} ms against {ms['pil']:.0f} ms, one thread"),
+           ('disc of 512 pixels: times what the JPEG decoder alone needs', np.median(np.divide(times['ours'], times['decoder'])), f"{ms['decoder']:.0f} ms for all pixels"),
+           ('disc of 512 pixels: times what the decoder needs at a quarter', np.median(np.divide(times['ours'], times['decoder at a quarter'])), f"{ms['decoder at a quarter']:.0f} ms")]
+    if os.environ.get('PEER_PYTHON'):
+        r = subprocess.run([os.environ['PEER_PYTHON'], '-c', PEER, *map(str, files)], capture_output=True, text=True, check=True)
+        peer = 1000*float(r.stdout.split()[-1])/len(files)
+        out.append(('disc of 512 pixels against retinalysis-fundusprep', peer/ms['ours'], f"{peer:.0f} ms, one thread, best of 4"))
+    return out
+
+
+def copies(root, n=100_000):
+    from dr_transfer.leaks import near_pairs
+    hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
+    hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 30)
+    t, pairs = seconds(lambda: near_pairs(hashes))
+    assert len(pairs) == 500
+    return [(f'near copies among {n} hashes: seconds', t, 'each compared with each')]
+
+
+PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copies)}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -90,9 +90,11 @@ def main():
     warnings.simplefilter('ignore')
     for part, f, file in (('figures', figures, 'screening.csv'), ('cameras', cameras, 'cameras.csv')):
         if part not in parts: continue
-        t = pd.DataFrame(f(root))
-        t.to_csv(RESULTS/file, index=False)
-        print(t.to_string(index=False), flush=True)
+        rows = []
+        for r in f(root):
+            rows.append(r)
+            pd.DataFrame(rows).to_csv(RESULTS/file, index=False)
+            print(r, flush=True)
 
 
 if __name__ == '__main__': main()
