@@ -12,6 +12,11 @@ from dr_transfer.advisor import advise
 from dr_transfer.backbones import BACKBONES, create_body, find_backbone
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
 from dr_transfer.features import image_features
+from dr_transfer.fundus import find_disc
+from dr_transfer.gradability import gradability_table
+from dr_transfer.images import read_rgb
+from dr_transfer.leaks import leak_report
+from dr_transfer.table import find_images, label_table
 
 LIMIT = 180     # seconds for each on two idle cores; not asserted, because tests share machines
 
@@ -105,3 +110,16 @@ def test_lite_knows_daisies(data_root, i):
     start = time.monotonic()
     with torch.inference_mode(): top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
     assert (top == 985).float().mean() >= .75 and time.monotonic() - start < LIMIT
+
+
+def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
+    "The format stands for the hospital; a perceptual hash of whole photographs takes thousands of pairs for copies."
+    r = leak_report(label_table(data_root/'dr'/'messidor2'), 'fundus')
+    assert 'source_format' in r.confounders.column.tolist() and len(r.copies) < 30 and r.leaks.empty
+
+
+def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
+    for name, cut in (('messidor2', False), ('idrid', True)):
+        files = find_images(data_root/'dr'/name/'images')[::12]
+        discs = [find_disc(read_rgb(f)) for f in files]
+        assert all(d is not None and d.fit > .9 for d in discs) and (gradability_table(files).gradability >= .5).mean() > .95

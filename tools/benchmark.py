@@ -61,8 +61,9 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
 
 
 def flowers(root, seed=42):
-    from dr_transfer.data import get_task, task_table
-    return task_table(root/'flowers', get_task('flowers').target(), seed=seed)
+    from dr_transfer.data import get_task
+    from dr_transfer.leaks import split_data
+    return split_data(root/'flowers', get_task('flowers'), get_task('flowers').target(), seed=seed)
 
 
 def extract(root, n=512, rounds=9):
@@ -141,9 +142,10 @@ def tail(root, epochs=5, size=384):
     from fastai.metrics import RocAucBinary
     from dr_transfer.augment import QuarterTurns
     from dr_transfer.core import build_learner, fit
-    from dr_transfer.data import get_task, task_table
+    from dr_transfer.data import get_task
+    from dr_transfer.leaks import split_data
     from dr_transfer.plans import Phase, Plan
-    table = task_table(root/'dr'/'messidor2', get_task('dr').target('referable'))
+    table = split_data(root/'dr'/'messidor2', get_task('dr'), get_task('dr').target('referable'))
     plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, spread=20, wd=0.05),))
     with fresh_cache(), warnings.catch_warnings():
         warnings.simplefilter('ignore')

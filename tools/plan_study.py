@@ -23,6 +23,7 @@ from dr_transfer.advisor import advise
 from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.data import encode_target, get_task
 from dr_transfer.files import atomic_file
+from dr_transfer.leaks import Together
 from dr_transfer.metrics import accuracy, auc
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import LARGE, PLANS
@@ -61,6 +62,7 @@ def split(study, t, seed):
     "The table of a study: test images, all others (or a few of each class) to learn from, and some on the side `valid`, which fastai needs"
     target = get_task(study.task).target(study.target)
     t = encode_target(t, target).reset_index(drop=True)
+    t = t.assign(group=Together(get_task(study.task).reader)(t))
     t = split_table(t.assign(label=t.target), valid=0.3, seed=seed).assign(label=t.label)
     held, train = t[t.split == 'valid'].sample(frac=1, random_state=seed), t[t.split == 'train']
     valid, test = held[:40], held[40:]
