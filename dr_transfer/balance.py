@@ -29,6 +29,7 @@ def image_weights(
     if balance not in BALANCES: raise unknown('balance', balance, BALANCES)
     return class_weights(table)[table.target].tolist() if balance == 'sampling' else None
 
+# %% ../nbs/04d_balance.ipynb #9baefeb9
 def balanced_loss(
     table:pd.DataFrame, # Columns `target, split`
     classes, # Class names in order

@@ -40,8 +40,7 @@ def train(
 # %% ../nbs/14_cli.ipynb #7ad98206
 def _print_decision(decision):
     from dr_transfer.operating import OperatingPoint
-    if decision['operating']: print(f"operating point: {OperatingPoint(**decision['operating'])}")
-    for why in decision['refused']: print(why)
+    print('\n'.join([*([f"operating point: {OperatingPoint(**decision['operating'])}"] if decision['operating'] else []), *decision['refused']]))
 
 # %% ../nbs/14_cli.ipynb #6a35092f
 def _describe(learn):
@@ -153,8 +152,7 @@ def _print_report(e, out, n) -> int:
     from dr_transfer.report import write_report
     from dr_transfer.screening import measure_table
     print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
-    if e.point: print(f'operating point: {e.point}')
-    for why in (e.about.get('decision') or {}).get('refused', []): print(why)
+    if e.about.get('decision'): _print_decision(e.about['decision'])
     if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
     print(f"report: {write_report(e, out, n)}\npredictions: {Path(out).with_suffix('.csv')}")
     return 0
@@ -326,6 +324,7 @@ def _data_arguments(add, valid=True):
     if valid: add('--valid', metavar='SHARE', type=float, default=0.2, help='share of the images for validation (default: %(default)s)')
     add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
 
+# %% ../nbs/14_cli.ipynb #f2fd18a5
 def _train_arguments(add, valid=True):
     _data_arguments(add, valid)
     add('--plan', metavar='NAME', help='head, fine_tune, top1, ..., or advise: measure first (default: chosen for set and machine)')

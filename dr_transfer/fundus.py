@@ -11,7 +11,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from scipy.ndimage import gaussian_filter
 from .dicom import is_dicom
 from .images import read_rgb
@@ -56,6 +56,11 @@ class Disc:
         return np.asarray(points, float)*(2*self.r/size) + (self.x - self.r, self.y - self.r)
 
 # %% ../nbs/02_fundus.ipynb #3a2f5970
+def _light(im) -> Image.Image:
+    "The brightest channel of each pixel"
+    r, g, b = im.split()
+    return ImageChops.lighter(ImageChops.lighter(r, g), b)
+
 def _edge(bright) -> list:
     "Points (n, 2) where rows, and where columns, enter and leave the disc; the border of the image is no edge"
     out = []
@@ -88,7 +93,7 @@ def find_disc(
 ) -> Disc|None: # None where no surround is seen
     "The circle of the retina disc, whole or cut by the frame"
     f = max(1, min(im.size)//256)
-    a = np.asarray(im.reduce(f) if f > 1 else im).max(axis=2)
+    a = np.asarray(_light(im.reduce(f) if f > 1 else im))
     bright = a > max(8., 0.12*np.percentile(a, 99))
     if not 0.03 < bright.mean() < 0.985: return None
     rows, columns = _edge(bright)

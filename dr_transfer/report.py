@@ -142,22 +142,22 @@ def _meaning(e, m) -> str:
                   "of other diseases of the eye, or of what a person should do about a result.")
 
 # %% ../nbs/13a_report.ipynb #8ad1853b
-def _how_good(e, m) -> str:
+def _how_good(e, m, n) -> str:
     q, (y, p) = e.asked, table_arrays(e.table, e.classes)
     out = _table(_with_interval(m))
     if e.prevalence is None and q: out += '<p class="note">No predictive values: they need the prevalence in the programme (--prevalence), which cannot be read off these images.</p>'
     pictures = []
-    if q and 0 < q.y.sum() < len(q.y): pictures += [_picture(plot_roc(q, decisions(e.table, e.classes, e.point), e.table.get('group')), 'ROC curve with its 95 % interval over patients, and the operating point')]
+    if q and 0 < q.y.sum() < len(q.y): pictures += [_picture(plot_roc(q, decisions(e.table, e.classes, e.point), e.table.get('group'), n), 'ROC curve with its 95 % interval over patients, and the operating point')]
     right, said = (q.y, q.score.clip(0, 1)) if q else (y == p.argmax(1), p.max(1))
     pictures += [_picture(plot_reliability(right, said), 'What was said against what was seen: on the dotted line probabilities are honest')]
     pictures += [_picture(plot_confusion(y, p.argmax(1), e.classes), 'The likeliest class against the truth')]
     return out + f'<div class="pictures">{"".join(pictures)}</div>'
 
-def _patients(e) -> str:
+def _patients(e, n) -> str:
     "Both eyes to one decision"
     if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any(): return ''
     t = by_patient(e.table, e.classes)
-    return '<h2>By patient</h2><p>A patient is to be referred if one eye is.</p>' + _table(_with_interval(measure_table(t, ['no', e.asked.name], e.point, e.prevalence)))
+    return '<h2>By patient</h2><p>A patient is to be referred if one eye is.</p>' + _table(_with_interval(measure_table(t, ['no', e.asked.name], e.point, e.prevalence, n)))
 
 # %% ../nbs/13a_report.ipynb #270cad85
 def _by_label(e) -> str:
@@ -168,12 +168,12 @@ def _by_label(e) -> str:
     rows = {f'label {l}': {'images': int(r['size']), f'called {e.asked.name}': f"{int(r['sum'])} ({r['sum']/r['size']:.0%})"} for l, r in g.iterrows()}
     return _table(pd.DataFrame.from_dict(rows, orient='index'))
 
-def _subgroups(e) -> str:
+def _subgroups(e, n) -> str:
     "Figures for each value of the facts, and columns that know the label"
     shown = [c for c in e.facts if 2 <= e.table[c].nunique() <= 8 and c != 'reason']
     out = ''
     if shown:
-        s = subgroup_table(e.table, e.classes, shown, e.point, n=500)
+        s = subgroup_table(e.table, e.classes, shown, e.point, n=n)
         wide = {'images': s[('images', '')].astype(int)} | {k: [f'{r[k, "value"]:.3f} [{r[k, "low"]:.3f}, {r[k, "high"]:.3f}]' if r[k, 'value'] == r[k, 'value'] else '' for _, r in s.iterrows()]
                 for k in dict.fromkeys(c[0] for c in s.columns) if k != 'images'}
         out = _table(pd.DataFrame(wide, index=[f'{a}: {b}' for a, b in s.index]))
@@ -205,7 +205,7 @@ def report_html(
     "The report of an evaluation"
     m = measure_table(e.table, e.classes, e.point, e.prevalence, n)
     errors = worst_errors(e.table, e.classes, e.point).assign(image=lambda t: t.image.map(lambda p: Path(p).name))
-    parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m)), ('', _patients(e)), ('Subgroups', _subgroups(e)),
+    parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m, n)), ('', _patients(e, n)), ('Subgroups', _subgroups(e, min(n, 500))),
              ('Left to a human', '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>' + _table(deferral_table(e.table, e.classes, e.point).assign(deferred=lambda t: [f'{r:.0%}' for r in t.deferred]), index=False)),
              ('Quarter turns', f"<p>{e.turns['same decision']:.1%} of {e.turns['images']} images get the same decision however they are turned; their scores differ by {e.turns['spread']:.3f} on average.</p>" if e.turns else ''),
              ('The surest errors', '<p>Some of them have a wrong label; look at the images.</p>' + _table(errors, index=False)), ('Record', _record(e))]

@@ -133,7 +133,7 @@ def plot_roc(
     q:Question, # From `question`
     called=None, # What was decided (n,): to be marked as a point
     groups=None, # Group (patient) of each image
-    n:int=500 # Draws of the bootstrap
+    n:int=1000 # Draws of the bootstrap
 ) -> Figure:
     "ROC curve with its interval over patients, and the operating point"
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')

@@ -57,7 +57,7 @@ def test_safetensors_and_json_and_nothing_else(run, weights):
     about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
     assert {k: about[k] for k in (*FIELDS, 'seed', 'format') if k not in ('mean', 'std')} == {
         'classes': ['no', 'referable'], 'task': 'dr', 'target': 'referable', 'size': 64, 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1,
-        'head': {'hidden': [], 'dropout': 0., 'flatten': False}, 'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns', 'seed': 3,
+        'head': {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''}, 'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns', 'seed': 3,
         'format': 'dr_transfer model 2'}
     import timm
     cfg = timm.get_pretrained_cfg('test_resnet')

@@ -149,7 +149,7 @@ def test_the_record(run, weights, eyes):
     assert {k: r[k] for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')} == {
         'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1, 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3,
         'augment': 'quarter_turns', 'reader': 'fundus', 'fit': 'pad'}
-    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False} and [h['stored'] for h in r['history']] == [True]
+    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''} and [h['stored'] for h in r['history']] == [True]
     assert r['weights'] == {'kind': 'file', 'name': weights.name, 'sha256': hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [1]
     assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__

