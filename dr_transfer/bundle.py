@@ -10,7 +10,7 @@ __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image
 import hashlib, json, os
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
@@ -31,9 +31,10 @@ class ImageModel:
     "A trained network and the description of what it expects"
     def __init__(self,
         model:nn.Module, # Body and head
-        about:dict # The fields in `FIELDS`, and what else there is to say
+        about:dict, # The fields in `FIELDS`, and what else there is to say
+        seen:np.ndarray|None=None # Hashes of the images it was made from, uint8 (n, 32)
     ):
-        self.model, self.about, self.classes = model.eval(), about, list(about['classes'])
+        self.model, self.about, self.classes, self.seen = model.eval(), about, list(about['classes']), seen
     def read(self, source): return read_image(source, self.about['size'], self.about['reader'], self.about['fit'])
     def probs(self,
         images:list, # Paths, PIL images or arrays, all readable
@@ -54,8 +55,15 @@ def image_model(
     about = {'arch': r['arch'], 'stage': r['stage'], 'tap': r['tap'], 'head': r['head'], 'classes': list(learn.dls.vocab), 'task': r['task'], 'target': r['target'], 'size': r['size'],
              'reader': learn.task.reader, 'fit': learn.task.fit, 'views': r['augment'] if r['augment'] in VIEWS else 'none',
              'mean': list(body.stages.spec.mean), 'std': list(body.stages.spec.std),
-             'decision': r.get('decision'), 'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed']}
-    return ImageModel(nn.Sequential(body, head), about)
+             'decision': r.get('decision'), 'weights': r['weights'], 'licence': body.stages.spec.licence, 'versions': r['versions'], 'seed': r['seed'],
+             'training': {'plan': r.get('plan', {}).get('name'), 'balance': r['balance'], 'data': r['data']}}
+    return ImageModel(nn.Sequential(body, head), about, _seen(learn))
+
+def _seen(learn) -> np.ndarray:
+    "Hashes of the images that were trained on, or that decisions were chosen on"
+    from dr_transfer.leaks import image_hashes
+    used = learn.table.image[learn.table.split != 'test']
+    return np.unique(image_hashes(used.tolist(), learn.task.reader)[0], axis=0)
 
 # %% ../nbs/13_bundle.ipynb #621cca0c
 FORMAT = 'dr_transfer model 2'
@@ -70,6 +78,7 @@ def write_model(
     "The two files of a model, into a folder"
     folder = Path(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.model.state_dict().items()}
+    if model.seen is not None: tensors['seen'] = torch.from_numpy(model.seen)
     save_file(tensors, folder/'model.safetensors')
     usual_mode(folder/'model.safetensors')
     about = {**model.about, 'format': FORMAT, 'tensors_sha256': hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest()}
@@ -115,8 +124,10 @@ def load_model(
     about = _read_about(folder)
     stages, head = create_body(about['arch'], 'random', about['tap'], about['stage']), _read_head(folder, about)
     model = nn.Sequential(make_body(stages, about['size'], setting, 'cpu'), create_head(head, head_inputs(stages, head, about['size']), len(about['classes'])))
-    model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
-    return ImageModel(model, about)
+    tensors = load_file(Path(folder)/'model.safetensors')
+    seen = tensors.pop('seen', None)
+    model.load_state_dict(tensors)
+    return ImageModel(model, about, None if seen is None else seen.numpy())
 
 # %% ../nbs/13_bundle.ipynb #c964129b
 def gather_images(

@@ -17,7 +17,7 @@ from .decision import apply_decision, choose_decision
 from .files import atomic_file, cache_folder
 from .leaks import Together
 from .store import content_keys
-from .table import label_table
+from .table import label_table, set_aside
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
 def fold_tables(
@@ -37,7 +37,7 @@ def fold_tables(
 
 def _kept(table, settings) -> Path:
     "Where the predictions of a fold are kept"
-    about = [sorted(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()]
+    about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()] # in their order
     return cache_folder()/'folds'/f'{hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()[:24]}.csv'
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
@@ -57,15 +57,15 @@ def cross_validate(
     task = get_task(task, kwargs.pop('size', None))
     tables, out = fold_tables(data, task, target, labels, folds, seed, group_col), []
     for k, t in enumerate(tables, 1):
-        file = _kept(t, [task, target, epochs, seed, kwargs])
-        if not file.exists():
+        if not (file := _kept(t, [task, target, epochs, seed, kwargs])).exists():
             say(f'fold {k} of {len(tables)}')
-            learn = fit(build_learner(t, task, target=target, seed=seed, **kwargs), epochs=epochs, say=say)
-            with atomic_file(file) as f: valid_predictions(learn).to_csv(f, index=False)
-        p = pd.read_csv(file, dtype={'target': str, 'prediction': str})
-        p['image'] = t.image[t.split == 'valid'].tolist() # the same images may have moved
+            found = valid_predictions(fit(build_learner(t, task, target=target, seed=seed, **kwargs), epochs=epochs, say=say))
+            with atomic_file(file) as f: found.to_csv(f, index=False)
+        p = pd.read_csv(file, dtype={'target': str, 'prediction': str}).assign(image=t.image[t.split == 'valid'].tolist()) # they may have moved
         out.append(t.drop(columns=['target', 'split']).merge(p, on='image').assign(fold=k))
-    return pd.concat(out).sort_values('image', ignore_index=True)
+    out = pd.concat(out).sort_values('image', ignore_index=True)
+    out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
+    return out
 
 # %% ../nbs/10b_crossval.ipynb #871803a4
 def decide_across(

@@ -17,16 +17,21 @@ from .dicom import is_dicom
 from .images import read_rgb
 
 # %% ../nbs/02_fundus.ipynb #12b9a297
+def _bright(im) -> tuple:
+    "Where the brightest channel is well above black, boolean at a f-th of the size, and f"
+    f = max(1, min(im.size)//256)
+    r, g, b = (im.reduce(f) if f > 1 else im).split()
+    a = np.asarray(ImageChops.lighter(ImageChops.lighter(r, g), b))
+    return a > max(8., 0.12*np.percentile(a, 99)), f
+
 def disc_box(
     im:Image.Image, # RGB fundus photograph
     share:float=0.02 # Share of disc pixels that makes a row count
 ) -> tuple[int,int,int,int]: # left, top, right, bottom in pixels
     "The box around the retina disc; the whole image if no disc stands out"
-    f = max(1, min(im.size)//256)
-    a = np.asarray(im.reduce(f) if f > 1 else im).max(axis=2)
-    bright = a > max(8., 0.12*np.percentile(a, 99))
+    bright, f = _bright(im)
     ys, xs = (np.flatnonzero(bright.mean(axis=i) > share) for i in (1, 0))
-    if len(ys) < 0.2*a.shape[0] or len(xs) < 0.2*a.shape[1]: return (0, 0, *im.size)
+    if len(ys) < 0.2*bright.shape[0] or len(xs) < 0.2*bright.shape[1]: return (0, 0, *im.size)
     return (int(xs[0])*f, int(ys[0])*f, min((int(xs[-1])+1)*f, im.width), min((int(ys[-1])+1)*f, im.height))
 
 def trim_borders(
@@ -56,11 +61,6 @@ class Disc:
         return np.asarray(points, float)*(2*self.r/size) + (self.x - self.r, self.y - self.r)
 
 # %% ../nbs/02_fundus.ipynb #3a2f5970
-def _light(im) -> Image.Image:
-    "The brightest channel of each pixel"
-    r, g, b = im.split()
-    return ImageChops.lighter(ImageChops.lighter(r, g), b)
-
 def _edge(bright) -> list:
     "Points (n, 2) where rows, and where columns, enter and leave the disc; the border of the image is no edge"
     out = []
@@ -92,15 +92,13 @@ def find_disc(
     im:Image.Image # RGB fundus photograph
 ) -> Disc|None: # None where no surround is seen
     "The circle of the retina disc, whole or cut by the frame"
-    f = max(1, min(im.size)//256)
-    a = np.asarray(_light(im.reduce(f) if f > 1 else im))
-    bright = a > max(8., 0.12*np.percentile(a, 99))
+    bright, f = _bright(im)
     if not 0.03 < bright.mean() < 0.985: return None
     rows, columns = _edge(bright)
     tries = [p for p in (rows, columns, np.concatenate([rows, columns])) if len(p) >= 8]
     if not tries: return None
     fit, (x, y, r) = max((_fit_circle(p, np.concatenate([rows, columns])) for p in tries), key=lambda t: t[0])
-    if fit < 0.4 or not 0.2 < r/min(a.shape) < 2:
+    if fit < 0.4 or not 0.2 < r/min(bright.shape) < 2:
         left, top, right, bottom = (v/f for v in disc_box(im))
         x, y, r = (left + right - 1)/2, (top + bottom - 1)/2, max(right - left, bottom - top)/2
     return Disc((x + 0.5)*f, (y + 0.5)*f, (r + 0.5)*f, float(fit))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'BITS', 'MOST', 'KEYS', 'fine_detail', 'detail_hash', 'near_pairs', 'image_hashes', 'find_copies',
-           'joined_groups', 'Together', 'file_facts', 'confounders', 'LeakReport', 'split_leaks', 'leak_report',
-           'LeakError', 'check_leaks', 'split_data']
+           'seen_before', 'joined_groups', 'Together', 'file_facts', 'confounders', 'LeakReport', 'split_leaks',
+           'leak_report', 'LeakError', 'check_leaks', 'split_data']
 
 # %% ../nbs/05d_leaks.ipynb #e5edbd47
 from dataclasses import dataclass
@@ -48,14 +48,17 @@ def detail_hash(
 # %% ../nbs/05d_leaks.ipynb #0f1ce22a
 MOST = 40 # bits that may differ between near copies, of 256
 
+def _signs(hashes) -> np.ndarray:
+    "Bits as -1 and 1, so that a product counts those that agree; nought for images of one colour"
+    return (np.unpackbits(hashes, axis=1).astype(np.float32)*2 - 1)*hashes.any(1)[:, None]
+
 def near_pairs(
     hashes:np.ndarray, # uint8 (n, 32), from `detail_hash`
     most:int=MOST # Bits that may differ, 0 to 127
 ) -> np.ndarray: # (pairs, 3): two rows, the first lower, and the bits that differ
     "All pairs of images whose hashes differ in a few bits; images of one colour are in none"
     if not 0 <= most < BITS//2: raise ValueError(f"most={most}: give 0 to {BITS//2 - 1} bits")
-    x = np.unpackbits(hashes, axis=1).astype(np.float32)*2 - 1
-    x[~hashes.any(1)] = 0
+    x = _signs(hashes)
     found = [np.zeros((0, 3), np.int64)]
     for a in range(0, len(x), 1000):
         alike = x[a:a + 1000] @ x[a:].T
@@ -93,6 +96,19 @@ def find_copies(
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
     pairs = [(g[0], b, 'same file', 0) for g in same for b in g[1:]] + [(*sorted((where[i], where[j])), 'near copy', d) for i, j, d in near]
     return pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits']).sort_values(['a', 'b'], ignore_index=True)
+
+# %% ../nbs/05d_leaks.ipynb #15947275
+def seen_before(
+    sources:list, # Paths or images, all readable
+    seen:np.ndarray, # Hashes of other images, uint8 (m, 32)
+    reader:str='photo', # Name in `READERS`
+    most:int=MOST, # Bits that may differ
+    folder:str|Path|None=None # Where hashes are kept; in the cache if None
+) -> np.ndarray: # (n,) booleans
+    "Which images are, or nearly are, among others"
+    if not len(sources) or not len(seen): return np.zeros(len(sources), bool)
+    x, known = _signs(image_hashes(sources, reader, folder)[0]), _signs(seen).T
+    return np.concatenate([(x[a:a + 1000] @ known).max(1) >= BITS - 2*most for a in range(0, len(x), 1000)])
 
 # %% ../nbs/05d_leaks.ipynb #80de8d29
 def joined_groups(

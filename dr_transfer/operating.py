@@ -6,9 +6,9 @@
 __all__ = ['LEAST', 'OperatingPointError', 'OperatingPoint', 'choose_operating_point', 'predictive_values', 'operating_table']
 
 # %% ../nbs/00e_operating.ipynb #20448a15
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 import numpy as np, pandas as pd
-from .intervals import share_interval
+from .intervals import bootstrap, share_interval
 from .metrics import sensitivity, specificity
 
 # %% ../nbs/00e_operating.ipynb #642a0588
@@ -80,10 +80,13 @@ def operating_table(
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
     rows = {name: (*share_interval(called[side] == bool(want), g[side], **kw), int(side.sum()))
             for name, side, want in (('sensitivity', y == 1, 1), ('specificity', y == 0, 0))}
-    if prevalence is not None: rows |= _predictive(rows, prevalence)
+    if prevalence is not None: rows |= _predictive(rows, y, called, g, prevalence, kw)
     return pd.DataFrame(rows, ['value', 'low', 'high', 'images']).T.astype({'images': int})
 
-def _predictive(rows, prevalence) -> dict:
-    "Predictive values; their limits are those of the less and the more favourable ends"
-    ends = [predictive_values(rows['sensitivity'][i], rows['specificity'][i], prevalence) for i in range(3)]
-    return {f'{k} predictive value at {prevalence:.0%}': (*(e[k] for e in ends), rows['sensitivity'][3] + rows['specificity'][3]) for k in ('positive', 'negative')}
+def _predictive(rows, y, called, g, prevalence, kw) -> dict:
+    "Predictive values with intervals over groups; where no draw can show an error, of the ends of sensitivity and specificity"
+    def both(y, c): return predictive_values(c[y == 1].mean() if y.any() else np.nan, (~c[y == 0]).mean() if not y.all() else np.nan, prevalence)
+    found = bootstrap(both, y, called, groups=g, **kw)
+    if {rows[k][0] for k in ('sensitivity', 'specificity')} & {0., 1.}:
+        found = pd.DataFrame([predictive_values(rows['sensitivity'][i], rows['specificity'][i], prevalence) for i in range(3)], ['value', 'low', 'high']).T
+    return {f'{k} predictive value at {prevalence:.0%}': (*found.loc[k, ['value', 'low', 'high']], len(y)) for k in found.index}

@@ -16,9 +16,11 @@ from .decision import decisions, question, table_arrays
 from .evaluate import plot_confusion
 from .files import atomic_file, package_version
 from .gradability import gradability_table
-from .leaks import confounders, file_facts
+from .leaks import confounders, file_facts, seen_before
 from .operating import OperatingPoint
 from .screening import by_patient, consistency, deferral_table, measure_table, plot_reliability, plot_roc, subgroup_table, worst_errors
+from .table import set_aside
+
 
 # %% ../nbs/13a_report.ipynb #72cc52a0
 @dataclass
@@ -28,7 +30,8 @@ class Evaluation:
     classes:list # Class names in order
     about:dict # Of the model, as in model.json
     data:str = '' # What the images are, in words
-    aside:list = field(default_factory=list) # Images that could not be read, with the reason
+    aside:list = field(default_factory=list) # Images that could not be read
+    known:list = field(default_factory=list) # Images that the model was made from, left out
     prevalence:float|None = None # For predictive values
     turns:dict|None = None # From `consistency`
     how:str = '' # How the predictions came about, where it is not one model
@@ -63,20 +66,32 @@ def describe_images(
     return Evaluation(t, list(classes), about, data, prevalence=prevalence)
 
 # %% ../nbs/13a_report.ipynb #263840bf
+def _new_to(model, t, allow_leaks) -> tuple:
+    "The images that a model was not made from, and the names of the others; all of them and a column `known` if leaks are allowed"
+    known = seen_before(t.image.tolist(), model.seen, model.about['reader']) if model.seen is not None else np.zeros(len(t), bool)
+    if allow_leaks and known.any(): return t.assign(known=np.where(known, 'known to the model', 'new to it')), []
+    if known.all() and not allow_leaks: raise ValueError("the model was made from all of these images, or near copies of them: give others, use cross-validation, or read predictions.csv "
+        "of its run; with allow_leaks=True (--allow-leaks) they are counted, and the report says so")
+    return t[~known].reset_index(drop=True), t.image[known].tolist()
+
+# %% ../nbs/13a_report.ipynb #a7412176
 def evaluate_model(
     model:ImageModel, # From `load_model` or `image_model`
     table:pd.DataFrame, # With `image, target`, perhaps `group` and facts
     prevalence:float|None=None, # Of what is to be found, for predictive values
     turns:int=200, # Images on which the quarter turns are compared
-    data:str='' # What the images are, in words
+    data:str='', # What the images are, in words
+    allow_leaks:bool=False # Count images that the model was made from, too?
 ) -> Evaluation:
-    "Predict the images of a table and gather what is known of them"
-    t = predict_table(model, table.image.tolist())
-    good = (t.error == '').to_numpy()
-    t = table.reset_index(drop=True)[good].join(t[good].drop(columns=['image', 'error'])).reset_index(drop=True)
+    "Predict the images of a table and gather what is known of them; those that the model was made from are left out"
+    p = predict_table(model, table.image.tolist())
+    good = (p.error == '').to_numpy()
+    t = table.reset_index(drop=True)[good].join(p[good].drop(columns=['image', 'error'])).reset_index(drop=True)
     if not len(t): raise ValueError(f"none of {len(table)} images can be read: give others")
+    t, known = _new_to(model, t, allow_leaks)
     out = describe_images(t, model.classes, model.about, model.about['reader'], data, prevalence)
-    out.aside, sample = table.image[~good].tolist(), t.image.sample(min(turns, len(t)), random_state=0).tolist()
+    out.known, out.aside = known, [*set_aside(table).image, *table.image[~good]]
+    sample = t.image.sample(min(turns, len(t)), random_state=0).tolist()
     out.turns = consistency(model.probs(sample, 'quarter_turns', average=False), model.classes, out.point) | {'images': len(sample)}
     return out
 
@@ -120,9 +135,11 @@ def endpoint_table(
 def _summary(e, m) -> str:
     q, t = e.asked, e.table
     rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one', 'could not be read': len(e.aside)}
+    if e.known: rows['left out: the model was made from them'] = len(e.known)
     if q: rows[f'truly {q.name}'] = f'{q.y.sum()} ({q.y.mean():.1%})'
     if 'gradability' in t: rows['ungradable'] = f'{(t.gradability < 0.5).sum()} ({(t.gradability < 0.5).mean():.1%}); in the trial of the first cleared system {1 - GRADABLE:.1%} of patients'
     out = _table(pd.DataFrame({'': rows}))
+    if 'known' in t: out += f"<p class=\"warn\">The model was made from {(t.known != 'new to it').sum()} of these images, or from near copies: the figures are those of images it knows.</p>"
     if q is None: return out
     if e.point is None:
         why = '; '.join((e.about.get('decision') or {}).get('refused', [])) or 'none was chosen when it was trained'
@@ -157,7 +174,7 @@ def _patients(e, n) -> str:
     "Both eyes to one decision"
     if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any(): return ''
     t = by_patient(e.table, e.classes)
-    return '<h2>By patient</h2><p>A patient is to be referred if one eye is.</p>' + _table(_with_interval(measure_table(t, ['no', e.asked.name], e.point, e.prevalence, n)))
+    return '<p>A patient is to be referred if one eye is.</p>' + _table(_with_interval(measure_table(t, ['no', e.asked.name], e.point, e.prevalence, n)))
 
 # %% ../nbs/13a_report.ipynb #270cad85
 def _by_label(e) -> str:
@@ -190,9 +207,18 @@ table{border-collapse:collapse;font-size:.9rem}th,td{padding:.2rem .6rem;text-al
 figure{margin:0;max-width:26rem;flex:1 1 18rem}img{max-width:100%}figcaption{font-size:.85rem;color:#555}
 @media print{body{max-width:none;font-size:11pt}h2{break-after:avoid}figure,tr{break-inside:avoid}.wide{overflow:visible}}"""
 
+def _training(t) -> dict:
+    "What a model was made from, as rows"
+    d, how = t.get('data'), {'plan': t.get('plan'), 'balance of classes': t.get('balance')}
+    if not d: return how
+    sides = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
+    leaks = ', '.join(f'{n} x {k}' for k, n in (d.get('leaks') or {}).items())
+    return {**how, 'images it was made from': f"{sides}; {d['groups']} groups, {d['set_aside']} set aside; fingerprint {d['fingerprint']}",
+            'allowed on two sides of its split': leaks or 'nothing'}
+
 def _record(e) -> str:
     a = e.about
-    rows = {'network': a.get('arch'), 'weights it started from': (a.get('weights') or {}).get('kind'), 'their licence': a.get('licence'), 'task': f"{a.get('task')}, {a.get('target')}", 'pixels': a.get('size'),
+    rows = {'network': a.get('arch'), 'weights it started from': (a.get('weights') or {}).get('kind'), 'their licence': a.get('licence'), 'task': f"{a.get('task')}, {a.get('target')}", 'pixels': a.get('size'), **_training(a.get('training') or {}),
             'views averaged': a.get('views'), 'temperature': (a.get('decision') or {}).get('temperature'), 'seed': a.get('seed'), 'weights of the model, SHA-256': a.get('tensors_sha256'),
             **{f'version of {k}': v for k, v in (a.get('versions') or {}).items()}, 'this page made by': f"dr_transfer {package_version('dr_transfer')}"}
     return _table(pd.DataFrame({'': {k: v for k, v in rows.items() if v not in (None, '')}}), digits=4)
@@ -205,12 +231,12 @@ def report_html(
     "The report of an evaluation"
     m = measure_table(e.table, e.classes, e.point, e.prevalence, n)
     errors = worst_errors(e.table, e.classes, e.point).assign(image=lambda t: t.image.map(lambda p: Path(p).name))
-    parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m, n)), ('', _patients(e, n)), ('Subgroups', _subgroups(e, min(n, 500))),
+    parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m, n)), ('By patient', _patients(e, n)), ('Subgroups', _subgroups(e, min(n, 500))),
              ('Left to a human', '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>' + _table(deferral_table(e.table, e.classes, e.point).assign(deferred=lambda t: [f'{r:.0%}' for r in t.deferred]), index=False)),
              ('Quarter turns', f"<p>{e.turns['same decision']:.1%} of {e.turns['images']} images get the same decision however they are turned; their scores differ by {e.turns['spread']:.3f} on average.</p>" if e.turns else ''),
              ('The surest errors', '<p>Some of them have a wrong label; look at the images.</p>' + _table(errors, index=False)), ('Record', _record(e))]
     if e.aside: parts.append(('Could not be read', _table(pd.DataFrame({'image': [Path(p).name for p in e.aside]}), index=False)))
-    body = ''.join((f'<h2>{h}</h2>' if h else '') + b for h, b in parts if b)
+    body = ''.join(f'<h2>{h}</h2>{b}' for h, b in parts if b)
     title = f"{e.about.get('arch')} on {e.data or 'images'}"
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
             f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(_meaning(e, m))}</p><p class="warn">For research. Not a medical device: not to be used for diagnosis.</p>{body}</body></html>\n')

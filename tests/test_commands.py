@@ -1,8 +1,10 @@
 "preprocess, evaluate and cross-validate, from the command line; and that a run keeps its decision"
 import json
+import shutil
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from test_cli import FAST, cache_dir, cli, eyes, good, home, once, refused, run, shared_cache, weights  # noqa: F401
 from dr_transfer.phantom import make_dr
@@ -52,6 +54,25 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
     assert not (tmp_path/'s.html').exists()
 
 
+def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
+    assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', tmp_path/'r.html')
+    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '20', '--out', tmp_path/'all.html')
+    assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'left out' not in said.out
+    both = tmp_path/'both'                                                                       # 40 new ones, 8 known ones, a broken one
+    shutil.copytree(eyes/'images', both)
+    known = [f'known_{i}.png' for i in range(8)]
+    labels = pd.read_csv(many/'labels.csv').head(8)
+    for to, (i, name) in zip(known, enumerate(labels.image)):                                     # four of them a little lighter
+        source = next((many/'images').glob(f'{name}*'))
+        if i % 2: shutil.copy(source, both/to)
+        else: Image.open(source).point(lambda v: min(255, int(1.05*v + 2))).save(both/to)
+    (both/'broken.png').write_bytes(b'no image')
+    pd.concat([pd.read_csv(eyes/'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]).to_csv(tmp_path/'l.csv', index=False)
+    said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '20', '--out', tmp_path/'r.html')
+    assert len(pd.read_csv(tmp_path/'r.csv')) == 40 and 'left out: 8 images' in said.out and '1 images that cannot be read' in said.out
+    assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path/'r.html').read_text() and 'broken.png' in (tmp_path/'r.html').read_text()
+
+
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
     words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '50', '--sensitivity', '0.85')
     said = good(*words, '--out', tmp_path/'r.html')
@@ -76,9 +97,9 @@ def test_wrong_words_are_refused(eyes, weights, tmp_path, words):
     assert not (tmp_path/'run').exists()
 
 
-def test_an_ordered_model_of_grades_says_grades(many, weights, tmp_path):
+def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
     good('train', many, '--weights', weights, *SAID, '--target', 'grade', '--head', 'regression', '--balance', 'sampling', '--valid', '0.4', '--out', tmp_path/'run')
     t = pd.read_csv(tmp_path/'run'/'predictions.csv')
     assert set(t.grade) <= set(range(5)) and t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', tmp_path/'run', many, '--draws', '20', '--out', tmp_path/'r.html')
+    good('evaluate', tmp_path/'run', eyes, '--draws', '20', '--out', tmp_path/'r.html')
     assert 'kappa at the cut points' in (tmp_path/'r.html').read_text()

@@ -174,6 +174,19 @@ def test_the_table_at_the_point():
     assert m.loc['positive predictive value at 10%'].value == pytest.approx(predictive_values(*m.value[:2], .1)['positive'])
 
 
+def test_predictive_values_have_the_interval_of_whole_patients():
+    t = two(120)
+    y, called = (t.target == 'referable').to_numpy(int), t.p_referable.to_numpy() > .6
+    o = operating_table(y, called, t.group, prevalence=.1, n=400)
+    def ppv(y, c): return predictive_values(c[y == 1].mean(), (~c[y == 0]).mean(), .1)['positive']
+    own = bootstrap(ppv, y, called, groups=t.group, n=400).loc['value']
+    assert np.allclose(o.loc['positive predictive value at 10%', ['value', 'low', 'high']].astype(float), own)
+    for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):                            # no draw shows an error: the exact ends
+        r = operating_table(y, c, t.group, prevalence=.1, n=50).iloc[2:]
+        ok = r.value.notna()
+        assert ((r.low <= r.value) & (r.value <= r.high))[ok].all() and (r.high - r.low)[ok].max() > 0
+
+
 # ---------------------------------------------------------------- decisions
 
 def test_the_question_of_two_classes_and_of_five_grades():
