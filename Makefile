@@ -63,9 +63,10 @@ _docs/index.html: $(PAGES) $(LIBRARY) _quarto.yml settings.ini tools/build_docs.
 
 # ---------------------------------------------------------------- environments
 
-# uv installs in seconds what takes pip minutes; where it cannot be had, or fails, pip does the work.
+# uv installs in seconds what takes pip minutes; where it cannot be had, or fails, pip does the work. Like
+# pip it compiles what it installs: else each of the many processes of the tests does, where none may write.
 # $(1): the environment, $(2): what to install
-install = $(1)/bin/uv pip install --python $(1)/bin/python $(2) || $(1)/bin/python -m pip install $(2)
+install = $(1)/bin/uv pip install --compile-bytecode --python $(1)/bin/python $(2) || $(1)/bin/python -m pip install $(2)
 
 %/bin/python:
 	@for python in python3.11 python3 python; do \

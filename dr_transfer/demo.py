@@ -10,8 +10,6 @@ import json, shutil
 from pathlib import Path
 import pandas as pd
 from PIL import Image
-from .core import build_learner, fit
-from .evaluate import pick_examples, plot_predictions
 from .files import atomic_file, atomic_folder, check_new
 from .phantom import make_dr
 from .run import write_run
@@ -22,6 +20,7 @@ STARTS = {'random_start': 'random', 'run': None} # folder -> weights
 def _start(out, name, size, seed, setting):
     "Train one start, unless it is there"
     if (out/name).is_dir(): return
+    from dr_transfer.core import build_learner, fit # they take seconds, which a folder that is in the way need not cost
     print(f"training a head on {'random' if STARTS[name] else 'ImageNet'} weights", flush=True)
     learn = fit(build_learner(out/'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head')
     with atomic_folder(out/name) as tmp: write_run(learn, tmp, {'sensitivity': 0.9})
@@ -39,6 +38,7 @@ def demo_picture(
 ) -> Path: # A PNG
     "Examples from the validation side"
     if (out/'demo.png').exists(): return out/'demo.png'
+    from dr_transfer.evaluate import pick_examples, plot_predictions
     t = pick_examples(pd.read_csv(out/'run'/'predictions.csv'), 8)
     titles = [f'{r.target}: p(referable) {r.p_referable:.2f}' for r in t.itertuples()]
     fig = plot_predictions([Image.open(i) for i in t.image], titles, (t.target == t.prediction).tolist(),

@@ -141,7 +141,8 @@ def test_the_point_reaches_what_was_asked_and_none_gives_more_of_the_other(share
     t = two(110, seed=2)
     y, s = (t.target == 'referable').astype(int).to_numpy(), t.p_referable.to_numpy()
     p = choose_operating_point(y, s, **{what: share})
-    def both(threshold): return recall_score(y, s >= threshold), recall_score(1 - y, s < threshold)
+    def both(threshold): return (s[y == 1] >= threshold).mean(), (s[y == 0] < threshold).mean()
+    assert both(p.threshold) == pytest.approx((recall_score(y, s >= p.threshold), recall_score(1 - y, s < p.threshold)))
     assert (p.sensitivity, p.specificity) == pytest.approx(both(p.threshold)) and getattr(p, what) >= share
     other = 1 if what == 'sensitivity' else 0
     reach = [both(v) for v in np.r_[s, 2.] if both(v)[1 - other] >= share]
