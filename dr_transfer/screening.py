@@ -100,16 +100,17 @@ def worst_errors(
     table:pd.DataFrame, # `image, target, p_CLASS...`
     classes, # Class names in order
     point:OperatingPoint|None=None, # Decides what is wrong; without, the likeliest class
-    n:int=20 # How many at most
+    n:int=20 # How many at most of each kind
 ) -> pd.DataFrame: # `image, target, said, probability`, the surest first
-    "The surest mistakes"
+    "The surest mistakes; where something is decided, as many missed ones as false alarms"
     q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
     if called is not None:
         wrong, sure, said = called != (q.y == 1), np.where(called, q.score, 1 - q.score), np.where(called, q.name, f'not {q.name}')
         sure_of = np.abs(q.score - (point.threshold if point else 0.5))
     else: wrong, sure, said = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]; sure_of = sure
     t = pd.DataFrame({'image': table.image.tolist(), 'target': table.target.tolist(), 'said': said, 'probability': sure})[wrong]
-    return t.iloc[np.argsort(-sure_of[wrong], kind='stable')[:n]].reset_index(drop=True)
+    t = t.iloc[np.argsort(-sure_of[wrong], kind='stable')]
+    return (t.head(n) if called is None else t.groupby('said', sort=False).head(n)).reset_index(drop=True)
 
 # %% ../nbs/10a_screening.ipynb #90071d03
 def roc_band(

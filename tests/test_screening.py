@@ -278,7 +278,8 @@ def test_the_worst_errors_are_wrong_and_in_order():
     w = worst_errors(t, TWO, n=10)
     assert len(w) == 10 and (w.target != w.said).all() and w.probability.is_monotonic_decreasing
     called = apply_decision(t, TWO, choose_decision(two(seed=9), TWO, sensitivity=.9))
-    assert all((r.said == 'referable') != (r.target == 'referable') for r in worst_errors(called, TWO).itertuples())
+    w = worst_errors(called, TWO, n=4)
+    assert all((r.said == 'referable') != (r.target == 'referable') for r in w.itertuples()) and w.said.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
 
 
 def test_the_roc_band_holds_the_curve_and_widens_with_fewer_people():
@@ -301,7 +302,7 @@ def test_consistency_of_views():
 
 def test_endpoints_are_reached_by_the_whole_interval_only():
     m = pd.DataFrame({'value': [.9, .8], 'low': [.851, .7], 'high': [.95, .824], 'images': 1}, index=['sensitivity', 'specificity'])
-    assert endpoint_table(m)[''].tolist() == ['reached', 'missed']
+    assert endpoint_table(m)['result'].tolist() == ['reached', 'missed']
 
 
 @pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES), (lambda: two()[:3], TWO)])
@@ -315,6 +316,14 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
     assert 'Not a medical device' in page and 'eyes &amp; more' in page and '/secret' not in page and '<b>' not in page and 'broken.jpg' in page
     assert not re.search(r'(src|href)="(?!data:image/png)', page) and '<script' not in page and '@media print' in page and 'width=device-width' in page
     assert len(pd.read_csv(tmp_path/'r.csv')) == len(t)
+
+
+def test_a_threshold_that_does_not_carry_over_is_said_so():
+    decision, words = choose_decision(two(seed=9), TWO, sensitivity=.9), 'has to be set anew'
+    t = two()
+    assert words not in report_html(Evaluation(apply_decision(t, TWO, decision), TWO, {'decision': decision}), n=50)
+    lighter = t.assign(p_referable=t.p_referable**3, p_no=1 - t.p_referable**3)                  # another camera
+    assert words in report_html(Evaluation(apply_decision(lighter, TWO, decision), TWO, {'decision': decision}), n=50)
 
 
 def test_the_report_says_why_there_is_no_operating_point():
