@@ -31,6 +31,7 @@ def train(
     fit(learn, epochs=a.epochs)
     with atomic_folder(out, a.overwrite, RUN_FILES) as tmp: measures = write_run(learn, tmp, share)
     print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
+    if 'gap' in learn.record: print('better on the training side by: ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
     _print_decision(learn.record['decision'])
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLearner', 'classifier_learner', 'learner_groups',
-           'fit', 'predict_probs', 'prediction_table', 'valid_predictions']
+           'fit', 'predict_probs', 'prediction_table', 'valid_predictions', 'generalisation_gap']
 
 # %% ../nbs/08_core.ipynb #8405814e
 import hashlib, os, platform
@@ -27,9 +27,11 @@ from .balance import balanced_loss, image_weights
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders
+from .decision import table_arrays
 from .features import weights_digest
 from .files import package_version, unknown
 from .leaks import split_data
+from .metrics import summary
 from .model import Head, create_head, head_inputs, make_body, view_probs
 from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
@@ -274,3 +276,14 @@ def valid_predictions(
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
     return t
+
+# %% ../nbs/08_core.ipynb #246007f3
+def generalisation_gap(
+    learn:Learner # From `build_learner`, trained
+) -> pd.DataFrame: # Rows 'train', 'valid', 'gap'; a column a measure
+    "Measures on the training and on the validation side, and by how much the first are higher"
+    classes, rows = list(learn.dls.vocab), {}
+    for side in ('train', 'valid'):
+        rows[side] = summary(*table_arrays(valid_predictions(learn, side), classes), classes)
+    t = pd.DataFrame(rows).T
+    return pd.concat([t, (t.loc['train'] - t.loc['valid']).rename('gap').to_frame().T])

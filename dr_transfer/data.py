@@ -18,6 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
 from .augment import augmentation
+from .decision import GRADE_NAMES
 from .files import unknown
 from .images import FITS
 from .table import label_table, split_table
@@ -65,7 +66,7 @@ def _grade(label:str) -> str:
 def _referable(label:str) -> str: return 'referable' if int(_grade(label)) >= 2 else 'no'
 
 GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative)'
-GRADE = Target('grade', ('0', '1', '2', '3', '4'), _grade, GRADES)
+GRADE = Target('grade', tuple(GRADE_NAMES), _grade, GRADES)
 REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 
 # %% ../nbs/04_data.ipynb #e544812b

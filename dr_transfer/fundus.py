@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['INSIDE', 'MEANS', 'SPREADS', 'CORRECTIONS', 'disc_box', 'trim_borders', 'Disc', 'find_disc', 'crop_disc', 'disc_mask',
-           'Moments', 'correct_colour', 'undo_colour', 'correct_local', 'to_right', 'read_disc']
+           'Moments', 'correct_colour', 'undo_colour', 'correct_local', 'to_right', 'Correction', 'correction_table',
+           'read_disc']
 
 # %% ../nbs/02_fundus.ipynb #ec48350c
 import io
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
+from typing import Callable
+import numpy as np, pandas as pd
 from PIL import Image, ImageChops, ImageOps
 from scipy.ndimage import gaussian_filter
 from .dicom import is_dicom
@@ -169,14 +171,31 @@ def correct_local(
     spread = np.maximum(d[lit].std(0), 1) if lit.any() else 1
     return Image.fromarray(np.where(lit[..., None], d*(30/spread) + 128, 128).round().clip(0, 255).astype(np.uint8))
 
-CORRECTIONS = {'none': lambda im: im, 'colour': lambda im: correct_colour(im)[0], 'local': correct_local} # name -> function of a square crop
-
 def to_right(
     im:Image.Image, # Fundus photograph
     eye:str # 'left' or 'right'; other words leave it as it is
 ) -> Image.Image:
     "A left eye as its mirror image, so that all optic discs are on one side"
     return ImageOps.mirror(im) if str(eye).strip().lower() in ('left', 'l', 'os') else im
+
+# %% ../nbs/02_fundus.ipynb #1e63e7e5
+@dataclass(frozen=True)
+class Correction:
+    "A named light correction of a square crop, and what it keeps"
+    apply:Callable # Square crop of a disc -> one of the same size
+    keeps:str # In words
+    undone:str # By what, in words
+    about:str # In one line
+    def __call__(self, im:Image.Image) -> Image.Image: return self.apply(im)
+
+CORRECTIONS = {
+    'none': Correction(lambda im: im, 'everything', 'nothing to undo', 'the crop as it is'),
+    'colour': Correction(lambda im: correct_colour(im)[0], 'all detail; colours and light relative to one another', 'undo_colour, but for what was clipped', 'each channel brought to one mean and spread'),
+    'local': Correction(correct_local, 'detail smaller than an eighth of the disc; not colour, not light', 'nothing', 'the local average subtracted, contrast brought to one measure')}
+
+def correction_table() -> pd.DataFrame: # One row a name
+    "The known light corrections and what each keeps of a photograph"
+    return pd.DataFrame([{'name': n, 'what it does': c.about, 'keeps': c.keeps, 'undone by': c.undone} for n, c in CORRECTIONS.items()]).set_index('name')
 
 # %% ../nbs/02_fundus.ipynb #c3545646
 def read_disc(

@@ -28,16 +28,16 @@ def write_run(
 ) -> dict: # Measures on the validation side
     "Model, record, validation predictions and plots of a learner, into a folder"
     from dr_transfer.bundle import image_model, write_model
-    from dr_transfer.core import valid_predictions
+    from dr_transfer.core import generalisation_gap, valid_predictions
     from dr_transfer.evaluate import plot_confusion, plot_history
     from dr_transfer.metrics import summary
-    from dr_transfer.decision import apply_decision, choose_decision
+    from dr_transfer.decision import apply_decision, choose_decision, table_arrays
     classes, t = list(learn.dls.vocab), valid_predictions(learn)
     learn.record['decision'] = choose_decision(t, classes, **(share or {}))
     t = apply_decision(t, classes, learn.record['decision'])
-    y = [classes.index(c) for c in t.target]
-    probs = t[[f'p_{c}' for c in classes]].to_numpy()
+    y, probs = table_arrays(t, classes)
     measures = summary(y, probs, classes)
+    if learn.stored_body: learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
     (folder/'model').mkdir()
     write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}

@@ -20,7 +20,7 @@ from torch import nn
 
 from dr_transfer import speed
 from dr_transfer.backbones import IMAGENET, Stages, WeightsError, layer_groups
-from dr_transfer.core import (TransferLearner, build_learner, data_summary, fit, learner_groups, predict_probs, prediction_table, valid_predictions,
+from dr_transfer.core import (TransferLearner, build_learner, data_summary, fit, generalisation_gap, learner_groups, predict_probs, prediction_table, valid_predictions,
                               versions)
 from dr_transfer.data import Target, Task
 from dr_transfer.model import AveragePool
@@ -475,7 +475,10 @@ def test_a_head_learns(build):
     silent(learn, 'head')
     rows = learn.table[learn.table.split == 'train']
     p = predict_probs(learn, rows.image)
-    assert (p.argmax(1) == [CLASSES.index(t) for t in rows.target]).mean() > .8
+    right = {'train': (p.argmax(1) == [CLASSES.index(t) for t in rows.target]).mean(), 'valid': (lambda v: v.target == v.prediction)(valid_predictions(learn)).mean()}
+    assert right['train'] > .8
+    gap = generalisation_gap(learn).accuracy
+    assert gap.to_dict() == pytest.approx({**right, 'gap': right['train'] - right['valid']})
 
 
 @pytest.mark.parametrize('task,arch', [('flowers', 'test_resnet'), ('dr', 'test_resnet'), ('flowers', 'test_vit'), ('dr', 'test_efficientnet')])

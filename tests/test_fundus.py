@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dr_transfer.dicom import dicom_facts, is_dicom, read_dicom
-from dr_transfer.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, crop_disc, disc_mask, find_disc, read_disc, to_right,
+from dr_transfer.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, correction_table, crop_disc, disc_mask, find_disc, read_disc, to_right,
                                 trim_borders, undo_colour)
 from dr_transfer.gradability import LIMITS, REASONS, gradability, gradability_table
 from dr_transfer.images import read_rgb
@@ -117,6 +117,19 @@ def test_local_correction_takes_uneven_light_away_and_keeps_detail():
     before = [np.asarray(i, float)[..., 1][inside] for i in (crop, uneven)]
     assert np.corrcoef(a, b)[0, 1] > max(.85, np.corrcoef(*before)[0, 1] + .1)
     assert abs(a.mean() - 128) < 6 and (np.asarray(correct_local(crop))[0, 0] == 128).all()
+
+
+def test_each_correction_says_what_it_keeps():
+    t = correction_table()
+    assert list(t.index) == list(CORRECTIONS) and (t.map(len) > 5).all().all()
+    im = crop_disc(photo(3)[0]).resize((128, 128))
+    assert CORRECTIONS['none'](im) is im
+    even, moments = correct_colour(im)
+    assert np.array_equal(CORRECTIONS['colour'](im), even)
+    back, there = np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int)), (np.asarray(even) > 1) & (np.asarray(even) < 255)
+    assert 'undo_colour' in t['undone by']['colour'] and back[there & disc_mask(128)[..., None]].max() <= 2
+    a, b = (np.asarray(i, float)[disc_mask(128, .9)] for i in (im, even))                         # order within a channel: light relative to other light
+    assert all(np.corrcoef(a[:, c], b[:, c])[0, 1] > .98 for c in range(3))
 
 
 @pytest.mark.parametrize('name', CORRECTIONS)
