@@ -5,9 +5,10 @@
     python tools/screening.py figures cameras   # some of it
 
     figures   referable DR on Messidor-2 in five folds; learnt from Messidor-2 and asked about IDRiD; five grades on Messidor-2 in five folds
+    gap       how much better the model is on the images it was trained on, without and with augmentation, five splits
     cameras   what holds from one camera to the other: light correction x stages x views x strength, learnt from one set, asked about the other
 
-Results are kept in nbs/results/screening.csv and cameras.csv. Nothing is chosen on the photographs that a figure of `figures` is of, but the two
+Results are kept in nbs/results/screening.csv, gap.csv and cameras.csv. Nothing is chosen on the photographs that a figure of `figures` is of, but the two
 sets are the same in both parts: who reads `cameras` to choose a recipe for IDRiD has seen it.
 """
 import argparse, os, time, warnings
@@ -48,6 +49,15 @@ def figures(root):
     yield from _rows('Messidor-2 to IDRiD, referable', measure_table(apply_decision(t, two, decision), two), (time.perf_counter() - start)/60, kept)
 
 
+def gap(root):
+    from dr_transfer.core import build_learner, fit, generalisation_gap
+    for augment in ('none', 'quarter_turns'):
+        for seed in range(5):
+            learn = fit(build_learner(root/'messidor2', 'dr', plan='head', augment=augment, seed=seed), say=lambda s: None)
+            t = generalisation_gap(learn)
+            yield {'augment': augment, 'seed': seed, **{f'{k}, {side}': round(float(t.loc[side, k]), 4) for k in ('auc', 'accuracy') for side in t.index}}
+
+
 def _solved(x, y):
     "Scaler and, for each strength, weights: logistic regression on all views"
     from sklearn.linear_model import LogisticRegression
@@ -85,10 +95,10 @@ def cameras(root):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('parts', nargs='*', default=['figures', 'cameras'])
+    p.add_argument('parts', nargs='*', default=['figures', 'gap', 'cameras'])
     parts, root = p.parse_args().parts, Path(os.environ['DR_TRANSFER_DATA'])/'dr'
     warnings.simplefilter('ignore')
-    for part, f, file in (('figures', figures, 'screening.csv'), ('cameras', cameras, 'cameras.csv')):
+    for part, f, file in (('figures', figures, 'screening.csv'), ('gap', gap, 'gap.csv'), ('cameras', cameras, 'cameras.csv')):
         if part not in parts: continue
         rows = []
         for r in f(root):
