@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLearner', 'classifier_learner', 'learner_groups',
-           'fit', 'predict_probs', 'prediction_table', 'valid_predictions', 'generalisation_gap']
+           'fit', 'predict_probs', 'prediction_table', 'features_stored', 'valid_predictions', 'generalisation_gap']
 
 # %% ../nbs/08_core.ipynb #8405814e
 import hashlib, os, platform
@@ -265,6 +265,12 @@ def prediction_table(
     return pd.concat([t, pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])], axis=1)
 
 # %% ../nbs/08_core.ipynb #256b25e2
+def features_stored(
+    learn:Learner # From `build_learner`
+) -> bool:
+    "Was the head trained on stored features that the body would give again?"
+    return bool(learn.stored_body) and learn.stored_body == weights_digest(learn.model[0][0])
+
 def valid_predictions(
     learn:Learner, # From `build_learner`
     side:str='valid' # 'valid', 'test' or 'train'
@@ -272,7 +278,7 @@ def valid_predictions(
     "The predictions for the validation side, or another one"
     rows = learn.table[learn.table.split == side]
     if not len(rows): raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
-    probs = _feature_probs if learn.stored_body and learn.stored_body == weights_digest(learn.model[0][0]) else predict_probs
+    probs = _feature_probs if features_stored(learn) else predict_probs
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
     return t

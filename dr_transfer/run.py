@@ -28,7 +28,7 @@ def write_run(
 ) -> dict: # Measures on the validation side
     "Model, record, validation predictions and plots of a learner, into a folder"
     from dr_transfer.bundle import image_model, write_model
-    from dr_transfer.core import generalisation_gap, valid_predictions
+    from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
     from dr_transfer.evaluate import plot_confusion, plot_history
     from dr_transfer.metrics import summary
     from dr_transfer.decision import apply_decision, choose_decision, table_arrays
@@ -37,7 +37,7 @@ def write_run(
     t = apply_decision(t, classes, learn.record['decision'])
     y, probs = table_arrays(t, classes)
     measures = summary(y, probs, classes)
-    if learn.stored_body: learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
+    if features_stored(learn): learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
     (folder/'model').mkdir()
     write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
