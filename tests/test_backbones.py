@@ -155,7 +155,7 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
     whole = all_stages(name)
     names, x = stage_names(whole), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
     with torch.no_grad(): maps = whole.maps(x)
-    assert names[0] == 'stem' and len(maps) == len(names) >= 4 and ('neck' in names) == ('lite' in name)
+    assert names[0] == 'stem' and len(maps) == len(names) >= (3 if name == 'cifarnet' else 4) and ('neck' in names) == ('lite' in name)
     groups, state = layer_groups(whole), whole.state_dict()
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
