@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from .files import unknown
 from .networks import NETWORKS
 from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
@@ -310,11 +311,12 @@ def _load(net, spec, weights, needed) -> Weights:
 def backbone_table(
     names:list|None=None # Names; those of the registry if None
 ) -> pd.DataFrame: # One row a backbone
-    "Backbones with parameters, native size, normalisation, licence, and where their weights come from"
+    "Backbones with parameters, multiply-adds for an image of the native size, that size, normalisation, licence, and where their weights come from"
     rows = []
     for spec in map(find_backbone, names or BACKBONES):
-        with torch.device('meta'): net = _build(spec)
-        rows.append({'name': spec.name, 'parameters': sum(p.numel() for p in net.parameters()), 'size': spec.size,
+        with torch.device('meta'): net = _build(spec).eval()
+        with FlopCounterMode(display=False) as flops, torch.no_grad(): net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
+        rows.append({'name': spec.name, 'parameters': sum(p.numel() for p in net.parameters()), 'multiply_adds': flops.get_total_flops()//2, 'size': spec.size,
                      'mean': tuple(round(m, 3) for m in spec.mean), 'std': tuple(round(s, 3) for s in spec.std),
                      'licence': spec.licence, 'weights': spec.weights, 'from': spec.file})
     return pd.DataFrame(rows).set_index('name')

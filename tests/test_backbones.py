@@ -634,4 +634,11 @@ def test_settings_by_name(monkeypatch):
     assert 'fp16' in str(e.value) and 'auto' in str(e.value) and 'bf16' in str(e.value)
 
 
+@pytest.mark.parametrize('name, millions', [('torchvision.resnet50', 4089), ('torchvision.vgg16', 15470), ('googlenet', 1498), ('alexnet', 714)])
+def test_multiply_adds_are_those_that_torchvision_states(name, millions):
+    import torchvision
+    stated = torchvision.models.get_model_weights(name.split('.')[-1]).DEFAULT.meta['_ops']*1000
+    assert abs(backbone_table([name]).multiply_adds[name]/1e6 - stated) < 1 and abs(stated - millions) < 1
+
+
 def test_table_is_a_table(): assert isinstance(backbone_table(['test_vit']), pd.DataFrame)
