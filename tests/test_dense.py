@@ -37,7 +37,7 @@ def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_i
     everywhere = as_convolutions(end, (side, side))
     assert not any(isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d)) for m in everywhere.modules())
     out = everywhere(inner(x))
-    assert out.shape == (1, 1000, 1, 1) and torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-4)
+    assert out.shape == (1, 1000, 1, 1) and torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-5)
     assert everywhere(inner(torch.zeros(1, 3, 288, 256))).shape[2:] == (3, 2)
 
 
@@ -52,12 +52,12 @@ def test_a_model_says_of_each_window_of_a_map_what_its_head_says_of_it(arch, siz
     model = nn.Sequential(stages, head)
     everywhere = dense_model(model, size)
     x = torch.randn(2, 3, size, size)
-    assert torch.allclose(everywhere(x)[..., 0, 0], model(x), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(everywhere(x)[..., 0, 0], model(x), atol=1e-5, rtol=1e-5)
     big = torch.randn(1, 3, 2*size, size + size//2)
     maps, out = stages(big), everywhere(big)
     h, w = stages(x).shape[-2:]
     assert out.shape[2:] == (maps.shape[2] - h + 1, maps.shape[3] - w + 1) and min(out.shape[2:]) > 1
-    for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)): assert torch.allclose(out[..., i, j], head(maps[..., i:i + h, j:j + w]), atol=1e-5, rtol=1e-4)
+    for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)): assert torch.allclose(out[..., i, j], head(maps[..., i:i + h, j:j + w]), atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_a_convolution_is_refused_by_name():

@@ -4,8 +4,8 @@
     python tools/transfer_study.py              # hours on two cores; goes on where it was stopped
     python tools/transfer_study.py flowers ct   # some of it
 
-    flowers      five classes, 96 pixels, efficientnet_lite0, five splits by photographer
-    messidor2    referable or not, 128 pixels, efficientnet_lite0, three splits
+    flowers      five classes, 96 pixels, efficientnet_lite0, four splits by photographer
+    messidor2    referable or not, 112 pixels, efficientnet_lite0, three splits
     ct           the CAD study in miniature: CifarNet, AlexNet and GoogLeNet on drawn lymph nodes, 64 pixels, three splits; from random weights, and pretrained
                  here on the flowers, since their ImageNet weights are not at hand; EfficientNet-Lite0 with its ImageNet weights beside them
 
@@ -36,8 +36,8 @@ def study(root, name, task, size, seeds, epochs):
     keep(training_curve(root, task, epochs, images=SIZES[-1], **how), f'training_{name}')
 
 
-def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, 5, 20)
-def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 128, 3, 20)
+def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, 4, 20)
+def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, 3, 20)
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
