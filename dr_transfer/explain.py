@@ -18,7 +18,6 @@ from PIL import Image
 from torch import nn
 from .backbones import Stages, stage_names
 from .features import Features, _chosen
-from .files import unknown
 from .intervals import bootstrap, group_codes
 from .phantom import contact_sheet
 from .views import normalise, read_image, stack_images
@@ -78,6 +77,7 @@ def gabor_bank(
                 out += [bell*np.cos(along), bell*np.sin(along)]
     return np.array([g.ravel()/np.linalg.norm(g) for g in out])
 
+# %% ../nbs/11_explain.ipynb #203956f9
 def gabor_share(
     filters:np.ndarray # (filters, channels, height, width), 3 by 3 or larger
 ) -> np.ndarray: # (filters,), 0 to 1; NaN for a dead filter
@@ -132,6 +132,7 @@ def model_parts(
     return Parts(getattr(body, 'stages', body), head, lambda source: read_image(source, how['size'], how['reader'], how['fit']),
                  list(about['classes'] if about else model.dls.vocab), *((about or vars(body.stages.spec))[k] for k in ('mean', 'std')))
 
+# %% ../nbs/11_explain.ipynb #6a588cf6
 @contextmanager
 def evaluating(
     *nets:nn.Module # Networks
@@ -160,6 +161,7 @@ def _each_map(model, images, bs=16):
             x = parts.batch([parts.read(o) for o in images[i:i + bs]])
             for name, m in zip(names, parts.stages.maps(x)): yield name, range(i, i + len(x)), m.float().cpu()
 
+# %% ../nbs/11_explain.ipynb #1cc0d630
 def activation_table(
     model:Any, # A learner or a saved model, of a chain of stages
     images:list, # Paths or images
@@ -202,6 +204,7 @@ def _nearest(a, rows, k, groups) -> tuple:
     at = np.argsort(-s, axis=1, kind='stable')[:, :k]
     return at, np.take_along_axis(s, at, 1)
 
+# %% ../nbs/11_explain.ipynb #ea5c3e36
 def nearest_images(
     features:Features, # From `image_features` or `extract_features`
     i:int, # Number of the query
@@ -218,6 +221,7 @@ def nearest_images(
         rows += [{'stage': stage, 'rank': r, 'image': features.images[j], 'similarity': v} for r, (j, v) in enumerate(zip([i, *at[0]], [1., *s[0]]))]
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_explain.ipynb #96a3f0a6
 def plot_nearest(
     nearest:pd.DataFrame, # From `nearest_images`
     size:int=72 # Side of each picture in pixels
@@ -226,7 +230,7 @@ def plot_nearest(
     titles = [s if r == 0 else f'{v:.2f}' for s, r, v in zip(nearest.stage, nearest['rank'], nearest.similarity)]
     return contact_sheet([read_image(o, size, fit='pad') for o in nearest.image], titles, int(nearest['rank'].max()) + 1, size)
 
-# %% ../nbs/11_explain.ipynb #ea5c3e36
+# %% ../nbs/11_explain.ipynb #f4d07bc2
 def neighbour_table(
     features:Features, # From `image_features` or `extract_features`
     labels, # What neighbours should share: class, camera, photographer (n,)
@@ -247,6 +251,7 @@ def neighbour_table(
         rows[stage] = bootstrap(np.mean, (labels[at] == labels[:, None]).mean(1), groups=g, n=n).loc['value']
     return pd.DataFrame(rows).T.assign(chance=chance)
 
+# %% ../nbs/11_explain.ipynb #2cb26500
 def plot_neighbours(
     tables:dict # Name -> table, as `neighbour_table` gives it
 ) -> Figure:

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import nn
 from torch.nn import functional as F
-from .backbones import Stages, _trace, _units, stage_names
+from .backbones import Stages, _trace
 from .explain import evaluating, model_parts
 from .files import unknown
 from .intervals import bootstrap
@@ -51,11 +51,10 @@ def _head_heat(parts, x, c) -> list:
     return [_gradcam()(score, p).attribute(maps, target=c)*m.shape[-2]*m.shape[-1] for p, m in zip(score.probes, maps)]
 
 # %% ../nbs/11a_heat.ipynb #f52e344b
-def _layout(out, prefix) -> tuple|None:
+def _layout(out, prefix, last) -> tuple|None:
     "How the output of a layer becomes maps (n, c, h, w), and maps that output again; None if it has no places"
     if not torch.is_tensor(out): return None
-    if out.ndim == 4 and out.shape[2] == out.shape[3]: return lambda o: o, lambda m, o: m
-    if out.ndim == 4 and out.shape[1] == out.shape[2]: return lambda o: o.permute(0, 3, 1, 2), lambda m, o: m.permute(0, 2, 3, 1)
+    if out.ndim == 4: return (lambda o: o.permute(0, 3, 1, 2), lambda m, o: m.permute(0, 2, 3, 1)) if last else (lambda o: o, lambda m, o: m)
     side = isqrt(max(0, out.shape[1] - prefix)) if out.ndim == 3 else 0
     if side < 2 or side*side != out.shape[1] - prefix: return None
     return (lambda o: o[:, prefix:].transpose(1, 2).unflatten(2, (side, side)),
@@ -65,7 +64,9 @@ def _layers(stages, x) -> dict:
     "The layers of a network whose outputs have places: name -> (module, layout), nearest to the input first"
     if isinstance(stages, Stages): return {n: (m, (lambda o: o, lambda m, o: m)) for n, m in stages.named_children()}
     prefix = getattr(stages.net, 'num_prefix_tokens', 0) or 0
-    found = {n: (m, _layout(o, prefix)) for n, m, o in _trace(stages.net, x, stages.net.forward_features)}
+    calls = _trace(stages.net, x, stages.net.forward_features)
+    last = any(o.shape[1] == o.shape[2] != o.shape[3] for *_, o in calls if torch.is_tensor(o) and o.ndim == 4) # images are square: channels last
+    found = {n: (m, _layout(o, prefix, last)) for n, m, o in calls}
     return {n: f for n, f in found.items() if f[1]}
 
 @contextmanager
@@ -174,6 +175,18 @@ def heat_sheet(
     return contact_sheet(pictures, titles, 2*min(3, len(wrong)), size)
 
 # %% ../nbs/11a_heat.ipynb #65c0a2a3
+def _figures(heats, mask, field, margin) -> np.ndarray:
+    "Figures (n, 4) of several heat maps (n, h, w) on one mask: share, area, hit, near"
+    heats, mask = np.asarray(heats, float), np.asarray(mask, bool)
+    field = np.ones_like(mask) if field is None else np.asarray(field, bool)
+    if not heats.shape[1:] == mask.shape == field.shape: raise ValueError(f"heat of {heats.shape[1:]} and a mask of {mask.shape}: give both at the size of the image as the model reads it")
+    mask = mask & field
+    if not mask.any(): raise ValueError("the mask is empty: leave out images without anything to find")
+    near, total = distance_transform_edt(~mask) <= margin, heats.sum((1, 2))
+    share = np.where(total > 0, heats[:, mask].sum(1)/np.where(total > 0, total, 1), np.nan)
+    hit = near.ravel()[heats.reshape(len(heats), -1).argmax(1)] & (total > 0)
+    return np.stack(np.broadcast_arrays(share, mask.sum()/field.sum(), hit, (near & field).sum()/field.sum()), 1).astype(float)
+
 def heat_on(
     heat:np.ndarray, # (h, w), 0 or more
     mask:np.ndarray, # (h, w), True where the truth is
@@ -181,25 +194,22 @@ def heat_on(
     margin:int=0 # Pixels by which the hottest pixel may miss
 ) -> dict[str, float]: # 'share', 'area', 'hit', 'near' (area with the margin)
     "Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does; a share of NaN and no hit without heat"
-    heat, mask = np.asarray(heat, float), np.array(mask, bool)
-    field = np.ones_like(mask) if field is None else np.asarray(field, bool)
-    if not heat.shape == mask.shape == field.shape: raise ValueError(f"heat of {heat.shape} and a mask of {mask.shape}: give both at the size of the image as the model reads it")
-    if not (mask & field).any(): raise ValueError("the mask is empty: leave out images without anything to find")
-    mask &= field
-    near = distance_transform_edt(~mask) <= margin
-    some = heat.sum() > 0
-    return {'share': float(heat[mask].sum()/heat.sum()) if some else float('nan'), 'area': float(mask.sum()/field.sum()),
-            'hit': float(some and near[np.unravel_index(heat.argmax(), heat.shape)]), 'near': float((near & field).sum()/field.sum())}
+    return dict(zip(('share', 'area', 'hit', 'near'), _figures(np.asarray(heat)[None], mask, field, margin)[0].tolist()))
 
 # %% ../nbs/11a_heat.ipynb #85b11681
-def _on_truth(heats, masks, fields, margin) -> dict:
-    "For each image: its own heat, its own by quarter turns, and the heat of the others, on its mask"
-    on = np.array([[list(heat_on(h, m, f, margin).values()) for h in heats] for m, f in zip(masks, fields)]) # (mask, heat, figure)
-    turned = [[list(heat_on(np.rot90(h, k), m, f, margin).values()) for k in (1, 2, 3)] for h, m, f in zip(heats, masks, fields)]
-    n = len(heats)
-    others = on[~np.eye(n, dtype=bool)].reshape(n, n - 1, 4)
-    return {'own': on[np.arange(n), np.arange(n)], 'turned': np.nanmean(turned, 1), 'others': np.nanmean(others, 1)}
+def _mean(a, axis=None):
+    "Mean of what is not NaN; NaN if there is nothing"
+    n = (~np.isnan(a)).sum(axis)
+    return np.where(n > 0, np.nansum(a, axis)/np.maximum(n, 1), np.nan)
 
+def _on_truth(heats, masks, fields, margin) -> dict:
+    "Figures (n, 4) of each image's own heat, of its own by quarter turns, and of the heat of the others, on its mask"
+    heats, n = np.asarray(heats, float), len(heats)
+    on = np.stack([_figures(heats, m, f, margin) for m, f in zip(masks, fields)]) # (mask, heat, figure)
+    turned = np.stack([_figures([np.rot90(h, k) for k in (1, 2, 3)], m, f, margin) for h, m, f in zip(heats, masks, fields)])
+    return {'own': on[np.arange(n), np.arange(n)], 'turned': _mean(turned, 1), 'others': _mean(on[~np.eye(n, dtype=bool)].reshape(n, n - 1, 4), 1)}
+
+# %% ../nbs/11a_heat.ipynb #f3670689
 def heat_table(
     heats, # One an image (n, h, w)
     masks, # Where the truth is, one an image
@@ -212,7 +222,7 @@ def heat_table(
     if len(heats) != len(masks) or len(heats) < 3: raise ValueError(f"{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least")
     on = _on_truth(heats, masks, [np.ones_like(m) for m in masks] if fields is None else fields, margin)
     def figures(own, turned, others):
-        s, t, o = (np.nanmean(np.where(np.isnan(own[:, 0]), np.nan, a[:, 0])) if np.isfinite(own[:, 0]).any() else np.nan for a in (own, turned, others))
+        s, t, o = (_mean(np.where(np.isnan(own[:, 0]), np.nan, a[:, 0])) for a in (own, turned, others))
         return {'share of the heat': s, 'chance: share of the area': own[:, 1].mean(), 'chance: own heat, turned': t, 'chance: heat of the others': o,
                 'more than the others': s - o, 'hottest pixel': own[:, 2].mean(), 'chance: area with the margin': own[:, 3].mean(),
                 'chance: hottest pixel of the others': others[:, 2].mean(), 'without heat': np.isnan(own[:, 0]).mean()}
@@ -223,12 +233,12 @@ def plot_heat_tables(
     tables:dict # Name -> table, as `heat_table` gives it
 ) -> Figure:
     "Share of the heat on the truth, and of the hottest pixels, with their intervals; marks are the chance levels"
-    fig = Figure(figsize=(8, 0.6 + 0.42*len(tables)), dpi=90, layout='constrained')
+    fig = Figure(figsize=(8, 1.2 + 0.4*len(tables)), dpi=90, layout='constrained')
     shown = (('share of the heat', ('share of the area', 'heat of the others', 'own heat, turned')), ('hottest pixel', ('area with the margin', 'hottest pixel of the others')))
     for ax, (figure, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
         rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
         ax.errorbar(rows.value, rows.index, xerr=(rows.value - rows.low, rows.high - rows.value), fmt='o', capsize=2)
         for mark, c in zip('x+|', chances): ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], rows.index, mark, color='firebrick', label=c)
         ax.set(xlabel=f'{figure} on the truth', xlim=(0, None))
-        ax.legend(frameon=False, fontsize=7, title='chance', title_fontsize=7)
+        ax.legend(frameon=False, fontsize=7, title='by chance', title_fontsize=7, loc='lower left', bbox_to_anchor=(0, 1))
     return fig
