@@ -47,7 +47,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     from dr_transfer.plans import Phase, Plan
     best = None
     for lr in rates:
-        plan = Plan(f'pretrain_{lr}', (Phase(0, 12, lr, wd=0.05, fixed_bn=False),), weights='random')
+        plan = Plan(f'pretrain_{lr}', (Phase(0, 10, lr, wd=0.05, fixed_bn=False),), weights='random')
         learn = fit(build_learner(root/'flowers', 'flowers', arch=arch, size=64, plan=plan, setting='channels_last'), say=lambda line: None)
         score = learn.record['history'][-1]['accuracy']
         say(f'{arch} on the flowers, rate {lr}: accuracy {score:.3f}')
@@ -71,7 +71,7 @@ def ct(root):
             rivals = {**RIVALS, START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random')}
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, setting='channels_last', say=say)
             about = dict(arch=arch, source=source, source_accuracy=score, rate=lr)
-            curves.append(learning_curve(f'{d}/pictures', sizes=(50, 100, 250, 600), rivals=rivals, seeds=3, **how).assign(**about))
+            curves.append(learning_curve(f'{d}/pictures', sizes=(60, 200, 600), rivals=rivals, seeds=3, **how).assign(**about))
             errors.append(training_curve(f'{d}/pictures', epochs=20, images=600, rivals={k: v for k, v in rivals.items() if k != 'frozen'}, **how).assign(**about))
             keep(pd.concat(curves), 'learning_ct'), keep(pd.concat(errors), 'training_ct')
 
