@@ -24,27 +24,27 @@ def _axes(spacing):  # positions of the voxels in mm along z, y, x, to be broadc
 def _cover(d, edge): return np.clip(.5 - d/np.float32(edge), 0, 1)  # share of a voxel that is inside, from the distance in mm to the surface
 
 def _bumps(rng, axes, cell):  # smooth noise of about unit spread with bumps of `cell` mm: the same field for any voxels
-    grid = rng.standard_normal([int(f/cell) + 3 for f in FIELD], dtype=np.float32)*np.float32(1.6)
-    at = [np.clip(1 - np.abs((c.ravel()[:, None] + f/2)/cell + 1 - np.arange(k)), 0, 1).astype(np.float32) for c, f, k in zip(axes, FIELD, grid.shape)]
-    at = [w*w*(3 - 2*w) for w in at]
+    grid = rng.standard_normal([int(f/cell) + 4 for f in FIELD], dtype=np.float32)*np.float32(.55**-1.5)
+    far = [np.abs((c.ravel()[:, None] + f/2)/cell + 1.5 - np.arange(k)).astype(np.float32) for c, f, k in zip(axes, FIELD, grid.shape)]
+    at = [np.where(d < .5, .75 - d*d, .5*np.clip(1.5 - d, 0, None)**2) for d in far]  # quadratic splines: round bumps
     return np.einsum('za,yb,xc,abc->zyx', *at, grid, optimize=True)
 
 # %% ../nbs/00h_ct_phantom.ipynb #128d67cf
 def _box(axes, centre, reach):  # the voxels within `reach` mm of a place, and how far they are from it along each axis
     first, step = [float(c.flat[0]) for c in axes], [float(c.flat[1] - c.flat[0]) for c in axes]
     box = tuple(slice(max(0, int((p - reach - a)/d) + 1), max(0, int((p + reach - a)/d) + 1)) for p, a, d in zip(centre, first, step))
-    return box, [np.moveaxis(c, k, 0)[b] - np.float32(p) for k, (c, b, p) in enumerate(zip(axes, box, centre))]
+    return box, [c.ravel()[b] - np.float32(p) for c, b, p in zip(axes, box, centre)]
 
 def _lay(hu, axes, centre, half, turn, value, edge):  # lay an ellipsoid with half axes `half`, turned by `turn`, into `hu`
     box, off = _box(axes, centre, max(half) + edge)
-    d = np.stack(np.meshgrid(*[o.ravel() for o in off], indexing='ij'), -1) @ (turn/np.asarray(half, float)).astype(np.float32)
+    d = np.stack(np.meshgrid(*off, indexing='ij'), -1) @ (turn/np.asarray(half, float)).astype(np.float32)
     hu[box] += _cover((np.sqrt((d*d).sum(-1)) - 1)*min(half), edge)*(value - hu[box])
 
 def _tube(hu, axes, line, radius, value, edge):  # lay a vessel with a radius for each point of `line` into `hu`
     for p, r in zip(line, radius):
         box, (z, y, x) = _box(axes, p, r + edge)
         part = hu[box]
-        part += _cover(np.sqrt(z.ravel()[:, None, None]**2 + y.ravel()[:, None]**2 + x.ravel()**2) - r, edge)*(value - part)
+        part += _cover(np.sqrt(z[:, None, None]**2 + y[:, None]**2 + x**2) - r, edge)*(value - part)
 
 def _turn(rng):  # a random rotation in three dimensions
     q, r = np.linalg.qr(rng.normal(size=(3, 3)))
@@ -56,46 +56,54 @@ def _walk(rng, start, heading, length, bend, step=2.):  # a line that bends, a p
     return start + np.cumsum(head/np.linalg.norm(head, axis=1, keepdims=True), 0)*step
 
 # %% ../nbs/00h_ct_phantom.ipynb #bee100ab
-def _chest(rng, axes, edge):  # a chest without nodes and lung patterns: HU, the share of each voxel that is lung, what its base HU is
+def _person(rng):  # what makes a chest somebody's: shape, place and size of its parts in mm, HU of lung
+    wide, deep, s, foot = rng.uniform((.88, .86, .92, -66), (1.05, 1.04, 1.06, -46)).tolist()
+    return dict(body=(141*wide, 98*deep), fat=rng.uniform(.05, .14), lung=rng.uniform(-880, -810), s=s, middle=(rng.uniform(31, 39), rng.uniform(52, 60)*deep), back=66*deep,
+                heart=((rng.uniform(-80, -64), -22*deep, rng.uniform(10, 24)), (rng.uniform(40, 52), rng.uniform(30, 38), rng.uniform(40, 52))), lean=rng.uniform(-.1, .35, 2),
+                lungs=[(side*rng.uniform(64, 72)*wide, rng.uniform(-6, 8), rng.uniform(45, 56)*wide, rng.uniform(68, 84)*deep, foot - rng.uniform(8, 14)*(side > 0)) for side in (-1, 1)])
+
+def _chest(rng, axes, edge, who):  # a chest wall with two lungs and fat between them: HU, the share of each voxel that is lung
     z, y, x = axes
-    s, fat, base = rng.uniform(.92, 1.04), rng.uniform(.05, .13), rng.uniform(-880, -820)
-    shell = (np.abs(x/(142*s))**2.4 + np.abs(y/(98*s))**2.4)**np.float32(1/2.4)
-    hu = np.float32(-1000) + 900*_cover((shell - 1)*110, edge) + 150*_cover((shell - 1 + fat)*110, edge)*np.ones_like(z)
+    a, b, fat = *who['body'], who['fat']
+    warp = _bumps(rng, axes, 45)*4
+    shell = (np.abs(x/a)**2.4 + np.abs(y/b)**2.4)**np.float32(1/2.4) + warp*.006
+    hu = np.float32(-1000) + 900*_cover((shell - 1)*110, edge) + 150*_cover((shell - 1 + fat)*110, edge)
     stripe = (z + np.abs(x)*.35 - y*.3) % 26 - 13  # ribs run downwards to the front
-    rib = _cover(np.abs(shell - .97 + fat)*110 - 3.5, edge)*_cover(np.abs(stripe) - 4.5, edge)*(np.abs(x) > 25)
+    rib = _cover(np.abs(shell - .96 + fat)*110 - 3.5, edge)*_cover(np.abs(stripe) - 4.5, edge)*(np.abs(x) > 25)
     hu += rib*(420 - hu)
-    wide = np.sqrt(np.clip(1 - ((z + 40)/150)**2, .05, 1))*s
-    lung = np.maximum(*[_cover((np.hypot((x - c)/(47*wide), (y - 2)/(74*wide)) - 1)*47, edge) for c in (-72*s, 72*s)])
-    dome = np.where(x < 0, -52, -66) - ((np.abs(x) - 72)**2 + y**2)/130  # the diaphragm, higher over the liver
-    lung = lung*_cover(dome - z, edge)
-    middle = _cover((np.hypot(x/(36*s), (y + 6)/(58*s)) - 1)*36, edge)*(1 - lung)*_cover(-z - 62, 6)
-    hu += middle*(-95 - hu)
-    hu += lung*(base + .3*y - hu)  # the blood of a patient on the back sinks: denser there
-    return hu, lung, s
+    tall, lung = np.sqrt(np.clip(1 - ((z + 40)/150)**2, .05, 1)), 0
+    for (cx, cy, w, d, foot), lean in zip(who['lungs'], who['lean']):
+        u, v = x - cx + np.sign(cx)*lean*(y - cy), y - cy
+        dome = foot - ((x - cx)**2 + v**2)/130  # the diaphragm, higher over the liver
+        lung = np.maximum(lung, _cover((np.hypot(u/(w*tall), v/(d*tall)) - 1)*w + warp, edge)*_cover(dome - z, edge))
+    between = _cover((np.hypot(x/who['middle'][0], (y + 6)/who['middle'][1]) - 1)*who['middle'][0], edge)
+    lung *= _cover((shell - .92 + fat)*110, edge)*(1 - between)*_cover(20 - np.hypot(x, y - who['back']) + 4, edge)
+    hu += between*_cover(-z - 62, 6)*(-95 - hu)
+    hu += lung*(who['lung'] + .3*y - hu)  # blood sinks: a patient on the back has denser lung there
+    return hu, lung
 
-_HEART = (-72, -22, 18), (48, 36, 46)
-
-def _tubes(s):  # aorta, upper hollow vein, gullet, windpipe and its two branches: lines and radii
+def _tubes(rng, who):  # aorta, upper hollow vein, gullet, windpipe and its two branches: lines and radii
     up = np.arange(-88, 88, 2.)
-    def straight(y, x, r, low=-90): return [(v, y + .03*v, x) for v in up if v > low], r
-    air = [[(v, 8., 0.) for v in up if v > 10], *([(10 - .9*t, 8., k*t) for t in range(0, 34, 2)] for k in (-1, 1))]
-    return [straight(40*s, 18, 11), straight(-14, -20, 8, -25), straight(30, 0, 6.5), *[(line, 9.5) for line in air]]
+    def straight(y, x, r, low=-90): return [(v, y + .03*v, x) for v in up if v > low], r*who['s']
+    fork, (dy, dx) = rng.uniform(0, 20), rng.normal(0, 2.5, (2, 4))
+    air = [[(v, 8., 0.) for v in up if v > fork], *([(fork - .9*t, 8., k*t) for t in range(0, 34, 2)] for k in (-1, 1))]
+    return [straight(who['back'] - 25 + dy[0], 18 + dx[0], 11), straight(-14 + dy[1], -20 + dx[1], 8, -25), straight(30 + dy[2], dx[2], 6.5), *[(line, 9.*who['s']) for line in air]]
 
-def _organs(hu, axes, s, tubes, edge):  # lay spine, breastbone, heart and the great tubes into `hu`
+def _organs(hu, axes, edge, who, tubes):  # lay spine, breastbone, heart and the great tubes into `hu`
     z, y, x = axes
-    back = 66*s
+    back, front = who['back'], -who['body'][1]*(1 - who['fat']) + 8
     for cover, value in ((_cover((np.hypot(x/19, (y - back)/15) - 1)*16, edge)*np.where(np.abs(z % 28 - 14) < 2.5, .25, 1), 230),
-                         (_cover(np.hypot(x, y - back - 22) - 8, edge), 20), (_cover((np.hypot(x/20, (y + 84*s)/6) - 1)*6, edge)*(z > -50), 260)):
+                         (_cover(np.hypot(x, y - back - 22) - 8, edge)*(y < who['body'][1] - 12), 20), (_cover((np.hypot(x/20, (y - front)/6) - 1)*6, edge)*(z > -50), 260)):
         hu += cover*(value - hu)
-    _lay(hu, axes, *_HEART, np.eye(3), 42., edge)
+    _lay(hu, axes, *who['heart'], np.eye(3), 42., edge)
     for line, r in tubes: _tube(hu, axes, line, [r]*len(line), 42., edge)
     for line, r in tubes[3:]: _tube(hu, axes, line, [r - 2]*len(line), -960., edge)
 
 # %% ../nbs/00h_ct_phantom.ipynb #a7bdab36
-def _room(p, s, tubes):  # mm to spare at a place in the fat between the lungs: negative outside or in an organ
+def _room(p, who, tubes):  # mm to spare at a place in the fat between the lungs: negative outside or in an organ
     z, y, x = p
-    inside = min((1 - np.hypot(x/(36*s), (y + 6)/(58*s)))*36, z + 40, 80 - z, (np.hypot(x/19, (y - 66*s)/15) - 1)*15)
-    return min(inside, (np.linalg.norm(np.subtract(p, _HEART[0])/_HEART[1]) - 1)*36, *[np.linalg.norm(np.asarray(line) - p, axis=1).min() - r for line, r in tubes])
+    inside = min((1 - np.hypot(x/who['middle'][0], (y + 6)/who['middle'][1]))*who['middle'][0], z + 40, 80 - z, (np.hypot(x/19, (y - who['back'])/15) - 1)*15)
+    return min(inside, (np.linalg.norm(np.subtract(p, who['heart'][0])/who['heart'][1]) - 1)*36, *[np.linalg.norm(np.asarray(line) - p, axis=1).min() - r for line, r in tubes])
 
 def _spot(rng, room, least):  # a random place with `room(place)` of at least `least` mm, or the roomiest of 300
     best, most = None, -np.inf
@@ -104,27 +112,27 @@ def _spot(rng, room, least):  # a random place with `room(place)` of at least `l
         if most >= least: break
     return best
 
-def _net(rng, s, tubes, n=9):  # vessels in the fat: lines, radii
+def _net(rng, who, tubes, n=9):  # vessels in the fat: lines, radii
     out = []
     for _ in range(n):
-        r, start = rng.uniform(3.2, 6.5), _spot(rng, lambda p: _room(p, s, tubes), 3)
+        r, start = rng.uniform(3.2, 6.5), _spot(rng, lambda p: _room(p, who, tubes), 3)
         head = rng.normal(size=3)
         for way in (head, -head): out.append((line := _walk(rng, start, way, rng.uniform(25, 50), .06), r*np.linspace(1, rng.uniform(.6, 1), len(line))))
         if rng.random() < .6: out.append((line := _walk(rng, start, np.cross(head, rng.normal(size=3)), rng.uniform(20, 40), .08), r*np.linspace(.8, .5, len(line))))
     return out
 
 # %% ../nbs/00h_ct_phantom.ipynb #b3c08218
-def _nodes(rng, s, tubes, net, n):  # lymph nodes in the fat, beside vessels but not in them: place, half axes, rotation, HU
+def _nodes(rng, who, tubes, net, n):  # lymph nodes in the fat, beside vessels but not in them: place, half axes, rotation, HU
     points, wide, out = np.concatenate([l for l, _ in net]), np.concatenate([r for _, r in net]), []
     for _ in range(n):
         half = rng.uniform(3.5, 7)*np.array([1, *rng.uniform(1, 1.6, 2)])
-        def room(p): return min(_room(p, s, tubes), (np.linalg.norm(points - p, axis=1) - wide).min(), *[np.linalg.norm(q[0] - p) - q[1].max() for q in out])
+        def room(p): return min(_room(p, who, tubes), (np.linalg.norm(points - p, axis=1) - wide).min(), *[np.linalg.norm(q[0] - p) - q[1].max() for q in out])
         out.append((_spot(rng, room, half.min()*rng.uniform(.4, 1)), half, _turn(rng), rng.normal(42, 5)))
     return out
 
-def _others(rng, s, tubes, net, nodes, n):  # places on vessels, outside of every node, that a detector could take for one
+def _others(rng, who, tubes, net, nodes, n):  # places on vessels, outside of every node, that a detector could take for one
     points, out = np.concatenate([l[r > 3.2] for l, r in net]), []
-    good = [p for p in points if _room(p, s, tubes) > 2 and all(np.linalg.norm(q[0] - p) > q[1].max() + 4 for q in nodes)]
+    good = [p for p in points if _room(p, who, tubes) > 2 and all(np.linalg.norm(q[0] - p) > q[1].max() + 4 for q in nodes)]
     for i in rng.permutation(len(good)):
         if len(out) < n and all(np.linalg.norm(good[i] - p) > 8 for p in out): out.append(good[i])
     return out
@@ -134,22 +142,22 @@ PATTERNS = ('normal', 'emphysema', 'ground_glass', 'fibrosis', 'micronodules')
 
 def _affect(rng, hu, axes, lung, pattern):  # draw a pattern into the lung part of `hu`; how much of each voxel is affected
     z, y, x = axes
-    centre, half = rng.uniform(-30, 40), rng.uniform(30, 60)
-    mask = np.clip((half - np.abs(z - centre))/12, 0, 1)*np.clip(.5 + (_bumps(rng, axes, 32) + .2)*1.5, 0, 1)
+    centre, half = rng.uniform(-30, 40), rng.uniform(40, 70)
+    mask = np.clip((half - np.abs(z - centre))/12, 0, 1)*np.clip(.5 + (_bumps(rng, axes, 26) + .2)*1.5, 0, 1)
     if pattern == 'fibrosis': mask = mask*np.clip(np.hypot((np.abs(x) - 65)/50, y/75)*2.2 - .9, 0, 1)
     if pattern == 'normal': mask = mask*0
     a = lung*mask
-    if pattern == 'emphysema': hu += a*np.clip(_bumps(rng, axes, 7)*2 - .2, 0, 1)*(-985 - hu)
-    if pattern == 'ground_glass': hu += a*rng.uniform(130, 260)*(1 + .15*_bumps(rng, axes, 9))
-    if pattern == 'fibrosis': hu += a*(np.exp(-(_bumps(rng, axes, 7)/.35)**2)*rng.uniform(500, 700) - 40)
-    if pattern == 'micronodules': hu += a*np.clip(_bumps(rng, axes, 4)*2 - 3.2, 0, 1)*rng.uniform(450, 650)
+    if pattern == 'emphysema': hu += a*np.clip(_bumps(rng, axes, 5)*2.5 - .3, 0, 1)*(-985 - hu)
+    if pattern == 'ground_glass': hu += a*rng.uniform(130, 260)*(1 + .15*_bumps(rng, axes, 7))
+    if pattern == 'fibrosis': hu += a*(np.exp(-(_bumps(rng, axes, 5.5)/.3)**2)*rng.uniform(500, 700) - 40)
+    if pattern == 'micronodules': hu += a*np.clip(_bumps(rng, axes, 3)*2 - 3.2, 0, 1)*rng.uniform(450, 650)
     return mask
 
-def _lung_vessels(rng, hu, axes, lung, s, edge, n=26):  # vessels of both lungs, from the root outwards, tapering
+def _lung_vessels(rng, hu, axes, lung, edge, n=26):  # vessels of both lungs, from the root outwards, tapering
     soft = np.zeros_like(hu)
     for side in (-1, 1):
         for _ in range(n):
-            start = np.array([rng.normal(0, 14), rng.normal(6, 10), side*34*s])
+            start = np.array([rng.normal(0, 14), rng.normal(6, 10), side*33])
             line = _walk(rng, start, (rng.normal(0, 1), rng.normal(0, .9), side*rng.uniform(.3, 1)), rng.uniform(45, 95), .12, 2.5)
             _tube(soft, axes, line, rng.uniform(1.8, 3.4)*np.linspace(1, .25, len(line)), 1., edge)
     hu += lung*soft*(40 - hu)
@@ -168,19 +176,20 @@ def draw_ct(
     if seed < 0 or not 0 <= nodes <= 12: raise ValueError(f"seed={seed}, nodes={nodes}: type a seed of 0 or more and 0 to 12 nodes")
     body, tree, sick, glands, grain = (_stream(seed, k) for k in range(5))
     axes, edge = _axes(spacing), float(np.mean(spacing))
-    hu, lung, s = _chest(body, axes, edge)
-    _lung_vessels(tree, hu, axes, lung, s, edge)
+    who = _person(body)
+    hu, lung = _chest(body, axes, edge, who)
+    _lung_vessels(tree, hu, axes, lung, edge)
     mask = _affect(sick, hu, axes, lung, pattern)
-    tubes = _tubes(s)
-    net = _net(glands, s, tubes)
+    tubes = _tubes(body, who)
+    net = _net(glands, who, tubes)
     for line, radius in net: _tube(hu, axes, line, radius, glands.normal(42, 5), edge)
-    _organs(hu, axes, s, tubes, edge)
-    found = _nodes(glands, s, tubes, net, nodes)
+    _organs(hu, axes, edge, who, tubes)
+    found = _nodes(glands, who, tubes, net, nodes)
     for q in found: _lay(hu, axes, *q, edge)
     spread = grain.uniform(12, 24) if noise is None else noise
     grainy = gaussian_filter1d(gaussian_filter1d(grain.standard_normal(hu.shape, dtype=np.float32), .6, 1), .6, 2)
     hu += grainy*np.float32(spread/grainy.std())
-    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(seed, pattern, spacing, axes, lung, mask, found, _others(glands, s, tubes, net, found, nodes))
+    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(seed, pattern, spacing, axes, lung, mask, found, _others(glands, who, tubes, net, found, nodes))
 
 def _truth(seed, pattern, spacing, axes, lung, mask, found, others):  # what is where, in mm, and the share of lung affected in each slice
     def place(p): return [round(float(v), 2) for v in p]
