@@ -8,8 +8,9 @@ __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows
 # %% ../nbs/03a_ct.ipynb #5cbcd5fb
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from .files import unknown
@@ -113,18 +114,96 @@ def three_planes(
     "Coronal, sagittal and axial plane through a point as red, green and blue (Roth et al. 2014; Shin et al. 2016)"
     return _grey([window(plane(volume, place, p, side, size, turn), which) for p in PLANES])
 
-# %% ../nbs/03a_ct.ipynb #cac8d9e0
+# %% ../nbs/03a_ct.ipynb #9e9d1adc
+def _oriented(hu, affine, name) -> Volume:
+    "A volume from an array and the map (4, 4) from its indices to mm along x (to the left), y (to the back), z (to the head)"
+    if hu.ndim == 4 and hu.shape[3] == 1: hu = hu[..., 0]
+    if hu.ndim != 3: raise ValueError(f"{name} has the shape {hu.shape} and is no volume: give one of three dimensions")
+    steps = affine[:3, :3].T # a row for each axis of the array: mm along x, y, z
+    size = np.linalg.norm(steps, axis=1)
+    if not (np.isfinite(steps).all() and (size > 0).all()): raise ValueError(f"{name} does not say where its voxels are")
+    way = steps/size[:, None]
+    order = [int(np.abs(way[:, k]).argmax()) for k in (2, 1, 0)] # which axis of the array is z, y, x
+    tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
+    if len(set(order)) < 3 or tilt > 0.6:
+        raise ValueError(f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer")
+    back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
+    corner = affine @ [*[(hu.shape[a] - 1)*back[order.index(a)] for a in range(3)], 1]
+    hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]
+    return Volume(np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)), tuple(size[order]), tuple(corner[[2, 1, 0]]))
+
+# %% ../nbs/03a_ct.ipynb #6337dcae
+def _needs(package):
+    "A module of the extra `ct`; ValueError if it is missing"
+    try: return import_module(package)
+    except ImportError: raise ValueError(f"this file is read by {package}: pip install 'dr_transfer[ct]'") from None
+
+def _load_nifti(path) -> Volume:
+    "A volume from a .nii or .nii.gz file"
+    try: image = _needs('nibabel').load(path)
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI: {e}") from None
+    if not (image.header['sform_code'] or image.header['qform_code']): raise ValueError(f"{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM")
+    return _oriented(image.get_fdata(dtype=np.float32), np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
+
+# %% ../nbs/03a_ct.ipynb #986fed19
+def _one_series(slices, path):
+    "ValueError if files are not the slices of one CT series"
+    if not slices: raise ValueError(f"there are no DICOM files with an image and its position in {path}")
+    names = pd.Series([f"{s.get('SeriesInstanceUID', '')} {s.get('SeriesDescription', '')}".strip() for s in slices]).value_counts()
+    if len(names) > 1: raise ValueError(f"{path} holds {len(names)} series: {'; '.join(f'{k} ({n} files)' for k, n in names.items())}. Put each into a folder of its own")
+    if (kind := slices[0].get('Modality')) != 'CT': raise ValueError(f"{path} holds images of the kind {kind}, not CT: its values are not Hounsfield units")
+    for key in ('Rows', 'Columns', 'PixelSpacing', 'ImageOrientationPatient'):
+        if len(found := {str(s.get(key)) for s in slices}) > 1: raise ValueError(f"the slices in {path} differ in {key}: {', '.join(sorted(found)[:2])}. Take out those that do not belong to the series")
+
+def _slice_step(at, path) -> float:
+    "The distance between slices in mm, from their sorted positions; ValueError for gaps and slices that are there twice"
+    if len(at) < 2: raise ValueError(f"{path} has one slice only: a volume needs two or more")
+    steps = np.diff(at)
+    step = float(np.median(steps))
+    if steps.min() < .01: raise ValueError(f"two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: take one of them out")
+    if steps.max() > 1.5*step: raise ValueError(f"slices are missing in {path}: {at[k := int(steps.argmax())]:g} mm along the scan is followed by {at[k + 1]:g} mm, where the others are {step:g} mm apart")
+    if np.ptp(steps) > max(.02*step, .02): raise ValueError(f"the slices in {path} are {steps.min():g} to {steps.max():g} mm apart: resample them to even steps first")
+    return float(at[-1] - at[0])/(len(at) - 1)
+
+# %% ../nbs/03a_ct.ipynb #70b15a98
+def _load_series(path) -> Volume:
+    "A volume from a folder with the files of a DICOM series"
+    pydicom, slices = _needs('pydicom'), []
+    for f in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith('.')):
+        try: s = pydicom.dcmread(f)
+        except pydicom.errors.InvalidDicomError: continue
+        if 'ImagePositionPatient' in s and 'Rows' in s: slices.append(s)
+    _one_series(slices, path)
+    right, down = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3) # of the image, in the patient
+    normal = np.cross(right, down)
+    slices.sort(key=lambda s: normal @ np.array(s.ImagePositionPatient, float))
+    corners = np.array([s.ImagePositionPatient for s in slices], float)
+    _slice_step(corners @ normal, path)
+    try: hu = np.stack([s.pixel_array*np.float32(s.get('RescaleSlope', 1)) + np.float32(s.get('RescaleIntercept', 0)) for s in slices])
+    except Exception as e: raise ValueError(f"the images in {path} cannot be decoded: {e}. Compressed ones need pylibjpeg: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from None
+    down_mm, right_mm = map(float, slices[0].PixelSpacing)
+    affine = np.eye(4)
+    affine[:3] = np.c_[(corners[-1] - corners[0])/(len(corners) - 1), down*down_mm, right*right_mm, corners[0]]
+    return _oriented(hu, affine, str(path))
+
+# %% ../nbs/03a_ct.ipynb #94cdd206
 def _load_numpy(path, spacing) -> Volume:
-    "A volume from .npz with `hu, spacing` and perhaps `origin`, or from .npy"
+    "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
     with np.load(path) if path.suffix == '.npz' else nullcontext({'hu': np.load(path)}) as f:
-        if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez_compressed(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
+        if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
         found = spacing if spacing is not None else f['spacing'] if 'spacing' in f else None
         if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm")
         return Volume(f['hu'], found, f['origin'] if 'origin' in f else (0, 0, 0))
 
 def read_volume(
-    path:str|Path, # .npz, .npy
-    spacing=None # mm along z, y, x, for a .npy file
+    path:str|Path, # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
+    spacing=None # mm along z, y, x, for a file that does not say it
 ) -> Volume:
-    "A CT volume from a file"
-    return _load_numpy(Path(path), spacing)
+    "A CT volume in Hounsfield units, z to the head, y to the back, x to the left; ValueError if it cannot be read for certain"
+    path = Path(path)
+    if path.is_dir(): return _load_series(path)
+    if not path.exists(): raise ValueError(f"there is no {path}: give a file, or the folder of a DICOM series")
+    if path.name.endswith(('.nii', '.nii.gz')): return _load_nifti(path)
+    if path.suffix in ('.npz', '.npy'): return _load_numpy(path, spacing)
+    raise ValueError(f"{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series")
