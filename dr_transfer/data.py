@@ -98,7 +98,7 @@ TASKS = {t.name: t for t in (
     Task('dr', (REFERABLE, GRADE), size=384, reader='fundus', fit='pad', augment='quarter_turns',
          metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')}),
     Task('ct_nodes', (Target('node', ('other', 'node')),), size=64, fit='squish', augment='quarter_turns', metrics={'node': ('auc', 'sensitivity', 'specificity')}),
-    Task('ct_lungs', (Target('pattern'),), size=192, fit='pad', augment='mirror', metrics={'pattern': ('accuracy',)}))}
+    Task('ct_lungs', (Target('pattern'),), size=256, fit='pad', augment='mirror', metrics={'pattern': ('accuracy',)}))}
 
 def get_task(
     task:str|Task, # Name in `TASKS`, or a task
