@@ -103,6 +103,7 @@ def plane(
     hu = map_coordinates(volume.hu, at.transpose(2, 0, 1), np.float32, order=1, cval=-1000)
     return hu.reshape(size, more, size, more).mean((1, 3))
 
+# %% ../nbs/03a_ct.ipynb #dc8fb60d
 def three_planes(
     volume:Volume, # A CT volume
     place, # The point: (z, y, x) in mm

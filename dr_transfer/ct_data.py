@@ -28,14 +28,16 @@ def _rows(table, needed) -> pd.DataFrame:
 
 def _newest(path) -> float: return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
 
-def _name(volume, *what) -> str:
+def _name(volume, *numbers) -> str:
     "The beginning of a picture's name: volume, and a digest of it and of what is drawn"
-    return f"{Path(volume).name.split('.')[0]}_{hashlib.sha256(repr((str(volume), *what)).encode()).hexdigest()[:12]}"
+    about = repr((str(volume), *map(float, numbers)))
+    return f"{Path(volume).name.split('.')[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
 # %% ../nbs/04e_ct_data.ipynb #33e5b2df
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder, out = Path(folder), Path(out)
+    if (old := out/'labels.csv').exists() and not {'image', 'volume'} <= set(read_labels(old)): raise ValueError(f"{old} was not made here and is not replaced: give another folder for the pictures")
     gone = [v for v in t.volume.unique() if not (folder/v).exists()]
     if gone: raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. Give the folder that the column 'volume' starts from")
     for v, rows in progress(list(t.groupby('volume', sort=False)), label=label):
@@ -67,10 +69,9 @@ def candidate_pictures(
     shift:float=3. # mm: how far the other views are shifted at most
 ) -> pd.DataFrame: # The table with `image` (path), `view`: for `build_learner`
     "A picture of three planes for each candidate point; those that are there already are kept"
-    get_window(window)
     if not (isinstance(views, int) and views >= 1): raise ValueError(f"views={views!r}: give how many pictures each candidate gets, such as 1 or 10")
     t = _rows(table, ('x', 'y', 'z'))
-    t['image'] = [_name(r.volume, r.x, r.y, r.z, side, size, window, shift) for r in t.itertuples()]
+    t['image'] = [_name(r.volume, r.x, r.y, r.z, side, size, *get_window(window), shift) for r in t.itertuples()]
     t = t.loc[np.repeat(t.index, views)].assign(view=np.tile(range(views), len(t))).reset_index(drop=True)
     t['image'] += '-' + t.view.astype(str) + '.png'
     def draw(volume, r):
@@ -120,6 +121,6 @@ def slice_pictures(
     windows=LUNG_WINDOWS # Three windows for red, green and blue
 ) -> pd.DataFrame: # The table with `image` (path): for `build_learner`
     "A picture of three windows for each slice; those that are there already are kept"
-    t = _rows(table, ('z',))
-    t['image'] = [_name(r.volume, r.z, *map(get_window, windows)) + '.png' for r in t.itertuples()]
+    t, levels = _rows(table, ('z',)), [v for w in windows for v in get_window(w)]
+    t['image'] = [_name(r.volume, r.z, *levels) + '.png' for r in t.itertuples()]
     return _render(t, folder, out, lambda volume, r: three_windows(volume, r['z'], windows), 'volumes')

@@ -82,6 +82,7 @@ def _chest(rng, axes, edge, who):  # a chest wall with two lungs and fat between
     hu += lung*(who['lung'] + .3*y - hu)  # blood sinks: a patient on the back has denser lung there
     return hu, lung
 
+# %% ../nbs/00h_ct_phantom.ipynb #2699d99e
 def _tubes(rng, who):  # aorta, upper hollow vein, gullet, windpipe and its two branches: lines and radii
     up = np.arange(-88, 88, 2.)
     def straight(y, x, r, low=-90): return [(v, y + .03*v, x) for v in up if v > low], r*who['s']
@@ -137,6 +138,14 @@ def _others(rng, who, tubes, net, nodes, n):  # places on vessels, outside of ev
         if len(out) < n and all(np.linalg.norm(good[i] - p) > 8 for p in out): out.append(good[i])
     return out
 
+def _between(rng, hu, axes, edge, who, tubes, n):  # lay what is between the lungs into `hu`: nodes, and places on vessels
+    net = _net(rng, who, tubes)
+    for line, radius in net: _tube(hu, axes, line, radius, rng.normal(42, 5), edge)
+    _organs(hu, axes, edge, who, tubes)
+    nodes = _nodes(rng, who, tubes, net, n)
+    for q in nodes: _lay(hu, axes, *q, edge)
+    return nodes, _others(rng, who, tubes, net, nodes, n)
+
 # %% ../nbs/00h_ct_phantom.ipynb #4592ec6d
 PATTERNS = ('normal', 'emphysema', 'ground_glass', 'fibrosis', 'micronodules')
 
@@ -163,6 +172,14 @@ def _lung_vessels(rng, hu, axes, lung, edge, n=26):  # vessels of both lungs, fr
     hu += lung*soft*(40 - hu)
 
 # %% ../nbs/00h_ct_phantom.ipynb #679f0e39
+def _truth(seed, pattern, spacing, axes, lung, mask, found, others):  # what is where, in mm, and the share of lung affected in each slice
+    def place(p): return [round(float(v), 2) for v in p]
+    area, sick = lung.sum((1, 2)), (lung*mask).sum((1, 2))
+    slices = [dict(z=round(float(z), 2), share=round(float(b/a), 3)) for z, a, b in zip(axes[0].ravel(), area, sick) if a > .35*area.max()]
+    return dict(seed=int(seed), pattern=pattern, spacing=[float(v) for v in spacing], origin=place([c.ravel()[0] for c in axes]), slices=slices,
+                nodes=[dict(place=place(p), half=place(h)) for p, h, _, _ in found], vessels=[place(p) for p in others])
+
+# %% ../nbs/00h_ct_phantom.ipynb #1aba36de
 def draw_ct(
     seed:int=0, # One patient
     pattern:str='normal', # Of the lungs, in `PATTERNS`
@@ -180,23 +197,11 @@ def draw_ct(
     hu, lung = _chest(body, axes, edge, who)
     _lung_vessels(tree, hu, axes, lung, edge)
     mask = _affect(sick, hu, axes, lung, pattern)
-    tubes = _tubes(body, who)
-    net = _net(glands, who, tubes)
-    for line, radius in net: _tube(hu, axes, line, radius, glands.normal(42, 5), edge)
-    _organs(hu, axes, edge, who, tubes)
-    found = _nodes(glands, who, tubes, net, nodes)
-    for q in found: _lay(hu, axes, *q, edge)
+    found, others = _between(glands, hu, axes, edge, who, _tubes(body, who), nodes)
     spread = grain.uniform(12, 24) if noise is None else noise
     grainy = gaussian_filter1d(gaussian_filter1d(grain.standard_normal(hu.shape, dtype=np.float32), .6, 1), .6, 2)
     hu += grainy*np.float32(spread/grainy.std())
-    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(seed, pattern, spacing, axes, lung, mask, found, _others(glands, who, tubes, net, found, nodes))
-
-def _truth(seed, pattern, spacing, axes, lung, mask, found, others):  # what is where, in mm, and the share of lung affected in each slice
-    def place(p): return [round(float(v), 2) for v in p]
-    area, sick = lung.sum((1, 2)), (lung*mask).sum((1, 2))
-    slices = [dict(z=round(float(z), 2), share=round(float(b/a), 3)) for z, a, b in zip(axes[0].ravel(), area, sick) if a > .35*area.max()]
-    return dict(seed=int(seed), pattern=pattern, spacing=[float(v) for v in spacing], origin=place([c.ravel()[0] for c in axes]), slices=slices,
-                nodes=[dict(place=place(p), half=place(h)) for p, h, _, _ in found], vessels=[place(p) for p in others])
+    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(seed, pattern, spacing, axes, lung, mask, found, others)
 
 # %% ../nbs/00h_ct_phantom.ipynb #8b1b05f5
 SICK = .2 # share of the lung in a slice from which on it is labelled with the pattern
@@ -232,7 +237,7 @@ def make_ct(
             seeds = _stream(seed, 9).integers(2**31, size=n).tolist()
             jobs = [dict(folder=str(new), seed=s, pattern=PATTERNS[i % len(PATTERNS)], spacing=spacing, nodes=nodes, every=every, patient=f'p{i:04d}') for i, s in enumerate(seeds)]
             candidates, slices, truth = zip(*_each(_file_ct, jobs, workers))
-            for name, rows in (('candidates', candidates), ('slices', slices)): pd.DataFrame(sum(rows, [])).to_csv(new/f'{name}.csv', index=False)
+            for name, rows, cols in (('candidates', candidates, [*'xyz']), ('slices', slices, ['z'])): pd.DataFrame(sum(rows, []), columns=['volume', *cols, 'label', 'patient']).to_csv(new/f'{name}.csv', index=False)
             (new/'truth.json').write_text(json.dumps({j['patient']: t for j, t in zip(jobs, truth)}))
             (new/'drawn.json').write_text(json.dumps(settings))
     return pd.read_csv(folder/'candidates.csv'), pd.read_csv(folder/'slices.csv')

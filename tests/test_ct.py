@@ -406,6 +406,27 @@ def test_slices_are_those_of_the_table(drawn, tmp_path):
     for i in (0, len(t) - 1): assert (pixels(t.image[i]) == pixels(three_windows(read_volume(folder/t.volume[i]), t.z[i], ('lung', 'soft_tissue', (0, 100))))).all()
 
 
+def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(tmp_path):
+    from dr_transfer.leaks import find_copies
+    _, slices = make_ct(tmp_path/'ct', n=4, seed=6, spacing=COARSE, nodes=0, every=6)
+    t = slice_pictures(slices, tmp_path/'ct', tmp_path/'p')
+    pairs = find_copies(t.image.tolist())
+    assert len(pairs) > 5 and (t.patient[pairs.a].to_numpy() == t.patient[pairs.b].to_numpy()).all()
+
+
+def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_path):
+    few = drawn[1].head(2)
+    a = candidate_pictures(few, drawn[0], tmp_path, side=40, window='soft tissue')
+    b = candidate_pictures(few.astype(str), drawn[0], tmp_path, side=40., window=(50, 400))
+    assert a.image.tolist() == b.image.tolist() and len(list((tmp_path/'images').iterdir())) == 2
+
+
+def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path):
+    (tmp_path/'labels.csv').write_text('image,label\na.jpg,1\n')
+    with pytest.raises(ValueError, match='was not made here'): candidate_pictures(drawn[1], drawn[0], tmp_path)
+    assert (tmp_path/'labels.csv').read_text() == 'image,label\na.jpg,1\n' and not (tmp_path/'images').exists()
+
+
 # ---------------------------------------------------------------- the whole way
 
 @pytest.mark.parametrize('task, make', [('ct_nodes', candidate_pictures), ('ct_lungs', slice_pictures)])
