@@ -6,6 +6,7 @@
 __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows', 'plane', 'three_planes', 'read_volume']
 
 # %% ../nbs/03a_ct.ipynb #5cbcd5fb
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -128,6 +129,7 @@ def _oriented(hu, affine, name) -> Volume:
     tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
     if len(set(order)) < 3 or tilt > 0.6:
         raise ValueError(f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer")
+    if hu.min() >= 0: warnings.warn(f"{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else")
     back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
     corner = affine @ [*[(hu.shape[a] - 1)*back[order.index(a)] for a in range(3)], 1]
     hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]

@@ -202,6 +202,11 @@ def test_nifti_that_says_too_little_is_refused(tmp_path):
     with pytest.raises(ValueError, match='cannot be read as NIfTI'): read_volume(tmp_path/'b.nii')
 
 
+def test_values_that_may_be_no_hounsfield_units_are_warned_of(tmp_path):
+    v = noise(**ODD)
+    with pytest.warns(UserWarning, match='no value below 0'): read_volume(save_nifti(Volume(v.hu - v.hu.min(), v.spacing), tmp_path/'raw.nii'))
+
+
 @pytest.mark.parametrize('way', [(1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, -1, 0), (-1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)])
 def test_a_dicom_series_of_any_orientation_is_the_same_volume(tmp_path, way):
     v = noise(**ODD)
