@@ -96,7 +96,9 @@ class Task:
 TASKS = {t.name: t for t in (
     Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}),
     Task('dr', (REFERABLE, GRADE), size=384, reader='fundus', fit='pad', augment='quarter_turns',
-         metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')}))}
+         metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')}),
+    Task('ct_nodes', (Target('node', ('other', 'node')),), size=64, fit='squish', augment='quarter_turns', metrics={'node': ('auc', 'sensitivity', 'specificity')}),
+    Task('ct_lungs', (Target('pattern'),), size=256, fit='pad', augment='mirror', metrics={'pattern': ('accuracy',)}))}
 
 def get_task(
     task:str|Task, # Name in `TASKS`, or a task
