@@ -8,13 +8,15 @@ ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 readme = here/'README.md'
+extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
+extras['dev'] = sorted({p for v in extras.values() for p in v})  # whoever develops has them all
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'].replace('%(user)s', cfg['user']).replace('%(repo)s', cfg['repo']),
     license='Apache-2.0', python_requires='>=' + cfg['min_python'], packages=find_packages(include=['dr_transfer', 'dr_transfer.*']),
-    install_requires=cfg['requirements'].split(), extras_require={k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['dr_transfer = dr_transfer._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English',
                  'Programming Language :: Python :: 3.11'],
