@@ -61,6 +61,8 @@ def _graph(model):
     from dr_transfer.views import VIEWS
     body, head = model.model
     net = copy.deepcopy(torch.nn.Sequential(getattr(body, 'stages', body), head)).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    for m in net.modules():
+        if getattr(m, 'inplace', False): m.inplace = False # quicker to convert
     views, temperature = VIEWS[model.about['views']], (model.about.get('decision') or {}).get('temperature', 1.)
     class Graph(torch.nn.Module):
         def __init__(self):
