@@ -93,6 +93,7 @@ def predict(
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
 
+# %% ../nbs/14_cli.ipynb #81792409
 def export(
     a:argparse.Namespace # As `dr_transfer export --help` tells
 ) -> int: # Exit code
