@@ -46,7 +46,7 @@ def _onnx_probs(self,
     calibrated:bool=False, # At the model's temperature?
     bs:int=8 # Images in a batch
 ) -> np.ndarray: # float32 (images, classes)
-    "Class probabilities, averaged over the model's views; as `ImageModel.probs` gives them, unless `calibrated`"
+    "Class probabilities, averaged over the model's views; as those of an `ImageModel`, unless `calibrated`"
     images, name = list(images), 'probabilities' if calibrated else 'uncalibrated'
     batches = [np.stack([np.asarray(self.read(i), np.float32) for i in images[k:k + bs]]).transpose(0, 3, 1, 2)/255 for k in range(0, len(images), bs)]
     return np.concatenate([np.zeros((0, len(self.classes)), np.float32), *[self.session.run([name], {'images': x})[0] for x in batches]])
