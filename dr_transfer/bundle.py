@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'FORMAT', 'MODEL_FILES', 'ModelError', 'ImageModel', 'image_model', 'write_model', 'save_model',
-           'load_model', 'gather_images', 'predict_table']
+           'load_model']
 
 # %% ../nbs/13_bundle.ipynb #3a8b8408
-import hashlib, json, os
+import hashlib, json
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
-from .decision import apply_decision
 from .model import Head, create_head, head_inputs, make_body, view_probs
 from .files import atomic_folder, unknown, usual_mode
 from .images import FITS
-from .table import find_images, image_errors
+from .predictions import gather_images, predict_table # of such a model, for those who take them from here
 from .views import READERS, VIEWS, read_image
 
 # %% ../nbs/13_bundle.ipynb #cec5e3d0
@@ -128,33 +127,3 @@ def load_model(
     seen = tensors.pop('seen', None)
     model.load_state_dict(tensors)
     return ImageModel(model, about, None if seen is None else seen.numpy())
-
-# %% ../nbs/13_bundle.ipynb #c964129b
-def gather_images(
-    sources:list # Files and folders
-) -> list[str]: # Paths as given, or as found below the folders
-    "The image files that are meant; ValueError if a path does not exist or a folder has none"
-    out = []
-    for s in map(str, sources):
-        if os.path.isdir(s):
-            found = find_images(s)
-            if not found: raise ValueError(f"no images in {s}: give image files or folders that hold some")
-            out += [os.path.join(s, os.path.relpath(f, s)) for f in found]
-        elif os.path.exists(s): out.append(s)
-        else: raise ValueError(f"there is no {s}: give image files or folders")
-    return list(dict.fromkeys(out))
-
-# %% ../nbs/13_bundle.ipynb #edc4c006
-def predict_table(
-    model:ImageModel, # From `load_model` or `image_model`
-    images:list[str] # Paths
-) -> pd.DataFrame: # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
-    "Predictions for image files, calibrated if the model knows its temperature; unreadable ones get a row with the reason in `error`"
-    errors = image_errors(images)
-    good = [i for i, e in zip(images, errors) if not e]
-    columns = [f'p_{c}' for c in model.classes]
-    p = pd.DataFrame(model.probs(good).astype(float) if good else np.zeros((0, len(columns))), columns=columns, index=good)
-    best = p.to_numpy().argmax(1) if len(p) else []
-    t = pd.DataFrame({'image': images, 'prediction': pd.Series([model.classes[i] for i in best], index=good, dtype=object).reindex(images).tolist()})
-    t[columns] = p.reindex(images).to_numpy()
-    return apply_decision(t, model.classes, model.about.get('decision')).assign(error=errors)

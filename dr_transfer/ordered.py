@@ -15,7 +15,7 @@ LEAST = 1e-6 # a probability counts as at least this much
 
 def _between(above) -> torch.Tensor:
     "Log-probabilities (n, k) from the probabilities (n, k - 1) to be above each cut"
-    edge = above.new_ones(len(above), 1)
+    edge = torch.ones_like(above[:, :1])
     p = torch.cat([edge, above], 1) - torch.cat([above, 0*edge], 1)
     return (p.clamp(min=0) + LEAST).log() - torch.log(torch.tensor(1 + LEAST*(above.shape[1] + 1)))
 

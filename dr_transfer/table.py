@@ -58,7 +58,7 @@ def image_errors(
 # %% ../nbs/01_table.ipynb #e30c165b
 def _locate(names, folder, files) -> list:
     "The file for each name in a CSV, or None"
-    rel = {f.relative_to(folder).as_posix(): f for f in files}
+    rel = {k: f for f in files for k in (f.relative_to(folder).as_posix(), f.absolute().as_posix())}
     by = {}
     for f in files:
         for key in dict.fromkeys((f.name, f.stem)): by.setdefault(key, []).append(f)

@@ -1,0 +1,160 @@
+"A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused; and that torch is not needed to predict."
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dr_transfer.backbones import create_body
+from dr_transfer.bundle import ImageModel, load_model, save_model
+from dr_transfer.calibration import apply_temperature
+from dr_transfer.model import Body, create_head, get_head, head_inputs
+from dr_transfer.onnx_export import OnnxModel, export_onnx
+from dr_transfer.predictions import predict_table
+
+ort = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+POINT = {'threshold': .5, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 30, 'negatives': 40, 'sensitivity': .9, 'specificity': .5}
+DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
+
+
+def made(arch, size, tap=None, head='linear', views='quarter_turns', classes=('no', 'referable'), reader='photo', decision=None, weights='random'):
+    "A model whose BatchNorms have numbers of their own and whose answers differ, so that nothing can be left out unnoticed"
+    torch.manual_seed(0)
+    stages = create_body(arch, weights, tap=tap)
+    net = nn.Sequential(Body(stages), create_head(head, head_inputs(stages, head, size), len(classes)))
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.running_mean.uniform_(-.3, .3); m.running_var.uniform_(.7, 1.4)
+    if weights == 'random': net[1][3].weight.data.mul_(20)
+    about = {'arch': arch, 'stage': list(dict(stages.named_children()))[-1], 'tap': stages.tap, 'head': asdict(get_head(head)), 'classes': list(classes), 'task': 'dr',
+             'target': 'referable', 'size': size, 'reader': reader, 'fit': 'pad', 'views': views, 'mean': list(stages.spec.mean), 'std': list(stages.spec.std), 'decision': decision}
+    return ImageModel(net, about)
+
+
+def pictures(n=5):
+    "Colour fields with noise, wider than high, so that the reader has something to do"
+    rng = np.random.default_rng(1)
+    return [np.uint8(np.linspace(*rng.uniform(0, 200, (2, 3)), 90)[None] + rng.uniform(0, 55, (70, 90, 3))) for _ in range(n)]
+
+
+@pytest.fixture(scope='module')
+def eyes(tmp_path_factory):
+    "A small model and its file"
+    model = made('small_cnn', 48, reader='fundus', decision=DECISION)
+    return model, export_onnx(model, tmp_path_factory.mktemp('onnx')/'eyes.onnx')
+
+
+# ---------------------------------------------------------------- the same answers
+
+@pytest.mark.parametrize('how', [dict(arch='efficientnet_lite0', size=64, weights=None), dict(arch='torchvision.alexnet', size=64, tap=2, head='cumulative', classes='01234'),
+                                 dict(arch='small_cnn', size=32, head='dense', views='mirror_near'), dict(arch='test_vit', size=160, views='none')], ids=lambda h: h['arch'])
+def test_the_same_probabilities_as_in_torch(tmp_path, how):
+    model, images = made(**how), pictures()
+    there = OnnxModel(export_onnx(model, tmp_path/'m.onnx', images=images[:2]))
+    p = model.probs(images)
+    assert np.ptp(p, axis=0).max() > 1e-3, 'or else this shows nothing'
+    np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)                # n is free
+
+
+def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
+    model, images = eyes[0], pictures()
+    there, p = OnnxModel(eyes[1]), model.probs(images)
+    np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(there.probs(images, calibrated=True), apply_temperature(p, 1.7), atol=1e-4, rtol=0)
+    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3 and np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'or else this shows nothing'
+    assert there.probs([]).shape == (0, 2)
+
+
+def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
+    there = OnnxModel(eyes[1])
+    there.about['decision'] = {**DECISION, 'operating': POINT}
+    for i, a in enumerate(pictures(3)): Image.fromarray(a).save(tmp_path/f'{i}.png')
+    (tmp_path/'no.png').write_text('text')
+    paths = sorted(map(str, tmp_path.iterdir()))
+    t, want = predict_table(there, paths), predict_table(ImageModel(eyes[0].model, there.about), paths)
+    assert t.decision.notna().sum() == 3 and t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
+    np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
+
+
+# ---------------------------------------------------------------- what is in the file
+
+def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
+    import onnx
+    model, proto = eyes[0], onnx.load(eyes[1])
+    onnx.checker.check_model(proto, full_check=True)
+    meta = {m.key: m.value for m in proto.metadata_props}
+    assert json.loads(meta['classes']) == ['no', 'referable'] and (meta['size'], meta['reader'], meta['fit']) == ('48', 'fundus', 'pad')
+    assert json.loads(meta['about']) == json.loads(json.dumps(model.about))
+    assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
+    assert {n.domain for n in proto.graph.node} == {''} and not any(t.external_data for t in proto.graph.initializer)       # known operations, numbers inside
+    raw = eyes[1].read_bytes()
+    for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()): assert word not in raw, word
+
+
+def test_predicting_loads_no_torch(eyes, tmp_path):
+    "In a process where torch cannot be imported at all, through the command."
+    image = tmp_path/'a.png'
+    Image.fromarray(pictures(1)[0]).save(image)
+    code = ("import sys\nclass Without:\n def find_spec(self, name, path=None, target=None):\n"
+            "  if name.split('.')[0] in ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript'): raise ImportError(name)\n"
+            f"sys.meta_path.insert(0, Without())\nfrom dr_transfer.cli import main\nsys.exit(main(['predict', {str(eyes[1])!r}, {str(image)!r}, '--debug']))")
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr
+    head, row = r.stdout.splitlines()
+    want = predict_table(eyes[0], [str(image)])
+    assert head.split(',') == want.columns.tolist()
+    assert abs(float(row.split(',')[3]) - want.p_referable[0]) < 1e-4
+
+
+# ---------------------------------------------------------------- what is refused
+
+def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
+    import dr_transfer.onnx_export as room
+    other = made('small_cnn', 48, reader='fundus', decision=DECISION)
+    other.about['mean'] = [.55]*3                                                               # of another backbone: no shape tells
+    monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
+    with pytest.raises(ValueError, match='says something else than the model, by up to 0.*nothing was written'): export_onnx(other, tmp_path/'m.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(eyes, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r'does not end in \.onnx: give a name such as .*m\.onnx'): export_onnx(eyes[0], tmp_path/'m.pt')
+    before = eyes[1].read_bytes()
+    with pytest.raises(ValueError, match='exists already'): export_onnx(eyes[0], eyes[1])
+    assert eyes[1].read_bytes() == before
+    (tmp_path/'text.onnx').write_text('text')
+    (tmp_path/'cut.onnx').write_bytes(before[:len(before)//2])
+    for name, words in (('text', 'cannot be read as ONNX'), ('cut', 'cannot be read as ONNX'), ('ghost', 'there is no')):
+        with pytest.raises(ValueError, match=words): OnnxModel(tmp_path/f'{name}.onnx')
+    import onnx
+    proto = onnx.load(eyes[1])
+    for m in proto.metadata_props:
+        if m.key == 'about': m.value = m.value.replace('"fundus"', '"os.system"')
+    onnx.save(proto, tmp_path/'reader.onnx')
+    with pytest.raises(ValueError, match="unknown reader 'os.system'"): OnnxModel(tmp_path/'reader.onnx')
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path/'foreign.onnx')
+    with pytest.raises(ValueError, match='does not say what it expects'): OnnxModel(tmp_path/'foreign.onnx')
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ImportError, match=r"pip install 'dr_transfer\[onnx\]'"): OnnxModel(eyes[1])
+
+
+def test_the_command(eyes, tmp_path):
+    from test_cli import good, refused, rows_of
+    folder, out = save_model(eyes[0], tmp_path/'model'), tmp_path/'m.onnx'
+    assert 'the same answers as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
+    import onnx
+    graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
+    assert graphs[0] == graphs[1]                                                               # 32-bit numbers, whatever the setting of the machine
+    assert 'exists already' in refused('export', folder, '--out', out)
+    assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
+    Image.fromarray(pictures(1)[0]).save(tmp_path/'a.png')
+    a, b = (rows_of(good('predict', m, tmp_path/'a.png', '--setting', 'plain').out)[0] for m in (out, folder))
+    assert a.keys() == b.keys() and abs(float(a['p_no']) - float(b['p_no'])) < 1e-4

@@ -1,0 +1,102 @@
+"Small things that the source texts describe and users of the peers ask for, where no other file of tests shows them."
+import io
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dr_transfer.data import GRADE, encode_target, get_task, task_dataloaders
+from dr_transfer.files import progress
+from dr_transfer.phantom import make_dr, make_flowers
+from dr_transfer.plans import PLANS
+from dr_transfer.table import image_errors, label_table, split_table
+from dr_transfer.views import read_image, stack_images
+from test_checklist import ROOT
+
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory):
+    make_flowers(folder := tmp_path_factory.mktemp('flowers'), n=24, size=48, seed=0)
+    return label_table(folder)
+
+
+def loaders(t, num_workers=0, **kw):
+    task = get_task('flowers', 48, 'none')
+    return task_dataloaders(split_table(encode_target(t, task.target()), seed=1), task, task.target(), bs=8, num_workers=num_workers, **kw)
+
+
+def test_labels_to_codes_to_one_hot_and_back(table):
+    dls = loaders(table)
+    x, y = dls.valid.one_batch()
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(y), dls.c)
+    assert dls.vocab == sorted(set(table.label)) and one_hot.shape == (len(y), len(dls.vocab)) and (one_hot.sum(1) == 1).all()
+    assert [dls.vocab[i] for i in one_hot.argmax(1)] == dls.valid_ds.items.target[:len(y)].tolist()
+
+
+def test_a_whole_set_as_an_array(table):
+    "Of images of unequal size, in the order of the table"
+    images = [read_image(i, 40) for i in table.image]
+    array = stack_images(images).numpy()
+    assert array.shape == (len(table), 3, 40, 40) and array.dtype == np.uint8
+    assert all((a == np.asarray(i).transpose(2, 0, 1)).all() for a, i in zip(array, images))
+
+
+def test_a_seed_decides_a_split_of_four_fifths(table):
+    a, b, c = (split_table(table, .2, seed=s).split.tolist() for s in (1, 1, 2))
+    assert a == b != c and .1 <= a.count('valid')/len(a) <= .3
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
+    log, terminal = io.StringIO(), Terminal()
+    assert list(progress(range(3), label='images', every=0, file=log)) == list(progress(range(3), label='images', file=terminal)) == [0, 1, 2]
+    assert log.getvalue().splitlines() == ['images: 1 of 3', 'images: 2 of 3', 'images: 3 of 3', 'images: 3, done'] and '\r' not in log.getvalue()
+    assert 'images' in terminal.getvalue() and '3/3' in terminal.getvalue() and '\r' in terminal.getvalue()
+
+
+def test_reading_images_says_how_far_it_is(table, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
+    image_errors(table.image.tolist())
+    assert f'{len(table)}/{len(table)}' in terminal.getvalue()
+
+
+@pytest.mark.parametrize('n', [0, 2])
+def test_as_many_workers_as_were_asked_for(table, n):
+    dls = loaders(table, num_workers=n)
+    assert [dl.fake_l.num_workers for dl in dls] == [n, n]
+
+
+def test_batches_are_of_32_unless_asked():
+    from inspect import signature
+    from dr_transfer.core import build_learner
+    assert signature(build_learner).parameters['bs'].default == signature(task_dataloaders).parameters['bs'].default == 32
+
+
+def test_the_flowers_recipe_is_thirty_epochs_at_one_rate():
+    plan = PLANS['flw']
+    assert (plan.head, plan.augment, plan.phases[0].epochs, plan.phases[0].decay, plan.phases[0].wd) == ('flw', 'flowers', 30, 'none', 0)
+
+
+def test_on_photographs_transfer_was_worth_it():
+    "Of the study: a small network from nothing lost to a linear head on every set of photographs, on the mean of its seeds"
+    t = pd.read_csv(ROOT/'nbs'/'results'/'plan_study.csv')
+    mean = t.pivot_table(index='study', columns='plan', values='score')
+    photographs = mean[~mean.index.str.startswith('drawn')]
+    assert len(photographs) >= 6 and (photographs['head'] > photographs['scratch']).all()
+
+
+def test_turns_narrow_the_gap_between_the_sides(tmp_path):
+    "The gap between the sides, for a model with the turns and for one without"
+    from dr_transfer.core import build_learner, fit, generalisation_gap
+    make_dr(tmp_path/'eyes', n=40, size=48, seed=0, workers=1)
+    gaps = []
+    for augment in ('none', 'quarter_turns'):
+        learn = build_learner(tmp_path/'eyes', 'dr', arch='test_resnet', weights='random', size=48, bs=8, setting='plain', num_workers=0, augment=augment, device=torch.device('cpu'))
+        gaps.append(generalisation_gap(fit(learn, 'head', say=lambda s: None)))
+    for g in gaps: assert {'train', 'valid', 'gap'} == set(g.index) and np.allclose(g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True)
+    assert gaps[1].loc['gap', 'auc'] < gaps[0].loc['gap', 'auc']                          # augmentation against over-fitting
