@@ -85,7 +85,7 @@ def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
 # %% ../nbs/07a_advisor.ipynb #220d881f
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch:str='efficientnet_lite0', # Backbone: registry, timm or torchvision
     weights:str|Path|None=None, # None: its own; a file; or 'random'
     target:str|None=None, # What is learnt; the task's first if None

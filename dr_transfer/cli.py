@@ -278,7 +278,7 @@ def _report_arguments(add):
 
 def _data_arguments(add, valid=True, one=True):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
-    add('--task', default='flowers', help='flowers or dr (default: %(default)s)')
+    add('--task', default='flowers', help='flowers, dr, ct_nodes or ct_lungs (default: %(default)s)')
     add('--labels', metavar='CSV', help='image names and labels, if not labels.csv in DATA')
     add('--target', help='what is learnt: for dr, referable (default) or grade')
     if one: add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')

@@ -53,7 +53,7 @@ def _recipes(archs, plans) -> dict:
 # %% ../nbs/12b_compare.ipynb #f1419bb8
 def compare(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     archs=('efficientnet_lite0',), # Backbones
     plans=('head', 'top1'), # Names in `PLANS`, or plans
     target:str|None=None, # What is learnt; the task's first if None

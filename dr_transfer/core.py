@@ -68,7 +68,7 @@ def _record(learn, **settings) -> dict:
 # %% ../nbs/08_core.ipynb #f44ba57d
 def build_learner(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch:str|None=None, # Backbone: registry, timm or torchvision; efficientnet_lite0
     weights:str|Path|None=None, # None: its own; a file; or 'random'
     target:str|None=None, # What is learnt; the task's first if None
@@ -165,7 +165,7 @@ def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kw
 def classifier_learner(
     classifier:FeatureClassifier, # Fitted on `Features`, 'logistic' or 'dense'
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     **kwargs # More arguments of `build_learner`
 ) -> Learner: # Its predictions are those of the classifier
     "A classifier on its backbone again, to be fine-tuned or saved; ValueError if stages, weights or classes differ"

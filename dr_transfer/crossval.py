@@ -68,7 +68,7 @@ def fold_tables(
 # %% ../nbs/10b_crossval.ipynb #f7cdd0cb
 def cross_validate(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     target:str|None=None, # What is learnt; the task's first if None
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     folds:int=5, # How many

@@ -75,7 +75,7 @@ def first_images(
 # %% ../nbs/12_experiments.ipynb #2ba5ab00
 def learning_curve(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     sizes=(25, 50, 100, 200, 400), # Images to learn from, growing
     rivals=None, # Names in `RIVALS`, or {name: plan}; all if None
     seeds:int=5, # Splits into seen and unseen images
@@ -201,7 +201,7 @@ def _errors(h) -> pd.DataFrame:
 # %% ../nbs/12_experiments.ipynb #833a2b05
 def training_curve(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', or a task of your own
+    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     epochs:int=20, # Of the last phase of each rival
     rivals=(START, 'fine-tuned'), # Names in `RIVALS`, or {name: plan}
     seeds:int=1, # Splits into seen and unseen images

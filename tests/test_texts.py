@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from dr_transfer.data import GRADE, encode_target, get_task, task_dataloaders
 from dr_transfer.files import progress
+from dr_transfer.model import create_head
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import PLANS
 from dr_transfer.table import image_errors, label_table, split_table
@@ -80,6 +82,18 @@ def test_batches_are_of_32_unless_asked():
 def test_the_flowers_recipe_is_thirty_epochs_at_one_rate():
     plan = PLANS['flw']
     assert (plan.head, plan.augment, plan.phases[0].epochs, plan.phases[0].decay, plan.phases[0].wd) == ('flw', 'flowers', 30, 'none', 0)
+
+
+def test_the_head_of_the_flowers_recipe_layer_by_layer():
+    "Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class, of which the loss takes the softmax; the places of the map are not averaged"
+    head = create_head('flw', 10*7*7, 5).train()
+    kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
+    assert kinds == [nn.Flatten, nn.BatchNorm1d, nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear]
+    assert all(m.p == 0 for m in head if isinstance(m, nn.Dropout)), 'the recipe drops nothing'
+    dense = [m for m in head if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
+    for m in dense[:2]: assert abs(m.weight.std().item()*(m.in_features/2)**0.5 - 1) < 0.02, 'He: a variance of 2 by the number of inputs'
+    assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
 def test_on_photographs_transfer_was_worth_it():
