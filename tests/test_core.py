@@ -273,7 +273,7 @@ def test_export_and_load_learner(build, tmp_path, task, augment):
 
 # ---------------------------------------------------------------- frozen means frozen
 
-@pytest.mark.parametrize('k', [0, 1, 2, 4, -1])
+@pytest.mark.parametrize('k', [0, 2, -1])
 @pytest.mark.parametrize('arch', ARCHS)
 def test_frozen_means_frozen(build, arch, k):
     learn = build(arch=arch)
