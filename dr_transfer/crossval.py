@@ -6,7 +6,7 @@
 __all__ = ['KEPT', 'train_once', 'fold_tables', 'cross_validate', 'decide_across']
 
 # %% ../nbs/10b_crossval.ipynb #e16d6fd6
-import hashlib, json
+import hashlib, json, re
 from pathlib import Path
 from typing import Any, Callable
 import numpy as np, pandas as pd
@@ -21,10 +21,14 @@ from .store import content_keys
 from .table import label_table, set_aside
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
+def _named(o) -> str:
+    "What a task or a plan says of itself, without the addresses of its functions: those are others in the next run"
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
+
 def _kept(table, settings) -> Path:
     "Where what a training left behind is kept"
     about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()] # in their order
-    return cache_folder()/'trainings'/hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()[:24]
+    return cache_folder()/'trainings'/hashlib.sha256(json.dumps(about, sort_keys=True, default=_named).encode()).hexdigest()[:24]
 
 def train_once(
     table:pd.DataFrame, # Columns `image, label, group, split, target`
