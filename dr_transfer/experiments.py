@@ -166,10 +166,13 @@ def worth_of_pretraining(
 # %% ../nbs/12_experiments.ipynb #d9f8e6b8
 def worth_words(
     worth:float, # Images that pretraining replaces
+    n:int, # Images that were learnt from
     most:int # Largest size that was tried
 ) -> str:
-    "A worth in words"
-    return 'not known' if np.isnan(worth) else 'none' if worth < 1 else f'more than {most}' if np.isinf(worth) else f'{worth:.0f}'
+    "A worth in words: beyond the largest size only a lower bound is known"
+    if np.isnan(worth): return 'not known'
+    if np.isinf(worth): return f'more than {most - n}' if most > n else 'some'
+    return 'none' if worth < 1 else f'{worth:.0f}'
 
 # %% ../nbs/12_experiments.ipynb #d7d91398
 def plot_learning_curve(
