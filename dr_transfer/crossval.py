@@ -6,7 +6,7 @@
 __all__ = ['fold_tables', 'cross_validate', 'decide_across']
 
 # %% ../nbs/10b_crossval.ipynb #e16d6fd6
-import hashlib, json
+import hashlib, json, re
 from pathlib import Path
 from typing import Callable
 import numpy as np, pandas as pd
@@ -35,10 +35,14 @@ def fold_tables(
     parts = grouped_folds(t.target.to_numpy(), Together(task.reader)(t), folds, seed)
     return [t.assign(split=np.where(np.isin(np.arange(len(t)), test), 'valid', 'train')) for _, test in parts]
 
+def _named(o) -> str:
+    "What a task or a plan says of itself, without the addresses of its functions: those are others in the next run"
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
+
 def _kept(table, settings) -> Path:
     "Where the predictions of a fold are kept"
     about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()] # in their order
-    return cache_folder()/'folds'/f'{hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()[:24]}.csv'
+    return cache_folder()/'folds'/f'{hashlib.sha256(json.dumps(about, sort_keys=True, default=_named).encode()).hexdigest()[:24]}.csv'
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
 def cross_validate(

@@ -134,7 +134,7 @@ def _dark(out, inner, limits) -> tuple:
     "Small spots against their limit, and blots wider than a vessel (mask)"
     soft, m = ndi.gaussian_filter(out, 1.2), _skimage().morphology
     low = np.minimum(soft, 0)
-    blots = m.opening(((m.closing(low, _disk(0.055)) - low)*inner) > limits.blot, m.disk(5))
+    blots = m.isotropic_opening((m.closing(low, _disk(0.055)) - low)*inner > limits.blot, 5)
     return (ndi.gaussian_filter(out, 5) - soft)*inner/limits.dark, blots
 
 def _bright(out, inner, limits) -> np.ndarray:
@@ -142,12 +142,22 @@ def _bright(out, inner, limits) -> np.ndarray:
     high = np.maximum(out, 0)
     return (high - _skimage().morphology.opening(high, _disk(0.055)))*inner/limits.bright
 
+def _eccentricity(label, n) -> np.ndarray:
+    "Eccentricity of the ellipse with the second moments of each spot (n,)"
+    at, (y, x) = label[label > 0], np.nonzero(label)
+    mean = lambda v: np.bincount(at, v, n + 1)[1:]/np.bincount(at, minlength=n + 1)[1:]
+    my, mx = mean(y), mean(x)
+    a, c, b = mean(y*y) - my*my, mean(x*x) - mx*mx, mean(x*y) - mx*my
+    root = np.hypot(a - c, 2*b)
+    return np.sqrt(2*root/np.maximum(a + c + root, 1e-9))
+
 def _spots(mask, least, longest=1., without=None) -> np.ndarray:
     "Spots of a mask that are large and round enough, and none that touches another mask"
-    label = _skimage().measure.label(mask, connectivity=2)
-    p = _skimage().measure.regionprops_table(label, properties=('label', 'area', 'eccentricity'))
-    good = p['label'][(p['area'] >= least) & (p['eccentricity'] < longest)]
-    return np.isin(label, good if without is None else np.setdiff1d(good, label[without]))
+    label, n = ndi.label(mask, np.ones((3, 3)))
+    good = np.r_[False, np.bincount(label.ravel(), minlength=n + 1)[1:] >= least]
+    if longest < 1: good[1:] &= _eccentricity(label, n) < longest
+    if without is not None: good[label[without]] = False
+    return good[label]
 
 # %% ../nbs/12a_explicit.ipynb #a7f3a97c
 def segment(
@@ -163,10 +173,10 @@ def segment(
     inner = ndi.binary_erosion(field, iterations=5)
     spots, blots = _dark(out, inner, limits)
     ridges = _hysteresis(_ridges(enhanced)*field, limits.vessel, 0.5)
-    vessels = _large(ridges & ~m.dilation(blots, m.disk(3)), 300)
+    vessels = _large(ridges & ~m.isotropic_dilation(blots, 3), 300)
     at = _find_nerve(out, ridges, field)
     fovea, nerve = _find_fovea(out, at, field), _distance(*at) < limits.nerve
-    here, bright = ~nerve & ~m.dilation(vessels, m.disk(1)), _bright(out, inner, limits)
+    here, bright = ~nerve & ~ndi.binary_dilation(vessels), _bright(out, inner, limits)
     dark = _spots((_hysteresis(spots, 1, 0.5) | blots) & here, 6, limits.longest, _distance(*fovea) < limits.fovea)
     pale = _spots(_hysteresis(bright, 1, 0.6) & ~nerve, 4) & ~dark
     return Segmentation(a, disc, field, vessels, nerve & field, fovea, dark, pale, np.where(dark, spots, np.where(pale, bright, 0)).astype(np.float32))
@@ -238,6 +248,7 @@ def lesion_table(
         parts.append(p.assign(mask=mask))
     return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)[['mask', 'kind', 'x', 'y', 'diameter', 'area', 'eccentricity', 'solidity', 'strength']]
 
+# %% ../nbs/12a_explicit.ipynb #0ea4bd1f
 def lesion_features(
     seg:Segmentation # From `segment`
 ) -> dict: # Name in `FEATURES` -> number, in that order
@@ -270,6 +281,7 @@ def _compute(limits, workers, bs):
         finally: pool.shutdown(cancel_futures=True)
     return compute
 
+# %% ../nbs/12a_explicit.ipynb #6163e917
 def feature_frame(
     images:list, # Paths or images
     limits:Limits=Limits(), # Where segmentation draws its lines
