@@ -30,6 +30,9 @@ def _kept(table, settings) -> Path:
     about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()] # in their order
     return cache_folder()/'trainings'/hashlib.sha256(json.dumps(about, sort_keys=True, default=_named).encode()).hexdigest()[:24]
 
+# %% ../nbs/10b_crossval.ipynb #b4cf8042
+KEPT = ('predictions.csv', 'history.csv')
+
 def train_once(
     table:pd.DataFrame, # Columns `image, label, group, split, target`
     task:Task, # A task
@@ -50,8 +53,6 @@ def train_once(
             for name, t in zip(KEPT, (valid_predictions(learn, side), pd.DataFrame(learn.record['history']))): t.to_csv(tmp/name, index=False)
     found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}) for name in KEPT)
     return found.assign(image=table.image[table.split == side].tolist()), history # they may have moved
-
-KEPT = ('predictions.csv', 'history.csv')
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
 def fold_tables(

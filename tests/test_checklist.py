@@ -45,5 +45,4 @@ def test_the_six_mistakes_have_a_test_each():
     assert 'test_mistakes.py' in page
 
 
-@pytest.mark.xfail(strict=True, reason='some lines are being worked on; whoever closes the last of them removes this mark')
 def test_no_line_is_open(): assert not [r['id'] for r in ROWS if r['tests'] == 'open']

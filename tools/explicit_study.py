@@ -126,10 +126,11 @@ if __name__ == '__main__':
     parts = p.parse_args().parts
     if 'photographs' in parts and not os.environ.get('DR_TRANSFER_DATA'): p.error('set DR_TRANSFER_DATA to the folder with dr/messidor2, or ask for `drawn` alone')
     warnings.simplefilter('ignore')
+    from dr_transfer.files import atomic_file
     for part in parts:
         f, file = PARTS[part]
         rows = []
         for r in f(Path(os.environ.get('DR_TRANSFER_DATA') or '.')/'dr'):
             rows.append(r)
             print(r, flush=True)
-        pd.DataFrame(rows).to_csv(RESULTS/file, index=False)
+        with atomic_file(RESULTS/file) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
