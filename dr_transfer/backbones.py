@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, timm, torch, torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .files import atomic_file, unknown
+from .files import atomic_file, check_new, unknown, usual_mode
 from .networks import NETWORKS
 from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
 
@@ -311,15 +311,20 @@ def _load(net, spec, weights, needed) -> Weights:
 # %% ../nbs/05_backbones.ipynb #1b63cc61
 def save_weights(
     body:nn.Module, # From `create_body`: `learn.model[0][0].stages` of a learner
-    file:str|Path # A .safetensors file to write
+    file:str|Path, # A .safetensors file to write
+    overwrite:bool=False # May it replace one that is there?
 ) -> Path: # The file
-    "The weights of a body, as a file that `weights=` takes"
+    "The weights of a body, as a file that `weights=` takes; ValueError if the file is there, or for what is no body"
+    if not hasattr(body, 'spec'): raise ValueError(f"{type(body).__name__} is no body from create_body: of a learner give learn.model[0][0].stages")
+    check_new(file, overwrite)
     net = _build(body.spec).eval()
     chain = _chain(net, body.spec)
     twin = _whole(net, body.spec, None) if chain is None else _cut(chain, body.spec, stage_names(body)[-1])
     twin.load_state_dict(body.state_dict())
     inside = {id(v) for v in twin.state_dict(keep_vars=True).values()}
-    with atomic_file(file) as tmp: save_file({k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp)
+    with atomic_file(file) as tmp:
+        save_file({k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp)
+        usual_mode(tmp)
     return Path(file)
 
 # %% ../nbs/05_backbones.ipynb #e8230ce8
@@ -329,7 +334,7 @@ def _images_a_second(net, size, n=8) -> float:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     x, took = torch.zeros(n, 3, size, size, device=device), []
     net = net.to_empty(device=device)
-    for v in net.state_dict().values(): v.zero_()
+    for v in (*net.parameters(), *net.buffers()): v.detach().zero_()
     for _ in range(3):
         start = time.perf_counter()
         net(x).sum().item() # waits for a GPU

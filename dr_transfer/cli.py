@@ -131,6 +131,7 @@ def _report_file(a, name='report.html'):
     "The file to write, if neither it nor the table beside it is there"
     from dr_transfer.files import check_new
     out = Path(a.out or f'{_default_out(a.data)[:-4]}_{name}')
+    if out.suffix == '.csv': raise ValueError(f"--out {out}: the table is written beside it as .csv; give a name that ends in {Path(name).suffix}")
     check_new(out.with_suffix('.csv'), a.overwrite)
     return check_new(out, a.overwrite)
 

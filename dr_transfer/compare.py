@@ -17,7 +17,7 @@ from .crossval import train_once
 from .data import Task, get_task
 from .files import unknown
 from .leaks import split_data
-from .plans import get_plan
+from .plans import Plan, get_plan
 from .screening import compare_tables, measure_table
 
 # %% ../nbs/12b_compare.ipynb #44228791
@@ -45,7 +45,10 @@ class Comparison:
 # %% ../nbs/12b_compare.ipynb #ceb65def
 def _recipes(archs, plans) -> dict:
     "Name -> (backbone, plan): each backbone with each plan, and a plan that has its own backbone once"
-    pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, map(get_plan, plans))}
+    archs, plans = ([o] if isinstance(o, (str, Plan)) else list(o) for o in (archs, plans))
+    plans = [get_plan(p) for p in plans]
+    if len({p.name for p in plans}) < len(plans): raise ValueError(f"two plans have one name ({', '.join(p.name for p in plans)}): give each its own, with dataclasses.replace(plan, name=...)")
+    pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, plans)}
     several = [len({k[i] for k in pairs}) > 1 for i in range(2)]
     names = {k: ', '.join(w for w, s in zip(k, several) if s) or k[1] for k in pairs}
     return {names[k]: (k[0], p) for k, p in pairs.items()}

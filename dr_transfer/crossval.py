@@ -6,29 +6,46 @@
 __all__ = ['KEPT', 'train_once', 'fold_tables', 'cross_validate', 'decide_across']
 
 # %% ../nbs/10b_crossval.ipynb #e16d6fd6
-import hashlib, json, re
+import hashlib, json
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Callable
 import numpy as np, pandas as pd
+from fastai.torch_core import default_device
+from .backbones import _find_file, find_backbone
 from .classifiers import grouped_folds
 from .core import build_learner, fit, valid_predictions, versions
 from .data import Task, encode_target, get_task
 from .decision import apply_decision, choose_decision
 from .files import atomic_folder, cache_folder
 from .leaks import Together
-from .plans import get_plan
+from .plans import choose_plan, get_plan
 from .store import content_keys
 from .table import label_table, set_aside
+from .views import READING
+from .weights import file_hash
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
-def _named(o) -> str:
-    "What a task or a plan says of itself, without the addresses of its functions: those are others in the next run"
-    return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
+def _said(o):
+    "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
+    if isinstance(o, Task): return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')} # its targets stand in the table
+    if is_dataclass(o): return asdict(o)
+    if isinstance(o, Path): return str(o)
+    if '<' not in getattr(o, '__qualname__', '<'): return f'{o.__module__}.{o.__qualname__}'
+    raise TypeError(f'{type(o).__name__} has no description')
 
-def _kept(table, settings) -> Path:
-    "Where what a training left behind is kept"
-    about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions()] # in their order
-    return cache_folder()/'trainings'/hashlib.sha256(json.dumps(about, sort_keys=True, default=_named).encode()).hexdigest()[:24]
+def _weights(arch, weights) -> str:
+    "Which weights a training starts from: the hash of their file, not its name"
+    if weights == 'random': return 'random'
+    file = Path(weights) if weights is not None else _find_file(find_backbone(arch))
+    return file_hash(file) if file is not None and file.is_file() else str(weights)
+
+def _kept(table, settings) -> Path|None:
+    "Where what a training left behind is kept; None if something in the settings has no description"
+    about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions(), READING] # in their order
+    try: text = json.dumps(about, sort_keys=True, default=_said)
+    except TypeError: return None
+    return cache_folder()/'trainings'/hashlib.sha256(text.encode()).hexdigest()[:24]
 
 # %% ../nbs/10b_crossval.ipynb #b4cf8042
 KEPT = ('predictions.csv', 'history.csv')
@@ -45,13 +62,17 @@ def train_once(
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
-    if plan is not None and get_plan(plan).weights == 'random': kwargs['weights'] = 'random' # the plan's own; a file would be for another
-    file = _kept(table, [task, target, plan, epochs, seed, side, kwargs])
-    if not file.exists():
+    plan = get_plan(plan or choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')[0])
+    kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(plan, k))} # a plan's own come first
+    decides = {**kwargs, 'weights': _weights(kwargs.get('arch') or 'efficientnet_lite0', kwargs.get('weights'))}
+    file = _kept(table, [task, target, plan, epochs, seed, side, decides])
+    if file is None or not file.exists():
         learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, **kwargs), epochs=epochs, say=say)
+        found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
+        if file is None: return found, history
         with atomic_folder(file, overwrite=True, ours=KEPT) as tmp:
-            for name, t in zip(KEPT, (valid_predictions(learn, side), pd.DataFrame(learn.record['history']))): t.to_csv(tmp/name, index=False)
-    found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}) for name in KEPT)
+            for name, t in zip(KEPT, (found, history)): t.to_csv(tmp/name, index=False)
+    found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}, keep_default_na=False, na_values={}) for name in KEPT)
     return found.assign(image=table.image[table.split == side].tolist()), history # they may have moved
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52

@@ -129,6 +129,7 @@ def _oriented(hu, affine, name) -> Volume:
     tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
     if len(set(order)) < 3 or tilt > 0.6:
         raise ValueError(f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer")
+    if not np.isfinite(hu).all(): raise ValueError(f"{name}: {(~np.isfinite(hu)).sum()} voxels are no numbers. Set what was not measured to -1024 and save it again")
     if hu.min() >= 0: warnings.warn(f"{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else")
     back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
     corner = affine @ [*[(hu.shape[a] - 1)*back[order.index(a)] for a in range(3)], 1]
@@ -195,7 +196,8 @@ def _load_numpy(path, spacing) -> Volume:
     "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
     with np.load(path) if path.suffix == '.npz' else nullcontext({'hu': np.load(path)}) as f:
         if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
-        found = spacing if spacing is not None else f['spacing'] if 'spacing' in f else None
+        found = f['spacing'] if 'spacing' in f else spacing
+        if 'spacing' in f and spacing is not None and not np.allclose(found, spacing): raise ValueError(f"{path} says that its voxels are {tuple(found)} mm: leave spacing={spacing} out")
         if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm")
         return Volume(f['hu'], found, f['origin'] if 'origin' in f else (0, 0, 0))
 

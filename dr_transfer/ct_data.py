@@ -88,6 +88,7 @@ def average_views(
     probs = [c for c in table if c.startswith('p_')]
     if not probs: raise ValueError(f"no column begins with 'p_': give predictions. The columns are {', '.join(map(str, table))}")
     out = table.assign(**table.groupby(which)[probs].transform('mean'))[~which.duplicated()].reset_index(drop=True)
+    out = out.drop(columns=[c for c in ('decision', 'grade') if c in out]) # they were of one view: apply_decision makes those of the mean
     return out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
 
 # %% ../nbs/04e_ct_data.ipynb #996c5bdc
@@ -98,7 +99,7 @@ def froc_table(
     n:int=1000, # Draws of the bootstrap
     seed:int=0 # Another seed, other draws
 ) -> pd.DataFrame: # A row a number of false alarms: sensitivity (value), low, high
-    "Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977)"
+    "Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977); of the patients and places in the table: what a detector never proposed is not in it"
     gone = [c for c in ('target', 'group', f'p_{found}') if c not in table]
     if gone: raise ValueError(f"the table has no column '{gone[0]}': give predictions with their patients. The columns are {', '.join(map(str, table))}")
     if table.group.isna().any(): raise ValueError(f"{table.group.isna().sum()} candidates have no patient: false alarms are counted for each")

@@ -34,6 +34,7 @@ def rival_plans(
     "Starts that are to be compared, by name"
     if rivals is None: return RIVALS
     if isinstance(rivals, dict): return {n: get_plan(p) for n, p in rivals.items()}
+    rivals = [rivals] if isinstance(rivals, str) else rivals
     for r in rivals:
         if r not in RIVALS: raise unknown('rival', r, RIVALS)
     return {r: RIVALS[r] for r in rivals}
@@ -90,10 +91,11 @@ def learning_curve(
 ) -> pd.DataFrame: # A row a training: rival, images, seed, each measure, share
     "What each start is worth on unseen images with more and more images to learn from"
     plans, task, out = rival_plans(rivals), get_task(task, size), []
-    for seed, t in _splits(data, task, seeds, target, labels, test, most, group_col):
-        for n in sizes: first_images(t, n) # refused before hours are spent
+    splits = _splits(data, task, seeds, target, labels, test, most, group_col)
+    for t, n in product(splits, sizes): first_images(t, n) # refused before hours are spent
+    for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
-            p, _ = train_once(first_images(t, n), task, target, _for_size(plan, n), seed=seed, side='test', say=_quiet, **kwargs)
+            p, _ = train_once(first_images(t, n), task, target, _for_size(plan, n, kwargs.get('bs', 32)), seed=seed, side='test', say=_quiet, **kwargs)
             out.append({'rival': name, 'images': n, 'seed': seed, **_measures(p)})
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: ' + _words(out[-1]))
     return pd.DataFrame(out).assign(share=test/(1 - test))
@@ -103,10 +105,10 @@ def _quiet(line): pass
 def _words(row) -> str: return ', '.join(f'{k} {v:.3f}' for k, v in list(row.items())[3:])
 
 def _splits(data, task, seeds, target, labels, test, most, group_col):
-    "For each seed the table of seen and unseen images"
+    "The tables of seen and unseen images, one a seed"
     t = encode_target(label_table(data, labels, group_col=group_col), task.target(target))
     together = Together(task.reader)(t)
-    for seed in range(seeds): yield seed, unseen_split(t, together, test, most, seed)
+    return [unseen_split(t, together, test, most, seed) for seed in range(seeds)]
 
 def _measures(p) -> dict:
     "Measures of a table of predictions"
@@ -219,7 +221,7 @@ def training_curve(
 ) -> pd.DataFrame: # A row an epoch: rival, seed, epoch, losses, error
     "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
     plans, task, out = rival_plans(rivals), get_task(task, size), []
-    for seed, t in _splits(data, task, seeds, target, labels, test, 600, group_col):
+    for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col)):
         t = t[t.split != 'valid'].replace({'split': {'test': 'valid'}})
         if images: t = first_images(t, images)
         for name, plan in plans.items():

@@ -258,7 +258,8 @@ def plot_neighbours(
     "Shares of like neighbours by stage with their intervals; chance is dotted"
     fig = Figure(figsize=(5.5, 3), dpi=90, layout='constrained')
     ax = fig.subplots()
-    for colour, (name, t) in zip(('C0', 'C1', 'C2', 'C3'), tables.items()):
+    for i, (name, t) in enumerate(tables.items()):
+        colour = f'C{i}'
         ax.errorbar(t.index, t.value, (t.value - t.low, t.high - t.value), fmt='o-', capsize=2, color=colour, label=name)
         ax.plot(t.index, t.chance, ':', color=colour)
     ax.set(xlabel='stage', ylabel='share of the nearest images', ylim=(0, 1))

@@ -19,9 +19,9 @@ from .images import FITS
 ONNX_FORMAT = 'dr_transfer onnx 1'
 
 def _package(name):
-    "A package of the extra; ImportError that says how to get it"
+    "A package of the extra; ValueError that says how to get it"
     try: return __import__(name)
-    except ImportError: raise ImportError(f"ONNX files need {name}: pip install 'dr_transfer[onnx]'") from None
+    except ImportError: raise ValueError(f"ONNX files need {name}: pip install 'dr_transfer[onnx]'") from None
 
 class OnnxModel:
     "A model in an ONNX file: predicts as `ImageModel` does, with onnxruntime and without torch"
@@ -48,7 +48,7 @@ def _onnx_probs(self,
 ) -> np.ndarray: # float32 (images, classes)
     "Class probabilities, averaged over the model's views; as those of an `ImageModel`, unless `calibrated`"
     images, name = list(images), 'probabilities' if calibrated else 'uncalibrated'
-    batches = [np.stack([np.asarray(self.read(i), np.float32) for i in images[k:k + bs]]).transpose(0, 3, 1, 2)/255 for k in range(0, len(images), bs)]
+    batches = (np.stack([np.asarray(self.read(i), np.float32) for i in images[k:k + bs]]).transpose(0, 3, 1, 2)/255 for k in range(0, len(images), bs))
     return np.concatenate([np.zeros((0, len(self.classes)), np.float32), *[self.session.run([name], {'images': x})[0] for x in batches]])
 
 OnnxModel.probs = _onnx_probs

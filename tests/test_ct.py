@@ -249,6 +249,21 @@ def test_numpy_files(tmp_path):
     assert read_volume(tmp_path/'d.npy', (1, 2, 3)).spacing == (1, 2, 3)
     for name, words in (('b.npz', 'give spacing='), ('c.npz', "no array 'hu'"), ('d.npy', 'give spacing='), ('e.npy', 'there is no')):
         with pytest.raises(ValueError, match=words): read_volume(tmp_path/name)
+    with pytest.raises(ValueError, match='leave spacing='): read_volume(tmp_path/'a.npz', (9, 9, 9))
+
+
+def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
+    import nibabel
+    hu = np.full((6, 6, 6), -1000, np.float32)
+    hu[0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path/'a.nii')
+    with pytest.raises(ValueError, match='36 voxels are no numbers'): read_volume(tmp_path/'a.nii')
+
+
+def test_the_mean_of_views_has_no_decision_of_one_of_them():
+    t = pd.DataFrame({'image': ['a_0-0.png', 'a_0-1.png'], 'prediction': ['other', 'node'], 'p_other': [.6, .1], 'p_node': [.4, .9], 'decision': ['not node', 'node']})
+    m = average_views(t)
+    assert len(m) == 1 and m.prediction[0] == 'node' and m.p_node[0] == pytest.approx(.65) and 'decision' not in m
 
 
 def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):

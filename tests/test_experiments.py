@@ -1,16 +1,25 @@
 "Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from torch import nn
 
 import dr_transfer.crossval as crossval
 from test_cli import cli, good, home, once, refused  # noqa: F401
+from dr_transfer.backbones import create_body, save_weights
 from dr_transfer.compare import _recipes, compare, plot_comparison
+from dr_transfer.crossval import _kept, train_once
 from dr_transfer.data import encode_target, get_task
-from dr_transfer.experiments import (RIVALS, START, _for_size, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
+from dr_transfer.experiments import (RIVALS, START, _for_size, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
                                      training_curve, unseen_split, worth_of_pretraining)
 from dr_transfer.phantom import make_flowers
-from dr_transfer.plans import Phase, Plan
+from dr_transfer.plans import Phase, Plan, get_plan
 from dr_transfer.table import label_table
 
 SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
@@ -91,10 +100,48 @@ def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, traini
     assert trainings == []
 
 
-def test_error_over_epochs_ends_where_the_predictions_do(flowers):
-    h = training_curve(flowers, epochs=2, images=40, rivals={**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}, **FAST)
+def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
+    rivals = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
+    h = training_curve(flowers, epochs=2, images=40, rivals=rivals, augment='none', **FAST)
     assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {START: [1, 2], 'frozen': [1, 2], 'tuned': [0, 1, 2]}
-    assert h.error.between(0, 1).all() and h[['train_loss', 'valid_loss']].gt(0).all().all()
+    assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
+    task = get_task('flowers', 32)
+    t = _splits(flowers, task, 1, None, None, 0.3, 600, None)[0]
+    t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
+    how = {k: v for k, v in FAST.items() if k != 'size'}
+    for name, plan in rival_plans(rivals).items():
+        p, _ = train_once(t, task, None, plan.with_epochs(2), seed=0, metrics=[accuracy], augment='none', **how)
+        assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), 'the error of the unseen images'
+    assert len(trainings) == 3, 'these were the trainings of the curve'
+
+
+# ---------------------------------------------------------------- what is kept
+
+def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, trainings):
+    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
+    task, plan = get_task('flowers', 32), Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
+    def kept(**kw): return _kept(t, [task, plan, kw])
+    assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
+    for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()): assert kept(o=o) is None, 'what has no description is not kept'
+    how = dict(arch='small_cnn', setting='plain', allow_leaks=True, say=lambda line: None)
+    file = tmp_path/'w.safetensors'
+    for seed in (1, 2):                                                                    # one name, other weights
+        torch.manual_seed(seed)
+        save_weights(create_body('small_cnn', 'random'), file, overwrite=True)
+        train_once(t, task, None, plan, weights=file, **how)
+    assert len(trainings) == 2
+    shutil.copy(file, tmp_path/'elsewhere.safetensors')
+    train_once(t, task, None, plan, weights=tmp_path/'elsewhere.safetensors', **how)
+    assert len(trainings) == 2, 'the same weights under another name'
+    for _ in range(2): train_once(t, task, None, plan, weights='random', loss_func=CrossEntropyLossFlat(), **how)
+    assert len(trainings) == 4, 'a loss that cannot be told by its name is trained each time'
+
+
+def test_classes_with_odd_names_are_read_back(labelled):
+    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
+    t['target'] = t['label'] = ['None', 'NA', 'null']*10
+    for _ in range(2): p, _h = train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), arch='small_cnn', weights='random', setting='plain', allow_leaks=True, say=lambda line: None)
+    assert set(p.target) == {'None', 'NA', 'null'} and set(p.prediction) <= set(p.target) and p.filter(like='p_').notna().all().all()
 
 
 def curve(**scores):
@@ -137,6 +184,11 @@ def test_table_and_picture_of_a_curve():
 
 # ---------------------------------------------------------------- rivals on one split
 
+def test_one_name_is_a_list_of_one_and_a_name_stands_once():
+    assert list(_recipes('cifarnet', 'head')) == ['head'] and list(rival_plans('frozen')) == ['frozen']
+    with pytest.raises(ValueError, match='two plans have one name'): _recipes('cifarnet', ['top1', get_plan('top1', 3)])
+
+
 def test_rivals_are_named_by_what_differs():
     assert list(_recipes(['cifarnet'], ['head', 'top1'])) == ['head', 'top1']
     assert list(_recipes(['cifarnet', 'small_cnn'], ['head'])) == ['cifarnet', 'small_cnn']
@@ -164,3 +216,4 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     again = good(*words, '--out', tmp_path/'d.png', '--seed', '42')
     assert len(trainings) == 2 and pd.read_csv(tmp_path/'d.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
     assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path/'e.png')
+    assert 'ends in .png' in refused(*words, '--out', tmp_path/'e.csv')

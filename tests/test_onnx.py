@@ -143,7 +143,7 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
     onnx.save(proto, tmp_path/'foreign.onnx')
     with pytest.raises(ValueError, match='does not say what it expects'): OnnxModel(tmp_path/'foreign.onnx')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(ImportError, match=r"pip install 'dr_transfer\[onnx\]'"): OnnxModel(eyes[1])
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[onnx\]'"): OnnxModel(eyes[1])
 
 
 def test_the_command(eyes, tmp_path):
