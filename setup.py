@@ -9,7 +9,8 @@ ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 readme = here/'README.md'
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
-extras['dev'] = sorted({p for v in extras.values() for p in v})  # whoever develops has them all
+extras['all'] = sorted({p for k, v in extras.items() if k != 'dev' for p in v})  # all that a user can ask for
+extras['dev'] = sorted({*extras['dev'], *extras['all']})
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

@@ -253,7 +253,7 @@ def test_numpy_files(tmp_path):
 
 
 def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
-    import nibabel
+    nibabel = pytest.importorskip('nibabel')
     hu = np.full((6, 6, 6), -1000, np.float32)
     hu[0] = np.nan
     nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path/'a.nii')
