@@ -191,12 +191,13 @@ def compare(
     "Several backbones and plans on one split: a table and a picture"
     from dr_transfer.files import atomic_file
     out = _report_file(a, 'comparison.png')
-    from dr_transfer.compare import compare, plot_comparison
+    from dr_transfer.compare import compare, main_measure, plot_comparison
     c = compare(a.data, a.task, a.archs, a.plans, a.target, a.labels, a.valid, a.seed, a.size, a.epochs, a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
-    t, m = c.table(a.draws), c.measure(a.measure)
+    t = c.table(a.draws)
+    m = main_measure(t, a.measure)
     print(f'{m}, on the same {len(next(iter(c.tables.values())))} images, and the difference to the first:\n{t.xs(m, level="measure").round(3).to_string(na_rep="")}')
     with atomic_file(out.with_suffix('.csv')) as f: t.to_csv(f)
-    with atomic_file(out) as f: plot_comparison(c, m, a.draws).savefig(f, dpi=120, format='png')
+    with atomic_file(out) as f: plot_comparison(t, m).savefig(f, dpi=120, format='png')
     print(f"picture: {out}\ntable: {out.with_suffix('.csv')}")
     return 0
 

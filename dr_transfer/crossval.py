@@ -26,6 +26,8 @@ from .views import READING
 from .weights import file_hash
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
+KEPT = ('predictions.csv', 'history.csv')
+
 def _said(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
     if isinstance(o, Task): return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')} # its targets stand in the table
@@ -48,8 +50,6 @@ def _kept(table, settings) -> Path|None:
     return cache_folder()/'trainings'/hashlib.sha256(text.encode()).hexdigest()[:24]
 
 # %% ../nbs/10b_crossval.ipynb #b4cf8042
-KEPT = ('predictions.csv', 'history.csv')
-
 def train_once(
     table:pd.DataFrame, # Columns `image, label, group, split, target`
     task:Task, # A task
@@ -62,11 +62,12 @@ def train_once(
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
-    plan = get_plan(plan or choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')[0])
-    kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(plan, k))} # a plan's own come first
-    decides = {**kwargs, 'weights': _weights(kwargs.get('arch') or 'efficientnet_lite0', kwargs.get('weights'))}
-    file = _kept(table, [task, target, plan, epochs, seed, side, decides])
+    plan, why = (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
+    kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(get_plan(plan), k))} # a plan's own come first
+    weights = _weights(kwargs.get('arch') or 'efficientnet_lite0', kwargs.get('weights'))
+    file = _kept(table, [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}])
     if file is None or not file.exists():
+        if why: say(f"plan '{plan}': {why}")
         learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, **kwargs), epochs=epochs, say=say)
         found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
         if file is None: return found, history

@@ -9,12 +9,11 @@ __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import map_coordinates
-from .files import unknown
+from .files import extra_module, unknown
 
 # %% ../nbs/03a_ct.ipynb #a3008428
 @dataclass(frozen=True, eq=False)
@@ -137,14 +136,9 @@ def _oriented(hu, affine, name) -> Volume:
     return Volume(np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)), tuple(size[order]), tuple(corner[[2, 1, 0]]))
 
 # %% ../nbs/03a_ct.ipynb #6337dcae
-def _needs(package):
-    "A module of the extra `ct`; ValueError if it is missing"
-    try: return import_module(package)
-    except ImportError: raise ValueError(f"this file is read by {package}: pip install 'dr_transfer[ct]'") from None
-
 def _load_nifti(path) -> Volume:
     "A volume from a .nii or .nii.gz file"
-    try: image = _needs('nibabel').load(path)
+    try: image = extra_module('nibabel', 'ct').load(path)
     except ValueError: raise
     except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI: {e}") from None
     if not (image.header['sform_code'] or image.header['qform_code']): raise ValueError(f"{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM")
@@ -173,7 +167,7 @@ def _slice_step(at, path) -> float:
 # %% ../nbs/03a_ct.ipynb #70b15a98
 def _load_series(path) -> Volume:
     "A volume from a folder with the files of a DICOM series"
-    pydicom, slices = _needs('pydicom'), []
+    pydicom, slices = extra_module('pydicom', 'ct'), []
     for f in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith('.')):
         try: s = pydicom.dcmread(f)
         except pydicom.errors.InvalidDicomError: continue

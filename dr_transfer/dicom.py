@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 import numpy as np
 from PIL import Image
+from .files import extra_module
 
 # %% ../nbs/00f_dicom.ipynb #ba99ab6a
 DICOM_SUFFIXES = ('.dcm', '.dicom')
@@ -23,9 +24,7 @@ def is_dicom(
 
 def _dataset(source, **kw):
     "The file as pydicom reads it; ValueError if pydicom is missing"
-    try: import pydicom
-    except ImportError: raise ValueError("DICOM files are read by pydicom: pip install 'dr_transfer[dicom]'") from None
-    return pydicom.dcmread(io.BytesIO(source) if isinstance(source, bytes) else source, **kw)
+    return extra_module('pydicom', 'dicom').dcmread(io.BytesIO(source) if isinstance(source, bytes) else source, **kw)
 
 def read_dicom(
     source # Path or bytes

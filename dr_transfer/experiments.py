@@ -18,7 +18,7 @@ from .data import Task, encode_target, get_task
 from .decision import table_arrays
 from .files import unknown
 from .leaks import Together
-from .plans import Phase, Plan, get_plan, head_epochs
+from .plans import Phase, Plan, get_plan
 from .probes import fold_interval
 from .screening import measures
 from .table import label_table, split_table
@@ -38,10 +38,6 @@ def rival_plans(
     for r in rivals:
         if r not in RIVALS: raise unknown('rival', r, RIVALS)
     return {r: RIVALS[r] for r in rivals}
-
-def _for_size(plan, n, bs=32) -> Plan:
-    "A plan from random weights with enough epochs for a set of n images"
-    return plan.with_epochs(head_epochs(n, bs, least=20, steps=200)) if plan.weights == 'random' and plan.phases[-1].epochs is None else plan
 
 # %% ../nbs/12_experiments.ipynb #584a4365
 def unseen_split(
@@ -95,7 +91,7 @@ def learning_curve(
     for t, n in product(splits, sizes): first_images(t, n) # refused before hours are spent
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
-            p, _ = train_once(first_images(t, n), task, target, _for_size(plan, n, kwargs.get('bs', 32)), seed=seed, side='test', say=_quiet, **kwargs)
+            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **kwargs)
             out.append({'rival': name, 'images': n, 'seed': seed, **_measures(p)})
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: ' + _words(out[-1]))
     return pd.DataFrame(out).assign(share=test/(1 - test))
@@ -117,7 +113,7 @@ def _measures(p) -> dict:
 
 # %% ../nbs/12_experiments.ipynb #687ad1b0
 def _measure(runs, measure) -> str:
-    known = [c for c in ('auc', 'accuracy', 'kappa', 'error') if c in runs]
+    known = [c for c in ('auc', 'accuracy', 'kappa') if c in runs]
     if measure is None: return known[0]
     if measure not in known: raise unknown('measure', measure, known)
     return measure
@@ -180,11 +176,12 @@ def worth_words(
 def plot_learning_curve(
     runs:pd.DataFrame, # From `learning_curve`
     measure:str|None=None, # 'auc', 'accuracy' or 'kappa'; the first there is
-    title:str='' # Above the picture
+    title:str='', # Above the picture
+    ax=None # Axes to draw on; of a new figure if None
 ) -> Figure:
     "Score of each rival over the number of images, with 95 % intervals"
-    t, fig, m = curve_table(runs, measure), Figure(figsize=(5.2, 3.6), layout='constrained'), _measure(runs, measure)
-    ax = fig.subplots()
+    t, m = curve_table(runs, measure), _measure(runs, measure)
+    if ax is None: ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
     for name, g in t.groupby('rival', sort=False):
         n = g.index.get_level_values('images')
         line, = ax.plot(n, g.score, 'o-', ms=4, label=name)
@@ -194,7 +191,7 @@ def plot_learning_curve(
     ax.minorticks_off()
     ax.grid(color='0.92')
     ax.legend(frameon=False, loc='lower right')
-    return fig
+    return ax.figure
 
 # %% ../nbs/12_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:

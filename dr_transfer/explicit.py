@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 from .classifiers import grouped_folds
 from .crossval import fold_tables
 from .data import get_task
-from .files import cache_folder, package_version, progress
+from .files import cache_folder, extra_module, package_version, progress
 from .fundus import INSIDE, Disc, disc_mask, read_disc
 from .leaks import Together
 from .metrics import auc
@@ -35,10 +35,7 @@ from .store import ArrayStore, fill_stores, source_name, stored_array
 SIDE = 512 # pixels; all lengths below are shares of the radius of the retina
 
 def _skimage():
-    "scikit-image; ValueError if it is missing"
-    try: import skimage
-    except ImportError: raise ValueError("explicit features are measured with scikit-image: pip install 'dr_transfer[explicit]'") from None
-    return skimage
+    return extra_module('skimage', 'explicit')
 
 def _disk(radius): return _skimage().morphology.disk(round(radius*SIDE/2), decomposition='sequence')
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from .backbones import Stages, _trace
 from .explain import evaluating, model_parts
-from .files import unknown
+from .files import extra_module, unknown
 from .intervals import bootstrap
 from .operating import OperatingPoint
 from .phantom import contact_sheet
@@ -31,10 +31,7 @@ def log_odds(
     keep = ~torch.eye(out.shape[1], dtype=torch.bool, device=out.device)
     return out - torch.stack([out[:, row].logsumexp(1) for row in keep], 1)
 
-def _gradcam():
-    try: from captum.attr import LayerGradCam
-    except ImportError as e: raise ValueError(f"heat maps are computed by captum, which cannot be imported ({e}): pip install 'dr_transfer[explain]'") from None
-    return LayerGradCam
+def _gradcam(): return extra_module('captum.attr', 'explain').LayerGradCam
 
 # %% ../nbs/11a_heat.ipynb #722dfa6e
 class _Score(nn.Module):

@@ -11,6 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from .classifiers import FeatureClassifier, _classes, out_of_fold
 from .features import Features
+from .files import extra_module
 from .intervals import group_codes
 
 # %% ../nbs/06c_labels.ipynb #0d15f824
@@ -39,10 +40,7 @@ def _contradictions(content, y, images) -> dict:
 FLAT = 0.9 # Entropy, as a share of the greatest possible, above which it is undecided
 
 def _cleanlab():
-    try: from cleanlab import filter, rank
-    except ImportError as e:
-        raise ValueError(f"suspect_labels needs cleanlab, which cannot be imported ({e}): pip install dr_transfer[labels]") from None
-    return filter.find_label_issues, rank.get_label_quality_scores
+    return extra_module('cleanlab.filter', 'labels').find_label_issues, extra_module('cleanlab.rank', 'labels').get_label_quality_scores
 
 def _reason(p, label, classes) -> str:
     "Why an image stands in the table"

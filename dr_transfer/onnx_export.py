@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from .calibration import apply_temperature
-from .files import atomic_file, check_new, unknown
+from .files import atomic_file, check_new, extra_module, unknown
 from .fundus import READERS, read_image
 from .images import FITS
 
 # %% ../nbs/13e_onnx.ipynb #3f50c0ce
 ONNX_FORMAT = 'dr_transfer onnx 1'
-
-def _package(name):
-    "A package of the extra; ValueError that says how to get it"
-    try: return __import__(name)
-    except ImportError: raise ValueError(f"ONNX files need {name}: pip install 'dr_transfer[onnx]'") from None
 
 class OnnxModel:
     "A model in an ONNX file: predicts as `ImageModel` does, with onnxruntime and without torch"
@@ -29,7 +24,7 @@ class OnnxModel:
         file:str|Path, # Made by `export_onnx`
         providers=('CPUExecutionProvider',) # Of onnxruntime: where it computes
     ):
-        ort = _package('onnxruntime')
+        ort = extra_module('onnxruntime', 'onnx')
         if not Path(file).is_file(): raise ValueError(f"there is no {file}: give a file made by export_onnx or dr_transfer export")
         try: self.session = ort.InferenceSession(str(file), providers=list(providers))
         except Exception as e: raise ValueError(f"{file} cannot be read as ONNX ({str(e)[:200]}). Copy the file again from where it was made") from None
@@ -79,7 +74,7 @@ def _graph(model):
 def _serialised(graph, size, about) -> bytes:
     "An ONNX file of a torch module, with its description"
     import torch
-    _package('onnxscript')
+    extra_module('onnxscript', 'onnx')
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')

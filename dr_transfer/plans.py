@@ -22,7 +22,7 @@ DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one
 class Phase:
     "One stretch of training"
     frozen:int # Groups that stay frozen; -1: all but the head, -2: all but it and one
-    epochs:int|None # Times through the images; None: solve a linear head
+    epochs:int|None # Passes; None: solve a linear head, or as many as the set needs
     lr:float # Highest rate, that of the head
     spread:float=1. # The stem has lr/spread; from group to group the same factor
     wd:float=0.01 # Weight decay
@@ -114,7 +114,7 @@ def plan_table(
     for p in map(get_plan, plans or PLANS):
         for i, f in enumerate(p.phases, 1):
             row = {'plan': p.name, 'phase': i, 'frozen': 'all but the head' if f.frozen == -1 else 'nothing' if not f.frozen else
-                   f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or 'solved', 'rate': f.lr,
+                   f'all but the head and {-1 - f.frozen}' if f.frozen < 0 else f'the first {f.frozen}', 'epochs': f.epochs or ('solved' if f.frozen == -1 else 'by the set'), 'rate': f.lr,
                    'rate of the stem': f.lr/f.spread if f.frozen == 0 else None, 'weight decay': f.wd, 'rate goes': f.decay,
                    'BatchNorm': 'stays' if f.fixed_bn or f.frozen == -1 else 'moves' if f.fixed_bn is not None else "the network's own",
                    'head': p.head if isinstance(p.head, str) else 'own', 'stage': p.stage or 'last', 'augmentation': p.augment or "the task's"}

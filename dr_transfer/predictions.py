@@ -32,11 +32,11 @@ def predict_table(
     images:list[str] # Paths
 ) -> pd.DataFrame: # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
     "Predictions for image files, calibrated if the model knows its temperature; unreadable ones get a row with the reason in `error`"
-    errors = image_errors(images)
-    good = [i for i, e in zip(images, errors) if not e]
-    columns = [f'p_{c}' for c in model.classes]
-    p = pd.DataFrame(model.probs(good).astype(float) if good else np.zeros((0, len(columns))), columns=columns, index=good)
-    best = p.to_numpy().argmax(1) if len(p) else []
-    t = pd.DataFrame({'image': images, 'prediction': pd.Series([model.classes[i] for i in best], index=good, dtype=object).reindex(images).tolist()})
-    t[columns] = p.reindex(images).to_numpy()
+    images = list(images)
+    errors = np.array(image_errors(images), object)
+    good = errors == ''
+    p = np.full((len(images), len(model.classes)), np.nan)
+    if good.any(): p[good] = model.probs([i for i, g in zip(images, good) if g])
+    said = [model.classes[k] if g else None for k, g in zip(np.where(good[:, None], p, 0).argmax(1), good)]
+    t = pd.DataFrame({'image': images, 'prediction': pd.Series(said, dtype=object)}).join(pd.DataFrame(p, columns=[f'p_{c}' for c in model.classes]))
     return apply_decision(t, model.classes, model.about.get('decision')).assign(error=errors)

@@ -360,7 +360,7 @@ def test_a_picture_of_no_class():
 def test_without_cleanlab(monkeypatch):
     for name in [o for o in sys.modules if o.split('.')[0] == 'cleanlab']: monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'cleanlab', None)
-    with pytest.raises(ValueError, match=r'pip install dr_transfer\[labels\]'): suspect_labels(*blobs())
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[labels\]'"): suspect_labels(*blobs())
 
 
 @pytest.mark.parametrize('most', [0, -3])

@@ -15,11 +15,13 @@ from test_cli import cli, good, home, once, refused  # noqa: F401
 from dr_transfer.backbones import create_body, save_weights
 from dr_transfer.compare import _recipes, compare, plot_comparison
 from dr_transfer.crossval import _kept, train_once
+from dr_transfer.core import build_learner
 from dr_transfer.data import encode_target, get_task
-from dr_transfer.experiments import (RIVALS, START, _for_size, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
+from dr_transfer.experiments import (RIVALS, START, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
                                      training_curve, unseen_split, worth_of_pretraining)
 from dr_transfer.phantom import make_flowers
-from dr_transfer.plans import Phase, Plan, get_plan
+from dr_transfer.phases import _epochs
+from dr_transfer.plans import Phase, Plan, get_plan, plan_table
 from dr_transfer.table import label_table
 
 SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
@@ -66,10 +68,12 @@ def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(label
     assert again.image.tolist() == a.image.tolist()
 
 
-def test_a_random_start_gets_steps_not_epochs():
-    steps = {n: _for_size(RIVALS[START], n).phases[-1].epochs*max(1, n//32) for n in (8, 50, 100, 500, 5000)}
-    assert all(s >= 200 for s in steps.values()), steps
-    for name in ('frozen', 'fine-tuned'): assert _for_size(RIVALS[name], 8) == RIVALS[name]
+def test_a_random_start_gets_steps_not_epochs(labelled):
+    sides = unseen_split(labelled, labelled.group.to_numpy())
+    for n, epochs in ((10, 300), (70, 300), (100, 200)):     # one, two and three steps an epoch
+        learn = build_learner(first_images(sides, n), get_task('flowers', 32), plan=RIVALS[START], arch='small_cnn', setting='plain')
+        assert _epochs(learn, RIVALS[START].phases[0]) == epochs
+    assert plan_table(plans=[RIVALS[START]]).epochs.tolist() == ['by the set']
     assert RIVALS[START].phases[0].frozen == 0 and RIVALS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
 
 
@@ -201,7 +205,7 @@ def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
     c = compare(flowers, plans=same.values(), archs=['small_cnn'], weights='random', size=32, setting='plain', say=lambda line: None)
     d = c.table(n=50).loc['two']
     assert (d[['difference', 'difference_low', 'difference_high']].abs() < 1e-9).all().all()
-    assert len(plot_comparison(c, n=50).axes) == 2
+    assert len(plot_comparison(c.table(n=50)).axes) == 2
 
 
 def test_compare_from_the_command_line(flowers, tmp_path, trainings):

@@ -12,7 +12,7 @@ from dr_transfer.features import image_features
 from dr_transfer.phantom import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']
-LARGE = NAMES[3:]     # these take 50 s, which only the longer run with the real photographs has
+LARGE = NAMES[4:]     # these take 40 s, which only the longer run with the real photographs has
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@ import io
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import PLANS
 from dr_transfer.table import image_errors, label_table, split_table
 from dr_transfer.views import read_image, stack_images
-from test_checklist import ROOT
 
 
 @pytest.fixture(scope='module')
@@ -94,14 +92,6 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
     for m in dense[:2]: assert abs(m.weight.std().item()*(m.in_features/2)**0.5 - 1) < 0.02, 'He: a variance of 2 by the number of inputs'
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
-
-
-def test_on_photographs_transfer_was_worth_it():
-    "Of the study: a small network from nothing lost to a linear head on every set of photographs, on the mean of its seeds"
-    t = pd.read_csv(ROOT/'nbs'/'results'/'plan_study.csv')
-    mean = t.pivot_table(index='study', columns='plan', values='score')
-    photographs = mean[~mean.index.str.startswith('drawn')]
-    assert len(photographs) >= 6 and (photographs['head'] > photographs['scratch']).all()
 
 
 def test_turns_narrow_the_gap_between_the_sides(tmp_path):

@@ -36,8 +36,8 @@ def study(root, name, task, size, seeds, epochs):
     keep(training_curve(root, task, epochs, images=SIZES[-1], **how), f'training_{name}')
 
 
-def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, 4, 20)
-def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, 3, 20)
+def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, 4, 60)
+def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, 3, 60)
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
