@@ -269,7 +269,7 @@ def _more_commands(sub):
     _train_arguments(add, valid=False)
     add('--folds', metavar='K', type=int, default=5, help='how many folds (default: %(default)s)')
     _report_arguments(add)
-    _compare_arguments(_add(sub, 'compare', compare, 'Compare backbones and plans on one split', 'dr_transfer compare photos/flowers --archs efficientnet_lite0 cifarnet --plans head top1'))
+    _compare_arguments(_add(sub, 'compare', compare, 'Compare backbones and plans on one split', 'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1'))
 
 # %% ../nbs/14_cli.ipynb #9bbe17ea
 def _report_arguments(add):

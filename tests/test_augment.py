@@ -6,7 +6,7 @@ from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorImage, Tenso
 from fasttransform import Pipeline
 from PIL import Image
 
-from dr_transfer.augment import AUGMENTATIONS, Mirror, MirrorNear, QuarterTurns, Views, augmentation, augmentation_table, views_of
+from dr_transfer.augment import AUGMENTATIONS, Mirror, MirrorNear, QuarterTurns, Views, augmentation, augmentation_table, flowers_matrix, views_of
 from dr_transfer.views import VIEWS
 
 pytestmark = pytest.mark.filterwarnings('ignore:Default grid_sample:UserWarning')     # fastai leaves align_corners to torch
@@ -296,6 +296,22 @@ def test_random_crop_takes_at_least_the_least_part():
 
 
 # ---------------------------------------------------------------- names
+
+def test_the_recipe_for_flowers_has_the_limits_of_the_text():
+    "Each map taken apart: it is a turn, a shear, a zoom along each axis with or without a mirror, and a shift; each up to its limit and not beyond"
+    torch.manual_seed(0)
+    m = flowers_matrix(torch.zeros(2000, 3, 8, 8)).double()
+    mirrored = m[:, 0, 0] < 0                                                  # a turn of at most 40 degrees does not change the sign
+    x = m[:, :2, 0]*torch.where(mirrored, -1., 1.)[:, None]
+    turn = torch.atan2(x[:, 1], x[:, 0])
+    y = torch.stack([turn.cos()*m[:, 0, 1] + turn.sin()*m[:, 1, 1], -turn.sin()*m[:, 0, 1] + turn.cos()*m[:, 1, 1]], 1)
+    shear = torch.atan2(-y[:, 0], y[:, 1])
+    for what, values, low, high in (('degrees', turn.rad2deg(), -40, 40), ('shear', shear, -.2, .2), ('zoom across', x.norm(dim=1), .7, 1.3), ('zoom down', y.norm(dim=1), .7, 1.3),
+                                    ('shift across', m[:, 0, 2], -.8, .8), ('shift down', m[:, 1, 2], -.8, .8)):       # a side is 2 long: 0.4 of it
+        near = .02*(high - low)
+        assert low - 1e-5 <= values.min() < low + near and high - near < values.max() <= high + 1e-5, what
+    assert .45 < mirrored.float().mean() < .55
+
 
 def test_table_has_every_name():
     t = augmentation_table()

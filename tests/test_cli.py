@@ -444,3 +444,17 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
         p.wait()
     assert p.returncode == 130 and err.splitlines() == ['dr_transfer: interrupted; nothing was written']
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_examples_of_the_help_can_be_typed():
+    "Each is accepted as it stands, and each backbone in them has pretrained weights"
+    from dr_transfer.backbones import find_backbone
+    from dr_transfer.cli import _parser
+    p = _parser()
+    commands = p._subparsers._group_actions[0].choices
+    assert len(commands) > 8
+    for name, command in commands.items():
+        program, word, *rest = command.epilog.split()[1:]
+        assert (program, word) == ('dr_transfer', name)
+        a = vars(p.parse_args([word, *rest]))
+        for arch in [*(a.get('archs') or []), *([a['arch']] if a.get('arch') else [])]: assert find_backbone(arch).weights != 'none', arch

@@ -101,6 +101,17 @@ def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
     assert f['haemorrhage_count'] > 2*healthy['haemorrhage_count'] and abs(f['vessel_length']/healthy['vessel_length'] - 1) < .25
 
 
+def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
+    found = {'microaneurysm': [], 'exudate': []}
+    for seed, camera in ((22, 5), (24, 9)):
+        pixels, truth = draw_fundus(3, seed=seed, size=512, camera=camera)
+        seg = segment(pixels)
+        for kind in found:
+            places = [(*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius']*SIDE/(2*seg.disc.r)) for q in truth['lesions'] if q['kind'] == kind]
+            found[kind] += score_lesions(seg.bright if kind == 'exudate' else seg.dark, places)[0].tolist()
+    for kind, n in (('microaneurysm', 30), ('exudate', 10)): assert len(found[kind]) > n and np.mean(found[kind]) > .4, kind
+
+
 def test_a_frame_and_less_light_change_little(eye):
     pixels, _, seg = eye
     frame = Image.new('RGB', (500, 420))

@@ -2,7 +2,9 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
 import dr_transfer.backbones as module
 from dr_transfer.backbones import create_body, find_backbone, layer_groups, stage_names
@@ -38,6 +40,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4]) and len(loaded) < len(state)
 
     learn = build_learner(eyes, 'dr', arch=name, weights=tmp_path/'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1])
+    assert learn.model[1][-1].out_features == 2                                       # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)                                  # frozen: bit for bit
     assert all(torch.equal(v, before[k]) for k, v in learn.model[0].state_dict().items())
@@ -61,6 +64,16 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)
     assert body.weights.kind == 'hub' and torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
+
+
+def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
+    save_file(net.state_dict(), tmp_path/'w.safetensors')
+    assert any(k.startswith('aux1') for k in net.state_dict())
+    body, x = create_body('googlenet', tmp_path/'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
+    inner = nn.Sequential(*[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')])
+    with torch.no_grad(): assert torch.allclose(body(x), inner(x), atol=1e-6)
 
 
 def test_cifarnet_has_no_weights_to_download():

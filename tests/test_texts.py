@@ -5,15 +5,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam
 from torch import nn
 
 from dr_transfer.data import GRADE, encode_target, get_task, task_dataloaders
 from dr_transfer.files import progress
 from dr_transfer.model import create_head
 from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import PLANS
 from dr_transfer.table import image_errors, label_table, split_table
 from dr_transfer.views import read_image, stack_images
+
+
+class Rates(Callback):
+    "Rate, decay and momenta of each step, for all that is trained"
+    def __init__(self): self.seen = []
+    def before_step(self): self.seen += [(h['lr'], h['wd'], h['mom'], h['sqr_mom']) for h, ps in zip(self.learn.opt.hypers, self.learn.opt.param_lists) if any(p.requires_grad for p in ps)]
 
 
 @pytest.fixture(scope='module')
@@ -77,9 +85,13 @@ def test_batches_are_of_32_unless_asked():
     assert signature(build_learner).parameters['bs'].default == signature(task_dataloaders).parameters['bs'].default == 32
 
 
-def test_the_flowers_recipe_is_thirty_epochs_at_one_rate():
-    plan = PLANS['flw']
-    assert (plan.head, plan.augment, plan.phases[0].epochs, plan.phases[0].decay, plan.phases[0].wd) == ('flw', 'flowers', 30, 'none', 0)
+def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
+    from dr_transfer.core import build_learner, fit
+    learn = build_learner(table, 'flowers', plan='flw', arch='small_cnn', weights='random', size=32, setting='plain', allow_leaks=True, cbs=[rates := Rates()])
+    assert learn.opt_func is Adam and isinstance(learn.loss_func, CrossEntropyLossFlat) and learn.record['augment'] == 'flowers'
+    history = fit(learn, say=lambda line: None).record['history']
+    assert len(history) == 30 and all(0 <= h['accuracy'] <= 1 for h in history)
+    assert set(rates.seen) == {(1e-3, 0., .9, .99)}, 'one rate, nothing decays'
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
