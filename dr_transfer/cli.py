@@ -166,10 +166,11 @@ def cross_validate(
     out, share, task = _report_file(a), _share(a), get_task(a.task, a.size)
     from dr_transfer.core import versions
     from dr_transfer.crossval import cross_validate, decide_across
+    from dr_transfer.decision import table_classes
     from dr_transfer.report import describe_images
     from dr_transfer.table import set_aside
     t = cross_validate(a.data, task, a.target, a.labels, a.folds, a.epochs, a.seed, arch=a.arch, weights=a.weights, plan=a.plan, bs=a.bs, setting=a.setting, head=a.head, balance=a.balance, group_col=a.patient)
-    classes = [c[2:] for c in t if c.startswith('p_')]
+    classes = table_classes(t)
     aside = set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **share)
     about = {'arch': a.arch or 'efficientnet_lite0', 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
@@ -191,10 +192,11 @@ def compare(
     "Several backbones and plans on one split: a table and a picture"
     from dr_transfer.files import atomic_file
     out = _report_file(a, 'comparison.png')
-    from dr_transfer.compare import compare, main_measure, plot_comparison
+    from dr_transfer.compare import compare, plot_comparison
+    from dr_transfer.experiments import main_measure
     c = compare(a.data, a.task, a.archs, a.plans, a.target, a.labels, a.valid, a.seed, a.size, a.epochs, a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
     t = c.table(a.draws)
-    m = main_measure(t, a.measure)
+    m = main_measure(t.index.get_level_values('measure'), a.measure)
     print(f'{m}, on the same {len(next(iter(c.tables.values())))} images, and the difference to the first:\n{t.xs(m, level="measure").round(3).to_string(na_rep="")}')
     with atomic_file(out.with_suffix('.csv')) as f: t.to_csv(f)
     with atomic_file(out) as f: plot_comparison(t, m).savefig(f, dpi=120, format='png')

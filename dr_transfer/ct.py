@@ -7,7 +7,6 @@ __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows
 
 # %% ../nbs/03a_ct.ipynb #5cbcd5fb
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -24,6 +23,7 @@ class Volume:
     origin:tuple=(0., 0., 0.) # mm: where the middle of voxel (0, 0, 0) is, z, y, x
     def __post_init__(self):
         if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1: raise ValueError(f"an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)")
+        if not np.isfinite(self.hu).all(): raise ValueError(f"{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024")
         for name, ok in (('spacing', lambda v: 0 < v < 100), ('origin', np.isfinite)):
             v = tuple(float(x) for x in getattr(self, name))
             if len(v) != 3 or not all(map(ok, v)): raise ValueError(f"{name}={v}: give three numbers in mm, along z, y, x")
@@ -138,11 +138,11 @@ def _oriented(hu, affine, name) -> Volume:
 # %% ../nbs/03a_ct.ipynb #6337dcae
 def _load_nifti(path) -> Volume:
     "A volume from a .nii or .nii.gz file"
-    try: image = extra_module('nibabel', 'ct').load(path)
-    except ValueError: raise
+    load = extra_module('nibabel', 'ct').load
+    try: hu = (image := load(path)).get_fdata(dtype=np.float32)
     except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI: {e}") from None
     if not (image.header['sform_code'] or image.header['qform_code']): raise ValueError(f"{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM")
-    return _oriented(image.get_fdata(dtype=np.float32), np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
+    return _oriented(hu, np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
 
 # %% ../nbs/03a_ct.ipynb #986fed19
 def _one_series(slices, path):
@@ -188,12 +188,15 @@ def _load_series(path) -> Volume:
 # %% ../nbs/03a_ct.ipynb #94cdd206
 def _load_numpy(path, spacing) -> Volume:
     "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
-    with np.load(path) if path.suffix == '.npz' else nullcontext({'hu': np.load(path)}) as f:
-        if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
-        found = f['spacing'] if 'spacing' in f else spacing
-        if 'spacing' in f and spacing is not None and not np.allclose(found, spacing): raise ValueError(f"{path} says that its voxels are {tuple(found)} mm: leave spacing={spacing} out")
-        if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm")
-        return Volume(f['hu'], found, f['origin'] if 'origin' in f else (0, 0, 0))
+    try:
+        f = np.load(path)
+        f = {k: f[k] for k in ('hu', 'spacing', 'origin') if k in f} if path.suffix == '.npz' else {'hu': f}
+    except Exception as e: raise ValueError(f"{path} cannot be read as an array: {e}") from None
+    if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
+    found = f.get('spacing', spacing)
+    if 'spacing' in f and spacing is not None and not np.allclose(found, spacing): raise ValueError(f"{path} says that its voxels are {tuple(found)} mm: leave spacing={spacing} out")
+    if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)")
+    return Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
 
 def read_volume(
     path:str|Path, # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series

@@ -6,14 +6,15 @@
 __all__ = ['LUNG_WINDOWS', 'candidate_pictures', 'average_views', 'froc_table', 'slice_pictures']
 
 # %% ../nbs/04e_ct_data.ipynb #e50cdafc
-import hashlib, re
+import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.spatial.transform import Rotation
 from .ct import get_window, read_volume, three_planes, three_windows
+from .decision import table_classes
 from .files import atomic_file, progress
 from .intervals import bootstrap
-from .table import read_labels
+from .table import GROUP_COLUMNS, read_labels
 
 # %% ../nbs/04e_ct_data.ipynb #6e3f1f23
 def _rows(table, needed) -> pd.DataFrame:
@@ -37,6 +38,7 @@ def _name(volume, *numbers) -> str:
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder, out = Path(folder), Path(out)
+    if not any(str(c).lower() in GROUP_COLUMNS for c in t): t = t.assign(group=t.volume) # the pictures of a volume stay together
     if (old := out/'labels.csv').exists() and not {'image', 'volume'} <= set(read_labels(old)): raise ValueError(f"{old} was not made here and is not replaced: give another folder for the pictures")
     gone = [v for v in t.volume.unique() if not (folder/v).exists()]
     if gone: raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. Give the folder that the column 'volume' starts from")
@@ -59,7 +61,7 @@ def _view(key, view, shift) -> tuple:
     return Rotation.random(random_state=rng).as_matrix(), rng.uniform(-shift, shift, 3)
 
 def candidate_pictures(
-    table:str|Path|pd.DataFrame, # `volume, x, y, z` in mm, perhaps `label, patient`
+    table:str|Path|pd.DataFrame, # `volume, x, y, z` in mm; `label`; `patient`, else a volume is one
     folder:str|Path, # Folder that the paths of the volumes start from
     out:str|Path, # Folder for `images/` and `labels.csv`
     side:float=40., # Side of the planes in mm
@@ -84,9 +86,9 @@ def average_views(
     table:pd.DataFrame, # Predictions: `image, p_CLASS...`, perhaps more
 ) -> pd.DataFrame: # A row a candidate: of its first view, with the mean of `p_CLASS...`
     "Mean probability over the views of each candidate (Roth et al. 2014), from the names that `candidate_pictures` gives"
-    which = table.image.map(lambda i: re.sub(r'-\d+\.png$', '', Path(i).name))
-    probs = [c for c in table if c.startswith('p_')]
-    if not probs: raise ValueError(f"no column begins with 'p_': give predictions. The columns are {', '.join(map(str, table))}")
+    which = table.image.map(lambda i: Path(i).name).str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
+    if which.isna().any(): raise ValueError(f"{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: which pictures are views of one candidate is not known")
+    probs = [f'p_{c}' for c in table_classes(table)]
     out = table.assign(**table.groupby(which)[probs].transform('mean'))[~which.duplicated()].reset_index(drop=True)
     out = out.drop(columns=[c for c in ('decision', 'grade') if c in out]) # they were of one view: apply_decision makes those of the mean
     return out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
@@ -105,10 +107,10 @@ def froc_table(
     if table.group.isna().any(): raise ValueError(f"{table.group.isna().sum()} candidates have no patient: false alarms are counted for each")
     share = 1/table.groupby('group').target.transform('size') # of a patient, so that one drawn twice counts twice
     def sensitivity(y, score, share):
-        level = np.unique(score)[::-1]
-        alarms = [(score[y == 0] >= v).sum()/share.sum() for v in level]
-        hits = [(score[y == 1] >= v).mean() if y.any() else np.nan for v in level]
-        return {a: max([h for h, f in zip(hits, alarms) if f <= a], default=0.) for a in at}
+        order = np.argsort(-score)
+        last = np.r_[np.diff(score[order]) != 0, True] # of those with one score
+        alarms, hits = np.cumsum(y[order] == 0)[last]/share.sum(), np.cumsum(y[order])[last]/(y.sum() or np.nan)
+        return {a: hits[alarms <= a].max(initial=0.) for a in at}
     t = bootstrap(sensitivity, table.target.eq(found).astype(int), table[f'p_{found}'], share, groups=table.group, n=n, seed=seed)
     return t.rename_axis('false alarms a patient')
 
@@ -116,7 +118,7 @@ def froc_table(
 LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue') # holes and haze, what a radiologist looks at, what is dense
 
 def slice_pictures(
-    table:str|Path|pd.DataFrame, # `volume, z` in mm, perhaps `label, patient`
+    table:str|Path|pd.DataFrame, # `volume, z` in mm; `label`; `patient`, else a volume is one
     folder:str|Path, # Folder that the paths of the volumes start from
     out:str|Path, # Folder for `images/` and `labels.csv`
     windows=LUNG_WINDOWS # Three windows for red, green and blue

@@ -11,6 +11,8 @@ from PIL import Image
 from dr_transfer.ct import PLANES, WINDOWS, Volume, get_window, plane, read_volume, three_planes, three_windows, window
 from dr_transfer.ct_data import average_views, candidate_pictures, froc_table, slice_pictures
 from dr_transfer.ct_phantom import PATTERNS, draw_ct, make_ct
+from dr_transfer.data import get_task
+from dr_transfer.leaks import split_data
 from dr_transfer.metrics import auc
 
 COARSE = (6, 3, 3)
@@ -257,13 +259,27 @@ def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
     hu = np.full((6, 6, 6), -1000, np.float32)
     hu[0] = np.nan
     nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path/'a.nii')
-    with pytest.raises(ValueError, match='36 voxels are no numbers'): read_volume(tmp_path/'a.nii')
+    np.savez(tmp_path/'a.npz', hu=hu, spacing=(1, 1, 1))
+    for name in ('a.nii', 'a.npz'):
+        with pytest.raises(ValueError, match='36 voxels are no numbers'): read_volume(tmp_path/name)
 
 
 def test_the_mean_of_views_has_no_decision_of_one_of_them():
-    t = pd.DataFrame({'image': ['a_0-0.png', 'a_0-1.png'], 'prediction': ['other', 'node'], 'p_other': [.6, .1], 'p_node': [.4, .9], 'decision': ['not node', 'node']})
+    t = pd.DataFrame({'image': ['a_0123456789ab-0.png', 'a_0123456789ab-1.png'], 'prediction': ['other', 'node'], 'p_other': [.6, .1], 'p_node': [.4, .9], 'decision': ['not node', 'node']})
     m = average_views(t)
     assert len(m) == 1 and m.prediction[0] == 'node' and m.p_node[0] == pytest.approx(.65) and 'decision' not in m
+    with pytest.raises(ValueError, match='IMG-0001.png was not named'): average_views(t.assign(image=['IMG-0001.png', 'IMG-0002.png']))
+
+
+@pytest.mark.parametrize('suffix', ['.nii.gz', '.npz', '.npy'])
+def test_a_file_that_ends_too_soon_is_named(tmp_path, suffix):
+    file, v = tmp_path/f'scan{suffix}', noise(**ODD)
+    if suffix == '.nii.gz': pytest.importorskip('nibabel'), save_nifti(v, file, 'RAS')
+    elif suffix == '.npz': np.savez(file, hu=v.hu, spacing=v.spacing)
+    else: np.save(file, v.hu)
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f'scan{suffix} cannot be read'): read_volume(file, None if suffix == '.npz' else (1, 1, 1))
+
 
 
 def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
@@ -388,6 +404,14 @@ def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
 def test_places_without_labels_get_pictures_to_be_predicted(drawn, tmp_path):
     folder, candidates, _ = drawn
     assert 'label' not in candidate_pictures(candidates[['volume', 'x', 'y', 'z']].head(3), folder, tmp_path)
+
+
+def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path):
+    folder, candidates, slices = drawn
+    for t in (candidate_pictures(candidates.drop(columns='patient'), folder, tmp_path/'a', views=3), slice_pictures(slices.drop(columns='patient'), folder, tmp_path/'b')):
+        task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
+        sides = split_data(Path(t.image[0]).parent.parent, task, task.target())
+        assert (sides.group == sides.volume).all() and (sides.groupby('volume').split.nunique() == 1).all() and sides.split.nunique() == 2
 
 
 def test_views_are_of_one_place_and_are_averaged(drawn, tmp_path):
