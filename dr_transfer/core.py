@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLearner', 'classifier_learner', 'learner_groups',
-           'fit', 'predict_probs', 'prediction_table', 'features_stored', 'valid_predictions', 'generalisation_gap']
+           'fit', 'predict_probs', 'features_stored', 'valid_predictions', 'generalisation_gap']
 
 # %% ../nbs/08_core.ipynb #8405814e
 import hashlib, os, platform
@@ -27,7 +27,7 @@ from .balance import balanced_loss, image_weights
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders
-from .decision import table_arrays
+from .decision import prediction_table, table_arrays
 from .features import weights_digest
 from .files import package_version, unknown
 from .leaks import split_data
@@ -252,17 +252,6 @@ def _feature_probs(learn, images) -> np.ndarray:
     head = learn.model[1].eval()
     p = head(torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)).softmax(1)
     return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
-
-# %% ../nbs/08_core.ipynb #73726309
-def prediction_table(
-    images:list, # Names of the images
-    probs:np.ndarray, # (images, classes)
-    classes:list # Class names in order
-) -> pd.DataFrame: # `image, prediction`, then `p_CLASS` for each class
-    "Probabilities as a table"
-    probs = np.asarray(probs, dtype=float).reshape(-1, len(classes))
-    t = pd.DataFrame({'image': images, 'prediction': [classes[i] for i in probs.argmax(1)] if len(probs) else []})
-    return pd.concat([t, pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])], axis=1)
 
 # %% ../nbs/08_core.ipynb #256b25e2
 def features_stored(

@@ -8,7 +8,7 @@ __all__ = ['gather_images', 'predict_table']
 # %% ../nbs/10c_predictions.ipynb #f802a574
 import os
 import numpy as np, pandas as pd
-from .decision import apply_decision
+from .decision import apply_decision, prediction_table
 from .table import find_images, image_errors
 
 # %% ../nbs/10c_predictions.ipynb #42f84429
@@ -37,6 +37,4 @@ def predict_table(
     good = errors == ''
     p = np.full((len(images), len(model.classes)), np.nan)
     if good.any(): p[good] = model.probs([i for i, g in zip(images, good) if g])
-    said = [model.classes[k] if g else None for k, g in zip(np.where(good[:, None], p, 0).argmax(1), good)]
-    t = pd.DataFrame({'image': images, 'prediction': pd.Series(said, dtype=object)}).join(pd.DataFrame(p, columns=[f'p_{c}' for c in model.classes]))
-    return apply_decision(t, model.classes, model.about.get('decision')).assign(error=errors)
+    return apply_decision(prediction_table(images, p, model.classes), model.classes, model.about.get('decision')).assign(error=errors)
