@@ -246,6 +246,7 @@ def plot_training_curve(
         line, = ax.plot(e.index, e['mean'], 'o-', ms=3, label=name)
         ax.fill_between(e.index, e['min'], e['max'], color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xlabel='epoch', ylabel='error on unseen images', ylim=(0, None), title=title)
+    ax.locator_params(axis='x', integer=True)
     ax.grid(color='0.92')
     ax.legend(frameon=False)
     return fig

@@ -4,12 +4,12 @@
     python tools/transfer_study.py              # hours on two cores; goes on where it was stopped
     python tools/transfer_study.py flowers ct   # some of it
 
-    flowers      five classes, 96 pixels, efficientnet_lite0, four splits by photographer
+    flowers      five classes, 96 pixels, efficientnet_lite0, three splits by photographer
     messidor2    referable or not, 112 pixels, efficientnet_lite0, three splits
     ct           the CAD study in miniature: CifarNet, AlexNet and GoogLeNet on drawn lymph nodes, 64 pixels, three splits; from random weights, and pretrained
-                 here on the flowers, since their ImageNet weights are not at hand; EfficientNet-Lite0 with its ImageNet weights beside them
+                 here on the flowers, since their ImageNet weights are not at hand
 
-Results are kept in nbs/results/learning_NAME.csv and training_NAME.csv. The pixels are few so that a study takes less than two hours on two cores; rates and
+Results are kept in nbs/results/learning_NAME.csv and training_NAME.csv. The pixels are few so that a study takes less than two hours on one core; rates and
 decays are those of the plans and were not chosen on these images. Nothing is chosen by the unseen images either.
 """
 import argparse, os, tempfile, time, warnings
@@ -28,16 +28,16 @@ def keep(runs, name):
 def say(line): print(time.strftime('%H:%M'), line, flush=True)
 
 
-def study(root, name, task, size, seeds, epochs):
-    "Both curves of one set"
+def study(root, name, task, size, epochs):
+    "The learning curve of a set, and the error over the epochs of some rivals"
     from dr_transfer.experiments import learning_curve, training_curve
     how = dict(size=size, arch='efficientnet_lite0', setting='channels_last', say=say)
-    for n in range(1, seeds + 1): keep(learning_curve(root, task, SIZES, seeds=n, **how), f'learning_{name}') # what is done is kept
-    keep(training_curve(root, task, epochs, images=SIZES[-1], **how), f'training_{name}')
+    for n in (1, 2, 3): keep(learning_curve(root, task, SIZES, seeds=n, **how), f'learning_{name}') # what is done is kept
+    for k in range(len(epochs)): keep(pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs[:k + 1]]), f'training_{name}')
 
 
-def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, 4, 60)
-def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, 3, 60)
+def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, (('random start', 60), ('fine-tuned', 20))) # does the random start want more epochs?
+def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, ())
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
@@ -55,7 +55,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     return best
 
 
-def ct(root):
+def ct(root, archs=('cifarnet', 'alexnet', 'googlenet')):
     from dr_transfer.ct_data import candidate_pictures
     from dr_transfer.ct_phantom import make_ct
     from dr_transfer.experiments import RIVALS, START, learning_curve, training_curve
@@ -65,12 +65,11 @@ def ct(root):
         make_ct(f'{d}/ct', n=100, seed=77)
         pictures = candidate_pictures(f'{d}/ct/candidates.csv', f'{d}/ct', f'{d}/pictures', size=64)
         say(f'{len(pictures)} candidates drawn')
-        for arch in ('cifarnet', 'alexnet', 'googlenet', 'efficientnet_lite0'):
-            if arch == 'efficientnet_lite0': source, score, lr, weights = 'ImageNet', float('nan'), 3e-3, None
-            else: source, (score, lr, weights) = 'flowers', pretrain(root, arch, d)
+        for arch in archs:
+            score, lr, weights = pretrain(root, arch, d)
             rivals = {**RIVALS, START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random')}
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, setting='channels_last', say=say)
-            about = dict(arch=arch, source=source, source_accuracy=score, rate=lr)
+            about = dict(arch=arch, source='flowers', source_accuracy=score, rate=lr)
             curves.append(learning_curve(f'{d}/pictures', sizes=(60, 200, 600), rivals=rivals, seeds=3, **how).assign(**about))
             errors.append(training_curve(f'{d}/pictures', epochs=20, images=600, rivals={k: v for k, v in rivals.items() if k != 'frozen'}, **how).assign(**about))
             keep(pd.concat(curves), 'learning_ct'), keep(pd.concat(errors), 'training_ct')
