@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .backbones import Stages
+from .backbones import DEFAULT_ARCH, Stages
 from .classifiers import grouped_folds
 from .data import Task, get_task
 from .features import extract_features, whole_body
@@ -86,7 +86,7 @@ def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
 def advise(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch:str='efficientnet_lite0', # Backbone: registry, timm or torchvision
+    arch:str=DEFAULT_ARCH, # Backbone: registry, timm or torchvision
     weights:str|Path|None=None, # None: its own; a file; or 'random'
     target:str|None=None, # What is learnt; the task's first if None
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder

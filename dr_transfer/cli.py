@@ -53,7 +53,8 @@ def _describe(learn):
 def _print_advice(a):
     "Advice on the images to learn from, printed"
     from dr_transfer.advisor import advise
-    advice = advise(a.data, a.task, a.arch or 'efficientnet_lite0', a.weights, a.target, a.labels, a.size, a.valid, a.seed, a.setting)
+    from dr_transfer.backbones import DEFAULT_ARCH
+    advice = advise(a.data, a.task, a.arch or DEFAULT_ARCH, a.weights, a.target, a.labels, a.size, a.valid, a.seed, a.setting)
     print(advice, flush=True)
     return advice
 
@@ -164,7 +165,7 @@ def cross_validate(
     "What a recipe is worth on images it has not seen: a report from cross-validation"
     from dr_transfer.data import get_task
     out, share, task = _report_file(a), _share(a), get_task(a.task, a.size)
-    from dr_transfer.core import versions
+    from dr_transfer.core import DEFAULT_ARCH, versions
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.decision import table_classes
     from dr_transfer.report import describe_images
@@ -173,7 +174,7 @@ def cross_validate(
     classes = table_classes(t)
     aside = set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **share)
-    about = {'arch': a.arch or 'efficientnet_lite0', 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
+    about = {'arch': a.arch or DEFAULT_ARCH, 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
     e = describe_images(t, classes, about, task.reader, Path(a.data).resolve().name, a.prevalence)
     e.aside, e.how = aside, f' In each of {a.folds} folds the threshold is that of the other folds.'
     return _print_report(e, out, a.draws)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable
 import pandas as pd
 from matplotlib.figure import Figure
-from .backbones import create_body, find_backbone
+from .backbones import DEFAULT_ARCH, create_body, find_backbone
 from .crossval import train_once
 from .data import Task, get_task
 from .decision import table_classes
@@ -52,7 +52,7 @@ def _recipes(archs, plans) -> dict:
 def compare(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    archs=('efficientnet_lite0',), # Backbones
+    archs=(DEFAULT_ARCH,), # Backbones
     plans=('head', 'top1'), # Names in `PLANS`, or plans
     target:str|None=None, # What is learnt; the task's first if None
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder

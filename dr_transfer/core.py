@@ -22,7 +22,7 @@ from torch import nn
 
 # %% ../nbs/08_core.ipynb #9f8c5d60
 from .augment import views_of
-from .backbones import create_body, group_table, layer_groups, stage_names
+from .backbones import DEFAULT_ARCH, create_body, group_table, layer_groups, stage_names
 from .balance import balanced_loss, image_weights
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .classifiers import FeatureClassifier
@@ -96,7 +96,7 @@ def build_learner(
 def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs) -> Learner:
     set_seed(seed, reproducible=True)
     asked = plan or get_plan('head')
-    own = {'arch': 'efficientnet_lite0', **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
+    own = {'arch': DEFAULT_ARCH, **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
     table = split_data(data, task, goal, labels, valid, seed, allow_leaks)
     stages = create_body(arch, own.get('weights'), own.get('tap'), own.get('stage'))

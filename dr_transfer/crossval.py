@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 import numpy as np, pandas as pd
 from fastai.torch_core import default_device
-from .backbones import _find_file, find_backbone
+from .backbones import DEFAULT_ARCH, _find_file, find_backbone
 from .classifiers import grouped_folds
 from .core import build_learner, fit, valid_predictions, versions
 from .data import Task, encode_target, get_task
@@ -65,7 +65,7 @@ def train_once(
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
     plan, why = (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
     kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(get_plan(plan), k))} # a plan's own come first
-    weights = _weights(kwargs.get('arch') or 'efficientnet_lite0', kwargs.get('weights'))
+    weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
     file = _kept(table, [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}])
     if file is None or not file.exists():
         if why: say(f"plan '{plan}': {why}")

@@ -236,11 +236,11 @@ def training_curve(
 # %% ../nbs/12_experiments.ipynb #56f87b27
 def plot_training_curve(
     runs:pd.DataFrame, # From `training_curve`
-    title:str='' # Above the picture
+    title:str='', # Above the picture
+    ax=None # Axes to draw on; of a new figure if None
 ) -> Figure:
     "Error on unseen images over epochs, the mean of the splits and their range"
-    fig = Figure(figsize=(5.2, 3.6), layout='constrained')
-    ax = fig.subplots()
+    if ax is None: ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
     for name, g in runs.groupby('rival', sort=False):
         e = g.groupby('epoch').error.agg(['mean', 'min', 'max'])
         line, = ax.plot(e.index, e['mean'], 'o-', ms=3, label=name)
@@ -249,4 +249,4 @@ def plot_training_curve(
     ax.locator_params(axis='x', integer=True)
     ax.grid(color='0.92')
     ax.legend(frameon=False)
-    return fig
+    return ax.figure

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .backbones import Stages, create_body, find_backbone, stage_names
+from .backbones import DEFAULT_ARCH, Stages, create_body, find_backbone, stage_names
 from .files import cache_folder, package_version, progress, unknown
 from .images import FITS
 from .model import POOLS, Body, good_bs, make_body
@@ -180,7 +180,7 @@ def whole_body(
 
 def image_features(
     images:list, # Paths or images
-    arch:str='efficientnet_lite0', # Backbone: registry, timm or torchvision
+    arch:str=DEFAULT_ARCH, # Backbone: registry, timm or torchvision
     weights:str|Path|None=None, # None: its own; a file; or 'random'
     setting:str='auto', # Format and precision on the CPU; 'plain': leave them
     size:int|None=None, # Side in pixels; that of the backbone if None

@@ -73,7 +73,7 @@ def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
     assert any(k.startswith('aux1') for k in net.state_dict())
     body, x = create_body('googlenet', tmp_path/'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
     inner = nn.Sequential(*[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')])
-    with torch.no_grad(): assert torch.allclose(body(x), inner(x), atol=1e-6)
+    with torch.no_grad(): assert torch.equal(body(x), inner(x)) and inner(x).std() > 0
 
 
 def test_cifarnet_has_no_weights_to_download():

@@ -32,12 +32,12 @@ def study(root, name, task, size, epochs):
     "The learning curve of a set, and the error over the epochs of some rivals"
     from dr_transfer.experiments import learning_curve, training_curve
     how = dict(size=size, arch='efficientnet_lite0', setting='channels_last', say=say)
-    for n in (1, 2, 3): keep(learning_curve(root, task, SIZES, seeds=n, **how), f'learning_{name}') # what is done is kept
-    for k in range(len(epochs)): keep(pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs[:k + 1]]), f'training_{name}')
+    keep(learning_curve(root, task, SIZES, seeds=3, **how), f'learning_{name}')
+    if epochs: keep(pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs.items()]), f'training_{name}')
 
 
-def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, (('random start', 60), ('fine-tuned', 20))) # does the random start want more epochs?
-def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, ())
+def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, {'random start': 60, 'fine-tuned': 20}) # does the random start want more epochs?
+def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, {})
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
@@ -55,7 +55,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     return best
 
 
-def ct(root, archs=('cifarnet', 'alexnet', 'googlenet')):
+def ct(root):
     from dr_transfer.ct_data import candidate_pictures
     from dr_transfer.ct_phantom import make_ct
     from dr_transfer.experiments import RIVALS, START, learning_curve, training_curve
@@ -65,7 +65,7 @@ def ct(root, archs=('cifarnet', 'alexnet', 'googlenet')):
         make_ct(f'{d}/ct', n=100, seed=77)
         pictures = candidate_pictures(f'{d}/ct/candidates.csv', f'{d}/ct', f'{d}/pictures', size=64)
         say(f'{len(pictures)} candidates drawn')
-        for arch in archs:
+        for arch in ('cifarnet', 'alexnet', 'googlenet'):
             score, lr, weights = pretrain(root, arch, d)
             rivals = {**RIVALS, START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random')}
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, setting='channels_last', say=say)
