@@ -87,6 +87,6 @@ install = $(1)/bin/uv pip install --compile-bytecode --python $(1)/bin/python $(
 	@touch $@ .venv/.installed
 
 .venv-latest/.installed: $(PACKAGING) | .venv-latest/bin/python
-	$(call install,.venv-latest,-e ".[all]" fastai fastcore pytest pytest-xdist)
+	$(call install,.venv-latest,-e ".[all]" fastai fastcore pytest pytest-xdist hypothesis)
 	$(@D)/bin/python tools/check_latest.py
 	@touch $@
