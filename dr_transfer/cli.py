@@ -17,12 +17,8 @@ def train(
 ) -> int: # Exit code
     "Train a model on a folder of pictures and write the run into a new folder"
     from dr_transfer.files import check_outside, new_folder
-    from dr_transfer.data import get_task
-    from dr_transfer.plans import get_plan
-    from dr_transfer.backbones import find_backbone
     from dr_transfer.run import RUN_FILES
     out, share = Path(a.out or _default_out(a.data)), _share(a)
-    get_task(a.task, a.size).target(a.target), get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs), a.arch and find_backbone(a.arch)
     check_outside(out, a.data)
     with new_folder(out, a.overwrite, keep_parts=True) as tmp:
         learn, measures = _train_into(a, tmp, share)
@@ -34,8 +30,12 @@ def train(
 
 def _train_into(a, folder, share) -> tuple:
     "Train and write the run into a folder; the learner and its measures"
-    from dr_transfer.core import build_learner, fit
+    from dr_transfer.data import get_task
+    from dr_transfer.plans import get_plan
+    from dr_transfer.backbones import find_backbone
     from dr_transfer.run import write_run
+    get_task(a.task, a.size).target(a.target), get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs), a.arch and find_backbone(a.arch)
+    from dr_transfer.core import build_learner, fit
     plan = _print_advice(a) if a.plan == 'advise' else a.plan
     learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
                           bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
@@ -151,13 +151,14 @@ def _report_file(a, name='report.html'):
     from dr_transfer.files import check_outside
     out = Path(a.out or f'{_default_out(a.data)[:-4]}_{name}')
     if out.suffix == '.csv': raise ValueError(f"--out {out}: the table is written beside it as .csv; give a name that ends in {Path(name).suffix}")
-    check_outside(out, a.data)
+    for source in (a.data, a.labels):
+        if source: check_outside(out, source)
     return out
 
 def _print_report(e, out, pair, n) -> int:
     "Write the report into the reserved files, print the figures"
-    from dr_transfer.files import companion
-    from dr_transfer.report import TABLE_SUFFIX, write_pages
+    from dr_transfer.files import REPORT_TABLE, companion
+    from dr_transfer.report import write_pages
     from dr_transfer.screening import measure_table
     print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
     if e.about.get('decision'): _print_decision(e.about['decision'])
@@ -165,7 +166,7 @@ def _print_report(e, out, pair, n) -> int:
     if e.aside: print(f'left out: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
     write_pages(e, *pair, n)
-    print(f"report: {out}\npredictions: {companion(out, TABLE_SUFFIX)}")
+    print(f"report: {out}\npredictions: {companion(out, REPORT_TABLE)}")
     return 0
 
 # %% ../nbs/14_cli.ipynb #09efbca6
@@ -173,10 +174,10 @@ def evaluate(
     a:argparse.Namespace # As `dr_transfer evaluate --help` tells
 ) -> int: # Exit code
     "What a trained model is worth on other images: a report"
-    from dr_transfer.files import new_pair
-    from dr_transfer.report import TABLE_SUFFIX, evaluate_model
+    from dr_transfer.files import REPORT_TABLE, new_pair
     out = _report_file(a)
-    with new_pair(out, TABLE_SUFFIX, a.overwrite) as pair:
+    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
+        from dr_transfer.report import evaluate_model
         model = _load(a)
         e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks)
         return _print_report(e, out, pair, a.draws)
@@ -186,15 +187,15 @@ def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` tells
 ) -> int: # Exit code
     "What a recipe is worth on images it has not seen: a report from cross-validation"
-    from dr_transfer.data import get_task
-    from dr_transfer.files import new_pair
-    out, share, task = _report_file(a), _share(a), get_task(a.task, a.size)
-    from dr_transfer.report import TABLE_SUFFIX
-    with new_pair(out, TABLE_SUFFIX, a.overwrite) as pair:
-        return _print_report(_cross_validated(a, task, share), out, pair, a.draws)
+    from dr_transfer.files import REPORT_TABLE, new_pair
+    out, share = _report_file(a), _share(a)
+    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
+        return _print_report(_cross_validated(a, share), out, pair, a.draws)
 
-def _cross_validated(a, task, share):
+def _cross_validated(a, share):
     "The evaluation of a recipe"
+    from dr_transfer.data import get_task
+    task = get_task(a.task, a.size)
     from dr_transfer.core import DEFAULT_ARCH, versions
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.decision import table_classes
@@ -221,11 +222,11 @@ def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` tells
 ) -> int: # Exit code
     "Several backbones and plans on one split: a table and a picture"
-    from dr_transfer.files import companion, new_pair
+    from dr_transfer.files import COMPARISON_TABLE, companion, new_pair
     out = _report_file(a, 'comparison.png')
-    with new_pair(out, '_table.csv', a.overwrite) as pair:
+    with new_pair(out, COMPARISON_TABLE, a.overwrite) as pair:
         _compare_into(a, *pair)
-    print(f"picture: {out}\ntable: {companion(out, '_table.csv')}")
+    print(f"picture: {out}\ntable: {companion(out, COMPARISON_TABLE)}")
     return 0
 
 def _compare_into(a, picture, table):
