@@ -65,7 +65,7 @@ def _same_settings(out:Path, how:Preparation) -> bool:
         found = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or set(found) != set(asdict(how)):
         print_warning(f'{file} is damaged: all photographs are prepared again')
         return False
     if found != asdict(how):
