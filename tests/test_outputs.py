@@ -374,50 +374,51 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
 
 # ---------------------------------------------------------------- killed
 
-KILLED = '''
-import os, signal, sys
-import dr_transfer.places as places
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_outputs import make_report, make_run
-point, count = int(sys.argv[2]), 0
-def counted(real):
-    def call(*args, **kwargs):
-        global count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-for name in ('replace', 'mkdir', 'unlink', 'rmdir', 'fsync', 'open'):
-    setattr(os, name, counted(getattr(os, name)))
-make_run(Path(sys.argv[1])/'run', 'new', overwrite=True)
-make_report(Path(sys.argv[1])/'r.html', 'new', overwrite=True)
-print(count)
-'''
+def killed_at(point, work):
+    "Do the work in a process that kills itself at its n-th call that changes the disk; how it ended, and the calls if it did."
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        count = 0
+        def counted(real):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+            return call
+        for name in ('replace', 'mkdir', 'unlink', 'rmdir', 'fsync', 'open'):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+            os.write(write, str(count).encode())
+        finally:
+            os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    os.close(write)
+    with open(read) as f:
+        return os.waitstatus_to_exitcode(status), f.read()
 
 
 def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(tmp_path):
-    "The process kills itself at its first, second, ... call that changes the disk."
-    def start(folder, point):
-        words = [sys.executable, '-c', KILLED, folder, str(point), str(Path(__file__).parent)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    "At the first, second, ... call that changes the disk, to the last."
+    def replace(folder, text, overwrite=True):
+        make_run(folder/'run', text, overwrite=overwrite)
+        make_report(folder/'r.html', text, overwrite=overwrite)
     (tmp_path/'whole').mkdir()
-    make_run(tmp_path/'whole'/'run', 'old'), make_report(tmp_path/'whole'/'r.html', 'old')
-    done = start(tmp_path/'whole', -1)
-    assert done.returncode == 0, done.stderr
+    replace(tmp_path/'whole', 'old', overwrite=False)
+    code, steps = killed_at(-1, lambda: replace(tmp_path/'whole', 'new'))
     want = tree(tmp_path/'whole')
-    steps = int(done.stdout)
-    for point in np.linspace(1, steps, 20).astype(int):
+    assert code == 0 and int(steps) > 30 and b'new' in want['r.html']
+    for point in range(1, int(steps) + 1):
         folder = tmp_path/f'at {point}'
         folder.mkdir()
-        make_run(folder/'run', 'old'), make_report(folder/'r.html', 'old')
-        assert start(folder, point).returncode == -signal.SIGKILL
+        replace(folder, 'old', overwrite=False)
+        assert killed_at(point, lambda: replace(folder, 'new'))[0] == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
-            if (folder/name).exists():
-                assert b'old' in (folder/name).read_bytes() or b'new' in (folder/name).read_bytes()
-        make_run(folder/'run', 'new', overwrite=True)
-        make_report(folder/'r.html', 'new', overwrite=True)
+            assert not (folder/name).exists() or (folder/name).read_bytes()[-3:] in (b'old', b'new'), 'never a half'
+        replace(folder, 'new')
         assert tree(folder) == want, f'killed at step {point} of {steps}'
 
 
