@@ -90,9 +90,8 @@ def save_model(
     overwrite:bool=False # May it replace a folder that is there?
 ) -> Path: # The folder
     "Save a trained model as a folder; ValueError if something is there already"
-    model = learn if isinstance(learn, ImageModel) else image_model(learn)
     with new_folder(folder, overwrite, kind='model') as tmp:
-        write_model(model, tmp)
+        write_model(learn if isinstance(learn, ImageModel) else image_model(learn), tmp)
     return Path(folder)
 
 # %% ../nbs/13_bundle.ipynb #ba23b966
