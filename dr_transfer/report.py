@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'ENDPOINTS', 'GRADABLE', 'STYLE', 'Evaluation', 'describe_images', 'evaluate_model', 'endpoint_table',
-           'report_html', 'write_report']
+           'report_html', 'write_report', 'write_pages']
 
 # %% ../nbs/13a_report.ipynb #a179af36
 import base64, html, io
@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .bundle import ImageModel, predict_table
 from .decision import decisions, question, table_arrays
 from .evaluate import plot_confusion
-from .files import atomic_file, package_version
+from .files import REPORT_TABLE, file_digest, new_pair, package_version
 from .gradability import gradability_table
 from .leaks import confounders, file_facts, seen_before
 from .operating import OperatingPoint
@@ -259,11 +259,23 @@ def report_html(
 # %% ../nbs/13a_report.ipynb #137f4e20
 def write_report(
     e:Evaluation, # From `evaluate_model`
-    path:str|Path, # HTML file; the predictions go beside it as CSV
-    n:int=1000 # Draws of the bootstrap
+    path:str|Path, # HTML file NAME.html; the predictions become NAME_predictions.csv
+    n:int=1000, # Draws of the bootstrap
+    overwrite:bool=False # May the report be replaced, and a table that was written with it?
 ) -> Path:
     "Write the report and the table of predictions"
-    text = report_html(e, n)
-    with atomic_file(path) as f: f.write_text(text, encoding='utf-8', errors='surrogateescape')
-    with atomic_file(Path(path).with_suffix('.csv')) as f: e.table.to_csv(f, index=False, errors='surrogateescape')
+    with new_pair(path, REPORT_TABLE, overwrite) as (page, table):
+        write_pages(e, page, table, n)
     return Path(path)
+
+def write_pages(
+    e:Evaluation, # From `evaluate_model`
+    page:Path, # HTML file to write
+    table:Path, # CSV file to write
+    n:int=1000 # Draws of the bootstrap
+):
+    "Write both into files that are reserved already; the page holds the hash of the table"
+    text = report_html(e, n)
+    e.table.to_csv(table, index=False, errors='surrogateescape')
+    meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
+    page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')

@@ -259,10 +259,9 @@ def test_a_folder_without_permission_on_disk(tmp_path, flowers, run):
 
 
 def test_a_place_that_may_not_be_written_to(tmp_path, flowers, monkeypatch):
-    import tempfile
     data = some(tmp_path/'data', flowers, daisy=6, rose=6)
-    def mkdtemp(suffix=None, prefix=None, dir=None): raise PermissionError(13, 'Permission denied', str(dir))
-    monkeypatch.setattr(tempfile, 'mkdtemp', mkdtemp)
+    def denied(fd): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(os, 'fsync', denied)
     assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path/'run') and [p.name for p in tmp_path.iterdir()] == ['data']
 
 

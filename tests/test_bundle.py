@@ -12,7 +12,7 @@ import pytest
 from test_cli import cache_dir, cli, content, eyes, good, home, refused, rows_of, run, shared_cache, weights  # noqa: F401
 from test_cli import table
 
-FILES = ['model.json', 'model.safetensors']
+FILES = ['.dr_transfer.json', 'model.json', 'model.safetensors']
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
 def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
     from dr_transfer import bundle
     m = bundle.load_model(run/'model', setting='plain')
-    if old: shutil.copytree(run/'model', tmp_path/'m')
+    if old: bundle.save_model(m, tmp_path/'m')
     before = content(tmp_path)
     real = getattr(bundle, at)
     def half(*a):
@@ -176,8 +176,11 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     m = load_model(run/'model', setting='plain')
     (tmp_path/'m').mkdir()
     (tmp_path/'m'/'model.json').write_text('old')
-    with pytest.raises(ValueError, match='exists already'): save_model(m, tmp_path/'m')
+    for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
+        with pytest.raises(ValueError, match=words): save_model(m, tmp_path/'m', overwrite=overwrite)
     assert content(tmp_path) == {'m/model.json': b'old'}
+    from dr_transfer.files import mark_folder
+    mark_folder(tmp_path/'m', 'model')
     save_model(m, tmp_path/'m', overwrite=True)
     assert content(tmp_path/'m')['model.json'] != b'old' and [sorted(p.name for p in (tmp_path/'m').iterdir()), len(list(tmp_path.iterdir()))] == [FILES, 1]
     (tmp_path/'m'/'mine.txt').write_text('mine')

@@ -23,7 +23,7 @@ from dr_transfer.phantom import make_dr, make_flowers
 
 COMMAND = Path(sys.executable).with_name('dr_transfer')
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
-FILES = ['confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
+FILES = ['.dr_transfer.json', 'confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
 Said = namedtuple('Said', 'code out err')
 
 
@@ -255,10 +255,11 @@ def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
 def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
     (tmp_path/'file').write_text('mine')
-    assert 'exists already' in refused('train', tmp_path, '--out', tmp_path/'file') and (tmp_path/'file').read_text() == 'mine'
-    from dr_transfer.files import check_new
+    assert 'exists already' in refused('train', tmp_path/'data', '--out', tmp_path/'file') and (tmp_path/'file').read_text() == 'mine'
+    from dr_transfer.files import new_folder
     (tmp_path/'empty').mkdir()
-    assert check_new(tmp_path/'empty') == tmp_path/'empty'
+    with new_folder(tmp_path/'empty') as f: (f/'record.json').write_text('')
+    assert (tmp_path/'empty'/'record.json').exists()
 
 
 # ---------------------------------------------------------------- predict
@@ -360,16 +361,16 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     import dr_transfer.data
     def boom(*a): raise RuntimeError('a thing\nthat nobody thought of')
     monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
-    line = refused('train', tmp_path, '--out', tmp_path/'x')
+    line = refused('train', tmp_path/'data', '--out', tmp_path/'x')
     assert 'RuntimeError' in line and 'a thing that nobody thought of' in line and '--debug' in line
-    with pytest.raises(RuntimeError, match='nobody'): cli('train', tmp_path, '--out', tmp_path/'x', '--debug')
+    with pytest.raises(RuntimeError, match='nobody'): cli('train', tmp_path/'data', '--out', tmp_path/'x', '--debug')
 
 
 def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
     import dr_transfer.data
     def boom(*a): raise ValueError
     monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
-    assert 'ValueError' in refused('train', tmp_path, '--out', tmp_path/'x')
+    assert 'ValueError' in refused('train', tmp_path/'data', '--out', tmp_path/'x')
 
 
 @pytest.mark.parametrize('words', [(), ('trian', 'x'), ('train',), ('predict',), ('predict', 'x'), ('train', 'x', '--epochs', 'many'), ('demo', '--colour', 'red')])
@@ -392,14 +393,15 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     "No half of a run; and with --overwrite the old one stays whole."
     out = tmp_path/'run'
     if old:
-        out.mkdir()
-        (out/'record.json').write_text('the old run')
+        from dr_transfer.files import new_folder
+        with new_folder(out) as f: (f/'record.json').write_text('the old run')
+    before = content(tmp_path)
     def interrupt(*a, **k): raise KeyboardInterrupt
     import dr_transfer.bundle, dr_transfer.core, dr_transfer.evaluate                   # noqa: F401, E401
     monkeypatch.setattr(where, interrupt)
     said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
     assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
-    assert content(tmp_path) == ({'run/record.json': b'the old run'} if old else {}) and len(list(tmp_path.iterdir())) == old
+    assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
 
 
 def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):

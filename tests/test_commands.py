@@ -45,7 +45,7 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
     labels = pd.read_csv(eyes/'labels.csv').rename(columns={'patient': 'person'})
     labels.assign(camera=['A', 'B']*20).to_csv(tmp_path/'l.csv', index=False)
     said = good('evaluate', sure, eyes, '--labels', tmp_path/'l.csv', '--patient', 'person', '--prevalence', '0.1', '--draws', '50', '--out', tmp_path/'r.html')
-    page, t = (tmp_path/'r.html').read_text(), pd.read_csv(tmp_path/'r.csv')
+    page, t = (tmp_path/'r.html').read_text(), pd.read_csv(tmp_path/'r_predictions.csv')
     assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path/'r.html') in said.out
     assert len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'camera', 'p_referable'} <= set(t)
     for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'): assert words in page, words
@@ -69,18 +69,18 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     (both/'broken.png').write_bytes(b'no image')
     pd.concat([pd.read_csv(eyes/'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]).to_csv(tmp_path/'l.csv', index=False)
     said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '20', '--out', tmp_path/'r.html')
-    assert len(pd.read_csv(tmp_path/'r.csv')) == 40 and 'left out: 8 images' in said.out and '1 images that cannot be read' in said.out
+    assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == 40 and 'left out: 8 images' in said.out and '1 images that cannot be read' in said.out
     assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path/'r.html').read_text() and 'broken.png' in (tmp_path/'r.html').read_text()
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
     words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '50', '--sensitivity', '0.85')
     said = good(*words, '--out', tmp_path/'r.html')
-    t = pd.read_csv(tmp_path/'r.csv')
+    t = pd.read_csv(tmp_path/'r_predictions.csv')
     assert len(t) == 240 and set(t.fold) == {1, 2, 3} and (t.groupby('group').fold.nunique() == 1).all() and t.decision.notna().all()
     assert 'the threshold is that of the other folds' in (tmp_path/'r.html').read_text() and 'fold 3' in said.out
     again = good(*words, '--out', tmp_path/'again.html')
-    assert 'fold 1' not in again.out and pd.read_csv(tmp_path/'again.csv').equals(t), 'finished folds are used'
+    assert 'fold 1' not in again.out and pd.read_csv(tmp_path/'again_predictions.csv').equals(t), 'finished folds are used'
 
 
 def test_preprocess_prepares_what_train_reads(eyes, weights, tmp_path):

@@ -212,12 +212,12 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     words = ['compare', flowers, '--archs', 'small_cnn', 'test_resnet', '--plans', 'head', '--weights', 'random', '--size', '32', '--setting', 'plain', '--draws', '50']
     said = good(*words, '--out', tmp_path/'c.png')
     assert 'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path/'c.png').stat().st_size > 1000
-    t = pd.read_csv(tmp_path/'c.csv').set_index(['rival', 'measure'])
+    t = pd.read_csv(tmp_path/'c_table.csv').set_index(['rival', 'measure'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, 'the first is not held against itself'
     assert t.loc[('test_resnet', 'accuracy'), 'difference_low'] <= t.loc[('test_resnet', 'accuracy'), 'difference'] <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
     assert len(trainings) == 2
-    assert 'c.csv exists already' in refused(*words, '--out', tmp_path/'c.png') and len(trainings) == 2
+    assert 'c.png exists already' in refused(*words, '--out', tmp_path/'c.png') and len(trainings) == 2
     again = good(*words, '--out', tmp_path/'d.png', '--seed', '42')
-    assert len(trainings) == 2 and pd.read_csv(tmp_path/'d.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
+    assert len(trainings) == 2 and pd.read_csv(tmp_path/'d_table.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
     assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path/'e.png')
     assert 'ends in .png' in refused(*words, '--out', tmp_path/'e.csv')

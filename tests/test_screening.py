@@ -315,7 +315,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
     page = file.read_text()
     assert 'Not a medical device' in page and 'eyes &amp; more' in page and '/secret' not in page and '<b>' not in page and 'broken.jpg' in page
     assert not re.search(r'(src|href)="(?!data:image/png)', page) and '<script' not in page and '@media print' in page and 'width=device-width' in page
-    assert len(pd.read_csv(tmp_path/'r.csv')) == len(t)
+    assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == len(t)
 
 
 def test_a_threshold_that_does_not_carry_over_is_said_so():
