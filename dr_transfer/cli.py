@@ -43,7 +43,8 @@ def _print_decision(decision):
 
 # %% ../nbs/14_cli.ipynb #2453a746
 def _describe(learn):
-    from dr_transfer.table import set_aside, split_summary
+    from dr_transfer.split import split_summary
+    from dr_transfer.table import set_aside
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
     aside = set_aside(learn.table)
     for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
@@ -83,13 +84,14 @@ def predict(
 ) -> int: # Exit code
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.files import atomic_file, check_new
+    from dr_transfer.csvfile import write_csv
     from dr_transfer.predictions import gather_images, predict_table
     from dr_transfer.onnx_export import OnnxModel
     if a.out: check_new(a.out, a.overwrite)
     t = predict_table(OnnxModel(a.model) if a.model.endswith('.onnx') else _load(a), gather_images(a.images))
     if a.out:
-        with atomic_file(a.out) as f: t.to_csv(f, index=False, errors='surrogateescape')
-    else: t.to_csv(sys.stdout, index=False)
+        with atomic_file(a.out) as f: write_csv(t, f)
+    else: write_csv(t, sys.stdout)
     bad = int((t.error != '').sum())
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
@@ -191,6 +193,7 @@ def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` tells
 ) -> int: # Exit code
     "Several backbones and plans on one split: a table and a picture"
+    from dr_transfer.csvfile import write_csv
     from dr_transfer.files import atomic_file
     out = _report_file(a, 'comparison.png')
     from dr_transfer.compare import compare, plot_comparison
@@ -199,7 +202,7 @@ def compare(
     t = c.table(a.draws)
     m = main_measure(t.index.get_level_values('measure'), a.measure)
     print(f'{m}, on the same {len(next(iter(c.tables.values())))} images, and the difference to the first:\n{t.xs(m, level="measure").round(3).to_string(na_rep="")}')
-    with atomic_file(out.with_suffix('.csv')) as f: t.to_csv(f)
+    with atomic_file(out.with_suffix('.csv')) as f: write_csv(t, f, index=True)
     with atomic_file(out) as f: plot_comparison(t, m).savefig(f, dpi=120, format='png')
     print(f"picture: {out}\ntable: {out.with_suffix('.csv')}")
     return 0

@@ -14,7 +14,9 @@ import pandas as pd
 from .files import atomic_file, progress, unknown
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
-from .table import IMAGE_COLUMNS, find_images, read_labels
+from .columns import IMAGES, find_column, read_labels
+from .csvfile import known_columns, write_csv
+from .table import find_images
 
 # %% ../nbs/02c_preprocess.ipynb #4a282bab
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def _places(folder, out, how) -> dict:
 
 def _eyes(folder) -> dict:
     "Name of an image -> its eye, from the columns of labels.csv"
-    try: t = read_labels(folder/'labels.csv')
-    except ValueError: return {}
-    image, eye = (next((c for c in t if str(c).lower() in names), None) for names in (IMAGE_COLUMNS, ('eye', 'laterality', 'side')))
+    if not (folder/'labels.csv').exists():
+        return {}
+    t = read_labels(folder/'labels.csv')
+    image, eye = find_column(t, IMAGES, needed=False), next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
     return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
 
 # %% ../nbs/02c_preprocess.ipynb #96f63476
@@ -95,7 +98,8 @@ def preprocess_folder(
     rows = _run(one, list(places), out/'journal.jsonl', workers)
     _new_labels(folder, out, how)
     table = pd.DataFrame(rows, columns=['image', 'file', 'x', 'y', 'r', 'gradability', 'reason', 'error'])
-    with atomic_file(out/'images.csv') as f: table.to_csv(f, index=False)
+    with atomic_file(out/'images.csv') as f:
+        write_csv(table, f)
     return table
 
 # %% ../nbs/02c_preprocess.ipynb #31001c8c
@@ -114,7 +118,8 @@ def _new_labels(folder, out, how):
     "labels.csv, if there is one, with the names of the results"
     if not (folder/'labels.csv').exists(): return
     t = read_labels(folder/'labels.csv')
-    column = next((c for c in t if str(c).lower() in IMAGE_COLUMNS), None)
+    column = find_column(t, IMAGES, needed=False)
     if column is None: return
     names = t[column].map(lambda n: Path(str(n)).with_suffix(f'.{how.format}').as_posix() if Path(str(n)).suffix else n)
-    with atomic_file(out/'labels.csv') as f: t.assign(**{column: names}).to_csv(f, index=False)
+    with atomic_file(out/'labels.csv') as f:
+        write_csv(t.assign(**{column: names}), f)

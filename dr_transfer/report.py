@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from .bundle import ImageModel, predict_table
+from .csvfile import write_csv
 from .decision import decisions, question, table_arrays
 from .evaluate import plot_confusion
 from .files import atomic_file, package_version
@@ -265,5 +266,6 @@ def write_report(
     "Write the report and the table of predictions"
     text = report_html(e, n)
     with atomic_file(path) as f: f.write_text(text, encoding='utf-8', errors='surrogateescape')
-    with atomic_file(Path(path).with_suffix('.csv')) as f: e.table.to_csv(f, index=False, errors='surrogateescape')
+    with atomic_file(Path(path).with_suffix('.csv')) as f:
+        write_csv(e.table, f)
     return Path(path)

@@ -28,6 +28,7 @@ def write_run(
 ) -> dict: # Measures on the validation side
     "Model, record, validation predictions and plots of a learner, into a folder"
     from dr_transfer.bundle import image_model, write_model
+    from dr_transfer.csvfile import write_csv
     from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
     from dr_transfer.evaluate import plot_confusion, plot_history
     from dr_transfer.metrics import summary
@@ -42,7 +43,7 @@ def write_run(
     write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
-    t.to_csv(folder/'predictions.csv', index=False, errors='surrogateescape')
+    write_csv(t, folder/'predictions.csv')
     plot_history(learn.record['history']).savefig(folder/'history.png', dpi=120)
     plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
     return measures

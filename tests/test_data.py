@@ -13,7 +13,8 @@ from dr_transfer.augment import AUGMENTATIONS
 from dr_transfer.data import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
                               task_dataloaders, task_table)
 from dr_transfer.phantom import make_dr
-from dr_transfer.table import SplitError, label_table, split_table
+from dr_transfer.split import SplitError, split_table
+from dr_transfer.table import label_table
 from dr_transfer.views import VIEWS, read_image
 
 CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dr_transfer import table as module
-from dr_transfer.table import (SplitError, check_split, class_counts, find_images, image_error, image_errors, label_table, set_aside, split_summary,
-                               split_table)
+from dr_transfer.split import SplitError, check_split, split_summary, split_table
+from dr_transfer.table import class_counts, find_images, image_error, image_errors, label_table, set_aside
 
 pytestmark = pytest.mark.filterwarnings('ignore:The least populated class:UserWarning')     # scikit-learn, of a small class
 COLUMNS = ['image', 'label', 'group', 'split']
