@@ -48,7 +48,7 @@ def versions() -> dict: # Name -> version
 
 def data_summary(
     table:pd.DataFrame # Columns `image, label, group, split, target`
-) -> dict: # images, set_aside, groups, leaks, patients, notes, classes, share, fingerprint
+) -> dict: # Numbers, leaks, patients, notes, classes, share, fingerprint
     "Numbers of images, of each class on each side, of groups, and a fingerprint of names, labels and sides"
     rows = sorted(zip(table.image.map(lambda p: '/'.join(Path(p).parts[-2:])), table.target, table.split))
     return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()), 'leaks': table.attrs.get('leaks'),

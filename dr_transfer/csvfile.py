@@ -275,7 +275,7 @@ def plain_name(
 def known_columns(
     table:pd.DataFrame, # Any table
     usual # Usual names, the preferred one first
-) -> list: # Names of columns, the preferred first; columns without content are left out
+) -> list: # Names of columns, the preferred first; empty ones left out
     "The columns of a table that have one of the usual names; `CsvError` if two have the same"
     found = []
     for name in dict.fromkeys(map(plain_name, usual)):

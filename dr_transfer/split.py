@@ -94,7 +94,7 @@ def check_split(
                              "for another split")
     subsets = table.groupby('group').split.nunique()
     if groups and (subsets > 1).any():
-        raise SplitError(f"{(subsets > 1).sum()} groups stand on two sides of the split, in more than one of train, valid and test: "
+        raise SplitError(f"{(subsets > 1).sum()} groups stand in more than one of train, valid and test: "
                          f"{some(subsets.index[subsets > 1])}. {split_advice(table)}")
     gone = sorted(set(table.label) - set(table.label[table.split == 'train']))
     if gone:

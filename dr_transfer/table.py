@@ -274,9 +274,8 @@ def _one_row_each(t) -> pd.DataFrame:
         twice = n.index[n > 1]
         if len(twice):
             rows = t._row[t.image == twice[0]] if '_row' in t else []
-            where = f" (rows {', '.join(map(str, rows))})" if len(rows) else ''
-            raise ValueError(f"{len(twice)} images have two {column}s: {twice[0]}{where}{', ' if len(twice) > 1 else ''}"
-                             f"{some(twice[1:])}. Keep one row for each")
+            where = f" (first in rows {', '.join(map(str, rows))})" if len(rows) else ''
+            raise ValueError(f"{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}")
     return t.drop_duplicates('image').drop(columns='_row', errors='ignore').sort_values('image', ignore_index=True)
 
 def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:

@@ -215,8 +215,8 @@ def test_labels_are_text_as_written(tmp_path):
 
 def test_numbers_keep_their_zeros(tmp_path):
     draw(tmp_path, 'x/0007.png', 'x/0010.png')
-    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,01\n')
-    assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '01']]
+    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,02\n')
+    assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '02']]
 
 
 def test_same_name_in_two_folders(tmp_path):
@@ -286,7 +286,7 @@ def frame(**kwargs): return pd.DataFrame({'image': ['1.png', '2.png'], 'label': 
     (lambda d: label_table(d, csv(d/'l.csv', '')), 'l.csv cannot be read as a CSV file'),
     (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,ä\n', 'latin-1')), 'as a CSV file in UTF-8'),
     (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,a\n2.png,a,b,c\n')), 'l.csv cannot be read as a CSV file'),
-    (lambda d: label_table(d, csv(d/'l.csv', 'image;label\n1.png;a\n')), "no column for the image names: columns are image;label. Say which with image_col='...'"),
+    (lambda d: label_table(d, csv(d/'l.csv', 'photo;label\n1.png;a\n')), r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)"),
     (lambda d: label_table(d, frame().rename(columns={'label': 'x'})), "no column for the labels: columns are image, x. Say which with label_col='...'"),
     (lambda d: label_table(d, frame(), image_col='q'), "there is no column 'q' for the image names. Columns: image, label"),
     (lambda d: label_table(d, frame(), label_col='q'), "there is no column 'q' for the labels"),
@@ -459,10 +459,10 @@ def done(**kwargs): return split_table(random_set(5)).assign(**kwargs)
     (lambda: split_table(random_set(0).assign(label=['9'] + ['0']*149)), "class '9' has one image: it cannot be both learnt and tested"),
     (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
     (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c']*50)), 'too few groups: 3'),
-    (lambda: check_split(done(split='train')), "no images on the side 'valid'"), (lambda: check_split(done(split='valid')), "no images on the side 'train'"),
+    (lambda: check_split(done(split='train')), "no images in the split 'valid'"), (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
     (lambda: check_split(done(split=['train']*149 + ['holdout'])), '1 images have a split that is none of train, valid, test: holdout'),
     (lambda: check_split(done(split=['train']*149 + [None])), '1 images have a split that is none of'),
-    (lambda: check_split(done(group='p', split=['train', 'valid']*75)), "1 groups stand on two sides of the split: p. Empty the column 'split'"),
+    (lambda: check_split(done(group='p', split=['train', 'valid']*75)), "1 groups stand in more than one of train, valid and test: p. Empty the column 'split'"),
     (lambda: split_table(done(group=None, split=['train', 'valid']*75, label=['0', '1']*75)), 'no image of class 1 is left for training: add images')])
 def test_splits_that_are_refused(call, why):
     with pytest.raises(SplitError, match=why): call()
@@ -471,4 +471,4 @@ def test_splits_that_are_refused(call, why):
 def test_a_leak_with_a_named_test_side_is_refused():
     t = random_set(6).assign(group=[f'p{i//2}' for i in range(150)])
     t['split'] = ['test'] + [None]*149                           # the other image of p0 is free to go elsewhere
-    with pytest.raises(SplitError, match='1 groups stand on two sides of the split: p0'): split_table(t)
+    with pytest.raises(SplitError, match='1 groups stand in more than one of train, valid and test: p0'): split_table(t)
