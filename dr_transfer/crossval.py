@@ -151,4 +151,6 @@ def decide_across(
 ) -> tuple[pd.DataFrame, dict]: # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
-    return pd.concat(parts).sort_index(), choose_decision(table, classes, **share)
+    out = pd.concat(parts).sort_index()
+    out.attrs = dict(table.attrs)
+    return out, choose_decision(table, classes, **share)
