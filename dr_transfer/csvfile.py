@@ -276,14 +276,12 @@ def known_columns(
     table:pd.DataFrame, # Any table
     usual # Usual names, the preferred one first
 ) -> list: # Names of columns, the preferred first; empty ones left out
-    "The columns of a table that have one of the usual names; `CsvError` if two have the same"
-    found = []
-    for name in dict.fromkeys(map(plain_name, usual)):
-        same = [c for c in table if plain_name(c) == name]
-        if len(same) > 1:
-            same = [c for c in same if c == name] or same # the very name comes first
-        if len(same) > 1:
-            raise CsvError(f"the columns {' and '.join(repr(str(c)) for c in same)} could both be meant: rename one, or "
-                           "say which is used (label_col, image_col, group_col; --label-col, --image-col, --patient)")
-        found += same
-    return [c for c in found if table[c].notna().any()] or found
+    "The columns of a table that have one of the usual names; `CsvError` if the preferred name is that of two"
+    names = dict.fromkeys(map(plain_name, usual))
+    found = [c for name in names for c in table if plain_name(c) == name]
+    found = [c for c in found if table[c].notna().any()] or found
+    same = [c for c in found if plain_name(c) == plain_name(found[0])]
+    if len(same) > 1:
+        raise CsvError(f"the columns {' and '.join(repr(str(c)) for c in same)} could both be meant: rename one, or "
+                       "say which is used (label_col, image_col, group_col; --label-col, --image-col, --patient)")
+    return found

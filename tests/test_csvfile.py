@@ -153,4 +153,5 @@ def test_known_columns():
     t = pd.DataFrame({'Patient-ID': ['a'], 'p_id': ['b'], 'x': ['c']})
     assert known_columns(t, ('patient_id', 'pid')) == ['Patient-ID', 'p_id'] and known_columns(t, ('group',)) == []
     assert known_columns(t.assign(**{'Patient-ID': None}), ('patient_id', 'pid')) == ['p_id']         # one without content is not preferred
-    with pytest.raises(CsvError, match="'p_id' and 'PID' could both be meant"): known_columns(t.assign(PID='d'), ('patientid', 'pid'))
+    assert known_columns(t.assign(PID='d'), ('patientid', 'pid'))[0] == 'Patient-ID'
+    with pytest.raises(CsvError, match="'p_id' and 'PID' could both be meant"): known_columns(t.assign(PID='d'), ('pid', 'patientid'))
