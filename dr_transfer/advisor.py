@@ -8,16 +8,19 @@ __all__ = ['MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plo
 # %% ../nbs/07a_advisor.ipynb #011fcd19
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .backbones import DEFAULT_ARCH, Stages
 from .classifiers import grouped_folds
+from .columns import group_errors
 from .data import Task, get_task
 from .features import extract_features, whole_body
 from .leaks import split_data
 from .model import make_body
 from .plans import LARGE, PLANS, Plan
 from .probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
+from .table import report_table
 
 # %% ../nbs/07a_advisor.ipynb #49195bce
 @dataclass(frozen=True)
@@ -93,15 +96,19 @@ def advise(
     size:int|None=None, # Side in pixels; the task's own if None
     valid:float=0.2, # Share of the images that is not looked at
     seed:int=42, # Decides which, as in `build_learner`, and the folds
-    setting:str='auto' # Format and precision on the CPU; 'plain': leave them
+    setting:str='auto', # Format and precision on the CPU; 'plain': leave them
+    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
+    say:Callable=print # What is done with the lines about patients and labels
 ) -> Advice: # As `build_learner(..., plan=)` takes it
     "Measure the images to learn from, and recommend a plan"
     task = get_task(task, size)
     goal, stages = task.target(target), whole_body(arch, weights)
-    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True) # one side is not looked at
+    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col) # validation is not looked at
+    report_table(t, say)
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
-    grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few
+    with group_errors(some):
+        grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few
     body = make_body(stages, task.size, setting)
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     advice = _advice(some, counts, f, body, task, seed)

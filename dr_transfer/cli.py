@@ -5,370 +5,536 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #78b59850
-import argparse, sys, warnings
+# %% ../nbs/14_cli.ipynb #dc9f1da9
+import argparse
+import os
+import sys
+import warnings
 from pathlib import Path
+from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
+                                   add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
 
-# %% ../nbs/14_cli.ipynb #b2aaff04
-def _default_out(data) -> str: return f'{Path(data).resolve().name.removesuffix(".csv")}_run'
+# %% ../nbs/14_cli.ipynb #146983bf
+def _data_name(a) -> str:
+    "What DATA is called, for names of outputs and titles"
+    return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
 
-def train(
-    a:argparse.Namespace # As `dr_transfer train --help` tells
-) -> int: # Exit code
-    "Train a model on a folder of pictures and write the run into a new folder"
-    from dr_transfer.files import check_outside, new_folder
-    from dr_transfer.run import RUN_FILES
-    out, share = Path(a.out or _default_out(a.data)), _share(a)
-    check_outside(out, a.data)
-    with new_folder(out, a.overwrite, keep_parts=True) as tmp:
-        learn, measures = _train_into(a, tmp, share)
-    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
-    if 'gap' in learn.record: print('better on the training side by: ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
-    _print_decision(learn.record['decision'])
-    print(f"written: {out} ({', '.join(RUN_FILES)})")
-    return 0
+def _output(a, ending) -> tuple[Path, bool]:
+    "What is to be written, not among the images, and whether it may replace what is there"
+    from dr_transfer.files import check_outside
+    typed = a.out is not None
+    out = Path(a.out if typed else f'{_data_name(a)}_{ending}')
+    for source in (a.data, a.labels):
+        if source is not None:
+            check_outside(out, source)
+    return out, a.overwrite and typed
 
-def _train_into(a, folder, share) -> tuple:
-    "Train and write the run into a folder; the learner and its measures"
+def _read_table(a):
+    "The table of labelled images"
+    from dr_transfer.table import label_table
+    return label_table(a.data, a.labels, a.image_col, a.label_col, a.patient, missing=a.missing)
+
+def _task(a):
+    "The task and its target, as the options name them"
     from dr_transfer.data import get_task
-    from dr_transfer.plans import get_plan
-    from dr_transfer.backbones import find_backbone
-    from dr_transfer.run import write_run
-    get_task(a.task, a.size).target(a.target), get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs), a.arch and find_backbone(a.arch)
-    from dr_transfer.core import build_learner, fit
-    plan = _print_advice(a) if a.plan == 'advise' else a.plan
-    learn = build_learner(a.data, task=a.task, arch=a.arch, weights=a.weights, target=a.target, labels=a.labels, size=a.size,
-                          bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
-    _describe(learn)
-    fit(learn, epochs=a.epochs)
-    return learn, write_run(learn, folder, share)
+    from dr_transfer.task_file import load_task
+    task = get_task(load_task(a.task), a.size)
+    return task, task.target(a.target)
 
-# %% ../nbs/14_cli.ipynb #3b4fd565
+def _wanted_point(a, task, goal) -> dict:
+    "What the operating point is to reach: as typed; 0.9 of the referable for dr if nothing is typed"
+    typed = {k: v for k, v in (('sensitivity', a.sensitivity), ('specificity', a.specificity)) if v is not None}
+    if len(typed) == 2:
+        raise ValueError('--sensitivity and --specificity: give one of the two')
+    if typed and goal.classes:
+        _check_point(goal.classes)
+    return typed or ({'sensitivity': 0.9} if task.name == 'dr' else {})
+
+def _check_point(classes):
+    "A ValueError if these classes have no operating point"
+    import numpy as np
+    from dr_transfer.decision import positive_score
+    if positive_score(np.zeros((1, len(classes))), classes) is None:
+        names = ', '.join(map(str, classes[:5]))
+        raise ValueError(f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}')
+
 def _print_decision(decision):
-    from dr_transfer.operating import OperatingPoint
-    print('\n'.join([*([f"operating point: {OperatingPoint(**decision['operating'])}"] if decision['operating'] else []), *decision['refused']]))
+    "The operating point, and what could not be chosen"
+    if decision.operating:
+        print(f'operating point: {decision.operating}')
+    for line in decision.refused:
+        print(line)
 
-# %% ../nbs/14_cli.ipynb #2453a746
-def _describe(learn):
+# %% ../nbs/14_cli.ipynb #6bc58339
+def _check_recipe(a):
+    "A ValueError for a name of a plan, a backbone or a head that is not known"
+    from dr_transfer.backbones import find_backbone
+    from dr_transfer.balance import BALANCES
+    from dr_transfer.files import unknown
+    from dr_transfer.model import HEADS
+    from dr_transfer.plans import get_plan
+    get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs)
+    if a.arch:
+        find_backbone(a.arch)
+    for option, value, known in (('head', a.head, HEADS), ('balance', a.balance, BALANCES)):
+        if value is not None and value not in known:
+            raise unknown(option, value, known)
+
+def _print_table(learn):
+    "How the images were split, and which were skipped"
     from dr_transfer.table import set_aside, split_summary
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
-    aside = set_aside(learn.table)
-    for _, r in aside.head(10).iterrows(): print(f'set aside: {r.image}: {r.reason}')
-    if len(aside) > 10: print(f'set aside: {len(aside) - 10} more')
+    skipped = set_aside(learn.table)
+    for row in skipped.head(10).itertuples():
+        print(f'skipped: {row.image}: {row.reason}')
+    if len(skipped) > 10:
+        print(f'skipped: {len(skipped) - 10} more')
 
-# %% ../nbs/14_cli.ipynb #1cad13ab
-def _print_advice(a):
-    "Advice on the images to learn from, printed"
+def train(
+    a:argparse.Namespace # As `dr_transfer train --help` describes
+) -> int: # Exit code
+    "Train a model on a folder of images and write the run into a new folder"
+    from dr_transfer.files import check_outside, new_folder
+    out = Path(a.out if a.out is not None else f'{_data_name(a)}_run')
+    check_outside(out, a.data)
+    with new_folder(out, a.overwrite, keep_parts=True) as folder:
+        task, goal = _task(a)
+        point = _wanted_point(a, task, goal)
+        _check_recipe(a)
+        learn = _train(a, _read_table(a), task, point)
+        _write_run(learn, folder, point)
+    print(f'written: {out}')
+    return 0
+
+def _train(a, table, task, point):
+    "A learner, trained by the plan that the options name"
+    from dr_transfer.core import build_learner, fit
+    plan = _print_advice(a, table, task) if a.plan == 'advise' else a.plan
+    learn = build_learner(table, task=task, arch=a.arch, weights=a.weights, target=a.target, bs=a.bs, valid=a.valid, seed=a.seed,
+                          setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
+    if point:
+        _check_point(list(learn.dls.vocab))
+    _print_table(learn)
+    return fit(learn, epochs=a.epochs)
+
+def _write_run(learn, folder, point):
+    "Write the run, and print what the model is worth on the validation images"
+    from dr_transfer.run import write_run
+    metrics = write_run(learn, folder, point)
+    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+    if 'gap' in learn.record:
+        gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items())
+        print(f'training minus validation (a large gap means overfitting): {gap}')
+    _print_decision(learn.record['decision'])
+
+# %% ../nbs/14_cli.ipynb #67df2733
+def _print_advice(a, table, task):
+    "Advice on the training images, printed"
     from dr_transfer.advisor import advise
     from dr_transfer.backbones import DEFAULT_ARCH
-    advice = advise(a.data, a.task, a.arch or DEFAULT_ARCH, a.weights, a.target, a.labels, a.size, a.valid, a.seed, a.setting)
+    advice = advise(table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, setting=a.setting)
     print(advice, flush=True)
     return advice
 
 def advise(
-    a:argparse.Namespace # As `dr_transfer advise --help` tells
+    a:argparse.Namespace # As `dr_transfer advise --help` describes
 ) -> int: # Exit code
     "Measure the images of a folder and recommend a plan"
-    from dr_transfer.files import check_outside, new_file
-    out = Path(a.out or f'{_default_out(a.data)[:-4]}_advice.png')
-    check_outside(out, a.data)
-    with new_file(out, a.overwrite) as f:
-        advice = _print_advice(a)
+    from dr_transfer.files import new_file
+    out, overwrite = _output(a, 'advice.png')
+    with new_file(out, overwrite) as file:
+        task, _ = _task(a)
+        advice = _print_advice(a, _read_table(a), task)
         from dr_transfer.advisor import plot_advice
         print(advice.profile.round(3).to_string())
-        plot_advice(advice).savefig(f, dpi=120, format='png')
-    print(f'picture: {out}')
+        plot_advice(advice).savefig(file, dpi=120, format='png')
+    print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #8a4e870a
+# %% ../nbs/14_cli.ipynb #7651aada
 def _load(a):
     "The model of a run, or of a model folder"
-    if a.model.endswith('.onnx'): raise ValueError(f"{a.model}: an ONNX file can only predict. Give the folder made by dr_transfer train")
+    if a.model.endswith('.onnx'):
+        raise ValueError(f'{a.model}: an ONNX file can only predict. Give the folder made by dr_transfer train')
     from dr_transfer.bundle import load_model
-    return load_model(Path(a.model)/'model' if (Path(a.model)/'model').is_dir() else a.model, a.setting)
+    inside = Path(a.model)/'model'
+    return load_model(inside if inside.is_dir() else a.model, a.setting)
 
-def _predictions(a):
-    "The table of predictions"
-    from dr_transfer.predictions import gather_images, predict_table
+def _load_any(a):
+    "The model of a run, of a model folder or of an ONNX file"
+    if not a.model.endswith('.onnx'):
+        return _load(a)
     from dr_transfer.onnx_export import OnnxModel
-    return predict_table(OnnxModel(a.model) if a.model.endswith('.onnx') else _load(a), gather_images(a.images))
+    return OnnxModel(a.model)
 
 def predict(
-    a:argparse.Namespace # As `dr_transfer predict --help` tells
+    a:argparse.Namespace # As `dr_transfer predict --help` describes
 ) -> int: # Exit code
     "Predict images with a saved model; a table as CSV"
-    if a.out:
-        from dr_transfer.files import check_outside, new_file
-        for source in (a.model, *a.images):
-            if not Path(source).is_dir(): check_outside(a.out, source) # a table may lie beside the images, but not replace one
-        with new_file(a.out, a.overwrite) as f:
-            t = _predictions(a)
-            t.to_csv(f, index=False, errors='surrogateescape')
+    from dr_transfer.csvfile import write_csv
+    from dr_transfer.files import check_outside, new_file
+    from dr_transfer.predictions import gather_images, predict_table
+    if a.out is None:
+        table = predict_table(_load_any(a), gather_images(a.images))
+        _as_utf8(sys.stdout)
+        write_csv(table, sys.stdout)
     else:
-        t = _predictions(a)
-        t.to_csv(sys.stdout, index=False)
-    bad = int((t.error != '').sum())
-    print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
-    return 0 if bad < len(t) else 1
+        for source in (a.model, *a.images):
+            if not Path(source).is_dir():
+                check_outside(a.out, source) # the table may lie beside images, but not replace one
+        with new_file(a.out, a.overwrite) as file:
+            table = predict_table(_load_any(a), gather_images(a.images))
+            write_csv(table, file)
+    bad = int((table.error != '').sum())
+    more = f', {bad} could not be predicted (column error)' if bad else ''
+    print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
+    return 0 if bad < len(table) else 1
 
-# %% ../nbs/14_cli.ipynb #81792409
 def export(
-    a:argparse.Namespace # As `dr_transfer export --help` tells
+    a:argparse.Namespace # As `dr_transfer export --help` describes
 ) -> int: # Exit code
-    "Write a saved model as an ONNX file, if it gives the same answers"
+    "Write a saved model as an ONNX file, if it gives the same predictions"
     from dr_transfer.files import new_file
     from dr_transfer.onnx_export import check_onnx_name, write_onnx
-    out = check_onnx_name(a.out or f'{Path(a.model).resolve().name}.onnx')
-    with new_file(out, a.overwrite) as tmp:
-        write_onnx(_load(a), tmp)
-    print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), the same answers as the model')
+    out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
+    with new_file(out, a.overwrite and a.out is not None) as file:
+        write_onnx(_load(a), file)
+    print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #0e3993c3
+# %% ../nbs/14_cli.ipynb #b23fb764
 def preprocess(
-    a:argparse.Namespace # As `dr_transfer preprocess --help` tells
+    a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
     "Prepare a folder of fundus photographs"
     from dr_transfer.preprocess import Preparation, preprocess_folder
     t = preprocess_folder(a.folder, a.out, Preparation(a.size, a.correction, a.to_right, a.format), a.workers)
     bad, poor = t[t.error != ''], t[t.gradability < 0.5]
-    for r in bad.head(10).itertuples(): print(f'not prepared: {r.image}: {r.error}')
-    print(f"{len(t) - len(bad)} photographs in {a.out}, {len(bad)} could not be read; {t.x.isna().sum() - len(bad)} without a visible disc; "
-          f"{len(poor)} ungradable{' (' + ', '.join(f'{k} {v}' for k, v in poor.reason.value_counts().items()) + ')' if len(poor) else ''}")
+    for row in bad.head(10).itertuples():
+        print(f'not prepared: {row.image}: {row.error}')
+    reasons = ', '.join(f'{k} {v}' for k, v in poor.reason.value_counts().items())
+    print(f"{len(t) - len(bad)} photographs in {a.out}, {len(bad)} could not be read; {t.x.isna().sum() - len(bad)} without a "
+          f"visible disc; {len(poor)} ungradable{f' ({reasons})' if len(poor) else ''}")
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #857bce59
-def _labelled(a, about, classes):
-    "The table of images with the class of each, as the model names classes"
+# %% ../nbs/14_cli.ipynb #ff0065b5
+def _targets_of(a, model, table):
+    "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
-    from dr_transfer.table import label_table
-    known = TASKS[about['task']].target(about['target']) if about.get('task') in TASKS else Target('class', tuple(classes))
-    return encode_target(label_table(a.data, a.labels, group_col=a.patient), known if known.classes else Target(known.name, tuple(classes)))
+    from dr_transfer.task_file import load_task
+    about = model.about
+    goal = Target('class', tuple(model.classes))
+    if a.task or about['task'] in TASKS:
+        found = load_task(a.task or about['task']).target(about['target'])
+        goal = found if found.classes else Target(found.name, tuple(model.classes))
+    return encode_target(table, goal)
 
-def _report_file(a, name='report.html'):
-    "The file to write, outside of the data"
-    from dr_transfer.files import check_outside
-    out = Path(a.out or f'{_default_out(a.data)[:-4]}_{name}')
-    if out.suffix == '.csv': raise ValueError(f"--out {out}: the table is written beside it as .csv; give a name that ends in {Path(name).suffix}")
-    for source in (a.data, a.labels):
-        if source: check_outside(out, source)
-    return out
+def _report_file(a) -> tuple[Path, bool]:
+    "The report to write, and whether it may replace one that is there"
+    out, overwrite = _output(a, 'report.html')
+    if out.suffix != '.html':
+        raise ValueError(f'--out {out}: a report is an HTML file, so give a name such as {out.with_suffix(".html")}')
+    return out, overwrite
 
-def _print_report(e, out, pair, n) -> int:
-    "Write the report into the reserved files, print the figures"
-    from dr_transfer.files import REPORT_TABLE, companion
+def _print_report(e, a, page, table):
+    "Print the metrics, and write report and table into reserved files"
     from dr_transfer.report import write_pages
     from dr_transfer.screening import measure_table
-    print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
-    if e.about.get('decision'): _print_decision(e.about['decision'])
-    if e.known: print(f'left out: {len(e.known)} images, or near copies of them, that the model was made from')
-    if e.aside: print(f'left out: {len(e.aside)} images that cannot be read')
-    if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
-    write_pages(e, *pair, n)
-    print(f"report: {out}\npredictions: {companion(out, REPORT_TABLE)}")
+    print(measure_table(e.table, e.classes, e.point, e.prevalence, a.draws).round(3).to_string())
+    if e.decision:
+        _print_decision(e.decision)
+    if e.known:
+        print(f'excluded: {len(e.known)} images, or near copies of them, that the model was made from')
+    if e.aside:
+        print(f'excluded: {len(e.aside)} images that cannot be read')
+    if 'gradability' in e.table:
+        print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
+    write_pages(e, page, table, a.draws)
+
+def _print_files(main, label, table) -> int:
+    "Name the two files that were written"
+    from dr_transfer.files import companion
+    print(f'{label}: {main}\ntable: {companion(main, table)}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #09efbca6
 def evaluate(
-    a:argparse.Namespace # As `dr_transfer evaluate --help` tells
+    a:argparse.Namespace # As `dr_transfer evaluate --help` describes
 ) -> int: # Exit code
-    "What a trained model is worth on other images: a report"
+    "Report how well a trained model predicts labelled images"
     from dr_transfer.files import REPORT_TABLE, new_pair
-    out = _report_file(a)
-    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
-        from dr_transfer.report import evaluate_model
-        model = _load(a)
-        e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks)
-        return _print_report(e, out, pair, a.draws)
+    out, overwrite = _report_file(a)
+    with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
+        e = _evaluation(a)
+        _print_report(e, a, page, table)
+    return _print_files(out, 'report', REPORT_TABLE)
 
-# %% ../nbs/14_cli.ipynb #0d2fecbd
+def _evaluation(a):
+    "The evaluation of a saved model on labelled images"
+    from dr_transfer.report import evaluate_model
+    model = _load(a)
+    table = _targets_of(a, model, _read_table(a))
+    print(table.attrs['patients'])
+    return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
+
+# %% ../nbs/14_cli.ipynb #be35b4ad
 def cross_validate(
-    a:argparse.Namespace # As `dr_transfer cross-validate --help` tells
+    a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
-    "What a recipe is worth on images it has not seen: a report from cross-validation"
+    "Report how well a recipe predicts images that it was not trained on, by cross-validation"
     from dr_transfer.files import REPORT_TABLE, new_pair
-    out, share = _report_file(a), _share(a)
-    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
-        return _print_report(_cross_validated(a, share), out, pair, a.draws)
+    out, overwrite = _report_file(a)
+    with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
+        _print_report(_cross_evaluation(a), a, page, table)
+    return _print_files(out, 'report', REPORT_TABLE)
 
-def _cross_validated(a, share):
-    "The evaluation of a recipe"
-    from dr_transfer.data import get_task
-    task = get_task(a.task, a.size)
+def _cross_evaluation(a):
+    "The evaluation that a report of cross-validation shows"
+    task, goal = _task(a)
+    point = _wanted_point(a, task, goal)
+    _check_recipe(a)
+    table = _read_table(a)
+    print(table.attrs['patients'])
     from dr_transfer.core import DEFAULT_ARCH, versions
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.decision import table_classes
     from dr_transfer.report import describe_images
     from dr_transfer.table import set_aside
-    t = cross_validate(a.data, task, a.target, a.labels, a.folds, a.epochs, a.seed, arch=a.arch, weights=a.weights, plan=a.plan, bs=a.bs, setting=a.setting, head=a.head, balance=a.balance, group_col=a.patient)
-    classes = table_classes(t)
-    aside = set_aside(t).image.tolist()
-    t, decision = decide_across(t, classes, **share)
-    about = {'arch': a.arch or DEFAULT_ARCH, 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
-    e = describe_images(t, classes, about, task.reader, Path(a.data).resolve().name, a.prevalence)
-    e.aside, e.how = aside, f' In each of {a.folds} folds the threshold is that of the other folds.'
+    t = cross_validate(table, task, a.target, folds=a.folds, epochs=a.epochs, seed=a.seed, arch=a.arch, weights=a.weights,
+                       plan=a.plan, bs=a.bs, setting=a.setting, head=a.head, balance=a.balance)
+    classes, skipped = table_classes(t), set_aside(t).image.tolist()
+    t, decision = decide_across(t, classes, **point)
+    about = {'arch': a.arch or DEFAULT_ARCH, 'task': task.name, 'target': task.target(a.target).name, 'size': task.size,
+             'seed': a.seed, 'decision': decision, 'versions': versions(),
+             'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
+    e = describe_images(t, classes, about, task.reader, _data_name(a), a.prevalence)
+    e.aside = skipped
+    e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-def _share(a) -> dict:
-    "What the operating point is to reach: as said, and 0.9 of the referable if nothing is said"
-    if a.sensitivity is not None and a.specificity is not None: raise ValueError('--sensitivity and --specificity: say one of the two')
-    if a.specificity is not None: return {'specificity': a.specificity}
-    if a.sensitivity is not None: return {'sensitivity': a.sensitivity}
-    return {'sensitivity': 0.9} if a.task == 'dr' else {}
-
-# %% ../nbs/14_cli.ipynb #17cff191
+# %% ../nbs/14_cli.ipynb #c4a5d72e
 def compare(
-    a:argparse.Namespace # As `dr_transfer compare --help` tells
+    a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
-    "Several backbones and plans on one split: a table and a picture"
-    from dr_transfer.files import COMPARISON_TABLE, companion, new_pair
-    out = _report_file(a, 'comparison.png')
-    with new_pair(out, COMPARISON_TABLE, a.overwrite) as pair:
-        _compare_into(a, *pair)
-    print(f"picture: {out}\ntable: {companion(out, COMPARISON_TABLE)}")
-    return 0
+    "Several backbones and plans on one split: a table and a figure"
+    from dr_transfer.files import COMPARISON_TABLE, new_pair
+    out, overwrite = _output(a, 'comparison.png')
+    if out.suffix != '.png':
+        raise ValueError(f'--out {out}: the figure is a PNG file, so give a name such as {out.with_suffix(".png")}')
+    with new_pair(out, COMPARISON_TABLE, overwrite) as (figure, table):
+        _write_comparison(a, figure, table)
+    return _print_files(out, 'figure', COMPARISON_TABLE)
 
-def _compare_into(a, picture, table):
-    "Compare, print, and write into the reserved files"
-    from dr_transfer.files import file_digest
+def _write_comparison(a, figure, table):
+    "Compare, print, and write figure and table into reserved files"
     from dr_transfer.compare import compare, plot_comparison
-    from dr_transfer.experiments import main_measure
-    c = compare(a.data, a.task, a.archs, a.plans, a.target, a.labels, a.valid, a.seed, a.size, a.epochs, a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
+    from dr_transfer.csvfile import write_csv
+    from dr_transfer.files import file_digest
+    task, goal = _task(a)
+    images = _read_table(a)
+    metric = _metric(a.measure, images, goal)
+    c = compare(images, task, a.archs, a.plans, a.target, valid=a.valid, seed=a.seed, epochs=a.epochs,
+                allow_leaks=a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
     t = c.table(a.draws)
-    m = main_measure(t.index.get_level_values('measure'), a.measure)
-    print(f'{m}, on the same {len(next(iter(c.tables.values())))} images, and the difference to the first:\n{t.xs(m, level="measure").round(3).to_string(na_rep="")}')
-    t.to_csv(table)
-    plot_comparison(t, m).savefig(picture, dpi=120, format='png', metadata={'dr_transfer-table': file_digest(table)})
+    n = len(next(iter(c.tables.values())))
+    shown = t.xs(metric, level='measure').round(3).to_string(na_rep='')
+    print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')
+    write_csv(t.reset_index(), table)
+    mark = {'dr_transfer-table': file_digest(table)}
+    plot_comparison(t, metric).savefig(figure, dpi=120, format='png', metadata=mark)
 
-# %% ../nbs/14_cli.ipynb #2836e2d0
+def _metric(name, images, goal) -> str:
+    "The metric to show; a ValueError before any training for one that these classes do not have"
+    import numpy as np
+    from dr_transfer.data import class_names, encode_target
+    from dr_transfer.experiments import main_measure
+    from dr_transfer.screening import measures
+    classes = class_names(encode_target(images, goal), goal)
+    k = len(classes)
+    return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
+
+# %% ../nbs/14_cli.ipynb #af85025e
 def demo(
-    a:argparse.Namespace # As `dr_transfer demo --help` tells
+    a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
-    "Draw a set, learn from it, show the result"
+    "Draw a synthetic set, train on it, show the result"
     from dr_transfer.demo import make_demo
     t, out = make_demo(a.out, a.images, a.size, a.seed, a.setting, a.overwrite), Path(a.out)
-    print(f"\nDrawn eyes of patients not seen in training, grade 2 or more (average of the views of each eye):\n\n{t.round(3).to_string()}\n")
-    print(f"picture: {out/'demo.png'}\nmodel:   {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
+    print('\nSynthetic fundus images of patients not seen in training, grade 2 or more (average over the views of each image):\n')
+    print(f'{t.round(3).to_string()}\n')
+    print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #29c3eb04
-def _add(sub, name, f, about, example):
-    p = sub.add_parser(name, help=about, description=about + '.', epilog=f'example:\n  {example}',
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(run=f, interrupted='what is finished is kept' if f in (demo, preprocess, cross_validate, compare) else 'nothing was written')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+# %% ../nbs/14_cli.ipynb #d0d76912
+_KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
+
+def _command(commands, name, function, about, example):
+    "`add_argument` of a new command"
+    p = commands.add_parser(name, help=about, description=f'{about}.', epilog=f'example:\n  {example}',
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
+    p.set_defaults(run=function, interrupted=interrupted)
+    p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
     p.add_argument('--setting', default='auto', help='how the CPU computes: auto (fastest, measured once), plain, channels_last or bf16')
-    p.add_argument('--overwrite', action='store_true', help='replace what is at --out')
+    p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
 
-# %% ../nbs/14_cli.ipynb #f4c1edce
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
+    "The parser of the command"
     from dr_transfer import __version__
-    p = argparse.ArgumentParser('dr_transfer', description='Transfer learning for small, colour-sensitive image sets. Not a medical device.')
+    about = 'Transfer learning for small, colour-sensitive image sets. Not a medical device.'
+    p = CommandParser('dr_transfer', description=about)
     p.add_argument('--version', action='version', version=f'dr_transfer {__version__}')
-    sub = p.add_subparsers(metavar='COMMAND', required=True)
-    add = _add(sub, 'demo', demo, 'Draw eyes, learn from them, show the result', 'dr_transfer demo')
+    commands = p.add_subparsers(metavar='COMMAND', required=True)
+    for add_command in (_add_demo, _add_train, _add_advise, _add_predict, _add_export, _add_preprocess, _add_evaluate,
+                        _add_cross_validate, _add_compare):
+        add_command(commands)
+    return p
+
+# %% ../nbs/14_cli.ipynb #09b8b473
+def _add_demo(commands):
+    add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
-    add('--images', type=int, default=400, help='how many to draw (default: %(default)s)')
-    add('--size', type=int, default=256, help='pixels (default: %(default)s)')
-    add('--seed', type=int, default=42, help='another seed, other eyes (default: %(default)s)')
-    _train_arguments(_add(sub, 'train', train, 'Train a model on a folder of pictures',
-                          'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run'))
-    add = _add(sub, 'advise', advise, 'Measure the images of a folder and recommend a plan', 'dr_transfer advise photos/messidor2 --task dr')
-    _data_arguments(add)
-    add('--out', metavar='PNG', help='picture to write (default: the name of DATA and _advice.png)')
-    add = _add(sub, 'predict', predict, 'Predict images with a trained model', 'dr_transfer predict messidor_run new_photos --out predictions.csv')
+    add('--images', type=whole_number(1, 100_000), default=400, help='how many to draw (default: %(default)s)')
+    add('--size', type=whole_number(32, 2048), default=256, help='pixels (default: %(default)s)')
+    add('--seed', type=whole_number(0, MAX_SEED), default=42, help='another seed, other images (default: %(default)s)')
+
+def _add_train(commands):
+    add = _command(commands, 'train', train, 'Train a model on a folder of images',
+                   'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run')
+    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments, add_recipe_arguments):
+        group(add)
+    add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
+
+def _add_advise(commands):
+    add = _command(commands, 'advise', advise, 'Measure the images of a folder and recommend a plan',
+                   'dr_transfer advise photos/messidor2 --task dr')
+    for group in (add_table_arguments, add_task_arguments, add_split_arguments):
+        group(add)
+    add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
+    add('--weights', metavar='FILE', help="weights of the backbone from a file, or 'random'")
+    add('--out', metavar='PNG', help='figure to write (default: the name of DATA and _advice.png)')
+
+def _add_predict(commands):
+    add = _command(commands, 'predict', predict, 'Predict images with a trained model',
+                   'dr_transfer predict messidor_run new_photos --out predictions.csv')
     add('model', metavar='DIR', help='folder made by dr_transfer train, a model folder, or an ONNX file')
     add('images', metavar='IMAGES', nargs='+', help='image files, or folders that are searched')
     add('--out', metavar='CSV', help='file to write (default: print)')
-    add = _add(sub, 'export', export, 'Write a trained model as an ONNX file, if it gives the same answers', 'dr_transfer export messidor_run --out messidor.onnx')
+
+def _add_export(commands):
+    add = _command(commands, 'export', export, 'Write a trained model as an ONNX file, if it gives the same predictions',
+                   'dr_transfer export messidor_run --out messidor.onnx')
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
-    _more_commands(sub)
-    return p
 
-# %% ../nbs/14_cli.ipynb #c381ba43
-def _more_commands(sub):
-    add = _add(sub, 'preprocess', preprocess, 'Prepare a folder of fundus photographs', 'dr_transfer preprocess photographs small --size 512')
+# %% ../nbs/14_cli.ipynb #3a36a57f
+def _add_preprocess(commands):
+    add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
+                   'dr_transfer preprocess photographs small --size 512')
     add('folder', metavar='IN', help='folder of photographs; they are not changed')
     add('out', metavar='OUT', help='folder for the results; what is finished there is not done again')
-    add('--size', metavar='N', type=int, default=512, help='side in pixels (default: %(default)s)')
+    add('--size', metavar='N', type=whole_number(32, 8192), default=512, help='side in pixels (default: %(default)s)')
     add('--correction', default='none', help='light: none, colour or local (default: %(default)s)')
     add('--to-right', action='store_true', help='left eyes (column eye of labels.csv) as mirror images')
     add('--format', default='png', help='png, without loss, or jpg (default: %(default)s)')
-    add('--workers', metavar='N', type=int, help='threads (default: one a core)')
-    add = _add(sub, 'evaluate', evaluate, 'Report what a trained model is worth on other images',
-               'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html')
+    add('--workers', metavar='N', type=whole_number(1, 256), help='threads (default: one a core)')
+
+def _add_evaluate(commands):
+    add = _command(commands, 'evaluate', evaluate, 'Report how well a trained model predicts labelled images',
+                   'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html')
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
-    add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
-    add('--labels', metavar='CSV', help='image names and labels, if not labels.csv in DATA')
+    add_table_arguments(add)
+    add('--task', metavar='TASK', help="FILE.toml or FILE.py:NAME, for a task of your own (default: the model's)")
+    add('--split', choices=('new', 'valid'), default='new',
+        help='new: images that the model was not made from; valid: its own validation images (default: new)')
     add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
-    _report_arguments(add)
-    add = _add(sub, 'cross-validate', cross_validate, 'Report what a recipe is worth, by cross-validation', 'dr_transfer cross-validate photos/messidor2 --task dr')
-    _train_arguments(add, valid=False)
-    add('--folds', metavar='K', type=int, default=5, help='how many folds (default: %(default)s)')
-    _report_arguments(add)
-    _compare_arguments(_add(sub, 'compare', compare, 'Compare backbones and plans on one split', 'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1'))
+    add_report_arguments(add)
 
-# %% ../nbs/14_cli.ipynb #9bbe17ea
-def _report_arguments(add):
-    add('--patient', metavar='COLUMN', help='column of the labels that names the patient')
-    add('--prevalence', metavar='SHARE', type=float, help='share of the people who have it, for predictive values')
-    add('--draws', metavar='N', type=int, default=1000, help='draws of the bootstrap (default: %(default)s)')
-    add('--out', metavar='HTML', help='report to write; the predictions go beside it (default: the name of DATA and _report.html)')
+def _add_cross_validate(commands):
+    add = _command(commands, 'cross-validate', cross_validate, 'Report how well a recipe predicts, by cross-validation',
+                   'dr_transfer cross-validate photos/messidor2 --task dr')
+    for group in (add_table_arguments, add_task_arguments, add_training_arguments, add_recipe_arguments):
+        group(add)
+    add('--folds', metavar='K', type=whole_number(2, 1000), default=5, help='how many folds (default: %(default)s)')
+    add_report_arguments(add)
 
-def _data_arguments(add, valid=True, one=True):
-    add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
-    add('--task', default='flowers', help='flowers, dr, ct_nodes or ct_lungs (default: %(default)s)')
-    add('--labels', metavar='CSV', help='image names and labels, if not labels.csv in DATA')
-    add('--target', help='what is learnt: for dr, referable (default) or grade')
-    if one: add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
-    add('--weights', metavar='FILE', help="weights of the backbone from a file, or 'random'")
-    add('--size', metavar='N', type=int, help="side of the images in pixels (default: the task's)")
-    if valid: add('--valid', metavar='SHARE', type=float, default=0.2, help='share of the images for validation (default: %(default)s)')
-    add('--seed', metavar='N', type=int, default=42, help='decides split and order (default: %(default)s)')
-
-# %% ../nbs/14_cli.ipynb #8a745131
-def _train_arguments(add, valid=True):
-    _data_arguments(add, valid)
-    add('--plan', metavar='NAME', help='head, fine_tune, top1, ..., or advise: measure first (default: chosen for set and machine)')
-    add('--epochs', metavar='N', type=int, help="epochs of the plan's last phase")
-    add('--bs', metavar='N', type=int, default=32, help='images in a batch (default: %(default)s)')
-    add('--head', metavar='NAME', help='linear, dense, or for grades cumulative or regression (default: that of the plan)')
-    add('--balance', metavar='NAME', default='none', help='of classes: none, weights or sampling (default: %(default)s)')
-    add('--sensitivity', metavar='SHARE', type=float, help='operating point: share of the referable that is found (default for dr: 0.9)')
-    add('--specificity', metavar='SHARE', type=float, help='operating point: or share of the others that is left alone')
-    if not valid: return
-    add('--allow-leaks', action='store_true', help='go on with a split whose sides share patients or copies')
-    add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
-
-# %% ../nbs/14_cli.ipynb #471dd3f6
-def _compare_arguments(add):
-    _data_arguments(add, one=False)
+def _add_compare(commands):
+    add = _command(commands, 'compare', compare, 'Compare backbones and plans on one split',
+                   'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1')
+    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments):
+        group(add)
     add('--archs', metavar='NAME', nargs='+', default=['efficientnet_lite0'], help='backbones (default: efficientnet_lite0)')
     add('--plans', metavar='NAME', nargs='+', default=['head', 'top1'], help='plans, each with each backbone (default: head top1)')
-    add('--epochs', metavar='N', type=int, help="epochs of each plan's last phase")
-    add('--bs', metavar='N', type=int, default=32, help='images in a batch (default: %(default)s)')
-    add('--measure', metavar='NAME', help='of the picture: auc, accuracy, ... (default: auc, or accuracy where there is none)')
-    add('--draws', metavar='N', type=int, default=1000, help='draws of the bootstrap (default: %(default)s)')
-    add('--allow-leaks', action='store_true', help='go on with a split whose sides share patients or copies')
-    add('--out', metavar='PNG', help='picture to write; the table goes beside it (default: the name of DATA and _comparison.png)')
+    add('--measure', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
+    add_bootstrap_argument(add)
+    add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #0dcf5676
+# %% ../nbs/14_cli.ipynb #6134e398
+def _as_utf8(stream):
+    "Let a text stream write UTF-8, and file names that are none as the bytes they are"
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(encoding='utf-8', errors='surrogateescape')
+
+def _show_any_name(stream):
+    "Let a text stream print any name, with escapes for what it cannot encode"
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='backslashreplace')
+
+def _drop_output():
+    "Send what is left in standard output nowhere: it cannot be written"
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass # it is no file of the system, as in a notebook
+
+def _warn_in_lines(debug):
+    "Print this library's warnings as one line each, and no others unless `debug`"
+    from dr_transfer.files import TransferWarning
+    if debug:
+        return
+    warnings.simplefilter('ignore')
+    warnings.filterwarnings('always', category=TransferWarning)
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f'dr_transfer: warning: {" ".join(str(message).split())}', file=sys.stderr)
+    warnings.showwarning = show
+
+def _report_error(e):
+    "One line for an error"
+    text = ' '.join(str(e).split()) or type(e).__name__
+    expected = isinstance(e, (ValueError, OSError))
+    line = f'error: {text}' if expected else f'{type(e).__name__}: {text} (--debug shows more)'
+    print(f'dr_transfer: {line}', file=sys.stderr)
+
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success
     "The command `dr_transfer`"
+    for stream in (sys.stdout, sys.stderr):
+        _show_any_name(stream)
     a = _parser().parse_args(argv)
-    if not a.debug: warnings.filterwarnings('ignore')
-    try: return a.run(a)
-    except KeyboardInterrupt:
-        print(f'dr_transfer: interrupted; {a.interrupted}', file=sys.stderr)
-        return 130
-    except BrokenPipeError: return 1
-    except Exception as e:
-        if a.debug: raise
-        text = ' '.join(str(e).split()) or type(e).__name__
-        print(f'dr_transfer: error: {text}' if isinstance(e, (ValueError, OSError)) else f'dr_transfer: {type(e).__name__}: {text} (--debug shows more)', file=sys.stderr)
-        return 1
+    with warnings.catch_warnings():
+        _warn_in_lines(a.debug)
+        try:
+            code = a.run(a)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print(f'dr_transfer: interrupted; {a.interrupted}', file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            _drop_output()
+            return 1
+        except Exception as e:
+            if a.debug:
+                raise
+            _report_error(e)
+            _drop_unwritable(e)
+            return 1
+
+def _drop_unwritable(e):
+    "After an error of the system, standard output may be full: what is left in it goes nowhere"
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()

@@ -20,6 +20,7 @@ from .experiments import main_measure
 from .leaks import split_data
 from .plans import Plan, get_plan
 from .screening import compare_tables, measure_table
+from .table import report_table
 
 # %% ../nbs/12b_compare.ipynb #44228791
 @dataclass
@@ -61,13 +62,15 @@ def compare(
     size:int|None=None, # Side in pixels; the task's own if None
     epochs:int|None=None, # Epochs of each plan's last phase
     allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
+    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
     say:Callable=print, # What is done with the lines that tell how it goes
     **kwargs # `bs, augment, balance, setting, ...` of `build_learner`
 ) -> Comparison:
     "Train each backbone by each plan on one split"
     recipes, task = _recipes(archs, plans), get_task(task, size)
     for arch, plan in recipes.values(): create_body(arch, plan.weights or kwargs.get('weights')) # weights that are missing are missed now, not in the night
-    t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks)
+    t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col)
+    report_table(t, say)
     groups, tables = t[t.split == 'valid'][['image', 'group']], {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), arch=arch, allow_leaks=allow_leaks, **kwargs)

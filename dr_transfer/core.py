@@ -25,6 +25,7 @@ from .augment import views_of
 from .backbones import DEFAULT_ARCH, create_body, group_table, layer_groups, stage_names
 from .balance import balanced_loss, image_weights
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
+from .checks import check_seed, check_workers
 from .classifiers import FeatureClassifier
 from .data import ReadImage, Task, get_task, task_dataloaders
 from .decision import prediction_table, table_arrays
@@ -35,7 +36,7 @@ from .metrics import summary
 from .model import Head, create_head, head_inputs, make_body, view_probs
 from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
-from .table import set_aside
+from .table import report_table, set_aside
 from .views import VIEWS
 
 # %% ../nbs/08_core.ipynb #2310f125
@@ -47,10 +48,11 @@ def versions() -> dict: # Name -> version
 
 def data_summary(
     table:pd.DataFrame # Columns `image, label, group, split, target`
-) -> dict: # images, set_aside, groups, leaks, classes, share, fingerprint
+) -> dict: # Numbers, leaks, patients, notes, classes, share, fingerprint
     "Numbers of images, of each class on each side, of groups, and a fingerprint of names, labels and sides"
     rows = sorted(zip(table.image.map(lambda p: '/'.join(Path(p).parts[-2:])), table.target, table.split))
     return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()), 'leaks': table.attrs.get('leaks'),
+            'patients': table.attrs.get('patients', ''), 'notes': table.attrs.get('notes', []),
             'classes': {s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
             'share': table.split.value_counts(normalize=True).round(4).to_dict(),
             'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
@@ -87,23 +89,30 @@ def build_learner(
     fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
     balance:str='none', # Of classes: 'none', 'weights' in the loss, or 'sampling'
     allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
+    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
+    say:Callable=print, # What is done with the lines about patients and labels
     **kwargs # More arguments of `vision_learner`
 ) -> Learner: # With `task`, `table`, `record`
     "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
-    return _build(data, get_task(task, size), target, labels, augment, plan and get_plan(plan), dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head), setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs)
+    seed, num_workers = check_seed(seed), check_workers(num_workers)
+    images = dict(data=data, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
+    own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
+    about = dict(valid=valid, seed=seed, balance=balance)
+    return _build(images, say, get_task(task, size), target, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, about, kwargs)
 
 # %% ../nbs/08_core.ipynb #ccb7d407
-def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs) -> Learner:
-    set_seed(seed, reproducible=True)
+def _build(images, say, task, target, augment, plan, own, setting, fixed_bn, bs, num_workers, about, kwargs) -> Learner:
+    set_seed(about['seed'], reproducible=True)
     asked = plan or get_plan('head')
     own = {'arch': DEFAULT_ARCH, **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
-    table = split_data(data, task, goal, labels, valid, seed, allow_leaks)
+    table = split_data(images.pop('data'), task, goal, **images)
+    report_table(table, say)
     stages = create_body(arch, own.get('weights'), own.get('tap'), own.get('stage'))
     device = kwargs.pop('device', None)
     body = make_body(stages, task.size, setting, default_device() if device is None else device)
     cbs = [FrozenMode(fixed_bn), HeadFirst(), TrainSetting(setting, arch, task.size)]
-    return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, valid=valid, seed=seed, balance=balance), kwargs)
+    return _learner(task, goal, table, body, own['head'], plan, bs, num_workers, cbs, dict(arch=arch, **about), kwargs)
 
 # %% ../nbs/08_core.ipynb #1aad95cc
 class _View(Callback):

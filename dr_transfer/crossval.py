@@ -13,21 +13,41 @@ from typing import Any, Callable
 import numpy as np, pandas as pd
 from fastai.torch_core import default_device
 from .backbones import DEFAULT_ARCH, _find_file, find_backbone
+from .checks import check_seed
 from .classifiers import grouped_folds
+from .columns import group_errors
 from .core import build_learner, fit, valid_predictions, versions
+from .csvfile import read_csv, write_csv
 from .data import Task, encode_target, get_task
 from .decision import apply_decision, choose_decision
 from .files import cache_folder, new_folder
-from .leaks import Together
+from .leaks import Together, note_contradictions
 from .plans import choose_plan, get_plan
 from .store import content_keys
-from .table import label_table, set_aside
+from .table import label_table, report_table, set_aside
 from .views import READING
 from .weights import file_hash
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
 KEPT = ('predictions.csv', 'history.csv')
-TRAINING = 1 # raised when a training does something else, so that what is kept is computed anew
+TRAINING = 2 # raised when a training does something else, so that what is kept is computed anew
+
+def _quiet(line):
+    "The lines about the data were told when the table was made"
+
+def _kept_table(file) -> pd.DataFrame:
+    "A table that was kept, its numbers as numbers"
+    t = read_csv(file)
+    text = ('image', 'target', 'prediction', 'decision')
+    return t.assign(**{c: pd.Series([_value(v) for v in t[c]], t.index) for c in t if c not in text})
+
+def _value(text):
+    "A cell as it was written: a truth value, a whole number or a number"
+    if text in ('True', 'False'):
+        return text == 'True'
+    if text is None:
+        return np.nan
+    return int(text) if text.isdecimal() else float(text)
 
 def _said(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
@@ -69,12 +89,13 @@ def train_once(
     file = _kept(table, [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}])
     if file is None or not file.exists():
         if why: say(f"plan '{plan}': {why}")
-        learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, **kwargs), epochs=epochs, say=say)
+        learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs), epochs=epochs, say=say)
         found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
         if file is None: return found, history
         with new_folder(file, overwrite=True, kind='training', wait=60) as tmp:
-            for name, t in zip(KEPT, (found, history)): t.to_csv(tmp/name, index=False)
-    found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}, keep_default_na=False, na_values={}) for name in KEPT)
+            for name, t in zip(KEPT, (found, history)):
+                write_csv(t, tmp/name)
+    found, history = (_kept_table(file/name) for name in KEPT)
     return found.assign(image=table.image[table.split == side].tolist()), history # they may have moved
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
@@ -85,12 +106,17 @@ def fold_tables(
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     folds:int=5, # How many
     seed:int=42, # Another seed, other folds
-    group_col:str|None=None # Column of the patients; a usual one if None
+    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
+    say:Callable=print # What is done with the lines about patients and labels
 ) -> list[pd.DataFrame]: # For each fold the table, with the fold as validation side
     "The folds of cross-validation as tables for `build_learner`"
-    goal = task.target(target)
+    goal, together, seed = task.target(target), Together(task.reader), check_seed(seed)
     t = encode_target(label_table(data, labels, group_col=group_col), goal)
-    parts = grouped_folds(t.target.to_numpy(), Together(task.reader)(t), folds, seed)
+    apart = together(t)
+    note_contradictions(t, together.copies)
+    report_table(t, say)
+    with group_errors(t):
+        parts = grouped_folds(t.target.to_numpy(), apart, folds, seed)
     return [t.assign(split=np.where(np.isin(np.arange(len(t)), test), 'valid', 'train')) for _, test in parts]
 
 # %% ../nbs/10b_crossval.ipynb #f7cdd0cb
@@ -108,12 +134,13 @@ def cross_validate(
 ) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, facts
     "Predictions of every image by a model that saw neither it nor its group nor a copy"
     task = get_task(task, kwargs.pop('size', None))
-    tables, out = fold_tables(data, task, target, labels, folds, seed, group_col), []
+    tables, out = fold_tables(data, task, target, labels, folds, seed, group_col, say), []
     for k, t in enumerate(tables, 1):
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=lambda line: say(f'fold {k} of {len(tables)}: {line}'), **kwargs)
         out.append(t.drop(columns=['target', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
     out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
+    out.attrs |= {k: tables[0].attrs[k] for k in ('patients', 'notes') if k in tables[0].attrs}
     return out
 
 # %% ../nbs/10b_crossval.ipynb #871803a4
@@ -124,4 +151,6 @@ def decide_across(
 ) -> tuple[pd.DataFrame, dict]: # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
-    return pd.concat(parts).sort_index(), choose_decision(table, classes, **share)
+    out = pd.concat(parts).sort_index()
+    out.attrs = dict(table.attrs)
+    return out, choose_decision(table, classes, **share)

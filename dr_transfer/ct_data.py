@@ -14,7 +14,8 @@ from .ct import get_window, read_volume, three_planes, three_windows
 from .decision import table_classes
 from .files import atomic_file, progress
 from .intervals import bootstrap
-from .table import GROUP_COLUMNS, read_labels
+from .columns import GROUPS, find_column, read_labels
+from .csvfile import write_csv
 
 # %% ../nbs/04e_ct_data.ipynb #6e3f1f23
 def _rows(table, needed) -> pd.DataFrame:
@@ -24,7 +25,7 @@ def _rows(table, needed) -> pd.DataFrame:
     if gone: raise ValueError(f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. A row is a volume (path) and {', '.join(needed)} in mm")
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
     bad = np.flatnonzero(~np.isfinite(numbers.to_numpy()).all(1) | t.volume.isna())
-    if len(bad): raise ValueError(f"{len(bad)} rows do not say where they are (first: row {bad[0]}): {', '.join(needed)} are numbers in mm")
+    if len(bad): raise ValueError(f"{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): {', '.join(needed)} are numbers in mm")
     return t.assign(**numbers).reset_index(drop=True)
 
 def _newest(path) -> float: return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
@@ -38,7 +39,8 @@ def _name(volume, *numbers) -> str:
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder, out = Path(folder), Path(out)
-    if not any(str(c).lower() in GROUP_COLUMNS for c in t): t = t.assign(group=t.volume) # the pictures of a volume stay together
+    if find_column(t, GROUPS, needed=False) is None: # the images of a volume stay together
+        t = t.assign(group=t.volume)
     if (old := out/'labels.csv').exists() and not {'image', 'volume'} <= set(read_labels(old)): raise ValueError(f"{old} was not made here and is not replaced: give another folder for the pictures")
     gone = [v for v in t.volume.unique() if not (folder/v).exists()]
     if gone: raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. Give the folder that the column 'volume' starts from")
@@ -50,7 +52,8 @@ def _render(t, folder, out, draw, label) -> pd.DataFrame:
             try: im = draw(volume, r)
             except ValueError as e: raise ValueError(f"{v}: {e}") from None
             with atomic_file(out/'images'/r['image']) as f: im.save(f, format='PNG')
-    with atomic_file(out/'labels.csv') as f: t.to_csv(f, index=False)
+    with atomic_file(out/'labels.csv') as f:
+        write_csv(t, f)
     return t.assign(image=[str(out/'images'/i) for i in t.image])
 
 # %% ../nbs/04e_ct_data.ipynb #8fd21598

@@ -18,10 +18,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
 from .augment import augmentation
+from .checks import check_workers
+from .columns import group_errors, number_note
+from .csvfile import plain_number
 from .decision import GRADE_NAMES
 from .files import unknown
 from .images import FITS
-from .table import label_table, split_table
+from .split import split_table
+from .table import label_table
 from .views import READERS, read_image
 
 # %% ../nbs/04_data.ipynb #34d1fb45
@@ -55,12 +59,16 @@ def encode_target(
         what = ', '.join(f"'{l}'" for l in bad.label.unique()[:5])
         raise ValueError(f"{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). "
                          f"Known: {target.labels or ', '.join(target.classes)}. Correct the labels, or leave these rows out")
+    note = number_note(t.target) if target.classes is None else ''
+    if note:
+        t.attrs['notes'] = [*t.attrs.get('notes', []), note]
     return t
 
 # %% ../nbs/04_data.ipynb #07f7f409
 def _grade(label:str) -> str:
-    g = float(label)
-    if g not in (0, 1, 2, 3, 4): raise ValueError(label)
+    g = plain_number(label)
+    if g not in (0, 1, 2, 3, 4):
+        raise ValueError(label)
     return str(int(g))
 
 def _referable(label:str) -> str: return 'referable' if int(_grade(label)) >= 2 else 'no'
@@ -119,12 +127,14 @@ def task_table(
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     valid:float=0.2, # Share of the images for validation
     seed:int=42, # Another seed, another split
-    together:Callable|None=None # Table -> (n,): what stays together; its groups if None
+    together:Callable|None=None, # Table -> (n,): what stays together; its groups if None
+    group_col:str|None=None # Column of the patients; a usual one if None, or 'none'
 ) -> pd.DataFrame: # `image, label, group, split, target`, and other columns
     "Label, encode, and split with the classes of the target, not the labels, in proportion"
-    t = encode_target(label_table(data, labels), target)
+    t = encode_target(label_table(data, labels, group_col=group_col), target)
     apart = t.group if together is None else together(t)
-    s = split_table(t.assign(label=t.target, group=apart), valid=valid, seed=seed, check=together is None)
+    with group_errors(t):
+        s = split_table(t.assign(label=t.target, group=apart), valid=valid, seed=seed, check=together is None)
     return s.assign(label=t.label, group=t.group)
 
 # %% ../nbs/04_data.ipynb #3d7a506f
@@ -171,6 +181,7 @@ def task_dataloaders(
 ) -> DataLoaders: # `train` and `valid`
     "fastai DataLoaders of a table for a task"
     n_train = int((table.split == 'train').sum())
+    num_workers = check_workers(num_workers) or 0
     if not isinstance(bs, int) or bs < 2: raise ValueError(f"bs={bs!r}: give the number of images in a batch, 2 or more, such as 32")
     block = task_datablock(task, class_names(table, target), mean, std)
     kwargs = dict(bs=min(bs, max(n_train, 1)), num_workers=num_workers, device=device)

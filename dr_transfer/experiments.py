@@ -14,15 +14,17 @@ from typing import Callable
 import numpy as np, pandas as pd
 from fastai.metrics import accuracy
 from matplotlib.figure import Figure
+from .columns import group_errors
 from .crossval import train_once
 from .data import Task, encode_target, get_task
 from .decision import table_arrays, table_classes
 from .files import unknown
-from .leaks import Together
+from .leaks import Together, note_contradictions
 from .plans import Phase, Plan, get_plan
 from .probes import fold_interval
 from .screening import measures
-from .table import label_table, split_table
+from .split import split_table
+from .table import label_table, report_table
 
 # %% ../nbs/12_experiments.ipynb #b8c8c9b2
 START = 'random start'
@@ -89,7 +91,7 @@ def learning_curve(
 ) -> pd.DataFrame: # A row a training: rival, images, seed, each measure, share
     "What each start is worth on unseen images with more and more images to learn from"
     plans, task, out = rival_plans(rivals), get_task(task, size), []
-    splits = _splits(data, task, seeds, target, labels, test, most, group_col)
+    splits = _splits(data, task, seeds, target, labels, test, most, group_col, say)
     for t, n in product(splits, sizes): first_images(t, n) # refused before hours are spent
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
@@ -102,11 +104,14 @@ def learning_curve(
 def _quiet(line): pass
 def _words(row) -> str: return ', '.join(f'{k} {v:.3f}' for k, v in list(row.items())[3:])
 
-def _splits(data, task, seeds, target, labels, test, most, group_col):
+def _splits(data, task, seeds, target, labels, test, most, group_col, say):
     "The tables of seen and unseen images, one a seed"
-    t = encode_target(label_table(data, labels, group_col=group_col), task.target(target))
-    together = Together(task.reader)(t)
-    return [unseen_split(t, together, test, most, seed) for seed in range(seeds)]
+    t, together = encode_target(label_table(data, labels, group_col=group_col), task.target(target)), Together(task.reader)
+    apart = together(t)
+    note_contradictions(t, together.copies)
+    report_table(t, say)
+    with group_errors(t):
+        return [unseen_split(t, apart, test, most, seed) for seed in range(seeds)]
 
 def _measures(p) -> dict:
     "Measures of a table of predictions"
@@ -226,7 +231,7 @@ def training_curve(
 ) -> pd.DataFrame: # A row an epoch: rival, seed, epoch, losses, error
     "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
     plans, task, out = rival_plans(rivals), get_task(task, size), []
-    for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col)):
+    for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col, say)):
         t = t[t.split != 'valid'].replace({'split': {'test': 'valid'}})
         if images: t = first_images(t, images)
         for name, plan in plans.items():

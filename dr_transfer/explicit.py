@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Callable
 import numpy as np, pandas as pd
 from PIL import Image
 from scipy import ndimage as ndi
@@ -345,13 +346,14 @@ def cross_validate_explicit(
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     folds:int=5, # How many
     seed:int=42, # Decides the folds
-    group_col:str|None=None, # Column of the patients; a usual one if None
+    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
     classifier:ExplicitClassifier|None=None, # What learns; one with its defaults if None
+    say:Callable=print, # What is done with the lines about patients and labels
     **kwargs # `limits, workers, folder` of `feature_frame`
 ) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, facts
     "Predictions of every photograph from explicit features, by a classifier that saw neither it nor its group nor a copy"
     task, out = get_task('dr'), []
-    tables = fold_tables(data, task, target, labels, folds, seed, group_col)
+    tables = fold_tables(data, task, target, labels, folds, seed, group_col, say)
     x, apart = feature_frame(tables[0].image.tolist(), **kwargs).to_numpy(), np.array(Together(task.reader)(tables[0]), object)
     for k, t in enumerate(progress(tables, label='folds'), 1):
         learn, y = (t.split == 'train').to_numpy(), t.target.to_numpy()

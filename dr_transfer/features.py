@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .backbones import DEFAULT_ARCH, Stages, create_body, find_backbone, stage_names
+from .checks import image_list
 from .files import cache_folder, package_version, progress, unknown
 from .images import FITS
 from .model import POOLS, Body, good_bs, make_body
@@ -139,7 +140,7 @@ def extract_features(
     label:str='features' # What the progress bar says
 ) -> Features:
     "Pooled features of every stage and view, computed unless they are stored; ValueError for an image that cannot be read"
-    if isinstance(sources, (str, bytes, Path)): raise ValueError(f"{sources!r} is one image or folder: give a list, such as [{sources!r}] or find_images({sources!r})")
+    sources = image_list(sources)
     if not len(sources): raise ValueError("no images: give a list with some")
     names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
     names = [n for n in stage_names(body.stages) if n in names]

@@ -362,7 +362,7 @@ def unknown(
     hint:str='' # What else to say
 ) -> ValueError: # The error, to be raised
     "A ValueError for a name that is not known: the known names, nearest first"
-    name, known = str(name), list(known)
+    name, known = str(name)[:200], list(known) # the comparison takes the square of the length
     likeness = lambda k: difflib.SequenceMatcher(None, name.lower(), str(k).lower()).ratio()
     near = sorted(known, key=likeness, reverse=True)
     shown = ', '.join(map(str, near[:12])) + (f', ... ({len(near)} in all)' if len(near) > 12 else '')

@@ -9,6 +9,7 @@ __all__ = ['group_codes', 'draws', 'bootstrap', 'share_interval', 'paired_differ
 from typing import Callable
 import numpy as np, pandas as pd
 from scipy import stats
+from .groups import group_key
 
 # %% ../nbs/00c_intervals.ipynb #b98257d6
 def group_codes(
@@ -17,7 +18,7 @@ def group_codes(
 ) -> np.ndarray: # (n,) integers from 0
     "Groups as numbers; images without one are alone"
     if groups is None: return np.arange(n)
-    codes = pd.factorize(np.asarray(list(groups), dtype=object))[0]
+    codes = pd.factorize(np.array([group_key(g) for g in groups], dtype=object))[0]
     if len(codes) != n: raise ValueError(f"{len(codes)} groups for {n} images: give one for each image, None where there is none")
     return np.unique(np.where(codes < 0, n + np.arange(n), codes), return_inverse=True)[1]
 

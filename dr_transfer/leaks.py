@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'BITS', 'MOST', 'fine_detail', 'detail_hash', 'near_pairs', 'image_hashes', 'find_copies', 'seen_before',
            'joined_groups', 'Together', 'file_facts', 'confounders', 'LeakReport', 'split_leaks', 'leak_report',
-           'LeakError', 'check_leaks', 'split_data']
+           'LeakError', 'check_leaks', 'note_contradictions', 'split_data']
 
 # %% ../nbs/05d_leaks.ipynb #e5edbd47
 from dataclasses import dataclass
@@ -17,12 +17,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import chi2_contingency
 from scipy.stats.contingency import association
+from .checks import check_seed, image_list
+from .columns import some
 from .data import Target, Task, task_table
 from .dicom import is_dicom, read_dicom
 from .files import cache_folder, package_version, progress
 from .intervals import group_codes
 from .store import ArrayStore, fill_stores, source_name, stored_array
-from .table import KNOWN, SplitError
+from .split import SplitError, split_advice
+from .table import KNOWN
 from .views import READING, map_batches, read_image
 
 # %% ../nbs/05d_leaks.ipynb #28f7cd6b
@@ -74,6 +77,7 @@ def image_hashes(
     folder:str|Path|None=None # Where hashes are kept; in the cache if None
 ) -> tuple[np.ndarray, np.ndarray]: # uint8 (n, 32); a number for the content (n,)
     "Hashes of images, and a number that images with the same bytes share"
+    sources = image_list(sources)
     about = {'size': SIDE, 'reader': reader, 'reading': READING, 'imagehash': package_version('imagehash'), 'pillow': package_version('pillow')}
     store = ArrayStore(folder or cache_folder()/'hashes', f'hashes-{reader}', about, {'bits': ((BITS//8,), 'uint8')})
     def one(source): return read_image(source, SIDE, reader, 'pad' if reader != 'photo' else 'squish')
@@ -90,7 +94,7 @@ def find_copies(
     folder:str|Path|None=None # Where hashes are kept; in the cache if None
 ) -> pd.DataFrame: # Row numbers `a`, `b`; `kind`; `bits` that differ
     "Pairs of images with the same bytes or nearly the same picture"
-    hashes, content = image_hashes(sources, reader, folder)
+    hashes, content = image_hashes(image_list(sources), reader, folder)
     once, where = np.unique(content, return_index=True)
     near = near_pairs(hashes[where], most)
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
@@ -106,6 +110,7 @@ def seen_before(
     folder:str|Path|None=None # Where hashes are kept; in the cache if None
 ) -> np.ndarray: # (n,) booleans
     "Which images are, or nearly are, among others"
+    sources = image_list(sources)
     if not len(sources) or not len(seen): return np.zeros(len(sources), bool)
     x, known = _signs(image_hashes(sources, reader, folder)[0]), _signs(seen).T
     return np.concatenate([(x[a:a + 1000] @ known).max(1) >= BITS - 2*most for a in range(0, len(x), 1000)])
@@ -128,8 +133,9 @@ class Together:
         "A name for what belongs together, None for an image that is alone"
         self.copies = find_copies(table.image.tolist(), self.reader)
         t = pd.DataFrame({'code': joined_groups(table.group, self.copies), 'group': list(table.group), 'image': list(table.image)})
-        named = t[t.code.duplicated(keep=False) | t.group.notna()].groupby('code').agg('first') # the first group that has a name
-        return [None if c not in named.index else named.group[c] or f'copies of {named.image[c]}' for c in t.code]
+        known = t[t.group.notna()].groupby('code').group.first() # the first group that has a name
+        copied = t[t.code.duplicated(keep=False)].groupby('code').image.first()
+        return [known[c] if c in known.index else f'copies of {copied[c]}' if c in copied.index else None for c in t.code]
 
 # %% ../nbs/05d_leaks.ipynb #55953fb0
 def file_facts(
@@ -188,7 +194,10 @@ def split_leaks(
     first = t[t.group.notna()].reset_index().groupby(['group', 'split'], sort=False)['index'].first()
     for g, rows in first.groupby(level=0, sort=False): pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
     name = t.image.map(source_name)
-    return pd.DataFrame([(k, name[a], name[b], f'{t.split[a]}, {t.split[b]}', how) for k, a, b, how in pairs], columns=['kind', 'first', 'second', 'sides', 'how'])
+    rows = [(k, name[a], name[b], f'{t.split[a]}, {t.split[b]}', how) for k, a, b, how in pairs]
+    out = pd.DataFrame(rows, columns=['kind', 'first', 'second', 'sides', 'how'])
+    out.attrs['advice'] = split_advice(table)
+    return out
 
 # %% ../nbs/05d_leaks.ipynb #ec39b766
 def leak_report(
@@ -214,9 +223,25 @@ def check_leaks(
 ):
     "A `LeakError` if there are any"
     if not len(leaks): return
-    some = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
-    raise LeakError(f"{len(leaks)} pairs stand on two sides of the split: {some}{' ...' if len(leaks) > 3 else ''}. Empty the column 'split' to have a split "
-                    "made that keeps them together, or put each pair on one side; allow_leaks=True goes on, and is written into the record")
+    pairs = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
+    advice = leaks.attrs.get('advice') or split_advice(leaks)
+    raise LeakError(f"{len(leaks)} pairs stand on two sides of the split: {pairs}{' ...' if len(leaks) > 3 else ''}. {advice}, or put "
+                    "each pair into one of train and valid; allow_leaks=True (--allow-leaks) goes on, and is written into the record")
+
+# %% ../nbs/05d_leaks.ipynb #078b2723
+def note_contradictions(
+    table:pd.DataFrame, # With columns `image, target`
+    copies:pd.DataFrame # From `find_copies`, row numbers of the table
+):
+    "Note in `attrs['notes']` which identical files have two classes"
+    t, same = table.reset_index(drop=True), copies[copies.kind == 'same file']
+    pairs = [(a, b) for a, b in zip(same.a, same.b) if t.target[a] != t.target[b]]
+    if not pairs:
+        return
+    names = t.image.map(source_name)
+    words = some(f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs)
+    table.attrs['notes'] = [*table.attrs.get('notes', []), f"{len(pairs)} pairs of identical images have two classes: {words}. "
+                            "One of each pair is wrong: correct or remove it"]
 
 # %% ../nbs/05d_leaks.ipynb #ecb96c54
 def split_data(
@@ -226,11 +251,13 @@ def split_data(
     labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
     valid:float=0.2, # Share of the images for validation
     seed:int=42, # Another seed, another split
-    allow_leaks:bool=False # Go on with a split whose sides know one another?
+    allow_leaks:bool=False, # Go on with a split whose sides know one another?
+    group_col:str|None=None # Column of the patients; a usual one if None, or 'none'
 ) -> pd.DataFrame: # As from `task_table`; `attrs['leaks']`: pairs of each kind
     "Label, encode and split with groups and copies kept together; `LeakError` if the data come with a split that does not"
-    together = Together(task.reader)
-    table = task_table(data, goal, labels, valid, seed, together)
+    together, seed = Together(task.reader), check_seed(seed)
+    table = task_table(data, goal, labels, valid, seed, together, group_col)
+    note_contradictions(table, together.copies)
     leaks = split_leaks(table, together.copies)
     if not allow_leaks: check_leaks(leaks)
     table.attrs['leaks'] = leaks.kind.value_counts().to_dict()

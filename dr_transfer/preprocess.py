@@ -15,7 +15,9 @@ from .places import reason
 from .files import OutputError, atomic_file, file_digest, growing_folder, is_inside, mark_folder, print_warning, progress, unknown
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
-from .table import IMAGE_COLUMNS, find_images, read_labels
+from .columns import IMAGES, find_column, read_labels
+from .csvfile import known_columns, write_csv
+from .table import find_images
 
 # %% ../nbs/02c_preprocess.ipynb #4a282bab
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ def _row(line:str) -> dict|None:
         return None
     good = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ('image', 'file', 'error'))
     return row if good else None
+def _eyes(folder) -> dict:
+    "Name of an image -> its eye, from the columns of labels.csv"
+    if not (folder/'labels.csv').exists():
+        return {}
+    t = read_labels(folder/'labels.csv')
+    image, eye = find_column(t, IMAGES, needed=False), next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
+    return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
 
 # %% ../nbs/02c_preprocess.ipynb #5fe64f77
 def _finished(out:Path, how:Preparation) -> dict:
@@ -192,7 +201,7 @@ def _prepare_all(job:_Job, workers:int|None) -> pd.DataFrame:
     _new_labels(job.folder, job.out, job.how)
     table = pd.DataFrame(rows, columns=COLUMNS)
     with atomic_file(job.out/'images.csv') as f:
-        table.to_csv(f, index=False)
+        write_csv(table, f)
     written = [JOURNAL, SETTINGS, 'images.csv', 'labels.csv', *table.file[table.error == '']]
     mark_folder(job.out, 'preprocess', written)
     return table
@@ -217,9 +226,9 @@ def _new_labels(folder:Path, out:Path, how:Preparation):
     if not (folder/'labels.csv').exists():
         return
     t = read_labels(folder/'labels.csv')
-    column = next((c for c in t if str(c).lower() in IMAGE_COLUMNS), None)
+    column = find_column(t, IMAGES, needed=False)
     if column is None:
         return
     names = t[column].map(lambda n: Path(str(n)).with_suffix(f'.{how.format}').as_posix() if Path(str(n)).suffix else n)
     with atomic_file(out/'labels.csv') as f:
-        t.assign(**{column: names}).to_csv(f, index=False)
+        write_csv(t.assign(**{column: names}), f)

@@ -18,6 +18,7 @@ from torch import nn
 from .classifiers import grouped_folds
 from .features import Features, compute_views, reading
 from .files import unknown
+from .intervals import group_codes
 from .metrics import accuracy, auc, quadratic_kappa
 from .model import Body, good_bs
 
@@ -163,13 +164,12 @@ def plot_depth_profile(
 # %% ../nbs/06b_probes.ipynb #84774c54
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
-    n = len(y)
-    code = pd.factorize(groups)[0] if groups is not None else np.arange(n)
-    t = pd.DataFrame({'y': y, 'group': np.where(code < 0, n + np.arange(n), code)})
+    code = group_codes(groups, len(y))
+    t = pd.DataFrame({'y': y, 'group': code})
     t = t.groupby('group').agg(y=('y', lambda v: v.mode()[0]), n=('y', 'size')).sample(frac=1, random_state=seed)
     by = t.groupby('y').n
     at = ((by.cumsum() - t.n/2)/by.transform('sum')).to_dict()
-    at = np.array([at[g] for g in np.where(code < 0, n + np.arange(n), code)])
+    at = np.array([at[g] for g in code])
     return [np.flatnonzero(at <= s) for s in shares]
 
 # %% ../nbs/06b_probes.ipynb #d875c659

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from .bundle import ImageModel, predict_table
+from .csvfile import write_csv
 from .decision import decisions, question, table_arrays
 from .evaluate import plot_confusion
 from .files import REPORT_TABLE, file_digest, new_pair, package_version
@@ -20,7 +21,6 @@ from .leaks import confounders, file_facts, seen_before
 from .operating import OperatingPoint
 from .screening import by_patient, consistency, deferral_table, measure_table, plot_reliability, plot_roc, subgroup_table, worst_errors
 from .table import set_aside
-
 
 # %% ../nbs/13a_report.ipynb #72cc52a0
 @dataclass
@@ -35,6 +35,7 @@ class Evaluation:
     prevalence:float|None = None # For predictive values
     turns:dict|None = None # From `consistency`
     how:str = '' # How the predictions came about, where it is not one model
+    patients:str = '' # What was taken for the patients, in one line
     @property
     def point(self) -> OperatingPoint|None:
         o = (self.about.get('decision') or {}).get('operating')
@@ -63,7 +64,7 @@ def describe_images(
         t = t.assign(gradable=np.where(t.gradability >= 0.5, 'gradable', 'ungradable'))
     facts = file_facts(t.image).astype({'width': str, 'height': str})
     t = t.assign(format=facts.suffix.str.strip('.'), pixels=facts.width + ' x ' + facts.height)
-    return Evaluation(t, list(classes), about, data, prevalence=prevalence)
+    return Evaluation(t, list(classes), about, data, prevalence=prevalence, patients=table.attrs.get('patients', ''))
 
 # %% ../nbs/13a_report.ipynb #263840bf
 def _new_to(model, t, allow_leaks) -> tuple:
@@ -89,6 +90,7 @@ def evaluate_model(
     if p.error.any(): raise ValueError(f"{p.image[p.error != ''].iloc[0]}: {p.error[p.error != ''].iloc[0]}. Leave it out")
     out = describe_images(t.join(p.drop(columns=['image', 'error'])), model.classes, model.about, model.about['reader'], data, prevalence)
     out.known, out.aside, t = known, set_aside(table).image.tolist(), out.table
+    out.patients = table.attrs.get('patients', '')
     sample = t.image.sample(min(turns, len(t)), random_state=0).tolist()
     out.turns = consistency(model.probs(sample, 'quarter_turns', average=False), model.classes, out.point) | {'images': len(sample)}
     return out
@@ -137,7 +139,10 @@ def endpoint_table(
 # %% ../nbs/13a_report.ipynb #1cdc4011
 def _summary(e, m) -> str:
     q, t = e.asked, e.table
-    rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one', 'could not be read': len(e.aside)}
+    rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one'}
+    if e.patients:
+        rows['taken for the patients'] = e.patients
+    rows['could not be read'] = len(e.aside)
     if e.known: rows['left out: the model was made from them'] = len(e.known)
     if q: rows[f'truly {q.name}'] = f'{q.y.sum()} ({q.y.mean():.1%})'
     if 'gradability' in t: rows['ungradable'] = f'{(t.gradability < 0.5).sum()} ({(t.gradability < 0.5).mean():.1%}) by the score of this library; in the trial of the first cleared system {1 - GRADABLE:.1%} of patients'
@@ -229,7 +234,7 @@ def _training(t) -> dict:
     sides = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
     leaks = ', '.join(f'{n} x {k}' for k, n in (d.get('leaks') or {}).items())
     return {**how, 'images it was made from': f"{sides}; {d['groups'] or 'no'} groups of images, {d['set_aside']} set aside; fingerprint {d['fingerprint']}",
-            'allowed on two sides of its split': leaks or 'nothing'}
+            'patients of these images': d.get('patients'), 'allowed on two sides of its split': leaks or 'nothing'}
 
 # %% ../nbs/13a_report.ipynb #54ce7cc7
 def _record(e) -> str:
@@ -276,6 +281,6 @@ def write_pages(
 ):
     "Write both into files that are reserved already; the page holds the hash of the table"
     text = report_html(e, n)
-    e.table.to_csv(table, index=False, errors='surrogateescape')
+    write_csv(e.table, table)
     meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
     page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')

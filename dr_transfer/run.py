@@ -30,6 +30,7 @@ def write_run(
 ) -> dict: # Measures on the validation side
     "Model, record, validation predictions and plots of a learner, into a folder"
     from dr_transfer.bundle import image_model, write_model
+    from dr_transfer.csvfile import write_csv
     from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
     from dr_transfer.evaluate import plot_confusion, plot_history
     from dr_transfer.metrics import summary
@@ -44,7 +45,7 @@ def write_run(
     write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
-    t.to_csv(folder/'predictions.csv', index=False, errors='surrogateescape')
+    write_csv(t, folder/'predictions.csv')
     names = [plain_text(c) for c in classes]
     _plot(folder/'history.png', lambda: plot_history(learn.record['history']))
     _plot(folder/'confusion.png', lambda: plot_confusion(y, probs.argmax(1), names))

@@ -27,7 +27,7 @@ from dr_transfer.model import AveragePool
 from dr_transfer.phases import learner_features, why_not_stored
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
-from dr_transfer.table import SplitError
+from dr_transfer.split import SplitError
 from dr_transfer.views import read_image
 
 CLASSES = ('daisy', 'roses', 'sunflowers')

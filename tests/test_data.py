@@ -13,7 +13,8 @@ from dr_transfer.augment import AUGMENTATIONS
 from dr_transfer.data import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
                               task_dataloaders, task_table)
 from dr_transfer.phantom import make_dr
-from dr_transfer.table import SplitError, label_table, split_table
+from dr_transfer.split import SplitError, split_table
+from dr_transfer.table import label_table
 from dr_transfer.views import VIEWS, read_image
 
 CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels
@@ -277,3 +278,29 @@ def test_batch_sizes_that_are_none(dr, bs):
 def test_a_set_smaller_than_a_batch(dr):
     t, _, dls = loaders(dr, bs=500)
     assert len(dls.train) == 1 and len(dls.train.one_batch()[0]) == (t.split == 'train').sum()
+
+
+# ---------------------------------------------------------------- labels that are no classes
+
+@pytest.mark.parametrize('label', ['0_1', '1_0', 'nan', '1e400', '٢', '1,0', '0x1', ''])
+def test_grades_that_are_none(label):
+    with pytest.raises(ValueError, match='1 images have an unknown grade'): encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE)
+
+
+@pytest.mark.parametrize('label,grade', [('1', '1'), (' 2.0 ', '2'), (3, '3'), (4., '4'), ('0e0', '0')])
+def test_grades_as_people_write_them(label, grade):
+    assert encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist() == [grade]
+
+
+def test_numbers_that_are_measured_are_no_classes():
+    t = pd.DataFrame({'image': [f'{i}.png' for i in range(60)], 'label': [str(i) for i in range(60)]})
+    with pytest.raises(ValueError, match=r'60 different numbers .*regression.*--label-col'): encode_target(t, Target('class'))
+    with pytest.raises(ValueError, match='regression'): encode_target(t.assign(label=[f'{i % 6}.5' for i in range(60)]), Target('class'))
+    assert 'notes' not in encode_target(t.assign(label=[str(i % 6) for i in range(60)]), Target('class')).attrs
+    many = encode_target(pd.concat([t]*4), Target('class'))
+    assert '60 numbers are taken for the names of 60 classes' in many.attrs['notes'][0]
+
+
+@pytest.mark.parametrize('n', [-1, 1.5, '2', 1000])
+def test_numbers_of_workers_that_are_none(dr, n):
+    with pytest.raises(ValueError, match='num_workers=.*give how many processes'): loaders(dr, num_workers=n)

@@ -14,7 +14,8 @@ from dr_transfer.leaks import (BITS, LeakError, Together, confounders, detail_ha
                                leak_report, near_pairs, split_data, split_leaks)
 from dr_transfer.metrics import auc
 from dr_transfer.phantom import draw_fundus, make_dr
-from dr_transfer.table import label_table, split_table
+from dr_transfer.split import split_table
+from dr_transfer.table import label_table
 from dr_transfer.views import read_image
 
 

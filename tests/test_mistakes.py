@@ -19,7 +19,8 @@ from dr_transfer.leaks import LeakError, split_data
 from dr_transfer.model import create_head
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import PLANS
-from dr_transfer.table import label_table, split_table
+from dr_transfer.split import split_table
+from dr_transfer.table import label_table
 from dr_transfer.views import read_image
 
 ROOT = Path(__file__).resolve().parent.parent

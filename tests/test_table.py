@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dr_transfer import table as module
-from dr_transfer.table import (SplitError, check_split, class_counts, find_images, image_error, image_errors, label_table, set_aside, split_summary,
-                               split_table)
+from dr_transfer.split import SplitError, check_split, split_summary, split_table
+from dr_transfer.table import class_counts, find_images, image_error, image_errors, label_table, set_aside
 
 pytestmark = pytest.mark.filterwarnings('ignore:The least populated class:UserWarning')     # scikit-learn, of a small class
 COLUMNS = ['image', 'label', 'group', 'split']
@@ -215,8 +215,8 @@ def test_labels_are_text_as_written(tmp_path):
 
 def test_numbers_keep_their_zeros(tmp_path):
     draw(tmp_path, 'x/0007.png', 'x/0010.png')
-    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,01\n')
-    assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '01']]
+    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,02\n')
+    assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '02']]
 
 
 def test_same_name_in_two_folders(tmp_path):
@@ -286,7 +286,7 @@ def frame(**kwargs): return pd.DataFrame({'image': ['1.png', '2.png'], 'label': 
     (lambda d: label_table(d, csv(d/'l.csv', '')), 'l.csv cannot be read as a CSV file'),
     (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,ä\n', 'latin-1')), 'as a CSV file in UTF-8'),
     (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,a\n2.png,a,b,c\n')), 'l.csv cannot be read as a CSV file'),
-    (lambda d: label_table(d, csv(d/'l.csv', 'image;label\n1.png;a\n')), "no column for the image names: columns are image;label. Say which with image_col='...'"),
+    (lambda d: label_table(d, csv(d/'l.csv', 'photo;label\n1.png;a\n')), r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)"),
     (lambda d: label_table(d, frame().rename(columns={'label': 'x'})), "no column for the labels: columns are image, x. Say which with label_col='...'"),
     (lambda d: label_table(d, frame(), image_col='q'), "there is no column 'q' for the image names. Columns: image, label"),
     (lambda d: label_table(d, frame(), label_col='q'), "there is no column 'q' for the labels"),
@@ -357,6 +357,95 @@ def test_a_folder_in_place_of_a_csv(tmp_path):
 
 def test_missing_takes_two_words(tmp_path):
     with pytest.raises(ValueError, match='ignore'): label_table(draw(tmp_path, 'x/1.png'), pd.DataFrame({'image': ['1'], 'label': ['a']}), missing='ignore')
+
+
+def test_whole_paths_outside_the_folder(tmp_path):
+    draw(tmp_path/'here', 'x/1.png', 'x/2.png')
+    far = draw(tmp_path/'far', 'a.png')/'a.png'
+    df = pd.DataFrame({'image': [far, tmp_path/'here'/'x'/'1.png', '2'], 'label': list('aba')}).astype(str)
+    assert sorted(label_table(tmp_path/'here', df).image) == sorted(map(str, [far, *find_images(tmp_path/'here')]))
+    with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"): label_table(tmp_path/'here', df[:1].assign(image=str(far) + 'x'))
+
+
+@pytest.mark.parametrize('name', ['a\\b.png', ' a.png', 'a\nb.png', 'a"b",c.png', "=cmd|'x'!A1.png", '-1.png', os.fsdecode(b'R\xf6se.png')])
+def test_names_that_are_hard_to_write(tmp_path, name):
+    from dr_transfer.csvfile import write_csv
+    draw(tmp_path, name, 'b.png')
+    write_csv(pd.DataFrame({'image': [name, 'b.png'], 'label': ['a', '=b']}), tmp_path/'labels.csv')
+    t = label_table(tmp_path)
+    assert sorted(zip(t.image, t.label)) == sorted([(str(tmp_path/name), 'a'), (str(tmp_path/'b.png'), '=b')])
+
+
+@pytest.mark.parametrize('sep,encoding', [(';', 'utf-8'), ('\t', 'utf-8-sig'), (',', 'utf-16'), (';', 'utf-16')])
+def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
+    draw(tmp_path, *FILES)
+    csv(tmp_path/'labels.csv', '\r\n'.join(f'{sep}'.join(r) for r in [('Image', 'Label'), *((f, 'ä ' + f[0]) for f in FILES)]), encoding)
+    assert label_table(tmp_path).label.tolist() == ['ä r']*3 + ['ä t']*3
+
+
+@pytest.mark.parametrize('text,why', [
+    ('image,label\n', 'labels.csv: it has a header, and no rows'),
+    ('image,grade, grade\n1.png,1,2\n', "two columns with one name, 'grade' and 'grade'"),
+    ('image,label,image \n1.png,a,2.png\n', "two columns with one name, 'image' and 'image '"),
+    ('image,label,Label\n1.png,a,b\n', "'label' and 'Label' could both be meant"),
+    ('image,label\n1.png,a,x\n2.png,b,y\n', 'line 2 has 3 fields'),
+    ('image,label\n"1.png,a\n2.png",b\n', 'lines 2 to 3 are one row'),
+    ('image,label\n,a\n1.png,b\n', 'row 2 has no image name'),
+    ('image,label\n' + 'x'*5000 + ',a\n', 'row 2 has an image name of 5000 characters'),
+    ('image,label\n1.png,' + 'x'*300 + '\n', r'row 2: the label has 300 characters.*\(--label-col COLUMN\)'),
+    ('image,label\n1.png,bolt;red\n2.png,bolt;blue\n', 'looks like several labels in one cell .*not supported yet'),
+    ('image,label\n1.png,"bolt,red"\n2.png,bolt\n', 'looks like several labels in one cell'),
+    ('image\n1.png\n', 'no column for the labels'),
+    ('image,label,split\n1.png,a,test\n2.png,b,test\n', "every image is in the split 'test'")])
+def test_csvs_that_are_refused(tmp_path, text, why):
+    draw(tmp_path, 'x/1.png', 'x/2.png')
+    csv(tmp_path/'labels.csv', text)
+    with pytest.raises(ValueError, match=why): split_table(label_table(tmp_path))
+
+
+def test_a_pipe_in_place_of_a_csv(tmp_path):
+    draw(tmp_path, 'x/1.png')
+    os.mkfifo(tmp_path/'labels.csv')
+    for call in (lambda: label_table(tmp_path), lambda: label_table(tmp_path/'labels.csv'), lambda: label_table(tmp_path, tmp_path/'labels.csv')):
+        with pytest.raises(ValueError, match='not a regular file|is not a folder'): call()
+    from dr_transfer.preprocess import preprocess_folder
+    with pytest.raises(ValueError, match='not a regular file'): preprocess_folder(tmp_path, tmp_path/'out')
+
+
+def test_rows_without_content_are_left_out(tmp_path):
+    draw(tmp_path, 'x/1.png')
+    assert len(label_table(tmp_path, csv(tmp_path/'l.csv', 'image,label,patient\n1.png,a,p\n,,\n,,\n'))) == 1
+
+
+@pytest.mark.parametrize('label', [['a', 'b'], ('a',), {'a'}, np.array([1, 2])])
+def test_lists_of_labels(tmp_path, label):
+    df = pd.DataFrame({'image': ['1', '2'], 'label': [None, None]}, dtype=object)
+    df.at[1, 'label'] = label
+    with pytest.raises(ValueError, match='row 1: the label .* is a list. Several labels for an image are not supported yet'): label_table(draw(tmp_path, '1.png', '2.png'), df)
+
+
+def test_what_data_and_labels_may_be(tmp_path):
+    draw(tmp_path, 'x/1.png')
+    for call in (lambda: label_table(iter([])), lambda: label_table(frame(), frame()), lambda: label_table(tmp_path, 5),
+                 lambda: label_table(csv(tmp_path/'l.csv', 'image,label\n1,a\n'), frame()), lambda: label_table('a\0b'), lambda: label_table('x'*300_000)):
+        with pytest.raises(ValueError, match='give|besides') as e: call()
+        assert len(str(e.value)) < 1000
+
+
+def test_what_was_set_aside_is_still_known_when_a_table_is_read_again(tmp_path):
+    (draw(tmp_path, 'x/1.png', 'y/2.png')/'x'/'bad.png').touch()
+    assert len(set_aside(label_table(label_table(tmp_path)))) == 1
+
+
+@pytest.mark.parametrize('seed', [None, -1, 2**32, 10**30, 1.5, '1'])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(ValueError, match='seed=.*give a whole number from 0 to 4294967295'): split_table(random_set(0), seed=seed)
+
+
+def test_a_generator_of_images(tmp_path):
+    files = find_images(draw(tmp_path, 'x/1.png', 'x/2.png'))
+    assert image_errors(f for f in files) == ['', '']
+    with pytest.raises(ValueError, match='is one image or folder'): image_errors(str(files[0]))
 
 
 # ---------------------------------------------------------------- splits
@@ -459,10 +548,10 @@ def done(**kwargs): return split_table(random_set(5)).assign(**kwargs)
     (lambda: split_table(random_set(0).assign(label=['9'] + ['0']*149)), "class '9' has one image: it cannot be both learnt and tested"),
     (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
     (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c']*50)), 'too few groups: 3'),
-    (lambda: check_split(done(split='train')), "no images on the side 'valid'"), (lambda: check_split(done(split='valid')), "no images on the side 'train'"),
+    (lambda: check_split(done(split='train')), "no images in the split 'valid'"), (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
     (lambda: check_split(done(split=['train']*149 + ['holdout'])), '1 images have a split that is none of train, valid, test: holdout'),
     (lambda: check_split(done(split=['train']*149 + [None])), '1 images have a split that is none of'),
-    (lambda: check_split(done(group='p', split=['train', 'valid']*75)), "1 groups stand on two sides of the split: p. Empty the column 'split'"),
+    (lambda: check_split(done(group='p', split=['train', 'valid']*75)), "1 groups stand in more than one of train, valid and test: p. Empty the column 'split'"),
     (lambda: split_table(done(group=None, split=['train', 'valid']*75, label=['0', '1']*75)), 'no image of class 1 is left for training: add images')])
 def test_splits_that_are_refused(call, why):
     with pytest.raises(SplitError, match=why): call()
@@ -471,4 +560,4 @@ def test_splits_that_are_refused(call, why):
 def test_a_leak_with_a_named_test_side_is_refused():
     t = random_set(6).assign(group=[f'p{i//2}' for i in range(150)])
     t['split'] = ['test'] + [None]*149                           # the other image of p0 is free to go elsewhere
-    with pytest.raises(SplitError, match='1 groups stand on two sides of the split: p0'): split_table(t)
+    with pytest.raises(SplitError, match='1 groups stand in more than one of train, valid and test: p0'): split_table(t)

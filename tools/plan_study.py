@@ -27,7 +27,8 @@ from dr_transfer.leaks import Together
 from dr_transfer.metrics import accuracy, auc
 from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.plans import LARGE, PLANS
-from dr_transfer.table import label_table, split_table
+from dr_transfer.split import split_table
+from dr_transfer.table import label_table
 
 EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # for a large set
 SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'
