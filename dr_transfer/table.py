@@ -9,12 +9,10 @@ __all__ = ['IMAGE_SUFFIXES', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 
 
 # %% ../nbs/01_table.ipynb #d93bb901
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
-from PIL import Image
-from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom, read_dicom
-from .files import progress
+from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
+from .images import image_error, image_errors # one check, by the reader itself
 
 # %% ../nbs/01_table.ipynb #08a82432
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', *DICOM_SUFFIXES)
