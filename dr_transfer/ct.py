@@ -158,9 +158,11 @@ def _check_nifti(path):
     with open_source(path, LIMITS.volume_bytes) as stream:
         with gzip.open(stream) if path.name.endswith('.gz') else stream as f:
             head = f.read(_NIFTI_HEAD)
-    short = int.from_bytes(head[:4], 'little') in (348, int.from_bytes((348).to_bytes(4, 'big'), 'little'))
-    kind, size = (nibabel.Nifti1Header, 348) if short else (nibabel.Nifti2Header, 540)
-    header = kind(head[:size], check=False)
+    kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+    size = next((n for n in kinds for order in ('little', 'big') if head[:4] == n.to_bytes(4, order)), None)
+    if size is None or len(head) < size:
+        raise ImageError('cannot be read as NIfTI: its first bytes are others')
+    header = kinds[size](head[:size], check=False)
     _check_voxels(header.get_data_shape())
     if header.get_data_dtype().kind not in 'iuf':
         raise ImageError(f'its voxels are {header.get_data_dtype()}, not numbers')
