@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #dc9f1da9
+# %% ../nbs/14_cli.ipynb #3a343d7e
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
                                    add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
 
-# %% ../nbs/14_cli.ipynb #146983bf
+# %% ../nbs/14_cli.ipynb #0ea3a76a
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #6bc58339
+# %% ../nbs/14_cli.ipynb #02d7d5d8
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -82,7 +82,8 @@ def _check_recipe(a):
 
 def _print_table(learn):
     "How the images were split, and which were skipped"
-    from dr_transfer.table import set_aside, split_summary
+    from dr_transfer.split import split_summary
+    from dr_transfer.table import set_aside
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
     skipped = set_aside(learn.table)
     for row in skipped.head(10).itertuples():
@@ -127,7 +128,7 @@ def _write_run(learn, folder, point):
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #67df2733
+# %% ../nbs/14_cli.ipynb #5b6b14c2
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -151,7 +152,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #7651aada
+# %% ../nbs/14_cli.ipynb #cc685fa1
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -202,7 +203,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #b23fb764
+# %% ../nbs/14_cli.ipynb #893769b3
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -218,7 +219,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #ff0065b5
+# %% ../nbs/14_cli.ipynb #0ec2f057
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -277,7 +278,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #be35b4ad
+# %% ../nbs/14_cli.ipynb #5f33ac35
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -312,7 +313,7 @@ def _cross_evaluation(a):
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #c4a5d72e
+# %% ../nbs/14_cli.ipynb #7ab8d0f2
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -353,7 +354,7 @@ def _metric(name, images, goal) -> str:
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #af85025e
+# %% ../nbs/14_cli.ipynb #ee16b6fb
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -365,7 +366,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #d0d76912
+# %% ../nbs/14_cli.ipynb #4c54e663
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -391,7 +392,7 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #09b8b473
+# %% ../nbs/14_cli.ipynb #e39e1378
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
@@ -428,7 +429,7 @@ def _add_export(commands):
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #3a36a57f
+# %% ../nbs/14_cli.ipynb #030c2ab5
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
@@ -470,7 +471,7 @@ def _add_compare(commands):
     add_bootstrap_argument(add)
     add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #6134e398
+# %% ../nbs/14_cli.ipynb #b254f5f2
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):

@@ -6,13 +6,18 @@
 __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows', 'plane', 'three_planes', 'read_volume']
 
 # %% ../nbs/03a_ct.ipynb #5cbcd5fb
+import gzip
+import math
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import map_coordinates
+from .dicom import dicom_size, is_dicom, read_dataset
 from .files import extra_module, unknown
+from .source import LIMITS, ImageError, naming, open_source
 
 # %% ../nbs/03a_ct.ipynb #a3008428
 @dataclass(frozen=True, eq=False)
@@ -22,6 +27,7 @@ class Volume:
     spacing:tuple # mm between voxels along z, y, x
     origin:tuple=(0., 0., 0.) # mm: where the middle of voxel (0, 0, 0) is, z, y, x
     def __post_init__(self):
+        if np.asarray(self.hu).dtype.kind not in 'iuf': raise ValueError(f"an array of {np.asarray(self.hu).dtype} is no volume: give whole or floating point numbers")
         if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1: raise ValueError(f"an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)")
         if not np.isfinite(self.hu).all(): raise ValueError(f"{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024")
         for name, ok in (('spacing', lambda v: 0 < v < 100), ('origin', np.isfinite)):
@@ -135,11 +141,43 @@ def _oriented(hu, affine, name) -> Volume:
     hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]
     return Volume(np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)), tuple(size[order]), tuple(corner[[2, 1, 0]]))
 
+# %% ../nbs/03a_ct.ipynb #20a49a70
+def _check_voxels(shape):
+    "`ImageError` for a volume of too many voxels"
+    n = math.prod(int(s) for s in shape)
+    if n > LIMITS.voxels:
+        size = ' x '.join(map(str, shape))
+        raise ImageError(f'it declares {size} voxels, more than {LIMITS.voxels/1e6:.0f} million: cut out or resample the part that is needed')
+
+_NIFTI_HEAD = 540 # bytes of the longer header, NIfTI-2
+_EXTENSIONS = 2**24 # bytes between the header and the voxels
+
+def _check_nifti(path):
+    "`ImageError` for a NIfTI file that declares too much, from its first bytes"
+    nibabel = extra_module('nibabel', 'ct')
+    with open_source(path, LIMITS.volume_bytes) as stream:
+        with gzip.open(stream) if path.name.endswith('.gz') else stream as f:
+            head = f.read(_NIFTI_HEAD)
+    kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+    size = next((n for n in kinds for order in ('little', 'big') if head[:4] == n.to_bytes(4, order)), None)
+    if size is None or len(head) < size:
+        raise ImageError('cannot be read as NIfTI: its first bytes are others')
+    header = kinds[size](head[:size], check=False)
+    _check_voxels(header.get_data_shape())
+    if header.get_data_dtype().kind not in 'iuf':
+        raise ImageError(f'its voxels are {header.get_data_dtype()}, not numbers')
+    if not 0 <= float(header['vox_offset']) <= _EXTENSIONS:
+        raise ImageError(f"its voxels start at byte {float(header['vox_offset']):g}: such a header is damaged")
+
 # %% ../nbs/03a_ct.ipynb #6337dcae
 def _load_nifti(path) -> Volume:
     "A volume from a .nii or .nii.gz file"
     load = extra_module('nibabel', 'ct').load
-    try: hu = (image := load(path)).get_fdata(dtype=np.float32)
+    with naming(path):
+        _check_nifti(path)
+    try:
+        image = load(path)
+        hu = image.get_fdata(dtype=np.float32)
     except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI: {e}") from None
     if not (image.header['sform_code'] or image.header['qform_code']): raise ValueError(f"{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM")
     return _oriented(hu, np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
@@ -167,11 +205,20 @@ def _slice_step(at, path) -> float:
 # %% ../nbs/03a_ct.ipynb #70b15a98
 def _load_series(path) -> Volume:
     "A volume from a folder with the files of a DICOM series"
-    pydicom, slices = extra_module('pydicom', 'ct'), []
+    extra_module('pydicom', 'ct')
+    slices = []
     for f in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith('.')):
-        try: s = pydicom.dcmread(f)
-        except pydicom.errors.InvalidDicomError: continue
-        if 'ImagePositionPatient' in s and 'Rows' in s: slices.append(s)
+        if not is_dicom(f):
+            continue
+        with naming(f), open_source(f) as stream:
+            s = read_dataset(stream)
+            if 'ImagePositionPatient' not in s or 'Rows' not in s:
+                continue
+            width, height = dicom_size(s)
+            if int(s.get('NumberOfFrames') or 1) > 1:
+                raise ImageError('it holds several frames: give a series with a file for each slice')
+            _check_voxels((len(slices) + 1, height, width))
+        slices.append(s)
     _one_series(slices, path)
     right, down = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3) # of the image, in the patient
     normal = np.cross(right, down)
@@ -185,13 +232,38 @@ def _load_series(path) -> Volume:
     affine[:3] = np.c_[(corners[-1] - corners[0])/(len(corners) - 1), down*down_mm, right*right_mm, corners[0]]
     return _oriented(hu, affine, str(path))
 
+# %% ../nbs/03a_ct.ipynb #385ae501
+def _npy_array(stream, most=LIMITS.voxels) -> np.ndarray:
+    "An array of numbers; its header is read first. `ImageError` for anything else, such as a pickle"
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, _, dtype = readers[version](stream)
+    except (ValueError, KeyError) as e:
+        raise ImageError(f'cannot be read as an array: {e}') from None
+    if dtype.kind not in 'iuf':
+        raise ImageError(f'it holds an array of {dtype}, not of numbers: save it as int16 or float32')
+    if math.prod(shape) > most:
+        _check_voxels(shape)
+        raise ImageError(f'it holds {math.prod(shape)} numbers where {most} are expected')
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
+
+def _npz_arrays(stream) -> dict:
+    "The arrays `hu`, `spacing` and `origin` of an .npz file, those that are there"
+    with zipfile.ZipFile(stream) as z:
+        found = [k for k in ('hu', 'spacing', 'origin') if f'{k}.npy' in z.namelist()]
+        arrays = {}
+        for k in found:
+            with z.open(f'{k}.npy') as f:
+                arrays[k] = _npy_array(f, LIMITS.voxels if k == 'hu' else 3)
+        return arrays
+
 # %% ../nbs/03a_ct.ipynb #94cdd206
 def _load_numpy(path, spacing) -> Volume:
     "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
-    try:
-        f = np.load(path)
-        f = {k: f[k] for k in ('hu', 'spacing', 'origin') if k in f} if path.suffix == '.npz' else {'hu': f}
-    except Exception as e: raise ValueError(f"{path} cannot be read as an array: {e}") from None
+    with naming(path), open_source(path, LIMITS.volume_bytes) as stream:
+        f = _npz_arrays(stream) if path.suffix == '.npz' else {'hu': _npy_array(stream)}
     if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
     found = f.get('spacing', spacing)
     if 'spacing' in f and spacing is not None and not np.allclose(found, spacing): raise ValueError(f"{path} says that its voxels are {tuple(found)} mm: leave spacing={spacing} out")

@@ -24,6 +24,7 @@ from .csvfile import plain_number
 from .decision import GRADE_NAMES
 from .files import unknown
 from .images import FITS
+from .source import check_size
 from .split import split_table
 from .table import label_table
 from .views import READERS, read_image
@@ -91,7 +92,7 @@ class Task:
     def __post_init__(self):
         if self.reader not in READERS: raise unknown('reader', self.reader, READERS)
         if self.fit not in FITS: raise unknown('fit', self.fit, FITS)
-        if not (isinstance(self.size, int) and self.size >= 16): raise ValueError(f"size={self.size!r}: give pixels, 16 or more, such as 224")
+        object.__setattr__(self, 'size', check_size(self.size))
         augmentation(self.augment)
     def target(self, name:str|None=None) -> Target:
         "A target of the task by its name"

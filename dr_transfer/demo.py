@@ -9,8 +9,8 @@ __all__ = ['STARTS', 'demo_table', 'demo_picture', 'make_demo']
 import json
 from pathlib import Path
 import pandas as pd
-from PIL import Image
 from .files import atomic_file, growing_folder, new_folder
+from .images import read_rgb
 from .phantom import make_dr
 from .run import write_run
 
@@ -42,7 +42,7 @@ def demo_picture(
     from dr_transfer.evaluate import pick_examples, plot_predictions
     t = pick_examples(pd.read_csv(out/'run'/'predictions.csv'), 8)
     titles = [f'{r.target}: p(referable) {r.p_referable:.2f}' for r in t.itertuples()]
-    fig = plot_predictions([Image.open(i) for i in t.image], titles, (t.target == t.prediction).tolist(),
+    fig = plot_predictions([read_rgb(i) for i in t.image], titles, (t.target == t.prediction).tolist(),
                            about='Drawn eyes of patients not seen in training: the truth, and what the model says')
     with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
     return out/'demo.png'

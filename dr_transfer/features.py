@@ -17,6 +17,7 @@ from .checks import image_list
 from .files import cache_folder, package_version, progress, unknown
 from .images import FITS
 from .model import POOLS, Body, good_bs, make_body
+from .source import check_size
 from .store import ArrayStore, fill_stores, source_name, stored_array
 from .views import READERS, READING, VIEWS, map_batches, normalise, read_image
 
@@ -98,7 +99,7 @@ def reading(
     "What is done with an image before and in the body, as a description that can be hashed"
     for name, what, known in ((views, 'views', VIEWS), (reader, 'reader', READERS), (fit, 'fit', FITS)):
         if name not in known: raise unknown(what, name, known)
-    if size < 16: raise ValueError(f"size={size}: give pixels, 16 or more, such as 224")
+    size = check_size(size)
     spec = body.stages.spec
     return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
             'views': views, 'setting': str(body.forward_setting), 'device': next(body.parameters()).device.type, 'made by': _MADE_BY}

@@ -8,16 +8,16 @@ __all__ = ['INSIDE', 'MEANS', 'SPREADS', 'CORRECTIONS', 'READERS', 'READING', 'd
            'Correction', 'correction_table', 'read_disc', 'read_image']
 
 # %% ../nbs/02_fundus.ipynb #ec48350c
-import io
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Callable
 import numpy as np, pandas as pd
 from PIL import Image, ImageChops, ImageOps
 from scipy.ndimage import gaussian_filter
-from .dicom import is_dicom
 from .files import unknown
-from .images import fit_square, read_rgb
+from .images import fit_square, image_header, read_rgb
+from .source import LIMITS, check_size
 
 # %% ../nbs/02_fundus.ipynb #12b9a297
 def _bright(im) -> tuple:
@@ -35,7 +35,12 @@ def disc_box(
     bright, f = _bright(im)
     ys, xs = (np.flatnonzero(bright.mean(axis=i) > share) for i in (1, 0))
     if len(ys) < 0.2*bright.shape[0] or len(xs) < 0.2*bright.shape[1]: return (0, 0, *im.size)
-    return (int(xs[0])*f, int(ys[0])*f, min((int(xs[-1])+1)*f, im.width), min((int(ys[-1])+1)*f, im.height))
+    left, top = int(xs[0])*f, int(ys[0])*f
+    right, bottom = min((int(xs[-1]) + 1)*f, im.width), min((int(ys[-1]) + 1)*f, im.height)
+    low, high = sorted((right - left, bottom - top))
+    if high > LIMITS.ratio*low: # a strip is no disc
+        return (0, 0, *im.size)
+    return left, top, right, bottom
 
 def trim_borders(
     im:Image.Image # RGB fundus photograph
@@ -113,7 +118,12 @@ def crop_disc(
 ) -> Image.Image: # Square; black where the frame cut the disc
     "The whole disc as a square, aspect kept; a photograph in which no disc stands out is padded to a square"
     disc = disc or find_disc(im)
-    if disc is None: return ImageOps.pad(im, (max(im.size),)*2)
+    edge = max(im.size) if disc is None else round(2*disc.r)
+    if edge**2 > 2*LIMITS.pixels: # a square around a long image takes more memory than the image
+        f = ceil(edge/(2*LIMITS.pixels)**.5)
+        im, disc = im.reduce(f), disc and disc.scaled(1/f)
+    if disc is None:
+        return ImageOps.pad(im, (max(im.size),)*2)
     return im.crop(disc.box)
 
 # %% ../nbs/02_fundus.ipynb #24f0ace3
@@ -204,6 +214,7 @@ def read_disc(
     size:int # Side of the crop in pixels
 ) -> tuple[Image.Image, Disc|None]: # (size, size), RGB; the disc in pixels of the file
     "A fundus photograph as a crop of its disc; None if no disc stands out and the whole picture was padded"
+    size = check_size(size)
     width, k = 0, 1.2
     while True:
         im = read_rgb(source, round(k*size/2)) # a JPEG is k times as large or more
@@ -211,18 +222,18 @@ def read_disc(
         if disc is None or 2*disc.r >= size or im.width == width: break
         width, k = im.width, 2*k
     crop = crop_disc(im, disc).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.)
-    return crop, disc and disc.scaled(_full_size(source)[0]/im.width)
+    return crop, disc and disc.scaled(_full_width(source)/im.width)
 
-def _full_size(source) -> tuple:
-    "Width and height as stored, upright"
-    if isinstance(source, (str, Path, bytes)) and not is_dicom(source):
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im: return im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
-    return read_rgb(source).size
+def _full_width(source) -> int:
+    "The width of an image before any scaling, upright"
+    if isinstance(source, (str, Path, bytes)):
+        return image_header(source).size[0]
+    return read_rgb(source).width
 
 # %% ../nbs/02_fundus.ipynb #e5450ffe
 READERS = {'photo': None, 'fundus': trim_borders, # name -> what is done before resizing; one that changes needs another name
            **{f'fundus_{k}': lambda im, f=f: f(crop_disc(im)) for k, f in CORRECTIONS.items() if k != 'none'}}
-READING = 1 # raised when a reader, a fit or a view does something else, so that stored features are computed anew
+READING = 2 # raised when a reader, a fit or a view does something else, so that stored features are computed anew
 
 def read_image(
     source, # Path, bytes, PIL image or array (height, width, 3)
@@ -232,5 +243,6 @@ def read_image(
 ) -> Image.Image: # (size, size), RGB
     "An image as the network gets it, before augmentation and normalisation"
     if reader not in READERS: raise unknown('reader', reader, READERS)
+    size = check_size(size)
     im = read_rgb(source, size)
     return fit_square(READERS[reader](im) if READERS[reader] else im, size, fit)

@@ -20,10 +20,11 @@ from scipy.stats.contingency import association
 from .checks import check_seed, image_list
 from .columns import some
 from .data import Target, Task, task_table
-from .dicom import is_dicom, read_dicom
 from .files import cache_folder, package_version, progress
+from .images import image_header
 from .intervals import group_codes
 from .store import ArrayStore, fill_stores, source_name, stored_array
+from .source import ImageError
 from .split import SplitError, split_advice
 from .table import KNOWN
 from .views import READING, map_batches, read_image
@@ -141,10 +142,15 @@ class Together:
 def file_facts(
     sources:list # Paths
 ) -> pd.DataFrame: # `suffix`, `width`, `height`, `kilobytes`
-    "What files say of where they come from, without decoding them"
-    def one(p):
-        with (read_dicom(p) if is_dicom(p) else Image.open(p)) as im: return Path(p).suffix.lower(), *im.size, Path(p).stat().st_size/1000
-    return pd.DataFrame([one(p) for p in sources], columns=['suffix', 'width', 'height', 'kilobytes'])
+    "What file names and headers tell of where images come from; no numbers for a file that cannot be read"
+    return pd.DataFrame([_file_facts(p) for p in sources], columns=['suffix', 'width', 'height', 'kilobytes'])
+
+def _file_facts(path) -> tuple:
+    try:
+        header = image_header(path)
+        return Path(path).suffix.lower(), header.width, header.height, Path(path).stat().st_size/1000
+    except (ImageError, OSError):
+        return Path(path).suffix.lower(), None, None, None
 
 # %% ../nbs/05d_leaks.ipynb #1e219da8
 def _levels(column) -> pd.Series:

@@ -9,7 +9,8 @@ __all__ = ['gather_images', 'predict_table']
 import os
 import numpy as np, pandas as pd
 from .decision import apply_decision, prediction_table
-from .table import find_images, image_errors
+from .images import image_errors
+from .table import find_images
 
 # %% ../nbs/10c_predictions.ipynb #42f84429
 def gather_images(

@@ -12,10 +12,10 @@ from dr_transfer.dicom import dicom_facts, is_dicom, read_dicom
 from dr_transfer.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, correction_table, crop_disc, disc_mask, find_disc, read_disc, to_right,
                                 trim_borders, undo_colour)
 from dr_transfer.gradability import LIMITS, REASONS, gradability, gradability_table
-from dr_transfer.images import read_rgb
+from dr_transfer.images import image_error, read_rgb
 from dr_transfer.phantom import draw_fundus, make_dr
 from dr_transfer.preprocess import Preparation, preprocess_folder
-from dr_transfer.table import find_images, image_error, label_table
+from dr_transfer.table import find_images, label_table
 from dr_transfer.views import READERS, read_image
 
 

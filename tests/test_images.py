@@ -103,7 +103,7 @@ def test_cmyk_jpeg():
     for size in (None, 8): assert far(read_rgb(data, size).resize((48, 32)), A).mean() < 4
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'LA', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'I', 'F'])
+@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'LA', 'RGBA', 'CMYK', 'YCbCr', 'HSV'])
 @pytest.mark.parametrize('fit', FITS)
 def test_any_mode_to_a_square(mode, fit):
     im = read_image(Image.fromarray(A).convert(mode), 24, fit=fit)

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from dr_transfer import table as module
+from dr_transfer.images import image_error, image_errors
 from dr_transfer.split import SplitError, check_split, split_summary, split_table
-from dr_transfer.table import class_counts, find_images, image_error, image_errors, label_table, set_aside
+from dr_transfer.table import class_counts, find_images, label_table, set_aside
 
 pytestmark = pytest.mark.filterwarnings('ignore:The least populated class:UserWarning')     # scikit-learn, of a small class
 COLUMNS = ['image', 'label', 'group', 'split']
@@ -67,11 +68,11 @@ def test_image_errors_are_in_order_and_in_words(tmp_path):
 
 def test_file_without_permission(tmp_path, monkeypatch):
     draw(tmp_path, 'a/1.png', 'a/2.png', 'b/3.png')
-    real = Image.open
+    real = os.open
     def opened(p, *args, **kwargs):
         if Path(p).name == '2.png': raise PermissionError(13, 'Permission denied')
         return real(p, *args, **kwargs)
-    monkeypatch.setattr(module.Image, 'open', opened)
+    monkeypatch.setattr(os, 'open', opened)
     t = label_table(tmp_path)
     assert len(t) == 2 and set_aside(t).reason.tolist() == ['no permission to read it']
 

@@ -14,8 +14,9 @@ from dr_transfer.data import GRADE, encode_target, get_task, task_dataloaders
 from dr_transfer.files import progress
 from dr_transfer.model import create_head
 from dr_transfer.phantom import make_dr, make_flowers
+from dr_transfer.images import image_errors
 from dr_transfer.split import split_table
-from dr_transfer.table import image_errors, label_table
+from dr_transfer.table import label_table
 from dr_transfer.views import read_image, stack_images
 
 

@@ -202,7 +202,7 @@ def draw_many(folder, n, side=40):
     from PIL import Image
     from dr_transfer.phantom import make_flowers
     make_flowers(folder/'source', n=20, size=128, seed=5)
-    source = [np.asarray(Image.open(p)) for p in sorted((folder/'source').rglob('*.jpg'))]
+    source = [np.asarray(Image.open(p, formats=('JPEG',))) for p in sorted((folder/'source').rglob('*.jpg'))]
     rng = np.random.default_rng(0)
     for i in range(n):
         s = source[i % len(source)]
@@ -246,11 +246,11 @@ def fundus(root, rounds=7):
 
     def decode(smaller=None):
         for f in files:
-            with Image.open(f) as im:
+            with Image.open(f, formats=('JPEG',)) as im:
                 if smaller: im.draft('RGB', smaller)
                 im.load()
 
-    ways = {'ours': lambda: [read_disc(f, 512) for f in files], 'pil': lambda: [Image.open(f).convert('RGB').resize((512, 512)) for f in files],
+    ways = {'ours': lambda: [read_disc(f, 512) for f in files], 'pil': lambda: [Image.open(f, formats=('JPEG',)).convert('RGB').resize((512, 512)) for f in files],
             'decoder': decode, 'decoder at a quarter': lambda: decode((1072, 712))}
     times = {k: [] for k in ways}
     for i, (k, f) in ((i, w) for i in range(rounds + 1) for w in ways.items()):
