@@ -68,10 +68,10 @@ def compare(
     recipes, task = _recipes(archs, plans), get_task(task, size)
     for arch, plan in recipes.values(): create_body(arch, plan.weights or kwargs.get('weights')) # weights that are missing are missed now, not in the night
     t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks)
-    groups, tables = t[t.split == 'valid'][['image', 'group']], {}
+    tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), arch=arch, allow_leaks=allow_leaks, **kwargs)
-        tables[name] = p.merge(groups, on='image')
+        tables[name] = p
     return Comparison(tables, table_classes(p))
 
 # %% ../nbs/12b_compare.ipynb #51be185e

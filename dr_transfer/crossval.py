@@ -27,7 +27,7 @@ from .weights import file_hash
 
 # %% ../nbs/10b_crossval.ipynb #73e2fcf2
 KEPT = ('predictions.csv', 'history.csv')
-TRAINING = 1 # raised when a training does something else, so that what is kept is computed anew
+TRAINING = 2 # raised when a training does something else, so that what is kept is computed anew
 
 def _said(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
@@ -61,7 +61,7 @@ def train_once(
     side:str='valid', # Whose predictions: 'valid' or 'test'
     say:Callable=print, # What is done with the lines that tell how it goes
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
-) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, prediction, p_CLASS...`; a row an epoch
+) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, group, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
     plan, why = (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
     kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(get_plan(plan), k))} # a plan's own come first
@@ -75,7 +75,9 @@ def train_once(
         with atomic_folder(file, overwrite=True, ours=KEPT) as tmp:
             for name, t in zip(KEPT, (found, history)): t.to_csv(tmp/name, index=False)
     found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}, keep_default_na=False, na_values={}) for name in KEPT)
-    return found.assign(image=table.image[table.split == side].tolist()), history # they may have moved
+    rows = table[table.split == side]
+    own = {c: rows[c].tolist() for c in ('image', 'group')} # they may have moved, and groups do not change a training
+    return found.assign(**own), history
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
 def fold_tables(
@@ -105,15 +107,16 @@ def cross_validate(
     group_col:str|None=None, # Column of the patients; a usual one if None
     say:Callable=print, # What is done with the lines that tell how it goes
     **kwargs # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
-) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, facts
+) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
     "Predictions of every image by a model that saw neither it nor its group nor a copy"
     task = get_task(task, kwargs.pop('size', None))
     tables, out = fold_tables(data, task, target, labels, folds, seed, group_col), []
     for k, t in enumerate(tables, 1):
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=lambda line: say(f'fold {k} of {len(tables)}: {line}'), **kwargs)
-        out.append(t.drop(columns=['target', 'split']).merge(p, on='image').assign(fold=k))
+        out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
     out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
+    out.attrs['patients'] = tables[0].attrs.get('patients', '')
     return out
 
 # %% ../nbs/10b_crossval.ipynb #871803a4
@@ -124,4 +127,6 @@ def decide_across(
 ) -> tuple[pd.DataFrame, dict]: # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
-    return pd.concat(parts).sort_index(), choose_decision(table, classes, **share)
+    out = pd.concat(parts).sort_index()
+    out.attrs = dict(table.attrs)
+    return out, choose_decision(table, classes, **share)
