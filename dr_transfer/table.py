@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 'DATA', 'KNOWN', 'SPLITS', 'find_images',
-           'image_error', 'image_errors', 'read_labels', 'data_names', 'data_columns', 'shown_name', 'label_table',
-           'set_aside', 'class_counts', 'SplitError', 'split_table', 'check_split', 'split_summary']
+           'image_error', 'image_errors', 'read_labels', 'data_names', 'with_data_names', 'data_columns', 'shown_name',
+           'label_table', 'set_aside', 'class_counts', 'SplitError', 'split_table', 'check_split', 'split_summary']
 
 # %% ../nbs/01_table.ipynb #d93bb901
 import os
@@ -114,6 +114,13 @@ def data_names(
         names[column] = name
         taken[name] = column
     return names
+
+def with_data_names(
+    table:pd.DataFrame, # With columns of the library and of the user
+    own # Names of the library's columns
+) -> pd.DataFrame: # The same rows
+    "A table in which every column that is not the library's own begins with `data_`"
+    return table.rename(columns=data_names([c for c in table if c not in own]))
 
 def data_columns(
     table:pd.DataFrame # A table of this library
