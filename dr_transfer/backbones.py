@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, timm, torch, torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .files import atomic_file, check_new, unknown, usual_mode
+from .files import new_file, unknown, usual_mode
 from .networks import NETWORKS
 from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
 
@@ -317,13 +317,12 @@ def save_weights(
 ) -> Path: # The file
     "The weights of a body, as a file that `weights=` takes; ValueError if the file is there, or for what is no body"
     if not hasattr(body, 'spec'): raise ValueError(f"{type(body).__name__} is no body from create_body: of a learner give learn.model[0][0].stages")
-    check_new(file, overwrite)
     net = _build(body.spec).eval()
     chain = _chain(net, body.spec)
     twin = _whole(net, body.spec, None) if chain is None else _cut(chain, body.spec, stage_names(body)[-1])
     twin.load_state_dict(body.state_dict())
     inside = {id(v) for v in twin.state_dict(keep_vars=True).values()}
-    with atomic_file(file) as tmp:
+    with new_file(file, overwrite) as tmp:
         save_file({k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp)
         usual_mode(tmp)
     return Path(file)

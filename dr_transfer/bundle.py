@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .backbones import create_body
 from .model import Head, create_head, head_inputs, make_body, view_probs
-from .files import atomic_folder, unknown, usual_mode
+from .files import new_folder, unknown, usual_mode
 from .images import FITS
 from .predictions import gather_images, predict_table # of such a model, for those who take them from here
 from .views import READERS, VIEWS, read_image
@@ -99,7 +99,8 @@ def save_model(
 ) -> Path: # The folder
     "Save a trained model as a folder; ValueError if something is there already"
     model = learn if isinstance(learn, ImageModel) else image_model(learn)
-    with atomic_folder(folder, overwrite, MODEL_FILES) as tmp: write_model(model, tmp)
+    with new_folder(folder, overwrite, kind='model') as tmp:
+        write_model(model, tmp)
     return Path(folder)
 
 # %% ../nbs/13_bundle.ipynb #ba23b966

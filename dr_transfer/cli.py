@@ -16,12 +16,24 @@ def train(
     a:argparse.Namespace # As `dr_transfer train --help` tells
 ) -> int: # Exit code
     "Train a model on a folder of pictures and write the run into a new folder"
-    from dr_transfer.files import atomic_folder, check_new
+    from dr_transfer.files import check_outside, new_folder
+    from dr_transfer.run import RUN_FILES
+    out, share = Path(a.out or _default_out(a.data)), _share(a)
+    check_outside(out, a.data)
+    with new_folder(out, a.overwrite, keep_parts=True) as tmp:
+        learn, measures = _train_into(a, tmp, share)
+    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
+    if 'gap' in learn.record: print('better on the training side by: ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
+    _print_decision(learn.record['decision'])
+    print(f"written: {out} ({', '.join(RUN_FILES)})")
+    return 0
+
+def _train_into(a, folder, share) -> tuple:
+    "Train and write the run into a folder; the learner and its measures"
     from dr_transfer.data import get_task
     from dr_transfer.plans import get_plan
     from dr_transfer.backbones import find_backbone
-    from dr_transfer.run import RUN_FILES, write_run
-    out, share = check_new(a.out or _default_out(a.data), a.overwrite, RUN_FILES), _share(a)
+    from dr_transfer.run import write_run
     get_task(a.task, a.size).target(a.target), get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs), a.arch and find_backbone(a.arch)
     from dr_transfer.core import build_learner, fit
     plan = _print_advice(a) if a.plan == 'advise' else a.plan
@@ -29,12 +41,7 @@ def train(
                           bs=a.bs, valid=a.valid, seed=a.seed, setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
     _describe(learn)
     fit(learn, epochs=a.epochs)
-    with atomic_folder(out, a.overwrite, RUN_FILES) as tmp: measures = write_run(learn, tmp, share)
-    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
-    if 'gap' in learn.record: print('better on the training side by: ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
-    _print_decision(learn.record['decision'])
-    print(f"written: {out} ({', '.join(RUN_FILES)})")
-    return 0
+    return learn, write_run(learn, folder, share)
 
 # %% ../nbs/14_cli.ipynb #3b4fd565
 def _print_decision(decision):
@@ -62,12 +69,14 @@ def advise(
     a:argparse.Namespace # As `dr_transfer advise --help` tells
 ) -> int: # Exit code
     "Measure the images of a folder and recommend a plan"
-    from dr_transfer.files import atomic_file, check_new
-    out = check_new(a.out or f'{_default_out(a.data)[:-4]}_advice.png', a.overwrite)
-    advice = _print_advice(a)
-    from dr_transfer.advisor import plot_advice
-    print(advice.profile.round(3).to_string())
-    with atomic_file(out) as f: plot_advice(advice).savefig(f, dpi=120, format='png')
+    from dr_transfer.files import check_outside, new_file
+    out = Path(a.out or f'{_default_out(a.data)[:-4]}_advice.png')
+    check_outside(out, a.data)
+    with new_file(out, a.overwrite) as f:
+        advice = _print_advice(a)
+        from dr_transfer.advisor import plot_advice
+        print(advice.profile.round(3).to_string())
+        plot_advice(advice).savefig(f, dpi=120, format='png')
     print(f'picture: {out}')
     return 0
 
@@ -78,18 +87,26 @@ def _load(a):
     from dr_transfer.bundle import load_model
     return load_model(Path(a.model)/'model' if (Path(a.model)/'model').is_dir() else a.model, a.setting)
 
+def _predictions(a):
+    "The table of predictions"
+    from dr_transfer.predictions import gather_images, predict_table
+    from dr_transfer.onnx_export import OnnxModel
+    return predict_table(OnnxModel(a.model) if a.model.endswith('.onnx') else _load(a), gather_images(a.images))
+
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` tells
 ) -> int: # Exit code
     "Predict images with a saved model; a table as CSV"
-    from dr_transfer.files import atomic_file, check_new
-    from dr_transfer.predictions import gather_images, predict_table
-    from dr_transfer.onnx_export import OnnxModel
-    if a.out: check_new(a.out, a.overwrite)
-    t = predict_table(OnnxModel(a.model) if a.model.endswith('.onnx') else _load(a), gather_images(a.images))
     if a.out:
-        with atomic_file(a.out) as f: t.to_csv(f, index=False, errors='surrogateescape')
-    else: t.to_csv(sys.stdout, index=False)
+        from dr_transfer.files import check_outside, new_file
+        for source in (a.model, *a.images):
+            if not Path(source).is_dir(): check_outside(a.out, source) # a table may lie beside the images, but not replace one
+        with new_file(a.out, a.overwrite) as f:
+            t = _predictions(a)
+            t.to_csv(f, index=False, errors='surrogateescape')
+    else:
+        t = _predictions(a)
+        t.to_csv(sys.stdout, index=False)
     bad = int((t.error != '').sum())
     print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) else 1
@@ -99,10 +116,11 @@ def export(
     a:argparse.Namespace # As `dr_transfer export --help` tells
 ) -> int: # Exit code
     "Write a saved model as an ONNX file, if it gives the same answers"
-    from dr_transfer.files import check_new
-    from dr_transfer.onnx_export import export_onnx
-    out = check_new(a.out or f'{Path(a.model).resolve().name}.onnx', a.overwrite)
-    out = export_onnx(_load(a), out, overwrite=a.overwrite)
+    from dr_transfer.files import new_file
+    from dr_transfer.onnx_export import check_onnx_name, write_onnx
+    out = check_onnx_name(a.out or f'{Path(a.model).resolve().name}.onnx')
+    with new_file(out, a.overwrite) as tmp:
+        write_onnx(_load(a), tmp)
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), the same answers as the model')
     return 0
 
@@ -129,23 +147,26 @@ def _labelled(a, about, classes):
     return encode_target(label_table(a.data, a.labels, group_col=a.patient), known if known.classes else Target(known.name, tuple(classes)))
 
 def _report_file(a, name='report.html'):
-    "The file to write, if neither it nor the table beside it is there"
-    from dr_transfer.files import check_new
+    "The file to write, outside of the data"
+    from dr_transfer.files import check_outside
     out = Path(a.out or f'{_default_out(a.data)[:-4]}_{name}')
     if out.suffix == '.csv': raise ValueError(f"--out {out}: the table is written beside it as .csv; give a name that ends in {Path(name).suffix}")
-    check_new(out.with_suffix('.csv'), a.overwrite)
-    return check_new(out, a.overwrite)
+    for source in (a.data, a.labels):
+        if source: check_outside(out, source)
+    return out
 
-def _print_report(e, out, n) -> int:
-    "Write the report, print the figures"
-    from dr_transfer.report import write_report
+def _print_report(e, out, pair, n) -> int:
+    "Write the report into the reserved files, print the figures"
+    from dr_transfer.files import REPORT_TABLE, companion
+    from dr_transfer.report import write_pages
     from dr_transfer.screening import measure_table
     print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
     if e.about.get('decision'): _print_decision(e.about['decision'])
     if e.known: print(f'left out: {len(e.known)} images, or near copies of them, that the model was made from')
     if e.aside: print(f'left out: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
-    print(f"report: {write_report(e, out, n)}\npredictions: {Path(out).with_suffix('.csv')}")
+    write_pages(e, *pair, n)
+    print(f"report: {out}\npredictions: {companion(out, REPORT_TABLE)}")
     return 0
 
 # %% ../nbs/14_cli.ipynb #09efbca6
@@ -153,18 +174,28 @@ def evaluate(
     a:argparse.Namespace # As `dr_transfer evaluate --help` tells
 ) -> int: # Exit code
     "What a trained model is worth on other images: a report"
-    from dr_transfer.report import evaluate_model
-    out, model = _report_file(a), _load(a)
-    e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks)
-    return _print_report(e, out, a.draws)
+    from dr_transfer.files import REPORT_TABLE, new_pair
+    out = _report_file(a)
+    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
+        from dr_transfer.report import evaluate_model
+        model = _load(a)
+        e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks)
+        return _print_report(e, out, pair, a.draws)
 
 # %% ../nbs/14_cli.ipynb #0d2fecbd
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` tells
 ) -> int: # Exit code
     "What a recipe is worth on images it has not seen: a report from cross-validation"
+    from dr_transfer.files import REPORT_TABLE, new_pair
+    out, share = _report_file(a), _share(a)
+    with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
+        return _print_report(_cross_validated(a, share), out, pair, a.draws)
+
+def _cross_validated(a, share):
+    "The evaluation of a recipe"
     from dr_transfer.data import get_task
-    out, share, task = _report_file(a), _share(a), get_task(a.task, a.size)
+    task = get_task(a.task, a.size)
     from dr_transfer.core import DEFAULT_ARCH, versions
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.decision import table_classes
@@ -177,7 +208,7 @@ def cross_validate(
     about = {'arch': a.arch or DEFAULT_ARCH, 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
     e = describe_images(t, classes, about, task.reader, Path(a.data).resolve().name, a.prevalence)
     e.aside, e.how = aside, f' In each of {a.folds} folds the threshold is that of the other folds.'
-    return _print_report(e, out, a.draws)
+    return e
 
 def _share(a) -> dict:
     "What the operating point is to reach: as said, and 0.9 of the referable if nothing is said"
@@ -191,18 +222,24 @@ def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` tells
 ) -> int: # Exit code
     "Several backbones and plans on one split: a table and a picture"
-    from dr_transfer.files import atomic_file
+    from dr_transfer.files import COMPARISON_TABLE, companion, new_pair
     out = _report_file(a, 'comparison.png')
+    with new_pair(out, COMPARISON_TABLE, a.overwrite) as pair:
+        _compare_into(a, *pair)
+    print(f"picture: {out}\ntable: {companion(out, COMPARISON_TABLE)}")
+    return 0
+
+def _compare_into(a, picture, table):
+    "Compare, print, and write into the reserved files"
+    from dr_transfer.files import file_digest
     from dr_transfer.compare import compare, plot_comparison
     from dr_transfer.experiments import main_measure
     c = compare(a.data, a.task, a.archs, a.plans, a.target, a.labels, a.valid, a.seed, a.size, a.epochs, a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
     t = c.table(a.draws)
     m = main_measure(t.index.get_level_values('measure'), a.measure)
     print(f'{m}, on the same {len(next(iter(c.tables.values())))} images, and the difference to the first:\n{t.xs(m, level="measure").round(3).to_string(na_rep="")}')
-    with atomic_file(out.with_suffix('.csv')) as f: t.to_csv(f)
-    with atomic_file(out) as f: plot_comparison(t, m).savefig(f, dpi=120, format='png')
-    print(f"picture: {out}\ntable: {out.with_suffix('.csv')}")
-    return 0
+    t.to_csv(table)
+    plot_comparison(t, m).savefig(picture, dpi=120, format='png', metadata={'dr_transfer-table': file_digest(table)})
 
 # %% ../nbs/14_cli.ipynb #2836e2d0
 def demo(

@@ -17,7 +17,7 @@ from .classifiers import grouped_folds
 from .core import build_learner, fit, valid_predictions, versions
 from .data import Task, encode_target, get_task
 from .decision import apply_decision, choose_decision
-from .files import atomic_folder, cache_folder
+from .files import cache_folder, new_folder
 from .leaks import Together
 from .plans import choose_plan, get_plan
 from .store import content_keys
@@ -72,7 +72,7 @@ def train_once(
         learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, **kwargs), epochs=epochs, say=say)
         found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
         if file is None: return found, history
-        with atomic_folder(file, overwrite=True, ours=KEPT) as tmp:
+        with new_folder(file, overwrite=True, kind='training', wait=60) as tmp:
             for name, t in zip(KEPT, (found, history)): t.to_csv(tmp/name, index=False)
     found, history = (pd.read_csv(file/name, dtype={'target': str, 'prediction': str}, keep_default_na=False, na_values={}) for name in KEPT)
     rows = table[table.split == side]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter1d
-from .files import atomic_folder, unknown
+from .files import new_folder, unknown
 from .phantom import _each, _stream
 
 # %% ../nbs/00h_ct_phantom.ipynb #9e8e1623
@@ -232,7 +232,7 @@ def make_ct(
     if n < 1 or every <= 0: raise ValueError(f"n={n}, every={every}: type 1 volume or more and some mm between slices")
     mark = folder/'drawn.json'
     if not (mark.is_file() and json.loads(mark.read_text()) == settings):
-        with atomic_folder(folder) as new:
+        with new_folder(folder, kind='drawn') as new:
             (new/'volumes').mkdir()
             seeds = _stream(seed, 9).integers(2**31, size=n).tolist()
             jobs = [dict(folder=str(new), seed=s, pattern=PATTERNS[i % len(PATTERNS)], spacing=spacing, nodes=nodes, every=every, patient=f'p{i:04d}') for i, s in enumerate(seeds)]

@@ -6,11 +6,11 @@
 __all__ = ['STARTS', 'demo_table', 'demo_picture', 'make_demo']
 
 # %% ../nbs/13c_demo.ipynb #37856567
-import json, shutil
+import json
 from pathlib import Path
 import pandas as pd
 from PIL import Image
-from .files import atomic_file, atomic_folder, check_new
+from .files import atomic_file, growing_folder, new_folder
 from .phantom import make_dr
 from .run import write_run
 
@@ -23,7 +23,8 @@ def _start(out, name, size, seed, setting):
     from dr_transfer.core import build_learner, fit # they take seconds, which a folder that is in the way need not cost
     print(f"training a head on {'random' if STARTS[name] else 'ImageNet'} weights", flush=True)
     learn = fit(build_learner(out/'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head')
-    with atomic_folder(out/name) as tmp: write_run(learn, tmp, {'sensitivity': 0.9})
+    with new_folder(out/name, kind='run') as tmp:
+        write_run(learn, tmp, {'sensitivity': 0.9})
 
 # %% ../nbs/13c_demo.ipynb #9099747d
 def demo_table(
@@ -57,12 +58,14 @@ def make_demo(
 ) -> pd.DataFrame: # Measures, a row a start; also OUT/run, OUT/demo.png
     "Draw a set, learn from it with random and with ImageNet weights"
     out, what = Path(out), dict(n=images, size=size, seed=seed)
-    if overwrite and check_new(out, True, ('data', 'demo.png', *STARTS)).exists() and (out/'data'/'drawn.json').exists(): shutil.rmtree(out)
-    if (out/'data').is_dir(): make_dr(out/'data', **what) # it is there; an error if it is another one
-    else:
-        check_new(out)
-        print(f'drawing {images} fundus photographs', flush=True)
-        with atomic_folder(out/'data') as tmp: make_dr(tmp, **what)
-    for name in STARTS: _start(out, name, size, seed, setting)
-    demo_picture(out)
-    return demo_table(out)
+    with growing_folder(out, 'demo', ['demo.png', 'data/', *(f'{name}/' for name in STARTS)], overwrite):
+        if (out/'data').is_dir():
+            make_dr(out/'data', **what) # it is there; an error if it is another one
+        else:
+            print(f'drawing {images} fundus photographs', flush=True)
+            with new_folder(out/'data', kind='drawn') as tmp:
+                make_dr(tmp, **what)
+        for name in STARTS:
+            _start(out, name, size, seed, setting)
+        demo_picture(out)
+        return demo_table(out)

@@ -8,6 +8,8 @@ __all__ = ['RUN_FILES', 'write_run']
 # %% ../nbs/13b_run.ipynb #8e8601db
 import json
 from pathlib import Path
+from typing import Callable
+from .files import plain_text, print_warning
 
 # %% ../nbs/13b_run.ipynb #12bdf9c2
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
@@ -43,6 +45,15 @@ def write_run(
     record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
     t.to_csv(folder/'predictions.csv', index=False, errors='surrogateescape')
-    plot_history(learn.record['history']).savefig(folder/'history.png', dpi=120)
-    plot_confusion(y, probs.argmax(1), classes).savefig(folder/'confusion.png', dpi=120)
+    names = [plain_text(c) for c in classes]
+    _plot(folder/'history.png', lambda: plot_history(learn.record['history']))
+    _plot(folder/'confusion.png', lambda: plot_confusion(y, probs.argmax(1), names))
     return measures
+
+def _plot(file:Path, draw:Callable):
+    "Draw a figure into a file; what was trained does not depend on it, so one that fails is a warning"
+    try:
+        draw().savefig(file, dpi=120, format='png')
+    except Exception as e:
+        file.unlink(missing_ok=True)
+        print_warning(f'{file.name} could not be drawn ({type(e).__name__}: {e}); all else of the run is written')

@@ -14,20 +14,26 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom, read_dicom
-from .files import progress
+from .files import DATA_KINDS, MARKER, OutputError, output_kind, progress
 
 # %% ../nbs/01_table.ipynb #08a82432
+def _is_data(folder:Path) -> bool:
+    "Is a folder read as data? Not if it is an output of ours, such as a run with its plots"
+    return not os.path.lexists(folder/MARKER) or output_kind(folder) in ('', *DATA_KINDS)
+
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', *DICOM_SUFFIXES)
 
 def find_images(
     folder:str|Path # Where to look, however deep
 ) -> list[Path]: # Sorted paths
-    "All image files below `folder` by their suffix; hidden ones are left out"
+    "All image files below `folder` by their suffix; hidden ones, and what we wrote ourselves, are left out"
     folder, found = Path(folder), []
     if not folder.is_dir(): raise ValueError(f"{folder} is not a folder: give the folder that holds the images")
+    if not _is_data(folder):
+        raise OutputError(f"{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: give the folder that holds the images")
     def _refuse(e): raise ValueError(f"{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder")
     for root, dirs, files in os.walk(folder, onerror=_refuse):
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(Path(root)/d))
         found += [Path(root)/f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
     return sorted(found)
 
