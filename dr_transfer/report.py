@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .bundle import ImageModel, predict_table
 from .decision import decisions, question, table_arrays
 from .evaluate import plot_confusion
-from .files import REPORT_TABLE, file_digest, new_pair, package_version
+from .files import REPORT_TABLE, file_digest, new_pair, package_version, unknown
 from .gradability import gradability_table
 from .leaks import MOST, confounders, file_facts, nearest_bits, seen_before
 from .operating import OperatingPoint, check_prevalence
