@@ -302,7 +302,7 @@ def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
     assert len(pd.read_csv(tmp_path/'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
 
 
-def table_of(change, n=60): return change(predictions(n))
+
 
 
 EDGES = {'no group': lambda t: t.drop(columns='group'), 'empty groups': lambda t: t.assign(group=None), 'one class': lambda t: t[t.target == 'ill'],
