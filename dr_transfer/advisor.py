@@ -16,6 +16,7 @@ from .classifiers import grouped_folds
 from .columns import group_errors
 from .data import Task, get_task
 from .features import extract_features, whole_body
+from .files import plain_text
 from .leaks import split_data
 from .model import make_body
 from .plans import LARGE, PLANS, Plan
@@ -154,5 +155,5 @@ def plot_advice(
 ) -> Figure:
     "The depth profile, with the advice above it"
     fig = plot_depth_profile(advice.profile)
-    fig.suptitle(f"{advice.scenario}: plan '{advice.plan.name}'", fontsize=10)
+    fig.suptitle(plain_text(f"{advice.scenario}: plan '{advice.plan.name}'", 120), fontsize=10)
     return fig

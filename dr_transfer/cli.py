@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #3a343d7e
+# %% ../nbs/14_cli.ipynb #403fc05a
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
                                    add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
 
-# %% ../nbs/14_cli.ipynb #0ea3a76a
+# %% ../nbs/14_cli.ipynb #1c942f64
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #02d7d5d8
+# %% ../nbs/14_cli.ipynb #12c2cb23
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -128,7 +128,7 @@ def _write_run(learn, folder, point):
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #5b6b14c2
+# %% ../nbs/14_cli.ipynb #4ca901d0
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -152,7 +152,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #cc685fa1
+# %% ../nbs/14_cli.ipynb #7159cb37
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -203,7 +203,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #893769b3
+# %% ../nbs/14_cli.ipynb #54b1a87f
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -219,7 +219,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #0ec2f057
+# %% ../nbs/14_cli.ipynb #fc3158a5
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -278,7 +278,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #5f33ac35
+# %% ../nbs/14_cli.ipynb #f6c6e214
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -313,7 +313,7 @@ def _cross_evaluation(a):
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #7ab8d0f2
+# %% ../nbs/14_cli.ipynb #883ba3b3
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -348,13 +348,12 @@ def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
     import numpy as np
     from dr_transfer.data import class_names, encode_target
-    from dr_transfer.experiments import main_measure
-    from dr_transfer.screening import measures
+    from dr_transfer.screening import main_measure, measures
     classes = class_names(encode_target(images, goal), goal)
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #ee16b6fb
+# %% ../nbs/14_cli.ipynb #566bcfd4
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -366,7 +365,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #4c54e663
+# %% ../nbs/14_cli.ipynb #ba085a75
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -392,7 +391,7 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #e39e1378
+# %% ../nbs/14_cli.ipynb #42e24a40
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
@@ -429,7 +428,7 @@ def _add_export(commands):
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #030c2ab5
+# %% ../nbs/14_cli.ipynb #7488d311
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
@@ -471,7 +470,7 @@ def _add_compare(commands):
     add_bootstrap_argument(add)
     add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #b254f5f2
+# %% ../nbs/14_cli.ipynb #7b3f62b7
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):

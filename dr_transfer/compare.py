@@ -16,10 +16,10 @@ from .backbones import DEFAULT_ARCH, create_body, find_backbone
 from .crossval import train_once
 from .data import Task, get_task
 from .decision import table_classes
-from .experiments import main_measure
+from .files import plain_text
 from .leaks import split_data
 from .plans import Plan, get_plan
-from .screening import compare_tables, measure_table
+from .screening import compare_tables, main_measure, measure_table
 from .table import report_table
 
 # %% ../nbs/12b_compare.ipynb #44228791
@@ -71,10 +71,10 @@ def compare(
     for arch, plan in recipes.values(): create_body(arch, plan.weights or kwargs.get('weights')) # weights that are missing are missed now, not in the night
     t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col)
     report_table(t, say)
-    groups, tables = t[t.split == 'valid'][['image', 'group']], {}
+    tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), arch=arch, allow_leaks=allow_leaks, **kwargs)
-        tables[name] = p.merge(groups, on='image')
+        tables[name] = p
     return Comparison(tables, table_classes(p))
 
 # %% ../nbs/12b_compare.ipynb #51be185e
@@ -87,12 +87,12 @@ def plot_comparison(
     t = table.xs(m, level='measure')
     fig = Figure(figsize=(7, 1 + 0.4*len(t)), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
-    for ax, value, what in ((left, 'value', m.upper() if m == 'auc' else m), (right, 'difference', f'difference to {t.index[0]}')):
+    for ax, value, what in ((left, 'value', m.upper() if m == 'auc' else m), (right, 'difference', f'difference to {plain_text(t.index[0])}')):
         low, high = ('low', 'high') if value == 'value' else ('difference_low', 'difference_high')
         d = t[t[value].notna()]
         ax.errorbar(d[value], [list(t.index).index(i) for i in d.index], xerr=[d[value] - d[low], d[high] - d[value]], fmt='o', ms=5, capsize=3)
         ax.set_xlabel(what, fontsize=9)
         ax.grid(axis='x', color='0.92')
     right.axvline(0, color='grey', lw=1, ls=':')
-    left.set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - 0.5, -0.5))
+    left.set(yticks=range(len(t)), yticklabels=[plain_text(name) for name in t.index], ylim=(len(t) - 0.5, -0.5))
     return fig

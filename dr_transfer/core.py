@@ -272,13 +272,14 @@ def features_stored(
 def valid_predictions(
     learn:Learner, # From `build_learner`
     side:str='valid' # 'valid', 'test' or 'train'
-) -> pd.DataFrame: # `image, target, prediction, p_CLASS...`
+) -> pd.DataFrame: # `image, target, group, prediction, p_CLASS...`
     "The predictions for the validation side, or another one"
     rows = learn.table[learn.table.split == side]
     if not len(rows): raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
     probs = _feature_probs if features_stored(learn) else predict_probs
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
+    t.insert(2, 'group', rows.group.tolist()) # intervals are over groups
     return t
 
 # %% ../nbs/08_core.ipynb #246007f3

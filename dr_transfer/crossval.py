@@ -38,7 +38,7 @@ def _quiet(line):
 def _kept_table(file) -> pd.DataFrame:
     "A table that was kept, its numbers as numbers"
     t = read_csv(file)
-    text = ('image', 'target', 'prediction', 'decision')
+    text = ('image', 'group', 'target', 'prediction', 'decision')
     return t.assign(**{c: pd.Series([_value(v) for v in t[c]], t.index) for c in t if c not in text})
 
 def _value(text):
@@ -81,7 +81,7 @@ def train_once(
     side:str='valid', # Whose predictions: 'valid' or 'test'
     say:Callable=print, # What is done with the lines that tell how it goes
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
-) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, prediction, p_CLASS...`; a row an epoch
+) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, group, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
     plan, why = (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
     kwargs |= {k: v for k in ('arch', 'weights') if (v := getattr(get_plan(plan), k))} # a plan's own come first
@@ -96,7 +96,9 @@ def train_once(
             for name, t in zip(KEPT, (found, history)):
                 write_csv(t, tmp/name)
     found, history = (_kept_table(file/name) for name in KEPT)
-    return found.assign(image=table.image[table.split == side].tolist()), history # they may have moved
+    rows = table[table.split == side]
+    own = {c: rows[c].tolist() for c in ('image', 'group')} # they may have moved, and groups do not change a training
+    return found.assign(**own), history
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
 def fold_tables(
@@ -131,13 +133,13 @@ def cross_validate(
     group_col:str|None=None, # Column of the patients; a usual one if None
     say:Callable=print, # What is done with the lines that tell how it goes
     **kwargs # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
-) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, facts
+) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
     "Predictions of every image by a model that saw neither it nor its group nor a copy"
     task = get_task(task, kwargs.pop('size', None))
     tables, out = fold_tables(data, task, target, labels, folds, seed, group_col, say), []
     for k, t in enumerate(tables, 1):
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=lambda line: say(f'fold {k} of {len(tables)}: {line}'), **kwargs)
-        out.append(t.drop(columns=['target', 'split']).merge(p, on='image').assign(fold=k))
+        out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
     out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
     out.attrs |= {k: tables[0].attrs[k] for k in ('patients', 'notes') if k in tables[0].attrs}

@@ -34,6 +34,18 @@ def table_classes(
     return classes
 
 # %% ../nbs/00g_decision.ipynb #468969af
+def _probabilities(table, columns) -> np.ndarray:
+    "Probability columns as numbers (n, k); a ValueError that names the first cell that is none"
+    for c in columns:
+        if table.columns.tolist().count(c) > 1:
+            raise ValueError(f"the table has several columns {c!r}: keep one")
+        number = pd.to_numeric(table[c], errors='coerce')
+        bad = table[c][number.isna() & table[c].notna()]
+        if len(bad):
+            raise ValueError(f"the column {c!r} holds {bad.iloc[0]!r}, which is no number: a column that begins with 'p_' "
+                             "is the probability of a class. Give other columns other names, such as data_...")
+    return table[columns].apply(pd.to_numeric).to_numpy(float)
+
 def table_arrays(
     table:pd.DataFrame, # `target`, `p_CLASS...`
     classes # Class names in order
@@ -44,7 +56,7 @@ def table_arrays(
     code = {str(c): i for i, c in enumerate(classes)}
     odd = sorted(set(table.target.astype(str)) - set(code))
     if odd: raise ValueError(f"the target '{odd[0]}' is no class of the model: it knows {', '.join(code)}")
-    return table.target.astype(str).map(code).to_numpy(), table[[f'p_{c}' for c in classes]].to_numpy(float)
+    return table.target.astype(str).map(code).to_numpy(), _probabilities(table, [f'p_{c}' for c in classes])
 
 # %% ../nbs/00g_decision.ipynb #d39ab1c2
 GRADE_NAMES = ['0', '1', '2', '3', '4']
@@ -77,7 +89,12 @@ def decisions(
     "What was decided of each image"
     q = question(table, classes)
     if q is None: return None
-    if 'decision' in table and table.decision.notna().all(): return (table.decision == q.name).to_numpy()
+    if 'decision' in table and table.decision.notna().all():
+        odd = sorted(set(map(str, table.decision)) - {q.name, f'not {q.name}'})
+        if odd:
+            raise ValueError(f"the column 'decision' holds {odd[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
+                             "Give a column of your own another name, such as data_decision")
+        return (table.decision == q.name).to_numpy()
     return point and point.decide(q.score)
 
 # %% ../nbs/00g_decision.ipynb #8efd4d73

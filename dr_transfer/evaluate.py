@@ -9,6 +9,8 @@ __all__ = ['plot_history', 'plot_confusion', 'plot_predictions', 'pick_examples'
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from .decision import table_classes
+from .files import plain_text
 from .metrics import confusion
 
 # %% ../nbs/10_evaluate.ipynb #cdaaab7f
@@ -27,7 +29,7 @@ def plot_history(
     left, right = fig.subplots(1, 2)
     dot = 'o' if len(h) < 3 else None # a head that was solved has one epoch
     for c, style in (('train_loss', '--'), ('valid_loss', '-')): left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
-    for c in names: right.plot(h.x, h[c], marker=dot, label=c)
+    for c in names: right.plot(h.x, h[c], marker=dot, label=plain_text(c))
     for ax, what in ((left, 'loss'), (right, 'validation metrics')):
         for x in cuts: ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
         ax.set(xlabel='epoch', title=what)
@@ -52,8 +54,9 @@ def plot_confusion(
     for i in range(len(classes)):
         for j in range(len(classes)):
             ax.text(j, i, f'{m[i, j]}\n{share[i, j]:.0%}', ha='center', va='center', fontsize=9, color='white' if share[i, j] > 0.5 else 'black')
-    ax.set_xticks(range(len(classes)), classes, rotation=30 if len(classes) > 2 else 0)
-    ax.set_yticks(range(len(classes)), classes)
+    names = [plain_text(c, 30) for c in classes]
+    ax.set_xticks(range(len(classes)), names, rotation=30 if len(classes) > 2 or max(map(len, names)) > 12 else 0)
+    ax.set_yticks(range(len(classes)), names)
     ax.set(xlabel='predicted', ylabel='true')
     return fig
 
@@ -71,8 +74,9 @@ def plot_predictions(
     for ax in fig.subplots(rows, cols, squeeze=False).flat: ax.axis('off')
     for ax, im, title, ok in zip(fig.axes, images, titles, right):
         ax.imshow(np.asarray(im))
-        ax.set_title(title, fontsize=9, color='black' if ok else 'firebrick')
-    if about: fig.suptitle(about, fontsize=10)
+        ax.set_title(plain_text(title), fontsize=9, color='black' if ok else 'firebrick')
+    if about:
+        fig.suptitle(plain_text(about, 120), fontsize=10)
     return fig
 
 # %% ../nbs/10_evaluate.ipynb #844b6bea
@@ -81,9 +85,9 @@ def pick_examples(
     n:int=8 # How many
 ) -> pd.DataFrame: # n rows: surest right ones first, then surest wrong ones
     "Images worth looking at: where the model is surest, right and wrong"
-    sure = table.filter(like='p_').max(axis=1).rename('sure')
-    t = table.join(sure).sort_values('sure', ascending=False)
+    sure = table[[f'p_{c}' for c in table_classes(table)]].max(axis=1)
+    t = table.iloc[np.argsort(-sure.to_numpy(), kind='stable')]
     wrong = t[t.target != t.prediction].head(n//2)
     right = t[t.target == t.prediction].groupby('target', sort=True).head(n)
     right = right.assign(k=right.groupby('target').cumcount()).sort_values(['k', 'target']).head(n - len(wrong))
-    return pd.concat([right, wrong]).drop(columns=['sure', 'k'])
+    return pd.concat([right, wrong]).drop(columns='k')

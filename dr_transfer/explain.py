@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from .backbones import Stages, stage_names
 from .features import Features, _chosen
+from .files import plain_text
 from .intervals import bootstrap, group_codes
 from .phantom import contact_sheet
 from .views import normalise, read_image, stack_images
@@ -55,7 +56,7 @@ def plot_filters(
         tiles = np.ones((-(-n//cols)*cols, h + 1, k + 1, 3))
         tiles[:n, :h, :k] = np.repeat(scaled, 3//c, 1).transpose(0, 2, 3, 1)
         ax.imshow(tiles.reshape(-1, cols, h + 1, k + 1, 3).transpose(0, 2, 1, 3, 4).reshape(-1, cols*(k + 1), 3))
-        ax.set_title(name, fontsize=9, loc='left')
+        ax.set_title(plain_text(name), fontsize=9, loc='left')
         ax.axis('off')
     return fig
 
@@ -260,7 +261,7 @@ def plot_neighbours(
     ax = fig.subplots()
     for i, (name, t) in enumerate(tables.items()):
         colour = f'C{i}'
-        ax.errorbar(t.index, t.value, (t.value - t.low, t.high - t.value), fmt='o-', capsize=2, color=colour, label=name)
+        ax.errorbar(t.index, t.value, (t.value - t.low, t.high - t.value), fmt='o-', capsize=2, color=colour, label=plain_text(name))
         ax.plot(t.index, t.chance, ':', color=colour)
     ax.set(xlabel='stage', ylabel='share of the nearest images', ylim=(0, 1))
     ax.legend(frameon=False)

@@ -319,10 +319,16 @@ def usual_mode(
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 def plain_text(
-    text # A class name, a file name, or what else a user chose
+    text, # A class name, a file name, or what else a user chose
+    most:int=60 # Characters; a longer text loses its middle
 ) -> str:
-    "A text as matplotlib draws it letter by letter"
+    "A text as matplotlib draws it letter by letter, also in a legend, and short enough for a figure"
     readable = str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+    if len(readable) > most:
+        half = (most - 1)//2
+        readable = f'{readable[:half]}…{readable[-half:]}'
+    if readable.startswith('_'):
+        readable = f' {readable}' # matplotlib leaves out legends that begin with it
     return readable.replace('$', r'\$')
 
 def print_warning(

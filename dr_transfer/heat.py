@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from .backbones import Stages, _trace
 from .explain import evaluating, model_parts
-from .files import extra_module, unknown
+from .files import extra_module, plain_text, unknown
 from .intervals import bootstrap
 from .operating import OperatingPoint
 from .phantom import contact_sheet
@@ -234,8 +234,9 @@ def plot_heat_tables(
     shown = (('share of the heat', ('share of the area', 'heat of the others', 'own heat, turned')), ('hottest pixel', ('area with the margin', 'hottest pixel of the others')))
     for ax, (figure, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
         rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
-        ax.errorbar(rows.value, rows.index, xerr=(rows.value - rows.low, rows.high - rows.value), fmt='o', capsize=2)
-        for mark, c in zip('x+|', chances): ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], rows.index, mark, color='firebrick', label=c)
-        ax.set(xlabel=f'{figure} on the truth', xlim=(0, None))
+        at = np.arange(len(rows))
+        ax.errorbar(rows.value, at, xerr=(rows.value - rows.low, rows.high - rows.value), fmt='o', capsize=2)
+        for mark, c in zip('x+|', chances): ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], at, mark, color='firebrick', label=c)
+        ax.set(xlabel=f'{figure} on the truth', xlim=(0, None), yticks=at, yticklabels=[plain_text(k) for k in rows.index])
         ax.legend(frameon=False, fontsize=7, title='by chance', title_fontsize=7, loc='lower left', bbox_to_anchor=(0, 1))
     return fig

@@ -206,7 +206,9 @@ def contact_sheet(
     for i, im in enumerate(images):
         at = (i % cols*size, i//cols*size)
         sheet.paste(ImageOps.pad(Image.fromarray(np.asarray(im)).convert('RGB'), (size, size)), at)
-        if titles is not None: ImageDraw.Draw(sheet).text(at, str(titles[i]), fill='white')
+        if titles is not None:
+            title = str(titles[i]).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+            ImageDraw.Draw(sheet).text(at, title, fill='white')
     return sheet
 
 # %% ../nbs/00_phantom.ipynb #cell042

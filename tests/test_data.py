@@ -94,7 +94,7 @@ def test_class_names():
 def test_a_table_is_split_by_what_is_learnt(dr):
     "The labels stay as they are, the classes of the target are in proportion, patients stay whole; the seed decides."
     t = task_table(dr, REFERABLE)
-    assert list(t.columns) == ['image', 'label', 'group', 'split', 'eye', 'target'] and set(t.label) > {'0', '2'} and set(t.target) == {'no', 'referable'}
+    assert list(t.columns) == ['image', 'label', 'group', 'split', 'data_eye', 'target'] and set(t.label) > {'0', '2'} and set(t.target) == {'no', 'referable'}
     assert t.target.tolist() == encode_target(t.drop(columns='target'), REFERABLE).target.tolist() and len(t) == 48
     assert t.groupby('group').split.nunique().max() == 1 and set(t.split) == {'train', 'valid'}
     share = t.target.eq('referable').groupby(t.split).mean()

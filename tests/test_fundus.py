@@ -274,7 +274,7 @@ def test_patient_eye_and_camera_come_from_the_file(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         camera_file(folder/f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i//2}', 'LR'[i % 2])
     t = label_table(tmp_path/'data').sort_values('image', key=lambda s: s.str[-5:])
-    assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1'] and t.eye.tolist() == ['left', 'right']*2 and set(t.camera) == {'Lens'}
+    assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1'] and t.data_eye.tolist() == ['left', 'right']*2 and set(t.data_camera) == {'Lens'}
     (tmp_path/'data'/'ill'/'1.dcm').write_bytes(b'nothing')
     assert len(label_table(tmp_path/'data')) == 3
 

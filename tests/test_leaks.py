@@ -167,10 +167,10 @@ def test_confounders_are_columns_that_chance_does_not_explain():
 
 def test_the_report_names_what_it_found(eyes):
     t = label_table(eyes)
-    t['camera'] = np.where(t.label.astype(int) > 1, 'new', 'old')
+    t['data_camera'] = np.where(t.label.astype(int) > 1, 'new', 'old')
     t['split'] = np.where(np.arange(len(t)) % 2, 'train', 'valid')
     r = leak_report(t, 'fundus')
-    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind) and r.confounders.column[0] == 'camera'
+    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind) and r.confounders.column[0] == 'data_camera'
     assert "column 'camera'" in str(r) and str(len(r.copies)) in str(r)
     without = leak_report(t.assign(split=None), 'fundus')
     assert without.leaks.empty and len(without.copies) == 6
