@@ -22,8 +22,8 @@ def train(
     check_outside(out, a.data)
     with new_folder(out, a.overwrite, keep_parts=True) as tmp:
         learn, measures = _train_into(a, tmp, share)
-    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in measures.items()))
-    if 'gap' in learn.record: print('better on the training side by: ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
+    print('validation: ' + '\n'.join(measures.attrs['notes']) + '\n' + measures.round(3).to_string())
+    if 'gap' in learn.record: print('training minus validation (a large gap means overfitting): ' + ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items()))
     _print_decision(learn.record['decision'])
     print(f"written: {out} ({', '.join(RUN_FILES)})")
     return 0
@@ -160,9 +160,11 @@ def _print_report(e, out, pair, n) -> int:
     from dr_transfer.files import REPORT_TABLE, companion
     from dr_transfer.report import write_pages
     from dr_transfer.screening import measure_table
-    print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
+    m = measure_table(e.table, e.classes, e.point, e.prevalence, n)
+    print(m.round(3).to_string() + '\n' + '\n'.join(m.attrs['notes']))
     if e.about.get('decision'): _print_decision(e.about['decision'])
     if e.known: print(f'left out: {len(e.known)} images, or near copies of them, that the model was made from')
+    if e.other: print(f'left out: {len(e.other)} images that are not validation images of the model')
     if e.aside: print(f'left out: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
     write_pages(e, *pair, n)
@@ -179,7 +181,7 @@ def evaluate(
     with new_pair(out, REPORT_TABLE, a.overwrite) as pair:
         from dr_transfer.report import evaluate_model
         model = _load(a)
-        e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks)
+        e = evaluate_model(model, _labelled(a, model.about, model.classes), a.prevalence, data=Path(a.data).resolve().name, allow_leaks=a.allow_leaks, split=a.split)
         return _print_report(e, out, pair, a.draws)
 
 # %% ../nbs/14_cli.ipynb #0d2fecbd
@@ -304,6 +306,7 @@ def _more_commands(sub):
     add('data', metavar='DATA', help='folder of class folders, or folder with images and labels.csv')
     add('--labels', metavar='CSV', help='image names and labels, if not labels.csv in DATA')
     add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
+    add('--split', metavar='NAME', default='new', help="images that count: new, those that the model does not know, or valid, its validation images (default: %(default)s)")
     _report_arguments(add)
     add = _add(sub, 'cross-validate', cross_validate, 'Report what a recipe is worth, by cross-validation', 'dr_transfer cross-validate photos/messidor2 --task dr')
     _train_arguments(add, valid=False)
