@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #403fc05a
+# %% ../nbs/14_cli.ipynb #6457f545
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
                                    add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
 
-# %% ../nbs/14_cli.ipynb #1c942f64
+# %% ../nbs/14_cli.ipynb #0a06ede2
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #12c2cb23
+# %% ../nbs/14_cli.ipynb #53c4a616
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -122,13 +122,14 @@ def _write_run(learn, folder, point):
     "Write the run, and print what the model is worth on the validation images"
     from dr_transfer.run import write_run
     metrics = write_run(learn, folder, point)
-    print('validation: ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+    print('validation: ' + '\n'.join(metrics.attrs['notes']))
+    print(metrics.round(3).to_string())
     if 'gap' in learn.record:
         gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items())
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #4ca901d0
+# %% ../nbs/14_cli.ipynb #0eed7b88
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -152,7 +153,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #7159cb37
+# %% ../nbs/14_cli.ipynb #72d4471c
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -203,7 +204,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #54b1a87f
+# %% ../nbs/14_cli.ipynb #bf46014a
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -219,7 +220,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #fc3158a5
+# %% ../nbs/14_cli.ipynb #2a380388
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -242,11 +243,15 @@ def _print_report(e, a, page, table):
     "Print the metrics, and write report and table into reserved files"
     from dr_transfer.report import write_pages
     from dr_transfer.screening import measure_table
-    print(measure_table(e.table, e.classes, e.point, e.prevalence, a.draws).round(3).to_string())
+    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.draws)
+    print(metrics.round(3).to_string())
+    print('\n'.join(metrics.attrs['notes']))
     if e.decision:
         _print_decision(e.decision)
     if e.known:
         print(f'excluded: {len(e.known)} images, or near copies of them, that the model was made from')
+    if e.other:
+        print(f'excluded: {len(e.other)} images that are not validation images of the model')
     if e.aside:
         print(f'excluded: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table:
@@ -278,7 +283,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #f6c6e214
+# %% ../nbs/14_cli.ipynb #ea496d1e
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -306,14 +311,14 @@ def _cross_evaluation(a):
     classes, skipped = table_classes(t), set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
     about = {'arch': a.arch or DEFAULT_ARCH, 'task': task.name, 'target': task.target(a.target).name, 'size': task.size,
-             'seed': a.seed, 'decision': decision, 'versions': versions(),
+             'seed': a.seed, 'decision': decision.to_dict(), 'versions': versions(),
              'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
     e = describe_images(t, classes, about, task.reader, _data_name(a), a.prevalence)
     e.aside = skipped
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #883ba3b3
+# %% ../nbs/14_cli.ipynb #9a838ef3
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -353,7 +358,7 @@ def _metric(name, images, goal) -> str:
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #566bcfd4
+# %% ../nbs/14_cli.ipynb #6ba63a19
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -365,7 +370,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #ba085a75
+# %% ../nbs/14_cli.ipynb #8c0f027a
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -391,7 +396,7 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #42e24a40
+# %% ../nbs/14_cli.ipynb #b174ea27
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
@@ -428,7 +433,7 @@ def _add_export(commands):
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #7488d311
+# %% ../nbs/14_cli.ipynb #0565983a
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
@@ -470,7 +475,7 @@ def _add_compare(commands):
     add_bootstrap_argument(add)
     add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #7b3f62b7
+# %% ../nbs/14_cli.ipynb #6ed4544c
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):

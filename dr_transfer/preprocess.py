@@ -138,15 +138,6 @@ def _places(folder:Path, out:Path, how:Preparation) -> dict:
             raise OutputError(f"{place} is a link to a place outside of {out}: remove the link or give another folder")
     return {v[0]: k for k, v in names.items()}
 
-def _eyes(folder:Path) -> dict:
-    "Name of an image -> its eye, from the columns of labels.csv"
-    try:
-        t = read_labels(folder/'labels.csv')
-    except ValueError:
-        return {}
-    image, eye = (next((c for c in t if str(c).lower() in names), None) for names in (IMAGE_COLUMNS, ('eye', 'laterality', 'side')))
-    return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
-
 # %% ../nbs/02c_preprocess.ipynb #96f63476
 @dataclass(frozen=True)
 class _Job:

@@ -593,7 +593,7 @@ def test_own_task(build, root):
     assert list(learn.dls.vocab) == ['left', 'right'] and learn.record['task'] == 'sides' and learn.record['target'] == 'eye'
     assert learn.dls.one_batch()[0].shape == (8, 3, 48, 48)
     assert {'accuracy', 'sensitivity'} <= set(learn.record['history'][-1])
-    assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'prediction', 'p_left', 'p_right']
+    assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
 
 
 # ---------------------------------------------------------------- the record, and the same twice

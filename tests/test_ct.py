@@ -481,7 +481,7 @@ def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     make(candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices, folder, tmp_path/'p')
     learn = fit(build_learner(tmp_path/'p', task, size=64, valid=.5, setting='plain', seed=1), 'head', say=lambda s: None)
     assert learn.table.groupby('group').split.nunique().max() == 1 and learn.table.group.nunique() == 10
-    t = valid_predictions(learn).merge(learn.table[['image', 'group']].astype(str))
+    t = valid_predictions(learn)
     m = measure_table(t, list(learn.dls.vocab), n=50)
     assert t.group.nunique() == 5 and (m.low <= m.value).drop('calibration error').all()
     assert m.loc['accuracy'].value > t.target.value_counts(normalize=True).max()

@@ -28,7 +28,7 @@ def two(n=300, seed=0, sharp=1., person=1., eyes=2):
     x = np.where(ill, 1.2, -1.2) + np.repeat(rng.normal(0, person, n), eyes) + rng.normal(0, .7, eyes*n)
     p = 1/(1 + np.exp(-sharp*x))
     return pd.DataFrame({'image': [f'{i}.jpg' for i in range(eyes*n)], 'target': np.where(ill, *TWO[::-1]), 'group': np.repeat([f'p{i}' for i in range(n)], eyes),
-                         'camera': np.repeat(rng.choice(['A', 'B'], n), eyes), 'p_no': 1 - p, 'p_referable': p})
+                         'data_camera': np.repeat(rng.choice(['A', 'B'], n), eyes), 'p_no': 1 - p, 'p_referable': p})
 
 
 def five(n=300, seed=0):
@@ -267,10 +267,10 @@ def test_the_order_of_rows_does_not_matter_for_a_comparison_but_other_images_do(
 
 def test_subgroups_are_the_figures_of_their_rows():
     t = two()
-    t.loc[0, 'camera'] = None
-    s = subgroup_table(t, TWO, ['camera'], n=50)
-    assert s.loc[('camera', 'A'), ('auc', 'value')] == pytest.approx(measure_table(t[t.camera == 'A'], TWO, n=5).loc['auc'].value)
-    assert s.loc[('camera', 'not known'), ('images', '')] == 1 and s[('images', '')].sum() == len(t)
+    t.loc[0, 'data_camera'] = None
+    s = subgroup_table(t, TWO, ['data_camera'], n=50)
+    assert s.loc[('data_camera', 'A'), ('auc', 'value')] == pytest.approx(measure_table(t[t.data_camera == 'A'], TWO, n=5).loc['auc'].value)
+    assert s.loc[('data_camera', 'not known'), ('images', '')] == 1 and s[('images', '')].sum() == len(t)
 
 
 def test_the_worst_errors_are_wrong_and_in_order():
@@ -329,7 +329,7 @@ def test_a_threshold_that_does_not_carry_over_is_said_so():
 def test_the_report_says_why_there_is_no_operating_point():
     page = report_html(Evaluation(two(), TWO, {'decision': choose_decision(two(20), TWO, sensitivity=.9)}), n=20)
     assert 'has no operating point' in page and 'cannot be set on fewer than 30' in page and 'One cannot be chosen on these images' in page
-    assert 'sensitivity</th>' not in page
+    assert 'sensitivity at the operating point' not in page and 'sensitivity</th>' not in page
 
 
 def test_predictive_values_need_a_prevalence():
