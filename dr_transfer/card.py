@@ -144,7 +144,6 @@ class _Stored:
     format:str
     tensors_sha256:Hash
     sha256:Hash
-    more:dict=field(default_factory=dict)
 
 def _digest(about) -> str:
     "Hash of what a description says, in whatever order"
@@ -194,10 +193,10 @@ def read_card(
     if found != FORMAT:
         raise ModelError(f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, or give the folder of a model")
     try:
-        stored = from_dict(_Stored, about)
+        stored = from_dict(_Stored, {k: about[k] for k in required_fields(_Stored) if k in about})
     except SchemaError as e:
         raise card_error(file, about, e) from None
-    card = card_of(file, {**stored.more, 'tensors_sha256': stored.tensors_sha256})
+    card = card_of(file, {k: v for k, v in about.items() if k not in ('format', 'sha256')})
     if stored.sha256 != _digest({k: v for k, v in about.items() if k != 'sha256'}):
         raise ModelError(f'{file} was changed after it was saved. Undo the change, or copy the folder again from where it was made')
     return card

@@ -38,8 +38,8 @@ def train(
 
 # %% ../nbs/14_cli.ipynb #3b4fd565
 def _print_decision(decision):
-    from dr_transfer.operating import OperatingPoint
-    print('\n'.join([*([f"operating point: {OperatingPoint(**decision['operating'])}"] if decision['operating'] else []), *decision['refused']]))
+    point = [f'operating point: {decision.operating}'] if decision.operating else []
+    print('\n'.join([*point, *decision.refused]))
 
 # %% ../nbs/14_cli.ipynb #2453a746
 def _describe(learn):
@@ -83,7 +83,7 @@ def predict(
 ) -> int: # Exit code
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.files import atomic_file, check_new
-    from dr_transfer.predictions import gather_images, predict_table
+    from dr_transfer.predictions import NO_PROBABILITIES, gather_images, predict_table
     from dr_transfer.onnx_export import OnnxModel
     if a.out: check_new(a.out, a.overwrite)
     t = predict_table(OnnxModel(a.model) if a.model.endswith('.onnx') else _load(a), gather_images(a.images))
@@ -91,8 +91,8 @@ def predict(
         with atomic_file(a.out) as f: t.to_csv(f, index=False, errors='surrogateescape')
     else: t.to_csv(sys.stdout, index=False)
     bad = int((t.error != '').sum())
-    print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read (column error)' if bad else ''), file=sys.stderr)
-    return 0 if bad < len(t) else 1
+    print(f'{len(t) - bad} images predicted' + (f', {bad} without a prediction (column error)' if bad else ''), file=sys.stderr)
+    return 0 if bad < len(t) and NO_PROBABILITIES not in set(t.error) else 1
 
 # %% ../nbs/14_cli.ipynb #81792409
 def export(
@@ -141,7 +141,7 @@ def _print_report(e, out, n) -> int:
     from dr_transfer.report import write_report
     from dr_transfer.screening import measure_table
     print(measure_table(e.table, e.classes, e.point, e.prevalence, n).round(3).to_string())
-    if e.about.get('decision'): _print_decision(e.about['decision'])
+    if e.decision: _print_decision(e.decision)
     if e.known: print(f'left out: {len(e.known)} images, or near copies of them, that the model was made from')
     if e.aside: print(f'left out: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table: print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
@@ -174,7 +174,7 @@ def cross_validate(
     classes = table_classes(t)
     aside = set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **share)
-    about = {'arch': a.arch or DEFAULT_ARCH, 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision, 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
+    about = {'arch': a.arch or DEFAULT_ARCH, 'task': a.task, 'target': task.target(a.target).name, 'size': task.size, 'seed': a.seed, 'decision': decision.to_dict(), 'versions': versions(), 'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
     e = describe_images(t, classes, about, task.reader, Path(a.data).resolve().name, a.prevalence)
     e.aside, e.how = aside, f' In each of {a.folds} folds the threshold is that of the other folds.'
     return _print_report(e, out, a.draws)

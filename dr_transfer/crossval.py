@@ -16,7 +16,7 @@ from .backbones import DEFAULT_ARCH, _find_file, find_backbone
 from .classifiers import grouped_folds
 from .core import build_learner, fit, valid_predictions, versions
 from .data import Task, encode_target, get_task
-from .decision import apply_decision, choose_decision
+from .decision import Decision, apply_decision, choose_decision
 from .files import atomic_folder, cache_folder
 from .leaks import Together
 from .plans import choose_plan, get_plan
@@ -121,7 +121,7 @@ def decide_across(
     table:pd.DataFrame, # From `cross_validate`
     classes, # Class names in order
     **share # `sensitivity` or `specificity`, as `choose_decision` takes it
-) -> tuple[pd.DataFrame, dict]: # The table, calibrated and decided; the decision from all folds
+) -> tuple[pd.DataFrame, Decision]: # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
     return pd.concat(parts).sort_index(), choose_decision(table, classes, **share)

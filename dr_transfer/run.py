@@ -40,7 +40,7 @@ def write_run(
     if features_stored(learn): learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
     (folder/'model').mkdir()
     write_model(image_model(learn), folder/'model')
-    record = {**learn.record, 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
+    record = {**learn.record, 'decision': learn.record['decision'].to_dict(), 'validation': measures, 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
     t.to_csv(folder/'predictions.csv', index=False, errors='surrogateescape')
     plot_history(learn.record['history']).savefig(folder/'history.png', dpi=120)
