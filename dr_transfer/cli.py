@@ -91,7 +91,7 @@ def predict(
         with atomic_file(a.out) as f: t.to_csv(f, index=False, errors='surrogateescape')
     else: t.to_csv(sys.stdout, index=False)
     bad = int((t.error != '').sum())
-    print(f'{len(t) - bad} images predicted' + (f', {bad} without a prediction (column error)' if bad else ''), file=sys.stderr)
+    print(f'{len(t) - bad} images predicted' + (f', {bad} could not be read or predicted (column error)' if bad else ''), file=sys.stderr)
     return 0 if bad < len(t) and NO_PROBABILITIES not in set(t.error) else 1
 
 # %% ../nbs/14_cli.ipynb #81792409

@@ -147,8 +147,8 @@ def _loaders(task, goal, table, body, bs, num_workers, weights=None) -> DataLoad
 
 def _check_order(head, goal, classes):
     "ValueError for a head of ordered classes where the target has none"
-    ordered = (head.about if isinstance(head, nn.Module) and hasattr(head, 'about') else head)
-    ordered = '' if isinstance(ordered, nn.Module) else get_head(ordered).ordered
+    about = getattr(head, 'about', None) if isinstance(head, nn.Module) else get_head(head)
+    ordered = about.ordered if about else ''
     if not ordered or goal.ordered or len(classes) <= 2:
         return
     shown = ', '.join(map(str, classes[:3])) + (', ...' if len(classes) > 3 else '')
