@@ -55,8 +55,8 @@ class ImageModel:
         average:bool=True # Over the views?
     ) -> np.ndarray: # float32 (images, classes), or (images, views, classes)
         "Class probabilities as the network gives them, averaged over the views"
-        card = self.card
-        return view_probs(self.model, list(images), self.read, card.mean, card.std, views or card.views, average=average)
+        card, images = self.card, list(images)
+        return view_probs(self.model, images, self.read, card.mean, card.std, views or card.views, average=average)
 
 # %% ../nbs/13_bundle.ipynb #b2722424
 def check_tensors(
@@ -70,8 +70,8 @@ def check_tensors(
         if name.endswith('running_var') and not wrong.any():
             wrong, what = t < 0, 'a variance below 0'
         if wrong.any():
-            raise ModelError(f"{where}: the tensor '{name}' holds {what} in {int(wrong.sum())} of {t.numel()} places, so this model gives no "
-                             "probabilities. Train it again, with a lower learning rate or fewer epochs")
+            raise ModelError(f"{where}: the tensor '{name}' holds {what} in {int(wrong.sum())} of {t.numel()} places, "
+                             "so this model gives no probabilities. Train it again, with a lower learning rate or fewer epochs")
 
 # %% ../nbs/13_bundle.ipynb #12002ad2
 def image_model(
@@ -142,14 +142,15 @@ def _check_memory(card, stored:int):
         net = _build(find_backbone(card.arch))
     needed = sum(v.nbytes for v in net.state_dict().values())
     if needed > SPARE + 4*stored:
-        raise ModelError(f"the network '{card.arch}' has {needed/2**30:.1f} GiB of weights, of which the model has only {stored/2**30:.3f} GiB: "
-                         "to build it would take too much memory. Use a smaller backbone, or more of its stages")
+        raise ModelError(f"the network '{card.arch}' has {needed/2**30:.1f} GiB of weights, of which the model has only "
+                         f"{stored/2**30:.3f} GiB: to build it would take too much memory. Use a smaller backbone, or more of its stages")
 
 def _read_folder(folder) -> ModelCard:
     "The card of a folder of which both files are what was written"
     for name in MODEL_FILES:
         if not os.path.lexists(folder/name):
-            raise ModelError(f"{folder} is no model folder: {name} is missing. Give a folder made by save_model or dr_transfer train")
+            raise ModelError(f"{folder} is no model folder: {name} is missing. "
+                             "Give a folder made by save_model or dr_transfer train")
     card = read_card(folder/'model.json')
     file = folder/'model.safetensors'
     try:
@@ -171,7 +172,8 @@ def _header(file) -> dict:
         raise ModelError(f"{file} is no file of tensors ({e}). Copy the folder again from where it was made") from None
 
 # %% ../nbs/13_bundle.ipynb #0b49c44f
-TYPES = {torch.float32: 'F32', torch.float64: 'F64', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32', torch.bool: 'BOOL', torch.uint8: 'U8'}
+TYPES = {torch.float32: 'F32', torch.float64: 'F64', torch.float16: 'F16', torch.bfloat16: 'BF16',
+         torch.int64: 'I64', torch.int32: 'I32', torch.bool: 'BOOL', torch.uint8: 'U8'} # as safetensors names them
 
 def _compare(described:dict, found:dict):
     "ValueError if a file has other tensors than a network"
@@ -180,17 +182,19 @@ def _compare(described:dict, found:dict):
         if want.get(name) != found.get(name):
             def words(part):
                 return f'the shape {part[0]} of {part[1]}' if part else 'nothing'
-            raise ValueError(f"the tensor '{name}' has {words(found.get(name))} in model.safetensors, and {words(want.get(name))} in the network that is described")
+            raise ValueError(f"the tensor '{name}' has {words(found.get(name))} in model.safetensors, "
+                             f"and {words(want.get(name))} in the network that is described")
 
 def _build_model(card, found, setting) -> nn.Module:
     "The network of a card, if its tensors are those that were found"
-    parts = {k: {n: v for n, v in found.items() if n.startswith('0.') == (k == 'body')} for k in ('body', 'head')}
+    in_body = {k: v for k, v in found.items() if k.startswith('0.')}
+    in_head = {k: v for k, v in found.items() if k not in in_body}
     stages = create_body(card.arch, 'random', card.tap, card.stage)
-    _compare({f'0.stages.{k}': v for k, v in stages.state_dict().items()}, parts['body'])
+    _compare({f'0.stages.{k}': v for k, v in stages.state_dict().items()}, in_body)
     body = make_body(stages, card.size, setting, 'cpu')
     shape = card.head, head_inputs(stages, card.head, card.size), len(card.classes)
     with torch.device('meta'):
-        _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, parts['head'])
+        _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, in_head)
     return nn.Sequential(body, create_head(*shape))
 
 @contextmanager
@@ -213,9 +217,10 @@ def load_model(
         setting = get_setting(setting)
     card, file = _read_folder(folder), folder/'model.safetensors'
     found = _header(file)
-    seen = found.pop('seen', ((0, 32), 'U8'))
+    shape, kind = found.pop('seen', ((0, 32), 'U8'))
+    if len(shape) != 2 or shape[1] != 32 or kind != 'U8':
+        raise ModelError(f"{file}: the tensor 'seen' has the shape {shape} of {kind}; hashes of images have (n, 32) of U8")
     with _naming(folder/'model.json', card):
-        _compare({'seen': torch.empty((seen[0][0] if seen[0] else 0, 32), dtype=torch.uint8, device='meta')}, {'seen': seen})
         _check_memory(card, file.stat().st_size)
         model = _build_model(card, found, setting)
     tensors = load_file(file)

@@ -13,7 +13,7 @@ import json
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Collection
+from typing import Annotated, Any, Collection
 from .decision import Decision
 from .files import package_version, unknown
 from .fundus import READERS
@@ -32,17 +32,17 @@ def check_class_names(
     seen = {}
     for name in classes:
         if not isinstance(name, str):
-            raise ValueError(f'the class name {name!r} is not text: name classes with letters or digits, such as {str(name)!r}')
+            raise ValueError(f'the class name {name!r} is not text: give text, such as {str(name)!r}')
         if not name.strip():
             raise ValueError(f'the class name {name!r} is empty: give each class a name')
         if len(name) > MOST_CHARACTERS:
-            raise ValueError(f'the class name {name[:30]!r}... has {len(name)} characters: give one of {MOST_CHARACTERS} or fewer')
+            raise ValueError(f'the class name {name[:30]!r}... has {len(name)} characters: {MOST_CHARACTERS} are allowed')
         if any(unicodedata.category(c) in UNPRINTABLE for c in name):
             raise ValueError(f'the class name {name!r} holds a character that cannot be printed: rename the class')
         alike = ' '.join(name.casefold().split())
         if alike in seen:
-            differ = 'twice' if seen[alike] == name else f'as {seen[alike]!r} and {name!r}, which differ only in case or spaces'
-            raise ValueError(f'the class name {name!r} occurs {differ}: rename one of them, or make them one class')
+            differ = '' if seen[alike] == name else f', as {seen[alike]!r} and {name!r}, which differ only in case or spaces'
+            raise ValueError(f'the class name {name!r} occurs twice{differ}: rename one of them, or make them one class')
         seen[alike] = name
 
 # %% ../nbs/02d_card.ipynb #593a7d48
@@ -151,21 +151,22 @@ def _digest(about) -> str:
 
 def card_error(
     file:str|Path, # Where the description stands
-    about:dict, # All that it says
+    about:Any, # All that it says
     error:ValueError # What is wrong with it
 ) -> ModelError: # To be raised
     "An error in a description, with what to do about it"
-    here, versions = package_version('dr_transfer'), about.get('versions')
+    here = package_version('dr_transfer')
+    versions = about.get('versions') if isinstance(about, dict) else None
     other = versions.get('dr_transfer') if isinstance(versions, dict) else None
     if isinstance(other, str) and other != here:
-        todo = f"It was written by dr_transfer {other[:20]!r} and this is {here}: use that version, or one that is newer than both"
+        todo = f'It was written by dr_transfer {other[:20]!r} and this is {here}: use the newer one of the two'
     else:
-        todo = 'It was changed by hand or by another program: copy it again from where it was made, or save the model again'
+        todo = 'It was changed by hand or by another program: copy it again from where it was made, or save it again'
     return ModelError(f'{file}: {error}. {todo}')
 
 def card_of(
     file:str|Path, # Where the description stands
-    about:dict # What it says
+    about:Any # What it says
 ) -> ModelCard: # ModelError that names the field that is wrong
     "A card from the description in a file"
     try:
@@ -191,12 +192,14 @@ def read_card(
         raise ModelError(f'{file} cannot be read: {e}. Copy the folder again from where it was made') from None
     found = about.get('format') if isinstance(about, dict) else None
     if found != FORMAT:
-        raise ModelError(f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, or give the folder of a model")
+        raise ModelError(f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, "
+                         "or give the folder of a model")
     try:
         stored = from_dict(_Stored, {k: about[k] for k in required_fields(_Stored) if k in about})
     except SchemaError as e:
         raise card_error(file, about, e) from None
     card = card_of(file, {k: v for k, v in about.items() if k not in ('format', 'sha256')})
     if stored.sha256 != _digest({k: v for k, v in about.items() if k != 'sha256'}):
-        raise ModelError(f'{file} was changed after it was saved. Undo the change, or copy the folder again from where it was made')
+        raise ModelError(f'{file} was changed after it was saved. '
+                         'Undo the change, or copy the folder again from where it was made')
     return card

@@ -70,7 +70,7 @@ def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, h
     p = t[[f'p_{g}' for g in GRADE_NAMES]].to_numpy()
     assert np.allclose(p.sum(1), 1, atol=1e-3)
     assert np.abs(load_model(save_model(learn, tmp_path/'m'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
-    assert image_model(learn).about['head']['ordered'] == head
+    assert image_model(learn).card.head.ordered == head
 
 
 def test_an_ordered_head_learns_the_order(eyes):
@@ -148,4 +148,4 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
     y = t.target.astype(int)
     kappa = {k: cohen_kappa_score(y, v, weights='quadratic') for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))}
     assert kappa['cuts'] > kappa['likeliest'] + .03 and set(out.grade) <= set(range(5))
-    assert choose_decision(valid[valid.target != '4'], GRADE_NAMES)['cuts'] is None
+    assert choose_decision(valid[valid.target != '4'], GRADE_NAMES).cuts is None
