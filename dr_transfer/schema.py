@@ -30,8 +30,9 @@ class SchemaError(ValueError):
         self.path = path
         self.found = found
         self.expected = expected
+        name = path if path.isprintable() and len(path) < 200 else reprlib.repr(path)
         is_there = 'is missing' if found is MISSING else f'is {reprlib.repr(found)}'
-        super().__init__(f"the field '{path}' {is_there}; expected: {expected}")
+        super().__init__(f"the field '{name}' {is_there}; expected: {expected}")
 
 # %% ../nbs/00aa_schema.ipynb #e0a69a50
 @dataclass(frozen=True)
