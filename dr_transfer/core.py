@@ -33,7 +33,7 @@ from .features import weights_digest
 from .files import package_version, unknown
 from .leaks import split_data
 from .metrics import summary
-from .model import Head, create_head, head_inputs, make_body, view_probs
+from .model import Head, create_head, get_head, head_inputs, make_body, view_probs
 from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
 from .table import report_table, set_aside
@@ -154,8 +154,19 @@ def _loaders(task, goal, table, body, bs, num_workers, weights=None) -> DataLoad
     if num_workers is None: num_workers = max(0, min(4, free)) if len(table) > 500 else 0
     return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device, weights)
 
+def _check_order(head, goal, classes):
+    "ValueError for a head of ordered classes where the target has none"
+    about = getattr(head, 'about', None) if isinstance(head, nn.Module) else get_head(head)
+    ordered = about.ordered if about else ''
+    if not ordered or goal.ordered or len(classes) <= 2:
+        return
+    shown = ', '.join(map(str, classes[:3])) + (', ...' if len(classes) > 3 else '')
+    raise ValueError(f"head='{ordered}' (--head {ordered}) is for classes that stand in an order, and those of the target '{goal.name}' ({shown}) do not: "
+                     "take head='linear', or say Target(..., ordered=True) if they do")
+
 def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kwargs) -> Learner:
     dls = _loaders(task, goal, table, body, bs, num_workers, image_weights(table, what['balance']))
+    _check_order(head, goal, dls.vocab)
     if not isinstance(head, nn.Module): head = create_head(head, head_inputs(body.stages, head, task.size), dls.c)
     kwargs = {'metrics': [METRICS[m]() for m in task.metrics.get(goal.name, ('accuracy',))], 'init': None, **kwargs}
     cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]

@@ -19,7 +19,7 @@ from .columns import group_errors
 from .core import build_learner, fit, valid_predictions, versions
 from .csvfile import read_csv, write_csv
 from .data import Task, encode_target, get_task
-from .decision import apply_decision, choose_decision
+from .decision import Decision, apply_decision, choose_decision
 from .files import cache_folder, new_folder
 from .leaks import Together, note_contradictions
 from .plans import choose_plan, get_plan
@@ -150,7 +150,7 @@ def decide_across(
     table:pd.DataFrame, # From `cross_validate`
     classes, # Class names in order
     **share # `sensitivity` or `specificity`, as `choose_decision` takes it
-) -> tuple[pd.DataFrame, dict]: # The table, calibrated and decided; the decision from all folds
+) -> tuple[pd.DataFrame, Decision]: # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
     out = pd.concat(parts).sort_index()

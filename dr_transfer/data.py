@@ -18,6 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
 from .augment import augmentation
+from .card import check_class_names
 from .checks import check_workers
 from .columns import group_errors, number_note
 from .csvfile import plain_number
@@ -44,6 +45,7 @@ class Target:
     classes:tuple|None=None # Class names in order; None: the labels that occur
     of:Callable=str # label (text) -> class name; KeyError or ValueError if unknown
     labels:str='' # The known labels in words, for the error message
+    ordered:bool=False # Do the classes stand in an order, as grades do?
 
 def encode_target(
     table:pd.DataFrame, # A table with a column `label`
@@ -75,7 +77,7 @@ def _grade(label:str) -> str:
 def _referable(label:str) -> str: return 'referable' if int(_grade(label)) >= 2 else 'no'
 
 GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative)'
-GRADE = Target('grade', tuple(GRADE_NAMES), _grade, GRADES)
+GRADE = Target('grade', tuple(GRADE_NAMES), _grade, GRADES, ordered=True)
 REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 
 # %% ../nbs/04_data.ipynb #e544812b
@@ -165,8 +167,10 @@ def class_names(
     table:pd.DataFrame, # A table with a column `target`
     target:Target # What is learnt
 ) -> list[str]: # In order
-    "The classes of a target: its own, or those that occur, sorted"
-    return list(target.classes) if target.classes else sorted(table.target.unique())
+    "The classes of a target: its own, or those that occur, sorted; ValueError for names that cannot be told apart"
+    names = list(target.classes) if target.classes else sorted(table.target.unique())
+    check_class_names(names)
+    return names
 
 # %% ../nbs/04_data.ipynb #dd676b0b
 def task_dataloaders(

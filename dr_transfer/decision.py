@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['GRADE_NAMES', 'Question', 'LEAST_IMAGES', 'prediction_table', 'table_classes', 'table_arrays', 'positive_score',
-           'question', 'decisions', 'expected_grade', 'fit_cut_points', 'choose_decision', 'apply_decision']
+           'question', 'decisions', 'expected_grade', 'fit_cut_points', 'Decision', 'choose_decision', 'apply_decision']
 
 # %% ../nbs/00g_decision.ipynb #90fc4ae9
 from collections import namedtuple
-from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Annotated
 import numpy as np, pandas as pd
 from .calibration import apply_temperature, fit_temperature
 from .metrics import quadratic_kappa
 from .operating import OperatingPoint, OperatingPointError, choose_operating_point
+from .schema import Range, SchemaError, from_dict, to_dict
 
 # %% ../nbs/00g_decision.ipynb #1ac88f59
 def prediction_table(
@@ -124,45 +126,102 @@ def fit_cut_points(
     return cuts
 
 # %% ../nbs/00g_decision.ipynb #2643976e
+@dataclass(frozen=True)
+class Decision:
+    "What is made of the probabilities of a model"
+    temperature:Annotated[float, Range(1e-3, 1e3)]=1. # Probabilities are brought to it
+    cuts:tuple[float, ...]|None=None # Rising: grade j from cut j on
+    operating:OperatingPoint|None=None # From which probability on something is found
+    refused:tuple[str, ...]=() # What could not be chosen, and why
+    def to_dict(self) -> dict:
+        "As JSON can hold it"
+        return to_dict(self)
+    @classmethod
+    def from_dict(cls,
+        data:dict # From `to_dict`, or of a file
+    ) -> 'Decision': # SchemaError for a field that is wrong
+        "A decision from JSON"
+        return from_dict(cls, data, 'decision')
+    def check(self,
+        classes # Class names in order
+    ):
+        "SchemaError if it is not a decision on these classes"
+        names = list(map(str, classes))
+        if self.cuts is not None and names != GRADE_NAMES:
+            raise SchemaError('decision.cuts', self.cuts, f"null, because the classes are not the grades {', '.join(GRADE_NAMES)}")
+        if self.cuts is not None and (len(self.cuts) != len(names) - 1 or (np.diff(self.cuts) < 0).any()):
+            raise SchemaError('decision.cuts', self.cuts, f'{len(names) - 1} rising numbers, one between each two grades')
+        if self.operating is not None and len(names) != 2 and names != GRADE_NAMES:
+            raise SchemaError('decision.operating', self.operating, 'null, because it needs two classes, or the five grades')
+
+# %% ../nbs/00g_decision.ipynb #49939fc3
 LEAST_IMAGES = 50 # validation images on which a temperature is fitted
+
+def _choose_temperature(y, p) -> tuple[float, list]:
+    "A temperature, and why there is none"
+    if len(y) >= LEAST_IMAGES and len(set(y)) > 1:
+        return fit_temperature(p, y), []
+    return 1., [f'no temperature: {len(y)} validation images of {len(set(y))} classes']
+
+def _choose_cuts(y, p, classes) -> tuple[tuple|None, list]:
+    "Cut points of the five grades, and why there are none"
+    if list(map(str, classes)) != GRADE_NAMES:
+        return None, []
+    if len(y) >= LEAST_IMAGES and len(set(y)) == len(GRADE_NAMES):
+        return tuple(fit_cut_points(expected_grade(p), y).tolist()), []
+    return None, [f'no cut points: {len(y)} validation images of {len(set(y))} grades']
+
+def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPoint|None, list]:
+    "An operating point, and why there is none"
+    if sensitivity is None and specificity is None:
+        return None, []
+    q = question(table, classes)
+    if q is None:
+        raise ValueError(f"an operating point needs two classes, or the five grades: these are {', '.join(map(str, classes))}")
+    try:
+        return choose_operating_point(q.y, q.score, sensitivity, specificity), []
+    except OperatingPointError as e:
+        return None, [f'no operating point: {e}']
 
 def choose_decision(
     table:pd.DataFrame, # Validation predictions: `target, p_CLASS...`
     classes, # Class names in order
     sensitivity:float|None=None, # Share of what is to be found that is found
     specificity:float|None=None # Or share of the others that are left alone
-) -> dict: # 'temperature', 'cuts', 'operating' (or None), 'refused': reasons
-    "Temperature, cut points of grades and operating point from validation predictions, as a description for the record"
+) -> Decision: # With the reasons for what could not be chosen
+    "Temperature, cut points of grades and operating point from validation predictions"
     y, p = table_arrays(table, classes)
-    out = {'temperature': 1., 'cuts': None, 'operating': None, 'refused': []}
-    if len(y) < LEAST_IMAGES or len(set(y)) < 2: out['refused'].append(f'no temperature: {len(y)} validation images of {len(set(y))} classes')
-    else: out['temperature'] = fit_temperature(p, y)
-    p = apply_temperature(p, out['temperature'])
-    if list(map(str, classes)) == GRADE_NAMES:
-        if len(y) < LEAST_IMAGES or len(set(y)) < 5: out['refused'].append(f'no cut points: {len(y)} validation images of {len(set(y))} grades')
-        else: out['cuts'] = fit_cut_points(expected_grade(p), y).tolist()
-    if sensitivity is None and specificity is None: return out
-    q = question(table.assign(**{f'p_{c}': v for c, v in zip(classes, p.T)}), classes)
-    if q is None: raise ValueError(f"an operating point needs two classes, or the five grades: these are {', '.join(map(str, classes))}")
-    try: out['operating'] = asdict(choose_operating_point(q.y, q.score, sensitivity, specificity))
-    except OperatingPointError as e: out['refused'].append(f'no operating point: {e}')
-    return out
+    if not np.isfinite(p).all():
+        bad = int((~np.isfinite(p)).any(axis=1).sum())
+        raise ValueError(f"the model gives no probabilities for {bad} of {len(p)} validation images (NaN): nothing can be decided with it. "
+                         "Train it again, with a lower learning rate or fewer epochs")
+    temperature, no_temperature = _choose_temperature(y, p)
+    p = apply_temperature(p, temperature)
+    cuts, no_cuts = _choose_cuts(y, p, classes)
+    calibrated = table.assign(**{f'p_{c}': v for c, v in zip(classes, p.T)})
+    point, no_point = _choose_point(calibrated, classes, sensitivity, specificity)
+    return Decision(temperature, cuts, point, (*no_temperature, *no_cuts, *no_point))
 
 # %% ../nbs/00g_decision.ipynb #c145e13c
 def apply_decision(
     table:pd.DataFrame, # `p_CLASS...`
     classes, # Class names in order
-    decision:dict|None # From `choose_decision`
+    decision:Decision|None # From `choose_decision`
 ) -> pd.DataFrame: # Calibrated; `grade` at the cuts, `decision` at the point
     "Probabilities at the temperature, and what they mean at the operating point"
     columns = [f'p_{c}' for c in classes]
     good = table[columns].notna().all(axis=1)
-    if not decision or not good.any(): return table
-    p = apply_temperature(table.loc[good, columns], decision['temperature'])
+    if decision is None or not good.any():
+        return table
+    decision.check(classes)
+    p = apply_temperature(table.loc[good, columns], decision.temperature)
     table = table.astype({c: float for c in columns})
     table.loc[good, columns] = p
-    if decision.get('cuts'): table['grade'] = pd.Series(np.digitize(expected_grade(p), decision['cuts']), index=table.index[good], dtype=object).reindex(table.index)
-    if decision['operating'] is None: return table
+    def column(values):
+        return pd.Series(values, index=table.index[good], dtype=object).reindex(table.index)
+    if decision.cuts is not None:
+        table = table.assign(grade=column(np.digitize(expected_grade(p), decision.cuts)))
+    if decision.operating is None:
+        return table
     name, score = positive_score(p, classes)
-    called = pd.Series(np.where(OperatingPoint(**decision['operating']).decide(score), name, f'not {name}'), index=table.index[good], dtype=object)
-    return table.assign(decision=called.reindex(table.index))
+    return table.assign(decision=column(np.where(decision.operating.decide(score), name, f'not {name}')))

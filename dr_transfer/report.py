@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .bundle import ImageModel, predict_table
 from .csvfile import write_csv
-from .decision import decisions, question, table_arrays
+from .decision import Decision, decisions, question, table_arrays
 from .evaluate import plot_confusion
 from .files import REPORT_TABLE, file_digest, new_pair, package_version, unknown
 from .gradability import gradability_table
@@ -42,9 +42,12 @@ class Evaluation:
     other:list = field(default_factory=list) # Images that are not of that subset, left out
     patients:str = '' # Where the groups come from, as `label_table` writes it
     @property
-    def point(self) -> OperatingPoint|None:
-        o = (self.about.get('decision') or {}).get('operating')
-        return OperatingPoint(**o) if o else None
+    def decision(self) -> Decision|None: # Of the model
+        found = self.about.get('decision')
+        return Decision.from_dict(found) if isinstance(found, dict) else found
+    @property
+    def point(self) -> OperatingPoint|None: # Of the model
+        return self.decision.operating if self.decision else None
     @property
     def asked(self): return question(self.table, self.classes)
     @property
@@ -210,7 +213,7 @@ def _summary(e, m) -> str:
     if 'known' in t: out += f"<p class=\"warn\">The model was made from {(t.known != 'new to it').sum()} of these images, or from near copies: the figures are those of images it knows.</p>"
     if q is None: return out
     if e.point is None:
-        why = '; '.join((e.about.get('decision') or {}).get('refused', [])) or 'none was chosen when it was trained'
+        why = '; '.join(e.decision.refused if e.decision else []) or 'none was chosen when it was trained'
         return out + f'<p class="note">The model has no operating point ({html.escape(why)}), so nothing is said of sensitivity and specificity. One cannot be chosen on these images.</p>'
     return out + f'<h3>Against the endpoints of the first cleared autonomous system</h3>{_table(endpoint_table(m))}<p>Operating point: {html.escape(str(e.point))}.{html.escape(e.how)}</p>'
 
@@ -326,7 +329,7 @@ def _training(t) -> dict:
 def _record(e) -> str:
     a = e.about
     rows = {'network': a.get('arch'), 'weights it started from': (a.get('weights') or {}).get('kind'), 'their licence': a.get('licence'), 'task': f"{a.get('task')}, {a.get('target')}", 'pixels': a.get('size'), **_training(a.get('training') or {}),
-            'views averaged': a.get('views'), 'temperature': (a.get('decision') or {}).get('temperature'), 'seed': a.get('seed'), 'weights of the model, SHA-256': a.get('tensors_sha256'),
+            'views averaged': a.get('views'), 'temperature': e.decision and e.decision.temperature, 'seed': a.get('seed'), 'weights of the model, SHA-256': a.get('tensors_sha256'),
             'made with': ', '.join(f'{k} {v}' for k, v in (a.get('versions') or {}).items()), 'this page made by': f"dr_transfer {package_version('dr_transfer')}"}
     return _facts({k: f'{v:.4f}' if isinstance(v, float) else v for k, v in rows.items() if v not in (None, '')})
 

@@ -55,17 +55,18 @@ def write_run(
     learn.record['decision'] = choose_decision(t, classes, **(share or {}))
     t = apply_decision(t, classes, learn.record['decision'])
     y, probs = table_arrays(t, classes)
-    measures = validation_table(t, classes, learn.record['augment'])
+    metrics = validation_table(t, classes, learn.record['augment'])
     of_likeliest = summary(y, probs, classes) # what the decision comes to stands in the table
     if features_stored(learn): learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
     (folder/'model').mkdir()
     write_model(image_model(learn), folder/'model')
-    record = {**learn.record, 'validation': of_likeliest, 'validation_table': measures.to_dict('index'), 'set_aside': learn.table.attrs.get('set_aside', [])}
+    record = {**learn.record, 'decision': learn.record['decision'].to_dict(), 'validation': of_likeliest,
+              'validation_table': metrics.to_dict('index'), 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
     write_csv(t, folder/'predictions.csv')
     _plot(folder/'history.png', lambda: plot_history(learn.record['history']))
     _plot(folder/'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
-    return measures
+    return metrics
 
 def _plot(file:Path, draw:Callable):
     "Draw a figure into a file; what was trained does not depend on it, so one that fails is a warning"

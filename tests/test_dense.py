@@ -74,7 +74,7 @@ def test_what_cannot_be_a_convolution_is_refused_by_name():
 def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
     stages = create_body('cifarnet', 'random')
     head = create_head('linear', stages.n_out, 2)
-    about = {'size': 32, 'reader': 'photo', 'fit': 'squish', 'mean': [.5]*3, 'std': [.5]*3, 'classes': ['a', 'b'], 'views': 'none'}
+    about = {'arch': 'cifarnet', 'stage': 'last', 'tap': 1, 'head': {}, 'task': '', 'target': '', 'size': 32, 'reader': 'photo', 'fit': 'squish', 'mean': [.5]*3, 'std': [.5]*3, 'classes': ['a', 'b'], 'views': 'none'}
     im = np.zeros((128, 128, 3), np.uint8)
     im[:, 64:] = 255
     p = score_map(ImageModel(nn.Sequential(stages, head), about), im, scale=4)

@@ -27,7 +27,7 @@ def image_model(arch, head='linear', size=64, classes=('no', 'referable'), body=
     stages = Body(stages, *body) if body else stages
     inner = getattr(stages, 'stages', stages)
     model = nn.Sequential(stages, create_head(head, head_inputs(inner, head, size), len(classes)))
-    return ImageModel(model, {'size': size, 'reader': 'photo', 'fit': 'squish', 'views': 'none', 'classes': list(classes), 'mean': [.5]*3, 'std': [.25]*3})
+    return ImageModel(model, {'arch': arch, 'stage': 'last', 'tap': 1, 'head': {}, 'task': '', 'target': '', 'size': size, 'reader': 'photo', 'fit': 'squish', 'views': 'none', 'classes': list(classes), 'mean': [.5]*3, 'std': [.25]*3})
 
 
 def picture(size=64, seed=0): return np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)

@@ -77,7 +77,7 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
         assert np.allclose(x[:, 1:].mean((0, 2, 3)), want[1:], atol=1e-4) and abs(x[:, 0].mean() - want[0]) < 6/255/spec.std[0]
     stages = create_body(arch, 'random')
     watch = Watch(torch.nn.Sequential(stages, create_head('linear', stages.n_out, 2)))
-    ImageModel(watch, {'classes': ['a', 'b'], 'size': 64, 'reader': 'photo', 'fit': 'crop', 'views': 'none', 'mean': spec.mean, 'std': spec.std}).probs([tmp_path/'set'/'a'/'0.png'])
+    ImageModel(watch, {'arch': arch, 'stage': 'last', 'tap': 1, 'head': {}, 'task': '', 'target': '', 'classes': ['a', 'b'], 'size': 64, 'reader': 'photo', 'fit': 'crop', 'views': 'none', 'mean': spec.mean, 'std': spec.std}).probs([tmp_path/'set'/'a'/'0.png'])
     assert np.allclose(watch.seen.mean((0, 2, 3)), want, atol=1e-4)
     assert find_backbone('efficientnet_lite0').mean != find_backbone('torchvision.alexnet').mean
 

@@ -2,7 +2,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from torch import nn
 from dr_transfer.backbones import create_body
 from dr_transfer.bundle import ImageModel, load_model, save_model
 from dr_transfer.calibration import apply_temperature
+from dr_transfer.card import ModelError
+from dr_transfer.decision import Decision
 from dr_transfer.model import Body, create_head, get_head, head_inputs
 from dr_transfer.onnx_export import OnnxModel, export_onnx
 from dr_transfer.predictions import predict_table
@@ -74,11 +76,11 @@ def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
 
 def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
     there = OnnxModel(eyes[1])
-    there.about['decision'] = {**DECISION, 'operating': POINT}
+    there.card = replace(there.card, decision=Decision.from_dict({**DECISION, 'operating': POINT}))
     for i, a in enumerate(pictures(3)): Image.fromarray(a).save(tmp_path/f'{i}.png')
     (tmp_path/'no.png').write_text('text')
     paths = sorted(map(str, tmp_path.iterdir()))
-    t, want = predict_table(there, paths), predict_table(ImageModel(eyes[0].model, there.about), paths)
+    t, want = predict_table(there, paths), predict_table(ImageModel(eyes[0].model, there.card), paths)
     assert t.decision.notna().sum() == 3 and t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 
@@ -91,7 +93,7 @@ def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
     onnx.checker.check_model(proto, full_check=True)
     meta = {m.key: m.value for m in proto.metadata_props}
     assert json.loads(meta['classes']) == ['no', 'referable'] and (meta['size'], meta['reader'], meta['fit']) == ('48', 'fundus', 'pad')
-    assert json.loads(meta['about']) == json.loads(json.dumps(model.about))
+    assert json.loads(meta['about']) == model.about
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
     assert {n.domain for n in proto.graph.node} == {''} and not any(t.external_data for t in proto.graph.initializer)       # known operations, numbers inside
     raw = eyes[1].read_bytes()
@@ -118,7 +120,7 @@ def test_predicting_loads_no_torch(eyes, tmp_path):
 def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
     import dr_transfer.onnx_export as room
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    other.about['mean'] = [.55]*3                                                               # of another backbone: no shape tells
+    other.card = replace(other.card, mean=(.55,)*3)                                             # of another backbone: no shape tells
     monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
     with pytest.raises(ValueError, match='says something else than the model, by up to 0.*nothing was written'): export_onnx(other, tmp_path/'m.onnx')
     assert list(tmp_path.iterdir()) == []
@@ -131,19 +133,71 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
     assert eyes[1].read_bytes() == before
     (tmp_path/'text.onnx').write_text('text')
     (tmp_path/'cut.onnx').write_bytes(before[:len(before)//2])
-    for name, words in (('text', 'cannot be read as ONNX'), ('cut', 'cannot be read as ONNX'), ('ghost', 'there is no')):
+    for name, words in (('text', 'cannot be read as ONNX'), ('cut', 'cannot be read as ONNX'), ('ghost', 'cannot be opened')):
         with pytest.raises(ValueError, match=words): OnnxModel(tmp_path/f'{name}.onnx')
     import onnx
     proto = onnx.load(eyes[1])
-    for m in proto.metadata_props:
-        if m.key == 'about': m.value = m.value.replace('"fundus"', '"os.system"')
-    onnx.save(proto, tmp_path/'reader.onnx')
-    with pytest.raises(ValueError, match="unknown reader 'os.system'"): OnnxModel(tmp_path/'reader.onnx')
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path/'foreign.onnx')
-    with pytest.raises(ValueError, match='does not say what it expects'): OnnxModel(tmp_path/'foreign.onnx')
+    with pytest.raises(ModelError, match='it has no hash. It was cut, or another program wrote it'): OnnxModel(tmp_path/'foreign.onnx')
+    proto.metadata_props.add(key='format', value='dr_transfer onnx 1')
+    onnx.save(proto, tmp_path/'old.onnx')
+    with pytest.raises(ModelError, match='written by dr_transfer 0.1, without a hash.*Make the file again with export_onnx'): OnnxModel(tmp_path/'old.onnx')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[onnx\]'"): OnnxModel(eyes[1])
+
+
+def signed(data):
+    "An ONNX file with a new hash, as one would write it who changes a file on purpose"
+    from dr_transfer.onnx_export import EMPTY, _hash, _place
+    at = _place(data)
+    return data[:at] + _hash(data, at) + data[at + len(EMPTY):]
+
+
+def test_no_byte_can_change_unnoticed(eyes, tmp_path):
+    "Bits of weights, of the graph and of the metadata, and names that change places."
+    data, file = eyes[1].read_bytes(), tmp_path/'m.onnx'
+    places = [*range(0, 200), *np.random.default_rng(0).integers(0, len(data), 300), *range(len(data) - 600, len(data))]
+    for at in map(int, places):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:])
+        with pytest.raises(ModelError): OnnxModel(file)
+    assert data.count(b'["no", "referable"]') == 2
+    for old, new in ((b'["no", "referable"]', b'["referable", "no"]'), (b'fundus', b'photos'), (b'"size": 48', b'"size": 84')):
+        file.write_bytes(data.replace(old, new))
+        with pytest.raises(ModelError, match='was changed after it was written'): OnnxModel(file)
+    for longer in (data + b'\n', data[:-1], b'\n' + data, data*2):
+        file.write_bytes(longer)
+        with pytest.raises(ModelError): OnnxModel(file)
+    file.write_bytes(signed(data))
+    assert file.read_bytes() == data and OnnxModel(file).card == eyes[0].card
+
+
+@pytest.mark.parametrize('change, words', [({'reader': 'os.system'}, "'reader' is 'os.system'"), ({'classes': ['a', 'b', 'c']}, 'the graph takes and gives'), ({'size': 64}, 'the graph takes and gives'),
+    ({'classes': ['no', 'NO']}, 'differ only in case'), ({'classes': None}, "'classes' is missing"), ({'decision': {'temperature': 'warm'}}, "'decision.temperature' is 'warm'"),
+    ({'mean': [float('nan')]*3}, r"'mean\[0\]' is nan"), ({'head': []}, "'head' is"), ({'versions': {'dr_transfer': '0.9.9'}, 'size': 'big'}, "written by dr_transfer '0.9.9'")])
+def test_metadata_that_were_changed_and_signed_anew(eyes, tmp_path, change, words):
+    import onnx
+    proto = onnx.load(eyes[1])
+    about = {k: v for k, v in {**eyes[0].about, **change}.items() if v is not None}
+    next(m for m in proto.metadata_props if m.key == 'about').value = json.dumps(about)
+    (tmp_path/'m.onnx').write_bytes(signed(proto.SerializeToString()))
+    with pytest.raises(ModelError, match=words): OnnxModel(tmp_path/'m.onnx')
+
+
+@pytest.mark.parametrize('text, words', [('', 'cannot be read'), ('['*10000, 'nested'), ('{"size": 1, "size": 2}', 'occurs twice'), ('3', "'description' is 3")])
+def test_metadata_that_are_no_description(eyes, tmp_path, text, words):
+    import onnx
+    proto = onnx.load(eyes[1])
+    next(m for m in proto.metadata_props if m.key == 'about').value = text
+    (tmp_path/'m.onnx').write_bytes(signed(proto.SerializeToString()))
+    with pytest.raises(ModelError, match=words): OnnxModel(tmp_path/'m.onnx')
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
+    bad = made('small_cnn', 48)
+    bad.model[1][3].weight.data[1, 7] = float('inf')
+    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' holds NaN or infinity in 1 of 256 places"): export_onnx(bad, tmp_path/'m.onnx')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command(eyes, tmp_path):

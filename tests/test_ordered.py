@@ -70,7 +70,7 @@ def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, h
     p = t[[f'p_{g}' for g in GRADE_NAMES]].to_numpy()
     assert np.allclose(p.sum(1), 1, atol=1e-3)
     assert np.abs(load_model(save_model(learn, tmp_path/'m'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
-    assert image_model(learn).about['head']['ordered'] == head
+    assert image_model(learn).card.head.ordered == head
 
 
 def test_an_ordered_head_learns_the_order(eyes):
@@ -148,4 +148,27 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
     y = t.target.astype(int)
     kappa = {k: cohen_kappa_score(y, v, weights='quadratic') for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))}
     assert kappa['cuts'] > kappa['likeliest'] + .03 and set(out.grade) <= set(range(5))
-    assert choose_decision(valid[valid.target != '4'], GRADE_NAMES)['cuts'] is None
+    assert choose_decision(valid[valid.target != '4'], GRADE_NAMES).cuts is None
+
+
+# ---------------------------------------------------------------- no order, no ordered head
+
+@pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
+def test_flowers_have_no_order(tmp_path, head):
+    "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
+    from dr_transfer.data import Target, Task
+    from dr_transfer.phantom import make_flowers
+    make_flowers(tmp_path/'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
+    tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
+    kind = getattr(head, 'ordered', head)
+    with pytest.raises(ValueError, match=rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order.*'class' \(daisy, roses, tulips\) do not.*head='linear'"):
+        build_learner(tmp_path/'flowers', size=48, **tiny)
+    with pytest.raises(ValueError, match='stand in an order'): build_learner(tmp_path/'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})
+    buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
+    assert build_learner(tmp_path/'flowers', buds, **tiny).record['head']['ordered'] == kind
+
+
+def test_two_classes_are_in_order_either_way(eyes):
+    "There the ordered head is a logistic regression, which is right for any two classes."
+    learn = build_learner(eyes, **{**TINY, 'target': 'referable', 'head': 'cumulative'})
+    assert learn.model[1].about.ordered == 'cumulative' and learn.dls.c == 2

@@ -10,7 +10,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import cohen_kappa_score, recall_score, roc_auc_score
 
 from dr_transfer.calibration import apply_temperature, calibration_error, deferral_curve, fit_temperature, reliability
-from dr_transfer.decision import GRADE_NAMES, apply_decision, choose_decision, decisions, positive_score, question, table_arrays
+from dr_transfer.decision import GRADE_NAMES, Decision, apply_decision, choose_decision, decisions, positive_score, question, table_arrays
 from dr_transfer.intervals import bootstrap, draws, group_codes, paired_difference, share_interval
 from dr_transfer.metrics import accuracy, auc
 from dr_transfer.operating import OperatingPoint, OperatingPointError, choose_operating_point, operating_table, predictive_values
@@ -201,10 +201,10 @@ def test_the_question_of_two_classes_and_of_five_grades():
 @pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES)])
 def test_a_decision_survives_json_and_decides_what_was_chosen(make, classes):
     valid, t = make(seed=4), make(seed=5)
-    d = json.loads(json.dumps(choose_decision(valid, classes, sensitivity=.9)))
+    d = Decision.from_dict(json.loads(json.dumps(choose_decision(valid, classes, sensitivity=.9).to_dict())))
     out = apply_decision(t, classes, d)
     q = question(out, classes)
-    assert ((out.decision == 'referable') == OperatingPoint(**d['operating']).decide(q.score)).all() and (decisions(out, classes) == (out.decision == 'referable')).all()
+    assert ((out.decision == 'referable') == d.operating.decide(q.score)).all() and (decisions(out, classes) == (out.decision == 'referable')).all()
     on_valid = decisions(apply_decision(valid, classes, d), classes)
     assert recall_score(question(valid, classes).y, on_valid) >= .9
     assert np.allclose(out[[f'p_{c}' for c in classes]].sum(axis=1), 1) and t.equals(make(seed=5))
@@ -220,7 +220,7 @@ def test_an_image_without_a_prediction_gets_no_decision():
 
 def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
     d = choose_decision(two(20), TWO, sensitivity=.9)
-    assert d['operating'] is None and d['temperature'] == 1 and len(d['refused']) == 2
+    assert d.operating is None and d.temperature == 1 and len(d.refused) == 2
     with pytest.raises(ValueError, match='needs two classes'): choose_decision(pd.DataFrame({'target': ['a']*60, 'p_a': 1., 'p_b': 0., 'p_c': 0.}), ['a', 'b', 'c'], sensitivity=.9)
 
 
