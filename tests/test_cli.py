@@ -460,3 +460,11 @@ def test_the_examples_of_the_help_can_be_typed():
         assert (program, word) == ('dr_transfer', name)
         a = vars(p.parse_args([word, *rest]))
         for arch in [*(a.get('archs') or []), *([a['arch']] if a.get('arch') else [])]: assert find_backbone(arch).weights != 'none', arch
+
+
+def test_class_names_with_dollars_cost_no_run(tmp_path, flowers):
+    "A figure took what lies between them for a formula, failed, and the trained model was lost."
+    names = dict(zip(('daisy', 'roses', 'tulips'), ('1$ a_{', '2$', '$\\frac')))
+    for old, new in names.items(): shutil.copytree(flowers/old, tmp_path/'data'/new)
+    good('train', tmp_path/'data', *FAST, '--weights', 'random', '--out', tmp_path/'run')
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == FILES
