@@ -415,7 +415,7 @@ def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
 
 def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
     def interrupt(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr(pd.DataFrame, 'to_csv', interrupt)
+    monkeypatch.setattr('dr_transfer.csvfile.write_csv', interrupt)
     said = cli('predict', run, next((eyes/'images').iterdir()), '--out', tmp_path/'p.csv')
     assert said.code == 130 and list(tmp_path.iterdir()) == []
 
