@@ -36,7 +36,7 @@ def open_regular(
         raise NotAFile(f"{path} is a folder, where a file is expected") from None
     except OSError as e:
         if not follow and e.errno in (errno.ELOOP, errno.EMLINK):
-            raise NotAFile(f"{path} is a link, which is not followed: delete it") from None
+            raise NotAFile(f"{path} is a link, which is not followed") from None
         if e.errno == errno.ENXIO:
             raise NotAFile(f"{path} is a named pipe or a socket, where a file is expected") from None
         raise
@@ -121,5 +121,7 @@ def disk_errors(
     "An error of the disk as a ValueError with the advice that fits it"
     try:
         yield
+    except NotAFile as e:
+        raise ValueError(f"{e}: delete it, or let DR_TRANSFER_CACHE name another folder") from None
     except OSError as e:
         raise ValueError(_advice(e, folder)) from None
