@@ -19,6 +19,13 @@ KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a named pipe'), (stat.S_IS
 class NotAFile(ValueError):
     "A name behind which there is no plain file"
 
+def _examined(number, path):
+    "The number of an open file if it is a plain one"
+    kind = os.fstat(number).st_mode
+    if stat.S_ISREG(kind): return number
+    os.close(number)
+    raise NotAFile(f"{path} is {next((n for f, n in KINDS if f(kind)), 'something else')}, where a file is expected")
+
 def open_regular(
     path:str|Path, # A file
     mode:str='rb', # As `open` has it; the file is not cut before it is examined
@@ -29,21 +36,17 @@ def open_regular(
     def opener(name, flags):
         flags |= getattr(os, 'O_NONBLOCK', 0) | (os.O_CREAT if create else 0)
         flags |= 0 if follow else getattr(os, 'O_NOFOLLOW', 0)
-        return os.open(name, flags, 0o600)
+        return _examined(os.open(name, flags, 0o600), path)
     try:
-        file = open(path, mode, opener=opener)
-    except IsADirectoryError:
-        raise NotAFile(f"{path} is a folder, where a file is expected") from None
+        return open(path, mode, opener=opener)
     except OSError as e:
         if not follow and e.errno in (errno.ELOOP, errno.EMLINK):
             raise NotAFile(f"{path} is a link, which is not followed") from None
+        if e.errno == errno.EISDIR:
+            raise NotAFile(f"{path} is a folder, where a file is expected") from None
         if e.errno == errno.ENXIO:
             raise NotAFile(f"{path} is a named pipe or a socket, where a file is expected") from None
         raise
-    kind = os.fstat(file.fileno()).st_mode
-    if stat.S_ISREG(kind): return file
-    file.close()
-    raise NotAFile(f"{path} is {next((n for f, n in KINDS if f(kind)), 'something else')}, where a file is expected")
 
 def read_regular(
     path:str|Path, # A file
