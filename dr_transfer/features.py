@@ -124,9 +124,8 @@ def not_finite(
     what = f"the features of '{name}'{f' at {where}' if where else ''} are NaN or infinite for some images, which are not at fault"
     if not all(v.isfinite().all() for v in stages.state_dict().values() if v.is_floating_point()):
         return ValueError(f"{what}: its weights hold NaN or infinite numbers. Give another file of weights (weights=..., `--weights FILE`)")
-    if body.forward_setting.bf16:
-        return ValueError(f"{what}: precision bf16 overflows. Compute with setting='plain' (`--setting plain`)")
-    return ValueError(f"{what}: its weights are so large that numbers overflow. Give another file of weights (weights=..., `--weights FILE`)")
+    precision = ", or compute with setting='plain' (`--setting plain`) instead of bf16" if body.forward_setting.bf16 else ''
+    return ValueError(f"{what}: its numbers overflow. Give another file of weights (weights=..., `--weights FILE`){precision}")
 
 def compute_views(
     f, # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
