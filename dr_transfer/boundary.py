@@ -13,7 +13,7 @@ from torch import nn
 from .backbones import Stages
 from .features import compute_views, weights_digest
 from .files import cache_folder
-from .model import Body, good_bs
+from .model import Body
 from .store import ArrayStore, fill_stores, stored_array
 from .views import VIEWS
 
@@ -95,14 +95,12 @@ def boundary_maps(
     front:Front, # From `split_body`
     about:dict, # From `features.reading`
     folder=None, # Where stores are; in the cache if None
-    bs:int|None=None, # Images in a batch; chosen if None
     label:str='boundary' # What the progress bar says
 ) -> BoundaryMaps:
     "The maps of every view of every image at the boundary, computed unless they are stored"
     store = boundary_store(front, about, folder)
-    bs = bs or good_bs(next(front.body.parameters()).device)
     def f(x, names): return {k: _array(v.contiguous()) for k, v in front(x).items()}
-    rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, bs, label), bs)
+    rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, label), about['batch'])
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
 # %% ../nbs/06d_boundary.ipynb #0ca06218

@@ -148,6 +148,15 @@ def _fit_given(model, orbit, y):
     return model.fit(orbit.x, y, **weights)
 
 # %% ../nbs/06a_classifiers.ipynb #6aa83057
+def _no_numbers(X, x) -> ValueError:
+    "The error for features that are NaN or infinite: of a network its weights are at fault, not the images"
+    rows = np.flatnonzero(~np.isfinite(x).all((1, 2)))
+    what = f"features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}"
+    if not isinstance(X, Features): return ValueError(f"{what}: compute these again, or leave the rows out")
+    folder = next(iter(X.stores.values())).folder.parent
+    return ValueError(f"{what}: the weights of '{X.about['arch']}' or the cache are damaged, not the images. "
+                      f"Delete {folder}, and give another file of weights (weights=..., `--weights FILE`)")
+
 def _views_of(X, stages, pool) -> np.ndarray:
     "float32 (images, views, channels)"
     if isinstance(X, Features): x = X.numpy(stages, pool)
@@ -156,7 +165,7 @@ def _views_of(X, stages, pool) -> np.ndarray:
         if x.ndim == 2: x = x[:, None]
     if x.ndim != 3 or not x.size: raise ValueError(f"features of the shape {x.shape}: give Features, an array (images, views, channels) "
                                                    "or one (images, channels), with at least one image")
-    if not np.isfinite(x).all(): raise ValueError("features with NaN or infinite numbers: leave these images out")
+    if not np.isfinite(x).all(): raise _no_numbers(X, x)
     return x
 
 def _classes(y, n):

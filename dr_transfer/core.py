@@ -37,7 +37,7 @@ from .model import Head, create_head, get_head, head_inputs, make_body, view_pro
 from .phases import fit_phase, learner_features, loader_summary
 from .plans import PLANS, choose_plan, get_plan
 from .table import report_table, set_aside
-from .views import VIEWS
+from .views import VIEWS, map_rows
 
 # %% ../nbs/08_core.ipynb #2310f125
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
@@ -270,7 +270,8 @@ def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
     f = learner_features(learn, images).numpy()
     head = learn.model[1].eval()
-    p = head(torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)).softmax(1)
+    rows = torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)
+    p = map_rows(lambda x: head(x).softmax(1), rows)
     return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
 
 # %% ../nbs/08_core.ipynb #256b25e2

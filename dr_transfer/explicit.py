@@ -30,7 +30,8 @@ from .files import cache_folder, extra_module, package_version, progress
 from .fundus import INSIDE, Disc, disc_mask, read_disc
 from .leaks import Together
 from .metrics import auc
-from .store import ArrayStore, fill_stores, source_name, stored_array
+from .safe_files import is_shortage
+from .store import ArrayStore, ChangedError, fill_stores, image_data, source_name, stored_array, unreadable
 
 # %% ../nbs/12a_explicit.ipynb #cb045098
 SIDE = 512 # pixels; all lengths below are shares of the radius of the retina
@@ -269,8 +270,11 @@ METHOD = 1 # raised when a step above does something else, so that stored featur
 def _compute(limits, workers, bs):
     "A function for `fill_stores`: features of batches of images, measured in threads"
     def one(source):
-        try: return list(lesion_features(segment(source, limits)).values())
-        except Exception as e: raise ValueError(f"{source_name(source)} cannot be measured ({e}): leave it out, or repair it; what was measured so far is kept") from None
+        try: return list(lesion_features(segment(image_data(source), limits)).values())
+        except ChangedError: raise
+        except Exception as e:
+            if is_shortage(e): raise unreadable(source, e) from None
+            raise ValueError(f"{source_name(source)} cannot be measured ({e}): leave it out, or repair it; what was measured so far is kept") from None
     def compute(sources, fields):
         pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
         try:
@@ -329,7 +333,9 @@ class ExplicitClassifier(ClassifierMixin, BaseEstimator):
 def _rows(X) -> np.ndarray:
     x = np.asarray(X, dtype=np.float64)
     if x.ndim != 2 or not x.size: raise ValueError(f"features of the shape {x.shape}: give a table (images, features), such as `feature_frame` makes")
-    if not np.isfinite(x).all(): raise ValueError("features with NaN or infinite numbers: leave these images out")
+    if not np.isfinite(x).all(): 
+        rows = np.flatnonzero(~np.isfinite(x).all(1))
+        raise ValueError(f"features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}: measure them again, or leave these images out")
     return x
 
 def _machine(how, n): return make_pipeline(StandardScaler(), FunctionTransformer(np.arcsinh), SVC(C=how[0], gamma=how[1]/n, class_weight='balanced'))

@@ -145,7 +145,7 @@ def good_bs(
     device:torch.device # Where the network runs
 ) -> int:
     "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
-    return 8 if device.type == 'cpu' else 64
+    return 4 if device.type == 'cpu' else 64
 
 # %% ../nbs/05c_model.ipynb #7d1aaf4f
 def view_probs(
@@ -168,4 +168,7 @@ def view_probs(
         p = torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]], 1)
         return (p.mean(1) if average else p).cpu().numpy()
     out = list(progress(map_batches(probs, sources, read, bs, device), total=-(-len(sources)//bs), label=f'predictions, batches of {bs}'))
-    return np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    if np.isfinite(found).all(): return found
+    raise ValueError("the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, or its training "
+                     "went astray, or precision bf16 overflows. Take another model, a lower learning rate, or setting='plain' (`--setting plain`)")

@@ -20,7 +20,7 @@ from .features import Features, compute_views, reading
 from .files import unknown
 from .intervals import group_codes
 from .metrics import accuracy, auc, quadratic_kappa
-from .model import Body, good_bs
+from .model import Body
 
 # %% ../nbs/06b_probes.ipynb #20e11a5f
 PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # divided by the number of training images; features have unit variance
@@ -241,10 +241,10 @@ def domain_profile(
     if not images or n < 1: raise ValueError(f"{len(images)} images, n={n}: give at least one, a hundred are better")
     some = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
-    total, bs = {}, good_bs(next(body.parameters()).device)
+    total = {}
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
     with _moments(body, layers) as f:
-        for batch in compute_views(f, body, about, bs, 'distance')([images[i] for i in some], list(layers)) if layers else ():
+        for batch in compute_views(f, body, about, 'distance')([images[i] for i in some], list(layers)) if layers else ():
             for k, v in batch.items(): total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
     far = {k: _divergence(layers[k], v/len(some)) for k, v in total.items()}
     rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]

@@ -47,6 +47,7 @@ def source_name(
     source # Path, bytes, PIL image or array
 ) -> str:
     "How an image is called in a message"
+    source = getattr(source, 'path', source) # of a file with its hash
     return str(source) if isinstance(source, (str, Path)) else f'an image given as {type(source).__name__}'
 
 @contextmanager
