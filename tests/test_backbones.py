@@ -1,5 +1,8 @@
 "Backbones: each chain of stages against the network it was taken from; weights from everywhere, and never silently random."
+import json
 import os
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from torch import nn
 from dr_transfer import backbones as module
 from dr_transfer import speed
 from dr_transfer.backbones import (BACKBONES, HALF, IMAGENET, WeightsError, backbone_table, create_body, find_backbone, group_table,
-                                   layer_groups, read_weights, stage_names, weights_folders)
+                                   layer_groups, stage_names, weights_folders)
+from dr_transfer.weights import hashed_weights, read_weights
 from dr_transfer.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
 
 TIMM = ['test_resnet', 'test_efficientnet', 'test_byobnet', 'test_convnext', 'test_vit', 'test_vit2', 'resnet18', 'mobilenetv3_small_050', 'regnetx_002']
@@ -438,6 +442,105 @@ def test_files_that_do_not_fit(small, tmp_path):
     refused(tmp_path/'empty.safetensors', 'empty.safetensors')
 
 
+def changed(sd, name, change): return {**sd, name: change(sd[name].clone())}
+
+
+def set_first(value):
+    def change(v):
+        v.view(-1)[0] = value
+        return v
+    return change
+
+
+@pytest.mark.parametrize('name, change, words', [
+    ('conv1.0.weight', set_first(np.nan), 'NaN or infinite'), ('layer2.0.bn1.bias', set_first(np.inf), 'NaN or infinite'),
+    ('layer1.0.bn1.running_mean', set_first(-np.inf), 'NaN or infinite'), ('layer1.0.bn1.running_var', set_first(-1.), 'below 0'),
+    ('conv1.0.weight', lambda v: v.to(torch.int64), 'int64'), ('conv1.0.weight', lambda v: v.to(torch.int8), 'int8'),
+    ('conv1.0.weight', lambda v: v > 0, 'bool'), ('conv1.0.weight', lambda v: v.to(torch.complex64), 'complex64')])
+def test_tensors_that_are_no_weights(small, tmp_path, name, change, words):
+    "Named, with the tensor; never taken in silence"
+    sd = small[0].state_dict()
+    assert name in sd
+    torch.save(changed(sd, name, change), tmp_path/'w.pth')
+    refused(tmp_path/'w.pth', 'w.pth', name, words)
+
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.float64, torch.bfloat16])
+def test_other_precisions_are_taken(small, tmp_path, kind):
+    torch.save({k: v.to(kind) if v.is_floating_point() else v for k, v in small[0].state_dict().items()}, tmp_path/'w.pth')
+    assert create_body('test_resnet', tmp_path/'w.pth').weights.kind == 'file'
+
+
+@pytest.mark.parametrize('form', ['sparse', 'quantised', 'meta'])
+def test_tensors_without_plain_numbers(small, tmp_path, form):
+    make = {'sparse': lambda v: v.to_sparse(), 'quantised': lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'meta': lambda v: v.to('meta')}
+    torch.save(changed(small[0].state_dict(), 'conv1.0.weight', make[form]), tmp_path/'w.pth')
+    refused(tmp_path/'w.pth', 'w.pth')
+
+
+@pytest.mark.parametrize('content', [{0: torch.ones(3), 1: torch.ones(2)}, {}, [torch.ones(3)], torch.ones(3), {'a': 1}, {('a', 1): torch.ones(2)}],
+                         ids=['numbers', 'nothing', 'list', 'tensor', 'no tensor', 'tuples'])
+def test_dicts_without_names(tmp_path, content):
+    torch.save(content, tmp_path/'w.pth')
+    refused(tmp_path/'w.pth', 'w.pth', 'cannot be read as a state dict')
+
+
+def test_names_beside_numbers(small, tmp_path):
+    torch.save({**small[0].state_dict(), 7: torch.ones(2)}, tmp_path/'w.pth')
+    assert same(create_body('test_resnet', tmp_path/'w.pth'), small[0])
+
+
+def lying(claim, header=b'{}'): return struct.pack('<Q', claim) + header
+
+
+LIARS = {'header.safetensors': lying(2**62), 'long.safetensors': lying(10**8), 'zero.safetensors': lying(0), 'nine.safetensors': b'\1',
+         'shape.safetensors': lying(79, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}   '),
+         'page.safetensors': b'<html>404 Not Found</html>', 'page.pth': b'<html>404 Not Found</html>', 'line.pth': b'L' + b'1'*1000, 'zip.pth': b'PK\3\4' + bytes(40)}
+
+
+@pytest.mark.parametrize('name', LIARS)
+def test_files_that_lie(tmp_path, name):
+    (tmp_path/name).write_bytes(LIARS[name])
+    refused(tmp_path/name, name, 'cannot be read')
+
+
+def test_an_archive_that_unpacks_to_more(small, tmp_path):
+    "A small file that would fill the memory"
+    torch.save(small[0].state_dict(), tmp_path/'w.pth')
+    with zipfile.ZipFile(tmp_path/'w.pth') as z: members = {i.filename: z.read(i) for i in z.infolist()}
+    big = next(k for k in members if '/data/' in k)
+    with zipfile.ZipFile(tmp_path/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as z:
+        for k, v in members.items(): z.writestr(k, bytes(10**7) if k == big else v)
+    assert (tmp_path/'bomb.pth').stat().st_size < 10**6
+    refused(tmp_path/'bomb.pth', 'bomb.pth', 'compressed or larger')
+
+
+def test_what_is_no_plain_file(tmp_path):
+    "It is not waited for"
+    os.mkfifo(tmp_path/'pipe.pth')
+    refused(tmp_path/'pipe.pth', 'pipe.pth is a named pipe', '.safetensors')
+    (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth')
+    refused(tmp_path/'loop.pth', 'loop.pth', 'cannot be opened')
+    (tmp_path/'zero.pth').symlink_to('/dev/zero')
+    refused(tmp_path/'zero.pth', 'zero.pth is a device')
+    refused(tmp_path, 'is a folder')
+    with open(tmp_path/'huge.pth', 'wb') as f: f.truncate(10**13)                  # it takes no room on the disk
+    refused(tmp_path/'huge.pth', 'huge.pth has 10000 GB')
+
+
+def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
+    "Though the file is replaced meanwhile"
+    path = tmp_path/'w.safetensors'
+    save_file(small[0].state_dict(), path)
+    import hashlib
+    want, fill = hashlib.sha256(path.read_bytes()).hexdigest(), module.fill
+    def replaced(*a, **k):
+        path.write_bytes(b'other')
+        return fill(*a, **k)
+    monkeypatch.setattr(module, 'fill', replaced)
+    assert create_body('test_resnet', path).weights.sha256 == want
+
+
 def test_no_files_of_weights(tmp_path):
     refused(tmp_path/'gone.pth', tmp_path/'gone.pth', '.safetensors')
     refused('Random', 'Random')                                                    # a typing error is no wish for random weights
@@ -583,7 +686,7 @@ def test_reachable_looks_at_the_host(monkeypatch):
 
 # ---------------------------------------------------------------- speed
 
-@pytest.mark.parametrize('plain,last,bf16,best', [(10, 5, 5, 'plain'), (5, 10, 10.9, 'channels_last'), (5, 10, 11.1, 'bf16'), (10, 5, 10.9, 'plain'), (1, 2, 9, 'bf16')])
+@pytest.mark.parametrize('plain,last,bf16,best', [(10, 5, 5, 'plain'), (5, 10, 12.9, 'channels_last'), (5, 10, 13.1, 'bf16'), (10, 5, 10.9, 'plain'), (10, 9, 5, 'channels_last'), (5, 10, 12, 'channels_last'), (1, 2, 9, 'bf16')])
 def test_choose_setting(plain, last, bf16, best): assert choose_setting({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
 
 
@@ -612,8 +715,46 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     fastest_setting(net, 'b', 64)
     assert asked[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir/'speed.json').write_text('{broken')
-    assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5        # a broken memory is measured anew
+    with pytest.warns(UserWarning, match='speed.json is damaged'):
+        assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5    # a broken memory is measured anew
     assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
+
+
+@pytest.mark.parametrize('content', ['[1, 2]', '7', 'null', '"plain"', '{"%s": ["plain"]}', '{"%s": "fast"}', '{"%s": {}}', '[' * 10**5, '\0\0'])
+def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
+    "Named, measured again, and written anew"
+    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
+    net, file = nn.Conv2d(3, 4, 3), cache_dir/'speed.json'
+    fastest_setting(net, 'a', 64)
+    key, = json.loads(file.read_text())
+    file.write_text(content.replace('%s', key))
+    with pytest.warns(UserWarning, match='speed.json is damaged.*measured again'): assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
+    assert json.loads(file.read_text()) == {key: 'bf16'}
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
+def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
+    "It is not waited for, and not written through"
+    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
+    cache_dir.mkdir()
+    (tmp_path/'precious').write_text('thesis')
+    file = cache_dir/'speed.json'
+    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(tmp_path/'precious')}[kind]()
+    with pytest.warns(UserWarning, match='speed.json'): assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
+    assert (tmp_path/'precious').read_text() == 'thesis'
+
+
+def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
+    "Who measured first decides for both, and what others have chosen is kept"
+    net, file = nn.Conv2d(3, 4, 3), cache_dir/'speed.json'
+    def measure(*a, **k):
+        key = f'a size=64 forward | {speed._cpu()}'
+        cache_dir.mkdir(exist_ok=True)
+        file.write_text(json.dumps({key: 'plain', 'other': 'bf16'}))
+        return {'plain': 1, 'channels_last': 2, 'bf16': 9}
+    monkeypatch.setattr(speed, 'measure_settings', measure)
+    assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
+    assert fastest_setting(net, 'b', 64) == SETTINGS['bf16'] and len(json.loads(file.read_text())) == 3
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
