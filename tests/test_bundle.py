@@ -321,3 +321,98 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     with pytest.raises(ModelError, match='head of your own cannot be rebuilt.*use learn.export, or a head by name'): save_model(learn, tmp_path/'m')
     with pytest.raises(ModelError): image_model(learn)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- small models, made on the spot
+
+SMALL = {'arch': 'small_cnn', 'stage': 'stage3', 'tap': 1, 'head': {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''}, 'classes': ['no', 'referable'], 'task': 'dr',
+         'target': 'referable', 'size': 48, 'reader': 'fundus', 'fit': 'pad', 'views': 'none', 'mean': [.5]*3, 'std': [.5]*3, 'decision': None, 'weights': {'kind': 'random', 'name': '', 'sha256': ''},
+         'licence': '', 'versions': {'dr_transfer': '0.1.0'}, 'seed': 42, 'training': {'plan': 'head', 'balance': 'none', 'data': None}}
+
+
+def small():
+    "A network as `SMALL` describes it"
+    import torch
+    from dr_transfer.backbones import create_body
+    from dr_transfer.model import Body, create_head
+    torch.manual_seed(1)
+    stages = create_body('small_cnn', 'random')
+    return torch.nn.Sequential(Body(stages), create_head('linear', stages.n_out, 2)).eval()
+
+
+def write_as_0_1_0(folder, net, about=SMALL):
+    "A model folder written word for word as version 0.1.0 wrote it, without the library"
+    import hashlib
+    from safetensors.torch import save_file
+    folder.mkdir()
+    save_file({k: v.detach().contiguous() for k, v in net.state_dict().items()}, folder/'model.safetensors')
+    about = {**about, 'format': 'dr_transfer model 2', 'tensors_sha256': hashlib.sha256((folder/'model.safetensors').read_bytes()).hexdigest()}
+    sha256 = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    (folder/'model.json').write_text(json.dumps({**about, 'sha256': sha256}, indent=1, ensure_ascii=False), encoding='utf-8')
+    return folder
+
+
+def test_a_folder_of_version_0_1_0_is_loaded(tmp_path):
+    from dr_transfer.bundle import ImageModel, load_model
+    net, image = small(), np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    m = load_model(write_as_0_1_0(tmp_path/'m', net), 'plain')
+    np.testing.assert_array_equal(m.probs([image]), ImageModel(net, SMALL).probs([image]))
+    assert m.seen is None and m.about == {**SMALL, 'training': m.about['training'], 'tensors_sha256': m.card.tensors_sha256}
+
+
+@pytest.mark.parametrize('name, value, words', [('1.3.weight', float('nan'), 'NaN or infinity in 1 of 256'), ('0.stages.stem.features_0.0.weight', float('inf'), 'NaN or infinity'),
+                                                ('1.1.running_var', -1., 'a variance below 0 in 1 of 128')])
+def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name, value, words):
+    from dr_transfer.bundle import ImageModel, ModelError, load_model, save_model
+    net = small()
+    name = name if name in net.state_dict() else next(k for k in net.state_dict() if k.startswith('0.') and k.endswith('weight'))
+    net.state_dict()[name].view(-1)[0] = value
+    for call in (lambda: save_model(ImageModel(net, SMALL), tmp_path/'m'), lambda: load_model(write_as_0_1_0(tmp_path/'old', net))):
+        with pytest.raises(ModelError, match=f"the tensor '{name}' holds {words}.*Train it again"): call()
+    assert not (tmp_path/'m').exists()
+
+
+def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights):
+    import torch
+    from dr_transfer.bundle import ModelError, image_model
+    from dr_transfer.core import build_learner
+    from dr_transfer.run import write_run
+    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain')
+    learn.model[1][3].weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' holds NaN"): image_model(learn)
+    with pytest.raises(ValueError, match='no probabilities for 8 of 8 validation images.*lower learning rate'): write_run(learn, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
+    "Finite weights may overflow: the column `error` says so, and so does the exit code."
+    net = small()
+    net[1][3].weight.data.fill_(3e38)
+    net[1][1].weight.data.fill_(3e38)
+    images = sorted((eyes/'images').iterdir())[:2]
+    said = cli('predict', write_as_0_1_0(tmp_path/'m', net), *images)
+    assert said.code == 1 and all('gives no probabilities' in r['error'] and not r['prediction'] for r in rows_of(said.out))
+
+
+@pytest.mark.parametrize('file', FILES)
+@pytest.mark.parametrize('kind', ['folder', 'pipe', 'loop', 'device'])
+@pytest.mark.skipif(os.name == 'nt', reason='pipes')
+def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
+    from dr_transfer.bundle import ModelError, load_model
+    folder = write_as_0_1_0(tmp_path/'m', small())
+    (folder/file).unlink()
+    make = {'folder': lambda p: p.mkdir(), 'pipe': os.mkfifo, 'loop': lambda p: p.symlink_to(p), 'device': lambda p: p.symlink_to('/dev/zero')}[kind]
+    make(folder/file)
+    with pytest.raises(ModelError, match=f'{file} cannot be read: it (is no regular file|cannot be opened)'): load_model(folder)
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda t: t.pop('1.3.bias'), r"'1.3.bias' has nothing in model.safetensors, and the shape \(2,\) of F32"), (lambda t: t.update(x=t['1.3.bias'].clone()), "'x' has the shape"),
+    (lambda t: t.update({'1.3.bias': t['1.3.bias'].double()}), "'1.3.bias' has the shape .2,. of F64"), (lambda t: t.update(seen=t['1.3.bias'].clone()), "'seen' has the shape"),
+    (lambda t: t.clear(), 'has nothing in model.safetensors')])
+def test_tensors_that_are_not_those_that_are_described(tmp_path, spoil, words):
+    from types import SimpleNamespace
+    from dr_transfer.bundle import ModelError, load_model
+    tensors = {k: v.clone() for k, v in small().state_dict().items()}
+    spoil(tensors)
+    with pytest.raises(ModelError, match=words): load_model(write_as_0_1_0(tmp_path/'m', SimpleNamespace(state_dict=lambda: tensors)))
