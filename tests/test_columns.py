@@ -302,9 +302,6 @@ def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
     assert len(pd.read_csv(tmp_path/'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
 
 
-
-
-
 EDGES = {'no group': lambda t: t.drop(columns='group'), 'empty groups': lambda t: t.assign(group=None), 'one class': lambda t: t[t.target == 'ill'],
          'the other class': lambda t: t[t.target == 'no'], 'one image': lambda t: t[:1], 'two images': lambda t: t[:2], 'all right': lambda t: t[(t.p_ill > .5) == (t.target == 'ill')],
          'all alike': lambda t: t.assign(p_no=.5, p_ill=.5), 'one group': lambda t: t.assign(group='g')}
@@ -334,3 +331,10 @@ def test_the_summary_shows_where_the_patients_come_from(folder):
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     table.attrs['patients'] = "patients: column 'patient', 20 groups"
     assert 'column &#x27;patient&#x27;, 20 groups' in report_html(evaluate_model(MODELS['two'], table), n=5)
+
+
+def test_importing_the_library_warns_of_nothing_that_a_user_can_change():
+    import subprocess
+    import sys
+    done = subprocess.run([sys.executable, '-c', 'import dr_transfer.augment'], capture_output=True, text=True, check=True)
+    assert 'torch.jit.script' not in done.stderr

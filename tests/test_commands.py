@@ -32,6 +32,8 @@ def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
     assert json.loads((sure/'model'/'model.json').read_text())['decision'] == decision
     p = pd.read_csv(sure/'predictions.csv')
     assert ((p.p_referable >= decision['operating']['threshold']) == (p.decision == 'referable')).all()
+    r = json.loads((sure/'record.json').read_text())
+    assert p.group.notna().all() and r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
     out = good('predict', sure, many/'images').out
     assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,error'
 
@@ -47,7 +49,7 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
     said = good('evaluate', sure, eyes, '--labels', tmp_path/'l.csv', '--patient', 'person', '--prevalence', '0.1', '--draws', '50', '--out', tmp_path/'r.html')
     page, t = (tmp_path/'r.html').read_text(), pd.read_csv(tmp_path/'r_predictions.csv')
     assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path/'r.html') in said.out
-    assert len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'camera', 'p_referable'} <= set(t)
+    assert len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
     for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'): assert words in page, words
     refused('evaluate', sure, eyes, '--out', tmp_path/'r.html')
     refused('evaluate', sure, eyes, '--patient', 'nobody', '--out', tmp_path/'s.html')
@@ -56,6 +58,11 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
     assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', tmp_path/'r.html')
+    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '20', '--out', tmp_path/'valid.html')
+    t, own = pd.read_csv(tmp_path/'valid_predictions.csv'), pd.read_csv(sure/'predictions.csv')
+    assert sorted(t.image) == sorted(own.image) and 'slightly optimistic' in (tmp_path/'valid.html').read_text() and 'not validation images' in said.out
+    both = own.merge(t, on='image', suffixes=('', '_again'))
+    assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(own.group) == set(t.group)
     said = good('evaluate', sure, many, '--allow-leaks', '--draws', '20', '--out', tmp_path/'all.html')
     assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'left out' not in said.out
     both = tmp_path/'both'                                                                       # 40 new ones, 8 known ones, a broken one

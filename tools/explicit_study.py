@@ -69,7 +69,7 @@ def _figures(recipe, t):
     from dr_transfer.screening import measure_table
     decided, _ = decide_across(t, TWO, specificity=0.9)
     yield from _rows(recipe, measure_table(decided, TWO), ('auc', 'accuracy', 'sensitivity', 'specificity', 'calibration error'))
-    for kind, part in t.groupby('source_format'): yield from _rows(recipe, measure_table(part, TWO).rename({'auc': f'auc, {kind} files only'}), (f'auc, {kind} files only',))
+    for kind, part in t.groupby('data_source_format'): yield from _rows(recipe, measure_table(part, TWO).rename({'auc': f'auc, {kind} files only'}), (f'auc, {kind} files only',))
 
 
 def _differences(name, a, b):
