@@ -96,6 +96,7 @@ def build_learner(
 def _build(data, task, target, labels, augment, plan, own, setting, fixed_bn, bs, num_workers, valid, seed, balance, allow_leaks, kwargs) -> Learner:
     set_seed(seed, reproducible=True)
     asked = plan or get_plan('head')
+    plan_arch(asked, own['arch']) # an error if the plan has another backbone than was asked for
     own = {'arch': DEFAULT_ARCH, **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
     table = split_data(data, task, goal, labels, valid, seed, allow_leaks)

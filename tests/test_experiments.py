@@ -114,7 +114,7 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
     how = {k: v for k, v in FAST.items() if k != 'size'}
     for name, plan in rival_plans(rivals).items():
-        p, _ = train_once(t, task, None, plan.with_epochs(2), seed=0, metrics=[accuracy], augment='none', **how)
+        p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
         assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), 'the error of the unseen images'
     assert len(trainings) == 3, 'these were the trainings of the curve'
 
