@@ -105,7 +105,7 @@ def for_task(name, task): return pytest.param(name, task, id=f'{name}-{task}')
 def test_every_plan(build, name, task):
     "It runs; what it never trains is bit-identical, statistics too, and all else has moved; the table says how many weights that are (F47)"
     own, plan = PLANS[name], PLANS[name].with_epochs(1)
-    learn, said = build(task, None if own.arch else 'test_resnet', plan=name, **({'weights': None, 'setting': 'plain'} if own.arch else {})), []
+    learn, said = build(task, None if own.arch else 'test_resnet', plan=name, **({'weights': None, 'setting': 'plain'} if own.weights else {})), []
     before, n = groups(learn), len(learner_groups(learn))
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'the body is trained before')

@@ -9,7 +9,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from torch import nn
 
-from dr_transfer import crossval, phases
+from dr_transfer import classifiers, crossval, phases
 from dr_transfer.backbones import create_body, save_weights
 from dr_transfer.callbacks import TrainingError
 from dr_transfer.compare import compare
@@ -24,11 +24,17 @@ from dr_transfer.plans import HEAD, Phase, Plan, get_plan, plan_table
 CLASSES = ('daisy', 'roses', 'sunflowers')
 
 
+@pytest.fixture(autouse=True)
+def two_strengths(monkeypatch):
+    "A head is solved with two strengths to choose from: what is checked here is when it is solved, not how well"
+    monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+
+
 @pytest.fixture(scope='session')
 def set_of_flowers(tmp_path_factory):
-    "Sixty flowers of 48 pixels, and a tiny network whose weights are a file, as pretrained ones are"
+    "Some flowers of 32 pixels, and a tiny network whose weights are a file, as pretrained ones are"
     folder = tmp_path_factory.mktemp('training')
-    make_flowers(folder/'flowers', n=60, size=48, classes=CLASSES)
+    make_flowers(folder/'flowers', n=45, size=32, classes=CLASSES)
     torch.manual_seed(0)
     save_weights(create_body('test_resnet', 'random'), folder/'weights.safetensors')
     return folder
@@ -37,7 +43,7 @@ def set_of_flowers(tmp_path_factory):
 @pytest.fixture
 def build(set_of_flowers, tmp_path):
     def make(**kw):
-        given = {'arch': 'test_resnet', 'weights': set_of_flowers/'weights.safetensors', 'size': 48, 'bs': 16, 'setting': 'plain',
+        given = {'arch': 'test_resnet', 'weights': set_of_flowers/'weights.safetensors', 'size': 32, 'bs': 16, 'setting': 'plain',
                  'num_workers': 0, 'device': torch.device('cpu'), 'path': tmp_path, **kw}
         return build_learner(given.pop('data', set_of_flowers/'flowers'), 'flowers', **given)
     return make
