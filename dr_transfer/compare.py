@@ -13,13 +13,14 @@ from typing import Callable
 import pandas as pd
 from matplotlib.figure import Figure
 from .backbones import DEFAULT_ARCH, create_body, find_backbone
-from .crossval import train_once
+from .crossval import train_once, without_weights
 from .data import Task, get_task
-from .decision import table_classes
+from .decision import table_arrays, table_classes
 from .files import plain_text
 from .leaks import split_data
-from .plans import Plan, get_plan
-from .screening import compare_tables, main_measure, measure_table
+from .model import check_size
+from .plans import Plan, check_epochs, get_plan
+from .screening import compare_tables, main_measure, measure_table, measures
 from .table import report_table
 
 # %% ../nbs/12b_compare.ipynb #44228791
@@ -39,15 +40,31 @@ class Comparison:
         return out.reindex(columns=['value', 'low', 'high', 'difference', 'difference_low', 'difference_high'])
 
 # %% ../nbs/12b_compare.ipynb #ceb65def
-def _recipes(archs, plans) -> dict:
+def _recipes(archs, plans, epochs=None) -> dict:
     "Name -> (backbone, plan): each backbone with each plan, and a plan that has its own backbone once"
     archs, plans = ([o] if isinstance(o, (str, Plan)) else list(o) for o in (archs, plans))
     plans = [get_plan(p) for p in plans]
-    if len({p.name for p in plans}) < len(plans): raise ValueError(f"two plans have one name ({', '.join(p.name for p in plans)}): give each its own, with dataclasses.replace(plan, name=...)")
+    if epochs is not None:
+        check_epochs(epochs)
+    if not archs or not plans:
+        raise ValueError(f"nothing to compare: {len(archs)} backbones and {len(plans)} plans. Give archs= (--archs) and plans= (--plans)")
+    if len({p.name for p in plans}) < len(plans):
+        raise ValueError(f"two plans have one name ({', '.join(p.name for p in plans)}): give each its own, with "
+                         "dataclasses.replace(plan, name=...)")
     pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, plans)}
     several = [len({k[i] for k in pairs}) > 1 for i in range(2)]
     names = {k: ', '.join(w for w, s in zip(k, several) if s) or k[1] for k in pairs}
     return {names[k]: (k[0], p) for k, p in pairs.items()}
+
+def _check_recipes(recipes, size, weights):
+    "Errors that would come in the night come now: weights that are missing, and sizes that a network does not take"
+    for arch, plan in recipes.values():
+        check_size(create_body(arch, plan.weights or weights, plan.tap, plan.stage), size)
+
+def _row_words(p) -> str:
+    "The measures of a model that is finished, in one line"
+    classes = table_classes(p)
+    return ', '.join(f'{k} {v:.3f}' for k, v in measures(*table_arrays(p, classes), classes).items())
 
 # %% ../nbs/12b_compare.ipynb #f1419bb8
 def compare(
@@ -67,14 +84,16 @@ def compare(
     **kwargs # `bs, augment, balance, setting, ...` of `build_learner`
 ) -> Comparison:
     "Train each backbone by each plan on one split"
-    recipes, task = _recipes(archs, plans), get_task(task, size)
-    for arch, plan in recipes.values(): create_body(arch, plan.weights or kwargs.get('weights')) # weights that are missing are missed now, not in the night
+    recipes, task = _recipes(archs, plans, epochs), get_task(task, size)
+    _check_recipes(recipes, task.size, kwargs.get('weights'))
     t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col)
     report_table(t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
-        p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), arch=arch, allow_leaks=allow_leaks, **kwargs)
+        how = {**without_weights(plan, kwargs), 'arch': arch, 'allow_leaks': allow_leaks}
+        p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), **how)
         tables[name] = p
+        say(f'{name} ({i} of {len(recipes)}): {_row_words(p)}')
     return Comparison(tables, table_classes(p))
 
 # %% ../nbs/12b_compare.ipynb #51be185e

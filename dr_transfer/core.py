@@ -34,8 +34,8 @@ from .files import package_version, unknown
 from .leaks import split_data
 from .metrics import summary
 from .model import Head, create_head, get_head, head_inputs, make_body, view_probs
-from .phases import fit_phase, learner_features, loader_summary
-from .plans import PLANS, choose_plan, get_plan
+from .phases import find_rate, fit_phase, learner_features, loader_summary, phase_runs, runs_words
+from .plans import PLANS, choose_plan, get_plan, plan_arch
 from .table import report_table, set_aside
 from .views import VIEWS, map_rows
 
@@ -104,6 +104,7 @@ def build_learner(
 def _build(images, say, task, target, augment, plan, own, setting, fixed_bn, bs, num_workers, about, kwargs) -> Learner:
     set_seed(about['seed'], reproducible=True)
     asked = plan or get_plan('head')
+    plan_arch(asked, own['arch']) # an error if the plan has another backbone than was asked for
     own = {'arch': DEFAULT_ARCH, **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
     task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
     table = split_data(images.pop('data'), task, goal, **images)
@@ -136,6 +137,9 @@ class TransferLearner(Learner):
         with dl.dataset.set_split_idx(1): # nothing at random, also on the training side
             out = [self.get_preds(dl=dl, cbs=_View(v)) for v in VIEWS[views]]
         return torch.stack([p for p, _ in out]).mean(0), out[0][1]
+    def lr_find(self, *args, **kwargs):
+        "fastai's `lr_find`, with its arguments; what is frozen is computed once, and weights and order are as before"
+        return find_rate(self, *args, **kwargs)
 
 # %% ../nbs/08_core.ipynb #14d7b393
 class _Arch:
@@ -226,32 +230,73 @@ def _check_plan(learn, plan):
     how = repr(plan.name) if listed and replace(plan, phases=listed.phases) == listed else 'this plan itself'
     raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={how})")
 
+# %% ../nbs/08_core.ipynb #8076cbaa
+def _warn_random(learn, plan, say):
+    "Tell whoever trains random weights by a plan for pretrained ones"
+    if learn.record['weights']['kind'] != 'random' or plan.weights == 'random':
+        return
+    frozen = all(p.frozen == -1 for p in plan.phases)
+    what = 'the body stays as it is, and it knows nothing' if frozen else 'its rates and fixed statistics suit pretrained weights'
+    say(f"warning: the weights are random, and plan '{plan.name}' is made for pretrained ones ({what}): "
+        "take plan='random_start' (--plan random_start)")
+
+def _fit_one(learn, run, i, n, say):
+    "Run one phase of a plan, and write it into the record"
+    record, names = learn.record, ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
+    try:
+        values = fit_phase(learn, run, say)
+    except KeyboardInterrupt:
+        record['interrupted'] = f'in phase {i} of {n}'
+        raise
+    rows = [{'phase': i, 'epoch': e, 'how': run.how, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)]
+    record['history'] += rows
+    record['passes'] = record.get('passes', 0) + len(rows)*(run.how == 'network')
+    words = ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names) if rows else 'stopped before the first was complete'
+    say(f"phase {i} of {n}, " + ('solved: ' if run.how == 'solved' else f"{len(rows)} epoch{'s' if len(rows) != 1 else ''}: ") + words)
+
+def _best(learn, first, say):
+    "The epoch of this fit with the lowest loss on the validation images, into the record"
+    rows = learn.record['history'][first:]
+    if not rows:
+        return
+    best = min(rows, key=lambda r: r['valid_loss'])
+    learn.record['best'] = best
+    if best is not rows[-1]:
+        say(f"valid_loss was lowest in epoch {best['epoch']} of phase {best['phase']}: {best['valid_loss']:.3f}, "
+            f"and {rows[-1]['valid_loss']:.3f} at the end")
+
+def _default_plan(learn, say):
+    "The plan that the learner was built with, or a sensible one"
+    if learn.plan:
+        return learn.plan
+    plan, why = choose_plan(int((learn.table.split == 'train').sum()), gpu=learn.dls.device.type != 'cpu')
+    say(f"plan '{plan}': {why}")
+    return plan
+
+
 # %% ../nbs/08_core.ipynb #92104fb4
 def fit(
     learn:Learner, # From `build_learner`
     plan:Any=None, # Name, plan or advice; that of `build_learner`, or chosen, if None
-    epochs:int|None=None, # Epochs of the plan's last phase
+    epochs:int|None=None, # Passes through the network, of the plan's last phase
     stored:bool=True, # Keep what is frozen on disk (50 GB a phase at most)?
     say:Callable=print # What is done with the lines that tell how it goes
 ) -> Learner: # The same learner, trained
-    "Train a learner by a plan"
+    "Train a learner by a plan; TrainingError if the loss diverges"
     if not isinstance(learn, TransferLearner): raise ValueError("this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)")
     plan = get_plan(plan or _default_plan(learn, say), epochs)
     _check_plan(learn, plan)
-    names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
-    for i, phase in enumerate(plan.phases, 1):
-        values, kept = fit_phase(learn, phase, stored, say)
-        rows = [{'phase': i, 'epoch': e, 'stored': kept, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)]
-        learn.record['history'] += rows
-        say(f"phase {i} of {len(plan.phases)}, {len(rows)} epoch{'s' if len(rows) != 1 else ''}: " + ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names))
+    _warn_random(learn, plan, say)
+    runs, first = phase_runs(learn, plan, epochs, stored), len(learn.record['history'])
+    say(f"plan '{plan.name}': {runs_words(runs, int((learn.table.split == 'train').sum()))}")
+    if epochs is not None and runs[-1].how != 'network' and runs[-1].phase.epochs is None:
+        say(f"epochs={epochs} (--epochs {epochs}) changes nothing: it counts passes through the network, and this plan has none")
     learn.record['plan'] = asdict(plan)
+    for i, run in enumerate(runs, 1):
+        if run.how != 'skipped':
+            _fit_one(learn, run, i, len(runs), say)
+    _best(learn, first, say)
     return learn
-
-def _default_plan(learn, say):
-    if learn.plan: return learn.plan
-    plan, why = choose_plan(int((learn.table.split == 'train').sum()), gpu=learn.dls.device.type != 'cpu')
-    say(f"plan '{plan}': {why}")
-    return plan
 
 # %% ../nbs/08_core.ipynb #2c180cfd
 def predict_probs(

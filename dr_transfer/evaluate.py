@@ -24,7 +24,7 @@ def plot_history(
 ) -> Figure:
     "Training and validation loss by epoch, and the metrics beside them"
     h, cuts = _stretch(history)
-    names = [c for c in h.columns if c not in ('phase', 'epoch', 'stored', 'train_loss', 'valid_loss', 'x')]
+    names = [c for c in h.columns if c not in ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x')]
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
     dot = 'o' if len(h) < 3 else None # a head that was solved has one epoch

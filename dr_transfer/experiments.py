@@ -14,12 +14,12 @@ import numpy as np, pandas as pd
 from fastai.metrics import accuracy
 from matplotlib.figure import Figure
 from .columns import group_errors
-from .crossval import train_once
+from .crossval import train_once, without_weights
 from .data import Task, encode_target, get_task
 from .decision import table_arrays, table_classes
 from .files import plain_text, unknown
 from .leaks import Together, note_contradictions
-from .plans import Phase, Plan, get_plan
+from .plans import check_epochs, get_plan, plan_arch
 from .probes import fold_interval
 from .screening import main_measure, measures
 from .split import split_table
@@ -27,8 +27,7 @@ from .table import label_table, report_table
 
 # %% ../nbs/12_experiments.ipynb #b8c8c9b2
 START = 'random start'
-RIVALS = {START: Plan('random_start', (Phase(0, None, 3e-3, wd=0.05, fixed_bn=False),), 'everything from random weights', weights='random'),
-          'frozen': get_plan('head'), 'fine-tuned': get_plan('fine_tune')} # name -> plan
+RIVALS = {START: get_plan('random_start'), 'frozen': get_plan('head'), 'fine-tuned': get_plan('fine_tune')} # name -> plan
 COLOURS = {r: f'C{i}' for i, r in enumerate(RIVALS)} # the same in every picture
 
 def rival_plans(
@@ -41,6 +40,12 @@ def rival_plans(
     for r in rivals:
         if r not in RIVALS: raise unknown('rival', r, RIVALS)
     return {r: RIVALS[r] for r in rivals}
+def _checked_plans(rivals, arch) -> dict:
+    "Plans by name, all for one backbone; ValueError if one has another than was asked for"
+    plans = rival_plans(rivals)
+    for plan in plans.values():
+        plan_arch(plan, arch)
+    return plans
 
 # %% ../nbs/12_experiments.ipynb #584a4365
 def unseen_split(
@@ -89,12 +94,13 @@ def learning_curve(
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> pd.DataFrame: # A row a training: rival, images, seed, each measure, share
     "What each start is worth on unseen images with more and more images to learn from"
-    plans, task, out = rival_plans(rivals), get_task(task, size), []
+    plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
     splits = _splits(data, task, seeds, target, labels, test, most, group_col, say)
     for t, n in product(splits, sizes): first_images(t, n) # refused before hours are spent
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
-            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **kwargs)
+            how = without_weights(plan, kwargs)
+            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
             out.append({'rival': name, 'images': n, 'seed': seed, **_measures(p)})
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: ' + _words(out[-1]))
     return pd.DataFrame(out).assign(share=test/(1 - test))
@@ -197,10 +203,11 @@ def plot_learning_curve(
 
 # %% ../nbs/12_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:
-    "The epochs of the last phase, and before them the end of the phase before, as epoch 0"
+    "The epochs of the last phase, and before them the end of the phase before, as epoch 0; so is a head that was solved"
     last = h.phase == h.phase.max()
     h = h[last | (h.phase == h.phase.max() - 1) & (h.groupby('phase').epoch.transform('max') == h.epoch)]
-    return h.assign(epoch=h.epoch.where(last, 0), error=1 - h.accuracy)[['epoch', 'train_loss', 'valid_loss', 'error']]
+    epoch = h.epoch.where(last & (h.how != 'solved'), 0)
+    return h.assign(epoch=epoch, error=1 - h.accuracy)[['epoch', 'train_loss', 'valid_loss', 'error']]
 
 # %% ../nbs/12_experiments.ipynb #833a2b05
 def training_curve(
@@ -219,12 +226,14 @@ def training_curve(
     **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> pd.DataFrame: # A row an epoch: rival, seed, epoch, losses, error
     "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
-    plans, task, out = rival_plans(rivals), get_task(task, size), []
+    check_epochs(epochs)
+    plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
     for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col, say)):
         t = t[t.split != 'valid'].replace({'split': {'test': 'valid'}})
         if images: t = first_images(t, images)
         for name, plan in plans.items():
-            _, h = train_once(t, task, target, plan.with_epochs(epochs), seed=seed, say=_quiet, metrics=[accuracy], **kwargs)
+            how = {**without_weights(plan, kwargs), 'metrics': [accuracy]}
+            _, h = train_once(t, task, target, plan, epochs, seed, say=_quiet, **how)
             out.append(_errors(h).assign(rival=name, seed=seed))
             say(f'seed {seed + 1} of {seeds}, {name}: error {out[-1].error.iloc[-1]:.3f}')
     return pd.concat(out, ignore_index=True)

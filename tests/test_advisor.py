@@ -362,7 +362,7 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     plan = given['advice'].plan
     assert str(given['advice']) in said.out and said.out.index('advice: plan') < said.out.index('phase 1 of')
     assert r['plan']['name'] == plan.name == 'head_stage2_2' and (r['plan']['stage'], r['plan']['tap']) == (r['stage'], r['tap']) == ('stage2', 2)
-    assert [p['epochs'] for p in r['plan']['phases']] == [1] and r['data']['classes']['train'] == given['advice'].counts
+    assert [p['epochs'] for p in r['plan']['phases']] == [None] and r['data']['classes']['train'] == given['advice'].counts
     about = json.loads((tmp_path/'run'/'model'/'model.json').read_text())
     assert (about['stage'], about['tap']) == ('stage2', 2)
     p = pd.read_csv(tmp_path/'run'/'predictions.csv')

@@ -149,9 +149,9 @@ def test_the_record(run, weights, eyes):
     assert {k: r[k] for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')} == {
         'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1, 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3,
         'augment': 'quarter_turns', 'reader': 'fundus', 'fit': 'pad'}
-    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''} and [h['stored'] for h in r['history']] == [True]
+    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''} and [h['how'] for h in r['history']] == ['solved']
     assert r['weights'] == {'kind': 'file', 'name': weights.name, 'sha256': hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [1]
+    assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [None]
     assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__
     assert r['versions']['torch'] == torch.__version__.split('+')[0] and r['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
     truth = pd.read_csv(eyes/'labels.csv')
@@ -207,7 +207,7 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkey
     assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
     r = json.loads(got[0]['record.json'])
     assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1]['epochs'] == 1
-    assert [(h['phase'], h['stored']) for h in r['history'][-2:]] == [(1, True), (2, False)] and r['bs'] == 16
+    assert [(h['phase'], h['how']) for h in r['history'][-2:]] == [(1, 'stored'), (2, 'network')] and r['bs'] == 16
     out = rows_of(good('predict', tmp_path/'a', p.image[0]).out)[0]
     assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error'] and out['prediction'] in '01234'
 

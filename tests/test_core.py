@@ -362,7 +362,7 @@ def test_any_batch_size_trains(build, bs):
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
-    assert len(learn.record['history']) > 1 and all(np.isfinite(list(r.values())).all() for r in learn.record['history'])
+    assert len(learn.record['history']) > 1 and all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in learn.record['history'])
 
 
 def test_one_image_more_than_a_batch(build):
@@ -416,7 +416,7 @@ def test_plans_as_data():
     for plan in PLANS.values():
         assert plan.about and get_plan(plan.name) is plan and get_plan(plan) is plan
         more = get_plan(plan.name, 7)
-        assert more.phases[-1].epochs == 7 and more.phases[:-1] == plan.phases[:-1] and plan.phases[-1].epochs != 7
+        assert more.phases[-1].epochs == (None if plan.phases[-1].solves else 7) and more.phases[:-1] == plan.phases[:-1] and plan.phases[-1].epochs != 7
     t = plan_table()
     assert len(t) == sum(len(p.phases) for p in PLANS.values()) and set(t.index.get_level_values(0)) == set(PLANS)
     with pytest.raises(ValueError) as e: get_plan('finetune')
@@ -451,14 +451,14 @@ def test_plans(build, arch, plan, frozen):
     k = frozen % n
     assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
     rows = learn.record['history']
-    head = 2 if plan == 'head' else 1                                                  # what was asked for, or solved
-    assert [r['phase'] for r in rows] == [1]*head + [2]*(0 if plan == 'head' else 2)
-    assert [r['epoch'] for r in rows] == [*range(1, head + 1), *range(1, 1 + (0 if plan == 'head' else 2))]
-    assert [r['stored'] for r in rows] == [r['phase'] == 1 or plan == 'all_but_stem' and arch == 'test_resnet' for r in rows]
-    assert all(np.isfinite(list(r.values())).all() for r in rows)
-    assert set(rows[0]) == {'phase', 'epoch', 'stored', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
+    later = 0 if plan == 'head' else 2                                                 # the head is solved, whatever epochs are asked for
+    assert [r['phase'] for r in rows] == [1] + [2]*later
+    assert [r['epoch'] for r in rows] == [1, *range(1, 1 + later)]
+    assert [r['how'] for r in rows] == ['solved'] + ['stored' if plan == 'all_but_stem' and arch == 'test_resnet' else 'network']*later
+    assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
+    assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record['plan']['name'] == plan and len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
-    assert learn.record['plan']['phases'][-1]['epochs'] == 2
+    assert learn.record['plan']['phases'][-1]['epochs'] == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
     if plan != 'head': assert learn.record['setting']['train'] == 'fp32'
 
@@ -485,7 +485,7 @@ def test_a_head_learns(build):
 def test_a_head_on_stored_is_the_learners(build, task, arch):
     learn = build(task, arch)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
-    assert learn.record['history'][0]['stored']
+    assert learn.record['history'][0]['how'] == 'stored'
     rows = learn.table[learn.table.split == 'valid']
     p = probs(learn).numpy()
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
@@ -515,7 +515,7 @@ def test_endless_augmentation_is_trained_plainly(build):
     before = groups(learn)
     fit(learn, 'head', epochs=2, say=said.append)
     assert any('random_crop' in s and 'endless' in s for s in said)
-    assert [r['stored'] for r in learn.record['history']] == [False, False]
+    assert [r['how'] for r in learn.record['history']] == ['network', 'network']
     assert moved(before, groups(learn)) == [False]*5 + [True]                       # frozen all the same
     assert why_not_stored(build(augment='none')) == why_not_stored(build(augment='mirror')) == ''
 
@@ -541,13 +541,13 @@ def test_own_head_on_maps(build):
     "What a head sees of the places of an image is stored as well"
     learn = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
     before = groups(learn)
-    silent(learn, 'head', epochs=2)
-    assert [r['stored'] for r in learn.record['history']] == [True]*2
+    silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
+    assert [r['how'] for r in learn.record['history']] == ['stored']*2
     assert moved(before, groups(learn)) == [False]*5 + [True]
     plain = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()), augment='none')
     said = []
     fit(plain, 'head', epochs=1, stored=False, say=said.append)
-    assert not plain.record['history'][0]['stored'] and 'stored=False' in said[0]
+    assert plain.record['history'][0]['how'] == 'network' and any('stored=False' in s for s in said)
 
 
 class MaxHead(nn.Module):
@@ -566,18 +566,18 @@ def test_plan_for_own_head_as_a_module(build, monkeypatch):
     monkeypatch.setattr('dr_transfer.phases.head_epochs', lambda n, bs: 2)
     learn, said = build(head=MaxHead()), []
     fit(learn, 'head', say=said.append)
-    assert learn.record['history'][0]['stored'] and any('in steps' in s and 'no linear classifier' in s for s in said)
+    assert learn.record['history'][0]['how'] == 'stored' and any('in steps' in s and 'no linear classifier' in s for s in said)
 
 
 def deep_head(width): return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def test_own_head_with_a_batchnorm_inside(build): silent(build(head=deep_head(16)), 'head', epochs=1)
+def test_own_head_with_a_batchnorm_inside(build): silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
 
 
 def test_own_head_with_a_batchnorm_of_the_same_width(build):
     learn = build(head=deep_head(96))
-    silent(learn, 'head', epochs=30)
+    silent(learn, Plan('p', (Phase(-1, 30, 1e-3, wd=0.3),)))
     with learn.no_bar(): loss = float(learn.validate()[0])
     assert loss == pytest.approx(learn.record['history'][-1]['valid_loss'], abs=.1)
 

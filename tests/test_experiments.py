@@ -107,14 +107,14 @@ def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, traini
 def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     rivals = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
     h = training_curve(flowers, epochs=2, images=40, rivals=rivals, augment='none', **FAST)
-    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {START: [1, 2], 'frozen': [1, 2], 'tuned': [0, 1, 2]}
+    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {START: [1, 2], 'frozen': [0], 'tuned': [0, 1, 2]}
     assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
     task = get_task('flowers', 32)
     t = _splits(flowers, task, 1, None, None, 0.3, 600, None)[0]
     t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
     how = {k: v for k, v in FAST.items() if k != 'size'}
     for name, plan in rival_plans(rivals).items():
-        p, _ = train_once(t, task, None, plan.with_epochs(2), seed=0, metrics=[accuracy], augment='none', **how)
+        p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
         assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), 'the error of the unseen images'
     assert len(trainings) == 3, 'these were the trainings of the curve'
 

@@ -105,7 +105,7 @@ def for_task(name, task): return pytest.param(name, task, id=f'{name}-{task}')
 def test_every_plan(build, name, task):
     "It runs; what it never trains is bit-identical, statistics too, and all else has moved; the table says how many weights that are (F47)"
     own, plan = PLANS[name], PLANS[name].with_epochs(1)
-    learn, said = build(task, None if own.arch else 'test_resnet', plan=name, **({'weights': None, 'setting': 'plain'} if own.arch else {})), []
+    learn, said = build(task, None if own.arch else 'test_resnet', plan=name, **({'weights': None, 'setting': 'plain'} if own.weights else {})), []
     before, n = groups(learn), len(learner_groups(learn))
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'the body is trained before')
@@ -113,9 +113,11 @@ def test_every_plan(build, name, task):
     k = frozen_first(learn, plan)
     assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
     rows = learn.record['history']
-    assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1)) and all(np.isfinite(list(r.values())).all() for r in rows)
+    assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1)) and all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
     endless = own.augment is not None
-    assert [r['stored'] for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
+    assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
+    assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
+    assert learn.record['passes'] == sum(r['how'] == 'network' for r in rows) <= 1, 'no more than was asked for'
     assert learn.record['plan']['name'] == name and sum(s.startswith('phase ') for s in said) == len(plan.phases)
     assert np.isfinite(probs(learn)).all()
     t = plan_table(learn, [name])
@@ -226,10 +228,10 @@ def test_stored_is_the_same(build, v):
     assert farthest(a, b) == 0
     before = weights(a)
     for l, s in ((a, True), (b, False)): silent(l, Plan('p', (f,)), stored=s)
-    assert [r['stored'] for r in a.record['history'] + b.record['history']] == [True]*2 + [False]*2
+    assert [r['how'] for r in a.record['history'] + b.record['history']] == ['stored']*2 + ['network']*2
     assert farthest(a, b) < 1e-5
     assert max(float((x - before[k]).abs().max()) for k, x in weights(a).items() if k.endswith('weight')) > 1e-4     # and much has moved
-    assert pd.DataFrame(a.record['history']).drop(columns='stored').to_numpy() == pytest.approx(pd.DataFrame(b.record['history']).drop(columns='stored').to_numpy(), abs=1e-4)
+    assert pd.DataFrame(a.record['history']).drop(columns='how').to_numpy() == pytest.approx(pd.DataFrame(b.record['history']).drop(columns='how').to_numpy(), abs=1e-4)
 
 
 def test_steps_of_a_linear_head_are_the_same(build):
@@ -247,7 +249,7 @@ def test_two_phases_are_the_same(build):
     "Order and views go on where the phase before left them"
     a, b = build(), build()
     for l, s in ((a, True), (b, False)): silent(l, Plan('p', (Phase(-2, 1, 1e-3), Phase(-3, 1, 1e-3), Phase(0, 1, 1e-3))), stored=s)
-    assert [r['stored'] for r in a.record['history']] == [True, True, False] and farthest(a, b) < 2e-5
+    assert [r['how'] for r in a.record['history']] == ['stored', 'stored', 'network'] and farthest(a, b) < 2e-5
 
 
 @warns_head
@@ -281,7 +283,7 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
     learn = build(arch=arch, **kw)
     before, n = groups(learn), len(learner_groups(learn))
     fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=said.append)
-    assert any('computed in every epoch' in s and word in s for s in said) and not learn.record['history'][0]['stored']
+    assert any('computed in every epoch' in s and word in s for s in said) and learn.record['history'][0]['how'] == 'network'
     k = frozen % n
     assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
     if what != 'asked': assert word in why_not_stored(learn, frozen)
@@ -309,7 +311,7 @@ def test_a_body_before_its_head_warns(build):
     learn = build()
     ws = heard(lambda: first(learn))
     assert len(ws) == 1 and 'learn.freeze()' in str(ws[0].message) and 'fine_tune' in str(ws[0].message)
-    for head in (lambda l: quiet(l, 'fit_one_cycle', 1, 1e-3), lambda l: silent(l, 'head'), lambda l: silent(l, 'head', epochs=1)):
+    for head in (lambda l: quiet(l, 'fit_one_cycle', 1, 1e-3), lambda l: silent(l, 'head'), lambda l: silent(l, Plan('p', (replace(HEAD, epochs=1),)))):
         learn = build()
         assert not heard(lambda: head(learn)) and not heard(lambda: first(learn))
     learn = build()
@@ -338,7 +340,7 @@ def test_loaders_that_were_changed_are_used(build, what):
     if what == 'transform': learn.dls.add_tfms([Watch()], 'after_batch')
     else: learn.dls.loaders[0] = learn.dls.train.new(dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})}))
     said = []
-    fit(learn, 'head', epochs=1, say=said.append)
+    fit(learn, Plan('p', (replace(HEAD, epochs=1),)), say=said.append)
     if what == 'bs': assert why_not_stored(learn) == ''                              # it is the size of the batches of stored features as well
     else: assert 'the DataLoaders were changed' in ' '.join(said)
     if what == 'transform': assert seen
@@ -496,7 +498,7 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     for side in ('valid', 'train'): assert predict_probs(learn, images(learn, side)) == pytest.approx(c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4)
     row, = learn.record['history']
     with learn.no_bar(), learn.no_logging(): values = learn.validate()
-    assert row['stored'] and row['epoch'] == 1 and [row[k] for k in ('valid_loss', *(m.name for m in learn.metrics))] == pytest.approx(list(values), abs=1e-4)
+    assert row['how'] == 'solved' and row['epoch'] == 1 and [row[k] for k in ('valid_loss', *(m.name for m in learn.metrics))] == pytest.approx(list(values), abs=1e-4)
     assert valid_predictions(learn).filter(like='p_').to_numpy() == pytest.approx(predict_probs(learn, images(learn)), abs=1e-5)
 
 
@@ -510,7 +512,7 @@ def few(drawn):
 
 @pytest.mark.parametrize('why', ['weights', 'smoothing', 'groups', 'own', 'dropout', 'many', 'endless', 'asked'])
 def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
-    kw, said, data, epochs = {}, [], None, None
+    kw, said, data, plan = {}, [], None, 'head'
     word = {'weights': 'loss', 'smoothing': 'loss', 'groups': "'daisy' has", 'own': 'no linear', 'dropout': 'no linear', 'many': 'are many', 'endless': 'endless', 'asked': ''}[why]
     if why == 'weights': kw['loss_func'] = CrossEntropyLossFlat(weight=torch.tensor([1., 2., 3.]))
     if why == 'smoothing': kw['loss_func'] = CrossEntropyLossFlat(label_smoothing=.1)
@@ -519,14 +521,15 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     if why == 'dropout': kw['head'] = Head((), .2)
     if why == 'many': monkeypatch.setattr(phases, 'MOST_NUMBERS', 100)
     if why == 'endless': kw['augment'] = 'mirror+random_crop'
-    if why == 'asked': epochs = 2
+    if why == 'asked': plan = Plan('p', (replace(HEAD, epochs=2),))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 2)
+    monkeypatch.setattr(phases, 'HEAD_PASSES', 2)
     learn = build(data=data, **kw)
     before = groups(learn)
-    fit(learn, 'head', epochs, say=said.append)
+    fit(learn, plan, say=said.append)
     assert len(learn.record['history']) == 2 and 'C' not in learn.record and moved(before, groups(learn)) == [False]*5 + [True]
     assert any(word in s for s in said) and (why in ('asked', 'endless') or any('in steps, because' in s for s in said))
-    assert [r['stored'] for r in learn.record['history']] == [why != 'endless']*2
+    assert [r['how'] for r in learn.record['history']] == ['network' if why == 'endless' else 'stored']*2
 
 
 # ---------------------------------------------------------------- interrupted
@@ -555,7 +558,7 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
     assert all(torch.equal(v, before[k]) for k, v in weights(learn).items()) and [type(c) for c in learn.cbs] == cbs and not learn.record['history']
     with Stop(learn.model[0][0].stages[0]) as rest: silent(learn, plan)
     assert all_.n == 4*len(learn.table) and some.n == 72 - 72 % 8 and rest.n == all_.n - 64
-    assert farthest(learn, l) < 1e-6 and pd.DataFrame(learn.record['history']).to_numpy(float) == pytest.approx(pd.DataFrame(l.record['history']).to_numpy(float))
+    assert farthest(learn, l) < 1e-6 and pd.DataFrame(learn.record['history']).drop(columns='how').to_numpy(float) == pytest.approx(pd.DataFrame(l.record['history']).drop(columns='how').to_numpy(float))
     with Stop(build('dr').model[0][0].stages[0]) as none: silent(build('dr'), plan)
     assert none.n == 0
 
@@ -595,9 +598,10 @@ def test_a_learner_after_a_stored_phase(build, tmp_path, plan):
 def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     learn = build()
     good, learn.loss_func = learn.loss_func, lambda *_: 1/0
-    with pytest.raises(ZeroDivisionError): silent(learn, 'head', epochs=1)
+    steps = Plan('p', (replace(HEAD, epochs=1),))
+    with pytest.raises(ZeroDivisionError): silent(learn, steps)
     learn.loss_func = good
-    silent(learn, 'head', epochs=1)
+    silent(learn, steps)
     with pytest.raises(ValueError, match='one_cycle'): silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
     assert len(learn.record['history']) == 1 and np.isfinite(probs(learn)).all()
 

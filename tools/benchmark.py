@@ -18,6 +18,7 @@ Results are kept in nbs/results/benchmark.csv, a row a figure.
 """
 import argparse, copy, os, subprocess, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -123,10 +124,13 @@ def head(root, epochs=3, of=30):
     from dr_transfer.augment import QuarterTurns
     from dr_transfer.core import build_learner, fit
     from dr_transfer.data import get_task
+    from dr_transfer.plans import HEAD, Plan
     table = flowers(root)
-    ours = lambda epochs: seconds(lambda: fit(build_learner(table, augment='quarter_turns'), 'head', epochs=epochs, say=lambda s: None).record['history'][-1]['accuracy'])
-    with fresh_cache(): t_steps, in_steps = ours(of)
-    with fresh_cache(): t_solved, solved = ours(None)
+    def ours(plan):
+        "Seconds, and accuracy at the end"
+        return seconds(lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str).record['history'][-1]['accuracy'])
+    with fresh_cache(): t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
+    with fresh_cache(): t_solved, solved = ours('head')
     with tempfile.TemporaryDirectory() as d:
         plain = plain_learner(table, get_task('flowers').size, d, [QuarterTurns()], [accuracy])
         with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))

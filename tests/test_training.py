@@ -1,0 +1,505 @@
+"Training keeps its promises: epochs are passes through the network, what diverges stops, what is trained is not trained again."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from torch import nn
+
+from dr_transfer import classifiers, crossval, phases
+from dr_transfer.backbones import create_body, save_weights
+from dr_transfer.callbacks import TrainingError
+from dr_transfer.compare import compare
+from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
+from dr_transfer.crossval import cross_validate
+from dr_transfer.experiments import learning_curve, training_curve
+from dr_transfer.model import AveragePool, Head, check_size, least_size
+from dr_transfer.phantom import make_flowers
+from dr_transfer.phases import phase_runs
+from dr_transfer.plans import HEAD, Phase, Plan, get_plan, plan_table
+
+CLASSES = ('daisy', 'roses', 'sunflowers')
+
+
+@pytest.fixture(autouse=True)
+def two_strengths(monkeypatch):
+    "A head is solved with two strengths to choose from: what is checked here is when it is solved, not how well"
+    monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+
+
+@pytest.fixture(scope='session')
+def set_of_flowers(tmp_path_factory):
+    "Some flowers of 32 pixels, and a tiny network whose weights are a file, as pretrained ones are"
+    folder = tmp_path_factory.mktemp('training')
+    make_flowers(folder/'flowers', n=45, size=32, classes=CLASSES)
+    torch.manual_seed(0)
+    save_weights(create_body('test_resnet', 'random'), folder/'weights.safetensors')
+    return folder
+
+
+@pytest.fixture
+def build(set_of_flowers, tmp_path):
+    def make(**kw):
+        given = {'arch': 'test_resnet', 'weights': set_of_flowers/'weights.safetensors', 'size': 32, 'bs': 16, 'setting': 'plain',
+                 'num_workers': 0, 'device': torch.device('cpu'), 'path': tmp_path, **kw}
+        return build_learner(given.pop('data', set_of_flowers/'flowers'), 'flowers', **given)
+    return make
+
+
+class Images:
+    "Counts the training images that go through the first stage of a body with gradients to follow, or in training mode"
+    def __init__(self, learn):
+        self.n, self.learn = 0, learn
+        self.hook = learn.model[0][0].stages[0].register_forward_pre_hook(self)
+    def __call__(self, module, args):
+        if self.learn.training and torch.is_grad_enabled():
+            self.n += len(args[0])
+
+
+class Batches(Callback):
+    "A callback of the user's, which counts the steps that it sees"
+    steps = 0
+    def after_step(self):
+        self.steps += 1
+
+
+def told(learn, *args, **kw):
+    "What `fit` tells"
+    lines = []
+    fit(learn, *args, say=lines.append, **kw)
+    return lines
+
+
+def ways(learn):
+    return [row['how'] for row in learn.record['history']]
+
+
+def weights(learn):
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def train_size(learn):
+    return int((learn.table.split == 'train').sum())
+
+
+# ---------------------------------------------------------------- epochs are passes through the network
+
+@pytest.mark.parametrize('callback', [SaveModelCallback, MixUp, Batches])
+@pytest.mark.parametrize('plan', ['top1', 'fine_tune'])
+def test_one_epoch_is_one_pass(build, plan, callback):
+    "The head is solved before it, and the callback gets the batches of the phase that it is for"
+    learn = build(cbs=[callback()])
+    images = Images(learn)
+    lines = told(learn, plan, epochs=1)
+    assert ways(learn) == ['solved', 'network']
+    assert learn.record['passes'] == 1
+    batches = train_size(learn)//learn.dls.train.bs
+    assert images.n == batches*learn.dls.train.bs, 'once through the images, incomplete batch apart'
+    assert not any('of 300' in line for line in lines)
+    if callback is Batches:
+        assert learn.batches.steps == batches
+
+
+def test_the_total_is_told_before_anything_is_trained(build):
+    learn, lines = build(cbs=[Batches()]), []
+    def say(line):
+        lines.append((line, learn.batches.steps, learn.head_trained))
+    fit(learn, 'top2', epochs=2, say=say)
+    first, steps, trained = lines[0]
+    assert steps == 0 and not trained
+    assert first.startswith("plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs")
+    assert first.endswith(f'In all 2 passes of {train_size(learn)} images through the network')
+    assert 'no pass through the network' in told(build(), 'head')[0]
+
+
+@pytest.mark.parametrize('how', [{'augment': 'mirror+random_crop'}, {'head': 'dense'}, {'balance': 'weights'}, {'balance': 'sampling'}, {}])
+@pytest.mark.parametrize('stored', [True, False])
+def test_no_phase_passes_more_often_than_asked(build, how, stored):
+    "Whatever keeps a head from being solved or stored"
+    learn = build(cbs=[Batches()], **how)
+    images = Images(learn)
+    fit(learn, 'top1', epochs=1, stored=stored, say=str)
+    passes = ways(learn).count('network')
+    assert passes == learn.record['passes'] == (1 if stored else 2)
+    assert images.n <= passes*train_size(learn)
+
+
+def test_a_head_that_cannot_be_stored_has_a_small_number_of_passes(build):
+    learn = build(augment='mirror+random_crop')
+    assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'))] == [('network', phases.HEAD_PASSES)]
+    assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'), 3)] == [('network', 3)]
+    assert [r.how for r in phase_runs(learn, get_plan('top1'))] == ['solved', 'network'], 'a head that only prepares is solved'
+
+
+def test_a_number_of_its_own_is_bounded_too(build):
+    plan = Plan('p', (Phase(-1, 7, 1e-3), Phase(0, 2, 1e-4)))
+    runs = phase_runs(build(), plan.with_epochs(3), 3, stored=False)
+    assert [r.epochs for r in runs] == [3, 3]
+
+
+def test_epochs_do_not_change_a_head_that_is_solved(build):
+    "Today's 1.000 was .458 with epochs=2"
+    plain, asked = build(), build()
+    fit(plain, 'head', say=str)
+    lines = told(asked, 'head', epochs=2)
+    assert same(weights(plain), weights(asked))
+    assert ways(asked) == ['solved'] and asked.record['history'] == plain.record['history']
+    assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
+
+
+def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build, monkeypatch):
+    monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
+    a, b = build(head='dense'), build(head='dense')
+    fit(a, 'head', say=str)
+    fit(b, 'head', epochs=1, say=str)
+    assert ways(a) == ways(b) == ['stored']*4 and same(weights(a), weights(b))
+
+
+def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
+    ask = dict(archs='small_cnn', plans='head', weights='random', size=32, setting='plain', say=str)
+    with_epochs, without = (compare(set_of_flowers/'flowers', epochs=e, **ask) for e in (2, None))
+    assert with_epochs.tables['head'].equals(without.tables['head'])
+
+
+@pytest.mark.parametrize('epochs', [0, -1, 1.5, True, '2', float('nan')])
+def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
+    learn = build()
+    before = weights(learn)
+    for plan in ('head', 'top1'):
+        with pytest.raises(ValueError, match='1 or more'):
+            fit(learn, plan, epochs=epochs, say=str)
+    assert same(before, weights(learn))
+    for ask in (lambda: Phase(0, epochs, 1e-3), lambda: compare(set_of_flowers, epochs=epochs), lambda: training_curve(set_of_flowers, epochs=epochs)):
+        with pytest.raises(ValueError, match='1 or more'):
+            ask()
+
+
+@pytest.mark.parametrize('wrong', [{'lr': float('nan')}, {'lr': 0.}, {'lr': -1e-3}, {'lr': float('inf')}, {'lr': '1e-3'}, {'wd': -1.},
+                                   {'wd': float('nan')}, {'spread': 0.}, {'frozen': 0.5}, {'frozen': True}])
+def test_rates_that_are_none(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Phase(**{'frozen': 0, 'epochs': 1, 'lr': 1e-3, **wrong})
+
+
+def test_the_table_of_plans_tells_how_epochs_are_found():
+    epochs = plan_table().epochs
+    assert epochs['head'].tolist() == ['solved'] and epochs['top1'].tolist() == ['solved', 5]
+    assert epochs['random_start'].tolist() == ['by the set'] and epochs['flw'].tolist() == [30]
+    mine = [Plan('dense', (HEAD,), head='dense'), Plan('crops', (HEAD,), augment='+random_crop'),
+            Plan('then', (HEAD, Phase(0, 2, 1e-3)), augment='+random_crop')]
+    t = plan_table(plans=mine).epochs
+    assert t['dense'].tolist() == ['by the set'] and t['crops'].tolist() == ['10 at most'] and t['then'].tolist() == ['solved', 2]
+
+
+# ---------------------------------------------------------------- a trained head is not trained again
+
+def test_a_trained_head_is_not_trained_again(build):
+    "After augmented_head, top2 for two epochs goes through the network twice"
+    learn = build(plan='augmented_head')
+    fit(learn, epochs=1, say=str)
+    assert learn.record['passes'] == 1
+    lines = told(learn, 'top2', epochs=2)
+    assert learn.record['passes'] == 3 and [r['phase'] for r in learn.record['history']] == [1, 2, 2]
+    assert 'phase 1 of 2: head, skipped, because the head is trained already' in lines[0]
+
+
+def test_the_second_fit_goes_on_where_the_first_ended(build):
+    learn = build()
+    fit(learn, 'top1', epochs=1, say=str)
+    fit(learn, 'top1', epochs=2, say=str)
+    assert [(r['phase'], r['how']) for r in learn.record['history']] == [(1, 'solved'), (2, 'stored'), (2, 'stored'), (2, 'stored')]
+
+
+def test_a_head_that_is_asked_for_is_solved_anew(build):
+    learn = build()
+    fit(learn, 'head', say=str)
+    solved = weights(learn)
+    with torch.no_grad():
+        learn.model[1][-1].bias += 1.
+    fit(learn, 'head', say=str)
+    assert same(solved, weights(learn)) and ways(learn) == ['solved']*2
+
+
+def test_epochs_that_a_plan_gives_its_head_are_trained(build):
+    learn = build()
+    fit(learn, 'head', say=str)
+    fit(learn, Plan('p', (replace(HEAD, epochs=2), Phase(-2, 1, 1e-4))), say=str)
+    assert ways(learn) == ['solved', 'stored', 'stored', 'stored']
+
+
+# ---------------------------------------------------------------- training that diverges
+
+def wild(decay='none', frozen=0, epochs=2, lr=1e4):
+    return Plan('wild', (HEAD, Phase(frozen, epochs, lr, decay=decay)))
+
+
+@pytest.mark.parametrize('frozen', [0, -2])
+def test_a_training_that_diverges_is_an_error(build, frozen):
+    "With the reason, and the weights from before the phase: through the network, and from what is stored"
+    learn = build()
+    fit(learn, 'head', say=str)
+    before, trained = weights(learn), len(learn.record['history'])
+    with pytest.raises(TrainingError, match='diverged in epoch') as e:
+        fit(learn, wild(frozen=frozen), say=str)
+    assert isinstance(e.value, ValueError) and 'lower rate' in str(e.value) and '\n' not in str(e.value)
+    assert same(before, weights(learn)) and len(learn.record['history']) == trained
+    assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
+    fit(learn, 'top1', epochs=1, say=str)
+    assert ways(learn)[-1] == 'stored', 'it can be trained again'
+
+
+def test_a_head_that_diverges_is_not_trained(build):
+    "So that the next plan does not skip it"
+    learn = build(head='dense', loss_func=lambda p, y: (p*float('nan')).sum())
+    with pytest.raises(TrainingError, match='went at once to nan'):
+        fit(learn, 'head', say=str)
+    assert not learn.head_trained
+
+
+def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(build):
+    "Statistics of BatchNorm that were never near those of the images"
+    learn = build(weights='random')
+    class Damage(Callback):
+        def before_validate(self):
+            for m in self.model[0].modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.running_var.fill_(1e-12)
+    learn.add_cb(Damage())
+    with pytest.raises(TrainingError, match='validation loss'):
+        fit(learn, 'random_start', epochs=1, say=str)
+
+
+def test_random_weights_under_a_plan_for_pretrained_ones(build):
+    for plan in ('fine_tune', 'head'):
+        lines = told(build(weights='random'), plan, epochs=1)
+        warned = [line for line in lines if line.startswith('warning')]
+        assert len(warned) == 1 and f"plan '{plan}'" in warned[0] and '--plan random_start' in warned[0]
+    for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
+        assert not any(line.startswith('warning') for line in told(learn, plan, epochs=1))
+
+
+def test_the_best_epoch_is_in_the_record(build):
+    learn = build()
+    lines = told(learn, 'top1', epochs=3)
+    rows = learn.record['history']
+    assert learn.record['best'] == min(rows, key=lambda r: r['valid_loss'])
+    told_so = any('valid_loss was lowest in' in line for line in lines)
+    assert told_so == (learn.record['best'] != rows[-1])
+
+
+def test_the_best_epoch_can_be_kept(build):
+    "With fastai's callback, which before made of one epoch three hundred"
+    learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
+    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-2, decay='none', fixed_bn=True))), say=str)
+    rows = learn.record['history'][1:]
+    with learn.no_bar(), learn.no_logging():
+        loss = float(learn.validate()[0])
+    assert loss == pytest.approx(min(r['valid_loss'] for r in rows), abs=1e-4)
+
+
+def test_stopped_early(build):
+    learn = build(cbs=[EarlyStoppingCallback(monitor='valid_loss', min_delta=100., patience=1)])
+    fit(learn, 'fine_tune', epochs=9, say=str)
+    assert learn.record['passes'] == ways(learn).count('network') == 2
+
+
+# ---------------------------------------------------------------- sizes, batches, backbones
+
+@pytest.mark.parametrize('bs', [1, 0, -2, True, 2.5])
+def test_batches_that_are_none(build, bs):
+    with pytest.raises(ValueError, match='bs='):
+        build(bs=bs)
+
+
+def test_a_batch_larger_than_the_set(build):
+    learn = build(bs=4096)
+    fit(learn, 'fine_tune', epochs=1, say=str)
+    assert learn.dls.train.bs == train_size(learn) and learn.record['passes'] == 1
+
+
+def test_batches_of_one_image_are_told_of_by_name(build):
+    learn = build()
+    learn.dls.loaders[0] = learn.dls.train.new(bs=1)
+    with pytest.raises(ValueError, match='BatchNorm needs 2 or more'):
+        fit(learn, 'top1', epochs=1, say=str)
+    bare = build(head=nn.Sequential(AveragePool(), nn.Linear(create_body('test_resnet', 'random').n_out, 3)))
+    bare.dls.loaders[0] = bare.dls.train.new(bs=1)
+    fit(bare, Plan('p', (Phase(-1, 1, 1e-3),)), say=str)
+
+
+def test_the_least_size_that_works_is_named():
+    body = create_body('alexnet', 'random')
+    least = least_size(body)
+    assert least < 224
+    check_size(body, least)
+    for size in (16, least - 1):
+        with pytest.raises(ValueError, match=f'least size that works is {least}: give size={least} .--size {least}.'):
+            check_size(body, size)
+
+
+def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
+    monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
+    with pytest.raises(ValueError, match="'alexnet' does not take images of 32 pixels"):
+        compare(set_of_flowers/'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
+
+
+def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
+    lines = []
+    class Broken(Exception):
+        pass
+    def say(line):
+        lines.append(line)
+        if line.startswith('test_resnet'):
+            raise Broken
+    with pytest.raises(Broken):
+        compare(set_of_flowers/'flowers', archs=['small_cnn', 'test_resnet'], plans='head', weights='random', size=32, setting='plain', say=say)
+    assert any(line.startswith('small_cnn (1 of 2): accuracy 0.') or line.startswith('small_cnn (1 of 2): accuracy 1.') for line in lines)
+
+
+@pytest.mark.parametrize('run', [learning_curve, training_curve])
+def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
+    with pytest.raises(ValueError, match="plan 'scratch' has a backbone of its own, 'small_cnn', and arch='googlenet'"):
+        run(set_of_flowers/'flowers', arch='googlenet', rivals={'random': 'scratch'})
+
+
+def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
+    with pytest.raises(ValueError, match="'small_cnn'"):
+        build(plan='scratch')
+    with pytest.raises(ValueError, match="'small_cnn'"):
+        cross_validate(set_of_flowers/'flowers', arch='test_resnet', plan='scratch', say=str)
+    with pytest.raises(ValueError, match='leave weights out'):
+        cross_validate(set_of_flowers/'flowers', arch='test_resnet', weights=set_of_flowers/'weights.safetensors', plan='random_start', say=str)
+
+
+# ---------------------------------------------------------------- the same again
+
+@pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
+def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
+    "Bit for bit: with nothing stored, with half of the features, with all, and whatever random numbers were drawn in between"
+    got = []
+    for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
+        monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/folder))
+        learn = build(head='dense' if plan == 'dense' else Head())
+        if seen:
+            phases.learner_features(learn, learn.table.image[:seen].tolist())
+            list(learn.dls.train)
+        torch.rand(seen + 1)
+        np.random.rand(seen + 1)
+        fit(learn, Plan('p', (Phase(-1, 3, 1e-3),)) if plan == 'dense' else plan, epochs=1, say=str)
+        got.append(weights(learn))
+    assert same(got[0], got[1]) and same(got[0], got[2])
+
+
+def test_random_numbers_of_others_are_left_alone(build):
+    learn = build()
+    torch.manual_seed(3), np.random.seed(3)
+    want = torch.rand(2), np.random.rand(2)
+    torch.manual_seed(3), np.random.seed(3)
+    fit(learn, 'fine_tune', epochs=1, say=str)
+    assert torch.equal(torch.rand(2), want[0]) and (np.random.rand(2) == want[1]).all()
+
+
+@pytest.mark.parametrize('stored', [True, False])
+def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
+    "Interrupted before the second phase: the head is not solved again, and order and views are those of the run without"
+    plain, learn = build(), build()
+    fit(plain, 'top1', epochs=2, stored=stored, say=str)
+    def say(line):
+        if line.startswith('phase 1'):
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fit(learn, 'top1', epochs=2, stored=stored, say=say)
+    fit(learn, 'top1', epochs=2, stored=stored, say=str)
+    assert same(weights(plain), weights(learn))
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+def press(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings('ignore:the body is trained before the head')
+@pytest.mark.parametrize('how', ['solved', 'stored', 'network'])
+def test_a_learner_after_ctrl_c(build, monkeypatch, how):
+    "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
+    learn = build(bs=8)
+    phase = {'solved': HEAD, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
+    before, callbacks = weights(learn), sorted(type(c).__name__ for c in learn.cbs)
+    with monkeypatch.context() as m:
+        m.setattr(phases.FeatureClassifier, 'fit', press)
+        m.setattr(phases.LossGuard, 'after_batch', press)
+        with pytest.raises(KeyboardInterrupt):
+            fit(learn, Plan('p', (phase,)), say=str)
+    assert learn.record['interrupted'] == 'in phase 1 of 1' and not learn.record['history']
+    assert sorted(type(c).__name__ for c in learn.cbs) == callbacks
+    free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
+    assert free == [i >= phase.first_trained(6) for i in range(5)]
+    assert all(p.requires_grad for p in learn.model[1].parameters())
+    assert same(before, weights(learn)) == (how == 'solved') and not learn.head_trained
+    assert len(valid_predictions(learn)) == int((learn.table.split == 'valid').sum())
+    fit(learn, 'top1', epochs=1, say=str)
+    assert ways(learn) == ['solved', 'stored'] and np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
+
+
+# ---------------------------------------------------------------- the rate finder
+
+def found_rate(learn, **kw):
+    return learn.lr_find(show_plot=False, **kw).valley
+
+
+def test_the_rate_finder_reads_each_image_once(build):
+    learn = build()
+    images = Images(learn)
+    before, order = weights(learn), learn.dls.train.rng.getstate()
+    rate = found_rate(learn)
+    assert images.n == 0 and 1e-7 < rate < 10
+    assert same(before, weights(learn)) and not learn.head_trained and learn.dls.train.rng.getstate() == order
+    assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
+    fit(learn, 'top1', epochs=1, say=str)
+    assert ways(learn) == ['solved', 'stored'], 'finding a rate is no training of the head'
+
+
+def test_the_rate_finder_through_the_network(build):
+    learn = build()
+    learn.unfreeze()
+    before = weights(learn)
+    with pytest.warns(UserWarning, match='before the head'):
+        assert found_rate(learn, num_it=10) > 0
+    assert same(before, weights(learn)) and not learn.head_trained
+
+
+def test_the_rate_finder_interrupted(build, monkeypatch):
+    "Its steps at rates of ten are taken back"
+    for unfreeze in (False, True):
+        learn = build()
+        if unfreeze:
+            learn.unfreeze()
+            learn.head_trained = True
+        before = weights(learn)
+        step = type(learn)._step
+        taken = []
+        def step_or_press(self):
+            step(self)
+            taken.append(1)
+            if len(taken) > 20:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as m:
+            m.setattr('fastai.learner.Learner._step', step_or_press)
+            with pytest.raises(KeyboardInterrupt):
+                found_rate(learn)
+        assert same(before, weights(learn)) and learn.head_trained == unfreeze
+
+
+def test_no_rate_for_what_is_frozen(build):
+    learn = build()
+    learn.model.requires_grad_(False)
+    with pytest.raises(ValueError, match='everything is frozen'):
+        learn.lr_find()
