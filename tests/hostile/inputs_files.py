@@ -162,7 +162,7 @@ def link_into_proc(path, good, target):
 @image('files', 'x.jpg', 'prediction')
 def link_to_an_image(path, good):
     "A link to a good image elsewhere."
-    real = path.parent.parent/'home'/'real.jpg'
+    real = path.parent.parent/'real.jpg'
     real.write_bytes(good)
     path.symlink_to(real)
 
