@@ -197,6 +197,10 @@ def make_shared(runner, folder):
     good = folder/'flowers'/'daisy'/'0000.jpg'
     done(runner, at, Command(['predict', folder/'flower_run', good, *PLAIN, '--out', folder/'good.csv'], [folder]))
     shutil.copytree(at.cache, folder/'cache')
+    compare = ['compare', folder/'flowers', '--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--weights', 'random',
+               '--size', '48', '--draws', '10', *PLAIN, '--out', folder/'compared.png']
+    done(runner, at, Command(compare, [folder]))
+    shutil.copytree(at.cache, folder/'compared cache')
     shutil.rmtree(at.root)
 
 
