@@ -194,6 +194,7 @@ def make_shared(runner, folder):
     done(runner, at, Command(['train', folder/'flowers', *SMALL, *PLAIN, '--out', folder/'flower_run'], [folder]))
     done(runner, at, Command(['train', folder/'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder/'eye_run'], [folder]))
     done(runner, at, Command(['export', folder/'flower_run', *PLAIN, '--out', folder/'flowers.onnx'], [folder]), needed='onnx')
+    done(runner, at, Command(['preprocess', folder/'eyes', folder/'prepared', '--size', '48'], [folder]))
     good = folder/'flowers'/'daisy'/'0000.jpg'
     done(runner, at, Command(['predict', folder/'flower_run', good, *PLAIN, '--out', folder/'good.csv'], [folder]))
     shutil.copytree(at.cache, folder/'cache')
