@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 CPU = 20                # seconds of processor time
-WALL = 40               # seconds: a command that waits for ever uses no processor
+IDLE = 10               # seconds without any: a command that waits for ever
+WALL = 300              # seconds in all
 MEMORY = 1_500_000_000  # bytes beyond those of the imported library
 STOP = 6_000_000_000    # bytes of address space beyond those of the imported library: where the system says no
 ERROR = re.compile(r'dr_transfer( [a-z-]+)?: error: \S')
@@ -147,7 +148,7 @@ def job_of(command, at, wall, cpu) -> dict:
     words = command.words[1:] if command.call else command.words
     return {'words': [str(w) for w in words], 'call': command.call, 'folder': str(at.work), 'environment': environment,
             'stdout': stdout, 'stderr': str(at.logs/'stderr'), 'events': str(at.logs/'events'), 'encoding': command.encoding,
-            'wall': wall, 'cpu': cpu, 'address_space': STOP}
+            'wall': wall, 'idle': IDLE, 'cpu': cpu, 'address_space': STOP}
 
 
 def text(path, encoding='utf-8') -> str:
@@ -155,7 +156,7 @@ def text(path, encoding='utf-8') -> str:
     return path.read_text(encoding=encoding, errors='surrogateescape') if path.exists() else ''
 
 
-def run(runner, command, at, wall=WALL, cpu=CPU) -> Outcome:
+def run(runner, command, at, wall=WALL, cpu=CPU + 20) -> Outcome:
     "Run a command and look at everything before and after."
     for name in ('stdout', 'stderr', 'events'):
         (at.logs/name).unlink(missing_ok=True)

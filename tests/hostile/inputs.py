@@ -31,6 +31,7 @@ class Case:
     name: str
     about: str
     build: Callable
+    sampled: bool = True
 
     def __str__(self):
         return self.name
@@ -39,11 +40,18 @@ class Case:
 def case(kind, each=None):
     "Register a builder of a case, or one for each of some named values."
     def register(build):
-        for name, value in (each or {'': None}).items():
+        for i, (name, value) in enumerate((each or {'': None}).items()):
             make = build if each is None else bound(build, value)
-            CASES.append(Case(kind, f'{build.__name__}{f"[{name}]" if each else ""}', build.__doc__ or '', make))
+            name = f'{build.__name__}{f"[{name}]" if each else ""}'
+            CASES.append(Case(kind, name, build.__doc__ or '', make, is_sampled(i, len(each or [0]))))
         return build
     return register
+
+
+def is_sampled(i, n) -> bool:
+    "Is the i-th of n values of a builder among those that always run? They are a third of them, three or more, evenly spread."
+    wanted = min(n, max(3, -(-n//3)))
+    return i*wanted//n != (i - 1)*wanted//n
 
 
 def bound(build, value):
@@ -52,10 +60,10 @@ def bound(build, value):
 
 
 def cases(*kinds) -> list:
-    "The cases of some kinds; all if none is named."
+    "The cases of some kinds, all kinds if none is named; every case with DR_TRANSFER_HOSTILE=all, else those that always run."
     for kind in KINDS:
         importlib.import_module(f'inputs_{kind}')
-    return [c for c in CASES if not kinds or c.kind in kinds]
+    return [c for c in CASES if (not kinds or c.kind in kinds) and (WHOLE or c.sampled)]
 
 
 # ---------------------------------------------------------------- the place of a case

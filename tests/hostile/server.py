@@ -133,15 +133,40 @@ def fork(job):
     os._exit(code & 255)
 
 
-def end(pid, stop_at):
-    "Wait for a process until a time; past it, end it and all it started. Exit status, what it used, and whether it was ended."
-    pause = .002
+def processor_time(pid) -> int:
+    "Ticks of processor time that a process has used; -1 if it has ended."
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return -1
+    return int(fields[11]) + int(fields[12])
+
+
+def kill(pid):
+    "End a process and all that it started."
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:      # it is so young that it has no group of its own
+        os.kill(pid, signal.SIGKILL)
+
+
+def end(pid, wall, idle):
+    """Wait for a process: exit status, what it used, and whether it was ended.
+
+    It is ended when it has run for `wall` seconds, or has used no processor for `idle` seconds: then it waits for something.
+    On a machine with other work to do, a command takes longer, but it does not wait.
+    """
+    start = busy = time.monotonic()
+    pause, ticks = .002, 0
     while True:
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             return status, used, False
-        if time.monotonic() > stop_at:
-            os.killpg(pid, signal.SIGKILL)
+        now, before = time.monotonic(), ticks
+        ticks = processor_time(pid)
+        busy = now if ticks != before else busy
+        if now > start + wall or now > busy + idle:
+            kill(pid)
             _, status, used = os.wait4(pid, 0)
             return status, used, True
         time.sleep(pause)
@@ -151,8 +176,7 @@ def end(pid, stop_at):
 def answer(job):
     "Run one job; how it ended and what it took."
     before, start = memory(1), time.monotonic()
-    pid = fork(job)
-    status, used, stopped = end(pid, start + job['wall'])
+    status, used, stopped = end(fork(job), job['wall'], job['idle'])
     return {'code': os.waitstatus_to_exitcode(status), 'stopped': stopped, 'seconds': time.monotonic() - start,
             'cpu': used.ru_utime + used.ru_stime, 'peak': max(0, used.ru_maxrss*1024 - before)}
 
