@@ -1,4 +1,5 @@
 "What the tests of the corpus share: a process that runs the commands, and the models that they use."
+
 import sys
 from pathlib import Path
 
@@ -7,8 +8,8 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contract import Runner  # noqa: E402
-from inputs import judge, make_shared  # noqa: E402
+from inputs import judge, make_shared
+from observe import Runner
 
 
 @pytest.fixture(scope='session')
@@ -35,6 +36,7 @@ def shared(runner, tmp_path_factory):
 @pytest.fixture
 def keeps_the_contract(runner, shared, tmp_path):
     "A check of a case: what it did against the contract is what pytest shows."
+
     def check(case):
         outcome, complaints = judge(runner, case, tmp_path/'case', shared)
         if outcome is None:
@@ -43,4 +45,5 @@ def keeps_the_contract(runner, shared, tmp_path):
             words = ' '.join(map(repr, map(str, outcome.command.words)))
             report = [f'{case}: {case.about}', words, *complaints, f'stderr: {outcome.err[-1500:]!r}']
             pytest.fail('\n'.join(report), pytrace=False)
+
     return check

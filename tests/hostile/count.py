@@ -3,6 +3,7 @@
 The table goes to nbs/results/hostile.csv, or to the file that is named. What breaks the contract is printed.
 With DR_TRANSFER_HOSTILE=some, only the cases that always run.
 """
+
 import collections
 import csv
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 
 os.environ.setdefault('DR_TRANSFER_HOSTILE', 'all')
 
-from contract import Runner  # noqa: E402
-from inputs import KINDS, cases, judge, make_shared  # noqa: E402
+from inputs import KINDS, cases, judge, make_shared
+from observe import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ('completed', 'error', 'contract broken', 'not here')

@@ -3,18 +3,36 @@
 A case is added by a function with `@case('kind')`; its docstring says what the input is. The functions are in
 `inputs_KIND.py`. All is deterministic, and what is built is small, however large it pretends to be.
 """
+
 import importlib
 import os
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-from contract import Command, Outcome, check, read_rows, run
+from contract import check, read_rows
+from observe import Command, Outcome, run
 
-KINDS = ('files', 'images', 'pixels', 'dicom', 'names', 'tables', 'columns', 'arguments', 'outs', 'models', 'caches', 'volumes', 'preparations')
-WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'     # also what is left out to save time
+KINDS = (
+    'files',
+    'images',
+    'pixels',
+    'dicom',
+    'names',
+    'tables',
+    'columns',
+    'arguments',
+    'outs',
+    'models',
+    'onnx',
+    'caches',
+    'volumes',
+    'preparations',
+)
+WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is left out to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')
 PLAIN = ('--setting', 'plain')
 CASES = []
@@ -27,6 +45,7 @@ class NotHere(Exception):
 @dataclass(frozen=True)
 class Case:
     "One hostile input."
+
     kind: str
     name: str
     about: str
@@ -39,19 +58,21 @@ class Case:
 
 def case(kind, each=None):
     "Register a builder of a case, or one for each of some named values."
+
     def register(build):
         for i, (name, value) in enumerate((each or {'': None}).items()):
             make = build if each is None else bound(build, value)
             name = f'{build.__name__}{f"[{name}]" if each else ""}'
             CASES.append(Case(kind, name, build.__doc__ or '', make, is_sampled(i, len(each or [0]))))
         return build
+
     return register
 
 
 def is_sampled(i, n) -> bool:
-    "Is the i-th of n values of a builder among those that always run? They are a third of them, three or more, evenly spread."
-    wanted = min(n, max(3, -(-n//3)))
-    return i*wanted//n != (i - 1)*wanted//n
+    "Does the i-th of n values of a builder always run? A third of them do, three or more, evenly spread."
+    wanted = min(n, max(3, -(-n // 3)))
+    return i * wanted // n != (i - 1) * wanted // n
 
 
 def bound(build, value):
@@ -60,7 +81,7 @@ def bound(build, value):
 
 
 def cases(*kinds) -> list:
-    "The cases of some kinds, all kinds if none is named; every case with DR_TRANSFER_HOSTILE=all, else those that always run."
+    "The cases of some kinds, or of all: every case with DR_TRANSFER_HOSTILE=all, else those that always run."
     for kind in KINDS:
         importlib.import_module(f'inputs_{kind}')
     return [c for c in CASES if (not kinds or c.kind in kinds) and (WHOLE or c.sampled)]
@@ -68,9 +89,11 @@ def cases(*kinds) -> list:
 
 # ---------------------------------------------------------------- the place of a case
 
+
 @dataclass(frozen=True)
 class Place:
     "A folder of its own for a case, and what all cases share and none may change."
+
     root: Path
     shared: Path
 
@@ -121,8 +144,11 @@ class Place:
         out = self.root/'out.html'
         model = self.shared/model if isinstance(model, str) else model
         more.setdefault('data', self.data)
-        return Command(['evaluate', model, self.data, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN, *words],
-                       [out, out.with_suffix('.csv')], **more)
+        return Command(
+            ['evaluate', model, self.data, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN, *words],
+            [out, out.with_suffix('.csv')],
+            **more,
+        )
 
     def preprocess(self, *words, source=None, out=None, **more) -> Command:
         "Prepare the data folder."
@@ -157,26 +183,31 @@ IMAGES = []
 
 
 def image(kind, name, expects='', each=None):
-    """Register a builder of one image file, `build(path, good)` or `build(path, good, value)`: it is predicted beside a good one.
+    """Register a builder of one image file, `build(path, good)` or `build(path, good, value)`.
 
-    `expects` is 'error' or 'prediction' where only one is right. A builder may return an image: the one that the file shows.
+    It is predicted beside a good image. `expects` is 'error' or 'prediction' where only one is right.
+    A builder may return the image that its file shows: the two must be predicted alike.
     """
+
     def register(build):
         def command(at, *value):
             shows = build(at.data/name, at.flower.read_bytes(), *value)
-            path = next(at.data.iterdir())      # a builder may add a suffix
+            path = next(at.data.iterdir())  # a builder may add a suffix
             shutil.copy(at.flower, at.data/'good.jpg')
             if shows is not None:
                 shows.save(at.data/'twin.png')
             return at.predict(also=beside_a_good_one(at, path, expects, shows is not None))
+
         command.__name__, command.__doc__ = build.__name__, build.__doc__
         IMAGES.extend((name, build, *value) for value in ([(v,) for v in each.values()] if each else [()]))
         return case(kind, each)(command)
+
     return register
 
 
 def beside_a_good_one(at, path, expects, twin):
     "The assertion that a good image has its prediction whatever lies beside it, and the hostile one what is expected."
+
     def complaints(outcome):
         rows = {os.path.basename(r['image']): r for r in outcome.rows}
         want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
@@ -187,12 +218,14 @@ def beside_a_good_one(at, path, expects, twin):
             return
         if expects and expects != ('error' if row['error'] else 'prediction'):
             yield f"expected: {expects}; found: {row['error'] or 'a prediction'}"
-        if twin and not row['error'] and abs(float(row['p_daisy']) - float(rows['twin.png']['p_daisy'])) > .02:
-            yield f"it shows the same as twin.png, and is predicted as {row['p_daisy']}, not {rows['twin.png']['p_daisy']}"
+        if twin and not row['error'] and abs(float(row['p_daisy']) - float(rows['twin.png']['p_daisy'])) > 0.02:
+            yield f"it shows twin.png and is predicted as {row['p_daisy']}, not {rows['twin.png']['p_daisy']}"
+
     return complaints
 
 
 # ---------------------------------------------------------------- what all cases share
+
 
 def make_shared(runner, folder):
     "Drawn sets and trained models; made once, changed by no case."
@@ -200,14 +233,40 @@ def make_shared(runner, folder):
     folder.mkdir()
     done(runner, at, Command(['draw', folder/'flowers', folder/'eyes'], [folder], call='draw'))
     done(runner, at, Command(['train', folder/'flowers', *SMALL, *PLAIN, '--out', folder/'flower_run'], [folder]))
-    done(runner, at, Command(['train', folder/'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder/'eye_run'], [folder]))
-    done(runner, at, Command(['export', folder/'flower_run', *PLAIN, '--out', folder/'flowers.onnx'], [folder]), needed='onnx')
+    done(
+        runner,
+        at,
+        Command(['train', folder/'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder/'eye_run'], [folder]),
+    )
+    done(
+        runner,
+        at,
+        Command(['export', folder/'flower_run', *PLAIN, '--out', folder/'flowers.onnx'], [folder]),
+        needed='onnx',
+    )
     done(runner, at, Command(['preprocess', folder/'eyes', folder/'prepared', '--size', '48'], [folder]))
     good = folder/'flowers'/'daisy'/'0000.jpg'
     done(runner, at, Command(['predict', folder/'flower_run', good, *PLAIN, '--out', folder/'good.csv'], [folder]))
     shutil.copytree(at.cache, folder/'cache')
-    compare = ['compare', folder/'flowers', '--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--weights', 'random',
-               '--size', '48', '--draws', '10', *PLAIN, '--out', folder/'compared.png']
+    compare = [
+        'compare',
+        folder/'flowers',
+        '--archs',
+        'small_cnn',
+        '--plans',
+        'head',
+        '--epochs',
+        '1',
+        '--weights',
+        'random',
+        '--size',
+        '48',
+        '--draws',
+        '10',
+        *PLAIN,
+        '--out',
+        folder/'compared.png',
+    ]
     done(runner, at, Command(compare, [folder]))
     shutil.copytree(at.cache, folder/'compared cache')
     shutil.rmtree(at.root)
@@ -216,6 +275,7 @@ def make_shared(runner, folder):
 def done(runner, at, command, needed=''):
     "Run a command that must succeed, unless it needs a package that is not installed."
     import importlib.util
+
     if needed and not importlib.util.find_spec(needed):
         return
     outcome = run(runner, command, at)
@@ -232,7 +292,7 @@ def judge(runner, case, root, shared) -> tuple[Outcome | None, list]:
     outcome = run(runner, command, at)
     try:
         return outcome, check(outcome, at)
-    except Exception:       # a result that cannot even be read
+    except Exception:  # a result that cannot even be read
         return outcome, [f'the result cannot be checked: {traceback.format_exc(limit=-2)}']
 
 

@@ -1,20 +1,48 @@
 "Words of a command that cannot be followed."
+
 import json
 import os
 import pickle
 
-import numpy as np
+from inputs import PLAIN, case, need
+from observe import Command
 
-from contract import Command
-from inputs import PLAIN, SMALL, case, need
-
-BAD_NUMBERS = ('-1', '0', '1', '1.5', '2', 'nan', 'inf', '-inf', '1e400', 'text', '', '99999999999999999999', '0x10', '١٢', '1_0')
-OPTIONS = {'--seed': ('-1', '99999999999999999999', 'text', 'nan', '1.5'), '--size': ('0', '-1', '1000000000', '15', '1.5', 'text', 'nan'),
-           '--bs': ('0', '-1', '1', '1000000000', 'text'), '--epochs': ('0', '-1', 'text', '1.5'), '--valid': ('0', '1', '2', 'nan', '-0.1', 'inf', '1e-9', '0.999'),
-           '--sensitivity': ('0', '1', '1.5', 'nan', '-1', 'text'), '--specificity': ('0', '1', '2', 'nan'), '--task': ('nope', '/etc/passwd', '', 'DR', '../x'),
-           '--plan': ('nope', '', 'fine_tune[', '/etc'), '--arch': ('nope', '', '../../x', 'timm.nope', 'os.system', 'torchvision.nope', 'hf-hub:a/b'),
-           '--target': ('nope', 'grade', ''), '--head': ('nope', 'cumulative', ''), '--balance': ('nope', ''), '--setting': ('nope', 'bf17', ''),
-           '--patient': ('nobody', '', 'image', 'grade'), '--nope': ('1',), '--overwrite': ('yes',)}
+BAD_NUMBERS = (
+    '-1',
+    '0',
+    '1',
+    '1.5',
+    '2',
+    'nan',
+    'inf',
+    '-inf',
+    '1e400',
+    'text',
+    '',
+    '99999999999999999999',
+    '0x10',
+    '١٢',
+    '1_0',
+)
+OPTIONS = {
+    '--seed': ('-1', '99999999999999999999', 'text', 'nan', '1.5'),
+    '--size': ('0', '-1', '1000000000', '15', '1.5', 'text', 'nan'),
+    '--bs': ('0', '-1', '1', '1000000000', 'text'),
+    '--epochs': ('0', '-1', 'text', '1.5'),
+    '--valid': ('0', '1', '2', 'nan', '-0.1', 'inf', '1e-9', '0.999'),
+    '--sensitivity': ('0', '1', '1.5', 'nan', '-1', 'text'),
+    '--specificity': ('0', '1', '2', 'nan'),
+    '--task': ('nope', '/etc/passwd', '', 'DR', '../x'),
+    '--plan': ('nope', '', 'fine_tune[', '/etc'),
+    '--arch': ('nope', '', '../../x', 'timm.nope', 'os.system', 'torchvision.nope', 'hf-hub:a/b'),
+    '--target': ('nope', 'grade', ''),
+    '--head': ('nope', 'cumulative', ''),
+    '--balance': ('nope', ''),
+    '--setting': ('nope', 'bf17', ''),
+    '--patient': ('nobody', '', 'image', 'grade'),
+    '--nope': ('1',),
+    '--overwrite': ('yes',),
+}
 PAIRS = {f'{k} {v!r}': (k, v) for k, values in OPTIONS.items() for v in values}
 
 
@@ -25,11 +53,17 @@ def train(at, pair):
     task = ('--task', 'dr') if option != '--task' else ()
     data = at.eyes if task else at.flowers
     more = (f'{option}={value}',) if option != '--overwrite' else (option, value)
-    return at.train(*task, *more, data=data, images=24 if task else 18, named=(option.strip('-'), repr(value), value or option))
+    return at.train(
+        *task, *more, data=data, images=24 if task else 18, named=(option.strip('-'), repr(value), value or option)
+    )
 
 
-EVALUATE = {'--prevalence': ('2', '0', '1', '-1', 'nan', 'text'), '--draws': ('0', '-1', '1', 'text', '1.5'), '--patient': ('nobody', ''),
-            '--labels': ('nowhere.csv', '', '/dev/null')}
+EVALUATE = {
+    '--prevalence': ('2', '0', '1', '-1', 'nan', 'text'),
+    '--draws': ('0', '-1', '1', 'text', '1.5'),
+    '--patient': ('nobody', ''),
+    '--labels': ('nowhere.csv', '', '/dev/null'),
+}
 
 
 @case('arguments', {f'{k} {v!r}': (k, v) for k, values in EVALUATE.items() for v in values})
@@ -41,12 +75,21 @@ def evaluate(at, pair):
 
 
 OTHERS = {
-    'compare --measure nope': ('compare', '--measure', 'nope'), 'compare no arch': ('compare', '--archs'), 'compare --plans nope': ('compare', '--plans', 'nope'),
-    'compare --archs twice': ('compare', '--archs', 'small_cnn', 'small_cnn'), 'compare --draws 0': ('compare', '--draws', '0'),
-    'compare --valid nan': ('compare', '--valid', 'nan'), 'cross-validate --folds 0': ('cross-validate', '--folds', '0'),
-    'cross-validate --folds 1': ('cross-validate', '--folds', '1'), 'cross-validate --folds 1000': ('cross-validate', '--folds', '1000'),
-    'cross-validate --folds -3': ('cross-validate', '--folds', '-3'), 'cross-validate --folds two': ('cross-validate', '--folds', 'two'),
-    'cross-validate --prevalence 7': ('cross-validate', '--prevalence', '7'), 'advise --size 1': ('advise', '--size', '1'), 'advise --valid 5': ('advise', '--valid', '5')}
+    'compare --measure nope': ('compare', '--measure', 'nope'),
+    'compare no arch': ('compare', '--archs'),
+    'compare --plans nope': ('compare', '--plans', 'nope'),
+    'compare --archs twice': ('compare', '--archs', 'small_cnn', 'small_cnn'),
+    'compare --draws 0': ('compare', '--draws', '0'),
+    'compare --valid nan': ('compare', '--valid', 'nan'),
+    'cross-validate --folds 0': ('cross-validate', '--folds', '0'),
+    'cross-validate --folds 1': ('cross-validate', '--folds', '1'),
+    'cross-validate --folds 1000': ('cross-validate', '--folds', '1000'),
+    'cross-validate --folds -3': ('cross-validate', '--folds', '-3'),
+    'cross-validate --folds two': ('cross-validate', '--folds', 'two'),
+    'cross-validate --prevalence 7': ('cross-validate', '--prevalence', '7'),
+    'advise --size 1': ('advise', '--size', '1'),
+    'advise --valid 5': ('advise', '--valid', '5'),
+}
 
 
 @case('arguments', OTHERS)
@@ -54,11 +97,17 @@ def other_command(at, words):
     "A command with one value that may be wrong."
     command, *words = words
     out = at.root/('out.html' if command == 'cross-validate' else 'out.png')
-    small = {'compare': ('--archs', 'small_cnn', '--plans', 'head', '--epochs', '1'), 'cross-validate': ('--arch', 'small_cnn', '--plan', 'head', '--epochs', '1'),
-             'advise': ('--arch', 'small_cnn')}[command]
+    small = {
+        'compare': ('--archs', 'small_cnn', '--plans', 'head', '--epochs', '1'),
+        'cross-validate': ('--arch', 'small_cnn', '--plan', 'head', '--epochs', '1'),
+        'advise': ('--arch', 'small_cnn'),
+    }[command]
     more = ('--draws', '10') if command != 'advise' else ()
-    return Command([command, at.flowers, *small, '--weights', 'random', '--size', '48', *PLAIN, *more, '--out', out, *words], [out, out.with_suffix('.csv')],
-                   named=tuple(w.strip('-') for w in words))
+    return Command(
+        [command, at.flowers, *small, '--weights', 'random', '--size', '48', *PLAIN, *more, '--out', out, *words],
+        [out, out.with_suffix('.csv')],
+        named=tuple(w.strip('-') for w in words),
+    )
 
 
 @case('arguments', {'both': '0.9', 'three classes': None})
@@ -66,21 +115,59 @@ def operating_point(at, value):
     "A sensitivity and a specificity at once; or one where nothing is referable."
     if value:
         return at.train('--task', 'dr', '--sensitivity', value, '--specificity', value, data=at.eyes, images=24)
-    return at.train('--task', 'dr', '--target', 'grade', '--sensitivity', '0.9', data=at.eyes, images=24, named=('grade', 'sensitivity'))
+    return at.train(
+        '--task',
+        'dr',
+        '--target',
+        'grade',
+        '--sensitivity',
+        '0.9',
+        data=at.eyes,
+        images=24,
+        named=('grade', 'sensitivity'),
+    )
 
 
-@case('arguments', {'nothing': (), 'unknown command': ('nope',), 'path': ('/etc/passwd',), 'option': ('--nope',), 'train': ('train',), 'predict': ('predict',), 'predict run': ('predict', 'RUN'),
-                    'empty command': ('',), 'train empty': ('train', ''), 'two': ('train', 'predict'), 'unknown option': ('predict', 'RUN', 'DATA', '--nope'),
-                    'missing data': ('train', 'nowhere'), 'missing model': ('predict', 'nowhere', 'DATA'), 'data is a file': ('train', 'FILE'), 'model is a file': ('predict', 'FILE', 'DATA'),
-                    'model is data': ('predict', 'DATA', 'DATA'), 'data is root of models': ('train', 'RUN'), 'export data': ('export', 'DATA'), 'evaluate onnx': ('evaluate', 'ONNX', 'DATA'),
-                    'export onnx': ('export', 'ONNX', '--out', 'again.onnx'), 'not text': ('train', os.fsdecode(b'\xff\xfe')), 'long': ('train', 'x'*5000), 'newline': ('train', 'a\nb'), 'abbreviated': ('train', 'DATA', '--see', '1', '--ou', 'x')})
+@case(
+    'arguments',
+    {
+        'nothing': (),
+        'unknown command': ('nope',),
+        'path': ('/etc/passwd',),
+        'option': ('--nope',),
+        'train': ('train',),
+        'predict': ('predict',),
+        'predict run': ('predict', 'RUN'),
+        'empty command': ('',),
+        'train empty': ('train', ''),
+        'two': ('train', 'predict'),
+        'unknown option': ('predict', 'RUN', 'DATA', '--nope'),
+        'missing data': ('train', 'nowhere'),
+        'missing model': ('predict', 'nowhere', 'DATA'),
+        'data is a file': ('train', 'FILE'),
+        'model is a file': ('predict', 'FILE', 'DATA'),
+        'model is data': ('predict', 'DATA', 'DATA'),
+        'data is root of models': ('train', 'RUN'),
+        'export data': ('export', 'DATA'),
+        'evaluate onnx': ('evaluate', 'ONNX', 'DATA'),
+        'export onnx': ('export', 'ONNX', '--out', 'again.onnx'),
+        'not text': ('train', os.fsdecode(b'\xff\xfe')),
+        'long': ('train', 'x' * 5000),
+        'newline': ('train', 'a\nb'),
+        'abbreviated': ('train', 'DATA', '--see', '1', '--ou', 'x'),
+    },
+)
 def words(at, words):
     "Words that are no command."
     real = {'RUN': at.shared/'flower_run', 'DATA': at.flowers, 'FILE': at.flower, 'ONNX': at.shared/'flowers.onnx'}
     words = [real.get(w, w) for w in words]
     if at.shared/'flowers.onnx' in words:
         need('onnxruntime')
-    return Command(words or [''][:0], named=('COMMAND', 'command', 'arguments', 'DATA', 'IMAGES', *map(str, words))) if words else Command([], named=('COMMAND', 'command'))
+    return (
+        Command(words or [''][:0], named=('COMMAND', 'command', 'arguments', 'DATA', 'IMAGES', *map(str, words)))
+        if words
+        else Command([], named=('COMMAND', 'command'))
+    )
 
 
 @case('arguments', {c: c for c in ('demo', 'train', 'predict', 'evaluate', 'preprocess')})
@@ -91,11 +178,13 @@ def help_is_shown(at, command):
 
 # ---------------------------------------------------------------- weights
 
+
 def tensors(path, change=None):
     "A weights file of the network that is trained; `change` takes its tensors."
     import torch
-    from safetensors.torch import save_file
     from dr_transfer.backbones import create_body
+    from safetensors.torch import save_file
+
     torch.manual_seed(0)
     state = {k: v.clone() for k, v in create_body('small_cnn', 'random').state_dict().items()}
     save_file({k: v.contiguous() for k, v in (change or dict)(state).items()}, path)
@@ -103,14 +192,39 @@ def tensors(path, change=None):
 
 class Payload:
     "Starts a program when it is unpickled."
+
     def __reduce__(self):
         return os.system, ('touch unpickled',)
 
 
-FILES = {'html': ('w.pth', b'<html>404</html>'), 'empty': ('w.safetensors', b''), 'pickle': ('w.pth', pickle.dumps(Payload())), 'pickle named safetensors': ('w.safetensors', pickle.dumps(Payload())),
-         'huge header': ('w.safetensors', (2**62).to_bytes(8, 'little') + b'{}'), 'lying header': ('w.safetensors', (99).to_bytes(8, 'little') + b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'.ljust(99) + bytes(4)),
-         'no suffix': ('weights', b'abc'), 'image': ('w.pth', b'\xff\xd8\xff\xe0'), 'json': ('w.safetensors', b'{}'), 'zip': ('w.pth', b'PK\3\4' + bytes(99)), 'overlap': (
-             'w.safetensors', (lambda h: len(h).to_bytes(8, 'little') + h + bytes(4))(json.dumps({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}, 'b': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}}).encode()))}
+FILES = {
+    'html': ('w.pth', b'<html>404</html>'),
+    'empty': ('w.safetensors', b''),
+    'pickle': ('w.pth', pickle.dumps(Payload())),
+    'pickle named safetensors': ('w.safetensors', pickle.dumps(Payload())),
+    'huge header': ('w.safetensors', (2**62).to_bytes(8, 'little') + b'{}'),
+    'lying header': (
+        'w.safetensors',
+        (99).to_bytes(8, 'little')
+        + b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'.ljust(99)
+        + bytes(4),
+    ),
+    'no suffix': ('weights', b'abc'),
+    'image': ('w.pth', b'\xff\xd8\xff\xe0'),
+    'json': ('w.safetensors', b'{}'),
+    'zip': ('w.pth', b'PK\3\4' + bytes(99)),
+    'overlap': (
+        'w.safetensors',
+        (lambda h: len(h).to_bytes(8, 'little') + h + bytes(4))(
+            json.dumps(
+                {
+                    'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]},
+                    'b': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]},
+                }
+            ).encode()
+        ),
+    ),
+}
 
 
 @case('arguments', FILES)
@@ -121,9 +235,17 @@ def weights_file(at, file):
     return at.train('--weights', at.root/name, data=at.flowers, named=(name, 'weights'))
 
 
-CHANGES = {'nan': lambda v: v*float('nan') if v.is_floating_point() else v, 'whole numbers': lambda v: v.int(), 'infinite': lambda v: v*float('inf') if v.is_floating_point() else v,
-           'other shape': lambda v: v.flatten(), 'half': lambda v: v.half() if v.is_floating_point() else v, 'double': lambda v: v.double() if v.is_floating_point() else v,
-           'complex': lambda v: v.cfloat() if v.is_floating_point() else v, 'bool': lambda v: v.bool(), 'empty': lambda v: v[:0] if v.ndim else v}
+CHANGES = {
+    'nan': lambda v: v * float('nan') if v.is_floating_point() else v,
+    'whole numbers': lambda v: v.int(),
+    'infinite': lambda v: v * float('inf') if v.is_floating_point() else v,
+    'other shape': lambda v: v.flatten(),
+    'half': lambda v: v.half() if v.is_floating_point() else v,
+    'double': lambda v: v.double() if v.is_floating_point() else v,
+    'complex': lambda v: v.cfloat() if v.is_floating_point() else v,
+    'bool': lambda v: v.bool(),
+    'empty': lambda v: v[:0] if v.ndim else v,
+}
 
 
 @case('arguments', CHANGES)
@@ -149,8 +271,14 @@ def weights_path(at, what):
 
 # ---------------------------------------------------------------- where it is printed
 
-OUTPUTS = {'ascii': ('file', 'ascii'), 'latin-1': ('file', 'latin-1'), 'closed': (None, 'utf-8'), 'full': ('/dev/full', 'utf-8'), 'null': ('/dev/null', 'utf-8'),
-           'broken pipe': ('broken pipe', 'utf-8')}
+OUTPUTS = {
+    'ascii': ('file', 'ascii'),
+    'latin-1': ('file', 'latin-1'),
+    'closed': (None, 'utf-8'),
+    'full': ('/dev/full', 'utf-8'),
+    'null': ('/dev/null', 'utf-8'),
+    'broken pipe': ('broken pipe', 'utf-8'),
+}
 
 
 @case('arguments', {f'{c} {k}': (c, *v) for k, v in OUTPUTS.items() for c in ('predict', 'train', 'evaluate')})
@@ -159,6 +287,7 @@ def printed(at, how):
     command, stdout, encoding = how
     if command == 'predict':
         import shutil
+
         shutil.copy(at.flower, at.data/'🌷.jpg')
         made = Command(['predict', at.shared/'flower_run', at.data, *PLAIN], data=at.data)
         made.also = None
@@ -180,8 +309,17 @@ def printed(at, how):
     return made
 
 
-@case('arguments', {'unreadable home': {'HOME': '/nowhere'}, 'no home': {'HOME': ''}, 'no temporary folder': {'TMPDIR': '/nowhere'}, 'threads': {'OMP_NUM_THREADS': 'many'},
-                    'python': {'PYTHONWARNINGS': 'error'}, 'empty cache': {'DR_TRANSFER_CACHE': ''}})
+@case(
+    'arguments',
+    {
+        'unreadable home': {'HOME': '/nowhere'},
+        'no home': {'HOME': ''},
+        'no temporary folder': {'TMPDIR': '/nowhere'},
+        'threads': {'OMP_NUM_THREADS': 'many'},
+        'python': {'PYTHONWARNINGS': 'error'},
+        'empty cache': {'DR_TRANSFER_CACHE': ''},
+    },
+)
 def environment(at, values):
     "An odd environment."
     command = at.train(data=at.flowers, images=18, environment=values)

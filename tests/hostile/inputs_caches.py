@@ -1,22 +1,56 @@
-"Caches that are damaged, foreign or cannot be written: the result is that of an empty cache, or an error; never another number."
+"Caches that are damaged, foreign or cannot be written: the result is that of an empty cache, or an error."
+
 import json
 import os
 import shutil
 
+from contract import read_rows
+from damage import (
+    a_line_twice,
+    as_device,
+    as_fifo,
+    as_folder,
+    as_loop,
+    cut,
+    cut_by_a_byte,
+    emptied,
+    first_line_gone,
+    last_line_gone,
+    lines_swapped,
+    longer,
+    named,
+    nan,
+    no_json,
+    not_text,
+    one_byte,
+    other_json,
+    removed,
+    reversed_rows,
+    zeroed,
+)
 from inputs import PLAIN, SMALL, case
-from contract import Command, read_rows
+from observe import Command
 
 
 def train(at, cache=None, **more):
     "The training that made the shared run and the shared cache; it must come to the same."
     out = at.root/'out'
     cache = at.cache if cache is None else cache
-    return Command(['train', at.flowers, *SMALL, *PLAIN, '--out', out], [out, at.cache], data=at.flowers, images=18, also=same(at),
-                   environment={'DR_TRANSFER_CACHE': str(cache)}, named=('cache', 'DR_TRANSFER_CACHE'), **more)
+    return Command(
+        ['train', at.flowers, *SMALL, *PLAIN, '--out', out],
+        [out, at.cache],
+        data=at.flowers,
+        images=18,
+        also=same(at),
+        environment={'DR_TRANSFER_CACHE': str(cache)},
+        named=('cache', 'DR_TRANSFER_CACHE'),
+        **more,
+    )
 
 
 def same(at):
     "The assertion that a run is the shared one."
+
     def complaints(outcome):
         if outcome.code:
             return
@@ -24,6 +58,7 @@ def same(at):
         for name in ('model/model.safetensors', 'predictions.csv', 'model/model.json'):
             if (out/name).read_bytes() != (at.shared/'flower_run'/name).read_bytes():
                 yield f'{name} is not what an empty cache gives'
+
     return complaints
 
 
@@ -53,36 +88,40 @@ def every(store, suffix):
     return sorted(p for p in store.iterdir() if p.suffix == suffix)
 
 
-def zeroed(path): path.write_bytes(bytes(path.stat().st_size))
-def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
-def cut_by_a_byte(path): path.write_bytes(path.read_bytes()[:-1])
-def emptied(path): path.write_bytes(b'')
-def removed(path): path.unlink()
-def one_byte(path): data = bytearray(path.read_bytes()); data[len(data)//2] ^= 0x55; path.write_bytes(bytes(data))
-def nan(path): path.write_bytes(b'\0\0\xc0\x7f'*(path.stat().st_size//4))
-def longer(path): path.write_bytes(path.read_bytes() + bytes(1000))
-def reversed_rows(path): path.write_bytes(path.read_bytes()[::-1])
-def first_line_gone(path): path.write_bytes(b''.join(path.read_bytes().splitlines(True)[1:]))
-def last_line_gone(path): path.write_bytes(b''.join(path.read_bytes().splitlines(True)[:-1]))
-def lines_swapped(path): path.write_bytes(b''.join(path.read_bytes().splitlines(True)[::-1]))
-def a_line_twice(path): lines = path.read_bytes().splitlines(True); path.write_bytes(b''.join([lines[0], *lines]))
-def no_json(path): path.write_bytes(b'{"key": \n' + path.read_bytes())
-def other_json(path): path.write_bytes(b'[1, 2]\n7\nnull\n')
-def not_text(path): path.write_bytes(b'\xff\xfe\n'*5)
-def as_folder(path): path.unlink(); path.mkdir()
-def as_fifo(path): path.unlink(); os.mkfifo(path)
-def as_device(path): path.unlink(); path.symlink_to('/dev/zero')
-def as_loop(path): path.unlink(); path.symlink_to(path.name)
-
-
-BINS = (zeroed, cut, cut_by_a_byte, emptied, removed, one_byte, nan, longer, reversed_rows, as_folder, as_fifo, as_device, as_loop)
-LINES = (zeroed, cut, cut_by_a_byte, emptied, removed, first_line_gone, last_line_gone, lines_swapped, a_line_twice, no_json, other_json, not_text, as_folder, as_fifo, as_device, as_loop)
+BINS = (
+    zeroed,
+    cut,
+    cut_by_a_byte,
+    emptied,
+    removed,
+    one_byte,
+    nan,
+    longer,
+    reversed_rows,
+    as_folder,
+    as_fifo,
+    as_device,
+    as_loop,
+)
+LINES = (
+    zeroed,
+    cut,
+    cut_by_a_byte,
+    emptied,
+    removed,
+    first_line_gone,
+    last_line_gone,
+    lines_swapped,
+    a_line_twice,
+    no_json,
+    other_json,
+    not_text,
+    as_folder,
+    as_fifo,
+    as_device,
+    as_loop,
+)
 ABOUTS = (zeroed, cut, emptied, removed, other_json, not_text, as_folder, as_fifo, as_loop)
-
-
-def named(changes):
-    "Changes of a file by their names."
-    return {f.__name__: f for f in changes}
 
 
 @case('caches', named(BINS))
@@ -126,9 +165,14 @@ def another_store_in_its_place(at):
 def links_to_the_user(at, what):
     "Files of the cache are links to files of the user's: those are not changed."
     mine = at.home/'mine'
-    mine.write_text('precious\n'*1000)
+    mine.write_text('precious\n' * 1000)
     store = copied(at)[0]
-    path = {'bin': every(store, '.bin')[0], 'index': store/'images.jsonl', 'lock': store/'lock', 'about': store/'about.json'}.get(what)
+    path = {
+        'bin': every(store, '.bin')[0],
+        'index': store/'images.jsonl',
+        'lock': store/'lock',
+        'about': store/'about.json',
+    }.get(what)
     if what == 'folder':
         shutil.rmtree(store)
         (at.home/'folder').mkdir()
@@ -140,7 +184,27 @@ def links_to_the_user(at, what):
     return train(at)
 
 
-@case('caches', {k: k for k in ('file', 'link', 'loop', 'dangling', 'fifo', 'device', 'proc', 'read only', 'full disk', 'newline', 'relative', 'not text', 'long')})
+@case(
+    'caches',
+    {
+        k: k
+        for k in (
+            'file',
+            'link',
+            'loop',
+            'dangling',
+            'fifo',
+            'device',
+            'proc',
+            'read only',
+            'full disk',
+            'newline',
+            'relative',
+            'not text',
+            'long',
+        )
+    },
+)
 def place(at, what):
     "DR_TRANSFER_CACHE names something that is no folder, or one that cannot be written to."
     cache = at.cache
@@ -155,15 +219,31 @@ def place(at, what):
         os.mkfifo(cache)
     if what == 'read only':
         cache.mkdir(mode=0o500)
-    given = {'device': '/dev/full', 'proc': '/proc/x', 'full disk': '/sys/x', 'newline': f'{cache}\nx', 'relative': 'my cache', 'long': f'{cache}/' + 'x'*300,
-             'not text': os.fsdecode(os.fsencode(cache) + b'\xff')}.get(what, cache)
+    given = {
+        'device': '/dev/full',
+        'proc': '/proc/x',
+        'full disk': '/sys/x',
+        'newline': f'{cache}\nx',
+        'relative': 'my cache',
+        'long': f'{cache}/' + 'x' * 300,
+        'not text': os.fsdecode(os.fsencode(cache) + b'\xff'),
+    }.get(what, cache)
     command = train(at, given)
     command.outs += [at.root/'real', at.root/'cache\nx', at.work/'my cache', at.root/'nowhere', given]
     command.named += ('real', 'proc', 'sys', '/dev/full')
     return command
 
 
-SPEEDS = {'no json': b'{', 'list': b'[]', 'number': b'7', 'not text': b'\xff\xfe', 'values': b'{"a": []}', 'deep': b'['*100_000, 'nul': bytes(99), 'folder': None}
+SPEEDS = {
+    'no json': b'{',
+    'list': b'[]',
+    'number': b'7',
+    'not text': b'\xff\xfe',
+    'values': b'{"a": []}',
+    'deep': b'[' * 100_000,
+    'nul': bytes(99),
+    'folder': None,
+}
 
 
 @case('caches', SPEEDS)
@@ -181,23 +261,65 @@ def speed(at, data):
 
 def good(at):
     "The assertion that the good image has its prediction."
+
     def complaints(outcome):
         want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
-        if abs(float(outcome.rows[0]['p_daisy']) - float(want['p_daisy'])) > .02:
+        if abs(float(outcome.rows[0]['p_daisy']) - float(want['p_daisy'])) > 0.02:
             yield f"predicted as {outcome.rows[0]['p_daisy']}, not {want['p_daisy']}"
+
     return complaints
 
 
 # ---------------------------------------------------------------- trainings that are kept for another time
 
+
 def compare(at, runner_words=()):
     "A comparison that keeps its trainings."
     out = at.root/'out.png'
-    return Command(['compare', at.flowers, '--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--weights', 'random', '--size', '48', '--draws', '10',
-                    *PLAIN, '--out', out], [out, out.with_suffix('.csv')], named=('cache', 'trainings', 'DR_TRANSFER_CACHE'))
+    return Command(
+        [
+            'compare',
+            at.flowers,
+            '--archs',
+            'small_cnn',
+            '--plans',
+            'head',
+            '--epochs',
+            '1',
+            '--weights',
+            'random',
+            '--size',
+            '48',
+            '--draws',
+            '10',
+            *PLAIN,
+            '--out',
+            out,
+        ],
+        [out, out.with_suffix('.csv')],
+        named=('cache', 'trainings', 'DR_TRANSFER_CACHE'),
+    )
 
 
-@case('caches', named((zeroed, cut, emptied, removed, no_json, not_text, as_folder, as_fifo, as_device, as_loop, one_byte, lines_swapped)))
+@case(
+    'caches',
+    named(
+        (
+            zeroed,
+            cut,
+            emptied,
+            removed,
+            no_json,
+            not_text,
+            as_folder,
+            as_fifo,
+            as_device,
+            as_loop,
+            one_byte,
+            lines_swapped,
+        )
+    ),
+)
 def kept_training(at, change):
     "A training that was kept is damaged: the comparison comes to the same."
     shutil.copytree(at.shared/'compared cache', at.cache)
@@ -207,5 +329,7 @@ def kept_training(at, change):
         change(path)
     command = compare(at)
     want = (at.shared/'compared.csv').read_bytes()
-    command.also = lambda o: [] if o.code or (at.root/'out.csv').read_bytes() == want else ['another result than with an empty cache']
+    command.also = lambda o: (
+        [] if o.code or (at.root/'out.csv').read_bytes() == want else ['another result than with an empty cache']
+    )
     return command

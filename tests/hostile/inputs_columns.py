@@ -1,4 +1,5 @@
 "Columns of a labels file with names that something else has, and columns of patients under every name."
+
 import csv
 import io
 import os
@@ -6,8 +7,35 @@ import os
 from inputs import case
 from inputs_tables import DR, as_text, rows_of, table, write
 
-TAKEN = ('decision', 'known', 'p_age', 'p_no', 'prediction', 'gradability', 'reason', 'light', 'error', 'target', 'split', 'fold',
-         'group', 'label', 'name', 'index', 'weight', 'column', 'eye', 'camera', 'data_eye', '', ' ', '0', 'threshold', 'size', 'groupby')
+TAKEN = (
+    'decision',
+    'known',
+    'p_age',
+    'p_no',
+    'prediction',
+    'gradability',
+    'reason',
+    'light',
+    'error',
+    'target',
+    'split',
+    'fold',
+    'group',
+    'label',
+    'name',
+    'index',
+    'weight',
+    'column',
+    'eye',
+    'camera',
+    'data_eye',
+    '',
+    ' ',
+    '0',
+    'threshold',
+    'size',
+    'groupby',
+)
 
 
 def with_column(rows, name, value) -> list:
@@ -17,7 +45,7 @@ def with_column(rows, name, value) -> list:
 
 def number(i) -> str:
     "A number between 0 and 100, different for neighbours."
-    return str(i*37 % 101)
+    return str(i * 37 % 101)
 
 
 @case('columns', {repr(n): n for n in TAKEN})
@@ -31,17 +59,30 @@ def evaluated(at, name):
 
 
 def of_the_model(at, name):
-    "The assertion that no result of the model holds the numbers of the user's column, and that probabilities are those of a plain set."
+    "The assertion that no result of the model holds the user's numbers, and that the probabilities are its own."
     values = {i: number(i) for i in range(24)}
+
     def complaints(outcome):
         names = [r[0] for r in rows_of(at)[1:]]
         rows = {os.path.basename(r['image']): r for r in outcome.rows}
         ours = [rows[os.path.basename(n)] for n in names if os.path.basename(n) in rows]
-        for column in ('prediction', 'p_no', 'p_referable', 'decision', 'grade', 'gradability', 'known', 'error', 'reason', 'light'):
+        for column in (
+            'prediction',
+            'p_no',
+            'p_referable',
+            'decision',
+            'grade',
+            'gradability',
+            'known',
+            'error',
+            'reason',
+            'light',
+        ):
             if len(ours) == 24 and [r.get(column) for r in ours] == list(values.values()):
                 yield f'the column {column!r} of the result is that of the user'
         if ours and {k for k in ours[0] if k.startswith('p_')} != {'p_no', 'p_referable'}:
             yield f"the result has the probabilities {sorted(k for k in ours[0] if k.startswith('p_'))}"
+
     return complaints
 
 
@@ -53,11 +94,24 @@ def trained(at, name):
     return at.train(*DR, images=24, named=('labels.csv', name))
 
 
-DOUBLES = {'grade': ['image', 'grade', 'patient', 'grade'], ' grade': ['image', 'grade', 'patient', ' grade'], 'image ': ['image', 'grade', 'patient', 'image '],
-           'Image': ['image', 'grade', 'patient', 'Image'], 'Grade': ['image', 'grade', 'patient', 'Grade'], 'level': ['image', 'grade', 'patient', 'level'],
-           'no names': ['', '', '', ''], 'one name': ['image']*4, 'formula': ['image', 'grade', 'patient', '=cmd()'], 'patient': ['image', 'grade', 'patient', 'patient'],
-           'Patient': ['image', 'grade', 'patient', 'Patient'], 'id_code': ['image', 'grade', 'patient', 'id_code'], 'quote': ['image', 'grade', 'patient', '"'],
-           'newline': ['image', 'grade', 'patient', 'a\nb'], 'empty': ['image', 'grade', 'patient', ''], 'nan': ['image', 'grade', 'patient', 'nan']}
+DOUBLES = {
+    'grade': ['image', 'grade', 'patient', 'grade'],
+    ' grade': ['image', 'grade', 'patient', ' grade'],
+    'image ': ['image', 'grade', 'patient', 'image '],
+    'Image': ['image', 'grade', 'patient', 'Image'],
+    'Grade': ['image', 'grade', 'patient', 'Grade'],
+    'level': ['image', 'grade', 'patient', 'level'],
+    'no names': ['', '', '', ''],
+    'one name': ['image'] * 4,
+    'formula': ['image', 'grade', 'patient', '=cmd()'],
+    'patient': ['image', 'grade', 'patient', 'patient'],
+    'Patient': ['image', 'grade', 'patient', 'Patient'],
+    'id_code': ['image', 'grade', 'patient', 'id_code'],
+    'quote': ['image', 'grade', 'patient', '"'],
+    'newline': ['image', 'grade', 'patient', 'a\nb'],
+    'empty': ['image', 'grade', 'patient', ''],
+    'nan': ['image', 'grade', 'patient', 'nan'],
+}
 
 
 @table(None, DOUBLES, named=('column', 'columns'))
@@ -68,11 +122,27 @@ def header(rows, names):
 
 # ---------------------------------------------------------------- patients
 
-PATIENTS = ('patient', 'Patient', 'PATIENT_ID', 'patient id', 'PatientID', 'patient_nr', 'subject', 'Subject ID', 'group', ' patient ', 'person', 'pid', 'case', 'mrn')
+PATIENTS = (
+    'patient',
+    'Patient',
+    'PATIENT_ID',
+    'patient id',
+    'PatientID',
+    'patient_nr',
+    'subject',
+    'Subject ID',
+    'group',
+    ' patient ',
+    'person',
+    'pid',
+    'case',
+    'mrn',
+)
 
 
 def together(at, labels='labels.csv', column=2):
     "The assertion that no patient has images in training and in validation."
+
     def complaints(outcome):
         rows = list(csv.reader(io.StringIO((at.data/labels).read_text())))[1:]
         valid = {os.path.basename(r['image']) for r in outcome.rows}
@@ -82,6 +152,7 @@ def together(at, labels='labels.csv', column=2):
         both = [p for p, found in on.items() if p and len(found) > 1]
         if both:
             yield f'{len(both)} patients stand in training and in validation, such as {both[0]!r}'
+
     return complaints
 
 
@@ -105,9 +176,11 @@ def patients_found(at, name):
     "Patients in a column that is not named: they stay together, or the command says that it knows of none."
     at.copy_eyes()
     write(at.data/'labels.csv', patients(at, name))
+
     def found_or_said(outcome):
         said = outcome.out + outcome.err
         return [] if 'no patient column' in said else list(together(at)(outcome))
+
     return at.train(*DR, images=24, also=found_or_said, named=('labels.csv',))
 
 
@@ -119,10 +192,28 @@ def patients_in_every_command(at, which):
     out = at.root/('out.png' if which in ('compare', 'advise') else 'out.html')
     if which == 'evaluate':
         return at.evaluate('--patient', 'pid')
-    words = [which, at.data, *DR, '--weights', 'random', '--size', '48', '--setting', 'plain', '--patient', 'pid', '--out', out]
-    words += {'compare': ['--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--draws', '10'], 'advise': ['--arch', 'small_cnn'],
-              'cross-validate': ['--arch', 'small_cnn', '--plan', 'head', '--epochs', '1', '--folds', '2', '--draws', '10']}[which]
-    from contract import Command
+    words = [
+        which,
+        at.data,
+        *DR,
+        '--weights',
+        'random',
+        '--size',
+        '48',
+        '--setting',
+        'plain',
+        '--patient',
+        'pid',
+        '--out',
+        out,
+    ]
+    words += {
+        'compare': ['--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--draws', '10'],
+        'advise': ['--arch', 'small_cnn'],
+        'cross-validate': ['--arch', 'small_cnn', '--plan', 'head', '--epochs', '1', '--folds', '2', '--draws', '10'],
+    }[which]
+    from observe import Command
+
     return Command(words, [out, out.with_suffix('.csv')])
 
 
@@ -133,8 +224,15 @@ def patients_of_nobody(at):
     return at.train(*DR, '--patient', 'nobody')
 
 
-VALUES = {'numbers': lambda i: f'{i % 8}', 'floats': lambda i: f'{i % 8}.0' if i % 2 else f'{i % 8}', 'spaces': lambda i: f'p{i % 8}' + ' '*(i % 2),
-          'zeros': lambda i: f'00{i % 8}', 'one': lambda i: 'p', 'each': lambda i: f'p{i}', 'nan': lambda i: 'nan' if i % 8 == 0 else f'p{i % 8}'}
+VALUES = {
+    'numbers': lambda i: f'{i % 8}',
+    'floats': lambda i: f'{i % 8}.0' if i % 2 else f'{i % 8}',
+    'spaces': lambda i: f'p{i % 8}' + ' ' * (i % 2),
+    'zeros': lambda i: f'00{i % 8}',
+    'one': lambda i: 'p',
+    'each': lambda i: f'p{i}',
+    'nan': lambda i: 'nan' if i % 8 == 0 else f'p{i % 8}',
+}
 
 
 @case('columns', VALUES)
@@ -149,6 +247,7 @@ def patients_written(at, value):
 def patients_partly_known(at):
     "Half of the images have no patient, and are copies of images that have one."
     import shutil
+
     at.copy_eyes()
     rows = [r[:3] for r in rows_of(at)]
     for r in rows[1:13]:
@@ -157,12 +256,14 @@ def patients_partly_known(at):
         shutil.copy(source, source.with_name(os.path.basename(name)))
         rows.append([name, r[1], ''])
     write(at.data/'labels.csv', rows)
+
     def complaints(outcome):
         valid = {os.path.basename(r['image']) for r in outcome.rows}
         for r in rows[1:13]:
             name = os.path.basename(r[0])
             if (name in valid) != (name.replace('.jpg', ' copy.jpg') in valid):
                 yield f'{name} and its copy stand in training and in validation'
+
     return at.train(*DR, images=36, also=complaints, named=('labels.csv', 'copies', 'images'))
 
 
@@ -171,7 +272,9 @@ def patients_beside_folders(at):
     "Class folders and a CSV that names the patients but not the labels."
     at.copy_flowers()
     files = sorted(p.relative_to(at.data).as_posix() for p in at.data.rglob('*.jpg'))
-    (at.data/'credits.csv').write_text(as_text([['image', 'patient'], *([f, f'p{i % 5}'] for i, f in enumerate(files))]))
+    (at.data/'credits.csv').write_text(
+        as_text([['image', 'patient'], *([f, f'p{i % 5}'] for i, f in enumerate(files))])
+    )
     return at.train(images=18, also=together(at, 'credits.csv', 1))
 
 

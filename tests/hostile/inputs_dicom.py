@@ -1,4 +1,5 @@
 "DICOM files: what clinics send, damaged or used against the reader. They need pydicom."
+
 import io
 import zlib
 
@@ -13,6 +14,7 @@ def dataset(pixels=None, bits=8, signed=0, kind='MONOCHROME2', **more):
     need('pydicom')
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -24,7 +26,12 @@ def dataset(pixels=None, bits=8, signed=0, kind='MONOCHROME2', **more):
         ds.SamplesPerPixel, ds.PhotometricInterpretation = (3, 'RGB') if pixels.ndim == 3 else (1, kind)
         if pixels.ndim == 3:
             ds.PlanarConfiguration = 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8*pixels.itemsize, bits, bits - 1, signed
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (
+            8 * pixels.itemsize,
+            bits,
+            bits - 1,
+            signed,
+        )
         ds.PixelData = pixels.tobytes()
     for name, value in more.items():
         setattr(ds, name, value)
@@ -44,6 +51,7 @@ def grey(good) -> np.ndarray:
 def grey_image(good):
     "What `grey` shows."
     from PIL import Image
+
     return Image.fromarray(grey(good))
 
 
@@ -58,14 +66,14 @@ def colour(path, good):
 def deep(path, good, how):
     "Greys of more bits: as bright as in 8."
     bits, factor = how
-    save(dataset(grey(good).astype(np.uint16)*factor, bits), path)
+    save(dataset(grey(good).astype(np.uint16) * factor, bits), path)
     return grey_image(good)
 
 
 @image('dicom', 'x.dcm', 'prediction')
 def signed(path, good):
     "Greys below and above 0: the lowest is black."
-    save(dataset(((grey(good).astype(np.int32) - 128)*256).astype(np.int16), 16, 1), path)
+    save(dataset(((grey(good).astype(np.int32) - 128) * 256).astype(np.int16), 16, 1), path)
     return grey_image(good)
 
 
@@ -94,17 +102,24 @@ def without_pixels(path, good):
     save(dataset(), path)
 
 
-@image('dicom', 'x.dcm', 'error', {'half': .5, 'header': .1, 'a byte': .0001})
+@image('dicom', 'x.dcm', 'error', {'half': 0.5, 'header': 0.1, 'a byte': 0.0001})
 def truncated(path, good, part):
     "A file that was cut off."
     save(dataset(grey(good)), path)
     data = path.read_bytes()
-    path.write_bytes(data[:max(1, int(len(data)*part))])
+    path.write_bytes(data[: max(1, int(len(data) * part))])
 
 
-CLAIMS = {'rows': {'Rows': 65535, 'Columns': 65535}, 'frames': {'NumberOfFrames': 2_000_000_000}, 'no rows': {'Rows': 0}, 'samples': {'SamplesPerPixel': 200},
-          'bits': {'BitsAllocated': 24}, 'stored': {'BitsStored': 99}, 'colour': {'PhotometricInterpretation': 'MAGIC'},
-          'palette': {'PhotometricInterpretation': 'PALETTE COLOR'}}
+CLAIMS = {
+    'rows': {'Rows': 65535, 'Columns': 65535},
+    'frames': {'NumberOfFrames': 2_000_000_000},
+    'no rows': {'Rows': 0},
+    'samples': {'SamplesPerPixel': 200},
+    'bits': {'BitsAllocated': 24},
+    'stored': {'BitsStored': 99},
+    'colour': {'PhotometricInterpretation': 'MAGIC'},
+    'palette': {'PhotometricInterpretation': 'PALETTE COLOR'},
+}
 
 
 @image('dicom', 'x.dcm', '', CLAIMS)
@@ -113,12 +128,21 @@ def claims(path, good, values):
     save(dataset(grey(good), **values), path)
 
 
-@image('dicom', 'x.dcm', 'error', {k: k for k in ('JPEG2000Lossless', 'JPEGLSLossless', 'HTJ2KLossless', 'MPEG2MPML', 'RLELossless', 'JPEGBaseline8Bit')})
+@image(
+    'dicom',
+    'x.dcm',
+    'error',
+    {
+        k: k
+        for k in ('JPEG2000Lossless', 'JPEGLSLossless', 'HTJ2KLossless', 'MPEG2MPML', 'RLELossless', 'JPEGBaseline8Bit')
+    },
+)
 def compressed(path, good, syntax):
     "Pixels said to be compressed, which are not."
     need('pydicom')
     from pydicom import uid
     from pydicom.encaps import encapsulate
+
     ds = dataset(grey(good), PixelData=encapsulate([b'no such code' + bytes(100)]))
     ds['PixelData'].VR = 'OB'
     ds.file_meta.TransferSyntaxUID = getattr(uid, syntax)
@@ -130,6 +154,7 @@ def deflated_bomb(path, good):
     "A deflated file of 300 KB that grows to 300 MB."
     need('pydicom')
     from pydicom.uid import DeflatedExplicitVRLittleEndian
+
     ds = dataset(grey(good))
     ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     out = io.BytesIO()
@@ -137,8 +162,8 @@ def deflated_bomb(path, good):
     head = out.getvalue()
     length = 132 + 12 + int.from_bytes(head[140:144], 'little')
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = b'\x09\0\x10\0OB\0\0' + (3*10**8).to_bytes(4, 'little')
-    path.write_bytes(head[:length] + pack.compress(body) + pack.compress(bytes(3*10**8)) + pack.flush())
+    body = b'\x09\0\x10\0OB\0\0' + (3 * 10**8).to_bytes(4, 'little')
+    path.write_bytes(head[:length] + pack.compress(body) + pack.compress(bytes(3 * 10**8)) + pack.flush())
 
 
 @image('dicom', 'x.dcm', 'error')
@@ -147,28 +172,39 @@ def nested(path, good):
     need('pydicom')
     save(dataset(), path)
     data = path.read_bytes()
-    path.write_bytes(data + (b'\x0a\0\x10\0SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff')*3000)
+    path.write_bytes(data + (b'\x0a\0\x10\0SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff') * 3000)
 
 
-@image('dicom', 'x.dcm', 'error', {'html': b'<html>', 'preamble': bytes(128) + b'DICM', 'length': bytes(128) + b'DICM\2\0\0\0UL\4\0\xff\xff\xff\xff', 'zeros': bytes(5000)})
+@image(
+    'dicom',
+    'x.dcm',
+    'error',
+    {
+        'html': b'<html>',
+        'preamble': bytes(128) + b'DICM',
+        'length': bytes(128) + b'DICM\2\0\0\0UL\4\0\xff\xff\xff\xff',
+        'zeros': bytes(5000),
+    },
+)
 def other(path, good, data):
     "A file that is no DICOM."
     need('pydicom')
     path.write_bytes(data)
 
 
-PATIENTS = {'newline': 'a\nb', 'formula': '=cmd()', 'long': 'x'*64, 'html': '<b>', 'latin': 'ä', 'number': '007'}
+PATIENTS = {'newline': 'a\nb', 'formula': '=cmd()', 'long': 'x' * 64, 'html': '<b>', 'latin': 'ä', 'number': '007'}
 
 
 @case('dicom', PATIENTS)
 def patient(at, name):
     "A set of DICOM photographs whose patients have odd names."
     from PIL import Image
+
     for i, path in enumerate(sorted((at.eyes/'images').iterdir())):
         folder = at.data/('daisy' if i % 2 else 'rose')
         folder.mkdir(exist_ok=True)
         with Image.open(path) as im:
-            ds = dataset(np.asarray(im.convert('RGB')), PatientID=f'{name}{i//4}'[-64:], Manufacturer=name)
+            ds = dataset(np.asarray(im.convert('RGB')), PatientID=f'{name}{i // 4}'[-64:], Manufacturer=name)
         ds.SpecificCharacterSet = 'ISO_IR 192'
         save(ds, folder/f'{i}.dcm')
     return at.train(named=(name,))

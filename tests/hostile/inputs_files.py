@@ -1,4 +1,5 @@
 "What is no photograph, under the name of one: other kinds of files, and what is no file at all."
+
 import gzip
 import io
 import os
@@ -21,19 +22,33 @@ showpage
 EPS_DOS = b'\xc5\xd0\xd3\xc6' + (30).to_bytes(4, 'little') + len(EPS).to_bytes(4, 'little') + bytes(18) + EPS
 TEXTS = {
     'html': b'<!doctype html><html><title>404 Not Found</title></html>',
-    'svg': b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="60" height="60"><script>alert(1)</script></svg>',
+    'svg': b'<?xml version="1.0"?><svg width="60" height="60"><script>alert(1)</script></svg>',
     'pdf': b'%PDF-1.7\n1 0 obj<</Type/Catalog/OpenAction<</S/Launch/F(sh)>>>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF',
-    'json': b'{"image": 1}', 'python': b'import os\nos.system("true")\n', 'shell': b'#!/bin/sh\nexit 0\n',
-    'elf': b'\x7fELF\x02\x01\x01' + bytes(57), 'xpm': b'/* XPM */\nstatic char *x[] = {"1000000 1000000 2 1",\n"a c #000000",\n};',
+    'json': b'{"image": 1}',
+    'python': b'import os\nos.system("true")\n',
+    'shell': b'#!/bin/sh\nexit 0\n',
+    'elf': b'\x7fELF\x02\x01\x01' + bytes(57),
+    'xpm': b'/* XPM */\nstatic char *x[] = {"1000000 1000000 2 1",\n"a c #000000",\n};',
     'xbm': b'#define im_width 100000000\n#define im_height 100000000\nstatic char im_bits[] = {\n0x00};',
-    'ppm': b'P6\n100000 100000\n255\n', 'pgm': b'P2\n3 3\n99999999999999999999\n1 2 3 4 5 6 7 8 9\n', 'pfm': b'PF\n60 60\n-1.0\n',
-    'fits': b'SIMPLE  =                    T'.ljust(80) + b'BITPIX  =                 -640'.ljust(80) + b'END'.ljust(2720),
-    'heic': b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(64), 'avif': b'\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf' + bytes(64),
+    'ppm': b'P6\n100000 100000\n255\n',
+    'pgm': b'P2\n3 3\n99999999999999999999\n1 2 3 4 5 6 7 8 9\n',
+    'pfm': b'PF\n60 60\n-1.0\n',
+    'fits': b'SIMPLE  =                    T'.ljust(80)
+    + b'BITPIX  =                 -640'.ljust(80)
+    + b'END'.ljust(2720),
+    'heic': b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(64),
+    'avif': b'\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf' + bytes(64),
     'jp2': b'\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 \0\0\0\0jp2 ' + bytes(64),
-    'wmf': b'\xd7\xcd\xc6\x9a\0\0' + b'\x00\x00\x00\x00\xff\x7f\xff\x7f' + bytes(40), 'raw': bytes(range(256))*64, 'ico': b'\0\0\1\0\xff\xff' + bytes(64),
-    'psd': b'8BPS\0\1' + bytes(6) + b'\0\3\xff\xff\xff\xff\xff\xff\xff\xff\0\x08\0\3' + bytes(64), 'mpeg': b'\0\0\1\xb3\xff\xff\xff' + bytes(64),
-    'icns': b'icns\xff\xff\xff\xffic10\xff\xff\xff\xff' + bytes(64), 'sgi': b'\x01\xda\1\1\0\3\xff\xff\xff\xff\0\3' + bytes(512),
-    'dds': b'DDS |\0\0\0\x07\x10\0\0' + b'\xff'*112, 'fli': b'\x80\0\0\0\x11\xaf\xff\xff\xff\xff\xff\xff' + bytes(116)}
+    'wmf': b'\xd7\xcd\xc6\x9a\0\0' + b'\x00\x00\x00\x00\xff\x7f\xff\x7f' + bytes(40),
+    'raw': bytes(range(256)) * 64,
+    'ico': b'\0\0\1\0\xff\xff' + bytes(64),
+    'psd': b'8BPS\0\1' + bytes(6) + b'\0\3\xff\xff\xff\xff\xff\xff\xff\xff\0\x08\0\3' + bytes(64),
+    'mpeg': b'\0\0\1\xb3\xff\xff\xff' + bytes(64),
+    'icns': b'icns\xff\xff\xff\xffic10\xff\xff\xff\xff' + bytes(64),
+    'sgi': b'\x01\xda\1\1\0\3\xff\xff\xff\xff\0\3' + bytes(512),
+    'dds': b'DDS |\0\0\0\x07\x10\0\0' + b'\xff' * 112,
+    'fli': b'\x80\0\0\0\x11\xaf\xff\xff\xff\xff\xff\xff' + bytes(116),
+}
 
 
 @image('files', 'x.jpg', 'error')
@@ -84,6 +99,7 @@ def tar_archive(path, good):
 
 class Payload:
     "Leaves a trace when it is unpickled."
+
     def __reduce__(self):
         return os.system, ('true',)
 
@@ -128,7 +144,7 @@ def fifo_named_dicom(path, good):
 def unix_socket(path, good):
     "A socket."
     here = os.getcwd()
-    os.chdir(path.parent)       # its name may have 107 bytes
+    os.chdir(path.parent)  # its name may have 107 bytes
     try:
         socket.socket(socket.AF_UNIX).bind(path.name)
     finally:
@@ -202,7 +218,7 @@ def link_to_the_root(at):
 @case('files')
 def deep_folders(at):
     "Five hundred folders within one another."
-    deep = at.data.joinpath(*['d']*500)
+    deep = at.data.joinpath(*['d'] * 500)
     deep.mkdir(parents=True)
     shutil.copy(at.flower, deep/'good.jpg')
     return at.predict()

@@ -1,4 +1,5 @@
 "Model folders and ONNX files that are damaged, or were written to do harm."
+
 import hashlib
 import json
 import os
@@ -8,10 +9,28 @@ import shutil
 import numpy as np
 
 from inputs import PLAIN, WHOLE, case, need
-from contract import Command
+from observe import Command
 
-FIELDS = ('arch', 'stage', 'tap', 'head', 'classes', 'task', 'target', 'size', 'reader', 'fit', 'views', 'mean', 'std', 'decision', 'weights',
-          'format', 'tensors_sha256', 'sha256')
+FIELDS = (
+    'arch',
+    'stage',
+    'tap',
+    'head',
+    'classes',
+    'task',
+    'target',
+    'size',
+    'reader',
+    'fit',
+    'views',
+    'mean',
+    'std',
+    'decision',
+    'weights',
+    'format',
+    'tensors_sha256',
+    'sha256',
+)
 DIGESTS = ('format', 'tensors_sha256', 'sha256')
 
 
@@ -30,6 +49,7 @@ def model(at, change=None, tensors=None, sign=True):
     if tensors:
         need('safetensors')
         from safetensors.numpy import load_file, save_file
+
         path = run/'model'/'model.safetensors'
         save_file({k: np.ascontiguousarray(v) for k, v in tensors(load_file(path)).items()}, path)
         about['tensors_sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -42,7 +62,9 @@ def model(at, change=None, tensors=None, sign=True):
 
 def predicted(at, run, **more):
     "One good image, predicted with a model of this case."
-    return at.predict(at.flower, model=run, images=[at.flower], named=('model', 'model.json', *more.pop('named', ())), **more)
+    return at.predict(
+        at.flower, model=run, images=[at.flower], named=('model', 'model.json', *more.pop('named', ())), **more
+    )
 
 
 def refused(outcome):
@@ -51,6 +73,7 @@ def refused(outcome):
 
 
 # ---------------------------------------------------------------- model.json
+
 
 @case('models', {f: f for f in FIELDS})
 def field_missing(at, field):
@@ -65,10 +88,22 @@ def field_missing(at, field):
     return predicted(at, run, also=None if field in ('task', 'target', 'decision', 'weights') else refused)
 
 
-VALUES = {'null': None, 'text': 'x', 'number': -7, 'list': [None], 'dict': {'a': 1}, 'bool': True, 'path': '/etc/passwd', 'nan': float('nan')}
+VALUES = {
+    'null': None,
+    'text': 'x',
+    'number': -7,
+    'list': [None],
+    'dict': {'a': 1},
+    'bool': True,
+    'path': '/etc/passwd',
+    'nan': float('nan'),
+}
 
 
-@case('models', {f'{f} {n}': (f, v) for f in FIELDS[:14] for n, v in VALUES.items() if WHOLE or n in ('null', 'dict', 'number')})
+@case(
+    'models',
+    {f'{f} {n}': (f, v) for f in FIELDS[:14] for n, v in VALUES.items() if WHOLE or n in ('null', 'dict', 'number')},
+)
 def field_of_another_type(at, what):
     "A field of model.json has another type."
     field, value = what
@@ -85,22 +120,61 @@ def set_field(**values):
     return lambda about: about.update(values)
 
 
-HARM = {'wide head': set_head(hidden=[10**9]), 'deep head': set_head(hidden=[8]*20_000), 'negative head': set_head(hidden=[-1]), 'text in head': set_head(hidden=['x']),
-        'dropout': set_head(dropout=7), 'unknown of head': set_head(nope=1), 'ordered': set_head(ordered='cumulative'), 'flat head': set_head(flatten=True),
-        'huge size': set_field(size=10**9), 'no size': set_field(size=0), 'fraction of size': set_field(size=47.5), 'another size': set_field(size=64),
-        'million classes': set_field(classes=[f'c{i}' for i in range(10**6)]), 'no classes': set_field(classes=[]), 'one class': set_field(classes=['daisy']),
-        'three classes': set_field(classes=['daisy', 'roses', 'x']), 'same classes': set_field(classes=['daisy', 'daisy']), 'classes as text': set_field(classes='ab'),
-        'numbers as classes': set_field(classes=[1, 2]), 'empty class': set_field(classes=['', 'daisy']), 'std 0': set_field(std=[0, 0, 0]), 'std nan': set_field(std=[float('nan')]*3),
-        'std of two': set_field(std=[.5, .5]), 'negative std': set_field(std=[-1, -1, -1]), 'huge mean': set_field(mean=[1e300]*3), 'mean infinite': set_field(mean=[float('inf')]*3),
-        'network to load': set_field(arch='hf-hub:nobody/nothing'), 'path as network': set_field(arch='../../x'), 'other network': set_field(arch='test_resnet'),
-        'no such stage': set_field(stage='stage99'), 'tap': set_field(tap=10**6), 'views': set_field(views='quarter_turns'), 'temperature 0': set_field(decision={'temperature': 0}),
-        'temperature nan': set_field(decision={'temperature': float('nan'), 'cuts': None, 'operating': None, 'refused': []}),
-        'temperature of text': set_field(decision={'temperature': 'x', 'cuts': None, 'operating': None, 'refused': []}),
-        'negative temperature': set_field(decision={'temperature': -1., 'cuts': None, 'operating': None, 'refused': []}),
-        'cuts': set_field(decision={'temperature': 1., 'cuts': [9, 1], 'operating': None, 'refused': []}),
-        'threshold': set_field(decision={'temperature': 1., 'cuts': None, 'operating': {'threshold': 'x'}, 'refused': []}),
-        'deep decision': set_field(decision=json.loads('['*500 + ']'*500)), 'pickle of reader': set_field(reader='os.system'), 'newline in class': set_field(classes=['a\nb', 'c'])}
-MAY_WORK = {'same classes', 'numbers as classes', 'another size', 'views', 'dropout', 'newline in class', 'flat head', 'ordered'}
+HARM = {
+    'wide head': set_head(hidden=[10**9]),
+    'deep head': set_head(hidden=[8] * 20_000),
+    'negative head': set_head(hidden=[-1]),
+    'text in head': set_head(hidden=['x']),
+    'dropout': set_head(dropout=7),
+    'unknown of head': set_head(nope=1),
+    'ordered': set_head(ordered='cumulative'),
+    'flat head': set_head(flatten=True),
+    'huge size': set_field(size=10**9),
+    'no size': set_field(size=0),
+    'fraction of size': set_field(size=47.5),
+    'another size': set_field(size=64),
+    'million classes': set_field(classes=[f'c{i}' for i in range(10**6)]),
+    'no classes': set_field(classes=[]),
+    'one class': set_field(classes=['daisy']),
+    'three classes': set_field(classes=['daisy', 'roses', 'x']),
+    'same classes': set_field(classes=['daisy', 'daisy']),
+    'classes as text': set_field(classes='ab'),
+    'numbers as classes': set_field(classes=[1, 2]),
+    'empty class': set_field(classes=['', 'daisy']),
+    'std 0': set_field(std=[0, 0, 0]),
+    'std nan': set_field(std=[float('nan')] * 3),
+    'std of two': set_field(std=[0.5, 0.5]),
+    'negative std': set_field(std=[-1, -1, -1]),
+    'huge mean': set_field(mean=[1e300] * 3),
+    'mean infinite': set_field(mean=[float('inf')] * 3),
+    'network to load': set_field(arch='hf-hub:nobody/nothing'),
+    'path as network': set_field(arch='../../x'),
+    'other network': set_field(arch='test_resnet'),
+    'no such stage': set_field(stage='stage99'),
+    'tap': set_field(tap=10**6),
+    'views': set_field(views='quarter_turns'),
+    'temperature 0': set_field(decision={'temperature': 0}),
+    'temperature nan': set_field(
+        decision={'temperature': float('nan'), 'cuts': None, 'operating': None, 'refused': []}
+    ),
+    'temperature of text': set_field(decision={'temperature': 'x', 'cuts': None, 'operating': None, 'refused': []}),
+    'negative temperature': set_field(decision={'temperature': -1.0, 'cuts': None, 'operating': None, 'refused': []}),
+    'cuts': set_field(decision={'temperature': 1.0, 'cuts': [9, 1], 'operating': None, 'refused': []}),
+    'threshold': set_field(decision={'temperature': 1.0, 'cuts': None, 'operating': {'threshold': 'x'}, 'refused': []}),
+    'deep decision': set_field(decision=json.loads('[' * 500 + ']' * 500)),
+    'pickle of reader': set_field(reader='os.system'),
+    'newline in class': set_field(classes=['a\nb', 'c']),
+}
+MAY_WORK = {
+    'same classes',
+    'numbers as classes',
+    'another size',
+    'views',
+    'dropout',
+    'newline in class',
+    'flat head',
+    'ordered',
+}
 
 
 @case('models', HARM)
@@ -109,7 +183,23 @@ def harm(at, change):
     return predicted(at, model(at, change))
 
 
-@case('models', {k: HARM[k] for k in ('std 0', 'std nan', 'negative std', 'temperature nan', 'temperature of text', 'negative temperature', 'same classes', 'no classes', 'mean infinite')})
+@case(
+    'models',
+    {
+        k: HARM[k]
+        for k in (
+            'std 0',
+            'std nan',
+            'negative std',
+            'temperature nan',
+            'temperature of text',
+            'negative temperature',
+            'same classes',
+            'no classes',
+            'mean infinite',
+        )
+    },
+)
 def harm_is_seen(at, change):
     "Values with which no prediction can be right: an error."
     return predicted(at, model(at, change), also=refused)
@@ -121,8 +211,20 @@ def classes_changed_by_hand(at, classes):
     return predicted(at, model(at, set_field(classes=classes), sign=False), also=refused)
 
 
-JSONS = {'deep': b'['*200_000, 'deep object': b'{"a":'*200_000, 'cut': None, 'empty': b'', 'array': b'[]', 'number': b'7', 'html': b'<html>', 'utf-16': '{}'.encode('utf-16'),
-         'long number': b'{"size": ' + b'9'*100_000 + b'}', 'twice': b'{"format": 1, "format": 2}', 'nul': bytes(1000), 'huge': b' '*50_000_000}
+JSONS = {
+    'deep': b'[' * 200_000,
+    'deep object': b'{"a":' * 200_000,
+    'cut': None,
+    'empty': b'',
+    'array': b'[]',
+    'number': b'7',
+    'html': b'<html>',
+    'utf-16': '{}'.encode('utf-16'),
+    'long number': b'{"size": ' + b'9' * 100_000 + b'}',
+    'twice': b'{"format": 1, "format": 2}',
+    'nul': bytes(1000),
+    'huge': b' ' * 50_000_000,
+}
 
 
 @case('models', JSONS)
@@ -134,7 +236,14 @@ def other_json(at, data):
     return predicted(at, run, also=refused)
 
 
-@case('models', {f'{n} {k}': (n, k) for n in ('model.json', 'model.safetensors') for k in ('missing', 'fifo', 'folder', 'zero', 'dangling')})
+@case(
+    'models',
+    {
+        f'{n} {k}': (n, k)
+        for n in ('model.json', 'model.safetensors')
+        for k in ('missing', 'fifo', 'folder', 'zero', 'dangling')
+    },
+)
 def file_of_a_model(at, what):
     "A file of a model is a pipe, a folder or a link."
     name, kind = what
@@ -152,15 +261,24 @@ def file_of_a_model(at, what):
 
 # ---------------------------------------------------------------- tensors
 
+
 def scaled(factor):
     "All real tensors times a number."
-    return lambda tensors: {k: v*np.float32(factor) if v.dtype == np.float32 else v for k, v in tensors.items()}
+    return lambda tensors: {k: v * np.float32(factor) if v.dtype == np.float32 else v for k, v in tensors.items()}
 
 
-TENSORS = {'nan': scaled(np.nan), 'infinite': scaled(np.inf), 'none': lambda t: {}, 'one more': lambda t: {**t, 'more': np.zeros(3)},
-           'doubles': lambda t: {k: v.astype(np.float64) for k, v in t.items()}, 'whole numbers': lambda t: {k: v.astype(np.int32) for k, v in t.items()},
-           'halves': lambda t: {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in t.items()}, 'flat': lambda t: {k: v.reshape(-1) for k, v in t.items()},
-           'renamed': lambda t: {f'x{k}': v for k, v in t.items()}, 'one lost': lambda t: dict(list(t.items())[1:])}
+TENSORS = {
+    'nan': scaled(np.nan),
+    'infinite': scaled(np.inf),
+    'none': lambda t: {},
+    'one more': lambda t: {**t, 'more': np.zeros(3)},
+    'doubles': lambda t: {k: v.astype(np.float64) for k, v in t.items()},
+    'whole numbers': lambda t: {k: v.astype(np.int32) for k, v in t.items()},
+    'halves': lambda t: {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in t.items()},
+    'flat': lambda t: {k: v.reshape(-1) for k, v in t.items()},
+    'renamed': lambda t: {f'x{k}': v for k, v in t.items()},
+    'one lost': lambda t: dict(list(t.items())[1:]),
+}
 
 
 @case('models', TENSORS)
@@ -178,7 +296,7 @@ def seen_changed(at):
 def flipped(path, i, n=20):
     "Flip the bits of one byte of a file, at the i-th of n places."
     data = bytearray(path.read_bytes())
-    data[int(len(data)*(i + .5)/n)] ^= 0xff
+    data[int(len(data) * (i + 0.5)/n)] ^= 0xFF
     path.write_bytes(bytes(data))
 
 
@@ -193,7 +311,9 @@ def tensors_flipped(at, i):
     return predicted(at, run, also=refused)
 
 
-@case('models', {'pickle': pickle.dumps(print), 'empty': b'', 'cut': None, 'huge header': (2**62).to_bytes(8, 'little')})
+@case(
+    'models', {'pickle': pickle.dumps(print), 'empty': b'', 'cut': None, 'huge header': (2**62).to_bytes(8, 'little')}
+)
 def other_tensors(at, data):
     "model.safetensors holds something else, signed as if it did not."
     run = model(at)
@@ -216,61 +336,3 @@ def nan_in_other_commands(at, command):
         return Command(['export', run, *PLAIN, '--out', at.root/'out.onnx'], also=refused)
     at.copy_flowers()
     return at.evaluate(model=run, also=refused)
-
-
-# ---------------------------------------------------------------- ONNX
-
-def onnx(at):
-    "A copy of the ONNX file."
-    need('onnxruntime')
-    need('onnx')
-    return shutil.copy(at.shared/'flowers.onnx', at.root/'m.onnx')
-
-
-@case('models', PLACES)
-def onnx_flipped(at, i):
-    "One byte of an ONNX file has other bits: an error, never another prediction."
-    path = onnx(at)
-    flipped(path, i)
-    return predicted(at, path, named=('m.onnx',), also=same_or_refused(at))
-
-
-def same_or_refused(at):
-    "The assertion that a prediction is that of the undamaged model, if there is one."
-    from contract import read_rows
-    want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
-    return lambda o: [] if o.code or abs(float(o.rows[0]['p_daisy']) - float(want['p_daisy'])) < 1e-3 else [f'another prediction: {o.rows[0]}, not {want}']
-
-
-@case('models', {'empty': b'', 'html': b'<html>', 'cut': None, 'zeros': bytes(10_000), 'pickle': pickle.dumps(print)})
-def other_onnx(at, data):
-    "An ONNX file that holds something else."
-    path = onnx(at)
-    path.write_bytes(path.read_bytes()[:100_000] if data is None else data)
-    return predicted(at, path, named=('m.onnx',), also=refused)
-
-
-@case('models', {'swapped classes': {'classes': ['roses', 'daisy']}, 'huge size': {'size': 10**9}, 'million classes': {'classes': ['c']*10**6}, 'no reader': {'reader': None},
-                 'temperature': {'decision': {'temperature': 'x'}}, 'list': None})
-def onnx_says_otherwise(at, change):
-    "The description in an ONNX file was changed by hand."
-    path = onnx(at)
-    import onnx as package
-    proto = package.load(path)
-    about = next(m for m in proto.metadata_props if m.key == 'about')
-    about.value = '[]' if change is None else json.dumps({**json.loads(about.value), **change})
-    package.save(proto, path)
-    return predicted(at, path, named=('m.onnx',), also=refused)
-
-
-@case('models', {k: k for k in ('fifo', 'folder', 'zero', 'dangling')})
-def onnx_path(at, kind):
-    "A model named .onnx that is no file."
-    path = at.root/'m.onnx'
-    if kind == 'fifo':
-        os.mkfifo(path)
-    elif kind == 'folder':
-        path.mkdir()
-    else:
-        path.symlink_to('/dev/zero' if kind == 'zero' else 'nowhere')
-    return predicted(at, path, named=('m.onnx',), also=refused)

@@ -1,4 +1,5 @@
 "Good images and folders with names that a shell, a spreadsheet, a web page or a file system takes for something else."
+
 import os
 import shutil
 
@@ -7,18 +8,71 @@ import pandas as pd
 from inputs import case
 
 NAMES = {
-    'longest': 'n'*250 + '.jpg', 'not text': os.fsdecode(b'\xff\xfe\x80.jpg'), 'newline': 'a\nb.jpg', 'return': 'a\rb.jpg', 'tab': '\ta.jpg',
-    'dash': '-x.jpg', 'option': '--help.jpg', 'formula': '=cmd()|x.jpg', 'plus': '+1.jpg', 'at': '@SUM(1).jpg', 'quotes': '"\'"".jpg',
-    'one quote': "'a.jpg", 'quoted formula': "'=1.jpg", 'emoji': '🌷🏳️‍🌈.jpg', 'right to left': 'a\u202egpj.jpg', 'zero width': 'a\u200b.jpg',
-    'space before': ' a.jpg', 'space after': 'a.jpg .jpg', 'dot after': 'a..jpg', 'like above': '...jpg', 'two dots': '..a.jpg',
-    'comma': 'a,b;c\td.jpg', 'html': '<script>alert(1)<&.jpg', 'percent': '%s%n%d{0}{x}.jpg', 'backslash': 'a\\b.jpg', 'dollar': '$(id)`id`.jpg',
-    'star': '*.jpg', 'hash': '#.jpg', 'colon': 'C:x.jpg', 'escape': '\x1b[31m.jpg', 'bell': '\x07.jpg', 'upper': 'A.JPG', 'decomposed': 'a\u0308.jpg',
-    'nan': 'nan.jpg', 'number': '1e5.jpg', 'null': 'NULL.jpg', 'device': 'CON.jpg', 'comment': '#a.jpg', 'separator': 'a\u2028b.jpg', 'tilde': '~.jpg'}
+    'longest': 'n' * 250 + '.jpg',
+    'not text': os.fsdecode(b'\xff\xfe\x80.jpg'),
+    'newline': 'a\nb.jpg',
+    'return': 'a\rb.jpg',
+    'tab': '\ta.jpg',
+    'dash': '-x.jpg',
+    'option': '--help.jpg',
+    'formula': '=cmd()|x.jpg',
+    'plus': '+1.jpg',
+    'at': '@SUM(1).jpg',
+    'quotes': '"\'"".jpg',
+    'one quote': "'a.jpg",
+    'quoted formula': "'=1.jpg",
+    'emoji': '🌷🏳️‍🌈.jpg',
+    'right to left': 'a\u202egpj.jpg',
+    'zero width': 'a\u200b.jpg',
+    'space before': ' a.jpg',
+    'space after': 'a.jpg .jpg',
+    'dot after': 'a..jpg',
+    'like above': '...jpg',
+    'two dots': '..a.jpg',
+    'comma': 'a,b;c\td.jpg',
+    'html': '<script>alert(1)<&.jpg',
+    'percent': '%s%n%d{0}{x}.jpg',
+    'backslash': 'a\\b.jpg',
+    'dollar': '$(id)`id`.jpg',
+    'star': '*.jpg',
+    'hash': '#.jpg',
+    'colon': 'C:x.jpg',
+    'escape': '\x1b[31m.jpg',
+    'bell': '\x07.jpg',
+    'upper': 'A.JPG',
+    'decomposed': 'a\u0308.jpg',
+    'nan': 'nan.jpg',
+    'number': '1e5.jpg',
+    'null': 'NULL.jpg',
+    'device': 'CON.jpg',
+    'comment': '#a.jpg',
+    'separator': 'a\u2028b.jpg',
+    'tilde': '~.jpg',
+}
 SAFE = {k: v for k, v in NAMES.items() if k not in ('longest',)}
 CLASSES = {
-    'formula': '=cmd()', 'semicolon': 'bolt;red', 'newline': 'a\nb', 'option': '--out', 'space': ' ', 'dot after': 'rose.', 'emoji': '🌷',
-    'probability': 'p_x', 'error': 'error', 'image': 'image', 'prediction': 'prediction', 'not text': os.fsdecode(b'\xff\xfe'), 'nan': 'nan',
-    'long': 'c'*200, 'html': '<b>&', 'true': 'True', 'number': '007', 'decision': 'decision', 'dict': '{"a": 1}', 'dollar': '$x^{2', 'twin': 'DAISY'}
+    'formula': '=cmd()',
+    'semicolon': 'bolt;red',
+    'newline': 'a\nb',
+    'option': '--out',
+    'space': ' ',
+    'dot after': 'rose.',
+    'emoji': '🌷',
+    'probability': 'p_x',
+    'error': 'error',
+    'image': 'image',
+    'prediction': 'prediction',
+    'not text': os.fsdecode(b'\xff\xfe'),
+    'nan': 'nan',
+    'long': 'c' * 200,
+    'html': '<b>&',
+    'true': 'True',
+    'number': '007',
+    'decision': 'decision',
+    'dict': '{"a": 1}',
+    'dollar': '$x^{2',
+    'twin': 'DAISY',
+}
 
 
 @case('names', NAMES)
@@ -70,7 +124,9 @@ def names_in_labels(at):
     names = [v for k, v in SAFE.items() if k not in ('not text', 'space before', 'space after', 'return')]
     for i, name in enumerate(names):
         shutil.copy(sorted((at.eyes/'images').iterdir())[i % 24], at.data/'images'/name)
-    pd.DataFrame({'image': names, 'grade': [i % 5 for i in range(len(names))]}).to_csv(at.data/'labels.csv', index=False)
+    pd.DataFrame({'image': names, 'grade': [i % 5 for i in range(len(names))]}).to_csv(
+        at.data/'labels.csv', index=False
+    )
     return at.evaluate(named=('labels.csv', *names))
 
 
@@ -90,7 +146,15 @@ def class_of_spaces(at):
     return at.train(named=('daisy', 'class'))
 
 
-@case('names', {'daisy and DAISY': ('daisy', 'DAISY'), 'composed': ('ä', 'a\u0308'), 'numbers': ('1', '01'), 'lookalike': ('rose', 'rоse')})
+@case(
+    'names',
+    {
+        'daisy and DAISY': ('daisy', 'DAISY'),
+        'composed': ('ä', 'a\u0308'),
+        'numbers': ('1', '01'),
+        'lookalike': ('rose', 'rоse'),
+    },
+)
 def class_twins(at, names):
     "Two class folders that look alike."
     at.copy_flowers()
@@ -105,7 +169,7 @@ def a_name_of_200000_characters(at):
     "A name in labels.csv that no file can have."
     at.copy_eyes()
     with open(at.data/'labels.csv', 'a', encoding='utf-8') as f:
-        f.write('n'*200_000 + '.jpg,1,p,left\n')
+        f.write('n' * 200_000 + '.jpg,1,p,left\n')
     return at.train('--task', 'dr', images=24, named=('labels.csv', 'nnn'))
 
 
@@ -118,7 +182,16 @@ def a_folder_of_ten_thousand_other_files(at):
     return at.predict()
 
 
-@case('names', {'folder named csv': 'x.csv', 'folder named jpg': 'x.jpg', 'hidden': '.x', 'formula': '=x', 'not text': os.fsdecode(b'\xff')})
+@case(
+    'names',
+    {
+        'folder named csv': 'x.csv',
+        'folder named jpg': 'x.jpg',
+        'hidden': '.x',
+        'formula': '=x',
+        'not text': os.fsdecode(b'\xff'),
+    },
+)
 def data_name(at, name):
     "The data folder itself has an odd name."
     data = shutil.copytree(at.flowers, at.home/name)

@@ -1,9 +1,10 @@
 "Places for results that are taken, belong to the user, or are no places."
+
 import os
 import shutil
 
-from contract import Command
 from inputs import PLAIN, case
+from observe import Command
 
 COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', 'export')
 SUFFIX = {'predict': '.csv', 'evaluate': '.html', 'export': '.onnx'}
@@ -11,8 +12,13 @@ SUFFIX = {'predict': '.csv', 'evaluate': '.html', 'export': '.onnx'}
 
 def of(at, command, out, *words, allowed=False):
     "A small command that writes to `out`; nothing may change there unless it is allowed."
-    made = {'train': lambda: at.train(data=at.flowers, images=18), 'predict': lambda: at.predict(at.flower, images=[at.flower]),
-            'evaluate': lambda: evaluated(at), 'preprocess': lambda: at.preprocess(source=at.eyes), 'export': lambda: exported(at)}[command]()
+    made = {
+        'train': lambda: at.train(data=at.flowers, images=18),
+        'predict': lambda: at.predict(at.flower, images=[at.flower]),
+        'evaluate': lambda: evaluated(at),
+        'preprocess': lambda: at.preprocess(source=at.eyes),
+        'export': lambda: exported(at),
+    }[command]()
     made.words = [out if w == made.outs[0] else w for w in made.words] + list(words)
     made.outs = [out, out.with_suffix('.csv')] if allowed else []
     made.data = made.data if allowed else None
@@ -30,7 +36,10 @@ def exported(at):
 def evaluated(at):
     "An evaluation of the shared eyes."
     out = at.root/'out.html'
-    return Command(['evaluate', at.shared/'eye_run', at.eyes, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN], [out, out.with_suffix('.csv')])
+    return Command(
+        ['evaluate', at.shared/'eye_run', at.eyes, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN],
+        [out, out.with_suffix('.csv')],
+    )
 
 
 def each(*names):
@@ -43,8 +52,20 @@ def refused(outcome):
     return [] if outcome.code else ['exit code 0, though there is nothing that it may write to']
 
 
-BAD = {'empty': '', 'root': '/', 'proc': '/proc/x', 'full': '/dev/full', 'null': '/dev/null', 'zero': '/dev/zero/x', 'sys': '/sys/x', 'long': 'x'*300, 'deep': 'x/'*2500, 'dot': '.', 'above': '..',
-       'newline of path': 'nowhere\n/x'}
+BAD = {
+    'empty': '',
+    'root': '/',
+    'proc': '/proc/x',
+    'full': '/dev/full',
+    'null': '/dev/null',
+    'zero': '/dev/zero/x',
+    'sys': '/sys/x',
+    'long': 'x' * 300,
+    'deep': 'x/' * 2500,
+    'dot': '.',
+    'above': '..',
+    'newline of path': 'nowhere\n/x',
+}
 
 
 @case('outs', each(*BAD))
@@ -59,9 +80,12 @@ def bad_place(at, which):
     return made
 
 
-@case('outs', each('file', 'file overwritten', 'folder', 'folder overwritten', 'run', 'run overwritten', 'home overwritten'))
+@case(
+    'outs',
+    each('file', 'file overwritten', 'folder', 'folder overwritten', 'run', 'run overwritten', 'home overwritten'),
+)
 def taken(at, which):
-    "--out is something of the user's. A file may be replaced if --overwrite is given and it is to be a file; a folder of the user's never."
+    "--out is something of the user's. With --overwrite a file may take a file's place; a folder stays."
     command, name = which
     out = at.root/f'mine{SUFFIX.get(command, "")}'
     if name.startswith('file'):
@@ -81,7 +105,7 @@ def taken(at, which):
 
 
 def make_lookalike(out):
-    "A folder of the user's that looks like a run: it has folders and files of those names, and a thesis in one of them."
+    "A folder of the user's with the names of a run, and a thesis in it."
     (out/'model').mkdir(parents=True)
     (out/'model'/'thesis.txt').write_text('precious')
     for name in ('record.json', 'predictions.csv', 'images.csv', 'preparation.json', 'journal.jsonl', 'labels.csv'):
@@ -118,7 +142,14 @@ def link(at, which):
     return made
 
 
-@case('outs', {f'{c} {n}': (c, n) for c in ('train', 'evaluate', 'preprocess', 'predict') for n in ('inside', 'inside by link', 'same', 'same by link', 'above')})
+@case(
+    'outs',
+    {
+        f'{c} {n}': (c, n)
+        for c in ('train', 'evaluate', 'preprocess', 'predict')
+        for n in ('inside', 'inside by link', 'same', 'same by link', 'above')
+    },
+)
 def near_the_data(at, which):
     "--out lies in the data, is the data, or holds the data; by name, or by a link."
     command, name = which
@@ -130,7 +161,9 @@ def near_the_data(at, which):
     out = base/f'out{end}' if 'inside' in name else base if 'same' in name else at.root
     make = {'train': at.train, 'evaluate': at.evaluate, 'preprocess': at.preprocess, 'predict': at.predict}[command]
     made = make(named=('out', 'data'))
-    made.words = [out if w == made.outs[0] else w for w in made.words] + (['--overwrite'] if 'inside' not in name else [])
+    made.words = [out if w == made.outs[0] else w for w in made.words] + (
+        ['--overwrite'] if 'inside' not in name else []
+    )
     made.outs = []
     made.also = refused
     return made

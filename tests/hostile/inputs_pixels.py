@@ -1,10 +1,12 @@
 "Good images with pixels of other kinds: modes, depths, shapes. What they show is what they are predicted as."
+
+import shutil
+
 import numpy as np
 from PIL import Image
 
 from inputs import case, image
 from inputs_images import shown
-import shutil
 
 
 def grey(good) -> np.ndarray:
@@ -20,7 +22,7 @@ def as_image(array) -> Image.Image:
 @image('pixels', 'x.tif', 'prediction')
 def float_0_to_1(path, good):
     "A TIFF of real numbers from 0 to 1: black if they are taken for bytes."
-    Image.fromarray(grey(good).astype(np.float32)/255).save(path)
+    Image.fromarray(grey(good).astype(np.float32) / 255).save(path)
     return as_image(grey(good))
 
 
@@ -31,10 +33,10 @@ def float_0_to_255(path, good):
     return as_image(grey(good))
 
 
-@image('pixels', 'x.tif', '', {'negative': -5., 'huge': 1e30, 'tiny': 1e-30})
+@image('pixels', 'x.tif', '', {'negative': -5.0, 'huge': 1e30, 'tiny': 1e-30})
 def float_scaled(path, good, factor):
     "A TIFF of real numbers that are no greys."
-    Image.fromarray(grey(good).astype(np.float32)*np.float32(factor)).save(path)
+    Image.fromarray(grey(good).astype(np.float32) * np.float32(factor)).save(path)
 
 
 @image('pixels', 'x.tif', 'error', {'all': slice(None), 'one row': slice(0, 1)})
@@ -56,29 +58,52 @@ def float_infinite(path, good):
 @image('pixels', 'x.tif', '', {'bytes': 1, '65535': 257, 'negative': -1, 'billions': 8_000_000})
 def int32(path, good, factor):
     "A TIFF of whole numbers of 32 bits."
-    Image.fromarray(grey(good).astype(np.int32)*factor).save(path)
+    Image.fromarray(grey(good).astype(np.int32) * factor).save(path)
 
 
 @image('pixels', 'x', 'prediction', {'png': '.png', 'tif': '.tif'})
 def deep(path, good, suffix):
     "An image of 16 bits."
-    Image.fromarray(grey(good).astype(np.uint16)*257).save(path.with_suffix(suffix))
+    Image.fromarray(grey(good).astype(np.uint16) * 257).save(path.with_suffix(suffix))
     return as_image(grey(good))
 
 
 @image('pixels', 'x', '', {'10 bits': 4, '12 bits': 16})
 def deep_of_fewer_bits(path, good, factor):
     "An image of 16 bits of which 10 or 12 are used: dark, if 65535 is taken for white. A prediction, or a reason."
-    Image.fromarray(grey(good).astype(np.uint16)*factor).save(path.with_suffix('.png'))
+    Image.fromarray(grey(good).astype(np.uint16) * factor).save(path.with_suffix('.png'))
 
 
-@image('pixels', 'x.png', '', {'1 x 1': (1, 1), '2 x 1': (2, 1), '1 x 5000': (1, 5000), '5000 x 1': (5000, 1), '3 x 3': (3, 3), '2 x 65000': (2, 65000)})
+@image(
+    'pixels',
+    'x.png',
+    '',
+    {
+        '1 x 1': (1, 1),
+        '2 x 1': (2, 1),
+        '1 x 5000': (1, 5000),
+        '5000 x 1': (5000, 1),
+        '3 x 3': (3, 3),
+        '2 x 65000': (2, 65000),
+    },
+)
 def odd_shape(path, good, size):
     "An image with very few rows or columns."
     shown(good).resize(size).save(path)
 
 
-@image('pixels', 'x', '', {'cmyk.jpg': ('CMYK', '.jpg'), 'cmyk.tif': ('CMYK', '.tif'), 'lab.tif': ('LAB', '.tif'), 'ycc.tif': ('YCbCr', '.tif'), 'hsv': ('HSV', '')})
+@image(
+    'pixels',
+    'x',
+    '',
+    {
+        'cmyk.jpg': ('CMYK', '.jpg'),
+        'cmyk.tif': ('CMYK', '.tif'),
+        'lab.tif': ('LAB', '.tif'),
+        'ycc.tif': ('YCbCr', '.tif'),
+        'hsv': ('HSV', ''),
+    },
+)
 def other_colours(path, good, how):
     "An image in another colour space."
     mode, suffix = how
@@ -88,12 +113,34 @@ def other_colours(path, good, how):
     im.save(path.with_suffix(suffix))
 
 
-@image('pixels', 'x', 'prediction', {f'{m}.{s}': (m, s) for m, s in (('L', 'png'), ('L', 'jpg'), ('1', 'png'), ('1', 'tif'), ('P', 'png'), ('P', 'gif'), ('LA', 'png'), ('RGBA', 'png'), ('RGBA', 'webp'), ('RGBA', 'tif'))})
+@image(
+    'pixels',
+    'x',
+    'prediction',
+    {
+        f'{m}.{s}': (m, s)
+        for m, s in (
+            ('L', 'png'),
+            ('L', 'jpg'),
+            ('1', 'png'),
+            ('1', 'tif'),
+            ('P', 'png'),
+            ('P', 'gif'),
+            ('LA', 'png'),
+            ('RGBA', 'png'),
+            ('RGBA', 'webp'),
+            ('RGBA', 'tif'),
+        )
+    },
+)
 def mode(path, good, how):
     "A good image in another mode: predicted as what it shows."
     mode, suffix = how
     im = shown(good).quantize(64) if mode == 'P' else shown(good).convert(mode)
-    im.save(path.with_suffix(f'.{suffix}'), **({'lossless': True} if suffix == 'webp' else {'quality': 95} if suffix == 'jpg' else {}))
+    im.save(
+        path.with_suffix(f'.{suffix}'),
+        **({'lossless': True} if suffix == 'webp' else {'quality': 95} if suffix == 'jpg' else {}),
+    )
     return im.convert('RGB')
 
 
@@ -121,7 +168,7 @@ def all_transparent(path, good):
 @image('pixels', 'x.png', 'prediction', {'black': 0, 'white': 255})
 def one_colour(path, good, value):
     "An image of one colour: nothing to trim to."
-    Image.new('RGB', (64, 64), (value,)*3).save(path)
+    Image.new('RGB', (64, 64), (value,) * 3).save(path)
 
 
 @image('pixels', 'x.gif', 'prediction')
@@ -143,6 +190,7 @@ def two_pictures(path, good):
 def all_images_at_once(at, which):
     "Every hostile image of the corpus in one folder, through each command."
     from inputs import need
+
     if 'onnx' in which:
         need('onnxruntime')
         need('onnx')
@@ -166,6 +214,7 @@ def all_images_at_once(at, which):
 def every_image(at):
     "Write every registered image into the data folder, each under a name of its own."
     from inputs import IMAGES, NotHere
+
     good = at.flower.read_bytes()
     for i, (name, build, *value) in enumerate(IMAGES):
         folder = at.tmp/str(i)

@@ -1,4 +1,5 @@
 "Preparing a folder: originals and results in one place, and results of an earlier run that were damaged."
+
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ def prepared(at) -> list:
     "A finished preparation of the drawn eyes, as another run left it."
     at.copy_eyes()
     shutil.copytree(at.shared/'prepared', at.root/'out')
-    for path in at.data.rglob('*.jpg'):     # a copy has the times of the originals, which the journal knows
+    for path in at.data.rglob('*.jpg'):  # a copy has the times of the originals, which the journal knows
         times = (at.eyes/path.relative_to(at.data)).stat()
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return sorted((at.root/'out').rglob('*.png'))
@@ -20,11 +21,13 @@ def prepared(at) -> list:
 
 def same(at):
     "The assertion that the results are those of an undisturbed run."
+
     def complaints(outcome):
         for path in sorted((at.shared/'prepared').rglob('*.png')):
             other = at.root/'out'/path.relative_to(at.shared/'prepared')
             if not other.is_file() or other.read_bytes() != path.read_bytes():
                 yield f'{other.name} is not what an undisturbed run gives'
+
     return complaints
 
 
@@ -70,10 +73,24 @@ def result_replaced(at, what):
     return again(at)
 
 
-JSONS = {'empty': b'', 'not json': b'{', 'list': b'[]', 'number': b'7\n', 'null': b'null\n', 'not text': b'\xff\xfe\n', 'nul': bytes(50), 'other keys': b'{"a": 1}\n', 'deep': b'['*100_000 + b'\n', 'lines': b'{}\n{}\n'}
+JSONS = {
+    'empty': b'',
+    'not json': b'{',
+    'list': b'[]',
+    'number': b'7\n',
+    'null': b'null\n',
+    'not text': b'\xff\xfe\n',
+    'nul': bytes(50),
+    'other keys': b'{"a": 1}\n',
+    'deep': b'[' * 100_000 + b'\n',
+    'lines': b'{}\n{}\n',
+}
 
 
-@case('preparations', {f'{f} {k}': (f, v) for f in ('journal.jsonl', 'preparation.json', 'images.csv') for k, v in JSONS.items()})
+@case(
+    'preparations',
+    {f'{f} {k}': (f, v) for f in ('journal.jsonl', 'preparation.json', 'images.csv') for k, v in JSONS.items()},
+)
 def notes_damaged(at, how):
     "What an earlier run noted was damaged."
     name, data = how
@@ -82,7 +99,14 @@ def notes_damaged(at, how):
     return again(at)
 
 
-@case('preparations', {f'{f} {k}': (f, k) for f in ('journal.jsonl', 'preparation.json', 'images.csv') for k in ('folder', 'fifo', 'link', 'removed', 'cut')})
+@case(
+    'preparations',
+    {
+        f'{f} {k}': (f, k)
+        for f in ('journal.jsonl', 'preparation.json', 'images.csv')
+        for k in ('folder', 'fifo', 'link', 'removed', 'cut')
+    },
+)
 def notes_replaced(at, how):
     "What an earlier run noted is something else now."
     name, what = how
@@ -98,7 +122,7 @@ def notes_replaced(at, how):
         (at.home/'mine').write_bytes(data)
         path.symlink_to(at.home/'mine')
     if what == 'cut':
-        path.write_bytes(data[:len(data)//2])
+        path.write_bytes(data[: len(data) // 2])
     return again(at)
 
 
@@ -109,12 +133,20 @@ def journal_lies(at, what):
     path = at.root/'out'/'journal.jsonl'
     rows = [json.loads(l) for l in path.read_text().splitlines()]
     for row in rows:
-        row.update({'other': {'file': rows[0].get('file')}, 'error': {'error': ''}, 'path': {'file': '../../home/x.png'}, 'stamp': {'stamp': 7}}[what])
+        row.update(
+            {
+                'other': {'file': rows[0].get('file')},
+                'error': {'error': ''},
+                'path': {'file': '../../home/x.png'},
+                'stamp': {'stamp': 7},
+            }[what]
+        )
     path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     return again(at)
 
 
 # ---------------------------------------------------------------- originals and results
+
 
 def refused(outcome):
     "The assertion that nothing was done."
@@ -125,7 +157,14 @@ def refused(outcome):
 def one_place(at, how):
     "OUT is IN by another spelling."
     at.copy_eyes()
-    out = {'link': at.root/'again', 'dots': f'{at.root}/work/../data', 'relative': '../data', 'slash': f'{at.data}//', 'link of the parent': at.root/'parent'/'data', 'capitals': at.root/'DATA'}[how]
+    out = {
+        'link': at.root/'again',
+        'dots': f'{at.root}/work/../data',
+        'relative': '../data',
+        'slash': f'{at.data}//',
+        'link of the parent': at.root/'parent'/'data',
+        'capitals': at.root/'DATA',
+    }[how]
     if how == 'link':
         out.symlink_to(at.data)
     if how == 'link of the parent':
@@ -140,7 +179,12 @@ def inside(at, how):
     "OUT lies in IN, or IN in OUT."
     at.copy_eyes()
     (at.root/'again').symlink_to(at.data)
-    out = {'out in it': at.data/'out', 'out in it by link': at.root/'again'/'out', 'it in out': at.root, 'out is its images': at.data/'images'}[how]
+    out = {
+        'out in it': at.data/'out',
+        'out in it by link': at.root/'again'/'out',
+        'it in out': at.root,
+        'out is its images': at.data/'images',
+    }[how]
     made = at.preprocess(out=out, named=('data',))
     made.outs, made.also = [], refused
     return made
@@ -154,7 +198,7 @@ def original_damaged(at, what):
     data = path.read_bytes()
     path.unlink()
     if what in ('empty', 'cut', 'text'):
-        path.write_bytes({'empty': b'', 'cut': data[:len(data)//2], 'text': b'<html>'}[what])
+        path.write_bytes({'empty': b'', 'cut': data[: len(data) // 2], 'text': b'<html>'}[what])
     elif what == 'fifo':
         os.mkfifo(path)
     elif what == 'folder':
@@ -180,7 +224,15 @@ def originals_changed(at, what):
     return at.preprocess(named=('out', 'labels.csv'))
 
 
-@case('preparations', {'suffixes': ('a.jpg', 'a.png'), 'capitals': ('a.jpg', 'A.jpg'), 'composed': ('ä.jpg', 'a\u0308.jpg'), 'ours': ('images.jpg', 'labels.jpg')})
+@case(
+    'preparations',
+    {
+        'suffixes': ('a.jpg', 'a.png'),
+        'capitals': ('a.jpg', 'A.jpg'),
+        'composed': ('ä.jpg', 'a\u0308.jpg'),
+        'ours': ('images.jpg', 'labels.jpg'),
+    },
+)
 def two_of_one_name(at, names):
     "Two originals whose results would have one name, or names of the library's."
     eyes = sorted((at.eyes/'images').iterdir())
@@ -190,8 +242,19 @@ def two_of_one_name(at, names):
     return at.preprocess(named=names)
 
 
-@case('preparations', {'size 0': ('--size', '0'), 'size': ('--size', '1000000000'), 'workers': ('--workers', '0'), 'negative workers': ('--workers', '-3'), 'many workers': ('--workers', '100000'),
-                       'format': ('--format', 'exe'), 'correction': ('--correction', 'nope'), 'path as format': ('--format', '../x')})
+@case(
+    'preparations',
+    {
+        'size 0': ('--size', '0'),
+        'size': ('--size', '1000000000'),
+        'workers': ('--workers', '0'),
+        'negative workers': ('--workers', '-3'),
+        'many workers': ('--workers', '100000'),
+        'format': ('--format', 'exe'),
+        'correction': ('--correction', 'nope'),
+        'path as format': ('--format', '../x'),
+    },
+)
 def words(at, words):
     "An option that cannot be followed."
     at.copy_eyes()

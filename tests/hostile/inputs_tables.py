@@ -1,4 +1,5 @@
 "Labels files: damaged, ambiguous, in other encodings, or no files at all; and splits that cannot be made."
+
 import csv
 import io
 import os
@@ -22,17 +23,20 @@ def as_text(rows) -> str:
 
 
 def table(expects=None, each=None, words=DR, named=()):
-    """Register a builder of a labels file, `build(rows)` or `build(rows, value)`: rows, text or bytes. Eyes are trained with it.
+    """Register a builder of a labels file, `build(rows)` or `build(rows, value)`: rows, text or bytes.
 
-    `expects` is how many images the run must account for where it is made.
+    Eyes are trained with it. `expects` is how many images the run must account for where it is made.
     """
+
     def register(build):
         def command(at, *value):
             at.copy_eyes()
             write(at.data/'labels.csv', build(rows_of(at), *value))
             return at.train(*words, images=expects, data=at.data, named=('labels.csv', *named))
+
         command.__name__, command.__doc__ = build.__name__, build.__doc__
         return case('tables', each)(command)
+
     return register
 
 
@@ -45,7 +49,14 @@ def write(path, data):
 
 # ---------------------------------------------------------------- the file
 
-CODES = {'bom': 'utf-8-sig', 'utf-16': 'utf-16', 'utf-16 without bom': 'utf-16-le', 'latin-1': 'latin-1', 'ebcdic': 'cp500', 'utf-7': 'utf-7'}
+CODES = {
+    'bom': 'utf-8-sig',
+    'utf-16': 'utf-16',
+    'utf-16 without bom': 'utf-16-le',
+    'latin-1': 'latin-1',
+    'ebcdic': 'cp500',
+    'utf-7': 'utf-7',
+}
 
 
 @table(24, CODES)
@@ -54,7 +65,7 @@ def encoding(rows, code):
     return as_text([*rows[:-1], [rows[-1][0], rows[-1][1], 'Jürgen', rows[-1][3]]]).encode(code)
 
 
-STRAY = {'one quote': '"', 'in a cell': 'a"b', 'before': '"a"b', 'single': "'", 'many': '"'*1001}
+STRAY = {'one quote': '"', 'in a cell': 'a"b', 'before': '"a"b', 'single': "'", 'many': '"' * 1001}
 
 
 @table(None, STRAY)
@@ -74,7 +85,16 @@ def quote_that_swallows(rows):
     return '\n'.join(lines)
 
 
-@table(None, {'short': ['x'], 'long': list('abcdefgh'), 'empty': [], 'one more in the first row': None, 'one more in all': 'all'})
+@table(
+    None,
+    {
+        'short': ['x'],
+        'long': list('abcdefgh'),
+        'empty': [],
+        'one more in the first row': None,
+        'one more in all': 'all',
+    },
+)
 def ragged(rows, row):
     "A row with more or fewer cells than there are columns."
     if row is None:
@@ -97,9 +117,21 @@ def delimiter(rows, sign):
     return '\n'.join(sign.join(r) for r in rows)
 
 
-BYTES = {'empty': b'', 'nul': b'image,grade\n\0\0,1\n', 'only a header': b'image,grade,patient\n', 'blank': b'\n\n\n', 'zeros': bytes(5000),
-         'zip': b'PK\3\4' + bytes(99), 'sheet': b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1' + bytes(600), 'html': b'<html><table><tr><td>image', 'json': b'[{"image": "a"}]',
-         'bom': b'\xef\xbb\xbf', 'half a letter': b'image,grade\na\xc3,1\n', 'commas': b',,,\n,,,\n', 'quotes': b'"""""'}
+BYTES = {
+    'empty': b'',
+    'nul': b'image,grade\n\0\0,1\n',
+    'only a header': b'image,grade,patient\n',
+    'blank': b'\n\n\n',
+    'zeros': bytes(5000),
+    'zip': b'PK\3\4' + bytes(99),
+    'sheet': b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1' + bytes(600),
+    'html': b'<html><table><tr><td>image',
+    'json': b'[{"image": "a"}]',
+    'bom': b'\xef\xbb\xbf',
+    'half a letter': b'image,grade\na\xc3,1\n',
+    'commas': b',,,\n,,,\n',
+    'quotes': b'"""""',
+}
 
 
 @table(None, BYTES)
@@ -123,7 +155,7 @@ def a_hundred_thousand_columns(rows):
 @table(None)
 def a_huge_cell(rows):
     "A cell of 10 MB."
-    return [*rows[:-1], [rows[-1][0], rows[-1][1], 'x'*10_000_000, rows[-1][3]]]
+    return [*rows[:-1], [rows[-1][0], rows[-1][1], 'x' * 10_000_000, rows[-1][3]]]
 
 
 @case('tables', {k: k for k in ('fifo', 'folder', 'loop', 'dangling', 'zero', 'full', 'mem', 'socket')})
@@ -139,7 +171,9 @@ def labels_that_are_no_file(at, what):
     elif what == 'socket':
         os.mknod(path, 0o140644)
     else:
-        path.symlink_to({'loop': 'labels.csv', 'dangling': 'nowhere.csv', 'mem': '/proc/self/mem'}.get(what, f'/dev/{what}'))
+        path.symlink_to(
+            {'loop': 'labels.csv', 'dangling': 'nowhere.csv', 'mem': '/proc/self/mem'}.get(what, f'/dev/{what}')
+        )
     return at.train(*DR, named=('labels.csv', 'images'))
 
 
@@ -161,8 +195,23 @@ def labels_argument(at, what):
 
 # ---------------------------------------------------------------- images
 
-NAMED = {'missing': 'nowhere.jpg', 'above': '../../home/x.jpg', 'absolute': '/etc/passwd', 'root': '/', 'empty': '', 'space': ' ', 'dot': '.', 'folder': 'images',
-         'formula': '=HYPERLINK("x")', 'nan': 'NaN', 'url': 'https://example.org/x.jpg', 'number': '17', 'star': '*', 'null': '\\N', 'long': 'x'*5000}
+NAMED = {
+    'missing': 'nowhere.jpg',
+    'above': '../../home/x.jpg',
+    'absolute': '/etc/passwd',
+    'root': '/',
+    'empty': '',
+    'space': ' ',
+    'dot': '.',
+    'folder': 'images',
+    'formula': '=HYPERLINK("x")',
+    'nan': 'NaN',
+    'url': 'https://example.org/x.jpg',
+    'number': '17',
+    'star': '*',
+    'null': '\\N',
+    'long': 'x' * 5000,
+}
 
 
 @table(24, NAMED, named=('row', 'rows'))
@@ -195,7 +244,11 @@ def image_twice(rows, column):
 @table(None, named=('split', 'two'))
 def image_on_both_sides(rows):
     "An image in two rows that name two splits."
-    return [[*rows[0], 'split'], *([*r, 'valid' if i % 4 == 0 else 'train'] for i, r in enumerate(rows[1:])), [*rows[1], 'train']]
+    return [
+        [*rows[0], 'split'],
+        *([*r, 'valid' if i % 4 == 0 else 'train'] for i, r in enumerate(rows[1:])),
+        [*rows[1], 'train'],
+    ]
 
 
 @table(24)
@@ -206,8 +259,25 @@ def absolute_paths(rows):
 
 # ---------------------------------------------------------------- labels
 
-LABELS = {'text': 'bolt;red', 'empty': '', 'space': ' ', 'fraction': '1.5', 'negative': '-1', 'nan': 'nan', 'infinite': 'inf', 'large': '1e308', 'bool': 'True',
-          'formula': '=1', 'zero-led': '007', 'wide digit': '１', 'newline': '1\n2', 'hex': '0x1', 'underscore': '0_1', 'five': '5', 'sign': '+1'}
+LABELS = {
+    'text': 'bolt;red',
+    'empty': '',
+    'space': ' ',
+    'fraction': '1.5',
+    'negative': '-1',
+    'nan': 'nan',
+    'infinite': 'inf',
+    'large': '1e308',
+    'bool': 'True',
+    'formula': '=1',
+    'zero-led': '007',
+    'wide digit': '１',
+    'newline': '1\n2',
+    'hex': '0x1',
+    'underscore': '0_1',
+    'five': '5',
+    'sign': '+1',
+}
 
 
 @table(24, LABELS, named=('grade', 'row', 'label'))
@@ -216,20 +286,42 @@ def one_label(rows, label):
     return [*rows[:-1], [rows[-1][0], label, *rows[-1][2:]]]
 
 
-@table(24, {'floats': '{}.0', 'spaces': ' {} ', 'underscore': '0_{}', 'words': 'grade {}', 'quoted': "'{}'"}, named=('grade',))
+@table(
+    24,
+    {'floats': '{}.0', 'spaces': ' {} ', 'underscore': '0_{}', 'words': 'grade {}', 'quoted': "'{}'"},
+    named=('grade',),
+)
 def all_labels(rows, form):
     "All grades in another form."
     return [rows[0], *([r[0], form.format(r[1]), *r[2:]] for r in rows[1:])]
 
 
-@table(None, {'one class': ('0',), 'one image of a class': ('0',)*23 + ('4',), 'none': ('',), 'two images of a class': ('0',)*22 + ('4', '4')},
-       named=('class', 'no', 'referable'))
+@table(
+    None,
+    {
+        'one class': ('0',),
+        'one image of a class': ('0',) * 23 + ('4',),
+        'none': ('',),
+        'two images of a class': ('0',) * 22 + ('4', '4'),
+    },
+    named=('class', 'no', 'referable'),
+)
 def classes(rows, labels):
     "Grades of too few kinds."
     return [rows[0], *([r[0], labels[min(i, len(labels) - 1)], *r[2:]] for i, r in enumerate(rows[1:]))]
 
 
-@case('tables', {'numbers': '{}', 'floats': '{}.0', 'semicolon': 'bolt;red {}', 'numbers and names': None, 'formula': '={}', 'percent': '{}%'})
+@case(
+    'tables',
+    {
+        'numbers': '{}',
+        'floats': '{}.0',
+        'semicolon': 'bolt;red {}',
+        'numbers and names': None,
+        'formula': '={}',
+        'percent': '{}%',
+    },
+)
 def flower_labels(at, form):
     "Flowers whose classes are numbers, or words with odd signs."
     at.copy_flowers()
@@ -250,8 +342,17 @@ def one_image_a_class(at):
 
 # ---------------------------------------------------------------- splits
 
-SPLITS = {'all test': ('test',), 'all train': ('train',), 'all valid': ('valid',), 'unknown': ('train', 'holdout'), 'some': ('train', '', 'valid'),
-          'train and test': ('train', 'test'), 'numbers': ('0', '1'), 'case': ('Train', 'VALID'), 'spaces': (' train', 'valid ')}
+SPLITS = {
+    'all test': ('test',),
+    'all train': ('train',),
+    'all valid': ('valid',),
+    'unknown': ('train', 'holdout'),
+    'some': ('train', '', 'valid'),
+    'train and test': ('train', 'test'),
+    'numbers': ('0', '1'),
+    'case': ('Train', 'VALID'),
+    'spaces': (' train', 'valid '),
+}
 
 
 @table(None, SPLITS, words=(*DR, '--allow-leaks'), named=('split', 'valid', 'train'))

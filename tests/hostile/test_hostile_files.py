@@ -1,4 +1,5 @@
 "Each hostile input of the kind 'files' against the contract."
+
 import pytest
 
 from inputs import cases

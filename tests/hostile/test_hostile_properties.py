@@ -1,7 +1,8 @@
-"""Tables and records as Hypothesis makes them up: whatever they hold, an image is accounted for or an error says why not.
+"""Tables and records as Hypothesis makes them up: an image is accounted for, or an error says why not.
 
 Tables are read in this process; models are loaded in the process of the commands, where memory and time are limited.
 """
+
 import csv
 import hashlib
 import io
@@ -14,14 +15,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from contract import Command, check, run
+from contract import check
 from inputs import WHOLE, place
+from observe import Command, run
 
 SETTINGS = {'deadline': None, 'derandomize': True, 'suppress_health_check': list(HealthCheck)}
 IMAGES = ('a.png', 'b.png', 'sub/c.png', 'd e.png', '=f.png')
-HEADERS = ('image', 'grade', 'patient', 'label', 'split', 'group', 'name', ' image', 'Image', 'target', 'decision', 'p_no', '', 'eye', '=x')
-CELLS = st.one_of(st.sampled_from((*IMAGES, '0', '1', '4', '', ' ', 'nan', 'train', 'valid', 'test', 'p1', 'p2', '"', '=cmd()', "'", '\ufeff')),
-                  st.text(max_size=8))
+HEADERS = (
+    'image',
+    'grade',
+    'patient',
+    'label',
+    'split',
+    'group',
+    'name',
+    ' image',
+    'Image',
+    'target',
+    'decision',
+    'p_no',
+    '',
+    'eye',
+    '=x',
+)
+CELLS = st.one_of(
+    st.sampled_from(
+        (*IMAGES, '0', '1', '4', '', ' ', 'nan', 'train', 'valid', 'test', 'p1', 'p2', '"', '=cmd()', "'", '\ufeff')
+    ),
+    st.text(max_size=8),
+)
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +52,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('images')
     for i, name in enumerate(IMAGES):
         (folder/name).parent.mkdir(exist_ok=True)
-        Image.new('RGB', (8, 8), (i*50,)*3).save(folder/name)
+        Image.new('RGB', (8, 8), (i * 50,) * 3).save(folder/name)
     return folder
 
 
@@ -51,9 +73,14 @@ def written(rows, form) -> bytes:
     return out.getvalue().encode(form['code'], errors='replace')
 
 
-FORMS = st.fixed_dictionaries({'end': st.sampled_from(('\n', '\r\n')), 'sign': st.sampled_from((',', ',', ',', ';', '\t')),
-                               'quoting': st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)),
-                               'code': st.sampled_from(('utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'latin-1'))})
+FORMS = st.fixed_dictionaries(
+    {
+        'end': st.sampled_from(('\n', '\r\n')),
+        'sign': st.sampled_from((',', ',', ',', ';', '\t')),
+        'quoting': st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)),
+        'code': st.sampled_from(('utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'latin-1')),
+    }
+)
 
 
 def is_one_line(error) -> bool:
@@ -65,6 +92,7 @@ def is_one_line(error) -> bool:
 @given(rows=tables(), form=FORMS)
 def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
     from dr_transfer.table import label_table, set_aside
+
     file = tmp_path_factory.getbasetemp()/'made up.csv'
     file.write_bytes(written(rows, form))
     try:
@@ -82,6 +110,7 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
 @given(data=st.binary(max_size=300))
 def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
     from dr_transfer.table import label_table
+
     file = tmp_path_factory.getbasetemp()/'any bytes.csv'
     file.write_bytes(b'image,grade\n' + data if len(data) % 2 else data)
     try:
@@ -92,8 +121,11 @@ def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
 
 # ---------------------------------------------------------------- records
 
-JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-10**12, 10**12), st.floats(), st.text(max_size=6)),
-                    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=6)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(10**12), 10**12), st.floats(), st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=6,
+)
 
 
 def paths(value, so_far=()):
@@ -131,4 +163,5 @@ def test_a_model_with_any_description_is_used_or_refused(runner, shared, tmp_pat
         outcome = run(runner, command, at)
         complaints = check(outcome, at)
         assert not complaints, f'{way}: {value!r}: {complaints}; {outcome.err[-800:]}'
+
     one()

@@ -1,4 +1,5 @@
 "Each hostile input of the kind 'volumes' against the contract."
+
 import pytest
 
 from inputs import cases
