@@ -51,3 +51,13 @@ def load(folder):
     model = load_model(folder, 'plain')
     probs = model.probs([np.full((48, 48, 3), 90, np.uint8)])
     print(json.dumps(np.asarray(probs, float).tolist()))
+
+
+def save_weights(path):
+    "The weights of the network that is trained, as a file."
+    import torch
+    from dr_transfer.backbones import create_body
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file({k: v.clone().contiguous() for k, v in create_body('small_cnn', 'random').state_dict().items()}, path)

@@ -86,8 +86,8 @@ def absolute(name, at) -> str:
 
 def unaccounted(outcome, at) -> list:
     "What is missing or odd in the result of a command that ended well."
-    command, kind = outcome.command, outcome.command.words[0]
-    if command.call or kind not in ('predict', 'evaluate', 'preprocess', 'train'):
+    command, kind = outcome.command, outcome.command.verb
+    if command.call or '--help' in command.words or kind not in ('predict', 'evaluate', 'preprocess', 'train'):
         return []
     outcome.rows = rows = table_of(outcome)
     complaints = []
@@ -165,7 +165,7 @@ def bad_error(outcome) -> list:
 def has_rows(outcome) -> bool:
     "Did a prediction fail that still wrote its table, with the reason for each image?"
     command = outcome.command
-    path = os.fspath(command.outs[0]) if command.outs and command.words[0] == 'predict' else None
+    path = os.fspath(command.outs[0]) if command.outs and command.verb == 'predict' else None
     return path in outcome.after and path not in outcome.before
 
 

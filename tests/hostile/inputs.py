@@ -244,6 +244,7 @@ def make_shared(runner, folder):
         Command(['export', folder/'flower_run', *PLAIN, '--out', folder/'flowers.onnx'], [folder]),
         needed='onnx',
     )
+    done(runner, at, Command(['save_weights', folder/'body.safetensors'], [folder], call='save_weights'))
     done(runner, at, Command(['preprocess', folder/'eyes', folder/'prepared', '--size', '48'], [folder]))
     good = folder/'flowers'/'daisy'/'0000.jpg'
     done(runner, at, Command(['predict', folder/'flower_run', good, *PLAIN, '--out', folder/'good.csv'], [folder]))

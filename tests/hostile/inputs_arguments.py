@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 
+import numpy as np
+
 from inputs import PLAIN, case, need
 from observe import Command
 
@@ -154,8 +156,7 @@ def operating_point(at, value):
         'not text': ('train', os.fsdecode(b'\xff\xfe')),
         'long': ('train', 'x' * 5000),
         'newline': ('train', 'a\nb'),
-        'abbreviated': ('train', 'DATA', '--see', '1', '--ou', 'x'),
-    },
+        },
 )
 def words(at, words):
     "Words that are no command."
@@ -163,31 +164,21 @@ def words(at, words):
     words = [real.get(w, w) for w in words]
     if at.shared/'flowers.onnx' in words:
         need('onnxruntime')
-    return (
-        Command(words or [''][:0], named=('COMMAND', 'command', 'arguments', 'DATA', 'IMAGES', *map(str, words)))
-        if words
-        else Command([], named=('COMMAND', 'command'))
-    )
+    return Command(words, named=('COMMAND', 'command', 'arguments', 'DATA', 'IMAGES', *map(str, words)))
 
 
 @case('arguments', {c: c for c in ('demo', 'train', 'predict', 'evaluate', 'preprocess')})
 def help_is_shown(at, command):
     "--help ends well and computes nothing."
-    return Command([command, '--help'], call='', images=None, also=lambda o: [] if 'usage' in o.out else ['no help'])
+    return Command([command, '--help'], also=lambda o: [] if 'usage' in o.out else ['no help'])
 
 
 # ---------------------------------------------------------------- weights
 
 
-def tensors(path, change=None):
-    "A weights file of the network that is trained; `change` takes its tensors."
-    import torch
-    from dr_transfer.backbones import create_body
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    state = {k: v.clone() for k, v in create_body('small_cnn', 'random').state_dict().items()}
-    save_file({k: v.contiguous() for k, v in (change or dict)(state).items()}, path)
+def real(change):
+    "A change of the tensors of real numbers."
+    return lambda v: change(v) if v.dtype == np.float32 else v
 
 
 class Payload:
@@ -197,6 +188,9 @@ class Payload:
         return os.system, ('touch unpickled',)
 
 
+SAME_PLACE = {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}
+OVERLAP = json.dumps({'a': SAME_PLACE, 'b': SAME_PLACE}).encode()
+OVERLAP = len(OVERLAP).to_bytes(8, 'little') + OVERLAP + bytes(4)
 FILES = {
     'html': ('w.pth', b'<html>404</html>'),
     'empty': ('w.safetensors', b''),
@@ -213,17 +207,7 @@ FILES = {
     'image': ('w.pth', b'\xff\xd8\xff\xe0'),
     'json': ('w.safetensors', b'{}'),
     'zip': ('w.pth', b'PK\3\4' + bytes(99)),
-    'overlap': (
-        'w.safetensors',
-        (lambda h: len(h).to_bytes(8, 'little') + h + bytes(4))(
-            json.dumps(
-                {
-                    'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]},
-                    'b': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]},
-                }
-            ).encode()
-        ),
-    ),
+    'overlap': ('w.safetensors', OVERLAP),
 }
 
 
@@ -236,14 +220,13 @@ def weights_file(at, file):
 
 
 CHANGES = {
-    'nan': lambda v: v * float('nan') if v.is_floating_point() else v,
-    'whole numbers': lambda v: v.int(),
-    'infinite': lambda v: v * float('inf') if v.is_floating_point() else v,
+    'nan': real(lambda v: np.full_like(v, np.nan)),
+    'infinite': real(lambda v: np.full_like(v, np.inf)),
+    'whole numbers': lambda v: v.astype(np.int32),
     'other shape': lambda v: v.flatten(),
-    'half': lambda v: v.half() if v.is_floating_point() else v,
-    'double': lambda v: v.double() if v.is_floating_point() else v,
-    'complex': lambda v: v.cfloat() if v.is_floating_point() else v,
-    'bool': lambda v: v.bool(),
+    'half': real(lambda v: v.astype(np.float16)),
+    'double': real(lambda v: v.astype(np.float64)),
+    'bool': lambda v: v.astype(bool),
     'empty': lambda v: v[:0] if v.ndim else v,
 }
 
@@ -251,7 +234,10 @@ CHANGES = {
 @case('arguments', CHANGES)
 def weights_changed(at, change):
     "Weights of the right names that are no weights."
-    tensors(at.root/'w.safetensors', lambda state: {k: change(v) for k, v in state.items()})
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(at.shared/'body.safetensors')
+    save_file({k: np.ascontiguousarray(change(v)) for k, v in tensors.items()}, at.root/'w.safetensors')
     return at.train('--weights', at.root/'w.safetensors', data=at.flowers, images=18)
 
 

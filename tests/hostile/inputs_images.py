@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from bombs import compressed
 from inputs import image
 
 FORMATS = {'jpeg': '.jpg', 'png': '.png', 'tiff': '.tif', 'gif': '.gif', 'webp': '.webp', 'bmp': '.bmp', 'ppm': '.ppm'}
@@ -144,7 +145,7 @@ def unknown_filter(path, good):
 @image('images', 'x.png', '', {k.decode(): k for k in (b'iCCP', b'zTXt', b'iTXt')})
 def text_bomb(path, good, name):
     "A PNG with a chunk that grows from 200 KB to 200 MB."
-    bomb = zlib.compress(bytes(2 * 10**8), 9)
+    bomb = compressed(200)
     data = {b'iCCP': b'x\0\0' + bomb, b'zTXt': b'x\0\0' + bomb, b'iTXt': b'x\0\1\0\0\0' + bomb}[name]
     path.write_bytes(png(64, 64, rows_of(64, 64), before=chunk(name, data)))
 

@@ -36,6 +36,11 @@ class Command:
     keeps: bool = False  # does it keep what is finished when it fails?
     also: Callable | None = None  # own assertion: takes the Outcome, returns complaints
 
+    @property
+    def verb(self) -> str:
+        "The first word."
+        return str(self.words[0]) if self.words else ''
+
 
 @dataclass
 class Outcome:

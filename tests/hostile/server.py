@@ -174,13 +174,22 @@ def fork(job):
     os._exit(code & 255)
 
 
-def processor_time(pid) -> int:
-    "Ticks of processor time that a process has used; -1 if it has ended."
+def ticks_of(pid) -> int:
+    "Ticks of processor time that a process has used, those of its ended children too; 0 if it has ended."
     try:
         fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
-        return -1
-    return int(fields[11]) + int(fields[12])
+        return 0
+    return sum(map(int, fields[11:15]))
+
+
+def processor_time(pid) -> int:
+    "Ticks of a process and of those that it has started."
+    try:
+        children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    except OSError:
+        children = []
+    return ticks_of(pid) + sum(map(ticks_of, children))
 
 
 def kill(pid):
@@ -231,7 +240,8 @@ def main():
     "Serve requests until standard input ends."
     replies = os.fdopen(os.dup(1), 'w', encoding='ascii')
     os.dup2(2, 1)  # what an import prints is no reply
-    sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = [str(here), str(here.parents[1])]  # the library of this checkout
     load()
     print(json.dumps({'ready': True}), file=replies, flush=True)
     for line in sys.stdin:
