@@ -1,0 +1,63 @@
+"Functions of the library that have no command, run in a process of their own as the commands are."
+
+import json
+from pathlib import Path
+
+
+def draw(flowers, eyes):
+    "The sets that all cases share."
+    from dr_transfer.phantom import make_dr, make_flowers
+
+    make_flowers(flowers, n=18, size=48, seed=0, classes=('daisy', 'roses'))
+    make_dr(eyes, n=24, size=64, seed=0, workers=1)
+
+
+def draw_slice(path, spacing='null'):
+    "Three windows of the middle slice of a volume."
+    from dr_transfer.ct import read_volume, three_windows
+
+    spacing = json.loads(spacing)
+    volume = read_volume(path) if spacing is None else read_volume(path, spacing)
+    middle = volume.mm((len(volume.hu) // 2, 0, 0))[0]
+    print(volume, three_windows(volume, middle).size)
+
+
+def draw_slices(table, folder, out):
+    "Pictures of the slices of a table."
+    from dr_transfer.ct_data import slice_pictures
+
+    print(len(slice_pictures(table, folder, out)))
+
+
+def draw_candidates(table, folder, out):
+    "Pictures of the candidates of a table."
+    from dr_transfer.ct_data import candidate_pictures
+
+    print(len(candidate_pictures(table, folder, out)))
+
+
+def load_weights(path):
+    "A network with the weights of a file."
+    from dr_transfer.backbones import create_body
+
+    create_body('small_cnn', Path(path))
+
+
+def load(folder):
+    "A model folder, and its probabilities for a grey image."
+    import numpy as np
+    from dr_transfer.bundle import load_model
+
+    model = load_model(folder, 'plain')
+    probs = model.probs([np.full((48, 48, 3), 90, np.uint8)])
+    print(json.dumps(np.asarray(probs, float).tolist()))
+
+
+def save_weights(path):
+    "The weights of the network that is trained, as a file."
+    import torch
+    from dr_transfer.backbones import create_body
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file({k: v.clone().contiguous() for k, v in create_body('small_cnn', 'random').state_dict().items()}, path)

@@ -1,0 +1,201 @@
+"""What every command promises, whatever it is given, and how that is checked from outside.
+
+Within a limit of time and memory a command ends in one of two ways:
+
+* exit code 0, and every image is accounted for: predicted, in a row with the reason in `error`, or listed as skipped;
+* another exit code, and the last line on standard error is the only one that starts with `dr_transfer: error:` (or
+  `dr_transfer COMMAND: error:`, for words that the parser does not take). It names what was given.
+
+There is never a traceback. No program is started and no connection opened. Outside of `--out` and the cache no file is
+created, changed or deleted; after an error `--out` is as it was.
+"""
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+
+from observe import CPU, ERROR, MEMORY, differences, text
+
+FORBIDDEN = ('Traceback (most recent call last)', 'Traceback of the server', 'Exception ignored', 'Segmentation fault')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', '.dcm', '.dicom')
+FORMULA = "=+-@\t\r"  # how a cell starts that a spreadsheet would compute: written with a quote before it
+
+# ---------------------------------------------------------------- every image is accounted for
+
+
+def images_below(folder) -> list:
+    "The image files below a folder, by their names; hidden ones are left out, and folders with the name of an image."
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [d for d in folders if not d.startswith('.')]
+        found += [os.path.join(parent, f) for f in files if f.lower().endswith(SUFFIXES) and not f.startswith('.')]
+    return sorted(found)
+
+
+def plain(cell) -> str:
+    "A cell as it was before it was written for a spreadsheet."
+    return cell[1:] if len(cell) > 1 and cell[0] == "'" and cell[1] in FORMULA else cell
+
+
+def read_rows(source) -> list:
+    "The rows of a CSV, as a user's own reader gets them."
+    csv.field_size_limit(10**9)
+    return [{plain(k): plain(v or '') for k, v in row.items() if k is not None} for row in csv.DictReader(source)]
+
+
+def table_of(outcome) -> list:
+    "The table that a command wrote."
+    words, outs = outcome.command.words, outcome.command.outs
+    if words[0] == 'predict' and not outs:
+        return read_rows(outcome.out.splitlines(True))
+    path = {
+        'predict': lambda o: o,
+        'evaluate': lambda o: o.with_suffix('.csv'),
+        'cross-validate': lambda o: o.with_suffix('.csv'),
+        'preprocess': lambda o: o/'images.csv',
+        'train': lambda o: o/'predictions.csv',
+    }[words[0]](Path(outs[0]))
+    with open(path, encoding='utf-8', errors='surrogateescape', newline='') as f:
+        return read_rows(f)
+
+
+def number(cell) -> float:
+    "A cell as a number; NaN if it is none."
+    try:
+        return float(cell)
+    except ValueError:
+        return float('nan')
+
+
+def bad_prediction(row) -> str:
+    "Why a row is neither a prediction nor an error; '' if it is one of them."
+    probs = [number(v) for k, v in row.items() if k.startswith('p_')]
+    if row.get('error'):
+        return 'a prediction beside an error' if row.get('prediction') else ''
+    if not row.get('prediction'):
+        return 'neither prediction nor error'
+    return '' if probs and all(0 <= p <= 1 for p in probs) and abs(sum(probs) - 1) < 0.01 else f'probabilities {probs}'
+
+
+def absolute(name, at) -> str:
+    "A path in a table, from the folder in which the command ran."
+    return os.path.normpath(os.path.join(at.work, name))
+
+
+def unaccounted(outcome, at) -> list:
+    "What is missing or odd in the result of a command that ended well."
+    command, kind = outcome.command, outcome.command.verb
+    if command.call or '--help' in command.words or kind not in ('predict', 'evaluate', 'preprocess', 'train'):
+        return []
+    outcome.rows = rows = table_of(outcome)
+    complaints = []
+    if kind in ('predict', 'evaluate', 'train'):
+        complaints += [f"{row.get('image')!r}: {bad_prediction(row)}" for row in rows if bad_prediction(row)]
+    expected = command.images if command.images is not None else images_below(command.data) if command.data else None
+    if expected is None:
+        return complaints
+    if kind == 'train':
+        return complaints + count_of_run(
+            Path(command.outs[0]), expected if isinstance(expected, int) else len(expected)
+        )
+    if kind == 'predict':
+        return complaints + sets_differ({absolute(r['image'], at) for r in rows}, {absolute(e, at) for e in expected})
+    if kind == 'preprocess':
+        return complaints + sets_differ(
+            {r['image'] for r in rows}, {os.path.relpath(e, command.data) for e in expected}
+        )
+    said = {os.path.basename(r['image']) for r in rows}
+    told = outcome.out + text(Path(command.outs[0]))
+    return complaints + [
+        f'not accounted for: {e!r}'
+        for e in expected
+        if os.path.basename(e) not in said and os.path.basename(e) not in told
+    ]
+
+
+def count_of_run(folder, expected) -> list:
+    "Do the images of a run and those it skipped add up?"
+    record = json.loads(text(folder/'record.json'))
+    skipped = record.get('set_aside', record.get('skipped', []))
+    found = record['data']['images'] + len(skipped)
+    return [] if found == expected else [f'the run accounts for {found} images of {expected}']
+
+
+def sets_differ(found, expected) -> list:
+    "What is in one set only."
+    return [f'not accounted for: {e!r}' for e in sorted(expected - found)] + [
+        f'unknown row: {e!r}' for e in sorted(found - expected)
+    ]
+
+
+# ---------------------------------------------------------------- the contract
+
+
+def words_of(command) -> list:
+    "What an error may name: paths and options that were given, long enough to be no accident."
+    words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
+    near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'))}
+    return sorted(w for w in near if len(w) > 1 and not w.replace('.', '').isdigit()) + [str(n) for n in command.named]
+
+
+def visible(line) -> str:
+    "A line without what an error may do with a name: quotes, escapes, white space."
+    return re.sub(r'\s+', ' ', line)
+
+
+def bad_error(outcome) -> list:
+    "What is wrong with the way in which a command failed."
+    lines = [l for l in outcome.err.splitlines() if ERROR.match(l)]
+    if outcome.command.silent and not outcome.err:
+        return []
+    if not outcome.error or len(lines) != 1:
+        last = outcome.err.splitlines()[-1:] or ['nothing']
+        return [f'exit code {outcome.code} with {len(lines)} error lines; the last line is {last[0][:300]!r}']
+    known = words_of(outcome.command)
+    line = visible(outcome.error)
+    return (
+        []
+        if any(visible(w) in line for w in known)
+        else [f'the error names nothing that was given: {outcome.error[:300]}']
+    )
+
+
+def has_rows(outcome) -> bool:
+    "Did a prediction fail that still wrote its table, with the reason for each image?"
+    command = outcome.command
+    path = os.fspath(command.outs[0]) if command.outs and command.verb == 'predict' else None
+    return path in outcome.after and path not in outcome.before
+
+
+def allowed(outcome) -> list:
+    "What may have changed, besides the cache."
+    return outcome.command.outs if outcome.code == 0 or outcome.command.keeps or has_rows(outcome) else []
+
+
+def limits(outcome) -> list:
+    "Time and memory."
+    complaints = [f'stopped after {outcome.seconds:.0f} s: it waits or computes for ever'] if outcome.stopped else []
+    complaints += [f'ended by signal {-outcome.code}'] if outcome.code < 0 and not outcome.stopped else []
+    complaints += [f'{outcome.cpu:.0f} s of processor time'] if outcome.cpu > CPU else []
+    return complaints + ([f'{outcome.peak/1e9:.1f} GB of memory'] if outcome.peak > MEMORY else [])
+
+
+def check(outcome, at) -> list:
+    "All that a command did against the contract; empty if it kept it."
+    command = outcome.command
+    complaints = limits(outcome)
+    complaints += [f'{word!r} in what it printed' for word in FORBIDDEN if word in outcome.out + outcome.err]
+    complaints += [f'a program or connection: {e[:200]}' for e in outcome.events]
+    complaints += differences(outcome.before, outcome.after, [at.cache, at.logs, *allowed(outcome)])
+    if outcome.stopped:
+        return complaints
+    if outcome.code:
+        complaints += bad_error(outcome) + (unaccounted(outcome, at) if has_rows(outcome) else [])
+    else:
+        complaints += ['exit code 0 with an error line'] if any(map(ERROR.match, outcome.err.splitlines())) else []
+        complaints += unaccounted(outcome, at)
+    if command.also and not complaints:
+        complaints += list(command.also(outcome) or [])
+    return complaints

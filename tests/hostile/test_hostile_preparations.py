@@ -1,0 +1,10 @@
+"Each hostile input of the kind 'preparations' against the contract."
+
+import pytest
+
+from inputs import cases
+
+
+@pytest.mark.parametrize('case', cases('preparations'), ids=str)
+def test_contract(case, keeps_the_contract):
+    keeps_the_contract(case)
