@@ -6,7 +6,7 @@
 __all__ = ['FAR', 'METRICS', 'FrozenMode', 'HeadFirst', 'TrainingError', 'LossGuard', 'TrainSetting', 'PlainProgress']
 
 # %% ../nbs/07b_callbacks.ipynb #7959b16b
-import math, time, warnings
+import math, time
 from functools import partial
 from typing import Callable
 from fastai.callback.core import Callback
@@ -14,6 +14,7 @@ from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
 from torch.autograd.graph import increment_version
 from . import metrics as M
+from .files import warn
 from .model import Body
 from .speed import get_setting
 
@@ -51,8 +52,8 @@ class HeadFirst(Callback):
         bodies = [m for m in self.model.modules() if isinstance(m, Body)]
         free = any(p.requires_grad for b in bodies for p in b.parameters())
         if free and not self.learn.head_trained and bodies[0].stages.weights.kind != 'random':
-            warnings.warn("the body is trained before the head: a random head destroys what was learnt there. "
-                          "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')", stacklevel=2)
+            warn("the body is trained before the head: a random head destroys what was learnt there. "
+                          "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')")
     def after_train(self): self.learn.head_trained = True
 
 # %% ../nbs/07b_callbacks.ipynb #a1eb0bc3

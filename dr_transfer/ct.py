@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from .dicom import dicom_size, is_dicom, read_dataset
-from .files import extra_module, unknown
+from .files import extra_module, unknown, warn
 from .source import LIMITS, ImageError, naming, open_source
 
 # %% ../nbs/03a_ct.ipynb #a3008428
@@ -135,7 +135,7 @@ def _oriented(hu, affine, name) -> Volume:
     if len(set(order)) < 3 or tilt > 0.6:
         raise ValueError(f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer")
     if not np.isfinite(hu).all(): raise ValueError(f"{name}: {(~np.isfinite(hu)).sum()} voxels are no numbers. Set what was not measured to -1024 and save it again")
-    if hu.min() >= 0: warnings.warn(f"{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else")
+    if hu.min() >= 0: warn(f"{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else")
     back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
     corner = affine @ [*[(hu.shape[a] - 1)*back[order.index(a)] for a in range(3)], 1]
     hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TAKEN', 'REPORT_TABLE', 'COMPARISON_TABLE', 'MARKER', 'DATA_KINDS', 'LOCK', 'new_file', 'file_digest', 'companion',
            'written_together', 'new_pair', 'is_ours', 'output_kind', 'mark_folder', 'strange_files', 'new_folder',
-           'growing_folder', 'usual_mode', 'plain_text', 'print_warning', 'progress', 'unknown', 'cache_folder',
-           'package_version', 'extra_module']
+           'growing_folder', 'usual_mode', 'plain_text', 'TransferWarning', 'warn', 'progress', 'unknown',
+           'cache_folder', 'package_version', 'extra_module']
 
 # %% ../nbs/00a_files.ipynb #6a134d9e
-import difflib, hashlib, json, os, sys, time
+import difflib, hashlib, json, os, sys, time, warnings
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -331,11 +331,14 @@ def plain_text(
         readable = f' {readable}' # matplotlib leaves out legends that begin with it
     return readable.replace('$', r'\$')
 
-def print_warning(
+class TransferWarning(UserWarning):
+    "What you should know, though the work goes on; the command prints it as one line"
+
+def warn(
     text:str # What happened, and what it means
 ):
-    "One line on standard error, which `-W ignore` does not hide"
-    print(f'dr_transfer: warning: {text}', file=sys.stderr, flush=True)
+    "A `TransferWarning` at the caller of the function that calls this"
+    warnings.warn(text, TransferWarning, stacklevel=3)
 
 # %% ../nbs/00a_files.ipynb #923b41a6
 def progress(

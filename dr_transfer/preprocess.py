@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd
 from .places import reason
-from .files import OutputError, atomic_file, file_digest, growing_folder, is_inside, mark_folder, print_warning, progress, unknown
+from .files import OutputError, atomic_file, file_digest, growing_folder, is_inside, mark_folder, warn, progress, unknown
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
 from .columns import IMAGES, find_column, read_labels
@@ -68,7 +68,7 @@ def _same_settings(out:Path, how:Preparation) -> bool:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or set(found) != set(asdict(how)):
-        print_warning(f'{file} is damaged: all photographs are prepared again')
+        warn(f'{file} is damaged: all photographs are prepared again')
         return False
     if found != asdict(how):
         raise ValueError(f"{out} was prepared otherwise ({json.dumps(found)}): give another folder, or the same settings")
@@ -100,7 +100,7 @@ def _finished(out:Path, how:Preparation) -> dict:
     rows = [_row(line) for line in lines[:-1]] # a line that a kill cut off has no end
     bad = rows.count(None)
     if bad:
-        print_warning(f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their photographs are prepared again')
+        warn(f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their photographs are prepared again')
     return {r['image']: r for r in rows if r is not None}
 
 def _intact(row:dict, out:Path) -> bool:

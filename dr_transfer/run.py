@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Callable
 import pandas as pd
-from .files import print_warning
+from .files import warn
 from .screening import measure_table
 from .views import VIEWS
 
@@ -74,4 +74,4 @@ def _plot(file:Path, draw:Callable):
         draw().savefig(file, dpi=120, format='png')
     except Exception as e:
         file.unlink(missing_ok=True)
-        print_warning(f'{file.name} could not be drawn ({type(e).__name__}: {e}); all else of the run is written')
+        warn(f'{file.name} could not be drawn ({type(e).__name__}: {e}); all else of the run is written')

@@ -6,11 +6,11 @@
 __all__ = ['KINDS', 'NotAFile', 'open_regular', 'read_regular', 'check_private', 'private_folder', 'is_shortage', 'disk_errors']
 
 # %% ../nbs/00k_safe_files.ipynb #672e8b61
-import errno, os, stat, warnings
+import errno, os, stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Iterator
-from .files import cache_folder
+from .files import cache_folder, warn
 
 # %% ../nbs/00k_safe_files.ipynb #d50ecad0
 KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a named pipe'), (stat.S_ISSOCK, 'a socket'),
@@ -76,8 +76,8 @@ def check_private(
     for p in (folder, *folder.parents):
         if p not in _TOLD and p.is_dir() and (why := _shared(p)):
             _TOLD.add(p)
-            warnings.warn(f"the cache folder {p} {why}, who can put wrong numbers there: "
-                          "let DR_TRANSFER_CACHE name a folder of your own", stacklevel=3)
+            warn(f"the cache folder {p} {why}, who can put wrong numbers there: "
+                          "let DR_TRANSFER_CACHE name a folder of your own")
         if p == root or not inside and p == folder.parent: return
 
 def private_folder(

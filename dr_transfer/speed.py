@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'GAIN', 'Setting', 'forward_copy', 'FixedBN', 'training_c
            'choose_setting', 'fastest_setting', 'get_setting']
 
 # %% ../nbs/05a_speed.ipynb #d94c9dd2
-import copy, ctypes, json, platform, sys, time, warnings
+import copy, ctypes, json, platform, sys, time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .files import atomic_file, cache_folder, unknown
+from .files import atomic_file, cache_folder, unknown, warn
 from .safe_files import private_folder, read_regular
 
 # %% ../nbs/05a_speed.ipynb #de77f3d5
@@ -175,7 +175,7 @@ def _remembered(file, tell=True) -> dict:
     else: why = 'it holds something else than names of settings'
     good = {k: v for k, v in known.items() if isinstance(v, str) and v in SETTINGS} if isinstance(known, dict) else {}
     if tell and not (isinstance(known, dict) and len(good) == len(known)):
-        warnings.warn(f"{file} is damaged ({why}): the speed of networks is measured again", stacklevel=3)
+        warn(f"{file} is damaged ({why}): the speed of networks is measured again")
     return good
 
 def _remember(file, key, name) -> str: # The name that counts
@@ -186,8 +186,8 @@ def _remember(file, key, name) -> str: # The name that counts
         if key in known: return known[key]
         with atomic_file(file) as f: f.write_text(json.dumps({**known, key: name}, indent=1))
     except OSError as e:
-        warnings.warn(f"{file} cannot be written ({e.strerror}): speed is measured again by the next run, which may choose another setting. "
-                      "To be sure of the same numbers name it: setting='plain' (`--setting plain`)", stacklevel=4)
+        warn(f"{file} cannot be written ({e.strerror}): speed is measured again by the next run, which may choose another setting. "
+                      "To be sure of the same numbers name it: setting='plain' (`--setting plain`)")
     return name
 
 def fastest_setting(

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'ChangedError', 'unreadable', 'content_key', 'content_keys'
            'ArrayStore', 'fill_stores', 'stored_array']
 
 # %% ../nbs/05b_store.ipynb #4b31cd05
-import hashlib, json, os, shutil, sys, warnings, zlib
+import hashlib, json, os, shutil, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
-from .files import atomic_file, progress
+from .files import atomic_file, progress, warn
 from .images import read_rgb
 from .source import source_name
 from .safe_files import check_private, disk_errors, is_shortage, open_regular, private_folder, read_regular
@@ -219,8 +219,8 @@ def _writing(store, keys):
 def _tell_damage(store, bad):
     "Warn of rows that are damaged"
     if not bad: return
-    warnings.warn(f"damaged rows in {store.folder}: {bad} of {bad + len(store)} (a line was lost, or the numbers do not match "
-                  "their checksum); what is needed of them is computed again", stacklevel=3)
+    warn(f"damaged rows in {store.folder}: {bad} of {bad + len(store)} (a line was lost, or the numbers do not match "
+                  "their checksum); what is needed of them is computed again")
 
 # %% ../nbs/05b_store.ipynb #98c57ee7
 def _append(store, batch, arrays):
