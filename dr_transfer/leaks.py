@@ -21,7 +21,7 @@ from .data import Target, Task, task_table
 from .dicom import is_dicom, read_dicom
 from .files import cache_folder, package_version, progress
 from .intervals import group_codes
-from .store import ArrayStore, fill_stores, image_data, stored_array, unreadable
+from .store import ArrayStore, fill_stores, image_data, source_name, stored_array, unreadable
 from .table import KNOWN, SplitError
 from .views import READING, map_batches, read_image
 
