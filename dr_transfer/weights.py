@@ -34,7 +34,7 @@ def _content(path) -> bytes:
     except FileNotFoundError:
         raise WeightsError(f"there is no weights file {path}: give the path of a .safetensors or .pth file") from None
     except NotAFile as e:
-        raise WeightsError(f"{e}: give the path of a .safetensors or .pth file of weights") from None
+        raise WeightsError(f"there is no weights file {path} ({e}): give the path of a .safetensors or .pth file") from None
     except OSError as e:
         raise WeightsError(f"the weights file {path} cannot be opened ({e.strerror}): give another, or repair its permissions") from None
 

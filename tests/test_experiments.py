@@ -141,6 +141,47 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
     assert len(trainings) == 4, 'a loss that cannot be told by its name is trained each time'
 
 
+def swap(folder):
+    a, b = (folder/n for n in crossval.KEPT)
+    a, b, c = a.read_bytes(), b.read_bytes(), a
+    c.write_bytes(b)
+
+
+DAMAGE = {'a number': lambda d: (d/'predictions.csv').write_bytes((d/'predictions.csv').read_bytes().replace(b'0.', b'1.', 1)),
+          'cut': lambda d: (d/'predictions.csv').write_bytes((d/'predictions.csv').read_bytes()[:-40]), 'zeros': lambda d: (d/'history.csv').write_bytes(bytes(99)),
+          'gone': lambda d: (d/'history.csv').unlink(), 'another table': swap, 'no sums': lambda d: (d/'sums.json').write_text('[]'),
+          'empty': lambda d: [p.unlink() for p in d.iterdir()]}
+
+
+@pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
+def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
+    folder, other = tmp_path/'trainings'/'a', tmp_path/'trainings'/'b'
+    tables = [pd.DataFrame({'image': ['x'], 'p_a': [0.25]}), pd.DataFrame({'train_loss': [0.5]})]
+    want = crossval._write_kept(folder, tables)
+    assert crossval._read_kept(folder) == want and crossval._read_kept(other) is None
+    if name == 'that of another training': shutil.copytree(folder, other)
+    elif name == 'a file': other.write_text('x')
+    else:
+        DAMAGE[name](folder)
+        other = folder
+    with pytest.warns(UserWarning, match='is damaged: it is done again'): assert crossval._read_kept(other) is None
+    crossval._write_kept(other, tables)
+    assert crossval._read_kept(other) is not None
+
+
+def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
+    "And is the same as before"
+    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
+    how = dict(arch='small_cnn', weights='random', setting='plain', allow_leaks=True, say=lambda line: None)
+    def run(): return train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), **how)[0]
+    first = run()
+    file, = cache_dir.glob('trainings/*/predictions.csv')
+    was = file.read_bytes()
+    file.write_bytes(was.replace(b'0.', b'1.', 1))
+    with pytest.warns(UserWarning, match='done again'): assert run().equals(first)
+    assert len(trainings) == 2 and file.read_bytes() == was and run().equals(first) and len(trainings) == 2
+
+
 def test_classes_with_odd_names_are_read_back(labelled):
     t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
     t['target'] = t['label'] = ['None', 'NA', 'null']*10
