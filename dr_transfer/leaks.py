@@ -26,7 +26,7 @@ from .intervals import group_codes
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
 from .store import ArrayStore, fill_stores, image_data, stored_array, unreadable
-from .table import data_columns, shown_name
+from .table import KNOWN, data_columns, shown_name, with_data_names
 from .views import READING, map_batches, read_image
 
 # %% ../nbs/05d_leaks.ipynb #28f7cd6b
@@ -224,7 +224,7 @@ def split_leaks(
 
 # %% ../nbs/05d_leaks.ipynb #ec39b766
 def leak_report(
-    table:pd.DataFrame, # From `label_table` or `task_table`; columns `data_...` are facts
+    table:pd.DataFrame, # From `label_table` or `task_table`; other columns are facts
     reader:str='photo', # Name in `READERS`
     folder:str|Path|None=None # Where hashes are kept; in the cache if None
 ) -> LeakReport:
@@ -233,7 +233,8 @@ def leak_report(
     inside = copies[[t.split[a] == t.split[b] for a, b in zip(copies.a, copies.b)]] if len(copies) else copies
     names = t.image.map(source_name)
     inside = pd.DataFrame({'kind': inside.kind, 'first': names[inside.a].tolist(), 'second': names[inside.b].tolist(), 'bits': inside.bits})
-    facts = t[data_columns(t)].join(file_facts(t.image))
+    own = with_data_names(t, KNOWN)
+    facts = own[data_columns(own)].join(file_facts(t.image))
     leaks = split_leaks(t, copies) if t.split.notna().any() else split_leaks(t[:0], copies[:0])
     return LeakReport(leaks, inside, confounders(facts, t['target' if 'target' in t else 'label']))
 

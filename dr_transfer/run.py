@@ -31,7 +31,7 @@ def validation_table(
     classes, # Class names in order
     views:str='none', # Name in `VIEWS`: what was averaged for each image
     n:int=1000 # Draws of the bootstrap
-) -> pd.DataFrame: # A row a figure: value, low, high, images; `attrs['notes']`: how to read it
+) -> pd.DataFrame: # value, low, high, images; `attrs['notes']`: how to read it
     "Figures of a run on its validation images, with 95 % intervals over groups"
     t = measure_table(table, classes, n=n)
     k = len(VIEWS.get(views, 'x'))

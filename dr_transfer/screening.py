@@ -32,7 +32,7 @@ def patient_classes(
 def by_patient(
     table:pd.DataFrame, # `target`, `group`, `p_CLASS...`, perhaps `decision`
     classes # Class names in order
-) -> pd.DataFrame: # A row a patient: `image` (names), `target, group`, `p_CLASS` of `patient_classes`
+) -> pd.DataFrame: # A row a patient: `image, target, group, p_CLASS`
     "Both eyes to one decision: a patient is to be referred if one eye is, and is as likely to be as the worse eye"
     q = question(table, classes)
     if q is None: raise ValueError(f"classes {list(classes)} say not what is to be found: by_patient needs two classes, or the five grades")
@@ -92,13 +92,13 @@ def interval_note(
     return f"95 % intervals over {table.group.nunique()} groups (patients){rest}"
 
 def measure_table(
-    table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group, decision, grade` (no columns of your own)
+    table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group, decision, grade`
     classes, # Class names in order
     point:OperatingPoint|None=None, # Chosen on validation images
     prevalence:float|None=None, # For predictive values; without, none
     n:int=1000, # Draws of the bootstrap
     seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # A row a figure: value, low, high, images; `attrs['notes']`: how to read it
+) -> pd.DataFrame: # value, low, high, images; `attrs['notes']`: how to read it
     "Figures of predictions with 95 % intervals over patients"
     check_draws(n)
     check_prevalence(prevalence)
