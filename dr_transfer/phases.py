@@ -220,13 +220,14 @@ def _unsolvable(learn, part, views) -> str:
 def _solve_head(learn, run) -> list:
     "Logistic regression as the head; loss and metrics, as of one epoch"
     train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
-    sub = _sub_learner(learn, run)
+    sub, y = _sub_learner(learn, run), [o2i[t] for t in train.target]
     classifier = FeatureClassifier(seed=learn.record['seed'])
-    classifier.fit(sub.maps.arrays[0], [o2i[t] for t in train.target], train.group.to_numpy())
+    classifier.fit(sub.maps.arrays[0], y, train.group.to_numpy())
     learn.model[1].load_state_dict(classifier.head().state_dict())
     learn.record['C'] = classifier.estimator_.C
+    every = boundary_loader(sub.maps, torch.tensor(y), 256, device=learn.dls.device) # each image once, as it is
     with sub.no_bar(), sub.no_logging():
-        (loss, *_), valid = sub.validate(0), sub.validate(1)
+        (loss, *_), valid = sub.validate(dl=every), sub.validate(1)
     return [[loss, *valid]]
 
 # %% ../nbs/07c_phases.ipynb #85e22df7
