@@ -181,7 +181,8 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    cbs = [LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))]
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))
+    cbs = [guard]
     with ExitStack() as stack:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
             for c in (learn.no_bar(), learn.no_logging()):
@@ -193,6 +194,8 @@ def _run(learn, run, rates, say, quiet=False) -> list:
         stack.enter_context(no_random(run.seed))
         learn.dls.train.rng = random.Random(run.seed)
         how(run.epochs, rates, wd=phase.wd, cbs=cbs)
+    if guard.failed:
+        raise TrainingError(guard.failed)
     return list(learn.recorder.values)
 
 # %% ../nbs/07c_phases.ipynb #ad2e5955

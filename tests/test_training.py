@@ -297,7 +297,7 @@ def test_the_best_epoch_is_in_the_record(build):
 def test_the_best_epoch_can_be_kept(build):
     "With fastai's callback, which before made of one epoch three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
-    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-2, decay='none', fixed_bn=True))), say=str)
+    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
     rows = learn.record['history'][1:]
     with learn.no_bar(), learn.no_logging():
         loss = float(learn.validate()[0])
