@@ -369,6 +369,7 @@ def fit_phase(
     if run.how != 'solved':
         _check_batches(learn)
     with ExitStack() as after:
+        after.enter_context(no_random(run.seed)) # the random numbers of others are left alone
         after.callback(setattr, learn.frozen_mode, 'of_phase', None)
         learn.frozen_mode.of_phase = run.phase.fixed_bn
         after.enter_context(weights_back(learn, TrainingError))
