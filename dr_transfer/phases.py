@@ -181,7 +181,8 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    cbs = [LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))]
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))
+    cbs = [guard]
     with ExitStack() as stack:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
             for c in (learn.no_bar(), learn.no_logging()):
@@ -193,6 +194,8 @@ def _run(learn, run, rates, say, quiet=False) -> list:
         stack.enter_context(no_random(run.seed))
         learn.dls.train.rng = random.Random(run.seed)
         how(run.epochs, rates, wd=phase.wd, cbs=cbs)
+    if guard.failed:
+        raise TrainingError(guard.failed)
     return list(learn.recorder.values)
 
 # %% ../nbs/07c_phases.ipynb #ad2e5955
@@ -220,13 +223,14 @@ def _unsolvable(learn, part, views) -> str:
 def _solve_head(learn, run) -> list:
     "Logistic regression as the head; loss and metrics, as of one epoch"
     train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
-    sub = _sub_learner(learn, run)
+    sub, y = _sub_learner(learn, run), [o2i[t] for t in train.target]
     classifier = FeatureClassifier(seed=learn.record['seed'])
-    classifier.fit(sub.maps.arrays[0], [o2i[t] for t in train.target], train.group.to_numpy())
+    classifier.fit(sub.maps.arrays[0], y, train.group.to_numpy())
     learn.model[1].load_state_dict(classifier.head().state_dict())
     learn.record['C'] = classifier.estimator_.C
+    every = boundary_loader(sub.maps, torch.tensor(y), 256, device=learn.dls.device) # each image once, as it is
     with sub.no_bar(), sub.no_logging():
-        (loss, *_), valid = sub.validate(0), sub.validate(1)
+        (loss, *_), valid = sub.validate(dl=every), sub.validate(1)
     return [[loss, *valid]]
 
 # %% ../nbs/07c_phases.ipynb #85e22df7
@@ -365,6 +369,7 @@ def fit_phase(
     if run.how != 'solved':
         _check_batches(learn)
     with ExitStack() as after:
+        after.enter_context(no_random(run.seed)) # the random numbers of others are left alone
         after.callback(setattr, learn.frozen_mode, 'of_phase', None)
         learn.frozen_mode.of_phase = run.phase.fixed_bn
         after.enter_context(weights_back(learn, TrainingError))

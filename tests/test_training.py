@@ -25,9 +25,10 @@ CLASSES = ('daisy', 'roses', 'sunflowers')
 
 
 @pytest.fixture(autouse=True)
-def two_strengths(monkeypatch):
-    "A head is solved with two strengths to choose from: what is checked here is when it is solved, not how well"
+def quick(monkeypatch):
+    "Two strengths to choose from, few steps by the set: what is checked here is how a phase is run, not how well it ends"
     monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+    monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
 
 @pytest.fixture(scope='session')
@@ -154,8 +155,7 @@ def test_epochs_do_not_change_a_head_that_is_solved(build):
     assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
 
 
-def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build, monkeypatch):
-    monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
+def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
     a, b = build(head='dense'), build(head='dense')
     fit(a, 'head', say=str)
     fit(b, 'head', epochs=1, say=str)
@@ -297,7 +297,7 @@ def test_the_best_epoch_is_in_the_record(build):
 def test_the_best_epoch_can_be_kept(build):
     "With fastai's callback, which before made of one epoch three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
-    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-2, decay='none', fixed_bn=True))), say=str)
+    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
     rows = learn.record['history'][1:]
     with learn.no_bar(), learn.no_logging():
         loss = float(learn.validate()[0])
