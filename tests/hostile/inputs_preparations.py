@@ -131,7 +131,7 @@ def journal_lies(at, what):
     "The journal says what is not so, in good JSON."
     prepared(at)
     path = at.root/'out'/'journal.jsonl'
-    rows = [json.loads(l) for l in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row.update(
             {
