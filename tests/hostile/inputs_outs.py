@@ -137,7 +137,10 @@ def link(at, which):
     at.copy_eyes()
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
-    made.outs = [out, out.with_suffix('.csv'), target] if name == 'dangling' else [out] if name == 'to file' and command in SUFFIX else []
+    if name == 'dangling':
+        made.outs = [out, out.with_suffix('.csv'), target]
+    elif name == 'to file' and command in SUFFIX:
+        made.outs = [out, out.with_suffix('.csv')]
     made.also = None if name in ('dangling', 'to file') else refused
     return made
 
