@@ -87,7 +87,10 @@ def absolute(name, at) -> str:
 def unaccounted(outcome, at) -> list:
     "What is missing or odd in the result of a command that ended well."
     command, kind = outcome.command, outcome.command.verb
-    if command.call or '--help' in command.words or kind not in ('predict', 'evaluate', 'preprocess', 'train'):
+    readable = command.outs or (kind == 'predict' and command.stdout == 'file')
+    if command.call or '--help' in command.words or not readable:
+        return []
+    if kind not in ('predict', 'evaluate', 'preprocess', 'train'):
         return []
     outcome.rows = rows = table_of(outcome)
     complaints = []
@@ -147,7 +150,7 @@ def visible(line) -> str:
 
 def bad_error(outcome) -> list:
     "What is wrong with the way in which a command failed."
-    lines = [l for l in outcome.err.splitlines() if ERROR.match(l)]
+    lines = [line for line in outcome.err.splitlines() if ERROR.match(line)]
     if outcome.command.silent and not outcome.err:
         return []
     if not outcome.error or len(lines) != 1:

@@ -155,7 +155,7 @@ def another_store_in_its_place(at):
     stores = copied(at)
     for store in stores:
         lines = (store/'images.jsonl').read_text().splitlines(True)
-        keys = [json.loads(l) for l in lines]
+        keys = [json.loads(line) for line in lines]
         moved = [{**k, 'key': keys[(i + 1) % len(keys)]['key']} for i, k in enumerate(keys)]
         (store/'images.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in moved))
     return train(at)
@@ -264,7 +264,7 @@ def good(at):
 
     def complaints(outcome):
         want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
-        if abs(float(outcome.rows[0]['p_daisy']) - float(want['p_daisy'])) > 0.02:
+        if not outcome.code and abs(float(outcome.rows[0]['p_daisy']) - float(want['p_daisy'])) > 0.02:
             yield f"predicted as {outcome.rows[0]['p_daisy']}, not {want['p_daisy']}"
 
     return complaints

@@ -272,9 +272,7 @@ TENSORS = {
     'infinite': scaled(np.inf),
     'none': lambda t: {},
     'one more': lambda t: {**t, 'more': np.zeros(3)},
-    'doubles': lambda t: {k: v.astype(np.float64) for k, v in t.items()},
     'whole numbers': lambda t: {k: v.astype(np.int32) for k, v in t.items()},
-    'halves': lambda t: {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in t.items()},
     'flat': lambda t: {k: v.reshape(-1) for k, v in t.items()},
     'renamed': lambda t: {f'x{k}': v for k, v in t.items()},
     'one lost': lambda t: dict(list(t.items())[1:]),
@@ -285,6 +283,15 @@ TENSORS = {
 def tensors_changed(at, change):
     "Tensors that are no weights of this network, signed as if they were."
     return predicted(at, model(at, tensors=change), also=refused)
+
+
+@case('models', {'doubles': np.float64, 'halves': np.float16})
+def tensors_of_another_type(at, kind):
+    "The weights as numbers of another precision: used or refused."
+    def change(tensors):
+        return {k: v.astype(kind) if v.dtype == np.float32 else v for k, v in tensors.items()}
+
+    return predicted(at, model(at, tensors=change))
 
 
 @case('models')

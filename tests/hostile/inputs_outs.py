@@ -75,7 +75,7 @@ def bad_place(at, which):
     made = of(at, command, at.root/'out')
     path = BAD[name] + (SUFFIX.get(command, '') if name in ('proc', 'sys', 'long') else '')
     made.words = [path if w == at.root/'out' else w for w in made.words]
-    made.outs = [at.work/'nowhere\n'] if 'newline' in name else []
+    made.outs = {'newline of path': [at.work/'nowhere\n'], 'dot': [at.work]}.get(name, [])
     made.named += (path, 'out', 'OUT', '--out')
     return made
 
@@ -137,7 +137,10 @@ def link(at, which):
     at.copy_eyes()
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
-    made.outs = [target] if name == 'dangling' else [out] if name == 'to file' and command in SUFFIX else []
+    if name == 'dangling':
+        made.outs = [out, out.with_suffix('.csv'), target]
+    elif name == 'to file' and command in SUFFIX:
+        made.outs = [out, out.with_suffix('.csv')]
     made.also = None if name in ('dangling', 'to file') else refused
     return made
 

@@ -108,7 +108,7 @@ def ragged(rows, row):
 def line_ends(rows, end):
     "Lines that end as on other systems."
     lines = as_text(rows).splitlines()
-    return end.join(lines) if end else ''.join(l + ('\r\n' if i % 2 else '\n') for i, l in enumerate(lines))
+    return end.join(lines) if end else ''.join(t + ('\r\n' if i % 2 else '\n') for i, t in enumerate(lines))
 
 
 @table(24, {'semicolon': ';', 'tab': '\t', 'bar': '|', 'space': ' '})

@@ -57,7 +57,7 @@ class Outcome:
     events: list
     before: dict
     after: dict
-    rows: list | None = None  # of the table that it wrote
+    rows: list = field(default_factory=list)  # of the table that it wrote
 
     @property
     def error(self) -> str:
