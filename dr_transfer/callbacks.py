@@ -9,7 +9,7 @@ __all__ = ['FAR', 'METRICS', 'FrozenMode', 'HeadFirst', 'TrainingError', 'LossGu
 import math, time
 from functools import partial
 from typing import Callable
-from fastai.callback.core import Callback
+from fastai.callback.core import CancelFitException, Callback
 from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
 from torch.autograd.graph import increment_version
@@ -63,15 +63,15 @@ class TrainingError(ValueError):
     "A training diverged: its loss is not finite, or far above its start"
 
 class LossGuard(Callback):
-    "Stop a training whose loss is not finite, or far above its start, with a `TrainingError`"
+    "Stop a training whose loss is not finite, or far above its start; the reason is in `failed`, for a `TrainingError`"
     order = 55 # after the recorder, which smooths the loss, and before progress is shown
     def __init__(self,
         classes:int, # Number of classes: their guess is the least that counts as a start
         advice:str='' # What to type instead
     ):
-        self.floor, self.advice = math.log(max(classes, 2)), advice
+        self.floor, self.advice, self.failed = math.log(max(classes, 2)), advice, ''
     def before_fit(self):
-        self.start = None
+        self.start, self.failed = None, ''
     def after_batch(self):
         if not self.training:
             return
@@ -81,18 +81,22 @@ class LossGuard(Callback):
         self.check('training', loss)
     def after_epoch(self):
         if self.start is None:
-            raise TrainingError("no step was taken, because there are fewer training images than fill a batch: give a smaller bs= (--bs)")
+            self.stop("no step was taken, because there are fewer training images than fill a batch: give a smaller bs= (--bs)")
         names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
         loss = dict(zip(names, values)).get('valid_loss')
         if loss is not None:
             self.check('validation', float(loss), far=self.epoch + 1 == self.n_epoch)
     def check(self, what, loss, far=True):
-        "Raise an error for a loss that has diverged"
+        "Stop for a loss that has diverged"
         if math.isfinite(loss) and not (far and loss > FAR*self.start):
             return
         began = 'at once' if self.start is None else f'from {self.start:.3g} at the start'
-        raise TrainingError(f"the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: the {what} loss went {began} to "
-                            f"{loss:.3g}. {self.advice}".rstrip())
+        self.stop(f"the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: the {what} loss went {began} to {loss:.3g}. "
+                  f"{self.advice}".rstrip())
+    def stop(self, reason):
+        "Stop for a reason; fastai would wrap an error of a callback in words of its own"
+        self.failed = reason
+        raise CancelFitException
 
 # %% ../nbs/07b_callbacks.ipynb #aeae136a
 class TrainSetting(Callback):
