@@ -7,12 +7,12 @@ __all__ = ['MAX_SEED', 'whole_number', 'fraction', 'CommandParser', 'add_table_a
            'add_split_arguments', 'add_training_arguments', 'add_recipe_arguments', 'add_report_arguments',
            'add_bootstrap_argument']
 
-# %% ../nbs/13f_arguments.ipynb #b07fd83c
+# %% ../nbs/13f_arguments.ipynb #d774f5ab
 import argparse
 import math
 from typing import Callable, NoReturn
 
-# %% ../nbs/13f_arguments.ipynb #05f76c08
+# %% ../nbs/13f_arguments.ipynb #b3d0f14e
 MAX_SEED = 2**32 - 1 # the largest that NumPy and scikit-learn take
 
 def whole_number(
@@ -43,7 +43,7 @@ def fraction(
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is not possible: give a number between 0 and 1, such as 0.2")
     return value
 
-# %% ../nbs/13f_arguments.ipynb #2825e603
+# %% ../nbs/13f_arguments.ipynb #0d65226b
 class CommandParser(argparse.ArgumentParser):
     "A parser that reports what is wrong in one line, without the usage"
     def error(self,
@@ -52,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
         "Print the line and exit with code 2"
         self.exit(2, f'dr_transfer: error: {" ".join(message.split())} ({self.prog} --help lists the options)\n')
 
-# %% ../nbs/13f_arguments.ipynb #74237c52
+# %% ../nbs/13f_arguments.ipynb #d5b190b6
 def add_table_arguments(
     add:Callable # `add_argument` of a parser
 ):
@@ -114,4 +114,4 @@ def add_bootstrap_argument(
     add:Callable # `add_argument` of a parser
 ):
     "How many bootstrap resamples the intervals rest on"
-    add('--draws', metavar='N', type=whole_number(1, 1_000_000), default=1000, help='bootstrap resamples (default: 1000)')
+    add('--draws', metavar='N', type=whole_number(2, 1_000_000), default=1000, help='bootstrap resamples (default: 1000)')

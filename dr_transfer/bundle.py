@@ -22,7 +22,9 @@ from .card import FIELDS, FORMAT, ModelCard, ModelError, card_error, card_text, 
 from .files import new_folder, usual_mode
 from .model import create_head, head_inputs, make_body, view_probs
 from .predictions import gather_images, predict_table # of such a model, for those who take them from here
-from .schema import open_regular, to_dict
+from .places import reason
+from .regular import open_regular
+from .schema import to_dict
 from .speed import get_setting
 from .views import VIEWS, read_image
 from .weights import file_hash
@@ -161,8 +163,8 @@ def _read_folder(folder) -> ModelCard:
     try:
         with open_regular(file) as f:
             found = hashlib.file_digest(f, 'sha256').hexdigest()
-    except ValueError as e:
-        raise ModelError(f'{file} cannot be read: {e}. Copy the folder again from where it was made') from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
     if found != card.tensors_sha256:
         raise ModelError(f"{file} was changed after it was saved. Copy the folder again from where it was made")
     return card

@@ -18,7 +18,9 @@ from .decision import Decision
 from .files import package_version, unknown
 from .fundus import READERS
 from .images import FITS
-from .schema import Length, Range, Known, SchemaError, from_dict, read_json, read_regular, required_fields, to_dict
+from .places import reason
+from .regular import read_regular
+from .schema import Length, Range, Known, SchemaError, from_dict, read_json, required_fields, to_dict
 
 # %% ../nbs/02d_card.ipynb #6580cc96
 MOST_CLASSES = 10_000
@@ -188,8 +190,8 @@ def read_card(
     "The description of a model folder"
     try:
         about = read_json(read_regular(file, MOST_BYTES))
-    except ValueError as e:
-        raise ModelError(f'{file} cannot be read: {e}. Copy the folder again from where it was made') from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
     found = about.get('format') if isinstance(about, dict) else None
     if found != FORMAT:
         raise ModelError(f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, "

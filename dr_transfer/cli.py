@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #bad4d1d6
+# %% ../nbs/14_cli.ipynb #c1f5a336
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
                                    add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
 
-# %% ../nbs/14_cli.ipynb #530212e3
+# %% ../nbs/14_cli.ipynb #9c1a72e5
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #949a7731
+# %% ../nbs/14_cli.ipynb #a773916a
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -129,7 +129,7 @@ def _write_run(learn, folder, point):
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #2601e06b
+# %% ../nbs/14_cli.ipynb #2e482f2a
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -153,7 +153,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #d76bb2b2
+# %% ../nbs/14_cli.ipynb #29cb2c94
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -175,7 +175,7 @@ def predict(
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.csvfile import write_csv
     from dr_transfer.files import check_outside, new_file
-    from dr_transfer.predictions import gather_images, predict_table
+    from dr_transfer.predictions import NO_PROBABILITIES, gather_images, predict_table
     if a.out is None:
         table = predict_table(_load_any(a), gather_images(a.images))
         _as_utf8(sys.stdout)
@@ -190,7 +190,8 @@ def predict(
     bad = int((table.error != '').sum())
     more = f', {bad} could not be predicted (column error)' if bad else ''
     print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
-    return 0 if bad < len(table) else 1
+    no_numbers = table.error.eq(NO_PROBABILITIES).any() # the model is at fault, not an image
+    return 1 if bad == len(table) or no_numbers else 0
 
 def export(
     a:argparse.Namespace # As `dr_transfer export --help` describes
@@ -204,7 +205,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #5023d4ff
+# %% ../nbs/14_cli.ipynb #e513f087
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -220,7 +221,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #1192de7c
+# %% ../nbs/14_cli.ipynb #a24af061
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -283,7 +284,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #180dd337
+# %% ../nbs/14_cli.ipynb #830a4890
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -318,7 +319,7 @@ def _cross_evaluation(a):
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #a5af6f3e
+# %% ../nbs/14_cli.ipynb #cea0929e
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -358,7 +359,7 @@ def _metric(name, images, goal) -> str:
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #466b7170
+# %% ../nbs/14_cli.ipynb #96bd5982
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -370,7 +371,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #74ab8c87
+# %% ../nbs/14_cli.ipynb #1aa36982
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -381,7 +382,8 @@ def _command(commands, name, function, about, example):
     p.set_defaults(run=function, interrupted=interrupted)
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
     p.add_argument('--setting', default='auto', help='how the CPU computes: auto (fastest, measured once), plain, channels_last or bf16')
-    p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
+    if function is not preprocess:
+        p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
 
 def _parser() -> CommandParser:
@@ -396,7 +398,7 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #d19b0155
+# %% ../nbs/14_cli.ipynb #332d91e4
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
@@ -433,7 +435,7 @@ def _add_export(commands):
     add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #4dabee62
+# %% ../nbs/14_cli.ipynb #de2f3896
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
@@ -475,7 +477,7 @@ def _add_compare(commands):
     add_bootstrap_argument(add)
     add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #99882625
+# %% ../nbs/14_cli.ipynb #106f01d0
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 from .csvfile import check_columns, known_columns, plain_name, read_csv, text_errors
-from .groups import EMPTY, group_key, spellings
+from .groups import group_key, spellings
 
 # %% ../nbs/00j_columns.ipynb #20598098
 def read_labels(

@@ -23,7 +23,8 @@ from .decision import Decision, apply_decision, choose_decision
 from .files import OutputError, cache_folder, new_folder, warn
 from .leaks import Together, note_contradictions
 from .plans import choose_plan, get_plan, plan_arch
-from .safe_files import private_folder, read_regular
+from .regular import read_regular
+from .safe_files import private_folder
 from .store import content_keys
 from .table import label_table, report_table, set_aside
 from .views import READING

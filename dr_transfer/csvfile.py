@@ -8,9 +8,13 @@ __all__ = ['MOST_BYTES', 'MOST_ROWS', 'MOST_COLUMNS', 'MOST_CELL', 'SEPARATORS',
            'known_columns']
 
 # %% ../nbs/00i_csvfile.ipynb #679a83eb
-import csv, io, os, re, stat
+import csv
+import io
+import re
 from pathlib import Path
 import pandas as pd
+from .places import reason
+from .regular import NotAFile, TooLarge, read_regular
 
 # %% ../nbs/00i_csvfile.ipynb #19967d53
 MOST_BYTES = 1_000_000_000 # of a file
@@ -26,22 +30,15 @@ class CsvError(ValueError):
 def _content(file) -> bytes:
     "The bytes of a regular file of a size that can be a table"
     try:
-        about = os.stat(file)
+        return read_regular(file, MOST_BYTES)
     except FileNotFoundError:
         raise CsvError(f"there is no labels file {file}: give the path of a CSV file") from None
+    except NotAFile as e:
+        raise CsvError(f"{file} is not a CSV file ({e}): give the path of a CSV file") from None
+    except TooLarge as e:
+        raise CsvError(f"{file} is too large for a table of images ({e}): is it a CSV file?") from None
     except (OSError, ValueError) as e:
-        raise CsvError(f"{file} cannot be read as a CSV file: {e}") from None
-    if stat.S_ISDIR(about.st_mode):
-        raise CsvError(f"{file} is a folder: give the path of a CSV file")
-    if not stat.S_ISREG(about.st_mode):
-        raise CsvError(f"{file} is not a regular file but a pipe, a socket or a device: give the path of a CSV file")
-    if about.st_size > MOST_BYTES:
-        raise CsvError(f"{file} has {about.st_size/1e9:.1f} GB, more than a table of images can have "
-                       f"({MOST_BYTES/1e9:.0f} GB): is it a CSV file?")
-    try:
-        return Path(file).read_bytes()
-    except OSError as e:
-        raise CsvError(f"{file} cannot be read as a CSV file: {e.strerror}") from None
+        raise CsvError(f"{file} cannot be read as a CSV file: {reason(e)}") from None
 
 def _text(data, file) -> str:
     "Bytes as text: UTF-8, or UTF-16 with its mark; bytes that are neither become surrogates"

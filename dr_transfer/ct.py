@@ -8,7 +8,6 @@ __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows
 # %% ../nbs/03a_ct.ipynb #5cbcd5fb
 import gzip
 import math
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path

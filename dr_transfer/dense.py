@@ -8,7 +8,7 @@ __all__ = ['POINTWISE', 'PerPlace', 'as_convolutions', 'dense_model', 'score_map
 # %% ../nbs/13d_dense.ipynb #b8658f55
 import numpy as np, torch
 from torch import nn
-from .backbones import Stages, create_body
+from .backbones import Stages
 from .bundle import ImageModel
 from .model import AveragePool
 from .ordered import ORDERED

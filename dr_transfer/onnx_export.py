@@ -17,7 +17,9 @@ from .calibration import apply_temperature
 from .card import ModelCard, ModelError, card_of
 from .files import extra_module, new_file
 from .fundus import read_image
-from .schema import read_json, read_regular
+from .places import reason
+from .regular import read_regular
+from .schema import read_json
 
 # %% ../nbs/13e_onnx.ipynb #17b87b57
 ONNX_FORMAT = 'dr_transfer onnx 2'
@@ -42,8 +44,8 @@ def _read_whole(file) -> bytes:
     "What is in an ONNX file of ours; ModelError if it is another, or was changed"
     try:
         data = read_regular(file, MOST_ONNX)
-    except ValueError as e:
-        raise ModelError(f'{file}: {e}. Give a file made by export_onnx or dr_transfer export') from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f'{file}: {reason(e)}. Give a file made by export_onnx or dr_transfer export') from None
     at = _place(data)
     if at is None and b'dr_transfer onnx 1' in data:
         raise ModelError(f'{file} was written by dr_transfer 0.1, without a hash that shows whether it is still whole. '

@@ -11,7 +11,7 @@ import hashlib, os, shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterator
 from filelock import FileLock, Timeout
 
 # %% ../nbs/000_places.ipynb #p0000007

@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'KINDS', 'MORE', 'DEEPEST', 'SchemaError', 'Range', 'Length', 'Known', 'describe', 'convert',
-           'required_fields', 'from_dict', 'to_dict', 'open_regular', 'read_regular', 'read_json']
+           'required_fields', 'from_dict', 'to_dict', 'read_json']
 
 # %% ../nbs/00aa_schema.ipynb #8d7fbfa6
 import json
 import math
-import os
 import reprlib
-import stat
 import types
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Collection, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Collection, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/00aa_schema.ipynb #2ecb4bb6
 class SchemaError(ValueError):
@@ -222,31 +220,6 @@ def to_dict(
     if isinstance(value, (list, tuple)):
         return [to_dict(v) for v in value]
     return value
-
-# %% ../nbs/00aa_schema.ipynb #6bc7a08e
-def open_regular(
-    path:str|Path # A file
-) -> BinaryIO: # Open for reading
-    "A regular file, opened; ValueError for what is none, or cannot be opened"
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-    except OSError as e:
-        raise ValueError(f'it cannot be opened ({e.strerror})') from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ValueError('it is no regular file')
-    return os.fdopen(handle, 'rb')
-
-def read_regular(
-    path:str|Path, # A file
-    most:int # The largest number of bytes
-) -> bytes:
-    "What is in a regular file; ValueError if it is none, is too long, or cannot be read"
-    with open_regular(path) as f:
-        length = os.fstat(f.fileno()).st_size
-        if length > most:
-            raise ValueError(f'it is longer than {most} bytes')
-        return f.read(length)
 
 # %% ../nbs/00aa_schema.ipynb #3d4b4aac
 DEEPEST = 20 # objects and lists within one another

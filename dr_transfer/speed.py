@@ -19,7 +19,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .files import atomic_file, cache_folder, unknown, warn
-from .safe_files import private_folder, read_regular
+from .regular import read_regular
+from .safe_files import private_folder
 
 # %% ../nbs/05a_speed.ipynb #de77f3d5
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from .files import atomic_file, progress, warn
 from .images import read_rgb
+from .regular import open_regular, read_regular
 from .source import source_name
-from .safe_files import check_private, disk_errors, is_shortage, open_regular, private_folder, read_regular
+from .safe_files import check_private, disk_errors, is_shortage, private_folder
 
 # %% ../nbs/05b_store.ipynb #e1c14870
 class ChangedError(ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import safetensors.torch, torch
 from torch import nn
 from .files import cache_folder
-from .safe_files import NotAFile, open_regular
+from .regular import NotAFile, open_regular
 
 # %% ../nbs/04b_weights.ipynb #4212a4d6
 class WeightsError(ValueError):

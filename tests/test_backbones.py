@@ -518,7 +518,7 @@ def test_an_archive_that_unpacks_to_more(small, tmp_path):
 def test_what_is_no_plain_file(tmp_path):
     "It is not waited for"
     os.mkfifo(tmp_path/'pipe.pth')
-    refused(tmp_path/'pipe.pth', 'pipe.pth is a named pipe', 'no weights file')
+    refused(tmp_path/'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
     (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth')
     refused(tmp_path/'loop.pth', 'loop.pth', 'cannot be opened')
     (tmp_path/'zero.pth').symlink_to('/dev/zero')

@@ -234,7 +234,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
     ({'views': 'mirror_far'}, "'views' is 'mirror_far'"),
     ({'format': 'dr_transfer model 1'}, 'use the version of dr_transfer that made it'), ({'tensors_sha256': None}, "'tensors_sha256' is missing"),
     ({'size': 10**6}, "'size' is 1000000"), ({'head': {'hidden': [10**9]}}, "'head.hidden[0]' is 1000000000"), ({'head': {'hidden': [100_000]*10}}, "the tensor '1.3.weight'"),
-    ({'classes': [f'class {i}' for i in range(10**6)]}, 'it is longer than'), ({'classes': [f'class {i}' for i in range(20_000)]}, 'of length 2 to 10000'),
+    ({'classes': [f'class {i}' for i in range(10**6)]}, 'bytes, and may have'), ({'classes': [f'class {i}' for i in range(20_000)]}, 'of length 2 to 10000'),
     ({'std': [.2, 0, .2]}, "'std[1]' is 0"), ({'mean': [.5, float('nan'), .5]}, "'mean[1]' is nan"), ({'classes': ['no', 'No ']}, 'differ only in case or spaces'),
     ({'decision': {'temperature': 0}}, "'decision.temperature' is 0"), ({'decision': {'operating': {'threshold': .5}}}, "'decision.operating.wanted' is missing"),
     ({'arch': 'vit_7b_patch16_dinov3'}, 'would take too much memory')])
@@ -403,7 +403,7 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
     (folder/file).unlink()
     make = {'folder': lambda p: p.mkdir(), 'pipe': os.mkfifo, 'loop': lambda p: p.symlink_to(p), 'device': lambda p: p.symlink_to('/dev/zero')}[kind]
     make(folder/file)
-    with pytest.raises(ModelError, match=f'{file} cannot be read: it (is no regular file|cannot be opened)'): load_model(folder)
+    with pytest.raises(ModelError, match=f'{file} cannot be read: (it is .* not a regular file|Too many levels)'): load_model(folder)
 
 
 @pytest.mark.parametrize('spoil, words', [

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dr_transfer import store as module
 from dr_transfer.images import read_rgb, to_rgb
-from dr_transfer.safe_files import open_regular
+from dr_transfer.regular import open_regular
 from dr_transfer.store import ArrayStore, ChangedError, content_key, content_keys, digest, fill_stores, image_data, stored_array
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -470,7 +470,7 @@ def test_a_source_that_is_no_file(tmp_path, place):
     path = tmp_path/'pipe.png'
     if place == 'pipe': os.mkfifo(path)
     else: path.symlink_to('/dev/zero')
-    with pytest.raises(ValueError, match='pipe.png.*where a file is expected'): content_keys([path])
+    with pytest.raises(ValueError, match='pipe.png.*not a regular file'): content_keys([path])
 
 
 def test_folders_of_the_cache_are_of_their_owner(tmp_path):
