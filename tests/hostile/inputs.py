@@ -70,8 +70,8 @@ def case(kind, each=None):
 
 
 def is_sampled(i, n) -> bool:
-    "Does the i-th of n values of a builder always run? A third of them do, three or more, evenly spread."
-    wanted = min(n, max(3, -(-n // 3)))
+    "Does the i-th of n values of a builder always run? A quarter of them do, three or more, evenly spread."
+    wanted = min(n, max(3, -(-n // 4)))
     return i * wanted // n != (i - 1) * wanted // n
 
 

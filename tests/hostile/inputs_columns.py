@@ -145,10 +145,10 @@ def together(at, labels='labels.csv', column=2):
 
     def complaints(outcome):
         rows = list(csv.reader(io.StringIO((at.data/labels).read_text())))[1:]
-        valid = {os.path.basename(r['image']) for r in outcome.rows}
+        valid = [r['image'] for r in outcome.rows]
         on = {}
         for r in rows:
-            on.setdefault(r[column].strip(), set()).add(os.path.basename(r[0]) in valid)
+            on.setdefault(r[column].strip(), set()).add(any(v.endswith(f'/{r[0]}') for v in valid))
         both = [p for p, found in on.items() if p and len(found) > 1]
         if both:
             yield f'{len(both)} patients stand in training and in validation, such as {both[0]!r}'
@@ -292,4 +292,4 @@ def patients_ambiguous(at, how):
     write(at.data/'credits.csv', first)
     if how == 'two files':
         write(at.data/'more.csv', second)
-    return at.train(images=18, named=('credits.csv', 'more.csv', 'patient', 'subject'))
+    return at.train(images=18, named=('credits.csv', 'more.csv', 'patient', 'subject', 'groups'))
