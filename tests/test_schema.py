@@ -184,7 +184,7 @@ def test_advice_depends_on_who_wrote_it(tmp_path):
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
 def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
     file = tmp_path/'model.json'
-    def says(): return pytest.raises(ModelError, match='model.json cannot be read: it ')
+    def says(): return pytest.raises(ModelError, match='model.json cannot be read: (it |No such|Too many)')
     with says(): read_card(file)
     file.mkdir()
     with says(): read_card(file)
