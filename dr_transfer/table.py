@@ -7,6 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'MOST_NAME', 'DATA', 'KNOWN', 'SPLITS', 'find_image
            'data_columns', 'shown_name', 'label_table', 'set_aside', 'report_table', 'class_counts']
 
 # %% ../nbs/01_table.ipynb #d93bb901
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,7 @@ def label_table(
         if labels is not None:
             raise ValueError("a table was given as data, and labels besides: put the labels into the table, or give a folder")
         t, groups = _from_table(source, image_col, label_col, group_col)
+        verify = verify and source.attrs.get('checked') != _names_digest(t.image) # once is enough
         return _finish(t, verify, groups, source.attrs.get('set_aside', []))
     source, labels = _place(source, labels)
     folders = labels is None
@@ -263,9 +265,9 @@ def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, Grou
     "The table of a DataFrame; one from `label_table` keeps its groups, and where they come from"
     before = df.attrs.get('group_source')
     known = before is not None and group_col is None and 'group' in df
-    t, source = _read(read_labels(df), image_col, label_col, group_col if not known else 'none')
     if not known:
-        return t, source
+        return _read(read_labels(df), image_col, label_col, group_col)
+    t, _ = _read(read_labels(df.drop(columns='group')), image_col, label_col, 'none')
     return t.assign(group=df.loc[df.notna().any(axis=1), 'group'].tolist()), before
 
 # %% ../nbs/01_table.ipynb #f84f0fbe
@@ -313,6 +315,10 @@ def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
 def _reasons(aside) -> list[str]:
     return [f"{a['image']} ({a['reason']})" for a in aside]
 
+def _names_digest(images) -> str:
+    "A hash of the names of images, in any order"
+    return hashlib.sha256('\0'.join(sorted(map(str, images))).encode(errors='surrogateescape')).hexdigest()
+
 def _finish(t, verify, source, aside) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
     split = t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)
@@ -326,7 +332,8 @@ def _finish(t, verify, source, aside) -> pd.DataFrame:
         raise ValueError(f"none of {len(aside)} images can be used: {some(_reasons(aside))}")
     t['label'] = t.label.map(lambda l: str(l).strip())
     t = t[['image', 'label', 'group', 'split', *(c for c in t if c not in KNOWN)]]
-    t.attrs = {'set_aside': aside, 'group_source': source, 'patients': source.line(t.group), 'notes': [], 'split_from': 'column'}
+    checked = _names_digest(t.image) if verify else ''
+    t.attrs = {'checked': checked, 'set_aside': aside, 'group_source': source, 'patients': source.line(t.group), 'notes': [], 'split_from': 'column'}
     return t
 
 # %% ../nbs/01_table.ipynb #a4bfac5f
