@@ -80,7 +80,7 @@ def _own_start(plan, kwargs) -> dict:
 def _kept_table(file) -> pd.DataFrame:
     "A table that was kept, its numbers as numbers"
     t = read_csv(file)
-    text = ('image', 'group', 'target', 'prediction', 'decision')
+    text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
     return t.assign(**{c: pd.Series([_value(v) for v in t[c]], t.index) for c in t if c not in text})
 
 def _value(text):
