@@ -70,7 +70,7 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
     for i, f in enumerate(files): Image.fromarray(draw_fundus(0, size=96, seed=i)[0]).save(f)
     a, _ = image_hashes(files)
     seen = []
-    monkeypatch.setattr(leaks, 'detail_hash', lambda im: seen.append(1) or detail_hash(im))
+    monkeypatch.setattr(leaks, 'detail_hash', lambda im: im.getbbox() and seen.append(1) or detail_hash(im)) # not the black ones that fill a batch
     b, _ = image_hashes(files)
     assert not seen and (a == b).all()
     Image.fromarray(draw_fundus(0, size=96, seed=9)[0]).save(files[1])
