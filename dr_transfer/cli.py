@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #c1f5a336
+# %% ../nbs/14_cli.ipynb #5a996764
 import argparse
 import os
 import sys
 import warnings
 from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
-                                   add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, whole_number)
+                                   add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, path_name, whole_number)
 
-# %% ../nbs/14_cli.ipynb #9c1a72e5
+# %% ../nbs/14_cli.ipynb #13717c9a
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #a773916a
+# %% ../nbs/14_cli.ipynb #3052e0d3
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -129,7 +129,7 @@ def _write_run(learn, folder, point):
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #2e482f2a
+# %% ../nbs/14_cli.ipynb #1e2324c4
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -153,7 +153,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #29cb2c94
+# %% ../nbs/14_cli.ipynb #536cd6f4
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -175,23 +175,32 @@ def predict(
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.csvfile import write_csv
     from dr_transfer.files import check_outside, new_file
-    from dr_transfer.predictions import NO_PROBABILITIES, gather_images, predict_table
+    from dr_transfer.predictions import gather_images, predict_table
     if a.out is None:
         table = predict_table(_load_any(a), gather_images(a.images))
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
     else:
         for source in (a.model, *a.images):
-            if not Path(source).is_dir():
-                check_outside(a.out, source) # the table may lie beside images, but not replace one
+            check_outside(a.out, source)
         with new_file(a.out, a.overwrite) as file:
             table = predict_table(_load_any(a), gather_images(a.images))
             write_csv(table, file)
     bad = int((table.error != '').sum())
     more = f', {bad} could not be predicted (column error)' if bad else ''
     print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
-    no_numbers = table.error.eq(NO_PROBABILITIES).any() # the model is at fault, not an image
-    return 1 if bad == len(table) or no_numbers else 0
+    return _predicted(table)
+
+def _predicted(table) -> int:
+    "The exit code; 1, with the reason, if the model is at fault or nothing could be predicted"
+    from dr_transfer.predictions import NO_PROBABILITIES
+    failed = table[table.error != '']
+    if len(failed) < len(table) and not failed.error.eq(NO_PROBABILITIES).any():
+        return 0
+    first = failed.iloc[0]
+    print(f'dr_transfer: error: {len(failed)} of {len(table)} images have no prediction, such as {first.image}: {first.error}',
+          file=sys.stderr)
+    return 1
 
 def export(
     a:argparse.Namespace # As `dr_transfer export --help` describes
@@ -205,7 +214,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #e513f087
+# %% ../nbs/14_cli.ipynb #7cf00a0b
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -221,7 +230,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #a24af061
+# %% ../nbs/14_cli.ipynb #b66ab6bc
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -284,7 +293,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #830a4890
+# %% ../nbs/14_cli.ipynb #4b25bf66
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -319,7 +328,7 @@ def _cross_evaluation(a):
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #cea0929e
+# %% ../nbs/14_cli.ipynb #fb6d6b94
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -359,7 +368,7 @@ def _metric(name, images, goal) -> str:
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #96bd5982
+# %% ../nbs/14_cli.ipynb #2328a8a6
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -371,7 +380,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #1aa36982
+# %% ../nbs/14_cli.ipynb #ed2b2c36
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -398,10 +407,10 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #332d91e4
+# %% ../nbs/14_cli.ipynb #2ade7f8c
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
-    add('--out', default='dr_transfer_demo', help='folder to make (default: %(default)s)')
+    add('--out', type=path_name, default='dr_transfer_demo', help='folder to make (default: %(default)s)')
     add('--images', type=whole_number(1, 100_000), default=400, help='how many to draw (default: %(default)s)')
     add('--size', type=whole_number(32, 2048), default=256, help='pixels (default: %(default)s)')
     add('--seed', type=whole_number(0, MAX_SEED), default=42, help='another seed, other images (default: %(default)s)')
@@ -411,7 +420,7 @@ def _add_train(commands):
                    'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run')
     for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments, add_recipe_arguments):
         group(add)
-    add('--out', metavar='DIR', help='folder to make (default: the name of DATA and _run)')
+    add('--out', metavar='DIR', type=path_name, help='folder to make (default: the name of DATA and _run)')
 
 def _add_advise(commands):
     add = _command(commands, 'advise', advise, 'Measure the images of a folder and recommend a plan',
@@ -419,28 +428,28 @@ def _add_advise(commands):
     for group in (add_table_arguments, add_task_arguments, add_split_arguments):
         group(add)
     add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
-    add('--weights', metavar='FILE', help="weights of the backbone from a file, or 'random'")
-    add('--out', metavar='PNG', help='figure to write (default: the name of DATA and _advice.png)')
+    add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
+    add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
 def _add_predict(commands):
     add = _command(commands, 'predict', predict, 'Predict images with a trained model',
                    'dr_transfer predict messidor_run new_photos --out predictions.csv')
-    add('model', metavar='DIR', help='folder made by dr_transfer train, a model folder, or an ONNX file')
-    add('images', metavar='IMAGES', nargs='+', help='image files, or folders that are searched')
-    add('--out', metavar='CSV', help='file to write (default: print)')
+    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, a model folder, or an ONNX file')
+    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders that are searched')
+    add('--out', metavar='CSV', type=path_name, help='file to write (default: print)')
 
 def _add_export(commands):
     add = _command(commands, 'export', export, 'Write a trained model as an ONNX file, if it gives the same predictions',
                    'dr_transfer export messidor_run --out messidor.onnx')
-    add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
-    add('--out', metavar='ONNX', help='file to write (default: the name of DIR and .onnx)')
+    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
+    add('--out', metavar='ONNX', type=path_name, help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #de2f3896
+# %% ../nbs/14_cli.ipynb #b1265863
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
-    add('folder', metavar='IN', help='folder of photographs; they are not changed')
-    add('out', metavar='OUT', help='folder for the results; what is finished there is not done again')
+    add('folder', metavar='IN', type=path_name, help='folder of photographs; they are not changed')
+    add('out', metavar='OUT', type=path_name, help='folder for the results; what is finished there is not done again')
     add('--size', metavar='N', type=whole_number(32, 8192), default=512, help='side in pixels (default: %(default)s)')
     add('--correction', default='none', help='light: none, colour or local (default: %(default)s)')
     add('--to-right', action='store_true', help='left eyes (column eye of labels.csv) as mirror images')
@@ -450,7 +459,7 @@ def _add_preprocess(commands):
 def _add_evaluate(commands):
     add = _command(commands, 'evaluate', evaluate, 'Report how well a trained model predicts labelled images',
                    'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html')
-    add('model', metavar='DIR', help='folder made by dr_transfer train, or a model folder')
+    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
     add_table_arguments(add)
     add('--task', metavar='TASK', help="FILE.toml or FILE.py:NAME, for a task of your own (default: the model's)")
     add('--split', choices=('new', 'valid'), default='new',
@@ -475,9 +484,9 @@ def _add_compare(commands):
     add('--plans', metavar='NAME', nargs='+', default=['head', 'top1'], help='plans, each with each backbone (default: head top1)')
     add('--measure', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
     add_bootstrap_argument(add)
-    add('--out', metavar='PNG', help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
+    add('--out', metavar='PNG', type=path_name, help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #106f01d0
+# %% ../nbs/14_cli.ipynb #7adcb3ef
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):
