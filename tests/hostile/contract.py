@@ -16,7 +16,7 @@ import os
 import re
 from pathlib import Path
 
-from observe import CPU, ERROR, MEMORY, differences, text
+from observe import CPU, ERROR, MEMORY, differences, table_beside, text
 
 FORBIDDEN = ('Traceback (most recent call last)', 'Traceback of the server', 'Exception ignored', 'Segmentation fault')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', '.dcm', '.dicom')
@@ -52,8 +52,8 @@ def table_of(outcome) -> list:
         return read_rows(outcome.out.splitlines(True))
     path = {
         'predict': lambda o: o,
-        'evaluate': lambda o: o.with_suffix('.csv'),
-        'cross-validate': lambda o: o.with_suffix('.csv'),
+        'evaluate': table_beside,
+        'cross-validate': table_beside,
         'preprocess': lambda o: o/'images.csv',
         'train': lambda o: o/'predictions.csv',
     }[words[0]](Path(outs[0]))
@@ -139,6 +139,7 @@ def sets_differ(found, expected) -> list:
 def words_of(command) -> list:
     "What an error may name: paths and options that were given, long enough to be no accident."
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
+    words += [w.encode(errors='backslashreplace').decode() for w in words] # as standard error shows what is no text
     near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'))}
     return sorted(w for w in near if len(w) > 1 and not w.replace('.', '').isdigit()) + [str(n) for n in command.named]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from contract import check, read_rows
-from observe import Command, Outcome, run
+from observe import Command, Outcome, run, table_beside
 
 KINDS = (
     'files',
@@ -146,7 +146,7 @@ class Place:
         more.setdefault('data', self.data)
         return Command(
             ['evaluate', model, self.data, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN, *words],
-            [out, out.with_suffix('.csv')],
+            [out, table_beside(out)],
             **more,
         )
 

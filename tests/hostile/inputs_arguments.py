@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 
 from inputs import PLAIN, case, need
-from observe import Command
+from observe import Command, table_beside
 
 BAD_NUMBERS = (
     '-1',
@@ -107,7 +107,7 @@ def other_command(at, words):
     more = ('--draws', '10') if command != 'advise' else ()
     return Command(
         [command, at.flowers, *small, '--weights', 'random', '--size', '48', *PLAIN, *more, '--out', out, *words],
-        [out, out.with_suffix('.csv')],
+        [out, table_beside(out)],
         named=tuple(w.strip('-') for w in words),
     )
 

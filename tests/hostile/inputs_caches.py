@@ -29,7 +29,7 @@ from damage import (
     zeroed,
 )
 from inputs import PLAIN, SMALL, case
-from observe import Command
+from observe import Command, table_beside
 
 
 def train(at, cache=None, **more):
@@ -296,7 +296,7 @@ def compare(at, runner_words=()):
             '--out',
             out,
         ],
-        [out, out.with_suffix('.csv')],
+        [out, table_beside(out)],
         named=('cache', 'trainings', 'DR_TRANSFER_CACHE'),
     )
 
@@ -328,8 +328,8 @@ def kept_training(at, change):
     for path in files:
         change(path)
     command = compare(at)
-    want = (at.shared/'compared.csv').read_bytes()
+    want = table_beside(at.shared/'compared.png').read_bytes()
     command.also = lambda o: (
-        [] if o.code or (at.root/'out.csv').read_bytes() == want else ['another result than with an empty cache']
+        [] if o.code or table_beside(at.root/'out.png').read_bytes() == want else ['another result than with an empty cache']
     )
     return command

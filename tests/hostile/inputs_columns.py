@@ -212,9 +212,9 @@ def patients_in_every_command(at, which):
         'advise': ['--arch', 'small_cnn'],
         'cross-validate': ['--arch', 'small_cnn', '--plan', 'head', '--epochs', '1', '--folds', '2', '--draws', '10'],
     }[which]
-    from observe import Command
+    from observe import Command, table_beside
 
-    return Command(words, [out, out.with_suffix('.csv')])
+    return Command(words, [out, table_beside(out)])
 
 
 @case('columns')

@@ -4,7 +4,7 @@ import os
 import shutil
 
 from inputs import PLAIN, WHOLE, case
-from observe import Command
+from observe import Command, table_beside
 
 COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', *(('export',) if WHOLE else ()))  # an export takes long
 SUFFIX = {'predict': '.csv', 'evaluate': '.html', 'export': '.onnx'}
@@ -20,7 +20,7 @@ def of(at, command, out, *words, allowed=False):
         'export': lambda: exported(at),
     }[command]()
     made.words = [out if w == made.outs[0] else w for w in made.words] + list(words)
-    made.outs = [out, out.with_suffix('.csv')] if allowed else []
+    made.outs = [out, table_beside(out)] if allowed else []
     made.data = made.data if allowed else None
     made.images = made.images if allowed else None
     made.named = (os.path.basename(str(out)) or 'out', 'out')
@@ -38,7 +38,7 @@ def evaluated(at):
     out = at.root/'out.html'
     return Command(
         ['evaluate', at.shared/'eye_run', at.eyes, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN],
-        [out, out.with_suffix('.csv')],
+        [out, table_beside(out)],
     )
 
 
@@ -138,9 +138,9 @@ def link(at, which):
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
     if name == 'dangling':
-        made.outs = [out, out.with_suffix('.csv'), target]
+        made.outs = [out, table_beside(out), target]
     elif name == 'to file' and command in SUFFIX:
-        made.outs = [out, out.with_suffix('.csv')]
+        made.outs = [out, table_beside(out)]
     made.also = None if name in ('dangling', 'to file') else refused
     return made
 
@@ -199,7 +199,7 @@ def suffix_of_a_report(at, name):
 @case('outs')
 def table_beside_a_report_is_taken(at):
     "The report's place is free, that of its table is not."
-    (at.root/'out.csv').write_text('precious')
+    table_beside(at.root/'out.html').write_text('precious')
     made = of(at, 'evaluate', at.root/'out.html')
     made.also = refused
     return made

@@ -19,6 +19,12 @@ STOP = 6_000_000_000  # bytes of address space beyond those of the imported libr
 ERROR = re.compile(r'dr_transfer( [a-z-]+)?: error: \S')
 
 
+def table_beside(out) -> Path:
+    "The table that is written beside a report or a figure."
+    out = Path(out)
+    return out.with_name(out.stem + ('_table.csv' if out.suffix == '.png' else '_predictions.csv'))
+
+
 @dataclass
 class Command:
     "A command, and what it may do."
