@@ -120,7 +120,7 @@ def _read_kept(folder) -> list[pd.DataFrame]|None:
     warn(f'the training kept in {folder} is damaged: it is done again')
     return None
 
-
+# %% ../nbs/10b_crossval.ipynb #1d7e8545
 def train_once(
     table:pd.DataFrame, # Columns `image, label, group, split, target`
     task:Task, # A task

@@ -39,7 +39,7 @@ def open_regular(
     mode:str='rb', # As `open` takes it; the file is not cut before it was looked at
     follow:bool=True, # May the last part of the name be a link?
     create:bool=False # May the file be made?
-) -> BinaryIO: # `NotAFile` for a folder, pipe, socket, device or link; OSError as from `open`
+) -> BinaryIO: # `NotAFile` for anything else, such as a pipe; OSError as `open`
     "Open a regular file, without waiting for it"
     def opener(name, flags):
         flags |= getattr(os, 'O_NONBLOCK', 0) | (os.O_CREAT if create else 0)

@@ -189,6 +189,8 @@ def _groups_beside(folder, files, image_col, group_col) -> tuple[dict, GroupSour
         df = df[df[image].notna()]
         groups, source = choose_groups(df, group_col, (image,))
         for row, f, g in zip(df.index, _locate(_names(df, image), folder, files), groups):
+            if f is None:
+                continue # a row without a file
             if f in known and group_key(known[f]) != group_key(g):
                 raise ValueError(f"{f.name} has two groups: '{known[f]}' and '{g}' (row {row} of {csv.name}). Keep one")
             known[f] = g

@@ -522,7 +522,7 @@ def test_what_is_no_plain_file(tmp_path):
     (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth')
     refused(tmp_path/'loop.pth', 'loop.pth', 'cannot be opened')
     (tmp_path/'zero.pth').symlink_to('/dev/zero')
-    refused(tmp_path/'zero.pth', 'zero.pth is a device')
+    refused(tmp_path/'zero.pth', 'zero.pth (it is a device')
     refused(tmp_path, 'is a folder')
     with open(tmp_path/'huge.pth', 'wb') as f: f.truncate(10**13)                  # it takes no room on the disk
     refused(tmp_path/'huge.pth', 'huge.pth has 10000 GB')

@@ -450,7 +450,7 @@ def test_a_link_is_not_written_through(tmp_path):
         store.folder.mkdir(parents=True)
         precious.write_bytes(b'thesis')
         (store.folder/name).symlink_to(precious)
-        with pytest.raises(ValueError, match=f'{name} is a link.*delete it'): fill(new(tmp_path/name), pictures(3), colours(), BS)
+        with pytest.raises(ValueError, match=f'{name}: it is a link.*Delete it'): fill(new(tmp_path/name), pictures(3), colours(), BS)
         assert precious.read_bytes() == b'thesis'
 
 
@@ -462,7 +462,7 @@ def test_what_is_no_file(tmp_path, name, kind):
     folder.mkdir()
     if kind == 'pipe': os.mkfifo(folder/name)
     else: (folder/name).mkdir()
-    with pytest.raises(ValueError, match=f'{name} is a .*{kind}.*delete it'): fill(new(tmp_path), pictures(3), colours(), BS)
+    with pytest.raises(ValueError, match=f'{name}: it is a .*{kind}.*Delete it'): fill(new(tmp_path), pictures(3), colours(), BS)
 
 
 @pytest.mark.parametrize('place', ['pipe', 'zero'])

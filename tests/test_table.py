@@ -410,7 +410,7 @@ def test_a_pipe_in_place_of_a_csv(tmp_path):
     for call in (lambda: label_table(tmp_path), lambda: label_table(tmp_path/'labels.csv'), lambda: label_table(tmp_path, tmp_path/'labels.csv')):
         with pytest.raises(ValueError, match='not a regular file|is not a folder'): call()
     from dr_transfer.preprocess import preprocess_folder
-    with pytest.raises(ValueError, match='not a regular file'): preprocess_folder(tmp_path, tmp_path/'out')
+    with pytest.raises(ValueError, match='not a regular file'): preprocess_folder(tmp_path, tmp_path.with_name('out of the pipe'))
 
 
 def test_rows_without_content_are_left_out(tmp_path):
