@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo', 'main']
 
-# %% ../nbs/14_cli.ipynb #e2c6a1a0
+# %% ../nbs/14_cli.ipynb #1e6f8f46
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from .arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
                                    add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments, path_name, whole_number)
 
-# %% ../nbs/14_cli.ipynb #dc9fa71b
+# %% ../nbs/14_cli.ipynb #bed895a5
 def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
@@ -65,7 +65,7 @@ def _print_decision(decision):
     for line in decision.refused:
         print(line)
 
-# %% ../nbs/14_cli.ipynb #540d8b1b
+# %% ../nbs/14_cli.ipynb #068218f9
 def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.backbones import find_backbone
@@ -129,7 +129,7 @@ def _write_run(learn, folder, point):
         print(f'training minus validation (a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
-# %% ../nbs/14_cli.ipynb #81611734
+# %% ../nbs/14_cli.ipynb #2eadf7bb
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
     from dr_transfer.advisor import advise
@@ -153,7 +153,7 @@ def advise(
     print(f'figure: {out}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #6f0f9fbc
+# %% ../nbs/14_cli.ipynb #98edb34d
 def _load(a):
     "The model of a run, or of a model folder"
     if a.model.endswith('.onnx'):
@@ -214,7 +214,7 @@ def export(
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
     return 0
 
-# %% ../nbs/14_cli.ipynb #588ad069
+# %% ../nbs/14_cli.ipynb #e7eaab0c
 def preprocess(
     a:argparse.Namespace # As `dr_transfer preprocess --help` describes
 ) -> int: # Exit code
@@ -230,7 +230,7 @@ def preprocess(
     print(f"table: {Path(a.out)/'images.csv'}")
     return 0 if len(bad) < len(t) else 1
 
-# %% ../nbs/14_cli.ipynb #a6c3cff9
+# %% ../nbs/14_cli.ipynb #e7e327fe
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
     from dr_transfer.data import TASKS, Target, encode_target
@@ -293,7 +293,7 @@ def _evaluation(a):
     print(table.attrs['patients'])
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
-# %% ../nbs/14_cli.ipynb #afe5abcc
+# %% ../nbs/14_cli.ipynb #788f18da
 def cross_validate(
     a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
 ) -> int: # Exit code
@@ -328,7 +328,7 @@ def _cross_evaluation(a):
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
-# %% ../nbs/14_cli.ipynb #d3ea304c
+# %% ../nbs/14_cli.ipynb #ac343723
 def compare(
     a:argparse.Namespace # As `dr_transfer compare --help` describes
 ) -> int: # Exit code
@@ -368,7 +368,7 @@ def _metric(name, images, goal) -> str:
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 
-# %% ../nbs/14_cli.ipynb #60d3c64b
+# %% ../nbs/14_cli.ipynb #44a04b1e
 def demo(
     a:argparse.Namespace # As `dr_transfer demo --help` describes
 ) -> int: # Exit code
@@ -380,7 +380,7 @@ def demo(
     print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
     return 0
 
-# %% ../nbs/14_cli.ipynb #6aab2eb4
+# %% ../nbs/14_cli.ipynb #d2680f3e
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
 
 def _command(commands, name, function, about, example):
@@ -407,7 +407,7 @@ def _parser() -> CommandParser:
         add_command(commands)
     return p
 
-# %% ../nbs/14_cli.ipynb #4d18ba58
+# %% ../nbs/14_cli.ipynb #a5ddd109
 def _add_demo(commands):
     add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
     add('--out', type=path_name, default='dr_transfer_demo', help='folder to make (default: %(default)s)')
@@ -444,7 +444,7 @@ def _add_export(commands):
     add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', type=path_name, help='file to write (default: the name of DIR and .onnx)')
 
-# %% ../nbs/14_cli.ipynb #07197c9a
+# %% ../nbs/14_cli.ipynb #360d9d41
 def _add_preprocess(commands):
     add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
                    'dr_transfer preprocess photographs small --size 512')
@@ -486,7 +486,7 @@ def _add_compare(commands):
     add_bootstrap_argument(add)
     add('--out', metavar='PNG', type=path_name, help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
 
-# %% ../nbs/14_cli.ipynb #6b173397
+# %% ../nbs/14_cli.ipynb #746d430c
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):
@@ -518,11 +518,13 @@ def _warn_in_lines(debug):
 def _report_error(e):
     "One line for an error"
     text = ' '.join(str(e).split()) or type(e).__name__
+    if len(text) > 2000:
+        text = f'{text[:1500]} ... {text[-400:]}'
     expected = isinstance(e, (ValueError, OSError))
     line = f'error: {text}' if expected else f'{type(e).__name__}: {text} (--debug shows more)'
     print(f'dr_transfer: {line}', file=sys.stderr)
 
-# %% ../nbs/14_cli.ipynb #74f2efdc
+# %% ../nbs/14_cli.ipynb #edf21114
 def main(
     argv:list[str]|None=None # Words of the command; those of the process if None
 ) -> int: # Exit code: 0 only on success

@@ -269,14 +269,23 @@ def _load_numpy(path, spacing) -> Volume:
     if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)")
     return Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
 
+def _read_volume(path, spacing) -> Volume:
+    "A volume from a file or folder"
+    if path.is_dir(): return _load_series(path)
+    if not path.exists(): raise ValueError(f"there is no {path}: give a file, or the folder of a DICOM series")
+    if path.name.endswith(('.nii', '.nii.gz')): return _load_nifti(path)
+    if path.suffix in ('.npz', '.npy'): return _load_numpy(path, spacing)
+    raise ValueError(f"{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series")
+
 def read_volume(
     path:str|Path, # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
     spacing=None # mm along z, y, x, for a file that does not say it
 ) -> Volume:
     "A CT volume in Hounsfield units, z to the head, y to the back, x to the left; ValueError if it cannot be read for certain"
     path = Path(path)
-    if path.is_dir(): return _load_series(path)
-    if not path.exists(): raise ValueError(f"there is no {path}: give a file, or the folder of a DICOM series")
-    if path.name.endswith(('.nii', '.nii.gz')): return _load_nifti(path)
-    if path.suffix in ('.npz', '.npy'): return _load_numpy(path, spacing)
-    raise ValueError(f"{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series")
+    try:
+        return _read_volume(path, spacing)
+    except ValueError as e:
+        if path.name in str(e):
+            raise
+        raise ImageError(str(e), str(path)) from None

@@ -20,6 +20,7 @@ from .checks import image_list
 from .depth import check_colour, declared_depth, grey
 from .dicom import dicom_image, dicom_size, read_dataset
 from .files import progress, unknown
+from .png import check_png_rows
 from .source import ImageError, check_shape, check_size, file_kind, naming, open_source, read_head
 
 # %% ../nbs/00j_images.ipynb #4d4c9603
@@ -102,7 +103,9 @@ def _decoded(source, size) -> Image.Image:
         with _opened(stream) as im:
             if size:
                 im.draft('RGB' if im.mode == 'RGB' else im.mode, (2*size, 2*size))
-            return to_rgb(im)
+            rgb = to_rgb(im)
+            check_png_rows(im, stream)
+            return rgb
 
 def read_rgb(
     source, # Path, bytes, PIL image or array (height, width, 3)

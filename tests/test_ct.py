@@ -411,7 +411,7 @@ def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path
     for t in (candidate_pictures(candidates.drop(columns='patient'), folder, tmp_path/'a', views=3), slice_pictures(slices.drop(columns='patient'), folder, tmp_path/'b')):
         task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
         sides = split_data(Path(t.image[0]).parent.parent, task, task.target())
-        assert (sides.group == sides.volume).all() and (sides.groupby('volume').split.nunique() == 1).all() and sides.split.nunique() == 2
+        assert (sides.group == sides.data_volume).all() and (sides.groupby('data_volume').split.nunique() == 1).all() and sides.split.nunique() == 2
 
 
 def test_views_are_of_one_place_and_are_averaged(drawn, tmp_path):

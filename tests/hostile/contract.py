@@ -36,7 +36,8 @@ def images_below(folder) -> list:
 
 def plain(cell) -> str:
     "A cell as it was before it was written for a spreadsheet."
-    return cell[1:] if len(cell) > 1 and cell[0] == "'" and cell[1] in FORMULA else cell
+    bare = cell.lstrip("'")
+    return cell[1:] if cell[:1] == "'" and bare[:1] and bare[0] in FORMULA else cell
 
 
 def read_rows(source) -> list:
@@ -140,7 +141,7 @@ def words_of(command) -> list:
     "What an error may name: paths and options that were given, long enough to be no accident."
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
     words += [w.encode(errors='backslashreplace').decode() for w in words] # as standard error shows what is no text
-    near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'))}
+    near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'), o[:200])}
     return sorted(w for w in near if len(w) > 1 and not w.replace('.', '').isdigit()) + [str(n) for n in command.named]
 
 

@@ -70,9 +70,9 @@ def deep(path, good, how):
     return grey_image(good)
 
 
-@image('dicom', 'x.dcm', 'prediction')
+@image('dicom', 'x.dcm', 'error')
 def signed(path, good):
-    "Greys below and above 0: the lowest is black."
+    "Greys below and above 0, and no window that tells what is black."
     save(dataset(((grey(good).astype(np.int32) - 128) * 256).astype(np.int16), 16, 1), path)
     return grey_image(good)
 

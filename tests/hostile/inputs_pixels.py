@@ -26,9 +26,9 @@ def float_0_to_1(path, good):
     return as_image(grey(good))
 
 
-@image('pixels', 'x.tif', 'prediction')
+@image('pixels', 'x.tif', 'error')
 def float_0_to_255(path, good):
-    "A TIFF of real numbers from 0 to 255."
+    "A TIFF of real numbers from 0 to 255, of which nothing tells the range."
     Image.fromarray(grey(good).astype(np.float32)).save(path)
     return as_image(grey(good))
 
