@@ -24,7 +24,7 @@ def broken(tmp_path, folder, *words, out='run', quick=QUICK):
     before, beside = content(folder), sorted(p.name for p in tmp_path.iterdir())
     said = cli('train', folder, *quick, '--out', target, *words)
     lines = said.err.splitlines()
-    assert said.code == 1 and len(lines) == 1 and lines[0].startswith('dr_transfer: error: '), said
+    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: error: '), said # 2: of an option
     assert 'phase' not in said.out and 'Traceback' not in said.err
     assert sorted(p.name for p in tmp_path.iterdir()) == beside and content(folder) == before
     return lines[0]
@@ -106,7 +106,7 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD) and r['data']['set_aside'] == 3
     reason = {Path(x['image']).name: x['reason'] for x in r['set_aside']}
     assert reason['text.jpg'] == 'not an image' and reason['empty.jpg'] == 'empty file' and reason['cut.jpg'].startswith('cannot be decoded')
-    lines = [l for l in said.out.splitlines() if l.startswith('set aside: ')]
+    lines = [l for l in said.out.splitlines() if l.startswith('skipped: ')]
     assert len(lines) == 3 and all(any(x['image'] in l and x['reason'] in l for l in lines) for x in r['set_aside'])
     assert r['data']['images'] == 27 + len(odd)
     t = table(out/'predictions.csv')
@@ -119,7 +119,7 @@ def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed
     folder, odd, before = mixed
     said = good('predict', mixed_run[0], folder)
     rows = {r['image']: r for r in rows_of(said.out)}
-    assert list(rows) == sorted(rows, key=Path) and len(rows) == 27 + len(odd) + 3 and '3 could not be read' in said.err
+    assert list(rows) == sorted(rows, key=Path) and len(rows) == 27 + len(odd) + 3 and '3 could not be predicted' in said.err
     assert set(odd) <= set(rows) and content(folder) == before
     for image, r in rows.items():
         p = [r['p_daisy'], r["p_tulip's"], r['p_玫瑰 rose']]
@@ -141,7 +141,7 @@ def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
     with Image.open(path['alpha.png']) as im: Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB').save(tmp_path/'flat.png')
     new = ('upright.png', 'ignored.png', 'shallow.png', 'flat.png')
     r = {Path(x['image']).name: float(x['p_daisy']) for x in rows_of(good('predict', mixed_run[0], *odd, *[tmp_path/n for n in new]).out)}
-    near = lambda a, b: abs(r[a] - r[b]) < 1e-4
+    near = lambda a, b: abs(r[a] - r[b]) < 1e-7 # the same pixels: the same number
     assert near('turned.png', 'upright.png') and near('deep.png', 'shallow.png') and near('deep.tif', 'shallow.png') and near('alpha.png', 'flat.png')
     assert near("it's \"quoted\".png", 'ignored.png') and near('grey.png', 'shallow.png') is False, 'the model tells other pictures apart'
     assert not near('turned.png', 'ignored.png'), 'to turn it matters, so that the first line can fail'
@@ -230,7 +230,7 @@ def no_entry(folder):
     "os.scandir, as it is where `folder` may not be read."
     real = os.scandir
     def scandir(path='.'):
-        if Path(os.fsdecode(path)) == Path(folder): raise PermissionError(13, 'Permission denied', str(folder))
+        if not isinstance(path, int) and Path(os.fsdecode(path)) == Path(folder): raise PermissionError(13, 'Permission denied', str(folder))
         return real(path)
     return scandir
 
@@ -326,7 +326,7 @@ def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     said = good('train', tmp_path/'eyes', '--task', 'dr', *QUICK, '--out', tmp_path/'run')
     r = json.loads((tmp_path/'run'/'record.json').read_text())
     assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3])) and r['data']['images'] == 37
-    assert [l.split(': ')[1] for l in said.out.splitlines() if l.startswith('set aside')] == list(map(str, files[:3]))
+    assert [l.split(': ')[1] for l in said.out.splitlines() if l.startswith('skipped')] == list(map(str, files[:3]))
     assert content(tmp_path/'eyes') == before
 
 
@@ -435,7 +435,7 @@ def test_damaged_files_among_good_ones(tmp_path, run, eyes):
     given = [tmp_path/'text.jpg', fine, tmp_path/'cut.jpg', tmp_path/'empty.jpg', tmp_path/'readme.txt']
     said = good('predict', run, *given, '--out', tmp_path/'p.csv')
     rows = rows_of((tmp_path/'p.csv').read_text(encoding='utf-8'))
-    assert [r['image'] for r in rows] == list(map(str, given)) and '1 images predicted, 4 could not be read' in said.err
+    assert [r['image'] for r in rows] == list(map(str, given)) and '1 images predicted, 4 could not be predicted' in said.err
     assert [r['error'] for r in rows[:2]] == ['not an image', ''] and rows[2]['error'].startswith('cannot be decoded') and rows[3]['error'] == 'empty file'
     assert [bool(r['prediction']) for r in rows] == [bool(r['p_no']) for r in rows] == [bool(r['p_referable']) for r in rows] == [False, True, False, False, False]
     assert float(rows[1]['p_no']) == pytest.approx(float(rows_of(good('predict', run, fine).out)[0]['p_no']), abs=1e-5)
@@ -445,9 +445,11 @@ def test_damaged_files_among_good_ones(tmp_path, run, eyes):
 @pytest.mark.parametrize('out', [False, True])
 def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
     for name, data in damaged(next((eyes/'images').iterdir()).read_bytes()).items(): (tmp_path/name).write_bytes(data)
-    said = cli('predict', run, tmp_path, *(['--out', tmp_path/'p.csv'] if out else []))
-    rows = rows_of((tmp_path/'p.csv').read_text() if out else said.out)
-    assert said.code == 1 and len(said.err.splitlines()) == 1 and '3 could not be read' in said.err
+    table = tmp_path.with_name(f'{tmp_path.name} table.csv')
+    said = cli('predict', run, tmp_path, *(['--out', table] if out else []))
+    rows = rows_of(table.read_text() if out else said.out)
+    number, error = said.err.splitlines()
+    assert said.code == 1 and '3 could not be predicted' in number and 'error: 3 of 3 images have no prediction' in error
     assert len(rows) == 3 and all(r['error'] and not r['prediction'] for r in rows)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dr_transfer.files import (MARKER, OutputError, atomic_file, check_outside, companion, file_digest, growing_folder, is_inside, is_ours,
+from dr_transfer.files import (MARKER, OutputError, TransferWarning, atomic_file, check_outside, companion, file_digest, growing_folder, is_inside, is_ours,
                                mark_folder, new_file, new_folder, new_pair, output_kind, plain_text, strange_files, written_together)
 
 
@@ -549,24 +549,24 @@ def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
 
 @pytest.mark.parametrize('name', ['journal.jsonl', 'preparation.json'])
 @pytest.mark.parametrize('damage', [b'', b'[]', b'\xff\xfe\0', b'{"image": 1}\n', b'not JSON\n'*3, b'['*100000 + b'\n'])
-def test_what_is_damaged_is_named_and_done_again(tmp_path, photographs, capsys, name, damage):
+def test_what_is_damaged_is_named_and_done_again(tmp_path, photographs, recwarn, name, damage):
     prepare(photographs, tmp_path/'small')
     want = tree(tmp_path/'small')
     (tmp_path/'small'/name).write_bytes(damage)
     prepare(photographs, tmp_path/'small')
-    err = capsys.readouterr().err
+    told = [str(w.message) for w in recwarn if w.category is TransferWarning]
     assert tree(tmp_path/'small') == want
     if damage.endswith(b'\n') or name == 'preparation.json':
-        assert f'warning: {tmp_path/"small"/name} is damaged' in err
+        assert any(t.startswith(f'{tmp_path/"small"/name} is damaged') for t in told)
 
 
-def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, capsys):
+def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, recwarn):
     prepare(photographs, tmp_path/'small')
     want = tree(tmp_path/'small')
     lines = want['journal.jsonl'].splitlines(True)
     (tmp_path/'small'/'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
     prepare(photographs, tmp_path/'small')
-    assert tree(tmp_path/'small') == want and 'warning' not in capsys.readouterr().err
+    assert tree(tmp_path/'small') == want and not [w for w in recwarn if w.category is TransferWarning]
 
 
 def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, photographs, monkeypatch):
@@ -617,13 +617,13 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
     assert (tmp_path/'a.png').stat().st_size > 0
 
 
-def test_a_plot_that_fails_is_a_warning(tmp_path, capsys):
+def test_a_plot_that_fails_is_a_warning(tmp_path):
     from dr_transfer.run import _plot
     def fails():
         raise RuntimeError('no such font')
-    _plot(tmp_path/'confusion.png', fails)
-    assert tree(tmp_path) == {} and capsys.readouterr().err == ('dr_transfer: warning: confusion.png could not be drawn (RuntimeError: no such font); '
-                                                               'all else of the run is written\n')
+    with pytest.warns(TransferWarning, match=r'confusion.png could not be drawn \(RuntimeError: no such font\); all else'):
+        _plot(tmp_path/'confusion.png', fails)
+    assert tree(tmp_path) == {}
 
 
 def test_the_marker_tells_what_was_written(tmp_path):
