@@ -111,7 +111,7 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     assert r['data']['images'] == 27 + len(odd)
     t = table(out/'predictions.csv')
     assert {Path(i).name for i in t.image} & set(BAD) == set() and {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
-    assert list(t.columns)[3:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose'] and np.isfinite(t.iloc[:, 3:].to_numpy()).all()
+    assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose'] and np.isfinite(t.iloc[:, 4:].to_numpy()).all()
     assert set(t.image) & set(odd) and set(odd) - set(t.image), 'odd images on both sides'
 
 

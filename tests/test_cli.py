@@ -136,7 +136,7 @@ def test_a_run_holds_what_is_promised(run):
 def test_what_train_prints(run):
     out = _made['run'].out
     assert 'skipped' not in out and 'phase 1 of 1' in out and 'validation: ' in out and str(run) in out
-    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train', 'valid '))] == [['train', '32'], ['valid', '8']]
+    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train ', 'valid '))] == [['train', '32'], ['valid', '8']]
 
 
 def test_the_record(run, weights, eyes):
@@ -166,7 +166,7 @@ def test_the_record(run, weights, eyes):
 
 def test_predictions_are_of_the_validation_side(run, eyes):
     t, truth = table(run/'predictions.csv'), pd.read_csv(eyes/'labels.csv').set_index('image')
-    assert list(t.columns) == ['image', 'target', 'prediction', 'p_no', 'p_referable'] and len(t) == 8 and t.image.is_unique
+    assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable'] and len(t) == 8 and t.image.is_unique
     names = [Path(i).name for i in t.image]
     assert all(Path(i).is_file() for i in t.image)
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
@@ -203,7 +203,7 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkey
         got.append(content(tmp_path/name))
     for f in ('predictions.csv', 'model/model.safetensors', 'record.json'): assert got[0][f] == got[1][f], f
     p = table(tmp_path/'a'/'predictions.csv')
-    assert list(p.columns) == ['image', 'target', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4']
+    assert list(p.columns) == ['image', 'target', 'group', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4']
     assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
     r = json.loads(got[0]['record.json'])
     assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1]['epochs'] == 1
@@ -217,7 +217,7 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
     good('train', flowers, '--weights', 'random', '--arch', 'test_resnet', '--size', 64, '--epochs', 1)
     assert [p.name for p in tmp_path.iterdir()] == ['flowers_run'] and sorted(p.name for p in (tmp_path/'flowers_run').iterdir()) == FILES
     t = table('flowers_run/predictions.csv')
-    assert list(t.columns) == ['image', 'target', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
+    assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
     assert t.target.tolist() == [Path(i).parent.name for i in t.image]
     r = json.loads(Path('flowers_run/record.json').read_text())
     assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed'], r['augment']) == ('flowers', 'class', 'random', 'head', 42, 'mirror_near')
