@@ -6,7 +6,7 @@
 __all__ = ['KEPT', 'SUMS', 'TRAINING', 'without_weights', 'train_once', 'fold_tables', 'cross_validate', 'decide_across']
 
 # %% ../nbs/10b_crossval.ipynb #e16d6fd6
-import hashlib, json, os, shutil
+import hashlib, json, os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -22,6 +22,7 @@ from .data import Task, encode_target, get_task
 from .decision import Decision, apply_decision, choose_decision
 from .files import OutputError, cache_folder, new_folder, warn
 from .leaks import Together, note_contradictions
+from .places import remove
 from .plans import choose_plan, get_plan, plan_arch
 from .regular import read_regular
 from .safe_files import private_folder
@@ -98,8 +99,7 @@ def _sum(folder, text) -> str:
 def _write_kept(folder, tables):
     "Keep the tables of a training"
     private_folder(folder.parent)
-    if os.path.lexists(folder) and not folder.is_symlink():
-        shutil.rmtree(folder) # it is damaged
+    remove(folder) # it is damaged, or not there
     with new_folder(folder, kind='training', wait=60) as tmp:
         for name, t in zip(KEPT, tables):
             write_csv(t, tmp/name)
