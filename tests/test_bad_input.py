@@ -353,8 +353,8 @@ def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded)
     (('--plan', 'haed'), "unknown plan 'haed'. Known, nearest first: head, "),
     (('--task', 'dr', '--target', 'grades'), "'grades'. Known, nearest first: grade, referable"),
     (('--target', 'grade'), "unknown target of task 'flowers' 'grade'. Known, nearest first: class"),
-    (('--size', '3'), 'size=3'), (('--bs', '0'), 'bs=0'), (('--epochs', '0'), 'epochs=0'), (('--epochs', '-2'), 'epochs=-2'),
-    (('--valid', '1'), 'valid=1'), (('--valid', '-0.2'), 'valid=-0.2')])
+    (('--size', '3'), "--size: '3'"), (('--bs', '0'), "--bs: '0'"), (('--epochs', '0'), "--epochs: '0'"), (('--epochs', '-2'), "--epochs: '-2'"),
+    (('--valid', '1'), "--valid: '1'"), (('--valid', '-0.2'), "--valid: '-0.2'")])
 def test_names_and_numbers(tmp_path, flowers, words, why):
     line = broken(tmp_path, flowers, *words)
     assert why in line
