@@ -27,10 +27,11 @@ help: ## Show this list
 demo: .venv/.installed ## Install, then run the demonstration (dr_transfer demo)
 	$(BIN)/dr_transfer demo
 
-test: .venv/.installed-dev ## Notebooks clean, library in sync, nbdev_test, pytest, docs and their links
+test: .venv/.installed-dev ## Notebooks clean, library in sync, nbdev_test, pytest, hostile inputs, docs and their links
 	$(BIN)/python tools/check_notebooks.py
 	$(QUIET) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print
 	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/hostile
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
