@@ -201,7 +201,7 @@ def check_labels(
         if '\0' in text:
             raise ValueError(f"row {row}: the label {text!r} has a NUL character: remove it")
         if text_errors([text]):
-            raise ValueError(not_utf8(f'the label in row {row}'))
+            raise ValueError(not_utf8(f'the label {text!r} (row {row})'))
     _check_joint([str(label).strip() for label in labels if label is not None])
 
 def _check_joint(labels):

@@ -387,7 +387,7 @@ def test_the_version():
 # ---------------------------------------------------------------- Ctrl-C
 
 @pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.bundle.save_file',
-                                   'dr_transfer.bundle._digest', 'dr_transfer.evaluate.plot_confusion'])
+                                   'dr_transfer.bundle.card_text', 'dr_transfer.evaluate.plot_confusion'])
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
     "No half of a run; and with --overwrite the old one stays whole."

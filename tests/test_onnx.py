@@ -203,7 +203,7 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
 def test_the_command(eyes, tmp_path):
     from test_cli import good, refused, rows_of
     folder, out = save_model(eyes[0], tmp_path/'model'), tmp_path/'m.onnx'
-    assert 'the same answers as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
+    assert 'the same predictions as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
     import onnx
     graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
     assert graphs[0] == graphs[1]                                                               # 32-bit numbers, whatever the setting of the machine

@@ -198,7 +198,6 @@ def labels_argument(at, what):
 NAMED = {
     'missing': 'nowhere.jpg',
     'above': '../../home/x.jpg',
-    'absolute': '/etc/passwd',
     'root': '/',
     'empty': '',
     'space': ' ',
@@ -218,6 +217,12 @@ NAMED = {
 def image_named(rows, name):
     "A row with a name that is no image of the folder."
     return [*rows, [name, '1', 'p', 'left']]
+
+
+@table(25)
+def absolute_name(rows):
+    "A row with the whole path of a file that is no image: it is listed with the reason."
+    return [*rows, ['/etc/passwd', '1', 'p', 'left']]
 
 
 @table(24)
