@@ -24,7 +24,9 @@ def outcome_of(outcome, complaints) -> str:
     "How a case ended, in one of `OUTCOMES`."
     if outcome is None:
         return 'not here'
-    return 'contract broken' if complaints else outcome.kind
+    if complaints:
+        return 'contract broken'
+    return 'completed' if outcome.code == 0 else 'error' # also one without a reader, who is told nothing
 
 
 def count(kinds, folder) -> dict:
