@@ -161,7 +161,7 @@ def one_place(at, how):
     at.copy_eyes()
     out = {
         'link': at.root/'again',
-        'dots': f'{at.root}/work/../data',
+        'dots': f'{at.work}/../data',
         'relative': '../data',
         'slash': f'{at.data}//',
         'link of the parent': at.root/'parent'/'data',
