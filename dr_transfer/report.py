@@ -11,7 +11,7 @@ import base64, html, io
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from .bundle import ImageModel, predict_table
+from .bundle import ImageModel
 from .csvfile import write_csv
 from .decision import Decision, decisions, question, table_arrays
 from .evaluate import plot_confusion
@@ -19,6 +19,7 @@ from .files import REPORT_TABLE, file_digest, new_pair, package_version, unknown
 from .gradability import gradability_table
 from .leaks import MOST, confounders, file_facts, nearest_bits, seen_before
 from .operating import OperatingPoint, check_prevalence
+from .predictions import NO_PROBABILITIES, predict_table
 from .screening import by_patient, consistency, deferral_table, measure_table, patient_classes, plot_reliability, plot_roc, subgroup_table, worst_errors
 from .table import KNOWN, data_columns, set_aside, shown_name, with_data_names
 
@@ -115,13 +116,13 @@ def _counted(model, images, split, allow_leaks) -> np.ndarray:
 def _predicted(model, table) -> pd.DataFrame:
     "The table with the model's predictions; ValueError for an image without"
     p = predict_table(model, table.image.tolist())
+    overflow = p[p.error == NO_PROBABILITIES]
+    if len(overflow):
+        raise ValueError(f"the model gives no probabilities for {len(overflow)} of {len(p)} images (first: {overflow.image.iloc[0]}): "
+                         "its numbers overflow. Train it again")
     bad = p[p.error != '']
     if len(bad):
         raise ValueError(f"{bad.image.iloc[0]}: {bad.error.iloc[0]}. Leave it out")
-    empty = p[p[[f'p_{c}' for c in model.classes]].isna().any(axis=1)]
-    if len(empty):
-        raise ValueError(f"the model gives no probabilities for {len(empty)} of {len(p)} images (first: {empty.image.iloc[0]}): "
-                         "its weights are not numbers. Train it again")
     return table.join(p.drop(columns=['image', 'error']))
 
 def evaluate_model(

@@ -269,7 +269,8 @@ def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, Grou
     known = before is not None and group_col is None and 'group' in df
     if not known:
         return _read(read_labels(df), image_col, label_col, group_col)
-    t, _ = _read(read_labels(df.drop(columns='group')), image_col, label_col, 'none')
+    labels = df.drop(columns=['group', 'target'], errors='ignore') # a target there is the library's own
+    t, _ = _read(read_labels(labels), image_col, label_col, 'none')
     return t.assign(group=df.loc[df.notna().any(axis=1), 'group'].tolist()), before
 
 # %% ../nbs/01_table.ipynb #f84f0fbe

@@ -394,7 +394,7 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
 
 @pytest.mark.parametrize('words, why', [
     (('--arch', 'test_resnett'), 'nearest first: test_resnet,'), (('--task', 'flower'), 'nearest first: flowers'), (('--target', 'clas'), 'nearest first: class'),
-    (('--size', '3'), 'size=3'), (('--valid', '0'), 'valid=0'), (('--setting', 'plian'), 'nearest first: plain')])
+    (('--size', '3'), "--size: '3' is not possible"), (('--valid', '0'), "--valid: '0' is not possible"), (('--setting', 'plian'), 'nearest first: plain')])
 def test_words_that_are_wrong(tmp_path, flowers, words, why):
     for command in (('advise', '--out', tmp_path/'p.png'), ('train', '--plan', 'advise', '--out', tmp_path/'run')):
         assert why in refused(command[0], flowers, *WORDS, *command[1:], *words)
@@ -405,7 +405,7 @@ def test_words_that_are_wrong(tmp_path, flowers, words, why):
 def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monkeypatch, epochs):
     def never(*a, **k): raise AssertionError('it was computed before it was refused')
     monkeypatch.setattr(advisor, 'advise', never)
-    assert f'epochs={epochs}' in refused('train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path/'run')
+    assert f"--epochs: '{epochs}' is not possible" in refused('train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path/'run')
 
 
 def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):

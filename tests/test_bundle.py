@@ -116,12 +116,33 @@ def test_a_model_is_still_and_takes_any_image(run, eyes):
     assert abs(one - other).max() > 1e-3, 'or else this shows nothing'
 
 
-@pytest.mark.parametrize('setting', ['plain', 'channels_last', 'bf16', 'auto'])
-def test_every_setting_of_the_machine_agrees(run, setting):
+def log_odds(p): return np.log(p[:, 1]/p[:, 0])
+
+
+def test_the_setting_of_the_training_is_chosen_again(run):
     from dr_transfer.bundle import load_model
     t = table(run/'predictions.csv')
-    p = load_model(run/'model', setting).probs(t.image.tolist())
-    np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5 if setting == 'auto' else 0.05, rtol=0) # a solved head is steep: bf16 features move it
+    p = load_model(run/'model', 'auto').probs(t.image.tolist())
+    np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
+
+
+def test_channels_last_gives_the_same(run):
+    from dr_transfer.bundle import load_model
+    images = table(run/'predictions.csv').image.tolist()
+    plain, other = (load_model(run/'model', setting).probs(images) for setting in ('plain', 'channels_last'))
+    np.testing.assert_allclose(other, plain, atol=1e-5, rtol=0)
+
+
+def test_bf16_moves_the_features_little(run):
+    """What it does to the probabilities depends on how steep the head is: the bound is on the log-odds, divided by the
+    length of the head's weights. A length of .73 (an epoch of SGD) turns .11 into .02 of the probability."""
+    from dr_transfer.bundle import load_model
+    images = table(run/'predictions.csv').image.tolist()
+    plain, other = (load_model(run/'model', setting) for setting in ('plain', 'bf16'))
+    weight = plain.model[1][-1].weight.detach().float()
+    steep = float((weight[1] - weight[0]).norm())
+    moved = abs(log_odds(other.probs(images)) - log_odds(plain.probs(images))).max()/steep
+    assert 0 < moved < .11
 
 
 @pytest.mark.parametrize('how', [dict(head='dense'), dict(head='flw'), dict(stage='stage2', tap=2), dict(plan='flw', augment='mirror_near'), dict(arch='test_vit'),

@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from dr_transfer.data import Target, encode_target
-from dr_transfer.decision import decisions, question, table_arrays
+from dr_transfer.decision import Decision, decisions, question, table_arrays
 from dr_transfer.evaluate import pick_examples
 from dr_transfer.leaks import leak_report
 from dr_transfer.report import _subgroups, Evaluation, describe_images, evaluate_model, report_html, write_report
 from dr_transfer.screening import by_patient, measure_table, measure_names, main_measure, patient_classes, worst_errors
-from dr_transfer.table import data_names, label_table, split_table
+from dr_transfer.split import split_table
+from dr_transfer.table import data_names, label_table
 
 GRADES = ['0', '1', '2', '3', '4']
 N = 40
@@ -28,6 +29,7 @@ class Model:
     def __init__(self, classes, decision=None, **about):
         self.classes = classes
         self.about = {'reader': 'photo', 'classes': classes, 'decision': decision, **about}
+        self.card = SimpleNamespace(decision=decision and Decision.from_dict(decision))
 
     def probs(self, images, views=None, average=True):
         k = len(self.classes)

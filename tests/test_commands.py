@@ -64,7 +64,7 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     both = own.merge(t, on='image', suffixes=('', '_again'))
     assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(own.group) == set(t.group)
     said = good('evaluate', sure, many, '--allow-leaks', '--draws', '20', '--out', tmp_path/'all.html')
-    assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'left out' not in said.out
+    assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'excluded' not in said.out
     both = tmp_path/'both'                                                                       # 40 new ones, 8 known ones, a broken one
     shutil.copytree(eyes/'images', both)
     known = [f'known_{i}.png' for i in range(8)]
@@ -76,7 +76,7 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     (both/'broken.png').write_bytes(b'no image')
     pd.concat([pd.read_csv(eyes/'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]).to_csv(tmp_path/'l.csv', index=False)
     said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '20', '--out', tmp_path/'r.html')
-    assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == 40 and 'left out: 8 images' in said.out and '1 images that cannot be read' in said.out
+    assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == 40 and 'excluded: 8 images' in said.out and '1 images that cannot be read' in said.out
     assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path/'r.html').read_text() and 'broken.png' in (tmp_path/'r.html').read_text()
 
 

@@ -156,7 +156,7 @@ DAMAGE = {'a number': lambda d: (d/'predictions.csv').write_bytes((d/'prediction
 @pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
 def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
     folder, other = tmp_path/'trainings'/'a', tmp_path/'trainings'/'b'
-    tables = [pd.DataFrame({'image': ['x'], 'p_a': [0.25]}), pd.DataFrame({'train_loss': [0.5]})]
+    tables = [pd.DataFrame({'image': pd.Series(['x'], dtype=object), 'p_a': [0.25]}), pd.DataFrame({'train_loss': [0.5]})]
     crossval._write_kept(folder, tables)
     assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True] and crossval._read_kept(other) is None
     if name == 'that of another training': shutil.copytree(folder, other)

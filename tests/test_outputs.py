@@ -279,9 +279,9 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     from dr_transfer.cli import main
     (photographs/'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path/'labels.csv').write_text('mine')
-    import dr_transfer.cli as cli
+    import dr_transfer.commands as commands
     import dr_transfer.report as report
-    monkeypatch.setattr(cli, '_load', lambda a: None)
+    monkeypatch.setattr(commands, '_load', lambda a: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs/'labels.html'), '--overwrite']) == 1
     assert 'lies in the data folder' in capsys.readouterr().err and tree(tmp_path) == before

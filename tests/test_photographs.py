@@ -115,7 +115,7 @@ def test_lite_knows_daisies(data_root, i):
 def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
     "The format stands for the hospital; a perceptual hash of whole photographs takes thousands of pairs for copies."
     r = leak_report(label_table(data_root/'dr'/'messidor2'), 'fundus')
-    assert 'source_format' in r.confounders.column.tolist() and len(r.copies) < 30 and r.leaks.empty
+    assert 'data_source_format' in r.confounders.column.tolist() and len(r.copies) < 30 and r.leaks.empty
 
 
 def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
