@@ -26,7 +26,7 @@ def _command(commands, name, function, about, example):
     interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted)
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    p.add_argument('--setting', default='auto', help='how the CPU computes: auto (fastest, measured once), plain, channels_last or bf16')
+    p.add_argument('--setting', default='auto', help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16')
     if function is not preprocess:
         p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
@@ -171,8 +171,8 @@ def main(
             code = a.run(a)
             sys.stdout.flush()
             return code
-        except KeyboardInterrupt:
-            print(f'dr_transfer: interrupted; {a.interrupted}', file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(f'dr_transfer: interrupted; {str(e) or a.interrupted}', file=sys.stderr)
             return 130
         except BrokenPipeError:
             _drop_output()

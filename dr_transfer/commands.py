@@ -8,6 +8,7 @@ __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cr
 # %% ../nbs/13g_commands.ipynb #52b9e06a
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/13g_commands.ipynb #a794eb18
@@ -53,6 +54,24 @@ def _check_point(classes):
     if positive_score(np.zeros((1, len(classes))), classes) is None:
         names = ', '.join(map(str, classes[:5]))
         raise ValueError(f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}')
+
+@contextmanager
+def _printed_if_unwritable(table):
+    "Print a table where the disk does not take it, so that it is not lost"
+    try:
+        yield
+    except OSError as e:
+        from dr_transfer.csvfile import write_csv
+        from dr_transfer.files import OutputError
+        _as_utf8(sys.stdout)
+        write_csv(table, sys.stdout)
+        raise OutputError(f'the table cannot be written ({e.strerror or e}): it was printed instead. Make room, and run '
+                          'the command again, or save what was printed') from e
+
+def _as_utf8(stream):
+    "Let a text stream write UTF-8, and file names that are none as the bytes they are"
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(encoding='utf-8', errors='surrogateescape')
 
 def _print_decision(decision):
     "The operating point, and what could not be chosen"
@@ -165,11 +184,6 @@ def _load_any(a):
     from dr_transfer.onnx_export import OnnxModel
     return OnnxModel(a.model)
 
-def _as_utf8(stream):
-    "Let a text stream write UTF-8, and file names that are none as the bytes they are"
-    if hasattr(stream, 'reconfigure'):
-        stream.reconfigure(encoding='utf-8', errors='surrogateescape')
-
 def predict(
     a:argparse.Namespace # As `dr_transfer predict --help` describes
 ) -> int: # Exit code
@@ -186,7 +200,8 @@ def predict(
             check_outside(a.out, source)
         with new_file(a.out, a.overwrite) as file:
             table = predict_table(_load_any(a), gather_images(a.images))
-            write_csv(table, file)
+            with _printed_if_unwritable(table):
+                write_csv(table, file)
     bad = int((table.error != '').sum())
     more = f', {bad} could not be predicted (column error)' if bad else ''
     print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
@@ -267,7 +282,8 @@ def _print_report(e, a, page, table):
         print(f'excluded: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table:
         print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
-    write_pages(e, page, table, a.draws)
+    with _printed_if_unwritable(e.table):
+        write_pages(e, page, table, a.draws)
 
 def _print_files(main, label, table) -> int:
     "Name the two files that were written"

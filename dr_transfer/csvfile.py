@@ -242,6 +242,15 @@ def csv_text(
         raise CsvError("a cell of the table has a NUL character, which a CSV file cannot hold: remove it")
     return text
 
+def _write_whole(file:Path, data:bytes):
+    "Write a file, and leave no part of it where the disk is full"
+    try:
+        file.write_bytes(data)
+    except OSError:
+        if file.is_file():
+            file.unlink()
+        raise
+
 def write_csv(
     table:pd.DataFrame, # What is to be written
     file, # Path, or an open file such as `sys.stdout`
@@ -254,7 +263,7 @@ def write_csv(
     except UnicodeEncodeError as e:
         raise CsvError(f"{text[e.start]!r} in the table is no character and no part of a file name: remove it") from None
     if isinstance(file, (str, Path)):
-        Path(file).write_bytes(data)
+        _write_whole(Path(file), data)
     elif hasattr(file, 'buffer'): # a terminal: names of files that are not UTF-8 go out as they are
         file.flush()
         file.buffer.write(data)

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from scipy.spatial.transform import Rotation
 from .ct import get_window, read_volume, three_planes, three_windows
 from .decision import table_classes
-from .files import atomic_file, progress
+from .files import atomic_file, growing_folder, progress
 from .intervals import bootstrap
 from .columns import GROUPS, find_column, read_labels
 from .csvfile import write_csv
@@ -36,24 +36,46 @@ def _name(volume, *numbers) -> str:
     return f"{Path(volume).name.split('.')[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
 # %% ../nbs/04e_ct_data.ipynb #33e5b2df
+def _check_volumes(t, folder):
+    "ValueError if a volume of the table is not there"
+    gone = [v for v in t.volume.unique() if not (folder/v).exists()]
+    if gone:
+        raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. "
+                         "Give the folder that the column 'volume' starts from")
+
+def _due(rows, images, volume) -> list[dict]:
+    "The rows of a volume whose pictures are not there, or older than the volume"
+    age = _newest(volume)
+    files = [images/name for name in rows.image]
+    there = [f.exists() and f.stat().st_mtime >= age for f in files]
+    return [row for row, done in zip(rows.to_dict('records'), there) if not done]
+
+def _draw_volume(rows, folder, images, draw):
+    "Make the pictures of one volume that are due"
+    volume = folder/rows.volume.iloc[0]
+    due = _due(rows, images, volume)
+    if not due:
+        return
+    voxels = read_volume(volume)
+    for row in due:
+        try:
+            picture = draw(voxels, row)
+        except ValueError as e:
+            raise ValueError(f"{rows.volume.iloc[0]}: {e}") from None
+        with atomic_file(images/row['image']) as f:
+            picture.save(f, format='PNG')
+
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder, out = Path(folder), Path(out)
     if find_column(t, GROUPS, needed=False) is None: # the images of a volume stay together
         t = t.assign(group=t.volume)
-    if (old := out/'labels.csv').exists() and not {'image', 'volume'} <= set(read_labels(old)): raise ValueError(f"{old} was not made here and is not replaced: give another folder for the pictures")
-    gone = [v for v in t.volume.unique() if not (folder/v).exists()]
-    if gone: raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. Give the folder that the column 'volume' starts from")
-    for v, rows in progress(list(t.groupby('volume', sort=False)), label=label):
-        age = _newest(folder/v)
-        due = [r for r in rows.to_dict('records') if not (p := out/'images'/r['image']).exists() or p.stat().st_mtime < age]
-        volume = read_volume(folder/v) if due else None
-        for r in due:
-            try: im = draw(volume, r)
-            except ValueError as e: raise ValueError(f"{v}: {e}") from None
-            with atomic_file(out/'images'/r['image']) as f: im.save(f, format='PNG')
-    with atomic_file(out/'labels.csv') as f:
-        write_csv(t, f)
+    _check_volumes(t, folder)
+    with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
+        for _, rows in progress(list(t.groupby('volume', sort=False)), label=label):
+            _draw_volume(rows, folder, out/'images', draw)
+        with atomic_file(out/'labels.csv') as f:
+            write_csv(t, f)
     return t.assign(image=[str(out/'images'/i) for i in t.image])
 
 # %% ../nbs/04e_ct_data.ipynb #8fd21598

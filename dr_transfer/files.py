@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Iterable, Iterator
 from .places import OutputError, Place, atomic_file, check_outside, is_inside, is_temporary, keep, locked
-from .places import move, parents_of, place_of, publish, remove, reserved
+from .places import move, parents_of, place_of, publish, reason, remove, reserved
 
 # %% ../nbs/00a_files.ipynb #o0000011
 TAKEN = "exists already: choose another name, or say overwrite (--overwrite on the command line)"
@@ -125,17 +125,18 @@ def new_pair(
         try:
             yield page.tmp, table.tmp
             publish(page, check, lambda: _move_pair(page, table))
-        except (OutputError, OSError) as e:
-            if os.path.lexists(page.tmp) or not os.path.lexists(table.tmp):
+        except Exception as e:
+            if not os.path.lexists(table.tmp):
                 raise
-            raise OutputError(f"{e}. The table is kept in {keep(table)}") from e
+            why = e if isinstance(e, OutputError) else f'{page.given} could not be written ({reason(e)})'
+            raise OutputError(f'{why}. The table is kept in {keep(table)}') from e
         finally:
             remove(page.tmp)
             remove(table.tmp)
 
 # %% ../nbs/00a_files.ipynb #o0000020
 MARKER = '.dr_transfer.json' # in each folder that we make
-DATA_KINDS = ('preprocess', 'drawn') # folders of ours that are read as data
+DATA_KINDS = ('preprocess', 'drawn', 'pictures') # folders of ours that are read as data
 
 def _marker(folder) -> dict:
     "What the marker of a folder tells; empty if there is none of ours"
@@ -241,11 +242,14 @@ def new_folder(
         try:
             yield place.tmp
             publish(place, check, finish)
-        except Exception as e:
+        except BaseException as e:
             if not keep_parts or not place.tmp.is_dir() or not any(place.tmp.iterdir()):
                 raise
+            kept = _keep_parts(place)
+            if isinstance(e, KeyboardInterrupt):
+                raise KeyboardInterrupt(f'what was finished is kept in {kept}') from None
             raise OutputError(f"{place.given} could not be completed ({type(e).__name__}: {e}). "
-                              f"What was finished is kept in {_keep_parts(place)}") from e
+                              f"What was finished is kept in {kept}") from e
         finally:
             remove(place.tmp)
 

@@ -370,7 +370,7 @@ def write_pages(
     n:int=1000 # Draws of the bootstrap
 ):
     "Write both into files that are reserved already; the page holds the hash of the table"
+    write_csv(e.table, table) # first: it stays if the page cannot be drawn
     text = report_html(e, n)
-    write_csv(e.table, table)
     meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
     page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')

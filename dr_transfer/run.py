@@ -7,6 +7,7 @@ __all__ = ['RUN_FILES', 'validation_table', 'write_run']
 
 # %% ../nbs/13b_run.ipynb #8e8601db
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -45,21 +46,22 @@ def write_run(
     share:dict|None=None # `sensitivity` or `specificity` of the operating point
 ) -> pd.DataFrame: # From `validation_table`
     "Model, record, validation predictions and plots of a learner, into a folder"
-    from dr_transfer.bundle import image_model, write_model
+    from dr_transfer.bundle import image_model, save_model, write_card
     from dr_transfer.csvfile import write_csv
     from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
     from dr_transfer.evaluate import plot_confusion, plot_history
     from dr_transfer.metrics import summary
     from dr_transfer.decision import apply_decision, choose_decision, table_arrays
+    model = image_model(learn)
+    save_model(model, folder/'model') # first: whatever fails afterwards, the training is not lost
     classes, t = list(learn.dls.vocab), valid_predictions(learn)
     learn.record['decision'] = choose_decision(t, classes, **(share or {}))
+    write_card(replace(model.card, decision=learn.record['decision']), folder/'model')
     t = apply_decision(t, classes, learn.record['decision'])
     y, probs = table_arrays(t, classes)
     metrics = validation_table(t, classes, learn.record['augment'])
     of_likeliest = summary(y, probs, classes) # what the decision comes to stands in the table
     if features_stored(learn): learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
-    (folder/'model').mkdir()
-    write_model(image_model(learn), folder/'model')
     record = {**learn.record, 'decision': learn.record['decision'].to_dict(), 'validation': of_likeliest,
               'validation_table': metrics.to_dict('index'), 'set_aside': learn.table.attrs.get('set_aside', [])}
     (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')

@@ -126,6 +126,32 @@ def test_the_setting_of_the_training_is_chosen_again(run):
     np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('setting', ['plain', 'channels_last', 'bf16'])
+def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, setting):
+    "Another machine, or a cache that was cleared, may measure another one to be the fastest."
+    import dr_transfer.speed as speed
+    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.core import build_learner
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=setting)
+    save_model(learn, tmp_path/'m')
+    monkeypatch.setattr(speed, 'fastest_setting', lambda *a, **k: speed.Setting(setting != 'channels_last'))
+    again = load_model(tmp_path/'m')
+    assert again.card.setting == setting and again.model[0].forward_setting == speed.SETTINGS[setting]
+    assert load_model(tmp_path/'m', 'plain').model[0].forward_setting == speed.Setting()
+
+
+def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
+    "A setting that has no name, or a training on a GPU, or a model of version 0.1.0."
+    import dr_transfer.speed as speed
+    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.core import build_learner
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=speed.Setting(False, True))
+    save_model(learn, tmp_path/'m')
+    monkeypatch.setattr(speed, 'fastest_setting', lambda *a, **k: speed.Setting(True))
+    again = load_model(tmp_path/'m')
+    assert again.card.setting == '' and again.model[0].forward_setting == speed.Setting(True)
+
+
 def test_channels_last_gives_the_same(run):
     from dr_transfer.bundle import load_model
     images = table(run/'predictions.csv').image.tolist()

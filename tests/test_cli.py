@@ -387,7 +387,7 @@ def test_the_version():
 # ---------------------------------------------------------------- Ctrl-C
 
 @pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.bundle.save_file',
-                                   'dr_transfer.bundle.card_text', 'dr_transfer.evaluate.plot_confusion'])
+                                   'dr_transfer.bundle.card_text'])
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
     "No half of a run; and with --overwrite the old one stays whole."
@@ -402,6 +402,42 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
     assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
+
+
+@pytest.mark.parametrize('where', ['dr_transfer.core.valid_predictions', 'dr_transfer.decision.choose_decision', 'dr_transfer.csvfile.write_csv',
+                                   'dr_transfer.evaluate.plot_confusion'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left on device'), MemoryError()])
+def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
+    "The model is written first, and kept beside where the run would be."
+    import dr_transfer.bundle, dr_transfer.core, dr_transfer.csvfile, dr_transfer.decision, dr_transfer.evaluate  # noqa: F401, E401
+    def fail(*a, **k): raise error
+    with monkeypatch.context() as m:
+        m.setattr(where, fail)
+        said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', tmp_path/'run')
+    drawn = where.endswith('plot_confusion') and not isinstance(error, KeyboardInterrupt)             # a figure is not worth an error
+    name = 'run' if drawn else 'run.kept'
+    assert os.listdir(tmp_path) == [name] and said.code == (0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1)
+    if not drawn:
+        assert said.err.splitlines()[-1].endswith(f'inished is kept in {tmp_path}/run.kept')
+    rows = [next((eyes/'images').iterdir())]
+    kept, whole = (float(rows_of(good('predict', folder, *rows).out)[0]['p_no']) for folder in (tmp_path/name, run))
+    assert kept == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize('command', ['predict', 'evaluate'])
+def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, monkeypatch, command):
+    "Hours of work are not lost because the disk has filled up in the meantime."
+    import pathlib
+    write = pathlib.Path.write_bytes
+    def full(self, data):
+        if self.suffix == '.dr_transfer-tmp': raise OSError(28, 'No space left on device')
+        return write(self, data)
+    monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
+    more = [eyes, '--split', 'valid', '--draws', '5', '--out', tmp_path/'r.html'] if command == 'evaluate' else [eyes/'images', '--out', tmp_path/'p.csv']
+    said = cli(command, run, *more)
+    assert said.code == 1 and 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
+    printed = said.out[said.out.index('image,'):]
+    assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40) and list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):

@@ -465,10 +465,13 @@ def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_pa
     assert a.image.tolist() == b.image.tolist() and len(list((tmp_path/'images').iterdir())) == 2
 
 
-def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path):
-    (tmp_path/'labels.csv').write_text('image,label\na.jpg,1\n')
-    with pytest.raises(ValueError, match='was not made here'): candidate_pictures(drawn[1], drawn[0], tmp_path)
-    assert (tmp_path/'labels.csv').read_text() == 'image,label\na.jpg,1\n' and not (tmp_path/'images').exists()
+@pytest.mark.parametrize('text', ['image,label\na.jpg,1\n', 'image,volume,label\na.jpg,v.npz,1\n'])
+def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
+    "Whatever its columns are: the folder has no mark that it was made here."
+    (tmp_path/'labels.csv').write_text(text)
+    with pytest.raises(ValueError, match='no mark that it is a pictures folder'):
+        candidate_pictures(drawn[1], drawn[0], tmp_path)
+    assert (tmp_path/'labels.csv').read_text() == text and not (tmp_path/'images').exists()
 
 
 # ---------------------------------------------------------------- the whole way

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from dr_transfer.csvfile import write_csv
 from dr_transfer.files import (MARKER, OutputError, TransferWarning, atomic_file, check_outside, companion, file_digest, growing_folder, is_inside, is_ours,
                                mark_folder, new_file, new_folder, new_pair, output_kind, plain_text, strange_files, written_together)
 
@@ -139,6 +141,39 @@ def test_what_was_finished_of_a_run_is_kept_if_the_rest_fails(tmp_path):
         with new_folder(tmp_path/'other', keep_parts=True):
             raise RuntimeError('before anything was written')
     assert os.listdir(tmp_path) == ['run.kept']
+
+
+def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match=r'what was finished is kept in .*run\.kept'):
+        with new_folder(tmp_path/'run', keep_parts=True) as f:
+            (f/'model.json').write_text('the model')
+            raise KeyboardInterrupt
+    assert tree(tmp_path/'run.kept')['model.json'] == b'the model' and os.listdir(tmp_path) == ['run.kept']
+
+
+@pytest.mark.parametrize('error', [ValueError('it cannot be drawn'), OSError(28, 'No space left on device')])
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
+    with pytest.raises(OutputError, match=r'r.html could not be written \((it cannot be drawn|No space left on device)\). The table is kept in .*kept'):
+        with new_pair(tmp_path/'r.html', '_t.csv') as (page, table):
+            table.write_text('hours of work')
+            if begun:
+                page.write_text('<html>')
+            raise error
+    assert tree(tmp_path) == {'r_t.csv.kept': b'hours of work'}
+
+
+def test_half_a_table_is_not_kept(tmp_path, monkeypatch):
+    "A disk that fills up while a table is written leaves no part that could be taken for all of it."
+    def full(self, data):
+        with open(self, 'wb') as f:
+            f.write(data[:3])
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space left'):
+        with new_pair(tmp_path/'r.html', '_t.csv') as (page, table):
+            write_csv(pd.DataFrame({'image': ['a.jpg']}), table)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_link_is_followed(tmp_path):
