@@ -20,7 +20,7 @@ LARGE = NAMES[4:]     # these take 40 s, which only the longer run with the real
 @pytest.fixture(scope='module')
 def eyes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('eyes')
-    make_dr(folder, n=10, size=80, seed=0, workers=1)
+    make_dr(folder, n=16, size=80, seed=0, workers=1)
     return folder
 
 
