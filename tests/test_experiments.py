@@ -261,4 +261,4 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     again = good(*words, '--out', tmp_path/'d.png', '--seed', '42')
     assert len(trainings) == 2 and pd.read_csv(tmp_path/'d_table.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
     assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path/'e.png')
-    assert 'ends in .png' in refused(*words, '--out', tmp_path/'e.csv')
+    assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path/'e.csv')
