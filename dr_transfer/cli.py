@@ -190,3 +190,6 @@ def _drop_unwritable(e):
         sys.stdout.flush()
     except OSError:
         _drop_output()
+
+if __name__ == '__main__' and '__file__' in globals(): # python -m dr_transfer.cli, and not this notebook
+    sys.exit(main())

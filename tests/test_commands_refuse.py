@@ -164,3 +164,11 @@ def test_a_value_outside_of_its_interval_is_drawn():
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'measure'])
     t = pd.DataFrame({'value': [.6, .7], 'low': [.7, .6], 'high': [.9, .65], 'difference': [np.nan, .1], 'difference_low': [np.nan, .2], 'difference_high': [np.nan, .3]}, index)
     plot_comparison(t, 'auc').savefig(os.devnull, format='png')
+
+
+def test_the_module_is_the_command():
+    "Before: `python -m dr_transfer.cli` did nothing, with exit code 0"
+    import subprocess
+    import sys
+    done = subprocess.run([sys.executable, '-m', 'dr_transfer.cli', 'train'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('dr_transfer: error:')
