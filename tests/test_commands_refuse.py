@@ -13,7 +13,7 @@ from dr_transfer.files import is_ours
 from dr_transfer.phantom import make_flowers
 from dr_transfer.predictions import gather_images, predict_table
 from dr_transfer.preprocess import Preparation, preprocess_folder
-from dr_transfer.table import find_images
+from dr_transfer.table import find_images, label_table
 from dr_transfer.task_file import TaskFileError, load_task
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--setting', 'plain']
@@ -172,3 +172,24 @@ def test_the_module_is_the_command():
     import sys
     done = subprocess.run([sys.executable, '-m', 'dr_transfer.cli', 'train'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('dr_transfer: error:')
+
+
+def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
+    "One line each, and only those of the library"
+    (tmp_path/'in').mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path/'in'/'a.png')
+    words = ['preprocess', str(tmp_path/'in'), str(tmp_path/'out'), '--size', '48']
+    assert main(words) == 0 and 'warning' not in capsys.readouterr().err
+    (tmp_path/'out'/'preparation.json').write_text('{')
+    assert main(words) == 0
+    told, = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
+    assert told.startswith(f"dr_transfer: warning: {tmp_path/'out'/'preparation.json'} is damaged")
+
+
+@pytest.mark.parametrize('labels', [['bolt;red', 'bolt', 'red'], ['a|b', 'b', 'c'], ['a,b', 'a', 'c'], ['bolt;red', 'bolt;blue']])
+def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
+    for i in range(len(labels)):
+        (tmp_path/f'{i}.png').write_bytes(b'x')
+    t = pd.DataFrame({'image': [f'{i}.png' for i in range(len(labels))], 'label': labels})
+    with pytest.raises(ValueError, match='several labels in one cell'):
+        label_table(tmp_path, t, verify=False)
