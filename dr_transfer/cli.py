@@ -26,8 +26,8 @@ def _command(commands, name, function, about, example):
     interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted)
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    p.add_argument('--setting', default='auto', help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16')
-    if function is not preprocess:
+    if function is not preprocess: # which uses no network, and goes on with what is there
+        p.add_argument('--setting', default='auto', help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16')
         p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
 
@@ -190,3 +190,6 @@ def _drop_unwritable(e):
         sys.stdout.flush()
     except OSError:
         _drop_output()
+
+if __name__ == '__main__' and '__file__' in globals(): # python -m dr_transfer.cli, and not this notebook
+    sys.exit(main())

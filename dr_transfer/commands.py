@@ -38,6 +38,11 @@ def _task(a):
     task = get_task(load_task(a.task), a.size)
     return task, task.target(a.target)
 
+def _classes(table, goal) -> list:
+    "The classes that are learnt from a table"
+    from dr_transfer.data import class_names, encode_target
+    return class_names(encode_target(table, goal), goal)
+
 def _wanted_point(a, task, goal) -> dict:
     "What the operating point is to reach: as typed; 0.9 of the referable for dr if nothing is typed"
     typed = {k: v for k, v in (('sensitivity', a.sensitivity), ('specificity', a.specificity)) if v is not None}
@@ -302,12 +307,20 @@ def evaluate(
         _print_report(e, a, page, table)
     return _print_files(out, 'report', REPORT_TABLE)
 
+# %% ../nbs/13g_commands.ipynb #e273a642
+def _note_copies(model, table):
+    "Note which identical files have two classes"
+    from dr_transfer.leaks import find_copies, note_contradictions
+    note_contradictions(table, find_copies(table.image.tolist(), model.about['reader']))
+
 def _evaluation(a):
     "The evaluation of a saved model on labelled images"
     from dr_transfer.report import evaluate_model
+    from dr_transfer.table import report_table
     model = _load(a)
     table = _targets_of(a, model, _read_table(a))
-    print(table.attrs['patients'])
+    _note_copies(model, table)
+    report_table(table)
     return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
 
 # %% ../nbs/13g_commands.ipynb #ce8e5c81
@@ -326,8 +339,11 @@ def _cross_evaluation(a):
     task, goal = _task(a)
     point = _wanted_point(a, task, goal)
     _check_recipe(a)
+    if a.plan == 'advise':
+        raise ValueError('--plan advise: advice is for one training, not for folds. Run dr_transfer advise, and name the plan that it gives')
     table = _read_table(a)
-    print(table.attrs['patients'])
+    if point:
+        _check_point(_classes(table, goal))
     from dr_transfer.core import DEFAULT_ARCH, versions
     from dr_transfer.crossval import cross_validate, decide_across
     from dr_transfer.decision import table_classes
@@ -379,9 +395,8 @@ def _write_comparison(a, figure, table):
 def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
     import numpy as np
-    from dr_transfer.data import class_names, encode_target
     from dr_transfer.screening import main_measure, measures
-    classes = class_names(encode_target(images, goal), goal)
+    classes = _classes(images, goal)
     k = len(classes)
     return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
 

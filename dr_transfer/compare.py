@@ -109,7 +109,8 @@ def plot_comparison(
     for ax, value, what in ((left, 'value', m.upper() if m == 'auc' else m), (right, 'difference', f'difference to {plain_text(t.index[0])}')):
         low, high = ('low', 'high') if value == 'value' else ('difference_low', 'difference_high')
         d = t[t[value].notna()]
-        ax.errorbar(d[value], [list(t.index).index(i) for i in d.index], xerr=[d[value] - d[low], d[high] - d[value]], fmt='o', ms=5, capsize=3)
+        reach = [(d[value] - d[low]).clip(lower=0), (d[high] - d[value]).clip(lower=0)] # a value outside of its interval still has a place
+        ax.errorbar(d[value], [list(t.index).index(i) for i in d.index], xerr=reach, fmt='o', ms=5, capsize=3)
         ax.set_xlabel(what, fontsize=9)
         ax.grid(axis='x', color='0.92')
     right.axvline(0, color='grey', lw=1, ls=':')

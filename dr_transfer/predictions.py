@@ -14,11 +14,11 @@ from .table import find_images
 
 # %% ../nbs/10c_predictions.ipynb #42f84429
 def gather_images(
-    sources:list # Files and folders
+    sources:list # Files and folders, or one
 ) -> list[str]: # Paths as given, or as found below the folders
     "The image files that are meant; ValueError if a path does not exist or a folder has none"
     out = []
-    for s in map(str, sources):
+    for s in map(str, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
         if os.path.isdir(s):
             found = find_images(s)
             if not found: raise ValueError(f"no images in {s}: give image files or folders that hold some")
@@ -32,10 +32,10 @@ NO_PROBABILITIES = 'the model gives no probabilities for this image: its numbers
 
 def predict_table(
     model, # From `load_model`, `image_model` or `OnnxModel`
-    images:list[str] # Paths
+    images:list[str] # Paths, or one
 ) -> pd.DataFrame: # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
     "Predictions for image files, calibrated if the model knows its temperature; where there is none the reason is in `error`"
-    images = list(images)
+    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     errors = np.array(image_errors(images), object)
     good = errors == ''
     p = np.full((len(images), len(model.classes)), np.nan)
