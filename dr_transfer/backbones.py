@@ -63,6 +63,7 @@ def find_backbone(
     name:str # Name in `BACKBONES`, of timm or of torchvision
 ) -> Backbone:
     "A backbone by name; ValueError with the nearest known names"
+    if not isinstance(name, str): raise unknown('backbone', name, BACKBONES, "Any timm or torchvision name will do")
     if name in BACKBONES: return BACKBONES[name]
     library, _, rest = name.partition('.') if name.startswith(('timm.', 'torchvision.')) else ('', '', name)
     if library != 'torchvision' and timm.is_model(rest):
@@ -301,7 +302,9 @@ def _checked_tap(body, tap) -> int:
     return tap
 
 def _load(net, spec, weights, needed) -> Weights:
-    if weights == 'random': return Weights('random')
+    if isinstance(weights, str) and weights == 'random': return Weights('random')
+    if not isinstance(weights, (str, Path, type(None))):
+        raise WeightsError(f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the backbone's own")
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
         fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")

@@ -233,7 +233,7 @@ def _naming(file, card):
 
 def load_model(
     folder:str|Path, # Made by `save_model` or `dr_transfer train`
-    setting:str='auto' # Format and precision on the CPU: 'auto' is that of the training, 'plain' fp32
+    setting:str='auto' # How the CPU computes; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
     "A saved model; `ModelError` if a file is missing, was changed, or does not fit the other"
     folder = Path(folder)

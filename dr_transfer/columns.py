@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 'IMAGES', 'LABELS', 'GROUPS', 'NO_GROUPS', 'MOST_LABEL',
            'ONE_CLASS', 'read_labels', 'not_utf8', 'counted', 'some', 'Role', 'find_column', 'GroupSource',
-           'choose_groups', 'described', 'group_errors', 'check_labels', 'number_note']
+           'choose_groups', 'described', 'group_errors', 'check_labels', 'joint_note', 'number_note']
 
 # %% ../nbs/00j_columns.ipynb #6c4f764b
 import re
@@ -62,7 +62,7 @@ def some(
 # %% ../nbs/00j_columns.ipynb #3f622409
 IMAGE_COLUMNS = ('image', 'id_code', 'image_id', 'image name', 'filename', 'file', 'path', 'img')
 LABEL_COLUMNS = ('label', 'grade', 'level', 'diagnosis', 'class', 'retinopathy grade', 'adjudicated_dr_grade', 'target')
-GROUP_COLUMNS = ('patient', 'patient_id', 'pid', 'patient_no', 'patient_number', 'subject', 'subject_id', 'participant', 'participant_id',
+GROUP_COLUMNS = ('patient', 'patient_id', 'pid', 'pat_id', 'patient_no', 'patient_number', 'patient_name', 'mrn', 'subject', 'subject_id', 'participant', 'participant_id',
                  'person', 'person_id', 'group', 'photographer', 'case', 'case_id', 'study', 'study_id')
 
 @dataclass(frozen=True)
@@ -220,6 +220,19 @@ def _parts(label, sep) -> set:
     "The labels in a cell; a comma before a space, or in a number, divides none"
     parts = {p.strip() for p in (re.split(',(?! )', label) if sep == ',' else label.split(sep))}
     return {label} if sep == ',' and any(p.isdecimal() for p in parts) else parts
+
+# %% ../nbs/00j_columns.ipynb #8b74e6df
+def joint_note(
+    labels # Class of each image
+) -> str: # '' if none looks like several
+    "What is to be told of class names that may be several labels in one cell"
+    names = list(dict.fromkeys(map(str, labels)))
+    for name in names:
+        several = any(len([p for p in name.split(sep) if p.strip()]) > 1 for sep in ';|')
+        shared = any({p.strip() for p in name.split(sep)} & {*names} - {name} for sep in '/+&')
+        if several or shared:
+            return f"labels: '{name}' is taken for one class; several labels in one cell are not supported"
+    return ''
 
 def number_note(
     labels # Class of each image

@@ -60,6 +60,7 @@ def _check_point(classes):
         names = ', '.join(map(str, classes[:5]))
         raise ValueError(f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}')
 
+# %% ../nbs/13g_commands.ipynb #b8d51959
 @contextmanager
 def _printed_if_unwritable(table):
     "Print a table where the disk does not take it, so that it is not lost"
@@ -227,9 +228,10 @@ def export(
     a:argparse.Namespace # As `dr_transfer export --help` describes
 ) -> int: # Exit code
     "Write a saved model as an ONNX file, if it gives the same predictions"
-    from dr_transfer.files import new_file
+    from dr_transfer.files import check_outside, new_file
     from dr_transfer.onnx_export import check_onnx_name, write_onnx
     out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
+    check_outside(out, a.model)
     with new_file(out, a.overwrite and a.out is not None) as file:
         write_onnx(_load(a), file)
     print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')

@@ -20,7 +20,7 @@ from fastai.vision.core import PILImage
 from .augment import augmentation
 from .card import check_class_names
 from .checks import check_workers
-from .columns import group_errors, number_note
+from .columns import group_errors, joint_note, number_note
 from .csvfile import plain_number
 from .decision import GRADE_NAMES
 from .files import unknown
@@ -62,9 +62,8 @@ def encode_target(
         what = ', '.join(f"'{l}'" for l in bad.label.unique()[:5])
         raise ValueError(f"{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). "
                          f"Known: {target.labels or ', '.join(target.classes)}. Correct the labels, or leave these rows out")
-    note = number_note(t.target) if target.classes is None else ''
-    if note:
-        t.attrs['notes'] = [*t.attrs.get('notes', []), note]
+    notes = [number_note(t.target), joint_note(t.target)] if target.classes is None else []
+    t.attrs['notes'] = [*t.attrs.get('notes', []), *(note for note in notes if note)]
     return t
 
 # %% ../nbs/04_data.ipynb #07f7f409

@@ -158,6 +158,11 @@ class _Job:
     eyes:dict # Name of an original -> its eye
     done:dict # Name of an original -> row of an earlier run
 
+    def lost(self, row:dict) -> bool:
+        "Was the result of an earlier run changed or removed since? `row` is what was made instead"
+        old = self.done.get(row['image'])
+        return old is not None and not old['error'] and all(old.get(k) == row[k] for k in ('file', 'stamp'))
+
     def prepare(self, source:Path) -> tuple[dict, bool]:
         "The row of a photograph, and whether it is new"
         name, place, stamp = source.relative_to(self.folder).as_posix(), self.places[source], _stamp(source)
@@ -208,7 +213,7 @@ def _prepare_all(job:_Job, workers:int|None) -> pd.DataFrame:
 
 def _run(job:_Job, workers:int|None) -> list[dict]:
     "Rows of all sources, each noted as it is finished; Ctrl-C keeps what is finished"
-    rows, sources = [], list(job.places)
+    rows, lost, sources = [], [], list(job.places)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         with open(job.out/JOURNAL, 'a', encoding='utf-8') as f:
@@ -216,9 +221,12 @@ def _run(job:_Job, workers:int|None) -> list[dict]:
                 if new:
                     f.write(json.dumps(row) + '\n')
                     f.flush()
+                    lost += [row['file']]*job.lost(row)
                 rows.append(row)
     finally:
         pool.shutdown(cancel_futures=True)
+    if lost:
+        warn(f'{len(lost)} results in {job.out} had been changed or removed since they were made (first: {lost[0]}): they were made again')
     return rows
 
 def _new_labels(folder:Path, out:Path, how:Preparation):

@@ -7,7 +7,7 @@ __all__ = ['SplitError', 'split_table', 'split_advice', 'check_split', 'split_su
 
 # %% ../nbs/01b_split.ipynb #887d1df4
 import numpy as np, pandas as pd
-from .checks import check_seed
+from .checks import check_seed, check_share
 from .columns import group_errors, some
 
 # %% ../nbs/01b_split.ipynb #b50eab09
@@ -47,7 +47,8 @@ def split_table(
     check:bool=True # An error for groups that stand in two subsets?
 ) -> pd.DataFrame: # The table with its column `split` filled
     "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
-    if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
+    valid, test = check_share('valid', valid), check_share('test', test)
+    if not valid or valid + test >= 1:
         raise SplitError(f"valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2")
     seed = check_seed(seed)
     t = table.reset_index(drop=True)

@@ -1,6 +1,8 @@
 "What the commands refuse before the work, whatever lies where a file is expected; and what they say of contradictions."
 import os
+import re
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -9,8 +11,8 @@ from PIL import Image
 
 from dr_transfer.cli import main
 from dr_transfer.compare import plot_comparison
-from dr_transfer.files import is_ours
-from dr_transfer.phantom import make_flowers
+from dr_transfer.files import TransferWarning, is_ours
+from dr_transfer.phantom import make_dr, make_flowers
 from dr_transfer.predictions import gather_images, predict_table
 from dr_transfer.preprocess import Preparation, preprocess_folder
 from dr_transfer.table import find_images, label_table
@@ -193,3 +195,45 @@ def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
     t = pd.DataFrame({'image': [f'{i}.png' for i in range(len(labels))], 'label': labels})
     with pytest.raises(ValueError, match='several labels in one cell'):
         label_table(tmp_path, t, verify=False)
+
+
+# ---------------------------------------------------------------- arguments in Python, and what a name can mean
+
+@pytest.mark.parametrize('wrong, words', [(dict(valid='x'), "valid='x': give a share"), (dict(valid=True), 'valid=True: give a share'), (dict(weights=5), 'weights=5: give a'),
+                                          (dict(arch=5), "unknown backbone '5'"), (dict(arch=['resnet18']), 'unknown backbone')])
+def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
+    from dr_transfer.core import build_learner
+    make_dr(tmp_path/'eyes', n=12, size=64, seed=0, workers=1)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build_learner(tmp_path/'eyes', **{**dict(task='dr', arch='small_cnn', weights='random', size=32), **wrong})
+
+
+@pytest.mark.parametrize('labels, told', [(['bolt;red', 'nut'], 'bolt;red'), (['a|b', 'c'], 'a|b'), (['a/b', 'a'], 'a/b'), (['a + b', 'a'], 'a + b'),
+                                          (['a/b', 'c/d'], ''), (['a; ', 'b'], ''), (['nut', 'bolt'], '')])
+def test_a_class_that_may_be_two_is_told(labels, told):
+    from dr_transfer.data import Target, encode_target
+    t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
+    assert t.attrs['notes'] == ([f"labels: '{told}' is taken for one class; several labels in one cell are not supported"] if told else [])
+
+
+def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
+    make_dr(tmp_path/'eyes', n=4, size=64, seed=0, workers=1)
+    how = Preparation(size=32)
+    first = preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
+    cut, gone = (tmp_path/'small'/first.file[i] for i in (1, 3))
+    before = cut.read_bytes()
+    cut.write_bytes(before[:-9])
+    gone.unlink()
+    with pytest.warns(TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'):
+        preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
+    assert cut.read_bytes() == before and gone.exists()
+
+
+def test_an_export_does_not_go_into_the_model(tmp_path, capsys):
+    (tmp_path/'run'/'model').mkdir(parents=True)
+    for model in ('run', 'run/model'):
+        assert 'lies in the data folder' in failed(capsys, 'export', tmp_path/model, '--out', tmp_path/model/'x.onnx')
+    assert [p.name for p in tmp_path.rglob('*')] == ['run', 'model']
