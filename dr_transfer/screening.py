@@ -182,7 +182,7 @@ def roc_band(
     groups=None, # Group (patient) of each image
     n:int=500, # Draws of the bootstrap
     seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # `false_alarms`, and `found`, `low`, `high` there; limits NaN where `bootstrap` has none
+) -> pd.DataFrame: # `false_alarms`, and `found`, `low`, `high` (or NaN) there
     "Share of positives found at each rate of false alarms, with 95 % limits over patients (vertical averaging, Fawcett 2006)"
     grid = np.linspace(0, 1, 101)
     def curve(y, s):
