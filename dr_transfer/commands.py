@@ -82,7 +82,7 @@ def _as_utf8(stream):
 def _print_decision(decision):
     "The operating point, and what could not be chosen"
     if decision.operating:
-        print(f'operating point: {decision.operating}')
+        print(f'operating point: {decision.point_words}')
     for line in decision.refused:
         print(line)
 

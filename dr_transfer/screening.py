@@ -15,13 +15,12 @@ from sklearn.metrics import roc_curve
 from .calibration import calibration_error, deferral_curve, reliability
 from .decision import GRADE_NAMES, Question, decisions, positive_score, question, table_arrays
 from .files import plain_text, unknown
-from .intervals import bootstrap, check_draws, draws, group_codes, paired_difference
+from .groups import group_key, table_groups
+from .intervals import bootstrap, check_draws, count_groups, draws, group_codes, paired_difference
 from .metrics import quadratic_kappa, summary
 from .operating import OperatingPoint, check_prevalence, operating_table
 
 # %% ../nbs/10a_screening.ipynb #96146115
-def _groups(table): return table.group.tolist() if 'group' in table and table.group.notna().any() else None
-
 def patient_classes(
     classes # Class names of the images, in order
 ) -> list[str]: # Class names of `by_patient`: what is not to be found, and what is
@@ -36,7 +35,7 @@ def by_patient(
     "Both eyes to one decision: a patient is to be referred if one eye is, and is as likely to be as the worse eye"
     q = question(table, classes)
     if q is None: raise ValueError(f"classes {list(classes)} say not what is to be found: by_patient needs two classes, or the five grades")
-    t = pd.DataFrame({'image': table.image.astype(str), 'group': group_codes(_groups(table), len(table)), 'y': q.y, 'score': q.score, 'name': table.get('group')})
+    t = pd.DataFrame({'image': table.image.astype(str), 'group': group_codes(table_groups(table), len(table)), 'y': q.y, 'score': q.score, 'name': table.get('group')})
     g = t.groupby('group').agg(image=('image', ' + '.join), name=('name', 'first'), y=('y', 'max'), score=('score', 'max')).reset_index(drop=True)
     other, found = patient_classes(classes)
     out = pd.DataFrame({'image': g.image, 'target': np.where(g.y == 1, found, other), 'group': g.name,
@@ -83,13 +82,25 @@ def interval_note(
     table:pd.DataFrame # Perhaps with `group`
 ) -> str:
     "What the intervals of a table are over, in a sentence"
-    groups = _groups(table)
+    groups = table_groups(table)
+    n = count_groups(groups, len(table))
+    if n == 1:
+        what = 'there is one image' if len(table) == 1 else 'all images are of one group (patient)'
+        return f"no intervals: {what}, which says nothing of how much others differ"
     if groups is None:
         return ("95 % intervals count images as independent, for no group (patient) is known: "
                 "with several images of one patient they are too narrow")
-    alone = sum(g is None or g != g for g in groups)
+    alone = sum(group_key(g) is None for g in groups)
     rest = f' and {alone} images without one' if alone else ''
-    return f"95 % intervals over {table.group.nunique()} groups (patients){rest}"
+    return f"95 % intervals over {n - alone} groups (patients){rest}"
+
+def _missing_note(measured, groups, n) -> list:
+    "Which values have no interval although others have, and why"
+    gone = measured.index[measured.value.notna() & measured.low.isna()].tolist()
+    if not gone or count_groups(groups, n) == 1:
+        return []
+    few = 'images' if groups is None else 'groups (patients)'
+    return [f"no interval for {', '.join(gone)}: too few {few} decide on it"]
 
 def measure_table(
     table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group, decision, grade`
@@ -99,22 +110,22 @@ def measure_table(
     n:int=1000, # Draws of the bootstrap
     seed:int=0 # Another seed, other draws
 ) -> pd.DataFrame: # value, low, high, images; `attrs['notes']`: how to read it
-    "Figures of predictions with 95 % intervals over patients"
+    "Figures of predictions with 95 % intervals over patients; low and high are NaN where too few patients decide"
     check_draws(n)
     check_prevalence(prevalence)
     if not len(table):
         raise ValueError("the table has no row: give the predictions of one image at least")
     y, p = table_arrays(table, classes)
-    t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=_groups(table), n=n, seed=seed).assign(images=len(y))
+    t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(images=len(y))
     if list(map(str, classes)) == GRADE_NAMES and 'grade' in table and table.grade.notna().all():
-        kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=_groups(table), n=n, seed=seed)
+        kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
     called = decisions(table, classes, point)
     notes = [interval_note(table)]
     if called is not None:
-        t = pd.concat([operating_table(question(table, classes).y, called, _groups(table), prevalence, n=n, seed=seed), t])
+        t = pd.concat([operating_table(question(table, classes).y, called, table_groups(table), prevalence, n=n, seed=seed), t])
         notes.append('sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class')
-    t.attrs['notes'] = notes
+    t.attrs['notes'] = notes + _missing_note(t, table_groups(table), len(table))
     return t
 
 # %% ../nbs/10a_screening.ipynb #eb51b995
@@ -129,7 +140,7 @@ def compare_tables(
     if a.image.tolist() != b.image.tolist(): raise ValueError(f"{len(set(a.image) ^ set(b.image))} images are in one table only: give predictions for the same images")
     if (a.target.astype(str) != b.target.astype(str)).any(): raise ValueError("the two tables say different things of the truth: give the same labels to both")
     (y, pa), (_, pb) = table_arrays(a, classes), table_arrays(b, classes)
-    return paired_difference(lambda y, p: measures(y, p, classes), y, pa, pb, groups=_groups(a), **kw)
+    return paired_difference(lambda y, p: measures(y, p, classes), y, pa, pb, groups=table_groups(a), **kw)
 
 # %% ../nbs/10a_screening.ipynb #58bc43ed
 def subgroup_table(
@@ -171,15 +182,17 @@ def roc_band(
     groups=None, # Group (patient) of each image
     n:int=500, # Draws of the bootstrap
     seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # `false_alarms`, and `found`, `low`, `high` there
+) -> pd.DataFrame: # `false_alarms`, and `found`, `low`, `high` (or NaN) there
     "Share of positives found at each rate of false alarms, with 95 % limits over patients (vertical averaging, Fawcett 2006)"
     grid = np.linspace(0, 1, 101)
     def curve(y, s):
         if y.min() == y.max(): return np.full(len(grid), np.nan)
         fpr, tpr, _ = roc_curve(y, s)
         return np.interp(grid, fpr, tpr)
-    found = [curve(q.y[r], q.score[r]) for r in draws(group_codes(groups, len(q.y)), n, seed)]
-    low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
+    codes, low, high = group_codes(groups, len(q.y)), np.nan, np.nan
+    found = np.array([curve(q.y[r], q.score[r]) for r in draws(codes, n, seed)])
+    if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
+        low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
     return pd.DataFrame({'false_alarms': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
 
 # %% ../nbs/10a_screening.ipynb #7038f22f
@@ -189,16 +202,18 @@ def plot_roc(
     groups=None, # Group (patient) of each image
     n:int=1000 # Draws of the bootstrap
 ) -> Figure:
-    "ROC curve with its interval over patients, and the operating point"
+    "ROC curve with its interval over patients, if there is one, and the operating point"
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
-    ax.fill_between(b.false_alarms, b.low, b.high, alpha=0.25, lw=0, label='95 % interval')
+    if b.low.notna().any():
+        ax.fill_between(b.false_alarms, b.low, b.high, alpha=0.25, lw=0, label='95 % interval')
     ax.plot(b.false_alarms, b.found)
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1)
     if called is not None:
         ax.plot(called[q.y == 0].mean(), called[q.y == 1].mean(), 'o', color='firebrick', label='operating point')
     ax.set(xlabel='false alarms (1 - specificity)', ylabel='found (sensitivity)')
-    ax.legend(frameon=False, loc='lower right')
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, loc='lower right')
     return fig
 
 # %% ../nbs/10a_screening.ipynb #f5817f08

@@ -14,8 +14,8 @@ SAID = ('--task', 'dr', *FAST)
 
 @pytest.fixture(scope='session')
 def many(home):
-    "Enough eyes for an operating point."
-    once('many', lambda: make_dr(home/'many', n=240, size=64, seed=8, workers=1))
+    "Enough patients for an operating point: 30 with a referable eye among the validation images."
+    once('many', lambda: make_dr(home/'many', n=360, size=64, seed=8, workers=1))
     return home/'many'
 
 
@@ -34,6 +34,7 @@ def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
     assert ((p.p_referable >= decision['operating']['threshold']) == (p.decision == 'referable')).all()
     r = json.loads((sure/'record.json').read_text())
     assert p.group.notna().all() and r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
+    assert decision['positive_groups'] >= 30 and decision['positive_groups'] < decision['operating']['positives']
     out = good('predict', sure, many/'images').out
     assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,error'
 
@@ -84,7 +85,7 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
     words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '50', '--sensitivity', '0.85')
     said = good(*words, '--out', tmp_path/'r.html')
     t = pd.read_csv(tmp_path/'r_predictions.csv')
-    assert len(t) == 240 and set(t.fold) == {1, 2, 3} and (t.groupby('group').fold.nunique() == 1).all() and t.decision.notna().all()
+    assert len(t) == 360 and set(t.fold) == {1, 2, 3} and (t.groupby('group').fold.nunique() == 1).all() and t.decision.notna().all()
     assert 'the threshold is that of the other folds' in (tmp_path/'r.html').read_text() and 'fold 3' in said.out
     again = good(*words, '--out', tmp_path/'again.html')
     assert 'fold 1' not in again.out and pd.read_csv(tmp_path/'again_predictions.csv').equals(t), 'finished folds are used'
