@@ -123,4 +123,4 @@ def add_bootstrap_argument(
     add:Callable # `add_argument` of a parser
 ):
     "How many bootstrap resamples the intervals rest on"
-    add('--draws', metavar='N', type=whole_number(2, 1_000_000), default=1000, help='bootstrap resamples (default: 1000)')
+    add('--draws', metavar='N', type=whole_number(100, 1_000_000), default=1000, help='bootstrap resamples, 100 or more (default: 1000)')

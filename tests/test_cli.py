@@ -433,7 +433,7 @@ def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, mon
         if self.suffix == '.dr_transfer-tmp': raise OSError(28, 'No space left on device')
         return write(self, data)
     monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
-    more = [eyes, '--split', 'valid', '--draws', '5', '--out', tmp_path/'r.html'] if command == 'evaluate' else [eyes/'images', '--out', tmp_path/'p.csv']
+    more = [eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path/'r.html'] if command == 'evaluate' else [eyes/'images', '--out', tmp_path/'p.csv']
     said = cli(command, run, *more)
     assert said.code == 1 and 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
     printed = said.out[said.out.index('image,'):]

@@ -47,7 +47,7 @@ def test_too_few_positives_are_said_and_the_run_is_made(run):
 def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
     labels = pd.read_csv(eyes/'labels.csv').rename(columns={'patient': 'person'})
     labels.assign(camera=['A', 'B']*20).to_csv(tmp_path/'l.csv', index=False)
-    said = good('evaluate', sure, eyes, '--labels', tmp_path/'l.csv', '--patient', 'person', '--prevalence', '0.1', '--draws', '50', '--out', tmp_path/'r.html')
+    said = good('evaluate', sure, eyes, '--labels', tmp_path/'l.csv', '--patient', 'person', '--prevalence', '0.1', '--draws', '100', '--out', tmp_path/'r.html')
     page, t = (tmp_path/'r.html').read_text(), pd.read_csv(tmp_path/'r_predictions.csv')
     assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path/'r.html') in said.out
     assert len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
@@ -59,12 +59,12 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
     assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', tmp_path/'r.html')
-    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '20', '--out', tmp_path/'valid.html')
+    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path/'valid.html')
     t, own = pd.read_csv(tmp_path/'valid_predictions.csv'), pd.read_csv(sure/'predictions.csv')
     assert sorted(t.image) == sorted(own.image) and 'slightly optimistic' in (tmp_path/'valid.html').read_text() and 'not validation images' in said.out
     both = own.merge(t, on='image', suffixes=('', '_again'))
     assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(own.group) == set(t.group)
-    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '20', '--out', tmp_path/'all.html')
+    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '100', '--out', tmp_path/'all.html')
     assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'excluded' not in said.out
     both = tmp_path/'both'                                                                       # 40 new ones, 8 known ones, a broken one
     shutil.copytree(eyes/'images', both)
@@ -76,13 +76,13 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
         else: Image.open(source).point(lambda v: min(255, int(1.05*v + 2))).save(both/to)
     (both/'broken.png').write_bytes(b'no image')
     pd.concat([pd.read_csv(eyes/'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]).to_csv(tmp_path/'l.csv', index=False)
-    said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '20', '--out', tmp_path/'r.html')
+    said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '100', '--out', tmp_path/'r.html')
     assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == 40 and 'excluded: 8 images' in said.out and '1 images that cannot be read' in said.out
     assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path/'r.html').read_text() and 'broken.png' in (tmp_path/'r.html').read_text()
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
-    words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '50', '--sensitivity', '0.85')
+    words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '100', '--sensitivity', '0.85')
     said = good(*words, '--out', tmp_path/'r.html')
     t = pd.read_csv(tmp_path/'r_predictions.csv')
     assert len(t) == 360 and set(t.fold) == {1, 2, 3} and (t.groupby('group').fold.nunique() == 1).all() and t.decision.notna().all()
@@ -109,5 +109,5 @@ def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
     good('train', many, '--weights', weights, *SAID, '--target', 'grade', '--head', 'regression', '--balance', 'sampling', '--valid', '0.4', '--out', tmp_path/'run')
     t = pd.read_csv(tmp_path/'run'/'predictions.csv')
     assert set(t.grade) <= set(range(5)) and t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', tmp_path/'run', eyes, '--draws', '20', '--out', tmp_path/'r.html')
+    good('evaluate', tmp_path/'run', eyes, '--draws', '100', '--out', tmp_path/'r.html')
     assert 'kappa at the cut points' in (tmp_path/'r.html').read_text()

@@ -103,7 +103,7 @@ def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form)
     small = [w for w in SMALL if w not in ('--size', '32')]
     assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path/'run')]) == 0
     assert set(pd.read_csv(tmp_path/'run'/'predictions.csv').target) == {'white', 'red'}
-    done = main(['evaluate', str(tmp_path/'run'), str(flowers), '--task', task, '--split', 'valid', '--draws', '5', '--setting', 'plain', '--out', str(tmp_path/'r.html')])
+    done = main(['evaluate', str(tmp_path/'run'), str(flowers), '--task', task, '--split', 'valid', '--draws', '100', '--setting', 'plain', '--out', str(tmp_path/'r.html')])
     assert done == 0, capsys.readouterr().err
 
 
@@ -144,7 +144,7 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
     shutil.copy(sorted((data/'daisy').glob('*.jpg'))[0], data/'roses'/'copy.jpg')
     capsys.readouterr()
     for words in (['evaluate', tmp_path/'run', data, '--allow-leaks', '--setting', 'plain'], ['cross-validate', data, *SMALL, '--folds', '2']):
-        assert main([*map(str, words), '--draws', '5', '--out', str(tmp_path/f'{words[0]}.html')]) == 0
+        assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path/f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
         assert out.count('1 pairs of identical images have two classes') == 1 and 'copy.jpg (roses)' in out
         assert out.count('no patient column found') == 1

@@ -250,7 +250,7 @@ def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
 
 
 def test_compare_from_the_command_line(flowers, tmp_path, trainings):
-    words = ['compare', flowers, '--archs', 'small_cnn', 'test_resnet', '--plans', 'head', '--weights', 'random', '--size', '32', '--setting', 'plain', '--draws', '50']
+    words = ['compare', flowers, '--archs', 'small_cnn', 'test_resnet', '--plans', 'head', '--weights', 'random', '--size', '32', '--setting', 'plain', '--draws', '100']
     said = good(*words, '--out', tmp_path/'c.png')
     assert 'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path/'c.png').stat().st_size > 1000
     t = pd.read_csv(tmp_path/'c_table.csv').set_index(['rival', 'measure'])

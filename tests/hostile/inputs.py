@@ -145,7 +145,7 @@ class Place:
         model = self.shared/model if isinstance(model, str) else model
         more.setdefault('data', self.data)
         return Command(
-            ['evaluate', model, self.data, '--allow-leaks', '--draws', '10', '--out', out, *PLAIN, *words],
+            ['evaluate', model, self.data, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN, *words],
             [out, table_beside(out)],
             **more,
         )
@@ -266,7 +266,7 @@ def make_shared(runner, folder):
         '--size',
         '48',
         '--draws',
-        '10',
+        '100',
         *PLAIN,
         '--out',
         folder/'compared.png',

@@ -62,7 +62,7 @@ def train(at, pair):
 
 EVALUATE = {
     '--prevalence': ('2', '0', '1', '-1', 'nan', 'text'),
-    '--draws': ('0', '-1', '1', 'text', '1.5'),
+    '--draws': ('0', '-1', '1', '99', 'text', '1.5'),
     '--patient': ('nobody', ''),
     '--labels': ('nowhere.csv', '', '/dev/null'),
 }
@@ -104,7 +104,7 @@ def other_command(at, words):
         'cross-validate': ('--arch', 'small_cnn', '--plan', 'head', '--epochs', '1'),
         'advise': ('--arch', 'small_cnn'),
     }[command]
-    more = ('--draws', '10') if command != 'advise' else ()
+    more = ('--draws', '100') if command != 'advise' else ()
     return Command(
         [command, at.flowers, *small, '--weights', 'random', '--size', '48', *PLAIN, *more, '--out', out, *words],
         [out, table_beside(out)],

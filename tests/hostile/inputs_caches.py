@@ -291,7 +291,7 @@ def compare(at, runner_words=()):
             '--size',
             '48',
             '--draws',
-            '10',
+            '100',
             *PLAIN,
             '--out',
             out,

@@ -22,7 +22,7 @@ WORDS = {
         at.eyes,
         '--allow-leaks',
         '--draws',
-        '10',
+        '100',
         *PLAIN,
         '--out',
         out,
