@@ -169,7 +169,12 @@ def _seed(learn) -> int:
     return (1_000_003*learn.record['seed'] + len(learn.record['history'])) % 2**32
 
 ADVICE = ("The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, another plan, "
-          "such as 'head' (--plan head), or setting='plain' (--setting plain) for full precision")
+          "such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision")
+
+def _safer_plan(record) -> str:
+    "A plan that suits the weights of a learner"
+    fits = record['weights']['kind'] != 'random' or (record.get('plan') or {}).get('weights') == 'random'
+    return 'head' if fits else 'random_start'
 
 def _check_batches(learn):
     "BatchNorm in the head needs two images or more in a batch"
@@ -181,7 +186,7 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10, plan=_safer_plan(learn.record)))
     cbs = [guard]
     with ExitStack() as stack:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
