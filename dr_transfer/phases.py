@@ -171,11 +171,6 @@ def _seed(learn) -> int:
 ADVICE = ("The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, another plan, "
           "such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision")
 
-def _safer_plan(record) -> str:
-    "A plan that suits the weights of a learner"
-    fits = record['weights']['kind'] != 'random' or (record.get('plan') or {}).get('weights') == 'random'
-    return 'head' if fits else 'random_start'
-
 def _check_batches(learn):
     "BatchNorm in the head needs two images or more in a batch"
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learn.model[1].modules())
@@ -186,7 +181,7 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10, plan=_safer_plan(learn.record)))
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10, plan=run.safer))
     cbs = [guard]
     with ExitStack() as stack:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
@@ -263,6 +258,7 @@ class PhaseRun:
     views:str|None=None # Views that are stored; None if they are endless
     why:str='' # Why it is not cheaper
     seed:int=0 # Decides order, views and dropout
+    safer:str='head' # Plan that is advised if the training diverges
 
 @dataclass(frozen=True)
 class _Asked:
@@ -309,8 +305,10 @@ def phase_runs(
 ) -> list[PhaseRun]: # One for each phase
     "How each phase of a plan is going to be run; nothing is trained yet"
     runs, trained = [], learn.head_trained
+    unsuited = learn.record['weights']['kind'] == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
-        runs.append(_phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained)))
+        run = _phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained))
+        runs.append(replace(run, safer='random_start' if unsuited else 'head'))
         trained = True
     return runs
 
