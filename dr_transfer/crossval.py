@@ -170,6 +170,9 @@ def fold_tables(
     t = encode_target(label_table(data, labels, group_col=group_col), goal)
     apart = together(t)
     note_contradictions(t, together.copies)
+    if t.split.notna().any():
+        t.attrs['notes'] = [*t.attrs['notes'], f"the split of the data is not used: all {len(t)} images go into the folds"
+                            + (f", also the {n} of the split 'test'" if (n := t.split.eq('test').sum()) else '')]
     report_table(t, say)
     with group_errors(t):
         parts = grouped_folds(t.target.to_numpy(), apart, folds, seed)

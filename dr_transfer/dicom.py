@@ -139,6 +139,19 @@ def _colour(a, ds) -> np.ndarray:
         check_used(int(a.max()), top)
     return eight_bits(a, top)
 
+# %% ../nbs/00f_dicom.ipynb #9742929b
+def _check_decoder(ds):
+    "`ImageError` for a compression that cannot be decoded, with what to install"
+    from pydicom.pixels import get_decoder
+    syntax = ds.file_meta.TransferSyntaxUID
+    try:
+        here = get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise ImageError(f"its pixels are stored as '{syntax.name}', which is not read: save it without compression") from None
+    if not here:
+        raise ImageError(f"no decoder is installed for '{syntax.name}': pip install pylibjpeg pylibjpeg-libjpeg "
+                         "pylibjpeg-openjpeg, or save it without compression")
+
 def read_dicom(
     source # Path or bytes
 ) -> Image.Image: # RGB or grey, 8 bits; the first frame of several
@@ -154,6 +167,7 @@ def dicom_image(
     ds = read_dataset(stream)
     dicom_size(ds)
     from pydicom.pixels import pixel_array
+    _check_decoder(ds)
     a = pixel_array(ds, index=0) # YBR becomes RGB
     coloured = a.ndim == 3 or ds.PhotometricInterpretation == 'PALETTE COLOR'
     return Image.fromarray(_colour(a, ds) if coloured else _grey(a, ds))

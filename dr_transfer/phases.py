@@ -169,7 +169,7 @@ def _seed(learn) -> int:
     return (1_000_003*learn.record['seed'] + len(learn.record['history'])) % 2**32
 
 ADVICE = ("The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, another plan, "
-          "such as 'head' (--plan head), or setting='plain' (--setting plain) for full precision")
+          "such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision")
 
 def _check_batches(learn):
     "BatchNorm in the head needs two images or more in a batch"
@@ -181,7 +181,7 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10))
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10, plan=run.safer))
     cbs = [guard]
     with ExitStack() as stack:
         if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
@@ -258,6 +258,7 @@ class PhaseRun:
     views:str|None=None # Views that are stored; None if they are endless
     why:str='' # Why it is not cheaper
     seed:int=0 # Decides order, views and dropout
+    safer:str='head' # Plan that is advised if the training diverges
 
 @dataclass(frozen=True)
 class _Asked:
@@ -304,8 +305,10 @@ def phase_runs(
 ) -> list[PhaseRun]: # One for each phase
     "How each phase of a plan is going to be run; nothing is trained yet"
     runs, trained = [], learn.head_trained
+    unsuited = learn.record['weights']['kind'] == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
-        runs.append(_phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained)))
+        run = _phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained))
+        runs.append(replace(run, safer='random_start' if unsuited else 'head'))
         trained = True
     return runs
 

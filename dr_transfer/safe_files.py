@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 from .files import cache_folder, warn
+from .places import reason, too_many_open
 from .regular import NotAFile
 
 # %% ../nbs/00k_safe_files.ipynb #684843f2
@@ -54,8 +55,8 @@ def private_folder(
 # %% ../nbs/00k_safe_files.ipynb #0870ba6f
 def _advice(e, folder) -> str:
     "What went wrong in a folder, and what helps"
-    if e.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many files are open: raise the limit, such as by `ulimit -n 1024`"
+    if too_many_open(e):
+        return reason(e)
     if e.errno == errno.ENOMEM:
         return "there is too little memory: close other programs, or give fewer images at once"
     if e.errno in (errno.ENOSPC, errno.EDQUOT):

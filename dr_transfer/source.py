@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
+from .places import too_many_open
 from .regular import NotAFile, open_regular
 
 # %% ../nbs/00ea_source.ipynb #2345d9f6
@@ -54,7 +55,7 @@ def source_name(
 def naming(
     source # Path, bytes, PIL image or array
 ) -> Iterator[None]:
-    "Whatever goes wrong inside becomes an `ImageError` with the name of the source and the reason in words"
+    "What goes wrong inside becomes an `ImageError` with the name and the reason in words, but for a lack of open files"
     try:
         yield
     except ImageError as e:
@@ -66,6 +67,8 @@ def naming(
     except MemoryError:
         raise ImageError('it needs more memory than there is', source_name(source)) from None
     except Exception as e: # decoders raise every kind of error for damaged data
+        if too_many_open(e):
+            raise # the computer lacks something, and the file is not at fault
         raise ImageError(f'cannot be decoded: {e}', source_name(source)) from e
 
 # %% ../nbs/00ea_source.ipynb #ab392526

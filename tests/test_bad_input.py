@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -459,3 +460,75 @@ def test_predict_without_a_model_or_images(tmp_path, run, eyes):
     assert 'no model folder' in refused('predict', tmp_path/'none', image) and 'no model folder' in refused('predict', tmp_path/'empty', image)
     assert 'no images' in refused('predict', run, tmp_path/'empty') and 'there is no' in refused('predict', run, tmp_path/'none.jpg', image)
     assert 'no model folder' in refused('predict', image, image) and [p.name for p in tmp_path.iterdir()] == ['empty']
+
+
+# ---------------------------------------------------------------- a training that comes to nothing
+
+@pytest.mark.parametrize('epochs', ['1', '2'])
+def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
+    "Version 0.1.0 wrote a run of valid_loss 182542319616 with exit code 0"
+    said = cli('train', eyes, '--task', 'dr', '--arch', 'googlenet', '--weights', 'random', '--size', '64', '--plan', 'fine_tune', '--epochs', epochs,
+               '--setting', 'plain', '--out', tmp_path/'run')
+    errors = said.err.splitlines()
+    assert said.code == 1 and len(errors) == 1 and errors[0].startswith('dr_transfer: error: the training diverged in epoch')
+    assert '--plan random_start' in errors[0] and '--plan head' not in errors[0]
+    assert "warning: the weights are random, and plan 'fine_tune' is made for pretrained ones" in said.out
+    assert not (tmp_path/'run').exists()
+
+
+# ---------------------------------------------------------------- nothing to validate on, or nothing to learn
+
+def with_split(folder, eyes, split, spoil=''):
+    "The drawn eyes with a split by patient, the images of one subset spoilt."
+    shutil.copytree(eyes, folder)
+    t = pd.read_csv(folder/'labels.csv')
+    t['split'] = t.patient.map(split)
+    t.to_csv(folder/'labels.csv', index=False)
+    for name in t.image[t.split == spoil]: (folder/'images'/name).write_bytes(b'nothing')
+    return folder
+
+
+def held_out(patient): return 'valid' if patient in ('p0003', 'p0004', 'p0005', 'p0006') else 'train'
+
+
+EYES = ('--task', 'dr')
+
+
+def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
+    for name, split, spoil in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
+        said = good('train', with_split(tmp_path/name, eyes, split, spoil), *EYES, *QUICK, '--out', tmp_path/f'{name} run')
+        line, = [s for s in said.out.splitlines() if s.startswith("no image that can be used is in the split 'valid': ")]
+        assert line.endswith("are named 'train' become validation images")
+        assert ('skipped: ' in said.out) == (spoil != '')
+        assert any('become validation images' in s for s in json.loads((tmp_path/f'{name} run'/'record.json').read_text())['data']['notes'])
+    for split, spoil in ((None, ''), (held_out, '')):
+        folder = eyes if split is None else with_split(tmp_path/'good', eyes, split)
+        assert 'become validation images' not in good('train', folder, *EYES, *QUICK, '--out', tmp_path/f'run {split is None}').out
+
+
+@pytest.mark.parametrize('split, spoil, why', [
+    (lambda p: 'test', '', "every image is in the split 'test'"), (lambda p: 'valid', '', "no images in the split 'train' \\(valid: 40\\)"),
+    (held_out, 'train', "no images in the split 'train' \\(valid: 8\\).* 32 are excluded, such as .*: not an image")])
+def test_nothing_to_learn_from(tmp_path, eyes, split, spoil, why):
+    line = broken(tmp_path, with_split(tmp_path/'data', eyes, split, spoil), *EYES)
+    assert re.search(why, line), line
+
+
+def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
+    good('train', eyes, *EYES, *QUICK, '--out', tmp_path/'run')
+    folder = shutil.copytree(eyes, tmp_path/'data')
+    for row in rows_of((tmp_path/'run'/'predictions.csv').read_text()): (folder/'images'/Path(row['image']).name).write_bytes(b'nothing')
+    line = refused('evaluate', tmp_path/'run', folder, '--split', 'valid', '--out', tmp_path/'report.html')
+    assert 'valid' in line and not (tmp_path/'report.html').exists(), line
+
+
+def test_cross_validation_tells_that_the_split_is_not_used(tmp_path, eyes):
+    from dr_transfer.crossval import fold_tables
+    from dr_transfer.data import get_task
+    for split, words in ((lambda p: 'test', "also the 40 of the split 'test'"), (held_out, 'all 40 images go into the folds')):
+        lines = []
+        fold_tables(with_split(tmp_path/words[:4], eyes, split), get_task('dr', 64), folds=3, say=lines.append)
+        assert lines[1].startswith('the split of the data is not used: all 40 images go into the folds') and lines[1].endswith(words)
+    lines.clear()
+    fold_tables(eyes, get_task('dr', 64), folds=3, say=lines.append)
+    assert len(lines) == 1 and lines[0].startswith('patients: ')

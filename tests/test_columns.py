@@ -267,6 +267,16 @@ def test_intervals_say_what_they_are_over():
     assert 'at the operating point' in decided.attrs['notes'][1] and decided.index[0] == 'sensitivity'
 
 
+@pytest.mark.parametrize('views, how', [('quarter_turns', 'averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class'),
+                                        ('none', 'of one view of each image; the lines of the epochs are of the likeliest class')])
+def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
+    "A line of an epoch said sensitivity 0.742 beside 'operating point ... 90 % or more'"
+    from dr_transfer.run import validation_table
+    notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
+    assert notes == [f'{len(predictions())} validation images, predictions {how}', '95 % intervals over 30 groups (patients)',
+                     'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class']
+
+
 @pytest.mark.parametrize('classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']])
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The class that is to be found may be called 'no', or begin with 'not'."

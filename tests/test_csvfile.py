@@ -3,14 +3,16 @@ import csv
 import io
 import os
 import socket
+import time
 
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dr_transfer.csvfile import (MOST_CELL, MOST_COLUMNS, CsvError, csv_text, escape_cell, known_columns, plain_number, read_csv, text_errors,
-                                 unescape_cell, write_csv)
+from dr_transfer.csvfile import (MOST_CELL, MOST_COLUMNS, CsvError, csv_text, escape_cell, known_columns, plain_name, plain_number, read_csv,
+                                 text_errors, unescape_cell, write_csv)
+from dr_transfer.groups import group_key
 
 # Cells that are likely to go wrong, and any text that a file name or a class name can be
 odd = st.sampled_from(['=1+1', '+1', '-1', '-x', '@SUM(A1)', '\t', '\r', "'=x", "''=x", "'", '"', '""', ',', ';', 'a,b\nc,d', 'a\r\nb', '\n', ' x ', '\ufeffx',
@@ -155,3 +157,36 @@ def test_known_columns():
     assert known_columns(t.assign(**{'Patient-ID': None}), ('patient_id', 'pid')) == ['p_id']         # one without content is not preferred
     assert known_columns(t.assign(PID='d'), ('patientid', 'pid'))[0] == 'Patient-ID'
     with pytest.raises(CsvError, match="'p_id' and 'PID' could both be meant"): known_columns(t.assign(PID='d'), ('pid', 'patientid'))
+
+
+@pytest.mark.parametrize('columns', [['=1+1', ';'], ['=1+1', ';;0'], ['=1+1', ';;'], ['a', '\t;x;'], ['"', ';";']])
+def test_separators_within_quotes_do_not_divide(tmp_path, columns):
+    write_csv(pd.DataFrame([['x', ';0,']], columns=columns), tmp_path/'t.csv')
+    t = read_csv(tmp_path/'t.csv')
+    assert list(t) == columns and t.values.tolist() == [['x', ';0,']]
+
+
+LONGEST = MOST_CELL - 2 # with a sign and a letter
+LONG = {'digits': '9'*LONGEST + 'x', 'a negative number': '-' + '9'*LONGEST + 'x', 'zeros': '0'*LONGEST + 'x', 'decimals': '=.' + '9'*LONGEST,
+        'an exponent': '+1e' + '9'*(LONGEST - 2) + 'x', 'quotes': "'"*LONGEST, 'spaces': ' '*LONGEST + 'x', 'letters': 'n'*LONGEST}
+
+
+@pytest.mark.parametrize('cell', LONG.values(), ids=LONG)
+def test_the_longest_cell_costs_next_to_nothing(tmp_path, cell):
+    "A pattern that tries every division of the digits took a minute for one cell; all of this takes a tenth of a second"
+    began = time.process_time()
+    assert unescape_cell(escape_cell(cell)) == cell
+    with pytest.raises(ValueError, match='not a number'):
+        plain_number(cell)
+    assert group_key(cell) and plain_name(cell) is not None
+    write_csv(pd.DataFrame({'image': [cell], cell: ['x']}), tmp_path/'long.csv')
+    t = read_csv(tmp_path/'long.csv')
+    assert t['image'].tolist() == [cell] and t.shape == (1, 2)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize('n', [MOST_CELL + 1, 100_000, 200_000])
+@pytest.mark.parametrize('text', ['{},b\n1,2\n', 'a,{}\n1,2\n', 'a,b\n{},2\n', 'a,b\n1,2\n1,"{}\n'])
+def test_longer_cells_are_refused_in_the_header_too(tmp_path, text, n):
+    with pytest.raises(CsvError, match='line [123] has a cell of more than 32767|that begins with a quote'):
+        read(tmp_path, text.format('x'*n))

@@ -1,4 +1,5 @@
 "Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs, starts a program or takes memory without limit."
+import errno
 import io
 import os
 import pickle
@@ -11,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, TiffImagePlugin
 
@@ -19,6 +21,7 @@ from dr_transfer.ct import Volume, read_volume
 from dr_transfer.dicom import dicom_facts, is_dicom, read_dicom
 from dr_transfer.fundus import crop_disc, disc_box, read_disc, read_image
 from dr_transfer.images import FORMATS, image_error, image_header, read_rgb, to_rgb
+from dr_transfer.preprocess import Preparation, prepare_image
 from dr_transfer.source import LIMITS, ImageError, check_size
 from dr_transfer.table import find_images, label_table, set_aside
 
@@ -655,3 +658,108 @@ def test_the_facts_of_files_decode_nothing(tmp_path):
     (tmp_path/'cut.dcm').write_bytes(dicom(U8)[:-500])
     facts = file_facts([tmp_path/'cut.jpg', tmp_path/'cut.dcm'])
     assert facts.width.tolist() == [8*WIDTH, WIDTH] and facts.height.tolist() == [8*HEIGHT, HEIGHT]
+
+
+# ---------------------------------------------------------------- compressed DICOM
+
+def coded(a, code, syntax, **more):
+    "A DICOM file whose pixels are `code`, said to be of a transfer syntax."
+    pydicom = pytest.importorskip('pydicom')
+    from pydicom.encaps import encapsulate
+    ds = pydicom.dcmread(io.BytesIO(dicom(a, **more)))
+    ds.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    ds.PixelData = encapsulate([code])
+    ds['PixelData'].VR = 'OB'
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def as_rle(a, **more):
+    pydicom = pytest.importorskip('pydicom')
+    ds = pydicom.dcmread(io.BytesIO(dicom(a, **more)))
+    ds.compress(pydicom.uid.RLELossless)
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def as_code(a, kind='JPEG', **how):
+    return saved(Image.fromarray(a), kind, **({'quality': 98} if kind == 'JPEG' else {}), **how)
+
+
+@pytest.mark.parametrize('data, want', [
+    (lambda: coded(U8, as_code(U8), 'JPEGBaseline8Bit'), GREY[..., None]),
+    (lambda: coded(255 - U8, as_code(255 - U8), 'JPEGBaseline8Bit', PhotometricInterpretation='MONOCHROME1'), GREY[..., None]),
+    (lambda: coded(COLOUR, as_code(COLOUR), 'JPEGBaseline8Bit', PhotometricInterpretation='YBR_FULL_422'), COLOUR),
+    (lambda: coded(COLOUR, as_code(COLOUR, subsampling=0), 'JPEGBaseline8Bit', PhotometricInterpretation='YBR_FULL'), COLOUR),
+    (lambda: coded(COLOUR, as_code(COLOUR, keep_rgb=True), 'JPEGBaseline8Bit', PhotometricInterpretation='RGB'), COLOUR),
+    (lambda: coded(COLOUR, as_code(COLOUR, 'JPEG2000'), 'JPEG2000Lossless', PhotometricInterpretation='RGB'), COLOUR),
+    (lambda: coded(COLOUR, as_code(COLOUR, 'JPEG2000', no_jp2=True, mct=1), 'JPEG2000Lossless', PhotometricInterpretation='YBR_RCT'), COLOUR),
+    (lambda: as_rle(U8), GREY[..., None]), (lambda: as_rle(COLOUR), COLOUR), (lambda: as_rle(U16), GREY[..., None]),
+    (lambda: as_rle(TWELVE, BitsStored=12), GREY[..., None])],
+    ids=['grey', 'inverted', 'YBR 4:2:2', 'YBR 4:4:4', 'RGB', 'JPEG 2000', 'JPEG 2000 YBR', 'RLE', 'RLE colour', 'RLE 16 bits', 'RLE 12 bits'])
+def test_compressed_dicom_shows_what_was_compressed(data, want):
+    assert distance(read_rgb(data()), want) <= 3
+
+
+@pytest.mark.parametrize('syntax', ['JPEGLosslessSV1', 'JPEGLSLossless', 'HTJ2KLossless'])
+def test_a_compression_without_decoder_says_what_to_install(tmp_path, monkeypatch, syntax):
+    data = coded(U8, b'\xff\xd8\xff' + bytes(200), syntax)
+    from pydicom.pixels.decoders.base import Decoder
+    monkeypatch.setattr(Decoder, 'is_available', False)
+    (tmp_path/'eye.dcm').write_bytes(data)
+    text = image_error(tmp_path/'eye.dcm')
+    assert text.startswith('no decoder is installed for ') and 'pip install pylibjpeg' in text and '\n' not in text
+
+
+@pytest.mark.parametrize('syntax', ['MPEG2MPML', '1.2.3.4'])
+def test_what_pydicom_does_not_decode_is_named(tmp_path, syntax):
+    (tmp_path/'eye.dcm').write_bytes(dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0'*200, syntax))
+    assert 'which is not read: save it without compression' in image_error(tmp_path/'eye.dcm')
+
+
+# ---------------------------------------------------------------- TIFF of 9 to 15 bits
+
+def packed_tiff(bits, order='<', photometric=1):
+    "A grey TIFF whose values of a number of bits follow one another without gaps, as the standard has it."
+    a = (RAMP*(2**bits - 1)).round().astype(np.uint32)
+    a = 2**bits - 1 - a if photometric == 0 else a
+    rows = (a[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    data = np.packbits(rows.reshape(len(a), -1).astype(np.uint8), axis=1).tobytes()
+    tags = [(256, WIDTH), (257, HEIGHT), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, HEIGHT), (279, len(data))]
+    data += b'\0'*(len(data) % 2)
+    head = (b'II*\0' if order == '<' else b'MM\0*') + struct.pack(order + 'I', 8 + len(data))
+    entry = '<HHIHxx' if order == '<' else '>HHIHxx'
+    long = order + 'HHII'
+    ifd = struct.pack(order + 'H', len(tags))
+    ifd += b''.join(struct.pack(long, t, 4, 1, v) if v > 65535 else struct.pack(entry, t, 3, 1, v) for t, v in tags)
+    return head + data + ifd + bytes(4)
+
+
+@pytest.mark.parametrize('order', ['<', '>'])
+@pytest.mark.parametrize('photometric', [0, 1])
+@pytest.mark.parametrize('bits', range(9, 17))
+def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
+    "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
+    (tmp_path/'x.tif').write_bytes(packed_tiff(bits, order, photometric) if bits < 16 else
+                                   saved(Image.fromarray((RAMP*65535).round().astype(order + 'u2')), 'TIFF'))
+    text = image_error(tmp_path/'x.tif')
+    if text:
+        assert bits not in (16,) and ('TIFF' in text or 'decoded' in text), text
+        return
+    assert distance(read_rgb(tmp_path/'x.tif'), GREY[..., None]) <= 2
+
+
+# ---------------------------------------------------------------- a lack of open files
+
+def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
+    "Neither set aside nor without a prediction: the command stops"
+    (tmp_path/'x.jpg').write_bytes(JPEG)
+    def none_left(*args, **kwargs):
+        raise OSError(errno.EMFILE, 'Too many open files', 'x.jpg')
+    monkeypatch.setattr('dr_transfer.images.Image.open', none_left)
+    for call in (lambda: image_error(tmp_path/'x.jpg'), lambda: read_rgb(tmp_path/'x.jpg'), lambda: label_table(tmp_path, pd.DataFrame({'image': ['x.jpg'], 'label': ['a']})),
+                 lambda: prepare_image(tmp_path/'x.jpg', tmp_path/'y.png', Preparation())):
+        with pytest.raises(OSError, match='Too many open files'):
+            call()

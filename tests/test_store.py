@@ -489,6 +489,20 @@ def test_a_folder_that_everybody_can_write(tmp_path):
     assert len(told) == 1 and str(tmp_path/'open') in str(told[0].message) and 'everybody' in str(told[0].message)
 
 
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root can give a folder to another user')
+@pytest.mark.parametrize('whose', ['the folder', 'the one above'])
+def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
+    "It is told, once, of the folder itself and of those above it in the cache"
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+    root = tmp_path/'cache'/'features'
+    root.mkdir(parents=True, mode=0o700)
+    os.chown(root if whose == 'the folder' else root.parent, 12345, 12345)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        for n in (3, 5): fill(new(root), pictures(n), colours(), BS)
+    assert len(told) == 1 and 'belongs to another user' in str(told[0].message) and 'DR_TRANSFER_CACHE' in str(told[0].message)
+
+
 # ---------------------------------------------------------------- advice that fits
 
 @pytest.mark.parametrize('number, words', [(errno.EMFILE, 'ulimit -n'), (errno.ENOSPC, 'full'), (errno.EDQUOT, 'full'), (errno.EROFS, 'a disk that can be written'),

@@ -28,7 +28,7 @@ from damage import (
     reversed_rows,
     zeroed,
 )
-from inputs import PLAIN, SMALL, case
+from inputs import PLAIN, SMALL, NotHere, case
 from observe import Command, table_beside
 
 
@@ -43,7 +43,7 @@ def train(at, cache=None, **more):
         images=18,
         also=same(at),
         environment={'DR_TRANSFER_CACHE': str(cache)},
-        named=('cache', 'DR_TRANSFER_CACHE'),
+        named=('cache', 'DR_TRANSFER_CACHE', 'ulimit -n'),
         **more,
     )
 
@@ -244,6 +244,40 @@ SPEEDS = {
     'nul': bytes(99),
     'folder': None,
 }
+
+
+@case('caches', {'of another user': 0o755, 'open to everybody': 0o777})
+def not_private(at, mode):
+    "The folder of the cache can be changed by others: used, with a warning."
+    if os.geteuid():
+        raise NotHere('only root can give a folder to another user')
+    at.cache.mkdir()
+    at.cache.chmod(mode)
+    if mode == 0o755:
+        os.chown(at.cache, 12345, 12345)
+    command = train(at)
+    told = command.also
+
+    def complaints(outcome):
+        yield from told(outcome)
+        if f'warning: the cache folder {at.cache} ' not in outcome.err:
+            yield 'no warning that others can change the cache'
+
+    command.also = complaints
+    return command
+
+
+@case('caches', {f'{verb} {n}': (verb, n) for n in (40, 14) for verb in ('train', 'predict', 'preprocess', 'evaluate')})
+def few_open_files(at, what):
+    "A process that may open few files: the usual result, or what to do about that."
+    verb, files = what
+    at.copy_eyes()
+    more = {'files': files, 'named': ('ulimit -n',)}
+    if verb == 'train':
+        return train(at, files=files)
+    if verb == 'predict':
+        return at.predict(model='eye_run', **more)
+    return at.evaluate(**more) if verb == 'evaluate' else at.preprocess(**more)
 
 
 @case('caches', SPEEDS)

@@ -158,6 +158,21 @@ def a_huge_cell(rows):
     return [*rows[:-1], [rows[-1][0], rows[-1][1], 'x' * 10_000_000, rows[-1][3]]]
 
 
+@table(24, {'digits': '9' * 32_000, 'a negative number': '-' + '9' * 32_000, 'zeros': '0' * 32_000})
+def cells_of_32000_characters(rows, cell):
+    "Patients whose names have as many characters as a cell can have, nearly numbers."
+    return [rows[0], *([name, grade, f'{cell}x{patient}', eye] for name, grade, patient, eye in rows[1:])]
+
+
+@table(None, {'patient': (2, '9' * 200_000 + 'x'), 'header': (None, 'h' * 100_000), 'grade': (1, '-' + '9' * 200_000)})
+def a_cell_of_200000_characters(rows, what):
+    "A cell of a table with more characters than any cell can have: it took a minute."
+    column, cell = what
+    if column is None:
+        return [[*rows[0], cell], *([*r, ''] for r in rows[1:])]
+    return [*rows[:-1], [cell if i == column else c for i, c in enumerate(rows[-1])]]
+
+
 @case('tables', {k: k for k in ('fifo', 'folder', 'loop', 'dangling', 'zero', 'full', 'mem', 'socket')})
 def labels_that_are_no_file(at, what):
     "labels.csv is a pipe, a folder, a link or a device."

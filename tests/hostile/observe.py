@@ -40,6 +40,7 @@ class Command:
     encoding: str = 'utf-8'  # of standard output and error
     silent: bool = False  # may it fail without a word? (a reader that has gone away)
     keeps: bool = False  # does it keep what is finished when it fails?
+    files: int = 0  # how many files may be open at once; 0 for the usual limit
     also: Callable | None = None  # own assertion: takes the Outcome, returns complaints
 
     @property
@@ -181,6 +182,7 @@ def job_of(command, at, wall, cpu) -> dict:
         'wall': wall,
         'idle': IDLE,
         'cpu': cpu,
+        'files': command.files,
         'address_space': STOP,
     }
 

@@ -122,6 +122,8 @@ def prepare(job, address_space):
     tempfile.tempdir = None
     os.chdir(job['folder'])
     watch(job['events'])
+    if job['files']:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (job['files'],) * 2)
 
 
 def work(job):
