@@ -148,7 +148,10 @@ def _warn_in_lines(debug):
 
 def _report_error(e):
     "One line for an error"
+    from dr_transfer.places import reason, too_many_open
     text = ' '.join(str(e).split()) or type(e).__name__
+    if too_many_open(e):
+        text = f'{reason(e)} ({e.filename})'
     if len(text) > 2000:
         text = f'{text[:1500]} ... {text[-400:]}'
     expected = isinstance(e, (ValueError, OSError))

@@ -147,7 +147,7 @@ def _write_run(learn, folder, point):
     print(metrics.round(3).to_string())
     if 'gap' in learn.record:
         gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items())
-        print(f'training minus validation (a large gap means overfitting): {gap}')
+        print(f'training minus validation (of the likeliest class; a large gap means overfitting): {gap}')
     _print_decision(learn.record['decision'])
 
 # %% ../nbs/13g_commands.ipynb #60b3e6b9

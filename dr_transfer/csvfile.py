@@ -60,7 +60,7 @@ def _text(data, file) -> str:
 
 # %% ../nbs/00i_csvfile.ipynb #92a72219
 _RISKY = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+_NUMBER = re.compile(r'[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?')
 
 def escape_cell(
     text:str # A cell
@@ -93,8 +93,14 @@ def _first_row(text, sep) -> list:
             return row
     return []
 
+_FIRST = re.compile(r'(?:[^"\r\n]+|"[^"]*")*')
+
 def _separator(text) -> str:
     "The separator that divides the header into more columns than the others; a comma if they do alike"
+    text = text.lstrip(' \r\n')
+    end = _FIRST.match(text).end()
+    if text[end:end + 1] != '"': # each quote is closed: what stands within quotes does not divide
+        return max(SEPARATORS, key=re.sub('"[^"]*"', '', text[:end]).count)
     def columns(sep):
         try:
             return len(_first_row(text, sep))
@@ -142,6 +148,8 @@ def _rows(text, sep, file):
         if _swallowed(lines.last, row, sep):
             raise CsvError(f"{file} cannot be read as a CSV file: lines {first} to {lines.number} are one row, because of "
                            f"a quote (\") in line {first} and the next one in line {lines.number}: remove the quotes")
+        if max(map(len, row)) > MOST_CELL and any(len(unescape_cell(c)) > MOST_CELL for c in row):
+            raise CsvError(_too_long(first, file))
         width = width or len(row)
         if len(row) > width and not any(row[width:]):
             row = row[:width]
@@ -150,10 +158,14 @@ def _rows(text, sep, file):
                            f"has {width}. Correct the line; a cell with a separator in it needs quotes")
         yield first, row
 
+def _too_long(first, file) -> str:
+    return (f"{file} cannot be read as a CSV file: line {first} has a cell of more than {MOST_CELL} characters. "
+            "Shorten it, or look for a quote (\") that is never closed")
+
 def _why(e, first, last, file) -> str:
     "The error of the reader in words"
     if 'field larger' in str(e):
-        return f"{file} cannot be read as a CSV file: line {first} has a cell of more than {MOST_CELL} characters"
+        return _too_long(first, file)
     if 'unexpected end' in str(e):
         return (f"{file} cannot be read as a CSV file: a cell that begins with a quote (\") in line {first} "
                 "does not end. Remove the quote, or close it")
@@ -200,9 +212,6 @@ def read_csv(
     header = next(found)[1]
     names, rows = _names(header, file), []
     for first, row in found:
-        if max(map(len, row)) > MOST_CELL:
-            raise CsvError(f"{file} cannot be read as a CSV file: line {first} has a cell of {max(map(len, row))} "
-                           f"characters, more than {MOST_CELL}")
         if len(rows) == MOST_ROWS:
             raise CsvError(f"{file} has more than {MOST_ROWS} rows: divide it")
         rows.append(row)

@@ -11,7 +11,7 @@ import pandas as pd
 
 # %% ../nbs/00a1_groups.ipynb #b68a1831
 EMPTY = ('', 'nan', 'none', 'null', '<na>', 'nat') # texts that programs write for an empty cell
-_WHOLE = re.compile(r'0*([0-9]+?)(\.0*)?')
+_WHOLE = re.compile(r'([0-9]+)(\.0*)?')
 
 def group_key(
     name # Text, number or nothing
@@ -23,7 +23,7 @@ def group_key(
     if text in EMPTY:
         return None
     whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    return (whole[1].lstrip('0') or '0') if whole else text
 
 def same_groups(
     names # Name of the group of each image (n,); None where it has none

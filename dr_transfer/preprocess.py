@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
 import pandas as pd
-from .places import reason
+from .places import reason, too_many_open
 from .files import OutputError, atomic_file, file_digest, growing_folder, is_inside, mark_folder, warn, progress, unknown
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
@@ -42,8 +42,12 @@ def prepare_image(
     eye:str='' # 'left' or 'right', if known
 ) -> dict: # Disc in pixels of the original, gradability; `error`
     "Prepare one photograph; an unreadable one gives the reason"
-    try: im, disc = read_disc(source, how.size)
-    except Exception as e: return {'error': f'{type(e).__name__}: {e}'}
+    try:
+        im, disc = read_disc(source, how.size)
+    except Exception as e:
+        if too_many_open(e):
+            raise
+        return {'error': f'{type(e).__name__}: {e}'}
     row = {'x': disc and disc.x, 'y': disc and disc.y, 'r': disc and disc.r, **{k: v for k, v in gradability(im).items() if k in ('gradability', 'reason')}}
     im = CORRECTIONS[how.correction](to_right(im, eye) if how.to_right else im)
     save = {'compress_level': 1} if how.format == 'png' else {'quality': 95, 'subsampling': 0}
@@ -174,7 +178,8 @@ class _Job:
             found = prepare_image(source, file, self.how, self.eyes.get(source.name, ''))
             result = None if found['error'] else [file.stat().st_size, file_digest(file)]
         except OSError as e:
-            raise OutputError(f"{file} could not be written ({reason(e)}). What is finished is kept: make room and run it again") from e
+            room = '' if too_many_open(e) else 'make room and '
+            raise OutputError(f"{file} could not be written ({reason(e)}). What is finished is kept: {room}run it again") from e
         return {'image': name, 'file': place, **found, 'stamp': stamp, 'result': result}, True
 
 def preprocess_folder(

@@ -36,8 +36,9 @@ def validation_table(
     "Figures of a run on its validation images, with 95 % intervals over groups"
     t = measure_table(table, classes, n=n)
     k = len(VIEWS.get(views, 'x'))
-    how = f'averaged over {k} views of each image; the lines of the epochs are of one view' if k > 1 else 'of one view of each image'
-    t.attrs['notes'] = [f'{len(table)} validation images, predictions {how}', *t.attrs['notes']]
+    how = f'averaged over {k} views of each image' if k > 1 else 'of one view of each image'
+    epochs = 'one view and of the likeliest class' if k > 1 else 'the likeliest class'
+    t.attrs['notes'] = [f'{len(table)} validation images, predictions {how}; the lines of the epochs are of {epochs}', *t.attrs['notes']]
     return t
 
 def write_run(

@@ -56,9 +56,18 @@ def split_table(
         test = 0.
     with group_errors(t):
         if not t.split.eq('valid').any():
+            named = t.split.eq('train')
             _fill(t, valid, test, seed)
+            _note_moved(t, named)
         check_split(t, check)
     return t
+
+def _note_moved(t, named):
+    "Note how many images that were named for training are to validate"
+    n = (named & t.split.eq('valid')).sum()
+    if n:
+        t.attrs['notes'] = [*t.attrs.get('notes', []), f"no image that can be used is in the split 'valid': {n} of {named.sum()} "
+                            "that are named 'train' become validation images"]
 
 def _fill(t, valid, test, seed):
     "Divide what is not named for a test"
@@ -79,6 +88,11 @@ def split_advice(
         return "Move their images into one of the folders train, valid and test, or make class folders without these above them"
     return "Empty the column 'split' to have a split made that keeps them together"
 
+def _excluded(table) -> str:
+    "How many files could not be used, and why the first; '' if there are none"
+    aside = table.attrs.get('set_aside', [])
+    return f". {len(aside)} are excluded, such as {aside[0]['image']}: {aside[0]['reason']}" if aside else ''
+
 def check_split(
     table:pd.DataFrame, # A table with its column `split` filled
     groups:bool=True # May no group stand in two subsets?
@@ -92,7 +106,7 @@ def check_split(
         if not table.split.eq(subset).any():
             named = ', '.join(f'{k}: {v}' for k, v in table.split.value_counts().items())
             raise SplitError(f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are named "
-                             "for another split")
+                             f"for another split{_excluded(table)}")
     subsets = table.groupby('group').split.nunique()
     if groups and (subsets > 1).any():
         raise SplitError(f"{(subsets > 1).sum()} groups stand in more than one of train, valid and test: "
