@@ -155,6 +155,17 @@ def train_once(
     return found.assign(**own), history
 
 # %% ../nbs/10b_crossval.ipynb #21a3df52
+def _without_test(t) -> pd.DataFrame:
+    "The images that go into the folds; what is done with a split of the data stands in the notes"
+    if t.split.isna().all():
+        return t
+    kept = t[t.split.ne('test')].reset_index(drop=True)
+    if not len(kept):
+        raise ValueError("every image is in the split 'test': nothing is left for cross-validation. Empty the column 'split'")
+    note = f"the split of the data: {len(t) - len(kept)} images of 'test' are left out, the other {len(kept)} go into the folds"
+    kept.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
+    return kept
+
 def fold_tables(
     data:str|Path|pd.DataFrame, # Folder, CSV or table of images
     task:Task, # A task
@@ -167,12 +178,9 @@ def fold_tables(
 ) -> list[pd.DataFrame]: # For each fold the table, with the fold as validation side
     "The folds of cross-validation as tables for `build_learner`"
     goal, together, seed = task.target(target), Together(task.reader), check_seed(seed)
-    t = encode_target(label_table(data, labels, group_col=group_col), goal)
+    t = _without_test(encode_target(label_table(data, labels, group_col=group_col), goal))
     apart = together(t)
     note_contradictions(t, together.copies)
-    if t.split.notna().any():
-        t.attrs['notes'] = [*t.attrs['notes'], f"the split of the data is not used: all {len(t)} images go into the folds"
-                            + (f", also the {n} of the split 'test'" if (n := t.split.eq('test').sum()) else '')]
     report_table(t, say)
     with group_errors(t):
         parts = grouped_folds(t.target.to_numpy(), apart, folds, seed)

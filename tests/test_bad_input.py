@@ -522,13 +522,20 @@ def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
     assert 'valid' in line and not (tmp_path/'report.html').exists(), line
 
 
-def test_cross_validation_tells_that_the_split_is_not_used(tmp_path, eyes):
+def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
+    "They are kept for the end; what is named train or valid goes into the folds."
     from dr_transfer.crossval import fold_tables
     from dr_transfer.data import get_task
-    for split, words in ((lambda p: 'test', "also the 40 of the split 'test'"), (held_out, 'all 40 images go into the folds')):
+
+    def folds(folder):
         lines = []
-        fold_tables(with_split(tmp_path/words[:4], eyes, split), get_task('dr', 64), folds=3, say=lines.append)
-        assert lines[1].startswith('the split of the data is not used: all 40 images go into the folds') and lines[1].endswith(words)
-    lines.clear()
-    fold_tables(eyes, get_task('dr', 64), folds=3, say=lines.append)
+        return fold_tables(folder, get_task('dr', 64), folds=3, say=lines.append), lines
+    names = pd.read_csv(eyes/'labels.csv').patient.unique()
+    for n, split in ((0, 'valid'), (8, 'test')):
+        tables, lines = folds(with_split(tmp_path/split, eyes, lambda p: split if p in names[:4] else 'train'))
+        assert lines[1] == f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
+        assert [len(t) for t in tables] == [40 - n]*3 and (n == 0 or not set(tables[0].group) & set(names[:4]))
+    tables, lines = folds(eyes)
     assert len(lines) == 1 and lines[0].startswith('patients: ')
+    with pytest.raises(ValueError, match="every image is in the split 'test'"):
+        folds(with_split(tmp_path/'all', eyes, lambda p: 'test'))
