@@ -20,7 +20,7 @@ from .fundus import READERS
 from .images import FITS
 from .places import reason
 from .regular import read_regular
-from .schema import Length, Range, Known, SchemaError, from_dict, read_json, required_fields, to_dict
+from .schema import LATER, Length, Range, Known, SchemaError, from_dict, read_json, required_fields, to_dict
 
 # %% ../nbs/02d_card.ipynb #6580cc96
 MOST_CLASSES = 10_000
@@ -107,7 +107,6 @@ class ModelCard:
     views:Annotated[str, Known(VIEW_NAMES)] # What predictions are averaged over
     mean:tuple[Mean, Mean, Mean] # Of the normalisation
     std:tuple[Spread, Spread, Spread] # Of the normalisation
-    setting:Annotated[str, Known(('', *SETTING_NAMES))]='' # How the CPU ran it in training; '' where none did
     decision:Decision|None=None # What is made of the probabilities
     weights:dict[str, str]=field(default_factory=dict) # Which weights it started from
     licence:str='' # Of these weights
@@ -115,6 +114,7 @@ class ModelCard:
     seed:int|None=None # Of its training
     training:Training=Training() # How it was made
     tensors_sha256:str='' # Hash of its weights in a model folder
+    setting:Annotated[str, Known(('', *SETTING_NAMES))]=field(default='', metadata={LATER: True}) # How a CPU ran it in training
     more:dict=field(default_factory=dict) # What another version knows
     def __post_init__(self):
         try:

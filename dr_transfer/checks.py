@@ -24,12 +24,10 @@ def check_seed(
 def check_share(
     name:str, # Of the argument
     value # What was given
-) -> float:
-    "A share from 0 to below 1; ValueError for another"
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
+):
+    "ValueError for a share of the images that is no number"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r:.60}: give a share of the images, such as {name}=0.2")
-    return float(value)
 
 def check_workers(
     n # What was given

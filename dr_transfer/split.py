@@ -47,8 +47,9 @@ def split_table(
     check:bool=True # An error for groups that stand in two subsets?
 ) -> pd.DataFrame: # The table with its column `split` filled
     "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
-    valid, test = check_share('valid', valid), check_share('test', test)
-    if not valid or valid + test >= 1:
+    check_share('valid', valid)
+    check_share('test', test)
+    if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
         raise SplitError(f"valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2")
     seed = check_seed(seed)
     t = table.reset_index(drop=True)
