@@ -125,7 +125,7 @@ def flowers(home):
 
 def test_a_run_holds_what_is_promised(run):
     assert sorted(p.name for p in run.iterdir()) == FILES
-    assert sorted(p.name for p in (run/'model').iterdir()) == ['model.json', 'model.safetensors']
+    assert sorted(p.name for p in (run/'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
     for name in ('history.png', 'confusion.png'):
         with Image.open(run/name) as im:
             im.load()
