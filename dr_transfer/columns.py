@@ -53,10 +53,11 @@ def counted(
 
 def some(
     names, # Any list
-    n:int=3 # How many are shown
+    n:int=3, # How many are shown
+    most:int=200 # Characters of one; of a longer one the first half of them is shown
 ) -> str:
     "The first of many names, and how many more there are"
-    names = [str(o) if len(str(o)) <= 200 else f'{str(o)[:100]}... ({len(str(o))} characters)' for o in names]
+    names = [str(o) if len(str(o)) <= most else f'{str(o)[:most//2]}... ({len(str(o))} characters)' for o in names]
     return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
 # %% ../nbs/00j_columns.ipynb #3f622409

@@ -263,7 +263,7 @@ def note_contradictions(
     if not pairs:
         return
     names = t.image.map(source_name)
-    words = some(f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs)
+    words = some([f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs], most=1000)
     table.attrs['notes'] = [*table.attrs.get('notes', []), f"{len(pairs)} pairs of identical images have two classes: {words}. "
                             "One of each pair is wrong: correct or remove it"]
 

@@ -138,7 +138,7 @@ def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
 
 def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys, flowers):
     "Patients are told once, identical images of two classes in evaluations, too"
-    data = shutil.copytree(flowers, tmp_path/'data')
+    data = shutil.copytree(flowers, tmp_path/("a long name "*12)/"data")
     (data/'credits.csv').unlink(missing_ok=True)
     assert main(['train', str(data), *SMALL, '--out', str(tmp_path/'run')]) == 0
     shutil.copy(sorted((data/'daisy').glob('*.jpg'))[0], data/'roses'/'copy.jpg')
