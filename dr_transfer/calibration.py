@@ -11,18 +11,28 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 # %% ../nbs/00d_calibration.ipynb #aa2759e1
+def _bins(right, said, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Of each bin the number of images, the mean probability and the share that came true"
+    right, said = np.asarray(right, float), np.asarray(said, float)
+    if right.shape != said.shape or right.ndim != 1:
+        raise ValueError(f"truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image")
+    if not len(said):
+        raise ValueError("there are no probabilities: give those of at least one image")
+    if not ((said >= 0) & (said <= 1)).all():
+        raise ValueError("probabilities are outside 0 to 1: give the softmax of the outputs")
+    k = max(1, min(bins, len(said)//10))
+    images = len(said)//k + (np.arange(k) < len(said) % k)
+    order = np.argsort(said, kind='stable')
+    first = np.cumsum(images) - images
+    return images, np.add.reduceat(said[order], first)/images, np.add.reduceat(right[order], first)/images
+
 def reliability(
     right, # Did it come true? (n,) booleans
     said, # Probability that it would (n,)
     bins:int=10 # Bins of equally many images; fewer if there are not 10 for each
 ) -> pd.DataFrame: # A row a bin: images, said, seen
     "What was said and what was seen, by how much was said"
-    right, said = np.asarray(right, float), np.asarray(said, float)
-    if right.shape != said.shape or right.ndim != 1: raise ValueError(f"truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image")
-    if not len(said): raise ValueError("there are no probabilities: give those of at least one image")
-    if not ((said >= 0) & (said <= 1)).all(): raise ValueError("probabilities are outside 0 to 1: give the softmax of the outputs")
-    parts = np.array_split(np.argsort(said, kind='stable'), max(1, min(bins, len(said)//10)))
-    return pd.DataFrame([{'images': len(i), 'said': said[i].mean(), 'seen': right[i].mean()} for i in parts])
+    return pd.DataFrame(dict(zip(('images', 'said', 'seen'), _bins(right, said, bins))))
 
 def calibration_error(
     right, # Did it come true? (n,) booleans
@@ -30,8 +40,8 @@ def calibration_error(
     bins:int=10 # As `reliability` takes it
 ) -> float: # 0 is perfect; a share, such as 0.05
     "Expected calibration error with bins of equally many images (Nixon et al. 2019)"
-    r = reliability(right, said, bins)
-    return float(np.average((r.said - r.seen).abs(), weights=r.images))
+    images, mean, seen = _bins(right, said, bins)
+    return float(np.average(abs(mean - seen), weights=images))
 
 # %% ../nbs/00d_calibration.ipynb #cc53e8c2
 def fit_temperature(

@@ -7,6 +7,7 @@ __all__ = ['accuracy', 'quadratic_kappa', 'sensitivity', 'specificity', 'auc', '
 
 # %% ../nbs/00b_metrics.ipynb #3147bcc5
 import numpy as np, pandas as pd
+from scipy.stats import rankdata
 
 # %% ../nbs/00b_metrics.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
@@ -16,7 +17,9 @@ def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"truth has the shape {y.shape}, {what} {pred.shape}: give one value for each image in both")
     if not len(y): raise ValueError(f"the truth and the {what} are empty: give those of at least one image")
     for a, name in ((y, 'truth'), (pred, what)):
-        if pd.isna(a).any(): raise ValueError(f"{name}: {pd.isna(a).sum()} of {len(a)} values are NaN. Give a value for each, or leave these images out")
+        missing = 0 if a.dtype.kind in 'biu' else pd.isna(a).sum() # whole numbers cannot be NaN
+        if missing:
+            raise ValueError(f"{name}: {missing} of {len(a)} values are NaN. Give a value for each, or leave these images out")
     a, b = y[:1].tolist()[0], pred[:1].tolist()[0]
     if isinstance(a, str) != isinstance(b, str): raise ValueError(f"truth is {a!r}, ... and {what} {b!r}, ...: give both as text or both as numbers")
     return y, pred
@@ -83,7 +86,7 @@ def auc(
     if isinstance(score[0], str): raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
     ill = _numbers(y, 2, 'truth') == 1
     n1, n0 = int(ill.sum()), int((~ill).sum())
-    ranks = pd.Series(score).rank().to_numpy()      # tied scores share the mean of their ranks
+    ranks = rankdata(score) # tied scores share the mean of their ranks
     return float((ranks[ill].sum() - n1*(n1 + 1)/2)/(n1*n0)) if n1 and n0 else float('nan')
 
 # %% ../nbs/00b_metrics.ipynb #9cafb41c
