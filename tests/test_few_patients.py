@@ -202,9 +202,9 @@ def test_what_was_taken_for_the_patients_is_shown_once():
 
 # ---------------------------------------------------------------- what training prints
 
-@pytest.mark.parametrize('views, words', [('none', 'predictions of one view of each image'), (
-    'quarter_turns', 'predictions averaged over 4 views of each image; the lines of the epochs are of one view'), (
-    'mirror', 'predictions averaged over 2 views of each image; the lines of the epochs are of one view')])
+@pytest.mark.parametrize('views, words', [('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'), (
+    'quarter_turns', 'predictions averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class'), (
+    'mirror', 'predictions averaged over 2 views of each image; the lines of the epochs are of one view and of the likeliest class')])
 def test_the_views_of_the_validation_metrics_are_told(views, words):
     assert validation_table(table(5, 4), TWO, views, n=20).attrs['notes'][0] == f'20 validation images, {words}'
 
@@ -216,6 +216,6 @@ def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     monkeypatch.setattr('dr_transfer.run.write_run', lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20))
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
-    assert ('training minus validation (a large gap means overfitting): auc 0.123, accuracy -0.050\n' in said) == bool(gap)
+    assert ('training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n' in said) == bool(gap)
     assert 'validation: 200 validation images, predictions averaged over 4 views' in said
     assert 'operating point: positive from' in said and 'of 50 and 50 groups (patients)\n' in said
