@@ -70,8 +70,8 @@ def case(kind, each=None):
 
 
 def is_sampled(i, n) -> bool:
-    "Does the i-th of n values of a builder always run? A quarter of them do, three or more, evenly spread."
-    wanted = min(n, max(3, -(-n // 4)))
+    "Does the i-th of n values of a builder always run? A sixth of them do, two or more, evenly spread."
+    wanted = min(n, max(2, -(-n // 6)))
     return i * wanted // n != (i - 1) * wanted // n
 
 
