@@ -16,6 +16,8 @@ PAGES     := $(shell find nbs -type f -not -path '*/.*' 2>/dev/null)
 WORKERS ?= 2
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 THREADS := $(shell n=$$(( $(CORES) / $(WORKERS) )); echo $$(( n > 0 ? n : 1 )))
+# A file is the work of one worker, and tests/conftest.py puts the longest files first.
+SHARED  := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The tests need no model hub, and must not wait for one.
 QUIET   := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1
 
@@ -30,13 +32,13 @@ demo: .venv/.installed ## Install, then run the demonstration (dr_transfer demo)
 test: .venv/.installed-dev ## Notebooks clean, library in sync, nbdev_test, pytest, hostile inputs, docs and their links
 	$(BIN)/python tools/check_notebooks.py
 	$(QUIET) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print
-	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(QUIET) $(BIN)/python -m pytest $(SHARED) $(PYTEST_ARGS)
 	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/hostile
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
 test-latest: .venv-latest/.installed ## pytest with the newest fastai and fastcore, without nbdev
-	$(QUIET) .venv-latest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(QUIET) .venv-latest/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 docs: _docs/index.html ## Build the site into _docs/ and check its links
 	$(BIN)/python tools/check_links.py _docs

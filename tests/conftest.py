@@ -17,10 +17,17 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than some seconds')
 
 
+# The files that take longest, the longest first: one that began last would keep one worker busy while the others wait.
+LONGEST = ('test_photographs', 'test_networks_of_the_texts', 'test_commands', 'test_cli', 'test_plans', 'test_core', 'test_classifiers',
+           'test_backbones', 'test_ordered', 'test_bad_input', 'test_advisor', 'test_training', 'test_onnx')
+
+
 def pytest_collection_modifyitems(items):
-    "A test that asks for `data_root` is one of photographs, so that `-m 'not photographs'` leaves it out."
+    "A test that asks for `data_root` is one of photographs, so that `-m 'not photographs'` leaves it out; long files come first."
     for item in items:
         if 'data_root' in getattr(item, 'fixturenames', ()): item.add_marker('photographs')
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope='session')

@@ -75,7 +75,7 @@ def bad_place(at, which):
     made = of(at, command, at.root/'out')
     path = BAD[name] + (SUFFIX.get(command, '') if name in ('proc', 'sys', 'long') else '')
     made.words = [path if w == at.root/'out' else w for w in made.words]
-    made.outs = {'newline of path': [at.work/'nowhere\n'], 'dot': [at.work]}.get(name, [])
+    made.outs = {'newline of path': [at.work/path, at.work/'nowhere\n'], 'dot': [at.work]}.get(name, [])
     made.named += (path, 'out', 'OUT', '--out')
     return made
 
@@ -139,8 +139,8 @@ def link(at, which):
     made = of(at, command, out, '--overwrite')
     if name == 'dangling':
         made.outs = [out, table_beside(out), target]
-    elif name == 'to file' and command in SUFFIX:
-        made.outs = [out, table_beside(out)]
+    elif name == 'to file' and command in SUFFIX: # the link is followed, and --overwrite was said
+        made.outs = [out, table_beside(out), target]
     made.also = None if name in ('dangling', 'to file') else refused
     return made
 
