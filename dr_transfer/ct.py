@@ -30,7 +30,10 @@ class Volume:
         if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1: raise ValueError(f"an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)")
         if not np.isfinite(self.hu).all(): raise ValueError(f"{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024")
         for name, ok in (('spacing', lambda v: 0 < v < 100), ('origin', np.isfinite)):
-            v = tuple(float(x) for x in getattr(self, name))
+            try:
+                v = tuple(map(float, np.atleast_1d(getattr(self, name)).tolist()))
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}={getattr(self, name)!r:.60}: give three numbers in mm, along z, y, x") from None
             if len(v) != 3 or not all(map(ok, v)): raise ValueError(f"{name}={v}: give three numbers in mm, along z, y, x")
             object.__setattr__(self, name, v)
     def voxel(self, place) -> np.ndarray:
@@ -265,9 +268,11 @@ def _load_numpy(path, spacing) -> Volume:
         f = _npz_arrays(stream) if path.suffix == '.npz' else {'hu': _npy_array(stream)}
     if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
     found = f.get('spacing', spacing)
-    if 'spacing' in f and spacing is not None and not np.allclose(found, spacing): raise ValueError(f"{path} says that its voxels are {tuple(found)} mm: leave spacing={spacing} out")
     if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)")
-    return Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
+    volume = Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
+    if 'spacing' in f and spacing is not None and not np.allclose(volume.spacing, spacing):
+        raise ValueError(f"{path} says that its voxels are {volume.spacing} mm: leave spacing={spacing} out")
+    return volume
 
 def _read_volume(path, spacing) -> Volume:
     "A volume from a file or folder"

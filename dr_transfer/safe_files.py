@@ -43,8 +43,10 @@ def check_private(
 def private_folder(
     folder:str|Path # A folder of the cache
 ) -> Path: # The same
-    "Make a folder of the cache, and those above it, for their owner alone; warn if others can change it"
+    "Make a folder of the cache, and those above it, for their owner alone; NotAFile if it is a link to another place"
     folder = Path(folder)
+    if folder.is_symlink() and folder.absolute() != cache_folder().absolute(): # all of the cache may lie elsewhere
+        raise NotAFile(folder, f'a link to {os.readlink(folder)}, which is not written through')
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     for p in reversed(missing):
         p.mkdir(mode=0o700, exist_ok=True)

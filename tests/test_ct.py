@@ -241,6 +241,14 @@ def test_a_series_that_is_none_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words): read_volume(tmp_path/name)
 
 
+@pytest.mark.parametrize('spacing', [1., [1., 1.], 'text', ['a', 'b', 'c'], [[1., 1., 1.]], [0, 1, 1], [np.nan, 1, 1]])
+def test_a_spacing_that_is_none_names_the_file(tmp_path, spacing):
+    np.savez(tmp_path/'a.npz', hu=noise().hu, spacing=spacing)
+    for given in (None, (1, 1, 1)):
+        with pytest.raises(ValueError, match='a.npz: .*(give three numbers in mm|not of numbers)'):
+            read_volume(tmp_path/'a.npz', given)
+
+
 def test_numpy_files(tmp_path):
     v = noise(**ODD)
     np.savez(tmp_path/'a.npz', hu=v.hu, spacing=v.spacing, origin=v.origin)

@@ -454,6 +454,21 @@ def test_a_link_is_not_written_through(tmp_path):
         assert precious.read_bytes() == b'thesis'
 
 
+def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
+    "The cache as a whole may be a link, to another disk."
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'disk').mkdir()
+    (tmp_path/'cache').symlink_to(tmp_path/'disk')
+    fill(new(tmp_path/'cache'/'store'), pictures(3), colours(), BS)
+    assert list((tmp_path/'disk'/'store').glob('colour*.bin'))
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'images.jsonl').write_text('thesis')
+    (tmp_path/'cache'/'other').symlink_to(tmp_path/'mine')
+    with pytest.raises(ValueError, match='other: it is a link to .*mine.*Delete it'):
+        fill(new(tmp_path/'cache'/'other'), pictures(3), colours(), BS)
+    assert os.listdir(tmp_path/'mine') == ['images.jsonl'] and (tmp_path/'mine'/'images.jsonl').read_text() == 'thesis'
+
+
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
 @pytest.mark.parametrize('kind', ['pipe', 'folder'])
 def test_what_is_no_file(tmp_path, name, kind):
