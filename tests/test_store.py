@@ -459,13 +459,16 @@ def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
     (tmp_path/'disk').mkdir()
     (tmp_path/'cache').symlink_to(tmp_path/'disk')
-    fill(new(tmp_path/'cache'/'store'), pictures(3), colours(), BS)
-    assert list((tmp_path/'disk'/'store').glob('colour*.bin'))
+    store = new(tmp_path/'cache'/'store')
+    fill(store, pictures(3), colours(), BS)
+    assert (store.folder/'images.jsonl').exists() and store.folder.resolve().is_relative_to(tmp_path/'disk')
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'images.jsonl').write_text('thesis')
-    (tmp_path/'cache'/'other').symlink_to(tmp_path/'mine')
-    with pytest.raises(ValueError, match='other: it is a link to .*mine.*Delete it'):
-        fill(new(tmp_path/'cache'/'other'), pictures(3), colours(), BS)
+    store = new(tmp_path/'cache'/'other')
+    store.folder.parent.mkdir(parents=True, exist_ok=True)
+    store.folder.symlink_to(tmp_path/'mine')
+    with pytest.raises(ValueError, match='it is a link to .*mine.*Delete it'):
+        fill(store, pictures(3), colours(), BS)
     assert os.listdir(tmp_path/'mine') == ['images.jsonl'] and (tmp_path/'mine'/'images.jsonl').read_text() == 'thesis'
 
 
