@@ -302,9 +302,9 @@ def _checked_tap(body, tap) -> int:
     return tap
 
 def _load(net, spec, weights, needed) -> Weights:
-    if isinstance(weights, str) and weights == 'random': return Weights('random')
     if not isinstance(weights, (str, Path, type(None))):
         raise WeightsError(f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the backbone's own")
+    if weights == 'random': return Weights('random')
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
         fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")

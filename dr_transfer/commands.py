@@ -62,11 +62,13 @@ def _check_point(classes):
 
 # %% ../nbs/13g_commands.ipynb #b8d51959
 @contextmanager
-def _printed_if_unwritable(table):
-    "Print a table where the disk does not take it, so that it is not lost"
+def _printed_if_unwritable(table, file):
+    "Print a table that the disk does not take into a file, so that it is not lost"
     try:
         yield
     except OSError as e:
+        if Path(file).exists(): # all of it: half a table is never left
+            raise
         from dr_transfer.csvfile import write_csv
         from dr_transfer.files import OutputError
         _as_utf8(sys.stdout)
@@ -206,7 +208,7 @@ def predict(
             check_outside(a.out, source)
         with new_file(a.out, a.overwrite) as file:
             table = predict_table(_load_any(a), gather_images(a.images))
-            with _printed_if_unwritable(table):
+            with _printed_if_unwritable(table, file):
                 write_csv(table, file)
     bad = int((table.error != '').sum())
     more = f', {bad} could not be predicted (column error)' if bad else ''
@@ -289,7 +291,7 @@ def _print_report(e, a, page, table):
         print(f'excluded: {len(e.aside)} images that cannot be read')
     if 'gradability' in e.table:
         print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
-    with _printed_if_unwritable(e.table):
+    with _printed_if_unwritable(e.table, table):
         write_pages(e, page, table, a.draws)
 
 def _print_files(main, label, table) -> int:

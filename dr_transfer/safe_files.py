@@ -76,8 +76,8 @@ def is_shortage(
     e:BaseException # An error
 ) -> bool:
     "Does the computer lack something, so that the file is not at fault?"
-    lacking = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno in lacking
+    no_memory = isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+    return no_memory or too_many_open(e)
 
 @contextmanager
 def disk_errors(

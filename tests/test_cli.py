@@ -440,6 +440,17 @@ def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, mon
     assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40) and list(tmp_path.iterdir()) == []
 
 
+def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, monkeypatch):
+    "The disk fills up when the page is written, after the table."
+    import pathlib
+    def full(self, *a, **k): raise OSError(28, 'No space left on device')
+    import dr_transfer.report  # noqa: F401
+    monkeypatch.setattr(pathlib.Path, 'write_text', full)
+    said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path/'r.html')
+    assert said.code == 1 and 'The table is kept in' in said.err and 'image,' not in said.out
+    assert len(table(tmp_path/'r_predictions.csv.kept')) == 8
+
+
 def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
     def interrupt(*a, **k): raise KeyboardInterrupt
     import dr_transfer.core
