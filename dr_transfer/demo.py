@@ -21,7 +21,7 @@ def _start(out, name, size, seed, setting):
     "Train one start, unless it is there"
     if (out/name).is_dir(): return
     from dr_transfer.core import build_learner, fit # they take seconds, which a folder that is in the way need not cost
-    print(f"training a head on {'random' if STARTS[name] else 'ImageNet'} weights", flush=True)
+    print(f"training a head on {'random weights, for comparison' if STARTS[name] else 'ImageNet weights'}", flush=True)
     learn = fit(build_learner(out/'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head')
     with new_folder(out/name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
