@@ -214,7 +214,7 @@ def _summary(e, m) -> str:
     q, t = e.asked, e.table
     rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one'}
     if e.patients:
-        rows['taken for the patients'] = e.patients
+        rows['taken for the patients, in all of the data'] = e.patients
     rows['could not be read'] = len(e.aside)
     if e.known: rows['left out: the model was made from them'] = len(e.known)
     if e.other: rows['left out: not validation images of the model'] = len(e.other)
@@ -226,8 +226,10 @@ def _summary(e, m) -> str:
     if 'known' in t: out += f"<p class=\"warn\">The model was made from {(t.known != 'new to it').sum()} of these images, or from near copies: the figures are those of images it knows.</p>"
     if q is None: return out
     if e.point is None:
-        why = '; '.join(e.decision.refused if e.decision else []) or 'none was chosen when it was trained'
-        return out + f'<p class="note">The model has no operating point ({html.escape(why)}), so nothing is said of sensitivity and specificity. One cannot be chosen on these images.</p>'
+        refused = [why.removeprefix('no operating point: ') for why in (e.decision.refused if e.decision else ())]
+        why = '; '.join(refused) or 'none was chosen when it was trained'
+        return out + (f'<p class="note">The model has no operating point, so nothing is said of sensitivity and specificity ({html.escape(why)}). '
+                      'One cannot be chosen on these images.</p>')
     if e.fundus:
         out += f'<h3>Against the endpoints of the first cleared autonomous system</h3>{_table(endpoint_table(m))}'
     return out + f'<p>Operating point: {html.escape(e.decision.point_words)}.{html.escape(e.how)}</p>'
@@ -303,15 +305,19 @@ def _fact_words(column) -> str:
     "A column in words: the user's own by the name they gave it"
     return COMPUTED.get(column, shown_name(column))
 
+def _subgroup_rows(s) -> pd.DataFrame:
+    "A table from `subgroup_table` as text, a row a value of a column"
+    rows = pd.DataFrame({'images': s['images', ''].astype(int).tolist()}, index=[f'{_fact_words(a)}: {b}' for a, b in s.index])
+    for name in dict.fromkeys(c for c, _ in s.columns if c != 'images'):
+        rows[name] = [_interval_text(*row, '') for row in s[name][['value', 'low', 'high']].to_numpy()]
+    return rows
+
 def _subgroups(e, n) -> str:
     "Figures for each value of the facts, and columns that know the label"
     shown = [c for c in e.facts if 2 <= e.table[c].nunique() <= 8 and c != 'reason']
     out = ''
     if shown:
-        s = subgroup_table(e.table, e.classes, shown, e.point, n=n)
-        wide = {'images': s[('images', '')].astype(int)} | {k: [_interval_text(*(r[k, x] for x in ('value', 'low', 'high')), '') for _, r in s.iterrows()]
-                for k in dict.fromkeys(c[0] for c in s.columns) if k != 'images'}
-        out = _table(pd.DataFrame(wide, index=[f'{_fact_words(a)}: {b}' for a, b in s.index]))
+        out = _table(_subgroup_rows(subgroup_table(e.table, e.classes, shown, e.point, n=n)))
     found = confounders(e.table[e.facts], e.table.target)
     for r in found.itertuples(): out += f'<p class="note">The column "{html.escape(_fact_words(r.column))}" says something of the truth (Cramér\'s V {r.v:.2f}): figures over all of its values together may owe something to it.</p>'
     return _by_label(e) + out or '<p>Nothing else is known of these images.</p>'

@@ -196,8 +196,15 @@ def test_the_reader_reaches_the_report(tmp_path):
 def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
-    assert "<th>taken for the patients</th><td>patients: column &#x27;pid&#x27;, 60 groups</td>" in text and text.count('60 groups<') == 1
+    assert "<th>taken for the patients, in all of the data</th><td>patients: column &#x27;pid&#x27;, 60 groups</td>" in text and text.count('60 groups<') == 1
     assert 'taken for the patients' not in page(table(60, 2))
+
+
+def test_subgroups_show_how_many_images_they_have():
+    "The column was empty: its numbers had another index than the rows."
+    t = table(60, 2).assign(data_camera=['A']*40 + ['B']*80)
+    shown = re.search(r'<th>camera: A</th><td>(.*?)</td>.*<th>camera: B</th><td>(.*?)</td>', page(t))
+    assert shown.groups() == ('40', '80')
 
 
 # ---------------------------------------------------------------- what training prints
