@@ -25,6 +25,8 @@ def _start(out, name, size, seed, setting):
     learn = fit(build_learner(out/'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head')
     with new_folder(out/name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
+    for line in learn.record['decision'].refused:
+        print(line, flush=True)
 
 # %% ../nbs/13c_demo.ipynb #9099747d
 def demo_table(

@@ -88,12 +88,13 @@ def _circle(p) -> tuple:
 # %% ../nbs/02_fundus.ipynb #afcb6f26
 def _fit_circle(start, points) -> tuple:
     "A circle through most of the points: (share of them on it, (x, y, r))"
-    c = _circle(start)
+    c, before = _circle(start), None
     for _ in range(8):
         off = np.abs(np.hypot(points[:, 0] - c[0], points[:, 1] - c[1]) - c[2])
         on = off < max(1.5, 0.02*c[2])
-        if on.sum() < 8: break
-        c = _circle(points[on])
+        if on.sum() < 8 or np.array_equal(on, before):
+            break # too few, or the same points give the same circle
+        c, before = _circle(points[on]), on
     return on.mean(), c
 
 def find_disc(

@@ -7,7 +7,6 @@ __all__ = ['accuracy', 'quadratic_kappa', 'sensitivity', 'specificity', 'auc', '
 
 # %% ../nbs/00b_metrics.ipynb #3147bcc5
 import numpy as np, pandas as pd
-from scipy.stats import rankdata
 
 # %% ../nbs/00b_metrics.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
@@ -81,13 +80,15 @@ def auc(
     y, # Truth (n,): 1 for positive, 0 for negative
     score # Score (n,): the higher, the more likely positive
 ) -> float: # 0.5 is chance, 1 perfect; NaN if only one class occurs
-    "Area under the ROC curve, from the ranks (Hanley and McNeil 1982)"
+    "Area under the ROC curve: share of the pairs whose positive scores higher (Hanley and McNeil 1982)"
     y, score = _pair(y, score, 'scores')
     if isinstance(score[0], str): raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
     ill = _numbers(y, 2, 'truth') == 1
-    n1, n0 = int(ill.sum()), int((~ill).sum())
-    ranks = rankdata(score) # tied scores share the mean of their ranks
-    return float((ranks[ill].sum() - n1*(n1 + 1)/2)/(n1*n0)) if n1 and n0 else float('nan')
+    low, high = np.sort(score[~ill]), score[ill]
+    if not len(low) or not len(high):
+        return float('nan')
+    pairs = np.searchsorted(low, high, 'left').sum() + np.searchsorted(low, high, 'right').sum() # an equal pair counts half
+    return float(pairs/(2*len(low)*len(high)))
 
 # %% ../nbs/00b_metrics.ipynb #9cafb41c
 def confusion(

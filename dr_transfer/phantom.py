@@ -7,6 +7,7 @@ __all__ = ['KINDS', 'draw_fundus', 'lesion_mask', 'contact_sheet', 'make_dr', 'm
 
 # %% ../nbs/00_phantom.ipynb #cell004
 import json, os
+from functools import lru_cache
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,12 +31,17 @@ def _stain(img, alpha, absorb):  # darken `img` in place like a layer of dye: wh
     img *= np.exp(-alpha*_rgb(*absorb))
 
 # %% ../nbs/00_phantom.ipynb #cell010
+@lru_cache(maxsize=256)
+def _along(n):  # `n` places along a vessel from 0 to 1, how far it has bent there, and how wide it still is
+    t = np.arange(n)/(n-1)
+    return t, 6.3*t[:, None], t**.75, 1 - .6*t
+
 def _grow(rng, out, start, heading, length, width, bend, sway, vein, depth):  # a vessel and its branches, into `out`
-    t = np.arange(n := max(6, int(length/.025)))/(n-1)
+    t, turns, bent, taper = _along(n := max(6, int(length/.025)))
     freq, phase, amp = rng.uniform(.8, 3, 3)*length, rng.uniform(0, 6.3, 3), rng.normal(0, sway, 3)
-    head = heading + bend*t**.75 + (np.sin(6.3*t[:, None]*freq + phase) - np.sin(phase))@amp
+    head = heading + bend*bent + (np.sin(turns*freq + phase) - np.sin(phase))@amp
     pts = start + np.cumsum(np.exp(1j*head)).view(float).reshape(-1, 2)*length/n
-    wide = width*(1 - .6*t)
+    wide = width*taper
     out.append((pts, wide, vein))
     for i in rng.integers(len(t)//8, len(t), rng.integers(2, 2 + 2*depth) if depth else 0):
         side = 1 - 2*rng.integers(2)

@@ -13,8 +13,10 @@ from dr_transfer.decision import GRADE_NAMES, apply_decision, choose_decision, e
 from dr_transfer.model import HEADS, Head, create_head
 from dr_transfer.ordered import ORDERED, Cumulative, GradeLoss
 from dr_transfer.phantom import make_dr
+from dr_transfer.plans import Phase, Plan
 
 TINY = dict(task='dr', target='grade', arch='test_resnet', weights='random', size=48, bs=16, setting='plain')
+SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan of the library takes 600 steps')
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +62,7 @@ def test_every_head_has_an_output_for_each_class(name):
     with pytest.raises(ValueError, match='nearest first: cumulative'): Head(ordered='cumulativ')
 
 
-@pytest.mark.parametrize('head, plan, epochs', [('cumulative', 'head', 3), ('regression', 'head', 3), ('cumulative', 'fine_tune', 1)])
+@pytest.mark.parametrize('head, plan, epochs', [('cumulative', SHORT, None), ('regression', SHORT, None), ('cumulative', 'fine_tune', 1)])
 def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, head, plan, epochs):
     learn = build_learner(eyes, head=head, **TINY)
     start = {k: v.clone() for k, v in learn.model[1].state_dict().items()}
@@ -103,7 +105,7 @@ def test_weights_make_all_classes_count_alike():
 @pytest.mark.parametrize('stored', [True, False])
 def test_sampling_draws_rare_classes_as_often(eyes, stored):
     learn = build_learner(eyes, balance='sampling', **TINY)
-    fit(learn, 'head', 2, stored=stored, say=lambda s: None)
+    fit(learn, SHORT, stored=stored, say=lambda s: None)
     assert learn.record['balance'] == 'sampling'
     drawn = np.concatenate([np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train])
     share = pd.Series(drawn).value_counts(normalize=True)
@@ -113,8 +115,8 @@ def test_sampling_draws_rare_classes_as_often(eyes, stored):
 
 @pytest.mark.parametrize('balance', ['weights', 'sampling'])
 def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
-    for plan in ('head', 'top1'):
-        learn = fit(build_learner(eyes, balance=balance, plan=plan, **TINY), epochs=1, say=lambda s: None)
+    for plan in (SHORT, Plan('last stage', (Phase(-2, 1, 1e-3),))):
+        learn = fit(build_learner(eyes, balance=balance, plan=plan, **TINY), say=lambda s: None)
         assert np.isfinite(learn.record['history'][-1]['train_loss'])
 
 
