@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PACKAGING := settings.ini setup.py pyproject.toml
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' 2>/dev/null)
-LIBRARY   := $(wildcard dr_transfer/*.py)
+LIBRARY   := $(shell find dr_transfer -name '*.py' 2>/dev/null)
 PAGES     := $(shell find nbs -type f -not -path '*/.*' 2>/dev/null)
 
 # Two workers, and as many threads for each as there are cores to share: torch in each worker

@@ -85,7 +85,8 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
 def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
     "DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named; and colour is kept all the way."
     pages = {p: '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells']) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
-    pages |= {p: p.read_text(encoding='utf-8') for p in (ROOT/'README.md', ROOT/'settings.ini', *(ROOT/'dr_transfer').glob('*.py'))}
+    pages |= {p: p.read_text(encoding='utf-8') for p in (ROOT/'README.md', ROOT/'settings.ini', *(ROOT/'dr_transfer').rglob('*.py'))}
+    assert len(pages) > 140, 'or else this reads nothing'
     said = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
     assert said <= {'04_data.ipynb', 'checklist.ipynb'} and '*colour fundus photographs*' in pages[ROOT/'nbs'/'04_data.ipynb']
     task = TASKS['dr']

@@ -26,7 +26,7 @@ def tracked():
 
 TRACKED = tracked()
 NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb' and (ROOT/'nbs') in p.parents]
-MODULES = [p for p in TRACKED if p.suffix == '.py' and p.parent == ROOT/'dr_transfer' and p.name != '_modidx.py']
+MODULES = [p for p in TRACKED if p.suffix == '.py' and (ROOT/'dr_transfer') in p.parents and p.name != '_modidx.py']
 SETTINGS = ConfigParser(delimiters=['='], interpolation=None)
 SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
 SETTINGS = SETTINGS['DEFAULT']
@@ -144,20 +144,67 @@ def test_stored_outputs_are_small_and_stable(path):
             for v in pictures.values(): assert len(''.join(v))*3/4 < 120_000, f'a picture of more than 120 kB after {shown}'
 
 
-NUMBER = {m.group(1): p.name.split('_')[0] for p in NOTEBOOKS for c in cells(p) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))}
+# ---------------------------------------------------------------- modules
+
+def exported_module(path):
+    "The module that a notebook exports, such as `data.split`; None if it exports none."
+    found = [m.group(1) for c in cells(path) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))]
+    return found[0] if found else None
+
+
+def module_name(path):
+    "`dr_transfer/data/split.py` -> `data.split`"
+    return '.'.join(path.relative_to(ROOT/'dr_transfer').with_suffix('').parts)
+
+
+PAGES = re.findall(r'^ +- ([\w/]+\.ipynb)$', (ROOT/'_quarto.yml').read_text(encoding='utf-8'), re.M)
+# The sidebar lists the notebooks in the order in which they build on one another: module -> its place there
+PLACE = {m: i for i, page in enumerate(PAGES) if (m := exported_module(ROOT/'nbs'/page))}
+
+
+def imports_of(text, module):
+    "The modules of the library that a module imports, also inside of functions; ValueError for a star import."
+    package = module.split('.')[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ImportFrom): continue
+        if any(a.name == '*' for a in node.names): raise ValueError(f'star import of {node.module}')
+        parts = (node.module or '').split('.') if node.module else []
+        if node.level: base = package[:len(package) - node.level + 1] + parts
+        elif parts[:1] == ['dr_transfer']: base = parts[1:]
+        else: continue
+        # `from .table import x`, or `from . import table`
+        yield from ['.'.join(base)] if '.'.join(base) in PLACE else ['.'.join([*base, a.name]) for a in node.names]
+
+
+def late_imports(text, module):
+    "What a module imports although it comes later."
+    return [o for o in imports_of(text, module) if o in PLACE and PLACE[o] >= PLACE[module]]
+
+
+def test_late_imports_are_seen():
+    first, *_, last = sorted(PLACE, key=PLACE.get)
+    up = '.'*(1 + first.count('.'))
+    for line in (f'from {up}{last} import x', f'def f():\n    from dr_transfer.{last} import x', f'from dr_transfer.{last} import x, y'):
+        assert late_imports(line, first) == [last], line
+        assert not late_imports(line.replace(last, first).replace(up + first, '.'*(1 + last.count('.')) + first), last), line
+    with pytest.raises(ValueError, match='star'): late_imports(f'from dr_transfer.{first} import *', last)
+    assert len(PLACE) > 60 and len(MODULES) > len(PLACE)
+
+
+def test_the_packages_lie_together_in_the_sidebar():
+    packages = [m.rpartition('.')[0] for m in sorted(PLACE, key=PLACE.get)]
+    changes = [p for i, p in enumerate(packages) if p and (i == 0 or packages[i - 1] != p)]
+    assert len(changes) == len(set(changes)), changes
 
 
 @each(MODULES)
 def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
-    if path.stem == '__init__': return
-    assert path.stem in NUMBER, 'no notebook exports it'
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if not isinstance(node, ast.ImportFrom): continue
-        assert not any(a.name == '*' for a in node.names), f'star import of {node.module}'
-        # `from .table import x`, or `from . import table`
-        ours = [node.module.split('.')[0]] if node.level and node.module else [a.name for a in node.names] if node.level else []
-        for other in ours:
-            if other in NUMBER: assert NUMBER[other] < NUMBER[path.stem], f'imports {other}, which comes later'
+    text = path.read_text(encoding='utf-8')
+    if path.stem == '__init__':
+        assert path.parent == ROOT/'dr_transfer' or not text.strip(), 'only the package itself says something'
+        return
+    assert module_name(path) in PLACE, 'no notebook in the sidebar exports it'
+    assert not late_imports(text, module_name(path)), 'imports what comes later'
 
 
 @each(MODULES)
