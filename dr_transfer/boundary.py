@@ -14,7 +14,8 @@ from .backbones import Stages
 from .features import compute_views, weights_digest
 from .files import cache_folder
 from .model import Body
-from .store import ArrayStore, fill_stores, stored_array
+from .content import fill_stores
+from .store import ArrayStore, stored_array
 from .views import VIEWS
 
 # %% ../nbs/06d_boundary.ipynb #9de0d946

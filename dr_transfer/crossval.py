@@ -26,7 +26,7 @@ from .places import remove
 from .plans import choose_plan, get_plan, plan_arch
 from .regular import read_regular
 from .safe_files import private_folder
-from .store import content_keys
+from .content import content_keys
 from .table import label_table, report_table, set_aside
 from .views import READING
 from .weights import file_hash

@@ -18,8 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
 from .augment import augmentation
-from .card import check_class_names
-from .checks import check_workers
+from .checks import check_class_names, check_workers
 from .columns import group_errors, joint_note, number_note
 from .csvfile import plain_number
 from .decision import GRADE_NAMES

@@ -31,7 +31,9 @@ from .fundus import INSIDE, Disc, disc_mask, read_disc
 from .leaks import Together
 from .metrics import auc
 from .safe_files import is_shortage
-from .store import ArrayStore, ChangedError, fill_stores, image_data, source_name, stored_array, unreadable
+from .content import ChangedError, fill_stores, image_data, unreadable
+from .source import source_name
+from .store import ArrayStore, stored_array
 
 # %% ../nbs/12a_explicit.ipynb #cb045098
 SIDE = 512 # pixels; all lengths below are shares of the radius of the retina

@@ -18,7 +18,8 @@ from .files import cache_folder, package_version, progress, unknown
 from .images import FITS
 from .model import POOLS, Body, good_bs, make_body
 from .source import check_size
-from .store import ArrayStore, fill_stores, image_data, stored_array, unreadable
+from .content import fill_stores, image_data, unreadable
+from .store import ArrayStore, stored_array
 from .views import READERS, READING, VIEWS, map_batches, normalise, read_image
 
 # %% ../nbs/06_features.ipynb #d49e1714

@@ -25,7 +25,8 @@ from .images import image_header
 from .intervals import group_codes
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
-from .store import ArrayStore, fill_stores, image_data, stored_array, unreadable
+from .content import fill_stores, image_data, unreadable
+from .store import ArrayStore, stored_array
 from .table import KNOWN, data_columns, shown_name, with_data_names
 from .views import READING, map_batches, read_image
 

@@ -12,7 +12,7 @@ from typing import Callable
 import numpy as np, torch
 from torch import nn
 from .backbones import Stages, stage_names
-from .card import Head
+from .head import Head
 from .files import progress, unknown
 from .ordered import ORDERED
 from .speed import Setting, forward_copy, get_setting, training_copy

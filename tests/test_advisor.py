@@ -11,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dr_transfer import advisor, features, leaks, store
+import dr_transfer.content as hashing_module
+from dr_transfer import advisor, features, leaks
 from dr_transfer.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
 from dr_transfer.core import build_learner, fit
 from dr_transfer.data import TASKS, task_table
@@ -63,10 +64,10 @@ def seen(monkeypatch):
     def spy(module, name):
         real = getattr(module, name)
         def f(source, *a, **k):
-            if not hashing and not isinstance(source, bytes): names.add(store.source_name(source))    # bytes: of a file that was named before
+            if not hashing and not isinstance(source, bytes): names.add(hashing_module.source_name(source))    # bytes: of a file that was named before
             return real(source, *a, **k)
         monkeypatch.setattr(module, name, f)
-    spy(features, 'image_data'), spy(store, 'content_key')
+    spy(features, 'image_data'), spy(hashing_module, 'content_key')
     return names
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer import features, speed, store
+from dr_transfer import content, features, speed, store
 from dr_transfer.boundary import boundary_maps, split_body
 from dr_transfer.classifiers import FeatureClassifier
 from dr_transfer.backbones import Stages, create_body, find_backbone, stage_names
@@ -559,13 +559,13 @@ def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monke
     "Between hashing and reading: its features are not those of the image that was there"
     mine = [tmp_path/f'{i}.png' for i in range(3)]
     for p, q in zip(paths, mine): shutil.copy(p, q)
-    keys, was = store.content_keys, mine[1].read_bytes()
+    keys, was = content.content_keys, mine[1].read_bytes()
     def hashed(sources):
         out = keys(sources)
         shutil.copy(paths[6], mine[1])
         return out
     with monkeypatch.context() as m:
-        m.setattr(store, 'content_keys', hashed)
+        m.setattr(content, 'content_keys', hashed)
         with pytest.raises(ValueError, match='1.png changed'): extract_features(mine, body, 32, folder=tmp_path/'f')
     want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path/'g').numpy()
     assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path/'f').numpy(), want)

@@ -383,7 +383,8 @@ def test_a_name_that_is_no_text(tmp_path):
 
 
 def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp_path):
-    from dr_transfer.store import ArrayStore, fill_stores, image_data
+    from dr_transfer.content import fill_stores, image_data
+    from dr_transfer.store import ArrayStore
     from dr_transfer.views import map_batches
     paths = []
     for i in range(6):

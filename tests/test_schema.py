@@ -9,7 +9,8 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from dr_transfer.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, check_class_names, read_card
+from dr_transfer.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
+from dr_transfer.checks import check_class_names
 from dr_transfer.decision import GRADE_NAMES, Decision
 from dr_transfer.operating import OperatingPoint
 from dr_transfer.schema import SchemaError, from_dict, read_json, to_dict

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dr_transfer import content
 from dr_transfer import store as module
 from dr_transfer.images import read_rgb, to_rgb
 from dr_transfer.regular import open_regular
-from dr_transfer.store import ArrayStore, ChangedError, content_key, content_keys, digest, fill_stores, image_data, stored_array
+from dr_transfer.content import ChangedError, content_key, content_keys, fill_stores, image_data
+from dr_transfer.store import ArrayStore, digest, stored_array
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {'colour': ((3,), 'float32'), 'corner': ((2, 2), 'uint8')}
@@ -540,7 +542,7 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
 @pytest.mark.parametrize('error', [OSError(errno.EMFILE, 'Too many open files'), MemoryError()], ids=['files', 'memory'])
 def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatch, error):
     def fail(*a, **k): raise error
-    monkeypatch.setattr(module, 'read_regular', fail)
+    monkeypatch.setattr(content, 'read_regular', fail)
     with pytest.raises(ValueError, match='not at fault') as e: content_key(tmp_path/'a.png')
     assert 'leave it out' not in str(e.value)
 
