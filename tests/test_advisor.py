@@ -11,13 +11,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import dr_transfer.content as hashing_module
-from dr_transfer import advisor, features, leaks
-from dr_transfer.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
+import dr_transfer.data.content as hashing_module
+from dr_transfer.training import advisor
+from dr_transfer.features import extraction as features
+from dr_transfer.data import leaks
+from dr_transfer.training.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
 from dr_transfer.core import build_learner, fit
-from dr_transfer.data import TASKS, task_table
-from dr_transfer.plans import PLANS
-from dr_transfer.probes import SIMILAR, fold_interval
+from dr_transfer.data.tasks import TASKS, task_table
+from dr_transfer.training.plans import PLANS
+from dr_transfer.features.probes import SIMILAR, fold_interval
 from test_cli import cache_dir, cli, content, eyes, flowers, good, home, once, refused, shared_cache, weights  # noqa: F401
 from test_probes import Known
 

@@ -6,8 +6,8 @@ from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorImage, Tenso
 from fasttransform import Pipeline
 from PIL import Image
 
-from dr_transfer.augment import AUGMENTATIONS, Mirror, MirrorNear, QuarterTurns, Views, augmentation, augmentation_table, flowers_matrix, views_of
-from dr_transfer.views import VIEWS
+from dr_transfer.data.augment import AUGMENTATIONS, Mirror, MirrorNear, QuarterTurns, Views, augmentation, augmentation_table, flowers_matrix, views_of
+from dr_transfer.data.views import VIEWS
 
 pytestmark = pytest.mark.filterwarnings('ignore:Default grid_sample:UserWarning')     # fastai leaves align_corners to torch
 N = 200

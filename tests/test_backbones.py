@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer import backbones as module
-from dr_transfer import speed
-from dr_transfer.backbones import (BACKBONES, HALF, IMAGENET, WeightsError, backbone_table, create_body, find_backbone, group_table,
+from dr_transfer.models import backbones as module
+from dr_transfer.models import speed
+from dr_transfer.models.backbones import (BACKBONES, HALF, IMAGENET, WeightsError, backbone_table, create_body, find_backbone, group_table,
                                    layer_groups, stage_names, weights_folders)
-from dr_transfer.weights import hashed_weights, read_weights
-from dr_transfer.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
+from dr_transfer.models.weights import hashed_weights, read_weights
+from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
 
 TIMM = ['test_resnet', 'test_efficientnet', 'test_byobnet', 'test_convnext', 'test_vit', 'test_vit2', 'resnet18', 'mobilenetv3_small_050', 'regnetx_002']
 TORCHVISION = ['squeezenet1_1', 'mobilenet_v2', 'torchvision.resnet18', 'shufflenet_v2_x0_5', 'googlenet', 'alexnet']
@@ -679,7 +679,7 @@ def test_reachable_looks_at_the_host(monkeypatch):
         asked.append(where)
         if 'pytorch' not in where[0]: raise OSError
         return Line()
-    monkeypatch.setattr('dr_transfer.weights.socket.create_connection', connect)
+    monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
     assert module.reachable('https://download.pytorch.org/models/x.pth') and not module.reachable('https://huggingface.co/timm/x')
     assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 

@@ -420,7 +420,7 @@ def test_weights_in_a_list(tmp_path, flowers):
 
 def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch):
     "Without a network: an error that says where to put the file, and soon."
-    from dr_transfer import backbones
+    from dr_transfer.models import backbones
     monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     line = broken(tmp_path, flowers, quick=FAST)
@@ -524,8 +524,8 @@ def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
 
 def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
     "They are kept for the end; what is named train or valid goes into the folds."
-    from dr_transfer.crossval import fold_tables
-    from dr_transfer.data import get_task
+    from dr_transfer.evaluation.cross_validation import fold_tables
+    from dr_transfer.data.tasks import get_task
 
     def folds(folder):
         lines = []

@@ -28,7 +28,7 @@ def image(eyes): return sorted((eyes/'images').iterdir())[0]
 
 def edit(folder, **change):
     "Change fields of model.json and sign it anew, as one would who means harm; `None` takes a field out."
-    from dr_transfer.card import _digest
+    from dr_transfer.inference.card import _digest
     about = json.loads((folder/'model.json').read_text(encoding='utf-8'))
     about.pop('sha256')
     about = {k: v for k, v in {**about, **change}.items() if v is not None}
@@ -51,7 +51,7 @@ def fails(folder, image):
 # ---------------------------------------------------------------- what is in it
 
 def test_safetensors_and_json_and_nothing_else(run, weights):
-    from dr_transfer.bundle import FIELDS
+    from dr_transfer.inference.saved_model import FIELDS
     from safetensors.torch import load_file
     folder = run/'model'
     assert sorted(p.name for p in folder.iterdir() if p.name != MARKER) == FILES
@@ -89,7 +89,7 @@ def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
 # ---------------------------------------------------------------- there and back
 
 def test_saved_again_it_is_the_same(tmp_path, run):
-    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.inference.saved_model import load_model, save_model
     a = load_model(run/'model', setting='plain')
     assert save_model(a, tmp_path/'deep'/'again') == tmp_path/'deep'/'again'
     assert (tmp_path/'deep'/'again'/'model.safetensors').read_bytes() == (run/'model'/'model.safetensors').read_bytes()
@@ -101,7 +101,7 @@ def test_saved_again_it_is_the_same(tmp_path, run):
 def test_a_model_is_still_and_takes_any_image(run, eyes):
     "Evaluation mode: the batch in which an image comes does not matter. Paths, images and arrays are one."
     from PIL import Image
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
     m, paths = load_model(run/'model', setting='plain'), sorted((eyes/'images').iterdir())[:5]
     assert not m.model.training and not any(x.training for x in m.model.modules())
     p = m.probs(paths)
@@ -120,7 +120,7 @@ def log_odds(p): return np.log(p[:, 1]/p[:, 0])
 
 
 def test_the_setting_of_the_training_is_chosen_again(run):
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
     t = table(run/'predictions.csv')
     p = load_model(run/'model', 'auto').probs(t.image.tolist())
     np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
@@ -129,8 +129,8 @@ def test_the_setting_of_the_training_is_chosen_again(run):
 @pytest.mark.parametrize('setting', ['plain', 'channels_last', 'bf16'])
 def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, setting):
     "Another machine, or a cache that was cleared, may measure another one to be the fastest."
-    import dr_transfer.speed as speed
-    from dr_transfer.bundle import load_model, save_model
+    import dr_transfer.models.speed as speed
+    from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.core import build_learner
     learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=setting)
     save_model(learn, tmp_path/'m')
@@ -142,8 +142,8 @@ def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monk
 
 def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
     "A setting that has no name, or a training on a GPU, or a model of version 0.1.0."
-    import dr_transfer.speed as speed
-    from dr_transfer.bundle import load_model, save_model
+    import dr_transfer.models.speed as speed
+    from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.core import build_learner
     learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=speed.Setting(False, True))
     save_model(learn, tmp_path/'m')
@@ -153,7 +153,7 @@ def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, mo
 
 
 def test_channels_last_gives_the_same(run):
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
     images = table(run/'predictions.csv').image.tolist()
     plain, other = (load_model(run/'model', setting).probs(images) for setting in ('plain', 'channels_last'))
     np.testing.assert_allclose(other, plain, atol=1e-5, rtol=0)
@@ -162,7 +162,7 @@ def test_channels_last_gives_the_same(run):
 def test_bf16_moves_the_features_little(run):
     """What it does to the probabilities depends on how steep the head is: the bound is on the log-odds, divided by the
     length of the head's weights. A length of .73 (an epoch of SGD) turns .11 into .02 of the probability."""
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
     images = table(run/'predictions.csv').image.tolist()
     plain, other = (load_model(run/'model', setting) for setting in ('plain', 'bf16'))
     weight = plain.model[1][-1].weight.detach().float()
@@ -175,7 +175,7 @@ def test_bf16_moves_the_features_little(run):
                                  dict(arch='efficientnet_lite0', weights=None)], ids=lambda h: '-'.join(map(str, h.values())))
 def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
     "What is described is what is built: the same probabilities, and the same again after a second saving."
-    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.core import build_learner, predict_probs
     learn = build_learner(eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, setting='plain'), **how})
     m = load_model(save_model(learn, tmp_path/'m'), setting='plain')
@@ -189,10 +189,10 @@ def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
 
 def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
     "Fitted on features, put on its backbone, saved, and loaded."
-    from dr_transfer.bundle import load_model, save_model
-    from dr_transfer.classifiers import FeatureClassifier
+    from dr_transfer.inference.saved_model import load_model, save_model
+    from dr_transfer.features.classifiers import FeatureClassifier
     from dr_transfer.core import build_learner, classifier_learner
-    from dr_transfer.phases import learner_features
+    from dr_transfer.training.phases import learner_features
     learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting='plain')
     f = learner_features(learn, (t := learn.table).image.tolist())
     c = FeatureClassifier('dense').fit(f, t.target, t.group)
@@ -207,7 +207,7 @@ def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize('old', [False, True])
 def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
-    from dr_transfer import bundle
+    from dr_transfer.inference import saved_model as bundle
     m = bundle.load_model(run/'model', setting='plain')
     if old: bundle.save_model(m, tmp_path/'m')
     before = content(tmp_path)
@@ -221,14 +221,14 @@ def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
 
 
 def test_a_folder_that_is_there_is_kept(tmp_path, run):
-    from dr_transfer.bundle import load_model, save_model
+    from dr_transfer.inference.saved_model import load_model, save_model
     m = load_model(run/'model', setting='plain')
     (tmp_path/'m').mkdir()
     (tmp_path/'m'/'model.json').write_text('old')
     for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
         with pytest.raises(ValueError, match=words): save_model(m, tmp_path/'m', overwrite=overwrite)
     assert content(tmp_path) == {'m/model.json': b'old'}
-    from dr_transfer.files import mark_folder
+    from dr_transfer.utils.files import mark_folder
     mark_folder(tmp_path/'m', 'model')
     save_model(m, tmp_path/'m', overwrite=True)
     assert content(tmp_path/'m')['model.json'] != b'old' and [sorted(p.name for p in (tmp_path/'m').iterdir()), len(list(tmp_path.iterdir()))] == [[MARKER, *FILES], 1]
@@ -307,7 +307,7 @@ def test_signing_anew_is_what_lets_a_change_through(model, image):
 
 
 def test_an_unknown_reader_is_refused_by_the_library_too(model, image):
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
     edit(model, reader='os.system')
     with pytest.raises(ValueError, match="'reader' is 'os.system'"): load_model(model, setting='plain').probs([image])
 
@@ -323,7 +323,7 @@ def test_a_missing_file(model, image, file):
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('how', ['first byte', 'middle byte', 'last byte', 'cut', 'longer', 'empty'])
 def test_an_altered_file(model, image, file, how):
-    from dr_transfer.bundle import ModelError, load_model
+    from dr_transfer.inference.saved_model import ModelError, load_model
     data = bytearray((model/file).read_bytes())
     at = {'first byte': 0, 'middle byte': len(data)//2, 'last byte': len(data) - 1}.get(how)
     if at is not None: data[at] ^= 1
@@ -362,8 +362,8 @@ def test_tensors_of_another_model(model, image, weights):
 def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     "A description cannot rebuild it, and a pickle is not an answer."
     from torch import nn
-    from dr_transfer.bundle import ModelError, image_model, save_model
-    from dr_transfer.backbones import create_body
+    from dr_transfer.inference.saved_model import ModelError, image_model, save_model
+    from dr_transfer.models.backbones import create_body
     from dr_transfer.core import build_learner
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(create_body('test_resnet', 'random').n_out, 2))
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain', head=head)
@@ -382,8 +382,8 @@ SMALL = {'arch': 'small_cnn', 'stage': 'stage3', 'tap': 1, 'head': {'hidden': []
 def small():
     "A network as `SMALL` describes it"
     import torch
-    from dr_transfer.backbones import create_body
-    from dr_transfer.model import Body, create_head
+    from dr_transfer.models.backbones import create_body
+    from dr_transfer.models.network import Body, create_head
     torch.manual_seed(1)
     stages = create_body('small_cnn', 'random')
     return torch.nn.Sequential(Body(stages), create_head('linear', stages.n_out, 2)).eval()
@@ -402,7 +402,7 @@ def write_as_0_1_0(folder, net, about=SMALL):
 
 
 def test_a_folder_of_version_0_1_0_is_loaded(tmp_path):
-    from dr_transfer.bundle import ImageModel, load_model
+    from dr_transfer.inference.saved_model import ImageModel, load_model
     net, image = small(), np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     m = load_model(write_as_0_1_0(tmp_path/'m', net), 'plain')
     np.testing.assert_array_equal(m.probs([image]), ImageModel(net, SMALL).probs([image]))
@@ -412,7 +412,7 @@ def test_a_folder_of_version_0_1_0_is_loaded(tmp_path):
 @pytest.mark.parametrize('name, value, words', [('1.3.weight', float('nan'), 'NaN or infinity in 1 of 256'), ('0.stages.stem.features_0.0.weight', float('inf'), 'NaN or infinity'),
                                                 ('1.1.running_var', -1., 'a variance below 0 in 1 of 128')])
 def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name, value, words):
-    from dr_transfer.bundle import ImageModel, ModelError, load_model, save_model
+    from dr_transfer.inference.saved_model import ImageModel, ModelError, load_model, save_model
     net = small()
     name = name if name in net.state_dict() else next(k for k in net.state_dict() if k.startswith('0.') and k.endswith('weight'))
     net.state_dict()[name].view(-1)[0] = value
@@ -423,9 +423,9 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name
 
 def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights):
     import torch
-    from dr_transfer.bundle import ModelError, image_model
+    from dr_transfer.inference.saved_model import ModelError, image_model
     from dr_transfer.core import build_learner
-    from dr_transfer.run import write_run
+    from dr_transfer.inference.run import write_run
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain')
     learn.model[1][3].weight.data.fill_(torch.nan)
     with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' holds NaN"): image_model(learn)
@@ -447,7 +447,7 @@ def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
 @pytest.mark.parametrize('kind', ['folder', 'pipe', 'loop', 'device'])
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
 def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
-    from dr_transfer.bundle import ModelError, load_model
+    from dr_transfer.inference.saved_model import ModelError, load_model
     folder = write_as_0_1_0(tmp_path/'m', small())
     (folder/file).unlink()
     make = {'folder': lambda p: p.mkdir(), 'pipe': os.mkfifo, 'loop': lambda p: p.symlink_to(p), 'device': lambda p: p.symlink_to('/dev/zero')}[kind]
@@ -461,7 +461,7 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
     (lambda t: t.clear(), 'has nothing in model.safetensors')])
 def test_tensors_that_are_not_those_that_are_described(tmp_path, spoil, words):
     from types import SimpleNamespace
-    from dr_transfer.bundle import ModelError, load_model
+    from dr_transfer.inference.saved_model import ModelError, load_model
     tensors = {k: v.clone() for k, v in small().state_dict().items()}
     spoil(tensors)
     with pytest.raises(ModelError, match=words): load_model(write_as_0_1_0(tmp_path/'m', SimpleNamespace(state_dict=lambda: tensors)))

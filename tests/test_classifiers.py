@@ -15,11 +15,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-import dr_transfer.classifiers as module
-from dr_transfer.classifiers import CLASSIFIERS, FeatureClassifier, grouped_folds, out_of_fold
-from dr_transfer.features import image_features
-from dr_transfer.labels import suspect_labels
-from dr_transfer.phantom import make_flowers
+import dr_transfer.features.classifiers as module
+from dr_transfer.features.classifiers import CLASSIFIERS, FeatureClassifier, grouped_folds, out_of_fold
+from dr_transfer.features.extraction import image_features
+from dr_transfer.features.label_errors import suspect_labels
+from dr_transfer.synthetic.fundus import make_flowers
 
 NAMES = sorted(CLASSIFIERS)
 
@@ -343,7 +343,7 @@ def test_the_same_picture_under_two_labels(tmp_path):
 
 def test_copies_are_judged_together(monkeypatch):
     x, y = blobs()
-    import dr_transfer.labels as labels
+    import dr_transfer.features.label_errors as labels
     seen = []
     monkeypatch.setattr(labels, 'out_of_fold', lambda c, X, y, g, *a: seen.append(g) or out_of_fold(c, X, y, g, *a))
     suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], [*(np.arange(60)//4), 'other'])

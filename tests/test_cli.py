@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dr_transfer.cli import main
-from dr_transfer.phantom import make_dr, make_flowers
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
 
 COMMAND = Path(sys.executable).with_name('dr_transfer')
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
@@ -190,8 +190,8 @@ def test_a_seed_decides(home, run, eyes, weights):
 
 def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
     "--labels, --target grade, and a plan that trains image by image after its head; run twice."
-    import dr_transfer.phases
-    monkeypatch.setattr(dr_transfer.phases, 'head_epochs', lambda *a: 3)        # a grade of few patients, so its head is trained in steps
+    import dr_transfer.training.phases
+    monkeypatch.setattr(dr_transfer.training.phases, 'head_epochs', lambda *a: 3)        # a grade of few patients, so its head is trained in steps
     t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
     t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
@@ -256,7 +256,7 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
     (tmp_path/'file').write_text('mine')
     assert 'exists already' in refused('train', tmp_path/'data', '--out', tmp_path/'file') and (tmp_path/'file').read_text() == 'mine'
-    from dr_transfer.files import new_folder
+    from dr_transfer.utils.files import new_folder
     (tmp_path/'empty').mkdir()
     with new_folder(tmp_path/'empty') as f: (f/'record.json').write_text('')
     assert (tmp_path/'empty'/'record.json').exists()
@@ -337,7 +337,7 @@ def test_demo_twice(tmp_path):
     times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
     with pytest.MonkeyPatch.context() as m:
         def never(*a, **k): raise AssertionError('trained again')
-        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.phantom.draw_fundus'): m.setattr(f, never)
+        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.synthetic.fundus.draw_fundus'): m.setattr(f, never)
         second = good(*words)
         refused('demo', '--images', '30', '--size', '64', '--out', out)
         (out/'my notes.txt').write_text('mine')
@@ -358,18 +358,18 @@ def test_demo_leaves_other_folders_alone(tmp_path):
 # ---------------------------------------------------------------- errors and exit codes
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
-    import dr_transfer.data
+    import dr_transfer.data.tasks
     def boom(*a): raise RuntimeError('a thing\nthat nobody thought of')
-    monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
+    monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
     line = refused('train', tmp_path/'data', '--out', tmp_path/'x')
     assert 'RuntimeError' in line and 'a thing that nobody thought of' in line and '--debug' in line
     with pytest.raises(RuntimeError, match='nobody'): cli('train', tmp_path/'data', '--out', tmp_path/'x', '--debug')
 
 
 def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
-    import dr_transfer.data
+    import dr_transfer.data.tasks
     def boom(*a): raise ValueError
-    monkeypatch.setattr(dr_transfer.data, 'get_task', boom)
+    monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
     assert 'ValueError' in refused('train', tmp_path/'data', '--out', tmp_path/'x')
 
 
@@ -386,30 +386,30 @@ def test_the_version():
 
 # ---------------------------------------------------------------- Ctrl-C
 
-@pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.bundle.save_file',
-                                   'dr_transfer.bundle.card_text'])
+@pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.inference.saved_model.save_file',
+                                   'dr_transfer.inference.saved_model.card_text'])
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
     "No half of a run; and with --overwrite the old one stays whole."
     out = tmp_path/'run'
     if old:
-        from dr_transfer.files import new_folder
+        from dr_transfer.utils.files import new_folder
         with new_folder(out) as f: (f/'record.json').write_text('the old run')
     before = content(tmp_path)
     def interrupt(*a, **k): raise KeyboardInterrupt
-    import dr_transfer.bundle, dr_transfer.core, dr_transfer.evaluate                   # noqa: F401, E401
+    import dr_transfer.inference.saved_model, dr_transfer.core, dr_transfer.metrics.plots                   # noqa: F401, E401
     monkeypatch.setattr(where, interrupt)
     said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
     assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
 
 
-@pytest.mark.parametrize('where', ['dr_transfer.core.valid_predictions', 'dr_transfer.decision.choose_decision', 'dr_transfer.csvfile.write_csv',
-                                   'dr_transfer.evaluate.plot_confusion'])
+@pytest.mark.parametrize('where', ['dr_transfer.core.valid_predictions', 'dr_transfer.metrics.decision.choose_decision', 'dr_transfer.utils.csvfile.write_csv',
+                                   'dr_transfer.metrics.plots.plot_confusion'])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left on device'), MemoryError()])
 def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
     "The model is written first, and kept beside where the run would be."
-    import dr_transfer.bundle, dr_transfer.core, dr_transfer.csvfile, dr_transfer.decision, dr_transfer.evaluate  # noqa: F401, E401
+    import dr_transfer.inference.saved_model, dr_transfer.core, dr_transfer.utils.csvfile, dr_transfer.metrics.decision, dr_transfer.metrics.plots  # noqa: F401, E401
     def fail(*a, **k): raise error
     with monkeypatch.context() as m:
         m.setattr(where, fail)
@@ -444,7 +444,7 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
     "The disk fills up when the page is written, after the table."
     import pathlib
     def full(self, *a, **k): raise OSError(28, 'No space left on device')
-    import dr_transfer.report  # noqa: F401
+    import dr_transfer.evaluation.report  # noqa: F401
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
     said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path/'r.html')
     assert said.code == 1 and 'The table is kept in' in said.err and 'image,' not in said.out
@@ -462,7 +462,7 @@ def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
 
 def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
     def interrupt(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr('dr_transfer.csvfile.write_csv', interrupt)
+    monkeypatch.setattr('dr_transfer.utils.csvfile.write_csv', interrupt)
     said = cli('predict', run, next((eyes/'images').iterdir()), '--out', tmp_path/'p.csv')
     assert said.code == 130 and list(tmp_path.iterdir()) == []
 
@@ -497,7 +497,7 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
 
 def test_the_examples_of_the_help_can_be_typed():
     "Each is accepted as it stands, and each backbone in them has pretrained weights"
-    from dr_transfer.backbones import find_backbone
+    from dr_transfer.models.backbones import find_backbone
     from dr_transfer.cli import _parser
     p = _parser()
     commands = p._subparsers._group_actions[0].choices

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from dr_transfer.data import Target, encode_target
-from dr_transfer.decision import Decision, decisions, question, table_arrays
-from dr_transfer.evaluate import pick_examples
-from dr_transfer.leaks import leak_report
-from dr_transfer.report import _subgroups, Evaluation, describe_images, evaluate_model, report_html, write_report
-from dr_transfer.screening import by_patient, measure_table, measure_names, main_measure, patient_classes, worst_errors
-from dr_transfer.split import split_table
-from dr_transfer.table import data_names, label_table
+from dr_transfer.data.tasks import Target, encode_target
+from dr_transfer.metrics.decision import Decision, decisions, question, table_arrays
+from dr_transfer.metrics.plots import pick_examples
+from dr_transfer.data.leaks import leak_report
+from dr_transfer.evaluation.report import _subgroups, Evaluation, describe_images, evaluate_model, report_html, write_report
+from dr_transfer.metrics.screening import by_patient, measure_table, measure_names, main_measure, patient_classes, worst_errors
+from dr_transfer.data.split import split_table
+from dr_transfer.data.table import data_names, label_table
 
 GRADES = ['0', '1', '2', '3', '4']
 N = 40
@@ -167,7 +167,7 @@ def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder)
 # ---------------------------------------------------------------- which images count
 
 def test_validation_images_are_found_by_their_content(folder, tmp_path):
-    from dr_transfer.leaks import image_hashes
+    from dr_transfer.data.leaks import image_hashes
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     train, valid, new = table.image[:20].tolist(), table.image[20:32].tolist(), table.image[32:].tolist()
     hashes = image_hashes(train + valid)[0]
@@ -271,7 +271,7 @@ def test_intervals_say_what_they_are_over():
                                         ('none', 'of one view of each image; the lines of the epochs are of the likeliest class')])
 def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
     "A line of an epoch said sensitivity 0.742 beside 'operating point ... 90 % or more'"
-    from dr_transfer.run import validation_table
+    from dr_transfer.inference.run import validation_table
     notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
     assert notes == [f'{len(predictions())} validation images, predictions {how}', '95 % intervals over 30 groups (patients)',
                      'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class']
@@ -348,5 +348,5 @@ def test_the_summary_shows_where_the_patients_come_from(folder):
 def test_importing_the_library_warns_of_nothing_that_a_user_can_change():
     import subprocess
     import sys
-    done = subprocess.run([sys.executable, '-c', 'import dr_transfer.augment'], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', 'import dr_transfer.data.augment'], capture_output=True, text=True, check=True)
     assert 'torch.jit.script' not in done.stderr

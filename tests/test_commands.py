@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from test_cli import FAST, cache_dir, cli, eyes, good, home, once, refused, run, shared_cache, weights  # noqa: F401
-from dr_transfer.phantom import make_dr
+from dr_transfer.synthetic.fundus import make_dr
 
 SAID = ('--task', 'dr', *FAST)
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from dr_transfer.cli import main
-from dr_transfer.compare import plot_comparison
-from dr_transfer.files import TransferWarning, is_ours
-from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.predictions import gather_images, predict_table
-from dr_transfer.preprocess import Preparation, preprocess_folder
-from dr_transfer.table import find_images, label_table
-from dr_transfer.task_file import TaskFileError, load_task
+from dr_transfer.evaluation.compare import plot_comparison
+from dr_transfer.utils.files import TransferWarning, is_ours
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.inference.predictions import gather_images, predict_table
+from dr_transfer.data.preprocess import Preparation, preprocess_folder
+from dr_transfer.data.table import find_images, label_table
+from dr_transfer.data.task_file import TaskFileError, load_task
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--setting', 'plain']
 
@@ -96,7 +96,7 @@ def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, tex
 def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
     toml = 'name="beds"\nsize=32\n[[targets]]\nname="kind"\nclasses=["white", "red"]\nlabels={daisy="white", roses="red"}\n'
-    python = ("from dr_transfer.data import Target, Task\n"
+    python = ("from dr_transfer.data.tasks import Target, Task\n"
               "T = Task('beds', (Target('kind', ('white', 'red'), {'daisy': 'white', 'roses': 'red'}.__getitem__, 'daisy, roses'),), size=32)\n")
     (tmp_path/f't.{form}').write_text(toml if form == 'toml' else python)
     task = str(tmp_path/'t.toml') if form == 'toml' else f"{tmp_path/'t.py'}:T"
@@ -211,7 +211,7 @@ def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
 @pytest.mark.parametrize('labels, told', [(['bolt;red', 'nut'], 'bolt;red'), (['a|b', 'c'], 'a|b'), (['a/b', 'a'], 'a/b'), (['a + b', 'a'], 'a + b'),
                                           (['a/b', 'c/d'], ''), (['a; ', 'b'], ''), (['nut', 'bolt'], '')])
 def test_a_class_that_may_be_two_is_told(labels, told):
-    from dr_transfer.data import Target, encode_target
+    from dr_transfer.data.tasks import Target, encode_target
     t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
     assert t.attrs['notes'] == ([f"labels: '{told}' is taken for one class; several labels in one cell are not supported"] if told else [])
 

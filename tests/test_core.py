@@ -18,17 +18,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer import speed
-from dr_transfer.backbones import IMAGENET, Stages, WeightsError, layer_groups
+from dr_transfer.models import speed
+from dr_transfer.models.backbones import IMAGENET, Stages, WeightsError, layer_groups
 from dr_transfer.core import (TransferLearner, build_learner, data_summary, fit, generalisation_gap, learner_groups, predict_probs, prediction_table, valid_predictions,
                               versions)
-from dr_transfer.data import Target, Task
-from dr_transfer.model import AveragePool
-from dr_transfer.phases import learner_features, why_not_stored
-from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
-from dr_transfer.split import SplitError
-from dr_transfer.views import read_image
+from dr_transfer.data.tasks import Target, Task
+from dr_transfer.models.network import AveragePool
+from dr_transfer.training.phases import learner_features, why_not_stored
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
+from dr_transfer.data.split import SplitError
+from dr_transfer.data.views import read_image
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 CPU = torch.device('cpu')
@@ -129,7 +129,7 @@ def test_random_weights_are_not_frozen(build):
 
 def test_no_weights_no_learner(build, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
-    monkeypatch.setattr('dr_transfer.backbones.reachable', lambda *a: False)
+    monkeypatch.setattr('dr_transfer.models.backbones.reachable', lambda *a: False)
     with pytest.raises(WeightsError, match='resnet18'): build(arch='resnet18', weights=None)
 
 
@@ -563,7 +563,7 @@ def test_own_head_as_a_module(build):
 
 
 def test_plan_for_own_head_as_a_module(build, monkeypatch):
-    monkeypatch.setattr('dr_transfer.phases.head_epochs', lambda n, bs: 2)
+    monkeypatch.setattr('dr_transfer.training.phases.head_epochs', lambda n, bs: 2)
     learn, said = build(head=MaxHead()), []
     fit(learn, 'head', say=said.append)
     assert learn.record['history'][0]['how'] == 'stored' and any('in steps' in s and 'no linear classifier' in s for s in said)
@@ -644,7 +644,7 @@ def test_the_same_in_another_process(build, root, tmp_path):
         import sys, numpy as np, torch
         torch.set_num_threads({torch.get_num_threads()})
         from dr_transfer.core import build_learner, fit, predict_probs
-        from dr_transfer.plans import Phase, Plan
+        from dr_transfer.training.plans import Phase, Plan
         root = {str(root)!r}
         learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
         fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)

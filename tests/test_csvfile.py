@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dr_transfer.csvfile import (MOST_CELL, MOST_COLUMNS, CsvError, csv_text, escape_cell, known_columns, plain_name, plain_number, read_csv,
+from dr_transfer.utils.csvfile import (MOST_CELL, MOST_COLUMNS, CsvError, csv_text, escape_cell, known_columns, plain_name, plain_number, read_csv,
                                  text_errors, unescape_cell, write_csv)
-from dr_transfer.groups import group_key
+from dr_transfer.metrics.groups import group_key
 
 # Cells that are likely to go wrong, and any text that a file name or a class name can be
 odd = st.sampled_from(['=1+1', '+1', '-1', '-x', '@SUM(A1)', '\t', '\r', "'=x", "''=x", "'", '"', '""', ',', ';', 'a,b\nc,d', 'a\r\nb', '\n', ' x ', '\ufeffx',
@@ -142,7 +142,7 @@ def test_only_regular_files_are_opened(tmp_path):
 
 @pytest.mark.parametrize('limit,value,why', [('MOST_BYTES', 5, 'may have'), ('MOST_ROWS', 1, 'more than 1 rows')])
 def test_limits(tmp_path, monkeypatch, limit, value, why):
-    monkeypatch.setattr(f'dr_transfer.csvfile.{limit}', value)
+    monkeypatch.setattr(f'dr_transfer.utils.csvfile.{limit}', value)
     with pytest.raises(CsvError, match=why): read(tmp_path, 'a,b\n1,2\n3,4\n')
 
 

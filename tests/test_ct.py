@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer.ct import PLANES, WINDOWS, Volume, get_window, plane, read_volume, three_planes, three_windows, window
-from dr_transfer.ct_data import average_views, candidate_pictures, froc_table, slice_pictures
-from dr_transfer.ct_phantom import PATTERNS, draw_ct, make_ct
-from dr_transfer.data import get_task
-from dr_transfer.leaks import split_data
-from dr_transfer.metrics import auc
+from dr_transfer.data.ct import PLANES, WINDOWS, Volume, get_window, plane, read_volume, three_planes, three_windows, window
+from dr_transfer.data.ct_images import average_views, candidate_pictures, froc_table, slice_pictures
+from dr_transfer.synthetic.ct import PATTERNS, draw_ct, make_ct
+from dr_transfer.data.tasks import get_task
+from dr_transfer.data.leaks import split_data
+from dr_transfer.metrics.scores import auc
 
 COARSE = (6, 3, 3)
 
@@ -459,7 +459,7 @@ def test_slices_are_those_of_the_table(drawn, tmp_path):
 
 
 def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(tmp_path):
-    from dr_transfer.leaks import find_copies
+    from dr_transfer.data.leaks import find_copies
     _, slices = make_ct(tmp_path/'ct', n=4, seed=6, spacing=COARSE, nodes=0, every=6)
     t = slice_pictures(slices, tmp_path/'ct', tmp_path/'p')
     pairs = find_copies(t.image.tolist())
@@ -487,7 +487,7 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
 @pytest.mark.parametrize('task, make', [('ct_nodes', candidate_pictures), ('ct_lungs', slice_pictures)])
 def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     from dr_transfer.core import build_learner, fit, valid_predictions
-    from dr_transfer.screening import measure_table
+    from dr_transfer.metrics.screening import measure_table
     folder, candidates, slices = drawn
     make(candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices, folder, tmp_path/'p')
     learn = fit(build_learner(tmp_path/'p', task, size=64, valid=.5, setting='plain', seed=1), 'head', say=lambda s: None)

@@ -9,13 +9,13 @@ from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize
 from PIL import Image
 
-from dr_transfer.augment import AUGMENTATIONS
-from dr_transfer.data import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
+from dr_transfer.data.augment import AUGMENTATIONS
+from dr_transfer.data.tasks import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
                               task_dataloaders, task_table)
-from dr_transfer.phantom import make_dr
-from dr_transfer.split import SplitError, split_table
-from dr_transfer.table import label_table
-from dr_transfer.views import VIEWS, read_image
+from dr_transfer.synthetic.fundus import make_dr
+from dr_transfer.data.split import SplitError, split_table
+from dr_transfer.data.table import label_table
+from dr_transfer.data.views import VIEWS, read_image
 
 CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dr_transfer.backbones import create_body
-from dr_transfer.bundle import ImageModel
-from dr_transfer.dense import as_convolutions, dense_model, score_map
-from dr_transfer.model import HEADS, create_head, head_inputs
-from dr_transfer.networks import CifarNet
+from dr_transfer.models.backbones import create_body
+from dr_transfer.inference.saved_model import ImageModel
+from dr_transfer.inference.score_maps import as_convolutions, dense_model, score_map
+from dr_transfer.models.network import HEADS, create_head, head_inputs
+from dr_transfer.models.networks import CifarNet
 
 
 def stirred(net):

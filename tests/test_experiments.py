@@ -10,19 +10,19 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import nn
 
-import dr_transfer.crossval as crossval
+import dr_transfer.evaluation.cross_validation as crossval
 from test_cli import cli, good, home, once, refused  # noqa: F401
-from dr_transfer.backbones import create_body, save_weights
-from dr_transfer.compare import _recipes, compare, plot_comparison
-from dr_transfer.crossval import _kept, train_once
+from dr_transfer.models.backbones import create_body, save_weights
+from dr_transfer.evaluation.compare import _recipes, compare, plot_comparison
+from dr_transfer.evaluation.cross_validation import _kept, train_once
 from dr_transfer.core import build_learner
-from dr_transfer.data import encode_target, get_task
-from dr_transfer.experiments import (RIVALS, START, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
+from dr_transfer.data.tasks import encode_target, get_task
+from dr_transfer.evaluation.experiments import (RIVALS, START, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
                                      training_curve, unseen_split, worth_of_pretraining)
-from dr_transfer.phantom import make_flowers
-from dr_transfer.phases import _epochs
-from dr_transfer.plans import Phase, Plan, get_plan, plan_table
-from dr_transfer.table import label_table
+from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.training.phases import _epochs
+from dr_transfer.training.plans import Phase, Plan, get_plan, plan_table
+from dr_transfer.data.table import label_table
 
 SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
 FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=lambda line: None)

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dr_transfer.backbones import create_body, stage_names
-from dr_transfer.bundle import ImageModel
-from dr_transfer.explain import (activation_table, evaluating, filter_table, first_filters, gabor_bank, gabor_share, model_parts, nearest_images, neighbour_table,
+from dr_transfer.models.backbones import create_body, stage_names
+from dr_transfer.inference.saved_model import ImageModel
+from dr_transfer.explain.activations import (activation_table, evaluating, filter_table, first_filters, gabor_bank, gabor_share, model_parts, nearest_images, neighbour_table,
                                  plot_activations, plot_filters, plot_nearest, plot_neighbours)
-from dr_transfer.features import extract_features
-from dr_transfer.heat import heat_map, heat_on, heat_sheet, heat_table, log_odds, overlay, plot_heat, plot_heat_tables
-from dr_transfer.model import HEADS, Body, create_head, head_inputs
-from dr_transfer.speed import Setting
-from dr_transfer.weights import WeightsError
+from dr_transfer.features.extraction import extract_features
+from dr_transfer.explain.grad_cam import heat_map, heat_on, heat_sheet, heat_table, log_odds, overlay, plot_heat, plot_heat_tables
+from dr_transfer.models.network import HEADS, Body, create_head, head_inputs
+from dr_transfer.models.speed import Setting
+from dr_transfer.models.weights import WeightsError
 
 
 def image_model(arch, head='linear', size=64, classes=('no', 'referable'), body=None, **kw):
@@ -212,9 +212,9 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
 
 @needs_captum
 def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
-    from dr_transfer.bundle import image_model as saved, load_model, save_model
+    from dr_transfer.inference.saved_model import image_model as saved, load_model, save_model
     from dr_transfer.core import build_learner, valid_predictions
-    from dr_transfer.phantom import make_dr
+    from dr_transfer.synthetic.fundus import make_dr
     make_dr(tmp_path/'eyes', n=40, size=64, workers=1)
     learn = build_learner(tmp_path/'eyes', 'dr', arch='test_resnet', weights='random', size=64)
     model, im = load_model(save_model(learn, tmp_path/'model'), 'plain'), learn.table.image.iloc[0]
@@ -229,7 +229,7 @@ def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
 
 @needs_captum
 def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
-    from dr_transfer.operating import OperatingPoint
+    from dr_transfer.metrics.operating_point import OperatingPoint
     m = image_model('test_resnet')
     t = pd.DataFrame({'image': [picture(seed=0), picture(seed=1)], 'target': ['no', 'referable'], 'p_no': [.7, .9], 'p_referable': [.3, .1]})
     sheet = np.asarray(heat_sheet(m, t, OperatingPoint(.2, 'sensitivity', .9, 30, 30, 1, 1), size=64))[20:]                  # below the titles

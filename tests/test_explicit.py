@@ -9,12 +9,12 @@ from sklearn.base import clone
 
 pytest.importorskip('skimage')
 
-from dr_transfer import explicit
-from dr_transfer.explicit import (FEATURES, SIDE, ExplicitClassifier, Segmentation, cross_validate_explicit, feature_frame, lesion_features, lesion_table, overlay,
+from dr_transfer.evaluation import hand_crafted as explicit
+from dr_transfer.evaluation.hand_crafted import (FEATURES, SIDE, ExplicitClassifier, Segmentation, cross_validate_explicit, feature_frame, lesion_features, lesion_table, overlay,
                                   score_lesions, segment)
-from dr_transfer.metrics import auc
-from dr_transfer.phantom import draw_fundus, make_dr
-from dr_transfer.screening import compare_tables, measure_table
+from dr_transfer.metrics.scores import auc
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
+from dr_transfer.metrics.screening import compare_tables, measure_table
 
 Y, X = np.mgrid[:SIDE, :SIDE]
 def disk(x, y, r): return np.hypot(X - x, Y - y) <= r
@@ -207,8 +207,8 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
 def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     "Functions have other addresses in the next run; what is kept must not depend on them."
     from dataclasses import replace
-    from dr_transfer.crossval import _kept
-    from dr_transfer.data import get_task
+    from dr_transfer.evaluation.cross_validation import _kept
+    from dr_transfer.data.tasks import get_task
     task, t = get_task('dr'), pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']})
     def again(): return replace(task, targets=tuple(replace(g, of=eval('lambda l: l')) for g in task.targets))
     first, second = again(), again()

@@ -7,19 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dr_transfer import commands
-from dr_transfer.compare import Comparison, plot_comparison
-from dr_transfer.crossval import decide_across
-from dr_transfer.ct_data import froc_table
-from dr_transfer.decision import Decision, choose_decision
-from dr_transfer.explain import plot_neighbours
-from dr_transfer.heat import plot_heat_tables
-from dr_transfer.intervals import bootstrap, paired_difference, share_interval
-from dr_transfer.metrics import accuracy, auc
-from dr_transfer.operating import OperatingPointError, choose_operating_point, operating_table, side_groups
-from dr_transfer.report import Evaluation, describe_images, endpoint_table, report_html
-from dr_transfer.run import validation_table
-from dr_transfer.screening import compare_tables, interval_note, measure_table, plot_roc, question, roc_band, subgroup_table
+from dr_transfer.commands import subcommands as commands
+from dr_transfer.evaluation.compare import Comparison, plot_comparison
+from dr_transfer.evaluation.cross_validation import decide_across
+from dr_transfer.data.ct_images import froc_table
+from dr_transfer.metrics.decision import Decision, choose_decision
+from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.grad_cam import plot_heat_tables
+from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
+from dr_transfer.metrics.scores import accuracy, auc
+from dr_transfer.metrics.operating_point import OperatingPointError, choose_operating_point, operating_table, side_groups
+from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table, report_html
+from dr_transfer.inference.run import validation_table
+from dr_transfer.metrics.screening import compare_tables, interval_note, measure_table, plot_roc, question, roc_band, subgroup_table
 
 TWO = ['no', 'referable']
 
@@ -220,7 +220,7 @@ def test_the_views_of_the_validation_metrics_are_told(views, words):
 def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     t = table(100, 2)
     record = {'decision': choose_decision(t, TWO, sensitivity=.9)} | ({'gap': gap} if gap else {})
-    monkeypatch.setattr('dr_transfer.run.write_run', lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20))
+    monkeypatch.setattr('dr_transfer.inference.run.write_run', lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20))
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
     assert ('training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n' in said) == bool(gap)

@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from dr_transfer.dicom import dicom_facts, is_dicom, read_dicom
-from dr_transfer.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, correction_table, crop_disc, disc_mask, find_disc, read_disc, to_right,
+from dr_transfer.data.dicom import dicom_facts, is_dicom, read_dicom
+from dr_transfer.data.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, correction_table, crop_disc, disc_mask, find_disc, read_disc, to_right,
                                 trim_borders, undo_colour)
-from dr_transfer.gradability import LIMITS, REASONS, gradability, gradability_table
-from dr_transfer.images import image_error, read_rgb
-from dr_transfer.phantom import draw_fundus, make_dr
-from dr_transfer.preprocess import Preparation, preprocess_folder
-from dr_transfer.table import find_images, label_table
-from dr_transfer.views import READERS, read_image
+from dr_transfer.data.gradability import LIMITS, REASONS, gradability, gradability_table
+from dr_transfer.data.images import image_error, read_rgb
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
+from dr_transfer.data.preprocess import Preparation, preprocess_folder
+from dr_transfer.data.table import find_images, label_table
+from dr_transfer.data.views import READERS, read_image
 
 
 def photo(seed=0, size=256, grade=2):
@@ -203,7 +203,7 @@ def test_left_eyes_are_turned_on_request(eyes, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypatch):
-    import dr_transfer.preprocess as module
+    import dr_transfer.data.preprocess as module
     whole = preprocess_folder(eyes, tmp_path/'whole', Preparation(64))
     real, done, lock = module.prepare_image, [], threading.Lock()
     def stop(*a):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dr_transfer.fundus import disc_box
-from dr_transfer.images import FITS, fit_square, read_rgb, to_rgb
-from dr_transfer.phantom import draw_fundus
-from dr_transfer.views import READERS, read_image
+from dr_transfer.data.fundus import disc_box
+from dr_transfer.data.images import FITS, fit_square, read_rgb, to_rgb
+from dr_transfer.synthetic.fundus import draw_fundus
+from dr_transfer.data.views import READERS, read_image
 
 
 def smooth(w=48, h=32):

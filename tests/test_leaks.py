@@ -8,15 +8,15 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dr_transfer.core import build_learner
-from dr_transfer.data import REFERABLE, TASKS, task_table
-from dr_transfer.features import image_features
-from dr_transfer.leaks import (BITS, LeakError, Together, confounders, detail_hash, file_facts, find_copies, image_hashes, joined_groups,
+from dr_transfer.data.tasks import REFERABLE, TASKS, task_table
+from dr_transfer.features.extraction import image_features
+from dr_transfer.data.leaks import (BITS, LeakError, Together, confounders, detail_hash, file_facts, find_copies, image_hashes, joined_groups,
                                leak_report, near_pairs, split_data, split_leaks)
-from dr_transfer.metrics import auc
-from dr_transfer.phantom import draw_fundus, make_dr
-from dr_transfer.split import split_table
-from dr_transfer.table import label_table
-from dr_transfer.views import read_image
+from dr_transfer.metrics.scores import auc
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
+from dr_transfer.data.split import split_table
+from dr_transfer.data.table import label_table
+from dr_transfer.data.views import read_image
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_images_of_one_colour_are_no_near_copies():
 
 
 def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path, monkeypatch):
-    import dr_transfer.leaks as leaks
+    import dr_transfer.data.leaks as leaks
     files = [tmp_path/f'{i}.png' for i in range(3)]
     for i, f in enumerate(files): Image.fromarray(draw_fundus(0, size=96, seed=i)[0]).save(f)
     a, _ = image_hashes(files)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from dr_transfer.metrics import accuracy, auc, confusion, quadratic_kappa, sensitivity, specificity, summary
+from dr_transfer.metrics.scores import accuracy, auc, confusion, quadratic_kappa, sensitivity, specificity, summary
 
 SETS = [(n, k, seed) for n in (1, 2, 3, 7, 50, 400) for k in (2, 3, 5) for seed in range(8)]
 
@@ -184,5 +184,5 @@ def test_summary_refuses(y, p, classes, why):
 
 
 def test_import_brings_no_framework():
-    code = "import sys, dr_transfer.metrics; print([m for m in ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
+    code = "import sys, dr_transfer.metrics.scores; print([m for m in ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from dr_transfer.augment import AUGMENTATIONS
-from dr_transfer.backbones import create_body, find_backbone, layer_groups
-from dr_transfer.bundle import ImageModel
+from dr_transfer.data.augment import AUGMENTATIONS
+from dr_transfer.models.backbones import create_body, find_backbone, layer_groups
+from dr_transfer.inference.saved_model import ImageModel
 from dr_transfer.core import build_learner
-from dr_transfer.data import GRADE, REFERABLE, TASKS, encode_target, get_task, task_dataloaders
-from dr_transfer.leaks import LeakError, split_data
-from dr_transfer.model import create_head
-from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import PLANS
-from dr_transfer.split import split_table
-from dr_transfer.table import label_table
-from dr_transfer.views import read_image
+from dr_transfer.data.tasks import GRADE, REFERABLE, TASKS, encode_target, get_task, task_dataloaders
+from dr_transfer.data.leaks import LeakError, split_data
+from dr_transfer.models.network import create_head
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.plans import PLANS
+from dr_transfer.data.split import split_table
+from dr_transfer.data.table import label_table
+from dr_transfer.data.views import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(arch='test_resnet', weights='random', size=64, bs=8, setting='plain', num_workers=0, device=torch.device('cpu'))
@@ -88,7 +88,7 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
     pages |= {p: p.read_text(encoding='utf-8') for p in (ROOT/'README.md', ROOT/'settings.ini', *(ROOT/'dr_transfer').rglob('*.py'))}
     assert len(pages) > 140, 'or else this reads nothing'
     said = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
-    assert said <= {'04_data.ipynb', 'checklist.ipynb'} and '*colour fundus photographs*' in pages[ROOT/'nbs'/'04_data.ipynb']
+    assert said <= {'17_tasks.ipynb', 'checklist.ipynb'} and '*colour fundus photographs*' in pages[ROOT/'nbs'/'data'/'17_tasks.ipynb']
     task = TASKS['dr']
     assert all(AUGMENTATIONS[a].colour for a in task.augment.split('+')) and not AUGMENTATIONS['colour_jitter'].colour
     image = label_table(eyes).image[0]

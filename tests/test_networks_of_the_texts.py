@@ -6,12 +6,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-import dr_transfer.backbones as module
-from dr_transfer.backbones import create_body, find_backbone, layer_groups, stage_names
-from dr_transfer.bundle import load_model, save_model
+import dr_transfer.models.backbones as module
+from dr_transfer.models.backbones import create_body, find_backbone, layer_groups, stage_names
+from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.core import build_learner, fit, predict_probs
-from dr_transfer.features import image_features
-from dr_transfer.phantom import make_dr
+from dr_transfer.features.extraction import image_features
+from dr_transfer.synthetic.fundus import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']
 LARGE = NAMES[4:]     # these take 40 s, which only the longer run with the real photographs has

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dr_transfer.backbones import create_body
-from dr_transfer.bundle import ImageModel, load_model, save_model
-from dr_transfer.calibration import apply_temperature
-from dr_transfer.card import ModelError
-from dr_transfer.decision import Decision
-from dr_transfer.model import Body, create_head, get_head, head_inputs
-from dr_transfer.onnx_export import OnnxModel, export_onnx
-from dr_transfer.predictions import predict_table
+from dr_transfer.models.backbones import create_body
+from dr_transfer.inference.saved_model import ImageModel, load_model, save_model
+from dr_transfer.metrics.calibration import apply_temperature
+from dr_transfer.inference.card import ModelError
+from dr_transfer.metrics.decision import Decision
+from dr_transfer.models.network import Body, create_head, get_head, head_inputs
+from dr_transfer.inference.onnx_file import OnnxModel, export_onnx
+from dr_transfer.inference.predictions import predict_table
 
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
@@ -118,7 +118,7 @@ def test_predicting_loads_no_torch(eyes, tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
-    import dr_transfer.onnx_export as room
+    import dr_transfer.inference.onnx_file as room
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
     other.card = replace(other.card, mean=(.55,)*3)                                             # of another backbone: no shape tells
     monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
@@ -149,7 +149,7 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
 
 def signed(data):
     "An ONNX file with a new hash, as one would write it who changes a file on purpose"
-    from dr_transfer.onnx_export import EMPTY, _hash, _place
+    from dr_transfer.inference.onnx_file import EMPTY, _hash, _place
     at = _place(data)
     return data[:at] + _hash(data, at) + data[at + len(EMPTY):]
 

@@ -6,14 +6,14 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from torch import nn
 
-from dr_transfer.balance import balanced_loss, class_weights, image_weights
-from dr_transfer.bundle import image_model, load_model, save_model
+from dr_transfer.models.balance import balanced_loss, class_weights, image_weights
+from dr_transfer.inference.saved_model import image_model, load_model, save_model
 from dr_transfer.core import build_learner, fit, valid_predictions
-from dr_transfer.decision import GRADE_NAMES, apply_decision, choose_decision, expected_grade, fit_cut_points
-from dr_transfer.model import HEADS, Head, create_head
-from dr_transfer.ordered import ORDERED, Cumulative, GradeLoss
-from dr_transfer.phantom import make_dr
-from dr_transfer.plans import Phase, Plan
+from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision, expected_grade, fit_cut_points
+from dr_transfer.models.network import HEADS, Head, create_head
+from dr_transfer.models.ordered import ORDERED, Cumulative, GradeLoss
+from dr_transfer.synthetic.fundus import make_dr
+from dr_transfer.training.plans import Phase, Plan
 
 TINY = dict(task='dr', target='grade', arch='test_resnet', weights='random', size=48, bs=16, setting='plain')
 SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan of the library takes 600 steps')
@@ -158,8 +158,8 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
 def test_flowers_have_no_order(tmp_path, head):
     "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
-    from dr_transfer.data import Target, Task
-    from dr_transfer.phantom import make_flowers
+    from dr_transfer.data.tasks import Target, Task
+    from dr_transfer.synthetic.fundus import make_flowers
     make_flowers(tmp_path/'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
     kind = getattr(head, 'ordered', head)

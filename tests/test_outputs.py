@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer.csvfile import write_csv
-from dr_transfer.files import (MARKER, OutputError, TransferWarning, atomic_file, check_outside, companion, file_digest, growing_folder, is_inside, is_ours,
+from dr_transfer.utils.csvfile import write_csv
+from dr_transfer.utils.files import (MARKER, OutputError, TransferWarning, atomic_file, check_outside, companion, file_digest, growing_folder, is_inside, is_ours,
                                mark_folder, new_file, new_folder, new_pair, output_kind, plain_text, strange_files, written_together)
 
 
@@ -314,8 +314,8 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     from dr_transfer.cli import main
     (photographs/'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path/'labels.csv').write_text('mine')
-    import dr_transfer.commands as commands
-    import dr_transfer.report as report
+    import dr_transfer.commands.subcommands as commands
+    import dr_transfer.evaluation.report as report
     monkeypatch.setattr(commands, '_load', lambda a: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs/'labels.html'), '--overwrite']) == 1
@@ -349,7 +349,7 @@ def test_the_second_run_is_told_at_once(tmp_path):
 
 HOLD = '''
 import sys, time
-from dr_transfer.files import new_folder
+from dr_transfer.utils.files import new_folder
 with new_folder(sys.argv[1]) as tmp:
     (tmp/'record.json').write_text('first')
     print('held', flush=True)
@@ -378,7 +378,7 @@ def test_two_processes_with_one_name(tmp_path):
 LOCKING = '''
 import os, sys
 from pathlib import Path
-from dr_transfer.places import locked
+from dr_transfer.utils.places import locked
 folder = Path(sys.argv[1])
 for i in range(150):
     with locked(folder/'lock', folder, wait=60):
@@ -511,7 +511,7 @@ def test_predict_does_not_replace_what_it_reads(photographs, capsys):
 
 
 def test_runs_are_never_read_as_data(tmp_path):
-    from dr_transfer.table import find_images, label_table
+    from dr_transfer.data.table import find_images, label_table
     for label in ('daisy', 'rose'):
         (tmp_path/'data'/label).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path/'data'/label/f'{label}.png')
@@ -528,7 +528,7 @@ def test_runs_are_never_read_as_data(tmp_path):
 # ---------------------------------------------------------------- preprocess
 
 def prepare(folder, out, **kwargs):
-    from dr_transfer.preprocess import Preparation, preprocess_folder
+    from dr_transfer.data.preprocess import Preparation, preprocess_folder
     return preprocess_folder(folder, out, Preparation(48), **kwargs)
 
 
@@ -653,7 +653,7 @@ def test_a_class_may_have_any_name_in_a_figure(name, tmp_path):
 
 
 def test_a_plot_that_fails_is_a_warning(tmp_path):
-    from dr_transfer.run import _plot
+    from dr_transfer.inference.run import _plot
     def fails():
         raise RuntimeError('no such font')
     with pytest.warns(TransferWarning, match=r'confusion.png could not be drawn \(RuntimeError: no such font\); all else'):

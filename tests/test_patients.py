@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer.columns import GROUP_COLUMNS, NO_GROUPS
-from dr_transfer.groups import same_groups
-from dr_transfer.intervals import group_codes
-from dr_transfer.split import SplitError, check_split, split_table
-from dr_transfer.table import label_table, report_table
+from dr_transfer.data.columns import GROUP_COLUMNS, NO_GROUPS
+from dr_transfer.metrics.groups import same_groups
+from dr_transfer.metrics.intervals import group_codes
+from dr_transfer.data.split import SplitError, check_split, split_table
+from dr_transfer.data.table import label_table, report_table
 
 
 def photographs(folder, n=40, classes=None):
@@ -202,7 +202,7 @@ def test_learner_tells_and_records_the_patients(small):
     learn = build_learner(small, 'flowers', bs=8, say=lines.append, **ASK)
     assert lines == ["patients: column 'pid', 12 groups"] and learn.record['data']['patients'] == lines[0]
     assert learn.table.groupby('group').split.nunique().max() == 1
-    from dr_transfer.bundle import image_model
+    from dr_transfer.inference.saved_model import image_model
     assert image_model(learn).about['training']['data']['patients'] == lines[0]
     lines.clear()
     learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **ASK)
@@ -213,11 +213,11 @@ def test_learner_tells_and_records_the_patients(small):
 @pytest.mark.parametrize('way', ['advise', 'compare', 'folds', 'curve'])
 @pytest.mark.parametrize('column', ['pid', 'who'])
 def test_each_way_takes_and_tells_the_patients(small, way, column):
-    from dr_transfer.advisor import advise
-    from dr_transfer.compare import compare
-    from dr_transfer.crossval import fold_tables
-    from dr_transfer.data import get_task
-    from dr_transfer.experiments import learning_curve
+    from dr_transfer.training.advisor import advise
+    from dr_transfer.evaluation.compare import compare
+    from dr_transfer.evaluation.cross_validation import fold_tables
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.evaluation.experiments import learning_curve
     class Told(Exception): pass
     def say(line): raise Told(line)
     twenty(column, 24).to_csv(small/'labels.csv', index=False)
@@ -231,8 +231,8 @@ def test_each_way_takes_and_tells_the_patients(small, way, column):
 
 def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
     "Copies of images of which only some have a patient: no split is given, so there is none to be emptied."
-    from dr_transfer.data import TASKS
-    from dr_transfer.leaks import split_data
+    from dr_transfer.data.tasks import TASKS
+    from dr_transfer.data.leaks import split_data
     df = twenty(n=24).assign(pid=['p0', 'p0'] + [None]*22)
     for i in range(2, 10): (small/f'copy{i:02}.png').write_bytes((small/f'{i:02}.png').read_bytes())
     more = pd.DataFrame({'image': [f'copy{i:02}' for i in range(2, 10)], 'label': df.label[2:10], 'pid': None})
@@ -242,8 +242,8 @@ def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
 
 
 def test_identical_images_of_two_classes_are_told(small):
-    from dr_transfer.data import TASKS
-    from dr_transfer.leaks import split_data
+    from dr_transfer.data.tasks import TASKS
+    from dr_transfer.data.leaks import split_data
     (small/'copy.png').write_bytes((small/'00.png').read_bytes())
     df = pd.concat([twenty(n=24), pd.DataFrame({'image': ['copy'], 'label': ['b'], 'pid': ['p0']})])
     t = split_data(small, TASKS['flowers'], TASKS['flowers'].target(), labels=df)

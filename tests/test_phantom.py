@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from dr_transfer.phantom import KINDS, contact_sheet, draw_fundus, lesion_mask, make_dr, make_flowers
+from dr_transfer.synthetic.fundus import KINDS, contact_sheet, draw_fundus, lesion_mask, make_dr, make_flowers
 
 def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 

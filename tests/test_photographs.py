@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dr_transfer.advisor import advise
-from dr_transfer.backbones import BACKBONES, create_body, find_backbone
+from dr_transfer.training.advisor import advise
+from dr_transfer.models.backbones import BACKBONES, create_body, find_backbone
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
-from dr_transfer.features import image_features
-from dr_transfer.fundus import find_disc
-from dr_transfer.gradability import gradability_table
-from dr_transfer.images import read_rgb
-from dr_transfer.leaks import leak_report
-from dr_transfer.table import find_images, label_table
+from dr_transfer.features.extraction import image_features
+from dr_transfer.data.fundus import find_disc
+from dr_transfer.data.gradability import gradability_table
+from dr_transfer.data.images import read_rgb
+from dr_transfer.data.leaks import leak_report
+from dr_transfer.data.table import find_images, label_table
 
 LIMIT = 180     # seconds for each on two idle cores; not asserted, because tests share machines
 
@@ -97,7 +97,7 @@ def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
 def test_lite_knows_daisies(data_root, i):
     "With the classifier from the wheel: daisy is class 985 of 1,000"
     import timm
-    from dr_transfer.backbones import _find_file
+    from dr_transfer.models.backbones import _find_file
     spec = find_backbone(f'efficientnet_lite{i}')
     net = timm.create_model(f'tf_efficientnet_lite{i}').eval()
     there = torch.load(_find_file(spec), map_location='cpu', weights_only=True)

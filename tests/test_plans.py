@@ -18,20 +18,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer import phases
-from dr_transfer.backbones import Stages, layer_groups
-from dr_transfer.bundle import load_model, save_model
-from dr_transfer.callbacks import HeadFirst
-from dr_transfer.classifiers import FeatureClassifier
+from dr_transfer.training import phases
+from dr_transfer.models.backbones import Stages, layer_groups
+from dr_transfer.inference.saved_model import load_model, save_model
+from dr_transfer.training.callbacks import HeadFirst
+from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.core import build_learner, classifier_learner, fit, learner_groups, predict_probs, valid_predictions
-from dr_transfer.data import get_task
-from dr_transfer.features import image_features
-from dr_transfer.model import AveragePool, Head
-from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.phases import learner_features, why_not_stored
-from dr_transfer.plans import HEAD, PLANS, Phase, Plan, plan_table
-from dr_transfer.speed import SETTINGS
-from dr_transfer.views import read_image
+from dr_transfer.data.tasks import get_task
+from dr_transfer.features.extraction import image_features
+from dr_transfer.models.network import AveragePool, Head
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.phases import learner_features, why_not_stored
+from dr_transfer.training.plans import HEAD, PLANS, Phase, Plan, plan_table
+from dr_transfer.models.speed import SETTINGS
+from dr_transfer.data.views import read_image
 
 CPU = torch.device('cpu')
 ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')

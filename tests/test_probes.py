@@ -9,10 +9,10 @@ from PIL import Image
 from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import nn
 
-from dr_transfer import probes
-from dr_transfer.backbones import Stages, create_body
-from dr_transfer.model import Body
-from dr_transfer.probes import (MEASURES, PENALTIES, SIMILAR, depth_profile, domain_distance, domain_profile, fold_interval, learning_speed,
+from dr_transfer.features import probes
+from dr_transfer.models.backbones import Stages, create_body
+from dr_transfer.models.network import Body
+from dr_transfer.features.probes import (MEASURES, PENALTIES, SIMILAR, depth_profile, domain_distance, domain_profile, fold_interval, learning_speed,
                                 plot_depth_profile, ridge_path, stage_gain)
 
 pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored')

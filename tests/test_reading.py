@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from dr_transfer.data import Task
-from dr_transfer.ct import Volume, read_volume
-from dr_transfer.dicom import dicom_facts, is_dicom, read_dicom
-from dr_transfer.fundus import crop_disc, disc_box, read_disc, read_image
-from dr_transfer.images import FORMATS, image_error, image_header, read_rgb, to_rgb
-from dr_transfer.preprocess import Preparation, prepare_image
-from dr_transfer.source import LIMITS, ImageError, check_size
-from dr_transfer.table import find_images, label_table, set_aside
+from dr_transfer.data.tasks import Task
+from dr_transfer.data.ct import Volume, read_volume
+from dr_transfer.data.dicom import dicom_facts, is_dicom, read_dicom
+from dr_transfer.data.fundus import crop_disc, disc_box, read_disc, read_image
+from dr_transfer.data.images import FORMATS, image_error, image_header, read_rgb, to_rgb
+from dr_transfer.data.preprocess import Preparation, prepare_image
+from dr_transfer.data.source import LIMITS, ImageError, check_size
+from dr_transfer.data.table import find_images, label_table, set_aside
 
 WIDTH, HEIGHT = 48, 32
 RAMP = np.linspace(0, 1, WIDTH)[None].repeat(HEIGHT, 0) # grey from black at the left to white at the right
@@ -383,9 +383,9 @@ def test_a_name_that_is_no_text(tmp_path):
 
 
 def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp_path):
-    from dr_transfer.content import fill_stores, image_data
-    from dr_transfer.store import ArrayStore
-    from dr_transfer.views import map_batches
+    from dr_transfer.data.content import fill_stores, image_data
+    from dr_transfer.utils.store import ArrayStore
+    from dr_transfer.data.views import map_batches
     paths = []
     for i in range(6):
         paths.append(tmp_path/f'{i}.png')
@@ -635,7 +635,7 @@ def test_hostile_files_take_little_memory(tmp_path):
     files = {'a.dcm': deflated, 'b.png': png(size=(60_000, 60_000), rows=[]), 'c.webp': bytes(webp), 'd.png': png(size=(10_000, 9_500), rows=[]),
              'e.gif': b'GIF89a' + struct.pack('<HHBBB', 65535, 65535, 0, 0, 0) + b';'}
     for name, data in files.items(): (tmp_path/name).write_bytes(data)
-    code = ("import resource, sys\nfrom dr_transfer.images import image_error\nimport pydicom.pixels\n"
+    code = ("import resource, sys\nfrom dr_transfer.data.images import image_error\nimport pydicom.pixels\n"
             "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "errors = [image_error(p) for p in sys.argv[1:]]\nassert all(errors), errors\n"
             "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)//1024)")
@@ -647,14 +647,14 @@ def test_hostile_files_take_little_memory(tmp_path):
 # ---------------------------------------------------------------- facts about files
 
 def test_the_facts_of_files_do_not_fail_for_one_that_is_bad(special):
-    from dr_transfer.leaks import file_facts
+    from dr_transfer.data.leaks import file_facts
     facts = file_facts(find_images(special))
     good = facts[facts.width.notna()]
     assert len(facts) == 9 and len(good) == 4 and set(good.width) == {WIDTH, 8*WIDTH} and set(facts.suffix) == {'.jpg'}
 
 
 def test_the_facts_of_files_decode_nothing(tmp_path):
-    from dr_transfer.leaks import file_facts
+    from dr_transfer.data.leaks import file_facts
     (tmp_path/'cut.jpg').write_bytes(JPEG[:len(JPEG)//2])
     (tmp_path/'cut.dcm').write_bytes(dicom(U8)[:-500])
     facts = file_facts([tmp_path/'cut.jpg', tmp_path/'cut.dcm'])
@@ -759,7 +759,7 @@ def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
     (tmp_path/'x.jpg').write_bytes(JPEG)
     def none_left(*args, **kwargs):
         raise OSError(errno.EMFILE, 'Too many open files', 'x.jpg')
-    monkeypatch.setattr('dr_transfer.images.Image.open', none_left)
+    monkeypatch.setattr('dr_transfer.data.images.Image.open', none_left)
     for call in (lambda: image_error(tmp_path/'x.jpg'), lambda: read_rgb(tmp_path/'x.jpg'), lambda: label_table(tmp_path, pd.DataFrame({'image': ['x.jpg'], 'label': ['a']})),
                  lambda: prepare_image(tmp_path/'x.jpg', tmp_path/'y.png', Preparation())):
         with pytest.raises(OSError, match='Too many open files'):

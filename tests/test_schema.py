@@ -9,11 +9,11 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from dr_transfer.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
-from dr_transfer.checks import check_class_names
-from dr_transfer.decision import GRADE_NAMES, Decision
-from dr_transfer.operating import OperatingPoint
-from dr_transfer.schema import SchemaError, from_dict, read_json, to_dict
+from dr_transfer.inference.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
+from dr_transfer.utils.checks import check_class_names
+from dr_transfer.metrics.decision import GRADE_NAMES, Decision
+from dr_transfer.metrics.operating_point import OperatingPoint
+from dr_transfer.utils.schema import SchemaError, from_dict, read_json, to_dict
 
 POINT = {'threshold': .5, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 30, 'negatives': 40, 'sensitivity': .9, 'specificity': .5}
 DATA = {'images': 240, 'set_aside': 0, 'groups': 120, 'leaks': {}, 'classes': {'train': {'0': 86, '4': 15}, 'valid': {'0': 22}}, 'share': {'train': .8, 'valid': .2},
@@ -201,7 +201,7 @@ def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
 
 
 def test_reading_a_description_loads_no_torch():
-    code = 'import sys, dr_transfer.card; print(sorted({"torch", "fastai", "timm", "pydantic"} & set(sys.modules)))'
+    code = 'import sys, dr_transfer.inference.card; print(sorted({"torch", "fastai", "timm", "pydantic"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
 
 

@@ -9,13 +9,13 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import cohen_kappa_score, recall_score, roc_auc_score
 
-from dr_transfer.calibration import apply_temperature, calibration_error, deferral_curve, fit_temperature, reliability
-from dr_transfer.decision import GRADE_NAMES, Decision, apply_decision, choose_decision, decisions, positive_score, question, table_arrays
-from dr_transfer.intervals import bootstrap, draws, group_codes, paired_difference, share_interval
-from dr_transfer.metrics import accuracy, auc
-from dr_transfer.operating import OperatingPoint, OperatingPointError, choose_operating_point, operating_table, predictive_values
-from dr_transfer.report import Evaluation, endpoint_table, report_html, write_report
-from dr_transfer.screening import (by_patient, compare_tables, consistency, deferral_table, measure_table, measures, roc_band, subgroup_table,
+from dr_transfer.metrics.calibration import apply_temperature, calibration_error, deferral_curve, fit_temperature, reliability
+from dr_transfer.metrics.decision import GRADE_NAMES, Decision, apply_decision, choose_decision, decisions, positive_score, question, table_arrays
+from dr_transfer.metrics.intervals import bootstrap, draws, group_codes, paired_difference, share_interval
+from dr_transfer.metrics.scores import accuracy, auc
+from dr_transfer.metrics.operating_point import OperatingPoint, OperatingPointError, choose_operating_point, operating_table, predictive_values
+from dr_transfer.evaluation.report import Evaluation, endpoint_table, report_html, write_report
+from dr_transfer.metrics.screening import (by_patient, compare_tables, consistency, deferral_table, measure_table, measures, roc_band, subgroup_table,
                                    worst_errors)
 
 TWO = ['no', 'referable']

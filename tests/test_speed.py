@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from dr_transfer import model, speed
-from dr_transfer.backbones import create_body
-from dr_transfer.model import Body
-from dr_transfer.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
-from dr_transfer.views import map_batches, normalise, stack_images
+from dr_transfer.models import network as model
+from dr_transfer.models import speed
+from dr_transfer.models.backbones import create_body
+from dr_transfer.models.network import Body
+from dr_transfer.models.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
+from dr_transfer.data.views import map_batches, normalise, stack_images
 
 FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
 

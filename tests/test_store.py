@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dr_transfer import content
-from dr_transfer import store as module
-from dr_transfer.images import read_rgb, to_rgb
-from dr_transfer.regular import open_regular
-from dr_transfer.content import ChangedError, content_key, content_keys, fill_stores, image_data
-from dr_transfer.store import ArrayStore, digest, stored_array
+from dr_transfer.data import content
+from dr_transfer.utils import store as module
+from dr_transfer.data.images import read_rgb, to_rgb
+from dr_transfer.utils.regular import open_regular
+from dr_transfer.data.content import ChangedError, content_key, content_keys, fill_stores, image_data
+from dr_transfer.utils.store import ArrayStore, digest, stored_array
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {'colour': ((3,), 'float32'), 'corner': ((2, 2), 'uint8')}

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer import table as module
-from dr_transfer.images import image_error, image_errors
-from dr_transfer.split import SplitError, check_split, split_summary, split_table
-from dr_transfer.table import class_counts, find_images, label_table, set_aside
+from dr_transfer.data import table as module
+from dr_transfer.data.images import image_error, image_errors
+from dr_transfer.data.split import SplitError, check_split, split_summary, split_table
+from dr_transfer.data.table import class_counts, find_images, label_table, set_aside
 
 pytestmark = pytest.mark.filterwarnings('ignore:The least populated class:UserWarning')     # scikit-learn, of a small class
 COLUMNS = ['image', 'label', 'group', 'split']
@@ -370,7 +370,7 @@ def test_whole_paths_outside_the_folder(tmp_path):
 
 @pytest.mark.parametrize('name', ['a\\b.png', ' a.png', 'a\nb.png', 'a"b",c.png', "=cmd|'x'!A1.png", '-1.png', os.fsdecode(b'R\xf6se.png')])
 def test_names_that_are_hard_to_write(tmp_path, name):
-    from dr_transfer.csvfile import write_csv
+    from dr_transfer.utils.csvfile import write_csv
     draw(tmp_path, name, 'b.png')
     write_csv(pd.DataFrame({'image': [name, 'b.png'], 'label': ['a', '=b']}), tmp_path/'labels.csv')
     t = label_table(tmp_path)
@@ -409,7 +409,7 @@ def test_a_pipe_in_place_of_a_csv(tmp_path):
     os.mkfifo(tmp_path/'labels.csv')
     for call in (lambda: label_table(tmp_path), lambda: label_table(tmp_path/'labels.csv'), lambda: label_table(tmp_path, tmp_path/'labels.csv')):
         with pytest.raises(ValueError, match='not a regular file|is not a folder'): call()
-    from dr_transfer.preprocess import preprocess_folder
+    from dr_transfer.data.preprocess import preprocess_folder
     with pytest.raises(ValueError, match='not a regular file'): preprocess_folder(tmp_path, tmp_path.with_name('out of the pipe'))
 
 

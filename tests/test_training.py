@@ -9,17 +9,19 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from torch import nn
 
-from dr_transfer import classifiers, crossval, phases
-from dr_transfer.backbones import create_body, save_weights
-from dr_transfer.callbacks import TrainingError
-from dr_transfer.compare import compare
+from dr_transfer.features import classifiers
+from dr_transfer.evaluation import cross_validation as crossval
+from dr_transfer.training import phases
+from dr_transfer.models.backbones import create_body, save_weights
+from dr_transfer.training.callbacks import TrainingError
+from dr_transfer.evaluation.compare import compare
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
-from dr_transfer.crossval import cross_validate
-from dr_transfer.experiments import learning_curve, training_curve
-from dr_transfer.model import AveragePool, Head, check_size, least_size
-from dr_transfer.phantom import make_flowers
-from dr_transfer.phases import phase_runs
-from dr_transfer.plans import HEAD, Phase, Plan, get_plan, plan_table
+from dr_transfer.evaluation.cross_validation import cross_validate
+from dr_transfer.evaluation.experiments import learning_curve, training_curve
+from dr_transfer.models.network import AveragePool, Head, check_size, least_size
+from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.training.phases import phase_runs
+from dr_transfer.training.plans import HEAD, Phase, Plan, get_plan, plan_table
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 

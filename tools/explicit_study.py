@@ -28,7 +28,7 @@ RIVAL = 'explicit features, SVM'
 def vessel_truth(truth, seed, disc, side):
     "Mask of the drawn vessels in the crop"
     from PIL import Image
-    from dr_transfer.phantom import _person, _stream, _strokes, _vessels
+    from dr_transfer.synthetic.fundus import _person, _stream, _strokes, _vessels
     (x, y, r), mirror = truth['disc'], -1 if truth['eye'] == 'left' else 1
     nerve = np.array([mirror*(truth['optic_nerve'][0] - x)/r, (truth['optic_nerve'][1] - y)/r])
     lines = [(p*(mirror, 1), w, v) for p, w, v in _vessels(_stream(seed, 3), nerve, _person(_stream(seed, 1))['sway'])]
@@ -38,8 +38,8 @@ def vessel_truth(truth, seed, disc, side):
 
 def drawn(root):
     from itertools import product
-    from dr_transfer.explicit import KINDS, SIDE, score_lesions, segment
-    from dr_transfer.phantom import draw_fundus
+    from dr_transfer.evaluation.hand_crafted import KINDS, SIDE, score_lesions, segment
+    from dr_transfer.synthetic.fundus import draw_fundus
     for camera, grade, k in product(range(4, 10), range(5), range(2)):
         seed = 9000 + 100*camera + 10*grade + k
         pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=('right', 'left')[k])
@@ -65,8 +65,8 @@ def _rows(recipe, t, wanted=None):
 
 def _figures(recipe, t):
     "Figures of one recipe: ranking, the likeliest class, and the decision at a threshold of the other folds"
-    from dr_transfer.crossval import decide_across
-    from dr_transfer.screening import measure_table
+    from dr_transfer.evaluation.cross_validation import decide_across
+    from dr_transfer.metrics.screening import measure_table
     decided, _ = decide_across(t, TWO, specificity=0.9)
     yield from _rows(recipe, measure_table(decided, TWO), ('auc', 'accuracy', 'sensitivity', 'specificity', 'calibration error'))
     for kind, part in t.groupby('data_source_format'): yield from _rows(recipe, measure_table(part, TWO).rename({'auc': f'auc, {kind} files only'}), (f'auc, {kind} files only',))
@@ -74,9 +74,9 @@ def _figures(recipe, t):
 
 def _differences(name, a, b):
     "By how much a is better than b, on the same images"
-    from dr_transfer.crossval import decide_across
-    from dr_transfer.intervals import paired_difference
-    from dr_transfer.screening import compare_tables
+    from dr_transfer.evaluation.cross_validation import decide_across
+    from dr_transfer.metrics.intervals import paired_difference
+    from dr_transfer.metrics.screening import compare_tables
     yield from _rows(name, compare_tables(a, b, TWO), ('auc', 'accuracy'))
     a, b = (decide_across(t, TWO, specificity=0.9)[0] for t in (a, b))
     if a.image.tolist() != b.image.tolist(): raise ValueError('the two tables are of other images')
@@ -87,9 +87,9 @@ def _differences(name, a, b):
 
 def _small_sets(data, n=140, draws=10):
     "Accuracy and sensitivity of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
-    from dr_transfer.explicit import cross_validate_explicit
-    from dr_transfer.metrics import auc
-    from dr_transfer.table import label_table
+    from dr_transfer.evaluation.hand_crafted import cross_validate_explicit
+    from dr_transfer.metrics.scores import auc
+    from dr_transfer.data.table import label_table
     found = []
     for seed in range(draws):
         t = cross_validate_explicit(label_table(data).sample(n, random_state=seed), 'referable')
@@ -100,9 +100,9 @@ def _small_sets(data, n=140, draws=10):
 
 
 def photographs(root):
-    from dr_transfer.crossval import cross_validate
-    from dr_transfer.explicit import cross_validate_explicit, feature_frame
-    from dr_transfer.metrics import auc
+    from dr_transfer.evaluation.cross_validation import cross_validate
+    from dr_transfer.evaluation.hand_crafted import cross_validate_explicit, feature_frame
+    from dr_transfer.metrics.scores import auc
     data, tables = root/'messidor2', {}
     tables[RIVAL] = cross_validate_explicit(data, 'referable')
     yield from _figures(RIVAL, tables[RIVAL])
@@ -126,7 +126,7 @@ if __name__ == '__main__':
     parts = p.parse_args().parts
     if 'photographs' in parts and not os.environ.get('DR_TRANSFER_DATA'): p.error('set DR_TRANSFER_DATA to the folder with dr/messidor2, or ask for `drawn` alone')
     warnings.simplefilter('ignore')
-    from dr_transfer.files import atomic_file
+    from dr_transfer.utils.files import atomic_file
     for part in parts:
         f, file = PARTS[part]
         rows = []

@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 from scipy import stats
-from dr_transfer.advisor import advise
+from dr_transfer.training.advisor import advise
 from dr_transfer.core import build_learner, fit, valid_predictions
-from dr_transfer.data import encode_target, get_task
-from dr_transfer.files import atomic_file
-from dr_transfer.leaks import Together
-from dr_transfer.metrics import accuracy, auc
-from dr_transfer.phantom import make_dr, make_flowers
-from dr_transfer.plans import LARGE, PLANS
-from dr_transfer.split import split_table
-from dr_transfer.table import label_table
+from dr_transfer.data.tasks import encode_target, get_task
+from dr_transfer.utils.files import atomic_file
+from dr_transfer.data.leaks import Together
+from dr_transfer.metrics.scores import accuracy, auc
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.plans import LARGE, PLANS
+from dr_transfer.data.split import split_table
+from dr_transfer.data.table import label_table
 
 EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # for a large set
 SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'

@@ -11,7 +11,7 @@ import argparse, os, tempfile, time
 from pathlib import Path
 import pandas as pd
 from dr_transfer.cli import main
-from dr_transfer.files import atomic_file
+from dr_transfer.utils.files import atomic_file
 
 COLUMNS = ['task', 'plan', 'seed', 'measure', 'value', 'minutes']
 
@@ -25,8 +25,8 @@ def train(data, words, seed, out):
 def one_seed(root, task, plan, seed):
     "Rows for one training"
     import json
-    from dr_transfer.bundle import load_model
-    from dr_transfer.metrics import auc
+    from dr_transfer.inference.saved_model import load_model
+    from dr_transfer.metrics.scores import auc
     words = ['--plan', plan] if plan != 'default' else []
     with tempfile.TemporaryDirectory() as d:
         out = Path(d)/'run'

@@ -28,13 +28,13 @@ def _rows(name, m, minutes, wanted):
 
 
 def figures(root):
-    from dr_transfer.bundle import image_model
+    from dr_transfer.inference.saved_model import image_model
     from dr_transfer.core import build_learner, fit, valid_predictions
-    from dr_transfer.crossval import cross_validate, decide_across
-    from dr_transfer.decision import GRADE_NAMES, apply_decision, choose_decision
-    from dr_transfer.data import get_task
-    from dr_transfer.screening import measure_table
-    from dr_transfer.table import label_table
+    from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
+    from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.metrics.screening import measure_table
+    from dr_transfer.data.table import label_table
     two, kept, quiet = ['no', 'referable'], ('auc', 'sensitivity', 'specificity', 'accuracy', 'kappa', 'kappa at the cut points', 'calibration error'), lambda s: None
     for target, classes in (('referable', two), ('grade', GRADE_NAMES)):
         start = time.perf_counter()
@@ -75,10 +75,10 @@ def _asked(solved, x):
 
 
 def cameras(root):
-    from dr_transfer.classifiers import grouped_folds
-    from dr_transfer.features import image_features
-    from dr_transfer.metrics import auc
-    from dr_transfer.table import label_table
+    from dr_transfer.features.classifiers import grouped_folds
+    from dr_transfer.features.extraction import image_features
+    from dr_transfer.metrics.scores import auc
+    from dr_transfer.data.table import label_table
     tables = {s: label_table(root/s) for s in ('messidor2', 'idrid')}
     y = {s: (t.label.astype(int) >= 2).to_numpy().astype(int) for s, t in tables.items()}
     folds = grouped_folds(y['messidor2'], n=5)

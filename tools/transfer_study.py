@@ -21,7 +21,7 @@ SIZES = (25, 50, 100, 250, 600)
 
 
 def keep(runs, name):
-    from dr_transfer.files import atomic_file
+    from dr_transfer.utils.files import atomic_file
     with atomic_file(RESULTS/f'{name}.csv') as f: runs.round(4).to_csv(f, index=False)
 
 
@@ -30,7 +30,7 @@ def say(line): print(time.strftime('%H:%M'), line, flush=True)
 
 def study(root, name, task, size, epochs):
     "The learning curve of a set, and the error over the epochs of some rivals"
-    from dr_transfer.experiments import learning_curve, training_curve
+    from dr_transfer.evaluation.experiments import learning_curve, training_curve
     how = dict(size=size, arch='efficientnet_lite0', setting='channels_last', say=say)
     keep(learning_curve(root, task, SIZES, seeds=3, **how), f'learning_{name}')
     if epochs: keep(pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs.items()]), f'training_{name}')
@@ -42,9 +42,9 @@ def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, {})
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     "A file with weights that were trained on the flowers, and the better of two rates there: it is that of the random start on CT as well"
-    from dr_transfer.backbones import save_weights
+    from dr_transfer.models.backbones import save_weights
     from dr_transfer.core import build_learner, fit
-    from dr_transfer.plans import Phase, Plan
+    from dr_transfer.training.plans import Phase, Plan
     best = None
     for lr in rates:
         plan = Plan(f'pretrain_{lr}', (Phase(0, 10, lr, wd=0.05, fixed_bn=False),), weights='random')
@@ -56,10 +56,10 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
 
 
 def ct(root):
-    from dr_transfer.ct_data import candidate_pictures
-    from dr_transfer.ct_phantom import make_ct
-    from dr_transfer.experiments import RIVALS, START, learning_curve, training_curve
-    from dr_transfer.plans import Phase, Plan
+    from dr_transfer.data.ct_images import candidate_pictures
+    from dr_transfer.synthetic.ct import make_ct
+    from dr_transfer.evaluation.experiments import RIVALS, START, learning_curve, training_curve
+    from dr_transfer.training.plans import Phase, Plan
     curves, errors = [], []
     with tempfile.TemporaryDirectory() as d:
         make_ct(f'{d}/ct', n=100, seed=77)

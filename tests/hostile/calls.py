@@ -6,7 +6,7 @@ from pathlib import Path
 
 def draw(flowers, eyes):
     "The sets that all cases share."
-    from dr_transfer.phantom import make_dr, make_flowers
+    from dr_transfer.synthetic.fundus import make_dr, make_flowers
 
     make_flowers(flowers, n=18, size=48, seed=0, classes=('daisy', 'roses'))
     make_dr(eyes, n=24, size=64, seed=0, workers=1)
@@ -14,7 +14,7 @@ def draw(flowers, eyes):
 
 def draw_slice(path, spacing='null'):
     "Three windows of the middle slice of a volume."
-    from dr_transfer.ct import read_volume, three_windows
+    from dr_transfer.data.ct import read_volume, three_windows
 
     spacing = json.loads(spacing)
     volume = read_volume(path) if spacing is None else read_volume(path, spacing)
@@ -24,21 +24,21 @@ def draw_slice(path, spacing='null'):
 
 def draw_slices(table, folder, out):
     "Pictures of the slices of a table."
-    from dr_transfer.ct_data import slice_pictures
+    from dr_transfer.data.ct_images import slice_pictures
 
     print(len(slice_pictures(table, folder, out)))
 
 
 def draw_candidates(table, folder, out):
     "Pictures of the candidates of a table."
-    from dr_transfer.ct_data import candidate_pictures
+    from dr_transfer.data.ct_images import candidate_pictures
 
     print(len(candidate_pictures(table, folder, out)))
 
 
 def load_weights(path):
     "A network with the weights of a file."
-    from dr_transfer.backbones import create_body
+    from dr_transfer.models.backbones import create_body
 
     create_body('small_cnn', Path(path))
 
@@ -46,7 +46,7 @@ def load_weights(path):
 def load(folder):
     "A model folder, and its probabilities for a grey image."
     import numpy as np
-    from dr_transfer.bundle import load_model
+    from dr_transfer.inference.saved_model import load_model
 
     model = load_model(folder, 'plain')
     probs = model.probs([np.full((48, 48, 3), 90, np.uint8)])
@@ -56,7 +56,7 @@ def load(folder):
 def save_weights(path):
     "The weights of the network that is trained, as a file."
     import torch
-    from dr_transfer.backbones import create_body
+    from dr_transfer.models.backbones import create_body
     from safetensors.torch import save_file
 
     torch.manual_seed(0)

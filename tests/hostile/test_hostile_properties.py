@@ -91,7 +91,7 @@ def is_one_line(error) -> bool:
 @settings(max_examples=2000 if WHOLE else 150, **SETTINGS)
 @given(rows=tables(), form=FORMS)
 def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
-    from dr_transfer.table import label_table, set_aside
+    from dr_transfer.data.table import label_table, set_aside
 
     file = tmp_path_factory.getbasetemp()/'made up.csv'
     file.write_bytes(written(rows, form))
@@ -109,7 +109,7 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
 @settings(max_examples=2000 if WHOLE else 150, **SETTINGS)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
-    from dr_transfer.table import label_table
+    from dr_transfer.data.table import label_table
 
     file = tmp_path_factory.getbasetemp()/'any bytes.csv'
     file.write_bytes(b'image,grade\n' + data if len(data) % 2 else data)
