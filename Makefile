@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest docs prepare outputs clean
+.PHONY: help demo test lint test-latest docs prepare outputs clean
 
 PACKAGING := settings.ini setup.py pyproject.toml
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' 2>/dev/null)
@@ -29,7 +29,8 @@ help: ## Show this list
 demo: .venv/.installed ## Install, then run the demonstration (dr_transfer demo)
 	$(BIN)/dr_transfer demo
 
-test: .venv/.installed-dev ## Notebooks clean, library in sync, nbdev_test, pytest, hostile inputs, docs and their links
+test: .venv/.installed-dev ## Format, notebooks clean, library in sync, nbdev_test, pytest, hostile inputs, docs and their links
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python tools/check_notebooks.py
 	$(QUIET) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print
 	$(QUIET) $(BIN)/python -m pytest $(SHARED) $(PYTEST_ARGS)
@@ -37,13 +38,18 @@ test: .venv/.installed-dev ## Notebooks clean, library in sync, nbdev_test, pyte
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
+lint: .venv/.installed-dev ## ruff (lint and format) over notebooks, tests and tools; how dense the code is
+	$(BIN)/ruff check nbs tests tools
+	$(BIN)/ruff format --check nbs tests tools
+	$(BIN)/python tools/code_density.py --most 7
+
 test-latest: .venv-latest/.installed ## pytest with the newest fastai and fastcore, without nbdev
 	$(QUIET) .venv-latest/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 docs: _docs/index.html ## Build the site into _docs/ and check its links
 	$(BIN)/python tools/check_links.py _docs
 
-prepare: .make/prepare ## Clean the notebooks, export the library, rebuild README.md
+prepare: .make/prepare ## Format, clean the notebooks, export the library, rebuild README.md
 
 outputs: .make/prepare ## Run every notebook, store its outputs, then prepare (NB=... for one)
 	$(BIN)/python tools/store_outputs.py $(NB)
@@ -59,6 +65,7 @@ _docs/index.html: $(PAGES) $(LIBRARY) _quarto.yml settings.ini tools/build_docs.
 
 # The export rewrites modules that did not change as well, so the stamp comes last.
 .make/prepare: $(NOTEBOOKS) settings.ini tools/build_readme.py | .venv/.installed-dev
+	$(BIN)/ruff format nbs tests tools
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/build_readme.py

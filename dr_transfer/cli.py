@@ -10,80 +10,160 @@ import argparse
 import os
 import sys
 import warnings
-from .commands.arguments import (CommandParser, MAX_SEED, add_bootstrap_argument, add_recipe_arguments, add_report_arguments,
-                                   add_split_arguments, add_table_arguments, add_task_arguments, add_training_arguments,
-                                   path_name, whole_number)
-from .commands.subcommands import (advise, compare, cross_validate, demo, evaluate, export, predict, preprocess,
-                                  train)
+
+from dr_transfer.commands.arguments import (
+    MAX_SEED,
+    CommandParser,
+    add_bootstrap_argument,
+    add_recipe_arguments,
+    add_report_arguments,
+    add_split_arguments,
+    add_table_arguments,
+    add_task_arguments,
+    add_training_arguments,
+    path_name,
+    whole_number,
+)
+from dr_transfer.commands.subcommands import (
+    advise,
+    compare,
+    cross_validate,
+    demo,
+    evaluate,
+    export,
+    predict,
+    preprocess,
+    train,
+)
 
 # %% ../nbs/cli.ipynb #13a13af2
-_KEEPS_WORK = (demo, preprocess, cross_validate, compare) # what they finished is used by the next run
+_KEEPS_WORK = (demo, preprocess, cross_validate, compare)  # what they finished is used by the next run
+
 
 def _command(commands, name, function, about, example):
     "`add_argument` of a new command"
-    p = commands.add_parser(name, help=about, description=f'{about}.', epilog=f'example:\n  {example}',
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser(
+        name,
+        help=about,
+        description=f'{about}.',
+        epilog=f'example:\n  {example}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted)
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    if function is not preprocess: # which uses no network, and goes on with what is there
-        p.add_argument('--setting', default='auto', help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16')
+    if function is not preprocess:  # which uses no network, and goes on with what is there
+        p.add_argument(
+            '--setting',
+            default='auto',
+            help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16',
+        )
         p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
+
 
 def _parser() -> CommandParser:
     "The parser of the command"
     from dr_transfer import __version__
+
     about = 'Transfer learning for small, colour-sensitive image sets. Not a medical device.'
     p = CommandParser('dr_transfer', description=about)
     p.add_argument('--version', action='version', version=f'dr_transfer {__version__}')
     commands = p.add_subparsers(metavar='COMMAND', required=True)
-    for add_command in (_add_demo, _add_train, _add_advise, _add_predict, _add_export, _add_preprocess, _add_evaluate,
-                        _add_cross_validate, _add_compare):
+    for add_command in (
+        _add_demo,
+        _add_train,
+        _add_advise,
+        _add_predict,
+        _add_export,
+        _add_preprocess,
+        _add_evaluate,
+        _add_cross_validate,
+        _add_compare,
+    ):
         add_command(commands)
     return p
 
 # %% ../nbs/cli.ipynb #ae5ad7cd
 def _add_demo(commands):
-    add = _command(commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo')
+    add = _command(
+        commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo'
+    )
     add('--out', type=path_name, default='dr_transfer_demo', help='folder to make (default: %(default)s)')
     add('--images', type=whole_number(1, 100_000), default=400, help='how many to draw (default: %(default)s)')
     add('--size', type=whole_number(32, 2048), default=256, help='pixels (default: %(default)s)')
     add('--seed', type=whole_number(0, MAX_SEED), default=42, help='another seed, other images (default: %(default)s)')
 
+
 def _add_train(commands):
-    add = _command(commands, 'train', train, 'Train a model on a folder of images',
-                   'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run')
-    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments, add_recipe_arguments):
+    add = _command(
+        commands,
+        'train',
+        train,
+        'Train a model on a folder of images',
+        'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run',
+    )
+    for group in (
+        add_table_arguments,
+        add_task_arguments,
+        add_split_arguments,
+        add_training_arguments,
+        add_recipe_arguments,
+    ):
         group(add)
     add('--out', metavar='DIR', type=path_name, help='folder to make (default: the name of DATA and _run)')
 
+
 def _add_advise(commands):
-    add = _command(commands, 'advise', advise, 'Measure the images of a folder and recommend a plan',
-                   'dr_transfer advise photos/messidor2 --task dr')
+    add = _command(
+        commands,
+        'advise',
+        advise,
+        'Measure the images of a folder and recommend a plan',
+        'dr_transfer advise photos/messidor2 --task dr',
+    )
     for group in (add_table_arguments, add_task_arguments, add_split_arguments):
         group(add)
     add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
+
 def _add_predict(commands):
-    add = _command(commands, 'predict', predict, 'Predict images with a trained model',
-                   'dr_transfer predict messidor_run new_photos --out predictions.csv')
-    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, a model folder, or an ONNX file')
+    add = _command(
+        commands,
+        'predict',
+        predict,
+        'Predict images with a trained model',
+        'dr_transfer predict messidor_run new_photos --out predictions.csv',
+    )
+    add(
+        'model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, a model folder, or an ONNX file'
+    )
     add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders that are searched')
     add('--out', metavar='CSV', type=path_name, help='file to write (default: print)')
 
+
 def _add_export(commands):
-    add = _command(commands, 'export', export, 'Write a trained model as an ONNX file, if it gives the same predictions',
-                   'dr_transfer export messidor_run --out messidor.onnx')
+    add = _command(
+        commands,
+        'export',
+        export,
+        'Write a trained model as an ONNX file, if it gives the same predictions',
+        'dr_transfer export messidor_run --out messidor.onnx',
+    )
     add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', type=path_name, help='file to write (default: the name of DIR and .onnx)')
 
 # %% ../nbs/cli.ipynb #339d8ea5
 def _add_preprocess(commands):
-    add = _command(commands, 'preprocess', preprocess, 'Prepare a folder of fundus photographs',
-                   'dr_transfer preprocess photographs small --size 512')
+    add = _command(
+        commands,
+        'preprocess',
+        preprocess,
+        'Prepare a folder of fundus photographs',
+        'dr_transfer preprocess photographs small --size 512',
+    )
     add('folder', metavar='IN', type=path_name, help='folder of photographs; they are not changed')
     add('out', metavar='OUT', type=path_name, help='folder for the results; what is finished there is not done again')
     add('--size', metavar='N', type=whole_number(32, 8192), default=512, help='side in pixels (default: %(default)s)')
@@ -92,35 +172,74 @@ def _add_preprocess(commands):
     add('--format', default='png', help='png, without loss, or jpg (default: %(default)s)')
     add('--workers', metavar='N', type=whole_number(1, 256), help='threads (default: one a core)')
 
+
 def _add_evaluate(commands):
-    add = _command(commands, 'evaluate', evaluate, 'Report how well a trained model predicts labelled images',
-                   'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html')
+    add = _command(
+        commands,
+        'evaluate',
+        evaluate,
+        'Report how well a trained model predicts labelled images',
+        'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html',
+    )
     add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
     add_table_arguments(add)
     add('--task', metavar='TASK', help="FILE.toml or FILE.py:NAME, for a task of your own (default: the model's)")
-    add('--split', choices=('new', 'valid'), default='new',
-        help='new: images that the model was not made from; valid: its own validation images (default: new)')
+    add(
+        '--split',
+        choices=('new', 'valid'),
+        default='new',
+        help='new: images that the model was not made from; valid: its own validation images (default: new)',
+    )
     add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
     add_report_arguments(add)
 
+
 def _add_cross_validate(commands):
-    add = _command(commands, 'cross-validate', cross_validate, 'Report how well a recipe predicts, by cross-validation',
-                   'dr_transfer cross-validate photos/messidor2 --task dr')
+    add = _command(
+        commands,
+        'cross-validate',
+        cross_validate,
+        'Report how well a recipe predicts, by cross-validation',
+        'dr_transfer cross-validate photos/messidor2 --task dr',
+    )
     for group in (add_table_arguments, add_task_arguments, add_training_arguments, add_recipe_arguments):
         group(add)
     add('--folds', metavar='K', type=whole_number(2, 1000), default=5, help='how many folds (default: %(default)s)')
     add_report_arguments(add)
 
+
 def _add_compare(commands):
-    add = _command(commands, 'compare', compare, 'Compare backbones and plans on one split',
-                   'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1')
+    add = _command(
+        commands,
+        'compare',
+        compare,
+        'Compare backbones and plans on one split',
+        'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1',
+    )
     for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments):
         group(add)
-    add('--archs', metavar='NAME', nargs='+', default=['efficientnet_lite0'], help='backbones (default: efficientnet_lite0)')
-    add('--plans', metavar='NAME', nargs='+', default=['head', 'top1'], help='plans, each with each backbone (default: head top1)')
+    add(
+        '--archs',
+        metavar='NAME',
+        nargs='+',
+        default=['efficientnet_lite0'],
+        help='backbones (default: efficientnet_lite0)',
+    )
+    add(
+        '--plans',
+        metavar='NAME',
+        nargs='+',
+        default=['head', 'top1'],
+        help='plans, each with each backbone (default: head top1)',
+    )
     add('--measure', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
     add_bootstrap_argument(add)
-    add('--out', metavar='PNG', type=path_name, help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)')
+    add(
+        '--out',
+        metavar='PNG',
+        type=path_name,
+        help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)',
+    )
 
 # %% ../nbs/cli.ipynb #fdecb640
 def _show_any_name(stream):
@@ -128,27 +247,34 @@ def _show_any_name(stream):
     if hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
 
+
 def _drop_output():
     "Send what is left in standard output nowhere: it cannot be written"
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
-        pass # it is no file of the system, as in a notebook
+        pass  # it is no file of the system, as in a notebook
+
 
 def _warn_in_lines(debug):
     "Print this library's warnings as one line each, and no others unless `debug`"
     from dr_transfer.utils.files import TransferWarning
+
     if debug:
         return
     warnings.simplefilter('ignore')
     warnings.filterwarnings('always', category=TransferWarning)
+
     def show(message, category, filename, lineno, file=None, line=None):
         print(f'dr_transfer: warning: {" ".join(str(message).split())}', file=sys.stderr)
+
     warnings.showwarning = show
+
 
 def _report_error(e):
     "One line for an error"
     from dr_transfer.utils.places import reason, too_many_open
+
     text = ' '.join(str(e).split()) or type(e).__name__
     if too_many_open(e):
         text = f'{reason(e)} ({e.filename})'
@@ -160,11 +286,11 @@ def _report_error(e):
 
 # %% ../nbs/cli.ipynb #a6a0cdd2
 def main(
-    argv:list[str]|None=None # Words of the command; those of the process if None
-) -> int: # Exit code: 0 only on success
+    argv: list[str] | None = None,  # Words of the command; those of the process if None
+) -> int:  # Exit code: 0 only on success
     "The command `dr_transfer`"
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None: # it was closed before the command began
+        if getattr(sys, name) is None:  # it was closed before the command began
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         _show_any_name(getattr(sys, name))
     a = _parser().parse_args(argv)
@@ -187,6 +313,7 @@ def main(
             _drop_unwritable(e)
             return 1
 
+
 def _drop_unwritable(e):
     "After an error of the system, standard output may be full: what is left in it goes nowhere"
     try:
@@ -194,5 +321,6 @@ def _drop_unwritable(e):
     except OSError:
         _drop_output()
 
-if __name__ == '__main__' and '__file__' in globals(): # python -m dr_transfer.cli, and not this notebook
+
+if __name__ == '__main__' and '__file__' in globals():  # python -m dr_transfer.cli, and not this notebook
     sys.exit(main())

@@ -7,12 +7,17 @@ __all__ = ['PACKAGES', 'versions', 'data_summary', 'build_learner', 'TransferLea
            'fit', 'predict_probs', 'features_stored', 'valid_predictions', 'generalisation_gap']
 
 # %% ../nbs/core.ipynb #8405814e
-import hashlib, os, platform
+import hashlib
+import os
+import platform
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable
-import fastai.callback.schedule # gives a Learner fit_one_cycle, fine_tune and lr_find
-import numpy as np, pandas as pd, torch
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -22,91 +27,133 @@ from torch import nn
 
 # %% ../nbs/core.ipynb #9f8c5d60
 from .data.augment import views_of
+from .data.leaks import split_data
+from .data.table import report_table, set_aside
+from .data.tasks import ReadImage, Task, get_task, task_dataloaders
+from .data.views import VIEWS, map_rows
+from .features.classifiers import FeatureClassifier
+from .features.extraction import weights_digest
+from .metrics.decision import prediction_table, table_arrays
+from .metrics.scores import summary
 from .models.backbones import DEFAULT_ARCH, create_body, group_table, layer_groups, stage_names
 from .models.balance import balanced_loss, image_weights
-from .training.callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
-from .utils.checks import check_seed, check_workers
-from .features.classifiers import FeatureClassifier
-from .data.tasks import ReadImage, Task, get_task, task_dataloaders
-from .metrics.decision import prediction_table, table_arrays
-from .features.extraction import weights_digest
-from .utils.files import package_version, unknown
-from .data.leaks import split_data
-from .metrics.scores import summary
 from .models.network import Head, create_head, get_head, head_inputs, make_body, view_probs
+from .training.callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .training.phases import find_rate, fit_phase, learner_features, loader_summary, phase_runs, runs_words
 from .training.plans import PLANS, choose_plan, get_plan, plan_arch
-from .data.table import report_table, set_aside
-from .data.views import VIEWS, map_rows
+from .utils.checks import check_seed, check_workers
+from .utils.files import package_version, unknown
 
 # %% ../nbs/core.ipynb #2310f125
 PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
 
-def versions() -> dict: # Name -> version
+
+def versions() -> dict:  # Name -> version
     "The versions of Python and of the packages that decide a result"
     return {'python': platform.python_version(), **{p: package_version(p) for p in PACKAGES}}
 
+
 def data_summary(
-    table:pd.DataFrame # Columns `image, label, group, split, target`
-) -> dict: # Numbers, leaks, patients, notes, classes, share, fingerprint
+    table: pd.DataFrame,  # Columns `image, label, group, split, target`
+) -> dict:  # Numbers, leaks, patients, notes, classes, share, fingerprint
     "Numbers of images, of each class on each side, of groups, and a fingerprint of names, labels and sides"
     rows = sorted(zip(table.image.map(lambda p: '/'.join(Path(p).parts[-2:])), table.target, table.split))
-    return {'images': len(table), 'set_aside': len(set_aside(table)), 'groups': int(table.group.nunique()), 'leaks': table.attrs.get('leaks'),
-            'patients': table.attrs.get('patients', ''), 'notes': table.attrs.get('notes', []),
-            'classes': {s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
-            'share': table.split.value_counts(normalize=True).round(4).to_dict(),
-            'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
+    return {
+        'images': len(table),
+        'set_aside': len(set_aside(table)),
+        'groups': int(table.group.nunique()),
+        'leaks': table.attrs.get('leaks'),
+        'patients': table.attrs.get('patients', ''),
+        'notes': table.attrs.get('notes', []),
+        'classes': {s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
+        'share': table.split.value_counts(normalize=True).round(4).to_dict(),
+        'fingerprint': hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
+    }
 
 # %% ../nbs/core.ipynb #44e0c99b
 def _record(learn, **settings) -> dict:
     "What stands in the record before anything is learnt"
     body, task, head = learn.model[0][0], learn.task, getattr(learn.model[1], 'about', None)
-    return {'task': task.name, 'target': learn.goal.name, **settings, 'weights': vars(body.stages.weights).copy(),
-            'stage': stage_names(body.stages)[-1], 'tap': body.stages.tap, 'head': asdict(head) if head else 'own',
-            'size': task.size, 'bs': learn.dls.train.bs, 'augment': task.augment, 'reader': task.reader, 'fit': task.fit,
-            'setting': {'forward': str(body.forward_setting), 'train': ''}, 'data': data_summary(learn.table),
-            'versions': versions(), 'history': []}
+    return {
+        'task': task.name,
+        'target': learn.goal.name,
+        **settings,
+        'weights': vars(body.stages.weights).copy(),
+        'stage': stage_names(body.stages)[-1],
+        'tap': body.stages.tap,
+        'head': asdict(head) if head else 'own',
+        'size': task.size,
+        'bs': learn.dls.train.bs,
+        'augment': task.augment,
+        'reader': task.reader,
+        'fit': task.fit,
+        'setting': {'forward': str(body.forward_setting), 'train': ''},
+        'data': data_summary(learn.table),
+        'versions': versions(),
+        'history': [],
+    }
 
 # %% ../nbs/core.ipynb #f44ba57d
 def build_learner(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch:str|None=None, # Backbone: registry, timm or torchvision; efficientnet_lite0
-    weights:str|Path|None=None, # None: its own; a file; or 'random'
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    size:int|None=None, # Side in pixels; the task's own if None
-    bs:int=32, # Images in a batch
-    valid:float=0.2, # Share of the images for validation
-    seed:int=42, # Decides the split, the head and the order
-    augment:str|None=None, # Names of augmentations; the task's own if None
-    plan:Any=None, # Name, plan or advice that `fit` runs; chosen if None
-    stage:str|int|None=None, # Last stage, by name or from the end; its own if None
-    tap:int|None=None, # Last stages that the head sees; the backbone's own if None
-    head:str|Head|nn.Module|None=None, # Name, head, or a module of your own
-    setting:str='auto', # Format and precision on the CPU; 'plain': leave them
-    num_workers:int|None=None, # Processes that read images; chosen if None
-    fixed_bn:bool|None=None, # BatchNorm of the body stays? The backbone's own if None
-    balance:str='none', # Of classes: 'none', 'weights' in the loss, or 'sampling'
-    allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    say:Callable=print, # What is done with the lines about patients and labels
-    **kwargs # More arguments of `vision_learner`
-) -> Learner: # With `task`, `table`, `record`
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    arch: str | None = None,  # Backbone: registry, timm or torchvision; efficientnet_lite0
+    weights: str | Path | None = None,  # None: its own; a file; or 'random'
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    size: int | None = None,  # Side in pixels; the task's own if None
+    bs: int = 32,  # Images in a batch
+    valid: float = 0.2,  # Share of the images for validation
+    seed: int = 42,  # Decides the split, the head and the order
+    augment: str | None = None,  # Names of augmentations; the task's own if None
+    plan: Any = None,  # Name, plan or advice that `fit` runs; chosen if None
+    stage: str | int | None = None,  # Last stage, by name or from the end; its own if None
+    tap: int | None = None,  # Last stages that the head sees; the backbone's own if None
+    head: str | Head | nn.Module | None = None,  # Name, head, or a module of your own
+    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    num_workers: int | None = None,  # Processes that read images; chosen if None
+    fixed_bn: bool | None = None,  # BatchNorm of the body stays? The backbone's own if None
+    balance: str = 'none',  # Of classes: 'none', 'weights' in the loss, or 'sampling'
+    allow_leaks: bool = False,  # Go on with a split whose sides share patients or copies?
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    say: Callable = print,  # What is done with the lines about patients and labels
+    **kwargs,  # More arguments of `vision_learner`
+) -> Learner:  # With `task`, `table`, `record`
     "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
     seed, num_workers = check_seed(seed), check_workers(num_workers)
     images = dict(data=data, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
     own = dict(arch=arch, weights=weights, stage=stage, tap=tap, head=head)
     about = dict(valid=valid, seed=seed, balance=balance)
-    return _build(images, say, get_task(task, size), target, augment, plan and get_plan(plan), own, setting, fixed_bn, bs, num_workers, about, kwargs)
+    return _build(
+        images,
+        say,
+        get_task(task, size),
+        target,
+        augment,
+        plan and get_plan(plan),
+        own,
+        setting,
+        fixed_bn,
+        bs,
+        num_workers,
+        about,
+        kwargs,
+    )
 
 # %% ../nbs/core.ipynb #ccb7d407
 def _build(images, say, task, target, augment, plan, own, setting, fixed_bn, bs, num_workers, about, kwargs) -> Learner:
     set_seed(about['seed'], reproducible=True)
     asked = plan or get_plan('head')
-    plan_arch(asked, own['arch']) # an error if the plan has another backbone than was asked for
-    own = {'arch': DEFAULT_ARCH, **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None}}
-    task, arch, goal = get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment), own['arch'], task.target(target)
+    plan_arch(asked, own['arch'])  # an error if the plan has another backbone than was asked for
+    own = {
+        'arch': DEFAULT_ARCH,
+        **{k: v for k in own if (v := own[k] if own[k] is not None else getattr(asked, k)) is not None},
+    }
+    task, arch, goal = (
+        get_task(task, augment=asked.augmentation(task.augment) if augment is None else augment),
+        own['arch'],
+        task.target(target),
+    )
     table = split_data(images.pop('data'), task, goal, **images)
     report_table(table, say)
     stages = create_body(arch, own.get('weights'), own.get('tap'), own.get('stage'))
@@ -118,25 +165,35 @@ def _build(images, say, task, target, augment, plan, own, setting, fixed_bn, bs,
 # %% ../nbs/core.ipynb #1aad95cc
 class _View(Callback):
     "Show the model one view of each batch"
-    def __init__(self, view): self.view = view
-    def before_batch(self): self.learn.xb = tuple(self.view(x) for x in self.xb)
+
+    def __init__(self, view):
+        self.view = view
+
+    def before_batch(self):
+        self.learn.xb = tuple(self.view(x) for x in self.xb)
+
 
 class TransferLearner(Learner):
     "A fastai Learner from `build_learner`: with `task`, `goal`, `table` and `record`, and an exact `tta`"
-    def tta(self,
-        ds_idx:int=1, # 0: training side, 1: validation side
-        dl=None, # DataLoader, such as `learn.dls.test_dl(paths)`
-        views:str|None=None, # Name in `VIEWS`; the augmentation's own if None
-        **kwargs # With any of these, or an endless augmentation: fastai's own
-    ) -> tuple: # Probabilities (n, classes) and class numbers (n,)
+
+    def tta(
+        self,
+        ds_idx: int = 1,  # 0: training side, 1: validation side
+        dl=None,  # DataLoader, such as `learn.dls.test_dl(paths)`
+        views: str | None = None,  # Name in `VIEWS`; the augmentation's own if None
+        **kwargs,  # With any of these, or an endless augmentation: fastai's own
+    ) -> tuple:  # Probabilities (n, classes) and class numbers (n,)
         "Predictions averaged over the exact set of views"
-        if views is not None and views not in VIEWS: raise unknown('views', views, VIEWS)
+        if views is not None and views not in VIEWS:
+            raise unknown('views', views, VIEWS)
         views = views or views_of(self.task.augment)
-        if kwargs or views is None: return super().tta(ds_idx, dl, **kwargs)
+        if kwargs or views is None:
+            return super().tta(ds_idx, dl, **kwargs)
         dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
-        with dl.dataset.set_split_idx(1): # nothing at random, also on the training side
+        with dl.dataset.set_split_idx(1):  # nothing at random, also on the training side
             out = [self.get_preds(dl=dl, cbs=_View(v)) for v in VIEWS[views]]
         return torch.stack([p for p, _ in out]).mean(0), out[0][1]
+
     def lr_find(self, *args, **kwargs):
         "fastai's `lr_find`, with its arguments; what is frozen is computed once, and weights and order are as before"
         return find_rate(self, *args, **kwargs)
@@ -144,19 +201,28 @@ class TransferLearner(Learner):
 # %% ../nbs/core.ipynb #14d7b393
 class _Arch:
     "A body, in the form in which `vision_learner` takes a network"
-    def __init__(self, body): self.body = body
-    def __call__(self, pretrained=True): return nn.Sequential(self.body, nn.AdaptiveAvgPool2d(1))
+
+    def __init__(self, body):
+        self.body = body
+
+    def __call__(self, pretrained=True):
+        return nn.Sequential(self.body, nn.AdaptiveAvgPool2d(1))
+
 
 class _Groups:
     "A body's layer groups and the head, as fastai's splitter"
-    def __call__(self, model): return [*layer_groups(model[0][0].stages).values(), list(model[1].parameters())]
+
+    def __call__(self, model):
+        return [*layer_groups(model[0][0].stages).values(), list(model[1].parameters())]
 
 # %% ../nbs/core.ipynb #33733f69
 def _loaders(task, goal, table, body, bs, num_workers, weights=None) -> DataLoaders:
     device, spec = next(body.parameters()).device, body.stages.spec
-    free = (os.cpu_count() or 1) - 2*(device.type == 'cpu') # the network needs two cores of its own
-    if num_workers is None: num_workers = max(0, min(4, free)) if len(table) > 500 else 0
+    free = (os.cpu_count() or 1) - 2 * (device.type == 'cpu')  # the network needs two cores of its own
+    if num_workers is None:
+        num_workers = max(0, min(4, free)) if len(table) > 500 else 0
     return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device, weights)
+
 
 def _check_order(head, goal, classes):
     "ValueError for a head of ordered classes where the target has none"
@@ -165,51 +231,79 @@ def _check_order(head, goal, classes):
     if not ordered or goal.ordered or len(classes) <= 2:
         return
     shown = ', '.join(map(str, classes[:3])) + (', ...' if len(classes) > 3 else '')
-    raise ValueError(f"head='{ordered}' (--head {ordered}) is for classes that stand in an order, and those of the target '{goal.name}' ({shown}) do not: "
-                     "take head='linear', or say Target(..., ordered=True) if they do")
+    raise ValueError(
+        f"head='{ordered}' (--head {ordered}) is for classes that stand in an order, and those of the target '{goal.name}' ({shown}) do not: "
+        "take head='linear', or say Target(..., ordered=True) if they do"
+    )
+
 
 def _learner(task, goal, table, body, head, plan, bs, num_workers, cbs, what, kwargs) -> Learner:
     dls = _loaders(task, goal, table, body, bs, num_workers, image_weights(table, what['balance']))
     _check_order(head, goal, dls.vocab)
-    if not isinstance(head, nn.Module): head = create_head(head, head_inputs(body.stages, head, task.size), dls.c)
+    if not isinstance(head, nn.Module):
+        head = create_head(head, head_inputs(body.stages, head, task.size), dls.c)
     kwargs = {'metrics': [METRICS[m]() for m in task.metrics.get(goal.name, ('accuracy',))], 'init': None, **kwargs}
     cbs = [*cbs, *(kwargs.pop('cbs', None) or [])]
-    loss = balanced_loss(table, dls.vocab, what['balance'], getattr(getattr(head, 'about', None), 'ordered', ''), dls.device)
+    loss = balanced_loss(
+        table, dls.vocab, what['balance'], getattr(getattr(head, 'about', None), 'ordered', ''), dls.device
+    )
     kwargs = kwargs if loss is None else {'loss_func': loss, **kwargs}
-    learn = vision_learner(dls, _Arch(body), normalize=False, pretrained=body.stages.weights.kind != 'random', custom_head=head,
-                           splitter=_Groups(), train_bn=False, cbs=cbs, **kwargs)
+    learn = vision_learner(
+        dls,
+        _Arch(body),
+        normalize=False,
+        pretrained=body.stages.weights.kind != 'random',
+        custom_head=head,
+        splitter=_Groups(),
+        train_bn=False,
+        cbs=cbs,
+        **kwargs,
+    )
     learn.__class__ = TransferLearner
-    learn.model.to(dls.device) # fastai does so when it trains; features and predictions may come first
+    learn.model.to(dls.device)  # fastai does so when it trains; features and predictions may come first
     learn.task, learn.goal, learn.table, learn.plan = task, goal, table, plan
-    learn.head_trained, learn.stored_body, learn.built_loaders = getattr(head, 'trained', False), None, loader_summary(dls)
+    learn.head_trained, learn.stored_body, learn.built_loaders = (
+        getattr(head, 'trained', False),
+        None,
+        loader_summary(dls),
+    )
     learn.record = _record(learn, **what)
     return learn
 
 # %% ../nbs/core.ipynb #355eef25
 def classifier_learner(
-    classifier:FeatureClassifier, # Fitted on `Features`, 'logistic' or 'dense'
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    **kwargs # More arguments of `build_learner`
-) -> Learner: # Its predictions are those of the classifier
+    classifier: FeatureClassifier,  # Fitted on `Features`, 'logistic' or 'dense'
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    **kwargs,  # More arguments of `build_learner`
+) -> Learner:  # Its predictions are those of the classifier
     "A classifier on its backbone again, to be fine-tuned or saved; ValueError if stages, weights or classes differ"
-    if getattr(classifier, 'source_', None) is None: raise ValueError("this classifier was not fitted on Features: give what image_features or learner_features returns to its fit")
-    if classifier.pool != 'mean': raise ValueError(f"pool='{classifier.pool}': the head of a network sees means. Fit the classifier with pool='mean'")
+    if getattr(classifier, 'source_', None) is None:
+        raise ValueError(
+            'this classifier was not fitted on Features: give what image_features or learner_features returns to its fit'
+        )
+    if classifier.pool != 'mean':
+        raise ValueError(
+            f"pool='{classifier.pool}': the head of a network sees means. Fit the classifier with pool='mean'"
+        )
     about, names = classifier.source_
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
     head = classifier.head()
     head.trained = True
     learn = build_learner(data, task, about['arch'], stage=names[-1], tap=len(names), head=head, **kwargs)
     body = learn.model[0][0]
-    if stage_names(body.stages)[-len(names):] != names: raise ValueError(f"stages {names} do not follow one another: a network can be cut only once")
-    if weights_digest(body) != about['weights_of'][names[-1]]: raise ValueError("the features come from other weights: give weights=FILE")
-    if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)): raise ValueError(f"the classifier knows {list(classifier.classes_)}, the data has {list(learn.dls.vocab)}")
+    if stage_names(body.stages)[-len(names) :] != names:
+        raise ValueError(f'stages {names} do not follow one another: a network can be cut only once')
+    if weights_digest(body) != about['weights_of'][names[-1]]:
+        raise ValueError('the features come from other weights: give weights=FILE')
+    if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)):
+        raise ValueError(f'the classifier knows {list(classifier.classes_)}, the data has {list(learn.dls.vocab)}')
     return learn
 
 # %% ../nbs/core.ipynb #4217ab54
 def learner_groups(
-    learn:Learner # From `build_learner`
-) -> pd.DataFrame: # One row a group, nearest to the input first
+    learn: Learner,  # From `build_learner`
+) -> pd.DataFrame:  # One row a group, nearest to the input first
     "The layer groups of a learner with depth, parameters, and whether they are frozen"
     groups = layer_groups(learn.model[0][0].stages)
     groups['head'] = list(learn.model[1].parameters())
@@ -219,13 +313,20 @@ def learner_groups(
 def _check_plan(learn, plan):
     "Refuse a plan for which the learner was not built"
     r = learn.record
-    if plan.arch not in (None, r['arch']): what = f"the backbone '{plan.arch}'"
-    elif plan.weights == 'random' and r['weights']['kind'] != 'random': what = 'random weights'
-    elif plan.stage is not None and plan.stage not in (r['stage'], learn.plan.stage if learn.plan else None): what = f"a body that ends at stage {plan.stage!r}"
-    elif plan.tap not in (None, r['tap']): what = f"a head that sees {plan.tap} stages"
-    elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about): what = f"the head '{plan.head}'"
-    elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')): what = f"the augmentation '{plan.augment}'"
-    else: return
+    if plan.arch not in (None, r['arch']):
+        what = f"the backbone '{plan.arch}'"
+    elif plan.weights == 'random' and r['weights']['kind'] != 'random':
+        what = 'random weights'
+    elif plan.stage is not None and plan.stage not in (r['stage'], learn.plan.stage if learn.plan else None):
+        what = f'a body that ends at stage {plan.stage!r}'
+    elif plan.tap not in (None, r['tap']):
+        what = f'a head that sees {plan.tap} stages'
+    elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about):
+        what = f"the head '{plan.head}'"
+    elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')):
+        what = f"the augmentation '{plan.augment}'"
+    else:
+        return
     listed = PLANS.get(plan.name)
     how = repr(plan.name) if listed and replace(plan, phases=listed.phases) == listed else 'this plan itself'
     raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={how})")
@@ -236,9 +337,16 @@ def _warn_random(learn, plan, say):
     if learn.record['weights']['kind'] != 'random' or plan.weights == 'random':
         return
     frozen = all(p.frozen == -1 for p in plan.phases)
-    what = 'the body stays as it is, and it knows nothing' if frozen else 'its rates and fixed statistics suit pretrained weights'
-    say(f"warning: the weights are random, and plan '{plan.name}' is made for pretrained ones ({what}): "
-        "take plan='random_start' (--plan random_start)")
+    what = (
+        'the body stays as it is, and it knows nothing'
+        if frozen
+        else 'its rates and fixed statistics suit pretrained weights'
+    )
+    say(
+        f"warning: the weights are random, and plan '{plan.name}' is made for pretrained ones ({what}): "
+        "take plan='random_start' (--plan random_start)"
+    )
+
 
 def _fit_one(learn, run, i, n, say):
     "Run one phase of a plan, and write it into the record"
@@ -248,11 +356,18 @@ def _fit_one(learn, run, i, n, say):
     except KeyboardInterrupt:
         record['interrupted'] = f'in phase {i} of {n}'
         raise
-    rows = [{'phase': i, 'epoch': e, 'how': run.how, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)]
+    rows = [
+        {'phase': i, 'epoch': e, 'how': run.how, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)
+    ]
     record['history'] += rows
-    record['passes'] = record.get('passes', 0) + len(rows)*(run.how == 'network')
+    record['passes'] = record.get('passes', 0) + len(rows) * (run.how == 'network')
     words = ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names) if rows else 'stopped before the first was complete'
-    say(f"phase {i} of {n}, " + ('solved: ' if run.how == 'solved' else f"{len(rows)} epoch{'s' if len(rows) != 1 else ''}: ") + words)
+    say(
+        f'phase {i} of {n}, '
+        + ('solved: ' if run.how == 'solved' else f'{len(rows)} epoch{"s" if len(rows) != 1 else ""}: ')
+        + words
+    )
+
 
 def _best(learn, first, say):
     "The epoch of this fit with the lowest loss on the validation images, into the record"
@@ -262,8 +377,11 @@ def _best(learn, first, say):
     best = min(rows, key=lambda r: r['valid_loss'])
     learn.record['best'] = best
     if best is not rows[-1]:
-        say(f"valid_loss was lowest in epoch {best['epoch']} of phase {best['phase']}: {best['valid_loss']:.3f}, "
-            f"and {rows[-1]['valid_loss']:.3f} at the end")
+        say(
+            f'valid_loss was lowest in epoch {best["epoch"]} of phase {best["phase"]}: {best["valid_loss"]:.3f}, '
+            f'and {rows[-1]["valid_loss"]:.3f} at the end'
+        )
+
 
 def _default_plan(learn, say):
     "The plan that the learner was built with, or a sensible one"
@@ -273,24 +391,26 @@ def _default_plan(learn, say):
     say(f"plan '{plan}': {why}")
     return plan
 
-
 # %% ../nbs/core.ipynb #92104fb4
 def fit(
-    learn:Learner, # From `build_learner`
-    plan:Any=None, # Name, plan or advice; that of `build_learner`, or chosen, if None
-    epochs:int|None=None, # Passes through the network, of the plan's last phase
-    stored:bool=True, # Keep what is frozen on disk (50 GB a phase at most)?
-    say:Callable=print # What is done with the lines that tell how it goes
-) -> Learner: # The same learner, trained
+    learn: Learner,  # From `build_learner`
+    plan: Any = None,  # Name, plan or advice; that of `build_learner`, or chosen, if None
+    epochs: int | None = None,  # Passes through the network, of the plan's last phase
+    stored: bool = True,  # Keep what is frozen on disk (50 GB a phase at most)?
+    say: Callable = print,  # What is done with the lines that tell how it goes
+) -> Learner:  # The same learner, trained
     "Train a learner by a plan; TrainingError if the loss diverges"
-    if not isinstance(learn, TransferLearner): raise ValueError("this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)")
+    if not isinstance(learn, TransferLearner):
+        raise ValueError('this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)')
     plan = get_plan(plan or _default_plan(learn, say), epochs)
     _check_plan(learn, plan)
     _warn_random(learn, plan, say)
     runs, first = phase_runs(learn, plan, epochs, stored), len(learn.record['history'])
     say(f"plan '{plan.name}': {runs_words(runs, int((learn.table.split == 'train').sum()))}")
     if epochs is not None and runs[-1].how != 'network' and runs[-1].phase.epochs is None:
-        say(f"epochs={epochs} (--epochs {epochs}) changes nothing: it counts passes through the network, and this plan has none")
+        say(
+            f'epochs={epochs} (--epochs {epochs}) changes nothing: it counts passes through the network, and this plan has none'
+        )
     learn.record['plan'] = asdict(plan)
     for i, run in enumerate(runs, 1):
         if run.how != 'skipped':
@@ -300,15 +420,19 @@ def fit(
 
 # %% ../nbs/core.ipynb #2c180cfd
 def predict_probs(
-    learn:Learner, # From `build_learner`
-    images:list, # Paths or images
-    views:str|None=None # Name in `VIEWS`; the augmentation's own if None
-) -> np.ndarray: # float32 (images, classes), in the order of learn.dls.vocab
+    learn: Learner,  # From `build_learner`
+    images: list,  # Paths or images
+    views: str | None = None,  # Name in `VIEWS`; the augmentation's own if None
+) -> np.ndarray:  # float32 (images, classes), in the order of learn.dls.vocab
     "Class probabilities, averaged over the views"
     task, spec = learn.task, learn.model[0][0].stages.spec
-    if not len(images): return np.zeros((0, learn.dls.c), np.float32)
+    if not len(images):
+        return np.zeros((0, learn.dls.c), np.float32)
     reader = ReadImage(task.size, task.reader, task.fit)
-    return view_probs(learn.model, list(images), reader.image, spec.mean, spec.std, views or views_of(task.augment) or 'none')
+    return view_probs(
+        learn.model, list(images), reader.image, spec.mean, spec.std, views or views_of(task.augment) or 'none'
+    )
+
 
 @torch.inference_mode()
 def _feature_probs(learn, images) -> np.ndarray:
@@ -321,28 +445,30 @@ def _feature_probs(learn, images) -> np.ndarray:
 
 # %% ../nbs/core.ipynb #256b25e2
 def features_stored(
-    learn:Learner # From `build_learner`
+    learn: Learner,  # From `build_learner`
 ) -> bool:
     "Was the head trained on stored features that the body would give again?"
     return bool(learn.stored_body) and learn.stored_body == weights_digest(learn.model[0][0])
 
+
 def valid_predictions(
-    learn:Learner, # From `build_learner`
-    side:str='valid' # 'valid', 'test' or 'train'
-) -> pd.DataFrame: # `image, target, group, prediction, p_CLASS...`
+    learn: Learner,  # From `build_learner`
+    side: str = 'valid',  # 'valid', 'test' or 'train'
+) -> pd.DataFrame:  # `image, target, group, prediction, p_CLASS...`
     "The predictions for the validation side, or another one"
     rows = learn.table[learn.table.split == side]
-    if not len(rows): raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
+    if not len(rows):
+        raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
     probs = _feature_probs if features_stored(learn) else predict_probs
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
-    t.insert(2, 'group', rows.group.tolist()) # intervals are over groups
+    t.insert(2, 'group', rows.group.tolist())  # intervals are over groups
     return t
 
 # %% ../nbs/core.ipynb #246007f3
 def generalisation_gap(
-    learn:Learner # From `build_learner`, trained
-) -> pd.DataFrame: # Rows 'train', 'valid', 'gap'; a column a measure
+    learn: Learner,  # From `build_learner`, trained
+) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; a column a measure
     "Measures on the training and on the validation side, and by how much the first are higher"
     classes, rows = list(learn.dls.vocab), {}
     for side in ('train', 'valid'):

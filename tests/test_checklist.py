@@ -1,4 +1,5 @@
 "The page of what is done: each line once, each page and each test that it names is there."
+
 import ast
 import csv
 from functools import cache
@@ -8,16 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = [*(f'F{i:02}' for i in range(1, 68)), *(f'U{i}' for i in range(1, 17))]
-with open(ROOT/'nbs'/'results'/'checklist.csv', encoding='utf-8', newline='') as f: ROWS = list(csv.DictReader(f))
+with open(ROOT / 'nbs' / 'results' / 'checklist.csv', encoding='utf-8', newline='') as f:
+    ROWS = list(csv.DictReader(f))
 
 
 @cache
 def names(file):
     "The tests of a file, without importing it"
-    return {n.name for n in ast.walk(ast.parse((ROOT/'tests'/file).read_text(encoding='utf-8'))) if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')}
+    return {
+        n.name
+        for n in ast.walk(ast.parse((ROOT / 'tests' / file).read_text(encoding='utf-8')))
+        if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')
+    }
 
 
-def test_every_line_once_and_in_order(): assert [r['id'] for r in ROWS] == IDS
+def test_every_line_once_and_in_order():
+    assert [r['id'] for r in ROWS] == IDS
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda r: r['id'])
@@ -28,21 +35,24 @@ def test_pages_and_tests_that_are_named_are_there(row):
         assert row['pages'] == row['tests'] == 'open'
         return
     assert row['pages'] and row['tests']
-    for page in row['pages'].split(): assert (ROOT/'nbs'/page).is_file(), page
+    for page in row['pages'].split():
+        assert (ROOT / 'nbs' / page).is_file(), page
     for test in row['tests'].split():
         file, _, name = test.partition('::')
-        assert (ROOT/'tests'/file).is_file() and name in names(file), test
+        assert (ROOT / 'tests' / file).is_file() and name in names(file), test
 
 
 @pytest.mark.parametrize('file, function', [('test_table.py', 'test_gone'), ('test_texts.py', 'Terminal')])
-def test_the_check_can_fail(file, function): assert function not in names(file)
+def test_the_check_can_fail(file, function):
+    assert function not in names(file)
 
 
 def test_the_six_mistakes_have_a_test_each():
     numbers = {n.split('_')[2] for n in names('test_mistakes.py') if n.startswith('test_mistake_')}
     assert numbers == set('123456')
-    page = (ROOT/'nbs'/'studies'/'checklist.ipynb').read_text(encoding='utf-8')
+    page = (ROOT / 'nbs' / 'studies' / 'checklist.ipynb').read_text(encoding='utf-8')
     assert 'test_mistakes.py' in page
 
 
-def test_no_line_is_open(): assert not [r['id'] for r in ROWS if r['tests'] == 'open']
+def test_no_line_is_open():
+    assert not [r['id'] for r in ROWS if r['tests'] == 'open']

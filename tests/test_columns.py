@@ -1,31 +1,49 @@
 "What a user brings in a table is never taken for what a model predicted"
+
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from dr_transfer.data.tasks import Target, encode_target
-from dr_transfer.metrics.decision import Decision, decisions, question, table_arrays
-from dr_transfer.metrics.plots import pick_examples
 from dr_transfer.data.leaks import leak_report
-from dr_transfer.evaluation.report import _subgroups, Evaluation, describe_images, evaluate_model, report_html, write_report
-from dr_transfer.metrics.screening import by_patient, measure_table, measure_names, main_measure, patient_classes, worst_errors
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import data_names, label_table
+from dr_transfer.data.tasks import Target, encode_target
+from dr_transfer.evaluation.report import (
+    Evaluation,
+    _subgroups,
+    describe_images,
+    evaluate_model,
+    report_html,
+    write_report,
+)
+from dr_transfer.metrics.decision import Decision, decisions, question, table_arrays
+from dr_transfer.metrics.plots import pick_examples
+from dr_transfer.metrics.screening import (
+    by_patient,
+    main_measure,
+    measure_names,
+    measure_table,
+    patient_classes,
+    worst_errors,
+)
 
 GRADES = ['0', '1', '2', '3', '4']
 N = 40
 
 
-def number(path): return int(str(path).rsplit('/', 1)[-1].split('.')[0])
+def number(path):
+    return int(str(path).rsplit('/', 1)[-1].split('.')[0])
 
 
 class Model:
     "What `evaluate_model` needs of a model; its probabilities follow from the name of the image"
+
     def __init__(self, classes, decision=None, **about):
         self.classes = classes
         self.about = {'reader': 'photo', 'classes': classes, 'decision': decision, **about}
@@ -33,8 +51,8 @@ class Model:
 
     def probs(self, images, views=None, average=True):
         k = len(self.classes)
-        rows = [np.random.default_rng(number(i)).dirichlet(np.ones(k)) + 1.1*np.eye(k)[number(i) % k] for i in images]
-        p = np.array(rows)/2.1
+        rows = [np.random.default_rng(number(i)).dirichlet(np.ones(k)) + 1.1 * np.eye(k)[number(i) % k] for i in images]
+        p = np.array(rows) / 2.1
         return p if average else np.repeat(p[:, None], 4, 1)
 
 
@@ -44,15 +62,21 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp('set')
     for i in range(N):
         pixels = np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((48, 48)).save(root/f'{i}.png')
+        Image.fromarray(pixels).resize((48, 48)).save(root / f'{i}.png')
     return root
 
 
 def labels(k):
     rng = np.random.default_rng(1)
-    right = rng.random(N) < .8
+    right = rng.random(N) < 0.8
     grade = np.where(right, np.arange(N), rng.integers(0, k, N)) % k
-    return pd.DataFrame({'image': [f'{i}.png' for i in range(N)], 'label': grade.astype(str), 'patient': [f'p{i//2}' for i in range(N)]})
+    return pd.DataFrame(
+        {
+            'image': [f'{i}.png' for i in range(N)],
+            'label': grade.astype(str),
+            'patient': [f'p{i // 2}' for i in range(N)],
+        }
+    )
 
 
 def evaluated(folder, model, table, **kwargs):
@@ -62,19 +86,69 @@ def evaluated(folder, model, table, **kwargs):
     return e, measure_table(e.table, e.classes, e.point, n=5)
 
 
-DECISION = {'temperature': 1.3, 'cuts': None, 'refused': [], 'operating': {'threshold': .4, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 50,
-                                                                           'negatives': 50, 'sensitivity': .92, 'specificity': .8}}
-MODELS = {'two': Model(['0', '1'], DECISION), 'three': Model(['0', '1', '2']),
-          'grades': Model(GRADES, {**DECISION, 'cuts': [.5, 1.5, 2.5, 3.5]})}
-ADDED = ['decision', 'grade', 'known', 'prediction', 'gradability', 'gradable', 'reason', 'light', 'focus', 'p_no', 'p_0', 'p_1', 'p_age', 'p_id', 'format', 'pixels',
-         'error', 'fold', 'target', 'name', 'group', 'images', 'index', 'self', 'data_site', 'width', 'level', '_row', 'said']
+DECISION = {
+    'temperature': 1.3,
+    'cuts': None,
+    'refused': [],
+    'operating': {
+        'threshold': 0.4,
+        'wanted': 'sensitivity',
+        'at_least': 0.9,
+        'positives': 50,
+        'negatives': 50,
+        'sensitivity': 0.92,
+        'specificity': 0.8,
+    },
+}
+MODELS = {
+    'two': Model(['0', '1'], DECISION),
+    'three': Model(['0', '1', '2']),
+    'grades': Model(GRADES, {**DECISION, 'cuts': [0.5, 1.5, 2.5, 3.5]}),
+}
+ADDED = [
+    'decision',
+    'grade',
+    'known',
+    'prediction',
+    'gradability',
+    'gradable',
+    'reason',
+    'light',
+    'focus',
+    'p_no',
+    'p_0',
+    'p_1',
+    'p_age',
+    'p_id',
+    'format',
+    'pixels',
+    'error',
+    'fold',
+    'target',
+    'name',
+    'group',
+    'images',
+    'index',
+    'self',
+    'data_site',
+    'width',
+    'level',
+    '_row',
+    'said',
+]
 
 
-CONTENTS = {'labels': lambda t: t.label, 'decisions': lambda t: ['referable']*N, 'empty': lambda t: ['']*N, 'numbers': lambda t: np.linspace(0, 1, N)}
+CONTENTS = {
+    'labels': lambda t: t.label,
+    'decisions': lambda t: ['referable'] * N,
+    'empty': lambda t: [''] * N,
+    'numbers': lambda t: np.linspace(0, 1, N),
+}
 
 
 @pytest.fixture(scope='module')
-def plain(folder): return {kind: evaluated(folder, m, labels(len(m.classes))) for kind, m in MODELS.items()}
+def plain(folder):
+    return {kind: evaluated(folder, m, labels(len(m.classes))) for kind, m in MODELS.items()}
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -83,9 +157,10 @@ def test_columns_of_the_user_change_no_number_and_stay(folder, tmp_path, plain, 
     "All of them at once, from a file; and each alone, in the next test."
     model, table = MODELS[kind], labels(len(MODELS[kind].classes))
     before, want = plain[kind]
-    table.assign(**{'x': CONTENTS[content](table)}).pipe(lambda t: t.assign(**{c: t.x for c in ADDED if c != 'self'}, **{'data_self': t.x})).drop(columns='x').to_csv(
-        tmp_path/'l.csv', index=False)
-    e, m = evaluated(folder, model, tmp_path/'l.csv')
+    table.assign(**{'x': CONTENTS[content](table)}).pipe(
+        lambda t: t.assign(**{c: t.x for c in ADDED if c != 'self'}, **{'data_self': t.x})
+    ).drop(columns='x').to_csv(tmp_path / 'l.csv', index=False)
+    e, m = evaluated(folder, model, tmp_path / 'l.csv')
     pd.testing.assert_frame_equal(m, want)
     pd.testing.assert_frame_equal(e.table[list(before.table)], before.table)
     assert set(e.table) - set(before.table) == {c if c.startswith('data_') else f'data_{c}' for c in ADDED}
@@ -102,7 +177,9 @@ def test_each_column_of_the_user_keeps_its_own_name(folder, plain, column):
     assert [c for c in e.facts if c not in before.facts] == [name] and e.table[name].tolist() == e.table.label.tolist()
 
 
-COLUMN = st.one_of(st.sampled_from(ADDED), st.text(st.characters(blacklist_categories=['Cs', 'Cc']), min_size=1, max_size=12))
+COLUMN = st.one_of(
+    st.sampled_from(ADDED), st.text(st.characters(blacklist_categories=['Cs', 'Cc']), min_size=1, max_size=12)
+)
 CELL = st.one_of(st.text(max_size=8), st.integers(), st.floats(), st.booleans(), st.none())
 
 
@@ -119,7 +196,9 @@ def test_whatever_columns_a_user_adds_the_numbers_stay(folder, plain, columns, d
         e, m = evaluated(folder, model, table)
     except ValueError as error:
         assert 'columns' in str(error), error
-        assert len({c.strip() for c in columns} | {f'data_{c.strip()}' for c in columns}) < 2*len(columns), 'two names become one'
+        assert len({c.strip() for c in columns} | {f'data_{c.strip()}' for c in columns}) < 2 * len(columns), (
+            'two names become one'
+        )
         return
     pd.testing.assert_frame_equal(m, want)
     _subgroups(e, 2)
@@ -136,7 +215,7 @@ def test_a_table_of_the_library_can_be_given_to_it_again(folder):
     assert t.columns.tolist() == ['image', 'label', 'group', 'split', 'data_eye', 'data_prediction', 'data_target']
     again = label_table(encode_target(t, Target('class')))
     pd.testing.assert_frame_equal(again, t)
-    split = split_table(t, valid=.5)
+    split = split_table(t, valid=0.5)
     pd.testing.assert_frame_equal(label_table(split), split)
 
 
@@ -145,9 +224,12 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
     t = label_table(folder, labels(2))
     own = encode_target(t, Target('class')).assign(decision='1', p_0=5, prediction='9', known=1)
     e = evaluate_model(MODELS['two'], own)
-    assert {'data_decision', 'data_p_0', 'data_prediction', 'data_known'} <= set(e.table) and set(e.table.decision) == {'1', 'not 1'}
+    assert {'data_decision', 'data_p_0', 'data_prediction', 'data_known'} <= set(e.table) and set(e.table.decision) == {
+        '1',
+        'not 1',
+    }
     p = MODELS['two'].probs(t.image)
-    d = describe_images(t.assign(target=t.label, p_0=p[:, 0], p_1=p[:, 1], p_age=7., light=1), ['0', '1'], {}, 'photo')
+    d = describe_images(t.assign(target=t.label, p_0=p[:, 0], p_1=p[:, 1], p_age=7.0, light=1), ['0', '1'], {}, 'photo')
     assert d.facts == ['data_p_age', 'data_light', 'format', 'pixels']
 
 
@@ -158,7 +240,7 @@ def test_leaks_are_told_with_the_names_of_the_user(folder):
 
 
 def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder):
-    table = labels(2).assign(pixels=['few', 'many']*(N//2), decision=labels(2).label)
+    table = labels(2).assign(pixels=['few', 'many'] * (N // 2), decision=labels(2).label)
     e, _ = evaluated(folder, MODELS['two'], table)
     page = report_html(e, n=20)
     assert 'pixels: few' in page and 'data_' not in page and 'The column "decision"' in page
@@ -166,36 +248,50 @@ def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder)
 
 # ---------------------------------------------------------------- which images count
 
+
 def test_validation_images_are_found_by_their_content(folder, tmp_path):
     from dr_transfer.data.leaks import image_hashes
+
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     train, valid, new = table.image[:20].tolist(), table.image[20:32].tolist(), table.image[32:].tolist()
     hashes = image_hashes(train + valid)[0]
     model = Model(['0', '1'], DECISION)
     model.seen, model.seen_use = hashes, np.r_[np.full(20, 1), np.full(12, 2)].astype(np.uint8)
-    moved = tmp_path/'moved'
+    moved = tmp_path / 'moved'
     moved.mkdir()
     names = {}
     for i, p in enumerate(table.image):
-        names[p] = moved/f'{i}.png'
+        names[p] = moved / f'{i}.png'
         names[p].write_bytes(open(p, 'rb').read())
     there = table.assign(image=table.image.map(names).map(str))
     e = evaluate_model(model, there, split='valid')
     assert sorted(e.table.image) == sorted(str(names[p]) for p in valid) and len(e.other) == N - 12 and not e.known
     page = report_html(e, n=20)
-    assert 'validation images of the model' in page and 'slightly optimistic' in page and f'left out: not validation images of the model</th><td>{N - 12}' in page
+    assert (
+        'validation images of the model' in page
+        and 'slightly optimistic' in page
+        and f'left out: not validation images of the model</th><td>{N - 12}' in page
+    )
     e = evaluate_model(model, there)
-    assert sorted(e.table.image) == sorted(str(names[p]) for p in new) and len(e.known) == 32 and 'optimistic' not in report_html(e, n=20)
+    assert (
+        sorted(e.table.image) == sorted(str(names[p]) for p in new)
+        and len(e.known) == 32
+        and 'optimistic' not in report_html(e, n=20)
+    )
     leaks = evaluate_model(model, there, allow_leaks=True)
     assert len(leaks.table) == N and (leaks.table.known == 'known to the model').sum() == 32
     with pytest.raises(ValueError, match=r'--split valid'):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + valid])])
     with pytest.raises(ValueError, match='none of these images is a validation image'):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + new])], split='valid')
-    model.seen_use = np.where(np.arange(32) == 20, 3, model.seen_use).astype(np.uint8)                     # one of them was trained on, too
+    model.seen_use = np.where(np.arange(32) == 20, 3, model.seen_use).astype(
+        np.uint8
+    )  # one of them was trained on, too
     assert len(evaluate_model(model, there, split='valid').table) == 11
-    with pytest.raises(ValueError, match='leave out allow_leaks=True'): evaluate_model(model, there, split='valid', allow_leaks=True)
-    with pytest.raises(ValueError, match="split 'vali'"): evaluate_model(model, there, split='vali')
+    with pytest.raises(ValueError, match='leave out allow_leaks=True'):
+        evaluate_model(model, there, split='valid', allow_leaks=True)
+    with pytest.raises(ValueError, match="split 'vali'"):
+        evaluate_model(model, there, split='vali')
 
 
 def test_a_model_of_an_earlier_version_says_what_it_lacks(folder):
@@ -207,53 +303,92 @@ def test_a_model_of_an_earlier_version_says_what_it_lacks(folder):
 
 # ---------------------------------------------------------------- tables that are given by hand
 
+
 def predictions(n=60, classes=('no', 'ill'), groups=True, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, n)
-    p = np.clip(.5 + (y - .5)*.6 + rng.normal(0, .25, n), .01, .99)
-    return pd.DataFrame({'image': [f'{i}.jpg' for i in range(n)], 'target': np.array(classes, object)[y], 'group': [f'g{i//2}' if groups else None for i in range(n)],
-                         f'p_{classes[0]}': 1 - p, f'p_{classes[1]}': p})
+    p = np.clip(0.5 + (y - 0.5) * 0.6 + rng.normal(0, 0.25, n), 0.01, 0.99)
+    return pd.DataFrame(
+        {
+            'image': [f'{i}.jpg' for i in range(n)],
+            'target': np.array(classes, object)[y],
+            'group': [f'g{i // 2}' if groups else None for i in range(n)],
+            f'p_{classes[0]}': 1 - p,
+            f'p_{classes[1]}': p,
+        }
+    )
 
 
 TWO = ['no', 'ill']
 
 
-@pytest.mark.parametrize('change, words', [
-    (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is no number"),
-    (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
-    (dict(target='severe'), r"the target 'severe' is no class"),
-    (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is no number"),
+        (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
+        (dict(target='severe'), r"the target 'severe' is no class"),
+        (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
+    ],
+)
 def test_a_table_given_by_hand_gets_a_clear_error(change, words):
-    with pytest.raises(ValueError, match=words): measure_table(predictions().assign(**change), TWO, n=5)
-    if 'p_ill' in change: return
+    with pytest.raises(ValueError, match=words):
+        measure_table(predictions().assign(**change), TWO, n=5)
+    if 'p_ill' in change:
+        return
     for f in (decisions, by_patient, question, table_arrays, worst_errors):
-        if 'decision' in change and f in (question, table_arrays): continue
-        with pytest.raises(ValueError, match=words): f(predictions().assign(**change), TWO)
+        if 'decision' in change and f in (question, table_arrays):
+            continue
+        with pytest.raises(ValueError, match=words):
+            f(predictions().assign(**change), TWO)
 
 
 def test_probabilities_as_text_are_numbers():
     t = predictions()
-    pd.testing.assert_frame_equal(measure_table(t.assign(p_ill=t.p_ill.map(repr)), TWO, n=5), measure_table(t, TWO, n=5))
+    pd.testing.assert_frame_equal(
+        measure_table(t.assign(p_ill=t.p_ill.map(repr)), TWO, n=5), measure_table(t, TWO, n=5)
+    )
 
 
-@pytest.mark.parametrize('arguments, words', [(dict(n=0), '2 or more'), (dict(n=-5), '2 or more'), (dict(n=1.5), '2 or more'), (dict(n='many'), '2 or more'),
-                                              (dict(prevalence=2), 'between 0 and 1'), (dict(prevalence=-.1), 'between 0 and 1'), (dict(prevalence=float('nan')), 'between 0 and 1'),
-                                              (dict(prevalence='0.1'), 'between 0 and 1')])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (dict(n=0), '2 or more'),
+        (dict(n=-5), '2 or more'),
+        (dict(n=1.5), '2 or more'),
+        (dict(n='many'), '2 or more'),
+        (dict(prevalence=2), 'between 0 and 1'),
+        (dict(prevalence=-0.1), 'between 0 and 1'),
+        (dict(prevalence=float('nan')), 'between 0 and 1'),
+        (dict(prevalence='0.1'), 'between 0 and 1'),
+    ],
+)
 def test_what_no_interval_can_be_made_of_is_refused_before_the_work(arguments, words):
-    for t in (predictions(), predictions().drop(columns='p_ill')):                                         # also before the table is looked at
-        with pytest.raises(ValueError, match=words): measure_table(t, TWO, **arguments)
+    for t in (predictions(), predictions().drop(columns='p_ill')):  # also before the table is looked at
+        with pytest.raises(ValueError, match=words):
+            measure_table(t, TWO, **arguments)
 
 
 def test_an_empty_table_is_an_error():
-    with pytest.raises(ValueError, match='no row'): measure_table(predictions()[:0], TWO)
+    with pytest.raises(ValueError, match='no row'):
+        measure_table(predictions()[:0], TWO)
 
 
 def test_measures_are_known_before_anything_is_trained():
-    assert measure_names(TWO) == ['accuracy', 'auc', 'calibration error'] and measure_names(list('abc')) == ['accuracy', 'calibration error']
-    for classes in (TWO, GRADES, list('abc')): assert main_measure(measure_names(classes)) in measure_names(classes)
-    assert set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'} and main_measure(name='kappa') == 'kappa'
-    with pytest.raises(ValueError, match="measure 'nope'"): main_measure(name='nope')
-    with pytest.raises(ValueError, match='accuracy'): main_measure(['kappa'])
+    assert measure_names(TWO) == ['accuracy', 'auc', 'calibration error'] and measure_names(list('abc')) == [
+        'accuracy',
+        'calibration error',
+    ]
+    for classes in (TWO, GRADES, list('abc')):
+        assert main_measure(measure_names(classes)) in measure_names(classes)
+    assert (
+        set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
+        and main_measure(name='kappa') == 'kappa'
+    )
+    with pytest.raises(ValueError, match="measure 'nope'"):
+        main_measure(name='nope')
+    with pytest.raises(ValueError, match='accuracy'):
+        main_measure(['kappa'])
 
 
 def test_intervals_say_what_they_are_over():
@@ -267,72 +402,141 @@ def test_intervals_say_what_they_are_over():
     assert 'at the operating point' in decided.attrs['notes'][1] and decided.index[0] == 'sensitivity'
 
 
-@pytest.mark.parametrize('views, how', [('quarter_turns', 'averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class'),
-                                        ('none', 'of one view of each image; the lines of the epochs are of the likeliest class')])
+@pytest.mark.parametrize(
+    'views, how',
+    [
+        (
+            'quarter_turns',
+            'averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class',
+        ),
+        ('none', 'of one view of each image; the lines of the epochs are of the likeliest class'),
+    ],
+)
 def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
     "A line of an epoch said sensitivity 0.742 beside 'operating point ... 90 % or more'"
     from dr_transfer.inference.run import validation_table
+
     notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
-    assert notes == [f'{len(predictions())} validation images, predictions {how}', '95 % intervals over 30 groups (patients)',
-                     'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class']
+    assert notes == [
+        f'{len(predictions())} validation images, predictions {how}',
+        '95 % intervals over 30 groups (patients)',
+        'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class',
+    ]
 
 
-@pytest.mark.parametrize('classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']])
+@pytest.mark.parametrize(
+    'classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
+)
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The class that is to be found may be called 'no', or begin with 'not'."
     t = predictions(classes=classes)
     found = by_patient(t, classes)
     assert patient_classes(classes) == classes and set(found.target) <= set(classes) and len(found) == 30
     ill = t.assign(y=t.target == classes[1]).groupby('group').y.max()
-    assert (found.set_index('group').target == classes[1]).eq(ill).all() and np.allclose(found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1)
-    e = Evaluation(t.assign(decision=np.where(t[f'p_{classes[1]}'] > .5, classes[1], f'not {classes[1]}')), classes, {})
+    assert (found.set_index('group').target == classes[1]).eq(ill).all() and np.allclose(
+        found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1
+    )
+    e = Evaluation(
+        t.assign(decision=np.where(t[f'p_{classes[1]}'] > 0.5, classes[1], f'not {classes[1]}')), classes, {}
+    )
     measure_table(found, classes, n=5)
     tables = re.search(r'The surest errors</h2>(.*?)<h2>', report_html(e, n=5), re.S)[1].split('<table>')[1:]
-    assert len(tables) == 2 and all(len(set(re.findall(r'<td>((?:not )?' + re.escape(classes[1]) + r')</td><td>\d', t))) == 1 for t in tables)
+    assert len(tables) == 2 and all(
+        len(set(re.findall(r'<td>((?:not )?' + re.escape(classes[1]) + r')</td><td>\d', t))) == 1 for t in tables
+    )
 
 
 def test_examples_are_of_the_classes_and_not_of_other_columns():
     t = predictions().assign(prediction='ill', data_p_age=np.arange(60), top_no=np.arange(60))
-    pd.testing.assert_frame_equal(pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='ill'), 6)[['image']])
+    pd.testing.assert_frame_equal(
+        pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='ill'), 6)[['image']]
+    )
 
 
 # ---------------------------------------------------------------- the page
 
-NAMES = ['<script>alert(1)</script>', '"><img src=x onerror=y>', '$a_b^', r'\frac', '🌸', 'שושנה', 'x'*300, '_hidden', '&amp;', 'a\nb', '\udcff']
+NAMES = [
+    '<script>alert(1)</script>',
+    '"><img src=x onerror=y>',
+    '$a_b^',
+    r'\frac',
+    '🌸',
+    'שושנה',
+    'x' * 300,
+    '_hidden',
+    '&amp;',
+    'a\nb',
+    '\udcff',
+]
 
 
 @pytest.mark.parametrize('name', NAMES, ids=range(len(NAMES)))
 def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
     t = predictions(classes=['no', name])
     t['image'] = [f'{name.replace("/", "")}{i}.jpg' for i in range(len(t))]
-    t = t.assign(group=[f'{name}{i//2}' for i in range(len(t))], decision=np.where(t[f'p_{name}'] > .5, name, f'not {name}'), label=t.target,
-                 **{f'data_{name}': [name, 'other']*30})
+    t = t.assign(
+        group=[f'{name}{i // 2}' for i in range(len(t))],
+        decision=np.where(t[f'p_{name}'] > 0.5, name, f'not {name}'),
+        label=t.target,
+        **{f'data_{name}': [name, 'other'] * 30},
+    )
     e = Evaluation(t, ['no', name], {'arch': name, 'task': name}, name, aside=[name], patients=name)
-    page = write_report(e, tmp_path/'r.html', n=20).read_bytes().decode('utf-8', 'surrogateescape')
+    page = write_report(e, tmp_path / 'r.html', n=20).read_bytes().decode('utf-8', 'surrogateescape')
     body = re.sub(r'src="data:image/png;base64,[^"]*"', '', page)
-    assert '<script' not in body and 'onerror=y>' not in body.replace('onerror=y&gt;', '') and body.count('<img') == len(re.findall(r'<img alt=', body))
-    assert len(pd.read_csv(tmp_path/'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
+    assert (
+        '<script' not in body
+        and 'onerror=y>' not in body.replace('onerror=y&gt;', '')
+        and body.count('<img') == len(re.findall(r'<img alt=', body))
+    )
+    assert len(pd.read_csv(tmp_path / 'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
 
 
-EDGES = {'no group': lambda t: t.drop(columns='group'), 'empty groups': lambda t: t.assign(group=None), 'one class': lambda t: t[t.target == 'ill'],
-         'the other class': lambda t: t[t.target == 'no'], 'one image': lambda t: t[:1], 'two images': lambda t: t[:2], 'all right': lambda t: t[(t.p_ill > .5) == (t.target == 'ill')],
-         'all alike': lambda t: t.assign(p_no=.5, p_ill=.5), 'one group': lambda t: t.assign(group='g')}
+EDGES = {
+    'no group': lambda t: t.drop(columns='group'),
+    'empty groups': lambda t: t.assign(group=None),
+    'one class': lambda t: t[t.target == 'ill'],
+    'the other class': lambda t: t[t.target == 'no'],
+    'one image': lambda t: t[:1],
+    'two images': lambda t: t[:2],
+    'all right': lambda t: t[(t.p_ill > 0.5) == (t.target == 'ill')],
+    'all alike': lambda t: t.assign(p_no=0.5, p_ill=0.5),
+    'one group': lambda t: t.assign(group='g'),
+}
 
 
 @pytest.mark.parametrize('decided', [False, True])
 @pytest.mark.parametrize('edge', EDGES)
 def test_a_page_can_be_made_of_any_table(edge, decided):
     t = EDGES[edge](predictions()).reset_index(drop=True)
-    about = {'decision': {'temperature': 1., 'cuts': None, 'refused': [], 'operating': {'threshold': .5, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 50,
-                                                                                    'negatives': 50, 'sensitivity': .92, 'specificity': .8}}} if decided else {}
-    page = report_html(Evaluation(t, TWO, about, prevalence=.1), n=20)
+    about = (
+        {
+            'decision': {
+                'temperature': 1.0,
+                'cuts': None,
+                'refused': [],
+                'operating': {
+                    'threshold': 0.5,
+                    'wanted': 'sensitivity',
+                    'at_least': 0.9,
+                    'positives': 50,
+                    'negatives': 50,
+                    'sensitivity': 0.92,
+                    'specificity': 0.8,
+                },
+            }
+        }
+        if decided
+        else {}
+    )
+    page = report_html(Evaluation(t, TWO, about, prevalence=0.1), n=20)
     assert 'Not a medical device' in page and '>nan<' not in page and 'nan of 100' not in page
     assert ('count images as independent' in page) == (edge in ('no group', 'empty groups'))
 
 
 def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
     empty = predictions().assign(p_no=np.nan, p_ill=np.nan)
-    with pytest.raises(ValueError, match='60 of 60 rows of probabilities have NaN'): report_html(Evaluation(empty, TWO, {}), n=5)
+    with pytest.raises(ValueError, match='60 of 60 rows of probabilities have NaN'):
+        report_html(Evaluation(empty, TWO, {}), n=5)
     model = Model(['0', '1'])
     model.probs = lambda images, *a, **k: np.full((len(images), 2), np.nan)
     with pytest.raises(ValueError, match='gives no probabilities for 40 of 40 images'):
@@ -348,5 +552,8 @@ def test_the_summary_shows_where_the_patients_come_from(folder):
 def test_importing_the_library_warns_of_nothing_that_a_user_can_change():
     import subprocess
     import sys
-    done = subprocess.run([sys.executable, '-c', 'import dr_transfer.data.augment'], capture_output=True, text=True, check=True)
+
+    done = subprocess.run(
+        [sys.executable, '-c', 'import dr_transfer.data.augment'], capture_output=True, text=True, check=True
+    )
     assert 'torch.jit.script' not in done.stderr

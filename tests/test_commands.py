@@ -1,12 +1,13 @@
 "preprocess, evaluate and cross-validate, from the command line; and that a run keeps its decision"
+
 import json
 import shutil
 
 import pandas as pd
 import pytest
 from PIL import Image
-
 from test_cli import FAST, cache_dir, cli, eyes, good, home, once, refused, run, shared_cache, weights  # noqa: F401
+
 from dr_transfer.synthetic.fundus import make_dr
 
 SAID = ('--task', 'dr', *FAST)
@@ -15,99 +16,197 @@ SAID = ('--task', 'dr', *FAST)
 @pytest.fixture(scope='session')
 def many(home):
     "Enough patients for an operating point: 30 with a referable eye, and 30 with another, among the validation images."
-    once('many', lambda: make_dr(home/'many', n=240, size=64, seed=8, workers=1, grade_p=(.3, .15, .2, .15, .2)))
-    return home/'many'
+    once('many', lambda: make_dr(home / 'many', n=240, size=64, seed=8, workers=1, grade_p=(0.3, 0.15, 0.2, 0.15, 0.2)))
+    return home / 'many'
 
 
 @pytest.fixture(scope='session')
 def sure(home, many, weights, shared_cache):
     "A run on them."
-    once('sure', lambda: good('train', many, '--weights', weights, *SAID, '--valid', '0.5', '--sensitivity', '0.85', '--out', home/'sure'))
-    return home/'sure'
+    once(
+        'sure',
+        lambda: good(
+            'train',
+            many,
+            '--weights',
+            weights,
+            *SAID,
+            '--valid',
+            '0.5',
+            '--sensitivity',
+            '0.85',
+            '--out',
+            home / 'sure',
+        ),
+    )
+    return home / 'sure'
 
 
 def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
-    decision = json.loads((sure/'record.json').read_text())['decision']
-    assert decision['operating']['wanted'] == 'sensitivity' and decision['operating']['sensitivity'] >= .85 and decision['temperature'] > 0 and decision['refused'] == []
-    assert json.loads((sure/'model'/'model.json').read_text())['decision'] == decision
-    p = pd.read_csv(sure/'predictions.csv')
+    decision = json.loads((sure / 'record.json').read_text())['decision']
+    assert (
+        decision['operating']['wanted'] == 'sensitivity'
+        and decision['operating']['sensitivity'] >= 0.85
+        and decision['temperature'] > 0
+        and decision['refused'] == []
+    )
+    assert json.loads((sure / 'model' / 'model.json').read_text())['decision'] == decision
+    p = pd.read_csv(sure / 'predictions.csv')
     assert ((p.p_referable >= decision['operating']['threshold']) == (p.decision == 'referable')).all()
-    r = json.loads((sure/'record.json').read_text())
-    assert p.group.notna().all() and r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
+    r = json.loads((sure / 'record.json').read_text())
+    assert (
+        p.group.notna().all()
+        and r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
+    )
     assert decision['positive_groups'] >= 30 and decision['positive_groups'] < decision['operating']['positives']
-    out = good('predict', sure, many/'images').out
+    out = good('predict', sure, many / 'images').out
     assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,error'
 
 
 def test_too_few_positives_are_said_and_the_run_is_made(run):
-    d = json.loads((run/'record.json').read_text())['decision']
+    d = json.loads((run / 'record.json').read_text())['decision']
     assert d['operating'] is None and any('cannot be set on fewer than 30' in w for w in d['refused'])
 
 
 def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
-    labels = pd.read_csv(eyes/'labels.csv').rename(columns={'patient': 'person'})
-    labels.assign(camera=['A', 'B']*20).to_csv(tmp_path/'l.csv', index=False)
-    said = good('evaluate', sure, eyes, '--labels', tmp_path/'l.csv', '--patient', 'person', '--prevalence', '0.1', '--draws', '100', '--out', tmp_path/'r.html')
-    page, t = (tmp_path/'r.html').read_text(), pd.read_csv(tmp_path/'r_predictions.csv')
-    assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path/'r.html') in said.out
-    assert len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
-    for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'): assert words in page, words
-    refused('evaluate', sure, eyes, '--out', tmp_path/'r.html')
-    refused('evaluate', sure, eyes, '--patient', 'nobody', '--out', tmp_path/'s.html')
-    assert not (tmp_path/'s.html').exists()
+    labels = pd.read_csv(eyes / 'labels.csv').rename(columns={'patient': 'person'})
+    labels.assign(camera=['A', 'B'] * 20).to_csv(tmp_path / 'l.csv', index=False)
+    said = good(
+        'evaluate',
+        sure,
+        eyes,
+        '--labels',
+        tmp_path / 'l.csv',
+        '--patient',
+        'person',
+        '--prevalence',
+        '0.1',
+        '--draws',
+        '100',
+        '--out',
+        tmp_path / 'r.html',
+    )
+    page, t = (tmp_path / 'r.html').read_text(), pd.read_csv(tmp_path / 'r_predictions.csv')
+    assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path / 'r.html') in said.out
+    assert (
+        len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
+    )
+    for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'):
+        assert words in page, words
+    refused('evaluate', sure, eyes, '--out', tmp_path / 'r.html')
+    refused('evaluate', sure, eyes, '--patient', 'nobody', '--out', tmp_path / 's.html')
+    assert not (tmp_path / 's.html').exists()
 
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
-    assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', tmp_path/'r.html')
-    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path/'valid.html')
-    t, own = pd.read_csv(tmp_path/'valid_predictions.csv'), pd.read_csv(sure/'predictions.csv')
-    assert sorted(t.image) == sorted(own.image) and 'slightly optimistic' in (tmp_path/'valid.html').read_text() and 'not validation images' in said.out
+    assert 'the model was made from all of these images' in refused(
+        'evaluate', sure, many, '--out', tmp_path / 'r.html'
+    )
+    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'valid.html')
+    t, own = pd.read_csv(tmp_path / 'valid_predictions.csv'), pd.read_csv(sure / 'predictions.csv')
+    assert (
+        sorted(t.image) == sorted(own.image)
+        and 'slightly optimistic' in (tmp_path / 'valid.html').read_text()
+        and 'not validation images' in said.out
+    )
     both = own.merge(t, on='image', suffixes=('', '_again'))
-    assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(own.group) == set(t.group)
-    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '100', '--out', tmp_path/'all.html')
-    assert 'the figures are those of images it knows' in (tmp_path/'all.html').read_text() and 'excluded' not in said.out
-    both = tmp_path/'both'                                                                       # 40 new ones, 8 known ones, a broken one
-    shutil.copytree(eyes/'images', both)
+    assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(
+        own.group
+    ) == set(t.group)
+    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '100', '--out', tmp_path / 'all.html')
+    assert (
+        'the figures are those of images it knows' in (tmp_path / 'all.html').read_text() and 'excluded' not in said.out
+    )
+    both = tmp_path / 'both'  # 40 new ones, 8 known ones, a broken one
+    shutil.copytree(eyes / 'images', both)
     known = [f'known_{i}.png' for i in range(8)]
-    labels = pd.read_csv(many/'labels.csv').head(8)
-    for to, (i, name) in zip(known, enumerate(labels.image)):                                     # four of them a little lighter
-        source = next((many/'images').glob(f'{name}*'))
-        if i % 2: shutil.copy(source, both/to)
-        else: Image.open(source).point(lambda v: min(255, int(1.05*v + 2))).save(both/to)
-    (both/'broken.png').write_bytes(b'no image')
-    pd.concat([pd.read_csv(eyes/'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]).to_csv(tmp_path/'l.csv', index=False)
-    said = good('evaluate', sure, both, '--labels', tmp_path/'l.csv', '--draws', '100', '--out', tmp_path/'r.html')
-    assert len(pd.read_csv(tmp_path/'r_predictions.csv')) == 40 and 'excluded: 8 images' in said.out and '1 images that cannot be read' in said.out
-    assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path/'r.html').read_text() and 'broken.png' in (tmp_path/'r.html').read_text()
+    labels = pd.read_csv(many / 'labels.csv').head(8)
+    for to, (i, name) in zip(known, enumerate(labels.image)):  # four of them a little lighter
+        source = next((many / 'images').glob(f'{name}*'))
+        if i % 2:
+            shutil.copy(source, both / to)
+        else:
+            Image.open(source).point(lambda v: min(255, int(1.05 * v + 2))).save(both / to)
+    (both / 'broken.png').write_bytes(b'no image')
+    pd.concat(
+        [pd.read_csv(eyes / 'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]
+    ).to_csv(tmp_path / 'l.csv', index=False)
+    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', tmp_path / 'r.html')
+    assert (
+        len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
+        and 'excluded: 8 images' in said.out
+        and '1 images that cannot be read' in said.out
+    )
+    assert (
+        '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path / 'r.html').read_text()
+        and 'broken.png' in (tmp_path / 'r.html').read_text()
+    )
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
-    words = ('cross-validate', many, '--weights', weights, *SAID, '--folds', '3', '--draws', '100', '--sensitivity', '0.85')
-    said = good(*words, '--out', tmp_path/'r.html')
-    t = pd.read_csv(tmp_path/'r_predictions.csv')
-    assert len(t) == 240 and set(t.fold) == {1, 2, 3} and (t.groupby('group').fold.nunique() == 1).all() and t.decision.notna().all()
-    assert 'the threshold is that of the other folds' in (tmp_path/'r.html').read_text() and 'fold 3' in said.out
-    again = good(*words, '--out', tmp_path/'again.html')
-    assert 'fold 1' not in again.out and pd.read_csv(tmp_path/'again_predictions.csv').equals(t), 'finished folds are used'
+    words = (
+        'cross-validate',
+        many,
+        '--weights',
+        weights,
+        *SAID,
+        '--folds',
+        '3',
+        '--draws',
+        '100',
+        '--sensitivity',
+        '0.85',
+    )
+    said = good(*words, '--out', tmp_path / 'r.html')
+    t = pd.read_csv(tmp_path / 'r_predictions.csv')
+    assert (
+        len(t) == 240
+        and set(t.fold) == {1, 2, 3}
+        and (t.groupby('group').fold.nunique() == 1).all()
+        and t.decision.notna().all()
+    )
+    assert 'the threshold is that of the other folds' in (tmp_path / 'r.html').read_text() and 'fold 3' in said.out
+    again = good(*words, '--out', tmp_path / 'again.html')
+    assert 'fold 1' not in again.out and pd.read_csv(tmp_path / 'again_predictions.csv').equals(t), (
+        'finished folds are used'
+    )
 
 
 def test_preprocess_prepares_what_train_reads(eyes, weights, tmp_path):
-    said = good('preprocess', eyes, tmp_path/'small', '--size', '64', '--correction', 'colour', '--to-right')
-    assert '40 photographs' in said.out and len(pd.read_csv(tmp_path/'small'/'images.csv')) == 40
-    good('train', tmp_path/'small', '--weights', weights, *SAID, '--out', tmp_path/'run')
+    said = good('preprocess', eyes, tmp_path / 'small', '--size', '64', '--correction', 'colour', '--to-right')
+    assert '40 photographs' in said.out and len(pd.read_csv(tmp_path / 'small' / 'images.csv')) == 40
+    good('train', tmp_path / 'small', '--weights', weights, *SAID, '--out', tmp_path / 'run')
     refused('preprocess', eyes, eyes)
-    refused('preprocess', eyes, tmp_path/'small', '--size', '128')
+    refused('preprocess', eyes, tmp_path / 'small', '--size', '128')
 
 
-@pytest.mark.parametrize('words', [('--sensitivity', '0.9', '--specificity', '0.9'), ('--balance', 'weight'), ('--head', 'cumulativ')])
+@pytest.mark.parametrize(
+    'words', [('--sensitivity', '0.9', '--specificity', '0.9'), ('--balance', 'weight'), ('--head', 'cumulativ')]
+)
 def test_wrong_words_are_refused(eyes, weights, tmp_path, words):
-    refused('train', eyes, '--weights', weights, *SAID, *words, '--out', tmp_path/'run')
-    assert not (tmp_path/'run').exists()
+    refused('train', eyes, '--weights', weights, *SAID, *words, '--out', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
-    good('train', many, '--weights', weights, *SAID, '--target', 'grade', '--head', 'regression', '--balance', 'sampling', '--valid', '0.4', '--out', tmp_path/'run')
-    t = pd.read_csv(tmp_path/'run'/'predictions.csv')
+    good(
+        'train',
+        many,
+        '--weights',
+        weights,
+        *SAID,
+        '--target',
+        'grade',
+        '--head',
+        'regression',
+        '--balance',
+        'sampling',
+        '--valid',
+        '0.4',
+        '--out',
+        tmp_path / 'run',
+    )
+    t = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
     assert set(t.grade) <= set(range(5)) and t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', tmp_path/'run', eyes, '--draws', '100', '--out', tmp_path/'r.html')
-    assert 'kappa at the cut points' in (tmp_path/'r.html').read_text()
+    good('evaluate', tmp_path / 'run', eyes, '--draws', '100', '--out', tmp_path / 'r.html')
+    assert 'kappa at the cut points' in (tmp_path / 'r.html').read_text()

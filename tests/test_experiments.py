@@ -1,4 +1,5 @@
 "Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
+
 import shutil
 
 import numpy as np
@@ -8,21 +9,32 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from test_cli import cli, good, home, once, refused  # noqa: F401
 from torch import nn
 
 import dr_transfer.evaluation.cross_validation as crossval
-from test_cli import cli, good, home, once, refused  # noqa: F401
-from dr_transfer.models.backbones import create_body, save_weights
+from dr_transfer.core import build_learner
+from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import encode_target, get_task
 from dr_transfer.evaluation.compare import _recipes, compare, plot_comparison
 from dr_transfer.evaluation.cross_validation import _kept, train_once
-from dr_transfer.core import build_learner
-from dr_transfer.data.tasks import encode_target, get_task
-from dr_transfer.evaluation.experiments import (RIVALS, START, _splits, curve_table, first_images, learning_curve, plot_learning_curve, rival_plans,
-                                     training_curve, unseen_split, worth_of_pretraining)
+from dr_transfer.evaluation.experiments import (
+    RIVALS,
+    START,
+    _splits,
+    curve_table,
+    first_images,
+    learning_curve,
+    plot_learning_curve,
+    rival_plans,
+    training_curve,
+    unseen_split,
+    worth_of_pretraining,
+)
+from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.synthetic.fundus import make_flowers
 from dr_transfer.training.phases import _epochs
 from dr_transfer.training.plans import Phase, Plan, get_plan, plan_table
-from dr_transfer.data.table import label_table
 
 SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
 FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=lambda line: None)
@@ -31,34 +43,52 @@ FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=la
 @pytest.fixture(scope='session')
 def flowers(home):
     "Flowers of some photographers."
-    once('curve_flowers', lambda: make_flowers(home/'curve_flowers', n=160, size=40, seed=11))
-    return home/'curve_flowers'
+    once('curve_flowers', lambda: make_flowers(home / 'curve_flowers', n=160, size=40, seed=11))
+    return home / 'curve_flowers'
 
 
 @pytest.fixture(scope='session')
-def labelled(flowers): return encode_target(label_table(flowers), get_task('flowers').target())
+def labelled(flowers):
+    return encode_target(label_table(flowers), get_task('flowers').target())
 
 
 @pytest.fixture
 def trainings(monkeypatch):
     "The sizes of the training sides that were really trained on."
     seen, build = [], crossval.build_learner
-    monkeypatch.setattr(crossval, 'build_learner', lambda t, *a, **kw: seen.append(int((t.split == 'train').sum())) or build(t, *a, **kw))
+    monkeypatch.setattr(
+        crossval,
+        'build_learner',
+        lambda t, *a, **kw: seen.append(int((t.split == 'train').sum())) or build(t, *a, **kw),
+    )
     return seen
 
 
 # ---------------------------------------------------------------- sides
 
+
 @pytest.mark.parametrize('seed', range(4))
 def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled, seed):
     t = unseen_split(labelled, labelled.group.to_numpy(), seed=seed)
-    assert (t.groupby('group').split.nunique() == 1).all() and set(t.split) == {'train', 'valid', 'test'} and t.image.is_unique
+    assert (
+        (t.groupby('group').split.nunique() == 1).all()
+        and set(t.split) == {'train', 'valid', 'test'}
+        and t.image.is_unique
+    )
     sets = [first_images(t, n) for n in (10, 25, 50)]
     train = [s[s.split == 'train'] for s in sets]
-    assert [len(s) for s in train] == [10, 25, 50] and all(set(a.image) < set(b.image) for a, b in zip(train, train[1:]))
+    assert [len(s) for s in train] == [10, 25, 50] and all(
+        set(a.image) < set(b.image) for a, b in zip(train, train[1:])
+    )
     share = t[t.split == 'train'].target.value_counts(normalize=True)
-    for s in train: assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share*len(s)) <= 1).all(), 'each class in proportion'
-    for s in sets: assert s[s.split == 'test'].image.tolist() == t[t.split == 'test'].image.tolist(), 'the unseen images are the same'
+    for s in train:
+        assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (
+            'each class in proportion'
+        )
+    for s in sets:
+        assert s[s.split == 'test'].image.tolist() == t[t.split == 'test'].image.tolist(), (
+            'the unseen images are the same'
+        )
 
 
 def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
@@ -70,24 +100,33 @@ def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(label
 
 def test_a_random_start_gets_steps_not_epochs(labelled):
     sides = unseen_split(labelled, labelled.group.to_numpy())
-    for n, epochs in ((10, 300), (70, 300), (100, 200)):     # one, two and three steps an epoch
-        learn = build_learner(first_images(sides, n), get_task('flowers', 32), plan=RIVALS[START], arch='small_cnn', setting='plain')
+    for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
+        learn = build_learner(
+            first_images(sides, n), get_task('flowers', 32), plan=RIVALS[START], arch='small_cnn', setting='plain'
+        )
         assert _epochs(learn, RIVALS[START].phases[0]) == epochs
     assert plan_table(plans=[RIVALS[START]]).epochs.tolist() == ['by the set']
-    assert RIVALS[START].phases[0].frozen == 0 and RIVALS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+    assert RIVALS[START].phases[0].frozen == 0 and RIVALS[START].phases[0].fixed_bn is False, (
+        'the statistics of random weights must move'
+    )
 
 
 # ---------------------------------------------------------------- curves
 
+
 def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     ask = dict(sizes=(10, 30), rivals=SHORT, seeds=1, **FAST)
     real = crossval.build_learner
+
     def stop(t, *a, **kw):
-        if len(trainings) == 3: raise KeyboardInterrupt
+        if len(trainings) == 3:
+            raise KeyboardInterrupt
         return real(t, *a, **kw)
+
     with pytest.MonkeyPatch.context() as m:
         m.setattr(crossval, 'build_learner', stop)
-        with pytest.raises(KeyboardInterrupt): learning_curve(flowers, **ask)
+        with pytest.raises(KeyboardInterrupt):
+            learning_curve(flowers, **ask)
     assert trainings == [10, 10, 30]
     runs = learning_curve(flowers, **ask)
     assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
@@ -98,16 +137,23 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
 
 
 def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, trainings):
-    with pytest.raises(ValueError, match='1000 images to learn from, and there are'): learning_curve(flowers, sizes=(10, 1000), rivals=SHORT, **FAST)
-    with pytest.raises(ValueError, match='frozen'): learning_curve(flowers, rivals=['frosen'], **FAST)
-    with pytest.raises(ValueError, match='fine_tune'): rival_plans({'mine': 'fine_tunes'})
+    with pytest.raises(ValueError, match='1000 images to learn from, and there are'):
+        learning_curve(flowers, sizes=(10, 1000), rivals=SHORT, **FAST)
+    with pytest.raises(ValueError, match='frozen'):
+        learning_curve(flowers, rivals=['frosen'], **FAST)
+    with pytest.raises(ValueError, match='fine_tune'):
+        rival_plans({'mine': 'fine_tunes'})
     assert trainings == []
 
 
 def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     rivals = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
     h = training_curve(flowers, epochs=2, images=40, rivals=rivals, augment='none', **FAST)
-    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {START: [1, 2], 'frozen': [0], 'tuned': [0, 1, 2]}
+    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {
+        START: [1, 2],
+        'frozen': [0],
+        'tuned': [0, 1, 2],
+    }
     assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
     task = get_task('flowers', 32)
     t = _splits(flowers, task, 1, None, None, 0.3, 600, None, print)[0]
@@ -115,150 +161,260 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     how = {k: v for k, v in FAST.items() if k != 'size'}
     for name, plan in rival_plans(rivals).items():
         p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
-        assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), 'the error of the unseen images'
+        assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), (
+            'the error of the unseen images'
+        )
     assert len(trainings) == 3, 'these were the trainings of the curve'
 
 
 # ---------------------------------------------------------------- what is kept
 
+
 def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, trainings):
-    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
+    t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     task, plan = get_task('flowers', 32), Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
-    def kept(**kw): return _kept(t, [task, plan, kw])
+
+    def kept(**kw):
+        return _kept(t, [task, plan, kw])
+
     assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
-    for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()): assert kept(o=o) is None, 'what has no description is not kept'
+    for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()):
+        assert kept(o=o) is None, 'what has no description is not kept'
     how = dict(arch='small_cnn', setting='plain', allow_leaks=True, say=lambda line: None)
-    file = tmp_path/'w.safetensors'
-    for seed in (1, 2):                                                                    # one name, other weights
+    file = tmp_path / 'w.safetensors'
+    for seed in (1, 2):  # one name, other weights
         torch.manual_seed(seed)
         save_weights(create_body('small_cnn', 'random'), file, overwrite=True)
         train_once(t, task, None, plan, weights=file, **how)
     assert len(trainings) == 2
-    shutil.copy(file, tmp_path/'elsewhere.safetensors')
-    train_once(t, task, None, plan, weights=tmp_path/'elsewhere.safetensors', **how)
+    shutil.copy(file, tmp_path / 'elsewhere.safetensors')
+    train_once(t, task, None, plan, weights=tmp_path / 'elsewhere.safetensors', **how)
     assert len(trainings) == 2, 'the same weights under another name'
-    for _ in range(2): train_once(t, task, None, plan, weights='random', loss_func=CrossEntropyLossFlat(), **how)
+    for _ in range(2):
+        train_once(t, task, None, plan, weights='random', loss_func=CrossEntropyLossFlat(), **how)
     assert len(trainings) == 4, 'a loss that cannot be told by its name is trained each time'
 
 
 def swap(folder):
-    a, b = (folder/n for n in crossval.KEPT)
+    a, b = (folder / n for n in crossval.KEPT)
     a, b, c = a.read_bytes(), b.read_bytes(), a
     c.write_bytes(b)
 
 
-DAMAGE = {'a number': lambda d: (d/'predictions.csv').write_bytes((d/'predictions.csv').read_bytes().replace(b'0.', b'1.', 1)),
-          'cut': lambda d: (d/'predictions.csv').write_bytes((d/'predictions.csv').read_bytes()[:-40]), 'zeros': lambda d: (d/'history.csv').write_bytes(bytes(99)),
-          'gone': lambda d: (d/'history.csv').unlink(), 'another table': swap, 'no sums': lambda d: (d/'sums.json').write_text('[]'),
-          'empty': lambda d: [p.unlink() for p in d.iterdir()]}
+DAMAGE = {
+    'a number': lambda d: (d / 'predictions.csv').write_bytes(
+        (d / 'predictions.csv').read_bytes().replace(b'0.', b'1.', 1)
+    ),
+    'cut': lambda d: (d / 'predictions.csv').write_bytes((d / 'predictions.csv').read_bytes()[:-40]),
+    'zeros': lambda d: (d / 'history.csv').write_bytes(bytes(99)),
+    'gone': lambda d: (d / 'history.csv').unlink(),
+    'another table': swap,
+    'no sums': lambda d: (d / 'sums.json').write_text('[]'),
+    'empty': lambda d: [p.unlink() for p in d.iterdir()],
+}
 
 
 @pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
 def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
-    folder, other = tmp_path/'trainings'/'a', tmp_path/'trainings'/'b'
-    tables = [pd.DataFrame({'image': pd.Series(['x'], dtype=object), 'p_a': [0.25]}), pd.DataFrame({'train_loss': [0.5]})]
+    folder, other = tmp_path / 'trainings' / 'a', tmp_path / 'trainings' / 'b'
+    tables = [
+        pd.DataFrame({'image': pd.Series(['x'], dtype=object), 'p_a': [0.25]}),
+        pd.DataFrame({'train_loss': [0.5]}),
+    ]
     crossval._write_kept(folder, tables)
-    assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True] and crossval._read_kept(other) is None
-    if name == 'that of another training': shutil.copytree(folder, other)
-    elif name == 'a file': other.write_text('x')
+    assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True] and crossval._read_kept(
+        other
+    ) is None
+    if name == 'that of another training':
+        shutil.copytree(folder, other)
+    elif name == 'a file':
+        other.write_text('x')
     else:
         DAMAGE[name](folder)
         other = folder
-    with pytest.warns(UserWarning, match='is damaged: it is done again'): assert crossval._read_kept(other) is None
+    with pytest.warns(UserWarning, match='is damaged: it is done again'):
+        assert crossval._read_kept(other) is None
     crossval._write_kept(other, tables)
     assert crossval._read_kept(other) is not None
 
 
 def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
     "And is the same as before"
-    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
+    t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     how = dict(arch='small_cnn', weights='random', setting='plain', allow_leaks=True, say=lambda line: None)
-    def run(): return train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), **how)[0]
+
+    def run():
+        return train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), **how)[
+            0
+        ]
+
     first = run()
-    file, = cache_dir.glob('trainings/*/predictions.csv')
+    (file,) = cache_dir.glob('trainings/*/predictions.csv')
     was = file.read_bytes()
     file.write_bytes(was.replace(b'0.', b'1.', 1))
-    with pytest.warns(UserWarning, match='done again'): assert run().equals(first)
+    with pytest.warns(UserWarning, match='done again'):
+        assert run().equals(first)
     assert len(trainings) == 2 and file.read_bytes() == was and run().equals(first) and len(trainings) == 2
 
 
 def test_classes_with_odd_names_are_read_back(labelled):
-    t = labelled[:30].assign(split=['train']*20 + ['valid']*10)
-    t['target'] = t['label'] = ['None', 'NA', 'null']*10
-    for _ in range(2): p, _h = train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), arch='small_cnn', weights='random', setting='plain', allow_leaks=True, say=lambda line: None)
-    assert set(p.target) == {'None', 'NA', 'null'} and set(p.prediction) <= set(p.target) and p.filter(like='p_').notna().all().all()
+    t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
+    t['target'] = t['label'] = ['None', 'NA', 'null'] * 10
+    for _ in range(2):
+        p, _h = train_once(
+            t,
+            get_task('flowers', 32),
+            None,
+            Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)),
+            arch='small_cnn',
+            weights='random',
+            setting='plain',
+            allow_leaks=True,
+            say=lambda line: None,
+        )
+    assert (
+        set(p.target) == {'None', 'NA', 'null'}
+        and set(p.prediction) <= set(p.target)
+        and p.filter(like='p_').notna().all().all()
+    )
 
 
 def curve(**scores):
     "Runs of three splits with known means; the splits differ by `spread`"
-    sizes, spread = (25, 50, 100, 200), scores.pop('spread', 0.)
-    return pd.DataFrame([{'rival': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + spread*(s - 1), 'share': 0.25}
-                         for s in range(3) for r, row in scores.items() for n, v in zip(sizes, row)])
+    sizes, spread = (25, 50, 100, 200), scores.pop('spread', 0.0)
+    return pd.DataFrame(
+        [
+            {'rival': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + spread * (s - 1), 'share': 0.25}
+            for s in range(3)
+            for r, row in scores.items()
+            for n, v in zip(sizes, row)
+        ]
+    )
 
 
-@pytest.mark.parametrize('frozen, needs, worth', [
-    ((.4, .5, .6, .7), [50, 100, 200, np.inf], [25, 50, 100, np.inf]),      # one doubling ahead; the last is beyond what was tried
-    ((.3, .4, .5, .6), [25, 50, 100, 200], [0, 0, 0, 0]),                   # no better
-    ((.1, .2, .3, .4), [25, 50, 100, 200], [0, 0, 0, 0]),                   # worse: none, never less than none
-    ((.45, .45, .45, .45), [2**.5*50, 2**.5*50, 100, 200], [2**.5*50 - 25, 2**.5*50 - 50, 0, 0])])  # ahead at first only
+@pytest.mark.parametrize(
+    'frozen, needs, worth',
+    [
+        (
+            (0.4, 0.5, 0.6, 0.7),
+            [50, 100, 200, np.inf],
+            [25, 50, 100, np.inf],
+        ),  # one doubling ahead; the last is beyond what was tried
+        ((0.3, 0.4, 0.5, 0.6), [25, 50, 100, 200], [0, 0, 0, 0]),  # no better
+        ((0.1, 0.2, 0.3, 0.4), [25, 50, 100, 200], [0, 0, 0, 0]),  # worse: none, never less than none
+        ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
+    ],
+)  # ahead at first only
 def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, worth):
-    w = worth_of_pretraining(curve(random_start=(.3, .4, .5, .6), frozen=frozen)).loc['frozen']
+    w = worth_of_pretraining(curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.needs.tolist() == pytest.approx(needs) and w.worth.tolist() == pytest.approx(worth)
 
 
 def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
-    narrow, wide = (worth_of_pretraining(curve(random_start=(.3, .4, .5, .6), frozen=(.42, .5, .55, .6), spread=s)) for s in (.002, .02))
-    for w in (narrow, wide): assert ((w.worth_low <= w.worth) & (w.worth <= w.worth_high)).all()
-    assert (wide.worth_low <= narrow.worth_low).all() and (wide.worth_high >= narrow.worth_high).all() and (wide.worth_high > narrow.worth_high).any()
+    narrow, wide = (
+        worth_of_pretraining(curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), spread=s))
+        for s in (0.002, 0.02)
+    )
+    for w in (narrow, wide):
+        assert ((w.worth_low <= w.worth) & (w.worth <= w.worth_high)).all()
+    assert (
+        (wide.worth_low <= narrow.worth_low).all()
+        and (wide.worth_high >= narrow.worth_high).all()
+        and (wide.worth_high > narrow.worth_high).any()
+    )
 
 
 def test_a_curve_that_dips_does_not_count_twice():
-    w = worth_of_pretraining(curve(random_start=(.3, .5, .45, .6), frozen=(.5, .5, .5, .5)))
+    w = worth_of_pretraining(curve(random_start=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
     assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
 
 
 def test_table_and_picture_of_a_curve():
-    runs = curve(random_start=(.3, .4, .5, .6), frozen=(.5, .55, .6, .6), spread=.01)
+    runs = curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), spread=0.01)
     t = curve_table(runs)
-    assert t.loc[('frozen', 25), 'gain'] == pytest.approx(.2) and t.loc[START].gain.isna().all()
-    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(.2), 'the splits agree on the difference'
+    assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2) and t.loc[START].gain.isna().all()
+    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits agree on the difference'
     assert [x.get_text() for x in plot_learning_curve(runs).axes[0].get_legend().get_texts()] == [START, 'frozen']
-    with pytest.raises(ValueError, match='accuracy'): curve_table(runs, 'kappa')
-    with pytest.raises(ValueError, match='it has frozen'): worth_of_pretraining(runs[runs.rival == 'frozen'])
+    with pytest.raises(ValueError, match='accuracy'):
+        curve_table(runs, 'kappa')
+    with pytest.raises(ValueError, match='it has frozen'):
+        worth_of_pretraining(runs[runs.rival == 'frozen'])
 
 
 # ---------------------------------------------------------------- rivals on one split
 
+
 def test_one_name_is_a_list_of_one_and_a_name_stands_once():
     assert list(_recipes('cifarnet', 'head')) == ['head'] and list(rival_plans('frozen')) == ['frozen']
-    with pytest.raises(ValueError, match='two plans have one name'): _recipes('cifarnet', ['top1', get_plan('top1', 3)])
+    with pytest.raises(ValueError, match='two plans have one name'):
+        _recipes('cifarnet', ['top1', get_plan('top1', 3)])
 
 
 def test_rivals_are_named_by_what_differs():
     assert list(_recipes(['cifarnet'], ['head', 'top1'])) == ['head', 'top1']
     assert list(_recipes(['cifarnet', 'small_cnn'], ['head'])) == ['cifarnet', 'small_cnn']
     assert list(_recipes(['cifarnet'], ['head'])) == ['head']
-    assert list(_recipes(['cifarnet', 'test_resnet'], ['head', 'scratch'])) == ['cifarnet, head', 'small_cnn, scratch', 'test_resnet, head']
+    assert list(_recipes(['cifarnet', 'test_resnet'], ['head', 'scratch'])) == [
+        'cifarnet, head',
+        'small_cnn, scratch',
+        'test_resnet, head',
+    ]
 
 
 def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
     same = {n: Plan(n, (Phase(-1, None, 1e-3),)) for n in ('one', 'two')}
-    c = compare(flowers, plans=same.values(), archs=['small_cnn'], weights='random', size=32, setting='plain', say=lambda line: None)
+    c = compare(
+        flowers,
+        plans=same.values(),
+        archs=['small_cnn'],
+        weights='random',
+        size=32,
+        setting='plain',
+        say=lambda line: None,
+    )
     d = c.table(n=50).loc['two']
     assert (d[['difference', 'difference_low', 'difference_high']].abs() < 1e-9).all().all()
     assert len(plot_comparison(c.table(n=50)).axes) == 2
 
 
 def test_compare_from_the_command_line(flowers, tmp_path, trainings):
-    words = ['compare', flowers, '--archs', 'small_cnn', 'test_resnet', '--plans', 'head', '--weights', 'random', '--size', '32', '--setting', 'plain', '--draws', '100']
-    said = good(*words, '--out', tmp_path/'c.png')
-    assert 'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path/'c.png').stat().st_size > 1000
-    t = pd.read_csv(tmp_path/'c_table.csv').set_index(['rival', 'measure'])
-    assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, 'the first is not held against itself'
-    assert t.loc[('test_resnet', 'accuracy'), 'difference_low'] <= t.loc[('test_resnet', 'accuracy'), 'difference'] <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
+    words = [
+        'compare',
+        flowers,
+        '--archs',
+        'small_cnn',
+        'test_resnet',
+        '--plans',
+        'head',
+        '--weights',
+        'random',
+        '--size',
+        '32',
+        '--setting',
+        'plain',
+        '--draws',
+        '100',
+    ]
+    said = good(*words, '--out', tmp_path / 'c.png')
+    assert (
+        'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path / 'c.png').stat().st_size > 1000
+    )
+    t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['rival', 'measure'])
+    assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
+        'the first is not held against itself'
+    )
+    assert (
+        t.loc[('test_resnet', 'accuracy'), 'difference_low']
+        <= t.loc[('test_resnet', 'accuracy'), 'difference']
+        <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
+    )
     assert len(trainings) == 2
-    assert 'c.png exists already' in refused(*words, '--out', tmp_path/'c.png') and len(trainings) == 2
-    again = good(*words, '--out', tmp_path/'d.png', '--seed', '42')
-    assert len(trainings) == 2 and pd.read_csv(tmp_path/'d_table.csv').set_index(['rival', 'measure']).equals(t) and again.code == 0
-    assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path/'e.png')
-    assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path/'e.csv')
+    assert 'c.png exists already' in refused(*words, '--out', tmp_path / 'c.png') and len(trainings) == 2
+    again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
+    assert (
+        len(trainings) == 2
+        and pd.read_csv(tmp_path / 'd_table.csv').set_index(['rival', 'measure']).equals(t)
+        and again.code == 0
+    )
+    assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path / 'e.png')
+    assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path / 'e.csv')

@@ -1,4 +1,5 @@
 "First filters and their score, stages, and Grad-CAM against maps by hand, on every family of networks."
+
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -10,12 +11,34 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dr_transfer.models.backbones import create_body, stage_names
-from dr_transfer.inference.saved_model import ImageModel
-from dr_transfer.explain.activations import (activation_table, evaluating, filter_table, first_filters, gabor_bank, gabor_share, model_parts, nearest_images, neighbour_table,
-                                 plot_activations, plot_filters, plot_nearest, plot_neighbours)
+from dr_transfer.explain.activations import (
+    activation_table,
+    evaluating,
+    filter_table,
+    first_filters,
+    gabor_bank,
+    gabor_share,
+    model_parts,
+    nearest_images,
+    neighbour_table,
+    plot_activations,
+    plot_filters,
+    plot_nearest,
+    plot_neighbours,
+)
+from dr_transfer.explain.grad_cam import (
+    heat_map,
+    heat_on,
+    heat_sheet,
+    heat_table,
+    log_odds,
+    overlay,
+    plot_heat,
+    plot_heat_tables,
+)
 from dr_transfer.features.extraction import extract_features
-from dr_transfer.explain.grad_cam import heat_map, heat_on, heat_sheet, heat_table, log_odds, overlay, plot_heat, plot_heat_tables
+from dr_transfer.inference.saved_model import ImageModel
+from dr_transfer.models.backbones import create_body, stage_names
 from dr_transfer.models.network import HEADS, Body, create_head, head_inputs
 from dr_transfer.models.speed import Setting
 from dr_transfer.models.weights import WeightsError
@@ -27,10 +50,28 @@ def image_model(arch, head='linear', size=64, classes=('no', 'referable'), body=
     stages = Body(stages, *body) if body else stages
     inner = getattr(stages, 'stages', stages)
     model = nn.Sequential(stages, create_head(head, head_inputs(inner, head, size), len(classes)))
-    return ImageModel(model, {'arch': arch, 'stage': 'last', 'tap': 1, 'head': {}, 'task': '', 'target': '', 'size': size, 'reader': 'photo', 'fit': 'squish', 'views': 'none', 'classes': list(classes), 'mean': [.5]*3, 'std': [.25]*3})
+    return ImageModel(
+        model,
+        {
+            'arch': arch,
+            'stage': 'last',
+            'tap': 1,
+            'head': {},
+            'task': '',
+            'target': '',
+            'size': size,
+            'reader': 'photo',
+            'fit': 'squish',
+            'views': 'none',
+            'classes': list(classes),
+            'mean': [0.5] * 3,
+            'std': [0.25] * 3,
+        },
+    )
 
 
-def picture(size=64, seed=0): return np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
+def picture(size=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
 
 
 def batch(model, *images):
@@ -40,24 +81,42 @@ def batch(model, *images):
 
 # ---------------------------------------------------------------- filters
 
-@pytest.mark.parametrize('arch, shape', [('small_cnn', (32, 3, 3, 3)), ('cifarnet', (32, 3, 5, 5)), ('resnet18', (64, 3, 7, 7)), ('alexnet', (64, 3, 11, 11)),
-                                         ('googlenet', (64, 3, 7, 7)), ('mobilenetv3_small_050', (16, 3, 3, 3)), ('test_vit', (64, 3, 16, 16))])
+
+@pytest.mark.parametrize(
+    'arch, shape',
+    [
+        ('small_cnn', (32, 3, 3, 3)),
+        ('cifarnet', (32, 3, 5, 5)),
+        ('resnet18', (64, 3, 7, 7)),
+        ('alexnet', (64, 3, 11, 11)),
+        ('googlenet', (64, 3, 7, 7)),
+        ('mobilenetv3_small_050', (16, 3, 3, 3)),
+        ('test_vit', (64, 3, 16, 16)),
+    ],
+)
 def test_the_first_filters_are_found_and_random_ones_score_as_chance(arch, shape):
     torch.manual_seed(1)
     body = create_body(arch, 'random')
     w = first_filters(body)
-    assert w.shape == shape and np.array_equal(w, first_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity()))))
-    if shape[-1] > 11: return
+    assert w.shape == shape and np.array_equal(
+        w, first_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity())))
+    )
+    if shape[-1] > 11:
+        return
     t = filter_table({'it': w}, n=40).loc['it']
-    assert t.low - .02 < t.chance < t.high + .02 and t.dead == 0 and t['size'] == f'{shape[2]} x {shape[3]}'
+    assert t.low - 0.02 < t.chance < t.high + 0.02 and t.dead == 0 and t['size'] == f'{shape[2]} x {shape[3]}'
 
 
 @pytest.mark.parametrize('arch', ['efficientnet_lite0', 'mobilenet_v2', 'squeezenet1_1'])
 def test_pretrained_filters_are_more_edge_like_than_random_ones(arch):
-    try: w = first_filters(create_body(arch))
-    except WeightsError: pytest.skip(f'the weights of {arch} are not on this machine')
+    try:
+        w = first_filters(create_body(arch))
+    except WeightsError:
+        pytest.skip(f'the weights of {arch} are not on this machine')
     t = filter_table({'pretrained': w, 'random': np.random.default_rng(0).normal(size=w.shape)}, n=60)
-    assert t.low['pretrained'] > t.chance_high['pretrained'] + .2 and abs(t.score['random'] - t.chance['random']) < .06
+    assert (
+        t.low['pretrained'] > t.chance_high['pretrained'] + 0.2 and abs(t.score['random'] - t.chance['random']) < 0.06
+    )
 
 
 @pytest.mark.parametrize('k', [3, 5, 7, 11])
@@ -65,67 +124,118 @@ def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
     rng = np.random.default_rng(0)
     bank, noise = gabor_bank(k, k), rng.normal(size=(30, 3, k, k))
     assert np.allclose(np.linalg.norm(bank, axis=1), 1)
-    pure = rng.normal(size=(20, 3, 1, 1))*bank[rng.integers(len(bank), size=20)].reshape(20, 1, k, k)
-    assert np.allclose(gabor_share(pure), 1) and np.allclose(gabor_share(1e3*noise), gabor_share(noise)) and gabor_share(noise).mean() < .5
-    unit = lambda w: w/np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
+    pure = rng.normal(size=(20, 3, 1, 1)) * bank[rng.integers(len(bank), size=20)].reshape(20, 1, k, k)
+    assert (
+        np.allclose(gabor_share(pure), 1)
+        and np.allclose(gabor_share(1e3 * noise), gabor_share(noise))
+        and gabor_share(noise).mean() < 0.5
+    )
+    unit = lambda w: w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
     mixed = unit(pure) + unit(noise[:20])
     assert gabor_share(noise).mean() < gabor_share(mixed).mean() < 1
-    assert np.isnan(gabor_share(np.concatenate([noise, 1e-6*noise[:1]]))).tolist() == [False]*30 + [True]
+    assert np.isnan(gabor_share(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
 
 
 def test_what_has_no_first_filters_is_refused():
-    for net, words in (('resnet18', 'give a learner'), (nn.Linear(2, 2), 'no convolution'), (nn.Conv2d(8, 8, 3), '8 channels')):
-        with pytest.raises(ValueError, match=words): first_filters(net)
-    with pytest.raises(ValueError, match='only filters of zeros'): filter_table({'dead': np.zeros((4, 3, 3, 3))}, n=2)
+    for net, words in (
+        ('resnet18', 'give a learner'),
+        (nn.Linear(2, 2), 'no convolution'),
+        (nn.Conv2d(8, 8, 3), '8 channels'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            first_filters(net)
+    with pytest.raises(ValueError, match='only filters of zeros'):
+        filter_table({'dead': np.zeros((4, 3, 3, 3))}, n=2)
     grey = np.random.default_rng(0).normal(size=(5, 1, 3, 3))
     assert len(plot_filters({'grey': grey, 'colour': np.zeros((20, 3, 7, 7))}, cols=8).axes) == 2
 
 
 # ---------------------------------------------------------------- stages
 
+
 def test_activations_are_those_of_the_stages():
     m = image_model('small_cnn')
     images = [picture(seed=i) for i in range(3)]
-    with torch.no_grad(): maps = model_parts(m).stages.maps(batch(m, *images))
+    with torch.no_grad():
+        maps = model_parts(m).stages.maps(batch(m, *images))
     t = activation_table(m, images)
-    assert list(t.index) == stage_names(m.model[0]) and t.channels.tolist() == [x.shape[1] for x in maps] and t.side.tolist() == [x.shape[-1] for x in maps]
-    assert np.allclose(t['mean'], [float(x.abs().mean()) for x in maps], rtol=1e-4) and np.allclose(t.active, [float((x > 0).float().mean()) for x in maps])
+    assert (
+        list(t.index) == stage_names(m.model[0])
+        and t.channels.tolist() == [x.shape[1] for x in maps]
+        and t.side.tolist() == [x.shape[-1] for x in maps]
+    )
+    assert np.allclose(t['mean'], [float(x.abs().mean()) for x in maps], rtol=1e-4) and np.allclose(
+        t.active, [float((x > 0).float().mean()) for x in maps]
+    )
     each = activation_table(m, images, ['a', 'b', 'a'])
-    assert np.allclose((2*each.xs('a', level=1) + each.xs('b', level=1)).active/3, t.active)
-    assert len(plot_activations(m, images[:2]).axes) == 2*(1 + len(t))
-    with pytest.raises(ValueError, match='no images'): activation_table(m, [])
-    with pytest.raises(ValueError, match='no chain of stages'): activation_table(image_model('test_vit', size=160), images)
+    assert np.allclose((2 * each.xs('a', level=1) + each.xs('b', level=1)).active / 3, t.active)
+    assert len(plot_activations(m, images[:2]).axes) == 2 * (1 + len(t))
+    with pytest.raises(ValueError, match='no images'):
+        activation_table(m, [])
+    with pytest.raises(ValueError, match='no chain of stages'):
+        activation_table(image_model('test_vit', size=160), images)
 
 
 def test_neighbours_by_hand_and_their_chance():
     from PIL import Image
+
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(np.uint8(np.clip(np.array([200, 60, 60] if i % 2 else [60, 60, 200]) + rng.normal(0, 25, (32, 32, 3)), 0, 255))) for i in range(12)]
+    images = [
+        Image.fromarray(
+            np.uint8(
+                np.clip(np.array([200, 60, 60] if i % 2 else [60, 60, 200]) + rng.normal(0, 25, (32, 32, 3)), 0, 255)
+            )
+        )
+        for i in range(12)
+    ]
     torch.manual_seed(0)
     f = extract_features(images, Body(create_body('small_cnn', 'random')), 32)
-    labels, groups = ['red' if i % 2 else 'blue' for i in range(12)], [i//4 for i in range(12)]
+    labels, groups = ['red' if i % 2 else 'blue' for i in range(12)], [i // 4 for i in range(12)]
     t = neighbour_table(f, labels, k=3, groups=groups, n=50)
-    assert list(t.index) == list(f.stages) and np.allclose(t.chance, .5) and t.value.iloc[0] == 1 and ((t.low <= t.value) & (t.value <= t.high)).all()
-    assert np.allclose(neighbour_table(f, labels, k=3, n=5).chance, 5/11)
+    assert (
+        list(t.index) == list(f.stages)
+        and np.allclose(t.chance, 0.5)
+        and t.value.iloc[0] == 1
+        and ((t.low <= t.value) & (t.value <= t.high)).all()
+    )
+    assert np.allclose(neighbour_table(f, labels, k=3, n=5).chance, 5 / 11)
     near = nearest_images(f, 5, k=4, groups=groups)
     a = f.numpy('stem').mean(1)
     a = a - a.mean(0)
-    s = a @ a[5]/np.linalg.norm(a, axis=1)/np.linalg.norm(a[5])
+    s = a @ a[5] / np.linalg.norm(a, axis=1) / np.linalg.norm(a[5])
     s[4:8] = -2
     stem = near[near.stage == 'stem']
-    assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]] and np.allclose(stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5)
-    assert plot_nearest(near, size=40).size == (5*40, len(f.stages)*40) and plot_neighbours({'class': t}).axes
-    for call, words in ((lambda: nearest_images(f, 12), 'there are 12 images'), (lambda: nearest_images(f, 0, k=9, groups=groups), '8 others of another group'),
-                        (lambda: neighbour_table(f, labels[:3]), '3 labels for 12'), (lambda: neighbour_table(f, labels, k=12), 'only 11 others'),
-                        (lambda: nearest_images(f, 0, stages='stage9'), 'unknown stage')):
-        with pytest.raises(ValueError, match=words): call()
+    assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]] and np.allclose(
+        stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5
+    )
+    assert plot_nearest(near, size=40).size == (5 * 40, len(f.stages) * 40) and plot_neighbours({'class': t}).axes
+    for call, words in (
+        (lambda: nearest_images(f, 12), 'there are 12 images'),
+        (lambda: nearest_images(f, 0, k=9, groups=groups), '8 others of another group'),
+        (lambda: neighbour_table(f, labels[:3]), '3 labels for 12'),
+        (lambda: neighbour_table(f, labels, k=12), 'only 11 others'),
+        (lambda: nearest_images(f, 0, stages='stage9'), 'unknown stage'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 # ---------------------------------------------------------------- heat
 
 needs_captum = pytest.mark.skipif(find_spec('captum') is None, reason='the extra explain is not installed')
-CHAINS = [('small_cnn', 64, {}), ('cifarnet', 32, {}), ('efficientnet_lite0', 64, {}), ('efficientnet_lite0', 64, {'tap': 1}), ('mobilenetv3_small_050', 64, {}),
-          ('test_resnet', 64, {}), ('resnet18', 64, {}), ('squeezenet1_1', 64, {}), ('densenet121', 64, {}), ('alexnet', 64, {}), ('googlenet', 64, {})]
+CHAINS = [
+    ('small_cnn', 64, {}),
+    ('cifarnet', 32, {}),
+    ('efficientnet_lite0', 64, {}),
+    ('efficientnet_lite0', 64, {'tap': 1}),
+    ('mobilenetv3_small_050', 64, {}),
+    ('test_resnet', 64, {}),
+    ('resnet18', 64, {}),
+    ('squeezenet1_1', 64, {}),
+    ('densenet121', 64, {}),
+    ('alexnet', 64, {}),
+    ('googlenet', 64, {}),
+]
 
 
 @needs_captum
@@ -134,18 +244,22 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
     "The weights of a linear head, and of what its BatchNorm does, on the maps; by the head and by the name of the stage"
     m, im = image_model(arch, size=size, **kw), picture(size)
     stages, (_, norm, _, linear) = m.model[0], m.model[1]
-    for v, low in ((norm.running_var, .5), (norm.weight.data, .5), (norm.running_mean, -1)): v.uniform_(low, 1.5)
+    for v, low in ((norm.running_var, 0.5), (norm.weight.data, 0.5), (norm.running_mean, -1)):
+        v.uniform_(low, 1.5)
     with torch.no_grad():
-        maps = stages.maps(batch(m, im))[-stages.tap:]
-        w = ((linear.weight[1] - linear.weight[0])*norm.weight/(norm.running_var + norm.eps).sqrt()).split([x.shape[1] for x in maps])
+        maps = stages.maps(batch(m, im))[-stages.tap :]
+        w = ((linear.weight[1] - linear.weight[0]) * norm.weight / (norm.running_var + norm.eps).sqrt()).split(
+            [x.shape[1] for x in maps]
+        )
         cams = [torch.einsum('c,nchw->nhw', a, x)[:, None] for a, x in zip(w, maps)]
         signed = sum(F.interpolate(c, maps[0].shape[-2:], mode='bilinear') for c in cams)
     assert signed.abs().max() > 0
-    for c, side in enumerate((-signed, signed)):                                    # of two classes what speaks for one speaks against the other
+    for c, side in enumerate((-signed, signed)):  # of two classes what speaks for one speaks against the other
         want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
         got = heat_map(m, im, c)
-        assert got.dtype == np.float32 and np.allclose(got, want/want.max().clamp(min=1e-30), atol=1e-4)
-        if stages.tap == 1: assert np.allclose(heat_map(m, im, c, stage_names(stages)[-1]), got, atol=1e-4)
+        assert got.dtype == np.float32 and np.allclose(got, want / want.max().clamp(min=1e-30), atol=1e-4)
+        if stages.tap == 1:
+            assert np.allclose(heat_map(m, im, c, stage_names(stages)[-1]), got, atol=1e-4)
 
 
 @needs_captum
@@ -156,16 +270,21 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
     stages, head = m.model
     name = stage_names(stages)[max(0, len(stages) - 3)]
     seen = []
-    def watch(module, i, o): seen.append(o); o.retain_grad(); return o.clone()
+
+    def watch(module, i, o):
+        seen.append(o)
+        o.retain_grad()
+        return o.clone()
+
     hook = getattr(stages, name).register_forward_hook(watch)
     z = log_odds(head(stages(batch(m, im).requires_grad_())))[0, 1]
     hook.remove()
     z.backward()
-    signed = (seen[0].grad.mean((2, 3), keepdim=True)*seen[0]).sum(1, keepdim=True).detach()
+    signed = (seen[0].grad.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True).detach()
     assert signed.abs().max() > 0
     for c, side in enumerate((-signed, signed)):
         want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
-        assert np.allclose(heat_map(m, im, c, name), (want/want.max().clamp(min=1e-30)).numpy(), atol=1e-4)
+        assert np.allclose(heat_map(m, im, c, name), (want / want.max().clamp(min=1e-30)).numpy(), atol=1e-4)
 
 
 @needs_captum
@@ -174,9 +293,10 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
     m, im = image_model(arch, size=size), picture(size)
     torch.nn.init.normal_(m.model[1][-1].weight)
     heat, other = heat_map(m, im, 'referable'), heat_map(m, im, 'no')
-    assert heat.shape == (size, size) and np.isfinite(heat).all() and np.ptp(other - heat) > .5
+    assert heat.shape == (size, size) and np.isfinite(heat).all() and np.ptp(other - heat) > 0.5
     assert not any(x._forward_hooks for x in m.model.modules())
-    with pytest.raises(ValueError, match="unknown stage 'stage3'"): heat_map(m, im, stage='stage3')
+    with pytest.raises(ValueError, match="unknown stage 'stage3'"):
+        heat_map(m, im, stage='stage3')
 
 
 @needs_captum
@@ -184,7 +304,11 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
 def test_every_head(head):
     m = image_model('test_resnet', head, classes=tuple('01234'))
     h = [heat_map(m, picture(), c, 'stage2') for c in '01234'] + [heat_map(m, picture(), c) for c in range(5)]
-    assert all(x.shape == (64, 64) and 0 <= x.min() and x.max() <= 1 for x in h) and max(np.ptp(x - h[0]) for x in h[:5]) > .1 and max(x.max() for x in h[5:]) == 1
+    assert (
+        all(x.shape == (64, 64) and x.min() >= 0 and x.max() <= 1 for x in h)
+        and max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
+        and max(x.max() for x in h[5:]) == 1
+    )
     assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], heat_map(m, picture()))
 
 
@@ -198,42 +322,73 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
     assert copied is not None
     m.model.requires_grad_(False)
     body.stages.stage4.requires_grad_(True)
-    for x in m.model.modules(): x.training = False
+    for x in m.model.modules():
+        x.training = False
     m.model[1][1].train()
-    def state(): return ([(k, v.clone()) for k, v in m.model.state_dict().items()], [x.training for x in m.model.modules()], [(p.requires_grad, p.grad) for p in m.model.parameters()],
-                         [len(x._forward_hooks) + len(x._forward_pre_hooks) + len(x._backward_hooks) for x in m.model.modules()])
+
+    def state():
+        return (
+            [(k, v.clone()) for k, v in m.model.state_dict().items()],
+            [x.training for x in m.model.modules()],
+            [(p.requires_grad, p.grad) for p in m.model.parameters()],
+            [len(x._forward_hooks) + len(x._forward_pre_hooks) + len(x._backward_hooks) for x in m.model.modules()],
+        )
+
     before = state()
-    with torch.no_grad(): heat = heat_map(m, picture(), 1, stage)
+    with torch.no_grad():
+        heat = heat_map(m, picture(), 1, stage)
     after = state()
-    assert before[1:] == after[1:] and all(torch.equal(a, b) for (_, a), (_, b) in zip(before[0], after[0])) and body._copy is copied
+    assert (
+        before[1:] == after[1:]
+        and all(torch.equal(a, b) for (_, a), (_, b) in zip(before[0], after[0]))
+        and body._copy is copied
+    )
     plain = image_model('test_resnet')
     assert np.allclose(heat_map(plain, picture(), 1, stage), heat, atol=1e-4)
 
 
 @needs_captum
 def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
-    from dr_transfer.inference.saved_model import image_model as saved, load_model, save_model
     from dr_transfer.core import build_learner, valid_predictions
+    from dr_transfer.inference.saved_model import image_model as saved
+    from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.synthetic.fundus import make_dr
-    make_dr(tmp_path/'eyes', n=40, size=64, workers=1)
-    learn = build_learner(tmp_path/'eyes', 'dr', arch='test_resnet', weights='random', size=64)
-    model, im = load_model(save_model(learn, tmp_path/'model'), 'plain'), learn.table.image.iloc[0]
-    assert np.allclose(heat_map(learn, im, 'referable'), heat_map(model, im, 'referable'), atol=1e-5) and np.array_equal(first_filters(learn), first_filters(model))
+
+    make_dr(tmp_path / 'eyes', n=40, size=64, workers=1)
+    learn = build_learner(tmp_path / 'eyes', 'dr', arch='test_resnet', weights='random', size=64)
+    model, im = load_model(save_model(learn, tmp_path / 'model'), 'plain'), learn.table.image.iloc[0]
+    assert np.allclose(
+        heat_map(learn, im, 'referable'), heat_map(model, im, 'referable'), atol=1e-5
+    ) and np.array_equal(first_filters(learn), first_filters(model))
     assert activation_table(learn, [im]).equals(activation_table(saved(learn), [im]))
     t = valid_predictions(learn)
     wrong = t.assign(target=['referable' if p == 'no' else 'no' for p in t.prediction])
     assert heat_sheet(model, wrong.head(2), n=2, size=50).size == (200, 50)
-    with pytest.raises(ValueError, match='no mistake'): heat_sheet(model, t.assign(target=t.prediction))
+    with pytest.raises(ValueError, match='no mistake'):
+        heat_sheet(model, t.assign(target=t.prediction))
     assert plot_heat(model, [im, im], stages=(None, 'stage3'), size=50).size == (150, 100)
 
 
 @needs_captum
 def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
     from dr_transfer.metrics.operating_point import OperatingPoint
+
     m = image_model('test_resnet')
-    t = pd.DataFrame({'image': [picture(seed=0), picture(seed=1)], 'target': ['no', 'referable'], 'p_no': [.7, .9], 'p_referable': [.3, .1]})
-    sheet = np.asarray(heat_sheet(m, t, OperatingPoint(.2, 'sensitivity', .9, 30, 30, 1, 1), size=64))[20:]                  # below the titles
-    hot = [np.asarray(overlay(model_parts(m).read(im), heat_map(m, im, said)))[20:] for im, said in zip(t.image, ('referable', 'no'))]
+    t = pd.DataFrame(
+        {
+            'image': [picture(seed=0), picture(seed=1)],
+            'target': ['no', 'referable'],
+            'p_no': [0.7, 0.9],
+            'p_referable': [0.3, 0.1],
+        }
+    )
+    sheet = np.asarray(heat_sheet(m, t, OperatingPoint(0.2, 'sensitivity', 0.9, 30, 30, 1, 1), size=64))[
+        20:
+    ]  # below the titles
+    hot = [
+        np.asarray(overlay(model_parts(m).read(im), heat_map(m, im, said)))[20:]
+        for im, said in zip(t.image, ('referable', 'no'))
+    ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
     assert all(any(np.array_equal(h, s) for s in shown) for h in hot) and not np.array_equal(*hot)
 
@@ -243,35 +398,68 @@ def test_heat_on_a_mask_and_its_chance_levels():
     masks = np.zeros((8, 16, 16), bool)
     for m in masks:
         y, x = rng.integers(0, 12, 2)
-        m[y:y + 4, x:x + 4] = True
-    perfect, flat, blank = heat_table(masks*.7, masks, n=50), heat_table(np.ones(masks.shape), masks, n=50), heat_table(0.*masks, masks, n=50)
-    assert perfect.loc['share of the heat'].value == pytest.approx(1) and perfect.loc['hottest pixel'].value == 1 and perfect.loc['more than the others'].low > .3
-    assert all(flat.loc[k].value == pytest.approx(1/16) for k in ('share of the heat', 'chance: share of the area', 'chance: heat of the others', 'chance: own heat, turned'))
-    assert blank.loc['without heat'].value == 1 and blank.loc['hottest pixel'].value == 0 and np.isnan(blank.loc['share of the heat'].value)
+        m[y : y + 4, x : x + 4] = True
+    perfect, flat, blank = (
+        heat_table(masks * 0.7, masks, n=50),
+        heat_table(np.ones(masks.shape), masks, n=50),
+        heat_table(0.0 * masks, masks, n=50),
+    )
+    assert (
+        perfect.loc['share of the heat'].value == pytest.approx(1)
+        and perfect.loc['hottest pixel'].value == 1
+        and perfect.loc['more than the others'].low > 0.3
+    )
+    assert all(
+        flat.loc[k].value == pytest.approx(1 / 16)
+        for k in (
+            'share of the heat',
+            'chance: share of the area',
+            'chance: heat of the others',
+            'chance: own heat, turned',
+        )
+    )
+    assert (
+        blank.loc['without heat'].value == 1
+        and blank.loc['hottest pixel'].value == 0
+        and np.isnan(blank.loc['share of the heat'].value)
+    )
     field = np.zeros((16, 16), bool)
     field[:, :8] = True
     d = heat_on(np.ones((16, 16)), masks[0] | ~field, field)
-    assert d['area'] == (masks[0] & field).mean()*2 and d['share'] == pytest.approx(((masks[0] | ~field) & field).sum()/256)                     # heat outside the field counts against
+    assert d['area'] == (masks[0] & field).mean() * 2 and d['share'] == pytest.approx(
+        ((masks[0] | ~field) & field).sum() / 256
+    )  # heat outside the field counts against
     assert plot_heat_tables({'a': perfect, 'b': flat}).axes
-    for call, words in ((lambda: heat_on(np.ones((4, 4)), masks[0]), 'as the model reads it'), (lambda: heat_on(np.ones((16, 16)), 0*masks[0]), 'mask is empty'),
-                        (lambda: heat_table(masks[:2], masks[:2]), 'three at least')):
-        with pytest.raises(ValueError, match=words): call()
+    for call, words in (
+        (lambda: heat_on(np.ones((4, 4)), masks[0]), 'as the model reads it'),
+        (lambda: heat_on(np.ones((16, 16)), 0 * masks[0]), 'mask is empty'),
+        (lambda: heat_table(masks[:2], masks[:2]), 'three at least'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @needs_captum
 def test_bad_input_and_a_missing_library(monkeypatch):
     m = image_model('small_cnn')
-    for call, words in ((lambda: heat_map(m, picture(), 'severe'), "unknown class 'severe'"), (lambda: heat_map(m, picture(), 2), "unknown class '2'"),
-                        (lambda: heat_map(m, picture(), stage='stage9'), "unknown stage 'stage9'"), (lambda: heat_map(m.model, picture()), 'give a learner')):
-        with pytest.raises(ValueError, match=words): call()
-    for name in [o for o in sys.modules if o.split('.')[0] == 'captum']: monkeypatch.delitem(sys.modules, name)
+    for call, words in (
+        (lambda: heat_map(m, picture(), 'severe'), "unknown class 'severe'"),
+        (lambda: heat_map(m, picture(), 2), "unknown class '2'"),
+        (lambda: heat_map(m, picture(), stage='stage9'), "unknown stage 'stage9'"),
+        (lambda: heat_map(m.model, picture()), 'give a learner'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    for name in [o for o in sys.modules if o.split('.')[0] == 'captum']:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'captum', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explain\]'"): heat_map(m, picture())
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explain\]'"):
+        heat_map(m, picture())
 
 
 def test_an_error_leaves_the_modes_as_they_were():
     net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.ReLU()))
     net[1].eval()
-    with pytest.raises(KeyError):
-        with evaluating(net): raise KeyError
+    with pytest.raises(KeyError), evaluating(net):
+        raise KeyError
     assert [m.training for m in net.modules()] == [True, True, False, False]

@@ -1,4 +1,5 @@
 "Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words, and the classifier on toy numbers."
+
 import sys
 
 import numpy as np
@@ -10,14 +11,28 @@ from sklearn.base import clone
 pytest.importorskip('skimage')
 
 from dr_transfer.evaluation import hand_crafted as explicit
-from dr_transfer.evaluation.hand_crafted import (FEATURES, SIDE, ExplicitClassifier, Segmentation, cross_validate_explicit, feature_frame, lesion_features, lesion_table, overlay,
-                                  score_lesions, segment)
+from dr_transfer.evaluation.hand_crafted import (
+    FEATURES,
+    SIDE,
+    ExplicitClassifier,
+    Segmentation,
+    cross_validate_explicit,
+    feature_frame,
+    lesion_features,
+    lesion_table,
+    overlay,
+    score_lesions,
+    segment,
+)
 from dr_transfer.metrics.scores import auc
-from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 from dr_transfer.metrics.screening import compare_tables, measure_table
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 Y, X = np.mgrid[:SIDE, :SIDE]
-def disk(x, y, r): return np.hypot(X - x, Y - y) <= r
+
+
+def disk(x, y, r):
+    return np.hypot(X - x, Y - y) <= r
 
 
 @pytest.fixture(scope='module')
@@ -32,22 +47,34 @@ def painted(dark=(), bright=(), vessels=None):
     masks = [np.any([np.zeros((SIDE, SIDE), bool), *(disk(*o) for o in spots)], 0) for spots in (dark, bright)]
     empty, image = np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE, 3), np.uint8)
     strength = np.where(masks[0], 1.7, np.where(masks[1], 2.5, 0)).astype(np.float32)
-    return Segmentation(image, None, disk(255.5, 255.5, 250), empty if vessels is None else vessels, empty, (150, 256), *masks, strength)
+    return Segmentation(
+        image, None, disk(255.5, 255.5, 250), empty if vessels is None else vessels, empty, (150, 256), *masks, strength
+    )
 
 
 # ---------------------------------------------------------------- measuring
+
 
 def test_painted_spots_are_counted_and_measured():
     seg = painted(dark=[(100, 100, 2), (300, 100, 2), (350, 350, 8), (360, 120, 10)], bright=[(150, 300, 5)])
     f = lesion_features(seg)
     assert (f['microaneurysm_count'], f['haemorrhage_count'], f['exudate_count']) == (2, 2, 1)
     field = seg.field.sum()
-    assert f['haemorrhage_area'] == pytest.approx(1000*(disk(350, 350, 8).sum() + disk(360, 120, 10).sum())/field)
-    assert f['haemorrhage_largest'] == pytest.approx(1000*disk(360, 120, 10).sum()/field) and f['haemorrhage_eccentricity'] < .1 < .9 < f['haemorrhage_solidity']
+    assert f['haemorrhage_area'] == pytest.approx(1000 * (disk(350, 350, 8).sum() + disk(360, 120, 10).sum()) / field)
+    assert (
+        f['haemorrhage_largest'] == pytest.approx(1000 * disk(360, 120, 10).sum() / field)
+        and f['haemorrhage_eccentricity'] < 0.1 < 0.9 < f['haemorrhage_solidity']
+    )
     assert (f['dark_over_1.5'], f['dark_over_2'], f['bright_over_2'], f['bright_over_3']) == (4, 0, 1, 0)
-    assert f['dark_quadrants'] == 3 and f['bright_nearest_fovea'] == pytest.approx(44/256) and f['dark_near_fovea'] == 0
+    assert (
+        f['dark_quadrants'] == 3 and f['bright_nearest_fovea'] == pytest.approx(44 / 256) and f['dark_near_fovea'] == 0
+    )
     t = lesion_table(seg)
-    assert len(t) == 5 and t[t.kind == 'exudate'][['x', 'y']].round().values.tolist() == [[150, 300]] and t.diameter.max() == pytest.approx(20/256, rel=.05)
+    assert (
+        len(t) == 5
+        and t[t.kind == 'exudate'][['x', 'y']].round().values.tolist() == [[150, 300]]
+        and t.diameter.max() == pytest.approx(20 / 256, rel=0.05)
+    )
 
 
 def test_without_lesions_all_that_is_of_lesions_is_zero():
@@ -59,19 +86,33 @@ def test_without_lesions_all_that_is_of_lesions_is_zero():
 
 
 def test_vessels_are_measured():
-    straight, bent = (np.abs(Y - 256) <= 2) & (np.abs(X - 256) < 150), (np.abs(np.hypot(X - 256, Y - 256) - 100) <= 2) & (Y < 256)
+    straight, bent = (
+        (np.abs(Y - 256) <= 2) & (np.abs(X - 256) < 150),
+        (np.abs(np.hypot(X - 256, Y - 256) - 100) <= 2) & (Y < 256),
+    )
     s, b = (lesion_features(painted(vessels=v)) for v in (straight, bent))
-    assert s['vessel_length'] == pytest.approx(295/256, rel=.03) and s['vessel_width'] == pytest.approx(5/256, rel=.05) and s['vessel_area'] == pytest.approx(1000*straight.sum()/painted().field.sum())
+    assert (
+        s['vessel_length'] == pytest.approx(295 / 256, rel=0.03)
+        and s['vessel_width'] == pytest.approx(5 / 256, rel=0.05)
+        and s['vessel_area'] == pytest.approx(1000 * straight.sum() / painted().field.sum())
+    )
     assert s['vessel_tortuosity'] == 1 and b['vessel_tortuosity'] > 1.1 and s['vessel_branches'] == 0
     assert lesion_features(painted(vessels=straight | straight.T))['vessel_branches'] > 0
-    assert s['vessel_dimension'] == pytest.approx(1, abs=.1) and explicit._box_dimension(np.ones((SIDE, SIDE), bool)) == pytest.approx(2)
+    assert s['vessel_dimension'] == pytest.approx(1, abs=0.1) and explicit._box_dimension(
+        np.ones((SIDE, SIDE), bool)
+    ) == pytest.approx(2)
 
 
 def test_eccentricity_is_that_of_scikit_image():
     from scipy import ndimage as ndi
     from skimage.measure import regionprops_table
-    label, n = ndi.label(np.random.default_rng(0).random((80, 80)) > .7, np.ones((3, 3)))
-    assert np.allclose(explicit._eccentricity(label, n), regionprops_table(label, properties=('eccentricity',))['eccentricity'], atol=1e-6)
+
+    label, n = ndi.label(np.random.default_rng(0).random((80, 80)) > 0.7, np.ones((3, 3)))
+    assert np.allclose(
+        explicit._eccentricity(label, n),
+        regionprops_table(label, properties=('eccentricity',))['eccentricity'],
+        atol=1e-6,
+    )
 
 
 def test_scores_of_lesions():
@@ -84,9 +125,11 @@ def test_scores_of_lesions():
 
 # ---------------------------------------------------------------- segmenting
 
+
 def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
     _, _, seg = eye
-    for mask in (seg.vessels, seg.dark, seg.bright, seg.nerve): assert mask.dtype == bool and not (mask & ~seg.field).any()
+    for mask in (seg.vessels, seg.dark, seg.bright, seg.nerve):
+        assert mask.dtype == bool and not (mask & ~seg.field).any()
     assert not (seg.dark & (seg.vessels | seg.bright | seg.nerve)).any() and not (seg.bright & seg.nerve).any()
     assert (seg.strength[seg.dark].max() >= 1) and (seg.strength[~(seg.dark | seg.bright)] == 0).all()
     assert np.asarray(overlay(seg)).shape == (SIDE, SIDE, 3)
@@ -94,11 +137,18 @@ def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
 
 def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
     _, truth, seg = eye
-    blood = [(*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius']*SIDE/(2*seg.disc.r)) for q in truth['lesions'] if q['kind'] == 'haemorrhage']
+    blood = [
+        (*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius'] * SIDE / (2 * seg.disc.r))
+        for q in truth['lesions']
+        if q['kind'] == 'haemorrhage'
+    ]
     found, right = score_lesions(seg.dark, blood)
-    assert len(found) > 20 and found.mean() > .5
+    assert len(found) > 20 and found.mean() > 0.5
     f, healthy = lesion_features(seg), lesion_features(segment(draw_fundus(0, seed=21, size=256, camera=7)[0]))
-    assert f['haemorrhage_count'] > 2*healthy['haemorrhage_count'] and abs(f['vessel_length']/healthy['vessel_length'] - 1) < .25
+    assert (
+        f['haemorrhage_count'] > 2 * healthy['haemorrhage_count']
+        and abs(f['vessel_length'] / healthy['vessel_length'] - 1) < 0.25
+    )
 
 
 def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
@@ -107,22 +157,34 @@ def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
         pixels, truth = draw_fundus(3, seed=seed, size=512, camera=camera)
         seg = segment(pixels)
         for kind in found:
-            places = [(*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius']*SIDE/(2*seg.disc.r)) for q in truth['lesions'] if q['kind'] == kind]
+            places = [
+                (*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius'] * SIDE / (2 * seg.disc.r))
+                for q in truth['lesions']
+                if q['kind'] == kind
+            ]
             found[kind] += score_lesions(seg.bright if kind == 'exudate' else seg.dark, places)[0].tolist()
-    for kind, n in (('microaneurysm', 30), ('exudate', 10)): assert len(found[kind]) > n and np.mean(found[kind]) > .4, kind
+    for kind, n in (('microaneurysm', 30), ('exudate', 10)):
+        assert len(found[kind]) > n and np.mean(found[kind]) > 0.4, kind
 
 
 def test_a_frame_and_less_light_change_little(eye):
     pixels, _, seg = eye
     frame = Image.new('RGB', (500, 420))
-    frame.paste(Image.fromarray((pixels*.7).astype(np.uint8)), (120, 60))
+    frame.paste(Image.fromarray((pixels * 0.7).astype(np.uint8)), (120, 60))
     a, b = seg, segment(frame)
-    assert 2*(a.vessels & b.vessels).sum()/(a.vessels.sum() + b.vessels.sum()) > .8 and 2*(a.dark & b.dark).sum()/(a.dark.sum() + b.dark.sum()) > .7
+    assert (
+        2 * (a.vessels & b.vessels).sum() / (a.vessels.sum() + b.vessels.sum()) > 0.8
+        and 2 * (a.dark & b.dark).sum() / (a.dark.sum() + b.dark.sum()) > 0.7
+    )
 
 
-@pytest.mark.parametrize('pixels', [np.zeros((200, 200, 3), np.uint8), np.pad(np.full((40, 40, 3), 99, np.uint8), ((0, 300), (0, 300), (0, 0)))])
+@pytest.mark.parametrize(
+    'pixels',
+    [np.zeros((200, 200, 3), np.uint8), np.pad(np.full((40, 40, 3), 99, np.uint8), ((0, 300), (0, 300), (0, 0)))],
+)
 def test_an_image_without_a_retina_is_refused(pixels):
-    with pytest.raises(ValueError, match='no retina stands out'): segment(pixels)
+    with pytest.raises(ValueError, match='no retina stands out'):
+        segment(pixels)
 
 
 def test_a_retina_of_one_colour_has_no_lesions():
@@ -132,49 +194,68 @@ def test_a_retina_of_one_colour_has_no_lesions():
 
 # ---------------------------------------------------------------- many photographs
 
+
 def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monkeypatch):
     pixels = eye[0]
     other = draw_fundus(0, seed=3, size=200)[0]
-    Image.fromarray(other).save(tmp_path/'b.png')
+    Image.fromarray(other).save(tmp_path / 'b.png')
     count, real = [], explicit.segment
     monkeypatch.setattr(explicit, 'segment', lambda *a: count.append(1) or real(*a))
-    one = feature_frame([pixels], folder=tmp_path/'kept')
-    assert one.columns.tolist() == list(FEATURES) and np.allclose(one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3)
-    both = feature_frame([tmp_path/'b.png', pixels], folder=tmp_path/'kept')
-    assert len(count) == 2 and both.index.tolist() == [str(tmp_path/'b.png'), 1] and (both.iloc[1] == one.iloc[0]).all()
-    (tmp_path/'b.png').rename(tmp_path/'c.png')
-    assert (feature_frame([tmp_path/'c.png'], folder=tmp_path/'kept').values[0] == both.values[0]).all() and len(count) == 2
-    feature_frame([pixels], explicit.Limits(dark=3.), folder=tmp_path/'kept')
+    one = feature_frame([pixels], folder=tmp_path / 'kept')
+    assert one.columns.tolist() == list(FEATURES) and np.allclose(
+        one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3
+    )
+    both = feature_frame([tmp_path / 'b.png', pixels], folder=tmp_path / 'kept')
+    assert (
+        len(count) == 2 and both.index.tolist() == [str(tmp_path / 'b.png'), 1] and (both.iloc[1] == one.iloc[0]).all()
+    )
+    (tmp_path / 'b.png').rename(tmp_path / 'c.png')
+    assert (feature_frame([tmp_path / 'c.png'], folder=tmp_path / 'kept').values[0] == both.values[0]).all() and len(
+        count
+    ) == 2
+    feature_frame([pixels], explicit.Limits(dark=3.0), folder=tmp_path / 'kept')
     assert len(count) == 3, 'another limit, another number'
 
 
 def test_errors_say_which_image_and_what_to_do(tmp_path):
-    Image.new('RGB', (200, 200)).save(tmp_path/'black.png')
-    with pytest.raises(ValueError, match='black.png cannot be measured .no retina stands out.*leave it out'): feature_frame([tmp_path/'black.png'], folder=tmp_path/'kept')
-    with pytest.raises(ValueError, match='give a list'): feature_frame(tmp_path/'black.png')
-    with pytest.raises(ValueError, match='no images'): feature_frame([])
+    Image.new('RGB', (200, 200)).save(tmp_path / 'black.png')
+    with pytest.raises(ValueError, match='black.png cannot be measured .no retina stands out.*leave it out'):
+        feature_frame([tmp_path / 'black.png'], folder=tmp_path / 'kept')
+    with pytest.raises(ValueError, match='give a list'):
+        feature_frame(tmp_path / 'black.png')
+    with pytest.raises(ValueError, match='no images'):
+        feature_frame([])
 
 
 def test_without_scikit_image_the_error_says_what_to_install(eye, monkeypatch):
     monkeypatch.setitem(sys.modules, 'skimage', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explicit\]'"): feature_frame([eye[0]])
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explicit\]'"):
+        feature_frame([eye[0]])
 
 
 # ---------------------------------------------------------------- the classifier
 
+
 def toy(n=150, k=2, seed=0):
     rng = np.random.default_rng(seed)
     y = np.arange(n) % k
-    return pd.DataFrame({'count': rng.poisson(1 + 5*y), 'area': rng.gamma(1 + y), 'noise': rng.normal(size=n)}), np.array(['no', 'referable', 'severe'])[y]
+    return pd.DataFrame(
+        {'count': rng.poisson(1 + 5 * y), 'area': rng.gamma(1 + y), 'noise': rng.normal(size=n)}
+    ), np.array(['no', 'referable', 'severe'])[y]
 
 
 @pytest.mark.parametrize('k', [2, 3])
 def test_the_classifier_learns_and_its_probabilities_are_some(k):
     (x, y), (xt, yt) = toy(k=k), toy(k=k, seed=1)
-    model = ExplicitClassifier(grid=((.3, .3), (3., .3))).fit(x, y)
+    model = ExplicitClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
     p = model.predict_proba(xt)
-    assert p.shape == (150, k) and np.allclose(p.sum(1), 1) and model.classes_.tolist() == ['no', 'referable', 'severe'][:k] and set(model.predict(xt)) <= set(y)
-    assert auc((yt == 'no').astype(int), p[:, 0]) > .9 and model.aucs_[model.best_] == max(model.aucs_.values())
+    assert (
+        p.shape == (150, k)
+        and np.allclose(p.sum(1), 1)
+        and model.classes_.tolist() == ['no', 'referable', 'severe'][:k]
+        and set(model.predict(xt)) <= set(y)
+    )
+    assert auc((yt == 'no').astype(int), p[:, 0]) > 0.9 and model.aucs_[model.best_] == max(model.aucs_.values())
     assert (clone(model).fit(x, y).predict_proba(xt) == p).all()
 
 
@@ -182,24 +263,35 @@ def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
     x, y = toy()
     seen, real = [], explicit.grouped_folds
     monkeypatch.setattr(explicit, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
-    g = np.arange(150)//2//2
-    ExplicitClassifier(grid=((1., 1.),), folds=3).fit(x, y, g)
+    g = np.arange(150) // 2 // 2
+    ExplicitClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
     assert len(seen) == 3 and all(not set(g[a]) & set(g[b]) for a, b in seen)
 
 
 def test_bad_features_are_refused():
     x, y = toy()
-    with pytest.raises(ValueError, match='NaN'): ExplicitClassifier().fit(x.assign(area=np.nan), y)
-    with pytest.raises(ValueError, match='shape'): ExplicitClassifier().fit(x['count'], y)
-    with pytest.raises(ValueError, match='only the class'): ExplicitClassifier().fit(x, ['no']*150)
-    with pytest.raises(ValueError, match='learnt from 3'): ExplicitClassifier(grid=((1., 1.),)).fit(x, y).predict_proba(x[['count']])
+    with pytest.raises(ValueError, match='NaN'):
+        ExplicitClassifier().fit(x.assign(area=np.nan), y)
+    with pytest.raises(ValueError, match='shape'):
+        ExplicitClassifier().fit(x['count'], y)
+    with pytest.raises(ValueError, match='only the class'):
+        ExplicitClassifier().fit(x, ['no'] * 150)
+    with pytest.raises(ValueError, match='learnt from 3'):
+        ExplicitClassifier(grid=((1.0, 1.0),)).fit(x, y).predict_proba(x[['count']])
 
 
 def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypatch):
-    make_dr(tmp_path/'eyes', n=40, size=48, seed=4, grade_p=(1, 0, 0, 1, 0))
-    monkeypatch.setattr(explicit, 'feature_frame', lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3))))  # eyes of 48 pixels say nothing
-    a, b = (cross_validate_explicit(tmp_path/'eyes', folds=2, classifier=ExplicitClassifier(grid=((c, .3),), folds=2)) for c in (.1, 10.))
-    assert {'image', 'target', 'group', 'fold', 'prediction', 'p_no', 'p_referable'} <= set(a) and (a.groupby('group').fold.nunique() == 1).all()
+    make_dr(tmp_path / 'eyes', n=40, size=48, seed=4, grade_p=(1, 0, 0, 1, 0))
+    monkeypatch.setattr(
+        explicit, 'feature_frame', lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3)))
+    )  # eyes of 48 pixels say nothing
+    a, b = (
+        cross_validate_explicit(tmp_path / 'eyes', folds=2, classifier=ExplicitClassifier(grid=((c, 0.3),), folds=2))
+        for c in (0.1, 10.0)
+    )
+    assert {'image', 'target', 'group', 'fold', 'prediction', 'p_no', 'p_referable'} <= set(a) and (
+        a.groupby('group').fold.nunique() == 1
+    ).all()
     assert measure_table(a, ['no', 'referable'], n=20).images.iloc[0] == 40 == a.image.nunique()
     assert compare_tables(a, b, ['no', 'referable'], n=20).loc['auc'].notna().all()
 
@@ -207,9 +299,19 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
 def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     "Functions have other addresses in the next run; what is kept must not depend on them."
     from dataclasses import replace
-    from dr_transfer.evaluation.cross_validation import _kept
+
     from dr_transfer.data.tasks import get_task
-    task, t = get_task('dr'), pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']})
-    def again(): return replace(task, targets=tuple(replace(g, of=eval('lambda l: l')) for g in task.targets))
+    from dr_transfer.evaluation.cross_validation import _kept
+
+    task, t = (
+        get_task('dr'),
+        pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']}),
+    )
+
+    def again():
+        return replace(task, targets=tuple(replace(g, of=eval('lambda l: l')) for g in task.targets))
+
     first, second = again(), again()
-    assert repr(first) != repr(second) and _kept(t, [first]) == _kept(t, [second]) != _kept(t, [get_task('dr', size=64)])
+    assert repr(first) != repr(second) and _kept(t, [first]) == _kept(t, [second]) != _kept(
+        t, [get_task('dr', size=64)]
+    )

@@ -1,4 +1,5 @@
 "What a frozen network says of an image: against the same thing computed by hand; computed once, and again when anything changed."
+
 import json
 import os
 import shutil
@@ -9,8 +10,8 @@ import traceback
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import product
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +25,35 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.data import content
+from dr_transfer.data.views import VIEWS, map_rows, read_image
 from dr_transfer.features import extraction as features
-from dr_transfer.models import speed
-from dr_transfer.utils import store
 from dr_transfer.features.boundary import boundary_maps, split_body
 from dr_transfer.features.classifiers import FeatureClassifier
-from dr_transfer.models.backbones import Stages, create_body, find_backbone, stage_names
 from dr_transfer.features.extraction import Features, extract_features, image_features, weights_digest
+from dr_transfer.models import speed
+from dr_transfer.models.backbones import Stages, create_body, find_backbone, stage_names
 from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, Head, create_head, view_probs
 from dr_transfer.models.networks import SmallCNN
 from dr_transfer.models.speed import SETTINGS
-from dr_transfer.data.views import VIEWS, map_rows, read_image
+from dr_transfer.utils import store
 
-IMAGENET, HALF = ((.485, .456, .406), (.229, .224, .225)), ((127/255,)*3, (128/255,)*3)
-FIVE = (.5,)*3, (.5,)*3
+IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((127 / 255,) * 3, (128 / 255,) * 3)
+FIVE = (0.5,) * 3, (0.5,) * 3
+
+
 def nearer(x):
     "The middle 78 %, enlarged, as `interpolate` has it"
     n = x.shape[-1]
-    e = round(n*.11)
-    return torch.nn.functional.interpolate(x[..., e:n-e, e:n-e], (n, n), mode='bilinear', antialias=True)
+    e = round(n * 0.11)
+    return torch.nn.functional.interpolate(x[..., e : n - e, e : n - e], (n, n), mode='bilinear', antialias=True)
 
-TURNS = {'none': [lambda x: x], 'mirror': [lambda x: x.flip(3)], 'mirror_near': [lambda x: x, lambda x: x.flip(3), nearer, lambda x: nearer(x.flip(3))], 'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)]}
+
+TURNS = {
+    'none': [lambda x: x],
+    'mirror': [lambda x: x.flip(3)],
+    'mirror_near': [lambda x: x, lambda x: x.flip(3), nearer, lambda x: nearer(x.flip(3))],
+    'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
+}
 TURNS['mirror'].insert(0, TURNS['none'][0])
 
 
@@ -60,14 +69,17 @@ def one_thread():
 @pytest.fixture(scope='module')
 def arrays():
     rng = np.random.default_rng(0)
-    return [np.kron(rng.integers(0, 256, (8 + i, 9, 3), dtype=np.uint8), np.ones((6, 6, 1), np.uint8)) for i in range(7)]
+    return [
+        np.kron(rng.integers(0, 256, (8 + i, 9, 3), dtype=np.uint8), np.ones((6, 6, 1), np.uint8)) for i in range(7)
+    ]
 
 
 @pytest.fixture(scope='module')
 def paths(arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp('images')
-    for i, a in enumerate(arrays): Image.fromarray(a).save(folder/f'{i}.png')
-    return [str(folder/f'{i}.png') for i in range(len(arrays))]
+    for i, a in enumerate(arrays):
+        Image.fromarray(a).save(folder / f'{i}.png')
+    return [str(folder / f'{i}.png') for i in range(len(arrays))]
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +89,8 @@ def stages():
 
 
 @pytest.fixture
-def body(): return fresh()
+def body():
+    return fresh()
 
 
 def fresh(setting='plain', arch='test_resnet', **kw):
@@ -85,43 +98,63 @@ def fresh(setting='plain', arch='test_resnet', **kw):
     return Body(create_body(arch, 'random', **kw), SETTINGS[setting])
 
 
-def drawn(x): return int((x != x[..., :1, :1]).flatten(1).any(1).sum())             # a batch is filled up with black images: they do not count
+def drawn(x):
+    return int(
+        (x != x[..., :1, :1]).flatten(1).any(1).sum()
+    )  # a batch is filled up with black images: they do not count
 
 
 @contextmanager
 def counting(body, act=None):
     "How many pictures go through the network, all views counted; the blank one that tells the widths is none"
     seen = []
+
     def hook(m, args):
-        if act: act(len(seen))
-        if drawn(args[0]): seen.append(drawn(args[0]))
+        if act:
+            act(len(seen))
+        if drawn(args[0]):
+            seen.append(drawn(args[0]))
+
     handle = (body.stages[0] if isinstance(body.stages, nn.Sequential) else body.stages).register_forward_pre_hook(hook)
-    try: yield seen
-    finally: handle.remove()
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def asking(body):
     "What the network is asked for: stage -> pictures, all views counted"
     calls, asked, pooled = [], Counter(), body.pooled
+
     def spy(x, names, *a):
-        if drawn(x): calls.extend((n, drawn(x)) for n in names)
+        if drawn(x):
+            calls.extend((n, drawn(x)) for n in names)
         return pooled(x, names, *a)
+
     body.pooled = spy
-    try: yield asked
+    try:
+        yield asked
     finally:
         del body.pooled
-        for n, k in calls: asked[n] += k
+        for n, k in calls:
+            asked[n] += k
 
 
 def forked(work):
     "Another process that does `work`, a copy of this one"
-    if not sys.platform.startswith('linux'): pytest.skip('no process can be copied with its threads')
-    if pid := os.fork(): return pid
-    try: work()
-    except BaseException: traceback.print_exc()
-    else: os._exit(0)
-    finally: os._exit(1)
+    if not sys.platform.startswith('linux'):
+        pytest.skip('no process can be copied with its threads')
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+    else:
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def ended(pid, seconds=60):
@@ -129,23 +162,39 @@ def ended(pid, seconds=60):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done: return os.waitstatus_to_exitcode(status)
-        time.sleep(.01)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def folders(f): return {k: s.folder for k, s in f.stores.items()}
-def contents(f): return {f'{k} {p.name}': p.read_bytes() for k, d in folders(f).items() for p in d.iterdir() if p.name != 'lock'}
-def times(f): return {p: p.stat().st_mtime_ns for d in folders(f).values() for p in (d, *d.iterdir())}
-def part(whole, stages): return {k: v for k, v in whole.items() if k.split()[0].split('.')[0] in stages}
+def folders(f):
+    return {k: s.folder for k, s in f.stores.items()}
+
+
+def contents(f):
+    return {f'{k} {p.name}': p.read_bytes() for k, d in folders(f).items() for p in d.iterdir() if p.name != 'lock'}
+
+
+def times(f):
+    return {p: p.stat().st_mtime_ns for d in folders(f).values() for p in (d, *d.iterdir())}
+
+
+def part(whole, stages):
+    return {k: v for k, v in whole.items() if k.split()[0].split('.')[0] in stages}
 
 
 # ---------------------------------------------------------------- the same by hand
 
-PLACES = {'test_resnet': 'maxpool layer1 layer2 layer3 layer4', 'test_efficientnet': 'bn1 blocks.0 blocks.1 blocks.2 blocks.3 bn2',
-          'small_cnn': 'features.0 features.1 features.2 features.3', 'squeezenet1_1': 'features.1 features.4 features.7 features.12',
-          'mobilenet_v2': 'features.1 features.3 features.6 features.13 features.18', 'test_vit': ''}
+PLACES = {
+    'test_resnet': 'maxpool layer1 layer2 layer3 layer4',
+    'test_efficientnet': 'bn1 blocks.0 blocks.1 blocks.2 blocks.3 bn2',
+    'small_cnn': 'features.0 features.1 features.2 features.3',
+    'squeezenet1_1': 'features.1 features.4 features.7 features.12',
+    'mobilenet_v2': 'features.1 features.3 features.6 features.13 features.18',
+    'test_vit': '',
+}
 NORMS = dict(zip(PLACES, (FIVE, IMAGENET, HALF, IMAGENET, IMAGENET, FIVE)))
 SIZE = 72
 
@@ -153,10 +202,19 @@ SIZE = 72
 def network(name):
     "The network as its library makes it, with random weights and statistics"
     torch.manual_seed(3)
-    net = SmallCNN() if name == 'small_cnn' else torchvision.models.get_model(name, weights=None) if name in ('squeezenet1_1', 'mobilenet_v2') else timm.create_model(name)
+    net = (
+        SmallCNN()
+        if name == 'small_cnn'
+        else torchvision.models.get_model(name, weights=None)
+        if name in ('squeezenet1_1', 'mobilenet_v2')
+        else timm.create_model(name)
+    )
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
     return net.eval()
 
 
@@ -167,57 +225,90 @@ def by_hand(net, name, paths, views, size=SIZE):
     places, out = PLACES[name].split(), []
     for p in paths:
         a = np.asarray(ImageOps.fit(Image.open(p), (size, size), Image.Resampling.BICUBIC))
-        x = ((torch.tensor(a).permute(2, 0, 1)/255 - mean)/std)[None]
+        x = ((torch.tensor(a).permute(2, 0, 1) / 255 - mean) / std)[None]
         for turn in TURNS[views]:
             maps = {}
-            hooks = [net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: maps.__setitem__(k, o.clone())) for k in places]
+            hooks = [
+                net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: maps.__setitem__(k, o.clone()))
+                for k in places
+            ]
             last = net.forward_head(net.forward_features(turn(x)), pre_logits=True) if not places else net(turn(x))
-            for h in hooks: h.remove()
-            out.append([torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps.values()] or [torch.stack([last[0]]*2)])
-    return {k: torch.stack(v).unflatten(0, (len(paths), -1)).numpy() for k, v in zip(['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last'], zip(*out))}
+            for h in hooks:
+                h.remove()
+            out.append(
+                [torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps.values()]
+                or [torch.stack([last[0]] * 2)]
+            )
+    return {
+        k: torch.stack(v).unflatten(0, (len(paths), -1)).numpy()
+        for k, v in zip(['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last'], zip(*out))
+    }
 
 
-def test_every_set_of_views_is_tested(): assert set(TURNS) == set(VIEWS)
+def test_every_set_of_views_is_tested():
+    assert set(TURNS) == set(VIEWS)
 
 
-@pytest.mark.parametrize('name,views', [(n, 'quarter_turns') for n in PLACES] + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')])
+@pytest.mark.parametrize(
+    'name,views',
+    [(n, 'quarter_turns') for n in PLACES]
+    + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')],
+)
 def test_features_are_those_of_the_network(name, views, paths, tmp_path):
     net = network(name)
-    save_file(net.state_dict(), tmp_path/'w.safetensors')
+    save_file(net.state_dict(), tmp_path / 'w.safetensors')
     size = 160 if name == 'test_vit' else SIZE
-    f = image_features(paths[:3], name, tmp_path/'w.safetensors', 'plain', size, views=views, pools=('mean', 'max'), folder=tmp_path, bs=2)
+    f = image_features(
+        paths[:3],
+        name,
+        tmp_path / 'w.safetensors',
+        'plain',
+        size,
+        views=views,
+        pools=('mean', 'max'),
+        folder=tmp_path,
+        bs=2,
+    )
     want = by_hand(net, name, paths[:3], views, size)
     assert list(f.stages) == list(want) and f.views == len(TURNS[views])
     for stage, w in want.items():
         for i, pool in enumerate(('mean', 'max')):
             got = f.numpy(stage, pool)
             assert got.shape == (3, len(TURNS[views]), f.stages[stage]) and got.dtype == np.float32
-            assert np.abs(got - w[:, :, i]).max() < 1e-4*np.abs(w).max()
+            assert np.abs(got - w[:, :, i]).max() < 1e-4 * np.abs(w).max()
         scale = np.abs(w).max()
-        assert np.abs(w[0] - w[1]).max() > 1e-3*scale                              # images differ, views differ, and the pools do
-        if views != 'none': assert np.abs(w[:, 0] - w[:, 1]).max() > 1e-3*scale
-        if name != 'test_vit': assert np.abs(w[:, :, 0] - w[:, :, 1]).max() > 1e-3*scale
+        assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images differ, views differ, and the pools do
+        if views != 'none':
+            assert np.abs(w[:, 0] - w[:, 1]).max() > 1e-3 * scale
+        if name != 'test_vit':
+            assert np.abs(w[:, :, 0] - w[:, :, 1]).max() > 1e-3 * scale
 
 
 def test_the_neck_is_what_the_classifier_sees(paths, tmp_path):
     net = network('tf_efficientnet_lite0')
-    save_file(net.state_dict(), tmp_path/'w.safetensors')
-    f = image_features(paths[:2], 'efficientnet_lite0', tmp_path/'w.safetensors', 'plain', 64, folder=tmp_path, pools=['mean', 'max'])
+    save_file(net.state_dict(), tmp_path / 'w.safetensors')
+    f = image_features(
+        paths[:2], 'efficientnet_lite0', tmp_path / 'w.safetensors', 'plain', 64, folder=tmp_path, pools=['mean', 'max']
+    )
     x = torch.stack([torch.from_numpy(np.array(read_image(p, 64))).permute(2, 0, 1) for p in paths[:2]])
-    x = (x.float() - 127)/128
-    with torch.no_grad(): maps, seen = net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True).numpy()
+    x = (x.float() - 127) / 128
+    with torch.no_grad():
+        maps, seen = net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True).numpy()
     assert list(f.stages)[-2:] == ['stage7', 'neck'] and f.stages['neck'] == 1280 == net.num_features
-    assert np.abs(f.numpy('neck')[:, 0] - seen).max() < 1e-4*np.abs(seen).max()
-    assert np.abs(f.numpy('neck', 'max')[:, 0] - maps.amax((2, 3)).numpy()).max() < 1e-4*maps.abs().max()
-    assert np.abs(seen[0] - seen[1]).max() > .01*np.abs(seen).max()
+    assert np.abs(f.numpy('neck')[:, 0] - seen).max() < 1e-4 * np.abs(seen).max()
+    assert np.abs(f.numpy('neck', 'max')[:, 0] - maps.amax((2, 3)).numpy()).max() < 1e-4 * maps.abs().max()
+    assert np.abs(seen[0] - seen[1]).max() > 0.01 * np.abs(seen).max()
 
 
 @pytest.mark.parametrize('bs', [1, 2, 7, 99, None])
 def test_any_batch_size(bs, body, paths, tmp_path):
-    want = extract_features(paths, body, 32, views='mirror', folder=tmp_path/'1', bs=3)
-    f = extract_features(paths, body, 32, views='mirror', folder=tmp_path/'2', bs=bs)
-    assert not {d.name for d in folders(f).values()} & {d.name for d in folders(want).values()}   # it decides the last bits
-    for k in f.stages: assert f.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
+    want = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '1', bs=3)
+    f = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '2', bs=bs)
+    assert not {d.name for d in folders(f).values()} & {
+        d.name for d in folders(want).values()
+    }  # it decides the last bits
+    for k in f.stages:
+        assert f.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
 
 
 @pytest.mark.parametrize('setting', ['channels_last', 'bf16'])
@@ -226,22 +317,27 @@ def test_settings_say_nearly_the_same(setting, body, paths, tmp_path):
     for k in a.stages:
         for p in ('mean', 'max'):
             x, y = a.numpy(k, p), b.numpy(k, p)
-            assert y.dtype == np.float32 and np.abs(x - y).max() < (.1 if setting == 'bf16' else 1e-4)*np.abs(x).max()
+            assert (
+                y.dtype == np.float32 and np.abs(x - y).max() < (0.1 if setting == 'bf16' else 1e-4) * np.abs(x).max()
+            )
 
 
 def test_a_network_cut_gives_the_same(paths, tmp_path):
     "So do some of its stages; and they are the same stores"
     f = extract_features(paths, fresh(), 32, stages=['stem', 'stage1'], folder=tmp_path)
     cut = fresh(stage='stage1')
-    with counting(cut) as seen: g = extract_features(paths, cut, 32, folder=tmp_path)
+    with counting(cut) as seen:
+        g = extract_features(paths, cut, 32, folder=tmp_path)
     assert not seen and folders(g) == folders(f) and list(g.stages) == ['stem', 'stage1']
-    all_of_it = extract_features(paths, fresh(), 32, folder=tmp_path/'all')
-    for k in g.stages: assert np.array_equal(all_of_it.numpy(k), g.numpy(k))
+    all_of_it = extract_features(paths, fresh(), 32, folder=tmp_path / 'all')
+    for k in g.stages:
+        assert np.array_equal(all_of_it.numpy(k), g.numpy(k))
 
 
 def test_layers_after_the_last_stage_are_not_run(body, paths, tmp_path):
     ran = []
-    for n, m in body.stages.named_children(): m.register_forward_hook(lambda *a, n=n: ran.append(n))
+    for n, m in body.stages.named_children():
+        m.register_forward_hook(lambda *a, n=n: ran.append(n))
     extract_features(paths, body, 32, stages='stage2', folder=tmp_path)
     assert set(ran) == {'stem', 'stage1', 'stage2'}
 
@@ -249,30 +345,35 @@ def test_layers_after_the_last_stage_are_not_run(body, paths, tmp_path):
 def test_a_body_in_training_mode(body, paths, tmp_path):
     "It is put into evaluation mode, and its statistics stay"
     before = {k: v.clone() for k, v in body.state_dict().items()}
-    want = extract_features(paths, body, 32, folder=tmp_path/'1')
-    f = extract_features(paths, body.train(), 32, folder=tmp_path/'2')
+    want = extract_features(paths, body, 32, folder=tmp_path / '1')
+    f = extract_features(paths, body.train(), 32, folder=tmp_path / '2')
     assert not body.training and all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
     assert contents(f) == contents(want)
 
 
 def test_a_network_that_takes_no_small_images(paths, tmp_path):
-    stages = Stages(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 4, 70))))          # as inception_v3 does
+    stages = Stages(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 4, 70))))  # as inception_v3 does
     stages.spec = replace(find_backbone('small_cnn'), size=96)
     assert extract_features(paths[:1], Body(stages), 96, folder=tmp_path).stages == {'stem': 4}
 
 
 # ---------------------------------------------------------------- what comes out
 
+
 def test_numpy(body, paths, tmp_path):
     f = extract_features(paths, body, 32, views='mirror', pools=('max', 'mean'), folder=tmp_path)
     assert len(f) == 7 and f.views == 2 and f.images == paths and f.about['pools'] == ['max', 'mean']
     assert sum(f.stages.values()) == f.numpy().shape[-1] and list(f.stages) == stage_names(body.stages)
-    both = f.numpy(['stage3', 'stem'])                                             # side by side in the order asked for
+    both = f.numpy(['stage3', 'stem'])  # side by side in the order asked for
     assert np.array_equal(both, np.concatenate([f.numpy('stage3'), f.numpy('stem')], -1))
     assert (f.numpy('stem', 'max') >= f.numpy('stem')).all() and (f.numpy('stem', 'max') > f.numpy('stem')).any()
     f = extract_features(paths, body, 32, pools=('max', 'mean'), folder=tmp_path)
-    mapped = f.numpy('stage1')                                                     # of one view
-    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable and isinstance(f.take(slice(2, 5)).numpy('stage1'), np.memmap)
+    mapped = f.numpy('stage1')  # of one view
+    assert (
+        isinstance(mapped, np.memmap)
+        and not mapped.flags.writeable
+        and isinstance(f.take(slice(2, 5)).numpy('stage1'), np.memmap)
+    )
 
 
 def test_pandas(body, paths, tmp_path):
@@ -284,14 +385,21 @@ def test_pandas(body, paths, tmp_path):
     assert f.pandas().shape == (7, sum(f.stages.values())) and f.take([]).pandas('stem').shape == (0, f.stages['stem'])
 
 
-@pytest.mark.parametrize('rows', [[3, 1, 1], slice(1, 4), np.arange(7) % 2 > 0, [False]*6 + [True], [-1], np.zeros(7, bool), np.array([2, 3, 5])], ids=str)
+@pytest.mark.parametrize(
+    'rows',
+    [[3, 1, 1], slice(1, 4), np.arange(7) % 2 > 0, [False] * 6 + [True], [-1], np.zeros(7, bool), np.array([2, 3, 5])],
+    ids=str,
+)
 def test_take(body, paths, tmp_path, rows):
-    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)       # the last row is one of the others
+    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row is one of the others
     assert np.array_equal(f.numpy('stage1')[7], f.numpy('stage1')[6])
     f = f.take(slice(7))
     g = f.take(rows)
-    assert isinstance(g, Features) and g.images == list(np.array(f.images)[np.arange(7)[rows]]) and len(g) == len(g.images)
-    for k in g.stages: assert np.array_equal(g.numpy(k), f.numpy(k)[np.arange(7)[rows]])
+    assert (
+        isinstance(g, Features) and g.images == list(np.array(f.images)[np.arange(7)[rows]]) and len(g) == len(g.images)
+    )
+    for k in g.stages:
+        assert np.array_equal(g.numpy(k), f.numpy(k)[np.arange(7)[rows]])
     assert np.array_equal(g.take(slice(None, None, -1)).numpy('stem'), g.numpy('stem')[::-1])
 
 
@@ -301,27 +409,52 @@ def test_rows_follow_the_list(body, paths, tmp_path):
     early = f.numpy('stage4').copy()
     order = [6, 3, 0, 3, 4, 1]
     g = extract_features([paths[i] for i in order], body, 32, folder=tmp_path)
-    want = extract_features(paths, body, 32, folder=tmp_path/'other')
+    want = extract_features(paths, body, 32, folder=tmp_path / 'other')
     assert g.numpy('stage4') == pytest.approx(want.numpy('stage4')[order], abs=1e-5)
     assert np.array_equal(g.numpy('stage4')[1], g.numpy('stage4')[3]) and np.array_equal(f.numpy('stage4'), early)
 
 
 def test_the_description(body, paths, tmp_path):
     "What decides the numbers can be read from the folder"
-    f = extract_features(paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path)
-    want = {'arch': 'test_resnet', 'size': 48, 'fit': 'pad', 'reader': 'photo', 'pools': ['max'], 'mean': [.5]*3, 'std': [.5]*3,
-            'setting': 'fp32', 'device': 'cpu', 'batch': 4, 'instructions': torch.backends.cpu.get_cpu_capability(), 'made by': features._MADE_BY}
+    f = extract_features(
+        paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path
+    )
+    want = {
+        'arch': 'test_resnet',
+        'size': 48,
+        'fit': 'pad',
+        'reader': 'photo',
+        'pools': ['max'],
+        'mean': [0.5] * 3,
+        'std': [0.5] * 3,
+        'setting': 'fp32',
+        'device': 'cpu',
+        'batch': 4,
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'made by': features._MADE_BY,
+    }
     assert {**want, 'views': 'mirror'}.items() <= f.about.items() and list(f.stages) == ['stem', 'stage1']
     assert list(f.stores) == ['stem', 'stage1', 'stem.1', 'stage1.1']
     for (k, n), (i, view) in product(f.stages.items(), enumerate(('none', 'mirror-1'))):
         field = f'{k}.1' if i else k
         d = f.stores[field].folder
-        about = json.loads((d/'about.json').read_text())
-        assert about == f.stores[field].about == {**want, 'views': view, 'stage': k, 'format': store.FORMAT, 'weights': weights_digest(body, k), 'fields': {field: [[1, 1, n], 'float32']}}
+        about = json.loads((d / 'about.json').read_text())
+        assert (
+            about
+            == f.stores[field].about
+            == {
+                **want,
+                'views': view,
+                'stage': k,
+                'format': store.FORMAT,
+                'weights': weights_digest(body, k),
+                'fields': {field: [[1, 1, n], 'float32']},
+            }
+        )
         assert d.parent == tmp_path and d.name.startswith(f'test_resnet-48px-{view}-{k}-')
-        lines = [json.loads(l) for l in (d/'images.jsonl').read_text().splitlines()]
+        lines = [json.loads(l) for l in (d / 'images.jsonl').read_text().splitlines()]
         assert [l['name'] for l in lines] == [Path(p).name for p in paths] and len({l['key'] for l in lines}) == 7
-        assert np.array_equal(np.fromfile(d/f'{field}.bin', '<f4').reshape(7, n), f.numpy(k, 'max')[:, i])
+        assert np.array_equal(np.fromfile(d / f'{field}.bin', '<f4').reshape(7, n), f.numpy(k, 'max')[:, i])
 
 
 def test_in_the_cache(body, paths, cache_dir):
@@ -332,25 +465,41 @@ def test_in_the_cache(body, paths, cache_dir):
 def test_by_name(paths, tmp_path, monkeypatch):
     "Setting and size are those of the backbone if nothing is said"
     asked = []
+
     def measure(model, size=224, **k):
         asked.append(size)
         return {'plain': 1, 'channels_last': 9, 'bf16': 1}
+
     monkeypatch.setattr(speed, 'measure_settings', measure)
     f = image_features(paths[:1], 'small_cnn', 'random', folder=tmp_path)
-    assert asked == [160] == [f.about['size']] and f.about['setting'] == 'fp32, channels last' and f.about['mean'] == list(HALF[0])
+    assert (
+        asked == [160] == [f.about['size']]
+        and f.about['setting'] == 'fp32, channels last'
+        and f.about['mean'] == list(HALF[0])
+    )
     assert list(f.stages.values()) == [32, 64, 128, 128]
 
 
 # ---------------------------------------------------------------- sources
 
+
 def test_files_and_images_are_the_same(body, arrays, paths, tmp_path):
-    a = extract_features(paths, body, 32, folder=tmp_path/'1')
-    forms = {'path': [Path(p) for p in paths], 'bytes': [Path(p).read_bytes() for p in paths], 'array': arrays, 'PIL': [Image.fromarray(x) for x in arrays],
-             'mixed': [paths[0], *arrays[1:3], *map(Image.open, paths[3:])], 'view': [np.asfortranarray(x) for x in arrays]}
-    for n, sources in forms.items(): assert np.array_equal(extract_features(sources, body, 32, folder=tmp_path/n).numpy(), a.numpy()), n
-    with counting(body) as seen: extract_features([*forms['path'], *forms['bytes']], body, 32, folder=tmp_path/'1')
-    assert not seen                                                                # a file is known by its bytes
-    with counting(body) as seen: extract_features(forms['PIL'], body, 32, folder=tmp_path/'array')
+    a = extract_features(paths, body, 32, folder=tmp_path / '1')
+    forms = {
+        'path': [Path(p) for p in paths],
+        'bytes': [Path(p).read_bytes() for p in paths],
+        'array': arrays,
+        'PIL': [Image.fromarray(x) for x in arrays],
+        'mixed': [paths[0], *arrays[1:3], *map(Image.open, paths[3:])],
+        'view': [np.asfortranarray(x) for x in arrays],
+    }
+    for n, sources in forms.items():
+        assert np.array_equal(extract_features(sources, body, 32, folder=tmp_path / n).numpy(), a.numpy()), n
+    with counting(body) as seen:
+        extract_features([*forms['path'], *forms['bytes']], body, 32, folder=tmp_path / '1')
+    assert not seen  # a file is known by its bytes
+    with counting(body) as seen:
+        extract_features(forms['PIL'], body, 32, folder=tmp_path / 'array')
     assert not seen
 
 
@@ -358,7 +507,9 @@ def test_images_of_other_modes(body, arrays, tmp_path):
     im = Image.fromarray(arrays[0])
     sources = [im, im.convert('L'), im.convert('RGBA'), im.convert('P'), arrays[0][..., 0]]
     f = extract_features(sources, body, 32, folder=tmp_path)
-    assert np.isfinite(f.numpy()).all() and {len(s) for s in f.stores.values()} == {4}          # colours and an opaque alpha are the same
+    assert np.isfinite(f.numpy()).all() and {len(s) for s in f.stores.values()} == {
+        4
+    }  # colours and an opaque alpha are the same
     assert np.array_equal(f.numpy()[0], f.numpy()[2]) and not np.array_equal(f.numpy()[0], f.numpy()[1])
     assert f.pandas('stem').shape[0] == 5
 
@@ -366,66 +517,107 @@ def test_images_of_other_modes(body, arrays, tmp_path):
 def test_a_table_of_arrays(body, arrays, tmp_path):
     f = extract_features([arrays[0], arrays[0][::-1]], body, 32, folder=tmp_path)
     t = f.pandas('stem')
-    assert t.index.ndim == 1 and [i is s for i, s in zip(t.index, f.images)] == [True]*2 and np.array_equal(t, f.numpy('stem').mean(1))
+    assert (
+        t.index.ndim == 1
+        and [i is s for i, s in zip(t.index, f.images)] == [True] * 2
+        and np.array_equal(t, f.numpy('stem').mean(1))
+    )
     assert len(t.iloc[1:]) == 1 and t.reset_index(drop=True).index.tolist() == [0, 1]
 
 
 def test_names_of_files(body, paths, tmp_path):
     "What another system would not take; the content is what counts"
-    names = ['con.png', 'a:b?*.png', 'a\\b.png', ' space .png ', '-rf', 'é ü 眼', "quote'\".png", 'line\nbreak.png', os.fsdecode(b'\xff\xfe.png')]
+    names = [
+        'con.png',
+        'a:b?*.png',
+        'a\\b.png',
+        ' space .png ',
+        '-rf',
+        'é ü 眼',
+        'quote\'".png',
+        'line\nbreak.png',
+        os.fsdecode(b'\xff\xfe.png'),
+    ]
     there = []
-    (tmp_path/'x').mkdir()
+    (tmp_path / 'x').mkdir()
     for i, n in enumerate(names):
-        try: shutil.copy(paths[i % 7], tmp_path/'x'/n)
-        except (OSError, UnicodeError): continue
-        there.append((i % 7, str(tmp_path/'x'/n)))
-    want = extract_features(paths, body, 32, folder=tmp_path/'plain')
-    f = extract_features([p for _, p in there], body, 32, folder=tmp_path/'strange')
+        try:
+            shutil.copy(paths[i % 7], tmp_path / 'x' / n)
+        except (OSError, UnicodeError):
+            continue
+        there.append((i % 7, str(tmp_path / 'x' / n)))
+    want = extract_features(paths, body, 32, folder=tmp_path / 'plain')
+    f = extract_features([p for _, p in there], body, 32, folder=tmp_path / 'strange')
     assert len(there) > 3 and f.pandas('stem').index.tolist() == [p for _, p in there]
     assert f.numpy() == pytest.approx(want.numpy()[[i for i, _ in there]], abs=1e-5)
 
 
 # ---------------------------------------------------------------- computed once; again when something changed
 
+
 def test_the_same_request_is_read(body, paths, tmp_path):
     with counting(body) as seen:
         a = extract_features(paths + paths[:3], body, 32, views='mirror', folder=tmp_path, bs=2)
-        assert sum(seen) == 2*7                                                    # duplicates once
+        assert sum(seen) == 2 * 7  # duplicates once
         before = contents(a)
-        for again in (paths, paths[::-1], paths[2:4]): extract_features(again, fresh(), 32, views='mirror', folder=tmp_path, bs=2)
-        assert sum(seen) == 2*7 and contents(a) == before
-        more = extract_features(paths, body, 32, views='mirror', stages=None, pools=['mean'], reader='photo', fit='crop', folder=tmp_path, bs=2)
-        assert sum(seen) == 2*7 and folders(more) == folders(a)
+        for again in (paths, paths[::-1], paths[2:4]):
+            extract_features(again, fresh(), 32, views='mirror', folder=tmp_path, bs=2)
+        assert sum(seen) == 2 * 7 and contents(a) == before
+        more = extract_features(
+            paths,
+            body,
+            32,
+            views='mirror',
+            stages=None,
+            pools=['mean'],
+            reader='photo',
+            fit='crop',
+            folder=tmp_path,
+            bs=2,
+        )
+        assert sum(seen) == 2 * 7 and folders(more) == folders(a)
 
 
-CHANGES = {'size': dict(size=40), 'fit': dict(fit='pad'), 'squish': dict(fit='squish'), 'reader': dict(reader='fundus'), 'views': dict(views='mirror'),
-           'orbit': dict(views='quarter_turns'), 'pools': dict(pools=('max',)), 'both pools': dict(pools=('mean', 'max'))}
+CHANGES = {
+    'size': dict(size=40),
+    'fit': dict(fit='pad'),
+    'squish': dict(fit='squish'),
+    'reader': dict(reader='fundus'),
+    'views': dict(views='mirror'),
+    'orbit': dict(views='quarter_turns'),
+    'pools': dict(pools=('max',)),
+    'both pools': dict(pools=('mean', 'max')),
+}
 
 
 @pytest.mark.parametrize('name', CHANGES)
 def test_another_setting_is_computed(name, body, paths, tmp_path):
     a = extract_features(paths, body, folder=tmp_path, **{'size': 32})
     kept = contents(a)
-    with counting(body) as seen: b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
-    shared = name in ('views', 'orbit')                                             # the first view is the image as it is
-    assert sum(seen) == 7*(b.views - shared) and contents(a) == kept
+    with counting(body) as seen:
+        b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
+    shared = name in ('views', 'orbit')  # the first view is the image as it is
+    assert sum(seen) == 7 * (b.views - shared) and contents(a) == kept
     assert {*folders(a).values()} & {*folders(b).values()} == ({*folders(a).values()} if shared else set())
-    if name in ('size', 'fit', 'squish'): assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
-    with counting(body) as seen: extract_features(paths, body, 32, folder=tmp_path)    # the first is still there
+    if name in ('size', 'fit', 'squish'):
+        assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
+    with counting(body) as seen:
+        extract_features(paths, body, 32, folder=tmp_path)  # the first is still there
     assert not seen
 
 
 def test_another_normalisation_or_format_is_computed(body, paths, tmp_path):
     a = extract_features(paths, body, 32, folder=tmp_path)
     bodies = [fresh('channels_last'), fresh('bf16')]
-    for change in (dict(mean=(.5, .5, .4)), dict(std=(.5, .6, .5))):
+    for change in (dict(mean=(0.5, 0.5, 0.4)), dict(std=(0.5, 0.6, 0.5))):
         bodies.append(fresh())
         bodies[-1].stages.spec = replace(body.stages.spec, **change)
     places = {*folders(a).values()}
     for b in bodies:
-        with counting(b) as seen: places |= {*folders(extract_features(paths, b, 32, folder=tmp_path)).values()}
+        with counting(b) as seen:
+            places |= {*folders(extract_features(paths, b, 32, folder=tmp_path)).values()}
         assert sum(seen) == 7
-    assert len(places) == 5*len(a.stages)
+    assert len(places) == 5 * len(a.stages)
 
 
 @pytest.mark.parametrize('part', ['stem', 'stage2', 'stage4'])
@@ -436,66 +628,85 @@ def test_a_changed_weight_is_noticed(part, kind, body, paths, tmp_path):
     name = next(n for n in body.stages.state_dict() if n.startswith(part) and n.endswith(kind))
     tensor = body.stages.state_dict()[name]
     old = tensor.view(-1)[0].item()
-    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))       # the least that can change
-    with counting(body) as seen, asking(body) as asked: b = extract_features(paths, body, 32, folder=tmp_path)
-    later = list(a.stages)[list(a.stages).index(part):]
-    assert sum(seen) == 7 and asked == {k: 7 for k in later} and [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
+    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the least that can change
+    with counting(body) as seen, asking(body) as asked:
+        b = extract_features(paths, body, 32, folder=tmp_path)
+    later = list(a.stages)[list(a.stages).index(part) :]
+    assert (
+        sum(seen) == 7
+        and asked == dict.fromkeys(later, 7)
+        and [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
+    )
     tensor.view(-1)[0] = old
-    with counting(body) as seen: c = extract_features(paths, body, 32, folder=tmp_path)
+    with counting(body) as seen:
+        c = extract_features(paths, body, 32, folder=tmp_path)
     assert not seen and folders(c) == folders(a)
 
 
 def test_a_changed_weight_of_a_transformer_is_noticed(arrays, tmp_path):
     body = fresh(arch='test_vit')
     extract_features(arrays[:2], body, 160, folder=tmp_path)
-    with counting(body) as seen: extract_features(arrays[:2], body, 160, folder=tmp_path)
+    with counting(body) as seen:
+        extract_features(arrays[:2], body, 160, folder=tmp_path)
     assert not seen
-    with torch.no_grad(): next(body.parameters()).view(-1)[0] += 1
-    with counting(body) as seen: extract_features(arrays[:2], body, 160, folder=tmp_path)
+    with torch.no_grad():
+        next(body.parameters()).view(-1)[0] += 1
+    with counting(body) as seen:
+        extract_features(arrays[:2], body, 160, folder=tmp_path)
     assert sum(seen) == 2
 
 
 def test_a_weight_that_does_not_count(body, paths, tmp_path):
     "Beyond the last stage that is asked for"
     extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
-    with torch.no_grad(): next(body.stages.stage3.parameters()).add_(1)
-    with counting(body) as seen: extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
+    with torch.no_grad():
+        next(body.stages.stage3.parameters()).add_(1)
+    with counting(body) as seen:
+        extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
     assert not seen
 
 
 def test_a_weight_counts_in_whatever_order_stages_are_named(body, paths, tmp_path):
     extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
-    with torch.no_grad(): next(body.stages.stage2.parameters()).add_(1)
-    with asking(body) as asked: extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
+    with torch.no_grad():
+        next(body.stages.stage2.parameters()).add_(1)
+    with asking(body) as asked:
+        extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
     assert asked == {'stage2': 7}
 
 
 def test_a_changed_image_is_noticed(body, arrays, paths, tmp_path):
-    mine = [tmp_path/f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine): shutil.copy(p, q)
-    a = extract_features(mine, body, 32, folder=tmp_path/'f').numpy().copy()
+    mine = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, mine):
+        shutil.copy(p, q)
+    a = extract_features(mine, body, 32, folder=tmp_path / 'f').numpy().copy()
     changed = arrays[4].copy()
     changed[20, 20] ^= 255
     times = os.stat(mine[4])
     Image.fromarray(changed).save(mine[4])
-    os.utime(mine[4], (times.st_atime, times.st_mtime))                            # its date says nothing
-    with counting(body) as seen: b = extract_features(mine, body, 32, folder=tmp_path/'f')
+    os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date says nothing
+    with counting(body) as seen:
+        b = extract_features(mine, body, 32, folder=tmp_path / 'f')
     assert sum(seen) == 1
     same = [np.array_equal(x, y) for x, y in zip(a, b.numpy())]
-    assert same == [True]*4 + [False] + [True]*2
+    assert same == [True] * 4 + [False] + [True] * 2
     shutil.copy(paths[4], mine[4])
-    with counting(body) as seen: c = extract_features(mine, body, 32, folder=tmp_path/'f')
+    with counting(body) as seen:
+        c = extract_features(mine, body, 32, folder=tmp_path / 'f')
     assert not seen and np.array_equal(c.numpy(), a)
 
 
 # ---------------------------------------------------------------- the same bits, whatever else is computed
 
+
 @contextmanager
 def threads(n):
     before = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def companies(images):
@@ -509,74 +720,105 @@ def companies(images):
 def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arrays, tmp_path):
     "Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full, with other numbers of threads"
     body = fresh(setting, arch)
-    with threads(1): want = extract_features(arrays, body, size, folder=tmp_path/'all').numpy()
+    with threads(1):
+        want = extract_features(arrays, body, size, folder=tmp_path / 'all').numpy()
     for k, (n, rows) in enumerate(companies(arrays)):
-        with threads(n): got = extract_features([arrays[i] for i in rows], body, size, folder=tmp_path/str(k))
+        with threads(n):
+            got = extract_features([arrays[i] for i in rows], body, size, folder=tmp_path / str(k))
         assert np.array_equal(got.numpy(), want[list(rows)])
 
 
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_an_image_has_the_same_prediction_in_any_company(setting, arrays):
     torch.manual_seed(0)
-    model = nn.Sequential(Body(create_body('efficientnet_lite0', 'random', stage='neck'), SETTINGS[setting]), create_head('dense', 1280, 3)).eval()
-    def probs(rows): return view_probs(model, [arrays[i] for i in rows], lambda a: read_image(a, 64), *IMAGENET, 'mirror')
-    with threads(1): want = probs(range(7))
+    model = nn.Sequential(
+        Body(create_body('efficientnet_lite0', 'random', stage='neck'), SETTINGS[setting]),
+        create_head('dense', 1280, 3),
+    ).eval()
+
+    def probs(rows):
+        return view_probs(model, [arrays[i] for i in rows], lambda a: read_image(a, 64), *IMAGENET, 'mirror')
+
+    with threads(1):
+        want = probs(range(7))
     for n, rows in companies(arrays):
-        with threads(n): assert np.array_equal(probs(rows), want[list(rows)])
+        with threads(n):
+            assert np.array_equal(probs(rows), want[list(rows)])
 
 
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_an_image_has_the_same_maps_in_any_company(setting, arrays, tmp_path):
     body = fresh(setting, 'efficientnet_lite0')
     front, _ = split_body(body, 3)
+
     def maps(rows, folder):
-        m = boundary_maps([arrays[i] for i in rows], front, features.reading(body, 64, 'photo', 'crop', 'mirror'), folder)
+        m = boundary_maps(
+            [arrays[i] for i in rows], front, features.reading(body, 64, 'photo', 'crop', 'mirror'), folder
+        )
         return m.arrays[0][m.rows]
-    with threads(1): want = maps(range(7), tmp_path/'all')
+
+    with threads(1):
+        want = maps(range(7), tmp_path / 'all')
     for k, (n, rows) in enumerate(companies(arrays)):
-        with threads(n): assert np.array_equal(maps(rows, tmp_path/str(k)), want[list(rows)])
+        with threads(n):
+            assert np.array_equal(maps(rows, tmp_path / str(k)), want[list(rows)])
 
 
 def test_predictions_from_stored_features_in_any_company():
     torch.manual_seed(0)
     head, x = create_head('dense', 1280, 3).eval(), torch.randn(300, 1280)
-    with threads(1): want = map_rows(head, x)
+    with threads(1):
+        want = map_rows(head, x)
     for n, rows in ((2, [0]), (4, [299, 1]), (2, list(range(299, -1, -1))), (3, list(range(7, 200)))):
-        with threads(n): assert torch.equal(map_rows(head, x[rows]), want[rows]) and torch.get_num_threads() == n
+        with threads(n):
+            assert torch.equal(map_rows(head, x[rows]), want[rows]) and torch.get_num_threads() == n
     assert map_rows(head, x[:0]).shape == (0, 3)
 
 
 def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
     "And whatever was computed before"
-    want = contents(extract_features(paths, fresh(), 32, folder=tmp_path/'f'))
-    shutil.rmtree(tmp_path/'f')
-    with threads(4): assert contents(extract_features(paths, fresh(), 32, folder=tmp_path/'f')) == want
-    extract_features(paths[3:5], fresh(), 32, folder=tmp_path/'g')
-    g, f = (extract_features(paths, fresh(), 32, folder=tmp_path/d) for d in 'gf')
+    want = contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f'))
+    shutil.rmtree(tmp_path / 'f')
+    with threads(4):
+        assert contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f')) == want
+    extract_features(paths[3:5], fresh(), 32, folder=tmp_path / 'g')
+    g, f = (extract_features(paths, fresh(), 32, folder=tmp_path / d) for d in 'gf')
     assert np.array_equal(g.numpy(), f.numpy())
 
 
 # ---------------------------------------------------------------- what is there is not believed
 
+
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
     "Between hashing and reading: its features are not those of the image that was there"
-    mine = [tmp_path/f'{i}.png' for i in range(3)]
-    for p, q in zip(paths, mine): shutil.copy(p, q)
+    mine = [tmp_path / f'{i}.png' for i in range(3)]
+    for p, q in zip(paths, mine):
+        shutil.copy(p, q)
     keys, was = content.content_keys, mine[1].read_bytes()
+
     def hashed(sources):
         out = keys(sources)
         shutil.copy(paths[6], mine[1])
         return out
+
     with monkeypatch.context() as m:
         m.setattr(content, 'content_keys', hashed)
-        with pytest.raises(ValueError, match='1.png changed'): extract_features(mine, body, 32, folder=tmp_path/'f')
-    want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path/'g').numpy()
-    assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path/'f').numpy(), want)
+        with pytest.raises(ValueError, match='1.png changed'):
+            extract_features(mine, body, 32, folder=tmp_path / 'f')
+    want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
+    assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path / 'f').numpy(), want)
     mine[1].write_bytes(was)
-    assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path/'f').numpy()[1], extract_features(paths, body, 32, folder=tmp_path/'g').numpy()[1])
+    assert np.array_equal(
+        extract_features(mine, body, 32, folder=tmp_path / 'f').numpy()[1],
+        extract_features(paths, body, 32, folder=tmp_path / 'g').numpy()[1],
+    )
 
 
-@pytest.mark.parametrize('harm', [lambda d: bytes(len(d)), lambda d: d[:len(d)//2], lambda d: d[4:] + d[:4]], ids=['zeroed', 'cut', 'moved'])
+@pytest.mark.parametrize(
+    'harm',
+    [lambda d: bytes(len(d)), lambda d: d[: len(d) // 2], lambda d: d[4:] + d[:4]],
+    ids=['zeroed', 'cut', 'moved'],
+)
 def test_numbers_that_were_changed(harm, body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
     want, file = f.numpy().copy(), f.stores['stage2'].file('stage2')
@@ -591,8 +833,10 @@ def test_numbers_that_were_changed(harm, body, paths, tmp_path):
 def test_features_that_are_no_numbers_name_the_weights(value, setting, paths, tmp_path):
     "The images are not at fault, and nothing is kept"
     body = fresh(setting)
-    with torch.no_grad(): next(body.stages.stage3.parameters()).view(-1)[0] = value
-    with pytest.raises(ValueError, match="'test_resnet' at stage3.*its weights hold NaN") as e: extract_features(paths, body, 32, folder=tmp_path)
+    with torch.no_grad():
+        next(body.stages.stage3.parameters()).view(-1)[0] = value
+    with pytest.raises(ValueError, match="'test_resnet' at stage3.*its weights hold NaN") as e:
+        extract_features(paths, body, 32, folder=tmp_path)
     assert 'leave' not in str(e.value) and not any(p.stat().st_size for p in tmp_path.glob('*/*.bin'))
 
 
@@ -600,8 +844,10 @@ def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
     body = fresh('bf16')
     with torch.no_grad():
         for m in body.stages.modules():
-            if isinstance(m, nn.BatchNorm2d): m.weight.fill_(1e30)
-    with pytest.raises(ValueError, match="numbers overflow.*setting='plain'"): extract_features(paths, body, 32, folder=tmp_path)
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.fill_(1e30)
+    with pytest.raises(ValueError, match="numbers overflow.*setting='plain'"):
+        extract_features(paths, body, 32, folder=tmp_path)
 
 
 def test_classifiers_do_not_blame_images(body, paths, tmp_path):
@@ -609,14 +855,17 @@ def test_classifiers_do_not_blame_images(body, paths, tmp_path):
     x = f.numpy('stage1').copy()
     x[4] = np.nan
     f.numpy = lambda *a: x
-    with pytest.raises(ValueError, match="1 of 7 images.*row 4.*weights of 'test_resnet' or the cache") as e: FeatureClassifier().fit(f, list('abababa'))
+    with pytest.raises(ValueError, match="1 of 7 images.*row 4.*weights of 'test_resnet' or the cache") as e:
+        FeatureClassifier().fit(f, list('abababa'))
     assert str(tmp_path) in str(e.value) and 'leave' not in str(e.value)
 
 
 def test_probabilities_that_are_no_numbers(stages, arrays):
     head = create_head('linear', 96, 3)
-    with torch.no_grad(): head[-1].weight[0, 0] = np.nan
-    with pytest.raises(ValueError, match='not at fault.*weights are damaged') as e: view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
+    with torch.no_grad():
+        head[-1].weight[0, 0] = np.nan
+    with pytest.raises(ValueError, match='not at fault.*weights are damaged') as e:
+        view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
 # ---------------------------------------------------------------- more stages, fewer, and images that only some have
@@ -625,21 +874,31 @@ HOW = dict(size=32, views='quarter_turns', pools=('mean', 'max'), bs=2)
 
 
 @pytest.fixture(scope='module')
-def whole(paths, tmp_path_factory): return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('whole'), **HOW))
+def whole(paths, tmp_path_factory):
+    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('whole'), **HOW))
 
 
 ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 
 
-@pytest.mark.parametrize('first', [['stage3', 'stage1'], ['stage4'], ['stem', 'stage1', 'stage2', 'stage3']], ids='+'.join)
+@pytest.mark.parametrize(
+    'first', [['stage3', 'stage1'], ['stage4'], ['stem', 'stage1', 'stage2', 'stage3']], ids='+'.join
+)
 def test_more_stages(first, body, paths, tmp_path, whole):
     "Those that are missing are computed, for all images in one pass; those that are there are not touched"
     a = extract_features(paths, body, stages=first, folder=tmp_path, **HOW)
     before = times(a)
-    with counting(body) as seen, asking(body) as asked: f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4*7 and asked == {k: 4*7 for k in ALL if k not in first}
-    assert list(f.stages) == ALL and contents(f) == whole and times(a) == before and {*folders(a).items()} <= {*folders(f).items()}
-    with counting(body) as seen: extract_features(paths, body, folder=tmp_path, **HOW)
+    with counting(body) as seen, asking(body) as asked:
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert sum(seen) == 4 * 7 and asked == {k: 4 * 7 for k in ALL if k not in first}
+    assert (
+        list(f.stages) == ALL
+        and contents(f) == whole
+        and times(a) == before
+        and {*folders(a).items()} <= {*folders(f).items()}
+    )
+    with counting(body) as seen:
+        extract_features(paths, body, folder=tmp_path, **HOW)
     assert not seen
 
 
@@ -647,9 +906,12 @@ def test_more_stages(first, body, paths, tmp_path, whole):
 def test_fewer_stages(fewer, body, paths, tmp_path, whole):
     f = extract_features(paths, body, folder=tmp_path, **HOW)
     before = times(f)
-    with counting(body) as seen: g = extract_features(paths[::-1], body, stages=fewer, folder=tmp_path, **HOW)
+    with counting(body) as seen:
+        g = extract_features(paths[::-1], body, stages=fewer, folder=tmp_path, **HOW)
     assert not seen and times(f) == before and list(g.stages) == [k for k in ALL if k in fewer]
-    assert contents(g) == part(whole, g.stages) and np.array_equal(g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages)))
+    assert contents(g) == part(whole, g.stages) and np.array_equal(
+        g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages))
+    )
 
 
 def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
@@ -657,21 +919,35 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
     extract_features(paths, body, stages='stage4', folder=tmp_path, **HOW)
     further = []
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
-    with counting(body) as seen: f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
-    assert sum(seen) == 4*7 and sum(further) <= 1 and contents(f) == part(whole, f.stages)      # the one is that which tells the widths
+    with counting(body) as seen:
+        f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
+    assert (
+        sum(seen) == 4 * 7 and sum(further) <= 1 and contents(f) == part(whole, f.stages)
+    )  # the one is that which tells the widths
 
 
 def test_more_views_afterwards(body, paths, tmp_path):
     "What was computed of the images as they are is not computed again for their turns; and one view of many is found"
-    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path/'whole')
-    with counting(body) as seen: straight = extract_features(paths[:5], body, 32, folder=tmp_path)
-    with counting(body) as more: f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
-    with counting(body) as all_of_it: g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
-    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3*5, 4*2) and folders(straight).items() <= folders(f).items()
-    assert np.array_equal(f.numpy()[:, :1], straight.numpy()) and f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5) and g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
-    with counting(body) as seen: one = extract_features(paths, body, 32, folder=tmp_path)
+    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'whole')
+    with counting(body) as seen:
+        straight = extract_features(paths[:5], body, 32, folder=tmp_path)
+    with counting(body) as more:
+        f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
+    with counting(body) as all_of_it:
+        g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
+    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2) and folders(straight).items() <= folders(
+        f
+    ).items()
+    assert (
+        np.array_equal(f.numpy()[:, :1], straight.numpy())
+        and f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5)
+        and g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
+    )
+    with counting(body) as seen:
+        one = extract_features(paths, body, 32, folder=tmp_path)
     assert not seen and np.array_equal(one.numpy(), g.numpy()[:, :1]) and isinstance(one.numpy('stage1'), np.memmap)
-    with counting(body) as seen: m = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
+    with counting(body) as seen:
+        m = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
     assert sum(seen) == 7 and np.array_equal(m.numpy()[:, 0], g.numpy()[:, 0])
 
 
@@ -686,15 +962,21 @@ def test_a_stage_that_is_behind(body, paths, tmp_path, whole):
     "Images that one store lacks pass once; no store gets a row twice"
     extract_features(paths, body, stages=['stem', 'stage4'], folder=tmp_path, **HOW)
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
-    with asking(body) as asked, counting(body) as seen: f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
-    assert sum(seen) == 4*3 and asked == {'stage2': 4*3} and contents(f) == part(whole, f.stages)
-    with asking(body) as asked: g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
-    with counting(body) as seen: h = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage3': 4*5} and sum(seen) == 4*7                           # stage1 lacks them all
+    with asking(body) as asked, counting(body) as seen:
+        f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
+    assert sum(seen) == 4 * 3 and asked == {'stage2': 4 * 3} and contents(f) == part(whole, f.stages)
+    with asking(body) as asked:
+        g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
+    with counting(body) as seen:
+        h = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert asked == {'stage3': 4 * 5} and sum(seen) == 4 * 7  # stage1 lacks them all
     assert contents(f) == part(contents(h), f.stages) and {len(s) for s in h.stores.values()} == {7}
     assert h.rows['stage3'].tolist() == [5, 6, 0, 1, 2, 3, 4] and np.array_equal(h.numpy('stage3')[2:], g.numpy())
-    want = extract_features(paths, body, folder=tmp_path/'whole', **HOW)
-    for k in ALL: assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5) and h.take([6, 0]).numpy(k) == pytest.approx(want.numpy(k)[[6, 0]], abs=1e-5)
+    want = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
+    for k in ALL:
+        assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5) and h.take([6, 0]).numpy(k) == pytest.approx(
+            want.numpy(k)[[6, 0]], abs=1e-5
+        )
 
 
 def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
@@ -702,177 +984,239 @@ def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
     wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
     with asking(body) as asked, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
-    assert asked == {k: 4*7 for k in ALL} and all(contents(f) == part(whole, f.stages) for f in done)
+    assert asked == dict.fromkeys(ALL, 4 * 7) and all(contents(f) == part(whole, f.stages) for f in done)
 
 
 def test_two_processes_with_stages_in_common(body, paths, tmp_path, whole):
-    def work(stages): return lambda: extract_features(paths, body, stages=stages, folder=tmp_path, **HOW)
-    assert [ended(p) for p in [forked(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]] == [0, 0]
-    with asking(body) as asked: f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage2': 4*7} and contents(f) == whole
+    def work(stages):
+        return lambda: extract_features(paths, body, stages=stages, folder=tmp_path, **HOW)
+
+    assert [
+        ended(p) for p in [forked(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
+    ] == [0, 0]
+    with asking(body) as asked:
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert asked == {'stage2': 4 * 7} and contents(f) == whole
 
 
 # ---------------------------------------------------------------- interruptions
 
+
 def stopping(at):
     def act(n):
-        if n == at: raise KeyboardInterrupt
+        if n == at:
+            raise KeyboardInterrupt
+
     return act
 
 
 @pytest.mark.parametrize('at', [0, 1, 4, 6, 8, 12, 15])
 def test_interrupted(at, body, paths, tmp_path, whole):
     "In any view of any batch: the batches before are kept, and the finished bytes are the same"
-    with pytest.raises(KeyboardInterrupt), counting(body, stopping(at)): extract_features(paths, body, folder=tmp_path, **HOW)
-    with counting(body) as seen: f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4*(7 - at//4*2) and contents(f) == whole
+    with pytest.raises(KeyboardInterrupt), counting(body, stopping(at)):
+        extract_features(paths, body, folder=tmp_path, **HOW)
+    with counting(body) as seen:
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert sum(seen) == 4 * (7 - at // 4 * 2) and contents(f) == whole
 
 
 def test_killed(body, paths, tmp_path, whole):
     "In the last view of the second batch"
+
     def kill(n):
-        if n == 7: os.kill(os.getpid(), signal.SIGKILL)
+        if n == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def work():
-        with counting(body, kill): extract_features(paths, body, folder=tmp_path, **HOW)
+        with counting(body, kill):
+            extract_features(paths, body, folder=tmp_path, **HOW)
+
     assert ended(forked(work)) == -signal.SIGKILL
-    with counting(body) as seen: f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4*5 and contents(f) == whole
+    with counting(body) as seen:
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert sum(seen) == 4 * 5 and contents(f) == whole
 
 
 def peak(f):
     "The most memory that there was during f(), in MB, and what it gives"
     try:
-        Path('/proc/self/clear_refs').write_text('5')                              # from now on
+        Path('/proc/self/clear_refs').write_text('5')  # from now on
         out = f()
-        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/1000, out
-    except OSError: pytest.skip('the peak of memory is not told here')
+        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1000, out
+    except OSError:
+        pytest.skip('the peak of memory is not told here')
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     "From 300 images to 800, while what is stored grows by 28 megabytes, as the peak does when all of it is read"
-    stages = Stages(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900))))
-    stages.spec, rng = find_backbone('small_cnn'), np.random.default_rng(0)        # wide, and quick
-    body, many = Body(stages), [tmp_path/f'{i}.ppm' for i in range(800)]
-    for p in many: p.write_bytes(b'P6 24 24 255\n' + rng.integers(0, 256, 24*24*3, dtype=np.uint8).tobytes())
-    def get(p): return extract_features(p, body, 16, views='quarter_turns', pools=('mean', 'max'), bs=25, folder=tmp_path)
+    stages = Stages(
+        OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900)))
+    )
+    stages.spec, rng = find_backbone('small_cnn'), np.random.default_rng(0)  # wide, and quick
+    body, many = Body(stages), [tmp_path / f'{i}.ppm' for i in range(800)]
+    for p in many:
+        p.write_bytes(b'P6 24 24 255\n' + rng.integers(0, 256, 24 * 24 * 3, dtype=np.uint8).tobytes())
+
+    def get(p):
+        return extract_features(p, body, 16, views='quarter_turns', pools=('mean', 'max'), bs=25, folder=tmp_path)
+
     few, _ = peak(lambda: get(many[:300]))
     more, f = peak(lambda: get(many))
     held, _ = peak(lambda: f.numpy().copy())
-    assert sum(p.stat().st_size for d in folders(f).values() for p in d.iterdir()) > 44e6 and more - few < 10 < 16 < held - more
+    assert (
+        sum(p.stat().st_size for d in folders(f).values() for p in d.iterdir()) > 44e6
+        and more - few < 10 < 16 < held - more
+    )
 
 
 @pytest.mark.parametrize('harm', ['stem.bin', 'stage3.bin', 'images.jsonl'])
 @pytest.mark.parametrize('n', [-1, 3])
 def test_torn(harm, n, body, paths, tmp_path, whole):
     "A file of an unfinished extraction is shorter or longer than it should be"
-    with pytest.raises(KeyboardInterrupt), counting(body, stopping(8)): f = extract_features(paths, body, folder=tmp_path, **HOW)
+    with pytest.raises(KeyboardInterrupt), counting(body, stopping(8)):
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
     file = next(tmp_path.glob(f'*/{harm}'))
     file.write_bytes(file.read_bytes() + b'{"k' if n > 0 else file.read_bytes()[:n])
-    with counting(body) as seen: f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4*(3 + (n < 0))
-    if n > 0: assert contents(f) == whole
-    one = extract_features(paths, body, folder=tmp_path/'whole', **HOW)
+    with counting(body) as seen:
+        f = extract_features(paths, body, folder=tmp_path, **HOW)
+    assert sum(seen) == 4 * (3 + (n < 0))
+    if n > 0:
+        assert contents(f) == whole
+    one = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
     assert f.numpy() == pytest.approx(one.numpy(), abs=1e-5)
 
 
 def test_two_at_the_same_time(body, paths, tmp_path, whole):
     with counting(body) as seen, ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: extract_features(paths, body, folder=tmp_path, **HOW), range(3)))
-    assert sum(seen) == 4*7 and all(contents(f) == whole and np.array_equal(f.numpy(), done[0].numpy()) for f in done)
+    assert sum(seen) == 4 * 7 and all(contents(f) == whole and np.array_equal(f.numpy(), done[0].numpy()) for f in done)
 
 
 # ---------------------------------------------------------------- images that cannot be read
 
-def harmed(data, how): return {'empty': b'', 'text': b'not an image', 'cut': data[:len(data)//2], 'page': b'<html>404</html>'}[how]
+
+def harmed(data, how):
+    return {'empty': b'', 'text': b'not an image', 'cut': data[: len(data) // 2], 'page': b'<html>404</html>'}[how]
 
 
 @pytest.mark.parametrize('how', ['empty', 'text', 'cut'])
 def test_a_corrupt_image(how, body, paths, tmp_path, whole):
     "Named; what came before is kept; it goes on when the image is repaired, or without it"
-    mine = [tmp_path/f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine): shutil.copy(p, q)
+    mine = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, mine):
+        shutil.copy(p, q)
     mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
-    with counting(body) as seen, pytest.raises(ValueError) as e: extract_features(mine, body, folder=tmp_path/'f', **HOW)
-    assert str(mine[5]) in str(e.value) and 'cannot be read' in str(e.value) and sum(seen) in (4*4, 4*5)  # the batch after it may be under way
-    with counting(body) as seen: kept = extract_features(mine[:4], body, folder=tmp_path/'f', **HOW)
+    with counting(body) as seen, pytest.raises(ValueError) as e:
+        extract_features(mine, body, folder=tmp_path / 'f', **HOW)
+    assert (
+        str(mine[5]) in str(e.value) and 'cannot be read' in str(e.value) and sum(seen) in (4 * 4, 4 * 5)
+    )  # the batch after it may be under way
+    with counting(body) as seen:
+        kept = extract_features(mine[:4], body, folder=tmp_path / 'f', **HOW)
     assert not seen
-    shutil.copytree(tmp_path/'f', tmp_path/'g')
-    with counting(body) as seen: without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path/'g', **HOW)
-    assert sum(seen) == 4*2 and len(without) == 6 and np.array_equal(without.numpy()[:4], kept.numpy())
+    shutil.copytree(tmp_path / 'f', tmp_path / 'g')
+    with counting(body) as seen:
+        without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path / 'g', **HOW)
+    assert sum(seen) == 4 * 2 and len(without) == 6 and np.array_equal(without.numpy()[:4], kept.numpy())
     shutil.copy(paths[5], mine[5])
-    with counting(body) as seen: f = extract_features(mine, body, folder=tmp_path/'f', **HOW)
-    assert sum(seen) == 4*3 and contents(f) == whole
+    with counting(body) as seen:
+        f = extract_features(mine, body, folder=tmp_path / 'f', **HOW)
+    assert sum(seen) == 4 * 3 and contents(f) == whole
 
 
 @pytest.mark.parametrize('what', ['nothing', 'a folder'])
 def test_a_file_that_is_not_there(what, body, paths, tmp_path):
-    if what == 'a folder': (tmp_path/'gone.png').mkdir()
-    with pytest.raises(ValueError, match='gone.png'): extract_features([*paths, tmp_path/'gone.png'], body, 32, folder=tmp_path)
+    if what == 'a folder':
+        (tmp_path / 'gone.png').mkdir()
+    with pytest.raises(ValueError, match='gone.png'):
+        extract_features([*paths, tmp_path / 'gone.png'], body, 32, folder=tmp_path)
 
 
 def test_corrupt_bytes_are_not_printed(body, tmp_path):
-    with pytest.raises(ValueError) as e: extract_features([bytes(100_000)], body, 32, folder=tmp_path)
+    with pytest.raises(ValueError) as e:
+        extract_features([bytes(100_000)], body, 32, folder=tmp_path)
     assert len(str(e.value)) < 1000
 
 
 # ---------------------------------------------------------------- requests that are refused
 
+
 def test_unknown_names(body, paths, tmp_path):
     "Refused before anything is computed or written"
-    f = extract_features(paths[:1], body, 32, folder=tmp_path/'f')
-    calls = {'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=tmp_path/'x'),
-             'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=tmp_path/'x'),
-             'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=tmp_path/'x'),
-             'neck': lambda: f.numpy('neck'), 'max': lambda: f.numpy('stem', 'max'), 'std': lambda: f.pandas('stem', 'std'),
-             'no images': lambda: extract_features([], body, 32, folder=tmp_path/'x'), 'resnet1888': lambda: image_features(paths, 'resnet1888', 'random')}
+    f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
+    calls = {
+        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=tmp_path / 'x'),
+        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=tmp_path / 'x'),
+        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=tmp_path / 'x'),
+        'neck': lambda: f.numpy('neck'),
+        'max': lambda: f.numpy('stem', 'max'),
+        'std': lambda: f.pandas('stem', 'std'),
+        'no images': lambda: extract_features([], body, 32, folder=tmp_path / 'x'),
+        'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
+    }
     for word, call in calls.items():
-        with counting(body) as seen, pytest.raises(ValueError) as e: call()
-        assert word in str(e.value) and not seen and not (tmp_path/'x').exists(), word
+        with counting(body) as seen, pytest.raises(ValueError) as e:
+            call()
+        assert word in str(e.value) and not seen and not (tmp_path / 'x').exists(), word
     for word, known in (('stage9', 'stage4'), ('min', 'max'), ('half_turns', 'quarter_turns'), ('max', 'mean')):
-        with pytest.raises(ValueError) as e: calls[word]()
+        with pytest.raises(ValueError) as e:
+            calls[word]()
         assert known in str(e.value)
 
 
 @pytest.mark.parametrize('wrong', [dict(reader='fundos'), dict(fit='corp')], ids=str)
 def test_unknown_reader_or_fit(wrong, body, paths, tmp_path):
-    with pytest.raises(ValueError) as e: extract_features(paths, body, 32, folder=tmp_path/'x', **wrong)
+    with pytest.raises(ValueError) as e:
+        extract_features(paths, body, 32, folder=tmp_path / 'x', **wrong)
     assert next(iter(wrong.values())) in str(e.value) and 'repair' not in str(e.value)
 
 
 @pytest.mark.parametrize('wrong', [dict(stages=[]), dict(pools=()), dict(size=0), dict(pools='max')], ids=str)
 def test_empty_requests(wrong, body, paths, tmp_path):
-    try: f = extract_features(paths, body, **{'size': 32, 'folder': tmp_path, **wrong})
-    except ValueError as e: assert "unknown pool 'm'" not in str(e)
-    else: assert f.about['pools'] == ['max']
+    try:
+        f = extract_features(paths, body, **{'size': 32, 'folder': tmp_path, **wrong})
+    except ValueError as e:
+        assert "unknown pool 'm'" not in str(e)
+    else:
+        assert f.about['pools'] == ['max']
 
 
 def test_not_enough_room(body, paths, tmp_path, monkeypatch):
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage(p)._replace(free=1000))
-    with counting(body) as seen, pytest.raises(ValueError) as e: extract_features(paths, body, folder=tmp_path, **HOW)
+    with counting(body) as seen, pytest.raises(ValueError) as e:
+        extract_features(paths, body, folder=tmp_path, **HOW)
     assert '7 images' in str(e.value) and 'DR_TRANSFER_CACHE' in str(e.value) and not seen
     monkeypatch.undo()
     assert len(extract_features(paths, body, folder=tmp_path, **HOW)) == 7
 
 
 def test_a_cache_that_is_no_folder(body, paths, tmp_path, monkeypatch):
-    (tmp_path/'file').touch()
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'file'))
-    with pytest.raises(ValueError, match='nothing can be written'): extract_features(paths, body, 32)
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'file'))
+    with pytest.raises(ValueError, match='nothing can be written'):
+        extract_features(paths, body, 32)
 
 
 # ---------------------------------------------------------------- the parts
 
-MEAN, STD = (.5, .4, .3), (.2, .3, .4)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def read(source): return read_image(source, 32)
+def read(source):
+    return read_image(source, 32)
 
 
 @torch.no_grad()
 def probs_by_hand(net, images, views):
-    def tensor(s): return (torch.from_numpy(np.array(read(s))).permute(2, 0, 1)[None].float()/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
-    return torch.stack([torch.stack([net(t(tensor(s)))[0].softmax(-1) for t in TURNS[views]]).mean(0) for s in images]).numpy()
+    def tensor(s):
+        return (
+            torch.from_numpy(np.array(read(s))).permute(2, 0, 1)[None].float() / 255 - torch.tensor(MEAN)[:, None, None]
+        ) / torch.tensor(STD)[:, None, None]
+
+    return torch.stack(
+        [torch.stack([net(t(tensor(s)))[0].softmax(-1) for t in TURNS[views]]).mean(0) for s in images]
+    ).numpy()
 
 
 @pytest.mark.parametrize('views', sorted(TURNS))
@@ -887,7 +1231,8 @@ def test_view_probs(stages, arrays, views, bs):
     assert p == pytest.approx(probs_by_hand(model, arrays, views), abs=1e-5)
 
 
-def test_no_images(stages): assert len(view_probs(nn.Sequential(Body(stages), create_head('linear', 96, 2)), [], read, MEAN, STD)) == 0
+def test_no_images(stages):
+    assert len(view_probs(nn.Sequential(Body(stages), create_head('linear', 96, 2)), [], read, MEAN, STD)) == 0
 
 
 def test_pooled_is_what_the_maps_say(stages):
@@ -897,8 +1242,10 @@ def test_pooled_is_what_the_maps_say(stages):
         bf16 = Body(stages, SETTINGS['bf16']).pooled(x, ['stage4'])
     assert list(got) == ['stage1', 'stage4'] and set(POOLS) == {'mean', 'max'} and bf16['stage4'].dtype == torch.float32
     for k, m in (('stage1', maps[1]), ('stage4', maps[4])):
-        assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0]) and torch.allclose(got[k][:, 1], m.flatten(2).mean(2), atol=1e-5)
-    Body(stages, SETTINGS['plain']).stages.to(memory_format=torch.contiguous_format)   # as it was, for the other tests
+        assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0]) and torch.allclose(
+            got[k][:, 1], m.flatten(2).mean(2), atol=1e-5
+        )
+    Body(stages, SETTINGS['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
 
 
 def test_average_pool():
@@ -910,39 +1257,56 @@ def test_average_pool():
 def test_linear_head_is_linear():
     torch.manual_seed(0)
     head = create_head('linear', 6, 4).eval()
-    head[1].running_mean.normal_(); head[1].running_var.uniform_(.5, 2)
+    head[1].running_mean.normal_()
+    head[1].running_var.uniform_(0.5, 2)
     a, b = torch.randn(2, 3, 6)
     with torch.no_grad():
-        assert torch.allclose(head(.3*a + .7*b), .3*head(a) + .7*head(b), atol=1e-5)      # affine: the weights sum to one
+        assert torch.allclose(
+            head(0.3 * a + 0.7 * b), 0.3 * head(a) + 0.7 * head(b), atol=1e-5
+        )  # affine: the weights sum to one
         maps = a[..., None, None].expand(-1, -1, 5, 5)
         assert torch.allclose(head(maps), head(a), atol=1e-5)
     assert head(a).shape == (3, 4)
 
 
-@pytest.mark.parametrize('name,widths,dropout', [('linear', [6, 4], 0), ('dense', [6, 256, 4], .2), (Head((5, 7), .3), [6, 5, 7, 4], .3), ('flw', [6, 2048, 1024, 4], 0)], ids=str)
+@pytest.mark.parametrize(
+    'name,widths,dropout',
+    [
+        ('linear', [6, 4], 0),
+        ('dense', [6, 256, 4], 0.2),
+        (Head((5, 7), 0.3), [6, 5, 7, 4], 0.3),
+        ('flw', [6, 2048, 1024, 4], 0),
+    ],
+    ids=str,
+)
 def test_heads(name, widths, dropout):
     torch.manual_seed(0)
     head = create_head(name, 6, 4)
     linear, drops = ([m for m in head if isinstance(m, t)] for t in (nn.Linear, nn.Dropout))
-    assert [(m.in_features, m.out_features) for m in linear] == list(zip(widths, widths[1:])) and {m.p for m in drops} == {dropout}
+    assert [(m.in_features, m.out_features) for m in linear] == list(zip(widths, widths[1:])) and {
+        m.p for m in drops
+    } == {dropout}
     assert len([m for m in head if isinstance(m, nn.ReLU)]) == len(linear) - 1 and isinstance(head[-1], nn.Linear)
     assert head.about == (HEADS[name] if isinstance(name, str) else name)
     for m in linear[:-1]:
-        if m.weight.numel() > 1000: assert m.weight.std().item() == pytest.approx((2/m.in_features)**.5, rel=.1)    # He et al. 2015
+        if m.weight.numel() > 1000:
+            assert m.weight.std().item() == pytest.approx((2 / m.in_features) ** 0.5, rel=0.1)  # He et al. 2015
     x = torch.randn(8, 6, 1, 1)
     head(x).sum().backward()
     assert head(x).shape == (8, 4) and all(p.grad is not None for p in head.parameters())
 
 
 def test_a_head_that_sees_every_place():
-    head = create_head(Head(flatten=True), 3*2*2, 5).eval()
+    head = create_head(Head(flatten=True), 3 * 2 * 2, 5).eval()
     x = torch.randn(2, 3, 2, 2)
-    with torch.no_grad(): a, b = head(x), head(x.flip(3))
+    with torch.no_grad():
+        a, b = head(x), head(x.flip(3))
     assert a.shape == (2, 5) and not torch.allclose(a, b, atol=1e-3)
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="unknown head 'lineal'.*linear"): create_head('lineal', 6, 4)
+    with pytest.raises(ValueError, match="unknown head 'lineal'.*linear"):
+        create_head('lineal', 6, 4)
 
 
 @pytest.mark.parametrize('name', sorted(SETTINGS))
@@ -957,9 +1321,12 @@ def test_a_body_in_each_setting(name):
         out = body(x)
         hook.remove()
     assert out.dtype == torch.float32 and kinds == [torch.bfloat16 if name == 'bf16' else torch.float32]
-    if name == 'plain': assert torch.equal(out, want)
-    assert (out - want).norm() < (.05 if name == 'bf16' else 1e-4)*want.norm()
-    conv = next(m for m in stages.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels > 3)
+    if name == 'plain':
+        assert torch.equal(out, want)
+    assert (out - want).norm() < (0.05 if name == 'bf16' else 1e-4) * want.norm()
+    conv = next(
+        m for m in stages.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels > 3
+    )
     assert conv.weight.is_contiguous(memory_format=torch.channels_last) == SETTINGS[name].channels_last
 
 
@@ -968,20 +1335,23 @@ def test_training_has_a_setting_of_its_own():
     stages = create_body('test_resnet', 'random')
     x, bf16, plain = torch.randn(2, 3, 64, 64), SETTINGS['bf16'], SETTINGS['plain']
     body = Body(stages, bf16, plain)
-    assert body.setting(x) == plain                                             # gradients are needed
-    with torch.no_grad(): assert body.setting(x) == bf16
+    assert body.setting(x) == plain  # gradients are needed
+    with torch.no_grad():
+        assert body.setting(x) == bf16
     stages.requires_grad_(False)
-    assert body.setting(x) == bf16                                              # frozen: a forward pass and no more
-    assert Body(stages.requires_grad_(True), bf16).setting(x) == plain          # not yet known: plain
+    assert body.setting(x) == bf16  # frozen: a forward pass and no more
+    assert Body(stages.requires_grad_(True), bf16).setting(x) == plain  # not yet known: plain
 
 
 @pytest.mark.parametrize('source', ['photos', b'jpeg', Path('a.jpg')], ids=str)
 def test_one_image_instead_of_a_list(body, source):
-    with pytest.raises(ValueError, match='give a list'): extract_features(source, body, 32)
+    with pytest.raises(ValueError, match='give a list'):
+        extract_features(source, body, 32)
 
 
 def test_other_versions_compute_anew(body, paths, tmp_path, monkeypatch):
     a = extract_features(paths, body, 32, folder=tmp_path)
     monkeypatch.setattr(features, '_MADE_BY', features._MADE_BY + '.1')
-    with counting(body) as seen: b = extract_features(paths, body, 32, folder=tmp_path)
+    with counting(body) as seen:
+        b = extract_features(paths, body, 32, folder=tmp_path)
     assert sum(seen) == 7 and not {*folders(a).values()} & {*folders(b).values()} and 'torch' in a.about['made by']

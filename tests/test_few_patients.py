@@ -1,4 +1,5 @@
 "Few patients: they and not their images decide on an operating point, and one alone gives no interval; what a report and `train` say of it"
+
 import json
 import re
 from types import SimpleNamespace
@@ -8,29 +9,49 @@ import pandas as pd
 import pytest
 
 from dr_transfer.commands import subcommands as commands
+from dr_transfer.data.ct_images import froc_table
 from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
-from dr_transfer.data.ct_images import froc_table
-from dr_transfer.metrics.decision import Decision, choose_decision
+from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table, report_html
 from dr_transfer.explain.activations import plot_neighbours
 from dr_transfer.explain.grad_cam import plot_heat_tables
-from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
-from dr_transfer.metrics.scores import accuracy, auc
-from dr_transfer.metrics.operating_point import OperatingPointError, choose_operating_point, operating_table, side_groups
-from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table, report_html
 from dr_transfer.inference.run import validation_table
-from dr_transfer.metrics.screening import compare_tables, interval_note, measure_table, plot_roc, question, roc_band, subgroup_table
+from dr_transfer.metrics.decision import Decision, choose_decision
+from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
+from dr_transfer.metrics.operating_point import (
+    OperatingPointError,
+    choose_operating_point,
+    operating_table,
+    side_groups,
+)
+from dr_transfer.metrics.scores import accuracy, auc
+from dr_transfer.metrics.screening import (
+    compare_tables,
+    interval_note,
+    measure_table,
+    plot_roc,
+    question,
+    roc_band,
+    subgroup_table,
+)
 
 TWO = ['no', 'referable']
 
 
-def table(patients, each, seed=0, positive=.5):
+def table(patients, each, seed=0, positive=0.5):
     "Predictions of several images of each patient, all of one class."
     rng = np.random.default_rng(seed)
-    ill = np.repeat(np.arange(patients) < positive*patients, each)
-    p = 1/(1 + np.exp(-np.where(ill, 1, -1) - rng.normal(0, 1, len(ill))))
-    return pd.DataFrame({'image': [f'{i}.jpg' for i in range(len(ill))], 'target': np.where(ill, *TWO[::-1]),
-                         'group': np.repeat([f'p{i}' for i in range(patients)], each), 'p_no': 1 - p, 'p_referable': p})
+    ill = np.repeat(np.arange(patients) < positive * patients, each)
+    p = 1 / (1 + np.exp(-np.where(ill, 1, -1) - rng.normal(0, 1, len(ill))))
+    return pd.DataFrame(
+        {
+            'image': [f'{i}.jpg' for i in range(len(ill))],
+            'target': np.where(ill, *TWO[::-1]),
+            'group': np.repeat([f'p{i}' for i in range(patients)], each),
+            'p_no': 1 - p,
+            'p_referable': p,
+        }
+    )
 
 
 def arrays(t):
@@ -40,48 +61,53 @@ def arrays(t):
 
 # ---------------------------------------------------------------- the operating point
 
+
 @pytest.mark.parametrize('wanted, side', [('sensitivity', 'positive'), ('specificity', 'negative')])
 def test_patients_are_counted_and_not_their_images(wanted, side):
     few, many = table(20, 10), table(60, 2)
     words = rf'100 {side} validation images of 10 groups \(patients\).*fewer than 30 groups.*Add patients'
     with pytest.raises(OperatingPointError, match=words):
-        choose_operating_point(*arrays(few), **{wanted: .9}, groups=few.group)
-    assert choose_operating_point(*arrays(few), **{wanted: .9}).positives == 100, 'without groups each image is independent'
-    with_groups = choose_operating_point(*arrays(many), **{wanted: .9}, groups=many.group)
-    assert with_groups == choose_operating_point(*arrays(many), **{wanted: .9}), 'groups change no threshold'
+        choose_operating_point(*arrays(few), **{wanted: 0.9}, groups=few.group)
+    assert choose_operating_point(*arrays(few), **{wanted: 0.9}).positives == 100, (
+        'without groups each image is independent'
+    )
+    with_groups = choose_operating_point(*arrays(many), **{wanted: 0.9}, groups=many.group)
+    assert with_groups == choose_operating_point(*arrays(many), **{wanted: 0.9}), 'groups change no threshold'
 
 
 def test_29_and_30_patients():
     for n, right in ((29, False), (30, True)):
-        y = np.repeat([1, 0], [3*n, 9])
-        groups = [*np.repeat(np.arange(n), 3), *['other']*9]
-        if right: choose_operating_point(y, np.arange(len(y)), sensitivity=.9, groups=groups)
+        y = np.repeat([1, 0], [3 * n, 9])
+        groups = [*np.repeat(np.arange(n), 3), *['other'] * 9]
+        if right:
+            choose_operating_point(y, np.arange(len(y)), sensitivity=0.9, groups=groups)
         else:
             with pytest.raises(OperatingPointError, match='of 29 groups'):
-                choose_operating_point(y, np.arange(len(y)), sensitivity=.9, groups=groups)
+                choose_operating_point(y, np.arange(len(y)), sensitivity=0.9, groups=groups)
 
 
 def test_an_image_without_a_group_counts_as_its_own_and_one_patient_may_count_on_both_sides():
     y = np.array([1, 0, 1, 1, 0, 0])
     groups = ['a', 'a', 'a', None, None, float('nan')]
     assert side_groups(y == 1, groups) == 2 and side_groups(y == 0, groups) == 3
-    assert side_groups(y == 1) is None and side_groups(y == 1, [None]*6) is None
+    assert side_groups(y == 1) is None and side_groups(y == 1, [None] * 6) is None
     assert side_groups(y == 1, ['1', 1, 1.0, '01', 2, 2]) == 1
-    with pytest.raises(ValueError, match='5 groups for 6 images'): side_groups(y == 1, groups[:5])
+    with pytest.raises(ValueError, match='5 groups for 6 images'):
+        side_groups(y == 1, groups[:5])
 
 
 def test_no_group_known_is_said_as_images():
     with pytest.raises(OperatingPointError, match='^12 positive validation images: .* fewer than 30. Add images'):
-        choose_operating_point([1]*12 + [0]*99, np.arange(111.), sensitivity=.9, groups=[None]*111)
+        choose_operating_point([1] * 12 + [0] * 99, np.arange(111.0), sensitivity=0.9, groups=[None] * 111)
 
 
 def test_a_decision_takes_the_groups_of_its_table_and_keeps_their_number():
     few = table(20, 10)
-    d = choose_decision(few, TWO, sensitivity=.9)
+    d = choose_decision(few, TWO, sensitivity=0.9)
     assert d.operating is None and 'of 10 groups (patients)' in d.refused[0] and d.point_words == ''
-    d = choose_decision(few.drop(columns='group'), TWO, sensitivity=.9)
+    d = choose_decision(few.drop(columns='group'), TWO, sensitivity=0.9)
     assert d.operating is not None and d.positive_groups is None and 'not as patients' in d.point_words
-    d = choose_decision(table(100, 4, positive=.4), TWO, specificity=.8)
+    d = choose_decision(table(100, 4, positive=0.4), TWO, specificity=0.8)
     assert (d.operating.positives, d.operating.negatives, d.positive_groups, d.negative_groups) == (160, 240, 40, 60)
     assert '160 positive and 240 other validation images, of 40 and 60 groups (patients)' in d.point_words
     assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d
@@ -89,37 +115,55 @@ def test_a_decision_takes_the_groups_of_its_table_and_keeps_their_number():
 
 def test_folds_decide_by_patients():
     t = table(60, 4).assign(fold=lambda t: t.group.str[1:].astype(int) % 3)
-    out, decision = decide_across(t, TWO, sensitivity=.9)
+    out, decision = decide_across(t, TWO, sensitivity=0.9)
     assert 'decision' not in out, 'two of three folds have 20 positive patients, in 80 images'
     assert decision.operating is not None and decision.positive_groups == 30
 
 
 def test_what_0_1_0_wrote_is_read_and_what_it_can_read_is_written():
-    d = choose_decision(table(100, 2), TWO, sensitivity=.9)
+    d = choose_decision(table(100, 2), TWO, sensitivity=0.9)
     old = {k: v for k, v in d.to_dict().items() if k not in ('positive_groups', 'negative_groups')}
     assert Decision.from_dict(old).operating == d.operating and Decision.from_dict(old).to_dict() == old
-    assert set(d.to_dict()['operating']) == {'threshold', 'wanted', 'at_least', 'positives', 'negatives', 'sensitivity', 'specificity'}
+    assert set(d.to_dict()['operating']) == {
+        'threshold',
+        'wanted',
+        'at_least',
+        'positives',
+        'negatives',
+        'sensitivity',
+        'specificity',
+    }
 
 
 # ---------------------------------------------------------------- intervals
 
-@pytest.mark.parametrize('values, groups', [([1, 0, 1, 1], ['a']*4), ([1], None), ([0], ['a']), ([1, 1], ['01', 1]), ([1, 1, 1], ['a']*3)])
+
+@pytest.mark.parametrize(
+    'values, groups',
+    [([1, 0, 1, 1], ['a'] * 4), ([1], None), ([0], ['a']), ([1, 1], ['01', 1]), ([1, 1, 1], ['a'] * 3)],
+)
 def test_one_group_has_no_interval(values, groups):
     r = bootstrap(np.mean, values, groups=groups, n=20).loc['value']
     assert r.value == np.mean(values) and np.isnan([r.low, r.high]).all()
     value, low, high = share_interval(values, groups, n=20)
     assert value == np.mean(values) and np.isnan([low, high]).all()
-    d = paired_difference(accuracy, values, values, [0]*len(values), groups=groups, n=20).loc['value']
+    d = paired_difference(accuracy, values, values, [0] * len(values), groups=groups, n=20).loc['value']
     assert d.value == np.mean(values) and np.isnan([d.low, d.high]).all()
     assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have one'
 
 
 def test_a_class_of_one_patient_has_no_interval():
-    t = table(10, 4, positive=.1)
-    m = measure_table(t.assign(decision=np.where(t.p_referable > .5, 'referable', 'not referable')), TWO, prevalence=.1, n=200)
-    for k in ('sensitivity', 'auc', *(k for k in m.index if 'predictive' in k)): assert np.isnan(m.loc[k, 'low']) and not np.isnan(m.loc[k, 'value']), k
+    t = table(10, 4, positive=0.1)
+    m = measure_table(
+        t.assign(decision=np.where(t.p_referable > 0.5, 'referable', 'not referable')), TWO, prevalence=0.1, n=200
+    )
+    for k in ('sensitivity', 'auc', *(k for k in m.index if 'predictive' in k)):
+        assert np.isnan(m.loc[k, 'low']) and not np.isnan(m.loc[k, 'value']), k
     assert m.loc[['specificity', 'accuracy'], 'low'].notna().all()
-    assert any(n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) decide on it') for n in m.attrs['notes'])
+    assert any(
+        n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) decide on it')
+        for n in m.attrs['notes']
+    )
     y, score = arrays(t)
     assert paired_difference(auc, y, score, score**2, groups=t.group, n=200).low.isna().all()
     band = roc_band(question(t, TWO), t.group, n=50)
@@ -130,7 +174,9 @@ def test_a_class_of_one_patient_has_no_interval():
 
 def test_the_note_says_why_there_is_none():
     t = table(1, 6, positive=1)
-    assert 'all images are of one group (patient)' in interval_note(t) and 'there is one image' in interval_note(t[:1].drop(columns='group'))
+    assert 'all images are of one group (patient)' in interval_note(t) and 'there is one image' in interval_note(
+        t[:1].drop(columns='group')
+    )
     m = measure_table(t, TWO, n=20)
     assert m.low.isna().all() and len(m.attrs['notes']) == 1
     assert interval_note(table(6, 2)) == '95 % intervals over 6 groups (patients)'
@@ -141,88 +187,150 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     a.loc[:3, 'target'] = b.loc[:3, 'target'] = 'no'
     assert compare_tables(a, b, TWO, n=20)[['low', 'high']].isna().all(axis=None)
     c = Comparison({'one': a, 'two': b}, TWO).table(20)
-    assert c[['low', 'high', 'difference_low']].isna().all(axis=None) and c.value.notna().any() and plot_comparison(c).axes
+    assert (
+        c[['low', 'high', 'difference_low']].isna().all(axis=None) and c.value.notna().any() and plot_comparison(c).axes
+    )
     assert 'nan' not in c.xs('auc', level='measure').round(3).to_string(na_rep='')
-    froc = froc_table(pd.DataFrame({'target': ['node', 'lung'], 'p_node': [.9, .2], 'group': 'p1'}), n=20)
+    froc = froc_table(pd.DataFrame({'target': ['node', 'lung'], 'p_node': [0.9, 0.2], 'group': 'p1'}), n=20)
     assert froc.low.isna().all() and froc.value.notna().all()
-    gone = pd.DataFrame({'value': [.5], 'low': np.nan, 'high': np.nan, 'chance': .2}, index=['stage1'])
+    gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
     assert plot_neighbours({'net': gone}).axes
-    names = ('share of the heat', 'hottest pixel', *(f'chance: {c}' for c in ('share of the area', 'heat of the others', 'own heat, turned',
-                                                                             'area with the margin', 'hottest pixel of the others', 'share of the area')))
-    assert plot_heat_tables({'net': pd.DataFrame({'value': .5, 'low': np.nan, 'high': np.nan}, index=list(dict.fromkeys(names)))}).axes
+    names = (
+        'share of the heat',
+        'hottest pixel',
+        *(
+            f'chance: {c}'
+            for c in (
+                'share of the area',
+                'heat of the others',
+                'own heat, turned',
+                'area with the margin',
+                'hottest pixel of the others',
+                'share of the area',
+            )
+        ),
+    )
+    assert plot_heat_tables(
+        {'net': pd.DataFrame({'value': 0.5, 'low': np.nan, 'high': np.nan}, index=list(dict.fromkeys(names)))}
+    ).axes
 
 
 # ---------------------------------------------------------------- the report
 
+
 def page(t, reader='fundus', n=20, **kw):
-    decision = choose_decision(table(80, 2, 3), TWO, sensitivity=.9)
+    decision = choose_decision(table(80, 2, 3), TWO, sensitivity=0.9)
     return report_html(Evaluation(t, TWO, {'arch': 'net', 'reader': reader, 'decision': decision}, **kw), n=n)
 
 
 def test_the_report_of_one_patient_shows_no_certainty():
-    t = table(1, 40, positive=1).assign(data_camera=['A', 'B']*20)
+    t = table(1, 40, positive=1).assign(data_camera=['A', 'B'] * 20)
     t.loc[:19, 'target'] = 'no'
     text = page(t)
     shown = re.sub('base64,[^"]*', '', text)
-    assert 'no interval: too few' in shown and 'open: too few for an interval' in shown and 'all images are of one group (patient)' in shown
-    assert 'nan' not in re.sub('<[^>]*>', ' ', shown).lower().split() and '[nan' not in shown and not re.search(r'(\d\.\d{3}) \[\1, \1\]', shown)
+    assert (
+        'no interval: too few' in shown
+        and 'open: too few for an interval' in shown
+        and 'all images are of one group (patient)' in shown
+    )
+    assert (
+        'nan' not in re.sub('<[^>]*>', ' ', shown).lower().split()
+        and '[nan' not in shown
+        and not re.search(r'(\d\.\d{3}) \[\1, \1\]', shown)
+    )
     s = subgroup_table(t, TWO, ['data_camera'], n=20)
     assert s[('auc', 'low')].isna().all() and s[('auc', 'value')].notna().all()
 
 
 def test_an_endpoint_without_an_interval_is_open():
-    m = pd.DataFrame({'value': [1., .5], 'low': np.nan, 'high': np.nan, 'images': 3}, index=['sensitivity', 'specificity'])
-    assert endpoint_table(m)['result'].tolist() == ['open: too few for an interval']*2 and endpoint_table(m).measured.tolist() == ['100.0%', '50.0%']
+    m = pd.DataFrame(
+        {'value': [1.0, 0.5], 'low': np.nan, 'high': np.nan, 'images': 3}, index=['sensitivity', 'specificity']
+    )
+    assert endpoint_table(m)['result'].tolist() == ['open: too few for an interval'] * 2 and endpoint_table(
+        m
+    ).measured.tolist() == ['100.0%', '50.0%']
 
 
 EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if one eye is')
 
 
-@pytest.mark.parametrize('reader, eyes', [('fundus', True), ('fundus_ben_graham', True), ('photo', False), (None, False)])
+@pytest.mark.parametrize(
+    'reader, eyes', [('fundus', True), ('fundus_ben_graham', True), ('photo', False), (None, False)]
+)
 def test_only_a_report_of_fundus_images_speaks_of_eyes(reader, eyes):
     text = page(table(60, 2), reader)
-    for words in EYES: assert (words in text) == eyes, words
-    assert 'This holds for images like these 120' in text and ('It says nothing of images from elsewhere' in text) != eyes
+    for words in EYES:
+        assert (words in text) == eyes, words
+    assert (
+        'This holds for images like these 120' in text and ('It says nothing of images from elsewhere' in text) != eyes
+    )
     assert 'Operating point: positive from' in text and 'of 40 and 40 groups (patients)' in text
 
 
 def test_the_reader_reaches_the_report(tmp_path):
     from PIL import Image
-    t = table(4, 1).assign(image=lambda t: [str(tmp_path/i) for i in t.image])
-    for i in t.image: Image.new('RGB', (32, 32), (90, 60, 30)).save(i)
-    assert describe_images(t, TWO, {'arch': 'net'}, 'fundus').fundus and not describe_images(t, TWO, {'arch': 'net'}, 'photo').fundus
+
+    t = table(4, 1).assign(image=lambda t: [str(tmp_path / i) for i in t.image])
+    for i in t.image:
+        Image.new('RGB', (32, 32), (90, 60, 30)).save(i)
+    assert (
+        describe_images(t, TWO, {'arch': 'net'}, 'fundus').fundus
+        and not describe_images(t, TWO, {'arch': 'net'}, 'photo').fundus
+    )
 
 
 def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
-    assert "<th>taken for the patients, in all of the data</th><td>patients: column &#x27;pid&#x27;, 60 groups</td>" in text and text.count('60 groups<') == 1
+    assert (
+        '<th>taken for the patients, in all of the data</th><td>patients: column &#x27;pid&#x27;, 60 groups</td>'
+        in text
+        and text.count('60 groups<') == 1
+    )
     assert 'taken for the patients' not in page(table(60, 2))
 
 
 def test_subgroups_show_how_many_images_they_have():
     "The column was empty: its numbers had another index than the rows."
-    t = table(60, 2).assign(data_camera=['A']*40 + ['B']*80)
+    t = table(60, 2).assign(data_camera=['A'] * 40 + ['B'] * 80)
     shown = re.search(r'<th>camera: A</th><td>(.*?)</td>.*<th>camera: B</th><td>(.*?)</td>', page(t))
     assert shown.groups() == ('40', '80')
 
 
 # ---------------------------------------------------------------- what training prints
 
-@pytest.mark.parametrize('views, words', [('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'), (
-    'quarter_turns', 'predictions averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class'), (
-    'mirror', 'predictions averaged over 2 views of each image; the lines of the epochs are of one view and of the likeliest class')])
+
+@pytest.mark.parametrize(
+    'views, words',
+    [
+        ('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'),
+        (
+            'quarter_turns',
+            'predictions averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class',
+        ),
+        (
+            'mirror',
+            'predictions averaged over 2 views of each image; the lines of the epochs are of one view and of the likeliest class',
+        ),
+    ],
+)
 def test_the_views_of_the_validation_metrics_are_told(views, words):
     assert validation_table(table(5, 4), TWO, views, n=20).attrs['notes'][0] == f'20 validation images, {words}'
 
 
-@pytest.mark.parametrize('gap', [{'auc': .1234, 'accuracy': -.05}, None])
+@pytest.mark.parametrize('gap', [{'auc': 0.1234, 'accuracy': -0.05}, None])
 def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     t = table(100, 2)
-    record = {'decision': choose_decision(t, TWO, sensitivity=.9)} | ({'gap': gap} if gap else {})
-    monkeypatch.setattr('dr_transfer.inference.run.write_run', lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20))
+    record = {'decision': choose_decision(t, TWO, sensitivity=0.9)} | ({'gap': gap} if gap else {})
+    monkeypatch.setattr(
+        'dr_transfer.inference.run.write_run',
+        lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20),
+    )
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
-    assert ('training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n' in said) == bool(gap)
+    assert (
+        'training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n'
+        in said
+    ) == bool(gap)
     assert 'validation: 200 validation images, predictions averaged over 4 views' in said
     assert 'operating point: positive from' in said and 'of 50 and 50 groups (patients)\n' in said

@@ -1,6 +1,5 @@
 "The retina disc, the light corrections, whether a photograph can be judged, a whole folder, and DICOM files"
-import json
-import os
+
 import threading
 
 import numpy as np
@@ -9,14 +8,27 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dr_transfer.data.dicom import dicom_facts, is_dicom, read_dicom
-from dr_transfer.data.fundus import (CORRECTIONS, MEANS, SPREADS, correct_colour, correct_local, correction_table, crop_disc, disc_mask, find_disc, read_disc, to_right,
-                                trim_borders, undo_colour)
+from dr_transfer.data.fundus import (
+    CORRECTIONS,
+    MEANS,
+    SPREADS,
+    correct_colour,
+    correct_local,
+    correction_table,
+    crop_disc,
+    disc_mask,
+    find_disc,
+    read_disc,
+    to_right,
+    trim_borders,
+    undo_colour,
+)
 from dr_transfer.data.gradability import LIMITS, REASONS, gradability, gradability_table
 from dr_transfer.data.images import image_error, read_rgb
-from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 from dr_transfer.data.preprocess import Preparation, preprocess_folder
 from dr_transfer.data.table import find_images, label_table
 from dr_transfer.data.views import READERS, read_image
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 
 def photo(seed=0, size=256, grade=2):
@@ -24,23 +36,31 @@ def photo(seed=0, size=256, grade=2):
     return Image.fromarray(image), truth['disc']
 
 
-def framed(im, disc, width, height, at, cut=0.):
+def framed(im, disc, width, height, at, cut=0.0):
     "In a black frame, with `cut` of the radius taken away above and below"
     frame = Image.new('RGB', (width, height))
     frame.paste(im, at)
     x, y, r = disc[0] + at[0], disc[1] + at[1], disc[2]
-    if not cut: return frame, (x, y, r)
-    top = round(y - (1 - cut)*r)
-    return frame.crop((0, top, width, round(y + (1 - cut)*r))), (x, y - top, r)
+    if not cut:
+        return frame, (x, y, r)
+    top = round(y - (1 - cut) * r)
+    return frame.crop((0, top, width, round(y + (1 - cut) * r))), (x, y - top, r)
 
 
-CHANGES = {'as it is': lambda a: a, 'dark': lambda a: a*.25, 'bright': lambda a: a*1.8, 'green': lambda a: a*[.5, 1.1, .7], 'noisy': lambda a: a + np.random.default_rng(0).normal(0, 3, a.shape)}
+CHANGES = {
+    'as it is': lambda a: a,
+    'dark': lambda a: a * 0.25,
+    'bright': lambda a: a * 1.8,
+    'green': lambda a: a * [0.5, 1.1, 0.7],
+    'noisy': lambda a: a + np.random.default_rng(0).normal(0, 3, a.shape),
+}
 
 
 # ---------------------------------------------------------------- the disc
 
+
 @pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('cut', [0, .15, .35])
+@pytest.mark.parametrize('cut', [0, 0.15, 0.35])
 @pytest.mark.parametrize('width, height, at', [(256, 256, (0, 0)), (500, 300, (100, 20)), (900, 700, (500, 300))])
 def test_the_circle_is_found_whole_or_cut_framed_dark_or_bright(width, height, at, cut, change):
     for seed in range(3):
@@ -49,22 +69,31 @@ def test_the_circle_is_found_whole_or_cut_framed_dark_or_bright(width, height, a
         assert d and np.hypot(d.x - x, d.y - y) < 5 and abs(d.r - r) < 5, (seed, d, (x, y, r))
 
 
-@pytest.mark.parametrize('im', [Image.new('RGB', (60, 40)), Image.new('RGB', (60, 40), 'white'), Image.fromarray(np.random.default_rng(0).integers(60, 255, (90, 120, 3)).astype(np.uint8))],
-                         ids=['black', 'white', 'no surround'])
+@pytest.mark.parametrize(
+    'im',
+    [
+        Image.new('RGB', (60, 40)),
+        Image.new('RGB', (60, 40), 'white'),
+        Image.fromarray(np.random.default_rng(0).integers(60, 255, (90, 120, 3)).astype(np.uint8)),
+    ],
+    ids=['black', 'white', 'no surround'],
+)
 def test_without_a_surround_there_is_no_disc_and_nothing_is_cut_off(im):
-    assert find_disc(im) is None and trim_borders(im).size == im.size and crop_disc(im).size == (max(im.size),)*2
+    assert find_disc(im) is None and trim_borders(im).size == im.size and crop_disc(im).size == (max(im.size),) * 2
 
 
 def test_crops_bring_discs_to_one_scale_and_points_come_back():
     sizes = []
-    for width, at, cut in ((256, (0, 0), 0), (700, (300, 20), 0), (700, (300, 20), .2)):
+    for width, at, cut in ((256, (0, 0), 0), (700, (300, 20), 0), (700, (300, 20), 0.2)):
         im, (x, y, r) = framed(*photo(1), width, 300, at, cut)
         d, crop = find_disc(im), crop_disc(im)
         assert crop.size[0] == crop.size[1]
         light = np.asarray(crop.resize((256, 256))).max(2) > 20
         sizes.append(light[128].sum())
-        points = np.array([[x, y], [x + r/2, y]])
-        assert np.allclose(d.from_crop(d.to_crop(points, 512), 512), points) and np.allclose(d.to_crop(points, 512)[0], 256, atol=12)
+        points = np.array([[x, y], [x + r / 2, y]])
+        assert np.allclose(d.from_crop(d.to_crop(points, 512), 512), points) and np.allclose(
+            d.to_crop(points, 512)[0], 256, atol=12
+        )
     assert np.ptp(sizes) <= 6, sizes
 
 
@@ -72,12 +101,12 @@ def test_crops_bring_discs_to_one_scale_and_points_come_back():
 @pytest.mark.parametrize('name', ['f.jpg', 'f.png'])
 def test_a_file_is_read_at_any_size_and_the_disc_is_in_its_pixels(tmp_path, name, size):
     im, (x, y, r) = framed(*photo(2, 400), 1400, 900, (600, 300))
-    im.save(tmp_path/name, quality=95)
-    crop, d = read_disc(tmp_path/name, size)
+    im.save(tmp_path / name, quality=95)
+    crop, d = read_disc(tmp_path / name, size)
     assert crop.size == (size, size) and abs(d.r - r) < 8 and np.hypot(d.x - x, d.y - y) < 8
     whole = np.asarray(crop_disc(im).resize((size, size), Image.Resampling.BICUBIC), float)
     assert np.abs(np.asarray(crop, float) - whole).mean() < 6
-    as_bytes, again = read_disc((tmp_path/name).read_bytes(), size)
+    as_bytes, again = read_disc((tmp_path / name).read_bytes(), size)
     assert np.array_equal(as_bytes, crop) and again == d
 
 
@@ -85,22 +114,23 @@ def test_a_turned_photograph_is_upright(tmp_path):
     im, _ = framed(*photo(3), 400, 300, (20, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
-    im.save(tmp_path/'turned.jpg', exif=exif)
-    _, d = read_disc(tmp_path/'turned.jpg', 64)
-    upright = find_disc(read_rgb(tmp_path/'turned.jpg'))
+    im.save(tmp_path / 'turned.jpg', exif=exif)
+    _, d = read_disc(tmp_path / 'turned.jpg', 64)
+    upright = find_disc(read_rgb(tmp_path / 'turned.jpg'))
     assert abs(d.x - upright.x) < 8 and abs(d.y - upright.y) < 8
 
 
 # ---------------------------------------------------------------- light
 
+
 def test_colour_correction_takes_the_tint_away_and_can_be_undone():
     crop = crop_disc(photo(4)[0])
-    inside = disc_mask(crop.width, .96)
+    inside = disc_mask(crop.width, 0.96)
     fixed, moments = correct_colour(crop)
     a = np.asarray(fixed, float)[inside]
     assert np.allclose(a.mean(0), MEANS, atol=4) and np.allclose(a.std(0), SPREADS, atol=6)
-    for tint in ([.6, .8, .9], [.9, .5, .7]):
-        tinted = Image.fromarray((np.asarray(crop)*tint).astype(np.uint8))
+    for tint in ([0.6, 0.8, 0.9], [0.9, 0.5, 0.7]):
+        tinted = Image.fromarray((np.asarray(crop) * tint).astype(np.uint8))
         assert np.abs(np.asarray(correct_colour(tinted)[0], float)[inside] - a).mean() < 3
     kept = (np.asarray(fixed) > 1) & (np.asarray(fixed) < 255)
     back = np.abs(np.asarray(undo_colour(fixed, moments), int) - np.asarray(crop, int))
@@ -110,12 +140,12 @@ def test_colour_correction_takes_the_tint_away_and_can_be_undone():
 def test_local_correction_takes_uneven_light_away_and_keeps_detail():
     crop = crop_disc(photo(5)[0])
     n = crop.width
-    side = (.5 + np.arange(n)/n)[None, :, None]
-    uneven = Image.fromarray((np.asarray(crop)*side).clip(0, 255).astype(np.uint8))
-    inside = disc_mask(n, .8)
+    side = (0.5 + np.arange(n) / n)[None, :, None]
+    uneven = Image.fromarray((np.asarray(crop) * side).clip(0, 255).astype(np.uint8))
+    inside = disc_mask(n, 0.8)
     a, b = (np.asarray(correct_local(i), float)[..., 1][inside] for i in (crop, uneven))
     before = [np.asarray(i, float)[..., 1][inside] for i in (crop, uneven)]
-    assert np.corrcoef(a, b)[0, 1] > max(.85, np.corrcoef(*before)[0, 1] + .1)
+    assert np.corrcoef(a, b)[0, 1] > max(0.85, np.corrcoef(*before)[0, 1] + 0.1)
     assert abs(a.mean() - 128) < 6 and (np.asarray(correct_local(crop))[0, 0] == 128).all()
 
 
@@ -126,14 +156,23 @@ def test_each_correction_says_what_it_keeps():
     assert CORRECTIONS['none'](im) is im
     even, moments = correct_colour(im)
     assert np.array_equal(CORRECTIONS['colour'](im), even)
-    back, there = np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int)), (np.asarray(even) > 1) & (np.asarray(even) < 255)
+    back, there = (
+        np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int)),
+        (np.asarray(even) > 1) & (np.asarray(even) < 255),
+    )
     assert 'undo_colour' in t['undone by']['colour'] and back[there & disc_mask(128)[..., None]].max() <= 2
-    a, b = (np.asarray(i, float)[disc_mask(128, .9)] for i in (im, even))                         # order within a channel: light relative to other light
-    assert all(np.corrcoef(a[:, c], b[:, c])[0, 1] > .98 for c in range(3))
+    a, b = (
+        np.asarray(i, float)[disc_mask(128, 0.9)] for i in (im, even)
+    )  # order within a channel: light relative to other light
+    assert all(np.corrcoef(a[:, c], b[:, c])[0, 1] > 0.98 for c in range(3))
 
 
 @pytest.mark.parametrize('name', CORRECTIONS)
-@pytest.mark.parametrize('im', [Image.new('RGB', (64, 64)), Image.new('RGB', (64, 64), 'white'), Image.new('RGB', (33, 33), (90, 40, 20))], ids=['black', 'white', 'odd'])
+@pytest.mark.parametrize(
+    'im',
+    [Image.new('RGB', (64, 64)), Image.new('RGB', (64, 64), 'white'), Image.new('RGB', (33, 33), (90, 40, 20))],
+    ids=['black', 'white', 'odd'],
+)
 def test_corrections_bear_any_picture(name, im):
     out = CORRECTIONS[name](im)
     assert out.size == im.size and out.mode == 'RGB'
@@ -141,11 +180,15 @@ def test_corrections_bear_any_picture(name, im):
 
 def test_the_corrections_are_readers_too():
     im = framed(*photo(6), 500, 300, (100, 20))[0]
-    for r in READERS: assert read_image(im, 96, r, 'pad').size == (96, 96)
+    for r in READERS:
+        assert read_image(im, 96, r, 'pad').size == (96, 96)
     assert not np.array_equal(read_image(im, 96, 'fundus_local', 'pad'), read_image(im, 96, 'fundus', 'pad'))
 
 
-@pytest.mark.parametrize('eye, mirrored', [('left', True), (' OS', True), ('L', True), ('right', False), ('OD', False), (None, False), ('', False)])
+@pytest.mark.parametrize(
+    'eye, mirrored',
+    [('left', True), (' OS', True), ('L', True), ('right', False), ('OD', False), (None, False), ('', False)],
+)
 def test_left_eyes_are_mirrored(eye, mirrored):
     im = photo(7)[0]
     assert np.array_equal(np.asarray(to_right(im, eye)), np.asarray(im)[:, ::-1] if mirrored else np.asarray(im))
@@ -153,9 +196,17 @@ def test_left_eyes_are_mirrored(eye, mirrored):
 
 # ---------------------------------------------------------------- can it be judged?
 
-SPOILT = {'out of focus': lambda im: im.filter(ImageFilter.GaussianBlur(im.width/60)), 'too dark': lambda im: im.point(lambda v: v*.1), 'too bright': lambda im: im.point(lambda v: min(255, v*4)),
-          'no contrast': lambda im: Image.fromarray((np.asarray(im)*.15 + 110*(np.asarray(im).max(2, keepdims=True) > 15)).astype(np.uint8)),
-          'no whole disc': lambda im: Image.fromarray((np.asarray(im)*(np.arange(im.width) < .4*im.width)[None, :, None]).astype(np.uint8))}
+SPOILT = {
+    'out of focus': lambda im: im.filter(ImageFilter.GaussianBlur(im.width / 60)),
+    'too dark': lambda im: im.point(lambda v: v * 0.1),
+    'too bright': lambda im: im.point(lambda v: min(255, v * 4)),
+    'no contrast': lambda im: Image.fromarray(
+        (np.asarray(im) * 0.15 + 110 * (np.asarray(im).max(2, keepdims=True) > 15)).astype(np.uint8)
+    ),
+    'no whole disc': lambda im: Image.fromarray(
+        (np.asarray(im) * (np.arange(im.width) < 0.4 * im.width)[None, :, None]).astype(np.uint8)
+    ),
+}
 
 
 @pytest.mark.parametrize('size', [256, 500])
@@ -164,7 +215,9 @@ def test_a_spoilt_photograph_is_ungradable_for_the_right_reason(reason, size):
     for seed in range(4):
         crop = crop_disc(photo(seed, size, seed)[0])
         good, bad = gradability(crop), gradability(SPOILT[reason](crop))
-        assert good['gradability'] > .9 and good['reason'] == '' and bad['gradability'] < .5 and bad['reason'] == reason
+        assert (
+            good['gradability'] > 0.9 and good['reason'] == '' and bad['gradability'] < 0.5 and bad['reason'] == reason
+        )
     assert set(REASONS) == set(LIMITS)
 
 
@@ -176,75 +229,115 @@ def test_gradability_of_many_is_in_order():
 
 # ---------------------------------------------------------------- a folder
 
+
 @pytest.fixture
 def eyes(tmp_path):
-    make_dr(tmp_path/'eyes', n=10, size=120, unreadable=1, seed=3)
-    return tmp_path/'eyes'
+    make_dr(tmp_path / 'eyes', n=10, size=120, unreadable=1, seed=3)
+    return tmp_path / 'eyes'
 
 
-@pytest.mark.parametrize('how', [Preparation(64), Preparation(96, 'colour', format='jpg'), Preparation(64, 'local', True)])
+@pytest.mark.parametrize(
+    'how', [Preparation(64), Preparation(96, 'colour', format='jpg'), Preparation(64, 'local', True)]
+)
 def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()}
-    t = preprocess_folder(eyes, tmp_path/'out', how)
+    t = preprocess_folder(eyes, tmp_path / 'out', how)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()} == before
     good = t[t.error == '']
-    assert len(t) == 10 and len(good) == 9 and all(Image.open(tmp_path/'out'/f).size == (how.size,)*2 for f in good.file) and good.gradability.notna().all()
-    assert pd.read_csv(tmp_path/'out'/'images.csv').image.tolist() == t.image.tolist()
-    learnt = label_table(tmp_path/'out', missing='skip')
+    assert (
+        len(t) == 10
+        and len(good) == 9
+        and all(Image.open(tmp_path / 'out' / f).size == (how.size,) * 2 for f in good.file)
+        and good.gradability.notna().all()
+    )
+    assert pd.read_csv(tmp_path / 'out' / 'images.csv').image.tolist() == t.image.tolist()
+    learnt = label_table(tmp_path / 'out', missing='skip')
     assert len(learnt) == 9 and learnt.label.tolist() == label_table(eyes).label.tolist() and learnt.group.notna().all()
 
 
 def test_left_eyes_are_turned_on_request(eyes, tmp_path):
-    a, b = (preprocess_folder(eyes, tmp_path/n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
+    a, b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
     for f, e in zip(a.file, a.error):
-        if e: continue
-        x, y = (np.asarray(Image.open(tmp_path/n/f)) for n in 'ab')
+        if e:
+            continue
+        x, y = (np.asarray(Image.open(tmp_path / n / f)) for n in 'ab')
         assert np.array_equal(x[:, ::-1] if 'left' in f else x, y)
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypatch):
     import dr_transfer.data.preprocess as module
-    whole = preprocess_folder(eyes, tmp_path/'whole', Preparation(64))
+
+    whole = preprocess_folder(eyes, tmp_path / 'whole', Preparation(64))
     real, done, lock = module.prepare_image, [], threading.Lock()
+
     def stop(*a):
-        with lock: done.append(a)
-        if len(done) > 4: raise KeyboardInterrupt
+        with lock:
+            done.append(a)
+        if len(done) > 4:
+            raise KeyboardInterrupt
         return real(*a)
+
     monkeypatch.setattr(module, 'prepare_image', stop)
-    with pytest.raises(KeyboardInterrupt): preprocess_folder(eyes, tmp_path/'out', Preparation(64), workers=1)
-    kept = len((tmp_path/'out'/'journal.jsonl').read_text().splitlines())
-    assert 1 <= kept <= 4 and not list((tmp_path/'out').rglob('*.tmp'))
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
+    kept = len((tmp_path / 'out' / 'journal.jsonl').read_text().splitlines())
+    assert 1 <= kept <= 4 and not list((tmp_path / 'out').rglob('*.tmp'))
     again = []
     monkeypatch.setattr(module, 'prepare_image', lambda *a: again.append(a) or real(*a))
-    t = preprocess_folder(eyes, tmp_path/'out', Preparation(64), workers=1)
+    t = preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
     assert len(again) == 10 - kept and t.equals(whole)
-    for f in t.file[t.error == '']: assert (tmp_path/'out'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes()
+    for f in t.file[t.error == '']:
+        assert (tmp_path / 'out' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
 
 
 def test_what_cannot_be_is_refused(eyes, tmp_path):
-    (tmp_path/'empty').mkdir()
-    preprocess_folder(eyes, tmp_path/'out', Preparation(64))
-    for run, words in ((lambda: preprocess_folder(eyes, eyes), 'never changed'), (lambda: preprocess_folder(eyes, tmp_path/'out', Preparation(72)), 'prepared otherwise'),
-                       (lambda: preprocess_folder(tmp_path/'empty', tmp_path/'o2'), 'no images'), (lambda: Preparation(correction='clour'), 'nearest first: colour'),
-                       (lambda: Preparation(format='gif'), "unknown format 'gif'"), (lambda: Preparation(8), '32 or more')):
-        with pytest.raises(ValueError, match=words): run()
-    assert not (tmp_path/'o2').exists()
-    Image.new('RGB', (50, 50)).save(eyes/'images'/f'{find_images(eyes)[0].stem}.bmp')
-    with pytest.raises(ValueError, match='would have one name'): preprocess_folder(eyes, tmp_path/'o3', Preparation(64))
+    (tmp_path / 'empty').mkdir()
+    preprocess_folder(eyes, tmp_path / 'out', Preparation(64))
+    for run, words in (
+        (lambda: preprocess_folder(eyes, eyes), 'never changed'),
+        (lambda: preprocess_folder(eyes, tmp_path / 'out', Preparation(72)), 'prepared otherwise'),
+        (lambda: preprocess_folder(tmp_path / 'empty', tmp_path / 'o2'), 'no images'),
+        (lambda: Preparation(correction='clour'), 'nearest first: colour'),
+        (lambda: Preparation(format='gif'), "unknown format 'gif'"),
+        (lambda: Preparation(8), '32 or more'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run()
+    assert not (tmp_path / 'o2').exists()
+    Image.new('RGB', (50, 50)).save(eyes / 'images' / f'{find_images(eyes)[0].stem}.bmp')
+    with pytest.raises(ValueError, match='would have one name'):
+        preprocess_folder(eyes, tmp_path / 'o3', Preparation(64))
 
 
 # ---------------------------------------------------------------- DICOM
+
 
 def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bits=8):
     pytest.importorskip('pydicom')
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, OphthalmicPhotography8BitImageStorage, generate_uid
+
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = OphthalmicPhotography8BitImageStorage, generate_uid(), ExplicitVRLittleEndian
-    ds = FileDataset(path, {}, file_meta=meta, preamble=b'\0'*128)
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID, ds.ImageLaterality, ds.Manufacturer = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, patient, side, 'Lens'
-    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *pixels.shape[:2], 3 if pixels.ndim == 3 else 1, interpretation
-    if pixels.ndim == 3: ds.PlanarConfiguration = 0
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
+        OphthalmicPhotography8BitImageStorage,
+        generate_uid(),
+        ExplicitVRLittleEndian,
+    )
+    ds = FileDataset(path, {}, file_meta=meta, preamble=b'\0' * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID, ds.ImageLaterality, ds.Manufacturer = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+        patient,
+        side,
+        'Lens',
+    )
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = (
+        *pixels.shape[:2],
+        3 if pixels.ndim == 3 else 1,
+        interpretation,
+    )
+    if pixels.ndim == 3:
+        ds.PlanarConfiguration = 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (8 if bits == 8 else 16), bits, bits - 1, 0
     ds.PixelData = pixels.tobytes()
     ds.save_as(path, enforce_file_format=True)
@@ -253,33 +346,46 @@ def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bit
 
 def test_a_dicom_photograph_is_read_like_any_other(tmp_path):
     pixels = np.asarray(photo(1)[0])
-    file = camera_file(tmp_path/'eye.dcm', pixels)
-    assert is_dicom(file) and np.array_equal(read_rgb(file), pixels) and np.array_equal(read_rgb(file.read_bytes()), pixels) and image_error(file) == ''
+    file = camera_file(tmp_path / 'eye.dcm', pixels)
+    assert (
+        is_dicom(file)
+        and np.array_equal(read_rgb(file), pixels)
+        and np.array_equal(read_rgb(file.read_bytes()), pixels)
+        and image_error(file) == ''
+    )
     assert dicom_facts(file) == {'group': 'A17', 'eye': 'left', 'camera': 'Lens'}
-    assert np.array_equal(read_image(file, 96, 'fundus', 'pad'), read_image(Image.fromarray(pixels), 96, 'fundus', 'pad'))
+    assert np.array_equal(
+        read_image(file, 96, 'fundus', 'pad'), read_image(Image.fromarray(pixels), 96, 'fundus', 'pad')
+    )
     assert read_disc(file, 64)[0].size == (64, 64)
 
 
 @pytest.mark.parametrize('bits, interpretation', [(8, 'MONOCHROME2'), (12, 'MONOCHROME2'), (8, 'MONOCHROME1')])
 def test_grey_dicom_photographs(tmp_path, bits, interpretation):
     a = (np.arange(2400).reshape(40, 60) % 2**bits).astype(np.uint8 if bits == 8 else np.uint16)
-    got = np.asarray(read_dicom(camera_file(tmp_path/'g.dcm', a, interpretation=interpretation, bits=bits)), float)
-    want = a.astype(float)*255/(2**bits - 1)
-    assert np.abs(got - (255 - want if interpretation == 'MONOCHROME1' else want)).max() <= .5
+    got = np.asarray(read_dicom(camera_file(tmp_path / 'g.dcm', a, interpretation=interpretation, bits=bits)), float)
+    want = a.astype(float) * 255 / (2**bits - 1)
+    assert np.abs(got - (255 - want if interpretation == 'MONOCHROME1' else want)).max() <= 0.5
 
 
 def test_patient_eye_and_camera_come_from_the_file(tmp_path):
     for i in range(4):
-        folder = tmp_path/'data'/('ill' if i % 2 else 'well')
+        folder = tmp_path / 'data' / ('ill' if i % 2 else 'well')
         folder.mkdir(parents=True, exist_ok=True)
-        camera_file(folder/f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i//2}', 'LR'[i % 2])
-    t = label_table(tmp_path/'data').sort_values('image', key=lambda s: s.str[-5:])
-    assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1'] and t.data_eye.tolist() == ['left', 'right']*2 and set(t.data_camera) == {'Lens'}
-    (tmp_path/'data'/'ill'/'1.dcm').write_bytes(b'nothing')
-    assert len(label_table(tmp_path/'data')) == 3
+        camera_file(folder / f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i // 2}', 'LR'[i % 2])
+    t = label_table(tmp_path / 'data').sort_values('image', key=lambda s: s.str[-5:])
+    assert (
+        t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
+        and t.data_eye.tolist() == ['left', 'right'] * 2
+        and set(t.data_camera) == {'Lens'}
+    )
+    (tmp_path / 'data' / 'ill' / '1.dcm').write_bytes(b'nothing')
+    assert len(label_table(tmp_path / 'data')) == 3
 
 
 def test_without_pydicom_the_error_says_what_to_install(monkeypatch):
     import sys
+
     monkeypatch.setitem(sys.modules, 'pydicom', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[dicom\]'"): read_dicom('eye.dcm')
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[dicom\]'"):
+        read_dicom('eye.dcm')

@@ -1,4 +1,5 @@
 "Nothing heavy is imported before it is needed. No times: what is in sys.modules decides."
+
 import ast
 import json
 import os
@@ -7,11 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import dr_transfer
 from test_cli import COMMAND, cache_dir, eyes, home, run, shared_cache, weights  # noqa: F401
 
-HEAVY = ('torch', 'torchvision', 'fastai', 'fastcore', 'timm', 'pandas', 'numpy', 'scipy', 'sklearn', 'matplotlib', 'PIL', 'safetensors', 'tqdm')
+import dr_transfer
+
+HEAVY = (
+    'torch',
+    'torchvision',
+    'fastai',
+    'fastcore',
+    'timm',
+    'pandas',
+    'numpy',
+    'scipy',
+    'sklearn',
+    'matplotlib',
+    'PIL',
+    'safetensors',
+    'tqdm',
+)
 SHOW = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
 
 
@@ -31,27 +46,84 @@ def test_importing_the_package_loads_nothing_heavy():
     assert 'dr_transfer' in modules and not modules & set(HEAVY)
 
 
-@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['predict', '--help'], ['demo', '--help'], ['advise', '--help'], ['--version'], ['train'], ['nonsense']])
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--help'],
+        ['train', '--help'],
+        ['predict', '--help'],
+        ['demo', '--help'],
+        ['advise', '--help'],
+        ['--version'],
+        ['train'],
+        ['nonsense'],
+    ],
+)
 def test_help_loads_nothing_heavy(words):
-    out, modules = loaded(f"from dr_transfer.cli import main\ntry: main({words})\nexcept SystemExit as e: print('code', e.code)")
-    assert out.splitlines()[-1] == f"code {0 if words[-1].startswith('--') else 2}" and not modules & set(HEAVY)
+    out, modules = loaded(
+        f"from dr_transfer.cli import main\ntry: main({words})\nexcept SystemExit as e: print('code', e.code)"
+    )
+    assert out.splitlines()[-1] == f'code {0 if words[-1].startswith("--") else 2}' and not modules & set(HEAVY)
 
 
-@pytest.mark.parametrize('words, options', [
-    ([], ['demo', 'advise', 'train', 'predict']),
-    (['advise'], ['DATA', '--task', '--labels CSV', '--target', '--arch NAME', '--weights FILE', '--size N', '--valid FRACTION', '--seed N', '--out PNG', '--overwrite']),
-    (['demo'], ['--out', '--images', '--size', '--seed', '--debug', '--overwrite']),
-    (['train'], ['DATA', '--task', '--labels CSV', '--target', '--arch NAME', '--weights FILE', '--plan NAME', '--epochs N', '--size N', '--seed N', '--out DIR',
-                 '--debug', '--overwrite']),
-    (['predict'], ['DIR', 'IMAGES', '--out CSV', '--debug', '--overwrite'])])
+@pytest.mark.parametrize(
+    'words, options',
+    [
+        ([], ['demo', 'advise', 'train', 'predict']),
+        (
+            ['advise'],
+            [
+                'DATA',
+                '--task',
+                '--labels CSV',
+                '--target',
+                '--arch NAME',
+                '--weights FILE',
+                '--size N',
+                '--valid FRACTION',
+                '--seed N',
+                '--out PNG',
+                '--overwrite',
+            ],
+        ),
+        (['demo'], ['--out', '--images', '--size', '--seed', '--debug', '--overwrite']),
+        (
+            ['train'],
+            [
+                'DATA',
+                '--task',
+                '--labels CSV',
+                '--target',
+                '--arch NAME',
+                '--weights FILE',
+                '--plan NAME',
+                '--epochs N',
+                '--size N',
+                '--seed N',
+                '--out DIR',
+                '--debug',
+                '--overwrite',
+            ],
+        ),
+        (['predict'], ['DIR', 'IMAGES', '--out CSV', '--debug', '--overwrite']),
+    ],
+)
 def test_the_installed_command(words, options):
     "Help of the real console script: what it imports, that it exits with 0, and that each subcommand shows an example that its parser takes."
-    r = subprocess.run([COMMAND, *words, '--help'], capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPROFILEIMPORTTIME': '1', 'COLUMNS': '200'})
+    r = subprocess.run(
+        [COMMAND, *words, '--help'],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, 'PYTHONPROFILEIMPORTTIME': '1', 'COLUMNS': '200'},
+    )
     imported = {l.split('|')[-1].strip().split('.')[0] for l in r.stderr.splitlines() if l.startswith('import time:')}
     assert r.returncode == 0 and 'argparse' in imported and not imported & set(HEAVY)
     assert [o for o in options if o not in r.stdout] == []
-    if not words: return
+    if not words:
+        return
     from dr_transfer.cli import _parser
+
     example = r.stdout.split('example:\n')[1].split()
     assert example[:2] == ['dr_transfer', words[0]]
     assert _parser().parse_args(example[1:]).run.__name__ == words[0]
@@ -59,7 +131,7 @@ def test_the_installed_command(words, options):
 
 def test_failure_is_not_code_0_and_one_line(tmp_path):
     "Of the real console script; a success is above, and Ctrl-C in test_cli."
-    (tmp_path/'mine.txt').write_text('mine')
+    (tmp_path / 'mine.txt').write_text('mine')
     r = subprocess.run([COMMAND, 'demo', '--out', tmp_path], capture_output=True, text=True, timeout=120)
     assert r.returncode == 1 and r.stdout == '' and len(r.stderr.splitlines()) == 1 and 'exists already' in r.stderr
     assert subprocess.run([COMMAND, 'paint'], capture_output=True).returncode == 2
@@ -68,15 +140,28 @@ def test_failure_is_not_code_0_and_one_line(tmp_path):
 
 def test_predicting_needs_no_fastai(run, eyes):
     "A whole prediction, through the command."
-    image = sorted((eyes/'images').iterdir())[0]
-    out, modules = loaded(f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0')
+    image = sorted((eyes / 'images').iterdir())[0]
+    out, modules = loaded(
+        f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0'
+    )
     assert out.startswith('image,prediction,p_no,p_referable') and str(image) in out
-    assert {'torch', 'timm', 'dr_transfer'} <= modules and not modules & {'fastai', 'fastcore', 'matplotlib', 'sklearn', 'IPython'}
+    assert {'torch', 'timm', 'dr_transfer'} <= modules and not modules & {
+        'fastai',
+        'fastcore',
+        'matplotlib',
+        'sklearn',
+        'IPython',
+    }
 
 
 def test_the_command_imports_the_library_only_inside_functions():
     "The reason why it is quick, so that a violation is found where it is."
-    bodies = [ast.parse((Path(dr_transfer.__file__).parent/f'{name}.py').read_text()).body for name in ('cli', 'commands/subcommands', 'commands/arguments')]
+    bodies = [
+        ast.parse((Path(dr_transfer.__file__).parent / f'{name}.py').read_text()).body
+        for name in ('cli', 'commands/subcommands', 'commands/arguments')
+    ]
     nodes = [n for body in bodies for n in body]
-    top = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    top = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [
+        n.module for n in nodes if isinstance(n, ast.ImportFrom)
+    ]
     assert set(top) <= {*sys.stdlib_module_names, 'arguments', 'commands.arguments', 'commands.subcommands'}, top

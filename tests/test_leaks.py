@@ -1,4 +1,5 @@
 "Copies, near copies and groups across a split; confounders; the gate of build_learner"
+
 import io
 
 import numpy as np
@@ -8,38 +9,66 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dr_transfer.core import build_learner
-from dr_transfer.data.tasks import REFERABLE, TASKS, task_table
-from dr_transfer.features.extraction import image_features
-from dr_transfer.data.leaks import (BITS, LeakError, Together, confounders, detail_hash, file_facts, find_copies, image_hashes, joined_groups,
-                               leak_report, near_pairs, split_data, split_leaks)
-from dr_transfer.metrics.scores import auc
-from dr_transfer.synthetic.fundus import draw_fundus, make_dr
+from dr_transfer.data.leaks import (
+    BITS,
+    LeakError,
+    Together,
+    confounders,
+    detail_hash,
+    file_facts,
+    find_copies,
+    image_hashes,
+    joined_groups,
+    leak_report,
+    near_pairs,
+    split_data,
+    split_leaks,
+)
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import REFERABLE, TASKS, task_table
 from dr_transfer.data.views import read_image
+from dr_transfer.features.extraction import image_features
+from dr_transfer.metrics.scores import auc
+from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch): monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
 
 
 @pytest.fixture(scope='module')
 def eyes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('leaks')/'eyes'
+    folder = tmp_path_factory.mktemp('leaks') / 'eyes'
     make_dr(folder, n=60, size=192, exact_duplicates=3, near_duplicates=3, cameras=2, seed=5)
     return folder
 
 
-def bits(im, reader='photo'): return detail_hash(read_image(im, 96, reader, 'pad' if reader != 'photo' else 'squish'))
-def differ(a, b): return int(np.bitwise_count(a ^ b).sum())
+def bits(im, reader='photo'):
+    return detail_hash(read_image(im, 96, reader, 'pad' if reader != 'photo' else 'squish'))
+
+
+def differ(a, b):
+    return int(np.bitwise_count(a ^ b).sum())
+
+
 def jpeg(im):
     f = io.BytesIO()
     im.save(f, 'JPEG', quality=50)
     return Image.open(f).convert('RGB')
 
 
-@pytest.mark.parametrize('change', [lambda im: im.resize((im.width//2, im.height//2)), jpeg, lambda im: im.point(lambda v: min(255, int(v*1.2))),
-                                    lambda im: im.crop((3, 3, im.width - 3, im.height - 3))], ids=['half', 'jpeg', 'brighter', 'trimmed'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda im: im.resize((im.width // 2, im.height // 2)),
+        jpeg,
+        lambda im: im.point(lambda v: min(255, int(v * 1.2))),
+        lambda im: im.crop((3, 3, im.width - 3, im.height - 3)),
+    ],
+    ids=['half', 'jpeg', 'brighter', 'trimmed'],
+)
 def test_a_changed_copy_is_near_and_another_eye_is_not(change):
     pictures = [Image.fromarray(draw_fundus(s % 5, size=300, seed=s)[0]) for s in range(4)]
     first = [bits(im, 'fundus') for im in pictures]
@@ -50,12 +79,19 @@ def test_a_changed_copy_is_near_and_another_eye_is_not(change):
 def test_near_pairs_are_those_of_comparing_each_with_each():
     rng = np.random.default_rng(0)
     h = rng.integers(0, 256, (2300, 32), dtype=np.uint8)
-    for k in range(40): h[2200 + k] = h[k*7] ^ np.packbits(rng.permutation(256) < 30 + k//2)
+    for k in range(40):
+        h[2200 + k] = h[k * 7] ^ np.packbits(rng.permutation(256) < 30 + k // 2)
     h[5] = 0
-    want = {(i, j, d) for i in range(len(h)) for j, d in zip(range(i + 1, len(h)), np.bitwise_count(h[i] ^ h[i + 1:]).sum(1).tolist()) if d <= 40 and h[i].any() and h[j].any()}
+    want = {
+        (i, j, d)
+        for i in range(len(h))
+        for j, d in zip(range(i + 1, len(h)), np.bitwise_count(h[i] ^ h[i + 1 :]).sum(1).tolist())
+        if d <= 40 and h[i].any() and h[j].any()
+    }
     assert set(map(tuple, near_pairs(h).tolist())) == want and len(want) > 15
-    for bad in (-1, BITS//2):
-        with pytest.raises(ValueError, match='give 0 to 127'): near_pairs(h, bad)
+    for bad in (-1, BITS // 2):
+        with pytest.raises(ValueError, match='give 0 to 127'):
+            near_pairs(h, bad)
 
 
 def test_images_of_one_colour_are_no_near_copies():
@@ -66,11 +102,15 @@ def test_images_of_one_colour_are_no_near_copies():
 
 def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path, monkeypatch):
     import dr_transfer.data.leaks as leaks
-    files = [tmp_path/f'{i}.png' for i in range(3)]
-    for i, f in enumerate(files): Image.fromarray(draw_fundus(0, size=96, seed=i)[0]).save(f)
+
+    files = [tmp_path / f'{i}.png' for i in range(3)]
+    for i, f in enumerate(files):
+        Image.fromarray(draw_fundus(0, size=96, seed=i)[0]).save(f)
     a, _ = image_hashes(files)
     seen = []
-    monkeypatch.setattr(leaks, 'detail_hash', lambda im: im.getbbox() and seen.append(1) or detail_hash(im)) # not the black ones that fill a batch
+    monkeypatch.setattr(
+        leaks, 'detail_hash', lambda im: (im.getbbox() and seen.append(1)) or detail_hash(im)
+    )  # not the black ones that fill a batch
     b, _ = image_hashes(files)
     assert not seen and (a == b).all()
     Image.fromarray(draw_fundus(0, size=96, seed=9)[0]).save(files[1])
@@ -80,14 +120,19 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
 
 def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
     import json
-    truth = json.loads((eyes/'truth.json').read_text())
+
+    truth = json.loads((eyes / 'truth.json').read_text())
     t = label_table(eyes)
     found = find_copies(t.image.tolist(), 'fundus')
     names = t.image.map(lambda p: p.rsplit('/', 1)[-1])
     pairs = {frozenset((names[r.a], names[r.b])) for r in found.itertuples()}
     images = truth['images'] if 'images' in truth else truth
     rows = images if isinstance(images, list) else [{'image': k, **v} for k, v in images.items()]
-    want = {frozenset((r['image'].rsplit('/', 1)[-1], r['duplicate_of'].rsplit('/', 1)[-1])) for r in rows if r.get('duplicate_of')}
+    want = {
+        frozenset((r['image'].rsplit('/', 1)[-1], r['duplicate_of'].rsplit('/', 1)[-1]))
+        for r in rows
+        if r.get('duplicate_of')
+    }
     assert pairs == want and len(want) == 6 and set(found.kind) == {'same file', 'near copy'}
 
 
@@ -95,7 +140,13 @@ def test_a_split_made_here_keeps_copies_and_patients_together(eyes):
     for seed in range(6):
         t = split_data(eyes, TASKS['dr'], REFERABLE, seed=seed)
         assert split_leaks(t, find_copies(t.image.tolist(), 'fundus')).empty and t.attrs['leaks'] == {}
-    plain = [split_leaks(t := task_table(label_table(eyes).assign(group=None), REFERABLE, seed=s), find_copies(t.image.tolist(), 'fundus')) for s in range(6)]
+    plain = [
+        split_leaks(
+            t := task_table(label_table(eyes).assign(group=None), REFERABLE, seed=s),
+            find_copies(t.image.tolist(), 'fundus'),
+        )
+        for s in range(6)
+    ]
     assert any(len(p) for p in plain), 'otherwise the test above shows nothing'
 
 
@@ -107,19 +158,25 @@ def test_groups_come_back_as_they_were(eyes):
 def test_joined_groups(groups):
     j = joined_groups(groups, pd.DataFrame({'a': [0], 'b': [3]}))
     assert j[0] == j[3] and (j[0] == j[1]) == (groups[0] is not None) and j[2] not in (j[0], j[1])
-    assert len(set(joined_groups(groups, pd.DataFrame({'a': [], 'b': []}, dtype=int)))) == (4 if groups[0] is None else 3)
+    assert len(set(joined_groups(groups, pd.DataFrame({'a': [], 'b': []}, dtype=int)))) == (
+        4 if groups[0] is None else 3
+    )
 
 
 @pytest.mark.parametrize('kind', ['group', 'copies'])
 def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
     t = split_data(eyes, TASKS['dr'], REFERABLE)
     copies = find_copies(t.image.tolist(), 'fundus')
-    if kind == 'copies': t, (a, b) = t.assign(group=None), (copies.a[0], copies.b[0])
-    else: a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
+    if kind == 'copies':
+        t, (a, b) = t.assign(group=None), (copies.a[0], copies.b[0])
+    else:
+        a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
     t.loc[[a, b], 'split'] = ['train', 'valid']
     ask = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
-    with pytest.raises(LeakError, match='stand on two sides of the split') as e: build_learner(t, **ask)
-    for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'): assert word in str(e.value)
+    with pytest.raises(LeakError, match='stand on two sides of the split') as e:
+        build_learner(t, **ask)
+    for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
+        assert word in str(e.value)
     learn = build_learner(t, allow_leaks=True, **ask)
     assert sum(learn.record['data']['leaks'].values()) >= 1
     assert build_learner(t.assign(split=None), **ask).record['data']['leaks'] == {}
@@ -130,7 +187,8 @@ def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
     a, b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
     t = t.assign(group=None, split=None)
     t.loc[a, 'split'] = 'test'
-    with pytest.raises(LeakError, match='test'): split_data(t, TASKS['dr'], REFERABLE)
+    with pytest.raises(LeakError, match='test'):
+        split_data(t, TASKS['dr'], REFERABLE)
     assert split_data(t, TASKS['dr'], REFERABLE, allow_leaks=True).split[a] == 'test'
 
 
@@ -138,30 +196,41 @@ def test_a_leak_is_worth_much(tmp_path):
     "Labels thrown by dice: a model that is asked about copies of what it learnt from seems to know them"
     rng, rows = np.random.default_rng(0), []
     for s in range(80):
-        im, y = Image.fromarray(draw_fundus(0, size=64, seed=s)[0]), str(2*rng.integers(0, 2))
-        for k, copy in enumerate((im, im.point(lambda v: min(255, int(1.1*v))))):
-            copy.save(tmp_path/f'{s}_{k}.png')
-            rows.append((str(tmp_path/f'{s}_{k}.png'), y))
+        im, y = Image.fromarray(draw_fundus(0, size=64, seed=s)[0]), str(2 * rng.integers(0, 2))
+        for k, copy in enumerate((im, im.point(lambda v: min(255, int(1.1 * v))))):
+            copy.save(tmp_path / f'{s}_{k}.png')
+            rows.append((str(tmp_path / f'{s}_{k}.png'), y))
     t = pd.DataFrame(rows, columns=['image', 'label'])
     x = image_features(t.image.tolist(), size=64, reader='fundus', fit='pad', stages='stage4').numpy()[:, 0]
+
     def score(split):
         know, ask = split == 'train', split == 'valid'
         model = KNeighborsClassifier(3, weights='distance').fit(x[know], t.label[know])
         return auc(t.label[ask] == '2', model.predict_proba(x[ask])[:, 1])
+
     seeds = range(5)
     leaky = np.mean([score(split_table(label_table(t), seed=s).split) for s in seeds])
     honest = np.mean([score(split_data(t, TASKS['dr'], REFERABLE, seed=s).split) for s in seeds])
-    assert leaky > .75 > .65 > honest, (leaky, honest)
+    assert leaky > 0.75 > 0.65 > honest, (leaky, honest)
 
 
 def test_confounders_are_columns_that_chance_does_not_explain():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 3, 600)
-    facts = pd.DataFrame({'camera': np.where(rng.random(600) < .6, y, 0), 'size': 10.*y + rng.normal(0, 8, 600), 'day': rng.integers(0, 5, 600), 'name': [f'{i}' for i in range(600)], 'same': 1})
+    facts = pd.DataFrame(
+        {
+            'camera': np.where(rng.random(600) < 0.6, y, 0),
+            'size': 10.0 * y + rng.normal(0, 8, 600),
+            'day': rng.integers(0, 5, 600),
+            'name': [f'{i}' for i in range(600)],
+            'same': 1,
+        }
+    )
     found = confounders(facts, y)
-    assert set(found.column) == {'camera', 'size'} and found.v.is_monotonic_decreasing and found.v.between(.1, 1).all()
+    assert set(found.column) == {'camera', 'size'} and found.v.is_monotonic_decreasing and found.v.between(0.1, 1).all()
     assert confounders(facts[['day', 'same']], y).empty
     from sklearn.metrics import mutual_info_score
+
     assert confounders(pd.DataFrame({'twin': y}), y).v.tolist() == pytest.approx([1]) and mutual_info_score(y, y) > 1
 
 
@@ -170,7 +239,9 @@ def test_the_report_names_what_it_found(eyes):
     t['data_camera'] = np.where(t.label.astype(int) > 1, 'new', 'old')
     t['split'] = np.where(np.arange(len(t)) % 2, 'train', 'valid')
     r = leak_report(t, 'fundus')
-    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind) and r.confounders.column[0] == 'data_camera'
+    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind) and r.confounders.column[
+        0
+    ] == 'data_camera'
     assert "column 'camera'" in str(r) and str(len(r.copies)) in str(r)
     without = leak_report(t.assign(split=None), 'fundus')
     assert without.leaks.empty and len(without.copies) == 6

@@ -1,4 +1,5 @@
 "The networks that the source texts name: each goes the whole way, with random weights and with weights from a file."
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +8,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dr_transfer.models.backbones as module
-from dr_transfer.models.backbones import create_body, find_backbone, layer_groups, stage_names
-from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.core import build_learner, fit, predict_probs
 from dr_transfer.features.extraction import image_features
+from dr_transfer.inference.saved_model import load_model, save_model
+from dr_transfer.models.backbones import create_body, find_backbone, layer_groups, stage_names
 from dr_transfer.synthetic.fundus import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']
-LARGE = NAMES[4:]     # these take 40 s, which only the longer run with the real photographs has
+LARGE = NAMES[4:]  # these take 40 s, which only the longer run with the real photographs has
 
 
 @pytest.fixture(scope='module')
@@ -26,34 +27,42 @@ def eyes(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
-    if name in LARGE: request.getfixturevalue('data_root')
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
+    if name in LARGE:
+        request.getfixturevalue('data_root')
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     torch.manual_seed(0)
     net = module._build(find_backbone(name))
-    state = {k: v.contiguous() for k, v in net.state_dict().items() if v.numel() < 20e6}      # without the largest layers of the classifier
-    save_file(state, tmp_path/'w.safetensors')
-    body = create_body(name, tmp_path/'w.safetensors')
+    state = {
+        k: v.contiguous() for k, v in net.state_dict().items() if v.numel() < 20e6
+    }  # without the largest layers of the classifier
+    save_file(state, tmp_path / 'w.safetensors')
+    body = create_body(name, tmp_path / 'w.safetensors')
     names = stage_names(body)
     assert names[0] == 'stem' and len(names) >= 3 and list(layer_groups(body)) == names and body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
-    loaded = list(body.state_dict().values())                                         # what was in the file, and the classifier left out
-    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4]) and len(loaded) < len(state)
+    loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
+    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4]) and len(
+        loaded
+    ) < len(state)
 
-    learn = build_learner(eyes, 'dr', arch=name, weights=tmp_path/'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1])
-    assert learn.model[1][-1].out_features == 2                                       # in place of a thousand
+    learn = build_learner(
+        eyes, 'dr', arch=name, weights=tmp_path / 'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1]
+    )
+    assert learn.model[1][-1].out_features == 2  # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
-    fit(learn, 'head', epochs=1, say=lambda s: None)                                  # frozen: bit for bit
+    fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
     assert all(torch.equal(v, before[k]) for k, v in learn.model[0].state_dict().items())
     learn.unfreeze()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-4)
     after = learn.model[0].state_dict()
-    assert sum(not torch.equal(v, before[k]) for k, v in after.items() if v.is_floating_point()) > len(before)//2
+    assert sum(not torch.equal(v, before[k]) for k, v in after.items() if v.is_floating_point()) > len(before) // 2
 
-    images = sorted((eyes/'images').iterdir())[:3]
-    f = image_features(images, name, weights=tmp_path/'w.safetensors', size=80, reader='fundus', fit='pad')
+    images = sorted((eyes / 'images').iterdir())[:3]
+    f = image_features(images, name, weights=tmp_path / 'w.safetensors', size=80, reader='fundus', fit='pad')
     assert set(f.stages) == set(names) and all(np.isfinite(f.numpy([n])).all() for n in names)
     p = predict_probs(learn, images)
-    assert np.abs(load_model(save_model(learn, tmp_path/'model'), 'plain').probs(images) - p).max() < 1e-5
+    assert np.abs(load_model(save_model(learn, tmp_path / 'model'), 'plain').probs(images) - p).max() < 1e-5
 
 
 @pytest.mark.parametrize('name', ['googlenet', 'alexnet', 'resnet50'])
@@ -63,18 +72,24 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     monkeypatch.setattr(module, '_download', lambda spec: state)
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)
-    assert body.weights.kind == 'hub' and torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
+    assert body.weights.kind == 'hub' and torch.equal(
+        next(iter(body.state_dict().values())), next(iter(state.values()))
+    )
 
 
 def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
     torch.manual_seed(0)
     net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
-    save_file(net.state_dict(), tmp_path/'w.safetensors')
+    save_file(net.state_dict(), tmp_path / 'w.safetensors')
     assert any(k.startswith('aux1') for k in net.state_dict())
-    body, x = create_body('googlenet', tmp_path/'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
-    inner = nn.Sequential(*[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')])
-    with torch.no_grad(): assert torch.equal(body(x), inner(x)) and inner(x).std() > 0
+    body, x = create_body('googlenet', tmp_path / 'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
+    inner = nn.Sequential(
+        *[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')]
+    )
+    with torch.no_grad():
+        assert torch.equal(body(x), inner(x)) and inner(x).std() > 0
 
 
 def test_cifarnet_has_no_weights_to_download():
-    with pytest.raises(module.WeightsError, match="no pretrained weights for 'cifarnet'"): create_body('cifarnet')
+    with pytest.raises(module.WeightsError, match="no pretrained weights for 'cifarnet'"):
+        create_body('cifarnet')

@@ -1,4 +1,5 @@
 "A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused; and that torch is not needed to predict."
+
 import json
 import subprocess
 import sys
@@ -10,59 +11,106 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dr_transfer.models.backbones import create_body
-from dr_transfer.inference.saved_model import ImageModel, load_model, save_model
-from dr_transfer.metrics.calibration import apply_temperature
 from dr_transfer.inference.card import ModelError
-from dr_transfer.metrics.decision import Decision
-from dr_transfer.models.network import Body, create_head, get_head, head_inputs
 from dr_transfer.inference.onnx_file import OnnxModel, export_onnx
 from dr_transfer.inference.predictions import predict_table
+from dr_transfer.inference.saved_model import ImageModel, save_model
+from dr_transfer.metrics.calibration import apply_temperature
+from dr_transfer.metrics.decision import Decision
+from dr_transfer.models.backbones import create_body
+from dr_transfer.models.network import Body, create_head, get_head, head_inputs
 
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-POINT = {'threshold': .5, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 30, 'negatives': 40, 'sensitivity': .9, 'specificity': .5}
+POINT = {
+    'threshold': 0.5,
+    'wanted': 'sensitivity',
+    'at_least': 0.9,
+    'positives': 30,
+    'negatives': 40,
+    'sensitivity': 0.9,
+    'specificity': 0.5,
+}
 DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
 
 
-def made(arch, size, tap=None, head='linear', views='quarter_turns', classes=('no', 'referable'), reader='photo', decision=None, weights='random'):
+def made(
+    arch,
+    size,
+    tap=None,
+    head='linear',
+    views='quarter_turns',
+    classes=('no', 'referable'),
+    reader='photo',
+    decision=None,
+    weights='random',
+):
     "A model whose BatchNorms have numbers of their own and whose answers differ, so that nothing can be left out unnoticed"
     torch.manual_seed(0)
     stages = create_body(arch, weights, tap=tap)
     net = nn.Sequential(Body(stages), create_head(head, head_inputs(stages, head, size), len(classes)))
     for m in net.modules():
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.running_mean.uniform_(-.3, .3); m.running_var.uniform_(.7, 1.4)
-    if weights == 'random': net[1][3].weight.data.mul_(20)
-    about = {'arch': arch, 'stage': list(dict(stages.named_children()))[-1], 'tap': stages.tap, 'head': asdict(get_head(head)), 'classes': list(classes), 'task': 'dr',
-             'target': 'referable', 'size': size, 'reader': reader, 'fit': 'pad', 'views': views, 'mean': list(stages.spec.mean), 'std': list(stages.spec.std), 'decision': decision}
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.uniform_(-0.3, 0.3)
+            m.running_var.uniform_(0.7, 1.4)
+    if weights == 'random':
+        net[1][3].weight.data.mul_(20)
+    about = {
+        'arch': arch,
+        'stage': list(dict(stages.named_children()))[-1],
+        'tap': stages.tap,
+        'head': asdict(get_head(head)),
+        'classes': list(classes),
+        'task': 'dr',
+        'target': 'referable',
+        'size': size,
+        'reader': reader,
+        'fit': 'pad',
+        'views': views,
+        'mean': list(stages.spec.mean),
+        'std': list(stages.spec.std),
+        'decision': decision,
+    }
     return ImageModel(net, about)
 
 
 def pictures(n=5):
     "Colour fields with noise, wider than high, so that the reader has something to do"
     rng = np.random.default_rng(1)
-    return [np.uint8(np.linspace(*rng.uniform(0, 200, (2, 3)), 90)[None] + rng.uniform(0, 55, (70, 90, 3))) for _ in range(n)]
+    return [
+        np.uint8(np.linspace(*rng.uniform(0, 200, (2, 3)), 90)[None] + rng.uniform(0, 55, (70, 90, 3)))
+        for _ in range(n)
+    ]
 
 
 @pytest.fixture(scope='module')
 def eyes(tmp_path_factory):
     "A small model and its file"
     model = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    return model, export_onnx(model, tmp_path_factory.mktemp('onnx')/'eyes.onnx')
+    return model, export_onnx(model, tmp_path_factory.mktemp('onnx') / 'eyes.onnx')
 
 
 # ---------------------------------------------------------------- the same answers
 
-@pytest.mark.parametrize('how', [dict(arch='efficientnet_lite0', size=64, weights=None), dict(arch='torchvision.alexnet', size=64, tap=2, head='cumulative', classes='01234'),
-                                 dict(arch='small_cnn', size=32, head='dense', views='mirror_near'), dict(arch='test_vit', size=160, views='none')], ids=lambda h: h['arch'])
+
+@pytest.mark.parametrize(
+    'how',
+    [
+        dict(arch='efficientnet_lite0', size=64, weights=None),
+        dict(arch='torchvision.alexnet', size=64, tap=2, head='cumulative', classes='01234'),
+        dict(arch='small_cnn', size=32, head='dense', views='mirror_near'),
+        dict(arch='test_vit', size=160, views='none'),
+    ],
+    ids=lambda h: h['arch'],
+)
 def test_the_same_probabilities_as_in_torch(tmp_path, how):
     model, images = made(**how), pictures()
-    there = OnnxModel(export_onnx(model, tmp_path/'m.onnx', images=images[:2]))
+    there = OnnxModel(export_onnx(model, tmp_path / 'm.onnx', images=images[:2]))
     p = model.probs(images)
     assert np.ptp(p, axis=0).max() > 1e-3, 'or else this shows nothing'
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)                # n is free
+    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)  # n is free
 
 
 def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
@@ -70,43 +118,59 @@ def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
     there, p = OnnxModel(eyes[1]), model.probs(images)
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
     np.testing.assert_allclose(there.probs(images, calibrated=True), apply_temperature(p, 1.7), atol=1e-4, rtol=0)
-    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3 and np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'or else this shows nothing'
+    assert (
+        np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3 and np.abs(model.probs(images, 'none') - p).max() > 2e-4
+    ), 'or else this shows nothing'
     assert there.probs([]).shape == (0, 2)
 
 
 def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
     there = OnnxModel(eyes[1])
     there.card = replace(there.card, decision=Decision.from_dict({**DECISION, 'operating': POINT}))
-    for i, a in enumerate(pictures(3)): Image.fromarray(a).save(tmp_path/f'{i}.png')
-    (tmp_path/'no.png').write_text('text')
+    for i, a in enumerate(pictures(3)):
+        Image.fromarray(a).save(tmp_path / f'{i}.png')
+    (tmp_path / 'no.png').write_text('text')
     paths = sorted(map(str, tmp_path.iterdir()))
     t, want = predict_table(there, paths), predict_table(ImageModel(eyes[0].model, there.card), paths)
-    assert t.decision.notna().sum() == 3 and t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
+    assert t.decision.notna().sum() == 3 and t.drop(columns=['p_no', 'p_referable']).equals(
+        want.drop(columns=['p_no', 'p_referable'])
+    )
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 
 
 # ---------------------------------------------------------------- what is in the file
 
+
 def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
     import onnx
+
     model, proto = eyes[0], onnx.load(eyes[1])
     onnx.checker.check_model(proto, full_check=True)
     meta = {m.key: m.value for m in proto.metadata_props}
-    assert json.loads(meta['classes']) == ['no', 'referable'] and (meta['size'], meta['reader'], meta['fit']) == ('48', 'fundus', 'pad')
+    assert json.loads(meta['classes']) == ['no', 'referable'] and (meta['size'], meta['reader'], meta['fit']) == (
+        '48',
+        'fundus',
+        'pad',
+    )
     assert json.loads(meta['about']) == model.about
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
-    assert {n.domain for n in proto.graph.node} == {''} and not any(t.external_data for t in proto.graph.initializer)       # known operations, numbers inside
+    assert {n.domain for n in proto.graph.node} == {''} and not any(
+        t.external_data for t in proto.graph.initializer
+    )  # known operations, numbers inside
     raw = eyes[1].read_bytes()
-    for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()): assert word not in raw, word
+    for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()):
+        assert word not in raw, word
 
 
 def test_predicting_loads_no_torch(eyes, tmp_path):
     "In a process where torch cannot be imported at all, through the command."
-    image = tmp_path/'a.png'
+    image = tmp_path / 'a.png'
     Image.fromarray(pictures(1)[0]).save(image)
-    code = ("import sys\nclass Without:\n def find_spec(self, name, path=None, target=None):\n"
-            "  if name.split('.')[0] in ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript'): raise ImportError(name)\n"
-            f"sys.meta_path.insert(0, Without())\nfrom dr_transfer.cli import main\nsys.exit(main(['predict', {str(eyes[1])!r}, {str(image)!r}, '--debug']))")
+    code = (
+        'import sys\nclass Without:\n def find_spec(self, name, path=None, target=None):\n'
+        "  if name.split('.')[0] in ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript'): raise ImportError(name)\n"
+        f"sys.meta_path.insert(0, Without())\nfrom dr_transfer.cli import main\nsys.exit(main(['predict', {str(eyes[1])!r}, {str(image)!r}, '--debug']))"
+    )
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     head, row = r.stdout.splitlines()
@@ -117,98 +181,148 @@ def test_predicting_loads_no_torch(eyes, tmp_path):
 
 # ---------------------------------------------------------------- what is refused
 
+
 def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
     import dr_transfer.inference.onnx_file as room
+
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    other.card = replace(other.card, mean=(.55,)*3)                                             # of another backbone: no shape tells
+    other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
     monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
-    with pytest.raises(ValueError, match='says something else than the model, by up to 0.*nothing was written'): export_onnx(other, tmp_path/'m.onnx')
+    with pytest.raises(ValueError, match='says something else than the model, by up to 0.*nothing was written'):
+        export_onnx(other, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_refused(eyes, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r'does not end in \.onnx: give a name such as .*m\.onnx'): export_onnx(eyes[0], tmp_path/'m.pt')
+    with pytest.raises(ValueError, match=r'does not end in \.onnx: give a name such as .*m\.onnx'):
+        export_onnx(eyes[0], tmp_path / 'm.pt')
     before = eyes[1].read_bytes()
-    with pytest.raises(ValueError, match='exists already'): export_onnx(eyes[0], eyes[1])
+    with pytest.raises(ValueError, match='exists already'):
+        export_onnx(eyes[0], eyes[1])
     assert eyes[1].read_bytes() == before
-    (tmp_path/'text.onnx').write_text('text')
-    (tmp_path/'cut.onnx').write_bytes(before[:len(before)//2])
-    for name, words in (('text', 'cannot be read as ONNX'), ('cut', 'cannot be read as ONNX'), ('ghost', 'No such file')):
-        with pytest.raises(ValueError, match=words): OnnxModel(tmp_path/f'{name}.onnx')
+    (tmp_path / 'text.onnx').write_text('text')
+    (tmp_path / 'cut.onnx').write_bytes(before[: len(before) // 2])
+    for name, words in (
+        ('text', 'cannot be read as ONNX'),
+        ('cut', 'cannot be read as ONNX'),
+        ('ghost', 'No such file'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            OnnxModel(tmp_path / f'{name}.onnx')
     import onnx
+
     proto = onnx.load(eyes[1])
     del proto.metadata_props[:]
-    onnx.save(proto, tmp_path/'foreign.onnx')
-    with pytest.raises(ModelError, match='it has no hash. It was cut, or another program wrote it'): OnnxModel(tmp_path/'foreign.onnx')
+    onnx.save(proto, tmp_path / 'foreign.onnx')
+    with pytest.raises(ModelError, match='it has no hash. It was cut, or another program wrote it'):
+        OnnxModel(tmp_path / 'foreign.onnx')
     proto.metadata_props.add(key='format', value='dr_transfer onnx 1')
-    onnx.save(proto, tmp_path/'old.onnx')
-    with pytest.raises(ModelError, match='written by dr_transfer 0.1, without a hash.*Make the file again with export_onnx'): OnnxModel(tmp_path/'old.onnx')
+    onnx.save(proto, tmp_path / 'old.onnx')
+    with pytest.raises(
+        ModelError, match='written by dr_transfer 0.1, without a hash.*Make the file again with export_onnx'
+    ):
+        OnnxModel(tmp_path / 'old.onnx')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[onnx\]'"): OnnxModel(eyes[1])
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[onnx\]'"):
+        OnnxModel(eyes[1])
 
 
 def signed(data):
     "An ONNX file with a new hash, as one would write it who changes a file on purpose"
     from dr_transfer.inference.onnx_file import EMPTY, _hash, _place
+
     at = _place(data)
-    return data[:at] + _hash(data, at) + data[at + len(EMPTY):]
+    return data[:at] + _hash(data, at) + data[at + len(EMPTY) :]
 
 
 def test_no_byte_can_change_unnoticed(eyes, tmp_path):
     "Bits of weights, of the graph and of the metadata, and names that change places."
-    data, file = eyes[1].read_bytes(), tmp_path/'m.onnx'
+    data, file = eyes[1].read_bytes(), tmp_path / 'm.onnx'
     places = [*range(0, 200), *np.random.default_rng(0).integers(0, len(data), 300), *range(len(data) - 600, len(data))]
     for at in map(int, places):
-        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:])
-        with pytest.raises(ModelError): OnnxModel(file)
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(ModelError):
+            OnnxModel(file)
     assert data.count(b'["no", "referable"]') == 2
-    for old, new in ((b'["no", "referable"]', b'["referable", "no"]'), (b'fundus', b'photos'), (b'"size": 48', b'"size": 84')):
+    for old, new in (
+        (b'["no", "referable"]', b'["referable", "no"]'),
+        (b'fundus', b'photos'),
+        (b'"size": 48', b'"size": 84'),
+    ):
         file.write_bytes(data.replace(old, new))
-        with pytest.raises(ModelError, match='was changed after it was written'): OnnxModel(file)
-    for longer in (data + b'\n', data[:-1], b'\n' + data, data*2):
+        with pytest.raises(ModelError, match='was changed after it was written'):
+            OnnxModel(file)
+    for longer in (data + b'\n', data[:-1], b'\n' + data, data * 2):
         file.write_bytes(longer)
-        with pytest.raises(ModelError): OnnxModel(file)
+        with pytest.raises(ModelError):
+            OnnxModel(file)
     file.write_bytes(signed(data))
     assert file.read_bytes() == data and OnnxModel(file).card == eyes[0].card
 
 
-@pytest.mark.parametrize('change, words', [({'reader': 'os.system'}, "'reader' is 'os.system'"), ({'classes': ['a', 'b', 'c']}, 'the graph takes and gives'), ({'size': 64}, 'the graph takes and gives'),
-    ({'classes': ['no', 'NO']}, 'differ only in case'), ({'classes': None}, "'classes' is missing"), ({'decision': {'temperature': 'warm'}}, "'decision.temperature' is 'warm'"),
-    ({'mean': [float('nan')]*3}, r"'mean\[0\]' is nan"), ({'head': []}, "'head' is"), ({'versions': {'dr_transfer': '0.9.9'}, 'size': 'big'}, "written by dr_transfer '0.9.9'")])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'reader': 'os.system'}, "'reader' is 'os.system'"),
+        ({'classes': ['a', 'b', 'c']}, 'the graph takes and gives'),
+        ({'size': 64}, 'the graph takes and gives'),
+        ({'classes': ['no', 'NO']}, 'differ only in case'),
+        ({'classes': None}, "'classes' is missing"),
+        ({'decision': {'temperature': 'warm'}}, "'decision.temperature' is 'warm'"),
+        ({'mean': [float('nan')] * 3}, r"'mean\[0\]' is nan"),
+        ({'head': []}, "'head' is"),
+        ({'versions': {'dr_transfer': '0.9.9'}, 'size': 'big'}, "written by dr_transfer '0.9.9'"),
+    ],
+)
 def test_metadata_that_were_changed_and_signed_anew(eyes, tmp_path, change, words):
     import onnx
+
     proto = onnx.load(eyes[1])
     about = {k: v for k, v in {**eyes[0].about, **change}.items() if v is not None}
     next(m for m in proto.metadata_props if m.key == 'about').value = json.dumps(about)
-    (tmp_path/'m.onnx').write_bytes(signed(proto.SerializeToString()))
-    with pytest.raises(ModelError, match=words): OnnxModel(tmp_path/'m.onnx')
+    (tmp_path / 'm.onnx').write_bytes(signed(proto.SerializeToString()))
+    with pytest.raises(ModelError, match=words):
+        OnnxModel(tmp_path / 'm.onnx')
 
 
-@pytest.mark.parametrize('text, words', [('', 'cannot be read'), ('['*10000, 'nested'), ('{"size": 1, "size": 2}', 'occurs twice'), ('3', "'description' is 3")])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('', 'cannot be read'),
+        ('[' * 10000, 'nested'),
+        ('{"size": 1, "size": 2}', 'occurs twice'),
+        ('3', "'description' is 3"),
+    ],
+)
 def test_metadata_that_are_no_description(eyes, tmp_path, text, words):
     import onnx
+
     proto = onnx.load(eyes[1])
     next(m for m in proto.metadata_props if m.key == 'about').value = text
-    (tmp_path/'m.onnx').write_bytes(signed(proto.SerializeToString()))
-    with pytest.raises(ModelError, match=words): OnnxModel(tmp_path/'m.onnx')
+    (tmp_path / 'm.onnx').write_bytes(signed(proto.SerializeToString()))
+    with pytest.raises(ModelError, match=words):
+        OnnxModel(tmp_path / 'm.onnx')
 
 
 def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
     bad = made('small_cnn', 48)
     bad.model[1][3].weight.data[1, 7] = float('inf')
-    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' holds NaN or infinity in 1 of 256 places"): export_onnx(bad, tmp_path/'m.onnx')
+    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' holds NaN or infinity in 1 of 256 places"):
+        export_onnx(bad, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command(eyes, tmp_path):
     from test_cli import good, refused, rows_of
-    folder, out = save_model(eyes[0], tmp_path/'model'), tmp_path/'m.onnx'
+
+    folder, out = save_model(eyes[0], tmp_path / 'model'), tmp_path / 'm.onnx'
     assert 'the same predictions as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
     import onnx
+
     graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
-    assert graphs[0] == graphs[1]                                                               # 32-bit numbers, whatever the setting of the machine
+    assert graphs[0] == graphs[1]  # 32-bit numbers, whatever the setting of the machine
     assert 'exists already' in refused('export', folder, '--out', out)
     assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
-    Image.fromarray(pictures(1)[0]).save(tmp_path/'a.png')
-    a, b = (rows_of(good('predict', m, tmp_path/'a.png', '--setting', 'plain').out)[0] for m in (out, folder))
+    Image.fromarray(pictures(1)[0]).save(tmp_path / 'a.png')
+    a, b = (rows_of(good('predict', m, tmp_path / 'a.png', '--setting', 'plain').out)[0] for m in (out, folder))
     assert a.keys() == b.keys() and abs(float(a['p_no']) - float(b['p_no'])) < 1e-4

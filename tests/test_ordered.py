@@ -1,4 +1,5 @@
 "Heads of ordered grades, the balance of classes, and cut points"
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,10 +7,10 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from torch import nn
 
-from dr_transfer.models.balance import balanced_loss, class_weights, image_weights
-from dr_transfer.inference.saved_model import image_model, load_model, save_model
 from dr_transfer.core import build_learner, fit, valid_predictions
+from dr_transfer.inference.saved_model import image_model, load_model, save_model
 from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision, expected_grade, fit_cut_points
+from dr_transfer.models.balance import balanced_loss, class_weights, image_weights
 from dr_transfer.models.network import HEADS, Head, create_head
 from dr_transfer.models.ordered import ORDERED, Cumulative, GradeLoss
 from dr_transfer.synthetic.fundus import make_dr
@@ -21,7 +22,7 @@ SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan
 
 @pytest.fixture(scope='module')
 def eyes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ordered')/'eyes'
+    folder = tmp_path_factory.mktemp('ordered') / 'eyes'
     make_dr(folder, n=120, size=64, seed=4)
     return folder
 
@@ -30,16 +31,21 @@ def eyes(tmp_path_factory):
 @pytest.mark.parametrize('k', [3, 5])
 def test_a_higher_score_is_a_higher_grade_and_probabilities_sum_to_one(name, k):
     layer = ORDERED[name](k)
-    for cuts in ([0.] + [.01]*(k - 2), None):
-        if cuts and name == 'cumulative': layer.load_state_dict({'first': torch.tensor(cuts[0]), 'gaps': torch.tensor(cuts[1:])})
+    for cuts in ([0.0] + [0.01] * (k - 2), None):
+        if cuts and name == 'cumulative':
+            layer.load_state_dict({'first': torch.tensor(cuts[0]), 'gaps': torch.tensor(cuts[1:])})
         p = layer(torch.linspace(-20, 20, 400)[:, None]).exp().detach()
-        assert torch.allclose(p.sum(1), torch.ones(400), atol=1e-3) and (p >= 0).all() and ((p @ torch.arange(float(k))).diff() > -1e-4).all()
+        assert (
+            torch.allclose(p.sum(1), torch.ones(400), atol=1e-3)
+            and (p >= 0).all()
+            and ((p @ torch.arange(float(k))).diff() > -1e-4).all()
+        )
         assert torch.isfinite(layer(torch.tensor([[-1e4], [1e4]]))).all()
 
 
 @pytest.mark.parametrize('name', ORDERED)
 def test_gradients_are_finite_far_from_the_cuts(name):
-    score = torch.tensor([[-50.], [0.], [50.]], requires_grad=True)
+    score = torch.tensor([[-50.0], [0.0], [50.0]], requires_grad=True)
     loss = GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
     loss(ORDERED[name](5)(score), torch.tensor([4, 2, 0])).backward()
     assert torch.isfinite(score.grad).all()
@@ -47,7 +53,7 @@ def test_gradients_are_finite_far_from_the_cuts(name):
 
 def test_the_cuts_rise_whatever_is_learnt():
     layer = Cumulative(5)
-    opt = torch.optim.SGD(layer.parameters(), lr=5.)
+    opt = torch.optim.SGD(layer.parameters(), lr=5.0)
     for i in range(50):
         opt.zero_grad()
         nn.functional.cross_entropy(layer(torch.randn(64, 1)), torch.randint(0, 5, (64,))).backward()
@@ -55,14 +61,17 @@ def test_the_cuts_rise_whatever_is_learnt():
         assert (layer.cuts.diff() > 0).all()
 
 
-@pytest.mark.parametrize('name', [*HEADS, Head((8,), .1, ordered='cumulative')], ids=str)
+@pytest.mark.parametrize('name', [*HEADS, Head((8,), 0.1, ordered='cumulative')], ids=str)
 def test_every_head_has_an_output_for_each_class(name):
     h = create_head(name, 48, 5).eval()
     assert h(torch.randn(4, 48)).shape == (4, 5) and h.about in (*HEADS.values(), name)
-    with pytest.raises(ValueError, match='nearest first: cumulative'): Head(ordered='cumulativ')
+    with pytest.raises(ValueError, match='nearest first: cumulative'):
+        Head(ordered='cumulativ')
 
 
-@pytest.mark.parametrize('head, plan, epochs', [('cumulative', SHORT, None), ('regression', SHORT, None), ('cumulative', 'fine_tune', 1)])
+@pytest.mark.parametrize(
+    'head, plan, epochs', [('cumulative', SHORT, None), ('regression', SHORT, None), ('cumulative', 'fine_tune', 1)]
+)
 def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, head, plan, epochs):
     learn = build_learner(eyes, head=head, **TINY)
     start = {k: v.clone() for k, v in learn.model[1].state_dict().items()}
@@ -71,35 +80,47 @@ def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, h
     t = valid_predictions(learn)
     p = t[[f'p_{g}' for g in GRADE_NAMES]].to_numpy()
     assert np.allclose(p.sum(1), 1, atol=1e-3)
-    assert np.abs(load_model(save_model(learn, tmp_path/'m'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
+    assert np.abs(load_model(save_model(learn, tmp_path / 'm'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
     assert image_model(learn).card.head.ordered == head
 
 
 def test_an_ordered_head_learns_the_order(eyes):
     y = torch.tensor(np.repeat(np.arange(5), 200))
-    x = torch.cat([(y + .5*torch.randn(1000))[:, None], torch.randn(1000, 3)], 1)
+    x = torch.cat([(y + 0.5 * torch.randn(1000))[:, None], torch.randn(1000, 3)], 1)
     for name in ORDERED:
         torch.manual_seed(0)
         h = create_head(name, 4, 5)
-        opt, loss = torch.optim.Adam(h.parameters(), .05), GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
+        opt, loss = (
+            torch.optim.Adam(h.parameters(), 0.05),
+            GradeLoss() if name == 'regression' else nn.CrossEntropyLoss(),
+        )
         for _ in range(150):
             opt.zero_grad()
             loss(h(x), y).backward()
             opt.step()
         e = expected_grade(h.eval()(x).softmax(1).detach())
-        assert cohen_kappa_score(y, e.round(), weights='quadratic') > .85
+        assert cohen_kappa_score(y, e.round(), weights='quadratic') > 0.85
 
 
 # ---------------------------------------------------------------- balance
 
+
 def test_weights_make_all_classes_count_alike():
-    t = pd.DataFrame({'target': ['a']*90 + ['b']*9 + ['c'] + ['a'], 'split': ['train']*100 + ['valid']})
+    t = pd.DataFrame({'target': ['a'] * 90 + ['b'] * 9 + ['c'] + ['a'], 'split': ['train'] * 100 + ['valid']})
     w = class_weights(t)
     n = t.target[t.split == 'train'].value_counts()
-    assert np.allclose(w*n, 100/3) and image_weights(t, 'sampling') == w[t.target].tolist() and image_weights(t, 'weights') is None
+    assert (
+        np.allclose(w * n, 100 / 3)
+        and image_weights(t, 'sampling') == w[t.target].tolist()
+        and image_weights(t, 'weights') is None
+    )
     loss = balanced_loss(t, ['a', 'b', 'c'], 'weights')
-    assert loss.func.weight.dtype == torch.float32 and loss.func.weight.tolist() == pytest.approx(w[['a', 'b', 'c']].tolist())
-    assert balanced_loss(t, ['a', 'b', 'c']) is None and isinstance(balanced_loss(t, ['a'], 'sampling', 'regression'), GradeLoss)
+    assert loss.func.weight.dtype == torch.float32 and loss.func.weight.tolist() == pytest.approx(
+        w[['a', 'b', 'c']].tolist()
+    )
+    assert balanced_loss(t, ['a', 'b', 'c']) is None and isinstance(
+        balanced_loss(t, ['a'], 'sampling', 'regression'), GradeLoss
+    )
 
 
 @pytest.mark.parametrize('stored', [True, False])
@@ -107,10 +128,12 @@ def test_sampling_draws_rare_classes_as_often(eyes, stored):
     learn = build_learner(eyes, balance='sampling', **TINY)
     fit(learn, SHORT, stored=stored, say=lambda s: None)
     assert learn.record['balance'] == 'sampling'
-    drawn = np.concatenate([np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train])
+    drawn = np.concatenate(
+        [np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train]
+    )
     share = pd.Series(drawn).value_counts(normalize=True)
     have = learn.table.target[learn.table.split == 'train'].value_counts(normalize=True)
-    assert share.max()/share.min() < 2 < have.max()/have.min()
+    assert share.max() / share.min() < 2 < have.max() / have.min()
 
 
 @pytest.mark.parametrize('balance', ['weights', 'sampling'])
@@ -121,53 +144,77 @@ def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
 
 
 def test_a_wrong_balance_is_refused(eyes):
-    with pytest.raises(ValueError, match='nearest first: weights'): build_learner(eyes, balance='weight', **TINY)
-    with pytest.raises(ValueError, match="take balance='sampling'"): build_learner(eyes, balance='weights', head='regression', **TINY)
+    with pytest.raises(ValueError, match='nearest first: weights'):
+        build_learner(eyes, balance='weight', **TINY)
+    with pytest.raises(ValueError, match="take balance='sampling'"):
+        build_learner(eyes, balance='weights', head='regression', **TINY)
 
 
 # ---------------------------------------------------------------- cut points
 
+
 def test_fitted_cuts_are_as_good_as_any_on_a_grid_and_better_than_halves():
     rng = np.random.default_rng(0)
-    y = rng.choice(3, 400, p=[.6, .3, .1])
-    x = .6*y + rng.normal(0, .35, 400)
+    y = rng.choice(3, 400, p=[0.6, 0.3, 0.1])
+    x = 0.6 * y + rng.normal(0, 0.35, 400)
     cuts = fit_cut_points(x, y, 3)
-    places = np.quantile(x, np.linspace(.02, .98, 60))
-    best = max(cohen_kappa_score(y, np.digitize(x, [a, b]), weights='quadratic') for i, a in enumerate(places) for b in places[i + 1:])
+    places = np.quantile(x, np.linspace(0.02, 0.98, 60))
+    best = max(
+        cohen_kappa_score(y, np.digitize(x, [a, b]), weights='quadratic')
+        for i, a in enumerate(places)
+        for b in places[i + 1 :]
+    )
     ours = cohen_kappa_score(y, np.digitize(x, cuts), weights='quadratic')
-    assert ours > best - .01 and ours > cohen_kappa_score(y, np.digitize(x, [.5, 1.5]), weights='quadratic') and (np.diff(cuts) > 0).all()
+    assert (
+        ours > best - 0.01
+        and ours > cohen_kappa_score(y, np.digitize(x, [0.5, 1.5]), weights='quadratic')
+        and (np.diff(cuts) > 0).all()
+    )
 
 
 def test_cut_points_are_kept_with_the_model_and_give_grades():
     rng = np.random.default_rng(1)
+
     def table(n):
-        y = rng.choice(5, n, p=[.5, .2, .2, .06, .04])
-        p = np.exp(-(np.arange(5) - (.6*y + rng.normal(0, .4, n))[:, None])**2)
-        return pd.DataFrame({'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADE_NAMES], (p/p.sum(1, keepdims=True)).T))})
+        y = rng.choice(5, n, p=[0.5, 0.2, 0.2, 0.06, 0.04])
+        p = np.exp(-((np.arange(5) - (0.6 * y + rng.normal(0, 0.4, n))[:, None]) ** 2))
+        return pd.DataFrame(
+            {'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADE_NAMES], (p / p.sum(1, keepdims=True)).T))}
+        )
+
     valid, t = table(800), table(800)
     d = choose_decision(valid, GRADE_NAMES)
     out = apply_decision(t, GRADE_NAMES, d)
     y = t.target.astype(int)
-    kappa = {k: cohen_kappa_score(y, v, weights='quadratic') for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))}
-    assert kappa['cuts'] > kappa['likeliest'] + .03 and set(out.grade) <= set(range(5))
+    kappa = {
+        k: cohen_kappa_score(y, v, weights='quadratic')
+        for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))
+    }
+    assert kappa['cuts'] > kappa['likeliest'] + 0.03 and set(out.grade) <= set(range(5))
     assert choose_decision(valid[valid.target != '4'], GRADE_NAMES).cuts is None
 
 
 # ---------------------------------------------------------------- no order, no ordered head
+
 
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
 def test_flowers_have_no_order(tmp_path, head):
     "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.fundus import make_flowers
-    make_flowers(tmp_path/'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
+
+    make_flowers(tmp_path / 'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
     kind = getattr(head, 'ordered', head)
-    with pytest.raises(ValueError, match=rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order.*'class' \(daisy, roses, tulips\) do not.*head='linear'"):
-        build_learner(tmp_path/'flowers', size=48, **tiny)
-    with pytest.raises(ValueError, match='stand in an order'): build_learner(tmp_path/'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})
+    with pytest.raises(
+        ValueError,
+        match=rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order.*'class' \(daisy, roses, tulips\) do not.*head='linear'",
+    ):
+        build_learner(tmp_path / 'flowers', size=48, **tiny)
+    with pytest.raises(ValueError, match='stand in an order'):
+        build_learner(tmp_path / 'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
-    assert build_learner(tmp_path/'flowers', buds, **tiny).record['head']['ordered'] == kind
+    assert build_learner(tmp_path / 'flowers', buds, **tiny).record['head']['ordered'] == kind
 
 
 def test_two_classes_are_in_order_either_way(eyes):

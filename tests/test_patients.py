@@ -1,4 +1,5 @@
 "Patients: which column names them, which names are one, and that nothing is done about them without a word."
+
 import os
 
 import numpy as np
@@ -7,22 +8,31 @@ import pytest
 from PIL import Image
 
 from dr_transfer.data.columns import GROUP_COLUMNS, NO_GROUPS
-from dr_transfer.metrics.groups import same_groups
-from dr_transfer.metrics.intervals import group_codes
 from dr_transfer.data.split import SplitError, check_split, split_table
 from dr_transfer.data.table import label_table, report_table
+from dr_transfer.metrics.groups import same_groups
+from dr_transfer.metrics.intervals import group_codes
 
 
 def photographs(folder, n=40, classes=None):
     "Images of `n` sorts, each another noise, as files or in class folders."
     for i in range(n):
-        place = folder/(classes[i % len(classes)] if classes else '')
+        place = folder / (classes[i % len(classes)] if classes else '')
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(place/f'{i:02}.png')
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(
+            place / f'{i:02}.png'
+        )
     return folder
 
 
-def twenty(column='pid', n=40): return pd.DataFrame({'image': [f'{i:02}' for i in range(n)], 'label': list('ab')*(n//2), column: [f'p{i//2}' for i in range(n)]})
+def twenty(column='pid', n=40):
+    return pd.DataFrame(
+        {
+            'image': [f'{i:02}' for i in range(n)],
+            'label': list('ab') * (n // 2),
+            column: [f'p{i // 2}' for i in range(n)],
+        }
+    )
 
 
 def said(t):
@@ -32,21 +42,41 @@ def said(t):
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return photographs(tmp_path_factory.mktemp('patients'))
+def folder(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp('patients'))
 
 
 # ---------------------------------------------------------------- which column
 
-@pytest.mark.parametrize('column', ['pid', 'PatientID', 'case', 'person_id', 'study_id', 'p_id', 'Patient ID', 'patient-id', 'SUBJECT', 'CaseID', 'Study', 'person',
-                                    *GROUP_COLUMNS])
+
+@pytest.mark.parametrize(
+    'column',
+    [
+        'pid',
+        'PatientID',
+        'case',
+        'person_id',
+        'study_id',
+        'p_id',
+        'Patient ID',
+        'patient-id',
+        'SUBJECT',
+        'CaseID',
+        'Study',
+        'person',
+        *GROUP_COLUMNS,
+    ],
+)
 @pytest.mark.parametrize('way', ['csv', 'frame', 'labels'])
 def test_usual_names_keep_patients_together(tmp_path, column, way):
     photographs(tmp_path)
-    twenty(column).to_csv(tmp_path/('labels.csv' if way == 'csv' else 'other.csv'), index=False)
-    t = label_table(tmp_path, {'csv': None, 'frame': twenty(column), 'labels': tmp_path/'other.csv'}[way], verify=False)
+    twenty(column).to_csv(tmp_path / ('labels.csv' if way == 'csv' else 'other.csv'), index=False)
+    t = label_table(
+        tmp_path, {'csv': None, 'frame': twenty(column), 'labels': tmp_path / 'other.csv'}[way], verify=False
+    )
     assert t.group.nunique() == 20
     assert split_table(t).groupby('group').split.nunique().max() == 1
-    line, = said(t)
+    (line,) = said(t)
     assert line.endswith(f"column '{column}', 20 groups") and line.split(':')[0] in ('patients', 'groups')
 
 
@@ -55,7 +85,8 @@ def test_another_column_is_named(folder):
     assert said(t) == [NO_GROUPS] and t.group.isna().all()
     t = label_table(folder, twenty('who knows'), group_col='who knows', verify=False)
     assert said(t) == ["patients: column 'who knows', 20 groups"] and t.group.nunique() == 20
-    with pytest.raises(ValueError, match="no column 'whom' for the groups"): label_table(folder, twenty(), group_col='whom')
+    with pytest.raises(ValueError, match="no column 'whom' for the groups"):
+        label_table(folder, twenty(), group_col='whom')
 
 
 def test_none_is_used_if_none_is_wanted(folder):
@@ -78,12 +109,16 @@ def test_the_label_is_no_patient(folder):
 def test_a_column_without_content(folder):
     df = twenty().assign(patient=None)
     assert said(label_table(folder, df, verify=False)) == ["patients: column 'pid', 20 groups"]
-    with pytest.raises(ValueError, match="column 'patient' is empty"): label_table(folder, df, group_col='patient')
-    assert said(label_table(folder, df.drop(columns='pid'), verify=False)) == [f"column 'patient' is empty: {NO_GROUPS}"]
+    with pytest.raises(ValueError, match="column 'patient' is empty"):
+        label_table(folder, df, group_col='patient')
+    assert said(label_table(folder, df.drop(columns='pid'), verify=False)) == [
+        f"column 'patient' is empty: {NO_GROUPS}"
+    ]
 
 
 def test_two_columns_that_could_be_meant(folder):
-    with pytest.raises(ValueError, match="'pid' and 'PID' could both be meant"): label_table(folder, twenty().assign(PID='x'))
+    with pytest.raises(ValueError, match="'pid' and 'PID' could both be meant"):
+        label_table(folder, twenty().assign(PID='x'))
 
 
 def test_a_table_that_was_read_keeps_its_patients(folder):
@@ -97,53 +132,83 @@ def test_a_table_that_was_read_keeps_its_patients(folder):
 @pytest.mark.parametrize('column', ['study', 'case', 'pid'])
 def test_a_guessed_column_that_makes_a_split_impossible_is_named(folder, column):
     t = label_table(folder, twenty(column).assign(**{column: 'one'}), verify=False)
-    with pytest.raises(SplitError, match=rf"too few groups: 1.*column '{column}', which was chosen by its name.*--patient COLUMN.*group_col='none' \(--patient none\)"): split_table(t)
+    with pytest.raises(
+        SplitError,
+        match=rf"too few groups: 1.*column '{column}', which was chosen by its name.*--patient COLUMN.*group_col='none' \(--patient none\)",
+    ):
+        split_table(t)
     given = label_table(folder, twenty(column).assign(**{column: 'one'}), group_col=column, verify=False)
-    with pytest.raises(SplitError) as e: split_table(given)
+    with pytest.raises(SplitError) as e:
+        split_table(given)
     assert 'chosen by its name' not in str(e.value)
 
 
 # ---------------------------------------------------------------- class folders
 
+
 def test_csvs_beside_class_folders(tmp_path):
     photographs(tmp_path, 12, ('rose', 'tulip'))
     assert said(label_table(tmp_path)) == [NO_GROUPS]
-    pd.DataFrame({'file': [f'{i:02}' for i in range(10)], 'Photo-Grapher': [f'p{i//2}' for i in range(10)]}).to_csv(tmp_path/'credits.CSV', index=False)
-    (tmp_path/'weather.csv').write_text('day,rain\n1,2\n')
-    (tmp_path/'._credits.csv').write_bytes(b'\0\5\x16\7')
+    pd.DataFrame({'file': [f'{i:02}' for i in range(10)], 'Photo-Grapher': [f'p{i // 2}' for i in range(10)]}).to_csv(
+        tmp_path / 'credits.CSV', index=False
+    )
+    (tmp_path / 'weather.csv').write_text('day,rain\n1,2\n')
+    (tmp_path / '._credits.csv').write_bytes(b'\0\5\x16\7')
     t = label_table(tmp_path)
-    assert said(t) == ["groups: column 'Photo-Grapher' of credits.CSV, 5 groups, 2 images without one treated as independent"]
+    assert said(t) == [
+        "groups: column 'Photo-Grapher' of credits.CSV, 5 groups, 2 images without one treated as independent"
+    ]
     assert t.group.isna().sum() == 2 and said(label_table(tmp_path, group_col='photographer')) == said(t)
     assert label_table(tmp_path, group_col='none').group.isna().all()
-    with pytest.raises(ValueError, match="no column 'pid' for the groups: .* holds class folders and credits.CSV, weather.csv"): label_table(tmp_path, group_col='pid')
+    with pytest.raises(
+        ValueError, match="no column 'pid' for the groups: .* holds class folders and credits.CSV, weather.csv"
+    ):
+        label_table(tmp_path, group_col='pid')
 
 
 def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
     photographs(tmp_path, 8, ('rose', 'tulip'))
-    with pytest.raises(ValueError, match='no CSV file'): label_table(tmp_path, group_col='pid')
-    (tmp_path/'who.csv').write_text('photo,pid\n00,a\n')
-    with pytest.raises(ValueError, match=r"who.csv has a column 'pid' and none for the image names: .*--image-col"): label_table(tmp_path)
+    with pytest.raises(ValueError, match='no CSV file'):
+        label_table(tmp_path, group_col='pid')
+    (tmp_path / 'who.csv').write_text('photo,pid\n00,a\n')
+    with pytest.raises(ValueError, match=r"who.csv has a column 'pid' and none for the image names: .*--image-col"):
+        label_table(tmp_path)
     assert label_table(tmp_path, image_col='photo').group.notna().sum() == 1
-    (tmp_path/'who.csv').write_text('image,pid\n00,a\n01,b,c\n')
-    with pytest.raises(ValueError, match='line 3 has 3 fields.*beside the class folders and may name the patients'): label_table(tmp_path)
+    (tmp_path / 'who.csv').write_text('image,pid\n00,a\n01,b,c\n')
+    with pytest.raises(ValueError, match='line 3 has 3 fields.*beside the class folders and may name the patients'):
+        label_table(tmp_path)
     assert len(label_table(tmp_path, group_col='none')) == 8
-    (tmp_path/'who.csv').write_text('image,pid\n00,a\n00,b\n')
-    with pytest.raises(ValueError, match="00.png has two groups: 'a' and 'b' .row 3 of who.csv"): label_table(tmp_path)
-    os.remove(tmp_path/'who.csv')
-    os.mkfifo(tmp_path/'who.csv')
-    with pytest.raises(ValueError, match='not a regular file'): label_table(tmp_path)
+    (tmp_path / 'who.csv').write_text('image,pid\n00,a\n00,b\n')
+    with pytest.raises(ValueError, match="00.png has two groups: 'a' and 'b' .row 3 of who.csv"):
+        label_table(tmp_path)
+    os.remove(tmp_path / 'who.csv')
+    os.mkfifo(tmp_path / 'who.csv')
+    with pytest.raises(ValueError, match='not a regular file'):
+        label_table(tmp_path)
 
 
 def test_a_split_of_folders_is_not_a_column(tmp_path):
-    for s in ('train', 'valid'): photographs(tmp_path/s, 8, ('rose', 'tulip'))
-    pd.DataFrame({'image': [f'{s}/{c}/{i:02}.png' for s in ('train', 'valid') for i in range(8) for c in [('rose', 'tulip')[i % 2]]], 'pid': ['a']*16}).to_csv(tmp_path/'who.csv', index=False)
+    for s in ('train', 'valid'):
+        photographs(tmp_path / s, 8, ('rose', 'tulip'))
+    pd.DataFrame(
+        {
+            'image': [
+                f'{s}/{c}/{i:02}.png' for s in ('train', 'valid') for i in range(8) for c in [('rose', 'tulip')[i % 2]]
+            ],
+            'pid': ['a'] * 16,
+        }
+    ).to_csv(tmp_path / 'who.csv', index=False)
     t = label_table(tmp_path)
-    with pytest.raises(SplitError, match='Move their images into one of the folders'): check_split(t)
+    with pytest.raises(SplitError, match='Move their images into one of the folders'):
+        check_split(t)
 
 
 # ---------------------------------------------------------------- which names are one
 
-@pytest.mark.parametrize('names', [['P7', 'p7', ' P7 ', 'Ｐ７'], [1, 1.0, '1', '01', '1.0', ' 001'], ['Ann  Lee', 'ann lee', 'ANN LEE\t']])
+
+@pytest.mark.parametrize(
+    'names', [['P7', 'p7', ' P7 ', 'Ｐ７'], [1, 1.0, '1', '01', '1.0', ' 001'], ['Ann  Lee', 'ann lee', 'ANN LEE\t']]
+)
 def test_names_that_are_one(names):
     assert len(set(same_groups(names))) == 1 and set(group_codes(names, len(names))) == {0}
 
@@ -159,38 +224,58 @@ def test_names_that_are_none(empty):
 
 
 def test_several_spellings_of_one_patient(folder):
-    df = twenty().assign(pid=[('P' if i % 2 else 'p') + str(i//2) for i in range(40)])
+    df = twenty().assign(pid=[('P' if i % 2 else 'p') + str(i // 2) for i in range(40)])
     t = label_table(folder, df, verify=False)
     assert t.group.nunique() == 20 and "'p0' and 'P0' are taken for one" in said(t)[0]
-    numbers = label_table(folder, df.assign(pid=[float(i//2) if i else None for i in range(40)]), verify=False)
+    numbers = label_table(folder, df.assign(pid=[float(i // 2) if i else None for i in range(40)]), verify=False)
     assert numbers.group.nunique() == 20 and '1 image without one treated as independent' in said(numbers)[0]
 
 
 # ---------------------------------------------------------------- rows that contradict one another
 
-@pytest.mark.parametrize('column,two,what', [('label', ['a', 'b'], 'two labels'), ('pid', ['p1', 'p2'], 'two groups'), ('pid', ['p1', None], 'two groups'),
-                                             ('split', ['train', 'valid'], 'two splits'), ('split', ['train', None], 'two splits')])
+
+@pytest.mark.parametrize(
+    'column,two,what',
+    [
+        ('label', ['a', 'b'], 'two labels'),
+        ('pid', ['p1', 'p2'], 'two groups'),
+        ('pid', ['p1', None], 'two groups'),
+        ('split', ['train', 'valid'], 'two splits'),
+        ('split', ['train', None], 'two splits'),
+    ],
+)
 @pytest.mark.parametrize('way', ['csv', 'frame'])
 def test_rows_of_one_image_that_differ(folder, tmp_path, column, two, what, way):
-    df = pd.DataFrame({'image': ['00', '01', '00.png'], 'label': ['a', 'b', 'a'], 'pid': ['p1', 'p3', 'p1'], 'split': ['train']*3})
+    df = pd.DataFrame(
+        {'image': ['00', '01', '00.png'], 'label': ['a', 'b', 'a'], 'pid': ['p1', 'p3', 'p1'], 'split': ['train'] * 3}
+    )
     df.loc[[0, 2], column] = two
-    df.to_csv(tmp_path/'l.csv', index=False)
+    df.to_csv(tmp_path / 'l.csv', index=False)
     rows = 'rows 2, 4' if way == 'csv' else 'rows 0, 2'
-    with pytest.raises(ValueError, match=f'1 images have {what}: .*00.png. Keep one row for each .first in {rows}'): label_table(folder, tmp_path/'l.csv' if way == 'csv' else df)
+    with pytest.raises(ValueError, match=f'1 images have {what}: .*00.png. Keep one row for each .first in {rows}'):
+        label_table(folder, tmp_path / 'l.csv' if way == 'csv' else df)
 
 
 def test_rows_of_one_image_that_agree(folder):
-    df = pd.DataFrame({'image': ['00', '01', '00.png'], 'label': ['a', 'b', ' a'], 'pid': ['p1', 'p3', ' P1'], 'split': ['train', 'valid', 'Training']})
+    df = pd.DataFrame(
+        {
+            'image': ['00', '01', '00.png'],
+            'label': ['a', 'b', ' a'],
+            'pid': ['p1', 'p3', ' P1'],
+            'split': ['train', 'valid', 'Training'],
+        }
+    )
     assert len(label_table(folder, df)) == 2
 
 
 # ---------------------------------------------------------------- the whole way
 
+
 @pytest.fixture
 def small(tmp_path):
-    photographs(tmp_path/'set', 24)
-    twenty(n=24).to_csv(tmp_path/'set'/'labels.csv', index=False)
-    return tmp_path/'set'
+    photographs(tmp_path / 'set', 24)
+    twenty(n=24).to_csv(tmp_path / 'set' / 'labels.csv', index=False)
+    return tmp_path / 'set'
 
 
 ASK = dict(arch='test_resnet', weights='random', size=32)
@@ -198,43 +283,57 @@ ASK = dict(arch='test_resnet', weights='random', size=32)
 
 def test_learner_tells_and_records_the_patients(small):
     from dr_transfer.core import build_learner
+
     lines = []
     learn = build_learner(small, 'flowers', bs=8, say=lines.append, **ASK)
     assert lines == ["patients: column 'pid', 12 groups"] and learn.record['data']['patients'] == lines[0]
     assert learn.table.groupby('group').split.nunique().max() == 1
     from dr_transfer.inference.saved_model import image_model
+
     assert image_model(learn).about['training']['data']['patients'] == lines[0]
     lines.clear()
     learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **ASK)
     assert 'none used' in lines[0] and learn.table.group.isna().all()
-    with pytest.raises(ValueError, match="no column 'q' for the groups"): build_learner(small, 'flowers', group_col='q', **ASK)
+    with pytest.raises(ValueError, match="no column 'q' for the groups"):
+        build_learner(small, 'flowers', group_col='q', **ASK)
 
 
 @pytest.mark.parametrize('way', ['advise', 'compare', 'folds', 'curve'])
 @pytest.mark.parametrize('column', ['pid', 'who'])
 def test_each_way_takes_and_tells_the_patients(small, way, column):
-    from dr_transfer.training.advisor import advise
+    from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.compare import compare
     from dr_transfer.evaluation.cross_validation import fold_tables
-    from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.experiments import learning_curve
-    class Told(Exception): pass
-    def say(line): raise Told(line)
-    twenty(column, 24).to_csv(small/'labels.csv', index=False)
+    from dr_transfer.training.advisor import advise
+
+    class Told(Exception):
+        pass
+
+    def say(line):
+        raise Told(line)
+
+    twenty(column, 24).to_csv(small / 'labels.csv', index=False)
     task, ask = get_task('flowers', 32), dict(group_col=column, say=say)
     with pytest.raises(Told, match=f"patients: column '{column}', 12 groups"):
-        if way == 'advise': advise(small, task, 'test_resnet', 'random', **ask)
-        if way == 'compare': compare(small, task, ['test_resnet'], ['head'], weights='random', **ask)
-        if way == 'folds': fold_tables(small, task, **ask)
-        if way == 'curve': learning_curve(small, task, **ask)
+        if way == 'advise':
+            advise(small, task, 'test_resnet', 'random', **ask)
+        if way == 'compare':
+            compare(small, task, ['test_resnet'], ['head'], weights='random', **ask)
+        if way == 'folds':
+            fold_tables(small, task, **ask)
+        if way == 'curve':
+            learning_curve(small, task, **ask)
 
 
 def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
     "Copies of images of which only some have a patient: no split is given, so there is none to be emptied."
-    from dr_transfer.data.tasks import TASKS
     from dr_transfer.data.leaks import split_data
-    df = twenty(n=24).assign(pid=['p0', 'p0'] + [None]*22)
-    for i in range(2, 10): (small/f'copy{i:02}.png').write_bytes((small/f'{i:02}.png').read_bytes())
+    from dr_transfer.data.tasks import TASKS
+
+    df = twenty(n=24).assign(pid=['p0', 'p0'] + [None] * 22)
+    for i in range(2, 10):
+        (small / f'copy{i:02}.png').write_bytes((small / f'{i:02}.png').read_bytes())
     more = pd.DataFrame({'image': [f'copy{i:02}' for i in range(2, 10)], 'label': df.label[2:10], 'pid': None})
     for seed in range(5):
         t = split_data(small, TASKS['flowers'], TASKS['flowers'].target(), labels=pd.concat([df, more]), seed=seed)
@@ -242,10 +341,11 @@ def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
 
 
 def test_identical_images_of_two_classes_are_told(small):
-    from dr_transfer.data.tasks import TASKS
     from dr_transfer.data.leaks import split_data
-    (small/'copy.png').write_bytes((small/'00.png').read_bytes())
+    from dr_transfer.data.tasks import TASKS
+
+    (small / 'copy.png').write_bytes((small / '00.png').read_bytes())
     df = pd.concat([twenty(n=24), pd.DataFrame({'image': ['copy'], 'label': ['b'], 'pid': ['p0']})])
     t = split_data(small, TASKS['flowers'], TASKS['flowers'].target(), labels=df)
-    note, = t.attrs['notes']
+    (note,) = t.attrs['notes']
     assert '1 pairs of identical images have two classes' in note and '00.png (a)' in note and 'copy.png (b)' in note

@@ -1,33 +1,49 @@
 "Grids and properties of the drawn photographs: what a seed fixes, what a knob changes, and nothing else."
+
 import json
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+
 from dr_transfer.synthetic.fundus import KINDS, contact_sheet, draw_fundus, lesion_mask, make_dr, make_flowers
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
 
 def distance(truth, part):
     "Distance of every lesion's middle from the middle of `part`"
     return np.array([np.hypot(q['x'] - truth[part][0], q['y'] - truth[part][1]) for q in truth['lesions']])
 
+
 @pytest.mark.parametrize('grade', range(5))
 def test_lesions_follow_the_grade_and_lie_in_the_disc(grade):
     for seed in range(5):
         img, truth = draw_fundus(grade, seed, 96, camera=seed)
-        count = pd.Series([q['kind'] for q in truth['lesions']], dtype=object).value_counts().reindex(KINDS, fill_value=0)
+        count = (
+            pd.Series([q['kind'] for q in truth['lesions']], dtype=object).value_counts().reindex(KINDS, fill_value=0)
+        )
         radii = np.array([q['radius'] for q in truth['lesions']])
         assert (distance(truth, 'disc') + radii < truth['disc'][2]).all()
         mask = lesion_mask(truth)
         assert mask.any() == (grade > 0)
-        if grade < 2: assert count.drop('microaneurysm').sum() == 0
-        if grade >= 1: assert count.microaneurysm > 0
-        if grade >= 2: assert count.haemorrhage > 0
-        if grade == 3: assert count.haemorrhage > 20
-        else: assert count.haemorrhage <= 20
+        if grade < 2:
+            assert count.drop('microaneurysm').sum() == 0
+        if grade >= 1:
+            assert count.microaneurysm > 0
+        if grade >= 2:
+            assert count.haemorrhage > 0
+        if grade == 3:
+            assert count.haemorrhage > 20
+        else:
+            assert count.haemorrhage <= 20
         assert (count.new_vessel > 0) == (grade == 4)
-        if mask.any(): assert (img[mask].max(1) > 0).mean() > .98  # in the field, also when the camera cuts it
+        if mask.any():
+            assert (img[mask].max(1) > 0).mean() > 0.98  # in the field, also when the camera cuts it
+
 
 @pytest.mark.parametrize('size', [48, 49, 100, 181])
 @pytest.mark.parametrize('camera', range(3))
@@ -40,21 +56,27 @@ def test_sizes_and_cameras(size, camera):
         assert img.shape == (size, size, 3) and img.dtype == np.uint8
         assert img[outside].max() == 0
         lit = (img.max(2) > 0)[~outside].mean()
-        assert .75 < lit < .97 if camera % 2 else lit > .97  # an odd camera cuts the top and the bottom
+        assert 0.75 < lit < 0.97 if camera % 2 else lit > 0.97  # an odd camera cuts the top and the bottom
+
 
 def test_a_seed_is_one_eye_at_any_size():
     small, large = (draw_fundus(3, 7, size)[1] for size in (96, 288))
     assert [q['kind'] for q in small['lesions']] == [q['kind'] for q in large['lesions']]
     for a, b in zip(small['lesions'], large['lesions']):
-        assert abs((a['x'] + .5)*3 - .5 - b['x']) < .1 and abs((a['y'] + .5)*3 - .5 - b['y']) < .1
+        assert abs((a['x'] + 0.5) * 3 - 0.5 - b['x']) < 0.1 and abs((a['y'] + 0.5) * 3 - 0.5 - b['y']) < 0.1
+
 
 @pytest.mark.parametrize('seed', range(4))
 def test_left_is_right_in_a_mirror(seed):
     (right, a), (left, b) = (draw_fundus(3, seed, 128, eye) for eye in ('right', 'left'))
     assert a['optic_nerve'][0] > a['disc'][0] > b['optic_nerve'][0]
     np.testing.assert_array_equal(lesion_mask(a), lesion_mask(b)[:, ::-1])
-    def alike(p, q): return np.corrcoef(p[..., 1].ravel(), q[..., 1].ravel())[0, 1]
-    assert alike(right, left[:, ::-1]) > .9 and alike(right, left[:, ::-1]) > alike(right, left)
+
+    def alike(p, q):
+        return np.corrcoef(p[..., 1].ravel(), q[..., 1].ravel())[0, 1]
+
+    assert alike(right, left[:, ::-1]) > 0.9 and alike(right, left[:, ::-1]) > alike(right, left)
+
 
 @pytest.mark.parametrize('grade', range(1, 5))
 def test_nothing_but_the_lesions_depends_on_the_grade(grade):
@@ -65,43 +87,62 @@ def test_nothing_but_the_lesions_depends_on_the_grade(grade):
         np.testing.assert_array_equal(sick[~near], well[~near])
         assert (sick != well).any()
 
+
 def test_blood_is_darker_and_exudates_brighter_than_what_was_there():
     change = {k: [] for k in KINDS}
     for seed in range(8):
         (sick, truth), (well, _) = draw_fundus(3 + seed % 2, seed, 128), draw_fundus(0, seed, 128)
         lonely = {k: lesion_mask(truth, (k,)) & ~lesion_mask(truth, tuple(set(KINDS) - {k})) for k in KINDS}
         for k, mask in lonely.items():
-            if mask.any(): change[k].append((sick[mask].astype(float) - well[mask])[:, 1].mean())
+            if mask.any():
+                change[k].append((sick[mask].astype(float) - well[mask])[:, 1].mean())
     assert all(np.array(change[k]).max() < 0 for k in ('haemorrhage', 'microaneurysm', 'new_vessel'))
     assert np.array(change['exudate']).min() > 0
 
+
 def test_two_eyes_of_a_person_share_looks():
-    def colour(person, eye): return draw_fundus(0, (person, eye), 64)[0][20:44, 20:44].mean((0, 1))
+    def colour(person, eye):
+        return draw_fundus(0, (person, eye), 64)[0][20:44, 20:44].mean((0, 1))
+
     pairs = np.array([[colour(p, e) for e in (0, 1)] for p in range(12)])
-    tint = pairs[..., 1]/pairs[..., 0]  # green against red: pigment, not exposure
-    assert np.corrcoef(tint[:, 0], tint[:, 1])[0, 1] > .7
+    tint = pairs[..., 1] / pairs[..., 0]  # green against red: pigment, not exposure
+    assert np.corrcoef(tint[:, 0], tint[:, 1])[0, 1] > 0.7
     assert (draw_fundus(0, (5, 0), 64)[0] != draw_fundus(0, (5, 1), 64)[0]).any()
 
-@pytest.mark.parametrize('bad, hint', [(dict(grade=5), 'type 0, 1, 2, 3 or 4'), (dict(eye='both'), "type 'right' or 'left'"), (dict(size=47), 'type 48'),
-                                       (dict(camera=-1), 'type 0 or more'), (dict(seed=-1), 'type 0 or more')])
+
+@pytest.mark.parametrize(
+    'bad, hint',
+    [
+        (dict(grade=5), 'type 0, 1, 2, 3 or 4'),
+        (dict(eye='both'), "type 'right' or 'left'"),
+        (dict(size=47), 'type 48'),
+        (dict(camera=-1), 'type 0 or more'),
+        (dict(seed=-1), 'type 0 or more'),
+    ],
+)
 def test_refusals(bad, hint):
-    with pytest.raises(ValueError, match=hint): draw_fundus(**dict(grade=0) | bad)
+    with pytest.raises(ValueError, match=hint):
+        draw_fundus(**dict(grade=0) | bad)
+
 
 def test_bytes_do_not_depend_on_workers(tmp_path):
     knobs = dict(n=18, size=64, cameras=3, exact_duplicates=1, near_duplicates=1, unreadable=1, wrong_labels=1)
-    for w in (1, 2, 3): make_dr(tmp_path/str(w), workers=w, **knobs)
-    assert files(tmp_path/'1') == files(tmp_path/'2') == files(tmp_path/'3')
-    make_dr(tmp_path/'seed', seed=1, **knobs)
-    assert files(tmp_path/'1') != files(tmp_path/'seed')
-    for f in 'ab': make_flowers(tmp_path/f, 20, 48)
-    assert files(tmp_path/'a') == files(tmp_path/'b')
+    for w in (1, 2, 3):
+        make_dr(tmp_path / str(w), workers=w, **knobs)
+    assert files(tmp_path / '1') == files(tmp_path / '2') == files(tmp_path / '3')
+    make_dr(tmp_path / 'seed', seed=1, **knobs)
+    assert files(tmp_path / '1') != files(tmp_path / 'seed')
+    for f in 'ab':
+        make_flowers(tmp_path / f, 20, 48)
+    assert files(tmp_path / 'a') == files(tmp_path / 'b')
+
 
 @pytest.mark.parametrize('knob', ['exact_duplicates', 'near_duplicates', 'unreadable', 'wrong_labels'])
 @pytest.mark.parametrize('count', [1, 5])
 def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
-    plain, df = (make_dr(tmp_path/name, 7, 48, **kw) for name, kw in (('plain', {}), ('flawed', {knob: count})))
-    truth = json.loads((tmp_path/'flawed/truth.json').read_text())
-    before, after = files(tmp_path/'plain/images'), files(tmp_path/'flawed/images')
+    plain, df = (make_dr(tmp_path / name, 7, 48, **kw) for name, kw in (('plain', {}), ('flawed', {knob: count})))
+    truth = json.loads((tmp_path / 'flawed/truth.json').read_text())
+    before, after = files(tmp_path / 'plain/images'), files(tmp_path / 'flawed/images')
     extra, changed = set(after) - set(before), {f for f in before if after[f] != before[f]}
     assert list(truth) == sorted(truth) == df.image.tolist() == sorted(after)
     relabelled = {r.image for r in df.itertuples() if truth[r.image]['grade'] != r.grade}
@@ -114,55 +155,89 @@ def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
         assert truth[f]['patient'] not in set(plain.patient) and truth[f]['grade'] == truth[source]['grade']
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
-        with pytest.raises(Exception): Image.open(tmp_path/'flawed/images'/f).load()
-    for f in set(after) - changed: Image.open(tmp_path/'flawed/images'/f).load()
+        with pytest.raises(Exception):
+            Image.open(tmp_path / 'flawed/images' / f).load()
+    for f in set(after) - changed:
+        Image.open(tmp_path / 'flawed/images' / f).load()
+
 
 def test_truth_redraws_the_image(tmp_path):
-    make_dr(tmp_path/'d', 3, 64, cameras=(4, 5))
-    for name, t in json.loads((tmp_path/'d/truth.json').read_text()).items():
+    make_dr(tmp_path / 'd', 3, 64, cameras=(4, 5))
+    for name, t in json.loads((tmp_path / 'd/truth.json').read_text()).items():
         img, truth = draw_fundus(t['grade'], t['seed'], t['size'], t['eye'], t['camera'])
-        stored = np.asarray(Image.open(tmp_path/'d/images'/name), float)
+        stored = np.asarray(Image.open(tmp_path / 'd/images' / name), float)
         assert np.abs(stored - img).mean() < 6  # as far as JPEG goes
         assert t['lesions'] == truth['lesions'] and t['camera'] in (4, 5)
 
+
 @pytest.mark.parametrize('n', [1, 2, 7])
 def test_small_and_odd_numbers(tmp_path, n):
-    df = make_dr(tmp_path/'d', n, 48)
+    df = make_dr(tmp_path / 'd', n, 48)
     assert len(df) == n and df.image.is_unique and df.groupby('patient').size().max() <= 2
 
+
 def test_folders(tmp_path):
-    (tmp_path/'notes.txt').write_text('mine')
+    (tmp_path / 'notes.txt').write_text('mine')
     for make in (make_dr, make_flowers):
-        with pytest.raises(ValueError, match='type the path of a new folder'): make(tmp_path, 10)
-        first = make(tmp_path/make.__name__, 10, 48)
-        assert make(tmp_path/make.__name__, 10, 48).equals(first)
-        next((tmp_path/make.__name__).rglob('*.jpg')).unlink()  # no longer complete
-        with pytest.raises(ValueError, match='delete this one'): make(tmp_path/make.__name__, 10, 48)
-    (tmp_path/'empty').mkdir()
-    assert len(make_dr(str(tmp_path/'empty'), 2, 48)) == 2
+        with pytest.raises(ValueError, match='type the path of a new folder'):
+            make(tmp_path, 10)
+        first = make(tmp_path / make.__name__, 10, 48)
+        assert make(tmp_path / make.__name__, 10, 48).equals(first)
+        next((tmp_path / make.__name__).rglob('*.jpg')).unlink()  # no longer complete
+        with pytest.raises(ValueError, match='delete this one'):
+            make(tmp_path / make.__name__, 10, 48)
+    (tmp_path / 'empty').mkdir()
+    assert len(make_dr(str(tmp_path / 'empty'), 2, 48)) == 2
     assert files(tmp_path)['notes.txt'] == b'mine'
 
-@pytest.mark.parametrize('bad, hint', [(dict(n=0), 'type 1 or more'), (dict(cameras=0), 'type 1 or more'), (dict(grade_p=(1, 1)), 'five shares'),
-                                       (dict(grade_p=(1, 1, 1, 1, -1)), 'five shares'), (dict(n=3, unreadable=4), 'larger n')])
+
+@pytest.mark.parametrize(
+    'bad, hint',
+    [
+        (dict(n=0), 'type 1 or more'),
+        (dict(cameras=0), 'type 1 or more'),
+        (dict(grade_p=(1, 1)), 'five shares'),
+        (dict(grade_p=(1, 1, 1, 1, -1)), 'five shares'),
+        (dict(n=3, unreadable=4), 'larger n'),
+    ],
+)
 def test_make_dr_refusals(tmp_path, bad, hint):
-    with pytest.raises(ValueError, match=hint): make_dr(tmp_path/'d', **dict(n=4) | bad)
-    assert not (tmp_path/'d').exists()
+    with pytest.raises(ValueError, match=hint):
+        make_dr(tmp_path / 'd', **dict(n=4) | bad)
+    assert not (tmp_path / 'd').exists()
+
 
 def test_flowers(tmp_path):
-    df = make_flowers(tmp_path/'f', 23, 40, classes=('roses', 'tulips'))
+    df = make_flowers(tmp_path / 'f', 23, 40, classes=('roses', 'tulips'))
     assert df.label.value_counts().to_dict() == {'roses': 12, 'tulips': 11}
     assert (df.image.str.split('/').str[0] == df.label).all() and df.photographer.nunique() == 6
-    assert sorted(df.image) == sorted(f for f in files(tmp_path/'f') if f.endswith('.jpg'))
-    def corner(f): return np.asarray(Image.open(tmp_path/'f'/f).resize((40, 40)), float)[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
+    assert sorted(df.image) == sorted(f for f in files(tmp_path / 'f') if f.endswith('.jpg'))
+
+    def corner(f):
+        return np.asarray(Image.open(tmp_path / 'f' / f).resize((40, 40)), float)[[0, 0, -1, -1], [0, -1, 0, -1]].mean(
+            0
+        )
+
     df['colour'] = [corner(f) for f in df.image]
     gaps = {True: [], False: []}
     for i, a in df.iterrows():
-        for j, b in df[:i].iterrows(): gaps[a.photographer == b.photographer].append(np.abs(a.colour - b.colour).mean())
-    assert np.mean(gaps[True]) < .7*np.mean(gaps[False])  # a photographer has a style
-    with pytest.raises(ValueError, match='type some of daisy'): make_flowers(tmp_path/'g', classes=('orchid',))
-    with pytest.raises(ValueError, match='at least one image a class'): make_flowers(tmp_path/'g', n=4)
+        for j, b in df[:i].iterrows():
+            gaps[a.photographer == b.photographer].append(np.abs(a.colour - b.colour).mean())
+    assert np.mean(gaps[True]) < 0.7 * np.mean(gaps[False])  # a photographer has a style
+    with pytest.raises(ValueError, match='type some of daisy'):
+        make_flowers(tmp_path / 'g', classes=('orchid',))
+    with pytest.raises(ValueError, match='at least one image a class'):
+        make_flowers(tmp_path / 'g', n=4)
+
 
 def test_contact_sheet():
-    sheet = contact_sheet([np.full((10, 20, 3), 255, np.uint8), Image.new('L', (30, 30), 128), Image.new('RGB', (5, 9))], titles='abc', cols=2, size=40)
+    sheet = contact_sheet(
+        [np.full((10, 20, 3), 255, np.uint8), Image.new('L', (30, 30), 128), Image.new('RGB', (5, 9))],
+        titles='abc',
+        cols=2,
+        size=40,
+    )
     assert sheet.size == (80, 80)
-    assert np.asarray(sheet)[20, 30].tolist() == [255]*3 and np.asarray(sheet)[2, 30].max() == 0  # padded, not stretched
+    assert (
+        np.asarray(sheet)[20, 30].tolist() == [255] * 3 and np.asarray(sheet)[2, 30].max() == 0
+    )  # padded, not stretched

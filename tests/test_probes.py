@@ -1,4 +1,5 @@
 "What is measured before training: known truths, tiny sets, groups, and the ridge path against scikit-learn."
+
 import warnings
 
 import numpy as np
@@ -10,53 +11,79 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import nn
 
 from dr_transfer.features import probes
+from dr_transfer.features.probes import (
+    MEASURES,
+    PENALTIES,
+    SIMILAR,
+    depth_profile,
+    domain_distance,
+    domain_profile,
+    fold_interval,
+    learning_speed,
+    plot_depth_profile,
+    ridge_path,
+    stage_gain,
+)
 from dr_transfer.models.backbones import Stages, create_body
 from dr_transfer.models.network import Body
-from dr_transfer.features.probes import (MEASURES, PENALTIES, SIMILAR, depth_profile, domain_distance, domain_profile, fold_interval, learning_speed,
-                                plot_depth_profile, ridge_path, stage_gain)
 
 pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored')
 
 
 class Known:
     "Features that are given: name -> array (n, views, channels)"
-    def __init__(self, **arrays): self.arrays = arrays
-    def __len__(self): return len(next(iter(self.arrays.values())))
+
+    def __init__(self, **arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(next(iter(self.arrays.values())))
+
     @property
-    def stages(self): return {k: v.shape[-1] for k, v in self.arrays.items()}
+    def stages(self):
+        return {k: v.shape[-1] for k, v in self.arrays.items()}
+
     def numpy(self, stages):
         return self.arrays[stages] if isinstance(stages, str) else np.concatenate([self.arrays[s] for s in stages], -1)
 
 
-def known(n=120, k=2, seed=0, strengths=(0., 0.4, 2., 0.8), channels=24, views=2, y=None):
+def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
     "Features in which the third stage tells most of the class."
     rng = np.random.default_rng(seed)
     y = np.arange(n) % k if y is None else y
     means = rng.standard_normal((k, channels))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    def one(s): return (s*means[y][:, None] + rng.standard_normal((n, views, channels))*0.7).astype('float32')
+
+    def one(s):
+        return (s * means[y][:, None] + rng.standard_normal((n, views, channels)) * 0.7).astype('float32')
+
     return Known(**{f'stage{i}': one(s) for i, s in enumerate(strengths)}), y
 
 
 # ---------------------------------------------------------------- ridge
 
+
 @pytest.mark.parametrize('n, channels', [(40, 6), (40, 40), (40, 39), (30, 200), (5, 1)])
 def test_ridge_path_is_that_of_scikit_learn(n, channels):
     rng = np.random.default_rng(n + channels)
-    x, new, t = rng.standard_normal((n, channels))*3 + 5, rng.standard_normal((7, channels)), rng.standard_normal((n, 3))
+    x, new, t = (
+        rng.standard_normal((n, channels)) * 3 + 5,
+        rng.standard_normal((7, channels)),
+        rng.standard_normal((n, 3)),
+    )
     scores, gcv = ridge_path(x, t, new)
     assert scores.shape == (len(PENALTIES), 7, 3) and gcv.shape == (len(PENALTIES),)
     mean, sd = x.mean(0), x.std(0)
     for s, score in list(zip(PENALTIES, scores))[4:]:
-        want = Ridge(alpha=n*s, solver='svd').fit((x - mean)/sd, t).predict((new - mean)/sd)
+        want = Ridge(alpha=n * s, solver='svd').fit((x - mean) / sd, t).predict((new - mean) / sd)
         assert score == pytest.approx(want, abs=1e-6, rel=1e-6)
 
 
 def test_ridge_path_is_that_of_ridge_classifier():
     f, y = known(90, 3)
     x = f.numpy('stage2').mean(1).astype(float)
-    z = (x - x[:60].mean(0))/x[:60].std(0)
-    scores, _ = ridge_path(x[:60], 2.*np.eye(3)[y[:60]] - 1, x[60:], np.array([0.1]))
+    z = (x - x[:60].mean(0)) / x[:60].std(0)
+    scores, _ = ridge_path(x[:60], 2.0 * np.eye(3)[y[:60]] - 1, x[60:], np.array([0.1]))
     want = RidgeClassifier(alpha=6).fit(z[:60], y[:60])
     assert scores[0] == pytest.approx(want.decision_function(z[60:]), abs=1e-8)
     assert (scores[0].argmax(1) == want.predict(z[60:])).all()
@@ -67,11 +94,11 @@ def test_gcv_is_that_of_the_hat_matrix(n, channels):
     rng = np.random.default_rng(1)
     x, t = rng.standard_normal((n, channels)), rng.standard_normal((n, 2))
     _, gcv = ridge_path(x, t, x[:1])
-    z, r = (x - x.mean(0))/x.std(0), t - t.mean(0)
+    z, r = (x - x.mean(0)) / x.std(0), t - t.mean(0)
     for s, got in list(zip(PENALTIES, gcv))[6:]:
-        hat = z @ np.linalg.solve(z.T @ z + n*s*np.eye(channels), z.T) + 1/n
-        assert got == pytest.approx(n*((t - hat @ t)**2).sum()/(n - np.trace(hat))**2, rel=1e-6)
-        assert ((t - hat @ t) == pytest.approx(r - (hat - 1/n) @ r))
+        hat = z @ np.linalg.solve(z.T @ z + n * s * np.eye(channels), z.T) + 1 / n
+        assert got == pytest.approx(n * ((t - hat @ t) ** 2).sum() / (n - np.trace(hat)) ** 2, rel=1e-6)
+        assert (t - hat @ t) == pytest.approx(r - (hat - 1 / n) @ r)
 
 
 def test_ridge_ignores_channels_that_are_constant_or_repeated():
@@ -79,7 +106,7 @@ def test_ridge_ignores_channels_that_are_constant_or_repeated():
     x, t = rng.standard_normal((40, 5)), rng.standard_normal((40, 1))
     flat = np.concatenate([x, np.full((40, 1), 7.3), np.zeros((40, 2))], 1)
     other = flat[:6].copy()
-    other[:, 5:] += 100.
+    other[:, 5:] += 100.0
     assert ridge_path(flat, t, other)[0] == pytest.approx(ridge_path(x, t, x[:6])[0], abs=1e-9)
     twice, _ = ridge_path(np.repeat(x, 2, 1), t, np.repeat(x[:6], 2, 1))
     assert np.isfinite(twice).all() and abs(twice).max() < 10
@@ -89,34 +116,38 @@ def test_ridge_ignores_channels_that_are_constant_or_repeated():
 
 # ---------------------------------------------------------------- intervals
 
+
 def test_interval_is_that_of_nadeau_and_bengio():
-    s = np.array([.7, .8, .75, .9, .6])
+    s = np.array([0.7, 0.8, 0.75, 0.9, 0.6])
     mean, low, high = fold_interval(s, 0.25)
-    half = 2.7764451*np.sqrt((1/5 + 0.25)*s.var(ddof=1))
-    assert (mean, low, high) == pytest.approx((.75, .75 - half, .75 + half))
+    half = 2.7764451 * np.sqrt((1 / 5 + 0.25) * s.var(ddof=1))
+    assert (mean, low, high) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
     assert fold_interval([*s, np.nan]) == pytest.approx((mean, low, high))
     assert np.isnan(fold_interval([np.nan, np.nan])).all()
-    assert fold_interval([.5, np.nan])[0] == .5
+    assert fold_interval([0.5, np.nan])[0] == 0.5
 
 
 def test_intervals_cover():
     "The expected score of a fold's classifier, from many images that it did not see, lies in nearly all intervals."
     rng = np.random.default_rng(0)
-    mean = rng.standard_normal(4)*0.6
+    mean = rng.standard_normal(4) * 0.6
+
     def draw(n):
         y = np.arange(n) % 2
-        return (y[:, None]*mean + rng.standard_normal((n, 4))).astype('float32')[:, None], y
+        return (y[:, None] * mean + rng.standard_normal((n, 4))).astype('float32')[:, None], y
+
     big, y_big = draw(4000)
     inside = []
     for i in range(60):
         x, y = draw(80)
         table = depth_profile(Known(a=x), y, seed=i, measure='accuracy')
-        scores, gcv = ridge_path(x[:64, 0].astype(float), 2.*np.eye(2)[y[:64]] - 1, big[:, 0])
+        scores, gcv = ridge_path(x[:64, 0].astype(float), 2.0 * np.eye(2)[y[:64]] - 1, big[:, 0])
         inside.append(table.low.iloc[0] <= (scores[gcv.argmin()].argmax(1) == y_big).mean() <= table.high.iloc[0])
     assert np.mean(inside) > 0.88
 
 
 # ---------------------------------------------------------------- depth profile
+
 
 @pytest.mark.parametrize('k, measure', [(2, None), (2, 'accuracy'), (2, 'kappa'), (4, None), (4, 'kappa')])
 def test_the_best_stage_is_found(k, measure):
@@ -126,14 +157,14 @@ def test_the_best_stage_is_found(k, measure):
     assert table.score.idxmax() == 'stage2' and (table.channels == 24).all()
     assert ((table.low <= table.score) & (table.score <= table.high)).all() and table.high.max() <= 1
     assert table.attrs['measure'] == (measure or ('auc' if k == 2 else 'accuracy'))
-    chance = 0 if measure == 'kappa' else 0.5 if k == 2 else 1/k
+    chance = 0 if measure == 'kappa' else 0.5 if k == 2 else 1 / k
     assert table.low['stage0'] < chance < table.high['stage0'] and (measure == 'kappa' or table.low.min() >= 0)
     gain, low, high = stage_gain(table, 'stage2', 'stage0')
     assert gain == pytest.approx(table.score['stage2'] - table.score['stage0']) and 0 < low < gain < high
 
 
 def test_stages_side_by_side():
-    f, y = known(160, strengths=(0, 1., 1.), seed=3)
+    f, y = known(160, strengths=(0, 1.0, 1.0), seed=3)
     table = depth_profile(f, y, stages=['stage1', ('stage1', 'stage2')])
     assert list(table.index) == ['stage1', 'stage1+stage2'] and list(table.channels) == [24, 48]
     assert table.score.iloc[1] > table.score.iloc[0]
@@ -164,7 +195,9 @@ def test_groups_are_kept_apart():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 4)
     y = rng.permutation(np.arange(30) % 2)[group]
-    f = Known(a=(rng.standard_normal((30, 40))[group] + 0.1*rng.standard_normal((120, 40)))[:, None].astype('float32'))
+    f = Known(
+        a=(rng.standard_normal((30, 40))[group] + 0.1 * rng.standard_normal((120, 40)))[:, None].astype('float32')
+    )
     assert depth_profile(f, y).score['a'] > 0.9
     assert depth_profile(f, y, group).score['a'] < 0.75
     table = learning_speed(f, y, [f'patient {g}' for g in group])
@@ -178,7 +211,7 @@ def test_parts_are_nested_stratified_and_by_group():
     assert set(quarter) < set(half) < set(whole) == set(range(300))
     for rows, share in ((quarter, 0.25), (half, 0.5)):
         assert not set(group[rows]) & set(np.delete(group, rows))
-        assert len(rows)/300 == pytest.approx(share, abs=0.08) and y[rows].mean() == pytest.approx(y.mean(), abs=0.1)
+        assert len(rows) / 300 == pytest.approx(share, abs=0.08) and y[rows].mean() == pytest.approx(y.mean(), abs=0.1)
     some = np.where(group < 30, group.astype(object), None)
     rows = probes._parts(y, some, (0.5,), 0)[0]
     alone = np.flatnonzero(group >= 30)
@@ -187,7 +220,7 @@ def test_parts_are_nested_stratified_and_by_group():
 
 @pytest.mark.parametrize('n, k', [(20, 2), (40, 2), (50, 5), (10, 2)])
 def test_tiny_sets_with_many_channels(n, k):
-    f, y = known(n, k, strengths=(0., 3.), channels=600)
+    f, y = known(n, k, strengths=(0.0, 3.0), channels=600)
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         table = depth_profile(f, y)
@@ -198,8 +231,12 @@ def test_tiny_sets_with_many_channels(n, k):
 
 def test_a_fold_of_one_class_does_not_count():
     x = np.random.default_rng(0).standard_normal((20, 3))
-    y, classes = np.array([0]*10 + [1]*10), np.array([0, 1])
-    folds = [(np.arange(10), np.arange(10, 20)), (np.arange(5, 20), np.arange(5)), (np.arange(0, 20, 2), np.arange(1, 20, 2))]
+    y, classes = np.array([0] * 10 + [1] * 10), np.array([0, 1])
+    folds = [
+        (np.arange(10), np.arange(10, 20)),
+        (np.arange(5, 20), np.arange(5)),
+        (np.arange(0, 20, 2), np.arange(1, 20, 2)),
+    ]
     scores = probes._fold_scores(x, y, classes, folds, 'auc')
     assert np.isnan(scores[:2]).all() and 0 <= scores[2] <= 1
     assert fold_interval(scores)[0] == scores[2]
@@ -210,23 +247,34 @@ def test_a_fold_of_one_class_does_not_count():
 def test_measures_are_what_they_say():
     y, scores, classes = np.array([0, 1, 2, 2]), np.eye(3)[[0, 1, 1, 2]], np.array([0, 2, 4])
     assert MEASURES['accuracy'](y, scores, classes) == 0.75
-    assert MEASURES['kappa'](y, scores, classes) == pytest.approx(1 - 4*4/(4*36 + 4*24 - 2*10*8))
-    assert MEASURES['auc'](np.array([0, 1]), np.array([[1, 0], [0, 1.]]), classes[:2]) == 1
+    assert MEASURES['kappa'](y, scores, classes) == pytest.approx(1 - 4 * 4 / (4 * 36 + 4 * 24 - 2 * 10 * 8))
+    assert MEASURES['auc'](np.array([0, 1]), np.array([[1, 0], [0, 1.0]]), classes[:2]) == 1
 
 
-@pytest.mark.parametrize('change, says', [
-    (dict(y=np.zeros(60)), 'one class'), (dict(y=[0, 1]), 'one for each image'), (dict(groups=[1, 2]), 'groups'),
-    (dict(y=[np.nan] + [0., 1.]*29 + [1.]), 'missing'), (dict(measure='acuracy'), 'accuracy'), (dict(stages=['stage9']), 'stage9'),
-    (dict(y=np.arange(60) % 3, measure='auc'), 'two classes'), (dict(y=['a', 'b']*30, measure='kappa'), 'numbers')])
+@pytest.mark.parametrize(
+    'change, says',
+    [
+        (dict(y=np.zeros(60)), 'one class'),
+        (dict(y=[0, 1]), 'one for each image'),
+        (dict(groups=[1, 2]), 'groups'),
+        (dict(y=[np.nan] + [0.0, 1.0] * 29 + [1.0]), 'missing'),
+        (dict(measure='acuracy'), 'accuracy'),
+        (dict(stages=['stage9']), 'stage9'),
+        (dict(y=np.arange(60) % 3, measure='auc'), 'two classes'),
+        (dict(y=['a', 'b'] * 30, measure='kappa'), 'numbers'),
+    ],
+)
 def test_input_that_cannot_be(change, says):
     f, y = known(60)
-    with pytest.raises((ValueError, KeyError), match=says): depth_profile(f, **{'y': y, **change})
+    with pytest.raises((ValueError, KeyError), match=says):
+        depth_profile(f, **{'y': y, **change})
 
 
 def test_features_that_are_not_finite():
     f, y = known(60)
     f.arrays['stage1'][3, 0, 0] = np.nan
-    with pytest.raises(ValueError, match='stage1.*1 images'): depth_profile(f, y)
+    with pytest.raises(ValueError, match='stage1.*1 images'):
+        depth_profile(f, y)
 
 
 def test_plot():
@@ -243,8 +291,9 @@ def test_plot():
 
 # ---------------------------------------------------------------- learning speed
 
+
 def test_learning_speed_rises_where_there_is_something_to_learn():
-    f, y = known(600, strengths=(0., 0.7), channels=100, views=1)
+    f, y = known(600, strengths=(0.0, 0.7), channels=100, views=1)
     table = learning_speed(f, y, shares=(0.1, 0.5, 1))
     assert list(table.columns) == ['images', 'score', 'low', 'high'] and list(table.index) == [0.1, 0.5, 1]
     assert list(table.images) == [48, 240, 480] and table.score.is_monotonic_increasing
@@ -252,21 +301,25 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
     assert table.attrs['gain_low'] < table.attrs['gain'] < table.attrs['gain_high']
     assert learning_speed(f, y).score[1] == pytest.approx(depth_profile(f, y).score['stage1'])
     assert learning_speed(f, y, stages=('stage0', 'stage1'), shares=(1,)).score[1] == pytest.approx(
-        depth_profile(f, y, stages=[('stage0', 'stage1')]).score.iloc[0])
+        depth_profile(f, y, stages=[('stage0', 'stage1')]).score.iloc[0]
+    )
     quarter = learning_speed(f, y, shares=(0.25, 1))
-    assert quarter.attrs['gain'] == pytest.approx((quarter.score[1] - quarter.score[0.25])/2)
+    assert quarter.attrs['gain'] == pytest.approx((quarter.score[1] - quarter.score[0.25]) / 2)
     pd.testing.assert_frame_equal(table, learning_speed(f, y, shares=(0.1, 0.5, 1)))
 
 
 @pytest.mark.parametrize('shares', [(), (1, 0.5), (0, 1), (0.5, 2), (1, 1)])
 def test_shares_that_cannot_be(shares):
     f, y = known(60)
-    with pytest.raises(ValueError, match='shares'): learning_speed(f, y, shares=shares)
+    with pytest.raises(ValueError, match='shares'):
+        learning_speed(f, y, shares=shares)
 
 
 # ---------------------------------------------------------------- domain distance
 
-class Spec: name, size, mean, std = 'small', 32, (0.5,)*3, (0.25,)*3
+
+class Spec:
+    name, size, mean, std = 'small', 32, (0.5,) * 3, (0.25,) * 3
 
 
 def small(seed=0):
@@ -291,16 +344,18 @@ def trained():
     body = small()
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in pictures(200)])
     for m in body.modules():
-        if isinstance(m, nn.BatchNorm2d): m.momentum = None
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
     body.train()
-    with torch.no_grad(): body.stages((x/255 - 0.5)/0.25)
+    with torch.no_grad():
+        body.stages((x / 255 - 0.5) / 0.25)
     return body.eval()
 
 
 def test_distance_is_nothing_at_home_and_grows_with_the_shift(trained):
     far = [domain_distance(trained, pictures(200, shift=s), n=200) for s in (0, 20, 50, 90)]
-    assert far[0] < 1e-3 and far[1] > 10*far[0] and far == sorted(far)
-    assert domain_distance(trained, pictures(64, seed=1)) < SIMILAR/2
+    assert far[0] < 1e-3 and far[1] > 10 * far[0] and far == sorted(far)
+    assert domain_distance(trained, pictures(64, seed=1)) < SIMILAR / 2
 
 
 def test_profile_is_by_layer_and_by_the_formula(trained):
@@ -310,10 +365,14 @@ def test_profile_is_by_layer_and_by_the_formula(trained):
     assert table.distance.mean() == domain_distance(trained, images)
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     bn = trained.stages.stage0[1]
-    with torch.no_grad(): h = trained.stages.stage0[0]((x/255 - 0.5)/0.25).double().transpose(0, 1).flatten(1)
-    a, b = (torch.distributions.Normal(m.double(), (v.double() + bn.eps).sqrt()) for m, v in ((h.mean(1), h.var(1, False)), (bn.running_mean, bn.running_var)))
+    with torch.no_grad():
+        h = trained.stages.stage0[0]((x / 255 - 0.5) / 0.25).double().transpose(0, 1).flatten(1)
+    a, b = (
+        torch.distributions.Normal(m.double(), (v.double() + bn.eps).sqrt())
+        for m, v in ((h.mean(1), h.var(1, False)), (bn.running_mean, bn.running_var))
+    )
     kl = torch.distributions.kl_divergence
-    assert table.distance.iloc[0] == pytest.approx(np.median(((kl(a, b) + kl(b, a))/2).numpy()), rel=1e-3)
+    assert table.distance.iloc[0] == pytest.approx(np.median(((kl(a, b) + kl(b, a)) / 2).numpy()), rel=1e-3)
 
 
 def test_some_of_the_images_by_seed(trained):
@@ -329,12 +388,21 @@ def test_threads_do_not_mix_their_batches(trained, threads):
     "Batches run through one network at the same time; each is counted once"
     images, before = [np.full((32, 32, 3), v, np.uint8) for v in range(0, 240, 2)], torch.get_num_threads()
     torch.set_num_threads(threads)
-    try: table = domain_profile(trained, images)
-    finally: torch.set_num_threads(before)
+    try:
+        table = domain_profile(trained, images)
+    finally:
+        torch.set_num_threads(before)
     x, bn = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images]), trained.stages.stage0[1]
-    with torch.no_grad(): h = trained.stages.stage0[0]((x/255 - 0.5)/0.25).double().transpose(0, 1).flatten(1)
-    a, b, shift = h.var(1, False) + bn.eps, bn.running_var.double() + bn.eps, (h.mean(1) - bn.running_mean.double())**2
-    assert table.distance.iloc[0] == pytest.approx(np.median(((a/b + b/a + shift*(1/a + 1/b) - 2)/4).numpy()), rel=1e-3)
+    with torch.no_grad():
+        h = trained.stages.stage0[0]((x / 255 - 0.5) / 0.25).double().transpose(0, 1).flatten(1)
+    a, b, shift = (
+        h.var(1, False) + bn.eps,
+        bn.running_var.double() + bn.eps,
+        (h.mean(1) - bn.running_mean.double()) ** 2,
+    )
+    assert table.distance.iloc[0] == pytest.approx(
+        np.median(((a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4).numpy()), rel=1e-3
+    )
     assert not any(m._forward_pre_hooks for m in trained.modules())
 
 
@@ -343,7 +411,8 @@ def test_no_distance_without_memory(trained):
     assert np.isnan(domain_distance(small(), images))
     assert np.isnan(domain_distance(Body(create_body('small_cnn', 'random')), images, size=32))
     body = small()
-    for s in body.stages: s[1] = nn.Identity()
+    for s in body.stages:
+        s[1] = nn.Identity()
     assert np.isnan(domain_distance(body, images))
     table = domain_profile(body, images)
     assert len(table) == 0 and list(table.columns) == ['channels', 'distance']
@@ -353,23 +422,31 @@ def test_no_distance_without_memory(trained):
 
 
 def test_hooks_are_gone_also_after_an_error(trained, tmp_path):
-    (tmp_path/'bad.jpg').write_bytes(b'no image')
-    with pytest.raises(ValueError, match='bad.jpg'): domain_distance(trained, [tmp_path/'bad.jpg'])
-    with pytest.raises(ValueError, match='at least one'): domain_distance(trained, [])
+    (tmp_path / 'bad.jpg').write_bytes(b'no image')
+    with pytest.raises(ValueError, match='bad.jpg'):
+        domain_distance(trained, [tmp_path / 'bad.jpg'])
+    with pytest.raises(ValueError, match='at least one'):
+        domain_distance(trained, [])
     domain_distance(trained, pictures(2))
     assert not [m for m in trained.modules() if m._forward_pre_hooks]
 
 
 def test_photographs_of_flowers_are_similar_and_eyes_are_not(data_root):
     body = Body(create_body('efficientnet_lite0'))
-    flowers, eyes = sorted((data_root/'flowers').glob('*/*.jpg')), sorted((data_root/'dr'/'idrid'/'images').iterdir())
-    if not flowers or not eyes: pytest.skip('no flowers or no eyes')
-    assert domain_distance(body, flowers, n=32) < 0.7*SIMILAR
-    assert domain_distance(body, eyes, n=32, reader='fundus', fit='pad') > 1.4*SIMILAR
+    flowers, eyes = (
+        sorted((data_root / 'flowers').glob('*/*.jpg')),
+        sorted((data_root / 'dr' / 'idrid' / 'images').iterdir()),
+    )
+    if not flowers or not eyes:
+        pytest.skip('no flowers or no eyes')
+    assert domain_distance(body, flowers, n=32) < 0.7 * SIMILAR
+    assert domain_distance(body, eyes, n=32, reader='fundus', fit='pad') > 1.4 * SIMILAR
 
 
 def test_images_of_a_table(trained):
     "A column of some of its rows, numbered as it is"
     images = pictures(12)
     column = pd.Series(images, index=range(5, 17))
-    assert domain_distance(trained, column) == domain_distance(trained, images) and domain_distance(trained, column, n=6) == domain_distance(trained, images, n=6)
+    assert domain_distance(trained, column) == domain_distance(trained, images) and domain_distance(
+        trained, column, n=6
+    ) == domain_distance(trained, images, n=6)

@@ -2,7 +2,13 @@
 
 Patterns that must not occur are put together from parts, so that this file does not match itself.
 """
-import ast, base64, io, json, re, subprocess, tokenize
+
+import ast
+import io
+import json
+import re
+import subprocess
+import tokenize
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -15,64 +21,122 @@ BUILT = {'_docs', '_proc', 'build', 'dist', 'runs', '__pycache__', 'node_modules
 def tracked():
     "What is, or would be, committed: from git where it is there, else by walking past what is built."
     try:
-        out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, check=True).stdout
-        found = [ROOT/o for o in out.decode().split('\0') if o]
-    except (OSError, subprocess.CalledProcessError): found = []
+        out = subprocess.run(
+            ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        found = [ROOT / o for o in out.decode().split('\0') if o]
+    except (OSError, subprocess.CalledProcessError):
+        found = []
     if not found:
-        def skip(p): return any(o in BUILT or o.endswith('.egg-info') or o.startswith(('.venv', '.git', '.make', '.pytest', '.ipynb')) for o in p.parts)
-        found = [p for p in ROOT.rglob('*') if not skip(p.relative_to(ROOT))] + [ROOT/'.gitignore'] + sorted((ROOT/'.github').rglob('*'))
+
+        def skip(p):
+            return any(
+                o in BUILT or o.endswith('.egg-info') or o.startswith(('.venv', '.git', '.make', '.pytest', '.ipynb'))
+                for o in p.parts
+            )
+
+        found = (
+            [p for p in ROOT.rglob('*') if not skip(p.relative_to(ROOT))]
+            + [ROOT / '.gitignore']
+            + sorted((ROOT / '.github').rglob('*'))
+        )
     return sorted({p for p in found if p.is_file() and not p.is_symlink()})
 
 
 TRACKED = tracked()
-NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb' and (ROOT/'nbs') in p.parents]
-MODULES = [p for p in TRACKED if p.suffix == '.py' and (ROOT/'dr_transfer') in p.parents and p.name != '_modidx.py']
+NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb' and (ROOT / 'nbs') in p.parents]
+MODULES = [p for p in TRACKED if p.suffix == '.py' and (ROOT / 'dr_transfer') in p.parents and p.name != '_modidx.py']
 SETTINGS = ConfigParser(delimiters=['='], interpolation=None)
-SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
+SETTINGS.read(ROOT / 'settings.ini', encoding='utf-8')
 SETTINGS = SETTINGS['DEFAULT']
 
 
-def name(p): return p.relative_to(ROOT).as_posix()
-def each(paths): return pytest.mark.parametrize('path', paths, ids=name)
-def cells(path, kind='code'): return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
-def source(cell): return ''.join(cell['source'])
-def directives(cell): return re.findall(r'^#\|\s*([\w-]+)', source(cell), re.M)
-def exported(path): return [c for c in cells(path) if {'export', 'exporti', 'exports'} & set(directives(c))]
-def texts(cell): return ''.join(''.join(t) if isinstance(t, list) else t for o in cell.get('outputs', []) for t in
-                                [o.get('text', '')] + [v for k, v in o.get('data', {}).items() if k.startswith('text/')])
+def name(p):
+    return p.relative_to(ROOT).as_posix()
+
+
+def each(paths):
+    return pytest.mark.parametrize('path', paths, ids=name)
+
+
+def cells(path, kind='code'):
+    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+
+def source(cell):
+    return ''.join(cell['source'])
+
+
+def directives(cell):
+    return re.findall(r'^#\|\s*([\w-]+)', source(cell), re.M)
+
+
+def exported(path):
+    return [c for c in cells(path) if {'export', 'exporti', 'exports'} & set(directives(c))]
+
+
+def texts(cell):
+    return ''.join(
+        ''.join(t) if isinstance(t, list) else t
+        for o in cell.get('outputs', [])
+        for t in [o.get('text', '')] + [v for k, v in o.get('data', {}).items() if k.startswith('text/')]
+    )
 
 
 def code_lines(text):
     "Lines with code on them: not the blank ones, and not those with a comment alone."
-    lines, quiet = set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines, quiet = (
+        set(),
+        (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
+    )
     for t in tokenize.generate_tokens(io.StringIO(text).readline):
-        if t.type not in quiet: lines |= set(range(t.start[0], t.end[0] + 1))
+        if t.type not in quiet:
+            lines |= set(range(t.start[0], t.end[0] + 1))
     return len(lines)
 
 
-def test_code_lines(): assert code_lines('#| export\n# why\n\ndef f(\n    a, # one\n):\n    "Doc"\n    return a\n') == 5
+def test_code_lines():
+    assert code_lines('#| export\n# why\n\ndef f(\n    a, # one\n):\n    "Doc"\n    return a\n') == 5
 
 
 # ---------------------------------------------------------------- files
+
 
 def test_nothing_large():
     assert not [name(p) for p in TRACKED if p.stat().st_size > 1_000_000]
 
 
 def test_no_photographs_pickles_or_weights():
-    bad = '.jpg .jpeg .tif .tiff .bmp .webp .heic .dcm .nii .ppm .pkl .pickle .pth .pt .ckpt .safetensors .onnx .npz .npy .h5 .joblib .zip .gz'.split()
+    bad = ['.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp', '.heic', '.dcm', '.nii', '.ppm', '.pkl', '.pickle', '.pth', '.pt', '.ckpt', '.safetensors', '.onnx', '.npz', '.npy', '.h5', '.joblib', '.zip', '.gz']
     assert not [name(p) for p in TRACKED if p.suffix.lower() in bad]
 
 
-PATHS = ['/' + 'home/', '/' + 'Users/', '/' + 'root/', '/' + 'tmp/', '/' + 'work/', '/' + 'mnt/', '/' + 'workspace', 'C:' + r'\\', 'file:' + '//', '.py' + 'env']
+PATHS = [
+    '/' + 'home/',
+    '/' + 'Users/',
+    '/' + 'root/',
+    '/' + 'tmp/',
+    '/' + 'work/',
+    '/' + 'mnt/',
+    '/' + 'workspace',
+    'C:' + r'\\',
+    'file:' + '//',
+    '.py' + 'env',
+]
 MARKS = ['TO' + 'DO', 'FIX' + 'ME', 'X' * 3, 'HA' + 'CK', 'W' + 'IP']
 
 
 def readable(paths):
     for p in paths:
-        if p.name == 'LICENSE': continue
-        try: yield name(p), re.sub(r'"image/png": "[^"]*"', '', p.read_text(encoding='utf-8'))
-        except UnicodeDecodeError: continue
+        if p.name == 'LICENSE':
+            continue
+        try:
+            yield name(p), re.sub(r'"image/png": "[^"]*"', '', p.read_text(encoding='utf-8'))
+        except UnicodeDecodeError:
+            continue
 
 
 def test_no_machine_paths():
@@ -88,24 +152,31 @@ def test_no_unfinished_marks():
 
 
 def test_version_and_pins():
-    assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT/'dr_transfer'/'__init__.py').read_text(encoding='utf-8')
+    assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT / 'dr_transfer' / '__init__.py').read_text(
+        encoding='utf-8'
+    )
     run, dev = SETTINGS['requirements'].split(), SETTINGS['dev_requirements'].split()
     assert {'fastai>=2.8.7,<2.9', 'fastcore>=1.12.3', 'torch', 'torchvision'} <= set(run)
     assert {'nbdev>=2.4.14,<3', 'execnb>=0.1.18,<0.2', 'fastcore>=1.12.3,<2', 'ghapi<2'} <= set(dev)
-    assert SETTINGS['tst_flags'] == 'slow cuda' and SETTINGS['custom_sidebar'] == 'True' and SETTINGS['update_pyproject'] == 'False'
-    assert '[project]' not in (ROOT/'pyproject.toml').read_text(encoding='utf-8')
+    assert (
+        SETTINGS['tst_flags'] == 'slow cuda'
+        and SETTINGS['custom_sidebar'] == 'True'
+        and SETTINGS['update_pyproject'] == 'False'
+    )
+    assert '[project]' not in (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
 
 
 def test_one_quarto_yml():
-    link = ROOT/'nbs'/'_quarto.yml'
-    assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'
+    link = ROOT / 'nbs' / '_quarto.yml'
+    assert link.is_symlink() and link.resolve() == ROOT / '_quarto.yml'
 
 
 def test_change_log_has_this_version():
-    assert f'## {SETTINGS["version"]}' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f'## {SETTINGS["version"]}' in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 # ---------------------------------------------------------------- notebooks
+
 
 @each([p for p in NOTEBOOKS if exported(p)])
 def test_exports_are_small_and_checked(path):
@@ -113,7 +184,9 @@ def test_exports_are_small_and_checked(path):
     long = [f'{n}: {source(c).splitlines()[1]}' for c, n in zip(exported(path), sizes) if n > 60]
     assert not long, f'export cells of more than 60 lines of code: {long}'
     assert sum(sizes) <= 400, f'{sum(sizes)} exported lines: split the notebook'
-    assert any(re.search(r'^\s*(test_\w+\(|assert )', source(c), re.M) for c in cells(path) if 'hide' not in directives(c)), 'no check in full view'
+    assert any(
+        re.search(r'^\s*(test_\w+\(|assert )', source(c), re.M) for c in cells(path) if 'hide' not in directives(c)
+    ), 'no check in full view'
 
 
 @each([p for p in NOTEBOOKS if exported(p)])
@@ -126,7 +199,9 @@ def test_exporting_notebook_is_never_skipped(path):
 @each(NOTEBOOKS)
 def test_notebook_starts_with_title_and_summary(path):
     first = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
-    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', source(first)), 'the first cell is "# title", then "> one line"'
+    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', source(first)), (
+        'the first cell is "# title", then "> one line"'
+    )
 
 
 @each(NOTEBOOKS)
@@ -135,16 +210,22 @@ def test_stored_outputs_are_small_and_stable(path):
         shown, out = source(cell)[:80], texts(cell)
         assert not [o for o in cell.get('outputs', []) if o['output_type'] == 'error'], shown
         assert not re.search(r'\b0x[0-9a-f]{6,}', out), f'the address of an object after {shown}'
-        assert not re.search(r'<progress|fastprogress|\d+%\|[^|]*\||[█▏▎▍▌▋▊▉]{3}', out), f'a progress bar after {shown}'
-        assert not re.search(r'\b\d\d:\d\d\b|\b\d+(\.\d+)? ?(ms|µs|seconds)\b|\bin \d+(\.\d+)? s\b', out), f'a time after {shown}'
+        assert not re.search(r'<progress|fastprogress|\d+%\|[^|]*\||[█▏▎▍▌▋▊▉]{3}', out), (
+            f'a progress bar after {shown}'
+        )
+        assert not re.search(r'\b\d\d:\d\d\b|\b\d+(\.\d+)? ?(ms|µs|seconds)\b|\bin \d+(\.\d+)? s\b', out), (
+            f'a time after {shown}'
+        )
         assert len(out) < 20_000, f'{len(out)} characters after {shown}'
         for o in cell.get('outputs', []):
             pictures = {k: v for k, v in o.get('data', {}).items() if k.startswith('image/')}
             assert set(pictures) <= {'image/png', 'image/svg+xml'}, f'photographs are not stored: {shown}'
-            for v in pictures.values(): assert len(''.join(v))*3/4 < 120_000, f'a picture of more than 120 kB after {shown}'
+            for v in pictures.values():
+                assert len(''.join(v)) * 3 / 4 < 120_000, f'a picture of more than 120 kB after {shown}'
 
 
 # ---------------------------------------------------------------- modules
+
 
 def exported_module(path):
     "The module that a notebook exports, such as `data.split`; None if it exports none."
@@ -154,24 +235,29 @@ def exported_module(path):
 
 def module_name(path):
     "`dr_transfer/data/split.py` -> `data.split`"
-    return '.'.join(path.relative_to(ROOT/'dr_transfer').with_suffix('').parts)
+    return '.'.join(path.relative_to(ROOT / 'dr_transfer').with_suffix('').parts)
 
 
-PAGES = re.findall(r'^ +- ([\w/]+\.ipynb)$', (ROOT/'_quarto.yml').read_text(encoding='utf-8'), re.M)
+PAGES = re.findall(r'^ +- ([\w/]+\.ipynb)$', (ROOT / '_quarto.yml').read_text(encoding='utf-8'), re.M)
 # The sidebar lists the notebooks in the order in which they build on one another: module -> its place there
-PLACE = {m: i for i, page in enumerate(PAGES) if (m := exported_module(ROOT/'nbs'/page))}
+PLACE = {m: i for i, page in enumerate(PAGES) if (m := exported_module(ROOT / 'nbs' / page))}
 
 
 def imports_of(text, module):
     "The modules of the library that a module imports, also inside of functions; ValueError for a star import."
     package = module.split('.')[:-1]
     for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.ImportFrom): continue
-        if any(a.name == '*' for a in node.names): raise ValueError(f'star import of {node.module}')
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if any(a.name == '*' for a in node.names):
+            raise ValueError(f'star import of {node.module}')
         parts = (node.module or '').split('.') if node.module else []
-        if node.level: base = package[:len(package) - node.level + 1] + parts
-        elif parts[:1] == ['dr_transfer']: base = parts[1:]
-        else: continue
+        if node.level:
+            base = package[: len(package) - node.level + 1] + parts
+        elif parts[:1] == ['dr_transfer']:
+            base = parts[1:]
+        else:
+            continue
         # `from .table import x`, or `from . import table`
         yield from ['.'.join(base)] if '.'.join(base) in PLACE else ['.'.join([*base, a.name]) for a in node.names]
 
@@ -183,11 +269,18 @@ def late_imports(text, module):
 
 def test_late_imports_are_seen():
     first, *_, last = sorted(PLACE, key=PLACE.get)
-    up = '.'*(1 + first.count('.'))
-    for line in (f'from {up}{last} import x', f'def f():\n    from dr_transfer.{last} import x', f'from dr_transfer.{last} import x, y'):
+    up = '.' * (1 + first.count('.'))
+    for line in (
+        f'from {up}{last} import x',
+        f'def f():\n    from dr_transfer.{last} import x',
+        f'from dr_transfer.{last} import x, y',
+    ):
         assert late_imports(line, first) == [last], line
-        assert not late_imports(line.replace(last, first).replace(up + first, '.'*(1 + last.count('.')) + first), last), line
-    with pytest.raises(ValueError, match='star'): late_imports(f'from dr_transfer.{first} import *', last)
+        assert not late_imports(
+            line.replace(last, first).replace(up + first, '.' * (1 + last.count('.')) + first), last
+        ), line
+    with pytest.raises(ValueError, match='star'):
+        late_imports(f'from dr_transfer.{first} import *', last)
     assert len(PLACE) > 60 and len(MODULES) > len(PLACE)
 
 
@@ -201,7 +294,7 @@ def test_the_packages_lie_together_in_the_sidebar():
 def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
     text = path.read_text(encoding='utf-8')
     if path.stem == '__init__':
-        assert path.parent == ROOT/'dr_transfer' or not text.strip(), 'only the package itself says something'
+        assert path.parent == ROOT / 'dr_transfer' or not text.strip(), 'only the package itself says something'
         return
     assert module_name(path) in PLACE, 'no notebook in the sidebar exports it'
     assert not late_imports(text, module_name(path)), 'imports what comes later'
@@ -212,11 +305,14 @@ def test_public_functions_are_described(path):
     text = path.read_text(encoding='utf-8')
     lines, missing = text.splitlines(), []
     for node in ast.parse(text).body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
-        if not ast.get_docstring(node): missing.append(node.name)
-        if isinstance(node, ast.ClassDef) or not node.body: continue
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith('_'):
+            continue
+        if not ast.get_docstring(node):
+            missing.append(node.name)
+        if isinstance(node, ast.ClassDef) or not node.body:
+            continue
         # The comments of the parameters: what show_doc prints beside them
-        for line in lines[node.lineno - 1:node.body[0].lineno - 1]:
+        for line in lines[node.lineno - 1 : node.body[0].lineno - 1]:
             comment = line.partition(' # ')[2]
             assert len(comment) < 70, f'{node.name}: a comment of {len(comment)} characters: {comment}'
     assert not missing, f'without a docstring: {missing}'

@@ -1,4 +1,5 @@
 "Descriptions that were changed, cut or made up: always an error that names the file and the field, at once, and never another one."
+
 import hashlib
 import json
 import os
@@ -7,27 +8,61 @@ import sys
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dr_transfer.inference.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
-from dr_transfer.utils.checks import check_class_names
 from dr_transfer.metrics.decision import GRADE_NAMES, Decision
 from dr_transfer.metrics.operating_point import OperatingPoint
+from dr_transfer.utils.checks import check_class_names
 from dr_transfer.utils.schema import SchemaError, from_dict, read_json, to_dict
 
-POINT = {'threshold': .5, 'wanted': 'sensitivity', 'at_least': .9, 'positives': 30, 'negatives': 40, 'sensitivity': .9, 'specificity': .5}
-DATA = {'images': 240, 'set_aside': 0, 'groups': 120, 'leaks': {}, 'classes': {'train': {'0': 86, '4': 15}, 'valid': {'0': 22}}, 'share': {'train': .8, 'valid': .2},
-        'fingerprint': '0123456789abcdef'}
-ABOUT = {'arch': 'small_cnn', 'stage': 'stage3', 'tap': 1, 'head': {'hidden': [16], 'dropout': 0., 'flatten': False, 'ordered': 'cumulative'}, 'classes': GRADE_NAMES, 'task': 'dr',
-         'target': 'grade', 'size': 48, 'reader': 'fundus', 'fit': 'pad', 'views': 'quarter_turns', 'mean': [.5, .5, .5], 'std': [.25, .25, .25],
-         'decision': {'temperature': 1.5, 'cuts': [.5, 1.5, 2.5, 3.5], 'operating': POINT, 'refused': ['no reason']},
-         'weights': {'kind': 'random', 'name': '', 'sha256': ''}, 'licence': '', 'versions': {'python': '3.11.7', 'dr_transfer': '0.1.0'}, 'seed': 42,
-         'training': {'plan': 'head', 'balance': 'none', 'data': DATA}}
+POINT = {
+    'threshold': 0.5,
+    'wanted': 'sensitivity',
+    'at_least': 0.9,
+    'positives': 30,
+    'negatives': 40,
+    'sensitivity': 0.9,
+    'specificity': 0.5,
+}
+DATA = {
+    'images': 240,
+    'set_aside': 0,
+    'groups': 120,
+    'leaks': {},
+    'classes': {'train': {'0': 86, '4': 15}, 'valid': {'0': 22}},
+    'share': {'train': 0.8, 'valid': 0.2},
+    'fingerprint': '0123456789abcdef',
+}
+ABOUT = {
+    'arch': 'small_cnn',
+    'stage': 'stage3',
+    'tap': 1,
+    'head': {'hidden': [16], 'dropout': 0.0, 'flatten': False, 'ordered': 'cumulative'},
+    'classes': GRADE_NAMES,
+    'task': 'dr',
+    'target': 'grade',
+    'size': 48,
+    'reader': 'fundus',
+    'fit': 'pad',
+    'views': 'quarter_turns',
+    'mean': [0.5, 0.5, 0.5],
+    'std': [0.25, 0.25, 0.25],
+    'decision': {'temperature': 1.5, 'cuts': [0.5, 1.5, 2.5, 3.5], 'operating': POINT, 'refused': ['no reason']},
+    'weights': {'kind': 'random', 'name': '', 'sha256': ''},
+    'licence': '',
+    'versions': {'python': '3.11.7', 'dr_transfer': '0.1.0'},
+    'seed': 42,
+    'training': {'plan': 'head', 'balance': 'none', 'data': DATA},
+}
 
 
 def stored(about, digest=True):
     "model.json as version 0.1.0 writes it, word for word"
-    about = json.loads(json.dumps({**about, 'format': 'dr_transfer model 2', 'tensors_sha256': about.get('tensors_sha256', '0'*64)}))
+    about = json.loads(
+        json.dumps({**about, 'format': 'dr_transfer model 2', 'tensors_sha256': about.get('tensors_sha256', '0' * 64)})
+    )
     sha256 = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return json.dumps({**about, **({'sha256': sha256} if digest else {})}, indent=1, ensure_ascii=False)
 
@@ -44,7 +79,8 @@ def changed(value, path, change):
     "A description with another value at a place; `change` gets the object and the key"
     new = json.loads(json.dumps(value))
     inside = new
-    for key in path[:-1]: inside = inside[key]
+    for key in path[:-1]:
+        inside = inside[key]
     change(inside, path[-1])
     return new
 
@@ -53,38 +89,52 @@ def error_of(file, data):
     "The ModelError of a model.json, which must come at once; None if it can be read"
     file.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogatepass'))
     start = time.process_time()
-    try: read_card(file)
-    except ModelError as e: error = str(e)
-    else: error = None
-    assert time.process_time() - start < .1 or len(data) > 10**5
-    assert error is None or str(file) in error and '\n' not in error
+    try:
+        read_card(file)
+    except ModelError as e:
+        error = str(e)
+    else:
+        error = None
+    assert time.process_time() - start < 0.1 or len(data) > 10**5
+    assert error is None or (str(file) in error and '\n' not in error)
     return error
 
 
 # ---------------------------------------------------------------- what is right
 
+
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
-    (tmp_path/'model.json').write_text(stored(ABOUT))
-    card = read_card(tmp_path/'model.json')
-    assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0'*64} and set(FIELDS) <= set(ABOUT)
-    assert card.decision == Decision(1.5, (.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',)) and card.training.data.groups == 120
-    (tmp_path/'model.json').write_text(card_text(card))
-    assert read_card(tmp_path/'model.json') == card
+    (tmp_path / 'model.json').write_text(stored(ABOUT))
+    card = read_card(tmp_path / 'model.json')
+    assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64} and set(FIELDS) <= set(ABOUT)
+    assert (
+        card.decision == Decision(1.5, (0.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',))
+        and card.training.data.groups == 120
+    )
+    (tmp_path / 'model.json').write_text(card_text(card))
+    assert read_card(tmp_path / 'model.json') == card
     assert json.loads(card_text(card)) == json.loads(stored(ABOUT)), 'and 0.1.0 could read what is written now'
 
 
 def test_what_a_newer_version_says_is_kept(tmp_path):
-    new = {**ABOUT, 'colours': {'space': ['P3', None, 1.5]}, 'training': {**ABOUT['training'], 'hours': 3, 'data': {**DATA, 'patients': 'column pid'}}}
-    (tmp_path/'model.json').write_text(stored(new))
-    card = read_card(tmp_path/'model.json')
-    assert card.more == {'colours': {'space': ['P3', None, 1.5]}} and card.to_dict() == {**new, 'tensors_sha256': '0'*64}
+    new = {
+        **ABOUT,
+        'colours': {'space': ['P3', None, 1.5]},
+        'training': {**ABOUT['training'], 'hours': 3, 'data': {**DATA, 'patients': 'column pid'}},
+    }
+    (tmp_path / 'model.json').write_text(stored(new))
+    card = read_card(tmp_path / 'model.json')
+    assert card.more == {'colours': {'space': ['P3', None, 1.5]}} and card.to_dict() == {
+        **new,
+        'tensors_sha256': '0' * 64,
+    }
 
 
 def test_a_measure_that_was_not_defined_is_read(tmp_path):
     "0.1.0 wrote NaN for the specificity of a validation set without negatives."
     about = changed(ABOUT, ('decision', 'operating', 'specificity'), lambda o, k: o.update({k: float('nan')}))
-    (tmp_path/'model.json').write_text(stored(about))
-    card = read_card(tmp_path/'model.json')
+    (tmp_path / 'model.json').write_text(stored(about))
+    card = read_card(tmp_path / 'model.json')
     assert card.decision.operating.specificity is None and '"specificity": null' in card_text(card)
 
 
@@ -96,7 +146,7 @@ TYPED = [p for p in paths(ABOUT)]
 
 @pytest.mark.parametrize('path', REQUIRED, ids=lambda p: '.'.join(map(str, p)))
 def test_each_field_removed(tmp_path, path):
-    error = error_of(tmp_path/'model.json', stored(changed(ABOUT, path, lambda o, k: o.pop(k))))
+    error = error_of(tmp_path / 'model.json', stored(changed(ABOUT, path, lambda o, k: o.pop(k))))
     assert f"the field '{'.'.join(path)}' is missing" in error
 
 
@@ -104,113 +154,224 @@ def test_each_field_removed(tmp_path, path):
 def test_each_field_of_the_file_removed(tmp_path, field):
     about = json.loads(stored(ABOUT))
     del about[field]
-    error = error_of(tmp_path/'model.json', json.dumps(about))
+    error = error_of(tmp_path / 'model.json', json.dumps(about))
     assert (f"the field '{field}' is missing" if field != 'format' else 'another format') in error
 
 
 @pytest.mark.parametrize('path', TYPED, ids=lambda p: '.'.join(map(str, p)))
 def test_each_field_with_a_wrong_type(tmp_path, path):
     "An object in the place of each value, and a list in the place of each object."
-    error = error_of(tmp_path/'model.json', stored(changed(ABOUT, path, lambda o, k: o.update({k: [[]]}) if isinstance(o, dict) else o.__setitem__(k, [[]]))))
+    error = error_of(
+        tmp_path / 'model.json',
+        stored(
+            changed(ABOUT, path, lambda o, k: o.update({k: [[]]}) if isinstance(o, dict) else o.__setitem__(k, [[]]))
+        ),
+    )
     shown = path[0] + ''.join(f'[{k}]' if isinstance(k, int) else f'.{k}' for k in path[1:])
     assert f"the field '{shown}" in error and 'expected: ' in error
 
 
-ODD = st.recursive(st.none() | st.booleans() | st.integers() | st.sampled_from([10**9, -10**9, 10**400, 0, 1, -1]) | st.floats() | st.text(max_size=20) | st.just('\ud800') | st.just('\0')
-                   | st.just('../../x'), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=5), o, max_size=3), max_leaves=5)
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**9, -(10**9), 10**400, 0, 1, -1])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.just('\ud800')
+    | st.just('\0')
+    | st.just('../../x'),
+    lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=5), o, max_size=3),
+    max_leaves=5,
+)
 
 
 @given(st.sampled_from(TYPED), ODD, st.booleans())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True)
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
 def test_any_value_in_any_place(tmp_path, path, value, digest):
     "Either it means what it says, or a ModelError names the file; nothing else comes out."
     about = changed(ABOUT, path, lambda o, k: o.update({k: value}) if isinstance(o, dict) else o.__setitem__(k, value))
-    try: data = stored(about, digest)
-    except ValueError: return
-    if error_of(tmp_path/'model.json', data) is None:
-        card = read_card(tmp_path/'model.json')
+    try:
+        data = stored(about, digest)
+    except ValueError:
+        return
+    if error_of(tmp_path / 'model.json', data) is None:
+        card = read_card(tmp_path / 'model.json')
         assert ModelCard.from_dict(json.loads(card_text(card))).to_dict().items() >= card.to_dict().items()
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True)
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
 def test_any_change_of_the_bytes(tmp_path, data):
     "Cut, longer, or with other bytes somewhere."
     good = stored(ABOUT).encode()
-    a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(good))]*2)))
-    new = good[:a] + data.draw(st.binary(max_size=8) | st.sampled_from([b'NaN', b'1e999', b'-Infinity', b'{', b'"', b'null', b'\\ud800', b'9'*5000, b'['*5000])) + good[b:]
-    try: same = json.loads(new) == json.loads(good)
-    except (ValueError, RecursionError): same = False
-    assert (error_of(tmp_path/'model.json', new) is None) == same
+    a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(good))] * 2)))
+    new = (
+        good[:a]
+        + data.draw(
+            st.binary(max_size=8)
+            | st.sampled_from(
+                [b'NaN', b'1e999', b'-Infinity', b'{', b'"', b'null', b'\\ud800', b'9' * 5000, b'[' * 5000]
+            )
+        )
+        + good[b:]
+    )
+    try:
+        same = json.loads(new) == json.loads(good)
+    except (ValueError, RecursionError):
+        same = False
+    assert (error_of(tmp_path / 'model.json', new) is None) == same
 
 
-@pytest.mark.parametrize('data, words', [
-    (b'', 'Expecting value'), (b'[]', 'another format'), (b'null', 'another format'), (b'{"format": ["dr_transfer model 2"]}', 'another format'), (b'['*10**5, 'nested'),
-    (b'{"a":'*5000 + b'1' + b'}'*5000, 'nested'), (stored({**ABOUT, 'new': json.loads('['*30 + ']'*30)}), 'nested more than 20'), (stored(ABOUT).replace('"size"', '"size": 48, "size"'), "'size' occurs twice"),
-    (stored(ABOUT).replace('"kind"', '"name": "", "kind"'), "'name' occurs twice"), (stored(ABOUT).replace('"size": 48', '"size": ' + '4'*5000), '4300 digits'),
-    (stored(ABOUT).replace('"size": 48', '"size": ' + '4'*4000), "'size' is 44"), (stored(ABOUT).replace('"size": 48', '"size": NaN'), "'size' is nan"),
-    (stored(ABOUT).replace('0.25', '1e999'), "'std[0]' is inf"), (b' '*(MOST_BYTES + 1), 'bytes, and may have'), (b'\xff\xfe', 'utf-8'), ('\ufeff' + stored(ABOUT), 'BOM'),
-    (stored({**ABOUT, 'extra': {'deep': [float('nan')]}}), "'extra.deep[0]' is nan"), (stored({**ABOUT, 'x\ny': float('inf')}), 'expected: a number')], ids=range(18))
+@pytest.mark.parametrize(
+    'data, words',
+    [
+        (b'', 'Expecting value'),
+        (b'[]', 'another format'),
+        (b'null', 'another format'),
+        (b'{"format": ["dr_transfer model 2"]}', 'another format'),
+        (b'[' * 10**5, 'nested'),
+        (b'{"a":' * 5000 + b'1' + b'}' * 5000, 'nested'),
+        (stored({**ABOUT, 'new': json.loads('[' * 30 + ']' * 30)}), 'nested more than 20'),
+        (stored(ABOUT).replace('"size"', '"size": 48, "size"'), "'size' occurs twice"),
+        (stored(ABOUT).replace('"kind"', '"name": "", "kind"'), "'name' occurs twice"),
+        (stored(ABOUT).replace('"size": 48', '"size": ' + '4' * 5000), '4300 digits'),
+        (stored(ABOUT).replace('"size": 48', '"size": ' + '4' * 4000), "'size' is 44"),
+        (stored(ABOUT).replace('"size": 48', '"size": NaN'), "'size' is nan"),
+        (stored(ABOUT).replace('0.25', '1e999'), "'std[0]' is inf"),
+        (b' ' * (MOST_BYTES + 1), 'bytes, and may have'),
+        (b'\xff\xfe', 'utf-8'),
+        ('\ufeff' + stored(ABOUT), 'BOM'),
+        (stored({**ABOUT, 'extra': {'deep': [float('nan')]}}), "'extra.deep[0]' is nan"),
+        (stored({**ABOUT, 'x\ny': float('inf')}), 'expected: a number'),
+    ],
+    ids=range(18),
+)
 def test_what_is_no_description(tmp_path, data, words):
-    assert words in error_of(tmp_path/'model.json', data)
+    assert words in error_of(tmp_path / 'model.json', data)
 
 
-@pytest.mark.parametrize('change, words', [
-    ({'classes': ['a', 'b']}, "'decision.cuts' is"), ({'decision': {'operating': POINT}, 'classes': ['a', 'b', 'c']}, "'decision.operating' is"), ({'decision': {'cuts': [1., 2.]}}, '4 rising numbers'),
-    ({'decision': {'cuts': [4., 3., 2., 1.]}}, '4 rising numbers'), ({'decision': {'temperature': -1.}}, 'from 0.001 to 1000.0'), ({'decision': {'temprature': 2.}}, 'no field of this name'),
-    ({'head': {'ordered': 'wavy'}}, "one of '', 'cumulative', 'regression'"), ({'head': {'hidden': [8]*11}}, 'of length 0 to 10'), ({'size': True}, "'size' is True"), ({'seed': 1.5}, "'seed' is 1.5"),
-    ({'classes': 'ab'}, "'classes' is 'ab'"), ({'classes': ['a']}, 'of length 2'), ({'arch': 'a'*10**4}, "'arch' is"), ({'reader': ['fundus']}, "'reader' is")])
-def test_what_does_not_go_together(tmp_path, change, words): assert words in error_of(tmp_path/'model.json', stored({**ABOUT, **change}))
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'classes': ['a', 'b']}, "'decision.cuts' is"),
+        ({'decision': {'operating': POINT}, 'classes': ['a', 'b', 'c']}, "'decision.operating' is"),
+        ({'decision': {'cuts': [1.0, 2.0]}}, '4 rising numbers'),
+        ({'decision': {'cuts': [4.0, 3.0, 2.0, 1.0]}}, '4 rising numbers'),
+        ({'decision': {'temperature': -1.0}}, 'from 0.001 to 1000.0'),
+        ({'decision': {'temprature': 2.0}}, 'no field of this name'),
+        ({'head': {'ordered': 'wavy'}}, "one of '', 'cumulative', 'regression'"),
+        ({'head': {'hidden': [8] * 11}}, 'of length 0 to 10'),
+        ({'size': True}, "'size' is True"),
+        ({'seed': 1.5}, "'seed' is 1.5"),
+        ({'classes': 'ab'}, "'classes' is 'ab'"),
+        ({'classes': ['a']}, 'of length 2'),
+        ({'arch': 'a' * 10**4}, "'arch' is"),
+        ({'reader': ['fundus']}, "'reader' is"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, change, words):
+    assert words in error_of(tmp_path / 'model.json', stored({**ABOUT, **change}))
 
 
-@pytest.mark.parametrize('names, words', [(['rose', 'Rose'], 'case or spaces'), (['a b', 'a  b'], 'case or spaces'), (['a', 'a'], 'occurs twice:'), (['', 'a'], 'is empty'), ([' ', 'a'], 'is empty'),
-    ([0, 1], 'not text'), ([None, 'a'], 'not text'), (['a\tb', 'c'], 'cannot be printed'), (['a\x00', 'c'], 'cannot be printed'), (['\udc80', 'c'], 'cannot be printed'), (['Straße', 'STRASSE'], 'case')])
+@pytest.mark.parametrize(
+    'names, words',
+    [
+        (['rose', 'Rose'], 'case or spaces'),
+        (['a b', 'a  b'], 'case or spaces'),
+        (['a', 'a'], 'occurs twice:'),
+        (['', 'a'], 'is empty'),
+        ([' ', 'a'], 'is empty'),
+        ([0, 1], 'not text'),
+        ([None, 'a'], 'not text'),
+        (['a\tb', 'c'], 'cannot be printed'),
+        (['a\x00', 'c'], 'cannot be printed'),
+        (['\udc80', 'c'], 'cannot be printed'),
+        (['Straße', 'STRASSE'], 'case'),
+    ],
+)
 def test_class_names_that_cannot_be_told_apart(names, words):
-    with pytest.raises(ValueError, match=words): check_class_names(names)
-    with pytest.raises(SchemaError, match="'classes"): ModelCard.from_dict({**ABOUT, 'decision': None, 'classes': names})
+    with pytest.raises(ValueError, match=words):
+        check_class_names(names)
+    with pytest.raises(SchemaError, match="'classes"):
+        ModelCard.from_dict({**ABOUT, 'decision': None, 'classes': names})
 
 
 def test_advice_depends_on_who_wrote_it(tmp_path):
     "A copy does not help where another version left a field out."
     here = {**ABOUT, 'versions': {}}
-    assert 'changed by hand' in error_of(tmp_path/'model.json', stored({**here, 'size': 'x'}))
-    error = error_of(tmp_path/'model.json', stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
+    assert 'changed by hand' in error_of(tmp_path / 'model.json', stored({**here, 'size': 'x'}))
+    error = error_of(tmp_path / 'model.json', stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
     assert "written by dr_transfer '0.0.9'" in error and 'opy' not in error
-    assert 'Copy the folder again' in error_of(tmp_path/'model.json', stored(ABOUT)[:-40])
-    assert 'changed after it was saved' in error_of(tmp_path/'model.json', stored(ABOUT).replace('"size": 48', '"size": 64'))
+    assert 'Copy the folder again' in error_of(tmp_path / 'model.json', stored(ABOUT)[:-40])
+    assert 'changed after it was saved' in error_of(
+        tmp_path / 'model.json', stored(ABOUT).replace('"size": 48', '"size": 64')
+    )
 
 
 # ---------------------------------------------------------------- what is no file
 
+
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
 def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
-    file = tmp_path/'model.json'
-    def says(): return pytest.raises(ModelError, match='model.json cannot be read: (it |No such|Too many)')
-    with says(): read_card(file)
+    file = tmp_path / 'model.json'
+
+    def says():
+        return pytest.raises(ModelError, match='model.json cannot be read: (it |No such|Too many)')
+
+    with says():
+        read_card(file)
     file.mkdir()
-    with says(): read_card(file)
+    with says():
+        read_card(file)
     file.rmdir()
     os.mkfifo(file)
-    with says(): read_card(file)
+    with says():
+        read_card(file)
     file.unlink()
     file.symlink_to(file)
-    with says(): read_card(file)
+    with says():
+        read_card(file)
     file.unlink()
     file.symlink_to('/dev/zero')
-    with says(): read_card(file)
+    with says():
+        read_card(file)
 
 
 def test_reading_a_description_loads_no_torch():
     code = 'import sys, dr_transfer.inference.card; print(sorted({"torch", "fastai", "timm", "pydantic"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
+    )
 
 
 def test_a_decision_there_and_back():
-    d = Decision(2., None, OperatingPoint(**POINT), ('why',))
-    assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d and d.to_dict() == {'temperature': 2., 'cuts': None, 'operating': POINT, 'refused': ['why']}
-    assert Decision.from_dict({}) == Decision() and to_dict(None) is None and from_dict(Decision, read_json(b'{"refused": []}')) == Decision()
+    d = Decision(2.0, None, OperatingPoint(**POINT), ('why',))
+    assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d and d.to_dict() == {
+        'temperature': 2.0,
+        'cuts': None,
+        'operating': POINT,
+        'refused': ['why'],
+    }
+    assert (
+        Decision.from_dict({}) == Decision()
+        and to_dict(None) is None
+        and from_dict(Decision, read_json(b'{"refused": []}')) == Decision()
+    )
     for bad in (None, [], 'x', {'cuts': 3}, {'operating': []}):
-        with pytest.raises(SchemaError, match="'decision"): Decision.from_dict(bad)
+        with pytest.raises(SchemaError, match="'decision"):
+            Decision.from_dict(bad)
 
 
-def test_the_format_is_that_of_0_1_0(): assert FORMAT == 'dr_transfer model 2'
+def test_the_format_is_that_of_0_1_0():
+    assert FORMAT == 'dr_transfer model 2'

@@ -1,4 +1,5 @@
 "The copies of a network that make forward passes and training steps, and the threads that read and run"
+
 import pickle
 import platform
 import threading
@@ -11,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from dr_transfer.data.views import map_batches, normalise, stack_images
 from dr_transfer.models import network as model
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import Body
 from dr_transfer.models.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
-from dr_transfer.data.views import map_batches, normalise, stack_images
 
 FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
 
@@ -26,14 +27,28 @@ def lively(net):
     g = torch.Generator().manual_seed(0)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for v, low in ((m.running_mean, -.5), (m.running_var, .5), (m.weight.data, .5), (m.bias.data, -.5)): v.uniform_(low, low + 1, generator=g)
+            for v, low in ((m.running_mean, -0.5), (m.running_var, 0.5), (m.weight.data, 0.5), (m.bias.data, -0.5)):
+                v.uniform_(low, low + 1, generator=g)
     return net.eval()
 
 
 # ---------------------------------------------------------------- the copy
 
-@pytest.mark.parametrize('arch', ['efficientnet_lite0', 'resnet18', 'test_resnet', 'mobilenet_v2', 'squeezenet1_1', 'densenet121', 'timm.resnetv2_50',
-                                  'test_vit', 'test_convnext'])
+
+@pytest.mark.parametrize(
+    'arch',
+    [
+        'efficientnet_lite0',
+        'resnet18',
+        'test_resnet',
+        'mobilenet_v2',
+        'squeezenet1_1',
+        'densenet121',
+        'timm.resnetv2_50',
+        'test_vit',
+        'test_convnext',
+    ],
+)
 def test_a_copy_says_the_same(arch):
     torch.manual_seed(0)
     net = lively(create_body(arch, 'random'))
@@ -43,22 +58,33 @@ def test_a_copy_says_the_same(arch):
     with torch.no_grad():
         want = net(x)
         out = forward_copy(net, FAST, x)(FAST.place(x))
-    assert (out - want).abs().max() <= 1e-3*want.abs().max()
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.requires_grad for p in net.parameters())
+    assert (out - want).abs().max() <= 1e-3 * want.abs().max()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(
+        p.requires_grad for p in net.parameters()
+    )
 
 
-@pytest.mark.parametrize('arch,left', [('efficientnet_lite0', 0), ('resnet18', 0), ('test_resnet', 0), ('timm.resnetv2_50', None)])
+@pytest.mark.parametrize(
+    'arch,left', [('efficientnet_lite0', 0), ('resnet18', 0), ('test_resnet', 0), ('timm.resnetv2_50', None)]
+)
 def test_what_is_folded(arch, left):
     net = lively(create_body(arch, 'random'))
-    there = [sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (net, forward_copy(net, FAST, torch.randn(1, 3, 64, 64)))]
-    assert there[0] > there[1] == left if left is not None else there[0] > there[1] > 0     # one before a convolution cannot be folded
+    there = [
+        sum(isinstance(m, nn.BatchNorm2d) for m in n.modules())
+        for n in (net, forward_copy(net, FAST, torch.randn(1, 3, 64, 64)))
+    ]
+    assert (
+        there[0] > there[1] == left if left is not None else there[0] > there[1] > 0
+    )  # one before a convolution cannot be folded
 
 
 def test_weights_in_bfloat16_only_where_autocast_would_put_them():
     net = create_body('test_convnext', 'random').eval()
     copy = forward_copy(net, BF16, torch.randn(1, 3, 160, 160))
     kinds = {type(m): m.weight.dtype for m in copy.modules() if getattr(m, 'weight', None) is not None}
-    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and {v for k, v in kinds.items() if 'Norm' in k.__name__} == {torch.float32}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and {
+        v for k, v in kinds.items() if 'Norm' in k.__name__
+    } == {torch.float32}
 
 
 def test_plain_is_the_network_itself():
@@ -68,14 +94,21 @@ def test_plain_is_the_network_itself():
 
 class Twice(nn.Module):
     "What comes out of the convolution is used with BatchNorm and without"
-    def __init__(self): super().__init__(); self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-    def forward(self, x): x = self.conv(x); return x + self.bn(x)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + self.bn(x)
 
 
 def test_not_folded_where_that_would_be_wrong():
     net, x = lively(Twice()), torch.randn(2, 3, 8, 8)
     copy = forward_copy(net, FAST, x)
-    with torch.no_grad(): assert isinstance(copy.bn, nn.BatchNorm2d) and torch.allclose(copy(x), net(x), atol=1e-6)
+    with torch.no_grad():
+        assert isinstance(copy.bn, nn.BatchNorm2d) and torch.allclose(copy(x), net(x), atol=1e-6)
 
 
 def test_a_network_without_weights():
@@ -85,12 +118,16 @@ def test_a_network_without_weights():
 
 # ---------------------------------------------------------------- when the copy is used
 
+
 @pytest.fixture
-def body(): torch.manual_seed(0); return Body(lively(create_body('test_resnet', 'random')), FAST).eval()
+def body():
+    torch.manual_seed(0)
+    return Body(lively(create_body('test_resnet', 'random')), FAST).eval()
 
 
 @pytest.fixture
-def x(): return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+def x():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def test_a_copy_is_made_once(body, x):
@@ -100,12 +137,21 @@ def test_a_copy_is_made_once(body, x):
         assert first is not body.stages and body.quick(x) is first
 
 
-@pytest.mark.parametrize('change', [lambda b: b.stages.load_state_dict({k: v*1.1 for k, v in b.stages.state_dict().items()}),
-                                    lambda b: next(b.stages.parameters()).data.zero_() if b.train() and b.eval() else None,
-                                    lambda b: setattr(next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)), 'weight', nn.Parameter(torch.zeros(
-                                        next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)).weight.shape))),
-                                    lambda b: next(m for m in b.stages.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1),
-                                    lambda b: setattr(b, 'forward_setting', PLAIN)], ids=['loaded', 'trained', 'replaced', 'statistics', 'setting'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda b: b.stages.load_state_dict({k: v * 1.1 for k, v in b.stages.state_dict().items()}),
+        lambda b: next(b.stages.parameters()).data.zero_() if b.train() and b.eval() else None,
+        lambda b: setattr(
+            next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)),
+            'weight',
+            nn.Parameter(torch.zeros(next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)).weight.shape)),
+        ),
+        lambda b: next(m for m in b.stages.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1),
+        lambda b: setattr(b, 'forward_setting', PLAIN),
+    ],
+    ids=['loaded', 'trained', 'replaced', 'statistics', 'setting'],
+)
 def test_a_change_is_noticed(body, x, change):
     with torch.no_grad():
         old = body.quick(x)
@@ -116,58 +162,93 @@ def test_a_change_is_noticed(body, x, change):
 def test_hooks_see_the_stages(body, x):
     seen = []
     hook = body.stages[-1].register_forward_hook(lambda m, i, o: seen.append(o))
-    with torch.no_grad(): body(x)
+    with torch.no_grad():
+        body(x)
     assert len(seen) == 1
     hook.remove()
-    with torch.no_grad(): body(x)
+    with torch.no_grad():
+        body(x)
     assert len(seen) == 1
 
 
 def test_gradients_reach_the_weights(body, x):
-    body.train_setting = body.forward_setting                                      # the same for both
+    body.train_setting = body.forward_setting  # the same for both
     body(x).square().mean().backward()
     assert all(p.grad is not None for p in body.stages.parameters())
 
 
 def test_a_pickled_body_has_no_copy(body, x):
-    with torch.no_grad(): body.quick(x)
-    assert len(pickle.dumps(body)) < 1.2*len(pickle.dumps(body.stages)) and '_copy' not in body.state_dict()
+    with torch.no_grad():
+        body.quick(x)
+    assert len(pickle.dumps(body)) < 1.2 * len(pickle.dumps(body.stages)) and '_copy' not in body.state_dict()
 
 
 # ---------------------------------------------------------------- training steps
+
 
 def a_step(net, x, of):
     "Output of `net`, gradients of the weights of `of`, and its statistics afterwards"
     of.zero_grad()
     out = net(x).float()
     out.square().mean().backward()
-    return out.detach(), {k: p.grad.clone() for k, p in of.named_parameters() if p.grad is not None}, {k: b.clone() for k, b in of.named_buffers()}
+    return (
+        out.detach(),
+        {k: p.grad.clone() for k, p in of.named_parameters() if p.grad is not None},
+        {k: b.clone() for k, b in of.named_buffers()},
+    )
 
 
-def far(a, b): return float((a - b).norm()/(b.norm() + 1e-12))
+def far(a, b):
+    return float((a - b).norm() / (b.norm() + 1e-12))
 
 
-@pytest.mark.parametrize('arch, mode', [*((a, 'fixed') for a in ('efficientnet_lite0', 'resnet18', 'test_resnet', 'mobilenet_v2', 'densenet121', 'timm.resnetv2_50', 'test_convnext', 'small_cnn')),
-                                        *((a, m) for a in ('efficientnet_lite0', 'test_resnet', 'small_cnn') for m in ('moving', 'mixed'))])
+@pytest.mark.parametrize(
+    'arch, mode',
+    [
+        *(
+            (a, 'fixed')
+            for a in (
+                'efficientnet_lite0',
+                'resnet18',
+                'test_resnet',
+                'mobilenet_v2',
+                'densenet121',
+                'timm.resnetv2_50',
+                'test_convnext',
+                'small_cnn',
+            )
+        ),
+        *((a, m) for a in ('efficientnet_lite0', 'test_resnet', 'small_cnn') for m in ('moving', 'mixed')),
+    ],
+)
 def test_a_training_copy_takes_the_same_step(arch, mode):
     torch.manual_seed(0)
     net = lively(create_body(arch, 'random')).double().to(memory_format=torch.channels_last).train(mode != 'fixed')
-    x = FAST.place(torch.randn(4, 3, *[160 if 'convnext' in arch else 64]*2, dtype=torch.double))
-    if mode == 'mixed': net[0].eval()
+    x = FAST.place(torch.randn(4, 3, *[160 if 'convnext' in arch else 64] * 2, dtype=torch.double))
+    if mode == 'mixed':
+        net[0].eval()
     for m in net.modules():
-        if isinstance(m, nn.Dropout): m.p = 0
+        if isinstance(m, nn.Dropout):
+            m.p = 0
     before = {k: b.clone() for k, b in net.named_buffers()}
     steps = training_copy(net, FAST, x)
-    folded, there = (sum(isinstance(m, kind) for m in n.modules()) for kind, n in ((FixedBN, steps), (nn.BatchNorm2d, net)))
-    if mode == 'moving' or not there: assert not folded
-    elif mode == 'fixed': assert folded == there if arch in ('resnet18', 'efficientnet_lite0') else 0 < folded <= there
+    folded, there = (
+        sum(isinstance(m, kind) for m in n.modules()) for kind, n in ((FixedBN, steps), (nn.BatchNorm2d, net))
+    )
+    if mode == 'moving' or not there:
+        assert not folded
+    elif mode == 'fixed':
+        assert folded == there if arch in ('resnet18', 'efficientnet_lite0') else 0 < folded <= there
     out, grads, after = a_step(steps, x, net)
-    for k, b in net.named_buffers(): b.copy_(before[k])
+    for k, b in net.named_buffers():
+        b.copy_(before[k])
     want, true, moved = a_step(net, x, net)
     assert far(out, want) < 1e-6 and grads.keys() == true.keys() == dict(net.named_parameters()).keys()
     assert far(*(torch.cat([g[k].flatten() for k in true]) for g in (grads, true))) < 1e-6
     assert all(torch.allclose(after[k].double(), moved[k].double()) for k in moved)
-    assert any(not torch.equal(before[k], moved[k]) for k in moved) == (mode != 'fixed' and any(isinstance(m, nn.BatchNorm2d) for m in net.modules()))
+    assert any(not torch.equal(before[k], moved[k]) for k in moved) == (
+        mode != 'fixed' and any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    )
 
 
 def test_an_optimiser_does_not_notice():
@@ -175,7 +256,7 @@ def test_an_optimiser_does_not_notice():
     for setting in (PLAIN, FAST):
         torch.manual_seed(0)
         body = Body(lively(create_body('test_resnet', 'random')), train_setting=setting)
-        opt = torch.optim.SGD(body.parameters(), 1e-3, momentum=.9)
+        opt = torch.optim.SGD(body.parameters(), 1e-3, momentum=0.9)
         for _ in range(4):
             opt.zero_grad()
             body(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))).square().mean().backward()
@@ -193,14 +274,28 @@ def test_what_is_frozen_gets_no_gradient():
     assert all((p.grad is None) != p.requires_grad for p in body.stages.parameters())
 
 
-@pytest.mark.parametrize('change', [lambda b: b.stages[1].train(), lambda b: setattr(b, 'train_setting', BF16), lambda b: setattr(
-    next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)), 'weight', nn.Parameter(torch.zeros_like(next(b.stages.parameters()))))], ids=['mode', 'setting', 'replaced'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda b: b.stages[1].train(),
+        lambda b: setattr(b, 'train_setting', BF16),
+        lambda b: setattr(
+            next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)),
+            'weight',
+            nn.Parameter(torch.zeros_like(next(b.stages.parameters()))),
+        ),
+    ],
+    ids=['mode', 'setting', 'replaced'],
+)
 def test_a_change_makes_the_training_copy_anew(body, x, change):
     body.train_setting = FAST
     old = body.quick(x)
     assert body.quick(x) is old is not body.stages
-    with torch.no_grad(): next(body.stages.parameters()).mul_(.5)
-    assert body.quick(x) is old and torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
+    with torch.no_grad():
+        next(body.stages.parameters()).mul_(0.5)
+    assert body.quick(x) is old and torch.allclose(
+        body(x), body.stages(x), rtol=1e-3, atol=1e-4
+    )  # the weights are the network's own
     change(body)
     assert body.quick(x) is not old
 
@@ -211,37 +306,50 @@ def test_depthwise_convolutions_train_in_float32():
     x, kinds, grads = FAST.place(torch.randn(4, 3, 64, 64)), {}, []
     steps = training_copy(net, BF16, x)
     for m in steps.modules():
-        if isinstance(m, nn.Conv2d): m.register_forward_hook(lambda m, i, o: kinds.setdefault(m.groups > 1, set()).add(o.dtype))
-    with BF16.cast(): grads.append(a_step(steps, x, net)[1])
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, i, o: kinds.setdefault(m.groups > 1, set()).add(o.dtype))
+    with BF16.cast():
+        grads.append(a_step(steps, x, net)[1])
     grads.append(a_step(net, x, net)[1])
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
-    assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > .99
+    assert torch.cosine_similarity(*(torch.cat([v.flatten() for v in g.values()]) for g in grads), dim=0) > 0.99
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
-    def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
-    def a_step(): torch.zeros(2**26)                                                # 256 MB, asked for and freed
+    def resident():
+        return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
+
+    def a_step():
+        torch.zeros(2**26)  # 256 MB, asked for and freed
+
     before = resident()
     a_step()
     assert resident() < before + 2**27
     with kept_memory():
-        with kept_memory(): pass                                                   # a setting is measured while a body is trained
+        with kept_memory():
+            pass  # a setting is measured while a body is trained
         a_step()
         assert resident() > before + 2**27
     assert resident() < before + 2**27
-    with pytest.raises(KeyError), kept_memory(): raise KeyError                    # it passes errors on
+    with pytest.raises(KeyError), kept_memory():
+        raise KeyError  # it passes errors on
 
 
 # ---------------------------------------------------------------- threads
 
-def pixels(i): return np.full((4, 4, 3), i, np.uint8)
+
+def pixels(i):
+    return np.full((4, 4, 3), i, np.uint8)
 
 
 @pytest.mark.parametrize('n', [0, 1, 7, 8, 50])
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_in_order(n, device):
-    def read(i): time.sleep(.002*(i % 3)); return pixels(i)
+    def read(i):
+        time.sleep(0.002 * (i % 3))
+        return pixels(i)
+
     out = list(map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(n)), read, 3, device))
     assert sum(out, []) == list(range(n)) and all(len(o) == 3 for o in out[:-1])
 
@@ -250,10 +358,13 @@ def test_threads_are_as_before_and_a_core_each():
     "However few batches there are: the number of threads decides the last bits"
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
+
     def count(x):
         seen.append(torch.get_num_threads())
         return x
-    for sources in (list(range(64)), [1]): list(map_batches(count, sources, pixels, 2))
+
+    for sources in (list(range(64)), [1]):
+        list(map_batches(count, sources, pixels, 2))
     assert set(seen) == {1} and torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
@@ -263,43 +374,56 @@ def test_threads_are_as_before_and_a_core_each():
 def test_batches_have_one_shape(device, n):
     "The last is filled up with black images, of which nothing comes out"
     shapes, black = set(), []
+
     def f(x):
         shapes.add((tuple(x.shape), x.is_contiguous(memory_format=torch.channels_last)))
         black.append(int((x.flatten(1) == 0).all(1).sum()))
         return {'a': x[:, 0, 0, 0], 'b': x[:, 0].numpy()}
+
     out = list(map_batches(f, list(range(1, n + 1)), pixels, 4, device))
     assert shapes == {((4, 3, 4, 4), True)} and sum(black) == -n % 4
-    assert torch.cat([o['a'] for o in out]).tolist() == list(range(1, n + 1)) == np.concatenate([o['b'] for o in out])[:, 0, 0].tolist()
+    assert (
+        torch.cat([o['a'] for o in out]).tolist()
+        == list(range(1, n + 1))
+        == np.concatenate([o['b'] for o in out])[:, 0, 0].tolist()
+    )
 
 
 def test_only_a_few_are_ahead():
     read = []
     batches = map_batches(lambda x: x, list(range(1000)), lambda i: read.append(i) or pixels(i), 1)
     next(batches)
-    time.sleep(.05)
-    assert len(read) <= 4*torch.get_num_threads() + 4
+    time.sleep(0.05)
+    assert len(read) <= 4 * torch.get_num_threads() + 4
     batches.close()
     n = len(read)
-    time.sleep(.05)
-    assert len(read) == n and not [t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()]
+    time.sleep(0.05)
+    assert len(read) == n and not [
+        t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()
+    ]
 
 
 def test_an_error_comes_out():
     def read(i):
-        if i == 5: raise ValueError('five')
+        if i == 5:
+            raise ValueError('five')
         return pixels(i)
+
     out, batches = [], map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(40)), read, 2)
     with pytest.raises(ValueError, match='five'):
-        for b in batches: out.append(b)
+        for b in batches:
+            out.append(b)
     assert out == [[0, 1], [2, 3]]
 
 
 def test_channels_last_and_normalised():
     x = stack_images([pixels(i) for i in (0, 255)])
-    y = normalise(x, (.5, .25, 0.), (.5, .5, 1.))
-    assert x.shape == y.shape == (2, 3, 4, 4) and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y))
-    assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -.5, 0], [1, 1.5, 1]]))
-    wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (.1, .2, .3), (.4, .5, .6))
+    y = normalise(x, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
+    assert x.shape == y.shape == (2, 3, 4, 4) and all(
+        t.is_contiguous(memory_format=torch.channels_last) for t in (x, y)
+    )
+    assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -0.5, 0], [1, 1.5, 1]]))
+    wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert wide.shape == (2, 3, 5, 7)
 
 
@@ -308,13 +432,16 @@ def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: next(rates))
-    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16] and not list(tmp_path.iterdir())
+    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16] and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_gradients_for_the_picture_after_a_prediction():
     "The copy was made where no gradients were wanted"
     body, x = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval(), torch.randn(2, 3, 32, 32)
-    with torch.inference_mode(): want = body(x)
+    with torch.inference_mode():
+        want = body(x)
     x.requires_grad_()
     out = body(x)
     out.square().mean().backward()
@@ -329,9 +456,13 @@ def test_a_body_made_where_nothing_is_recorded():
 
 def test_threads_share_one_copy(monkeypatch):
     made = []
-    monkeypatch.setattr(model, 'forward_copy', lambda *a: made.append(1) or time.sleep(.05) or forward_copy(*a))
+    monkeypatch.setattr(model, 'forward_copy', lambda *a: made.append(1) or time.sleep(0.05) or forward_copy(*a))
     body = Body(create_body('test_resnet', 'random'), FAST).eval()
+
     def run(i):
-        with torch.inference_mode(): return body(torch.ones(1, 3, 32, 32))
-    with ThreadPoolExecutor(4) as pool: list(pool.map(run, range(8)))
+        with torch.inference_mode():
+            return body(torch.ones(1, 3, 32, 32))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(8)))
     assert len(made) == 1

@@ -1,4 +1,5 @@
 "The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice, whoever asks and whatever is killed."
+
 import errno
 import json
 import os
@@ -20,10 +21,10 @@ import pytest
 from PIL import Image
 
 from dr_transfer.data import content
-from dr_transfer.utils import store as module
-from dr_transfer.data.images import read_rgb, to_rgb
-from dr_transfer.utils.regular import open_regular
 from dr_transfer.data.content import ChangedError, content_key, content_keys, fill_stores, image_data
+from dr_transfer.data.images import read_rgb, to_rgb
+from dr_transfer.utils import store as module
+from dr_transfer.utils.regular import open_regular
 from dr_transfer.utils.store import ArrayStore, digest, stored_array
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,41 +32,67 @@ FIELDS = {'colour': ((3,), 'float32'), 'corner': ((2, 2), 'uint8')}
 N, BS = 7, 2
 
 
-def pictures(n, start=0): return [np.full((4, 4, 3), (i % 256, i//256, 9), np.uint8) for i in range(start, start + n)]
-def number(a): return int(a[0, 0, 0]) + 256*int(a[0, 0, 1])
-def new(root, name='s', **about): return ArrayStore(root, name, {'of': 'colour', **about}, FIELDS)
-def fill(store, *args): return fill_stores([store], *args)[0]
-def contents(store): return {p.name: p.read_bytes() for p in store.folder.iterdir() if p.name != 'lock'}
+def pictures(n, start=0):
+    return [np.full((4, 4, 3), (i % 256, i // 256, 9), np.uint8) for i in range(start, start + n)]
 
 
-WHAT = {'colour': lambda s: s.mean((0, 1)), 'corner': lambda s: s[:2, :2, 0]}         # the mean colour, and a corner of the first channel
+def number(a):
+    return int(a[0, 0, 0]) + 256 * int(a[0, 0, 1])
 
 
-def colours(seen=None, bs=BS, stop=None, log=None, pause=0., what=WHAT, asked=None):
+def new(root, name='s', **about):
+    return ArrayStore(root, name, {'of': 'colour', **about}, FIELDS)
+
+
+def fill(store, *args):
+    return fill_stores([store], *args)[0]
+
+
+def contents(store):
+    return {p.name: p.read_bytes() for p in store.folder.iterdir() if p.name != 'lock'}
+
+
+WHAT = {
+    'colour': lambda s: s.mean((0, 1)),
+    'corner': lambda s: s[:2, :2, 0],
+}  # the mean colour, and a corner of the first channel
+
+
+def colours(seen=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
     "What is computed, of those that are asked for"
+
     def compute(sources, names):
-        if asked is not None: asked.append(names)
+        if asked is not None:
+            asked.append(names)
         for i in range(0, len(sources), bs):
-            if stop is not None and i//bs >= stop: raise KeyboardInterrupt
-            part = sources[i:i+bs]
-            if seen is not None: seen.extend(map(number, part))
+            if stop is not None and i // bs >= stop:
+                raise KeyboardInterrupt
+            part = sources[i : i + bs]
+            if seen is not None:
+                seen.extend(map(number, part))
             if log:
-                with open(log, 'a') as f: f.write(''.join(f'{os.getpid()} {number(s)}\n' for s in part))
+                with open(log, 'a') as f:
+                    f.write(''.join(f'{os.getpid()} {number(s)}\n' for s in part))
             time.sleep(pause)
             yield {n: np.stack([what[n](s) for s in part]) for n in names}
+
     return compute
 
 
 def right(store, images, rows):
     "Are the rows of the store those of the images?"
     want = np.stack([s[0, 0] for s in images])
-    return np.array_equal(stored_array(store, 'colour')[rows], want) and np.array_equal(stored_array(store, 'corner')[rows][:, 1, 1], want[:, 0])
+    return np.array_equal(stored_array(store, 'colour')[rows], want) and np.array_equal(
+        stored_array(store, 'corner')[rows][:, 1, 1], want[:, 0]
+    )
 
 
 def child(code, *args, **kw):
     "Another process that has what is defined here"
-    head = f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/"tests")!r}]; from test_store import *\n'
-    return subprocess.Popen([sys.executable, '-c', head + code, *map(str, args)], stdout=subprocess.PIPE, text=True, **kw)
+    head = f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]; from test_store import *\n'
+    return subprocess.Popen(
+        [sys.executable, '-c', head + code, *map(str, args)], stdout=subprocess.PIPE, text=True, **kw
+    )
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +105,7 @@ def whole(tmp_path_factory):
 
 # ---------------------------------------------------------------- what a store is
 
+
 def test_what_lies_in_the_folder(whole, tmp_path):
     "Plain numbers and text, to be read without this library"
     assert set(whole) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
@@ -86,7 +114,7 @@ def test_what_lies_in_the_folder(whole, tmp_path):
     assert [l['row'] for l in lines] == list(range(N)) and all(len(l['sums']) == 2 for l in lines)
     assert [l['key'] for l in lines] == content_keys(pictures(N))
     assert np.frombuffer(whole['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
-    assert len(whole['corner.bin']) == N*4
+    assert len(whole['corner.bin']) == N * 4
 
 
 def test_rows_come_in_the_order_asked_for(tmp_path):
@@ -102,10 +130,12 @@ def test_rows_come_in_the_order_asked_for(tmp_path):
 def test_the_same_image_twice_is_computed_once(tmp_path):
     images, seen = pictures(2), []
     asked = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
+
     def compute(sources, names):
         for s in sources:
             seen.append(number(np.asarray(s)))
             yield {'colour': np.asarray(s)[:1, 0], 'corner': np.asarray(s)[None, :2, :2, 0]}
+
     rows = fill(new(tmp_path), asked, compute, 1)
     assert rows.tolist() == [0, 0, 1, 0] and seen == [0, 1] and len(new(tmp_path)) == 2
 
@@ -116,19 +146,21 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     fill(store, pictures(3), colours(), BS)
     a = stored_array(store, 'colour')
     assert isinstance(a, np.memmap) and a.shape == (3, 3) and a.dtype == np.float32
-    with pytest.raises(ValueError): a[0] = 1
+    with pytest.raises(ValueError):
+        a[0] = 1
     before = a.copy()
-    fill(new(tmp_path), pictures(N), colours(), BS)                          # what others append does not move it
+    fill(new(tmp_path), pictures(N), colours(), BS)  # what others append does not move it
     assert np.array_equal(a, before) and len(stored_array(new(tmp_path), 'colour')) == N
 
 
 def test_nothing_to_do_writes_nothing(tmp_path):
-    assert fill(new(tmp_path/'x'), [], colours(), BS).shape == (0,) and not (tmp_path/'x').exists()
-    new(tmp_path/'y')
-    assert not (tmp_path/'y').exists()
+    assert fill(new(tmp_path / 'x'), [], colours(), BS).shape == (0,) and not (tmp_path / 'x').exists()
+    new(tmp_path / 'y')
+    assert not (tmp_path / 'y').exists()
 
 
 # ---------------------------------------------------------------- what is a change
+
 
 @pytest.mark.parametrize('change', [dict(of='shape'), dict(size=64), dict(stages=['a', 'b'])], ids=str)
 def test_another_description_is_another_store(tmp_path, change):
@@ -137,7 +169,11 @@ def test_another_description_is_another_store(tmp_path, change):
     assert len(other) == 0 and len(new(tmp_path)) == 3 and other.folder != new(tmp_path).folder
 
 
-@pytest.mark.parametrize('fields', [{'colour': ((3,), 'float32')}, {**FIELDS, 'corner': ((4,), 'uint8')}, {**FIELDS, 'colour': ((3,), 'float16')}], ids=str)
+@pytest.mark.parametrize(
+    'fields',
+    [{'colour': ((3,), 'float32')}, {**FIELDS, 'corner': ((4,), 'uint8')}, {**FIELDS, 'colour': ((3,), 'float16')}],
+    ids=str,
+)
 def test_other_fields_are_another_store(tmp_path, fields):
     fill(new(tmp_path), pictures(3), colours(), BS)
     assert len(ArrayStore(tmp_path, 's', {'of': 'colour'}, fields)) == 0
@@ -152,7 +188,7 @@ def test_a_changed_image_is_computed_and_only_that(tmp_path):
     images, seen = pictures(N), []
     fill(new(tmp_path), images, colours(seen), BS)
     images[3] = images[3].copy()
-    images[3][3, 3, 2] += 1                                                        # the least that can change
+    images[3][3, 3, 2] += 1  # the least that can change
     del seen[:]
     rows = fill(new(tmp_path), images, colours(seen), BS)
     assert seen == [3] and rows.tolist() == [0, 1, 2, 7, 4, 5, 6]
@@ -160,9 +196,9 @@ def test_a_changed_image_is_computed_and_only_that(tmp_path):
 
 def test_content_keys(tmp_path):
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    Image.fromarray(a).save(tmp_path/'a.png')
-    shutil.copy(tmp_path/'a.png', tmp_path/'b.jpg')                                # a name is no content
-    same = content_keys([tmp_path/'a.png', str(tmp_path/'b.jpg'), (tmp_path/'a.png').read_bytes()])
+    Image.fromarray(a).save(tmp_path / 'a.png')
+    shutil.copy(tmp_path / 'a.png', tmp_path / 'b.jpg')  # a name is no content
+    same = content_keys([tmp_path / 'a.png', str(tmp_path / 'b.jpg'), (tmp_path / 'a.png').read_bytes()])
     assert len(set(same)) == 1 and len(same[0]) == 32
     others = [a, a[::-1], a[:, ::-1], a.reshape(2, 8, 3), a.reshape(8, 2, 3), a[..., ::-1], a[:, :2], a[..., 0]]
     assert len({*content_keys(others), same[0]}) == len(others) + 1
@@ -192,7 +228,8 @@ def transparencies():
 
 
 @pytest.mark.parametrize('pair', [palettes, orientations, transparencies])
-def test_these_are_different_pictures(pair): assert not np.array_equal(*(np.array(to_rgb(im)) for im in pair()))
+def test_these_are_different_pictures(pair):
+    assert not np.array_equal(*(np.array(to_rgb(im)) for im in pair()))
 
 
 @pytest.mark.parametrize('pair', [palettes, orientations, transparencies])
@@ -202,6 +239,7 @@ def test_pil_images_that_read_differently_have_different_keys(pair):
 
 
 # ---------------------------------------------------------------- interruptions
+
 
 def finished(root, whole, left=None):
     "Going on computes what is missing, and the bytes are those of the store that was never interrupted"
@@ -215,29 +253,46 @@ def finished(root, whole, left=None):
 @pytest.mark.parametrize('stop', range(5))
 def test_interrupted_between_batches(tmp_path, whole, stop):
     store = new(tmp_path)
-    if stop*BS < N:
-        with pytest.raises(KeyboardInterrupt): fill(store, pictures(N), colours(stop=stop), BS)
-    else: fill(store, pictures(N), colours(stop=stop), BS)
-    assert len(new(tmp_path)) == min(N, stop*BS)
-    finished(tmp_path, whole, N - min(N, stop*BS))
+    if stop * BS < N:
+        with pytest.raises(KeyboardInterrupt):
+            fill(store, pictures(N), colours(stop=stop), BS)
+    else:
+        fill(store, pictures(N), colours(stop=stop), BS)
+    assert len(new(tmp_path)) == min(N, stop * BS)
+    finished(tmp_path, whole, N - min(N, stop * BS))
 
 
 def opening(act, at):
     "In place of `open`, to do something before a file of the store is written for the nth time"
     n = count()
+
     class Opened:
-        def __init__(self, *a, **k): self.file = open_regular(*a, **k)
-        def __getattr__(self, name): return getattr(self.file, name)
-        def __enter__(self): return self
-        def __exit__(self, *a): self.file.close()
+        def __init__(self, *a, **k):
+            self.file = open_regular(*a, **k)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *a):
+            self.file.close()
+
         def write(self, data):
-            if next(n) == at: act()
+            if next(n) == at:
+                act()
             return self.file.write(data)
+
     return Opened, n
 
 
-def halt(): raise KeyboardInterrupt
-def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def halt():
+    raise KeyboardInterrupt
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize('again', [False, True], ids=['a new store', 'the same store'])
@@ -248,9 +303,11 @@ def test_interrupted_between_files(tmp_path, monkeypatch, whole, at, again):
     opened, n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
-        with pytest.raises(KeyboardInterrupt): fill(store, pictures(N), colours(), BS)
-    assert len(new(tmp_path)) == at//3*BS
-    if again: assert right(store, pictures(N), fill(store, pictures(N), colours(), BS))
+        with pytest.raises(KeyboardInterrupt):
+            fill(store, pictures(N), colours(), BS)
+    assert len(new(tmp_path)) == at // 3 * BS
+    if again:
+        assert right(store, pictures(N), fill(store, pictures(N), colours(), BS))
     finished(tmp_path, whole)
 
 
@@ -263,7 +320,11 @@ def test_there_are_twelve_such_places(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('at', [4, 5])
 def test_killed_between_files(tmp_path, whole, at):
-    p = child('module.open_regular = opening(kill, int(sys.argv[2]))[0]; fill(new(sys.argv[1]), pictures(N), colours(), BS)', tmp_path, at)
+    p = child(
+        'module.open_regular = opening(kill, int(sys.argv[2]))[0]; fill(new(sys.argv[1]), pictures(N), colours(), BS)',
+        tmp_path,
+        at,
+    )
     assert p.wait(30) == -signal.SIGKILL
     assert len(new(tmp_path)) == BS
     finished(tmp_path, whole, N - BS)
@@ -271,68 +332,91 @@ def test_killed_between_files(tmp_path, whole, at):
 
 def test_killed_at_any_time(tmp_path):
     "Again and again, until it is done"
-    images, log, done = pictures(40), tmp_path/'log', [0]
+    images, log, done = pictures(40), tmp_path / 'log', [0]
     log.touch()
     while done[-1] < 40:
         assert len(done) < 20
         p = child('fill(new(sys.argv[1]), pictures(40), colours(log=sys.argv[2], pause=.01), BS)', tmp_path, log)
         started = time.monotonic()
         before = log.read_text().count('\n')
-        while p.poll() is None and log.read_text().count('\n') < before + 14 and time.monotonic() < started + 30: time.sleep(.002)
+        while p.poll() is None and log.read_text().count('\n') < before + 14 and time.monotonic() < started + 30:
+            time.sleep(0.002)
         p.kill()
         p.wait()
         done.append(len(new(tmp_path)))
-        assert done[-1] > done[-2]                                                 # what was computed is kept
+        assert done[-1] > done[-2]  # what was computed is kept
         store = new(tmp_path)
         have = [s for s, k in zip(images, content_keys(images)) if k in store.keys]
-        assert right(store, have, fill(store, have, colours(stop=0), BS))   # and can be read
+        assert right(store, have, fill(store, have, colours(stop=0), BS))  # and can be read
     assert len(done) >= 3
-    fill(new(tmp_path/'at once'), images, colours(), BS)
-    assert contents(new(tmp_path)) == contents(new(tmp_path/'at once'))
+    fill(new(tmp_path / 'at once'), images, colours(), BS)
+    assert contents(new(tmp_path)) == contents(new(tmp_path / 'at once'))
     computed = Counter(l.split()[1] for l in log.read_text().splitlines())
-    assert set(computed) == set(map(str, range(40))) and sum(computed.values()) <= 40 + 2*BS*len(done)
+    assert set(computed) == set(map(str, range(40))) and sum(computed.values()) <= 40 + 2 * BS * len(done)
 
 
-def cut(name, n): return lambda d: os.truncate(d/name, (d/name).stat().st_size + n)
-def add(name, data): return lambda d: (d/name).write_bytes((d/name).read_bytes() + data)
-def both(*fs): return lambda d: [f(d) for f in fs]
+def cut(name, n):
+    return lambda d: os.truncate(d / name, (d / name).stat().st_size + n)
 
 
-TORN = {'part of a number more': (add('colour.bin', b'\1\2\3'), 4), 'a row more': (add('corner.bin', b'\1'*4), 4),
-        'rows more': (both(add('colour.bin', b'\1'*36), add('corner.bin', b'\1'*12)), 4),
-        'a byte less': (cut('colour.bin', -1), 3), 'rows less': (cut('corner.bin', -8), 2), 'nothing': (cut('corner.bin', -16), 0),
-        'less and more': (both(cut('corner.bin', -5), add('colour.bin', b'\1'*20)), 2),
-        'no file': (lambda d: (d/'colour.bin').unlink(), 0), 'half a line': (add('images.jsonl', b'{"key": "0123456'), 4),
-        'a line without its end': (cut('images.jsonl', -1), 3), 'a line cut': (cut('images.jsonl', -30), 3), 'only half a line': (cut('images.jsonl', -350), 0),
-        'a line without numbers': (add('images.jsonl', b'{"key": "0123", "name": ""}\n'), 4), 'no lines': (lambda d: (d/'images.jsonl').unlink(), 0),
-        'zeros': (add('images.jsonl', bytes(100)), 4), 'half a line and numbers': (both(add('images.jsonl', b'{"k'), add('colour.bin', b'\1'*25)), 4),
-        'no description': (lambda d: (d/'about.json').unlink(), 4)}
+def add(name, data):
+    return lambda d: (d / name).write_bytes((d / name).read_bytes() + data)
+
+
+def both(*fs):
+    return lambda d: [f(d) for f in fs]
+
+
+TORN = {
+    'part of a number more': (add('colour.bin', b'\1\2\3'), 4),
+    'a row more': (add('corner.bin', b'\1' * 4), 4),
+    'rows more': (both(add('colour.bin', b'\1' * 36), add('corner.bin', b'\1' * 12)), 4),
+    'a byte less': (cut('colour.bin', -1), 3),
+    'rows less': (cut('corner.bin', -8), 2),
+    'nothing': (cut('corner.bin', -16), 0),
+    'less and more': (both(cut('corner.bin', -5), add('colour.bin', b'\1' * 20)), 2),
+    'no file': (lambda d: (d / 'colour.bin').unlink(), 0),
+    'half a line': (add('images.jsonl', b'{"key": "0123456'), 4),
+    'a line without its end': (cut('images.jsonl', -1), 3),
+    'a line cut': (cut('images.jsonl', -30), 3),
+    'only half a line': (cut('images.jsonl', -350), 0),
+    'a line without numbers': (add('images.jsonl', b'{"key": "0123", "name": ""}\n'), 4),
+    'no lines': (lambda d: (d / 'images.jsonl').unlink(), 0),
+    'zeros': (add('images.jsonl', bytes(100)), 4),
+    'half a line and numbers': (both(add('images.jsonl', b'{"k'), add('colour.bin', b'\1' * 25)), 4),
+    'no description': (lambda d: (d / 'about.json').unlink(), 4),
+}
 
 
 @pytest.mark.parametrize('name', TORN)
 def test_torn_writes(tmp_path, whole, name):
     harm, kept = TORN[name]
-    with pytest.raises(KeyboardInterrupt): fill(new(tmp_path), pictures(N), colours(stop=2), BS)
-    assert 350 < (new(tmp_path).folder/'images.jsonl').stat().st_size < 4*110
+    with pytest.raises(KeyboardInterrupt):
+        fill(new(tmp_path), pictures(N), colours(stop=2), BS)
+    assert 350 < (new(tmp_path).folder / 'images.jsonl').stat().st_size < 4 * 110
     harm(new(tmp_path).folder)
     store = new(tmp_path)
     assert len(store) == kept
-    assert right(store, pictures(kept), fill(store, pictures(kept), colours(stop=0), BS)) if kept else True    # read as it is
+    assert (
+        right(store, pictures(kept), fill(store, pictures(kept), colours(stop=0), BS)) if kept else True
+    )  # read as it is
     finished(tmp_path, whole, N - kept)
 
 
 def test_a_spoilt_line(tmp_path):
     "It costs the rows that it stood for, no other, and is told"
     fill(new(tmp_path), pictures(N), colours(), BS)
-    lines, seen = new(tmp_path).folder/'images.jsonl', []
+    lines, seen = new(tmp_path).folder / 'images.jsonl', []
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 3))
     store = new(tmp_path)
-    with pytest.warns(UserWarning, match='damaged rows.*: 3 of 7'): rows = fill(store, pictures(N), colours(seen), BS)
+    with pytest.warns(UserWarning, match='damaged rows.*: 3 of 7'):
+        rows = fill(store, pictures(N), colours(seen), BS)
     assert seen == [0, 1, 2] and right(store, pictures(N), rows)
     again_is_read(tmp_path)
 
 
 # ---------------------------------------------------------------- what is there is not believed
+
 
 def again_is_read(root, seen=None):
     "Everything is there and right, and nothing more is told of it"
@@ -340,34 +424,54 @@ def again_is_read(root, seen=None):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert right(store, pictures(N), fill(store, pictures(N), colours(stop=0), BS))
-        fill(new(root), pictures(N + 1), colours(), BS)                            # the lock is taken: nothing is found damaged
+        fill(new(root), pictures(N + 1), colours(), BS)  # the lock is taken: nothing is found damaged
 
 
 def edit(name, change):
-    def harm(folder): (folder/name).write_bytes(change((folder/name).read_bytes()))
+    def harm(folder):
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
     return harm
 
 
-def line_of(row, change): return edit('images.jsonl', lambda d: b''.join(change(l) if i == row else l for i, l in enumerate(d.splitlines(True))))
-def other_key(l): return l.replace(json.loads(l)['key'].encode(), content_key(pictures(N)[5]).encode())
+def line_of(row, change):
+    return edit(
+        'images.jsonl', lambda d: b''.join(change(l) if i == row else l for i, l in enumerate(d.splitlines(True)))
+    )
+
+
+def other_key(l):
+    return l.replace(json.loads(l)['key'].encode(), content_key(pictures(N)[5]).encode())
+
+
 def swapped(folder):
-    a, b = (folder/'images.jsonl').read_text().splitlines()[1:3]
+    a, b = (folder / 'images.jsonl').read_text().splitlines()[1:3]
     a, b = json.loads(a), json.loads(b)
     a['key'], b['key'] = b['key'], a['key']
     line_of(1, lambda l: json.dumps(a).encode() + b'\n')(folder)
     line_of(2, lambda l: json.dumps(b).encode() + b'\n')(folder)
 
 
-HARM = {'zeroed': (edit('colour.bin', lambda d: bytes(len(d))), range(N)), 'a bit': (edit('corner.bin', lambda d: d[:9] + bytes([d[9] ^ 1]) + d[10:]), [2]),
-        'a row of zeros': (edit('colour.bin', lambda d: d[:12] + bytes(12) + d[24:]), [1]), 'cut': (edit('colour.bin', lambda d: d[:30]), range(2, N)),
-        'a line deleted': (line_of(2, lambda l: b''), [2]), 'the first line deleted': (line_of(0, lambda l: b''), [0]),
-        'a line twice': (line_of(3, lambda l: l*2), []), 'no longer JSON': (line_of(4, lambda l: b'{"row": 4' + l[9:20] + b'\n'), [4]),
-        'a list': (line_of(1, lambda l: b'[1, 2]\n'), [1]), 'another key': (line_of(1, other_key), [1]), 'two keys swapped': (swapped, [1, 2]),
-        'another row': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 5')), [5, 6]), 'a row beyond': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 99999999')), [6]),
-        'a text for a checksum': (line_of(2, lambda l: l.replace(b'"sums": [', b'"sums": ["a", ')), [2]), 'no bytes': (edit('corner.bin', lambda d: b''), range(N))}
+HARM = {
+    'zeroed': (edit('colour.bin', lambda d: bytes(len(d))), range(N)),
+    'a bit': (edit('corner.bin', lambda d: d[:9] + bytes([d[9] ^ 1]) + d[10:]), [2]),
+    'a row of zeros': (edit('colour.bin', lambda d: d[:12] + bytes(12) + d[24:]), [1]),
+    'cut': (edit('colour.bin', lambda d: d[:30]), range(2, N)),
+    'a line deleted': (line_of(2, lambda l: b''), [2]),
+    'the first line deleted': (line_of(0, lambda l: b''), [0]),
+    'a line twice': (line_of(3, lambda l: l * 2), []),
+    'no longer JSON': (line_of(4, lambda l: b'{"row": 4' + l[9:20] + b'\n'), [4]),
+    'a list': (line_of(1, lambda l: b'[1, 2]\n'), [1]),
+    'another key': (line_of(1, other_key), [1]),
+    'two keys swapped': (swapped, [1, 2]),
+    'another row': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 5')), [5, 6]),
+    'a row beyond': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 99999999')), [6]),
+    'a text for a checksum': (line_of(2, lambda l: l.replace(b'"sums": [', b'"sums": ["a", ')), [2]),
+    'no bytes': (edit('corner.bin', lambda d: b''), range(N)),
+}
 
 
-QUIET = {'another key'}                                                            # looks as a row that was computed again since
+QUIET = {'another key'}  # looks as a row that was computed again since
 
 
 @pytest.mark.parametrize('name', HARM)
@@ -382,16 +486,20 @@ def test_what_was_changed_is_computed_again_and_told(tmp_path, name):
         rows = fill(store, pictures(N), colours(seen), BS)
     assert right(store, pictures(N), rows) and seen == list(lost)
     assert len(told) == (bool(lost) and name not in QUIET) and all(str(store.folder) in str(w.message) for w in told)
-    if lost: again_is_read(tmp_path)
+    if lost:
+        again_is_read(tmp_path)
 
 
 def test_files_of_two_stores_swapped(tmp_path):
     "Numbers of another description fit the files, and not the checksums"
-    for size in (1, 2): fill(new(tmp_path, size=size), pictures(N), colours(), BS)
+    for size in (1, 2):
+        fill(new(tmp_path, size=size), pictures(N), colours(), BS)
     a, b = (new(tmp_path, size=size).folder for size in (1, 2))
-    for name in ('images.jsonl', 'colour.bin', 'corner.bin'): shutil.copy(a/name, b/name)
+    for name in ('images.jsonl', 'colour.bin', 'corner.bin'):
+        shutil.copy(a / name, b / name)
     seen = []
-    with pytest.warns(UserWarning, match='damaged'): fill(new(tmp_path, size=2), pictures(N), colours(seen), BS)
+    with pytest.warns(UserWarning, match='damaged'):
+        fill(new(tmp_path, size=2), pictures(N), colours(seen), BS)
     assert seen == list(range(N))
 
 
@@ -409,13 +517,14 @@ def test_a_row_in_use_is_not_written_over(tmp_path):
     before = stored_array(new(tmp_path), 'colour')
     want = before.copy()
     line_of(2, lambda l: b'')(new(tmp_path).folder)
-    with pytest.warns(UserWarning, match='damaged'): fill(new(tmp_path), pictures(N + 3), colours(), BS)
+    with pytest.warns(UserWarning, match='damaged'):
+        fill(new(tmp_path), pictures(N + 3), colours(), BS)
     assert np.array_equal(before, want)
 
 
 def test_a_description_that_was_changed(tmp_path, whole):
     fill(new(tmp_path), pictures(3), colours(), BS)
-    (new(tmp_path).folder/'about.json').write_text('{"of": "shape"}')
+    (new(tmp_path).folder / 'about.json').write_text('{"of": "shape"}')
     fill(new(tmp_path), pictures(N), colours(), BS)
     assert contents(new(tmp_path)) == whole
 
@@ -423,20 +532,26 @@ def test_a_description_that_was_changed(tmp_path, whole):
 @pytest.mark.parametrize('again', [True, False])
 def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, again):
     "Its numbers are not kept under the key of what it was"
-    files = [tmp_path/f'{i}.png' for i in range(4)]
-    for f, a in zip(files, pictures(4)): Image.fromarray(a).save(f)
+    files = [tmp_path / f'{i}.png' for i in range(4)]
+    for f, a in zip(files, pictures(4)):
+        Image.fromarray(a).save(f)
     was, keys = files[2].read_bytes(), content_keys(files)
+
     def compute(sources, names, change=True):
         for s in sources:
-            if change and len(done) == 2: Image.fromarray(pictures(1, 9)[0]).save(files[2])
+            if change and len(done) == 2:
+                Image.fromarray(pictures(1, 9)[0]).save(files[2])
             done.append(1)
             a = np.asarray(read_rgb(image_data(s)))
             yield {n: WHAT[n](a)[None] for n in names}
+
     done = []
-    with pytest.raises(ChangedError, match='2.png changed') as e: fill(new(tmp_path/'s'), files, compute, 1)
-    assert 'run the command again' in str(e.value) and len(new(tmp_path/'s')) == 2
-    if again: files[2].write_bytes(was)
-    store = new(tmp_path/'s')
+    with pytest.raises(ChangedError, match='2.png changed') as e:
+        fill(new(tmp_path / 's'), files, compute, 1)
+    assert 'run the command again' in str(e.value) and len(new(tmp_path / 's')) == 2
+    if again:
+        files[2].write_bytes(was)
+    store = new(tmp_path / 's')
     rows = fill(store, files, lambda s, n: compute(s, n, False), 1)
     want = np.stack([np.asarray(Image.open(f))[0, 0] for f in files])
     assert np.array_equal(stored_array(store, 'colour')[rows], want) and (content_keys(files) == keys) == again
@@ -444,34 +559,39 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
 
 # ---------------------------------------------------------------- links, pipes and folders of others
 
+
 def test_a_link_is_not_written_through(tmp_path):
     "Whatever file of the store it stands for, what it points to is left as it is"
-    precious = tmp_path/'precious'
+    precious = tmp_path / 'precious'
     for name in ('colour.bin', 'images.jsonl', 'about.json', 'lock'):
-        store = new(tmp_path/name)
+        store = new(tmp_path / name)
         store.folder.mkdir(parents=True)
         precious.write_bytes(b'thesis')
-        (store.folder/name).symlink_to(precious)
-        with pytest.raises(ValueError, match=f'{name}: it is a link.*Delete it'): fill(new(tmp_path/name), pictures(3), colours(), BS)
+        (store.folder / name).symlink_to(precious)
+        with pytest.raises(ValueError, match=f'{name}: it is a link.*Delete it'):
+            fill(new(tmp_path / name), pictures(3), colours(), BS)
         assert precious.read_bytes() == b'thesis'
 
 
 def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     "The cache as a whole may be a link, to another disk."
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
-    (tmp_path/'disk').mkdir()
-    (tmp_path/'cache').symlink_to(tmp_path/'disk')
-    store = new(tmp_path/'cache'/'store')
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'cache').symlink_to(tmp_path / 'disk')
+    store = new(tmp_path / 'cache' / 'store')
     fill(store, pictures(3), colours(), BS)
-    assert (store.folder/'images.jsonl').exists() and store.folder.resolve().is_relative_to(tmp_path/'disk')
-    (tmp_path/'mine').mkdir()
-    (tmp_path/'mine'/'images.jsonl').write_text('thesis')
-    store = new(tmp_path/'cache'/'other')
+    assert (store.folder / 'images.jsonl').exists() and store.folder.resolve().is_relative_to(tmp_path / 'disk')
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'images.jsonl').write_text('thesis')
+    store = new(tmp_path / 'cache' / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
-    store.folder.symlink_to(tmp_path/'mine')
+    store.folder.symlink_to(tmp_path / 'mine')
     with pytest.raises(ValueError, match='it is a link to .*mine.*Delete it'):
         fill(store, pictures(3), colours(), BS)
-    assert os.listdir(tmp_path/'mine') == ['images.jsonl'] and (tmp_path/'mine'/'images.jsonl').read_text() == 'thesis'
+    assert (
+        os.listdir(tmp_path / 'mine') == ['images.jsonl']
+        and (tmp_path / 'mine' / 'images.jsonl').read_text() == 'thesis'
+    )
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
@@ -480,80 +600,116 @@ def test_what_is_no_file(tmp_path, name, kind):
     "It is not waited for"
     folder = new(tmp_path).folder
     folder.mkdir()
-    if kind == 'pipe': os.mkfifo(folder/name)
-    else: (folder/name).mkdir()
-    with pytest.raises(ValueError, match=f'{name}: it is a .*{kind}.*Delete it'): fill(new(tmp_path), pictures(3), colours(), BS)
+    if kind == 'pipe':
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(ValueError, match=f'{name}: it is a .*{kind}.*Delete it'):
+        fill(new(tmp_path), pictures(3), colours(), BS)
 
 
 @pytest.mark.parametrize('place', ['pipe', 'zero'])
 def test_a_source_that_is_no_file(tmp_path, place):
-    path = tmp_path/'pipe.png'
-    if place == 'pipe': os.mkfifo(path)
-    else: path.symlink_to('/dev/zero')
-    with pytest.raises(ValueError, match='pipe.png.*not a regular file'): content_keys([path])
+    path = tmp_path / 'pipe.png'
+    if place == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.symlink_to('/dev/zero')
+    with pytest.raises(ValueError, match='pipe.png.*not a regular file'):
+        content_keys([path])
 
 
 def test_folders_of_the_cache_are_of_their_owner(tmp_path):
-    fill(new(tmp_path/'cache'/'features'), pictures(3), colours(), BS)
-    folder = new(tmp_path/'cache'/'features').folder
-    assert [p.stat().st_mode & 0o777 for p in (folder, *folder.parents[:2])] == [0o700]*3
+    fill(new(tmp_path / 'cache' / 'features'), pictures(3), colours(), BS)
+    folder = new(tmp_path / 'cache' / 'features').folder
+    assert [p.stat().st_mode & 0o777 for p in (folder, *folder.parents[:2])] == [0o700] * 3
 
 
 def test_a_folder_that_everybody_can_write(tmp_path):
     "It is told, once"
-    (tmp_path/'open').mkdir()
-    (tmp_path/'open').chmod(0o777)
+    (tmp_path / 'open').mkdir()
+    (tmp_path / 'open').chmod(0o777)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        for n in (3, 3, 5): fill(new(tmp_path/'open'), pictures(n), colours(), BS)
-    assert len(told) == 1 and str(tmp_path/'open') in str(told[0].message) and 'everybody' in str(told[0].message)
+        for n in (3, 3, 5):
+            fill(new(tmp_path / 'open'), pictures(n), colours(), BS)
+    assert len(told) == 1 and str(tmp_path / 'open') in str(told[0].message) and 'everybody' in str(told[0].message)
 
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root can give a folder to another user')
+@pytest.mark.skipif(
+    not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root can give a folder to another user'
+)
 @pytest.mark.parametrize('whose', ['the folder', 'the one above'])
 def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
     "It is told, once, of the folder itself and of those above it in the cache"
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/'cache'))
-    root = tmp_path/'cache'/'features'
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
+    root = tmp_path / 'cache' / 'features'
     root.mkdir(parents=True, mode=0o700)
     os.chown(root if whose == 'the folder' else root.parent, 12345, 12345)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        for n in (3, 5): fill(new(root), pictures(n), colours(), BS)
-    assert len(told) == 1 and 'belongs to another user' in str(told[0].message) and 'DR_TRANSFER_CACHE' in str(told[0].message)
+        for n in (3, 5):
+            fill(new(root), pictures(n), colours(), BS)
+    assert (
+        len(told) == 1
+        and 'belongs to another user' in str(told[0].message)
+        and 'DR_TRANSFER_CACHE' in str(told[0].message)
+    )
 
 
 # ---------------------------------------------------------------- advice that fits
 
-@pytest.mark.parametrize('number, words', [(errno.EMFILE, 'ulimit -n'), (errno.ENOSPC, 'full'), (errno.EDQUOT, 'full'), (errno.EROFS, 'a disk that can be written'),
-                                           (errno.EACCES, 'permissions'), (errno.ENOTDIR, 'in the place of a folder'), (errno.EIO, 'reports an error')])
+
+@pytest.mark.parametrize(
+    'number, words',
+    [
+        (errno.EMFILE, 'ulimit -n'),
+        (errno.ENOSPC, 'full'),
+        (errno.EDQUOT, 'full'),
+        (errno.EROFS, 'a disk that can be written'),
+        (errno.EACCES, 'permissions'),
+        (errno.ENOTDIR, 'in the place of a folder'),
+        (errno.EIO, 'reports an error'),
+    ],
+)
 @pytest.mark.parametrize('at', [0, 2])
 def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, words, at):
-    def fail(): raise OSError(number, os.strerror(number))
+    def fail():
+        raise OSError(number, os.strerror(number))
+
     opened, n = opening(fail, at)
     monkeypatch.setattr(module, 'open_regular', opened)
-    with pytest.raises(ValueError) as e: fill(new(tmp_path), pictures(3), colours(), BS)
+    with pytest.raises(ValueError) as e:
+        fill(new(tmp_path), pictures(3), colours(), BS)
     assert words in str(e.value) and ('DR_TRANSFER_CACHE' in str(e.value)) == (number != errno.EMFILE)
     monkeypatch.undo()
     store = new(tmp_path)
     assert right(store, pictures(3), fill(store, pictures(3), colours(), BS))
 
 
-@pytest.mark.parametrize('error', [OSError(errno.EMFILE, 'Too many open files'), MemoryError()], ids=['files', 'memory'])
+@pytest.mark.parametrize(
+    'error', [OSError(errno.EMFILE, 'Too many open files'), MemoryError()], ids=['files', 'memory']
+)
 def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatch, error):
-    def fail(*a, **k): raise error
+    def fail(*a, **k):
+        raise error
+
     monkeypatch.setattr(content, 'read_regular', fail)
-    with pytest.raises(ValueError, match='not at fault') as e: content_key(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='not at fault') as e:
+        content_key(tmp_path / 'a.png')
     assert 'leave it out' not in str(e.value)
 
 
 def test_few_files_are_open_at_once(tmp_path):
     "Forty stores, with few files allowed"
-    code = 'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n' + """
+    code = (
+        'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n'
+        + """
 stores = [ArrayStore(sys.argv[1], f's{i}', {'of': i}, {f's{i}': ((3,), 'float32')}) for i in range(40)]
 what = {f's{i}': WHAT['colour'] for i in range(40)}
 fill_stores(stores, pictures(N), colours(what=what), BS)
 """
+    )
     assert child(code, tmp_path).wait(60) == 0
 
 
@@ -561,56 +717,63 @@ def test_an_error_while_computing_keeps_what_was_done(tmp_path, whole):
     def broken(sources, names):
         yield next(colours()(sources, names))
         raise OSError('the disk is gone')
-    with pytest.raises(OSError, match='the disk is gone'): fill(new(tmp_path), pictures(N), broken, BS)
+
+    with pytest.raises(OSError, match='the disk is gone'):
+        fill(new(tmp_path), pictures(N), broken, BS)
     assert len(new(tmp_path)) == BS
     finished(tmp_path, whole, N - BS)
 
 
 def test_arrays_of_another_shape_are_refused(tmp_path, whole):
     def broken(sources, names):
-        for a in colours()(sources, names): yield {**a, 'corner': a['corner'][:, :1]}
-    with pytest.raises(ValueError, match='corner has the shape'): fill(new(tmp_path), pictures(N), broken, BS)
+        for a in colours()(sources, names):
+            yield {**a, 'corner': a['corner'][:, :1]}
+
+    with pytest.raises(ValueError, match='corner has the shape'):
+        fill(new(tmp_path), pictures(N), broken, BS)
     assert len(new(tmp_path)) == 0
     finished(tmp_path, whole, N)
 
 
 # ---------------------------------------------------------------- at the same time
 
-AT_ONCE = '''
+AT_ONCE = """
 root, log, start, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 images = pictures(n, start)
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
 rows = fill(s := new(root), images, colours(log=log, pause=.02), BS)
 assert right(s, images, rows)
-'''
+"""
 
 
 @pytest.mark.parametrize('second', [(0, 20), (10, 20)], ids=['the same', 'some the same'])
 def test_two_processes(tmp_path, second):
     "The second waits; nothing is computed twice"
-    ps = [child(AT_ONCE, tmp_path, tmp_path/'log', *a) for a in ((0, 20), second)]
-    assert [p.stdout.readline() for p in ps] == ['ready\n']*2
-    (tmp_path/'go').touch()
+    ps = [child(AT_ONCE, tmp_path, tmp_path / 'log', *a) for a in ((0, 20), second)]
+    assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
+    (tmp_path / 'go').touch()
     assert [p.wait(30) for p in ps] == [0, 0]
-    computed = [l.split() for l in (tmp_path/'log').read_text().splitlines()]
+    computed = [l.split() for l in (tmp_path / 'log').read_text().splitlines()]
     total = max(20, sum(second))
-    assert sorted(int(i) for _, i in computed) == list(range(total))               # each once
-    turns = [p for i, (p, _) in enumerate(computed) if not i or computed[i-1][0] != p]
-    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)              # and not in turns
+    assert sorted(int(i) for _, i in computed) == list(range(total))  # each once
+    turns = [p for i, (p, _) in enumerate(computed) if not i or computed[i - 1][0] != p]
+    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not in turns
     store = new(tmp_path)
     assert len(store) == total and right(store, pictures(total), fill(store, pictures(total), colours(stop=0), BS))
 
 
 def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
-    (tmp_path/'go').touch()
-    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, tmp_path/'log', 0, N)
+    (tmp_path / 'go').touch()
+    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, tmp_path / 'log', 0, N)
     for _ in range(5000):
-        if (tmp_path/'log').exists(): break
-        time.sleep(.002)
-    second = child(AT_ONCE, tmp_path, tmp_path/'log', 0, N)
+        if (tmp_path / 'log').exists():
+            break
+        time.sleep(0.002)
+    second = child(AT_ONCE, tmp_path, tmp_path / 'log', 0, N)
     assert second.stdout.readline() == 'ready\n'
-    with pytest.raises(subprocess.TimeoutExpired): second.wait(.3)                 # it waits
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(0.3)  # it waits
     first.kill()
     assert second.wait(30) == 0 and first.wait() == -signal.SIGKILL
     assert contents(new(tmp_path)) == whole
@@ -618,9 +781,13 @@ def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
 
 def test_threads(tmp_path, whole):
     seen = []
-    def one(_): return fill(new(tmp_path), pictures(N), colours(seen, pause=.01), BS).tolist()
-    with ThreadPoolExecutor(4) as pool: rows = list(pool.map(one, range(4)))
-    assert rows == [list(range(N))]*4 and seen == list(range(N)) and contents(new(tmp_path)) == whole
+
+    def one(_):
+        return fill(new(tmp_path), pictures(N), colours(seen, pause=0.01), BS).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(one, range(4)))
+    assert rows == [list(range(N))] * 4 and seen == list(range(N)) and contents(new(tmp_path)) == whole
 
 
 # ---------------------------------------------------------------- some stores, filled in one pass
@@ -629,7 +796,8 @@ STAGES = {'a': (3,), 'b': (2, 2), 'c': (1,)}
 DEEP = {'a': WHAT['colour'], 'b': WHAT['corner'], 'c': lambda s: s[:1, 0, 0] + np.float32(1000)}
 
 
-def several(root, names='abc'): return [ArrayStore(root, n, {'of': n}, {n: (STAGES[n], 'float32')}) for n in names]
+def several(root, names='abc'):
+    return [ArrayStore(root, n, {'of': n}, {n: (STAGES[n], 'float32')}) for n in names]
 
 
 def fill_some(root, images, names='abc', **kw):
@@ -638,7 +806,11 @@ def fill_some(root, images, names='abc', **kw):
     rows = fill_stores(stores, images, colours(seen, what=DEEP, asked=asked, **kw), BS)
     for s, n, r in zip(stores, names, rows):
         assert np.array_equal(stored_array(s, n)[r], np.stack([DEEP[n](i) for i in images]))
-        assert len((s.folder/'images.jsonl').read_text().splitlines()) == len(s) == (s.folder/f'{n}.bin').stat().st_size//s.row_bytes(n)
+        assert (
+            len((s.folder / 'images.jsonl').read_text().splitlines())
+            == len(s)
+            == (s.folder / f'{n}.bin').stat().st_size // s.row_bytes(n)
+        )
     assert len(asked) <= 1
     return seen, ''.join(asked[0]) if asked else ''
 
@@ -670,8 +842,12 @@ def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
 def test_one_is_behind(tmp_path, filled, have):
     "One pass over what any of them lacks; what a store has is left as it is"
     for n, k in zip('abc', have):
-        if k: fill_some(tmp_path, pictures(k), n)
-    assert fill_some(tmp_path, pictures(N)) == (list(range(min(have), N)), ''.join(n for n, k in zip('abc', have) if k < N))
+        if k:
+            fill_some(tmp_path, pictures(k), n)
+    assert fill_some(tmp_path, pictures(N)) == (
+        list(range(min(have), N)),
+        ''.join(n for n, k in zip('abc', have) if k < N),
+    )
     assert [contents(s) for s in several(tmp_path)] == filled
     assert fill_some(tmp_path, pictures(N)) == ([], '')
 
@@ -679,9 +855,10 @@ def test_one_is_behind(tmp_path, filled, have):
 def test_each_lacks_something_else(tmp_path):
     "Stores with other images in another order"
     images = pictures(N)
-    for n, k in zip('abc', ([5, 0, 3], [6, 3, 1], [3])): fill_some(tmp_path, [images[i] for i in k], n)
+    for n, k in zip('abc', ([5, 0, 3], [6, 3, 1], [3])):
+        fill_some(tmp_path, [images[i] for i in k], n)
     assert fill_some(tmp_path, images) == ([0, 1, 2, 4, 5, 6], 'abc')
-    assert [fill_some(tmp_path, images[::-1], n)[0] for n in 'abc'] == [[]]*3
+    assert [fill_some(tmp_path, images[::-1], n)[0] for n in 'abc'] == [[]] * 3
 
 
 @pytest.mark.parametrize('at', range(0, 24, 5))
@@ -690,14 +867,15 @@ def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
     opened, n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
-        with pytest.raises(KeyboardInterrupt): fill_some(tmp_path, pictures(N))
+        with pytest.raises(KeyboardInterrupt):
+            fill_some(tmp_path, pictures(N))
     have = [len(s) for s in several(tmp_path)]
     assert max(have) - min(have) in (0, BS, N % BS)
     assert fill_some(tmp_path, pictures(N))[0] == list(range(min(have), N))
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
-ONE_EACH = '''
+ONE_EACH = """
 root, log, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 locked = module._locked
 @contextmanager
@@ -710,47 +888,55 @@ print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
 seen, asked = fill_some(root, pictures(N), names, log=log)
 print(len(seen), asked, flush=True)
-'''
+"""
 
 
 @pytest.mark.parametrize('names', [('ab', 'ba'), ('abc', 'cb')], ids=' '.join)
 def test_two_processes_with_stores_in_common(tmp_path, filled, names):
     "Whatever their order, none waits for one that waits for it; what both want is computed by one"
-    ps = [child(ONE_EACH, tmp_path, tmp_path/'log', n) for n in names]
+    ps = [child(ONE_EACH, tmp_path, tmp_path / 'log', n) for n in names]
     try:
-        assert [p.stdout.readline() for p in ps] == ['ready\n']*2
-        (tmp_path/'go').touch()
+        assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
+        (tmp_path / 'go').touch()
         assert [p.wait(20) for p in ps] == [0, 0]
     finally:
-        for p in ps: p.kill()
+        for p in ps:
+            p.kill()
     done = [p.stdout.read().split() for p in ps]
     asked = ''.join(d[1] for d in done if d[1:])
     assert sorted(asked) == sorted(set(''.join(names))) and all(d[0] == str(N) for d in done if d[1:])
-    for s, was in zip(several(tmp_path), filled): assert len(s) == 0 or contents(s) == was
+    for s, was in zip(several(tmp_path), filled):
+        assert len(s) == 0 or contents(s) == was
 
 
 def test_room_is_that_of_all_of_them(tmp_path, monkeypatch):
     "12 + 16 + 4 bytes an image, in those that lack it"
     free = [250]
     monkeypatch.setattr(shutil, 'disk_usage', lambda place: shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0]))
-    with pytest.raises(ValueError, match='10 images'): fill_some(tmp_path, pictures(10))      # though each alone has room
+    with pytest.raises(ValueError, match='10 images'):
+        fill_some(tmp_path, pictures(10))  # though each alone has room
     fill_some(tmp_path, pictures(7))
     fill_some(tmp_path, pictures(10), 'ac')
     free[0] = 60
-    fill_some(tmp_path, pictures(10))                                              # 48 for three images in one store
+    fill_some(tmp_path, pictures(10))  # 48 for three images in one store
 
 
 # ---------------------------------------------------------------- places that will not do
 
+
 @contextmanager
 def nobody():
     "Without the rights of root, for whom nothing is read-only"
-    if not hasattr(os, 'setresuid'): pytest.skip('no users here')
+    if not hasattr(os, 'setresuid'):
+        pytest.skip('no users here')
     was = os.getuid()
-    if not was: os.setresuid(65534, 65534, 0)
-    try: yield
+    if not was:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
     finally:
-        if not was: os.setresuid(0, 0, 0)
+        if not was:
+            os.setresuid(0, 0, 0)
 
 
 @pytest.fixture
@@ -758,63 +944,75 @@ def locked():
     "A folder that can be read and not written"
     folder = Path(tempfile.mkdtemp())
     yield folder
-    for p in (folder, *folder.rglob('*')): p.chmod(0o755)
+    for p in (folder, *folder.rglob('*')):
+        p.chmod(0o755)
     shutil.rmtree(folder)
 
 
 def test_a_folder_that_cannot_be_written(locked):
     locked.chmod(0o555)
-    for place in (locked, locked/'deeper'/'still'):
-        with nobody(), pytest.raises(ValueError, match='nothing can be written') as e: fill(new(place), pictures(N), colours(), BS)
+    for place in (locked, locked / 'deeper' / 'still'):
+        with nobody(), pytest.raises(ValueError, match='nothing can be written') as e:
+            fill(new(place), pictures(N), colours(), BS)
         assert str(locked) in str(e.value) and not list(locked.iterdir())
 
 
 def test_what_is_there_can_be_read_all_the_same(locked):
     fill(new(locked), pictures(3), colours(), BS)
-    for p in (locked, *locked.rglob('*')): p.chmod(0o555 if p.is_dir() else 0o444)
+    for p in (locked, *locked.rglob('*')):
+        p.chmod(0o555 if p.is_dir() else 0o444)
     with nobody():
         store = new(locked)
         assert right(store, pictures(3), fill(store, pictures(3), colours(stop=0), BS))
-        with pytest.raises(ValueError, match='nothing can be written'): fill(store, pictures(4), colours(), BS)
+        with pytest.raises(ValueError, match='nothing can be written'):
+            fill(store, pictures(4), colours(), BS)
 
 
 def test_a_store_that_cannot_be_written(locked):
     fill(new(locked), pictures(3), colours(), BS)
-    for p in locked.rglob('*'): p.chmod(0o555 if p.is_dir() else 0o444)
+    for p in locked.rglob('*'):
+        p.chmod(0o555 if p.is_dir() else 0o444)
     locked.chmod(0o777)
-    with nobody(), pytest.raises(ValueError, match='nothing can be written'): fill(new(locked), pictures(4), colours(), BS)
+    with nobody(), pytest.raises(ValueError, match='nothing can be written'):
+        fill(new(locked), pictures(4), colours(), BS)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path/'file').touch()
-    with pytest.raises(ValueError, match='nothing can be written'): fill(new(tmp_path/'file'), pictures(3), colours(), BS)
-    with pytest.raises(ValueError, match='nothing can be written'): fill(new(tmp_path/'file'/'x'), pictures(3), colours(), BS)
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='nothing can be written'):
+        fill(new(tmp_path / 'file'), pictures(3), colours(), BS)
+    with pytest.raises(ValueError, match='nothing can be written'):
+        fill(new(tmp_path / 'file' / 'x'), pictures(3), colours(), BS)
 
 
 def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):
-    (tmp_path/'new').mkdir()
-    (tmp_path/'new'/'notes.txt').touch()
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'notes.txt').touch()
     fill(new(tmp_path), pictures(3), colours(), BS)
 
 
 def test_not_enough_room(tmp_path, monkeypatch, whole):
     "16 bytes an image; known before anything is computed, and what is there already needs none"
-    free, asked, seen = [N*16], [], []
+    free, asked, seen = [N * 16], [], []
+
     def usage(place):
         asked.append(Path(place))
         return shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0])
+
     monkeypatch.setattr(shutil, 'disk_usage', usage)
-    with pytest.raises(ValueError) as e: fill(new(tmp_path), pictures(N), colours(seen), BS)
+    with pytest.raises(ValueError) as e:
+        fill(new(tmp_path), pictures(N), colours(seen), BS)
     text = str(e.value)
     assert '7 images' in text and 'GB' in text and 'DR_TRANSFER_CACHE' in text and str(tmp_path) in text and not seen
     assert all(p.exists() and tmp_path in (p, *p.parents) for p in asked)
-    twice = pictures(3)*4
-    fill(new(tmp_path), twice, colours(seen), BS)                             # twelve, but three to be computed
+    twice = pictures(3) * 4
+    fill(new(tmp_path), twice, colours(seen), BS)  # twelve, but three to be computed
     free[0] = 80
     fill(new(tmp_path), pictures(3), colours(stop=0), BS)
     fill(new(tmp_path), pictures(4), colours(seen), BS)
     free[0] = 50
-    with pytest.raises(ValueError, match='3 images'): fill(new(tmp_path), pictures(N), colours(seen), BS)
+    with pytest.raises(ValueError, match='3 images'):
+        fill(new(tmp_path), pictures(N), colours(seen), BS)
     free[0] = 10**6
     finished(tmp_path, whole)
     assert seen == [0, 1, 2, 3]
@@ -822,24 +1020,42 @@ def test_not_enough_room(tmp_path, monkeypatch, whole):
 
 # ---------------------------------------------------------------- names
 
-NAMES = ['con.png', 'a:b?*.png', 'a\\b.png', ' space .png ', '-rf', 'é ü 眼.png', "quote'\".png", 'line\nbreak.png', 'tab\t.png', '.hidden', 'percent%20.png', b'\xff\xfe.png']
+NAMES = [
+    'con.png',
+    'a:b?*.png',
+    'a\\b.png',
+    ' space .png ',
+    '-rf',
+    'é ü 眼.png',
+    'quote\'".png',
+    'line\nbreak.png',
+    'tab\t.png',
+    '.hidden',
+    'percent%20.png',
+    b'\xff\xfe.png',
+]
 
 
 def test_names(tmp_path):
     "Only the content counts, and each name is written down so that it can be read again"
-    (tmp_path/'x').mkdir()
+    (tmp_path / 'x').mkdir()
     paths, kept = [], []
     for i, n in enumerate(NAMES):
-        p = os.fsdecode(os.path.join(os.fsencode(tmp_path/'x'), n if isinstance(n, bytes) else os.fsencode(n)))
-        try: open(p, 'wb').write(bytes([i]))
-        except OSError: continue                                                   # not a name on this system
+        p = os.fsdecode(os.path.join(os.fsencode(tmp_path / 'x'), n if isinstance(n, bytes) else os.fsencode(n)))
+        try:
+            open(p, 'wb').write(bytes([i]))
+        except OSError:
+            continue  # not a name on this system
         paths.append(p if i % 2 else Path(p))
         kept.append(i)
     assert len(paths) > 3
+
     def compute(sources, names):
-        for s in sources: yield {'colour': np.full((1, 3), image_data(s)[0]), 'corner': np.zeros((1, 2, 2))}
+        for s in sources:
+            yield {'colour': np.full((1, 3), image_data(s)[0]), 'corner': np.zeros((1, 2, 2))}
+
     rows = fill(new(tmp_path), paths, compute, 1)
     assert stored_array(new(tmp_path), 'colour')[rows][:, 0].tolist() == kept
-    lines = (new(tmp_path).folder/'images.jsonl').read_bytes().decode('ascii').split('\n')
+    lines = (new(tmp_path).folder / 'images.jsonl').read_bytes().decode('ascii').split('\n')
     assert [json.loads(l)['name'] for l in lines[:-1]] == [os.path.basename(p) for p in paths] and lines[-1] == ''
     assert fill(new(tmp_path), paths[::-1], colours(stop=0), 1).tolist() == rows[::-1].tolist()

@@ -1,4 +1,5 @@
 "The table of images: every layout it is made from, what is set aside, what is refused, and the splits of many random sets."
+
 import os
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from dr_transfer.data.images import image_error, image_errors
 from dr_transfer.data.split import SplitError, check_split, split_summary, split_table
 from dr_transfer.data.table import class_counts, find_images, label_table, set_aside
 
-pytestmark = pytest.mark.filterwarnings('ignore:The least populated class:UserWarning')     # scikit-learn, of a small class
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:The least populated class:UserWarning'
+)  # scikit-learn, of a small class
 COLUMNS = ['image', 'label', 'group', 'split']
 
 
 def draw(folder, *names, side=6):
     "Small images of these names below `folder`, each of another colour."
     for i, n in enumerate(names):
-        (folder/n).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (side, side), (i % 256, i*37 % 256, 9)).save(folder/n)
+        (folder / n).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (side, side), (i % 256, i * 37 % 256, 9)).save(folder / n)
     return folder
 
 
@@ -29,49 +32,65 @@ def csv(path, text, encoding='utf-8'):
     return path
 
 
-def labels(t, folder): return {Path(i).relative_to(folder).as_posix(): l for i, l in zip(t.image, t.label)}
-def content(folder): return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+def labels(t, folder):
+    return {Path(i).relative_to(folder).as_posix(): l for i, l in zip(t.image, t.label)}
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 # ---------------------------------------------------------------- files
 
+
 def test_find_images(tmp_path):
     draw(tmp_path, 'b/2.png', 'a/1.jpg', 'a/deep/er/3.tif', '4.bmp', '.hidden/5.png', 'a/.6.png', 'B/7.JPG')
-    for n in ('a/notes.txt', 'a/png', 'a/x.png.bak', 'a/Thumbs.db'): (tmp_path/n).touch()
+    for n in ('a/notes.txt', 'a/png', 'a/x.png.bak', 'a/Thumbs.db'):
+        (tmp_path / n).touch()
     found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
-    assert sorted(found) == ['4.bmp', 'B/7.JPG', 'a/1.jpg', 'a/deep/er/3.tif', 'b/2.png'] and find_images(tmp_path) == sorted(find_images(tmp_path))
+    assert sorted(found) == ['4.bmp', 'B/7.JPG', 'a/1.jpg', 'a/deep/er/3.tif', 'b/2.png'] and find_images(
+        tmp_path
+    ) == sorted(find_images(tmp_path))
 
 
-@pytest.mark.parametrize('suffix', [s for s in module.IMAGE_SUFFIXES if s not in ('.dcm', '.dicom')])  # those are in test_fundus
+@pytest.mark.parametrize(
+    'suffix', [s for s in module.IMAGE_SUFFIXES if s not in ('.dcm', '.dicom')]
+)  # those are in test_fundus
 @pytest.mark.parametrize('upper', [False, True])
 def test_every_suffix_is_found_and_read(tmp_path, suffix, upper):
-    name = f"a/1{suffix.upper() if upper else suffix}"
+    name = f'a/1{suffix.upper() if upper else suffix}'
     draw(tmp_path, name)
-    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [name] and image_error(tmp_path/name) == ''
+    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [name] and image_error(
+        tmp_path / name
+    ) == ''
 
 
 def test_image_errors_are_in_order_and_in_words(tmp_path):
     draw(tmp_path, *[f'{i}.png' for i in range(40)])
-    whole = (draw(tmp_path, 'big.jpg', side=200)/'big.jpg').read_bytes()
-    for i in range(0, 40, 5): (tmp_path/f'{i}.png').write_bytes([b'', b'some text', whole[:len(whole)//2]][i//5 % 3])
-    paths = [tmp_path/f'{i}.png' for i in range(40)]
+    whole = (draw(tmp_path, 'big.jpg', side=200) / 'big.jpg').read_bytes()
+    for i in range(0, 40, 5):
+        (tmp_path / f'{i}.png').write_bytes([b'', b'some text', whole[: len(whole) // 2]][i // 5 % 3])
+    paths = [tmp_path / f'{i}.png' for i in range(40)]
     errors = image_errors(paths)
     assert [bool(e) for e in errors] == [i % 5 == 0 for i in range(40)]
     assert errors[0] == 'empty file' and errors[5] == 'not an image' and errors[10].startswith('cannot be decoded')
-    assert image_error(tmp_path/'none.png') == 'no such file'
-    for end in (len(whole)//2, len(whole) - 40):
-        (tmp_path/'cut.jpg').write_bytes(whole[:end])
-        assert image_error(tmp_path/'cut.jpg').startswith('cannot be decoded'), end
-    (tmp_path/'folder.png').mkdir()
-    assert image_error(tmp_path/'folder.png')
+    assert image_error(tmp_path / 'none.png') == 'no such file'
+    for end in (len(whole) // 2, len(whole) - 40):
+        (tmp_path / 'cut.jpg').write_bytes(whole[:end])
+        assert image_error(tmp_path / 'cut.jpg').startswith('cannot be decoded'), end
+    (tmp_path / 'folder.png').mkdir()
+    assert image_error(tmp_path / 'folder.png')
 
 
 def test_file_without_permission(tmp_path, monkeypatch):
     draw(tmp_path, 'a/1.png', 'a/2.png', 'b/3.png')
     real = os.open
+
     def opened(p, *args, **kwargs):
-        if Path(p).name == '2.png': raise PermissionError(13, 'Permission denied')
+        if Path(p).name == '2.png':
+            raise PermissionError(13, 'Permission denied')
         return real(p, *args, **kwargs)
+
     monkeypatch.setattr(os, 'open', opened)
     t = label_table(tmp_path)
     assert len(t) == 2 and set_aside(t).reason.tolist() == ['no permission to read it']
@@ -81,20 +100,28 @@ def test_folder_without_permission(tmp_path, monkeypatch):
     "Root may read everything, so the refusal of the system is put in its place."
     draw(tmp_path, 'a/1.png', 'b/2.png')
     real = os.scandir
+
     def scandir(p='.'):
-        if Path(p).name == 'b': raise PermissionError(13, 'Permission denied', str(p))
+        if Path(p).name == 'b':
+            raise PermissionError(13, 'Permission denied', str(p))
         return real(p)
+
     monkeypatch.setattr(os, 'scandir', scandir)
-    with pytest.raises(ValueError, match=r'b cannot be read \(Permission denied\): change its permissions or give another folder'): label_table(tmp_path)
+    with pytest.raises(
+        ValueError, match=r'b cannot be read \(Permission denied\): change its permissions or give another folder'
+    ):
+        label_table(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
 def test_folder_without_permission_on_disk(tmp_path):
     draw(tmp_path, 'a/1.png', 'b/2.png')
-    (tmp_path/'b').chmod(0)
+    (tmp_path / 'b').chmod(0)
     try:
-        with pytest.raises(ValueError, match='change its permissions'): label_table(tmp_path)
-    finally: (tmp_path/'b').chmod(0o755)
+        with pytest.raises(ValueError, match='change its permissions'):
+            label_table(tmp_path)
+    finally:
+        (tmp_path / 'b').chmod(0o755)
 
 
 # ---------------------------------------------------------------- layouts
@@ -115,44 +142,82 @@ def test_class_folders_may_have_folders(tmp_path):
     assert labels(t, tmp_path) == {'rose/2024/1.png': 'rose', 'rose/2.png': 'rose', 'tulip/a/b/3.png': 'tulip'}
 
 
-@pytest.mark.parametrize('names', [('train', 'valid', 'test'), ('training', 'validation', 'test'), ('Train', 'Val', 'TEST')])
+@pytest.mark.parametrize(
+    'names', [('train', 'valid', 'test'), ('training', 'validation', 'test'), ('Train', 'Val', 'TEST')]
+)
 def test_split_folders(tmp_path, names):
     t = label_table(draw(tmp_path, *[f'{s}/{f}' for s in names for f in FILES]))
     for path, label, split in zip(t.image, t.label, t.split):
         p = Path(path).relative_to(tmp_path).parts
         assert label == p[1] and split == ('train', 'valid', 'test')[names.index(p[0])]
-    assert split_table(t).split.tolist() == t.split.tolist()    # sides that are named are kept
+    assert split_table(t).split.tolist() == t.split.tolist()  # sides that are named are kept
 
 
 def test_a_class_named_test_is_a_class(tmp_path):
     assert label_table(draw(tmp_path, 'test/1.png', 'rose/2.png')).label.tolist() == ['rose', 'test']
 
 
-def as_path(f): return f
-def as_name(f): return f.split('/')[-1]
-def as_stem(f): return as_name(f)[:-4]
-def as_windows_path(f): return f.replace('/', '\\')
+def as_path(f):
+    return f
+
+
+def as_name(f):
+    return f.split('/')[-1]
+
+
+def as_stem(f):
+    return as_name(f)[:-4]
+
+
+def as_windows_path(f):
+    return f.replace('/', '\\')
 
 
 @pytest.mark.parametrize('form', [as_path, as_name, as_stem, as_windows_path])
 @pytest.mark.parametrize('way', ['labels.csv', 'csv as source', 'csv elsewhere', 'frame'])
 def test_csv_layouts(tmp_path, form, way):
-    (folder := tmp_path/'set').mkdir()
+    (folder := tmp_path / 'set').mkdir()
     draw(folder, *FILES, 'rose/unused.png')
-    df = pd.DataFrame({'image': [form(f) for f in FILES], 'label': [f'{f[0]}-{i}' for i, f in enumerate(FILES)], 'patient': list('aabbcc')})
-    where = (tmp_path if way == 'csv elsewhere' else folder)/('labels.csv' if way == 'labels.csv' else 'grades.csv')
-    if way != 'frame': df.to_csv(where, index=False)
-    t = {'labels.csv': lambda: label_table(folder), 'csv as source': lambda: label_table(where), 'csv elsewhere': lambda: label_table(folder, where),
-         'frame': lambda: label_table(folder, df)}[way]()
-    assert list(t.columns) == COLUMNS and labels(t, folder) == dict(zip(FILES, df.label)) and t.group.tolist() == list('aabbcc')
+    df = pd.DataFrame(
+        {
+            'image': [form(f) for f in FILES],
+            'label': [f'{f[0]}-{i}' for i, f in enumerate(FILES)],
+            'patient': list('aabbcc'),
+        }
+    )
+    where = (tmp_path if way == 'csv elsewhere' else folder) / ('labels.csv' if way == 'labels.csv' else 'grades.csv')
+    if way != 'frame':
+        df.to_csv(where, index=False)
+    t = {
+        'labels.csv': lambda: label_table(folder),
+        'csv as source': lambda: label_table(where),
+        'csv elsewhere': lambda: label_table(folder, where),
+        'frame': lambda: label_table(folder, df),
+    }[way]()
+    assert (
+        list(t.columns) == COLUMNS
+        and labels(t, folder) == dict(zip(FILES, df.label))
+        and t.group.tolist() == list('aabbcc')
+    )
 
 
 def test_a_frame_of_paths(tmp_path):
     draw(tmp_path, *FILES)
-    df = pd.DataFrame({'file': [tmp_path/f for f in FILES], 'grade': [0, 1, 2, 3, 4, 0], 'subject': [1, 1, 2, 2, np.nan, None], 'split': ['train', 'valid']*3})
+    df = pd.DataFrame(
+        {
+            'file': [tmp_path / f for f in FILES],
+            'grade': [0, 1, 2, 3, 4, 0],
+            'subject': [1, 1, 2, 2, np.nan, None],
+            'split': ['train', 'valid'] * 3,
+        }
+    )
     before = df.copy()
     t = label_table(df.sample(frac=1, random_state=0))
-    assert t.image.tolist() == [str(tmp_path/f) for f in FILES] and t.label.tolist() == list('012340') and t.split.tolist() == ['train', 'valid']*3
+    assert (
+        t.image.tolist() == [str(tmp_path / f) for f in FILES]
+        and t.label.tolist() == list('012340')
+        and t.split.tolist() == ['train', 'valid'] * 3
+    )
     assert t.group[0] == t.group[1] != t.group[2] == t.group[3] and t.group[4:].isna().all()
     pd.testing.assert_frame_equal(df, before)
 
@@ -160,38 +225,75 @@ def test_a_frame_of_paths(tmp_path):
 @pytest.mark.parametrize('image', [*module.IMAGE_COLUMNS, 'Image name', 'ID_CODE'])
 def test_usual_image_columns(tmp_path, image):
     draw(tmp_path, *FILES)
-    assert labels(label_table(tmp_path, pd.DataFrame({image: FILES, 'label': 'x'})), tmp_path) == dict.fromkeys(FILES, 'x')
+    assert labels(label_table(tmp_path, pd.DataFrame({image: FILES, 'label': 'x'})), tmp_path) == dict.fromkeys(
+        FILES, 'x'
+    )
 
 
 @pytest.mark.parametrize('label', [*module.LABEL_COLUMNS, 'Retinopathy grade'])
 @pytest.mark.parametrize('group', [*module.GROUP_COLUMNS, 'Patient'])
 def test_usual_label_and_group_columns(tmp_path, label, group):
-    if label == group: return
-    df = pd.DataFrame({'image': [str(draw(tmp_path, 'a.png')/'a.png')], label: ['x'], group: ['p']})
+    if label == group:
+        return
+    df = pd.DataFrame({'image': [str(draw(tmp_path, 'a.png') / 'a.png')], label: ['x'], group: ['p']})
     assert label_table(df, verify=False)[['label', 'group']].values.tolist() == [['x', 'p']]
 
 
 def test_columns_by_name(tmp_path):
     draw(tmp_path, *FILES)
-    csv(tmp_path/'labels.csv', 'image,label,group,photo,what,who\n' + ''.join(f'x,y,z,{f},{i},p{i//2}\n' for i, f in enumerate(FILES)))
+    csv(
+        tmp_path / 'labels.csv',
+        'image,label,group,photo,what,who\n' + ''.join(f'x,y,z,{f},{i},p{i // 2}\n' for i, f in enumerate(FILES)),
+    )
     t = label_table(tmp_path, image_col='photo', label_col='what', group_col='who')
-    assert labels(t, tmp_path) == {f: str(i) for i, f in enumerate(FILES)} and t.group.tolist() == ['p0', 'p0', 'p1', 'p1', 'p2', 'p2']
+    assert labels(t, tmp_path) == {f: str(i) for i, f in enumerate(FILES)} and t.group.tolist() == [
+        'p0',
+        'p0',
+        'p1',
+        'p1',
+        'p2',
+        'p2',
+    ]
 
 
 def test_groups_from_a_csv_beside_class_folders(tmp_path):
     draw(tmp_path, *FILES)
-    csv(tmp_path/'credits.csv', 'file,photographer,licence\nrose/rose0.png,Ann,CC\nrose1.png,Ann,CC\ntulip2,Bob,CC\nnot there.png,Eve,CC\n')
-    csv(tmp_path/'weather.csv', 'day,rain\n1,2\n')
+    csv(
+        tmp_path / 'credits.csv',
+        'file,photographer,licence\nrose/rose0.png,Ann,CC\nrose1.png,Ann,CC\ntulip2,Bob,CC\nnot there.png,Eve,CC\n',
+    )
+    csv(tmp_path / 'weather.csv', 'day,rain\n1,2\n')
     t = label_table(tmp_path)
-    assert {as_name(Path(i).as_posix()): g for i, g in zip(t.image, t.group) if pd.notna(g)} == {'rose0.png': 'Ann', 'rose1.png': 'Ann', 'tulip2.png': 'Bob'}
+    assert {as_name(Path(i).as_posix()): g for i, g in zip(t.image, t.group) if pd.notna(g)} == {
+        'rose0.png': 'Ann',
+        'rose1.png': 'Ann',
+        'tulip2.png': 'Bob',
+    }
 
 
-@pytest.mark.parametrize('name', ['a b c.png', 'Größe.png', '眼底 图像.png', "it's.png", 'say "no".png', 'comma, in it.png', '#1.png', '100%.png', 'a.b.c.png', '0007.png', 'é.png'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'a b c.png',
+        'Größe.png',
+        '眼底 图像.png',
+        "it's.png",
+        'say "no".png',
+        'comma, in it.png',
+        '#1.png',
+        '100%.png',
+        'a.b.c.png',
+        '0007.png',
+        'é.png',
+    ],
+)
 @pytest.mark.parametrize('form', [as_path, as_name, as_stem])
 @pytest.mark.parametrize('bom', [False, True])
 def test_names_of_any_kind(tmp_path, name, form, bom):
     draw(tmp_path, f'眼 底/{name}', 'b/other.png')
-    pd.DataFrame({'image': [form(f'眼 底/{name}'), 'other'], 'label': ['健康', "l'œil"]}).to_csv(tmp_path/'labels.csv', index=False, encoding='utf-8-sig' if bom else 'utf-8')
+    pd.DataFrame({'image': [form(f'眼 底/{name}'), 'other'], 'label': ['健康', "l'œil"]}).to_csv(
+        tmp_path / 'labels.csv', index=False, encoding='utf-8-sig' if bom else 'utf-8'
+    )
     assert labels(label_table(tmp_path), tmp_path) == {f'眼 底/{name}': '健康', 'b/other.png': "l'œil"}
 
 
@@ -203,32 +305,38 @@ def test_names_of_any_kind_as_class_folders(tmp_path):
 @pytest.mark.parametrize('end', ['\n', '\r\n'])
 def test_spaces_around_columns_and_labels(tmp_path, end):
     draw(tmp_path, 'x/1.png', 'x/2.png')
-    csv(tmp_path/'labels.csv', end.join(['image , label , patient', '1.png, a , p', '"2.png", "b c", p', '']))
+    csv(tmp_path / 'labels.csv', end.join(['image , label , patient', '1.png, a , p', '"2.png", "b c", p', '']))
     t = label_table(tmp_path)
     assert t.label.tolist() == ['a', 'b c'] and t.group.nunique() == 1
 
 
 def test_labels_are_text_as_written(tmp_path):
     draw(tmp_path, *[f'x/{i}.png' for i in range(4)])
-    csv(tmp_path/'labels.csv', 'image,label\n0,007\n1,1.0\n2,1e3\n3,True\n')
+    csv(tmp_path / 'labels.csv', 'image,label\n0,007\n1,1.0\n2,1e3\n3,True\n')
     assert label_table(tmp_path).label.tolist() == ['007', '1.0', '1e3', 'True']
 
 
 def test_numbers_keep_their_zeros(tmp_path):
     draw(tmp_path, 'x/0007.png', 'x/0010.png')
-    csv(tmp_path/'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,02\n')
+    csv(tmp_path / 'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,02\n')
     assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '02']]
 
 
 def test_same_name_in_two_folders(tmp_path):
     draw(tmp_path, 'images/1.png', 'images/2.png', 'images/3.png', 'thumbs/1.png', 'thumbs/2.png')
     df = pd.DataFrame({'image': ['1', '2.png', '3.png'], 'label': ['a', 'b', 'c']})
-    assert labels(label_table(tmp_path, df), tmp_path) == {'images/1.png': 'a', 'images/2.png': 'b', 'images/3.png': 'c'}
+    assert labels(label_table(tmp_path, df), tmp_path) == {
+        'images/1.png': 'a',
+        'images/2.png': 'b',
+        'images/3.png': 'c',
+    }
     draw(tmp_path, 'thumbs/3.png')
-    with pytest.raises(ValueError, match="'1' could be .*: write the path below .* into the CSV"): label_table(tmp_path, df)
-    assert labels(label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path) == \
-        {'thumbs/1.png': 'a', 'images/2.png': 'b', 'thumbs/3.png': 'c'}
-    assert len(label_table(tmp_path)) == 6                       # as class folders they are six images
+    with pytest.raises(ValueError, match="'1' could be .*: write the path below .* into the CSV"):
+        label_table(tmp_path, df)
+    assert labels(
+        label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path
+    ) == {'thumbs/1.png': 'a', 'images/2.png': 'b', 'thumbs/3.png': 'c'}
+    assert len(label_table(tmp_path)) == 6  # as class folders they are six images
 
 
 def test_a_row_twice_is_one_image(tmp_path):
@@ -239,101 +347,143 @@ def test_a_row_twice_is_one_image(tmp_path):
 @pytest.mark.parametrize('split', [['train', 'valid', 'test'], ['train', 'valid', None]])
 def test_split_column(tmp_path, split):
     draw(tmp_path, *(f'x/{i}.png' for i in range(3)))
-    pd.DataFrame({'image': range(3), 'label': list('aba'), 'split': split}).to_csv(tmp_path/'labels.csv')
+    pd.DataFrame({'image': range(3), 'label': list('aba'), 'split': split}).to_csv(tmp_path / 'labels.csv')
     assert [None if pd.isna(s) else s for s in label_table(tmp_path).split] == split
 
 
 # ---------------------------------------------------------------- set aside
 
+
 def test_unreadable_files_are_listed_and_left_alone(tmp_path):
     draw(tmp_path, *FILES)
-    (tmp_path/'rose'/'empty.jpg').touch()
-    (tmp_path/'rose'/'text.jpg').write_text('no image')
-    whole = (draw(tmp_path, 'tulip/whole.jpg', side=300)/'tulip'/'whole.jpg').read_bytes()
-    (tmp_path/'tulip'/'cut.jpg').write_bytes(whole[:len(whole)*2//3])
+    (tmp_path / 'rose' / 'empty.jpg').touch()
+    (tmp_path / 'rose' / 'text.jpg').write_text('no image')
+    whole = (draw(tmp_path, 'tulip/whole.jpg', side=300) / 'tulip' / 'whole.jpg').read_bytes()
+    (tmp_path / 'tulip' / 'cut.jpg').write_bytes(whole[: len(whole) * 2 // 3])
     before = content(tmp_path)
     t = label_table(tmp_path)
     aside = set_aside(t)
-    assert {Path(i).name: (l, r.split(':')[0]) for i, l, r in aside.values} == \
-        {'empty.jpg': ('rose', 'empty file'), 'text.jpg': ('rose', 'not an image'), 'cut.jpg': ('tulip', 'cannot be decoded')}
+    assert {Path(i).name: (l, r.split(':')[0]) for i, l, r in aside.values} == {
+        'empty.jpg': ('rose', 'empty file'),
+        'text.jpg': ('rose', 'not an image'),
+        'cut.jpg': ('tulip', 'cannot be decoded'),
+    }
     assert content(tmp_path) == before and set(t.image).isdisjoint(aside.image) and len(t) + len(aside) == 10
-    assert list(set_aside(split_table(t)).image) == list(aside.image)     # the list stays with the table
+    assert list(set_aside(split_table(t)).image) == list(aside.image)  # the list stays with the table
     assert len(label_table(tmp_path, verify=False)) == 10 and not len(set_aside(label_table(tmp_path, verify=False)))
 
 
 def test_images_without_a_label_are_set_aside(tmp_path):
     draw(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
-    csv(tmp_path/'labels.csv', 'image,label\n1.png,a\n2.png,\n3.png,  \n')
+    csv(tmp_path / 'labels.csv', 'image,label\n1.png,a\n2.png,\n3.png,  \n')
     t = label_table(tmp_path)
-    assert t.label.tolist() == ['a'] and set_aside(t).reason.tolist() == ['no label']*2
+    assert t.label.tolist() == ['a'] and set_aside(t).reason.tolist() == ['no label'] * 2
 
 
 def test_missing_files(tmp_path):
     draw(tmp_path, 'x/1.png')
     df = pd.DataFrame({'image': ['1'] + [f'lost{i}' for i in range(5)], 'label': 'a'})
-    with pytest.raises(ValueError, match="5 of 6 rows .* lost0, lost1, lost2 and 2 more. Correct .* missing='skip'"): label_table(tmp_path, df)
+    with pytest.raises(ValueError, match="5 of 6 rows .* lost0, lost1, lost2 and 2 more. Correct .* missing='skip'"):
+        label_table(tmp_path, df)
     assert len(label_table(tmp_path, df, missing='skip')) == 1
 
 
 # ---------------------------------------------------------------- messages
 
-def frame(**kwargs): return pd.DataFrame({'image': ['1.png', '2.png'], 'label': ['a', 'b']} | kwargs)
+
+def frame(**kwargs):
+    return pd.DataFrame({'image': ['1.png', '2.png'], 'label': ['a', 'b']} | kwargs)
 
 
-@pytest.mark.parametrize('call,why', [
-    (lambda d: label_table(d/'none'), 'there is no .*none: give a folder of images'),
-    (lambda d: label_table(d/'x'/'1.png'), 'cannot be read as a CSV file'),
-    (lambda d: label_table(d, d/'none.csv'), 'there is no labels file .*none.csv: give the path of a CSV file'),
-    (lambda d: label_table(d, csv(d/'l.csv', '')), 'l.csv cannot be read as a CSV file'),
-    (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,ä\n', 'latin-1')), 'as a CSV file in UTF-8'),
-    (lambda d: label_table(d, csv(d/'l.csv', 'image,label\n1.png,a\n2.png,a,b,c\n')), 'l.csv cannot be read as a CSV file'),
-    (lambda d: label_table(d, csv(d/'l.csv', 'photo;label\n1.png;a\n')), r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)"),
-    (lambda d: label_table(d, frame().rename(columns={'label': 'x'})), "no column for the labels: columns are image, x. Say which with label_col='...'"),
-    (lambda d: label_table(d, frame(), image_col='q'), "there is no column 'q' for the image names. Columns: image, label"),
-    (lambda d: label_table(d, frame(), label_col='q'), "there is no column 'q' for the labels"),
-    (lambda d: label_table(d, frame(), group_col='q'), "there is no column 'q' for the groups"),
-    (lambda d: label_table(d, frame(image=['1', '1'])), '1 images have two labels: .*1.png. Keep one row for each'),
-    (lambda d: label_table(d, frame()[:0]), 'no images in'),
-    (lambda d: label_table(d, frame(label=[None, None])), r'none of 2 images can be used: .*1.png \(no label\)'),
-    (lambda d: label_table(draw(d, 'loose.png')), r'1 images lie in .* itself, in no class folder: loose.png. Put each .* \(labels=..., --labels\)'),
-    (lambda d: label_table((d/'new').mkdir() or d/'new'), 'no images in .*new: give a folder with .jpg'),
-    (lambda d: find_images(d/'x'/'1.png'), 'is not a folder: give the folder that holds the images')])
+@pytest.mark.parametrize(
+    'call,why',
+    [
+        (lambda d: label_table(d / 'none'), 'there is no .*none: give a folder of images'),
+        (lambda d: label_table(d / 'x' / '1.png'), 'cannot be read as a CSV file'),
+        (lambda d: label_table(d, d / 'none.csv'), 'there is no labels file .*none.csv: give the path of a CSV file'),
+        (lambda d: label_table(d, csv(d / 'l.csv', '')), 'l.csv cannot be read as a CSV file'),
+        (lambda d: label_table(d, csv(d / 'l.csv', 'image,label\n1.png,ä\n', 'latin-1')), 'as a CSV file in UTF-8'),
+        (
+            lambda d: label_table(d, csv(d / 'l.csv', 'image,label\n1.png,a\n2.png,a,b,c\n')),
+            'l.csv cannot be read as a CSV file',
+        ),
+        (
+            lambda d: label_table(d, csv(d / 'l.csv', 'photo;label\n1.png;a\n')),
+            r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)",
+        ),
+        (
+            lambda d: label_table(d, frame().rename(columns={'label': 'x'})),
+            "no column for the labels: columns are image, x. Say which with label_col='...'",
+        ),
+        (
+            lambda d: label_table(d, frame(), image_col='q'),
+            "there is no column 'q' for the image names. Columns: image, label",
+        ),
+        (lambda d: label_table(d, frame(), label_col='q'), "there is no column 'q' for the labels"),
+        (lambda d: label_table(d, frame(), group_col='q'), "there is no column 'q' for the groups"),
+        (lambda d: label_table(d, frame(image=['1', '1'])), '1 images have two labels: .*1.png. Keep one row for each'),
+        (lambda d: label_table(d, frame()[:0]), 'no images in'),
+        (lambda d: label_table(d, frame(label=[None, None])), r'none of 2 images can be used: .*1.png \(no label\)'),
+        (
+            lambda d: label_table(draw(d, 'loose.png')),
+            r'1 images lie in .* itself, in no class folder: loose.png. Put each .* \(labels=..., --labels\)',
+        ),
+        (lambda d: label_table((d / 'new').mkdir() or d / 'new'), 'no images in .*new: give a folder with .jpg'),
+        (lambda d: find_images(d / 'x' / '1.png'), 'is not a folder: give the folder that holds the images'),
+    ],
+)
 def test_messages(tmp_path, call, why):
     draw(tmp_path, 'x/1.png', 'x/2.png')
-    with pytest.raises(ValueError, match=why): call(tmp_path)
+    with pytest.raises(ValueError, match=why):
+        call(tmp_path)
 
 
 # ---------------------------------------------------------------- what a person may well write into a CSV
 
+
 def split_of(folder, **columns):
     draw(folder, *(f'x/{i:02}.png' for i in range(40)))
-    pd.DataFrame({'image': [f'{i:02}' for i in range(40)], 'label': list('ab')*20} | columns).to_csv(folder/'labels.csv', index=False)
+    pd.DataFrame({'image': [f'{i:02}' for i in range(40)], 'label': list('ab') * 20} | columns).to_csv(
+        folder / 'labels.csv', index=False
+    )
     return split_table(label_table(folder))
 
 
-@pytest.mark.parametrize('names', [('train', 'val', 'test'), ('Train', 'Valid', 'Test'), ('training', 'validation', 'test'), ('train ', 'valid ', 'test ')])
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('train', 'val', 'test'),
+        ('Train', 'Valid', 'Test'),
+        ('training', 'validation', 'test'),
+        ('train ', 'valid ', 'test '),
+    ],
+)
 def test_sides_in_a_csv_as_in_folders(tmp_path, names):
-    given = [names[0]]*20 + [names[1]]*10 + [names[2]]*10
-    assert split_of(tmp_path, split=given).split.tolist() == ['train']*20 + ['valid']*10 + ['test']*10
+    given = [names[0]] * 20 + [names[1]] * 10 + [names[2]] * 10
+    assert split_of(tmp_path, split=given).split.tolist() == ['train'] * 20 + ['valid'] * 10 + ['test'] * 10
 
 
 def test_an_unknown_side_in_a_csv_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='holdout'): split_of(tmp_path, split=['train']*30 + ['holdout']*10)
+    with pytest.raises(ValueError, match='holdout'):
+        split_of(tmp_path, split=['train'] * 30 + ['holdout'] * 10)
 
 
 def test_a_space_after_a_group_makes_no_other_group(tmp_path):
-    assert split_of(tmp_path, patient=[f"p{i//4}{' '*(i % 2)}" for i in range(40)]).group.nunique() == 10
+    assert split_of(tmp_path, patient=[f'p{i // 4}{" " * (i % 2)}' for i in range(40)]).group.nunique() == 10
 
 
 @pytest.mark.parametrize('name', ['None', 'NA', 'null', 'nan'])
 def test_a_class_may_be_called_none(tmp_path, name):
     draw(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
-    assert label_table(tmp_path, csv(tmp_path/'l.csv', f'image,label\n1.png,{name}\n2.png,mild\n3.png,\n')).label.tolist() == [name, 'mild']
+    assert label_table(
+        tmp_path, csv(tmp_path / 'l.csv', f'image,label\n1.png,{name}\n2.png,mild\n3.png,\n')
+    ).label.tolist() == [name, 'mild']
 
 
 def test_two_labels_in_a_frame_are_refused(tmp_path):
-    p = str(draw(tmp_path, '1.png')/'1.png')
-    with pytest.raises(ValueError, match='two labels'): label_table(pd.DataFrame({'image': [p, p], 'label': ['a', 'b']}))
+    p = str(draw(tmp_path, '1.png') / '1.png')
+    with pytest.raises(ValueError, match='two labels'):
+        label_table(pd.DataFrame({'image': [p, p], 'label': ['a', 'b']}))
 
 
 def test_the_folder_may_be_the_one_we_are_in(tmp_path, monkeypatch):
@@ -343,160 +493,211 @@ def test_the_folder_may_be_the_one_we_are_in(tmp_path, monkeypatch):
 
 def test_two_csvs_beside_class_folders(tmp_path):
     draw(tmp_path, *FILES)
-    csv(tmp_path/'rose.csv', 'file,photographer\nrose0,Ann\n')
-    csv(tmp_path/'tulip.csv', 'file,photographer\ntulip0,Bob\n')
+    csv(tmp_path / 'rose.csv', 'file,photographer\nrose0,Ann\n')
+    csv(tmp_path / 'tulip.csv', 'file,photographer\ntulip0,Bob\n')
     assert label_table(tmp_path).group.dropna().tolist() == ['Ann', 'Bob']
 
 
 def test_a_space_after_an_image_name(tmp_path):
-    assert len(label_table(draw(tmp_path, 'x/1.png'), csv(tmp_path/'l.csv', 'image,label\n1.png ,a\n'))) == 1
+    assert len(label_table(draw(tmp_path, 'x/1.png'), csv(tmp_path / 'l.csv', 'image,label\n1.png ,a\n'))) == 1
 
 
 def test_a_folder_in_place_of_a_csv(tmp_path):
-    with pytest.raises(ValueError): label_table(draw(tmp_path, 'x/1.png'), tmp_path/'x')
+    with pytest.raises(ValueError):
+        label_table(draw(tmp_path, 'x/1.png'), tmp_path / 'x')
 
 
 def test_missing_takes_two_words(tmp_path):
-    with pytest.raises(ValueError, match='ignore'): label_table(draw(tmp_path, 'x/1.png'), pd.DataFrame({'image': ['1'], 'label': ['a']}), missing='ignore')
+    with pytest.raises(ValueError, match='ignore'):
+        label_table(draw(tmp_path, 'x/1.png'), pd.DataFrame({'image': ['1'], 'label': ['a']}), missing='ignore')
 
 
 def test_whole_paths_outside_the_folder(tmp_path):
-    draw(tmp_path/'here', 'x/1.png', 'x/2.png')
-    far = draw(tmp_path/'far', 'a.png')/'a.png'
-    df = pd.DataFrame({'image': [far, tmp_path/'here'/'x'/'1.png', '2'], 'label': list('aba')}).astype(str)
-    assert sorted(label_table(tmp_path/'here', df).image) == sorted(map(str, [far, *find_images(tmp_path/'here')]))
-    with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"): label_table(tmp_path/'here', df[:1].assign(image=str(far) + 'x'))
+    draw(tmp_path / 'here', 'x/1.png', 'x/2.png')
+    far = draw(tmp_path / 'far', 'a.png') / 'a.png'
+    df = pd.DataFrame({'image': [far, tmp_path / 'here' / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
+    assert sorted(label_table(tmp_path / 'here', df).image) == sorted(map(str, [far, *find_images(tmp_path / 'here')]))
+    with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"):
+        label_table(tmp_path / 'here', df[:1].assign(image=str(far) + 'x'))
 
 
-@pytest.mark.parametrize('name', ['a\\b.png', ' a.png', 'a\nb.png', 'a"b",c.png', "=cmd|'x'!A1.png", '-1.png', os.fsdecode(b'R\xf6se.png')])
+@pytest.mark.parametrize(
+    'name', ['a\\b.png', ' a.png', 'a\nb.png', 'a"b",c.png', "=cmd|'x'!A1.png", '-1.png', os.fsdecode(b'R\xf6se.png')]
+)
 def test_names_that_are_hard_to_write(tmp_path, name):
     from dr_transfer.utils.csvfile import write_csv
+
     draw(tmp_path, name, 'b.png')
-    write_csv(pd.DataFrame({'image': [name, 'b.png'], 'label': ['a', '=b']}), tmp_path/'labels.csv')
+    write_csv(pd.DataFrame({'image': [name, 'b.png'], 'label': ['a', '=b']}), tmp_path / 'labels.csv')
     t = label_table(tmp_path)
-    assert sorted(zip(t.image, t.label)) == sorted([(str(tmp_path/name), 'a'), (str(tmp_path/'b.png'), '=b')])
+    assert sorted(zip(t.image, t.label)) == sorted([(str(tmp_path / name), 'a'), (str(tmp_path / 'b.png'), '=b')])
 
 
 @pytest.mark.parametrize('sep,encoding', [(';', 'utf-8'), ('\t', 'utf-8-sig'), (',', 'utf-16'), (';', 'utf-16')])
 def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
     draw(tmp_path, *FILES)
-    csv(tmp_path/'labels.csv', '\r\n'.join(f'{sep}'.join(r) for r in [('Image', 'Label'), *((f, 'ä ' + f[0]) for f in FILES)]), encoding)
-    assert label_table(tmp_path).label.tolist() == ['ä r']*3 + ['ä t']*3
+    csv(
+        tmp_path / 'labels.csv',
+        '\r\n'.join(f'{sep}'.join(r) for r in [('Image', 'Label'), *((f, 'ä ' + f[0]) for f in FILES)]),
+        encoding,
+    )
+    assert label_table(tmp_path).label.tolist() == ['ä r'] * 3 + ['ä t'] * 3
 
 
-@pytest.mark.parametrize('text,why', [
-    ('image,label\n', 'labels.csv: it has a header, and no rows'),
-    ('image,grade, grade\n1.png,1,2\n', "two columns with one name, 'grade' and 'grade'"),
-    ('image,label,image \n1.png,a,2.png\n', "two columns with one name, 'image' and 'image '"),
-    ('image,label,Label\n1.png,a,b\n', "'label' and 'Label' could both be meant"),
-    ('image,label\n1.png,a,x\n2.png,b,y\n', 'line 2 has 3 fields'),
-    ('image,label\n"1.png,a\n2.png",b\n', 'lines 2 to 3 are one row'),
-    ('image,label\n,a\n1.png,b\n', 'row 2 has no image name'),
-    ('image,label\n' + 'x'*5000 + ',a\n', 'row 2 has an image name of 5000 characters'),
-    ('image,label\n1.png,' + 'x'*300 + '\n', r'row 2: the label has 300 characters.*\(--label-col COLUMN\)'),
-    ('image,label\n1.png,bolt;red\n2.png,bolt;blue\n', 'looks like several labels in one cell .*not supported yet'),
-    ('image,label\n1.png,"bolt,red"\n2.png,bolt\n', 'looks like several labels in one cell'),
-    ('image\n1.png\n', 'no column for the labels'),
-    ('image,label,split\n1.png,a,test\n2.png,b,test\n', "every image is in the split 'test'")])
+@pytest.mark.parametrize(
+    'text,why',
+    [
+        ('image,label\n', 'labels.csv: it has a header, and no rows'),
+        ('image,grade, grade\n1.png,1,2\n', "two columns with one name, 'grade' and 'grade'"),
+        ('image,label,image \n1.png,a,2.png\n', "two columns with one name, 'image' and 'image '"),
+        ('image,label,Label\n1.png,a,b\n', "'label' and 'Label' could both be meant"),
+        ('image,label\n1.png,a,x\n2.png,b,y\n', 'line 2 has 3 fields'),
+        ('image,label\n"1.png,a\n2.png",b\n', 'lines 2 to 3 are one row'),
+        ('image,label\n,a\n1.png,b\n', 'row 2 has no image name'),
+        ('image,label\n' + 'x' * 5000 + ',a\n', 'row 2 has an image name of 5000 characters'),
+        ('image,label\n1.png,' + 'x' * 300 + '\n', r'row 2: the label has 300 characters.*\(--label-col COLUMN\)'),
+        ('image,label\n1.png,bolt;red\n2.png,bolt;blue\n', 'looks like several labels in one cell .*not supported yet'),
+        ('image,label\n1.png,"bolt,red"\n2.png,bolt\n', 'looks like several labels in one cell'),
+        ('image\n1.png\n', 'no column for the labels'),
+        ('image,label,split\n1.png,a,test\n2.png,b,test\n', "every image is in the split 'test'"),
+    ],
+)
 def test_csvs_that_are_refused(tmp_path, text, why):
     draw(tmp_path, 'x/1.png', 'x/2.png')
-    csv(tmp_path/'labels.csv', text)
-    with pytest.raises(ValueError, match=why): split_table(label_table(tmp_path))
+    csv(tmp_path / 'labels.csv', text)
+    with pytest.raises(ValueError, match=why):
+        split_table(label_table(tmp_path))
 
 
 def test_a_pipe_in_place_of_a_csv(tmp_path):
     draw(tmp_path, 'x/1.png')
-    os.mkfifo(tmp_path/'labels.csv')
-    for call in (lambda: label_table(tmp_path), lambda: label_table(tmp_path/'labels.csv'), lambda: label_table(tmp_path, tmp_path/'labels.csv')):
-        with pytest.raises(ValueError, match='not a regular file|is not a folder'): call()
+    os.mkfifo(tmp_path / 'labels.csv')
+    for call in (
+        lambda: label_table(tmp_path),
+        lambda: label_table(tmp_path / 'labels.csv'),
+        lambda: label_table(tmp_path, tmp_path / 'labels.csv'),
+    ):
+        with pytest.raises(ValueError, match='not a regular file|is not a folder'):
+            call()
     from dr_transfer.data.preprocess import preprocess_folder
-    with pytest.raises(ValueError, match='not a regular file'): preprocess_folder(tmp_path, tmp_path.with_name('out of the pipe'))
+
+    with pytest.raises(ValueError, match='not a regular file'):
+        preprocess_folder(tmp_path, tmp_path.with_name('out of the pipe'))
 
 
 def test_rows_without_content_are_left_out(tmp_path):
     draw(tmp_path, 'x/1.png')
-    assert len(label_table(tmp_path, csv(tmp_path/'l.csv', 'image,label,patient\n1.png,a,p\n,,\n,,\n'))) == 1
+    assert len(label_table(tmp_path, csv(tmp_path / 'l.csv', 'image,label,patient\n1.png,a,p\n,,\n,,\n'))) == 1
 
 
 @pytest.mark.parametrize('label', [['a', 'b'], ('a',), {'a'}, np.array([1, 2])])
 def test_lists_of_labels(tmp_path, label):
     df = pd.DataFrame({'image': ['1', '2'], 'label': [None, None]}, dtype=object)
     df.at[1, 'label'] = label
-    with pytest.raises(ValueError, match='row 1: the label .* is a list. Several labels for an image are not supported yet'): label_table(draw(tmp_path, '1.png', '2.png'), df)
+    with pytest.raises(
+        ValueError, match='row 1: the label .* is a list. Several labels for an image are not supported yet'
+    ):
+        label_table(draw(tmp_path, '1.png', '2.png'), df)
 
 
 def test_what_data_and_labels_may_be(tmp_path):
     draw(tmp_path, 'x/1.png')
-    for call in (lambda: label_table(iter([])), lambda: label_table(frame(), frame()), lambda: label_table(tmp_path, 5),
-                 lambda: label_table(csv(tmp_path/'l.csv', 'image,label\n1,a\n'), frame()), lambda: label_table('a\0b'), lambda: label_table('x'*300_000)):
-        with pytest.raises(ValueError, match='give|besides') as e: call()
+    for call in (
+        lambda: label_table(iter([])),
+        lambda: label_table(frame(), frame()),
+        lambda: label_table(tmp_path, 5),
+        lambda: label_table(csv(tmp_path / 'l.csv', 'image,label\n1,a\n'), frame()),
+        lambda: label_table('a\0b'),
+        lambda: label_table('x' * 300_000),
+    ):
+        with pytest.raises(ValueError, match='give|besides') as e:
+            call()
         assert len(str(e.value)) < 1000
 
 
 def test_what_was_set_aside_is_still_known_when_a_table_is_read_again(tmp_path):
-    (draw(tmp_path, 'x/1.png', 'y/2.png')/'x'/'bad.png').touch()
+    (draw(tmp_path, 'x/1.png', 'y/2.png') / 'x' / 'bad.png').touch()
     assert len(set_aside(label_table(label_table(tmp_path)))) == 1
 
 
 @pytest.mark.parametrize('seed', [None, -1, 2**32, 10**30, 1.5, '1'])
 def test_seeds_that_are_none(seed):
-    with pytest.raises(ValueError, match='seed=.*give a whole number from 0 to 4294967295'): split_table(random_set(0), seed=seed)
+    with pytest.raises(ValueError, match='seed=.*give a whole number from 0 to 4294967295'):
+        split_table(random_set(0), seed=seed)
 
 
 def test_a_generator_of_images(tmp_path):
     files = find_images(draw(tmp_path, 'x/1.png', 'x/2.png'))
     assert image_errors(f for f in files) == ['', '']
-    with pytest.raises(ValueError, match='is one image or folder'): image_errors(str(files[0]))
+    with pytest.raises(ValueError, match='is one image or folder'):
+        image_errors(str(files[0]))
 
 
 # ---------------------------------------------------------------- splits
 
+
 def random_set(seed, n=150, grouped=True, classes=3):
     "A table as `label_table` makes it: groups of one to four, in part of mixed classes, some images of no group."
     rng = np.random.default_rng(seed)
-    p = np.arange(classes, 0, -1)/np.arange(classes + 1).sum()
+    p = np.arange(classes, 0, -1) / np.arange(classes + 1).sum()
     group = np.repeat(np.arange(n), rng.integers(1, 5, n))[:n]
-    label = np.where(rng.random(n) < .8, rng.choice(classes, n, p=p)[group], rng.choice(classes, n, p=p))
-    alone = rng.random(n) < .1
-    t = pd.DataFrame({'image': [f'{i:04}.jpg' for i in range(n)], 'label': label.astype(str),
-                      'group': [f'p{g}' if grouped and not a else None for g, a in zip(group, alone)], 'split': None}, dtype=object)
+    label = np.where(rng.random(n) < 0.8, rng.choice(classes, n, p=p)[group], rng.choice(classes, n, p=p))
+    alone = rng.random(n) < 0.1
+    t = pd.DataFrame(
+        {
+            'image': [f'{i:04}.jpg' for i in range(n)],
+            'label': label.astype(str),
+            'group': [f'p{g}' if grouped and not a else None for g, a in zip(group, alone)],
+            'split': None,
+        },
+        dtype=object,
+    )
     return t.sample(frac=1, random_state=seed, ignore_index=True)
 
 
-def share(t, side): return (t.split == side).mean()
+def share(t, side):
+    return (t.split == side).mean()
 
 
-@pytest.mark.parametrize('valid,test', [(.2, 0), (.25, 0), (.5, 0), (.1, .1), (.2, .2), (.15, .15), (1/3, 1/3), (.33, 0), (.07, .21)])
+@pytest.mark.parametrize(
+    'valid,test',
+    [(0.2, 0), (0.25, 0), (0.5, 0), (0.1, 0.1), (0.2, 0.2), (0.15, 0.15), (1 / 3, 1 / 3), (0.33, 0), (0.07, 0.21)],
+)
 def test_a_group_is_never_on_two_sides(valid, test):
     for seed in range(6):
         t = split_table(before := random_set(seed), valid, test, seed)
         assert t.groupby('group').split.nunique().max() == 1
-        assert abs(share(t, 'valid') - valid) < .06 and abs(share(t, 'test') - test) < .06, (share(t, 'valid'), share(t, 'test'))
+        assert abs(share(t, 'valid') - valid) < 0.06 and abs(share(t, 'test') - test) < 0.06, (
+            share(t, 'valid'),
+            share(t, 'test'),
+        )
         assert set(t.split) == ({'train', 'valid', 'test'} if test else {'train', 'valid'})
         assert set(t.label[t.split == 'train']) == set(t.label)
-        assert before.split.isna().all()                         # what was given is not changed
+        assert before.split.isna().all()  # what was given is not changed
         pd.testing.assert_frame_equal(t.drop(columns='split'), before.drop(columns='split'))
 
 
 @pytest.mark.parametrize('seed', range(10))
 def test_without_groups_classes_are_in_proportion(seed):
-    t = split_table(random_set(seed, 200, grouped=False), .2, .2, seed)
+    t = split_table(random_set(seed, 200, grouped=False), 0.2, 0.2, seed)
     n = pd.crosstab(t.label, t.split)
-    assert (abs(n[['valid', 'test']].sub(.2*n.sum(axis=1), axis=0)) <= 1).all(axis=None), n
+    assert (abs(n[['valid', 'test']].sub(0.2 * n.sum(axis=1), axis=0)) <= 1).all(axis=None), n
 
 
 @pytest.mark.parametrize('seed', range(5))
 def test_with_groups_classes_are_nearly_in_proportion(seed):
-    t = split_table(random_set(seed, 300), .2, 0, seed)
+    t = split_table(random_set(seed, 300), 0.2, 0, seed)
     n = pd.crosstab(t.label, t.split, normalize='columns')
-    assert (abs(n.valid - n.train) < .1).all(), n
+    assert (abs(n.valid - n.train) < 0.1).all(), n
 
 
 @pytest.mark.parametrize('grouped', [True, False])
 def test_the_seed_decides_and_nothing_else(grouped):
     t = random_set(1, grouped=grouped)
-    np.random.seed(0); a = split_table(t, seed=5).split.tolist()
-    np.random.seed(1); b = split_table(t, seed=5).split.tolist()
+    np.random.seed(0)
+    a = split_table(t, seed=5).split.tolist()
+    np.random.seed(1)
+    b = split_table(t, seed=5).split.tolist()
     assert a == b and len({tuple(split_table(t, seed=s).split) for s in range(6)}) == 6
 
 
@@ -505,9 +706,12 @@ def test_small_sets_are_split_well_or_refused(seed):
     "Never a leak and never an empty side, however few images there are."
     made = 0
     for n in range(4, 24):
-        t = random_set(100*seed + n, n, classes=2)
-        try: t = split_table(t, .2, seed=seed)
-        except SplitError as e: assert ':' in str(e); continue
+        t = random_set(100 * seed + n, n, classes=2)
+        try:
+            t = split_table(t, 0.2, seed=seed)
+        except SplitError as e:
+            assert ':' in str(e)
+            continue
         made += 1
         check_split(t)
         assert t.groupby('group').split.nunique().max() <= 1 and {'train', 'valid'} == set(t.split)
@@ -524,41 +728,69 @@ def test_an_image_listed_twice_stays_on_one_side():
 def test_a_test_side_that_is_named_is_kept():
     t = random_set(3, 120)
     t['split'] = np.where(t.group.isin(sorted(set(t.group.dropna()))[:12]), 'test', None)
-    s = split_table(t, .25)
+    s = split_table(t, 0.25)
     assert s.split[t.split == 'test'].eq('test').all() and s.split[t.split != 'test'].isin(['train', 'valid']).all()
 
 
 def test_split_summary_counts_what_is_there():
-    t = split_table(random_set(4), .2, .2)
+    t = split_table(random_set(4), 0.2, 0.2)
     s = split_summary(t)
-    assert list(s.index) == ['train', 'valid', 'test'] and s.images.sum() == len(t) and abs(s.share.sum() - 1) < .002
+    assert list(s.index) == ['train', 'valid', 'test'] and s.images.sum() == len(t) and abs(s.share.sum() - 1) < 0.002
     for side in s.index:
         part = t[t.split == side]
-        assert s.loc[side, 'images'] == len(part) and s.loc[side, 'groups'] == part.group.nunique() + part.group.isna().sum()
+        assert (
+            s.loc[side, 'images'] == len(part)
+            and s.loc[side, 'groups'] == part.group.nunique() + part.group.isna().sum()
+        )
         assert {c: s.loc[side, c] for c in '012'} == part.label.value_counts().to_dict()
 
 
-def done(**kwargs): return split_table(random_set(5)).assign(**kwargs)
+def done(**kwargs):
+    return split_table(random_set(5)).assign(**kwargs)
 
 
-@pytest.mark.parametrize('call,why', [
-    (lambda: split_table(random_set(0), 0), 'valid=0, test=0.0: give shares that leave something for training'),
-    (lambda: split_table(random_set(0), 1), 'valid=1'), (lambda: split_table(random_set(0), .6, .4), 'leave something for training'),
-    (lambda: split_table(random_set(0), .2, -.1), 'test=-0.1'), (lambda: split_table(random_set(0), float('nan')), 'valid=nan'),
-    (lambda: split_table(random_set(0).assign(label='x')), "only one class, 'x': a classifier needs two. Is the folder one level too deep?"),
-    (lambda: split_table(random_set(0).assign(label=['9'] + ['0']*149)), "class '9' has one image: it cannot be both learnt and tested"),
-    (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
-    (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c']*50)), 'too few groups: 3'),
-    (lambda: check_split(done(split='train')), "no images in the split 'valid'"), (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
-    (lambda: check_split(done(split=['train']*149 + ['holdout'])), '1 images have a split that is none of train, valid, test: holdout'),
-    (lambda: check_split(done(split=['train']*149 + [None])), '1 images have a split that is none of'),
-    (lambda: check_split(done(group='p', split=['train', 'valid']*75)), "1 groups stand in more than one of train, valid and test: p. Empty the column 'split'"),
-    (lambda: split_table(done(group=None, split=['train', 'valid']*75, label=['0', '1']*75)), 'no image of class 1 is left for training: add images')])
+@pytest.mark.parametrize(
+    'call,why',
+    [
+        (lambda: split_table(random_set(0), 0), 'valid=0, test=0.0: give shares that leave something for training'),
+        (lambda: split_table(random_set(0), 1), 'valid=1'),
+        (lambda: split_table(random_set(0), 0.6, 0.4), 'leave something for training'),
+        (lambda: split_table(random_set(0), 0.2, -0.1), 'test=-0.1'),
+        (lambda: split_table(random_set(0), float('nan')), 'valid=nan'),
+        (
+            lambda: split_table(random_set(0).assign(label='x')),
+            "only one class, 'x': a classifier needs two. Is the folder one level too deep?",
+        ),
+        (
+            lambda: split_table(random_set(0).assign(label=['9'] + ['0'] * 149)),
+            "class '9' has one image: it cannot be both learnt and tested",
+        ),
+        (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
+        (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c'] * 50)), 'too few groups: 3'),
+        (lambda: check_split(done(split='train')), "no images in the split 'valid'"),
+        (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
+        (
+            lambda: check_split(done(split=['train'] * 149 + ['holdout'])),
+            '1 images have a split that is none of train, valid, test: holdout',
+        ),
+        (lambda: check_split(done(split=['train'] * 149 + [None])), '1 images have a split that is none of'),
+        (
+            lambda: check_split(done(group='p', split=['train', 'valid'] * 75)),
+            "1 groups stand in more than one of train, valid and test: p. Empty the column 'split'",
+        ),
+        (
+            lambda: split_table(done(group=None, split=['train', 'valid'] * 75, label=['0', '1'] * 75)),
+            'no image of class 1 is left for training: add images',
+        ),
+    ],
+)
 def test_splits_that_are_refused(call, why):
-    with pytest.raises(SplitError, match=why): call()
+    with pytest.raises(SplitError, match=why):
+        call()
 
 
 def test_a_leak_with_a_named_test_side_is_refused():
-    t = random_set(6).assign(group=[f'p{i//2}' for i in range(150)])
-    t['split'] = ['test'] + [None]*149                           # the other image of p0 is free to go elsewhere
-    with pytest.raises(SplitError, match='1 groups stand in more than one of train, valid and test: p0'): split_table(t)
+    t = random_set(6).assign(group=[f'p{i // 2}' for i in range(150)])
+    t['split'] = ['test'] + [None] * 149  # the other image of p0 is free to go elsewhere
+    with pytest.raises(SplitError, match='1 groups stand in more than one of train, valid and test: p0'):
+        split_table(t)

@@ -1,4 +1,5 @@
 "Small things that the source texts describe and users of the peers ask for, where no other file of tests shows them."
+
 import io
 import sys
 
@@ -10,20 +11,28 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from torch import nn
 
-from dr_transfer.data.tasks import GRADE, encode_target, get_task, task_dataloaders
-from dr_transfer.utils.files import progress
-from dr_transfer.models.network import create_head
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.data.images import image_errors
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import encode_target, get_task, task_dataloaders
 from dr_transfer.data.views import read_image, stack_images
+from dr_transfer.models.network import create_head
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.utils.files import progress
 
 
 class Rates(Callback):
     "Rate, decay and momenta of each step, for all that is trained"
-    def __init__(self): self.seen = []
-    def before_step(self): self.seen += [(h['lr'], h['wd'], h['mom'], h['sqr_mom']) for h, ps in zip(self.learn.opt.hypers, self.learn.opt.param_lists) if any(p.requires_grad for p in ps)]
+
+    def __init__(self):
+        self.seen = []
+
+    def before_step(self):
+        self.seen += [
+            (h['lr'], h['wd'], h['mom'], h['sqr_mom'])
+            for h, ps in zip(self.learn.opt.hypers, self.learn.opt.param_lists)
+            if any(p.requires_grad for p in ps)
+        ]
 
 
 @pytest.fixture(scope='module')
@@ -34,15 +43,21 @@ def table(tmp_path_factory):
 
 def loaders(t, num_workers=0, **kw):
     task = get_task('flowers', 48, 'none')
-    return task_dataloaders(split_table(encode_target(t, task.target()), seed=1), task, task.target(), bs=8, num_workers=num_workers, **kw)
+    return task_dataloaders(
+        split_table(encode_target(t, task.target()), seed=1), task, task.target(), bs=8, num_workers=num_workers, **kw
+    )
 
 
 def test_labels_to_codes_to_one_hot_and_back(table):
     dls = loaders(table)
     x, y = dls.valid.one_batch()
     one_hot = torch.nn.functional.one_hot(torch.as_tensor(y), dls.c)
-    assert dls.vocab == sorted(set(table.label)) and one_hot.shape == (len(y), len(dls.vocab)) and (one_hot.sum(1) == 1).all()
-    assert [dls.vocab[i] for i in one_hot.argmax(1)] == dls.valid_ds.items.target[:len(y)].tolist()
+    assert (
+        dls.vocab == sorted(set(table.label))
+        and one_hot.shape == (len(y), len(dls.vocab))
+        and (one_hot.sum(1) == 1).all()
+    )
+    assert [dls.vocab[i] for i in one_hot.argmax(1)] == dls.valid_ds.items.target[: len(y)].tolist()
 
 
 def test_a_whole_set_as_an_array(table):
@@ -54,18 +69,26 @@ def test_a_whole_set_as_an_array(table):
 
 
 def test_a_seed_decides_a_split_of_four_fifths(table):
-    a, b, c = (split_table(table, .2, seed=s).split.tolist() for s in (1, 1, 2))
-    assert a == b != c and .1 <= a.count('valid')/len(a) <= .3
+    a, b, c = (split_table(table, 0.2, seed=s).split.tolist() for s in (1, 1, 2))
+    assert a == b != c and 0.1 <= a.count('valid') / len(a) <= 0.3
 
 
 class Terminal(io.StringIO):
-    def isatty(self): return True
+    def isatty(self):
+        return True
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
     log, terminal = io.StringIO(), Terminal()
-    assert list(progress(range(3), label='images', every=0, file=log)) == list(progress(range(3), label='images', file=terminal)) == [0, 1, 2]
-    assert log.getvalue().splitlines() == ['images: 1 of 3', 'images: 2 of 3', 'images: 3 of 3', 'images: 3, done'] and '\r' not in log.getvalue()
+    assert (
+        list(progress(range(3), label='images', every=0, file=log))
+        == list(progress(range(3), label='images', file=terminal))
+        == [0, 1, 2]
+    )
+    assert (
+        log.getvalue().splitlines() == ['images: 1 of 3', 'images: 2 of 3', 'images: 3 of 3', 'images: 3, done']
+        and '\r' not in log.getvalue()
+    )
     assert 'images' in terminal.getvalue() and '3/3' in terminal.getvalue() and '\r' in terminal.getvalue()
 
 
@@ -83,38 +106,85 @@ def test_as_many_workers_as_were_asked_for(table, n):
 
 def test_batches_are_of_32_unless_asked():
     from inspect import signature
+
     from dr_transfer.core import build_learner
-    assert signature(build_learner).parameters['bs'].default == signature(task_dataloaders).parameters['bs'].default == 32
+
+    assert (
+        signature(build_learner).parameters['bs'].default == signature(task_dataloaders).parameters['bs'].default == 32
+    )
 
 
 def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     from dr_transfer.core import build_learner, fit
-    learn = build_learner(table, 'flowers', plan='flw', arch='small_cnn', weights='random', size=32, setting='plain', allow_leaks=True, cbs=[rates := Rates()])
-    assert learn.opt_func is Adam and isinstance(learn.loss_func, CrossEntropyLossFlat) and learn.record['augment'] == 'flowers'
+
+    learn = build_learner(
+        table,
+        'flowers',
+        plan='flw',
+        arch='small_cnn',
+        weights='random',
+        size=32,
+        setting='plain',
+        allow_leaks=True,
+        cbs=[rates := Rates()],
+    )
+    assert (
+        learn.opt_func is Adam
+        and isinstance(learn.loss_func, CrossEntropyLossFlat)
+        and learn.record['augment'] == 'flowers'
+    )
     history = fit(learn, say=lambda line: None).record['history']
     assert len(history) == 30 and all(0 <= h['accuracy'] <= 1 for h in history)
-    assert set(rates.seen) == {(1e-3, 0., .9, .99)}, 'one rate, nothing decays'
+    assert set(rates.seen) == {(1e-3, 0.0, 0.9, 0.99)}, 'one rate, nothing decays'
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
     "Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class, of which the loss takes the softmax; the places of the map are not averaged"
-    head = create_head('flw', 10*7*7, 5).train()
+    head = create_head('flw', 10 * 7 * 7, 5).train()
     kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
-    assert kinds == [nn.Flatten, nn.BatchNorm1d, nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear]
+    assert kinds == [
+        nn.Flatten,
+        nn.BatchNorm1d,
+        nn.Linear,
+        nn.ReLU,
+        nn.BatchNorm1d,
+        nn.Linear,
+        nn.ReLU,
+        nn.BatchNorm1d,
+        nn.Linear,
+    ]
     assert all(m.p == 0 for m in head if isinstance(m, nn.Dropout)), 'the recipe drops nothing'
     dense = [m for m in head if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
-    for m in dense[:2]: assert abs(m.weight.std().item()*(m.in_features/2)**0.5 - 1) < 0.02, 'He: a variance of 2 by the number of inputs'
+    for m in dense[:2]:
+        assert abs(m.weight.std().item() * (m.in_features / 2) ** 0.5 - 1) < 0.02, (
+            'He: a variance of 2 by the number of inputs'
+        )
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
 def test_turns_narrow_the_gap_between_the_sides(tmp_path):
     "The gap between the sides, for a model with the turns and for one without"
     from dr_transfer.core import build_learner, fit, generalisation_gap
-    make_dr(tmp_path/'eyes', n=40, size=48, seed=0, workers=1)
+
+    make_dr(tmp_path / 'eyes', n=40, size=48, seed=0, workers=1)
     gaps = []
     for augment in ('none', 'quarter_turns'):
-        learn = build_learner(tmp_path/'eyes', 'dr', arch='test_resnet', weights='random', size=48, bs=8, setting='plain', num_workers=0, augment=augment, device=torch.device('cpu'))
+        learn = build_learner(
+            tmp_path / 'eyes',
+            'dr',
+            arch='test_resnet',
+            weights='random',
+            size=48,
+            bs=8,
+            setting='plain',
+            num_workers=0,
+            augment=augment,
+            device=torch.device('cpu'),
+        )
         gaps.append(generalisation_gap(fit(learn, 'head', say=lambda s: None)))
-    for g in gaps: assert {'train', 'valid', 'gap'} == set(g.index) and np.allclose(g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True)
-    assert gaps[1].loc['gap', 'auc'] < gaps[0].loc['gap', 'auc']                          # augmentation against over-fitting
+    for g in gaps:
+        assert {'train', 'valid', 'gap'} == set(g.index) and np.allclose(
+            g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True
+        )
+    assert gaps[1].loc['gap', 'auc'] < gaps[0].loc['gap', 'auc']  # augmentation against over-fitting

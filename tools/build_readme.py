@@ -1,11 +1,15 @@
 "Make README.md from `nbs/index.ipynb`, as nbdev would with Quarto: the processed cells as Markdown, with their outputs."
-import base64, os, re
+
+import base64
+import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fence(text, lang=''): return f'```{lang}\n{text.strip()}\n```'
+def fence(text, lang=''):
+    return f'```{lang}\n{text.strip()}\n```'
 
 
 def output_md(out, name):
@@ -16,10 +20,12 @@ def output_md(out, name):
         Path('README_files', f'{name}.png').write_bytes(base64.b64decode(''.join(data['image/png'])))
         return f'![](README_files/{name}.png)'
     for kind in ('text/markdown', 'text/html', 'text/plain'):
-        if kind in data: break
+        if kind in data:
+            break
     text = ''.join(data[kind])
     # pandas sends a style sheet with each table, which GitHub would print
-    if kind == 'text/html': return re.sub(r'<style.*?</style>\n?', '', text, flags=re.S)
+    if kind == 'text/html':
+        return re.sub(r'<style.*?</style>\n?', '', text, flags=re.S)
     return text if kind == 'text/markdown' else fence(text)
 
 
@@ -28,24 +34,31 @@ def readme():  # the text of README.md
     from execnb.nbio import read_nb
     from nbdev.config import get_config
     from nbdev.processors import FilterDefaults
+
     cfg = get_config()
-    nb = read_nb(cfg.nbs_path/cfg.readme_nb)
+    nb = read_nb(cfg.nbs_path / cfg.readme_nb)
     FilterDefaults()(nb)
     front, parts = getattr(nb, 'frontmatter_', {}), []
     for cell in nb.cells:
-        if cell.cell_type == 'raw': parts += [f"# {front['title']}"] + [f"> {front['description']}"] * ('description' in front)
-        elif cell.cell_type == 'markdown': parts.append(cell.source.strip())
+        if cell.cell_type == 'raw':
+            parts += [f'# {front["title"]}'] + [f'> {front["description"]}'] * ('description' in front)
+        elif cell.cell_type == 'markdown':
+            parts.append(cell.source.strip())
         else:
             code = '\n'.join(o for o in cell.source.splitlines() if not o.startswith('#|'))
-            if code.strip() and '#| echo: false' not in cell.source: parts.append(fence(code, 'python'))
+            if code.strip() and '#| echo: false' not in cell.source:
+                parts.append(fence(code, 'python'))
             parts += [output_md(out, f'{cell.id}-{i}') for i, out in enumerate(cell.outputs)]
     text = '\n\n'.join(p.strip() for p in parts if p.strip()) + '\n'
     # A page of the site is a notebook in the repository: so the links hold in a fork that publishes no site.
     for p in sorted(Path(cfg.nbs_path).rglob('*.ipynb')):
         rel = p.relative_to(cfg.nbs_path)
         page = rel.with_name(re.sub(r'^\d+[a-zA-Z0-9]*_', '', rel.name)).with_suffix('.html')
-        text = re.sub(rf'\]\((?:{re.escape(cfg.doc_host + cfg.doc_baseurl)}/)?(?:{re.escape(page.as_posix())}|{re.escape(rel.as_posix())})(?:#[^)]*)?\)',
-                      f'](nbs/{rel.as_posix()})', text)
+        text = re.sub(
+            rf'\]\((?:{re.escape(cfg.doc_host + cfg.doc_baseurl)}/)?(?:{re.escape(page.as_posix())}|{re.escape(rel.as_posix())})(?:#[^)]*)?\)',
+            f'](nbs/{rel.as_posix()})',
+            text,
+        )
     return text
 
 
@@ -53,4 +66,5 @@ if __name__ == '__main__':
     os.chdir(ROOT)
     text, dest = readme(), Path('README.md')
     # Written only when it changes, so that what depends on it is not built for nothing.
-    if not dest.exists() or dest.read_text(encoding='utf-8') != text: dest.write_text(text, encoding='utf-8')
+    if not dest.exists() or dest.read_text(encoding='utf-8') != text:
+        dest.write_text(text, encoding='utf-8')

@@ -1,14 +1,19 @@
 "The second environment is worth its minutes only if it has what the first one cannot have: fastcore 2, and no nbdev."
+
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed(name):
-    try: return version(name)
-    except PackageNotFoundError: return None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 fastcore, nbdev = installed('fastcore'), installed('nbdev')
 if nbdev or int(fastcore.split('.')[0]) < 2:
-    sys.exit(f'fastcore {fastcore} and nbdev {nbdev} are installed; fastcore 2 or newer and no nbdev are wanted: remove .venv-latest and run again')
+    sys.exit(
+        f'fastcore {fastcore} and nbdev {nbdev} are installed; fastcore 2 or newer and no nbdev are wanted: remove .venv-latest and run again'
+    )
 print(f'fastai {installed("fastai")}, fastcore {fastcore}, no nbdev')

@@ -11,24 +11,31 @@ learn from, and two drawn sets. Scores: accuracy for flowers, AUC for eyes, for 
 photographer. The advisor sees the training images only. To be affordable on a CPU the photographs are small (flowers 128 pixels, eyes 160)
 and for large sets some plans have fewer epochs than their own (`EPOCHS`); everything else is as the plans have it.
 """
-import argparse, os, tempfile, time, warnings
+
+import argparse
+import os
+import tempfile
+import time
+import warnings
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 from scipy import stats
-from dr_transfer.training.advisor import advise
+
 from dr_transfer.core import build_learner, fit, valid_predictions
-from dr_transfer.data.tasks import encode_target, get_task
-from dr_transfer.utils.files import atomic_file
 from dr_transfer.data.leaks import Together
-from dr_transfer.metrics.scores import accuracy, auc
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
-from dr_transfer.training.plans import LARGE, PLANS
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import encode_target, get_task
+from dr_transfer.metrics.scores import accuracy, auc
+from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.training.advisor import advise
+from dr_transfer.training.plans import LARGE, PLANS
+from dr_transfer.utils.files import atomic_file
 
 EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # for a large set
 SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'
@@ -45,16 +52,27 @@ class Study:
 
 
 def studies(drawn):
-    real = [('flowers', 'flowers', 'flowers', 'class', 128), ('Messidor-2 referable', 'dr/messidor2', 'dr', 'referable', 160),
-            ('Messidor-2 grade', 'dr/messidor2', 'dr', 'grade', 160), ('IDRiD referable', 'dr/idrid', 'dr', 'referable', 160)]
-    return [Study(f'{s[0]}, {FEW} a class', *s[1:], few=True) for s in real] + [
-        Study('drawn flowers', f'{drawn}/flowers', 'flowers', 'class', 128), Study('drawn eyes', f'{drawn}/eyes', 'dr', 'referable', 160)] + [Study(*s) for s in real]
+    real = [
+        ('flowers', 'flowers', 'flowers', 'class', 128),
+        ('Messidor-2 referable', 'dr/messidor2', 'dr', 'referable', 160),
+        ('Messidor-2 grade', 'dr/messidor2', 'dr', 'grade', 160),
+        ('IDRiD referable', 'dr/idrid', 'dr', 'referable', 160),
+    ]
+    return (
+        [Study(f'{s[0]}, {FEW} a class', *s[1:], few=True) for s in real]
+        + [
+            Study('drawn flowers', f'{drawn}/flowers', 'flowers', 'class', 128),
+            Study('drawn eyes', f'{drawn}/eyes', 'dr', 'referable', 160),
+        ]
+        + [Study(*s) for s in real]
+    )
 
 
 def labelled(study, root, tune):
     "The images of a study; to choose rates and thresholds on, only those that every one of its seeds learns from and none is scored on"
-    t = label_table(root/study.folder, verify=False)
-    if not tune: return t
+    t = label_table(root / study.folder, verify=False)
+    if not tune:
+        return t
     tables = [split(replace(study, few=False), t, seed) for seed in range(SEEDS)]
     return t[t.image.isin(set.intersection(*(set(s[s.split == 'train'].image) for s in tables)))].reset_index(drop=True)
 
@@ -68,7 +86,8 @@ def split(study, t, seed):
     held, train = t[t.split == 'valid'].sample(frac=1, random_state=seed), t[t.split == 'train']
     valid, test = held[:40], held[40:]
     test = test[~test.group.isin(valid.group.dropna())][:MOST_TEST].assign(split='test')
-    if study.few: train = pd.concat([g.sample(min(len(g), FEW), random_state=seed) for _, g in train.groupby('target')])
+    if study.few:
+        train = pd.concat([g.sample(min(len(g), FEW), random_state=seed) for _, g in train.groupby('target')])
     return pd.concat([train, valid, test]).drop(columns='target').reset_index(drop=True)
 
 
@@ -80,25 +99,37 @@ def run(study, table, plan, seed):
     fit(learn, epochs=EPOCHS.get(name) if n >= LARGE else None, say=lambda s: None)
     p, classes = valid_predictions(learn, 'test'), list(learn.dls.vocab)
     probs = p[[f'p_{c}' for c in classes]].to_numpy()
-    if study.task == 'flowers': score = accuracy(p.target, p.prediction)
-    else: score = np.mean([auc((p.target == c).astype(int), q) for c, q in zip(classes, probs.T) if 0 < (p.target == c).sum() < len(p)])
+    if study.task == 'flowers':
+        score = accuracy(p.target, p.prediction)
+    else:
+        score = np.mean(
+            [
+                auc((p.target == c).astype(int), q)
+                for c, q in zip(classes, probs.T)
+                if 0 < (p.target == c).sum() < len(p)
+            ]
+        )
     return n, score, time.monotonic() - start
 
 
 def regrets(rows):
     "Points lost against the best plan of the same study, means of the seeds, a row a study and a column a plan"
     t = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
-    return 100*t.rsub(t.drop(columns=ADVISED, errors='ignore').max(axis=1), axis=0)
+    return 100 * t.rsub(t.drop(columns=ADVISED, errors='ignore').max(axis=1), axis=0)
 
 
 def interval(x):
     "Mean of some seeds and the half width of its 95 % interval (Student's t), as text"
-    half = stats.t.ppf(0.975, len(x) - 1)*x.std(ddof=1)/len(x)**0.5 if len(x) > 1 else np.nan
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
     return f'{x.mean():.3f} ± {half:.3f}' if half == half else f'{x.mean():.3f}'
 
 
 def read_rows(file):
-    return pd.read_csv(file).fillna({'advised': ''}) if file.exists() else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised'])
+    return (
+        pd.read_csv(file).fillna({'advised': ''})
+        if file.exists()
+        else pd.DataFrame(columns=['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised'])
+    )
 
 
 def keep_row(file, row):
@@ -107,16 +138,33 @@ def keep_row(file, row):
         rows = read_rows(file)
         rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True) if len(rows) else pd.DataFrame([row])
         order = {n: i for i, n in enumerate([s.name for s in studies('')] + [*PLANS, ADVISED])}
-        rows = rows.sort_values(['seed', 'study', 'plan'], key=lambda c: c if c.name == 'seed' else c.map(order), kind='stable')
-        with atomic_file(file) as f: rows.to_csv(f, index=False)
+        rows = rows.sort_values(
+            ['seed', 'study', 'plan'], key=lambda c: c if c.name == 'seed' else c.map(order), kind='stable'
+        )
+        with atomic_file(file) as f:
+            rows.to_csv(f, index=False)
 
 
 def show(rows):
     "Scores, minutes and regrets, printed"
-    print('score, mean of the seeds ± half a 95 % interval\n', rows.pivot_table(index='study', columns='plan', values='score', aggfunc=interval, sort=False).to_string(), '\n')
-    print('what was advised\n', rows[rows.plan == ADVISED].groupby('study', sort=False).advised.agg(lambda a: ', '.join(sorted(set(a)))).to_string(), '\n')
+    print(
+        'score, mean of the seeds ± half a 95 % interval\n',
+        rows.pivot_table(index='study', columns='plan', values='score', aggfunc=interval, sort=False).to_string(),
+        '\n',
+    )
+    print(
+        'what was advised\n',
+        rows[rows.plan == ADVISED]
+        .groupby('study', sort=False)
+        .advised.agg(lambda a: ', '.join(sorted(set(a))))
+        .to_string(),
+        '\n',
+    )
     r = regrets(rows)
-    print('regret in points\n', pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T]).round(1).to_string())
+    print(
+        'regret in points\n',
+        pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T]).round(1).to_string(),
+    )
 
 
 if __name__ == '__main__':
@@ -126,27 +174,52 @@ if __name__ == '__main__':
     p.add_argument('--studies', nargs='+', help='names of studies; all if left out')
     p.add_argument('--tune', action='store_true', help='on the images that no seed is scored on')
     p.add_argument('--show', action='store_true')
-    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'plan_study.csv')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'nbs' / 'results' / 'plan_study.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    if a.show: raise SystemExit(show(read_rows(a.out)))
-    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
+    if a.show:
+        raise SystemExit(show(read_rows(a.out)))
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
     with tempfile.TemporaryDirectory() as drawn:
         make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
         make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
         for seed, study in product(a.seeds, studies(drawn)):
-            if a.studies and study.name not in a.studies: continue
+            if a.studies and study.name not in a.studies:
+                continue
+
             def known():
                 rows = read_rows(a.out)
                 return rows[(rows.study == study.name) & (rows.seed == seed)].set_index('plan')
+
             todo = [q for q in a.plans if q not in known().index]
-            table = split(study, labelled(study, root, a.tune), seed + 100*a.tune) if todo else None
+            table = split(study, labelled(study, root, a.tune), seed + 100 * a.tune) if todo else None
             for name in todo:
-                if name in known().index: continue  # another process was faster
-                plan = advise(table, study.task, target=study.target, size=study.size, seed=seed).plan if name == ADVISED else name
+                if name in known().index:
+                    continue  # another process was faster
+                plan = (
+                    advise(table, study.task, target=study.target, size=study.size, seed=seed).plan
+                    if name == ADVISED
+                    else name
+                )
                 advised, done = plan.name if name == ADVISED else '', known()
-                n, score, seconds = done.loc[advised, ['images', 'score', 'seconds']] if advised in done.index else run(study, table, plan, seed)
+                n, score, seconds = (
+                    done.loc[advised, ['images', 'score', 'seconds']]
+                    if advised in done.index
+                    else run(study, table, plan, seed)
+                )
                 print(f'{study.name}, {name} {advised}, seed {seed}: {score:.4f}, {seconds:.0f} s', flush=True)
-                keep_row(a.out, {'study': study.name, 'plan': name, 'seed': seed, 'images': int(n), 'score': round(float(score), 4),
-                                 'seconds': round(seconds), 'advised': advised})
+                keep_row(
+                    a.out,
+                    {
+                        'study': study.name,
+                        'plan': name,
+                        'seed': seed,
+                        'images': int(n),
+                        'score': round(float(score), 4),
+                        'seconds': round(seconds),
+                        'advised': advised,
+                    },
+                )
     show(read_rows(a.out))

@@ -7,9 +7,15 @@ Each seed is another split (flowers: by photographer) and another training. Mess
 another country and camera, uncropped. A row that is there already is not computed again. The first training of a task computes the
 features of its images, the others find them in the cache; start with an empty one (DR_TRANSFER_CACHE) for honest minutes.
 """
-import argparse, os, tempfile, time
+
+import argparse
+import os
+import tempfile
+import time
 from pathlib import Path
+
 import pandas as pd
+
 from dr_transfer.cli import main
 from dr_transfer.utils.files import atomic_file
 
@@ -18,31 +24,53 @@ COLUMNS = ['task', 'plan', 'seed', 'measure', 'value', 'minutes']
 
 def train(data, words, seed, out):
     start = time.monotonic()
-    if main(['train', str(data), *words, '--seed', str(seed), '--out', str(out)]): raise SystemExit(1)
-    return (time.monotonic() - start)/60
+    if main(['train', str(data), *words, '--seed', str(seed), '--out', str(out)]):
+        raise SystemExit(1)
+    return (time.monotonic() - start) / 60
 
 
 def one_seed(root, task, plan, seed):
     "Rows for one training"
     import json
+
     from dr_transfer.inference.saved_model import load_model
     from dr_transfer.metrics.scores import auc
+
     words = ['--plan', plan] if plan != 'default' else []
     with tempfile.TemporaryDirectory() as d:
-        out = Path(d)/'run'
+        out = Path(d) / 'run'
         if task == 'flowers':
-            minutes = train(root/'flowers', words, seed, out)
-            return [('accuracy, unseen photographers', json.loads((out/'record.json').read_text())['validation']['accuracy'], minutes)]
-        minutes = train(root/'dr'/'messidor2', ['--task', 'dr', '--target', 'referable', *words], seed, out)
-        record = json.loads((out/'record.json').read_text())
-        other = pd.read_csv(root/'dr'/'idrid'/'labels.csv')
-        probs = load_model(out/'model').probs([root/'dr'/'idrid'/'images'/n for n in other.image])
-        return [('AUC, unseen Messidor-2', record['validation']['auc'], minutes), ('AUC, IDRiD', auc((other.grade >= 2).astype(int), probs[:, 1]), minutes)]
+            minutes = train(root / 'flowers', words, seed, out)
+            return [
+                (
+                    'accuracy, unseen photographers',
+                    json.loads((out / 'record.json').read_text())['validation']['accuracy'],
+                    minutes,
+                )
+            ]
+        minutes = train(root / 'dr' / 'messidor2', ['--task', 'dr', '--target', 'referable', *words], seed, out)
+        record = json.loads((out / 'record.json').read_text())
+        other = pd.read_csv(root / 'dr' / 'idrid' / 'labels.csv')
+        probs = load_model(out / 'model').probs([root / 'dr' / 'idrid' / 'images' / n for n in other.image])
+        return [
+            ('AUC, unseen Messidor-2', record['validation']['auc'], minutes),
+            ('AUC, IDRiD', auc((other.grade >= 2).astype(int), probs[:, 1]), minutes),
+        ]
 
 
 def table(rows):
     g = rows.groupby(['task', 'plan', 'measure'], sort=False)
-    return g.agg(mean=('value', 'mean'), spread=('value', 'std'), least=('value', 'min'), seeds=('value', 'size'), minutes=('minutes', 'max')).round(3).reset_index()
+    return (
+        g.agg(
+            mean=('value', 'mean'),
+            spread=('value', 'std'),
+            least=('value', 'min'),
+            seeds=('value', 'size'),
+            minutes=('minutes', 'max'),
+        )
+        .round(3)
+        .reset_index()
+    )
 
 
 if __name__ == '__main__':
@@ -50,14 +78,25 @@ if __name__ == '__main__':
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--tasks', nargs='+', default=['flowers', 'dr'])
     p.add_argument('--plan', default='default')
-    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'real_photographs.csv')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'nbs' / 'results' / 'real_photographs.csv')
     a = p.parse_args()
-    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
     rows = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=COLUMNS)
     for seed in range(a.seeds):
         for task in a.tasks:
-            if ((rows.task == task) & (rows.plan == a.plan) & (rows.seed == seed)).any(): continue
-            new = [(task, a.plan, seed, m, round(float(v), 4), round(t, 1)) for m, v, t in one_seed(root, task, a.plan, seed)]
-            rows = pd.concat([rows, pd.DataFrame(new, columns=COLUMNS)], ignore_index=True) if len(rows) else pd.DataFrame(new, columns=COLUMNS)
-            with atomic_file(a.out) as f: rows.to_csv(f, index=False)
+            if ((rows.task == task) & (rows.plan == a.plan) & (rows.seed == seed)).any():
+                continue
+            new = [
+                (task, a.plan, seed, m, round(float(v), 4), round(t, 1))
+                for m, v, t in one_seed(root, task, a.plan, seed)
+            ]
+            rows = (
+                pd.concat([rows, pd.DataFrame(new, columns=COLUMNS)], ignore_index=True)
+                if len(rows)
+                else pd.DataFrame(new, columns=COLUMNS)
+            )
+            with atomic_file(a.out) as f:
+                rows.to_csv(f, index=False)
     print(table(rows).to_string(index=False))

@@ -11,100 +11,164 @@
 Results are kept in nbs/results/screening.csv, gap.csv and cameras.csv. Nothing is chosen on the photographs that a figure of `figures` is of, but the two
 sets are the same in both parts: who reads `cameras` to choose a recipe for IDRiD has seen it.
 """
-import argparse, os, time, warnings
+
+import argparse
+import os
+import time
+import warnings
 from itertools import product
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
-RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) # C of logistic regression, on all views with a weight of 1 an image
+RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # C of logistic regression, on all views with a weight of 1 an image
 STAGES = {'last': ['stage7'], 'last two': ['stage6', 'stage7'], 'last three': ['stage5', 'stage6', 'stage7']}
 READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_local'}
 
 
 def _rows(name, m, minutes, wanted):
-    return [{'figure': f'{name}: {k}', **m.loc[k, ['value', 'low', 'high']].round(4).to_dict(), 'images': int(m.loc[k, 'images']), 'minutes': round(minutes, 1)} for k in wanted if k in m.index]
+    return [
+        {
+            'figure': f'{name}: {k}',
+            **m.loc[k, ['value', 'low', 'high']].round(4).to_dict(),
+            'images': int(m.loc[k, 'images']),
+            'minutes': round(minutes, 1),
+        }
+        for k in wanted
+        if k in m.index
+    ]
 
 
 def figures(root):
-    from dr_transfer.inference.saved_model import image_model
     from dr_transfer.core import build_learner, fit, valid_predictions
-    from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
-    from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision
-    from dr_transfer.data.tasks import get_task
-    from dr_transfer.metrics.screening import measure_table
     from dr_transfer.data.table import label_table
-    two, kept, quiet = ['no', 'referable'], ('auc', 'sensitivity', 'specificity', 'accuracy', 'kappa', 'kappa at the cut points', 'calibration error'), lambda s: None
+    from dr_transfer.data.tasks import get_task
+    from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
+    from dr_transfer.inference.saved_model import image_model
+    from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision
+    from dr_transfer.metrics.screening import measure_table
+
+    two, kept, quiet = (
+        ['no', 'referable'],
+        ('auc', 'sensitivity', 'specificity', 'accuracy', 'kappa', 'kappa at the cut points', 'calibration error'),
+        lambda s: None,
+    )
     for target, classes in (('referable', two), ('grade', GRADE_NAMES)):
         start = time.perf_counter()
-        t = cross_validate(root/'messidor2', 'dr', target, plan='head', say=quiet)
+        t = cross_validate(root / 'messidor2', 'dr', target, plan='head', say=quiet)
         t, _ = decide_across(t, classes, sensitivity=0.9)
-        yield from _rows(f'Messidor-2, {target}, five folds', measure_table(t, classes), (time.perf_counter() - start)/60, kept)
+        yield from _rows(
+            f'Messidor-2, {target}, five folds', measure_table(t, classes), (time.perf_counter() - start) / 60, kept
+        )
     start = time.perf_counter()
-    learn = fit(build_learner(root/'messidor2', 'dr', plan='head'), say=quiet)
+    learn = fit(build_learner(root / 'messidor2', 'dr', plan='head'), say=quiet)
     decision, model = choose_decision(valid_predictions(learn), two, sensitivity=0.9), image_model(learn)
-    other = label_table(root/'idrid')
-    t = pd.DataFrame(model.probs(other.image.tolist()), columns=['p_no', 'p_referable']).assign(image=other.image, target=other.label.map(get_task('dr').target().of))
-    yield from _rows('Messidor-2 to IDRiD, referable', measure_table(apply_decision(t, two, decision), two), (time.perf_counter() - start)/60, kept)
+    other = label_table(root / 'idrid')
+    t = pd.DataFrame(model.probs(other.image.tolist()), columns=['p_no', 'p_referable']).assign(
+        image=other.image, target=other.label.map(get_task('dr').target().of)
+    )
+    yield from _rows(
+        'Messidor-2 to IDRiD, referable',
+        measure_table(apply_decision(t, two, decision), two),
+        (time.perf_counter() - start) / 60,
+        kept,
+    )
 
 
 def gap(root):
     from dr_transfer.core import build_learner, fit, generalisation_gap
+
     for augment in ('none', 'quarter_turns'):
         for seed in range(5):
-            learn = fit(build_learner(root/'messidor2', 'dr', plan='head', augment=augment, seed=seed), say=lambda s: None)
+            learn = fit(
+                build_learner(root / 'messidor2', 'dr', plan='head', augment=augment, seed=seed), say=lambda s: None
+            )
             t = generalisation_gap(learn)
-            yield {'augment': augment, 'seed': seed, **{f'{k}, {side}': round(float(t.loc[side, k]), 4) for k in ('auc', 'accuracy') for side in t.index}}
+            yield {
+                'augment': augment,
+                'seed': seed,
+                **{f'{k}, {side}': round(float(t.loc[side, k]), 4) for k in ('auc', 'accuracy') for side in t.index},
+            }
 
 
 def _solved(x, y):
     "Scaler and, for each strength, weights: logistic regression on all views"
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
+
     flat = x.reshape(-1, x.shape[-1])
     scaler, model = StandardScaler().fit(flat), LogisticRegression(max_iter=1000, warm_start=True)
-    flat, labels, weights = scaler.transform(flat).astype(float), np.repeat(y, x.shape[1]), np.full(len(flat), 1/x.shape[1])
-    return scaler, [(m.coef_[0].copy(), m.intercept_[0]) for m in (model.set_params(C=c).fit(flat, labels, weights) for c in STRENGTHS)]
+    flat, labels, weights = (
+        scaler.transform(flat).astype(float),
+        np.repeat(y, x.shape[1]),
+        np.full(len(flat), 1 / x.shape[1]),
+    )
+    return scaler, [
+        (m.coef_[0].copy(), m.intercept_[0])
+        for m in (model.set_params(C=c).fit(flat, labels, weights) for c in STRENGTHS)
+    ]
 
 
 def _asked(solved, x):
     scaler, models = solved
     flat = scaler.transform(x.reshape(-1, x.shape[-1]))
-    return [(1/(1 + np.exp(-(flat @ w + b)))).reshape(x.shape[:2]).mean(1) for w, b in models]
+    return [(1 / (1 + np.exp(-(flat @ w + b)))).reshape(x.shape[:2]).mean(1) for w, b in models]
 
 
 def cameras(root):
+    from dr_transfer.data.table import label_table
     from dr_transfer.features.classifiers import grouped_folds
     from dr_transfer.features.extraction import image_features
     from dr_transfer.metrics.scores import auc
-    from dr_transfer.data.table import label_table
-    tables = {s: label_table(root/s) for s in ('messidor2', 'idrid')}
+
+    tables = {s: label_table(root / s) for s in ('messidor2', 'idrid')}
     y = {s: (t.label.astype(int) >= 2).to_numpy().astype(int) for s, t in tables.items()}
     folds = grouped_folds(y['messidor2'], n=5)
     for light, reader in READERS.items():
-        f = {s: image_features(t.image.tolist(), size=384, reader=reader, fit='pad', views='quarter_turns') for s, t in tables.items()}
+        f = {
+            s: image_features(t.image.tolist(), size=384, reader=reader, fit='pad', views='quarter_turns')
+            for s, t in tables.items()
+        }
         for (stages, names), views in product(STAGES.items(), (1, 4)):
             x = {s: f[s].numpy(names)[:, :views] for s in f}
-            out = {f'{a} to {b}': [auc(y[b], p) for p in _asked(_solved(x[a], y[a]), x[b])] for a, b in (('messidor2', 'idrid'), ('idrid', 'messidor2'))}
+            out = {
+                f'{a} to {b}': [auc(y[b], p) for p in _asked(_solved(x[a], y[a]), x[b])]
+                for a, b in (('messidor2', 'idrid'), ('idrid', 'messidor2'))
+            }
             own = np.zeros((len(STRENGTHS), len(y['messidor2'])))
-            for train, test in folds: own[:, test] = _asked(_solved(x['messidor2'][train], y['messidor2'][train]), x['messidor2'][test])
+            for train, test in folds:
+                own[:, test] = _asked(_solved(x['messidor2'][train], y['messidor2'][train]), x['messidor2'][test])
             out['messidor2, five folds'] = [auc(y['messidor2'], p) for p in own]
-            for i, c in enumerate(STRENGTHS): yield {'light': light, 'stages': stages, 'views': views, 'C': c, **{k: round(v[i], 4) for k, v in out.items()}}
+            for i, c in enumerate(STRENGTHS):
+                yield {
+                    'light': light,
+                    'stages': stages,
+                    'views': views,
+                    'C': c,
+                    **{k: round(v[i], 4) for k, v in out.items()},
+                }
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=['figures', 'gap', 'cameras'])
-    parts, root = p.parse_args().parts, Path(os.environ['DR_TRANSFER_DATA'])/'dr'
+    parts, root = p.parse_args().parts, Path(os.environ['DR_TRANSFER_DATA']) / 'dr'
     warnings.simplefilter('ignore')
-    for part, f, file in (('figures', figures, 'screening.csv'), ('gap', gap, 'gap.csv'), ('cameras', cameras, 'cameras.csv')):
-        if part not in parts: continue
+    for part, f, file in (
+        ('figures', figures, 'screening.csv'),
+        ('gap', gap, 'gap.csv'),
+        ('cameras', cameras, 'cameras.csv'),
+    ):
+        if part not in parts:
+            continue
         rows = []
         for r in f(root):
             rows.append(r)
-            pd.DataFrame(rows).to_csv(RESULTS/file, index=False)
+            pd.DataFrame(rows).to_csv(RESULTS / file, index=False)
             print(r, flush=True)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -3,7 +3,10 @@
 Nothing is skipped, whatever its flags, except what cannot run: cells marked `eval: false`, and `cuda` cells on a
 machine without one, which keep the outputs they have.
 """
-import os, subprocess, sys
+
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def has_cuda():
     "Whether this machine can run `cuda` cells; most notebooks have none and need no torch for this."
     import torch
+
     return torch.cuda.is_available()
 
 
@@ -20,15 +24,19 @@ def run(path):
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from nbdev.process import extract_directives
+
     path = Path(path).resolve()
     nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
 
     def skip(cell):
-        if cell.cell_type != 'code': return True
+        if cell.cell_type != 'code':
+            return True
         flags = extract_directives(cell, remove=False)
-        kept = 'cuda' in flags and not has_cuda() or flags.get('eval:', [''])[0].lower() == 'false'
-        if kept: print(f'  {path.name}: not run, outputs kept: {cell.source.splitlines()[0]}')
-        else: cell.outputs = []
+        kept = ('cuda' in flags and not has_cuda()) or flags.get('eval:', [''])[0].lower() == 'false'
+        if kept:
+            print(f'  {path.name}: not run, outputs kept: {cell.source.splitlines()[0]}')
+        else:
+            cell.outputs = []
         return kept
 
     def tidy(cell):
@@ -36,11 +44,14 @@ def run(path):
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
         # An image of PIL puts itself out twice, as PNG and as JPEG; one is enough.
         for o in cell.outputs:
-            if 'image/png' in o.get('data', {}): o['data'].pop('image/jpeg', None)
+            if 'image/png' in o.get('data', {}):
+                o['data'].pop('image/jpeg', None)
 
     os.chdir(path.parent)
-    try: shell.run_all(nb, exc_stop=True, preproc=skip, postproc=tidy)
-    except Exception: sys.exit(shell.prettytb(fname=path.name))
+    try:
+        shell.run_all(nb, exc_stop=True, preproc=skip, postproc=tidy)
+    except Exception:
+        sys.exit(shell.prettytb(fname=path.name))
     write_nb(nb, path)
 
 
@@ -56,5 +67,7 @@ def main(paths):
 
 
 if __name__ == '__main__':
-    try: run(sys.argv[2]) if sys.argv[1:2] == ['--one'] else main(sys.argv[1:])
-    except subprocess.CalledProcessError as e: sys.exit(e.returncode)
+    try:
+        run(sys.argv[2]) if sys.argv[1:2] == ['--one'] else main(sys.argv[1:])
+    except subprocess.CalledProcessError as e:
+        sys.exit(e.returncode)

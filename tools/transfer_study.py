@@ -12,54 +12,80 @@
 Results are kept in nbs/results/learning_NAME.csv and training_NAME.csv. The pixels are few so that a study takes less than two hours on one core; rates and
 decays are those of the plans and were not chosen on these images. Nothing is chosen by the unseen images either.
 """
-import argparse, os, tempfile, time, warnings
+
+import argparse
+import os
+import tempfile
+import time
+import warnings
 from pathlib import Path
+
 import pandas as pd
 
-RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'
+RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 SIZES = (25, 50, 100, 250, 600)
 
 
 def keep(runs, name):
     from dr_transfer.utils.files import atomic_file
-    with atomic_file(RESULTS/f'{name}.csv') as f: runs.round(4).to_csv(f, index=False)
+
+    with atomic_file(RESULTS / f'{name}.csv') as f:
+        runs.round(4).to_csv(f, index=False)
 
 
-def say(line): print(time.strftime('%H:%M'), line, flush=True)
+def say(line):
+    print(time.strftime('%H:%M'), line, flush=True)
 
 
 def study(root, name, task, size, epochs):
     "The learning curve of a set, and the error over the epochs of some rivals"
     from dr_transfer.evaluation.experiments import learning_curve, training_curve
+
     how = dict(size=size, arch='efficientnet_lite0', setting='channels_last', say=say)
     keep(learning_curve(root, task, SIZES, seeds=3, **how), f'learning_{name}')
-    if epochs: keep(pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs.items()]), f'training_{name}')
+    if epochs:
+        keep(
+            pd.concat([training_curve(root, task, n, r, images=SIZES[-1], **how) for r, n in epochs.items()]),
+            f'training_{name}',
+        )
 
 
-def flowers(root): study(root/'flowers', 'flowers', 'flowers', 96, {'random start': 60, 'fine-tuned': 20}) # does the random start want more epochs?
-def messidor2(root): study(root/'dr'/'messidor2', 'messidor2', 'dr', 112, {})
+def flowers(root):
+    study(
+        root / 'flowers', 'flowers', 'flowers', 96, {'random start': 60, 'fine-tuned': 20}
+    )  # does the random start want more epochs?
+
+
+def messidor2(root):
+    study(root / 'dr' / 'messidor2', 'messidor2', 'dr', 112, {})
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     "A file with weights that were trained on the flowers, and the better of two rates there: it is that of the random start on CT as well"
-    from dr_transfer.models.backbones import save_weights
     from dr_transfer.core import build_learner, fit
+    from dr_transfer.models.backbones import save_weights
     from dr_transfer.training.plans import Phase, Plan
+
     best = None
     for lr in rates:
         plan = Plan(f'pretrain_{lr}', (Phase(0, 10, lr, wd=0.05, fixed_bn=False),), weights='random')
-        learn = fit(build_learner(root/'flowers', 'flowers', arch=arch, size=64, plan=plan, setting='channels_last'), say=lambda line: None)
+        learn = fit(
+            build_learner(root / 'flowers', 'flowers', arch=arch, size=64, plan=plan, setting='channels_last'),
+            say=lambda line: None,
+        )
         score = learn.record['history'][-1]['accuracy']
         say(f'{arch} on the flowers, rate {lr}: accuracy {score:.3f}')
-        if best is None or score > best[0]: best = score, lr, save_weights(learn.model[0][0].stages, Path(folder)/f'{arch}.safetensors')
+        if best is None or score > best[0]:
+            best = score, lr, save_weights(learn.model[0][0].stages, Path(folder) / f'{arch}.safetensors')
     return best
 
 
 def ct(root):
     from dr_transfer.data.ct_images import candidate_pictures
-    from dr_transfer.synthetic.ct import make_ct
     from dr_transfer.evaluation.experiments import RIVALS, START, learning_curve, training_curve
+    from dr_transfer.synthetic.ct import make_ct
     from dr_transfer.training.plans import Phase, Plan
+
     curves, errors = [], []
     with tempfile.TemporaryDirectory() as d:
         make_ct(f'{d}/ct', n=100, seed=77)
@@ -67,11 +93,24 @@ def ct(root):
         say(f'{len(pictures)} candidates drawn')
         for arch in ('cifarnet', 'alexnet', 'googlenet'):
             score, lr, weights = pretrain(root, arch, d)
-            rivals = {**RIVALS, START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random')}
+            rivals = {
+                **RIVALS,
+                START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
+            }
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, setting='channels_last', say=say)
             about = dict(arch=arch, source='flowers', source_accuracy=score, rate=lr)
-            curves.append(learning_curve(f'{d}/pictures', sizes=(60, 200, 600), rivals=rivals, seeds=3, **how).assign(**about))
-            errors.append(training_curve(f'{d}/pictures', epochs=20, images=600, rivals={k: v for k, v in rivals.items() if k != 'frozen'}, **how).assign(**about))
+            curves.append(
+                learning_curve(f'{d}/pictures', sizes=(60, 200, 600), rivals=rivals, seeds=3, **how).assign(**about)
+            )
+            errors.append(
+                training_curve(
+                    f'{d}/pictures',
+                    epochs=20,
+                    images=600,
+                    rivals={k: v for k, v in rivals.items() if k != 'frozen'},
+                    **how,
+                ).assign(**about)
+            )
             keep(pd.concat(curves), 'learning_ct'), keep(pd.concat(errors), 'training_ct')
 
 
@@ -82,5 +121,8 @@ if __name__ == '__main__':
     p.add_argument('studies', nargs='*', metavar='NAME', help=', '.join(STUDIES))
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/'))
-    for s in a.studies or STUDIES: STUDIES[s](root)
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
+    for s in a.studies or STUDIES:
+        STUDIES[s](root)

@@ -10,18 +10,21 @@ __all__ = ['MAX_SEED', 'whole_number', 'fraction', 'path_name', 'CommandParser',
 # %% ../../nbs/commands/01_arguments.ipynb #a72d8f7b
 import argparse
 import math
-from typing import Callable, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 # %% ../../nbs/commands/01_arguments.ipynb #60c909fb
-MAX_SEED = 2**32 - 1 # the largest that NumPy and scikit-learn take
+MAX_SEED = 2**32 - 1  # the largest that NumPy and scikit-learn take
+
 
 def whole_number(
-    least:int, # Smallest value that is allowed
-    most:int|None=None # Largest value that is allowed; no limit if None
-) -> Callable[[str], int]: # For `type=` of argparse
+    least: int,  # Smallest value that is allowed
+    most: int | None = None,  # Largest value that is allowed; no limit if None
+) -> Callable[[str], int]:  # For `type=` of argparse
     "A whole number within limits"
     limits = f'{least} or more' if most is None else f'{least} to {most}'
-    def parse(text:str) -> int:
+
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -29,10 +32,12 @@ def whole_number(
         if '_' in text or value is None or value < least or (most is not None and value > most):
             raise argparse.ArgumentTypeError(f"'{text[:40]}' is not possible: give a whole number, {limits}")
         return value
+
     return parse
 
+
 def fraction(
-    text:str # As it was typed
+    text: str,  # As it was typed
 ) -> float:
     "A number between 0 and 1, both excluded"
     try:
@@ -43,8 +48,9 @@ def fraction(
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is not possible: give a number between 0 and 1, such as 0.2")
     return value
 
+
 def path_name(
-    text:str # As it was typed
+    text: str,  # As it was typed
 ) -> str:
     "The name of a file or folder: not empty"
     if not text.strip() or '\0' in text:
@@ -54,73 +60,136 @@ def path_name(
 # %% ../../nbs/commands/01_arguments.ipynb #7862659e
 class CommandParser(argparse.ArgumentParser):
     "A parser that reports what is wrong in one line, without the usage"
-    def error(self,
-        message:str # What is wrong
+
+    def error(
+        self,
+        message: str,  # What is wrong
     ) -> NoReturn:
         "Print the line and exit with code 2"
         self.exit(2, f'dr_transfer: error: {" ".join(message.split())} ({self.prog} --help lists the options)\n')
 
 # %% ../../nbs/commands/01_arguments.ipynb #62911ec7
 def add_table_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "How a table of labelled images is read"
     add('data', metavar='DATA', type=path_name, help='folder of class folders, or folder with images and labels.csv')
     add('--labels', metavar='CSV', type=path_name, help='image names and labels, if not labels.csv in DATA')
     add('--image-col', metavar='COLUMN', help='column of the labels that names the image (default: a usual name)')
     add('--label-col', metavar='COLUMN', help='column of the labels that holds the label (default: a usual name)')
-    add('--patient', metavar='COLUMN', help="column of the labels that names the patient, or 'none' (default: a usual name)")
-    add('--missing', choices=('error', 'skip'), default='error', help='rows of the labels without a file (default: error)')
+    add(
+        '--patient',
+        metavar='COLUMN',
+        help="column of the labels that names the patient, or 'none' (default: a usual name)",
+    )
+    add(
+        '--missing',
+        choices=('error', 'skip'),
+        default='error',
+        help='rows of the labels without a file (default: error)',
+    )
+
 
 def add_task_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "What is predicted, and from images of which size"
-    add('--task', default='flowers', metavar='TASK',
-        help='flowers, dr, ct_nodes, ct_lungs, or one of your own: FILE.toml or FILE.py:NAME (default: flowers)')
+    add(
+        '--task',
+        default='flowers',
+        metavar='TASK',
+        help='flowers, dr, ct_nodes, ct_lungs, or one of your own: FILE.toml or FILE.py:NAME (default: flowers)',
+    )
     add('--target', metavar='NAME', help='what is predicted: for dr, referable (default) or grade')
     add('--size', metavar='N', type=whole_number(16, 4096), help="side of the images in pixels (default: the task's)")
     add('--seed', metavar='N', type=whole_number(0, MAX_SEED), default=42, help='decides split and order (default: 42)')
 
+
 def add_split_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "How images are split"
-    add('--valid', metavar='FRACTION', type=fraction, default=0.2, help='fraction of the images for validation (default: 0.2)')
-    add('--allow-leaks', action='store_true',
-        help='go on with a split that shares patients or copies between its subsets')
+    add(
+        '--valid',
+        metavar='FRACTION',
+        type=fraction,
+        default=0.2,
+        help='fraction of the images for validation (default: 0.2)',
+    )
+    add(
+        '--allow-leaks',
+        action='store_true',
+        help='go on with a split that shares patients or copies between its subsets',
+    )
+
 
 def add_training_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "How a network is trained"
-    add('--epochs', metavar='N', type=whole_number(1), help="epochs of the plan's last phase; a head that is solved needs none")
+    add(
+        '--epochs',
+        metavar='N',
+        type=whole_number(1),
+        help="epochs of the plan's last phase; a head that is solved needs none",
+    )
     add('--bs', metavar='N', type=whole_number(2), default=32, help='images in a batch (default: 32)')
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
 
+
 def add_recipe_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "Which network, plan, head and operating point"
     add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
-    add('--plan', metavar='NAME', help='head, fine_tune, top1, ..., or advise: measure first (default: by set and machine)')
+    add(
+        '--plan',
+        metavar='NAME',
+        help='head, fine_tune, top1, ..., or advise: measure first (default: by set and machine)',
+    )
     add('--head', metavar='NAME', help="linear, dense, or for grades cumulative or regression (default: the plan's)")
     add('--balance', metavar='NAME', default='none', help='of classes: none, weights or sampling (default: none)')
-    add('--sensitivity', metavar='FRACTION', type=fraction,
-        help='operating point: sensitivity on the validation images (default for dr: 0.9)')
-    add('--specificity', metavar='FRACTION', type=fraction, help='operating point: or specificity on the validation images')
+    add(
+        '--sensitivity',
+        metavar='FRACTION',
+        type=fraction,
+        help='operating point: sensitivity on the validation images (default for dr: 0.9)',
+    )
+    add(
+        '--specificity',
+        metavar='FRACTION',
+        type=fraction,
+        help='operating point: or specificity on the validation images',
+    )
+
 
 def add_report_arguments(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "What a report tells"
-    add('--prevalence', metavar='FRACTION', type=fraction, help='of the condition among the people tested, for predictive values')
+    add(
+        '--prevalence',
+        metavar='FRACTION',
+        type=fraction,
+        help='of the condition among the people tested, for predictive values',
+    )
     add_bootstrap_argument(add)
-    add('--out', metavar='HTML', type=path_name,
-        help='report to write; NAME_predictions.csv goes beside it (default: the name of DATA and _report.html)')
+    add(
+        '--out',
+        metavar='HTML',
+        type=path_name,
+        help='report to write; NAME_predictions.csv goes beside it (default: the name of DATA and _report.html)',
+    )
+
 
 def add_bootstrap_argument(
-    add:Callable # `add_argument` of a parser
+    add: Callable,  # `add_argument` of a parser
 ):
     "How many bootstrap resamples the intervals rest on"
-    add('--draws', metavar='N', type=whole_number(100, 1_000_000), default=1000, help='bootstrap resamples, 100 or more (default: 1000)')
+    add(
+        '--draws',
+        metavar='N',
+        type=whole_number(100, 1_000_000),
+        default=1000,
+        help='bootstrap resamples, 100 or more (default: 1000)',
+    )

@@ -8,64 +8,84 @@ __all__ = ['STARTS', 'demo_table', 'demo_picture', 'make_demo']
 # %% ../../nbs/commands/02_demo.ipynb #37856567
 import json
 from pathlib import Path
+
 import pandas as pd
-from ..utils.files import atomic_file, growing_folder, new_folder
+
 from ..data.images import read_rgb
-from ..synthetic.fundus import make_dr
 from ..inference.run import write_run
+from ..synthetic.fundus import make_dr
+from ..utils.files import atomic_file, growing_folder, new_folder
 
 # %% ../../nbs/commands/02_demo.ipynb #d0357530
-STARTS = {'random_start': 'random', 'run': None} # folder -> weights
+STARTS = {'random_start': 'random', 'run': None}  # folder -> weights
+
 
 def _start(out, name, size, seed, setting):
     "Train one start, unless it is there"
-    if (out/name).is_dir(): return
-    from dr_transfer.core import build_learner, fit # they take seconds, which a folder that is in the way need not cost
-    print(f"training a head on {'random weights, for comparison' if STARTS[name] else 'ImageNet weights'}", flush=True)
-    learn = fit(build_learner(out/'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head')
-    with new_folder(out/name, kind='run') as tmp:
+    if (out / name).is_dir():
+        return
+    from dr_transfer.core import (
+        build_learner,
+        fit,
+    )  # they take seconds, which a folder that is in the way need not cost
+
+    print(f'training a head on {"random weights, for comparison" if STARTS[name] else "ImageNet weights"}', flush=True)
+    learn = fit(
+        build_learner(out / 'data', task='dr', size=size, seed=seed, weights=STARTS[name], setting=setting), 'head'
+    )
+    with new_folder(out / name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
     for line in learn.record['decision'].refused:
         print(line, flush=True)
 
 # %% ../../nbs/commands/02_demo.ipynb #9099747d
 def demo_table(
-    out:Path # Folder of the demonstration
-) -> pd.DataFrame: # A row a start
+    out: Path,  # Folder of the demonstration
+) -> pd.DataFrame:  # A row a start
     "Measures on the validation side, a row a start"
-    rows = {n: json.loads((out/n/'record.json').read_text(encoding='utf-8')) for n in STARTS}
-    return pd.DataFrame({'random weights' if STARTS[n] else 'ImageNet weights': r['validation'] for n, r in rows.items()}).T.rename_axis('start')
+    rows = {n: json.loads((out / n / 'record.json').read_text(encoding='utf-8')) for n in STARTS}
+    return pd.DataFrame(
+        {'random weights' if STARTS[n] else 'ImageNet weights': r['validation'] for n, r in rows.items()}
+    ).T.rename_axis('start')
+
 
 def demo_picture(
-    out:Path # Folder of the demonstration
-) -> Path: # A PNG
+    out: Path,  # Folder of the demonstration
+) -> Path:  # A PNG
     "Examples from the validation side"
-    if (out/'demo.png').exists(): return out/'demo.png'
+    if (out / 'demo.png').exists():
+        return out / 'demo.png'
     from dr_transfer.metrics.plots import pick_examples, plot_predictions
-    t = pick_examples(pd.read_csv(out/'run'/'predictions.csv'), 8)
+
+    t = pick_examples(pd.read_csv(out / 'run' / 'predictions.csv'), 8)
     titles = [f'{r.target}: p(referable) {r.p_referable:.2f}' for r in t.itertuples()]
-    fig = plot_predictions([read_rgb(i) for i in t.image], titles, (t.target == t.prediction).tolist(),
-                           about='Drawn eyes of patients not seen in training: the truth, and what the model says')
-    with atomic_file(out/'demo.png') as f: fig.savefig(f, dpi=110, format='png')
-    return out/'demo.png'
+    fig = plot_predictions(
+        [read_rgb(i) for i in t.image],
+        titles,
+        (t.target == t.prediction).tolist(),
+        about='Drawn eyes of patients not seen in training: the truth, and what the model says',
+    )
+    with atomic_file(out / 'demo.png') as f:
+        fig.savefig(f, dpi=110, format='png')
+    return out / 'demo.png'
 
 # %% ../../nbs/commands/02_demo.ipynb #40d78cad
 def make_demo(
-    out:str|Path, # Folder to make; what is finished there stays
-    images:int=400, # How many to draw
-    size:int=256, # Pixels
-    seed:int=42, # Another seed, other eyes
-    setting:str='auto', # As `build_learner` takes it
-    overwrite:bool=False # May another demonstration be replaced?
-) -> pd.DataFrame: # Measures, a row a start; also OUT/run, OUT/demo.png
+    out: str | Path,  # Folder to make; what is finished there stays
+    images: int = 400,  # How many to draw
+    size: int = 256,  # Pixels
+    seed: int = 42,  # Another seed, other eyes
+    setting: str = 'auto',  # As `build_learner` takes it
+    overwrite: bool = False,  # May another demonstration be replaced?
+) -> pd.DataFrame:  # Measures, a row a start; also OUT/run, OUT/demo.png
     "Draw a set, learn from it with random and with ImageNet weights"
     out, what = Path(out), dict(n=images, size=size, seed=seed)
     with growing_folder(out, 'demo', ['demo.png', 'data/', *(f'{name}/' for name in STARTS)], overwrite):
-        if (out/'data').is_dir():
-            make_dr(out/'data', **what) # it is there; an error if it is another one
+        if (out / 'data').is_dir():
+            make_dr(out / 'data', **what)  # it is there; an error if it is another one
         else:
             print(f'drawing {images} fundus photographs', flush=True)
-            with new_folder(out/'data', kind='drawn') as tmp:
+            with new_folder(out / 'data', kind='drawn') as tmp:
                 make_dr(tmp, **what)
         for name in STARTS:
             _start(out, name, size, seed, setting)

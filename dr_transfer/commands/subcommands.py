@@ -16,9 +16,11 @@ def _data_name(a) -> str:
     "What DATA is called, for names of outputs and titles"
     return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
 
+
 def _output(a, ending) -> tuple[Path, bool]:
     "What is to be written, not among the images, and whether it may replace what is there"
     from dr_transfer.utils.files import check_outside
+
     typed = a.out is not None
     out = Path(a.out if typed else f'{_data_name(a)}_{ending}')
     for source in (a.data, a.labels):
@@ -26,22 +28,29 @@ def _output(a, ending) -> tuple[Path, bool]:
             check_outside(out, source)
     return out, a.overwrite and typed
 
+
 def _read_table(a):
     "The table of labelled images"
     from dr_transfer.data.table import label_table
+
     return label_table(a.data, a.labels, a.image_col, a.label_col, a.patient, missing=a.missing)
+
 
 def _task(a):
     "The task and its target, as the options name them"
-    from dr_transfer.data.tasks import get_task
     from dr_transfer.data.task_file import load_task
+    from dr_transfer.data.tasks import get_task
+
     task = get_task(load_task(a.task), a.size)
     return task, task.target(a.target)
+
 
 def _classes(table, goal) -> list:
     "The classes that are learnt from a table"
     from dr_transfer.data.tasks import class_names, encode_target
+
     return class_names(encode_target(table, goal), goal)
+
 
 def _wanted_point(a, task, goal) -> dict:
     "What the operating point is to reach: as typed; 0.9 of the referable for dr if nothing is typed"
@@ -52,13 +61,18 @@ def _wanted_point(a, task, goal) -> dict:
         _check_point(goal.classes)
     return typed or ({'sensitivity': 0.9} if task.name == 'dr' else {})
 
+
 def _check_point(classes):
     "A ValueError if these classes have no operating point"
     import numpy as np
+
     from dr_transfer.metrics.decision import positive_score
+
     if positive_score(np.zeros((1, len(classes))), classes) is None:
         names = ', '.join(map(str, classes[:5]))
-        raise ValueError(f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}')
+        raise ValueError(
+            f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}'
+        )
 
 # %% ../../nbs/commands/03_subcommands.ipynb #b8d51959
 @contextmanager
@@ -67,19 +81,24 @@ def _printed_if_unwritable(table, file):
     try:
         yield
     except OSError as e:
-        if Path(file).exists(): # all of it: half a table is never left
+        if Path(file).exists():  # all of it: half a table is never left
             raise
         from dr_transfer.utils.csvfile import write_csv
         from dr_transfer.utils.files import OutputError
+
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
-        raise OutputError(f'the table cannot be written ({e.strerror or e}): it was printed instead. Make room, and run '
-                          'the command again, or save what was printed') from e
+        raise OutputError(
+            f'the table cannot be written ({e.strerror or e}): it was printed instead. Make room, and run '
+            'the command again, or save what was printed'
+        ) from e
+
 
 def _as_utf8(stream):
     "Let a text stream write UTF-8, and file names that are none as the bytes they are"
     if hasattr(stream, 'reconfigure'):
         stream.reconfigure(encoding='utf-8', errors='surrogateescape')
+
 
 def _print_decision(decision):
     "The operating point, and what could not be chosen"
@@ -93,9 +112,10 @@ def _check_recipe(a):
     "A ValueError for a name of a plan, a backbone or a head that is not known"
     from dr_transfer.models.backbones import find_backbone
     from dr_transfer.models.balance import BALANCES
-    from dr_transfer.utils.files import unknown
     from dr_transfer.models.network import HEADS
     from dr_transfer.training.plans import get_plan
+    from dr_transfer.utils.files import unknown
+
     get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs)
     if a.arch:
         find_backbone(a.arch)
@@ -103,10 +123,12 @@ def _check_recipe(a):
         if value is not None and value not in known:
             raise unknown(option, value, known)
 
+
 def _print_table(learn):
     "How the images were split, and which were skipped"
     from dr_transfer.data.split import split_summary
     from dr_transfer.data.table import set_aside
+
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
     skipped = set_aside(learn.table)
     for row in skipped.head(10).itertuples():
@@ -114,11 +136,13 @@ def _print_table(learn):
     if len(skipped) > 10:
         print(f'skipped: {len(skipped) - 10} more')
 
+
 def train(
-    a:argparse.Namespace # As `dr_transfer train --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer train --help` describes
+) -> int:  # Exit code
     "Train a model on a folder of images and write the run into a new folder"
     from dr_transfer.utils.files import check_outside, new_folder
+
     out = Path(a.out if a.out is not None else f'{_data_name(a)}_run')
     check_outside(out, a.data)
     with new_folder(out, a.overwrite, keep_parts=True) as folder:
@@ -130,20 +154,37 @@ def train(
     print(f'written: {out}')
     return 0
 
+
 def _train(a, table, task, point):
     "A learner, trained by the plan that the options name"
     from dr_transfer.core import build_learner, fit
+
     plan = _print_advice(a, table, task) if a.plan == 'advise' else a.plan
-    learn = build_learner(table, task=task, arch=a.arch, weights=a.weights, target=a.target, bs=a.bs, valid=a.valid, seed=a.seed,
-                          setting=a.setting, plan=plan, allow_leaks=a.allow_leaks, head=a.head, balance=a.balance)
+    learn = build_learner(
+        table,
+        task=task,
+        arch=a.arch,
+        weights=a.weights,
+        target=a.target,
+        bs=a.bs,
+        valid=a.valid,
+        seed=a.seed,
+        setting=a.setting,
+        plan=plan,
+        allow_leaks=a.allow_leaks,
+        head=a.head,
+        balance=a.balance,
+    )
     if point:
         _check_point(list(learn.dls.vocab))
     _print_table(learn)
     return fit(learn, epochs=a.epochs)
 
+
 def _write_run(learn, folder, point):
     "Write the run, and print what the model is worth on the validation images"
     from dr_transfer.inference.run import write_run
+
     metrics = write_run(learn, folder, point)
     print('validation: ' + '\n'.join(metrics.attrs['notes']))
     print(metrics.round(3).to_string())
@@ -155,22 +196,28 @@ def _write_run(learn, folder, point):
 # %% ../../nbs/commands/03_subcommands.ipynb #60b3e6b9
 def _print_advice(a, table, task):
     "Advice on the training images, printed"
-    from dr_transfer.training.advisor import advise
     from dr_transfer.models.backbones import DEFAULT_ARCH
-    advice = advise(table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, setting=a.setting)
+    from dr_transfer.training.advisor import advise
+
+    advice = advise(
+        table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, setting=a.setting
+    )
     print(advice, flush=True)
     return advice
 
+
 def advise(
-    a:argparse.Namespace # As `dr_transfer advise --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer advise --help` describes
+) -> int:  # Exit code
     "Measure the images of a folder and recommend a plan"
     from dr_transfer.utils.files import new_file
+
     out, overwrite = _output(a, 'advice.png')
     with new_file(out, overwrite) as file:
         task, _ = _task(a)
         advice = _print_advice(a, _read_table(a), task)
         from dr_transfer.training.advisor import plot_advice
+
         print(advice.profile.round(3).to_string())
         plot_advice(advice).savefig(file, dpi=120, format='png')
     print(f'figure: {out}')
@@ -182,23 +229,28 @@ def _load(a):
     if a.model.endswith('.onnx'):
         raise ValueError(f'{a.model}: an ONNX file can only predict. Give the folder made by dr_transfer train')
     from dr_transfer.inference.saved_model import load_model
-    inside = Path(a.model)/'model'
+
+    inside = Path(a.model) / 'model'
     return load_model(inside if inside.is_dir() else a.model, a.setting)
+
 
 def _load_any(a):
     "The model of a run, of a model folder or of an ONNX file"
     if not a.model.endswith('.onnx'):
         return _load(a)
     from dr_transfer.inference.onnx_file import OnnxModel
+
     return OnnxModel(a.model)
 
+
 def predict(
-    a:argparse.Namespace # As `dr_transfer predict --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer predict --help` describes
+) -> int:  # Exit code
     "Predict images with a saved model; a table as CSV"
+    from dr_transfer.inference.predictions import gather_images, predict_table
     from dr_transfer.utils.csvfile import write_csv
     from dr_transfer.utils.files import check_outside, new_file
-    from dr_transfer.inference.predictions import gather_images, predict_table
+
     if a.out is None:
         table = predict_table(_load_any(a), gather_images(a.images))
         _as_utf8(sys.stdout)
@@ -215,57 +267,68 @@ def predict(
     print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
     return _predicted(table)
 
+
 def _predicted(table) -> int:
     "The exit code; 1, with the reason, if the model is at fault or nothing could be predicted"
     from dr_transfer.inference.predictions import NO_PROBABILITIES
+
     failed = table[table.error != '']
     if len(failed) < len(table) and not failed.error.eq(NO_PROBABILITIES).any():
         return 0
     first = failed.iloc[0]
-    print(f'dr_transfer: error: {len(failed)} of {len(table)} images have no prediction, such as {first.image}: {first.error}',
-          file=sys.stderr)
+    print(
+        f'dr_transfer: error: {len(failed)} of {len(table)} images have no prediction, such as {first.image}: {first.error}',
+        file=sys.stderr,
+    )
     return 1
 
+
 def export(
-    a:argparse.Namespace # As `dr_transfer export --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer export --help` describes
+) -> int:  # Exit code
     "Write a saved model as an ONNX file, if it gives the same predictions"
-    from dr_transfer.utils.files import check_outside, new_file
     from dr_transfer.inference.onnx_file import check_onnx_name, write_onnx
+    from dr_transfer.utils.files import check_outside, new_file
+
     out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
     check_outside(out, a.model)
     with new_file(out, a.overwrite and a.out is not None) as file:
         write_onnx(_load(a), file)
-    print(f'written: {out} ({out.stat().st_size/1e6:.1f} MB), with the same predictions as the model')
+    print(f'written: {out} ({out.stat().st_size / 1e6:.1f} MB), with the same predictions as the model')
     return 0
 
 # %% ../../nbs/commands/03_subcommands.ipynb #12a9b082
 def preprocess(
-    a:argparse.Namespace # As `dr_transfer preprocess --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer preprocess --help` describes
+) -> int:  # Exit code
     "Prepare a folder of fundus photographs"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
+
     t = preprocess_folder(a.folder, a.out, Preparation(a.size, a.correction, a.to_right, a.format), a.workers)
     bad, poor = t[t.error != ''], t[t.gradability < 0.5]
     for row in bad.head(10).itertuples():
         print(f'not prepared: {row.image}: {row.error}')
     reasons = ', '.join(f'{k} {v}' for k, v in poor.reason.value_counts().items())
-    print(f"{len(t) - len(bad)} photographs in {a.out}, {len(bad)} could not be read; {t.x.isna().sum() - len(bad)} without a "
-          f"visible disc; {len(poor)} ungradable{f' ({reasons})' if len(poor) else ''}")
-    print(f"table: {Path(a.out)/'images.csv'}")
+    print(
+        f'{len(t) - len(bad)} photographs in {a.out}, {len(bad)} could not be read; {t.x.isna().sum() - len(bad)} without a '
+        f'visible disc; {len(poor)} ungradable{f" ({reasons})" if len(poor) else ""}'
+    )
+    print(f'table: {Path(a.out) / "images.csv"}')
     return 0 if len(bad) < len(t) else 1
 
 # %% ../../nbs/commands/03_subcommands.ipynb #e273a641
 def _targets_of(a, model, table):
     "The table with the class of each image, as the model names classes"
-    from dr_transfer.data.tasks import TASKS, Target, encode_target
     from dr_transfer.data.task_file import load_task
+    from dr_transfer.data.tasks import TASKS, Target, encode_target
+
     about = model.about
     goal = Target('class', tuple(model.classes))
     if a.task or about['task'] in TASKS:
         found = load_task(a.task or about['task']).target(about['target'])
         goal = found if found.classes else Target(found.name, tuple(model.classes))
     return encode_target(table, goal)
+
 
 def _report_file(a) -> tuple[Path, bool]:
     "The report to write, and whether it may replace one that is there"
@@ -274,10 +337,12 @@ def _report_file(a) -> tuple[Path, bool]:
         raise ValueError(f'--out {out}: a report is an HTML file, so give a name such as {out.with_suffix(".html")}')
     return out, overwrite
 
+
 def _print_report(e, a, page, table):
     "Print the metrics, and write report and table into reserved files"
     from dr_transfer.evaluation.report import write_pages
     from dr_transfer.metrics.screening import measure_table
+
     metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.draws)
     print(metrics.round(3).to_string())
     print('\n'.join(metrics.attrs['notes']))
@@ -294,17 +359,21 @@ def _print_report(e, a, page, table):
     with _printed_if_unwritable(e.table, table):
         write_pages(e, page, table, a.draws)
 
+
 def _print_files(main, label, table) -> int:
     "Name the two files that were written"
     from dr_transfer.utils.files import companion
+
     print(f'{label}: {main}\ntable: {companion(main, table)}')
     return 0
 
+
 def evaluate(
-    a:argparse.Namespace # As `dr_transfer evaluate --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer evaluate --help` describes
+) -> int:  # Exit code
     "Report how well a trained model predicts labelled images"
     from dr_transfer.utils.files import REPORT_TABLE, new_pair
+
     out, overwrite = _report_file(a)
     with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
         e = _evaluation(a)
@@ -315,12 +384,15 @@ def evaluate(
 def _note_copies(model, table):
     "Note which identical files have two classes"
     from dr_transfer.data.leaks import find_copies, note_contradictions
+
     note_contradictions(table, find_copies(table.image.tolist(), model.about['reader']))
+
 
 def _evaluation(a):
     "The evaluation of a saved model on labelled images"
-    from dr_transfer.evaluation.report import evaluate_model
     from dr_transfer.data.table import report_table
+    from dr_transfer.evaluation.report import evaluate_model
+
     model = _load(a)
     table = _targets_of(a, model, _read_table(a))
     _note_copies(model, table)
@@ -329,14 +401,16 @@ def _evaluation(a):
 
 # %% ../../nbs/commands/03_subcommands.ipynb #ce8e5c81
 def cross_validate(
-    a:argparse.Namespace # As `dr_transfer cross-validate --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer cross-validate --help` describes
+) -> int:  # Exit code
     "Report how well a recipe predicts images that it was not trained on, by cross-validation"
     from dr_transfer.utils.files import REPORT_TABLE, new_pair
+
     out, overwrite = _report_file(a)
     with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
         _print_report(_cross_evaluation(a), a, page, table)
     return _print_files(out, 'report', REPORT_TABLE)
+
 
 def _cross_evaluation(a):
     "The evaluation that a report of cross-validation shows"
@@ -344,22 +418,45 @@ def _cross_evaluation(a):
     point = _wanted_point(a, task, goal)
     _check_recipe(a)
     if a.plan == 'advise':
-        raise ValueError('--plan advise: advice is for one training, not for folds. Run dr_transfer advise, and name the plan that it gives')
+        raise ValueError(
+            '--plan advise: advice is for one training, not for folds. Run dr_transfer advise, and name the plan that it gives'
+        )
     table = _read_table(a)
     if point:
         _check_point(_classes(table, goal))
     from dr_transfer.core import DEFAULT_ARCH, versions
-    from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
-    from dr_transfer.metrics.decision import table_classes
-    from dr_transfer.evaluation.report import describe_images
     from dr_transfer.data.table import set_aside
-    t = cross_validate(table, task, a.target, folds=a.folds, epochs=a.epochs, seed=a.seed, arch=a.arch, weights=a.weights,
-                       plan=a.plan, bs=a.bs, setting=a.setting, head=a.head, balance=a.balance)
+    from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
+    from dr_transfer.evaluation.report import describe_images
+    from dr_transfer.metrics.decision import table_classes
+
+    t = cross_validate(
+        table,
+        task,
+        a.target,
+        folds=a.folds,
+        epochs=a.epochs,
+        seed=a.seed,
+        arch=a.arch,
+        weights=a.weights,
+        plan=a.plan,
+        bs=a.bs,
+        setting=a.setting,
+        head=a.head,
+        balance=a.balance,
+    )
     classes, skipped = table_classes(t), set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
-    about = {'arch': a.arch or DEFAULT_ARCH, 'task': task.name, 'target': task.target(a.target).name, 'size': task.size,
-             'seed': a.seed, 'decision': decision.to_dict(), 'versions': versions(),
-             'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance}}
+    about = {
+        'arch': a.arch or DEFAULT_ARCH,
+        'task': task.name,
+        'target': task.target(a.target).name,
+        'size': task.size,
+        'seed': a.seed,
+        'decision': decision.to_dict(),
+        'versions': versions(),
+        'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance},
+    }
     e = describe_images(t, classes, about, task.reader, _data_name(a), a.prevalence)
     e.aside = skipped
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
@@ -367,10 +464,11 @@ def _cross_evaluation(a):
 
 # %% ../../nbs/commands/03_subcommands.ipynb #e5c259b1
 def compare(
-    a:argparse.Namespace # As `dr_transfer compare --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer compare --help` describes
+) -> int:  # Exit code
     "Several backbones and plans on one split: a table and a figure"
     from dr_transfer.utils.files import COMPARISON_TABLE, new_pair
+
     out, overwrite = _output(a, 'comparison.png')
     if out.suffix != '.png':
         raise ValueError(f'--out {out}: the figure is a PNG file, so give a name such as {out.with_suffix(".png")}')
@@ -378,16 +476,30 @@ def compare(
         _write_comparison(a, figure, table)
     return _print_files(out, 'figure', COMPARISON_TABLE)
 
+
 def _write_comparison(a, figure, table):
     "Compare, print, and write figure and table into reserved files"
     from dr_transfer.evaluation.compare import compare, plot_comparison
     from dr_transfer.utils.csvfile import write_csv
     from dr_transfer.utils.files import file_digest
+
     task, goal = _task(a)
     images = _read_table(a)
     metric = _metric(a.measure, images, goal)
-    c = compare(images, task, a.archs, a.plans, a.target, valid=a.valid, seed=a.seed, epochs=a.epochs,
-                allow_leaks=a.allow_leaks, weights=a.weights, bs=a.bs, setting=a.setting)
+    c = compare(
+        images,
+        task,
+        a.archs,
+        a.plans,
+        a.target,
+        valid=a.valid,
+        seed=a.seed,
+        epochs=a.epochs,
+        allow_leaks=a.allow_leaks,
+        weights=a.weights,
+        bs=a.bs,
+        setting=a.setting,
+    )
     t = c.table(a.draws)
     n = len(next(iter(c.tables.values())))
     shown = t.xs(metric, level='measure').round(3).to_string(na_rep='')
@@ -396,22 +508,30 @@ def _write_comparison(a, figure, table):
     mark = {'dr_transfer-table': file_digest(table)}
     plot_comparison(t, metric).savefig(figure, dpi=120, format='png', metadata=mark)
 
+
 def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
     import numpy as np
+
     from dr_transfer.metrics.screening import main_measure, measures
+
     classes = _classes(images, goal)
     k = len(classes)
-    return main_measure(measures(np.arange(k), np.full((k, k), 1/k), classes), name)
+    return main_measure(measures(np.arange(k), np.full((k, k), 1 / k), classes), name)
 
 # %% ../../nbs/commands/03_subcommands.ipynb #4b8adc3d
 def demo(
-    a:argparse.Namespace # As `dr_transfer demo --help` describes
-) -> int: # Exit code
+    a: argparse.Namespace,  # As `dr_transfer demo --help` describes
+) -> int:  # Exit code
     "Draw a synthetic set, train on it, show the result"
     from dr_transfer.commands.demo import make_demo
+
     t, out = make_demo(a.out, a.images, a.size, a.seed, a.setting, a.overwrite), Path(a.out)
-    print('\nSynthetic fundus images of patients not seen in training, grade 2 or more (average over the views of each image):\n')
+    print(
+        '\nSynthetic fundus images of patients not seen in training, grade 2 or more (average over the views of each image):\n'
+    )
     print(f'{t.round(3).to_string()}\n')
-    print(f"figure: {out/'demo.png'}\nmodel:  {out/'run'}  (dr_transfer predict {out/'run'} {out/'data'/'images'})")
+    print(
+        f'figure: {out / "demo.png"}\nmodel:  {out / "run"}  (dr_transfer predict {out / "run"} {out / "data" / "images"})'
+    )
     return 0

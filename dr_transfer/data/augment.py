@@ -8,124 +8,182 @@ __all__ = ['AUGMENTATIONS', 'Views', 'QuarterTurns', 'Mirror', 'MirrorNear', 'fl
 
 # %% ../../nbs/data/16_augment.ipynb #ade320c3
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.vision.augment import AffineCoordTfm, Brightness, Contrast, Hue, PadMode, RandTransform, Saturation
 from fastai.vision.core import PILBase, PILMask, TensorImage, TensorMask
 from PIL import Image
-from ..utils.files import unknown
+
 from .views import VIEWS
+from ..utils.files import unknown
 
 # %% ../../nbs/data/16_augment.ipynb #dfc09c49
 class Views(RandTransform):
     "A random choice from finitely many views of an image"
+
     order, name = 15, 'none'
+
     def before_call(self, b, split_idx):
-        if split_idx == 1: return # nothing is drawn for what stays as it is
+        if split_idx == 1:
+            return  # nothing is drawn for what stays as it is
         x = b[0] if isinstance(b, tuple) else b
         many = isinstance(x, torch.Tensor) and x.ndim == 4
         self.k = torch.randint(len(VIEWS[self.name]), (len(x) if many else 1,)).tolist()
-    def view(self, x, k:int):
+
+    def view(self, x, k: int):
         out = VIEWS[self.name][k](x)
-        if out.shape == x.shape: return out
-        raise ValueError(f"a turned batch needs square images, not {tuple(x.shape[-2:])}: resize them first")
-    def encodes(self, x:PILBase):
-        bands = [Image.fromarray(VIEWS[self.name][self.k[0]](torch.from_numpy(np.array(b))).contiguous().numpy()) for b in x.split()]
+        if out.shape == x.shape:
+            return out
+        raise ValueError(f'a turned batch needs square images, not {tuple(x.shape[-2:])}: resize them first')
+
+    def encodes(self, x: PILBase):
+        bands = [
+            Image.fromarray(VIEWS[self.name][self.k[0]](torch.from_numpy(np.array(b))).contiguous().numpy())
+            for b in x.split()
+        ]
         out = Image.merge(x.mode, bands) if len(bands) > 1 else bands[0]
-        if x.mode == 'P': out.putpalette(x.getpalette())
+        if x.mode == 'P':
+            out.putpalette(x.getpalette())
         return type(x)(out)
-    def encodes(self, x:TensorImage|TensorMask):
+
+    def encodes(self, x: TensorImage | TensorMask):
         one = x.ndim == (2 if isinstance(x, TensorMask) else 3)
         return self.view(x, self.k[0]) if one else torch.stack([self.view(o, k) for o, k in zip(x, self.k)])
 
+
 class QuarterTurns(Views):
     "Rotation by 0, 90, 180 or 270 degrees and nothing else"
+
     name = 'quarter_turns'
 
 # %% ../../nbs/data/16_augment.ipynb #410f070f
 class Mirror(Views):
     "The image or its mirror image, left and right exchanged"
+
     name = 'mirror'
+
 
 class MirrorNear(Views):
     "The image or its mirror image, from as far as it is or from nearer: its middle, enlarged"
+
     name = 'mirror_near'
+
     def before_call(self, b, split_idx):
         for x in b if isinstance(b, tuple) else (b,):
             if split_idx != 1 and (isinstance(x, (PILMask, TensorMask)) or getattr(x, 'mode', '') == 'P'):
-                raise ValueError("the numbers of a mask or a palette cannot be enlarged by interpolation: take augment='mirror'")
+                raise ValueError(
+                    "the numbers of a mask or a palette cannot be enlarged by interpolation: take augment='mirror'"
+                )
         super().before_call(b, split_idx)
 
 # %% ../../nbs/data/16_augment.ipynb #ee4d5964
-def _uniform(n, a, b): return torch.empty(n).uniform_(a, b)
+def _uniform(n, a, b):
+    return torch.empty(n).uniform_(a, b)
+
 
 def _matrix(a, b, c, d, e, f) -> torch.Tensor:
     "n matrices (3, 3) from the six numbers of an affine map"
     o = torch.zeros_like(a)
-    return torch.stack([torch.stack(r, -1) for r in ((a, b, c), (d, e, f), (o, o, o+1))], -2)
+    return torch.stack([torch.stack(r, -1) for r in ((a, b, c), (d, e, f), (o, o, o + 1))], -2)
+
 
 def flowers_matrix(x) -> torch.Tensor:
     "FLW's recipe as affine maps of a batch, (n, 3, 3)"
-    n = len(x); one, zero = torch.ones(n), torch.zeros(n)
-    t, s = _uniform(n, -40, 40)*math.pi/180, _uniform(n, -0.2, 0.2)
-    turn = _matrix(t.cos(), -t.sin(), 2*_uniform(n, -0.4, 0.4), t.sin(), t.cos(), 2*_uniform(n, -0.4, 0.4))
+    n = len(x)
+    one, zero = torch.ones(n), torch.zeros(n)
+    t, s = _uniform(n, -40, 40) * math.pi / 180, _uniform(n, -0.2, 0.2)
+    turn = _matrix(t.cos(), -t.sin(), 2 * _uniform(n, -0.4, 0.4), t.sin(), t.cos(), 2 * _uniform(n, -0.4, 0.4))
     shear = _matrix(one, -s.sin(), zero, zero, s.cos(), zero)
-    flip = torch.where(torch.rand(n) < 0.5, -1., 1.)
-    return (turn @ shear @ _matrix(flip*_uniform(n, 0.7, 1.3), zero, zero, zero, _uniform(n, 0.7, 1.3), zero)).to(x.device)
+    flip = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
+    return (turn @ shear @ _matrix(flip * _uniform(n, 0.7, 1.3), zero, zero, zero, _uniform(n, 0.7, 1.3), zero)).to(
+        x.device
+    )
 
-def crop_matrix(x, least:float=0.35) -> torch.Tensor:
+
+def crop_matrix(x, least: float = 0.35) -> torch.Tensor:
     "A random part of each image, at least `least` of its area, as affine maps (n, 3, 3)"
-    n = len(x); zero = torch.zeros(n)
+    n = len(x)
+    zero = torch.zeros(n)
     area, aspect = _uniform(n, least, 1), _uniform(n, -0.25, 0.25).exp()
-    w, h = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)
-    return _matrix(w, zero, _uniform(n, -1, 1)*(1-w), zero, h, _uniform(n, -1, 1)*(1-h)).to(x.device)
+    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    return _matrix(w, zero, _uniform(n, -1, 1) * (1 - w), zero, h, _uniform(n, -1, 1) * (1 - h)).to(x.device)
 
 # %% ../../nbs/data/16_augment.ipynb #fdbbec08
 @dataclass(frozen=True)
 class Augmentation:
     "A named augmentation and what it keeps of an image"
-    make:Callable # () -> list of fastai batch transforms
-    colour:bool # Are colours kept?
-    whole:bool # Is the whole image kept?
-    handed:bool # Are left and right kept?
-    about:str # In one line
+
+    make: Callable  # () -> list of fastai batch transforms
+    colour: bool  # Are colours kept?
+    whole: bool  # Is the whole image kept?
+    handed: bool  # Are left and right kept?
+    about: str  # In one line
+
 
 def _affine(f):
     def make():
         t = AffineCoordTfm(aff_fs=f, pad_mode=PadMode.Border, align_corners=False)
-        t.split_idx = 0 # validation images are not even resampled
+        t.split_idx = 0  # validation images are not even resampled
         return [t]
+
     return make
 
-def _jitter(): return [Brightness(0.2, p=0.75), Contrast(0.2, p=0.75), Saturation(0.2, p=0.75), Hue(0.05, p=0.75)]
+
+def _jitter():
+    return [Brightness(0.2, p=0.75), Contrast(0.2, p=0.75), Saturation(0.2, p=0.75), Hue(0.05, p=0.75)]
+
 
 AUGMENTATIONS = {
     'none': Augmentation(lambda: [], True, True, True, 'the image as it is'),
     'quarter_turns': Augmentation(lambda: [QuarterTurns()], True, True, True, 'rotation by multiples of 90 degrees'),
     'mirror': Augmentation(lambda: [Mirror()], True, True, False, 'left and right exchanged, or not'),
-    'mirror_near': Augmentation(lambda: [MirrorNear()], True, False, False, 'mirrored or not, the whole or its middle enlarged'),
-    'random_crop': Augmentation(_affine(crop_matrix), True, False, True, 'a part of the image, 35 to 100 % of its area'),
+    'mirror_near': Augmentation(
+        lambda: [MirrorNear()], True, False, False, 'mirrored or not, the whole or its middle enlarged'
+    ),
+    'random_crop': Augmentation(
+        _affine(crop_matrix), True, False, True, 'a part of the image, 35 to 100 % of its area'
+    ),
     'colour_jitter': Augmentation(_jitter, False, True, True, 'brightness, contrast, saturation and hue'),
-    'flowers': Augmentation(_affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored')}
+    'flowers': Augmentation(
+        _affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored'
+    ),
+}
 
 # %% ../../nbs/data/16_augment.ipynb #b615bd14
 def augmentation(
-    names:str # Names joined with '+', such as 'mirror+random_crop'
-) -> list: # fastai batch transforms
+    names: str,  # Names joined with '+', such as 'mirror+random_crop'
+) -> list:  # fastai batch transforms
     "The transforms of an augmentation by name"
     for n in names.split('+'):
-        if n not in AUGMENTATIONS: raise unknown('augmentation', n, AUGMENTATIONS)
+        if n not in AUGMENTATIONS:
+            raise unknown('augmentation', n, AUGMENTATIONS)
     return [t for n in names.split('+') for t in AUGMENTATIONS[n].make()]
 
+
 def views_of(
-    names:str # Names joined with '+'
-) -> str|None: # Name in `VIEWS`, or None if the augmentation is not finite
+    names: str,  # Names joined with '+'
+) -> str | None:  # Name in `VIEWS`, or None if the augmentation is not finite
     "The finite set of views that an augmentation chooses from"
     augmentation(names)
     return names if names in VIEWS else None
 
-def augmentation_table() -> pd.DataFrame: # One row a name
+
+def augmentation_table() -> pd.DataFrame:  # One row a name
     "The known augmentations and what each keeps of an image"
-    return pd.DataFrame([{'name': n, 'views': str(len(VIEWS[n])) if n in VIEWS else 'endless', 'keeps colour': a.colour, 'keeps all of it': a.whole,
-                          'keeps left and right': a.handed, 'what it does': a.about} for n, a in AUGMENTATIONS.items()]).set_index('name')
+    return pd.DataFrame(
+        [
+            {
+                'name': n,
+                'views': str(len(VIEWS[n])) if n in VIEWS else 'endless',
+                'keeps colour': a.colour,
+                'keeps all of it': a.whole,
+                'keeps left and right': a.handed,
+                'what it does': a.about,
+            }
+            for n, a in AUGMENTATIONS.items()
+        ]
+    ).set_index('name')

@@ -13,14 +13,16 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import pandas as pd
-from ..utils.csvfile import check_columns, known_columns, plain_name, read_csv, text_errors
+
 from ..metrics.groups import group_key, spellings
+from ..utils.csvfile import check_columns, known_columns, plain_name, read_csv, text_errors
 
 # %% ../../nbs/data/11_columns.ipynb #20598098
 def read_labels(
-    labels:str|Path|pd.DataFrame # CSV file or table
-) -> pd.DataFrame: # Its index numbers the rows, as in messages
+    labels: str | Path | pd.DataFrame,  # CSV file or table
+) -> pd.DataFrame:  # Its index numbers the rows, as in messages
     "A table of labels; from a file as text: what a number means is for the task to decide"
     if isinstance(labels, pd.DataFrame):
         check_columns(labels.columns)
@@ -33,57 +35,86 @@ def read_labels(
             raise ValueError(not_utf8(f'the name of column {bad[0] + 1}', labels))
         t = t.set_axis([c.strip() for c in t.columns], axis=1).set_axis(range(2, len(t) + 2))
     else:
-        raise ValueError(f"labels={labels!r:.60}: give the path of a CSV file, or a table (DataFrame)")
+        raise ValueError(f'labels={labels!r:.60}: give the path of a CSV file, or a table (DataFrame)')
     return t[t.notna().any(axis=1)]
 
+
 def not_utf8(
-    what:str, # What holds such bytes
-    file='the CSV file' # Where
+    what: str,  # What holds such bytes
+    file='the CSV file',  # Where
 ) -> str:
     "The error message for bytes that are not UTF-8"
-    return (f"{file} cannot be read as a CSV file in UTF-8: {what} has bytes of another encoding, such as Latin-1. "
-            "Save it as CSV UTF-8")
+    return (
+        f'{file} cannot be read as a CSV file in UTF-8: {what} has bytes of another encoding, such as Latin-1. '
+        'Save it as CSV UTF-8'
+    )
+
 
 def counted(
-    n:int, # How many
-    what:str # Of what, in the singular
+    n: int,  # How many
+    what: str,  # Of what, in the singular
 ) -> str:
     "A number of things in words"
-    return f"{n} {what}{'' if n == 1 else 's'}"
+    return f'{n} {what}{"" if n == 1 else "s"}'
+
 
 def some(
-    names, # Any list
-    n:int=3, # How many are shown
-    most:int=200 # Characters of one; of a longer one the first half of them is shown
+    names,  # Any list
+    n: int = 3,  # How many are shown
+    most: int = 200,  # Characters of one; of a longer one the first half of them is shown
 ) -> str:
     "The first of many names, and how many more there are"
-    names = [str(o) if len(str(o)) <= most else f'{str(o)[:most//2]}... ({len(str(o))} characters)' for o in names]
+    names = [str(o) if len(str(o)) <= most else f'{str(o)[: most // 2]}... ({len(str(o))} characters)' for o in names]
     return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
 # %% ../../nbs/data/11_columns.ipynb #3f622409
 IMAGE_COLUMNS = ('image', 'id_code', 'image_id', 'image name', 'filename', 'file', 'path', 'img')
 LABEL_COLUMNS = ('label', 'grade', 'level', 'diagnosis', 'class', 'retinopathy grade', 'adjudicated_dr_grade', 'target')
-GROUP_COLUMNS = ('patient', 'patient_id', 'pid', 'pat_id', 'patient_no', 'patient_number', 'patient_name', 'mrn', 'subject', 'subject_id', 'participant', 'participant_id',
-                 'person', 'person_id', 'group', 'photographer', 'case', 'case_id', 'study', 'study_id')
+GROUP_COLUMNS = (
+    'patient',
+    'patient_id',
+    'pid',
+    'pat_id',
+    'patient_no',
+    'patient_number',
+    'patient_name',
+    'mrn',
+    'subject',
+    'subject_id',
+    'participant',
+    'participant_id',
+    'person',
+    'person_id',
+    'group',
+    'photographer',
+    'case',
+    'case_id',
+    'study',
+    'study_id',
+)
+
 
 @dataclass(frozen=True)
 class Role:
     "What a column is for, its usual names, and how another one is given"
-    what:str
-    usual:tuple
-    how:str
+
+    what: str
+    usual: tuple
+    how: str
+
 
 IMAGES = Role('image names', IMAGE_COLUMNS, "image_col='...' (--image-col COLUMN)")
 LABELS = Role('labels', LABEL_COLUMNS, "label_col='...' (--label-col COLUMN)")
 GROUPS = Role('groups', GROUP_COLUMNS, "group_col='...' (--patient COLUMN)")
 
+
 def find_column(
-    table:pd.DataFrame, # From `read_labels`
-    role:Role, # What is looked for
-    wanted:str|None=None, # The name that was given; a usual one if None
-    used:tuple=(), # Columns that are taken already
-    needed:bool=True # An error if there is none?
-) -> str|None:
+    table: pd.DataFrame,  # From `read_labels`
+    role: Role,  # What is looked for
+    wanted: str | None = None,  # The name that was given; a usual one if None
+    used: tuple = (),  # Columns that are taken already
+    needed: bool = True,  # An error if there is none?
+) -> str | None:
     "The name of a column: the one that was asked for, or a usual one; ValueError if there is none"
     shown = some(table.columns, 20)
     if wanted is not None:
@@ -96,81 +127,91 @@ def find_column(
     found = known_columns(table[[c for c in table if c not in used]], role.usual)
     if found or not needed:
         return found[0] if found else None
-    raise ValueError(f"no column for the {role.what}: columns are {shown}. Say which with {role.how}")
+    raise ValueError(f'no column for the {role.what}: columns are {shown}. Say which with {role.how}')
 
 # %% ../../nbs/data/11_columns.ipynb #d3ac62bf
-NO_GROUPS = ("no patient column found: images are treated as independent; name one with group_col='...' "
-             "(--patient COLUMN)")
+NO_GROUPS = (
+    "no patient column found: images are treated as independent; name one with group_col='...' (--patient COLUMN)"
+)
+
 
 @dataclass(frozen=True)
 class GroupSource:
     "What the groups of a table were taken from"
-    column:str|None = None # Name of the column
-    file:str = '' # CSV beside class folders
-    guessed:bool = False # By its name, and not because it was given?
-    none:bool = False # Were none wanted?
-    dicom:int = 0 # Images whose group is the PatientID of their DICOM file
-    written:tuple = () # A group that is written in several ways
 
-    def line(self,
-        groups # Group of each image (n,), None where it has none
+    column: str | None = None  # Name of the column
+    file: str = ''  # CSV beside class folders
+    guessed: bool = False  # By its name, and not because it was given?
+    none: bool = False  # Were none wanted?
+    dicom: int = 0  # Images whose group is the PatientID of their DICOM file
+    written: tuple = ()  # A group that is written in several ways
+
+    def line(
+        self,
+        groups,  # Group of each image (n,), None where it has none
     ) -> str:
         "What was used, in one line"
         n = pd.Series(list(groups), dtype=object)
         if self.none:
-            return "patients: none used, as asked for (none): images are treated as independent"
+            return 'patients: none used, as asked for (none): images are treated as independent'
         if not n.notna().any():
             return NO_GROUPS if self.column is None else f"column '{self.column}' is empty: {NO_GROUPS}"
         kind = 'groups' if plain_name(self.column or '') in ('group', 'photographer') else 'patients'
         source = f"column '{self.column}'" + (f' of {self.file}' if self.file else '')
         parts = ['PatientID of DICOM files' if self.column is None else source, counted(n.nunique(), 'group')]
         if self.dicom and self.column is not None:
-            parts.append(f"{counted(self.dicom, 'image')} by the PatientID of the DICOM file")
+            parts.append(f'{counted(self.dicom, "image")} by the PatientID of the DICOM file')
         if n.isna().any():
-            parts.append(f"{counted(n.isna().sum(), 'image')} without one treated as independent")
+            parts.append(f'{counted(n.isna().sum(), "image")} without one treated as independent')
         if self.written:
-            parts.append(f"{' and '.join(map(repr, self.written[:2]))} are taken for one")
-        return f"{kind}: {', '.join(parts)}"
+            parts.append(f'{" and ".join(map(repr, self.written[:2]))} are taken for one')
+        return f'{kind}: {", ".join(parts)}'
 
     @property
     def hint(self) -> str:
         "What to do if a column that was only guessed makes a split impossible"
         if not self.guessed:
             return ''
-        return (f". The groups are those of column '{self.column}', which was chosen by its name: give another with "
-                f"{GROUPS.how}, or use none with group_col='none' (--patient none)")
+        return (
+            f". The groups are those of column '{self.column}', which was chosen by its name: give another with "
+            f"{GROUPS.how}, or use none with group_col='none' (--patient none)"
+        )
 
 # %% ../../nbs/data/11_columns.ipynb #124f9979
 def choose_groups(
-    table:pd.DataFrame, # From `read_labels`
-    group_col:str|None=None, # Its column; a usual one if None; 'none' for none
-    used:tuple=() # Columns that are taken already
-) -> tuple[list, GroupSource]: # A group for each row, None where it has none
+    table: pd.DataFrame,  # From `read_labels`
+    group_col: str | None = None,  # Its column; a usual one if None; 'none' for none
+    used: tuple = (),  # Columns that are taken already
+) -> tuple[list, GroupSource]:  # A group for each row, None where it has none
     "The groups of the rows of a table, and where they come from"
     if group_col == 'none':
-        return [None]*len(table), GroupSource(none=True)
+        return [None] * len(table), GroupSource(none=True)
     column = find_column(table, GROUPS, group_col, used, needed=False)
     if column is None:
-        return [None]*len(table), GroupSource()
+        return [None] * len(table), GroupSource()
     groups = table[column].tolist()
     bad = text_errors(groups)
     if bad:
         raise ValueError(not_utf8(f"row {table.index[bad[0]]} of column '{column}'"))
     if group_col is not None and len(table) and not any(group_key(g) for g in groups):
-        raise ValueError(f"column '{column}' is empty: {GROUPS.how} needs one that names the patient, or say "
-                         "group_col='none' (--patient none)")
+        raise ValueError(
+            f"column '{column}' is empty: {GROUPS.how} needs one that names the patient, or say "
+            "group_col='none' (--patient none)"
+        )
     return groups, GroupSource(column, guessed=group_col is None)
 
+
 def described(
-    source:GroupSource, # Where groups come from
-    groups # As they are written
-) -> GroupSource: # With a group that is written in several ways
+    source: GroupSource,  # Where groups come from
+    groups,  # As they are written
+) -> GroupSource:  # With a group that is written in several ways
     "Note a group whose name is written in several ways"
     return replace(source, written=next(iter(spellings(groups)), source.written))
 
+
 @contextmanager
 def group_errors(
-    table:pd.DataFrame # From `label_table`
+    table: pd.DataFrame,  # From `label_table`
 ):
     "Within it, an error of a split tells which column was guessed, and how not to use it"
     source = table.attrs.get('group_source')
@@ -183,27 +224,33 @@ def group_errors(
         raise type(e)(str(e).rstrip('.') + hint) from None
 
 # %% ../../nbs/data/11_columns.ipynb #723a4bac
-MOST_LABEL = 255 # characters of a class name
-ONE_CLASS = ("Several labels for an image are not supported yet: give one class for each image, or train one model for "
-             "each label (yes or no)")
+MOST_LABEL = 255  # characters of a class name
+ONE_CLASS = (
+    'Several labels for an image are not supported yet: give one class for each image, or train one model for '
+    'each label (yes or no)'
+)
+
 
 def check_labels(
-    labels, # Cells of the column of labels
-    rows # Number of the row of each, for messages
+    labels,  # Cells of the column of labels
+    rows,  # Number of the row of each, for messages
 ):
     "A ValueError for labels that are lists, texts or several labels in one cell"
     for row, label in zip(rows, labels):
         if not isinstance(label, str) and hasattr(label, '__len__'):
-            raise ValueError(f"row {row}: the label {str(label)[:60]} is a list. {ONE_CLASS}")
+            raise ValueError(f'row {row}: the label {str(label)[:60]} is a list. {ONE_CLASS}')
         text = str(label)
         if len(text) > MOST_LABEL:
-            raise ValueError(f"row {row}: the label has {len(text)} characters, more than {MOST_LABEL}: is this the column of the "
-                             f"labels? Say which with {LABELS.how}")
+            raise ValueError(
+                f'row {row}: the label has {len(text)} characters, more than {MOST_LABEL}: is this the column of the '
+                f'labels? Say which with {LABELS.how}'
+            )
         if '\0' in text:
-            raise ValueError(f"row {row}: the label {text!r} has a NUL character: remove it")
+            raise ValueError(f'row {row}: the label {text!r} has a NUL character: remove it')
         if text_errors([text]):
             raise ValueError(not_utf8(f'the label {text!r} (row {row})'))
     _check_joint([str(label).strip() for label in labels if label is not None])
+
 
 def _check_joint(labels):
     "A ValueError for cells such as 'bolt;red' whose parts stand in other labels, too"
@@ -214,8 +261,11 @@ def _check_joint(labels):
         for label, found in parts.items():
             shared = [p for p in found if number[p] > 1] if len(found) > 1 else []
             if shared:
-                raise ValueError(f"the label '{label}' looks like several labels in one cell ('{shared[0]}' is in others, too). "
-                                 f"{ONE_CLASS}. If it is one class, write it without '{sep}'")
+                raise ValueError(
+                    f"the label '{label}' looks like several labels in one cell ('{shared[0]}' is in others, too). "
+                    f"{ONE_CLASS}. If it is one class, write it without '{sep}'"
+                )
+
 
 def _parts(label, sep) -> set:
     "The labels in a cell; a comma before a space, or in a number, divides none"
@@ -224,8 +274,8 @@ def _parts(label, sep) -> set:
 
 # %% ../../nbs/data/11_columns.ipynb #8b74e6df
 def joint_note(
-    labels # Class of each image
-) -> str: # '' if none looks like several
+    labels,  # Class of each image
+) -> str:  # '' if none looks like several
     "What is to be told of class names that may be several labels in one cell"
     names = list(dict.fromkeys(map(str, labels)))
     for name in names:
@@ -235,19 +285,24 @@ def joint_note(
             return f"labels: '{name}' is taken for one class; several labels in one cell are not supported"
     return ''
 
+
 def number_note(
-    labels # Class of each image
-) -> str: # '' if they are no numbers
+    labels,  # Class of each image
+) -> str:  # '' if they are no numbers
     "What is to be told of classes that are numbers; ValueError if they are measured"
     n = pd.Series(list(labels), dtype=object)
     values = pd.to_numeric(n.drop_duplicates(), errors='coerce')
     if values.isna().any() or len(values) < 5:
         return ''
     few = n.value_counts().median() < 3
-    if (values % 1 != 0).any() or len(values) > 20 and few:
-        raise ValueError(f"the labels are {len(values)} different numbers ({some(sorted(values.tolist()))}): numbers that are "
-                         "measured cannot be learned yet (regression). Divide them into classes, such as low and high, "
-                         f"or name another column with {LABELS.how}")
+    if (values % 1 != 0).any() or (len(values) > 20 and few):
+        raise ValueError(
+            f'the labels are {len(values)} different numbers ({some(sorted(values.tolist()))}): numbers that are '
+            'measured cannot be learned yet (regression). Divide them into classes, such as low and high, '
+            f'or name another column with {LABELS.how}'
+        )
     if len(values) <= 20:
         return ''
-    return f"labels: {len(values)} numbers are taken for the names of {len(values)} classes; regression is not supported"
+    return (
+        f'labels: {len(values)} numbers are taken for the names of {len(values)} classes; regression is not supported'
+    )

@@ -6,43 +6,54 @@
 __all__ = ['ChangedError', 'unreadable', 'content_key', 'content_keys', 'HashedFile', 'image_data', 'fill_stores']
 
 # %% ../../nbs/data/06_content.ipynb #d1c84e6d
-import hashlib, os
+import hashlib
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
-from ..utils.files import progress
+
 from .images import read_rgb
+from .source import source_name
+from ..utils.files import progress
 from ..utils.regular import read_regular
 from ..utils.safe_files import is_shortage
-from .source import source_name
 from ..utils.store import fill_rows
 
 # %% ../../nbs/data/06_content.ipynb #62809156
 class ChangedError(ValueError):
     "A file that changed while a run was using it"
 
+
 def unreadable(
-    source, # Path, bytes, PIL image or array
-    e:BaseException # What was raised when it was read
-) -> ValueError: # To be raised
+    source,  # Path, bytes, PIL image or array
+    e: BaseException,  # What was raised when it was read
+) -> ValueError:  # To be raised
     "The error for an image that cannot be read, with the advice that fits it"
-    if isinstance(e, ChangedError): return e
+    if isinstance(e, ChangedError):
+        return e
     why = getattr(e, 'strerror', None) or str(e) or type(e).__name__
     if is_shortage(e):
-        return ValueError(f"{source_name(source)} cannot be read now ({why}): the file is not at fault. "
-                          "Close other programs, or raise the limit of open files, such as by `ulimit -n 1024`")
-    return ValueError(f"{source_name(source)} cannot be read ({type(e).__name__}: {why[:200]}): leave it out, or repair it; "
-                      "what was computed so far is kept")
+        return ValueError(
+            f'{source_name(source)} cannot be read now ({why}): the file is not at fault. '
+            'Close other programs, or raise the limit of open files, such as by `ulimit -n 1024`'
+        )
+    return ValueError(
+        f'{source_name(source)} cannot be read ({type(e).__name__}: {why[:200]}): leave it out, or repair it; '
+        'what was computed so far is kept'
+    )
+
 
 def content_key(
-    source # Path, bytes, PIL image or array
-) -> str: # 32 hexadecimal digits of a SHA-256
+    source,  # Path, bytes, PIL image or array
+) -> str:  # 32 hexadecimal digits of a SHA-256
     "An image by the bytes of its file, or by its pixels; ValueError if it cannot be read"
     h = hashlib.sha256()
     try:
-        if isinstance(source, (str, Path)): h.update(read_regular(source))
-        elif isinstance(source, bytes): h.update(source)
+        if isinstance(source, (str, Path)):
+            h.update(read_regular(source))
+        elif isinstance(source, bytes):
+            h.update(source)
         else:
             im = read_rgb(source)
             h.update(f'{im.size}'.encode() + im.tobytes())
@@ -50,8 +61,9 @@ def content_key(
         raise unreadable(source, e) from None
     return h.hexdigest()[:32]
 
+
 def content_keys(
-    sources:list # Paths or images
+    sources: list,  # Paths or images
 ) -> list[str]:
     "The keys of many images, read in threads"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -61,29 +73,34 @@ def content_keys(
 @dataclass(frozen=True)
 class HashedFile:
     "A file whose content is known by its key; what is read from it is that content"
-    path:str|Path
-    key:str
-    def read(self) -> bytes: # `ChangedError` if it is another content by now
+
+    path: str | Path
+    key: str
+
+    def read(self) -> bytes:  # `ChangedError` if it is another content by now
         "The bytes that were hashed"
         data = read_regular(self.path)
         if content_key(data) != self.key:
-            raise ChangedError(f"{self.path} changed while it was being used: run the command again "
-                               "when nothing writes into its folder; what was computed so far is kept")
+            raise ChangedError(
+                f'{self.path} changed while it was being used: run the command again '
+                'when nothing writes into its folder; what was computed so far is kept'
+            )
         return data
 
+
 def image_data(
-    source # `HashedFile`, path, bytes, PIL image or array
+    source,  # `HashedFile`, path, bytes, PIL image or array
 ):
     "What is to be decoded: the bytes of a `HashedFile`, anything else as it is"
     return source.read() if isinstance(source, HashedFile) else source
 
 # %% ../../nbs/data/06_content.ipynb #1573bd9e
 def fill_stores(
-    stores:list, # `ArrayStore`s on one disk, no two with a field of one name
-    sources:list, # Paths or images
-    compute:Callable, # (sources, fields) -> iterator: field -> (n, *shape), for each batch
-    bs:int # Images in a batch
-) -> list: # For each store the row of each source (n,)
+    stores: list,  # `ArrayStore`s on one disk, no two with a field of one name
+    sources: list,  # Paths or images
+    compute: Callable,  # (sources, fields) -> iterator: field -> (n, *shape), for each batch
+    bs: int,  # Images in a batch
+) -> list:  # For each store the row of each source (n,)
     "See that the arrays of all images are in the stores; a path comes to `compute` as `HashedFile`. ValueError for an image that cannot be read"
     keys = content_keys(sources)
     items = [HashedFile(o, k) if isinstance(o, (str, Path)) else o for o, k in zip(sources, keys)]

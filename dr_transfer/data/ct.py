@@ -11,137 +11,212 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.ndimage import map_coordinates
+
 from .dicom import dicom_size, is_dicom, read_dataset
-from ..utils.files import extra_module, unknown, warn
 from .source import LIMITS, ImageError, naming, open_source
+from ..utils.files import extra_module, unknown, warn
 
 # %% ../../nbs/data/10_ct.ipynb #a3008428
 @dataclass(frozen=True, eq=False)
 class Volume:
     "A CT volume: z to the head, y to the back, x to the left of the patient"
-    hu:np.ndarray # Hounsfield units (z, y, x)
-    spacing:tuple # mm between voxels along z, y, x
-    origin:tuple=(0., 0., 0.) # mm: where the middle of voxel (0, 0, 0) is, z, y, x
+
+    hu: np.ndarray  # Hounsfield units (z, y, x)
+    spacing: tuple  # mm between voxels along z, y, x
+    origin: tuple = (0.0, 0.0, 0.0)  # mm: where the middle of voxel (0, 0, 0) is, z, y, x
+
     def __post_init__(self):
-        if np.asarray(self.hu).dtype.kind not in 'iuf': raise ValueError(f"an array of {np.asarray(self.hu).dtype} is no volume: give whole or floating point numbers")
-        if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1: raise ValueError(f"an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)")
-        if not np.isfinite(self.hu).all(): raise ValueError(f"{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024")
+        if np.asarray(self.hu).dtype.kind not in 'iuf':
+            raise ValueError(
+                f'an array of {np.asarray(self.hu).dtype} is no volume: give whole or floating point numbers'
+            )
+        if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1:
+            raise ValueError(f'an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)')
+        if not np.isfinite(self.hu).all():
+            raise ValueError(
+                f'{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024'
+            )
         for name, ok in (('spacing', lambda v: 0 < v < 100), ('origin', np.isfinite)):
             try:
                 v = tuple(map(float, np.atleast_1d(getattr(self, name)).tolist()))
             except (TypeError, ValueError):
-                raise ValueError(f"{name}={getattr(self, name)!r:.60}: give three numbers in mm, along z, y, x") from None
-            if len(v) != 3 or not all(map(ok, v)): raise ValueError(f"{name}={v}: give three numbers in mm, along z, y, x")
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r:.60}: give three numbers in mm, along z, y, x'
+                ) from None
+            if len(v) != 3 or not all(map(ok, v)):
+                raise ValueError(f'{name}={v}: give three numbers in mm, along z, y, x')
             object.__setattr__(self, name, v)
+
     def voxel(self, place) -> np.ndarray:
         "Voxel numbers (..., 3), with fractions, of places in mm"
-        return (np.asarray(place, float) - self.origin)/self.spacing
+        return (np.asarray(place, float) - self.origin) / self.spacing
+
     def mm(self, voxel) -> np.ndarray:
         "Places in mm (..., 3) of voxel numbers"
-        return np.asarray(voxel, float)*self.spacing + self.origin
+        return np.asarray(voxel, float) * self.spacing + self.origin
+
     def __contains__(self, place):
         v = self.voxel(place)
-        return bool((v >= -.5).all() and (v <= np.array(self.hu.shape) - .5).all())
-    def __repr__(self): return f"Volume of {' x '.join(map(str, self.hu.shape))} voxels of {' x '.join(f'{s:g}' for s in self.spacing)} mm (z, y, x)"
+        return bool((v >= -0.5).all() and (v <= np.array(self.hu.shape) - 0.5).all())
+
+    def __repr__(self):
+        return f'Volume of {" x ".join(map(str, self.hu.shape))} voxels of {" x ".join(f"{s:g}" for s in self.spacing)} mm (z, y, x)'
 
 # %% ../../nbs/data/10_ct.ipynb #1810e26b
-WINDOWS = { # name -> level, width in HU
-    'lung': (-600, 1500), 'soft_tissue': (50, 400), 'mediastinum': (50, 350), 'bone': (400, 1800), 'brain': (40, 80), 'stroke': (40, 40), 'subdural': (75, 215),
-    'liver': (30, 150), 'temporal_bone': (600, 2800), 'spine': (50, 250), 'low_attenuation': (-950, 200)}
+WINDOWS = {  # name -> level, width in HU
+    'lung': (-600, 1500),
+    'soft_tissue': (50, 400),
+    'mediastinum': (50, 350),
+    'bone': (400, 1800),
+    'brain': (40, 80),
+    'stroke': (40, 40),
+    'subdural': (75, 215),
+    'liver': (30, 150),
+    'temporal_bone': (600, 2800),
+    'spine': (50, 250),
+    'low_attenuation': (-950, 200),
+}
+
 
 def get_window(
-    which # Name in `WINDOWS`, or (level, width) in HU
-) -> tuple[float, float]: # Level, width
+    which,  # Name in `WINDOWS`, or (level, width) in HU
+) -> tuple[float, float]:  # Level, width
     "A window by name, or as it is given"
     if isinstance(which, str):
-        if which.replace(' ', '_') not in WINDOWS: raise unknown('window', which, WINDOWS, 'Or give (level, width) in HU, such as (50, 400)')
+        if which.replace(' ', '_') not in WINDOWS:
+            raise unknown('window', which, WINDOWS, 'Or give (level, width) in HU, such as (50, 400)')
         return WINDOWS[which.replace(' ', '_')]
-    try: level, width = map(float, which)
-    except (TypeError, ValueError): raise ValueError(f"window={which!r}: give a name, such as 'lung', or (level, width) in HU, such as (50, 400)") from None
-    if not (np.isfinite(level) and 0 < width < np.inf): raise ValueError(f"window={which!r}: the width is more than 0 HU, and the level comes first, such as (50, 400)")
+    try:
+        level, width = map(float, which)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window={which!r}: give a name, such as 'lung', or (level, width) in HU, such as (50, 400)"
+        ) from None
+    if not (np.isfinite(level) and 0 < width < np.inf):
+        raise ValueError(f'window={which!r}: the width is more than 0 HU, and the level comes first, such as (50, 400)')
     return level, width
 
+
 def window(
-    hu, # Hounsfield units, of any shape
-    which='soft_tissue' # Name in `WINDOWS`, or (level, width) in HU
-) -> np.ndarray: # float32, 0 to 1, of the same shape
+    hu,  # Hounsfield units, of any shape
+    which='soft_tissue',  # Name in `WINDOWS`, or (level, width) in HU
+) -> np.ndarray:  # float32, 0 to 1, of the same shape
     "Hounsfield units as a grey between 0 and 1: a linear ramp over the window"
     level, width = get_window(which)
-    return np.clip((np.asarray(hu, np.float32) - (level - width/2))/width, 0, 1)
+    return np.clip((np.asarray(hu, np.float32) - (level - width / 2)) / width, 0, 1)
 
 # %% ../../nbs/data/10_ct.ipynb #9980d731
 def _grey(parts) -> Image.Image:
     "Three arrays of greys, 0 to 1, as red, green and blue"
-    return Image.fromarray((np.stack(parts, -1)*255).round().astype(np.uint8))
+    return Image.fromarray((np.stack(parts, -1) * 255).round().astype(np.uint8))
+
 
 def three_windows(
-    volume:Volume, # A CT volume
-    z:float, # Height of the slice in mm; the nearest slice is taken
-    windows=('lung', 'soft_tissue', 'bone') # For red, green, blue: names or (level, width)
-) -> Image.Image: # RGB, front above, the patient's right at the left
+    volume: Volume,  # A CT volume
+    z: float,  # Height of the slice in mm; the nearest slice is taken
+    windows=('lung', 'soft_tissue', 'bone'),  # For red, green, blue: names or (level, width)
+) -> Image.Image:  # RGB, front above, the patient's right at the left
     "One axial slice through three windows as RGB (Shin et al. 2016)"
-    if len(windows) != 3: raise ValueError(f"windows={windows!r}: a picture has three colours, give three windows, such as ('lung', 'soft_tissue', 'bone')")
+    if len(windows) != 3:
+        raise ValueError(
+            f"windows={windows!r}: a picture has three colours, give three windows, such as ('lung', 'soft_tissue', 'bone')"
+        )
     k, last = round(float(volume.voxel((z, 0, 0))[0])), len(volume.hu) - 1
-    if not 0 <= k <= last: raise ValueError(f"z={z} mm is outside the volume: its slices lie from {volume.mm((0, 0, 0))[0]:g} to {volume.mm((last, 0, 0))[0]:g} mm")
-    im, (high, wide) = _grey([window(volume.hu[k], w) for w in windows]), np.array(volume.spacing[1:])/min(volume.spacing[1:])
-    return im if high == wide else im.resize((round(im.width*wide), round(im.height*high)), Image.Resampling.BICUBIC)
+    if not 0 <= k <= last:
+        raise ValueError(
+            f'z={z} mm is outside the volume: its slices lie from {volume.mm((0, 0, 0))[0]:g} to {volume.mm((last, 0, 0))[0]:g} mm'
+        )
+    im, (high, wide) = (
+        _grey([window(volume.hu[k], w) for w in windows]),
+        np.array(volume.spacing[1:]) / min(volume.spacing[1:]),
+    )
+    return (
+        im if high == wide else im.resize((round(im.width * wide), round(im.height * high)), Image.Resampling.BICUBIC)
+    )
 
 # %% ../../nbs/data/10_ct.ipynb #bbe97406
-PLANES = {'coronal': ((-1, 0, 0), (0, 0, 1)), 'sagittal': ((-1, 0, 0), (0, 1, 0)), 'axial': ((0, 1, 0), (0, 0, 1))} # name -> steps (z, y, x) of a row and of a column
+PLANES = {
+    'coronal': ((-1, 0, 0), (0, 0, 1)),
+    'sagittal': ((-1, 0, 0), (0, 1, 0)),
+    'axial': ((0, 1, 0), (0, 0, 1)),
+}  # name -> steps (z, y, x) of a row and of a column
+
 
 def plane(
-    volume:Volume, # A CT volume
-    place, # Its middle: (z, y, x) in mm
-    which:str='axial', # Name in `PLANES`
-    side:float=40., # mm
-    size:int=64, # Pixels a side
-    turn=None # Rotation (3, 3) of the volume about the place; none if None
-) -> np.ndarray: # Hounsfield units, float32 (size, size)
+    volume: Volume,  # A CT volume
+    place,  # Its middle: (z, y, x) in mm
+    which: str = 'axial',  # Name in `PLANES`
+    side: float = 40.0,  # mm
+    size: int = 64,  # Pixels a side
+    turn=None,  # Rotation (3, 3) of the volume about the place; none if None
+) -> np.ndarray:  # Hounsfield units, float32 (size, size)
     "A square part of a plane through a point; ValueError for a point outside the volume"
-    if which not in PLANES: raise unknown('plane', which, PLANES)
-    if not (side > 0 and size >= 1): raise ValueError(f"side={side}, size={size}: give millimetres and pixels, such as 40 and 64")
-    if place not in volume: raise ValueError(f"{tuple(map(float, place))} is outside the {volume!r}, which reaches from {tuple(volume.mm((0, 0, 0)))} to {tuple(volume.mm(np.array(volume.hu.shape) - 1))} mm")
-    more = max(1, round(side/size/min(volume.spacing))) # points along a pixel
-    g = (np.arange(size*more) - (size*more - 1)/2)*side/size/more
+    if which not in PLANES:
+        raise unknown('plane', which, PLANES)
+    if not (side > 0 and size >= 1):
+        raise ValueError(f'side={side}, size={size}: give millimetres and pixels, such as 40 and 64')
+    if place not in volume:
+        raise ValueError(
+            f'{tuple(map(float, place))} is outside the {volume!r}, which reaches from {tuple(volume.mm((0, 0, 0)))} to {tuple(volume.mm(np.array(volume.hu.shape) - 1))} mm'
+        )
+    more = max(1, round(side / size / min(volume.spacing)))  # points along a pixel
+    g = (np.arange(size * more) - (size * more - 1) / 2) * side / size / more
     row, col = np.array(PLANES[which], float) if turn is None else np.array(PLANES[which]) @ np.asarray(turn)
-    at = volume.voxel(np.asarray(place, float) + g[:, None, None]*row + g[None, :, None]*col)
+    at = volume.voxel(np.asarray(place, float) + g[:, None, None] * row + g[None, :, None] * col)
     hu = map_coordinates(volume.hu, at.transpose(2, 0, 1), np.float32, order=1, cval=-1000)
     return hu.reshape(size, more, size, more).mean((1, 3))
 
 # %% ../../nbs/data/10_ct.ipynb #dc8fb60d
 def three_planes(
-    volume:Volume, # A CT volume
-    place, # The point: (z, y, x) in mm
-    side:float=40., # mm
-    size:int=64, # Pixels a side
-    which='soft_tissue', # Window: name or (level, width)
-    turn=None # Rotation (3, 3) of the volume about the place; none if None
-) -> Image.Image: # RGB (size, size): coronal, sagittal, axial
+    volume: Volume,  # A CT volume
+    place,  # The point: (z, y, x) in mm
+    side: float = 40.0,  # mm
+    size: int = 64,  # Pixels a side
+    which='soft_tissue',  # Window: name or (level, width)
+    turn=None,  # Rotation (3, 3) of the volume about the place; none if None
+) -> Image.Image:  # RGB (size, size): coronal, sagittal, axial
     "Coronal, sagittal and axial plane through a point as red, green and blue (Roth et al. 2014; Shin et al. 2016)"
     return _grey([window(plane(volume, place, p, side, size, turn), which) for p in PLANES])
 
 # %% ../../nbs/data/10_ct.ipynb #9e9d1adc
 def _oriented(hu, affine, name) -> Volume:
     "A volume from an array and the map (4, 4) from its indices to mm along x (to the left), y (to the back), z (to the head)"
-    if hu.ndim == 4 and hu.shape[3] == 1: hu = hu[..., 0]
-    if hu.ndim != 3: raise ValueError(f"{name} has the shape {hu.shape} and is no volume: give one of three dimensions")
-    steps = affine[:3, :3].T # a row for each axis of the array: mm along x, y, z
+    if hu.ndim == 4 and hu.shape[3] == 1:
+        hu = hu[..., 0]
+    if hu.ndim != 3:
+        raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
+    steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
     size = np.linalg.norm(steps, axis=1)
-    if not (np.isfinite(steps).all() and (size > 0).all()): raise ValueError(f"{name} does not say where its voxels are")
-    way = steps/size[:, None]
-    order = [int(np.abs(way[:, k]).argmax()) for k in (2, 1, 0)] # which axis of the array is z, y, x
+    if not (np.isfinite(steps).all() and (size > 0).all()):
+        raise ValueError(f'{name} does not say where its voxels are')
+    way = steps / size[:, None]
+    order = [int(np.abs(way[:, k]).argmax()) for k in (2, 1, 0)]  # which axis of the array is z, y, x
     tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
     if len(set(order)) < 3 or tilt > 0.6:
-        raise ValueError(f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer")
-    if not np.isfinite(hu).all(): raise ValueError(f"{name}: {(~np.isfinite(hu)).sum()} voxels are no numbers. Set what was not measured to -1024 and save it again")
-    if hu.min() >= 0: warn(f"{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else")
+        raise ValueError(
+            f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer"
+        )
+    if not np.isfinite(hu).all():
+        raise ValueError(
+            f'{name}: {(~np.isfinite(hu)).sum()} voxels are no numbers. Set what was not measured to -1024 and save it again'
+        )
+    if hu.min() >= 0:
+        warn(
+            f'{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else'
+        )
     back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
-    corner = affine @ [*[(hu.shape[a] - 1)*back[order.index(a)] for a in range(3)], 1]
+    corner = affine @ [*[(hu.shape[a] - 1) * back[order.index(a)] for a in range(3)], 1]
     hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]
-    return Volume(np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)), tuple(size[order]), tuple(corner[[2, 1, 0]]))
+    return Volume(
+        np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)),
+        tuple(size[order]),
+        tuple(corner[[2, 1, 0]]),
+    )
 
 # %% ../../nbs/data/10_ct.ipynb #20a49a70
 def _check_voxels(shape):
@@ -149,10 +224,14 @@ def _check_voxels(shape):
     n = math.prod(int(s) for s in shape)
     if n > LIMITS.voxels:
         size = ' x '.join(map(str, shape))
-        raise ImageError(f'it declares {size} voxels, more than {LIMITS.voxels/1e6:.0f} million: cut out or resample the part that is needed')
+        raise ImageError(
+            f'it declares {size} voxels, more than {LIMITS.voxels / 1e6:.0f} million: cut out or resample the part that is needed'
+        )
 
-_NIFTI_HEAD = 540 # bytes of the longer header, NIfTI-2
-_EXTENSIONS = 2**24 # bytes between the header and the voxels
+
+_NIFTI_HEAD = 540  # bytes of the longer header, NIfTI-2
+_EXTENSIONS = 2**24  # bytes between the header and the voxels
+
 
 def _check_nifti(path):
     "`ImageError` for a NIfTI file that declares too much, from its first bytes"
@@ -169,7 +248,7 @@ def _check_nifti(path):
     if header.get_data_dtype().kind not in 'iuf':
         raise ImageError(f'its voxels are {header.get_data_dtype()}, not numbers')
     if not 0 <= float(header['vox_offset']) <= _EXTENSIONS:
-        raise ImageError(f"its voxels start at byte {float(header['vox_offset']):g}: such a header is damaged")
+        raise ImageError(f'its voxels start at byte {float(header["vox_offset"]):g}: such a header is damaged')
 
 # %% ../../nbs/data/10_ct.ipynb #6337dcae
 def _load_nifti(path) -> Volume:
@@ -180,29 +259,54 @@ def _load_nifti(path) -> Volume:
     try:
         image = load(path)
         hu = image.get_fdata(dtype=np.float32)
-    except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI: {e}") from None
-    if not (image.header['sform_code'] or image.header['qform_code']): raise ValueError(f"{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM")
+    except Exception as e:
+        raise ValueError(f'{path} cannot be read as NIfTI: {e}') from None
+    if not (image.header['sform_code'] or image.header['qform_code']):
+        raise ValueError(
+            f'{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM'
+        )
     return _oriented(hu, np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #986fed19
 def _one_series(slices, path):
     "ValueError if files are not the slices of one CT series"
-    if not slices: raise ValueError(f"there are no DICOM files with an image and its position in {path}")
-    names = pd.Series([f"{s.get('SeriesInstanceUID', '')} {s.get('SeriesDescription', '')}".strip() for s in slices]).value_counts()
-    if len(names) > 1: raise ValueError(f"{path} holds {len(names)} series: {'; '.join(f'{k} ({n} files)' for k, n in names.items())}. Put each into a folder of its own")
-    if (kind := slices[0].get('Modality')) != 'CT': raise ValueError(f"{path} holds images of the kind {kind}, not CT: its values are not Hounsfield units")
+    if not slices:
+        raise ValueError(f'there are no DICOM files with an image and its position in {path}')
+    names = pd.Series(
+        [f'{s.get("SeriesInstanceUID", "")} {s.get("SeriesDescription", "")}'.strip() for s in slices]
+    ).value_counts()
+    if len(names) > 1:
+        raise ValueError(
+            f'{path} holds {len(names)} series: {"; ".join(f"{k} ({n} files)" for k, n in names.items())}. Put each into a folder of its own'
+        )
+    if (kind := slices[0].get('Modality')) != 'CT':
+        raise ValueError(f'{path} holds images of the kind {kind}, not CT: its values are not Hounsfield units')
     for key in ('Rows', 'Columns', 'PixelSpacing', 'ImageOrientationPatient'):
-        if len(found := {str(s.get(key)) for s in slices}) > 1: raise ValueError(f"the slices in {path} differ in {key}: {', '.join(sorted(found)[:2])}. Take out those that do not belong to the series")
+        if len(found := {str(s.get(key)) for s in slices}) > 1:
+            raise ValueError(
+                f'the slices in {path} differ in {key}: {", ".join(sorted(found)[:2])}. Take out those that do not belong to the series'
+            )
+
 
 def _slice_step(at, path) -> float:
     "The distance between slices in mm, from their sorted positions; ValueError for gaps and slices that are there twice"
-    if len(at) < 2: raise ValueError(f"{path} has one slice only: a volume needs two or more")
+    if len(at) < 2:
+        raise ValueError(f'{path} has one slice only: a volume needs two or more')
     steps = np.diff(at)
     step = float(np.median(steps))
-    if steps.min() < .01: raise ValueError(f"two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: take one of them out")
-    if steps.max() > 1.5*step: raise ValueError(f"slices are missing in {path}: {at[k := int(steps.argmax())]:g} mm along the scan is followed by {at[k + 1]:g} mm, where the others are {step:g} mm apart")
-    if np.ptp(steps) > max(.02*step, .02): raise ValueError(f"the slices in {path} are {steps.min():g} to {steps.max():g} mm apart: resample them to even steps first")
-    return float(at[-1] - at[0])/(len(at) - 1)
+    if steps.min() < 0.01:
+        raise ValueError(
+            f'two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: take one of them out'
+        )
+    if steps.max() > 1.5 * step:
+        raise ValueError(
+            f'slices are missing in {path}: {at[k := int(steps.argmax())]:g} mm along the scan is followed by {at[k + 1]:g} mm, where the others are {step:g} mm apart'
+        )
+    if np.ptp(steps) > max(0.02 * step, 0.02):
+        raise ValueError(
+            f'the slices in {path} are {steps.min():g} to {steps.max():g} mm apart: resample them to even steps first'
+        )
+    return float(at[-1] - at[0]) / (len(at) - 1)
 
 # %% ../../nbs/data/10_ct.ipynb #70b15a98
 def _load_series(path) -> Volume:
@@ -222,16 +326,25 @@ def _load_series(path) -> Volume:
             _check_voxels((len(slices) + 1, height, width))
         slices.append(s)
     _one_series(slices, path)
-    right, down = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3) # of the image, in the patient
+    right, down = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)  # of the image, in the patient
     normal = np.cross(right, down)
     slices.sort(key=lambda s: normal @ np.array(s.ImagePositionPatient, float))
     corners = np.array([s.ImagePositionPatient for s in slices], float)
     _slice_step(corners @ normal, path)
-    try: hu = np.stack([s.pixel_array*np.float32(s.get('RescaleSlope', 1)) + np.float32(s.get('RescaleIntercept', 0)) for s in slices])
-    except Exception as e: raise ValueError(f"the images in {path} cannot be decoded: {e}. Compressed ones need pylibjpeg: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from None
+    try:
+        hu = np.stack(
+            [
+                s.pixel_array * np.float32(s.get('RescaleSlope', 1)) + np.float32(s.get('RescaleIntercept', 0))
+                for s in slices
+            ]
+        )
+    except Exception as e:
+        raise ValueError(
+            f'the images in {path} cannot be decoded: {e}. Compressed ones need pylibjpeg: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg'
+        ) from None
     down_mm, right_mm = map(float, slices[0].PixelSpacing)
     affine = np.eye(4)
-    affine[:3] = np.c_[(corners[-1] - corners[0])/(len(corners) - 1), down*down_mm, right*right_mm, corners[0]]
+    affine[:3] = np.c_[(corners[-1] - corners[0]) / (len(corners) - 1), down * down_mm, right * right_mm, corners[0]]
     return _oriented(hu, affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #385ae501
@@ -251,6 +364,7 @@ def _npy_array(stream, most=LIMITS.voxels) -> np.ndarray:
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)
 
+
 def _npz_arrays(stream) -> dict:
     "The arrays `hu`, `spacing` and `origin` of an .npz file, those that are there"
     with zipfile.ZipFile(stream) as z:
@@ -266,25 +380,39 @@ def _load_numpy(path, spacing) -> Volume:
     "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
     with naming(path), open_source(path, LIMITS.volume_bytes) as stream:
         f = _npz_arrays(stream) if path.suffix == '.npz' else {'hu': _npy_array(stream)}
-    if 'hu' not in f: raise ValueError(f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))")
+    if 'hu' not in f:
+        raise ValueError(
+            f"{path} has no array 'hu': save one with np.savez(path, hu=..., spacing=(z, y, x), origin=(z, y, x))"
+        )
     found = f.get('spacing', spacing)
-    if found is None: raise ValueError(f"{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)")
+    if found is None:
+        raise ValueError(
+            f'{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)'
+        )
     volume = Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
     if 'spacing' in f and spacing is not None and not np.allclose(volume.spacing, spacing):
-        raise ValueError(f"{path} says that its voxels are {volume.spacing} mm: leave spacing={spacing} out")
+        raise ValueError(f'{path} says that its voxels are {volume.spacing} mm: leave spacing={spacing} out')
     return volume
+
 
 def _read_volume(path, spacing) -> Volume:
     "A volume from a file or folder"
-    if path.is_dir(): return _load_series(path)
-    if not path.exists(): raise ValueError(f"there is no {path}: give a file, or the folder of a DICOM series")
-    if path.name.endswith(('.nii', '.nii.gz')): return _load_nifti(path)
-    if path.suffix in ('.npz', '.npy'): return _load_numpy(path, spacing)
-    raise ValueError(f"{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series")
+    if path.is_dir():
+        return _load_series(path)
+    if not path.exists():
+        raise ValueError(f'there is no {path}: give a file, or the folder of a DICOM series')
+    if path.name.endswith(('.nii', '.nii.gz')):
+        return _load_nifti(path)
+    if path.suffix in ('.npz', '.npy'):
+        return _load_numpy(path, spacing)
+    raise ValueError(
+        f'{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series'
+    )
+
 
 def read_volume(
-    path:str|Path, # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
-    spacing=None # mm along z, y, x, for a file that does not say it
+    path: str | Path,  # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
+    spacing=None,  # mm along z, y, x, for a file that does not say it
 ) -> Volume:
     "A CT volume in Hounsfield units, z to the head, y to the back, x to the left; ValueError if it cannot be read for certain"
     path = Path(path)

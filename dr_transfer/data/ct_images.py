@@ -8,51 +8,67 @@ __all__ = ['LUNG_WINDOWS', 'candidate_pictures', 'average_views', 'froc_table', 
 # %% ../../nbs/data/12_ct_images.ipynb #e50cdafc
 import hashlib
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy.spatial.transform import Rotation
+
+from .columns import GROUPS, find_column, read_labels
 from .ct import get_window, read_volume, three_planes, three_windows
 from ..metrics.decision import table_classes
-from ..utils.files import atomic_file, growing_folder, progress
 from ..metrics.intervals import bootstrap
-from .columns import GROUPS, find_column, read_labels
 from ..utils.csvfile import write_csv
+from ..utils.files import atomic_file, growing_folder, progress
 
 # %% ../../nbs/data/12_ct_images.ipynb #6e3f1f23
 def _rows(table, needed) -> pd.DataFrame:
     "The table with numbers as numbers; ValueError for what is missing"
     t = read_labels(table)
     gone = [c for c in ('volume', *needed) if c not in t]
-    if gone: raise ValueError(f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. A row is a volume (path) and {', '.join(needed)} in mm")
+    if gone:
+        raise ValueError(
+            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. A row is a volume (path) and {', '.join(needed)} in mm"
+        )
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
     bad = np.flatnonzero(~np.isfinite(numbers.to_numpy()).all(1) | t.volume.isna())
-    if len(bad): raise ValueError(f"{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): {', '.join(needed)} are numbers in mm")
+    if len(bad):
+        raise ValueError(
+            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): {", ".join(needed)} are numbers in mm'
+        )
     return t.assign(**numbers).reset_index(drop=True)
 
-def _newest(path) -> float: return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+
+def _newest(path) -> float:
+    return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+
 
 def _name(volume, *numbers) -> str:
     "The beginning of a picture's name: volume, and a digest of it and of what is drawn"
     about = repr((str(volume), *map(float, numbers)))
-    return f"{Path(volume).name.split('.')[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    return f'{Path(volume).name.split(".")[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}'
 
 # %% ../../nbs/data/12_ct_images.ipynb #33e5b2df
 def _check_volumes(t, folder):
     "ValueError if a volume of the table is not there"
-    gone = [v for v in t.volume.unique() if not (folder/v).exists()]
+    gone = [v for v in t.volume.unique() if not (folder / v).exists()]
     if gone:
-        raise ValueError(f"{len(gone)} volumes of the table are not in {folder}: {gone[0]}. "
-                         "Give the folder that the column 'volume' starts from")
+        raise ValueError(
+            f'{len(gone)} volumes of the table are not in {folder}: {gone[0]}. '
+            "Give the folder that the column 'volume' starts from"
+        )
+
 
 def _due(rows, images, volume) -> list[dict]:
     "The rows of a volume whose pictures are not there, or older than the volume"
     age = _newest(volume)
-    files = [images/name for name in rows.image]
+    files = [images / name for name in rows.image]
     there = [f.exists() and f.stat().st_mtime >= age for f in files]
     return [row for row, done in zip(rows.to_dict('records'), there) if not done]
 
+
 def _draw_volume(rows, folder, images, draw):
     "Make the pictures of one volume that are due"
-    volume = folder/rows.volume.iloc[0]
+    volume = folder / rows.volume.iloc[0]
     due = _due(rows, images, volume)
     if not due:
         return
@@ -61,93 +77,115 @@ def _draw_volume(rows, folder, images, draw):
         try:
             picture = draw(voxels, row)
         except ValueError as e:
-            raise ValueError(f"{rows.volume.iloc[0]}: {e}") from None
-        with atomic_file(images/row['image']) as f:
+            raise ValueError(f'{rows.volume.iloc[0]}: {e}') from None
+        with atomic_file(images / row['image']) as f:
             picture.save(f, format='PNG')
+
 
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder, out = Path(folder), Path(out)
-    if find_column(t, GROUPS, needed=False) is None: # the images of a volume stay together
+    if find_column(t, GROUPS, needed=False) is None:  # the images of a volume stay together
         t = t.assign(group=t.volume)
     _check_volumes(t, folder)
     with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
         for _, rows in progress(list(t.groupby('volume', sort=False)), label=label):
-            _draw_volume(rows, folder, out/'images', draw)
-        with atomic_file(out/'labels.csv') as f:
+            _draw_volume(rows, folder, out / 'images', draw)
+        with atomic_file(out / 'labels.csv') as f:
             write_csv(t, f)
-    return t.assign(image=[str(out/'images'/i) for i in t.image])
+    return t.assign(image=[str(out / 'images' / i) for i in t.image])
 
 # %% ../../nbs/data/12_ct_images.ipynb #8fd21598
 def _view(key, view, shift) -> tuple:
     "Rotation (3, 3) and shift (3,) in mm of a view; the first is as it is"
-    if not view: return None, np.zeros(3)
+    if not view:
+        return None, np.zeros(3)
     rng = np.random.default_rng([view, *key.encode()])
     return Rotation.random(random_state=rng).as_matrix(), rng.uniform(-shift, shift, 3)
 
+
 def candidate_pictures(
-    table:str|Path|pd.DataFrame, # `volume, x, y, z` in mm; `label`; `patient`, else a volume is one
-    folder:str|Path, # Folder that the paths of the volumes start from
-    out:str|Path, # Folder for `images/` and `labels.csv`
-    side:float=40., # Side of the planes in mm
-    size:int=64, # Pixels a side
-    window='soft_tissue', # Name or (level, width)
-    views:int=1, # Pictures a candidate; the first is not turned
-    shift:float=3. # mm: how far the other views are shifted at most
-) -> pd.DataFrame: # The table with `image` (path), `view`: for `build_learner`
+    table: str | Path | pd.DataFrame,  # `volume, x, y, z` in mm; `label`; `patient`, else a volume is one
+    folder: str | Path,  # Folder that the paths of the volumes start from
+    out: str | Path,  # Folder for `images/` and `labels.csv`
+    side: float = 40.0,  # Side of the planes in mm
+    size: int = 64,  # Pixels a side
+    window='soft_tissue',  # Name or (level, width)
+    views: int = 1,  # Pictures a candidate; the first is not turned
+    shift: float = 3.0,  # mm: how far the other views are shifted at most
+) -> pd.DataFrame:  # The table with `image` (path), `view`: for `build_learner`
     "A picture of three planes for each candidate point; those that are there already are kept"
-    if not (isinstance(views, int) and views >= 1): raise ValueError(f"views={views!r}: give how many pictures each candidate gets, such as 1 or 10")
+    if not (isinstance(views, int) and views >= 1):
+        raise ValueError(f'views={views!r}: give how many pictures each candidate gets, such as 1 or 10')
     t = _rows(table, ('x', 'y', 'z'))
     t['image'] = [_name(r.volume, r.x, r.y, r.z, side, size, *get_window(window), shift) for r in t.itertuples()]
     t = t.loc[np.repeat(t.index, views)].assign(view=np.tile(range(views), len(t))).reset_index(drop=True)
     t['image'] += '-' + t.view.astype(str) + '.png'
+
     def draw(volume, r):
         turn, off = _view(r['image'], r['view'], shift)
         return three_planes(volume, np.array([r['z'], r['y'], r['x']]) + off, side, size, window, turn)
+
     return _render(t, folder, out, draw, 'volumes')
 
 # %% ../../nbs/data/12_ct_images.ipynb #0283af65
 def average_views(
-    table:pd.DataFrame, # Predictions: `image, p_CLASS...`, perhaps more
-) -> pd.DataFrame: # A row a candidate: of its first view, with the mean of `p_CLASS...`
+    table: pd.DataFrame,  # Predictions: `image, p_CLASS...`, perhaps more
+) -> pd.DataFrame:  # A row a candidate: of its first view, with the mean of `p_CLASS...`
     "Mean probability over the views of each candidate (Roth et al. 2014), from the names that `candidate_pictures` gives"
     which = table.image.map(lambda i: Path(i).name).str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
-    if which.isna().any(): raise ValueError(f"{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: which pictures are views of one candidate is not known")
+    if which.isna().any():
+        raise ValueError(
+            f'{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: which pictures are views of one candidate is not known'
+        )
     probs = [f'p_{c}' for c in table_classes(table)]
     out = table.assign(**table.groupby(which)[probs].transform('mean'))[~which.duplicated()].reset_index(drop=True)
-    out = out.drop(columns=[c for c in ('decision', 'grade') if c in out]) # they were of one view: apply_decision makes those of the mean
-    return out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
+    out = out.drop(
+        columns=[c for c in ('decision', 'grade') if c in out]
+    )  # they were of one view: apply_decision makes those of the mean
+    return (
+        out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
+    )
 
 # %% ../../nbs/data/12_ct_images.ipynb #996c5bdc
 def froc_table(
-    table:pd.DataFrame, # Predictions: `target, p_NAME`, and `group` (patient)
-    found:str='node', # The class that is to be found
-    at:tuple=(.5, 1, 2, 3), # False alarms a patient
-    n:int=1000, # Draws of the bootstrap
-    seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # A row a number of false alarms: sensitivity (value), low, high
+    table: pd.DataFrame,  # Predictions: `target, p_NAME`, and `group` (patient)
+    found: str = 'node',  # The class that is to be found
+    at: tuple = (0.5, 1, 2, 3),  # False alarms a patient
+    n: int = 1000,  # Draws of the bootstrap
+    seed: int = 0,  # Another seed, other draws
+) -> pd.DataFrame:  # A row a number of false alarms: sensitivity (value), low, high
     "Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977); of the patients and places in the table: what a detector never proposed is not in it"
     gone = [c for c in ('target', 'group', f'p_{found}') if c not in table]
-    if gone: raise ValueError(f"the table has no column '{gone[0]}': give predictions with their patients. The columns are {', '.join(map(str, table))}")
-    if table.group.isna().any(): raise ValueError(f"{table.group.isna().sum()} candidates have no patient: false alarms are counted for each")
-    share = 1/table.groupby('group').target.transform('size') # of a patient, so that one drawn twice counts twice
+    if gone:
+        raise ValueError(
+            f"the table has no column '{gone[0]}': give predictions with their patients. The columns are {', '.join(map(str, table))}"
+        )
+    if table.group.isna().any():
+        raise ValueError(f'{table.group.isna().sum()} candidates have no patient: false alarms are counted for each')
+    share = 1 / table.groupby('group').target.transform('size')  # of a patient, so that one drawn twice counts twice
+
     def sensitivity(y, score, share):
         order = np.argsort(-score)
-        last = np.r_[np.diff(score[order]) != 0, True] # of those with one score
-        alarms, hits = np.cumsum(y[order] == 0)[last]/share.sum(), np.cumsum(y[order])[last]/(y.sum() or np.nan)
-        return {a: hits[alarms <= a].max(initial=0.) for a in at}
-    t = bootstrap(sensitivity, table.target.eq(found).astype(int), table[f'p_{found}'], share, groups=table.group, n=n, seed=seed)
+        last = np.r_[np.diff(score[order]) != 0, True]  # of those with one score
+        alarms, hits = np.cumsum(y[order] == 0)[last] / share.sum(), np.cumsum(y[order])[last] / (y.sum() or np.nan)
+        return {a: hits[alarms <= a].max(initial=0.0) for a in at}
+
+    t = bootstrap(
+        sensitivity, table.target.eq(found).astype(int), table[f'p_{found}'], share, groups=table.group, n=n, seed=seed
+    )
     return t.rename_axis('false alarms a patient')
 
 # %% ../../nbs/data/12_ct_images.ipynb #f6380da4
-LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue') # holes and haze, what a radiologist looks at, what is dense
+LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue')  # holes and haze, what a radiologist looks at, what is dense
+
 
 def slice_pictures(
-    table:str|Path|pd.DataFrame, # `volume, z` in mm; `label`; `patient`, else a volume is one
-    folder:str|Path, # Folder that the paths of the volumes start from
-    out:str|Path, # Folder for `images/` and `labels.csv`
-    windows=LUNG_WINDOWS # Three windows for red, green and blue
-) -> pd.DataFrame: # The table with `image` (path): for `build_learner`
+    table: str | Path | pd.DataFrame,  # `volume, z` in mm; `label`; `patient`, else a volume is one
+    folder: str | Path,  # Folder that the paths of the volumes start from
+    out: str | Path,  # Folder for `images/` and `labels.csv`
+    windows=LUNG_WINDOWS,  # Three windows for red, green and blue
+) -> pd.DataFrame:  # The table with `image` (path): for `build_learner`
     "A picture of three windows for each slice; those that are there already are kept"
     t, levels = _rows(table, ('z',)), [v for w in windows for v in get_window(w)]
     t['image'] = [_name(r.volume, r.z, *levels) + '.png' for r in t.itertuples()]

@@ -8,16 +8,19 @@ __all__ = ['DECLARE', 'check_range', 'check_used', 'eight_bits', 'Depth', 'decla
 # %% ../../nbs/data/02_depth.ipynb #2cf3ec1d
 import io
 from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
+
 from .source import ImageError
 
 # %% ../../nbs/data/02_depth.ipynb #7a6e6f73
 DECLARE = 'save it as 8 bits, or with values over the whole range'
 
+
 def check_range(
-    a:np.ndarray, # Values
-    top:float # The value of white
+    a: np.ndarray,  # Values
+    top: float,  # The value of white
 ):
     "`ImageError` for values outside 0 to `top`, or that are no numbers"
     if a.dtype.kind == 'f' and not np.isfinite(a).all():
@@ -26,54 +29,62 @@ def check_range(
     if low < 0 or high > top:
         raise ImageError(f'values from {low:g} to {high:g}, where 0 is black and {top:g} is white: {DECLARE}')
 
+
 def check_used(
-    highest:int, # The brightest value
-    top:int # The value of white, if all bits are used
+    highest: int,  # The brightest value
+    top: int,  # The value of white, if all bits are used
 ):
     "`ImageError` for an image that uses so little of its range that another range is likely"
-    if 0 < highest < (top + 1)/4:
-        raise ImageError(f'the brightest value is {highest} of {top}: fewer bits seem to be used than are stored, and the file '
-                         f'does not declare how many, so the image would be dark or black; {DECLARE}')
+    if 0 < highest < (top + 1) / 4:
+        raise ImageError(
+            f'the brightest value is {highest} of {top}: fewer bits seem to be used than are stored, and the file '
+            f'does not declare how many, so the image would be dark or black; {DECLARE}'
+        )
+
 
 def eight_bits(
-    a:np.ndarray, # Values from 0 to `top`
-    top:float # The value of white
-) -> np.ndarray: # uint8
+    a: np.ndarray,  # Values from 0 to `top`
+    top: float,  # The value of white
+) -> np.ndarray:  # uint8
     "Values scaled to 0 to 255"
-    return (a.astype(np.float32).clip(0, top)*(255/top)).round().astype(np.uint8)
+    return (a.astype(np.float32).clip(0, top) * (255 / top)).round().astype(np.uint8)
 
 # %% ../../nbs/data/02_depth.ipynb #d14398f1
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _SAMPLE_FORMAT = 258, 262, 281, 339 # tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
+
 
 @dataclass(frozen=True)
 class Depth:
     "What a file declares about its values, read before the pixels are"
-    top:int|None=None # The value of white; None if it is not declared
-    significant:int|None=None # Bits by `sBIT`; values may be scaled up
-    deep:bool=False # Unsigned integers of up to 16 bits in each channel
-    inverted:bool=False # Zero is white, and Pillow leaves it so
 
-def _number(tags, tag) -> int|None:
+    top: int | None = None  # The value of white; None if it is not declared
+    significant: int | None = None  # Bits by `sBIT`; values may be scaled up
+    deep: bool = False  # Unsigned integers of up to 16 bits in each channel
+    inverted: bool = False  # Zero is white, and Pillow leaves it so
+
+
+def _number(tags, tag) -> int | None:
     "The largest value of a TIFF tag as a whole number; None if there is none"
     value = tags.get(tag)
     value = max(value, default=None) if isinstance(value, tuple) else value
     return int(value) if isinstance(value, (int, float)) else None
 
+
 def _tiff_depth(tags) -> Depth:
     bits = _number(tags, _BITS_PER_SAMPLE) or 1
     most = _number(tags, _MAX_SAMPLE_VALUE) or 0
-    full = most > 255 and most & (most + 1) == 0 # such as 1023 or 4095
+    full = most > 255 and most & (most + 1) == 0  # such as 1023 or 4095
     top = most if full else 2**bits - 1 if 8 < bits < 16 else None
     unsigned = _number(tags, _SAMPLE_FORMAT) in (None, 1, 4)
     return Depth(top, None, unsigned and 8 < bits <= 16, _number(tags, _PHOTOMETRIC) == 0)
 
 # %% ../../nbs/data/02_depth.ipynb #9b17ad34
-def _png_significant(stream) -> int|None:
+def _png_significant(stream) -> int | None:
     "The smallest number of `sBIT`; None without that chunk before the pixels"
     at = stream.tell()
     try:
         stream.seek(8)
-        for _ in range(1000): # chunks before the pixels; usual are fewer than 20
+        for _ in range(1000):  # chunks before the pixels; usual are fewer than 20
             head = stream.read(8)
             if len(head) < 8 or head[4:] in (b'IDAT', b'IEND'):
                 return None
@@ -84,14 +95,15 @@ def _png_significant(stream) -> int|None:
     finally:
         stream.seek(at)
 
+
 def declared_depth(
-    im:Image.Image # As opened; its pixels not yet read
+    im: Image.Image,  # As opened; its pixels not yet read
 ) -> Depth:
     "What the file of an image declares about its values"
     if im.format == 'TIFF' and hasattr(im, 'tag_v2'):
         return _tiff_depth(im.tag_v2)
     tiles = [(t[0], str(t[3])) for t in getattr(im, 'tile', ())]
-    if im.format == 'PPM' and im.mode == 'I': # Pillow scales by maxval unless that is 65535
+    if im.format == 'PPM' and im.mode == 'I':  # Pillow scales by maxval unless that is 65535
         scaled = any(codec != 'raw' and '65535' not in how for codec, how in tiles)
         return Depth(65535 if scaled else None, None, True)
     deep = any(';16' in how for _, how in tiles)
@@ -105,20 +117,21 @@ def _white(a, depth) -> int:
     if depth.top:
         return depth.top
     bits, highest = depth.significant, int(a.max())
-    if bits and 8 <= bits < 16 and highest < 2**bits and (a & (2**(16 - bits) - 1)).any():
-        return 2**bits - 1 # stored as they are, not scaled up
+    if bits and 8 <= bits < 16 and highest < 2**bits and (a & (2 ** (16 - bits) - 1)).any():
+        return 2**bits - 1  # stored as they are, not scaled up
     if not bits:
         check_used(highest, 65535)
     return 65535
 
+
 def grey(
-    im:Image.Image, # Of mode I, I;16... or F
-    depth:Depth # From `declared_depth`
-) -> Image.Image: # Mode L
+    im: Image.Image,  # Of mode I, I;16... or F
+    depth: Depth,  # From `declared_depth`
+) -> Image.Image:  # Mode L
     "One channel of more than eight bits as eight; `ImageError` if its range is not known"
     a = np.asarray(im)
     if im.mode == 'F':
-        top = 1.
+        top = 1.0
     elif im.mode == 'I' and not (depth.top or depth.deep):
         raise ImageError(f'32-bit or signed integers do not say which value is white: {DECLARE}')
     else:
@@ -126,13 +139,14 @@ def grey(
     check_range(a, top)
     return Image.fromarray(eight_bits(top - a if depth.inverted else a, top))
 
+
 def check_colour(
-    im:Image.Image, # Its pixels were read
-    depth:Depth # From `declared_depth`
+    im: Image.Image,  # Its pixels were read
+    depth: Depth,  # From `declared_depth`
 ):
     "`ImageError` for 16-bit colour of which only the lower bits are used"
     if not depth.deep or im.mode not in ('RGB', 'RGBA', 'RGBX', 'LA'):
         return
-    extrema = im.getextrema()[:-1 if im.mode in ('RGBA', 'RGBX', 'LA') else None]
-    highest = max(high for _, high in extrema) # of the upper eight bits
-    check_used(highest*256 + 255, 65535)
+    extrema = im.getextrema()[: -1 if im.mode in ('RGBA', 'RGBX', 'LA') else None]
+    highest = max(high for _, high in extrema)  # of the upper eight bits
+    check_used(highest * 256 + 255, 65535)

@@ -11,17 +11,20 @@ import unicodedata
 import zlib
 from pathlib import Path
 from typing import BinaryIO
+
 import numpy as np
 from PIL import Image
+
 from .depth import check_range, check_used, eight_bits
-from ..utils.files import extra_module
 from .source import LIMITS, ImageError, check_shape, file_kind, naming, open_source, read_head
+from ..utils.files import extra_module
 
 # %% ../../nbs/data/04_dicom.ipynb #eba4b27b
 DICOM_SUFFIXES = ('.dcm', '.dicom')
 
+
 def is_dicom(
-    source # Path, bytes or anything else
+    source,  # Path, bytes or anything else
 ) -> bool:
     "Is this a DICOM file by its first bytes?"
     if isinstance(source, bytes):
@@ -37,17 +40,19 @@ def is_dicom(
 # %% ../../nbs/data/04_dicom.ipynb #08ea4dbc
 _DEFLATED = '1.2.840.10008.1.2.1.99'
 
+
 def _check_unpacked(stream, most):
     "`ImageError` if what is left of a deflated stream unpacks to more than `most` bytes"
     unpack, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while packed := unpack.unconsumed_tail or stream.read(2**16):
         total += len(unpack.decompress(packed, 2**20))
         if total > most:
-            raise ImageError(f'it unpacks to more than {most/1e6:.0f} MB: save it without compression')
+            raise ImageError(f'it unpacks to more than {most / 1e6:.0f} MB: save it without compression')
+
 
 def read_dataset(
-    stream:BinaryIO, # A DICOM file, from `open_source`
-    header:bool=False # Without the pixels?
+    stream: BinaryIO,  # A DICOM file, from `open_source`
+    header: bool = False,  # Without the pixels?
 ):
     "A DICOM file as a `pydicom` data set; `ImageError` if it unpacks to too much or there is none"
     pydicom = extra_module('pydicom', 'dicom')
@@ -60,9 +65,10 @@ def read_dataset(
     stream.seek(0)
     return pydicom.dcmread(stream, stop_before_pixels=header)
 
+
 def dicom_size(
-    ds # From `read_dataset`
-) -> tuple[int, int]: # Width and height in pixels
+    ds,  # From `read_dataset`
+) -> tuple[int, int]:  # Width and height in pixels
     "The size that a DICOM file declares; `ImageError` if it holds no image, or too large a one"
     width, height = ds.get('Columns'), ds.get('Rows')
     if not (width and height):
@@ -80,28 +86,38 @@ def _bits(ds) -> int:
     if not 1 <= bits <= 16:
         raise ImageError(f'{bits} bits are stored for a value: 16 are read at most')
     if high is not None and int(high) != bits - 1:
-        raise ImageError(f'its values of {bits} bits end at bit {high}, not at {bits - 1}: such files are no longer written, convert it')
+        raise ImageError(
+            f'its values of {bits} bits end at bit {high}, not at {bits - 1}: such files are no longer written, convert it'
+        )
     return bits
+
 
 def _stored_range(ds, bits) -> tuple:
     "The lowest and highest value that a file can store"
-    return (-2**(bits - 1), 2**(bits - 1) - 1) if ds.PixelRepresentation else (0, 2**bits - 1)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if ds.PixelRepresentation else (0, 2**bits - 1)
+
 
 def _has_window(ds) -> bool:
-    return bool(ds.get('VOILUTSequence')) or ds.get('WindowCenter') not in (None, '') and ds.get('WindowWidth') not in (None, '')
+    return (
+        bool(ds.get('VOILUTSequence'))
+        or (ds.get('WindowCenter') not in (None, '')
+        and ds.get('WindowWidth') not in (None, ''))
+    )
+
 
 def _windowed(a, ds, bits) -> np.ndarray:
     "Grey as a viewer shows it: rescaled, then through the first window or table; 0 to 1"
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     low, high = _stored_range(ds, bits)
     if ds.get('VOILUTSequence'):
-        low, high = 0, 2**int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        low, high = 0, 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1
     elif ds.get('ModalityLUTSequence'):
-        low, high = 0, 2**int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        low, high = 0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     elif None not in (ds.get('RescaleSlope'), ds.get('RescaleIntercept')):
-        low, high = (v*float(ds.RescaleSlope) + float(ds.RescaleIntercept) for v in (low, high))
+        low, high = (v * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for v in (low, high))
     shown = apply_voi_lut(apply_modality_lut(a, ds), ds, index=0)
-    return (shown.astype(np.float64) - low)/(high - low)
+    return (shown.astype(np.float64) - low) / (high - low)
 
 # %% ../../nbs/data/04_dicom.ipynb #97c20e40
 def _grey(a, ds) -> np.ndarray:
@@ -113,10 +129,12 @@ def _grey(a, ds) -> np.ndarray:
     top = 2**bits - 1
     if _has_window(ds):
         a = _windowed(a, ds, bits)
-        check_range(a.clip(0, 1), 1) # no number is left out
+        check_range(a.clip(0, 1), 1)  # no number is left out
         shown = eight_bits(a, 1)
     elif ds.PixelRepresentation:
-        raise ImageError('signed values without a window do not say what is black and what is white: set WindowCenter and WindowWidth')
+        raise ImageError(
+            'signed values without a window do not say what is black and what is white: set WindowCenter and WindowWidth'
+        )
     else:
         if bits == 16:
             check_used(int(a.max()), top)
@@ -125,13 +143,15 @@ def _grey(a, ds) -> np.ndarray:
             shown = 255 - shown
     return 255 - shown if ds.PhotometricInterpretation == 'MONOCHROME1' else shown
 
+
 def _colour(a, ds) -> np.ndarray:
     "Three channels as uint8"
     bits = _bits(ds)
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
         from pydicom.pixels import apply_color_lut
+
         a = apply_color_lut(a, ds)
-        bits = 8*a.dtype.itemsize
+        bits = 8 * a.dtype.itemsize
     elif ds.PixelRepresentation:
         raise ImageError('colours are signed values: convert it')
     top = 2**bits - 1
@@ -143,54 +163,68 @@ def _colour(a, ds) -> np.ndarray:
 def _check_decoder(ds):
     "`ImageError` for a compression that cannot be decoded, with what to install"
     from pydicom.pixels import get_decoder
+
     syntax = ds.file_meta.TransferSyntaxUID
     try:
         here = get_decoder(syntax).is_available
     except NotImplementedError:
-        raise ImageError(f"its pixels are stored as '{syntax.name}', which is not read: save it without compression") from None
+        raise ImageError(
+            f"its pixels are stored as '{syntax.name}', which is not read: save it without compression"
+        ) from None
     if not here:
-        raise ImageError(f"no decoder is installed for '{syntax.name}': pip install pylibjpeg pylibjpeg-libjpeg "
-                         "pylibjpeg-openjpeg, or save it without compression")
+        raise ImageError(
+            f"no decoder is installed for '{syntax.name}': pip install pylibjpeg pylibjpeg-libjpeg "
+            'pylibjpeg-openjpeg, or save it without compression'
+        )
+
 
 def read_dicom(
-    source # Path or bytes
-) -> Image.Image: # RGB or grey, 8 bits; the first frame of several
+    source,  # Path or bytes
+) -> Image.Image:  # RGB or grey, 8 bits; the first frame of several
     "The image in a DICOM file, as a viewer shows it first; `ImageError` if it cannot be known"
     extra_module('pydicom', 'dicom')
     with naming(source), open_source(source) as stream:
         return dicom_image(stream)
 
+
 def dicom_image(
-    stream:BinaryIO # A DICOM file, from `open_source`
-) -> Image.Image: # RGB or grey, 8 bits
+    stream: BinaryIO,  # A DICOM file, from `open_source`
+) -> Image.Image:  # RGB or grey, 8 bits
     "The image in an open DICOM file"
     ds = read_dataset(stream)
     dicom_size(ds)
     from pydicom.pixels import pixel_array
+
     _check_decoder(ds)
-    a = pixel_array(ds, index=0) # YBR becomes RGB
+    a = pixel_array(ds, index=0)  # YBR becomes RGB
     coloured = a.ndim == 3 or ds.PhotometricInterpretation == 'PALETTE COLOR'
     return Image.fromarray(_colour(a, ds) if coloured else _grey(a, ds))
 
 # %% ../../nbs/data/04_dicom.ipynb #887cfa43
-LONGEST = 64 # characters of a text in a header
+LONGEST = 64  # characters of a text in a header
 
-def _clean(value) -> str|None:
+
+def _clean(value) -> str | None:
     "Printable text of at most `LONGEST` characters; different values stay different"
     text = str(value if value is not None else '').strip(' \0')
     printable = ''.join(c for c in text if not unicodedata.category(c).startswith('C')).strip()
     if printable == text and len(text) <= LONGEST:
         return text or None
     digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]
-    return f'{printable[:LONGEST - 13]}-{digest}'
+    return f'{printable[: LONGEST - 13]}-{digest}'
+
 
 def dicom_facts(
-    source # Path or bytes
-) -> dict: # 'group' (patient id), 'eye', 'camera'; None where not known
+    source,  # Path or bytes
+) -> dict:  # 'group' (patient id), 'eye', 'camera'; None where not known
     "Whose photograph it is: patient, eye and camera; `ImageError` for a file that cannot be read"
     with naming(source), open_source(source) as stream:
         ds = read_dataset(stream, header=True)
         eye = str(ds.get('ImageLaterality') or ds.get('Laterality') or '').strip().upper()
         parts = [_clean(ds.get(k)) for k in ('Manufacturer', 'ManufacturerModelName')]
         camera = ' '.join(p for p in parts if p)
-        return {'group': _clean(ds.get('PatientID')), 'eye': {'L': 'left', 'R': 'right'}.get(eye), 'camera': camera or None}
+        return {
+            'group': _clean(ds.get('PatientID')),
+            'eye': {'L': 'left', 'R': 'right'}.get(eye),
+            'camera': camera or None,
+        }

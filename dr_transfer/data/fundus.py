@@ -8,43 +8,49 @@ __all__ = ['INSIDE', 'MEANS', 'SPREADS', 'CORRECTIONS', 'READERS', 'READING', 'd
            'Correction', 'correction_table', 'read_disc', 'read_image']
 
 # %% ../../nbs/data/07_fundus.ipynb #ec48350c
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Callable
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image, ImageChops, ImageOps
 from scipy.ndimage import gaussian_filter
-from ..utils.files import unknown
+
 from .images import fit_square, image_header, read_rgb
 from .source import LIMITS, check_size
+from ..utils.files import unknown
 
 # %% ../../nbs/data/07_fundus.ipynb #12b9a297
 def _bright(im) -> tuple:
     "Where the brightest channel is well above black, boolean at a f-th of the size, and f"
-    f = max(1, min(im.size)//256)
+    f = max(1, min(im.size) // 256)
     r, g, b = (im.reduce(f) if f > 1 else im).split()
     a = np.asarray(ImageChops.lighter(ImageChops.lighter(r, g), b))
-    return a > max(8., 0.12*np.percentile(a, 99)), f
+    return a > max(8.0, 0.12 * np.percentile(a, 99)), f
+
 
 def disc_box(
-    im:Image.Image, # RGB fundus photograph
-    share:float=0.02 # Share of disc pixels that makes a row count
-) -> tuple[int,int,int,int]: # left, top, right, bottom in pixels
+    im: Image.Image,  # RGB fundus photograph
+    share: float = 0.02,  # Share of disc pixels that makes a row count
+) -> tuple[int, int, int, int]:  # left, top, right, bottom in pixels
     "The box around the retina disc; the whole image if no disc stands out"
     bright, f = _bright(im)
     ys, xs = (np.flatnonzero(bright.mean(axis=i) > share) for i in (1, 0))
-    if len(ys) < 0.2*bright.shape[0] or len(xs) < 0.2*bright.shape[1]: return (0, 0, *im.size)
-    left, top = int(xs[0])*f, int(ys[0])*f
-    right, bottom = min((int(xs[-1]) + 1)*f, im.width), min((int(ys[-1]) + 1)*f, im.height)
+    if len(ys) < 0.2 * bright.shape[0] or len(xs) < 0.2 * bright.shape[1]:
+        return (0, 0, *im.size)
+    left, top = int(xs[0]) * f, int(ys[0]) * f
+    right, bottom = min((int(xs[-1]) + 1) * f, im.width), min((int(ys[-1]) + 1) * f, im.height)
     low, high = sorted((right - left, bottom - top))
-    if high > LIMITS.ratio*low: # a strip is no disc
+    if high > LIMITS.ratio * low:  # a strip is no disc
         return (0, 0, *im.size)
     return left, top, right, bottom
 
+
 def trim_borders(
-    im:Image.Image # RGB fundus photograph
-) -> Image.Image: # The part with the disc, not resized
+    im: Image.Image,  # RGB fundus photograph
+) -> Image.Image:  # The part with the disc, not resized
     "A fundus photograph without its black borders"
     return im.crop(disc_box(im))
 
@@ -52,21 +58,27 @@ def trim_borders(
 @dataclass(frozen=True)
 class Disc:
     "The circle of the retina in an image, in pixels from the upper left corner"
-    x:float # Centre
-    y:float # Centre
-    r:float # Radius
-    fit:float # Share of the edge that lies on the circle, 0 to 1
+
+    x: float  # Centre
+    y: float  # Centre
+    r: float  # Radius
+    fit: float  # Share of the edge that lies on the circle, 0 to 1
+
     @property
-    def box(self) -> tuple: # Left, top, right, bottom: a square
-        left, top, side = round(self.x - self.r), round(self.y - self.r), max(1, round(2*self.r))
+    def box(self) -> tuple:  # Left, top, right, bottom: a square
+        left, top, side = round(self.x - self.r), round(self.y - self.r), max(1, round(2 * self.r))
         return left, top, left + side, top + side
-    def scaled(self, k:float) -> 'Disc': return Disc(self.x*k, self.y*k, self.r*k, self.fit)
-    def to_crop(self, points, size:int) -> np.ndarray:
+
+    def scaled(self, k: float) -> 'Disc':
+        return Disc(self.x * k, self.y * k, self.r * k, self.fit)
+
+    def to_crop(self, points, size: int) -> np.ndarray:
         "Points (n, 2) of the image in the crop of `size` pixels"
-        return (np.asarray(points, float) - (self.x - self.r, self.y - self.r))*(size/(2*self.r))
-    def from_crop(self, points, size:int) -> np.ndarray:
+        return (np.asarray(points, float) - (self.x - self.r, self.y - self.r)) * (size / (2 * self.r))
+
+    def from_crop(self, points, size: int) -> np.ndarray:
         "Points (n, 2) of a crop of `size` pixels in the image"
-        return np.asarray(points, float)*(2*self.r/size) + (self.x - self.r, self.y - self.r)
+        return np.asarray(points, float) * (2 * self.r / size) + (self.x - self.r, self.y - self.r)
 
 # %% ../../nbs/data/07_fundus.ipynb #3a2f5970
 def _edge(bright) -> list:
@@ -82,8 +94,8 @@ def _edge(bright) -> list:
 # %% ../../nbs/data/07_fundus.ipynb #3df1a3e6
 def _circle(p) -> tuple:
     "Centre and radius by least squares (Kåsa 1976)"
-    (x, y, c), *_ = np.linalg.lstsq(np.c_[2*p, np.ones(len(p))], (p**2).sum(1), rcond=None)
-    return x, y, float(np.sqrt(max(c + x*x + y*y, 1e-9)))
+    (x, y, c), *_ = np.linalg.lstsq(np.c_[2 * p, np.ones(len(p))], (p**2).sum(1), rcond=None)
+    return x, y, float(np.sqrt(max(c + x * x + y * y, 1e-9)))
 
 # %% ../../nbs/data/07_fundus.ipynb #afcb6f26
 def _fit_circle(start, points) -> tuple:
@@ -91,101 +103,119 @@ def _fit_circle(start, points) -> tuple:
     c, before = _circle(start), None
     for _ in range(8):
         off = np.abs(np.hypot(points[:, 0] - c[0], points[:, 1] - c[1]) - c[2])
-        on = off < max(1.5, 0.02*c[2])
+        on = off < max(1.5, 0.02 * c[2])
         if on.sum() < 8 or np.array_equal(on, before):
-            break # too few, or the same points give the same circle
+            break  # too few, or the same points give the same circle
         c, before = _circle(points[on]), on
     return on.mean(), c
 
+
 def find_disc(
-    im:Image.Image # RGB fundus photograph
-) -> Disc|None: # None where no surround is seen
+    im: Image.Image,  # RGB fundus photograph
+) -> Disc | None:  # None where no surround is seen
     "The circle of the retina disc, whole or cut by the frame"
     bright, f = _bright(im)
-    if not 0.03 < bright.mean() < 0.985: return None
+    if not 0.03 < bright.mean() < 0.985:
+        return None
     rows, columns = _edge(bright)
     tries = [p for p in (rows, columns, np.concatenate([rows, columns])) if len(p) >= 8]
-    if not tries: return None
+    if not tries:
+        return None
     fit, (x, y, r) = max((_fit_circle(p, np.concatenate([rows, columns])) for p in tries), key=lambda t: t[0])
-    if fit < 0.4 or not 0.2 < r/min(bright.shape) < 2:
-        left, top, right, bottom = (v/f for v in disc_box(im))
-        x, y, r = (left + right - 1)/2, (top + bottom - 1)/2, max(right - left, bottom - top)/2
-    return Disc((x + 0.5)*f, (y + 0.5)*f, (r + 0.5)*f, float(fit))
+    if fit < 0.4 or not 0.2 < r / min(bright.shape) < 2:
+        left, top, right, bottom = (v / f for v in disc_box(im))
+        x, y, r = (left + right - 1) / 2, (top + bottom - 1) / 2, max(right - left, bottom - top) / 2
+    return Disc((x + 0.5) * f, (y + 0.5) * f, (r + 0.5) * f, float(fit))
 
 # %% ../../nbs/data/07_fundus.ipynb #0a2f7962
 def crop_disc(
-    im:Image.Image, # RGB fundus photograph
-    disc:Disc|None=None # From `find_disc`; looked for if None
-) -> Image.Image: # Square; black where the frame cut the disc
+    im: Image.Image,  # RGB fundus photograph
+    disc: Disc | None = None,  # From `find_disc`; looked for if None
+) -> Image.Image:  # Square; black where the frame cut the disc
     "The whole disc as a square, aspect kept; a photograph in which no disc stands out is padded to a square"
     disc = disc or find_disc(im)
-    edge = max(im.size) if disc is None else round(2*disc.r)
-    if edge**2 > 2*LIMITS.pixels: # a square around a long image takes more memory than the image
-        f = ceil(edge/(2*LIMITS.pixels)**.5)
-        im, disc = im.reduce(f), disc and disc.scaled(1/f)
+    edge = max(im.size) if disc is None else round(2 * disc.r)
+    if edge**2 > 2 * LIMITS.pixels:  # a square around a long image takes more memory than the image
+        f = ceil(edge / (2 * LIMITS.pixels) ** 0.5)
+        im, disc = im.reduce(f), disc and disc.scaled(1 / f)
     if disc is None:
-        return ImageOps.pad(im, (max(im.size),)*2)
+        return ImageOps.pad(im, (max(im.size),) * 2)
     return im.crop(disc.box)
 
 # %% ../../nbs/data/07_fundus.ipynb #24f0ace3
-INSIDE = 0.96 # share of the radius that counts: the edge of the field is bright or blurred
-MEANS, SPREADS = (150., 85., 45.), (40., 25., 18.) # of the channels, after correction: a usual fundus photograph
+INSIDE = 0.96  # share of the radius that counts: the edge of the field is bright or blurred
+MEANS, SPREADS = (150.0, 85.0, 45.0), (40.0, 25.0, 18.0)  # of the channels, after correction: a usual fundus photograph
+
 
 def disc_mask(
-    size:int, # Side of a square crop in pixels
-    share:float=1. # Of the radius
-) -> np.ndarray: # Boolean (size, size)
+    size: int,  # Side of a square crop in pixels
+    share: float = 1.0,  # Of the radius
+) -> np.ndarray:  # Boolean (size, size)
     "The disc in a crop"
-    y, x = np.mgrid[:size, :size] + 0.5 - size/2
-    return np.hypot(x, y) <= share*size/2
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    return np.hypot(x, y) <= share * size / 2
+
 
 @dataclass(frozen=True)
 class Moments:
     "Mean and spread of the channels before a correction"
-    mean:tuple # Three numbers, 0 to 255
-    spread:tuple # Three numbers
+
+    mean: tuple  # Three numbers, 0 to 255
+    spread: tuple  # Three numbers
+
 
 def correct_colour(
-    im:Image.Image # Square crop of a disc, RGB
-) -> tuple[Image.Image, Moments]: # The image, and what undoes it
+    im: Image.Image,  # Square crop of a disc, RGB
+) -> tuple[Image.Image, Moments]:  # The image, and what undoes it
     "Bring mean and spread of each channel inside the disc to those of a usual photograph (Reinhard et al. 2001)"
     a, lit = np.asarray(im, np.float32), np.asarray(im).max(2) > 8
     inside = a[disc_mask(im.width, INSIDE) & lit]
-    if not len(inside): return im, Moments(MEANS, SPREADS)
+    if not len(inside):
+        return im, Moments(MEANS, SPREADS)
     m = Moments(tuple(inside.mean(0).tolist()), tuple(np.maximum(inside.std(0), 2).tolist()))
     return _moved(a, m, Moments(MEANS, SPREADS), lit), m
 
 # %% ../../nbs/data/07_fundus.ipynb #3bf49227
 def undo_colour(
-    im:Image.Image, # From `correct_colour`
-    moments:Moments # What it returned
+    im: Image.Image,  # From `correct_colour`
+    moments: Moments,  # What it returned
 ) -> Image.Image:
     "The image as it was, but for values that were clipped"
     a = np.asarray(im, np.float32)
     return _moved(a, Moments(MEANS, SPREADS), moments, a.max(2) > 0)
 
+
 def _moved(a, old, new, lit):
-    out = (a - np.float32(old.mean))*(np.float32(new.spread)/np.float32(old.spread)) + np.float32(new.mean)
-    return Image.fromarray((out.round().clip(1, 255)*lit[..., None]).astype(np.uint8))
+    out = (a - np.float32(old.mean)) * (np.float32(new.spread) / np.float32(old.spread)) + np.float32(new.mean)
+    return Image.fromarray((out.round().clip(1, 255) * lit[..., None]).astype(np.uint8))
 
 # %% ../../nbs/data/07_fundus.ipynb #da0f5c50
 def correct_local(
-    im:Image.Image # Square crop of a disc, RGB
-) -> Image.Image: # Grey where the local average is
+    im: Image.Image,  # Square crop of a disc, RGB
+) -> Image.Image:  # Grey where the local average is
     "Subtract the local average and bring contrast to one measure: only detail is left (after Graham 2015)"
-    f, n = max(1, im.width//96), im.width
+    f, n = max(1, im.width // 96), im.width
     a, lit = np.asarray(im, np.float32), (np.asarray(im).max(2) > 8) & disc_mask(n, INSIDE)
     small = np.asarray(im.reduce(f) if f > 1 else im, np.float32)
-    there = np.asarray(Image.fromarray(lit.astype(np.uint8)*255).resize(small.shape[1::-1], Image.Resampling.BOX), np.float32)/255
-    weight, s = gaussian_filter(there, small.shape[0]/8) + 1e-3, small.shape[0]/8
-    blurred = [Image.fromarray(gaussian_filter(small[..., c]*there, s)/weight).resize((n, n), Image.Resampling.BILINEAR) for c in range(3)]
+    there = (
+        np.asarray(
+            Image.fromarray(lit.astype(np.uint8) * 255).resize(small.shape[1::-1], Image.Resampling.BOX), np.float32
+        )
+        / 255
+    )
+    weight, s = gaussian_filter(there, small.shape[0] / 8) + 1e-3, small.shape[0] / 8
+    blurred = [
+        Image.fromarray(gaussian_filter(small[..., c] * there, s) / weight).resize((n, n), Image.Resampling.BILINEAR)
+        for c in range(3)
+    ]
     d = a - np.stack([np.asarray(b) for b in blurred], -1)
     spread = np.maximum(d[lit].std(0), 1) if lit.any() else 1
-    return Image.fromarray(np.where(lit[..., None], d*(30/spread) + 128, 128).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.where(lit[..., None], d * (30 / spread) + 128, 128).round().clip(0, 255).astype(np.uint8))
+
 
 def to_right(
-    im:Image.Image, # Fundus photograph
-    eye:str # 'left' or 'right'; other words leave it as it is
+    im: Image.Image,  # Fundus photograph
+    eye: str,  # 'left' or 'right'; other words leave it as it is
 ) -> Image.Image:
     "A left eye as its mirror image, so that all optic discs are on one side"
     return ImageOps.mirror(im) if str(eye).strip().lower() in ('left', 'l', 'os') else im
@@ -194,36 +224,56 @@ def to_right(
 @dataclass(frozen=True)
 class Correction:
     "A named light correction of a square crop, and what it keeps"
-    apply:Callable # Square crop of a disc -> one of the same size
-    keeps:str # In words
-    undone:str # By what, in words
-    about:str # In one line
-    def __call__(self, im:Image.Image) -> Image.Image: return self.apply(im)
+
+    apply: Callable  # Square crop of a disc -> one of the same size
+    keeps: str  # In words
+    undone: str  # By what, in words
+    about: str  # In one line
+
+    def __call__(self, im: Image.Image) -> Image.Image:
+        return self.apply(im)
+
 
 CORRECTIONS = {
     'none': Correction(lambda im: im, 'everything', 'nothing to undo', 'the crop as it is'),
-    'colour': Correction(lambda im: correct_colour(im)[0], 'all detail; colours and light relative to one another', 'undo_colour, but for what was clipped', 'each channel brought to one mean and spread'),
-    'local': Correction(correct_local, 'detail smaller than an eighth of the disc; not colour, not light', 'nothing', 'the local average subtracted, contrast brought to one measure')}
+    'colour': Correction(
+        lambda im: correct_colour(im)[0],
+        'all detail; colours and light relative to one another',
+        'undo_colour, but for what was clipped',
+        'each channel brought to one mean and spread',
+    ),
+    'local': Correction(
+        correct_local,
+        'detail smaller than an eighth of the disc; not colour, not light',
+        'nothing',
+        'the local average subtracted, contrast brought to one measure',
+    ),
+}
 
-def correction_table() -> pd.DataFrame: # One row a name
+
+def correction_table() -> pd.DataFrame:  # One row a name
     "The known light corrections and what each keeps of a photograph"
-    return pd.DataFrame([{'name': n, 'what it does': c.about, 'keeps': c.keeps, 'undone by': c.undone} for n, c in CORRECTIONS.items()]).set_index('name')
+    return pd.DataFrame(
+        [{'name': n, 'what it does': c.about, 'keeps': c.keeps, 'undone by': c.undone} for n, c in CORRECTIONS.items()]
+    ).set_index('name')
 
 # %% ../../nbs/data/07_fundus.ipynb #c3545646
 def read_disc(
-    source, # Path, bytes, PIL image or array
-    size:int # Side of the crop in pixels
-) -> tuple[Image.Image, Disc|None]: # (size, size), RGB; the disc in pixels of the file
+    source,  # Path, bytes, PIL image or array
+    size: int,  # Side of the crop in pixels
+) -> tuple[Image.Image, Disc | None]:  # (size, size), RGB; the disc in pixels of the file
     "A fundus photograph as a crop of its disc; None if no disc stands out and the whole picture was padded"
     size = check_size(size)
     width, k = 0, 1.2
     while True:
-        im = read_rgb(source, round(k*size/2)) # a JPEG is k times as large or more
+        im = read_rgb(source, round(k * size / 2))  # a JPEG is k times as large or more
         disc = find_disc(im)
-        if disc is None or 2*disc.r >= size or im.width == width: break
-        width, k = im.width, 2*k
-    crop = crop_disc(im, disc).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.)
-    return crop, disc and disc.scaled(_full_width(source)/im.width)
+        if disc is None or 2 * disc.r >= size or im.width == width:
+            break
+        width, k = im.width, 2 * k
+    crop = crop_disc(im, disc).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return crop, disc and disc.scaled(_full_width(source) / im.width)
+
 
 def _full_width(source) -> int:
     "The width of an image before any scaling, upright"
@@ -232,18 +282,23 @@ def _full_width(source) -> int:
     return read_rgb(source).width
 
 # %% ../../nbs/data/07_fundus.ipynb #e5450ffe
-READERS = {'photo': None, 'fundus': trim_borders, # name -> what is done before resizing; one that changes needs another name
-           **{f'fundus_{k}': lambda im, f=f: f(crop_disc(im)) for k, f in CORRECTIONS.items() if k != 'none'}}
-READING = 2 # raised when a reader, a fit or a view does something else, so that stored features are computed anew
+READERS = {
+    'photo': None,
+    'fundus': trim_borders,  # name -> what is done before resizing; one that changes needs another name
+    **{f'fundus_{k}': lambda im, f=f: f(crop_disc(im)) for k, f in CORRECTIONS.items() if k != 'none'},
+}
+READING = 2  # raised when a reader, a fit or a view does something else, so that stored features are computed anew
+
 
 def read_image(
-    source, # Path, bytes, PIL image or array (height, width, 3)
-    size:int, # Side of the result in pixels
-    reader:str='photo', # Name in `READERS`
-    fit:str='crop' # 'pad', 'squish' or 'crop'
-) -> Image.Image: # (size, size), RGB
+    source,  # Path, bytes, PIL image or array (height, width, 3)
+    size: int,  # Side of the result in pixels
+    reader: str = 'photo',  # Name in `READERS`
+    fit: str = 'crop',  # 'pad', 'squish' or 'crop'
+) -> Image.Image:  # (size, size), RGB
     "An image as the network gets it, before augmentation and normalisation"
-    if reader not in READERS: raise unknown('reader', reader, READERS)
+    if reader not in READERS:
+        raise unknown('reader', reader, READERS)
     size = check_size(size)
     im = read_rgb(source, size)
     return fit_square(READERS[reader](im) if READERS[reader] else im, size, fit)

@@ -9,66 +9,94 @@ __all__ = ['SIDE', 'LIMITS', 'REASONS', 'WIDE', 'quality_numbers', 'gradability'
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from os import cpu_count
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
-from ..utils.files import progress
+
 from .fundus import disc_mask, read_disc
+from ..utils.files import progress
 
 # %% ../../nbs/data/08_gradability.ipynb #8320091f
 SIDE = 256
-LIMITS = {'disc': (0.4, 0.6), 'light': (25, 60), 'overexposed': (0.2, 0.02), 'contrast': (0.02, 0.045), 'focus': (0.16, 0.33)} # bad, good
-REASONS = {'disc': 'no whole disc', 'light': 'too dark', 'overexposed': 'too bright', 'contrast': 'no contrast', 'focus': 'out of focus'}
+LIMITS = {
+    'disc': (0.4, 0.6),
+    'light': (25, 60),
+    'overexposed': (0.2, 0.02),
+    'contrast': (0.02, 0.045),
+    'focus': (0.16, 0.33),
+}  # bad, good
+REASONS = {
+    'disc': 'no whole disc',
+    'light': 'too dark',
+    'overexposed': 'too bright',
+    'contrast': 'no contrast',
+    'focus': 'out of focus',
+}
 
-WIDE = SIDE/16 # standard deviation of the Gaussian that says what is bright around a pixel
+WIDE = SIDE / 16  # standard deviation of the Gaussian that says what is bright around a pixel
+
 
 @lru_cache(1)
 def _wide_gaussian() -> np.ndarray:
     "The matrix that smooths one axis of an image: `gaussian_filter1d` of each unit vector"
     return gaussian_filter1d(np.eye(SIDE), WIDE, axis=0).astype(np.float32)
 
+
 @lru_cache(1)
 def _inner_disc() -> np.ndarray:
     "The disc without its rim (SIDE, SIDE)"
     return disc_mask(SIDE, 0.84)
+
 
 def _wide_average(a) -> np.ndarray:
     "`gaussian_filter` by two matrix products, which are several times faster than so wide a kernel"
     g = _wide_gaussian()
     return g @ a @ g.T
 
+
 def quality_numbers(
-    im:Image.Image # Square crop of a disc, RGB; made 256 pixels wide
-) -> dict[str, float]: # A number for each question in `LIMITS`
+    im: Image.Image,  # Square crop of a disc, RGB; made 256 pixels wide
+) -> dict[str, float]:  # A number for each question in `LIMITS`
     "What the questions are answered from"
     a = np.asarray(im.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if im.width != SIDE else im, np.float32)
-    red, green, blue = np.ascontiguousarray(a.transpose(2, 0, 1)) # planes, which are faster to compare
+    red, green, blue = np.ascontiguousarray(a.transpose(2, 0, 1))  # planes, which are faster to compare
     light, dark = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-    lit = light > max(8., 0.12*np.percentile(light, 99))
+    lit = light > max(8.0, 0.12 * np.percentile(light, 99))
     inner = lit & _inner_disc()
-    if inner.sum() < 1000: return {'disc': float(lit.mean()), 'light': 0., 'overexposed': 0., 'contrast': 0., 'focus': 0.}
-    average = _wide_average(green*inner)/(_wide_average(inner.astype(np.float32)) + 1e-3)
-    contrast = ((green - average)/np.maximum(average, 4))[inner].std()
+    if inner.sum() < 1000:
+        return {'disc': float(lit.mean()), 'light': 0.0, 'overexposed': 0.0, 'contrast': 0.0, 'focus': 0.0}
+    average = _wide_average(green * inner) / (_wide_average(inner.astype(np.float32)) + 1e-3)
+    contrast = ((green - average) / np.maximum(average, 4))[inner].std()
     one, four = gaussian_filter(green, 1), gaussian_filter(green, 4)
     top = (dark[inner] > 230).mean() + (green[inner] > 245).mean()
-    return {'disc': float(lit.mean()), 'light': float(np.median(light[inner])), 'overexposed': float(top), 'contrast': float(contrast if contrast < 0.35 else 0),
-            'focus': float((green - one)[inner].std()/((one - four)[inner].std() + 0.3))}
+    return {
+        'disc': float(lit.mean()),
+        'light': float(np.median(light[inner])),
+        'overexposed': float(top),
+        'contrast': float(contrast if contrast < 0.35 else 0),
+        'focus': float((green - one)[inner].std() / ((one - four)[inner].std() + 0.3)),
+    }
 
 # %% ../../nbs/data/08_gradability.ipynb #c75e3e98
 def gradability(
-    im:Image.Image # Square crop of a disc, RGB
-) -> dict: # 'gradability' 0 to 1, 'reason' ('' from a half on), and the numbers
+    im: Image.Image,  # Square crop of a disc, RGB
+) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from a half on), and the numbers
     "Can this photograph be judged?"
     numbers = quality_numbers(im)
-    answers = {k: float(np.clip((numbers[k] - bad)/(good - bad), 0, 1)) for k, (bad, good) in LIMITS.items()}
+    answers = {k: float(np.clip((numbers[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in LIMITS.items()}
     worst = min(answers, key=answers.get)
     return {'gradability': answers[worst], 'reason': REASONS[worst] if answers[worst] < 0.5 else '', **numbers}
 
 # %% ../../nbs/data/08_gradability.ipynb #78794963
 def gradability_table(
-    sources:list # Paths or images, all readable
-) -> pd.DataFrame: # A row an image: gradability, reason, the numbers
+    sources: list,  # Paths or images, all readable
+) -> pd.DataFrame:  # A row an image: gradability, reason, the numbers
     "The gradability of photographs, in threads"
-    def one(source): return gradability(read_disc(source, SIDE)[0])
+
+    def one(source):
+        return gradability(read_disc(source, SIDE)[0])
+
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
         return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='photographs judged')))

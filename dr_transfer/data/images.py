@@ -14,19 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageOps
-from ..utils.checks import image_list
+
 from .depth import check_colour, declared_depth, grey
 from .dicom import dicom_image, dicom_size, read_dataset
-from ..utils.files import progress, unknown
 from .png import check_png_rows
 from .source import ImageError, check_shape, check_size, file_kind, naming, open_source, read_head
+from ..utils.checks import image_list
+from ..utils.files import progress, unknown
 
 # %% ../../nbs/data/05_images.ipynb #4d4c9603
-FORMATS = ('JPEG', 'PNG', 'TIFF', 'BMP', 'WEBP', 'GIF', 'PPM') # what Pillow may open; JPEG includes MPO
+FORMATS = ('JPEG', 'PNG', 'TIFF', 'BMP', 'WEBP', 'GIF', 'PPM')  # what Pillow may open; JPEG includes MPO
 
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning, module='PIL')
+
 
 @contextmanager
 def _opened(stream) -> Iterator[Image.Image]:
@@ -37,7 +40,9 @@ def _opened(stream) -> Iterator[Image.Image]:
     except Image.UnidentifiedImageError:
         kind = file_kind(head)
         if kind in FORMATS:
-            raise ImageError(f'cannot be decoded: a damaged {kind} file, or of a kind that Pillow does not read') from None
+            raise ImageError(
+                f'cannot be decoded: a damaged {kind} file, or of a kind that Pillow does not read'
+            ) from None
         if kind:
             raise ImageError(f'a {kind} file, which is not read: save it as JPEG, PNG or TIFF') from None
         raise ImageError('not an image') from None
@@ -48,31 +53,41 @@ def _opened(stream) -> Iterator[Image.Image]:
         yield im
 
 # %% ../../nbs/data/05_images.ipynb #01bb56c1
-_ORIENTATION = 0x0112 # tag of EXIF
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-_NOTES = ('exif', 'Raw profile type exif', 'xmp', 'XML:com.adobe.xmp') # where Pillow finds the orientation
+_ORIENTATION = 0x0112  # tag of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_NOTES = ('exif', 'Raw profile type exif', 'xmp', 'XML:com.adobe.xmp')  # where Pillow finds the orientation
+
 
 def _orientation(im) -> int:
     "The orientation by EXIF, 1 to 8; 1 if there is none or it cannot be read"
     try:
         note = im.getexif().get(_ORIENTATION, 1)
-    except Exception: # damaged EXIF raises every kind of error
+    except Exception:  # damaged EXIF raises every kind of error
         return 1
     return note if isinstance(note, int) and 1 <= note <= 8 else 1
+
 
 def _upright(im) -> Image.Image:
     turn = _TURNS.get(_orientation(im))
     if turn is None:
         return im
     im = im.transpose(turn)
-    for note in _NOTES: # it is followed, and not to be followed again
+    for note in _NOTES:  # it is followed, and not to be followed again
         im.info.pop(note, None)
     return im
 
+
 def to_rgb(
-    im:Image.Image # Image of any mode
-) -> Image.Image: # A new image: mode RGB, 8 bits, upright
+    im: Image.Image,  # Image of any mode
+) -> Image.Image:  # A new image: mode RGB, 8 bits, upright
     "Any image as RGB; `ImageError` if it is not known which values are black and white"
     depth = declared_depth(im)
     if im.mode == 'CMYK' and im.format in ('JPEG', 'MPO') and 'adobe' not in im.info:
@@ -87,7 +102,8 @@ def to_rgb(
         return Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB')
     return im.convert('RGB')
 
-_PIL = threading.Lock() # a PIL image is read from its file when it is first looked at, and not by two threads at once
+
+_PIL = threading.Lock()  # a PIL image is read from its file when it is first looked at, and not by two threads at once
 
 # %% ../../nbs/data/05_images.ipynb #57c3379e
 def _decoded(source, size) -> Image.Image:
@@ -102,24 +118,26 @@ def _decoded(source, size) -> Image.Image:
             return to_rgb(dicom_image(stream))
         with _opened(stream) as im:
             if size:
-                im.draft('RGB' if im.mode == 'RGB' else im.mode, (2*size, 2*size))
+                im.draft('RGB' if im.mode == 'RGB' else im.mode, (2 * size, 2 * size))
             rgb = to_rgb(im)
             check_png_rows(im, stream)
             return rgb
 
+
 def read_rgb(
-    source, # Path, bytes, PIL image or array (height, width, 3)
-    size:int|None=None # Edge that is needed later, in pixels
-) -> Image.Image: # Mode RGB, upright
+    source,  # Path, bytes, PIL image or array (height, width, 3)
+    size: int | None = None,  # Edge that is needed later, in pixels
+) -> Image.Image:  # Mode RGB, upright
     "Read an image as RGB, a large JPEG scaled down while it is decoded; `ImageError` names the file and the reason"
     if size is not None:
         size = check_size(size, 1, 65535)
     with naming(source):
         return _decoded(source, size)
 
+
 def image_error(
-    path:str|Path # An image file
-) -> str: # The reason in words, or '' if the file is good
+    path: str | Path,  # An image file
+) -> str:  # The reason in words, or '' if the file is good
     "Why an image cannot be read: it is read as it will be later, a JPEG at an eighth of its size"
     try:
         read_rgb(path, 16)
@@ -127,9 +145,10 @@ def image_error(
         return e.reason
     return ''
 
+
 def image_errors(
-    paths:list # Image files
-) -> list[str]: # One reason each, '' where the file is good
+    paths: list,  # Image files
+) -> list[str]:  # One reason each, '' where the file is good
     "Why images cannot be read, with a progress bar"
     paths = image_list(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -139,16 +158,19 @@ def image_errors(
 @dataclass(frozen=True)
 class ImageHeader:
     "What the header of an image file declares"
-    format:str # 'JPEG', 'PNG', ..., 'DICOM'
-    width:int # Pixels, as stored
-    height:int # Pixels, as stored
-    turned:bool=False # Does EXIF turn it by a quarter?
+
+    format: str  # 'JPEG', 'PNG', ..., 'DICOM'
+    width: int  # Pixels, as stored
+    height: int  # Pixels, as stored
+    turned: bool = False  # Does EXIF turn it by a quarter?
+
     @property
-    def size(self) -> tuple: # Width and height, upright
+    def size(self) -> tuple:  # Width and height, upright
         return (self.height, self.width) if self.turned else (self.width, self.height)
 
+
 def image_header(
-    source # Path or bytes
+    source,  # Path or bytes
 ) -> ImageHeader:
     "Format and size of an image file, its pixels not decoded; `ImageError` names the file and the reason"
     with naming(source), open_source(source) as stream:
@@ -160,11 +182,12 @@ def image_header(
 # %% ../../nbs/data/05_images.ipynb #1680782f
 FITS = ('pad', 'squish', 'crop')
 
+
 def fit_square(
-    im:Image.Image, # RGB image
-    size:int, # Edge of the result in pixels
-    fit:str='crop' # 'pad', 'squish' or 'crop'
-) -> Image.Image: # (size, size), RGB
+    im: Image.Image,  # RGB image
+    size: int,  # Edge of the result in pixels
+    fit: str = 'crop',  # 'pad', 'squish' or 'crop'
+) -> Image.Image:  # (size, size), RGB
     "An image as a square of `size` pixels; the same every time, nothing at random"
     if fit == 'pad':
         return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC)

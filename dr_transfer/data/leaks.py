@@ -10,163 +10,199 @@ __all__ = ['SIDE', 'BITS', 'MOST', 'HASHED', 'fine_detail', 'detail_hash', 'near
 # %% ../../nbs/data/18_leaks.ipynb #e5edbd47
 from dataclasses import dataclass
 from pathlib import Path
-import imagehash, numpy as np, pandas as pd
+
+import imagehash
+import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import chi2_contingency
 from scipy.stats.contingency import association
-from ..utils.checks import check_seed, image_list
+
 from .columns import some
-from .tasks import Target, Task, task_table
-from ..utils.files import cache_folder, package_version, progress
+from .content import fill_stores, image_data, unreadable
 from .images import image_header
-from ..metrics.intervals import group_codes
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
-from .content import fill_stores, image_data, unreadable
-from ..utils.store import ArrayStore, stored_array
 from .table import KNOWN, data_columns, shown_name, with_data_names
+from .tasks import Target, Task, task_table
 from .views import READING, map_batches, read_image
+from ..metrics.intervals import group_codes
+from ..utils.checks import check_seed, image_list
+from ..utils.files import cache_folder, package_version, progress
+from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/data/18_leaks.ipynb #28f7cd6b
-SIDE, BITS = 96, 256 # pixels that are looked at, bits of the hash
+SIDE, BITS = 96, 256  # pixels that are looked at, bits of the hash
+
 
 def fine_detail(
-    im:Image.Image # (96, 96), RGB
-) -> Image.Image|None: # (64, 64), grey; None for an image of one colour
+    im: Image.Image,  # (96, 96), RGB
+) -> Image.Image | None:  # (64, 64), grey; None for an image of one colour
     "What an image has besides its light: green, less the local average, in the inner part"
     a = np.asarray(im.getchannel('G'), np.float32)
-    edge = round(0.17*SIDE) # the inscribed square of a retina disc
-    a = (a - gaussian_filter(a, SIDE/16, mode='nearest'))[edge:-edge, edge:-edge]
+    edge = round(0.17 * SIDE)  # the inscribed square of a retina disc
+    a = (a - gaussian_filter(a, SIDE / 16, mode='nearest'))[edge:-edge, edge:-edge]
     spread = a.std()
-    return Image.fromarray((a*(48/spread) + 128).clip(0, 255).astype(np.uint8)) if spread > 0.5 else None
+    return Image.fromarray((a * (48 / spread) + 128).clip(0, 255).astype(np.uint8)) if spread > 0.5 else None
+
 
 def detail_hash(
-    im:Image.Image # (96, 96), RGB
-) -> np.ndarray: # (32,) bytes; all nought for an image of one colour
+    im: Image.Image,  # (96, 96), RGB
+) -> np.ndarray:  # (32,) bytes; all nought for an image of one colour
     "Perceptual hash (Zauner 2010, by `imagehash`) of the fine detail: 256 bits"
     d = fine_detail(im)
-    return np.zeros(BITS//8, np.uint8) if d is None else np.packbits(imagehash.phash(d, hash_size=16).hash)
+    return np.zeros(BITS // 8, np.uint8) if d is None else np.packbits(imagehash.phash(d, hash_size=16).hash)
 
 # %% ../../nbs/data/18_leaks.ipynb #0f1ce22a
-MOST = 40 # bits that may differ between near copies, of 256
+MOST = 40  # bits that may differ between near copies, of 256
+
 
 def _signs(hashes) -> np.ndarray:
     "Bits as -1 and 1, so that a product counts those that agree; nought for images of one colour"
-    return (np.unpackbits(hashes, axis=1).astype(np.float32)*2 - 1)*hashes.any(1)[:, None]
+    return (np.unpackbits(hashes, axis=1).astype(np.float32) * 2 - 1) * hashes.any(1)[:, None]
+
 
 def near_pairs(
-    hashes:np.ndarray, # uint8 (n, 32), from `detail_hash`
-    most:int=MOST # Bits that may differ, 0 to 127
-) -> np.ndarray: # (pairs, 3): two rows, the first lower, and the bits that differ
+    hashes: np.ndarray,  # uint8 (n, 32), from `detail_hash`
+    most: int = MOST,  # Bits that may differ, 0 to 127
+) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
     "All pairs of images whose hashes differ in a few bits; images of one colour are in none"
-    if not 0 <= most < BITS//2: raise ValueError(f"most={most}: give 0 to {BITS//2 - 1} bits")
+    if not 0 <= most < BITS // 2:
+        raise ValueError(f'most={most}: give 0 to {BITS // 2 - 1} bits')
     x = _signs(hashes)
     found = [np.zeros((0, 3), np.int64)]
     for a in range(0, len(x), 1000):
-        alike = x[a:a + 1000] @ x[a:].T
-        i, j = np.nonzero(alike >= BITS - 2*most)
+        alike = x[a : a + 1000] @ x[a:].T
+        i, j = np.nonzero(alike >= BITS - 2 * most)
         later = j > i
-        found.append(np.c_[a + i, a + j, (BITS - alike[i, j])/2][later].astype(np.int64))
+        found.append(np.c_[a + i, a + j, (BITS - alike[i, j]) / 2][later].astype(np.int64))
     return np.concatenate(found)
 
 # %% ../../nbs/data/18_leaks.ipynb #fc2b12b7
-HASHED = 16 # images in a batch
+HASHED = 16  # images in a batch
+
 
 def image_hashes(
-    sources:list, # Paths or images, all readable
-    reader:str='photo', # Name in `READERS`
-    folder:str|Path|None=None # Where hashes are kept; in the cache if None
-) -> tuple[np.ndarray, np.ndarray]: # uint8 (n, 32); a number for the content (n,)
+    sources: list,  # Paths or images, all readable
+    reader: str = 'photo',  # Name in `READERS`
+    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 32); a number for the content (n,)
     "Hashes of images, and a number that images with the same bytes share"
     sources = image_list(sources)
-    about = {'size': SIDE, 'reader': reader, 'reading': READING, 'imagehash': package_version('imagehash'), 'pillow': package_version('pillow')}
-    store = ArrayStore(folder or cache_folder()/'hashes', f'hashes-{reader}', about, {'bits': ((BITS//8,), 'uint8')})
+    about = {
+        'size': SIDE,
+        'reader': reader,
+        'reading': READING,
+        'imagehash': package_version('imagehash'),
+        'pillow': package_version('pillow'),
+    }
+    store = ArrayStore(
+        folder or cache_folder() / 'hashes', f'hashes-{reader}', about, {'bits': ((BITS // 8,), 'uint8')}
+    )
     fit = 'pad' if reader != 'photo' else 'squish'
+
     def one(source):
-        try: return read_image(image_data(source), SIDE, reader, fit)
-        except Exception as e: raise unreadable(source, e) from None
-    def hashed(x): return {'bits': np.array([detail_hash(Image.fromarray(i)) for i in x.permute(0, 2, 3, 1).numpy()])}
+        try:
+            return read_image(image_data(source), SIDE, reader, fit)
+        except Exception as e:
+            raise unreadable(source, e) from None
+
+    def hashed(x):
+        return {'bits': np.array([detail_hash(Image.fromarray(i)) for i in x.permute(0, 2, 3, 1).numpy()])}
+
     def compute(sources, fields):
         batches = map_batches(hashed, sources, one, HASHED)
-        return progress(batches, total=-(-len(sources)//HASHED), label=f'images hashed, batches of {HASHED}')
-    rows, = fill_stores([store], list(sources), compute, HASHED)
+        return progress(batches, total=-(-len(sources) // HASHED), label=f'images hashed, batches of {HASHED}')
+
+    (rows,) = fill_stores([store], list(sources), compute, HASHED)
     return np.array(stored_array(store, 'bits')[rows]), rows
 
 # %% ../../nbs/data/18_leaks.ipynb #76ce5fbe
 def find_copies(
-    sources:list, # Paths or images, all readable
-    reader:str='photo', # Name in `READERS`
-    most:int=MOST, # Bits that may differ between near copies
-    folder:str|Path|None=None # Where hashes are kept; in the cache if None
-) -> pd.DataFrame: # Row numbers `a`, `b`; `kind`; `bits` that differ
+    sources: list,  # Paths or images, all readable
+    reader: str = 'photo',  # Name in `READERS`
+    most: int = MOST,  # Bits that may differ between near copies
+    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+) -> pd.DataFrame:  # Row numbers `a`, `b`; `kind`; `bits` that differ
     "Pairs of images with the same bytes or nearly the same picture"
     hashes, content = image_hashes(image_list(sources), reader, folder)
     once, where = np.unique(content, return_index=True)
     near = near_pairs(hashes[where], most)
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
-    pairs = [(g[0], b, 'same file', 0) for g in same for b in g[1:]] + [(*sorted((where[i], where[j])), 'near copy', d) for i, j, d in near]
+    pairs = [(g[0], b, 'same file', 0) for g in same for b in g[1:]] + [
+        (*sorted((where[i], where[j])), 'near copy', d) for i, j, d in near
+    ]
     return pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits']).sort_values(['a', 'b'], ignore_index=True)
 
 # %% ../../nbs/data/18_leaks.ipynb #15947275
 def nearest_bits(
-    sources:list, # Paths or images, all readable
-    seen:np.ndarray, # Hashes of other images, uint8 (m, 32)
-    reader:str='photo', # Name in `READERS`
-    folder:str|Path|None=None # Where hashes are kept; in the cache if None
-) -> np.ndarray: # (n,) 0 to 256; 256 where there is nothing to compare with
+    sources: list,  # Paths or images, all readable
+    seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
+    reader: str = 'photo',  # Name in `READERS`
+    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+) -> np.ndarray:  # (n,) 0 to 256; 256 where there is nothing to compare with
     "In how many bits each image differs from the nearest of other images"
     if not len(sources) or not len(seen):
         return np.full(len(sources), BITS)
     x, known = _signs(image_hashes(sources, reader, folder)[0]), _signs(seen).T
-    alike = np.concatenate([(x[a:a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
-    return np.where(x.any(1), (BITS - alike)/2, BITS).astype(int)
+    alike = np.concatenate([(x[a : a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
+    return np.where(x.any(1), (BITS - alike) / 2, BITS).astype(int)
+
 
 def seen_before(
-    sources:list, # Paths or images, all readable
-    seen:np.ndarray, # Hashes of other images, uint8 (m, 32)
-    reader:str='photo', # Name in `READERS`
-    most:int=MOST, # Bits that may differ
-    folder:str|Path|None=None # Where hashes are kept; in the cache if None
-) -> np.ndarray: # (n,) booleans
+    sources: list,  # Paths or images, all readable
+    seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
+    reader: str = 'photo',  # Name in `READERS`
+    most: int = MOST,  # Bits that may differ
+    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+) -> np.ndarray:  # (n,) booleans
     "Which images are, or nearly are, among others"
     return nearest_bits(image_list(sources), seen, reader, folder) <= most
 
 # %% ../../nbs/data/18_leaks.ipynb #80de8d29
 def joined_groups(
-    groups, # Group of each image (n,), None where it has none
-    copies:pd.DataFrame # From `find_copies`
-) -> np.ndarray: # (n,) numbers: images with the same one belong together
+    groups,  # Group of each image (n,), None where it has none
+    copies: pd.DataFrame,  # From `find_copies`
+) -> np.ndarray:  # (n,) numbers: images with the same one belong together
     "Groups, with those joined that share copies"
     g = group_codes(groups, len(groups))
-    edges = coo_array((np.ones(len(copies)), (g[copies.a], g[copies.b])), shape=(g.max() + 1,)*2)
+    edges = coo_array((np.ones(len(copies)), (g[copies.a], g[copies.b])), shape=(g.max() + 1,) * 2)
     return connected_components(edges, directed=False)[1][g]
 
 # %% ../../nbs/data/18_leaks.ipynb #ccbc0ed0
 class Together:
     "For `task_table`: images that must be on one side, by their group and their copies; `copies` are those of the last table"
-    def __init__(self, reader:str='photo'): self.reader, self.copies = reader, None
+
+    def __init__(self, reader: str = 'photo'):
+        self.reader, self.copies = reader, None
+
     def __call__(self, table) -> list:
         "A name for what belongs together, None for an image that is alone"
         self.copies = find_copies(table.image.tolist(), self.reader)
-        t = pd.DataFrame({'code': joined_groups(table.group, self.copies), 'group': list(table.group), 'image': list(table.image)})
-        known = t[t.group.notna()].groupby('code').group.first() # the first group that has a name
+        t = pd.DataFrame(
+            {'code': joined_groups(table.group, self.copies), 'group': list(table.group), 'image': list(table.image)}
+        )
+        known = t[t.group.notna()].groupby('code').group.first()  # the first group that has a name
         copied = t[t.code.duplicated(keep=False)].groupby('code').image.first()
-        return [known[c] if c in known.index else f'copies of {copied[c]}' if c in copied.index else None for c in t.code]
+        return [
+            known[c] if c in known.index else f'copies of {copied[c]}' if c in copied.index else None for c in t.code
+        ]
 
 # %% ../../nbs/data/18_leaks.ipynb #55953fb0
 def file_facts(
-    sources:list # Paths
-) -> pd.DataFrame: # `suffix`, `width`, `height`, `kilobytes`
+    sources: list,  # Paths
+) -> pd.DataFrame:  # `suffix`, `width`, `height`, `kilobytes`
     "What file names and headers tell of where images come from; no numbers for a file that cannot be read"
     return pd.DataFrame([_file_facts(p) for p in sources], columns=['suffix', 'width', 'height', 'kilobytes'])
+
 
 def _file_facts(path) -> tuple:
     try:
         header = image_header(path)
-        return Path(path).suffix.lower(), header.width, header.height, Path(path).stat().st_size/1000
+        return Path(path).suffix.lower(), header.width, header.height, Path(path).stat().st_size / 1000
     except (ImageError, OSError):
         return Path(path).suffix.lower(), None, None, None
 
@@ -174,21 +210,24 @@ def _file_facts(path) -> tuple:
 def _levels(column) -> pd.Series:
     "A column as a few values"
     number = pd.to_numeric(column, errors='coerce')
-    if number.notna().all() and column.nunique() > 8: return pd.qcut(number, 4, duplicates='drop').astype(str)
+    if number.notna().all() and column.nunique() > 8:
+        return pd.qcut(number, 4, duplicates='drop').astype(str)
     return column.astype(object).where(column.notna(), 'none').astype(str)
 
+
 def confounders(
-    facts:pd.DataFrame, # A row an image, a column a fact
-    label, # Label of each image (n,)
-    p:float=0.001, # Chance of as much by accident, for each column
-    least:float=0.1 # Cramér's V
-) -> pd.DataFrame: # `column, v, p, levels`, the strongest first
+    facts: pd.DataFrame,  # A row an image, a column a fact
+    label,  # Label of each image (n,)
+    p: float = 0.001,  # Chance of as much by accident, for each column
+    least: float = 0.1,  # Cramér's V
+) -> pd.DataFrame:  # `column, v, p, levels`, the strongest first
     "Columns that say something of the label (Cramér 1946)"
     rows = []
     for c in facts:
         x = _levels(facts[c].reset_index(drop=True))
         t = pd.crosstab(x, np.asarray(label, object))
-        if min(t.shape) < 2 or len(t) > len(x)/5: continue
+        if min(t.shape) < 2 or len(t) > len(x) / 5:
+            continue
         rows.append((c, association(t.to_numpy()), chi2_contingency(t).pvalue, len(t)))
     r = pd.DataFrame(rows, columns=['column', 'v', 'p', 'levels'])
     return r[(r.p < p) & (r.v >= least)].sort_values('v', ascending=False, ignore_index=True)
@@ -197,26 +236,40 @@ def confounders(
 @dataclass
 class LeakReport:
     "What `leak_report` found"
-    leaks:pd.DataFrame # `kind, first, second, sides, how`: on two sides of the split
-    copies:pd.DataFrame # `kind, first, second, bits`: on one side, or without a split
-    confounders:pd.DataFrame # From `confounders`
+
+    leaks: pd.DataFrame  # `kind, first, second, sides, how`: on two sides of the split
+    copies: pd.DataFrame  # `kind, first, second, bits`: on one side, or without a split
+    confounders: pd.DataFrame  # From `confounders`
+
     def __str__(self):
         n = self.leaks.kind.value_counts().to_dict()
-        lines = [f"{', '.join(f'{n[k]} x {k}' for k in n) or 'nothing'} on two sides of the split; {len(self.copies)} more pairs of copies"]
-        lines += [f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})' for r in self.leaks.head(10).itertuples()]
-        lines += [f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}" for r in self.confounders.itertuples()]
+        lines = [
+            f'{", ".join(f"{n[k]} x {k}" for k in n) or "nothing"} on two sides of the split; {len(self.copies)} more pairs of copies'
+        ]
+        lines += [
+            f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})' for r in self.leaks.head(10).itertuples()
+        ]
+        lines += [
+            f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}"
+            for r in self.confounders.itertuples()
+        ]
         return '\n'.join(lines)
 
 # %% ../../nbs/data/18_leaks.ipynb #60fe5bde
 def split_leaks(
-    table:pd.DataFrame, # With columns `image, group, split`
-    copies:pd.DataFrame # From `find_copies`, row numbers of the table
-) -> pd.DataFrame: # `kind, first, second, sides, how`, a row a pair
+    table: pd.DataFrame,  # With columns `image, group, split`
+    copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
+) -> pd.DataFrame:  # `kind, first, second, sides, how`, a row a pair
     "What stands on two sides of a split: groups (patients; one pair of images each), files, pictures"
     t = table.reset_index(drop=True)
-    pairs = [(r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ') for r in copies.itertuples() if t.split[r.a] != t.split[r.b]]
+    pairs = [
+        (r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ')
+        for r in copies.itertuples()
+        if t.split[r.a] != t.split[r.b]
+    ]
     first = t[t.group.notna()].reset_index().groupby(['group', 'split'], sort=False)['index'].first()
-    for g, rows in first.groupby(level=0, sort=False): pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
+    for g, rows in first.groupby(level=0, sort=False):
+        pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
     name = t.image.map(source_name)
     rows = [(k, name[a], name[b], f'{t.split[a]}, {t.split[b]}', how) for k, a, b, how in pairs]
     out = pd.DataFrame(rows, columns=['kind', 'first', 'second', 'sides', 'how'])
@@ -225,15 +278,22 @@ def split_leaks(
 
 # %% ../../nbs/data/18_leaks.ipynb #ec39b766
 def leak_report(
-    table:pd.DataFrame, # From `label_table` or `task_table`; other columns are facts
-    reader:str='photo', # Name in `READERS`
-    folder:str|Path|None=None # Where hashes are kept; in the cache if None
+    table: pd.DataFrame,  # From `label_table` or `task_table`; other columns are facts
+    reader: str = 'photo',  # Name in `READERS`
+    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
 ) -> LeakReport:
     "Patients, copies and near copies on two sides of a split, and columns that say something of the label"
     t, copies = table.reset_index(drop=True), find_copies(table.image.tolist(), reader, folder=folder)
     inside = copies[[t.split[a] == t.split[b] for a, b in zip(copies.a, copies.b)]] if len(copies) else copies
     names = t.image.map(source_name)
-    inside = pd.DataFrame({'kind': inside.kind, 'first': names[inside.a].tolist(), 'second': names[inside.b].tolist(), 'bits': inside.bits})
+    inside = pd.DataFrame(
+        {
+            'kind': inside.kind,
+            'first': names[inside.a].tolist(),
+            'second': names[inside.b].tolist(),
+            'bits': inside.bits,
+        }
+    )
     own = with_data_names(t, KNOWN)
     facts = own[data_columns(own)].join(file_facts(t.image))
     leaks = split_leaks(t, copies) if t.split.notna().any() else split_leaks(t[:0], copies[:0])
@@ -243,20 +303,24 @@ def leak_report(
 class LeakError(SplitError):
     "A split whose sides know one another"
 
+
 def check_leaks(
-    leaks:pd.DataFrame # From `split_leaks`
+    leaks: pd.DataFrame,  # From `split_leaks`
 ):
     "A `LeakError` if there are any"
-    if not len(leaks): return
+    if not len(leaks):
+        return
     pairs = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
     advice = leaks.attrs.get('advice') or split_advice(leaks)
-    raise LeakError(f"{len(leaks)} pairs stand on two sides of the split: {pairs}{' ...' if len(leaks) > 3 else ''}. {advice}, or put "
-                    "each pair into one of train and valid; allow_leaks=True (--allow-leaks) goes on, and is written into the record")
+    raise LeakError(
+        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{" ..." if len(leaks) > 3 else ""}. {advice}, or put '
+        'each pair into one of train and valid; allow_leaks=True (--allow-leaks) goes on, and is written into the record'
+    )
 
 # %% ../../nbs/data/18_leaks.ipynb #078b2723
 def note_contradictions(
-    table:pd.DataFrame, # With columns `image, target`
-    copies:pd.DataFrame # From `find_copies`, row numbers of the table
+    table: pd.DataFrame,  # With columns `image, target`
+    copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
 ):
     "Note in `attrs['notes']` which identical files have two classes"
     t, same = table.reset_index(drop=True), copies[copies.kind == 'same file']
@@ -265,25 +329,29 @@ def note_contradictions(
         return
     names = t.image.map(source_name)
     words = some([f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs], most=1000)
-    table.attrs['notes'] = [*table.attrs.get('notes', []), f"{len(pairs)} pairs of identical images have two classes: {words}. "
-                            "One of each pair is wrong: correct or remove it"]
+    table.attrs['notes'] = [
+        *table.attrs.get('notes', []),
+        f'{len(pairs)} pairs of identical images have two classes: {words}. '
+        'One of each pair is wrong: correct or remove it',
+    ]
 
 # %% ../../nbs/data/18_leaks.ipynb #ecb96c54
 def split_data(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:Task, # Says how images are read
-    goal:Target, # What is learnt
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    valid:float=0.2, # Share of the images for validation
-    seed:int=42, # Another seed, another split
-    allow_leaks:bool=False, # Go on with a split whose sides know one another?
-    group_col:str|None=None # Column of the patients; a usual one if None, or 'none'
-) -> pd.DataFrame: # As from `task_table`; `attrs['leaks']`: pairs of each kind
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: Task,  # Says how images are read
+    goal: Target,  # What is learnt
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    valid: float = 0.2,  # Share of the images for validation
+    seed: int = 42,  # Another seed, another split
+    allow_leaks: bool = False,  # Go on with a split whose sides know one another?
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+) -> pd.DataFrame:  # As from `task_table`; `attrs['leaks']`: pairs of each kind
     "Label, encode and split with groups and copies kept together; `LeakError` if the data come with a split that does not"
     together, seed = Together(task.reader), check_seed(seed)
     table = task_table(data, goal, labels, valid, seed, together, group_col)
     note_contradictions(table, together.copies)
     leaks = split_leaks(table, together.copies)
-    if not allow_leaks: check_leaks(leaks)
+    if not allow_leaks:
+        check_leaks(leaks)
     table.attrs['leaks'] = leaks.kind.value_counts().to_dict()
     return table

@@ -8,13 +8,16 @@ __all__ = ['check_png_rows']
 # %% ../../nbs/data/03_png.ipynb #927d9765
 import zlib
 from typing import BinaryIO
+
 from PIL import Image
+
 from .source import ImageError
 
 # %% ../../nbs/data/03_png.ipynb #8fa3198e
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4} # color type of the header -> channels
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # color type of the header -> channels
 
-def _unpacked_bytes(stream:BinaryIO) -> tuple[int, int]:
+
+def _unpacked_bytes(stream: BinaryIO) -> tuple[int, int]:
     "Bytes that the rows of a PNG have, and that they should have; (0, 0) for an interlaced one"
     stream.seek(8)
     unpack, found, wanted = zlib.decompressobj(), 0, 0
@@ -25,18 +28,19 @@ def _unpacked_bytes(stream:BinaryIO) -> tuple[int, int]:
             width, height = int.from_bytes(data[:4], 'big'), int.from_bytes(data[4:8], 'big')
             if data[12]:
                 return 0, 0
-            wanted = height*(1 + -(-width*data[8]*_CHANNELS[data[9]]//8))
+            wanted = height * (1 + -(-width * data[8] * _CHANNELS[data[9]] // 8))
         if kind == b'IDAT':
             found += len(unpack.decompress(data))
     return found, wanted
 
+
 def check_png_rows(
-    im:Image.Image, # A decoded image
-    stream:BinaryIO # The file it comes from
+    im: Image.Image,  # A decoded image
+    stream: BinaryIO,  # The file it comes from
 ):
     "An `ImageError` for a PNG that lacks rows"
     if im.format != 'PNG' or im.crop((0, im.height - 1, im.width, im.height)).getbbox():
         return
     found, wanted = _unpacked_bytes(stream)
     if found < wanted:
-        raise ImageError(f'cannot be decoded: the data end after {found/wanted:.0%} of the image')
+        raise ImageError(f'cannot be decoded: the data end after {found / wanted:.0%} of the image')

@@ -6,41 +6,59 @@
 __all__ = ['JOURNAL', 'SETTINGS', 'MOST_SETTINGS', 'MOST_JOURNAL', 'COLUMNS', 'Preparation', 'prepare_image', 'preprocess_folder']
 
 # %% ../../nbs/data/14_preprocess.ipynb #e5717935
-import json, os
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
+
 import pandas as pd
-from ..utils.places import reason, too_many_open
-from ..utils.files import OutputError, atomic_file, file_digest, growing_folder, is_inside, mark_folder, warn, progress, unknown
+
+from .columns import IMAGES, find_column, read_labels
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
-from .columns import IMAGES, find_column, read_labels
-from ..utils.csvfile import known_columns, write_csv
-from ..utils.regular import read_regular
 from .table import find_images
+from ..utils.csvfile import known_columns, write_csv
+from dr_transfer.utils.files import (
+    OutputError,
+    atomic_file,
+    file_digest,
+    growing_folder,
+    is_inside,
+    mark_folder,
+    progress,
+    unknown,
+    warn,
+)
+from ..utils.places import reason, too_many_open
+from ..utils.regular import read_regular
 
 # %% ../../nbs/data/14_preprocess.ipynb #4a282bab
 @dataclass(frozen=True)
 class Preparation:
     "What is done with each photograph"
-    size:int=512 # Side of the results in pixels
-    correction:str='none' # Name in `CORRECTIONS`
-    to_right:bool=False # Left eyes as their mirror images?
-    format:str='png' # 'png', without loss; or 'jpg', a fifth of the size
+
+    size: int = 512  # Side of the results in pixels
+    correction: str = 'none'  # Name in `CORRECTIONS`
+    to_right: bool = False  # Left eyes as their mirror images?
+    format: str = 'png'  # 'png', without loss; or 'jpg', a fifth of the size
+
     def __post_init__(self):
-        if self.correction not in CORRECTIONS: raise unknown('correction', self.correction, CORRECTIONS)
-        if self.format not in ('png', 'jpg'): raise unknown('format', self.format, ('png', 'jpg'))
+        if self.correction not in CORRECTIONS:
+            raise unknown('correction', self.correction, CORRECTIONS)
+        if self.format not in ('png', 'jpg'):
+            raise unknown('format', self.format, ('png', 'jpg'))
         if isinstance(self.size, bool) or not isinstance(self.size, Integral) or self.size < 32:
-            raise ValueError(f"size={self.size!r}: give pixels, a whole number, 32 or more, such as 512")
+            raise ValueError(f'size={self.size!r}: give pixels, a whole number, 32 or more, such as 512')
+
 
 def prepare_image(
-    source:str|Path, # A photograph
-    target:str|Path, # File to write; its suffix decides the format
-    how:Preparation, # What is done
-    eye:str='' # 'left' or 'right', if known
-) -> dict: # Disc in pixels of the original, gradability; `error`
+    source: str | Path,  # A photograph
+    target: str | Path,  # File to write; its suffix decides the format
+    how: Preparation,  # What is done
+    eye: str = '',  # 'left' or 'right', if known
+) -> dict:  # Disc in pixels of the original, gradability; `error`
     "Prepare one photograph; an unreadable one gives the reason"
     try:
         im, disc = read_disc(source, how.size)
@@ -48,16 +66,23 @@ def prepare_image(
         if too_many_open(e):
             raise
         return {'error': f'{type(e).__name__}: {e}'}
-    row = {'x': disc and disc.x, 'y': disc and disc.y, 'r': disc and disc.r, **{k: v for k, v in gradability(im).items() if k in ('gradability', 'reason')}}
+    row = {
+        'x': disc and disc.x,
+        'y': disc and disc.y,
+        'r': disc and disc.r,
+        **{k: v for k, v in gradability(im).items() if k in ('gradability', 'reason')},
+    }
     im = CORRECTIONS[how.correction](to_right(im, eye) if how.to_right else im)
     save = {'compress_level': 1} if how.format == 'png' else {'quality': 95, 'subsampling': 0}
-    with atomic_file(target) as f: im.save(f, 'PNG' if how.format == 'png' else 'JPEG', **save)
+    with atomic_file(target) as f:
+        im.save(f, 'PNG' if how.format == 'png' else 'JPEG', **save)
     return {**row, 'error': ''}
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f76
 JOURNAL, SETTINGS = 'journal.jsonl', 'preparation.json'
 
-def _stamp(path:Path) -> list:
+
+def _stamp(path: Path) -> list:
     "What changes when an original is changed; nothing for one that is gone"
     try:
         s = os.stat(path)
@@ -65,11 +90,13 @@ def _stamp(path:Path) -> list:
         return []
     return [s.st_size, s.st_mtime_ns]
 
-MOST_SETTINGS, MOST_JOURNAL = 10**6, 10**10 # bytes of preparation.json and of the journal
 
-def _same_settings(out:Path, how:Preparation) -> bool:
+MOST_SETTINGS, MOST_JOURNAL = 10**6, 10**10  # bytes of preparation.json and of the journal
+
+
+def _same_settings(out: Path, how: Preparation) -> bool:
     "Were the results there prepared like this? ValueError if otherwise, False if nobody knows"
-    file = out/SETTINGS
+    file = out / SETTINGS
     if not file.exists():
         return False
     try:
@@ -80,10 +107,13 @@ def _same_settings(out:Path, how:Preparation) -> bool:
         warn(f'{file} is damaged: all photographs are prepared again')
         return False
     if found != asdict(how):
-        raise ValueError(f"{out} was prepared otherwise ({json.dumps(found)}): give another folder, or the same settings")
+        raise ValueError(
+            f'{out} was prepared otherwise ({json.dumps(found)}): give another folder, or the same settings'
+        )
     return True
 
-def _row(line:str) -> dict|None:
+
+def _row(line: str) -> dict | None:
     "A line of the journal; None if it is damaged"
     try:
         row = json.loads(line)
@@ -91,18 +121,20 @@ def _row(line:str) -> dict|None:
         return None
     good = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ('image', 'file', 'error'))
     return row if good else None
+
+
 def _eyes(folder) -> dict:
     "Name of an image -> its eye, from the columns of labels.csv"
-    if not (folder/'labels.csv').exists():
+    if not (folder / 'labels.csv').exists():
         return {}
-    t = read_labels(folder/'labels.csv')
+    t = read_labels(folder / 'labels.csv')
     image, eye = find_column(t, IMAGES, needed=False), next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
     return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f77
-def _finished(out:Path, how:Preparation) -> dict:
+def _finished(out: Path, how: Preparation) -> dict:
     "What earlier runs noted: name of the original -> row"
-    file = out/JOURNAL
+    file = out / JOURNAL
     if not _same_settings(out, how) or not file.exists():
         return {}
     try:
@@ -110,90 +142,101 @@ def _finished(out:Path, how:Preparation) -> dict:
     except ValueError as e:
         warn(f'{file} is damaged ({e}): all photographs are prepared again')
         return {}
-    rows = [_row(line) for line in lines[:-1]] # a line that a kill cut off has no end
+    rows = [_row(line) for line in lines[:-1]]  # a line that a kill cut off has no end
     bad = rows.count(None)
     if bad:
-        warn(f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their photographs are prepared again')
+        warn(
+            f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their photographs are prepared again'
+        )
     return {r['image']: r for r in rows if r is not None}
 
-def _intact(row:dict, out:Path) -> bool:
+
+def _intact(row: dict, out: Path) -> bool:
     "Is the result of a row as it was written?"
     if row['error']:
         return True
-    file = out/row['file']
+    file = out / row['file']
     return file.is_file() and row.get('result') == [file.stat().st_size, file_digest(file)]
 
-def _write_journal(out:Path, rows:list[dict]):
+
+def _write_journal(out: Path, rows: list[dict]):
     "The journal with these rows"
-    with atomic_file(out/JOURNAL) as f:
+    with atomic_file(out / JOURNAL) as f:
         f.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f78
-def _check_apart(folder:Path, out:Path):
+def _check_apart(folder: Path, out: Path):
     "OutputError if results would lie among the originals, or the originals among results"
     if is_inside(out, folder) and is_inside(folder, out):
-        raise OutputError(f"{out} holds the originals, which are never changed: give another folder for the results")
+        raise OutputError(f'{out} holds the originals, which are never changed: give another folder for the results')
     if is_inside(out, folder):
-        raise OutputError(f"{out} lies in {folder}, and the results would be taken for photographs: give a folder outside of it")
+        raise OutputError(
+            f'{out} lies in {folder}, and the results would be taken for photographs: give a folder outside of it'
+        )
     if is_inside(folder, out):
-        raise OutputError(f"{out} holds the folder of photographs {folder}: give another folder for the results")
+        raise OutputError(f'{out} holds the folder of photographs {folder}: give another folder for the results')
 
-def _places(folder:Path, out:Path, how:Preparation) -> dict:
+
+def _places(folder: Path, out: Path, how: Preparation) -> dict:
     "Original -> name of the result below `out`; ValueError if two would have one"
     names = {}
     for f in find_images(folder):
         names.setdefault(f.relative_to(folder).with_suffix(f'.{how.format}').as_posix(), []).append(f)
     twice = [v for v in names.values() if len(v) > 1]
     if twice:
-        raise ValueError(f"{twice[0][0]} and {twice[0][1]} would have one name: give one of them another")
-    for place in sorted({(out/name).parent for name in names}):
+        raise ValueError(f'{twice[0][0]} and {twice[0][1]} would have one name: give one of them another')
+    for place in sorted({(out / name).parent for name in names}):
         if place.exists() and not is_inside(place, out):
-            raise OutputError(f"{place} is a link to a place outside of {out}: remove the link or give another folder")
+            raise OutputError(f'{place} is a link to a place outside of {out}: remove the link or give another folder')
     return {v[0]: k for k, v in names.items()}
 
 # %% ../../nbs/data/14_preprocess.ipynb #96f63476
 @dataclass(frozen=True)
 class _Job:
     "Photographs on their way into another folder"
-    folder:Path
-    out:Path
-    how:Preparation
-    places:dict # Original -> name of the result
-    eyes:dict # Name of an original -> its eye
-    done:dict # Name of an original -> row of an earlier run
 
-    def lost(self, row:dict) -> bool:
+    folder: Path
+    out: Path
+    how: Preparation
+    places: dict  # Original -> name of the result
+    eyes: dict  # Name of an original -> its eye
+    done: dict  # Name of an original -> row of an earlier run
+
+    def lost(self, row: dict) -> bool:
         "Was the result of an earlier run changed or removed since? `row` is what was made instead"
         old = self.done.get(row['image'])
         return old is not None and not old['error'] and all(old.get(k) == row[k] for k in ('file', 'stamp'))
 
-    def prepare(self, source:Path) -> tuple[dict, bool]:
+    def prepare(self, source: Path) -> tuple[dict, bool]:
         "The row of a photograph, and whether it is new"
         name, place, stamp = source.relative_to(self.folder).as_posix(), self.places[source], _stamp(source)
         old = self.done.get(name)
         if old is not None and old.get('stamp') == stamp and old['file'] == place and _intact(old, self.out):
             return old, False
-        file = self.out/place
+        file = self.out / place
         try:
             found = prepare_image(source, file, self.how, self.eyes.get(source.name, ''))
             result = None if found['error'] else [file.stat().st_size, file_digest(file)]
         except OSError as e:
             room = '' if too_many_open(e) else 'make room and '
-            raise OutputError(f"{file} could not be written ({reason(e)}). What is finished is kept: {room}run it again") from e
+            raise OutputError(
+                f'{file} could not be written ({reason(e)}). What is finished is kept: {room}run it again'
+            ) from e
         return {'image': name, 'file': place, **found, 'stamp': stamp, 'result': result}, True
 
+
 def preprocess_folder(
-    folder:str|Path, # Photographs, however deep
-    out:str|Path, # Where results go, under the same names
-    how:Preparation=Preparation(), # What is done
-    workers:int|None=None # Threads; one a core if None
-) -> pd.DataFrame: # `image, file, x, y, r, gradability, reason, error`; also images.csv
+    folder: str | Path,  # Photographs, however deep
+    out: str | Path,  # Where results go, under the same names
+    how: Preparation = Preparation(),  # What is done
+    workers: int | None = None,  # Threads; one a core if None
+) -> pd.DataFrame:  # `image, file, x, y, r, gradability, reason, error`; also images.csv
     "Prepare the photographs of a folder; what is finished already is not done again"
     folder, out = Path(folder), Path(out)
     _check_apart(folder, out)
     places = _places(folder, out, how)
     if not places:
-        raise ValueError(f"no images in {folder}: give a folder of photographs")
+        raise ValueError(f'no images in {folder}: give a folder of photographs')
     with growing_folder(out, 'preprocess') as held:
         job = _Job(folder, held, how, places, _eyes(folder), _finished(held, how))
         return _prepare_all(job, workers)
@@ -201,47 +244,52 @@ def preprocess_folder(
 # %% ../../nbs/data/14_preprocess.ipynb #31001c8c
 COLUMNS = ['image', 'file', 'x', 'y', 'r', 'gradability', 'reason', 'error']
 
-def _prepare_all(job:_Job, workers:int|None) -> pd.DataFrame:
+
+def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
     "Prepare what is to be prepared, and write the tables"
-    with atomic_file(job.out/SETTINGS) as f:
+    with atomic_file(job.out / SETTINGS) as f:
         f.write_text(json.dumps(asdict(job.how)))
     _write_journal(job.out, list(job.done.values()))
     rows = _run(job, workers)
     _write_journal(job.out, rows)
     _new_labels(job.folder, job.out, job.how)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    with atomic_file(job.out/'images.csv') as f:
+    with atomic_file(job.out / 'images.csv') as f:
         write_csv(table, f)
     written = [JOURNAL, SETTINGS, 'images.csv', 'labels.csv', *table.file[table.error == '']]
     mark_folder(job.out, 'preprocess', written)
     return table
 
-def _run(job:_Job, workers:int|None) -> list[dict]:
+
+def _run(job: _Job, workers: int | None) -> list[dict]:
     "Rows of all sources, each noted as it is finished; Ctrl-C keeps what is finished"
     rows, lost, sources = [], [], list(job.places)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
-        with open(job.out/JOURNAL, 'a', encoding='utf-8') as f:
+        with open(job.out / JOURNAL, 'a', encoding='utf-8') as f:
             for row, new in progress(pool.map(job.prepare, sources), total=len(sources), label='photographs prepared'):
                 if new:
                     f.write(json.dumps(row) + '\n')
                     f.flush()
-                    lost += [row['file']]*job.lost(row)
+                    lost += [row['file']] * job.lost(row)
                 rows.append(row)
     finally:
         pool.shutdown(cancel_futures=True)
     if lost:
-        warn(f'{len(lost)} results in {job.out} had been changed or removed since they were made (first: {lost[0]}): they were made again')
+        warn(
+            f'{len(lost)} results in {job.out} had been changed or removed since they were made (first: {lost[0]}): they were made again'
+        )
     return rows
 
-def _new_labels(folder:Path, out:Path, how:Preparation):
+
+def _new_labels(folder: Path, out: Path, how: Preparation):
     "labels.csv, if there is one, with the names of the results"
-    if not (folder/'labels.csv').exists():
+    if not (folder / 'labels.csv').exists():
         return
-    t = read_labels(folder/'labels.csv')
+    t = read_labels(folder / 'labels.csv')
     column = find_column(t, IMAGES, needed=False)
     if column is None:
         return
     names = t[column].map(lambda n: Path(str(n)).with_suffix(f'.{how.format}').as_posix() if Path(str(n)).suffix else n)
-    with atomic_file(out/'labels.csv') as f:
+    with atomic_file(out / 'labels.csv') as f:
         write_csv(t.assign(**{column: names}), f)

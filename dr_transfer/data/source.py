@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
+
 from ..utils.places import too_many_open
 from ..utils.regular import NotAFile, open_regular
 
@@ -22,38 +23,45 @@ from ..utils.regular import NotAFile, open_regular
 @dataclass(frozen=True)
 class Limits:
     "What a file may cost at most, checked before memory is taken"
-    file_bytes:int=512*2**20 # Size of an image file
-    pixels:int=120_000_000 # Width times height
-    ratio:float=20. # Longer edge to shorter edge
-    unpacked_bytes:int=256*2**20 # A deflated DICOM file, unpacked
-    frames:int=10_000 # Frames that a DICOM file declares
-    volume_bytes:int=4*2**30 # Size of a file with a volume
-    voxels:int=500_000_000 # Of a CT volume
+
+    file_bytes: int = 512 * 2**20  # Size of an image file
+    pixels: int = 120_000_000  # Width times height
+    ratio: float = 20.0  # Longer edge to shorter edge
+    unpacked_bytes: int = 256 * 2**20  # A deflated DICOM file, unpacked
+    frames: int = 10_000  # Frames that a DICOM file declares
+    volume_bytes: int = 4 * 2**30  # Size of a file with a volume
+    voxels: int = 500_000_000  # Of a CT volume
+
 
 LIMITS = Limits()
 
 # %% ../../nbs/data/01_source.ipynb #ee8bc4de
 class ImageError(ValueError):
     "An image that cannot be used: `name` is the file, `reason` says why in words"
-    def __init__(self,
-        reason:str, # Why, and what to do
-        name:str='' # The file, where it is known
+
+    def __init__(
+        self,
+        reason: str,  # Why, and what to do
+        name: str = '',  # The file, where it is known
     ):
-        super().__init__(reason, name) # both, so that it can be pickled
+        super().__init__(reason, name)  # both, so that it can be pickled
         self.reason, self.name = reason, name
+
     def __str__(self):
         return f'{self.name}: {self.reason}' if self.name else self.reason
 
+
 def source_name(
-    source # Path, bytes, PIL image or array
+    source,  # Path, bytes, PIL image or array
 ) -> str:
     "How an image is called in a message"
-    source = getattr(source, 'path', source) # of a file with its hash
+    source = getattr(source, 'path', source)  # of a file with its hash
     return str(source) if isinstance(source, (str, Path)) else f'an image given as {type(source).__name__}'
+
 
 @contextmanager
 def naming(
-    source # Path, bytes, PIL image or array
+    source,  # Path, bytes, PIL image or array
 ) -> Iterator[None]:
     "What goes wrong inside becomes an `ImageError` with the name and the reason in words, but for a lack of open files"
     try:
@@ -66,14 +74,15 @@ def naming(
         raise ImageError('no permission to read it', source_name(source)) from None
     except MemoryError:
         raise ImageError('it needs more memory than there is', source_name(source)) from None
-    except Exception as e: # decoders raise every kind of error for damaged data
+    except Exception as e:  # decoders raise every kind of error for damaged data
         if too_many_open(e):
-            raise # the computer lacks something, and the file is not at fault
+            raise  # the computer lacks something, and the file is not at fault
         raise ImageError(f'cannot be decoded: {e}', source_name(source)) from e
 
 # %% ../../nbs/data/01_source.ipynb #ab392526
 def _megabytes(n) -> str:
-    return f'{n/1e6:,.0f} MB'
+    return f'{n / 1e6:,.0f} MB'
+
 
 def _opened(source) -> BinaryIO:
     "A file or bytes as a stream; `ImageError` for what is no regular file"
@@ -84,10 +93,11 @@ def _opened(source) -> BinaryIO:
     except NotAFile as e:
         raise ImageError(f'{e}: give a file', str(source)) from None
 
+
 @contextmanager
 def open_source(
-    source, # Path or bytes
-    most:int=LIMITS.file_bytes # Bytes at most
+    source,  # Path or bytes
+    most: int = LIMITS.file_bytes,  # Bytes at most
 ) -> Iterator[BinaryIO]:
     "A file or bytes as a stream; `ImageError` if it is empty, too large, or no regular file"
     if not isinstance(source, (str, Path, bytes)):
@@ -101,25 +111,40 @@ def open_source(
         yield stream
 
 # %% ../../nbs/data/01_source.ipynb #0dd28052
-HEAD = 132 # bytes that tell the kind of a file
+HEAD = 132  # bytes that tell the kind of a file
 
 _SIGNATURES = (
-    (0, b'\xff\xd8\xff', 'JPEG'), (0, b'\x89PNG\r\n\x1a\n', 'PNG'), (0, b'II*\0', 'TIFF'), (0, b'MM\0*', 'TIFF'),
-    (0, b'II+\0', 'TIFF'), (0, b'MM\0+', 'TIFF'), (0, b'BM', 'BMP'), (8, b'WEBP', 'WEBP'), (0, b'GIF8', 'GIF'),
+    (0, b'\xff\xd8\xff', 'JPEG'),
+    (0, b'\x89PNG\r\n\x1a\n', 'PNG'),
+    (0, b'II*\0', 'TIFF'),
+    (0, b'MM\0*', 'TIFF'),
+    (0, b'II+\0', 'TIFF'),
+    (0, b'MM\0+', 'TIFF'),
+    (0, b'BM', 'BMP'),
+    (8, b'WEBP', 'WEBP'),
+    (0, b'GIF8', 'GIF'),
     (128, b'DICM', 'DICOM'),
-    (0, b'%!PS', 'PostScript'), (0, b'\xc5\xd0\xd3\xc6', 'PostScript'), (0, b'%PDF', 'PDF'),
-    (0, b'\0\0\0\x0cjP  ', 'JPEG 2000'), (0, b'\xff\x4f\xff\x51', 'JPEG 2000'),
-    (4, b'ftypavif', 'AVIF'), (4, b'ftypavis', 'AVIF'), (4, b'ftyp', 'HEIC'))
+    (0, b'%!PS', 'PostScript'),
+    (0, b'\xc5\xd0\xd3\xc6', 'PostScript'),
+    (0, b'%PDF', 'PDF'),
+    (0, b'\0\0\0\x0cjP  ', 'JPEG 2000'),
+    (0, b'\xff\x4f\xff\x51', 'JPEG 2000'),
+    (4, b'ftypavif', 'AVIF'),
+    (4, b'ftypavis', 'AVIF'),
+    (4, b'ftyp', 'HEIC'),
+)
+
 
 def file_kind(
-    head:bytes # The first `HEAD` bytes
-) -> str: # Such as 'JPEG', 'DICOM', 'PostScript'; '' if unknown
+    head: bytes,  # The first `HEAD` bytes
+) -> str:  # Such as 'JPEG', 'DICOM', 'PostScript'; '' if unknown
     "The kind of a file by its first bytes"
-    return next((kind for at, mark, kind in _SIGNATURES if head[at:at + len(mark)] == mark), '')
+    return next((kind for at, mark, kind in _SIGNATURES if head[at : at + len(mark)] == mark), '')
+
 
 def read_head(
-    stream:BinaryIO # At any position
-) -> bytes: # `HEAD` bytes or fewer
+    stream: BinaryIO,  # At any position
+) -> bytes:  # `HEAD` bytes or fewer
     "The first bytes of a stream, which is then back at its start"
     stream.seek(0)
     head = stream.read(HEAD)
@@ -128,24 +153,30 @@ def read_head(
 
 # %% ../../nbs/data/01_source.ipynb #f3614e8b
 def check_shape(
-    width:int, # Pixels
-    height:int # Pixels
+    width: int,  # Pixels
+    height: int,  # Pixels
 ):
     "`ImageError` for an image that is empty, too large, or a strip"
     low, high = sorted((width, height))
     if low < 1:
         raise ImageError(f'it has {width} x {height} pixels')
-    if width*height > LIMITS.pixels:
-        raise ImageError(f'it has {width} x {height} pixels, more than {LIMITS.pixels/1e6:.0f} million: make it smaller')
-    if high > LIMITS.ratio*low:
-        raise ImageError(f'it is a strip of {width} x {height} pixels: one edge may be {LIMITS.ratio:.0f} times the other at most')
+    if width * height > LIMITS.pixels:
+        raise ImageError(
+            f'it has {width} x {height} pixels, more than {LIMITS.pixels / 1e6:.0f} million: make it smaller'
+        )
+    if high > LIMITS.ratio * low:
+        raise ImageError(
+            f'it is a strip of {width} x {height} pixels: one edge may be {LIMITS.ratio:.0f} times the other at most'
+        )
 
-SIZES = (16, 4096) # pixels, the smallest and the largest image that a network gets
+
+SIZES = (16, 4096)  # pixels, the smallest and the largest image that a network gets
+
 
 def check_size(
-    size, # What was given
-    least:int=SIZES[0], # Pixels
-    most:int=SIZES[1] # Pixels
+    size,  # What was given
+    least: int = SIZES[0],  # Pixels
+    most: int = SIZES[1],  # Pixels
 ) -> int:
     "The edge of a square image in pixels; ValueError if it is not a whole number between `least` and `most`"
     if isinstance(size, Integral) and not isinstance(size, bool) and least <= size <= most:

@@ -6,55 +6,66 @@
 __all__ = ['SplitError', 'split_table', 'split_advice', 'check_split', 'split_summary']
 
 # %% ../../nbs/data/15_split.ipynb #887d1df4
-import numpy as np, pandas as pd
-from ..utils.checks import check_seed, check_share
+import numpy as np
+import pandas as pd
+
 from .columns import group_errors, some
+from ..utils.checks import check_seed, check_share
 
 # %% ../../nbs/data/15_split.ipynb #b50eab09
 class SplitError(ValueError):
     "A split that cannot be made, or that must not be used"
 
+
 def _folds(t, k, seed) -> np.ndarray:
     "A fold 0 to k-1 for each row; groups whole, classes in proportion"
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     groups = t.group.where(t.group.notna(), 'alone ' + t.image)
     grouped = groups.duplicated().any()
     if groups.nunique() < k:
-        raise SplitError(f"too few groups: {groups.nunique()}, and {k} are needed for this split. Add some")
+        raise SplitError(f'too few groups: {groups.nunique()}, and {k} are needed for this split. Add some')
     kf = (StratifiedGroupKFold if grouped else StratifiedKFold)(k, shuffle=True, random_state=seed)
     fold = np.zeros(len(t), int)
     for i, (_, chosen) in enumerate(kf.split(t, t.label, groups if grouped else None)):
         fold[chosen] = i
     return np.random.default_rng(seed).permutation(k)[fold] if grouped else fold
 
+
 def _need_two(t):
     "A `SplitError` if there is nothing to be split, or nothing to tell apart"
     n = t.label.value_counts()
     if not len(n):
-        raise SplitError("every image is in the split 'test': nothing is left for training. Write train, valid and test into the "
-                         "column 'split', or leave it empty where a split is to be made")
+        raise SplitError(
+            "every image is in the split 'test': nothing is left for training. Write train, valid and test into the "
+            "column 'split', or leave it empty where a split is to be made"
+        )
     if len(n) < 2:
         raise SplitError(f"only one class, '{n.index[0]}': a classifier needs two. Is the folder one level too deep?")
     if n.min() < 2:
-        raise SplitError(f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. Add images, or leave the class out")
+        raise SplitError(
+            f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. Add images, or leave the class out"
+        )
 
 # %% ../../nbs/data/15_split.ipynb #c04d6176
 def split_table(
-    table:pd.DataFrame, # A table from `label_table`
-    valid:float=0.2, # Share of the images for validation
-    test:float=0., # Share of the images for a test set
-    seed:int=42, # Another seed, another split
-    check:bool=True # An error for groups that stand in two subsets?
-) -> pd.DataFrame: # The table with its column `split` filled
+    table: pd.DataFrame,  # A table from `label_table`
+    valid: float = 0.2,  # Share of the images for validation
+    test: float = 0.0,  # Share of the images for a test set
+    seed: int = 42,  # Another seed, another split
+    check: bool = True,  # An error for groups that stand in two subsets?
+) -> pd.DataFrame:  # The table with its column `split` filled
     "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
     check_share('valid', valid)
     check_share('test', test)
     if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
-        raise SplitError(f"valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2")
+        raise SplitError(
+            f'valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2'
+        )
     seed = check_seed(seed)
     t = table.reset_index(drop=True)
-    if t.split.eq('test').any(): # there is one
-        test = 0.
+    if t.split.eq('test').any():  # there is one
+        test = 0.0
     with group_errors(t):
         if not t.split.eq('valid').any():
             named = t.split.eq('train')
@@ -63,67 +74,82 @@ def split_table(
         check_split(t, check)
     return t
 
+
 def _note_moved(t, named):
     "Note how many images that were named for training are to validate"
     n = (named & t.split.eq('valid')).sum()
     if n:
-        t.attrs['notes'] = [*t.attrs.get('notes', []), f"no image that can be used is in the split 'valid': {n} of {named.sum()} "
-                            "that are named 'train' become validation images"]
+        t.attrs['notes'] = [
+            *t.attrs.get('notes', []),
+            f"no image that can be used is in the split 'valid': {n} of {named.sum()} "
+            "that are named 'train' become validation images",
+        ]
+
 
 def _fill(t, valid, test, seed):
     "Divide what is not named for a test"
     rest = t[t.split.ne('test')]
     _need_two(rest)
-    k = next((m for m in range(2, 20) if all(abs(s*m - round(s*m)) < 1e-6 for s in (valid, test))), 20)
+    k = next((m for m in range(2, 20) if all(abs(s * m - round(s * m)) < 1e-6 for s in (valid, test))), 20)
     k = min(k, rest.label.value_counts().max())
-    n_valid, n_test = max(1, round(valid*k)), max(int(test > 0), round(test*k))
+    n_valid, n_test = max(1, round(valid * k)), max(int(test > 0), round(test * k))
     fold = _folds(rest, k, seed)
     t.loc[rest.index, 'split'] = np.where(fold < n_valid, 'valid', np.where(fold < n_valid + n_test, 'test', 'train'))
 
 # %% ../../nbs/data/15_split.ipynb #4119e517
 def split_advice(
-    table:pd.DataFrame # With where its split comes from in `attrs['split_from']`
+    table: pd.DataFrame,  # With where its split comes from in `attrs['split_from']`
 ) -> str:
     "What to do about a split that came with the data"
     if table.attrs.get('split_from') == 'folders':
-        return "Move their images into one of the folders train, valid and test, or make class folders without these above them"
+        return 'Move their images into one of the folders train, valid and test, or make class folders without these above them'
     return "Empty the column 'split' to have a split made that keeps them together"
+
 
 def _excluded(table) -> str:
     "How many files could not be used, and why the first; '' if there are none"
     aside = table.attrs.get('set_aside', [])
-    return f". {len(aside)} are excluded, such as {aside[0]['image']}: {aside[0]['reason']}" if aside else ''
+    return f'. {len(aside)} are excluded, such as {aside[0]["image"]}: {aside[0]["reason"]}' if aside else ''
+
 
 def check_split(
-    table:pd.DataFrame, # A table with its column `split` filled
-    groups:bool=True # May no group stand in two subsets?
+    table: pd.DataFrame,  # A table with its column `split` filled
+    groups: bool = True,  # May no group stand in two subsets?
 ):
     "A `SplitError` if a group stands in two subsets, a subset is empty or a class is not learnt"
     odd = table[~table.split.isin(['train', 'valid', 'test'])]
     if len(odd):
-        raise SplitError(f"{len(odd)} images have a split that is none of train, valid, test: {some(odd.split.astype(str))} "
-                         f"({some(odd.image)}). Fill the column 'split' for all images, or leave it empty for all")
+        raise SplitError(
+            f'{len(odd)} images have a split that is none of train, valid, test: {some(odd.split.astype(str))} '
+            f"({some(odd.image)}). Fill the column 'split' for all images, or leave it empty for all"
+        )
     for subset in ('train', 'valid'):
         if not table.split.eq(subset).any():
             named = ', '.join(f'{k}: {v}' for k, v in table.split.value_counts().items())
-            raise SplitError(f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are named "
-                             f"for another split{_excluded(table)}")
+            raise SplitError(
+                f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are named "
+                f'for another split{_excluded(table)}'
+            )
     subsets = table.groupby('group').split.nunique()
     if groups and (subsets > 1).any():
-        raise SplitError(f"{(subsets > 1).sum()} groups stand in more than one of train, valid and test: "
-                         f"{some(subsets.index[subsets > 1])}. {split_advice(table)}")
+        raise SplitError(
+            f'{(subsets > 1).sum()} groups stand in more than one of train, valid and test: '
+            f'{some(subsets.index[subsets > 1])}. {split_advice(table)}'
+        )
     gone = sorted(set(table.label) - set(table.label[table.split == 'train']))
     if gone:
-        raise SplitError(f"no image of class {some(gone)} is left for training: add images or groups, or try another seed")
+        raise SplitError(
+            f'no image of class {some(gone)} is left for training: add images or groups, or try another seed'
+        )
 
 # %% ../../nbs/data/15_split.ipynb #ea5f9081
 def split_summary(
-    table:pd.DataFrame # A table with its column `split` filled
-) -> pd.DataFrame: # One row a subset
+    table: pd.DataFrame,  # A table with its column `split` filled
+) -> pd.DataFrame:  # One row a subset
     "What the split came to: images, groups and the real share of each subset, images of each class"
     g = table.group.where(table.group.notna(), table.image)
     n = pd.crosstab(table.split, table.label).reindex([s for s in ('train', 'valid', 'test') if s in set(table.split)])
     n.insert(0, 'images', n.sum(axis=1))
     n.insert(1, 'groups', g.groupby(table.split).nunique())
-    n.insert(2, 'share', (n.images/len(table)).round(3))
+    n.insert(2, 'share', (n.images / len(table)).round(3))
     return n

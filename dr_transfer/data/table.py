@@ -11,41 +11,63 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
+
 import pandas as pd
-from .columns import (GROUP_COLUMNS, GROUPS, IMAGE_COLUMNS, IMAGES, LABEL_COLUMNS, LABELS, GroupSource, check_labels,
-                                 choose_groups, counted, described, find_column, read_labels, some)
+
+from dr_transfer.data.columns import (
+    GROUPS,
+    IMAGES,
+    LABELS,
+    GroupSource,
+    check_labels,
+    choose_groups,
+    described,
+    find_column,
+    read_labels,
+    some,
+)
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
-from ..utils.files import DATA_KINDS, MARKER, OutputError, output_kind
-from ..metrics.groups import group_key, same_groups
 from .images import image_errors
+from ..metrics.groups import group_key, same_groups
+from ..utils.files import DATA_KINDS, MARKER, OutputError, output_kind
 
 # %% ../../nbs/data/13_table.ipynb #08a82432
-def _is_data(folder:Path) -> bool:
+def _is_data(folder: Path) -> bool:
     "Is a folder read as data? Not if it is an output of ours, such as a run with its plots"
-    return not os.path.lexists(folder/MARKER) or output_kind(folder) in ('', *DATA_KINDS)
+    return not os.path.lexists(folder / MARKER) or output_kind(folder) in ('', *DATA_KINDS)
+
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', *DICOM_SUFFIXES)
 
+
 def find_images(
-    folder:str|Path # Where to look, however deep
-) -> list[Path]: # Sorted paths
+    folder: str | Path,  # Where to look, however deep
+) -> list[Path]:  # Sorted paths
     "All image files below `folder` by their suffix; hidden ones, and what we wrote ourselves, are left out"
     folder, found = Path(folder), []
-    if not folder.is_dir(): raise ValueError(f"{folder} is not a folder: give the folder that holds the images")
+    if not folder.is_dir():
+        raise ValueError(f'{folder} is not a folder: give the folder that holds the images')
     if not _is_data(folder):
-        raise OutputError(f"{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: give the folder that holds the images")
-    def _refuse(e): raise ValueError(f"{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder")
+        raise OutputError(
+            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: give the folder that holds the images'
+        )
+
+    def _refuse(e):
+        raise ValueError(f'{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder')
+
     for root, dirs, files in os.walk(folder, onerror=_refuse):
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(Path(root)/d))
-        found += [Path(root)/f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(Path(root) / d))
+        found += [Path(root) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
     return sorted(found)
 
 # %% ../../nbs/data/13_table.ipynb #e30c165b
-MOST_NAME = 4096 # characters of an image's name: no file has a longer path
+MOST_NAME = 4096  # characters of an image's name: no file has a longer path
+
 
 def _forms(name) -> list:
     "The ways in which a file may be named by a cell: as it stands, without spaces around it, with `/` for `\\`"
     return list(dict.fromkeys((name, name.strip(), name.strip().replace('\\', '/'))))
+
 
 def _locate(names, folder, files) -> list:
     "The file for each name in a CSV, or None"
@@ -57,7 +79,8 @@ def _locate(names, folder, files) -> list:
     homes = pd.Series([str(f.parent) for n in names for f in by.get(n.strip(), [])], dtype=str).value_counts()
     return [next(filter(None, (_one_file(form, rel, by, homes, folder) for form in _forms(n))), None) for n in names]
 
-def _one_file(name, rel, by, homes, folder) -> Path|None:
+
+def _one_file(name, rel, by, homes, folder) -> Path | None:
     "The file of one name; ValueError if it could be two"
     if name in rel:
         return rel[name]
@@ -69,48 +92,61 @@ def _one_file(name, rel, by, homes, folder) -> Path|None:
     return found[0] if found else None
 
 # %% ../../nbs/data/13_table.ipynb #1bab8a7a
-DATA = 'data_' # begins the name of every column that the user brought
+DATA = 'data_'  # begins the name of every column that the user brought
+
 
 def data_names(
-    columns # Names of the user's columns
-) -> dict: # Each column -> its name in a table of this library
+    columns,  # Names of the user's columns
+) -> dict:  # Each column -> its name in a table of this library
     "The names of a user's columns: they begin with `data_`; ValueError if two would be one"
     names, taken = {}, {}
     for column in columns:
         name = str(column)
         name = name if name.startswith(DATA) else DATA + name
         if name in taken:
-            raise ValueError(f"the columns {taken[name]!r} and {column!r} would both be named {name!r} here: "
-                             "give one of them another name")
+            raise ValueError(
+                f'the columns {taken[name]!r} and {column!r} would both be named {name!r} here: '
+                'give one of them another name'
+            )
         names[column] = name
         taken[name] = column
     return names
 
+
 def with_data_names(
-    table:pd.DataFrame, # With columns of the library and of the user
-    own # Names of the library's columns
-) -> pd.DataFrame: # The same rows
+    table: pd.DataFrame,  # With columns of the library and of the user
+    own,  # Names of the library's columns
+) -> pd.DataFrame:  # The same rows
     "A table in which every column that is not the library's own begins with `data_`"
     return table.rename(columns=data_names([c for c in table if c not in own]))
 
+
 def data_columns(
-    table:pd.DataFrame # A table of this library
-) -> list: # Names, in their order
+    table: pd.DataFrame,  # A table of this library
+) -> list:  # Names, in their order
     "The columns that the user brought"
     return [c for c in table if str(c).startswith(DATA)]
 
+
 def shown_name(
-    column:str # Name of a column
-) -> str: # Without `data_`
+    column: str,  # Name of a column
+) -> str:  # Without `data_`
     "The name of a column as the user gave it, for reports"
     return str(column).removeprefix(DATA)
 
 # %% ../../nbs/data/13_table.ipynb #8a6d6ac0
-KNOWN = ('image', 'label', 'group', 'split', 'target') # the library's own columns; what the user brought begins with data_
+KNOWN = (
+    'image',
+    'label',
+    'group',
+    'split',
+    'target',
+)  # the library's own columns; what the user brought begins with data_
+
 
 def _facts(t, df, *used) -> pd.DataFrame:
     "The split, if there is one, and the user's other columns, under names of their own"
-    again = set(KNOWN) <= set(df) # a table with its targets: they are computed anew from the labels
+    again = set(KNOWN) <= set(df)  # a table with its targets: they are computed anew from the labels
     own = [*used, 'split', *(['target'] if again else [])]
     names = data_names([c for c in df if c not in own])
     if 'split' in df and 'split' not in used:
@@ -125,8 +161,11 @@ def _names(df, column) -> list[str]:
         if n is None or not n.strip():
             raise ValueError(f"row {row} has no image name in column '{column}': fill it in, or remove the row")
         if len(n) > MOST_NAME:
-            raise ValueError(f"row {row} has an image name of {len(n)} characters in column '{column}', more than {MOST_NAME}")
+            raise ValueError(
+                f"row {row} has an image name of {len(n)} characters in column '{column}', more than {MOST_NAME}"
+            )
     return names
+
 
 def _read(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
     "The columns of a table of labels that are meant, as `image, label, group`, and its facts"
@@ -140,22 +179,35 @@ def _read(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSourc
     t = _facts(t, df, image, label, source.column).assign(_row=df.index.tolist())
     return t, source
 
+
 def _from_csv(folder, labels, image_col, label_col, group_col, missing) -> tuple[pd.DataFrame, GroupSource]:
     "The table of a CSV of labels and the files below a folder"
     df = read_labels(labels)
     if not len(df):
-        raise ValueError(f"no images in {folder if isinstance(labels, pd.DataFrame) else labels}: it has a header, and no rows")
+        raise ValueError(
+            f'no images in {folder if isinstance(labels, pd.DataFrame) else labels}: it has a header, and no rows'
+        )
     t, source = _read(df, image_col, label_col, group_col)
     names = t.image
     t['image'] = _locate(names, folder, find_images(folder))
     lost = t.image.isna()
     if lost.any() and missing != 'skip':
-        raise ValueError(f"{lost.sum()} of {len(t)} rows of the CSV name files that are not below {folder}: {some(names[lost])}. "
-                         "Correct the folder or the CSV, or say missing='skip' (--missing skip)")
+        raise ValueError(
+            f'{lost.sum()} of {len(t)} rows of the CSV name files that are not below {folder}: {some(names[lost])}. '
+            "Correct the folder or the CSV, or say missing='skip' (--missing skip)"
+        )
     return t[~lost], source
 
 # %% ../../nbs/data/13_table.ipynb #d0464b02
-SPLITS = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test'}
+SPLITS = {
+    'train': 'train',
+    'training': 'train',
+    'valid': 'valid',
+    'val': 'valid',
+    'validation': 'valid',
+    'test': 'test',
+}
+
 
 def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
     "The table of class folders, with the groups of a CSV beside them"
@@ -164,8 +216,10 @@ def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSour
     split = bool(parts) and all(len(p) > 2 and p[0].lower() in SPLITS for p in parts)
     loose = [f for f, p in zip(files, parts) if len(p) < 2]
     if loose:
-        raise ValueError(f"{len(loose)} images lie in {folder} itself, in no class folder: {some(f.name for f in loose)}. "
-                         "Put each into a folder with the name of its class, or give a CSV of labels (labels=..., --labels)")
+        raise ValueError(
+            f'{len(loose)} images lie in {folder} itself, in no class folder: {some(f.name for f in loose)}. '
+            'Put each into a folder with the name of its class, or give a CSV of labels (labels=..., --labels)'
+        )
     t = pd.DataFrame({'image': files, 'label': [p[1 if split else 0] for p in parts], 'group': None}, dtype=object)
     if split:
         t['split'] = [SPLITS[p[0].lower()] for p in parts]
@@ -180,28 +234,34 @@ def _groups_beside(folder, files, image_col, group_col) -> tuple[dict, GroupSour
     known, source = {}, GroupSource(none=group_col == 'none')
     for csv, df in tables.items():
         column = find_column(df, GROUPS, group_col if _has(df, GROUPS, group_col) else None, needed=False)
-        if column is None or group_col is not None and not _has(df, GROUPS, group_col):
+        if column is None or (group_col is not None and not _has(df, GROUPS, group_col)):
             continue
         image = find_column(df, IMAGES, image_col if _has(df, IMAGES, image_col) else None, needed=False)
         if image is None:
-            raise ValueError(f"{csv.name} has a column '{column}' and none for the image names: say which with {IMAGES.how}, or "
-                             "use no groups with group_col='none' (--patient none)")
+            raise ValueError(
+                f"{csv.name} has a column '{column}' and none for the image names: say which with {IMAGES.how}, or "
+                "use no groups with group_col='none' (--patient none)"
+            )
         df = df[df[image].notna()]
         groups, source = choose_groups(df, group_col, (image,))
         for row, f, g in zip(df.index, _locate(_names(df, image), folder, files), groups):
             if f is None:
-                continue # a row without a file
+                continue  # a row without a file
             if f in known and group_key(known[f]) != group_key(g):
                 raise ValueError(f"{f.name} has two groups: '{known[f]}' and '{g}' (row {row} of {csv.name}). Keep one")
             known[f] = g
         source = replace(source, file=csv.name)
     if group_col not in (None, 'none') and source.column is None:
-        raise ValueError(f"there is no column '{group_col}' for the groups: {folder} holds class folders and "
-                         f"{some(t.name for t in tables) or 'no CSV file'}. Put a CSV with image names and groups beside them")
+        raise ValueError(
+            f"there is no column '{group_col}' for the groups: {folder} holds class folders and "
+            f'{some(t.name for t in tables) or "no CSV file"}. Put a CSV with image names and groups beside them'
+        )
     return known, source
+
 
 def _is_csv(file) -> bool:
     return file.suffix.lower() == '.csv' and not file.name.startswith('.')
+
 
 def _has(df, role, wanted) -> bool:
     "Does a table have a column that was asked for?"
@@ -210,32 +270,37 @@ def _has(df, role, wanted) -> bool:
     except ValueError:
         return False
 
+
 def _read_beside(csv) -> pd.DataFrame:
     "A CSV beside class folders; ValueError if it cannot be read"
     try:
         return read_labels(csv)
     except ValueError as e:
-        raise ValueError(f"{e}. It lies beside the class folders and may name the patients: correct it, move it elsewhere, or use "
-                         "no groups with group_col='none' (--patient none)") from None
+        raise ValueError(
+            f'{e}. It lies beside the class folders and may name the patients: correct it, move it elsewhere, or use '
+            "no groups with group_col='none' (--patient none)"
+        ) from None
 
 # %% ../../nbs/data/13_table.ipynb #b01a1092
 def label_table(
-    source:str|Path|pd.DataFrame, # Folder, CSV beside its images, or table
-    labels:str|Path|pd.DataFrame|None=None, # CSV or table of image names and labels
-    image_col:str|None=None, # Column of the image names; a usual one if None
-    label_col:str|None=None, # Column of the labels; a usual one if None
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    verify:bool=True, # Decode every image, set the unreadable ones aside?
-    missing:str='error' # Rows without a file: 'error' or 'skip'
-) -> pd.DataFrame: # `image, label, group, split`, `data_...`; by path
+    source: str | Path | pd.DataFrame,  # Folder, CSV beside its images, or table
+    labels: str | Path | pd.DataFrame | None = None,  # CSV or table of image names and labels
+    image_col: str | None = None,  # Column of the image names; a usual one if None
+    label_col: str | None = None,  # Column of the labels; a usual one if None
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    verify: bool = True,  # Decode every image, set the unreadable ones aside?
+    missing: str = 'error',  # Rows without a file: 'error' or 'skip'
+) -> pd.DataFrame:  # `image, label, group, split`, `data_...`; by path
     "Folder of class folders, or folder plus CSV, to one table; ValueError if it cannot be"
     if missing not in ('error', 'skip'):
         raise ValueError(f"missing='{missing}': say 'error' or 'skip'")
     if isinstance(source, pd.DataFrame):
         if labels is not None:
-            raise ValueError("a table was given as data, and labels besides: put the labels into the table, or give a folder")
+            raise ValueError(
+                'a table was given as data, and labels besides: put the labels into the table, or give a folder'
+            )
         t, groups = _from_table(source, image_col, label_col, group_col)
-        verify = verify and source.attrs.get('checked') != _names_digest(t.image) # once is enough
+        verify = verify and source.attrs.get('checked') != _names_digest(t.image)  # once is enough
         return _finish(t, verify, groups, source.attrs.get('set_aside', []))
     source, labels = _place(source, labels)
     folders = labels is None
@@ -244,23 +309,26 @@ def label_table(
     else:
         t, groups = _from_csv(source, labels, image_col, label_col, group_col, missing)
     if not len(t):
-        raise ValueError(f"no images in {source}: give a folder with {', '.join(IMAGE_SUFFIXES[:4])}, ... files")
+        raise ValueError(f'no images in {source}: give a folder with {", ".join(IMAGE_SUFFIXES[:4])}, ... files')
     t = _finish(t, verify, groups, [])
     t.attrs['split_from'] = 'folders' if folders else 'column'
     return t
 
+
 def _place(source, labels) -> tuple:
     "The folder of the images, and the labels, None for class folders"
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"data={source!r:.60}: give a folder, a CSV file, or a table (DataFrame) of images and labels")
+        raise ValueError(f'data={source!r:.60}: give a folder, a CSV file, or a table (DataFrame) of images and labels')
     if not os.path.exists(source):
-        raise ValueError(f"there is no {some([source])}: give a folder of images")
+        raise ValueError(f'there is no {some([source])}: give a folder of images')
     source = Path(source)
     if source.is_file():
         if labels is not None:
-            raise ValueError(f"{source} is a file, and labels are given besides: give the folder of the images, and labels")
+            raise ValueError(
+                f'{source} is a file, and labels are given besides: give the folder of the images, and labels'
+            )
         return source.parent, source
-    return source, source/'labels.csv' if labels is None and (source/'labels.csv').exists() else labels
+    return source, source / 'labels.csv' if labels is None and (source / 'labels.csv').exists() else labels
 
 # %% ../../nbs/data/13_table.ipynb #a7674e1a
 def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
@@ -269,18 +337,21 @@ def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, Grou
     known = before is not None and group_col is None and 'group' in df
     if not known:
         return _read(read_labels(df), image_col, label_col, group_col)
-    labels = df.drop(columns=['group', 'target'], errors='ignore') # a target there is the library's own
+    labels = df.drop(columns=['group', 'target'], errors='ignore')  # a target there is the library's own
     t, _ = _read(read_labels(labels), image_col, label_col, 'none')
     return t.assign(group=df.loc[df.notna().any(axis=1), 'group'].tolist()), before
 
 # %% ../../nbs/data/13_table.ipynb #f84f0fbe
 def _splits(split) -> pd.Series:
     "The names of splits in their usual spellings, as train, valid and test"
-    clean = split.map(lambda s: None if s is None or s != s or not str(s).strip() else str(s).strip().lower()).astype(object)
+    clean = split.map(lambda s: None if s is None or s != s or not str(s).strip() else str(s).strip().lower()).astype(
+        object
+    )
     odd = clean[clean.notna() & ~clean.isin(SPLITS)]
     if len(odd):
         raise ValueError(f"the column 'split' has a '{some(odd[:1])}': write train, valid or test, or leave it empty")
     return clean.map(lambda s: SPLITS.get(s)).astype(object)
+
 
 def _dicom_columns(t) -> pd.DataFrame:
     "What DICOM files say of patient, eye and camera, where the table does not say it"
@@ -293,15 +364,20 @@ def _dicom_columns(t) -> pd.DataFrame:
 # %% ../../nbs/data/13_table.ipynb #e4d61026
 def _one_row_each(t) -> pd.DataFrame:
     "One row for each image; ValueError if two rows of an image differ in label, group or split"
-    keys = {'label': t.label.map(lambda l: None if l is None else str(l).strip()), 'group': t.group.map(group_key), 'split': t['split']}
+    keys = {
+        'label': t.label.map(lambda l: None if l is None else str(l).strip()),
+        'group': t.group.map(group_key),
+        'split': t['split'],
+    }
     for column, values in keys.items():
         n = values.groupby(t.image).nunique(dropna=False)
         twice = n.index[n > 1]
         if len(twice):
             rows = t._row[t.image == twice[0]] if '_row' in t else []
-            where = f" (first in rows {', '.join(map(str, rows))})" if len(rows) else ''
-            raise ValueError(f"{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}")
+            where = f' (first in rows {", ".join(map(str, rows))})' if len(rows) else ''
+            raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
     return t.drop_duplicates('image').drop(columns='_row', errors='ignore').sort_values('image', ignore_index=True)
+
 
 def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
     "What DICOM files know, and one spelling for each group"
@@ -315,12 +391,15 @@ def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
     t['group'] = pd.Series(same_groups(t.group), t.index, dtype=object)
     return t, source
 
+
 def _reasons(aside) -> list[str]:
-    return [f"{a['image']} ({a['reason']})" for a in aside]
+    return [f'{a["image"]} ({a["reason"]})' for a in aside]
+
 
 def _names_digest(images) -> str:
     "A hash of the names of images, in any order"
     return hashlib.sha256('\0'.join(sorted(map(str, images))).encode(errors='surrogateescape')).hexdigest()
+
 
 def _finish(t, verify, source, aside) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
@@ -329,26 +408,37 @@ def _finish(t, verify, source, aside) -> pd.DataFrame:
     reason = pd.Series(image_errors(t.image.tolist()) if verify else '', index=t.index, dtype=object)
     no_label = t.label.map(lambda l: l is None or l != l or not str(l).strip())
     reason = reason.mask((reason == '') & no_label, 'no label')
-    aside = [*aside, *t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']].astype(str).to_dict('records')]
+    aside = [
+        *aside,
+        *t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']].astype(str).to_dict('records'),
+    ]
     t, source = _with_groups(t[reason == ''].reset_index(drop=True), source)
     if not len(t):
-        raise ValueError(f"none of {len(aside)} images can be used: {some(_reasons(aside))}")
+        raise ValueError(f'none of {len(aside)} images can be used: {some(_reasons(aside))}')
     t['label'] = t.label.map(lambda l: str(l).strip())
     t = t[['image', 'label', 'group', 'split', *(c for c in t if c not in KNOWN)]]
     checked = _names_digest(t.image) if verify else ''
-    t.attrs = {'checked': checked, 'set_aside': aside, 'group_source': source, 'patients': source.line(t.group), 'notes': [], 'split_from': 'column'}
+    t.attrs = {
+        'checked': checked,
+        'set_aside': aside,
+        'group_source': source,
+        'patients': source.line(t.group),
+        'notes': [],
+        'split_from': 'column',
+    }
     return t
 
 # %% ../../nbs/data/13_table.ipynb #a4bfac5f
 def set_aside(
-    table:pd.DataFrame # A table from `label_table`
-) -> pd.DataFrame: # Columns `image, label, reason`
+    table: pd.DataFrame,  # A table from `label_table`
+) -> pd.DataFrame:  # Columns `image, label, reason`
     "The files that were named or found and are not in the table, with the reason"
     return pd.DataFrame(table.attrs.get('set_aside', []), columns=['image', 'label', 'reason'])
 
+
 def report_table(
-    table:pd.DataFrame, # A table from `label_table`
-    say=print # What is done with each line
+    table: pd.DataFrame,  # A table from `label_table`
+    say=print,  # What is done with each line
 ):
     "Tell in one line what was taken for the patients, and in others what else should be known"
     if 'patients' in table.attrs:
@@ -356,9 +446,10 @@ def report_table(
     for note in table.attrs.get('notes', []):
         say(note)
 
+
 def class_counts(
-    table:pd.DataFrame # A table from `label_table`
-) -> pd.DataFrame: # One row a label: number of images, share of all
+    table: pd.DataFrame,  # A table from `label_table`
+) -> pd.DataFrame:  # One row a label: number of images, share of all
     "How many images there are of each label"
     n = table.label.value_counts().sort_index()
-    return pd.DataFrame({'images': n, 'share': (n/len(table)).round(3)})
+    return pd.DataFrame({'images': n, 'share': (n / len(table)).round(3)})

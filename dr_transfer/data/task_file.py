@@ -10,6 +10,7 @@ import importlib.util
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+
 from .tasks import TASKS, Target, Task
 from ..utils.files import unknown
 from ..utils.regular import read_regular
@@ -17,22 +18,25 @@ from ..utils.regular import read_regular
 # %% ../../nbs/data/19_task_file.ipynb #0dcbe85d
 _TARGET_FIELDS = ('name', 'classes', 'labels')
 
+
 class TaskFileError(ValueError):
     "A task file that cannot be read, or that describes no task"
 
+
 def _check_fields(
-    found:dict, # Fields as the file gives them
-    known, # Names that are allowed
-    where:str # File and place, for the message
+    found: dict,  # Fields as the file gives them
+    known,  # Names that are allowed
+    where: str,  # File and place, for the message
 ):
     "A `TaskFileError` for a field that is not known"
     for name in found:
         if name not in known:
             raise TaskFileError(f'{where}: {unknown("field", name, known)}')
 
+
 def _target(
-    spec, # A table of the TOML file
-    where:str # File and place, for the message
+    spec,  # A table of the TOML file
+    where: str,  # File and place, for the message
 ) -> Target:
     "A target from its table: `name`, `classes`, and `labels` (label -> class)"
     if not isinstance(spec, dict) or not isinstance(spec.get('name'), str):
@@ -52,11 +56,12 @@ def _target(
     return Target(spec['name'], tuple(classes), labels.__getitem__, ', '.join(labels))
 
 # %% ../../nbs/data/19_task_file.ipynb #256b2148
-MOST_TASK = 10**6 # bytes of a TOML file
+MOST_TASK = 10**6  # bytes of a TOML file
 _TASK_FIELDS = tuple(f.name for f in fields(Task))
 
+
 def _toml_task(
-    path:Path # A TOML file
+    path: Path,  # A TOML file
 ) -> Task:
     "The task that a TOML file describes"
     try:
@@ -70,16 +75,17 @@ def _toml_task(
         raise TaskFileError(f"{path} gives the task no name: add name = '{path.stem}'")
     targets = spec.pop('targets', [{'name': 'class'}])
     if not isinstance(targets, list) or not targets:
-        raise TaskFileError(f"{path}: targets is {targets!r}: write each as a table under [[targets]]")
+        raise TaskFileError(f'{path}: targets is {targets!r}: write each as a table under [[targets]]')
     found = tuple(_target(t, f'{path}, target {i}') for i, t in enumerate(targets, 1))
     try:
         return Task(**spec, targets=found)
     except (TypeError, ValueError) as e:
         raise TaskFileError(f'{path}: {e}') from None
 
+
 def _python_task(
-    path:Path, # A Python file
-    name:str # Of the task in it
+    path: Path,  # A Python file
+    name: str,  # Of the task in it
 ) -> Task:
     "A task that a Python file defines; the file is run"
     if not path.is_file():
@@ -98,8 +104,8 @@ def _python_task(
 
 # %% ../../nbs/data/19_task_file.ipynb #cbf4eeb4
 def load_task(
-    task:str|Task # Name in `TASKS`, 'FILE.toml', 'FILE.py:NAME', or a task
-) -> Task: # `TaskFileError` for a file, ValueError for a name that is not known
+    task: str | Task,  # Name in `TASKS`, 'FILE.toml', 'FILE.py:NAME', or a task
+) -> Task:  # `TaskFileError` for a file, ValueError for a name that is not known
     "A task by its name or from a file"
     if isinstance(task, Task):
         return task

@@ -7,72 +7,91 @@ __all__ = ['GRADES', 'GRADE', 'REFERABLE', 'TASKS', 'ReadImage', 'Target', 'enco
            'ImageOf', 'task_datablock', 'class_names', 'task_dataloaders']
 
 # %% ../../nbs/data/17_tasks.ipynb #99c03a2b
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable
-import numpy as np, pandas as pd
-import fastai.callback.data # gives a DataBlock weighted_dataloaders
-from fasttransform import Transform
+
+import numpy as np
+import pandas as pd
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
+from fasttransform import Transform
+
 from .augment import augmentation
-from ..utils.checks import check_class_names, check_workers
 from .columns import group_errors, joint_note, number_note
-from ..utils.csvfile import plain_number
-from ..metrics.decision import GRADE_NAMES
-from ..utils.files import unknown
 from .images import FITS
 from .source import check_size
 from .split import split_table
 from .table import label_table
 from .views import READERS, read_image
+from ..metrics.decision import GRADE_NAMES
+from ..utils.checks import check_class_names, check_workers
+from ..utils.csvfile import plain_number
+from ..utils.files import unknown
 
 # %% ../../nbs/data/17_tasks.ipynb #34d1fb45
 class ReadImage(Transform):
     "`read_image` as a fastai transform: from a path, an image or an array to a `PILImage`"
-    def __init__(self, size:int, reader:str='photo', fit:str='crop'): self.size, self.reader, self.fit = size, reader, fit
-    def image(self, o): return read_image(o, self.size, self.reader, self.fit)
-    def encodes(self, o): return PILImage(self.image(o))
+
+    def __init__(self, size: int, reader: str = 'photo', fit: str = 'crop'):
+        self.size, self.reader, self.fit = size, reader, fit
+
+    def image(self, o):
+        return read_image(o, self.size, self.reader, self.fit)
+
+    def encodes(self, o):
+        return PILImage(self.image(o))
 
 # %% ../../nbs/data/17_tasks.ipynb #ba5d6e0f
 @dataclass(frozen=True)
 class Target:
     "What is learnt: classes, and how a label becomes one of them"
-    name:str # Name, as `target=` takes it
-    classes:tuple|None=None # Class names in order; None: the labels that occur
-    of:Callable=str # label (text) -> class name; KeyError or ValueError if unknown
-    labels:str='' # The known labels in words, for the error message
-    ordered:bool=False # Do the classes stand in an order, as grades do?
+
+    name: str  # Name, as `target=` takes it
+    classes: tuple | None = None  # Class names in order; None: the labels that occur
+    of: Callable = str  # label (text) -> class name; KeyError or ValueError if unknown
+    labels: str = ''  # The known labels in words, for the error message
+    ordered: bool = False  # Do the classes stand in an order, as grades do?
+
 
 def encode_target(
-    table:pd.DataFrame, # A table with a column `label`
-    target:Target # What is learnt
-) -> pd.DataFrame: # The table with a column `target`
+    table: pd.DataFrame,  # A table with a column `label`
+    target: Target,  # What is learnt
+) -> pd.DataFrame:  # The table with a column `target`
     "Add the class of each image; a label that the target does not know is an error"
+
     def one(l):
-        try: c = target.of(l)
-        except (KeyError, ValueError): return None
+        try:
+            c = target.of(l)
+        except (KeyError, ValueError):
+            return None
         return c if target.classes is None or c in target.classes else None
+
     t = table.assign(target=table.label.map(one).astype(object))
     bad = t[t.target.isna()]
     if len(bad):
         what = ', '.join(f"'{l}'" for l in bad.label.unique()[:5])
-        raise ValueError(f"{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). "
-                         f"Known: {target.labels or ', '.join(target.classes)}. Correct the labels, or leave these rows out")
+        raise ValueError(
+            f'{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). '
+            f'Known: {target.labels or ", ".join(target.classes)}. Correct the labels, or leave these rows out'
+        )
     notes = [number_note(t.target), joint_note(t.target)] if target.classes is None else []
     t.attrs['notes'] = [*t.attrs.get('notes', []), *(note for note in notes if note)]
     return t
 
 # %% ../../nbs/data/17_tasks.ipynb #07f7f409
-def _grade(label:str) -> str:
+def _grade(label: str) -> str:
     g = plain_number(label)
     if g not in (0, 1, 2, 3, 4):
         raise ValueError(label)
     return str(int(g))
 
-def _referable(label:str) -> str: return 'referable' if int(_grade(label)) >= 2 else 'no'
+
+def _referable(label: str) -> str:
+    return 'referable' if int(_grade(label)) >= 2 else 'no'
+
 
 GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative)'
 GRADE = Target('grade', tuple(GRADE_NAMES), _grade, GRADES, ordered=True)
@@ -82,55 +101,84 @@ REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 @dataclass(frozen=True)
 class Task:
     "What is to be learnt from a table of images, and how the images are read and augmented"
-    name:str # Name, as `task=` takes it
-    targets:tuple=(Target('class'),) # What can be learnt; the first is the default
-    size:int=224 # Side of the images in pixels
-    reader:str='photo' # Name in `READERS`
-    fit:str='crop' # 'pad', 'squish' or 'crop'
-    augment:str='mirror' # Names of augmentations joined with '+'
-    metrics:dict=field(default_factory=dict) # target -> names of metrics
+
+    name: str  # Name, as `task=` takes it
+    targets: tuple = (Target('class'),)  # What can be learnt; the first is the default
+    size: int = 224  # Side of the images in pixels
+    reader: str = 'photo'  # Name in `READERS`
+    fit: str = 'crop'  # 'pad', 'squish' or 'crop'
+    augment: str = 'mirror'  # Names of augmentations joined with '+'
+    metrics: dict = field(default_factory=dict)  # target -> names of metrics
+
     def __post_init__(self):
-        if self.reader not in READERS: raise unknown('reader', self.reader, READERS)
-        if self.fit not in FITS: raise unknown('fit', self.fit, FITS)
+        if self.reader not in READERS:
+            raise unknown('reader', self.reader, READERS)
+        if self.fit not in FITS:
+            raise unknown('fit', self.fit, FITS)
         object.__setattr__(self, 'size', check_size(self.size))
         augmentation(self.augment)
-    def target(self, name:str|None=None) -> Target:
+
+    def target(self, name: str | None = None) -> Target:
         "A target of the task by its name"
-        if name is None: return self.targets[0]
+        if name is None:
+            return self.targets[0]
         for t in self.targets:
-            if t.name == name: return t
+            if t.name == name:
+                return t
         raise unknown(f"target of task '{self.name}'", name, [t.name for t in self.targets])
 
 # %% ../../nbs/data/17_tasks.ipynb #8c9e1382
-TASKS = {t.name: t for t in (
-    Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}),
-    Task('dr', (REFERABLE, GRADE), size=384, reader='fundus', fit='pad', augment='quarter_turns',
-         metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')}),
-    Task('ct_nodes', (Target('node', ('other', 'node')),), size=64, fit='squish', augment='quarter_turns', metrics={'node': ('auc', 'sensitivity', 'specificity')}),
-    Task('ct_lungs', (Target('pattern'),), size=256, fit='pad', augment='mirror', metrics={'pattern': ('accuracy',)}))}
+TASKS = {
+    t.name: t
+    for t in (
+        Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}),
+        Task(
+            'dr',
+            (REFERABLE, GRADE),
+            size=384,
+            reader='fundus',
+            fit='pad',
+            augment='quarter_turns',
+            metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')},
+        ),
+        Task(
+            'ct_nodes',
+            (Target('node', ('other', 'node')),),
+            size=64,
+            fit='squish',
+            augment='quarter_turns',
+            metrics={'node': ('auc', 'sensitivity', 'specificity')},
+        ),
+        Task(
+            'ct_lungs', (Target('pattern'),), size=256, fit='pad', augment='mirror', metrics={'pattern': ('accuracy',)}
+        ),
+    )
+}
+
 
 def get_task(
-    task:str|Task, # Name in `TASKS`, or a task
-    size:int|None=None, # Another size in pixels
-    augment:str|None=None # Another augmentation
+    task: str | Task,  # Name in `TASKS`, or a task
+    size: int | None = None,  # Another size in pixels
+    augment: str | None = None,  # Another augmentation
 ) -> Task:
     "A task by name, with another size or augmentation if asked for"
     if not isinstance(task, Task):
-        if task not in TASKS: raise unknown('task', task, TASKS)
+        if task not in TASKS:
+            raise unknown('task', task, TASKS)
         task = TASKS[task]
     change = {k: v for k, v in (('size', size), ('augment', augment)) if v is not None}
     return replace(task, **change) if change else task
 
 # %% ../../nbs/data/17_tasks.ipynb #e0f4753c
 def task_table(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    target:Target, # What is learnt
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    valid:float=0.2, # Share of the images for validation
-    seed:int=42, # Another seed, another split
-    together:Callable|None=None, # Table -> (n,): what stays together; its groups if None
-    group_col:str|None=None # Column of the patients; a usual one if None, or 'none'
-) -> pd.DataFrame: # `image, label, group, split, target`, and other columns
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    target: Target,  # What is learnt
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    valid: float = 0.2,  # Share of the images for validation
+    seed: int = 42,  # Another seed, another split
+    together: Callable | None = None,  # Table -> (n,): what stays together; its groups if None
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+) -> pd.DataFrame:  # `image, label, group, split, target`, and other columns
     "Label, encode, and split with the classes of the target, not the labels, in proportion"
     t = encode_target(label_table(data, labels, group_col=group_col), target)
     apart = t.group if together is None else together(t)
@@ -144,27 +192,37 @@ def _sides(table) -> tuple[list, list]:
     split = table['split'].to_numpy()
     return np.flatnonzero(split == 'train').tolist(), np.flatnonzero(split == 'valid').tolist()
 
+
 class ImageOf(Transform):
     "The image of a row; a path or an image passes, so that `learn.predict` takes anything that can be read"
+
     input_types = object
-    def encodes(self, o): return o['image'] if isinstance(o, (pd.Series, dict)) else o
+
+    def encodes(self, o):
+        return o['image'] if isinstance(o, (pd.Series, dict)) else o
+
 
 def task_datablock(
-    task:Task, # A task
-    classes, # Class names in order
-    mean=(0.5, 0.5, 0.5), # Mean of the backbone's normalisation
-    std=(0.5, 0.5, 0.5) # Spread of the backbone's normalisation
+    task: Task,  # A task
+    classes,  # Class names in order
+    mean=(0.5, 0.5, 0.5),  # Mean of the backbone's normalisation
+    std=(0.5, 0.5, 0.5),  # Spread of the backbone's normalisation
 ) -> DataBlock:
     "The DataBlock of a task for a table with columns `image, target, split`"
     images = TransformBlock(type_tfms=ReadImage(task.size, task.reader, task.fit), batch_tfms=IntToFloatTensor)
-    return DataBlock(blocks=(images, CategoryBlock(vocab=list(classes), sort=False)), get_x=ImageOf(),
-                     get_y=ColReader('target'), splitter=_sides,
-                     batch_tfms=[*augmentation(task.augment), Normalize.from_stats(mean, std)])
+    return DataBlock(
+        blocks=(images, CategoryBlock(vocab=list(classes), sort=False)),
+        get_x=ImageOf(),
+        get_y=ColReader('target'),
+        splitter=_sides,
+        batch_tfms=[*augmentation(task.augment), Normalize.from_stats(mean, std)],
+    )
+
 
 def class_names(
-    table:pd.DataFrame, # A table with a column `target`
-    target:Target # What is learnt
-) -> list[str]: # In order
+    table: pd.DataFrame,  # A table with a column `target`
+    target: Target,  # What is learnt
+) -> list[str]:  # In order
     "The classes of a target: its own, or those that occur, sorted; ValueError for names that cannot be told apart"
     names = list(target.classes) if target.classes else sorted(table.target.unique())
     check_class_names(names)
@@ -172,21 +230,23 @@ def class_names(
 
 # %% ../../nbs/data/17_tasks.ipynb #dd676b0b
 def task_dataloaders(
-    table:pd.DataFrame, # A table with columns `image, target, split`
-    task:Task, # A task
-    target:Target, # What is learnt
-    bs:int=32, # Images in a batch
-    mean=(0.5, 0.5, 0.5), # Mean of the backbone's normalisation
-    std=(0.5, 0.5, 0.5), # Spread of the backbone's normalisation
-    num_workers:int=0, # Processes that read images; 0: none
-    device=None, # Where batches go; fastai's default if None
-    weights=None # How often each image of the table is drawn; alike if None
-) -> DataLoaders: # `train` and `valid`
+    table: pd.DataFrame,  # A table with columns `image, target, split`
+    task: Task,  # A task
+    target: Target,  # What is learnt
+    bs: int = 32,  # Images in a batch
+    mean=(0.5, 0.5, 0.5),  # Mean of the backbone's normalisation
+    std=(0.5, 0.5, 0.5),  # Spread of the backbone's normalisation
+    num_workers: int = 0,  # Processes that read images; 0: none
+    device=None,  # Where batches go; fastai's default if None
+    weights=None,  # How often each image of the table is drawn; alike if None
+) -> DataLoaders:  # `train` and `valid`
     "fastai DataLoaders of a table for a task"
     n_train = int((table.split == 'train').sum())
     num_workers = check_workers(num_workers) or 0
-    if not isinstance(bs, int) or bs < 2: raise ValueError(f"bs={bs!r}: give the number of images in a batch, 2 or more, such as 32")
+    if not isinstance(bs, int) or bs < 2:
+        raise ValueError(f'bs={bs!r}: give the number of images in a batch, 2 or more, such as 32')
     block = task_datablock(task, class_names(table, target), mean, std)
     kwargs = dict(bs=min(bs, max(n_train, 1)), num_workers=num_workers, device=device)
-    if weights is None: return block.dataloaders(table, **kwargs)
+    if weights is None:
+        return block.dataloaders(table, **kwargs)
     return block.weighted_dataloaders(table, weights, **kwargs)

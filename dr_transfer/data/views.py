@@ -8,59 +8,71 @@ __all__ = ['VIEWS', 'stack_images', 'filled', 'map_rows', 'map_batches', 'normal
 # %% ../../nbs/data/09_views.ipynb #2888e7f4
 import os
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator
-import numpy as np, torch
+from typing import Any
+
+import numpy as np
+import torch
 from torch import nn
-from .fundus import READERS, READING, read_image # what is read, for those who take it from here
+
 
 # %% ../../nbs/data/09_views.ipynb #e43f7f2e
-def _turn(k): return lambda x: torch.rot90(x, k, (-2, -1))
+def _turn(k):
+    return lambda x: torch.rot90(x, k, (-2, -1))
 
-def _near(x, share:float=0.78):
+
+def _near(x, share: float = 0.78):
     "The middle of a batch (..., height, width), `share` of each side, at full size"
-    edge = [round(n*(1 - share)/2) for n in x.shape[-2:]]
-    middle = x[..., edge[0]:x.shape[-2] - edge[0], edge[1]:x.shape[-1] - edge[1]]
+    edge = [round(n * (1 - share) / 2) for n in x.shape[-2:]]
+    middle = x[..., edge[0] : x.shape[-2] - edge[0], edge[1] : x.shape[-1] - edge[1]]
     flat = middle.reshape(-1, 1, *middle.shape[-2:]).float()
     out = nn.functional.interpolate(flat, x.shape[-2:], mode='bilinear', antialias=True).reshape(x.shape)
     return (out if x.is_floating_point() else out.round()).to(x.dtype)
 
-VIEWS = {'none': (lambda x: x,), # name -> functions of a batch (..., height, width)
-         'quarter_turns': tuple(map(_turn, range(4))),
-         'mirror': (lambda x: x, lambda x: x.flip(-1)),
-         'mirror_near': (lambda x: x, lambda x: x.flip(-1), _near, lambda x: _near(x.flip(-1)))}
+
+VIEWS = {
+    'none': (lambda x: x,),  # name -> functions of a batch (..., height, width)
+    'quarter_turns': tuple(map(_turn, range(4))),
+    'mirror': (lambda x: x, lambda x: x.flip(-1)),
+    'mirror_near': (lambda x: x, lambda x: x.flip(-1), _near, lambda x: _near(x.flip(-1))),
+}
 
 # %% ../../nbs/data/09_views.ipynb #659c2101
 def stack_images(
-    images:list # PIL images or arrays (size, size, 3), all of one size
-) -> torch.Tensor: # uint8 (n, 3, size, size), channels last in memory
+    images: list,  # PIL images or arrays (size, size, 3), all of one size
+) -> torch.Tensor:  # uint8 (n, 3, size, size), channels last in memory
     "Images as a batch"
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/09_views.ipynb #69b2b1de
 def filled(
-    x:torch.Tensor, # Batch (n, ...)
-    bs:int # Rows that it is to have, n or more
-) -> torch.Tensor: # (bs, ...), in the same memory format
+    x: torch.Tensor,  # Batch (n, ...)
+    bs: int,  # Rows that it is to have, n or more
+) -> torch.Tensor:  # (bs, ...), in the same memory format
     "A batch filled up with zeros to a fixed number of rows"
-    if len(x) == bs: return x
+    if len(x) == bs:
+        return x
     out = torch.zeros(bs, *x.shape[1:], dtype=x.dtype, device=x.device)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         out = out.contiguous(memory_format=torch.channels_last)
-    out[:len(x)] = x
+    out[: len(x)] = x
     return out
+
 
 def _rows(out, n):
     "The first rows of an array, or of each array in a dict"
-    if isinstance(out, dict): return {k: v[:n] for k, v in out.items()}
+    if isinstance(out, dict):
+        return {k: v[:n] for k, v in out.items()}
     return out[:n]
+
 
 @torch.inference_mode()
 def map_rows(
-    f:Callable, # Batch (bs, ...) -> tensor, a row for a row
-    x:torch.Tensor, # Rows (n, ...)
-    bs:int=64 # Rows in a batch
-) -> torch.Tensor: # (n, ...)
+    f: Callable,  # Batch (bs, ...) -> tensor, a row for a row
+    x: torch.Tensor,  # Rows (n, ...)
+    bs: int = 64,  # Rows in a batch
+) -> torch.Tensor:  # (n, ...)
     "A function of rows in batches of one shape, by one thread: a row has the same result whatever the others are"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,42 +84,48 @@ def map_rows(
 
 # %% ../../nbs/data/09_views.ipynb #0e3e319e
 def map_batches(
-    f:Callable, # uint8 (bs, 3, size, size) -> array or dict of arrays, a row an image
-    sources:list, # Paths or images
-    read:Callable, # source -> PIL image, all of one size
-    bs:int=8, # Images in a batch; the last is filled up with black ones
-    device='cpu' # Where f computes: CPU, f runs in the threads that read
-) -> Iterator[Any]: # What f says of each batch, without the rows of black images
+    f: Callable,  # uint8 (bs, 3, size, size) -> array or dict of arrays, a row an image
+    sources: list,  # Paths or images
+    read: Callable,  # source -> PIL image, all of one size
+    bs: int = 8,  # Images in a batch; the last is filled up with black ones
+    device='cpu',  # Where f computes: CPU, f runs in the threads that read
+) -> Iterator[Any]:  # What f says of each batch, without the rows of black images
     "A function of images, batch by batch; what comes out for an image does not depend on the others"
-    parts, threads = [sources[i:i + bs] for i in range(0, len(sources), bs)], torch.get_num_threads()
+    parts, threads = [sources[i : i + bs] for i in range(0, len(sources), bs)], torch.get_num_threads()
     here = torch.device(device).type == 'cpu'
     workers = max(1, min(threads if here else os.cpu_count() or 1, len(parts)))
+
     def work(part):
-        torch.set_num_threads(1) # of this thread
+        torch.set_num_threads(1)  # of this thread
         x = filled(stack_images([read(s) for s in part]), bs)
         return _rows(f(x), len(part)) if here else (x, len(part))
+
     def done(job):
-        if here: return job.result()
+        if here:
+            return job.result()
         x, n = job.result()
         return _rows(f(x), n)
+
     pool, ahead = ThreadPoolExecutor(workers), deque()
     try:
         for part in parts:
             ahead.append(pool.submit(work, part))
-            if len(ahead) > 2*workers: yield done(ahead.popleft())
-        while ahead: yield done(ahead.popleft())
+            if len(ahead) > 2 * workers:
+                yield done(ahead.popleft())
+        while ahead:
+            yield done(ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 # %% ../../nbs/data/09_views.ipynb #2885f1e3
 def normalise(
-    x:torch.Tensor, # uint8 (n, 3, h, w)
-    mean, # Of the backbone, three numbers in 0 to 1
-    std # Of the backbone, three numbers
-) -> torch.Tensor: # float32 (n, 3, h, w), channels last in memory
+    x: torch.Tensor,  # uint8 (n, 3, h, w)
+    mean,  # Of the backbone, three numbers in 0 to 1
+    std,  # Of the backbone, three numbers
+) -> torch.Tensor:  # float32 (n, 3, h, w), channels last in memory
     "Pixels as the backbone expects them"
     n, c, h, w = x.shape
-    mean, std = (torch.tensor(v, device=x.device).repeat(w)*255 for v in (mean, std)) # for a row of pixels
-    rows = x.permute(0, 2, 3, 1).reshape(n, h, w*c).float()
-    return rows.sub_(mean).mul_(1/std).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(v, device=x.device).repeat(w) * 255 for v in (mean, std))  # for a row of pixels
+    rows = x.permute(0, 2, 3, 1).reshape(n, h, w * c).float()
+    return rows.sub_(mean).mul_(1 / std).reshape(n, h, w, c).permute(0, 3, 1, 2)

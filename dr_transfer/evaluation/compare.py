@@ -6,35 +6,44 @@
 __all__ = ['Comparison', 'compare', 'plot_comparison']
 
 # %% ../../nbs/evaluation/03_compare.ipynb #2414ad6e
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Callable
+
 import pandas as pd
 from matplotlib.figure import Figure
-from ..models.backbones import DEFAULT_ARCH, create_body, find_backbone
-from .cross_validation import train_once, without_weights
-from ..data.tasks import Task, get_task
-from ..metrics.decision import table_arrays, table_classes
-from ..utils.files import plain_text
+
 from ..data.leaks import split_data
+from ..data.table import report_table
+from ..data.tasks import Task, get_task
+from .cross_validation import train_once, without_weights
+from ..metrics.decision import table_arrays, table_classes
+from ..metrics.screening import compare_tables, main_measure, measure_table, measures
+from ..models.backbones import DEFAULT_ARCH, create_body, find_backbone
 from ..models.network import check_size
 from ..training.plans import Plan, check_epochs, get_plan
-from ..metrics.screening import compare_tables, main_measure, measure_table, measures
-from ..data.table import report_table
+from ..utils.files import plain_text
 
 # %% ../../nbs/evaluation/03_compare.ipynb #44228791
 @dataclass
 class Comparison:
     "Predictions of several rivals for the same images"
-    tables:dict # Rival -> `image, target, group, p_CLASS...`
-    classes:list # Class names in order
-    def table(self, n:int=1000, seed:int=0) -> pd.DataFrame:
+
+    tables: dict  # Rival -> `image, target, group, p_CLASS...`
+    classes: list  # Class names in order
+
+    def table(self, n: int = 1000, seed: int = 0) -> pd.DataFrame:
         "A row a rival and measure: value, low, high; difference, its low and high to the first rival (95 %, n draws of patients)"
         first, out = next(iter(self.tables.values())), []
         for name, t in self.tables.items():
             m = measure_table(t, self.classes, n=n, seed=seed)[['value', 'low', 'high']]
-            if t is not first: m = m.join(compare_tables(t, first, self.classes, n=n, seed=seed).rename(columns={'value': 'difference', 'low': 'difference_low', 'high': 'difference_high'}))
+            if t is not first:
+                m = m.join(
+                    compare_tables(t, first, self.classes, n=n, seed=seed).rename(
+                        columns={'value': 'difference', 'low': 'difference_low', 'high': 'difference_high'}
+                    )
+                )
             out.append(m.assign(rival=name))
         out = pd.concat(out).rename_axis('measure').set_index('rival', append=True).swaplevel()
         return out.reindex(columns=['value', 'low', 'high', 'difference', 'difference_low', 'difference_high'])
@@ -47,19 +56,25 @@ def _recipes(archs, plans, epochs=None) -> dict:
     if epochs is not None:
         check_epochs(epochs)
     if not archs or not plans:
-        raise ValueError(f"nothing to compare: {len(archs)} backbones and {len(plans)} plans. Give archs= (--archs) and plans= (--plans)")
+        raise ValueError(
+            f'nothing to compare: {len(archs)} backbones and {len(plans)} plans. Give archs= (--archs) and plans= (--plans)'
+        )
     if len({p.name for p in plans}) < len(plans):
-        raise ValueError(f"two plans have one name ({', '.join(p.name for p in plans)}): give each its own, with "
-                         "dataclasses.replace(plan, name=...)")
+        raise ValueError(
+            f'two plans have one name ({", ".join(p.name for p in plans)}): give each its own, with '
+            'dataclasses.replace(plan, name=...)'
+        )
     pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, plans)}
     several = [len({k[i] for k in pairs}) > 1 for i in range(2)]
     names = {k: ', '.join(w for w, s in zip(k, several) if s) or k[1] for k in pairs}
     return {names[k]: (k[0], p) for k, p in pairs.items()}
 
+
 def _check_recipes(recipes, size, weights):
     "Errors that would come in the night come now: weights that are missing, and sizes that a network does not take"
     for arch, plan in recipes.values():
         check_size(create_body(arch, plan.weights or weights, plan.tap, plan.stage), size)
+
 
 def _row_words(p) -> str:
     "The measures of a model that is finished, in one line"
@@ -68,20 +83,20 @@ def _row_words(p) -> str:
 
 # %% ../../nbs/evaluation/03_compare.ipynb #f1419bb8
 def compare(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    archs=(DEFAULT_ARCH,), # Backbones
-    plans=('head', 'top1'), # Names in `PLANS`, or plans
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    valid:float=0.2, # Share of the images for validation
-    seed:int=42, # Decides the split, the heads and the order
-    size:int|None=None, # Side in pixels; the task's own if None
-    epochs:int|None=None, # Epochs of each plan's last phase
-    allow_leaks:bool=False, # Go on with a split whose sides share patients or copies?
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    say:Callable=print, # What is done with the lines that tell how it goes
-    **kwargs # `bs, augment, balance, setting, ...` of `build_learner`
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    archs=(DEFAULT_ARCH,),  # Backbones
+    plans=('head', 'top1'),  # Names in `PLANS`, or plans
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    valid: float = 0.2,  # Share of the images for validation
+    seed: int = 42,  # Decides the split, the heads and the order
+    size: int | None = None,  # Side in pixels; the task's own if None
+    epochs: int | None = None,  # Epochs of each plan's last phase
+    allow_leaks: bool = False,  # Go on with a split whose sides share patients or copies?
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    say: Callable = print,  # What is done with the lines that tell how it goes
+    **kwargs,  # `bs, augment, balance, setting, ...` of `build_learner`
 ) -> Comparison:
     "Train each backbone by each plan on one split"
     recipes, task = _recipes(archs, plans, epochs), get_task(task, size)
@@ -91,25 +106,33 @@ def compare(
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         how = {**without_weights(plan, kwargs), 'arch': arch, 'allow_leaks': allow_leaks}
-        p, _ = train_once(t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), **how)
+        p, _ = train_once(
+            t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), **how
+        )
         tables[name] = p
         say(f'{name} ({i} of {len(recipes)}): {_row_words(p)}')
     return Comparison(tables, table_classes(p))
 
 # %% ../../nbs/evaluation/03_compare.ipynb #51be185e
 def plot_comparison(
-    table:pd.DataFrame, # From `Comparison.table`
-    measure:str|None=None # Name of a measure; AUC, or accuracy, if None
+    table: pd.DataFrame,  # From `Comparison.table`
+    measure: str | None = None,  # Name of a measure; AUC, or accuracy, if None
 ) -> Figure:
     "Each rival with its interval, and its difference to the first with the paired interval"
     m = main_measure(table.index.get_level_values('measure'), measure)
     t = table.xs(m, level='measure')
-    fig = Figure(figsize=(7, 1 + 0.4*len(t)), layout='constrained')
+    fig = Figure(figsize=(7, 1 + 0.4 * len(t)), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
-    for ax, value, what in ((left, 'value', m.upper() if m == 'auc' else m), (right, 'difference', f'difference to {plain_text(t.index[0])}')):
+    for ax, value, what in (
+        (left, 'value', m.upper() if m == 'auc' else m),
+        (right, 'difference', f'difference to {plain_text(t.index[0])}'),
+    ):
         low, high = ('low', 'high') if value == 'value' else ('difference_low', 'difference_high')
         d = t[t[value].notna()]
-        reach = [(d[value] - d[low]).clip(lower=0), (d[high] - d[value]).clip(lower=0)] # a value outside of its interval still has a place
+        reach = [
+            (d[value] - d[low]).clip(lower=0),
+            (d[high] - d[value]).clip(lower=0),
+        ]  # a value outside of its interval still has a place
         ax.errorbar(d[value], [list(t.index).index(i) for i in d.index], xerr=reach, fmt='o', ms=5, capsize=3)
         ax.set_xlabel(what, fontsize=9)
         ax.grid(axis='x', color='0.92')

@@ -6,67 +6,93 @@
 __all__ = ['KEPT', 'SUMS', 'TRAINING', 'without_weights', 'train_once', 'fold_tables', 'cross_validate', 'decide_across']
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #e16d6fd6
-import hashlib, json, os
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Callable
-import numpy as np, pandas as pd
+from typing import Any
+
+import numpy as np
+import pandas as pd
 from fastai.torch_core import default_device
-from ..models.backbones import DEFAULT_ARCH, _find_file, find_backbone
-from ..utils.checks import check_seed
-from ..features.classifiers import grouped_folds
-from ..data.columns import group_errors
+
 from ..core import build_learner, fit, valid_predictions, versions
-from ..utils.csvfile import read_csv, write_csv
-from ..data.tasks import Task, encode_target, get_task
-from ..metrics.decision import Decision, apply_decision, choose_decision
-from ..utils.files import OutputError, cache_folder, new_folder, warn
+from ..data.columns import group_errors
+from ..data.content import content_keys
 from ..data.leaks import Together, note_contradictions
-from ..utils.places import remove
+from ..data.table import label_table, report_table, set_aside
+from ..data.tasks import Task, encode_target, get_task
+from ..data.views import READING
+from ..features.classifiers import grouped_folds
+from ..metrics.decision import Decision, apply_decision, choose_decision
+from ..models.backbones import DEFAULT_ARCH, _find_file, find_backbone
+from ..models.weights import file_hash
 from ..training.plans import choose_plan, get_plan, plan_arch
+from ..utils.checks import check_seed
+from ..utils.csvfile import read_csv, write_csv
+from ..utils.files import OutputError, cache_folder, new_folder, warn
+from ..utils.places import remove
 from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
-from ..data.content import content_keys
-from ..data.table import label_table, report_table, set_aside
-from ..data.views import READING
-from ..models.weights import file_hash
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #73e2fcf2
 KEPT = ('predictions.csv', 'history.csv')
-SUMS = 'sums.json' # Name of a file in `KEPT` -> its hash
-TRAINING = 2 # raised when a training does something else, so that what is kept is computed anew
+SUMS = 'sums.json'  # Name of a file in `KEPT` -> its hash
+TRAINING = 2  # raised when a training does something else, so that what is kept is computed anew
+
 
 def _quiet(line):
     "The lines about the data were told when the table was made"
 
+
 def _said(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
-    if isinstance(o, Task): return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')} # its targets stand in the table
-    if is_dataclass(o): return asdict(o)
-    if isinstance(o, Path): return str(o)
-    if '<' not in getattr(o, '__qualname__', '<'): return f'{o.__module__}.{o.__qualname__}'
+    if isinstance(o, Task):
+        return {
+            k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')
+        }  # its targets stand in the table
+    if is_dataclass(o):
+        return asdict(o)
+    if isinstance(o, Path):
+        return str(o)
+    if '<' not in getattr(o, '__qualname__', '<'):
+        return f'{o.__module__}.{o.__qualname__}'
     raise TypeError(f'{type(o).__name__} has no description')
+
 
 def _weights(arch, weights) -> str:
     "Which weights a training starts from: the hash of their file, not its name"
-    if weights == 'random': return 'random'
+    if weights == 'random':
+        return 'random'
     file = Path(weights) if weights is not None else _find_file(find_backbone(arch))
     return file_hash(file) if file is not None and file.is_file() else str(weights)
 
-def _kept(table, settings) -> Path|None:
+
+def _kept(table, settings) -> Path | None:
     "Where what a training left behind is kept; None if something in the settings has no description"
-    about = [list(zip(content_keys(table.image.tolist()), table.target, table.split)), settings, versions(), READING, TRAINING] # in their order
-    try: text = json.dumps(about, sort_keys=True, default=_said)
-    except TypeError: return None
-    return cache_folder()/'trainings'/hashlib.sha256(text.encode()).hexdigest()[:24]
+    about = [
+        list(zip(content_keys(table.image.tolist()), table.target, table.split)),
+        settings,
+        versions(),
+        READING,
+        TRAINING,
+    ]  # in their order
+    try:
+        text = json.dumps(about, sort_keys=True, default=_said)
+    except TypeError:
+        return None
+    return cache_folder() / 'trainings' / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #b4cf8042
 def without_weights(
-    plan, # A plan
-    kwargs:dict # Arguments of `build_learner`
-) -> dict: # The same, without `weights` if the plan has its own
+    plan,  # A plan
+    kwargs: dict,  # Arguments of `build_learner`
+) -> dict:  # The same, without `weights` if the plan has its own
     "What the models of a comparison share: weights are for those plans that do not bring their own"
     return {k: v for k, v in kwargs.items() if k != 'weights' or not plan.weights}
+
 
 def _own_start(plan, kwargs) -> dict:
     "The arguments with the backbone and the weights of a plan; ValueError if others are asked for"
@@ -74,15 +100,19 @@ def _own_start(plan, kwargs) -> dict:
     if plan.weights is None:
         return kwargs
     if kwargs.get('weights') not in (None, plan.weights):
-        raise ValueError(f"plan '{plan.name}' starts from {plan.weights} weights, and weights={str(kwargs['weights'])!r} (--weights) "
-                         "asks for others: leave weights out, or take another plan")
+        raise ValueError(
+            f"plan '{plan.name}' starts from {plan.weights} weights, and weights={str(kwargs['weights'])!r} (--weights) "
+            'asks for others: leave weights out, or take another plan'
+        )
     return {**kwargs, 'weights': plan.weights}
+
 
 def _kept_table(file) -> pd.DataFrame:
     "A table that was kept, its numbers as numbers"
     t = read_csv(file)
     text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
     return t.assign(**{c: pd.Series([_value(v) for v in t[c]], t.index) for c in t if c not in text})
+
 
 def _value(text):
     "A cell as it was written: a truth value, a whole number or a number"
@@ -92,29 +122,32 @@ def _value(text):
         return np.nan
     return int(text) if text.isdecimal() else float(text)
 
+
 def _sum(folder, text) -> str:
     "The hash of a kept file, for this training and no other"
     return hashlib.sha256(folder.name.encode() + text).hexdigest()
 
+
 def _write_kept(folder, tables):
     "Keep the tables of a training"
     private_folder(folder.parent)
-    remove(folder) # it is damaged, or not there
+    remove(folder)  # it is damaged, or not there
     with new_folder(folder, kind='training', wait=60) as tmp:
         for name, t in zip(KEPT, tables):
-            write_csv(t, tmp/name)
-        sums = {name: _sum(folder, (tmp/name).read_bytes()) for name in KEPT}
-        (tmp/SUMS).write_text(json.dumps(sums), encoding='utf-8')
+            write_csv(t, tmp / name)
+        sums = {name: _sum(folder, (tmp / name).read_bytes()) for name in KEPT}
+        (tmp / SUMS).write_text(json.dumps(sums), encoding='utf-8')
 
-def _read_kept(folder) -> list[pd.DataFrame]|None:
+
+def _read_kept(folder) -> list[pd.DataFrame] | None:
     "What was kept of a training; None if nothing is there, or not what was written, which is told"
     if not os.path.lexists(folder):
         return None
     try:
-        sums = json.loads(read_regular(folder/SUMS, follow=False))
-        texts = [read_regular(folder/name, follow=False) for name in KEPT]
+        sums = json.loads(read_regular(folder / SUMS, follow=False))
+        texts = [read_regular(folder / name, follow=False) for name in KEPT]
         if [sums[name] for name in KEPT] == [_sum(folder, t) for t in texts]:
-            return [_kept_table(folder/name) for name in KEPT]
+            return [_kept_table(folder / name) for name in KEPT]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     warn(f'the training kept in {folder} is damaged: it is done again')
@@ -122,27 +155,35 @@ def _read_kept(folder) -> list[pd.DataFrame]|None:
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #1d7e8545
 def train_once(
-    table:pd.DataFrame, # Columns `image, label, group, split, target`
-    task:Task, # A task
-    target:str|None=None, # What is learnt; the task's first if None
-    plan:Any=None, # Name or plan; chosen for set and machine if None
-    epochs:int|None=None, # Epochs of the plan's last phase
-    seed:int=42, # Decides the head and the order
-    side:str='valid', # Whose predictions: 'valid' or 'test'
-    say:Callable=print, # What is done with the lines that tell how it goes
-    **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
-) -> tuple[pd.DataFrame, pd.DataFrame]: # `image, target, group, prediction, p_CLASS...`; a row an epoch
+    table: pd.DataFrame,  # Columns `image, label, group, split, target`
+    task: Task,  # A task
+    target: str | None = None,  # What is learnt; the task's first if None
+    plan: Any = None,  # Name or plan; chosen for set and machine if None
+    epochs: int | None = None,  # Epochs of the plan's last phase
+    seed: int = 42,  # Decides the head and the order
+    side: str = 'valid',  # Whose predictions: 'valid' or 'test'
+    say: Callable = print,  # What is done with the lines that tell how it goes
+    **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
-    plan, why = (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
+    plan, why = (
+        (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
+    )
     kwargs = _own_start(get_plan(plan), kwargs)
     weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
     file = _kept(table, [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}])
     kept = None if file is None else _read_kept(file)
     if kept is None:
-        if why: say(f"plan '{plan}': {why}")
-        learn = fit(build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs), epochs=epochs, say=say)
+        if why:
+            say(f"plan '{plan}': {why}")
+        learn = fit(
+            build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs),
+            epochs=epochs,
+            say=say,
+        )
         found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
-        if file is None: return found, history
+        if file is None:
+            return found, history
         try:
             _write_kept(file, (found, history))
         except (OSError, OutputError) as e:
@@ -151,7 +192,7 @@ def train_once(
         kept = _read_kept(file)
     found, history = kept
     rows = table[table.split == side]
-    own = {c: rows[c].tolist() for c in ('image', 'group')} # they may have moved, and groups do not change a training
+    own = {c: rows[c].tolist() for c in ('image', 'group')}  # they may have moved, and groups do not change a training
     return found.assign(**own), history
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #21a3df52
@@ -161,21 +202,24 @@ def _without_test(t) -> pd.DataFrame:
         return t
     kept = t[t.split.ne('test')].reset_index(drop=True)
     if not len(kept):
-        raise ValueError("every image is in the split 'test': nothing is left for cross-validation. Empty the column 'split'")
+        raise ValueError(
+            "every image is in the split 'test': nothing is left for cross-validation. Empty the column 'split'"
+        )
     note = f"the split of the data: {len(t) - len(kept)} images of 'test' are left out, the other {len(kept)} go into the folds"
     kept.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
     return kept
 
+
 def fold_tables(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:Task, # A task
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    folds:int=5, # How many
-    seed:int=42, # Another seed, other folds
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    say:Callable=print # What is done with the lines about patients and labels
-) -> list[pd.DataFrame]: # For each fold the table, with the fold as validation side
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: Task,  # A task
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    folds: int = 5,  # How many
+    seed: int = 42,  # Another seed, other folds
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    say: Callable = print,  # What is done with the lines about patients and labels
+) -> list[pd.DataFrame]:  # For each fold the table, with the fold as validation side
     "The folds of cross-validation as tables for `build_learner`"
     goal, together, seed = task.target(target), Together(task.reader), check_seed(seed)
     t = _without_test(encode_target(label_table(data, labels, group_col=group_col), goal))
@@ -188,22 +232,30 @@ def fold_tables(
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #f7cdd0cb
 def cross_validate(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    folds:int=5, # How many
-    epochs:int|None=None, # Epochs of the plan's last phase
-    seed:int=42, # Decides the folds, and the order within them
-    group_col:str|None=None, # Column of the patients; a usual one if None
-    say:Callable=print, # What is done with the lines that tell how it goes
-    **kwargs # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
-) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    folds: int = 5,  # How many
+    epochs: int | None = None,  # Epochs of the plan's last phase
+    seed: int = 42,  # Decides the folds, and the order within them
+    group_col: str | None = None,  # Column of the patients; a usual one if None
+    say: Callable = print,  # What is done with the lines that tell how it goes
+    **kwargs,  # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
+) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
     "Predictions of every image by a model that saw neither it nor its group nor a copy"
     task = get_task(task, kwargs.pop('size', None))
     tables, out = fold_tables(data, task, target, labels, folds, seed, group_col, say), []
     for k, t in enumerate(tables, 1):
-        p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=lambda line: say(f'fold {k} of {len(tables)}: {line}'), **kwargs)
+        p, _ = train_once(
+            t,
+            task,
+            target,
+            epochs=epochs,
+            seed=seed,
+            say=lambda line: say(f'fold {k} of {len(tables)}: {line}'),
+            **kwargs,
+        )
         out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
     out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
@@ -212,12 +264,15 @@ def cross_validate(
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #871803a4
 def decide_across(
-    table:pd.DataFrame, # From `cross_validate`
-    classes, # Class names in order
-    **share # `sensitivity` or `specificity`, as `choose_decision` takes it
-) -> tuple[pd.DataFrame, Decision]: # The table, calibrated and decided; the decision from all folds
+    table: pd.DataFrame,  # From `cross_validate`
+    classes,  # Class names in order
+    **share,  # `sensitivity` or `specificity`, as `choose_decision` takes it
+) -> tuple[pd.DataFrame, Decision]:  # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
-    parts = [apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share)) for k in sorted(table.fold.unique())]
+    parts = [
+        apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share))
+        for k in sorted(table.fold.unique())
+    ]
     out = pd.concat(parts).sort_index()
     out.attrs = dict(table.attrs)
     return out, choose_decision(table, classes, **share)

@@ -7,39 +7,52 @@ __all__ = ['START', 'RIVALS', 'COLOURS', 'rival_plans', 'unseen_split', 'first_i
            'worth_of_pretraining', 'worth_words', 'plot_learning_curve', 'training_curve', 'plot_training_curve']
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #93e869eb
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Callable
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from fastai.metrics import accuracy
 from matplotlib.figure import Figure
+
 from ..data.columns import group_errors
-from .cross_validation import train_once, without_weights
-from ..data.tasks import Task, encode_target, get_task
-from ..metrics.decision import table_arrays, table_classes
-from ..utils.files import plain_text, unknown
 from ..data.leaks import Together, note_contradictions
-from ..training.plans import check_epochs, get_plan, plan_arch
-from ..features.probes import fold_interval
-from ..metrics.screening import main_measure, measures
 from ..data.split import split_table
 from ..data.table import label_table, report_table
+from ..data.tasks import Task, encode_target, get_task
+from .cross_validation import train_once, without_weights
+from ..features.probes import fold_interval
+from ..metrics.decision import table_arrays, table_classes
+from ..metrics.screening import main_measure, measures
+from ..training.plans import check_epochs, get_plan, plan_arch
+from ..utils.files import plain_text, unknown
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #b8c8c9b2
 START = 'random start'
-RIVALS = {START: get_plan('random_start'), 'frozen': get_plan('head'), 'fine-tuned': get_plan('fine_tune')} # name -> plan
-COLOURS = {r: f'C{i}' for i, r in enumerate(RIVALS)} # the same in every picture
+RIVALS = {
+    START: get_plan('random_start'),
+    'frozen': get_plan('head'),
+    'fine-tuned': get_plan('fine_tune'),
+}  # name -> plan
+COLOURS = {r: f'C{i}' for i, r in enumerate(RIVALS)}  # the same in every picture
+
 
 def rival_plans(
-    rivals=None, # Names in `RIVALS`, or {name: plan or its name}; all if None
-) -> dict: # Name -> plan
+    rivals=None,  # Names in `RIVALS`, or {name: plan or its name}; all if None
+) -> dict:  # Name -> plan
     "Starts that are to be compared, by name"
-    if rivals is None: return RIVALS
-    if isinstance(rivals, dict): return {n: get_plan(p) for n, p in rivals.items()}
+    if rivals is None:
+        return RIVALS
+    if isinstance(rivals, dict):
+        return {n: get_plan(p) for n, p in rivals.items()}
     rivals = [rivals] if isinstance(rivals, str) else rivals
     for r in rivals:
-        if r not in RIVALS: raise unknown('rival', r, RIVALS)
+        if r not in RIVALS:
+            raise unknown('rival', r, RIVALS)
     return {r: RIVALS[r] for r in rivals}
+
+
 def _checked_plans(rivals, arch) -> dict:
     "Plans by name, all for one backbone; ValueError if one has another than was asked for"
     plans = rival_plans(rivals)
@@ -49,74 +62,92 @@ def _checked_plans(rivals, arch) -> dict:
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #584a4365
 def unseen_split(
-    table:pd.DataFrame, # Columns `image, label, group, target`
-    together, # What must be on one side (n,), as `Together` gives it
-    test:float=0.3, # Share of the images that stays unseen
-    most:int=600, # At most so many of them count
-    seed:int=0 # Another seed, other images
-) -> pd.DataFrame: # With `split`: 'train', 'valid', 'test', in a random order
+    table: pd.DataFrame,  # Columns `image, label, group, target`
+    together,  # What must be on one side (n,), as `Together` gives it
+    test: float = 0.3,  # Share of the images that stays unseen
+    most: int = 600,  # At most so many of them count
+    seed: int = 0,  # Another seed, other images
+) -> pd.DataFrame:  # With `split`: 'train', 'valid', 'test', in a random order
     "Images to learn from, and unseen ones"
-    t = split_table(table.assign(label=table.target, group=together), valid=test, seed=seed).assign(label=table.label).sample(frac=1, random_state=seed)
+    t = (
+        split_table(table.assign(label=table.target, group=together), valid=test, seed=seed)
+        .assign(label=table.label)
+        .sample(frac=1, random_state=seed)
+    )
     held = t[t.split == 'valid']
-    few = max(2*held.target.nunique(), round(0.05*len(held)))
-    side = held.groupby('target').cumcount() < -(-few//held.target.nunique())
+    few = max(2 * held.target.nunique(), round(0.05 * len(held)))
+    side = held.groupby('target').cumcount() < -(-few // held.target.nunique())
     valid = held[side]
     rest = held[~side & ~held.group.isin(valid.group.dropna())][:most]
-    if not len(rest): raise ValueError(f"{len(held)} unseen images of {held.group.nunique()} groups are too few: give a larger test=, or more groups")
+    if not len(rest):
+        raise ValueError(
+            f'{len(held)} unseen images of {held.group.nunique()} groups are too few: give a larger test=, or more groups'
+        )
     return pd.concat([t[t.split == 'train'], valid, rest.assign(split='test')])
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #9af67200
 def first_images(
-    table:pd.DataFrame, # From `unseen_split`
-    n:int # How many to learn from
-) -> pd.DataFrame: # The same with n images on the side 'train'
+    table: pd.DataFrame,  # From `unseen_split`
+    n: int,  # How many to learn from
+) -> pd.DataFrame:  # The same with n images on the side 'train'
     "Fewer images to learn from, each class in proportion, a part of any larger choice"
     train = table[table.split == 'train']
     g = train.groupby('target')
-    at = (g.cumcount() + 0.5)/g.target.transform('size')
-    if not 2 <= n <= len(train): raise ValueError(f"sizes: {n} images to learn from, and there are {len(train)}: give 2 to {len(train)}")
+    at = (g.cumcount() + 0.5) / g.target.transform('size')
+    if not 2 <= n <= len(train):
+        raise ValueError(f'sizes: {n} images to learn from, and there are {len(train)}: give 2 to {len(train)}')
     return pd.concat([train.loc[at.sort_values(kind='stable').index[:n]], table[table.split != 'train']])
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #2ba5ab00
 def learning_curve(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    sizes=(25, 50, 100, 200, 400), # Images to learn from, growing
-    rivals=None, # Names in `RIVALS`, or {name: plan}; all if None
-    seeds:int=5, # Splits into seen and unseen images
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    test:float=0.3, # Share of the images that stays unseen
-    most:int=600, # At most so many of them count
-    group_col:str|None=None, # Column of the patients; a usual one if None
-    size:int|None=None, # Side in pixels; the task's own if None
-    say:Callable=print, # What is done with the lines that tell how it goes
-    **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
-) -> pd.DataFrame: # A row a training: rival, images, seed, each measure, share
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    sizes=(25, 50, 100, 200, 400),  # Images to learn from, growing
+    rivals=None,  # Names in `RIVALS`, or {name: plan}; all if None
+    seeds: int = 5,  # Splits into seen and unseen images
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    test: float = 0.3,  # Share of the images that stays unseen
+    most: int = 600,  # At most so many of them count
+    group_col: str | None = None,  # Column of the patients; a usual one if None
+    size: int | None = None,  # Side in pixels; the task's own if None
+    say: Callable = print,  # What is done with the lines that tell how it goes
+    **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
+) -> pd.DataFrame:  # A row a training: rival, images, seed, each measure, share
     "What each start is worth on unseen images with more and more images to learn from"
     plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
     splits = _splits(data, task, seeds, target, labels, test, most, group_col, say)
-    for t, n in product(splits, sizes): first_images(t, n) # refused before hours are spent
+    for t, n in product(splits, sizes):
+        first_images(t, n)  # refused before hours are spent
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
             how = without_weights(plan, kwargs)
             p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
             out.append({'rival': name, 'images': n, 'seed': seed, **_measures(p)})
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: ' + _words(out[-1]))
-    return pd.DataFrame(out).assign(share=test/(1 - test))
+    return pd.DataFrame(out).assign(share=test / (1 - test))
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #b9cb8845
-def _quiet(line): pass
-def _words(row) -> str: return ', '.join(f'{k} {v:.3f}' for k, v in list(row.items())[3:])
+def _quiet(line):
+    pass
+
+
+def _words(row) -> str:
+    return ', '.join(f'{k} {v:.3f}' for k, v in list(row.items())[3:])
+
 
 def _splits(data, task, seeds, target, labels, test, most, group_col, say):
     "The tables of seen and unseen images, one a seed"
-    t, together = encode_target(label_table(data, labels, group_col=group_col), task.target(target)), Together(task.reader)
+    t, together = (
+        encode_target(label_table(data, labels, group_col=group_col), task.target(target)),
+        Together(task.reader),
+    )
     apart = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
     with group_errors(t):
         return [unseen_split(t, apart, test, most, seed) for seed in range(seeds)]
+
 
 def _measures(p) -> dict:
     "Measures of a table of predictions"
@@ -124,14 +155,15 @@ def _measures(p) -> dict:
     return measures(*table_arrays(p, classes), classes)
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #687ad1b0
-def _measure(runs, name): return main_measure([c for c in ('auc', 'accuracy', 'kappa') if c in runs], name)
+def _measure(runs, name):
+    return main_measure([c for c in ('auc', 'accuracy', 'kappa') if c in runs], name)
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #3bd48fd8
 def curve_table(
-    runs:pd.DataFrame, # From `learning_curve`
-    measure:str|None=None, # 'auc', 'accuracy' or 'kappa'; the first there is
-    start:str=START # Rival that the others are held against
-) -> pd.DataFrame: # A row a rival and size: score, low, high, gain, gain_low, gain_high
+    runs: pd.DataFrame,  # From `learning_curve`
+    measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
+    start: str = START,  # Rival that the others are held against
+) -> pd.DataFrame:  # A row a rival and size: score, low, high, gain, gain_low, gain_high
     "The mean score of each rival at each size, and its gain over the random start, with 95 % intervals over splits"
     m, out = _measure(runs, measure), {}
     base = runs[runs.rival == start].set_index(['images', 'seed'])[m]
@@ -139,62 +171,86 @@ def curve_table(
         r = r.set_index(['images', 'seed'])[m]
         gain = (r - base.reindex(r.index)) if name != start else pd.Series(dtype=float)
         keys = ('score', 'low', 'high', 'gain', 'gain_low', 'gain_high')
-        out[name, n] = dict(zip(keys, (*fold_interval(r, runs.share.iloc[0]), *fold_interval(gain, runs.share.iloc[0]))))
-        for k in ('low', 'high'): out[name, n][k] = min(max(out[name, n][k], -1. if m == 'kappa' else 0.), 1.)
+        out[name, n] = dict(
+            zip(keys, (*fold_interval(r, runs.share.iloc[0]), *fold_interval(gain, runs.share.iloc[0])))
+        )
+        for k in ('low', 'high'):
+            out[name, n][k] = min(max(out[name, n][k], -1.0 if m == 'kappa' else 0.0), 1.0)
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(['rival', 'images'])
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #9292e806
 def _needed(sizes, scores, wanted) -> float:
     "Images at which a curve, made to rise, reaches a score; inf if it does not"
     sizes, rising = np.asarray(sizes, float), np.maximum.accumulate(np.asarray(scores, float))
-    if np.isnan(wanted) or np.isnan(rising).any(): return np.nan
+    if np.isnan(wanted) or np.isnan(rising).any():
+        return np.nan
     k = int(np.searchsorted(rising, wanted))
-    if k == len(sizes): return np.inf
-    if k == 0: return float(sizes[0])
-    part = (wanted - rising[k - 1])/(rising[k] - rising[k - 1])
-    return float(2**(np.log2(sizes[k - 1]) + part*np.log2(sizes[k]/sizes[k - 1])))
+    if k == len(sizes):
+        return np.inf
+    if k == 0:
+        return float(sizes[0])
+    part = (wanted - rising[k - 1]) / (rising[k] - rising[k - 1])
+    return float(2 ** (np.log2(sizes[k - 1]) + part * np.log2(sizes[k] / sizes[k - 1])))
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #9a135d45
 def worth_of_pretraining(
-    runs:pd.DataFrame, # From `learning_curve`
-    measure:str|None=None, # 'auc', 'accuracy' or 'kappa'; the first there is
-    start:str=START # The rival without pretraining
-) -> pd.DataFrame: # Rival, images: score, needs, worth, worth_low, worth_high
+    runs: pd.DataFrame,  # From `learning_curve`
+    measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
+    start: str = START,  # The rival without pretraining
+) -> pd.DataFrame:  # Rival, images: score, needs, worth, worth_low, worth_high
     "How many labelled images pretraining replaces: what a random start needs more to be as good; 0 for none, inf for more than were tried"
     t, out = curve_table(runs, measure, start), {}
-    if start not in t.index.levels[0]: raise ValueError(f"there is no '{start}' in the curve: it has {', '.join(t.index.levels[0])}. Type one of them as start=")
+    if start not in t.index.levels[0]:
+        raise ValueError(
+            f"there is no '{start}' in the curve: it has {', '.join(t.index.levels[0])}. Type one of them as start="
+        )
     r = t.loc[start].sort_index()
     for (name, n), row in t[t.index.get_level_values(0) != start].iterrows():
-        needs, low, high = (_needed(r.index, r[k], row[v]) for k, v in (('score', 'score'), ('high', 'low'), ('low', 'high')))
-        out[name, n] = {'score': row.score, 'needs': max(needs, n), **{k: max(v - n, 0.) for k, v in (('worth', needs), ('worth_low', low), ('worth_high', high))}}
+        needs, low, high = (
+            _needed(r.index, r[k], row[v]) for k, v in (('score', 'score'), ('high', 'low'), ('low', 'high'))
+        )
+        out[name, n] = {
+            'score': row.score,
+            'needs': max(needs, n),
+            **{k: max(v - n, 0.0) for k, v in (('worth', needs), ('worth_low', low), ('worth_high', high))},
+        }
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(['rival', 'images'])
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #d9f8e6b8
 def worth_words(
-    worth:float, # Images that pretraining replaces
-    n:int, # Images that were learnt from
-    most:int # Largest size that was tried
+    worth: float,  # Images that pretraining replaces
+    n: int,  # Images that were learnt from
+    most: int,  # Largest size that was tried
 ) -> str:
     "A worth in words: beyond the largest size only a lower bound is known"
-    if np.isnan(worth): return 'not known'
-    if np.isinf(worth): return f'more than {most - n}' if most > n else 'some'
+    if np.isnan(worth):
+        return 'not known'
+    if np.isinf(worth):
+        return f'more than {most - n}' if most > n else 'some'
     return 'none' if worth < 1 else f'{worth:.0f}'
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #d7d91398
 def plot_learning_curve(
-    runs:pd.DataFrame, # From `learning_curve`
-    measure:str|None=None, # 'auc', 'accuracy' or 'kappa'; the first there is
-    title:str='', # Above the picture
-    ax=None # Axes to draw on; of a new figure if None
+    runs: pd.DataFrame,  # From `learning_curve`
+    measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
+    title: str = '',  # Above the picture
+    ax=None,  # Axes to draw on; of a new figure if None
 ) -> Figure:
     "Score of each rival over the number of images, with 95 % intervals"
     t, m = curve_table(runs, measure), _measure(runs, measure)
-    if ax is None: ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
+    if ax is None:
+        ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
     for name, g in t.groupby('rival', sort=False):
         n = g.index.get_level_values('images')
-        line, = ax.plot(n, g.score, 'o-', ms=4, label=plain_text(name), color=COLOURS.get(name))
+        (line,) = ax.plot(n, g.score, 'o-', ms=4, label=plain_text(name), color=COLOURS.get(name))
         ax.fill_between(n, g.low, g.high, color=line.get_color(), alpha=0.15, lw=0)
-    ax.set(xscale='log', xlabel='images to learn from', ylabel=f'{m.upper() if m == "auc" else m} on unseen images', title=plain_text(title), xticks=sorted(runs.images.unique()))
+    ax.set(
+        xscale='log',
+        xlabel='images to learn from',
+        ylabel=f'{m.upper() if m == "auc" else m} on unseen images',
+        title=plain_text(title),
+        xticks=sorted(runs.images.unique()),
+    )
     ax.set_xticklabels(sorted(runs.images.unique()))
     ax.minorticks_off()
     ax.grid(color='0.92')
@@ -211,26 +267,27 @@ def _errors(h) -> pd.DataFrame:
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #833a2b05
 def training_curve(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    epochs:int=20, # Of the last phase of each rival
-    rivals=(START, 'fine-tuned'), # Names in `RIVALS`, or {name: plan}
-    seeds:int=1, # Splits into seen and unseen images
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    images:int|None=None, # Images to learn from; all if None
-    test:float=0.3, # Share of the images that stays unseen, 600 at most
-    group_col:str|None=None, # Column of the patients; a usual one if None
-    size:int|None=None, # Side in pixels; the task's own if None
-    say:Callable=print, # What is done with the lines that tell how it goes
-    **kwargs # `arch, weights, augment, setting, ...` of `build_learner`
-) -> pd.DataFrame: # A row an epoch: rival, seed, epoch, losses, error
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    epochs: int = 20,  # Of the last phase of each rival
+    rivals=(START, 'fine-tuned'),  # Names in `RIVALS`, or {name: plan}
+    seeds: int = 1,  # Splits into seen and unseen images
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    images: int | None = None,  # Images to learn from; all if None
+    test: float = 0.3,  # Share of the images that stays unseen, 600 at most
+    group_col: str | None = None,  # Column of the patients; a usual one if None
+    size: int | None = None,  # Side in pixels; the task's own if None
+    say: Callable = print,  # What is done with the lines that tell how it goes
+    **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
+) -> pd.DataFrame:  # A row an epoch: rival, seed, epoch, losses, error
     "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
     check_epochs(epochs)
     plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
     for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col, say)):
         t = t[t.split != 'valid'].replace({'split': {'test': 'valid'}})
-        if images: t = first_images(t, images)
+        if images:
+            t = first_images(t, images)
         for name, plan in plans.items():
             how = {**without_weights(plan, kwargs), 'metrics': [accuracy]}
             _, h = train_once(t, task, target, plan, epochs, seed, say=_quiet, **how)
@@ -240,15 +297,16 @@ def training_curve(
 
 # %% ../../nbs/evaluation/04_experiments.ipynb #56f87b27
 def plot_training_curve(
-    runs:pd.DataFrame, # From `training_curve`
-    title:str='', # Above the picture
-    ax=None # Axes to draw on; of a new figure if None
+    runs: pd.DataFrame,  # From `training_curve`
+    title: str = '',  # Above the picture
+    ax=None,  # Axes to draw on; of a new figure if None
 ) -> Figure:
     "Error on unseen images over epochs, the mean of the splits and their range"
-    if ax is None: ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
+    if ax is None:
+        ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
     for name, g in runs.groupby('rival', sort=False):
         e = g.groupby('epoch').error.agg(['mean', 'min', 'max'])
-        line, = ax.plot(e.index, e['mean'], 'o-', ms=3, label=plain_text(name), color=COLOURS.get(name))
+        (line,) = ax.plot(e.index, e['mean'], 'o-', ms=3, label=plain_text(name), color=COLOURS.get(name))
         ax.fill_between(e.index, e['min'], e['max'], color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xlabel='epoch', ylabel='error on unseen images', ylim=(0, None), title=plain_text(title))
     ax.locator_params(axis='x', integer=True)

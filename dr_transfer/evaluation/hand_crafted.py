@@ -9,12 +9,14 @@ __all__ = ['SIDE', 'COLOURS', 'KINDS', 'SMALL', 'LEVELS', 'SHAPES', 'FEATURES', 
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #3a965be8
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Callable
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy import ndimage as ndi
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -23,111 +25,135 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils.validation import check_is_fitted
-from ..features.classifiers import grouped_folds
-from .cross_validation import fold_tables
-from ..data.tasks import get_task
-from ..utils.files import cache_folder, extra_module, package_version, progress
+
+from ..data.content import ChangedError, fill_stores, image_data, unreadable
 from ..data.fundus import INSIDE, Disc, disc_mask, read_disc
 from ..data.leaks import Together
-from ..metrics.scores import auc
-from ..utils.safe_files import is_shortage
-from ..data.content import ChangedError, fill_stores, image_data, unreadable
 from ..data.source import source_name
+from ..data.tasks import get_task
+from .cross_validation import fold_tables
+from ..features.classifiers import grouped_folds
+from ..metrics.scores import auc
+from ..utils.files import cache_folder, extra_module, package_version, progress
+from ..utils.safe_files import is_shortage
 from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #cb045098
-SIDE = 512 # pixels; all lengths below are shares of the radius of the retina
+SIDE = 512  # pixels; all lengths below are shares of the radius of the retina
+
 
 def _skimage():
     return extra_module('skimage', 'explicit')
 
-def _disk(radius): return _skimage().morphology.disk(round(radius*SIDE/2), decomposition='sequence')
+
+def _disk(radius):
+    return _skimage().morphology.disk(round(radius * SIDE / 2), decomposition='sequence')
+
 
 def _field(a) -> np.ndarray:
     "What is retina in a crop, without its rim"
     light = a.max(2)
-    lit = ndi.binary_opening(light > max(8., 0.12*np.percentile(light, 99)), iterations=2)
+    lit = ndi.binary_opening(light > max(8.0, 0.12 * np.percentile(light, 99)), iterations=2)
     return ndi.binary_erosion(ndi.binary_fill_holes(lit) & disc_mask(SIDE, INSIDE), iterations=4)
+
 
 def _average(x, field, radius, f=4) -> np.ndarray:
     "The average around each pixel, of the field alone"
-    small = lambda v: ndi.gaussian_filter(v.reshape(SIDE//f, f, SIDE//f, f).mean((1, 3)), radius*SIDE/2/f)
-    v = small(np.where(field, x, 0))/(small(field.astype(np.float32)) + 1e-4)
+    small = lambda v: ndi.gaussian_filter(v.reshape(SIDE // f, f, SIDE // f, f).mean((1, 3)), radius * SIDE / 2 / f)
+    v = small(np.where(field, x, 0)) / (small(field.astype(np.float32)) + 1e-4)
     return np.asarray(Image.fromarray(v.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #a82f8983
 def _evened(a, field) -> tuple:
     "The green channel with its contrast enhanced, and what stands out of its surroundings: both (512, 512)"
-    green = np.maximum(ndi.median_filter(a[..., 1], 3).astype(np.float32)/255, 0.02)
-    filled = np.where(field, green, _average(green, field, 1/8))
+    green = np.maximum(ndi.median_filter(a[..., 1], 3).astype(np.float32) / 255, 0.02)
+    filled = np.where(field, green, _average(green, field, 1 / 8))
     low, high = np.percentile(green[field], (0.5, 99.5))
-    scaled = ((ndi.gaussian_filter(filled, 0.8) - low)/max(high - low, 0.02)).clip(0, 1)
-    enhanced = _skimage().exposure.equalize_adapthist(scaled, SIDE//8, clip_limit=0.01).astype(np.float32)
+    scaled = ((ndi.gaussian_filter(filled, 0.8) - low) / max(high - low, 0.02)).clip(0, 1)
+    enhanced = _skimage().exposure.equalize_adapthist(scaled, SIDE // 8, clip_limit=0.01).astype(np.float32)
     out = np.log(green)
-    out = np.where(field, out - _average(out, field, 1/10), 0)
-    return enhanced, out/max(np.median(np.abs(out[field])), 0.004)
+    out = np.where(field, out - _average(out, field, 1 / 10), 0)
+    return enhanced, out / max(np.median(np.abs(out[field])), 0.004)
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #c494bd9d
 @dataclass(frozen=True)
 class Limits:
     "Where segmentation draws its lines; contrasts in what is usual in the retina, lengths in its radius"
-    vessel:float=0.08 # Strength of a ridge at which a vessel begins
-    dark:float=2. # Contrast of a small dark spot
-    blot:float=2.5 # Contrast of a dark spot wider than a vessel
-    bright:float=8. # Contrast of a bright spot
-    longest:float=0.88 # Eccentricity from which a dark spot is a vessel
-    nerve:float=0.19 # Radius that is left out around the optic nerve
-    fovea:float=0.05 # A dark spot so near to the fovea is left out
+
+    vessel: float = 0.08  # Strength of a ridge at which a vessel begins
+    dark: float = 2.0  # Contrast of a small dark spot
+    blot: float = 2.5  # Contrast of a dark spot wider than a vessel
+    bright: float = 8.0  # Contrast of a bright spot
+    longest: float = 0.88  # Eccentricity from which a dark spot is a vessel
+    nerve: float = 0.19  # Radius that is left out around the optic nerve
+    fovea: float = 0.05  # A dark spot so near to the fovea is left out
+
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "What was found in a retina: masks (512, 512), in the crop `image`"
-    image:np.ndarray # uint8 (512, 512, 3), the crop
-    disc:Disc|None # The circle of the retina in the photograph
-    field:np.ndarray # What was looked at
-    vessels:np.ndarray # Vessels
-    nerve:np.ndarray # Optic nerve, left out
-    fovea:tuple # x and y of the fovea
-    dark:np.ndarray # Microaneurysms and haemorrhages
-    bright:np.ndarray # Exudates and cotton wool
-    strength:np.ndarray # How far beyond the limit a lesion goes; 1 at the limit
+
+    image: np.ndarray  # uint8 (512, 512, 3), the crop
+    disc: Disc | None  # The circle of the retina in the photograph
+    field: np.ndarray  # What was looked at
+    vessels: np.ndarray  # Vessels
+    nerve: np.ndarray  # Optic nerve, left out
+    fovea: tuple  # x and y of the fovea
+    dark: np.ndarray  # Microaneurysms and haemorrhages
+    bright: np.ndarray  # Exudates and cotton wool
+    strength: np.ndarray  # How far beyond the limit a lesion goes; 1 at the limit
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #b8034246
 def _ridges(image) -> np.ndarray:
     "How much a pixel looks like part of a dark line (Frangi et al. 1998)"
     feature, best = _skimage().feature, 0
-    for s in (2., 3.):
-        across, along = (v*s*s for v in feature.hessian_matrix_eigvals(feature.hessian_matrix(image, s, use_gaussian_derivatives=False)))
-        best = np.maximum(best, np.maximum(across, 0)*np.exp(-2*(along/np.maximum(np.abs(across), 1e-6))**2))
+    for s in (2.0, 3.0):
+        across, along = (
+            v * s * s
+            for v in feature.hessian_matrix_eigvals(feature.hessian_matrix(image, s, use_gaussian_derivatives=False))
+        )
+        best = np.maximum(best, np.maximum(across, 0) * np.exp(-2 * (along / np.maximum(np.abs(across), 1e-6)) ** 2))
     return best
 
-def _hysteresis(x, high, low) -> np.ndarray: return _skimage().filters.apply_hysteresis_threshold(x, low*high, high)
 
-def _large(mask, pixels) -> np.ndarray: return _skimage().morphology.remove_small_objects(mask, max_size=pixels, connectivity=2)
+def _hysteresis(x, high, low) -> np.ndarray:
+    return _skimage().filters.apply_hysteresis_threshold(x, low * high, high)
+
+
+def _large(mask, pixels) -> np.ndarray:
+    return _skimage().morphology.remove_small_objects(mask, max_size=pixels, connectivity=2)
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #05cfda7c
 def _find_nerve(out, vessels, field, f=8) -> tuple:
     "x and y of the optic nerve: a bright disk in a darker ring, with vessels on it, near the horizontal line"
-    k = SIDE//f
+    k = SIDE // f
     small = lambda v: v.reshape(k, f, k, f).mean((1, 3)).astype(np.float32)
     light, there = small(np.where(field, ndi.grey_closing(out, size=(17, 17)), 0)), small(field)
-    y, x = np.mgrid[-k//5:k//5 + 1, -k//5:k//5 + 1]
-    d = np.hypot(x, y)/(k/2)
-    def mean(v, part): return ndi.convolve(v, part.astype(np.float32), mode='constant')/np.maximum(ndi.convolve(there, part.astype(np.float32), mode='constant'), 0.3*part.sum())
-    stands_out = (mean(light, d < 0.14) - mean(light, (d > 0.18) & (d < 0.28))).clip(0)
-    height = ((np.arange(k) + 0.5)/k*2 - 1)[:, None]
-    score = stands_out*(mean(small(vessels), d < 0.28) + 0.02)*np.exp(-(height/0.45)**2)*(there > 0.5)
-    i, j = np.unravel_index(score.argmax(), score.shape)
-    return (j + 0.5)*f, (i + 0.5)*f
+    y, x = np.mgrid[-k // 5 : k // 5 + 1, -k // 5 : k // 5 + 1]
+    d = np.hypot(x, y) / (k / 2)
 
-def _distance(x, y) -> np.ndarray: return np.hypot(*(v - c for v, c in zip(np.mgrid[:SIDE, :SIDE], (y, x))))/(SIDE/2)
+    def mean(v, part):
+        return ndi.convolve(v, part.astype(np.float32), mode='constant') / np.maximum(
+            ndi.convolve(there, part.astype(np.float32), mode='constant'), 0.3 * part.sum()
+        )
+
+    stands_out = (mean(light, d < 0.14) - mean(light, (d > 0.18) & (d < 0.28))).clip(0)
+    height = ((np.arange(k) + 0.5) / k * 2 - 1)[:, None]
+    score = stands_out * (mean(small(vessels), d < 0.28) + 0.02) * np.exp(-((height / 0.45) ** 2)) * (there > 0.5)
+    i, j = np.unravel_index(score.argmax(), score.shape)
+    return (j + 0.5) * f, (i + 0.5) * f
+
+
+def _distance(x, y) -> np.ndarray:
+    return np.hypot(*(v - c for v, c in zip(np.mgrid[:SIDE, :SIDE], (y, x)))) / (SIDE / 2)
+
 
 def _find_fovea(out, nerve, field) -> tuple:
     "x and y of the darkest place two to three nerves from the optic nerve, towards the middle"
     y, x = np.mgrid[:SIDE, :SIDE]
-    along, across = (x - nerve[0])*np.sign(SIDE/2 - nerve[0])/(SIDE/2), (y - nerve[1])/(SIDE/2)
+    along, across = (x - nerve[0]) * np.sign(SIDE / 2 - nerve[0]) / (SIDE / 2), (y - nerve[1]) / (SIDE / 2)
     there = (np.abs(along - 0.75) < 0.2) & (np.abs(across) < 0.3) & field
-    i, j = np.unravel_index(np.where(there, ndi.gaussian_filter(out, 0.06*SIDE/2), np.inf).argmin(), out.shape)
+    i, j = np.unravel_index(np.where(there, ndi.gaussian_filter(out, 0.06 * SIDE / 2), np.inf).argmin(), out.shape)
     return int(j), int(i)
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #f0549dba
@@ -135,93 +161,124 @@ def _dark(out, inner, limits) -> tuple:
     "Small spots against their limit, and blots wider than a vessel (mask)"
     soft, m = ndi.gaussian_filter(out, 1.2), _skimage().morphology
     low = np.minimum(soft, 0)
-    blots = m.isotropic_opening((m.closing(low, _disk(0.055)) - low)*inner > limits.blot, 5)
-    return (ndi.gaussian_filter(out, 5) - soft)*inner/limits.dark, blots
+    blots = m.isotropic_opening((m.closing(low, _disk(0.055)) - low) * inner > limits.blot, 5)
+    return (ndi.gaussian_filter(out, 5) - soft) * inner / limits.dark, blots
+
 
 def _bright(out, inner, limits) -> np.ndarray:
     "The white top-hat, against its limit"
     high = np.maximum(out, 0)
-    return (high - _skimage().morphology.opening(high, _disk(0.055)))*inner/limits.bright
+    return (high - _skimage().morphology.opening(high, _disk(0.055))) * inner / limits.bright
+
 
 def _eccentricity(label, n) -> np.ndarray:
     "Eccentricity of the ellipse with the second moments of each spot (n,)"
     at, (y, x) = label[label > 0], np.nonzero(label)
-    mean = lambda v: np.bincount(at, v, n + 1)[1:]/np.bincount(at, minlength=n + 1)[1:]
+    mean = lambda v: np.bincount(at, v, n + 1)[1:] / np.bincount(at, minlength=n + 1)[1:]
     my, mx = mean(y), mean(x)
-    a, c, b = mean(y*y) - my*my, mean(x*x) - mx*mx, mean(x*y) - mx*my
-    root = np.hypot(a - c, 2*b)
-    return np.sqrt(2*root/np.maximum(a + c + root, 1e-9))
+    a, c, b = mean(y * y) - my * my, mean(x * x) - mx * mx, mean(x * y) - mx * my
+    root = np.hypot(a - c, 2 * b)
+    return np.sqrt(2 * root / np.maximum(a + c + root, 1e-9))
 
-def _spots(mask, least, longest=1., without=None) -> np.ndarray:
+
+def _spots(mask, least, longest=1.0, without=None) -> np.ndarray:
     "Spots of a mask that are large and round enough, and none that touches another mask"
     label, n = ndi.label(mask, np.ones((3, 3)))
     good = np.r_[False, np.bincount(label.ravel(), minlength=n + 1)[1:] >= least]
-    if longest < 1: good[1:] &= _eccentricity(label, n) < longest
-    if without is not None: good[label[without]] = False
+    if longest < 1:
+        good[1:] &= _eccentricity(label, n) < longest
+    if without is not None:
+        good[label[without]] = False
     return good[label]
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #a7f3a97c
 def segment(
-    image, # Photograph of a fundus: path, bytes, PIL image or array
-    limits:Limits=Limits() # Where the lines are drawn
-) -> Segmentation: # Masks in a crop of the retina of 512 pixels
+    image,  # Photograph of a fundus: path, bytes, PIL image or array
+    limits: Limits = Limits(),  # Where the lines are drawn
+) -> Segmentation:  # Masks in a crop of the retina of 512 pixels
     "Vessels, dark and bright lesions of a fundus photograph, after the text DR; ValueError if it shows no retina"
     crop, disc = read_disc(image, SIDE)
     a, m = np.asarray(crop), _skimage().morphology
     field = _field(a)
-    if field.mean() < 0.2: raise ValueError("no retina stands out in the image: give a photograph of a fundus, not black and not cut to a corner")
+    if field.mean() < 0.2:
+        raise ValueError(
+            'no retina stands out in the image: give a photograph of a fundus, not black and not cut to a corner'
+        )
     enhanced, out = _evened(a, field)
     inner = ndi.binary_erosion(field, iterations=5)
     spots, blots = _dark(out, inner, limits)
-    ridges = _hysteresis(_ridges(enhanced)*field, limits.vessel, 0.5)
+    ridges = _hysteresis(_ridges(enhanced) * field, limits.vessel, 0.5)
     vessels = _large(ridges & ~m.isotropic_dilation(blots, 3), 300)
     at = _find_nerve(out, ridges, field)
     fovea, nerve = _find_fovea(out, at, field), _distance(*at) < limits.nerve
     here, bright = ~nerve & ~ndi.binary_dilation(vessels), _bright(out, inner, limits)
     dark = _spots((_hysteresis(spots, 1, 0.5) | blots) & here, 6, limits.longest, _distance(*fovea) < limits.fovea)
     pale = _spots(_hysteresis(bright, 1, 0.6) & ~nerve, 4) & ~dark
-    return Segmentation(a, disc, field, vessels, nerve & field, fovea, dark, pale, np.where(dark, spots, np.where(pale, bright, 0)).astype(np.float32))
+    return Segmentation(
+        a,
+        disc,
+        field,
+        vessels,
+        nerve & field,
+        fovea,
+        dark,
+        pale,
+        np.where(dark, spots, np.where(pale, bright, 0)).astype(np.float32),
+    )
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #5721ec87
 COLOURS = {'vessels': (80, 160, 255), 'dark': (255, 255, 255), 'bright': (60, 255, 60)}
 
+
 def overlay(
-    seg:Segmentation # From `segment`
-) -> Image.Image: # (512, 512)
+    seg: Segmentation,  # From `segment`
+) -> Image.Image:  # (512, 512)
     "The crop with vessels in blue, dark lesions in white, bright ones in green, the optic nerve ringed"
     a = seg.image.copy()
-    for kind, colour in COLOURS.items(): a[getattr(seg, kind)] = colour
+    for kind, colour in COLOURS.items():
+        a[getattr(seg, kind)] = colour
     a[seg.nerve & ~ndi.binary_erosion(seg.nerve, iterations=2)] = (255, 0, 255)
     return Image.fromarray(a)
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #f64c4164
-KINDS = {'dark': ('microaneurysm', 'haemorrhage'), 'bright': ('exudate',)} # mask -> lesions that belong into it
+KINDS = {'dark': ('microaneurysm', 'haemorrhage'), 'bright': ('exudate',)}  # mask -> lesions that belong into it
+
 
 def score_lesions(
-    mask:np.ndarray, # Boolean (512, 512): `dark` or `bright` of a segmentation
-    lesions:list, # (x, y, radius) of each true lesion, in its pixels
-    near:float=2. # Pixels that it may be off
-) -> tuple[np.ndarray, np.ndarray]: # Each lesion: found? Each spot: right?
+    mask: np.ndarray,  # Boolean (512, 512): `dark` or `bright` of a segmentation
+    lesions: list,  # (x, y, radius) of each true lesion, in its pixels
+    near: float = 2.0,  # Pixels that it may be off
+) -> tuple[np.ndarray, np.ndarray]:  # Each lesion: found? Each spot: right?
     "Which of the true lesions were found, and which of the spots are right"
     label, n = ndi.label(mask, np.ones((3, 3)))
-    y, x = np.mgrid[:mask.shape[0], :mask.shape[1]]
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
     touched = [np.setdiff1d(label[np.hypot(x - cx, y - cy) <= r + near], [0]) for cx, cy, r in lesions]
     right = np.isin(np.arange(1, n + 1), np.concatenate([*touched, [0]]))
     return np.array([len(t) > 0 for t in touched], bool), right
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #4dba4f8e
-SMALL = 0.026 # radii: a dark spot that is no wider is a microaneurysm
-LEVELS = (1.5, 2., 3.) # times the limit
+SMALL = 0.026  # radii: a dark spot that is no wider is a microaneurysm
+LEVELS = (1.5, 2.0, 3.0)  # times the limit
 SHAPES = ('count', 'area', 'largest', 'eccentricity', 'solidity', 'strength')
-FEATURES = ('vessel_area', 'vessel_length', 'vessel_width', 'vessel_branches', 'vessel_tortuosity', 'vessel_dimension',
-            *(f'{k}_{m}' for k in ('microaneurysm', 'haemorrhage', 'exudate') for m in SHAPES),
-            *(f'{k}_over_{v:g}' for k in KINDS for v in LEVELS), *(f'{k}_{m}' for k in KINDS for m in ('quadrants', 'near_fovea', 'nearest_fovea')))
+FEATURES = (
+    'vessel_area',
+    'vessel_length',
+    'vessel_width',
+    'vessel_branches',
+    'vessel_tortuosity',
+    'vessel_dimension',
+    *(f'{k}_{m}' for k in ('microaneurysm', 'haemorrhage', 'exudate') for m in SHAPES),
+    *(f'{k}_over_{v:g}' for k in KINDS for v in LEVELS),
+    *(f'{k}_{m}' for k in KINDS for m in ('quadrants', 'near_fovea', 'nearest_fovea')),
+)
+
 
 def _box_dimension(mask) -> float:
     "Fractal dimension by counting boxes (Stosic and Stosic 2006 for vessels); 0 if there is nothing"
     sides = np.array([2, 4, 8, 16, 32])
-    counts = [mask.reshape(SIDE//s, s, SIDE//s, s).any((1, 3)).sum() for s in sides]
-    return float(-np.polyfit(np.log(sides), np.log(counts), 1)[0]) if min(counts) else 0.
+    counts = [mask.reshape(SIDE // s, s, SIDE // s, s).any((1, 3)).sum() for s in sides]
+    return float(-np.polyfit(np.log(sides), np.log(counts), 1)[0]) if min(counts) else 0.0
+
 
 def _vessel_features(seg) -> dict:
     m = _skimage()
@@ -230,29 +287,41 @@ def _vessel_features(seg) -> dict:
     area, length, n = seg.vessels.sum(), line.sum(), ndi.label(forks, np.ones((3, 3)))[1]
     label, _ = ndi.label(line & ~ndi.binary_dilation(forks, np.ones((3, 3))), np.ones((3, 3)))
     size, boxes = np.bincount(label.ravel())[1:], [max(s.stop - s.start for s in o) for o in ndi.find_objects(label)]
-    bends = [a/b for a, b in zip(size, boxes) if b >= 0.05*SIDE/2] # pixels of a segment by the longer side of its box: 1 if straight, at any angle
-    return dict(vessel_area=1000*area/seg.field.sum(), vessel_length=length/(SIDE/2), vessel_width=area/max(length, 1)/(SIDE/2),
-                vessel_branches=n/max(length/(SIDE/2), 1), vessel_tortuosity=np.mean(bends) if bends else 1., vessel_dimension=_box_dimension(line))
+    bends = [
+        a / b for a, b in zip(size, boxes) if b >= 0.05 * SIDE / 2
+    ]  # pixels of a segment by the longer side of its box: 1 if straight, at any angle
+    return dict(
+        vessel_area=1000 * area / seg.field.sum(),
+        vessel_length=length / (SIDE / 2),
+        vessel_width=area / max(length, 1) / (SIDE / 2),
+        vessel_branches=n / max(length / (SIDE / 2), 1),
+        vessel_tortuosity=np.mean(bends) if bends else 1.0,
+        vessel_dimension=_box_dimension(line),
+    )
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #64445f28
 def lesion_table(
-    seg:Segmentation # From `segment`
-) -> pd.DataFrame: # A row a spot
+    seg: Segmentation,  # From `segment`
+) -> pd.DataFrame:  # A row a spot
     "Every spot: `kind, x, y` (pixels of the crop), `diameter` (radii), `area` (thousandths of the field), shape and strength"
     parts = []
     for mask in KINDS:
         props = ('centroid', 'equivalent_diameter_area', 'area', 'eccentricity', 'solidity', 'intensity_max')
         label = _skimage().measure.label(getattr(seg, mask), connectivity=2)
-        p = pd.DataFrame(_skimage().measure.regionprops_table(label, seg.strength, properties=props)).set_axis(['y', 'x', 'diameter', 'area', 'eccentricity', 'solidity', 'strength'], axis=1)
-        p['diameter'], p['area'] = p.diameter/(SIDE/2), 1000*p.area/seg.field.sum()
+        p = pd.DataFrame(_skimage().measure.regionprops_table(label, seg.strength, properties=props)).set_axis(
+            ['y', 'x', 'diameter', 'area', 'eccentricity', 'solidity', 'strength'], axis=1
+        )
+        p['diameter'], p['area'] = p.diameter / (SIDE / 2), 1000 * p.area / seg.field.sum()
         p['kind'] = 'exudate' if mask == 'bright' else np.where(p.diameter <= SMALL, 'microaneurysm', 'haemorrhage')
         parts.append(p.assign(mask=mask))
-    return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)[['mask', 'kind', 'x', 'y', 'diameter', 'area', 'eccentricity', 'solidity', 'strength']]
+    return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)[
+        ['mask', 'kind', 'x', 'y', 'diameter', 'area', 'eccentricity', 'solidity', 'strength']
+    ]
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #0ea4bd1f
 def lesion_features(
-    seg:Segmentation # From `segment`
-) -> dict: # Name in `FEATURES` -> number, in that order
+    seg: Segmentation,  # From `segment`
+) -> dict:  # Name in `FEATURES` -> number, in that order
     "Counts, areas and shapes of vessels and lesions; 0 where there is no lesion"
     out, t = _vessel_features(seg), lesion_table(seg)
     for kind in ('microaneurysm', 'haemorrhage', 'exudate'):
@@ -261,111 +330,180 @@ def lesion_features(
         out |= {f'{kind}_{m}': v if len(p) else 0 for m, v in zip(SHAPES, found)}
     for mask in KINDS:
         p = t[t['mask'] == mask]
-        away, quadrant = np.hypot(p.x - seg.fovea[0], p.y - seg.fovea[1])/(SIDE/2), 2*(p.x > SIDE/2) + (p.y > SIDE/2)
+        away, quadrant = (
+            np.hypot(p.x - seg.fovea[0], p.y - seg.fovea[1]) / (SIDE / 2),
+            2 * (p.x > SIDE / 2) + (p.y > SIDE / 2),
+        )
         out |= {f'{mask}_over_{v:g}': (p.strength > v).sum() for v in LEVELS}
-        out |= {f'{mask}_quadrants': quadrant.nunique(), f'{mask}_near_fovea': p.area[away < 0.5].sum(), f'{mask}_nearest_fovea': away.min() if len(p) else 2.}
+        out |= {
+            f'{mask}_quadrants': quadrant.nunique(),
+            f'{mask}_near_fovea': p.area[away < 0.5].sum(),
+            f'{mask}_nearest_fovea': away.min() if len(p) else 2.0,
+        }
     return {k: float(out[k]) for k in FEATURES}
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #db9f0b7f
-METHOD = 1 # raised when a step above does something else, so that stored features are computed anew
+METHOD = 1  # raised when a step above does something else, so that stored features are computed anew
+
 
 def _compute(limits, workers, bs):
     "A function for `fill_stores`: features of batches of images, measured in threads"
+
     def one(source):
-        try: return list(lesion_features(segment(image_data(source), limits)).values())
-        except ChangedError: raise
+        try:
+            return list(lesion_features(segment(image_data(source), limits)).values())
+        except ChangedError:
+            raise
         except Exception as e:
-            if is_shortage(e): raise unreadable(source, e) from None
-            raise ValueError(f"{source_name(source)} cannot be measured ({e}): leave it out, or repair it; what was measured so far is kept") from None
+            if is_shortage(e):
+                raise unreadable(source, e) from None
+            raise ValueError(
+                f'{source_name(source)} cannot be measured ({e}): leave it out, or repair it; what was measured so far is kept'
+            ) from None
+
     def compute(sources, fields):
         pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
         try:
             rows = progress(pool.map(one, sources), total=len(sources), label='photographs measured')
-            for i in range(0, len(sources), bs): yield {'features': np.array([next(rows) for _ in sources[i:i + bs]], np.float32)}
-        finally: pool.shutdown(cancel_futures=True)
+            for i in range(0, len(sources), bs):
+                yield {'features': np.array([next(rows) for _ in sources[i : i + bs]], np.float32)}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     return compute
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #6163e917
 def feature_frame(
-    images:list, # Paths or images
-    limits:Limits=Limits(), # Where segmentation draws its lines
-    workers:int|None=None, # Threads; one a core if None
-    folder:str|Path|None=None, # Where features are kept; in the cache if None
-    bs:int=8 # Images that are stored at once
-) -> pd.DataFrame: # A row an image, in their order; columns `FEATURES`
+    images: list,  # Paths or images
+    limits: Limits = Limits(),  # Where segmentation draws its lines
+    workers: int | None = None,  # Threads; one a core if None
+    folder: str | Path | None = None,  # Where features are kept; in the cache if None
+    bs: int = 8,  # Images that are stored at once
+) -> pd.DataFrame:  # A row an image, in their order; columns `FEATURES`
     "Explicit features of photographs, measured unless they are stored; ValueError for one that is unreadable or shows no retina"
-    if isinstance(images, (str, bytes, Path)): raise ValueError(f"{images!r} is one image or folder: give a list, such as [{images!r}] or find_images({images!r})")
-    if not len(images): raise ValueError("no images: give a list with some")
+    if isinstance(images, (str, bytes, Path)):
+        raise ValueError(
+            f'{images!r} is one image or folder: give a list, such as [{images!r}] or find_images({images!r})'
+        )
+    if not len(images):
+        raise ValueError('no images: give a list with some')
     _skimage()
-    made_by = ' '.join([f'method {METHOD}', *(f'{p} {package_version(p)}' for p in ('scikit-image', 'scipy', 'pillow'))])
-    store = ArrayStore(folder or cache_folder()/'explicit', 'explicit', {'limits': asdict(limits), 'names': FEATURES, 'made by': made_by}, {'features': ((len(FEATURES),), 'float32')})
-    rows, = fill_stores([store], list(images), _compute(limits, workers, bs), bs)
-    index = pd.Index([str(o) if isinstance(o, (str, Path)) else i for i, o in enumerate(images)], name='image') # an image in memory has a number
+    made_by = ' '.join(
+        [f'method {METHOD}', *(f'{p} {package_version(p)}' for p in ('scikit-image', 'scipy', 'pillow'))]
+    )
+    store = ArrayStore(
+        folder or cache_folder() / 'explicit',
+        'explicit',
+        {'limits': asdict(limits), 'names': FEATURES, 'made by': made_by},
+        {'features': ((len(FEATURES),), 'float32')},
+    )
+    (rows,) = fill_stores([store], list(images), _compute(limits, workers, bs), bs)
+    index = pd.Index(
+        [str(o) if isinstance(o, (str, Path)) else i for i, o in enumerate(images)], name='image'
+    )  # an image in memory has a number
     return pd.DataFrame(np.array(stored_array(store, 'features')[rows]), index=index, columns=list(FEATURES))
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #09ffe02a
-GRID = tuple(product((0.1, 0.3, 1., 3., 10.), (0.1, 0.3, 1.))) # strength C, and width of the kernel in 1/features
+GRID = tuple(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.3, 1.0)))  # strength C, and width of the kernel in 1/features
+
 
 class ExplicitClassifier(ClassifierMixin, BaseEstimator):
     "A support vector machine on explicit features; fitted: `classes_, best_, aucs_, model_`"
-    def __init__(self,
-        grid=GRID, # (C, gamma times the number of features) that are tried
-        folds:int=5, # Inner folds
-        seed:int=0 # Decides the inner folds
-    ): self.grid, self.folds, self.seed = grid, folds, seed
+
+    def __init__(
+        self,
+        grid=GRID,  # (C, gamma times the number of features) that are tried
+        folds: int = 5,  # Inner folds
+        seed: int = 0,  # Decides the inner folds
+    ):
+        self.grid, self.folds, self.seed = grid, folds, seed
+
     def fit(self, X, y, groups=None):
         "X: (images, features); y: classes (n,); groups (n,): what stays together"
         x, y = _rows(X), np.asarray(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2: raise ValueError(f"there is only the class '{self.classes_[0]}': give images of two classes or more")
+        if len(self.classes_) < 2:
+            raise ValueError(f"there is only the class '{self.classes_[0]}': give images of two classes or more")
         self.n_features_in_, parts = x.shape[1], grouped_folds(codes, groups, self.folds, self.seed)
-        def score(how): return np.mean([_ranking(codes[b], _machine(how, x.shape[1]).fit(x[a], codes[a]).decision_function(x[b])) for a, b in parts])
+
+        def score(how):
+            return np.mean(
+                [
+                    _ranking(codes[b], _machine(how, x.shape[1]).fit(x[a], codes[a]).decision_function(x[b]))
+                    for a, b in parts
+                ]
+            )
+
         self.aucs_ = {how: score(how) for how in self.grid}
         self.best_ = max(self.aucs_, key=self.aucs_.get)
         self.model_ = CalibratedClassifierCV(_machine(self.best_, x.shape[1]), ensemble=False, cv=parts).fit(x, codes)
         return self
+
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities (images, classes), in the order of `classes_`"
         check_is_fitted(self)
-        if (x := _rows(X)).shape[1] != self.n_features_in_: raise ValueError(f"{x.shape[1]} features: this classifier learnt from {self.n_features_in_}. Give the same columns")
+        if (x := _rows(X)).shape[1] != self.n_features_in_:
+            raise ValueError(
+                f'{x.shape[1]} features: this classifier learnt from {self.n_features_in_}. Give the same columns'
+            )
         return self.model_.predict_proba(x)
-    def predict(self, X) -> np.ndarray: return self.classes_[self.predict_proba(X).argmax(1)]
+
+    def predict(self, X) -> np.ndarray:
+        return self.classes_[self.predict_proba(X).argmax(1)]
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #25cc6f83
 def _rows(X) -> np.ndarray:
     x = np.asarray(X, dtype=np.float64)
-    if x.ndim != 2 or not x.size: raise ValueError(f"features of the shape {x.shape}: give a table (images, features), such as `feature_frame` makes")
-    if not np.isfinite(x).all(): 
+    if x.ndim != 2 or not x.size:
+        raise ValueError(
+            f'features of the shape {x.shape}: give a table (images, features), such as `feature_frame` makes'
+        )
+    if not np.isfinite(x).all():
         rows = np.flatnonzero(~np.isfinite(x).all(1))
-        raise ValueError(f"features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}: measure them again, or leave these images out")
+        raise ValueError(
+            f'features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}: measure them again, or leave these images out'
+        )
     return x
 
-def _machine(how, n): return make_pipeline(StandardScaler(), FunctionTransformer(np.arcsinh), SVC(C=how[0], gamma=how[1]/n, class_weight='balanced'))
+
+def _machine(how, n):
+    return make_pipeline(
+        StandardScaler(), FunctionTransformer(np.arcsinh), SVC(C=how[0], gamma=how[1] / n, class_weight='balanced')
+    )
+
 
 def _ranking(codes, scores) -> float:
     "AUC; of each class against the others, on average, where there are more than two"
-    if scores.ndim == 1: return auc(codes, scores)
+    if scores.ndim == 1:
+        return auc(codes, scores)
     return np.nanmean([auc((codes == k).astype(int), scores[:, k]) for k in range(scores.shape[1])])
 
 # %% ../../nbs/evaluation/05_hand_crafted.ipynb #155ce7f0
 def cross_validate_explicit(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of fundus photographs
-    target:str|None=None, # 'referable' or 'grade'
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    folds:int=5, # How many
-    seed:int=42, # Decides the folds
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    classifier:ExplicitClassifier|None=None, # What learns; one with its defaults if None
-    say:Callable=print, # What is done with the lines about patients and labels
-    **kwargs # `limits, workers, folder` of `feature_frame`
-) -> pd.DataFrame: # `image, target, group, fold, prediction, p_CLASS...`, facts
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of fundus photographs
+    target: str | None = None,  # 'referable' or 'grade'
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    folds: int = 5,  # How many
+    seed: int = 42,  # Decides the folds
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    classifier: ExplicitClassifier | None = None,  # What learns; one with its defaults if None
+    say: Callable = print,  # What is done with the lines about patients and labels
+    **kwargs,  # `limits, workers, folder` of `feature_frame`
+) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, facts
     "Predictions of every photograph from explicit features, by a classifier that saw neither it nor its group nor a copy"
     task, out = get_task('dr'), []
     tables = fold_tables(data, task, target, labels, folds, seed, group_col, say)
-    x, apart = feature_frame(tables[0].image.tolist(), **kwargs).to_numpy(), np.array(Together(task.reader)(tables[0]), object)
+    x, apart = (
+        feature_frame(tables[0].image.tolist(), **kwargs).to_numpy(),
+        np.array(Together(task.reader)(tables[0]), object),
+    )
     for k, t in enumerate(progress(tables, label='folds'), 1):
         learn, y = (t.split == 'train').to_numpy(), t.target.to_numpy()
         model = clone(classifier or ExplicitClassifier()).fit(x[learn], y[learn], apart[learn])
-        p = pd.DataFrame(model.predict_proba(x[~learn]), columns=[f'p_{c}' for c in model.classes_], index=t.index[~learn])
-        out.append(t[~learn].drop(columns='split').assign(prediction=model.classes_[p.to_numpy().argmax(1)], fold=k).join(p))
+        p = pd.DataFrame(
+            model.predict_proba(x[~learn]), columns=[f'p_{c}' for c in model.classes_], index=t.index[~learn]
+        )
+        out.append(
+            t[~learn].drop(columns='split').assign(prediction=model.classes_[p.to_numpy().argmax(1)], fold=k).join(p)
+        )
     return pd.concat(out).sort_values('image', ignore_index=True)

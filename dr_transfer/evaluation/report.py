@@ -7,68 +7,97 @@ __all__ = ['COMPUTED', 'OWN', 'IMAGE_SETS', 'NAMES', 'ENDPOINTS', 'GRADABLE', 'S
            'describe_images', 'evaluate_model', 'endpoint_table', 'report_html', 'write_report', 'write_pages']
 
 # %% ../../nbs/evaluation/02_report.ipynb #a179af36
-import base64, html, io
+import base64
+import html
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd
-from ..inference.saved_model import ImageModel
-from ..utils.csvfile import write_csv
-from ..metrics.decision import Decision, decisions, question, table_arrays
-from ..metrics.plots import plot_confusion
-from ..utils.files import REPORT_TABLE, file_digest, new_pair, package_version, unknown
+
+import numpy as np
+import pandas as pd
+
 from ..data.gradability import gradability_table
 from ..data.leaks import MOST, confounders, file_facts, nearest_bits, seen_before
-from ..metrics.operating_point import OperatingPoint, check_prevalence
-from ..inference.predictions import NO_PROBABILITIES, predict_table
-from ..metrics.screening import by_patient, consistency, deferral_table, measure_table, patient_classes, plot_reliability, plot_roc, subgroup_table, worst_errors
 from ..data.table import KNOWN, data_columns, set_aside, shown_name, with_data_names
+from ..inference.predictions import NO_PROBABILITIES, predict_table
+from ..inference.saved_model import ImageModel
+from ..metrics.decision import Decision, decisions, question, table_arrays
+from ..metrics.operating_point import OperatingPoint, check_prevalence
+from ..metrics.plots import plot_confusion
+from dr_transfer.metrics.screening import (
+    by_patient,
+    consistency,
+    deferral_table,
+    measure_table,
+    patient_classes,
+    plot_reliability,
+    plot_roc,
+    subgroup_table,
+    worst_errors,
+)
+from ..utils.csvfile import write_csv
+from ..utils.files import REPORT_TABLE, file_digest, new_pair, package_version, unknown
 
 # %% ../../nbs/evaluation/02_report.ipynb #72cc52a0
-COMPUTED = {'gradable': 'gradability (measured)', 'reason': 'what is poor (measured)', 'format': 'format of the file',
-            'pixels': 'pixels of the file', 'known': 'known to the model'} # columns that the report adds, in words
+COMPUTED = {
+    'gradable': 'gradability (measured)',
+    'reason': 'what is poor (measured)',
+    'format': 'format of the file',
+    'pixels': 'pixels of the file',
+    'known': 'known to the model',
+}  # columns that the report adds, in words
+
 
 @dataclass
 class Evaluation:
     "What was measured of a model on a set of images"
-    table:pd.DataFrame # A row an image: `image, target, group, prediction, p_CLASS...`, `data_...`
-    classes:list # Class names in order
-    about:dict # Of the model, as in model.json
-    data:str = '' # What the images are, in words
-    aside:list = field(default_factory=list) # Images that could not be read
-    known:list = field(default_factory=list) # Images that the model was made from, left out
-    prevalence:float|None = None # For predictive values
-    turns:dict|None = None # From `consistency`
-    how:str = '' # How the predictions came about, where it is not one model
-    split:str = 'new' # Which images count: 'new' to the model, or those of its 'valid' subset
-    other:list = field(default_factory=list) # Images that are not of that subset, left out
-    patients:str = '' # Where the groups come from, as `label_table` writes it
+
+    table: pd.DataFrame  # A row an image: `image, target, group, prediction, p_CLASS...`, `data_...`
+    classes: list  # Class names in order
+    about: dict  # Of the model, as in model.json
+    data: str = ''  # What the images are, in words
+    aside: list = field(default_factory=list)  # Images that could not be read
+    known: list = field(default_factory=list)  # Images that the model was made from, left out
+    prevalence: float | None = None  # For predictive values
+    turns: dict | None = None  # From `consistency`
+    how: str = ''  # How the predictions came about, where it is not one model
+    split: str = 'new'  # Which images count: 'new' to the model, or those of its 'valid' subset
+    other: list = field(default_factory=list)  # Images that are not of that subset, left out
+    patients: str = ''  # Where the groups come from, as `label_table` writes it
+
     @property
-    def decision(self) -> Decision|None: # Of the model
+    def decision(self) -> Decision | None:  # Of the model
         found = self.about.get('decision')
         return Decision.from_dict(found) if isinstance(found, dict) else found
+
     @property
-    def point(self) -> OperatingPoint|None: # Of the model
+    def point(self) -> OperatingPoint | None:  # Of the model
         return self.decision.operating if self.decision else None
+
     @property
-    def asked(self): return question(self.table, self.classes)
+    def asked(self):
+        return question(self.table, self.classes)
+
     @property
-    def fundus(self) -> bool: # By the reader of the model
+    def fundus(self) -> bool:  # By the reader of the model
         return str(self.about.get('reader')).split('_')[0] == 'fundus'
+
     @property
     def facts(self) -> list:
         "Columns that describe the images: the user's own (`data_...`), and those that the report adds"
         return [*data_columns(self.table), *(c for c in COMPUTED if c in self.table)]
 
 # %% ../../nbs/evaluation/02_report.ipynb #5f652d8e
-OWN = (*KNOWN, 'fold', 'prediction', 'decision', 'grade') # columns that the library makes, besides p_CLASS
+OWN = (*KNOWN, 'fold', 'prediction', 'decision', 'grade')  # columns that the library makes, besides p_CLASS
+
 
 def describe_images(
-    table:pd.DataFrame, # Predictions: `image, target, p_CLASS...`
-    classes:list, # Class names in order
-    about:dict, # Of the model
-    reader:str, # Name in `READERS`: fundus photographs are judged
-    data:str='', # What the images are, in words
-    prevalence:float|None=None # Of what is to be found, for predictive values
+    table: pd.DataFrame,  # Predictions: `image, target, p_CLASS...`
+    classes: list,  # Class names in order
+    about: dict,  # Of the model
+    reader: str,  # Name in `READERS`: fundus photographs are judged
+    data: str = '',  # What the images are, in words
+    prevalence: float | None = None,  # Of what is to be found, for predictive values
 ) -> Evaluation:
     "Predictions with what is measured of the files, and for fundus photographs of the images"
     patients = table.attrs.get('patients', '')
@@ -81,21 +110,26 @@ def describe_images(
     return Evaluation(t, list(classes), {**about, 'reader': reader}, data, prevalence=prevalence, patients=patients)
 
 # %% ../../nbs/evaluation/02_report.ipynb #263840bf
-IMAGE_SETS = ('new', 'valid') # images that `evaluate_model` can count
+IMAGE_SETS = ('new', 'valid')  # images that `evaluate_model` can count
+
 
 def _validated(model, images) -> np.ndarray:
     "Which images chose the model's temperature and operating point, by their content (n,)"
     seen, use = getattr(model, 'seen', None), getattr(model, 'seen_use', None)
     if seen is None or use is None:
-        raise ValueError("this model does not record which images validated it (it was saved by dr_transfer 0.1.0): "
-                         "read predictions.csv of its run, or train it again")
+        raise ValueError(
+            'this model does not record which images validated it (it was saved by dr_transfer 0.1.0): '
+            'read predictions.csv of its run, or train it again'
+        )
     trained, valid = (nearest_bits(images, seen[use & bit > 0], model.about['reader']) for bit in (1, 2))
     return (valid <= MOST) & (valid < trained)
+
 
 def _known(model, images) -> np.ndarray:
     "Which images the model was made from, or near copies of them (n,)"
     seen = getattr(model, 'seen', None)
     return np.zeros(len(images), bool) if seen is None else seen_before(images, seen, model.about['reader'])
+
 
 def _counted(model, images, split, allow_leaks) -> np.ndarray:
     "Which images count (n,); ValueError if none does"
@@ -103,16 +137,22 @@ def _counted(model, images, split, allow_leaks) -> np.ndarray:
         raise unknown('split', split, IMAGE_SETS)
     if split == 'valid':
         if allow_leaks:
-            raise ValueError("split='valid' (--split valid) counts the validation images only: leave out allow_leaks=True (--allow-leaks)")
+            raise ValueError(
+                "split='valid' (--split valid) counts the validation images only: leave out allow_leaks=True (--allow-leaks)"
+            )
         count = _validated(model, images)
         if not count.any():
-            raise ValueError("none of these images is a validation image of the model: give the images that it was trained with")
+            raise ValueError(
+                'none of these images is a validation image of the model: give the images that it was trained with'
+            )
         return count
     known = _known(model, images)
     if known.all() and not allow_leaks:
-        raise ValueError("the model was made from all of these images, or near copies of them: give others, or use cross-validation. "
-                         "split='valid' (--split valid) reports on its validation images alone, which chose its operating point; "
-                         "allow_leaks=True (--allow-leaks) counts all of them, and the report says so")
+        raise ValueError(
+            'the model was made from all of these images, or near copies of them: give others, or use cross-validation. '
+            "split='valid' (--split valid) reports on its validation images alone, which chose its operating point; "
+            'allow_leaks=True (--allow-leaks) counts all of them, and the report says so'
+        )
     return ~known | allow_leaks
 
 # %% ../../nbs/evaluation/02_report.ipynb #a7412176
@@ -121,21 +161,24 @@ def _predicted(model, table) -> pd.DataFrame:
     p = predict_table(model, table.image.tolist())
     overflow = p[p.error == NO_PROBABILITIES]
     if len(overflow):
-        raise ValueError(f"the model gives no probabilities for {len(overflow)} of {len(p)} images (first: {overflow.image.iloc[0]}): "
-                         "its numbers overflow. Train it again")
+        raise ValueError(
+            f'the model gives no probabilities for {len(overflow)} of {len(p)} images (first: {overflow.image.iloc[0]}): '
+            'its numbers overflow. Train it again'
+        )
     bad = p[p.error != '']
     if len(bad):
-        raise ValueError(f"{bad.image.iloc[0]}: {bad.error.iloc[0]}. Leave it out")
+        raise ValueError(f'{bad.image.iloc[0]}: {bad.error.iloc[0]}. Leave it out')
     return table.join(p.drop(columns=['image', 'error']))
 
+
 def evaluate_model(
-    model:ImageModel, # From `load_model` or `image_model`
-    table:pd.DataFrame, # From `label_table`, with `target`; all readable
-    prevalence:float|None=None, # Of what is to be found, for predictive values
-    turns:int=200, # Images on which the quarter turns are compared
-    data:str='', # What the images are, in words
-    allow_leaks:bool=False, # Count images that the model was made from, too?
-    split:str='new' # Images that count: 'new' to the model, or its own 'valid' ones
+    model: ImageModel,  # From `load_model` or `image_model`
+    table: pd.DataFrame,  # From `label_table`, with `target`; all readable
+    prevalence: float | None = None,  # Of what is to be found, for predictive values
+    turns: int = 200,  # Images on which the quarter turns are compared
+    data: str = '',  # What the images are, in words
+    allow_leaks: bool = False,  # Count images that the model was made from, too?
+    split: str = 'new',  # Images that count: 'new' to the model, or its own 'valid' ones
 ) -> Evaluation:
     "Predict the images of a table and gather what is known of them; without `allow_leaks` no image counts that the model was trained on"
     check_prevalence(prevalence)
@@ -144,7 +187,9 @@ def evaluate_model(
     count = _counted(model, images, split, allow_leaks)
     known = _known(model, images) if allow_leaks else np.zeros(len(t), bool)
     chosen = t[count].reset_index(drop=True)
-    out = describe_images(_predicted(model, chosen), model.classes, model.about, model.about['reader'], data, prevalence)
+    out = describe_images(
+        _predicted(model, chosen), model.classes, model.about, model.about['reader'], data, prevalence
+    )
     if known.any():
         out.table['known'] = np.where(known[count], 'known to the model', 'new to it')
     out.split, out.aside = split, set_aside(table).image.tolist()
@@ -152,20 +197,34 @@ def evaluate_model(
     left = t.image[~count].tolist()
     out.known, out.other = (left, []) if split == 'new' else ([], left)
     sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
-    out.turns = consistency(model.probs(sample, 'quarter_turns', average=False), model.classes, out.point) | {'images': len(sample)}
+    out.turns = consistency(model.probs(sample, 'quarter_turns', average=False), model.classes, out.point) | {
+        'images': len(sample)
+    }
     return out
 
 # %% ../../nbs/evaluation/02_report.ipynb #d47add4f
 def _table(t, index=True, digits=3) -> str:
     "A table as HTML; numbers short, text escaped"
+
     def cell(v):
-        if isinstance(v, (float, np.floating)): return '' if np.isnan(v) else f'{v:.{digits}f}'
+        if isinstance(v, (float, np.floating)):
+            return '' if np.isnan(v) else f'{v:.{digits}f}'
         return html.escape(str(v))
+
     head = ''.join(f'<th>{html.escape(str(c))}</th>' for c in ([t.index.name or ''] if index else []) + list(t.columns))
-    body = ''.join('<tr>' + (f'<th>{html.escape(str(i))}</th>' if index else '') + ''.join(f'<td>{cell(v)}</td>' for v in r) + '</tr>' for i, r in zip(t.index, t.to_numpy(object)))
+    body = ''.join(
+        '<tr>'
+        + (f'<th>{html.escape(str(i))}</th>' if index else '')
+        + ''.join(f'<td>{cell(v)}</td>' for v in r)
+        + '</tr>'
+        for i, r in zip(t.index, t.to_numpy(object))
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-def _facts(rows) -> str: return '<div class="facts">' + _table(pd.DataFrame({'': rows})) + '</div>'
+
+def _facts(rows) -> str:
+    return '<div class="facts">' + _table(pd.DataFrame({'': rows})) + '</div>'
+
 
 def _picture(fig, words) -> str:
     "A figure within the page, with what it shows in words"
@@ -173,8 +232,17 @@ def _picture(fig, words) -> str:
     fig.savefig(f, format='png', dpi=110)
     return f'<figure><img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}"><figcaption>{html.escape(words)}</figcaption></figure>'
 
-NAMES = {'sensitivity': 'sensitivity at the operating point', 'specificity': 'specificity at the operating point', 'accuracy': 'accuracy of the likeliest class', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa of the likeliest grade',
-         'kappa at the cut points': 'quadratic kappa at the cut points', 'calibration error': 'expected calibration error'}
+
+NAMES = {
+    'sensitivity': 'sensitivity at the operating point',
+    'specificity': 'specificity at the operating point',
+    'accuracy': 'accuracy of the likeliest class',
+    'auc': 'area under the ROC curve',
+    'kappa': 'quadratic kappa of the likeliest grade',
+    'kappa at the cut points': 'quadratic kappa at the cut points',
+    'calibration error': 'expected calibration error',
+}
+
 
 def _interval_text(value, low, high, undefined='not defined') -> str:
     "A value and its interval, or why there is none"
@@ -183,134 +251,226 @@ def _interval_text(value, low, high, undefined='not defined') -> str:
     limits = '(no interval: too few)' if pd.isna(low) else f'[{low:.3f}, {high:.3f}]'
     return f'{value:.3f} {limits}'
 
+
 def _with_interval(m) -> pd.DataFrame:
     "value, low, high as one column of text"
     text = [_interval_text(r.value, r.low, r.high) for r in m.itertuples()]
-    return pd.DataFrame({'value [95 % interval]': text, 'images': m.images.astype(int).tolist()}, index=[NAMES.get(k, k) for k in m.index])
+    return pd.DataFrame(
+        {'value [95 % interval]': text, 'images': m.images.astype(int).tolist()},
+        index=[NAMES.get(k, k) for k in m.index],
+    )
 
 # %% ../../nbs/evaluation/02_report.ipynb #37aaf9c0
-ENDPOINTS = {'sensitivity': 0.85, 'specificity': 0.825} # Abramoff et al. 2018
-GRADABLE = 0.961 # share of gradable patients in that trial
+ENDPOINTS = {'sensitivity': 0.85, 'specificity': 0.825}  # Abramoff et al. 2018
+GRADABLE = 0.961  # share of gradable patients in that trial
+
 
 def endpoint_table(
-    measured:pd.DataFrame # From `measure_table`, with sensitivity and specificity
-) -> pd.DataFrame: # A row an endpoint: asked, measured, reached
+    measured: pd.DataFrame,  # From `measure_table`, with sensitivity and specificity
+) -> pd.DataFrame:  # A row an endpoint: asked, measured, reached
     "Against the endpoints of the first cleared autonomous system; reached if the whole interval lies above"
     rows = {}
     for k, least in ENDPOINTS.items():
         r = measured.loc[k]
         if not r.value == r.value:
-            rows[k] = {'endpoint': f'above {least:.1%}', 'measured': 'not defined', 'result': 'open: there are no such images'}
+            rows[k] = {
+                'endpoint': f'above {least:.1%}',
+                'measured': 'not defined',
+                'result': 'open: there are no such images',
+            }
             continue
         if pd.isna(r.low):
-            rows[k] = {'endpoint': f'above {least:.1%}', 'measured': f'{r.value:.1%}', 'result': 'open: too few for an interval'}
+            rows[k] = {
+                'endpoint': f'above {least:.1%}',
+                'measured': f'{r.value:.1%}',
+                'result': 'open: too few for an interval',
+            }
             continue
         said = 'reached' if r.low > least else 'missed' if r.high < least else 'open: the interval holds it'
-        rows[k] = {'endpoint': f'above {least:.1%}', 'measured': f'{r.value:.1%} [{r.low:.1%}, {r.high:.1%}]', 'result': said}
+        rows[k] = {
+            'endpoint': f'above {least:.1%}',
+            'measured': f'{r.value:.1%} [{r.low:.1%}, {r.high:.1%}]',
+            'result': said,
+        }
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/evaluation/02_report.ipynb #1cdc4011
 def _summary(e, m) -> str:
     q, t = e.asked, e.table
-    rows = {'images': len(t), 'patients or groups': t.group.nunique() if 'group' in t and t.group.notna().any() else 'not known: each image counts as one'}
+    rows = {
+        'images': len(t),
+        'patients or groups': t.group.nunique()
+        if 'group' in t and t.group.notna().any()
+        else 'not known: each image counts as one',
+    }
     if e.patients:
         rows['taken for the patients, in all of the data'] = e.patients
     rows['could not be read'] = len(e.aside)
-    if e.known: rows['left out: the model was made from them'] = len(e.known)
-    if e.other: rows['left out: not validation images of the model'] = len(e.other)
-    if q: rows[f'truly {q.name}'] = f'{q.y.sum()} ({q.y.mean():.1%})'
-    if 'gradability' in t: rows['ungradable'] = f'{(t.gradability < 0.5).sum()} ({(t.gradability < 0.5).mean():.1%}) by the score of this library; in the trial of the first cleared system {1 - GRADABLE:.1%} of patients'
+    if e.known:
+        rows['left out: the model was made from them'] = len(e.known)
+    if e.other:
+        rows['left out: not validation images of the model'] = len(e.other)
+    if q:
+        rows[f'truly {q.name}'] = f'{q.y.sum()} ({q.y.mean():.1%})'
+    if 'gradability' in t:
+        rows['ungradable'] = (
+            f'{(t.gradability < 0.5).sum()} ({(t.gradability < 0.5).mean():.1%}) by the score of this library; in the trial of the first cleared system {1 - GRADABLE:.1%} of patients'
+        )
     out = _facts(rows)
-    if e.split == 'valid': out += ('<p class="warn">These are the validation images of the model. It was not trained on them, but its temperature and its operating point were chosen '
-        'on them, and its training was judged by them: the figures are slightly optimistic. What it is worth elsewhere, only images that it has never seen can show.</p>')
-    if 'known' in t: out += f"<p class=\"warn\">The model was made from {(t.known != 'new to it').sum()} of these images, or from near copies: the figures are those of images it knows.</p>"
-    if q is None: return out
+    if e.split == 'valid':
+        out += (
+            '<p class="warn">These are the validation images of the model. It was not trained on them, but its temperature and its operating point were chosen '
+            'on them, and its training was judged by them: the figures are slightly optimistic. What it is worth elsewhere, only images that it has never seen can show.</p>'
+        )
+    if 'known' in t:
+        out += f'<p class="warn">The model was made from {(t.known != "new to it").sum()} of these images, or from near copies: the figures are those of images it knows.</p>'
+    if q is None:
+        return out
     if e.point is None:
         refused = [why.removeprefix('no operating point: ') for why in (e.decision.refused if e.decision else ())]
         why = '; '.join(refused) or 'none was chosen when it was trained'
-        return out + (f'<p class="note">The model has no operating point, so nothing is said of sensitivity and specificity ({html.escape(why)}). '
-                      'One cannot be chosen on these images.</p>')
+        return out + (
+            f'<p class="note">The model has no operating point, so nothing is said of sensitivity and specificity ({html.escape(why)}). '
+            'One cannot be chosen on these images.</p>'
+        )
     if e.fundus:
         out += f'<h3>Against the endpoints of the first cleared autonomous system</h3>{_table(endpoint_table(m))}'
     return out + f'<p>Operating point: {html.escape(e.decision.point_words)}.{html.escape(e.how)}</p>'
 
 # %% ../../nbs/evaluation/02_report.ipynb #8c616052
-SCOPE = ("This holds for images like these {n}: from the same sources, prepared the same way, with as many of each class. "
-         "It says nothing of images from elsewhere, of classes that the model was not trained on, or of what to do about a result.")
-FUNDUS_SCOPE = ("This holds for images like these {n}: from the same cameras, prepared the same way, with as many of each kind of "
-                "finding. It says nothing of other clinics, of other diseases of the eye, or of what a person should do about a result.")
+SCOPE = (
+    'This holds for images like these {n}: from the same sources, prepared the same way, with as many of each class. '
+    'It says nothing of images from elsewhere, of classes that the model was not trained on, or of what to do about a result.'
+)
+FUNDUS_SCOPE = (
+    'This holds for images like these {n}: from the same cameras, prepared the same way, with as many of each kind of '
+    'finding. It says nothing of other clinics, of other diseases of the eye, or of what a person should do about a result.'
+)
 
-def _is_known(value) -> bool: return value == value # NaN: not defined for these images
+
+def _is_known(value) -> bool:
+    return value == value  # NaN: not defined for these images
+
 
 def _decided_words(e, m) -> list:
     "What is found and what is a false alarm at the operating point, in words"
     name, found, left = e.asked.name, m.loc['sensitivity'], m.loc['specificity']
     parts = []
     if _is_known(found.value):
-        limits = f' (between {100*found.low:.0f} and {100*found.high:.0f} with other patients of the same kind)' if _is_known(found.low) else ''
-        parts.append(f'it finds about {100*found.value:.0f} of 100 that are {name}{limits}')
+        limits = (
+            f' (between {100 * found.low:.0f} and {100 * found.high:.0f} with other patients of the same kind)'
+            if _is_known(found.low)
+            else ''
+        )
+        parts.append(f'it finds about {100 * found.value:.0f} of 100 that are {name}{limits}')
     if _is_known(left.value):
-        parts.append(f'raises a false alarm for about {100*(1 - left.value):.0f} of 100 that are not')
-    return [f"At its operating point {' and '.join(parts)}."] if parts else []
+        parts.append(f'raises a false alarm for about {100 * (1 - left.value):.0f} of 100 that are not')
+    return [f'At its operating point {" and ".join(parts)}.'] if parts else []
+
 
 def _meaning(e, m) -> str:
     "What the figures do and do not mean, in a plain sentence or two"
     q, n = e.asked, len(e.table)
     if q is None:
-        return f"Of 100 images like these, the model names about {100*m.loc['accuracy'].value:.0f} rightly."
+        return f'Of 100 images like these, the model names about {100 * m.loc["accuracy"].value:.0f} rightly.'
     ranks = m.loc['auc'].value
     if _is_known(ranks):
-        said = [f"Given one image that is {q.name} and one that is not, the model ranks them rightly {100*ranks:.0f} times in 100."]
+        said = [
+            f'Given one image that is {q.name} and one that is not, the model ranks them rightly {100 * ranks:.0f} times in 100.'
+        ]
     else:
-        said = [f"{'All' if q.y.all() else 'None'} of these images are {q.name}, so they cannot show how well the model tells the two apart."]
+        said = [
+            f'{"All" if q.y.all() else "None"} of these images are {q.name}, so they cannot show how well the model tells the two apart.'
+        ]
     if e.point is not None:
         said += _decided_words(e, m)
         r = m.loc[e.point.wanted]
         if _is_known(r.low) and not e.how and not r.low <= e.point.at_least <= r.high:
-            said.append(f"The threshold was set for a {e.point.wanted} of {e.point.at_least:.0%} on the validation images of its own set, and it does not "
-                        "carry over to these: before use it has to be set anew, on images of the place where it is to be used.")
+            said.append(
+                f'The threshold was set for a {e.point.wanted} of {e.point.at_least:.0%} on the validation images of its own set, and it does not '
+                'carry over to these: before use it has to be set anew, on images of the place where it is to be used.'
+            )
     return ' '.join([*said, (FUNDUS_SCOPE if e.fundus else SCOPE).format(n=n)])
 
 # %% ../../nbs/evaluation/02_report.ipynb #8ad1853b
 def _how_good(e, m, n) -> str:
     q, (y, p) = e.asked, table_arrays(e.table, e.classes)
     out = _table(_with_interval(m)) + f'<p class="note">{html.escape(". ".join(m.attrs["notes"]))}.</p>'
-    if e.prevalence is None and q: out += '<p class="note">No predictive values: they need the prevalence in the programme (--prevalence), which cannot be read off these images.</p>'
+    if e.prevalence is None and q:
+        out += '<p class="note">No predictive values: they need the prevalence in the programme (--prevalence), which cannot be read off these images.</p>'
     pictures = []
-    if q and 0 < q.y.sum() < len(q.y): pictures += [_picture(plot_roc(q, decisions(e.table, e.classes, e.point), e.table.get('group'), n), 'ROC curve, with its 95 % interval over patients where they are enough, and the operating point')]
+    if q and 0 < q.y.sum() < len(q.y):
+        pictures += [
+            _picture(
+                plot_roc(q, decisions(e.table, e.classes, e.point), e.table.get('group'), n),
+                'ROC curve, with its 95 % interval over patients where they are enough, and the operating point',
+            )
+        ]
     right, said = (q.y, q.score.clip(0, 1)) if q else (y == p.argmax(1), p.max(1))
-    pictures += [_picture(plot_reliability(right, said), 'Predicted probability against the observed share, with 95 % intervals: on the dotted line the probabilities are right')]
+    pictures += [
+        _picture(
+            plot_reliability(right, said),
+            'Predicted probability against the observed share, with 95 % intervals: on the dotted line the probabilities are right',
+        )
+    ]
     called = decisions(e.table, e.classes, e.point)
-    if called is not None: pictures += [_picture(plot_confusion(q.y, called.astype(int), [f'not {q.name}', q.name]), 'What was decided at the operating point against the truth')]
-    if called is None or len(e.classes) > 2: pictures += [_picture(plot_confusion(y, p.argmax(1), e.classes), 'The likeliest class against the truth')]
+    if called is not None:
+        pictures += [
+            _picture(
+                plot_confusion(q.y, called.astype(int), [f'not {q.name}', q.name]),
+                'What was decided at the operating point against the truth',
+            )
+        ]
+    if called is None or len(e.classes) > 2:
+        pictures += [_picture(plot_confusion(y, p.argmax(1), e.classes), 'The likeliest class against the truth')]
     return out + f'<div class="pictures">{"".join(pictures)}</div>'
+
 
 def _patients(e, n) -> str:
     "Both eyes to one decision"
-    if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any(): return ''
+    if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any():
+        return ''
     t = by_patient(e.table, e.classes)
-    rule = 'A patient is to be referred if one eye is.' if e.fundus else 'A group (patient) is positive if one of its images is.'
-    return f'<p>{rule}</p>' + _table(_with_interval(measure_table(t, patient_classes(e.classes), e.point, e.prevalence, n)))
+    rule = (
+        'A patient is to be referred if one eye is.'
+        if e.fundus
+        else 'A group (patient) is positive if one of its images is.'
+    )
+    return f'<p>{rule}</p>' + _table(
+        _with_interval(measure_table(t, patient_classes(e.classes), e.point, e.prevalence, n))
+    )
 
 # %% ../../nbs/evaluation/02_report.ipynb #270cad85
 def _by_label(e) -> str:
     "What is found of each grade, where the labels say more than the target"
     called = decisions(e.table, e.classes, e.point)
-    if called is None or 'label' not in e.table or e.table.label.nunique() <= 2: return ''
+    if called is None or 'label' not in e.table or e.table.label.nunique() <= 2:
+        return ''
     g = pd.Series(called, index=e.table.index).groupby(e.table.label.astype(str)).agg(['size', 'sum'])
-    rows = {f'label {l}': {'images': int(r['size']), f'called {e.asked.name}': f"{int(r['sum'])} ({r['sum']/r['size']:.0%})"} for l, r in g.iterrows()}
+    rows = {
+        f'label {l}': {
+            'images': int(r['size']),
+            f'called {e.asked.name}': f'{int(r["sum"])} ({r["sum"] / r["size"]:.0%})',
+        }
+        for l, r in g.iterrows()
+    }
     return _table(pd.DataFrame.from_dict(rows, orient='index'))
+
 
 def _fact_words(column) -> str:
     "A column in words: the user's own by the name they gave it"
     return COMPUTED.get(column, shown_name(column))
 
+
 def _subgroup_rows(s) -> pd.DataFrame:
     "A table from `subgroup_table` as text, a row a value of a column"
-    rows = pd.DataFrame({'images': s['images', ''].astype(int).tolist()}, index=[f'{_fact_words(a)}: {b}' for a, b in s.index])
+    rows = pd.DataFrame(
+        {'images': s['images', ''].astype(int).tolist()}, index=[f'{_fact_words(a)}: {b}' for a, b in s.index]
+    )
     for name in dict.fromkeys(c for c, _ in s.columns if c != 'images'):
         rows[name] = [_interval_text(*row, '') for row in s[name][['value', 'low', 'high']].to_numpy()]
     return rows
+
 
 def _subgroups(e, n) -> str:
     "Figures for each value of the facts, and columns that know the label"
@@ -319,7 +479,8 @@ def _subgroups(e, n) -> str:
     if shown:
         out = _table(_subgroup_rows(subgroup_table(e.table, e.classes, shown, e.point, n=n)))
     found = confounders(e.table[e.facts], e.table.target)
-    for r in found.itertuples(): out += f'<p class="note">The column "{html.escape(_fact_words(r.column))}" says something of the truth (Cramér\'s V {r.v:.2f}): figures over all of its values together may owe something to it.</p>'
+    for r in found.itertuples():
+        out += f'<p class="note">The column "{html.escape(_fact_words(r.column))}" says something of the truth (Cramér\'s V {r.v:.2f}): figures over all of its values together may owe something to it.</p>'
     return _by_label(e) + out or '<p>Nothing else is known of these images.</p>'
 
 # %% ../../nbs/evaluation/02_report.ipynb #6e3a356d
@@ -330,7 +491,12 @@ def _errors(e) -> str:
     if decisions(e.table, e.classes, e.point) is not None:
         missed = t.said == f'not {e.asked.name}'
         parts = [t[missed], t[~missed]]
-    return '<p>Some of them have a wrong label; look at the images.</p><div class="pictures">' + ''.join(_table(p, index=False) for p in parts if len(p)) + '</div>'
+    return (
+        '<p>Some of them have a wrong label; look at the images.</p><div class="pictures">'
+        + ''.join(_table(p, index=False) for p in parts if len(p))
+        + '</div>'
+    )
+
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin:1rem 0 .3rem}
@@ -340,60 +506,101 @@ table{border-collapse:collapse;font-size:.9rem}th,td{padding:.2rem .6rem;text-al
 figure{margin:0;max-width:26rem;flex:1 1 18rem}img{max-width:100%}figcaption{font-size:.85rem;color:#555}
 @media print{body{max-width:none;font-size:11pt}h2{break-after:avoid}figure,tr,.wide{break-inside:avoid}.wide{overflow:visible}}"""
 
+
 def _training(t) -> dict:
     "What a model was made from, as rows"
     d, how = t.get('data'), {'plan': t.get('plan'), 'balance of classes': t.get('balance')}
-    if not d: return how
+    if not d:
+        return how
     sides = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
     leaks = ', '.join(f'{n} x {k}' for k, n in (d.get('leaks') or {}).items())
-    return {**how, 'images it was made from': f"{sides}; {d['groups'] or 'no'} groups of images, {d['set_aside']} set aside; fingerprint {d['fingerprint']}",
-            'patients of these images': d.get('patients'), 'allowed on two sides of its split': leaks or 'nothing'}
+    return {
+        **how,
+        'images it was made from': f'{sides}; {d["groups"] or "no"} groups of images, {d["set_aside"]} set aside; fingerprint {d["fingerprint"]}',
+        'patients of these images': d.get('patients'),
+        'allowed on two sides of its split': leaks or 'nothing',
+    }
 
 # %% ../../nbs/evaluation/02_report.ipynb #54ce7cc7
 def _record(e) -> str:
     a = e.about
-    rows = {'network': a.get('arch'), 'weights it started from': (a.get('weights') or {}).get('kind'), 'their licence': a.get('licence'), 'task': f"{a.get('task')}, {a.get('target')}", 'pixels': a.get('size'), **_training(a.get('training') or {}),
-            'views averaged': a.get('views'), 'temperature': e.decision and e.decision.temperature, 'seed': a.get('seed'), 'weights of the model, SHA-256': a.get('tensors_sha256'),
-            'made with': ', '.join(f'{k} {v}' for k, v in (a.get('versions') or {}).items()), 'this page made by': f"dr_transfer {package_version('dr_transfer')}"}
+    rows = {
+        'network': a.get('arch'),
+        'weights it started from': (a.get('weights') or {}).get('kind'),
+        'their licence': a.get('licence'),
+        'task': f'{a.get("task")}, {a.get("target")}',
+        'pixels': a.get('size'),
+        **_training(a.get('training') or {}),
+        'views averaged': a.get('views'),
+        'temperature': e.decision and e.decision.temperature,
+        'seed': a.get('seed'),
+        'weights of the model, SHA-256': a.get('tensors_sha256'),
+        'made with': ', '.join(f'{k} {v}' for k, v in (a.get('versions') or {}).items()),
+        'this page made by': f'dr_transfer {package_version("dr_transfer")}',
+    }
     return _facts({k: f'{v:.4f}' if isinstance(v, float) else v for k, v in rows.items() if v not in (None, '')})
 
 # %% ../../nbs/evaluation/02_report.ipynb #a2cf5915
 def report_html(
-    e:Evaluation, # From `evaluate_model`
-    n:int=1000 # Draws of the bootstrap
-) -> str: # A page that needs no other file
+    e: Evaluation,  # From `evaluate_model`
+    n: int = 1000,  # Draws of the bootstrap
+) -> str:  # A page that needs no other file
     "The report of an evaluation"
     m = measure_table(e.table, e.classes, e.point, e.prevalence, n)
-    parts = [('Summary', _summary(e, m)), ('How good', _how_good(e, m, n)), ('By patient', _patients(e, n)), ('Subgroups', _subgroups(e, min(n, 500))),
-             ('Left to a human', '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>' + _table(deferral_table(e.table, e.classes, e.point).assign(deferred=lambda t: [f'{r:.0%}' for r in t.deferred]), index=False)),
-             ('Quarter turns', f"<p>{e.turns['same decision']:.1%} of {e.turns['images']} images get the same decision however they are turned; their scores differ by {e.turns['spread']:.3f} on average.</p>" if e.turns else ''),
-             ('The surest errors', _errors(e)), ('Record', _record(e))]
-    if e.aside: parts.append(('Could not be read', _table(pd.DataFrame({'image': [Path(p).name for p in e.aside]}), index=False)))
+    parts = [
+        ('Summary', _summary(e, m)),
+        ('How good', _how_good(e, m, n)),
+        ('By patient', _patients(e, n)),
+        ('Subgroups', _subgroups(e, min(n, 500))),
+        (
+            'Left to a human',
+            '<p>The images nearest to the decision are handed over; the rest is decided by the model.</p>'
+            + _table(
+                deferral_table(e.table, e.classes, e.point).assign(deferred=lambda t: [f'{r:.0%}' for r in t.deferred]),
+                index=False,
+            ),
+        ),
+        (
+            'Quarter turns',
+            f'<p>{e.turns["same decision"]:.1%} of {e.turns["images"]} images get the same decision however they are turned; their scores differ by {e.turns["spread"]:.3f} on average.</p>'
+            if e.turns
+            else '',
+        ),
+        ('The surest errors', _errors(e)),
+        ('Record', _record(e)),
+    ]
+    if e.aside:
+        parts.append(
+            ('Could not be read', _table(pd.DataFrame({'image': [Path(p).name for p in e.aside]}), index=False))
+        )
     body = ''.join(f'<h2>{h}</h2>{b}' for h, b in parts if b)
-    title = f"{e.about.get('arch') or 'a model'} on {e.data or 'images'}"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
-            f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(_meaning(e, m))}</p><p class="warn">For research. Not a medical device: not to be used for diagnosis.</p>{body}</body></html>\n')
+    title = f'{e.about.get("arch") or "a model"} on {e.data or "images"}'
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+        f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(_meaning(e, m))}</p><p class="warn">For research. Not a medical device: not to be used for diagnosis.</p>{body}</body></html>\n'
+    )
 
 # %% ../../nbs/evaluation/02_report.ipynb #137f4e20
 def write_report(
-    e:Evaluation, # From `evaluate_model`
-    path:str|Path, # HTML file NAME.html; the predictions become NAME_predictions.csv
-    n:int=1000, # Draws of the bootstrap
-    overwrite:bool=False # May the report be replaced, and a table that was written with it?
+    e: Evaluation,  # From `evaluate_model`
+    path: str | Path,  # HTML file NAME.html; the predictions become NAME_predictions.csv
+    n: int = 1000,  # Draws of the bootstrap
+    overwrite: bool = False,  # May the report be replaced, and a table that was written with it?
 ) -> Path:
     "Write the report and the table of predictions"
     with new_pair(path, REPORT_TABLE, overwrite) as (page, table):
         write_pages(e, page, table, n)
     return Path(path)
 
+
 def write_pages(
-    e:Evaluation, # From `evaluate_model`
-    page:Path, # HTML file to write
-    table:Path, # CSV file to write
-    n:int=1000 # Draws of the bootstrap
+    e: Evaluation,  # From `evaluate_model`
+    page: Path,  # HTML file to write
+    table: Path,  # CSV file to write
+    n: int = 1000,  # Draws of the bootstrap
 ):
     "Write both into files that are reserved already; the page holds the hash of the table"
-    write_csv(e.table, table) # first: it stays if the page cannot be drawn
+    write_csv(e.table, table)  # first: it stays if the page cannot be drawn
     text = report_html(e, n)
     meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
     page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')

@@ -8,54 +8,76 @@ __all__ = ['DEAD', 'first_filters', 'plot_filters', 'gabor_bank', 'gabor_share',
            'plot_neighbours']
 
 # %% ../../nbs/explain/01_activations.ipynb #94eec859
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable
-import numpy as np, pandas as pd, torch
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from ..models.backbones import Stages, stage_names
-from ..features.extraction import Features, _chosen
-from ..utils.files import plain_text
-from ..metrics.intervals import bootstrap, group_codes
-from ..synthetic.fundus import contact_sheet
+
 from ..data.views import normalise, read_image, stack_images
+from ..features.extraction import Features, _chosen
+from ..metrics.intervals import bootstrap, group_codes
+from ..models.backbones import Stages, stage_names
+from ..synthetic.fundus import contact_sheet
+from ..utils.files import plain_text
 
 # %% ../../nbs/explain/01_activations.ipynb #7d89336a
 def first_filters(
-    model:Any # A learner, a saved model, or any network for images
-) -> np.ndarray: # float32 (filters, channels, height, width)
+    model: Any,  # A learner, a saved model, or any network for images
+) -> np.ndarray:  # float32 (filters, channels, height, width)
     "The weights of the first convolution; ValueError if it does not see the image"
     net = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
-    if not isinstance(net, nn.Module): raise ValueError(f"{type(model).__name__} is no network: give a learner, a saved model, or what create_body returns")
+    if not isinstance(net, nn.Module):
+        raise ValueError(
+            f'{type(model).__name__} is no network: give a learner, a saved model, or what create_body returns'
+        )
     conv = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None: raise ValueError(f"{type(net).__name__} has no convolution, so it has no filters to look at: take another network")
-    if conv.in_channels not in (1, 3): raise ValueError(f"the first convolution reads {conv.in_channels} channels, which are no longer the colours of an image: take another network")
+    if conv is None:
+        raise ValueError(
+            f'{type(net).__name__} has no convolution, so it has no filters to look at: take another network'
+        )
+    if conv.in_channels not in (1, 3):
+        raise ValueError(
+            f'the first convolution reads {conv.in_channels} channels, which are no longer the colours of an image: take another network'
+        )
     return conv.weight.detach().float().cpu().numpy()
 
-DEAD = 0.01 # A filter with less than this share of the largest one's norm does nothing
+
+DEAD = 0.01  # A filter with less than this share of the largest one's norm does nothing
+
 
 def _alive(filters) -> np.ndarray:
     "Which filters do something (n,)"
-    size = np.sqrt((np.asarray(filters, float)**2).sum((1, 2, 3)))
-    return size > DEAD*max(size.max(), 1e-12)
+    size = np.sqrt((np.asarray(filters, float) ** 2).sum((1, 2, 3)))
+    return size > DEAD * max(size.max(), 1e-12)
 
 # %% ../../nbs/explain/01_activations.ipynb #efac4f58
 def plot_filters(
-    filters:dict, # Name -> filters, as `first_filters` gives them
-    cols:int=16 # Filters in a row
+    filters: dict,  # Name -> filters, as `first_filters` gives them
+    cols: int = 16,  # Filters in a row
 ) -> Figure:
     "The filters of each network on a strip of its own, each scaled by its largest weight; grey is zero, and dead ones are all grey"
-    fig = Figure(figsize=(7.5, 0.25 + sum(0.47*(-(-len(w)//cols)) + 0.2 for w in filters.values())), dpi=90, layout='constrained')
-    axes = fig.subplots(len(filters), 1, squeeze=False, height_ratios=[-(-len(w)//cols) for w in filters.values()])[:, 0]
+    fig = Figure(
+        figsize=(7.5, 0.25 + sum(0.47 * (-(-len(w) // cols)) + 0.2 for w in filters.values())),
+        dpi=90,
+        layout='constrained',
+    )
+    axes = fig.subplots(len(filters), 1, squeeze=False, height_ratios=[-(-len(w) // cols) for w in filters.values()])[
+        :, 0
+    ]
     for ax, (name, w) in zip(axes, filters.items()):
         n, c, h, k = w.shape
-        scaled = 0.5 + 0.5*w/np.abs(w).max((1, 2, 3), keepdims=True).clip(1e-12)*_alive(w)[:, None, None, None]
-        tiles = np.ones((-(-n//cols)*cols, h + 1, k + 1, 3))
-        tiles[:n, :h, :k] = np.repeat(scaled, 3//c, 1).transpose(0, 2, 3, 1)
-        ax.imshow(tiles.reshape(-1, cols, h + 1, k + 1, 3).transpose(0, 2, 1, 3, 4).reshape(-1, cols*(k + 1), 3))
+        scaled = 0.5 + 0.5 * w / np.abs(w).max((1, 2, 3), keepdims=True).clip(1e-12) * _alive(w)[:, None, None, None]
+        tiles = np.ones((-(-n // cols) * cols, h + 1, k + 1, 3))
+        tiles[:n, :h, :k] = np.repeat(scaled, 3 // c, 1).transpose(0, 2, 3, 1)
+        ax.imshow(tiles.reshape(-1, cols, h + 1, k + 1, 3).transpose(0, 2, 1, 3, 4).reshape(-1, cols * (k + 1), 3))
         ax.set_title(plain_text(name), fontsize=9, loc='left')
         ax.axis('off')
     return fig
@@ -63,95 +85,125 @@ def plot_filters(
 # %% ../../nbs/explain/01_activations.ipynb #9c751fa6
 @lru_cache
 def gabor_bank(
-    height:int, # Of the filters
-    width:int # Of the filters
-) -> np.ndarray: # (functions, height*width), each of norm 1
+    height: int,  # Of the filters
+    width: int,  # Of the filters
+) -> np.ndarray:  # (functions, height*width), each of norm 1
     "Gabor functions: two bells, nine places, and none or four wavelengths of at least two pixels in eight directions and two phases (Daugman 1985)"
     side, out = max(height, width), []
-    y, x = np.meshgrid(*(np.arange(n) - (n - 1)/2 for n in (height, width)), indexing='ij')
-    for sigma, dy, dx in np.array(np.meshgrid((0.25, 0.4), (-0.25, 0, 0.25), (-0.25, 0, 0.25))).reshape(3, -1).T*side:
-        bell = np.exp(-((x - dx)**2 + (y - dy)**2)/(2*sigma**2))
+    y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in (height, width)), indexing='ij')
+    for sigma, dy, dx in np.array(np.meshgrid((0.25, 0.4), (-0.25, 0, 0.25), (-0.25, 0, 0.25))).reshape(3, -1).T * side:
+        bell = np.exp(-((x - dx) ** 2 + (y - dy) ** 2) / (2 * sigma**2))
         out.append(bell)
-        for wave in (side*k for k in (2, 1, 1/2, 1/3) if side*k >= 2):
-            for turn in np.arange(8)*np.pi/8:
-                along = 2*np.pi/wave*((x - dx)*np.cos(turn) + (y - dy)*np.sin(turn))
-                out += [bell*np.cos(along), bell*np.sin(along)]
-    return np.array([g.ravel()/np.linalg.norm(g) for g in out])
+        for wave in (side * k for k in (2, 1, 1 / 2, 1 / 3) if side * k >= 2):
+            for turn in np.arange(8) * np.pi / 8:
+                along = 2 * np.pi / wave * ((x - dx) * np.cos(turn) + (y - dy) * np.sin(turn))
+                out += [bell * np.cos(along), bell * np.sin(along)]
+    return np.array([g.ravel() / np.linalg.norm(g) for g in out])
 
 # %% ../../nbs/explain/01_activations.ipynb #203956f9
 def gabor_share(
-    filters:np.ndarray # (filters, channels, height, width), 3 by 3 or larger
-) -> np.ndarray: # (filters,), 0 to 1; NaN for a dead filter
+    filters: np.ndarray,  # (filters, channels, height, width), 3 by 3 or larger
+) -> np.ndarray:  # (filters,), 0 to 1; NaN for a dead filter
     "Share of the energy of each filter that its best Gabor function, in its best colour, explains"
     n, c, h, w = np.shape(filters)
-    if min(h, w) < 3: raise ValueError(f"filters of {h} by {w} have no shape to speak of: 3 by 3 is the least")
-    projected = np.asarray(filters, float).reshape(n, c, h*w) @ gabor_bank(h, w).T
-    energy = (np.asarray(filters, float)**2).sum((1, 2, 3))
-    return np.where(_alive(filters), (projected**2).sum(1).max(1)/energy.clip(1e-24), np.nan)
+    if min(h, w) < 3:
+        raise ValueError(f'filters of {h} by {w} have no shape to speak of: 3 by 3 is the least')
+    projected = np.asarray(filters, float).reshape(n, c, h * w) @ gabor_bank(h, w).T
+    energy = (np.asarray(filters, float) ** 2).sum((1, 2, 3))
+    return np.where(_alive(filters), (projected**2).sum(1).max(1) / energy.clip(1e-24), np.nan)
 
 # %% ../../nbs/explain/01_activations.ipynb #683d0efe
 def filter_table(
-    filters:dict, # Name -> filters, as `first_filters` gives them
-    n:int=100, # Draws, of the bootstrap and of random filters
-    seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # A row a network: size, filters, dead, score and chance
+    filters: dict,  # Name -> filters, as `first_filters` gives them
+    n: int = 100,  # Draws, of the bootstrap and of random filters
+    seed: int = 0,  # Another seed, other draws
+) -> pd.DataFrame:  # A row a network: size, filters, dead, score and chance
     "Mean `gabor_share` of each network's first filters with its 95 % interval, beside that of random filters of the same shape and number"
     rows, rng = {}, np.random.default_rng(seed)
     for name, w in filters.items():
         s = gabor_share(w)
         s = s[~np.isnan(s)]
-        if not len(s): raise ValueError(f"'{name}' has only filters of zeros: there is nothing to score")
+        if not len(s):
+            raise ValueError(f"'{name}' has only filters of zeros: there is nothing to score")
         score = bootstrap(np.mean, s, n=n, seed=seed).loc['value']
         luck = [gabor_share(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
-        rows[name] = {'size': f'{w.shape[2]} x {w.shape[3]}', 'filters': len(w), 'dead': len(w) - len(s), 'score': score.value, 'low': score.low, 'high': score.high,
-                      'chance': np.mean(luck), 'chance_low': np.quantile(luck, 0.025), 'chance_high': np.quantile(luck, 0.975)}
+        rows[name] = {
+            'size': f'{w.shape[2]} x {w.shape[3]}',
+            'filters': len(w),
+            'dead': len(w) - len(s),
+            'score': score.value,
+            'low': score.low,
+            'high': score.high,
+            'chance': np.mean(luck),
+            'chance_low': np.quantile(luck, 0.025),
+            'chance_high': np.quantile(luck, 0.975),
+        }
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/explain/01_activations.ipynb #5ed23f91
 @dataclass(frozen=True)
 class Parts:
     "A trained network as its two parts, and how it reads images"
-    stages:nn.Module # `Stages` or `Whole`: images (n, 3, h, w) to maps
-    head:nn.Module # Maps to logits, or log-probabilities (n, classes)
-    read:Callable # Path or image -> square PIL image, as the network gets it
-    classes:list # Class names in order
-    mean:tuple # Of the normalisation, three numbers
-    std:tuple # Of the normalisation, three numbers
+
+    stages: nn.Module  # `Stages` or `Whole`: images (n, 3, h, w) to maps
+    head: nn.Module  # Maps to logits, or log-probabilities (n, classes)
+    read: Callable  # Path or image -> square PIL image, as the network gets it
+    classes: list  # Class names in order
+    mean: tuple  # Of the normalisation, three numbers
+    std: tuple  # Of the normalisation, three numbers
+
     @property
-    def device(self): return next(self.stages.parameters()).device
-    def batch(self, images:list) -> torch.Tensor: return normalise(stack_images(images).to(self.device), self.mean, self.std) # of what `read` returns
+    def device(self):
+        return next(self.stages.parameters()).device
+
+    def batch(self, images: list) -> torch.Tensor:
+        return normalise(stack_images(images).to(self.device), self.mean, self.std)  # of what `read` returns
+
 
 def model_parts(
-    model:Any # A learner from `build_learner`, or an `ImageModel`
+    model: Any,  # A learner from `build_learner`, or an `ImageModel`
 ) -> Parts:
     "The plain modules of a model, without quick copies for forward passes"
     about, task = getattr(model, 'about', None), getattr(model, 'task', None)
-    if not isinstance(getattr(model, 'model', None), nn.Module) or about is None and task is None:
-        raise ValueError(f"{type(model).__name__} does not say how it reads images: give a learner from build_learner, or what load_model returns")
+    if not isinstance(getattr(model, 'model', None), nn.Module) or (about is None and task is None):
+        raise ValueError(
+            f'{type(model).__name__} does not say how it reads images: give a learner from build_learner, or what load_model returns'
+        )
     body, head = (model.model[0][0], model.model[1]) if about is None else model.model
     how = about or vars(task)
-    return Parts(getattr(body, 'stages', body), head, lambda source: read_image(source, how['size'], how['reader'], how['fit']),
-                 list(about['classes'] if about else model.dls.vocab), *((about or vars(body.stages.spec))[k] for k in ('mean', 'std')))
+    return Parts(
+        getattr(body, 'stages', body),
+        head,
+        lambda source: read_image(source, how['size'], how['reader'], how['fit']),
+        list(about['classes'] if about else model.dls.vocab),
+        *((about or vars(body.stages.spec))[k] for k in ('mean', 'std')),
+    )
 
 # %% ../../nbs/explain/01_activations.ipynb #6a588cf6
 @contextmanager
 def evaluating(
-    *nets:nn.Module # Networks
+    *nets: nn.Module,  # Networks
 ):
     "Evaluation mode within the block; afterwards every module is as it was"
     was = [(m, m.training) for net in nets for m in net.modules()]
     try:
-        for net in nets: net.eval()
+        for net in nets:
+            net.eval()
         yield
     finally:
-        for m, training in was: m.training = training
+        for m, training in was:
+            m.training = training
 
 # %% ../../nbs/explain/01_activations.ipynb #d0ea8178
 def _chain(model) -> tuple:
     "Parts of a model that is a chain of stages, and the names of these"
     parts = model_parts(model)
-    if not isinstance(parts.stages, Stages): raise ValueError(f"'{parts.stages.spec.name}' is no chain of stages: take a convolutional network to look at it stage by stage")
+    if not isinstance(parts.stages, Stages):
+        raise ValueError(
+            f"'{parts.stages.spec.name}' is no chain of stages: take a convolutional network to look at it stage by stage"
+        )
     return parts, stage_names(parts.stages)
+
 
 @torch.no_grad()
 def _each_map(model, images, bs=16):
@@ -159,36 +211,58 @@ def _each_map(model, images, bs=16):
     parts, names = _chain(model)
     with evaluating(parts.stages):
         for i in range(0, len(images), bs):
-            x = parts.batch([parts.read(o) for o in images[i:i + bs]])
-            for name, m in zip(names, parts.stages.maps(x)): yield name, range(i, i + len(x)), m.float().cpu()
+            x = parts.batch([parts.read(o) for o in images[i : i + bs]])
+            for name, m in zip(names, parts.stages.maps(x)):
+                yield name, range(i, i + len(x)), m.float().cpu()
 
 # %% ../../nbs/explain/01_activations.ipynb #1cc0d630
 def activation_table(
-    model:Any, # A learner or a saved model, of a chain of stages
-    images:list, # Paths or images
-    labels=None # Of each image: a row a stage and label
-) -> pd.DataFrame: # `channels, side, mean, active` by stage, or stage and label
+    model: Any,  # A learner or a saved model, of a chain of stages
+    images: list,  # Paths or images
+    labels=None,  # Of each image: a row a stage and label
+) -> pd.DataFrame:  # `channels, side, mean, active` by stage, or stage and label
     "Mean activation, and share of active units, of every stage"
-    if labels is not None and len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images: give one for each")
-    rows = [{'stage': name, 'label': 'all' if labels is None else labels[i], 'channels': m.shape[1], 'side': m.shape[-1],
-             'mean': float(a.abs().mean()), 'active': float((a > 0).float().mean())} for name, at, m in _each_map(model, images) for i, a in zip(at, m)]
-    if not rows: raise ValueError("no images: give a list with some")
-    return pd.DataFrame(rows).groupby(['stage'] if labels is None else ['stage', 'label'], sort=False).mean(numeric_only=True).astype({'channels': int, 'side': int})
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f'{len(labels)} labels for {len(images)} images: give one for each')
+    rows = [
+        {
+            'stage': name,
+            'label': 'all' if labels is None else labels[i],
+            'channels': m.shape[1],
+            'side': m.shape[-1],
+            'mean': float(a.abs().mean()),
+            'active': float((a > 0).float().mean()),
+        }
+        for name, at, m in _each_map(model, images)
+        for i, a in zip(at, m)
+    ]
+    if not rows:
+        raise ValueError('no images: give a list with some')
+    return (
+        pd.DataFrame(rows)
+        .groupby(['stage'] if labels is None else ['stage', 'label'], sort=False)
+        .mean(numeric_only=True)
+        .astype({'channels': int, 'side': int})
+    )
 
 # %% ../../nbs/explain/01_activations.ipynb #f3fc3e12
 def plot_activations(
-    model:Any, # A learner or a saved model, of a chain of stages
-    images:list # Paths or images
+    model: Any,  # A learner or a saved model, of a chain of stages
+    images: list,  # Paths or images
 ) -> Figure:
     "Where each stage answers: its mean activation over the channels, a row an image, each picture from its least to its most"
     parts, names = _chain(model)
-    fig = Figure(figsize=(1.05*(len(names) + 1), 1.1*len(images) + 0.2), dpi=80, layout='constrained')
+    fig = Figure(figsize=(1.05 * (len(names) + 1), 1.1 * len(images) + 0.2), dpi=80, layout='constrained')
     axes = fig.subplots(len(images), len(names) + 1, squeeze=False)
-    for ax, im in zip(axes[:, 0], images): ax.imshow(parts.read(im))
+    for ax, im in zip(axes[:, 0], images):
+        ax.imshow(parts.read(im))
     for name, at, maps in _each_map(model, images):
-        for i, m in zip(at, maps): axes[i, names.index(name) + 1].imshow(m.abs().mean(0).numpy(), cmap='magma')
-    for ax, name in zip(axes[0], ['image', *names]): ax.set_title(name, fontsize=8)
-    for ax in axes.ravel(): ax.axis('off')
+        for i, m in zip(at, maps):
+            axes[i, names.index(name) + 1].imshow(m.abs().mean(0).numpy(), cmap='magma')
+    for ax, name in zip(axes[0], ['image', *names]):
+        ax.set_title(name, fontsize=8)
+    for ax in axes.ravel():
+        ax.axis('off')
     return fig
 
 # %% ../../nbs/explain/01_activations.ipynb #fd90a312
@@ -196,7 +270,8 @@ def _directions(features, stage) -> np.ndarray:
     "Pooled features (n, channels), mean over the views, as unit vectors from the mean of the set"
     a = features.numpy(stage).mean(1).astype(np.float64)
     a -= a.mean(0)
-    return a/np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12)
+    return a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12)
+
 
 def _nearest(a, rows, k, groups) -> tuple:
     "Numbers and cosines (rows, k) of the nearest others of another group"
@@ -207,61 +282,80 @@ def _nearest(a, rows, k, groups) -> tuple:
 
 # %% ../../nbs/explain/01_activations.ipynb #ea5c3e36
 def nearest_images(
-    features:Features, # From `image_features` or `extract_features`
-    i:int, # Number of the query
-    k:int=5, # How many neighbours
-    stages=None, # Name or names of stages; all if None
-    groups=None # Group of each image: its own is left out
-) -> pd.DataFrame: # `stage, rank, image, similarity`; rank 0 is the query
+    features: Features,  # From `image_features` or `extract_features`
+    i: int,  # Number of the query
+    k: int = 5,  # How many neighbours
+    stages=None,  # Name or names of stages; all if None
+    groups=None,  # Group of each image: its own is left out
+) -> pd.DataFrame:  # `stage, rank, image, similarity`; rank 0 is the query
     "The images nearest to one of them at every stage, by the cosine of centred pooled features"
-    if not 0 <= i < len(features): raise ValueError(f"i={i}: there are {len(features)} images, give 0 to {len(features) - 1}")
+    if not 0 <= i < len(features):
+        raise ValueError(f'i={i}: there are {len(features)} images, give 0 to {len(features) - 1}')
     g, rows = group_codes(groups, len(features)), []
-    if not 0 < k <= (g != g[i]).sum(): raise ValueError(f"k={k}: image {i} has {(g != g[i]).sum()} others of another group, give 1 to that many")
+    if not 0 < k <= (g != g[i]).sum():
+        raise ValueError(f'k={k}: image {i} has {(g != g[i]).sum()} others of another group, give 1 to that many')
     for stage in _chosen(stages, features.stages):
         at, s = _nearest(_directions(features, stage), np.array([i]), k, g)
-        rows += [{'stage': stage, 'rank': r, 'image': features.images[j], 'similarity': v} for r, (j, v) in enumerate(zip([i, *at[0]], [1., *s[0]]))]
+        rows += [
+            {'stage': stage, 'rank': r, 'image': features.images[j], 'similarity': v}
+            for r, (j, v) in enumerate(zip([i, *at[0]], [1.0, *s[0]]))
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/explain/01_activations.ipynb #96a3f0a6
 def plot_nearest(
-    nearest:pd.DataFrame, # From `nearest_images`
-    size:int=72 # Side of each picture in pixels
-) -> Image.Image: # A row a stage, the query first
+    nearest: pd.DataFrame,  # From `nearest_images`
+    size: int = 72,  # Side of each picture in pixels
+) -> Image.Image:  # A row a stage, the query first
     "The nearest images as a contact sheet"
     titles = [s if r == 0 else f'{v:.2f}' for s, r, v in zip(nearest.stage, nearest['rank'], nearest.similarity)]
-    return contact_sheet([read_image(o, size, fit='pad') for o in nearest.image], titles, int(nearest['rank'].max()) + 1, size)
+    return contact_sheet(
+        [read_image(o, size, fit='pad') for o in nearest.image], titles, int(nearest['rank'].max()) + 1, size
+    )
 
 # %% ../../nbs/explain/01_activations.ipynb #f4d07bc2
 def neighbour_table(
-    features:Features, # From `image_features` or `extract_features`
-    labels, # What neighbours should share: class, camera, photographer (n,)
-    k:int=5, # How many neighbours
-    groups=None, # Group of each image: its own is left out
-    n:int=500 # Draws of the bootstrap
-) -> pd.DataFrame: # A row a stage: value, low, high, chance
+    features: Features,  # From `image_features` or `extract_features`
+    labels,  # What neighbours should share: class, camera, photographer (n,)
+    k: int = 5,  # How many neighbours
+    groups=None,  # Group of each image: its own is left out
+    n: int = 500,  # Draws of the bootstrap
+) -> pd.DataFrame:  # A row a stage: value, low, high, chance
     "How often the nearest images have the label of the query, stage by stage, with 95 % intervals over groups; chance is the share of the label among the others"
     labels, g = np.asarray(labels), group_codes(groups, len(features))
-    if len(labels) != len(features): raise ValueError(f"{len(labels)} labels for {len(features)} images: give one for each")
+    if len(labels) != len(features):
+        raise ValueError(f'{len(labels)} labels for {len(features)} images: give one for each')
     others = (g[:, None] != g).sum(1)
-    if not 0 < k <= others.min(): raise ValueError(f"k={k}: some image has only {others.min()} others of another group, give 1 to that many")
-    chance = np.mean([((labels == l) & (g != h)).sum() for l, h in zip(labels, g)]/others)
+    if not 0 < k <= others.min():
+        raise ValueError(f'k={k}: some image has only {others.min()} others of another group, give 1 to that many')
+    chance = np.mean([((labels == l) & (g != h)).sum() for l, h in zip(labels, g)] / others)
     rows = {}
     for stage in features.stages:
         a = _directions(features, stage)
-        at = np.concatenate([_nearest(a, rows_, k, g)[0] for rows_ in np.array_split(np.arange(len(a)), -(-len(a)//1000))])
+        at = np.concatenate(
+            [_nearest(a, rows_, k, g)[0] for rows_ in np.array_split(np.arange(len(a)), -(-len(a) // 1000))]
+        )
         rows[stage] = bootstrap(np.mean, (labels[at] == labels[:, None]).mean(1), groups=g, n=n).loc['value']
     return pd.DataFrame(rows).T.assign(chance=chance)
 
 # %% ../../nbs/explain/01_activations.ipynb #2cb26500
 def plot_neighbours(
-    tables:dict # Name -> table, as `neighbour_table` gives it
+    tables: dict,  # Name -> table, as `neighbour_table` gives it
 ) -> Figure:
     "Shares of like neighbours by stage with their intervals; chance is dotted"
     fig = Figure(figsize=(5.5, 3), dpi=90, layout='constrained')
     ax = fig.subplots()
     for i, (name, t) in enumerate(tables.items()):
         colour = f'C{i}'
-        ax.errorbar(t.index, t.value, (t.value - t.low, t.high - t.value), fmt='o-', capsize=2, color=colour, label=plain_text(name))
+        ax.errorbar(
+            t.index,
+            t.value,
+            (t.value - t.low, t.high - t.value),
+            fmt='o-',
+            capsize=2,
+            color=colour,
+            label=plain_text(name),
+        )
         ax.plot(t.index, t.chance, ':', color=colour)
     ax.set(xlabel='stage', ylabel='share of the nearest images', ylim=(0, 1))
     ax.legend(frameon=False)

@@ -9,62 +9,89 @@ __all__ = ['log_odds', 'heat_map', 'overlay', 'plot_heat', 'heat_sheet', 'heat_o
 from contextlib import contextmanager
 from math import isqrt
 from typing import Any
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import nn
 from torch.nn import functional as F
-from ..models.backbones import Stages, _trace
+
 from .activations import evaluating, model_parts
-from ..utils.files import extra_module, plain_text, unknown
 from ..metrics.intervals import bootstrap
 from ..metrics.operating_point import OperatingPoint
-from ..synthetic.fundus import contact_sheet
 from ..metrics.screening import worst_errors
+from ..models.backbones import Stages, _trace
+from ..synthetic.fundus import contact_sheet
+from ..utils.files import extra_module, plain_text, unknown
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #d2705b82
 def log_odds(
-    out:torch.Tensor # Logits or log-probabilities (n, classes)
-) -> torch.Tensor: # (n, classes)
+    out: torch.Tensor,  # Logits or log-probabilities (n, classes)
+) -> torch.Tensor:  # (n, classes)
     "log p/(1 - p) of each class"
     keep = ~torch.eye(out.shape[1], dtype=torch.bool, device=out.device)
     return out - torch.stack([out[:, row].logsumexp(1) for row in keep], 1)
 
-def _gradcam(): return extra_module('captum.attr', 'explain').LayerGradCam
+
+def _gradcam():
+    return extra_module('captum.attr', 'explain').LayerGradCam
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #722dfa6e
 class _Score(nn.Module):
     "The maps that the head reads, through a probe each, to log-odds"
+
     def __init__(self, stages, head):
         super().__init__()
         self.stages, self.head, self.probes = stages, head, nn.ModuleList(nn.Identity() for _ in range(stages.tap))
-    def forward(self, *maps): return log_odds(self.head(self.stages.joined([p(m) for p, m in zip(self.probes, maps)])))
+
+    def forward(self, *maps):
+        return log_odds(self.head(self.stages.joined([p(m) for p, m in zip(self.probes, maps)])))
+
 
 def _head_heat(parts, x, c) -> list:
     "What each place of each map that the head reads adds to the score of a class: maps (n, 1, h, w)"
-    with torch.no_grad(): maps = [m.float() for m in parts.stages.maps(x)[-parts.stages.tap:]]
+    with torch.no_grad():
+        maps = [m.float() for m in parts.stages.maps(x)[-parts.stages.tap :]]
     score, maps = _Score(parts.stages, parts.head), tuple(m.clone().requires_grad_() for m in maps)
-    return [_gradcam()(score, p).attribute(maps, target=c)*m.shape[-2]*m.shape[-1] for p, m in zip(score.probes, maps)]
+    return [
+        _gradcam()(score, p).attribute(maps, target=c) * m.shape[-2] * m.shape[-1] for p, m in zip(score.probes, maps)
+    ]
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f52e344b
-def _layout(out, prefix, last) -> tuple|None:
+def _layout(out, prefix, last) -> tuple | None:
     "How the output of a layer becomes maps (n, c, h, w), and maps that output again; None if it has no places"
-    if not torch.is_tensor(out): return None
-    if out.ndim == 4: return (lambda o: o.permute(0, 3, 1, 2), lambda m, o: m.permute(0, 2, 3, 1)) if last else (lambda o: o, lambda m, o: m)
+    if not torch.is_tensor(out):
+        return None
+    if out.ndim == 4:
+        return (
+            (lambda o: o.permute(0, 3, 1, 2), lambda m, o: m.permute(0, 2, 3, 1))
+            if last
+            else (lambda o: o, lambda m, o: m)
+        )
     side = isqrt(max(0, out.shape[1] - prefix)) if out.ndim == 3 else 0
-    if side < 2 or side*side != out.shape[1] - prefix: return None
-    return (lambda o: o[:, prefix:].transpose(1, 2).unflatten(2, (side, side)),
-            lambda m, o: torch.cat([o[:, :prefix], m.flatten(2).transpose(1, 2)], 1))
+    if side < 2 or side * side != out.shape[1] - prefix:
+        return None
+    return (
+        lambda o: o[:, prefix:].transpose(1, 2).unflatten(2, (side, side)),
+        lambda m, o: torch.cat([o[:, :prefix], m.flatten(2).transpose(1, 2)], 1),
+    )
+
 
 def _layers(stages, x) -> dict:
     "The layers of a network whose outputs have places: name -> (module, layout), nearest to the input first"
-    if isinstance(stages, Stages): return {n: (m, (lambda o: o, lambda m, o: m)) for n, m in stages.named_children()}
+    if isinstance(stages, Stages):
+        return {n: (m, (lambda o: o, lambda m, o: m)) for n, m in stages.named_children()}
     prefix = getattr(stages.net, 'num_prefix_tokens', 0) or 0
     calls = _trace(stages.net, x, stages.net.forward_features)
-    last = any(o.shape[1] == o.shape[2] != o.shape[3] for *_, o in calls if torch.is_tensor(o) and o.ndim == 4) # images are square: channels last
+    last = any(
+        o.shape[1] == o.shape[2] != o.shape[3] for *_, o in calls if torch.is_tensor(o) and o.ndim == 4
+    )  # images are square: channels last
     found = {n: (m, _layout(o, prefix, last)) for n, m, o in calls}
     return {n: f for n, f in found.items() if f[1]}
+
 
 @contextmanager
 def _probed(module, layout):
@@ -72,72 +99,94 @@ def _probed(module, layout):
     to_maps, back = layout
     probe = nn.Identity()
     hook = module.register_forward_hook(lambda m, i, o: back(probe(to_maps(o)), o))
-    try: yield probe
-    finally: hook.remove()
+    try:
+        yield probe
+    finally:
+        hook.remove()
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f68e0865
 def _layer_heat(parts, x, c, layer) -> torch.Tensor:
     "Grad-CAM (n, 1, h, w) at one layer, through all that comes after it"
-    def score(x): return log_odds(parts.head(parts.stages(x).float()))
-    with _probed(*layer) as probe: return _gradcam()(score, probe).attribute(x.clone().requires_grad_(), target=c)
+
+    def score(x):
+        return log_odds(parts.head(parts.stages(x).float()))
+
+    with _probed(*layer) as probe:
+        return _gradcam()(score, probe).attribute(x.clone().requires_grad_(), target=c)
+
 
 def _raw_heat(parts, x, c, stage) -> list:
     "Signed heat: maps (n, 1, h, w), to be added up at the size of the largest"
-    if stage is None and isinstance(parts.stages, Stages): return _head_heat(parts, x, c)
+    if stage is None and isinstance(parts.stages, Stages):
+        return _head_heat(parts, x, c)
     layers = _layers(parts.stages, x)
     if stage is not None:
-        if stage not in layers: raise unknown('stage', stage, layers)
+        if stage not in layers:
+            raise unknown('stage', stage, layers)
         return [_layer_heat(parts, x, c, layers[stage])]
     for layer in reversed(layers.values()):
         heat = _layer_heat(parts, x, c, layer)
-        if heat.abs().sum() > 0: return [heat]
-    raise ValueError(f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: take a network that does, such as efficientnet_lite0")
+        if heat.abs().sum() > 0:
+            return [heat]
+    raise ValueError(
+        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: take a network that does, such as efficientnet_lite0"
+    )
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #975ac483
 def _class_number(classes, target_class) -> int:
-    if isinstance(target_class, (int, np.integer)) and 0 <= target_class < len(classes): return int(target_class)
-    if target_class not in classes: raise unknown('class', target_class, classes)
+    if isinstance(target_class, (int, np.integer)) and 0 <= target_class < len(classes):
+        return int(target_class)
+    if target_class not in classes:
+        raise unknown('class', target_class, classes)
     return classes.index(target_class)
 
-def _resized(m, side): return F.interpolate(m, side, mode='bilinear', align_corners=False)
+
+def _resized(m, side):
+    return F.interpolate(m, side, mode='bilinear', align_corners=False)
+
 
 def heat_map(
-    model:Any, # A learner from `build_learner`, or a saved model
-    image, # Path or image
-    target_class:str|int|None=None, # Name or number; the likeliest if None
-    stage:str|None=None # A stage by name; what the head reads if None
-) -> np.ndarray: # float32 (h, w), 0 to 1, at the size of the image as it was read
+    model: Any,  # A learner from `build_learner`, or a saved model
+    image,  # Path or image
+    target_class: str | int | None = None,  # Name or number; the likeliest if None
+    stage: str | None = None,  # A stage by name; what the head reads if None
+) -> np.ndarray:  # float32 (h, w), 0 to 1, at the size of the image as it was read
     "Where in an image the evidence for a class lies: Grad-CAM (Selvaraju et al. 2017)"
     parts = model_parts(model)
     im = parts.read(image)
     x = parts.batch([im])
     with evaluating(parts.stages, parts.head), torch.enable_grad():
         if target_class is None:
-            with torch.no_grad(): target_class = int(parts.head(parts.stages(x)).argmax(1))
+            with torch.no_grad():
+                target_class = int(parts.head(parts.stages(x)).argmax(1))
         maps = _raw_heat(parts, x, _class_number(parts.classes, target_class), stage)
     finest = max((m.shape[-2:] for m in maps), key=max)
     heat = sum(_resized(m.detach().float(), finest) for m in maps).relu()
-    heat = _resized(heat/heat.max().clamp(min=1e-12), im.size[::-1])[0, 0]
-    return (heat/heat.max().clamp(min=1e-12)).cpu().numpy()
+    heat = _resized(heat / heat.max().clamp(min=1e-12), im.size[::-1])[0, 0]
+    return (heat / heat.max().clamp(min=1e-12)).cpu().numpy()
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #424a80bf
 def overlay(
-    image:Image.Image, # As the model reads it
-    heat:np.ndarray # (h, w), 0 to 1, of the same size
+    image: Image.Image,  # As the model reads it
+    heat: np.ndarray,  # (h, w), 0 to 1, of the same size
 ) -> Image.Image:
     "Heat over an image; where there is none, the image shows"
     from matplotlib import colormaps
-    a = np.asarray(image, np.float32)/255
-    share = 0.65*heat[..., None]
-    return Image.fromarray((255*((1 - share)*a + share*colormaps['inferno'](0.3 + 0.7*heat)[..., :3])).round().astype(np.uint8))
+
+    a = np.asarray(image, np.float32) / 255
+    share = 0.65 * heat[..., None]
+    return Image.fromarray(
+        (255 * ((1 - share) * a + share * colormaps['inferno'](0.3 + 0.7 * heat)[..., :3])).round().astype(np.uint8)
+    )
+
 
 def plot_heat(
-    model:Any, # A learner from `build_learner`, or a saved model
-    images:list, # Paths or images
-    target_class:str|int|None=None, # Name or number; the likeliest if None
-    stages=(None,), # Names of stages, one picture each; None: what the head reads
-    size:int=160 # Side of each picture in pixels
-) -> Image.Image: # A row an image: as read, then its heat at each stage
+    model: Any,  # A learner from `build_learner`, or a saved model
+    images: list,  # Paths or images
+    target_class: str | int | None = None,  # Name or number; the likeliest if None
+    stages=(None,),  # Names of stages, one picture each; None: what the head reads
+    size: int = 160,  # Side of each picture in pixels
+) -> Image.Image:  # A row an image: as read, then its heat at each stage
     "Images beside their heat, as a contact sheet"
     read, pictures, titles = model_parts(model).read, [], []
     for image in images:
@@ -147,96 +196,134 @@ def plot_heat(
     return contact_sheet(pictures, titles, 1 + len(stages), size)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #fd2c0ff1
-def _said(said, classes) -> str|None:
+def _said(said, classes) -> str | None:
     "The class that a decision speaks for; None where the classes do not tell"
     other = [c for c in classes if said == f'not {c}']
-    if said in classes: return said
+    if said in classes:
+        return said
     return next(c for c in classes if c != other[0]) if other and len(classes) == 2 else None
 
+
 def heat_sheet(
-    model:Any, # A learner from `build_learner`, or a saved model
-    table:pd.DataFrame, # `image, target, p_CLASS...`, as `worst_errors` takes it
-    point:OperatingPoint|None=None, # Decides what is wrong; without, the likeliest class
-    n:int=6, # How many mistakes at most of each kind
-    stage:str|None=None, # A stage by name; what the head reads if None
-    size:int=160 # Side of each picture in pixels
-) -> Image.Image: # Three mistakes a row, each as read and with heat
+    model: Any,  # A learner from `build_learner`, or a saved model
+    table: pd.DataFrame,  # `image, target, p_CLASS...`, as `worst_errors` takes it
+    point: OperatingPoint | None = None,  # Decides what is wrong; without, the likeliest class
+    n: int = 6,  # How many mistakes at most of each kind
+    stage: str | None = None,  # A stage by name; what the head reads if None
+    size: int = 160,  # Side of each picture in pixels
+) -> Image.Image:  # Three mistakes a row, each as read and with heat
     "The surest mistakes, each beside the heat of what was said; ValueError if there are none"
     parts, pictures, titles = model_parts(model), [], []
     wrong = worst_errors(table, parts.classes, point, n)
-    if not len(wrong): raise ValueError("nothing was said wrong: there is no mistake to look at")
+    if not len(wrong):
+        raise ValueError('nothing was said wrong: there is no mistake to look at')
     for e in wrong.itertuples():
         im = parts.read(e.image)
         pictures += [im, overlay(im, heat_map(model, e.image, _said(e.said, parts.classes), stage))]
         titles += [f'is {e.target}', f'said {e.said} {e.probability:.2f}']
-    return contact_sheet(pictures, titles, 2*min(3, len(wrong)), size)
+    return contact_sheet(pictures, titles, 2 * min(3, len(wrong)), size)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #65c0a2a3
 def _figures(heats, mask, field, margin) -> np.ndarray:
     "Figures (n, 4) of several heat maps (n, h, w) on one mask: share, area, hit, near"
     heats, mask = np.asarray(heats, float), np.asarray(mask, bool)
     field = np.ones_like(mask) if field is None else np.asarray(field, bool)
-    if not heats.shape[1:] == mask.shape == field.shape: raise ValueError(f"heat of {heats.shape[1:]} and a mask of {mask.shape}: give both at the size of the image as the model reads it")
+    if not heats.shape[1:] == mask.shape == field.shape:
+        raise ValueError(
+            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: give both at the size of the image as the model reads it'
+        )
     mask = mask & field
-    if not mask.any(): raise ValueError("the mask is empty: leave out images without anything to find")
+    if not mask.any():
+        raise ValueError('the mask is empty: leave out images without anything to find')
     near, total = distance_transform_edt(~mask) <= margin, heats.sum((1, 2))
-    share = np.where(total > 0, heats[:, mask].sum(1)/np.where(total > 0, total, 1), np.nan)
+    share = np.where(total > 0, heats[:, mask].sum(1) / np.where(total > 0, total, 1), np.nan)
     hit = near.ravel()[heats.reshape(len(heats), -1).argmax(1)] & (total > 0)
-    return np.stack(np.broadcast_arrays(share, mask.sum()/field.sum(), hit, (near & field).sum()/field.sum()), 1).astype(float)
+    return np.stack(
+        np.broadcast_arrays(share, mask.sum() / field.sum(), hit, (near & field).sum() / field.sum()), 1
+    ).astype(float)
+
 
 def heat_on(
-    heat:np.ndarray, # (h, w), 0 or more
-    mask:np.ndarray, # (h, w), True where the truth is
-    field:np.ndarray|None=None, # (h, w), whose area is the chance level; all if None
-    margin:int=0 # Pixels by which the hottest pixel may miss
-) -> dict[str, float]: # 'share', 'area', 'hit', 'near' (area with the margin)
+    heat: np.ndarray,  # (h, w), 0 or more
+    mask: np.ndarray,  # (h, w), True where the truth is
+    field: np.ndarray | None = None,  # (h, w), whose area is the chance level; all if None
+    margin: int = 0,  # Pixels by which the hottest pixel may miss
+) -> dict[str, float]:  # 'share', 'area', 'hit', 'near' (area with the margin)
     "Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does; a share of NaN and no hit without heat"
-    return dict(zip(('share', 'area', 'hit', 'near'), _figures(np.asarray(heat)[None], mask, field, margin)[0].tolist()))
+    return dict(
+        zip(('share', 'area', 'hit', 'near'), _figures(np.asarray(heat)[None], mask, field, margin)[0].tolist())
+    )
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #85b11681
 def _mean(a, axis=None):
     "Mean of what is not NaN; NaN if there is nothing"
     n = (~np.isnan(a)).sum(axis)
-    return np.where(n > 0, np.nansum(a, axis)/np.maximum(n, 1), np.nan)
+    return np.where(n > 0, np.nansum(a, axis) / np.maximum(n, 1), np.nan)
+
 
 def _on_truth(heats, masks, fields, margin) -> dict:
     "Figures (n, 4) of each image's own heat, of its own by quarter turns, and of the heat of the others, on its mask"
     heats, n = np.asarray(heats, float), len(heats)
-    on = np.stack([_figures(heats, m, f, margin) for m, f in zip(masks, fields)]) # (mask, heat, figure)
-    turned = np.stack([_figures([np.rot90(h, k) for k in (1, 2, 3)], m, f, margin) for h, m, f in zip(heats, masks, fields)])
-    return {'own': on[np.arange(n), np.arange(n)], 'turned': _mean(turned, 1), 'others': _mean(on[~np.eye(n, dtype=bool)].reshape(n, n - 1, 4), 1)}
+    on = np.stack([_figures(heats, m, f, margin) for m, f in zip(masks, fields)])  # (mask, heat, figure)
+    turned = np.stack(
+        [_figures([np.rot90(h, k) for k in (1, 2, 3)], m, f, margin) for h, m, f in zip(heats, masks, fields)]
+    )
+    return {
+        'own': on[np.arange(n), np.arange(n)],
+        'turned': _mean(turned, 1),
+        'others': _mean(on[~np.eye(n, dtype=bool)].reshape(n, n - 1, 4), 1),
+    }
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f3670689
 def heat_table(
-    heats, # One an image (n, h, w)
-    masks, # Where the truth is, one an image
-    fields=None, # Whose area is the chance level; the whole image if None
-    groups=None, # Group (patient) of each image
-    margin:int=0, # Pixels by which the hottest pixel may miss
-    n:int=1000 # Draws of the bootstrap
-) -> pd.DataFrame: # A row a figure: value, low, high
+    heats,  # One an image (n, h, w)
+    masks,  # Where the truth is, one an image
+    fields=None,  # Whose area is the chance level; the whole image if None
+    groups=None,  # Group (patient) of each image
+    margin: int = 0,  # Pixels by which the hottest pixel may miss
+    n: int = 1000,  # Draws of the bootstrap
+) -> pd.DataFrame:  # A row a figure: value, low, high
     "Heat on the truth beside its chance levels, with 95 % intervals over groups; images without heat are left out of shares and are misses"
-    if len(heats) != len(masks) or len(heats) < 3: raise ValueError(f"{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least")
+    if len(heats) != len(masks) or len(heats) < 3:
+        raise ValueError(f'{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least')
     on = _on_truth(heats, masks, [np.ones_like(m) for m in masks] if fields is None else fields, margin)
+
     def figures(own, turned, others):
         s, t, o = (_mean(np.where(np.isnan(own[:, 0]), np.nan, a[:, 0])) for a in (own, turned, others))
-        return {'share of the heat': s, 'chance: share of the area': own[:, 1].mean(), 'chance: own heat, turned': t, 'chance: heat of the others': o,
-                'more than the others': s - o, 'hottest pixel': own[:, 2].mean(), 'chance: area with the margin': own[:, 3].mean(),
-                'chance: hottest pixel of the others': others[:, 2].mean(), 'without heat': np.isnan(own[:, 0]).mean()}
+        return {
+            'share of the heat': s,
+            'chance: share of the area': own[:, 1].mean(),
+            'chance: own heat, turned': t,
+            'chance: heat of the others': o,
+            'more than the others': s - o,
+            'hottest pixel': own[:, 2].mean(),
+            'chance: area with the margin': own[:, 3].mean(),
+            'chance: hottest pixel of the others': others[:, 2].mean(),
+            'without heat': np.isnan(own[:, 0]).mean(),
+        }
+
     return bootstrap(figures, *on.values(), groups=groups, n=n)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #784ebfd7
 def plot_heat_tables(
-    tables:dict # Name -> table, as `heat_table` gives it
+    tables: dict,  # Name -> table, as `heat_table` gives it
 ) -> Figure:
     "Share of the heat on the truth, and of the hottest pixels, with their intervals; marks are the chance levels"
-    fig = Figure(figsize=(8, 1.2 + 0.4*len(tables)), dpi=90, layout='constrained')
-    shown = (('share of the heat', ('share of the area', 'heat of the others', 'own heat, turned')), ('hottest pixel', ('area with the margin', 'hottest pixel of the others')))
+    fig = Figure(figsize=(8, 1.2 + 0.4 * len(tables)), dpi=90, layout='constrained')
+    shown = (
+        ('share of the heat', ('share of the area', 'heat of the others', 'own heat, turned')),
+        ('hottest pixel', ('area with the margin', 'hottest pixel of the others')),
+    )
     for ax, (figure, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
         rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
         at = np.arange(len(rows))
         ax.errorbar(rows.value, at, xerr=(rows.value - rows.low, rows.high - rows.value), fmt='o', capsize=2)
-        for mark, c in zip('x+|', chances): ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], at, mark, color='firebrick', label=c)
-        ax.set(xlabel=f'{figure} on the truth', xlim=(0, None), yticks=at, yticklabels=[plain_text(k) for k in rows.index])
-        ax.legend(frameon=False, fontsize=7, title='by chance', title_fontsize=7, loc='lower left', bbox_to_anchor=(0, 1))
+        for mark, c in zip('x+|', chances):
+            ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], at, mark, color='firebrick', label=c)
+        ax.set(
+            xlabel=f'{figure} on the truth', xlim=(0, None), yticks=at, yticklabels=[plain_text(k) for k in rows.index]
+        )
+        ax.legend(
+            frameon=False, fontsize=7, title='by chance', title_fontsize=7, loc='lower left', bbox_to_anchor=(0, 1)
+        )
     return fig

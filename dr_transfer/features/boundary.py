@@ -7,117 +7,163 @@ __all__ = ['Front', 'Rest', 'split_body', 'BoundaryMaps', 'boundary_store', 'bou
 
 # %% ../../nbs/features/05_boundary.ipynb #3b2ddd0a
 from collections import OrderedDict
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.data.load import DataLoader
 from torch import nn
-from ..models.backbones import Stages
-from .extraction import compute_views, weights_digest
-from ..utils.files import cache_folder
-from ..models.network import Body
+
 from ..data.content import fill_stores
-from ..utils.store import ArrayStore, stored_array
 from ..data.views import VIEWS
+from .extraction import compute_views, weights_digest
+from ..models.backbones import Stages
+from ..models.network import Body
+from ..utils.files import cache_folder
+from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/features/05_boundary.ipynb #9de0d946
 class Front(nn.Module):
     "The frozen part: batch (n, 3, h, w) -> {'boundary': maps (n, c, h, w), 'side_i': maps or means of stage i}"
-    def __init__(self, body:Body, k:int, means:bool=False):
+
+    def __init__(self, body: Body, k: int, means: bool = False):
         super().__init__()
         self.body, self.stages, self.means, n = body, body.stages, means, len(body.stages)
         self.k, self.keep = k, [i for i in range(n - self.stages.tap, k - 1) if i >= 0] if k < n else []
+
     def forward(self, x) -> dict:
         s = self.body.forward_setting if x.device.type == 'cpu' else self.body.setting(x)
         stages = self.body.quick(x)
         with s.cast(x.device.type):
-            if self.k == len(stages): return {'boundary': stages(s.place(x)).float()}
+            if self.k == len(stages):
+                return {'boundary': stages(s.place(x)).float()}
             out, x = {}, s.place(x)
             for i in range(self.k):
                 x = stages[i](x)
-                if i in self.keep: out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
+                if i in self.keep:
+                    out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
         return {'boundary': x, **out}
 
 # %% ../../nbs/features/05_boundary.ipynb #4f87ed8c
 class Rest(Body):
     "The part of a body that is trained: from the maps of `Front` to those of the body"
-    def __init__(self, body:Body, k:int):
+
+    def __init__(self, body: Body, k: int):
         rest = Stages(OrderedDict(list(body.stages.named_children())[k:]))
         rest.spec, rest.weights, rest.tap = body.stages.spec, body.stages.weights, body.stages.tap
         super().__init__(rest, body.forward_setting, body.train_setting)
+
     def forward(self, x, *sides):
-        if not len(self.stages): return x
+        if not len(self.stages):
+            return x
         s, stages = self.setting(x), self.quick(x)
-        with s.cast(x.device.type): return stages.joined([*sides, x, *stages.maps(s.place(x if s.bf16 else x.float()))]).float()
+        with s.cast(x.device.type):
+            return stages.joined([*sides, x, *stages.maps(s.place(x if s.bf16 else x.float()))]).float()
+
 
 def split_body(
-    body:Body, # A body whose stages are a chain
-    k:int, # Number of frozen stages
-    means:bool=False # Hand over only the means of frozen stages that the head sees?
-) -> tuple[Front, Rest]: # They share their weights with the body
+    body: Body,  # A body whose stages are a chain
+    k: int,  # Number of frozen stages
+    means: bool = False,  # Hand over only the means of frozen stages that the head sees?
+) -> tuple[Front, Rest]:  # They share their weights with the body
     "A body in two parts; ValueError if it is no chain, or k is not 1 to its number of stages"
-    if not isinstance(body.stages, Stages): raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
-    if not 1 <= k <= len(body.stages): raise ValueError(f"k={k}: 1 to {len(body.stages)} stages of this body can be frozen")
+    if not isinstance(body.stages, Stages):
+        raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
+    if not 1 <= k <= len(body.stages):
+        raise ValueError(f'k={k}: 1 to {len(body.stages)} stages of this body can be frozen')
     return Front(body, k, means), Rest(body, k)
 
 # %% ../../nbs/features/05_boundary.ipynb #7f4736a5
 class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
-    def __init__(self, arrays:list, rows): self.arrays, self.rows = arrays, np.asarray(rows)
-    def batch(self, i, views) -> list: # Tensors (n, ...)
+
+    def __init__(self, arrays: list, rows):
+        self.arrays, self.rows = arrays, np.asarray(rows)
+
+    def batch(self, i, views) -> list:  # Tensors (n, ...)
         "The maps of some images, each in one of its views"
         return [_tensor(a[self.rows[i], views]) for a in self.arrays]
 
-def _tensor(a): return torch.from_numpy(np.ascontiguousarray(a)).view(torch.bfloat16) if a.dtype == np.int16 else torch.from_numpy(np.ascontiguousarray(a))
-def _array(x): return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
+def _tensor(a):
+    return (
+        torch.from_numpy(np.ascontiguousarray(a)).view(torch.bfloat16)
+        if a.dtype == np.int16
+        else torch.from_numpy(np.ascontiguousarray(a))
+    )
+
+
+def _array(x):
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
 
 def boundary_store(
-    front:Front, # From `split_body`
-    about:dict, # From `features.reading`
-    folder=None # Where stores are; in the cache if None
+    front: Front,  # From `split_body`
+    about: dict,  # From `features.reading`
+    folder=None,  # Where stores are; in the cache if None
 ) -> ArrayStore:
     "The store for the maps at a boundary; its rows may be there already"
     device = next(front.body.eval().parameters()).device
-    with torch.inference_mode(): probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
+    with torch.inference_mode():
+        probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
     names = [n for n, _ in front.stages.named_children()]
-    what = {**about, 'maps': names[front.k - 1], 'tap': front.stages.tap, 'weights': weights_digest(front.body, names[front.k - 1])}
-    return ArrayStore(folder or cache_folder()/'boundary', f"{about['arch']}-{about['size']}px-{names[front.k - 1]}", what,
-                      {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()})
+    what = {
+        **about,
+        'maps': names[front.k - 1],
+        'tap': front.stages.tap,
+        'weights': weights_digest(front.body, names[front.k - 1]),
+    }
+    return ArrayStore(
+        folder or cache_folder() / 'boundary',
+        f'{about["arch"]}-{about["size"]}px-{names[front.k - 1]}',
+        what,
+        {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()},
+    )
 
 # %% ../../nbs/features/05_boundary.ipynb #81af9f5c
 def boundary_gb(
-    store:ArrayStore, # From `boundary_store`
-    n:int # Number of images
-) -> float: # Gigabytes on disk
+    store: ArrayStore,  # From `boundary_store`
+    n: int,  # Number of images
+) -> float:  # Gigabytes on disk
     "How much room the maps of `n` images take"
-    return n*sum(map(store.row_bytes, store.fields))/1e9
+    return n * sum(map(store.row_bytes, store.fields)) / 1e9
 
 # %% ../../nbs/features/05_boundary.ipynb #df6ccb92
 def boundary_maps(
-    sources:list, # Paths or images
-    front:Front, # From `split_body`
-    about:dict, # From `features.reading`
-    folder=None, # Where stores are; in the cache if None
-    label:str='boundary' # What the progress bar says
+    sources: list,  # Paths or images
+    front: Front,  # From `split_body`
+    about: dict,  # From `features.reading`
+    folder=None,  # Where stores are; in the cache if None
+    label: str = 'boundary',  # What the progress bar says
 ) -> BoundaryMaps:
     "The maps of every view of every image at the boundary, computed unless they are stored"
     store = boundary_store(front, about, folder)
-    def f(x, names): return {k: _array(v.contiguous()) for k, v in front(x).items()}
-    rows, = fill_stores([store], list(sources), compute_views(f, front.body, about, label), about['batch'])
+
+    def f(x, names):
+        return {k: _array(v.contiguous()) for k, v in front(x).items()}
+
+    (rows,) = fill_stores([store], list(sources), compute_views(f, front.body, about, label), about['batch'])
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
 # %% ../../nbs/features/05_boundary.ipynb #0ca06218
 def boundary_loader(
-    maps:BoundaryMaps, # Of the images of one side
-    y:torch.Tensor, # Class numbers (n,)
-    bs:int, # Images in a batch
-    shuffle:bool=False, # Training: in random order, one view of each at random
-    device=None, # Where batches go
-    weights=None # With `shuffle`: how often each image is drawn (n,); alike if None
-) -> DataLoader: # Batches (map, ..., class numbers)
+    maps: BoundaryMaps,  # Of the images of one side
+    y: torch.Tensor,  # Class numbers (n,)
+    bs: int,  # Images in a batch
+    shuffle: bool = False,  # Training: in random order, one view of each at random
+    device=None,  # Where batches go
+    weights=None,  # With `shuffle`: how often each image is drawn (n,); alike if None
+) -> DataLoader:  # Batches (map, ..., class numbers)
     "Batches of stored maps; without `shuffle` the image as it is"
     n_views = maps.arrays[0].shape[1]
+
     def batch(rows):
         i = torch.as_tensor(rows)
         v = torch.randint(n_views, (len(i),)) if shuffle else torch.zeros(len(i), dtype=torch.long)
         return (*(m.to(device or 'cpu') for m in maps.batch(i.numpy(), v.numpy())), y[i].to(device or 'cpu'))
-    drawn = {} if weights is None or not shuffle else {'get_idxs': lambda: np.random.choice(len(y), len(y), p=weights).tolist()}
+
+    drawn = (
+        {}
+        if weights is None or not shuffle
+        else {'get_idxs': lambda: np.random.choice(len(y), len(y), p=weights).tolist()}
+    )
     return DataLoader(list(range(len(y))), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)

@@ -8,7 +8,10 @@ __all__ = ['LEAST', 'STRENGTHS', 'EPOCHS', 'NEIGHBOURS', 'CLASSIFIERS', 'grouped
 
 # %% ../../nbs/features/02_classifiers.ipynb #8189159c
 from functools import cached_property
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import RandomForestClassifier
@@ -22,60 +25,87 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from threadpoolctl import threadpool_limits
 from torch import nn
+
 from .extraction import Features, _chosen
-from ..utils.files import unknown
 from ..metrics.intervals import group_codes
 from ..models.network import HEADS, Head, create_head
+from ..utils.files import unknown
 
 # %% ../../nbs/features/02_classifiers.ipynb #b0de99a0
-def _group_counts(y, g) -> pd.Series: return pd.Series(g).groupby(np.asarray(y)).nunique()
+def _group_counts(y, g) -> pd.Series:
+    return pd.Series(g).groupby(np.asarray(y)).nunique()
+
 
 def grouped_folds(
-    y, # Class of each image (n,)
-    groups=None, # Group of each (n,), None or NaN where there is none
-    n:int=5, # Folds; fewer if a class has fewer groups
-    seed:int=0 # The same seed gives the same folds
-) -> list: # (training, test) row numbers, a pair for each fold
+    y,  # Class of each image (n,)
+    groups=None,  # Group of each (n,), None or NaN where there is none
+    n: int = 5,  # Folds; fewer if a class has fewer groups
+    seed: int = 0,  # The same seed gives the same folds
+) -> list:  # (training, test) row numbers, a pair for each fold
     "Folds with classes in proportion and groups whole; every training part knows every class; ValueError if one has fewer than 2 groups"
     y, g = np.asarray(y), group_codes(groups, len(y))
-    if n < 2: raise ValueError(f"{n} folds: give 2 or more")
+    if n < 2:
+        raise ValueError(f'{n} folds: give 2 or more')
     have, kind = _group_counts(y, g), 'images' if groups is None else 'groups'
-    if have.min() < 2: raise ValueError(f"class '{have.idxmin()}' has {have.min()} {kind}: cross-validation needs 2 {kind} "
-                                        f"or more of each class. Add {kind}, or leave the class out")
+    if have.min() < 2:
+        raise ValueError(
+            f"class '{have.idxmin()}' has {have.min()} {kind}: cross-validation needs 2 {kind} "
+            f'or more of each class. Add {kind}, or leave the class out'
+        )
     k, together = (StratifiedKFold, None) if len(set(g)) == len(g) else (StratifiedGroupKFold, g)
     for folds in range(min(n, have.min()), 1, -1):
         for i in range(5):
-            out = list(k(folds, shuffle=True, random_state=seed + 10_007*i).split(np.zeros(len(y)), y, together))
-            if all((_group_counts(y[a], g[a]).reindex(have.index, fill_value=0) >= have.clip(upper=3) - 1).all() for a, _ in out): return out
-    raise ValueError(f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': add {kind}, or leave the class out")
+            out = list(k(folds, shuffle=True, random_state=seed + 10_007 * i).split(np.zeros(len(y)), y, together))
+            if all(
+                (_group_counts(y[a], g[a]).reindex(have.index, fill_value=0) >= have.clip(upper=3) - 1).all()
+                for a, _ in out
+            ):
+                return out
+    raise ValueError(
+        f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': add {kind}, or leave the class out"
+    )
 
 # %% ../../nbs/features/02_classifiers.ipynb #1eadb8fc
 class _Orbit:
     "All views as rows, those of an image after one another"
+
     def __init__(self, x, y, groups, seed):
         self.views, self.labels, self.groups, self.seed = x.shape[1], y, groups, seed
         self.x, self.y = x.reshape(-1, x.shape[-1]), np.repeat(y, self.views)
-        self.weights = np.full(len(self.y), 1/self.views)
+        self.weights = np.full(len(self.y), 1 / self.views)
+
     @cached_property
-    def folds(self) -> list: return self.splits(5)
-    def rows(self, images): return (np.asarray(images)[:, None]*self.views + np.arange(self.views)).ravel()
+    def folds(self) -> list:
+        return self.splits(5)
+
+    def rows(self, images):
+        return (np.asarray(images)[:, None] * self.views + np.arange(self.views)).ravel()
+
     def splits(self, n) -> list:
         "(training, test) row numbers"
         return [(self.rows(a), self.rows(b)) for a, b in grouped_folds(self.labels, self.groups, n, self.seed)]
+
     def by(self, cv) -> list:
         "The same from what scikit-learn calls cv, applied to images"
-        if cv is None or isinstance(cv, int): return self.splits(cv or 5)
+        if cv is None or isinstance(cv, int):
+            return self.splits(cv or 5)
         cv = check_cv(cv, self.labels, classifier=True)
-        return [(self.rows(a), self.rows(b)) for a, b in cv.split(np.zeros(len(self.labels)), self.labels, group_codes(self.groups, len(self.labels)))]
+        return [
+            (self.rows(a), self.rows(b))
+            for a, b in cv.split(np.zeros(len(self.labels)), self.labels, group_codes(self.groups, len(self.labels)))
+        ]
 
 # %% ../../nbs/features/02_classifiers.ipynb #5b99e070
-LEAST = 0.001 # A probability counts as at least this much
+LEAST = 0.001  # A probability counts as at least this much
+
 
 def _loss(model, x, y, views) -> float:
     "Log-loss of the images; share of wrong rows for a model without probabilities"
-    if not hasattr(model, 'predict_proba'): return 1 - model.score(x, y)
+    if not hasattr(model, 'predict_proba'):
+        return 1 - model.score(x, y)
     p = model.predict_proba(x).reshape(-1, views, len(model.classes_)).mean(1)
     return -np.log(p[np.arange(len(p)), np.searchsorted(model.classes_, y[::views])].clip(LEAST)).mean()
+
 
 def _choose(orbit, path, settings, n=5):
     "Number of the best setting, and the loss of each; `path` gives a fitted model for one setting after the other"
@@ -83,169 +113,246 @@ def _choose(orbit, path, settings, n=5):
     for train, test in orbit.splits(n):
         models = path(orbit.x[train], orbit.y[train], orbit.weights[train], settings)
         x, y = orbit.x[test], orbit.y[test]
-        total += [len(test)/len(orbit.y)*_loss(m, x, y, orbit.views) for m in models]
+        total += [len(test) / len(orbit.y) * _loss(m, x, y, orbit.views) for m in models]
     return int(total.argmin()), dict(zip(settings, total.tolist()))
+
 
 def _best(orbit, path, settings, n=5):
     "The model with the best setting, trained on everything"
     i, losses = _choose(orbit, path, settings, n)
-    *_, model = path(orbit.x, orbit.y, orbit.weights, settings[:i + 1])
+    *_, model = path(orbit.x, orbit.y, orbit.weights, settings[: i + 1])
     model.losses_ = losses
     return model
 
 # %% ../../nbs/features/02_classifiers.ipynb #bb93cb83
-STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, .5)) # C of logistic regression, strongest regularisation first
-EPOCHS = (1, 2, 4, 8, 16, 32, 64) # Of the dense network; more than 8 only up to 400 steps
-NEIGHBOURS = (33, 17, 9, 5, 3) # Images that vote
+STRENGTHS = tuple(
+    float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, 0.5)
+)  # C of logistic regression, strongest regularisation first
+EPOCHS = (1, 2, 4, 8, 16, 32, 64)  # Of the dense network; more than 8 only up to 400 steps
+NEIGHBOURS = (33, 17, 9, 5, 3)  # Images that vote
+
 
 def _logistic_path(x, y, w, settings):
     x, model = x.astype(np.float64), LogisticRegression(max_iter=5000, warm_start=True)
-    for C in settings: yield model.set_params(C=C).fit(x, y, w)
+    for C in settings:
+        yield model.set_params(C=C).fit(x, y, w)
+
 
 def _dense(orbit):
     bs = min(64, len(orbit.y))
-    epochs = [e for e in EPOCHS if e <= 8 or e*len(orbit.y)/bs <= 400]
+    epochs = [e for e in EPOCHS if e <= 8 or e * len(orbit.y) / bs <= 400]
+
     def path(x, y, w, settings):
         model = MLPClassifier(HEADS['dense'].hidden, alpha=0.01, batch_size=min(bs, len(y)), random_state=orbit.seed)
         for e in range(settings[-1]):
             model.partial_fit(x, y, classes=np.unique(y))
-            if e + 1 in settings: yield model
+            if e + 1 in settings:
+                yield model
+
     return _best(orbit, path, epochs, 3)
+
 
 def _neighbours(orbit):
     def path(x, y, w, settings):
         model = KNeighborsClassifier().fit(x, y)
-        for k in settings: yield model.set_params(n_neighbors=min(k*orbit.views, len(y)))
+        for k in settings:
+            yield model.set_params(n_neighbors=min(k * orbit.views, len(y)))
+
     return _best(orbit, path, NEIGHBOURS)
 
 # %% ../../nbs/features/02_classifiers.ipynb #457199e8
 def _svm(orbit, make, strengths):
     "An SVM with probabilities"
+
     def path(x, y, w, settings):
-        for C in settings: yield make(C).fit(x, y, w)
+        for C in settings:
+            yield make(C).fit(x, y, w)
+
     i, losses = _choose(orbit, path, strengths, 3)
-    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=orbit.folds).fit(orbit.x, orbit.y, sample_weight=orbit.weights)
+    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=orbit.folds).fit(
+        orbit.x, orbit.y, sample_weight=orbit.weights
+    )
     model.losses_ = losses
     return model
 
+
 def _forest(orbit):
     forest = RandomForestClassifier(300, min_samples_leaf=orbit.views, n_jobs=-1, random_state=orbit.seed)
-    return forest.fit(orbit.x, orbit.y, orbit.weights).set_params(n_jobs=1) # threads add up in any order
+    return forest.fit(orbit.x, orbit.y, orbit.weights).set_params(n_jobs=1)  # threads add up in any order
 
-CLASSIFIERS = {'logistic': lambda o: _best(o, _logistic_path, STRENGTHS),
-               'linear_svm': lambda o: _svm(o, lambda C: LinearSVC(C=C, max_iter=10_000, random_state=o.seed), (1e-4, 1e-3, 1e-2)),
-               'rbf_svm': lambda o: _svm(o, lambda C: SVC(C=C), (1., 10.)),
-               'neighbours': _neighbours, 'forest': _forest, 'dense': _dense} # name -> function of the orbit that gives a fitted model
+
+CLASSIFIERS = {
+    'logistic': lambda o: _best(o, _logistic_path, STRENGTHS),
+    'linear_svm': lambda o: _svm(o, lambda C: LinearSVC(C=C, max_iter=10_000, random_state=o.seed), (1e-4, 1e-3, 1e-2)),
+    'rbf_svm': lambda o: _svm(o, lambda C: SVC(C=C), (1.0, 10.0)),
+    'neighbours': _neighbours,
+    'forest': _forest,
+    'dense': _dense,
+}  # name -> function of the orbit that gives a fitted model
+
 
 def _fit_given(model, orbit, y):
     "An estimator of scikit-learn, with folds of images and with probabilities"
     model, weights, searches = clone(model), {}, 'cv' in model.get_params(deep=False)
-    if searches: model.set_params(cv=orbit.by(model.cv))
+    if searches:
+        model.set_params(cv=orbit.by(model.cv))
     if searches and not hasattr(model, 'predict_proba'):
-        raise ValueError(f"{type(model).__name__} chooses by cross-validation and gives no probabilities: let it choose among estimators with predict_proba")
-    if not hasattr(model, 'predict_proba'): model = CalibratedClassifierCV(model, ensemble=False, cv=orbit.folds)
-    if has_fit_parameter(model, 'sample_weight'): weights = {'sample_weight': orbit.weights}
+        raise ValueError(
+            f'{type(model).__name__} chooses by cross-validation and gives no probabilities: let it choose among estimators with predict_proba'
+        )
+    if not hasattr(model, 'predict_proba'):
+        model = CalibratedClassifierCV(model, ensemble=False, cv=orbit.folds)
+    if has_fit_parameter(model, 'sample_weight'):
+        weights = {'sample_weight': orbit.weights}
     return model.fit(orbit.x, y, **weights)
 
 # %% ../../nbs/features/02_classifiers.ipynb #6aa83057
 def _no_numbers(X, x) -> ValueError:
     "The error for features that are NaN or infinite: of a network its weights are at fault, not the images"
     rows = np.flatnonzero(~np.isfinite(x).all((1, 2)))
-    what = f"features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}"
-    if not isinstance(X, Features): return ValueError(f"{what}: compute these again, or leave the rows out")
+    what = f'features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}'
+    if not isinstance(X, Features):
+        return ValueError(f'{what}: compute these again, or leave the rows out')
     folder = next(iter(X.stores.values())).folder.parent
-    return ValueError(f"{what}: the weights of '{X.about['arch']}' or the cache are damaged, not the images. "
-                      f"Delete {folder}, and give another file of weights (weights=..., `--weights FILE`)")
+    return ValueError(
+        f"{what}: the weights of '{X.about['arch']}' or the cache are damaged, not the images. "
+        f'Delete {folder}, and give another file of weights (weights=..., `--weights FILE`)'
+    )
+
 
 def _views_of(X, stages, pool) -> np.ndarray:
     "float32 (images, views, channels)"
-    if isinstance(X, Features): x = X.numpy(stages, pool)
+    if isinstance(X, Features):
+        x = X.numpy(stages, pool)
     else:
         x = np.asarray(X, dtype=np.float32)
-        if x.ndim == 2: x = x[:, None]
-    if x.ndim != 3 or not x.size: raise ValueError(f"features of the shape {x.shape}: give Features, an array (images, views, channels) "
-                                                   "or one (images, channels), with at least one image")
-    if not np.isfinite(x).all(): raise _no_numbers(X, x)
+        if x.ndim == 2:
+            x = x[:, None]
+    if x.ndim != 3 or not x.size:
+        raise ValueError(
+            f'features of the shape {x.shape}: give Features, an array (images, views, channels) '
+            'or one (images, channels), with at least one image'
+        )
+    if not np.isfinite(x).all():
+        raise _no_numbers(X, x)
     return x
+
 
 def _classes(y, n):
     "The classes, sorted, and the number of each image's class"
     y = np.asarray(y)
-    if y.ndim != 1 or len(y) != n: raise ValueError(f"labels of the shape {y.shape} for {n} images: give one for each image")
-    if pd.isna(y).any(): raise ValueError(f"{pd.isna(y).sum()} images have no label: leave them out")
+    if y.ndim != 1 or len(y) != n:
+        raise ValueError(f'labels of the shape {y.shape} for {n} images: give one for each image')
+    if pd.isna(y).any():
+        raise ValueError(f'{pd.isna(y).sum()} images have no label: leave them out')
     check_classification_targets(y)
     classes, codes = np.unique(y, return_inverse=True)
-    if len(classes) < 2: raise ValueError(f"there is only the class '{classes[0]}': give images of two classes or more")
+    if len(classes) < 2:
+        raise ValueError(f"there is only the class '{classes[0]}': give images of two classes or more")
     return classes, codes
 
 # %% ../../nbs/features/02_classifiers.ipynb #406450da
 def _source(X, stages):
     "Where features come from: their description, with the weights of each stage, and the names of the stages"
-    if not isinstance(X, Features): return None
+    if not isinstance(X, Features):
+        return None
     return {**X.about, 'weights_of': {n: X.stores[n].about['weights'] for n in X.stages}}, _chosen(stages, X.stages)
 
+
 def _check_name(classifier):
-    if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator): return
-    raise unknown('classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()')
+    if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator):
+        return
+    raise unknown(
+        'classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()'
+    )
+
 
 def _train(self, x, codes, groups):
     "The fitted estimator below a classifier"
     _check_name(self.classifier)
     orbit = _Orbit(self.scaler_.transform(x.reshape(-1, x.shape[-1])).reshape(x.shape), codes, groups, self.seed)
     with threadpool_limits(1, user_api='blas'):
-        if isinstance(self.classifier, str): return CLASSIFIERS[self.classifier](orbit)
+        if isinstance(self.classifier, str):
+            return CLASSIFIERS[self.classifier](orbit)
         return _fit_given(self.classifier, orbit, self.classes_[orbit.y])
+
 
 def _mean_proba(self, X) -> np.ndarray:
     check_is_fitted(self)
     x = _views_of(X, self.stages, self.pool)
     if x.shape[-1] != self.n_features_in_:
-        raise ValueError(f"features with {x.shape[-1]} channels: this classifier learnt from {self.n_features_in_}. Give the same stages and pool")
+        raise ValueError(
+            f'features with {x.shape[-1]} channels: this classifier learnt from {self.n_features_in_}. Give the same stages and pool'
+        )
     rows = self.scaler_.transform(x.reshape(-1, x.shape[-1]))
-    with threadpool_limits(1, user_api='blas'): return self.estimator_.predict_proba(rows).reshape(*x.shape[:2], -1).mean(1)
+    with threadpool_limits(1, user_api='blas'):
+        return self.estimator_.predict_proba(rows).reshape(*x.shape[:2], -1).mean(1)
 
 # %% ../../nbs/features/02_classifiers.ipynb #c998cd1b
 def _layers(model) -> list:
     "(weight, bias) of each layer, or the reason in a ValueError"
-    why = {'forest': 'a forest asks questions, it is no sum of weighted features', 'neighbours': 'neighbours compare with stored images',
-           'rbf_svm': 'it compares with stored images', 'linear_svm': 'its probabilities are calibrated for one class at a time'}
-    if isinstance(model.estimator_, LogisticRegression): layers = [(model.estimator_.coef_, model.estimator_.intercept_)]
-    elif isinstance(model.estimator_, MLPClassifier) and model.estimator_.activation == 'relu' and len(model.classes_) == len(model.estimator_.classes_):
+    why = {
+        'forest': 'a forest asks questions, it is no sum of weighted features',
+        'neighbours': 'neighbours compare with stored images',
+        'rbf_svm': 'it compares with stored images',
+        'linear_svm': 'its probabilities are calibrated for one class at a time',
+    }
+    if isinstance(model.estimator_, LogisticRegression):
+        layers = [(model.estimator_.coef_, model.estimator_.intercept_)]
+    elif (
+        isinstance(model.estimator_, MLPClassifier)
+        and model.estimator_.activation == 'relu'
+        and len(model.classes_) == len(model.estimator_.classes_)
+    ):
         layers = [(w.T, b) for w, b in zip(model.estimator_.coefs_, model.estimator_.intercepts_)]
     else:
         name = model.classifier if isinstance(model.classifier, str) else type(model.estimator_).__name__
-        raise ValueError(f"'{name}' cannot be the head of a network: {why.get(name, 'it is no layer or two with a softmax')}. "
-                         "Take classifier='logistic' or 'dense'")
+        raise ValueError(
+            f"'{name}' cannot be the head of a network: {why.get(name, 'it is no layer or two with a softmax')}. "
+            "Take classifier='logistic' or 'dense'"
+        )
     w, b = layers[-1]
-    return layers if len(w) > 1 else [*layers[:-1], (np.concatenate([-w, w])/2, np.concatenate([-b, b])/2)]
+    return layers if len(w) > 1 else [*layers[:-1], (np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2)]
 
 # %% ../../nbs/features/02_classifiers.ipynb #f8b17ff6
 @torch.no_grad()
 def classifier_head(
-    model, # A fitted `FeatureClassifier`, 'logistic' or 'dense'
-) -> nn.Sequential: # Maps or pooled features to logits, in evaluation mode
+    model,  # A fitted `FeatureClassifier`, 'logistic' or 'dense'
+) -> nn.Sequential:  # Maps or pooled features to logits, in evaluation mode
     "A head as in `create_head` whose softmax is the probability of one view; columns in the order of `classes_`"
     check_is_fitted(model)
     layers = _layers(model)
     hidden = tuple(len(w) for w, _ in layers[:-1])
-    head = create_head(Head(hidden, HEADS['dense' if hidden else 'linear'].dropout), model.n_features_in_, len(model.classes_)).eval()
+    head = create_head(
+        Head(hidden, HEADS['dense' if hidden else 'linear'].dropout), model.n_features_in_, len(model.classes_)
+    ).eval()
     norms, linears = ([m for m in head if isinstance(m, k)] for k in (nn.BatchNorm1d, nn.Linear))
-    for norm in norms: norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+    for norm in norms:
+        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
     first, scaler = norms[0], model.scaler_
     var = scaler.var_.astype(np.float32)
-    for to, a in [(first.running_mean, scaler.mean_), (first.running_var, var), (first.weight, np.sqrt(var + np.float64(first.eps))/scaler.scale_),
-                  *((getattr(l, k), v) for l, (w, b) in zip(linears, layers) for k, v in (('weight', w), ('bias', b)))]: to.copy_(torch.tensor(a))
+    for to, a in [
+        (first.running_mean, scaler.mean_),
+        (first.running_var, var),
+        (first.weight, np.sqrt(var + np.float64(first.eps)) / scaler.scale_),
+        *((getattr(l, k), v) for l, (w, b) in zip(linears, layers) for k, v in (('weight', w), ('bias', b))),
+    ]:
+        to.copy_(torch.tensor(a))
     return head
 
 # %% ../../nbs/features/02_classifiers.ipynb #20e1de25
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
     "Learns from all views, predicts their mean; fitted: `classes_, scaler_, estimator_`"
-    def __init__(self,
-        classifier='logistic', # Name in `CLASSIFIERS`, or an estimator
-        stages=None, # Stages of `Features` that are used; all if None
-        pool:str='mean', # 'mean' or 'max', for `Features`
-        seed:int=0 # Decides folds and random starts
-    ): self.classifier, self.stages, self.pool, self.seed = classifier, stages, pool, seed
+
+    def __init__(
+        self,
+        classifier='logistic',  # Name in `CLASSIFIERS`, or an estimator
+        stages=None,  # Stages of `Features` that are used; all if None
+        pool: str = 'mean',  # 'mean' or 'max', for `Features`
+        seed: int = 0,  # Decides folds and random starts
+    ):
+        self.classifier, self.stages, self.pool, self.seed = classifier, stages, pool, seed
+
     def fit(self, X, y, groups=None):
         "X: `Features` or array (images, views, channels) or (images, channels); y: classes (n,); groups (n,): what stays together; ValueError for what does not fit"
         x = _views_of(X, self.stages, self.pool)
@@ -253,28 +360,32 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
         self.source_, self.estimator_ = _source(X, self.stages), _train(self, x, codes, groups)
         return self
+
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities (images, classes), the mean over the views; columns in the order of `classes_`"
         return _mean_proba(self, X)
+
     def predict(self, X) -> np.ndarray:
         "The most probable class of each image"
         p = self.predict_proba(X)
         return self.classes_[p.argmax(1)]
+
     def head(self) -> nn.Sequential:
         "A head for the network, see `classifier_head`"
         return classifier_head(self)
 
 # %% ../../nbs/features/02_classifiers.ipynb #97c2c83f
 def out_of_fold(
-    classifier:FeatureClassifier, # What is trained, once for each fold
-    X, # `Features`, or an array (images, views, channels)
-    y, # Class of each image
-    groups=None, # Group of each image
-    folds:int=5, # Folds, see `grouped_folds`
-    seed:int=0 # Decides the folds
-) -> np.ndarray: # Probabilities (images, classes), classes sorted
+    classifier: FeatureClassifier,  # What is trained, once for each fold
+    X,  # `Features`, or an array (images, views, channels)
+    y,  # Class of each image
+    groups=None,  # Group of each image
+    folds: int = 5,  # Folds, see `grouped_folds`
+    seed: int = 0,  # Decides the folds
+) -> np.ndarray:  # Probabilities (images, classes), classes sorted
     "Probabilities of each image from a classifier that saw neither it nor its group"
-    if not isinstance(X, Features): X = np.asarray(X)
+    if not isinstance(X, Features):
+        X = np.asarray(X)
     y, g = np.asarray(y), group_codes(groups, len(y))
     classes, _ = _classes(y, len(X))
     p = np.zeros((len(y), len(classes)))

@@ -11,84 +11,120 @@ import hashlib
 from functools import partial
 from itertools import product
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data.content import fill_stores, image_data, unreadable
+from ..data.images import FITS
+from ..data.source import check_size
+from ..data.views import READERS, READING, VIEWS, map_batches, normalise, read_image
 from ..models.backbones import DEFAULT_ARCH, Stages, create_body, find_backbone, stage_names
+from ..models.network import POOLS, Body, good_bs, make_body
 from ..utils.checks import image_list
 from ..utils.files import cache_folder, package_version, progress, unknown
-from ..data.images import FITS
-from ..models.network import POOLS, Body, good_bs, make_body
-from ..data.source import check_size
-from ..data.content import fill_stores, image_data, unreadable
 from ..utils.store import ArrayStore, stored_array
-from ..data.views import READERS, READING, VIEWS, map_batches, normalise, read_image
 
 # %% ../../nbs/features/01_extraction.ipynb #d49e1714
-def _field(stage, view): return f'{stage}.{view}' if view else stage # The first view is the image as it is
+def _field(stage, view):
+    return f'{stage}.{view}' if view else stage  # The first view is the image as it is
+
 
 class Features:
     "Features of images in stores on disk, one for each stage and view; what is not asked for is not read"
-    def __init__(self, stores:dict, rows:dict, images:list, views:str='none'): self.stores, self.rows, self.images, self.view_set = stores, rows, list(images), views
-    def __len__(self): return len(self.images)
+
+    def __init__(self, stores: dict, rows: dict, images: list, views: str = 'none'):
+        self.stores, self.rows, self.images, self.view_set = stores, rows, list(images), views
+
+    def __len__(self):
+        return len(self.images)
+
     @property
-    def about(self) -> dict: return {**next(iter(self.stores.values())).about, 'views': self.view_set}
+    def about(self) -> dict:
+        return {**next(iter(self.stores.values())).about, 'views': self.view_set}
+
     @property
-    def stages(self) -> dict: # Name -> number of channels, nearest to the input first
+    def stages(self) -> dict:  # Name -> number of channels, nearest to the input first
         return {k: s.fields[k][0][-1] for k, s in self.stores.items() if '.' not in k}
+
     @property
-    def views(self) -> int: return len(VIEWS[self.view_set])
+    def views(self) -> int:
+        return len(VIEWS[self.view_set])
+
     def take(self, rows) -> 'Features':
         "Some of the images, by number or by a mask"
         rows = np.arange(len(self))[rows]
-        return Features(self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows], self.view_set)
+        return Features(
+            self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows], self.view_set
+        )
 
 # %% ../../nbs/features/01_extraction.ipynb #f205004b
 def _chosen(names, known, what='stage') -> list:
     "Names that are known, as a list; all if None"
     names = [names] if isinstance(names, str) else list(known) if names is None else list(names)
     for n in names or ['']:
-        if n not in known: raise unknown(what, n, known)
+        if n not in known:
+            raise unknown(what, n, known)
     return names
 
+
 def features_array(
-    features:Features, # From `extract_features` or `image_features`
-    stages=None, # Name or names of stages; all if None
-    pool:str='mean' # 'mean' or 'max'
-) -> np.ndarray: # float32 (images, views, channels)
+    features: Features,  # From `extract_features` or `image_features`
+    stages=None,  # Name or names of stages; all if None
+    pool: str = 'mean',  # 'mean' or 'max'
+) -> np.ndarray:  # float32 (images, views, channels)
     "Features as an array; one stage of one view of all images is not copied but mapped"
-    if pool not in features.about['pools']: raise unknown('pool', pool, features.about['pools'], 'Others are extracted with pools=(...)')
+    if pool not in features.about['pools']:
+        raise unknown('pool', pool, features.about['pools'], 'Others are extracted with pools=(...)')
     i = features.about['pools'].index(pool)
+
     def part(field):
         a, r = stored_array(features.stores[field], field), features.rows[field]
         straight = len(r) and np.array_equal(r, np.arange(r[0], r[0] + len(r)))
-        return a[r[0]:r[0] + len(r), :, i] if straight else a[r, :, i]
-    def joined(parts, axis): return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-    return joined([joined([part(_field(n, v)) for v in range(features.views)], 1) for n in _chosen(stages, features.stages)], -1)
+        return a[r[0] : r[0] + len(r), :, i] if straight else a[r, :, i]
+
+    def joined(parts, axis):
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    return joined(
+        [joined([part(_field(n, v)) for v in range(features.views)], 1) for n in _chosen(stages, features.stages)], -1
+    )
 
 # %% ../../nbs/features/01_extraction.ipynb #fc584610
 def features_table(
-    features:Features, # From `extract_features` or `image_features`
-    stages=None, # Name or names of stages; all if None
-    pool:str='mean' # 'mean' or 'max'
-) -> pd.DataFrame: # A row an image, columns like `stage6_017`
+    features: Features,  # From `extract_features` or `image_features`
+    stages=None,  # Name or names of stages; all if None
+    pool: str = 'mean',  # 'mean' or 'max'
+) -> pd.DataFrame:  # A row an image, columns like `stage6_017`
     "Features as a table, the mean over the views"
     names = _chosen(stages, features.stages)
     columns = [f'{n}_{i:03d}' for n in names for i in range(features.stages[n])]
-    return pd.DataFrame(features_array(features, names, pool).mean(1), index=pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False), columns=columns)
+    return pd.DataFrame(
+        features_array(features, names, pool).mean(1),
+        index=pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False),
+        columns=columns,
+    )
+
 
 Features.numpy, Features.pandas = features_array, features_table
 
 # %% ../../nbs/features/01_extraction.ipynb #31a6d3ea
 def weights_digest(
-    body:Body, # A body
-    last:str|None=None # Last stage that counts; all if None
-) -> str: # 16 hexadecimal digits of a SHA-256
+    body: Body,  # A body
+    last: str | None = None,  # Last stage that counts; all if None
+) -> str:  # 16 hexadecimal digits of a SHA-256
     "The weights and statistics of a body, as they are now, as a hash"
     stages, h = body.stages, hashlib.sha256()
-    if last and isinstance(stages, Stages): stages = stages[:stage_names(stages).index(last) + 1]
-    for k, v in stages.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    if last and isinstance(stages, Stages):
+        stages = stages[: stage_names(stages).index(last) + 1]
+    for k, v in stages.state_dict().items():
+        h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+
 _MADE_BY = ' '.join([f'reading {READING}', *(f'{p} {package_version(p)}' for p in ('torch', 'timm', 'pillow'))])
+
 
 def _machine(body, bs) -> dict:
     "What decides the last bits besides network and settings: the sums of a batch are added in another order"
@@ -96,85 +132,120 @@ def _machine(body, bs) -> dict:
     instructions = {'instructions': torch.backends.cpu.get_cpu_capability()} if device.type == 'cpu' else {}
     return {'device': device.type, 'batch': bs or good_bs(device), **instructions}
 
+
 def reading(
-    body:Body, # A body
-    size:int, # Side of the images in pixels
-    reader:str, # Name in `READERS`
-    fit:str, # 'pad', 'squish' or 'crop'
-    views:str, # Name in `VIEWS`
-    bs:int|None=None # Images in a batch; chosen if None
+    body: Body,  # A body
+    size: int,  # Side of the images in pixels
+    reader: str,  # Name in `READERS`
+    fit: str,  # 'pad', 'squish' or 'crop'
+    views: str,  # Name in `VIEWS`
+    bs: int | None = None,  # Images in a batch; chosen if None
 ) -> dict:
     "What is done with an image before and in the body, as a description that can be hashed"
     for name, what, known in ((views, 'views', VIEWS), (reader, 'reader', READERS), (fit, 'fit', FITS)):
-        if name not in known: raise unknown(what, name, known)
+        if name not in known:
+            raise unknown(what, name, known)
     size = check_size(size)
     spec = body.stages.spec
-    return {'arch': spec.name, 'size': size, 'reader': reader, 'fit': fit, 'mean': list(spec.mean), 'std': list(spec.std),
-            'views': views, 'setting': str(body.forward_setting), **_machine(body, bs), 'made by': _MADE_BY}
+    return {
+        'arch': spec.name,
+        'size': size,
+        'reader': reader,
+        'fit': fit,
+        'mean': list(spec.mean),
+        'std': list(spec.std),
+        'views': views,
+        'setting': str(body.forward_setting),
+        **_machine(body, bs),
+        'made by': _MADE_BY,
+    }
 
 # %% ../../nbs/features/01_extraction.ipynb #2b186ce6
 def _finite(a) -> bool:
     "Are all numbers of an array finite? Those of bfloat16 come as int16"
-    if a.dtype == np.int16: return bool(((a & 0x7f80) != 0x7f80).all())
+    if a.dtype == np.int16:
+        return bool(((a & 0x7F80) != 0x7F80).all())
     return a.dtype.kind != 'f' or bool(np.isfinite(a).all())
 
+
 def not_finite(
-    body:Body, # A body
-    where:str='' # Name of the stage
-) -> ValueError: # To be raised
+    body: Body,  # A body
+    where: str = '',  # Name of the stage
+) -> ValueError:  # To be raised
     "The error for NaN or infinite numbers that a network computes: the images are not at fault"
     name, stages = body.stages.spec.name, body.stages
     what = f"the features of '{name}'{f' at {where}' if where else ''} are NaN or infinite for some images, which are not at fault"
     if not all(v.isfinite().all() for v in stages.state_dict().values() if v.is_floating_point()):
-        return ValueError(f"{what}: its weights hold NaN or infinite numbers. Give another file of weights (weights=..., `--weights FILE`)")
-    precision = ", or compute with setting='plain' (`--setting plain`) instead of bf16" if body.forward_setting.bf16 else ''
-    return ValueError(f"{what}: its numbers overflow. Give another file of weights (weights=..., `--weights FILE`){precision}")
+        return ValueError(
+            f'{what}: its weights hold NaN or infinite numbers. Give another file of weights (weights=..., `--weights FILE`)'
+        )
+    precision = (
+        ", or compute with setting='plain' (`--setting plain`) instead of bf16" if body.forward_setting.bf16 else ''
+    )
+    return ValueError(
+        f'{what}: its numbers overflow. Give another file of weights (weights=..., `--weights FILE`){precision}'
+    )
+
 
 def compute_views(
-    f, # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
-    body:Body, # Decides device and normalisation; put into evaluation mode
-    about:dict, # From `reading`
-    label:str # What the progress bar says
+    f,  # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
+    body: Body,  # Decides device and normalisation; put into evaluation mode
+    about: dict,  # From `reading`
+    label: str,  # What the progress bar says
 ):
     "A function for `fill_stores`: f of every view, (n, views, ...), a batch of images after the other"
     bs = about['batch']
+
     def read(source):
-        try: return read_image(image_data(source), about['size'], about['reader'], about['fit'])
-        except Exception as e: raise unreadable(source, e) from None
+        try:
+            return read_image(image_data(source), about['size'], about['reader'], about['fit'])
+        except Exception as e:
+            raise unreadable(source, e) from None
+
     def checked(name, a):
-        if not _finite(a): raise not_finite(body, name)
+        if not _finite(a):
+            raise not_finite(body, name)
         return a
+
     def compute(sources, names):
         device = next(body.eval().parameters()).device
+
         @torch.inference_mode()
         def views(x):
             x = normalise(x.to(device), about['mean'], about['std'])
             out = [f(v(x), names) for v in VIEWS[about['views']]]
             return {k: checked(k, np.stack([o[k] for o in out], 1)) for k in out[0]}
-        return progress(map_batches(views, sources, read, bs, device), total=-(-len(sources)//bs), label=f'{label}, batches of {bs}')
+
+        return progress(
+            map_batches(views, sources, read, bs, device),
+            total=-(-len(sources) // bs),
+            label=f'{label}, batches of {bs}',
+        )
+
     return compute
 
 # %% ../../nbs/features/01_extraction.ipynb #9e63f46d
 def extract_features(
-    sources:list, # Paths or images
-    body:Body, # The network; put into evaluation mode
-    size:int=224, # Side of the images in pixels
-    reader:str='photo', # Name in `READERS`
-    fit:str='crop', # 'pad', 'squish' or 'crop'
-    views:str='none', # Name in `VIEWS`
-    stages=None, # Names of stages; all if None
-    pools=('mean',), # 'mean', 'max' or both; the same for features without places
-    folder:str|Path|None=None, # Where stores are; in the cache if None
-    bs:int|None=None, # Images in a batch, part of the description; chosen if None
-    label:str='features' # What the progress bar says
+    sources: list,  # Paths or images
+    body: Body,  # The network; put into evaluation mode
+    size: int = 224,  # Side of the images in pixels
+    reader: str = 'photo',  # Name in `READERS`
+    fit: str = 'crop',  # 'pad', 'squish' or 'crop'
+    views: str = 'none',  # Name in `VIEWS`
+    stages=None,  # Names of stages; all if None
+    pools=('mean',),  # 'mean', 'max' or both; the same for features without places
+    folder: str | Path | None = None,  # Where stores are; in the cache if None
+    bs: int | None = None,  # Images in a batch, part of the description; chosen if None
+    label: str = 'features',  # What the progress bar says
 ) -> Features:
     "Pooled features of every stage and view, computed unless they are stored; ValueError for an image that cannot be read"
     sources = image_list(sources)
-    if not len(sources): raise ValueError("no images: give a list with some")
+    if not len(sources):
+        raise ValueError('no images: give a list with some')
     names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
     names = [n for n in stage_names(body.stages) if n in names]
     about = {**reading(body, size, reader, fit, views, bs), 'pools': pools}
-    stores = _view_stores(body, about, names, folder or cache_folder()/'features')
+    stores = _view_stores(body, about, names, folder or cache_folder() / 'features')
     f = partial(_pooled_views, body, VIEWS[views], pools)
     compute = compute_views(f, body, {**about, 'views': 'none'}, label)
     rows = fill_stores(list(stores.values()), list(sources), compute, about['batch'])
@@ -188,34 +259,41 @@ def _view_stores(body, about, names, folder) -> dict:
     widths = {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, size, size, device=device), names).items()}
     digests = {n: weights_digest(body, n) for n in names}
     for v, n in product(range(len(VIEWS[about['views']])), names):
-        view, field = f"{about['views']}-{v}" if v else 'none', _field(n, v)
-        out[field] = ArrayStore(folder, f"{about['arch']}-{size}px-{view}-{n}", {**about, 'views': view, 'stage': n, 'weights': digests[n]},
-                                {field: ((1, len(about['pools']), widths[n]), 'float32')})
+        view, field = f'{about["views"]}-{v}' if v else 'none', _field(n, v)
+        out[field] = ArrayStore(
+            folder,
+            f'{about["arch"]}-{size}px-{view}-{n}',
+            {**about, 'views': view, 'stage': n, 'weights': digests[n]},
+            {field: ((1, len(about['pools']), widths[n]), 'float32')},
+        )
     return out
+
 
 def _pooled_views(body, views, pools, x, fields) -> dict:
     "Pooled features of a batch for fields, each a stage in one of the views"
     out = {}
     for i, view in enumerate(views):
         wanted = {f.partition('.')[0]: f for f in fields if int(f.partition('.')[2] or 0) == i}
-        if wanted: out |= {wanted[n]: a.cpu().numpy() for n, a in body.pooled(view(x), list(wanted), pools).items()}
+        if wanted:
+            out |= {wanted[n]: a.cpu().numpy() for n, a in body.pooled(view(x), list(wanted), pools).items()}
     return out
 
 # %% ../../nbs/features/01_extraction.ipynb #ebcfbb1f
 def whole_body(
-    arch:str, # Backbone: registry, timm or torchvision
-    weights:str|Path|None=None # None: its own; a file; or 'random'
-) -> torch.nn.Module: # `Stages` or `Whole`
+    arch: str,  # Backbone: registry, timm or torchvision
+    weights: str | Path | None = None,  # None: its own; a file; or 'random'
+) -> torch.nn.Module:  # `Stages` or `Whole`
     "A backbone with every stage up to the layer before its classifier"
     return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None)
 
+
 def image_features(
-    images:list, # Paths or images
-    arch:str=DEFAULT_ARCH, # Backbone: registry, timm or torchvision
-    weights:str|Path|None=None, # None: its own; a file; or 'random'
-    setting:str='auto', # Format and precision on the CPU; 'plain': leave them
-    size:int|None=None, # Side in pixels; that of the backbone if None
-    **kwargs # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
+    images: list,  # Paths or images
+    arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
+    weights: str | Path | None = None,  # None: its own; a file; or 'random'
+    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    size: int | None = None,  # Side in pixels; that of the backbone if None
+    **kwargs,  # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
 ) -> Features:
     "Features of images from a backbone by name, at every stage up to the layer before its classifier"
     stages = whole_body(arch, weights)

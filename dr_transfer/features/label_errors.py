@@ -6,26 +6,35 @@
 __all__ = ['FLAT', 'suspect_labels']
 
 # %% ../../nbs/features/04_label_errors.ipynb #b0631b64
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
 from .classifiers import FeatureClassifier, _classes, out_of_fold
 from .extraction import Features
-from ..utils.files import extra_module
 from ..metrics.intervals import group_codes
+from ..utils.files import extra_module
 
 # %% ../../nbs/features/04_label_errors.ipynb #0d15f824
 def _content(features) -> np.ndarray:
     "A number for each image, the same for the same picture"
-    if isinstance(features, Features): return pd.factorize(next(iter(features.rows.values())))[0]
-    return pd.factorize(np.array([np.ascontiguousarray(row).tobytes() for row in np.asarray(features)], dtype=object))[0]
+    if isinstance(features, Features):
+        return pd.factorize(next(iter(features.rows.values())))[0]
+    return pd.factorize(np.array([np.ascontiguousarray(row).tobytes() for row in np.asarray(features)], dtype=object))[
+        0
+    ]
+
 
 def _joined(groups, content) -> np.ndarray:
     "Groups, those that share a picture made one"
     g, n = group_codes(groups, len(content)), len(content)
     _, codes = np.unique(g, return_inverse=True)
     size = codes.max() + 1 + content.max() + 1
-    return connected_components(coo_array((np.ones(n), (codes, codes.max() + 1 + content)), shape=(size, size)), directed=False)[1][codes]
+    return connected_components(
+        coo_array((np.ones(n), (codes, codes.max() + 1 + content)), shape=(size, size)), directed=False
+    )[1][codes]
+
 
 def _contradictions(content, y, images) -> dict:
     "Number of an image -> the same picture with another label, in words"
@@ -33,35 +42,43 @@ def _contradictions(content, y, images) -> dict:
     for rows in pd.Series(range(len(y))).groupby(content).agg(list):
         for i in rows:
             other = next((j for j in rows if y[j] != y[i]), None)
-            if other is not None: out[i] = f'the same picture as {images[other]}, which has another label, {y[other]}'
+            if other is not None:
+                out[i] = f'the same picture as {images[other]}, which has another label, {y[other]}'
     return out
 
 # %% ../../nbs/features/04_label_errors.ipynb #c816991e
-FLAT = 0.9 # Entropy, as a share of the greatest possible, above which it is undecided
+FLAT = 0.9  # Entropy, as a share of the greatest possible, above which it is undecided
+
 
 def _cleanlab():
-    return extra_module('cleanlab.filter', 'labels').find_label_issues, extra_module('cleanlab.rank', 'labels').get_label_quality_scores
+    return extra_module('cleanlab.filter', 'labels').find_label_issues, extra_module(
+        'cleanlab.rank', 'labels'
+    ).get_label_quality_scores
+
 
 def _reason(p, label, classes) -> str:
     "Why an image stands in the table"
     best, given = classes[p.argmax()], f'labelled {classes[label]} ({p[label]:.2f})'
-    if -(p*np.log(p.clip(1e-12))).sum() > FLAT*np.log(len(p)): return f'undecided, or of none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
-    if best == classes[label]: return f'looks like {best} ({p.max():.2f}), as labelled'
+    if -(p * np.log(p.clip(1e-12))).sum() > FLAT * np.log(len(p)):
+        return f'undecided, or of none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
+    if best == classes[label]:
+        return f'looks like {best} ({p.max():.2f}), as labelled'
     return f'looks like {best} ({p.max():.2f}), {given}'
 
 # %% ../../nbs/features/04_label_errors.ipynb #03d96a91
 def suspect_labels(
-    features, # `Features`, or an array (images, views, channels)
-    y, # Label of each image
-    groups=None, # Group of each image: patient, photographer
-    classifier:FeatureClassifier|None=None, # The second opinion; logistic if None
-    folds:int=5, # Folds of the out-of-fold probabilities
-    most:int|None=None # Only those likely wrong if None; else so many rows
-) -> pd.DataFrame: # `image, label, likely, p_label, p_likely, score, reason`
+    features,  # `Features`, or an array (images, views, channels)
+    y,  # Label of each image
+    groups=None,  # Group of each image: patient, photographer
+    classifier: FeatureClassifier | None = None,  # The second opinion; logistic if None
+    folds: int = 5,  # Folds of the out-of-fold probabilities
+    most: int | None = None,  # Only those likely wrong if None; else so many rows
+) -> pd.DataFrame:  # `image, label, likely, p_label, p_likely, score, reason`
     "Images whose label is probably wrong, the most suspicious first; nothing is changed or removed"
     find_label_issues, get_scores = _cleanlab()
     classifier = FeatureClassifier() if classifier is None else classifier
-    if most is not None and most < 1: raise ValueError(f"most={most}: give the number of rows, 1 or more, or None for those that are likely wrong")
+    if most is not None and most < 1:
+        raise ValueError(f'most={most}: give the number of rows, 1 or more, or None for those that are likely wrong')
     (classes, codes), content = _classes(y, len(features)), _content(features)
     images = features.images if isinstance(features, Features) else list(range(len(features)))
     p = out_of_fold(classifier, features, y, _joined(groups, content), folds, classifier.seed)
@@ -69,7 +86,16 @@ def suspect_labels(
     wrong = find_label_issues(codes, p, n_jobs=1)
     wrong[list(same)] = True
     at = np.arange(len(p))
-    t = pd.DataFrame({'image': images, 'label': classes[codes], 'likely': classes[p.argmax(1)], 'p_label': p[at, codes], 'p_likely': p.max(1),
-                      'score': get_scores(codes, p, method='normalized_margin'), 'reason': [same.get(i) or _reason(p[i], codes[i], classes) for i in at]})
+    t = pd.DataFrame(
+        {
+            'image': images,
+            'label': classes[codes],
+            'likely': classes[p.argmax(1)],
+            'p_label': p[at, codes],
+            'p_likely': p.max(1),
+            'score': get_scores(codes, p, method='normalized_margin'),
+            'reason': [same.get(i) or _reason(p[i], codes[i], classes) for i in at],
+        }
+    )
     order = np.lexsort((t.score, ~np.isin(at, list(same))))
     return t.iloc[order[wrong[order]] if most is None else order[:most]].reset_index(drop=True)

@@ -7,116 +7,157 @@ __all__ = ['PENALTIES', 'MEASURES', 'SIMILAR', 'ridge_path', 'fold_interval', 'd
            'learning_speed', 'domain_profile', 'domain_distance']
 
 # %% ../../nbs/features/03_probes.ipynb #b457cd7e
-import os, threading
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits
 from torch import nn
+
 from .classifiers import grouped_folds
 from .extraction import Features, compute_views, reading
-from ..utils.files import unknown
 from ..metrics.intervals import group_codes
 from ..metrics.scores import accuracy, auc, quadratic_kappa
 from ..models.network import Body
+from ..utils.files import unknown
 
 # %% ../../nbs/features/03_probes.ipynb #20e11a5f
-PENALTIES = tuple((10.**np.arange(-6, 2.1, 0.5)).tolist()) # divided by the number of training images; features have unit variance
+PENALTIES = tuple(
+    (10.0 ** np.arange(-6, 2.1, 0.5)).tolist()
+)  # divided by the number of training images; features have unit variance
+
 
 def ridge_path(
-    x:np.ndarray, # Training features (n, channels)
-    targets:np.ndarray, # (n, k)
-    new:np.ndarray, # Features (m, channels) to be judged
-    penalties=PENALTIES # Strengths of the penalty, divided by n
-) -> tuple[np.ndarray, np.ndarray]: # Scores (penalties, m, k); GCV error (penalties,)
+    x: np.ndarray,  # Training features (n, channels)
+    targets: np.ndarray,  # (n, k)
+    new: np.ndarray,  # Features (m, channels) to be judged
+    penalties=PENALTIES,  # Strengths of the penalty, divided by n
+) -> tuple[np.ndarray, np.ndarray]:  # Scores (penalties, m, k); GCV error (penalties,)
     "Ridge regression on standardised features for many penalties at once; GCV as in Golub, Heath and Wahba 1979"
     n, middle, mean = len(x), x.mean(0, dtype=np.float64), targets.mean(0)
     z, t = x - middle, targets - mean
-    z /= (spread := np.where((sd := z.std(0)) > 1e-6*(abs(middle) + 1e-6), sd, np.inf))
+    z /= (spread := np.where((sd := z.std(0)) > 1e-6 * (abs(middle) + 1e-6), sd, np.inf))
     dual = n <= z.shape[1]
     d, v = np.linalg.eigh(z @ z.T if dual else z.T @ z)
-    keep = d > max(d[-1], 1)*1e-12
+    keep = d > max(d[-1], 1) * 1e-12
     d, v = d[keep], v[:, keep]
-    axes = z.T @ v/np.sqrt(d) if dual else v
-    q, p = axes.T @ (z.T @ t)/np.sqrt(d)[:, None], ((new - middle)/spread) @ axes
-    shrink = d/(d + n*np.asarray(penalties)[:, None])
-    left = ((1 - shrink)**2 @ q**2).sum(1) + max((t**2).sum() - (q**2).sum(), 0)
+    axes = z.T @ v / np.sqrt(d) if dual else v
+    q, p = axes.T @ (z.T @ t) / np.sqrt(d)[:, None], ((new - middle) / spread) @ axes
+    shrink = d / (d + n * np.asarray(penalties)[:, None])
+    left = ((1 - shrink) ** 2 @ q**2).sum(1) + max((t**2).sum() - (q**2).sum(), 0)
     free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
-    return p @ ((shrink/np.sqrt(d))[:, :, None]*q) + mean, n*left/free**2
+    return p @ ((shrink / np.sqrt(d))[:, :, None] * q) + mean, n * left / free**2
 
 # %% ../../nbs/features/03_probes.ipynb #9b34bf37
-def _accuracy(y, scores, classes): return accuracy(y, scores.argmax(1))
-def _auc(y, scores, classes): return auc(y, scores[:, 1])
-def _kappa(y, scores, classes): return quadratic_kappa(classes[y], classes[scores.argmax(1)])
+def _accuracy(y, scores, classes):
+    return accuracy(y, scores.argmax(1))
 
-MEASURES = {'accuracy': _accuracy, 'auc': _auc, 'kappa': _kappa} # name -> function of class numbers (n,), scores (n, k) and names
+
+def _auc(y, scores, classes):
+    return auc(y, scores[:, 1])
+
+
+def _kappa(y, scores, classes):
+    return quadratic_kappa(classes[y], classes[scores.argmax(1)])
+
+
+MEASURES = {
+    'accuracy': _accuracy,
+    'auc': _auc,
+    'kappa': _kappa,
+}  # name -> function of class numbers (n,), scores (n, k) and names
+
 
 def _task(features, y, groups, measure) -> tuple:
     "Class numbers, names of the classes, groups and the measure's name; a ValueError for what does not fit"
     y, groups = np.asarray(y), None if groups is None else np.asarray(groups)
     for a, what in ((y, 'labels'), (groups, 'groups')):
-        if a is not None and a.shape != (len(features),): raise ValueError(f"{len(features)} images, but {what} of the shape {a.shape}: give one for each image")
-    if pd.isna(y).any(): raise ValueError(f"labels: {pd.isna(y).sum()} are missing. Give one for each image, or leave these images out with features.take")
+        if a is not None and a.shape != (len(features),):
+            raise ValueError(f'{len(features)} images, but {what} of the shape {a.shape}: give one for each image')
+    if pd.isna(y).any():
+        raise ValueError(
+            f'labels: {pd.isna(y).sum()} are missing. Give one for each image, or leave these images out with features.take'
+        )
     classes, codes = np.unique(y, return_inverse=True)
-    if len(classes) < 2: raise ValueError(f"all {len(y)} images are of one class: give labels of two or more")
+    if len(classes) < 2:
+        raise ValueError(f'all {len(y)} images are of one class: give labels of two or more')
     measure = measure or ('auc' if len(classes) == 2 else 'accuracy')
-    if measure not in MEASURES: raise unknown('measure', measure, MEASURES)
-    if measure == 'auc' and len(classes) > 2: raise ValueError(f"measure 'auc' is for two classes, here are {len(classes)}: type 'accuracy' or 'kappa'")
-    if measure == 'kappa' and classes.dtype.kind not in 'biuf': raise ValueError(f"measure 'kappa' is for grades, but '{classes[0]}' is no number: "
-                                                                                 "give grades as numbers, or type 'accuracy'")
+    if measure not in MEASURES:
+        raise unknown('measure', measure, MEASURES)
+    if measure == 'auc' and len(classes) > 2:
+        raise ValueError(f"measure 'auc' is for two classes, here are {len(classes)}: type 'accuracy' or 'kappa'")
+    if measure == 'kappa' and classes.dtype.kind not in 'biuf':
+        raise ValueError(
+            f"measure 'kappa' is for grades, but '{classes[0]}' is no number: "
+            "give grades as numbers, or type 'accuracy'"
+        )
     return codes, classes, groups, measure
 
 # %% ../../nbs/features/03_probes.ipynb #09a9791b
 def fold_interval(
-    scores, # One score a fold; NaN ones are left out
-    share:float=0.25, # Test images by training images of a fold
-    level:float=0.95 # Coverage
-) -> tuple[float, float, float]: # Mean, low, high; NaN where not defined
+    scores,  # One score a fold; NaN ones are left out
+    share: float = 0.25,  # Test images by training images of a fold
+    level: float = 0.95,  # Coverage
+) -> tuple[float, float, float]:  # Mean, low, high; NaN where not defined
     "Mean over folds with its interval: the corrected resampled t of Nadeau and Bengio 2003"
     s = np.asarray(scores, dtype=float)
     s = s[~np.isnan(s)]
-    if len(s) < 2: return (float(s[0]) if len(s) else np.nan, np.nan, np.nan)
-    half = stdtrit(len(s) - 1, (1 + level)/2)*s.std(ddof=1)*np.sqrt(1/len(s) + share)
+    if len(s) < 2:
+        return (float(s[0]) if len(s) else np.nan, np.nan, np.nan)
+    half = stdtrit(len(s) - 1, (1 + level) / 2) * s.std(ddof=1) * np.sqrt(1 / len(s) + share)
     return float(s.mean()), float(s.mean() - half), float(s.mean() + half)
+
 
 def _row(scores, share, measure) -> dict:
     "Score with its interval, which ends where the measure does"
     score, low, high = fold_interval(scores, share)
-    return {'score': score, 'low': max(low, -1. if measure == 'kappa' else 0.), 'high': min(high, 1.)}
+    return {'score': score, 'low': max(low, -1.0 if measure == 'kappa' else 0.0), 'high': min(high, 1.0)}
 
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
-    if len(np.unique(y[train])) < 2: return np.nan
-    scores, gcv = ridge_path(x[train], 2.*np.eye(len(classes))[y[train]] - 1, x[test])
+    if len(np.unique(y[train])) < 2:
+        return np.nan
+    scores, gcv = ridge_path(x[train], 2.0 * np.eye(len(classes))[y[train]] - 1, x[test])
     return MEASURES[measure](y[test], scores[gcv.argmin()], classes)
+
 
 def _fold_scores(x, y, classes, folds, measure) -> list:
     "A score for each fold; the folds side by side, each on one core"
     with threadpool_limits(1), ThreadPoolExecutor(min(len(folds), os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda f: _fold_score(x, y, classes, *f, measure), folds))
 
+
 def _read(features, stages) -> np.ndarray:
     "The mean over views (images, channels), float64"
     x = np.asarray(features.numpy(list(stages) if isinstance(stages, tuple) else stages)).mean(1, dtype=np.float64)
-    if not np.isfinite(x).all(): raise ValueError(f"features of {stages}: {(~np.isfinite(x)).any(1).sum()} images have NaN or infinite numbers, leave them out")
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f'features of {stages}: {(~np.isfinite(x)).any(1).sum()} images have NaN or infinite numbers, leave them out'
+        )
     return x
 
-def _share(folds) -> float: return float(np.mean([len(test)/len(train) for train, test in folds]))
+
+def _share(folds) -> float:
+    return float(np.mean([len(test) / len(train) for train, test in folds]))
 
 # %% ../../nbs/features/03_probes.ipynb #a1cec6e3
 def depth_profile(
-    features:Features, # Of n images
-    y, # Labels (n,)
-    groups=None, # Patient or photographer of each image (n,)
-    stages=None, # Names, or tuples of names; every stage if None
-    folds:int=5, # Parts the images are divided into
-    repeats:int=1, # How often they are divided anew
-    measure:str|None=None, # Name in `MEASURES`; by the classes if None
-    seed:int=0 # The same seed, the same folds
-) -> pd.DataFrame: # A row a candidate: channels, score, low, high; attrs: folds, measure
+    features: Features,  # Of n images
+    y,  # Labels (n,)
+    groups=None,  # Patient or photographer of each image (n,)
+    stages=None,  # Names, or tuples of names; every stage if None
+    folds: int = 5,  # Parts the images are divided into
+    repeats: int = 1,  # How often they are divided anew
+    measure: str | None = None,  # Name in `MEASURES`; by the classes if None
+    seed: int = 0,  # The same seed, the same folds
+) -> pd.DataFrame:  # A row a candidate: channels, score, low, high; attrs: folds, measure
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, measure = _task(features, y, groups, measure)
     parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
@@ -131,32 +172,47 @@ def depth_profile(
 
 # %% ../../nbs/features/03_probes.ipynb #7af6b27d
 def stage_gain(
-    table:pd.DataFrame, # From `depth_profile`
-    stage:str, # A row of it
-    other:str, # Another one
-    level:float=0.95 # Coverage; more, if the stage was picked as the best of many
-) -> tuple[float, float, float]: # Mean, low, high
+    table: pd.DataFrame,  # From `depth_profile`
+    stage: str,  # A row of it
+    other: str,  # Another one
+    level: float = 0.95,  # Coverage; more, if the stage was picked as the best of many
+) -> tuple[float, float, float]:  # Mean, low, high
     "By how much a stage is better than another, paired over the folds, with an interval"
     known = table.attrs['folds']
     for s in (stage, other):
-        if s not in known: raise unknown('row of the profile', s, known)
+        if s not in known:
+            raise unknown('row of the profile', s, known)
     return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'], level)
 
 # %% ../../nbs/features/03_probes.ipynb #5a04a8c4
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
+
 def plot_depth_profile(
-    table:pd.DataFrame # From `depth_profile`
+    table: pd.DataFrame,  # From `depth_profile`
 ) -> Figure:
     "Score against depth, the input on the left, with 95 % intervals"
-    fig = Figure(figsize=(1.6 + 0.75*max(len(table), 4), 3.2), layout='constrained')
+    fig = Figure(figsize=(1.6 + 0.75 * max(len(table), 4), 3.2), layout='constrained')
     ax, at, best = fig.subplots(), np.arange(len(table)), table.score.fillna(-1).to_numpy().argmax()
     bars = (table[['low', 'high']].sub(table.score, axis=0).abs()).fillna(0).to_numpy().T
     ax.errorbar(at, table.score, bars, fmt='o-', color='0.55', capsize=3, markersize=4, linewidth=1)
     ax.plot(at[best], table.score.iloc[best], 'o', color='tab:blue', markersize=8)
-    ax.annotate(f'{table.score.iloc[best]:.3f}', (at[best], table.score.iloc[best]), (0, 9), textcoords='offset points', ha='right', color='tab:blue')
-    ax.set_xticks(at, [f"{s.replace('+', chr(10) + '+ ')}\n{c}" for s, c in zip(table.index, table.channels)], fontsize=8)
-    ax.set(xlabel='stage and channels, from the input on', ylabel=_TITLES[table.attrs['measure']], xlim=(-0.5, len(table) - 0.5))
+    ax.annotate(
+        f'{table.score.iloc[best]:.3f}',
+        (at[best], table.score.iloc[best]),
+        (0, 9),
+        textcoords='offset points',
+        ha='right',
+        color='tab:blue',
+    )
+    ax.set_xticks(
+        at, [f'{s.replace("+", chr(10) + "+ ")}\n{c}' for s, c in zip(table.index, table.channels)], fontsize=8
+    )
+    ax.set(
+        xlabel='stage and channels, from the input on',
+        ylabel=_TITLES[table.attrs['measure']],
+        xlim=(-0.5, len(table) - 0.5),
+    )
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(axis='y', color='0.92')
     return fig
@@ -168,93 +224,128 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     t = pd.DataFrame({'y': y, 'group': code})
     t = t.groupby('group').agg(y=('y', lambda v: v.mode()[0]), n=('y', 'size')).sample(frac=1, random_state=seed)
     by = t.groupby('y').n
-    at = ((by.cumsum() - t.n/2)/by.transform('sum')).to_dict()
+    at = ((by.cumsum() - t.n / 2) / by.transform('sum')).to_dict()
     at = np.array([at[g] for g in code])
     return [np.flatnonzero(at <= s) for s in shares]
 
 # %% ../../nbs/features/03_probes.ipynb #d875c659
 def learning_speed(
-    features:Features, # Of n images
-    y, # Labels (n,)
-    groups=None, # Patient or photographer of each image (n,)
-    stages=None, # Name, or names read side by side; the last one if None
-    shares:tuple=(0.25, 0.5, 1), # Of the training images, growing
-    folds:int=5, # Parts the images are divided into
-    measure:str|None=None, # Name in `MEASURES`; by the classes if None
-    seed:int=0 # The same seed, the same folds
-) -> pd.DataFrame: # A row a share: images, score, low, high; attrs: gain
+    features: Features,  # Of n images
+    y,  # Labels (n,)
+    groups=None,  # Patient or photographer of each image (n,)
+    stages=None,  # Name, or names read side by side; the last one if None
+    shares: tuple = (0.25, 0.5, 1),  # Of the training images, growing
+    folds: int = 5,  # Parts the images are divided into
+    measure: str | None = None,  # Name in `MEASURES`; by the classes if None
+    seed: int = 0,  # The same seed, the same folds
+) -> pd.DataFrame:  # A row a share: images, score, low, high; attrs: gain
     "The score of a linear classifier on unseen groups with more and more training images; attrs: `gain, gain_low, gain_high` of the last doubling"
     if not len(shares) or min(shares) < 0.05 or max(shares) > 1 or list(shares) != sorted(set(shares)):
-        raise ValueError(f"shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)")
+        raise ValueError(f'shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)')
     codes, classes, groups, measure = _task(features, y, groups, measure)
-    x = _read(features, list(features.stages)[-1] if stages is None else stages if isinstance(stages, str) else tuple(stages))
+    x = _read(
+        features, list(features.stages)[-1] if stages is None else stages if isinstance(stages, str) else tuple(stages)
+    )
     parts = grouped_folds(classes[codes], groups, folds, seed)
-    sets = [[(train[r], test) for r in _parts(codes[train], None if groups is None else groups[train], shares, seed)] for train, test in parts]
+    sets = [
+        [(train[r], test) for r in _parts(codes[train], None if groups is None else groups[train], shares, seed)]
+        for train, test in parts
+    ]
     runs, share = list(zip(*sets)), _share(parts)
     scores = np.array([_fold_scores(x, codes, classes, run, measure) for run in runs])
     counts = np.array([[len(train) for train, _ in run] for run in runs])
-    out = pd.DataFrame([{'images': round(c.mean()), **_row(s, share, measure)} for s, c in zip(scores, counts)], index=pd.Index(shares, name='share'))
-    gain = fold_interval((scores[-1] - scores[-2])/np.log2(shares[-1]/shares[-2]), share) if len(shares) > 1 else (np.nan,)*3
+    out = pd.DataFrame(
+        [{'images': round(c.mean()), **_row(s, share, measure)} for s, c in zip(scores, counts)],
+        index=pd.Index(shares, name='share'),
+    )
+    gain = (
+        fold_interval((scores[-1] - scores[-2]) / np.log2(shares[-1] / shares[-2]), share)
+        if len(shares) > 1
+        else (np.nan,) * 3
+    )
     out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #0241b873
-SIMILAR = 0.1 # `domain_distance` below it is similar: between flowers and eyes, no theory
+SIMILAR = 0.1  # `domain_distance` below it is similar: between flowers and eyes, no theory
+
 
 def _remembers(m) -> bool:
     "Is it a BatchNorm layer with statistics of some training?"
-    if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None: return False
+    if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
+        return False
     return bool((m.running_mean != 0).any() or (m.running_var != 1).any())
+
 
 @contextmanager
 def _moments(body, layers):
     "A function of batches and names: for each layer the means over the places of its input and of its square, (n, 2, channels), float32"
-    here = threading.local() # batches run in several threads, and a layer calls its hooks in each
-    def keep(name): return lambda m, i: here.out.update({name: torch.stack([v.flatten(2).mean(2) if v.ndim > 2 else v for v in (i[0].float(), i[0].float()**2)], 1)})
+    here = threading.local()  # batches run in several threads, and a layer calls its hooks in each
+
+    def keep(name):
+        return lambda m, i: here.out.update(
+            {
+                name: torch.stack(
+                    [v.flatten(2).mean(2) if v.ndim > 2 else v for v in (i[0].float(), i[0].float() ** 2)], 1
+                )
+            }
+        )
+
     def f(x, names):
         here.out = {}
         body(x)
         return {k: v.cpu().numpy() for k, v in here.out.items()}
+
     hooks = [m.register_forward_pre_hook(keep(name)) for name, m in layers.items()]
-    try: yield f
+    try:
+        yield f
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
+
 
 def _divergence(m, seen) -> np.ndarray:
     "Symmetric divergence of each channel from what a layer remembers; `seen`: mean and mean square (2, channels)"
     mean, var = (v.detach().cpu().double().numpy() for v in (m.running_mean, m.running_var))
-    a, b, shift = np.maximum(seen[1] - seen[0]**2, 0) + m.eps, var + m.eps, (seen[0] - mean)**2
-    return (a/b + b/a + shift*(1/a + 1/b) - 2)/4
+    a, b, shift = np.maximum(seen[1] - seen[0] ** 2, 0) + m.eps, var + m.eps, (seen[0] - mean) ** 2
+    return (a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4
 
 # %% ../../nbs/features/03_probes.ipynb #a3b38854
 def domain_profile(
-    body:Body, # Pretrained; put into evaluation mode
-    images:list, # Paths or images
-    size:int|None=None, # Side in pixels; that of the backbone if None
-    reader:str='photo', # Name in `READERS`
-    fit:str='crop', # 'pad', 'squish' or 'crop'
-    n:int=128, # How many of the images are used; drawn if there are more
-    seed:int=0 # The same seed, the same images
-) -> pd.DataFrame: # A row a BatchNorm layer, in order of depth: channels, distance
+    body: Body,  # Pretrained; put into evaluation mode
+    images: list,  # Paths or images
+    size: int | None = None,  # Side in pixels; that of the backbone if None
+    reader: str = 'photo',  # Name in `READERS`
+    fit: str = 'crop',  # 'pad', 'squish' or 'crop'
+    n: int = 128,  # How many of the images are used; drawn if there are more
+    seed: int = 0,  # The same seed, the same images
+) -> pd.DataFrame:  # A row a BatchNorm layer, in order of depth: channels, distance
     "How far images are from what each BatchNorm layer remembers: median over channels of the symmetric divergence, in nats"
     images = list(images)
-    if not images or n < 1: raise ValueError(f"{len(images)} images, n={n}: give at least one, a hundred are better")
+    if not images or n < 1:
+        raise ValueError(f'{len(images)} images, n={n}: give at least one, a hundred are better')
     some = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
     total = {}
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
     with _moments(body, layers) as f:
-        for batch in compute_views(f, body, about, 'distance')([images[i] for i in some], list(layers)) if layers else ():
-            for k, v in batch.items(): total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
-    far = {k: _divergence(layers[k], v/len(some)) for k, v in total.items()}
-    rows = [{'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))} for k, d in far.items()]
+        for batch in (
+            compute_views(f, body, about, 'distance')([images[i] for i in some], list(layers)) if layers else ()
+        ):
+            for k, v in batch.items():
+                total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
+    far = {k: _divergence(layers[k], v / len(some)) for k, v in total.items()}
+    rows = [
+        {'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))}
+        for k, d in far.items()
+    ]
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
 # %% ../../nbs/features/03_probes.ipynb #dd0cc671
 def domain_distance(
-    body:Body, # Pretrained; put into evaluation mode
-    images:list, # Paths or images
-    **kwargs # `size, reader, fit, n, seed` of `domain_profile`
-) -> float: # 0 is the same; NaN for a network that remembers nothing
+    body: Body,  # Pretrained; put into evaluation mode
+    images: list,  # Paths or images
+    **kwargs,  # `size, reader, fit, n, seed` of `domain_profile`
+) -> float:  # 0 is the same; NaN for a network that remembers nothing
     "How far images are from the training images of a network: the mean of `domain_profile`, to be held against `SIMILAR`"
     return float(domain_profile(body, images, **kwargs).distance.mean())

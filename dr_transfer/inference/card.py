@@ -13,74 +13,93 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from ..utils.checks import MOST_CHARACTERS, check_class_names
-from ..metrics.decision import Decision
-from ..utils.files import package_version
+
 from ..data.fundus import READERS
-from ..models.head import Head
 from ..data.images import FITS
+from ..metrics.decision import Decision
+from ..models.head import Head
+from ..utils.checks import MOST_CHARACTERS, check_class_names
+from ..utils.files import package_version
 from ..utils.places import reason
 from ..utils.regular import read_regular
-from ..utils.schema import LATER, Length, Range, Known, SchemaError, from_dict, read_json, required_fields, to_dict
+from dr_transfer.utils.schema import (
+    LATER,
+    Known,
+    Length,
+    Range,
+    SchemaError,
+    from_dict,
+    read_json,
+    required_fields,
+    to_dict,
+)
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
 MOST_CLASSES = 10_000
-VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near') # what predictions are averaged over
-SETTING_NAMES = ('plain', 'channels_last', 'bf16') # how a network is run on a CPU
+VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')  # what predictions are averaged over
+SETTING_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
 
 # %% ../../nbs/inference/01_card.ipynb #17b92613
 Count = Annotated[int, Range(0, 10**12)]
 Name = Annotated[str, Length(1, MOST_CHARACTERS)]
 Hash = Annotated[str, Length(64, 64)]
 Mean = Annotated[float, Range(-10, 10)]
-Spread = Annotated[float, Range(1e-3, 100)] # never 0: images are divided by it
+Spread = Annotated[float, Range(1e-3, 100)]  # never 0: images are divided by it
+
 
 @dataclass(frozen=True)
 class DataSummary:
     "Which images a model was made from, in numbers"
-    images:Count=0 # All that could be read
-    set_aside:Count=0 # Images that could not be read
-    groups:Count=0 # Patients, or other groups of images
-    leaks:dict[str, Count]|None=None # What was allowed in two subsets: kind -> number
-    classes:dict[str, dict[str, Count]]=field(default_factory=dict) # Subset -> class -> images
-    share:dict[str, float]=field(default_factory=dict) # Subset -> share of the images
-    fingerprint:str='' # Of names, labels and subsets
-    more:dict=field(default_factory=dict) # What another version knows
+
+    images: Count = 0  # All that could be read
+    set_aside: Count = 0  # Images that could not be read
+    groups: Count = 0  # Patients, or other groups of images
+    leaks: dict[str, Count] | None = None  # What was allowed in two subsets: kind -> number
+    classes: dict[str, dict[str, Count]] = field(default_factory=dict)  # Subset -> class -> images
+    share: dict[str, float] = field(default_factory=dict)  # Subset -> share of the images
+    fingerprint: str = ''  # Of names, labels and subsets
+    more: dict = field(default_factory=dict)  # What another version knows
+
 
 @dataclass(frozen=True)
 class Training:
     "How a model was made"
-    plan:str|None=None # Name of the plan
-    balance:str|None=None # Of the classes
-    data:DataSummary|None=None # From which images
-    more:dict=field(default_factory=dict) # What another version knows
+
+    plan: str | None = None  # Name of the plan
+    balance: str | None = None  # Of the classes
+    data: DataSummary | None = None  # From which images
+    more: dict = field(default_factory=dict)  # What another version knows
 
 # %% ../../nbs/inference/01_card.ipynb #eefa5f63
 @dataclass(frozen=True)
 class ModelCard:
     "What a trained model expects and gives, and what it was made from"
-    arch:Name # Backbone, by its name in the library, timm or torchvision
-    stage:Name # The last stage of the backbone
-    tap:Annotated[int, Range(1, 1000)] # How many of the last stages the head sees
-    head:Head # What reads the maps
-    classes:Annotated[tuple[str, ...], Length(2, MOST_CLASSES)] # Names in order
-    task:str # Name of the task
-    target:str # Name of the target
-    size:Annotated[int, Range(16, 4096)] # Side of the images in pixels
-    reader:Annotated[str, Known(READERS)] # How an image is read
-    fit:Annotated[str, Known(FITS)] # How it is made square
-    views:Annotated[str, Known(VIEW_NAMES)] # What predictions are averaged over
-    mean:tuple[Mean, Mean, Mean] # Of the normalisation
-    std:tuple[Spread, Spread, Spread] # Of the normalisation
-    decision:Decision|None=None # What is made of the probabilities
-    weights:dict[str, str]=field(default_factory=dict) # Which weights it started from
-    licence:str='' # Of these weights
-    versions:dict[str, str]=field(default_factory=dict) # Of the packages it was made with
-    seed:int|None=None # Of its training
-    training:Training=Training() # How it was made
-    tensors_sha256:str='' # Hash of its weights in a model folder
-    setting:Annotated[str, Known(('', *SETTING_NAMES))]=field(default='', metadata={LATER: True}) # How a CPU ran it in training
-    more:dict=field(default_factory=dict) # What another version knows
+
+    arch: Name  # Backbone, by its name in the library, timm or torchvision
+    stage: Name  # The last stage of the backbone
+    tap: Annotated[int, Range(1, 1000)]  # How many of the last stages the head sees
+    head: Head  # What reads the maps
+    classes: Annotated[tuple[str, ...], Length(2, MOST_CLASSES)]  # Names in order
+    task: str  # Name of the task
+    target: str  # Name of the target
+    size: Annotated[int, Range(16, 4096)]  # Side of the images in pixels
+    reader: Annotated[str, Known(READERS)]  # How an image is read
+    fit: Annotated[str, Known(FITS)]  # How it is made square
+    views: Annotated[str, Known(VIEW_NAMES)]  # What predictions are averaged over
+    mean: tuple[Mean, Mean, Mean]  # Of the normalisation
+    std: tuple[Spread, Spread, Spread]  # Of the normalisation
+    decision: Decision | None = None  # What is made of the probabilities
+    weights: dict[str, str] = field(default_factory=dict)  # Which weights it started from
+    licence: str = ''  # Of these weights
+    versions: dict[str, str] = field(default_factory=dict)  # Of the packages it was made with
+    seed: int | None = None  # Of its training
+    training: Training = Training()  # How it was made
+    tensors_sha256: str = ''  # Hash of its weights in a model folder
+    setting: Annotated[str, Known(('', *SETTING_NAMES))] = field(
+        default='', metadata={LATER: True}
+    )  # How a CPU ran it in training
+    more: dict = field(default_factory=dict)  # What another version knows
+
     def __post_init__(self):
         try:
             check_class_names(self.classes)
@@ -88,41 +107,50 @@ class ModelCard:
             raise SchemaError('classes', self.classes, f'names that can be told apart, but {e}') from None
         if self.decision is not None:
             self.decision.check(self.classes)
+
     def to_dict(self) -> dict:
         "As JSON can hold it"
         return to_dict(self)
+
     @classmethod
-    def from_dict(cls,
-        data:dict # From `to_dict`, or of a file
-    ) -> 'ModelCard': # SchemaError for a field that is wrong
+    def from_dict(
+        cls,
+        data: dict,  # From `to_dict`, or of a file
+    ) -> 'ModelCard':  # SchemaError for a field that is wrong
         "A card from JSON"
         return from_dict(cls, data)
+
 
 FIELDS = required_fields(ModelCard)
 
 # %% ../../nbs/inference/01_card.ipynb #49014cf3
 FORMAT = 'dr_transfer model 2'
-MOST_BYTES = 4*2**20 # of model.json
+MOST_BYTES = 4 * 2**20  # of model.json
+
 
 class ModelError(ValueError):
     "A model that is not complete, was changed, is of another format, or holds numbers that are none"
 
+
 @dataclass(frozen=True)
 class _Stored:
     "What `model.json` has besides the card"
-    format:str
-    tensors_sha256:Hash
-    sha256:Hash
+
+    format: str
+    tensors_sha256: Hash
+    sha256: Hash
+
 
 def _digest(about) -> str:
     "Hash of what a description says, in whatever order"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
+
 def card_error(
-    file:str|Path, # Where the description stands
-    about:Any, # All that it says
-    error:ValueError # What is wrong with it
-) -> ModelError: # To be raised
+    file: str | Path,  # Where the description stands
+    about: Any,  # All that it says
+    error: ValueError,  # What is wrong with it
+) -> ModelError:  # To be raised
     "An error in a description, with what to do about it"
     here = package_version('dr_transfer')
     versions = about.get('versions') if isinstance(about, dict) else None
@@ -133,10 +161,11 @@ def card_error(
         todo = 'It was changed by hand or by another program: copy it again from where it was made, or save it again'
     return ModelError(f'{file}: {error}. {todo}')
 
+
 def card_of(
-    file:str|Path, # Where the description stands
-    about:Any # What it says
-) -> ModelCard: # ModelError that names the field that is wrong
+    file: str | Path,  # Where the description stands
+    about: Any,  # What it says
+) -> ModelCard:  # ModelError that names the field that is wrong
     "A card from the description in a file"
     try:
         return ModelCard.from_dict(about)
@@ -145,15 +174,16 @@ def card_of(
 
 # %% ../../nbs/inference/01_card.ipynb #bed812b7
 def card_text(
-    card:ModelCard # With the hash of the weights
-) -> str: # What `read_card` reads
+    card: ModelCard,  # With the hash of the weights
+) -> str:  # What `read_card` reads
     "The text of model.json"
     about = {**card.to_dict(), 'format': FORMAT}
     return json.dumps({**about, 'sha256': _digest(about)}, indent=1, ensure_ascii=False, allow_nan=False)
 
+
 def read_card(
-    file:str|Path # A model.json
-) -> ModelCard: # ModelError if it is not what was written
+    file: str | Path,  # A model.json
+) -> ModelCard:  # ModelError if it is not what was written
     "The description of a model folder"
     try:
         about = read_json(read_regular(file, MOST_BYTES))
@@ -161,14 +191,17 @@ def read_card(
         raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
     found = about.get('format') if isinstance(about, dict) else None
     if found != FORMAT:
-        raise ModelError(f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, "
-                         "or give the folder of a model")
+        raise ModelError(
+            f"{file} has another format than '{FORMAT}': use the version of dr_transfer that made it, "
+            'or give the folder of a model'
+        )
     try:
         stored = from_dict(_Stored, {k: about[k] for k in required_fields(_Stored) if k in about})
     except SchemaError as e:
         raise card_error(file, about, e) from None
     card = card_of(file, {k: v for k, v in about.items() if k not in ('format', 'sha256')})
     if stored.sha256 != _digest({k: v for k, v in about.items() if k != 'sha256'}):
-        raise ModelError(f'{file} was changed after it was saved. '
-                         'Undo the change, or copy the folder again from where it was made')
+        raise ModelError(
+            f'{file} was changed after it was saved. Undo the change, or copy the folder again from where it was made'
+        )
     return card

@@ -12,33 +12,38 @@ import json
 import warnings
 from pathlib import Path
 from typing import Any
+
 import numpy as np
-from ..metrics.calibration import apply_temperature
-from .card import ModelCard, ModelError, card_of
-from ..utils.files import extra_module, new_file
+
 from ..data.fundus import read_image
+from .card import ModelCard, ModelError, card_of
+from ..metrics.calibration import apply_temperature
+from ..utils.files import extra_module, new_file
 from ..utils.places import reason
 from ..utils.regular import read_regular
 from ..utils.schema import read_json
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #17b87b57
 ONNX_FORMAT = 'dr_transfer onnx 2'
-MOST_ONNX = 2**31 # bytes; an ONNX file cannot be longer
-EMPTY = b'0'*64 # in the place of the hash
+MOST_ONNX = 2**31  # bytes; an ONNX file cannot be longer
+EMPTY = b'0' * 64  # in the place of the hash
 AGAIN = 'Make the file again with export_onnx (dr_transfer export)'
-MARK = b'\n\x06sha256\x12@' # protobuf: a key of 6 characters, a value of 64
+MARK = b'\n\x06sha256\x12@'  # protobuf: a key of 6 characters, a value of 64
 
-def _place(data:bytes) -> int|None:
+
+def _place(data: bytes) -> int | None:
     "Where the hash of a file stands in it; None if there is none, or more than one"
     at = data.find(MARK)
     return at + len(MARK) if at >= 0 and at == data.rfind(MARK) else None
 
-def _hash(data:bytes, at:int) -> bytes:
+
+def _hash(data: bytes, at: int) -> bytes:
     "Hash of a file without its hash, in hexadecimal digits"
     h, view = hashlib.sha256(), memoryview(data)
-    for part in (view[:at], EMPTY, view[at + len(EMPTY):]):
+    for part in (view[:at], EMPTY, view[at + len(EMPTY) :]):
         h.update(part)
     return h.hexdigest().encode()
+
 
 def _read_whole(file) -> bytes:
     "What is in an ONNX file of ours; ModelError if it is another, or was changed"
@@ -48,21 +53,27 @@ def _read_whole(file) -> bytes:
         raise ModelError(f'{file}: {reason(e)}. Give a file made by export_onnx or dr_transfer export') from None
     at = _place(data)
     if at is None and b'dr_transfer onnx 1' in data:
-        raise ModelError(f'{file} was written by dr_transfer 0.1, without a hash that shows whether it is still whole. '
-                         f'{AGAIN}, from the folder of the model')
+        raise ModelError(
+            f'{file} was written by dr_transfer 0.1, without a hash that shows whether it is still whole. '
+            f'{AGAIN}, from the folder of the model'
+        )
     if at is None:
-        raise ModelError(f'{file} cannot be read as ONNX of dr_transfer: it has no hash. '
-                         f'It was cut, or another program wrote it. Copy it again. {AGAIN} if that does not help')
-    if _hash(data, at) != data[at:at + len(EMPTY)]:
+        raise ModelError(
+            f'{file} cannot be read as ONNX of dr_transfer: it has no hash. '
+            f'It was cut, or another program wrote it. Copy it again. {AGAIN} if that does not help'
+        )
+    if _hash(data, at) != data[at : at + len(EMPTY)]:
         raise ModelError(f'{file} was changed after it was written. Copy it again from where it was made')
     return data
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #3f50c0ce
 class OnnxModel:
     "A model in an ONNX file: predicts as `ImageModel` does, with onnxruntime and without torch"
-    def __init__(self,
-        file:str|Path, # Made by `export_onnx`; ModelError if it was changed
-        providers=('CPUExecutionProvider',) # Of onnxruntime: where it computes
+
+    def __init__(
+        self,
+        file: str | Path,  # Made by `export_onnx`; ModelError if it was changed
+        providers=('CPUExecutionProvider',),  # Of onnxruntime: where it computes
     ):
         ort = extra_module('onnxruntime', 'onnx')
         data = _read_whole(file)
@@ -71,17 +82,21 @@ class OnnxModel:
         except Exception as e:
             raise ModelError(f'{file} cannot be read as ONNX ({str(e)[:200]}). {AGAIN}') from None
         self.card = _onnx_card(file, self.session)
+
     @property
     def about(self) -> dict:
         "The card as a dict"
         return self.card.to_dict()
+
     @property
     def classes(self) -> list:
         "Class names in order"
         return list(self.card.classes)
+
     def read(self, source):
         "An image as the network gets it"
         return read_image(source, self.card.size, self.card.reader, self.card.fit)
+
 
 def _onnx_card(file, session) -> ModelCard:
     "The card in the metadata of a file, if it fits the graph"
@@ -101,53 +116,60 @@ def _onnx_card(file, session) -> ModelCard:
     return card
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #be6ae9e3
-def _onnx_probs(self,
-    images:list, # Paths, PIL images or arrays, all readable
-    calibrated:bool=False, # At the model's temperature?
-    bs:int=8 # Images in a batch
-) -> np.ndarray: # float32 (images, classes)
+def _onnx_probs(
+    self,
+    images: list,  # Paths, PIL images or arrays, all readable
+    calibrated: bool = False,  # At the model's temperature?
+    bs: int = 8,  # Images in a batch
+) -> np.ndarray:  # float32 (images, classes)
     "Class probabilities, averaged over the model's views; as those of an `ImageModel`, unless `calibrated`"
     images, name = list(images), 'probabilities' if calibrated else 'uncalibrated'
     out = [np.zeros((0, len(self.classes)), np.float32)]
     for k in range(0, len(images), bs):
-        batch = np.stack([np.asarray(self.read(i), np.float32) for i in images[k:k + bs]])
-        out += self.session.run([name], {'images': batch.transpose(0, 3, 1, 2)/255})
+        batch = np.stack([np.asarray(self.read(i), np.float32) for i in images[k : k + bs]])
+        out += self.session.run([name], {'images': batch.transpose(0, 3, 1, 2) / 255})
     return np.concatenate(out)
+
 
 OnnxModel.probs = _onnx_probs
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #9200bed3
 def _temperature(card) -> float:
     "The temperature that a model decides at"
-    return card.decision.temperature if card.decision else 1.
+    return card.decision.temperature if card.decision else 1.0
+
 
 def _graph(model):
     "RGB 0 to 1 -> probabilities and uncalibrated ones, as one torch module on the CPU; and body and head of it"
-    import torch
     from dr_transfer.data.views import VIEWS
+
     body, head = model.model
     net = copy.deepcopy(torch.nn.Sequential(getattr(body, 'stages', body), head)).cpu().float().eval()
     net = net.to(memory_format=torch.contiguous_format)
     for m in net.modules():
-        if getattr(m, 'inplace', False): m.inplace = False # quicker to convert
+        if getattr(m, 'inplace', False):
+            m.inplace = False  # quicker to convert
     card = model.card
     views, temperature = VIEWS[card.views], _temperature(card)
+
     class Graph(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = net
             for k in ('mean', 'std'):
                 self.register_buffer(k, torch.tensor(getattr(card, k), dtype=torch.float32)[:, None, None])
+
         def forward(self, images):
-            x = (images - self.mean)/self.std
+            x = (images - self.mean) / self.std
             p = self.net(torch.cat([v(x) for v in views])).softmax(1).unflatten(0, (len(views), -1)).mean(0)
-            return (p.clamp(min=1e-12).log()/temperature).softmax(1), p
+            return (p.clamp(min=1e-12).log() / temperature).softmax(1), p
+
     return Graph().eval(), net
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #cb9b3212
 def _proto(graph, card):
     "A torch module as ONNX, without the names and traces of the machine"
-    import torch
+
     extra_module('onnxscript', 'onnx')
     example, free = torch.rand(2, 3, card.size, card.size), torch.export.Dim('n', min=1)
     how = {'dynamic_shapes': ({0: free},), 'input_names': ['images'], 'output_names': ['probabilities', 'uncalibrated']}
@@ -157,13 +179,15 @@ def _proto(graph, card):
             proto = torch.onnx.export(graph, (example,), dynamo=True, verbose=False, **how).model_proto
     except torch.onnx.OnnxExporterError as e:
         why = ' '.join((str(e).partition('## Exception summary')[2] or str(e)).split())[:200]
-        raise ValueError(f"'{card.arch}' with this head cannot be written as ONNX ({why}): "
-                         "take another backbone, or save_model") from None
+        raise ValueError(
+            f"'{card.arch}' with this head cannot be written as ONNX ({why}): take another backbone, or save_model"
+        ) from None
     g = proto.graph
     for part in (g, *proto.functions, *g.node, *g.value_info, *g.input, *g.output, *g.initializer):
         part.doc_string = ''
         del part.metadata_props[:]
     return proto
+
 
 def _serialised(graph, card) -> bytes:
     "An ONNX file of a torch module, with its description and its hash"
@@ -177,64 +201,79 @@ def _serialised(graph, card) -> bytes:
         'reader': card.reader,
         'fit': card.fit,
         'about': json.dumps(card.to_dict(), ensure_ascii=False, allow_nan=False),
-        'sha256': EMPTY.decode()}
+        'sha256': EMPTY.decode(),
+    }
     for k, v in texts.items():
         proto.metadata_props.add(key=k, value=v)
     data = proto.SerializeToString()
     at = _place(data)
     if at is None:
-        raise ValueError(f"'{card.arch}' cannot be written as ONNX with a hash: its mark occurs elsewhere. Use save_model")
-    return data[:at] + _hash(data, at) + data[at + len(EMPTY):]
+        raise ValueError(
+            f"'{card.arch}' cannot be written as ONNX with a hash: its mark occurs elsewhere. Use save_model"
+        )
+    return data[:at] + _hash(data, at) + data[at + len(EMPTY) :]
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #b7e23469
 def _drawn(size) -> list:
     "Images with different colours, at different scales"
     rng, at = np.random.default_rng(0), np.linspace(0, 1, size)
-    waves = [[np.sin(2*np.pi*(f*at[None] + g*at[:, None]) + h) for f, g, h in rng.uniform(-s, s, (3, 3))] for s in (1, 4, 16)]
-    return [np.uint8(np.stack(w, -1)*100 + 127) for w in waves] + [rng.integers(0, 256, (size, size, 3), dtype=np.uint8)]
+    waves = [
+        [np.sin(2 * np.pi * (f * at[None] + g * at[:, None]) + h) for f, g, h in rng.uniform(-s, s, (3, 3))]
+        for s in (1, 4, 16)
+    ]
+    return [np.uint8(np.stack(w, -1) * 100 + 127) for w in waves] + [
+        rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    ]
+
 
 def _check_same(file, net, model, images, tolerance):
     "ValueError if a file and the network it was made from differ"
     from dr_transfer.models.network import view_probs
+
     card, made = model.card, OnnxModel(file)
     want = view_probs(net, images, model.read, card.mean, card.std, card.views)
     right = apply_temperature(want, _temperature(card))
     pairs = [(made.probs(images, c, bs), w) for c, w in ((False, want), (True, right)) for bs in (1, 3)]
-    worst = float(np.max([np.abs(found - w).max() for found, w in pairs])) # NaN if one is
+    worst = float(np.max([np.abs(found - w).max() for found, w in pairs]))  # NaN if one is
     if not worst <= tolerance:
-        raise ValueError(f"the ONNX file says something else than the model, by up to {worst:.2g} in a probability "
-                         f"({tolerance:g} is allowed): nothing was written. Hand on the folder of save_model")
+        raise ValueError(
+            f'the ONNX file says something else than the model, by up to {worst:.2g} in a probability '
+            f'({tolerance:g} is allowed): nothing was written. Hand on the folder of save_model'
+        )
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #2ce14a68
 def export_onnx(
-    learn:Any, # An `ImageModel`, or a learner from `build_learner`
-    file:str|Path, # Where the file will be, ends in .onnx
-    images:list|None=None, # Paths or images for the comparison; drawn ones if None
-    tolerance:float=1e-4, # Largest difference in a probability
-    overwrite:bool=False # May it replace a file that is there?
-) -> Path: # The file
+    learn: Any,  # An `ImageModel`, or a learner from `build_learner`
+    file: str | Path,  # Where the file will be, ends in .onnx
+    images: list | None = None,  # Paths or images for the comparison; drawn ones if None
+    tolerance: float = 1e-4,  # Largest difference in a probability
+    overwrite: bool = False,  # May it replace a file that is there?
+) -> Path:  # The file
     "A trained model as an ONNX file; ValueError if it cannot be converted, or says something else than the model"
     with new_file(check_onnx_name(file), overwrite) as tmp:
         write_onnx(learn, tmp, images, tolerance)
     return Path(file)
 
+
 def check_onnx_name(
-    file:str|Path # Where the file will be
-) -> Path: # The same
+    file: str | Path,  # Where the file will be
+) -> Path:  # The same
     "ValueError for a name that does not end in .onnx"
     file = Path(file)
     if file.suffix != '.onnx':
-        raise ValueError(f"{file} does not end in .onnx: give a name such as {file.with_suffix('.onnx')}")
+        raise ValueError(f'{file} does not end in .onnx: give a name such as {file.with_suffix(".onnx")}')
     return file
 
+
 def write_onnx(
-    learn:Any, # An `ImageModel`, or a learner from `build_learner`
-    file:Path, # Where to write, such as the temporary path of `new_file`
-    images:list|None=None, # Paths or images for the comparison; drawn ones if None
-    tolerance:float=1e-4 # Largest difference in a probability
+    learn: Any,  # An `ImageModel`, or a learner from `build_learner`
+    file: Path,  # Where to write, such as the temporary path of `new_file`
+    images: list | None = None,  # Paths or images for the comparison; drawn ones if None
+    tolerance: float = 1e-4,  # Largest difference in a probability
 ):
     "The work of `export_onnx`, where the name is reserved already"
     from dr_transfer.inference.saved_model import ImageModel, check_tensors, image_model
+
     model = learn if isinstance(learn, ImageModel) else image_model(learn)
     check_tensors(model.model.state_dict(), 'the model')
     graph, net = _graph(model)

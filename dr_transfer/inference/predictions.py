@@ -7,33 +7,40 @@ __all__ = ['NO_PROBABILITIES', 'gather_images', 'predict_table']
 
 # %% ../../nbs/inference/02_predictions.ipynb #f802a574
 import os
-import numpy as np, pandas as pd
-from ..metrics.decision import apply_decision, prediction_table
+
+import numpy as np
+import pandas as pd
+
 from ..data.images import image_errors
 from ..data.table import find_images
+from ..metrics.decision import apply_decision, prediction_table
 
 # %% ../../nbs/inference/02_predictions.ipynb #42f84429
 def gather_images(
-    sources:list # Files and folders, or one
-) -> list[str]: # Paths as given, or as found below the folders
+    sources: list,  # Files and folders, or one
+) -> list[str]:  # Paths as given, or as found below the folders
     "The image files that are meant; ValueError if a path does not exist or a folder has none"
     out = []
     for s in map(str, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
         if os.path.isdir(s):
             found = find_images(s)
-            if not found: raise ValueError(f"no images in {s}: give image files or folders that hold some")
+            if not found:
+                raise ValueError(f'no images in {s}: give image files or folders that hold some')
             out += [os.path.join(s, os.path.relpath(f, s)) for f in found]
-        elif os.path.exists(s): out.append(s)
-        else: raise ValueError(f"there is no {s}: give image files or folders")
+        elif os.path.exists(s):
+            out.append(s)
+        else:
+            raise ValueError(f'there is no {s}: give image files or folders')
     return list(dict.fromkeys(out))
 
 # %% ../../nbs/inference/02_predictions.ipynb #4e607b13
 NO_PROBABILITIES = 'the model gives no probabilities for this image: its numbers overflow (NaN)'
 
+
 def predict_table(
-    model, # From `load_model`, `image_model` or `OnnxModel`
-    images:list[str] # Paths, or one
-) -> pd.DataFrame: # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
+    model,  # From `load_model`, `image_model` or `OnnxModel`
+    images: list[str],  # Paths, or one
+) -> pd.DataFrame:  # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
     "Predictions for image files, calibrated if the model knows its temperature; where there is none the reason is in `error`"
     images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     errors = np.array(image_errors(images), object)

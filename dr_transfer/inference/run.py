@@ -7,71 +7,90 @@ __all__ = ['RUN_FILES', 'validation_table', 'write_run']
 
 # %% ../../nbs/inference/06_run.ipynb #8e8601db
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
+
 import pandas as pd
-from ..utils.files import warn
-from ..metrics.screening import measure_table
+
 from ..data.views import VIEWS
+from ..metrics.screening import measure_table
+from ..utils.files import warn
 
 # %% ../../nbs/inference/06_run.ipynb #12bdf9c2
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
+
 def _json(o) -> str:
     "JSON with null for a measure that is not defined"
+
     def clean(o):
-        if isinstance(o, dict): return {k: clean(v) for k, v in o.items()}
-        if isinstance(o, (list, tuple)): return [clean(v) for v in o]
+        if isinstance(o, dict):
+            return {k: clean(v) for k, v in o.items()}
+        if isinstance(o, (list, tuple)):
+            return [clean(v) for v in o]
         return None if isinstance(o, float) and o != o else o
+
     return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
 
 # %% ../../nbs/inference/06_run.ipynb #210b1bc0
 def validation_table(
-    table:pd.DataFrame, # Validation predictions, decided, as in predictions.csv
-    classes, # Class names in order
-    views:str='none', # Name in `VIEWS`: what was averaged for each image
-    n:int=1000 # Draws of the bootstrap
-) -> pd.DataFrame: # value, low, high, images; `attrs['notes']`: how to read it
+    table: pd.DataFrame,  # Validation predictions, decided, as in predictions.csv
+    classes,  # Class names in order
+    views: str = 'none',  # Name in `VIEWS`: what was averaged for each image
+    n: int = 1000,  # Draws of the bootstrap
+) -> pd.DataFrame:  # value, low, high, images; `attrs['notes']`: how to read it
     "Figures of a run on its validation images, with 95 % intervals over groups"
     t = measure_table(table, classes, n=n)
     k = len(VIEWS.get(views, 'x'))
     how = f'averaged over {k} views of each image' if k > 1 else 'of one view of each image'
     epochs = 'one view and of the likeliest class' if k > 1 else 'the likeliest class'
-    t.attrs['notes'] = [f'{len(table)} validation images, predictions {how}; the lines of the epochs are of {epochs}', *t.attrs['notes']]
+    t.attrs['notes'] = [
+        f'{len(table)} validation images, predictions {how}; the lines of the epochs are of {epochs}',
+        *t.attrs['notes'],
+    ]
     return t
 
+
 def write_run(
-    learn, # A trained learner
-    folder:Path, # A folder that exists
-    share:dict|None=None # `sensitivity` or `specificity` of the operating point
-) -> pd.DataFrame: # From `validation_table`
+    learn,  # A trained learner
+    folder: Path,  # A folder that exists
+    share: dict | None = None,  # `sensitivity` or `specificity` of the operating point
+) -> pd.DataFrame:  # From `validation_table`
     "Model, record, validation predictions and plots of a learner, into a folder"
-    from dr_transfer.inference.saved_model import image_model, save_model, write_card
-    from dr_transfer.utils.csvfile import write_csv
     from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
+    from dr_transfer.inference.saved_model import image_model, save_model, write_card
+    from dr_transfer.metrics.decision import apply_decision, choose_decision, table_arrays
     from dr_transfer.metrics.plots import plot_confusion, plot_history
     from dr_transfer.metrics.scores import summary
-    from dr_transfer.metrics.decision import apply_decision, choose_decision, table_arrays
+    from dr_transfer.utils.csvfile import write_csv
+
     model = image_model(learn)
-    save_model(model, folder/'model') # first: whatever fails afterwards, the training is not lost
+    save_model(model, folder / 'model')  # first: whatever fails afterwards, the training is not lost
     classes, t = list(learn.dls.vocab), valid_predictions(learn)
     learn.record['decision'] = choose_decision(t, classes, **(share or {}))
-    write_card(replace(model.card, decision=learn.record['decision']), folder/'model')
+    write_card(replace(model.card, decision=learn.record['decision']), folder / 'model')
     t = apply_decision(t, classes, learn.record['decision'])
     y, probs = table_arrays(t, classes)
     metrics = validation_table(t, classes, learn.record['augment'])
-    of_likeliest = summary(y, probs, classes) # what the decision comes to stands in the table
-    if features_stored(learn): learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict() # costs nothing where features are stored
-    record = {**learn.record, 'decision': learn.record['decision'].to_dict(), 'validation': of_likeliest,
-              'validation_table': metrics.to_dict('index'), 'set_aside': learn.table.attrs.get('set_aside', [])}
-    (folder/'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
-    write_csv(t, folder/'predictions.csv')
-    _plot(folder/'history.png', lambda: plot_history(learn.record['history']))
-    _plot(folder/'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
+    of_likeliest = summary(y, probs, classes)  # what the decision comes to stands in the table
+    if features_stored(learn):
+        learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict()  # costs nothing where features are stored
+    record = {
+        **learn.record,
+        'decision': learn.record['decision'].to_dict(),
+        'validation': of_likeliest,
+        'validation_table': metrics.to_dict('index'),
+        'set_aside': learn.table.attrs.get('set_aside', []),
+    }
+    (folder / 'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
+    write_csv(t, folder / 'predictions.csv')
+    _plot(folder / 'history.png', lambda: plot_history(learn.record['history']))
+    _plot(folder / 'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
     return metrics
 
-def _plot(file:Path, draw:Callable):
+
+def _plot(file: Path, draw: Callable):
     "Draw a figure into a file; what was trained does not depend on it, so one that fails is a warning"
     try:
         draw().savefig(file, dpi=120, format='png')

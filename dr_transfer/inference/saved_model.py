@@ -13,58 +13,67 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import numpy as np, torch
+
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from ..data.views import VIEWS, read_image
+from .card import ModelCard, ModelError, card_error, card_text, read_card
 from ..models.backbones import _build, create_body, find_backbone
-from .card import FIELDS, FORMAT, ModelCard, ModelError, card_error, card_text, read_card
-from ..utils.files import new_folder, usual_mode
 from ..models.network import create_head, head_inputs, make_body, view_probs
-from .predictions import gather_images, predict_table # of such a model, for those who take them from here
+from ..models.speed import get_setting, setting_name
+from ..models.weights import file_hash
+from ..utils.files import new_folder, usual_mode
 from ..utils.places import atomic_file, reason
 from ..utils.regular import open_regular
 from ..utils.schema import to_dict
-from ..models.speed import get_setting, setting_name
-from ..data.views import VIEWS, read_image
-from ..models.weights import file_hash
 
 # %% ../../nbs/inference/03_saved_model.ipynb #cec5e3d0
 class ImageModel:
     "A trained network and the description of what it expects"
-    def __init__(self,
-        model:nn.Module, # Body and head
-        about:ModelCard|dict, # The description, or its fields as a dict
-        seen:np.ndarray|None=None, # Hashes of the images it was made from, uint8 (n, 32)
-        seen_use:np.ndarray|None=None # Of each: 1 train, 2 valid, 3 both; uint8 (n,)
+
+    def __init__(
+        self,
+        model: nn.Module,  # Body and head
+        about: ModelCard | dict,  # The description, or its fields as a dict
+        seen: np.ndarray | None = None,  # Hashes of the images it was made from, uint8 (n, 32)
+        seen_use: np.ndarray | None = None,  # Of each: 1 train, 2 valid, 3 both; uint8 (n,)
     ):
         self.model = model.eval()
         self.card = about if isinstance(about, ModelCard) else ModelCard.from_dict(about)
         self.seen, self.seen_use = seen, seen_use
+
     @property
     def about(self) -> dict:
         "The card as a dict"
         return self.card.to_dict()
+
     @property
     def classes(self) -> list:
         "Class names in order"
         return list(self.card.classes)
+
     def read(self, source):
         "An image as the network gets it"
         return read_image(source, self.card.size, self.card.reader, self.card.fit)
-    def probs(self,
-        images:list, # Paths, PIL images or arrays, all readable
-        views:str|None=None, # Name in `VIEWS`; the model's own if None
-        average:bool=True # Over the views?
-    ) -> np.ndarray: # float32 (images, classes), or (images, views, classes)
+
+    def probs(
+        self,
+        images: list,  # Paths, PIL images or arrays, all readable
+        views: str | None = None,  # Name in `VIEWS`; the model's own if None
+        average: bool = True,  # Over the views?
+    ) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
         "Class probabilities as the network gives them, averaged over the views"
         card, images = self.card, list(images)
         return view_probs(self.model, images, self.read, card.mean, card.std, views or card.views, average=average)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #b2722424
 def check_tensors(
-    tensors:dict, # Name -> tensor
-    where:str|Path # Whose they are, for the error
+    tensors: dict,  # Name -> tensor
+    where: str | Path,  # Whose they are, for the error
 ):
     "ModelError that names the first tensor with NaN, infinity, or a variance below 0"
     for name, t in tensors.items():
@@ -73,37 +82,47 @@ def check_tensors(
         if name.endswith('running_var') and not wrong.any():
             wrong, what = t < 0, 'a variance below 0'
         if wrong.any():
-            raise ModelError(f"{where}: the tensor '{name}' holds {what} in {int(wrong.sum())} of {t.numel()} places, "
-                             "so this model gives no probabilities. Train it again, with a lower learning rate or fewer epochs")
+            raise ModelError(
+                f"{where}: the tensor '{name}' holds {what} in {int(wrong.sum())} of {t.numel()} places, "
+                'so this model gives no probabilities. Train it again, with a lower learning rate or fewer epochs'
+            )
 
 # %% ../../nbs/inference/03_saved_model.ipynb #12002ad2
 def image_model(
-    learn:Any # A learner from `build_learner`
-) -> ImageModel: # ModelError if its numbers or names cannot be those of a model
+    learn: Any,  # A learner from `build_learner`
+) -> ImageModel:  # ModelError if its numbers or names cannot be those of a model
     "What a learner was trained to, without the learner"
     r, body, head = learn.record, learn.model[0][0], learn.model[1]
     if r['head'] == 'own':
-        raise ModelError("a head of your own cannot be rebuilt from a description: use learn.export, or a head by name")
+        raise ModelError('a head of your own cannot be rebuilt from a description: use learn.export, or a head by name')
     net = nn.Sequential(body, head)
     check_tensors(net.state_dict(), 'the learner')
     spec = body.stages.spec
     on_cpu = next(body.parameters()).device.type == 'cpu'
     about = {
         **{k: r[k] for k in ('arch', 'stage', 'tap', 'head', 'task', 'target', 'size', 'weights', 'versions', 'seed')},
-        'classes': list(learn.dls.vocab), 'reader': learn.task.reader, 'fit': learn.task.fit,
-        'views': r['augment'] if r['augment'] in VIEWS else 'none', 'mean': spec.mean, 'std': spec.std,
+        'classes': list(learn.dls.vocab),
+        'reader': learn.task.reader,
+        'fit': learn.task.fit,
+        'views': r['augment'] if r['augment'] in VIEWS else 'none',
+        'mean': spec.mean,
+        'std': spec.std,
         'setting': setting_name(body.forward_setting) if on_cpu else '',
-        'decision': to_dict(r.get('decision')), 'licence': spec.licence,
-        'training': {'plan': r.get('plan', {}).get('name'), 'balance': r['balance'], 'data': r['data']}}
+        'decision': to_dict(r.get('decision')),
+        'licence': spec.licence,
+        'training': {'plan': r.get('plan', {}).get('name'), 'balance': r['balance'], 'data': r['data']},
+    }
     try:
         card = ModelCard.from_dict(about)
     except ValueError as e:
         raise ModelError(f'this learner cannot be described as a model: {e}') from None
     return ImageModel(net, card, *_seen(learn))
 
+
 def _seen(learn) -> tuple[np.ndarray, np.ndarray]:
     "Hashes of the images that were trained on or that decisions were chosen on, and for which of the two each was used"
     from dr_transfer.data.leaks import image_hashes
+
     used = learn.table[learn.table.split != 'test']
     seen, row = np.unique(image_hashes(used.image.tolist(), learn.task.reader)[0], axis=0, return_inverse=True)
     use = np.zeros(len(seen), np.uint8)
@@ -112,20 +131,22 @@ def _seen(learn) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/inference/03_saved_model.ipynb #621cca0c
 MODEL_FILES = ('model.json', 'model.safetensors')
-SEEN = ('seen', 'seen_use') # beside the weights: hashes of the images, and what they were used for (not before 0.2.0)
+SEEN = ('seen', 'seen_use')  # beside the weights: hashes of the images, and what they were used for (not before 0.2.0)
+
 
 def write_card(
-    card:ModelCard, # What is to be described
-    folder:str|Path # Holds the weights
+    card: ModelCard,  # What is to be described
+    folder: str | Path,  # Holds the weights
 ):
     "Write the description of a model, with the hash of its weights"
-    card = replace(card, tensors_sha256=file_hash(Path(folder)/'model.safetensors'))
-    with atomic_file(Path(folder)/'model.json') as file:
+    card = replace(card, tensors_sha256=file_hash(Path(folder) / 'model.safetensors'))
+    with atomic_file(Path(folder) / 'model.json') as file:
         file.write_text(card_text(card), encoding='utf-8')
 
+
 def write_model(
-    model:ImageModel, # What is to be saved
-    folder:str|Path # A folder that exists
+    model: ImageModel,  # What is to be saved
+    folder: str | Path,  # A folder that exists
 ):
     "The two files of a model, into a folder; ModelError if weights are no numbers"
     folder = Path(folder)
@@ -135,48 +156,55 @@ def write_model(
     for name in SEEN:
         if getattr(model, name) is not None:
             tensors[name] = torch.from_numpy(getattr(model, name))
-    save_file(tensors, folder/'model.safetensors')
-    usual_mode(folder/'model.safetensors')
+    save_file(tensors, folder / 'model.safetensors')
+    usual_mode(folder / 'model.safetensors')
     write_card(model.card, folder)
 
+
 def save_model(
-    learn:Any, # A learner from `build_learner`, or an `ImageModel`
-    folder:str|Path, # Where the model will be
-    overwrite:bool=False # May it replace a folder that is there?
-) -> Path: # The folder
+    learn: Any,  # A learner from `build_learner`, or an `ImageModel`
+    folder: str | Path,  # Where the model will be
+    overwrite: bool = False,  # May it replace a folder that is there?
+) -> Path:  # The folder
     "Save a trained model as a folder; ValueError if something is there already"
     with new_folder(folder, overwrite, kind='model') as tmp:
         write_model(learn if isinstance(learn, ImageModel) else image_model(learn), tmp)
     return Path(folder)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #ba23b966
-SPARE = 2*2**30 # bytes that a backbone may have although they are not in the file
+SPARE = 2 * 2**30  # bytes that a backbone may have although they are not in the file
 
-def _check_memory(card, stored:int):
+
+def _check_memory(card, stored: int):
     "ModelError if to build the backbone takes far more memory than the weights in the file"
     with torch.device('meta'):
         net = _build(find_backbone(card.arch))
     needed = sum(v.nbytes for v in net.state_dict().values())
-    if needed > SPARE + 4*stored:
-        raise ModelError(f"the network '{card.arch}' has {needed/2**30:.1f} GiB of weights, of which the model has only "
-                         f"{stored/2**30:.3f} GiB: to build it would take too much memory. Use a smaller backbone, or more of its stages")
+    if needed > SPARE + 4 * stored:
+        raise ModelError(
+            f"the network '{card.arch}' has {needed / 2**30:.1f} GiB of weights, of which the model has only "
+            f'{stored / 2**30:.3f} GiB: to build it would take too much memory. Use a smaller backbone, or more of its stages'
+        )
+
 
 def _read_folder(folder) -> ModelCard:
     "The card of a folder of which both files are what was written"
     for name in MODEL_FILES:
-        if not os.path.lexists(folder/name):
-            raise ModelError(f"{folder} is no model folder: {name} is missing. "
-                             "Give a folder made by save_model or dr_transfer train")
-    card = read_card(folder/'model.json')
-    file = folder/'model.safetensors'
+        if not os.path.lexists(folder / name):
+            raise ModelError(
+                f'{folder} is no model folder: {name} is missing. Give a folder made by save_model or dr_transfer train'
+            )
+    card = read_card(folder / 'model.json')
+    file = folder / 'model.safetensors'
     try:
         with open_regular(file) as f:
             found = hashlib.file_digest(f, 'sha256').hexdigest()
     except (OSError, ValueError) as e:
         raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
     if found != card.tensors_sha256:
-        raise ModelError(f"{file} was changed after it was saved. Copy the folder again from where it was made")
+        raise ModelError(f'{file} was changed after it was saved. Copy the folder again from where it was made')
     return card
+
 
 def _header(file) -> dict:
     "What the tensors of a file are, without reading them: name -> shape and type"
@@ -185,21 +213,35 @@ def _header(file) -> dict:
             parts = {k: f.get_slice(k) for k in f.keys()}
             return {k: (tuple(v.get_shape()), v.get_dtype()) for k, v in parts.items()}
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{file} is no file of tensors ({e}). Copy the folder again from where it was made") from None
+        raise ModelError(f'{file} is no file of tensors ({e}). Copy the folder again from where it was made') from None
 
 # %% ../../nbs/inference/03_saved_model.ipynb #0b49c44f
-TYPES = {torch.float32: 'F32', torch.float64: 'F64', torch.float16: 'F16', torch.bfloat16: 'BF16',
-         torch.int64: 'I64', torch.int32: 'I32', torch.bool: 'BOOL', torch.uint8: 'U8'} # as safetensors names them
+TYPES = {
+    torch.float32: 'F32',
+    torch.float64: 'F64',
+    torch.float16: 'F16',
+    torch.bfloat16: 'BF16',
+    torch.int64: 'I64',
+    torch.int32: 'I32',
+    torch.bool: 'BOOL',
+    torch.uint8: 'U8',
+}  # as safetensors names them
 
-def _compare(described:dict, found:dict):
+
+def _compare(described: dict, found: dict):
     "ValueError if a file has other tensors than a network"
     want = {k: (tuple(v.shape), TYPES.get(v.dtype)) for k, v in described.items()}
     for name in {**want, **found}:
         if want.get(name) != found.get(name):
+
             def words(part):
                 return f'the shape {part[0]} of {part[1]}' if part else 'nothing'
-            raise ValueError(f"the tensor '{name}' has {words(found.get(name))} in model.safetensors, "
-                             f"and {words(want.get(name))} in the network that is described")
+
+            raise ValueError(
+                f"the tensor '{name}' has {words(found.get(name))} in model.safetensors, "
+                f'and {words(want.get(name))} in the network that is described'
+            )
+
 
 def _build_model(card, found, setting) -> nn.Module:
     "The network of a card, if its tensors are those that were found"
@@ -213,13 +255,17 @@ def _build_model(card, found, setting) -> nn.Module:
         _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, in_head)
     return nn.Sequential(body, create_head(*shape))
 
-def _check_seen(file, found:dict):
+
+def _check_seen(file, found: dict):
     "ModelError if the hashes of the images that a model was made from are of another form than they must be"
     rows = found.get('seen', ((0, 32), 'U8'))[0][:1]
     wanted = {'seen': (*rows, 32), 'seen_use': rows}
     for name, (shape, kind) in found.items():
         if tuple(shape) != wanted[name] or kind != 'U8':
-            raise ModelError(f"{file}: the tensor '{name}' has the shape {shape} of {kind}; hashes of images have {wanted[name]} of U8")
+            raise ModelError(
+                f"{file}: the tensor '{name}' has the shape {shape} of {kind}; hashes of images have {wanted[name]} of U8"
+            )
+
 
 @contextmanager
 def _naming(file, card):
@@ -231,20 +277,21 @@ def _naming(file, card):
     except ValueError as e:
         raise card_error(file, card.to_dict(), e) from None
 
+
 def load_model(
-    folder:str|Path, # Made by `save_model` or `dr_transfer train`
-    setting:str='auto' # How the CPU computes; 'auto': as in training, 'plain': fp32
+    folder: str | Path,  # Made by `save_model` or `dr_transfer train`
+    setting: str = 'auto',  # How the CPU computes; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
     "A saved model; `ModelError` if a file is missing, was changed, or does not fit the other"
     folder = Path(folder)
     if setting != 'auto':
         setting = get_setting(setting)
-    card, file = _read_folder(folder), folder/'model.safetensors'
+    card, file = _read_folder(folder), folder / 'model.safetensors'
     if setting == 'auto' and card.setting:
-        setting = get_setting(card.setting) # another would give other numbers
+        setting = get_setting(card.setting)  # another would give other numbers
     found = _header(file)
     _check_seen(file, {name: found.pop(name) for name in SEEN if name in found})
-    with _naming(folder/'model.json', card):
+    with _naming(folder / 'model.json', card):
         _check_memory(card, file.stat().st_size)
         model = _build_model(card, found, setting)
     tensors = load_file(file)

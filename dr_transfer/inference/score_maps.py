@@ -6,35 +6,46 @@
 __all__ = ['POINTWISE', 'PerPlace', 'as_convolutions', 'dense_model', 'score_map']
 
 # %% ../../nbs/inference/05_score_maps.ipynb #b8658f55
-import numpy as np, torch
+import numpy as np
+import torch
 from torch import nn
-from ..models.backbones import Stages
+
+from ..data.views import normalise, read_image, stack_images
 from .saved_model import ImageModel
+from ..models.backbones import Stages
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
-from ..data.views import normalise, read_image, stack_images
 
 # %% ../../nbs/inference/05_score_maps.ipynb #e1261664
 class PerPlace(nn.Module):
     "A module for rows (n, k), for each place of a map (n, k, h, w)"
-    def __init__(self, module:nn.Module): super().__init__(); self.module = module
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
     def forward(self, x):
         n, k, h, w = x.shape
         return self.module(x.permute(0, 2, 3, 1).reshape(-1, k)).reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
+
 def _leaves(m):
     "The layers of nested `nn.Sequential`"
-    if not isinstance(m, nn.Sequential): yield m; return
-    for c in m.children(): yield from _leaves(c)
+    if not isinstance(m, nn.Sequential):
+        yield m
+        return
+    for c in m.children():
+        yield from _leaves(c)
+
 
 @torch.no_grad()
 def _as_conv(linear, window, norm) -> nn.Conv2d:
     "A fully connected layer, after a BatchNorm if there is one, as a convolution"
     w, b = linear.weight, torch.zeros(linear.out_features) if linear.bias is None else linear.bias
     if norm is not None:
-        scale = norm.weight/(norm.running_var + norm.eps).sqrt()
-        w, b = w*scale, b + w @ (norm.bias - norm.running_mean*scale)
-    conv = nn.Conv2d(linear.in_features//(window[0]*window[1]), linear.out_features, window)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        w, b = w * scale, b + w @ (norm.bias - norm.running_mean * scale)
+    conv = nn.Conv2d(linear.in_features // (window[0] * window[1]), linear.out_features, window)
     conv.weight.copy_(w.reshape(conv.weight.shape))
     conv.bias.copy_(b)
     return conv
@@ -42,42 +53,63 @@ def _as_conv(linear, window, norm) -> nn.Conv2d:
 # %% ../../nbs/inference/05_score_maps.ipynb #a31cd15c
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)
 
+
 def as_convolutions(
-    layers:nn.Module, # From maps (n, c, h, w) to scores (n, k), such as a head
-    side:tuple # Height and width of the maps at the native size
-) -> nn.Sequential: # From maps (n, c, h', w') to (n, k, h' - h + 1, w' - w + 1)
+    layers: nn.Module,  # From maps (n, c, h, w) to scores (n, k), such as a head
+    side: tuple,  # Height and width of the maps at the native size
+) -> nn.Sequential:  # From maps (n, c, h', w') to (n, k, h' - h + 1, w' - w + 1)
     "The same layers for maps of any size, in evaluation mode; ValueError with the name of a layer that cannot be written so"
     window, norm, out = tuple(side), None, []
     for m in _leaves(layers):
-        pooled = isinstance(m, nn.AdaptiveAvgPool2d) and (m.output_size if isinstance(m.output_size, tuple) else (m.output_size,)*2)
-        if isinstance(m, AveragePool) or pooled == (1, 1): out.append(nn.AvgPool2d(window, 1)); window = (1, 1)
-        elif pooled and pooled != window: raise ValueError(f"maps of {window[0]} by {window[1]} are pooled to {pooled[0]} by {pooled[1]}: give images of the native size of the network")
-        elif isinstance(m, nn.Linear): out.append(_as_conv(m, window, norm)); window, norm = (1, 1), None
-        elif isinstance(m, nn.BatchNorm1d): norm = m
-        elif isinstance(m, POINTWISE): out.append(m)
-        elif isinstance(m, tuple(ORDERED.values())): out.append(PerPlace(m))
-        elif not pooled and not isinstance(m, (nn.Dropout, nn.Flatten)): raise ValueError(f"a layer of the kind {type(m).__name__} cannot be written as a convolution")
+        pooled = isinstance(m, nn.AdaptiveAvgPool2d) and (
+            m.output_size if isinstance(m.output_size, tuple) else (m.output_size,) * 2
+        )
+        if isinstance(m, AveragePool) or pooled == (1, 1):
+            out.append(nn.AvgPool2d(window, 1))
+            window = (1, 1)
+        elif pooled and pooled != window:
+            raise ValueError(
+                f'maps of {window[0]} by {window[1]} are pooled to {pooled[0]} by {pooled[1]}: give images of the native size of the network'
+            )
+        elif isinstance(m, nn.Linear):
+            out.append(_as_conv(m, window, norm))
+            window, norm = (1, 1), None
+        elif isinstance(m, nn.BatchNorm1d):
+            norm = m
+        elif isinstance(m, POINTWISE):
+            out.append(m)
+        elif isinstance(m, tuple(ORDERED.values())):
+            out.append(PerPlace(m))
+        elif not pooled and not isinstance(m, (nn.Dropout, nn.Flatten)):
+            raise ValueError(f'a layer of the kind {type(m).__name__} cannot be written as a convolution')
     return nn.Sequential(*out).eval()
 
 # %% ../../nbs/inference/05_score_maps.ipynb #2d617dde
 def dense_model(
-    model:nn.Module, # Body and head, as in `ImageModel.model`
-    size:int # Side of the images it was trained on, in pixels
-) -> nn.Sequential: # Images (n, 3, h, w) to logits (n, k, h', w')
+    model: nn.Module,  # Body and head, as in `ImageModel.model`
+    size: int,  # Side of the images it was trained on, in pixels
+) -> nn.Sequential:  # Images (n, 3, h, w) to logits (n, k, h', w')
     "A model that answers for each window of a larger image; (n, k, 1, 1) at its own size"
     stages = getattr(model[0], 'stages', model[0]).eval()
-    if not isinstance(stages, Stages): raise ValueError(f"'{stages.spec.name}' is no chain of convolutions: its maps have no places. Take another backbone")
-    with torch.no_grad(): side = stages(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).shape[-2:]
+    if not isinstance(stages, Stages):
+        raise ValueError(
+            f"'{stages.spec.name}' is no chain of convolutions: its maps have no places. Take another backbone"
+        )
+    with torch.no_grad():
+        side = stages(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).shape[-2:]
     return nn.Sequential(stages, as_convolutions(model[1], side))
+
 
 @torch.inference_mode()
 def score_map(
-    model:ImageModel, # From `image_model` or `load_model`
-    source, # Path, PIL image or array
-    scale:float=2. # Side of the image, in sides of those the model was trained on
-) -> np.ndarray: # float32 (classes, h, w): probabilities for each window
+    model: ImageModel,  # From `image_model` or `load_model`
+    source,  # Path, PIL image or array
+    scale: float = 2.0,  # Side of the image, in sides of those the model was trained on
+) -> np.ndarray:  # float32 (classes, h, w): probabilities for each window
     "Where an image looks like which class"
     size = model.about['size']
-    im = read_image(source, round(scale*size), model.about['reader'], model.about['fit'])
+    im = read_image(source, round(scale * size), model.about['reader'], model.about['fit'])
     x = normalise(stack_images([im]), model.about['mean'], model.about['std'])
-    return dense_model(model.model, size)(x.to(next(model.model.parameters()).device)).softmax(1)[0].float().cpu().numpy()
+    return (
+        dense_model(model.model, size)(x.to(next(model.model.parameters()).device)).softmax(1)[0].float().cpu().numpy()
+    )

@@ -6,7 +6,8 @@
 __all__ = ['reliability', 'calibration_error', 'fit_temperature', 'apply_temperature', 'deferral_curve']
 
 # %% ../../nbs/metrics/04_calibration.ipynb #ddef7bf4
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
@@ -15,59 +16,68 @@ def _bins(right, said, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Of each bin the number of images, the mean probability and the share that came true"
     right, said = np.asarray(right, float), np.asarray(said, float)
     if right.shape != said.shape or right.ndim != 1:
-        raise ValueError(f"truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image")
+        raise ValueError(
+            f'truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image'
+        )
     if not len(said):
-        raise ValueError("there are no probabilities: give those of at least one image")
+        raise ValueError('there are no probabilities: give those of at least one image')
     if not ((said >= 0) & (said <= 1)).all():
-        raise ValueError("probabilities are outside 0 to 1: give the softmax of the outputs")
-    k = max(1, min(bins, len(said)//10))
-    images = len(said)//k + (np.arange(k) < len(said) % k)
+        raise ValueError('probabilities are outside 0 to 1: give the softmax of the outputs')
+    k = max(1, min(bins, len(said) // 10))
+    images = len(said) // k + (np.arange(k) < len(said) % k)
     order = np.argsort(said, kind='stable')
     first = np.cumsum(images) - images
-    return images, np.add.reduceat(said[order], first)/images, np.add.reduceat(right[order], first)/images
+    return images, np.add.reduceat(said[order], first) / images, np.add.reduceat(right[order], first) / images
+
 
 def reliability(
-    right, # Did it come true? (n,) booleans
-    said, # Probability that it would (n,)
-    bins:int=10 # Bins of equally many images; fewer if there are not 10 for each
-) -> pd.DataFrame: # A row a bin: images, said, seen
+    right,  # Did it come true? (n,) booleans
+    said,  # Probability that it would (n,)
+    bins: int = 10,  # Bins of equally many images; fewer if there are not 10 for each
+) -> pd.DataFrame:  # A row a bin: images, said, seen
     "What was said and what was seen, by how much was said"
     return pd.DataFrame(dict(zip(('images', 'said', 'seen'), _bins(right, said, bins))))
 
+
 def calibration_error(
-    right, # Did it come true? (n,) booleans
-    said, # Probability that it would (n,)
-    bins:int=10 # As `reliability` takes it
-) -> float: # 0 is perfect; a share, such as 0.05
+    right,  # Did it come true? (n,) booleans
+    said,  # Probability that it would (n,)
+    bins: int = 10,  # As `reliability` takes it
+) -> float:  # 0 is perfect; a share, such as 0.05
     "Expected calibration error with bins of equally many images (Nixon et al. 2019)"
     images, mean, seen = _bins(right, said, bins)
     return float(np.average(abs(mean - seen), weights=images))
 
 # %% ../../nbs/metrics/04_calibration.ipynb #cc53e8c2
 def fit_temperature(
-    probs, # Probabilities on validation images (n, classes)
-    y # Their class numbers (n,)
-) -> float: # Above 1: the model is too sure of itself
+    probs,  # Probabilities on validation images (n, classes)
+    y,  # Their class numbers (n,)
+) -> float:  # Above 1: the model is too sure of itself
     "The temperature that makes the validation images likeliest (Guo et al. 2017)"
     logp, y = np.log(np.clip(np.asarray(probs, float), 1e-12, 1)), np.asarray(y)
-    if len(y) < 2 or len(set(y.tolist())) < 2: raise ValueError("a temperature needs validation images of two classes: give more images")
-    def loss(t): return -log_softmax(logp/np.exp(t), axis=1)[np.arange(len(y)), y].mean()
+    if len(y) < 2 or len(set(y.tolist())) < 2:
+        raise ValueError('a temperature needs validation images of two classes: give more images')
+
+    def loss(t):
+        return -log_softmax(logp / np.exp(t), axis=1)[np.arange(len(y)), y].mean()
+
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method='bounded').x))
 
+
 def apply_temperature(
-    probs, # Probabilities (n, classes)
-    temperature:float # From `fit_temperature`
-) -> np.ndarray: # Probabilities (n, classes)
+    probs,  # Probabilities (n, classes)
+    temperature: float,  # From `fit_temperature`
+) -> np.ndarray:  # Probabilities (n, classes)
     "Probabilities at another temperature"
-    return softmax(np.log(np.clip(np.asarray(probs, float), 1e-12, 1))/temperature, axis=1)
+    return softmax(np.log(np.clip(np.asarray(probs, float), 1e-12, 1)) / temperature, axis=1)
 
 # %% ../../nbs/metrics/04_calibration.ipynb #5b5a872f
 def deferral_curve(
-    right, # Was the decision right? (n,) booleans
-    sure, # How sure the model was (n,), any scale
-    rates=(0, 0.05, 0.1, 0.2, 0.3, 0.5) # Shares of the images that a human sees
-) -> pd.DataFrame: # A row a rate: deferred, images left, accuracy of the rest
+    right,  # Was the decision right? (n,) booleans
+    sure,  # How sure the model was (n,), any scale
+    rates=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees
+) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
     "Accuracy on what the model decides alone, against the share of the images it hands over"
     right, order = np.asarray(right, float), np.argsort(-np.asarray(sure, float), kind='stable')
-    keep = [max(1, round((1 - r)*len(right))) for r in rates]
+    keep = [max(1, round((1 - r) * len(right))) for r in rates]
     return pd.DataFrame({'deferred': rates, 'left': keep, 'accuracy': [right[order[:k]].mean() for k in keep]})

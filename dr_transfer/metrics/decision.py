@@ -11,30 +11,37 @@ __all__ = ['GRADE_NAMES', 'Question', 'GroupCount', 'LEAST_IMAGES', 'prediction_
 from collections import namedtuple
 from dataclasses import dataclass, field
 from typing import Annotated
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .calibration import apply_temperature, fit_temperature
-from .scores import quadratic_kappa
 from .groups import table_groups
 from .operating_point import OperatingPoint, OperatingPointError, choose_operating_point, side_groups
+from .scores import quadratic_kappa
 from ..utils.schema import LATER, Range, SchemaError, from_dict, to_dict
 
 # %% ../../nbs/metrics/06_decision.ipynb #1ac88f59
 def prediction_table(
-    images:list, # Names of the images
-    probs:np.ndarray, # (images, classes); a row of NaN where nothing is said
-    classes:list # Class names in order
-) -> pd.DataFrame: # `image, prediction`, then `p_CLASS` for each class
+    images: list,  # Names of the images
+    probs: np.ndarray,  # (images, classes); a row of NaN where nothing is said
+    classes: list,  # Class names in order
+) -> pd.DataFrame:  # `image, prediction`, then `p_CLASS` for each class
     "Probabilities as a table, with the likeliest class"
     probs = np.asarray(probs, dtype=float).reshape(-1, len(classes))
     said = pd.Series([None if np.isnan(p).any() else classes[p.argmax()] for p in probs], dtype=object)
-    return pd.DataFrame({'image': images, 'prediction': said}).join(pd.DataFrame(probs, columns=[f'p_{c}' for c in classes]))
+    return pd.DataFrame({'image': images, 'prediction': said}).join(
+        pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])
+    )
+
 
 def table_classes(
-    table:pd.DataFrame # `p_CLASS...`
-) -> list[str]: # In the order of the columns
+    table: pd.DataFrame,  # `p_CLASS...`
+) -> list[str]:  # In the order of the columns
     "The classes that a table of predictions knows; ValueError if there are none"
     classes = [str(c)[2:] for c in table if str(c).startswith('p_')]
-    if not classes: raise ValueError(f"no column begins with 'p_': give predictions. The columns are {', '.join(map(str, table))}")
+    if not classes:
+        raise ValueError(f"no column begins with 'p_': give predictions. The columns are {', '.join(map(str, table))}")
     return classes
 
 # %% ../../nbs/metrics/06_decision.ipynb #468969af
@@ -42,43 +49,52 @@ def _probabilities(table, columns) -> np.ndarray:
     "Probability columns as numbers (n, k); a ValueError that names the first cell that is none"
     for c in columns:
         if table.columns.tolist().count(c) > 1:
-            raise ValueError(f"the table has several columns {c!r}: keep one")
+            raise ValueError(f'the table has several columns {c!r}: keep one')
         number = pd.to_numeric(table[c], errors='coerce')
         bad = table[c][number.isna() & table[c].notna()]
         if len(bad):
-            raise ValueError(f"the column {c!r} holds {bad.iloc[0]!r}, which is no number: a column that begins with 'p_' "
-                             "is the probability of a class. Give other columns other names, such as data_...")
+            raise ValueError(
+                f"the column {c!r} holds {bad.iloc[0]!r}, which is no number: a column that begins with 'p_' "
+                'is the probability of a class. Give other columns other names, such as data_...'
+            )
     return table[columns].apply(pd.to_numeric).to_numpy(float)
 
+
 def table_arrays(
-    table:pd.DataFrame, # `target`, `p_CLASS...`
-    classes # Class names in order
-) -> tuple[np.ndarray, np.ndarray]: # Class numbers (n,), probabilities (n, k)
+    table: pd.DataFrame,  # `target`, `p_CLASS...`
+    classes,  # Class names in order
+) -> tuple[np.ndarray, np.ndarray]:  # Class numbers (n,), probabilities (n, k)
     "Truth and probabilities of a table; ValueError for a class that is not known or a column that is missing"
     gone = [c for c in ('target', *(f'p_{c}' for c in classes)) if c not in table]
-    if gone: raise ValueError(f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, table.columns))}")
+    if gone:
+        raise ValueError(f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, table.columns))}")
     code = {str(c): i for i, c in enumerate(classes)}
     odd = sorted(set(table.target.astype(str)) - set(code))
-    if odd: raise ValueError(f"the target '{odd[0]}' is no class of the model: it knows {', '.join(code)}")
+    if odd:
+        raise ValueError(f"the target '{odd[0]}' is no class of the model: it knows {', '.join(code)}")
     return table.target.astype(str).map(code).to_numpy(), _probabilities(table, [f'p_{c}' for c in classes])
 
 # %% ../../nbs/metrics/06_decision.ipynb #d39ab1c2
 GRADE_NAMES = ['0', '1', '2', '3', '4']
-Question = namedtuple('Question', 'name y score') # what is to be found, truth (n,) as 0 or 1, its probability (n,)
+Question = namedtuple('Question', 'name y score')  # what is to be found, truth (n,) as 0 or 1, its probability (n,)
+
 
 def positive_score(
-    probs, # Probabilities (n, k)
-    classes # Class names in order
-) -> tuple[str, np.ndarray]|None: # Its name, its probability (n,)
+    probs,  # Probabilities (n, k)
+    classes,  # Class names in order
+) -> tuple[str, np.ndarray] | None:  # Its name, its probability (n,)
     "The probability of what is to be found: the second of two classes, grade 2 or more of five grades; None for other classes"
     classes = list(map(str, classes))
-    if len(classes) == 2: return classes[1], np.asarray(probs)[:, 1]
-    if classes == GRADE_NAMES: return 'referable', np.asarray(probs)[:, 2:].sum(1)
+    if len(classes) == 2:
+        return classes[1], np.asarray(probs)[:, 1]
+    if classes == GRADE_NAMES:
+        return 'referable', np.asarray(probs)[:, 2:].sum(1)
+
 
 def question(
-    table:pd.DataFrame, # `target`, `p_CLASS...`
-    classes # Class names in order
-) -> Question|None:
+    table: pd.DataFrame,  # `target`, `p_CLASS...`
+    classes,  # Class names in order
+) -> Question | None:
     "What is to be found, in truth and in probability; None where the classes ask no such question"
     y, p = table_arrays(table, classes)
     found = positive_score(p, classes)
@@ -86,59 +102,72 @@ def question(
 
 # %% ../../nbs/metrics/06_decision.ipynb #7a61a704
 def decisions(
-    table:pd.DataFrame, # `target`, `p_CLASS...`, perhaps `decision`
-    classes, # Class names in order
-    point:OperatingPoint|None=None # Decides where there is no column `decision`
-) -> np.ndarray|None: # (n,) True for what is to be found; None if nothing decides
+    table: pd.DataFrame,  # `target`, `p_CLASS...`, perhaps `decision`
+    classes,  # Class names in order
+    point: OperatingPoint | None = None,  # Decides where there is no column `decision`
+) -> np.ndarray | None:  # (n,) True for what is to be found; None if nothing decides
     "What was decided of each image"
     q = question(table, classes)
-    if q is None: return None
+    if q is None:
+        return None
     if 'decision' in table and table.decision.notna().all():
         odd = sorted(set(map(str, table.decision)) - {q.name, f'not {q.name}'})
         if odd:
-            raise ValueError(f"the column 'decision' holds {odd[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
-                             "Give a column of your own another name, such as data_decision")
+            raise ValueError(
+                f"the column 'decision' holds {odd[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
+                'Give a column of your own another name, such as data_decision'
+            )
         return (table.decision == q.name).to_numpy()
     return point and point.decide(q.score)
 
 # %% ../../nbs/metrics/06_decision.ipynb #8efd4d73
 def expected_grade(
-    probs # Probabilities (n, k), classes in order
-) -> np.ndarray: # (n,) 0 to k - 1
+    probs,  # Probabilities (n, k), classes in order
+) -> np.ndarray:  # (n,) 0 to k - 1
     "The mean of the grades, weighted by their probabilities"
     probs = np.asarray(probs, float)
     return probs @ np.arange(probs.shape[1])
 
+
 def fit_cut_points(
-    expected, # Expected grade, or any score that rises with the grade (n,)
-    y, # Grades (n,), 0 to k - 1
-    k:int=5, # How many grades there are
-    candidates:int=200 # Places that are tried for each cut
-) -> np.ndarray: # (k - 1,) rising: grade j from cut j on
+    expected,  # Expected grade, or any score that rises with the grade (n,)
+    y,  # Grades (n,), 0 to k - 1
+    k: int = 5,  # How many grades there are
+    candidates: int = 200,  # Places that are tried for each cut
+) -> np.ndarray:  # (k - 1,) rising: grade j from cut j on
     "Cut points that maximise quadratic kappa, one after the other until none moves"
     x, y = np.asarray(expected, float), np.asarray(y)
     places = np.unique(np.quantile(x, np.linspace(0, 1, candidates)))
-    places, cuts, before = (places[1:] + places[:-1])/2, np.arange(k - 1) + 0.5, None
+    places, cuts, before = (places[1:] + places[:-1]) / 2, np.arange(k - 1) + 0.5, None
     while before is None or (cuts != before).any():
         before = cuts.copy()
         for j in range(k - 1):
-            here = places[(places > (cuts[j - 1] if j else -np.inf)) & (places < (cuts[j + 1] if j < k - 2 else np.inf))]
-            kappas = [quadratic_kappa(y, np.digitize(x, np.r_[cuts[:j], c, cuts[j + 1:]])) for c in (cuts[j], *here)]
+            here = places[
+                (places > (cuts[j - 1] if j else -np.inf)) & (places < (cuts[j + 1] if j < k - 2 else np.inf))
+            ]
+            kappas = [quadratic_kappa(y, np.digitize(x, np.r_[cuts[:j], c, cuts[j + 1 :]])) for c in (cuts[j], *here)]
             cuts[j] = (cuts[j], *here)[int(np.nanargmax(kappas))]
     return cuts
 
 # %% ../../nbs/metrics/06_decision.ipynb #2643976e
 GroupCount = Annotated[int, Range(0, 10**9)]
 
+
 @dataclass(frozen=True)
 class Decision:
     "What is made of the probabilities of a model"
-    temperature:Annotated[float, Range(1e-3, 1e3)]=1. # Probabilities are brought to it
-    cuts:tuple[float, ...]|None=None # Rising: grade j from cut j on
-    operating:OperatingPoint|None=None # From which probability on something is found
-    refused:tuple[str, ...]=() # What could not be chosen, and why
-    positive_groups:GroupCount|None=field(default=None, metadata={LATER: True}) # With a positive validation image; None: not known
-    negative_groups:GroupCount|None=field(default=None, metadata={LATER: True}) # With a negative one; None: not known
+
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # Probabilities are brought to it
+    cuts: tuple[float, ...] | None = None  # Rising: grade j from cut j on
+    operating: OperatingPoint | None = None  # From which probability on something is found
+    refused: tuple[str, ...] = ()  # What could not be chosen, and why
+    positive_groups: GroupCount | None = field(
+        default=None, metadata={LATER: True}
+    )  # With a positive validation image; None: not known
+    negative_groups: GroupCount | None = field(
+        default=None, metadata={LATER: True}
+    )  # With a negative one; None: not known
+
     @property
     def point_words(self) -> str:
         "The operating point, and how many images and groups (patients) it was chosen on; '' without one"
@@ -147,37 +176,50 @@ class Decision:
         if self.positive_groups is None or self.negative_groups is None:
             return f'{self.operating} (counted as images, not as patients)'
         return f'{self.operating}, of {self.positive_groups} and {self.negative_groups} groups (patients)'
+
     def to_dict(self) -> dict:
         "As JSON can hold it"
         return to_dict(self)
+
     @classmethod
-    def from_dict(cls,
-        data:dict # From `to_dict`, or of a file
-    ) -> 'Decision': # SchemaError for a field that is wrong
+    def from_dict(
+        cls,
+        data: dict,  # From `to_dict`, or of a file
+    ) -> 'Decision':  # SchemaError for a field that is wrong
         "A decision from JSON"
         return from_dict(cls, data, 'decision')
-    def check(self,
-        classes # Class names in order
+
+    def check(
+        self,
+        classes,  # Class names in order
     ):
         "SchemaError if it is not a decision on these classes"
         names = list(map(str, classes))
         if self.cuts is not None and names != GRADE_NAMES:
-            raise SchemaError('decision.cuts', self.cuts, f"null, because the classes are not the grades {', '.join(GRADE_NAMES)}")
+            raise SchemaError(
+                'decision.cuts', self.cuts, f'null, because the classes are not the grades {", ".join(GRADE_NAMES)}'
+            )
         if self.cuts is not None and (len(self.cuts) != len(names) - 1 or (np.diff(self.cuts) < 0).any()):
-            raise SchemaError('decision.cuts', self.cuts, f'{len(names) - 1} rising numbers, one between each two grades')
+            raise SchemaError(
+                'decision.cuts', self.cuts, f'{len(names) - 1} rising numbers, one between each two grades'
+            )
         if self.operating is not None and len(names) != 2 and names != GRADE_NAMES:
-            raise SchemaError('decision.operating', self.operating, 'null, because it needs two classes, or the five grades')
+            raise SchemaError(
+                'decision.operating', self.operating, 'null, because it needs two classes, or the five grades'
+            )
 
 # %% ../../nbs/metrics/06_decision.ipynb #49939fc3
-LEAST_IMAGES = 50 # validation images on which a temperature is fitted
+LEAST_IMAGES = 50  # validation images on which a temperature is fitted
+
 
 def _choose_temperature(y, p) -> tuple[float, list]:
     "A temperature, and why there is none"
     if len(y) >= LEAST_IMAGES and len(set(y)) > 1:
         return fit_temperature(p, y), []
-    return 1., [f'no temperature: {len(y)} validation images of {len(set(y))} classes']
+    return 1.0, [f'no temperature: {len(y)} validation images of {len(set(y))} classes']
 
-def _choose_cuts(y, p, classes) -> tuple[tuple|None, list]:
+
+def _choose_cuts(y, p, classes) -> tuple[tuple | None, list]:
     "Cut points of the five grades, and why there are none"
     if list(map(str, classes)) != GRADE_NAMES:
         return None, []
@@ -185,17 +227,21 @@ def _choose_cuts(y, p, classes) -> tuple[tuple|None, list]:
         return tuple(fit_cut_points(expected_grade(p), y).tolist()), []
     return None, [f'no cut points: {len(y)} validation images of {len(set(y))} grades']
 
-def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPoint|None, list]:
+
+def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPoint | None, list]:
     "An operating point, and why there is none"
     if sensitivity is None and specificity is None:
         return None, []
     q = question(table, classes)
     if q is None:
-        raise ValueError(f"an operating point needs two classes, or the five grades: these are {', '.join(map(str, classes))}")
+        raise ValueError(
+            f'an operating point needs two classes, or the five grades: these are {", ".join(map(str, classes))}'
+        )
     try:
         return choose_operating_point(q.y, q.score, sensitivity, specificity, groups=table_groups(table)), []
     except OperatingPointError as e:
         return None, [f'no operating point: {e}']
+
 
 def _side_counts(table, classes, point) -> dict:
     "Groups with a positive and with a negative image, of those that an operating point was chosen on"
@@ -204,18 +250,21 @@ def _side_counts(table, classes, point) -> dict:
     q, groups = question(table, classes), table_groups(table)
     return {'positive_groups': side_groups(q.y == 1, groups), 'negative_groups': side_groups(q.y == 0, groups)}
 
+
 def choose_decision(
-    table:pd.DataFrame, # Validation: `target, p_CLASS...`, perhaps `group`
-    classes, # Class names in order
-    sensitivity:float|None=None, # Share of what is to be found that is found
-    specificity:float|None=None # Or share of the others that are left alone
-) -> Decision: # With the reasons for what could not be chosen
+    table: pd.DataFrame,  # Validation: `target, p_CLASS...`, perhaps `group`
+    classes,  # Class names in order
+    sensitivity: float | None = None,  # Share of what is to be found that is found
+    specificity: float | None = None,  # Or share of the others that are left alone
+) -> Decision:  # With the reasons for what could not be chosen
     "Temperature, cut points of grades and operating point from validation predictions; for the point, groups count and not images"
     y, p = table_arrays(table, classes)
     if not np.isfinite(p).all():
         bad = int((~np.isfinite(p)).any(axis=1).sum())
-        raise ValueError(f"the model gives no probabilities for {bad} of {len(p)} validation images (NaN): nothing can be decided with it. "
-                         "Train it again, with a lower learning rate or fewer epochs")
+        raise ValueError(
+            f'the model gives no probabilities for {bad} of {len(p)} validation images (NaN): nothing can be decided with it. '
+            'Train it again, with a lower learning rate or fewer epochs'
+        )
     temperature, no_temperature = _choose_temperature(y, p)
     p = apply_temperature(p, temperature)
     cuts, no_cuts = _choose_cuts(y, p, classes)
@@ -226,10 +275,10 @@ def choose_decision(
 
 # %% ../../nbs/metrics/06_decision.ipynb #c145e13c
 def apply_decision(
-    table:pd.DataFrame, # `p_CLASS...`
-    classes, # Class names in order
-    decision:Decision|None # From `choose_decision`
-) -> pd.DataFrame: # Calibrated; `grade` at the cuts, `decision` at the point
+    table: pd.DataFrame,  # `p_CLASS...`
+    classes,  # Class names in order
+    decision: Decision | None,  # From `choose_decision`
+) -> pd.DataFrame:  # Calibrated; `grade` at the cuts, `decision` at the point
     "Probabilities at the temperature, and what they mean at the operating point"
     columns = [f'p_{c}' for c in classes]
     good = table[columns].notna().all(axis=1)
@@ -237,10 +286,12 @@ def apply_decision(
         return table
     decision.check(classes)
     p = apply_temperature(table.loc[good, columns], decision.temperature)
-    table = table.astype({c: float for c in columns})
+    table = table.astype(dict.fromkeys(columns, float))
     table.loc[good, columns] = p
+
     def column(values):
         return pd.Series(values, index=table.index[good], dtype=object).reindex(table.index)
+
     if decision.cuts is not None:
         table = table.assign(grade=column(np.digitize(expected_grade(p), decision.cuts)))
     if decision.operating is None:

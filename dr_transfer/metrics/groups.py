@@ -6,16 +6,19 @@
 __all__ = ['EMPTY', 'group_key', 'same_groups', 'spellings', 'known_groups', 'table_groups']
 
 # %% ../../nbs/metrics/01_groups.ipynb #c2de46b6
-import re, unicodedata
+import re
+import unicodedata
+
 import pandas as pd
 
 # %% ../../nbs/metrics/01_groups.ipynb #b68a1831
-EMPTY = ('', 'nan', 'none', 'null', '<na>', 'nat') # texts that programs write for an empty cell
+EMPTY = ('', 'nan', 'none', 'null', '<na>', 'nat')  # texts that programs write for an empty cell
 _WHOLE = re.compile(r'([0-9]+)(\.0*)?')
 
+
 def group_key(
-    name # Text, number or nothing
-) -> str|None: # None where there is no name
+    name,  # Text, number or nothing
+) -> str | None:  # None where there is no name
     "What a name of a patient is compared by: equal for names that mean the same"
     if name is None or name is pd.NA or name is pd.NaT:
         return None
@@ -25,9 +28,10 @@ def group_key(
     whole = _WHOLE.fullmatch(text)
     return (whole[1].lstrip('0') or '0') if whole else text
 
+
 def same_groups(
-    names # Name of the group of each image (n,); None where it has none
-) -> list: # (n,) text, one spelling for each group; None where there is none
+    names,  # Name of the group of each image (n,); None where it has none
+) -> list:  # (n,) text, one spelling for each group; None where there is none
     "Names of groups, each in the spelling that came first"
     spelling, out = {}, []
     for name in names:
@@ -35,9 +39,10 @@ def same_groups(
         out.append(None if key is None else spelling.setdefault(key, str(name).strip()))
     return out
 
+
 def spellings(
-    names # Name of the group of each image (n,)
-) -> list[tuple]: # For each group with several spellings: those
+    names,  # Name of the group of each image (n,)
+) -> list[tuple]:  # For each group with several spellings: those
     "Groups whose name is written in several ways"
     found = {}
     for name in names:
@@ -46,15 +51,17 @@ def spellings(
             found.setdefault(key, {})[str(name).strip()] = True
     return [tuple(s) for s in found.values() if len(s) > 1]
 
+
 def known_groups(
-    groups # Name of the group of each image (n,), None where it has none; or None
-) -> list|None: # The same names (n,); None if no image has one
+    groups,  # Name of the group of each image (n,), None where it has none; or None
+) -> list | None:  # The same names (n,); None if no image has one
     "The groups of images, if any is known"
     groups = None if groups is None else list(groups)
     return groups if groups and any(group_key(g) is not None for g in groups) else None
 
+
 def table_groups(
-    table:pd.DataFrame # Perhaps with `group`
-) -> list|None: # Name of the group of each image (n,); None if no image has one
+    table: pd.DataFrame,  # Perhaps with `group`
+) -> list | None:  # Name of the group of each image (n,); None if no image has one
     "The groups of the images of a table, from its column `group`"
     return known_groups(table.group) if 'group' in table else None

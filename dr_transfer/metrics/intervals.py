@@ -6,76 +6,91 @@
 __all__ = ['group_codes', 'count_groups', 'check_draws', 'draws', 'bootstrap', 'share_interval', 'paired_difference']
 
 # %% ../../nbs/metrics/03_intervals.ipynb #d39a71e5
-from typing import Callable
-import numpy as np, pandas as pd
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
 from scipy import stats
+
 from .groups import group_key
 
 # %% ../../nbs/metrics/03_intervals.ipynb #b98257d6
 def group_codes(
-    groups, # Name of the group of each image (n,); None where it has none
-    n:int # Number of images
-) -> np.ndarray: # (n,) integers from 0
+    groups,  # Name of the group of each image (n,); None where it has none
+    n: int,  # Number of images
+) -> np.ndarray:  # (n,) integers from 0
     "Groups as numbers; images without one are alone"
-    if groups is None: return np.arange(n)
+    if groups is None:
+        return np.arange(n)
     codes = pd.factorize(np.array([group_key(g) for g in groups], dtype=object))[0]
-    if len(codes) != n: raise ValueError(f"{len(codes)} groups for {n} images: give one for each image, None where there is none")
+    if len(codes) != n:
+        raise ValueError(f'{len(codes)} groups for {n} images: give one for each image, None where there is none')
     return np.unique(np.where(codes < 0, n + np.arange(n), codes), return_inverse=True)[1]
 
+
 def count_groups(
-    groups, # Name of the group of each image (n,); None where it has none
-    n:int # Number of images
+    groups,  # Name of the group of each image (n,); None where it has none
+    n: int,  # Number of images
 ) -> int:
     "How many groups there are; each image without one counts as its own"
     return len(set(group_codes(groups, n).tolist()))
 
+
 def check_draws(
-    n:int # Draws of a bootstrap
+    n: int,  # Draws of a bootstrap
 ):
     "ValueError if there are too few draws for an interval"
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
-        raise ValueError(f"n={n!r} (--draws {n}): give the number of draws of the bootstrap, 2 or more, such as 1000")
+        raise ValueError(f'n={n!r} (--draws {n}): give the number of draws of the bootstrap, 2 or more, such as 1000')
+
 
 def draws(
-    codes:np.ndarray, # From `group_codes` (n,)
-    n:int=2000, # How many draws
-    seed:int=0 # Another seed, other draws
+    codes: np.ndarray,  # From `group_codes` (n,)
+    n: int = 2000,  # How many draws
+    seed: int = 0,  # Another seed, other draws
 ):
     "Rows of the images in each draw of as many groups as there are"
     check_draws(n)
     rng, k, rows = np.random.default_rng(seed), codes.max() + 1, np.arange(len(codes))
-    for _ in range(n): yield np.repeat(rows, np.bincount(rng.integers(k, size=k), minlength=k)[codes])
+    for _ in range(n):
+        yield np.repeat(rows, np.bincount(rng.integers(k, size=k), minlength=k)[codes])
 
 # %% ../../nbs/metrics/03_intervals.ipynb #6052dc64
-def _columns(found) -> pd.DataFrame: return pd.DataFrame([f if isinstance(f, dict) else {'value': f} for f in found], dtype=float)
+def _columns(found) -> pd.DataFrame:
+    return pd.DataFrame([f if isinstance(f, dict) else {'value': f} for f in found], dtype=float)
+
 
 def _limits(d, level) -> pd.DataFrame:
     "Percentiles of the draws in a table; NaN where a figure is defined in too few"
-    low, high = (d.quantile(q) for q in ((1 - level)/2, (1 + level)/2))
+    low, high = (d.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
     return pd.DataFrame({'low': low, 'high': high}).where(d.notna().mean() > 0.95)
+
 
 def _same_length(arrays) -> list:
     "The arrays, if each has a row for each image; a ValueError if not"
     arrays = [np.asarray(a) for a in arrays]
     lengths = [len(a) for a in arrays]
     if not lengths or min(lengths) == 0:
-        raise ValueError("there are no images: a figure needs one at least")
+        raise ValueError('there are no images: a figure needs one at least')
     if len(set(lengths)) > 1:
-        raise ValueError(f"arrays of {' and '.join(map(str, lengths))} rows: give one row for each image in all of them")
+        raise ValueError(
+            f'arrays of {" and ".join(map(str, lengths))} rows: give one row for each image in all of them'
+        )
     return arrays
 
+
 def bootstrap(
-    measure:Callable, # (*arrays) -> a number, or a dict of numbers by name
-    *arrays, # Arrays with a row an image, as `measure` takes them
-    groups=None, # Group (patient) of each image; None: each is alone
-    n:int=2000, # Draws
-    level:float=0.95, # Of the interval
-    seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # A row a figure: value, low, high
+    measure: Callable,  # (*arrays) -> a number, or a dict of numbers by name
+    *arrays,  # Arrays with a row an image, as `measure` takes them
+    groups=None,  # Group (patient) of each image; None: each is alone
+    n: int = 2000,  # Draws
+    level: float = 0.95,  # Of the interval
+    seed: int = 0,  # Another seed, other draws
+) -> pd.DataFrame:  # A row a figure: value, low, high
     "Figures with their percentile intervals over groups (Efron 1979); low and high are NaN for a single group"
     check_draws(n)
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: give a share between 0 and 1, such as 0.95")
+        raise ValueError(f'level={level}: give a share between 0 and 1, such as 0.95')
     arrays = _same_length(arrays)
     codes = group_codes(groups, len(arrays[0]))
     value = _columns([measure(*arrays)]).T.set_axis(['value'], axis=1)
@@ -86,31 +101,34 @@ def bootstrap(
 
 # %% ../../nbs/metrics/03_intervals.ipynb #109e905f
 def share_interval(
-    right, # Did it happen? (n,) booleans
-    groups=None, # Group (patient) of each image
-    level:float=0.95, # Of the interval
-    **kw # As `bootstrap` takes them
-) -> tuple[float, float, float]: # Share, low, high (0 to 1); NaN where not defined
+    right,  # Did it happen? (n,) booleans
+    groups=None,  # Group (patient) of each image
+    level: float = 0.95,  # Of the interval
+    **kw,  # As `bootstrap` takes them
+) -> tuple[float, float, float]:  # Share, low, high (0 to 1); NaN where not defined
     "A share, such as sensitivity, with its interval over groups"
     right = np.asarray(right, dtype=float)
-    if not len(right): return (float('nan'),)*3
+    if not len(right):
+        return (float('nan'),) * 3
     value, low, high = bootstrap(np.mean, right, groups=groups, level=level, **kw).loc['value']
     n = count_groups(groups, len(right))
     if value in (0, 1) and n > 1:
-        low, high = stats.binomtest(int(value)*n, n).proportion_ci(level, 'exact')
+        low, high = stats.binomtest(int(value) * n, n).proportion_ci(level, 'exact')
     return float(value), float(low), float(high)
 
 # %% ../../nbs/metrics/03_intervals.ipynb #e1719783
 def paired_difference(
-    measure:Callable, # (y, prediction) -> a number, or a dict of numbers
-    y, # Truth (n,)
-    a, # What one model says (n, ...)
-    b, # What the other says (n, ...)
-    groups=None, # Group (patient) of each image
-    **kw # As `bootstrap` takes them
-) -> pd.DataFrame: # A row a figure: value (a - b), low, high
+    measure: Callable,  # (y, prediction) -> a number, or a dict of numbers
+    y,  # Truth (n,)
+    a,  # What one model says (n, ...)
+    b,  # What the other says (n, ...)
+    groups=None,  # Group (patient) of each image
+    **kw,  # As `bootstrap` takes them
+) -> pd.DataFrame:  # A row a figure: value (a - b), low, high
     "By how much one model is better than another on the same images"
+
     def difference(y, a, b):
         fa, fb = measure(y, a), measure(y, b)
         return {k: fa[k] - fb[k] for k in fa} if isinstance(fa, dict) else fa - fb
+
     return bootstrap(difference, y, a, b, groups=groups, **kw)

@@ -9,86 +9,103 @@ __all__ = ['LEAST', 'Share', 'OperatingPointError', 'OperatingPoint', 'choose_op
 # %% ../../nbs/metrics/05_operating_point.ipynb #20448a15
 from dataclasses import dataclass
 from typing import Annotated
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from .groups import known_groups
 from .intervals import bootstrap, group_codes, share_interval
 from .scores import sensitivity, specificity
 from ..utils.schema import Known, Range
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #642a0588
-LEAST = 30 # groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
+LEAST = 30  # groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
 Share = Annotated[float, Range(0, 1)]
+
 
 class OperatingPointError(ValueError):
     "An operating point that the images cannot carry"
 
+
 @dataclass(frozen=True)
 class OperatingPoint:
     "From which score on an image is positive, and what that was chosen for"
-    threshold:float # Positive from here on
-    wanted:Annotated[str, Known(('sensitivity', 'specificity'))] # What was asked for
-    at_least:Share # How much of it
-    positives:Annotated[int, Range(0, 10**9)] # Images (not patients) with the condition that it was chosen on
-    negatives:Annotated[int, Range(0, 10**9)] # Images (not patients) without it
-    sensitivity:Share|None # On the validation images; None without positives
-    specificity:Share|None # On the validation images; None without negatives
+
+    threshold: float  # Positive from here on
+    wanted: Annotated[str, Known(('sensitivity', 'specificity'))]  # What was asked for
+    at_least: Share  # How much of it
+    positives: Annotated[int, Range(0, 10**9)]  # Images (not patients) with the condition that it was chosen on
+    negatives: Annotated[int, Range(0, 10**9)]  # Images (not patients) without it
+    sensitivity: Share | None  # On the validation images; None without positives
+    specificity: Share | None  # On the validation images; None without negatives
+
     def decide(self, score) -> np.ndarray:
         "Which scores are positive"
         return np.asarray(score, float) >= self.threshold
+
     def __str__(self):
-        return (f'positive from {self.threshold:.3f} on, for a {self.wanted} of {self.at_least:.0%} or more '
-                f'on {self.positives} positive and {self.negatives} other validation images')
+        return (
+            f'positive from {self.threshold:.3f} on, for a {self.wanted} of {self.at_least:.0%} or more '
+            f'on {self.positives} positive and {self.negatives} other validation images'
+        )
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4359a89c
 def choose_operating_point(
-    y, # Truth of validation images (n,): 1 positive, 0 negative
-    score, # Score (n,): the higher, the more likely positive
-    sensitivity:float|None=None, # Share of the positives to be found
-    specificity:float|None=None, # Or share of the others to be left alone
-    least:int=LEAST, # Distinct groups of the images that decide
-    groups=None # Group (patient) of each image (n,); None: each counts
-) -> OperatingPoint: # OperatingPointError where there are too few
+    y,  # Truth of validation images (n,): 1 positive, 0 negative
+    score,  # Score (n,): the higher, the more likely positive
+    sensitivity: float | None = None,  # Share of the positives to be found
+    specificity: float | None = None,  # Or share of the others to be left alone
+    least: int = LEAST,  # Distinct groups of the images that decide
+    groups=None,  # Group (patient) of each image (n,); None: each counts
+) -> OperatingPoint:  # OperatingPointError where there are too few
     "The threshold for a stated sensitivity, or specificity, on validation images"
     if (sensitivity is None) == (specificity is None):
-        raise ValueError("say sensitivity=0.9 or specificity=0.9, one of the two")
+        raise ValueError('say sensitivity=0.9 or specificity=0.9, one of the two')
     wanted, share = ('sensitivity', sensitivity) if specificity is None else ('specificity', specificity)
     if not 0 < share < 1:
-        raise ValueError(f"{wanted}={share}: give a share between 0 and 1, such as 0.9")
+        raise ValueError(f'{wanted}={share}: give a share between 0 and 1, such as 0.9')
     y, score = np.asarray(y, int), np.asarray(score, float)
     if np.isnan(score).any():
-        raise ValueError("scores hold NaN: leave these images out")
+        raise ValueError('scores hold NaN: leave these images out')
     side = y == (wanted == 'sensitivity')
-    _check_enough(int(side.sum()), side_groups(side, groups), f'{wanted} of {share:.0%}', wanted == 'sensitivity', least)
+    _check_enough(
+        int(side.sum()), side_groups(side, groups), f'{wanted} of {share:.0%}', wanted == 'sensitivity', least
+    )
     deciding = np.sort(score[side])
-    count = int(np.ceil(share*len(deciding) - 1e-9))
+    count = int(np.ceil(share * len(deciding) - 1e-9))
     if wanted == 'sensitivity':
         at = deciding[len(deciding) - count]
-        t = (at + max(score[score < at], default=at))/2
+        t = (at + max(score[score < at], default=at)) / 2
     else:
         at = deciding[count - 1]
-        t = (at + min(score[score > at], default=at + 1))/2
+        t = (at + min(score[score > at], default=at + 1)) / 2
     return _point(y, score, float(t), wanted, share)
 
+
 def side_groups(
-    side, # Which images are meant (n,), booleans
-    groups=None # Group (patient) of each image (n,), None where it has none
-) -> int|None: # Distinct ones, an image without one is its own; None if none is known
+    side,  # Which images are meant (n,), booleans
+    groups=None,  # Group (patient) of each image (n,), None where it has none
+) -> int | None:  # Distinct ones, an image without one is its own; None if none is known
     "How many groups have such an image"
     side, groups = np.asarray(side, bool), known_groups(groups)
     if groups is None:
         return None
     return len(set(group_codes(groups, len(side))[side].tolist()))
 
+
 def _check_enough(images, groups, what, positive, least):
     "OperatingPointError if too few groups decide, or images where no group is known"
     if (images if groups is None else groups) >= least:
         return
-    many, unit, more = f"{images} {'positive' if positive else 'negative'} validation images", '', 'images'
+    many, unit, more = f'{images} {"positive" if positive else "negative"} validation images', '', 'images'
     if groups is not None:
         many += f' of {groups} groups (patients)'
         unit, more = ' groups, for images of one patient are not independent', 'patients'
-    raise OperatingPointError(f"{many}: a {what} cannot be set on fewer than {least}{unit}. "
-                              f"Add {more} to the validation side, or take the likeliest class")
+    raise OperatingPointError(
+        f'{many}: a {what} cannot be set on fewer than {least}{unit}. '
+        f'Add {more} to the validation side, or take the likeliest class'
+    )
+
 
 def _point(y, score, t, wanted, share) -> OperatingPoint:
     p = (score >= t).astype(int)
@@ -99,45 +116,66 @@ def _point(y, score, t, wanted, share) -> OperatingPoint:
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4c01358a
 def check_prevalence(
-    prevalence:float|None # Share of the people who have the condition
+    prevalence: float | None,  # Share of the people who have the condition
 ):
     "ValueError for what is no share; None is allowed, and means that it is not known"
     if prevalence is None:
         return
     if isinstance(prevalence, (str, bool)) or not 0 <= prevalence <= 1:
-        raise ValueError(f"prevalence={prevalence!r} (--prevalence {prevalence}): give a share between 0 and 1, such as 0.1")
+        raise ValueError(
+            f'prevalence={prevalence!r} (--prevalence {prevalence}): give a share between 0 and 1, such as 0.1'
+        )
+
 
 def predictive_values(
-    sensitivity:float, # Of the test, 0 to 1
-    specificity:float, # Of the test, 0 to 1
-    prevalence:float # Share of the people who have the condition, 0 to 1
-) -> dict[str, float]: # 'positive', 'negative' predictive value; NaN if undefined
+    sensitivity: float,  # Of the test, 0 to 1
+    specificity: float,  # Of the test, 0 to 1
+    prevalence: float,  # Share of the people who have the condition, 0 to 1
+) -> dict[str, float]:  # 'positive', 'negative' predictive value; NaN if undefined
     "How likely a positive has the condition, and a negative has not (Bayes' theorem)"
     check_prevalence(prevalence)
-    tp, fp = sensitivity*prevalence, (1 - specificity)*(1 - prevalence)
-    fn, tn = (1 - sensitivity)*prevalence, specificity*(1 - prevalence)
-    return {'positive': tp/(tp + fp) if tp + fp else float('nan'), 'negative': tn/(tn + fn) if tn + fn else float('nan')}
+    tp, fp = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    fn, tn = (1 - sensitivity) * prevalence, specificity * (1 - prevalence)
+    return {
+        'positive': tp / (tp + fp) if tp + fp else float('nan'),
+        'negative': tn / (tn + fn) if tn + fn else float('nan'),
+    }
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #08a6efad
 def operating_table(
-    y, # Truth of test images (n,): 1 positive, 0 negative
-    called, # What was decided (n,): True for positive
-    groups=None, # Group (patient) of each image
-    prevalence:float|None=None, # For predictive values; without, none
-    **kw # As `bootstrap` takes them
-) -> pd.DataFrame: # A row a figure: value, low, high, images
+    y,  # Truth of test images (n,): 1 positive, 0 negative
+    called,  # What was decided (n,): True for positive
+    groups=None,  # Group (patient) of each image
+    prevalence: float | None = None,  # For predictive values; without, none
+    **kw,  # As `bootstrap` takes them
+) -> pd.DataFrame:  # A row a figure: value, low, high, images
     "What decisions at an operating point come to on test images, with intervals over groups"
     y, called = np.asarray(y, int), np.asarray(called, bool)
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
-    rows = {name: (*share_interval(called[side] == bool(want), g[side], **kw), int(side.sum()))
-            for name, side, want in (('sensitivity', y == 1, 1), ('specificity', y == 0, 0))}
-    if prevalence is not None: rows |= _predictive(rows, y, called, g, prevalence, kw)
+    rows = {
+        name: (*share_interval(called[side] == bool(want), g[side], **kw), int(side.sum()))
+        for name, side, want in (('sensitivity', y == 1, 1), ('specificity', y == 0, 0))
+    }
+    if prevalence is not None:
+        rows |= _predictive(rows, y, called, g, prevalence, kw)
     return pd.DataFrame(rows, ['value', 'low', 'high', 'images']).T.astype({'images': int})
+
 
 def _predictive(rows, y, called, g, prevalence, kw) -> dict:
     "Predictive values with intervals over groups; where no draw can show an error, of the ends of sensitivity and specificity"
-    def both(y, c): return predictive_values(c[y == 1].mean() if y.any() else np.nan, (~c[y == 0]).mean() if not y.all() else np.nan, prevalence)
+
+    def both(y, c):
+        return predictive_values(
+            c[y == 1].mean() if y.any() else np.nan, (~c[y == 0]).mean() if not y.all() else np.nan, prevalence
+        )
+
     found = bootstrap(both, y, called, groups=g, **kw)
-    if {rows[k][0] for k in ('sensitivity', 'specificity')} & {0., 1.}:
-        found = pd.DataFrame([predictive_values(rows['sensitivity'][i], rows['specificity'][i], prevalence) for i in range(3)], ['value', 'low', 'high']).T
-    return {f'{k} predictive value at {prevalence:.0%}': (*found.loc[k, ['value', 'low', 'high']], len(y)) for k in found.index}
+    if {rows[k][0] for k in ('sensitivity', 'specificity')} & {0.0, 1.0}:
+        found = pd.DataFrame(
+            [predictive_values(rows['sensitivity'][i], rows['specificity'][i], prevalence) for i in range(3)],
+            ['value', 'low', 'high'],
+        ).T
+    return {
+        f'{k} predictive value at {prevalence:.0%}': (*found.loc[k, ['value', 'low', 'high']], len(y))
+        for k in found.index
+    }

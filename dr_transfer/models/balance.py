@@ -6,40 +6,48 @@
 __all__ = ['BALANCES', 'class_weights', 'image_weights', 'balanced_loss']
 
 # %% ../../nbs/models/07_balance.ipynb #011d1be8
-import pandas as pd, torch
+import pandas as pd
+import torch
 from fastai.losses import CrossEntropyLossFlat
-from ..utils.files import unknown
+
 from .ordered import GradeLoss
+from ..utils.files import unknown
 
 # %% ../../nbs/models/07_balance.ipynb #56f8e232
 BALANCES = ('none', 'weights', 'sampling')
 
+
 def class_weights(
-    table:pd.DataFrame # Columns `target, split`
-) -> pd.Series: # Class -> weight; 1 on average over the training images
+    table: pd.DataFrame,  # Columns `target, split`
+) -> pd.Series:  # Class -> weight; 1 on average over the training images
     "Weights with which all classes count alike (King and Zeng 2001)"
     n = table.target[table.split == 'train'].value_counts()
-    return n.sum()/(len(n)*n)
+    return n.sum() / (len(n) * n)
+
 
 def image_weights(
-    table:pd.DataFrame, # Columns `target, split`
-    balance:str # Name in `BALANCES`
-) -> list|None: # How often each image is to be drawn (n,); None: alike
+    table: pd.DataFrame,  # Columns `target, split`
+    balance: str,  # Name in `BALANCES`
+) -> list | None:  # How often each image is to be drawn (n,); None: alike
     "For balance='sampling': the weight of each image's class"
-    if balance not in BALANCES: raise unknown('balance', balance, BALANCES)
+    if balance not in BALANCES:
+        raise unknown('balance', balance, BALANCES)
     return class_weights(table)[table.target].tolist() if balance == 'sampling' else None
 
 # %% ../../nbs/models/07_balance.ipynb #9baefeb9
 def balanced_loss(
-    table:pd.DataFrame, # Columns `target, split`
-    classes, # Class names in order
-    balance:str='none', # Name in `BALANCES`
-    ordered:str='', # Name in `ORDERED`, if the head is such a one
-    device='cpu' # Where the weights are to be
-): # A loss, or None for fastai's own
+    table: pd.DataFrame,  # Columns `target, split`
+    classes,  # Class names in order
+    balance: str = 'none',  # Name in `BALANCES`
+    ordered: str = '',  # Name in `ORDERED`, if the head is such a one
+    device='cpu',  # Where the weights are to be
+):  # A loss, or None for fastai's own
     "The loss that a head and a balance ask for"
-    if ordered == 'regression' and balance == 'weights': raise ValueError("balance='weights' weighs classes, and regression has none: take balance='sampling'")
-    if ordered == 'regression': return GradeLoss()
-    if balance != 'weights': return None
+    if ordered == 'regression' and balance == 'weights':
+        raise ValueError("balance='weights' weighs classes, and regression has none: take balance='sampling'")
+    if ordered == 'regression':
+        return GradeLoss()
+    if balance != 'weights':
+        return None
     w = class_weights(table)
     return CrossEntropyLossFlat(weight=torch.tensor([w[c] for c in classes], dtype=torch.float32, device=device))

@@ -8,19 +8,23 @@ __all__ = ['ORDERED_HEADS', 'Head']
 # %% ../../nbs/models/01_head.ipynb #4a13eb82
 from dataclasses import dataclass
 from typing import Annotated
+
 from ..utils.files import unknown
 from ..utils.schema import Known, Length, Range
 
 # %% ../../nbs/models/01_head.ipynb #24b61fc9
-ORDERED_HEADS = ('cumulative', 'regression') # one score that is cut into grades
+ORDERED_HEADS = ('cumulative', 'regression')  # one score that is cut into grades
+
 
 @dataclass(frozen=True)
 class Head:
     "What reads the maps of a body"
-    hidden:Annotated[tuple[Annotated[int, Range(1, 100_000)], ...], Length(0, 10)]=() # Widths of the hidden layers
-    dropout:Annotated[float, Range(0, 1)]=0. # Share of a layer's inputs dropped in training
-    flatten:bool=False # Every place on its own, instead of the average?
-    ordered:Annotated[str, Known(('', *ORDERED_HEADS))]='' # Name of an ordered head, or none
+
+    hidden: Annotated[tuple[Annotated[int, Range(1, 100_000)], ...], Length(0, 10)] = ()  # Widths of the hidden layers
+    dropout: Annotated[float, Range(0, 1)] = 0.0  # Share of a layer's inputs dropped in training
+    flatten: bool = False  # Every place on its own, instead of the average?
+    ordered: Annotated[str, Known(('', *ORDERED_HEADS))] = ''  # Name of an ordered head, or none
+
     def __post_init__(self):
         if self.ordered and self.ordered not in ORDERED_HEADS:
             raise unknown('kind of ordered head', self.ordered, ORDERED_HEADS)

@@ -8,80 +8,109 @@ __all__ = ['POOLS', 'HEADS', 'Body', 'best_device', 'least_size', 'check_size', 
 
 # %% ../../nbs/models/08_network.ipynb #d918a312
 import threading
-from typing import Callable
-import numpy as np, torch
+from collections.abc import Callable
+
+import numpy as np
+import torch
 from torch import nn
+
+from ..data.views import VIEWS, map_batches, normalise, stack_images
 from .backbones import Stages, stage_names
 from .head import Head
-from ..utils.files import progress, unknown
 from .ordered import ORDERED
 from .speed import Setting, forward_copy, get_setting, training_copy
-from ..data.views import VIEWS, map_batches, normalise, stack_images
+from ..utils.files import progress, unknown
 
 # %% ../../nbs/models/08_network.ipynb #19d5f4c5
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
-    def __init__(self, stages, forward_setting:Setting=Setting(), train_setting:Setting|None=None):
+
+    def __init__(self, stages, forward_setting: Setting = Setting(), train_setting: Setting | None = None):
         super().__init__()
         self.stages, self.forward_setting, self.train_setting, self._copy = stages, forward_setting, train_setting, None
-        if forward_setting.channels_last: self.to(memory_format=torch.channels_last)
+        if forward_setting.channels_last:
+            self.to(memory_format=torch.channels_last)
+
     def learns(self) -> bool:
         "Are gradients needed below?"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
+
     def setting(self, x) -> Setting:
         "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
-        if x.device.type != 'cpu': return Setting()
+        if x.device.type != 'cpu':
+            return Setting()
         return (self.train_setting or Setting()) if self.learns() else self.forward_setting
+
     def forward(self, x):
         s, stages = self.setting(x), self.quick(x)
-        with s.cast(x.device.type): return stages(s.place(x)).float()
+        with s.cast(x.device.type):
+            return stages(s.place(x)).float()
+
     def train(self, mode=True):
-        if mode: self._copy = None
+        if mode:
+            self._copy = None
         return super().train(mode)
-    def __getstate__(self): return {**self.__dict__, '_copy': None}
+
+    def __getstate__(self):
+        return {**self.__dict__, '_copy': None}
 
 # %% ../../nbs/models/08_network.ipynb #d5ce0c9e
-_MAKING = threading.Lock() # threads that predict share one copy
+_MAKING = threading.Lock()  # threads that predict share one copy
+
 
 def _quick(self, x) -> nn.Module:
     "The stages, or on a CPU a copy that says the same"
-    if x.device.type != 'cpu': return self.stages
+    if x.device.type != 'cpu':
+        return self.stages
     learns, setting, modules = self.learns(), self.setting(x), list(self.stages.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks or m.training and not learns for m in modules): return self.stages
+    if any(m._forward_hooks or m._forward_pre_hooks or (m.training and not learns) for m in modules):
+        return self.stages
     now = [learns, setting]
     for m in modules:
         tensors = [v for v in (*m._parameters.values(), *m._buffers.values()) if v is not None]
-        now += [m.training, *map(id, tensors)] if learns else [(v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors]
+        now += (
+            [m.training, *map(id, tensors)]
+            if learns
+            else [(v.data_ptr(), 0 if v.is_inference() else v._version) for v in tensors]
+        )
     with _MAKING:
-        if self._copy is None or self._copy[0] != now: self._copy = now, (training_copy if learns else forward_copy)(self.stages, setting, x)
+        if self._copy is None or self._copy[0] != now:
+            self._copy = now, (training_copy if learns else forward_copy)(self.stages, setting, x)
         return self._copy[1]
 
-def _pooled(self, x, names:list, pools:tuple=('mean',)) -> dict:
+
+def _pooled(self, x, names: list, pools: tuple = ('mean',)) -> dict:
     "What the named stages say of a batch, pooled over the image: name -> (n, pools, channels), float32"
     s, stages = self.setting(x), self.quick(x)
     with s.cast(x.device.type):
-        if not isinstance(stages, Stages): return {'last': torch.stack([stages(x).float()]*len(pools), 1)}
+        if not isinstance(stages, Stages):
+            return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
         last, out = max(map(stage_names(stages).index, names)), {}
         x = s.place(x)
-        for name, stage in list(stages.named_children())[:last + 1]:
+        for name, stage in list(stages.named_children())[: last + 1]:
             x = stage(x)
-            if name in names: out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
+            if name in names:
+                out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
     return out
+
 
 Body.quick, Body.pooled = _quick, _pooled
 
 # %% ../../nbs/models/08_network.ipynb #31ab6f21
 def _mean(x):
     "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
-    if x.is_contiguous(memory_format=torch.channels_last): return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
     return x.mean((2, 3), dtype=torch.float32)
 
-POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()} # name -> function of maps (n, c, h, w)
+
+POOLS = {'mean': _mean, 'max': lambda x: x.amax((2, 3)).float()}  # name -> function of maps (n, c, h, w)
 
 # %% ../../nbs/models/08_network.ipynb #72235fd2
 def best_device() -> torch.device:
     "A GPU if there is one, else the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+
 
 @torch.no_grad()
 def _size_error(stages, size) -> str:
@@ -92,114 +121,145 @@ def _size_error(stages, size) -> str:
         return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
     return '' if out.numel() else 'nothing is left of them'
 
+
 def least_size(
-    stages:nn.Module # From `create_body`
-) -> int: # Side in pixels
+    stages: nn.Module,  # From `create_body`
+) -> int:  # Side in pixels
     "The smallest image that a network takes, of those up to its native size"
     fails, works = 0, stages.spec.size
     while works - fails > 1:
-        middle = (fails + works)//2
+        middle = (fails + works) // 2
         if _size_error(stages, middle):
             fails = middle
         else:
             works = middle
     return works
 
+
 def check_size(
-    stages:nn.Module, # From `create_body`
-    size:int # Side of the images in pixels
+    stages: nn.Module,  # From `create_body`
+    size: int,  # Side of the images in pixels
 ):
     "ValueError if a network does not take images of a size: it names the least that works"
     why = _size_error(stages, size)
     if not why:
         return
     least = least_size(stages)
-    raise ValueError(f"'{stages.spec.name}' does not take images of {size} pixels ({why}). The least size that works is {least}: "
-                     f"give size={least} (--size {least})")
+    raise ValueError(
+        f"'{stages.spec.name}' does not take images of {size} pixels ({why}). The least size that works is {least}: "
+        f'give size={least} (--size {least})'
+    )
+
 
 def make_body(
-    stages:nn.Module, # From `create_body`
-    size:int, # Side of the images in pixels
-    setting:str|Setting='auto', # Format and precision on the CPU; 'plain': leave them
-    device=None # Where it is to run; `best_device` if None
-) -> Body: # On that device
+    stages: nn.Module,  # From `create_body`
+    size: int,  # Side of the images in pixels
+    setting: str | Setting = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    device=None,  # Where it is to run; `best_device` if None
+) -> Body:  # On that device
     "A body in its best setting; ValueError if the network does not take images of that size"
     check_size(stages, size)
     device = best_device() if device is None else torch.device(device)
-    if setting == 'auto' and device.type != 'cpu': setting = 'plain'
+    if setting == 'auto' and device.type != 'cpu':
+        setting = 'plain'
     return Body(stages, get_setting(setting, stages, stages.spec.name, size)).to(device)
 
 # %% ../../nbs/models/08_network.ipynb #5eed72c3
-HEADS = {'linear': Head(), 'dense': Head((256,), 0.2), 'flw': Head((2048, 1024), flatten=True),
-         **{k: Head(ordered=k) for k in ORDERED}} # name, as plans have it
+HEADS = {
+    'linear': Head(),
+    'dense': Head((256,), 0.2),
+    'flw': Head((2048, 1024), flatten=True),
+    **{k: Head(ordered=k) for k in ORDERED},
+}  # name, as plans have it
+
 
 def get_head(
-    head:str|Head # Name in `HEADS`, or a head
+    head: str | Head,  # Name in `HEADS`, or a head
 ) -> Head:
     "A head by name"
-    if isinstance(head, Head): return head
-    if head not in HEADS: raise unknown('head', head, HEADS)
+    if isinstance(head, Head):
+        return head
+    if head not in HEADS:
+        raise unknown('head', head, HEADS)
     return HEADS[head]
+
 
 class AveragePool(nn.Module):
     "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
-    def forward(self, x): return x.mean((2, 3)) if x.ndim == 4 else x
+
+    def forward(self, x):
+        return x.mean((2, 3)) if x.ndim == 4 else x
 
 # %% ../../nbs/models/08_network.ipynb #8bfd6f8d
 def create_head(
-    head:str|Head, # Name in `HEADS`, or a head
-    n_in:int, # Number of features: channels, times places if `flatten`
-    n_out:int # Number of classes
-) -> nn.Sequential: # Maps to logits, or log-probabilities (n, n_out)
+    head: str | Head,  # Name in `HEADS`, or a head
+    n_in: int,  # Number of features: channels, times places if `flatten`
+    n_out: int,  # Number of classes
+) -> nn.Sequential:  # Maps to logits, or log-probabilities (n, n_out)
     "A head; hidden layers start as He et al. 2015 say"
     head = get_head(head)
     layers = [nn.Flatten() if head.flatten else AveragePool()]
     for i, o in zip((n_in, *head.hidden), (*head.hidden, 1 if head.ordered else n_out)):
         layers += [nn.BatchNorm1d(i), nn.Dropout(head.dropout), nn.Linear(i, o), nn.ReLU()]
-    for l in layers[3:-4:4]: nn.init.kaiming_normal_(l.weight)
+    for l in layers[3:-4:4]:
+        nn.init.kaiming_normal_(l.weight)
     net = nn.Sequential(*layers[:-1], *([ORDERED[head.ordered](n_out)] if head.ordered else []))
     net.about = head
     return net
 
+
 @torch.no_grad()
 def head_inputs(
-    stages:nn.Module, # A body from `create_body`
-    head:str|Head, # Name in `HEADS`, or a head
-    size:int # Side of the images in pixels
-) -> int: # Channels; times the places of the map if it is flattened
+    stages: nn.Module,  # A body from `create_body`
+    head: str | Head,  # Name in `HEADS`, or a head
+    size: int,  # Side of the images in pixels
+) -> int:  # Channels; times the places of the map if it is flattened
     "How many features a head sees"
-    if not get_head(head).flatten: return stages.n_out
+    if not get_head(head).flatten:
+        return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
 # %% ../../nbs/models/08_network.ipynb #f18058f1
 def good_bs(
-    device:torch.device # Where the network runs
+    device: torch.device,  # Where the network runs
 ) -> int:
     "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
     return 4 if device.type == 'cpu' else 64
 
 # %% ../../nbs/models/08_network.ipynb #7d1aaf4f
 def view_probs(
-    model:nn.Module, # Body and head; it is put into evaluation mode
-    sources:list, # Paths or images
-    read:Callable, # source -> square PIL image
-    mean, # Of the backbone, three numbers in 0 to 1
-    std, # Of the backbone, three numbers
-    views:str='none', # Name in `VIEWS`
-    bs:int|None=None, # Images in a batch; chosen if None
-    average:bool=True # Over the views?
-) -> np.ndarray: # float32 (images, classes), or (images, views, classes)
+    model: nn.Module,  # Body and head; it is put into evaluation mode
+    sources: list,  # Paths or images
+    read: Callable,  # source -> square PIL image
+    mean,  # Of the backbone, three numbers in 0 to 1
+    std,  # Of the backbone, three numbers
+    views: str = 'none',  # Name in `VIEWS`
+    bs: int | None = None,  # Images in a batch; chosen if None
+    average: bool = True,  # Over the views?
+) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
     "Class probabilities of a model, averaged over the views of each image"
-    if views not in VIEWS: raise unknown('views', views, VIEWS)
+    if views not in VIEWS:
+        raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
     bs = bs or good_bs(device)
+
     @torch.inference_mode()
     def probs(x):
         x = normalise(x.to(device), mean, std)
         p = torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]], 1)
         return (p.mean(1) if average else p).cpu().numpy()
-    out = list(progress(map_batches(probs, sources, read, bs, device), total=-(-len(sources)//bs), label=f'predictions, batches of {bs}'))
+
+    out = list(
+        progress(
+            map_batches(probs, sources, read, bs, device),
+            total=-(-len(sources) // bs),
+            label=f'predictions, batches of {bs}',
+        )
+    )
     found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
-    if np.isfinite(found).all(): return found
-    raise ValueError("the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, or its training "
-                     "went astray, or precision bf16 overflows. Take another model, a lower learning rate, or setting='plain' (`--setting plain`)")
+    if np.isfinite(found).all():
+        return found
+    raise ValueError(
+        'the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, or its training '
+        "went astray, or precision bf16 overflows. Take another model, a lower learning rate, or setting='plain' (`--setting plain`)"
+    )

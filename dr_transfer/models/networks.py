@@ -11,27 +11,48 @@ from torch import nn
 # %% ../../nbs/models/02_networks.ipynb #28cfd70f
 class SmallCNN(nn.Module):
     "Four convolutions with pooling (Chollet 2017, chapter 5), BatchNorm added; images (n, 3, h, w) to logits"
-    def __init__(self,
-        n_out:int=1000, # Number of classes
-        widths:tuple=(32, 64, 128, 128) # Channels of the convolutions
+
+    def __init__(
+        self,
+        n_out: int = 1000,  # Number of classes
+        widths: tuple = (32, 64, 128, 128),  # Channels of the convolutions
     ):
         super().__init__()
-        self.features = nn.Sequential(*[nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
-                                        for a, b in zip((3, *widths), widths)])
+        self.features = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+                for a, b in zip((3, *widths), widths)
+            ]
+        )
         self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(widths[-1], n_out)
-    def forward(self, x): return self.classifier(self.pool(self.features(x)).flatten(1))
+
+    def forward(self, x):
+        return self.classifier(self.pool(self.features(x)).flatten(1))
 
 # %% ../../nbs/models/02_networks.ipynb #6f0a074f
 class CifarNet(nn.Module):
     "Three convolutions, three poolings, one hidden layer (Krizhevsky 2009, as `cifar10_quick` of Caffe has it): 0.15 million weights, which is what Shin et al. 2016 count"
-    def __init__(self,
-        n_out:int=1000 # Number of classes
+
+    def __init__(
+        self,
+        n_out: int = 1000,  # Number of classes
     ):
         super().__init__()
-        block = lambda i, o, pool, first: nn.Sequential(nn.Conv2d(i, o, 5, padding=2), *((pool, nn.ReLU()) if first else (nn.ReLU(), pool)))
-        self.features = nn.Sequential(block(3, 32, nn.MaxPool2d(3, 2, ceil_mode=True), True), block(32, 32, nn.AvgPool2d(3, 2, ceil_mode=True), False),
-                                      block(32, 64, nn.AvgPool2d(3, 2, ceil_mode=True), False))
-        self.pool, self.classifier = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Flatten(), nn.Linear(64*4*4, 64), nn.Linear(64, n_out))
-    def forward(self, x): return self.classifier(self.pool(self.features(x)))
+        block = lambda i, o, pool, first: nn.Sequential(
+            nn.Conv2d(i, o, 5, padding=2), *((pool, nn.ReLU()) if first else (nn.ReLU(), pool))
+        )
+        self.features = nn.Sequential(
+            block(3, 32, nn.MaxPool2d(3, 2, ceil_mode=True), True),
+            block(32, 32, nn.AvgPool2d(3, 2, ceil_mode=True), False),
+            block(32, 64, nn.AvgPool2d(3, 2, ceil_mode=True), False),
+        )
+        self.pool, self.classifier = (
+            nn.AdaptiveAvgPool2d(4),
+            nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.Linear(64, n_out)),
+        )
 
-NETWORKS = {'small_cnn': SmallCNN, 'cifarnet': CifarNet} # name, as `arch=` takes it -> () -> network
+    def forward(self, x):
+        return self.classifier(self.pool(self.features(x)))
+
+
+NETWORKS = {'small_cnn': SmallCNN, 'cifarnet': CifarNet}  # name, as `arch=` takes it -> () -> network

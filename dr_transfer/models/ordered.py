@@ -11,35 +11,58 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/models/06_ordered.ipynb #bc054fca
-LEAST = 1e-6 # a probability counts as at least this much
+LEAST = 1e-6  # a probability counts as at least this much
+
 
 def _between(above) -> torch.Tensor:
     "Log-probabilities (n, k) from the probabilities (n, k - 1) to be above each cut"
     edge = torch.ones_like(above[:, :1])
-    p = torch.cat([edge, above], 1) - torch.cat([above, 0*edge], 1)
-    return (p.clamp(min=0) + LEAST).log() - torch.log(torch.tensor(1 + LEAST*(above.shape[1] + 1)))
+    p = torch.cat([edge, above], 1) - torch.cat([above, 0 * edge], 1)
+    return (p.clamp(min=0) + LEAST).log() - torch.log(torch.tensor(1 + LEAST * (above.shape[1] + 1)))
+
 
 class Cumulative(nn.Module):
     "Scores (n, 1) to log-probabilities of k grades by proportional odds (McCullagh 1980); the cuts are learnt, and rise"
-    def __init__(self, k:int):
+
+    def __init__(self, k: int):
         super().__init__()
-        self.first, self.gaps = nn.Parameter(torch.tensor(1. - k/2)), nn.Parameter(torch.full((k - 2,), 0.54)) # gaps of 1
+        self.first, self.gaps = (
+            nn.Parameter(torch.tensor(1.0 - k / 2)),
+            nn.Parameter(torch.full((k - 2,), 0.54)),
+        )  # gaps of 1
+
     @property
-    def cuts(self) -> torch.Tensor: return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
-    def forward(self, score): return _between(torch.sigmoid(score.float() - self.cuts))
+    def cuts(self) -> torch.Tensor:
+        return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
+
+    def forward(self, score):
+        return _between(torch.sigmoid(score.float() - self.cuts))
+
 
 class Rounded(nn.Module):
     "Scores (n, 1) that are grades to log-probabilities of k grades: the score is known to within half a grade, cut at the halves"
-    def __init__(self, k:int):
+
+    def __init__(self, k: int):
         super().__init__()
         self.register_buffer('cuts', torch.arange(k - 1) + 0.5)
-    def forward(self, score): return _between(torch.sigmoid((score.float() - self.cuts)/0.25))
 
-ORDERED = {'cumulative': Cumulative, 'regression': Rounded} # name -> last layer of a head with one score
+    def forward(self, score):
+        return _between(torch.sigmoid((score.float() - self.cuts) / 0.25))
+
+
+ORDERED = {'cumulative': Cumulative, 'regression': Rounded}  # name -> last layer of a head with one score
 
 # %% ../../nbs/models/06_ordered.ipynb #a3dc5744
 class GradeLoss(nn.Module):
     "Squared error of the expected grade; for a head of ordered grades as for a softmax"
-    def forward(self, out, y): return F.mse_loss(self.activation(out) @ torch.arange(out.shape[1], device=out.device, dtype=torch.float32), y.float())
-    def activation(self, out): return out.float().softmax(-1)
-    def decodes(self, out): return out.argmax(-1)
+
+    def forward(self, out, y):
+        return F.mse_loss(
+            self.activation(out) @ torch.arange(out.shape[1], device=out.device, dtype=torch.float32), y.float()
+        )
+
+    def activation(self, out):
+        return out.float().softmax(-1)
+
+    def decodes(self, out):
+        return out.argmax(-1)

@@ -7,17 +7,24 @@ __all__ = ['SETTINGS', 'GAIN', 'Setting', 'setting_name', 'forward_copy', 'Fixed
            'measure_settings', 'choose_setting', 'fastest_setting', 'get_setting']
 
 # %% ../../nbs/models/05_speed.ipynb #d94c9dd2
-import copy, ctypes, json, platform, sys, time
+import copy
+import ctypes
+import json
+import platform
+import sys
+import time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
 from ..utils.files import atomic_file, cache_folder, unknown, warn
 from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
@@ -26,38 +33,58 @@ from ..utils.safe_files import private_folder
 @dataclass(frozen=True)
 class Setting:
     "How a network is run"
-    channels_last:bool=False # Channels as the last dimension in memory?
-    bf16:bool=False # bfloat16 for what autocast deems safe?
-    def place(self, x:torch.Tensor) -> torch.Tensor:
+
+    channels_last: bool = False  # Channels as the last dimension in memory?
+    bf16: bool = False  # bfloat16 for what autocast deems safe?
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
         "A batch (n, c, h, w) in the memory format"
-        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format) if x.ndim == 4 else x
-    def cast(self, device:str='cpu'):
+        return (
+            x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+            if x.ndim == 4
+            else x
+        )
+
+    def cast(self, device: str = 'cpu'):
         "The context in which the network is to be called"
         return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
-    def __str__(self): return ('bf16' if self.bf16 else 'fp32') + (', channels last' if self.channels_last else '')
+
+    def __str__(self):
+        return ('bf16' if self.bf16 else 'fp32') + (', channels last' if self.channels_last else '')
+
 
 SETTINGS = {'plain': Setting(), 'channels_last': Setting(True), 'bf16': Setting(True, True)}
 
+
 def setting_name(
-    setting:Setting # How a network is run
-) -> str: # Name in `SETTINGS`; '' for one that has none
+    setting: Setting,  # How a network is run
+) -> str:  # Name in `SETTINGS`; '' for one that has none
     "The name of a setting, for a description"
     return next((name for name, known in SETTINGS.items() if known == setting), '')
 
 # %% ../../nbs/models/05_speed.ipynb #5d93ac7d
 def _pairs(net) -> list:
     "Names of each convolution and of the BatchNorm after it"
-    return [(f'{name}.{a}'.lstrip('.'), f'{name}.{b}'.lstrip('.')) for name, m in net.named_modules() for (a, conv), (b, bn) in pairwise(m.named_children())
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and bn.track_running_stats and bn.affine]
+    return [
+        (f'{name}.{a}'.lstrip('.'), f'{name}.{b}'.lstrip('.'))
+        for name, m in net.named_modules()
+        for (a, conv), (b, bn) in pairwise(m.named_children())
+        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and bn.track_running_stats and bn.affine
+    ]
+
 
 def _fold(net, pairs, join):
     "Replace pairs in a network by what joins them; activations that sit in a BatchNorm stay"
     for a, b in pairs:
         conv, bn = net.get_submodule(a), net.get_submodule(b)
-        for name, new in ((a, join(conv, bn)), (b, nn.Sequential(OrderedDict((k, getattr(bn, k)) for k in ('drop', 'act') if hasattr(bn, k))))):
+        for name, new in (
+            (a, join(conv, bn)),
+            (b, nn.Sequential(OrderedDict((k, getattr(bn, k)) for k in ('drop', 'act') if hasattr(bn, k)))),
+        ):
             parent, _, child = name.rpartition('.')
             setattr(net.get_submodule(parent), child, new)
     return net
+
 
 @torch.no_grad()
 def _foldable(net, x) -> list:
@@ -65,161 +92,208 @@ def _foldable(net, x) -> list:
     net, dtype = copy.deepcopy(net).eval(), next((p.dtype for p in net.parameters()), torch.float32)
     x = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(0), dtype=dtype)
     want, pairs = net(x), _pairs(net)
-    if not want.isfinite().all(): return [] # nothing to compare; what uses the numbers tells of it
-    same = torch.allclose(_fold(net, pairs, fuse_conv_bn_eval)(x), want, rtol=1e-3, atol=1e-4*float(want.abs().max()))
+    if not want.isfinite().all():
+        return []  # nothing to compare; what uses the numbers tells of it
+    same = torch.allclose(_fold(net, pairs, fuse_conv_bn_eval)(x), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
     return pairs if same else []
 
 # %% ../../nbs/models/05_speed.ipynb #91497128
 def forward_copy(
-    net:nn.Module, # Network in evaluation mode; it is not changed
-    setting:Setting, # How it is to run
-    x:torch.Tensor # A batch (n, 3, h, w), for its shape
-) -> nn.Module: # To be called within `setting.cast()` on `setting.place(x)`
+    net: nn.Module,  # Network in evaluation mode; it is not changed
+    setting: Setting,  # How it is to run
+    x: torch.Tensor,  # A batch (n, 3, h, w), for its shape
+) -> nn.Module:  # To be called within `setting.cast()` on `setting.place(x)`
     "A copy of a network that runs forward passes faster; the network itself if the setting is plain"
-    if setting == Setting(): return net
-    with torch.inference_mode(False), torch.no_grad(): out = _fold(copy.deepcopy(net), _foldable(net, x), fuse_conv_bn_eval) # it outlives the pass
+    if setting == Setting():
+        return net
+    with torch.inference_mode(False), torch.no_grad():
+        out = _fold(copy.deepcopy(net), _foldable(net, x), fuse_conv_bn_eval)  # it outlives the pass
     for m in out.modules():
-        if setting.bf16 and type(m) in (nn.Conv2d, nn.Linear): m.to(torch.bfloat16)
-    return out.requires_grad_(False).to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
+        if setting.bf16 and type(m) in (nn.Conv2d, nn.Linear):
+            m.to(torch.bfloat16)
+    return out.requires_grad_(False).to(
+        memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format
+    )
 
 # %% ../../nbs/models/05_speed.ipynb #ad249d23
 class FixedBN(nn.Module):
     "A convolution and the BatchNorm after it, with fixed statistics, as one convolution; gradients reach the weights of both"
-    def __init__(self, conv:nn.Conv2d, bn:nn.BatchNorm2d):
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d):
         super().__init__()
         self.conv, self.bn = conv, bn
-        if conv.bias is None: conv.bias = nn.Parameter(torch.zeros(conv.out_channels), requires_grad=False)
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels), requires_grad=False)
+
     def forward(self, x):
-        scale = self.bn.weight*(self.bn.running_var + self.bn.eps).rsqrt()
-        shift = self.bn.bias + (self.conv.bias - self.bn.running_mean)*scale
-        return functional_call(self.conv, {'weight': self.conv.weight*scale.view(-1, 1, 1, 1), 'bias': shift}, (x,))
+        scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+        shift = self.bn.bias + (self.conv.bias - self.bn.running_mean) * scale
+        return functional_call(self.conv, {'weight': self.conv.weight * scale.view(-1, 1, 1, 1), 'bias': shift}, (x,))
+
 
 def _in_float32(forward, x):
-    with torch.autocast('cpu', enabled=False): return forward(x.float())
+    with torch.autocast('cpu', enabled=False):
+        return forward(x.float())
+
 
 def training_copy(
-    net:nn.Module, # Network; parts of it may be in evaluation mode
-    setting:Setting, # How it is to run
-    x:torch.Tensor # A batch (n, channels, h, w), for its shape
-) -> nn.Module: # To be called within `setting.cast()` on `setting.place(x)`
+    net: nn.Module,  # Network; parts of it may be in evaluation mode
+    setting: Setting,  # How it is to run
+    x: torch.Tensor,  # A batch (n, channels, h, w), for its shape
+) -> nn.Module:  # To be called within `setting.cast()` on `setting.place(x)`
     "A copy of a network, on the same weights, that runs training steps faster; the network itself if the setting is plain"
-    if setting == Setting(): return net
+    if setting == Setting():
+        return net
     out = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
     _fold(out, [(a, b) for a, b in _foldable(net, x) if not net.get_submodule(b).training], FixedBN)
     for m in out.modules():
-        if setting.bf16 and isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels: m.forward = partial(_in_float32, m.forward)
+        if setting.bf16 and isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels:
+            m.forward = partial(_in_float32, m.forward)
     return out
 
 # %% ../../nbs/models/05_speed.ipynb #a8cbcdda
-_KEEPING = [] # one entry for each `kept_memory` that is open: the settings belong to the process
+_KEEPING = []  # one entry for each `kept_memory` that is open: the settings belong to the process
+
 
 @contextmanager
 def kept_memory():
     "Memory that a step has freed is kept for the next one; afterwards it is returned. Elsewhere than on glibc nothing happens"
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'): yield; return
-    trim, mmap, most_mmaps = -1, -3, -4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-    libc.mallopt(most_mmaps, 0); libc.mallopt(trim, -1) # never
+    if not hasattr(libc, 'mallopt'):
+        yield
+        return
+    trim, mmap, most_mmaps = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
+    libc.mallopt(most_mmaps, 0)
+    libc.mallopt(trim, -1)  # never
     _KEEPING.append(True)
-    try: yield
+    try:
+        yield
     finally:
         _KEEPING.pop()
         if not _KEEPING:
-            for what, n in ((most_mmaps, 2**16), (mmap, 2**25), (trim, 2**26)): libc.mallopt(what, n) # where glibc's own values go to by and by
+            for what, n in ((most_mmaps, 2**16), (mmap, 2**25), (trim, 2**26)):
+                libc.mallopt(what, n)  # where glibc's own values go to by and by
             libc.malloc_trim(0)
 
 # %% ../../nbs/models/05_speed.ipynb #06b3e4d4
 def _step(model, x, setting, train):
-    with setting.cast(), (nullcontext() if train else torch.inference_mode()):
+    with setting.cast(), nullcontext() if train else torch.inference_mode():
         out = model(setting.place(x))
-    if train: out.float().square().mean().backward()
+    if train:
+        out.float().square().mean().backward()
+
 
 def measure_settings(
-    model:nn.Module, # Network; its weights and statistics are not changed
-    size:int=224, # Side of the images in pixels
-    bs:int|None=None, # Images in a batch; if None 4, or 16 for training steps
-    train:bool=False, # Time a training step, or a forward pass?
-    repeats:int=2 # Steps of each setting that count
-) -> dict[str,float]: # Images a second by name in `SETTINGS`
+    model: nn.Module,  # Network; its weights and statistics are not changed
+    size: int = 224,  # Side of the images in pixels
+    bs: int | None = None,  # Images in a batch; if None 4, or 16 for training steps
+    train: bool = False,  # Time a training step, or a forward pass?
+    repeats: int = 2,  # Steps of each setting that count
+) -> dict[str, float]:  # Images a second by name in `SETTINGS`
     "How fast a network runs in each setting on this CPU"
     bs = bs or (16 if train else 4)
     x, times = torch.rand(bs, 3, size, size, generator=torch.Generator().manual_seed(0)), {k: [] for k in SETTINGS}
+
     def ready(s):
         net = copy.deepcopy(model).eval()
-        if not train: return forward_copy(net, s, x)
-        return training_copy(net.requires_grad_().to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format), s, x)
+        if not train:
+            return forward_copy(net, s, x)
+        return training_copy(
+            net.requires_grad_().to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format),
+            s,
+            x,
+        )
+
     models = {k: ready(s) for k, s in SETTINGS.items()}
     with kept_memory() if train else nullcontext():
         for i, (k, s) in product(range(repeats + 1), SETTINGS.items()):
             start = time.perf_counter()
             _step(models[k], x, s, train)
-            if i: times[k].append(time.perf_counter() - start)
-    return {k: bs/min(t) for k, t in times.items()}
+            if i:
+                times[k].append(time.perf_counter() - start)
+    return {k: bs / min(t) for k, t in times.items()}
 
 # %% ../../nbs/models/05_speed.ipynb #5038ef37
-GAIN = 1.3 # how much faster another setting must be to be chosen: more than what two measurements differ by
+GAIN = 1.3  # how much faster another setting must be to be chosen: more than what two measurements differ by
+
 
 def choose_setting(
-    rates:dict # Images a second by name in `SETTINGS`
-) -> str: # Name in `SETTINGS`
+    rates: dict,  # Images a second by name in `SETTINGS`
+) -> str:  # Name in `SETTINGS`
     "Channels last, unless another setting is clearly faster, so that a second measurement chooses the same"
-    best = 'plain' if rates['plain'] > GAIN*rates['channels_last'] else 'channels_last'
-    return 'bf16' if rates['bf16'] > GAIN*rates[best] else best
+    best = 'plain' if rates['plain'] > GAIN * rates['channels_last'] else 'channels_last'
+    return 'bf16' if rates['bf16'] > GAIN * rates[best] else best
 
 # %% ../../nbs/models/05_speed.ipynb #b72d65cf
 def _cpu() -> str:
     "What the choice depends on besides the network"
-    try: flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
-    except OSError: flags = []
-    return f"{platform.machine()} {platform.processor()} {' '.join(flags)} threads={torch.get_num_threads()} torch={torch.__version__}"
+    try:
+        flags = [f for f in ('amx_bf16', 'avx512_bf16', 'avx2') if f in Path('/proc/cpuinfo').read_text()]
+    except OSError:
+        flags = []
+    return f'{platform.machine()} {platform.processor()} {" ".join(flags)} threads={torch.get_num_threads()} torch={torch.__version__}'
+
 
 def _remembered(file, tell=True) -> dict:
     "What was chosen before, by name of a setting; a warning if the file is damaged"
     try:
         known = json.loads(read_regular(file, follow=False))
-    except FileNotFoundError: return {}
-    except (OSError, ValueError, RecursionError) as e: known, why = None, str(e)[:100]
-    else: why = 'it holds something else than names of settings'
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        known, why = None, str(e)[:100]
+    else:
+        why = 'it holds something else than names of settings'
     good = {k: v for k, v in known.items() if isinstance(v, str) and v in SETTINGS} if isinstance(known, dict) else {}
     if tell and not (isinstance(known, dict) and len(good) == len(known)):
-        warn(f"{file} is damaged ({why}): the speed of networks is measured again")
+        warn(f'{file} is damaged ({why}): the speed of networks is measured again')
     return good
 
-def _remember(file, key, name) -> str: # The name that counts
+
+def _remember(file, key, name) -> str:  # The name that counts
     "Write down a choice, unless another run has chosen in the meantime"
     try:
         private_folder(file.parent)
         known = _remembered(file, tell=False)
-        if key in known: return known[key]
-        with atomic_file(file) as f: f.write_text(json.dumps({**known, key: name}, indent=1))
+        if key in known:
+            return known[key]
+        with atomic_file(file) as f:
+            f.write_text(json.dumps({**known, key: name}, indent=1))
     except OSError as e:
-        warn(f"{file} cannot be written ({e.strerror}): speed is measured again by the next run, which may choose another setting. "
-                      "To be sure of the same numbers name it: setting='plain' (`--setting plain`)")
+        warn(
+            f'{file} cannot be written ({e.strerror}): speed is measured again by the next run, which may choose another setting. '
+            "To be sure of the same numbers name it: setting='plain' (`--setting plain`)"
+        )
     return name
 
+
 def fastest_setting(
-    model:nn.Module, # Network
-    name:str, # Its name, for the memory; '': nothing is remembered
-    size:int=224, # Side of the images in pixels
-    train:bool=False # For training steps, or for forward passes?
+    model: nn.Module,  # Network
+    name: str,  # Its name, for the memory; '': nothing is remembered
+    size: int = 224,  # Side of the images in pixels
+    train: bool = False,  # For training steps, or for forward passes?
 ) -> Setting:
     "The fastest setting for a network on this CPU; measured the first time, then remembered"
-    file, key = cache_folder()/'speed.json', f"{name} size={size} {'train' if train else 'forward'} | {_cpu()}"
+    file, key = cache_folder() / 'speed.json', f'{name} size={size} {"train" if train else "forward"} | {_cpu()}'
     known = _remembered(file) if name else {}
-    if key in known: return SETTINGS[known[key]]
+    if key in known:
+        return SETTINGS[known[key]]
     chosen = choose_setting(measure_settings(model, size, train=train))
     return SETTINGS[_remember(file, key, chosen) if name else chosen]
 
 # %% ../../nbs/models/05_speed.ipynb #e3fc6602
 def get_setting(
-    setting:str|Setting='auto', # 'auto', a name in `SETTINGS`, or a setting
-    model:nn.Module|None=None, # For 'auto': the network
-    name:str='', # For 'auto': its name, for the memory
-    size:int=224, # For 'auto': side of the images in pixels
-    train:bool=False # For 'auto': training steps, or forward passes?
+    setting: str | Setting = 'auto',  # 'auto', a name in `SETTINGS`, or a setting
+    model: nn.Module | None = None,  # For 'auto': the network
+    name: str = '',  # For 'auto': its name, for the memory
+    size: int = 224,  # For 'auto': side of the images in pixels
+    train: bool = False,  # For 'auto': training steps, or forward passes?
 ) -> Setting:
     "A setting by name; 'auto' is the fastest one for the network"
-    if isinstance(setting, Setting): return setting
-    if setting == 'auto': return fastest_setting(model, name, size, train)
-    if setting not in SETTINGS: raise unknown('setting', setting, ['auto', *SETTINGS])
+    if isinstance(setting, Setting):
+        return setting
+    if setting == 'auto':
+        return fastest_setting(model, name, size, train)
+    if setting not in SETTINGS:
+        raise unknown('setting', setting, ['auto', *SETTINGS])
     return SETTINGS[setting]

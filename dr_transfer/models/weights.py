@@ -6,10 +6,18 @@
 __all__ = ['MOST_GB', 'WeightsError', 'weights_folders', 'hashed_weights', 'read_weights', 'file_hash', 'fill', 'reachable']
 
 # %% ../../nbs/models/03_weights.ipynb #c6ec0ac4
-import hashlib, io, os, socket, urllib.parse, zipfile
+import hashlib
+import io
+import os
+import socket
+import urllib.parse
+import zipfile
 from pathlib import Path
-import safetensors.torch, torch
+
+import safetensors.torch
+import torch
 from torch import nn
+
 from ..utils.files import cache_folder
 from ..utils.regular import NotAFile, open_regular
 
@@ -17,114 +25,161 @@ from ..utils.regular import NotAFile, open_regular
 class WeightsError(ValueError):
     "Weights that were asked for and cannot be had"
 
-def weights_folders() -> list[Path]: # Folders, in the order they are searched
-    "Where weight files are looked for: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
-    return [Path(p) for p in (os.environ.get('DR_TRANSFER_WEIGHTS'), cache_folder()/'weights', Path(torch.hub.get_dir())/'checkpoints') if p]
 
-MOST_GB = 8 # of a file of weights; the largest networks of timm are smaller
+def weights_folders() -> list[Path]:  # Folders, in the order they are searched
+    "Where weight files are looked for: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
+    return [
+        Path(p)
+        for p in (
+            os.environ.get('DR_TRANSFER_WEIGHTS'),
+            cache_folder() / 'weights',
+            Path(torch.hub.get_dir()) / 'checkpoints',
+        )
+        if p
+    ]
+
+
+MOST_GB = 8  # of a file of weights; the largest networks of timm are smaller
+
 
 def _content(path) -> bytes:
     "The bytes of a weights file, if it is one that can be read"
     try:
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
-            if size > MOST_GB*1e9:
-                raise WeightsError(f"{path} has {size/1e9:.0f} GB, and weights of at most {MOST_GB} GB are read: give another file")
+            if size > MOST_GB * 1e9:
+                raise WeightsError(
+                    f'{path} has {size / 1e9:.0f} GB, and weights of at most {MOST_GB} GB are read: give another file'
+                )
             return f.read()
     except FileNotFoundError:
-        raise WeightsError(f"there is no weights file {path}: give the path of a .safetensors or .pth file") from None
+        raise WeightsError(f'there is no weights file {path}: give the path of a .safetensors or .pth file') from None
     except NotAFile as e:
-        raise WeightsError(f"there is no weights file {path} ({e}): give the path of a .safetensors or .pth file") from None
+        raise WeightsError(
+            f'there is no weights file {path} ({e}): give the path of a .safetensors or .pth file'
+        ) from None
     except OSError as e:
-        raise WeightsError(f"the weights file {path} cannot be opened ({e.strerror}): give another, or repair its permissions") from None
+        raise WeightsError(
+            f'the weights file {path} cannot be opened ({e.strerror}): give another, or repair its permissions'
+        ) from None
+
 
 def _check_archive(data):
     "ValueError for an archive whose members are larger than the file says: it would fill the memory"
-    if not data.startswith(b'PK'): return
-    with zipfile.ZipFile(io.BytesIO(data)) as z: members = z.infolist()
+    if not data.startswith(b'PK'):
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        members = z.infolist()
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
         raise ValueError('its members are compressed or larger than the file, which PyTorch does not write')
 
+
 def _tensors(data, suffix) -> dict:
     "The tensors in the content of a file, by name; ValueError or another error if there are none"
-    if suffix == '.safetensors': sd = safetensors.torch.load(data)
+    if suffix == '.safetensors':
+        sd = safetensors.torch.load(data)
     else:
         _check_archive(data)
         sd = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    if not isinstance(sd, dict): raise TypeError(f'it holds a {type(sd).__name__}')
+    if not isinstance(sd, dict):
+        raise TypeError(f'it holds a {type(sd).__name__}')
     for key in ('state_dict', 'model', 'model_state_dict'):
-        if isinstance(sd.get(key), dict): sd = sd[key]
+        if isinstance(sd.get(key), dict):
+            sd = sd[key]
     return {k.removeprefix('module.'): v for k, v in sd.items() if isinstance(k, str) and torch.is_tensor(v)}
 
 # %% ../../nbs/models/03_weights.ipynb #7e9eeb64
 def hashed_weights(
-    path:str|Path # .safetensors, or a .pth/.pt/.bin state dict
-) -> tuple[dict, str]: # Name -> tensor; SHA-256 of the bytes that were read
+    path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
+) -> tuple[dict, str]:  # Name -> tensor; SHA-256 of the bytes that were read
     "The tensors of a weights file and the hash of the same bytes; no code in it is run"
     path = Path(path)
     data = _content(path)
     try:
         sd = _tensors(data, path.suffix)
-        if not sd: raise ValueError('it holds no tensors with names')
+        if not sd:
+            raise ValueError('it holds no tensors with names')
     except Exception as e:
-        raise WeightsError(f"{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})") from None
+        raise WeightsError(f'{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})') from None
     return sd, hashlib.sha256(data).hexdigest()
 
+
 def read_weights(
-    path:str|Path # .safetensors, or a .pth/.pt/.bin state dict
-) -> dict: # Name -> tensor
+    path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
+) -> dict:  # Name -> tensor
     "The tensors of a weights file; no code in it is run"
     return hashed_weights(path)[0]
 
+
 def file_hash(
-    path:str|Path # A file
-) -> str: # SHA-256 in hexadecimal digits
+    path: str | Path,  # A file
+) -> str:  # SHA-256 in hexadecimal digits
     "A file by what is in it"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/models/03_weights.ipynb #1da98a58
 def _check_tensor(name, v, own, what):
     "`WeightsError` for a tensor that cannot be a weight"
     if v.is_meta or v.is_quantized or v.layout != torch.strided:
-        raise WeightsError(f"{what} does not fit: '{name}' is quantised, sparse or without numbers. Give weights in float32 or float16")
-    if not own.is_floating_point(): return # a counter
+        raise WeightsError(
+            f"{what} does not fit: '{name}' is quantised, sparse or without numbers. Give weights in float32 or float16"
+        )
+    if not own.is_floating_point():
+        return  # a counter
     if not v.is_floating_point():
-        raise WeightsError(f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, where numbers with a fraction are "
-                           "expected. Give weights in float32 or float16")
+        raise WeightsError(
+            f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, where numbers with a fraction are "
+            'expected. Give weights in float32 or float16'
+        )
     if not v.isfinite().all():
-        raise WeightsError(f"{what} is damaged: '{name}' holds NaN or infinite numbers. Give another file, or download it again")
+        raise WeightsError(
+            f"{what} is damaged: '{name}' holds NaN or infinite numbers. Give another file, or download it again"
+        )
     if name.endswith('running_var') and (v < 0).any():
-        raise WeightsError(f"{what} is damaged: '{name}' is a variance and holds numbers below 0. Give another file, or download it again")
+        raise WeightsError(
+            f"{what} is damaged: '{name}' is a variance and holds numbers below 0. Give another file, or download it again"
+        )
+
 
 def fill(
-    net:nn.Module, # Network that gets the weights
-    sd:dict, # Name -> tensor, from `read_weights`
-    needed:set, # Names in the network that must be there
-    what:str, # What the tensors are, for the error message
-    by_order:bool=False # Match by order, where only the names differ?
+    net: nn.Module,  # Network that gets the weights
+    sd: dict,  # Name -> tensor, from `read_weights`
+    needed: set,  # Names in the network that must be there
+    what: str,  # What the tensors are, for the error message
+    by_order: bool = False,  # Match by order, where only the names differ?
 ):
     "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
     own = net.state_dict()
-    if by_order and len(sd) == len(own): sd = dict(zip(own, sd.values()))
+    if by_order and len(sd) == len(own):
+        sd = dict(zip(own, sd.values()))
     for prefix in ('features.', 'net.'):
-        if not set(sd) & set(own): sd = {prefix + k: v for k, v in sd.items()}
-        if not set(sd) & set(own): sd = {k.removeprefix(prefix): v for k, v in sd.items()}
+        if not set(sd) & set(own):
+            sd = {prefix + k: v for k, v in sd.items()}
+        if not set(sd) & set(own):
+            sd = {k.removeprefix(prefix): v for k, v in sd.items()}
     good = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
     lack = [k for k in own if k in needed and k not in good and not k.endswith('num_batches_tracked')]
     if lack:
         k = lack[0]
-        why = f"has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}" if k in sd else 'is not in it'
-        raise WeightsError(f"{what} does not fit: of {len(needed)} tensors {len(lack)} are missing or have another shape; '{k}' {why}")
-    for k, v in good.items(): _check_tensor(k, v, own[k], what)
+        why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is not in it'
+        raise WeightsError(
+            f"{what} does not fit: of {len(needed)} tensors {len(lack)} are missing or have another shape; '{k}' {why}"
+        )
+    for k, v in good.items():
+        _check_tensor(k, v, own[k], what)
     net.load_state_dict(good, strict=False)
 
 # %% ../../nbs/models/03_weights.ipynb #ac097387
 def reachable(
-    address:str, # Address of a hub
-    seconds:float=3. # How long to try
+    address: str,  # Address of a hub
+    seconds: float = 3.0,  # How long to try
 ) -> bool:
     "Can the host of an address be reached? (The retries of the hubs take most of a minute)"
-    if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')): return True
-    try: socket.create_connection((urllib.parse.urlparse(address).hostname or 'huggingface.co', 443), seconds).close()
-    except OSError: return False
+    if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')):
+        return True
+    try:
+        socket.create_connection((urllib.parse.urlparse(address).hostname or 'huggingface.co', 443), seconds).close()
+    except OSError:
+        return False
     return True

@@ -8,189 +8,338 @@ __all__ = ['FIELD', 'PATTERNS', 'SICK', 'draw_ct', 'make_ct']
 # %% ../../nbs/synthetic/02_ct.ipynb #0d3c612a
 import json
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter1d
-from ..utils.files import new_folder, unknown
+
 from .fundus import _each, _stream
+from ..utils.files import new_folder, unknown
 
 # %% ../../nbs/synthetic/02_ct.ipynb #9e8e1623
-FIELD = (180., 210., 300.) # mm along z, y, x
+FIELD = (180.0, 210.0, 300.0)  # mm along z, y, x
+
 
 def _axes(spacing):  # positions of the voxels in mm along z, y, x, to be broadcast
-    n = [round(f/s) for f, s in zip(FIELD, spacing)]
-    return np.ix_(*[np.float32((np.arange(k) - (k - 1)/2)*s) for k, s in zip(n, spacing)])
+    n = [round(f / s) for f, s in zip(FIELD, spacing)]
+    return np.ix_(*[np.float32((np.arange(k) - (k - 1) / 2) * s) for k, s in zip(n, spacing)])
 
-def _cover(d, edge): return np.clip(.5 - d/np.float32(edge), 0, 1)  # share of a voxel that is inside, from the distance in mm to the surface
+
+def _cover(d, edge):
+    return np.clip(
+        0.5 - d / np.float32(edge), 0, 1
+    )  # share of a voxel that is inside, from the distance in mm to the surface
+
 
 def _bumps(rng, axes, cell):  # smooth noise of about unit spread with bumps of `cell` mm: the same field for any voxels
-    grid = rng.standard_normal([int(f/cell) + 4 for f in FIELD], dtype=np.float32)*np.float32(.55**-1.5)
-    far = [np.abs((c.ravel()[:, None] + f/2)/cell + 1.5 - np.arange(k)).astype(np.float32) for c, f, k in zip(axes, FIELD, grid.shape)]
-    at = [np.where(d < .5, .75 - d*d, .5*np.clip(1.5 - d, 0, None)**2) for d in far]  # quadratic splines: round bumps
+    grid = rng.standard_normal([int(f / cell) + 4 for f in FIELD], dtype=np.float32) * np.float32(0.55**-1.5)
+    far = [
+        np.abs((c.ravel()[:, None] + f / 2) / cell + 1.5 - np.arange(k)).astype(np.float32)
+        for c, f, k in zip(axes, FIELD, grid.shape)
+    ]
+    at = [
+        np.where(d < 0.5, 0.75 - d * d, 0.5 * np.clip(1.5 - d, 0, None) ** 2) for d in far
+    ]  # quadratic splines: round bumps
     return np.einsum('za,yb,xc,abc->zyx', *at, grid, optimize=True)
 
 # %% ../../nbs/synthetic/02_ct.ipynb #128d67cf
 def _box(axes, centre, reach):  # the voxels within `reach` mm of a place, and how far they are from it along each axis
     first, step = [float(c.flat[0]) for c in axes], [float(c.flat[1] - c.flat[0]) for c in axes]
-    box = tuple(slice(max(0, int((p - reach - a)/d) + 1), max(0, int((p + reach - a)/d) + 1)) for p, a, d in zip(centre, first, step))
+    box = tuple(
+        slice(max(0, int((p - reach - a) / d) + 1), max(0, int((p + reach - a) / d) + 1))
+        for p, a, d in zip(centre, first, step)
+    )
     return box, [c.ravel()[b] - np.float32(p) for c, b, p in zip(axes, box, centre)]
 
-def _lay(hu, axes, centre, half, turn, value, edge):  # lay an ellipsoid with half axes `half`, turned by `turn`, into `hu`
+
+def _lay(
+    hu, axes, centre, half, turn, value, edge
+):  # lay an ellipsoid with half axes `half`, turned by `turn`, into `hu`
     box, off = _box(axes, centre, max(half) + edge)
-    d = np.stack(np.meshgrid(*off, indexing='ij'), -1) @ (turn/np.asarray(half, float)).astype(np.float32)
-    hu[box] += _cover((np.sqrt((d*d).sum(-1)) - 1)*min(half), edge)*(value - hu[box])
+    d = np.stack(np.meshgrid(*off, indexing='ij'), -1) @ (turn / np.asarray(half, float)).astype(np.float32)
+    hu[box] += _cover((np.sqrt((d * d).sum(-1)) - 1) * min(half), edge) * (value - hu[box])
+
 
 def _tube(hu, axes, line, radius, value, edge):  # lay a vessel with a radius for each point of `line` into `hu`
     for p, r in zip(line, radius):
         box, (z, y, x) = _box(axes, p, r + edge)
         part = hu[box]
-        part += _cover(np.sqrt(z[:, None, None]**2 + y[:, None]**2 + x**2) - r, edge)*(value - part)
+        part += _cover(np.sqrt(z[:, None, None] ** 2 + y[:, None] ** 2 + x**2) - r, edge) * (value - part)
+
 
 def _turn(rng):  # a random rotation in three dimensions
     q, r = np.linalg.qr(rng.normal(size=(3, 3)))
-    return q*np.sign(np.diag(r))
+    return q * np.sign(np.diag(r))
 
-def _walk(rng, start, heading, length, bend, step=2.):  # a line that bends, a point each `step` mm
-    n = max(3, int(length/step))
-    head = heading/np.linalg.norm(heading) + np.cumsum(rng.normal(0, bend, (n, 3)), 0)
-    return start + np.cumsum(head/np.linalg.norm(head, axis=1, keepdims=True), 0)*step
+
+def _walk(rng, start, heading, length, bend, step=2.0):  # a line that bends, a point each `step` mm
+    n = max(3, int(length / step))
+    head = heading / np.linalg.norm(heading) + np.cumsum(rng.normal(0, bend, (n, 3)), 0)
+    return start + np.cumsum(head / np.linalg.norm(head, axis=1, keepdims=True), 0) * step
 
 # %% ../../nbs/synthetic/02_ct.ipynb #bee100ab
 def _person(rng):  # what makes a chest somebody's: shape, place and size of its parts in mm, HU of lung
-    wide, deep, s, foot = rng.uniform((.88, .86, .92, -66), (1.05, 1.04, 1.06, -46)).tolist()
-    return dict(body=(141*wide, 98*deep), fat=rng.uniform(.05, .14), lung=rng.uniform(-880, -810), s=s, middle=(rng.uniform(31, 39), rng.uniform(52, 60)*deep), back=66*deep,
-                heart=((rng.uniform(-80, -64), -22*deep, rng.uniform(10, 24)), (rng.uniform(40, 52), rng.uniform(30, 38), rng.uniform(40, 52))), lean=rng.uniform(-.1, .35, 2),
-                lungs=[(side*rng.uniform(64, 72)*wide, rng.uniform(-6, 8), rng.uniform(45, 56)*wide, rng.uniform(68, 84)*deep, foot - rng.uniform(8, 14)*(side > 0)) for side in (-1, 1)])
+    wide, deep, s, foot = rng.uniform((0.88, 0.86, 0.92, -66), (1.05, 1.04, 1.06, -46)).tolist()
+    return dict(
+        body=(141 * wide, 98 * deep),
+        fat=rng.uniform(0.05, 0.14),
+        lung=rng.uniform(-880, -810),
+        s=s,
+        middle=(rng.uniform(31, 39), rng.uniform(52, 60) * deep),
+        back=66 * deep,
+        heart=(
+            (rng.uniform(-80, -64), -22 * deep, rng.uniform(10, 24)),
+            (rng.uniform(40, 52), rng.uniform(30, 38), rng.uniform(40, 52)),
+        ),
+        lean=rng.uniform(-0.1, 0.35, 2),
+        lungs=[
+            (
+                side * rng.uniform(64, 72) * wide,
+                rng.uniform(-6, 8),
+                rng.uniform(45, 56) * wide,
+                rng.uniform(68, 84) * deep,
+                foot - rng.uniform(8, 14) * (side > 0),
+            )
+            for side in (-1, 1)
+        ],
+    )
 
-def _chest(rng, axes, edge, who):  # a chest wall with two lungs and fat between them: HU, the share of each voxel that is lung
+
+def _chest(
+    rng, axes, edge, who
+):  # a chest wall with two lungs and fat between them: HU, the share of each voxel that is lung
     z, y, x = axes
     a, b, fat = *who['body'], who['fat']
-    warp = _bumps(rng, axes, 45)*4
-    shell = (np.abs(x/a)**2.4 + np.abs(y/b)**2.4)**np.float32(1/2.4) + warp*.006
-    hu = np.float32(-1000) + 900*_cover((shell - 1)*110, edge) + 150*_cover((shell - 1 + fat)*110, edge)
-    stripe = (z + np.abs(x)*.35 - y*.3) % 26 - 13  # ribs run downwards to the front
-    rib = _cover(np.abs(shell - .96 + fat)*110 - 3.5, edge)*_cover(np.abs(stripe) - 4.5, edge)*(np.abs(x) > 25)
-    hu += rib*(420 - hu)
-    tall, lung = np.sqrt(np.clip(1 - ((z + 40)/150)**2, .05, 1)), 0
+    warp = _bumps(rng, axes, 45) * 4
+    shell = (np.abs(x / a) ** 2.4 + np.abs(y / b) ** 2.4) ** np.float32(1 / 2.4) + warp * 0.006
+    hu = np.float32(-1000) + 900 * _cover((shell - 1) * 110, edge) + 150 * _cover((shell - 1 + fat) * 110, edge)
+    stripe = (z + np.abs(x) * 0.35 - y * 0.3) % 26 - 13  # ribs run downwards to the front
+    rib = _cover(np.abs(shell - 0.96 + fat) * 110 - 3.5, edge) * _cover(np.abs(stripe) - 4.5, edge) * (np.abs(x) > 25)
+    hu += rib * (420 - hu)
+    tall, lung = np.sqrt(np.clip(1 - ((z + 40) / 150) ** 2, 0.05, 1)), 0
     for (cx, cy, w, d, foot), lean in zip(who['lungs'], who['lean']):
-        u, v = x - cx + np.sign(cx)*lean*(y - cy), y - cy
-        dome = foot - ((x - cx)**2 + v**2)/130  # the diaphragm, higher over the liver
-        lung = np.maximum(lung, _cover((np.hypot(u/(w*tall), v/(d*tall)) - 1)*w + warp, edge)*_cover(dome - z, edge))
-    between = _cover((np.hypot(x/who['middle'][0], (y + 6)/who['middle'][1]) - 1)*who['middle'][0], edge)
-    lung *= _cover((shell - .92 + fat)*110, edge)*(1 - between)*_cover(20 - np.hypot(x, y - who['back']) + 4, edge)
-    hu += between*_cover(-z - 62, 6)*(-95 - hu)
-    hu += lung*(who['lung'] + .3*y - hu)  # blood sinks: a patient on the back has denser lung there
+        u, v = x - cx + np.sign(cx) * lean * (y - cy), y - cy
+        dome = foot - ((x - cx) ** 2 + v**2) / 130  # the diaphragm, higher over the liver
+        lung = np.maximum(
+            lung, _cover((np.hypot(u / (w * tall), v / (d * tall)) - 1) * w + warp, edge) * _cover(dome - z, edge)
+        )
+    between = _cover((np.hypot(x / who['middle'][0], (y + 6) / who['middle'][1]) - 1) * who['middle'][0], edge)
+    lung *= (
+        _cover((shell - 0.92 + fat) * 110, edge) * (1 - between) * _cover(20 - np.hypot(x, y - who['back']) + 4, edge)
+    )
+    hu += between * _cover(-z - 62, 6) * (-95 - hu)
+    hu += lung * (who['lung'] + 0.3 * y - hu)  # blood sinks: a patient on the back has denser lung there
     return hu, lung
 
 # %% ../../nbs/synthetic/02_ct.ipynb #2699d99e
 def _tubes(rng, who):  # aorta, upper hollow vein, gullet, windpipe and its two branches: lines and radii
-    up = np.arange(-88, 88, 2.)
-    def straight(y, x, r, low=-90): return [(v, y + .03*v, x) for v in up if v > low], r*who['s']
+    up = np.arange(-88, 88, 2.0)
+
+    def straight(y, x, r, low=-90):
+        return [(v, y + 0.03 * v, x) for v in up if v > low], r * who['s']
+
     fork, (dy, dx) = rng.uniform(0, 20), rng.normal(0, 2.5, (2, 4))
-    air = [[(v, 8., 0.) for v in up if v > fork], *([(fork - .9*t, 8., k*t) for t in range(0, 34, 2)] for k in (-1, 1))]
-    return [straight(who['back'] - 25 + dy[0], 18 + dx[0], 11), straight(-14 + dy[1], -20 + dx[1], 8, -25), straight(30 + dy[2], dx[2], 6.5), *[(line, 9.*who['s']) for line in air]]
+    air = [
+        [(v, 8.0, 0.0) for v in up if v > fork],
+        *([(fork - 0.9 * t, 8.0, k * t) for t in range(0, 34, 2)] for k in (-1, 1)),
+    ]
+    return [
+        straight(who['back'] - 25 + dy[0], 18 + dx[0], 11),
+        straight(-14 + dy[1], -20 + dx[1], 8, -25),
+        straight(30 + dy[2], dx[2], 6.5),
+        *[(line, 9.0 * who['s']) for line in air],
+    ]
+
 
 def _organs(hu, axes, edge, who, tubes):  # lay spine, breastbone, heart and the great tubes into `hu`
     z, y, x = axes
-    back, front = who['back'], -who['body'][1]*(1 - who['fat']) + 8
-    for cover, value in ((_cover((np.hypot(x/19, (y - back)/15) - 1)*16, edge)*np.where(np.abs(z % 28 - 14) < 2.5, .25, 1), 230),
-                         (_cover(np.hypot(x, y - back - 22) - 8, edge)*(y < who['body'][1] - 12), 20), (_cover((np.hypot(x/20, (y - front)/6) - 1)*6, edge)*(z > -50), 260)):
-        hu += cover*(value - hu)
-    _lay(hu, axes, *who['heart'], np.eye(3), 42., edge)
-    for line, r in tubes: _tube(hu, axes, line, [r]*len(line), 42., edge)
-    for line, r in tubes[3:]: _tube(hu, axes, line, [r - 2]*len(line), -960., edge)
+    back, front = who['back'], -who['body'][1] * (1 - who['fat']) + 8
+    for cover, value in (
+        (
+            _cover((np.hypot(x / 19, (y - back) / 15) - 1) * 16, edge) * np.where(np.abs(z % 28 - 14) < 2.5, 0.25, 1),
+            230,
+        ),
+        (_cover(np.hypot(x, y - back - 22) - 8, edge) * (y < who['body'][1] - 12), 20),
+        (_cover((np.hypot(x / 20, (y - front) / 6) - 1) * 6, edge) * (z > -50), 260),
+    ):
+        hu += cover * (value - hu)
+    _lay(hu, axes, *who['heart'], np.eye(3), 42.0, edge)
+    for line, r in tubes:
+        _tube(hu, axes, line, [r] * len(line), 42.0, edge)
+    for line, r in tubes[3:]:
+        _tube(hu, axes, line, [r - 2] * len(line), -960.0, edge)
 
 # %% ../../nbs/synthetic/02_ct.ipynb #a7bdab36
 def _room(p, who, tubes):  # mm to spare at a place in the fat between the lungs: negative outside or in an organ
     z, y, x = p
-    inside = min((1 - np.hypot(x/who['middle'][0], (y + 6)/who['middle'][1]))*who['middle'][0], z + 40, 80 - z, (np.hypot(x/19, (y - who['back'])/15) - 1)*15)
-    return min(inside, (np.linalg.norm(np.subtract(p, who['heart'][0])/who['heart'][1]) - 1)*36, *[np.linalg.norm(np.asarray(line) - p, axis=1).min() - r for line, r in tubes])
+    inside = min(
+        (1 - np.hypot(x / who['middle'][0], (y + 6) / who['middle'][1])) * who['middle'][0],
+        z + 40,
+        80 - z,
+        (np.hypot(x / 19, (y - who['back']) / 15) - 1) * 15,
+    )
+    return min(
+        inside,
+        (np.linalg.norm(np.subtract(p, who['heart'][0]) / who['heart'][1]) - 1) * 36,
+        *[np.linalg.norm(np.asarray(line) - p, axis=1).min() - r for line, r in tubes],
+    )
+
 
 def _spot(rng, room, least):  # a random place with `room(place)` of at least `least` mm, or the roomiest of 300
     best, most = None, -np.inf
     for p in rng.uniform((-38, -60, -34), (78, 48, 34), (300, 3)):
-        if (r := room(p)) > most: best, most = p, r
-        if most >= least: break
+        if (r := room(p)) > most:
+            best, most = p, r
+        if most >= least:
+            break
     return best
+
 
 def _net(rng, who, tubes, n=9):  # vessels in the fat: lines, radii
     out = []
     for _ in range(n):
         r, start = rng.uniform(3.2, 6.5), _spot(rng, lambda p: _room(p, who, tubes), 3)
         head = rng.normal(size=3)
-        for way in (head, -head): out.append((line := _walk(rng, start, way, rng.uniform(25, 50), .06), r*np.linspace(1, rng.uniform(.6, 1), len(line))))
-        if rng.random() < .6: out.append((line := _walk(rng, start, np.cross(head, rng.normal(size=3)), rng.uniform(20, 40), .08), r*np.linspace(.8, .5, len(line))))
+        for way in (head, -head):
+            out.append(
+                (
+                    line := _walk(rng, start, way, rng.uniform(25, 50), 0.06),
+                    r * np.linspace(1, rng.uniform(0.6, 1), len(line)),
+                )
+            )
+        if rng.random() < 0.6:
+            out.append(
+                (
+                    line := _walk(rng, start, np.cross(head, rng.normal(size=3)), rng.uniform(20, 40), 0.08),
+                    r * np.linspace(0.8, 0.5, len(line)),
+                )
+            )
     return out
 
 # %% ../../nbs/synthetic/02_ct.ipynb #b3c08218
-def _nodes(rng, who, tubes, net, n):  # lymph nodes in the fat, beside vessels but not in them: place, half axes, rotation, HU
+def _nodes(
+    rng, who, tubes, net, n
+):  # lymph nodes in the fat, beside vessels but not in them: place, half axes, rotation, HU
     points, wide, out = np.concatenate([l for l, _ in net]), np.concatenate([r for _, r in net]), []
     for _ in range(n):
-        half = rng.uniform(3.5, 7)*np.array([1, *rng.uniform(1, 1.6, 2)])
-        def room(p): return min(_room(p, who, tubes), (np.linalg.norm(points - p, axis=1) - wide).min(), *[np.linalg.norm(q[0] - p) - q[1].max() for q in out])
-        out.append((_spot(rng, room, half.min()*rng.uniform(.4, 1)), half, _turn(rng), rng.normal(42, 5)))
+        half = rng.uniform(3.5, 7) * np.array([1, *rng.uniform(1, 1.6, 2)])
+
+        def room(p):
+            return min(
+                _room(p, who, tubes),
+                (np.linalg.norm(points - p, axis=1) - wide).min(),
+                *[np.linalg.norm(q[0] - p) - q[1].max() for q in out],
+            )
+
+        out.append((_spot(rng, room, half.min() * rng.uniform(0.4, 1)), half, _turn(rng), rng.normal(42, 5)))
     return out
 
-def _others(rng, who, tubes, net, nodes, n):  # places on vessels, outside of every node, that a detector could take for one
+
+def _others(
+    rng, who, tubes, net, nodes, n
+):  # places on vessels, outside of every node, that a detector could take for one
     points, out = np.concatenate([l[r > 3.2] for l, r in net]), []
-    good = [p for p in points if _room(p, who, tubes) > 2 and all(np.linalg.norm(q[0] - p) > q[1].max() + 4 for q in nodes)]
+    good = [
+        p for p in points if _room(p, who, tubes) > 2 and all(np.linalg.norm(q[0] - p) > q[1].max() + 4 for q in nodes)
+    ]
     for i in rng.permutation(len(good)):
-        if len(out) < n and all(np.linalg.norm(good[i] - p) > 8 for p in out): out.append(good[i])
+        if len(out) < n and all(np.linalg.norm(good[i] - p) > 8 for p in out):
+            out.append(good[i])
     return out
 
-def _between(rng, hu, axes, edge, who, tubes, n):  # lay what is between the lungs into `hu`: nodes, and places on vessels
+
+def _between(
+    rng, hu, axes, edge, who, tubes, n
+):  # lay what is between the lungs into `hu`: nodes, and places on vessels
     net = _net(rng, who, tubes)
-    for line, radius in net: _tube(hu, axes, line, radius, rng.normal(42, 5), edge)
+    for line, radius in net:
+        _tube(hu, axes, line, radius, rng.normal(42, 5), edge)
     _organs(hu, axes, edge, who, tubes)
     nodes = _nodes(rng, who, tubes, net, n)
-    for q in nodes: _lay(hu, axes, *q, edge)
+    for q in nodes:
+        _lay(hu, axes, *q, edge)
     return nodes, _others(rng, who, tubes, net, nodes, n)
 
 # %% ../../nbs/synthetic/02_ct.ipynb #4592ec6d
 PATTERNS = ('normal', 'emphysema', 'ground_glass', 'fibrosis', 'micronodules')
 
-def _affect(rng, hu, axes, lung, pattern):  # draw a pattern into the lung part of `hu`; how much of each voxel is affected
+
+def _affect(
+    rng, hu, axes, lung, pattern
+):  # draw a pattern into the lung part of `hu`; how much of each voxel is affected
     z, y, x = axes
     centre, half = rng.uniform(-30, 40), rng.uniform(40, 70)
-    mask = np.clip((half - np.abs(z - centre))/12, 0, 1)*np.clip(.5 + (_bumps(rng, axes, 26) + .2)*1.5, 0, 1)
-    if pattern == 'fibrosis': mask = mask*np.clip(np.hypot((np.abs(x) - 65)/50, y/75)*2.2 - .9, 0, 1)
-    if pattern == 'normal': mask = mask*0
-    a = lung*mask
-    if pattern == 'emphysema': hu += a*np.clip(_bumps(rng, axes, 5)*2.5 - .3, 0, 1)*(-985 - hu)
-    if pattern == 'ground_glass': hu += a*rng.uniform(130, 260)*(1 + .15*_bumps(rng, axes, 7))
-    if pattern == 'fibrosis': hu += a*(np.exp(-(_bumps(rng, axes, 5.5)/.3)**2)*rng.uniform(500, 700) - 40)
-    if pattern == 'micronodules': hu += a*np.clip(_bumps(rng, axes, 3)*2 - 3.2, 0, 1)*rng.uniform(450, 650)
+    mask = np.clip((half - np.abs(z - centre)) / 12, 0, 1) * np.clip(0.5 + (_bumps(rng, axes, 26) + 0.2) * 1.5, 0, 1)
+    if pattern == 'fibrosis':
+        mask = mask * np.clip(np.hypot((np.abs(x) - 65) / 50, y / 75) * 2.2 - 0.9, 0, 1)
+    if pattern == 'normal':
+        mask = mask * 0
+    a = lung * mask
+    if pattern == 'emphysema':
+        hu += a * np.clip(_bumps(rng, axes, 5) * 2.5 - 0.3, 0, 1) * (-985 - hu)
+    if pattern == 'ground_glass':
+        hu += a * rng.uniform(130, 260) * (1 + 0.15 * _bumps(rng, axes, 7))
+    if pattern == 'fibrosis':
+        hu += a * (np.exp(-((_bumps(rng, axes, 5.5) / 0.3) ** 2)) * rng.uniform(500, 700) - 40)
+    if pattern == 'micronodules':
+        hu += a * np.clip(_bumps(rng, axes, 3) * 2 - 3.2, 0, 1) * rng.uniform(450, 650)
     return mask
+
 
 def _lung_vessels(rng, hu, axes, lung, edge, n=26):  # vessels of both lungs, from the root outwards, tapering
     soft = np.zeros_like(hu)
     for side in (-1, 1):
         for _ in range(n):
-            start = np.array([rng.normal(0, 14), rng.normal(6, 10), side*33])
-            line = _walk(rng, start, (rng.normal(0, 1), rng.normal(0, .9), side*rng.uniform(.3, 1)), rng.uniform(45, 95), .12, 2.5)
-            _tube(soft, axes, line, rng.uniform(1.8, 3.4)*np.linspace(1, .25, len(line)), 1., edge)
-    hu += lung*soft*(40 - hu)
+            start = np.array([rng.normal(0, 14), rng.normal(6, 10), side * 33])
+            line = _walk(
+                rng,
+                start,
+                (rng.normal(0, 1), rng.normal(0, 0.9), side * rng.uniform(0.3, 1)),
+                rng.uniform(45, 95),
+                0.12,
+                2.5,
+            )
+            _tube(soft, axes, line, rng.uniform(1.8, 3.4) * np.linspace(1, 0.25, len(line)), 1.0, edge)
+    hu += lung * soft * (40 - hu)
 
 # %% ../../nbs/synthetic/02_ct.ipynb #679f0e39
-def _truth(seed, pattern, spacing, axes, lung, mask, found, others):  # what is where, in mm, and the share of lung affected in each slice
-    def place(p): return [round(float(v), 2) for v in p]
-    area, sick = lung.sum((1, 2)), (lung*mask).sum((1, 2))
-    slices = [dict(z=round(float(z), 2), share=round(float(b/a), 3)) for z, a, b in zip(axes[0].ravel(), area, sick) if a > .35*area.max()]
-    return dict(seed=int(seed), pattern=pattern, spacing=[float(v) for v in spacing], origin=place([c.ravel()[0] for c in axes]), slices=slices,
-                nodes=[dict(place=place(p), half=place(h)) for p, h, _, _ in found], vessels=[place(p) for p in others])
+def _truth(
+    seed, pattern, spacing, axes, lung, mask, found, others
+):  # what is where, in mm, and the share of lung affected in each slice
+    def place(p):
+        return [round(float(v), 2) for v in p]
+
+    area, sick = lung.sum((1, 2)), (lung * mask).sum((1, 2))
+    slices = [
+        dict(z=round(float(z), 2), share=round(float(b / a), 3))
+        for z, a, b in zip(axes[0].ravel(), area, sick)
+        if a > 0.35 * area.max()
+    ]
+    return dict(
+        seed=int(seed),
+        pattern=pattern,
+        spacing=[float(v) for v in spacing],
+        origin=place([c.ravel()[0] for c in axes]),
+        slices=slices,
+        nodes=[dict(place=place(p), half=place(h)) for p, h, _, _ in found],
+        vessels=[place(p) for p in others],
+    )
 
 # %% ../../nbs/synthetic/02_ct.ipynb #1aba36de
 def draw_ct(
-    seed:int=0, # One patient
-    pattern:str='normal', # Of the lungs, in `PATTERNS`
-    spacing:tuple=(3., 1.5, 1.5), # mm between voxels along z, y, x
-    nodes:int=6, # Lymph nodes, and as many places on vessels
-    noise:float|None=None, # Spread of the noise in HU; the patient's own if None
-) -> tuple: # int16 HU (z, y, x); dict of truth, places in mm
+    seed: int = 0,  # One patient
+    pattern: str = 'normal',  # Of the lungs, in `PATTERNS`
+    spacing: tuple = (3.0, 1.5, 1.5),  # mm between voxels along z, y, x
+    nodes: int = 6,  # Lymph nodes, and as many places on vessels
+    noise: float | None = None,  # Spread of the noise in HU; the patient's own if None
+) -> tuple:  # int16 HU (z, y, x); dict of truth, places in mm
     "Draw a chest CT and say where its lymph nodes are and how much of each slice has the pattern"
-    if pattern not in PATTERNS: raise unknown('pattern', pattern, PATTERNS)
-    if len(spacing) != 3 or not all(.5 <= v <= 10 for v in spacing): raise ValueError(f"spacing={spacing}: type three numbers of 0.5 to 10 mm, such as (3, 1.5, 1.5)")
-    if seed < 0 or not 0 <= nodes <= 12: raise ValueError(f"seed={seed}, nodes={nodes}: type a seed of 0 or more and 0 to 12 nodes")
+    if pattern not in PATTERNS:
+        raise unknown('pattern', pattern, PATTERNS)
+    if len(spacing) != 3 or not all(0.5 <= v <= 10 for v in spacing):
+        raise ValueError(f'spacing={spacing}: type three numbers of 0.5 to 10 mm, such as (3, 1.5, 1.5)')
+    if seed < 0 or not 0 <= nodes <= 12:
+        raise ValueError(f'seed={seed}, nodes={nodes}: type a seed of 0 or more and 0 to 12 nodes')
     body, tree, sick, glands, grain = (_stream(seed, k) for k in range(5))
     axes, edge = _axes(spacing), float(np.mean(spacing))
     who = _person(body)
@@ -199,45 +348,78 @@ def draw_ct(
     mask = _affect(sick, hu, axes, lung, pattern)
     found, others = _between(glands, hu, axes, edge, who, _tubes(body, who), nodes)
     spread = grain.uniform(12, 24) if noise is None else noise
-    grainy = gaussian_filter1d(gaussian_filter1d(grain.standard_normal(hu.shape, dtype=np.float32), .6, 1), .6, 2)
-    hu += grainy*np.float32(spread/grainy.std())
-    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(seed, pattern, spacing, axes, lung, mask, found, others)
+    grainy = gaussian_filter1d(gaussian_filter1d(grain.standard_normal(hu.shape, dtype=np.float32), 0.6, 1), 0.6, 2)
+    hu += grainy * np.float32(spread / grainy.std())
+    return np.clip(hu, -1024, 3071).round().astype(np.int16), _truth(
+        seed, pattern, spacing, axes, lung, mask, found, others
+    )
 
 # %% ../../nbs/synthetic/02_ct.ipynb #8b1b05f5
-SICK = .2 # share of the lung in a slice from which on it is labelled with the pattern
+SICK = 0.2  # share of the lung in a slice from which on it is labelled with the pattern
+
 
 def _file_ct(job):  # draw and write one volume; rows of candidates, rows of slices, truth
     hu, truth = draw_ct(job['seed'], job['pattern'], job['spacing'], job['nodes'])
-    name = f"volumes/{job['patient']}.npz"
-    np.savez(Path(job['folder'])/name, hu=hu, spacing=truth['spacing'], origin=truth['origin'])
+    name = f'volumes/{job["patient"]}.npz'
+    np.savez(Path(job['folder']) / name, hu=hu, spacing=truth['spacing'], origin=truth['origin'])
     beside = _stream(job['seed'], 5)
     places = [(q['place'], 'node') for q in truth['nodes']] + [(p, 'other') for p in truth['vessels']]
-    candidates = [dict(volume=name, **dict(zip('xyz', np.round(p + beside.normal(0, 1.2, 3), 1)[::-1].tolist())), label=label, patient=job['patient']) for p, label in places]
-    rows = truth['slices'][::max(1, round(job['every']/job['spacing'][0]))]
-    slices = [dict(volume=name, z=q['z'], label=job['pattern'] if q['share'] >= SICK else 'normal', patient=job['patient']) for q in rows if q['share'] >= SICK or q['share'] < .005]
+    candidates = [
+        dict(
+            volume=name,
+            **dict(zip('xyz', np.round(p + beside.normal(0, 1.2, 3), 1)[::-1].tolist())),
+            label=label,
+            patient=job['patient'],
+        )
+        for p, label in places
+    ]
+    rows = truth['slices'][:: max(1, round(job['every'] / job['spacing'][0]))]
+    slices = [
+        dict(volume=name, z=q['z'], label=job['pattern'] if q['share'] >= SICK else 'normal', patient=job['patient'])
+        for q in rows
+        if q['share'] >= SICK or q['share'] < 0.005
+    ]
     return candidates, slices, truth
 
 # %% ../../nbs/synthetic/02_ct.ipynb #404104d3
 def make_ct(
-    folder:str|Path, # A new or empty folder
-    n:int=20, # Volumes, one a patient; patterns in turn
-    seed:int=0, # The same seed gives the same volumes
-    spacing:tuple=(3., 1.5, 1.5), # mm between voxels along z, y, x
-    nodes:int=6, # Lymph nodes a volume, and as many places on vessels
-    every:float=9., # mm between two slices of the table
-    workers:int=None, # Processes; None: as many as cores
-) -> tuple: # Tables: volume, x, y, z, label, patient; volume, z, label, patient
+    folder: str | Path,  # A new or empty folder
+    n: int = 20,  # Volumes, one a patient; patterns in turn
+    seed: int = 0,  # The same seed gives the same volumes
+    spacing: tuple = (3.0, 1.5, 1.5),  # mm between voxels along z, y, x
+    nodes: int = 6,  # Lymph nodes a volume, and as many places on vessels
+    every: float = 9.0,  # mm between two slices of the table
+    workers: int = None,  # Processes; None: as many as cores
+) -> tuple:  # Tables: volume, x, y, z, label, patient; volume, z, label, patient
     "Write `volumes/`, `candidates.csv`, `slices.csv` and `truth.json` into `folder`, unless just these are there"
-    folder, settings = Path(folder), dict(maker='make_ct', n=n, seed=seed, spacing=list(spacing), nodes=nodes, every=every)
-    if n < 1 or every <= 0: raise ValueError(f"n={n}, every={every}: type 1 volume or more and some mm between slices")
-    mark = folder/'drawn.json'
+    folder, settings = (
+        Path(folder),
+        dict(maker='make_ct', n=n, seed=seed, spacing=list(spacing), nodes=nodes, every=every),
+    )
+    if n < 1 or every <= 0:
+        raise ValueError(f'n={n}, every={every}: type 1 volume or more and some mm between slices')
+    mark = folder / 'drawn.json'
     if not (mark.is_file() and json.loads(mark.read_text()) == settings):
         with new_folder(folder, kind='drawn') as new:
-            (new/'volumes').mkdir()
+            (new / 'volumes').mkdir()
             seeds = _stream(seed, 9).integers(2**31, size=n).tolist()
-            jobs = [dict(folder=str(new), seed=s, pattern=PATTERNS[i % len(PATTERNS)], spacing=spacing, nodes=nodes, every=every, patient=f'p{i:04d}') for i, s in enumerate(seeds)]
+            jobs = [
+                dict(
+                    folder=str(new),
+                    seed=s,
+                    pattern=PATTERNS[i % len(PATTERNS)],
+                    spacing=spacing,
+                    nodes=nodes,
+                    every=every,
+                    patient=f'p{i:04d}',
+                )
+                for i, s in enumerate(seeds)
+            ]
             candidates, slices, truth = zip(*_each(_file_ct, jobs, workers))
-            for name, rows, cols in (('candidates', candidates, [*'xyz']), ('slices', slices, ['z'])): pd.DataFrame(sum(rows, []), columns=['volume', *cols, 'label', 'patient']).to_csv(new/f'{name}.csv', index=False)
-            (new/'truth.json').write_text(json.dumps({j['patient']: t for j, t in zip(jobs, truth)}))
-            (new/'drawn.json').write_text(json.dumps(settings))
-    return pd.read_csv(folder/'candidates.csv'), pd.read_csv(folder/'slices.csv')
+            for name, rows, cols in (('candidates', candidates, [*'xyz']), ('slices', slices, ['z'])):
+                pd.DataFrame(sum(rows, []), columns=['volume', *cols, 'label', 'patient']).to_csv(
+                    new / f'{name}.csv', index=False
+                )
+            (new / 'truth.json').write_text(json.dumps({j['patient']: t for j, t in zip(jobs, truth)}))
+            (new / 'drawn.json').write_text(json.dumps(settings))
+    return pd.read_csv(folder / 'candidates.csv'), pd.read_csv(folder / 'slices.csv')

@@ -6,11 +6,13 @@
 __all__ = ['KINDS', 'draw_fundus', 'lesion_mask', 'contact_sheet', 'make_dr', 'make_flowers']
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell004
-import json, os
-from functools import lru_cache
+import json
+import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
@@ -20,96 +22,152 @@ def _noise(rng, size, cells):  # smooth noise of about unit spread, `cells` bump
     a = rng.standard_normal((cells, cells), dtype=np.float32)
     return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
 
+
 _rgb = lambda *c: np.float32(c)[:, None, None]  # a colour for an image (3, height, width)
 _stream = lambda *keys: np.random.default_rng(keys)
 
+
 def _field(size, x0, y0, radius):  # x and y of every pixel, seen from (x0, y0), in units of `radius`
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    return (x - x0)/np.float32(radius), (y - y0)/np.float32(radius)
+    return (x - x0) / np.float32(radius), (y - y0) / np.float32(radius)
+
 
 def _stain(img, alpha, absorb):  # darken `img` in place like a layer of dye: what it absorbs, not its colour, is given
-    img *= np.exp(-alpha*_rgb(*absorb))
+    img *= np.exp(-alpha * _rgb(*absorb))
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell010
 @lru_cache(maxsize=256)
 def _along(n):  # `n` places along a vessel from 0 to 1, how far it has bent there, and how wide it still is
-    t = np.arange(n)/(n-1)
-    return t, 6.3*t[:, None], t**.75, 1 - .6*t
+    t = np.arange(n) / (n - 1)
+    return t, 6.3 * t[:, None], t**0.75, 1 - 0.6 * t
+
 
 def _grow(rng, out, start, heading, length, width, bend, sway, vein, depth):  # a vessel and its branches, into `out`
-    t, turns, bent, taper = _along(n := max(6, int(length/.025)))
-    freq, phase, amp = rng.uniform(.8, 3, 3)*length, rng.uniform(0, 6.3, 3), rng.normal(0, sway, 3)
-    head = heading + bend*bent + (np.sin(turns*freq + phase) - np.sin(phase))@amp
-    pts = start + np.cumsum(np.exp(1j*head)).view(float).reshape(-1, 2)*length/n
-    wide = width*taper
+    t, turns, bent, taper = _along(n := max(6, int(length / 0.025)))
+    freq, phase, amp = rng.uniform(0.8, 3, 3) * length, rng.uniform(0, 6.3, 3), rng.normal(0, sway, 3)
+    head = heading + bend * bent + (np.sin(turns * freq + phase) - np.sin(phase)) @ amp
+    pts = start + np.cumsum(np.exp(1j * head)).view(float).reshape(-1, 2) * length / n
+    wide = width * taper
     out.append((pts, wide, vein))
-    for i in rng.integers(len(t)//8, len(t), rng.integers(2, 2 + 2*depth) if depth else 0):
-        side = 1 - 2*rng.integers(2)
-        _grow(rng, out, pts[i], head[i] + side*rng.uniform(.4, .9), max(.12, length*rng.uniform(.3, .6)), wide[i]*rng.uniform(.45, .75),
-              -side*rng.uniform(0, .7), sway*1.3, vein, depth-1)
+    for i in rng.integers(len(t) // 8, len(t), rng.integers(2, 2 + 2 * depth) if depth else 0):
+        side = 1 - 2 * rng.integers(2)
+        _grow(
+            rng,
+            out,
+            pts[i],
+            head[i] + side * rng.uniform(0.4, 0.9),
+            max(0.12, length * rng.uniform(0.3, 0.6)),
+            wide[i] * rng.uniform(0.45, 0.75),
+            -side * rng.uniform(0, 0.7),
+            sway * 1.3,
+            vein,
+            depth - 1,
+        )
+
 
 def _vessels(rng, nerve, sway):  # all vessels of an eye whose optic nerve is at `nerve`
     out = []
     for up, temporal, vein in np.ndindex(2, 2, 2):
-        s, start = 2*up - 1, nerve + rng.normal(0, .012, 2)
-        if temporal: head, bend, length = rng.normal(1.4, .15), rng.uniform(2.0, 2.5), rng.uniform(1.5, 1.9)
-        else: head, bend, length = rng.uniform(.3, 1.2), rng.uniform(-.6, .2), rng.uniform(.6, .9)
-        width = (.022 + .008*vein)*(.7 + .3*temporal)*rng.uniform(.85, 1.15)
-        _grow(rng, out, start, s*head, length, width, s*bend, sway, vein, 2 + temporal)
+        s, start = 2 * up - 1, nerve + rng.normal(0, 0.012, 2)
+        if temporal:
+            head, bend, length = rng.normal(1.4, 0.15), rng.uniform(2.0, 2.5), rng.uniform(1.5, 1.9)
+        else:
+            head, bend, length = rng.uniform(0.3, 1.2), rng.uniform(-0.6, 0.2), rng.uniform(0.6, 0.9)
+        width = (0.022 + 0.008 * vein) * (0.7 + 0.3 * temporal) * rng.uniform(0.85, 1.15)
+        _grow(rng, out, start, s * head, length, width, s * bend, sway, vein, 2 + temporal)
     for _ in range(rng.integers(3, 6)):
-        _grow(rng, out, nerve, np.pi + rng.normal(0, .5), rng.uniform(.3, .5), .009, rng.normal(0, .3), sway, int(rng.integers(2)), 1)
+        _grow(
+            rng,
+            out,
+            nerve,
+            np.pi + rng.normal(0, 0.5),
+            rng.uniform(0.3, 0.5),
+            0.009,
+            rng.normal(0, 0.3),
+            sway,
+            int(rng.integers(2)),
+            1,
+        )
     return out
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell012
-def _strokes(lines, size, centre, radius):  # how much of each pixel arteries and veins cover: two arrays between 0 and 1
-    zoom = int(np.clip(1024//size, 2, 4))
-    sheets = [Image.new('L', (size*zoom, size*zoom)) for kind in ('artery', 'vein')]
+def _strokes(
+    lines, size, centre, radius
+):  # how much of each pixel arteries and veins cover: two arrays between 0 and 1
+    zoom = int(np.clip(1024 // size, 2, 4))
+    sheets = [Image.new('L', (size * zoom, size * zoom)) for kind in ('artery', 'vein')]
     pens = [ImageDraw.Draw(s) for s in sheets]
     for pts, wide, vein in lines:
-        p = [tuple(q) for q in ((pts*radius + centre + .5)*zoom).tolist()]
-        for i in range(0, len(p)-1, 4):
-            pens[vein].line(p[i:i+5], fill=255, width=max(1, round(wide[i]*radius*zoom)))
-    return [np.asarray(s.reduce(zoom), np.float32)/255 for s in sheets]
+        p = [tuple(q) for q in ((pts * radius + centre + 0.5) * zoom).tolist()]
+        for i in range(0, len(p) - 1, 4):
+            pens[vein].line(p[i : i + 5], fill=255, width=max(1, round(wide[i] * radius * zoom)))
+    return [np.asarray(s.reduce(zoom), np.float32) / 255 for s in sheets]
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell015
 def _person(rng):  # what the two eyes of a person share
-    shades = np.array([(.60, .31, .14), (.80, .40, .19), (.88, .47, .31), (.74, .28, .12)])
-    return dict(shade=rng.dirichlet(np.full(4, .6))@shades, sway=rng.uniform(.05, .17), choroid=rng.uniform(0, .3)**1.3, young=rng.uniform(0, 1)**2,
-                nerve=rng.uniform(.125, .155), cup=rng.uniform(.3, .65), druse=int(30*rng.uniform(-.9, 1)), naevus=int(6*rng.uniform(-1, 1)))
+    shades = np.array([(0.60, 0.31, 0.14), (0.80, 0.40, 0.19), (0.88, 0.47, 0.31), (0.74, 0.28, 0.12)])
+    return dict(
+        shade=rng.dirichlet(np.full(4, 0.6)) @ shades,
+        sway=rng.uniform(0.05, 0.17),
+        choroid=rng.uniform(0, 0.3) ** 1.3,
+        young=rng.uniform(0, 1) ** 2,
+        nerve=rng.uniform(0.125, 0.155),
+        cup=rng.uniform(0.3, 0.65),
+        druse=int(30 * rng.uniform(-0.9, 1)),
+        naevus=int(6 * rng.uniform(-1, 1)),
+    )
 
-def _retina(rng, size, x, y, who, nerve, macula):  # the retina without vessels, and every pixel's distance from the macula
-    near, far = np.hypot(x-macula[0], y-macula[1]), np.hypot((x-nerve[0])*1.08, y-nerve[1])
-    ridges = np.exp(-4*np.abs(_noise(rng, size, 19) + .5*_noise(rng, size, 9)))
-    grain = .05*_noise(rng, size, 6) + .025*_noise(rng, size, 24) + .02*_noise(rng, size, 70)
-    grain -= who['choroid']*(ridges - .35)*np.clip(near*1.5, 0, 1)
-    img = _rgb(*who['shade'])*(1 + grain*_rgb(.8, 1.3, 1.5))
-    for wide, dye in ((.17, (.28, .5, .5)), (.38, (.12, .25, .2))): _stain(img, np.exp(-(near/wide)**2), dye)
-    img += np.exp(-np.maximum(far-nerve[2], 0)/.11)*(_rgb(.16, .12, .06)*(.4 + who['young']))
-    edge = .5 - .5*np.tanh((far - nerve[2]*(1 + .03*_noise(rng, size, 6)))/.018)
-    cup = .5 - .5*np.tanh((np.hypot(x-nerve[0]+.01, y-nerve[1]) - nerve[2]*who['cup'])/.04)
-    face = _rgb(.95, .72, .43) + cup*_rgb(.08, .16, .24) - np.clip((x-nerve[0])/nerve[2], -1, 1)*_rgb(.02, .08, .08)
-    return img + edge*(face - img)*.92, near
+
+def _retina(
+    rng, size, x, y, who, nerve, macula
+):  # the retina without vessels, and every pixel's distance from the macula
+    near, far = np.hypot(x - macula[0], y - macula[1]), np.hypot((x - nerve[0]) * 1.08, y - nerve[1])
+    ridges = np.exp(-4 * np.abs(_noise(rng, size, 19) + 0.5 * _noise(rng, size, 9)))
+    grain = 0.05 * _noise(rng, size, 6) + 0.025 * _noise(rng, size, 24) + 0.02 * _noise(rng, size, 70)
+    grain -= who['choroid'] * (ridges - 0.35) * np.clip(near * 1.5, 0, 1)
+    img = _rgb(*who['shade']) * (1 + grain * _rgb(0.8, 1.3, 1.5))
+    for wide, dye in ((0.17, (0.28, 0.5, 0.5)), (0.38, (0.12, 0.25, 0.2))):
+        _stain(img, np.exp(-((near / wide) ** 2)), dye)
+    img += np.exp(-np.maximum(far - nerve[2], 0) / 0.11) * (_rgb(0.16, 0.12, 0.06) * (0.4 + who['young']))
+    edge = 0.5 - 0.5 * np.tanh((far - nerve[2] * (1 + 0.03 * _noise(rng, size, 6))) / 0.018)
+    cup = 0.5 - 0.5 * np.tanh((np.hypot(x - nerve[0] + 0.01, y - nerve[1]) - nerve[2] * who['cup']) / 0.04)
+    face = (
+        _rgb(0.95, 0.72, 0.43)
+        + cup * _rgb(0.08, 0.16, 0.24)
+        - np.clip((x - nerve[0]) / nerve[2], -1, 1) * _rgb(0.02, 0.08, 0.08)
+    )
+    return img + edge * (face - img) * 0.92, near
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell018
 _LESIONS = dict(  # radius from and to; then how many, from and to, at grades 0 to 4
-    microaneurysm=((.008, .012), (0, 0), (1, 6), (2, 10), (8, 20), (3, 14)), haemorrhage=((.013, .045), (0, 0), (0, 0), (2, 11), (24, 44), (2, 16)),
-    exudate=((.007, .018), (0, 0), (0, 0), (0, 24), (0, 40), (0, 30)), new_vessel=((.12, .20), (0, 0), (0, 0), (0, 0), (0, 0), (1, 3)))
-_DYES = dict(haemorrhage=(.3, .95, .8), microaneurysm=(.3, .95, .8), naevus=(.45, .75, .6))
+    microaneurysm=((0.008, 0.012), (0, 0), (1, 6), (2, 10), (8, 20), (3, 14)),
+    haemorrhage=((0.013, 0.045), (0, 0), (0, 0), (2, 11), (24, 44), (2, 16)),
+    exudate=((0.007, 0.018), (0, 0), (0, 0), (0, 24), (0, 40), (0, 30)),
+    new_vessel=((0.12, 0.20), (0, 0), (0, 0), (0, 0), (0, 0), (1, 3)),
+)
+_DYES = dict(haemorrhage=(0.3, 0.95, 0.8), microaneurysm=(0.3, 0.95, 0.8), naevus=(0.45, 0.75, 0.6))
 KINDS = tuple(_LESIONS)
 
-def _place(rng, grade, nerve, macula, vessels, cut):  # lesions of a grade: kind, place and radius, in the field of view and off the optic nerve
-    out, arcades = [], [p for p, w, _ in vessels if w[0] > .012]
-    nests = np.clip(rng.normal(macula, .3, (3, 2)), -.6, .6)
+
+def _place(
+    rng, grade, nerve, macula, vessels, cut
+):  # lesions of a grade: kind, place and radius, in the field of view and off the optic nerve
+    out, arcades = [], [p for p, w, _ in vessels if w[0] > 0.012]
+    nests = np.clip(rng.normal(macula, 0.3, (3, 2)), -0.6, 0.6)
     for kind, ((low, high), *count) in _LESIONS.items():
-        for i in range(count[grade][0] + int((1 + np.ptp(count[grade]))*rng.uniform()**2)):
-            r = low + (high - low)*rng.uniform()**2
+        for i in range(count[grade][0] + int((1 + np.ptp(count[grade])) * rng.uniform() ** 2)):
+            r = low + (high - low) * rng.uniform() ** 2
             while True:
-                p = rng.uniform(-.92, .92, 2)
-                if kind == 'haemorrhage' and i < 24 and grade == 3: p = abs(p)*((1, 1), (-1, 1), (1, -1), (-1, -1))[i % 4]
-                if kind == 'exudate': p = rng.normal(nests[rng.integers(3)], .07)
-                if kind == 'new_vessel': p = rng.choice(arcades[rng.integers(len(arcades))]) + rng.normal(0, .05, 2)
-                seen = np.hypot(*p) < .93 - r and abs(p[1]) < cut - r - .03
-                if seen and (kind == 'new_vessel' or np.hypot(*(p - nerve[:2])) > nerve[2] + r + .02): break
+                p = rng.uniform(-0.92, 0.92, 2)
+                if kind == 'haemorrhage' and i < 24 and grade == 3:
+                    p = abs(p) * ((1, 1), (-1, 1), (1, -1), (-1, -1))[i % 4]
+                if kind == 'exudate':
+                    p = rng.normal(nests[rng.integers(3)], 0.07)
+                if kind == 'new_vessel':
+                    p = rng.choice(arcades[rng.integers(len(arcades))]) + rng.normal(0, 0.05, 2)
+                seen = np.hypot(*p) < 0.93 - r and abs(p[1]) < cut - r - 0.03
+                if seen and (kind == 'new_vessel' or np.hypot(*(p - nerve[:2])) > nerve[2] + r + 0.02):
+                    break
             out.append((kind, *p, r))
     return out
 
@@ -117,100 +175,146 @@ def _place(rng, grade, nerve, macula, vessels, cut):  # lesions of a grade: kind
 def _blob(rng, img, kind, x0, y0, r):  # draw a spot with an irregular outline into `img`
     y, x = (slice(max(0, int(v - r - 2)), min(img.shape[1], int(v + r + 3))) for v in (y0, x0))
     part, (y, x) = img[:, y, x], np.mgrid[y, x] - _rgb(y0, x0)
-    turn, amp, k = rng.uniform(0, 6.3), rng.uniform(.05, .25), rng.integers(2, 5)
-    u, v = x*np.cos(turn) + y*np.sin(turn), y*np.cos(turn) - x*np.sin(turn)
-    if kind == 'haemorrhage': v *= 1 + rng.exponential(.4)  # some are drawn out like a flame
-    reach = r*(1 - amp + amp*np.sin(k*np.arctan2(v, u) + turn))
-    a = np.clip((reach - np.hypot(u, v))/max(1, .5*r) + .6, 0, 1)*rng.uniform(.45, 1)
-    if kind in _DYES: _stain(part, a, _DYES[kind])
-    else: part += a*(_rgb(.95, .82, .48) - part)*(.5 if kind == 'druse' else .95)
+    turn, amp, k = rng.uniform(0, 6.3), rng.uniform(0.05, 0.25), rng.integers(2, 5)
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    if kind == 'haemorrhage':
+        v *= 1 + rng.exponential(0.4)  # some are drawn out like a flame
+    reach = r * (1 - amp + amp * np.sin(k * np.arctan2(v, u) + turn))
+    a = np.clip((reach - np.hypot(u, v)) / max(1, 0.5 * r) + 0.6, 0, 1) * rng.uniform(0.45, 1)
+    if kind in _DYES:
+        _stain(part, a, _DYES[kind])
+    else:
+        part += a * (_rgb(0.95, 0.82, 0.48) - part) * (0.5 if kind == 'druse' else 0.95)
+
 
 def _tuft(rng, img, kind, x0, y0, r):  # draw new vessels, a tuft of thin loops, into `img`
     out = []
-    for _ in range(16): _grow(rng, out, np.zeros(2), rng.uniform(0, 6.3), 1, .05, rng.normal(0, 2.5), .6, 0, 0)
-    loops = [(p*rng.uniform(.5, .95)/np.hypot(*p.T).max(), w, 0) for p, w, _ in out]
-    _stain(img, _strokes(loops, img.shape[1], (x0, y0), r)[0], (.2, .9, .75))
+    for _ in range(16):
+        _grow(rng, out, np.zeros(2), rng.uniform(0, 6.3), 1, 0.05, rng.normal(0, 2.5), 0.6, 0, 0)
+    loops = [(p * rng.uniform(0.5, 0.95) / np.hypot(*p.T).max(), w, 0) for p, w, _ in out]
+    _stain(img, _strokes(loops, img.shape[1], (x0, y0), r)[0], (0.2, 0.9, 0.75))
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
 def _camera(camera):  # how a camera sees: the same for all its photographs
     rng = _stream(camera, 11)
-    return dict(fill=rng.uniform(.90, .98), cut=rng.uniform(.74, .88) if camera % 2 else 2., gain=_rgb(*(1 + rng.normal(0, (.05, .1, .2)))),
-                vignette=rng.uniform(.12, .4), noise=rng.uniform(.008, .02), blur=rng.uniform(.0012, .0028), gamma=rng.uniform(.85, 1.2))
+    return dict(
+        fill=rng.uniform(0.90, 0.98),
+        cut=rng.uniform(0.74, 0.88) if camera % 2 else 2.0,
+        gain=_rgb(*(1 + rng.normal(0, (0.05, 0.1, 0.2)))),
+        vignette=rng.uniform(0.12, 0.4),
+        noise=rng.uniform(0.008, 0.02),
+        blur=rng.uniform(0.0012, 0.0028),
+        gamma=rng.uniform(0.85, 1.2),
+    )
 
-def _photo(rng, img, cam, x, y):  # the photograph of a retina: uneven light, stray light, tint, focus, noise, the edge of the field
-    d, size, (side, tilt) = np.hypot(x, y), len(x), rng.uniform((0, -.22), (6.3, .22)).tolist()
-    along = x*np.cos(side) + y*np.sin(side)
-    light = (1 - cam['vignette']*rng.uniform(.6, 1.4)*d*d + tilt*along)*rng.uniform(.8, 1.15)
-    veil = (rng.uniform(0, .14) + rng.uniform(0, 1.5)**2*np.clip(d - .8, 0, 1)*np.clip(along, 0, 1))
-    img = (img*light*(1 - veil) + veil*_rgb(.8, .55, .38))*cam['gain']
-    img = Image.fromarray((np.clip(img, 0, 1)*255).astype(np.uint8).transpose(1, 2, 0).copy())
-    img = np.asarray(img.filter(ImageFilter.GaussianBlur(cam['blur']*rng.uniform(.7, 2)*size)))
-    img = (255*(np.arange(256)/255)**cam['gamma']).astype(np.float32)[img]
-    for k in (3, 1): img += 180*cam['noise']*rng.standard_normal((size, size, k), dtype=np.float32)
-    rim = np.clip((.998 - d)*60, 0, 1)*np.clip((cam['cut'] - np.abs(y))*120, 0, 1)
-    return (np.clip(img, 0, 255)*rim[..., None] + .5).astype(np.uint8)
+
+def _photo(
+    rng, img, cam, x, y
+):  # the photograph of a retina: uneven light, stray light, tint, focus, noise, the edge of the field
+    d, size, (side, tilt) = np.hypot(x, y), len(x), rng.uniform((0, -0.22), (6.3, 0.22)).tolist()
+    along = x * np.cos(side) + y * np.sin(side)
+    light = (1 - cam['vignette'] * rng.uniform(0.6, 1.4) * d * d + tilt * along) * rng.uniform(0.8, 1.15)
+    veil = rng.uniform(0, 0.14) + rng.uniform(0, 1.5) ** 2 * np.clip(d - 0.8, 0, 1) * np.clip(along, 0, 1)
+    img = (img * light * (1 - veil) + veil * _rgb(0.8, 0.55, 0.38)) * cam['gain']
+    img = Image.fromarray((np.clip(img, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy())
+    img = np.asarray(img.filter(ImageFilter.GaussianBlur(cam['blur'] * rng.uniform(0.7, 2) * size)))
+    img = (255 * (np.arange(256) / 255) ** cam['gamma']).astype(np.float32)[img]
+    for k in (3, 1):
+        img += 180 * cam['noise'] * rng.standard_normal((size, size, k), dtype=np.float32)
+    rim = np.clip((0.998 - d) * 60, 0, 1) * np.clip((cam['cut'] - np.abs(y)) * 120, 0, 1)
+    return (np.clip(img, 0, 255) * rim[..., None] + 0.5).astype(np.uint8)
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell027
-def _eye(grade, keys, size, cam):  # a right eye before it is photographed: retina, x and y of its pixels, what is where, lesions
+def _eye(
+    grade, keys, size, cam
+):  # a right eye before it is photographed: retina, x and y of its pixels, what is where, lesions
     who, (pose, tree, skin, sick) = _person(_stream(keys[0], 1)), [_stream(*keys, k) for k in range(2, 6)]
-    radius, centre = cam['fill']*size/2*pose.uniform(.97, 1), (size-1)/2 + pose.normal(0, .006, 2)*size
+    radius, centre = cam['fill'] * size / 2 * pose.uniform(0.97, 1), (size - 1) / 2 + pose.normal(0, 0.006, 2) * size
     x, y = _field(size, *centre, radius)
-    shift = pose.normal(0, .03, 2)
-    nerve, macula = np.array([*(shift + (.58, 0)), who['nerve']]), shift + (-.14, .05) + pose.normal(0, .015, 2)
+    shift = pose.normal(0, 0.03, 2)
+    nerve, macula = np.array([*(shift + (0.58, 0)), who['nerve']]), shift + (-0.14, 0.05) + pose.normal(0, 0.015, 2)
     img, near = _retina(skin, size, x, y, who, nerve.tolist(), macula.tolist())
     vessels = _vessels(tree, nerve[:2], who['sway'])
-    covers = [c*(1 - np.exp(-(near/.12)**2)) for c in _strokes(vessels, size, centre, radius)]
-    for cover, dye in zip(covers, ((.16, .52, .5), (.33, .75, .62))): _stain(img, cover, dye)
-    wide = np.asarray(Image.fromarray(sum(covers)).resize((20, 20), Image.Resampling.BOX).resize((size, size), Image.Resampling.BICUBIC))
-    sheen = np.clip(wide - .06, 0, .4)*np.clip(.5 + .5*_noise(skin, size, 12) + .4*_noise(skin, size, 40), 0, 2)*(1 - sum(covers))
-    img += who['young']*sheen*_rgb(.5, .5, .4)
-    def px(x, y, r): return [round(float(v), 2) for v in (x*radius + centre[0], y*radius + centre[1], max(.8, r*radius))]
+    covers = [c * (1 - np.exp(-((near / 0.12) ** 2))) for c in _strokes(vessels, size, centre, radius)]
+    for cover, dye in zip(covers, ((0.16, 0.52, 0.5), (0.33, 0.75, 0.62))):
+        _stain(img, cover, dye)
+    wide = np.asarray(
+        Image.fromarray(sum(covers))
+        .resize((20, 20), Image.Resampling.BOX)
+        .resize((size, size), Image.Resampling.BICUBIC)
+    )
+    sheen = (
+        np.clip(wide - 0.06, 0, 0.4)
+        * np.clip(0.5 + 0.5 * _noise(skin, size, 12) + 0.4 * _noise(skin, size, 40), 0, 2)
+        * (1 - sum(covers))
+    )
+    img += who['young'] * sheen * _rgb(0.5, 0.5, 0.4)
+
+    def px(x, y, r):
+        return [round(float(v), 2) for v in (x * radius + centre[0], y * radius + centre[1], max(0.8, r * radius))]
+
     for kind in ('druse', 'naevus'):
-        for xy in np.clip(skin.normal(macula, .25, (max(0, who[kind]), 2)), -.9, .9): _blob(skin, img, kind, *px(*xy, skin.uniform(.008, .02)))
+        for xy in np.clip(skin.normal(macula, 0.25, (max(0, who[kind]), 2)), -0.9, 0.9):
+            _blob(skin, img, kind, *px(*xy, skin.uniform(0.008, 0.02)))
     lesions = [(kind, *px(*xyr)) for kind, *xyr in _place(sick, grade, nerve, macula, vessels, min(1, cam['cut']))]
-    for q in lesions: (_tuft if q[0] == 'new_vessel' else _blob)(sick, img, *q)
-    return img, x, y, dict(disc=px(0, 0, 1), optic_nerve=px(*nerve), macula=px(*macula, .17)), lesions
+    for q in lesions:
+        (_tuft if q[0] == 'new_vessel' else _blob)(sick, img, *q)
+    return img, x, y, dict(disc=px(0, 0, 1), optic_nerve=px(*nerve), macula=px(*macula, 0.17)), lesions
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell028
 def draw_fundus(
-    grade:int, # 0 to 4 on the ICDR scale
-    seed:int|tuple=0, # One eye; (person, eye): two eyes that share looks
-    size:int=256, # Side of the square image in pixels
-    eye:str='right', # 'right' or 'left': its mirror image
-    camera:int=0, # Any number: tint, light, noise; an odd one cuts the field
-) -> tuple: # uint8 RGB (size, size, 3), black outside the disc; dict of truth
+    grade: int,  # 0 to 4 on the ICDR scale
+    seed: int | tuple = 0,  # One eye; (person, eye): two eyes that share looks
+    size: int = 256,  # Side of the square image in pixels
+    eye: str = 'right',  # 'right' or 'left': its mirror image
+    camera: int = 0,  # Any number: tint, light, noise; an odd one cuts the field
+) -> tuple:  # uint8 RGB (size, size, 3), black outside the disc; dict of truth
     "Draw a fundus photograph and say where everything is, in pixels"
     keys = [int(k) for k in np.atleast_1d(seed)]
-    if grade not in range(5): raise ValueError(f"grade={grade!r} is not on the ICDR scale: type 0, 1, 2, 3 or 4")
-    if eye not in ('right', 'left'): raise ValueError(f"eye={eye!r}: there are two, type 'right' or 'left'")
-    if size < 48: raise ValueError(f"size={size}: lesions get lost in so small an image, type 48 or more")
-    if min(camera, *keys) < 0: raise ValueError(f"seed={seed}, camera={camera}: they count from 0, type 0 or more")
+    if grade not in range(5):
+        raise ValueError(f'grade={grade!r} is not on the ICDR scale: type 0, 1, 2, 3 or 4')
+    if eye not in ('right', 'left'):
+        raise ValueError(f"eye={eye!r}: there are two, type 'right' or 'left'")
+    if size < 48:
+        raise ValueError(f'size={size}: lesions get lost in so small an image, type 48 or more')
+    if min(camera, *keys) < 0:
+        raise ValueError(f'seed={seed}, camera={camera}: they count from 0, type 0 or more')
     img, x, y, parts, lesions = _eye(grade, keys, size, cam := _camera(camera))
-    if eye == 'left': img, x = img[..., ::-1], -x[:, ::-1]
-    def at(x, y, r): return (round(size-1-x, 2) if eye == 'left' else x, y, r)
+    if eye == 'left':
+        img, x = img[..., ::-1], -x[:, ::-1]
+
+    def at(x, y, r):
+        return (round(size - 1 - x, 2) if eye == 'left' else x, y, r)
+
     truth = dict(grade=int(grade), eye=eye, camera=int(camera), size=int(size)) | {k: at(*v) for k, v in parts.items()}
-    return _photo(_stream(*keys, 6), img, cam, x, y), truth | dict(lesions=[dict(zip(('kind', 'x', 'y', 'radius'), (k, *at(*v)))) for k, *v in lesions])
+    return _photo(_stream(*keys, 6), img, cam, x, y), truth | dict(
+        lesions=[dict(zip(('kind', 'x', 'y', 'radius'), (k, *at(*v)))) for k, *v in lesions]
+    )
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell032
 def lesion_mask(
-    truth:dict, # What `draw_fundus` returned
-    kinds:tuple=KINDS, # Which lesions
-) -> np.ndarray: # Boolean (size, size)
+    truth: dict,  # What `draw_fundus` returned
+    kinds: tuple = KINDS,  # Which lesions
+) -> np.ndarray:  # Boolean (size, size)
     "Pixels within the radius of a lesion"
-    spots = [np.hypot(*_field(truth['size'], q['x'], q['y'], q['radius'])) <= 1 for q in truth['lesions'] if q['kind'] in kinds]
-    return np.any([np.zeros([truth['size']]*2, bool), *spots], 0)
+    spots = [
+        np.hypot(*_field(truth['size'], q['x'], q['y'], q['radius'])) <= 1
+        for q in truth['lesions']
+        if q['kind'] in kinds
+    ]
+    return np.any([np.zeros([truth['size']] * 2, bool), *spots], 0)
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell033
 def contact_sheet(
-    images:list, # Images or arrays, of any sizes
-    titles:list=None, # One a picture, written into its corner
-    cols:int=5, # Pictures in a row
-    size:int=150, # Side of a picture's square in pixels
-) -> Image.Image: # The sheet
+    images: list,  # Images or arrays, of any sizes
+    titles: list = None,  # One a picture, written into its corner
+    cols: int = 5,  # Pictures in a row
+    size: int = 150,  # Side of a picture's square in pixels
+) -> Image.Image:  # The sheet
     "Pictures side by side on one sheet"
-    sheet = Image.new('RGB', (cols*size, -(-len(images)//cols)*size))
+    sheet = Image.new('RGB', (cols * size, -(-len(images) // cols) * size))
     for i, im in enumerate(images):
-        at = (i % cols*size, i//cols*size)
+        at = (i % cols * size, i // cols * size)
         sheet.paste(ImageOps.pad(Image.fromarray(np.asarray(im)).convert('RGB'), (size, size)), at)
         if titles is not None:
             title = str(titles[i]).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
@@ -219,148 +323,257 @@ def contact_sheet(
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell042
 def _grades(rng, n, shares):  # grades of `n` eyes, two by two of one person: shares as asked, pairs alike
-    z = .85*np.repeat(rng.normal(size=(n+1)//2), 2)[:n] + .53*rng.normal(size=n)
-    return np.searchsorted(np.cumsum(shares)/np.sum(shares), (np.argsort(np.argsort(z)) + .5)/n)
+    z = 0.85 * np.repeat(rng.normal(size=(n + 1) // 2), 2)[:n] + 0.53 * rng.normal(size=n)
+    return np.searchsorted(np.cumsum(shares) / np.sum(shares), (np.argsort(np.argsort(z)) + 0.5) / n)
+
 
 def _already(folder, settings):  # whether `folder` holds this very set; one that holds anything else is refused
-    mark = folder/'drawn.json'
-    if mark.is_file() and json.loads(mark.read_text()) == settings | dict(files=len(list(folder.rglob('*.jpg')))): return True
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} has other files in it and nothing is overwritten: type the path of a new folder, or delete this one")
+    mark = folder / 'drawn.json'
+    if mark.is_file() and json.loads(mark.read_text()) == settings | dict(files=len(list(folder.rglob('*.jpg')))):
+        return True
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(
+            f'{folder} has other files in it and nothing is overwritten: type the path of a new folder, or delete this one'
+        )
+
 
 def _each(do, jobs, workers):  # results of `do` over `jobs` in order, in forked processes where possible and worth it
     try:
-        with ProcessPoolExecutor(min(len(jobs)//8, workers or os.cpu_count()), mp_context=get_context('fork')) as pool:
+        with ProcessPoolExecutor(
+            min(len(jobs) // 8, workers or os.cpu_count()), mp_context=get_context('fork')
+        ) as pool:
             return list(pool.map(do, jobs, chunksize=4))
-    except (ValueError, OSError, RuntimeError): return [do(j) for j in jobs]  # too few jobs, or no processes to be had
+    except (ValueError, OSError, RuntimeError):
+        return [do(j) for j in jobs]  # too few jobs, or no processes to be had
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell045
 def _plan_dr(rng, n, cameras, grade_p, knobs):  # what to draw for each photograph, and which flaw it gets
     cams = np.arange(cameras).tolist() if np.ndim(cameras) == 0 else [int(c) for c in cameras]
-    if n < 1 or not cams: raise ValueError(f"n={n}, cameras={cameras}: nothing to draw, type 1 or more")
-    if len(grade_p) != 5 or min(grade_p) < 0: raise ValueError(f"grade_p={grade_p}: type five shares of 0 or more, one for each grade")
-    if sum(knobs.values()) > n: raise ValueError(f"{knobs} ask for more than n={n} and a photograph has one flaw: type a larger n")
-    people, grade = (n+1)//2, _grades(rng, n, grade_p)
+    if n < 1 or not cams:
+        raise ValueError(f'n={n}, cameras={cameras}: nothing to draw, type 1 or more')
+    if len(grade_p) != 5 or min(grade_p) < 0:
+        raise ValueError(f'grade_p={grade_p}: type five shares of 0 or more, one for each grade')
+    if sum(knobs.values()) > n:
+        raise ValueError(f'{knobs} ask for more than n={n} and a photograph has one flaw: type a larger n')
+    people, grade = (n + 1) // 2, _grades(rng, n, grade_p)
     person, camera, step = rng.integers(2**31, size=people), rng.choice(cams, people), rng.integers(1, 5, n)
     flaw = dict(zip(rng.permutation(n).tolist(), [k for k, count in knobs.items() for _ in range(count)]))
-    return [dict(grade=int(g), label=int(g + step[i]*(flaw.get(i) == 'wrong_labels')) % 5, seed=(int(person[i//2]), i % 2), eye=('right', 'left')[i % 2],
-                 camera=int(camera[i//2]), patient=f'p{i//2:04d}', flaw=flaw.get(i), again=f'p{people+i:04d}') for i, g in enumerate(grade)]
+    return [
+        dict(
+            grade=int(g),
+            label=int(g + step[i] * (flaw.get(i) == 'wrong_labels')) % 5,
+            seed=(int(person[i // 2]), i % 2),
+            eye=('right', 'left')[i % 2],
+            camera=int(camera[i // 2]),
+            patient=f'p{i // 2:04d}',
+            flaw=flaw.get(i),
+            again=f'p{people + i:04d}',
+        )
+        for i, g in enumerate(grade)
+    ]
+
 
 def _file_dr(job):  # draw and write one photograph and its copy, damaged if asked; a row of truth for each
     img, truth = draw_fundus(*(job[k] for k in ('grade', 'seed', 'size', 'eye', 'camera')))
-    path, img, flaw = Path(job['folder'], 'images', f"{job['patient']}_{job['eye']}.jpg"), Image.fromarray(img), job['flaw']
+    path, img, flaw = (
+        Path(job['folder'], 'images', f'{job["patient"]}_{job["eye"]}.jpg'),
+        Image.fromarray(img),
+        job['flaw'],
+    )
     img.save(path, quality=92)
-    truth = dict(image=path.name) | truth | {k: job[k] for k in ('patient', 'seed', 'label', 'flaw')} | dict(duplicate_of=None)
-    if flaw == 'unreadable': path.write_bytes((b'', b'<html>404 Not Found</html>', path.read_bytes()[:path.stat().st_size//2])[job['seed'][0] % 3])
-    if flaw not in ('exact_duplicates', 'near_duplicates'): return [truth]
-    again = path.with_name(f"{job['again']}_{job['eye']}.jpg")
-    if flaw == 'exact_duplicates': again.write_bytes(path.read_bytes())
-    else: img.reduce(2).resize(img.size, Image.Resampling.BICUBIC).point(lambda v: v*.95).save(again, quality=80)
+    truth = (
+        dict(image=path.name)
+        | truth
+        | {k: job[k] for k in ('patient', 'seed', 'label', 'flaw')}
+        | dict(duplicate_of=None)
+    )
+    if flaw == 'unreadable':
+        path.write_bytes(
+            (b'', b'<html>404 Not Found</html>', path.read_bytes()[: path.stat().st_size // 2])[job['seed'][0] % 3]
+        )
+    if flaw not in ('exact_duplicates', 'near_duplicates'):
+        return [truth]
+    again = path.with_name(f'{job["again"]}_{job["eye"]}.jpg')
+    if flaw == 'exact_duplicates':
+        again.write_bytes(path.read_bytes())
+    else:
+        img.reduce(2).resize(img.size, Image.Resampling.BICUBIC).point(lambda v: v * 0.95).save(again, quality=80)
     return [truth, truth | dict(image=again.name, patient=job['again'], duplicate_of=path.name)]
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell047
 def make_dr(
-    folder:str|Path, # A new or empty folder
-    n:int=600, # Photographs, two eyes a patient
-    size:int=256, # Side in pixels
-    seed:int=0, # The same seed gives the same bytes
-    cameras:int|tuple=1, # How many, or which ones: (3, 4)
-    exact_duplicates:int=0, # On top of `n`: the same bytes, another patient
-    near_duplicates:int=0, # On top of `n`: saved anew, another patient
-    unreadable:int=0, # Among the `n`: empty, cut off, or no image
-    wrong_labels:int=0, # Among the `n`: another grade in labels.csv
-    grade_p:tuple=(.45, .15, .2, .12, .08), # Shares of the grades
-    workers:int=None, # Processes; None: as many as cores
-) -> pd.DataFrame: # What labels.csv holds: image, grade, patient, eye
+    folder: str | Path,  # A new or empty folder
+    n: int = 600,  # Photographs, two eyes a patient
+    size: int = 256,  # Side in pixels
+    seed: int = 0,  # The same seed gives the same bytes
+    cameras: int | tuple = 1,  # How many, or which ones: (3, 4)
+    exact_duplicates: int = 0,  # On top of `n`: the same bytes, another patient
+    near_duplicates: int = 0,  # On top of `n`: saved anew, another patient
+    unreadable: int = 0,  # Among the `n`: empty, cut off, or no image
+    wrong_labels: int = 0,  # Among the `n`: another grade in labels.csv
+    grade_p: tuple = (0.45, 0.15, 0.2, 0.12, 0.08),  # Shares of the grades
+    workers: int = None,  # Processes; None: as many as cores
+) -> pd.DataFrame:  # What labels.csv holds: image, grade, patient, eye
     "Write `images/`, `labels.csv` and `truth.json` into `folder`, unless just these are there"
-    knobs = dict(exact_duplicates=exact_duplicates, near_duplicates=near_duplicates, unreadable=unreadable, wrong_labels=wrong_labels)
-    settings = dict(maker='make_dr', n=n, size=size, seed=seed, cameras=np.asarray(cameras).tolist(), grade_p=list(grade_p), **knobs)
+    knobs = dict(
+        exact_duplicates=exact_duplicates,
+        near_duplicates=near_duplicates,
+        unreadable=unreadable,
+        wrong_labels=wrong_labels,
+    )
+    settings = dict(
+        maker='make_dr', n=n, size=size, seed=seed, cameras=np.asarray(cameras).tolist(), grade_p=list(grade_p), **knobs
+    )
     if not _already(folder := Path(folder), settings):
         plan = _plan_dr(_stream(seed, 7), n, cameras, grade_p, knobs)
-        (folder/'images').mkdir(parents=True)
+        (folder / 'images').mkdir(parents=True)
         rows = sum(_each(_file_dr, [job | dict(folder=str(folder), size=size) for job in plan], workers), [])
         df = pd.DataFrame(rows := sorted(rows, key=lambda r: r['image'])).assign(grade=lambda d: d.label)
-        df[['image', 'grade', 'patient', 'eye']].to_csv(folder/'labels.csv', index=False)
-        (folder/'truth.json').write_text(json.dumps({r['image']: r for r in rows}))
-        (folder/'drawn.json').write_text(json.dumps(settings | dict(files=len(rows))))  # last: half a set is none
-    return pd.read_csv(folder/'labels.csv')
+        df[['image', 'grade', 'patient', 'eye']].to_csv(folder / 'labels.csv', index=False)
+        (folder / 'truth.json').write_text(json.dumps({r['image']: r for r in rows}))
+        (folder / 'drawn.json').write_text(json.dumps(settings | dict(files=len(rows))))  # last: half a set is none
+    return pd.read_csv(folder / 'labels.csv')
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell053
 def _paint(img, alpha, colour, tone):
-    img += np.clip(alpha, 0, 1)*(tone*_rgb(*colour) - img)
+    img += np.clip(alpha, 0, 1) * (tone * _rgb(*colour) - img)
 
-def _petal(img, t, off, width, tip, colour, tone=1.):  # `t` from foot to tip, `off` the axis
-    half = 1.6*width*np.clip(t, 0, 1)**.5*np.clip(1 - t, 0, 1)**tip + 1e-4
-    _paint(img, (50*(half - off) + .5)*((t > 0) & (t < 1)), colour, (.65 + .35*np.clip(t, 0, 1) - .25*np.minimum(off/half, 1)**2)*tone)
+
+def _petal(img, t, off, width, tip, colour, tone=1.0):  # `t` from foot to tip, `off` the axis
+    half = 1.6 * width * np.clip(t, 0, 1) ** 0.5 * np.clip(1 - t, 0, 1) ** tip + 1e-4
+    _paint(
+        img,
+        (50 * (half - off) + 0.5) * ((t > 0) & (t < 1)),
+        colour,
+        (0.65 + 0.35 * np.clip(t, 0, 1) - 0.25 * np.minimum(off / half, 1) ** 2) * tone,
+    )
+
 
 _RINGS = dict(  # rings, petals in each, how much shorter each is, width, tip, colour; radius and colour of the centre
-    daisy=(2, 15, .1, .11, .35, (.99, .98, .99), .27, (.97, .78, .1)), sunflowers=(3, 19, .07, .1, .6, (1., .77, .05), .5, (.36, .2, .08)),
-    dandelion=(6, 40, .14, .05, .25, (1., .84, .06), .1, (.95, .7, .05)), seeds=(6, 40, .14, .018, .25, (.92, .92, .9), .13, (.45, .38, .25)),
-    sepals=(1, 5, 0, .22, .5, (.16, .4, .14), 0, (0, 0, 0)))
+    daisy=(2, 15, 0.1, 0.11, 0.35, (0.99, 0.98, 0.99), 0.27, (0.97, 0.78, 0.1)),
+    sunflowers=(3, 19, 0.07, 0.1, 0.6, (1.0, 0.77, 0.05), 0.5, (0.36, 0.2, 0.08)),
+    dandelion=(6, 40, 0.14, 0.05, 0.25, (1.0, 0.84, 0.06), 0.1, (0.95, 0.7, 0.05)),
+    seeds=(6, 40, 0.14, 0.018, 0.25, (0.92, 0.92, 0.9), 0.13, (0.45, 0.38, 0.25)),
+    sepals=(1, 5, 0, 0.22, 0.5, (0.16, 0.4, 0.14), 0, (0, 0, 0)),
+)
+
 
 def _above(img, x, y, rng, kind):  # a flower of unit radius seen from above
     rings, n, less, width, tip, colour, centre, brown = _RINGS[kind]
     r, phi = np.hypot(x, y), np.arctan2(y, x)
     for k in range(rings):
-        at = phi/2/np.pi*n + rng.uniform()
-        which, off = np.round(at).astype(int) % n, np.abs(at - np.round(at))*2*np.pi/n*r
-        _petal(img, r/(1.05 - less*k + .06*rng.normal(size=n))[which], off, width, tip, colour, (1 + .06*rng.normal(size=n))[which])
-    swirl = np.sin(13*phi + 22*np.sqrt(r))*np.sin(21*phi - 22*np.sqrt(r))
-    _paint(img, 50*(centre - r), brown, .9 + .6*centre*(swirl - (r < .4*centre)))
+        at = phi / 2 / np.pi * n + rng.uniform()
+        which, off = np.round(at).astype(int) % n, np.abs(at - np.round(at)) * 2 * np.pi / n * r
+        _petal(
+            img,
+            r / (1.05 - less * k + 0.06 * rng.normal(size=n))[which],
+            off,
+            width,
+            tip,
+            colour,
+            (1 + 0.06 * rng.normal(size=n))[which],
+        )
+    swirl = np.sin(13 * phi + 22 * np.sqrt(r)) * np.sin(21 * phi - 22 * np.sqrt(r))
+    _paint(img, 50 * (centre - r), brown, 0.9 + 0.6 * centre * (swirl - (r < 0.4 * centre)))
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell054
 def _rose(img, x, y, rng):  # a rose of unit radius: whorls of petals, each with a bright rim, around a dark heart
-    _above(img, x/1.3, y/1.3, rng, 'sepals')
-    colour = ((.80, .06, .12), (.95, .50, .60), (.93, .20, .40), (.97, .85, .62))[rng.integers(4)]
+    _above(img, x / 1.3, y / 1.3, rng, 'sepals')
+    colour = ((0.80, 0.06, 0.12), (0.95, 0.50, 0.60), (0.93, 0.20, 0.40), (0.97, 0.85, 0.62))[rng.integers(4)]
     for k in range(9):
-        turn, s = 2.4*k + rng.uniform(0, .5), .83**k
-        u, v = x - .07*np.cos(turn)*s, y - .07*np.sin(turn)*s
-        t = np.hypot(u, v)/s/(.86 + .14*np.abs(np.sin(1.5*np.arctan2(v, u) + turn)))
-        _paint(img, (1 - t)*40*s, colour, .35 + .7*np.minimum(t, 1)**2.5)
+        turn, s = 2.4 * k + rng.uniform(0, 0.5), 0.83**k
+        u, v = x - 0.07 * np.cos(turn) * s, y - 0.07 * np.sin(turn) * s
+        t = np.hypot(u, v) / s / (0.86 + 0.14 * np.abs(np.sin(1.5 * np.arctan2(v, u) + turn)))
+        _paint(img, (1 - t) * 40 * s, colour, 0.35 + 0.7 * np.minimum(t, 1) ** 2.5)
+
 
 def _tulip(img, x, y, rng):  # a tulip from the side: stem, two leaves, five petals that stand in a cup
-    colour = np.array(((.87, .10, .14), (.98, .80, .15), (.95, .50, .65), (.55, .18, .55), (.98, .50, .12), (.96, .94, .88))[rng.integers(6)])
-    _paint(img, (.07 - np.abs(x - .1*(y - .5)**2))*40*(y > .3), (.35, .58, .22), 1.)
-    leaves = [(2.1, rng.uniform(1.5, 2), .17, lean, (.25, .5, .2)) for lean in (-.75, .6)]
-    petals = [(.6, 1.45, .33, lean, colour*dark) for lean, dark in ((.2, .75), (-.2, .75), (-.48, .9), (.48, .9), (0, 1))]
+    colour = np.array(
+        (
+            (0.87, 0.10, 0.14),
+            (0.98, 0.80, 0.15),
+            (0.95, 0.50, 0.65),
+            (0.55, 0.18, 0.55),
+            (0.98, 0.50, 0.12),
+            (0.96, 0.94, 0.88),
+        )[rng.integers(6)]
+    )
+    _paint(img, (0.07 - np.abs(x - 0.1 * (y - 0.5) ** 2)) * 40 * (y > 0.3), (0.35, 0.58, 0.22), 1.0)
+    leaves = [(2.1, rng.uniform(1.5, 2), 0.17, lean, (0.25, 0.5, 0.2)) for lean in (-0.75, 0.6)]
+    petals = [
+        (0.6, 1.45, 0.33, lean, colour * dark)
+        for lean, dark in ((0.2, 0.75), (-0.2, 0.75), (-0.48, 0.9), (0.48, 0.9), (0, 1))
+    ]
     for foot, height, width, lean, shade in leaves + petals:
-        _petal(img, (foot - y)/height, np.abs(x - lean*(foot - y)/height), width, .55, shade)
+        _petal(img, (foot - y) / height, np.abs(x - lean * (foot - y) / height), width, 0.55, shade)
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell056
 def _file_flower(job):  # draw and write one image: its photographer's background and light, a flower or two
     host, rng, label, size = _stream(*job['host']), _stream(*job['seed']), job['label'], job['size']
-    places = ((.25, .42, .15), (.13, .22, .10), (.50, .68, .88), (.36, .27, .18), (.55, .55, .50), (.45, .58, .25))
+    places = (
+        (0.25, 0.42, 0.15),
+        (0.13, 0.22, 0.10),
+        (0.50, 0.68, 0.88),
+        (0.36, 0.27, 0.18),
+        (0.55, 0.55, 0.50),
+        (0.45, 0.58, 0.25),
+    )
     here, there = (_rgb(*places[k]) for k in host.permutation(6)[:2])
-    light, cells = host.uniform(.82, 1.12)*host.normal(1, (.06, .03, .1)), host.integers(3, 9)
-    w, h = (round(host.uniform(1.15, 1.5)*size), size)[::-1 if host.random() < .4 else 1]
-    img = here + np.clip(.5 + .5*_noise(rng, max(w, h), cells) + .1*_noise(rng, max(w, h), 40), 0, 1)[:h, :w]*(there - here)
-    for scale, shift in ((1, 0),) if rng.random() < .75 else ((.6, -.2), (.8, .12)):
-        x, y = _field(max(w, h), w*rng.normal(.5 + shift, .04), h*rng.normal(.5 - shift, .04), scale*size*rng.uniform(.36, .46))
-        turn, flat = (rng.normal(0, .1), .8) if label == 'tulips' else (rng.uniform(0, 6.3), rng.uniform(1, 1.35))
-        x, y = (x*np.cos(turn) - y*np.sin(turn))[:h, :w], (x*np.sin(turn) + y*np.cos(turn))[:h, :w]*flat
-        if label in ('roses', 'tulips'): (_rose if label == 'roses' else _tulip)(img, x, y, rng)
-        else: _above(img, x, y, rng, 'seeds' if label == 'dandelion' and rng.random() < .25 else label)
-    img = img*_rgb(*light)*rng.uniform(.85, 1.1)*255 + rng.normal(0, 4, img.shape)
+    light, cells = host.uniform(0.82, 1.12) * host.normal(1, (0.06, 0.03, 0.1)), host.integers(3, 9)
+    w, h = (round(host.uniform(1.15, 1.5) * size), size)[:: -1 if host.random() < 0.4 else 1]
+    img = here + np.clip(0.5 + 0.5 * _noise(rng, max(w, h), cells) + 0.1 * _noise(rng, max(w, h), 40), 0, 1)[:h, :w] * (
+        there - here
+    )
+    for scale, shift in ((1, 0),) if rng.random() < 0.75 else ((0.6, -0.2), (0.8, 0.12)):
+        x, y = _field(
+            max(w, h),
+            w * rng.normal(0.5 + shift, 0.04),
+            h * rng.normal(0.5 - shift, 0.04),
+            scale * size * rng.uniform(0.36, 0.46),
+        )
+        turn, flat = (rng.normal(0, 0.1), 0.8) if label == 'tulips' else (rng.uniform(0, 6.3), rng.uniform(1, 1.35))
+        x, y = (x * np.cos(turn) - y * np.sin(turn))[:h, :w], (x * np.sin(turn) + y * np.cos(turn))[:h, :w] * flat
+        if label in ('roses', 'tulips'):
+            (_rose if label == 'roses' else _tulip)(img, x, y, rng)
+        else:
+            _above(img, x, y, rng, 'seeds' if label == 'dandelion' and rng.random() < 0.25 else label)
+    img = img * _rgb(*light) * rng.uniform(0.85, 1.1) * 255 + rng.normal(0, 4, img.shape)
     Image.fromarray(np.clip(img, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()).save(job['path'], quality=90)
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell057
 def make_flowers(
-    folder:str|Path, # A new or empty folder
-    n:int=100, # Images, as many of each class as possible
-    size:int=128, # Shorter side in pixels
-    seed:int=0, # The same seed gives the same bytes
-    classes:tuple=('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips'), # Some of these
-) -> pd.DataFrame: # What credits.csv holds: image, label, photographer
+    folder: str | Path,  # A new or empty folder
+    n: int = 100,  # Images, as many of each class as possible
+    size: int = 128,  # Shorter side in pixels
+    seed: int = 0,  # The same seed gives the same bytes
+    classes: tuple = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips'),  # Some of these
+) -> pd.DataFrame:  # What credits.csv holds: image, label, photographer
     "Write a folder for each class and `credits.csv`, unless just these are there"
     folder, c, known = Path(folder), len(classes), make_flowers.__defaults__[-1]
-    if not c or set(classes) - set(known): raise ValueError(f"classes={classes}: type some of {', '.join(known)}")
-    if n < c or size < 32: raise ValueError(f"n={n}, size={size}: type at least one image a class, and 32 pixels")
+    if not c or set(classes) - set(known):
+        raise ValueError(f'classes={classes}: type some of {", ".join(known)}')
+    if n < c or size < 32:
+        raise ValueError(f'n={n}, size={size}: type at least one image a class, and 32 pixels')
     settings = dict(maker='make_flowers', n=n, size=size, seed=seed, classes=list(classes))
     if not _already(folder, settings):
-        who = [i//c//4*c + (i + i//c//2 % 2) % c for i in range(n)]  # four images each: two of one class, two of the next
-        rows = [(f'{classes[i % c]}/{i//c:04d}.jpg', classes[i % c], f'photographer_{w:03d}') for i, w in enumerate(who)]
-        for label in classes: (folder/label).mkdir(parents=True)
-        _each(_file_flower, [dict(path=folder/r[0], label=r[1], size=size, seed=(seed, 8, i), host=(seed, 9, who[i])) for i, r in enumerate(rows)], None)
-        pd.DataFrame(sorted(rows), columns=['image', 'label', 'photographer']).to_csv(folder/'credits.csv', index=False)
-        (folder/'drawn.json').write_text(json.dumps(settings | dict(files=n)))
-    return pd.read_csv(folder/'credits.csv')
+        who = [
+            i // c // 4 * c + (i + i // c // 2 % 2) % c for i in range(n)
+        ]  # four images each: two of one class, two of the next
+        rows = [
+            (f'{classes[i % c]}/{i // c:04d}.jpg', classes[i % c], f'photographer_{w:03d}') for i, w in enumerate(who)
+        ]
+        for label in classes:
+            (folder / label).mkdir(parents=True)
+        _each(
+            _file_flower,
+            [
+                dict(path=folder / r[0], label=r[1], size=size, seed=(seed, 8, i), host=(seed, 9, who[i]))
+                for i, r in enumerate(rows)
+            ],
+            None,
+        )
+        pd.DataFrame(sorted(rows), columns=['image', 'label', 'photographer']).to_csv(
+            folder / 'credits.csv', index=False
+        )
+        (folder / 'drawn.json').write_text(json.dumps(settings | dict(files=n)))
+    return pd.read_csv(folder / 'credits.csv')

@@ -6,74 +6,116 @@
 __all__ = ['MOST', 'Advice', 'choose_scenario', 'choose_advised', 'advise', 'plot_advice']
 
 # %% ../../nbs/training/02_advisor.ipynb #011fcd19
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
-from ..models.backbones import DEFAULT_ARCH, Stages
-from ..features.classifiers import grouped_folds
+
 from ..data.columns import group_errors
-from ..data.tasks import Task, get_task
-from ..features.extraction import extract_features, whole_body
-from ..utils.files import plain_text
 from ..data.leaks import split_data
+from ..data.table import report_table
+from ..data.tasks import Task, get_task
+from ..features.classifiers import grouped_folds
+from ..features.extraction import extract_features, whole_body
+from dr_transfer.features.probes import (
+    SIMILAR,
+    depth_profile,
+    domain_distance,
+    learning_speed,
+    plot_depth_profile,
+    stage_gain,
+)
+from ..models.backbones import DEFAULT_ARCH, Stages
 from ..models.network import make_body
 from .plans import LARGE, PLANS, Plan
-from ..features.probes import SIMILAR, depth_profile, domain_distance, learning_speed, plot_depth_profile, stage_gain
-from ..data.table import report_table
+from ..utils.files import plain_text
 
 # %% ../../nbs/training/02_advisor.ipynb #49195bce
 @dataclass(frozen=True)
 class Advice:
     "A plan, and the numbers that led to it"
-    plan:Plan # As `build_learner(..., plan=)` takes it
-    scenario:str # 'small' or 'large', and 'similar' or 'different'
-    sure:str # How sure it is, in words
-    reasons:tuple # Lines that say what was measured
-    counts:dict # Class -> number of images
-    distance:float # From natural photographs, see `domain_distance`
-    profile:pd.DataFrame # From `depth_profile`
-    speed:pd.DataFrame # From `learning_speed`
-    def __str__(self): return '\n'.join([f'scenario: {self.scenario}', *self.reasons, f'advice: plan \'{self.plan.name}\', {self.plan.about}', f'how sure: {self.sure}'])
+
+    plan: Plan  # As `build_learner(..., plan=)` takes it
+    scenario: str  # 'small' or 'large', and 'similar' or 'different'
+    sure: str  # How sure it is, in words
+    reasons: tuple  # Lines that say what was measured
+    counts: dict  # Class -> number of images
+    distance: float  # From natural photographs, see `domain_distance`
+    profile: pd.DataFrame  # From `depth_profile`
+    speed: pd.DataFrame  # From `learning_speed`
+
+    def __str__(self):
+        return '\n'.join(
+            [
+                f'scenario: {self.scenario}',
+                *self.reasons,
+                f"advice: plan '{self.plan.name}', {self.plan.about}",
+                f'how sure: {self.sure}',
+            ]
+        )
 
 # %% ../../nbs/training/02_advisor.ipynb #b72d86e9
 def _candidates(stages) -> dict:
     "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
-    pairs = [(n, 1) for n in stages] + [(own[i], k) for i in range(len(own)//2, len(own)) for k in (2, 4) if k <= i + 1]
+    pairs = [(n, 1) for n in stages] + [
+        (own[i], k) for i in range(len(own) // 2, len(own)) for k in (2, 4) if k <= i + 1
+    ]
     return {'+'.join(_side(stages, *p)): p for p in pairs}
 
-def _side(stages, last, k) -> tuple: names = list(stages); i = names.index(last); return tuple(names[i + 1 - k:i + 1])
+
+def _side(stages, last, k) -> tuple:
+    names = list(stages)
+    i = names.index(last)
+    return tuple(names[i + 1 - k : i + 1])
+
 
 def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     "Row of the depth profile for the head, and why: the default unless another is better beyond chance"
     best = profile.score.fillna(-np.inf).idxmax()
-    gain, low, high = stage_gain(profile, best, default, level=1 - 0.05/max(len(profile) - 1, 1)) # it was picked from so many
-    if best != default and low > 0: return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
+    gain, low, high = stage_gain(
+        profile, best, default, level=1 - 0.05 / max(len(profile) - 1, 1)
+    )  # it was picked from so many
+    if best != default and low > 0:
+        return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is better beyond chance'
 
 # %% ../../nbs/training/02_advisor.ipynb #03611f33
 def choose_scenario(
-    n:int, # Number of images to learn from
-    distance:float # From `domain_distance`; NaN if it cannot be known
+    n: int,  # Number of images to learn from
+    distance: float,  # From `domain_distance`; NaN if it cannot be known
 ) -> str:
     "The scenario in the words of the texts"
     size = 'large' if n >= LARGE else 'small'
-    return size if np.isnan(distance) else f"{size}, {'similar' if distance < SIMILAR else 'different'}"
+    return size if np.isnan(distance) else f'{size}, {"similar" if distance < SIMILAR else "different"}'
+
 
 def choose_advised(
-    scenario:str, # From `choose_scenario`
-    last:str, # Last stage of the head
-    tap:int, # How many stages the head sees
-    own:bool # Is that what the backbone has anyway?
+    scenario: str,  # From `choose_scenario`
+    last: str,  # Last stage of the head
+    tap: int,  # How many stages the head sees
+    own: bool,  # Is that what the backbone has anyway?
 ) -> Plan:
     "The plan for a scenario: its size decides, and for few images the stage that was measured"
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
-    return plan if own or 'large' in scenario else replace(plan, name=f'head_{last}_{tap}', about=f'a linear classifier on {tap} stages up to {last}', stage=last, tap=tap)
+    return (
+        plan
+        if own or 'large' in scenario
+        else replace(
+            plan,
+            name=f'head_{last}_{tap}',
+            about=f'a linear classifier on {tap} stages up to {last}',
+            stage=last,
+            tap=tap,
+        )
+    )
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
-MOST = 3000 # Images that are looked at
+MOST = 3000  # Images that are looked at
+
 
 def _some(t, seed) -> pd.DataFrame:
     "About `MOST` of the images at most, groups whole; ten groups of each class at least"
@@ -81,39 +123,47 @@ def _some(t, seed) -> pd.DataFrame:
     code = groups.groupby(groups).ngroup().to_numpy()
     n = code.max() + 1
     rank = pd.Series(np.random.default_rng(seed).permutation(n)[code], t.index)
-    chosen = (rank < MOST/len(t)*n) | (rank.groupby(t.target).rank('dense') <= 10)
+    chosen = (rank < MOST / len(t) * n) | (rank.groupby(t.target).rank('dense') <= 10)
     return t[groups.isin(groups[chosen])].reset_index(drop=True)
 
-def _groups(t): return t.group.to_numpy() if t.group.notna().any() else None
+
+def _groups(t):
+    return t.group.to_numpy() if t.group.notna().any() else None
 
 # %% ../../nbs/training/02_advisor.ipynb #220d881f
 def advise(
-    data:str|Path|pd.DataFrame, # Folder, CSV or table of images
-    task:str|Task='flowers', # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch:str=DEFAULT_ARCH, # Backbone: registry, timm or torchvision
-    weights:str|Path|None=None, # None: its own; a file; or 'random'
-    target:str|None=None, # What is learnt; the task's first if None
-    labels:str|Path|pd.DataFrame|None=None, # CSV of labels beside a folder
-    size:int|None=None, # Side in pixels; the task's own if None
-    valid:float=0.2, # Share of the images that is not looked at
-    seed:int=42, # Decides which, as in `build_learner`, and the folds
-    setting:str='auto', # Format and precision on the CPU; 'plain': leave them
-    group_col:str|None=None, # Column of the patients; a usual one if None, or 'none'
-    say:Callable=print # What is done with the lines about patients and labels
-) -> Advice: # As `build_learner(..., plan=)` takes it
+    data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
+    task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
+    weights: str | Path | None = None,  # None: its own; a file; or 'random'
+    target: str | None = None,  # What is learnt; the task's first if None
+    labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    size: int | None = None,  # Side in pixels; the task's own if None
+    valid: float = 0.2,  # Share of the images that is not looked at
+    seed: int = 42,  # Decides which, as in `build_learner`, and the folds
+    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    say: Callable = print,  # What is done with the lines about patients and labels
+) -> Advice:  # As `build_learner(..., plan=)` takes it
     "Measure the images to learn from, and recommend a plan"
     task = get_task(task, size)
     goal, stages = task.target(target), whole_body(arch, weights)
-    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col) # validation is not looked at
+    t = split_data(
+        data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col
+    )  # validation is not looked at
     report_table(t, say)
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
     with group_errors(some):
-        grouped_folds(some.target, _groups(some), seed=seed) # an error before anything is computed, if there are too few
+        grouped_folds(
+            some.target, _groups(some), seed=seed
+        )  # an error before anything is computed, if there are too few
     body = make_body(stages, task.size, setting)
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     advice = _advice(some, counts, f, body, task, seed)
-    return replace(advice, plan=replace(advice.plan, arch=arch, weights=weights and str(weights))) # measured on this network
+    return replace(
+        advice, plan=replace(advice.plan, arch=arch, weights=weights and str(weights))
+    )  # measured on this network
 
 # %% ../../nbs/training/02_advisor.ipynb #c89aebb7
 def _advice(t, counts, f, body, task, seed) -> Advice:
@@ -121,10 +171,16 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
-    own = [n for n in f.stages if n != 'neck'][-spec.tap:]
+    own = [n for n in f.stages if n != 'neck'][-spec.tap :]
     default = '+'.join(own)
     candidates[default] = (own[-1], len(own))
-    profile = depth_profile(f, t.target, stages=[_side(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()], repeats=repeats, **kw)
+    profile = depth_profile(
+        f,
+        t.target,
+        stages=[_side(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
+        repeats=repeats,
+        **kw,
+    )
     chosen, why = _choose_stage(profile, candidates, default)
     speed = learning_speed(f, t.target, stages=_side(f.stages, *candidates[chosen]), **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
@@ -138,20 +194,31 @@ def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
     n, r, a = counts.sum(), profile.loc[chosen], speed.attrs
     some = f', {seen} of them were looked at' if seen < n else ''
-    like = 'unknown, the network remembers nothing' if np.isnan(distance) else f"{distance:.3f}, {'less' if distance < SIMILAR else 'more'} than {SIMILAR}"
-    return (f"images: {n}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large){some}", f"distance from natural photographs: {like}",
-            f"linear classifier: {profile.attrs['measure']} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}",
-            f"with twice the images: {a['gain']:+.3f} [{a['gain_low']:+.3f}, {a['gain_high']:+.3f}]")
+    like = (
+        'unknown, the network remembers nothing'
+        if np.isnan(distance)
+        else f'{distance:.3f}, {"less" if distance < SIMILAR else "more"} than {SIMILAR}'
+    )
+    return (
+        f'images: {n}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large){some}',
+        f'distance from natural photographs: {like}',
+        f'linear classifier: {profile.attrs["measure"]} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}',
+        f'with twice the images: {a["gain"]:+.3f} [{a["gain_low"]:+.3f}, {a["gain_high"]:+.3f}]',
+    )
+
 
 def _how_sure(row) -> str:
     "How far the numbers carry"
     width = row.high - row.low
-    if np.isnan(width): return 'not at all: there are too few images to measure it'
-    if not width < 0.1: return f'not very: the score is known to within {width/2:.2f} only; more images say more than another plan'
-    return f'fairly: the score is known to within {width/2:.2f}'
+    if np.isnan(width):
+        return 'not at all: there are too few images to measure it'
+    if not width < 0.1:
+        return f'not very: the score is known to within {width / 2:.2f} only; more images say more than another plan'
+    return f'fairly: the score is known to within {width / 2:.2f}'
+
 
 def plot_advice(
-    advice:Advice # From `advise`
+    advice: Advice,  # From `advise`
 ) -> Figure:
     "The depth profile, with the advice above it"
     fig = plot_depth_profile(advice.profile)

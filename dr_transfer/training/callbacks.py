@@ -6,72 +6,102 @@
 __all__ = ['FAR', 'METRICS', 'FrozenMode', 'HeadFirst', 'TrainingError', 'LossGuard', 'TrainSetting', 'PlainProgress']
 
 # %% ../../nbs/training/03_callbacks.ipynb #7959b16b
-import math, time
+import math
+import time
+from collections.abc import Callable
 from functools import partial
-from typing import Callable
-from fastai.callback.core import CancelFitException, Callback
+
+from fastai.callback.core import Callback, CancelFitException
 from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
 from torch.autograd.graph import increment_version
+
 from ..metrics import scores as M
-from ..utils.files import warn
 from ..models.network import Body
 from ..models.speed import get_setting
+from ..utils.files import warn
 
 # %% ../../nbs/training/03_callbacks.ipynb #bbeeb815
 def _eval_bn(model):
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
 
 # %% ../../nbs/training/03_callbacks.ipynb #b6ae1a12
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
-    order, run_valid = -9, False # right after the model is put into training mode
-    def __init__(self,
-        fixed_bn:bool|None=None, # BatchNorm of the body stays? None: as the phase or the backbone has it
-        of_phase:bool|None=None # The same, as the phase that is run has it
-    ): self.fixed_bn, self.of_phase = fixed_bn, of_phase
-    def fixed(self, spec) -> bool: return next(b for b in (self.fixed_bn, self.of_phase, spec.fixed_bn) if b is not None)
+
+    order, run_valid = -9, False  # right after the model is put into training mode
+
+    def __init__(
+        self,
+        fixed_bn: bool | None = None,  # BatchNorm of the body stays? None: as the phase or the backbone has it
+        of_phase: bool | None = None,  # The same, as the phase that is run has it
+    ):
+        self.fixed_bn, self.of_phase = fixed_bn, of_phase
+
+    def fixed(self, spec) -> bool:
+        return next(b for b in (self.fixed_bn, self.of_phase, spec.fixed_bn) if b is not None)
+
     def before_fit(self):
         for p in self.model.parameters():
-            if not p.requires_grad: p.grad = None
+            if not p.requires_grad:
+                p.grad = None
+
     def before_train(self):
         for m in self.model.modules():
             ps = list(m.parameters())
-            if ps and not any(p.requires_grad for p in ps): m.eval()
-            if isinstance(m, Body) and self.fixed(m.stages.spec): _eval_bn(m)
-    def before_step(self): # fastai's optimisers change `p.data`, which torch does not count as a change
+            if ps and not any(p.requires_grad for p in ps):
+                m.eval()
+            if isinstance(m, Body) and self.fixed(m.stages.spec):
+                _eval_bn(m)
+
+    def before_step(self):  # fastai's optimisers change `p.data`, which torch does not count as a change
         for p in self.model.parameters():
-            if p.requires_grad: increment_version(p)
+            if p.requires_grad:
+                increment_version(p)
 
 # %% ../../nbs/training/03_callbacks.ipynb #2176230e
 class HeadFirst(Callback):
     "Warn where a pretrained body is trained before its head (Chollet 2017, chapter 5)"
-    def before_train(self): # not `before_fit`, which fastai calls before it validates and predicts as well
-        if self.epoch: return
+
+    def before_train(self):  # not `before_fit`, which fastai calls before it validates and predicts as well
+        if self.epoch:
+            return
         bodies = [m for m in self.model.modules() if isinstance(m, Body)]
         free = any(p.requires_grad for b in bodies for p in b.parameters())
         if free and not self.learn.head_trained and bodies[0].stages.weights.kind != 'random':
-            warn("the body is trained before the head: a random head destroys what was learnt there. "
-                          "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')")
-    def after_train(self): self.learn.head_trained = True
+            warn(
+                'the body is trained before the head: a random head destroys what was learnt there. '
+                "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')"
+            )
+
+    def after_train(self):
+        self.learn.head_trained = True
 
 # %% ../../nbs/training/03_callbacks.ipynb #a1eb0bc3
-FAR = 20. # times its start: a loss above that has diverged
+FAR = 20.0  # times its start: a loss above that has diverged
+
 
 class TrainingError(ValueError):
     "A training diverged: its loss is not finite, or far above its start"
 
+
 class LossGuard(Callback):
     "Stop a training whose loss is not finite, or far above its start; the reason is in `failed`, for a `TrainingError`"
-    order = 55 # after the recorder, which smooths the loss, and before progress is shown
-    def __init__(self,
-        classes:int, # Number of classes: their guess is the least that counts as a start
-        advice:str='' # What to type instead
+
+    order = 55  # after the recorder, which smooths the loss, and before progress is shown
+
+    def __init__(
+        self,
+        classes: int,  # Number of classes: their guess is the least that counts as a start
+        advice: str = '',  # What to type instead
     ):
         self.floor, self.advice, self.failed = math.log(max(classes, 2)), advice, ''
+
     def before_fit(self):
         self.start, self.failed = None, ''
+
     def after_batch(self):
         if not self.training:
             return
@@ -79,20 +109,27 @@ class LossGuard(Callback):
         if self.start is None and math.isfinite(loss):
             self.start = max(loss, self.floor)
         self.check('training', loss)
+
     def after_epoch(self):
         if self.start is None:
-            self.stop("no step was taken, because there are fewer training images than fill a batch: give a smaller bs= (--bs)")
+            self.stop(
+                'no step was taken, because there are fewer training images than fill a batch: give a smaller bs= (--bs)'
+            )
         names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
         loss = dict(zip(names, values)).get('valid_loss')
         if loss is not None:
             self.check('validation', float(loss), far=self.epoch + 1 == self.n_epoch)
+
     def check(self, what, loss, far=True):
         "Stop for a loss that has diverged"
-        if math.isfinite(loss) and not (far and loss > FAR*self.start):
+        if math.isfinite(loss) and not (far and loss > FAR * self.start):
             return
         began = 'at once' if self.start is None else f'from {self.start:.3g} at the start'
-        self.stop(f"the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: the {what} loss went {began} to {loss:.3g}. "
-                  f"{self.advice}".rstrip())
+        self.stop(
+            f'the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: the {what} loss went {began} to {loss:.3g}. '
+            f'{self.advice}'.rstrip()
+        )
+
     def stop(self, reason):
         "Stop for a reason; fastai would wrap an error of a callback in words of its own"
         self.failed = reason
@@ -101,42 +138,74 @@ class LossGuard(Callback):
 # %% ../../nbs/training/03_callbacks.ipynb #aeae136a
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
+
     order, run_valid = -8, False
-    def __init__(self,
-        setting:str='auto', # 'auto' or a name in `SETTINGS`
-        arch:str='', # Name of the backbone, for the memory
-        size:int=224 # Side of the images in pixels
-    ): self.setting, self.arch, self.size = setting, arch, size
+
+    def __init__(
+        self,
+        setting: str = 'auto',  # 'auto' or a name in `SETTINGS`
+        arch: str = '',  # Name of the backbone, for the memory
+        size: int = 224,  # Side of the images in pixels
+    ):
+        self.setting, self.arch, self.size = setting, arch, size
+
     def before_train(self):
         body = next((m for m in self.model.modules() if isinstance(m, Body)), None)
-        if body is not None and any(p.requires_grad for p in body.parameters()): self.measure(self.learn, body)
+        if body is not None and any(p.requires_grad for p in body.parameters()):
+            self.measure(self.learn, body)
+
     def measure(self, learn, body):
         "Choose the setting for training steps, once"
-        if body.train_setting is not None or learn.dls.device.type != 'cpu': return
+        if body.train_setting is not None or learn.dls.device.type != 'cpu':
+            return
         body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
         learn.record['setting']['train'] = str(body.train_setting)
 
 # %% ../../nbs/training/03_callbacks.ipynb #7553df14
 class PlainProgress(Callback):
     "Where there is no terminal for bars: a line an epoch, and one each half minute between"
+
     order = 60
-    def __init__(self,
-        say:Callable=print, # What is done with a line
-        every:float=30. # Seconds between two lines in an epoch
-    ): self.say, self.every = say, every
-    def before_fit(self): self.last = time.monotonic()
-    def after_batch(self):
-        if not self.training or time.monotonic() - self.last < self.every: return
-        self.say(f'epoch {self.epoch + 1} of {self.n_epoch}, batch {self.iter + 1} of {self.n_iter}, loss {self.loss.item():.3f}')
+
+    def __init__(
+        self,
+        say: Callable = print,  # What is done with a line
+        every: float = 30.0,  # Seconds between two lines in an epoch
+    ):
+        self.say, self.every = say, every
+
+    def before_fit(self):
         self.last = time.monotonic()
+
+    def after_batch(self):
+        if not self.training or time.monotonic() - self.last < self.every:
+            return
+        self.say(
+            f'epoch {self.epoch + 1} of {self.n_epoch}, batch {self.iter + 1} of {self.n_iter}, loss {self.loss.item():.3f}'
+        )
+        self.last = time.monotonic()
+
     def after_epoch(self):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.say(f'epoch {self.epoch + 1} of {self.n_epoch}: ' + ', '.join(f'{n} {v:.3f}' for n, v in values))
 
 # %% ../../nbs/training/03_callbacks.ipynb #e6030f57
-def _by_class(f, name): return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
+def _by_class(f, name):
+    return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
+
 
 METRICS = {
-    'accuracy': partial(_by_class, M.accuracy, 'accuracy'), 'kappa': partial(_by_class, M.quadratic_kappa, 'kappa'),
-    'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'), 'specificity': partial(_by_class, M.specificity, 'specificity'),
-    'auc': partial(AccumMetric, M.auc, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, name='auc')}
+    'accuracy': partial(_by_class, M.accuracy, 'accuracy'),
+    'kappa': partial(_by_class, M.quadratic_kappa, 'kappa'),
+    'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'),
+    'specificity': partial(_by_class, M.specificity, 'specificity'),
+    'auc': partial(
+        AccumMetric,
+        M.auc,
+        dim_argmax=-1,
+        activation=ActivationType.BinarySoftmax,
+        to_np=True,
+        invert_arg=True,
+        name='auc',
+    ),
+}

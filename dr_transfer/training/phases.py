@@ -7,12 +7,16 @@ __all__ = ['MOST_GB', 'ADVICE', 'MOST_NUMBERS', 'loader_summary', 'why_not_store
            'phase_runs', 'runs_words', 'weights_back', 'fit_phase', 'find_rate']
 
 # %% ../../nbs/training/04_phases.ipynb #1c9414b9
-import random, sys, tempfile
+import random
+import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -22,26 +26,49 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import no_random
 from fastcore.imports import IN_NOTEBOOK
 from torch import nn
+
 from ..data.augment import views_of
-from ..models.backbones import Stages, layer_groups, stage_names
-from ..features.boundary import BoundaryMaps, Rest, boundary_gb, boundary_loader, boundary_maps, boundary_store, split_body
-from .callbacks import FrozenMode, HeadFirst, LossGuard, PlainProgress, TrainingError, TrainSetting
+from ..data.views import VIEWS
+from dr_transfer.features.boundary import (
+    BoundaryMaps,
+    Rest,
+    boundary_gb,
+    boundary_loader,
+    boundary_maps,
+    boundary_store,
+    split_body,
+)
 from ..features.classifiers import FeatureClassifier
 from ..features.extraction import Features, extract_features, reading, weights_digest
+from ..models.backbones import Stages, layer_groups, stage_names
 from ..models.network import AveragePool, Head
-from .plans import HEAD_PASSES, Phase, Plan, head_epochs
 from ..models.speed import kept_memory
-from ..data.views import VIEWS
+from .callbacks import FrozenMode, HeadFirst, LossGuard, PlainProgress, TrainingError, TrainSetting
+from .plans import HEAD_PASSES, Phase, Plan, head_epochs
 
 # %% ../../nbs/training/04_phases.ipynb #d53584cf
-MOST_GB = 50. # of stored maps for one phase; more is not worth reading again in every epoch
-_USUAL = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision, FrozenMode, HeadFirst, TrainSetting)
+MOST_GB = 50.0  # of stored maps for one phase; more is not worth reading again in every epoch
+_USUAL = (
+    TrainEvalCallback,
+    Recorder,
+    CastToTensor,
+    ProgressCallback,
+    MixedPrecision,
+    FrozenMode,
+    HeadFirst,
+    TrainSetting,
+)
+
 
 def loader_summary(
-    dls # DataLoaders
-) -> list: # For each side
+    dls,  # DataLoaders
+) -> list:  # For each side
     "What decides the batches: kinds, sizes and transforms; stored features know only what `build_learner` made"
-    return [(type(dl).__name__, len(dl.dataset), *(repr(type(t)) for e in (dl.after_item, dl.after_batch) for t in e.fs)) for dl in dls.loaders]
+    return [
+        (type(dl).__name__, len(dl.dataset), *(repr(type(t)) for e in (dl.after_item, dl.after_batch) for t in e.fs))
+        for dl in dls.loaders
+    ]
+
 
 def _watcher(learn) -> str:
     "Why a callback of the user's needs every batch; '' if there is none"
@@ -49,6 +76,7 @@ def _watcher(learn) -> str:
         if not isinstance(c, _USUAL):
             return f"the callback '{c.name}' is to see every batch"
     return ''
+
 
 def _not_stored(learn, part, views) -> str:
     "Why the output of the frozen part cannot be stored, callbacks apart; '' if it can"
@@ -65,10 +93,11 @@ def _not_stored(learn, part, views) -> str:
     gb = _maps_gb(learn, part, views)
     return '' if gb <= MOST_GB else f'the maps would take {gb:.0f} GB'
 
+
 def why_not_stored(
-    learn:Learner, # From `build_learner`
-    frozen:int=-1 # Layer groups that are frozen, as in a `Phase`
-) -> str: # '' if it can be, otherwise the reason
+    learn: Learner,  # From `build_learner`
+    frozen: int = -1,  # Layer groups that are frozen, as in a `Phase`
+) -> str:  # '' if it can be, otherwise the reason
     "Can a phase be trained from what was stored of the frozen part?"
     part, views = _frozen_part(learn, frozen), views_of(learn.task.augment)
     if not part.k or views is None:
@@ -79,29 +108,36 @@ def why_not_stored(
 @dataclass(frozen=True)
 class FrozenPart:
     "What is frozen of a learner"
-    body:nn.Module # Its body
-    k:int # Number of groups that are frozen, from the input on
-    head_only:bool # Is the whole body frozen?
-    pooled:bool # And does the head read only averages?
+
+    body: nn.Module  # Its body
+    k: int  # Number of groups that are frozen, from the input on
+    head_only: bool  # Is the whole body frozen?
+    pooled: bool  # And does the head read only averages?
+
 
 def _frozen_part(learn, frozen) -> FrozenPart:
     "The frozen part of a learner; ValueError if it has not that many groups"
     body = learn.model[0][0]
     n = len(layer_groups(body.stages))
-    k = Phase(frozen, 1, 1.).first_trained(n + 1)
+    k = Phase(frozen, 1, 1.0).first_trained(n + 1)
     return FrozenPart(body, k, k == n, k == n and _averages(learn))
+
 
 def _averages(learn) -> bool:
     "Does the head begin with the average over the image?"
     head = learn.model[1]
     return isinstance(head, nn.Sequential) and len(head) > 1 and isinstance(head[0], AveragePool)
 
-def _front(learn, part): return split_body(part.body, part.k, _averages(learn))[0]
+
+def _front(learn, part):
+    return split_body(part.body, part.k, _averages(learn))[0]
+
 
 def _about(learn, views):
     "What decides the stored output of a frozen part, besides its weights"
     t = learn.task
     return reading(learn.model[0][0], t.size, t.reader, t.fit, views)
+
 
 def _maps_gb(learn, part, views) -> float:
     "Gigabytes on disk that the maps of all views of all images take at a boundary"
@@ -109,15 +145,18 @@ def _maps_gb(learn, part, views) -> float:
 
 # %% ../../nbs/training/04_phases.ipynb #ce492c21
 def learner_features(
-    learn:Learner, # From `build_learner`
-    images:list, # Paths or images
-    views:str|None=None, # Name in `VIEWS`; the augmentation's own if None
-    label:str='features' # What the progress bar says
-) -> Features: # What the head sees of the images, pooled
+    learn: Learner,  # From `build_learner`
+    images: list,  # Paths or images
+    views: str | None = None,  # Name in `VIEWS`; the augmentation's own if None
+    label: str = 'features',  # What the progress bar says
+) -> Features:  # What the head sees of the images, pooled
     "The features of images in the body of a learner, computed unless they are stored"
     task, body = learn.task, learn.model[0][0]
-    names = stage_names(body.stages)[-body.stages.tap:]
-    return extract_features(images, body, task.size, task.reader, task.fit, views or views_of(task.augment) or 'none', names, label=label)
+    names = stage_names(body.stages)[-body.stages.tap :]
+    return extract_features(
+        images, body, task.size, task.reader, task.fit, views or views_of(task.augment) or 'none', names, label=label
+    )
+
 
 def _stored(learn, split, run) -> tuple[BoundaryMaps, torch.Tensor]:
     "The output of the frozen part for the images of a split, and their class numbers"
@@ -132,59 +171,88 @@ def _stored(learn, split, run) -> tuple[BoundaryMaps, torch.Tensor]:
 # %% ../../nbs/training/04_phases.ipynb #e3429876
 class _RestAndHead(nn.Module):
     "The trained part of a model, on the output of the frozen part"
-    def __init__(self, rest, head): super().__init__(); self.rest, self.head = rest, head
-    def forward(self, *maps): return self.head(self.rest(*maps) if self.rest is not None else maps[0])
+
+    def __init__(self, rest, head):
+        super().__init__()
+        self.rest, self.head = rest, head
+
+    def forward(self, *maps):
+        return self.head(self.rest(*maps) if self.rest is not None else maps[0])
+
 
 def _stored_loaders(learn, run) -> tuple[DataLoaders, BoundaryMaps]:
     "DataLoaders of the stored output, and that of the training images"
     (maps, y), (maps_v, y_v) = (_stored(learn, split, run) for split in ('train', 'valid'))
     device, bs = learn.dls.device, min(learn.dls.train.bs or len(y), len(y))
     train = boundary_loader(maps, y, bs, True, device, getattr(learn.dls.train, 'wgts', None))
-    valid = boundary_loader(maps_v, y_v, 256 if run.part.pooled else 2*bs, False, device)
+    valid = boundary_loader(maps_v, y_v, 256 if run.part.pooled else 2 * bs, False, device)
     return DataLoaders(train, valid, device=device), maps
+
 
 def _sub_learner(learn, run) -> Learner:
     "A learner for the trained part; it shares its weights with the whole"
     head, part = learn.model[1], run.part
     dls, maps = _stored_loaders(learn, run)
-    groups = [*layer_groups(part.body.stages).values(), list(head.parameters())][part.k:]
+    groups = [*layer_groups(part.body.stages).values(), list(head.parameters())][part.k :]
     model = _RestAndHead(None if part.pooled else Rest(part.body, part.k), head)
-    sub = Learner(dls, model, loss_func=learn.loss_func, opt_func=learn.opt_func, metrics=learn.metrics, splitter=lambda model: groups,
-                  wd_bn_bias=learn.wd_bn_bias, moms=learn.moms, train_bn=False,
-                  cbs=[FrozenMode(learn.frozen_mode.fixed_bn, learn.frozen_mode.of_phase), HeadFirst()])
+    sub = Learner(
+        dls,
+        model,
+        loss_func=learn.loss_func,
+        opt_func=learn.opt_func,
+        metrics=learn.metrics,
+        splitter=lambda model: groups,
+        wd_bn_bias=learn.wd_bn_bias,
+        moms=learn.moms,
+        train_bn=False,
+        cbs=[FrozenMode(learn.frozen_mode.fixed_bn, learn.frozen_mode.of_phase), HeadFirst()],
+    )
     sub.head_trained, sub.maps = learn.head_trained, maps
     return sub
 
 # %% ../../nbs/training/04_phases.ipynb #3966ab60
 def _exact_bn(head, maps):
     "Give the BatchNorm at the input of a head the statistics of all stored features (images, views, channels)"
-    if not isinstance(head[1], nn.BatchNorm1d): return
+    if not isinstance(head[1], nn.BatchNorm1d):
+        return
     f = maps.arrays[0]
-    mean, square = (np.mean([g(f[:, v]).mean(0, dtype=np.float64) for v in range(f.shape[1])], 0) for g in (lambda a: a, lambda a: np.square(a, dtype=np.float64)))
-    n = f.shape[0]*f.shape[1]
-    head[1].running_mean.copy_(torch.from_numpy(mean)); head[1].running_var.copy_(torch.from_numpy((square - mean**2)*n/(n - 1)))
+    mean, square = (
+        np.mean([g(f[:, v]).mean(0, dtype=np.float64) for v in range(f.shape[1])], 0)
+        for g in (lambda a: a, lambda a: np.square(a, dtype=np.float64))
+    )
+    n = f.shape[0] * f.shape[1]
+    head[1].running_mean.copy_(torch.from_numpy(mean))
+    head[1].running_var.copy_(torch.from_numpy((square - mean**2) * n / (n - 1)))
+
 
 def _seed(learn) -> int:
     "What decides the order, the views and dropout of a phase: the seed of the learner, and how much it has been trained"
-    return (1_000_003*learn.record['seed'] + len(learn.record['history'])) % 2**32
+    return (1_000_003 * learn.record['seed'] + len(learn.record['history'])) % 2**32
 
-ADVICE = ("The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, another plan, "
-          "such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision")
+
+ADVICE = (
+    'The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, another plan, '
+    "such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision"
+)
+
 
 def _check_batches(learn):
     "BatchNorm in the head needs two images or more in a batch"
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learn.model[1].modules())
     if norms and learn.dls.train.bs == 1:
-        raise ValueError("batches of one image: BatchNorm needs 2 or more to train. Give bs=2 or more (--bs), and 2 training images or more")
+        raise ValueError(
+            'batches of one image: BatchNorm needs 2 or more to train. Give bs=2 or more (--bs), and 2 training images or more'
+        )
+
 
 def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
     how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
-    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr/10, plan=run.safer))
+    guard = LossGuard(run.classes, ADVICE.format(lr=phase.lr / 10, plan=run.safer))
     cbs = [guard]
     with ExitStack() as stack:
-        if quiet or not sys.stdout.isatty() and not IN_NOTEBOOK:
+        if quiet or (not sys.stdout.isatty() and not IN_NOTEBOOK):
             for c in (learn.no_bar(), learn.no_logging()):
                 stack.enter_context(c)
             if not quiet:
@@ -199,7 +267,8 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     return list(learn.recorder.values)
 
 # %% ../../nbs/training/04_phases.ipynb #ad2e5955
-MOST_NUMBERS = 4e8 # features x views x images up to which a head is solved; more are trained in steps
+MOST_NUMBERS = 4e8  # features x views x images up to which a head is solved; more are trained in steps
+
 
 def _unsolvable(learn, part, views) -> str:
     "Why the head cannot be had as logistic regression; '' if it can"
@@ -212,13 +281,14 @@ def _unsolvable(learn, part, views) -> str:
         return 'images are drawn by class'
     if not isinstance(loss, CrossEntropyLossFlat) or loss.func.weight is not None or loss.func.label_smoothing:
         return 'of its loss'
-    alone = train.group.where(train.group.notna(), train.image) # an image without a group is a group of its own
+    alone = train.group.where(train.group.notna(), train.image)  # an image without a group is a group of its own
     have = alone.groupby(train.target).nunique().reindex(list(learn.dls.vocab), fill_value=0)
     if have.min() < 3:
         return f"class '{have.idxmin()}' has {have.min()} groups in training, and strength is chosen with 3 or more"
-    if len(train)*len(VIEWS[views])*part.body.stages.n_out > MOST_NUMBERS:
+    if len(train) * len(VIEWS[views]) * part.body.stages.n_out > MOST_NUMBERS:
         return f'{len(train)} images are many'
     return ''
+
 
 def _solve_head(learn, run) -> list:
     "Logistic regression as the head; loss and metrics, as of one epoch"
@@ -228,7 +298,7 @@ def _solve_head(learn, run) -> list:
     classifier.fit(sub.maps.arrays[0], y, train.group.to_numpy())
     learn.model[1].load_state_dict(classifier.head().state_dict())
     learn.record['C'] = classifier.estimator_.C
-    every = boundary_loader(sub.maps, torch.tensor(y), 256, device=learn.dls.device) # each image once, as it is
+    every = boundary_loader(sub.maps, torch.tensor(y), 256, device=learn.dls.device)  # each image once, as it is
     with sub.no_bar(), sub.no_logging():
         (loss, *_), valid = sub.validate(dl=every), sub.validate(1)
     return [[loss, *valid]]
@@ -241,7 +311,7 @@ def _fit_stored(learn, run, rates, say) -> list:
         say(f'maps of the frozen part: {_maps_gb(learn, part, run.views):.2g} GB on disk, computed once')
         learn.train_setting.measure(learn, part.body)
     sub = _sub_learner(learn, run)
-    values = _run(sub, run, rates[part.k:], say, quiet=part.pooled)
+    values = _run(sub, run, rates[part.k :], say, quiet=part.pooled)
     if part.pooled:
         _exact_bn(learn.model[1], sub.maps)
     return values
@@ -250,27 +320,32 @@ def _fit_stored(learn, run, rates, say) -> list:
 @dataclass(frozen=True)
 class PhaseRun:
     "How a phase of a plan is run on a learner"
-    phase:Phase # What is frozen, at which rates
-    part:FrozenPart # The frozen part of this learner
-    how:str # 'skipped', 'solved', 'stored' or 'network'
-    classes:int # Number of classes
-    epochs:int=0 # Times through the training images; 0 if there are no steps
-    views:str|None=None # Views that are stored; None if they are endless
-    why:str='' # Why it is not cheaper
-    seed:int=0 # Decides order, views and dropout
-    safer:str='head' # Plan that is advised if the training diverges
+
+    phase: Phase  # What is frozen, at which rates
+    part: FrozenPart  # The frozen part of this learner
+    how: str  # 'skipped', 'solved', 'stored' or 'network'
+    classes: int  # Number of classes
+    epochs: int = 0  # Times through the training images; 0 if there are no steps
+    views: str | None = None  # Views that are stored; None if they are endless
+    why: str = ''  # Why it is not cheaper
+    seed: int = 0  # Decides order, views and dropout
+    safer: str = 'head'  # Plan that is advised if the training diverges
+
 
 @dataclass(frozen=True)
 class _Asked:
     "What a phase is asked for besides itself"
-    epochs:int|None # Passes through the network at most
-    stored:bool # May the frozen part be stored?
-    last:bool # Is it the last phase of the plan?
-    trained:bool # Is the head trained before it?
+
+    epochs: int | None  # Passes through the network at most
+    stored: bool  # May the frozen part be stored?
+    last: bool  # Is it the last phase of the plan?
+    trained: bool  # Is the head trained before it?
+
 
 def _epochs(learn, phase) -> int:
     "Epochs of a phase: its own, or as many as the set needs"
     return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
+
 
 def _passes(learn, phase, asked, head_only) -> int:
     "Times that a phase goes through the network: its own number, and never more than what was asked for"
@@ -278,6 +353,7 @@ def _passes(learn, phase, asked, head_only) -> int:
     if asked.epochs is None:
         return own
     return asked.epochs if asked.last else min(own, asked.epochs)
+
 
 def _phase_run(learn, phase, asked) -> PhaseRun:
     "How one phase is run"
@@ -298,11 +374,11 @@ def _phase_run(learn, phase, asked) -> PhaseRun:
 
 # %% ../../nbs/training/04_phases.ipynb #7694166a
 def phase_runs(
-    learn:Learner, # From `build_learner`
-    plan:Plan, # A plan
-    epochs:int|None=None, # Passes of a phase through the network at most
-    stored:bool=True # May what is frozen be kept on disk?
-) -> list[PhaseRun]: # One for each phase
+    learn: Learner,  # From `build_learner`
+    plan: Plan,  # A plan
+    epochs: int | None = None,  # Passes of a phase through the network at most
+    stored: bool = True,  # May what is frozen be kept on disk?
+) -> list[PhaseRun]:  # One for each phase
     "How each phase of a plan is going to be run; nothing is trained yet"
     runs, trained = [], learn.head_trained
     unsuited = learn.record['weights']['kind'] == 'random' and plan.weights != 'random'
@@ -312,29 +388,38 @@ def phase_runs(
         trained = True
     return runs
 
+
 def _run_words(run) -> str:
     "One phase in words"
     n = len(layer_groups(run.part.body.stages)) - run.part.k
     what = 'head' if n == 0 else 'everything' if run.part.k == 0 else f'head and last {n} group{"s" if n > 1 else ""}'
-    how = {'skipped': f'skipped, because {run.why}', 'solved': 'solved on stored features',
-           'stored': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} on what is stored',
-           'network': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} through the network'}
+    how = {
+        'skipped': f'skipped, because {run.why}',
+        'solved': 'solved on stored features',
+        'stored': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} on what is stored',
+        'network': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} through the network',
+    }
     return f'{what}, {how[run.how]}'
 
+
 def runs_words(
-    runs:list, # From `phase_runs`
-    n:int # Number of training images
+    runs: list,  # From `phase_runs`
+    n: int,  # Number of training images
 ) -> str:
     "The phases in words, and how often the training images go through the network in all"
     passes = sum(r.epochs for r in runs if r.how == 'network')
-    total = f'{passes} pass{"es" if passes > 1 else ""} of {n} images through the network' if passes else 'no pass through the network'
+    total = (
+        f'{passes} pass{"es" if passes > 1 else ""} of {n} images through the network'
+        if passes
+        else 'no pass through the network'
+    )
     return '; '.join(f'phase {i} of {len(runs)}: {_run_words(r)}' for i, r in enumerate(runs, 1)) + f'. In all {total}'
 
 # %% ../../nbs/training/04_phases.ipynb #d1578a11
 @contextmanager
 def weights_back(
-    learn:Learner, # From `build_learner`
-    errors=BaseException # After which of them the weights come back
+    learn: Learner,  # From `build_learner`
+    errors=BaseException,  # After which of them the weights come back
 ):
     "Give a learner its weights back if what is inside fails"
     before, trained = {k: v.detach().clone() for k, v in learn.model.state_dict().items()}, learn.head_trained
@@ -345,6 +430,7 @@ def weights_back(
         learn.opt, learn.head_trained = None, trained
         raise
 
+
 def _say_why(learn, run, say):
     "Tell what is special about the way in which a phase is run"
     views = views_of(learn.task.augment)
@@ -353,26 +439,29 @@ def _say_why(learn, run, say):
     if run.how == 'stored' and run.phase.epochs is None:
         say(f'the head is trained in steps, because {run.why}')
     if run.how in ('solved', 'stored') and views is None:
-        say(f"the augmentation '{learn.task.augment}' has endlessly many results: this head, which only prepares the next phase, "
-            "is trained on the images as they are")
+        say(
+            f"the augmentation '{learn.task.augment}' has endlessly many results: this head, which only prepares the next phase, "
+            'is trained on the images as they are'
+        )
     if run.how == 'solved' and _watcher(learn):
         say(f'{_watcher(learn)}, but the head is solved, in which there are none')
 
+
 def fit_phase(
-    learn:Learner, # From `build_learner`
-    run:PhaseRun, # From `phase_runs`
-    say:Callable=print # What is done with the lines that tell how it goes
-) -> list: # Of each epoch: train loss, valid loss, metrics
+    learn: Learner,  # From `build_learner`
+    run: PhaseRun,  # From `phase_runs`
+    say: Callable = print,  # What is done with the lines that tell how it goes
+) -> list:  # Of each epoch: train loss, valid loss, metrics
     "Run one phase; TrainingError if the loss diverges, and the weights are those from before it"
     part, run = run.part, replace(run, seed=_seed(learn))
-    learn.opt = None # each phase begins with an optimiser of its own
+    learn.opt = None  # each phase begins with an optimiser of its own
     learn.freeze_to(part.k)
     _say_why(learn, run, say)
     rates = run.phase.rates(len(layer_groups(part.body.stages)) + 1)
     if run.how != 'solved':
         _check_batches(learn)
     with ExitStack() as after:
-        after.enter_context(no_random(run.seed)) # the random numbers of others are left alone
+        after.enter_context(no_random(run.seed))  # the random numbers of others are left alone
         after.callback(setattr, learn.frozen_mode, 'of_phase', None)
         learn.frozen_mode.of_phase = run.phase.fixed_bn
         after.enter_context(weights_back(learn, TrainingError))
@@ -389,21 +478,26 @@ def _frozen_groups(learn) -> int:
     groups = [*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters())]
     free = [any(p.requires_grad for p in ps) for ps in groups]
     if not any(free):
-        raise ValueError("everything is frozen, so no rate can be found: learn.freeze_to(-1) trains the head, learn.unfreeze() everything")
+        raise ValueError(
+            'everything is frozen, so no rate can be found: learn.freeze_to(-1) trains the head, learn.unfreeze() everything'
+        )
     return free.index(True)
 
+
 def find_rate(
-    learn:Learner, # From `build_learner`
-    *args, # Arguments of fastai's `lr_find`
-    **kwargs # The same by name
-) -> tuple: # What fastai's `lr_find` returns
+    learn: Learner,  # From `build_learner`
+    *args,  # Arguments of fastai's `lr_find`
+    **kwargs,  # The same by name
+) -> tuple:  # What fastai's `lr_find` returns
     "fastai's `lr_find`, on what is stored of the frozen part where that can be"
     k = _frozen_groups(learn)
     before, trained = learn.opt, learn.head_trained
     with no_random(_seed(learn)), weights_back(learn), tempfile.TemporaryDirectory() as folder:
         finder = learn
         if k and not why_not_stored(learn, k):
-            run = PhaseRun(Phase(k, 1, 1.), _frozen_part(learn, k), 'stored', learn.dls.c, 1, views_of(learn.task.augment))
+            run = PhaseRun(
+                Phase(k, 1, 1.0), _frozen_part(learn, k), 'stored', learn.dls.c, 1, views_of(learn.task.augment)
+            )
             finder = _sub_learner(learn, run)
         path, rng, finder.path = finder.path, finder.dls.train.rng, Path(folder)
         try:

@@ -12,40 +12,49 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
+
 import pandas as pd
+
 from ..data.augment import views_of
 from ..models.backbones import create_body, find_backbone, layer_groups
-from ..utils.files import unknown
 from ..models.network import Head, create_head, head_inputs
+from ..utils.files import unknown
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706
-DECAYS = ('one_cycle', 'flat_cos', 'none') # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
+DECAYS = ('one_cycle', 'flat_cos', 'none')  # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
+
 
 def check_epochs(
-    epochs:int # A number of epochs that was asked for
-) -> int: # The same
+    epochs: int,  # A number of epochs that was asked for
+) -> int:  # The same
     "A number of epochs; ValueError if it is none"
     if isinstance(epochs, Integral) and not isinstance(epochs, bool) and epochs >= 1:
         return int(epochs)
-    raise ValueError(f"epochs={epochs!r}: give a whole number of epochs, 1 or more, such as 5")
+    raise ValueError(f'epochs={epochs!r}: give a whole number of epochs, 1 or more, such as 5')
+
 
 def _check_number(name, value, least, above):
     "A finite number from `least` on, or above it"
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and (value > least if above else value >= least):
         return
-    raise ValueError(f"{name}={value!r}: give a finite number {'above' if above else 'from'} {least}{'' if above else ' on'}")
+    raise ValueError(
+        f'{name}={value!r}: give a finite number {"above" if above else "from"} {least}{"" if above else " on"}'
+    )
+
 
 @dataclass(frozen=True)
 class Phase:
     "One stretch of training"
-    frozen:int # Groups that stay frozen; -1: all but the head, -2: all but it and one
-    epochs:int|None # Passes; None: solve the head, or as many as the set needs
-    lr:float # Highest rate, that of the head
-    spread:float=1. # The stem has lr/spread; from group to group the same factor
-    wd:float=0.01 # Weight decay
-    decay:str='one_cycle' # How the rate goes; in `DECAYS`
-    fixed_bn:bool|None=None # BatchNorm of the body stays? None: as the learner has it
+
+    frozen: int  # Groups that stay frozen; -1: all but the head, -2: all but it and one
+    epochs: int | None  # Passes; None: solve the head, or as many as the set needs
+    lr: float  # Highest rate, that of the head
+    spread: float = 1.0  # The stem has lr/spread; from group to group the same factor
+    wd: float = 0.01  # Weight decay
+    decay: str = 'one_cycle'  # How the rate goes; in `DECAYS`
+    fixed_bn: bool | None = None  # BatchNorm of the body stays? None: as the learner has it
+
     def __post_init__(self):
         if self.decay not in DECAYS:
             raise unknown('decay', self.decay, DECAYS)
@@ -54,81 +63,124 @@ class Phase:
         for name, least, above in (('lr', 0, True), ('spread', 0, True), ('wd', 0, False)):
             _check_number(name, getattr(self, name), least, above)
         if not isinstance(self.frozen, Integral) or isinstance(self.frozen, bool):
-            raise ValueError(f"frozen={self.frozen!r}: give a whole number of groups, such as -1 for all but the head")
+            raise ValueError(f'frozen={self.frozen!r}: give a whole number of groups, such as -1 for all but the head')
+
     @property
     def solves(self) -> bool:
         "Is this a head that is solved where it can be, so that it has no number of epochs?"
         return self.frozen == -1 and self.epochs is None
-    def first_trained(self, n_groups:int) -> int:
+
+    def first_trained(self, n_groups: int) -> int:
         "Number of the first group that is trained, of all with the head"
         k = self.frozen if self.frozen >= 0 else n_groups + self.frozen
-        if not 0 <= k < n_groups: raise ValueError(f"frozen={self.frozen}: this model has {n_groups} groups with the head; give {1 - n_groups} to {n_groups - 1}")
+        if not 0 <= k < n_groups:
+            raise ValueError(
+                f'frozen={self.frozen}: this model has {n_groups} groups with the head; give {1 - n_groups} to {n_groups - 1}'
+            )
         return k
-    def rates(self, n_groups:int) -> list:
+
+    def rates(self, n_groups: int) -> list:
         "The learning rate of each group, nearest to the input first (discriminative rates, Howard and Ruder 2018)"
-        return [self.lr*self.spread**(i/(n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
+        return (
+            [self.lr * self.spread ** (i / (n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
+        )
 
 # %% ../../nbs/training/01_plans.ipynb #6a5c545d
 @dataclass(frozen=True)
 class Plan:
     "A named plan of transfer"
-    name:str # Name, as `plan=` takes it
-    phases:tuple # Phases in order
-    about:str='' # In one line
-    stage:str|int|None=None # Last stage, by name or from the end; its own if None
-    tap:int|None=None # Last stages that the head sees; the body's own if None
-    head:str|Head='linear' # Name in `HEADS`, or a head
-    augment:str|None=None # Augmentation; '+NAME' adds to the task's own; that if None
-    arch:str|None=None # Backbone, if it must be a certain one
-    weights:str|None=None # 'random': start from nothing
-    def with_epochs(self, epochs:int) -> 'Plan':
+
+    name: str  # Name, as `plan=` takes it
+    phases: tuple  # Phases in order
+    about: str = ''  # In one line
+    stage: str | int | None = None  # Last stage, by name or from the end; its own if None
+    tap: int | None = None  # Last stages that the head sees; the body's own if None
+    head: str | Head = 'linear'  # Name in `HEADS`, or a head
+    augment: str | None = None  # Augmentation; '+NAME' adds to the task's own; that if None
+    arch: str | None = None  # Backbone, if it must be a certain one
+    weights: str | None = None  # 'random': start from nothing
+
+    def with_epochs(self, epochs: int) -> 'Plan':
         "The plan with other epochs in its last phase; a head that is solved has none, so it stays"
         check_epochs(epochs)
         last = self.phases[-1]
         if last.solves:
             return self
         return replace(self, phases=(*self.phases[:-1], replace(last, epochs=int(epochs))))
-    def augmentation(self, own:str) -> str:
+
+    def augmentation(self, own: str) -> str:
         "The augmentation for a task whose own is given"
-        if self.augment is None: return own
-        if not self.augment.startswith('+'): return self.augment
+        if self.augment is None:
+            return own
+        if not self.augment.startswith('+'):
+            return self.augment
         return self.augment[1:] if own == 'none' else own + self.augment
 
+
 def plan_arch(
-    plan:Plan, # A plan; it may have a backbone of its own
-    arch:str|None=None # Backbone that was asked for
-) -> str|None: # Name of the backbone; None if neither names one
+    plan: Plan,  # A plan; it may have a backbone of its own
+    arch: str | None = None,  # Backbone that was asked for
+) -> str | None:  # Name of the backbone; None if neither names one
     "The backbone that a plan is run on; ValueError if the plan has another one than was asked for"
     if plan.arch is None or arch is None or find_backbone(arch).name == plan.arch:
         return plan.arch or arch
-    raise ValueError(f"plan '{plan.name}' has a backbone of its own, '{plan.arch}', and arch='{arch}' (--arch {arch}) asks for another: "
-                     f"leave arch out, or take plan 'random_start', which trains any backbone from random weights")
+    raise ValueError(
+        f"plan '{plan.name}' has a backbone of its own, '{plan.arch}', and arch='{arch}' (--arch {arch}) asks for another: "
+        f"leave arch out, or take plan 'random_start', which trains any backbone from random weights"
+    )
 
 # %% ../../nbs/training/01_plans.ipynb #a03a06eb
 HEAD = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
-HEAD_PASSES = 10 # passes of a head without a number of epochs, where nothing can be stored
+HEAD_PASSES = 10  # passes of a head without a number of epochs, where nothing can be stored
+
 
 def _then(frozen):
     "The head, then the groups from `frozen` on with it"
     return (HEAD, Phase(frozen, 5, 5e-4, spread=20, wd=0.05, fixed_bn=True))
 
-PLANS = {p.name: p for p in (
-    Plan('head', (HEAD,), 'a linear classifier on the frozen body'),
-    Plan('earlier_head', (HEAD,), 'a linear classifier on an earlier stage', stage=-3),
-    Plan('augmented_head', (Phase(-1, 10, 2e-3, wd=0.1),), 'the head through the frozen body, with random crops',
-         augment='+random_crop'),
-    Plan('flw', (Phase(-1, 30, 1e-3, wd=0, decay='none'),), 'the head and the augmentation of the text FLW', head='flw',
-         augment='flowers'),
-    Plan('top1', _then(-2), 'head, then the last group with it'),
-    Plan('top2', _then(-3), 'head, then the last two groups with it'),
-    Plan('all_but_stem', _then(2), 'head, then all but the two groups nearest to the input'),
-    Plan('fine_tune', _then(0), 'head, then everything, slower towards the input'),
-    Plan('scratch', (Phase(0, 30, 3e-3, wd=0.05),), 'a small network from nothing', arch='small_cnn', weights='random'),
-    Plan('random_start', (Phase(0, None, 3e-3, wd=0.05, fixed_bn=False),), 'any backbone from random weights', weights='random'))}
+
+PLANS = {
+    p.name: p
+    for p in (
+        Plan('head', (HEAD,), 'a linear classifier on the frozen body'),
+        Plan('earlier_head', (HEAD,), 'a linear classifier on an earlier stage', stage=-3),
+        Plan(
+            'augmented_head',
+            (Phase(-1, 10, 2e-3, wd=0.1),),
+            'the head through the frozen body, with random crops',
+            augment='+random_crop',
+        ),
+        Plan(
+            'flw',
+            (Phase(-1, 30, 1e-3, wd=0, decay='none'),),
+            'the head and the augmentation of the text FLW',
+            head='flw',
+            augment='flowers',
+        ),
+        Plan('top1', _then(-2), 'head, then the last group with it'),
+        Plan('top2', _then(-3), 'head, then the last two groups with it'),
+        Plan('all_but_stem', _then(2), 'head, then all but the two groups nearest to the input'),
+        Plan('fine_tune', _then(0), 'head, then everything, slower towards the input'),
+        Plan(
+            'scratch',
+            (Phase(0, 30, 3e-3, wd=0.05),),
+            'a small network from nothing',
+            arch='small_cnn',
+            weights='random',
+        ),
+        Plan(
+            'random_start',
+            (Phase(0, None, 3e-3, wd=0.05, fixed_bn=False),),
+            'any backbone from random weights',
+            weights='random',
+        ),
+    )
+}
+
 
 def get_plan(
-    plan:Any, # Name in `PLANS`, a plan, or advice
-    epochs:int|None=None # Epochs of its last phase, if others are wanted
+    plan: Any,  # Name in `PLANS`, a plan, or advice
+    epochs: int | None = None,  # Epochs of its last phase, if others are wanted
 ) -> Plan:
     "A plan by name"
     plan = getattr(plan, 'plan', plan)
@@ -146,12 +198,22 @@ def _parameters(arch, stage, tap, head, n_out, size) -> list:
     net = create_head(head, head_inputs(body, head, size), n_out)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(body).values(), list(net.parameters()))]
 
+
 def _sizes(learn, plan) -> list:
     "The same for a plan on a learner, as it stands unless the plan wants another, or on a backbone by name"
-    if isinstance(learn, str): return _parameters(plan.arch or learn, plan.stage, plan.tap, plan.head, 2, 224)
-    own = plan.arch in (None, learn.record['arch']) and plan.stage is None and plan.tap is None and plan.head == 'linear'
-    if not own: return _parameters(plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size)
-    return [sum(p.numel() for p in ps) for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))]
+    if isinstance(learn, str):
+        return _parameters(plan.arch or learn, plan.stage, plan.tap, plan.head, 2, 224)
+    own = (
+        plan.arch in (None, learn.record['arch']) and plan.stage is None and plan.tap is None and plan.head == 'linear'
+    )
+    if not own:
+        return _parameters(
+            plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size
+        )
+    return [
+        sum(p.numel() for p in ps)
+        for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))
+    ]
 
 # %% ../../nbs/training/01_plans.ipynb #8e9b30c3
 def _frozen_words(phase) -> str:
@@ -162,7 +224,8 @@ def _frozen_words(phase) -> str:
         return f'the first {phase.frozen}'
     return 'all but the head' if phase.frozen == -1 else f'all but the head and {-1 - phase.frozen}'
 
-def _epochs_words(plan, phase) -> str|int:
+
+def _epochs_words(plan, phase) -> str | int:
     "The epochs of a phase: a number, or how it is found"
     if phase.epochs is not None:
         return phase.epochs
@@ -171,52 +234,68 @@ def _epochs_words(plan, phase) -> str|int:
     endless = plan.augment is not None and views_of(plan.augment.strip('+')) is None
     return f'{HEAD_PASSES} at most' if endless and phase is plan.phases[-1] else 'solved'
 
+
 def _bn_words(phase) -> str:
     "What BatchNorm of the body does in a phase"
     if phase.fixed_bn or phase.frozen == -1:
         return 'stays'
     return "the network's own" if phase.fixed_bn is None else 'moves'
 
+
 def _plan_row(plan, i, phase, learn) -> dict:
     "One row of the table of plans"
-    row = {'plan': plan.name, 'phase': i, 'frozen': _frozen_words(phase), 'epochs': _epochs_words(plan, phase), 'rate': phase.lr,
-           'rate of the stem': phase.lr/phase.spread if phase.frozen == 0 else None, 'weight decay': phase.wd,
-           'rate goes': phase.decay, 'BatchNorm': _bn_words(phase), 'head': plan.head if isinstance(plan.head, str) else 'own',
-           'stage': plan.stage or 'last', 'augmentation': plan.augment or "the task's"}
+    row = {
+        'plan': plan.name,
+        'phase': i,
+        'frozen': _frozen_words(phase),
+        'epochs': _epochs_words(plan, phase),
+        'rate': phase.lr,
+        'rate of the stem': phase.lr / phase.spread if phase.frozen == 0 else None,
+        'weight decay': phase.wd,
+        'rate goes': phase.decay,
+        'BatchNorm': _bn_words(phase),
+        'head': plan.head if isinstance(plan.head, str) else 'own',
+        'stage': plan.stage or 'last',
+        'augmentation': plan.augment or "the task's",
+    }
     if learn is None:
         return row
     try:
         n = _sizes(learn, plan)
-        return row | {'trainable': sum(n[phase.first_trained(len(n)):]), 'total': sum(n)}
-    except ValueError: # it cannot be run on this network
+        return row | {'trainable': sum(n[phase.first_trained(len(n)) :]), 'total': sum(n)}
+    except ValueError:  # it cannot be run on this network
         return row | {'trainable': None, 'total': None}
 
 # %% ../../nbs/training/01_plans.ipynb #c002e332
 def plan_table(
-    learn:Any=None, # A learner, or a backbone (2 classes, 224 pixels)
-    plans=None # Names or plans; all of `PLANS` if None
-) -> pd.DataFrame: # One row a phase
+    learn: Any = None,  # A learner, or a backbone (2 classes, 224 pixels)
+    plans=None,  # Names or plans; all of `PLANS` if None
+) -> pd.DataFrame:  # One row a phase
     "Plans, phase by phase; for a learner with the weights that are trained, and all"
     rows = [_plan_row(p, i, f, learn) for p in map(get_plan, plans or PLANS) for i, f in enumerate(p.phases, 1)]
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
 # %% ../../nbs/training/01_plans.ipynb #e2d91784
-LARGE = 300 # Images to learn from, from which on a set is large
+LARGE = 300  # Images to learn from, from which on a set is large
+
 
 def choose_plan(
-    n_train:int, # Number of training images
-    gpu:bool=False # Is there a GPU?
-) -> tuple[str, str]: # Name of a plan, and the reason
+    n_train: int,  # Number of training images
+    gpu: bool = False,  # Is there a GPU?
+) -> tuple[str, str]:  # Name of a plan, and the reason
     "A sensible plan for the size of the set and the machine"
-    if not gpu: return 'head', 'on a CPU, frozen features are read once and the head trains in seconds'
-    if n_train < LARGE: return 'head', f'{n_train} training images are few for changing the body'
+    if not gpu:
+        return 'head', 'on a CPU, frozen features are read once and the head trains in seconds'
+    if n_train < LARGE:
+        return 'head', f'{n_train} training images are few for changing the body'
     return 'fine_tune', f'{n_train} training images and a GPU'
 
+
 def head_epochs(
-    n_train:int, # Number of training images
-    bs:int, # Images in a batch
-    least:int=30, # Epochs at least
-    steps:int=600 # Steps at least, in at most ten times as many epochs
+    n_train: int,  # Number of training images
+    bs: int,  # Images in a batch
+    least: int = 30,  # Epochs at least
+    steps: int = 600,  # Steps at least, in at most ten times as many epochs
 ) -> int:
     "Epochs by the set, for a head on stored features or a random start: more for a small set, because these need steps"
-    return max(least, min(math.ceil(steps/max(1, n_train//bs)), 10*least))
+    return max(least, min(math.ceil(steps / max(1, n_train // bs)), 10 * least))

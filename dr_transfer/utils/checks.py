@@ -7,60 +7,69 @@ __all__ = ['MOST_SEED', 'MOST_CHARACTERS', 'UNPRINTABLE', 'check_seed', 'check_s
            'check_class_names']
 
 # %% ../../nbs/utils/05_checks.ipynb #b495bfe9
-from pathlib import Path
 import numbers
 import unicodedata
-from typing import Collection
+from collections.abc import Collection
+from pathlib import Path
 
 # %% ../../nbs/utils/05_checks.ipynb #54ad9825
 MOST_SEED = 2**32 - 1
 
+
 def check_seed(
-    seed # What was given
+    seed,  # What was given
 ) -> int:
     "A seed that numpy, scikit-learn and torch take; ValueError for another"
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
     if not whole or not 0 <= seed <= MOST_SEED:
-        raise ValueError(f"seed={seed!r:.60}: give a whole number from 0 to {MOST_SEED} (seed=42, --seed 42)")
+        raise ValueError(f'seed={seed!r:.60}: give a whole number from 0 to {MOST_SEED} (seed=42, --seed 42)')
     return int(seed)
 
+
 def check_share(
-    name:str, # Of the argument
-    value # What was given
+    name: str,  # Of the argument
+    value,  # What was given
 ):
     "ValueError for a share of the images that is no number"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r:.60}: give a share of the images, such as {name}=0.2")
+        raise ValueError(f'{name}={value!r:.60}: give a share of the images, such as {name}=0.2')
+
 
 def check_workers(
-    n # What was given
-) -> int|None: # None: to be chosen
+    n,  # What was given
+) -> int | None:  # None: to be chosen
     "A number of processes that read images; ValueError for another"
     if n is None:
         return None
     whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
     if not whole or not 0 <= n <= 256:
-        raise ValueError(f"num_workers={n!r:.60}: give how many processes read images, 0 to 256, or None to have it chosen")
+        raise ValueError(
+            f'num_workers={n!r:.60}: give how many processes read images, 0 to 256, or None to have it chosen'
+        )
     return int(n)
 
+
 def image_list(
-    images # A list or anything that can be gone through, such as a generator
+    images,  # A list or anything that can be gone through, such as a generator
 ) -> list:
     "Images as a list; ValueError for a single one, whose letters would be taken for images"
     if isinstance(images, (str, bytes, Path)):
-        raise ValueError(f"{images!r:.200} is one image or folder: give a list, such as [{images!r:.200}] or "
-                         f"find_images({images!r:.200})")
+        raise ValueError(
+            f'{images!r:.200} is one image or folder: give a list, such as [{images!r:.200}] or '
+            f'find_images({images!r:.200})'
+        )
     try:
         return list(images)
     except TypeError:
-        raise ValueError(f"images={images!r:.60}: give a list of paths or images") from None
+        raise ValueError(f'images={images!r:.60}: give a list of paths or images') from None
 
 # %% ../../nbs/utils/05_checks.ipynb #c1e8e76a
-MOST_CHARACTERS = 200 # of a name
-UNPRINTABLE = ('Cc', 'Cs', 'Zl', 'Zp') # Unicode: control characters, halves of characters, ends of lines
+MOST_CHARACTERS = 200  # of a name
+UNPRINTABLE = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode: control characters, halves of characters, ends of lines
+
 
 def check_class_names(
-    classes:Collection # Class names in order
+    classes: Collection,  # Class names in order
 ):
     "ValueError for names that are no text, empty, too long, not printable, or alike but for case and spaces"
     seen = {}
@@ -70,11 +79,17 @@ def check_class_names(
         if not name.strip():
             raise ValueError(f'the class name {name!r} is empty: give each class a name')
         if len(name) > MOST_CHARACTERS:
-            raise ValueError(f'the class name {name[:30]!r}... has {len(name)} characters: {MOST_CHARACTERS} are allowed')
+            raise ValueError(
+                f'the class name {name[:30]!r}... has {len(name)} characters: {MOST_CHARACTERS} are allowed'
+            )
         if any(unicodedata.category(c) in UNPRINTABLE for c in name):
             raise ValueError(f'the class name {name!r} holds a character that cannot be printed: rename the class')
         alike = ' '.join(name.casefold().split())
         if alike in seen:
-            differ = '' if seen[alike] == name else f', as {seen[alike]!r} and {name!r}, which differ only in case or spaces'
-            raise ValueError(f'the class name {name!r} occurs twice{differ}: rename one of them, or make them one class')
+            differ = (
+                '' if seen[alike] == name else f', as {seen[alike]!r} and {name!r}, which differ only in case or spaces'
+            )
+            raise ValueError(
+                f'the class name {name!r} occurs twice{differ}: rename one of them, or make them one class'
+            )
         seen[alike] = name

@@ -12,16 +12,19 @@ import csv
 import io
 import re
 from pathlib import Path
+
 import pandas as pd
+
 from .places import reason
 from .regular import NotAFile, TooLarge, read_regular
 
 # %% ../../nbs/utils/07_csvfile.ipynb #19967d53
-MOST_BYTES = 1_000_000_000 # of a file
-MOST_ROWS = 5_000_000 # of a table
-MOST_COLUMNS = 2000 # of a table
-MOST_CELL = 32_767 # characters of a cell
+MOST_BYTES = 1_000_000_000  # of a file
+MOST_ROWS = 5_000_000  # of a table
+MOST_COLUMNS = 2000  # of a table
+MOST_CELL = 32_767  # characters of a cell
 SEPARATORS = ',;\t'
+
 
 class CsvError(ValueError):
     "A CSV file that cannot be read, or a table that cannot be written as one"
@@ -32,13 +35,14 @@ def _content(file) -> bytes:
     try:
         return read_regular(file, MOST_BYTES)
     except FileNotFoundError:
-        raise CsvError(f"there is no labels file {file}: give the path of a CSV file") from None
+        raise CsvError(f'there is no labels file {file}: give the path of a CSV file') from None
     except NotAFile as e:
-        raise CsvError(f"{file} is not a CSV file ({e}): give the path of a CSV file") from None
+        raise CsvError(f'{file} is not a CSV file ({e}): give the path of a CSV file') from None
     except TooLarge as e:
-        raise CsvError(f"{file} is too large for a table of images ({e}): is it a CSV file?") from None
+        raise CsvError(f'{file} is too large for a table of images ({e}): is it a CSV file?') from None
     except (OSError, ValueError) as e:
-        raise CsvError(f"{file} cannot be read as a CSV file: {reason(e)}") from None
+        raise CsvError(f'{file} cannot be read as a CSV file: {reason(e)}') from None
+
 
 def _text(data, file) -> str:
     "Bytes as text: UTF-8, or UTF-16 with its mark; bytes that are neither become surrogates"
@@ -46,39 +50,45 @@ def _text(data, file) -> str:
         try:
             text = data.decode('utf-16')
         except UnicodeDecodeError as e:
-            raise CsvError(f"{file} cannot be read as a CSV file: it starts as UTF-16, but {e.reason}. "
-                           "Save it as CSV UTF-8") from None
+            raise CsvError(
+                f'{file} cannot be read as a CSV file: it starts as UTF-16, but {e.reason}. Save it as CSV UTF-8'
+            ) from None
     else:
         text = data.decode('utf-8-sig', 'surrogateescape')
     if '\0' in text:
-        line = text[:text.index('\0')].count('\n') + 1
-        raise CsvError(f"{file} cannot be read as a CSV file: line {line} has NUL characters, so it is no text, or "
-                       "UTF-16 without a mark. Save it as CSV UTF-8")
+        line = text[: text.index('\0')].count('\n') + 1
+        raise CsvError(
+            f'{file} cannot be read as a CSV file: line {line} has NUL characters, so it is no text, or '
+            'UTF-16 without a mark. Save it as CSV UTF-8'
+        )
     if not text.strip():
-        raise CsvError(f"{file} cannot be read as a CSV file: it is empty. Its first line must name the columns")
+        raise CsvError(f'{file} cannot be read as a CSV file: it is empty. Its first line must name the columns')
     return text
 
 # %% ../../nbs/utils/07_csvfile.ipynb #92a72219
 _RISKY = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r'[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?')
 
+
 def escape_cell(
-    text:str # A cell
+    text: str,  # A cell
 ) -> str:
     "A cell that no spreadsheet takes for a formula"
     if not _RISKY.match(text) or _NUMBER.fullmatch(text):
         return text
     return "'" + text
 
+
 def unescape_cell(
-    text:str # A cell of a file
+    text: str,  # A cell of a file
 ) -> str:
     "The original of an escaped cell"
     return text[1:] if text.startswith("'") and _RISKY.match(text) else text
 
+
 def plain_number(
-    text # A cell
-) -> float: # ValueError if it is no number
+    text,  # A cell
+) -> float:  # ValueError if it is no number
     "A number as people write it: unlike `float`, not `0_1`, `nan` or `infinity`"
     text = str(text).strip()
     if not _NUMBER.fullmatch(text):
@@ -93,36 +103,45 @@ def _first_row(text, sep) -> list:
             return row
     return []
 
+
 _FIRST = re.compile(r'(?:[^"\r\n]+|"[^"]*")*')
+
 
 def _separator(text) -> str:
     "The separator that divides the header into more columns than the others; a comma if they do alike"
     text = text.lstrip(' \r\n')
     end = _FIRST.match(text).end()
-    if text[end:end + 1] != '"': # each quote is closed: what stands within quotes does not divide
+    if text[end : end + 1] != '"':  # each quote is closed: what stands within quotes does not divide
         return max(SEPARATORS, key=re.sub('"[^"]*"', '', text[:end]).count)
+
     def columns(sep):
         try:
             return len(_first_row(text, sep))
         except csv.Error:
             return 0
+
     return max(SEPARATORS, key=columns)
+
 
 def _swallowed(lines, row, sep) -> bool:
     "Are several lines of a file, each a whole row, one cell because of a stray quote?"
     if len(lines) < 2 or len(row) < 2:
         return False
     quoted = sep.join('"' + c.replace('"', '""') + '"' for c in row)
-    if ''.join(lines).rstrip('\r\n') == quoted: # written so: every cell of a row with a line break has quotes
+    if ''.join(lines).rstrip('\r\n') == quoted:  # written so: every cell of a row with a line break has quotes
         return False
     return all(line.replace('"', '').count(sep) == len(row) - 1 for line in lines)
 
+
 class _Lines:
     "The lines of a text, and those that the last row was made of"
+
     def __init__(self, text):
         self.lines, self.number, self.last = io.StringIO(text, newline=''), 0, []
+
     def __iter__(self):
         return self
+
     def __next__(self):
         line = next(self.lines)
         self.number += 1
@@ -143,69 +162,87 @@ def _rows(text, sep, file):
             return
         except csv.Error as e:
             raise CsvError(_why(e, first, lines.number, file)) from None
-        if not row or not any(row) and len(row) == 1 and '"' not in lines.last[0]:
+        if not row or (not any(row) and len(row) == 1 and '"' not in lines.last[0]):
             continue
         if _swallowed(lines.last, row, sep):
-            raise CsvError(f"{file} cannot be read as a CSV file: lines {first} to {lines.number} are one row, because of "
-                           f"a quote (\") in line {first} and the next one in line {lines.number}: remove the quotes")
+            raise CsvError(
+                f'{file} cannot be read as a CSV file: lines {first} to {lines.number} are one row, because of '
+                f'a quote (") in line {first} and the next one in line {lines.number}: remove the quotes'
+            )
         if max(map(len, row)) > MOST_CELL and any(len(unescape_cell(c)) > MOST_CELL for c in row):
             raise CsvError(_too_long(first, file))
         width = width or len(row)
         if len(row) > width and not any(row[width:]):
             row = row[:width]
         if len(row) != width:
-            raise CsvError(f"{file} cannot be read as a CSV file: line {first} has {len(row)} fields, and the header "
-                           f"has {width}. Correct the line; a cell with a separator in it needs quotes")
+            raise CsvError(
+                f'{file} cannot be read as a CSV file: line {first} has {len(row)} fields, and the header '
+                f'has {width}. Correct the line; a cell with a separator in it needs quotes'
+            )
         yield first, row
 
+
 def _too_long(first, file) -> str:
-    return (f"{file} cannot be read as a CSV file: line {first} has a cell of more than {MOST_CELL} characters. "
-            "Shorten it, or look for a quote (\") that is never closed")
+    return (
+        f'{file} cannot be read as a CSV file: line {first} has a cell of more than {MOST_CELL} characters. '
+        'Shorten it, or look for a quote (") that is never closed'
+    )
+
 
 def _why(e, first, last, file) -> str:
     "The error of the reader in words"
     if 'field larger' in str(e):
         return _too_long(first, file)
     if 'unexpected end' in str(e):
-        return (f"{file} cannot be read as a CSV file: a cell that begins with a quote (\") in line {first} "
-                "does not end. Remove the quote, or close it")
-    return (f"{file} cannot be read as a CSV file: in line {last} a quote (\") is followed by other text, in a cell that "
-            f"begins in line {first}. Remove the quotes around the cell, or write a quote within as two")
+        return (
+            f'{file} cannot be read as a CSV file: a cell that begins with a quote (") in line {first} '
+            'does not end. Remove the quote, or close it'
+        )
+    return (
+        f'{file} cannot be read as a CSV file: in line {last} a quote (") is followed by other text, in a cell that '
+        f'begins in line {first}. Remove the quotes around the cell, or write a quote within as two'
+    )
 
 # %% ../../nbs/utils/07_csvfile.ipynb #1b5208b3
 def _names(header, file) -> list[str]:
     "The names of the columns without the spaces around them; `CsvError` if two are alike"
     if len(header) > MOST_COLUMNS:
-        raise CsvError(f"{file} has {len(header)} columns, and at most {MOST_COLUMNS} are read: is it the right file?")
+        raise CsvError(f'{file} has {len(header)} columns, and at most {MOST_COLUMNS} are read: is it the right file?')
     names = [unescape_cell(h) for h in header]
     check_columns(names, file)
     return [n if n.strip() else '' for n in names]
 
+
 def check_columns(
-    names, # Names of columns
-    what:str|Path='the table' # Whose, for the error message
+    names,  # Names of columns
+    what: str | Path = 'the table',  # Whose, for the error message
 ):
     "A `CsvError` if two columns have one name, but for the spaces around it"
     found = {}
     for n in map(str, names):
         if n.strip() and n.strip() in found:
-            raise CsvError(f"{what} has two columns with one name, '{found[n.strip()]}' and '{n}': "
-                           "rename or remove one of them")
+            raise CsvError(
+                f"{what} has two columns with one name, '{found[n.strip()]}' and '{n}': rename or remove one of them"
+            )
         found[n.strip()] = n
+
 
 def _columns(names, rows) -> dict:
     "The columns that have a name or content; the row numbers of pandas and R are left out"
     columns = {}
     for i, n in enumerate(names):
         cells = [unescape_cell(r[i]) or None for r in rows]
-        counted = i == 0 and not n and cells in ([str(k) for k in range(len(rows))], [str(k + 1) for k in range(len(rows))])
-        if n or any(cells) and not counted:
+        counted = (
+            i == 0 and not n and cells in ([str(k) for k in range(len(rows))], [str(k + 1) for k in range(len(rows))])
+        )
+        if n or (any(cells) and not counted):
             columns[n or f'column {i + 1}'] = cells
     return columns
 
+
 def read_csv(
-    file:str|Path # A regular file; see above what is read and what is refused
-) -> pd.DataFrame: # Text as it stands, None for an empty cell
+    file: str | Path,  # A regular file; see above what is read and what is refused
+) -> pd.DataFrame:  # Text as it stands, None for an empty cell
     "A CSV file as a table of text; `CsvError` with the line for what is not a table"
     text = _text(_content(file), file)
     found = _rows(text, _separator(text), file)
@@ -213,19 +250,20 @@ def read_csv(
     names, rows = _names(header, file), []
     for first, row in found:
         if len(rows) == MOST_ROWS:
-            raise CsvError(f"{file} has more than {MOST_ROWS} rows: divide it")
+            raise CsvError(f'{file} has more than {MOST_ROWS} rows: divide it')
         rows.append(row)
     return pd.DataFrame(_columns(names, rows), dtype=object)
 
 # %% ../../nbs/utils/07_csvfile.ipynb #64a3bd3e
 def text_errors(
-    cells # Text
-) -> list[int]: # Numbers of those, from 0
+    cells,  # Text
+) -> list[int]:  # Numbers of those, from 0
     "Which cells have bytes that are not UTF-8"
     return [i for i, c in enumerate(cells) if isinstance(c, str) and re.search('[\ud800-\udfff]', c)]
 
 # %% ../../nbs/utils/07_csvfile.ipynb #33b319bc
 _QUOTED = re.compile(r'[\s\ufeff]|.*[,;\t"\r\n]|.*\s$', re.DOTALL)
+
 
 def _cell(value) -> str:
     "A value as the text of a cell"
@@ -233,14 +271,16 @@ def _cell(value) -> str:
         return escape_cell(value)
     return '' if value is None or value is pd.NaT or value is pd.NA or value != value else str(value)
 
+
 def _line(cells) -> str:
     "A row as a line"
     whole = any('\n' in c or '\r' in c for c in cells) or cells == ['']
     return ','.join('"' + c.replace('"', '""') + '"' if whole or _QUOTED.match(c) else c for c in cells)
 
+
 def csv_text(
-    table:pd.DataFrame, # What is to be written
-    index:bool=False # Its index as the first columns?
+    table: pd.DataFrame,  # What is to be written
+    index: bool = False,  # Its index as the first columns?
 ) -> str:
     "A table as the text of a CSV file"
     t = table.reset_index() if index else table
@@ -248,10 +288,11 @@ def csv_text(
     rows = [list(map(_cell, row)) for row in zip(*(t.iloc[:, i].astype(object) for i in range(t.shape[1])))]
     text = '\n'.join(map(_line, [columns, *rows])) + '\n'
     if '\0' in text:
-        raise CsvError("a cell of the table has a NUL character, which a CSV file cannot hold: remove it")
+        raise CsvError('a cell of the table has a NUL character, which a CSV file cannot hold: remove it')
     return text
 
-def _write_whole(file:Path, data:bytes):
+
+def _write_whole(file: Path, data: bytes):
     "Write a file, and leave no part of it where the disk is full"
     try:
         file.write_bytes(data)
@@ -260,20 +301,23 @@ def _write_whole(file:Path, data:bytes):
             file.unlink()
         raise
 
+
 def write_csv(
-    table:pd.DataFrame, # What is to be written
-    file, # Path, or an open file such as `sys.stdout`
-    index:bool=False # Its index as the first columns?
+    table: pd.DataFrame,  # What is to be written
+    file,  # Path, or an open file such as `sys.stdout`
+    index: bool = False,  # Its index as the first columns?
 ):
     "Write a table as CSV in UTF-8; `read_csv` gives the same text"
     text = csv_text(table, index)
     try:
         data = text.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError as e:
-        raise CsvError(f"{text[e.start]!r} in the table is no character and no part of a file name: remove it") from None
+        raise CsvError(
+            f'{text[e.start]!r} in the table is no character and no part of a file name: remove it'
+        ) from None
     if isinstance(file, (str, Path)):
         _write_whole(Path(file), data)
-    elif hasattr(file, 'buffer'): # a terminal: names of files that are not UTF-8 go out as they are
+    elif hasattr(file, 'buffer'):  # a terminal: names of files that are not UTF-8 go out as they are
         file.flush()
         file.buffer.write(data)
         file.buffer.flush()
@@ -282,21 +326,24 @@ def write_csv(
 
 # %% ../../nbs/utils/07_csvfile.ipynb #6b8b2d2b
 def plain_name(
-    column # Name of a column
+    column,  # Name of a column
 ) -> str:
     "What a column name is compared by"
     return re.sub(r'[\s_\-]+', '', str(column).casefold())
 
+
 def known_columns(
-    table:pd.DataFrame, # Any table
-    usual # Usual names, the preferred one first
-) -> list: # Names of columns, the preferred first; empty ones left out
+    table: pd.DataFrame,  # Any table
+    usual,  # Usual names, the preferred one first
+) -> list:  # Names of columns, the preferred first; empty ones left out
     "The columns of a table that have one of the usual names; `CsvError` if the preferred name is that of two"
     names = dict.fromkeys(map(plain_name, usual))
     found = [c for name in names for c in table if plain_name(c) == name]
     found = [c for c in found if table[c].notna().any()] or found
     same = [c for c in found if plain_name(c) == plain_name(found[0])]
     if len(same) > 1:
-        raise CsvError(f"the columns {' and '.join(repr(str(c)) for c in same)} could both be meant: rename one, or "
-                       "say which is used (label_col, image_col, group_col; --label-col, --image-col, --patient)")
+        raise CsvError(
+            f'the columns {" and ".join(repr(str(c)) for c in same)} could both be meant: rename one, or '
+            'say which is used (label_col, image_col, group_col; --label-col, --image-col, --patient)'
+        )
     return found

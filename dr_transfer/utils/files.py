@@ -9,40 +9,64 @@ __all__ = ['TAKEN', 'REPORT_TABLE', 'COMPARISON_TABLE', 'MARKER', 'DATA_KINDS', 
            'cache_folder', 'package_version', 'extra_module']
 
 # %% ../../nbs/utils/03_files.ipynb #6a134d9e
-import difflib, hashlib, json, os, sys, time, warnings
+import difflib
+import hashlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Iterable, Iterator
-from .places import OutputError, Place, atomic_file, check_outside, is_inside, is_temporary, keep, locked
-from .places import move, parents_of, place_of, publish, reason, remove, reserved
+
+from dr_transfer.utils.places import (
+    OutputError,
+    Place,
+    atomic_file,
+    is_temporary,
+    keep,
+    locked,
+    move,
+    parents_of,
+    place_of,
+    publish,
+    reason,
+    remove,
+    reserved,
+)
 from .regular import read_regular
 
 # %% ../../nbs/utils/03_files.ipynb #o0000011
-TAKEN = "exists already: choose another name, or say overwrite (--overwrite on the command line)"
+TAKEN = 'exists already: choose another name, or say overwrite (--overwrite on the command line)'
 
-def _check_file(place:Place, overwrite:bool):
+
+def _check_file(place: Place, overwrite: bool):
     "OutputError if a file must not be written there"
     if not os.path.lexists(place.target):
         return
     if place.target.is_dir():
-        raise OutputError(f"{place.given} exists already and is a folder: give the name of a file")
+        raise OutputError(f'{place.given} exists already and is a folder: give the name of a file')
     if not place.target.is_file():
-        raise OutputError(f"{place.given} is no regular file: choose another name")
+        raise OutputError(f'{place.given} is no regular file: choose another name')
     if not overwrite:
         raise OutputError(f'{place.given} {TAKEN}')
 
+
 @contextmanager
 def new_file(
-    path:str|Path, # Where the file will be
-    overwrite:bool=False # May it replace the file of that name?
-) -> Iterator[Path]: # A temporary path, to write to
+    path: str | Path,  # Where the file will be
+    overwrite: bool = False,  # May it replace the file of that name?
+) -> Iterator[Path]:  # A temporary path, to write to
     "A file for the user: its name is reserved before the work, and it appears when it is complete"
     place = place_of(path)
+
     def check():
         _check_file(place, overwrite)
+
     with reserved([place], check):
         try:
             yield place.tmp
@@ -51,26 +75,32 @@ def new_file(
             remove(place.tmp)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000016
-REPORT_TABLE, COMPARISON_TABLE = '_predictions.csv', '_table.csv' # ends of the names of tables beside a report or figure
+REPORT_TABLE, COMPARISON_TABLE = (
+    '_predictions.csv',
+    '_table.csv',
+)  # ends of the names of tables beside a report or figure
+
 
 def file_digest(
-    path:str|Path # A file
-) -> str: # 64 hexadecimal digits
+    path: str | Path,  # A file
+) -> str:  # 64 hexadecimal digits
     "The SHA-256 of a file"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
+
 def companion(
-    main:str|Path, # Such as report.html
-    suffix:str # Such as '_predictions.csv'
-) -> Path: # Such as report_predictions.csv
+    main: str | Path,  # Such as report.html
+    suffix: str,  # Such as '_predictions.csv'
+) -> Path:  # Such as report_predictions.csv
     "The name of the table beside a main file"
     main = Path(main)
     return main.with_name(main.stem + suffix)
 
+
 def written_together(
-    main:str|Path, # A report or figure
-    table:str|Path # The table beside it
+    main: str | Path,  # A report or figure
+    table: str | Path,  # The table beside it
 ) -> bool:
     "Does the main file hold the SHA-256 of the table?"
     if not (os.path.isfile(main) and os.path.isfile(table)):
@@ -78,22 +108,26 @@ def written_together(
     return file_digest(table).encode() in Path(main).read_bytes()
 
 # %% ../../nbs/utils/03_files.ipynb #o000016b
-def _check_companion(main:Place, table:Place, overwrite:bool):
+def _check_companion(main: Place, table: Place, overwrite: bool):
     "OutputError if the table beside a main file must not be written"
     if not os.path.lexists(table.target):
         return
     if not overwrite:
         raise OutputError(f'{table.given} {TAKEN}')
     if not written_together(main.target, table.target):
-        raise OutputError(f"{table.given} was not written together with {main.given} as it is now, and is not replaced: "
-                          "choose another name")
+        raise OutputError(
+            f'{table.given} was not written together with {main.given} as it is now, and is not replaced: '
+            'choose another name'
+        )
 
-def _finish_pair(main:Place, table:Place):
+
+def _finish_pair(main: Place, table: Place):
     "Give the table its name, where a run was killed after its main file had got its own"
     if not os.path.lexists(table.target) and written_together(main.target, table.tmp):
         os.replace(table.tmp, table.target)
 
-def _move_pair(main:Place, table:Place):
+
+def _move_pair(main: Place, table: Place):
     "Rename both; the old table goes first, so that it never lies beside a main file that is not its own"
     if not written_together(main.tmp, table.tmp):
         raise OutputError(f'{main.given} does not hold the hash of its table')
@@ -112,16 +146,18 @@ def _move_pair(main:Place, table:Place):
 # %% ../../nbs/utils/03_files.ipynb #o0000017
 @contextmanager
 def new_pair(
-    main:str|Path, # Where the main file will be
-    suffix:str, # Of the table beside it, such as '_predictions.csv'
-    overwrite:bool=False # May both be replaced?
-) -> Iterator[tuple[Path, Path]]: # Temporary paths of main file and table
+    main: str | Path,  # Where the main file will be
+    suffix: str,  # Of the table beside it, such as '_predictions.csv'
+    overwrite: bool = False,  # May both be replaced?
+) -> Iterator[tuple[Path, Path]]:  # Temporary paths of main file and table
     "A main file and its table; write the table first, and its `file_digest` into the main file"
     page, table = place_of(main), place_of(companion(main, suffix))
-    table = Place(table.given, page.target.with_name(table.given.name)) # beside the real main file
+    table = Place(table.given, page.target.with_name(table.given.name))  # beside the real main file
+
     def check():
         _check_file(page, overwrite)
         _check_companion(page, table, overwrite)
+
     with reserved([page, table], check, first=lambda: _finish_pair(page, table)):
         try:
             yield page.tmp, table.tmp
@@ -136,87 +172,93 @@ def new_pair(
             remove(table.tmp)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000020
-MARKER = '.dr_transfer.json' # in each folder that we make
-DATA_KINDS = ('preprocess', 'drawn', 'pictures') # folders of ours that are read as data
-MOST_MARKER = 10**8 # bytes; it lists the files that we wrote
+MARKER = '.dr_transfer.json'  # in each folder that we make
+DATA_KINDS = ('preprocess', 'drawn', 'pictures')  # folders of ours that are read as data
+MOST_MARKER = 10**8  # bytes; it lists the files that we wrote
+
 
 def _marker(folder) -> dict:
     "What the marker of a folder tells; empty if there is none of ours"
     try:
-        found = json.loads(read_regular(Path(folder)/MARKER, MOST_MARKER).decode('utf-8'))
-    except (OSError, ValueError, RecursionError): # ValueError: a pipe, too
+        found = json.loads(read_regular(Path(folder) / MARKER, MOST_MARKER).decode('utf-8'))
+    except (OSError, ValueError, RecursionError):  # ValueError: a pipe, too
         return {}
     good = isinstance(found, dict) and found.get('made_by') == 'dr_transfer'
     good = good and isinstance(found.get('kind'), str) and isinstance(found.get('files'), list)
     return found if good else {}
 
+
 def is_ours(
-    folder:str|Path # A folder
+    folder: str | Path,  # A folder
 ) -> bool:
     "Did we make this folder? Its marker tells"
     return bool(_marker(folder))
 
+
 def output_kind(
-    folder:str|Path # A folder
-) -> str: # 'run', 'model', 'preprocess', ...; '' for a folder that is not ours
+    folder: str | Path,  # A folder
+) -> str:  # 'run', 'model', 'preprocess', ...; '' for a folder that is not ours
     "What kind of output a folder is"
     return _marker(folder).get('kind', '')
 
 # %% ../../nbs/utils/03_files.ipynb #o000020b
-def _entries(folder:Path, own:Iterable[str]=()) -> list[str]:
+def _entries(folder: Path, own: Iterable[str] = ()) -> list[str]:
     "Names of what lies in a folder, however deep; a folder in `own` counts as one entry, 'name/'"
     found = []
     for root, dirs, files in os.walk(folder):
         below = Path(root).relative_to(folder)
         links = [d for d in dirs if os.path.islink(os.path.join(root, d))]
-        inner = [d for d in dirs if f'{(below/d).as_posix()}/' in own]
-        found += [(below/name).as_posix() for name in files + links]
-        found += [f'{(below/d).as_posix()}/' for d in inner]
+        inner = [d for d in dirs if f'{(below / d).as_posix()}/' in own]
+        found += [(below / name).as_posix() for name in files + links]
+        found += [f'{(below / d).as_posix()}/' for d in inner]
         dirs[:] = [d for d in dirs if d not in inner]
     return sorted(found)
 
+
 def mark_folder(
-    folder:str|Path, # A folder of ours
-    kind:str, # What kind of output it is
-    files:Iterable[str]|None=None # What we write there; all that it holds if None
+    folder: str | Path,  # A folder of ours
+    kind: str,  # What kind of output it is
+    files: Iterable[str] | None = None,  # What we write there; all that it holds if None
 ):
     "Write the marker of a folder"
     names = _entries(folder) if files is None else files
     found = {'made_by': 'dr_transfer', 'kind': kind, 'files': sorted(set(names) - {MARKER})}
-    with atomic_file(Path(folder)/MARKER) as f:
+    with atomic_file(Path(folder) / MARKER) as f:
         f.write_text(json.dumps(found, indent=1), encoding='utf-8')
 
+
 def strange_files(
-    folder:str|Path # A folder of ours
-) -> list[str]: # Names below it
+    folder: str | Path,  # A folder of ours
+) -> list[str]:  # Names below it
     "What lies in a folder of ours that its marker does not list"
     listed, strange = set(_marker(folder).get('files', ())), []
     for name in _entries(folder, own=listed):
-        if name.endswith('/') and is_ours(Path(folder)/name):
-            strange += [name + inner for inner in strange_files(Path(folder)/name)]
+        if name.endswith('/') and is_ours(Path(folder) / name):
+            strange += [name + inner for inner in strange_files(Path(folder) / name)]
         elif name not in listed and name != MARKER and not is_temporary(name.rsplit('/', 1)[-1]):
             strange.append(name)
     return strange
 
 # %% ../../nbs/utils/03_files.ipynb #o0000021
-def _check_owned(place:Place, kind:str):
+def _check_owned(place: Place, kind: str):
     "OutputError if a folder is not ours, of another kind, or holds what we did not write"
     found, end = output_kind(place.target), 'and is not replaced: choose another name'
     if not found:
         name = min(p.name for p in place.target.iterdir())
         raise OutputError(f"{place.given} holds '{name}' and no mark that dr_transfer made it, {end}")
     if found != kind:
-        raise OutputError(f"{place.given} is a {found} folder of dr_transfer, not a {kind} folder, {end}")
+        raise OutputError(f'{place.given} is a {found} folder of dr_transfer, not a {kind} folder, {end}')
     strange = strange_files(place.target)
     if strange:
         raise OutputError(f"{place.given} holds '{strange[0]}', which dr_transfer did not put there, {end}")
 
-def _check_folder(place:Place, overwrite:bool, kind:str):
+
+def _check_folder(place: Place, overwrite: bool, kind: str):
     "OutputError if a folder must not be made there"
     if not os.path.lexists(place.target):
         return
     if not place.target.is_dir():
-        raise OutputError(f"{place.given} exists already and is a file: give the name of a folder")
+        raise OutputError(f'{place.given} exists already and is a file: give the name of a folder')
     if not any(place.target.iterdir()):
         return
     if not overwrite:
@@ -226,19 +268,22 @@ def _check_folder(place:Place, overwrite:bool, kind:str):
 # %% ../../nbs/utils/03_files.ipynb #o000021b
 @contextmanager
 def new_folder(
-    path:str|Path, # Where the folder will be
-    overwrite:bool=False, # May it replace a folder of the same kind?
-    kind:str='run', # What it will be, for its marker
-    wait:float=0.5, # Seconds to wait for another run that writes it
-    keep_parts:bool=False # Keep what is written if the block fails?
-) -> Iterator[Path]: # A temporary folder, to write into
+    path: str | Path,  # Where the folder will be
+    overwrite: bool = False,  # May it replace a folder of the same kind?
+    kind: str = 'run',  # What it will be, for its marker
+    wait: float = 0.5,  # Seconds to wait for another run that writes it
+    keep_parts: bool = False,  # Keep what is written if the block fails?
+) -> Iterator[Path]:  # A temporary folder, to write into
     "A folder for the user: its name is reserved before the work, and it appears when it is complete"
     place = place_of(path)
+
     def check():
         _check_folder(place, overwrite, kind)
+
     def finish():
         mark_folder(place.tmp, kind)
         move(place)
+
     with reserved([place], check, wait):
         place.tmp.mkdir()
         try:
@@ -250,12 +295,14 @@ def new_folder(
             kept = _keep_parts(place)
             if isinstance(e, KeyboardInterrupt):
                 raise KeyboardInterrupt(f'what was finished is kept in {kept}') from None
-            raise OutputError(f"{place.given} could not be completed ({type(e).__name__}: {e}). "
-                              f"What was finished is kept in {kept}") from e
+            raise OutputError(
+                f'{place.given} could not be completed ({type(e).__name__}: {e}). What was finished is kept in {kept}'
+            ) from e
         finally:
             remove(place.tmp)
 
-def _keep_parts(place:Place) -> Path:
+
+def _keep_parts(place: Place) -> Path:
     "Keep an incomplete folder, with a marker if the disk takes one"
     try:
         mark_folder(place.tmp, 'unfinished')
@@ -264,22 +311,26 @@ def _keep_parts(place:Place) -> Path:
     return keep(place)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000024
-def _check_growing(place:Place, kind:str):
+def _check_growing(place: Place, kind: str):
     "OutputError if a folder is neither empty nor of this kind"
     if os.path.lexists(place.target) and not place.target.is_dir():
-        raise OutputError(f"{place.given} exists already and is a file: give the name of a folder")
+        raise OutputError(f'{place.given} exists already and is a file: give the name of a folder')
     inside = sorted(p.name for p in place.target.iterdir() if not is_temporary(p.name)) if place.target.is_dir() else []
     if inside and output_kind(place.target) != kind:
-        raise OutputError(f"{place.given} exists already and holds '{inside[0]}', and no mark that it is a {kind} folder "
-                          "of dr_transfer: choose a new folder")
+        raise OutputError(
+            f"{place.given} exists already and holds '{inside[0]}', and no mark that it is a {kind} folder "
+            'of dr_transfer: choose a new folder'
+        )
 
-def _clear_temporary(folder:Path):
+
+def _clear_temporary(folder: Path):
     "Remove what killed runs left in a folder that is held"
     for p in list(folder.rglob('.*')):
-        if is_temporary(p.name) and p != folder/LOCK and not p.name.endswith('.dr_transfer-old'):
+        if is_temporary(p.name) and p != folder / LOCK and not p.name.endswith('.dr_transfer-old'):
             remove(p)
 
-def _clear_owned(place:Place, kind:str):
+
+def _clear_owned(place: Place, kind: str):
     "Remove what a folder of ours holds, if all of it is ours"
     if not is_ours(place.target):
         return
@@ -288,21 +339,22 @@ def _clear_owned(place:Place, kind:str):
         if p.name not in (MARKER, LOCK):
             remove(p)
 
-LOCK = '.dr_transfer-lock' # in a folder that grows
+
+LOCK = '.dr_transfer-lock'  # in a folder that grows
 
 # %% ../../nbs/utils/03_files.ipynb #o000024b
 @contextmanager
 def growing_folder(
-    path:str|Path, # A new or empty folder, or one of this kind
-    kind:str, # What it is, for its marker
-    files:Iterable[str]=(), # What will be in it; folders with a marker as 'name/'
-    overwrite:bool=False # Empty it first?
-) -> Iterator[Path]: # The folder itself
+    path: str | Path,  # A new or empty folder, or one of this kind
+    kind: str,  # What it is, for its marker
+    files: Iterable[str] = (),  # What will be in it; folders with a marker as 'name/'
+    overwrite: bool = False,  # Empty it first?
+) -> Iterator[Path]:  # The folder itself
     "A folder of ours that keeps what is finished from run to run, and is held by one run at a time"
     place = place_of(path, replaced=False)
     folder = place.target
     _check_growing(place, kind)
-    with parents_of(folder/LOCK, place.given), locked(folder/LOCK, place.given):
+    with parents_of(folder / LOCK, place.given), locked(folder / LOCK, place.given):
         try:
             _check_growing(place, kind)
             _clear_temporary(folder)
@@ -313,71 +365,76 @@ def growing_folder(
             yield folder
         finally:
             if not {p.name for p in folder.iterdir()} - {MARKER, LOCK}:
-                (folder/MARKER).unlink(missing_ok=True)
+                (folder / MARKER).unlink(missing_ok=True)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000030
 def usual_mode(
-    path:str|Path # A file or folder
+    path: str | Path,  # A file or folder
 ):
     "Give a file the permissions that a new one has here"
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
+
 def plain_text(
-    text, # A class name, a file name, or what else a user chose
-    most:int=60 # Characters; a longer text loses its middle
+    text,  # A class name, a file name, or what else a user chose
+    most: int = 60,  # Characters; a longer text loses its middle
 ) -> str:
     "A text as matplotlib draws it letter by letter, also in a legend, and short enough for a figure"
     readable = str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
     if len(readable) > most:
-        half = (most - 1)//2
+        half = (most - 1) // 2
         readable = f'{readable[:half]}…{readable[-half:]}'
     if readable.startswith('_'):
-        readable = f' {readable}' # matplotlib leaves out legends that begin with it
+        readable = f' {readable}'  # matplotlib leaves out legends that begin with it
     return readable.replace('$', r'\$')
+
 
 class TransferWarning(UserWarning):
     "What you should know, though the work goes on; the command prints it as one line"
 
+
 def warn(
-    text:str # What happened, and what it means
+    text: str,  # What happened, and what it means
 ):
     "A `TransferWarning` at the caller of the function that calls this"
     warnings.warn(text, TransferWarning, stacklevel=3)
 
 # %% ../../nbs/utils/03_files.ipynb #923b41a6
 def progress(
-    items:Iterable, # What to go through
-    total:int|None=None, # How many they are, if `len` does not tell
-    label:str='', # What they are, in the plural
-    every:float=10., # Seconds between two lines in a log
-    file=None # Where to write; standard error if None
-) -> Iterator: # The same items
+    items: Iterable,  # What to go through
+    total: int | None = None,  # How many they are, if `len` does not tell
+    label: str = '',  # What they are, in the plural
+    every: float = 10.0,  # Seconds between two lines in a log
+    file=None,  # Where to write; standard error if None
+) -> Iterator:  # The same items
     "Pass `items` on: with a bar on a terminal, with a plain line now and then in a log"
     file = file or sys.stderr
     total = total if total is not None else len(items) if hasattr(items, '__len__') else None
     if file.isatty():
         from tqdm import tqdm
+
         yield from tqdm(items, total=total, desc=label, file=file)
         return
     last, said, n = time.monotonic(), False, 0
     for n, o in enumerate(items, 1):
         yield o
         if time.monotonic() - last >= every:
-            print(f"{label}: {n}{f' of {total}' if total else ''}", file=file, flush=True)
+            print(f'{label}: {n}{f" of {total}" if total else ""}', file=file, flush=True)
             last, said = time.monotonic(), True
-    if said: print(f'{label}: {n}, done', file=file, flush=True)
+    if said:
+        print(f'{label}: {n}, done', file=file, flush=True)
 
 # %% ../../nbs/utils/03_files.ipynb #12d64037
 def unknown(
-    what:str, # The kind of thing: 'task', 'backbone'
-    name, # What was given
-    known:Iterable[str], # What could have been given
-    hint:str='' # What else to say
-) -> ValueError: # The error, to be raised
+    what: str,  # The kind of thing: 'task', 'backbone'
+    name,  # What was given
+    known: Iterable[str],  # What could have been given
+    hint: str = '',  # What else to say
+) -> ValueError:  # The error, to be raised
     "A ValueError for a name that is not known: the known names, nearest first"
-    name, known = str(name)[:200], list(known) # the comparison takes the square of the length
+    name, known = str(name)[:200], list(known)  # the comparison takes the square of the length
     likeness = lambda k: difflib.SequenceMatcher(None, name.lower(), str(k).lower()).ratio()
     near = sorted(known, key=likeness, reverse=True)
     shown = ', '.join(map(str, near[:12])) + (f', ... ({len(near)} in all)' if len(near) > 12 else '')
@@ -386,21 +443,27 @@ def unknown(
 # %% ../../nbs/utils/03_files.ipynb #9ae17453
 def cache_folder() -> Path:
     "Where what was computed is kept: `DR_TRANSFER_CACHE`, or `.cache/dr_transfer` in the home folder"
-    return Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home()/'.cache'/'dr_transfer')
+    return Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home() / '.cache' / 'dr_transfer')
 
 # %% ../../nbs/utils/03_files.ipynb #a7f31c02
 def package_version(
-    name:str # As on PyPI
-) -> str: # '' if it is not installed
+    name: str,  # As on PyPI
+) -> str:  # '' if it is not installed
     "The version of a package: it can decide a result"
-    try: return version(name)
-    except PackageNotFoundError: return ''
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
 
 # %% ../../nbs/utils/03_files.ipynb #a671f6bc
 def extra_module(
-    module:str, # Such as 'captum.attr'
-    extra:str # Name of the extra that brings it
+    module: str,  # Such as 'captum.attr'
+    extra: str,  # Name of the extra that brings it
 ) -> ModuleType:
     "A module of an extra; ValueError with what to install if it cannot be imported"
-    try: return import_module(module)
-    except ImportError as e: raise ValueError(f"this needs {module.partition('.')[0]}, which cannot be imported ({e}): pip install 'dr_transfer[{extra}]'") from None
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise ValueError(
+            f"this needs {module.partition('.')[0]}, which cannot be imported ({e}): pip install 'dr_transfer[{extra}]'"
+        ) from None

@@ -7,89 +7,102 @@ __all__ = ['OutputError', 'too_many_open', 'reason', 'Place', 'is_temporary', 'p
            'recover', 'reserved', 'keep', 'move', 'publish', 'atomic_file', 'is_inside', 'check_outside']
 
 # %% ../../nbs/utils/02_places.ipynb #p0000004
-import errno, hashlib, os, shutil
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/utils/02_places.ipynb #p0000007
 class OutputError(ValueError):
     "A file or folder that cannot be written, or that must not be replaced"
 
+
 def too_many_open(
-    error:BaseException # Such as an OSError
+    error: BaseException,  # Such as an OSError
 ) -> bool:
     "Did the process run out of open files, so that no file is at fault?"
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
+
 def reason(
-    error:Exception # Such as an OSError
+    error: Exception,  # Such as an OSError
 ) -> str:
     "Why it failed, in the words of the operating system"
     if too_many_open(error):
-        return "too many files are open: raise the limit, such as by `ulimit -n 1024`"
+        return 'too many files are open: raise the limit, such as by `ulimit -n 1024`'
     return getattr(error, 'strerror', None) or str(error)
+
 
 @dataclass(frozen=True)
 class Place:
     "Where something will be, and the hidden names beside it that are used until then"
-    given:Path # As the user named it; errors use this name
-    target:Path # Its real path
-    def beside(self, kind:str) -> Path:
+
+    given: Path  # As the user named it; errors use this name
+    target: Path  # Its real path
+
+    def beside(self, kind: str) -> Path:
         "A hidden name beside it"
         name = self.target.name
         if len(os.fsencode(name)) > 100:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
         return self.target.with_name(f'.{name}.dr_transfer-{kind}')
+
     @property
     def tmp(self) -> Path:
         "What is written until it is complete"
         return self.beside('tmp')
+
     @property
     def old(self) -> Path:
         "What was there, until the new one has its name"
         return self.beside('old')
+
     @property
     def lock(self) -> Path:
         "The file that holds the name"
         return self.beside('lock')
 
+
 def is_temporary(
-    name:str # Of a file or folder, without those above it
+    name: str,  # Of a file or folder, without those above it
 ) -> bool:
     "Is it one of these hidden names?"
     return name.startswith('.') and name.endswith(('.dr_transfer-tmp', '.dr_transfer-old', '.dr_transfer-lock'))
 
 # %% ../../nbs/utils/02_places.ipynb #p0000008
 def place_of(
-    path:str|Path, # As the user named it
-    replaced:bool=True # Will it be renamed or replaced as one?
+    path: str | Path,  # As the user named it
+    replaced: bool = True,  # Will it be renamed or replaced as one?
 ) -> Place:
     "The place of an output; OutputError if nothing can have that name"
     given = Path(path)
     try:
         target = Path(os.path.realpath(given))
         if os.path.islink(given) and not os.path.exists(given):
-            raise OutputError(f"{given} is a link to {os.readlink(given)}, which does not exist: choose another name")
+            raise OutputError(f'{given} is a link to {os.readlink(given)}, which does not exist: choose another name')
         if replaced and os.path.ismount(target):
-            raise OutputError(f"{given} is the top of a disk and cannot be replaced: name something in it")
+            raise OutputError(f'{given} is the top of a disk and cannot be replaced: name something in it')
         os.lstat(target)
     except FileNotFoundError:
         pass
     except OutputError:
         raise
     except (OSError, ValueError) as e:
-        raise OutputError(f"nothing can be written to {given} ({reason(e)}): choose another name") from None
+        raise OutputError(f'nothing can be written to {given} ({reason(e)}): choose another name') from None
     return Place(given, target)
 
 # %% ../../nbs/utils/02_places.ipynb #p0000011
 @contextmanager
 def locked(
-    file:Path, # The lock file
-    given:Path, # What it is for, in errors
-    wait:float=0.5 # Seconds to wait for another run
+    file: Path,  # The lock file
+    given: Path,  # What it is for, in errors
+    wait: float = 0.5,  # Seconds to wait for another run
 ) -> Iterator[None]:
     "Hold a lock; OutputError if another run holds it"
     lock = FileLock(file)
@@ -97,22 +110,26 @@ def locked(
         lock.acquire(timeout=wait, poll_interval=0.05)
     except Timeout:
         if os.path.lexists(file):
-            raise OutputError(f"another run is writing {given}: wait until it is done, or choose another name") from None
-        raise OutputError(f"nothing can be written into {file.parent}: choose another place than {given}") from None
+            raise OutputError(
+                f'another run is writing {given}: wait until it is done, or choose another name'
+            ) from None
+        raise OutputError(f'nothing can be written into {file.parent}: choose another place than {given}') from None
     except OSError as e:
-        raise OutputError(f"nothing can be written into {file.parent} ({reason(e)}): choose another place than {given}") from None
+        raise OutputError(
+            f'nothing can be written into {file.parent} ({reason(e)}): choose another place than {given}'
+        ) from None
     try:
         yield
     finally:
         try:
             file.unlink(missing_ok=True)
         except OSError:
-            pass # Windows removes it when it is released
+            pass  # Windows removes it when it is released
         lock.release()
 
 # %% ../../nbs/utils/02_places.ipynb #p0000012
 def remove(
-    path:Path # A file, a link or a folder of ours, or nothing
+    path: Path,  # A file, a link or a folder of ours, or nothing
 ):
     "Remove what is there"
     if path.is_dir() and not path.is_symlink():
@@ -120,10 +137,11 @@ def remove(
     else:
         path.unlink(missing_ok=True)
 
+
 @contextmanager
 def parents_of(
-    path:Path, # Where something will be
-    given:Path # Its name in errors
+    path: Path,  # Where something will be
+    given: Path,  # Its name in errors
 ) -> Iterator[None]:
     "Make the folders above a path; those that stay empty are removed again"
     made = [p for p in path.parents if not os.path.lexists(p)]
@@ -131,7 +149,9 @@ def parents_of(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         above = made[-1].parent if made else path.parent
-        raise OutputError(f"nothing can be written into {above} ({reason(e)}): choose another place than {given}") from None
+        raise OutputError(
+            f'nothing can be written into {above} ({reason(e)}): choose another place than {given}'
+        ) from None
     try:
         yield
     finally:
@@ -139,11 +159,11 @@ def parents_of(
             try:
                 folder.rmdir()
             except OSError:
-                break # it is not empty
+                break  # it is not empty
 
 # %% ../../nbs/utils/02_places.ipynb #p0000014
 def recover(
-    place:Place # Held by this run
+    place: Place,  # Held by this run
 ):
     "Clear what a killed run left beside a place"
     if os.path.lexists(place.old):
@@ -153,7 +173,8 @@ def recover(
             os.replace(place.old, place.target)
     remove(place.tmp)
 
-def _try_to_write(place:Place):
+
+def _try_to_write(place: Place):
     "Write some bytes under the temporary name, and remove them"
     try:
         with open(place.tmp, 'wb') as f:
@@ -163,17 +184,20 @@ def _try_to_write(place:Place):
     except OSError as e:
         if too_many_open(e):
             raise
-        raise OutputError(f"nothing can be written into {place.target.parent} ({reason(e)}): "
-                          f"make room, or choose another place than {place.given}") from None
+        raise OutputError(
+            f'nothing can be written into {place.target.parent} ({reason(e)}): '
+            f'make room, or choose another place than {place.given}'
+        ) from None
     finally:
         place.tmp.unlink(missing_ok=True)
 
+
 @contextmanager
 def reserved(
-    places:list[Place], # What is to be written, all in one folder
-    check:Callable, # Raises an OutputError if a place is taken
-    wait:float=0.5, # Seconds to wait for another run
-    first:Callable|None=None # What is recovered before the usual
+    places: list[Place],  # What is to be written, all in one folder
+    check: Callable,  # Raises an OutputError if a place is taken
+    wait: float = 0.5,  # Seconds to wait for another run
+    first: Callable | None = None,  # What is recovered before the usual
 ) -> Iterator[None]:
     "Hold places alone, from before the work until the results have their names"
     with ExitStack() as stack:
@@ -190,8 +214,8 @@ def reserved(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000017
 def keep(
-    place:Place # Whose temporary file or folder is to stay
-) -> Path: # Where it is now
+    place: Place,  # Whose temporary file or folder is to stay
+) -> Path:  # Where it is now
     "Give what was written, and cannot have its name, a name that can be seen"
     name = place.target.name
     if len(os.fsencode(name)) > 200:
@@ -203,8 +227,9 @@ def keep(
     os.replace(place.tmp, kept)
     return kept
 
+
 def move(
-    place:Place # Held by this run, with a complete temporary file or folder
+    place: Place,  # Held by this run, with a complete temporary file or folder
 ):
     "Rename the temporary name to the final one; a folder that is there is moved aside and removed"
     folder = place.target.is_dir()
@@ -219,10 +244,11 @@ def move(
     if folder:
         shutil.rmtree(place.old, ignore_errors=True)
 
+
 def publish(
-    place:Place, # Held by this run
-    check:Callable, # Raises an OutputError if the place is taken
-    finish:Callable # Gives the result its name
+    place: Place,  # Held by this run
+    check: Callable,  # Raises an OutputError if the place is taken
+    finish: Callable,  # Gives the result its name
 ):
     "Give a complete result its name; or keep it, and tell where it is"
     try:
@@ -231,13 +257,15 @@ def publish(
     except (OutputError, OSError) as e:
         if not os.path.lexists(place.tmp):
             raise
-        raise OutputError(f"{place.given} could not be written ({reason(e)}). The result is kept in {keep(place)}") from e
+        raise OutputError(
+            f'{place.given} could not be written ({reason(e)}). The result is kept in {keep(place)}'
+        ) from e
 
 # %% ../../nbs/utils/02_places.ipynb #p0000019
 @contextmanager
 def atomic_file(
-    path:str|Path # Where the file will be
-) -> Iterator[Path]: # A temporary path beside it, to write to
+    path: str | Path,  # Where the file will be
+) -> Iterator[Path]:  # A temporary path beside it, to write to
     "A file of ours, such as one in a cache, that appears under its name only when it is complete"
     path = Path(path).absolute()
     place = Place(path, path)
@@ -252,8 +280,8 @@ def atomic_file(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000021
 def is_inside(
-    path:str|Path, # A file or folder, there or not
-    folder:str|Path # A folder
+    path: str | Path,  # A file or folder, there or not
+    folder: str | Path,  # A folder
 ) -> bool:
     "Does a path lie in a folder, or is it that folder? By device and inode, not by name"
     try:
@@ -269,14 +297,17 @@ def is_inside(
             continue
     return False
 
+
 def check_outside(
-    out:str|Path, # What is to be written
-    data:str|Path # A folder of images, or a file that is read
+    out: str | Path,  # What is to be written
+    data: str | Path,  # A folder of images, or a file that is read
 ):
     "OutputError if an output lies in the data, or is it"
     if not is_inside(out, data):
         return
     if os.path.isdir(data):
-        raise OutputError(f"{out} lies in the data folder {data}, and would be read as data by the next run: "
-                          "choose a place outside of it (--out on the command line)")
-    raise OutputError(f"{out} is read here, and is not replaced: choose another name (--out on the command line)")
+        raise OutputError(
+            f'{out} lies in the data folder {data}, and would be read as data by the next run: '
+            'choose a place outside of it (--out on the command line)'
+        )
+    raise OutputError(f'{out} is read here, and is not replaced: choose another name (--out on the command line)')

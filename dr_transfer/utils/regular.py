@@ -15,17 +15,22 @@ from typing import BinaryIO
 # %% ../../nbs/utils/01_regular.ipynb #43fd3368
 _KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISSOCK, 'a socket'), (stat.S_ISLNK, 'a link'))
 
+
 class NotAFile(ValueError):
     "A name behind which there is no regular file; `path`, and `kind`: what there is"
-    def __init__(self,
-        path:str|Path, # The name
-        kind:str # What it is instead, such as 'a pipe'
+
+    def __init__(
+        self,
+        path: str | Path,  # The name
+        kind: str,  # What it is instead, such as 'a pipe'
     ):
         super().__init__(f'it is {kind}, not a regular file')
         self.path, self.kind = path, kind
 
+
 class TooLarge(ValueError):
     "A file with more bytes than it may have"
+
 
 def _check_regular(handle, path):
     "Close what was opened and raise `NotAFile`, unless it is a regular file"
@@ -34,19 +39,22 @@ def _check_regular(handle, path):
         os.close(handle)
         raise NotAFile(path, next((kind for test, kind in _KINDS if test(mode)), 'a device'))
 
+
 def open_regular(
-    path:str|Path, # A file
-    mode:str='rb', # As `open` takes it; the file is not cut before it was looked at
-    follow:bool=True, # May the last part of the name be a link?
-    create:bool=False # May the file be made?
-) -> BinaryIO: # `NotAFile` for anything else, such as a pipe; OSError as `open`
+    path: str | Path,  # A file
+    mode: str = 'rb',  # As `open` takes it; the file is not cut before it was looked at
+    follow: bool = True,  # May the last part of the name be a link?
+    create: bool = False,  # May the file be made?
+) -> BinaryIO:  # `NotAFile` for anything else, such as a pipe; OSError as `open`
     "Open a regular file, without waiting for it"
+
     def opener(name, flags):
         flags |= getattr(os, 'O_NONBLOCK', 0) | (os.O_CREAT if create else 0)
         flags |= 0 if follow else getattr(os, 'O_NOFOLLOW', 0)
         handle = os.open(name, flags, 0o600)
         _check_regular(handle, path)
         return handle
+
     try:
         return open(path, mode, opener=opener)
     except OSError as e:
@@ -57,11 +65,12 @@ def open_regular(
             raise NotAFile(path, kinds[e.errno]) from None
         raise
 
+
 def read_regular(
-    path:str|Path, # A file
-    most:int|None=None, # Bytes at most; `TooLarge` beyond
-    follow:bool=True # May the last part of the name be a link?
-) -> bytes: # As `open_regular`
+    path: str | Path,  # A file
+    most: int | None = None,  # Bytes at most; `TooLarge` beyond
+    follow: bool = True,  # May the last part of the name be a link?
+) -> bytes:  # As `open_regular`
     "The content of a regular file"
     with open_regular(path, follow=follow) as f:
         size = os.fstat(f.fileno()).st_size

@@ -9,26 +9,32 @@ __all__ = ['check_private', 'private_folder', 'is_shortage', 'disk_errors']
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+
 from .files import cache_folder, warn
 from .places import reason, too_many_open
 from .regular import NotAFile
 
 # %% ../../nbs/utils/04_safe_files.ipynb #684843f2
-_TOLD = set() # folders of which something was said in this process
+_TOLD = set()  # folders of which something was said in this process
+
 
 def _shared(folder) -> str:
     "Why others can change what is in a folder; '' if they cannot"
-    if not hasattr(os, 'geteuid'): return ''
+    if not hasattr(os, 'geteuid'):
+        return ''
     about = folder.stat()
-    if about.st_uid not in (os.geteuid(), 0): return 'belongs to another user'
-    if about.st_mode & stat.S_IWOTH: return 'can be written by everybody'
+    if about.st_uid not in (os.geteuid(), 0):
+        return 'belongs to another user'
+    if about.st_mode & stat.S_IWOTH:
+        return 'can be written by everybody'
     return ''
 
+
 def check_private(
-    folder:str|Path # A folder of the cache; it may not be there yet
+    folder: str | Path,  # A folder of the cache; it may not be there yet
 ):
     "Warn once of a folder of the cache that other users can change, itself or above it in the cache"
     folder, root = Path(folder).absolute(), cache_folder().absolute()
@@ -36,21 +42,26 @@ def check_private(
     for p in (folder, *folder.parents):
         if p not in _TOLD and p.is_dir() and (why := _shared(p)):
             _TOLD.add(p)
-            warn(f"the cache folder {p} {why}, who can put wrong numbers there: "
-                          "let DR_TRANSFER_CACHE name a folder of your own")
-        if p == root or not inside and p == folder.parent: return
+            warn(
+                f'the cache folder {p} {why}, who can put wrong numbers there: '
+                'let DR_TRANSFER_CACHE name a folder of your own'
+            )
+        if p == root or (not inside and p == folder.parent):
+            return
+
 
 def private_folder(
-    folder:str|Path # A folder of the cache
-) -> Path: # The same
+    folder: str | Path,  # A folder of the cache
+) -> Path:  # The same
     "Make a folder of the cache, and those above it, for their owner alone; NotAFile if it is a link to another place"
     folder = Path(folder)
-    if folder.is_symlink() and folder.absolute() != cache_folder().absolute(): # all of the cache may lie elsewhere
+    if folder.is_symlink() and folder.absolute() != cache_folder().absolute():  # all of the cache may lie elsewhere
         raise NotAFile(folder, f'a link to {os.readlink(folder)}, which is not written through')
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     for p in reversed(missing):
         p.mkdir(mode=0o700, exist_ok=True)
-    if not folder.is_dir(): raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     check_private(folder)
     return folder
 
@@ -60,33 +71,37 @@ def _advice(e, folder) -> str:
     if too_many_open(e):
         return reason(e)
     if e.errno == errno.ENOMEM:
-        return "there is too little memory: close other programs, or give fewer images at once"
+        return 'there is too little memory: close other programs, or give fewer images at once'
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk of {folder} is full: make room, or let DR_TRANSFER_CACHE name a folder on another disk"
+        return f'the disk of {folder} is full: make room, or let DR_TRANSFER_CACHE name a folder on another disk'
     if e.errno == errno.EIO:
-        return f"the disk of {folder} reports an error ({e.strerror}): let DR_TRANSFER_CACHE name a folder on another disk"
-    why = f"nothing can be written into {folder} ({e.strerror})"
+        return (
+            f'the disk of {folder} reports an error ({e.strerror}): let DR_TRANSFER_CACHE name a folder on another disk'
+        )
+    why = f'nothing can be written into {folder} ({e.strerror})'
     if e.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{why}: a file is in the place of a folder. Move it, or let DR_TRANSFER_CACHE name another folder"
+        return f'{why}: a file is in the place of a folder. Move it, or let DR_TRANSFER_CACHE name another folder'
     if e.errno == errno.EROFS:
-        return f"{why}: let DR_TRANSFER_CACHE name a folder on a disk that can be written"
-    return f"{why}: change its permissions, or let DR_TRANSFER_CACHE name another folder"
+        return f'{why}: let DR_TRANSFER_CACHE name a folder on a disk that can be written'
+    return f'{why}: change its permissions, or let DR_TRANSFER_CACHE name another folder'
+
 
 def is_shortage(
-    e:BaseException # An error
+    e: BaseException,  # An error
 ) -> bool:
     "Does the computer lack something, so that the file is not at fault?"
-    no_memory = isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+    no_memory = isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
     return no_memory or too_many_open(e)
+
 
 @contextmanager
 def disk_errors(
-    folder:str|Path # A folder of the cache, in which the block works
+    folder: str | Path,  # A folder of the cache, in which the block works
 ) -> Iterator[None]:
     "An error of the disk as a ValueError with the advice that fits it"
     try:
         yield
     except NotAFile as e:
-        raise ValueError(f"{e.path}: {e}. Delete it, or let DR_TRANSFER_CACHE name another folder") from None
+        raise ValueError(f'{e.path}: {e}. Delete it, or let DR_TRANSFER_CACHE name another folder') from None
     except OSError as e:
         raise ValueError(_advice(e, folder)) from None

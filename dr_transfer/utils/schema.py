@@ -11,19 +11,21 @@ import json
 import math
 import reprlib
 import types
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Annotated, Any, Collection, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 # %% ../../nbs/utils/06_schema.ipynb #2ecb4bb6
 class SchemaError(ValueError):
     "A field that is missing, of another type, or outside of its limits"
-    def __init__(self,
-        path:str, # Of the field, such as 'head.hidden[0]'
-        found:Any, # What is there; `MISSING` if nothing is
-        expected:str # What should be there, in words
+
+    def __init__(
+        self,
+        path: str,  # Of the field, such as 'head.hidden[0]'
+        found: Any,  # What is there; `MISSING` if nothing is
+        expected: str,  # What should be there, in words
     ):
         self.path = path
         self.found = found
@@ -36,38 +38,50 @@ class SchemaError(ValueError):
 @dataclass(frozen=True)
 class Range:
     "Numbers from one to another, both included"
-    low:float # The smallest
-    high:float # The largest
+
+    low: float  # The smallest
+    high: float  # The largest
+
     def fits(self, value) -> bool:
         "Is the number within the limits?"
         return self.low <= value <= self.high
+
     def __str__(self):
         return f'from {self.low} to {self.high}'
+
 
 @dataclass(frozen=True)
 class Length:
     "Texts and lists that are neither too short nor too long"
-    low:int # The least number of characters or items
-    high:int # The largest
+
+    low: int  # The least number of characters or items
+    high: int  # The largest
+
     def fits(self, value) -> bool:
         "Is the length within the limits?"
         return self.low <= len(value) <= self.high
+
     def __str__(self):
         return f'of length {self.low} to {self.high}'
+
 
 @dataclass(frozen=True)
 class Known:
     "Names in a table of the library"
-    names:Collection # A table or list; looked up when a value is checked
+
+    names: Collection  # A table or list; looked up when a value is checked
+
     def fits(self, value) -> bool:
         "Is it one of the names?"
         return value in self.names
+
     def __str__(self):
         return 'that is one of ' + ', '.join(f"'{n}'" for n in self.names)
 
 # %% ../../nbs/utils/06_schema.ipynb #bf504ee6
 WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'an object'}
 KINDS = {bool: bool, int: Integral, float: Real, str: str, dict: dict}
+
 
 def _finite(value) -> bool:
     "A number that a float can hold?"
@@ -76,9 +90,11 @@ def _finite(value) -> bool:
     except OverflowError:
         return False
 
+
 def _valid(text) -> bool:
     "Text without halves of characters, which no file can hold?"
     return not any('\ud800' <= c <= '\udfff' for c in text)
+
 
 def _plain(hint, value, path) -> Any:
     "A number, a text, or true or false"
@@ -90,6 +106,7 @@ def _plain(hint, value, path) -> Any:
     if not right:
         raise SchemaError(path, value, WORDS[hint])
     return hint(value)
+
 
 def _json(value, path):
     "SchemaError if an object of no given type holds what a file cannot hold"
@@ -106,7 +123,7 @@ def _json(value, path):
 
 # %% ../../nbs/utils/06_schema.ipynb #5eaeaa48
 def describe(
-    hint:Any # An annotation
+    hint: Any,  # An annotation
 ) -> str:
     "What an annotation expects, in words"
     origin, args = get_origin(hint), get_args(hint)
@@ -119,11 +136,12 @@ def describe(
         return f'a list, each item {inner}' if args[-1] is Ellipsis else f'a list of {len(args)}, each item {inner}'
     return WORDS.get(hint, WORDS[dict])
 
+
 def convert(
-    hint:Any, # An annotation
-    value:Any, # What JSON gave
-    path:str # Of the field, for the error
-) -> Any: # A value of the type that the annotation names
+    hint: Any,  # An annotation
+    value: Any,  # What JSON gave
+    path: str,  # Of the field, for the error
+) -> Any:  # A value of the type that the annotation names
     "A value as its annotation wants it; SchemaError if it is something else"
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -153,10 +171,12 @@ def _limited(hint, value, path) -> Any:
         raise SchemaError(path, value, describe(hint))
     return found
 
+
 def _optional(hint, value, path) -> Any:
     "A value, or None"
     undefined = isinstance(value, float) and math.isnan(value)
     return None if value is None or undefined else convert(hint, value, path)
+
 
 def _items(hint, value, path) -> tuple:
     "The items of a list"
@@ -168,33 +188,40 @@ def _items(hint, value, path) -> tuple:
     return tuple(convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
 
 # %% ../../nbs/utils/06_schema.ipynb #ec161459
-MORE = 'more' # the field that keeps what a dataclass does not know
-LATER = 'later' # in the metadata of a field: it came after 0.1.0, and its default is not written
+MORE = 'more'  # the field that keeps what a dataclass does not know
+LATER = 'later'  # in the metadata of a field: it came after 0.1.0, and its default is not written
+
 
 @lru_cache
 def _hints(cls) -> dict:
     "The annotations of a dataclass"
     return get_type_hints(cls, include_extras=True)
 
+
 def _required(f) -> bool:
     "Has a field of a dataclass no default?"
     return f.default is MISSING and f.default_factory is MISSING
 
+
 def required_fields(
-    cls:type # A dataclass
-) -> tuple[str, ...]: # Names, in order
+    cls: type,  # A dataclass
+) -> tuple[str, ...]:  # Names, in order
     "The fields that a description must have"
     return tuple(f.name for f in fields(cls) if _required(f))
 
+
 def from_dict(
-    cls:type, # A dataclass
-    data:Any, # What JSON gave
-    path:str='' # Of the object, for the error; '' for the outermost
-) -> Any: # An instance
+    cls: type,  # A dataclass
+    data: Any,  # What JSON gave
+    path: str = '',  # Of the object, for the error; '' for the outermost
+) -> Any:  # An instance
     "A dataclass from an object of JSON; SchemaError that names the first field that is wrong"
     if not isinstance(data, dict):
         raise SchemaError(path or 'description', data, 'an object')
-    def inside(name): return f'{path}.{name}' if path else str(name)
+
+    def inside(name):
+        return f'{path}.{name}' if path else str(name)
+
     hints, values = _hints(cls), {}
     for f in fields(cls):
         if f.name in data and f.name != MORE:
@@ -213,12 +240,15 @@ def _implied(f, value) -> bool:
     "Is it a field of a later version that has its default?"
     return LATER in f.metadata and getattr(value, f.name) == f.default
 
+
 def to_dict(
-    value:Any # A dataclass, or a value of one
-) -> Any: # What `from_dict` takes: objects, lists, text, numbers
+    value: Any,  # A dataclass, or a value of one
+) -> Any:  # What `from_dict` takes: objects, lists, text, numbers
     "A dataclass as JSON can hold it"
     if is_dataclass(value):
-        named = {f.name: to_dict(getattr(value, f.name)) for f in fields(value) if f.name != MORE and not _implied(f, value)}
+        named = {
+            f.name: to_dict(getattr(value, f.name)) for f in fields(value) if f.name != MORE and not _implied(f, value)
+        }
         return named | to_dict(getattr(value, MORE, {}))
     if isinstance(value, dict):
         return {k: to_dict(v) for k, v in value.items()}
@@ -227,7 +257,8 @@ def to_dict(
     return value
 
 # %% ../../nbs/utils/06_schema.ipynb #3d4b4aac
-DEEPEST = 20 # objects and lists within one another
+DEEPEST = 20  # objects and lists within one another
+
 
 def _once(pairs) -> dict:
     "An object of JSON; ValueError if a name occurs twice"
@@ -238,6 +269,7 @@ def _once(pairs) -> dict:
         raise ValueError(f'the field {reprlib.repr(twice)} occurs twice')
     return found
 
+
 def _check_depth(value):
     "ValueError for objects and lists that are nested too deeply"
     level = [value]
@@ -247,9 +279,10 @@ def _check_depth(value):
     if level:
         raise ValueError(f'it is nested more than {DEEPEST} deep')
 
+
 def read_json(
-    data:bytes # What is in a file
-) -> Any: # Objects, lists, text, numbers
+    data: bytes,  # What is in a file
+) -> Any:  # Objects, lists, text, numbers
     "JSON of a description; ValueError if it is none, if a name occurs twice, or if it is nested too deeply"
     try:
         value = json.loads(data.decode('utf-8'), object_pairs_hook=_once)

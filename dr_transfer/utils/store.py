@@ -6,65 +6,87 @@
 __all__ = ['FORMAT', 'digest', 'Line', 'ArrayStore', 'fill_rows', 'stored_array']
 
 # %% ../../nbs/utils/08_store.ipynb #4b31cd05
-import hashlib, json, os, shutil, sys, zlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 from filelock import FileLock, Timeout
+
 from .files import atomic_file, warn
 from .regular import open_regular, read_regular
 from .safe_files import check_private, disk_errors, private_folder
 
 # %% ../../nbs/utils/08_store.ipynb #088d0788
 def digest(
-    about:dict # What JSON can hold
-) -> str: # 16 hexadecimal digits of a SHA-256
+    about: dict,  # What JSON can hold
+) -> str:  # 16 hexadecimal digits of a SHA-256
     "A description by what it says"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/utils/08_store.ipynb #cb9459f8
-FORMAT = 2 # of the files of a store; raised when it changes, so that what is there is not misread
+FORMAT = 2  # of the files of a store; raised when it changes, so that what is there is not misread
+
 
 class Line(NamedTuple):
     "A line of `images.jsonl`"
-    row:int
-    key:str # '' for a row that nobody owns any more
-    name:str
-    sums:list # Checksum of the row in each array
-    def text(self) -> bytes: return json.dumps(self._asdict()).encode() + b'\n'
 
-def _line(text, n) -> Line|None:
+    row: int
+    key: str  # '' for a row that nobody owns any more
+    name: str
+    sums: list  # Checksum of the row in each array
+
+    def text(self) -> bytes:
+        return json.dumps(self._asdict()).encode() + b'\n'
+
+
+def _line(text, n) -> Line | None:
     "A line with `n` checksums; None if it is not as it was written"
-    try: line = Line(**json.loads(text))
-    except (ValueError, TypeError, RecursionError): return None
+    try:
+        line = Line(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
     numbers = [line.row, *line.sums] if isinstance(line.sums, list) else []
     good = len(numbers) == n + 1 and all(type(v) is int and 0 <= v < 2**32 for v in numbers)
     return line if good and isinstance(line.key, str) else None
 
+
 class ArrayStore:
     "Arrays for images, on disk in a folder of their own; rows are appended and found by key"
-    def __init__(self,
-        root:str|Path, # Folder in which the store's folder is or will be
-        name:str, # First part of the folder's name
-        about:dict, # What decides the numbers, besides the image
-        fields:dict # Name -> shape of one row, and its NumPy type
+
+    def __init__(
+        self,
+        root: str | Path,  # Folder in which the store's folder is or will be
+        name: str,  # First part of the folder's name
+        about: dict,  # What decides the numbers, besides the image
+        fields: dict,  # Name -> shape of one row, and its NumPy type
     ):
         shapes = {k: [list(s), np.dtype(t).name] for k, (s, t) in fields.items()}
         self.about, self.fields = {**about, 'format': FORMAT, 'fields': shapes}, fields
         self.digest = digest(self.about)
-        self.folder = Path(root)/f'{name}-{self.digest}'
+        self.folder = Path(root) / f'{name}-{self.digest}'
         self.read_index()
-    def __len__(self): return len(self.keys)
+
+    def __len__(self):
+        return len(self.keys)
+
     def row_bytes(self, field) -> int:
         "How many bytes a row of an array takes"
         shape, kind = self.fields[field]
-        return prod(shape)*np.dtype(kind).itemsize
+        return prod(shape) * np.dtype(kind).itemsize
+
     def file(self, field) -> Path:
         "Where the numbers of an array are"
-        return self.folder/f'{field}.bin'
+        return self.folder / f'{field}.bin'
+
     def row_sum(self, field, row, key, data) -> int:
         "The checksum of a row"
         return zlib.crc32(data, zlib.crc32(f'{self.digest} {field} {row} {key}'.encode()))
@@ -73,47 +95,59 @@ class ArrayStore:
 def _size(path) -> int:
     "Bytes of a plain file; 0 if it is not there"
     try:
-        with open_regular(path, follow=False) as f: return os.fstat(f.fileno()).st_size
-    except FileNotFoundError: return 0
+        with open_regular(path, follow=False) as f:
+            return os.fstat(f.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+
 
 def _good_lines(store) -> tuple:
     "The lines of a store by row; how many rows are lost; is the file as it was written?"
-    file = store.folder/'images.jsonl'
+    file = store.folder / 'images.jsonl'
     text = read_regular(file, follow=False) if _size(file) else b''
-    end = text.rfind(b'\n') + 1 # what comes after it was not finished
+    end = text.rfind(b'\n') + 1  # what comes after it was not finished
     found = [_line(l, len(store.fields)) for l in text[:end].split(b'\n')[:-1]]
-    rows = min(_size(store.file(f))//store.row_bytes(f) for f in store.fields)
+    rows = min(_size(store.file(f)) // store.row_bytes(f) for f in store.fields)
     good = {l.row: l for l in found if l is not None and l.row < rows}
     lost = max([len(found), *(row + 1 for row in good)]) - len(good)
     return dict(sorted(good.items())), lost, not lost and end == len(text)
 
-def _read_index(self) -> int: # How many rows are lost
+
+def _read_index(self) -> int:  # How many rows are lost
     "Learn from the disk which images are there"
     with disk_errors(self.folder):
         good, lost, _ = _good_lines(self)
     self.rows = max(good, default=-1) + 1
-    self.keys = {l.key: row for row, l in good.items() if l.key} # the last row of an image counts
+    self.keys = {l.key: row for row, l in good.items() if l.key}  # the last row of an image counts
     self.sums = np.zeros((self.rows, len(self.fields)), np.uint32)
-    for row, l in good.items(): self.sums[row] = l.sums
+    for row, l in good.items():
+        self.sums[row] = l.sums
     return lost
+
 
 def _raw(store, field) -> np.ndarray:
     "An array of a store as bytes (rows, bytes), mapped into memory"
     with open_regular(store.file(field), follow=False) as f:
         return np.memmap(f, np.uint8, 'r', shape=(store.rows, store.row_bytes(field)))
 
-def _check(self, keys) -> int: # How many they are
+
+def _check(self, keys) -> int:  # How many they are
     "Forget those of some images whose rows do not match their checksums"
     here = [(self.keys[k], k) for k in dict.fromkeys(keys) if k in self.keys]
-    if not here: return 0
+    if not here:
+        return 0
     with disk_errors(self.folder):
         arrays = [(j, f, _raw(self, f)) for j, f in enumerate(self.fields)]
+
     def wrong(part):
         return [k for row, k in part if any(self.row_sum(f, row, k, a[row]) != self.sums[row, j] for j, f, a in arrays)]
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bad = [k for found in pool.map(wrong, (here[i:i + 64] for i in range(0, len(here), 64))) for k in found]
-    for k in bad: del self.keys[k]
+        bad = [k for found in pool.map(wrong, (here[i : i + 64] for i in range(0, len(here), 64))) for k in found]
+    for k in bad:
+        del self.keys[k]
     return len(bad)
+
 
 ArrayStore.read_index, ArrayStore.check = _read_index, _check
 
@@ -122,43 +156,55 @@ ArrayStore.read_index, ArrayStore.check = _read_index, _check
 def _locked(folder):
     with disk_errors(folder):
         private_folder(folder)
-        open_regular(folder/'lock', 'r+b', follow=False, create=True).close() # `FileLock` is not to wait for a pipe
-        lock = FileLock(folder/'lock')
-        try: lock.acquire(timeout=5)
+        open_regular(folder / 'lock', 'r+b', follow=False, create=True).close()  # `FileLock` is not to wait for a pipe
+        lock = FileLock(folder / 'lock')
+        try:
+            lock.acquire(timeout=5)
         except Timeout:
-            print(f"waiting for another run that computes the same ({folder})", file=sys.stderr, flush=True)
+            print(f'waiting for another run that computes the same ({folder})', file=sys.stderr, flush=True)
             lock.acquire()
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 def _repair(store):
     "Write the index of a store anew if it is damaged; cut off what a killed run left unfinished"
-    about, index = store.folder/'about.json', store.folder/'images.jsonl'
+    about, index = store.folder / 'about.json', store.folder / 'images.jsonl'
     text = json.dumps(store.about, indent=1)
     if not _size(about) or read_regular(about, follow=False) != text.encode():
-        with atomic_file(about) as f: f.write_text(text)
+        with atomic_file(about) as f:
+            f.write_text(text)
     good, _, tidy = _good_lines(store)
     if not tidy:
-        nobody = [0]*len(store.fields)
+        nobody = [0] * len(store.fields)
         lines = (good.get(row) or Line(row, '', '', nobody) for row in range(store.rows))
-        with atomic_file(index) as f: f.write_bytes(b''.join(l.text() for l in lines))
+        with atomic_file(index) as f:
+            f.write_bytes(b''.join(l.text() for l in lines))
     for field in store.fields:
         with open_regular(store.file(field), 'r+b', follow=False, create=True) as f:
-            f.truncate(store.rows*store.row_bytes(field))
+            f.truncate(store.rows * store.row_bytes(field))
+
 
 @contextmanager
 def _writing(store, keys):
     "Hold the store alone, its index read again and the rows of some images checked; how many rows are damaged"
     with _locked(store.folder):
         bad = store.read_index() + store.check(keys)
-        with disk_errors(store.folder): _repair(store)
+        with disk_errors(store.folder):
+            _repair(store)
         yield bad
+
 
 def _tell_damage(store, bad):
     "Warn of rows that are damaged"
-    if not bad: return
-    warn(f"damaged rows in {store.folder}: {bad} of {bad + len(store)} (a line was lost, or the numbers do not match "
-                  "their checksum); what is needed of them is computed again")
+    if not bad:
+        return
+    warn(
+        f'damaged rows in {store.folder}: {bad} of {bad + len(store)} (a line was lost, or the numbers do not match '
+        'their checksum); what is needed of them is computed again'
+    )
 
 # %% ../../nbs/utils/08_store.ipynb #98c57ee7
 def _append(store, batch, arrays):
@@ -169,7 +215,7 @@ def _append(store, batch, arrays):
     for f, (shape, kind) in store.fields.items():
         parts[f] = np.ascontiguousarray(arrays[f][new], dtype=kind)
         if parts[f].shape != (len(new), *shape):
-            raise ValueError(f"{f} has the shape {parts[f].shape}: give {(len(new), *shape)}")
+            raise ValueError(f'{f} has the shape {parts[f].shape}: give {(len(new), *shape)}')
     lines = []
     for j, (i, row) in enumerate(zip(new, rows)):
         key, item = batch[i]
@@ -178,42 +224,49 @@ def _append(store, batch, arrays):
     with disk_errors(store.folder):
         for f, a in parts.items():
             with open_regular(store.file(f), 'r+b', follow=False) as file:
-                file.seek(store.rows*store.row_bytes(f))
+                file.seek(store.rows * store.row_bytes(f))
                 file.write(a.data)
-        with open_regular(store.folder/'images.jsonl', 'ab', follow=False, create=True) as file:
+        with open_regular(store.folder / 'images.jsonl', 'ab', follow=False, create=True) as file:
             file.write(b''.join(l.text() for l in lines))
     store.rows += len(new)
     store.keys.update({l.key: l.row for l in lines})
-    store.sums = np.concatenate([store.sums, np.array([l.sums for l in lines], np.uint32).reshape(-1, len(store.fields))])
+    store.sums = np.concatenate(
+        [store.sums, np.array([l.sums for l in lines], np.uint32).reshape(-1, len(store.fields))]
+    )
 
 # %% ../../nbs/utils/08_store.ipynb #adad6d34
 def _room(new):
     "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
-    need = sum(n*store.row_bytes(f) for store, n in new for f in store.fields)
+    need = sum(n * store.row_bytes(f) for store, n in new for f in store.fields)
     folder = new[0][0].folder
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if need > 0.9*free: raise ValueError(f"{max(n for _, n in new)} images need {need/1e9:.1f} GB in {place}, which has {free/1e9:.1f} GB left: "
-                                         "let DR_TRANSFER_CACHE name a folder on a larger disk, or take fewer images, a smaller size, or less augmentation")
+    if need > 0.9 * free:
+        raise ValueError(
+            f'{max(n for _, n in new)} images need {need / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB left: '
+            'let DR_TRANSFER_CACHE name a folder on a larger disk, or take fewer images, a smaller size, or less augmentation'
+        )
 
 # %% ../../nbs/utils/08_store.ipynb #e1bd33e2
 def fill_rows(
-    stores:list, # `ArrayStore`s on one disk, no two with a field of one name
-    keys:list, # The key of each item (n,)
-    items:list, # What `compute` is given (n,); `path`, if it has one, names the row
-    compute, # (items, fields) -> iterator: field -> (n, *shape), for each batch
-    bs:int # Items in a batch
-) -> list: # For each store the row of each item (n,)
+    stores: list,  # `ArrayStore`s on one disk, no two with a field of one name
+    keys: list,  # The key of each item (n,)
+    items: list,  # What `compute` is given (n,); `path`, if it has one, names the row
+    compute,  # (items, fields) -> iterator: field -> (n, *shape), for each batch
+    bs: int,  # Items in a batch
+) -> list:  # For each store the row of each item (n,)
     "See that the arrays of all items are in the stores, and right; compute those that are not"
     for s in stores:
         check_private(s.folder)
         s.check(keys)
+
     def lacking():
         return [s for s in stores if not set(keys) <= set(s.keys)]
+
     with ExitStack() as stack:
         for s in sorted(lacking(), key=lambda s: s.folder):
             _tell_damage(s, stack.enter_context(_writing(s, keys)))
-        needy = lacking() # another run may have filled them in the meantime
+        needy = lacking()  # another run may have filled them in the meantime
         todo = {k: o for k, o in zip(keys, items) if any(k not in s.keys for s in needy)}
         if needy:
             _room([(s, len(todo.keys() - s.keys.keys())) for s in needy])
@@ -221,16 +274,17 @@ def fill_rows(
         batches = compute(list(todo.values()), [f for s in needy for f in s.fields]) if needy else ()
         for i, arrays in enumerate(batches):
             for s in needy:
-                _append(s, rows[i*bs:(i + 1)*bs], arrays)
+                _append(s, rows[i * bs : (i + 1) * bs], arrays)
     return [np.array([s.keys[k] for k in keys], dtype=np.int64) for s in stores]
 
 # %% ../../nbs/utils/08_store.ipynb #1975decb
 def stored_array(
-    store:ArrayStore, # A store
-    field:str # Name of an array in it
-) -> np.ndarray: # (rows, *shape), mapped into memory, not to be written
+    store: ArrayStore,  # A store
+    field: str,  # Name of an array in it
+) -> np.ndarray:  # (rows, *shape), mapped into memory, not to be written
     "An array of a store"
     shape, kind = store.fields[field]
-    if not store.rows: return np.zeros((0, *shape), kind)
+    if not store.rows:
+        return np.zeros((0, *shape), kind)
     with disk_errors(store.folder), open_regular(store.file(field), follow=False) as f:
         return np.memmap(f, dtype=kind, mode='r', shape=(store.rows, *shape))

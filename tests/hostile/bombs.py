@@ -17,12 +17,12 @@ def deflated(millions, before=b'') -> bytes:
     "Some bytes and so many million zeros as a raw deflated stream."
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     first = pack.compress(before) + pack.flush(zlib.Z_FULL_FLUSH)
-    return first + block()*millions + b'\x03\x00'
+    return first + block() * millions + b'\x03\x00'
 
 
 def compressed(millions) -> bytes:
     "So many million zeros as zlib writes them."
-    check = (millions*MILLION % 65521) << 16 | 1
+    check = (millions * MILLION % 65521) << 16 | 1
     return b'\x78\xda' + deflated(millions) + check.to_bytes(4, 'big')
 
 

@@ -46,6 +46,7 @@ def load_weights(path):
 def load(folder):
     "A model folder, and its probabilities for a grey image."
     import numpy as np
+
     from dr_transfer.inference.saved_model import load_model
 
     model = load_model(folder, 'plain')
@@ -56,8 +57,9 @@ def load(folder):
 def save_weights(path):
     "The weights of the network that is trained, as a file."
     import torch
-    from dr_transfer.models.backbones import create_body
     from safetensors.torch import save_file
+
+    from dr_transfer.models.backbones import create_body
 
     torch.manual_seed(0)
     save_file({k: v.clone().contiguous() for k, v in create_body('small_cnn', 'random').state_dict().items()}, path)

@@ -25,8 +25,8 @@ def shared(runner, tmp_path_factory):
     "Drawn sets and trained models, made by the first worker that needs them."
     base = tmp_path_factory.getbasetemp()
     base = base.parent if 'gw' in base.name else base
-    folder = base/'hostile shared'
-    with FileLock(base/'hostile.lock'):
+    folder = base / 'hostile shared'
+    with FileLock(base / 'hostile.lock'):
         if not folder.with_suffix('.made').exists():
             make_shared(runner, folder)
             folder.with_suffix('.made').touch()
@@ -38,7 +38,7 @@ def keeps_the_contract(runner, shared, tmp_path):
     "A check of a case: what it did against the contract is what pytest shows."
 
     def check(case):
-        outcome, complaints = judge(runner, case, tmp_path/'case', shared)
+        outcome, complaints = judge(runner, case, tmp_path / 'case', shared)
         if outcome is None:
             pytest.skip(complaints[0])
         if complaints:

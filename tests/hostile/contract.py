@@ -20,7 +20,7 @@ from observe import CPU, ERROR, MEMORY, differences, table_beside, text
 
 FORBIDDEN = ('Traceback (most recent call last)', 'Traceback of the server', 'Exception ignored', 'Segmentation fault')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', '.dcm', '.dicom')
-FORMULA = "=+-@\t\r"  # how a cell starts that a spreadsheet would compute: written with a quote before it
+FORMULA = '=+-@\t\r'  # how a cell starts that a spreadsheet would compute: written with a quote before it
 
 # ---------------------------------------------------------------- every image is accounted for
 
@@ -55,8 +55,8 @@ def table_of(outcome) -> list:
         'predict': lambda o: o,
         'evaluate': table_beside,
         'cross-validate': table_beside,
-        'preprocess': lambda o: o/'images.csv',
-        'train': lambda o: o/'predictions.csv',
+        'preprocess': lambda o: o / 'images.csv',
+        'train': lambda o: o / 'predictions.csv',
     }[words[0]](Path(outs[0]))
     with open(path, encoding='utf-8', errors='surrogateescape', newline='') as f:
         return read_rows(f)
@@ -96,7 +96,7 @@ def unaccounted(outcome, at) -> list:
     outcome.rows = rows = table_of(outcome)
     complaints = []
     if kind in ('predict', 'evaluate', 'train'):
-        complaints += [f"{row.get('image')!r}: {bad_prediction(row)}" for row in rows if bad_prediction(row)]
+        complaints += [f'{row.get("image")!r}: {bad_prediction(row)}' for row in rows if bad_prediction(row)]
     expected = command.images if command.images is not None else images_below(command.data) if command.data else None
     if expected is None:
         return complaints
@@ -121,7 +121,7 @@ def unaccounted(outcome, at) -> list:
 
 def count_of_run(folder, expected) -> list:
     "Do the images of a run and those it skipped add up?"
-    record = json.loads(text(folder/'record.json'))
+    record = json.loads(text(folder / 'record.json'))
     skipped = record.get('set_aside', record.get('skipped', []))
     found = record['data']['images'] + len(skipped)
     return [] if found == expected else [f'the run accounts for {found} images of {expected}']
@@ -140,7 +140,7 @@ def sets_differ(found, expected) -> list:
 def words_of(command) -> list:
     "What an error may name: paths and options that were given, long enough to be no accident."
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
-    words += [w.encode(errors='backslashreplace').decode() for w in words] # as standard error shows what is no text
+    words += [w.encode(errors='backslashreplace').decode() for w in words]  # as standard error shows what is no text
     near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'), o[:200])}
     return sorted(w for w in near if len(w) > 1 and not w.replace('.', '').isdigit()) + [str(n) for n in command.named]
 
@@ -184,7 +184,7 @@ def limits(outcome) -> list:
     complaints = [f'stopped after {outcome.seconds:.0f} s: it waits or computes for ever'] if outcome.stopped else []
     complaints += [f'ended by signal {-outcome.code}'] if outcome.code < 0 and not outcome.stopped else []
     complaints += [f'{outcome.cpu:.0f} s of processor time'] if outcome.cpu > CPU else []
-    return complaints + ([f'{outcome.peak/1e9:.1f} GB of memory'] if outcome.peak > MEMORY else [])
+    return complaints + ([f'{outcome.peak / 1e9:.1f} GB of memory'] if outcome.peak > MEMORY else [])
 
 
 def check(outcome, at) -> list:

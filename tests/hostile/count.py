@@ -26,15 +26,15 @@ def outcome_of(outcome, complaints) -> str:
         return 'not here'
     if complaints:
         return 'contract broken'
-    return 'completed' if outcome.code == 0 else 'error' # also one without a reader, who is told nothing
+    return 'completed' if outcome.code == 0 else 'error'  # also one without a reader, who is told nothing
 
 
 def count(kinds, folder) -> dict:
     "Kind -> outcome -> number of cases."
     runner, numbers = Runner(), {k: collections.Counter() for k in kinds}
-    make_shared(runner, folder/'shared')
+    make_shared(runner, folder / 'shared')
     for i, case in enumerate(cases(*kinds)):
-        outcome, complaints = judge(runner, case, folder/str(i), folder/'shared')
+        outcome, complaints = judge(runner, case, folder / str(i), folder / 'shared')
         kind = outcome_of(outcome, complaints)
         numbers[case.kind][kind] += 1
         if kind == 'contract broken':
@@ -45,7 +45,7 @@ def count(kinds, folder) -> dict:
 
 def main(words):
     "Count and write."
-    file = Path(words[0]) if words and words[0].endswith('.csv') else ROOT/'nbs'/'results'/'hostile.csv'
+    file = Path(words[0]) if words and words[0].endswith('.csv') else ROOT / 'nbs' / 'results' / 'hostile.csv'
     kinds = [w for w in words if not w.endswith('.csv')] or KINDS
     with tempfile.TemporaryDirectory(prefix='hostile ', ignore_cleanup_errors=True) as folder:
         numbers = count(kinds, Path(folder))

@@ -101,22 +101,22 @@ class Place:
         "Folders: data, work (where the command runs), home, tmp, cache, programs, logs."
         if name.startswith('_'):
             raise AttributeError(name)
-        return self.root/name
+        return self.root / name
 
     @property
     def eyes(self) -> Path:
         "Drawn eyes: images/ and labels.csv."
-        return self.shared/'eyes'
+        return self.shared / 'eyes'
 
     @property
     def flowers(self) -> Path:
         "Drawn flowers in two class folders."
-        return self.shared/'flowers'
+        return self.shared / 'flowers'
 
     @property
     def flower(self) -> Path:
         "A good image."
-        return self.flowers/'daisy'/'0000.jpg'
+        return self.flowers / 'daisy' / '0000.jpg'
 
     def copy_flowers(self) -> Path:
         "The drawn flowers as the data of this case."
@@ -128,21 +128,21 @@ class Place:
 
     def predict(self, *images, model='flower_run', **more) -> Command:
         "Predict some images, or the data folder, into a CSV."
-        out = self.root/'out.csv'
-        model = self.shared/model if isinstance(model, str) else model
+        out = self.root / 'out.csv'
+        model = self.shared / model if isinstance(model, str) else model
         more.setdefault('data', None if images else self.data)
         return Command(['predict', model, *(images or [self.data]), '--out', out, *PLAIN], [out], **more)
 
     def train(self, *words, data=None, **more) -> Command:
         "Train on the data folder into a run."
-        out, data = self.root/'out', self.data if data is None else data
+        out, data = self.root / 'out', self.data if data is None else data
         more.setdefault('data', Path(data))
         return Command(['train', data, *SMALL, *PLAIN, '--out', out, *words], [out], **more)
 
     def evaluate(self, *words, model='eye_run', **more) -> Command:
         "Evaluate a model on the data folder into a report."
-        out = self.root/'out.html'
-        model = self.shared/model if isinstance(model, str) else model
+        out = self.root / 'out.html'
+        model = self.shared / model if isinstance(model, str) else model
         more.setdefault('data', self.data)
         return Command(
             ['evaluate', model, self.data, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN, *words],
@@ -152,7 +152,7 @@ class Place:
 
     def preprocess(self, *words, source=None, out=None, **more) -> Command:
         "Prepare the data folder."
-        out, source = self.root/'out' if out is None else out, self.data if source is None else source
+        out, source = self.root / 'out' if out is None else out, self.data if source is None else source
         more.setdefault('data', Path(source))
         return Command(['preprocess', source, out, '--size', '48', *words], [out], keeps=True, **more)
 
@@ -169,9 +169,9 @@ def place(root, shared) -> Place:
     "A new place. Programs that a library might start are put first on the path: each leaves a trace."
     at = Place(Path(root), Path(shared))
     for name in FOLDERS:
-        (at.root/name).mkdir(parents=True)
+        (at.root / name).mkdir(parents=True)
     for name in PROGRAMS:
-        program = at.programs/name
+        program = at.programs / name
         program.write_text(f'#!/bin/sh\necho "$0 $*" >> "{at.home}/a program was started"\n')
         program.chmod(0o755)
     return at
@@ -191,11 +191,11 @@ def image(kind, name, expects='', each=None):
 
     def register(build):
         def command(at, *value):
-            shows = build(at.data/name, at.flower.read_bytes(), *value)
+            shows = build(at.data / name, at.flower.read_bytes(), *value)
             path = next(at.data.iterdir())  # a builder may add a suffix
-            shutil.copy(at.flower, at.data/'good.jpg')
+            shutil.copy(at.flower, at.data / 'good.jpg')
             if shows is not None:
-                shows.save(at.data/'twin.png')
+                shows.save(at.data / 'twin.png')
             return at.predict(also=beside_a_good_one(at, path, expects, shows is not None))
 
         command.__name__, command.__doc__ = build.__name__, build.__doc__
@@ -213,16 +213,16 @@ def beside_a_good_one(at, path, expects, twin):
             yield 'one image stops the others'
             return
         rows = {os.path.basename(r['image']): r for r in outcome.rows}
-        want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
+        want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
         if any(abs(float(rows['good.jpg'][k]) - float(v)) > 1e-5 for k, v in want.items() if k.startswith('p_')):
             yield 'the good image is predicted otherwise'
         row = rows.get(path.name)
         if row is None:
             return
         if expects and expects != ('error' if row['error'] else 'prediction'):
-            yield f"expected: {expects}; found: {row['error'] or 'a prediction'}"
+            yield f'expected: {expects}; found: {row["error"] or "a prediction"}'
         if twin and not row['error'] and abs(float(row['p_daisy']) - float(rows['twin.png']['p_daisy'])) > 0.02:
-            yield f"it shows twin.png and is predicted as {row['p_daisy']}, not {rows['twin.png']['p_daisy']}"
+            yield f'it shows twin.png and is predicted as {row["p_daisy"]}, not {rows["twin.png"]["p_daisy"]}'
 
     return complaints
 
@@ -234,27 +234,27 @@ def make_shared(runner, folder):
     "Drawn sets and trained models; made once, changed by no case."
     at = place(folder.with_name(folder.name + ' making'), folder)
     folder.mkdir()
-    done(runner, at, Command(['draw', folder/'flowers', folder/'eyes'], [folder], call='draw'))
-    done(runner, at, Command(['train', folder/'flowers', *SMALL, *PLAIN, '--out', folder/'flower_run'], [folder]))
+    done(runner, at, Command(['draw', folder / 'flowers', folder / 'eyes'], [folder], call='draw'))
+    done(runner, at, Command(['train', folder / 'flowers', *SMALL, *PLAIN, '--out', folder / 'flower_run'], [folder]))
     done(
         runner,
         at,
-        Command(['train', folder/'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder/'eye_run'], [folder]),
+        Command(['train', folder / 'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder / 'eye_run'], [folder]),
     )
     done(
         runner,
         at,
-        Command(['export', folder/'flower_run', *PLAIN, '--out', folder/'flowers.onnx'], [folder]),
+        Command(['export', folder / 'flower_run', *PLAIN, '--out', folder / 'flowers.onnx'], [folder]),
         needed='onnx',
     )
-    done(runner, at, Command(['save_weights', folder/'body.safetensors'], [folder], call='save_weights'))
-    done(runner, at, Command(['preprocess', folder/'eyes', folder/'prepared', '--size', '48'], [folder]))
-    good = folder/'flowers'/'daisy'/'0000.jpg'
-    done(runner, at, Command(['predict', folder/'flower_run', good, *PLAIN, '--out', folder/'good.csv'], [folder]))
-    shutil.copytree(at.cache, folder/'cache')
+    done(runner, at, Command(['save_weights', folder / 'body.safetensors'], [folder], call='save_weights'))
+    done(runner, at, Command(['preprocess', folder / 'eyes', folder / 'prepared', '--size', '48'], [folder]))
+    good = folder / 'flowers' / 'daisy' / '0000.jpg'
+    done(runner, at, Command(['predict', folder / 'flower_run', good, *PLAIN, '--out', folder / 'good.csv'], [folder]))
+    shutil.copytree(at.cache, folder / 'cache')
     compare = [
         'compare',
-        folder/'flowers',
+        folder / 'flowers',
         '--archs',
         'small_cnn',
         '--plans',
@@ -269,10 +269,10 @@ def make_shared(runner, folder):
         '100',
         *PLAIN,
         '--out',
-        folder/'compared.png',
+        folder / 'compared.png',
     ]
     done(runner, at, Command(compare, [folder]))
-    shutil.copytree(at.cache, folder/'compared cache')
+    shutil.copytree(at.cache, folder / 'compared cache')
     shutil.rmtree(at.root)
 
 

@@ -5,7 +5,6 @@ import os
 import pickle
 
 import numpy as np
-
 from inputs import PLAIN, case, need
 from observe import Command, table_beside
 
@@ -98,7 +97,7 @@ OTHERS = {
 def other_command(at, words):
     "A command with one value that may be wrong."
     command, *words = words
-    out = at.root/('out.html' if command == 'cross-validate' else 'out.png')
+    out = at.root / ('out.html' if command == 'cross-validate' else 'out.png')
     small = {
         'compare': ('--archs', 'small_cnn', '--plans', 'head', '--epochs', '1'),
         'cross-validate': ('--arch', 'small_cnn', '--plan', 'head', '--epochs', '1'),
@@ -156,13 +155,13 @@ def operating_point(at, value):
         'not text': ('train', os.fsdecode(b'\xff\xfe')),
         'long': ('train', 'x' * 5000),
         'newline': ('train', 'a\nb'),
-        },
+    },
 )
 def words(at, words):
     "Words that are no command."
-    real = {'RUN': at.shared/'flower_run', 'DATA': at.flowers, 'FILE': at.flower, 'ONNX': at.shared/'flowers.onnx'}
+    real = {'RUN': at.shared / 'flower_run', 'DATA': at.flowers, 'FILE': at.flower, 'ONNX': at.shared / 'flowers.onnx'}
     words = [real.get(w, w) for w in words]
-    if at.shared/'flowers.onnx' in words:
+    if at.shared / 'flowers.onnx' in words:
         need('onnxruntime')
     return Command(words, named=('COMMAND', 'command', 'arguments', 'DATA', 'IMAGES', *map(str, words)))
 
@@ -215,8 +214,8 @@ FILES = {
 def weights_file(at, file):
     "A file of weights that is none."
     name, data = file
-    (at.root/name).write_bytes(data)
-    return at.train('--weights', at.root/name, data=at.flowers, named=(name, 'weights'))
+    (at.root / name).write_bytes(data)
+    return at.train('--weights', at.root / name, data=at.flowers, named=(name, 'weights'))
 
 
 CHANGES = {
@@ -236,15 +235,15 @@ def weights_changed(at, change):
     "Weights of the right names that are no weights."
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(at.shared/'body.safetensors')
-    save_file({k: np.ascontiguousarray(change(v)) for k, v in tensors.items()}, at.root/'w.safetensors')
-    return at.train('--weights', at.root/'w.safetensors', data=at.flowers, images=18)
+    tensors = load_file(at.shared / 'body.safetensors')
+    save_file({k: np.ascontiguousarray(change(v)) for k, v in tensors.items()}, at.root / 'w.safetensors')
+    return at.train('--weights', at.root / 'w.safetensors', data=at.flowers, images=18)
 
 
 @case('arguments', {k: k for k in ('folder', 'fifo', 'missing', 'zero', 'dangling', 'empty', 'hf-hub')})
 def weights_path(at, what):
     "--weights that names no file."
-    path = at.root/'w.safetensors'
+    path = at.root / 'w.safetensors'
     if what == 'folder':
         path.mkdir()
     if what == 'fifo':
@@ -274,21 +273,21 @@ def printed(at, how):
     if command == 'predict':
         import shutil
 
-        shutil.copy(at.flower, at.data/'🌷.jpg')
-        made = Command(['predict', at.shared/'flower_run', at.data, *PLAIN], data=at.data)
+        shutil.copy(at.flower, at.data / '🌷.jpg')
+        made = Command(['predict', at.shared / 'flower_run', at.data, *PLAIN], data=at.data)
         made.also = None
         if stdout != 'file':
             made.data = None
     elif command == 'train':
         at.copy_flowers()
-        (at.data/'roses').rename(at.data/'🌹')
-        (at.data/'🌹'/'🥀.jpg').write_bytes(b'')
+        (at.data / 'roses').rename(at.data / '🌹')
+        (at.data / '🌹' / '🥀.jpg').write_bytes(b'')
         made = at.train()
     else:
         at.copy_eyes()
-        text = (at.data/'labels.csv').read_text().replace('patient,', '🏥,')
-        (at.data/'labels.csv').write_text(text)
-        (at.data/'images'/'🥀.jpg').write_bytes(b'')
+        text = (at.data / 'labels.csv').read_text().replace('patient,', '🏥,')
+        (at.data / 'labels.csv').write_text(text)
+        (at.data / 'images' / '🥀.jpg').write_bytes(b'')
         made = at.evaluate(data=None)
     made.stdout, made.encoding, made.silent, made.keeps = stdout, encoding, stdout == 'broken pipe', stdout != 'file'
     made.named = ('output', 'stdout', 'space', 'closed', 'pipe')
@@ -309,5 +308,5 @@ def printed(at, how):
 def environment(at, values):
     "An odd environment."
     command = at.train(data=at.flowers, images=18, environment=values)
-    command.outs += [at.home/'.cache', at.work/'.cache'] if not values.get('DR_TRANSFER_CACHE', 'x') else []
+    command.outs += [at.home / '.cache', at.work / '.cache'] if not values.get('DR_TRANSFER_CACHE', 'x') else []
     return command

@@ -34,7 +34,7 @@ from observe import Command, table_beside
 
 def train(at, cache=None, **more):
     "The training that made the shared run and the shared cache; it must come to the same."
-    out = at.root/'out'
+    out = at.root / 'out'
     cache = at.cache if cache is None else cache
     return Command(
         ['train', at.flowers, *SMALL, *PLAIN, '--out', out],
@@ -54,9 +54,9 @@ def same(at):
     def complaints(outcome):
         if outcome.code:
             return
-        out = at.root/'out'
+        out = at.root / 'out'
         for name in ('model/model.safetensors', 'predictions.csv', 'model/model.json'):
-            if (out/name).read_bytes() != (at.shared/'flower_run'/name).read_bytes():
+            if (out / name).read_bytes() != (at.shared / 'flower_run' / name).read_bytes():
                 yield f'{name} is not what an empty cache gives'
 
     return complaints
@@ -64,7 +64,7 @@ def same(at):
 
 def copied(at):
     "A copy of the shared cache, with the folder of its one store."
-    shutil.copytree(at.shared/'cache', at.cache)
+    shutil.copytree(at.shared / 'cache', at.cache)
     stores = sorted(p.parent for p in at.cache.rglob('images.jsonl'))
     assert stores, 'the training did not use the cache'
     return stores
@@ -137,7 +137,7 @@ def numbers(at, change):
 def index(at, change):
     "The index of a store was changed."
     for store in copied(at):
-        change(store/'images.jsonl')
+        change(store / 'images.jsonl')
     return train(at)
 
 
@@ -145,7 +145,7 @@ def index(at, change):
 def description(at, change):
     "The description of a store was changed."
     for store in copied(at):
-        change(store/'about.json')
+        change(store / 'about.json')
     return train(at)
 
 
@@ -154,30 +154,30 @@ def another_store_in_its_place(at):
     "The numbers of one store under the name of another."
     stores = copied(at)
     for store in stores:
-        lines = (store/'images.jsonl').read_text().splitlines(True)
+        lines = (store / 'images.jsonl').read_text().splitlines(True)
         keys = [json.loads(line) for line in lines]
         moved = [{**k, 'key': keys[(i + 1) % len(keys)]['key']} for i, k in enumerate(keys)]
-        (store/'images.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in moved))
+        (store / 'images.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in moved))
     return train(at)
 
 
 @case('caches', {k: k for k in ('bin', 'index', 'lock', 'folder', 'about')})
 def links_to_the_user(at, what):
     "Files of the cache are links to files of the user's: those are not changed."
-    mine = at.home/'mine'
+    mine = at.home / 'mine'
     mine.write_text('precious\n' * 1000)
     store = copied(at)[0]
     path = {
         'bin': every(store, '.bin')[0],
-        'index': store/'images.jsonl',
-        'lock': store/'lock',
-        'about': store/'about.json',
+        'index': store / 'images.jsonl',
+        'lock': store / 'lock',
+        'about': store / 'about.json',
     }.get(what)
     if what == 'folder':
         shutil.rmtree(store)
-        (at.home/'folder').mkdir()
-        (at.home/'folder'/'images.jsonl').write_text('precious\n')
-        store.symlink_to(at.home/'folder')
+        (at.home / 'folder').mkdir()
+        (at.home / 'folder' / 'images.jsonl').write_text('precious\n')
+        store.symlink_to(at.home / 'folder')
     else:
         path.unlink(missing_ok=True)
         path.symlink_to(mine)
@@ -211,8 +211,8 @@ def place(at, what):
     if what == 'file':
         cache.write_text('precious')
     if what == 'link':
-        (at.root/'real').mkdir()
-        cache.symlink_to(at.root/'real')
+        (at.root / 'real').mkdir()
+        cache.symlink_to(at.root / 'real')
     if what in ('loop', 'dangling'):
         cache.symlink_to('cache' if what == 'loop' else 'nowhere')
     if what == 'fifo':
@@ -229,7 +229,7 @@ def place(at, what):
         'not text': os.fsdecode(os.fsencode(cache) + b'\xff'),
     }.get(what, cache)
     command = train(at, given)
-    command.outs += [at.root/'real', at.root/'cache\nx', at.work/'my cache', at.root/'nowhere', given]
+    command.outs += [at.root / 'real', at.root / 'cache\nx', at.work / 'my cache', at.root / 'nowhere', given]
     command.named += ('real', 'proc', 'sys', '/dev/full')
     return command
 
@@ -285,9 +285,9 @@ def speed(at, data):
     "speed.json is damaged."
     at.cache.mkdir()
     if data is None:
-        (at.cache/'speed.json').mkdir()
+        (at.cache / 'speed.json').mkdir()
     else:
-        (at.cache/'speed.json').write_bytes(data)
+        (at.cache / 'speed.json').write_bytes(data)
     command = at.predict(at.flower, images=[at.flower], also=good(at))
     command.words = [w for w in command.words if w not in PLAIN] + ['--setting', 'auto']
     return command
@@ -297,9 +297,9 @@ def good(at):
     "The assertion that the good image has its prediction."
 
     def complaints(outcome):
-        want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
+        want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
         if not outcome.code and abs(float(outcome.rows[0]['p_daisy']) - float(want['p_daisy'])) > 0.02:
-            yield f"predicted as {outcome.rows[0]['p_daisy']}, not {want['p_daisy']}"
+            yield f'predicted as {outcome.rows[0]["p_daisy"]}, not {want["p_daisy"]}'
 
     return complaints
 
@@ -309,7 +309,7 @@ def good(at):
 
 def compare(at, runner_words=()):
     "A comparison that keeps its trainings."
-    out = at.root/'out.png'
+    out = at.root / 'out.png'
     return Command(
         [
             'compare',
@@ -356,14 +356,16 @@ def compare(at, runner_words=()):
 )
 def kept_training(at, change):
     "A training that was kept is damaged: the comparison comes to the same."
-    shutil.copytree(at.shared/'compared cache', at.cache)
-    files = sorted(p for p in (at.cache/'trainings').rglob('*') if p.is_file() and p.suffix == '.csv')
+    shutil.copytree(at.shared / 'compared cache', at.cache)
+    files = sorted(p for p in (at.cache / 'trainings').rglob('*') if p.is_file() and p.suffix == '.csv')
     assert files, 'no training was kept'
     for path in files:
         change(path)
     command = compare(at)
-    want = table_beside(at.shared/'compared.png').read_bytes()
+    want = table_beside(at.shared / 'compared.png').read_bytes()
     command.also = lambda o: (
-        [] if o.code or table_beside(at.root/'out.png').read_bytes() == want else ['another result than with an empty cache']
+        []
+        if o.code or table_beside(at.root / 'out.png').read_bytes() == want
+        else ['another result than with an empty cache']
     )
     return command

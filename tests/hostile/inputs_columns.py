@@ -52,7 +52,7 @@ def number(i) -> str:
 def evaluated(at, name):
     "A user's column with a name that the library uses itself: what the model says must not be taken from it."
     at.copy_eyes()
-    write(at.data/'labels.csv', with_column(rows_of(at), name, number))
+    write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     command = at.evaluate(named=('labels.csv', name, 'split', 'column'))
     command.also = of_the_model(at, name)
     return command
@@ -81,7 +81,7 @@ def of_the_model(at, name):
             if len(ours) == 24 and [r.get(column) for r in ours] == list(values.values()):
                 yield f'the column {column!r} of the result is that of the user'
         if ours and {k for k in ours[0] if k.startswith('p_')} != {'p_no', 'p_referable'}:
-            yield f"the result has the probabilities {sorted(k for k in ours[0] if k.startswith('p_'))}"
+            yield f'the result has the probabilities {sorted(k for k in ours[0] if k.startswith("p_"))}'
 
     return complaints
 
@@ -90,7 +90,7 @@ def of_the_model(at, name):
 def trained(at, name):
     "The same in a training."
     at.copy_eyes()
-    write(at.data/'labels.csv', with_column(rows_of(at), name, number))
+    write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     return at.train(*DR, images=24, named=('labels.csv', name))
 
 
@@ -144,7 +144,7 @@ def together(at, labels='labels.csv', column=2):
     "The assertion that no patient has images in training and in validation."
 
     def complaints(outcome):
-        rows = list(csv.reader(io.StringIO((at.data/labels).read_text())))[1:]
+        rows = list(csv.reader(io.StringIO((at.data / labels).read_text())))[1:]
         valid = [r['image'] for r in outcome.rows]
         on = {}
         for r in rows:
@@ -167,7 +167,7 @@ def patients(at, name, value=None) -> list:
 def patients_asked_for(at, name):
     "Patients in a column that is named: they stay together."
     at.copy_eyes()
-    write(at.data/'labels.csv', patients(at, name))
+    write(at.data / 'labels.csv', patients(at, name))
     return at.train(*DR, '--patient', name, images=24, also=together(at), named=('labels.csv',))
 
 
@@ -175,7 +175,7 @@ def patients_asked_for(at, name):
 def patients_found(at, name):
     "Patients in a column that is not named: they stay together, or the command says that it knows of none."
     at.copy_eyes()
-    write(at.data/'labels.csv', patients(at, name))
+    write(at.data / 'labels.csv', patients(at, name))
 
     def found_or_said(outcome):
         said = outcome.out + outcome.err
@@ -188,8 +188,8 @@ def patients_found(at, name):
 def patients_in_every_command(at, which):
     "The column of the patients named, in every command that reads labels."
     at.copy_eyes()
-    write(at.data/'labels.csv', patients(at, 'pid'))
-    out = at.root/('out.png' if which in ('compare', 'advise') else 'out.html')
+    write(at.data / 'labels.csv', patients(at, 'pid'))
+    out = at.root / ('out.png' if which in ('compare', 'advise') else 'out.html')
     if which == 'evaluate':
         return at.evaluate('--patient', 'pid')
     words = [
@@ -239,7 +239,7 @@ VALUES = {
 def patients_written(at, value):
     "Patients written in several ways."
     at.copy_eyes()
-    write(at.data/'labels.csv', patients(at, 'patient', value))
+    write(at.data / 'labels.csv', patients(at, 'patient', value))
     return at.train(*DR, images=24, also=together(at), named=('labels.csv', 'group', 'patient'))
 
 
@@ -255,7 +255,7 @@ def patients_partly_known(at):
         source = next(at.data.rglob(os.path.basename(r[0])))
         shutil.copy(source, source.with_name(os.path.basename(name)))
         rows.append([name, r[1], ''])
-    write(at.data/'labels.csv', rows)
+    write(at.data / 'labels.csv', rows)
 
     def complaints(outcome):
         valid = {os.path.basename(r['image']) for r in outcome.rows}
@@ -272,7 +272,7 @@ def patients_beside_folders(at):
     "Class folders and a CSV that names the patients but not the labels."
     at.copy_flowers()
     files = sorted(p.relative_to(at.data).as_posix() for p in at.data.rglob('*.jpg'))
-    (at.data/'credits.csv').write_text(
+    (at.data / 'credits.csv').write_text(
         as_text([['image', 'patient'], *([f, f'p{i % 5}'] for i, f in enumerate(files))])
     )
     return at.train(images=18, also=together(at, 'credits.csv', 1))
@@ -289,7 +289,7 @@ def patients_ambiguous(at, how):
         first = [['image', 'patient', 'subject'], *([*a, b[1]] for a, b in zip(first[1:], second[1:]))]
     if how == 'not of the images':
         first = [['image', 'patient'], *([f'other/{i}.jpg', 'p'] for i in range(9))]
-    write(at.data/'credits.csv', first)
+    write(at.data / 'credits.csv', first)
     if how == 'two files':
-        write(at.data/'more.csv', second)
+        write(at.data / 'more.csv', second)
     return at.train(images=18, named=('credits.csv', 'more.csv', 'patient', 'subject', 'groups'))

@@ -3,7 +3,6 @@
 import io
 
 import numpy as np
-
 from bombs import deflated
 from inputs import case, image, need
 from inputs_images import shown
@@ -199,11 +198,11 @@ def patient(at, name):
     "A set of DICOM photographs whose patients have odd names."
     from PIL import Image
 
-    for i, path in enumerate(sorted((at.eyes/'images').iterdir())):
-        folder = at.data/('daisy' if i % 2 else 'rose')
+    for i, path in enumerate(sorted((at.eyes / 'images').iterdir())):
+        folder = at.data / ('daisy' if i % 2 else 'rose')
         folder.mkdir(exist_ok=True)
         with Image.open(path) as im:
             ds = dataset(np.asarray(im.convert('RGB')), PatientID=f'{name}{i // 4}'[-64:], Manufacturer=name)
         ds.SpecificCharacterSet = 'ISO_IR 192'
-        save(ds, folder/f'{i}.dcm')
+        save(ds, folder / f'{i}.dcm')
     return at.train(named=(name,))

@@ -11,14 +11,14 @@ import zipfile
 from bombs import gzipped
 from inputs import NotHere, case, image
 
-EPS = b'''%!PS-Adobe-3.0 EPSF-3.0
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 60 60
 %%EndComments
 /Courier findfont 12 scalefont setfont (hello) show
 (out) (w) file
 showpage
 %%EOF
-'''
+"""
 EPS_DOS = b'\xc5\xd0\xd3\xc6' + (30).to_bytes(4, 'little') + len(EPS).to_bytes(4, 'little') + bytes(18) + EPS
 TEXTS = {
     'html': b'<!doctype html><html><title>404 Not Found</title></html>',
@@ -178,7 +178,7 @@ def link_into_proc(path, good, target):
 @image('files', 'x.jpg', 'prediction')
 def link_to_an_image(path, good):
     "A link to a good image elsewhere."
-    real = path.parent.parent/'real.jpg'
+    real = path.parent.parent / 'real.jpg'
     real.write_bytes(good)
     path.symlink_to(real)
 
@@ -187,7 +187,7 @@ def link_to_an_image(path, good):
 def folder_named_as_an_image(path, good):
     "A folder with an image in it: no image, but searched."
     path.mkdir()
-    (path/'inside.jpg').write_bytes(good)
+    (path / 'inside.jpg').write_bytes(good)
 
 
 @image('files', 'x.jpg', 'error')
@@ -202,16 +202,16 @@ def unreadable(path, good):
 @case('files')
 def link_loop_of_folders(at):
     "A folder that holds a link to itself."
-    shutil.copy(at.flower, at.data/'good.jpg')
-    (at.data/'again').symlink_to(at.data)
+    shutil.copy(at.flower, at.data / 'good.jpg')
+    (at.data / 'again').symlink_to(at.data)
     return at.predict()
 
 
 @case('files')
 def link_to_the_root(at):
     "A link to the root of the file system: it is not searched."
-    shutil.copy(at.flower, at.data/'good.jpg')
-    (at.data/'all').symlink_to('/')
+    shutil.copy(at.flower, at.data / 'good.jpg')
+    (at.data / 'all').symlink_to('/')
     return at.predict()
 
 
@@ -220,21 +220,21 @@ def deep_folders(at):
     "Five hundred folders within one another."
     deep = at.data.joinpath(*['d'] * 500)
     deep.mkdir(parents=True)
-    shutil.copy(at.flower, deep/'good.jpg')
+    shutil.copy(at.flower, deep / 'good.jpg')
     return at.predict()
 
 
 @case('files')
 def nothing_but_a_fifo(at):
     "A folder whose only image is a named pipe."
-    os.mkfifo(at.data/'x.jpg')
+    os.mkfifo(at.data / 'x.jpg')
     return at.predict(named=('x.jpg',))
 
 
 @case('files', {'fifo': 'fifo', 'dangling': 'dangling', 'missing': 'missing', 'empty name': ''})
 def image_argument(at, what):
     "An image argument that is no image file."
-    path = at.data/'x.jpg'
+    path = at.data / 'x.jpg'
     if what == 'fifo':
         os.mkfifo(path)
     if what == 'dangling':
@@ -245,6 +245,6 @@ def image_argument(at, what):
 @case('files')
 def same_image_twice(at):
     "One image by two names on the command line."
-    path = at.data/'x.jpg'
+    path = at.data / 'x.jpg'
     shutil.copy(at.flower, path)
-    return at.predict(path, at.data/'..'/'data'/'x.jpg', images=[path], data=None)
+    return at.predict(path, at.data / '..' / 'data' / 'x.jpg', images=[path], data=None)

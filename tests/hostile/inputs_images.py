@@ -5,10 +5,9 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, PngImagePlugin
-
 from bombs import compressed
 from inputs import image
+from PIL import Image, PngImagePlugin
 
 FORMATS = {'jpeg': '.jpg', 'png': '.png', 'tiff': '.tif', 'gif': '.gif', 'webp': '.webp', 'bmp': '.bmp', 'ppm': '.ppm'}
 MARK = b'\x89PNG\r\n\x1a\n'

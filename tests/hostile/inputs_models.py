@@ -7,7 +7,6 @@ import pickle
 import shutil
 
 import numpy as np
-
 from inputs import PLAIN, WHOLE, case, need
 from observe import Command
 
@@ -41,8 +40,8 @@ def digest(about) -> str:
 
 def model(at, change=None, tensors=None, sign=True):
     "A copy of the trained run whose description or tensors were changed, with digests that fit."
-    run = shutil.copytree(at.shared/'flower_run', at.root/'run')
-    file = run/'model'/'model.json'
+    run = shutil.copytree(at.shared / 'flower_run', at.root / 'run')
+    file = run / 'model' / 'model.json'
     about = json.loads(file.read_text())
     kept = {k: about.get(k) for k in DIGESTS}
     about.pop('sha256')
@@ -50,7 +49,7 @@ def model(at, change=None, tensors=None, sign=True):
         need('safetensors')
         from safetensors.numpy import load_file, save_file
 
-        path = run/'model'/'model.safetensors'
+        path = run / 'model' / 'model.safetensors'
         save_file({k: np.ascontiguousarray(v) for k, v in tensors(load_file(path)).items()}, path)
         about['tensors_sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
     if change:
@@ -79,12 +78,12 @@ def refused(outcome):
 def field_missing(at, field):
     "A field of model.json is missing."
     run = model(at)
-    about = json.loads((run/'model'/'model.json').read_text())
+    about = json.loads((run / 'model' / 'model.json').read_text())
     about.pop(field, None)
     if field != 'sha256':
         about.pop('sha256')
         about['sha256'] = digest(about)
-    (run/'model'/'model.json').write_text(json.dumps(about))
+    (run / 'model' / 'model.json').write_text(json.dumps(about))
     return predicted(at, run, also=None if field in ('task', 'target', 'decision', 'weights') else refused)
 
 
@@ -231,7 +230,7 @@ JSONS = {
 def other_json(at, data):
     "model.json holds something else."
     run = model(at)
-    file = run/'model'/'model.json'
+    file = run / 'model' / 'model.json'
     file.write_bytes(file.read_bytes()[:300] if data is None else data)
     return predicted(at, run, also=refused)
 
@@ -248,7 +247,7 @@ def file_of_a_model(at, what):
     "A file of a model is a pipe, a folder or a link."
     name, kind = what
     run = model(at)
-    path = run/'model'/name
+    path = run / 'model' / name
     path.unlink()
     if kind == 'fifo':
         os.mkfifo(path)
@@ -288,6 +287,7 @@ def tensors_changed(at, change):
 @case('models', {'doubles': np.float64, 'halves': np.float16})
 def tensors_of_another_type(at, kind):
     "The weights as numbers of another precision: used or refused."
+
     def change(tensors):
         return {k: v.astype(kind) if v.dtype == np.float32 else v for k, v in tensors.items()}
 
@@ -303,7 +303,7 @@ def seen_changed(at):
 def flipped(path, i, n=20):
     "Flip the bits of one byte of a file, at the i-th of n places."
     data = bytearray(path.read_bytes())
-    data[int(len(data) * (i + 0.5)/n)] ^= 0xFF
+    data[int(len(data) * (i + 0.5) / n)] ^= 0xFF
     path.write_bytes(bytes(data))
 
 
@@ -314,7 +314,7 @@ PLACES = {str(i): i for i in range(20)}
 def tensors_flipped(at, i):
     "One byte of the tensors has other bits."
     run = model(at)
-    flipped(run/'model'/'model.safetensors', i)
+    flipped(run / 'model' / 'model.safetensors', i)
     return predicted(at, run, also=refused)
 
 
@@ -324,9 +324,9 @@ def tensors_flipped(at, i):
 def other_tensors(at, data):
     "model.safetensors holds something else, signed as if it did not."
     run = model(at)
-    path = run/'model'/'model.safetensors'
+    path = run / 'model' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:5000] if data is None else data)
-    file = run/'model'/'model.json'
+    file = run / 'model' / 'model.json'
     about = json.loads(file.read_text())
     about.pop('sha256')
     about['tensors_sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -340,6 +340,6 @@ def nan_in_other_commands(at, command):
     run = model(at, tensors=scaled(np.nan))
     if command == 'export':
         need('onnx')
-        return Command(['export', run, *PLAIN, '--out', at.root/'out.onnx'], also=refused)
+        return Command(['export', run, *PLAIN, '--out', at.root / 'out.onnx'], also=refused)
     at.copy_flowers()
     return at.evaluate(model=run, also=refused)

@@ -4,7 +4,6 @@ import os
 import shutil
 
 import pandas as pd
-
 from inputs import case
 
 NAMES = {
@@ -78,15 +77,15 @@ CLASSES = {
 @case('names', NAMES)
 def image_name(at, name):
     "A good image with an odd name, found in a folder and in the table again."
-    shutil.copy(at.flower, at.data/name)
+    shutil.copy(at.flower, at.data / name)
     return at.predict()
 
 
 @case('names', {k: NAMES[k] for k in ('dash', 'option', 'formula', 'not text', 'newline', 'emoji', 'at', 'tilde')})
 def image_name_alone(at, name):
     "A good image with an odd name, named alone as a path within the folder of work, and printed."
-    shutil.copy(at.flower, at.work/name)
-    command = at.predict('./' + name, images=[at.work/name], data=None)
+    shutil.copy(at.flower, at.work / name)
+    command = at.predict('./' + name, images=[at.work / name], data=None)
     command.words = [w for w in command.words if w not in ('--out', command.outs[0])]
     command.outs = []
     return command
@@ -96,7 +95,7 @@ def image_name_alone(at, name):
 def twins_by_case(at):
     "Two images whose names differ in capitals only."
     for name in ('a.jpg', 'A.jpg', 'a.JPG'):
-        shutil.copy(at.flower, at.data/name)
+        shutil.copy(at.flower, at.data / name)
     return at.predict()
 
 
@@ -105,7 +104,7 @@ def many_names_at_once(at):
     "All odd names in one folder of a class, for training."
     at.copy_flowers()
     for name in SAFE.values():
-        shutil.copy(at.flower, at.data/'daisy'/name)
+        shutil.copy(at.flower, at.data / 'daisy' / name)
     return at.train()
 
 
@@ -113,19 +112,19 @@ def many_names_at_once(at):
 def many_names_prepared(at):
     "All odd names in one folder, prepared."
     for i, name in enumerate(v for k, v in SAFE.items() if k != 'upper'):
-        shutil.copy(at.eyes/'images'/sorted(os.listdir(at.eyes/'images'))[i % 20], at.data/name)
+        shutil.copy(at.eyes / 'images' / sorted(os.listdir(at.eyes / 'images'))[i % 20], at.data / name)
     return at.preprocess()
 
 
 @case('names')
 def names_in_labels(at):
     "Odd names in the labels of an evaluation."
-    (at.data/'images').mkdir()
+    (at.data / 'images').mkdir()
     names = [v for k, v in SAFE.items() if k not in ('not text', 'space before', 'space after', 'return')]
     for i, name in enumerate(names):
-        shutil.copy(sorted((at.eyes/'images').iterdir())[i % 24], at.data/'images'/name)
+        shutil.copy(sorted((at.eyes / 'images').iterdir())[i % 24], at.data / 'images' / name)
     pd.DataFrame({'image': names, 'grade': [i % 5 for i in range(len(names))]}).to_csv(
-        at.data/'labels.csv', index=False
+        at.data / 'labels.csv', index=False
     )
     return at.evaluate(named=('labels.csv', *names))
 
@@ -134,7 +133,7 @@ def names_in_labels(at):
 def class_name(at, name):
     "A class folder with an odd name."
     at.copy_flowers()
-    (at.data/'roses').rename(at.data/name)
+    (at.data / 'roses').rename(at.data / name)
     return at.train(images=18, named=(name, 'class'))
 
 
@@ -142,7 +141,7 @@ def class_name(at, name):
 def class_of_spaces(at):
     "Two class folders that differ by a space at the end."
     at.copy_flowers()
-    (at.data/'roses').rename(at.data/'daisy ')
+    (at.data / 'roses').rename(at.data / 'daisy ')
     return at.train(named=('daisy', 'class'))
 
 
@@ -158,9 +157,9 @@ def class_of_spaces(at):
 def class_twins(at, names):
     "Two class folders that look alike."
     at.copy_flowers()
-    (at.data/'daisy').rename(at.data/'0')
-    (at.data/'roses').rename(at.data/names[1])
-    (at.data/'0').rename(at.data/names[0])
+    (at.data / 'daisy').rename(at.data / '0')
+    (at.data / 'roses').rename(at.data / names[1])
+    (at.data / '0').rename(at.data / names[0])
     return at.train(images=18, named=(*names, 'class'))
 
 
@@ -168,7 +167,7 @@ def class_twins(at, names):
 def a_name_of_200000_characters(at):
     "A name in labels.csv that no file can have."
     at.copy_eyes()
-    with open(at.data/'labels.csv', 'a', encoding='utf-8') as f:
+    with open(at.data / 'labels.csv', 'a', encoding='utf-8') as f:
         f.write('n' * 200_000 + '.jpg,1,p,left\n')
     return at.train('--task', 'dr', images=24, named=('labels.csv', 'nnn'))
 
@@ -176,9 +175,9 @@ def a_name_of_200000_characters(at):
 @case('names')
 def a_folder_of_ten_thousand_other_files(at):
     "One image among ten thousand files that are none."
-    shutil.copy(at.flower, at.data/'good.jpg')
+    shutil.copy(at.flower, at.data / 'good.jpg')
     for i in range(10_000 if os.environ.get('DR_TRANSFER_HOSTILE') == 'all' else 1_000):
-        (at.data/f'{i}.txt').touch()
+        (at.data / f'{i}.txt').touch()
     return at.predict()
 
 
@@ -194,5 +193,5 @@ def a_folder_of_ten_thousand_other_files(at):
 )
 def data_name(at, name):
     "The data folder itself has an odd name."
-    data = shutil.copytree(at.flowers, at.home/name)
+    data = shutil.copytree(at.flowers, at.home / name)
     return at.train(data=data, images=18)

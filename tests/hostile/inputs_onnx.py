@@ -14,7 +14,7 @@ def onnx(at):
     "A copy of the ONNX file."
     need('onnxruntime')
     need('onnx')
-    return shutil.copy(at.shared/'flowers.onnx', at.root/'m.onnx')
+    return shutil.copy(at.shared / 'flowers.onnx', at.root / 'm.onnx')
 
 
 @case('onnx', PLACES)
@@ -27,7 +27,7 @@ def onnx_flipped(at, i):
 
 def same_or_refused(at):
     "The assertion that a prediction is that of the undamaged model, if there is one."
-    want = read_rows((at.shared/'good.csv').read_text().splitlines())[0]
+    want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
     return lambda o: (
         []
         if o.code or abs(float(o.rows[0]['p_daisy']) - float(want['p_daisy'])) < 1e-3
@@ -69,7 +69,7 @@ def onnx_says_otherwise(at, change):
 @case('onnx', {k: k for k in ('fifo', 'folder', 'zero', 'dangling')})
 def onnx_path(at, kind):
     "A model named .onnx that is no file."
-    path = at.root/'m.onnx'
+    path = at.root / 'm.onnx'
     if kind == 'fifo':
         os.mkfifo(path)
     elif kind == 'folder':

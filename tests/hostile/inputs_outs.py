@@ -29,15 +29,15 @@ def of(at, command, out, *words, allowed=False):
 
 def exported(at):
     "An export of the trained run."
-    out = at.root/'out.onnx'
-    return Command(['export', at.shared/'flower_run', *PLAIN, '--out', out], [out])
+    out = at.root / 'out.onnx'
+    return Command(['export', at.shared / 'flower_run', *PLAIN, '--out', out], [out])
 
 
 def evaluated(at):
     "An evaluation of the shared eyes."
-    out = at.root/'out.html'
+    out = at.root / 'out.html'
     return Command(
-        ['evaluate', at.shared/'eye_run', at.eyes, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN],
+        ['evaluate', at.shared / 'eye_run', at.eyes, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN],
         [out, table_beside(out)],
     )
 
@@ -72,10 +72,10 @@ BAD = {
 def bad_place(at, which):
     "--out that names no place for a file or folder."
     command, name = which
-    made = of(at, command, at.root/'out')
+    made = of(at, command, at.root / 'out')
     path = BAD[name] + (SUFFIX.get(command, '') if name in ('proc', 'sys', 'long') else '')
-    made.words = [path if w == at.root/'out' else w for w in made.words]
-    made.outs = {'newline of path': [at.work/path, at.work/'nowhere\n'], 'dot': [at.work]}.get(name, [])
+    made.words = [path if w == at.root / 'out' else w for w in made.words]
+    made.outs = {'newline of path': [at.work / path, at.work / 'nowhere\n'], 'dot': [at.work]}.get(name, [])
     made.named += (path, 'out', 'OUT', '--out')
     return made
 
@@ -87,17 +87,17 @@ def bad_place(at, which):
 def taken(at, which):
     "--out is something of the user's. With --overwrite a file may take a file's place; a folder stays."
     command, name = which
-    out = at.root/f'mine{SUFFIX.get(command, "")}'
+    out = at.root / f'mine{SUFFIX.get(command, "")}'
     if name.startswith('file'):
         out.write_text('precious')
     if name.startswith('folder'):
         out.mkdir()
-        (out/'thesis.txt').write_text('precious')
+        (out / 'thesis.txt').write_text('precious')
     if name.startswith('run'):
         make_lookalike(out)
     if name.startswith('home'):
         out = at.home
-        (out/'thesis.txt').write_text('precious')
+        (out / 'thesis.txt').write_text('precious')
     replaceable = name == 'file overwritten' and command in SUFFIX
     made = of(at, command, out, *(['--overwrite'] if 'overwritten' in name else []), allowed=replaceable)
     made.also = None if replaceable else refused
@@ -106,18 +106,18 @@ def taken(at, which):
 
 def make_lookalike(out):
     "A folder of the user's with the names of a run, and a thesis in it."
-    (out/'model').mkdir(parents=True)
-    (out/'model'/'thesis.txt').write_text('precious')
+    (out / 'model').mkdir(parents=True)
+    (out / 'model' / 'thesis.txt').write_text('precious')
     for name in ('record.json', 'predictions.csv', 'images.csv', 'preparation.json', 'journal.jsonl', 'labels.csv'):
-        (out/name).write_text('{"precious": 1}')
+        (out / name).write_text('{"precious": 1}')
 
 
 @case('outs', {c: c for c in COMMANDS})
 def ours_with_a_file_of_the_user(at, command):
     "A real run, or a model, with one more file in it: the file stays."
-    out = at.root/f'mine{SUFFIX.get(command, "")}'
-    shutil.copytree(at.shared/'flower_run', out)
-    (out/'model'/'notes of mine.txt').write_text('precious')
+    out = at.root / f'mine{SUFFIX.get(command, "")}'
+    shutil.copytree(at.shared / 'flower_run', out)
+    (out / 'model' / 'notes of mine.txt').write_text('precious')
     made = of(at, command, out, '--overwrite')
     made.also = refused
     return made
@@ -127,19 +127,17 @@ def ours_with_a_file_of_the_user(at, command):
 def link(at, which):
     "--out is a link."
     command, name = which
-    out = at.root/f'link{SUFFIX.get(command, "")}'
-    target = at.root/'target'
+    out = at.root / f'link{SUFFIX.get(command, "")}'
+    target = at.root / 'target'
     if name == 'to file':
         target.write_text('precious')
     if name == 'to folder':
         target.mkdir()
-        (target/'thesis.txt').write_text('precious')
+        (target / 'thesis.txt').write_text('precious')
     at.copy_eyes()
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
-    if name == 'dangling':
-        made.outs = [out, table_beside(out), target]
-    elif name == 'to file' and command in SUFFIX: # the link is followed, and --overwrite was said
+    if name == 'dangling' or (name == 'to file' and command in SUFFIX):
         made.outs = [out, table_beside(out), target]
     made.also = None if name in ('dangling', 'to file') else refused
     return made
@@ -157,11 +155,11 @@ def near_the_data(at, which):
     "--out lies in the data, is the data, or holds the data; by name, or by a link."
     command, name = which
     (at.copy_flowers if command == 'train' else at.copy_eyes)()
-    linked = at.root/'by link'
+    linked = at.root / 'by link'
     linked.symlink_to(at.data)
     end = SUFFIX.get(command, '')
     base = linked if 'link' in name else at.data
-    out = base/f'out{end}' if 'inside' in name else base if 'same' in name else at.root
+    out = base / f'out{end}' if 'inside' in name else base if 'same' in name else at.root
     make = {'train': at.train, 'evaluate': at.evaluate, 'preprocess': at.preprocess, 'predict': at.predict}[command]
     made = make(named=('out', 'data'))
     made.words = [out if w == made.outs[0] else w for w in made.words] + (
@@ -175,23 +173,23 @@ def near_the_data(at, which):
 @case('outs', {c: c for c in COMMANDS})
 def name_that_is_no_text(at, command):
     "--out with bytes that are no text: a good name on Linux."
-    out = at.root/(os.fsdecode(b'\xff\xfe') + SUFFIX.get(command, ''))
+    out = at.root / (os.fsdecode(b'\xff\xfe') + SUFFIX.get(command, ''))
     return of(at, command, out, allowed=True)
 
 
 @case('outs', {c: c for c in COMMANDS})
 def folder_that_is_not_there(at, command):
     "--out in a folder that has to be made; what is made for it may stay."
-    out = at.root/'new'/'folders'/f'out{SUFFIX.get(command, "")}'
+    out = at.root / 'new' / 'folders' / f'out{SUFFIX.get(command, "")}'
     made = of(at, command, out, allowed=True)
-    made.outs.append(at.root/'new')
+    made.outs.append(at.root / 'new')
     return made
 
 
 @case('outs', {'csv': 'out.csv', 'png': 'out.png', 'none': 'out', 'upper': 'out.HTML', 'hidden': '.html'})
 def suffix_of_a_report(at, name):
     "A report whose name is that of its table, or of something else."
-    out = at.root/name
+    out = at.root / name
     made = of(at, 'evaluate', out, allowed=True)
     return made
 
@@ -199,8 +197,8 @@ def suffix_of_a_report(at, name):
 @case('outs')
 def table_beside_a_report_is_taken(at):
     "The report's place is free, that of its table is not."
-    table_beside(at.root/'out.html').write_text('precious')
-    made = of(at, 'evaluate', at.root/'out.html')
+    table_beside(at.root / 'out.html').write_text('precious')
+    made = of(at, 'evaluate', at.root / 'out.html')
     made.also = refused
     return made
 
@@ -208,7 +206,7 @@ def table_beside_a_report_is_taken(at):
 @case('outs', {c: c for c in COMMANDS if c != 'preprocess'})
 def model_is_the_place(at, command):
     "--out --overwrite names the model that is used, or the data that are trained on."
-    run = shutil.copytree(at.shared/'flower_run', at.root/'run')
+    run = shutil.copytree(at.shared / 'flower_run', at.root / 'run')
     if command == 'train':
         at.copy_flowers()
         made = at.train('--overwrite')

@@ -3,10 +3,9 @@
 import shutil
 
 import numpy as np
-from PIL import Image
-
 from inputs import case, image
 from inputs_images import shown
+from PIL import Image
 
 
 def grey(good) -> np.ndarray:
@@ -200,14 +199,14 @@ def all_images_at_once(at, which):
     if which == 'preprocess':
         return at.preprocess()
     if which == 'train':
-        (at.data/'daisy').mkdir()
+        (at.data / 'daisy').mkdir()
         for path in [p for p in at.data.iterdir() if p.name != 'daisy']:
-            path.rename(at.data/'daisy'/path.name)
-        shutil.copytree(at.flowers/'roses', at.data/'roses')
+            path.rename(at.data / 'daisy' / path.name)
+        shutil.copytree(at.flowers / 'roses', at.data / 'roses')
         return at.train()
     names = [p.name for p in sorted(at.data.iterdir())]
     lines = [f'"{n}",{i % 5}' for i, n in enumerate(names)]
-    (at.data/'labels.csv').write_text('\n'.join(['image,grade', *lines]))
+    (at.data / 'labels.csv').write_text('\n'.join(['image,grade', *lines]))
     return at.evaluate()
 
 
@@ -217,14 +216,14 @@ def every_image(at):
 
     good = at.flower.read_bytes()
     for i, (name, build, *value) in enumerate(IMAGES):
-        folder = at.tmp/str(i)
+        folder = at.tmp / str(i)
         folder.mkdir()
         try:
-            build(folder/name, good, *value)
+            build(folder / name, good, *value)
         except NotHere:
             shutil.rmtree(folder)
             continue
         path = next(folder.iterdir())
-        path.rename(at.data/f'{i:03d}{path.suffix}')
+        path.rename(at.data / f'{i:03d}{path.suffix}')
         folder.rmdir()
-    shutil.copytree(at.flowers/'roses', at.data, dirs_exist_ok=True)
+    shutil.copytree(at.flowers / 'roses', at.data, dirs_exist_ok=True)

@@ -4,19 +4,18 @@ import json
 import os
 import shutil
 
-from PIL import Image
-
 from inputs import case
+from PIL import Image
 
 
 def prepared(at) -> list:
     "A finished preparation of the drawn eyes, as another run left it."
     at.copy_eyes()
-    shutil.copytree(at.shared/'prepared', at.root/'out')
+    shutil.copytree(at.shared / 'prepared', at.root / 'out')
     for path in at.data.rglob('*.jpg'):  # a copy has the times of the originals, which the journal knows
-        times = (at.eyes/path.relative_to(at.data)).stat()
+        times = (at.eyes / path.relative_to(at.data)).stat()
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return sorted((at.root/'out').rglob('*.png'))
+    return sorted((at.root / 'out').rglob('*.png'))
 
 
 def same(at):
@@ -25,8 +24,8 @@ def same(at):
     def complaints(outcome):
         if outcome.code:
             return
-        for path in sorted((at.shared/'prepared').rglob('*.png')):
-            other = at.root/'out'/path.relative_to(at.shared/'prepared')
+        for path in sorted((at.shared / 'prepared').rglob('*.png')):
+            other = at.root / 'out' / path.relative_to(at.shared / 'prepared')
             if not other.is_file() or other.read_bytes() != path.read_bytes():
                 yield f'{other.name} is not what an undisturbed run gives'
 
@@ -68,8 +67,8 @@ def result_replaced(at, what):
     if what == 'dangling':
         path.symlink_to('nowhere')
     if what == 'to the user':
-        (at.home/'mine.png').write_bytes(b'precious')
-        path.symlink_to(at.home/'mine.png')
+        (at.home / 'mine.png').write_bytes(b'precious')
+        path.symlink_to(at.home / 'mine.png')
     if what == 'other size':
         Image.new('RGB', (9, 9)).save(path)
     return again(at)
@@ -97,7 +96,7 @@ def notes_damaged(at, how):
     "What an earlier run noted was damaged."
     name, data = how
     prepared(at)
-    (at.root/'out'/name).write_bytes(data)
+    (at.root / 'out' / name).write_bytes(data)
     return again(at)
 
 
@@ -113,7 +112,7 @@ def notes_replaced(at, how):
     "What an earlier run noted is something else now."
     name, what = how
     prepared(at)
-    path = at.root/'out'/name
+    path = at.root / 'out' / name
     data = path.read_bytes()
     path.unlink()
     if what == 'folder':
@@ -121,8 +120,8 @@ def notes_replaced(at, how):
     if what == 'fifo':
         os.mkfifo(path)
     if what == 'link':
-        (at.home/'mine').write_bytes(data)
-        path.symlink_to(at.home/'mine')
+        (at.home / 'mine').write_bytes(data)
+        path.symlink_to(at.home / 'mine')
     if what == 'cut':
         path.write_bytes(data[: len(data) // 2])
     return again(at)
@@ -132,7 +131,7 @@ def notes_replaced(at, how):
 def journal_lies(at, what):
     "The journal says what is not so, in good JSON."
     prepared(at)
-    path = at.root/'out'/'journal.jsonl'
+    path = at.root / 'out' / 'journal.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row.update(
@@ -160,17 +159,17 @@ def one_place(at, how):
     "OUT is IN by another spelling."
     at.copy_eyes()
     out = {
-        'link': at.root/'again',
+        'link': at.root / 'again',
         'dots': f'{at.work}/../data',
         'relative': '../data',
         'slash': f'{at.data}//',
-        'link of the parent': at.root/'parent'/'data',
-        'capitals': at.root/'DATA',
+        'link of the parent': at.root / 'parent' / 'data',
+        'capitals': at.root / 'DATA',
     }[how]
     if how == 'link':
         out.symlink_to(at.data)
     if how == 'link of the parent':
-        (at.root/'parent').symlink_to(at.root)
+        (at.root / 'parent').symlink_to(at.root)
     made = at.preprocess(out=out, named=('data',))
     made.outs, made.also = ([out], None) if how == 'capitals' else ([], refused)
     return made
@@ -180,12 +179,12 @@ def one_place(at, how):
 def inside(at, how):
     "OUT lies in IN, or IN in OUT."
     at.copy_eyes()
-    (at.root/'again').symlink_to(at.data)
+    (at.root / 'again').symlink_to(at.data)
     out = {
-        'out in it': at.data/'out',
-        'out in it by link': at.root/'again'/'out',
+        'out in it': at.data / 'out',
+        'out in it by link': at.root / 'again' / 'out',
         'it in out': at.root,
-        'out is its images': at.data/'images',
+        'out is its images': at.data / 'images',
     }[how]
     made = at.preprocess(out=out, named=('data',))
     made.outs, made.also = [], refused
@@ -237,10 +236,10 @@ def originals_changed(at, what):
 )
 def two_of_one_name(at, names):
     "Two originals whose results would have one name, or names of the library's."
-    eyes = sorted((at.eyes/'images').iterdir())
+    eyes = sorted((at.eyes / 'images').iterdir())
     for name, eye in zip(names, eyes):
         with Image.open(eye) as im:
-            im.save(at.data/name)
+            im.save(at.data / name)
     return at.preprocess(named=names)
 
 

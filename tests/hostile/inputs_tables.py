@@ -12,7 +12,7 @@ DR = ('--task', 'dr')
 
 def rows_of(at) -> list:
     "The labels of the drawn eyes: image, grade, patient, eye."
-    return list(csv.reader((at.eyes/'labels.csv').read_text().splitlines()))
+    return list(csv.reader((at.eyes / 'labels.csv').read_text().splitlines()))
 
 
 def as_text(rows) -> str:
@@ -31,7 +31,7 @@ def table(expects=None, each=None, words=DR, named=()):
     def register(build):
         def command(at, *value):
             at.copy_eyes()
-            write(at.data/'labels.csv', build(rows_of(at), *value))
+            write(at.data / 'labels.csv', build(rows_of(at), *value))
             return at.train(*words, images=expects, data=at.data, named=('labels.csv', *named))
 
         command.__name__, command.__doc__ = build.__name__, build.__doc__
@@ -177,7 +177,7 @@ def a_cell_of_200000_characters(rows, what):
 def labels_that_are_no_file(at, what):
     "labels.csv is a pipe, a folder, a link or a device."
     at.copy_eyes()
-    path = at.data/'labels.csv'
+    path = at.data / 'labels.csv'
     path.unlink()
     if what == 'fifo':
         os.mkfifo(path)
@@ -196,7 +196,7 @@ def labels_that_are_no_file(at, what):
 def labels_argument(at, what):
     "--labels that names no CSV file."
     at.copy_eyes()
-    path = at.root/'my labels.csv'
+    path = at.root / 'my labels.csv'
     if what == 'fifo':
         os.mkfifo(path)
     if what == 'folder':
@@ -347,8 +347,8 @@ def flower_labels(at, form):
     at.copy_flowers()
     files = sorted(p.relative_to(at.data).as_posix() for p in at.data.rglob('*.jpg'))
     labels = [form.format(i % 2) if form else ('1', 'rose')[i % 2] for i in range(len(files))]
-    write(at.data/'labels.csv', [['image', 'label'], *map(list, zip(files, labels))])
-    return at.train('--labels', at.data/'labels.csv', images=18, named=('labels.csv', 'class'))
+    write(at.data / 'labels.csv', [['image', 'label'], *map(list, zip(files, labels))])
+    return at.train('--labels', at.data / 'labels.csv', images=18, named=('labels.csv', 'class'))
 
 
 @case('tables')
@@ -356,8 +356,8 @@ def one_image_a_class(at):
     "Every class has one image."
     at.copy_flowers()
     files = sorted(p.relative_to(at.data).as_posix() for p in at.data.rglob('*.jpg'))
-    write(at.data/'labels.csv', [['image', 'label'], *([f, f'class {i}'] for i, f in enumerate(files))])
-    return at.train('--labels', at.data/'labels.csv', named=('class',))
+    write(at.data / 'labels.csv', [['image', 'label'], *([f, f'class {i}'] for i, f in enumerate(files))])
+    return at.train('--labels', at.data / 'labels.csv', named=('class',))
 
 
 # ---------------------------------------------------------------- splits

@@ -7,7 +7,6 @@ import struct
 import zipfile
 
 import numpy as np
-
 from bombs import gzipped
 from inputs import case, need
 
@@ -58,8 +57,8 @@ ARRAYS = {
 @case('volumes', ARRAYS)
 def array(at, arrays):
     "A .npz whose arrays are no volume."
-    npz(at.data/'v.npz', **arrays)
-    return drawn(at, at.data/'v.npz')
+    npz(at.data / 'v.npz', **arrays)
+    return drawn(at, at.data / 'v.npz')
 
 
 @case(
@@ -71,8 +70,8 @@ def array(at, arrays):
 )
 def array_is_refused(at, arrays):
     "Arrays that are no Hounsfield units: an error."
-    npz(at.data/'v.npz', **arrays)
-    return drawn(at, at.data/'v.npz', also=refused)
+    npz(at.data / 'v.npz', **arrays)
+    return drawn(at, at.data / 'v.npz', also=refused)
 
 
 class Payload:
@@ -85,7 +84,7 @@ class Payload:
 @case('volumes', {'npz': 'v.npz', 'npy': 'v.npy', 'pickle': 'v.npy '})
 def pickled(at, name):
     "An array of objects: to load it runs what it says."
-    path = at.data/name.strip()
+    path = at.data / name.strip()
     array = np.array([Payload()], dtype=object)
     if name == 'v.npz':
         np.savez(path, hu=array, spacing=np.ones(3))
@@ -120,28 +119,28 @@ HEADERS = {
 @case('volumes', HEADERS)
 def npy(at, data):
     "A .npy of a few bytes that says what it is not."
-    (at.data/'v.npy').write_bytes(data + bytes(100))
-    return drawn(at, at.data/'v.npy', '[3, 1, 1]', also=refused)
+    (at.data / 'v.npy').write_bytes(data + bytes(100))
+    return drawn(at, at.data / 'v.npy', '[3, 1, 1]', also=refused)
 
 
 @case('volumes')
 def zip_bomb(at):
     "A .npz of 200 KB whose array has 200 million bytes more than it says."
-    with zipfile.ZipFile(at.data/'v.npz', 'w', zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(at.data / 'v.npz', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('hu.npy', header((2000, 1000, 1000)) + bytes(2 * 10**8), compresslevel=1)
         z.writestr('spacing.npy', header((3,), '<f8') + np.ones(3).tobytes())
-    return drawn(at, at.data/'v.npz', also=refused)
+    return drawn(at, at.data / 'v.npz', also=refused)
 
 
 @case('volumes', {'truncated': 0.5, 'a byte': 0.001, 'flipped': None})
 def damaged_npz(at, part):
     "A .npz that was cut off or changed."
-    npz(at.data/'v.npz')
-    data = bytearray((at.data/'v.npz').read_bytes())
+    npz(at.data / 'v.npz')
+    data = bytearray((at.data / 'v.npz').read_bytes())
     if part is None:
         data[len(data) // 3] ^= 0xFF
-    (at.data/'v.npz').write_bytes(data if part is None else data[: max(1, int(len(data) * part))])
-    return drawn(at, at.data/'v.npz', also=refused)
+    (at.data / 'v.npz').write_bytes(data if part is None else data[: max(1, int(len(data) * part))])
+    return drawn(at, at.data / 'v.npz', also=refused)
 
 
 PATHS = {
@@ -161,7 +160,7 @@ PATHS = {
 @case('volumes', {k: k for k in PATHS})
 def path(at, kind):
     "A path that is no volume."
-    path = at.data/PATHS[kind]
+    path = at.data / PATHS[kind]
     if kind.startswith('fifo'):
         os.mkfifo(path)
     elif kind in ('folder', 'empty folder'):
@@ -234,8 +233,8 @@ NIFTIS = {
 def nifti_header(at, how):
     "A NIfTI file whose header says what cannot be."
     change, suffix = how
-    nifti(at.data/f'v{suffix}', change=change)
-    return drawn(at, at.data/f'v{suffix}')
+    nifti(at.data / f'v{suffix}', change=change)
+    return drawn(at, at.data / f'v{suffix}')
 
 
 @case('volumes')
@@ -249,8 +248,8 @@ def gzip_bomb(at):
     header.set_data_shape((1000, 1000, 1000))
     header.set_sform(np.eye(4), 1)
     header['vox_offset'], header['magic'] = 352, b'n+1'
-    (at.data/'v.nii.gz').write_bytes(gzipped(2000, header.binaryblock + bytes(4)))
-    return drawn(at, at.data/'v.nii.gz')
+    (at.data / 'v.nii.gz').write_bytes(gzipped(2000, header.binaryblock + bytes(4)))
+    return drawn(at, at.data / 'v.nii.gz')
 
 
 @case(
@@ -266,8 +265,8 @@ def gzip_bomb(at):
 def other_nifti(at, data):
     "A .nii.gz that holds something else."
     need('nibabel')
-    (at.data/'v.nii.gz').write_bytes(data)
-    return drawn(at, at.data/'v.nii.gz', also=refused)
+    (at.data / 'v.nii.gz').write_bytes(data)
+    return drawn(at, at.data / 'v.nii.gz', also=refused)
 
 
 # ---------------------------------------------------------------- DICOM series
@@ -283,7 +282,7 @@ def series(folder, n=5, change=None):
         ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 3 * i]
         ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
         if change is None or change(i, ds) is not False:
-            save(ds, folder/f'{i}.dcm')
+            save(ds, folder / f'{i}.dcm')
 
 
 def of(**values):
@@ -338,7 +337,7 @@ def dicom_series(at, change):
 def beside_a_series(at, what):
     "A good series with something else in its folder."
     series(at.data)
-    path = at.data/'x.dcm'
+    path = at.data / 'x.dcm'
     if what == 'fifo':
         os.mkfifo(path)
     elif what in ('dangling', 'loop', 'device'):
@@ -367,14 +366,14 @@ ROWS = {
 def row(at, how):
     "A table with one row that names no place."
     row, kind = how
-    npz(at.data/'v.npz')
+    npz(at.data / 'v.npz')
     columns = 'z' if kind == 'slices' else 'z,x,y'
     more = '' if kind == 'slices' else ',5,5'
-    (at.data/'t.csv').write_text(f'volume,{columns},label\nv.npz,3{more},a\n{row}{more},b\n')
-    out = at.root/'out'
+    (at.data / 't.csv').write_text(f'volume,{columns},label\nv.npz,3{more},a\n{row}{more},b\n')
+    out = at.root / 'out'
     return at.call(
         f'draw_{kind}',
-        at.data/'t.csv',
+        at.data / 't.csv',
         at.data,
         out,
         outs=[out],

@@ -159,16 +159,16 @@ class Runner:
 
 def job_of(command, at, wall, cpu) -> dict:
     "A command at a place, as the server takes it."
-    path = f"{at.root/'programs'}{os.pathsep}{os.environ.get('PATH', '')}"
+    path = f'{at.root / "programs"}{os.pathsep}{os.environ.get("PATH", "")}'
     environment = {
         'HOME': str(at.home),
         'TMPDIR': str(at.tmp),
         'DR_TRANSFER_CACHE': str(at.cache),
         'PATH': path,
-        'XDG_CACHE_HOME': str(at.home/'.cache'),
+        'XDG_CACHE_HOME': str(at.home / '.cache'),
         **command.environment,
     }
-    stdout = str(at.logs/'stdout') if command.stdout == 'file' else command.stdout
+    stdout = str(at.logs / 'stdout') if command.stdout == 'file' else command.stdout
     words = command.words[1:] if command.call else command.words
     return {
         'words': [str(w) for w in words],
@@ -176,8 +176,8 @@ def job_of(command, at, wall, cpu) -> dict:
         'folder': str(at.work),
         'environment': environment,
         'stdout': stdout,
-        'stderr': str(at.logs/'stderr'),
-        'events': str(at.logs/'events'),
+        'stderr': str(at.logs / 'stderr'),
+        'events': str(at.logs / 'events'),
         'encoding': command.encoding,
         'wall': wall,
         'idle': IDLE,
@@ -195,16 +195,16 @@ def text(path, encoding='utf-8') -> str:
 def run(runner, command, at, wall=WALL, cpu=CPU + 20) -> Outcome:
     "Run a command and look at everything before and after."
     for name in ('stdout', 'stderr', 'events'):
-        (at.logs/name).unlink(missing_ok=True)
+        (at.logs / name).unlink(missing_ok=True)
     before = {**snapshot(at.root), **snapshot(at.shared, digests=False)}
     reply = runner.ask(job_of(command, at, wall, cpu))
     after = {**snapshot(at.root), **snapshot(at.shared, digests=False)}
-    events = text(at.logs/'events').splitlines()
+    events = text(at.logs / 'events').splitlines()
     return Outcome(
         command,
         reply['code'],
-        text(at.logs/'stdout'),
-        text(at.logs/'stderr'),
+        text(at.logs / 'stdout'),
+        text(at.logs / 'stderr'),
         reply['seconds'],
         reply['cpu'],
         reply['peak'],

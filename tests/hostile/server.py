@@ -137,7 +137,7 @@ def work(job):
     try:
         return getattr(calls, job['call'])(*job['words'])
     except (ValueError, OSError) as e:  # as the command reports the same error
-        print(f"dr_transfer: error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f'dr_transfer: error: {" ".join(str(e).split())}', file=sys.stderr)
         return 1
 
 

@@ -1,7 +1,6 @@
 "Each hostile input of the kind 'caches' against the contract."
 
 import pytest
-
 from inputs import cases
 
 

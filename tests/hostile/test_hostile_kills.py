@@ -8,17 +8,16 @@ import random
 import shutil
 
 import pytest
-
 from inputs import PLAIN, SMALL, WHOLE, place
 from observe import WALL, Command, run, snapshot
 
 KILLS = 25 if WHOLE else 5  # of each command
 WORDS = {
     'train': lambda at, out: ['train', at.flowers, *SMALL, *PLAIN, '--out', out],
-    'predict': lambda at, out: ['predict', at.shared/'flower_run', at.flowers, *PLAIN, '--out', out],
+    'predict': lambda at, out: ['predict', at.shared / 'flower_run', at.flowers, *PLAIN, '--out', out],
     'evaluate': lambda at, out: [
         'evaluate',
-        at.shared/'eye_run',
+        at.shared / 'eye_run',
         at.eyes,
         '--allow-leaks',
         '--draws',
@@ -35,15 +34,15 @@ OWN_NOTES = ('journal.jsonl',)  # in what order a preparation got on is no resul
 
 def command_of(kind, at) -> Command:
     "The command at a place; it writes into results/, which holds nothing else."
-    (at.root/'results').mkdir(exist_ok=True)
-    return Command(WORDS[kind](at, at.root/'results'/NAMES[kind]), [at.root/'results'])
+    (at.root / 'results').mkdir(exist_ok=True)
+    return Command(WORDS[kind](at, at.root / 'results' / NAMES[kind]), [at.root / 'results'])
 
 
 def results(at) -> dict:
     "Each path that a command left in results/ -> its type and content."
-    found = snapshot(at.root/'results')
+    found = snapshot(at.root / 'results')
     return {
-        os.path.relpath(p, at.root/'results'): (v[0], v[-1])
+        os.path.relpath(p, at.root / 'results'): (v[0], v[-1])
         for p, v in found.items()
         if os.path.basename(p) not in OWN_NOTES
     }
@@ -56,7 +55,7 @@ def undisturbed(runner, shared, tmp_path_factory):
 
     def of(kind):
         if kind not in made:
-            at = place(tmp_path_factory.mktemp('undisturbed')/'case', shared)
+            at = place(tmp_path_factory.mktemp('undisturbed') / 'case', shared)
             outcome = run(runner, command_of(kind, at), at)
             assert outcome.code == 0, outcome.err
             made[kind] = outcome.seconds, results(at), set(os.listdir(at.root))
@@ -68,7 +67,7 @@ def undisturbed(runner, shared, tmp_path_factory):
 def leftovers(at, allowed) -> list:
     "What lies in the folders of a case and was not there without a kill."
     new = set(os.listdir(at.root)) - allowed
-    return sorted(new) + [os.path.join(d, f) for d in ('tmp', 'work', 'home') for f in os.listdir(at.root/d)]
+    return sorted(new) + [os.path.join(d, f) for d in ('tmp', 'work', 'home') for f in os.listdir(at.root / d)]
 
 
 @pytest.mark.parametrize('number', range(KILLS))
@@ -76,7 +75,7 @@ def leftovers(at, allowed) -> list:
 def test_killed_and_run_again(kind, number, runner, shared, undisturbed, tmp_path):
     seconds, expected, beside = undisturbed(kind)
     rng = random.Random(f'{kind} {number}')
-    at = place(tmp_path/'case', shared)
+    at = place(tmp_path / 'case', shared)
     moments = [rng.uniform(0.05, 1) * seconds for _ in range(1 + number % 2)]  # every other time twice
     for moment in moments:
         run(runner, command_of(kind, at), at, wall=moment)

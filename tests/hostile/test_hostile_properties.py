@@ -11,13 +11,12 @@ import shutil
 
 import pandas as pd
 import pytest
+from contract import check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
-from contract import check
 from inputs import WHOLE, place
 from observe import Command, run
+from PIL import Image
 
 SETTINGS = {'deadline': None, 'derandomize': True, 'suppress_health_check': list(HealthCheck)}
 IMAGES = ('a.png', 'b.png', 'sub/c.png', 'd e.png', '=f.png')
@@ -51,8 +50,8 @@ def folder(tmp_path_factory):
     "Five images."
     folder = tmp_path_factory.mktemp('images')
     for i, name in enumerate(IMAGES):
-        (folder/name).parent.mkdir(exist_ok=True)
-        Image.new('RGB', (8, 8), (i * 50,) * 3).save(folder/name)
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8), (i * 50,) * 3).save(folder / name)
     return folder
 
 
@@ -93,7 +92,7 @@ def is_one_line(error) -> bool:
 def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table, set_aside
 
-    file = tmp_path_factory.getbasetemp()/'made up.csv'
+    file = tmp_path_factory.getbasetemp() / 'made up.csv'
     file.write_bytes(written(rows, form))
     try:
         table = label_table(folder, file)
@@ -101,7 +100,7 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
         assert is_one_line(e)
         return
     assert isinstance(table, pd.DataFrame) and table.image.is_unique and table.label.notna().all()
-    known = {str(folder/name) for name in IMAGES}
+    known = {str(folder / name) for name in IMAGES}
     assert set(table.image) | set(set_aside(table).image) <= known
     assert not set(table.image) & set(set_aside(table).image), 'used and skipped'
 
@@ -111,7 +110,7 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
 def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table
 
-    file = tmp_path_factory.getbasetemp()/'any bytes.csv'
+    file = tmp_path_factory.getbasetemp() / 'any bytes.csv'
     file.write_bytes(b'image,grade\n' + data if len(data) % 2 else data)
     try:
         label_table(folder, file)
@@ -147,18 +146,18 @@ def changed(about, way, value):
 
 
 def test_a_model_with_any_description_is_used_or_refused(runner, shared, tmp_path_factory):
-    about = json.loads((shared/'flower_run'/'model'/'model.json').read_text())
+    about = json.loads((shared / 'flower_run' / 'model' / 'model.json').read_text())
     about.pop('sha256')
     ways = [w for w in paths(about) if w and w[0] not in ('versions', 'licence', 'training', 'tensors_sha256')]
 
     @settings(max_examples=500 if WHOLE else 25, **SETTINGS)
     @given(way=st.sampled_from(ways), value=JSON)
     def one(way, value):
-        at = place(tmp_path_factory.mktemp('record')/'case', shared)
-        folder = shutil.copytree(shared/'flower_run'/'model', at.root/'model')
+        at = place(tmp_path_factory.mktemp('record') / 'case', shared)
+        folder = shutil.copytree(shared / 'flower_run' / 'model', at.root / 'model')
         new = changed(about, way, value)
         digest = hashlib.sha256(json.dumps(new, sort_keys=True).encode()).hexdigest()
-        (folder/'model.json').write_text(json.dumps({**new, 'sha256': digest}))
+        (folder / 'model.json').write_text(json.dumps({**new, 'sha256': digest}))
         command = Command(['load', folder], call='load', named=('model.json', 'model'))
         outcome = run(runner, command, at)
         complaints = check(outcome, at)
