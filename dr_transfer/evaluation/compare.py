@@ -20,8 +20,9 @@ from ..data.tasks import Task, get_task
 from .cross_validation import train_once, without_weights
 from ..metrics.decision import table_arrays, table_classes
 from ..metrics.screening import compare_tables, main_measure, measure_table, measures
-from ..models.backbones import DEFAULT_ARCH, create_body, find_backbone
+from ..models.backbones import create_body
 from ..models.network import check_size
+from ..models.registry import DEFAULT_ARCH, find_backbone
 from ..training.plans import Plan, check_epochs, get_plan
 from ..utils.files import plain_text
 

@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from ..data.views import normalise, read_image, stack_images
+from ..data.fundus import read_image
+from ..data.views import normalise, stack_images
 from ..features.extraction import Features, _chosen
 from ..metrics.intervals import bootstrap, group_codes
-from ..models.backbones import Stages, stage_names
+from ..models.stages import Stages, stage_names
 from ..synthetic.fundus import contact_sheet
 from ..utils.files import plain_text
 

@@ -23,7 +23,7 @@ from .activations import evaluating, model_parts
 from ..metrics.intervals import bootstrap
 from ..metrics.operating_point import OperatingPoint
 from ..metrics.screening import worst_errors
-from ..models.backbones import Stages, _trace
+from ..models.stages import Stages, _trace
 from ..synthetic.fundus import contact_sheet
 from ..utils.files import extra_module, plain_text, unknown
 

@@ -16,8 +16,8 @@ from torch import nn
 from ..data.content import fill_stores
 from ..data.views import VIEWS
 from .extraction import compute_views, weights_digest
-from ..models.backbones import Stages
 from ..models.network import Body
+from ..models.stages import Stages
 from ..utils.files import cache_folder
 from ..utils.store import ArrayStore, stored_array
 

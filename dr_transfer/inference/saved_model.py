@@ -20,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data.views import VIEWS, read_image
+from ..data.fundus import read_image
+from ..data.views import VIEWS
 from .card import ModelCard, ModelError, card_error, card_text, read_card
-from ..models.backbones import _build, create_body, find_backbone
+from ..models.backbones import create_body
 from ..models.network import create_head, head_inputs, make_body, view_probs
+from ..models.registry import build_network, find_backbone
 from ..models.speed import get_setting, setting_name
 from ..models.weights import file_hash
 from ..utils.files import new_folder, usual_mode
@@ -178,7 +180,7 @@ SPARE = 2 * 2**30  # bytes that a backbone may have although they are not in the
 def _check_memory(card, stored: int):
     "ModelError if to build the backbone takes far more memory than the weights in the file"
     with torch.device('meta'):
-        net = _build(find_backbone(card.arch))
+        net = build_network(find_backbone(card.arch))
     needed = sum(v.nbytes for v in net.state_dict().values())
     if needed > SPARE + 4 * stored:
         raise ModelError(

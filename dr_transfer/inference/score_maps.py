@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.views import normalise, read_image, stack_images
+from ..data.fundus import read_image
+from ..data.views import normalise, stack_images
 from .saved_model import ImageModel
-from ..models.backbones import Stages
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
+from ..models.stages import Stages
 
 # %% ../../nbs/inference/05_score_maps.ipynb #e1261664
 class PerPlace(nn.Module):

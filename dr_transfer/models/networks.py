@@ -31,25 +31,23 @@ class SmallCNN(nn.Module):
 
 # %% ../../nbs/models/02_networks.ipynb #6f0a074f
 class CifarNet(nn.Module):
-    "Three convolutions, three poolings, one hidden layer (Krizhevsky 2009, as `cifar10_quick` of Caffe has it): 0.15 million weights, which is what Shin et al. 2016 count"
+    """Three convolutions, three poolings, one hidden layer (Krizhevsky 2009, as `cifar10_quick` of Caffe has it)
+
+    It has 0.15 million weights, which is what Shin et al. 2016 count.
+    """
 
     def __init__(
         self,
         n_out: int = 1000,  # Number of classes
     ):
         super().__init__()
-        block = lambda i, o, pool, first: nn.Sequential(
-            nn.Conv2d(i, o, 5, padding=2), *((pool, nn.ReLU()) if first else (nn.ReLU(), pool))
-        )
         self.features = nn.Sequential(
-            block(3, 32, nn.MaxPool2d(3, 2, ceil_mode=True), True),
-            block(32, 32, nn.AvgPool2d(3, 2, ceil_mode=True), False),
-            block(32, 64, nn.AvgPool2d(3, 2, ceil_mode=True), False),
+            nn.Sequential(nn.Conv2d(3, 32, 5, padding=2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(32, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(3, 2, ceil_mode=True)),
+            nn.Sequential(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.AvgPool2d(3, 2, ceil_mode=True)),
         )
-        self.pool, self.classifier = (
-            nn.AdaptiveAvgPool2d(4),
-            nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.Linear(64, n_out)),
-        )
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.Linear(64, n_out))
 
     def forward(self, x):
         return self.classifier(self.pool(self.features(x)))

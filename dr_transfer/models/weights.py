@@ -129,8 +129,8 @@ def _check_tensor(name, v, own, what):
         return  # a counter
     if not v.is_floating_point():
         raise WeightsError(
-            f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, where numbers with a fraction are "
-            'expected. Give weights in float32 or float16'
+            f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, where numbers with a fraction "
+            'are expected. Give weights in float32 or float16'
         )
     if not v.isfinite().all():
         raise WeightsError(
@@ -138,7 +138,8 @@ def _check_tensor(name, v, own, what):
         )
     if name.endswith('running_var') and (v < 0).any():
         raise WeightsError(
-            f"{what} is damaged: '{name}' is a variance and holds numbers below 0. Give another file, or download it again"
+            f"{what} is damaged: '{name}' is a variance and holds numbers below 0. "
+            'Give another file, or download it again'
         )
 
 

@@ -28,8 +28,9 @@ from dr_transfer.features.probes import (
     plot_depth_profile,
     stage_gain,
 )
-from ..models.backbones import DEFAULT_ARCH, Stages
 from ..models.network import make_body
+from ..models.registry import DEFAULT_ARCH
+from ..models.stages import Stages
 from .plans import LARGE, PLANS, Plan
 from ..utils.files import plain_text
 
@@ -59,7 +60,7 @@ class Advice:
 
 # %% ../../nbs/training/02_advisor.ipynb #b72d86e9
 def _candidates(stages) -> dict:
-    "Name of a row in the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
+    "Row of the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
     own = [n for n in stages if n != 'neck']
     pairs = [(n, 1) for n in stages] + [
         (own[i], k) for i in range(len(own) // 2, len(own)) for k in (2, 4) if k <= i + 1
@@ -139,6 +140,7 @@ def advise(
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     size: int | None = None,  # Side in pixels; the task's own if None
+    *,
     valid: float = 0.2,  # Share of the images that is not looked at
     seed: int = 42,  # Decides which, as in `build_learner`, and the folds
     setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
@@ -148,16 +150,14 @@ def advise(
     "Measure the images to learn from, and recommend a plan"
     task = get_task(task, size)
     goal, stages = task.target(target), whole_body(arch, weights)
-    t = split_data(
-        data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col
-    )  # validation is not looked at
+    # the validation images are not looked at
+    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
     with group_errors(some):
-        grouped_folds(
-            some.target, _groups(some), seed=seed
-        )  # an error before anything is computed, if there are too few
+        # an error before anything is computed, if there are too few
+        grouped_folds(some.target, _groups(some), seed=seed)
     body = make_body(stages, task.size, setting)
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     advice = _advice(some, counts, f, body, task, seed)

@@ -31,6 +31,8 @@ def _eval_bn(model):
 class FrozenMode(Callback):
     "Whatever has no trainable parameter is in evaluation mode and without gradients"
 
+    needs_batches = False
+
     order, run_valid = -9, False  # right after the model is put into training mode
 
     def __init__(
@@ -65,19 +67,27 @@ class FrozenMode(Callback):
 class HeadFirst(Callback):
     "Warn where a pretrained body is trained before its head (Chollet 2017, chapter 5)"
 
+    needs_batches = False
+
+    def __init__(
+        self,
+        trained: bool = False,  # Is the head trained already?
+    ):
+        self.trained = trained
+
     def before_train(self):  # not `before_fit`, which fastai calls before it validates and predicts as well
         if self.epoch:
             return
         bodies = [m for m in self.model.modules() if isinstance(m, Body)]
         free = any(p.requires_grad for b in bodies for p in b.parameters())
-        if free and not self.learn.head_trained and bodies[0].stages.weights.kind != 'random':
+        if free and not self.trained and bodies[0].stages.weights.kind != 'random':
             warn(
                 'the body is trained before the head: a random head destroys what was learnt there. '
                 "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')"
             )
 
     def after_train(self):
-        self.learn.head_trained = True
+        self.trained = True
 
 # %% ../../nbs/training/03_callbacks.ipynb #a1eb0bc3
 FAR = 20.0  # times its start: a loss above that has diverged
@@ -113,7 +123,8 @@ class LossGuard(Callback):
     def after_epoch(self):
         if self.start is None:
             self.stop(
-                'no step was taken, because there are fewer training images than fill a batch: give a smaller bs= (--bs)'
+                'no step was taken, because there are fewer training images than fill a batch: '
+                'give a smaller bs= (--bs)'
             )
         names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
         loss = dict(zip(names, values)).get('valid_loss')
@@ -126,7 +137,8 @@ class LossGuard(Callback):
             return
         began = 'at once' if self.start is None else f'from {self.start:.3g} at the start'
         self.stop(
-            f'the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: the {what} loss went {began} to {loss:.3g}. '
+            f'the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: '
+            f'the {what} loss went {began} to {loss:.3g}. '
             f'{self.advice}'.rstrip()
         )
 
@@ -138,6 +150,8 @@ class LossGuard(Callback):
 # %% ../../nbs/training/03_callbacks.ipynb #aeae136a
 class TrainSetting(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
+
+    needs_batches = False
 
     order, run_valid = -8, False
 
@@ -181,7 +195,8 @@ class PlainProgress(Callback):
         if not self.training or time.monotonic() - self.last < self.every:
             return
         self.say(
-            f'epoch {self.epoch + 1} of {self.n_epoch}, batch {self.iter + 1} of {self.n_iter}, loss {self.loss.item():.3f}'
+            f'epoch {self.epoch + 1} of {self.n_epoch}, batch {self.iter + 1} of {self.n_iter}, '
+            f'loss {self.loss.item():.3f}'
         )
         self.last = time.monotonic()
 

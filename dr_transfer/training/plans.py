@@ -16,8 +16,11 @@ from typing import Any
 import pandas as pd
 
 from ..data.augment import views_of
-from ..models.backbones import create_body, find_backbone, layer_groups
-from ..models.network import Head, create_head, head_inputs
+from ..models.backbones import create_body
+from ..models.head import Head
+from ..models.network import create_head, head_inputs
+from ..models.registry import find_backbone
+from ..models.stages import layer_groups
 from ..utils.files import unknown
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706
@@ -75,7 +78,8 @@ class Phase:
         k = self.frozen if self.frozen >= 0 else n_groups + self.frozen
         if not 0 <= k < n_groups:
             raise ValueError(
-                f'frozen={self.frozen}: this model has {n_groups} groups with the head; give {1 - n_groups} to {n_groups - 1}'
+                f'frozen={self.frozen}: this model has {n_groups} groups with the head; '
+                f'give {1 - n_groups} to {n_groups - 1}'
             )
         return k
 
@@ -125,8 +129,8 @@ def plan_arch(
     if plan.arch is None or arch is None or find_backbone(arch).name == plan.arch:
         return plan.arch or arch
     raise ValueError(
-        f"plan '{plan.name}' has a backbone of its own, '{plan.arch}', and arch='{arch}' (--arch {arch}) asks for another: "
-        f"leave arch out, or take plan 'random_start', which trains any backbone from random weights"
+        f"plan '{plan.name}' has a backbone of its own, '{plan.arch}', and arch='{arch}' (--arch {arch}) "
+        f"asks for another: leave arch out, or take plan 'random_start', which trains any backbone from random weights"
     )
 
 # %% ../../nbs/training/01_plans.ipynb #a03a06eb
@@ -211,8 +215,7 @@ def _sizes(learn, plan) -> list:
             plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size
         )
     return [
-        sum(p.numel() for p in ps)
-        for ps in (*layer_groups(learn.model[0][0].stages).values(), list(learn.model[1].parameters()))
+        sum(p.numel() for p in ps) for ps in (*layer_groups(learn.body.stages).values(), list(learn.head.parameters()))
     ]
 
 # %% ../../nbs/training/01_plans.ipynb #8e9b30c3
