@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.views import VIEWS, read_image
-from .card import ModelCard, ModelError, card_error, card_text, read_card
+from dr_transfer.inference.card import (
+    FIELDS,  # noqa: F401 handed on to those who take it from here
+    ModelCard,
+    ModelError,
+    card_error,
+    card_text,
+    read_card,
+)
+from .predictions import gather_images, predict_table  # noqa: F401 handed on as well
 from ..models.backbones import _build, create_body, find_backbone
 from ..models.network import create_head, head_inputs, make_body, view_probs
 from ..models.speed import get_setting, setting_name
