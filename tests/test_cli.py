@@ -655,7 +655,7 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
     def full(self, *a, **k):
         raise OSError(28, 'No space left on device')
 
-    import dr_transfer.evaluation.report  # noqa: F401
+    import dr_transfer.evaluation.report_page  # noqa: F401
 
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
     said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html')

@@ -12,7 +12,8 @@ from dr_transfer.commands import subcommands as commands
 from dr_transfer.data.ct_images import froc_table
 from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
-from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table, report_html
+from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
+from dr_transfer.evaluation.report_page import report_html
 from dr_transfer.explain.activations import plot_neighbours
 from dr_transfer.explain.grad_cam import plot_heat_tables
 from dr_transfer.inference.run import validation_table

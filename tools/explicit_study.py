@@ -52,7 +52,7 @@ def vessel_truth(truth, seed, disc, side):
 def drawn(root):
     from itertools import product
 
-    from dr_transfer.evaluation.hand_crafted import KINDS, SIDE, score_lesions, segment
+    from dr_transfer.evaluation.segmentation import KINDS, SIDE, score_lesions, segment
     from dr_transfer.synthetic.fundus import draw_fundus
 
     for camera, grade, k in product(range(4, 10), range(5), range(2)):

@@ -340,7 +340,7 @@ def _report_file(a) -> tuple[Path, bool]:
 
 def _print_report(e, a, page, table):
     "Print the metrics, and write report and table into reserved files"
-    from dr_transfer.evaluation.report import write_pages
+    from dr_transfer.evaluation.report_page import write_pages
     from dr_transfer.metrics.screening import measure_table
 
     metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.draws)
