@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ..data.leaks import split_data
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
-from .cross_validation import train_once, without_weights
+from .cross_validation import _told, train_once, without_weights
 from ..metrics.decision import table_arrays, table_classes
 from ..metrics.screening import compare_tables, main_measure, measure_table, measures
 from ..models.backbones import DEFAULT_ARCH, create_body, find_backbone
@@ -34,30 +34,35 @@ class Comparison:
     classes: list  # Class names in order
 
     def table(self, n: int = 1000, seed: int = 0) -> pd.DataFrame:
-        "A row a rival and measure: value, low, high; difference, its low and high to the first rival (95 %, n draws of patients)"
-        first, out = next(iter(self.tables.values())), []
+        "A row a rival and measure: value, low, high; difference to the first, low and high (95 %, n draws of patients)"
+        names = {'value': 'difference', 'low': 'difference_low', 'high': 'difference_high'}
+        first = next(iter(self.tables.values()))
+        out = []
         for name, t in self.tables.items():
             m = measure_table(t, self.classes, n=n, seed=seed)[['value', 'low', 'high']]
             if t is not first:
-                m = m.join(
-                    compare_tables(t, first, self.classes, n=n, seed=seed).rename(
-                        columns={'value': 'difference', 'low': 'difference_low', 'high': 'difference_high'}
-                    )
-                )
+                difference = compare_tables(t, first, self.classes, n=n, seed=seed)
+                m = m.join(difference.rename(columns=names))
             out.append(m.assign(rival=name))
         out = pd.concat(out).rename_axis('measure').set_index('rival', append=True).swaplevel()
-        return out.reindex(columns=['value', 'low', 'high', 'difference', 'difference_low', 'difference_high'])
+        return out.reindex(columns=['value', 'low', 'high', *names.values()])
 
 # %% ../../nbs/evaluation/04_compare.ipynb #ceb65def
+def _listed(o) -> list:
+    "One name or plan, or several, as a list"
+    return [o] if isinstance(o, (str, Plan)) else list(o)
+
+
 def _recipes(archs, plans, epochs=None) -> dict:
     "Name -> (backbone, plan): each backbone with each plan, and a plan that has its own backbone once"
-    archs, plans = ([o] if isinstance(o, (str, Plan)) else list(o) for o in (archs, plans))
-    plans = [get_plan(p) for p in plans]
+    archs = _listed(archs)
+    plans = [get_plan(p) for p in _listed(plans)]
     if epochs is not None:
         check_epochs(epochs)
     if not archs or not plans:
         raise ValueError(
-            f'nothing to compare: {len(archs)} backbones and {len(plans)} plans. Give archs= (--archs) and plans= (--plans)'
+            f'nothing to compare: {len(archs)} backbones and {len(plans)} plans. '
+            'Give archs= (--archs) and plans= (--plans)'
         )
     if len({p.name for p in plans}) < len(plans):
         raise ValueError(
@@ -65,9 +70,17 @@ def _recipes(archs, plans, epochs=None) -> dict:
             'dataclasses.replace(plan, name=...)'
         )
     pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, plans)}
-    several = [len({k[i] for k in pairs}) > 1 for i in range(2)]
-    names = {k: ', '.join(w for w, s in zip(k, several) if s) or k[1] for k in pairs}
-    return {names[k]: (k[0], p) for k, p in pairs.items()}
+    several_archs = len({arch for arch, _ in pairs}) > 1
+    several_plans = len({name for _, name in pairs}) > 1
+    recipes = {}
+    for (arch, name), plan in pairs.items():
+        words = []
+        if several_archs:
+            words.append(arch)
+        if several_plans or not several_archs:
+            words.append(name)
+        recipes[', '.join(words)] = (arch, plan)
+    return recipes
 
 
 def _check_recipes(recipes, size, weights):
@@ -79,7 +92,8 @@ def _check_recipes(recipes, size, weights):
 def _row_words(p) -> str:
     "The measures of a model that is finished, in one line"
     classes = table_classes(p)
-    return ', '.join(f'{k} {v:.3f}' for k, v in measures(*table_arrays(p, classes), classes).items())
+    y, probs = table_arrays(p, classes)
+    return ', '.join(f'{k} {v:.3f}' for k, v in measures(y, probs, classes).items())
 
 # %% ../../nbs/evaluation/04_compare.ipynb #f1419bb8
 def compare(
@@ -87,6 +101,7 @@ def compare(
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     archs=(DEFAULT_ARCH,),  # Backbones
     plans=('head', 'top1'),  # Names in `PLANS`, or plans
+    *,
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     valid: float = 0.2,  # Share of the images for validation
@@ -99,21 +114,31 @@ def compare(
     **kwargs,  # `bs, augment, balance, setting, ...` of `build_learner`
 ) -> Comparison:
     "Train each backbone by each plan on one split"
-    recipes, task = _recipes(archs, plans, epochs), get_task(task, size)
+    recipes = _recipes(archs, plans, epochs)
+    task = get_task(task, size)
     _check_recipes(recipes, task.size, kwargs.get('weights'))
     t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col)
     report_table(t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         how = {**without_weights(plan, kwargs), 'arch': arch, 'allow_leaks': allow_leaks}
-        p, _ = train_once(
-            t, task, target, plan, epochs, seed, say=lambda line: say(f'{name} ({i} of {len(recipes)}): {line}'), **how
-        )
+        tell = _told(say, f'{name} ({i} of {len(recipes)})')
+        p, _ = train_once(t, task, target, plan, epochs, seed, say=tell, **how)
         tables[name] = p
-        say(f'{name} ({i} of {len(recipes)}): {_row_words(p)}')
+        tell(_row_words(p))
     return Comparison(tables, table_classes(p))
 
 # %% ../../nbs/evaluation/04_compare.ipynb #51be185e
+def _plot_intervals(ax, t, value, low, high):
+    "Each rival's value with its interval, in the order of the table"
+    d = t[t[value].notna()]
+    rows = [list(t.index).index(name) for name in d.index]
+    # A value outside of its interval still has a place
+    reach = [(d[value] - d[low]).clip(lower=0), (d[high] - d[value]).clip(lower=0)]
+    ax.errorbar(d[value], rows, xerr=reach, fmt='o', ms=5, capsize=3)
+    ax.grid(axis='x', color='0.92')
+
+
 def plot_comparison(
     table: pd.DataFrame,  # From `Comparison.table`
     measure: str | None = None,  # Name of a measure; AUC, or accuracy, if None
@@ -123,19 +148,10 @@ def plot_comparison(
     t = table.xs(m, level='measure')
     fig = Figure(figsize=(7, 1 + 0.4 * len(t)), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
-    for ax, value, what in (
-        (left, 'value', m.upper() if m == 'auc' else m),
-        (right, 'difference', f'difference to {plain_text(t.index[0])}'),
-    ):
-        low, high = ('low', 'high') if value == 'value' else ('difference_low', 'difference_high')
-        d = t[t[value].notna()]
-        reach = [
-            (d[value] - d[low]).clip(lower=0),
-            (d[high] - d[value]).clip(lower=0),
-        ]  # a value outside of its interval still has a place
-        ax.errorbar(d[value], [list(t.index).index(i) for i in d.index], xerr=reach, fmt='o', ms=5, capsize=3)
-        ax.set_xlabel(what, fontsize=9)
-        ax.grid(axis='x', color='0.92')
+    _plot_intervals(left, t, 'value', 'low', 'high')
+    left.set_xlabel(m.upper() if m == 'auc' else m, fontsize=9)
+    _plot_intervals(right, t, 'difference', 'difference_low', 'difference_high')
+    right.set_xlabel(f'difference to {plain_text(t.index[0])}', fontsize=9)
     right.axvline(0, color='grey', lw=1, ls=':')
     left.set(yticks=range(len(t)), yticklabels=[plain_text(name) for name in t.index], ylim=(len(t) - 0.5, -0.5))
     return fig

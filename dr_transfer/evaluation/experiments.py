@@ -35,7 +35,7 @@ RIVALS = {
     'frozen': get_plan('head'),
     'fine-tuned': get_plan('fine_tune'),
 }  # name -> plan
-COLOURS = {r: f'C{i}' for i, r in enumerate(RIVALS)}  # the same in every picture
+COLOURS = {name: f'C{i}' for i, name in enumerate(RIVALS)}  # the same in every picture
 
 
 def rival_plans(
@@ -69,19 +69,18 @@ def unseen_split(
     seed: int = 0,  # Another seed, other images
 ) -> pd.DataFrame:  # With `split`: 'train', 'valid', 'test', in a random order
     "Images to learn from, and unseen ones"
-    t = (
-        split_table(table.assign(label=table.target, group=together), valid=test, seed=seed)
-        .assign(label=table.label)
-        .sample(frac=1, random_state=seed)
-    )
+    t = split_table(table.assign(label=table.target, group=together), valid=test, seed=seed)
+    t = t.assign(label=table.label).sample(frac=1, random_state=seed)
     held = t[t.split == 'valid']
-    few = max(2 * held.target.nunique(), round(0.05 * len(held)))
-    side = held.groupby('target').cumcount() < -(-few // held.target.nunique())
+    n_classes = held.target.nunique()
+    few = max(2 * n_classes, round(0.05 * len(held)))
+    side = held.groupby('target').cumcount() < -(-few // n_classes)
     valid = held[side]
     rest = held[~side & ~held.group.isin(valid.group.dropna())][:most]
     if not len(rest):
         raise ValueError(
-            f'{len(held)} unseen images of {held.group.nunique()} groups are too few: give a larger test=, or more groups'
+            f'{len(held)} unseen images of {held.group.nunique()} groups are too few: '
+            'give a larger test=, or more groups'
         )
     return pd.concat([t[t.split == 'train'], valid, rest.assign(split='test')])
 
@@ -92,17 +91,19 @@ def first_images(
 ) -> pd.DataFrame:  # The same with n images on the side 'train'
     "Fewer images to learn from, each class in proportion, a part of any larger choice"
     train = table[table.split == 'train']
-    g = train.groupby('target')
-    at = (g.cumcount() + 0.5) / g.target.transform('size')
+    classes = train.groupby('target')
+    place = (classes.cumcount() + 0.5) / classes.target.transform('size')
     if not 2 <= n <= len(train):
         raise ValueError(f'sizes: {n} images to learn from, and there are {len(train)}: give 2 to {len(train)}')
-    return pd.concat([train.loc[at.sort_values(kind='stable').index[:n]], table[table.split != 'train']])
+    first = place.sort_values(kind='stable').index[:n]
+    return pd.concat([train.loc[first], table[table.split != 'train']])
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #2ba5ab00
 def learning_curve(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     sizes=(25, 50, 100, 200, 400),  # Images to learn from, growing
+    *,
     rivals=None,  # Names in `RIVALS`, or {name: plan}; all if None
     seeds: int = 5,  # Splits into seen and unseen images
     target: str | None = None,  # What is learnt; the task's first if None
@@ -115,16 +116,20 @@ def learning_curve(
     **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> pd.DataFrame:  # A row a training: rival, images, seed, each measure, share
     "What each start is worth on unseen images with more and more images to learn from"
-    plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
-    splits = _splits(data, task, seeds, target, labels, test, most, group_col, say)
+    plans = _checked_plans(rivals, kwargs.get('arch'))
+    task = get_task(task, size)
+    table = _encoded(data, task, target, labels, group_col)
+    splits = _splits(table, task, seeds, test, most, say)
     for t, n in product(splits, sizes):
         first_images(t, n)  # refused before hours are spent
+    out = []
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
             how = without_weights(plan, kwargs)
             p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
-            out.append({'rival': name, 'images': n, 'seed': seed, **_measures(p)})
-            say(f'seed {seed + 1} of {seeds}, {n} images, {name}: ' + _words(out[-1]))
+            row = {'rival': name, 'images': n, 'seed': seed, **_measures(p)}
+            out.append(row)
+            say(f'seed {seed + 1} of {seeds}, {n} images, {name}: {_words(row)}')
     return pd.DataFrame(out).assign(share=test / (1 - test))
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #b9cb8845
@@ -133,15 +138,18 @@ def _quiet(line):
 
 
 def _words(row) -> str:
-    return ', '.join(f'{k} {v:.3f}' for k, v in list(row.items())[3:])
+    metrics = list(row.items())[3:]
+    return ', '.join(f'{k} {v:.3f}' for k, v in metrics)
 
 
-def _splits(data, task, seeds, target, labels, test, most, group_col, say):
+def _encoded(data, task, target, labels, group_col) -> pd.DataFrame:
+    "The table of the images, with what is learnt"
+    return encode_target(label_table(data, labels, group_col=group_col), task.target(target))
+
+
+def _splits(t, task, seeds, test, most, say) -> list:
     "The tables of seen and unseen images, one a seed"
-    t, together = (
-        encode_target(label_table(data, labels, group_col=group_col), task.target(target)),
-        Together(task.reader),
-    )
+    together = Together(task.reader)
     apart = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
@@ -152,7 +160,8 @@ def _splits(data, task, seeds, target, labels, test, most, group_col, say):
 def _measures(p) -> dict:
     "Measures of a table of predictions"
     classes = table_classes(p)
-    return measures(*table_arrays(p, classes), classes)
+    y, probs = table_arrays(p, classes)
+    return measures(y, probs, classes)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #687ad1b0
 def _measure(runs, name):
@@ -165,23 +174,33 @@ def curve_table(
     start: str = START,  # Rival that the others are held against
 ) -> pd.DataFrame:  # A row a rival and size: score, low, high, gain, gain_low, gain_high
     "The mean score of each rival at each size, and its gain over the random start, with 95 % intervals over splits"
-    m, out = _measure(runs, measure), {}
+    m = _measure(runs, measure)
+    least = -1.0 if m == 'kappa' else 0.0
+    share = runs.share.iloc[0]
     base = runs[runs.rival == start].set_index(['images', 'seed'])[m]
-    for (name, n), r in runs.groupby(['rival', 'images'], sort=False):
-        r = r.set_index(['images', 'seed'])[m]
-        gain = (r - base.reindex(r.index)) if name != start else pd.Series(dtype=float)
-        keys = ('score', 'low', 'high', 'gain', 'gain_low', 'gain_high')
-        out[name, n] = dict(
-            zip(keys, (*fold_interval(r, runs.share.iloc[0]), *fold_interval(gain, runs.share.iloc[0])))
-        )
-        for k in ('low', 'high'):
-            out[name, n][k] = min(max(out[name, n][k], -1.0 if m == 'kappa' else 0.0), 1.0)
+    out = {}
+    for (name, n), rows in runs.groupby(['rival', 'images'], sort=False):
+        scores = rows.set_index(['images', 'seed'])[m]
+        gains = pd.Series(dtype=float)
+        if name != start:
+            gains = scores - base.reindex(scores.index)
+        score, low, high = fold_interval(scores, share)
+        gain, gain_low, gain_high = fold_interval(gains, share)
+        out[name, n] = {
+            'score': score,
+            'low': min(max(low, least), 1.0),
+            'high': min(max(high, least), 1.0),
+            'gain': gain,
+            'gain_low': gain_low,
+            'gain_high': gain_high,
+        }
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(['rival', 'images'])
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #9292e806
 def _needed(sizes, scores, wanted) -> float:
     "Images at which a curve, made to rise, reaches a score; inf if it does not"
-    sizes, rising = np.asarray(sizes, float), np.maximum.accumulate(np.asarray(scores, float))
+    sizes = np.asarray(sizes, float)
+    rising = np.maximum.accumulate(np.asarray(scores, float))
     if np.isnan(wanted) or np.isnan(rising).any():
         return np.nan
     k = int(np.searchsorted(rising, wanted))
@@ -189,8 +208,11 @@ def _needed(sizes, scores, wanted) -> float:
         return np.inf
     if k == 0:
         return float(sizes[0])
-    part = (wanted - rising[k - 1]) / (rising[k] - rising[k - 1])
-    return float(2 ** (np.log2(sizes[k - 1]) + part * np.log2(sizes[k] / sizes[k - 1])))
+    below = rising[k - 1]
+    part = (wanted - below) / (rising[k] - below)
+    smaller = sizes[k - 1]
+    doublings = part * np.log2(sizes[k] / smaller)
+    return float(2 ** (np.log2(smaller) + doublings))
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #9a135d45
 def worth_of_pretraining(
@@ -198,21 +220,25 @@ def worth_of_pretraining(
     measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
     start: str = START,  # The rival without pretraining
 ) -> pd.DataFrame:  # Rival, images: score, needs, worth, worth_low, worth_high
-    "How many labelled images pretraining replaces: what a random start needs more to be as good; 0 for none, inf for more than were tried"
-    t, out = curve_table(runs, measure, start), {}
+    "How many more images a random start needs to be as good; 0 for none, inf for more than were tried"
+    t = curve_table(runs, measure, start)
     if start not in t.index.levels[0]:
         raise ValueError(
             f"there is no '{start}' in the curve: it has {', '.join(t.index.levels[0])}. Type one of them as start="
         )
     r = t.loc[start].sort_index()
-    for (name, n), row in t[t.index.get_level_values(0) != start].iterrows():
-        needs, low, high = (
-            _needed(r.index, r[k], row[v]) for k, v in (('score', 'score'), ('high', 'low'), ('low', 'high'))
-        )
+    others = t[t.index.get_level_values(0) != start]
+    out = {}
+    for (name, n), row in others.iterrows():
+        needs = _needed(r.index, r.score, row.score)
+        low = _needed(r.index, r.high, row.low)
+        high = _needed(r.index, r.low, row.high)
         out[name, n] = {
             'score': row.score,
             'needs': max(needs, n),
-            **{k: max(v - n, 0.0) for k, v in (('worth', needs), ('worth_low', low), ('worth_high', high))},
+            'worth': max(needs - n, 0.0),
+            'worth_low': max(low - n, 0.0),
+            'worth_high': max(high - n, 0.0),
         }
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(['rival', 'images'])
 
@@ -237,7 +263,9 @@ def plot_learning_curve(
     ax=None,  # Axes to draw on; of a new figure if None
 ) -> Figure:
     "Score of each rival over the number of images, with 95 % intervals"
-    t, m = curve_table(runs, measure), _measure(runs, measure)
+    t = curve_table(runs, measure)
+    m = _measure(runs, measure)
+    sizes = sorted(runs.images.unique())
     if ax is None:
         ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
     for name, g in t.groupby('rival', sort=False):
@@ -249,9 +277,9 @@ def plot_learning_curve(
         xlabel='images to learn from',
         ylabel=f'{m.upper() if m == "auc" else m} on unseen images',
         title=plain_text(title),
-        xticks=sorted(runs.images.unique()),
+        xticks=sizes,
     )
-    ax.set_xticklabels(sorted(runs.images.unique()))
+    ax.set_xticklabels(sizes)
     ax.minorticks_off()
     ax.grid(color='0.92')
     ax.legend(frameon=False, loc='lower right')
@@ -259,9 +287,11 @@ def plot_learning_curve(
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:
-    "The epochs of the last phase, and before them the end of the phase before, as epoch 0; so is a head that was solved"
+    "The epochs of the last phase, after the end of the one before as epoch 0; so is a head that was solved"
     last = h.phase == h.phase.max()
-    h = h[last | (h.phase == h.phase.max() - 1) & (h.groupby('phase').epoch.transform('max') == h.epoch)]
+    before = h.phase == h.phase.max() - 1
+    ends = h.groupby('phase').epoch.transform('max') == h.epoch
+    h = h[last | (before & ends)]
     epoch = h.epoch.where(last & (h.how != 'solved'), 0)
     return h.assign(epoch=epoch, error=1 - h.accuracy)[['epoch', 'train_loss', 'valid_loss', 'error']]
 
@@ -271,6 +301,7 @@ def training_curve(
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     epochs: int = 20,  # Of the last phase of each rival
     rivals=(START, 'fine-tuned'),  # Names in `RIVALS`, or {name: plan}
+    *,
     seeds: int = 1,  # Splits into seen and unseen images
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
@@ -283,16 +314,20 @@ def training_curve(
 ) -> pd.DataFrame:  # A row an epoch: rival, seed, epoch, losses, error
     "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
     check_epochs(epochs)
-    plans, task, out = _checked_plans(rivals, kwargs.get('arch')), get_task(task, size), []
-    for seed, t in enumerate(_splits(data, task, seeds, target, labels, test, 600, group_col, say)):
+    plans = _checked_plans(rivals, kwargs.get('arch'))
+    task = get_task(task, size)
+    table = _encoded(data, task, target, labels, group_col)
+    out = []
+    for seed, t in enumerate(_splits(table, task, seeds, test, 600, say)):
         t = t[t.split != 'valid'].replace({'split': {'test': 'valid'}})
         if images:
             t = first_images(t, images)
         for name, plan in plans.items():
             how = {**without_weights(plan, kwargs), 'metrics': [accuracy]}
             _, h = train_once(t, task, target, plan, epochs, seed, say=_quiet, **how)
-            out.append(_errors(h).assign(rival=name, seed=seed))
-            say(f'seed {seed + 1} of {seeds}, {name}: error {out[-1].error.iloc[-1]:.3f}')
+            errors = _errors(h).assign(rival=name, seed=seed)
+            out.append(errors)
+            say(f'seed {seed + 1} of {seeds}, {name}: error {errors.error.iloc[-1]:.3f}')
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #56f87b27

@@ -29,7 +29,7 @@ from ..data.leaks import Together
 from ..data.source import source_name
 from ..data.tasks import get_task
 from .cross_validation import fold_tables
-from .segmentation import KINDS, SIDE, Limits, Segmentation, _skimage, segment
+from .segmentation import KINDS, LIMITS, SIDE, Limits, Segmentation, _skimage, segment
 from ..features.classifiers import grouped_folds
 from ..metrics.scores import auc
 from ..utils.files import cache_folder, package_version, progress
@@ -199,7 +199,7 @@ def _compute(limits, workers, bs):
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #6163e917
 def feature_frame(
     images: list,  # Paths or images
-    limits: Limits = Limits(),  # Where segmentation draws its lines
+    limits: Limits = LIMITS,  # Where segmentation draws its lines
     workers: int | None = None,  # Threads; one a core if None
     folder: str | Path | None = None,  # Where features are kept; in the cache if None
     bs: int = 8,  # Images that are stored at once
