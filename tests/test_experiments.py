@@ -9,7 +9,7 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from test_cli import cli, good, home, once, refused  # noqa: F401
+from helpers import good, refused
 from torch import nn
 
 import dr_transfer.evaluation.cross_validation as crossval
@@ -43,7 +43,7 @@ FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=la
 @pytest.fixture(scope='session')
 def flowers(home):
     "Flowers of some photographers."
-    once('curve_flowers', lambda: make_flowers(home / 'curve_flowers', n=160, size=40, seed=11))
+    make_flowers(home / 'curve_flowers', n=160, size=40, seed=11)
     return home / 'curve_flowers'
 
 

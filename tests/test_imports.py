@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import COMMAND, cache_dir, eyes, home, run, shared_cache, weights  # noqa: F401
+from helpers import COMMAND
 
 import dr_transfer
 
@@ -27,6 +27,7 @@ HEAVY = (
     'safetensors',
     'tqdm',
 )
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 SHOW = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
 
 

@@ -18,7 +18,7 @@ def _data_name(a) -> str:
 
 def _output(a, ending) -> tuple[Path, bool]:
     "What is to be written, not among the images, and whether it may replace what is there"
-    from dr_transfer.utils.files import check_outside
+    from dr_transfer.utils.places import check_outside
 
     typed = a.out is not None
     out = Path(a.out if typed else f'{_data_name(a)}_{ending}')
@@ -83,7 +83,7 @@ def _printed_if_unwritable(table, file):
         if Path(file).exists():  # all of it: half a table is never left
             raise
         from dr_transfer.utils.csvfile import write_csv
-        from dr_transfer.utils.files import OutputError
+        from dr_transfer.utils.places import OutputError
 
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)

@@ -57,7 +57,8 @@ def train(
     a: argparse.Namespace,  # As `dr_transfer train --help` describes
 ) -> int:  # Exit code
     "Train a model on a folder of images and write the run into a new folder"
-    from dr_transfer.utils.files import check_outside, new_folder
+    from dr_transfer.utils.files import new_folder
+    from dr_transfer.utils.places import check_outside
 
     out = Path(a.out if a.out is not None else f'{_data_name(a)}_run')
     check_outside(out, a.data)
@@ -165,7 +166,8 @@ def predict(
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.inference.predictions import gather_images, predict_table
     from dr_transfer.utils.csvfile import write_csv
-    from dr_transfer.utils.files import check_outside, new_file
+    from dr_transfer.utils.files import new_file
+    from dr_transfer.utils.places import check_outside
 
     if a.out is None:
         table = predict_table(_load_any(a), gather_images(a.images))
@@ -202,7 +204,8 @@ def export(
 ) -> int:  # Exit code
     "Write a saved model as an ONNX file, if it gives the same predictions"
     from dr_transfer.inference.onnx_file import check_onnx_name, write_onnx
-    from dr_transfer.utils.files import check_outside, new_file
+    from dr_transfer.utils.files import new_file
+    from dr_transfer.utils.places import check_outside
 
     out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
     check_outside(out, a.model)
@@ -343,11 +346,12 @@ def _cross_evaluation(a):
     table = _read_table(a)
     if point:
         _check_point(_classes(table, goal))
-    from dr_transfer.core import DEFAULT_ARCH, versions
+    from dr_transfer.core import versions
     from dr_transfer.data.table import set_aside
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.evaluation.report import describe_images
     from dr_transfer.metrics.decision import table_classes
+    from dr_transfer.models.backbones import DEFAULT_ARCH
 
     t = cross_validate(
         table,

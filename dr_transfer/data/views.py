@@ -16,9 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-# Handed on: what is read, for those who take it from here
-from .fundus import READERS, READING, read_image  # noqa: F401 they are used elsewhere
-
 # %% ../../nbs/data/09_views.ipynb #e43f7f2e
 def _turn(k):
     return lambda x: torch.rot90(x, k, (-2, -1))

@@ -27,8 +27,6 @@ from dr_transfer.utils.places import (
     OutputError,
     Place,
     atomic_file,
-    check_outside,  # noqa: F401 handed on to those who take it from here
-    is_inside,  # noqa: F401 handed on to those who take it from here
     is_temporary,
     keep,
     locked,
