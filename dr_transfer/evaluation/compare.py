@@ -86,14 +86,16 @@ def _recipes(archs, plans, epochs=None) -> dict:
 def _check_recipes(recipes, size, weights):
     "Errors that would come in the night come now: weights that are missing, and sizes that a network does not take"
     for arch, plan in recipes.values():
-        check_size(create_body(arch, plan.weights or weights, plan.tap, plan.stage), size)
+        body = create_body(arch, plan.weights or weights, plan.tap, plan.stage)
+        check_size(body, size)
 
 
 def _row_words(p) -> str:
     "The measures of a model that is finished, in one line"
     classes = table_classes(p)
     y, probs = table_arrays(p, classes)
-    return ', '.join(f'{k} {v:.3f}' for k, v in measures(y, probs, classes).items())
+    metrics = measures(y, probs, classes)
+    return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
 
 # %% ../../nbs/evaluation/04_compare.ipynb #f1419bb8
 def compare(
@@ -131,11 +133,14 @@ def compare(
 # %% ../../nbs/evaluation/04_compare.ipynb #51be185e
 def _plot_intervals(ax, t, value, low, high):
     "Each rival's value with its interval, in the order of the table"
+    names = list(t.index)
     d = t[t[value].notna()]
-    rows = [list(t.index).index(name) for name in d.index]
+    rows = [names.index(name) for name in d.index]
+    center = d[value]
     # A value outside of its interval still has a place
-    reach = [(d[value] - d[low]).clip(lower=0), (d[high] - d[value]).clip(lower=0)]
-    ax.errorbar(d[value], rows, xerr=reach, fmt='o', ms=5, capsize=3)
+    below = (center - d[low]).clip(lower=0)
+    above = (d[high] - center).clip(lower=0)
+    ax.errorbar(center, rows, xerr=[below, above], fmt='o', ms=5, capsize=3)
     ax.grid(axis='x', color='0.92')
 
 
@@ -153,5 +158,6 @@ def plot_comparison(
     _plot_intervals(right, t, 'difference', 'difference_low', 'difference_high')
     right.set_xlabel(f'difference to {plain_text(t.index[0])}', fontsize=9)
     right.axvline(0, color='grey', lw=1, ls=':')
-    left.set(yticks=range(len(t)), yticklabels=[plain_text(name) for name in t.index], ylim=(len(t) - 0.5, -0.5))
+    labels = [plain_text(name) for name in t.index]
+    left.set(yticks=range(len(t)), yticklabels=labels, ylim=(len(t) - 0.5, -0.5))
     return fig

@@ -61,14 +61,16 @@ def _cleanlab():
 
 def _reason(p, label, classes) -> str:
     "Why an image stands in the table"
+    name = classes[label]
+    given = f'labelled {name} ({p[label]:.2f})'
     best = classes[p.argmax()]
-    given = f'labelled {classes[label]} ({p[label]:.2f})'
+    likely = f'{best} ({p.max():.2f})'
     entropy = -(p * np.log(p.clip(1e-12))).sum()
     if entropy > FLAT * np.log(len(p)):
-        return f'undecided, or of none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
-    if best == classes[label]:
-        return f'looks like {best} ({p.max():.2f}), as labelled'
-    return f'looks like {best} ({p.max():.2f}), {given}'
+        return f'undecided, or of none of the classes: the likeliest is {likely}, {given}'
+    if best == name:
+        return f'looks like {likely}, as labelled'
+    return f'looks like {likely}, {given}'
 
 # %% ../../nbs/features/04_label_errors.ipynb #03d96a91
 def suspect_labels(

@@ -49,8 +49,9 @@ def _axes(z) -> tuple:
     keep = d > max(d[-1], 1) * 1e-12
     d = d[keep]
     v = v[:, keep]
-    axes = z.T @ v / np.sqrt(d) if dual else v
-    return axes, d
+    if dual:
+        v = z.T @ v / np.sqrt(d)
+    return v, d
 
 
 def ridge_path(
@@ -67,13 +68,19 @@ def ridge_path(
     axes, d = _axes(z)
     root = np.sqrt(d)
     q = axes.T @ (z.T @ t) / root[:, None]
-    p = ((new - middle) / spread) @ axes
-    shrink = d / (d + n * np.asarray(penalties)[:, None])
-    outside = max((t**2).sum() - (q**2).sum(), 0)
-    left = ((1 - shrink) ** 2 @ q**2).sum(1) + outside
-    free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
-    scores = p @ ((shrink / root)[:, :, None] * q) + mean
-    return scores, n * left / free**2
+    z_new = (new - middle) / spread
+    p = z_new @ axes
+    penalty = n * np.asarray(penalties)[:, None]
+    shrink = d / (d + penalty)
+    rest = 1 - shrink
+    outside = (t**2).sum() - (q**2).sum()
+    left = (rest**2 @ q**2).sum(1) + max(outside, 0)
+    free = n - 1 - len(d) + rest.sum(1)
+    free = np.maximum(free, 1e-9)
+    weights = (shrink / root)[:, :, None] * q
+    scores = p @ weights + mean
+    gcv = n * left / free**2
+    return scores, gcv
 
 # %% ../../nbs/features/03_probes.ipynb #9b34bf37
 def _accuracy(y, scores, classes):
@@ -97,8 +104,9 @@ MEASURES = {
 
 def _check_length(features, values, what):
     "ValueError if there is not one value for each image"
-    if values.shape != (len(features),):
-        raise ValueError(f'{len(features)} images, but {what} of the shape {values.shape}: give one for each image')
+    n = len(features)
+    if values.shape != (n,):
+        raise ValueError(f'{n} images, but {what} of the shape {values.shape}: give one for each image')
 
 
 def _check_measure(measure, classes):
@@ -144,9 +152,11 @@ def fold_interval(
     s = s[~np.isnan(s)]
     if len(s) < 2:
         return (float(s[0]) if len(s) else np.nan, np.nan, np.nan)
-    quantile = stdtrit(len(s) - 1, (1 + level) / 2)
-    half = quantile * s.std(ddof=1) * np.sqrt(1 / len(s) + share)
+    n = len(s)
     mean = s.mean()
+    error = s.std(ddof=1)
+    quantile = stdtrit(n - 1, (1 + level) / 2)
+    half = quantile * error * np.sqrt(1 / n + share)
     return float(mean), float(mean - half), float(mean + half)
 
 
@@ -159,11 +169,13 @@ def _row(scores, share, measure) -> dict:
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
-    if len(np.unique(y[train])) < 2:
+    seen = y[train]
+    if len(np.unique(seen)) < 2:
         return np.nan
-    targets = 2.0 * np.eye(len(classes))[y[train]] - 1
-    scores, gcv = ridge_path(x[train], targets, x[test])
-    return MEASURES[measure](y[test], scores[gcv.argmin()], classes)
+    one_hot = np.eye(len(classes))[seen]
+    scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, x[test])
+    best = scores[gcv.argmin()]
+    return MEASURES[measure](y[test], best, classes)
 
 
 def _fold_scores(x, y, classes, folds, measure) -> list:
@@ -188,7 +200,8 @@ def _read(features, stages) -> np.ndarray:
 
 
 def _share(folds) -> float:
-    return float(np.mean([len(test) / len(train) for train, test in folds]))
+    shares = [len(test) / len(train) for train, test in folds]
+    return float(np.mean(shares))
 
 # %% ../../nbs/features/03_probes.ipynb #a1cec6e3
 def depth_profile(
@@ -242,17 +255,22 @@ def plot_depth_profile(
 ) -> Figure:
     "Score against depth, the input on the left, with 95 % intervals"
     n = len(table)
-    fig = Figure(figsize=(1.6 + 0.75 * max(n, 4), 3.2), layout='constrained')
+    width = 1.6 + 0.75 * max(n, 4)
+    fig = Figure(figsize=(width, 3.2), layout='constrained')
     ax = fig.subplots()
-    bars = table[['low', 'high']].sub(table.score, axis=0).abs().fillna(0)
-    ax.errorbar(range(n), table.score, bars.to_numpy().T, fmt='o-', color='0.55', capsize=3, markersize=4, linewidth=1)
-    best = table.score.fillna(-1).to_numpy().argmax()
+    limits = table[['low', 'high']].sub(table.score, axis=0)
+    bars = limits.abs().fillna(0).to_numpy()
+    style = {'fmt': 'o-', 'color': '0.55', 'capsize': 3, 'markersize': 4, 'linewidth': 1}
+    ax.errorbar(range(n), table.score, bars.T, **style)
+    known = table.score.fillna(-1)
+    best = known.to_numpy().argmax()
     score = table.score.iloc[best]
     ax.plot(best, score, 'o', color='tab:blue', markersize=8)
     offset = {'xytext': (0, 9), 'textcoords': 'offset points', 'ha': 'right'}
     ax.annotate(f'{score:.3f}', (best, score), color='tab:blue', **offset)
     names = [s.replace('+', '\n+ ') for s in table.index]
-    ax.set_xticks(range(n), [f'{s}\n{c}' for s, c in zip(names, table.channels)], fontsize=8)
+    labels = [f'{s}\n{c}' for s, c in zip(names, table.channels)]
+    ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
         xlabel='stage and channels, from the input on',
         ylabel=_TITLES[table.attrs['measure']],
@@ -274,7 +292,9 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     t = pd.DataFrame({'y': classes.agg(_most_frequent), 'n': classes.size()})
     t = t.sample(frac=1, random_state=seed)
     counts = t.groupby('y').n
-    places = (counts.cumsum() - t.n / 2) / counts.transform('sum')
+    half = t.n / 2
+    middle = counts.cumsum() - half
+    places = middle / counts.transform('sum')
     at = places.loc[code].to_numpy()
     return [np.flatnonzero(at <= s) for s in shares]
 
@@ -283,8 +303,9 @@ def _doubling_gain(scores, shares, share) -> tuple:
     "What the last doubling of the training images gained, with its interval; NaN for one share"
     if len(shares) < 2:
         return np.nan, np.nan, np.nan
+    gained = scores[-1] - scores[-2]
     doublings = np.log2(shares[-1] / shares[-2])
-    return fold_interval((scores[-1] - scores[-2]) / doublings, share)
+    return fold_interval(gained / doublings, share)
 
 
 def learning_speed(
@@ -315,9 +336,10 @@ def learning_speed(
     scores = []
     rows = []
     for runs in folds_of_share:
-        scores.append(np.array(_fold_scores(x, codes, classes, runs, measure)))
-        mean_n = np.mean([len(train) for train, _ in runs])
-        rows.append({'images': round(mean_n), **_row(scores[-1], share, measure)})
+        found = np.array(_fold_scores(x, codes, classes, runs, measure))
+        scores.append(found)
+        n = np.mean([len(train) for train, _ in runs])
+        rows.append({'images': round(n), **_row(found, share, measure)})
     out = pd.DataFrame(rows, index=pd.Index(shares, name='share'))
     gain, low, high = _doubling_gain(scores, shares, share)
     out.attrs = {'measure': measure, 'gain': gain, 'gain_low': low, 'gain_high': high}
@@ -331,7 +353,9 @@ def _remembers(m) -> bool:
     "Is it a BatchNorm layer with statistics of some training?"
     if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
         return False
-    return bool((m.running_mean != 0).any() or (m.running_var != 1).any())
+    mean_moved = (m.running_mean != 0).any()
+    var_moved = (m.running_var != 1).any()
+    return bool(mean_moved or var_moved)
 
 
 def _mean_places(v) -> torch.Tensor:
@@ -364,14 +388,20 @@ def _moments(body, layers):
             h.remove()
 
 
+def _float64(t) -> np.ndarray:
+    return t.detach().cpu().double().numpy()
+
+
 def _divergence(m, seen) -> np.ndarray:
     "Symmetric divergence of each channel from what a layer remembers; `seen`: mean and mean square (2, channels)"
-    mean = m.running_mean.detach().cpu().double().numpy()
-    var = m.running_var.detach().cpu().double().numpy()
-    new = np.maximum(seen[1] - seen[0] ** 2, 0) + m.eps
-    old = var + m.eps
-    shift = (seen[0] - mean) ** 2
-    return (new / old + old / new + shift * (1 / new + 1 / old) - 2) / 4
+    mean = _float64(m.running_mean)
+    old = _float64(m.running_var) + m.eps
+    new_mean, new_square = seen
+    new = np.maximum(new_square - new_mean**2, 0) + m.eps
+    shift = (new_mean - mean) ** 2
+    of_variances = new / old + old / new
+    of_means = shift * (1 / new + 1 / old)
+    return (of_variances + of_means - 2) / 4
 
 # %% ../../nbs/features/03_probes.ipynb #a3b38854
 def _total_moments(body, layers, images, about) -> dict:
