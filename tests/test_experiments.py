@@ -21,6 +21,7 @@ from dr_transfer.evaluation.cross_validation import _kept, train_once
 from dr_transfer.evaluation.experiments import (
     RIVALS,
     START,
+    _encoded,
     _splits,
     curve_table,
     first_images,
@@ -156,7 +157,8 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     }
     assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
     task = get_task('flowers', 32)
-    t = _splits(flowers, task, 1, None, None, 0.3, 600, None, print)[0]
+    table = _encoded(flowers, task, None, None, None)
+    t = _splits(table, task, 1, 0.3, 600, print)[0]
     t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
     how = {k: v for k, v in FAST.items() if k != 'size'}
     for name, plan in rival_plans(rivals).items():

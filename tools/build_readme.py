@@ -18,8 +18,10 @@ def output_md(out, name):
     "One stored output: text in a fence, a table as it is, a picture as a file beside the README."
     data = out.get('data', {'text/plain': out.get('text', '')})
     if 'image/png' in data:
-        Path('README_files').mkdir(exist_ok=True)
-        Path('README_files', f'{name}.png').write_bytes(base64.b64decode(''.join(data['image/png'])))
+        folder = Path('README_files')
+        folder.mkdir(exist_ok=True)
+        picture = base64.b64decode(''.join(data['image/png']))
+        (folder / f'{name}.png').write_bytes(picture)
         return f'![](README_files/{name}.png)'
     for kind in ('text/markdown', 'text/html', 'text/plain'):
         if kind in data:
@@ -39,7 +41,8 @@ def cell_md(cell, front):  # list of paragraphs
         summary = [f'> {front["description"]}'] if 'description' in front else []
         return [f'# {front["title"]}', *summary]
     outputs = [output_md(out, f'{cell.id}-{i}') for i, out in enumerate(cell.outputs)]
-    code = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
+    lines = [line for line in cell.source.splitlines() if not line.startswith('#|')]
+    code = '\n'.join(lines)
     if code.strip() and '#| echo: false' not in cell.source:
         return [fence(code, 'python'), *outputs]
     return outputs

@@ -60,7 +60,8 @@ def count(text: str) -> tuple[int, int, int]:
 
 def words(nodes, lines, long) -> str:
     "What was counted, in words."
-    return f'{nodes / lines:5.2f} nodes a line, {lines:6} lines, {long} of more than {LONGEST} characters'
+    density = nodes / lines
+    return f'{density:5.2f} nodes a line, {lines:6} lines, {long} of more than {LONGEST} characters'
 
 
 def print_files(counts):

@@ -46,31 +46,50 @@ def vessel_truth(truth, seed, disc, side):
     x, y, r = truth['disc']
     nerve_x, nerve_y = truth['optic_nerve'][:2]
     mirror = -1 if truth['eye'] == 'left' else 1
-    nerve = np.array([mirror * (nerve_x - x) / r, (nerve_y - y) / r])
-    sway = _person(_stream(seed, 1))['sway']
-    lines = [(p * (mirror, 1), w, v) for p, w, v in _vessels(_stream(seed, 3), nerve, sway)]
-    cover = sum(_strokes(lines, truth['size'], np.array([x, y]), r)).clip(0, 1)
-    picture = Image.fromarray((cover * 255).astype(np.uint8))
-    crop = picture.crop(disc.box).resize((side, side))
-    return np.asarray(crop) / 255 > 0.5
+    right = mirror * (nerve_x - x) / r
+    down = (nerve_y - y) / r
+    nerve = np.array([right, down])
+    person = _person(_stream(seed, 1))
+    lines = []
+    vessels = _vessels(_stream(seed, 3), nerve, person['sway'])
+    for points, width, value in vessels:
+        lines.append((points * (mirror, 1), width, value))
+    center = np.array([x, y])
+    cover = sum(_strokes(lines, truth['size'], center, r)).clip(0, 1)
+    grey = (cover * 255).astype(np.uint8)
+    picture = Image.fromarray(grey).crop(disc.box)
+    crop = np.asarray(picture.resize((side, side)))
+    return crop / 255 > 0.5
+
+
+def lesion_truth(truth, disc, side):
+    "kind, x, y and radius of the drawn lesions, in pixels of the crop"
+    scale = side / (2 * disc.r)
+    lesions = []
+    for q in truth['lesions']:
+        center = [q['x'], q['y']]
+        x, y = disc.to_crop([center], side)[0]
+        lesions.append((q['kind'], x, y, q['radius'] * scale))
+    return lesions
 
 
 def lesion_counts(seg, truth, side):
     "Lesions that were drawn and found, spots and those that are right, of a segmentation"
     from dr_transfer.evaluation.segmentation import KINDS, score_lesions
 
-    scale = side / (2 * seg.disc.r)
-    lesions = []
-    for q in truth['lesions']:
-        x, y = seg.disc.to_crop([[q['x'], q['y']]], side)[0]
-        lesions.append((q['kind'], x, y, q['radius'] * scale))
+    lesions = lesion_truth(truth, seg.disc, side)
     row = {}
     for mask, names in KINDS.items():
         own = [q for q in lesions if q[0] in names]
-        found, right = score_lesions(getattr(seg, mask), [q[1:] for q in own])
+        kinds = [q[0] for q in own]
+        kinds = np.array(kinds, dtype=object)
+        places = [q[1:] for q in own]
+        spots = getattr(seg, mask)
+        found, right = score_lesions(spots, places)
         for name in names:
-            row[f'{name} drawn'] = sum(q[0] == name for q in own)
-            row[f'{name} found'] = int(sum(f for q, f in zip(own, found) if q[0] == name))
+            drawn = kinds == name
+            row[f'{name} drawn'] = int(drawn.sum())
+            row[f'{name} found'] = int(found[drawn].sum())
         row[f'{mask} drawn'] = len(own)
         row[f'{mask} found'] = int(found.sum())
         row[f'{mask} spots'] = len(right)
@@ -80,7 +99,14 @@ def lesion_counts(seg, truth, side):
 
 def dice(a, b):
     "Overlap of two masks"
-    return 2 * (a & b).sum() / (a.sum() + b.sum())
+    both = (a & b).sum()
+    return 2 * both / (a.sum() + b.sum())
+
+
+def in_radii(pixels, side):
+    "A distance in the crop as a share of the radius of the retina"
+    radius = side / 2
+    return round(float(pixels) / radius, 4)
 
 
 def drawn(root):
@@ -91,20 +117,24 @@ def drawn(root):
 
     for camera, grade, k in product(range(4, 10), range(5), range(2)):
         seed = 9000 + 100 * camera + 10 * grade + k
-        pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=('right', 'left')[k])
+        eye = ('right', 'left')[k]
+        pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=eye)
         seg = segment(pixels)
         vessels = vessel_truth(truth, seed, seg.disc, SIDE) & seg.field
-        nerve, fovea = seg.disc.to_crop([truth['optic_nerve'][:2], truth['macula'][:2]], SIDE)
-        nerve_off = np.hypot(*(np.argwhere(seg.nerve).mean(0)[::-1] - nerve))
+        overlap = dice(vessels, seg.vessels)
+        places = [truth['optic_nerve'][:2], truth['macula'][:2]]
+        nerve, fovea = seg.disc.to_crop(places, SIDE)
+        y, x = np.argwhere(seg.nerve).mean(0)
+        nerve_off = np.hypot(*(np.array([x, y]) - nerve))
         fovea_off = np.hypot(*(seg.fovea - fovea))
         yield {
             'camera': camera,
             'grade': grade,
             'seed': seed,
             **lesion_counts(seg, truth, SIDE),
-            'vessels': round(float(dice(vessels, seg.vessels)), 4),
-            'nerve off': round(float(nerve_off) / (SIDE / 2), 4),
-            'fovea off': round(float(fovea_off) / (SIDE / 2), 4),
+            'vessels': round(float(overlap), 4),
+            'nerve off': in_radii(nerve_off, SIDE),
+            'fovea off': in_radii(fovea_off, SIDE),
         }
 
 
@@ -130,7 +160,14 @@ def _figures(recipe, t):
     yield from _rows(recipe, measure_table(decided, TWO), wanted)
     for kind, part in t.groupby('data_source_format'):
         name = f'auc, {kind} files only'
-        yield from _rows(recipe, measure_table(part, TWO).rename({'auc': name}), (name,))
+        measured = measure_table(part, TWO).rename({'auc': name})
+        yield from _rows(recipe, measured, (name,))
+
+
+def _found(t, ill):
+    "Which of the ill are called so, as numbers"
+    called = (t.decision == 'referable').to_numpy()
+    return called[ill].astype(float)
 
 
 def _differences(name, a, b):
@@ -145,12 +182,12 @@ def _differences(name, a, b):
     if a.image.tolist() != b.image.tolist():
         raise ValueError('the two tables are of other images')
     ill = (a.target == 'referable').to_numpy()
-    called = [(t.decision == 'referable').to_numpy()[ill].astype(float) for t in (a, b)]
+    found = [_found(t, ill) for t in (a, b)]
 
     def sensitivity(y, c):
         return c.mean()
 
-    difference = paired_difference(sensitivity, ill[ill], *called)
+    difference = paired_difference(sensitivity, ill[ill], *found)
     yield from _rows(name, difference.set_axis(['sensitivity']))
 
 
@@ -184,20 +221,22 @@ def photographs(root):
     from dr_transfer.metrics.scores import auc
 
     data = root / 'messidor2'
-    tables = {RIVAL: cross_validate_explicit(data, 'referable')}
-    yield from _figures(RIVAL, tables[RIVAL])
+    rival = cross_validate_explicit(data, 'referable')
+    yield from _figures(RIVAL, rival)
     yield from _rows(f'{RIVAL}, ten draws of 140 images', _small_sets(data))
-    t = tables[RIVAL]
-    frame = feature_frame(t.image.tolist())
-    ill = (t.target == 'referable').astype(int).to_numpy()
+    frame = feature_frame(rival.image.tolist())
+    ill = (rival.target == 'referable').astype(int)
     for name in frame:
-        value = auc(ill, frame[name].to_numpy())
+        value = auc(ill.to_numpy(), frame[name].to_numpy())
         yield {'recipe': 'one feature alone', 'measure': name, 'value': round(value, 4)}
+    tables = {}
     for recipe, how in NETWORKS.items():
-        tables[recipe] = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
-        yield from _figures(recipe, tables[recipe])
-        yield from _differences(f'{recipe} - {RIVAL}', tables[recipe], tables[RIVAL])
-    a, b = 'fine-tuned (top1), 224 pixels', 'frozen features, 224 pixels'
+        t = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
+        tables[recipe] = t
+        yield from _figures(recipe, t)
+        yield from _differences(f'{recipe} - {RIVAL}', t, rival)
+    a = 'fine-tuned (top1), 224 pixels'
+    b = 'frozen features, 224 pixels'
     yield from _differences(f'{a} - {b}', tables[a], tables[b])
 
 

@@ -81,25 +81,42 @@ def labelled(study, root, tune):
     t = label_table(root / study.folder, verify=False)
     if not tune:
         return t
-    tables = [split(replace(study, few=False), t, seed) for seed in range(SEEDS)]
-    learnt = [set(s[s.split == 'train'].image) for s in tables]
-    return t[t.image.isin(set.intersection(*learnt))].reset_index(drop=True)
+    whole = replace(study, few=False)
+    learnt = set(t.image)
+    for seed in range(SEEDS):
+        table = split(whole, t, seed)
+        learnt &= set(table[table.split == 'train'].image)
+    return t[t.image.isin(learnt)].reset_index(drop=True)
 
 
 def split(study, t, seed):
     "The table of a study: test images, all others (or a few of each class) to learn from, and some `valid` for fastai"
-    target = get_task(study.task).target(study.target)
-    t = encode_target(t, target).reset_index(drop=True)
-    t = t.assign(group=Together(get_task(study.task).reader)(t))
-    t = split_table(t.assign(label=t.target), valid=0.3, seed=seed).assign(label=t.label)
+    task = get_task(study.task)
+    t = encode_target(t, task.target(study.target)).reset_index(drop=True)
+    together = Together(task.reader)
+    t = t.assign(group=together(t))
+    labels = t.label
+    t = split_table(t.assign(label=t.target), valid=0.3, seed=seed)
+    t = t.assign(label=labels)
     train = t[t.split == 'train']
+    if study.few:
+        train = few_images(train, seed)
     held = t[t.split == 'valid'].sample(frac=1, random_state=seed)
     valid = held[:40]
     test = held[40:]
-    test = test[~test.group.isin(valid.group.dropna())][:MOST_TEST].assign(split='test')
-    if study.few:
-        train = pd.concat([g.sample(min(len(g), FEW), random_state=seed) for _, g in train.groupby('target')])
-    return pd.concat([train, valid, test]).drop(columns='target').reset_index(drop=True)
+    apart = ~test.group.isin(valid.group.dropna())
+    test = test[apart][:MOST_TEST].assign(split='test')
+    table = pd.concat([train, valid, test])
+    return table.drop(columns='target').reset_index(drop=True)
+
+
+def few_images(train, seed):
+    "At most `FEW` images of each class"
+    parts = []
+    for _, images in train.groupby('target'):
+        n = min(len(images), FEW)
+        parts.append(images.sample(n, random_state=seed))
+    return pd.concat(parts)
 
 
 def mean_auc(p, classes):
@@ -117,8 +134,10 @@ def run(study, table, plan, seed):
     start = time.monotonic()
     n = int((table.split == 'train').sum())
     learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed)
-    name = getattr(plan, 'name', plan)
-    fit(learn, epochs=EPOCHS.get(name) if n >= LARGE else None, say=lambda s: None)
+    epochs = None
+    if n >= LARGE:
+        epochs = EPOCHS.get(getattr(plan, 'name', plan))
+    fit(learn, epochs=epochs, say=lambda s: None)
     p = valid_predictions(learn, 'test')
     flowers = study.task == 'flowers'
     score = accuracy(p.target, p.prediction) if flowers else mean_auc(p, list(learn.dls.vocab))
@@ -128,14 +147,20 @@ def run(study, table, plan, seed):
 def regrets(rows):
     "Points lost against the best plan of the same study, means of the seeds, a row a study and a column a plan"
     t = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
-    return 100 * t.rsub(t.drop(columns=ADVISED, errors='ignore').max(axis=1), axis=0)
+    plans = t.drop(columns=ADVISED, errors='ignore')
+    best = plans.max(axis=1)
+    return 100 * t.rsub(best, axis=0)
 
 
 def interval(x):
     "Mean of some seeds and the half width of its 95 % interval (Student's t), as text"
     n = len(x)
-    half = stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / n**0.5 if n > 1 else np.nan
-    return f'{x.mean():.3f}' if np.isnan(half) else f'{x.mean():.3f} ± {half:.3f}'
+    mean = f'{x.mean():.3f}'
+    if n < 2:
+        return mean
+    quantile = stats.t.ppf(0.975, n - 1)
+    half = quantile * x.std(ddof=1) / n**0.5
+    return mean if np.isnan(half) else f'{mean} ± {half:.3f}'
 
 
 def read_rows(file):
@@ -148,15 +173,19 @@ def read_rows(file):
 def known_rows(file, study, seed):
     "What is in the file of a study and a seed, by plan"
     rows = read_rows(file)
-    return rows[(rows.study == study.name) & (rows.seed == seed)].set_index('plan')
+    rows = rows[rows.study == study.name]
+    return rows[rows.seed == seed].set_index('plan')
 
 
 def keep_row(file, row):
     "One more row in the file, in the order of seeds, studies and plans; other processes may do the same"
     with FileLock(f'{file}.lock'):
-        rows = read_rows(file)
-        rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True) if len(rows) else pd.DataFrame([row])
-        names = [s.name for s in studies('')] + [*PLANS, ADVISED]
+        old = read_rows(file)
+        rows = pd.DataFrame([row])
+        if len(old):
+            rows = pd.concat([old, rows], ignore_index=True)
+        names = [s.name for s in studies('')]
+        names += [*PLANS, ADVISED]
         order = {name: i for i, name in enumerate(names)}
 
         def place(column):
@@ -178,7 +207,9 @@ def show(rows):
     advised = rows[rows.plan == ADVISED].groupby('study', sort=False).advised.agg(names)
     print('what was advised\n', advised.to_string(), '\n')
     r = regrets(rows)
-    r = pd.concat([r, r.mean().to_frame('mean').T, r.max().to_frame('most').T])
+    mean = r.mean().to_frame('mean').T
+    most = r.max().to_frame('most').T
+    r = pd.concat([r, mean, most])
     print('regret in points\n', r.round(1).to_string())
 
 
@@ -221,9 +252,9 @@ if __name__ == '__main__':
     warnings.filterwarnings('ignore')
     if a.show:
         raise SystemExit(show(read_rows(a.out)))
-    root = Path(
-        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
-    )
+    if not os.environ.get('DR_TRANSFER_DATA'):
+        p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    root = Path(os.environ['DR_TRANSFER_DATA'])
     with tempfile.TemporaryDirectory() as drawn:
         make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
         make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
