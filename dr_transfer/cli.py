@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 from dr_transfer.commands.arguments import (
     MAX_SEED,
@@ -56,7 +57,10 @@ def _command(commands, name, function, about, example):
         p.add_argument(
             '--setting',
             default='auto',
-            help='how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), plain, channels_last or bf16',
+            help=(
+                'how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), '
+                'plain, channels_last or bf16'
+            ),
         )
         p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
     return p.add_argument
@@ -128,7 +132,7 @@ def _add_advise(commands):
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
-
+# %% ../nbs/cli.ipynb #fd2097ec
 def _add_predict(commands):
     add = _command(
         commands,
@@ -193,7 +197,7 @@ def _add_evaluate(commands):
     add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
     add_report_arguments(add)
 
-
+# %% ../nbs/cli.ipynb #f4e3956b
 def _add_cross_validate(commands):
     add = _command(
         commands,
@@ -250,10 +254,8 @@ def _show_any_name(stream):
 
 def _drop_output():
     "Send what is left in standard output nowhere: it cannot be written"
-    try:
+    with suppress(OSError, ValueError):  # it is no file of the system, as in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass  # it is no file of the system, as in a notebook
 
 
 def _warn_in_lines(debug):
@@ -291,7 +293,8 @@ def main(
     "The command `dr_transfer`"
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # it was closed before the command began
-            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+            nowhere = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 it stays open as long as the process
+            setattr(sys, name, nowhere)
         _show_any_name(getattr(sys, name))
     a = _parser().parse_args(argv)
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import fastai.callback.schedule  # noqa: F401 - importing it gives a Learner fit_one_cycle, fine_tune and lr_find
 import numpy as np
 import pandas as pd
 import torch

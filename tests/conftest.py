@@ -1,4 +1,4 @@
-"What all tests share: where photographs and caches lie, and how many threads torch may take."
+"What all tests share: caches, drawn sets, a trained run, the photographs, and how many threads torch may take."
 
 import os
 from pathlib import Path
@@ -10,7 +10,13 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test waits for a model hub
 _workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
 os.environ['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1) // _workers))
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402  (numpy and torch read the environment when they are imported, so it is set first)
+
+pytest.register_assert_rewrite('helpers', 'learners')
+
+from helpers import FAST, good  # noqa: E402  (as above)
+
+from dr_transfer.synthetic.fundus import make_dr, make_flowers  # noqa: E402  (as above)
 
 
 def pytest_configure(config):
@@ -37,7 +43,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    "A test that asks for `data_root` is one of photographs, so that `-m 'not photographs'` leaves it out; long files come first."
+    "Mark the tests that ask for `data_root`, so that `-m 'not photographs'` leaves them out; long files come first."
     for item in items:
         if 'data_root' in getattr(item, 'fixturenames', ()):
             item.add_marker('photographs')
@@ -62,3 +68,65 @@ def cache_dir(tmp_path, monkeypatch):
     folder = tmp_path / 'cache'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder))
     return folder
+
+
+# ---------------------------------------------------------------- for the tests of the command
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory):
+    "The folder of what is drawn and trained once a session."
+    return tmp_path_factory.mktemp('command')
+
+
+@pytest.fixture(scope='session')
+def shared_cache(home):
+    "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('DR_TRANSFER_CACHE', str(home / 'cache'))
+        yield home / 'cache'
+
+
+@pytest.fixture
+def with_shared_cache(cache_dir, shared_cache, monkeypatch):
+    "The shared cache in place of a test's own, for files whose tests compare with runs of the session."
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(shared_cache))
+
+
+@pytest.fixture(scope='session')
+def eyes(home):
+    "Forty drawn photographs of twenty patients, with labels.csv."
+    make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1)
+    return home / 'eyes'
+
+
+@pytest.fixture(scope='session')
+def flowers(home):
+    "Drawn flowers in three folders of classes."
+    make_flowers(home / 'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
+    return home / 'flowers'
+
+
+@pytest.fixture(scope='session')
+def weights(home):
+    "A weights file of the network that all the tests train."
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    file = home / 'weights of mine.safetensors'
+    save_file(timm.create_model('test_resnet').state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope='session')
+def said_of_run(home, eyes, weights, shared_cache):
+    "What the training of `run` printed."
+    return good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
+
+
+@pytest.fixture(scope='session')
+def run(home, said_of_run):
+    "One trained run; not to be changed."
+    return home / 'run'

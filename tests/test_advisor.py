@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import cli, content, good, refused
+from learners import Known
 from matplotlib.figure import Figure
 from PIL import Image
-from test_cli import cache_dir, cli, content, eyes, flowers, good, home, once, refused, shared_cache, weights  # noqa: F401
-from test_probes import Known
 
 import dr_transfer.data.content as hashing_module
 from dr_transfer.core import build_learner, fit
@@ -21,11 +21,12 @@ from dr_transfer.data.tasks import TASKS, task_table
 from dr_transfer.features import extraction as features
 from dr_transfer.features.probes import SIMILAR, fold_interval
 from dr_transfer.training import advisor
-from dr_transfer.training.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
-from dr_transfer.training.plans import PLANS
+from dr_transfer.training.advisor import advise, choose_advised, choose_scenario, plot_advice
+from dr_transfer.training.plans import LARGE, PLANS
 
 TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 
 
@@ -33,23 +34,17 @@ ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 def dots(home):
     "A table of 80 small pictures, two of each of 40 persons: reddish or greenish noise."
 
-    def make():
-        (home / 'dots').mkdir()
-        rng, rows = np.random.default_rng(0), []
-        for i in range(80):
-            a = rng.integers(0, 200, (24, 24, 3)).astype(np.uint8)
-            a[..., i // 2 % 2] += 8
-            Image.fromarray(a).save(home / 'dots' / f'{i}.png')
-            rows.append(
-                {
-                    'image': str(home / 'dots' / f'{i}.png'),
-                    'label': ('red', 'green')[i // 2 % 2],
-                    'group': f'person {i // 2}',
-                }
-            )
-        return pd.DataFrame(rows)
-
-    return once('dots', make)
+    (home / 'dots').mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(80):
+        a = rng.integers(0, 200, (24, 24, 3)).astype(np.uint8)
+        a[..., i // 2 % 2] += 8
+        file = home / 'dots' / f'{i}.png'
+        Image.fromarray(a).save(file)
+        label = ('red', 'green')[i // 2 % 2]
+        rows.append({'image': str(file), 'label': label, 'group': f'person {i // 2}'})
+    return pd.DataFrame(rows)
 
 
 @pytest.fixture

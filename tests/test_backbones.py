@@ -12,27 +12,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from learners import disturb
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.models import backbones as module
 from dr_transfer.models import speed
-from dr_transfer.models.backbones import (
-    BACKBONES,
-    HALF,
-    IMAGENET,
-    WeightsError,
-    backbone_table,
-    create_body,
-    find_backbone,
-    group_table,
-    layer_groups,
-    stage_names,
-    weights_folders,
-)
+from dr_transfer.models.backbones import backbone_table, create_body
+from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, find_backbone
 from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
-from dr_transfer.models.weights import read_weights
+from dr_transfer.models.stages import group_table, layer_groups, stage_names
+from dr_transfer.models.weights import WeightsError, read_weights, weights_folders
 
 TIMM = [
     'test_resnet',
@@ -78,12 +69,7 @@ def network(name, seed=0):
     more = {'aux_logits': False, 'init_weights': False} if rest == 'googlenet' else {}
     tv = name in TORCHVISION or name.startswith('torchvision.')
     net = torchvision.models.get_model(rest, weights=None, **more) if tv else timm.create_model(rest)
-    for m in net.modules():  # so that what goes in decides what comes out
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 1.5)
+    disturb(net, convolutions=True)
     return net.eval()
 
 
@@ -237,10 +223,7 @@ def test_counted_from_the_end(name):
 def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
     torch.manual_seed(7)
     net = timm.create_model('tf_efficientnet_lite0').eval()
-    for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 1.5)
+    disturb(net)
     save_file(net.state_dict(), tmp_path / 'w.safetensors')
     body = create_body('efficientnet_lite0', tmp_path / 'w.safetensors', stage='neck')
     x = torch.randn(1, 3, 96, 96)

@@ -12,18 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import FAST, Payload, cli, content, good, refused, rows_of, table
 from PIL import Image
-from test_cli import (
-    FAST,
-    cli,
-    content,
-    good,
-    once,
-    refused,
-    rows_of,
-    table,
-    )
 
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 QUICK = (*FAST, '--weights', 'random')
 
 
@@ -99,34 +91,31 @@ def odd_images(source):
 
 
 BAD = ('text.jpg', 'cut.jpg', 'empty.jpg')
+CLASSES = ('daisy', '玫瑰 rose', "tulip's")
 
 
 @pytest.fixture(scope='session')
 def mixed(home, flowers):
     "Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name, one a quote."
 
-    def make():
-        folder, odd = home / 'mixed set', {}
-        for name, new in zip(('daisy', 'roses', 'tulips'), ('daisy', '玫瑰 rose', "tulip's")):
-            shutil.copytree(flowers / name, folder / new)
-        first = folder / 'daisy' / '0000.jpg'
-        for i, (name, (im, how)) in enumerate(odd_images(first).items()):
-            path = folder / ('daisy', '玫瑰 rose', "tulip's")[i % 3] / name
-            im.save(path, **how)
-            odd[path] = im
-        for (name, data), c in zip(damaged(first.read_bytes()).items(), ('daisy', '玫瑰 rose', "tulip's")):
-            (folder / c / name).write_bytes(data)
-        return folder, sorted(map(str, odd)), content(folder)
-
-    return once('mixed', make)
+    folder = home / 'mixed set'
+    for name, new in zip(('daisy', 'roses', 'tulips'), CLASSES):
+        shutil.copytree(flowers / name, folder / new)
+    first = folder / 'daisy' / '0000.jpg'
+    odd = []
+    for i, (name, (im, how)) in enumerate(odd_images(first).items()):
+        path = folder / CLASSES[i % 3] / name
+        im.save(path, **how)
+        odd.append(str(path))
+    for (name, data), c in zip(damaged(first.read_bytes()).items(), CLASSES):
+        (folder / c / name).write_bytes(data)
+    return folder, sorted(odd), content(folder)
 
 
 @pytest.fixture(scope='session')
 def mixed_run(home, mixed, shared_cache):
-    return once(
-        'mixed run',
-        lambda: (home / 'mixed run', good('train', mixed[0], *QUICK, '--valid', '0.5', '--out', home / 'mixed run')),
-    )
+    out = home / 'mixed run'
+    return out, good('train', mixed[0], *QUICK, '--valid', '0.5', '--out', out)
 
 
 def test_the_odd_images_are_what_they_are_called(mixed):
@@ -531,16 +520,6 @@ def test_a_demo_that_was_refused_is_not_in_the_way(tmp_path, words, monkeypatch)
 
 
 # ---------------------------------------------------------------- weights
-
-
-class Payload:
-    "A pickle that makes a file when it is loaded."
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize('name', ['w.pth', 'w.pt', 'w.bin', 'w.safetensors', 'w'])

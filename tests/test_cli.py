@@ -1,7 +1,5 @@
 "The command from end to end, in this process where that will do: what train, predict and demo write, that a seed decides, and Ctrl-C."
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -10,135 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import COMMAND, FAST, Said, cli, content, good, refused, rows_of, table
 from PIL import Image
 
-from dr_transfer.cli import main
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
-
-COMMAND = Path(sys.executable).with_name('dr_transfer')
-FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
 FILES = ['.dr_transfer.json', 'confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
-Said = namedtuple('Said', 'code out err')
-
-
-# ---------------------------------------------------------------- what the other test_ files of the command use as well
-
-
-def cli(*words):
-    "Exit code and what was printed by the command, run in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code
-    return Said(code, out.getvalue(), err.getvalue())
-
-
-def good(*words):
-    "What a command that must succeed said."
-    said = cli(*words)
-    assert said.code == 0, said.err
-    return said
-
-
-def refused(*words):
-    "The one line in which a command says why it fails."
-    said = cli(*words)
-    lines = said.err.splitlines()
-    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: '), said  # 2: of an option
-    assert 'Traceback' not in said.err
-    return lines[0]
-
-
-def content(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
-
-
-def table(path):
-    return pd.read_csv(
-        path, dtype={'image': str, 'prediction': str, 'target': str, 'error': str}, keep_default_na=False, na_values={}
-    )
-
-
-def rows_of(text):
-    "A printed CSV, read without pandas: what a user's own reader gets."
-    return list(csv.DictReader(io.StringIO(text)))
-
-
-_made = {}
-
-
-def once(key, make):
-    "The result of `make`, made once a session however many files ask."
-    if key not in _made:
-        _made[key] = make()
-    return _made[key]
-
-
-@pytest.fixture(scope='session')
-def home(tmp_path_factory):
-    return once('home', lambda: tmp_path_factory.mktemp('command'))
-
-
-@pytest.fixture(scope='session')
-def shared_cache(home):
-    "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('DR_TRANSFER_CACHE', str(home / 'cache'))
-        yield home / 'cache'
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(shared_cache, monkeypatch):
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(shared_cache))
-    return shared_cache
-
-
-@pytest.fixture(scope='session')
-def eyes(home):
-    "Forty drawn photographs of twenty patients, with labels.csv."
-    once('eyes', lambda: make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1))
-    return home / 'eyes'
-
-
-@pytest.fixture(scope='session')
-def weights(home):
-    "A weights file of the network that all the tests train."
-
-    def make():
-        import timm
-        import torch
-        from safetensors.torch import save_file
-
-        torch.manual_seed(5)
-        save_file(timm.create_model('test_resnet').state_dict(), home / 'weights of mine.safetensors')
-
-    once('weights', make)
-    return home / 'weights of mine.safetensors'
-
-
-@pytest.fixture(scope='session')
-def run(home, eyes, weights, shared_cache):
-    "One trained run, with what was printed beside it; not to be changed."
-    once(
-        'run',
-        lambda: good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run'),
-    )
-    return home / 'run'
-
-
-@pytest.fixture(scope='session')
-def flowers(home):
-    once('flowers', lambda: make_flowers(home / 'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips')))
-    return home / 'flowers'
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 
 
 # ---------------------------------------------------------------- train
@@ -154,8 +33,8 @@ def test_a_run_holds_what_is_promised(run):
     assert not [p.name for p in run.parent.iterdir() if p.name.startswith('.')]
 
 
-def test_what_train_prints(run):
-    out = _made['run'].out
+def test_what_train_prints(run, said_of_run):
+    out = said_of_run.out
     assert 'skipped' not in out and 'phase 1 of 1' in out and 'validation: ' in out and str(run) in out
     assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train ', 'valid '))] == [
         ['train', '32'],
@@ -655,7 +534,7 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
     def full(self, *a, **k):
         raise OSError(28, 'No space left on device')
 
-    import dr_transfer.evaluation.report  # noqa: F401
+    import dr_transfer.evaluation.report_page  # noqa: F401
 
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
     said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html')
@@ -738,7 +617,7 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
 def test_the_examples_of_the_help_can_be_typed():
     "Each is accepted as it stands, and each backbone in them has pretrained weights"
     from dr_transfer.cli import _parser
-    from dr_transfer.models.backbones import find_backbone
+    from dr_transfer.models.registry import find_backbone
 
     p = _parser()
     commands = p._subparsers._group_actions[0].choices

@@ -16,12 +16,10 @@ from dr_transfer.data.table import data_names, label_table
 from dr_transfer.data.tasks import Target, encode_target
 from dr_transfer.evaluation.report import (
     Evaluation,
-    _subgroups,
     describe_images,
     evaluate_model,
-    report_html,
-    write_report,
 )
+from dr_transfer.evaluation.report_page import _subgroups, report_html, write_report
 from dr_transfer.metrics.decision import Decision, decisions, question, table_arrays
 from dr_transfer.metrics.plots import pick_examples
 from dr_transfer.metrics.screening import (
@@ -546,7 +544,7 @@ def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
 def test_the_summary_shows_where_the_patients_come_from(folder):
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     table.attrs['patients'] = "patients: column 'patient', 20 groups"
-    assert 'column &#x27;patient&#x27;, 20 groups' in report_html(evaluate_model(MODELS['two'], table), n=5)
+    assert 'column &#39;patient&#39;, 20 groups' in report_html(evaluate_model(MODELS['two'], table), n=5)
 
 
 def test_importing_the_library_warns_of_nothing_that_a_user_can_change():

@@ -5,40 +5,27 @@ import shutil
 
 import pandas as pd
 import pytest
+from helpers import FAST, good, refused
 from PIL import Image
-from test_cli import FAST, cache_dir, cli, eyes, good, home, once, refused, run, shared_cache, weights  # noqa: F401
 
 from dr_transfer.synthetic.fundus import make_dr
 
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 SAID = ('--task', 'dr', *FAST)
 
 
 @pytest.fixture(scope='session')
 def many(home):
     "Enough patients for an operating point: 30 with a referable eye, and 30 with another, among the validation images."
-    once('many', lambda: make_dr(home / 'many', n=240, size=64, seed=8, workers=1, grade_p=(0.3, 0.15, 0.2, 0.15, 0.2)))
+    make_dr(home / 'many', n=240, size=64, seed=8, workers=1, grade_p=(0.3, 0.15, 0.2, 0.15, 0.2))
     return home / 'many'
 
 
 @pytest.fixture(scope='session')
 def sure(home, many, weights, shared_cache):
     "A run on them."
-    once(
-        'sure',
-        lambda: good(
-            'train',
-            many,
-            '--weights',
-            weights,
-            *SAID,
-            '--valid',
-            '0.5',
-            '--sensitivity',
-            '0.85',
-            '--out',
-            home / 'sure',
-        ),
-    )
+    asked = (*SAID, '--valid', '0.5', '--sensitivity', '0.85')
+    good('train', many, '--weights', weights, *asked, '--out', home / 'sure')
     return home / 'sure'
 
 

@@ -15,31 +15,25 @@ import timm
 import torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
+from learners import disturb, groups, moved, quiet, same_state, state_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer.core import (
-    TransferLearner,
-    build_learner,
-    data_summary,
-    fit,
-    generalisation_gap,
-    learner_groups,
-    predict_probs,
-    prediction_table,
-    valid_predictions,
-    versions,
-)
+from dr_transfer.core import build_learner, fit, generalisation_gap, predict_probs, valid_predictions
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.tasks import Target, Task
-from dr_transfer.data.views import read_image
+from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
-from dr_transfer.models.backbones import IMAGENET, Stages, WeightsError, layer_groups
 from dr_transfer.models.network import AveragePool
+from dr_transfer.models.registry import IMAGENET
+from dr_transfer.models.stages import Stages, layer_groups
+from dr_transfer.models.weights import WeightsError
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
-from dr_transfer.training.phases import learner_features, why_not_stored
+from dr_transfer.training.learner import TransferLearner, data_summary, learner_groups, versions
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
+from dr_transfer.training.stored import learner_features, why_not_stored
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 CPU = torch.device('cpu')
@@ -55,10 +49,7 @@ def root(tmp_path_factory):
     for arch in ARCHS:
         torch.manual_seed(0)
         net = timm.create_model(arch)
-        for m in net.modules():  # statistics that are not those of a new network
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.running_mean.normal_(0, 0.1)
-                m.running_var.uniform_(0.5, 1.5)
+        disturb(net)
         save_file(net.state_dict(), folder / f'{arch}.safetensors')
     return folder
 
@@ -83,38 +74,8 @@ def build(root):
     return make
 
 
-def quiet(learn, what, *args, **kw):
-    with learn.no_bar(), learn.no_logging():
-        return getattr(learn, what)(*args, **kw)
-
-
 def silent(learn, *args, **kw):
     return fit(learn, *args, say=kw.pop('say', lambda s: None), **kw)
-
-
-def groups(learn):
-    "Every parameter and buffer by group, head last"
-    body = learn.model[0][0].stages
-    parts = (
-        [s.state_dict() for s in body]
-        if isinstance(body, Stages)
-        else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
-    )
-    if not isinstance(body, Stages):
-        assert not list(body.buffers())
-    return [{k: v.detach().clone() for k, v in part.items()} for part in [*parts, learn.model[1].state_dict()]]
-
-
-def moved(before, after):
-    return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
-
-
-def all_state(learn):
-    return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
-def same_state(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def probs(learn):
@@ -296,11 +257,11 @@ def test_lr_find(build, tmp_path, monkeypatch):
     for unfrozen in (False, True):
         if unfrozen:
             learn.unfreeze()
-        before = all_state(learn)
+        before = state_of(learn)
         with learn.no_bar(), learn.no_logging():
             found = learn.lr_find(num_it=12, show_plot=False)
         assert 1e-7 < found.valley < 10
-        assert same_state(before, all_state(learn))  # and everything is as it was
+        assert same_state(before, state_of(learn))  # and everything is as it was
     assert not list(home.iterdir()) and not [p for p in out.rglob('*') if p.is_file()]
 
 
@@ -831,11 +792,11 @@ def test_the_same_twice(build):
     random.random()
     np.random.rand(3)  # whatever happened before
     b = run(build)
-    assert torch.equal(probs(a), probs(b)) and same_state(all_state(a), all_state(b))
+    assert torch.equal(probs(a), probs(b)) and same_state(state_of(a), state_of(b))
     assert json.dumps(a.record) == json.dumps(b.record)
     assert a.table.equals(b.table)
     c = run(build, seed=43)
-    assert not c.table.split.equals(a.table.split) and not same_state(all_state(a), all_state(c))
+    assert not c.table.split.equals(a.table.split) and not same_state(state_of(a), state_of(c))
 
 
 def test_the_same_in_another_process(build, root, tmp_path):

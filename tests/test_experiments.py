@@ -9,7 +9,7 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from test_cli import cli, good, home, once, refused  # noqa: F401
+from helpers import good, refused
 from torch import nn
 
 import dr_transfer.evaluation.cross_validation as crossval
@@ -21,6 +21,7 @@ from dr_transfer.evaluation.cross_validation import _kept, train_once
 from dr_transfer.evaluation.experiments import (
     RIVALS,
     START,
+    _encoded,
     _splits,
     curve_table,
     first_images,
@@ -43,7 +44,7 @@ FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=la
 @pytest.fixture(scope='session')
 def flowers(home):
     "Flowers of some photographers."
-    once('curve_flowers', lambda: make_flowers(home / 'curve_flowers', n=160, size=40, seed=11))
+    make_flowers(home / 'curve_flowers', n=160, size=40, seed=11)
     return home / 'curve_flowers'
 
 
@@ -156,7 +157,8 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     }
     assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
     task = get_task('flowers', 32)
-    t = _splits(flowers, task, 1, None, None, 0.3, 600, None, print)[0]
+    table = _encoded(flowers, task, None, None, None)
+    t = _splits(table, task, 1, 0.3, 600, print)[0]
     t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
     how = {k: v for k, v in FAST.items() if k != 'size'}
     for name, plan in rival_plans(rivals).items():

@@ -38,9 +38,10 @@ from dr_transfer.explain.grad_cam import (
 )
 from dr_transfer.features.extraction import extract_features
 from dr_transfer.inference.saved_model import ImageModel
-from dr_transfer.models.backbones import create_body, stage_names
+from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import HEADS, Body, create_head, head_inputs
 from dr_transfer.models.speed import Setting
+from dr_transfer.models.stages import stage_names
 from dr_transfer.models.weights import WeightsError
 
 

@@ -13,17 +13,13 @@ pytest.importorskip('skimage')
 from dr_transfer.evaluation import hand_crafted as explicit
 from dr_transfer.evaluation.hand_crafted import (
     FEATURES,
-    SIDE,
     ExplicitClassifier,
-    Segmentation,
     cross_validate_explicit,
     feature_frame,
     lesion_features,
     lesion_table,
-    overlay,
-    score_lesions,
-    segment,
 )
+from dr_transfer.evaluation.segmentation import SIDE, Segmentation, _eccentricity, overlay, score_lesions, segment
 from dr_transfer.metrics.scores import auc
 from dr_transfer.metrics.screening import compare_tables, measure_table
 from dr_transfer.synthetic.fundus import draw_fundus, make_dr
@@ -109,7 +105,7 @@ def test_eccentricity_is_that_of_scikit_image():
 
     label, n = ndi.label(np.random.default_rng(0).random((80, 80)) > 0.7, np.ones((3, 3)))
     assert np.allclose(
-        explicit._eccentricity(label, n),
+        _eccentricity(label, n),
         regionprops_table(label, properties=('eccentricity',))['eccentricity'],
         atol=1e-6,
     )

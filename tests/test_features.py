@@ -20,21 +20,26 @@ import pytest
 import timm
 import torch
 import torchvision
+from learners import disturb
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.data import content
-from dr_transfer.data.views import VIEWS, map_rows, read_image
+from dr_transfer.data.fundus import read_image
+from dr_transfer.data.views import VIEWS, map_rows
 from dr_transfer.features import extraction as features
 from dr_transfer.features.boundary import boundary_maps, split_body
 from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import Features, extract_features, image_features, weights_digest
 from dr_transfer.models import speed
-from dr_transfer.models.backbones import Stages, create_body, find_backbone, stage_names
-from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, Head, create_head, view_probs
+from dr_transfer.models.backbones import create_body
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, create_head, view_probs
 from dr_transfer.models.networks import SmallCNN
+from dr_transfer.models.registry import find_backbone
 from dr_transfer.models.speed import SETTINGS
+from dr_transfer.models.stages import Stages, stage_names
 from dr_transfer.utils import store
 
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((127 / 255,) * 3, (128 / 255,) * 3)
@@ -209,12 +214,7 @@ def network(name):
         if name in ('squeezenet1_1', 'mobilenet_v2')
         else timm.create_model(name)
     )
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 1.5)
+    disturb(net, convolutions=True)
     return net.eval()
 
 

@@ -12,11 +12,12 @@ from dr_transfer.commands import subcommands as commands
 from dr_transfer.data.ct_images import froc_table
 from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
-from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table, report_html
+from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
+from dr_transfer.evaluation.report_page import report_html
 from dr_transfer.explain.activations import plot_neighbours
 from dr_transfer.explain.grad_cam import plot_heat_tables
 from dr_transfer.inference.run import validation_table
-from dr_transfer.metrics.decision import Decision, choose_decision
+from dr_transfer.metrics.decision import Decision, choose_decision, question
 from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
 from dr_transfer.metrics.operating_point import (
     OperatingPointError,
@@ -30,7 +31,6 @@ from dr_transfer.metrics.screening import (
     interval_note,
     measure_table,
     plot_roc,
-    question,
     roc_band,
     subgroup_table,
 )
@@ -283,8 +283,7 @@ def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
     assert (
-        '<th>taken for the patients, in all of the data</th><td>patients: column &#x27;pid&#x27;, 60 groups</td>'
-        in text
+        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
         and text.count('60 groups<') == 1
     )
     assert 'taken for the patients' not in page(table(60, 2))

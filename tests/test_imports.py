@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import COMMAND, cache_dir, eyes, home, run, shared_cache, weights  # noqa: F401
+from helpers import COMMAND
 
 import dr_transfer
 
@@ -27,6 +27,7 @@ HEAVY = (
     'safetensors',
     'tqdm',
 )
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
 SHOW = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
 
 
@@ -158,10 +159,11 @@ def test_the_command_imports_the_library_only_inside_functions():
     "The reason why it is quick, so that a violation is found where it is."
     bodies = [
         ast.parse((Path(dr_transfer.__file__).parent / f'{name}.py').read_text()).body
-        for name in ('cli', 'commands/subcommands', 'commands/arguments')
+        for name in ('cli', 'commands/subcommands', 'commands/shared', 'commands/arguments')
     ]
     nodes = [n for body in bodies for n in body]
     top = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [
         n.module for n in nodes if isinstance(n, ast.ImportFrom)
     ]
-    assert set(top) <= {*sys.stdlib_module_names, 'arguments', 'commands.arguments', 'commands.subcommands'}, top
+    top = {o.removeprefix('dr_transfer.').removeprefix('commands.').partition('.')[0] for o in top}
+    assert top <= {*sys.stdlib_module_names, 'arguments', 'shared', 'subcommands'}, top

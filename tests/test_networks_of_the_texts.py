@@ -11,7 +11,9 @@ import dr_transfer.models.backbones as module
 from dr_transfer.core import build_learner, fit, predict_probs
 from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.saved_model import load_model, save_model
-from dr_transfer.models.backbones import create_body, find_backbone, layer_groups, stage_names
+from dr_transfer.models.backbones import create_body
+from dr_transfer.models.registry import find_backbone
+from dr_transfer.models.stages import layer_groups, stage_names
 from dr_transfer.synthetic.fundus import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']

@@ -17,14 +17,10 @@ from PIL import Image
 from dr_transfer.utils.csvfile import write_csv
 from dr_transfer.utils.files import (
     MARKER,
-    OutputError,
     TransferWarning,
-    atomic_file,
-    check_outside,
     companion,
     file_digest,
     growing_folder,
-    is_inside,
     is_ours,
     mark_folder,
     new_file,
@@ -35,6 +31,7 @@ from dr_transfer.utils.files import (
     strange_files,
     written_together,
 )
+from dr_transfer.utils.places import OutputError, atomic_file, check_outside, is_inside
 
 
 def tree(folder):
@@ -365,7 +362,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     (photographs / 'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path / 'labels.csv').write_text('mine')
     import dr_transfer.commands.subcommands as commands
-    import dr_transfer.evaluation.report as report
+    import dr_transfer.evaluation.report_page as report
 
     monkeypatch.setattr(commands, '_load', lambda a: None)
     before = tree(tmp_path)

@@ -16,7 +16,8 @@ from dr_transfer.data.images import read_rgb
 from dr_transfer.data.leaks import leak_report
 from dr_transfer.data.table import find_images, label_table
 from dr_transfer.features.extraction import image_features
-from dr_transfer.models.backbones import BACKBONES, create_body, find_backbone
+from dr_transfer.models.backbones import create_body
+from dr_transfer.models.registry import BACKBONES, find_backbone
 from dr_transfer.training.advisor import advise
 
 LIMIT = 180  # seconds for each on two idle cores; not asserted, because tests share machines

@@ -15,24 +15,26 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
+from learners import disturb, groups, moved, quiet, state_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer.core import build_learner, classifier_learner, fit, learner_groups, predict_probs, valid_predictions
+from dr_transfer.core import build_learner, classifier_learner, fit, predict_probs, valid_predictions
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.tasks import get_task
-from dr_transfer.data.views import read_image
 from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.saved_model import load_model, save_model
-from dr_transfer.models.backbones import Stages, layer_groups
-from dr_transfer.models.network import AveragePool, Head
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import AveragePool
 from dr_transfer.models.speed import SETTINGS
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import HeadFirst
-from dr_transfer.training.phases import learner_features, why_not_stored
+from dr_transfer.training.learner import learner_groups
 from dr_transfer.training.plans import HEAD, PLANS, Phase, Plan, plan_table
+from dr_transfer.training.stored import learner_features, why_not_stored
 
 CPU = torch.device('cpu')
 ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
@@ -49,10 +51,7 @@ def drawn(tmp_path_factory):
     for arch in ARCHS:
         torch.manual_seed(0)
         net = timm.create_model(arch)
-        for m in net.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.running_mean.normal_(0, 0.1)
-                m.running_var.uniform_(0.5, 1.5)
+        disturb(net)
         save_file(net.state_dict(), folder / f'{arch}.safetensors')
     return folder
 
@@ -74,30 +73,6 @@ def silent(learn, plan=None, *args, **kw):
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
-def quiet(learn, what, *args, **kw):
-    with learn.no_bar(), learn.no_logging():
-        return getattr(learn, what)(*args, **kw)
-
-
-def groups(learn):
-    "Every parameter and buffer by group, head last"
-    body = learn.model[0][0].stages
-    parts = (
-        [s.state_dict() for s in body]
-        if isinstance(body, Stages)
-        else [dict(enumerate(ps)) for ps in layer_groups(body).values()]
-    )
-    return [{k: v.detach().clone() for k, v in part.items()} for part in [*parts, learn.model[1].state_dict()]]
-
-
-def moved(before, after):
-    return [not all(torch.equal(v, b[k]) for k, v in a.items()) for b, a in zip(before, after)]
-
-
-def weights(learn):
-    return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
 def probs(learn, side='valid'):
     return predict_probs(learn, images(learn, side), 'none')
 
@@ -108,7 +83,7 @@ def images(learn, side='valid'):
 
 def farthest(a, b, but=''):
     "Largest difference of two state dicts"
-    a, b = (weights(l) for l in (a, b))
+    a, b = (state_of(l) for l in (a, b))
     assert a.keys() == b.keys()
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a if not (but and but in k))
 
@@ -220,10 +195,10 @@ def test_a_plan_of_ones_own_is_one_expression(build):
 )
 def test_a_plan_for_another_learner_is_refused(build, plan, word):
     learn = build()
-    before = weights(learn)
+    before = state_of(learn)
     with pytest.raises(ValueError, match=word) as e:
         silent(learn, plan)
-    assert 'build_learner' in str(e.value) and all(torch.equal(v, before[k]) for k, v in weights(learn).items())
+    assert 'build_learner' in str(e.value) and all(torch.equal(v, before[k]) for k, v in state_of(learn).items())
 
 
 @pytest.mark.parametrize('frozen', [6, -7])
@@ -315,13 +290,13 @@ def test_stored_is_the_same(build, v):
         for _ in range(2)
     )
     assert farthest(a, b) == 0
-    before = weights(a)
+    before = state_of(a)
     for l, s in ((a, True), (b, False)):
         silent(l, Plan('p', (f,)), stored=s)
     assert [r['how'] for r in a.record['history'] + b.record['history']] == ['stored'] * 2 + ['network'] * 2
     assert farthest(a, b) < 1e-5
     assert (
-        max(float((x - before[k]).abs().max()) for k, x in weights(a).items() if k.endswith('weight')) > 1e-4
+        max(float((x - before[k]).abs().max()) for k, x in state_of(a).items() if k.endswith('weight')) > 1e-4
     )  # and much has moved
     assert pd.DataFrame(a.record['history']).drop(columns='how').to_numpy() == pytest.approx(
         pd.DataFrame(b.record['history']).drop(columns='how').to_numpy(), abs=1e-4
@@ -351,11 +326,11 @@ def test_two_phases_are_the_same(build):
 @warns_head
 def test_bf16_is_nearly_the_same(build):
     a, b = (build(setting='bf16', tap=2) for _ in range(2))
-    before = weights(a)
+    before = state_of(a)
     for l, s in ((a, True), (b, False)):
         silent(l, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
     assert a.record['setting']['train'] == 'bf16, channels last' == b.record['setting']['train']
-    w, u = weights(a), weights(b)
+    w, u = state_of(a), state_of(b)
     names = [k for k in w if k.endswith('weight')]
     apart, far = (np.sqrt(sum(float((w[k] - o[k]).square().sum()) for k in names)) for o in (u, before))
     assert far > 0 and apart < 0.2 * far
@@ -813,11 +788,11 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
         silent(l, plan)
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'mine'))
     learn = build('dr')
-    before, cbs = weights(learn), [type(c) for c in learn.cbs]
+    before, cbs = state_of(learn), [type(c) for c in learn.cbs]
     with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
         silent(learn, plan)  # 8 images x 4 views a batch
     assert (
-        all(torch.equal(v, before[k]) for k, v in weights(learn).items())
+        all(torch.equal(v, before[k]) for k, v in state_of(learn).items())
         and [type(c) for c in learn.cbs] == cbs
         and not learn.record['history']
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from learners import Known
 from PIL import Image
 from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import nn
@@ -24,27 +25,11 @@ from dr_transfer.features.probes import (
     ridge_path,
     stage_gain,
 )
-from dr_transfer.models.backbones import Stages, create_body
+from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import Body
+from dr_transfer.models.stages import Stages
 
 pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored')
-
-
-class Known:
-    "Features that are given: name -> array (n, views, channels)"
-
-    def __init__(self, **arrays):
-        self.arrays = arrays
-
-    def __len__(self):
-        return len(next(iter(self.arrays.values())))
-
-    @property
-    def stages(self):
-        return {k: v.shape[-1] for k, v in self.arrays.items()}
-
-    def numpy(self, stages):
-        return self.arrays[stages] if isinstance(stages, str) else np.concatenate([self.arrays[s] for s in stages], -1)
 
 
 def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):

@@ -10,7 +10,8 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import cohen_kappa_score, recall_score, roc_auc_score
 
-from dr_transfer.evaluation.report import Evaluation, endpoint_table, report_html, write_report
+from dr_transfer.evaluation.report import Evaluation, endpoint_table
+from dr_transfer.evaluation.report_page import report_html, write_report
 from dr_transfer.metrics.calibration import (
     apply_temperature,
     calibration_error,

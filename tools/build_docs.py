@@ -16,23 +16,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Quarto finds no page below a folder whose name begins with a dot (quarto-cli#3186).
-PROC, STAGE, SITE = Path('_proc'), Path('build/site'), Path('_docs')
+PROC = Path('_proc')
+STAGE = Path('build/site')
+SITE = Path('_docs')
 # `05_backbones.ipynb` is numbered for the reader of the folder; its page is `backbones.html`.
 NUMBERED = re.compile(r'\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 # The same name as a link in Markdown or HTML, with the folders before it.
 LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 
 # nbdev links names between backticks in the comments of a signature as well, where Markdown is not read.
-CODE, LINKED = re.compile(r'```python\\n.*?```', re.S), re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
+CODE = re.compile(r'```python\\n.*?```', re.S)
+LINKED = re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
 
 
 def process(workers):
-    "Let nbdev bring `_proc/` up to date; when a name appeared or went, all of it, since every page links to the others."
+    "Let nbdev bring `_proc/` up to date; all of it when a name appeared or went, since every page links to the others."
     from nbdev.serve import proc_nbs
 
-    index, seen, start = Path('dr_transfer/_modidx.py'), Path('build/modidx.py'), time.time()
+    index = Path('dr_transfer/_modidx.py')
+    seen = Path('build/modidx.py')
+    start = time.time()
     names = index.read_text(encoding='utf-8') if index.exists() else ''
-    proc_nbs('nbs', n_workers=workers, force=not seen.exists() or seen.read_text(encoding='utf-8') != names)
+    changed = not seen.exists() or seen.read_text(encoding='utf-8') != names
+    proc_nbs('nbs', n_workers=workers, force=changed)
     # What was edited while nbdev was at work must count as newer than what nbdev made of it.
     for made in [PROC, *PROC.rglob('*.ipynb')]:
         if made.stat().st_mtime > start:
@@ -42,7 +48,7 @@ def process(workers):
 
 
 def stage():
-    "Copy `_proc/` to the staging folder under the names of the pages, with links that hold wherever the site is served."
+    "Copy `_proc/` to the staging folder under the names of the pages, with links that hold wherever they are served."
     from nbdev.config import get_config
 
     cfg = get_config()

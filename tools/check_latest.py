@@ -14,6 +14,7 @@ def installed(name):
 fastcore, nbdev = installed('fastcore'), installed('nbdev')
 if nbdev or int(fastcore.split('.')[0]) < 2:
     sys.exit(
-        f'fastcore {fastcore} and nbdev {nbdev} are installed; fastcore 2 or newer and no nbdev are wanted: remove .venv-latest and run again'
+        f'fastcore {fastcore} and nbdev {nbdev} are installed; fastcore 2 or newer and no nbdev are wanted: '
+        'remove .venv-latest and run again'
     )
 print(f'fastai {installed("fastai")}, fastcore {fastcore}, no nbdev')

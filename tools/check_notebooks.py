@@ -1,4 +1,5 @@
-"""Check that the notebooks are clean, the library is their export, and README.md the front page, without touching a file.
+"""Check that the notebooks are clean, the library is their export, and README.md the front page, without touching a
+file.
 
 nbdev can only do these things, not check them: so they are done in a copy of the project, and the copy is compared.
 """

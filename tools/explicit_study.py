@@ -4,13 +4,16 @@
     python tools/explicit_study.py                    # both parts; about an hour on one core
     python tools/explicit_study.py drawn              # needs no photographs
 
-    drawn        drawn eyes of cameras and people on which no limit was chosen: lesions found, spots that are right, overlap of the vessels
-    photographs  referable DR on Messidor-2 in five folds, the same for all: explicit features, frozen features, fine-tuning, and their differences
+    drawn        drawn eyes of cameras and people on which no limit was chosen: lesions found, spots that are right,
+                 overlap of the vessels
+    photographs  referable DR on Messidor-2 in five folds, the same for all: explicit features, frozen features,
+                 fine-tuning, and their differences
                  image by image; the rival on ten draws of 140 images; each feature alone
 
-Results are kept in nbs/results/explicit_drawn.csv and explicit.csv. Features, and predictions fold by fold, are kept in the cache (DR_TRANSFER_CACHE), so a run that
-was interrupted goes on where it stopped. Nothing of the segmentation was chosen on photographs; strength and width of the support vector machine are chosen in inner
-folds of the training side.
+Results are kept in nbs/results/explicit_drawn.csv and explicit.csv. Features, and predictions fold by fold, are kept
+in the cache (DR_TRANSFER_CACHE), so a run that was interrupted goes on where it stopped. Nothing of the segmentation
+was chosen on photographs; strength and width of the support vector machine are chosen in inner folds of the training
+side.
 """
 
 import argparse
@@ -40,65 +43,111 @@ def vessel_truth(truth, seed, disc, side):
 
     from dr_transfer.synthetic.fundus import _person, _stream, _strokes, _vessels
 
-    (x, y, r), mirror = truth['disc'], -1 if truth['eye'] == 'left' else 1
-    nerve = np.array([mirror * (truth['optic_nerve'][0] - x) / r, (truth['optic_nerve'][1] - y) / r])
-    lines = [
-        (p * (mirror, 1), w, v) for p, w, v in _vessels(_stream(seed, 3), nerve, _person(_stream(seed, 1))['sway'])
-    ]
-    cover = sum(_strokes(lines, truth['size'], np.array([x, y]), r)).clip(0, 1)
-    return np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).crop(disc.box).resize((side, side))) / 255 > 0.5
+    x, y, r = truth['disc']
+    nerve_x, nerve_y = truth['optic_nerve'][:2]
+    mirror = -1 if truth['eye'] == 'left' else 1
+    right = mirror * (nerve_x - x) / r
+    down = (nerve_y - y) / r
+    nerve = np.array([right, down])
+    person = _person(_stream(seed, 1))
+    lines = []
+    vessels = _vessels(_stream(seed, 3), nerve, person['sway'])
+    for points, width, value in vessels:
+        lines.append((points * (mirror, 1), width, value))
+    center = np.array([x, y])
+    cover = sum(_strokes(lines, truth['size'], center, r)).clip(0, 1)
+    grey = (cover * 255).astype(np.uint8)
+    picture = Image.fromarray(grey).crop(disc.box)
+    crop = np.asarray(picture.resize((side, side)))
+    return crop / 255 > 0.5
+
+
+def lesion_truth(truth, disc, side):
+    "kind, x, y and radius of the drawn lesions, in pixels of the crop"
+    scale = side / (2 * disc.r)
+    lesions = []
+    for q in truth['lesions']:
+        center = [q['x'], q['y']]
+        x, y = disc.to_crop([center], side)[0]
+        lesions.append((q['kind'], x, y, q['radius'] * scale))
+    return lesions
+
+
+def lesion_counts(seg, truth, side):
+    "Lesions that were drawn and found, spots and those that are right, of a segmentation"
+    from dr_transfer.evaluation.segmentation import KINDS, score_lesions
+
+    lesions = lesion_truth(truth, seg.disc, side)
+    row = {}
+    for mask, names in KINDS.items():
+        own = [q for q in lesions if q[0] in names]
+        kinds = [q[0] for q in own]
+        kinds = np.array(kinds, dtype=object)
+        places = [q[1:] for q in own]
+        spots = getattr(seg, mask)
+        found, right = score_lesions(spots, places)
+        for name in names:
+            drawn = kinds == name
+            row[f'{name} drawn'] = int(drawn.sum())
+            row[f'{name} found'] = int(found[drawn].sum())
+        row[f'{mask} drawn'] = len(own)
+        row[f'{mask} found'] = int(found.sum())
+        row[f'{mask} spots'] = len(right)
+        row[f'{mask} right'] = int(right.sum())
+    return row
+
+
+def dice(a, b):
+    "Overlap of two masks"
+    both = (a & b).sum()
+    return 2 * both / (a.sum() + b.sum())
+
+
+def in_radii(pixels, side):
+    "A distance in the crop as a share of the radius of the retina"
+    radius = side / 2
+    return round(float(pixels) / radius, 4)
 
 
 def drawn(root):
     from itertools import product
 
-    from dr_transfer.evaluation.hand_crafted import KINDS, SIDE, score_lesions, segment
+    from dr_transfer.evaluation.segmentation import SIDE, segment
     from dr_transfer.synthetic.fundus import draw_fundus
 
     for camera, grade, k in product(range(4, 10), range(5), range(2)):
         seed = 9000 + 100 * camera + 10 * grade + k
-        pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=('right', 'left')[k])
+        eye = ('right', 'left')[k]
+        pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=eye)
         seg = segment(pixels)
-        row, scale = {'camera': camera, 'grade': grade, 'seed': seed}, SIDE / (2 * seg.disc.r)
-        lesions = [
-            (q['kind'], *seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius'] * scale) for q in truth['lesions']
-        ]
-        for mask, names in KINDS.items():
-            own = [q for q in lesions if q[0] in names]
-            found, right = score_lesions(getattr(seg, mask), [q[1:] for q in own])
-            for name in names:
-                row |= {
-                    f'{name} drawn': sum(q[0] == name for q in own),
-                    f'{name} found': int(sum(f for q, f in zip(own, found) if q[0] == name)),
-                }
-            row |= {
-                f'{mask} drawn': len(own),
-                f'{mask} found': int(found.sum()),
-                f'{mask} spots': len(right),
-                f'{mask} right': int(right.sum()),
-            }
         vessels = vessel_truth(truth, seed, seg.disc, SIDE) & seg.field
-        nerve, fovea = seg.disc.to_crop([truth['optic_nerve'][:2], truth['macula'][:2]], SIDE)
-        off = {
-            'nerve off': np.hypot(*(np.argwhere(seg.nerve).mean(0)[::-1] - nerve)),
-            'fovea off': np.hypot(*(seg.fovea - fovea)),
+        overlap = dice(vessels, seg.vessels)
+        places = [truth['optic_nerve'][:2], truth['macula'][:2]]
+        nerve, fovea = seg.disc.to_crop(places, SIDE)
+        y, x = np.argwhere(seg.nerve).mean(0)
+        nerve_off = np.hypot(*(np.array([x, y]) - nerve))
+        fovea_off = np.hypot(*(seg.fovea - fovea))
+        yield {
+            'camera': camera,
+            'grade': grade,
+            'seed': seed,
+            **lesion_counts(seg, truth, SIDE),
+            'vessels': round(float(overlap), 4),
+            'nerve off': in_radii(nerve_off, SIDE),
+            'fovea off': in_radii(fovea_off, SIDE),
         }
-        yield (
-            row
-            | {'vessels': round(float(2 * (vessels & seg.vessels).sum() / (vessels.sum() + seg.vessels.sum())), 4)}
-            | {k: round(float(v) / (SIDE / 2), 4) for k, v in off.items()}
-        )
 
 
 # ---------------------------------------------------------------- photographs
 
 
 def _rows(recipe, t, wanted=None):
-    return [
-        {'recipe': recipe, 'measure': k, **t.loc[k, ['value', 'low', 'high']].astype(float).round(4).to_dict()}
-        for k in t.index
-        if wanted is None or k in wanted
-    ]
+    rows = []
+    for name in t.index:
+        if wanted is None or name in wanted:
+            values = t.loc[name, ['value', 'low', 'high']].astype(float).round(4)
+            rows.append({'recipe': recipe, 'measure': name, **values.to_dict()})
+    return rows
 
 
 def _figures(recipe, t):
@@ -107,13 +156,18 @@ def _figures(recipe, t):
     from dr_transfer.metrics.screening import measure_table
 
     decided, _ = decide_across(t, TWO, specificity=0.9)
-    yield from _rows(
-        recipe, measure_table(decided, TWO), ('auc', 'accuracy', 'sensitivity', 'specificity', 'calibration error')
-    )
+    wanted = ('auc', 'accuracy', 'sensitivity', 'specificity', 'calibration error')
+    yield from _rows(recipe, measure_table(decided, TWO), wanted)
     for kind, part in t.groupby('data_source_format'):
-        yield from _rows(
-            recipe, measure_table(part, TWO).rename({'auc': f'auc, {kind} files only'}), (f'auc, {kind} files only',)
-        )
+        name = f'auc, {kind} files only'
+        measured = measure_table(part, TWO).rename({'auc': name})
+        yield from _rows(recipe, measured, (name,))
+
+
+def _found(t, ill):
+    "Which of the ill are called so, as numbers"
+    called = (t.decision == 'referable').to_numpy()
+    return called[ill].astype(float)
 
 
 def _differences(name, a, b):
@@ -123,16 +177,22 @@ def _differences(name, a, b):
     from dr_transfer.metrics.screening import compare_tables
 
     yield from _rows(name, compare_tables(a, b, TWO), ('auc', 'accuracy'))
-    a, b = (decide_across(t, TWO, specificity=0.9)[0] for t in (a, b))
+    a, _ = decide_across(a, TWO, specificity=0.9)
+    b, _ = decide_across(b, TWO, specificity=0.9)
     if a.image.tolist() != b.image.tolist():
         raise ValueError('the two tables are of other images')
     ill = (a.target == 'referable').to_numpy()
-    called = [(t.decision == 'referable').to_numpy()[ill].astype(float) for t in (a, b)]
-    yield from _rows(name, paired_difference(lambda y, c: c.mean(), ill[ill], *called).set_axis(['sensitivity']))
+    found = [_found(t, ill) for t in (a, b)]
+
+    def sensitivity(y, c):
+        return c.mean()
+
+    difference = paired_difference(sensitivity, ill[ill], *found)
+    yield from _rows(name, difference.set_axis(['sensitivity']))
 
 
 def _small_sets(data, n=140, draws=10):
-    "Accuracy and sensitivity of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
+    "Metrics of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
     from dr_transfer.data.table import label_table
     from dr_transfer.evaluation.hand_crafted import cross_validate_explicit
     from dr_transfer.metrics.scores import auc
@@ -140,7 +200,8 @@ def _small_sets(data, n=140, draws=10):
     found = []
     for seed in range(draws):
         t = cross_validate_explicit(label_table(data).sample(n, random_state=seed), 'referable')
-        ill, said = t.target == 'referable', t.prediction == 'referable'
+        ill = t.target == 'referable'
+        said = t.prediction == 'referable'
         found.append(
             {
                 'auc': auc(ill.astype(int), t.p_referable),
@@ -159,23 +220,23 @@ def photographs(root):
     from dr_transfer.evaluation.hand_crafted import cross_validate_explicit, feature_frame
     from dr_transfer.metrics.scores import auc
 
-    data, tables = root / 'messidor2', {}
-    tables[RIVAL] = cross_validate_explicit(data, 'referable')
-    yield from _figures(RIVAL, tables[RIVAL])
+    data = root / 'messidor2'
+    rival = cross_validate_explicit(data, 'referable')
+    yield from _figures(RIVAL, rival)
     yield from _rows(f'{RIVAL}, ten draws of 140 images', _small_sets(data))
-    t = tables[RIVAL]
-    frame = feature_frame(t.image.tolist())
+    frame = feature_frame(rival.image.tolist())
+    ill = (rival.target == 'referable').astype(int)
     for name in frame:
-        yield {
-            'recipe': 'one feature alone',
-            'measure': name,
-            'value': round(auc((t.target == 'referable').astype(int).to_numpy(), frame[name].to_numpy()), 4),
-        }
+        value = auc(ill.to_numpy(), frame[name].to_numpy())
+        yield {'recipe': 'one feature alone', 'measure': name, 'value': round(value, 4)}
+    tables = {}
     for recipe, how in NETWORKS.items():
-        tables[recipe] = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
-        yield from _figures(recipe, tables[recipe])
-        yield from _differences(f'{recipe} - {RIVAL}', tables[recipe], tables[RIVAL])
-    a, b = 'fine-tuned (top1), 224 pixels', 'frozen features, 224 pixels'
+        t = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
+        tables[recipe] = t
+        yield from _figures(recipe, t)
+        yield from _differences(f'{recipe} - {RIVAL}', t, rival)
+    a = 'fine-tuned (top1), 224 pixels'
+    b = 'frozen features, 224 pixels'
     yield from _differences(f'{a} - {b}', tables[a], tables[b])
 
 

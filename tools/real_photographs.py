@@ -3,9 +3,10 @@
     export DR_TRANSFER_DATA=...            # the folder with flowers/ and dr/
     python tools/real_photographs.py       # prints the table, keeps what is done in nbs/results/real_photographs.csv
 
-Each seed is another split (flowers: by photographer) and another training. Messidor-2 models are tested on IDRiD as well:
-another country and camera, uncropped. A row that is there already is not computed again. The first training of a task computes the
-features of its images, the others find them in the cache; start with an empty one (DR_TRANSFER_CACHE) for honest minutes.
+Each seed is another split (flowers: by photographer) and another training. Messidor-2 models are tested on IDRiD as
+well: another country and camera, uncropped. A row that is there already is not computed again. The first training of
+a task computes the features of its images, the others find them in the cache; start with an empty one
+(DR_TRANSFER_CACHE) for honest minutes.
 """
 
 import argparse

@@ -4,12 +4,15 @@
     python tools/screening.py                   # everything, about half an hour on two cores
     python tools/screening.py figures cameras   # some of it
 
-    figures   referable DR on Messidor-2 in five folds; learnt from Messidor-2 and asked about IDRiD; five grades on Messidor-2 in five folds
+    figures   referable DR on Messidor-2 in five folds; learnt from Messidor-2 and asked about IDRiD; five grades on
+              Messidor-2 in five folds
     gap       how much better the model is on the images it was trained on, without and with augmentation, five splits
-    cameras   what holds from one camera to the other: light correction x stages x views x strength, learnt from one set, asked about the other
+    cameras   what holds from one camera to the other: light correction x stages x views x strength, learnt from one
+              set, asked about the other
 
-Results are kept in nbs/results/screening.csv, gap.csv and cameras.csv. Nothing is chosen on the photographs that a figure of `figures` is of, but the two
-sets are the same in both parts: who reads `cameras` to choose a recipe for IDRiD has seen it.
+Results are kept in nbs/results/screening.csv, gap.csv and cameras.csv. Nothing is chosen on the photographs that a
+figure of `figures` is of, but the two sets are the same in both parts: who reads `cameras` to choose a recipe for
+IDRiD has seen it.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Run notebooks from top to bottom and keep what they put out: `make outputs`, or `make outputs NB=nbs/synthetic/01_fundus.ipynb`.
+"""Run notebooks from top to bottom and keep what they put out: `make outputs`, or `make outputs
+NB=nbs/synthetic/01_fundus.ipynb`.
 
 Nothing is skipped, whatever its flags, except what cannot run: cells marked `eval: false`, and `cuda` cells on a
 machine without one, which keep the outputs they have.

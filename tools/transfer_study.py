@@ -1,4 +1,5 @@
-"""Does transfer help, and from how many images on not any more? Random start, frozen and fine-tuned over five sizes, and over the epochs.
+"""Does transfer help, and from how many images on not any more? Random start, frozen and fine-tuned over five sizes,
+and over the epochs.
 
     export DR_TRANSFER_DATA=...                 # the folder with flowers/ and dr/
     python tools/transfer_study.py              # hours on two cores; goes on where it was stopped
@@ -6,11 +7,13 @@
 
     flowers      five classes, 96 pixels, efficientnet_lite0, three splits by photographer
     messidor2    referable or not, 112 pixels, efficientnet_lite0, three splits
-    ct           the CAD study in miniature: CifarNet, AlexNet and GoogLeNet on drawn lymph nodes, 64 pixels, three splits; from random weights, and pretrained
+    ct           the CAD study in miniature: CifarNet, AlexNet and GoogLeNet on drawn lymph nodes, 64 pixels, three
+                 splits; from random weights, and pretrained
                  here on the flowers, since their ImageNet weights are not at hand
 
-Results are kept in nbs/results/learning_NAME.csv and training_NAME.csv. The pixels are few so that a study takes less than two hours on one core; rates and
-decays are those of the plans and were not chosen on these images. Nothing is chosen by the unseen images either.
+Results are kept in nbs/results/learning_NAME.csv and training_NAME.csv. The pixels are few so that a study takes
+less than two hours on one core; rates and decays are those of the plans and were not chosen on these images. Nothing
+is chosen by the unseen images either.
 """
 
 import argparse
@@ -61,7 +64,7 @@ def messidor2(root):
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
-    "A file with weights that were trained on the flowers, and the better of two rates there: it is that of the random start on CT as well"
+    "A file with weights trained on the flowers, and the better of two rates there: that of the random start on CT, too"
     from dr_transfer.core import build_learner, fit
     from dr_transfer.models.backbones import save_weights
     from dr_transfer.training.plans import Phase, Plan

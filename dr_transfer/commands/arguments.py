@@ -122,7 +122,7 @@ def add_split_arguments(
         help='go on with a split that shares patients or copies between its subsets',
     )
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #4496329b
 def add_training_arguments(
     add: Callable,  # `add_argument` of a parser
 ):
@@ -162,7 +162,7 @@ def add_recipe_arguments(
         help='operating point: or specificity on the validation images',
     )
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #50803f3f
 def add_report_arguments(
     add: Callable,  # `add_argument` of a parser
 ):

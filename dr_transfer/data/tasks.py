@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import fastai.callback.data  # noqa: F401 - importing it gives a DataBlock weighted_dataloaders
 import numpy as np
 import pandas as pd
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock

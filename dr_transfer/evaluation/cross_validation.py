@@ -51,10 +51,8 @@ def _quiet(line):
 
 def _said(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
-    if isinstance(o, Task):
-        return {
-            k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')
-        }  # its targets stand in the table
+    if isinstance(o, Task):  # its targets stand in the table
+        return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')}
     if is_dataclass(o):
         return asdict(o)
     if isinstance(o, Path):
@@ -74,13 +72,8 @@ def _weights(arch, weights) -> str:
 
 def _kept(table, settings) -> Path | None:
     "Where what a training left behind is kept; None if something in the settings has no description"
-    about = [
-        list(zip(content_keys(table.image.tolist()), table.target, table.split)),
-        settings,
-        versions(),
-        READING,
-        TRAINING,
-    ]  # in their order
+    images = list(zip(content_keys(table.image.tolist()), table.target, table.split))  # in their order
+    about = [images, settings, versions(), READING, TRAINING]
     try:
         text = json.dumps(about, sort_keys=True, default=_said)
     except TypeError:
@@ -103,8 +96,8 @@ def _own_start(plan, kwargs) -> dict:
         return kwargs
     if kwargs.get('weights') not in (None, plan.weights):
         raise ValueError(
-            f"plan '{plan.name}' starts from {plan.weights} weights, and weights={str(kwargs['weights'])!r} (--weights) "
-            'asks for others: leave weights out, or take another plan'
+            f"plan '{plan.name}' starts from {plan.weights} weights, and weights={str(kwargs['weights'])!r} "
+            '(--weights) asks for others: leave weights out, or take another plan'
         )
     return {**kwargs, 'weights': plan.weights}
 
@@ -113,7 +106,10 @@ def _kept_table(file) -> pd.DataFrame:
     "A table that was kept, its numbers as numbers"
     t = read_csv(file)
     text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
-    return t.assign(**{c: pd.Series([_value(v) for v in t[c]], t.index) for c in t if c not in text})
+    for c in t:
+        if c not in text:
+            t[c] = pd.Series([_value(v) for v in t[c]], t.index)
+    return t
 
 
 def _value(text):
@@ -163,27 +159,28 @@ def train_once(
     plan: Any = None,  # Name or plan; chosen for set and machine if None
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Decides the head and the order
+    *,
     side: str = 'valid',  # Whose predictions: 'valid' or 'test'
     say: Callable = print,  # What is done with the lines that tell how it goes
     **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
-    plan, why = (
-        (plan, '') if plan else choose_plan(int((table.split == 'train').sum()), gpu=default_device().type != 'cpu')
-    )
+    why = ''
+    if not plan:
+        n_train = int((table.split == 'train').sum())
+        plan, why = choose_plan(n_train, gpu=default_device().type != 'cpu')
     kwargs = _own_start(get_plan(plan), kwargs)
     weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
-    file = _kept(table, [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}])
+    settings = [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}]
+    file = _kept(table, settings)
     kept = None if file is None else _read_kept(file)
     if kept is None:
         if why:
             say(f"plan '{plan}': {why}")
-        learn = fit(
-            build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs),
-            epochs=epochs,
-            say=say,
-        )
-        found, history = valid_predictions(learn, side), pd.DataFrame(learn.record['history'])
+        learn = build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs)
+        learn = fit(learn, epochs=epochs, say=say)
+        found = valid_predictions(learn, side)
+        history = pd.DataFrame(learn.record['history'])
         if file is None:
             return found, history
         try:
@@ -207,7 +204,10 @@ def _without_test(t) -> pd.DataFrame:
         raise ValueError(
             "every image is in the split 'test': nothing is left for cross-validation. Empty the column 'split'"
         )
-    note = f"the split of the data: {len(t) - len(kept)} images of 'test' are left out, the other {len(kept)} go into the folds"
+    note = (
+        f"the split of the data: {len(t) - len(kept)} images of 'test' are left out, "
+        f'the other {len(kept)} go into the folds'
+    )
     kept.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
     return kept
 
@@ -217,27 +217,41 @@ def fold_tables(
     task: Task,  # A task
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    *,
     folds: int = 5,  # How many
     seed: int = 42,  # Another seed, other folds
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
     say: Callable = print,  # What is done with the lines about patients and labels
 ) -> list[pd.DataFrame]:  # For each fold the table, with the fold as validation side
     "The folds of cross-validation as tables for `build_learner`"
-    goal, together, seed = task.target(target), Together(task.reader), check_seed(seed)
+    goal = task.target(target)
+    together = Together(task.reader)
+    seed = check_seed(seed)
     t = _without_test(encode_target(label_table(data, labels, group_col=group_col), goal))
     apart = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
     with group_errors(t):
         parts = grouped_folds(t.target.to_numpy(), apart, folds, seed)
-    return [t.assign(split=np.where(np.isin(np.arange(len(t)), test), 'valid', 'train')) for _, test in parts]
+    rows = np.arange(len(t))
+    return [t.assign(split=np.where(np.isin(rows, test), 'valid', 'train')) for _, test in parts]
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #f7cdd0cb
+def _told(say, name):
+    "A function like `say` whose lines begin with a name"
+
+    def tell(line):
+        say(f'{name}: {line}')
+
+    return tell
+
+
 def cross_validate(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
+    *,
     folds: int = 5,  # How many
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Decides the folds, and the order within them
@@ -247,17 +261,11 @@ def cross_validate(
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
     "Predictions of every image by a model that saw neither it nor its group nor a copy"
     task = get_task(task, kwargs.pop('size', None))
-    tables, out = fold_tables(data, task, target, labels, folds, seed, group_col, say), []
+    tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
+    out = []
     for k, t in enumerate(tables, 1):
-        p, _ = train_once(
-            t,
-            task,
-            target,
-            epochs=epochs,
-            seed=seed,
-            say=lambda line: say(f'fold {k} of {len(tables)}: {line}'),
-            **kwargs,
-        )
+        tell = _told(say, f'fold {k} of {len(tables)}')
+        p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=tell, **kwargs)
         out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
     out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
@@ -271,10 +279,10 @@ def decide_across(
     **share,  # `sensitivity` or `specificity`, as `choose_decision` takes it
 ) -> tuple[pd.DataFrame, Decision]:  # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
-    parts = [
-        apply_decision(table[table.fold == k], classes, choose_decision(table[table.fold != k], classes, **share))
-        for k in sorted(table.fold.unique())
-    ]
+    parts = []
+    for k in sorted(table.fold.unique()):
+        decision = choose_decision(table[table.fold != k], classes, **share)
+        parts.append(apply_decision(table[table.fold == k], classes, decision))
     out = pd.concat(parts).sort_index()
     out.attrs = dict(table.attrs)
     return out, choose_decision(table, classes, **share)

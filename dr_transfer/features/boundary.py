@@ -27,8 +27,13 @@ class Front(nn.Module):
 
     def __init__(self, body: Body, k: int, means: bool = False):
         super().__init__()
-        self.body, self.stages, self.means, n = body, body.stages, means, len(body.stages)
-        self.k, self.keep = k, [i for i in range(n - self.stages.tap, k - 1) if i >= 0] if k < n else []
+        self.body = body
+        self.stages = body.stages
+        self.means = means
+        self.k = k
+        n = len(self.stages)
+        first = max(n - self.stages.tap, 0)  # of the stages that the head sees
+        self.keep = list(range(first, k - 1)) if k < n else []
 
     def forward(self, x) -> dict:
         s = self.body.forward_setting if x.device.type == 'cpu' else self.body.setting(x)
@@ -36,7 +41,8 @@ class Front(nn.Module):
         with s.cast(x.device.type):
             if self.k == len(stages):
                 return {'boundary': stages(s.place(x)).float()}
-            out, x = {}, s.place(x)
+            out = {}
+            x = s.place(x)
             for i in range(self.k):
                 x = stages[i](x)
                 if i in self.keep:
@@ -49,15 +55,19 @@ class Rest(Body):
 
     def __init__(self, body: Body, k: int):
         rest = Stages(OrderedDict(list(body.stages.named_children())[k:]))
-        rest.spec, rest.weights, rest.tap = body.stages.spec, body.stages.weights, body.stages.tap
+        rest.spec = body.stages.spec
+        rest.weights = body.stages.weights
+        rest.tap = body.stages.tap
         super().__init__(rest, body.forward_setting, body.train_setting)
 
     def forward(self, x, *sides):
         if not len(self.stages):
             return x
-        s, stages = self.setting(x), self.quick(x)
+        s = self.setting(x)
+        stages = self.quick(x)
         with s.cast(x.device.type):
-            return stages.joined([*sides, x, *stages.maps(s.place(x if s.bf16 else x.float()))]).float()
+            maps = stages.maps(s.place(x if s.bf16 else x.float()))
+            return stages.joined([*sides, x, *maps]).float()
 
 
 def split_body(
@@ -77,7 +87,8 @@ class BoundaryMaps:
     "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
 
     def __init__(self, arrays: list, rows):
-        self.arrays, self.rows = arrays, np.asarray(rows)
+        self.arrays = arrays
+        self.rows = np.asarray(rows)
 
     def batch(self, i, views) -> list:  # Tensors (n, ...)
         "The maps of some images, each in one of its views"
@@ -85,15 +96,16 @@ class BoundaryMaps:
 
 
 def _tensor(a):
-    return (
-        torch.from_numpy(np.ascontiguousarray(a)).view(torch.bfloat16)
-        if a.dtype == np.int16
-        else torch.from_numpy(np.ascontiguousarray(a))
-    )
+    "An array as a tensor; int16 are the bits of bfloat16"
+    t = torch.from_numpy(np.ascontiguousarray(a))
+    return t.view(torch.bfloat16) if a.dtype == np.int16 else t
 
 
 def _array(x):
-    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).cpu().numpy()
+    "A tensor as an array; bfloat16 as its bits, int16"
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.int16)
+    return x.cpu().numpy()
 
 
 def boundary_store(
@@ -106,18 +118,12 @@ def boundary_store(
     with torch.inference_mode():
         probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
     names = [n for n, _ in front.stages.named_children()]
-    what = {
-        **about,
-        'maps': names[front.k - 1],
-        'tap': front.stages.tap,
-        'weights': weights_digest(front.body, names[front.k - 1]),
-    }
-    return ArrayStore(
-        folder or cache_folder() / 'boundary',
-        f'{about["arch"]}-{about["size"]}px-{names[front.k - 1]}',
-        what,
-        {n: ((len(VIEWS[about['views']]), *m.shape[1:]), _array(m).dtype) for n, m in probe.items()},
-    )
+    last = names[front.k - 1]
+    what = {**about, 'maps': last, 'tap': front.stages.tap, 'weights': weights_digest(front.body, last)}
+    n_views = len(VIEWS[about['views']])
+    fields = {name: ((n_views, *m.shape[1:]), _array(m).dtype) for name, m in probe.items()}
+    name = f'{about["arch"]}-{about["size"]}px-{last}'
+    return ArrayStore(folder or cache_folder() / 'boundary', name, what, fields)
 
 # %% ../../nbs/features/05_boundary.ipynb #81af9f5c
 def boundary_gb(
@@ -141,7 +147,8 @@ def boundary_maps(
     def f(x, names):
         return {k: _array(v.contiguous()) for k, v in front(x).items()}
 
-    (rows,) = fill_stores([store], list(sources), compute_views(f, front.body, about, label), about['batch'])
+    compute = compute_views(f, front.body, about, label)
+    (rows,) = fill_stores([store], list(sources), compute, about['batch'])
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
 # %% ../../nbs/features/05_boundary.ipynb #0ca06218
@@ -154,16 +161,20 @@ def boundary_loader(
     weights=None,  # With `shuffle`: how often each image is drawn (n,); alike if None
 ) -> DataLoader:  # Batches (map, ..., class numbers)
     "Batches of stored maps; without `shuffle` the image as it is"
+    n = len(y)
     n_views = maps.arrays[0].shape[1]
+    device = device or 'cpu'
 
     def batch(rows):
         i = torch.as_tensor(rows)
-        v = torch.randint(n_views, (len(i),)) if shuffle else torch.zeros(len(i), dtype=torch.long)
-        return (*(m.to(device or 'cpu') for m in maps.batch(i.numpy(), v.numpy())), y[i].to(device or 'cpu'))
+        v = torch.zeros(len(i), dtype=torch.long)
+        if shuffle:
+            v = torch.randint(n_views, (len(i),))
+        tensors = maps.batch(i.numpy(), v.numpy())
+        return (*(m.to(device) for m in tensors), y[i].to(device))
 
-    drawn = (
-        {}
-        if weights is None or not shuffle
-        else {'get_idxs': lambda: np.random.choice(len(y), len(y), p=weights).tolist()}
-    )
-    return DataLoader(list(range(len(y))), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)
+    def draw():
+        return np.random.choice(n, n, p=weights).tolist()
+
+    drawn = {'get_idxs': draw} if shuffle and weights is not None else {}
+    return DataLoader(list(range(n)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)

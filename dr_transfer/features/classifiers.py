@@ -43,27 +43,34 @@ def grouped_folds(
     n: int = 5,  # Folds; fewer if a class has fewer groups
     seed: int = 0,  # The same seed gives the same folds
 ) -> list:  # (training, test) row numbers, a pair for each fold
-    "Folds with classes in proportion and groups whole; every training part knows every class; ValueError if one has fewer than 2 groups"
-    y, g = np.asarray(y), group_codes(groups, len(y))
+    "Folds with classes in proportion, groups whole and every class in training; ValueError if one has too few groups"
+    y = np.asarray(y)
+    g = group_codes(groups, len(y))
     if n < 2:
         raise ValueError(f'{n} folds: give 2 or more')
-    have, kind = _group_counts(y, g), 'images' if groups is None else 'groups'
+    have = _group_counts(y, g)
+    kind = 'images' if groups is None else 'groups'
     if have.min() < 2:
         raise ValueError(
             f"class '{have.idxmin()}' has {have.min()} {kind}: cross-validation needs 2 {kind} "
             f'or more of each class. Add {kind}, or leave the class out'
         )
+    needed = have.clip(upper=3) - 1
+
+    def knows_every_class(train):
+        counts = _group_counts(y[train], g[train]).reindex(have.index, fill_value=0)
+        return (counts >= needed).all()
+
     k, together = (StratifiedKFold, None) if len(set(g)) == len(g) else (StratifiedGroupKFold, g)
     for folds in range(min(n, have.min()), 1, -1):
         for i in range(5):
-            out = list(k(folds, shuffle=True, random_state=seed + 10_007 * i).split(np.zeros(len(y)), y, together))
-            if all(
-                (_group_counts(y[a], g[a]).reindex(have.index, fill_value=0) >= have.clip(upper=3) - 1).all()
-                for a, _ in out
-            ):
+            splitter = k(folds, shuffle=True, random_state=seed + 10_007 * i)
+            out = list(splitter.split(np.zeros(len(y)), y, together))
+            if all(knows_every_class(train) for train, _ in out):
                 return out
     raise ValueError(
-        f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': add {kind}, or leave the class out"
+        f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': "
+        f'add {kind}, or leave the class out'
     )
 
 # %% ../../nbs/features/02_classifiers.ipynb #1eadb8fc
@@ -71,8 +78,12 @@ class _Orbit:
     "All views as rows, those of an image after one another"
 
     def __init__(self, x, y, groups, seed):
-        self.views, self.labels, self.groups, self.seed = x.shape[1], y, groups, seed
-        self.x, self.y = x.reshape(-1, x.shape[-1]), np.repeat(y, self.views)
+        self.views = x.shape[1]
+        self.labels = y
+        self.groups = groups
+        self.seed = seed
+        self.x = x.reshape(-1, x.shape[-1])
+        self.y = np.repeat(y, self.views)
         self.weights = np.full(len(self.y), 1 / self.views)
 
     @cached_property
@@ -80,21 +91,22 @@ class _Orbit:
         return self.splits(5)
 
     def rows(self, images):
-        return (np.asarray(images)[:, None] * self.views + np.arange(self.views)).ravel()
+        first = np.asarray(images)[:, None] * self.views
+        return (first + np.arange(self.views)).ravel()
 
     def splits(self, n) -> list:
         "(training, test) row numbers"
-        return [(self.rows(a), self.rows(b)) for a, b in grouped_folds(self.labels, self.groups, n, self.seed)]
+        folds = grouped_folds(self.labels, self.groups, n, self.seed)
+        return [(self.rows(train), self.rows(test)) for train, test in folds]
 
     def by(self, cv) -> list:
         "The same from what scikit-learn calls cv, applied to images"
         if cv is None or isinstance(cv, int):
             return self.splits(cv or 5)
+        n = len(self.labels)
         cv = check_cv(cv, self.labels, classifier=True)
-        return [
-            (self.rows(a), self.rows(b))
-            for a, b in cv.split(np.zeros(len(self.labels)), self.labels, group_codes(self.groups, len(self.labels)))
-        ]
+        folds = cv.split(np.zeros(n), self.labels, group_codes(self.groups, n))
+        return [(self.rows(train), self.rows(test)) for train, test in folds]
 
 # %% ../../nbs/features/02_classifiers.ipynb #5b99e070
 LEAST = 0.001  # A probability counts as at least this much
@@ -105,7 +117,8 @@ def _loss(model, x, y, views) -> float:
     if not hasattr(model, 'predict_proba'):
         return 1 - model.score(x, y)
     p = model.predict_proba(x).reshape(-1, views, len(model.classes_)).mean(1)
-    return -np.log(p[np.arange(len(p)), np.searchsorted(model.classes_, y[::views])].clip(LEAST)).mean()
+    right = p[np.arange(len(p)), np.searchsorted(model.classes_, y[::views])]
+    return -np.log(right.clip(LEAST)).mean()
 
 
 def _choose(orbit, path, settings, n=5):
@@ -113,8 +126,10 @@ def _choose(orbit, path, settings, n=5):
     total = np.zeros(len(settings))
     for train, test in orbit.splits(n):
         models = path(orbit.x[train], orbit.y[train], orbit.weights[train], settings)
-        x, y = orbit.x[test], orbit.y[test]
-        total += [len(test) / len(orbit.y) * _loss(m, x, y, orbit.views) for m in models]
+        share = len(test) / len(orbit.y)
+        x = orbit.x[test]
+        y = orbit.y[test]
+        total += [share * _loss(m, x, y, orbit.views) for m in models]
     return int(total.argmin()), dict(zip(settings, total.tolist()))
 
 
@@ -126,15 +141,15 @@ def _best(orbit, path, settings, n=5):
     return model
 
 # %% ../../nbs/features/02_classifiers.ipynb #bb93cb83
-STRENGTHS = tuple(
-    float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, 0.5)
-)  # C of logistic regression, strongest regularisation first
+# C of logistic regression, strongest regularisation first
+STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, 0.5))
 EPOCHS = (1, 2, 4, 8, 16, 32, 64)  # Of the dense network; more than 8 only up to 400 steps
 NEIGHBOURS = (33, 17, 9, 5, 3)  # Images that vote
 
 
 def _logistic_path(x, y, w, settings):
-    x, model = x.astype(np.float64), LogisticRegression(max_iter=5000, warm_start=True)
+    x = x.astype(np.float64)
+    model = LogisticRegression(max_iter=5000, warm_start=True)
     for C in settings:
         yield model.set_params(C=C).fit(x, y, w)
 
@@ -170,9 +185,8 @@ def _svm(orbit, make, strengths):
             yield make(C).fit(x, y, w)
 
     i, losses = _choose(orbit, path, strengths, 3)
-    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=orbit.folds).fit(
-        orbit.x, orbit.y, sample_weight=orbit.weights
-    )
+    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=orbit.folds)
+    model.fit(orbit.x, orbit.y, sample_weight=orbit.weights)
     model.losses_ = losses
     return model
 
@@ -182,10 +196,28 @@ def _forest(orbit):
     return forest.fit(orbit.x, orbit.y, orbit.weights).set_params(n_jobs=1)  # threads add up in any order
 
 
+def _logistic(orbit):
+    return _best(orbit, _logistic_path, STRENGTHS)
+
+
+def _linear_svm(orbit):
+    def make(C):
+        return LinearSVC(C=C, max_iter=10_000, random_state=orbit.seed)
+
+    return _svm(orbit, make, (1e-4, 1e-3, 1e-2))
+
+
+def _rbf_svm(orbit):
+    def make(C):
+        return SVC(C=C)
+
+    return _svm(orbit, make, (1.0, 10.0))
+
+
 CLASSIFIERS = {
-    'logistic': lambda o: _best(o, _logistic_path, STRENGTHS),
-    'linear_svm': lambda o: _svm(o, lambda C: LinearSVC(C=C, max_iter=10_000, random_state=o.seed), (1e-4, 1e-3, 1e-2)),
-    'rbf_svm': lambda o: _svm(o, lambda C: SVC(C=C), (1.0, 10.0)),
+    'logistic': _logistic,
+    'linear_svm': _linear_svm,
+    'rbf_svm': _rbf_svm,
     'neighbours': _neighbours,
     'forest': _forest,
     'dense': _dense,
@@ -194,15 +226,18 @@ CLASSIFIERS = {
 
 def _fit_given(model, orbit, y):
     "An estimator of scikit-learn, with folds of images and with probabilities"
-    model, weights, searches = clone(model), {}, 'cv' in model.get_params(deep=False)
+    model = clone(model)
+    searches = 'cv' in model.get_params(deep=False)
     if searches:
         model.set_params(cv=orbit.by(model.cv))
     if searches and not hasattr(model, 'predict_proba'):
         raise ValueError(
-            f'{type(model).__name__} chooses by cross-validation and gives no probabilities: let it choose among estimators with predict_proba'
+            f'{type(model).__name__} chooses by cross-validation and gives no probabilities: '
+            'let it choose among estimators with predict_proba'
         )
     if not hasattr(model, 'predict_proba'):
         model = CalibratedClassifierCV(model, ensemble=False, cv=orbit.folds)
+    weights = {}
     if has_fit_parameter(model, 'sample_weight'):
         weights = {'sample_weight': orbit.weights}
     return model.fit(orbit.x, y, **weights)
@@ -257,21 +292,27 @@ def _source(X, stages):
     "Where features come from: their description, with the weights of each stage, and the names of the stages"
     if not isinstance(X, Features):
         return None
-    return {**X.about, 'weights_of': {n: X.stores[n].about['weights'] for n in X.stages}}, _chosen(stages, X.stages)
+    weights = {n: X.stores[n].about['weights'] for n in X.stages}
+    return {**X.about, 'weights_of': weights}, _chosen(stages, X.stages)
 
 
 def _check_name(classifier):
-    if classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator):
-        return
-    raise unknown(
-        'classifier', classifier, CLASSIFIERS, 'Or give an estimator of scikit-learn, such as LogisticRegression()'
-    )
+    "ValueError for what is neither a name in `CLASSIFIERS` nor an estimator"
+    known = classifier in CLASSIFIERS if isinstance(classifier, str) else isinstance(classifier, BaseEstimator)
+    if not known:
+        hint = 'Or give an estimator of scikit-learn, such as LogisticRegression()'
+        raise unknown('classifier', classifier, CLASSIFIERS, hint)
+
+
+def _scaled(self, x) -> np.ndarray:
+    "Features (images, views, channels), standardised, as rows"
+    return self.scaler_.transform(x.reshape(-1, x.shape[-1]))
 
 
 def _train(self, x, codes, groups):
     "The fitted estimator below a classifier"
     _check_name(self.classifier)
-    orbit = _Orbit(self.scaler_.transform(x.reshape(-1, x.shape[-1])).reshape(x.shape), codes, groups, self.seed)
+    orbit = _Orbit(_scaled(self, x).reshape(x.shape), codes, groups, self.seed)
     with threadpool_limits(1, user_api='blas'):
         if isinstance(self.classifier, str):
             return CLASSIFIERS[self.classifier](orbit)
@@ -283,39 +324,52 @@ def _mean_proba(self, X) -> np.ndarray:
     x = _views_of(X, self.stages, self.pool)
     if x.shape[-1] != self.n_features_in_:
         raise ValueError(
-            f'features with {x.shape[-1]} channels: this classifier learnt from {self.n_features_in_}. Give the same stages and pool'
+            f'features with {x.shape[-1]} channels: this classifier learnt from {self.n_features_in_}. '
+            'Give the same stages and pool'
         )
-    rows = self.scaler_.transform(x.reshape(-1, x.shape[-1]))
+    rows = _scaled(self, x)
     with threadpool_limits(1, user_api='blas'):
-        return self.estimator_.predict_proba(rows).reshape(*x.shape[:2], -1).mean(1)
+        p = self.estimator_.predict_proba(rows)
+    return p.reshape(*x.shape[:2], -1).mean(1)
 
 # %% ../../nbs/features/02_classifiers.ipynb #c998cd1b
+_NO_HEAD = {
+    'forest': 'a forest asks questions, it is no sum of weighted features',
+    'neighbours': 'neighbours compare with stored images',
+    'rbf_svm': 'it compares with stored images',
+    'linear_svm': 'its probabilities are calibrated for one class at a time',
+}  # name of a classifier -> why it is no head
+
+
 def _layers(model) -> list:
     "(weight, bias) of each layer, or the reason in a ValueError"
-    why = {
-        'forest': 'a forest asks questions, it is no sum of weighted features',
-        'neighbours': 'neighbours compare with stored images',
-        'rbf_svm': 'it compares with stored images',
-        'linear_svm': 'its probabilities are calibrated for one class at a time',
-    }
-    if isinstance(model.estimator_, LogisticRegression):
-        layers = [(model.estimator_.coef_, model.estimator_.intercept_)]
+    estimator = model.estimator_
+    if isinstance(estimator, LogisticRegression):
+        layers = [(estimator.coef_, estimator.intercept_)]
     elif (
-        isinstance(model.estimator_, MLPClassifier)
-        and model.estimator_.activation == 'relu'
-        and len(model.classes_) == len(model.estimator_.classes_)
+        isinstance(estimator, MLPClassifier)
+        and estimator.activation == 'relu'
+        and len(model.classes_) == len(estimator.classes_)
     ):
-        layers = [(w.T, b) for w, b in zip(model.estimator_.coefs_, model.estimator_.intercepts_)]
+        layers = [(w.T, b) for w, b in zip(estimator.coefs_, estimator.intercepts_)]
     else:
-        name = model.classifier if isinstance(model.classifier, str) else type(model.estimator_).__name__
-        raise ValueError(
-            f"'{name}' cannot be the head of a network: {why.get(name, 'it is no layer or two with a softmax')}. "
-            "Take classifier='logistic' or 'dense'"
-        )
+        name = model.classifier if isinstance(model.classifier, str) else type(estimator).__name__
+        why = _NO_HEAD.get(name, 'it is no layer or two with a softmax')
+        raise ValueError(f"'{name}' cannot be the head of a network: {why}. Take classifier='logistic' or 'dense'")
     w, b = layers[-1]
-    return layers if len(w) > 1 else [*layers[:-1], (np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2)]
+    if len(w) == 1:
+        layers[-1] = (np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2)
+    return layers
 
 # %% ../../nbs/features/02_classifiers.ipynb #f8b17ff6
+def _copy_scaler(scaler, norm):
+    "Let a BatchNorm layer do what a scaler does"
+    var = scaler.var_.astype(np.float32)
+    norm.running_mean.copy_(torch.tensor(scaler.mean_))
+    norm.running_var.copy_(torch.tensor(var))
+    norm.weight.copy_(torch.tensor(np.sqrt(var + np.float64(norm.eps)) / scaler.scale_))
+
+
 @torch.no_grad()
 def classifier_head(
     model,  # A fitted `FeatureClassifier`, 'logistic' or 'dense'
@@ -324,21 +378,16 @@ def classifier_head(
     check_is_fitted(model)
     layers = _layers(model)
     hidden = tuple(len(w) for w, _ in layers[:-1])
-    head = create_head(
-        Head(hidden, HEADS['dense' if hidden else 'linear'].dropout), model.n_features_in_, len(model.classes_)
-    ).eval()
-    norms, linears = ([m for m in head if isinstance(m, k)] for k in (nn.BatchNorm1d, nn.Linear))
+    dropout = HEADS['dense' if hidden else 'linear'].dropout
+    head = create_head(Head(hidden, dropout), model.n_features_in_, len(model.classes_)).eval()
+    norms = [m for m in head if isinstance(m, nn.BatchNorm1d)]
+    linears = [m for m in head if isinstance(m, nn.Linear)]
     for norm in norms:
         norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-    first, scaler = norms[0], model.scaler_
-    var = scaler.var_.astype(np.float32)
-    for to, a in [
-        (first.running_mean, scaler.mean_),
-        (first.running_var, var),
-        (first.weight, np.sqrt(var + np.float64(first.eps)) / scaler.scale_),
-        *((getattr(l, k), v) for l, (w, b) in zip(linears, layers) for k, v in (('weight', w), ('bias', b))),
-    ]:
-        to.copy_(torch.tensor(a))
+    _copy_scaler(model.scaler_, norms[0])
+    for linear, (weight, bias) in zip(linears, layers):
+        linear.weight.copy_(torch.tensor(weight))
+        linear.bias.copy_(torch.tensor(bias))
     return head
 
 # %% ../../nbs/features/02_classifiers.ipynb #20e1de25
@@ -352,14 +401,24 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         pool: str = 'mean',  # 'mean' or 'max', for `Features`
         seed: int = 0,  # Decides folds and random starts
     ):
-        self.classifier, self.stages, self.pool, self.seed = classifier, stages, pool, seed
+        self.classifier = classifier
+        self.stages = stages
+        self.pool = pool
+        self.seed = seed
 
-    def fit(self, X, y, groups=None):
-        "X: `Features` or array (images, views, channels) or (images, channels); y: classes (n,); groups (n,): what stays together; ValueError for what does not fit"
+    def fit(
+        self,
+        X,  # `Features`, or an array (images, views, channels) or (images, channels)
+        y,  # Class of each image (n,)
+        groups=None,  # What stays together (n,)
+    ):
+        "Train on all views; ValueError for what does not fit"
         x = _views_of(X, self.stages, self.pool)
-        (self.classes_, codes), self.n_features_in_ = _classes(y, len(x)), x.shape[-1]
+        self.classes_, codes = _classes(y, len(x))
+        self.n_features_in_ = x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
-        self.source_, self.estimator_ = _source(X, self.stages), _train(self, x, codes, groups)
+        self.source_ = _source(X, self.stages)
+        self.estimator_ = _train(self, x, codes, groups)
         return self
 
     def predict_proba(self, X) -> np.ndarray:
@@ -387,10 +446,12 @@ def out_of_fold(
     "Probabilities of each image from a classifier that saw neither it nor its group"
     if not isinstance(X, Features):
         X = np.asarray(X)
-    y, g = np.asarray(y), group_codes(groups, len(y))
+    y = np.asarray(y)
+    g = group_codes(groups, len(y))
     classes, _ = _classes(y, len(X))
     p = np.zeros((len(y), len(classes)))
     for train, test in grouped_folds(y, groups, folds, seed):
-        a, b = (X.take(train), X.take(test)) if isinstance(X, Features) else (X[train], X[test])
-        p[test] = clone(classifier).fit(a, y[train], None if groups is None else g[train]).predict_proba(b)
+        seen, unseen = (X.take(train), X.take(test)) if isinstance(X, Features) else (X[train], X[test])
+        model = clone(classifier).fit(seen, y[train], None if groups is None else g[train])
+        p[test] = model.predict_proba(unseen)
     return p

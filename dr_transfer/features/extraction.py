@@ -38,7 +38,10 @@ class Features:
     "Features of images in stores on disk, one for each stage and view; what is not asked for is not read"
 
     def __init__(self, stores: dict, rows: dict, images: list, views: str = 'none'):
-        self.stores, self.rows, self.images, self.view_set = stores, rows, list(images), views
+        self.stores = stores
+        self.rows = rows
+        self.images = list(images)
+        self.view_set = views
 
     def __len__(self):
         return len(self.images)
@@ -58,14 +61,16 @@ class Features:
     def take(self, rows) -> 'Features':
         "Some of the images, by number or by a mask"
         rows = np.arange(len(self))[rows]
-        return Features(
-            self.stores, {k: r[rows] for k, r in self.rows.items()}, [self.images[i] for i in rows], self.view_set
-        )
+        stored_rows = {k: r[rows] for k, r in self.rows.items()}
+        images = [self.images[i] for i in rows]
+        return Features(self.stores, stored_rows, images, self.view_set)
 
 # %% ../../nbs/features/01_extraction.ipynb #f205004b
 def _chosen(names, known, what='stage') -> list:
     "Names that are known, as a list; all if None"
-    names = [names] if isinstance(names, str) else list(known) if names is None else list(names)
+    if names is None:
+        names = known
+    names = [names] if isinstance(names, str) else list(names)
     for n in names or ['']:
         if n not in known:
             raise unknown(what, n, known)
@@ -83,16 +88,22 @@ def features_array(
     i = features.about['pools'].index(pool)
 
     def part(field):
-        a, r = stored_array(features.stores[field], field), features.rows[field]
-        straight = len(r) and np.array_equal(r, np.arange(r[0], r[0] + len(r)))
-        return a[r[0] : r[0] + len(r), :, i] if straight else a[r, :, i]
+        a = stored_array(features.stores[field], field)
+        r = features.rows[field]
+        if len(r):
+            piece = slice(r[0], r[0] + len(r))
+            if np.array_equal(r, np.arange(piece.start, piece.stop)):
+                return a[piece, :, i]
+        return a[r, :, i]
 
     def joined(parts, axis):
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
-    return joined(
-        [joined([part(_field(n, v)) for v in range(features.views)], 1) for n in _chosen(stages, features.stages)], -1
-    )
+    arrays = []
+    for name in _chosen(stages, features.stages):
+        views = [part(_field(name, v)) for v in range(features.views)]
+        arrays.append(joined(views, 1))
+    return joined(arrays, -1)
 
 # %% ../../nbs/features/01_extraction.ipynb #fc584610
 def features_table(
@@ -103,14 +114,13 @@ def features_table(
     "Features as a table, the mean over the views"
     names = _chosen(stages, features.stages)
     columns = [f'{n}_{i:03d}' for n in names for i in range(features.stages[n])]
-    return pd.DataFrame(
-        features_array(features, names, pool).mean(1),
-        index=pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False),
-        columns=columns,
-    )
+    images = pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False)
+    means = features_array(features, names, pool).mean(1)
+    return pd.DataFrame(means, index=images, columns=columns)
 
 
-Features.numpy, Features.pandas = features_array, features_table
+Features.numpy = features_array
+Features.pandas = features_table
 
 # %% ../../nbs/features/01_extraction.ipynb #31a6d3ea
 def weights_digest(
@@ -118,22 +128,27 @@ def weights_digest(
     last: str | None = None,  # Last stage that counts; all if None
 ) -> str:  # 16 hexadecimal digits of a SHA-256
     "The weights and statistics of a body, as they are now, as a hash"
-    stages, h = body.stages, hashlib.sha256()
+    stages = body.stages
     if last and isinstance(stages, Stages):
         stages = stages[: stage_names(stages).index(last) + 1]
+    h = hashlib.sha256()
     for k, v in stages.state_dict().items():
-        h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+        array = v.detach().cpu().contiguous().numpy()
+        h.update(k.encode() + array.tobytes())
     return h.hexdigest()[:16]
 
 
-_MADE_BY = ' '.join([f'reading {READING}', *(f'{p} {package_version(p)}' for p in ('torch', 'timm', 'pillow'))])
+_VERSIONS = [f'{p} {package_version(p)}' for p in ('torch', 'timm', 'pillow')]
+_MADE_BY = ' '.join([f'reading {READING}', *_VERSIONS])
 
 
 def _machine(body, bs) -> dict:
     "What decides the last bits besides network and settings: the sums of a batch are added in another order"
     device = next(body.parameters()).device
-    instructions = {'instructions': torch.backends.cpu.get_cpu_capability()} if device.type == 'cpu' else {}
-    return {'device': device.type, 'batch': bs or good_bs(device), **instructions}
+    machine = {'device': device.type, 'batch': bs or good_bs(device)}
+    if device.type == 'cpu':
+        machine['instructions'] = torch.backends.cpu.get_cpu_capability()
+    return machine
 
 
 def reading(
@@ -176,18 +191,16 @@ def not_finite(
     where: str = '',  # Name of the stage
 ) -> ValueError:  # To be raised
     "The error for NaN or infinite numbers that a network computes: the images are not at fault"
-    name, stages = body.stages.spec.name, body.stages
-    what = f"the features of '{name}'{f' at {where}' if where else ''} are NaN or infinite for some images, which are not at fault"
-    if not all(v.isfinite().all() for v in stages.state_dict().values() if v.is_floating_point()):
-        return ValueError(
-            f'{what}: its weights hold NaN or infinite numbers. Give another file of weights (weights=..., `--weights FILE`)'
-        )
-    precision = (
-        ", or compute with setting='plain' (`--setting plain`) instead of bf16" if body.forward_setting.bf16 else ''
-    )
-    return ValueError(
-        f'{what}: its numbers overflow. Give another file of weights (weights=..., `--weights FILE`){precision}'
-    )
+    at = f' at {where}' if where else ''
+    what = f"the features of '{body.stages.spec.name}'{at} are NaN or infinite for some images, which are not at fault"
+    advice = 'Give another file of weights (weights=..., `--weights FILE`)'
+    floats = [v for v in body.stages.state_dict().values() if v.is_floating_point()]
+    if not all(v.isfinite().all() for v in floats):
+        return ValueError(f'{what}: its weights hold NaN or infinite numbers. {advice}')
+    precision = ''
+    if body.forward_setting.bf16:
+        precision = ", or compute with setting='plain' (`--setting plain`) instead of bf16"
+    return ValueError(f'{what}: its numbers overflow. {advice}{precision}')
 
 
 def compute_views(
@@ -216,14 +229,13 @@ def compute_views(
         @torch.inference_mode()
         def views(x):
             x = normalise(x.to(device), about['mean'], about['std'])
-            out = [f(v(x), names) for v in VIEWS[about['views']]]
-            return {k: checked(k, np.stack([o[k] for o in out], 1)) for k in out[0]}
+            out = [f(view(x), names) for view in VIEWS[about['views']]]
+            stacked = {k: np.stack([o[k] for o in out], 1) for k in out[0]}
+            return {k: checked(k, a) for k, a in stacked.items()}
 
-        return progress(
-            map_batches(views, sources, read, bs, device),
-            total=-(-len(sources) // bs),
-            label=f'{label}, batches of {bs}',
-        )
+        n_batches = -(-len(sources) // bs)
+        batches = map_batches(views, sources, read, bs, device)
+        return progress(batches, total=n_batches, label=f'{label}, batches of {bs}')
 
     return compute
 
@@ -236,17 +248,20 @@ def extract_features(
     fit: str = 'crop',  # 'pad', 'squish' or 'crop'
     views: str = 'none',  # Name in `VIEWS`
     stages=None,  # Names of stages; all if None
+    *,
     pools=('mean',),  # 'mean', 'max' or both; the same for features without places
     folder: str | Path | None = None,  # Where stores are; in the cache if None
     bs: int | None = None,  # Images in a batch, part of the description; chosen if None
     label: str = 'features',  # What the progress bar says
 ) -> Features:
-    "Pooled features of every stage and view, computed unless they are stored; ValueError for an image that cannot be read"
+    "Pooled features of every stage and view, computed unless stored; ValueError for an image that cannot be read"
     sources = image_list(sources)
     if not len(sources):
         raise ValueError('no images: give a list with some')
-    names, pools = _chosen(stages, stage_names(body.stages)), _chosen(pools, POOLS, 'pool')
-    names = [n for n in stage_names(body.stages) if n in names]
+    known = stage_names(body.stages)
+    wanted = _chosen(stages, known)
+    pools = _chosen(pools, POOLS, 'pool')
+    names = [n for n in known if n in wanted]
     about = {**reading(body, size, reader, fit, views, bs), 'pools': pools}
     stores = _view_stores(body, about, names, folder or cache_folder() / 'features')
     f = partial(_pooled_views, body, VIEWS[views], pools)
@@ -258,27 +273,31 @@ def extract_features(
 @torch.inference_mode()
 def _view_stores(body, about, names, folder) -> dict:
     "Field -> the store for a stage in one of the views"
-    (device, size), out = (next(body.eval().parameters()).device, about['size']), {}
-    widths = {k: v.shape[-1] for k, v in body.pooled(torch.zeros(1, 3, size, size, device=device), names).items()}
+    device = next(body.eval().parameters()).device
+    size = about['size']
+    probe = body.pooled(torch.zeros(1, 3, size, size, device=device), names)
     digests = {n: weights_digest(body, n) for n in names}
+    out = {}
     for v, n in product(range(len(VIEWS[about['views']])), names):
-        view, field = f'{about["views"]}-{v}' if v else 'none', _field(n, v)
-        out[field] = ArrayStore(
-            folder,
-            f'{about["arch"]}-{size}px-{view}-{n}',
-            {**about, 'views': view, 'stage': n, 'weights': digests[n]},
-            {field: ((1, len(about['pools']), widths[n]), 'float32')},
-        )
+        view = f'{about["views"]}-{v}' if v else 'none'
+        field = _field(n, v)
+        shape = (1, len(about['pools']), probe[n].shape[-1])
+        what = {**about, 'views': view, 'stage': n, 'weights': digests[n]}
+        out[field] = ArrayStore(folder, f'{about["arch"]}-{size}px-{view}-{n}', what, {field: (shape, 'float32')})
     return out
 
 
 def _pooled_views(body, views, pools, x, fields) -> dict:
     "Pooled features of a batch for fields, each a stage in one of the views"
+    stages = {i: {} for i in range(len(views))}  # number of the view -> stage -> field
+    for field in fields:
+        stage, _, i = field.partition('.')
+        stages[int(i or 0)][stage] = field
     out = {}
     for i, view in enumerate(views):
-        wanted = {f.partition('.')[0]: f for f in fields if int(f.partition('.')[2] or 0) == i}
-        if wanted:
-            out |= {wanted[n]: a.cpu().numpy() for n, a in body.pooled(view(x), list(wanted), pools).items()}
+        if stages[i]:
+            pooled = body.pooled(view(x), list(stages[i]), pools)
+            out |= {stages[i][name]: a.cpu().numpy() for name, a in pooled.items()}
     return out
 
 # %% ../../nbs/features/01_extraction.ipynb #ebcfbb1f
@@ -301,4 +320,5 @@ def image_features(
     "Features of images from a backbone by name, at every stage up to the layer before its classifier"
     stages = whole_body(arch, weights)
     size = size or stages.spec.size
-    return extract_features(images, make_body(stages, size, setting), size, **kwargs)
+    body = make_body(stages, size, setting)
+    return extract_features(images, body, size, **kwargs)

@@ -20,20 +20,22 @@ from ..utils.files import extra_module
 def _content(features) -> np.ndarray:
     "A number for each image, the same for the same picture"
     if isinstance(features, Features):
-        return pd.factorize(next(iter(features.rows.values())))[0]
-    return pd.factorize(np.array([np.ascontiguousarray(row).tobytes() for row in np.asarray(features)], dtype=object))[
-        0
-    ]
+        keys = next(iter(features.rows.values()))
+    else:
+        rows = [np.ascontiguousarray(row).tobytes() for row in np.asarray(features)]
+        keys = np.array(rows, dtype=object)
+    return pd.factorize(keys)[0]
 
 
 def _joined(groups, content) -> np.ndarray:
     "Groups, those that share a picture made one"
-    g, n = group_codes(groups, len(content)), len(content)
-    _, codes = np.unique(g, return_inverse=True)
-    size = codes.max() + 1 + content.max() + 1
-    return connected_components(
-        coo_array((np.ones(n), (codes, codes.max() + 1 + content)), shape=(size, size)), directed=False
-    )[1][codes]
+    n = len(content)
+    _, codes = np.unique(group_codes(groups, n), return_inverse=True)
+    pictures = codes.max() + 1 + content  # numbers after those of the groups
+    size = pictures.max() + 1
+    links = coo_array((np.ones(n), (codes, pictures)), shape=(size, size))
+    _, component = connected_components(links, directed=False)
+    return component[codes]
 
 
 def _contradictions(content, y, images) -> dict:
@@ -51,19 +53,24 @@ FLAT = 0.9  # Entropy, as a share of the greatest possible, above which it is un
 
 
 def _cleanlab():
-    return extra_module('cleanlab.filter', 'labels').find_label_issues, extra_module(
-        'cleanlab.rank', 'labels'
-    ).get_label_quality_scores
+    "The functions of cleanlab that find and score wrong labels"
+    find_label_issues = extra_module('cleanlab.filter', 'labels').find_label_issues
+    get_scores = extra_module('cleanlab.rank', 'labels').get_label_quality_scores
+    return find_label_issues, get_scores
 
 
 def _reason(p, label, classes) -> str:
     "Why an image stands in the table"
-    best, given = classes[p.argmax()], f'labelled {classes[label]} ({p[label]:.2f})'
-    if -(p * np.log(p.clip(1e-12))).sum() > FLAT * np.log(len(p)):
-        return f'undecided, or of none of the classes: the likeliest is {best} ({p.max():.2f}), {given}'
-    if best == classes[label]:
-        return f'looks like {best} ({p.max():.2f}), as labelled'
-    return f'looks like {best} ({p.max():.2f}), {given}'
+    name = classes[label]
+    given = f'labelled {name} ({p[label]:.2f})'
+    best = classes[p.argmax()]
+    likely = f'{best} ({p.max():.2f})'
+    entropy = -(p * np.log(p.clip(1e-12))).sum()
+    if entropy > FLAT * np.log(len(p)):
+        return f'undecided, or of none of the classes: the likeliest is {likely}, {given}'
+    if best == name:
+        return f'looks like {likely}, as labelled'
+    return f'looks like {likely}, {given}'
 
 # %% ../../nbs/features/04_label_errors.ipynb #03d96a91
 def suspect_labels(
@@ -79,13 +86,15 @@ def suspect_labels(
     classifier = FeatureClassifier() if classifier is None else classifier
     if most is not None and most < 1:
         raise ValueError(f'most={most}: give the number of rows, 1 or more, or None for those that are likely wrong')
-    (classes, codes), content = _classes(y, len(features)), _content(features)
+    classes, codes = _classes(y, len(features))
+    content = _content(features)
     images = features.images if isinstance(features, Features) else list(range(len(features)))
     p = out_of_fold(classifier, features, y, _joined(groups, content), folds, classifier.seed)
     same = _contradictions(content, classes[codes], images)
     wrong = find_label_issues(codes, p, n_jobs=1)
     wrong[list(same)] = True
     at = np.arange(len(p))
+    reasons = [same.get(i) or _reason(p[i], codes[i], classes) for i in at]
     t = pd.DataFrame(
         {
             'image': images,
@@ -94,8 +103,9 @@ def suspect_labels(
             'p_label': p[at, codes],
             'p_likely': p.max(1),
             'score': get_scores(codes, p, method='normalized_margin'),
-            'reason': [same.get(i) or _reason(p[i], codes[i], classes) for i in at],
+            'reason': reasons,
         }
     )
     order = np.lexsort((t.score, ~np.isin(at, list(same))))
-    return t.iloc[order[wrong[order]] if most is None else order[:most]].reset_index(drop=True)
+    chosen = order[wrong[order]] if most is None else order[:most]
+    return t.iloc[chosen].reset_index(drop=True)

@@ -28,9 +28,30 @@ from ..models.network import Body
 from ..utils.files import unknown
 
 # %% ../../nbs/features/03_probes.ipynb #20e11a5f
-PENALTIES = tuple(
-    (10.0 ** np.arange(-6, 2.1, 0.5)).tolist()
-)  # divided by the number of training images; features have unit variance
+# Divided by the number of training images; features have unit variance
+PENALTIES = tuple((10.0 ** np.arange(-6, 2.1, 0.5)).tolist())
+
+
+def _standardised(x) -> tuple:
+    "Features of mean 0 and variance 1, and both numbers before; constant channels become 0"
+    middle = x.mean(0, dtype=np.float64)
+    z = x - middle
+    sd = z.std(0)
+    spread = np.where(sd > 1e-6 * (abs(middle) + 1e-6), sd, np.inf)
+    z /= spread
+    return z, middle, spread
+
+
+def _axes(z) -> tuple:
+    "Principal axes (channels, k) of standardised features, and the squared lengths along them (k,)"
+    dual = len(z) <= z.shape[1]
+    d, v = np.linalg.eigh(z @ z.T if dual else z.T @ z)
+    keep = d > max(d[-1], 1) * 1e-12
+    d = d[keep]
+    v = v[:, keep]
+    if dual:
+        v = z.T @ v / np.sqrt(d)
+    return v, d
 
 
 def ridge_path(
@@ -40,19 +61,26 @@ def ridge_path(
     penalties=PENALTIES,  # Strengths of the penalty, divided by n
 ) -> tuple[np.ndarray, np.ndarray]:  # Scores (penalties, m, k); GCV error (penalties,)
     "Ridge regression on standardised features for many penalties at once; GCV as in Golub, Heath and Wahba 1979"
-    n, middle, mean = len(x), x.mean(0, dtype=np.float64), targets.mean(0)
-    z, t = x - middle, targets - mean
-    z /= (spread := np.where((sd := z.std(0)) > 1e-6 * (abs(middle) + 1e-6), sd, np.inf))
-    dual = n <= z.shape[1]
-    d, v = np.linalg.eigh(z @ z.T if dual else z.T @ z)
-    keep = d > max(d[-1], 1) * 1e-12
-    d, v = d[keep], v[:, keep]
-    axes = z.T @ v / np.sqrt(d) if dual else v
-    q, p = axes.T @ (z.T @ t) / np.sqrt(d)[:, None], ((new - middle) / spread) @ axes
-    shrink = d / (d + n * np.asarray(penalties)[:, None])
-    left = ((1 - shrink) ** 2 @ q**2).sum(1) + max((t**2).sum() - (q**2).sum(), 0)
-    free = np.maximum(n - 1 - len(d) + (1 - shrink).sum(1), 1e-9)
-    return p @ ((shrink / np.sqrt(d))[:, :, None] * q) + mean, n * left / free**2
+    n = len(x)
+    mean = targets.mean(0)
+    t = targets - mean
+    z, middle, spread = _standardised(x)
+    axes, d = _axes(z)
+    root = np.sqrt(d)
+    q = axes.T @ (z.T @ t) / root[:, None]
+    z_new = (new - middle) / spread
+    p = z_new @ axes
+    penalty = n * np.asarray(penalties)[:, None]
+    shrink = d / (d + penalty)
+    rest = 1 - shrink
+    outside = (t**2).sum() - (q**2).sum()
+    left = (rest**2 @ q**2).sum(1) + max(outside, 0)
+    free = n - 1 - len(d) + rest.sum(1)
+    free = np.maximum(free, 1e-9)
+    weights = (shrink / root)[:, :, None] * q
+    scores = p @ weights + mean
+    gcv = n * left / free**2
+    return scores, gcv
 
 # %% ../../nbs/features/03_probes.ipynb #9b34bf37
 def _accuracy(y, scores, classes):
@@ -74,20 +102,15 @@ MEASURES = {
 }  # name -> function of class numbers (n,), scores (n, k) and names
 
 
-def _task(features, y, groups, measure) -> tuple:
-    "Class numbers, names of the classes, groups and the measure's name; a ValueError for what does not fit"
-    y, groups = np.asarray(y), None if groups is None else np.asarray(groups)
-    for a, what in ((y, 'labels'), (groups, 'groups')):
-        if a is not None and a.shape != (len(features),):
-            raise ValueError(f'{len(features)} images, but {what} of the shape {a.shape}: give one for each image')
-    if pd.isna(y).any():
-        raise ValueError(
-            f'labels: {pd.isna(y).sum()} are missing. Give one for each image, or leave these images out with features.take'
-        )
-    classes, codes = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f'all {len(y)} images are of one class: give labels of two or more')
-    measure = measure or ('auc' if len(classes) == 2 else 'accuracy')
+def _check_length(features, values, what):
+    "ValueError if there is not one value for each image"
+    n = len(features)
+    if values.shape != (n,):
+        raise ValueError(f'{n} images, but {what} of the shape {values.shape}: give one for each image')
+
+
+def _check_measure(measure, classes):
+    "ValueError for a measure that is not known, or not for such classes"
     if measure not in MEASURES:
         raise unknown('measure', measure, MEASURES)
     if measure == 'auc' and len(classes) > 2:
@@ -97,6 +120,25 @@ def _task(features, y, groups, measure) -> tuple:
             f"measure 'kappa' is for grades, but '{classes[0]}' is no number: "
             "give grades as numbers, or type 'accuracy'"
         )
+
+
+def _task(features, y, groups, measure) -> tuple:
+    "Class numbers, names of the classes, groups and the measure's name; a ValueError for what does not fit"
+    y = np.asarray(y)
+    _check_length(features, y, 'labels')
+    if groups is not None:
+        groups = np.asarray(groups)
+        _check_length(features, groups, 'groups')
+    missing = pd.isna(y).sum()
+    if missing:
+        raise ValueError(
+            f'labels: {missing} are missing. Give one for each image, or leave these images out with features.take'
+        )
+    classes, codes = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f'all {len(y)} images are of one class: give labels of two or more')
+    measure = measure or ('auc' if len(classes) == 2 else 'accuracy')
+    _check_measure(measure, classes)
     return codes, classes, groups, measure
 
 # %% ../../nbs/features/03_probes.ipynb #09a9791b
@@ -110,42 +152,56 @@ def fold_interval(
     s = s[~np.isnan(s)]
     if len(s) < 2:
         return (float(s[0]) if len(s) else np.nan, np.nan, np.nan)
-    half = stdtrit(len(s) - 1, (1 + level) / 2) * s.std(ddof=1) * np.sqrt(1 / len(s) + share)
-    return float(s.mean()), float(s.mean() - half), float(s.mean() + half)
+    n = len(s)
+    mean = s.mean()
+    error = s.std(ddof=1)
+    quantile = stdtrit(n - 1, (1 + level) / 2)
+    half = quantile * error * np.sqrt(1 / n + share)
+    return float(mean), float(mean - half), float(mean + half)
 
 
 def _row(scores, share, measure) -> dict:
     "Score with its interval, which ends where the measure does"
     score, low, high = fold_interval(scores, share)
-    return {'score': score, 'low': max(low, -1.0 if measure == 'kappa' else 0.0), 'high': min(high, 1.0)}
+    least = -1.0 if measure == 'kappa' else 0.0
+    return {'score': score, 'low': max(low, least), 'high': min(high, 1.0)}
 
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
 def _fold_score(x, y, classes, train, test, measure) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
-    if len(np.unique(y[train])) < 2:
+    seen = y[train]
+    if len(np.unique(seen)) < 2:
         return np.nan
-    scores, gcv = ridge_path(x[train], 2.0 * np.eye(len(classes))[y[train]] - 1, x[test])
-    return MEASURES[measure](y[test], scores[gcv.argmin()], classes)
+    one_hot = np.eye(len(classes))[seen]
+    scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, x[test])
+    best = scores[gcv.argmin()]
+    return MEASURES[measure](y[test], best, classes)
 
 
 def _fold_scores(x, y, classes, folds, measure) -> list:
     "A score for each fold; the folds side by side, each on one core"
-    with threadpool_limits(1), ThreadPoolExecutor(min(len(folds), os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda f: _fold_score(x, y, classes, *f, measure), folds))
+
+    def score(fold):
+        return _fold_score(x, y, classes, *fold, measure)
+
+    workers = min(len(folds), os.cpu_count() or 1)
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(score, folds))
 
 
 def _read(features, stages) -> np.ndarray:
     "The mean over views (images, channels), float64"
-    x = np.asarray(features.numpy(list(stages) if isinstance(stages, tuple) else stages)).mean(1, dtype=np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError(
-            f'features of {stages}: {(~np.isfinite(x)).any(1).sum()} images have NaN or infinite numbers, leave them out'
-        )
+    names = list(stages) if isinstance(stages, tuple) else stages
+    x = np.asarray(features.numpy(names)).mean(1, dtype=np.float64)
+    bad = (~np.isfinite(x)).any(1).sum()
+    if bad:
+        raise ValueError(f'features of {stages}: {bad} images have NaN or infinite numbers, leave them out')
     return x
 
 
 def _share(folds) -> float:
-    return float(np.mean([len(test) / len(train) for train, test in folds]))
+    shares = [len(test) / len(train) for train, test in folds]
+    return float(np.mean(shares))
 
 # %% ../../nbs/features/03_probes.ipynb #a1cec6e3
 def depth_profile(
@@ -153,6 +209,7 @@ def depth_profile(
     y,  # Labels (n,)
     groups=None,  # Patient or photographer of each image (n,)
     stages=None,  # Names, or tuples of names; every stage if None
+    *,
     folds: int = 5,  # Parts the images are divided into
     repeats: int = 1,  # How often they are divided anew
     measure: str | None = None,  # Name in `MEASURES`; by the classes if None
@@ -161,9 +218,14 @@ def depth_profile(
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, measure = _task(features, y, groups, measure)
     parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
-    share, rows, scores = _share(parts), {}, {}
-    for s in list(features.stages) if stages is None else [stages] if isinstance(stages, str) else stages:
-        x, name = _read(features, s), '+'.join(s) if isinstance(s, tuple) else s
+    share = _share(parts)
+    if stages is None:
+        stages = list(features.stages)
+    rows = {}
+    scores = {}
+    for s in [stages] if isinstance(stages, str) else stages:
+        x = _read(features, s)
+        name = '+'.join(s) if isinstance(s, tuple) else s
         scores[name] = _fold_scores(x, codes, classes, parts, measure)
         rows[name] = {'channels': x.shape[1], **_row(scores[name], share, measure)}
     out = pd.DataFrame.from_dict(rows, orient='index').rename_axis('stage')
@@ -192,78 +254,95 @@ def plot_depth_profile(
     table: pd.DataFrame,  # From `depth_profile`
 ) -> Figure:
     "Score against depth, the input on the left, with 95 % intervals"
-    fig = Figure(figsize=(1.6 + 0.75 * max(len(table), 4), 3.2), layout='constrained')
-    ax, at, best = fig.subplots(), np.arange(len(table)), table.score.fillna(-1).to_numpy().argmax()
-    bars = (table[['low', 'high']].sub(table.score, axis=0).abs()).fillna(0).to_numpy().T
-    ax.errorbar(at, table.score, bars, fmt='o-', color='0.55', capsize=3, markersize=4, linewidth=1)
-    ax.plot(at[best], table.score.iloc[best], 'o', color='tab:blue', markersize=8)
-    ax.annotate(
-        f'{table.score.iloc[best]:.3f}',
-        (at[best], table.score.iloc[best]),
-        (0, 9),
-        textcoords='offset points',
-        ha='right',
-        color='tab:blue',
-    )
-    ax.set_xticks(
-        at, [f'{s.replace("+", chr(10) + "+ ")}\n{c}' for s, c in zip(table.index, table.channels)], fontsize=8
-    )
+    n = len(table)
+    width = 1.6 + 0.75 * max(n, 4)
+    fig = Figure(figsize=(width, 3.2), layout='constrained')
+    ax = fig.subplots()
+    limits = table[['low', 'high']].sub(table.score, axis=0)
+    bars = limits.abs().fillna(0).to_numpy()
+    style = {'fmt': 'o-', 'color': '0.55', 'capsize': 3, 'markersize': 4, 'linewidth': 1}
+    ax.errorbar(range(n), table.score, bars.T, **style)
+    known = table.score.fillna(-1)
+    best = known.to_numpy().argmax()
+    score = table.score.iloc[best]
+    ax.plot(best, score, 'o', color='tab:blue', markersize=8)
+    offset = {'xytext': (0, 9), 'textcoords': 'offset points', 'ha': 'right'}
+    ax.annotate(f'{score:.3f}', (best, score), color='tab:blue', **offset)
+    names = [s.replace('+', '\n+ ') for s in table.index]
+    labels = [f'{s}\n{c}' for s, c in zip(names, table.channels)]
+    ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
         xlabel='stage and channels, from the input on',
         ylabel=_TITLES[table.attrs['measure']],
-        xlim=(-0.5, len(table) - 0.5),
+        xlim=(-0.5, n - 0.5),
     )
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(axis='y', color='0.92')
     return fig
 
 # %% ../../nbs/features/03_probes.ipynb #84774c54
+def _most_frequent(values):
+    return values.mode()[0]
+
+
 def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     "For each share so many of the rows, stratified, groups whole, each set within the next"
     code = group_codes(groups, len(y))
-    t = pd.DataFrame({'y': y, 'group': code})
-    t = t.groupby('group').agg(y=('y', lambda v: v.mode()[0]), n=('y', 'size')).sample(frac=1, random_state=seed)
-    by = t.groupby('y').n
-    at = ((by.cumsum() - t.n / 2) / by.transform('sum')).to_dict()
-    at = np.array([at[g] for g in code])
+    classes = pd.Series(y).groupby(code)
+    t = pd.DataFrame({'y': classes.agg(_most_frequent), 'n': classes.size()})
+    t = t.sample(frac=1, random_state=seed)
+    counts = t.groupby('y').n
+    half = t.n / 2
+    middle = counts.cumsum() - half
+    places = middle / counts.transform('sum')
+    at = places.loc[code].to_numpy()
     return [np.flatnonzero(at <= s) for s in shares]
 
 # %% ../../nbs/features/03_probes.ipynb #d875c659
+def _doubling_gain(scores, shares, share) -> tuple:
+    "What the last doubling of the training images gained, with its interval; NaN for one share"
+    if len(shares) < 2:
+        return np.nan, np.nan, np.nan
+    gained = scores[-1] - scores[-2]
+    doublings = np.log2(shares[-1] / shares[-2])
+    return fold_interval(gained / doublings, share)
+
+
 def learning_speed(
     features: Features,  # Of n images
     y,  # Labels (n,)
     groups=None,  # Patient or photographer of each image (n,)
     stages=None,  # Name, or names read side by side; the last one if None
+    *,
     shares: tuple = (0.25, 0.5, 1),  # Of the training images, growing
     folds: int = 5,  # Parts the images are divided into
     measure: str | None = None,  # Name in `MEASURES`; by the classes if None
     seed: int = 0,  # The same seed, the same folds
-) -> pd.DataFrame:  # A row a share: images, score, low, high; attrs: gain
-    "The score of a linear classifier on unseen groups with more and more training images; attrs: `gain, gain_low, gain_high` of the last doubling"
+) -> pd.DataFrame:  # A row a share; attrs: gain, gain_low, gain_high
+    "The score of a linear classifier with more and more training images; attrs: the gain of the last doubling"
     if not len(shares) or min(shares) < 0.05 or max(shares) > 1 or list(shares) != sorted(set(shares)):
         raise ValueError(f'shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)')
     codes, classes, groups, measure = _task(features, y, groups, measure)
-    x = _read(
-        features, list(features.stages)[-1] if stages is None else stages if isinstance(stages, str) else tuple(stages)
-    )
+    if stages is None:
+        stages = list(features.stages)[-1]
+    x = _read(features, stages if isinstance(stages, str) else tuple(stages))
     parts = grouped_folds(classes[codes], groups, folds, seed)
-    sets = [
-        [(train[r], test) for r in _parts(codes[train], None if groups is None else groups[train], shares, seed)]
-        for train, test in parts
-    ]
-    runs, share = list(zip(*sets)), _share(parts)
-    scores = np.array([_fold_scores(x, codes, classes, run, measure) for run in runs])
-    counts = np.array([[len(train) for train, _ in run] for run in runs])
-    out = pd.DataFrame(
-        [{'images': round(c.mean()), **_row(s, share, measure)} for s, c in zip(scores, counts)],
-        index=pd.Index(shares, name='share'),
-    )
-    gain = (
-        fold_interval((scores[-1] - scores[-2]) / np.log2(shares[-1] / shares[-2]), share)
-        if len(shares) > 1
-        else (np.nan,) * 3
-    )
-    out.attrs = {'measure': measure, **dict(zip(('gain', 'gain_low', 'gain_high'), gain))}
+    folds_of_share = [[] for _ in shares]
+    for train, test in parts:
+        train_groups = None if groups is None else groups[train]
+        for runs, rows in zip(folds_of_share, _parts(codes[train], train_groups, shares, seed)):
+            runs.append((train[rows], test))
+    share = _share(parts)
+    scores = []
+    rows = []
+    for runs in folds_of_share:
+        found = np.array(_fold_scores(x, codes, classes, runs, measure))
+        scores.append(found)
+        n = np.mean([len(train) for train, _ in runs])
+        rows.append({'images': round(n), **_row(found, share, measure)})
+    out = pd.DataFrame(rows, index=pd.Index(shares, name='share'))
+    gain, low, high = _doubling_gain(scores, shares, share)
+    out.attrs = {'measure': measure, 'gain': gain, 'gain_low': low, 'gain_high': high}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #0241b873
@@ -274,22 +353,27 @@ def _remembers(m) -> bool:
     "Is it a BatchNorm layer with statistics of some training?"
     if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
         return False
-    return bool((m.running_mean != 0).any() or (m.running_var != 1).any())
+    mean_moved = (m.running_mean != 0).any()
+    var_moved = (m.running_var != 1).any()
+    return bool(mean_moved or var_moved)
+
+
+def _mean_places(v) -> torch.Tensor:
+    "The mean over the places of maps (n, channels)"
+    return v.flatten(2).mean(2) if v.ndim > 2 else v
 
 
 @contextmanager
 def _moments(body, layers):
-    "A function of batches and names: for each layer the means over the places of its input and of its square, (n, 2, channels), float32"
+    "A function of batches: for each layer the means over places of its input and its square, (n, 2, channels), float32"
     here = threading.local()  # batches run in several threads, and a layer calls its hooks in each
 
     def keep(name):
-        return lambda m, i: here.out.update(
-            {
-                name: torch.stack(
-                    [v.flatten(2).mean(2) if v.ndim > 2 else v for v in (i[0].float(), i[0].float() ** 2)], 1
-                )
-            }
-        )
+        def hook(module, inputs):
+            x = inputs[0].float()
+            here.out[name] = torch.stack([_mean_places(x), _mean_places(x**2)], 1)
+
+        return hook
 
     def f(x, names):
         here.out = {}
@@ -304,13 +388,34 @@ def _moments(body, layers):
             h.remove()
 
 
+def _float64(t) -> np.ndarray:
+    return t.detach().cpu().double().numpy()
+
+
 def _divergence(m, seen) -> np.ndarray:
     "Symmetric divergence of each channel from what a layer remembers; `seen`: mean and mean square (2, channels)"
-    mean, var = (v.detach().cpu().double().numpy() for v in (m.running_mean, m.running_var))
-    a, b, shift = np.maximum(seen[1] - seen[0] ** 2, 0) + m.eps, var + m.eps, (seen[0] - mean) ** 2
-    return (a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4
+    mean = _float64(m.running_mean)
+    old = _float64(m.running_var) + m.eps
+    new_mean, new_square = seen
+    new = np.maximum(new_square - new_mean**2, 0) + m.eps
+    shift = (new_mean - mean) ** 2
+    of_variances = new / old + old / new
+    of_means = shift * (1 / new + 1 / old)
+    return (of_variances + of_means - 2) / 4
 
 # %% ../../nbs/features/03_probes.ipynb #a3b38854
+def _total_moments(body, layers, images, about) -> dict:
+    "Sums over images of what `_moments` gives for each layer"
+    total = {}
+    if not layers:
+        return total
+    with _moments(body, layers) as f:
+        for batch in compute_views(f, body, about, 'distance')(images, list(layers)):
+            for name, v in batch.items():
+                total[name] = total.get(name, 0) + v.sum((0, 1), dtype=np.float64)
+    return total
+
+
 def domain_profile(
     body: Body,  # Pretrained; put into evaluation mode
     images: list,  # Paths or images
@@ -320,25 +425,19 @@ def domain_profile(
     n: int = 128,  # How many of the images are used; drawn if there are more
     seed: int = 0,  # The same seed, the same images
 ) -> pd.DataFrame:  # A row a BatchNorm layer, in order of depth: channels, distance
-    "How far images are from what each BatchNorm layer remembers: median over channels of the symmetric divergence, in nats"
+    "How far images are from what each BatchNorm layer remembers: the median divergence of its channels, in nats"
     images = list(images)
     if not images or n < 1:
         raise ValueError(f'{len(images)} images, n={n}: give at least one, a hundred are better')
-    some = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
+    rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
+    some = [images[i] for i in rows]
     layers = {k: m for k, m in body.named_modules() if _remembers(m)}
-    total = {}
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
-    with _moments(body, layers) as f:
-        for batch in (
-            compute_views(f, body, about, 'distance')([images[i] for i in some], list(layers)) if layers else ()
-        ):
-            for k, v in batch.items():
-                total[k] = total.get(k, 0) + v.sum((0, 1), dtype=np.float64)
-    far = {k: _divergence(layers[k], v / len(some)) for k, v in total.items()}
-    rows = [
-        {'layer': k.removeprefix('stages.'), 'channels': len(d), 'distance': float(np.median(d))}
-        for k, d in far.items()
-    ]
+    rows = []
+    for name, total in _total_moments(body, layers, some, about).items():
+        far = _divergence(layers[name], total / len(some))
+        distance = float(np.median(far))
+        rows.append({'layer': name.removeprefix('stages.'), 'channels': len(far), 'distance': distance})
     return pd.DataFrame(rows, columns=['layer', 'channels', 'distance']).set_index('layer')
 
 # %% ../../nbs/features/03_probes.ipynb #dd0cc671
@@ -347,5 +446,5 @@ def domain_distance(
     images: list,  # Paths or images
     **kwargs,  # `size, reader, fit, n, seed` of `domain_profile`
 ) -> float:  # 0 is the same; NaN for a network that remembers nothing
-    "How far images are from the training images of a network: the mean of `domain_profile`, to be held against `SIMILAR`"
+    "How far images are from a network's training images: the mean of `domain_profile`, to be held against `SIMILAR`"
     return float(domain_profile(body, images, **kwargs).distance.mean())

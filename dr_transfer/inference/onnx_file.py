@@ -141,27 +141,33 @@ def _temperature(card) -> float:
 
 def _graph(model):
     "RGB 0 to 1 -> probabilities and uncalibrated ones, as one torch module on the CPU; and body and head of it"
+    import torch
+
     from dr_transfer.data.views import VIEWS
 
     body, head = model.model
-    net = copy.deepcopy(torch.nn.Sequential(getattr(body, 'stages', body), head)).cpu().float().eval()
+    net = torch.nn.Sequential(getattr(body, 'stages', body), head)
+    net = copy.deepcopy(net).cpu().float().eval()
     net = net.to(memory_format=torch.contiguous_format)
     for m in net.modules():
         if getattr(m, 'inplace', False):
             m.inplace = False  # quicker to convert
     card = model.card
-    views, temperature = VIEWS[card.views], _temperature(card)
+    views = VIEWS[card.views]
+    temperature = _temperature(card)
 
     class Graph(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = net
             for k in ('mean', 'std'):
-                self.register_buffer(k, torch.tensor(getattr(card, k), dtype=torch.float32)[:, None, None])
+                values = torch.tensor(getattr(card, k), dtype=torch.float32)
+                self.register_buffer(k, values[:, None, None])
 
         def forward(self, images):
             x = (images - self.mean) / self.std
-            p = self.net(torch.cat([v(x) for v in views])).softmax(1).unflatten(0, (len(views), -1)).mean(0)
+            logits = self.net(torch.cat([v(x) for v in views]))
+            p = logits.softmax(1).unflatten(0, (len(views), -1)).mean(0)
             return (p.clamp(min=1e-12).log() / temperature).softmax(1), p
 
     return Graph().eval(), net
@@ -169,9 +175,11 @@ def _graph(model):
 # %% ../../nbs/inference/04_onnx_file.ipynb #cb9b3212
 def _proto(graph, card):
     "A torch module as ONNX, without the names and traces of the machine"
+    import torch
 
     extra_module('onnxscript', 'onnx')
-    example, free = torch.rand(2, 3, card.size, card.size), torch.export.Dim('n', min=1)
+    example = torch.rand(2, 3, card.size, card.size)
+    free = torch.export.Dim('n', min=1)
     how = {'dynamic_shapes': ({0: free},), 'input_names': ['images'], 'output_names': ['probabilities', 'uncalibrated']}
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -21,7 +21,9 @@ def gather_images(
 ) -> list[str]:  # Paths as given, or as found below the folders
     "The image files that are meant; ValueError if a path does not exist or a folder has none"
     out = []
-    for s in map(str, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
+    for s in map(str, sources):
         if os.path.isdir(s):
             found = find_images(s)
             if not found:
@@ -41,7 +43,7 @@ def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
     images: list[str],  # Paths, or one
 ) -> pd.DataFrame:  # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
-    "Predictions for image files, calibrated if the model knows its temperature; where there is none the reason is in `error`"
+    "Predictions for image files, calibrated if the model knows its temperature; the reason for none is in `error`"
     images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     errors = np.array(image_errors(images), object)
     good = errors == ''

@@ -94,7 +94,9 @@ def image_model(
     learn: Any,  # A learner from `build_learner`
 ) -> ImageModel:  # ModelError if its numbers or names cannot be those of a model
     "What a learner was trained to, without the learner"
-    r, body, head = learn.record, learn.model[0][0], learn.model[1]
+    r = learn.record
+    body = learn.model[0][0]
+    head = learn.model[1]
     if r['head'] == 'own':
         raise ModelError('a head of your own cannot be rebuilt from a description: use learn.export, or a head by name')
     net = nn.Sequential(body, head)
@@ -126,9 +128,11 @@ def _seen(learn) -> tuple[np.ndarray, np.ndarray]:
     from dr_transfer.data.leaks import image_hashes
 
     used = learn.table[learn.table.split != 'test']
-    seen, row = np.unique(image_hashes(used.image.tolist(), learn.task.reader)[0], axis=0, return_inverse=True)
+    hashes, *_ = image_hashes(used.image.tolist(), learn.task.reader)
+    seen, row = np.unique(hashes, axis=0, return_inverse=True)
+    bits = np.where(used.split == 'valid', 2, 1).astype(np.uint8)
     use = np.zeros(len(seen), np.uint8)
-    np.bitwise_or.at(use, row.ravel(), np.where(used.split == 'valid', 2, 1).astype(np.uint8))
+    np.bitwise_or.at(use, row.ravel(), bits)
     return seen, use
 
 # %% ../../nbs/inference/03_saved_model.ipynb #621cca0c
@@ -185,7 +189,8 @@ def _check_memory(card, stored: int):
     if needed > SPARE + 4 * stored:
         raise ModelError(
             f"the network '{card.arch}' has {needed / 2**30:.1f} GiB of weights, of which the model has only "
-            f'{stored / 2**30:.3f} GiB: to build it would take too much memory. Use a smaller backbone, or more of its stages'
+            f'{stored / 2**30:.3f} GiB: to build it would take too much memory. '
+            'Use a smaller backbone, or more of its stages'
         )
 
 
@@ -212,8 +217,9 @@ def _header(file) -> dict:
     "What the tensors of a file are, without reading them: name -> shape and type"
     try:
         with safe_open(file, 'pt') as f:
-            parts = {k: f.get_slice(k) for k in f.keys()}
-            return {k: (tuple(v.get_shape()), v.get_dtype()) for k, v in parts.items()}
+            names = f.keys()  # a list: the file is no dict
+            parts = {name: f.get_slice(name) for name in names}
+            return {name: (tuple(v.get_shape()), v.get_dtype()) for name, v in parts.items()}
     except (SafetensorError, OSError) as e:
         raise ModelError(f'{file} is no file of tensors ({e}). Copy the folder again from where it was made') from None
 
@@ -257,7 +263,7 @@ def _build_model(card, found, setting) -> nn.Module:
         _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, in_head)
     return nn.Sequential(body, create_head(*shape))
 
-
+# %% ../../nbs/inference/03_saved_model.ipynb #0c14f1dd
 def _check_seen(file, found: dict):
     "ModelError if the hashes of the images that a model was made from are of another form than they must be"
     rows = found.get('seen', ((0, 32), 'U8'))[0][:1]
@@ -265,7 +271,8 @@ def _check_seen(file, found: dict):
     for name, (shape, kind) in found.items():
         if tuple(shape) != wanted[name] or kind != 'U8':
             raise ModelError(
-                f"{file}: the tensor '{name}' has the shape {shape} of {kind}; hashes of images have {wanted[name]} of U8"
+                f"{file}: the tensor '{name}' has the shape {shape} of {kind}; "
+                f'hashes of images have {wanted[name]} of U8'
             )
 
 

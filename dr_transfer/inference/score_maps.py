@@ -27,7 +27,8 @@ class PerPlace(nn.Module):
 
     def forward(self, x):
         n, k, h, w = x.shape
-        return self.module(x.permute(0, 2, 3, 1).reshape(-1, k)).reshape(n, h, w, -1).permute(0, 3, 1, 2)
+        rows = x.permute(0, 2, 3, 1).reshape(-1, k)
+        return self.module(rows).reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def _leaves(m):
@@ -42,16 +43,27 @@ def _leaves(m):
 @torch.no_grad()
 def _as_conv(linear, window, norm) -> nn.Conv2d:
     "A fully connected layer, after a BatchNorm if there is one, as a convolution"
-    w, b = linear.weight, torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+    w = linear.weight
+    b = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
     if norm is not None:
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        w, b = w * scale, b + w @ (norm.bias - norm.running_mean * scale)
+        b = b + w @ (norm.bias - norm.running_mean * scale)
+        w = w * scale
     conv = nn.Conv2d(linear.in_features // (window[0] * window[1]), linear.out_features, window)
     conv.weight.copy_(w.reshape(conv.weight.shape))
     conv.bias.copy_(b)
     return conv
 
 # %% ../../nbs/inference/05_score_maps.ipynb #a31cd15c
+def _pooled_to(m) -> tuple | None:
+    "Height and width that a layer pools maps to; None if it does not pool"
+    if isinstance(m, AveragePool):
+        return (1, 1)
+    if not isinstance(m, nn.AdaptiveAvgPool2d):
+        return None
+    return m.output_size if isinstance(m.output_size, tuple) else (m.output_size,) * 2
+
+
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)
 
 
@@ -59,22 +71,24 @@ def as_convolutions(
     layers: nn.Module,  # From maps (n, c, h, w) to scores (n, k), such as a head
     side: tuple,  # Height and width of the maps at the native size
 ) -> nn.Sequential:  # From maps (n, c, h', w') to (n, k, h' - h + 1, w' - w + 1)
-    "The same layers for maps of any size, in evaluation mode; ValueError with the name of a layer that cannot be written so"
-    window, norm, out = tuple(side), None, []
+    "The same layers for maps of any size, in evaluation mode; ValueError that names a layer that cannot be written so"
+    window = tuple(side)
+    norm = None
+    out = []
     for m in _leaves(layers):
-        pooled = isinstance(m, nn.AdaptiveAvgPool2d) and (
-            m.output_size if isinstance(m.output_size, tuple) else (m.output_size,) * 2
-        )
-        if isinstance(m, AveragePool) or pooled == (1, 1):
+        pooled = _pooled_to(m)
+        if pooled == (1, 1):
             out.append(nn.AvgPool2d(window, 1))
             window = (1, 1)
         elif pooled and pooled != window:
             raise ValueError(
-                f'maps of {window[0]} by {window[1]} are pooled to {pooled[0]} by {pooled[1]}: give images of the native size of the network'
+                f'maps of {window[0]} by {window[1]} are pooled to {pooled[0]} by {pooled[1]}: '
+                'give images of the native size of the network'
             )
         elif isinstance(m, nn.Linear):
             out.append(_as_conv(m, window, norm))
-            window, norm = (1, 1), None
+            window = (1, 1)
+            norm = None
         elif isinstance(m, nn.BatchNorm1d):
             norm = m
         elif isinstance(m, POINTWISE):
@@ -96,8 +110,9 @@ def dense_model(
         raise ValueError(
             f"'{stages.spec.name}' is no chain of convolutions: its maps have no places. Take another backbone"
         )
+    device = next(stages.parameters()).device
     with torch.no_grad():
-        side = stages(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).shape[-2:]
+        side = stages(torch.zeros(1, 3, size, size, device=device)).shape[-2:]
     return nn.Sequential(stages, as_convolutions(model[1], side))
 
 
@@ -108,9 +123,9 @@ def score_map(
     scale: float = 2.0,  # Side of the image, in sides of those the model was trained on
 ) -> np.ndarray:  # float32 (classes, h, w): probabilities for each window
     "Where an image looks like which class"
-    size = model.about['size']
-    im = read_image(source, round(scale * size), model.about['reader'], model.about['fit'])
-    x = normalise(stack_images([im]), model.about['mean'], model.about['std'])
-    return (
-        dense_model(model.model, size)(x.to(next(model.model.parameters()).device)).softmax(1)[0].float().cpu().numpy()
-    )
+    card = model.card
+    im = read_image(source, round(scale * card.size), card.reader, card.fit)
+    x = normalise(stack_images([im]), card.mean, card.std)
+    device = next(model.model.parameters()).device
+    logits = dense_model(model.model, card.size)(x.to(device))
+    return logits.softmax(1)[0].float().cpu().numpy()

@@ -1,0 +1,74 @@
+"What the tests of the command share: it runs in this process, and what it prints and writes is read back."
+
+import csv
+import io
+import os
+import sys
+from collections import namedtuple
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pandas as pd
+
+from dr_transfer.cli import main
+
+COMMAND = Path(sys.executable).with_name('dr_transfer')
+FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
+Said = namedtuple('Said', 'code out err')
+
+
+def cli(*words):
+    "Exit code and what was printed by the command, run in this process."
+    out = io.StringIO()
+    err = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([str(w) for w in words])
+        except SystemExit as e:
+            code = e.code
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def good(*words):
+    "What a command that must succeed said."
+    said = cli(*words)
+    assert said.code == 0, said.err
+    return said
+
+
+def refused(*words, start='dr_transfer: '):
+    "The one line in which a command says why it fails."
+    said = cli(*words)
+    assert said.code in (1, 2), said  # 2: an error in an option
+    assert 'Traceback' not in said.err
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said
+    assert lines[0].startswith(start), said
+    return lines[0]
+
+
+def content(folder):
+    "The bytes of every file below a folder, by its path."
+    files = [p for p in sorted(Path(folder).rglob('*')) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def table(path):
+    "A CSV of predictions, with empty cells as empty strings."
+    text = {'image': str, 'prediction': str, 'target': str, 'error': str}
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values={})
+
+
+def rows_of(text):
+    "A printed CSV, read without pandas: what a user's own reader gets."
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+class Payload:
+    "A pickle that makes a folder when it is loaded."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
