@@ -88,7 +88,8 @@ def test_the_pixels_are_the_same_ones(name, kind):
     pixels = sorted(map(tuple, a.reshape(-1, 3)))
     tfm = CLASSES.get(name, Views)()
     for out in draws(tfm, kind, a, 40):
-        assert sorted(map(tuple, out.reshape(-1, 3))) == pixels and out.dtype == a.dtype
+        assert sorted(map(tuple, out.reshape(-1, 3))) == pixels
+        assert out.dtype == a.dtype
 
 
 @pytest.mark.parametrize('name', FINITE_CLASSES)
@@ -97,7 +98,8 @@ def test_draws_are_the_views_of_the_table(name):
     x = tensor(picture())
     views = {v(x).numpy().tobytes() for v in VIEWS[name]}
     out = FINITE_CLASSES[name]()(TensorImage(torch.stack([x] * N)), split_idx=0)
-    assert {o.contiguous().numpy().tobytes() for o in out} == views and len(views) == len(VIEWS[name])
+    assert {o.contiguous().numpy().tobytes() for o in out} == views
+    assert len(views) == len(VIEWS[name])
 
 
 @pytest.mark.parametrize('name', VIEWS)
@@ -110,10 +112,10 @@ def test_views_leave_other_dimensions_alone(name):
 
 
 def test_quarter_turns_are_a_group():
-    x, turns = tensor(picture()), VIEWS['quarter_turns']
-    assert torch.equal(turns[0](x), x) and all(
-        torch.equal(turns[i](turns[j](x)), turns[(i + j) % 4](x)) for i in range(4) for j in range(4)
-    )
+    x = tensor(picture())
+    turns = VIEWS['quarter_turns']
+    assert torch.equal(turns[0](x), x)
+    assert all(torch.equal(turns[i](turns[j](x)), turns[(i + j) % 4](x)) for i in range(4) for j in range(4))
 
 
 def test_images_in_a_batch_are_turned_independently():
@@ -133,14 +135,17 @@ def test_the_seed_decides():
         torch.manual_seed(seed)
         return QuarterTurns()(x, split_idx=0)
 
-    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
 
 
 @pytest.mark.parametrize('name', CLASSES)
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
 def test_the_mask_goes_with_the_image(name, kind):
     torch.manual_seed(3)
-    a, m, seen = picture(), picture()[..., 1], set()
+    a = picture()
+    m = picture()[..., 1]
+    seen = set()
     tfm = CLASSES[name]()
     if kind == 'batch':
         xs, ms = tfm(
@@ -191,7 +196,7 @@ def test_oblong_images(shape):
         'quarter_turns'
     ]
     batch = TensorImage(torch.stack([tensor(a)] * 40))
-    with pytest.raises(ValueError, match='a turned batch needs square images, not .*: resize them first'):
+    with pytest.raises(ValueError, match=r'a turned batch needs square images, not .*: resize them first'):
         QuarterTurns()(batch, split_idx=0)
     for t in (Mirror(), MirrorNear()):
         assert t(batch, split_idx=0).shape == batch.shape
@@ -202,9 +207,12 @@ def test_kind_of_image_is_kept(kind):
     im = kind.create(picture() if kind is PILImage else picture()[..., 0])
     for _ in range(8):
         out = QuarterTurns()(im, split_idx=0)
-        assert type(out) is kind and out.mode == im.mode and out.size == im.size
+        assert type(out) is kind
+        assert out.mode == im.mode
+        assert out.size == im.size
     x = TensorImage(torch.zeros(3, 4, 4, dtype=torch.float16))
-    assert type(QuarterTurns()(x, split_idx=0)) is TensorImage and QuarterTurns()(x, split_idx=0).dtype == torch.float16
+    assert type(QuarterTurns()(x, split_idx=0)) is TensorImage
+    assert QuarterTurns()(x, split_idx=0).dtype == torch.float16
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'HSV', 'CMYK', 'P'])
@@ -215,7 +223,8 @@ def test_other_modes_are_turned_as_well(mode):
     turns = [np.rot90(np.asarray(im.convert('RGBA')), k) for k in range(4)]
     for _ in range(30):
         out = QuarterTurns()(im, split_idx=0)
-        assert out.mode == mode and any((np.asarray(out.convert('RGBA')) == t).all() for t in turns)
+        assert out.mode == mode
+        assert any((np.asarray(out.convert('RGBA')) == t).all() for t in turns)
 
 
 # ---------------------------------------------------------------- from nearer
@@ -235,11 +244,13 @@ def scene(w, h):
 @pytest.mark.parametrize('size', [(64, 64), (100, 60), (31, 47), (224, 224)])
 def test_the_near_view_is_the_middle_enlarged(size):
     im = Image.fromarray(scene(*size))
-    x, views = tensor(scene(*size)), VIEWS['mirror_near']
+    x = tensor(scene(*size))
+    views = VIEWS['mirror_near']
     flipped = im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for view, want in zip(views, (im, flipped, nearer(im), nearer(flipped))):
         out = view(x)
-        assert out.dtype == torch.uint8 and abs(array(out).astype(int) - np.asarray(want)).max() <= 1
+        assert out.dtype == torch.uint8
+        assert abs(array(out).astype(int) - np.asarray(want)).max() <= 1
         assert (view(x.float() / 255) - out / 255).abs().max() < 0.5 / 255 + 1e-6
     seen = [np.ptp(array(views[2](x))[..., c].astype(int)) / np.ptp(array(x)[..., c].astype(int)) for c in (0, 1)]
     assert seen == pytest.approx([0.78, 0.78], abs=0.04)
@@ -252,12 +263,11 @@ def test_the_near_view_is_the_middle_enlarged(size):
 def test_views_keep_shape_and_type(dtype, shape):
     x = torch.arange(np.prod(shape)).reshape(shape).remainder(256).to(dtype)
     for view in VIEWS['mirror_near']:
-        assert view(x).shape == x.shape and view(x).dtype == dtype
-    assert (
-        torch.equal(VIEWS['none'][0](x), x)
-        and torch.equal(VIEWS['mirror_near'][0](x), x)
-        and torch.equal(VIEWS['mirror_near'][1](x), x.flip(-1))
-    )
+        assert view(x).shape == x.shape
+        assert view(x).dtype == dtype
+    assert torch.equal(VIEWS['none'][0](x), x)
+    assert torch.equal(VIEWS['mirror_near'][0](x), x)
+    assert torch.equal(VIEWS['mirror_near'][1](x), x.flip(-1))
     flat = torch.full(shape, 7).to(dtype)
     for view in VIEWS['mirror_near']:
         assert torch.equal(view(flat), flat)
@@ -268,7 +278,8 @@ def test_views_keep_shape_and_type(dtype, shape):
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
 def test_each_of_four_views_as_often_as_the_others(kind, dtype):
     torch.manual_seed(4)
-    a, n = scene(16, 16), 400
+    a = scene(16, 16)
+    n = 400
     views = [array(v(tensor(a))) for v in VIEWS['mirror_near']]
     if kind == 'batch':
         out = [array(o) for o in MirrorNear()(TensorImage(torch.stack([tensor(a)] * n).to(dtype)), split_idx=0)]
@@ -314,12 +325,10 @@ def augmented(name, x, seed=0):
 @pytest.mark.parametrize('name', AUGMENTATIONS)
 def test_shape_and_type_are_kept(name):
     out = augmented(name, torch.rand(3, 20, 20))
-    assert (
-        out.shape == (N, 3, 20, 20)
-        and out.dtype == torch.float32
-        and type(out) is TensorImage
-        and not out.isnan().any()
-    )
+    assert out.shape == (N, 3, 20, 20)
+    assert out.dtype == torch.float32
+    assert type(out) is TensorImage
+    assert not out.isnan().any()
 
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
@@ -408,13 +417,15 @@ def test_the_recipe_for_flowers_has_the_limits_of_the_text():
         ('shift down', m[:, 1, 2], -0.8, 0.8),
     ):  # a side is 2 long: 0.4 of it
         near = 0.02 * (high - low)
-        assert low - 1e-5 <= values.min() < low + near and high - near < values.max() <= high + 1e-5, what
+        assert low - 1e-5 <= values.min() < low + near, what
+        assert high - near < values.max() <= high + 1e-5, what
     assert 0.45 < mirrored.float().mean() < 0.55
 
 
 def test_table_has_every_name():
     t = augmentation_table()
-    assert list(t.index) == list(AUGMENTATIONS) and set(VIEWS) <= set(AUGMENTATIONS)
+    assert list(t.index) == list(AUGMENTATIONS)
+    assert set(VIEWS) <= set(AUGMENTATIONS)
     for n, a in AUGMENTATIONS.items():
         assert t.loc[n, ['keeps colour', 'keeps all of it', 'keeps left and right']].tolist() == [
             a.colour,
@@ -457,5 +468,5 @@ def test_transforms_are_made_anew_each_time():
 @pytest.mark.parametrize('f', [augmentation, views_of])
 @pytest.mark.parametrize('names', ['quarter_turn', 'mirror+quarter_turn', 'mirror + quarter_turns', '', 'mirror+'])
 def test_unknown_names(f, names):
-    with pytest.raises(ValueError, match='unknown augmentation .*nearest first'):
+    with pytest.raises(ValueError, match=r'unknown augmentation .*nearest first'):
         f(names)

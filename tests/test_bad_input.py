@@ -22,14 +22,17 @@ QUICK = (*FAST, '--weights', 'random')
 def broken(tmp_path, folder, *words, out='run', quick=QUICK):
     "The error line of a training that must be refused before it starts and leave no trace."
     target = tmp_path / out
-    before, beside = content(folder), sorted(p.name for p in tmp_path.iterdir())
+    before = content(folder)
+    beside = sorted(p.name for p in tmp_path.iterdir())
     said = cli('train', folder, *quick, '--out', target, *words)
     lines = said.err.splitlines()
-    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: error: '), (
-        said
-    )  # 2: of an option
-    assert 'phase' not in said.out and 'Traceback' not in said.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == beside and content(folder) == before
+    assert said.code in (1, 2), said
+    assert len(lines) == 1, said
+    assert lines[0].startswith('dr_transfer: error: '), said  # 2: of an option
+    assert 'phase' not in said.out
+    assert 'Traceback' not in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == beside
+    assert content(folder) == before
     return lines[0]
 
 
@@ -127,7 +130,8 @@ def test_the_odd_images_are_what_they_are_called(mixed):
         modes[k]
         for k in ('grey.jpg', 'bits.png', 'palette.png', 'print.jpg', 'alpha.png', 'grey alpha.png', 'float.tif')
     } == {'L', '1', 'P', 'CMYK', 'RGBA', 'LA', 'F'}
-    assert modes['deep.png'].startswith('I') and modes['deep.tif'].startswith('I;16')
+    assert modes['deep.png'].startswith('I')
+    assert modes['deep.tif'].startswith('I;16')
     for name in ('turned.jpg', 'turned.png'):
         with Image.open(next(p for p in mixed[1] if p.endswith(name))) as im:
             assert im.getexif()[0x0112] == 6
@@ -138,44 +142,44 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     out, said = mixed_run
     assert content(folder) == before, 'not a byte in the data was changed'
     r = json.loads((out / 'record.json').read_text(encoding='utf-8'))
-    assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD) and r['data']['set_aside'] == 3
+    assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD)
+    assert r['data']['set_aside'] == 3
     reason = {Path(x['image']).name: x['reason'] for x in r['set_aside']}
-    assert (
-        reason['text.jpg'] == 'not an image'
-        and reason['empty.jpg'] == 'empty file'
-        and reason['cut.jpg'].startswith('cannot be decoded')
-    )
-    lines = [l for l in said.out.splitlines() if l.startswith('skipped: ')]
-    assert len(lines) == 3 and all(any(x['image'] in l and x['reason'] in l for l in lines) for x in r['set_aside'])
+    assert reason['text.jpg'] == 'not an image'
+    assert reason['empty.jpg'] == 'empty file'
+    assert reason['cut.jpg'].startswith('cannot be decoded')
+    lines = [line for line in said.out.splitlines() if line.startswith('skipped: ')]
+    assert len(lines) == 3
+    assert all(any(x['image'] in line and x['reason'] in line for line in lines) for x in r['set_aside'])
     assert r['data']['images'] == 27 + len(odd)
     t = table(out / 'predictions.csv')
-    assert {Path(i).name for i in t.image} & set(BAD) == set() and {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
-    assert (
-        list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose'] and np.isfinite(t.iloc[:, 4:].to_numpy()).all()
-    )
-    assert set(t.image) & set(odd) and set(odd) - set(t.image), 'odd images on both sides'
+    assert {Path(i).name for i in t.image} & set(BAD) == set()
+    assert {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
+    assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose']
+    assert np.isfinite(t.iloc[:, 4:].to_numpy()).all()
+    assert set(t.image) & set(odd), 'odd images on both sides'
+    assert set(odd) - set(t.image), 'odd images on both sides'
 
 
 def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed, mixed_run):
     folder, odd, before = mixed
     said = good('predict', mixed_run[0], folder)
     rows = {r['image']: r for r in rows_of(said.out)}
-    assert (
-        list(rows) == sorted(rows, key=Path)
-        and len(rows) == 27 + len(odd) + 3
-        and '3 could not be predicted' in said.err
-    )
-    assert set(odd) <= set(rows) and content(folder) == before
+    assert list(rows) == sorted(rows, key=Path)
+    assert len(rows) == 27 + len(odd) + 3
+    assert '3 could not be predicted' in said.err
+    assert set(odd) <= set(rows)
+    assert content(folder) == before
     for image, r in rows.items():
         p = [r['p_daisy'], r["p_tulip's"], r['p_玫瑰 rose']]
         if Path(image).name in BAD:
-            assert r['prediction'] == '' and p == ['', '', ''] and r['error'], r
+            assert r['prediction'] == '', r
+            assert p == ['', '', ''], r
+            assert r['error'], r
         else:
-            assert (
-                r['error'] == ''
-                and all(math.isfinite(float(x)) for x in p)
-                and sum(map(float, p)) == pytest.approx(1, abs=1e-4)
-            ), r
+            assert r['error'] == '', r
+            assert all(math.isfinite(float(x)) for x in p), r
+            assert sum(map(float, p)) == pytest.approx(1, abs=1e-4), r
             assert r['prediction'] == ('daisy', "tulip's", '玫瑰 rose')[int(np.argmax(list(map(float, p))))], r
     t = table(mixed_run[0] / 'predictions.csv')
     for image, p in zip(t.image, t.p_daisy):
@@ -200,32 +204,28 @@ def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
         for x in rows_of(good('predict', mixed_run[0], *odd, *[tmp_path / n for n in new]).out)
     }
     near = lambda a, b: abs(r[a] - r[b]) < 1e-7  # the same pixels: the same number
-    assert (
-        near('turned.png', 'upright.png')
-        and near('deep.png', 'shallow.png')
-        and near('deep.tif', 'shallow.png')
-        and near('alpha.png', 'flat.png')
-    )
-    assert near('it\'s "quoted".png', 'ignored.png') and near('grey.png', 'shallow.png') is False, (
-        'the model tells other pictures apart'
-    )
+    assert near('turned.png', 'upright.png')
+    assert near('deep.png', 'shallow.png')
+    assert near('deep.tif', 'shallow.png')
+    assert near('alpha.png', 'flat.png')
+    assert near('it\'s "quoted".png', 'ignored.png'), 'the model tells other pictures apart'
+    assert near('grey.png', 'shallow.png') is False, 'the model tells other pictures apart'
     assert not near('turned.png', 'ignored.png'), 'to turn it matters, so that the first line can fail'
 
 
 def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
     "The reader of fundus photographs, which trims and pads, takes them as well."
     rows = rows_of(good('predict', run, *mixed[1]).out)
-    assert len(rows) == len(mixed[1]) and all(r['error'] == '' and 0 <= float(r['p_referable']) <= 1 for r in rows)
+    assert len(rows) == len(mixed[1])
+    assert all(r['error'] == '' and 0 <= float(r['p_referable']) <= 1 for r in rows)
 
 
 @pytest.mark.parametrize('kind', ['lab', 'thin', 'animation', 'huge'])
 @pytest.mark.parametrize('which', ['dr', 'flowers'])
 def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, kind, which):
     "Whatever is wrong with it, it has a row: a prediction, or an error."
-    image, model = (
-        tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png'),
-        run if which == 'dr' else mixed_run[0],
-    )
+    image = tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png')
+    model = run if which == 'dr' else mixed_run[0]
     if kind == 'lab':
         Image.new('LAB', (40, 40), (90, 130, 120)).save(image)
     if kind == 'thin':
@@ -237,8 +237,11 @@ def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, ki
         Image.new('1', (20000, 20000)).save(image)  # PIL refuses to open so many pixels
     fine = sorted((eyes / 'images').iterdir())[0]
     a, b = rows_of(good('predict', model, image, fine).out)
-    assert b['prediction'] and not b['error'] and bool(a['prediction']) != bool(a['error'])
-    assert bool(a['error']) == (kind in ('huge', 'thin')) and ('strip' in a['error']) == (kind == 'thin')
+    assert b['prediction']
+    assert not b['error']
+    assert bool(a['prediction']) != bool(a['error'])
+    assert bool(a['error']) == (kind in ('huge', 'thin'))
+    assert ('strip' in a['error']) == (kind == 'thin')
 
 
 def test_a_name_that_is_no_text(tmp_path, run, eyes):
@@ -250,20 +253,19 @@ def test_a_name_that_is_no_text(tmp_path, run, eyes):
     except OSError:
         pytest.skip('this file system takes only text')
     said = cli('predict', run, tmp_path / 'in', '--out', tmp_path / 'p.csv')
-    assert said.code in (0, 1) and 'Traceback' not in said.err and len(said.err.splitlines()) == 1
-    assert (tmp_path / 'p.csv').exists() == (said.code == 0) and sorted(
-        p.name for p in tmp_path.iterdir() if p.name.startswith('.')
-    ) == []
+    assert said.code in (0, 1)
+    assert 'Traceback' not in said.err
+    assert len(said.err.splitlines()) == 1
+    assert (tmp_path / 'p.csv').exists() == (said.code == 0)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith('.')) == []
 
 
 # ---------------------------------------------------------------- folders
 
 
 def test_no_folder(tmp_path):
-    assert (
-        'there is no' in refused('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
-        and list(tmp_path.iterdir()) == []
-    )
+    assert 'there is no' in refused('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
@@ -274,12 +276,14 @@ def test_an_empty_folder(tmp_path, task, files):
         (tmp_path / 'data' / f).parent.mkdir(exist_ok=True)
         (tmp_path / 'data' / f).write_text('x')
     line = broken(tmp_path, tmp_path / 'data', '--task', task)
-    assert 'no images' in line and str(tmp_path / 'data') in line
+    assert 'no images' in line
+    assert str(tmp_path / 'data') in line
 
 
 def test_a_class_with_one_image(tmp_path, flowers):
     line = broken(tmp_path, some(tmp_path / 'data', flowers, daisy=6, rose=1, tulip=6))
-    assert "'rose' has one image" in line and 'Add images' in line
+    assert "'rose' has one image" in line
+    assert 'Add images' in line
 
 
 def test_a_class_with_one_image_that_can_be_read(tmp_path, flowers):
@@ -295,7 +299,8 @@ def test_one_class(tmp_path, flowers):
 def test_images_in_no_class(tmp_path, flowers):
     some(tmp_path / 'data', flowers, daisy=3, rose=3)
     shutil.copy(tmp_path / 'data' / 'daisy' / '0.jpg', tmp_path / 'data' / 'loose.jpg')
-    assert 'loose.jpg' in (line := broken(tmp_path, tmp_path / 'data')) and 'class' in line
+    assert 'loose.jpg' in (line := broken(tmp_path, tmp_path / 'data'))
+    assert 'class' in line
 
 
 def test_nothing_that_can_be_read(tmp_path, flowers):
@@ -303,7 +308,8 @@ def test_nothing_that_can_be_read(tmp_path, flowers):
     for f, b in zip(sorted((tmp_path / 'data').rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
         f.write_bytes(b)
     line = broken(tmp_path, tmp_path / 'data')
-    assert 'none of 4 images' in line and 'empty file' in line
+    assert 'none of 4 images' in line
+    assert 'empty file' in line
 
 
 def no_entry(folder):
@@ -328,7 +334,8 @@ def test_a_folder_without_permission(tmp_path, flowers, run, monkeypatch):
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
             line = refused(*words)
-            assert str(data / 'rose') in line and 'permission' in line.lower()
+            assert str(data / 'rose') in line
+            assert 'permission' in line.lower()
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
@@ -342,7 +349,8 @@ def test_a_folder_without_permission_on_disk(tmp_path, flowers, run):
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
             line = refused(*words)
-            assert str(data / 'rose') in line and 'permission' in line.lower()
+            assert str(data / 'rose') in line
+            assert 'permission' in line.lower()
     finally:
         (data / 'rose').chmod(stat.S_IRWXU)
     assert [p.name for p in tmp_path.iterdir()] == ['data']
@@ -355,9 +363,8 @@ def test_a_place_that_may_not_be_written_to(tmp_path, flowers, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'fsync', denied)
-    assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path / 'run') and [
-        p.name for p in tmp_path.iterdir()
-    ] == ['data']
+    assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path / 'run')
+    assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
 def test_an_image_without_permission(run, eyes, monkeypatch):
@@ -371,7 +378,10 @@ def test_an_image_without_permission(run, eyes, monkeypatch):
 
     monkeypatch.setattr(os, 'open', opened)
     x, y = rows_of(good('predict', run, a, b).out)
-    assert x['prediction'] == '' and 'permission' in x['error'] and y['prediction'] and not y['error']
+    assert x['prediction'] == ''
+    assert 'permission' in x['error']
+    assert y['prediction']
+    assert not y['error']
 
 
 # ---------------------------------------------------------------- CSV of labels
@@ -447,8 +457,11 @@ def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     before = content(tmp_path / 'eyes')
     said = good('train', tmp_path / 'eyes', '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
     r = json.loads((tmp_path / 'run' / 'record.json').read_text())
-    assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3])) and r['data']['images'] == 37
-    assert [l.split(': ')[1] for l in said.out.splitlines() if l.startswith('skipped')] == list(map(str, files[:3]))
+    assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3]))
+    assert r['data']['images'] == 37
+    assert [line.split(': ')[1] for line in said.out.splitlines() if line.startswith('skipped')] == list(
+        map(str, files[:3])
+    )
     assert content(tmp_path / 'eyes') == before
 
 
@@ -464,7 +477,8 @@ def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded)
         raise AssertionError(f'{name} is no JSON')
 
     r = json.loads((tmp_path / 'run' / 'record.json').read_text(), parse_constant=refuse)
-    assert r['validation']['accuracy'] >= 0 and r['validation']['sensitivity'] is None
+    assert r['validation']['accuracy'] >= 0
+    assert r['validation']['sensitivity'] is None
 
 
 # ---------------------------------------------------------------- names and numbers
@@ -528,7 +542,8 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
     "It is refused, and its code does not run."
     import torch
 
-    hit, file = tmp_path / 'hit', tmp_path / name
+    hit = tmp_path / 'hit'
+    file = tmp_path / name
     if way == 'pickle':
         file.write_bytes(pickle.dumps(Payload(hit)))
     elif way == 'torch':
@@ -539,7 +554,8 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
         (pickle.loads(file.read_bytes()) if way == 'pickle' else torch.load(file, weights_only=False))
         hit.rmdir()
     line = broken(tmp_path, flowers, '--weights', file, quick=FAST)
-    assert str(file) in line and not hit.exists()
+    assert str(file) in line
+    assert not hit.exists()
 
 
 def test_weights_that_are_none(tmp_path, flowers, weights):
@@ -547,7 +563,8 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
     from safetensors.torch import load_file, save_file
 
     sd = load_file(weights)
-    few, other = dict(list(sd.items())[:3]), {k: torch.zeros(7) for k in sd}
+    few = dict(list(sd.items())[:3])
+    other = {k: torch.zeros(7) for k in sd}
     save_file(few, tmp_path / 'few.safetensors'), save_file(other, tmp_path / 'other.safetensors')
     (
         (tmp_path / 'text.safetensors').write_text('no tensors'),
@@ -565,7 +582,8 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
         ('cut.safetensors', 'cannot be read'),
     ):
         line = broken(tmp_path, flowers, '--weights', tmp_path / name, quick=FAST)
-        assert name in line and why in line, line
+        assert name in line, line
+        assert why in line, line
 
 
 def test_weights_in_a_list(tmp_path, flowers):
@@ -582,7 +600,9 @@ def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch)
     monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     line = broken(tmp_path, flowers, quick=FAST)
-    assert 'test_resnet' in line and '--weights FILE' in line and 'random' in line
+    assert 'test_resnet' in line
+    assert '--weights FILE' in line
+    assert 'random' in line
 
 
 # ---------------------------------------------------------------- predict
@@ -596,14 +616,11 @@ def test_damaged_files_among_good_ones(tmp_path, run, eyes):
     given = [tmp_path / 'text.jpg', fine, tmp_path / 'cut.jpg', tmp_path / 'empty.jpg', tmp_path / 'readme.txt']
     said = good('predict', run, *given, '--out', tmp_path / 'p.csv')
     rows = rows_of((tmp_path / 'p.csv').read_text(encoding='utf-8'))
-    assert [r['image'] for r in rows] == list(
-        map(str, given)
-    ) and '1 images predicted, 4 could not be predicted' in said.err
-    assert (
-        [r['error'] for r in rows[:2]] == ['not an image', '']
-        and rows[2]['error'].startswith('cannot be decoded')
-        and rows[3]['error'] == 'empty file'
-    )
+    assert [r['image'] for r in rows] == list(map(str, given))
+    assert '1 images predicted, 4 could not be predicted' in said.err
+    assert [r['error'] for r in rows[:2]] == ['not an image', '']
+    assert rows[2]['error'].startswith('cannot be decoded')
+    assert rows[3]['error'] == 'empty file'
     assert (
         [bool(r['prediction']) for r in rows]
         == [bool(r['p_no']) for r in rows]
@@ -622,22 +639,22 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
     said = cli('predict', run, tmp_path, *(['--out', table] if out else []))
     rows = rows_of(table.read_text() if out else said.out)
     number, error = said.err.splitlines()
-    assert (
-        said.code == 1 and '3 could not be predicted' in number and 'error: 3 of 3 images have no prediction' in error
-    )
-    assert len(rows) == 3 and all(r['error'] and not r['prediction'] for r in rows)
+    assert said.code == 1
+    assert '3 could not be predicted' in number
+    assert 'error: 3 of 3 images have no prediction' in error
+    assert len(rows) == 3
+    assert all(r['error'] and not r['prediction'] for r in rows)
 
 
 def test_predict_without_a_model_or_images(tmp_path, run, eyes):
     (tmp_path / 'empty').mkdir()
     image = next((eyes / 'images').iterdir())
-    assert 'no model folder' in refused('predict', tmp_path / 'none', image) and 'no model folder' in refused(
-        'predict', tmp_path / 'empty', image
-    )
-    assert 'no images' in refused('predict', run, tmp_path / 'empty') and 'there is no' in refused(
-        'predict', run, tmp_path / 'none.jpg', image
-    )
-    assert 'no model folder' in refused('predict', image, image) and [p.name for p in tmp_path.iterdir()] == ['empty']
+    assert 'no model folder' in refused('predict', tmp_path / 'none', image)
+    assert 'no model folder' in refused('predict', tmp_path / 'empty', image)
+    assert 'no images' in refused('predict', run, tmp_path / 'empty')
+    assert 'there is no' in refused('predict', run, tmp_path / 'none.jpg', image)
+    assert 'no model folder' in refused('predict', image, image)
+    assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
 # ---------------------------------------------------------------- a training that comes to nothing
@@ -667,12 +684,11 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
         tmp_path / 'run',
     )
     errors = said.err.splitlines()
-    assert (
-        said.code == 1
-        and len(errors) == 1
-        and errors[0].startswith('dr_transfer: error: the training diverged in epoch')
-    )
-    assert '--plan random_start' in errors[0] and '--plan head' not in errors[0]
+    assert said.code == 1
+    assert len(errors) == 1
+    assert errors[0].startswith('dr_transfer: error: the training diverged in epoch')
+    assert '--plan random_start' in errors[0]
+    assert '--plan head' not in errors[0]
     assert "warning: the weights are random, and plan 'fine_tune' is made for pretrained ones" in said.out
     assert not (tmp_path / 'run').exists()
 
@@ -743,7 +759,8 @@ def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
     for row in rows_of((tmp_path / 'run' / 'predictions.csv').read_text()):
         (folder / 'images' / Path(row['image']).name).write_bytes(b'nothing')
     line = refused('evaluate', tmp_path / 'run', folder, '--split', 'valid', '--out', tmp_path / 'report.html')
-    assert 'valid' in line and not (tmp_path / 'report.html').exists(), line
+    assert 'valid' in line, line
+    assert not (tmp_path / 'report.html').exists(), line
 
 
 def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
@@ -762,8 +779,10 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
             lines[1]
             == f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
         )
-        assert [len(t) for t in tables] == [40 - n] * 3 and (n == 0 or not set(tables[0].group) & set(names[:4]))
+        assert [len(t) for t in tables] == [40 - n] * 3
+        assert n == 0 or not set(tables[0].group) & set(names[:4])
     tables, lines = folds(eyes)
-    assert len(lines) == 1 and lines[0].startswith('patients: ')
+    assert len(lines) == 1
+    assert lines[0].startswith('patients: ')
     with pytest.raises(ValueError, match="every image is in the split 'test'"):
         folds(with_split(tmp_path / 'all', eyes, lambda p: 'test'))

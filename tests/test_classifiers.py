@@ -52,9 +52,11 @@ def test_folds(n, size, seed):
     y = np.random.default_rng(seed).choice(list('aab'), 60)
     g = np.arange(60) // size
     folds = grouped_folds(y, g, n, seed)
-    assert len(folds) == n and sorted(np.concatenate([b for _, b in folds])) == list(range(60))
+    assert len(folds) == n
+    assert sorted(np.concatenate([b for _, b in folds])) == list(range(60))
     for a, b in folds:
-        assert sorted([*a, *b]) == list(range(60)) and not set(g[a]) & set(g[b])
+        assert sorted([*a, *b]) == list(range(60))
+        assert not set(g[a]) & set(g[b])
         if size == 1:
             assert abs((y[b] == 'a').mean() - (y == 'a').mean()) < 0.09
     assert all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed)))
@@ -71,7 +73,8 @@ def test_folds_without_groups(groups):
 def test_images_without_a_group_are_on_their_own():
     g = np.array(['p', 'p', None, np.nan, 'q', 'q'] * 5, dtype=object)
     folds = grouped_folds([0, 1] * 15, [f'{o}{i // 6}' if isinstance(o, str) else o for i, o in enumerate(g)], 5)
-    assert len(folds) == 5 and all(len(b) < 12 for _, b in folds)
+    assert len(folds) == 5
+    assert all(len(b) < 12 for _, b in folds)
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -82,7 +85,8 @@ def test_every_training_part_knows_every_class(seed):
     if pd.Series(g[y == 'rare']).nunique() < 2:
         pytest.skip('the draw has no second group')
     folds = grouped_folds(y, g, 5, seed)
-    assert 2 <= len(folds) <= 5 and all(set(y[a]) == set(y) for a, _ in folds)
+    assert 2 <= len(folds) <= 5
+    assert all(set(y[a]) == set(y) for a, _ in folds)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +117,11 @@ def test_each_classifier(name, classes, views):
     m = FeatureClassifier(name)
     assert m.fit(x[:48], y[:48], np.arange(48) // classes) is m
     p = m.predict_proba(x[48:])
-    assert p.shape == (16, classes) and p.min() >= 0 and p.sum(1) == pytest.approx(np.ones(16), abs=1e-5)
-    assert m.score(x[48:], y[48:]) >= 0.8 and m.score(x[48:], y[48:]) == (m.classes_[p.argmax(1)] == y[48:]).mean()
+    assert p.shape == (16, classes)
+    assert p.min() >= 0
+    assert p.sum(1) == pytest.approx(np.ones(16), abs=1e-5)
+    assert m.score(x[48:], y[48:]) >= 0.8
+    assert m.score(x[48:], y[48:]) == (m.classes_[p.argmax(1)] == y[48:]).mean()
     assert p == pytest.approx(np.mean([m.predict_proba(x[48:, i]) for i in range(views)], axis=0), abs=1e-6)
     assert p == pytest.approx(m.predict_proba(x[48:, ::-1]), abs=1e-6)
     again = clone(m).fit(x[:48], y[:48], np.arange(48) // classes)
@@ -128,7 +135,8 @@ def test_labels_of_any_kind(name):
     kinds = (['no', 'yes'], [3, 7], [False, True], [2.0, 5.0], np.array(['n', 'y'], dtype=object))
     for kind in map(np.array, kinds if name == 'logistic' else kinds[:1]):
         m = FeatureClassifier(name).fit(x, kind[y])
-        assert np.array_equal(m.classes_, kind) and m.predict(x).dtype == kind.dtype
+        assert np.array_equal(m.classes_, kind)
+        assert m.predict(x).dtype == kind.dtype
         assert np.array_equal(m.predict_proba(x), want)
     m = FeatureClassifier(name).fit(x, pd.Series(['no', 'yes'])[y])
     assert m.score(x, pd.Series(['no', 'yes'])[y]) == (want.argmax(1) == y).mean()
@@ -141,7 +149,8 @@ def test_constant_channels(name):
     m = FeatureClassifier(name).fit(x, y)
     moved = x.copy()
     moved[..., 3] += 1e-6
-    assert np.isfinite(m.predict_proba(x)).all() and m.score(x, y) > 0.9
+    assert np.isfinite(m.predict_proba(x)).all()
+    assert m.score(x, y) > 0.9
     if name != 'forest':
         assert m.predict_proba(moved) == pytest.approx(m.predict_proba(x), abs=1e-3)
 
@@ -172,7 +181,8 @@ def test_the_scale_of_a_feature_does_not_matter():
 def test_the_strength_is_the_one_with_the_least_loss():
     x, y = blobs(90, 2, 60, apart=0.3)
     m = FeatureClassifier().fit(x, y).estimator_
-    assert min(m.losses_, key=m.losses_.get) == m.C and module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
+    assert min(m.losses_, key=m.losses_.get) == m.C
+    assert module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
     by_hand = LogisticRegression(C=m.C, tol=1e-6, max_iter=9999)
     rows = StandardScaler().fit_transform(x.reshape(-1, 60))
     by_hand.fit(rows, y.repeat(2), np.full(180, 0.5))
@@ -186,17 +196,16 @@ def test_the_strength_is_the_one_with_the_least_loss():
 def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
     "The rows of every inner fold, with the image and the group of each"
     x, y = blobs(48, 3)
-    g, seen = np.arange(48) // 6, []
+    g = np.arange(48) // 6
+    seen = []
     splits = module._Orbit.splits
     monkeypatch.setattr(module._Orbit, 'splits', lambda self, n: seen.append(splits(self, n)) or seen[-1])
     FeatureClassifier(name).fit(x, y, g)
     assert seen
     for a, b in (o for folds in seen for o in folds):
-        assert (
-            sorted([*a, *b]) == list(range(48 * 3))
-            and not set(a // 3) & set(b // 3)
-            and not set(g[a // 3]) & set(g[b // 3])
-        )
+        assert sorted([*a, *b]) == list(range(48 * 3))
+        assert not set(a // 3) & set(b // 3)
+        assert not set(g[a // 3]) & set(g[b // 3])
 
 
 class Spy(GaussianNB):
@@ -215,9 +224,11 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, monkeypatch):
     x[..., -1] = g[:, None]  # the last channel tells the group
     FeatureClassifier(GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)).fit(x, y, g)
     *inner, last = Spy.fits
-    assert len(last) == 8 and len(inner) == (cv if isinstance(cv, int) else 5 if cv is None else 4)
+    assert len(last) == 8
+    assert len(inner) == (cv if isinstance(cv, int) else 5 if cv is None else 4)
     left_out = [last - o for o in inner]
-    assert all(left_out) and sum(map(len, left_out)) == 8  # each group is left out once and as a whole
+    assert all(left_out)
+    assert sum(map(len, left_out)) == 8  # each group is left out once and as a whole
 
 
 @pytest.mark.parametrize(
@@ -234,7 +245,8 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, monkeypatch):
 def test_estimators_of_scikit_learn(given):
     x, y = blobs()
     m = FeatureClassifier(given).fit(x, np.array(list('abc'))[y])
-    assert m.score(x, np.array(list('abc'))[y]) > 0.9 and m.predict_proba(x).shape == (60, 3)
+    assert m.score(x, np.array(list('abc'))[y]) > 0.9
+    assert m.predict_proba(x).shape == (60, 3)
     assert not hasattr(given, 'classes_')  # what was given is not touched
 
 
@@ -249,10 +261,8 @@ def test_a_search_without_probabilities_is_refused():
 def test_parameters():
     m = FeatureClassifier('forest', ['stage6'], 'max', 3)
     assert m.get_params(deep=False) == dict(classifier='forest', stages=['stage6'], pool='max', seed=3)
-    assert (
-        clone(m).get_params() == m.get_params()
-        and m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
-    )
+    assert clone(m).get_params() == m.get_params()
+    assert m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
     assert FeatureClassifier(LogisticRegression(C=3)).get_params()['classifier__C'] == 3
 
 
@@ -293,7 +303,9 @@ def test_tools_of_scikit_learn():
 )
 def test_refused(change, text):
     x, y = blobs()
-    X, y, groups = change.get('X', x), change.get('y', y), change.get('groups')
+    X = change.get('X', x)
+    y = change.get('y', y)
+    groups = change.get('groups')
     with pytest.raises(ValueError, match=text):
         FeatureClassifier(change.get('classifier', 'logistic')).fit(X, y, groups)
 
@@ -317,11 +329,13 @@ def test_head(kind, classes):
         x, np.array(list('vwxyz'))[y]
     )
     head = m.head()
-    assert not head.training and head.about.hidden == ((256,) if kind == 'dense' else ())
+    assert not head.training
+    assert head.about.hidden == ((256,) if kind == 'dense' else ())
     with torch.no_grad():
         for i in range(2):
             want = m.predict_proba(x[:, i])
-            assert want.max() > 0.5 and np.abs(head(torch.tensor(x[:, i])).softmax(1).numpy() - want).max() < 1e-5
+            assert want.max() > 0.5
+            assert np.abs(head(torch.tensor(x[:, i])).softmax(1).numpy() - want).max() < 1e-5
         maps = torch.tensor(x[:, 0])[..., None, None].expand(-1, -1, 3, 3)
         assert np.abs(head(maps).softmax(1).numpy() - m.predict_proba(x[:, 0])).max() < 1e-5
     head.train()(torch.tensor(x[:, 0])).sum().backward()  # training can go on from there
@@ -339,7 +353,8 @@ def test_no_head(kind):
 @pytest.mark.parametrize('groups', [False, True])
 def test_out_of_fold_is_the_loop_that_it_says(groups):
     x, y = blobs(apart=0.5)
-    names, g = np.array(['r', 'q', 'p'])[y], np.arange(60) // 4 if groups else None
+    names = np.array(['r', 'q', 'p'])[y]
+    g = np.arange(60) // 4 if groups else None
     m = FeatureClassifier(seed=1)
     p = out_of_fold(m, x, names, g, 3, 5)
     for a, b in grouped_folds(names, g, 3, 5):
@@ -354,7 +369,8 @@ def test_a_memory_of_groups_does_not_help():
     y = (np.arange(20) % 2)[g]
     x = (r.normal(size=(20, 40))[g] + 0.05 * r.normal(size=(80, 40))).astype(np.float32)
     torn, whole = ((out_of_fold(FeatureClassifier(), x, y, o).argmax(1) == y).mean() for o in (None, g))
-    assert torn > 0.95 and whole < 0.75
+    assert torn > 0.95
+    assert whole < 0.75
 
 
 # ---------------------------------------------------------------- suspect labels
@@ -376,12 +392,19 @@ def test_suspects_of_synthetic_labels(seed):
     y, wrong = exchanged(np.array(list('abc'))[y], 0.08, seed)
     t = suspect_labels(x, y)
     hits = len(wrong & set(t.image))
-    assert list(t) == COLUMNS and t.score.is_monotonic_increasing and t.image.is_unique
-    assert hits / len(t) >= 0.75 and hits / len(wrong) >= 0.75
-    assert (t.label == y[t.image]).all() and (t.likely != t.label).all() and (t.p_likely > t.p_label).all()
+    assert list(t) == COLUMNS
+    assert t.score.is_monotonic_increasing
+    assert t.image.is_unique
+    assert hits / len(t) >= 0.75
+    assert hits / len(wrong) >= 0.75
+    assert (t.label == y[t.image]).all()
+    assert (t.likely != t.label).all()
+    assert (t.p_likely > t.p_label).all()
     assert t.reason[0] == f'looks like {t.likely[0]} ({t.p_likely[0]:.2f}), labelled {t.label[0]} ({t.p_label[0]:.2f})'
     more = suspect_labels(x, y, most=40)
-    assert len(more) == 40 and set(t.image) - set(more.image) == set() and (more.score.diff()[1:] >= 0).all()
+    assert len(more) == 40
+    assert set(t.image) - set(more.image) == set()
+    assert (more.score.diff()[1:] >= 0).all()
 
 
 def test_suspects_of_drawn_flowers(tmp_path):
@@ -392,15 +415,19 @@ def test_suspects_of_drawn_flowers(tmp_path):
     t = suspect_labels(f, y, d.photographer)
     bad = {paths[i] for i in wrong}
     hits = len(bad & set(t.image))
-    assert hits / len(t) >= 0.75 and hits / len(bad) >= 0.7
+    assert hits / len(t) >= 0.75
+    assert hits / len(bad) >= 0.7
     assert len(suspect_labels(f, d.label, d.photographer)) <= 5
 
 
 def test_the_same_picture_under_two_labels(tmp_path):
     x, y = blobs(apart=3.0)
-    x, y = np.concatenate([x, x[:1], x[1:2]]), [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
+    x = np.concatenate([x, x[:1], x[1:2]])
+    y = [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
     t = suspect_labels(x, y)
-    assert set(t.image[:2]) == {0, 60} and 1 not in set(t.image) and 61 not in set(t.image)
+    assert set(t.image[:2]) == {0, 60}
+    assert 1 not in set(t.image)
+    assert 61 not in set(t.image)
     assert dict(zip(t.image, t.reason))[60] == 'the same picture as 0, which has another label, 0'
 
 

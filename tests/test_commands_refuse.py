@@ -110,7 +110,9 @@ def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, tex
     with pytest.raises(TaskFileError, match=words):
         load_task(task)
     line = failed(capsys, 'train', flowers, *SMALL, '--task', task, '--out', tmp_path / 'run')
-    assert str(tmp_path / name) in line and words in line and not (tmp_path / 'run').exists()
+    assert str(tmp_path / name) in line
+    assert words in line
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('form', ['toml', 'py'])
@@ -172,7 +174,9 @@ def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
             == 1
         )
         said = capsys.readouterr()
-        assert words in said.err and 'phase' not in said.out and not (tmp_path / 'r.html').exists()
+        assert words in said.err
+        assert 'phase' not in said.out
+        assert not (tmp_path / 'r.html').exists()
 
 
 @pytest.mark.parametrize('size', [48.5, True, '48', None, float('nan')])
@@ -185,7 +189,8 @@ def test_sizes_of_a_preparation_that_are_none(tmp_path, size):
 def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--setting', 'nope'])
-    assert e.value.code == 2 and '--setting' in capsys.readouterr().err
+    assert e.value.code == 2
+    assert '--setting' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is said
@@ -204,7 +209,8 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
     ):
         assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
-        assert out.count('1 pairs of identical images have two classes') == 1 and 'copy.jpg (roses)' in out
+        assert out.count('1 pairs of identical images have two classes') == 1
+        assert 'copy.jpg (roses)' in out
         assert out.count('no patient column found') == 1
 
 
@@ -218,7 +224,8 @@ def test_one_path_is_a_list_of_one(flowers):
 
     path = find_images(flowers)[0]
     for one in (path, str(path)):
-        assert predict_table(Model(), one).image.tolist() == [one] and gather_images(one) == [str(path)]
+        assert predict_table(Model(), one).image.tolist() == [one]
+        assert gather_images(one) == [str(path)]
     assert len(gather_images(flowers)) == 24
 
 
@@ -245,7 +252,8 @@ def test_the_module_is_the_command():
     import sys
 
     done = subprocess.run([sys.executable, '-m', 'dr_transfer.cli', 'train'], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('dr_transfer: error:')
+    assert done.returncode == 2
+    assert done.stderr.startswith('dr_transfer: error:')
 
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
@@ -255,7 +263,8 @@ def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
         tmp_path / 'in' / 'a.png'
     )
     words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
-    assert main(words) == 0 and 'warning' not in capsys.readouterr().err
+    assert main(words) == 0
+    assert 'warning' not in capsys.readouterr().err
     (tmp_path / 'out' / 'preparation.json').write_text('{')
     assert main(words) == 0
     (told,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
@@ -330,7 +339,8 @@ def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
         TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'
     ):
         preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
-    assert cut.read_bytes() == before and gone.exists()
+    assert cut.read_bytes() == before
+    assert gone.exists()
 
 
 def test_an_export_does_not_go_into_the_model(tmp_path, capsys):

@@ -57,7 +57,8 @@ def test_rgb_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'BMP', 'JPEG'])
 def test_grey(kind):
     im = read_rgb(through(Image.fromarray(GREY), kind, **({'quality': 100} if kind == 'JPEG' else {})))
-    assert im.mode == 'RGB' and far(im, GREY[..., None]).max() <= (3 if kind == 'JPEG' else 0)
+    assert im.mode == 'RGB'
+    assert far(im, GREY[..., None]).max() <= (3 if kind == 'JPEG' else 0)
 
 
 def test_one_bit():
@@ -93,8 +94,10 @@ def test_alpha_is_over_black(mode):
     base = A if mode == 'RGBA' else GREY[..., None]
     im = Image.merge(mode, [Image.fromarray(np.ascontiguousarray(c)) for c in (*np.moveaxis(base, -1, 0), alpha)])
     out = np.asarray(read_rgb(through(im, 'PNG')))
-    assert out.shape == (32, 48, 3) and far(out, (base * (alpha[..., None] / 255)).round()).max() <= 1
-    assert out[:, 0].max() == 0 and far(out[:, -1], np.broadcast_to(base, A.shape)[:, -1]).max() <= 1
+    assert out.shape == (32, 48, 3)
+    assert far(out, (base * (alpha[..., None] / 255)).round()).max() <= 1
+    assert out[:, 0].max() == 0
+    assert far(out[:, -1], np.broadcast_to(base, A.shape)[:, -1]).max() <= 1
 
 
 def test_rgb_with_a_transparent_colour():
@@ -111,9 +114,8 @@ def test_16_bits_keep_their_shades(kind):
     data = through(Image.fromarray(deep), kind)
     assert Image.open(io.BytesIO(data)).mode.startswith('I')
     out = np.asarray(read_rgb(data))
-    assert (
-        far(out, (deep / 257)[..., None]).max() <= 1 and len(np.unique(out)) == 256
-    )  # clipping would leave a white picture
+    assert far(out, (deep / 257)[..., None]).max() <= 1
+    assert len(np.unique(out)) == 256  # clipping would leave a white picture
 
 
 def test_cmyk_jpeg():
@@ -128,7 +130,9 @@ def test_cmyk_jpeg():
 @pytest.mark.parametrize('fit', FITS)
 def test_any_mode_to_a_square(mode, fit):
     im = read_image(Image.fromarray(A).convert(mode), 24, fit=fit)
-    assert im.mode == 'RGB' and im.size == (24, 24) and np.asarray(im).std() > 10
+    assert im.mode == 'RGB'
+    assert im.size == (24, 24)
+    assert np.asarray(im).std() > 10
 
 
 def test_first_frame_of_an_animation():
@@ -184,7 +188,8 @@ def test_store_and_show_are_inverse(orientation):
 def test_every_orientation_is_upright(orientation, kind):
     options = {'JPEG': dict(quality=100, subsampling=0), 'WEBP': dict(lossless=True, exact=True)}.get(kind, {})
     im = read_rgb(turned(A, orientation, kind, **options))
-    assert im.size == (48, 32) and far(im, A).max() <= (5 if kind == 'JPEG' else 0)
+    assert im.size == (48, 32)
+    assert far(im, A).max() <= (5 if kind == 'JPEG' else 0)
     assert to_rgb(im) is im or far(to_rgb(im), im).max() == 0  # once upright, it is not turned again
 
 
@@ -192,7 +197,8 @@ def test_every_orientation_is_upright(orientation, kind):
 def test_orientation_holds_when_decoded_small(orientation):
     a = smooth(800, 600)
     im = read_rgb(turned(a, orientation, 'JPEG', quality=95), 100)
-    assert im.size == (400, 300) and far(im.resize((80, 60)), Image.fromarray(a).resize((80, 60))).mean() < 2
+    assert im.size == (400, 300)
+    assert far(im.resize((80, 60)), Image.fromarray(a).resize((80, 60))).mean() < 2
 
 
 @pytest.mark.parametrize('orientation', SHOW)
@@ -210,16 +216,20 @@ def test_draft_decoding_agrees_with_full_decoding(mode, fit):
     rng = np.random.default_rng(0)
     a = np.clip(smooth(1200, 900) + rng.normal(0, 8, (900, 1200, 1)), 0, 255).astype(np.uint8)  # the noise of a camera
     data = through(Image.fromarray(a).convert(mode), 'JPEG', quality=92)
-    full, draft = read_rgb(data), read_rgb(data, 96)
-    assert full.size == (1200, 900) and draft.size == (300, 225)  # a quarter: half of that would be less than twice 96
-    a, b = fit_square(full, 96, fit), read_image(data, 96, fit=fit)
+    full = read_rgb(data)
+    draft = read_rgb(data, 96)
+    assert full.size == (1200, 900)
+    assert draft.size == (300, 225)  # a quarter: half of that would be less than twice 96
+    a = fit_square(full, 96, fit)
+    b = read_image(data, 96, fit=fit)
     assert far(a, b).mean() < 2 and far(a, b).max() < 16, (far(a, b).mean(), far(a, b).max())
 
 
 @pytest.mark.parametrize('size', [16, 64, 100, 150, 224, 300, 1000])
 def test_a_draft_is_never_smaller_than_what_is_needed(size):
     im = read_rgb(through(Image.fromarray(smooth(640, 480)), 'JPEG'), size)
-    assert min(im.size) >= min(480, 2 * size) and max(im.size) <= 640
+    assert min(im.size) >= min(480, 2 * size)
+    assert max(im.size) <= 640
 
 
 # ---------------------------------------------------------------- fit
@@ -232,13 +242,13 @@ def test_fits_of_a_wide_image():
     a[:, 60:] = (0, 0, 250)
     pad, squish, crop = (np.asarray(fit_square(Image.fromarray(a), 40, f)) for f in ('pad', 'squish', 'crop'))
     assert all(o.shape == (40, 40, 3) for o in (pad, squish, crop))
-    assert (
-        pad[:9].max() == pad[31:].max() == 0
-        and pad[12:28].max(-1).min() > 100
-        and pad[20, 2, 0] > 200
-        and pad[20, 37, 2] > 200
-    )  # all of it, on black
-    assert squish.max(-1).min() > 100 and squish[20, 2, 0] > 200 and squish[20, 37, 2] > 200  # all of it, narrower
+    assert pad[:9].max() == pad[31:].max() == 0
+    assert pad[12:28].max(-1).min() > 100
+    assert pad[20, 2, 0] > 200
+    assert pad[20, 37, 2] > 200  # all of it, on black
+    assert squish.max(-1).min() > 100
+    assert squish[20, 2, 0] > 200
+    assert squish[20, 37, 2] > 200  # all of it, narrower
     assert (crop == (0, 250, 0)).all()  # the middle of it
 
 
@@ -246,8 +256,11 @@ def test_fits_of_a_wide_image():
 @pytest.mark.parametrize('shape', [(1, 1), (3, 200), (200, 3), (32, 32), (33, 31)])
 def test_fit_takes_any_shape_and_leaves_nothing_to_chance(fit, shape):
     im = Image.fromarray(np.full((*shape, 3), 120, np.uint8))
-    a, b = np.asarray(fit_square(im, 32, fit)), np.asarray(fit_square(im, 32, fit))
-    assert a.shape == (32, 32, 3) and (a == b).all() and set(np.unique(a)) <= ({0, 120} if fit == 'pad' else {120})
+    a = np.asarray(fit_square(im, 32, fit))
+    b = np.asarray(fit_square(im, 32, fit))
+    assert a.shape == (32, 32, 3)
+    assert (a == b).all()
+    assert set(np.unique(a)) <= ({0, 120} if fit == 'pad' else {120})
 
 
 def test_a_square_of_the_right_size_is_left_alone():
@@ -257,9 +270,9 @@ def test_a_square_of_the_right_size_is_left_alone():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown fit 'croop'. Known, nearest first: crop"):
+    with pytest.raises(ValueError, match=r"unknown fit 'croop'. Known, nearest first: crop"):
         fit_square(Image.fromarray(A), 32, 'croop')
-    with pytest.raises(ValueError, match="unknown reader 'fundsu'. Known, nearest first: fundus"):
+    with pytest.raises(ValueError, match=r"unknown reader 'fundsu'. Known, nearest first: fundus"):
         read_image(A, 32, 'fundsu')
 
 
@@ -284,7 +297,8 @@ def test_black_borders_around_a_retina_change_nothing(borders, camera):
         assert abs(moved).max() < step, moved
         plain, more = (read_image(o, 64, 'fundus', 'pad') for o in (a, b))
         without = far(*(read_image(o, 64, 'photo', 'pad') for o in (a, b))).mean()
-        assert without > 15 and far(plain, more).mean() <= (0 if step == 1 else without / 10)
+        assert without > 15
+        assert far(plain, more).mean() <= (0 if step == 1 else without / 10)
 
 
 def test_borders_of_a_large_photograph():
@@ -309,7 +323,8 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
         np.asarray(read_image(s, 64, 'fundus'))
         for s in (a, Image.fromarray(a), tmp_path / 'a.png', str(tmp_path / 'a.png'), (tmp_path / 'a.png').read_bytes())
     )
-    assert set(READERS) >= {'photo', 'fundus'} and all((first == o).all() for o in rest)
+    assert set(READERS) >= {'photo', 'fundus'}
+    assert all((first == o).all() for o in rest)
 
 
 # ---------------------------------------------------------------- threads

@@ -38,12 +38,14 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     save_file(state, tmp_path / 'w.safetensors')
     body = create_body(name, tmp_path / 'w.safetensors')
     names = stage_names(body)
-    assert names[0] == 'stem' and len(names) >= 3 and list(layer_groups(body)) == names and body.weights.kind == 'file'
+    assert names[0] == 'stem'
+    assert len(names) >= 3
+    assert list(layer_groups(body)) == names
+    assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
     loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
-    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4]) and len(
-        loaded
-    ) < len(state)
+    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4])
+    assert len(loaded) < len(state)
 
     learn = build_learner(
         eyes, 'dr', arch=name, weights=tmp_path / 'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1]
@@ -60,7 +62,8 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
 
     images = sorted((eyes / 'images').iterdir())[:3]
     f = image_features(images, name, weights=tmp_path / 'w.safetensors', size=80, reader='fundus', fit='pad')
-    assert set(f.stages) == set(names) and all(np.isfinite(f.numpy([n])).all() for n in names)
+    assert set(f.stages) == set(names)
+    assert all(np.isfinite(f.numpy([n])).all() for n in names)
     p = predict_probs(learn, images)
     assert np.abs(load_model(save_model(learn, tmp_path / 'model'), 'plain').probs(images) - p).max() < 1e-5
 
@@ -72,9 +75,8 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     monkeypatch.setattr(module, '_download', lambda spec: state)
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)
-    assert body.weights.kind == 'hub' and torch.equal(
-        next(iter(body.state_dict().values())), next(iter(state.values()))
-    )
+    assert body.weights.kind == 'hub'
+    assert torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
 
 
 def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
@@ -82,12 +84,14 @@ def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
     net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     save_file(net.state_dict(), tmp_path / 'w.safetensors')
     assert any(k.startswith('aux1') for k in net.state_dict())
-    body, x = create_body('googlenet', tmp_path / 'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
+    body = create_body('googlenet', tmp_path / 'w.safetensors').eval()
+    x = torch.randn(1, 3, 64, 64)
     inner = nn.Sequential(
         *[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')]
     )
     with torch.no_grad():
-        assert torch.equal(body(x), inner(x)) and inner(x).std() > 0
+        assert torch.equal(body(x), inner(x))
+        assert inner(x).std() > 0
 
 
 def test_cifarnet_has_no_weights_to_download():

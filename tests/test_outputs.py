@@ -80,7 +80,7 @@ def photographs(tmp_path):
 def test_a_file_is_replaced_only_if_its_own_name_was_given_with_overwrite(tmp_path):
     file = tmp_path / 'p.csv'
     file.write_text('mine')
-    with pytest.raises(OutputError, match='exists already.*--overwrite'):
+    with pytest.raises(OutputError, match=r'exists already.*--overwrite'):
         enter(new_file(file))
     assert tree(tmp_path) == {'p.csv': b'mine'}
     with new_file(file, overwrite=True) as f:
@@ -93,7 +93,7 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     (tmp_path / 'folder').mkdir()
     os.mkfifo(tmp_path / 'pipe')
     for name in ('folder', 'pipe'):
-        with pytest.raises(OutputError, match='is a folder|no regular file'):
+        with pytest.raises(OutputError, match=r'is a folder|no regular file'):
             enter(new_file(tmp_path / name, overwrite=True))
     with pytest.raises(OutputError, match='no regular file'):
         enter(new_file('/dev/null', overwrite=True))
@@ -119,7 +119,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, 
     ):
         with pytest.raises(OutputError):
             enter(context(place))
-    assert tree(tmp_path) == before and not (tmp_path / 'nowhere').exists()
+    assert tree(tmp_path) == before
+    assert not (tmp_path / 'nowhere').exists()
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', full)
     for context in (new_file(tmp_path / 'p.csv'), new_folder(tmp_path / 'new' / 'run')):
-        with pytest.raises(OutputError, match='No space left on device.*make room'):
+        with pytest.raises(OutputError, match=r'No space left on device.*make room'):
             enter(context)
     assert tree(tmp_path) == {}
 
@@ -143,7 +144,8 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
         f.write_text('2')
     with atomic_file(tmp_path / name) as f:
         f.write_text('3')
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '3'
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == '3'
     (tmp_path / name).unlink()
     make_run(tmp_path / name)
     make_run(tmp_path / name, overwrite=True)
@@ -166,13 +168,12 @@ def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
 
 
 def test_what_was_finished_of_a_run_is_kept_if_the_rest_fails(tmp_path):
-    with pytest.raises(OutputError, match='the disk is full.*What was finished is kept in .*run.kept'):
+    with pytest.raises(OutputError, match=r'the disk is full.*What was finished is kept in .*run.kept'):
         with new_folder(tmp_path / 'run', keep_parts=True) as f:
             (f / 'model.json').write_text('the model')
             raise OSError('the disk is full')
-    assert (tmp_path / 'run.kept' / 'model.json').read_text() == 'the model' and output_kind(
-        tmp_path / 'run.kept'
-    ) == 'unfinished'
+    assert (tmp_path / 'run.kept' / 'model.json').read_text() == 'the model'
+    assert output_kind(tmp_path / 'run.kept') == 'unfinished'
     with pytest.raises(RuntimeError), new_folder(tmp_path / 'other', keep_parts=True):
         raise RuntimeError('before anything was written')
     assert os.listdir(tmp_path) == ['run.kept']
@@ -183,7 +184,8 @@ def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
         with new_folder(tmp_path / 'run', keep_parts=True) as f:
             (f / 'model.json').write_text('the model')
             raise KeyboardInterrupt
-    assert tree(tmp_path / 'run.kept')['model.json'] == b'the model' and os.listdir(tmp_path) == ['run.kept']
+    assert tree(tmp_path / 'run.kept')['model.json'] == b'the model'
+    assert os.listdir(tmp_path) == ['run.kept']
 
 
 @pytest.mark.parametrize('error', [ValueError('it cannot be drawn'), OSError(28, 'No space left on device')])
@@ -225,13 +227,12 @@ def test_a_link_is_followed(tmp_path):
     make_run(tmp_path / 'run', 'second', overwrite=True)
     with new_file(tmp_path / 'p.csv', overwrite=True) as f:
         f.write_text('new')
-    assert (tmp_path / 'run').is_symlink() and (tmp_path / 'p.csv').is_symlink()
-    assert (tmp_path / 'disk' / 'old.csv').read_text() == 'new' and (
-        tmp_path / 'disk' / 'run' / 'record.json'
-    ).read_text() == 'second'
-    assert sorted(os.listdir(tmp_path)) == ['disk', 'link', 'p.csv', 'run'] and sorted(
-        os.listdir(tmp_path / 'disk')
-    ) == ['old.csv', 'run']
+    assert (tmp_path / 'run').is_symlink()
+    assert (tmp_path / 'p.csv').is_symlink()
+    assert (tmp_path / 'disk' / 'old.csv').read_text() == 'new'
+    assert (tmp_path / 'disk' / 'run' / 'record.json').read_text() == 'second'
+    assert sorted(os.listdir(tmp_path)) == ['disk', 'link', 'p.csv', 'run']
+    assert sorted(os.listdir(tmp_path / 'disk')) == ['old.csv', 'run']
 
 
 # ---------------------------------------------------------------- folders
@@ -303,7 +304,7 @@ def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
 
     once(False)
     (tmp_path / 'demo' / 'run' / 'mine.txt').write_text('mine')
-    with pytest.raises(OutputError, match="holds 'run/mine.txt'"):
+    with pytest.raises(OutputError, match=r"holds 'run/mine.txt'"):
         once(True)
     assert (tmp_path / 'demo' / 'run' / 'mine.txt').read_text() == 'mine'
     (tmp_path / 'demo' / 'run' / 'mine.txt').unlink()
@@ -315,16 +316,18 @@ def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
 
 
 def test_a_table_is_replaced_only_if_it_was_written_with_its_report(tmp_path):
-    page, table = tmp_path / 'labels.html', tmp_path / 'labels_predictions.csv'
+    page = tmp_path / 'labels.html'
+    table = tmp_path / 'labels_predictions.csv'
     (tmp_path / 'labels.csv').write_text('the labels of the user')
     make_report(page)
     make_report(page, 'again', overwrite=True)
-    assert (tmp_path / 'labels.csv').read_text() == 'the labels of the user' and table.read_text() == 'again table'
+    assert (tmp_path / 'labels.csv').read_text() == 'the labels of the user'
+    assert table.read_text() == 'again table'
     table.write_text('corrected by hand')
-    with pytest.raises(OutputError, match='labels_predictions.csv was not written together with .*labels.html'):
+    with pytest.raises(OutputError, match=r'labels_predictions.csv was not written together with .*labels.html'):
         make_report(page, 'third', overwrite=True)
     page.unlink()
-    with pytest.raises(OutputError, match='labels_predictions.csv'):
+    with pytest.raises(OutputError, match=r'labels_predictions.csv'):
         make_report(page, 'third', overwrite=True)
     assert tree(tmp_path) == {'labels.csv': b'the labels of the user', table.name: b'corrected by hand'}
 
@@ -367,7 +370,8 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     monkeypatch.setattr(commands, '_load', lambda a: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
-    assert 'lies in the data folder' in capsys.readouterr().err and tree(tmp_path) == before
+    assert 'lies in the data folder' in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
     class E:
         table = __import__('pandas').DataFrame({'image': ['0.png']})
@@ -375,9 +379,8 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     monkeypatch.setattr(report, 'report_html', lambda e, n: '<html><head></head></html>')
     for _ in range(2):
         report.write_report(E, tmp_path / 'labels.html', overwrite=True)
-    assert (tmp_path / 'labels.csv').read_text() == 'mine' and (
-        tmp_path / 'labels_predictions.csv'
-    ).read_text() == 'image\n0.png\n'
+    assert (tmp_path / 'labels.csv').read_text() == 'mine'
+    assert (tmp_path / 'labels_predictions.csv').read_text() == 'image\n0.png\n'
 
 
 # ---------------------------------------------------------------- two runs at once
@@ -390,7 +393,7 @@ def test_the_second_run_is_told_at_once(tmp_path):
         held.__enter__()
         start = time.monotonic()
         with pytest.raises(
-            OutputError, match='another run is writing .*: wait until it is done, or choose another name'
+            OutputError, match=r'another run is writing .*: wait until it is done, or choose another name'
         ):
             enter(context(tmp_path / str(i)))
         assert time.monotonic() - start < 5
@@ -428,7 +431,8 @@ def test_two_processes_with_one_name(tmp_path):
             cli.main(['train', str(tmp_path / 'data'), '--out', str(tmp_path / 'run'), '--debug'])
     finally:
         first.communicate('go on\n', timeout=60)
-    assert first.returncode == 0 and (tmp_path / 'run' / 'record.json').read_text() == 'first'
+    assert first.returncode == 0
+    assert (tmp_path / 'run' / 'record.json').read_text() == 'first'
     assert sorted(os.listdir(tmp_path)) == ['data', 'link', 'run']
 
 
@@ -464,7 +468,8 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
         t.start()
     for t in threads:
         t.join()
-    assert os.listdir(tmp_path) == ['known.json'] and len(set((tmp_path / 'known.json').read_text())) == 1
+    assert os.listdir(tmp_path) == ['known.json']
+    assert len(set((tmp_path / 'known.json').read_text())) == 1
 
 
 # ---------------------------------------------------------------- killed
@@ -511,7 +516,9 @@ def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(
     replace(tmp_path / 'whole', 'old', overwrite=False)
     code, steps = killed_at(-1, lambda: replace(tmp_path / 'whole', 'new'))
     want = tree(tmp_path / 'whole')
-    assert code == 0 and int(steps) > 30 and b'new' in want['r.html']
+    assert code == 0
+    assert int(steps) > 30
+    assert b'new' in want['r.html']
     for point in range(1, int(steps) + 1):
         folder = tmp_path / f'at {point}'
         folder.mkdir()
@@ -529,13 +536,15 @@ def test_a_kill_between_two_renames(tmp_path):
     os.rename(tmp_path / 'run', tmp_path / '.run.dr_transfer-old')
     with pytest.raises(OutputError, match='exists already'):
         make_run(tmp_path / 'run')
-    assert (tmp_path / 'run' / 'record.json').read_text() == 'old' and os.listdir(tmp_path) == ['run']
+    assert (tmp_path / 'run' / 'record.json').read_text() == 'old'
+    assert os.listdir(tmp_path) == ['run']
     make_report(tmp_path / 'r.html')
     os.rename(tmp_path / 'r_predictions.csv', tmp_path / '.r_predictions.csv.dr_transfer-tmp')
     (tmp_path / '.r_predictions.csv.dr_transfer-old').write_text('old table')
     with pytest.raises(OutputError, match='exists already'):
         make_report(tmp_path / 'r.html')
-    assert written_together(tmp_path / 'r.html', tmp_path / 'r_predictions.csv') and sorted(os.listdir(tmp_path)) == [
+    assert written_together(tmp_path / 'r.html', tmp_path / 'r_predictions.csv')
+    assert sorted(os.listdir(tmp_path)) == [
         'r.html',
         'r_predictions.csv',
         'run',
@@ -570,11 +579,9 @@ def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
         check_outside(out, photographs)
     with pytest.raises(OutputError, match='is read here'):
         check_outside(tmp_path / 'link' / 'images' / '0.png', photographs / 'images' / '0.png')
-    assert (
-        is_inside(photographs, tmp_path)
-        and not is_inside(tmp_path, photographs)
-        and not is_inside('x', tmp_path / 'nowhere')
-    )
+    assert is_inside(photographs, tmp_path)
+    assert not is_inside(tmp_path, photographs)
+    assert not is_inside('x', tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('command', ['train', 'advise', 'compare', 'cross-validate'])
@@ -583,15 +590,18 @@ def test_the_commands_refuse_to_write_into_the_data(photographs, capsys, command
 
     before = tree(photographs)
     assert main([command, str(photographs), '--out', str(photographs / 'out')]) == 1
-    assert 'lies in the data folder' in capsys.readouterr().err and tree(photographs) == before
+    assert 'lies in the data folder' in capsys.readouterr().err
+    assert tree(photographs) == before
 
 
 def test_predict_does_not_replace_what_it_reads(photographs, capsys):
     from dr_transfer.cli import main
 
-    before, image = tree(photographs), str(photographs / 'images' / '0.png')
+    before = tree(photographs)
+    image = str(photographs / 'images' / '0.png')
     assert main(['predict', 'model', image, '--out', image, '--overwrite']) == 1
-    assert 'is read here' in capsys.readouterr().err and tree(photographs) == before
+    assert 'is read here' in capsys.readouterr().err
+    assert tree(photographs) == before
 
 
 def test_runs_are_never_read_as_data(tmp_path):
@@ -662,7 +672,8 @@ def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
         prepare(photographs, tmp_path / 'mine')
     assert tree(tmp_path / 'mine') == {'images': None, 'images/0.png': b'mine'}
     prepare(photographs, tmp_path / 'small')
-    assert output_kind(tmp_path / 'small') == 'preprocess' and strange_files(tmp_path / 'small') == []
+    assert output_kind(tmp_path / 'small') == 'preprocess'
+    assert strange_files(tmp_path / 'small') == []
 
 
 def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
@@ -696,11 +707,13 @@ def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, recwarn)
     lines = want['journal.jsonl'].splitlines(True)
     (tmp_path / 'small' / 'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
     prepare(photographs, tmp_path / 'small')
-    assert tree(tmp_path / 'small') == want and not [w for w in recwarn if w.category is TransferWarning]
+    assert tree(tmp_path / 'small') == want
+    assert not [w for w in recwarn if w.category is TransferWarning]
 
 
 def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, photographs, monkeypatch):
-    real, n = Image.Image.save, []
+    real = Image.Image.save
+    n = []
 
     def save(self, *args, **kwargs):
         n.append(1)
@@ -776,4 +789,6 @@ def test_the_marker_tells_what_was_written(tmp_path):
         'kind': 'run',
         'files': ['model/model.json', 'record.json'],
     }
-    assert is_ours(tmp_path / 'run') and not is_ours(tmp_path) and not is_ours(tmp_path / 'nowhere')
+    assert is_ours(tmp_path / 'run')
+    assert not is_ours(tmp_path)
+    assert not is_ours(tmp_path / 'nowhere')

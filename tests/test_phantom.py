@@ -53,7 +53,8 @@ def test_sizes_and_cameras(size, camera):
         y, x = np.mgrid[:size, :size]
         x0, y0, r = truth['disc']
         outside = np.hypot(x - x0, y - y0) > r
-        assert img.shape == (size, size, 3) and img.dtype == np.uint8
+        assert img.shape == (size, size, 3)
+        assert img.dtype == np.uint8
         assert img[outside].max() == 0
         lit = (img.max(2) > 0)[~outside].mean()
         assert 0.75 < lit < 0.97 if camera % 2 else lit > 0.97  # an odd camera cuts the top and the bottom
@@ -63,7 +64,8 @@ def test_a_seed_is_one_eye_at_any_size():
     small, large = (draw_fundus(3, 7, size)[1] for size in (96, 288))
     assert [q['kind'] for q in small['lesions']] == [q['kind'] for q in large['lesions']]
     for a, b in zip(small['lesions'], large['lesions']):
-        assert abs((a['x'] + 0.5) * 3 - 0.5 - b['x']) < 0.1 and abs((a['y'] + 0.5) * 3 - 0.5 - b['y']) < 0.1
+        assert abs((a['x'] + 0.5) * 3 - 0.5 - b['x']) < 0.1
+        assert abs((a['y'] + 0.5) * 3 - 0.5 - b['y']) < 0.1
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -75,7 +77,8 @@ def test_left_is_right_in_a_mirror(seed):
     def alike(p, q):
         return np.corrcoef(p[..., 1].ravel(), q[..., 1].ravel())[0, 1]
 
-    assert alike(right, left[:, ::-1]) > 0.9 and alike(right, left[:, ::-1]) > alike(right, left)
+    assert alike(right, left[:, ::-1]) > 0.9
+    assert alike(right, left[:, ::-1]) > alike(right, left)
 
 
 @pytest.mark.parametrize('grade', range(1, 5))
@@ -142,8 +145,10 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
 def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
     plain, df = (make_dr(tmp_path / name, 7, 48, **kw) for name, kw in (('plain', {}), ('flawed', {knob: count})))
     truth = json.loads((tmp_path / 'flawed/truth.json').read_text())
-    before, after = files(tmp_path / 'plain/images'), files(tmp_path / 'flawed/images')
-    extra, changed = set(after) - set(before), {f for f in before if after[f] != before[f]}
+    before = files(tmp_path / 'plain/images')
+    after = files(tmp_path / 'flawed/images')
+    extra = set(after) - set(before)
+    changed = {f for f in before if after[f] != before[f]}
     assert list(truth) == sorted(truth) == df.image.tolist() == sorted(after)
     relabelled = {r.image for r in df.itertuples() if truth[r.image]['grade'] != r.grade}
     assert len(extra) == (count if 'duplicates' in knob else 0)
@@ -152,7 +157,8 @@ def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
     for f in extra:
         source = truth[f]['duplicate_of']
         assert (after[f] == after[source]) == (knob == 'exact_duplicates')
-        assert truth[f]['patient'] not in set(plain.patient) and truth[f]['grade'] == truth[source]['grade']
+        assert truth[f]['patient'] not in set(plain.patient)
+        assert truth[f]['grade'] == truth[source]['grade']
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
         with pytest.raises(Exception):
@@ -167,13 +173,16 @@ def test_truth_redraws_the_image(tmp_path):
         img, truth = draw_fundus(t['grade'], t['seed'], t['size'], t['eye'], t['camera'])
         stored = np.asarray(Image.open(tmp_path / 'd/images' / name), float)
         assert np.abs(stored - img).mean() < 6  # as far as JPEG goes
-        assert t['lesions'] == truth['lesions'] and t['camera'] in (4, 5)
+        assert t['lesions'] == truth['lesions']
+        assert t['camera'] in (4, 5)
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
 def test_small_and_odd_numbers(tmp_path, n):
     df = make_dr(tmp_path / 'd', n, 48)
-    assert len(df) == n and df.image.is_unique and df.groupby('patient').size().max() <= 2
+    assert len(df) == n
+    assert df.image.is_unique
+    assert df.groupby('patient').size().max() <= 2
 
 
 def test_folders(tmp_path):
@@ -210,7 +219,8 @@ def test_make_dr_refusals(tmp_path, bad, hint):
 def test_flowers(tmp_path):
     df = make_flowers(tmp_path / 'f', 23, 40, classes=('roses', 'tulips'))
     assert df.label.value_counts().to_dict() == {'roses': 12, 'tulips': 11}
-    assert (df.image.str.split('/').str[0] == df.label).all() and df.photographer.nunique() == 6
+    assert (df.image.str.split('/').str[0] == df.label).all()
+    assert df.photographer.nunique() == 6
     assert sorted(df.image) == sorted(f for f in files(tmp_path / 'f') if f.endswith('.jpg'))
 
     def corner(f):
@@ -238,6 +248,5 @@ def test_contact_sheet():
         size=40,
     )
     assert sheet.size == (80, 80)
-    assert (
-        np.asarray(sheet)[20, 30].tolist() == [255] * 3 and np.asarray(sheet)[2, 30].max() == 0
-    )  # padded, not stretched
+    assert np.asarray(sheet)[20, 30].tolist() == [255] * 3
+    assert np.asarray(sheet)[2, 30].max() == 0  # padded, not stretched
