@@ -60,7 +60,9 @@ def train_side(data, seed=42, valid=0.2, task='flowers', **kwargs):
 
 @pytest.fixture
 def seen(monkeypatch):
-    "The files that are read from now on, by what computes features and by what finds them again; not to see if they can be read, or are copies."
+    """The files that are read from now on, by what computes features and by what finds them again;
+    not to see if they can be read, or are copies.
+    """
     names = set()
     hashing = []
     real_hashes = leaks.image_hashes
@@ -133,8 +135,8 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 @pytest.mark.parametrize(
     'other, chosen',
     [
-        (BASE + [0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
-        (BASE + [0.30, -0.10, 0.20, -0.05, 0.05], 'a'),  # better on average, and by chance
+        ([*BASE, 0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
+        ([*BASE, 0.3, -0.1, 0.2, -0.05, 0.05], 'a'),  # better on average, and by chance
         (BASE, 'a'),
         (BASE - 0.1, 'a'),
         (np.full(5, np.nan), 'a'),
@@ -198,10 +200,8 @@ def test_the_text_says_what_was_measured(dots):
     assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
     assert f'auc {a.profile.loc["stage4"].score:.3f} [' in text
     assert 'at stage4; no other stage is better beyond chance' in text
-    assert (
-        f'with twice the images: {a.speed.attrs["gain"]:+.3f} [{a.speed.attrs["gain_low"]:+.3f}, {a.speed.attrs["gain_high"]:+.3f}]'
-        in lines
-    )
+    gain, low, high = (a.speed.attrs[k] for k in ('gain', 'gain_low', 'gain_high'))
+    assert f'with twice the images: {gain:+.3f} [{low:+.3f}, {high:+.3f}]' in lines
     assert f"advice: plan 'head', {PLANS['head'].about}" in lines
     assert lines[-1] == f'how sure: {a.sure}'
     assert 'nan' not in text

@@ -170,7 +170,7 @@ def test_the_mask_goes_with_the_image(name, kind):
 
 def test_labels_are_left_alone():
     y = torch.tensor([3, 1])
-    x, out = QuarterTurns()((TensorImage(torch.zeros(2, 3, 4, 4)), y), split_idx=0)
+    _x, out = QuarterTurns()((TensorImage(torch.zeros(2, 3, 4, 4)), y), split_idx=0)
     assert out is y
 
 
@@ -189,7 +189,9 @@ def test_validation_is_untouched(name):
 
 @pytest.mark.parametrize('shape', [(8, 12), (12, 8)])
 def test_oblong_images(shape):
-    "One at a time they are turned; in a batch they would not fit together, and neither would one that is turned on its own."
+    """One at a time they are turned; in a batch they would not fit together,
+    and neither would one that is turned on its own.
+    """
     torch.manual_seed(0)
     a = picture(*shape)
     assert {way(a, np.asarray(QuarterTurns()(PILImage.create(a), split_idx=0))) for _ in range(60)} == ALLOWED[
@@ -398,7 +400,9 @@ def test_random_crop_takes_at_least_the_least_part():
 
 
 def test_the_recipe_for_flowers_has_the_limits_of_the_text():
-    "Each map taken apart: it is a turn, a shear, a zoom along each axis with or without a mirror, and a shift; each up to its limit and not beyond"
+    """Each map taken apart: it is a turn, a shear, a zoom along each axis with or without a mirror, and a shift;
+    each up to its limit and not beyond
+    """
     torch.manual_seed(0)
     m = flowers_matrix(torch.zeros(2000, 3, 8, 8)).double()
     mirrored = m[:, 0, 0] < 0  # a turn of at most 40 degrees does not change the sign

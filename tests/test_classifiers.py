@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -209,7 +210,7 @@ def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
 
 
 class Spy(GaussianNB):
-    fits = []
+    fits: ClassVar = []
 
     def fit(self, X, y, sample_weight=None):
         Spy.fits.append(set(X[:, -1].astype(np.float64).round(2)))

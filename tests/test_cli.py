@@ -1,4 +1,6 @@
-"The command from end to end, in this process where that will do: what train, predict and demo write, that a seed decides, and Ctrl-C."
+"""The command from end to end, in this process where that will do: what train, predict and demo write,
+that a seed decides, and Ctrl-C.
+"""
 
 import json
 import os

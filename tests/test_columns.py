@@ -271,7 +271,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
     names = {}
     for i, p in enumerate(table.image):
         names[p] = moved / f'{i}.png'
-        names[p].write_bytes(open(p, 'rb').read())
+        names[p].write_bytes(Path(p).read_bytes())
     there = table.assign(image=table.image.map(names).map(str))
     e = evaluate_model(model, there, split='valid')
     assert sorted(e.table.image) == sorted(str(names[p]) for p in valid)

@@ -115,15 +115,27 @@ def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, tex
     assert not (tmp_path / 'run').exists()
 
 
+BEDS = {
+    'toml': """
+name = "beds"
+size = 32
+[[targets]]
+name = "kind"
+classes = ["white", "red"]
+labels = {daisy = "white", roses = "red"}
+""",
+    'py': """
+from dr_transfer.data.tasks import Target, Task
+COLOURS = {'daisy': 'white', 'roses': 'red'}
+T = Task('beds', (Target('kind', ('white', 'red'), COLOURS.__getitem__, 'daisy, roses'),), size=32)
+""",
+}
+
+
 @pytest.mark.parametrize('form', ['toml', 'py'])
 def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
-    toml = 'name="beds"\nsize=32\n[[targets]]\nname="kind"\nclasses=["white", "red"]\nlabels={daisy="white", roses="red"}\n'
-    python = (
-        'from dr_transfer.data.tasks import Target, Task\n'
-        "T = Task('beds', (Target('kind', ('white', 'red'), {'daisy': 'white', 'roses': 'red'}.__getitem__, 'daisy, roses'),), size=32)\n"
-    )
-    (tmp_path / f't.{form}').write_text(toml if form == 'toml' else python)
+    (tmp_path / f't.{form}').write_text(BEDS[form])
     task = str(tmp_path / 't.toml') if form == 'toml' else f'{tmp_path / "t.py"}:T'
     small = [w for w in SMALL if w not in ('--size', '32')]
     assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path / 'run')]) == 0
@@ -216,7 +228,7 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
 
 def test_one_path_is_a_list_of_one(flowers):
     class Model:
-        classes = ['a', 'b']
+        classes = ('a', 'b')
         card = type('Card', (), {'decision': None})
 
         def probs(self, images):

@@ -1,6 +1,7 @@
 "build_learner and fit: what a fastai user expects, frozen means frozen, plans, settings, and the same twice."
 
 import inspect
+import itertools
 import json
 import os
 import random
@@ -430,7 +431,7 @@ def test_rates_rise_towards_the_head(build, arch):
     rates = [h['lr'] for h in learn.opt.hypers]
     stages = len(body) if isinstance(body, Stages) else len(layer_groups(body))
     assert len(rates) == len(learner_groups(learn)) >= stages + 1 >= 5
-    assert all(a < b for a, b in zip(rates, rates[1:]))
+    assert all(a < b for a, b in itertools.pairwise(rates))
     assert rates[0] == pytest.approx(1e-5)
     assert rates[-1] == pytest.approx(1e-3)
     for group, n in zip(learn.opt.param_lists, learner_groups(learn).parameters):
@@ -838,7 +839,8 @@ def test_the_same_in_another_process(build, root, tmp_path):
         from dr_transfer.core import build_learner, fit, predict_probs
         from dr_transfer.training.plans import Phase, Plan
         root = {str(root)!r}
-        learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
+        how = dict(size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
+        learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', **how)
         fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)
         np.save({str(tmp_path / 'p.npy')!r}, predict_probs(learn, learn.table.image))"""
     env = {**os.environ, 'PYTHONHASHSEED': '12345'}

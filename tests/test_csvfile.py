@@ -1,4 +1,6 @@
-"CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant, or an error names the line."
+"""CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant,
+or an error names the line.
+"""
 
 import csv
 import io
@@ -261,7 +263,9 @@ LONG = {
 
 @pytest.mark.parametrize('cell', LONG.values(), ids=LONG)
 def test_the_longest_cell_costs_next_to_nothing(tmp_path, cell):
-    "A pattern that tries every division of the digits took a minute for one cell; all of this takes a tenth of a second"
+    """A pattern that tries every division of the digits took a minute for one cell;
+    all of this takes a tenth of a second
+    """
     began = time.process_time()
     assert unescape_cell(escape_cell(cell)) == cell
     with pytest.raises(ValueError, match='not a number'):

@@ -1,4 +1,6 @@
-"CT: volumes of any orientation and spacing, windows and planes, drawn chests, and the whole way from a table of places to predictions."
+"""CT: volumes of any orientation and spacing, windows and planes, drawn chests,
+and the whole way from a table of places to predictions.
+"""
 
 import os
 from itertools import product
@@ -111,7 +113,7 @@ def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
 def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
     shape = [int(60 / d) for d in spacing]
     v = Volume(np.zeros(shape, np.int16), spacing, (7, -5, 100))
-    centre = v.mm(np.array(shape) / 2) + (0.3, -0.7, 0.4)
+    centre = v.mm(np.array(shape) / 2) + np.array([0.3, -0.7, 0.4])
     d = np.linalg.norm(v.mm(np.moveaxis(np.indices(shape), 0, -1)) - centre, axis=-1)
     v = Volume(((radius - d) * 10).astype(np.float32), spacing, v.origin)
     for p in PLANES:
@@ -527,7 +529,7 @@ def drawn(tmp_path_factory):
 
 
 def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_path):
-    folder, candidates, slices = drawn
+    _folder, candidates, slices = drawn
     sets = [make_ct(tmp_path / k, n=2, seed=3, spacing=(6, 4, 4), workers=w) for k, w in (('a', 1), ('b', 2))]
     for a, b in zip(*sets):
         assert a.equals(b)

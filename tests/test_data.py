@@ -220,7 +220,7 @@ def test_own_task_in_a_few_lines(dr):
     assert set(t.target) == {'left', 'right'}
     assert all(n.endswith(f'{c}.jpg') for n, c in zip(t.image, t.target))
     dls = task_dataloaders(split_table(t.assign(label=t.target)), hand, hand.target(), bs=4, device='cpu')
-    x, y = dls.one_batch()
+    x, _y = dls.one_batch()
     assert x.shape == (4, 3, 32, 32)
     assert list(dls.vocab) == ['left', 'right']
     with pytest.raises(ValueError, match='NUMBER_left'):

@@ -1,4 +1,6 @@
-"Fully connected layers as convolutions: the same logits at the native size, and for each window of a larger image those of the window."
+"""Fully connected layers as convolutions: the same logits at the native size,
+and for each window of a larger image those of the window.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ def stirred(net):
 
 
 def parts(name):
-    "Convolutions, and what comes after them, of a network of torchvision, with weights through which an image does not fade"
+    """Convolutions, and what comes after them, of a network of torchvision,
+    with weights through which an image does not fade
+    """
     import torchvision
 
     net = stirred(

@@ -1,5 +1,6 @@
 "Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
 
+import itertools
 import shutil
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled
     sets = [first_images(t, n) for n in (10, 25, 50)]
     train = [s[s.split == 'train'] for s in sets]
     assert [len(s) for s in train] == [10, 25, 50]
-    assert all(set(a.image) < set(b.image) for a, b in zip(train, train[1:]))
+    assert all(set(a.image) < set(b.image) for a, b in itertools.pairwise(train))
     share = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
         assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (

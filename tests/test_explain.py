@@ -129,7 +129,10 @@ def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
     assert np.allclose(gabor_share(pure), 1)
     assert np.allclose(gabor_share(1e3 * noise), gabor_share(noise))
     assert gabor_share(noise).mean() < 0.5
-    unit = lambda w: w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
+
+    def unit(w):
+        return w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
+
     mixed = unit(pure) + unit(noise[:20])
     assert gabor_share(noise).mean() < gabor_share(mixed).mean() < 1
     assert np.isnan(gabor_share(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
@@ -236,7 +239,9 @@ CHAINS = [
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
-    "The weights of a linear head, and of what its BatchNorm does, on the maps; by the head and by the name of the stage"
+    """The weights of a linear head, and of what its BatchNorm does, on the maps;
+    by the head and by the name of the stage
+    """
     m = image_model(arch, size=size, **kw)
     im = picture(size)
     stages, (_, norm, _, linear) = m.model[0], m.model[1]

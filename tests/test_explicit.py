@@ -1,4 +1,6 @@
-"Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words, and the classifier on toy numbers."
+"""Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words,
+and the classifier on toy numbers.
+"""
 
 import sys
 
@@ -144,7 +146,7 @@ def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
         for q in truth['lesions']
         if q['kind'] == 'haemorrhage'
     ]
-    found, right = score_lesions(seg.dark, blood)
+    found, _right = score_lesions(seg.dark, blood)
     assert len(found) > 20
     assert found.mean() > 0.5
     f = lesion_features(seg)

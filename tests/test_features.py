@@ -1,4 +1,6 @@
-"What a frozen network says of an image: against the same thing computed by hand; computed once, and again when anything changed."
+"""What a frozen network says of an image: against the same thing computed by hand; computed once,
+and again when anything changed.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,23 @@ def network(name):
     return net.eval()
 
 
+def maps_at(net, places, x):
+    "What a network computes at some of its modules"
+    maps = {}
+
+    def keep(place):
+        def hook(module, inputs, output):
+            maps[place] = output.clone()
+
+        return net.get_submodule(place).register_forward_hook(hook)
+
+    hooks = [keep(place) for place in places]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return list(maps.values())
+
+
 @torch.no_grad()
 def by_hand(net, name, paths, views, size=SIZE):
     "One image and one view at a time: stage -> (images, views, pools, channels)"
@@ -229,22 +248,15 @@ def by_hand(net, name, paths, views, size=SIZE):
         a = np.asarray(ImageOps.fit(Image.open(p), (size, size), Image.Resampling.BICUBIC))
         x = ((torch.tensor(a).permute(2, 0, 1) / 255 - mean) / std)[None]
         for turn in TURNS[views]:
-            maps = {}
-            hooks = [
-                net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: maps.__setitem__(k, o.clone()))
-                for k in places
-            ]
-            last = net.forward_head(net.forward_features(turn(x)), pre_logits=True) if not places else net(turn(x))
-            for h in hooks:
-                h.remove()
-            out.append(
-                [torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps.values()]
-                or [torch.stack([last[0]] * 2)]
-            )
-    return {
-        k: torch.stack(v).unflatten(0, (len(paths), -1)).numpy()
-        for k, v in zip(['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last'], zip(*out))
-    }
+            if places:
+                maps = maps_at(net, places, turn(x))
+                out.append([torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps])
+            else:
+                last = net.forward_head(net.forward_features(turn(x)), pre_logits=True)
+                out.append([torch.stack([last[0]] * 2)])
+    names = ['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last']
+    each = {name: torch.stack(values) for name, values in zip(names, zip(*out))}
+    return {name: values.unflatten(0, (len(paths), -1)).numpy() for name, values in each.items()}
 
 
 def test_every_set_of_views_is_tested():
@@ -740,7 +752,9 @@ def companies(images):
 @pytest.mark.parametrize('setting', SETTINGS)
 @pytest.mark.parametrize('arch, size', [('test_resnet', 64), ('efficientnet_lite0', 64), ('test_vit', 160)])
 def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arrays, tmp_path):
-    "Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full, with other numbers of threads"
+    """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
+    with other numbers of threads
+    """
     body = fresh(setting, arch)
     with threads(1):
         want = extract_features(arrays, body, size, folder=tmp_path / 'all').numpy()
@@ -894,7 +908,7 @@ def test_probabilities_that_are_no_numbers(stages, arrays):
     head = create_head('linear', 96, 3)
     with torch.no_grad():
         head[-1].weight[0, 0] = np.nan
-    with pytest.raises(ValueError, match=r'not at fault.*weights are damaged') as e:
+    with pytest.raises(ValueError, match=r'not at fault.*weights are damaged'):
         view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
@@ -1335,7 +1349,7 @@ def test_heads(name, widths, dropout):
     torch.manual_seed(0)
     head = create_head(name, 6, 4)
     linear, drops = ([m for m in head if isinstance(m, t)] for t in (nn.Linear, nn.Dropout))
-    assert [(m.in_features, m.out_features) for m in linear] == list(zip(widths, widths[1:]))
+    assert [(m.in_features, m.out_features) for m in linear] == list(pairwise(widths))
     assert {m.p for m in drops} == {dropout}
     assert len([m for m in head if isinstance(m, nn.ReLU)]) == len(linear) - 1
     assert isinstance(head[-1], nn.Linear)

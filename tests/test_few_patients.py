@@ -1,4 +1,6 @@
-"Few patients: they and not their images decide on an operating point, and one alone gives no interval; what a report and `train` say of it"
+"""Few patients: they and not their images decide on an operating point, and one alone gives no interval;
+what a report and `train` say of it
+"""
 
 import json
 import re
@@ -309,18 +311,15 @@ def test_subgroups_show_how_many_images_they_have():
 # ---------------------------------------------------------------- what training prints
 
 
+EPOCHS = 'the lines of the epochs are of one view and of the likeliest class'
+
+
 @pytest.mark.parametrize(
     'views, words',
     [
         ('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'),
-        (
-            'quarter_turns',
-            'predictions averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class',
-        ),
-        (
-            'mirror',
-            'predictions averaged over 2 views of each image; the lines of the epochs are of one view and of the likeliest class',
-        ),
+        ('quarter_turns', f'predictions averaged over 4 views of each image; {EPOCHS}'),
+        ('mirror', f'predictions averaged over 2 views of each image; {EPOCHS}'),
     ],
 )
 def test_the_views_of_the_validation_metrics_are_told(views, words):
@@ -337,10 +336,8 @@ def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     )
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
-    assert (
-        'training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n'
-        in said
-    ) == bool(gap)
+    start = 'training minus validation (of the likeliest class; a large gap means overfitting): '
+    assert (f'{start}auc 0.123, accuracy -0.050\n' in said) == bool(gap)
     assert 'validation: 200 validation images, predictions averaged over 4 views' in said
     assert 'operating point: positive from' in said
     assert 'of 50 and 50 groups (patients)\n' in said

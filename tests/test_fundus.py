@@ -272,7 +272,7 @@ def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
 
 
 def test_left_eyes_are_turned_on_request(eyes, tmp_path):
-    a, b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
+    a, _b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
     for f, e in zip(a.file, a.error):
         if e:
             continue

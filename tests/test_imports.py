@@ -112,7 +112,9 @@ def test_help_loads_nothing_heavy(words):
     ],
 )
 def test_the_installed_command(words, options):
-    "Help of the real console script: what it imports, that it exits with 0, and that each subcommand shows an example that its parser takes."
+    """Help of the real console script: what it imports, that it exits with 0,
+    and that each subcommand shows an example that its parser takes.
+    """
     r = subprocess.run(
         [COMMAND, *words, '--help'],
         capture_output=True,

@@ -131,7 +131,7 @@ def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
     found = find_copies(t.image.tolist(), 'fundus')
     names = t.image.map(lambda p: p.rsplit('/', 1)[-1])
     pairs = {frozenset((names[r.a], names[r.b])) for r in found.itertuples()}
-    images = truth['images'] if 'images' in truth else truth
+    images = truth.get('images', truth)
     rows = images if isinstance(images, list) else [{'image': k, **v} for k, v in images.items()]
     want = {
         frozenset((r['image'].rsplit('/', 1)[-1], r['duplicate_of'].rsplit('/', 1)[-1]))
@@ -194,7 +194,7 @@ def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
 
 def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
     t = label_table(eyes)
-    a, b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
+    a, _b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
     t = t.assign(group=None, split=None)
     t.loc[a, 'split'] = 'test'
     with pytest.raises(LeakError, match='test'):

@@ -279,7 +279,7 @@ def test_summary_refuses(y, p, classes, why):
 
 
 def test_import_brings_no_framework():
-    code = "import sys, dr_transfer.metrics.scores; print([m for m in ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
-    )
+    frameworks = ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib')
+    code = f'import sys, dr_transfer.metrics.scores; print([m for m in {frameworks} if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'

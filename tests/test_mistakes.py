@@ -1,4 +1,6 @@
-"Six mistakes of the source texts, each made on purpose beside what the library does, so that each test is seen to tell them apart."
+"""Six mistakes of the source texts, each made on purpose beside what the library does,
+so that each test is seen to tell them apart.
+"""
 
 import json
 import re
@@ -43,7 +45,9 @@ def eyes(tmp_path_factory):
 
 
 def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
-    "FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read, split, encoded, in batches."
+    """FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read,
+    split, encoded, in batches.
+    """
     t = label_table(flowers).sample(frac=1, random_state=42)
     codes = pd.Series(pd.factorize(t.label)[0])
     wrong = t.assign(code=codes)  # as the text has it: joined by index
@@ -79,7 +83,9 @@ class Watch(torch.nn.Module):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'efficientnet_lite0', 'torchvision.alexnet'])
 def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
-    "FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training, and when it predicts."
+    """FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training,
+    and when it predicts.
+    """
     colour = np.array([250, 120, 10])
     spec = find_backbone(arch)
     for c in 'ab':
@@ -120,7 +126,9 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
 
 
 def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
-    "DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named; and colour is kept all the way."
+    """DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named;
+    and colour is kept all the way.
+    """
     pages = {
         p: '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
         for p in (ROOT / 'nbs').rglob('*.ipynb')
@@ -143,7 +151,9 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
 
 
 def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
-    'DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name, and the head has as many outputs.'
+    """DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name,
+    and the head has as many outputs.
+    """
     assert (GRADE.classes, REFERABLE.classes) == (tuple('01234'), ('no', 'referable'))
     assert [t.name for t in TASKS['dr'].targets] == ['referable', 'grade']
     for target, n in (('grade', 5), ('referable', 2), (None, 2)):
@@ -164,7 +174,9 @@ def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_vit', 'torchvision.alexnet', 'efficientnet_lite0'])
 def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
-    'DR says "the top two layers" and means the two nearest to the input. Here: frozen are those that see the image first.'
+    """DR says "the top two layers" and means the two nearest to the input. Here:
+    frozen are those that see the image first.
+    """
     body = create_body(arch, 'random')
     called = []
     where = {id(p): i for i, ps in enumerate(layer_groups(body).values()) for p in ps}

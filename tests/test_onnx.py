@@ -1,4 +1,6 @@
-"A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused; and that torch is not needed to predict."
+"""A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused;
+and that torch is not needed to predict.
+"""
 
 import json
 import subprocess
@@ -38,6 +40,7 @@ DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
 def made(
     arch,
     size,
+    *,
     tap=None,
     head='linear',
     views='quarter_turns',
@@ -46,7 +49,9 @@ def made(
     decision=None,
     weights='random',
 ):
-    "A model whose BatchNorms have numbers of their own and whose answers differ, so that nothing can be left out unnoticed"
+    """A model whose BatchNorms have numbers of their own and whose answers differ,
+    so that nothing can be left out unnoticed
+    """
     torch.manual_seed(0)
     stages = create_body(arch, weights, tap=tap)
     net = nn.Sequential(Body(stages), create_head(head, head_inputs(stages, head, size), len(classes)))
@@ -165,16 +170,25 @@ def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
         assert word not in raw, word
 
 
+WITHOUT_TORCH = """
+import sys
+ABSENT = ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript')
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ABSENT:
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+from dr_transfer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_predicting_loads_no_torch(eyes, tmp_path):
     "In a process where torch cannot be imported at all, through the command."
     image = tmp_path / 'a.png'
     Image.fromarray(pictures(1)[0]).save(image)
-    code = (
-        'import sys\nclass Without:\n def find_spec(self, name, path=None, target=None):\n'
-        "  if name.split('.')[0] in ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript'): raise ImportError(name)\n"
-        f"sys.meta_path.insert(0, Without())\nfrom dr_transfer.cli import main\nsys.exit(main(['predict', {str(eyes[1])!r}, {str(image)!r}, '--debug']))"
-    )
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    words = ['predict', str(eyes[1]), str(image), '--debug']
+    r = subprocess.run([sys.executable, '-c', WITHOUT_TORCH, *words], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     head, row = r.stdout.splitlines()
     want = predict_table(eyes[0], [str(image)])

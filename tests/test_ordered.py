@@ -53,7 +53,7 @@ def test_gradients_are_finite_far_from_the_cuts(name):
 def test_the_cuts_rise_whatever_is_learnt():
     layer = Cumulative(5)
     opt = torch.optim.SGD(layer.parameters(), lr=5.0)
-    for i in range(50):
+    for _ in range(50):
         opt.zero_grad()
         nn.functional.cross_entropy(layer(torch.randn(64, 1)), torch.randint(0, 5, (64,))).backward()
         opt.step()
@@ -193,17 +193,18 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
 def test_flowers_have_no_order(tmp_path, head):
-    "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
+    """A score that is cut into grades means nothing for daisies, roses and tulips,
+    and says so before anything is trained.
+    """
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.fundus import make_flowers
 
     make_flowers(tmp_path / 'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
     kind = getattr(head, 'ordered', head)
-    with pytest.raises(
-        ValueError,
-        match=rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order.*'class' \(daisy, roses, tulips\) do not.*head='linear'",
-    ):
+    why = rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order"
+    these = r"'class' \(daisy, roses, tulips\) do not"
+    with pytest.raises(ValueError, match=f"{why}.*{these}.*head='linear'"):
         build_learner(tmp_path / 'flowers', size=48, **tiny)
     with pytest.raises(ValueError, match='stand in an order'):
         build_learner(tmp_path / 'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})

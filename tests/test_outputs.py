@@ -1,5 +1,8 @@
-"Outputs: nothing of the user's is replaced, names are reserved before the work, and a killed run leaves nothing for good."
+"""Outputs: nothing of the user's is replaced, names are reserved before the work,
+and a killed run leaves nothing for good.
+"""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,25 +157,25 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
 
 
 def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
-    with pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept'):
-        with new_file(tmp_path / 'p.csv') as f:
-            f.write_text('hours of work')
-            (tmp_path / 'p.csv').write_text('put there meanwhile')
+    kept = pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept')
+    with kept, new_file(tmp_path / 'p.csv') as f:
+        f.write_text('hours of work')
+        (tmp_path / 'p.csv').write_text('put there meanwhile')
     assert tree(tmp_path) == {'p.csv': b'put there meanwhile', 'p.csv.kept': b'hours of work'}
-    with pytest.raises(OutputError, match=r"holds 'x.txt'.*kept in .*run\.kept"):
-        with new_folder(tmp_path / 'run', overwrite=True) as f:
-            (f / 'record.json').write_text('hours of work')
-            (tmp_path / 'run').mkdir()
-            (tmp_path / 'run' / 'x.txt').write_text('put there meanwhile')
+    kept = pytest.raises(OutputError, match=r"holds 'x.txt'.*kept in .*run\.kept")
+    with kept, new_folder(tmp_path / 'run', overwrite=True) as f:
+        (f / 'record.json').write_text('hours of work')
+        (tmp_path / 'run').mkdir()
+        (tmp_path / 'run' / 'x.txt').write_text('put there meanwhile')
     assert (tmp_path / 'run.kept' / 'record.json').read_text() == 'hours of work'
     assert (tmp_path / 'run' / 'x.txt').read_text() == 'put there meanwhile'
 
 
 def test_what_was_finished_of_a_run_is_kept_if_the_rest_fails(tmp_path):
-    with pytest.raises(OutputError, match=r'the disk is full.*What was finished is kept in .*run.kept'):
-        with new_folder(tmp_path / 'run', keep_parts=True) as f:
-            (f / 'model.json').write_text('the model')
-            raise OSError('the disk is full')
+    kept = pytest.raises(OutputError, match=r'the disk is full.*What was finished is kept in .*run.kept')
+    with kept, new_folder(tmp_path / 'run', keep_parts=True) as f:
+        (f / 'model.json').write_text('the model')
+        raise OSError('the disk is full')
     assert (tmp_path / 'run.kept' / 'model.json').read_text() == 'the model'
     assert output_kind(tmp_path / 'run.kept') == 'unfinished'
     with pytest.raises(RuntimeError), new_folder(tmp_path / 'other', keep_parts=True):
@@ -180,10 +184,10 @@ def test_what_was_finished_of_a_run_is_kept_if_the_rest_fails(tmp_path):
 
 
 def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match=r'what was finished is kept in .*run\.kept'):
-        with new_folder(tmp_path / 'run', keep_parts=True) as f:
-            (f / 'model.json').write_text('the model')
-            raise KeyboardInterrupt
+    kept = pytest.raises(KeyboardInterrupt, match=r'what was finished is kept in .*run\.kept')
+    with kept, new_folder(tmp_path / 'run', keep_parts=True) as f:
+        (f / 'model.json').write_text('the model')
+        raise KeyboardInterrupt
     assert tree(tmp_path / 'run.kept')['model.json'] == b'the model'
     assert os.listdir(tmp_path) == ['run.kept']
 
@@ -191,15 +195,13 @@ def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
 @pytest.mark.parametrize('error', [ValueError('it cannot be drawn'), OSError(28, 'No space left on device')])
 @pytest.mark.parametrize('begun', [False, True])
 def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
-    with pytest.raises(
-        OutputError,
-        match=r'r.html could not be written \((it cannot be drawn|No space left on device)\). The table is kept in .*kept',
-    ):
-        with new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
-            table.write_text('hours of work')
-            if begun:
-                page.write_text('<html>')
-            raise error
+    why = r'r.html could not be written \((it cannot be drawn|No space left on device)\)'
+    kept = pytest.raises(OutputError, match=rf'{why}. The table is kept in .*kept')
+    with kept, new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+        table.write_text('hours of work')
+        if begun:
+            page.write_text('<html>')
+        raise error
     assert tree(tmp_path) == {'r_t.csv.kept': b'hours of work'}
 
 
@@ -212,7 +214,7 @@ def test_half_a_table_is_not_kept(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(Path, 'write_bytes', full)
-    with pytest.raises(OSError, match='No space left'), new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+    with pytest.raises(OSError, match='No space left'), new_pair(tmp_path / 'r.html', '_t.csv') as (_page, table):
         write_csv(pd.DataFrame({'image': ['a.jpg']}), table)
     assert os.listdir(tmp_path) == []
 
@@ -342,10 +344,10 @@ def test_a_report_without_its_table_may_be_replaced(tmp_path):
 
 
 def test_a_page_that_does_not_name_its_table_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match='does not hold the hash of its table'):
-        with new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
-            table.write_text('a')
-            page.write_text('b')
+    error = pytest.raises(OutputError, match='does not hold the hash of its table')
+    with error, new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+        table.write_text('a')
+        page.write_text('b')
     assert not (tmp_path / 'r.html').exists()
 
 
@@ -397,10 +399,8 @@ def test_the_second_run_is_told_at_once(tmp_path):
         ):
             enter(context(tmp_path / str(i)))
         assert time.monotonic() - start < 5
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             held.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-        except KeyboardInterrupt:
-            pass
     assert tree(tmp_path) == {}
 
 
@@ -476,7 +476,9 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
 
 
 def killed_at(point, work):
-    "Do the work in a process that kills itself at its n-th call that changes the disk; how it ended, and the calls if it did."
+    """Do the work in a process that kills itself at its n-th call that changes the disk; how it ended,
+    and the calls if it did.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -523,9 +525,11 @@ def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(
         folder = tmp_path / f'at {point}'
         folder.mkdir()
         replace(folder, 'old', overwrite=False)
-        assert killed_at(point, lambda: replace(folder, 'new'))[0] == -signal.SIGKILL
+        ended, _ = killed_at(point, partial(replace, folder, 'new'))
+        assert ended == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
-            assert not (folder / name).exists() or (folder / name).read_bytes()[-3:] in (b'old', b'new'), 'never a half'
+            file = folder / name
+            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'never a half'
         replace(folder, 'new')
         assert tree(folder) == want, f'killed at step {point} of {steps}'
 

@@ -140,7 +140,7 @@ def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_
 
 
 def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
-    for name, cut in (('messidor2', False), ('idrid', True)):
+    for name in ('messidor2', 'idrid'):
         files = find_images(data_root / 'dr' / name / 'images')[::12]
         discs = [find_disc(read_rgb(f)) for f in files]
         assert all(d is not None and d.fit > 0.9 for d in discs)

@@ -1,7 +1,10 @@
-"Plans of transfer, run: what is frozen stays, what is stored gives the same as what is not, heads that are solved, exact averaging, interruptions."
+"""Plans of transfer, run: what is frozen stays, what is stored gives the same as what is not,
+heads that are solved, exact averaging, interruptions.
+"""
 
 import warnings
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -102,7 +105,9 @@ def for_task(name, task):
     'name,task', [*(for_task(n, 'flowers') for n in PLANS), *(for_task(n, 'dr') for n in ('head', 'top2', 'fine_tune'))]
 )
 def test_every_plan(build, name, task):
-    "It runs; what it never trains is bit-identical, statistics too, and all else has moved; the table says how many weights that are (F47)"
+    """It runs; what it never trains is bit-identical, statistics too, and all else has moved;
+    the table says how many weights that are (F47)
+    """
     own = PLANS[name]
     plan = PLANS[name].with_epochs(1)
     learn = build(
@@ -214,7 +219,7 @@ def test_more_groups_than_there_are(build, frozen):
 class Rates(HeadFirst):
     "Notes the rates and weight decays of every step"
 
-    seen = []
+    seen: ClassVar = []
     order = 55
 
     def before_step(self):
@@ -264,7 +269,8 @@ def test_one_cycle_keeps_their_proportion(build, rates, stored):
 
 
 # ---------------------------------------------------------------- what is stored gives the same
-# SGD where a gradient is nothing but rounding (a shift before a BatchNorm, say), which Adam makes as long a step as any other
+# SGD where a gradient is nothing but rounding (a shift before a BatchNorm, say), which Adam makes as long a step as any
+# other
 
 VARIANTS = [
     *(dict(frozen=f, tap=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
@@ -401,10 +407,11 @@ def test_one_may_ask_whether_it_can_be_stored(build):
 # ---------------------------------------------------------------- the head first
 
 
-def heard(f):
+def heard(f, *args, **kwargs):
+    "The warnings of a call that the body is trained before the head"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
-        f()
+        f(*args, **kwargs)
     return [w for w in ws if 'before the head' in str(w.message)]
 
 
@@ -416,22 +423,18 @@ def test_a_body_before_its_head_warns(build):
         quiet(learner, 'fit_one_cycle', 1, 1e-3)
 
     learn = build()
-    ws = heard(lambda: first(learn))
+    ws = heard(first, learn)
     assert len(ws) == 1
     assert 'learn.freeze()' in str(ws[0].message)
     assert 'fine_tune' in str(ws[0].message)
-    for head in (
-        lambda learner: quiet(learner, 'fit_one_cycle', 1, 1e-3),
-        lambda learner: silent(learner, 'head'),
-        lambda learner: silent(learner, Plan('p', (replace(HEAD, epochs=1),))),
-    ):
+    one_epoch = Plan('p', (replace(HEAD, epochs=1),))
+    for train_head, *how in ((quiet, 'fit_one_cycle', 1, 1e-3), (silent, 'head'), (silent, one_epoch)):
         learn = build()
-        assert not heard(lambda: head(learn))
-        assert not heard(lambda: first(learn))
-    learn = build()
-    assert not heard(lambda: quiet(learn, 'fine_tune', 1))
-    assert not heard(lambda: first(build(weights='random')))
-    assert not heard(lambda: silent(build(plan='fine_tune'), epochs=1))
+        assert not heard(train_head, learn, *how)
+        assert not heard(first, learn)
+    assert not heard(quiet, build(), 'fine_tune', 1)
+    assert not heard(first, build(weights='random'))
+    assert not heard(silent, build(plan='fine_tune'), epochs=1)
 
 
 def test_looking_is_not_training(build):
@@ -487,7 +490,9 @@ def test_a_plan_that_begins_with_the_body_warns(build, stored):
 
 
 def damage(build, head_first):
-    "How far the same training of everything moves what the first stages say of the images, as a share of how much these differ"
+    """How far the same training of everything moves what the first stages say of the images,
+    as a share of how much these differ
+    """
     learn = build(arch='efficientnet_lite0', opt_func=SGD, augment='none', fixed_bn=True)
     x = (
         torch.stack([torch.from_numpy(np.array(read_image(n, 64))).permute(2, 0, 1) for n in images(learn, 'train')])
@@ -511,8 +516,10 @@ def damage(build, head_first):
 
 @warns_head
 def test_a_random_head_damages_early_features(build):
-    """F38: the same steps at the same high rate, of the whole of a pretrained network, after its head or with a random one. Steps in
-    proportion to the gradient (SGD), statistics fixed: Adam takes steps of one length whatever the gradient, and new statistics move more than either"""
+    """F38: the same steps at the same high rate, of the whole of a pretrained network,
+    after its head or with a random one. Steps in proportion to the gradient (SGD), statistics fixed: Adam takes steps
+    of one length whatever the gradient, and new statistics move more than either
+    """
     first = damage(build, True)
     at_once = damage(build, False)
     assert at_once > 3 * first > 0, (at_once, first)
@@ -662,9 +669,10 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
 def test_classifiers_that_cannot_be_learners(build, drawn):
     t = build('dr').table
     own = dict(setting='plain', num_workers=0, device=CPU)
-    make = lambda c, **kw: classifier_learner(
-        c, drawn / 'dr', 'dr', **{'weights': drawn / 'test_resnet.safetensors', **own, **kw}
-    )
+
+    def make(c, weights=drawn / 'test_resnet.safetensors', **kw):
+        return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
+
     c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
     with pytest.raises(ValueError, match='do not follow one another'):
         make(c)

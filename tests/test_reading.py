@@ -1,4 +1,6 @@
-"Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs, starts a program or takes memory without limit."
+"""Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs,
+starts a program or takes memory without limit.
+"""
 
 import errno
 import io

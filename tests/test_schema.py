@@ -1,4 +1,6 @@
-"Descriptions that were changed, cut or made up: always an error that names the file and the field, at once, and never another one."
+"""Descriptions that were changed, cut or made up: always an error that names the file and the field, at once,
+and never another one.
+"""
 
 import hashlib
 import json
@@ -142,7 +144,7 @@ def test_a_measure_that_was_not_defined_is_read(tmp_path):
 # ---------------------------------------------------------------- what is wrong
 
 REQUIRED = [(k,) for k in FIELDS] + [('decision', 'operating', k) for k in POINT]
-TYPED = [p for p in paths(ABOUT)]
+TYPED = list(paths(ABOUT))
 
 
 @pytest.mark.parametrize('path', REQUIRED, ids=lambda p: '.'.join(map(str, p)))
@@ -352,10 +354,10 @@ def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
 
 
 def test_reading_a_description_loads_no_torch():
-    code = 'import sys, dr_transfer.inference.card; print(sorted({"torch", "fastai", "timm", "pydantic"} & set(sys.modules)))'
-    assert (
-        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
-    )
+    heavy = {'torch', 'fastai', 'timm', 'pydantic'}
+    code = f'import sys, dr_transfer.inference.card; print(sorted({heavy} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == '[]'
 
 
 def test_a_decision_there_and_back():

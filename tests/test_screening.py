@@ -232,7 +232,7 @@ def test_too_few_positives_are_refused_and_the_reason_is_said():
     with pytest.raises(OperatingPointError, match='5 negative'):
         choose_operating_point([1] * 99 + [0] * 5, np.arange(104.0), specificity=0.9)
     for bad, words in (
-        (dict(), 'one of the two'),
+        ({}, 'one of the two'),
         (dict(sensitivity=0.9, specificity=0.9), 'one of the two'),
         (dict(sensitivity=90), 'between 0 and 1'),
     ):

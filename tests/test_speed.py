@@ -5,6 +5,7 @@ import platform
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +361,7 @@ def test_in_order(n, device):
         return pixels(i)
 
     out = list(map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(n)), read, 3, device))
-    assert sum(out, []) == list(range(n))
+    assert list(chain.from_iterable(out)) == list(range(n))
     assert all(len(o) == 3 for o in out[:-1])
 
 

@@ -1,4 +1,6 @@
-"The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice, whoever asks and whatever is killed."
+"""The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice,
+whoever asks and whatever is killed.
+"""
 
 import errno
 import json
@@ -324,7 +326,7 @@ def kill():
 def test_interrupted_between_files(tmp_path, monkeypatch, whole, at, again):
     "Four batches of two arrays and the lines: each is once the first that is not written"
     store = new(tmp_path)
-    opened, n = opening(halt, at)
+    opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
@@ -713,7 +715,7 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     def fail():
         raise OSError(number, os.strerror(number))
 
-    opened, n = opening(fail, at)
+    opened, _n = opening(fail, at)
     monkeypatch.setattr(module, 'open_regular', opened)
     with pytest.raises(ValueError) as e:
         fill(new(tmp_path), pictures(3), colours(), BS)
@@ -907,7 +909,7 @@ def test_each_lacks_something_else(tmp_path):
 @pytest.mark.parametrize('at', range(0, 24, 5))
 def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
     "Some stores have a batch that the others have not"
-    opened, n = opening(halt, at)
+    opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
@@ -924,7 +926,7 @@ locked = module._locked
 @contextmanager
 def slowly(folder):
     with locked(folder):
-        time.sleep(.1)                                                             # time for the other one to take its first
+        time.sleep(.1)  # time for the other one to take its first
         yield
 module._locked = slowly
 print('ready', flush=True)
@@ -1095,7 +1097,7 @@ def test_names(tmp_path):
     for i, n in enumerate(NAMES):
         p = os.fsdecode(os.path.join(os.fsencode(tmp_path / 'x'), n if isinstance(n, bytes) else os.fsencode(n)))
         try:
-            open(p, 'wb').write(bytes([i]))
+            Path(p).write_bytes(bytes([i]))
         except OSError:
             continue  # not a name on this system
         paths.append(p if i % 2 else Path(p))

@@ -1,4 +1,6 @@
-"The table of images: every layout it is made from, what is set aside, what is refused, and the splits of many random sets."
+"""The table of images: every layout it is made from, what is set aside, what is refused,
+and the splits of many random sets.
+"""
 
 import os
 from pathlib import Path
@@ -419,7 +421,8 @@ def frame(**kwargs):
         ),
         (
             lambda d: label_table(d, csv(d / 'l.csv', 'photo;label\n1.png;a\n')),
-            r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)",
+            'no column for the image names: columns are photo, label. '
+            r"Say which with image_col='...' \(--image-col COLUMN\)",
         ),
         (
             lambda d: label_table(d, frame().rename(columns={'label': 'x'})),

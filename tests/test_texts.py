@@ -51,7 +51,7 @@ def loaders(t, num_workers=0, **kw):
 
 def test_labels_to_codes_to_one_hot_and_back(table):
     dls = loaders(table)
-    x, y = dls.valid.one_batch()
+    _x, y = dls.valid.one_batch()
     one_hot = torch.nn.functional.one_hot(torch.as_tensor(y), dls.c)
     assert dls.vocab == sorted(set(table.label))
     assert one_hot.shape == (len(y), len(dls.vocab))
@@ -140,7 +140,9 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
-    "Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class, of which the loss takes the softmax; the places of the map are not averaged"
+    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class,
+    of which the loss takes the softmax; the places of the map are not averaged
+    """
     head = create_head('flw', 10 * 7 * 7, 5).train()
     kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
     assert kinds == [

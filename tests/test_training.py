@@ -1,4 +1,6 @@
-"Training keeps its promises: epochs are passes through the network, what diverges stops, what is trained is not trained again."
+"""Training keeps its promises: epochs are passes through the network, what diverges stops,
+what is trained is not trained again.
+"""
 
 from dataclasses import replace
 
@@ -31,7 +33,9 @@ CLASSES = ('daisy', 'roses', 'sunflowers')
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    "Two strengths to choose from, few steps by the set: what is checked here is how a phase is run, not how well it ends"
+    """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
+    not how well it ends
+    """
     monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
@@ -473,7 +477,9 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
 def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
-    "Bit for bit: with nothing stored, with half of the features, with all, and whatever random numbers were drawn in between"
+    """Bit for bit: with nothing stored, with half of the features, with all,
+    and whatever random numbers were drawn in between
+    """
     got = []
     for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
         monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
@@ -501,7 +507,9 @@ def test_random_numbers_of_others_are_left_alone(build):
 
 @pytest.mark.parametrize('stored', [True, False])
 def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
-    "Interrupted before the second phase: the head is not solved again, and order and views are those of the run without"
+    """Interrupted before the second phase: the head is not solved again,
+    and order and views are those of the run without
+    """
     plain = build()
     learn = build()
     fit(plain, 'top1', epochs=2, stored=stored, say=str)
@@ -583,6 +591,19 @@ def test_the_rate_finder_through_the_network(build):
     assert not learn.head_trained
 
 
+def pressed_after(n, step):
+    "A step of a learner in which Ctrl-C is pressed once `n` have been taken"
+    taken = []
+
+    def step_or_press(self):
+        step(self)
+        taken.append(1)
+        if len(taken) > n:
+            raise KeyboardInterrupt
+
+    return step_or_press
+
+
 def test_the_rate_finder_interrupted(build, monkeypatch):
     "Its steps at rates of ten are taken back"
     for unfreeze in (False, True):
@@ -591,17 +612,8 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
             learn.unfreeze()
             learn.head_trained = True
         before = state_of(learn)
-        step = type(learn)._step
-        taken = []
-
-        def step_or_press(self):
-            step(self)
-            taken.append(1)
-            if len(taken) > 20:
-                raise KeyboardInterrupt
-
         with monkeypatch.context() as m:
-            m.setattr('fastai.learner.Learner._step', step_or_press)
+            m.setattr('fastai.learner.Learner._step', pressed_after(20, type(learn)._step))
             with pytest.raises(KeyboardInterrupt):
                 found_rate(learn)
         assert same_state(before, state_of(learn))
