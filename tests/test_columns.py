@@ -1,6 +1,7 @@
 "What a user brings in a table is never taken for what a model predicted"
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
