@@ -184,7 +184,8 @@ def test_validation_is_untouched(name):
         )  # fastai maps these onto themselves
     if name in FINITE_CLASSES:
         im = PILImage.create(picture())
-        assert all((np.asarray(FINITE_CLASSES[name]()(im, split_idx=1)) == picture()).all() for _ in range(20))
+        for _ in range(20):
+            assert (np.asarray(FINITE_CLASSES[name]()(im, split_idx=1)) == picture()).all()
 
 
 @pytest.mark.parametrize('shape', [(8, 12), (12, 8)])
@@ -288,7 +289,8 @@ def test_each_of_four_views_as_often_as_the_others(kind, dtype):
     else:
         out = draws(MirrorNear(), kind, a, n)
     k = [int(np.argmin([abs(o.astype(float) - v).max() for v in views])) for o in out]
-    assert all(abs(o.astype(float) - views[i]).max() <= 0.51 for o, i in zip(out, k))
+    for o, i in zip(out, k):
+        assert abs(o.astype(float) - views[i]).max() <= 0.51
     assert np.bincount(k, minlength=4) == pytest.approx([n / 4] * 4, abs=5 * (n * 3 / 16) ** 0.5 / 2)
 
 

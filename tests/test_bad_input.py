@@ -154,7 +154,8 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     assert reason['cut.jpg'].startswith('cannot be decoded')
     lines = [line for line in said.out.splitlines() if line.startswith('skipped: ')]
     assert len(lines) == 3
-    assert all(any(x['image'] in line and x['reason'] in line for line in lines) for x in r['set_aside'])
+    for x in r['set_aside']:
+        assert any(x['image'] in line and x['reason'] in line for line in lines)
     assert r['data']['images'] == 27 + len(odd)
     t = table(out / 'predictions.csv')
     assert {Path(i).name for i in t.image} & set(BAD) == set()
@@ -182,7 +183,8 @@ def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed
             assert r['error'], r
         else:
             assert r['error'] == '', r
-            assert all(math.isfinite(float(x)) for x in p), r
+            for x in p:
+                assert math.isfinite(float(x)), r
             assert sum(map(float, p)) == pytest.approx(1, abs=1e-4), r
             assert r['prediction'] == ('daisy', "tulip's", '玫瑰 rose')[int(np.argmax(list(map(float, p))))], r
     t = table(mixed_run[0] / 'predictions.csv')
@@ -223,7 +225,9 @@ def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
     "The reader of fundus photographs, which trims and pads, takes them as well."
     rows = rows_of(good('predict', run, *mixed[1]).out)
     assert len(rows) == len(mixed[1])
-    assert all(r['error'] == '' and 0 <= float(r['p_referable']) <= 1 for r in rows)
+    for r in rows:
+        assert r['error'] == ''
+        assert 0 <= float(r['p_referable']) <= 1
 
 
 @pytest.mark.parametrize('kind', ['lab', 'thin', 'animation', 'huge'])
@@ -649,7 +653,9 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
     assert '3 could not be predicted' in number
     assert 'error: 3 of 3 images have no prediction' in error
     assert len(rows) == 3
-    assert all(r['error'] and not r['prediction'] for r in rows)
+    for r in rows:
+        assert r['error']
+        assert not r['prediction']
 
 
 def test_predict_without_a_model_or_images(tmp_path, run, eyes):

@@ -152,7 +152,8 @@ def test_a_model_is_still_and_takes_any_image(run, eyes):
     m = load_model(run / 'model', setting='plain')
     paths = sorted((eyes / 'images').iterdir())[:5]
     assert not m.model.training
-    assert not any(x.training for x in m.model.modules())
+    for x in m.model.modules():
+        assert not x.training
     p = m.probs(paths)
     assert p.shape == (5, 2)
     assert p.dtype == np.float32
@@ -663,7 +664,9 @@ def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
     images = sorted((eyes / 'images').iterdir())[:2]
     said = cli('predict', write_as_0_1_0(tmp_path / 'm', net), *images)
     assert said.code == 1
-    assert all('gives no probabilities' in r['error'] and not r['prediction'] for r in rows_of(said.out))
+    for r in rows_of(said.out):
+        assert 'gives no probabilities' in r['error']
+        assert not r['prediction']
 
 
 @pytest.mark.parametrize('file', FILES)

@@ -60,7 +60,8 @@ def test_folds(n, size, seed):
         assert not set(g[a]) & set(g[b])
         if size == 1:
             assert abs((y[b] == 'a').mean() - (y == 'a').mean()) < 0.09
-    assert all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed)))
+    for p, q in zip(folds, grouped_folds(y, g, n, seed)):
+        assert np.array_equal(p[1], q[1])
     assert not all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed + 1)))
 
 
@@ -68,14 +69,16 @@ def test_folds(n, size, seed):
 def test_folds_without_groups(groups):
     y = np.arange(30) % 3
     g = {'unique': np.arange(30), 'none': [None] * 30}.get(groups)
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(grouped_folds(y, g), grouped_folds(y)))
+    for a, b in zip(grouped_folds(y, g), grouped_folds(y)):
+        assert np.array_equal(a[1], b[1])
 
 
 def test_images_without_a_group_are_on_their_own():
     g = np.array(['p', 'p', None, np.nan, 'q', 'q'] * 5, dtype=object)
     folds = grouped_folds([0, 1] * 15, [f'{o}{i // 6}' if isinstance(o, str) else o for i, o in enumerate(g)], 5)
     assert len(folds) == 5
-    assert all(len(b) < 12 for _, b in folds)
+    for _, b in folds:
+        assert len(b) < 12
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -87,7 +90,8 @@ def test_every_training_part_knows_every_class(seed):
         pytest.skip('the draw has no second group')
     folds = grouped_folds(y, g, 5, seed)
     assert 2 <= len(folds) <= 5
-    assert all(set(y[a]) == set(y) for a, _ in folds)
+    for a, _ in folds:
+        assert set(y[a]) == set(y)
 
 
 @pytest.mark.parametrize(

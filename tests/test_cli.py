@@ -102,7 +102,8 @@ def test_the_record(run, weights, eyes):
     assert d['share'] == {'train': 0.8, 'valid': 0.2}
     assert d['fingerprint']
     assert r['history']
-    assert all(np.isfinite([h['train_loss'], h['valid_loss']]).all() for h in r['history'])
+    for h in r['history']:
+        assert np.isfinite([h['train_loss'], h['valid_loss']]).all()
     assert {'accuracy', 'auc', 'sensitivity', 'specificity'} <= set(r['validation'])
 
 
@@ -113,7 +114,8 @@ def test_predictions_are_of_the_validation_side(run, eyes):
     assert len(t) == 8
     assert t.image.is_unique
     names = [Path(i).name for i in t.image]
-    assert all(Path(i).is_file() for i in t.image)
+    for i in t.image:
+        assert Path(i).is_file()
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
     assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
     np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)

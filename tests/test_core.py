@@ -296,7 +296,8 @@ def test_show_batch_and_results(build):
     learn.dls.show_batch(max_n=4)
     axes = [a for a in plt.gcf().axes if a.images]
     assert len(axes) == 4
-    assert all(a.get_title() in CLASSES for a in axes)
+    for a in axes:
+        assert a.get_title() in CLASSES
     shown = np.asarray(axes[0].images[0].get_array())
     assert shown.dtype == np.uint8 or (shown.min() >= 0 and shown.max() <= 1)  # normalisation undone
     assert shown.max() > 0.3 * (255 if shown.dtype == np.uint8 else 1)
@@ -372,7 +373,8 @@ def test_statistics_of_what_is_not_frozen_do_move(build, arch):
     for i, (a, b) in enumerate(zip(before, groups(learn))):
         stats = [k for k in a if 'running' in str(k)]
         assert stats
-        assert all(torch.equal(a[k], b[k]) == (i < 2) for k in stats)
+        for k in stats:
+            assert torch.equal(a[k], b[k]) == (i < 2)
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -404,12 +406,14 @@ def test_fixed_bn(build):
     after = learn.model[0].state_dict()
     stats = {k for k in before if 'running' in k or 'num_batches' in k}
     assert stats
-    assert all(torch.equal(before[k], after[k]) for k in stats)
+    for k in stats:
+        assert torch.equal(before[k], after[k])
     assert sum(not torch.equal(before[k], after[k]) for k in set(before) - stats) > 10
     free = build(fixed_bn=False)
     free.unfreeze()
     quiet(free, 'fit', 1, 1e-2)
-    assert not any(torch.equal(before[k], free.model[0].state_dict()[k]) for k in stats)
+    for k in stats:
+        assert not torch.equal(before[k], free.model[0].state_dict()[k])
 
 
 def test_folded_bn_stays_fixed(build):
@@ -419,7 +423,8 @@ def test_folded_bn_stays_fixed(build):
     stats = {k: v.clone() for k, v in learn.model[0].state_dict().items() if 'running' in k}
     quiet(learn, 'fit', 1, 1e-3)
     assert stats
-    assert all(torch.equal(v, learn.model[0].state_dict()[k]) for k, v in stats.items())
+    for k, v in stats.items():
+        assert torch.equal(v, learn.model[0].state_dict()[k])
 
 
 @pytest.mark.parametrize('arch', [*ARCHS, 'squeezenet1_1', 'regnetx_002'])
@@ -431,7 +436,8 @@ def test_rates_rise_towards_the_head(build, arch):
     rates = [h['lr'] for h in learn.opt.hypers]
     stages = len(body) if isinstance(body, Stages) else len(layer_groups(body))
     assert len(rates) == len(learner_groups(learn)) >= stages + 1 >= 5
-    assert all(a < b for a, b in itertools.pairwise(rates))
+    for a, b in itertools.pairwise(rates):
+        assert a < b
     assert rates[0] == pytest.approx(1e-5)
     assert rates[-1] == pytest.approx(1e-3)
     for group, n in zip(learn.opt.param_lists, learner_groups(learn).parameters):
@@ -449,7 +455,8 @@ def test_any_batch_size_trains(build, bs):
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
     assert len(learn.record['history']) > 1
-    assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in learn.record['history'])
+    for r in learn.record['history']:
+        assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
 
 
 def test_one_image_more_than_a_batch(build):
@@ -581,7 +588,8 @@ def test_plans(build, arch, plan, frozen):
     assert [r['how'] for r in rows] == ['solved'] + [
         'stored' if plan == 'all_but_stem' and arch == 'test_resnet' else 'network'
     ] * later
-    assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
+    for r in rows:
+        assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record['plan']['name'] == plan
     assert len(learn.record['plan']['phases']) == len(PLANS[plan].phases)

@@ -476,7 +476,8 @@ def test_things_are_where_the_truth_says(seed):
     for p in truth['vessels']:
         assert p in v
         assert hu[voxel(truth, p)] > 0
-        assert all(np.linalg.norm(np.subtract(p, q['place'])) > max(q['half']) + 3.9 for q in truth['nodes'])
+        for q in truth['nodes']:
+            assert np.linalg.norm(np.subtract(p, q['place'])) > max(q['half']) + 3.9
 
 
 @pytest.mark.parametrize('pattern', PATTERNS[1:])
@@ -575,7 +576,8 @@ def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_correcte
     assert made
     assert not (tmp_path / 'labels.csv').exists()
     t = candidate_pictures(candidates, folder, tmp_path)
-    assert all((tmp_path / 'images' / n).stat().st_mtime_ns == when for n, when in made.items())
+    for n, when in made.items():
+        assert (tmp_path / 'images' / n).stat().st_mtime_ns == when
     assert len(pd.read_csv(tmp_path / 'labels.csv')) == len(t) == 100
 
 

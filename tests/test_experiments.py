@@ -78,7 +78,8 @@ def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled
     sets = [first_images(t, n) for n in (10, 25, 50)]
     train = [s[s.split == 'train'] for s in sets]
     assert [len(s) for s in train] == [10, 25, 50]
-    assert all(set(a.image) < set(b.image) for a, b in itertools.pairwise(train))
+    for a, b in itertools.pairwise(train):
+        assert set(a.image) < set(b.image)
     share = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
         assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (

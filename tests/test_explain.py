@@ -301,7 +301,8 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
     assert heat.shape == (size, size)
     assert np.isfinite(heat).all()
     assert np.ptp(other - heat) > 0.5
-    assert not any(x._forward_hooks for x in m.model.modules())
+    for x in m.model.modules():
+        assert not x._forward_hooks
     with pytest.raises(ValueError, match="unknown stage 'stage3'"):
         heat_map(m, im, stage='stage3')
 
@@ -311,7 +312,10 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
 def test_every_head(head):
     m = image_model('test_resnet', head, classes=tuple('01234'))
     h = [heat_map(m, picture(), c, 'stage2') for c in '01234'] + [heat_map(m, picture(), c) for c in range(5)]
-    assert all(x.shape == (64, 64) and x.min() >= 0 and x.max() <= 1 for x in h)
+    for x in h:
+        assert x.shape == (64, 64)
+        assert x.min() >= 0
+        assert x.max() <= 1
     assert max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
     assert max(x.max() for x in h[5:]) == 1
     assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], heat_map(m, picture()))
@@ -344,7 +348,8 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
         heat = heat_map(m, picture(), 1, stage)
     after = state()
     assert before[1:] == after[1:]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(before[0], after[0]))
+    for (_, a), (_, b) in zip(before[0], after[0]):
+        assert torch.equal(a, b)
     assert body._copy is copied
     plain = image_model('test_resnet')
     assert np.allclose(heat_map(plain, picture(), 1, stage), heat, atol=1e-4)
@@ -393,7 +398,8 @@ def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
         for im, said in zip(t.image, ('referable', 'no'))
     ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
-    assert all(any(np.array_equal(h, s) for s in shown) for h in hot)
+    for h in hot:
+        assert any(np.array_equal(h, s) for s in shown)
     assert not np.array_equal(*hot)
 
 
@@ -409,15 +415,13 @@ def test_heat_on_a_mask_and_its_chance_levels():
     assert perfect.loc['share of the heat'].value == pytest.approx(1)
     assert perfect.loc['hottest pixel'].value == 1
     assert perfect.loc['more than the others'].low > 0.3
-    assert all(
-        flat.loc[k].value == pytest.approx(1 / 16)
-        for k in (
-            'share of the heat',
-            'chance: share of the area',
-            'chance: heat of the others',
-            'chance: own heat, turned',
-        )
-    )
+    for k in (
+        'share of the heat',
+        'chance: share of the area',
+        'chance: heat of the others',
+        'chance: own heat, turned',
+    ):
+        assert flat.loc[k].value == pytest.approx(1 / 16)
     assert blank.loc['without heat'].value == 1
     assert blank.loc['hottest pixel'].value == 0
     assert np.isnan(blank.loc['share of the heat'].value)

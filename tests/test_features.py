@@ -368,7 +368,8 @@ def test_a_body_in_training_mode(body, paths, tmp_path):
     want = extract_features(paths, body, 32, folder=tmp_path / '1')
     f = extract_features(paths, body.train(), 32, folder=tmp_path / '2')
     assert not body.training
-    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+    for k, v in body.state_dict().items():
+        assert torch.equal(v, before[k])
     assert contents(f) == contents(want)
 
 
@@ -492,7 +493,8 @@ def test_the_description(body, paths, tmp_path):
 
 def test_in_the_cache(body, paths, cache_dir):
     f = extract_features(paths[:1], body, 32)
-    assert all(cache_dir in d.parents for d in folders(f).values())
+    for d in folders(f).values():
+        assert cache_dir in d.parents
 
 
 def test_by_name(paths, tmp_path, monkeypatch):
@@ -880,7 +882,8 @@ def test_features_that_are_no_numbers_name_the_weights(value, setting, paths, tm
     with pytest.raises(ValueError, match=r"'test_resnet' at stage3.*its weights hold NaN") as e:
         extract_features(paths, body, 32, folder=tmp_path)
     assert 'leave' not in str(e.value)
-    assert not any(p.stat().st_size for p in tmp_path.glob('*/*.bin'))
+    for p in tmp_path.glob('*/*.bin'):
+        assert not p.stat().st_size
 
 
 def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
@@ -1033,7 +1036,8 @@ def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
     with asking(body) as asked, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
     assert asked == dict.fromkeys(ALL, 4 * 7)
-    assert all(contents(f) == part(whole, f.stages) for f in done)
+    for f in done:
+        assert contents(f) == part(whole, f.stages)
 
 
 def test_two_processes_with_stages_in_common(body, paths, tmp_path, whole):
@@ -1142,7 +1146,9 @@ def test_two_at_the_same_time(body, paths, tmp_path, whole):
     with counting(body) as seen, ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: extract_features(paths, body, folder=tmp_path, **HOW), range(3)))
     assert sum(seen) == 4 * 7
-    assert all(contents(f) == whole and np.array_equal(f.numpy(), done[0].numpy()) for f in done)
+    for f in done:
+        assert contents(f) == whole
+        assert np.array_equal(f.numpy(), done[0].numpy())
 
 
 # ---------------------------------------------------------------- images that cannot be read
@@ -1360,7 +1366,8 @@ def test_heads(name, widths, dropout):
     x = torch.randn(8, 6, 1, 1)
     head(x).sum().backward()
     assert head(x).shape == (8, 4)
-    assert all(p.grad is not None for p in head.parameters())
+    for p in head.parameters():
+        assert p.grad is not None
 
 
 def test_a_head_that_sees_every_place():

@@ -241,7 +241,8 @@ def test_fits_of_a_wide_image():
     a[:, 20:60] = (0, 250, 0)
     a[:, 60:] = (0, 0, 250)
     pad, squish, crop = (np.asarray(fit_square(Image.fromarray(a), 40, f)) for f in ('pad', 'squish', 'crop'))
-    assert all(o.shape == (40, 40, 3) for o in (pad, squish, crop))
+    for o in (pad, squish, crop):
+        assert o.shape == (40, 40, 3)
     assert pad[:9].max() == pad[31:].max() == 0
     assert pad[12:28].max(-1).min() > 100
     assert pad[20, 2, 0] > 200
@@ -324,7 +325,8 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
         for s in (a, Image.fromarray(a), tmp_path / 'a.png', str(tmp_path / 'a.png'), (tmp_path / 'a.png').read_bytes())
     )
     assert set(READERS) >= {'photo', 'fundus'}
-    assert all((first == o).all() for o in rest)
+    for o in rest:
+        assert (first == o).all()
 
 
 # ---------------------------------------------------------------- threads

@@ -126,7 +126,8 @@ def test_any_kind_of_sequence(as_):
         0.5,
     )
     assert confusion(y, p, 'ab').values.tolist() == [[2, 0], [1, 1]]
-    assert all(type(f(y, p)) is float for f in (accuracy, sensitivity, specificity, auc, quadratic_kappa))
+    for f in (accuracy, sensitivity, specificity, auc, quadratic_kappa):
+        assert type(f(y, p)) is float
 
 
 def test_series_are_taken_by_position():
@@ -248,7 +249,8 @@ def test_summary_of_one_class_present(here, nan):
         warnings.simplefilter('error')  # and no warning of a mean of nothing either
         s = summary([here] * 20, p, ['no', 'ill'])
     assert {k for k, v in s.items() if math.isnan(v)} == nan
-    assert all(type(v) is float for v in s.values())
+    for v in s.values():
+        assert type(v) is float
 
 
 def test_summary_of_half_precision_and_float32():

@@ -143,7 +143,8 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
     assert said <= {'17_tasks.ipynb', 'checklist.ipynb'}
     assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
     task = TASKS['dr']
-    assert all(AUGMENTATIONS[a].colour for a in task.augment.split('+'))
+    for a in task.augment.split('+'):
+        assert AUGMENTATIONS[a].colour
     assert not AUGMENTATIONS['colour_jitter'].colour
     image = label_table(eyes).image[0]
     pixels = np.asarray(read_image(image, 48, task.reader, task.fit), int)

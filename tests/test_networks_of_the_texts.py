@@ -44,7 +44,8 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
     loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
-    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4])
+    for v in loaded[:4]:
+        assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
 
     learn = build_learner(
@@ -53,7 +54,8 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert learn.model[1][-1].out_features == 2  # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
-    assert all(torch.equal(v, before[k]) for k, v in learn.model[0].state_dict().items())
+    for k, v in learn.model[0].state_dict().items():
+        assert torch.equal(v, before[k])
     learn.unfreeze()
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4)
@@ -63,7 +65,8 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     images = sorted((eyes / 'images').iterdir())[:3]
     f = image_features(images, name, weights=tmp_path / 'w.safetensors', size=80, reader='fundus', fit='pad')
     assert set(f.stages) == set(names)
-    assert all(np.isfinite(f.numpy([n])).all() for n in names)
+    for n in names:
+        assert np.isfinite(f.numpy([n])).all()
     p = predict_probs(learn, images)
     assert np.abs(load_model(save_model(learn, tmp_path / 'model'), 'plain').probs(images) - p).max() < 1e-5
 

@@ -99,7 +99,8 @@ def test_blood_is_darker_and_exudates_brighter_than_what_was_there():
         for k, mask in lonely.items():
             if mask.any():
                 change[k].append((sick[mask].astype(float) - well[mask])[:, 1].mean())
-    assert all(np.array(change[k]).max() < 0 for k in ('haemorrhage', 'microaneurysm', 'new_vessel'))
+    for k in ('haemorrhage', 'microaneurysm', 'new_vessel'):
+        assert np.array(change[k]).max() < 0
     assert np.array(change['exudate']).min() > 0
 
 

@@ -126,7 +126,8 @@ def test_every_plan(build, name, task):
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record['history']
     assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1))
-    assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
+    for r in rows:
+        assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     endless = own.augment is not None
     assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
@@ -204,7 +205,8 @@ def test_a_plan_for_another_learner_is_refused(build, plan, word):
     with pytest.raises(ValueError, match=word) as e:
         silent(learn, plan)
     assert 'build_learner' in str(e.value)
-    assert all(torch.equal(v, before[k]) for k, v in state_of(learn).items())
+    for k, v in state_of(learn).items():
+        assert torch.equal(v, before[k])
 
 
 @pytest.mark.parametrize('frozen', [6, -7])
@@ -246,7 +248,8 @@ def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
     want = f.rates(6)
     there = 6 - k if stored and k else 6
     assert rates
-    assert all(r[-1] == there for r in rates)
+    for r in rates:
+        assert r[-1] == there
     for *r, _ in rates:
         assert [lr for lr, _ in r][k - 6 :] == pytest.approx(want[k:])
         assert {wd for _, wd in r} == {0.07}
@@ -712,7 +715,8 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     fit(learn, 'head', say=said.append)
     n = len(before)
     assert moved(before, groups(learn)) == [False] * (n - 1) + [True]
-    assert not any('steps' in s for s in said)
+    for s in said:
+        assert 'steps' not in s
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
     assert learn.record['C'] == c.estimator_.C
@@ -826,7 +830,8 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
     cbs = [type(c) for c in learn.cbs]
     with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
         silent(learn, plan)  # 8 images x 4 views a batch
-    assert all(torch.equal(v, before[k]) for k, v in state_of(learn).items())
+    for k, v in state_of(learn).items():
+        assert torch.equal(v, before[k])
     assert [type(c) for c in learn.cbs] == cbs
     assert not learn.record['history']
     with Stop(learn.model[0][0].stages[0]) as rest:
@@ -909,7 +914,8 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
         build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append
     )
     assert learn.record['C'] > 0
-    assert not any('in steps' in s for s in said)
+    for s in said:
+        assert 'in steps' not in s
 
 
 @pytest.mark.parametrize('frozen', [-2, 2, 0])

@@ -418,7 +418,8 @@ def test_threads_do_not_mix_their_batches(trained, threads):
     assert table.distance.iloc[0] == pytest.approx(
         np.median(((a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4).numpy()), rel=1e-3
     )
-    assert not any(m._forward_pre_hooks for m in trained.modules())
+    for m in trained.modules():
+        assert not m._forward_pre_hooks
 
 
 def test_no_distance_without_memory(trained):

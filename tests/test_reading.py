@@ -704,7 +704,9 @@ def test_facts_of_a_header_are_short_and_printable(patient):
             )
         )
     texts = [facts['group'] or '', *(facts['camera'] or '').split()]
-    assert all(len(t) <= 64 and t.isprintable() for t in texts)
+    for t in texts:
+        assert len(t) <= 64
+        assert t.isprintable()
     assert facts['eye'] == 'left'
     assert patient != ' A17 ' or facts['group'] == 'A17'
 

@@ -140,7 +140,8 @@ def test_a_share_of_0_or_1_has_the_exact_interval(k):
         assert share_interval([happened] * 2 * k, np.repeat(np.arange(k), 2))[1:] == pytest.approx(
             (exact.low, exact.high)
         )
-    assert all(np.isnan(v) for v in share_interval([]))
+    for v in share_interval([]):
+        assert np.isnan(v)
 
 
 def test_a_figure_that_is_mostly_undefined_has_no_interval():
@@ -410,7 +411,8 @@ def test_the_worst_errors_are_wrong_and_in_order():
     assert w.probability.is_monotonic_decreasing
     called = apply_decision(t, TWO, choose_decision(two(seed=9), TWO, sensitivity=0.9))
     w = worst_errors(called, TWO, n=4)
-    assert all((r.said == 'referable') != (r.target == 'referable') for r in w.itertuples())
+    for r in w.itertuples():
+        assert (r.said == 'referable') != (r.target == 'referable')
     assert w.said.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
 
 

@@ -62,8 +62,10 @@ def test_a_copy_says_the_same(arch):
         want = net(x)
         out = forward_copy(net, FAST, x)(FAST.place(x))
     assert (out - want).abs().max() <= 1e-3 * want.abs().max()
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert all(p.requires_grad for p in net.parameters())
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, before[k])
+    for p in net.parameters():
+        assert p.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,8 @@ def test_hooks_see_the_stages(body, x):
 def test_gradients_reach_the_weights(body, x):
     body.train_setting = body.forward_setting  # the same for both
     body(x).square().mean().backward()
-    assert all(p.grad is not None for p in body.stages.parameters())
+    for p in body.stages.parameters():
+        assert p.grad is not None
 
 
 def test_a_pickled_body_has_no_copy(body, x):
@@ -254,7 +257,8 @@ def test_a_training_copy_takes_the_same_step(arch, mode):
     assert far(out, want) < 1e-6
     assert grads.keys() == true.keys() == dict(net.named_parameters()).keys()
     assert far(*(torch.cat([g[k].flatten() for k in true]) for g in (grads, true))) < 1e-6
-    assert all(torch.allclose(after[k].double(), moved[k].double()) for k in moved)
+    for k in moved:
+        assert torch.allclose(after[k].double(), moved[k].double())
     assert any(not torch.equal(before[k], moved[k]) for k in moved) == (
         mode != 'fixed' and any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     )
@@ -280,7 +284,8 @@ def test_what_is_frozen_gets_no_gradient():
     body = Body(lively(create_body('test_resnet', 'random')), train_setting=FAST)
     body.stages[:2].requires_grad_(False)
     body(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    assert all((p.grad is None) != p.requires_grad for p in body.stages.parameters())
+    for p in body.stages.parameters():
+        assert (p.grad is None) != p.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -362,7 +367,8 @@ def test_in_order(n, device):
 
     out = list(map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(n)), read, 3, device))
     assert list(chain.from_iterable(out)) == list(range(n))
-    assert all(len(o) == 3 for o in out[:-1])
+    for o in out[:-1]:
+        assert len(o) == 3
 
 
 def test_threads_are_as_before_and_a_core_each():
@@ -435,7 +441,8 @@ def test_channels_last_and_normalised():
     x = stack_images([pixels(i) for i in (0, 255)])
     y = normalise(x, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
     assert x.shape == y.shape == (2, 3, 4, 4)
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y))
+    for t in (x, y):
+        assert t.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -0.5, 0], [1, 1.5, 1]]))
     wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert wide.shape == (2, 3, 5, 7)

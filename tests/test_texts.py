@@ -65,7 +65,8 @@ def test_a_whole_set_as_an_array(table):
     array = stack_images(images).numpy()
     assert array.shape == (len(table), 3, 40, 40)
     assert array.dtype == np.uint8
-    assert all((a == np.asarray(i).transpose(2, 0, 1)).all() for a, i in zip(array, images))
+    for a, i in zip(array, images):
+        assert (a == np.asarray(i).transpose(2, 0, 1)).all()
 
 
 def test_a_seed_decides_a_split_of_four_fifths(table):
@@ -135,7 +136,8 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     assert learn.record['augment'] == 'flowers'
     history = fit(learn, say=lambda line: None).record['history']
     assert len(history) == 30
-    assert all(0 <= h['accuracy'] <= 1 for h in history)
+    for h in history:
+        assert 0 <= h['accuracy'] <= 1
     assert set(rates.seen) == {(1e-3, 0.0, 0.9, 0.99)}, 'one rate, nothing decays'
 
 
@@ -156,7 +158,9 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
         nn.BatchNorm1d,
         nn.Linear,
     ]
-    assert all(m.p == 0 for m in head if isinstance(m, nn.Dropout)), 'the recipe drops nothing'
+    for m in head:
+        if isinstance(m, nn.Dropout):
+            assert m.p == 0, 'the recipe drops nothing'
     dense = [m for m in head if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
     for m in dense[:2]:

@@ -120,7 +120,8 @@ def test_one_epoch_is_one_pass(build, plan, callback):
     assert learn.record['passes'] == 1
     batches = train_size(learn) // learn.dls.train.bs
     assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
-    assert not any('of 300' in line for line in lines)
+    for line in lines:
+        assert 'of 300' not in line
     if callback is Batches:
         assert learn.batches.steps == batches
 
@@ -354,7 +355,8 @@ def test_random_weights_under_a_plan_for_pretrained_ones(build):
         assert f"plan '{plan}'" in warned[0]
         assert '--plan random_start' in warned[0]
     for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
-        assert not any(line.startswith('warning') for line in told(learn, plan, epochs=1))
+        for line in told(learn, plan, epochs=1):
+            assert not line.startswith('warning')
 
 
 def test_the_best_epoch_is_in_the_record(build):
@@ -549,7 +551,8 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     assert sorted(type(c).__name__ for c in learn.cbs) == callbacks
     free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
     assert free == [i >= phase.first_trained(6) for i in range(5)]
-    assert all(p.requires_grad for p in learn.model[1].parameters())
+    for p in learn.model[1].parameters():
+        assert p.requires_grad
     assert same_state(before, state_of(learn)) == (how == 'solved')
     assert not learn.head_trained
     assert len(valid_predictions(learn)) == int((learn.table.split == 'valid').sum())
