@@ -509,6 +509,7 @@ def test_the_command_advise(tmp_path, flowers, monkeypatch):
 
 
 def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
+    folder = tmp_path / 'folder'
     out = tmp_path / 'new' / 'p.png'
     good('advise', flowers, *WORDS, '--out', out)
     out.write_bytes(b'mine')
@@ -524,10 +525,10 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
     assert list(content(tmp_path)) == ['new/p.png']
     assert out.read_bytes()[:4] == b'\x89PNG'
-    (tmp_path / 'folder').mkdir(), (tmp_path / 'folder' / 'mine.txt').write_text('mine')
+    (folder).mkdir(), (folder / 'mine.txt').write_text('mine')
     for words in ((), ('--overwrite',)):
-        assert str(tmp_path / 'folder') in refused('advise', flowers, *WORDS, '--out', tmp_path / 'folder', *words)
-    assert (tmp_path / 'folder' / 'mine.txt').read_text() == 'mine'
+        assert str(folder) in refused('advise', flowers, *WORDS, '--out', folder, *words)
+    assert (folder / 'mine.txt').read_text() == 'mine'
 
 
 def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatch):
@@ -543,6 +544,7 @@ def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatc
 
 def test_train_as_advised(tmp_path, eyes, monkeypatch):
     "The advice is that of the same images, the plan stands in the record, and the model comes back."
+    run = tmp_path / 'run'
     given = {}
 
     def spy(*a, f=advisor.advise, **k):
@@ -568,9 +570,9 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
         '--valid',
         0.25,
         '--out',
-        tmp_path / 'run',
+        run,
     )
-    r = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    r = json.loads((run / 'record.json').read_text())
     plan = given['advice'].plan
     assert str(given['advice']) in said.out
     assert said.out.index('advice: plan') < said.out.index('phase 1 of')
@@ -585,10 +587,10 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     )
     assert [p['epochs'] for p in r['plan']['phases']] == [None]
     assert r['data']['classes']['train'] == given['advice'].counts
-    about = json.loads((tmp_path / 'run' / 'model' / 'model.json').read_text())
+    about = json.loads((run / 'model' / 'model.json').read_text())
     assert (about['stage'], about['tap']) == ('stage2', 2)
-    p = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
-    again = good('predict', tmp_path / 'run', *p.image, '--setting', 'plain').out
+    p = pd.read_csv(run / 'predictions.csv')
+    again = good('predict', run, *p.image, '--setting', 'plain').out
     np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=0.02)
 
 
@@ -650,8 +652,9 @@ def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monke
 
 
 def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):
+    text = tmp_path / 'text.png'
     t = dots.copy()
-    (tmp_path / 'text.png').write_text('not an image')
-    t.loc[0, 'image'] = str(tmp_path / 'text.png')
+    (text).write_text('not an image')
+    t.loc[0, 'image'] = str(text)
     assert sum(advise(t, **TINY).counts.values()) == len(seen)
-    assert str(tmp_path / 'text.png') not in seen
+    assert str(text) not in seen

@@ -274,15 +274,16 @@ def test_the_wheel_has_the_neck_too():
 
 
 def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
+    part = tmp_path / 'part.safetensors'
     net, path = small
     until = ('conv1', 'bn1', 'layer1', 'layer2')
-    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, tmp_path / 'part.safetensors')
-    cut = create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage2')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, part)
+    cut = create_body('test_resnet', part, stage='stage2')
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(cut(x), create_body('test_resnet', path).maps(x)[2])
     with pytest.raises(WeightsError, match='layer3'):
-        create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage3')
+        create_body('test_resnet', part, stage='stage3')
     save_file({k: v for k, v in net.state_dict().items() if k.startswith(until[1:])}, tmp_path / 'less.safetensors')
     with pytest.raises(WeightsError, match='conv1'):
         create_body('test_resnet', tmp_path / 'less.safetensors', stage='stage2')
@@ -746,23 +747,25 @@ def test_files_that_lie(tmp_path, name):
 
 def test_an_archive_that_unpacks_to_more(small, tmp_path):
     "A small file that would fill the memory"
+    bomb = tmp_path / 'bomb.pth'
     torch.save(small[0].state_dict(), tmp_path / 'w.pth')
     with zipfile.ZipFile(tmp_path / 'w.pth') as z:
         members = {i.filename: z.read(i) for i in z.infolist()}
     big = next(k for k in members if '/data/' in k)
-    with zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as z:
         for k, v in members.items():
             z.writestr(k, bytes(3 * 10**7) if k == big else v)
-    assert (tmp_path / 'bomb.pth').stat().st_size < 10**7
-    refused(tmp_path / 'bomb.pth', 'bomb.pth', 'compressed or larger')
+    assert (bomb).stat().st_size < 10**7
+    refused(bomb, 'bomb.pth', 'compressed or larger')
 
 
 def test_what_is_no_plain_file(tmp_path):
     "It is not waited for"
+    loop = tmp_path / 'loop.pth'
     os.mkfifo(tmp_path / 'pipe.pth')
     refused(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
-    (tmp_path / 'loop.pth').symlink_to(tmp_path / 'loop.pth')
-    refused(tmp_path / 'loop.pth', 'loop.pth', 'cannot be opened')
+    (loop).symlink_to(loop)
+    refused(loop, 'loop.pth', 'cannot be opened')
     (tmp_path / 'zero.pth').symlink_to('/dev/zero')
     refused(tmp_path / 'zero.pth', 'zero.pth (it is a device')
     refused(tmp_path, 'is a folder')
@@ -817,9 +820,10 @@ def test_code_in_a_file_is_not_run(small, tmp_path):
 
 
 def test_other_things_in_a_file_are_left_out(small, tmp_path):
-    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, tmp_path / 'w.pth')
-    assert all(map(torch.is_tensor, read_weights(tmp_path / 'w.pth').values()))
-    assert same(create_body('test_resnet', tmp_path / 'w.pth'), small[0])
+    w_pth = tmp_path / 'w.pth'
+    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, w_pth)
+    assert all(map(torch.is_tensor, read_weights(w_pth).values()))
+    assert same(create_body('test_resnet', w_pth), small[0])
 
 
 # ---------------------------------------------------------------- weights from a hub, and none to be had
@@ -1062,16 +1066,15 @@ def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
 def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     "It is not waited for, and not written through"
+    precious = tmp_path / 'precious'
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
-    (tmp_path / 'precious').write_text('thesis')
+    (precious).write_text('thesis')
     file = cache_dir / 'speed.json'
-    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(tmp_path / 'precious')}[
-        kind
-    ]()
+    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(precious)}[kind]()
     with pytest.warns(UserWarning, match='speed.json'):
         assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
-    assert (tmp_path / 'precious').read_text() == 'thesis'
+    assert (precious).read_text() == 'thesis'
 
 
 def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):

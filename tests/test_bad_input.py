@@ -256,13 +256,14 @@ def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, ki
 
 def test_a_name_that_is_no_text(tmp_path, run, eyes):
     "Linux takes any bytes for a name; a row, and a file that can be written."
+    in_folder = tmp_path / 'in'
     try:
-        (tmp_path / 'in').mkdir()
-        with open(os.fsencode(tmp_path / 'in') + b'/\xff\xfe.jpg', 'wb') as f:
+        (in_folder).mkdir()
+        with open(os.fsencode(in_folder) + b'/\xff\xfe.jpg', 'wb') as f:
             f.write(next((eyes / 'images').iterdir()).read_bytes())
     except OSError:
         pytest.skip('this file system takes only text')
-    said = cli('predict', run, tmp_path / 'in', '--out', tmp_path / 'p.csv')
+    said = cli('predict', run, in_folder, '--out', tmp_path / 'p.csv')
     assert said.code in (0, 1)
     assert 'Traceback' not in said.err
     assert len(said.err.splitlines()) == 1
@@ -281,13 +282,14 @@ def test_no_folder(tmp_path):
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
 @pytest.mark.parametrize('files', [(), ('notes.txt',), ('sub/notes.txt', '.hidden.jpg')])
 def test_an_empty_folder(tmp_path, task, files):
-    (tmp_path / 'data').mkdir()
+    data = tmp_path / 'data'
+    (data).mkdir()
     for f in files:
-        (tmp_path / 'data' / f).parent.mkdir(exist_ok=True)
-        (tmp_path / 'data' / f).write_text('x')
-    line = broken(tmp_path, tmp_path / 'data', '--task', task)
+        (data / f).parent.mkdir(exist_ok=True)
+        (data / f).write_text('x')
+    line = broken(tmp_path, data, '--task', task)
     assert 'no images' in line
-    assert str(tmp_path / 'data') in line
+    assert str(data) in line
 
 
 def test_a_class_with_one_image(tmp_path, flowers):
@@ -297,9 +299,10 @@ def test_a_class_with_one_image(tmp_path, flowers):
 
 
 def test_a_class_with_one_image_that_can_be_read(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=6, rose=2)
-    (tmp_path / 'data' / 'rose' / '1.jpg').write_bytes(b'')
-    assert "'rose' has one image" in broken(tmp_path, tmp_path / 'data')
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=6, rose=2)
+    (data / 'rose' / '1.jpg').write_bytes(b'')
+    assert "'rose' has one image" in broken(tmp_path, data)
 
 
 def test_one_class(tmp_path, flowers):
@@ -307,17 +310,19 @@ def test_one_class(tmp_path, flowers):
 
 
 def test_images_in_no_class(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=3, rose=3)
-    shutil.copy(tmp_path / 'data' / 'daisy' / '0.jpg', tmp_path / 'data' / 'loose.jpg')
-    assert 'loose.jpg' in (line := broken(tmp_path, tmp_path / 'data'))
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=3, rose=3)
+    shutil.copy(data / 'daisy' / '0.jpg', data / 'loose.jpg')
+    assert 'loose.jpg' in (line := broken(tmp_path, data))
     assert 'class' in line
 
 
 def test_nothing_that_can_be_read(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=2, rose=2)
-    for f, b in zip(sorted((tmp_path / 'data').rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=2, rose=2)
+    for f, b in zip(sorted((data).rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
         f.write_bytes(b)
-    line = broken(tmp_path, tmp_path / 'data')
+    line = broken(tmp_path, data)
     assert 'none of 4 images' in line
     assert 'empty file' in line
 
@@ -450,8 +455,9 @@ def test_an_unknown_grade_with_the_target_grade(tmp_path, eyes, graded):
     ids=['empty', 'not UTF-8', 'ragged', 'an image'],
 )
 def test_a_csv_that_is_none(tmp_path, eyes, data):
-    (tmp_path / 'l.csv').write_bytes(data)
-    assert str(tmp_path / 'l.csv') in broken(tmp_path, eyes, '--task', 'dr', '--labels', tmp_path / 'l.csv')
+    l_csv = tmp_path / 'l.csv'
+    (l_csv).write_bytes(data)
+    assert str(l_csv) in broken(tmp_path, eyes, '--task', 'dr', '--labels', l_csv)
 
 
 def test_no_csv(tmp_path, eyes):
@@ -460,19 +466,20 @@ def test_no_csv(tmp_path, eyes):
 
 def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     "They are set aside, listed and left where they are; training goes on with the others."
-    shutil.copytree(eyes, tmp_path / 'eyes')
-    files = sorted((tmp_path / 'eyes' / 'images').iterdir())
+    eyes_path = tmp_path / 'eyes'
+    shutil.copytree(eyes, eyes_path)
+    files = sorted((eyes_path / 'images').iterdir())
     for f, b in zip(files, damaged(files[3].read_bytes()).values()):
         f.write_bytes(b)
-    before = content(tmp_path / 'eyes')
-    said = good('train', tmp_path / 'eyes', '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
+    before = content(eyes_path)
+    said = good('train', eyes_path, '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
     r = json.loads((tmp_path / 'run' / 'record.json').read_text())
     assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3]))
     assert r['data']['images'] == 37
     assert [line.split(': ')[1] for line in said.out.splitlines() if line.startswith('skipped')] == list(
         map(str, files[:3])
     )
-    assert content(tmp_path / 'eyes') == before
+    assert content(eyes_path) == before
 
 
 def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded):
@@ -659,11 +666,12 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
 
 
 def test_predict_without_a_model_or_images(tmp_path, run, eyes):
-    (tmp_path / 'empty').mkdir()
+    empty = tmp_path / 'empty'
+    (empty).mkdir()
     image = next((eyes / 'images').iterdir())
     assert 'no model folder' in refused('predict', tmp_path / 'none', image)
-    assert 'no model folder' in refused('predict', tmp_path / 'empty', image)
-    assert 'no images' in refused('predict', run, tmp_path / 'empty')
+    assert 'no model folder' in refused('predict', empty, image)
+    assert 'no images' in refused('predict', run, empty)
     assert 'there is no' in refused('predict', run, tmp_path / 'none.jpg', image)
     assert 'no model folder' in refused('predict', image, image)
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
@@ -760,11 +768,12 @@ def test_nothing_to_learn_from(tmp_path, eyes, split, spoil, why):
 
 
 def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
-    good('train', eyes, *EYES, *QUICK, '--out', tmp_path / 'run')
+    run = tmp_path / 'run'
+    good('train', eyes, *EYES, *QUICK, '--out', run)
     folder = shutil.copytree(eyes, tmp_path / 'data')
-    for row in rows_of((tmp_path / 'run' / 'predictions.csv').read_text()):
+    for row in rows_of((run / 'predictions.csv').read_text()):
         (folder / 'images' / Path(row['image']).name).write_bytes(b'nothing')
-    line = refused('evaluate', tmp_path / 'run', folder, '--split', 'valid', '--out', tmp_path / 'report.html')
+    line = refused('evaluate', run, folder, '--split', 'valid', '--out', tmp_path / 'report.html')
     assert 'valid' in line, line
     assert not (tmp_path / 'report.html').exists(), line
 

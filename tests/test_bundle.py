@@ -123,12 +123,11 @@ def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
 def test_saved_again_it_is_the_same(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 
+    again = tmp_path / 'deep' / 'again'
     a = load_model(run / 'model', setting='plain')
-    assert save_model(a, tmp_path / 'deep' / 'again') == tmp_path / 'deep' / 'again'
-    assert (tmp_path / 'deep' / 'again' / 'model.safetensors').read_bytes() == (
-        run / 'model' / 'model.safetensors'
-    ).read_bytes()
-    b = load_model(tmp_path / 'deep' / 'again', setting='plain')
+    assert save_model(a, again) == again
+    assert (again / 'model.safetensors').read_bytes() == (run / 'model' / 'model.safetensors').read_bytes()
+    b = load_model(again, setting='plain')
     assert dict(a.about.items()) == dict(b.about.items())
     assert (
         a.classes
@@ -192,13 +191,14 @@ def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monk
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
 
+    m_folder = tmp_path / 'm'
     learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=setting)
-    save_model(learn, tmp_path / 'm')
+    save_model(learn, m_folder)
     monkeypatch.setattr(speed, 'fastest_setting', lambda *a, **k: speed.Setting(setting != 'channels_last'))
-    again = load_model(tmp_path / 'm')
+    again = load_model(m_folder)
     assert again.card.setting == setting
     assert again.model[0].forward_setting == speed.SETTINGS[setting]
-    assert load_model(tmp_path / 'm', 'plain').model[0].forward_setting == speed.Setting()
+    assert load_model(m_folder, 'plain').model[0].forward_setting == speed.Setting()
 
 
 def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
@@ -317,26 +317,27 @@ def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
 def test_a_folder_that_is_there_is_kept(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 
+    m_folder = tmp_path / 'm'
     m = load_model(run / 'model', setting='plain')
-    (tmp_path / 'm').mkdir()
-    (tmp_path / 'm' / 'model.json').write_text('old')
+    (m_folder).mkdir()
+    (m_folder / 'model.json').write_text('old')
     for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
         with pytest.raises(ValueError, match=words):
-            save_model(m, tmp_path / 'm', overwrite=overwrite)
+            save_model(m, m_folder, overwrite=overwrite)
     assert content(tmp_path) == {'m/model.json': b'old'}
     from dr_transfer.utils.files import mark_folder
 
-    mark_folder(tmp_path / 'm', 'model')
-    save_model(m, tmp_path / 'm', overwrite=True)
-    assert content(tmp_path / 'm')['model.json'] != b'old'
+    mark_folder(m_folder, 'model')
+    save_model(m, m_folder, overwrite=True)
+    assert content(m_folder)['model.json'] != b'old'
     assert [
-        sorted(p.name for p in (tmp_path / 'm').iterdir()),
+        sorted(p.name for p in (m_folder).iterdir()),
         len(list(tmp_path.iterdir())),
     ] == [[MARKER, *FILES], 1]
-    (tmp_path / 'm' / 'mine.txt').write_text('mine')
+    (m_folder / 'mine.txt').write_text('mine')
     before = content(tmp_path)
     with pytest.raises(ValueError, match=r'mine.txt'):
-        save_model(m, tmp_path / 'm', overwrite=True)
+        save_model(m, m_folder, overwrite=True)
     assert content(tmp_path) == before
 
 

@@ -246,36 +246,40 @@ def test_overwrite(tmp_path, eyes, run, weights):
 
 def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
     "--out may be the folder of the data, or one above it, by mistake."
-    shutil.copytree(flowers, tmp_path / 'all' / 'data')
+    data = tmp_path / 'all' / 'data'
+    shutil.copytree(flowers, data)
     before = content(tmp_path)
-    for out in (tmp_path / 'all' / 'data', tmp_path / 'all', tmp_path):
-        refused('train', tmp_path / 'all' / 'data', *FAST, '--weights', 'random', '--out', out, '--overwrite')
+    for out in (data, tmp_path / 'all', tmp_path):
+        refused('train', data, *FAST, '--weights', 'random', '--out', out, '--overwrite')
         assert content(tmp_path) == before
 
 
 def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
-    (tmp_path / 'file').write_text('mine')
-    assert 'exists already' in refused('train', tmp_path / 'data', '--out', tmp_path / 'file')
-    assert (tmp_path / 'file').read_text() == 'mine'
+    file = tmp_path / 'file'
+    empty = tmp_path / 'empty'
+    (file).write_text('mine')
+    assert 'exists already' in refused('train', tmp_path / 'data', '--out', file)
+    assert (file).read_text() == 'mine'
     from dr_transfer.utils.files import new_folder
 
-    (tmp_path / 'empty').mkdir()
-    with new_folder(tmp_path / 'empty') as f:
+    (empty).mkdir()
+    with new_folder(empty) as f:
         (f / 'record.json').write_text('')
-    assert (tmp_path / 'empty' / 'record.json').exists()
+    assert (empty / 'record.json').exists()
 
 
 # ---------------------------------------------------------------- predict
 
 
 def test_predict_says_what_training_said(run, tmp_path):
+    new = tmp_path / 'new'
     t = table(run / 'predictions.csv')
-    said = good('predict', run, *t.image, '--out', tmp_path / 'new' / 'p.csv')
-    p = table(tmp_path / 'new' / 'p.csv')
+    said = good('predict', run, *t.image, '--out', new / 'p.csv')
+    p = table(new / 'p.csv')
     assert said.out == ''
     assert '8 images predicted' in said.err
-    assert [f.name for f in (tmp_path / 'new').iterdir()] == ['p.csv']
+    assert [f.name for f in (new).iterdir()] == ['p.csv']
     assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
     assert p.image.tolist() == t.image.tolist()
     assert p.prediction.tolist() == t.prediction.tolist()

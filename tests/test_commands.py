@@ -54,6 +54,7 @@ def test_too_few_positives_are_said_and_the_run_is_made(run):
 
 
 def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
+    r_html = tmp_path / 'r.html'
     labels = pd.read_csv(eyes / 'labels.csv').rename(columns={'patient': 'person'})
     labels.assign(camera=['A', 'B'] * 20).to_csv(tmp_path / 'l.csv', index=False)
     said = good(
@@ -69,27 +70,26 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
         '--draws',
         '100',
         '--out',
-        tmp_path / 'r.html',
+        r_html,
     )
-    page = (tmp_path / 'r.html').read_text()
+    page = (r_html).read_text()
     t = pd.read_csv(tmp_path / 'r_predictions.csv')
     assert 'sensitivity' in said.out
     assert 'operating point' in said.out
-    assert str(tmp_path / 'r.html') in said.out
+    assert str(r_html) in said.out
     assert len(t) == 40
     assert t.group.nunique() == 20
     assert {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
     for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'):
         assert words in page, words
-    refused('evaluate', sure, eyes, '--out', tmp_path / 'r.html')
+    refused('evaluate', sure, eyes, '--out', r_html)
     refused('evaluate', sure, eyes, '--patient', 'nobody', '--out', tmp_path / 's.html')
     assert not (tmp_path / 's.html').exists()
 
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
-    assert 'the model was made from all of these images' in refused(
-        'evaluate', sure, many, '--out', tmp_path / 'r.html'
-    )
+    r_html = tmp_path / 'r.html'
+    assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', r_html)
     said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'valid.html')
     t = pd.read_csv(tmp_path / 'valid_predictions.csv')
     own = pd.read_csv(sure / 'predictions.csv')
@@ -116,12 +116,12 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     pd.concat(
         [pd.read_csv(eyes / 'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]
     ).to_csv(tmp_path / 'l.csv', index=False)
-    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', tmp_path / 'r.html')
+    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', r_html)
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
     assert 'excluded: 8 images' in said.out
     assert '1 images that cannot be read' in said.out
-    assert '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path / 'r.html').read_text()
-    assert 'broken.png' in (tmp_path / 'r.html').read_text()
+    assert '<th>left out: the model was made from them</th><td>8</td>' in (r_html).read_text()
+    assert 'broken.png' in (r_html).read_text()
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
@@ -152,12 +152,13 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
 
 
 def test_preprocess_prepares_what_train_reads(eyes, weights, tmp_path):
-    said = good('preprocess', eyes, tmp_path / 'small', '--size', '64', '--correction', 'colour', '--to-right')
+    small = tmp_path / 'small'
+    said = good('preprocess', eyes, small, '--size', '64', '--correction', 'colour', '--to-right')
     assert '40 photographs' in said.out
-    assert len(pd.read_csv(tmp_path / 'small' / 'images.csv')) == 40
-    good('train', tmp_path / 'small', '--weights', weights, *SAID, '--out', tmp_path / 'run')
+    assert len(pd.read_csv(small / 'images.csv')) == 40
+    good('train', small, '--weights', weights, *SAID, '--out', tmp_path / 'run')
     refused('preprocess', eyes, eyes)
-    refused('preprocess', eyes, tmp_path / 'small', '--size', '128')
+    refused('preprocess', eyes, small, '--size', '128')
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ def test_wrong_words_are_refused(eyes, weights, tmp_path, words):
 
 
 def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
+    run = tmp_path / 'run'
     good(
         'train',
         many,
@@ -184,10 +186,10 @@ def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
         '--valid',
         '0.4',
         '--out',
-        tmp_path / 'run',
+        run,
     )
-    t = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
+    t = pd.read_csv(run / 'predictions.csv')
     assert set(t.grade) <= set(range(5))
     assert t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', tmp_path / 'run', eyes, '--draws', '100', '--out', tmp_path / 'r.html')
+    good('evaluate', run, eyes, '--draws', '100', '--out', tmp_path / 'r.html')
     assert 'kappa at the cut points' in (tmp_path / 'r.html').read_text()

@@ -66,25 +66,26 @@ def test_a_pipe_as_task_file(tmp_path, capsys, flowers):
 
 
 def test_a_pipe_named_like_our_marker(tmp_path, flowers):
-    shutil.copytree(flowers, tmp_path / 'data')
-    os.mkfifo(tmp_path / 'data' / 'daisy' / '.dr_transfer.json')
-    assert not is_ours(tmp_path / 'data' / 'daisy')
-    assert len(find_images(tmp_path / 'data')) == 24
+    data = tmp_path / 'data'
+    shutil.copytree(flowers, data)
+    os.mkfifo(data / 'daisy' / '.dr_transfer.json')
+    assert not is_ours(data / 'daisy')
+    assert len(find_images(data)) == 24
 
 
 @pytest.mark.parametrize('name', ['journal.jsonl', 'preparation.json', '.dr_transfer.json'])
 def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
-    (tmp_path / 'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        tmp_path / 'in' / 'a.png'
-    )
-    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
+    in_folder = tmp_path / 'in'
+    out = tmp_path / 'out'
+    (in_folder).mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
+    words = ['preprocess', str(in_folder), str(out), '--size', '48']
     assert main(words) == 0
-    (tmp_path / 'out' / name).unlink()
-    os.mkfifo(tmp_path / 'out' / name)
+    (out / name).unlink()
+    os.mkfifo(out / name)
     code = main(words)
     assert code == 0 or name == '.dr_transfer.json'
-    assert code == 0 or str(tmp_path / 'out') in capsys.readouterr().err
+    assert code == 0 or str(out) in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tasks of one's own
@@ -135,15 +136,16 @@ T = Task('beds', (Target('kind', ('white', 'red'), COLOURS.__getitem__, 'daisy, 
 @pytest.mark.parametrize('form', ['toml', 'py'])
 def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
+    run = tmp_path / 'run'
     (tmp_path / f't.{form}').write_text(BEDS[form])
     task = str(tmp_path / 't.toml') if form == 'toml' else f'{tmp_path / "t.py"}:T'
     small = [w for w in SMALL if w not in ('--size', '32')]
-    assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path / 'run')]) == 0
-    assert set(pd.read_csv(tmp_path / 'run' / 'predictions.csv').target) == {'white', 'red'}
+    assert main(['train', str(flowers), *small, '--task', task, '--out', str(run)]) == 0
+    assert set(pd.read_csv(run / 'predictions.csv').target) == {'white', 'red'}
     done = main(
         [
             'evaluate',
-            str(tmp_path / 'run'),
+            str(run),
             str(flowers),
             '--task',
             task,
@@ -164,17 +166,18 @@ def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form)
 
 
 def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
-    shutil.copytree(flowers, tmp_path / 'three')
-    (tmp_path / 'three' / 'tulips').mkdir()
-    for p in sorted((tmp_path / 'three' / 'roses').glob('*.jpg'))[:5]:
-        p.rename(tmp_path / 'three' / 'tulips' / p.name)
-    (tmp_path / 'three' / 'credits.csv').unlink(missing_ok=True)
+    three = tmp_path / 'three'
+    shutil.copytree(flowers, three)
+    (three / 'tulips').mkdir()
+    for p in sorted((three / 'roses').glob('*.jpg'))[:5]:
+        p.rename(three / 'tulips' / p.name)
+    (three / 'credits.csv').unlink(missing_ok=True)
     for more, words in ((['--specificity', '0.9'], 'need two classes'), (['--plan', 'advise'], '--plan advise')):
         assert (
             main(
                 [
                     'cross-validate',
-                    str(tmp_path / 'three'),
+                    str(three),
                     *SMALL,
                     *more,
                     '--folds',
@@ -270,11 +273,10 @@ def test_the_module_is_the_command():
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     "One line each, and only those of the library"
-    (tmp_path / 'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        tmp_path / 'in' / 'a.png'
-    )
-    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
+    in_folder = tmp_path / 'in'
+    (in_folder).mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
+    words = ['preprocess', str(in_folder), str(tmp_path / 'out'), '--size', '48']
     assert main(words) == 0
     assert 'warning' not in capsys.readouterr().err
     (tmp_path / 'out' / 'preparation.json').write_text('{')
@@ -337,20 +339,22 @@ def test_a_class_that_may_be_two_is_told(labels, told):
 
 
 def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
-    make_dr(tmp_path / 'eyes', n=4, size=64, seed=0, workers=1)
+    eyes = tmp_path / 'eyes'
+    small = tmp_path / 'small'
+    make_dr(eyes, n=4, size=64, seed=0, workers=1)
     how = Preparation(size=32)
-    first = preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
+    first = preprocess_folder(eyes, small, how)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
-    cut, gone = (tmp_path / 'small' / first.file[i] for i in (1, 3))
+        preprocess_folder(eyes, small, how)
+    cut, gone = (small / first.file[i] for i in (1, 3))
     before = cut.read_bytes()
     cut.write_bytes(before[:-9])
     gone.unlink()
     with pytest.warns(
         TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'
     ):
-        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
+        preprocess_folder(eyes, small, how)
     assert cut.read_bytes() == before
     assert gone.exists()
 

@@ -269,15 +269,16 @@ def test_nifti_of_any_orientation_is_the_same_volume(tmp_path, codes, suffix):
 
 
 def test_nifti_with_a_factor_an_offset_and_a_dimension_too_many(tmp_path):
+    a_nii = tmp_path / 'a.nii'
     nib = pytest.importorskip('nibabel')
     a = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
     image = nib.Nifti1Image(a, np.diag([-1, -1, 1, 1]))
     image.header.set_slope_inter(2, -1000)
-    nib.save(image, tmp_path / 'a.nii')
-    v = read_volume(tmp_path / 'a.nii')
+    nib.save(image, a_nii)
+    v = read_volume(a_nii)
     assert v.hu.shape == (4, 3, 2)
     assert v.hu.dtype == np.int16
-    assert (v.hu == nib.load(tmp_path / 'a.nii').get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
+    assert (v.hu == nib.load(a_nii).get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
 
 
 def test_nifti_that_says_too_little_is_refused(tmp_path):
@@ -368,12 +369,13 @@ def test_a_spacing_that_is_none_names_the_file(tmp_path, spacing):
 
 
 def test_numpy_files(tmp_path):
+    a_npz = tmp_path / 'a.npz'
     v = noise(**ODD)
-    np.savez(tmp_path / 'a.npz', hu=v.hu, spacing=v.spacing, origin=v.origin)
+    np.savez(a_npz, hu=v.hu, spacing=v.spacing, origin=v.origin)
     np.savez(tmp_path / 'b.npz', hu=v.hu)
     np.savez(tmp_path / 'c.npz', image=v.hu)
     np.save(tmp_path / 'd.npy', v.hu)
-    assert_same(read_volume(tmp_path / 'a.npz'), v)
+    assert_same(read_volume(a_npz), v)
     assert read_volume(tmp_path / 'd.npy', (1, 2, 3)).spacing == (1, 2, 3)
     for name, words in (
         ('b.npz', 'give spacing='),
@@ -384,7 +386,7 @@ def test_numpy_files(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_volume(tmp_path / name)
     with pytest.raises(ValueError, match='leave spacing='):
-        read_volume(tmp_path / 'a.npz', (9, 9, 9))
+        read_volume(a_npz, (9, 9, 9))
 
 
 def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
@@ -547,6 +549,7 @@ def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_
 
 
 def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_path):
+    p_folder = tmp_path / 'p'
     folder, candidates, _ = drawn
     few = candidates[candidates.patient < 'p0002']
     copy = tmp_path / 'v'
@@ -557,13 +560,13 @@ def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_pa
     def times(t):
         return [Path(i).stat().st_mtime_ns for i in t.image]
 
-    first = candidate_pictures(few, copy, tmp_path / 'p')
+    first = candidate_pictures(few, copy, p_folder)
     before = times(first)
-    assert times(candidate_pictures(few, copy, tmp_path / 'p')) == before
+    assert times(candidate_pictures(few, copy, p_folder)) == before
     os.utime(copy / few.volume.iloc[-1], ns=(max(before) + 10**9,) * 2)
-    now = times(candidate_pictures(few, copy, tmp_path / 'p'))
+    now = times(candidate_pictures(few, copy, p_folder))
     assert [a != b for a, b in zip(now, before)] == (few.volume == few.volume.iloc[-1]).tolist()
-    assert not [p for p in (tmp_path / 'p').rglob('*') if p.suffix == '.tmp']
+    assert not [p for p in (p_folder).rglob('*') if p.suffix == '.tmp']
 
 
 def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_corrected(drawn, tmp_path):

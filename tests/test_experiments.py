@@ -384,6 +384,7 @@ def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
 
 
 def test_compare_from_the_command_line(flowers, tmp_path, trainings):
+    c_png = tmp_path / 'c.png'
     words = [
         'compare',
         flowers,
@@ -401,10 +402,10 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         '--draws',
         '100',
     ]
-    said = good(*words, '--out', tmp_path / 'c.png')
+    said = good(*words, '--out', c_png)
     assert 'accuracy, on the same' in said.out
     assert 'test_resnet' in said.out
-    assert (tmp_path / 'c.png').stat().st_size > 1000
+    assert (c_png).stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['rival', 'measure'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
         'the first is not held against itself'
@@ -415,7 +416,7 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
     )
     assert len(trainings) == 2
-    assert 'c.png exists already' in refused(*words, '--out', tmp_path / 'c.png')
+    assert 'c.png exists already' in refused(*words, '--out', c_png)
     assert len(trainings) == 2
     again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
     assert len(trainings) == 2

@@ -203,32 +203,35 @@ def test_a_retina_of_one_colour_has_no_lesions():
 
 
 def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monkeypatch):
+    b_png = tmp_path / 'b.png'
+    kept = tmp_path / 'kept'
     pixels = eye[0]
     other = draw_fundus(0, seed=3, size=200)[0]
-    Image.fromarray(other).save(tmp_path / 'b.png')
+    Image.fromarray(other).save(b_png)
     count = []
     real = explicit.segment
     monkeypatch.setattr(explicit, 'segment', lambda *a: count.append(1) or real(*a))
-    one = feature_frame([pixels], folder=tmp_path / 'kept')
+    one = feature_frame([pixels], folder=kept)
     assert one.columns.tolist() == list(FEATURES)
     assert np.allclose(one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3)
-    both = feature_frame([tmp_path / 'b.png', pixels], folder=tmp_path / 'kept')
+    both = feature_frame([b_png, pixels], folder=kept)
     assert len(count) == 2
-    assert both.index.tolist() == [str(tmp_path / 'b.png'), 1]
+    assert both.index.tolist() == [str(b_png), 1]
     assert (both.iloc[1] == one.iloc[0]).all()
-    (tmp_path / 'b.png').rename(tmp_path / 'c.png')
-    assert (feature_frame([tmp_path / 'c.png'], folder=tmp_path / 'kept').values[0] == both.values[0]).all()
+    (b_png).rename(tmp_path / 'c.png')
+    assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
-    feature_frame([pixels], explicit.Limits(dark=3.0), folder=tmp_path / 'kept')
+    feature_frame([pixels], explicit.Limits(dark=3.0), folder=kept)
     assert len(count) == 3, 'another limit, another number'
 
 
 def test_errors_say_which_image_and_what_to_do(tmp_path):
-    Image.new('RGB', (200, 200)).save(tmp_path / 'black.png')
+    black = tmp_path / 'black.png'
+    Image.new('RGB', (200, 200)).save(black)
     with pytest.raises(ValueError, match=r'black.png cannot be measured .no retina stands out.*leave it out'):
-        feature_frame([tmp_path / 'black.png'], folder=tmp_path / 'kept')
+        feature_frame([black], folder=tmp_path / 'kept')
     with pytest.raises(ValueError, match='give a list'):
-        feature_frame(tmp_path / 'black.png')
+        feature_frame(black)
     with pytest.raises(ValueError, match='no images'):
         feature_frame([])
 

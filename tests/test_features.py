@@ -559,6 +559,7 @@ def test_a_table_of_arrays(body, arrays, tmp_path):
 
 def test_names_of_files(body, paths, tmp_path):
     "What another system would not take; the content is what counts"
+    x_folder = tmp_path / 'x'
     names = [
         'con.png',
         'a:b?*.png',
@@ -571,13 +572,13 @@ def test_names_of_files(body, paths, tmp_path):
         os.fsdecode(b'\xff\xfe.png'),
     ]
     there = []
-    (tmp_path / 'x').mkdir()
+    (x_folder).mkdir()
     for i, n in enumerate(names):
         try:
-            shutil.copy(paths[i % 7], tmp_path / 'x' / n)
+            shutil.copy(paths[i % 7], x_folder / n)
         except (OSError, UnicodeError):
             continue
-        there.append((i % 7, str(tmp_path / 'x' / n)))
+        there.append((i % 7, str(x_folder / n)))
     want = extract_features(paths, body, 32, folder=tmp_path / 'plain')
     f = extract_features([p for _, p in there], body, 32, folder=tmp_path / 'strange')
     assert len(there) > 3
@@ -711,23 +712,24 @@ def test_a_weight_counts_in_whatever_order_stages_are_named(body, paths, tmp_pat
 
 
 def test_a_changed_image_is_noticed(body, arrays, paths, tmp_path):
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(7)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
-    a = extract_features(mine, body, 32, folder=tmp_path / 'f').numpy().copy()
+    a = extract_features(mine, body, 32, folder=f_folder).numpy().copy()
     changed = arrays[4].copy()
     changed[20, 20] ^= 255
     times = os.stat(mine[4])
     Image.fromarray(changed).save(mine[4])
     os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date says nothing
     with counting(body) as seen:
-        b = extract_features(mine, body, 32, folder=tmp_path / 'f')
+        b = extract_features(mine, body, 32, folder=f_folder)
     assert sum(seen) == 1
     same = [np.array_equal(x, y) for x, y in zip(a, b.numpy())]
     assert same == [True] * 4 + [False] + [True] * 2
     shutil.copy(paths[4], mine[4])
     with counting(body) as seen:
-        c = extract_features(mine, body, 32, folder=tmp_path / 'f')
+        c = extract_features(mine, body, 32, folder=f_folder)
     assert not seen
     assert np.array_equal(c.numpy(), a)
 
@@ -817,10 +819,11 @@ def test_predictions_from_stored_features_in_any_company():
 
 def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
     "And whatever was computed before"
-    want = contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f'))
-    shutil.rmtree(tmp_path / 'f')
+    f_folder = tmp_path / 'f'
+    want = contents(extract_features(paths, fresh(), 32, folder=f_folder))
+    shutil.rmtree(f_folder)
     with threads(4):
-        assert contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f')) == want
+        assert contents(extract_features(paths, fresh(), 32, folder=f_folder)) == want
     extract_features(paths[3:5], fresh(), 32, folder=tmp_path / 'g')
     g, f = (extract_features(paths, fresh(), 32, folder=tmp_path / d) for d in 'gf')
     assert np.array_equal(g.numpy(), f.numpy())
@@ -831,6 +834,7 @@ def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
 
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
     "Between hashing and reading: its features are not those of the image that was there"
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(3)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
@@ -845,12 +849,12 @@ def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monke
     with monkeypatch.context() as m:
         m.setattr(content, 'content_keys', hashed)
         with pytest.raises(ValueError, match=r'1.png changed'):
-            extract_features(mine, body, 32, folder=tmp_path / 'f')
+            extract_features(mine, body, 32, folder=f_folder)
     want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
-    assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path / 'f').numpy(), want)
+    assert np.array_equal(extract_features(mine, body, 32, folder=f_folder).numpy(), want)
     mine[1].write_bytes(was)
     assert np.array_equal(
-        extract_features(mine, body, 32, folder=tmp_path / 'f').numpy()[1],
+        extract_features(mine, body, 32, folder=f_folder).numpy()[1],
         extract_features(paths, body, 32, folder=tmp_path / 'g').numpy()[1],
     )
 
@@ -1161,19 +1165,20 @@ def harmed(data, how):
 @pytest.mark.parametrize('how', ['empty', 'text', 'cut'])
 def test_a_corrupt_image(how, body, paths, tmp_path, whole):
     "Named; what came before is kept; it goes on when the image is repaired, or without it"
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(7)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
     mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
     with counting(body) as seen, pytest.raises(ValueError) as e:
-        extract_features(mine, body, folder=tmp_path / 'f', **HOW)
+        extract_features(mine, body, folder=f_folder, **HOW)
     assert str(mine[5]) in str(e.value)
     assert 'cannot be read' in str(e.value)
     assert sum(seen) in (4 * 4, 4 * 5)  # the batch after it may be under way
     with counting(body) as seen:
-        kept = extract_features(mine[:4], body, folder=tmp_path / 'f', **HOW)
+        kept = extract_features(mine[:4], body, folder=f_folder, **HOW)
     assert not seen
-    shutil.copytree(tmp_path / 'f', tmp_path / 'g')
+    shutil.copytree(f_folder, tmp_path / 'g')
     with counting(body) as seen:
         without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path / 'g', **HOW)
     assert sum(seen) == 4 * 2
@@ -1181,7 +1186,7 @@ def test_a_corrupt_image(how, body, paths, tmp_path, whole):
     assert np.array_equal(without.numpy()[:4], kept.numpy())
     shutil.copy(paths[5], mine[5])
     with counting(body) as seen:
-        f = extract_features(mine, body, folder=tmp_path / 'f', **HOW)
+        f = extract_features(mine, body, folder=f_folder, **HOW)
     assert sum(seen) == 4 * 3
     assert contents(f) == whole
 
@@ -1205,15 +1210,16 @@ def test_corrupt_bytes_are_not_printed(body, tmp_path):
 
 def test_unknown_names(body, paths, tmp_path):
     "Refused before anything is computed or written"
+    x_folder = tmp_path / 'x'
     f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
     calls = {
-        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=tmp_path / 'x'),
-        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=tmp_path / 'x'),
-        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=tmp_path / 'x'),
+        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=x_folder),
+        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=x_folder),
+        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=x_folder),
         'neck': lambda: f.numpy('neck'),
         'max': lambda: f.numpy('stem', 'max'),
         'std': lambda: f.pandas('stem', 'std'),
-        'no images': lambda: extract_features([], body, 32, folder=tmp_path / 'x'),
+        'no images': lambda: extract_features([], body, 32, folder=x_folder),
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():
@@ -1221,7 +1227,7 @@ def test_unknown_names(body, paths, tmp_path):
             call()
         assert word in str(e.value), word
         assert not seen, word
-        assert not (tmp_path / 'x').exists(), word
+        assert not (x_folder).exists(), word
     for word, known in (('stage9', 'stage4'), ('min', 'max'), ('half_turns', 'quarter_turns'), ('max', 'mean')):
         with pytest.raises(ValueError) as e:
             calls[word]()

@@ -119,12 +119,13 @@ def test_a_file_is_read_at_any_size_and_the_disc_is_in_its_pixels(tmp_path, name
 
 
 def test_a_turned_photograph_is_upright(tmp_path):
+    turned = tmp_path / 'turned.jpg'
     im, _ = framed(*photo(3), 400, 300, (20, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
-    im.save(tmp_path / 'turned.jpg', exif=exif)
-    _, d = read_disc(tmp_path / 'turned.jpg', 64)
-    upright = find_disc(read_rgb(tmp_path / 'turned.jpg'))
+    im.save(turned, exif=exif)
+    _, d = read_disc(turned, 64)
+    upright = find_disc(read_rgb(turned))
     assert abs(d.x - upright.x) < 8
     assert abs(d.y - upright.y) < 8
 
@@ -257,17 +258,18 @@ def eyes(tmp_path):
     'how', [Preparation(64), Preparation(96, 'colour', format='jpg'), Preparation(64, 'local', True)]
 )
 def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
+    out = tmp_path / 'out'
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()}
-    t = preprocess_folder(eyes, tmp_path / 'out', how)
+    t = preprocess_folder(eyes, out, how)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()} == before
     good = t[t.error == '']
     assert len(t) == 10
     assert len(good) == 9
     for f in good.file:
-        assert Image.open(tmp_path / 'out' / f).size == (how.size,) * 2
+        assert Image.open(out / f).size == (how.size,) * 2
     assert good.gradability.notna().all()
-    assert pd.read_csv(tmp_path / 'out' / 'images.csv').image.tolist() == t.image.tolist()
-    learnt = label_table(tmp_path / 'out', missing='skip')
+    assert pd.read_csv(out / 'images.csv').image.tolist() == t.image.tolist()
+    learnt = label_table(out, missing='skip')
     assert len(learnt) == 9
     assert learnt.label.tolist() == label_table(eyes).label.tolist()
     assert learnt.group.notna().all()
@@ -285,6 +287,7 @@ def test_left_eyes_are_turned_on_request(eyes, tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypatch):
     import dr_transfer.data.preprocess as module
 
+    out = tmp_path / 'out'
     whole = preprocess_folder(eyes, tmp_path / 'whole', Preparation(64))
     real = module.prepare_image
     done = []
@@ -299,17 +302,17 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypat
 
     monkeypatch.setattr(module, 'prepare_image', stop)
     with pytest.raises(KeyboardInterrupt):
-        preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
-    kept = len((tmp_path / 'out' / 'journal.jsonl').read_text().splitlines())
+        preprocess_folder(eyes, out, Preparation(64), workers=1)
+    kept = len((out / 'journal.jsonl').read_text().splitlines())
     assert 1 <= kept <= 4
-    assert not list((tmp_path / 'out').rglob('*.tmp'))
+    assert not list((out).rglob('*.tmp'))
     again = []
     monkeypatch.setattr(module, 'prepare_image', lambda *a: again.append(a) or real(*a))
-    t = preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
+    t = preprocess_folder(eyes, out, Preparation(64), workers=1)
     assert len(again) == 10 - kept
     assert t.equals(whole)
     for f in t.file[t.error == '']:
-        assert (tmp_path / 'out' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
+        assert (out / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
 
 
 def test_what_cannot_be_is_refused(eyes, tmp_path):
@@ -388,16 +391,17 @@ def test_grey_dicom_photographs(tmp_path, bits, interpretation):
 
 
 def test_patient_eye_and_camera_come_from_the_file(tmp_path):
+    data = tmp_path / 'data'
     for i in range(4):
-        folder = tmp_path / 'data' / ('ill' if i % 2 else 'well')
+        folder = data / ('ill' if i % 2 else 'well')
         folder.mkdir(parents=True, exist_ok=True)
         camera_file(folder / f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i // 2}', 'LR'[i % 2])
-    t = label_table(tmp_path / 'data').sort_values('image', key=lambda s: s.str[-5:])
+    t = label_table(data).sort_values('image', key=lambda s: s.str[-5:])
     assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
     assert t.data_eye.tolist() == ['left', 'right'] * 2
     assert set(t.data_camera) == {'Lens'}
-    (tmp_path / 'data' / 'ill' / '1.dcm').write_bytes(b'nothing')
-    assert len(label_table(tmp_path / 'data')) == 3
+    (data / 'ill' / '1.dcm').write_bytes(b'nothing')
+    assert len(label_table(data)) == 3
 
 
 def test_without_pydicom_the_error_says_what_to_install(monkeypatch):

@@ -145,14 +145,15 @@ def test_first_frame_of_an_animation():
 
 
 def test_a_file_is_closed_and_an_image_is_not_changed(tmp_path):
+    a_png = tmp_path / 'a.png'
     im = Image.fromarray(A).convert('RGBA')
     before = np.array(im)
     out = to_rgb(im)
     out.paste((0, 0, 0), (0, 0, 9, 9))
     np.testing.assert_array_equal(im, before)
-    Image.fromarray(A).save(tmp_path / 'a.png')
-    im = read_rgb(tmp_path / 'a.png')
-    (tmp_path / 'a.png').unlink()
+    Image.fromarray(A).save(a_png)
+    im = read_rgb(a_png)
+    (a_png).unlink()
     np.testing.assert_array_equal(im, A)  # pixels are there, not only the promise of them
 
 
@@ -318,11 +319,12 @@ def test_a_picture_without_a_disc_is_kept_whole(picture):
 
 
 def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
+    a_png = tmp_path / 'a.png'
     a = draw_fundus(1, 3, 128)[0]
-    Image.fromarray(a).save(tmp_path / 'a.png')
+    Image.fromarray(a).save(a_png)
     first, *rest = (
         np.asarray(read_image(s, 64, 'fundus'))
-        for s in (a, Image.fromarray(a), tmp_path / 'a.png', str(tmp_path / 'a.png'), (tmp_path / 'a.png').read_bytes())
+        for s in (a, Image.fromarray(a), a_png, str(a_png), (a_png).read_bytes())
     )
     assert set(READERS) >= {'photo', 'fundus'}
     for o in rest:
@@ -335,12 +337,13 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 def test_one_picture_in_many_threads(tmp_path, kind):
     "A picture that PIL has not read yet, asked for by several threads at once, upright in each"
+    p_folder = tmp_path / 'p'
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.kron(A, np.ones((8, 8, 1), np.uint8))).save(tmp_path / 'p', kind, exif=exif)
-    want = np.asarray(read_rgb(tmp_path / 'p'))
+    Image.fromarray(np.kron(A, np.ones((8, 8, 1), np.uint8))).save(p_folder, kind, exif=exif)
+    want = np.asarray(read_rgb(p_folder))
     for _ in range(5):
-        im = Image.open(tmp_path / 'p')
+        im = Image.open(p_folder)
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(read_rgb, [im] * 16))
         for g in got:

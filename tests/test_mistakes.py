@@ -48,6 +48,7 @@ def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
     """FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read,
     split, encoded, in batches.
     """
+    shuffled = tmp_path / 'shuffled.csv'
     t = label_table(flowers).sample(frac=1, random_state=42)
     codes = pd.Series(pd.factorize(t.label)[0])
     wrong = t.assign(code=codes)  # as the text has it: joined by index
@@ -55,10 +56,10 @@ def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
         'or else this shows nothing'
     )
 
-    t[['image', 'label']].to_csv(tmp_path / 'shuffled.csv', index=False)
+    t[['image', 'label']].to_csv(shuffled, index=False)
     for table in (
-        label_table(flowers, tmp_path / 'shuffled.csv'),
-        label_table(pd.read_csv(tmp_path / 'shuffled.csv')),
+        label_table(flowers, shuffled),
+        label_table(pd.read_csv(shuffled)),
         t,
     ):
         assert [Path(i).parent.name for i in table.image] == table.label.tolist()
@@ -86,13 +87,14 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
     """FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training,
     and when it predicts.
     """
+    set_path = tmp_path / 'set'
     colour = np.array([250, 120, 10])
     spec = find_backbone(arch)
     for c in 'ab':
-        (tmp_path / 'set' / c).mkdir(parents=True)
+        (set_path / c).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(np.full((64, 64, 3), colour - [i, 0, 0], np.uint8)).save(tmp_path / 'set' / c / f'{i}.png')
-    learn = build_learner(tmp_path / 'set', **{**SMALL, 'arch': arch}, augment='none', allow_leaks=True)
+            Image.fromarray(np.full((64, 64, 3), colour - [i, 0, 0], np.uint8)).save(set_path / c / f'{i}.png')
+    learn = build_learner(set_path, **{**SMALL, 'arch': arch}, augment='none', allow_leaks=True)
     want = (colour / 255 - spec.mean) / spec.std
     bgr = (colour[::-1] / 255 - spec.mean) / spec.std
     other = (colour / 255 - 0.4) / 0.3
@@ -120,7 +122,7 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
             'mean': spec.mean,
             'std': spec.std,
         },
-    ).probs([tmp_path / 'set' / 'a' / '0.png'])
+    ).probs([set_path / 'a' / '0.png'])
     assert np.allclose(watch.seen[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
     assert find_backbone('efficientnet_lite0').mean != find_backbone('torchvision.alexnet').mean
 

@@ -27,6 +27,7 @@ def eyes(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
+    w_safetensors = tmp_path / 'w.safetensors'
     if name in LARGE:
         request.getfixturevalue('data_root')
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
@@ -35,8 +36,8 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     state = {
         k: v.contiguous() for k, v in net.state_dict().items() if v.numel() < 20e6
     }  # without the largest layers of the classifier
-    save_file(state, tmp_path / 'w.safetensors')
-    body = create_body(name, tmp_path / 'w.safetensors')
+    save_file(state, w_safetensors)
+    body = create_body(name, w_safetensors)
     names = stage_names(body)
     assert names[0] == 'stem'
     assert len(names) >= 3
@@ -48,9 +49,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
 
-    learn = build_learner(
-        eyes, 'dr', arch=name, weights=tmp_path / 'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1]
-    )
+    learn = build_learner(eyes, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, setting='plain', stage=names[-1])
     assert learn.model[1][-1].out_features == 2  # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
@@ -63,7 +62,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert sum(not torch.equal(v, before[k]) for k, v in after.items() if v.is_floating_point()) > len(before) // 2
 
     images = sorted((eyes / 'images').iterdir())[:3]
-    f = image_features(images, name, weights=tmp_path / 'w.safetensors', size=80, reader='fundus', fit='pad')
+    f = image_features(images, name, weights=w_safetensors, size=80, reader='fundus', fit='pad')
     assert set(f.stages) == set(names)
     for n in names:
         assert np.isfinite(f.numpy([n])).all()

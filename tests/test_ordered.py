@@ -199,17 +199,18 @@ def test_flowers_have_no_order(tmp_path, head):
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.fundus import make_flowers
 
-    make_flowers(tmp_path / 'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
+    flowers = tmp_path / 'flowers'
+    make_flowers(flowers, n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
     kind = getattr(head, 'ordered', head)
     why = rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order"
     these = r"'class' \(daisy, roses, tulips\) do not"
     with pytest.raises(ValueError, match=f"{why}.*{these}.*head='linear'"):
-        build_learner(tmp_path / 'flowers', size=48, **tiny)
+        build_learner(flowers, size=48, **tiny)
     with pytest.raises(ValueError, match='stand in an order'):
-        build_learner(tmp_path / 'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})
+        build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
-    assert build_learner(tmp_path / 'flowers', buds, **tiny).record['head']['ordered'] == kind
+    assert build_learner(flowers, buds, **tiny).record['head']['ordered'] == kind
 
 
 def test_two_classes_are_in_order_either_way(eyes):

@@ -173,22 +173,23 @@ def test_csvs_beside_class_folders(tmp_path):
 
 
 def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
+    who = tmp_path / 'who.csv'
     photographs(tmp_path, 8, ('rose', 'tulip'))
     with pytest.raises(ValueError, match='no CSV file'):
         label_table(tmp_path, group_col='pid')
-    (tmp_path / 'who.csv').write_text('photo,pid\n00,a\n')
+    (who).write_text('photo,pid\n00,a\n')
     with pytest.raises(ValueError, match=r"who.csv has a column 'pid' and none for the image names: .*--image-col"):
         label_table(tmp_path)
     assert label_table(tmp_path, image_col='photo').group.notna().sum() == 1
-    (tmp_path / 'who.csv').write_text('image,pid\n00,a\n01,b,c\n')
+    (who).write_text('image,pid\n00,a\n01,b,c\n')
     with pytest.raises(ValueError, match=r'line 3 has 3 fields.*beside the class folders and may name the patients'):
         label_table(tmp_path)
     assert len(label_table(tmp_path, group_col='none')) == 8
-    (tmp_path / 'who.csv').write_text('image,pid\n00,a\n00,b\n')
+    (who).write_text('image,pid\n00,a\n00,b\n')
     with pytest.raises(ValueError, match=r"00.png has two groups: 'a' and 'b' .row 3 of who.csv"):
         label_table(tmp_path)
-    os.remove(tmp_path / 'who.csv')
-    os.mkfifo(tmp_path / 'who.csv')
+    os.remove(who)
+    os.mkfifo(who)
     with pytest.raises(ValueError, match='not a regular file'):
         label_table(tmp_path)
 
@@ -283,9 +284,10 @@ def test_rows_of_one_image_that_agree(folder):
 
 @pytest.fixture
 def small(tmp_path):
-    photographs(tmp_path / 'set', 24)
-    twenty(n=24).to_csv(tmp_path / 'set' / 'labels.csv', index=False)
-    return tmp_path / 'set'
+    set_path = tmp_path / 'set'
+    photographs(set_path, 24)
+    twenty(n=24).to_csv(set_path / 'labels.csv', index=False)
+    return set_path
 
 
 ASK = dict(arch='test_resnet', weights='random', size=32)

@@ -144,10 +144,11 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
 @pytest.mark.parametrize('knob', ['exact_duplicates', 'near_duplicates', 'unreadable', 'wrong_labels'])
 @pytest.mark.parametrize('count', [1, 5])
 def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
+    images = tmp_path / 'flawed/images'
     plain, df = (make_dr(tmp_path / name, 7, 48, **kw) for name, kw in (('plain', {}), ('flawed', {knob: count})))
     truth = json.loads((tmp_path / 'flawed/truth.json').read_text())
     before = files(tmp_path / 'plain/images')
-    after = files(tmp_path / 'flawed/images')
+    after = files(images)
     extra = set(after) - set(before)
     changed = {f for f in before if after[f] != before[f]}
     assert list(truth) == sorted(truth) == df.image.tolist() == sorted(after)
@@ -163,9 +164,9 @@ def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
         with pytest.raises((OSError, SyntaxError)):  # what Pillow raises for a damaged file
-            Image.open(tmp_path / 'flawed/images' / f).load()
+            Image.open(images / f).load()
     for f in set(after) - changed:
-        Image.open(tmp_path / 'flawed/images' / f).load()
+        Image.open(images / f).load()
 
 
 def test_truth_redraws_the_image(tmp_path):
@@ -218,16 +219,15 @@ def test_make_dr_refusals(tmp_path, bad, hint):
 
 
 def test_flowers(tmp_path):
-    df = make_flowers(tmp_path / 'f', 23, 40, classes=('roses', 'tulips'))
+    f_folder = tmp_path / 'f'
+    df = make_flowers(f_folder, 23, 40, classes=('roses', 'tulips'))
     assert df.label.value_counts().to_dict() == {'roses': 12, 'tulips': 11}
     assert (df.image.str.split('/').str[0] == df.label).all()
     assert df.photographer.nunique() == 6
-    assert sorted(df.image) == sorted(f for f in files(tmp_path / 'f') if f.endswith('.jpg'))
+    assert sorted(df.image) == sorted(f for f in files(f_folder) if f.endswith('.jpg'))
 
     def corner(f):
-        return np.asarray(Image.open(tmp_path / 'f' / f).resize((40, 40)), float)[[0, 0, -1, -1], [0, -1, 0, -1]].mean(
-            0
-        )
+        return np.asarray(Image.open(f_folder / f).resize((40, 40)), float)[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
 
     df['colour'] = [corner(f) for f in df.image]
     gaps = {True: [], False: []}

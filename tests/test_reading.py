@@ -113,19 +113,20 @@ def test_the_grid_has_every_mode_and_format():
 
 @pytest.mark.parametrize('mode, kind, data', GRID)
 def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, kind, data):
-    (tmp_path / 'x.png').write_bytes(data)
+    x_png = tmp_path / 'x.png'
+    (x_png).write_bytes(data)
     with Image.open(io.BytesIO(data)) as im:
         opened = im.mode
     if opened in REFUSED and kind != 'PPM':
-        assert 'white' in image_error(tmp_path / 'x.png')
+        assert 'white' in image_error(x_png)
         return
     if opened in REFUSED:
-        im = None if image_error(tmp_path / 'x.png') else read_rgb(data)
+        im = None if image_error(x_png) else read_rgb(data)
         assert im is None or distance(im, COLOUR * 0 + GREY[..., None]) < 40
         return
     im = read_rgb(data)
     wrong = {'1': 255, 'P': 40, 'LAB': 60}.get(mode, 12 if kind in ('JPEG', 'WEBP', 'GIF') or mode == 'CMYK' else 2)
-    assert image_error(tmp_path / 'x.png') == ''
+    assert image_error(x_png) == ''
     assert im.mode == 'RGB'
     assert im.size == (WIDTH, HEIGHT)
     assert distance(im, GREY[..., None].repeat(3, -1)) <= wrong, distance(im, GREY[..., None])
@@ -267,6 +268,7 @@ def test_arrays_and_things_that_are_no_images(a, words):
 
 
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
+    x_png = tmp_path / 'x.png'
     profile = b'Raw profile type exif\0\nexif\n      8\nzzzz not hex\n'
     for data in (
         png((b'eXIf', b'garbage')),
@@ -274,14 +276,12 @@ def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
         png((b'eXIf', b'II*\0' + b'\xff' * 40)),
         png((b'eXIf', b'')),
     ):
-        (tmp_path / 'x.png').write_bytes(data)
-        assert image_error(tmp_path / 'x.png') == ''
-        np.testing.assert_array_equal(read_rgb(tmp_path / 'x.png'), COLOUR)
-        np.testing.assert_array_equal(
-            read_image(tmp_path / 'x.png', 32, 'fundus', 'pad'), read_image(COLOUR, 32, 'fundus', 'pad')
-        )
-        assert read_disc(tmp_path / 'x.png', 32)[0].size == (32, 32)
-        assert image_header(tmp_path / 'x.png').size == (
+        (x_png).write_bytes(data)
+        assert image_error(x_png) == ''
+        np.testing.assert_array_equal(read_rgb(x_png), COLOUR)
+        np.testing.assert_array_equal(read_image(x_png, 32, 'fundus', 'pad'), read_image(COLOUR, 32, 'fundus', 'pad'))
+        assert read_disc(x_png, 32)[0].size == (32, 32)
+        assert image_header(x_png).size == (
             WIDTH,
             HEIGHT,
         )
@@ -343,14 +343,15 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
 def test_what_is_skipped_and_why(tmp_path, data, words):
     import re
 
+    eye = tmp_path / 'eye.jpg'
     data = saved(data, 'PNG') if isinstance(data, Image.Image) else data
     text = reason(data)
-    (tmp_path / 'eye.jpg').write_bytes(data)
+    (eye).write_bytes(data)
     assert re.search(words, text)
-    assert image_error(tmp_path / 'eye.jpg') == text
+    assert image_error(eye) == text
     for read in (lambda p: read_image(p, 32), lambda p: read_image(p, 32, 'fundus', 'pad'), lambda p: read_disc(p, 32)):
         with pytest.raises(ImageError, match=r'eye.jpg: '):
-            read(tmp_path / 'eye.jpg')
+            read(eye)
 
 
 @pytest.mark.parametrize('kind', ['GIF', 'WEBP', 'TIFF', 'PNG'])
@@ -383,14 +384,16 @@ def test_cmyk_with_and_without_adobes_mark():
 
 
 def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
+    eye = tmp_path / 'eye.jpg'
+
     def started(*args, **kwargs):
         raise AssertionError(f'a program is started: {args}')
 
     for name in ('Popen', 'run', 'check_call', 'check_output'):
         monkeypatch.setattr(subprocess, name, started)
-    (tmp_path / 'eye.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
-    Image.open(tmp_path / 'eye.jpg')  # Pillow alone would take it
-    assert 'PostScript' in image_error(tmp_path / 'eye.jpg')
+    (eye).write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
+    Image.open(eye)  # Pillow alone would take it
+    assert 'PostScript' in image_error(eye)
 
 
 def test_no_place_opens_images_of_any_format():
@@ -608,13 +611,14 @@ HU = (RAMP * 2000 - 1000).round().astype(np.int16)
     ids=range(18),
 )
 def test_dicom_grey_and_colour_show_the_ramp(tmp_path, data):
+    im0001 = tmp_path / 'IM0001'
     data = data()
     assert distance(read_rgb(data), GREY[..., None]) <= 2
-    (tmp_path / 'IM0001').write_bytes(data)  # archives export without a suffix
-    assert is_dicom(tmp_path / 'IM0001')
-    assert image_error(tmp_path / 'IM0001') == ''
-    assert distance(read_rgb(tmp_path / 'IM0001'), GREY[..., None]) <= 2
-    assert (h := image_header(tmp_path / 'IM0001')).format == 'DICOM'
+    (im0001).write_bytes(data)  # archives export without a suffix
+    assert is_dicom(im0001)
+    assert image_error(im0001) == ''
+    assert distance(read_rgb(im0001), GREY[..., None]) <= 2
+    assert (h := image_header(im0001)).format == 'DICOM'
     assert h.size == (WIDTH, HEIGHT)
 
 
@@ -664,10 +668,11 @@ def test_dicom_first_frame():
     ids=range(13),
 )
 def test_dicom_that_is_skipped(tmp_path, data, words):
-    (tmp_path / 'eye.dcm').write_bytes(data())
-    assert words in image_error(tmp_path / 'eye.dcm') != ''
+    eye = tmp_path / 'eye.dcm'
+    (eye).write_bytes(data())
+    assert words in image_error(eye) != ''
     with pytest.raises(ImageError, match=r'eye.dcm: '):
-        read_dicom(tmp_path / 'eye.dcm')
+        read_dicom(eye)
 
 
 def test_a_deflated_file_of_usual_size_is_read():
@@ -675,13 +680,15 @@ def test_a_deflated_file_of_usual_size_is_read():
 
 
 def test_a_jpeg_named_dcm_is_a_jpeg(tmp_path):
-    (tmp_path / 'a').mkdir()
+    a_folder = tmp_path / 'a'
+    x_dcm = tmp_path / 'a' / 'x.dcm'
+    (a_folder).mkdir()
     for name in ('x.dcm', 'y.dcm'):
-        (tmp_path / 'a' / name).write_bytes(JPEG)
-    (tmp_path / 'a' / 'z.dcm').write_bytes(b'nothing')
-    assert not is_dicom(tmp_path / 'a' / 'x.dcm')
-    assert image_error(tmp_path / 'a' / 'x.dcm') == ''
-    assert image_header(tmp_path / 'a' / 'x.dcm').format == 'JPEG'
+        (a_folder / name).write_bytes(JPEG)
+    (a_folder / 'z.dcm').write_bytes(b'nothing')
+    assert not is_dicom(x_dcm)
+    assert image_error(x_dcm) == ''
+    assert image_header(x_dcm).format == 'JPEG'
     t = label_table(tmp_path)
     assert len(t) == 2
     assert set_aside(t).reason.tolist() == ['not an image']
@@ -1007,17 +1014,18 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('bits', range(9, 17))
 def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
     "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
-    (tmp_path / 'x.tif').write_bytes(
+    x_tif = tmp_path / 'x.tif'
+    (x_tif).write_bytes(
         packed_tiff(bits, order, photometric)
         if bits < 16
         else saved(Image.fromarray((RAMP * 65535).round().astype(order + 'u2')), 'TIFF')
     )
-    text = image_error(tmp_path / 'x.tif')
+    text = image_error(x_tif)
     if text:
         assert bits not in (16,), text
         assert 'TIFF' in text or 'decoded' in text, text
         return
-    assert distance(read_rgb(tmp_path / 'x.tif'), GREY[..., None]) <= 2
+    assert distance(read_rgb(x_tif), GREY[..., None]) <= 2
 
 
 # ---------------------------------------------------------------- a lack of open files
@@ -1025,17 +1033,18 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 
 def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
     "Neither set aside nor without a prediction: the command stops"
-    (tmp_path / 'x.jpg').write_bytes(JPEG)
+    x_jpg = tmp_path / 'x.jpg'
+    (x_jpg).write_bytes(JPEG)
 
     def none_left(*args, **kwargs):
         raise OSError(errno.EMFILE, 'Too many open files', 'x.jpg')
 
     monkeypatch.setattr('dr_transfer.data.images.Image.open', none_left)
     for call in (
-        lambda: image_error(tmp_path / 'x.jpg'),
-        lambda: read_rgb(tmp_path / 'x.jpg'),
+        lambda: image_error(x_jpg),
+        lambda: read_rgb(x_jpg),
         lambda: label_table(tmp_path, pd.DataFrame({'image': ['x.jpg'], 'label': ['a']})),
-        lambda: prepare_image(tmp_path / 'x.jpg', tmp_path / 'y.png', Preparation()),
+        lambda: prepare_image(x_jpg, tmp_path / 'y.png', Preparation()),
     ):
         with pytest.raises(OSError, match='Too many open files'):
             call()

@@ -106,14 +106,15 @@ def error_of(file, data):
 
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
-    (tmp_path / 'model.json').write_text(stored(ABOUT))
-    card = read_card(tmp_path / 'model.json')
+    model = tmp_path / 'model.json'
+    (model).write_text(stored(ABOUT))
+    card = read_card(model)
     assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64}
     assert set(FIELDS) <= set(ABOUT)
     assert card.decision == Decision(1.5, (0.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',))
     assert card.training.data.groups == 120
-    (tmp_path / 'model.json').write_text(card_text(card))
-    assert read_card(tmp_path / 'model.json') == card
+    (model).write_text(card_text(card))
+    assert read_card(model) == card
     assert json.loads(card_text(card)) == json.loads(stored(ABOUT)), 'and 0.1.0 could read what is written now'
 
 
@@ -313,15 +314,14 @@ def test_class_names_that_cannot_be_told_apart(names, words):
 
 def test_advice_depends_on_who_wrote_it(tmp_path):
     "A copy does not help where another version left a field out."
+    model = tmp_path / 'model.json'
     here = {**ABOUT, 'versions': {}}
-    assert 'changed by hand' in error_of(tmp_path / 'model.json', stored({**here, 'size': 'x'}))
-    error = error_of(tmp_path / 'model.json', stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
+    assert 'changed by hand' in error_of(model, stored({**here, 'size': 'x'}))
+    error = error_of(model, stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
     assert "written by dr_transfer '0.0.9'" in error
     assert 'opy' not in error
-    assert 'Copy the folder again' in error_of(tmp_path / 'model.json', stored(ABOUT)[:-40])
-    assert 'changed after it was saved' in error_of(
-        tmp_path / 'model.json', stored(ABOUT).replace('"size": 48', '"size": 64')
-    )
+    assert 'Copy the folder again' in error_of(model, stored(ABOUT)[:-40])
+    assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 
 # ---------------------------------------------------------------- what is no file

@@ -217,10 +217,11 @@ def test_a_changed_image_is_computed_and_only_that(tmp_path):
 
 
 def test_content_keys(tmp_path):
+    a_png = tmp_path / 'a.png'
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    Image.fromarray(a).save(tmp_path / 'a.png')
-    shutil.copy(tmp_path / 'a.png', tmp_path / 'b.jpg')  # a name is no content
-    same = content_keys([tmp_path / 'a.png', str(tmp_path / 'b.jpg'), (tmp_path / 'a.png').read_bytes()])
+    Image.fromarray(a).save(a_png)
+    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name is no content
+    same = content_keys([a_png, str(tmp_path / 'b.jpg'), (a_png).read_bytes()])
     assert len(set(same)) == 1
     assert len(same[0]) == 32
     others = [a, a[::-1], a[:, ::-1], a.reshape(2, 8, 3), a.reshape(8, 2, 3), a[..., ::-1], a[:, :2], a[..., 0]]
@@ -570,6 +571,7 @@ def test_a_description_that_was_changed(tmp_path, whole):
 @pytest.mark.parametrize('again', [True, False])
 def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, again):
     "Its numbers are not kept under the key of what it was"
+    s_folder = tmp_path / 's'
     files = [tmp_path / f'{i}.png' for i in range(4)]
     for f, a in zip(files, pictures(4)):
         Image.fromarray(a).save(f)
@@ -586,12 +588,12 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
 
     done = []
     with pytest.raises(ChangedError, match=r'2.png changed') as e:
-        fill(new(tmp_path / 's'), files, compute, 1)
+        fill(new(s_folder), files, compute, 1)
     assert 'run the command again' in str(e.value)
-    assert len(new(tmp_path / 's')) == 2
+    assert len(new(s_folder)) == 2
     if again:
         files[2].write_bytes(was)
-    store = new(tmp_path / 's')
+    store = new(s_folder)
     rows = fill(store, files, lambda s, n: compute(s, n, False), 1)
     want = np.stack([np.asarray(Image.open(f))[0, 0] for f in files])
     assert np.array_equal(stored_array(store, 'colour')[rows], want)
@@ -616,22 +618,25 @@ def test_a_link_is_not_written_through(tmp_path):
 
 def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     "The cache as a whole may be a link, to another disk."
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
-    (tmp_path / 'disk').mkdir()
-    (tmp_path / 'cache').symlink_to(tmp_path / 'disk')
-    store = new(tmp_path / 'cache' / 'store')
+    cache = tmp_path / 'cache'
+    disk = tmp_path / 'disk'
+    mine = tmp_path / 'mine'
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
+    (disk).mkdir()
+    (cache).symlink_to(disk)
+    store = new(cache / 'store')
     fill(store, pictures(3), colours(), BS)
     assert (store.folder / 'images.jsonl').exists()
-    assert store.folder.resolve().is_relative_to(tmp_path / 'disk')
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'images.jsonl').write_text('thesis')
-    store = new(tmp_path / 'cache' / 'other')
+    assert store.folder.resolve().is_relative_to(disk)
+    (mine).mkdir()
+    (mine / 'images.jsonl').write_text('thesis')
+    store = new(cache / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
-    store.folder.symlink_to(tmp_path / 'mine')
+    store.folder.symlink_to(mine)
     with pytest.raises(ValueError, match=r'it is a link to .*mine.*Delete it'):
         fill(store, pictures(3), colours(), BS)
-    assert os.listdir(tmp_path / 'mine') == ['images.jsonl']
-    assert (tmp_path / 'mine' / 'images.jsonl').read_text() == 'thesis'
+    assert os.listdir(mine) == ['images.jsonl']
+    assert (mine / 'images.jsonl').read_text() == 'thesis'
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
@@ -667,14 +672,15 @@ def test_folders_of_the_cache_are_of_their_owner(tmp_path):
 
 def test_a_folder_that_everybody_can_write(tmp_path):
     "It is told, once"
-    (tmp_path / 'open').mkdir()
-    (tmp_path / 'open').chmod(0o777)
+    open_path = tmp_path / 'open'
+    (open_path).mkdir()
+    (open_path).chmod(0o777)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
-            fill(new(tmp_path / 'open'), pictures(n), colours(), BS)
+            fill(new(open_path), pictures(n), colours(), BS)
     assert len(told) == 1
-    assert str(tmp_path / 'open') in str(told[0].message)
+    assert str(open_path) in str(told[0].message)
     assert 'everybody' in str(told[0].message)
 
 
@@ -806,13 +812,14 @@ def test_two_processes(tmp_path, second):
 
 
 def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
+    log = tmp_path / 'log'
     (tmp_path / 'go').touch()
-    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, tmp_path / 'log', 0, N)
+    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, log, 0, N)
     for _ in range(5000):
-        if (tmp_path / 'log').exists():
+        if (log).exists():
             break
         time.sleep(0.002)
-    second = child(AT_ONCE, tmp_path, tmp_path / 'log', 0, N)
+    second = child(AT_ONCE, tmp_path, log, 0, N)
     assert second.stdout.readline() == 'ready\n'
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(0.3)  # it waits
@@ -1029,11 +1036,12 @@ def test_a_store_that_cannot_be_written(locked):
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path / 'file').touch()
+    file = tmp_path / 'file'
+    (file).touch()
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(tmp_path / 'file'), pictures(3), colours(), BS)
+        fill(new(file), pictures(3), colours(), BS)
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(tmp_path / 'file' / 'x'), pictures(3), colours(), BS)
+        fill(new(file / 'x'), pictures(3), colours(), BS)
 
 
 def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):

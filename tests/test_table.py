@@ -526,12 +526,13 @@ def test_missing_takes_two_words(tmp_path):
 
 
 def test_whole_paths_outside_the_folder(tmp_path):
-    draw(tmp_path / 'here', 'x/1.png', 'x/2.png')
+    here = tmp_path / 'here'
+    draw(here, 'x/1.png', 'x/2.png')
     far = draw(tmp_path / 'far', 'a.png') / 'a.png'
-    df = pd.DataFrame({'image': [far, tmp_path / 'here' / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
-    assert sorted(label_table(tmp_path / 'here', df).image) == sorted(map(str, [far, *find_images(tmp_path / 'here')]))
+    df = pd.DataFrame({'image': [far, here / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
+    assert sorted(label_table(here, df).image) == sorted(map(str, [far, *find_images(here)]))
     with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"):
-        label_table(tmp_path / 'here', df[:1].assign(image=str(far) + 'x'))
+        label_table(here, df[:1].assign(image=str(far) + 'x'))
 
 
 @pytest.mark.parametrize(
@@ -583,12 +584,13 @@ def test_csvs_that_are_refused(tmp_path, text, why):
 
 
 def test_a_pipe_in_place_of_a_csv(tmp_path):
+    labels_csv = tmp_path / 'labels.csv'
     draw(tmp_path, 'x/1.png')
-    os.mkfifo(tmp_path / 'labels.csv')
+    os.mkfifo(labels_csv)
     for call in (
         lambda: label_table(tmp_path),
-        lambda: label_table(tmp_path / 'labels.csv'),
-        lambda: label_table(tmp_path, tmp_path / 'labels.csv'),
+        lambda: label_table(labels_csv),
+        lambda: label_table(tmp_path, labels_csv),
     ):
         with pytest.raises(ValueError, match=r'not a regular file|is not a folder'):
             call()
