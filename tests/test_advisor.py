@@ -525,7 +525,7 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
     assert list(content(tmp_path)) == ['new/p.png']
     assert out.read_bytes()[:4] == b'\x89PNG'
-    (folder).mkdir(), (folder / 'mine.txt').write_text('mine')
+    folder.mkdir(), (folder / 'mine.txt').write_text('mine')
     for words in ((), ('--overwrite',)):
         assert str(folder) in refused('advise', flowers, *WORDS, '--out', folder, *words)
     assert (folder / 'mine.txt').read_text() == 'mine'
@@ -654,7 +654,7 @@ def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monke
 def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):
     text = tmp_path / 'text.png'
     t = dots.copy()
-    (text).write_text('not an image')
+    text.write_text('not an image')
     t.loc[0, 'image'] = str(text)
     assert sum(advise(t, **TINY).counts.values()) == len(seen)
     assert str(text) not in seen

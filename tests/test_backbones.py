@@ -755,7 +755,7 @@ def test_an_archive_that_unpacks_to_more(small, tmp_path):
     with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as z:
         for k, v in members.items():
             z.writestr(k, bytes(3 * 10**7) if k == big else v)
-    assert (bomb).stat().st_size < 10**7
+    assert bomb.stat().st_size < 10**7
     refused(bomb, 'bomb.pth', 'compressed or larger')
 
 
@@ -764,7 +764,7 @@ def test_what_is_no_plain_file(tmp_path):
     loop = tmp_path / 'loop.pth'
     os.mkfifo(tmp_path / 'pipe.pth')
     refused(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
-    (loop).symlink_to(loop)
+    loop.symlink_to(loop)
     refused(loop, 'loop.pth', 'cannot be opened')
     (tmp_path / 'zero.pth').symlink_to('/dev/zero')
     refused(tmp_path / 'zero.pth', 'zero.pth (it is a device')
@@ -1069,12 +1069,12 @@ def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     precious = tmp_path / 'precious'
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
-    (precious).write_text('thesis')
+    precious.write_text('thesis')
     file = cache_dir / 'speed.json'
     {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(precious)}[kind]()
     with pytest.warns(UserWarning, match='speed.json'):
         assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
-    assert (precious).read_text() == 'thesis'
+    assert precious.read_text() == 'thesis'
 
 
 def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):

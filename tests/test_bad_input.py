@@ -258,7 +258,7 @@ def test_a_name_that_is_no_text(tmp_path, run, eyes):
     "Linux takes any bytes for a name; a row, and a file that can be written."
     in_folder = tmp_path / 'in'
     try:
-        (in_folder).mkdir()
+        in_folder.mkdir()
         with open(os.fsencode(in_folder) + b'/\xff\xfe.jpg', 'wb') as f:
             f.write(next((eyes / 'images').iterdir()).read_bytes())
     except OSError:
@@ -283,7 +283,7 @@ def test_no_folder(tmp_path):
 @pytest.mark.parametrize('files', [(), ('notes.txt',), ('sub/notes.txt', '.hidden.jpg')])
 def test_an_empty_folder(tmp_path, task, files):
     data = tmp_path / 'data'
-    (data).mkdir()
+    data.mkdir()
     for f in files:
         (data / f).parent.mkdir(exist_ok=True)
         (data / f).write_text('x')
@@ -320,7 +320,7 @@ def test_images_in_no_class(tmp_path, flowers):
 def test_nothing_that_can_be_read(tmp_path, flowers):
     data = tmp_path / 'data'
     some(data, flowers, daisy=2, rose=2)
-    for f, b in zip(sorted((data).rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
+    for f, b in zip(sorted(data.rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
         f.write_bytes(b)
     line = broken(tmp_path, data)
     assert 'none of 4 images' in line
@@ -456,7 +456,7 @@ def test_an_unknown_grade_with_the_target_grade(tmp_path, eyes, graded):
 )
 def test_a_csv_that_is_none(tmp_path, eyes, data):
     l_csv = tmp_path / 'l.csv'
-    (l_csv).write_bytes(data)
+    l_csv.write_bytes(data)
     assert str(l_csv) in broken(tmp_path, eyes, '--task', 'dr', '--labels', l_csv)
 
 
@@ -667,7 +667,7 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
 
 def test_predict_without_a_model_or_images(tmp_path, run, eyes):
     empty = tmp_path / 'empty'
-    (empty).mkdir()
+    empty.mkdir()
     image = next((eyes / 'images').iterdir())
     assert 'no model folder' in refused('predict', tmp_path / 'none', image)
     assert 'no model folder' in refused('predict', empty, image)

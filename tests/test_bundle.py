@@ -319,7 +319,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
 
     m_folder = tmp_path / 'm'
     m = load_model(run / 'model', setting='plain')
-    (m_folder).mkdir()
+    m_folder.mkdir()
     (m_folder / 'model.json').write_text('old')
     for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
         with pytest.raises(ValueError, match=words):
@@ -331,7 +331,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     save_model(m, m_folder, overwrite=True)
     assert content(m_folder)['model.json'] != b'old'
     assert [
-        sorted(p.name for p in (m_folder).iterdir()),
+        sorted(p.name for p in m_folder.iterdir()),
         len(list(tmp_path.iterdir())),
     ] == [[MARKER, *FILES], 1]
     (m_folder / 'mine.txt').write_text('mine')

@@ -258,12 +258,12 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
     file = tmp_path / 'file'
     empty = tmp_path / 'empty'
-    (file).write_text('mine')
+    file.write_text('mine')
     assert 'exists already' in refused('train', tmp_path / 'data', '--out', file)
-    assert (file).read_text() == 'mine'
+    assert file.read_text() == 'mine'
     from dr_transfer.utils.files import new_folder
 
-    (empty).mkdir()
+    empty.mkdir()
     with new_folder(empty) as f:
         (f / 'record.json').write_text('')
     assert (empty / 'record.json').exists()
@@ -279,7 +279,7 @@ def test_predict_says_what_training_said(run, tmp_path):
     p = table(new / 'p.csv')
     assert said.out == ''
     assert '8 images predicted' in said.err
-    assert [f.name for f in (new).iterdir()] == ['p.csv']
+    assert [f.name for f in new.iterdir()] == ['p.csv']
     assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
     assert p.image.tolist() == t.image.tolist()
     assert p.prediction.tolist() == t.prediction.tolist()

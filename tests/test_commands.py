@@ -72,7 +72,7 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
         '--out',
         r_html,
     )
-    page = (r_html).read_text()
+    page = r_html.read_text()
     t = pd.read_csv(tmp_path / 'r_predictions.csv')
     assert 'sensitivity' in said.out
     assert 'operating point' in said.out
@@ -120,8 +120,8 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
     assert 'excluded: 8 images' in said.out
     assert '1 images that cannot be read' in said.out
-    assert '<th>left out: the model was made from them</th><td>8</td>' in (r_html).read_text()
-    assert 'broken.png' in (r_html).read_text()
+    assert '<th>left out: the model was made from them</th><td>8</td>' in r_html.read_text()
+    assert 'broken.png' in r_html.read_text()
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):

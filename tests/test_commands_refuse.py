@@ -77,7 +77,7 @@ def test_a_pipe_named_like_our_marker(tmp_path, flowers):
 def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
     in_folder = tmp_path / 'in'
     out = tmp_path / 'out'
-    (in_folder).mkdir()
+    in_folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
     words = ['preprocess', str(in_folder), str(out), '--size', '48']
     assert main(words) == 0
@@ -274,7 +274,7 @@ def test_the_module_is_the_command():
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     "One line each, and only those of the library"
     in_folder = tmp_path / 'in'
-    (in_folder).mkdir()
+    in_folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
     words = ['preprocess', str(in_folder), str(tmp_path / 'out'), '--size', '48']
     assert main(words) == 0

@@ -121,7 +121,7 @@ def test_names_of_files_that_are_no_utf8(tmp_path, capsysbinary):
     t_csv = tmp_path / 't.csv'
     t = pd.DataFrame({'image': [os.fsdecode(b'R\xf6schen.png')]})
     write_csv(t, t_csv)
-    assert (t_csv).read_bytes() == b'image\nR\xf6schen.png\n'
+    assert t_csv.read_bytes() == b'image\nR\xf6schen.png\n'
     assert read_csv(t_csv).image[0] == t.image[0]
     assert text_errors(t.image) == [0]
 

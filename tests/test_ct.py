@@ -566,7 +566,7 @@ def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_pa
     os.utime(copy / few.volume.iloc[-1], ns=(max(before) + 10**9,) * 2)
     now = times(candidate_pictures(few, copy, p_folder))
     assert [a != b for a, b in zip(now, before)] == (few.volume == few.volume.iloc[-1]).tolist()
-    assert not [p for p in (p_folder).rglob('*') if p.suffix == '.tmp']
+    assert not [p for p in p_folder.rglob('*') if p.suffix == '.tmp']
 
 
 def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_corrected(drawn, tmp_path):

@@ -405,7 +405,7 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     said = good(*words, '--out', c_png)
     assert 'accuracy, on the same' in said.out
     assert 'test_resnet' in said.out
-    assert (c_png).stat().st_size > 1000
+    assert c_png.stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['rival', 'measure'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
         'the first is not held against itself'

@@ -218,7 +218,7 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     assert len(count) == 2
     assert both.index.tolist() == [str(b_png), 1]
     assert (both.iloc[1] == one.iloc[0]).all()
-    (b_png).rename(tmp_path / 'c.png')
+    b_png.rename(tmp_path / 'c.png')
     assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
     feature_frame([pixels], explicit.Limits(dark=3.0), folder=kept)

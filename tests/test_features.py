@@ -572,7 +572,7 @@ def test_names_of_files(body, paths, tmp_path):
         os.fsdecode(b'\xff\xfe.png'),
     ]
     there = []
-    (x_folder).mkdir()
+    x_folder.mkdir()
     for i, n in enumerate(names):
         try:
             shutil.copy(paths[i % 7], x_folder / n)
@@ -1227,7 +1227,7 @@ def test_unknown_names(body, paths, tmp_path):
             call()
         assert word in str(e.value), word
         assert not seen, word
-        assert not (x_folder).exists(), word
+        assert not x_folder.exists(), word
     for word, known in (('stage9', 'stage4'), ('min', 'max'), ('half_turns', 'quarter_turns'), ('max', 'mean')):
         with pytest.raises(ValueError) as e:
             calls[word]()

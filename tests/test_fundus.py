@@ -305,7 +305,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypat
         preprocess_folder(eyes, out, Preparation(64), workers=1)
     kept = len((out / 'journal.jsonl').read_text().splitlines())
     assert 1 <= kept <= 4
-    assert not list((out).rglob('*.tmp'))
+    assert not list(out.rglob('*.tmp'))
     again = []
     monkeypatch.setattr(module, 'prepare_image', lambda *a: again.append(a) or real(*a))
     t = preprocess_folder(eyes, out, Preparation(64), workers=1)

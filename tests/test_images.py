@@ -153,7 +153,7 @@ def test_a_file_is_closed_and_an_image_is_not_changed(tmp_path):
     np.testing.assert_array_equal(im, before)
     Image.fromarray(A).save(a_png)
     im = read_rgb(a_png)
-    (a_png).unlink()
+    a_png.unlink()
     np.testing.assert_array_equal(im, A)  # pixels are there, not only the promise of them
 
 
@@ -324,7 +324,7 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
     Image.fromarray(a).save(a_png)
     first, *rest = (
         np.asarray(read_image(s, 64, 'fundus'))
-        for s in (a, Image.fromarray(a), a_png, str(a_png), (a_png).read_bytes())
+        for s in (a, Image.fromarray(a), a_png, str(a_png), a_png.read_bytes())
     )
     assert set(READERS) >= {'photo', 'fundus'}
     for o in rest:

@@ -167,7 +167,7 @@ def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
     kept = pytest.raises(OutputError, match=r"holds 'x.txt'.*kept in .*run\.kept")
     with kept, new_folder(run, overwrite=True) as f:
         (f / 'record.json').write_text('hours of work')
-        (run).mkdir()
+        run.mkdir()
         (run / 'x.txt').write_text('put there meanwhile')
     assert (tmp_path / 'run.kept' / 'record.json').read_text() == 'hours of work'
     assert (run / 'x.txt').read_text() == 'put there meanwhile'
@@ -226,8 +226,8 @@ def test_a_link_is_followed(tmp_path):
     old = tmp_path / 'disk' / 'old.csv'
     p_csv = tmp_path / 'p.csv'
     run = tmp_path / 'run'
-    (disk).mkdir()
-    (old).write_text('old')
+    disk.mkdir()
+    old.write_text('old')
     os.symlink(old, p_csv)
     os.symlink(disk, tmp_path / 'link')
     make_run(tmp_path / 'link' / 'run')
@@ -235,9 +235,9 @@ def test_a_link_is_followed(tmp_path):
     make_run(run, 'second', overwrite=True)
     with new_file(p_csv, overwrite=True) as f:
         f.write_text('new')
-    assert (run).is_symlink()
-    assert (p_csv).is_symlink()
-    assert (old).read_text() == 'new'
+    assert run.is_symlink()
+    assert p_csv.is_symlink()
+    assert old.read_text() == 'new'
     assert (disk / 'run' / 'record.json').read_text() == 'second'
     assert sorted(os.listdir(tmp_path)) == ['disk', 'link', 'p.csv', 'run']
     assert sorted(os.listdir(disk)) == ['old.csv', 'run']
@@ -316,11 +316,11 @@ def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
             (f / 'demo.png').write_text('figure')
 
     once(False)
-    (mine).write_text('mine')
+    mine.write_text('mine')
     with pytest.raises(OutputError, match=r"holds 'run/mine.txt'"):
         once(True)
-    assert (mine).read_text() == 'mine'
-    (mine).unlink()
+    assert mine.read_text() == 'mine'
+    mine.unlink()
     once(True)
     assert sorted(os.listdir(tmp_path / 'demo')) == [MARKER, 'demo.png', 'run']
 
@@ -529,7 +529,7 @@ def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(
         make_run(folder / 'run', text, overwrite=overwrite)
         make_report(folder / 'r.html', text, overwrite=overwrite)
 
-    (whole).mkdir()
+    whole.mkdir()
     replace(whole, 'old', overwrite=False)
     code, steps = killed_at(-1, lambda: replace(whole, 'new'))
     want = tree(whole)
@@ -681,9 +681,9 @@ def test_preprocess_never_writes_over_the_originals(tmp_path, photographs, monke
 def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
     images = tmp_path / 'small' / 'images'
     prepare(photographs, tmp_path / 'small')
-    for p in (images).iterdir():
+    for p in images.iterdir():
         p.unlink()
-    (images).rmdir()
+    images.rmdir()
     os.symlink(photographs / 'images', images)
     before = tree(photographs)
     with pytest.raises(OutputError, match='is a link to a place outside'):
@@ -783,7 +783,7 @@ def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photograp
     time.sleep(0.01)
     run.kill()
     run.wait()
-    (images).mkdir(exist_ok=True)
+    images.mkdir(exist_ok=True)
     (images / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
     (images / '.9.png.dr_transfer-lock').write_text('')
     assert prepare(photographs, small).equals(want)

@@ -177,15 +177,15 @@ def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
     photographs(tmp_path, 8, ('rose', 'tulip'))
     with pytest.raises(ValueError, match='no CSV file'):
         label_table(tmp_path, group_col='pid')
-    (who).write_text('photo,pid\n00,a\n')
+    who.write_text('photo,pid\n00,a\n')
     with pytest.raises(ValueError, match=r"who.csv has a column 'pid' and none for the image names: .*--image-col"):
         label_table(tmp_path)
     assert label_table(tmp_path, image_col='photo').group.notna().sum() == 1
-    (who).write_text('image,pid\n00,a\n01,b,c\n')
+    who.write_text('image,pid\n00,a\n01,b,c\n')
     with pytest.raises(ValueError, match=r'line 3 has 3 fields.*beside the class folders and may name the patients'):
         label_table(tmp_path)
     assert len(label_table(tmp_path, group_col='none')) == 8
-    (who).write_text('image,pid\n00,a\n00,b\n')
+    who.write_text('image,pid\n00,a\n00,b\n')
     with pytest.raises(ValueError, match=r"00.png has two groups: 'a' and 'b' .row 3 of who.csv"):
         label_table(tmp_path)
     os.remove(who)

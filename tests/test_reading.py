@@ -114,7 +114,7 @@ def test_the_grid_has_every_mode_and_format():
 @pytest.mark.parametrize('mode, kind, data', GRID)
 def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, kind, data):
     x_png = tmp_path / 'x.png'
-    (x_png).write_bytes(data)
+    x_png.write_bytes(data)
     with Image.open(io.BytesIO(data)) as im:
         opened = im.mode
     if opened in REFUSED and kind != 'PPM':
@@ -276,7 +276,7 @@ def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
         png((b'eXIf', b'II*\0' + b'\xff' * 40)),
         png((b'eXIf', b'')),
     ):
-        (x_png).write_bytes(data)
+        x_png.write_bytes(data)
         assert image_error(x_png) == ''
         np.testing.assert_array_equal(read_rgb(x_png), COLOUR)
         np.testing.assert_array_equal(read_image(x_png, 32, 'fundus', 'pad'), read_image(COLOUR, 32, 'fundus', 'pad'))
@@ -346,7 +346,7 @@ def test_what_is_skipped_and_why(tmp_path, data, words):
     eye = tmp_path / 'eye.jpg'
     data = saved(data, 'PNG') if isinstance(data, Image.Image) else data
     text = reason(data)
-    (eye).write_bytes(data)
+    eye.write_bytes(data)
     assert re.search(words, text)
     assert image_error(eye) == text
     for read in (lambda p: read_image(p, 32), lambda p: read_image(p, 32, 'fundus', 'pad'), lambda p: read_disc(p, 32)):
@@ -391,7 +391,7 @@ def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
 
     for name in ('Popen', 'run', 'check_call', 'check_output'):
         monkeypatch.setattr(subprocess, name, started)
-    (eye).write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
+    eye.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
     Image.open(eye)  # Pillow alone would take it
     assert 'PostScript' in image_error(eye)
 
@@ -614,7 +614,7 @@ def test_dicom_grey_and_colour_show_the_ramp(tmp_path, data):
     im0001 = tmp_path / 'IM0001'
     data = data()
     assert distance(read_rgb(data), GREY[..., None]) <= 2
-    (im0001).write_bytes(data)  # archives export without a suffix
+    im0001.write_bytes(data)  # archives export without a suffix
     assert is_dicom(im0001)
     assert image_error(im0001) == ''
     assert distance(read_rgb(im0001), GREY[..., None]) <= 2
@@ -669,7 +669,7 @@ def test_dicom_first_frame():
 )
 def test_dicom_that_is_skipped(tmp_path, data, words):
     eye = tmp_path / 'eye.dcm'
-    (eye).write_bytes(data())
+    eye.write_bytes(data())
     assert words in image_error(eye) != ''
     with pytest.raises(ImageError, match=r'eye.dcm: '):
         read_dicom(eye)
@@ -682,7 +682,7 @@ def test_a_deflated_file_of_usual_size_is_read():
 def test_a_jpeg_named_dcm_is_a_jpeg(tmp_path):
     a_folder = tmp_path / 'a'
     x_dcm = tmp_path / 'a' / 'x.dcm'
-    (a_folder).mkdir()
+    a_folder.mkdir()
     for name in ('x.dcm', 'y.dcm'):
         (a_folder / name).write_bytes(JPEG)
     (a_folder / 'z.dcm').write_bytes(b'nothing')
@@ -1015,7 +1015,7 @@ def packed_tiff(bits, order='<', photometric=1):
 def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
     "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
     x_tif = tmp_path / 'x.tif'
-    (x_tif).write_bytes(
+    x_tif.write_bytes(
         packed_tiff(bits, order, photometric)
         if bits < 16
         else saved(Image.fromarray((RAMP * 65535).round().astype(order + 'u2')), 'TIFF')
@@ -1034,7 +1034,7 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
     "Neither set aside nor without a prediction: the command stops"
     x_jpg = tmp_path / 'x.jpg'
-    (x_jpg).write_bytes(JPEG)
+    x_jpg.write_bytes(JPEG)
 
     def none_left(*args, **kwargs):
         raise OSError(errno.EMFILE, 'Too many open files', 'x.jpg')

@@ -107,13 +107,13 @@ def error_of(file, data):
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
     model = tmp_path / 'model.json'
-    (model).write_text(stored(ABOUT))
+    model.write_text(stored(ABOUT))
     card = read_card(model)
     assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64}
     assert set(FIELDS) <= set(ABOUT)
     assert card.decision == Decision(1.5, (0.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',))
     assert card.training.data.groups == 120
-    (model).write_text(card_text(card))
+    model.write_text(card_text(card))
     assert read_card(model) == card
     assert json.loads(card_text(card)) == json.loads(stored(ABOUT)), 'and 0.1.0 could read what is written now'
 

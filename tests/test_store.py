@@ -221,7 +221,7 @@ def test_content_keys(tmp_path):
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(a).save(a_png)
     shutil.copy(a_png, tmp_path / 'b.jpg')  # a name is no content
-    same = content_keys([a_png, str(tmp_path / 'b.jpg'), (a_png).read_bytes()])
+    same = content_keys([a_png, str(tmp_path / 'b.jpg'), a_png.read_bytes()])
     assert len(set(same)) == 1
     assert len(same[0]) == 32
     others = [a, a[::-1], a[:, ::-1], a.reshape(2, 8, 3), a.reshape(8, 2, 3), a[..., ::-1], a[:, :2], a[..., 0]]
@@ -622,13 +622,13 @@ def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     disk = tmp_path / 'disk'
     mine = tmp_path / 'mine'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
-    (disk).mkdir()
-    (cache).symlink_to(disk)
+    disk.mkdir()
+    cache.symlink_to(disk)
     store = new(cache / 'store')
     fill(store, pictures(3), colours(), BS)
     assert (store.folder / 'images.jsonl').exists()
     assert store.folder.resolve().is_relative_to(disk)
-    (mine).mkdir()
+    mine.mkdir()
     (mine / 'images.jsonl').write_text('thesis')
     store = new(cache / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -673,8 +673,8 @@ def test_folders_of_the_cache_are_of_their_owner(tmp_path):
 def test_a_folder_that_everybody_can_write(tmp_path):
     "It is told, once"
     open_path = tmp_path / 'open'
-    (open_path).mkdir()
-    (open_path).chmod(0o777)
+    open_path.mkdir()
+    open_path.chmod(0o777)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
@@ -816,7 +816,7 @@ def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
     (tmp_path / 'go').touch()
     first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, log, 0, N)
     for _ in range(5000):
-        if (log).exists():
+        if log.exists():
             break
         time.sleep(0.002)
     second = child(AT_ONCE, tmp_path, log, 0, N)
@@ -1037,7 +1037,7 @@ def test_a_store_that_cannot_be_written(locked):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     file = tmp_path / 'file'
-    (file).touch()
+    file.touch()
     with pytest.raises(ValueError, match='nothing can be written'):
         fill(new(file), pictures(3), colours(), BS)
     with pytest.raises(ValueError, match='nothing can be written'):
