@@ -86,7 +86,8 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, name, f)
 
-    spy(features, 'image_data'), spy(hashing_module, 'content_key')
+    spy(features, 'image_data')
+    spy(hashing_module, 'content_key')
     return names
 
 
@@ -304,7 +305,8 @@ def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, on
 
 
 def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
-    monkeypatch.setattr(advisor, 'MOST', 44), monkeypatch.setattr(advisor, 'LARGE', 50)
+    monkeypatch.setattr(advisor, 'MOST', 44)
+    monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(seen)]
     assert len(seen) == len(t) == 44
@@ -355,10 +357,8 @@ def test_some_of_a_table(monkeypatch):
     ],
 )
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
-    (
-        monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE),
-        monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance),
-    )
+    monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE)
+    monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
     monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
     a = advise(dots, **TINY)
     assert a.scenario == choose_scenario(10**4 if large else 10, distance)
@@ -525,7 +525,8 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
     assert list(content(tmp_path)) == ['new/p.png']
     assert out.read_bytes()[:4] == b'\x89PNG'
-    folder.mkdir(), (folder / 'mine.txt').write_text('mine')
+    folder.mkdir()
+    (folder / 'mine.txt').write_text('mine')
     for words in ((), ('--overwrite',)):
         assert str(folder) in refused('advise', flowers, *WORDS, '--out', folder, *words)
     assert (folder / 'mine.txt').read_text() == 'mine'
@@ -551,10 +552,8 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
         given['advice'] = f(*a, **k)
         return given['advice']
 
-    (
-        monkeypatch.setattr(advisor, 'advise', spy),
-        monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said')),
-    )
+    monkeypatch.setattr(advisor, 'advise', spy)
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said'))
     said = good(
         'train',
         eyes,

@@ -582,12 +582,11 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
     sd = load_file(weights)
     few = dict(list(sd.items())[:3])
     other = {k: torch.zeros(7) for k in sd}
-    save_file(few, tmp_path / 'few.safetensors'), save_file(other, tmp_path / 'other.safetensors')
-    (
-        (tmp_path / 'text.safetensors').write_text('no tensors'),
-        (tmp_path / 'text.pth').write_text('no tensors'),
-        (tmp_path / 'empty.pth').touch(),
-    )
+    save_file(few, tmp_path / 'few.safetensors')
+    save_file(other, tmp_path / 'other.safetensors')
+    (tmp_path / 'text.safetensors').write_text('no tensors')
+    (tmp_path / 'text.pth').write_text('no tensors')
+    (tmp_path / 'empty.pth').touch()
     (tmp_path / 'cut.safetensors').write_bytes(weights.read_bytes()[:500])
     for name, why in (
         ('none.safetensors', 'there is no weights file'),

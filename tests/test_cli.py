@@ -226,7 +226,8 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
 def test_overwrite(tmp_path, eyes, run, weights):
     "Nothing is replaced without it; with it a run is, and nothing else is."
     shutil.copytree(run, out := tmp_path / 'run')
-    (out / 'record.json').write_text('the old one'), (out / 'history.png').unlink()
+    (out / 'record.json').write_text('the old one')
+    (out / 'history.png').unlink()
     before = content(out)
     words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
     assert str(out) in (line := refused(*words))

@@ -286,7 +286,8 @@ def test_nifti_that_says_too_little_is_refused(tmp_path):
 
     def saved(a, affine, codes=1):
         image = nib.Nifti1Image(a, affine)
-        image.set_sform(affine, codes), image.set_qform(affine, codes)
+        image.set_sform(affine, codes)
+        image.set_qform(affine, codes)
         nib.save(image, tmp_path / 'a.nii')
         return tmp_path / 'a.nii'
 
@@ -334,11 +335,13 @@ def test_a_series_that_is_none_is_refused(tmp_path):
     files('gap')[2].unlink()
     f = files('twice')
     (tmp_path / 'twice' / 'again.dcm').write_bytes(f[0].read_bytes())
-    files('two'), save_series(v, tmp_path / 'two', uid='9.9', names='b{}.dcm', SeriesDescription='thick')
+    files('two')
+    save_series(v, tmp_path / 'two', uid='9.9', names='b{}.dcm', SeriesDescription='thick')
     files('mr', Modality='MR')
     for p in files('one')[1:]:
         p.unlink()
-    files('sizes'), save_series(noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)), tmp_path / 'sizes', names='b{}.dcm')
+    files('sizes')
+    save_series(noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)), tmp_path / 'sizes', names='b{}.dcm')
     save_series(Volume(v.hu, v.spacing, (0, 0, 0)), tmp_path / 'uneven')
     save_series(Volume(v.hu, v.spacing, (30.9, 0, 0)), tmp_path / 'uneven', names='b{}.dcm')
     save_series(v, tmp_path / 'tilt', way=(1, 0, 0, 0, np.cos(0.2), np.sin(0.2)))
@@ -424,7 +427,8 @@ def test_a_file_that_ends_too_soon_is_named(tmp_path, suffix):
     file = tmp_path / f'scan{suffix}'
     v = noise(**ODD)
     if suffix == '.nii.gz':
-        pytest.importorskip('nibabel'), save_nifti(v, file, 'RAS')
+        pytest.importorskip('nibabel')
+        save_nifti(v, file, 'RAS')
     elif suffix == '.npz':
         np.savez(file, hu=v.hu, spacing=v.spacing)
     else:
@@ -452,7 +456,8 @@ def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
 
 @pytest.mark.parametrize('package, name', [('nibabel', 'a.nii'), ('pydicom', 's')])
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, package, name):
-    (tmp_path / 'a.nii').touch(), (tmp_path / 's').mkdir()
+    (tmp_path / 'a.nii').touch()
+    (tmp_path / 's').mkdir()
     monkeypatch.setitem(__import__('sys').modules, package, None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[ct\]'"):
         read_volume(tmp_path / name)
@@ -506,7 +511,9 @@ def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
         for label, places in ((1, [q['place'] for q in truth['nodes']]), (0, truth['vessels'])):
             for p in places:
                 a = pixels(three_planes(v, p, size=32)).astype(float)
-                y.append(label), centre.append(a[14:18, 14:18].mean()), whole.append(a.mean())
+                y.append(label)
+                centre.append(a[14:18, 14:18].mean())
+                whole.append(a.mean())
     assert 0.35 < auc(np.array(y), np.array(centre)) < 0.65
     assert 0.2 < auc(np.array(y), np.array(whole)) < 0.8
 
@@ -587,7 +594,8 @@ def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_correcte
 def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
     folder, candidates, _ = drawn
     v = read_volume(folder / candidates.volume[0])
-    save_nifti(v, tmp_path / 'scan.nii.gz', 'RAS'), save_series(v, tmp_path / 'series')
+    save_nifti(v, tmp_path / 'scan.nii.gz', 'RAS')
+    save_series(v, tmp_path / 'series')
     rows = candidates[candidates.volume == candidates.volume[0]].head(2)
     pd.concat([rows.assign(volume=n) for n in ('scan.nii.gz', 'series')]).to_csv(tmp_path / 't.csv', index=False)
     t = candidate_pictures(tmp_path / 't.csv', tmp_path, tmp_path / 'p')

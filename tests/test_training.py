@@ -499,9 +499,11 @@ def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, t
 
 def test_random_numbers_of_others_are_left_alone(build):
     learn = build()
-    torch.manual_seed(3), np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
     want = torch.rand(2), np.random.rand(2)
-    torch.manual_seed(3), np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
     fit(learn, 'fine_tune', epochs=1, say=str)
     assert torch.equal(torch.rand(2), want[0])
     assert (np.random.rand(2) == want[1]).all()
