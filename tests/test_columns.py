@@ -1,6 +1,7 @@
 "What a user brings in a table is never taken for what a model predicted"
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,7 +154,8 @@ def plain(folder):
 @pytest.mark.parametrize('content', CONTENTS)
 def test_columns_of_the_user_change_no_number_and_stay(folder, tmp_path, plain, kind, content):
     "All of them at once, from a file; and each alone, in the next test."
-    model, table = MODELS[kind], labels(len(MODELS[kind].classes))
+    model = MODELS[kind]
+    table = labels(len(MODELS[kind].classes))
     before, want = plain[kind]
     table.assign(**{'x': CONTENTS[content](table)}).pipe(
         lambda t: t.assign(**{c: t.x for c in ADDED if c != 'self'}, **{'data_self': t.x})
@@ -172,7 +174,8 @@ def test_each_column_of_the_user_keeps_its_own_name(folder, plain, column):
     e, m = evaluated(folder, MODELS['grades'], table)
     pd.testing.assert_frame_equal(m, want)
     name = column if column.startswith('data_') else f'data_{column}'
-    assert [c for c in e.facts if c not in before.facts] == [name] and e.table[name].tolist() == e.table.label.tolist()
+    assert [c for c in e.facts if c not in before.facts] == [name]
+    assert e.table[name].tolist() == e.table.label.tolist()
 
 
 COLUMN = st.one_of(
@@ -222,7 +225,8 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
     t = label_table(folder, labels(2))
     own = encode_target(t, Target('class')).assign(decision='1', p_0=5, prediction='9', known=1)
     e = evaluate_model(MODELS['two'], own)
-    assert {'data_decision', 'data_p_0', 'data_prediction', 'data_known'} <= set(e.table) and set(e.table.decision) == {
+    assert {'data_decision', 'data_p_0', 'data_prediction', 'data_known'} <= set(e.table)
+    assert set(e.table.decision) == {
         '1',
         'not 1',
     }
@@ -234,14 +238,17 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
 def test_leaks_are_told_with_the_names_of_the_user(folder):
     t = label_table(folder, labels(2).assign(width=labels(2).label, suffix='x'))
     r = leak_report(t)
-    assert r.confounders.column.tolist() == ['data_width'] and "column 'width' " in str(r)
+    assert r.confounders.column.tolist() == ['data_width']
+    assert "column 'width' " in str(r)
 
 
 def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder):
     table = labels(2).assign(pixels=['few', 'many'] * (N // 2), decision=labels(2).label)
     e, _ = evaluated(folder, MODELS['two'], table)
     page = report_html(e, n=20)
-    assert 'pixels: few' in page and 'data_' not in page and 'The column "decision"' in page
+    assert 'pixels: few' in page
+    assert 'data_' not in page
+    assert 'The column "decision"' in page
 
 
 # ---------------------------------------------------------------- which images count
@@ -251,33 +258,35 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
     from dr_transfer.data.leaks import image_hashes
 
     table = encode_target(label_table(folder, labels(2)), Target('class'))
-    train, valid, new = table.image[:20].tolist(), table.image[20:32].tolist(), table.image[32:].tolist()
+    train = table.image[:20].tolist()
+    valid = table.image[20:32].tolist()
+    new = table.image[32:].tolist()
     hashes = image_hashes(train + valid)[0]
     model = Model(['0', '1'], DECISION)
-    model.seen, model.seen_use = hashes, np.r_[np.full(20, 1), np.full(12, 2)].astype(np.uint8)
+    model.seen = hashes
+    model.seen_use = np.r_[np.full(20, 1), np.full(12, 2)].astype(np.uint8)
     moved = tmp_path / 'moved'
     moved.mkdir()
     names = {}
     for i, p in enumerate(table.image):
         names[p] = moved / f'{i}.png'
-        names[p].write_bytes(open(p, 'rb').read())
+        names[p].write_bytes(Path(p).read_bytes())
     there = table.assign(image=table.image.map(names).map(str))
     e = evaluate_model(model, there, split='valid')
-    assert sorted(e.table.image) == sorted(str(names[p]) for p in valid) and len(e.other) == N - 12 and not e.known
+    assert sorted(e.table.image) == sorted(str(names[p]) for p in valid)
+    assert len(e.other) == N - 12
+    assert not e.known
     page = report_html(e, n=20)
-    assert (
-        'validation images of the model' in page
-        and 'slightly optimistic' in page
-        and f'left out: not validation images of the model</th><td>{N - 12}' in page
-    )
+    assert 'validation images of the model' in page
+    assert 'slightly optimistic' in page
+    assert f'left out: not validation images of the model</th><td>{N - 12}' in page
     e = evaluate_model(model, there)
-    assert (
-        sorted(e.table.image) == sorted(str(names[p]) for p in new)
-        and len(e.known) == 32
-        and 'optimistic' not in report_html(e, n=20)
-    )
+    assert sorted(e.table.image) == sorted(str(names[p]) for p in new)
+    assert len(e.known) == 32
+    assert 'optimistic' not in report_html(e, n=20)
     leaks = evaluate_model(model, there, allow_leaks=True)
-    assert len(leaks.table) == N and (leaks.table.known == 'known to the model').sum() == 32
+    assert len(leaks.table) == N
+    assert (leaks.table.known == 'known to the model').sum() == 32
     with pytest.raises(ValueError, match=r'--split valid'):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + valid])])
     with pytest.raises(ValueError, match='none of these images is a validation image'):
@@ -373,16 +382,15 @@ def test_an_empty_table_is_an_error():
 
 
 def test_measures_are_known_before_anything_is_trained():
-    assert measure_names(TWO) == ['accuracy', 'auc', 'calibration error'] and measure_names(list('abc')) == [
+    assert measure_names(TWO) == ['accuracy', 'auc', 'calibration error']
+    assert measure_names(list('abc')) == [
         'accuracy',
         'calibration error',
     ]
     for classes in (TWO, GRADES, list('abc')):
         assert main_measure(measure_names(classes)) in measure_names(classes)
-    assert (
-        set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
-        and main_measure(name='kappa') == 'kappa'
-    )
+    assert set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
+    assert main_measure(name='kappa') == 'kappa'
     with pytest.raises(ValueError, match="measure 'nope'"):
         main_measure(name='nope')
     with pytest.raises(ValueError, match='accuracy'):
@@ -397,7 +405,8 @@ def test_intervals_say_what_they_are_over():
     for alone in (t.assign(group=None), t.drop(columns='group')):
         assert 'count images as independent' in measure_table(alone, TWO, n=5).attrs['notes'][0]
     decided = measure_table(t.assign(decision='ill'), TWO, n=5)
-    assert 'at the operating point' in decided.attrs['notes'][1] and decided.index[0] == 'sensitivity'
+    assert 'at the operating point' in decided.attrs['notes'][1]
+    assert decided.index[0] == 'sensitivity'
 
 
 @pytest.mark.parametrize(
@@ -429,17 +438,19 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The class that is to be found may be called 'no', or begin with 'not'."
     t = predictions(classes=classes)
     found = by_patient(t, classes)
-    assert patient_classes(classes) == classes and set(found.target) <= set(classes) and len(found) == 30
+    assert patient_classes(classes) == classes
+    assert set(found.target) <= set(classes)
+    assert len(found) == 30
     ill = t.assign(y=t.target == classes[1]).groupby('group').y.max()
-    assert (found.set_index('group').target == classes[1]).eq(ill).all() and np.allclose(
-        found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1
-    )
+    assert (found.set_index('group').target == classes[1]).eq(ill).all()
+    assert np.allclose(found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1)
     e = Evaluation(
         t.assign(decision=np.where(t[f'p_{classes[1]}'] > 0.5, classes[1], f'not {classes[1]}')), classes, {}
     )
     measure_table(found, classes, n=5)
     tables = re.search(r'The surest errors</h2>(.*?)<h2>', report_html(e, n=5), re.S)[1].split('<table>')[1:]
-    assert len(tables) == 2 and all(
+    assert len(tables) == 2
+    assert all(
         len(set(re.findall(r'<td>((?:not )?' + re.escape(classes[1]) + r')</td><td>\d', t))) == 1 for t in tables
     )
 
@@ -481,11 +492,9 @@ def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
     e = Evaluation(t, ['no', name], {'arch': name, 'task': name}, name, aside=[name], patients=name)
     page = write_report(e, tmp_path / 'r.html', n=20).read_bytes().decode('utf-8', 'surrogateescape')
     body = re.sub(r'src="data:image/png;base64,[^"]*"', '', page)
-    assert (
-        '<script' not in body
-        and 'onerror=y>' not in body.replace('onerror=y&gt;', '')
-        and body.count('<img') == len(re.findall(r'<img alt=', body))
-    )
+    assert '<script' not in body
+    assert 'onerror=y>' not in body.replace('onerror=y&gt;', '')
+    assert body.count('<img') == len(re.findall(r'<img alt=', body))
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
 
 
@@ -527,7 +536,9 @@ def test_a_page_can_be_made_of_any_table(edge, decided):
         else {}
     )
     page = report_html(Evaluation(t, TWO, about, prevalence=0.1), n=20)
-    assert 'Not a medical device' in page and '>nan<' not in page and 'nan of 100' not in page
+    assert 'Not a medical device' in page
+    assert '>nan<' not in page
+    assert 'nan of 100' not in page
     assert ('count images as independent' in page) == (edge in ('no group', 'empty groups'))
 
 

@@ -31,31 +31,30 @@ def sure(home, many, weights, shared_cache):
 
 def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
     decision = json.loads((sure / 'record.json').read_text())['decision']
-    assert (
-        decision['operating']['wanted'] == 'sensitivity'
-        and decision['operating']['sensitivity'] >= 0.85
-        and decision['temperature'] > 0
-        and decision['refused'] == []
-    )
+    assert decision['operating']['wanted'] == 'sensitivity'
+    assert decision['operating']['sensitivity'] >= 0.85
+    assert decision['temperature'] > 0
+    assert decision['refused'] == []
     assert json.loads((sure / 'model' / 'model.json').read_text())['decision'] == decision
     p = pd.read_csv(sure / 'predictions.csv')
     assert ((p.p_referable >= decision['operating']['threshold']) == (p.decision == 'referable')).all()
     r = json.loads((sure / 'record.json').read_text())
-    assert (
-        p.group.notna().all()
-        and r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
-    )
-    assert decision['positive_groups'] >= 30 and decision['positive_groups'] < decision['operating']['positives']
+    assert p.group.notna().all()
+    assert r['validation_table']['sensitivity']['low'] < r['validation_table']['sensitivity']['value']
+    assert decision['positive_groups'] >= 30
+    assert decision['positive_groups'] < decision['operating']['positives']
     out = good('predict', sure, many / 'images').out
     assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,error'
 
 
 def test_too_few_positives_are_said_and_the_run_is_made(run):
     d = json.loads((run / 'record.json').read_text())['decision']
-    assert d['operating'] is None and any('cannot be set on fewer than 30' in w for w in d['refused'])
+    assert d['operating'] is None
+    assert any('cannot be set on fewer than 30' in w for w in d['refused'])
 
 
 def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
+    r_html = tmp_path / 'r.html'
     labels = pd.read_csv(eyes / 'labels.csv').rename(columns={'patient': 'person'})
     labels.assign(camera=['A', 'B'] * 20).to_csv(tmp_path / 'l.csv', index=False)
     said = good(
@@ -71,39 +70,38 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
         '--draws',
         '100',
         '--out',
-        tmp_path / 'r.html',
+        r_html,
     )
-    page, t = (tmp_path / 'r.html').read_text(), pd.read_csv(tmp_path / 'r_predictions.csv')
-    assert 'sensitivity' in said.out and 'operating point' in said.out and str(tmp_path / 'r.html') in said.out
-    assert (
-        len(t) == 40 and t.group.nunique() == 20 and {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
-    )
+    page = r_html.read_text()
+    t = pd.read_csv(tmp_path / 'r_predictions.csv')
+    assert 'sensitivity' in said.out
+    assert 'operating point' in said.out
+    assert str(r_html) in said.out
+    assert len(t) == 40
+    assert t.group.nunique() == 20
+    assert {'decision', 'gradability', 'data_camera', 'p_referable'} <= set(t)
     for words in ('Not a medical device', 'camera: A', 'By patient', 'label 4', 'predictive value at 10%', 'gradable'):
         assert words in page, words
-    refused('evaluate', sure, eyes, '--out', tmp_path / 'r.html')
+    refused('evaluate', sure, eyes, '--out', r_html)
     refused('evaluate', sure, eyes, '--patient', 'nobody', '--out', tmp_path / 's.html')
     assert not (tmp_path / 's.html').exists()
 
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
-    assert 'the model was made from all of these images' in refused(
-        'evaluate', sure, many, '--out', tmp_path / 'r.html'
-    )
+    r_html = tmp_path / 'r.html'
+    assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', r_html)
     said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'valid.html')
-    t, own = pd.read_csv(tmp_path / 'valid_predictions.csv'), pd.read_csv(sure / 'predictions.csv')
-    assert (
-        sorted(t.image) == sorted(own.image)
-        and 'slightly optimistic' in (tmp_path / 'valid.html').read_text()
-        and 'not validation images' in said.out
-    )
+    t = pd.read_csv(tmp_path / 'valid_predictions.csv')
+    own = pd.read_csv(sure / 'predictions.csv')
+    assert sorted(t.image) == sorted(own.image)
+    assert 'slightly optimistic' in (tmp_path / 'valid.html').read_text()
+    assert 'not validation images' in said.out
     both = own.merge(t, on='image', suffixes=('', '_again'))
-    assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02) and set(
-        own.group
-    ) == set(t.group)
+    assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02)
+    assert set(own.group) == set(t.group)
     said = good('evaluate', sure, many, '--allow-leaks', '--draws', '100', '--out', tmp_path / 'all.html')
-    assert (
-        'the figures are those of images it knows' in (tmp_path / 'all.html').read_text() and 'excluded' not in said.out
-    )
+    assert 'the figures are those of images it knows' in (tmp_path / 'all.html').read_text()
+    assert 'excluded' not in said.out
     both = tmp_path / 'both'  # 40 new ones, 8 known ones, a broken one
     shutil.copytree(eyes / 'images', both)
     known = [f'known_{i}.png' for i in range(8)]
@@ -118,16 +116,12 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     pd.concat(
         [pd.read_csv(eyes / 'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]
     ).to_csv(tmp_path / 'l.csv', index=False)
-    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', tmp_path / 'r.html')
-    assert (
-        len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
-        and 'excluded: 8 images' in said.out
-        and '1 images that cannot be read' in said.out
-    )
-    assert (
-        '<th>left out: the model was made from them</th><td>8</td>' in (tmp_path / 'r.html').read_text()
-        and 'broken.png' in (tmp_path / 'r.html').read_text()
-    )
+    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', r_html)
+    assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
+    assert 'excluded: 8 images' in said.out
+    assert '1 images that cannot be read' in said.out
+    assert '<th>left out: the model was made from them</th><td>8</td>' in r_html.read_text()
+    assert 'broken.png' in r_html.read_text()
 
 
 def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
@@ -146,25 +140,25 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
     )
     said = good(*words, '--out', tmp_path / 'r.html')
     t = pd.read_csv(tmp_path / 'r_predictions.csv')
-    assert (
-        len(t) == 240
-        and set(t.fold) == {1, 2, 3}
-        and (t.groupby('group').fold.nunique() == 1).all()
-        and t.decision.notna().all()
-    )
-    assert 'the threshold is that of the other folds' in (tmp_path / 'r.html').read_text() and 'fold 3' in said.out
+    assert len(t) == 240
+    assert set(t.fold) == {1, 2, 3}
+    assert (t.groupby('group').fold.nunique() == 1).all()
+    assert t.decision.notna().all()
+    assert 'the threshold is that of the other folds' in (tmp_path / 'r.html').read_text()
+    assert 'fold 3' in said.out
     again = good(*words, '--out', tmp_path / 'again.html')
-    assert 'fold 1' not in again.out and pd.read_csv(tmp_path / 'again_predictions.csv').equals(t), (
-        'finished folds are used'
-    )
+    assert 'fold 1' not in again.out, 'finished folds are used'
+    assert pd.read_csv(tmp_path / 'again_predictions.csv').equals(t), 'finished folds are used'
 
 
 def test_preprocess_prepares_what_train_reads(eyes, weights, tmp_path):
-    said = good('preprocess', eyes, tmp_path / 'small', '--size', '64', '--correction', 'colour', '--to-right')
-    assert '40 photographs' in said.out and len(pd.read_csv(tmp_path / 'small' / 'images.csv')) == 40
-    good('train', tmp_path / 'small', '--weights', weights, *SAID, '--out', tmp_path / 'run')
+    small = tmp_path / 'small'
+    said = good('preprocess', eyes, small, '--size', '64', '--correction', 'colour', '--to-right')
+    assert '40 photographs' in said.out
+    assert len(pd.read_csv(small / 'images.csv')) == 40
+    good('train', small, '--weights', weights, *SAID, '--out', tmp_path / 'run')
     refused('preprocess', eyes, eyes)
-    refused('preprocess', eyes, tmp_path / 'small', '--size', '128')
+    refused('preprocess', eyes, small, '--size', '128')
 
 
 @pytest.mark.parametrize(
@@ -176,6 +170,7 @@ def test_wrong_words_are_refused(eyes, weights, tmp_path, words):
 
 
 def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
+    run = tmp_path / 'run'
     good(
         'train',
         many,
@@ -191,9 +186,10 @@ def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
         '--valid',
         '0.4',
         '--out',
-        tmp_path / 'run',
+        run,
     )
-    t = pd.read_csv(tmp_path / 'run' / 'predictions.csv')
-    assert set(t.grade) <= set(range(5)) and t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', tmp_path / 'run', eyes, '--draws', '100', '--out', tmp_path / 'r.html')
+    t = pd.read_csv(run / 'predictions.csv')
+    assert set(t.grade) <= set(range(5))
+    assert t.decision.isin(['referable', 'not referable']).all()
+    good('evaluate', run, eyes, '--draws', '100', '--out', tmp_path / 'r.html')
     assert 'kappa at the cut points' in (tmp_path / 'r.html').read_text()

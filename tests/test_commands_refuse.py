@@ -66,25 +66,26 @@ def test_a_pipe_as_task_file(tmp_path, capsys, flowers):
 
 
 def test_a_pipe_named_like_our_marker(tmp_path, flowers):
-    shutil.copytree(flowers, tmp_path / 'data')
-    os.mkfifo(tmp_path / 'data' / 'daisy' / '.dr_transfer.json')
-    assert not is_ours(tmp_path / 'data' / 'daisy')
-    assert len(find_images(tmp_path / 'data')) == 24
+    data = tmp_path / 'data'
+    shutil.copytree(flowers, data)
+    os.mkfifo(data / 'daisy' / '.dr_transfer.json')
+    assert not is_ours(data / 'daisy')
+    assert len(find_images(data)) == 24
 
 
 @pytest.mark.parametrize('name', ['journal.jsonl', 'preparation.json', '.dr_transfer.json'])
 def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
-    (tmp_path / 'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        tmp_path / 'in' / 'a.png'
-    )
-    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
+    in_folder = tmp_path / 'in'
+    out = tmp_path / 'out'
+    in_folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
+    words = ['preprocess', str(in_folder), str(out), '--size', '48']
     assert main(words) == 0
-    (tmp_path / 'out' / name).unlink()
-    os.mkfifo(tmp_path / 'out' / name)
+    (out / name).unlink()
+    os.mkfifo(out / name)
     code = main(words)
     assert code == 0 or name == '.dr_transfer.json'
-    assert code == 0 or str(tmp_path / 'out') in capsys.readouterr().err
+    assert code == 0 or str(out) in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tasks of one's own
@@ -110,26 +111,41 @@ def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, tex
     with pytest.raises(TaskFileError, match=words):
         load_task(task)
     line = failed(capsys, 'train', flowers, *SMALL, '--task', task, '--out', tmp_path / 'run')
-    assert str(tmp_path / name) in line and words in line and not (tmp_path / 'run').exists()
+    assert str(tmp_path / name) in line
+    assert words in line
+    assert not (tmp_path / 'run').exists()
+
+
+BEDS = {
+    'toml': """
+name = "beds"
+size = 32
+[[targets]]
+name = "kind"
+classes = ["white", "red"]
+labels = {daisy = "white", roses = "red"}
+""",
+    'py': """
+from dr_transfer.data.tasks import Target, Task
+COLOURS = {'daisy': 'white', 'roses': 'red'}
+T = Task('beds', (Target('kind', ('white', 'red'), COLOURS.__getitem__, 'daisy, roses'),), size=32)
+""",
+}
 
 
 @pytest.mark.parametrize('form', ['toml', 'py'])
 def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
-    toml = 'name="beds"\nsize=32\n[[targets]]\nname="kind"\nclasses=["white", "red"]\nlabels={daisy="white", roses="red"}\n'
-    python = (
-        'from dr_transfer.data.tasks import Target, Task\n'
-        "T = Task('beds', (Target('kind', ('white', 'red'), {'daisy': 'white', 'roses': 'red'}.__getitem__, 'daisy, roses'),), size=32)\n"
-    )
-    (tmp_path / f't.{form}').write_text(toml if form == 'toml' else python)
+    run = tmp_path / 'run'
+    (tmp_path / f't.{form}').write_text(BEDS[form])
     task = str(tmp_path / 't.toml') if form == 'toml' else f'{tmp_path / "t.py"}:T'
     small = [w for w in SMALL if w not in ('--size', '32')]
-    assert main(['train', str(flowers), *small, '--task', task, '--out', str(tmp_path / 'run')]) == 0
-    assert set(pd.read_csv(tmp_path / 'run' / 'predictions.csv').target) == {'white', 'red'}
+    assert main(['train', str(flowers), *small, '--task', task, '--out', str(run)]) == 0
+    assert set(pd.read_csv(run / 'predictions.csv').target) == {'white', 'red'}
     done = main(
         [
             'evaluate',
-            str(tmp_path / 'run'),
+            str(run),
             str(flowers),
             '--task',
             task,
@@ -150,17 +166,18 @@ def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form)
 
 
 def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
-    shutil.copytree(flowers, tmp_path / 'three')
-    (tmp_path / 'three' / 'tulips').mkdir()
-    for p in sorted((tmp_path / 'three' / 'roses').glob('*.jpg'))[:5]:
-        p.rename(tmp_path / 'three' / 'tulips' / p.name)
-    (tmp_path / 'three' / 'credits.csv').unlink(missing_ok=True)
+    three = tmp_path / 'three'
+    shutil.copytree(flowers, three)
+    (three / 'tulips').mkdir()
+    for p in sorted((three / 'roses').glob('*.jpg'))[:5]:
+        p.rename(three / 'tulips' / p.name)
+    (three / 'credits.csv').unlink(missing_ok=True)
     for more, words in ((['--specificity', '0.9'], 'need two classes'), (['--plan', 'advise'], '--plan advise')):
         assert (
             main(
                 [
                     'cross-validate',
-                    str(tmp_path / 'three'),
+                    str(three),
                     *SMALL,
                     *more,
                     '--folds',
@@ -172,7 +189,9 @@ def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
             == 1
         )
         said = capsys.readouterr()
-        assert words in said.err and 'phase' not in said.out and not (tmp_path / 'r.html').exists()
+        assert words in said.err
+        assert 'phase' not in said.out
+        assert not (tmp_path / 'r.html').exists()
 
 
 @pytest.mark.parametrize('size', [48.5, True, '48', None, float('nan')])
@@ -185,7 +204,8 @@ def test_sizes_of_a_preparation_that_are_none(tmp_path, size):
 def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--setting', 'nope'])
-    assert e.value.code == 2 and '--setting' in capsys.readouterr().err
+    assert e.value.code == 2
+    assert '--setting' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is said
@@ -204,13 +224,14 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
     ):
         assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
-        assert out.count('1 pairs of identical images have two classes') == 1 and 'copy.jpg (roses)' in out
+        assert out.count('1 pairs of identical images have two classes') == 1
+        assert 'copy.jpg (roses)' in out
         assert out.count('no patient column found') == 1
 
 
 def test_one_path_is_a_list_of_one(flowers):
     class Model:
-        classes = ['a', 'b']
+        classes = ('a', 'b')
         card = type('Card', (), {'decision': None})
 
         def probs(self, images):
@@ -218,7 +239,8 @@ def test_one_path_is_a_list_of_one(flowers):
 
     path = find_images(flowers)[0]
     for one in (path, str(path)):
-        assert predict_table(Model(), one).image.tolist() == [one] and gather_images(one) == [str(path)]
+        assert predict_table(Model(), one).image.tolist() == [one]
+        assert gather_images(one) == [str(path)]
     assert len(gather_images(flowers)) == 24
 
 
@@ -245,17 +267,18 @@ def test_the_module_is_the_command():
     import sys
 
     done = subprocess.run([sys.executable, '-m', 'dr_transfer.cli', 'train'], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('dr_transfer: error:')
+    assert done.returncode == 2
+    assert done.stderr.startswith('dr_transfer: error:')
 
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     "One line each, and only those of the library"
-    (tmp_path / 'in').mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        tmp_path / 'in' / 'a.png'
-    )
-    words = ['preprocess', str(tmp_path / 'in'), str(tmp_path / 'out'), '--size', '48']
-    assert main(words) == 0 and 'warning' not in capsys.readouterr().err
+    in_folder = tmp_path / 'in'
+    in_folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
+    words = ['preprocess', str(in_folder), str(tmp_path / 'out'), '--size', '48']
+    assert main(words) == 0
+    assert 'warning' not in capsys.readouterr().err
     (tmp_path / 'out' / 'preparation.json').write_text('{')
     assert main(words) == 0
     (told,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
@@ -316,21 +339,24 @@ def test_a_class_that_may_be_two_is_told(labels, told):
 
 
 def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
-    make_dr(tmp_path / 'eyes', n=4, size=64, seed=0, workers=1)
+    eyes = tmp_path / 'eyes'
+    small = tmp_path / 'small'
+    make_dr(eyes, n=4, size=64, seed=0, workers=1)
     how = Preparation(size=32)
-    first = preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
+    first = preprocess_folder(eyes, small, how)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
-    cut, gone = (tmp_path / 'small' / first.file[i] for i in (1, 3))
+        preprocess_folder(eyes, small, how)
+    cut, gone = (small / first.file[i] for i in (1, 3))
     before = cut.read_bytes()
     cut.write_bytes(before[:-9])
     gone.unlink()
     with pytest.warns(
         TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'
     ):
-        preprocess_folder(tmp_path / 'eyes', tmp_path / 'small', how)
-    assert cut.read_bytes() == before and gone.exists()
+        preprocess_folder(eyes, small, how)
+    assert cut.read_bytes() == before
+    assert gone.exists()
 
 
 def test_an_export_does_not_go_into_the_model(tmp_path, capsys):

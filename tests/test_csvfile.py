@@ -1,4 +1,6 @@
-"CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant, or an error names the line."
+"""CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant,
+or an error names the line.
+"""
 
 import csv
 import io
@@ -107,18 +109,20 @@ def test_numbers_stay_numbers(tmp_path):
     )
     write_csv(t, tmp_path / 't.csv')
     back = pd.read_csv(tmp_path / 't.csv')
-    assert back.p_a.tolist()[:2] == [-0.1, 1 / 3] and back.n.tolist() == [1, -2, 3] and list(back.columns)[3] == "'=x"
+    assert back.p_a.tolist()[:2] == [-0.1, 1 / 3]
+    assert back.n.tolist() == [1, -2, 3]
+    assert list(back.columns)[3] == "'=x"
     assert back["'=x"].tolist() == ['-3', "'=2", '-1e5']
     write_csv(t.set_index('n'), tmp_path / 'i.csv', index=True)
     assert read_csv(tmp_path / 'i.csv').n.tolist() == ['1', '-2', '3']
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path, capsysbinary):
+    t_csv = tmp_path / 't.csv'
     t = pd.DataFrame({'image': [os.fsdecode(b'R\xf6schen.png')]})
-    write_csv(t, tmp_path / 't.csv')
-    assert (tmp_path / 't.csv').read_bytes() == b'image\nR\xf6schen.png\n' and read_csv(tmp_path / 't.csv').image[
-        0
-    ] == t.image[0]
+    write_csv(t, t_csv)
+    assert t_csv.read_bytes() == b'image\nR\xf6schen.png\n'
+    assert read_csv(t_csv).image[0] == t.image[0]
     assert text_errors(t.image) == [0]
 
 
@@ -227,7 +231,8 @@ def test_numbers_that_are_none(text):
 
 def test_known_columns():
     t = pd.DataFrame({'Patient-ID': ['a'], 'p_id': ['b'], 'x': ['c']})
-    assert known_columns(t, ('patient_id', 'pid')) == ['Patient-ID', 'p_id'] and known_columns(t, ('group',)) == []
+    assert known_columns(t, ('patient_id', 'pid')) == ['Patient-ID', 'p_id']
+    assert known_columns(t, ('group',)) == []
     assert known_columns(t.assign(**{'Patient-ID': None}), ('patient_id', 'pid')) == [
         'p_id'
     ]  # one without content is not preferred
@@ -240,7 +245,8 @@ def test_known_columns():
 def test_separators_within_quotes_do_not_divide(tmp_path, columns):
     write_csv(pd.DataFrame([['x', ';0,']], columns=columns), tmp_path / 't.csv')
     t = read_csv(tmp_path / 't.csv')
-    assert list(t) == columns and t.values.tolist() == [['x', ';0,']]
+    assert list(t) == columns
+    assert t.values.tolist() == [['x', ';0,']]
 
 
 LONGEST = MOST_CELL - 2  # with a sign and a letter
@@ -258,20 +264,24 @@ LONG = {
 
 @pytest.mark.parametrize('cell', LONG.values(), ids=LONG)
 def test_the_longest_cell_costs_next_to_nothing(tmp_path, cell):
-    "A pattern that tries every division of the digits took a minute for one cell; all of this takes a tenth of a second"
+    """A pattern that tries every division of the digits took a minute for one cell;
+    all of this takes a tenth of a second
+    """
     began = time.process_time()
     assert unescape_cell(escape_cell(cell)) == cell
     with pytest.raises(ValueError, match='not a number'):
         plain_number(cell)
-    assert group_key(cell) and plain_name(cell) is not None
+    assert group_key(cell)
+    assert plain_name(cell) is not None
     write_csv(pd.DataFrame({'image': [cell], cell: ['x']}), tmp_path / 'long.csv')
     t = read_csv(tmp_path / 'long.csv')
-    assert t['image'].tolist() == [cell] and t.shape == (1, 2)
+    assert t['image'].tolist() == [cell]
+    assert t.shape == (1, 2)
     assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize('n', [MOST_CELL + 1, 100_000, 200_000])
 @pytest.mark.parametrize('text', ['{},b\n1,2\n', 'a,{}\n1,2\n', 'a,b\n{},2\n', 'a,b\n1,2\n1,"{}\n'])
 def test_longer_cells_are_refused_in_the_header_too(tmp_path, text, n):
-    with pytest.raises(CsvError, match='line [123] has a cell of more than 32767|that begins with a quote'):
+    with pytest.raises(CsvError, match=r'line [123] has a cell of more than 32767|that begins with a quote'):
         read(tmp_path, text.format('x' * n))

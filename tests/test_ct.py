@@ -1,4 +1,6 @@
-"CT: volumes of any orientation and spacing, windows and planes, drawn chests, and the whole way from a table of places to predictions."
+"""CT: volumes of any orientation and spacing, windows and planes, drawn chests,
+and the whole way from a table of places to predictions.
+"""
 
 import os
 from itertools import product
@@ -95,7 +97,8 @@ def test_the_pixels_of_a_slice_are_square(spacing, size):
 @pytest.mark.parametrize('size', [8, 21, 64])
 def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
     v, slope = ramp(spacing)
-    place, g = np.array([2.0, -3, 5]), (np.arange(size) - (size - 1) / 2) * 30 / size
+    place = np.array([2.0, -3, 5])
+    g = (np.arange(size) - (size - 1) / 2) * 30 / size
     want = {
         'coronal': -g[:, None] * slope[0] + g * slope[2],
         'sagittal': -g[:, None] * slope[0] + g * slope[1],
@@ -110,7 +113,7 @@ def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
 def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
     shape = [int(60 / d) for d in spacing]
     v = Volume(np.zeros(shape, np.int16), spacing, (7, -5, 100))
-    centre = v.mm(np.array(shape) / 2) + (0.3, -0.7, 0.4)
+    centre = v.mm(np.array(shape) / 2) + np.array([0.3, -0.7, 0.4])
     d = np.linalg.norm(v.mm(np.moveaxis(np.indices(shape), 0, -1)) - centre, axis=-1)
     v = Volume(((radius - d) * 10).astype(np.float32), spacing, v.origin)
     for p in PLANES:
@@ -121,7 +124,8 @@ def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
 
 
 def test_the_planes_of_a_mirrored_volume_are_mirrored_where_it_is_seen():
-    v, c = noise((21, 21, 21)), (10, 10, 10)
+    v = noise((21, 21, 21))
+    c = (10, 10, 10)
     was = {p: plane(v, c, p, 15, 15) for p in PLANES}
     for axis, changed in (
         (0, {'coronal': 0, 'sagittal': 0}),
@@ -138,12 +142,14 @@ def test_the_planes_of_a_mirrored_volume_are_mirrored_where_it_is_seen():
 
 @pytest.mark.parametrize('axes, same', [((1, 2), 'axial'), ((0, 2), 'coronal'), ((0, 1), 'sagittal')])
 def test_a_turned_volume_is_a_turn_of_the_planes(axes, same):
-    v, c = noise((21, 21, 21)), (10, 10, 10)
+    v = noise((21, 21, 21))
+    c = (10, 10, 10)
     r = np.zeros((3, 3))
     r[axes[0], axes[1]], r[axes[1], axes[0]], r[k := 3 - sum(axes), k] = -1, 1, 1
     a, b = (three_planes(Volume(np.rot90(v.hu, n, axes), (1, 1, 1)), c, 15, 15) for n in (1, 3))
     assert any((pixels(three_planes(v, c, 15, 15, turn=r)) == pixels(o)).all() for o in (a, b))
-    was, now = plane(v, c, same, 15, 15), plane(Volume(np.rot90(v.hu, 1, axes), (1, 1, 1)), c, same, 15, 15)
+    was = plane(v, c, same, 15, 15)
+    now = plane(Volume(np.rot90(v.hu, 1, axes), (1, 1, 1)), c, same, 15, 15)
     assert any((now == np.rot90(was, n)).all() for n in (1, 3))
 
 
@@ -158,7 +164,8 @@ def test_a_half_turn_of_the_picture_is_the_volume_reflected_in_the_point():
 def test_beyond_the_border_there_is_air_and_places_outside_are_refused():
     v = Volume(np.full((10, 10, 10), 500, np.int16), (2, 2, 2), (50, 0, 0))
     a = plane(v, (50, 9, 9), 'coronal', 20, 20)
-    assert (a[:9] > 400)[:, 1:-1].all() and (a[11:] == -1000).all()
+    assert (a[:9] > 400)[:, 1:-1].all()
+    assert (a[11:] == -1000).all()
     for place in ((48, 9, 9), (50, 20, 9), (50, 9, -3)):
         with pytest.raises(ValueError, match='is outside the Volume of 10 x 10 x 10 voxels of 2 x 2 x 2 mm'):
             three_planes(v, place)
@@ -219,31 +226,25 @@ def save_series(v, folder, way=(1, 0, 0, 0, 1, 0), uid='1.2.3', slope=1, names='
             corner[axis] = n if s > 0 else v.hu.shape[axis] - 1 - n
         ds = pydicom.Dataset()
         ds.file_meta = pydicom.dataset.FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID, ds.SOPClassUID, ds.SOPInstanceUID = (
-            ExplicitVRLittleEndian,
-            CTImageStorage,
-            f'{uid}.{k + 1}',
-        )
-        ds.Modality, ds.SeriesInstanceUID, ds.ImagePositionPatient, ds.ImageOrientationPatient = (
-            'CT',
-            uid,
-            [float(p) for p in v.mm(corner)[::-1]],
-            list(way),
-        )
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID = CTImageStorage
+        ds.SOPInstanceUID = f'{uid}.{k + 1}'
+        ds.Modality = 'CT'
+        ds.SeriesInstanceUID = uid
+        ds.ImagePositionPatient = [float(p) for p in v.mm(corner)[::-1]]
+        ds.ImageOrientationPatient = list(way)
         ds.PixelSpacing, ds.Rows, ds.Columns, ds.RescaleSlope, ds.RescaleIntercept = (
             [v.spacing[a] for a in axes[1:]],
             *a.shape,
             slope,
             -1024,
         )
-        (
-            ds.SamplesPerPixel,
-            ds.PhotometricInterpretation,
-            ds.BitsAllocated,
-            ds.BitsStored,
-            ds.HighBit,
-            ds.PixelRepresentation,
-        ) = 1, 'MONOCHROME2', 16, 16, 15, 0
+        ds.SamplesPerPixel = 1
+        ds.PhotometricInterpretation = 'MONOCHROME2'
+        ds.BitsAllocated = 16
+        ds.BitsStored = 16
+        ds.HighBit = 15
+        ds.PixelRepresentation = 0
         ds.PixelData = np.ascontiguousarray((a.astype(int) + 1024) // slope).astype(np.uint16).tobytes()
         for key, value in other.items():
             setattr(ds, key, value)
@@ -252,11 +253,9 @@ def save_series(v, folder, way=(1, 0, 0, 0, 1, 0), uid='1.2.3', slope=1, names='
 
 
 def assert_same(a, b):
-    assert (
-        (a.hu == b.hu).all()
-        and np.allclose(a.spacing, b.spacing, atol=1e-4)
-        and np.allclose(a.origin, b.origin, atol=1e-3)
-    )
+    assert (a.hu == b.hu).all()
+    assert np.allclose(a.spacing, b.spacing, atol=1e-4)
+    assert np.allclose(a.origin, b.origin, atol=1e-3)
 
 
 ODD = dict(shape=(6, 7, 8), spacing=(5.0, 1.25, 0.75), origin=(-112.5, 30.0, -77.25))
@@ -270,17 +269,16 @@ def test_nifti_of_any_orientation_is_the_same_volume(tmp_path, codes, suffix):
 
 
 def test_nifti_with_a_factor_an_offset_and_a_dimension_too_many(tmp_path):
+    a_nii = tmp_path / 'a.nii'
     nib = pytest.importorskip('nibabel')
     a = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
     image = nib.Nifti1Image(a, np.diag([-1, -1, 1, 1]))
     image.header.set_slope_inter(2, -1000)
-    nib.save(image, tmp_path / 'a.nii')
-    v = read_volume(tmp_path / 'a.nii')
-    assert (
-        v.hu.shape == (4, 3, 2)
-        and v.hu.dtype == np.int16
-        and (v.hu == nib.load(tmp_path / 'a.nii').get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
-    )
+    nib.save(image, a_nii)
+    v = read_volume(a_nii)
+    assert v.hu.shape == (4, 3, 2)
+    assert v.hu.dtype == np.int16
+    assert (v.hu == nib.load(a_nii).get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
 
 
 def test_nifti_that_says_too_little_is_refused(tmp_path):
@@ -288,15 +286,17 @@ def test_nifti_that_says_too_little_is_refused(tmp_path):
 
     def saved(a, affine, codes=1):
         image = nib.Nifti1Image(a, affine)
-        image.set_sform(affine, codes), image.set_qform(affine, codes)
+        image.set_sform(affine, codes)
+        image.set_qform(affine, codes)
         nib.save(image, tmp_path / 'a.nii')
         return tmp_path / 'a.nii'
 
-    cube, tilt = np.zeros((3, 4, 5), np.int16), np.eye(4)
+    cube = np.zeros((3, 4, 5), np.int16)
+    tilt = np.eye(4)
     tilt[1:3, 1:3] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
     with pytest.raises(ValueError, match='does not say where left and right are'):
         read_volume(saved(cube, np.eye(4), 0))
-    with pytest.raises(ValueError, match='tilted by 11.5 degrees'):
+    with pytest.raises(ValueError, match=r'tilted by 11.5 degrees'):
         read_volume(saved(cube, tilt))
     with pytest.raises(ValueError, match='is no volume'):
         read_volume(saved(np.zeros((3, 4, 5, 2), np.int16), np.eye(4)))
@@ -335,11 +335,13 @@ def test_a_series_that_is_none_is_refused(tmp_path):
     files('gap')[2].unlink()
     f = files('twice')
     (tmp_path / 'twice' / 'again.dcm').write_bytes(f[0].read_bytes())
-    files('two'), save_series(v, tmp_path / 'two', uid='9.9', names='b{}.dcm', SeriesDescription='thick')
+    files('two')
+    save_series(v, tmp_path / 'two', uid='9.9', names='b{}.dcm', SeriesDescription='thick')
     files('mr', Modality='MR')
     for p in files('one')[1:]:
         p.unlink()
-    files('sizes'), save_series(noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)), tmp_path / 'sizes', names='b{}.dcm')
+    files('sizes')
+    save_series(noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)), tmp_path / 'sizes', names='b{}.dcm')
     save_series(Volume(v.hu, v.spacing, (0, 0, 0)), tmp_path / 'uneven')
     save_series(Volume(v.hu, v.spacing, (30.9, 0, 0)), tmp_path / 'uneven', names='b{}.dcm')
     save_series(v, tmp_path / 'tilt', way=(1, 0, 0, 0, np.cos(0.2), np.sin(0.2)))
@@ -365,17 +367,18 @@ def test_a_series_that_is_none_is_refused(tmp_path):
 def test_a_spacing_that_is_none_names_the_file(tmp_path, spacing):
     np.savez(tmp_path / 'a.npz', hu=noise().hu, spacing=spacing)
     for given in (None, (1, 1, 1)):
-        with pytest.raises(ValueError, match='a.npz: .*(give three numbers in mm|not of numbers)'):
+        with pytest.raises(ValueError, match=r'a.npz: .*(give three numbers in mm|not of numbers)'):
             read_volume(tmp_path / 'a.npz', given)
 
 
 def test_numpy_files(tmp_path):
+    a_npz = tmp_path / 'a.npz'
     v = noise(**ODD)
-    np.savez(tmp_path / 'a.npz', hu=v.hu, spacing=v.spacing, origin=v.origin)
+    np.savez(a_npz, hu=v.hu, spacing=v.spacing, origin=v.origin)
     np.savez(tmp_path / 'b.npz', hu=v.hu)
     np.savez(tmp_path / 'c.npz', image=v.hu)
     np.save(tmp_path / 'd.npy', v.hu)
-    assert_same(read_volume(tmp_path / 'a.npz'), v)
+    assert_same(read_volume(a_npz), v)
     assert read_volume(tmp_path / 'd.npy', (1, 2, 3)).spacing == (1, 2, 3)
     for name, words in (
         ('b.npz', 'give spacing='),
@@ -386,7 +389,7 @@ def test_numpy_files(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_volume(tmp_path / name)
     with pytest.raises(ValueError, match='leave spacing='):
-        read_volume(tmp_path / 'a.npz', (9, 9, 9))
+        read_volume(a_npz, (9, 9, 9))
 
 
 def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
@@ -411,16 +414,21 @@ def test_the_mean_of_views_has_no_decision_of_one_of_them():
         }
     )
     m = average_views(t)
-    assert len(m) == 1 and m.prediction[0] == 'node' and m.p_node[0] == pytest.approx(0.65) and 'decision' not in m
-    with pytest.raises(ValueError, match='IMG-0001.png was not named'):
+    assert len(m) == 1
+    assert m.prediction[0] == 'node'
+    assert m.p_node[0] == pytest.approx(0.65)
+    assert 'decision' not in m
+    with pytest.raises(ValueError, match=r'IMG-0001.png was not named'):
         average_views(t.assign(image=['IMG-0001.png', 'IMG-0002.png']))
 
 
 @pytest.mark.parametrize('suffix', ['.nii.gz', '.npz', '.npy'])
 def test_a_file_that_ends_too_soon_is_named(tmp_path, suffix):
-    file, v = tmp_path / f'scan{suffix}', noise(**ODD)
+    file = tmp_path / f'scan{suffix}'
+    v = noise(**ODD)
     if suffix == '.nii.gz':
-        pytest.importorskip('nibabel'), save_nifti(v, file, 'RAS')
+        pytest.importorskip('nibabel')
+        save_nifti(v, file, 'RAS')
     elif suffix == '.npz':
         np.savez(file, hu=v.hu, spacing=v.spacing)
     else:
@@ -448,7 +456,8 @@ def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
 
 @pytest.mark.parametrize('package, name', [('nibabel', 'a.nii'), ('pydicom', 's')])
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, package, name):
-    (tmp_path / 'a.nii').touch(), (tmp_path / 's').mkdir()
+    (tmp_path / 'a.nii').touch()
+    (tmp_path / 's').mkdir()
     monkeypatch.setitem(__import__('sys').modules, package, None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[ct\]'"):
         read_volume(tmp_path / name)
@@ -467,11 +476,15 @@ def test_things_are_where_the_truth_says(seed):
     v = Volume(hu, truth['spacing'], truth['origin'])
     assert len(truth['nodes']) == len(truth['vessels']) == 6
     for q in truth['nodes']:
-        assert q['place'] in v and 15 < hu[voxel(truth, q['place'])] < 65
-        assert 3.5 <= min(q['half']) <= 7 and max(q['half']) <= 1.6 * min(q['half']) + 0.02
+        assert q['place'] in v
+        assert 15 < hu[voxel(truth, q['place'])] < 65
+        assert 3.5 <= min(q['half']) <= 7
+        assert max(q['half']) <= 1.6 * min(q['half']) + 0.02
     for p in truth['vessels']:
-        assert p in v and hu[voxel(truth, p)] > 0
-        assert all(np.linalg.norm(np.subtract(p, q['place'])) > max(q['half']) + 3.9 for q in truth['nodes'])
+        assert p in v
+        assert hu[voxel(truth, p)] > 0
+        for q in truth['nodes']:
+            assert np.linalg.norm(np.subtract(p, q['place'])) > max(q['half']) + 3.9
 
 
 @pytest.mark.parametrize('pattern', PATTERNS[1:])
@@ -489,14 +502,18 @@ def test_the_same_patient_with_a_disease_differs_in_the_lung_of_the_slices_that_
 
 
 def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
-    y, centre, whole = [], [], []
+    y = []
+    centre = []
+    whole = []
     for seed in range(8):
         hu, truth = draw_ct(seed, spacing=(4, 2, 2))
         v = Volume(hu, truth['spacing'], truth['origin'])
         for label, places in ((1, [q['place'] for q in truth['nodes']]), (0, truth['vessels'])):
             for p in places:
                 a = pixels(three_planes(v, p, size=32)).astype(float)
-                y.append(label), centre.append(a[14:18, 14:18].mean()), whole.append(a.mean())
+                y.append(label)
+                centre.append(a[14:18, 14:18].mean())
+                whole.append(a.mean())
     assert 0.35 < auc(np.array(y), np.array(centre)) < 0.65
     assert 0.2 < auc(np.array(y), np.array(whole)) < 0.8
 
@@ -522,7 +539,7 @@ def drawn(tmp_path_factory):
 
 
 def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_path):
-    folder, candidates, slices = drawn
+    _folder, candidates, slices = drawn
     sets = [make_ct(tmp_path / k, n=2, seed=3, spacing=(6, 4, 4), workers=w) for k, w in (('a', 1), ('b', 2))]
     for a, b in zip(*sets):
         assert a.equals(b)
@@ -530,14 +547,16 @@ def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_
         assert p.read_bytes() == (tmp_path / 'b' / 'volumes' / p.name).read_bytes()
     with pytest.raises(ValueError, match='exists already'):
         make_ct(tmp_path / 'a', n=2, seed=4, spacing=(6, 4, 4))
-    assert candidates.groupby('patient').label.value_counts().eq(5).all() and set(slices.label) == set(PATTERNS)
-    assert (slices.groupby('patient').label.agg(lambda l: len(set(l) - {'normal'})) <= 1).all()
+    assert candidates.groupby('patient').label.value_counts().eq(5).all()
+    assert set(slices.label) == set(PATTERNS)
+    assert (slices.groupby('patient').label.agg(lambda labels: len(set(labels) - {'normal'})) <= 1).all()
 
 
 # ---------------------------------------------------------------- pictures
 
 
 def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_path):
+    p_folder = tmp_path / 'p'
     folder, candidates, _ = drawn
     few = candidates[candidates.patient < 'p0002']
     copy = tmp_path / 'v'
@@ -548,13 +567,13 @@ def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_pa
     def times(t):
         return [Path(i).stat().st_mtime_ns for i in t.image]
 
-    first = candidate_pictures(few, copy, tmp_path / 'p')
+    first = candidate_pictures(few, copy, p_folder)
     before = times(first)
-    assert times(candidate_pictures(few, copy, tmp_path / 'p')) == before
+    assert times(candidate_pictures(few, copy, p_folder)) == before
     os.utime(copy / few.volume.iloc[-1], ns=(max(before) + 10**9,) * 2)
-    now = times(candidate_pictures(few, copy, tmp_path / 'p'))
+    now = times(candidate_pictures(few, copy, p_folder))
     assert [a != b for a, b in zip(now, before)] == (few.volume == few.volume.iloc[-1]).tolist()
-    assert not [p for p in (tmp_path / 'p').rglob('*') if p.suffix == '.tmp']
+    assert not [p for p in p_folder.rglob('*') if p.suffix == '.tmp']
 
 
 def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_corrected(drawn, tmp_path):
@@ -564,24 +583,23 @@ def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_correcte
     with pytest.raises(ValueError, match=r'p0009.npz: \(900.0, .* is outside the Volume'):
         candidate_pictures(bad, folder, tmp_path)
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'images').iterdir()}
-    assert made and not (tmp_path / 'labels.csv').exists()
+    assert made
+    assert not (tmp_path / 'labels.csv').exists()
     t = candidate_pictures(candidates, folder, tmp_path)
-    assert (
-        all((tmp_path / 'images' / n).stat().st_mtime_ns == when for n, when in made.items())
-        and len(pd.read_csv(tmp_path / 'labels.csv')) == len(t) == 100
-    )
+    for n, when in made.items():
+        assert (tmp_path / 'images' / n).stat().st_mtime_ns == when
+    assert len(pd.read_csv(tmp_path / 'labels.csv')) == len(t) == 100
 
 
 def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
     folder, candidates, _ = drawn
     v = read_volume(folder / candidates.volume[0])
-    save_nifti(v, tmp_path / 'scan.nii.gz', 'RAS'), save_series(v, tmp_path / 'series')
+    save_nifti(v, tmp_path / 'scan.nii.gz', 'RAS')
+    save_series(v, tmp_path / 'series')
     rows = candidates[candidates.volume == candidates.volume[0]].head(2)
     pd.concat([rows.assign(volume=n) for n in ('scan.nii.gz', 'series')]).to_csv(tmp_path / 't.csv', index=False)
-    t, want = (
-        candidate_pictures(tmp_path / 't.csv', tmp_path, tmp_path / 'p'),
-        candidate_pictures(rows, folder, tmp_path / 'q'),
-    )
+    t = candidate_pictures(tmp_path / 't.csv', tmp_path, tmp_path / 'p')
+    want = candidate_pictures(rows, folder, tmp_path / 'q')
     assert len(set(t.image)) == 4
     for i in range(4):
         assert np.abs(pixels(t.image[i]).astype(int) - pixels(want.image[i % 2])).max() <= 1
@@ -600,41 +618,41 @@ def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path
     ):
         task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
         sides = split_data(Path(t.image[0]).parent.parent, task, task.target())
-        assert (
-            (sides.group == sides.data_volume).all()
-            and (sides.groupby('data_volume').split.nunique() == 1).all()
-            and sides.split.nunique() == 2
-        )
+        assert (sides.group == sides.data_volume).all()
+        assert (sides.groupby('data_volume').split.nunique() == 1).all()
+        assert sides.split.nunique() == 2
 
 
 def test_views_are_of_one_place_and_are_averaged(drawn, tmp_path):
     folder, candidates, _ = drawn
     t = candidate_pictures(candidates.head(3), folder, tmp_path, views=5)
     again = candidate_pictures(candidates.head(3), folder, tmp_path / 'again', views=5)
-    assert len({pixels(i).tobytes() for i in t.image}) == 15 and all(
-        (pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image)
-    )
+    assert len({pixels(i).tobytes() for i in t.image}) == 15
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image))
     p = np.random.default_rng(0).random(15)
     said = pd.DataFrame(
         {'image': t.image, 'target': t.label, 'prediction': 'node', 'p_other': 1 - p, 'p_node': p}
     ).sample(frac=1, random_state=0)
     a = average_views(said)
-    assert len(a) == 3 and list(a) == list(said)
+    assert len(a) == 3
+    assert list(a) == list(said)
     for r in a.itertuples():
         k = t.image.tolist().index(r.image) // 5
-        assert r.p_node == pytest.approx(p[5 * k : 5 * k + 5].mean()) and r.prediction == (
-            'node' if r.p_node > 0.5 else 'other'
-        )
+        assert r.p_node == pytest.approx(p[5 * k : 5 * k + 5].mean())
+        assert r.prediction == ('node' if r.p_node > 0.5 else 'other')
 
 
 def test_the_froc_is_that_of_counting():
     rng = np.random.default_rng(1)
     t = pd.DataFrame({'group': rng.integers(20, size=300).astype(str), 'target': rng.choice(['node', 'other'], 300)})
     t['p_node'] = (rng.random(300) + (t.target == 'node')).round(1)  # with ties
-    f, y, s = froc_table(t, at=(0, 1, 4, 99), n=20), t.target == 'node', t.p_node
+    f = froc_table(t, at=(0, 1, 4, 99), n=20)
+    y = t.target == 'node'
+    s = t.p_node
     for a in f.index:
         assert f.value[a] == max([0.0, *[(s[y] >= v).mean() for v in s if (s[~y] >= v).sum() / 20 <= a]])
-    assert f.value[99] == 1 and froc_table(t, at=(1,), n=20).equals(f.loc[[1]])
+    assert f.value[99] == 1
+    assert froc_table(t, at=(1,), n=20).equals(f.loc[[1]])
     for bad, words in (
         (t.drop(columns='group'), "no column 'group'"),
         (t.assign(group=None), '300 candidates have no patient'),
@@ -672,14 +690,16 @@ def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(t
     _, slices = make_ct(tmp_path / 'ct', n=4, seed=6, spacing=COARSE, nodes=0, every=6)
     t = slice_pictures(slices, tmp_path / 'ct', tmp_path / 'p')
     pairs = find_copies(t.image.tolist())
-    assert len(pairs) > 5 and (t.patient[pairs.a].to_numpy() == t.patient[pairs.b].to_numpy()).all()
+    assert len(pairs) > 5
+    assert (t.patient[pairs.a].to_numpy() == t.patient[pairs.b].to_numpy()).all()
 
 
 def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_path):
     few = drawn[1].head(2)
     a = candidate_pictures(few, drawn[0], tmp_path, side=40, window='soft tissue')
     b = candidate_pictures(few.astype(str), drawn[0], tmp_path, side=40.0, window=(50, 400))
-    assert a.image.tolist() == b.image.tolist() and len(list((tmp_path / 'images').iterdir())) == 2
+    assert a.image.tolist() == b.image.tolist()
+    assert len(list((tmp_path / 'images').iterdir())) == 2
 
 
 @pytest.mark.parametrize('text', ['image,label\na.jpg,1\n', 'image,volume,label\na.jpg,v.npz,1\n'])
@@ -688,7 +708,8 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
     (tmp_path / 'labels.csv').write_text(text)
     with pytest.raises(ValueError, match='no mark that it is a pictures folder'):
         candidate_pictures(drawn[1], drawn[0], tmp_path)
-    assert (tmp_path / 'labels.csv').read_text() == text and not (tmp_path / 'images').exists()
+    assert (tmp_path / 'labels.csv').read_text() == text
+    assert not (tmp_path / 'images').exists()
 
 
 # ---------------------------------------------------------------- the whole way
@@ -704,10 +725,12 @@ def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     learn = fit(
         build_learner(tmp_path / 'p', task, size=64, valid=0.5, setting='plain', seed=1), 'head', say=lambda s: None
     )
-    assert learn.table.groupby('group').split.nunique().max() == 1 and learn.table.group.nunique() == 10
+    assert learn.table.groupby('group').split.nunique().max() == 1
+    assert learn.table.group.nunique() == 10
     t = valid_predictions(learn)
     m = measure_table(t, list(learn.dls.vocab), n=50)
-    assert t.group.nunique() == 5 and (m.low <= m.value).drop('calibration error').all()
+    assert t.group.nunique() == 5
+    assert (m.low <= m.value).drop('calibration error').all()
     assert m.loc['accuracy'].value > t.target.value_counts(normalize=True).max()
 
 

@@ -1,4 +1,6 @@
-"Fully connected layers as convolutions: the same logits at the native size, and for each window of a larger image those of the window."
+"""Fully connected layers as convolutions: the same logits at the native size,
+and for each window of a larger image those of the window.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ def stirred(net):
 
 
 def parts(name):
-    "Convolutions, and what comes after them, of a network of torchvision, with weights through which an image does not fade"
+    """Convolutions, and what comes after them, of a network of torchvision,
+    with weights through which an image does not fade
+    """
     import torchvision
 
     net = stirred(
@@ -50,11 +54,11 @@ def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_i
     net, inner, end = parts(name)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     everywhere = as_convolutions(end, (side, side))
-    assert not any(isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d)) for m in everywhere.modules())
+    for m in everywhere.modules():
+        assert not isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d))
     out = everywhere(inner(x))
-    assert out.shape == (2, 1000, 1, 1) and (out[0] - out[1]).std() > 1e-2 * out.std(), (
-        'two images have two answers, a thousand tolerances apart'
-    )
+    assert out.shape == (2, 1000, 1, 1), 'two images have two answers, a thousand tolerances apart'
+    assert (out[0] - out[1]).std() > 1e-2 * out.std(), 'two images have two answers, a thousand tolerances apart'
     assert torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-5)
     assert everywhere(inner(torch.zeros(1, 3, 288, 256))).shape[2:] == (3, 2)
 
@@ -72,9 +76,11 @@ def test_a_model_says_of_each_window_of_a_map_what_its_head_says_of_it(arch, siz
     x = torch.randn(2, 3, size, size)
     assert torch.allclose(everywhere(x)[..., 0, 0], model(x), atol=1e-5, rtol=1e-5)
     big = torch.randn(1, 3, 2 * size, size + size // 2)
-    maps, out = stages(big), everywhere(big)
+    maps = stages(big)
+    out = everywhere(big)
     h, w = stages(x).shape[-2:]
-    assert out.shape[2:] == (maps.shape[2] - h + 1, maps.shape[3] - w + 1) and min(out.shape[2:]) > 1
+    assert out.shape[2:] == (maps.shape[2] - h + 1, maps.shape[3] - w + 1)
+    assert min(out.shape[2:]) > 1
     for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)):
         assert torch.allclose(out[..., i, j], head(maps[..., i : i + h, j : j + w]), atol=1e-5, rtol=1e-5)
 
@@ -112,16 +118,22 @@ def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
     im = np.zeros((128, 128, 3), np.uint8)
     im[:, 64:] = 255
     p = score_map(ImageModel(nn.Sequential(stages, head), about), im, scale=4)
-    assert p.shape[0] == 2 and np.allclose(p.sum(0), 1, atol=1e-5) and p.shape[1] == p.shape[2] > 8
-    left, right = p[0, 2:-2, 1], p[0, 2:-2, -2]  # windows far from the edge between the halves
-    assert np.ptp(left) < 0.02 and np.ptp(right) < 0.02 and abs(left.mean() - right.mean()) > np.ptp(left)
+    assert p.shape[0] == 2
+    assert np.allclose(p.sum(0), 1, atol=1e-5)
+    assert p.shape[1] == p.shape[2] > 8
+    left = p[0, 2:-2, 1]
+    right = p[0, 2:-2, -2]  # windows far from the edge between the halves
+    assert np.ptp(left) < 0.02
+    assert np.ptp(right) < 0.02
+    assert abs(left.mean() - right.mean()) > np.ptp(left)
 
 
 @pytest.mark.parametrize('n', [2, 5])
 def test_cifarnet_is_as_large_as_the_study_says(n):
     net = CifarNet(n)
     assert 0.14e6 < sum(p.numel() for p in net.parameters()) < 0.16e6  # "about 0.15 million"
-    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, n) and net.features(torch.zeros(1, 3, 32, 32)).shape == (
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, n)
+    assert net.features(torch.zeros(1, 3, 32, 32)).shape == (
         1,
         64,
         4,

@@ -99,12 +99,11 @@ def notebooks():
 def test_sidebar_lists_every_notebook():
     yaml = pytest.importorskip('yaml')
 
-    def leaves(o):
-        return (
-            [o]
-            if isinstance(o, str)
-            else sum((leaves(c.get('contents', []) if isinstance(c, dict) else c) for c in o), [])
-        )
+    def leaves(entry):
+        if isinstance(entry, str):
+            return [entry]
+        parts = [c.get('contents', []) if isinstance(c, dict) else c for c in entry]
+        return [leaf for part in parts for leaf in leaves(part)]
 
     sidebar = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']
     listed = leaves(sidebar['contents'])
@@ -130,7 +129,7 @@ def test_site_has_a_page_for_every_notebook_and_name():
     for p in notebooks():
         assert (ROOT / '_docs' / _nbpath2html(p)).exists(), p
     ids = {}
-    for module, names in d['syms'].items():
+    for names in d['syms'].values():
         for name, (where, _) in names.items():
             page, anchor = where.split('#')
             if page not in ids:

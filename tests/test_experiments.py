@@ -1,5 +1,6 @@
 "Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
 
+import itertools
 import shutil
 
 import numpy as np
@@ -56,7 +57,8 @@ def labelled(flowers):
 @pytest.fixture
 def trainings(monkeypatch):
     "The sizes of the training sides that were really trained on."
-    seen, build = [], crossval.build_learner
+    seen = []
+    build = crossval.build_learner
     monkeypatch.setattr(
         crossval,
         'build_learner',
@@ -71,16 +73,14 @@ def trainings(monkeypatch):
 @pytest.mark.parametrize('seed', range(4))
 def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled, seed):
     t = unseen_split(labelled, labelled.group.to_numpy(), seed=seed)
-    assert (
-        (t.groupby('group').split.nunique() == 1).all()
-        and set(t.split) == {'train', 'valid', 'test'}
-        and t.image.is_unique
-    )
+    assert (t.groupby('group').split.nunique() == 1).all()
+    assert set(t.split) == {'train', 'valid', 'test'}
+    assert t.image.is_unique
     sets = [first_images(t, n) for n in (10, 25, 50)]
     train = [s[s.split == 'train'] for s in sets]
-    assert [len(s) for s in train] == [10, 25, 50] and all(
-        set(a.image) < set(b.image) for a, b in zip(train, train[1:])
-    )
+    assert [len(s) for s in train] == [10, 25, 50]
+    for a, b in itertools.pairwise(train):
+        assert set(a.image) < set(b.image)
     share = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
         assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (
@@ -94,7 +94,8 @@ def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled
 
 def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
     a, b = (unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=s) for s in (0, 1))
-    assert (a.split == 'test').sum() <= 12 and set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
+    assert (a.split == 'test').sum() <= 12
+    assert set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
     again = unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=0)
     assert again.image.tolist() == a.image.tolist()
 
@@ -107,9 +108,8 @@ def test_a_random_start_gets_steps_not_epochs(labelled):
         )
         assert _epochs(learn, RIVALS[START].phases[0]) == epochs
     assert plan_table(plans=[RIVALS[START]]).epochs.tolist() == ['by the set']
-    assert RIVALS[START].phases[0].frozen == 0 and RIVALS[START].phases[0].fixed_bn is False, (
-        'the statistics of random weights must move'
-    )
+    assert RIVALS[START].phases[0].frozen == 0, 'the statistics of random weights must move'
+    assert RIVALS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
 
 
 # ---------------------------------------------------------------- curves
@@ -134,7 +134,8 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     assert runs[['rival', 'images']].values.tolist() == [[START, 10], ['frozen', 10], [START, 30], ['frozen', 30]]
     assert runs.accuracy.between(0, 1).all()
     more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
-    assert trainings[4:] == [40, 40] and more[more.images < 40].reset_index(drop=True).equals(runs)
+    assert trainings[4:] == [40, 40]
+    assert more[more.images < 40].reset_index(drop=True).equals(runs)
 
 
 def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, trainings):
@@ -155,7 +156,8 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
         'frozen': [0],
         'tuned': [0, 1, 2],
     }
-    assert h[['train_loss', 'valid_loss']].gt(0).all().all() and len(trainings) == 3
+    assert h[['train_loss', 'valid_loss']].gt(0).all().all()
+    assert len(trainings) == 3
     task = get_task('flowers', 32)
     table = _encoded(flowers, task, None, None, None)
     t = _splits(table, task, 1, 0.3, 600, print)[0]
@@ -174,7 +176,8 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
 
 def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, trainings):
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
-    task, plan = get_task('flowers', 32), Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
+    task = get_task('flowers', 32)
+    plan = Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
 
     def kept(**kw):
         return _kept(t, [task, plan, kw])
@@ -218,15 +221,15 @@ DAMAGE = {
 
 @pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
 def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
-    folder, other = tmp_path / 'trainings' / 'a', tmp_path / 'trainings' / 'b'
+    folder = tmp_path / 'trainings' / 'a'
+    other = tmp_path / 'trainings' / 'b'
     tables = [
         pd.DataFrame({'image': pd.Series(['x'], dtype=object), 'p_a': [0.25]}),
         pd.DataFrame({'train_loss': [0.5]}),
     ]
     crossval._write_kept(folder, tables)
-    assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True] and crossval._read_kept(
-        other
-    ) is None
+    assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True]
+    assert crossval._read_kept(other) is None
     if name == 'that of another training':
         shutil.copytree(folder, other)
     elif name == 'a file':
@@ -256,7 +259,10 @@ def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
     file.write_bytes(was.replace(b'0.', b'1.', 1))
     with pytest.warns(UserWarning, match='done again'):
         assert run().equals(first)
-    assert len(trainings) == 2 and file.read_bytes() == was and run().equals(first) and len(trainings) == 2
+    assert len(trainings) == 2
+    assert file.read_bytes() == was
+    assert run().equals(first)
+    assert len(trainings) == 2
 
 
 def test_classes_with_odd_names_are_read_back(labelled):
@@ -274,16 +280,15 @@ def test_classes_with_odd_names_are_read_back(labelled):
             allow_leaks=True,
             say=lambda line: None,
         )
-    assert (
-        set(p.target) == {'None', 'NA', 'null'}
-        and set(p.prediction) <= set(p.target)
-        and p.filter(like='p_').notna().all().all()
-    )
+    assert set(p.target) == {'None', 'NA', 'null'}
+    assert set(p.prediction) <= set(p.target)
+    assert p.filter(like='p_').notna().all().all()
 
 
 def curve(**scores):
     "Runs of three splits with known means; the splits differ by `spread`"
-    sizes, spread = (25, 50, 100, 200), scores.pop('spread', 0.0)
+    sizes = (25, 50, 100, 200)
+    spread = scores.pop('spread', 0.0)
     return pd.DataFrame(
         [
             {'rival': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + spread * (s - 1), 'share': 0.25}
@@ -309,7 +314,8 @@ def curve(**scores):
 )  # ahead at first only
 def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, worth):
     w = worth_of_pretraining(curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
-    assert w.needs.tolist() == pytest.approx(needs) and w.worth.tolist() == pytest.approx(worth)
+    assert w.needs.tolist() == pytest.approx(needs)
+    assert w.worth.tolist() == pytest.approx(worth)
 
 
 def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
@@ -319,11 +325,9 @@ def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
     )
     for w in (narrow, wide):
         assert ((w.worth_low <= w.worth) & (w.worth <= w.worth_high)).all()
-    assert (
-        (wide.worth_low <= narrow.worth_low).all()
-        and (wide.worth_high >= narrow.worth_high).all()
-        and (wide.worth_high > narrow.worth_high).any()
-    )
+    assert (wide.worth_low <= narrow.worth_low).all()
+    assert (wide.worth_high >= narrow.worth_high).all()
+    assert (wide.worth_high > narrow.worth_high).any()
 
 
 def test_a_curve_that_dips_does_not_count_twice():
@@ -334,7 +338,8 @@ def test_a_curve_that_dips_does_not_count_twice():
 def test_table_and_picture_of_a_curve():
     runs = curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), spread=0.01)
     t = curve_table(runs)
-    assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2) and t.loc[START].gain.isna().all()
+    assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
+    assert t.loc[START].gain.isna().all()
     assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits agree on the difference'
     assert [x.get_text() for x in plot_learning_curve(runs).axes[0].get_legend().get_texts()] == [START, 'frozen']
     with pytest.raises(ValueError, match='accuracy'):
@@ -347,7 +352,8 @@ def test_table_and_picture_of_a_curve():
 
 
 def test_one_name_is_a_list_of_one_and_a_name_stands_once():
-    assert list(_recipes('cifarnet', 'head')) == ['head'] and list(rival_plans('frozen')) == ['frozen']
+    assert list(_recipes('cifarnet', 'head')) == ['head']
+    assert list(rival_plans('frozen')) == ['frozen']
     with pytest.raises(ValueError, match='two plans have one name'):
         _recipes('cifarnet', ['top1', get_plan('top1', 3)])
 
@@ -380,6 +386,7 @@ def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
 
 
 def test_compare_from_the_command_line(flowers, tmp_path, trainings):
+    c_png = tmp_path / 'c.png'
     words = [
         'compare',
         flowers,
@@ -397,10 +404,10 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         '--draws',
         '100',
     ]
-    said = good(*words, '--out', tmp_path / 'c.png')
-    assert (
-        'accuracy, on the same' in said.out and 'test_resnet' in said.out and (tmp_path / 'c.png').stat().st_size > 1000
-    )
+    said = good(*words, '--out', c_png)
+    assert 'accuracy, on the same' in said.out
+    assert 'test_resnet' in said.out
+    assert c_png.stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['rival', 'measure'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
         'the first is not held against itself'
@@ -411,12 +418,11 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
     )
     assert len(trainings) == 2
-    assert 'c.png exists already' in refused(*words, '--out', tmp_path / 'c.png') and len(trainings) == 2
+    assert 'c.png exists already' in refused(*words, '--out', c_png)
+    assert len(trainings) == 2
     again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
-    assert (
-        len(trainings) == 2
-        and pd.read_csv(tmp_path / 'd_table.csv').set_index(['rival', 'measure']).equals(t)
-        and again.code == 0
-    )
+    assert len(trainings) == 2
+    assert pd.read_csv(tmp_path / 'd_table.csv').set_index(['rival', 'measure']).equals(t)
+    assert again.code == 0
     assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path / 'e.png')
     assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path / 'e.csv')

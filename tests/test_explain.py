@@ -99,13 +99,14 @@ def test_the_first_filters_are_found_and_random_ones_score_as_chance(arch, shape
     torch.manual_seed(1)
     body = create_body(arch, 'random')
     w = first_filters(body)
-    assert w.shape == shape and np.array_equal(
-        w, first_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity())))
-    )
+    assert w.shape == shape
+    assert np.array_equal(w, first_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity()))))
     if shape[-1] > 11:
         return
     t = filter_table({'it': w}, n=40).loc['it']
-    assert t.low - 0.02 < t.chance < t.high + 0.02 and t.dead == 0 and t['size'] == f'{shape[2]} x {shape[3]}'
+    assert t.low - 0.02 < t.chance < t.high + 0.02
+    assert t.dead == 0
+    assert t['size'] == f'{shape[2]} x {shape[3]}'
 
 
 @pytest.mark.parametrize('arch', ['efficientnet_lite0', 'mobilenet_v2', 'squeezenet1_1'])
@@ -115,23 +116,24 @@ def test_pretrained_filters_are_more_edge_like_than_random_ones(arch):
     except WeightsError:
         pytest.skip(f'the weights of {arch} are not on this machine')
     t = filter_table({'pretrained': w, 'random': np.random.default_rng(0).normal(size=w.shape)}, n=60)
-    assert (
-        t.low['pretrained'] > t.chance_high['pretrained'] + 0.2 and abs(t.score['random'] - t.chance['random']) < 0.06
-    )
+    assert t.low['pretrained'] > t.chance_high['pretrained'] + 0.2
+    assert abs(t.score['random'] - t.chance['random']) < 0.06
 
 
 @pytest.mark.parametrize('k', [3, 5, 7, 11])
 def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
     rng = np.random.default_rng(0)
-    bank, noise = gabor_bank(k, k), rng.normal(size=(30, 3, k, k))
+    bank = gabor_bank(k, k)
+    noise = rng.normal(size=(30, 3, k, k))
     assert np.allclose(np.linalg.norm(bank, axis=1), 1)
     pure = rng.normal(size=(20, 3, 1, 1)) * bank[rng.integers(len(bank), size=20)].reshape(20, 1, k, k)
-    assert (
-        np.allclose(gabor_share(pure), 1)
-        and np.allclose(gabor_share(1e3 * noise), gabor_share(noise))
-        and gabor_share(noise).mean() < 0.5
-    )
-    unit = lambda w: w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
+    assert np.allclose(gabor_share(pure), 1)
+    assert np.allclose(gabor_share(1e3 * noise), gabor_share(noise))
+    assert gabor_share(noise).mean() < 0.5
+
+    def unit(w):
+        return w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
+
     mixed = unit(pure) + unit(noise[:20])
     assert gabor_share(noise).mean() < gabor_share(mixed).mean() < 1
     assert np.isnan(gabor_share(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
@@ -160,14 +162,11 @@ def test_activations_are_those_of_the_stages():
     with torch.no_grad():
         maps = model_parts(m).stages.maps(batch(m, *images))
     t = activation_table(m, images)
-    assert (
-        list(t.index) == stage_names(m.model[0])
-        and t.channels.tolist() == [x.shape[1] for x in maps]
-        and t.side.tolist() == [x.shape[-1] for x in maps]
-    )
-    assert np.allclose(t['mean'], [float(x.abs().mean()) for x in maps], rtol=1e-4) and np.allclose(
-        t.active, [float((x > 0).float().mean()) for x in maps]
-    )
+    assert list(t.index) == stage_names(m.model[0])
+    assert t.channels.tolist() == [x.shape[1] for x in maps]
+    assert t.side.tolist() == [x.shape[-1] for x in maps]
+    assert np.allclose(t['mean'], [float(x.abs().mean()) for x in maps], rtol=1e-4)
+    assert np.allclose(t.active, [float((x > 0).float().mean()) for x in maps])
     each = activation_table(m, images, ['a', 'b', 'a'])
     assert np.allclose((2 * each.xs('a', level=1) + each.xs('b', level=1)).active / 3, t.active)
     assert len(plot_activations(m, images[:2]).axes) == 2 * (1 + len(t))
@@ -191,14 +190,13 @@ def test_neighbours_by_hand_and_their_chance():
     ]
     torch.manual_seed(0)
     f = extract_features(images, Body(create_body('small_cnn', 'random')), 32)
-    labels, groups = ['red' if i % 2 else 'blue' for i in range(12)], [i // 4 for i in range(12)]
+    labels = ['red' if i % 2 else 'blue' for i in range(12)]
+    groups = [i // 4 for i in range(12)]
     t = neighbour_table(f, labels, k=3, groups=groups, n=50)
-    assert (
-        list(t.index) == list(f.stages)
-        and np.allclose(t.chance, 0.5)
-        and t.value.iloc[0] == 1
-        and ((t.low <= t.value) & (t.value <= t.high)).all()
-    )
+    assert list(t.index) == list(f.stages)
+    assert np.allclose(t.chance, 0.5)
+    assert t.value.iloc[0] == 1
+    assert ((t.low <= t.value) & (t.value <= t.high)).all()
     assert np.allclose(neighbour_table(f, labels, k=3, n=5).chance, 5 / 11)
     near = nearest_images(f, 5, k=4, groups=groups)
     a = f.numpy('stem').mean(1)
@@ -206,10 +204,10 @@ def test_neighbours_by_hand_and_their_chance():
     s = a @ a[5] / np.linalg.norm(a, axis=1) / np.linalg.norm(a[5])
     s[4:8] = -2
     stem = near[near.stage == 'stem']
-    assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]] and np.allclose(
-        stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5
-    )
-    assert plot_nearest(near, size=40).size == (5 * 40, len(f.stages) * 40) and plot_neighbours({'class': t}).axes
+    assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]]
+    assert np.allclose(stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5)
+    assert plot_nearest(near, size=40).size == (5 * 40, len(f.stages) * 40)
+    assert plot_neighbours({'class': t}).axes
     for call, words in (
         (lambda: nearest_images(f, 12), 'there are 12 images'),
         (lambda: nearest_images(f, 0, k=9, groups=groups), '8 others of another group'),
@@ -242,8 +240,11 @@ CHAINS = [
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
-    "The weights of a linear head, and of what its BatchNorm does, on the maps; by the head and by the name of the stage"
-    m, im = image_model(arch, size=size, **kw), picture(size)
+    """The weights of a linear head, and of what its BatchNorm does, on the maps;
+    by the head and by the name of the stage
+    """
+    m = image_model(arch, size=size, **kw)
+    im = picture(size)
     stages, (_, norm, _, linear) = m.model[0], m.model[1]
     for v, low in ((norm.running_var, 0.5), (norm.weight.data, 0.5), (norm.running_mean, -1)):
         v.uniform_(low, 1.5)
@@ -258,7 +259,8 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
     for c, side in enumerate((-signed, signed)):  # of two classes what speaks for one speaks against the other
         want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
         got = heat_map(m, im, c)
-        assert got.dtype == np.float32 and np.allclose(got, want / want.max().clamp(min=1e-30), atol=1e-4)
+        assert got.dtype == np.float32
+        assert np.allclose(got, want / want.max().clamp(min=1e-30), atol=1e-4)
         if stages.tap == 1:
             assert np.allclose(heat_map(m, im, c, stage_names(stages)[-1]), got, atol=1e-4)
 
@@ -267,7 +269,8 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size, kw):
     "The same with hooks and backward() of PyTorch alone"
-    m, im = image_model(arch, size=size, **kw), picture(size, 1)
+    m = image_model(arch, size=size, **kw)
+    im = picture(size, 1)
     stages, head = m.model
     name = stage_names(stages)[max(0, len(stages) - 3)]
     seen = []
@@ -291,11 +294,16 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
 @needs_captum
 @pytest.mark.parametrize('arch, size', [('test_vit', 160), ('test_vit2', 160), ('test_mambaout', 64)])
 def test_transformers_have_heat_on_their_tokens(arch, size):
-    m, im = image_model(arch, size=size), picture(size)
+    m = image_model(arch, size=size)
+    im = picture(size)
     torch.nn.init.normal_(m.model[1][-1].weight)
-    heat, other = heat_map(m, im, 'referable'), heat_map(m, im, 'no')
-    assert heat.shape == (size, size) and np.isfinite(heat).all() and np.ptp(other - heat) > 0.5
-    assert not any(x._forward_hooks for x in m.model.modules())
+    heat = heat_map(m, im, 'referable')
+    other = heat_map(m, im, 'no')
+    assert heat.shape == (size, size)
+    assert np.isfinite(heat).all()
+    assert np.ptp(other - heat) > 0.5
+    for x in m.model.modules():
+        assert not x._forward_hooks
     with pytest.raises(ValueError, match="unknown stage 'stage3'"):
         heat_map(m, im, stage='stage3')
 
@@ -305,11 +313,12 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
 def test_every_head(head):
     m = image_model('test_resnet', head, classes=tuple('01234'))
     h = [heat_map(m, picture(), c, 'stage2') for c in '01234'] + [heat_map(m, picture(), c) for c in range(5)]
-    assert (
-        all(x.shape == (64, 64) and x.min() >= 0 and x.max() <= 1 for x in h)
-        and max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
-        and max(x.max() for x in h[5:]) == 1
-    )
+    for x in h:
+        assert x.shape == (64, 64)
+        assert x.min() >= 0
+        assert x.max() <= 1
+    assert max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
+    assert max(x.max() for x in h[5:]) == 1
     assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], heat_map(m, picture()))
 
 
@@ -339,11 +348,10 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
     with torch.no_grad():
         heat = heat_map(m, picture(), 1, stage)
     after = state()
-    assert (
-        before[1:] == after[1:]
-        and all(torch.equal(a, b) for (_, a), (_, b) in zip(before[0], after[0]))
-        and body._copy is copied
-    )
+    assert before[1:] == after[1:]
+    for (_, a), (_, b) in zip(before[0], after[0]):
+        assert torch.equal(a, b)
+    assert body._copy is copied
     plain = image_model('test_resnet')
     assert np.allclose(heat_map(plain, picture(), 1, stage), heat, atol=1e-4)
 
@@ -357,10 +365,10 @@ def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
 
     make_dr(tmp_path / 'eyes', n=40, size=64, workers=1)
     learn = build_learner(tmp_path / 'eyes', 'dr', arch='test_resnet', weights='random', size=64)
-    model, im = load_model(save_model(learn, tmp_path / 'model'), 'plain'), learn.table.image.iloc[0]
-    assert np.allclose(
-        heat_map(learn, im, 'referable'), heat_map(model, im, 'referable'), atol=1e-5
-    ) and np.array_equal(first_filters(learn), first_filters(model))
+    model = load_model(save_model(learn, tmp_path / 'model'), 'plain')
+    im = learn.table.image.iloc[0]
+    assert np.allclose(heat_map(learn, im, 'referable'), heat_map(model, im, 'referable'), atol=1e-5)
+    assert np.array_equal(first_filters(learn), first_filters(model))
     assert activation_table(learn, [im]).equals(activation_table(saved(learn), [im]))
     t = valid_predictions(learn)
     wrong = t.assign(target=['referable' if p == 'no' else 'no' for p in t.prediction])
@@ -391,7 +399,9 @@ def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
         for im, said in zip(t.image, ('referable', 'no'))
     ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
-    assert all(any(np.array_equal(h, s) for s in shown) for h in hot) and not np.array_equal(*hot)
+    for h in hot:
+        assert any(np.array_equal(h, s) for s in shown)
+    assert not np.array_equal(*hot)
 
 
 def test_heat_on_a_mask_and_its_chance_levels():
@@ -400,34 +410,27 @@ def test_heat_on_a_mask_and_its_chance_levels():
     for m in masks:
         y, x = rng.integers(0, 12, 2)
         m[y : y + 4, x : x + 4] = True
-    perfect, flat, blank = (
-        heat_table(masks * 0.7, masks, n=50),
-        heat_table(np.ones(masks.shape), masks, n=50),
-        heat_table(0.0 * masks, masks, n=50),
-    )
-    assert (
-        perfect.loc['share of the heat'].value == pytest.approx(1)
-        and perfect.loc['hottest pixel'].value == 1
-        and perfect.loc['more than the others'].low > 0.3
-    )
-    assert all(
-        flat.loc[k].value == pytest.approx(1 / 16)
-        for k in (
-            'share of the heat',
-            'chance: share of the area',
-            'chance: heat of the others',
-            'chance: own heat, turned',
-        )
-    )
-    assert (
-        blank.loc['without heat'].value == 1
-        and blank.loc['hottest pixel'].value == 0
-        and np.isnan(blank.loc['share of the heat'].value)
-    )
+    perfect = heat_table(masks * 0.7, masks, n=50)
+    flat = heat_table(np.ones(masks.shape), masks, n=50)
+    blank = heat_table(0.0 * masks, masks, n=50)
+    assert perfect.loc['share of the heat'].value == pytest.approx(1)
+    assert perfect.loc['hottest pixel'].value == 1
+    assert perfect.loc['more than the others'].low > 0.3
+    for k in (
+        'share of the heat',
+        'chance: share of the area',
+        'chance: heat of the others',
+        'chance: own heat, turned',
+    ):
+        assert flat.loc[k].value == pytest.approx(1 / 16)
+    assert blank.loc['without heat'].value == 1
+    assert blank.loc['hottest pixel'].value == 0
+    assert np.isnan(blank.loc['share of the heat'].value)
     field = np.zeros((16, 16), bool)
     field[:, :8] = True
     d = heat_on(np.ones((16, 16)), masks[0] | ~field, field)
-    assert d['area'] == (masks[0] & field).mean() * 2 and d['share'] == pytest.approx(
+    assert d['area'] == (masks[0] & field).mean() * 2
+    assert d['share'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
     )  # heat outside the field counts against
     assert plot_heat_tables({'a': perfect, 'b': flat}).axes

@@ -1,4 +1,6 @@
-"Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words, and the classifier on toy numbers."
+"""Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words,
+and the classifier on toy numbers.
+"""
 
 import sys
 
@@ -41,7 +43,8 @@ def eye():
 def painted(dark=(), bright=(), vessels=None):
     "A segmentation with disks (x, y, radius) as spots"
     masks = [np.any([np.zeros((SIDE, SIDE), bool), *(disk(*o) for o in spots)], 0) for spots in (dark, bright)]
-    empty, image = np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE, 3), np.uint8)
+    empty = np.zeros((SIDE, SIDE), bool)
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
     strength = np.where(masks[0], 1.7, np.where(masks[1], 2.5, 0)).astype(np.float32)
     return Segmentation(
         image, None, disk(255.5, 255.5, 250), empty if vessels is None else vessels, empty, (150, 256), *masks, strength
@@ -57,46 +60,44 @@ def test_painted_spots_are_counted_and_measured():
     assert (f['microaneurysm_count'], f['haemorrhage_count'], f['exudate_count']) == (2, 2, 1)
     field = seg.field.sum()
     assert f['haemorrhage_area'] == pytest.approx(1000 * (disk(350, 350, 8).sum() + disk(360, 120, 10).sum()) / field)
-    assert (
-        f['haemorrhage_largest'] == pytest.approx(1000 * disk(360, 120, 10).sum() / field)
-        and f['haemorrhage_eccentricity'] < 0.1 < 0.9 < f['haemorrhage_solidity']
-    )
+    assert f['haemorrhage_largest'] == pytest.approx(1000 * disk(360, 120, 10).sum() / field)
+    assert f['haemorrhage_eccentricity'] < 0.1 < 0.9 < f['haemorrhage_solidity']
     assert (f['dark_over_1.5'], f['dark_over_2'], f['bright_over_2'], f['bright_over_3']) == (4, 0, 1, 0)
-    assert (
-        f['dark_quadrants'] == 3 and f['bright_nearest_fovea'] == pytest.approx(44 / 256) and f['dark_near_fovea'] == 0
-    )
+    assert f['dark_quadrants'] == 3
+    assert f['bright_nearest_fovea'] == pytest.approx(44 / 256)
+    assert f['dark_near_fovea'] == 0
     t = lesion_table(seg)
-    assert (
-        len(t) == 5
-        and t[t.kind == 'exudate'][['x', 'y']].round().values.tolist() == [[150, 300]]
-        and t.diameter.max() == pytest.approx(20 / 256, rel=0.05)
-    )
+    assert len(t) == 5
+    assert t[t.kind == 'exudate'][['x', 'y']].round().values.tolist() == [[150, 300]]
+    assert t.diameter.max() == pytest.approx(20 / 256, rel=0.05)
 
 
 def test_without_lesions_all_that_is_of_lesions_is_zero():
     f = lesion_features(painted())
     away = {k for k in FEATURES if k.endswith('nearest_fovea')}
-    assert tuple(f) == FEATURES and np.isfinite(list(f.values())).all()
-    assert all(v == 0 for k, v in f.items() if k not in away | {'vessel_tortuosity'}) and all(f[k] == 2 for k in away)
+    assert tuple(f) == FEATURES
+    assert np.isfinite(list(f.values())).all()
+    for k, v in f.items():
+        if k not in away | {'vessel_tortuosity'}:
+            assert v == 0
+    for k in away:
+        assert f[k] == 2
     assert lesion_table(painted()).empty
 
 
 def test_vessels_are_measured():
-    straight, bent = (
-        (np.abs(Y - 256) <= 2) & (np.abs(X - 256) < 150),
-        (np.abs(np.hypot(X - 256, Y - 256) - 100) <= 2) & (Y < 256),
-    )
+    straight = (np.abs(Y - 256) <= 2) & (np.abs(X - 256) < 150)
+    bent = (np.abs(np.hypot(X - 256, Y - 256) - 100) <= 2) & (Y < 256)
     s, b = (lesion_features(painted(vessels=v)) for v in (straight, bent))
-    assert (
-        s['vessel_length'] == pytest.approx(295 / 256, rel=0.03)
-        and s['vessel_width'] == pytest.approx(5 / 256, rel=0.05)
-        and s['vessel_area'] == pytest.approx(1000 * straight.sum() / painted().field.sum())
-    )
-    assert s['vessel_tortuosity'] == 1 and b['vessel_tortuosity'] > 1.1 and s['vessel_branches'] == 0
+    assert s['vessel_length'] == pytest.approx(295 / 256, rel=0.03)
+    assert s['vessel_width'] == pytest.approx(5 / 256, rel=0.05)
+    assert s['vessel_area'] == pytest.approx(1000 * straight.sum() / painted().field.sum())
+    assert s['vessel_tortuosity'] == 1
+    assert b['vessel_tortuosity'] > 1.1
+    assert s['vessel_branches'] == 0
     assert lesion_features(painted(vessels=straight | straight.T))['vessel_branches'] > 0
-    assert s['vessel_dimension'] == pytest.approx(1, abs=0.1) and explicit._box_dimension(
-        np.ones((SIDE, SIDE), bool)
-    ) == pytest.approx(2)
+    assert s['vessel_dimension'] == pytest.approx(1, abs=0.1)
+    assert explicit._box_dimension(np.ones((SIDE, SIDE), bool)) == pytest.approx(2)
 
 
 def test_eccentricity_is_that_of_scikit_image():
@@ -114,9 +115,12 @@ def test_eccentricity_is_that_of_scikit_image():
 def test_scores_of_lesions():
     mask = painted(dark=[(50, 50, 3), (90, 50, 3), (200, 200, 4)]).dark
     found, right = score_lesions(mask, [(52, 50, 3), (300, 300, 5)])
-    assert found.tolist() == [True, False] and right.tolist() == [True, False, False]
+    assert found.tolist() == [True, False]
+    assert right.tolist() == [True, False, False]
     found, right = score_lesions(np.zeros((SIDE, SIDE), bool), [(5, 5, 2)])
-    assert found.tolist() == [False] and len(right) == 0 and len(score_lesions(mask, [])[0]) == 0
+    assert found.tolist() == [False]
+    assert len(right) == 0
+    assert len(score_lesions(mask, [])[0]) == 0
 
 
 # ---------------------------------------------------------------- segmenting
@@ -125,9 +129,12 @@ def test_scores_of_lesions():
 def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
     _, _, seg = eye
     for mask in (seg.vessels, seg.dark, seg.bright, seg.nerve):
-        assert mask.dtype == bool and not (mask & ~seg.field).any()
-    assert not (seg.dark & (seg.vessels | seg.bright | seg.nerve)).any() and not (seg.bright & seg.nerve).any()
-    assert (seg.strength[seg.dark].max() >= 1) and (seg.strength[~(seg.dark | seg.bright)] == 0).all()
+        assert mask.dtype == bool
+        assert not (mask & ~seg.field).any()
+    assert not (seg.dark & (seg.vessels | seg.bright | seg.nerve)).any()
+    assert not (seg.bright & seg.nerve).any()
+    assert seg.strength[seg.dark].max() >= 1
+    assert (seg.strength[~(seg.dark | seg.bright)] == 0).all()
     assert np.asarray(overlay(seg)).shape == (SIDE, SIDE, 3)
 
 
@@ -138,13 +145,13 @@ def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
         for q in truth['lesions']
         if q['kind'] == 'haemorrhage'
     ]
-    found, right = score_lesions(seg.dark, blood)
-    assert len(found) > 20 and found.mean() > 0.5
-    f, healthy = lesion_features(seg), lesion_features(segment(draw_fundus(0, seed=21, size=256, camera=7)[0]))
-    assert (
-        f['haemorrhage_count'] > 2 * healthy['haemorrhage_count']
-        and abs(f['vessel_length'] / healthy['vessel_length'] - 1) < 0.25
-    )
+    found, _right = score_lesions(seg.dark, blood)
+    assert len(found) > 20
+    assert found.mean() > 0.5
+    f = lesion_features(seg)
+    healthy = lesion_features(segment(draw_fundus(0, seed=21, size=256, camera=7)[0]))
+    assert f['haemorrhage_count'] > 2 * healthy['haemorrhage_count']
+    assert abs(f['vessel_length'] / healthy['vessel_length'] - 1) < 0.25
 
 
 def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
@@ -160,18 +167,18 @@ def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
             ]
             found[kind] += score_lesions(seg.bright if kind == 'exudate' else seg.dark, places)[0].tolist()
     for kind, n in (('microaneurysm', 30), ('exudate', 10)):
-        assert len(found[kind]) > n and np.mean(found[kind]) > 0.4, kind
+        assert len(found[kind]) > n, kind
+        assert np.mean(found[kind]) > 0.4, kind
 
 
 def test_a_frame_and_less_light_change_little(eye):
     pixels, _, seg = eye
     frame = Image.new('RGB', (500, 420))
     frame.paste(Image.fromarray((pixels * 0.7).astype(np.uint8)), (120, 60))
-    a, b = seg, segment(frame)
-    assert (
-        2 * (a.vessels & b.vessels).sum() / (a.vessels.sum() + b.vessels.sum()) > 0.8
-        and 2 * (a.dark & b.dark).sum() / (a.dark.sum() + b.dark.sum()) > 0.7
-    )
+    a = seg
+    b = segment(frame)
+    assert 2 * (a.vessels & b.vessels).sum() / (a.vessels.sum() + b.vessels.sum()) > 0.8
+    assert 2 * (a.dark & b.dark).sum() / (a.dark.sum() + b.dark.sum()) > 0.7
 
 
 @pytest.mark.parametrize(
@@ -192,33 +199,35 @@ def test_a_retina_of_one_colour_has_no_lesions():
 
 
 def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monkeypatch):
+    b_png = tmp_path / 'b.png'
+    kept = tmp_path / 'kept'
     pixels = eye[0]
     other = draw_fundus(0, seed=3, size=200)[0]
-    Image.fromarray(other).save(tmp_path / 'b.png')
-    count, real = [], explicit.segment
+    Image.fromarray(other).save(b_png)
+    count = []
+    real = explicit.segment
     monkeypatch.setattr(explicit, 'segment', lambda *a: count.append(1) or real(*a))
-    one = feature_frame([pixels], folder=tmp_path / 'kept')
-    assert one.columns.tolist() == list(FEATURES) and np.allclose(
-        one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3
-    )
-    both = feature_frame([tmp_path / 'b.png', pixels], folder=tmp_path / 'kept')
-    assert (
-        len(count) == 2 and both.index.tolist() == [str(tmp_path / 'b.png'), 1] and (both.iloc[1] == one.iloc[0]).all()
-    )
-    (tmp_path / 'b.png').rename(tmp_path / 'c.png')
-    assert (feature_frame([tmp_path / 'c.png'], folder=tmp_path / 'kept').values[0] == both.values[0]).all() and len(
-        count
-    ) == 2
-    feature_frame([pixels], explicit.Limits(dark=3.0), folder=tmp_path / 'kept')
+    one = feature_frame([pixels], folder=kept)
+    assert one.columns.tolist() == list(FEATURES)
+    assert np.allclose(one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3)
+    both = feature_frame([b_png, pixels], folder=kept)
+    assert len(count) == 2
+    assert both.index.tolist() == [str(b_png), 1]
+    assert (both.iloc[1] == one.iloc[0]).all()
+    b_png.rename(tmp_path / 'c.png')
+    assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
+    assert len(count) == 2
+    feature_frame([pixels], explicit.Limits(dark=3.0), folder=kept)
     assert len(count) == 3, 'another limit, another number'
 
 
 def test_errors_say_which_image_and_what_to_do(tmp_path):
-    Image.new('RGB', (200, 200)).save(tmp_path / 'black.png')
-    with pytest.raises(ValueError, match='black.png cannot be measured .no retina stands out.*leave it out'):
-        feature_frame([tmp_path / 'black.png'], folder=tmp_path / 'kept')
+    black = tmp_path / 'black.png'
+    Image.new('RGB', (200, 200)).save(black)
+    with pytest.raises(ValueError, match=r'black.png cannot be measured .no retina stands out.*leave it out'):
+        feature_frame([black], folder=tmp_path / 'kept')
     with pytest.raises(ValueError, match='give a list'):
-        feature_frame(tmp_path / 'black.png')
+        feature_frame(black)
     with pytest.raises(ValueError, match='no images'):
         feature_frame([])
 
@@ -245,23 +254,24 @@ def test_the_classifier_learns_and_its_probabilities_are_some(k):
     (x, y), (xt, yt) = toy(k=k), toy(k=k, seed=1)
     model = ExplicitClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
     p = model.predict_proba(xt)
-    assert (
-        p.shape == (150, k)
-        and np.allclose(p.sum(1), 1)
-        and model.classes_.tolist() == ['no', 'referable', 'severe'][:k]
-        and set(model.predict(xt)) <= set(y)
-    )
-    assert auc((yt == 'no').astype(int), p[:, 0]) > 0.9 and model.aucs_[model.best_] == max(model.aucs_.values())
+    assert p.shape == (150, k)
+    assert np.allclose(p.sum(1), 1)
+    assert model.classes_.tolist() == ['no', 'referable', 'severe'][:k]
+    assert set(model.predict(xt)) <= set(y)
+    assert auc((yt == 'no').astype(int), p[:, 0]) > 0.9
+    assert model.aucs_[model.best_] == max(model.aucs_.values())
     assert (clone(model).fit(x, y).predict_proba(xt) == p).all()
 
 
 def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
     x, y = toy()
-    seen, real = [], explicit.grouped_folds
+    seen = []
+    real = explicit.grouped_folds
     monkeypatch.setattr(explicit, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
     g = np.arange(150) // 2 // 2
     ExplicitClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
-    assert len(seen) == 3 and all(not set(g[a]) & set(g[b]) for a, b in seen)
+    assert len(seen) == 3
+    assert all(not set(g[a]) & set(g[b]) for a, b in seen)
 
 
 def test_bad_features_are_refused():
@@ -285,9 +295,8 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
         cross_validate_explicit(tmp_path / 'eyes', folds=2, classifier=ExplicitClassifier(grid=((c, 0.3),), folds=2))
         for c in (0.1, 10.0)
     )
-    assert {'image', 'target', 'group', 'fold', 'prediction', 'p_no', 'p_referable'} <= set(a) and (
-        a.groupby('group').fold.nunique() == 1
-    ).all()
+    assert {'image', 'target', 'group', 'fold', 'prediction', 'p_no', 'p_referable'} <= set(a)
+    assert (a.groupby('group').fold.nunique() == 1).all()
     assert measure_table(a, ['no', 'referable'], n=20).images.iloc[0] == 40 == a.image.nunique()
     assert compare_tables(a, b, ['no', 'referable'], n=20).loc['auc'].notna().all()
 
@@ -299,15 +308,13 @@ def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.cross_validation import _kept
 
-    task, t = (
-        get_task('dr'),
-        pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']}),
-    )
+    task = get_task('dr')
+    t = pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']})
 
     def again():
         return replace(task, targets=tuple(replace(g, of=eval('lambda l: l')) for g in task.targets))
 
-    first, second = again(), again()
-    assert repr(first) != repr(second) and _kept(t, [first]) == _kept(t, [second]) != _kept(
-        t, [get_task('dr', size=64)]
-    )
+    first = again()
+    second = again()
+    assert repr(first) != repr(second)
+    assert _kept(t, [first]) == _kept(t, [second]) != _kept(t, [get_task('dr', size=64)])

@@ -1,4 +1,6 @@
-"What a frozen network says of an image: against the same thing computed by hand; computed once, and again when anything changed."
+"""What a frozen network says of an image: against the same thing computed by hand; computed once,
+and again when anything changed.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,8 @@ from dr_transfer.models.speed import SETTINGS
 from dr_transfer.models.stages import Stages, stage_names
 from dr_transfer.utils import store
 
-IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((127 / 255,) * 3, (128 / 255,) * 3)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((127 / 255,) * 3, (128 / 255,) * 3)
 FIVE = (0.5,) * 3, (0.5,) * 3
 
 
@@ -130,7 +133,9 @@ def counting(body, act=None):
 @contextmanager
 def asking(body):
     "What the network is asked for: stage -> pictures, all views counted"
-    calls, asked, pooled = [], Counter(), body.pooled
+    calls = []
+    asked = Counter()
+    pooled = body.pooled
 
     def spy(x, names, *a):
         if drawn(x):
@@ -218,31 +223,42 @@ def network(name):
     return net.eval()
 
 
+def maps_at(net, places, x):
+    "What a network computes at some of its modules"
+    maps = {}
+
+    def keep(place):
+        def hook(module, inputs, output):
+            maps[place] = output.clone()
+
+        return net.get_submodule(place).register_forward_hook(hook)
+
+    hooks = [keep(place) for place in places]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return list(maps.values())
+
+
 @torch.no_grad()
 def by_hand(net, name, paths, views, size=SIZE):
     "One image and one view at a time: stage -> (images, views, pools, channels)"
     mean, std = (torch.tensor(v)[:, None, None] for v in NORMS[name])
-    places, out = PLACES[name].split(), []
+    places = PLACES[name].split()
+    out = []
     for p in paths:
         a = np.asarray(ImageOps.fit(Image.open(p), (size, size), Image.Resampling.BICUBIC))
         x = ((torch.tensor(a).permute(2, 0, 1) / 255 - mean) / std)[None]
         for turn in TURNS[views]:
-            maps = {}
-            hooks = [
-                net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: maps.__setitem__(k, o.clone()))
-                for k in places
-            ]
-            last = net.forward_head(net.forward_features(turn(x)), pre_logits=True) if not places else net(turn(x))
-            for h in hooks:
-                h.remove()
-            out.append(
-                [torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps.values()]
-                or [torch.stack([last[0]] * 2)]
-            )
-    return {
-        k: torch.stack(v).unflatten(0, (len(paths), -1)).numpy()
-        for k, v in zip(['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last'], zip(*out))
-    }
+            if places:
+                maps = maps_at(net, places, turn(x))
+                out.append([torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps])
+            else:
+                last = net.forward_head(net.forward_features(turn(x)), pre_logits=True)
+                out.append([torch.stack([last[0]] * 2)])
+    names = ['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last']
+    each = {name: torch.stack(values) for name, values in zip(names, zip(*out))}
+    return {name: values.unflatten(0, (len(paths), -1)).numpy() for name, values in each.items()}
 
 
 def test_every_set_of_views_is_tested():
@@ -270,11 +286,13 @@ def test_features_are_those_of_the_network(name, views, paths, tmp_path):
         bs=2,
     )
     want = by_hand(net, name, paths[:3], views, size)
-    assert list(f.stages) == list(want) and f.views == len(TURNS[views])
+    assert list(f.stages) == list(want)
+    assert f.views == len(TURNS[views])
     for stage, w in want.items():
         for i, pool in enumerate(('mean', 'max')):
             got = f.numpy(stage, pool)
-            assert got.shape == (3, len(TURNS[views]), f.stages[stage]) and got.dtype == np.float32
+            assert got.shape == (3, len(TURNS[views]), f.stages[stage])
+            assert got.dtype == np.float32
             assert np.abs(got - w[:, :, i]).max() < 1e-4 * np.abs(w).max()
         scale = np.abs(w).max()
         assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images differ, views differ, and the pools do
@@ -293,8 +311,10 @@ def test_the_neck_is_what_the_classifier_sees(paths, tmp_path):
     x = torch.stack([torch.from_numpy(np.array(read_image(p, 64))).permute(2, 0, 1) for p in paths[:2]])
     x = (x.float() - 127) / 128
     with torch.no_grad():
-        maps, seen = net.forward_features(x), net.forward_head(net.forward_features(x), pre_logits=True).numpy()
-    assert list(f.stages)[-2:] == ['stage7', 'neck'] and f.stages['neck'] == 1280 == net.num_features
+        maps = net.forward_features(x)
+        seen = net.forward_head(net.forward_features(x), pre_logits=True).numpy()
+    assert list(f.stages)[-2:] == ['stage7', 'neck']
+    assert f.stages['neck'] == 1280 == net.num_features
     assert np.abs(f.numpy('neck')[:, 0] - seen).max() < 1e-4 * np.abs(seen).max()
     assert np.abs(f.numpy('neck', 'max')[:, 0] - maps.amax((2, 3)).numpy()).max() < 1e-4 * maps.abs().max()
     assert np.abs(seen[0] - seen[1]).max() > 0.01 * np.abs(seen).max()
@@ -316,10 +336,10 @@ def test_settings_say_nearly_the_same(setting, body, paths, tmp_path):
     a, b = (extract_features(paths, x, 32, pools=('mean', 'max'), folder=tmp_path) for x in (body, fresh(setting)))
     for k in a.stages:
         for p in ('mean', 'max'):
-            x, y = a.numpy(k, p), b.numpy(k, p)
-            assert (
-                y.dtype == np.float32 and np.abs(x - y).max() < (0.1 if setting == 'bf16' else 1e-4) * np.abs(x).max()
-            )
+            x = a.numpy(k, p)
+            y = b.numpy(k, p)
+            assert y.dtype == np.float32
+            assert np.abs(x - y).max() < (0.1 if setting == 'bf16' else 1e-4) * np.abs(x).max()
 
 
 def test_a_network_cut_gives_the_same(paths, tmp_path):
@@ -328,7 +348,9 @@ def test_a_network_cut_gives_the_same(paths, tmp_path):
     cut = fresh(stage='stage1')
     with counting(cut) as seen:
         g = extract_features(paths, cut, 32, folder=tmp_path)
-    assert not seen and folders(g) == folders(f) and list(g.stages) == ['stem', 'stage1']
+    assert not seen
+    assert folders(g) == folders(f)
+    assert list(g.stages) == ['stem', 'stage1']
     all_of_it = extract_features(paths, fresh(), 32, folder=tmp_path / 'all')
     for k in g.stages:
         assert np.array_equal(all_of_it.numpy(k), g.numpy(k))
@@ -347,7 +369,9 @@ def test_a_body_in_training_mode(body, paths, tmp_path):
     before = {k: v.clone() for k, v in body.state_dict().items()}
     want = extract_features(paths, body, 32, folder=tmp_path / '1')
     f = extract_features(paths, body.train(), 32, folder=tmp_path / '2')
-    assert not body.training and all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+    assert not body.training
+    for k, v in body.state_dict().items():
+        assert torch.equal(v, before[k])
     assert contents(f) == contents(want)
 
 
@@ -362,27 +386,35 @@ def test_a_network_that_takes_no_small_images(paths, tmp_path):
 
 def test_numpy(body, paths, tmp_path):
     f = extract_features(paths, body, 32, views='mirror', pools=('max', 'mean'), folder=tmp_path)
-    assert len(f) == 7 and f.views == 2 and f.images == paths and f.about['pools'] == ['max', 'mean']
-    assert sum(f.stages.values()) == f.numpy().shape[-1] and list(f.stages) == stage_names(body.stages)
+    assert len(f) == 7
+    assert f.views == 2
+    assert f.images == paths
+    assert f.about['pools'] == ['max', 'mean']
+    assert sum(f.stages.values()) == f.numpy().shape[-1]
+    assert list(f.stages) == stage_names(body.stages)
     both = f.numpy(['stage3', 'stem'])  # side by side in the order asked for
     assert np.array_equal(both, np.concatenate([f.numpy('stage3'), f.numpy('stem')], -1))
-    assert (f.numpy('stem', 'max') >= f.numpy('stem')).all() and (f.numpy('stem', 'max') > f.numpy('stem')).any()
+    assert (f.numpy('stem', 'max') >= f.numpy('stem')).all()
+    assert (f.numpy('stem', 'max') > f.numpy('stem')).any()
     f = extract_features(paths, body, 32, pools=('max', 'mean'), folder=tmp_path)
     mapped = f.numpy('stage1')  # of one view
-    assert (
-        isinstance(mapped, np.memmap)
-        and not mapped.flags.writeable
-        and isinstance(f.take(slice(2, 5)).numpy('stage1'), np.memmap)
-    )
+    assert isinstance(mapped, np.memmap)
+    assert not mapped.flags.writeable
+    assert isinstance(f.take(slice(2, 5)).numpy('stage1'), np.memmap)
 
 
 def test_pandas(body, paths, tmp_path):
     f = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
     t = f.pandas(['stem', 'stage2'])
-    assert isinstance(t, pd.DataFrame) and t.index.tolist() == paths and t.index.name == 'image'
-    assert t.columns.is_unique and t.columns[0] == 'stem_000' and t.columns[f.stages['stem'] + 3] == 'stage2_003'
+    assert isinstance(t, pd.DataFrame)
+    assert t.index.tolist() == paths
+    assert t.index.name == 'image'
+    assert t.columns.is_unique
+    assert t.columns[0] == 'stem_000'
+    assert t.columns[f.stages['stem'] + 3] == 'stage2_003'
     assert np.array_equal(t, f.numpy(['stem', 'stage2']).mean(1))
-    assert f.pandas().shape == (7, sum(f.stages.values())) and f.take([]).pandas('stem').shape == (0, f.stages['stem'])
+    assert f.pandas().shape == (7, sum(f.stages.values()))
+    assert f.take([]).pandas('stem').shape == (0, f.stages['stem'])
 
 
 @pytest.mark.parametrize(
@@ -395,9 +427,9 @@ def test_take(body, paths, tmp_path, rows):
     assert np.array_equal(f.numpy('stage1')[7], f.numpy('stage1')[6])
     f = f.take(slice(7))
     g = f.take(rows)
-    assert (
-        isinstance(g, Features) and g.images == list(np.array(f.images)[np.arange(7)[rows]]) and len(g) == len(g.images)
-    )
+    assert isinstance(g, Features)
+    assert g.images == list(np.array(f.images)[np.arange(7)[rows]])
+    assert len(g) == len(g.images)
     for k in g.stages:
         assert np.array_equal(g.numpy(k), f.numpy(k)[np.arange(7)[rows]])
     assert np.array_equal(g.take(slice(None, None, -1)).numpy('stem'), g.numpy('stem')[::-1])
@@ -411,7 +443,8 @@ def test_rows_follow_the_list(body, paths, tmp_path):
     g = extract_features([paths[i] for i in order], body, 32, folder=tmp_path)
     want = extract_features(paths, body, 32, folder=tmp_path / 'other')
     assert g.numpy('stage4') == pytest.approx(want.numpy('stage4')[order], abs=1e-5)
-    assert np.array_equal(g.numpy('stage4')[1], g.numpy('stage4')[3]) and np.array_equal(f.numpy('stage4'), early)
+    assert np.array_equal(g.numpy('stage4')[1], g.numpy('stage4')[3])
+    assert np.array_equal(f.numpy('stage4'), early)
 
 
 def test_the_description(body, paths, tmp_path):
@@ -433,7 +466,8 @@ def test_the_description(body, paths, tmp_path):
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'made by': features._MADE_BY,
     }
-    assert {**want, 'views': 'mirror'}.items() <= f.about.items() and list(f.stages) == ['stem', 'stage1']
+    assert {**want, 'views': 'mirror'}.items() <= f.about.items()
+    assert list(f.stages) == ['stem', 'stage1']
     assert list(f.stores) == ['stem', 'stage1', 'stem.1', 'stage1.1']
     for (k, n), (i, view) in product(f.stages.items(), enumerate(('none', 'mirror-1'))):
         field = f'{k}.1' if i else k
@@ -451,15 +485,18 @@ def test_the_description(body, paths, tmp_path):
                 'fields': {field: [[1, 1, n], 'float32']},
             }
         )
-        assert d.parent == tmp_path and d.name.startswith(f'test_resnet-48px-{view}-{k}-')
-        lines = [json.loads(l) for l in (d / 'images.jsonl').read_text().splitlines()]
-        assert [l['name'] for l in lines] == [Path(p).name for p in paths] and len({l['key'] for l in lines}) == 7
+        assert d.parent == tmp_path
+        assert d.name.startswith(f'test_resnet-48px-{view}-{k}-')
+        lines = [json.loads(line) for line in (d / 'images.jsonl').read_text().splitlines()]
+        assert [line['name'] for line in lines] == [Path(p).name for p in paths]
+        assert len({line['key'] for line in lines}) == 7
         assert np.array_equal(np.fromfile(d / f'{field}.bin', '<f4').reshape(7, n), f.numpy(k, 'max')[:, i])
 
 
 def test_in_the_cache(body, paths, cache_dir):
     f = extract_features(paths[:1], body, 32)
-    assert all(cache_dir in d.parents for d in folders(f).values())
+    for d in folders(f).values():
+        assert cache_dir in d.parents
 
 
 def test_by_name(paths, tmp_path, monkeypatch):
@@ -472,11 +509,9 @@ def test_by_name(paths, tmp_path, monkeypatch):
 
     monkeypatch.setattr(speed, 'measure_settings', measure)
     f = image_features(paths[:1], 'small_cnn', 'random', folder=tmp_path)
-    assert (
-        asked == [160] == [f.about['size']]
-        and f.about['setting'] == 'fp32, channels last'
-        and f.about['mean'] == list(HALF[0])
-    )
+    assert asked == [160] == [f.about['size']]
+    assert f.about['setting'] == 'fp32, channels last'
+    assert f.about['mean'] == list(HALF[0])
     assert list(f.stages.values()) == [32, 64, 128, 128]
 
 
@@ -507,26 +542,26 @@ def test_images_of_other_modes(body, arrays, tmp_path):
     im = Image.fromarray(arrays[0])
     sources = [im, im.convert('L'), im.convert('RGBA'), im.convert('P'), arrays[0][..., 0]]
     f = extract_features(sources, body, 32, folder=tmp_path)
-    assert np.isfinite(f.numpy()).all() and {len(s) for s in f.stores.values()} == {
-        4
-    }  # colours and an opaque alpha are the same
-    assert np.array_equal(f.numpy()[0], f.numpy()[2]) and not np.array_equal(f.numpy()[0], f.numpy()[1])
+    assert np.isfinite(f.numpy()).all()
+    assert {len(s) for s in f.stores.values()} == {4}  # colours and an opaque alpha are the same
+    assert np.array_equal(f.numpy()[0], f.numpy()[2])
+    assert not np.array_equal(f.numpy()[0], f.numpy()[1])
     assert f.pandas('stem').shape[0] == 5
 
 
 def test_a_table_of_arrays(body, arrays, tmp_path):
     f = extract_features([arrays[0], arrays[0][::-1]], body, 32, folder=tmp_path)
     t = f.pandas('stem')
-    assert (
-        t.index.ndim == 1
-        and [i is s for i, s in zip(t.index, f.images)] == [True] * 2
-        and np.array_equal(t, f.numpy('stem').mean(1))
-    )
-    assert len(t.iloc[1:]) == 1 and t.reset_index(drop=True).index.tolist() == [0, 1]
+    assert t.index.ndim == 1
+    assert [i is s for i, s in zip(t.index, f.images)] == [True] * 2
+    assert np.array_equal(t, f.numpy('stem').mean(1))
+    assert len(t.iloc[1:]) == 1
+    assert t.reset_index(drop=True).index.tolist() == [0, 1]
 
 
 def test_names_of_files(body, paths, tmp_path):
     "What another system would not take; the content is what counts"
+    x_folder = tmp_path / 'x'
     names = [
         'con.png',
         'a:b?*.png',
@@ -539,16 +574,17 @@ def test_names_of_files(body, paths, tmp_path):
         os.fsdecode(b'\xff\xfe.png'),
     ]
     there = []
-    (tmp_path / 'x').mkdir()
+    x_folder.mkdir()
     for i, n in enumerate(names):
         try:
-            shutil.copy(paths[i % 7], tmp_path / 'x' / n)
+            shutil.copy(paths[i % 7], x_folder / n)
         except (OSError, UnicodeError):
             continue
-        there.append((i % 7, str(tmp_path / 'x' / n)))
+        there.append((i % 7, str(x_folder / n)))
     want = extract_features(paths, body, 32, folder=tmp_path / 'plain')
     f = extract_features([p for _, p in there], body, 32, folder=tmp_path / 'strange')
-    assert len(there) > 3 and f.pandas('stem').index.tolist() == [p for _, p in there]
+    assert len(there) > 3
+    assert f.pandas('stem').index.tolist() == [p for _, p in there]
     assert f.numpy() == pytest.approx(want.numpy()[[i for i, _ in there]], abs=1e-5)
 
 
@@ -562,7 +598,8 @@ def test_the_same_request_is_read(body, paths, tmp_path):
         before = contents(a)
         for again in (paths, paths[::-1], paths[2:4]):
             extract_features(again, fresh(), 32, views='mirror', folder=tmp_path, bs=2)
-        assert sum(seen) == 2 * 7 and contents(a) == before
+        assert sum(seen) == 2 * 7
+        assert contents(a) == before
         more = extract_features(
             paths,
             body,
@@ -575,7 +612,8 @@ def test_the_same_request_is_read(body, paths, tmp_path):
             folder=tmp_path,
             bs=2,
         )
-        assert sum(seen) == 2 * 7 and folders(more) == folders(a)
+        assert sum(seen) == 2 * 7
+        assert folders(more) == folders(a)
 
 
 CHANGES = {
@@ -597,7 +635,8 @@ def test_another_setting_is_computed(name, body, paths, tmp_path):
     with counting(body) as seen:
         b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
     shared = name in ('views', 'orbit')  # the first view is the image as it is
-    assert sum(seen) == 7 * (b.views - shared) and contents(a) == kept
+    assert sum(seen) == 7 * (b.views - shared)
+    assert contents(a) == kept
     assert {*folders(a).values()} & {*folders(b).values()} == ({*folders(a).values()} if shared else set())
     if name in ('size', 'fit', 'squish'):
         assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
@@ -632,15 +671,14 @@ def test_a_changed_weight_is_noticed(part, kind, body, paths, tmp_path):
     with counting(body) as seen, asking(body) as asked:
         b = extract_features(paths, body, 32, folder=tmp_path)
     later = list(a.stages)[list(a.stages).index(part) :]
-    assert (
-        sum(seen) == 7
-        and asked == dict.fromkeys(later, 7)
-        and [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
-    )
+    assert sum(seen) == 7
+    assert asked == dict.fromkeys(later, 7)
+    assert [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
     tensor.view(-1)[0] = old
     with counting(body) as seen:
         c = extract_features(paths, body, 32, folder=tmp_path)
-    assert not seen and folders(c) == folders(a)
+    assert not seen
+    assert folders(c) == folders(a)
 
 
 def test_a_changed_weight_of_a_transformer_is_noticed(arrays, tmp_path):
@@ -676,24 +714,26 @@ def test_a_weight_counts_in_whatever_order_stages_are_named(body, paths, tmp_pat
 
 
 def test_a_changed_image_is_noticed(body, arrays, paths, tmp_path):
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(7)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
-    a = extract_features(mine, body, 32, folder=tmp_path / 'f').numpy().copy()
+    a = extract_features(mine, body, 32, folder=f_folder).numpy().copy()
     changed = arrays[4].copy()
     changed[20, 20] ^= 255
     times = os.stat(mine[4])
     Image.fromarray(changed).save(mine[4])
     os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date says nothing
     with counting(body) as seen:
-        b = extract_features(mine, body, 32, folder=tmp_path / 'f')
+        b = extract_features(mine, body, 32, folder=f_folder)
     assert sum(seen) == 1
     same = [np.array_equal(x, y) for x, y in zip(a, b.numpy())]
     assert same == [True] * 4 + [False] + [True] * 2
     shutil.copy(paths[4], mine[4])
     with counting(body) as seen:
-        c = extract_features(mine, body, 32, folder=tmp_path / 'f')
-    assert not seen and np.array_equal(c.numpy(), a)
+        c = extract_features(mine, body, 32, folder=f_folder)
+    assert not seen
+    assert np.array_equal(c.numpy(), a)
 
 
 # ---------------------------------------------------------------- the same bits, whatever else is computed
@@ -718,7 +758,9 @@ def companies(images):
 @pytest.mark.parametrize('setting', SETTINGS)
 @pytest.mark.parametrize('arch, size', [('test_resnet', 64), ('efficientnet_lite0', 64), ('test_vit', 160)])
 def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arrays, tmp_path):
-    "Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full, with other numbers of threads"
+    """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
+    with other numbers of threads
+    """
     body = fresh(setting, arch)
     with threads(1):
         want = extract_features(arrays, body, size, folder=tmp_path / 'all').numpy()
@@ -766,21 +808,24 @@ def test_an_image_has_the_same_maps_in_any_company(setting, arrays, tmp_path):
 
 def test_predictions_from_stored_features_in_any_company():
     torch.manual_seed(0)
-    head, x = create_head('dense', 1280, 3).eval(), torch.randn(300, 1280)
+    head = create_head('dense', 1280, 3).eval()
+    x = torch.randn(300, 1280)
     with threads(1):
         want = map_rows(head, x)
     for n, rows in ((2, [0]), (4, [299, 1]), (2, list(range(299, -1, -1))), (3, list(range(7, 200)))):
         with threads(n):
-            assert torch.equal(map_rows(head, x[rows]), want[rows]) and torch.get_num_threads() == n
+            assert torch.equal(map_rows(head, x[rows]), want[rows])
+            assert torch.get_num_threads() == n
     assert map_rows(head, x[:0]).shape == (0, 3)
 
 
 def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
     "And whatever was computed before"
-    want = contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f'))
-    shutil.rmtree(tmp_path / 'f')
+    f_folder = tmp_path / 'f'
+    want = contents(extract_features(paths, fresh(), 32, folder=f_folder))
+    shutil.rmtree(f_folder)
     with threads(4):
-        assert contents(extract_features(paths, fresh(), 32, folder=tmp_path / 'f')) == want
+        assert contents(extract_features(paths, fresh(), 32, folder=f_folder)) == want
     extract_features(paths[3:5], fresh(), 32, folder=tmp_path / 'g')
     g, f = (extract_features(paths, fresh(), 32, folder=tmp_path / d) for d in 'gf')
     assert np.array_equal(g.numpy(), f.numpy())
@@ -791,10 +836,12 @@ def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
 
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
     "Between hashing and reading: its features are not those of the image that was there"
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(3)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
-    keys, was = content.content_keys, mine[1].read_bytes()
+    keys = content.content_keys
+    was = mine[1].read_bytes()
 
     def hashed(sources):
         out = keys(sources)
@@ -803,13 +850,13 @@ def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monke
 
     with monkeypatch.context() as m:
         m.setattr(content, 'content_keys', hashed)
-        with pytest.raises(ValueError, match='1.png changed'):
-            extract_features(mine, body, 32, folder=tmp_path / 'f')
+        with pytest.raises(ValueError, match=r'1.png changed'):
+            extract_features(mine, body, 32, folder=f_folder)
     want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
-    assert np.array_equal(extract_features(mine, body, 32, folder=tmp_path / 'f').numpy(), want)
+    assert np.array_equal(extract_features(mine, body, 32, folder=f_folder).numpy(), want)
     mine[1].write_bytes(was)
     assert np.array_equal(
-        extract_features(mine, body, 32, folder=tmp_path / 'f').numpy()[1],
+        extract_features(mine, body, 32, folder=f_folder).numpy()[1],
         extract_features(paths, body, 32, folder=tmp_path / 'g').numpy()[1],
     )
 
@@ -821,11 +868,14 @@ def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monke
 )
 def test_numbers_that_were_changed(harm, body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
-    want, file = f.numpy().copy(), f.stores['stage2'].file('stage2')
+    want = f.numpy().copy()
+    file = f.stores['stage2'].file('stage2')
     file.write_bytes(harm(file.read_bytes()))
     with counting(body) as seen, asking(body) as asked, pytest.warns(UserWarning, match='damaged rows in .*stage2'):
         g = extract_features(paths, body, 32, folder=tmp_path)
-    assert np.array_equal(g.numpy(), want) and set(asked) == {'stage2'} and 0 < sum(seen) <= 7
+    assert np.array_equal(g.numpy(), want)
+    assert set(asked) == {'stage2'}
+    assert 0 < sum(seen) <= 7
 
 
 @pytest.mark.parametrize('setting', SETTINGS)
@@ -835,9 +885,11 @@ def test_features_that_are_no_numbers_name_the_weights(value, setting, paths, tm
     body = fresh(setting)
     with torch.no_grad():
         next(body.stages.stage3.parameters()).view(-1)[0] = value
-    with pytest.raises(ValueError, match="'test_resnet' at stage3.*its weights hold NaN") as e:
+    with pytest.raises(ValueError, match=r"'test_resnet' at stage3.*its weights hold NaN") as e:
         extract_features(paths, body, 32, folder=tmp_path)
-    assert 'leave' not in str(e.value) and not any(p.stat().st_size for p in tmp_path.glob('*/*.bin'))
+    assert 'leave' not in str(e.value)
+    for p in tmp_path.glob('*/*.bin'):
+        assert not p.stat().st_size
 
 
 def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
@@ -846,7 +898,7 @@ def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
         for m in body.stages.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.weight.fill_(1e30)
-    with pytest.raises(ValueError, match="numbers overflow.*setting='plain'"):
+    with pytest.raises(ValueError, match=r"numbers overflow.*setting='plain'"):
         extract_features(paths, body, 32, folder=tmp_path)
 
 
@@ -855,16 +907,17 @@ def test_classifiers_do_not_blame_images(body, paths, tmp_path):
     x = f.numpy('stage1').copy()
     x[4] = np.nan
     f.numpy = lambda *a: x
-    with pytest.raises(ValueError, match="1 of 7 images.*row 4.*weights of 'test_resnet' or the cache") as e:
+    with pytest.raises(ValueError, match=r"1 of 7 images.*row 4.*weights of 'test_resnet' or the cache") as e:
         FeatureClassifier().fit(f, list('abababa'))
-    assert str(tmp_path) in str(e.value) and 'leave' not in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    assert 'leave' not in str(e.value)
 
 
 def test_probabilities_that_are_no_numbers(stages, arrays):
     head = create_head('linear', 96, 3)
     with torch.no_grad():
         head[-1].weight[0, 0] = np.nan
-    with pytest.raises(ValueError, match='not at fault.*weights are damaged') as e:
+    with pytest.raises(ValueError, match=r'not at fault.*weights are damaged'):
         view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
@@ -890,13 +943,12 @@ def test_more_stages(first, body, paths, tmp_path, whole):
     before = times(a)
     with counting(body) as seen, asking(body) as asked:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 7 and asked == {k: 4 * 7 for k in ALL if k not in first}
-    assert (
-        list(f.stages) == ALL
-        and contents(f) == whole
-        and times(a) == before
-        and {*folders(a).items()} <= {*folders(f).items()}
-    )
+    assert sum(seen) == 4 * 7
+    assert asked == {k: 4 * 7 for k in ALL if k not in first}
+    assert list(f.stages) == ALL
+    assert contents(f) == whole
+    assert times(a) == before
+    assert {*folders(a).items()} <= {*folders(f).items()}
     with counting(body) as seen:
         extract_features(paths, body, folder=tmp_path, **HOW)
     assert not seen
@@ -908,10 +960,11 @@ def test_fewer_stages(fewer, body, paths, tmp_path, whole):
     before = times(f)
     with counting(body) as seen:
         g = extract_features(paths[::-1], body, stages=fewer, folder=tmp_path, **HOW)
-    assert not seen and times(f) == before and list(g.stages) == [k for k in ALL if k in fewer]
-    assert contents(g) == part(whole, g.stages) and np.array_equal(
-        g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages))
-    )
+    assert not seen
+    assert times(f) == before
+    assert list(g.stages) == [k for k in ALL if k in fewer]
+    assert contents(g) == part(whole, g.stages)
+    assert np.array_equal(g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages)))
 
 
 def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
@@ -921,9 +974,9 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
     with counting(body) as seen:
         f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
-    assert (
-        sum(seen) == 4 * 7 and sum(further) <= 1 and contents(f) == part(whole, f.stages)
-    )  # the one is that which tells the widths
+    assert sum(seen) == 4 * 7
+    assert sum(further) <= 1
+    assert contents(f) == part(whole, f.stages)  # the one is that which tells the widths
 
 
 def test_more_views_afterwards(body, paths, tmp_path):
@@ -935,20 +988,20 @@ def test_more_views_afterwards(body, paths, tmp_path):
         f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
     with counting(body) as all_of_it:
         g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
-    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2) and folders(straight).items() <= folders(
-        f
-    ).items()
-    assert (
-        np.array_equal(f.numpy()[:, :1], straight.numpy())
-        and f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5)
-        and g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
-    )
+    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2)
+    assert folders(straight).items() <= folders(f).items()
+    assert np.array_equal(f.numpy()[:, :1], straight.numpy())
+    assert f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5)
+    assert g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
     with counting(body) as seen:
         one = extract_features(paths, body, 32, folder=tmp_path)
-    assert not seen and np.array_equal(one.numpy(), g.numpy()[:, :1]) and isinstance(one.numpy('stage1'), np.memmap)
+    assert not seen
+    assert np.array_equal(one.numpy(), g.numpy()[:, :1])
+    assert isinstance(one.numpy('stage1'), np.memmap)
     with counting(body) as seen:
         m = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
-    assert sum(seen) == 7 and np.array_equal(m.numpy()[:, 0], g.numpy()[:, 0])
+    assert sum(seen) == 7
+    assert np.array_equal(m.numpy()[:, 0], g.numpy()[:, 0])
 
 
 @pytest.mark.parametrize('views', VIEWS)
@@ -964,19 +1017,23 @@ def test_a_stage_that_is_behind(body, paths, tmp_path, whole):
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
     with asking(body) as asked, counting(body) as seen:
         f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 3 and asked == {'stage2': 4 * 3} and contents(f) == part(whole, f.stages)
+    assert sum(seen) == 4 * 3
+    assert asked == {'stage2': 4 * 3}
+    assert contents(f) == part(whole, f.stages)
     with asking(body) as asked:
         g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
     with counting(body) as seen:
         h = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage3': 4 * 5} and sum(seen) == 4 * 7  # stage1 lacks them all
-    assert contents(f) == part(contents(h), f.stages) and {len(s) for s in h.stores.values()} == {7}
-    assert h.rows['stage3'].tolist() == [5, 6, 0, 1, 2, 3, 4] and np.array_equal(h.numpy('stage3')[2:], g.numpy())
+    assert asked == {'stage3': 4 * 5}
+    assert sum(seen) == 4 * 7  # stage1 lacks them all
+    assert contents(f) == part(contents(h), f.stages)
+    assert {len(s) for s in h.stores.values()} == {7}
+    assert h.rows['stage3'].tolist() == [5, 6, 0, 1, 2, 3, 4]
+    assert np.array_equal(h.numpy('stage3')[2:], g.numpy())
     want = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
     for k in ALL:
-        assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5) and h.take([6, 0]).numpy(k) == pytest.approx(
-            want.numpy(k)[[6, 0]], abs=1e-5
-        )
+        assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
+        assert h.take([6, 0]).numpy(k) == pytest.approx(want.numpy(k)[[6, 0]], abs=1e-5)
 
 
 def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
@@ -984,7 +1041,9 @@ def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
     wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
     with asking(body) as asked, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
-    assert asked == dict.fromkeys(ALL, 4 * 7) and all(contents(f) == part(whole, f.stages) for f in done)
+    assert asked == dict.fromkeys(ALL, 4 * 7)
+    for f in done:
+        assert contents(f) == part(whole, f.stages)
 
 
 def test_two_processes_with_stages_in_common(body, paths, tmp_path, whole):
@@ -996,7 +1055,8 @@ def test_two_processes_with_stages_in_common(body, paths, tmp_path, whole):
     ] == [0, 0]
     with asking(body) as asked:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage2': 4 * 7} and contents(f) == whole
+    assert asked == {'stage2': 4 * 7}
+    assert contents(f) == whole
 
 
 # ---------------------------------------------------------------- interruptions
@@ -1017,7 +1077,8 @@ def test_interrupted(at, body, paths, tmp_path, whole):
         extract_features(paths, body, folder=tmp_path, **HOW)
     with counting(body) as seen:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * (7 - at // 4 * 2) and contents(f) == whole
+    assert sum(seen) == 4 * (7 - at // 4 * 2)
+    assert contents(f) == whole
 
 
 def test_killed(body, paths, tmp_path, whole):
@@ -1034,7 +1095,8 @@ def test_killed(body, paths, tmp_path, whole):
     assert ended(forked(work)) == -signal.SIGKILL
     with counting(body) as seen:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 5 and contents(f) == whole
+    assert sum(seen) == 4 * 5
+    assert contents(f) == whole
 
 
 def peak(f):
@@ -1052,8 +1114,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     stages = Stages(
         OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900)))
     )
-    stages.spec, rng = find_backbone('small_cnn'), np.random.default_rng(0)  # wide, and quick
-    body, many = Body(stages), [tmp_path / f'{i}.ppm' for i in range(800)]
+    stages.spec = find_backbone('small_cnn')
+    rng = np.random.default_rng(0)  # wide, and quick
+    body = Body(stages)
+    many = [tmp_path / f'{i}.ppm' for i in range(800)]
     for p in many:
         p.write_bytes(b'P6 24 24 255\n' + rng.integers(0, 256, 24 * 24 * 3, dtype=np.uint8).tobytes())
 
@@ -1063,10 +1127,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     few, _ = peak(lambda: get(many[:300]))
     more, f = peak(lambda: get(many))
     held, _ = peak(lambda: f.numpy().copy())
-    assert (
-        sum(p.stat().st_size for d in folders(f).values() for p in d.iterdir()) > 44e6
-        and more - few < 10 < 16 < held - more
-    )
+    assert sum(p.stat().st_size for d in folders(f).values() for p in d.iterdir()) > 44e6
+    assert more - few < 10 < 16 < held - more
 
 
 @pytest.mark.parametrize('harm', ['stem.bin', 'stage3.bin', 'images.jsonl'])
@@ -1089,7 +1151,10 @@ def test_torn(harm, n, body, paths, tmp_path, whole):
 def test_two_at_the_same_time(body, paths, tmp_path, whole):
     with counting(body) as seen, ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: extract_features(paths, body, folder=tmp_path, **HOW), range(3)))
-    assert sum(seen) == 4 * 7 and all(contents(f) == whole and np.array_equal(f.numpy(), done[0].numpy()) for f in done)
+    assert sum(seen) == 4 * 7
+    for f in done:
+        assert contents(f) == whole
+        assert np.array_equal(f.numpy(), done[0].numpy())
 
 
 # ---------------------------------------------------------------- images that cannot be read
@@ -1102,33 +1167,37 @@ def harmed(data, how):
 @pytest.mark.parametrize('how', ['empty', 'text', 'cut'])
 def test_a_corrupt_image(how, body, paths, tmp_path, whole):
     "Named; what came before is kept; it goes on when the image is repaired, or without it"
+    f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(7)]
     for p, q in zip(paths, mine):
         shutil.copy(p, q)
     mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
     with counting(body) as seen, pytest.raises(ValueError) as e:
-        extract_features(mine, body, folder=tmp_path / 'f', **HOW)
-    assert (
-        str(mine[5]) in str(e.value) and 'cannot be read' in str(e.value) and sum(seen) in (4 * 4, 4 * 5)
-    )  # the batch after it may be under way
+        extract_features(mine, body, folder=f_folder, **HOW)
+    assert str(mine[5]) in str(e.value)
+    assert 'cannot be read' in str(e.value)
+    assert sum(seen) in (4 * 4, 4 * 5)  # the batch after it may be under way
     with counting(body) as seen:
-        kept = extract_features(mine[:4], body, folder=tmp_path / 'f', **HOW)
+        kept = extract_features(mine[:4], body, folder=f_folder, **HOW)
     assert not seen
-    shutil.copytree(tmp_path / 'f', tmp_path / 'g')
+    shutil.copytree(f_folder, tmp_path / 'g')
     with counting(body) as seen:
         without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path / 'g', **HOW)
-    assert sum(seen) == 4 * 2 and len(without) == 6 and np.array_equal(without.numpy()[:4], kept.numpy())
+    assert sum(seen) == 4 * 2
+    assert len(without) == 6
+    assert np.array_equal(without.numpy()[:4], kept.numpy())
     shutil.copy(paths[5], mine[5])
     with counting(body) as seen:
-        f = extract_features(mine, body, folder=tmp_path / 'f', **HOW)
-    assert sum(seen) == 4 * 3 and contents(f) == whole
+        f = extract_features(mine, body, folder=f_folder, **HOW)
+    assert sum(seen) == 4 * 3
+    assert contents(f) == whole
 
 
 @pytest.mark.parametrize('what', ['nothing', 'a folder'])
 def test_a_file_that_is_not_there(what, body, paths, tmp_path):
     if what == 'a folder':
         (tmp_path / 'gone.png').mkdir()
-    with pytest.raises(ValueError, match='gone.png'):
+    with pytest.raises(ValueError, match=r'gone.png'):
         extract_features([*paths, tmp_path / 'gone.png'], body, 32, folder=tmp_path)
 
 
@@ -1143,21 +1212,24 @@ def test_corrupt_bytes_are_not_printed(body, tmp_path):
 
 def test_unknown_names(body, paths, tmp_path):
     "Refused before anything is computed or written"
+    x_folder = tmp_path / 'x'
     f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
     calls = {
-        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=tmp_path / 'x'),
-        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=tmp_path / 'x'),
-        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=tmp_path / 'x'),
+        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=x_folder),
+        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=x_folder),
+        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=x_folder),
         'neck': lambda: f.numpy('neck'),
         'max': lambda: f.numpy('stem', 'max'),
         'std': lambda: f.pandas('stem', 'std'),
-        'no images': lambda: extract_features([], body, 32, folder=tmp_path / 'x'),
+        'no images': lambda: extract_features([], body, 32, folder=x_folder),
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():
         with counting(body) as seen, pytest.raises(ValueError) as e:
             call()
-        assert word in str(e.value) and not seen and not (tmp_path / 'x').exists(), word
+        assert word in str(e.value), word
+        assert not seen, word
+        assert not x_folder.exists(), word
     for word, known in (('stage9', 'stage4'), ('min', 'max'), ('half_turns', 'quarter_turns'), ('max', 'mean')):
         with pytest.raises(ValueError) as e:
             calls[word]()
@@ -1168,7 +1240,8 @@ def test_unknown_names(body, paths, tmp_path):
 def test_unknown_reader_or_fit(wrong, body, paths, tmp_path):
     with pytest.raises(ValueError) as e:
         extract_features(paths, body, 32, folder=tmp_path / 'x', **wrong)
-    assert next(iter(wrong.values())) in str(e.value) and 'repair' not in str(e.value)
+    assert next(iter(wrong.values())) in str(e.value)
+    assert 'repair' not in str(e.value)
 
 
 @pytest.mark.parametrize('wrong', [dict(stages=[]), dict(pools=()), dict(size=0), dict(pools='max')], ids=str)
@@ -1186,7 +1259,9 @@ def test_not_enough_room(body, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage(p)._replace(free=1000))
     with counting(body) as seen, pytest.raises(ValueError) as e:
         extract_features(paths, body, folder=tmp_path, **HOW)
-    assert '7 images' in str(e.value) and 'DR_TRANSFER_CACHE' in str(e.value) and not seen
+    assert '7 images' in str(e.value)
+    assert 'DR_TRANSFER_CACHE' in str(e.value)
+    assert not seen
     monkeypatch.undo()
     assert len(extract_features(paths, body, folder=tmp_path, **HOW)) == 7
 
@@ -1200,7 +1275,8 @@ def test_a_cache_that_is_no_folder(body, paths, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the parts
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+MEAN = (0.5, 0.4, 0.3)
+STD = (0.2, 0.3, 0.4)
 
 
 def read(source):
@@ -1226,8 +1302,10 @@ def test_view_probs(stages, arrays, views, bs):
     model = nn.Sequential(Body(stages), create_head('linear', 96, 3)).train()
     p = view_probs(model, arrays, read, MEAN, STD, views, bs)
     assert not model.training
-    assert p.shape == (7, 3) and p.dtype == np.float32
-    assert p.sum(1) == pytest.approx(np.ones(7), abs=1e-5) and np.ptp(p, 0).max() > 1e-4
+    assert p.shape == (7, 3)
+    assert p.dtype == np.float32
+    assert p.sum(1) == pytest.approx(np.ones(7), abs=1e-5)
+    assert np.ptp(p, 0).max() > 1e-4
     assert p == pytest.approx(probs_by_hand(model, arrays, views), abs=1e-5)
 
 
@@ -1238,13 +1316,15 @@ def test_no_images(stages):
 def test_pooled_is_what_the_maps_say(stages):
     x = torch.randn(3, 3, 50, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got, maps = Body(stages).pooled(x, ['stage1', 'stage4'], ('max', 'mean')), stages.maps(x)
+        got = Body(stages).pooled(x, ['stage1', 'stage4'], ('max', 'mean'))
+        maps = stages.maps(x)
         bf16 = Body(stages, SETTINGS['bf16']).pooled(x, ['stage4'])
-    assert list(got) == ['stage1', 'stage4'] and set(POOLS) == {'mean', 'max'} and bf16['stage4'].dtype == torch.float32
+    assert list(got) == ['stage1', 'stage4']
+    assert set(POOLS) == {'mean', 'max'}
+    assert bf16['stage4'].dtype == torch.float32
     for k, m in (('stage1', maps[1]), ('stage4', maps[4])):
-        assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0]) and torch.allclose(
-            got[k][:, 1], m.flatten(2).mean(2), atol=1e-5
-        )
+        assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0])
+        assert torch.allclose(got[k][:, 1], m.flatten(2).mean(2), atol=1e-5)
     Body(stages, SETTINGS['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
 
 
@@ -1283,29 +1363,33 @@ def test_heads(name, widths, dropout):
     torch.manual_seed(0)
     head = create_head(name, 6, 4)
     linear, drops = ([m for m in head if isinstance(m, t)] for t in (nn.Linear, nn.Dropout))
-    assert [(m.in_features, m.out_features) for m in linear] == list(zip(widths, widths[1:])) and {
-        m.p for m in drops
-    } == {dropout}
-    assert len([m for m in head if isinstance(m, nn.ReLU)]) == len(linear) - 1 and isinstance(head[-1], nn.Linear)
+    assert [(m.in_features, m.out_features) for m in linear] == list(pairwise(widths))
+    assert {m.p for m in drops} == {dropout}
+    assert len([m for m in head if isinstance(m, nn.ReLU)]) == len(linear) - 1
+    assert isinstance(head[-1], nn.Linear)
     assert head.about == (HEADS[name] if isinstance(name, str) else name)
     for m in linear[:-1]:
         if m.weight.numel() > 1000:
             assert m.weight.std().item() == pytest.approx((2 / m.in_features) ** 0.5, rel=0.1)  # He et al. 2015
     x = torch.randn(8, 6, 1, 1)
     head(x).sum().backward()
-    assert head(x).shape == (8, 4) and all(p.grad is not None for p in head.parameters())
+    assert head(x).shape == (8, 4)
+    for p in head.parameters():
+        assert p.grad is not None
 
 
 def test_a_head_that_sees_every_place():
     head = create_head(Head(flatten=True), 3 * 2 * 2, 5).eval()
     x = torch.randn(2, 3, 2, 2)
     with torch.no_grad():
-        a, b = head(x), head(x.flip(3))
-    assert a.shape == (2, 5) and not torch.allclose(a, b, atol=1e-3)
+        a = head(x)
+        b = head(x.flip(3))
+    assert a.shape == (2, 5)
+    assert not torch.allclose(a, b, atol=1e-3)
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="unknown head 'lineal'.*linear"):
+    with pytest.raises(ValueError, match=r"unknown head 'lineal'.*linear"):
         create_head('lineal', 6, 4)
 
 
@@ -1316,11 +1400,13 @@ def test_a_body_in_each_setting(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want = stages(x)
-        body, kinds = Body(stages, SETTINGS[name]), []
+        body = Body(stages, SETTINGS[name])
+        kinds = []
         hook = stages[-1].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
         out = body(x)
         hook.remove()
-    assert out.dtype == torch.float32 and kinds == [torch.bfloat16 if name == 'bf16' else torch.float32]
+    assert out.dtype == torch.float32
+    assert kinds == [torch.bfloat16 if name == 'bf16' else torch.float32]
     if name == 'plain':
         assert torch.equal(out, want)
     assert (out - want).norm() < (0.05 if name == 'bf16' else 1e-4) * want.norm()
@@ -1333,7 +1419,9 @@ def test_a_body_in_each_setting(name):
 def test_training_has_a_setting_of_its_own():
     torch.manual_seed(0)
     stages = create_body('test_resnet', 'random')
-    x, bf16, plain = torch.randn(2, 3, 64, 64), SETTINGS['bf16'], SETTINGS['plain']
+    x = torch.randn(2, 3, 64, 64)
+    bf16 = SETTINGS['bf16']
+    plain = SETTINGS['plain']
     body = Body(stages, bf16, plain)
     assert body.setting(x) == plain  # gradients are needed
     with torch.no_grad():
@@ -1354,4 +1442,6 @@ def test_other_versions_compute_anew(body, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(features, '_MADE_BY', features._MADE_BY + '.1')
     with counting(body) as seen:
         b = extract_features(paths, body, 32, folder=tmp_path)
-    assert sum(seen) == 7 and not {*folders(a).values()} & {*folders(b).values()} and 'torch' in a.about['made by']
+    assert sum(seen) == 7
+    assert not {*folders(a).values()} & {*folders(b).values()}
+    assert 'torch' in a.about['made by']

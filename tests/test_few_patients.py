@@ -1,4 +1,6 @@
-"Few patients: they and not their images decide on an operating point, and one alone gives no interval; what a report and `train` say of it"
+"""Few patients: they and not their images decide on an operating point, and one alone gives no interval;
+what a report and `train` say of it
+"""
 
 import json
 import re
@@ -64,7 +66,8 @@ def arrays(t):
 
 @pytest.mark.parametrize('wanted, side', [('sensitivity', 'positive'), ('specificity', 'negative')])
 def test_patients_are_counted_and_not_their_images(wanted, side):
-    few, many = table(20, 10), table(60, 2)
+    few = table(20, 10)
+    many = table(60, 2)
     words = rf'100 {side} validation images of 10 groups \(patients\).*fewer than 30 groups.*Add patients'
     with pytest.raises(OperatingPointError, match=words):
         choose_operating_point(*arrays(few), **{wanted: 0.9}, groups=few.group)
@@ -89,24 +92,30 @@ def test_29_and_30_patients():
 def test_an_image_without_a_group_counts_as_its_own_and_one_patient_may_count_on_both_sides():
     y = np.array([1, 0, 1, 1, 0, 0])
     groups = ['a', 'a', 'a', None, None, float('nan')]
-    assert side_groups(y == 1, groups) == 2 and side_groups(y == 0, groups) == 3
-    assert side_groups(y == 1) is None and side_groups(y == 1, [None] * 6) is None
+    assert side_groups(y == 1, groups) == 2
+    assert side_groups(y == 0, groups) == 3
+    assert side_groups(y == 1) is None
+    assert side_groups(y == 1, [None] * 6) is None
     assert side_groups(y == 1, ['1', 1, 1.0, '01', 2, 2]) == 1
     with pytest.raises(ValueError, match='5 groups for 6 images'):
         side_groups(y == 1, groups[:5])
 
 
 def test_no_group_known_is_said_as_images():
-    with pytest.raises(OperatingPointError, match='^12 positive validation images: .* fewer than 30. Add images'):
+    with pytest.raises(OperatingPointError, match=r'^12 positive validation images: .* fewer than 30. Add images'):
         choose_operating_point([1] * 12 + [0] * 99, np.arange(111.0), sensitivity=0.9, groups=[None] * 111)
 
 
 def test_a_decision_takes_the_groups_of_its_table_and_keeps_their_number():
     few = table(20, 10)
     d = choose_decision(few, TWO, sensitivity=0.9)
-    assert d.operating is None and 'of 10 groups (patients)' in d.refused[0] and d.point_words == ''
+    assert d.operating is None
+    assert 'of 10 groups (patients)' in d.refused[0]
+    assert d.point_words == ''
     d = choose_decision(few.drop(columns='group'), TWO, sensitivity=0.9)
-    assert d.operating is not None and d.positive_groups is None and 'not as patients' in d.point_words
+    assert d.operating is not None
+    assert d.positive_groups is None
+    assert 'not as patients' in d.point_words
     d = choose_decision(table(100, 4, positive=0.4), TWO, specificity=0.8)
     assert (d.operating.positives, d.operating.negatives, d.positive_groups, d.negative_groups) == (160, 240, 40, 60)
     assert '160 positive and 240 other validation images, of 40 and 60 groups (patients)' in d.point_words
@@ -117,13 +126,15 @@ def test_folds_decide_by_patients():
     t = table(60, 4).assign(fold=lambda t: t.group.str[1:].astype(int) % 3)
     out, decision = decide_across(t, TWO, sensitivity=0.9)
     assert 'decision' not in out, 'two of three folds have 20 positive patients, in 80 images'
-    assert decision.operating is not None and decision.positive_groups == 30
+    assert decision.operating is not None
+    assert decision.positive_groups == 30
 
 
 def test_what_0_1_0_wrote_is_read_and_what_it_can_read_is_written():
     d = choose_decision(table(100, 2), TWO, sensitivity=0.9)
     old = {k: v for k, v in d.to_dict().items() if k not in ('positive_groups', 'negative_groups')}
-    assert Decision.from_dict(old).operating == d.operating and Decision.from_dict(old).to_dict() == old
+    assert Decision.from_dict(old).operating == d.operating
+    assert Decision.from_dict(old).to_dict() == old
     assert set(d.to_dict()['operating']) == {
         'threshold',
         'wanted',
@@ -144,11 +155,14 @@ def test_what_0_1_0_wrote_is_read_and_what_it_can_read_is_written():
 )
 def test_one_group_has_no_interval(values, groups):
     r = bootstrap(np.mean, values, groups=groups, n=20).loc['value']
-    assert r.value == np.mean(values) and np.isnan([r.low, r.high]).all()
+    assert r.value == np.mean(values)
+    assert np.isnan([r.low, r.high]).all()
     value, low, high = share_interval(values, groups, n=20)
-    assert value == np.mean(values) and np.isnan([low, high]).all()
+    assert value == np.mean(values)
+    assert np.isnan([low, high]).all()
     d = paired_difference(accuracy, values, values, [0] * len(values), groups=groups, n=20).loc['value']
-    assert d.value == np.mean(values) and np.isnan([d.low, d.high]).all()
+    assert d.value == np.mean(values)
+    assert np.isnan([d.low, d.high]).all()
     assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have one'
 
 
@@ -158,7 +172,8 @@ def test_a_class_of_one_patient_has_no_interval():
         t.assign(decision=np.where(t.p_referable > 0.5, 'referable', 'not referable')), TWO, prevalence=0.1, n=200
     )
     for k in ('sensitivity', 'auc', *(k for k in m.index if 'predictive' in k)):
-        assert np.isnan(m.loc[k, 'low']) and not np.isnan(m.loc[k, 'value']), k
+        assert np.isnan(m.loc[k, 'low']), k
+        assert not np.isnan(m.loc[k, 'value']), k
     assert m.loc[['specificity', 'accuracy'], 'low'].notna().all()
     assert any(
         n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) decide on it')
@@ -167,32 +182,35 @@ def test_a_class_of_one_patient_has_no_interval():
     y, score = arrays(t)
     assert paired_difference(auc, y, score, score**2, groups=t.group, n=200).low.isna().all()
     band = roc_band(question(t, TWO), t.group, n=50)
-    assert band.low.isna().all() and band.found.notna().all()
+    assert band.low.isna().all()
+    assert band.found.notna().all()
     assert plot_roc(question(t, TWO), None, t.group, n=20).axes[0].get_legend() is None
     assert np.isnan(operating_table(y, y == 1, t.group, n=20).loc['sensitivity', 'low'])
 
 
 def test_the_note_says_why_there_is_none():
     t = table(1, 6, positive=1)
-    assert 'all images are of one group (patient)' in interval_note(t) and 'there is one image' in interval_note(
-        t[:1].drop(columns='group')
-    )
+    assert 'all images are of one group (patient)' in interval_note(t)
+    assert 'there is one image' in interval_note(t[:1].drop(columns='group'))
     m = measure_table(t, TWO, n=20)
-    assert m.low.isna().all() and len(m.attrs['notes']) == 1
+    assert m.low.isna().all()
+    assert len(m.attrs['notes']) == 1
     assert interval_note(table(6, 2)) == '95 % intervals over 6 groups (patients)'
 
 
 def test_tables_and_figures_of_others_cope_without_an_interval():
-    a, b = table(1, 8, positive=1), table(1, 8, 1, positive=1)
+    a = table(1, 8, positive=1)
+    b = table(1, 8, 1, positive=1)
     a.loc[:3, 'target'] = b.loc[:3, 'target'] = 'no'
     assert compare_tables(a, b, TWO, n=20)[['low', 'high']].isna().all(axis=None)
     c = Comparison({'one': a, 'two': b}, TWO).table(20)
-    assert (
-        c[['low', 'high', 'difference_low']].isna().all(axis=None) and c.value.notna().any() and plot_comparison(c).axes
-    )
+    assert c[['low', 'high', 'difference_low']].isna().all(axis=None)
+    assert c.value.notna().any()
+    assert plot_comparison(c).axes
     assert 'nan' not in c.xs('auc', level='measure').round(3).to_string(na_rep='')
     froc = froc_table(pd.DataFrame({'target': ['node', 'lung'], 'p_node': [0.9, 0.2], 'group': 'p1'}), n=20)
-    assert froc.low.isna().all() and froc.value.notna().all()
+    assert froc.low.isna().all()
+    assert froc.value.notna().all()
     gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
     assert plot_neighbours({'net': gone}).axes
     names = (
@@ -228,27 +246,23 @@ def test_the_report_of_one_patient_shows_no_certainty():
     t.loc[:19, 'target'] = 'no'
     text = page(t)
     shown = re.sub('base64,[^"]*', '', text)
-    assert (
-        'no interval: too few' in shown
-        and 'open: too few for an interval' in shown
-        and 'all images are of one group (patient)' in shown
-    )
-    assert (
-        'nan' not in re.sub('<[^>]*>', ' ', shown).lower().split()
-        and '[nan' not in shown
-        and not re.search(r'(\d\.\d{3}) \[\1, \1\]', shown)
-    )
+    assert 'no interval: too few' in shown
+    assert 'open: too few for an interval' in shown
+    assert 'all images are of one group (patient)' in shown
+    assert 'nan' not in re.sub('<[^>]*>', ' ', shown).lower().split()
+    assert '[nan' not in shown
+    assert not re.search(r'(\d\.\d{3}) \[\1, \1\]', shown)
     s = subgroup_table(t, TWO, ['data_camera'], n=20)
-    assert s[('auc', 'low')].isna().all() and s[('auc', 'value')].notna().all()
+    assert s[('auc', 'low')].isna().all()
+    assert s[('auc', 'value')].notna().all()
 
 
 def test_an_endpoint_without_an_interval_is_open():
     m = pd.DataFrame(
         {'value': [1.0, 0.5], 'low': np.nan, 'high': np.nan, 'images': 3}, index=['sensitivity', 'specificity']
     )
-    assert endpoint_table(m)['result'].tolist() == ['open: too few for an interval'] * 2 and endpoint_table(
-        m
-    ).measured.tolist() == ['100.0%', '50.0%']
+    assert endpoint_table(m)['result'].tolist() == ['open: too few for an interval'] * 2
+    assert endpoint_table(m).measured.tolist() == ['100.0%', '50.0%']
 
 
 EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if one eye is')
@@ -261,10 +275,10 @@ def test_only_a_report_of_fundus_images_speaks_of_eyes(reader, eyes):
     text = page(table(60, 2), reader)
     for words in EYES:
         assert (words in text) == eyes, words
-    assert (
-        'This holds for images like these 120' in text and ('It says nothing of images from elsewhere' in text) != eyes
-    )
-    assert 'Operating point: positive from' in text and 'of 40 and 40 groups (patients)' in text
+    assert 'This holds for images like these 120' in text
+    assert ('It says nothing of images from elsewhere' in text) != eyes
+    assert 'Operating point: positive from' in text
+    assert 'of 40 and 40 groups (patients)' in text
 
 
 def test_the_reader_reaches_the_report(tmp_path):
@@ -273,19 +287,18 @@ def test_the_reader_reaches_the_report(tmp_path):
     t = table(4, 1).assign(image=lambda t: [str(tmp_path / i) for i in t.image])
     for i in t.image:
         Image.new('RGB', (32, 32), (90, 60, 30)).save(i)
-    assert (
-        describe_images(t, TWO, {'arch': 'net'}, 'fundus').fundus
-        and not describe_images(t, TWO, {'arch': 'net'}, 'photo').fundus
-    )
+    assert describe_images(t, TWO, {'arch': 'net'}, 'fundus').fundus
+    assert not describe_images(t, TWO, {'arch': 'net'}, 'photo').fundus
 
 
 def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
     assert (
-        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
-        and text.count('60 groups<') == 1
+        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>'
+        in text
     )
+    assert text.count('60 groups<') == 1
     assert 'taken for the patients' not in page(table(60, 2))
 
 
@@ -299,18 +312,15 @@ def test_subgroups_show_how_many_images_they_have():
 # ---------------------------------------------------------------- what training prints
 
 
+EPOCHS = 'the lines of the epochs are of one view and of the likeliest class'
+
+
 @pytest.mark.parametrize(
     'views, words',
     [
         ('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'),
-        (
-            'quarter_turns',
-            'predictions averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class',
-        ),
-        (
-            'mirror',
-            'predictions averaged over 2 views of each image; the lines of the epochs are of one view and of the likeliest class',
-        ),
+        ('quarter_turns', f'predictions averaged over 4 views of each image; {EPOCHS}'),
+        ('mirror', f'predictions averaged over 2 views of each image; {EPOCHS}'),
     ],
 )
 def test_the_views_of_the_validation_metrics_are_told(views, words):
@@ -327,9 +337,8 @@ def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     )
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
-    assert (
-        'training minus validation (of the likeliest class; a large gap means overfitting): auc 0.123, accuracy -0.050\n'
-        in said
-    ) == bool(gap)
+    start = 'training minus validation (of the likeliest class; a large gap means overfitting): '
+    assert (f'{start}auc 0.123, accuracy -0.050\n' in said) == bool(gap)
     assert 'validation: 200 validation images, predictions averaged over 4 views' in said
-    assert 'operating point: positive from' in said and 'of 50 and 50 groups (patients)\n' in said
+    assert 'operating point: positive from' in said
+    assert 'of 50 and 50 groups (patients)\n' in said

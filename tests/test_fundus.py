@@ -41,7 +41,9 @@ def framed(im, disc, width, height, at, cut=0.0):
     "In a black frame, with `cut` of the radius taken away above and below"
     frame = Image.new('RGB', (width, height))
     frame.paste(im, at)
-    x, y, r = disc[0] + at[0], disc[1] + at[1], disc[2]
+    x = disc[0] + at[0]
+    y = disc[1] + at[1]
+    r = disc[2]
     if not cut:
         return frame, (x, y, r)
     top = round(y - (1 - cut) * r)
@@ -80,21 +82,23 @@ def test_the_circle_is_found_whole_or_cut_framed_dark_or_bright(width, height, a
     ids=['black', 'white', 'no surround'],
 )
 def test_without_a_surround_there_is_no_disc_and_nothing_is_cut_off(im):
-    assert find_disc(im) is None and trim_borders(im).size == im.size and crop_disc(im).size == (max(im.size),) * 2
+    assert find_disc(im) is None
+    assert trim_borders(im).size == im.size
+    assert crop_disc(im).size == (max(im.size),) * 2
 
 
 def test_crops_bring_discs_to_one_scale_and_points_come_back():
     sizes = []
     for width, at, cut in ((256, (0, 0), 0), (700, (300, 20), 0), (700, (300, 20), 0.2)):
         im, (x, y, r) = framed(*photo(1), width, 300, at, cut)
-        d, crop = find_disc(im), crop_disc(im)
+        d = find_disc(im)
+        crop = crop_disc(im)
         assert crop.size[0] == crop.size[1]
         light = np.asarray(crop.resize((256, 256))).max(2) > 20
         sizes.append(light[128].sum())
         points = np.array([[x, y], [x + r / 2, y]])
-        assert np.allclose(d.from_crop(d.to_crop(points, 512), 512), points) and np.allclose(
-            d.to_crop(points, 512)[0], 256, atol=12
-        )
+        assert np.allclose(d.from_crop(d.to_crop(points, 512), 512), points)
+        assert np.allclose(d.to_crop(points, 512)[0], 256, atol=12)
     assert np.ptp(sizes) <= 6, sizes
 
 
@@ -104,21 +108,26 @@ def test_a_file_is_read_at_any_size_and_the_disc_is_in_its_pixels(tmp_path, name
     im, (x, y, r) = framed(*photo(2, 400), 1400, 900, (600, 300))
     im.save(tmp_path / name, quality=95)
     crop, d = read_disc(tmp_path / name, size)
-    assert crop.size == (size, size) and abs(d.r - r) < 8 and np.hypot(d.x - x, d.y - y) < 8
+    assert crop.size == (size, size)
+    assert abs(d.r - r) < 8
+    assert np.hypot(d.x - x, d.y - y) < 8
     whole = np.asarray(crop_disc(im).resize((size, size), Image.Resampling.BICUBIC), float)
     assert np.abs(np.asarray(crop, float) - whole).mean() < 6
     as_bytes, again = read_disc((tmp_path / name).read_bytes(), size)
-    assert np.array_equal(as_bytes, crop) and again == d
+    assert np.array_equal(as_bytes, crop)
+    assert again == d
 
 
 def test_a_turned_photograph_is_upright(tmp_path):
+    turned = tmp_path / 'turned.jpg'
     im, _ = framed(*photo(3), 400, 300, (20, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
-    im.save(tmp_path / 'turned.jpg', exif=exif)
-    _, d = read_disc(tmp_path / 'turned.jpg', 64)
-    upright = find_disc(read_rgb(tmp_path / 'turned.jpg'))
-    assert abs(d.x - upright.x) < 8 and abs(d.y - upright.y) < 8
+    im.save(turned, exif=exif)
+    _, d = read_disc(turned, 64)
+    upright = find_disc(read_rgb(turned))
+    assert abs(d.x - upright.x) < 8
+    assert abs(d.y - upright.y) < 8
 
 
 # ---------------------------------------------------------------- light
@@ -129,13 +138,15 @@ def test_colour_correction_takes_the_tint_away_and_can_be_undone():
     inside = disc_mask(crop.width, 0.96)
     fixed, moments = correct_colour(crop)
     a = np.asarray(fixed, float)[inside]
-    assert np.allclose(a.mean(0), MEANS, atol=4) and np.allclose(a.std(0), SPREADS, atol=6)
+    assert np.allclose(a.mean(0), MEANS, atol=4)
+    assert np.allclose(a.std(0), SPREADS, atol=6)
     for tint in ([0.6, 0.8, 0.9], [0.9, 0.5, 0.7]):
         tinted = Image.fromarray((np.asarray(crop) * tint).astype(np.uint8))
         assert np.abs(np.asarray(correct_colour(tinted)[0], float)[inside] - a).mean() < 3
     kept = (np.asarray(fixed) > 1) & (np.asarray(fixed) < 255)
     back = np.abs(np.asarray(undo_colour(fixed, moments), int) - np.asarray(crop, int))
-    assert back[kept].max() <= 3 and (np.asarray(fixed)[~disc_mask(crop.width, 1.05)] == 0).all()
+    assert back[kept].max() <= 3
+    assert (np.asarray(fixed)[~disc_mask(crop.width, 1.05)] == 0).all()
 
 
 def test_local_correction_takes_uneven_light_away_and_keeps_detail():
@@ -147,25 +158,27 @@ def test_local_correction_takes_uneven_light_away_and_keeps_detail():
     a, b = (np.asarray(correct_local(i), float)[..., 1][inside] for i in (crop, uneven))
     before = [np.asarray(i, float)[..., 1][inside] for i in (crop, uneven)]
     assert np.corrcoef(a, b)[0, 1] > max(0.85, np.corrcoef(*before)[0, 1] + 0.1)
-    assert abs(a.mean() - 128) < 6 and (np.asarray(correct_local(crop))[0, 0] == 128).all()
+    assert abs(a.mean() - 128) < 6
+    assert (np.asarray(correct_local(crop))[0, 0] == 128).all()
 
 
 def test_each_correction_says_what_it_keeps():
     t = correction_table()
-    assert list(t.index) == list(CORRECTIONS) and (t.map(len) > 5).all().all()
+    assert list(t.index) == list(CORRECTIONS)
+    assert (t.map(len) > 5).all().all()
     im = crop_disc(photo(3)[0]).resize((128, 128))
     assert CORRECTIONS['none'](im) is im
     even, moments = correct_colour(im)
     assert np.array_equal(CORRECTIONS['colour'](im), even)
-    back, there = (
-        np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int)),
-        (np.asarray(even) > 1) & (np.asarray(even) < 255),
-    )
-    assert 'undo_colour' in t['undone by']['colour'] and back[there & disc_mask(128)[..., None]].max() <= 2
+    back = np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int))
+    there = (np.asarray(even) > 1) & (np.asarray(even) < 255)
+    assert 'undo_colour' in t['undone by']['colour']
+    assert back[there & disc_mask(128)[..., None]].max() <= 2
     a, b = (
         np.asarray(i, float)[disc_mask(128, 0.9)] for i in (im, even)
     )  # order within a channel: light relative to other light
-    assert all(np.corrcoef(a[:, c], b[:, c])[0, 1] > 0.98 for c in range(3))
+    for c in range(3):
+        assert np.corrcoef(a[:, c], b[:, c])[0, 1] > 0.98
 
 
 @pytest.mark.parametrize('name', CORRECTIONS)
@@ -176,7 +189,8 @@ def test_each_correction_says_what_it_keeps():
 )
 def test_corrections_bear_any_picture(name, im):
     out = CORRECTIONS[name](im)
-    assert out.size == im.size and out.mode == 'RGB'
+    assert out.size == im.size
+    assert out.mode == 'RGB'
 
 
 def test_the_corrections_are_readers_too():
@@ -215,17 +229,20 @@ SPOILT = {
 def test_a_spoilt_photograph_is_ungradable_for_the_right_reason(reason, size):
     for seed in range(4):
         crop = crop_disc(photo(seed, size, seed)[0])
-        good, bad = gradability(crop), gradability(SPOILT[reason](crop))
-        assert (
-            good['gradability'] > 0.9 and good['reason'] == '' and bad['gradability'] < 0.5 and bad['reason'] == reason
-        )
+        good = gradability(crop)
+        bad = gradability(SPOILT[reason](crop))
+        assert good['gradability'] > 0.9
+        assert good['reason'] == ''
+        assert bad['gradability'] < 0.5
+        assert bad['reason'] == reason
     assert set(REASONS) == set(LIMITS)
 
 
 def test_gradability_of_many_is_in_order():
     crop = crop_disc(photo(1)[0])
     t = gradability_table([crop, SPOILT['too dark'](crop), crop])
-    assert t.reason.tolist() == ['', 'too dark', ''] and t.gradability[0] == t.gradability[2]
+    assert t.reason.tolist() == ['', 'too dark', '']
+    assert t.gradability[0] == t.gradability[2]
 
 
 # ---------------------------------------------------------------- a folder
@@ -241,23 +258,25 @@ def eyes(tmp_path):
     'how', [Preparation(64), Preparation(96, 'colour', format='jpg'), Preparation(64, 'local', True)]
 )
 def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
+    out = tmp_path / 'out'
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()}
-    t = preprocess_folder(eyes, tmp_path / 'out', how)
+    t = preprocess_folder(eyes, out, how)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()} == before
     good = t[t.error == '']
-    assert (
-        len(t) == 10
-        and len(good) == 9
-        and all(Image.open(tmp_path / 'out' / f).size == (how.size,) * 2 for f in good.file)
-        and good.gradability.notna().all()
-    )
-    assert pd.read_csv(tmp_path / 'out' / 'images.csv').image.tolist() == t.image.tolist()
-    learnt = label_table(tmp_path / 'out', missing='skip')
-    assert len(learnt) == 9 and learnt.label.tolist() == label_table(eyes).label.tolist() and learnt.group.notna().all()
+    assert len(t) == 10
+    assert len(good) == 9
+    for f in good.file:
+        assert Image.open(out / f).size == (how.size,) * 2
+    assert good.gradability.notna().all()
+    assert pd.read_csv(out / 'images.csv').image.tolist() == t.image.tolist()
+    learnt = label_table(out, missing='skip')
+    assert len(learnt) == 9
+    assert learnt.label.tolist() == label_table(eyes).label.tolist()
+    assert learnt.group.notna().all()
 
 
 def test_left_eyes_are_turned_on_request(eyes, tmp_path):
-    a, b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
+    a, _b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
     for f, e in zip(a.file, a.error):
         if e:
             continue
@@ -268,8 +287,11 @@ def test_left_eyes_are_turned_on_request(eyes, tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypatch):
     import dr_transfer.data.preprocess as module
 
+    out = tmp_path / 'out'
     whole = preprocess_folder(eyes, tmp_path / 'whole', Preparation(64))
-    real, done, lock = module.prepare_image, [], threading.Lock()
+    real = module.prepare_image
+    done = []
+    lock = threading.Lock()
 
     def stop(*a):
         with lock:
@@ -280,15 +302,17 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypat
 
     monkeypatch.setattr(module, 'prepare_image', stop)
     with pytest.raises(KeyboardInterrupt):
-        preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
-    kept = len((tmp_path / 'out' / 'journal.jsonl').read_text().splitlines())
-    assert 1 <= kept <= 4 and not list((tmp_path / 'out').rglob('*.tmp'))
+        preprocess_folder(eyes, out, Preparation(64), workers=1)
+    kept = len((out / 'journal.jsonl').read_text().splitlines())
+    assert 1 <= kept <= 4
+    assert not list(out.rglob('*.tmp'))
     again = []
     monkeypatch.setattr(module, 'prepare_image', lambda *a: again.append(a) or real(*a))
-    t = preprocess_folder(eyes, tmp_path / 'out', Preparation(64), workers=1)
-    assert len(again) == 10 - kept and t.equals(whole)
+    t = preprocess_folder(eyes, out, Preparation(64), workers=1)
+    assert len(again) == 10 - kept
+    assert t.equals(whole)
     for f in t.file[t.error == '']:
-        assert (tmp_path / 'out' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
+        assert (out / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
 
 
 def test_what_cannot_be_is_refused(eyes, tmp_path):
@@ -319,19 +343,15 @@ def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bit
     from pydicom.uid import ExplicitVRLittleEndian, OphthalmicPhotography8BitImageStorage, generate_uid
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
-        OphthalmicPhotography8BitImageStorage,
-        generate_uid(),
-        ExplicitVRLittleEndian,
-    )
+    meta.MediaStorageSOPClassUID = OphthalmicPhotography8BitImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds = FileDataset(path, {}, file_meta=meta, preamble=b'\0' * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID, ds.ImageLaterality, ds.Manufacturer = (
-        meta.MediaStorageSOPClassUID,
-        meta.MediaStorageSOPInstanceUID,
-        patient,
-        side,
-        'Lens',
-    )
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    ds.PatientID = patient
+    ds.ImageLaterality = side
+    ds.Manufacturer = 'Lens'
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = (
         *pixels.shape[:2],
         3 if pixels.ndim == 3 else 1,
@@ -339,7 +359,10 @@ def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bit
     )
     if pixels.ndim == 3:
         ds.PlanarConfiguration = 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (8 if bits == 8 else 16), bits, bits - 1, 0
+    ds.BitsAllocated = 8 if bits == 8 else 16
+    ds.BitsStored = bits
+    ds.HighBit = bits - 1
+    ds.PixelRepresentation = 0
     ds.PixelData = pixels.tobytes()
     ds.save_as(path, enforce_file_format=True)
     return path
@@ -348,12 +371,10 @@ def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bit
 def test_a_dicom_photograph_is_read_like_any_other(tmp_path):
     pixels = np.asarray(photo(1)[0])
     file = camera_file(tmp_path / 'eye.dcm', pixels)
-    assert (
-        is_dicom(file)
-        and np.array_equal(read_rgb(file), pixels)
-        and np.array_equal(read_rgb(file.read_bytes()), pixels)
-        and image_error(file) == ''
-    )
+    assert is_dicom(file)
+    assert np.array_equal(read_rgb(file), pixels)
+    assert np.array_equal(read_rgb(file.read_bytes()), pixels)
+    assert image_error(file) == ''
     assert dicom_facts(file) == {'group': 'A17', 'eye': 'left', 'camera': 'Lens'}
     assert np.array_equal(
         read_image(file, 96, 'fundus', 'pad'), read_image(Image.fromarray(pixels), 96, 'fundus', 'pad')
@@ -370,18 +391,17 @@ def test_grey_dicom_photographs(tmp_path, bits, interpretation):
 
 
 def test_patient_eye_and_camera_come_from_the_file(tmp_path):
+    data = tmp_path / 'data'
     for i in range(4):
-        folder = tmp_path / 'data' / ('ill' if i % 2 else 'well')
+        folder = data / ('ill' if i % 2 else 'well')
         folder.mkdir(parents=True, exist_ok=True)
         camera_file(folder / f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i // 2}', 'LR'[i % 2])
-    t = label_table(tmp_path / 'data').sort_values('image', key=lambda s: s.str[-5:])
-    assert (
-        t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
-        and t.data_eye.tolist() == ['left', 'right'] * 2
-        and set(t.data_camera) == {'Lens'}
-    )
-    (tmp_path / 'data' / 'ill' / '1.dcm').write_bytes(b'nothing')
-    assert len(label_table(tmp_path / 'data')) == 3
+    t = label_table(data).sort_values('image', key=lambda s: s.str[-5:])
+    assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
+    assert t.data_eye.tolist() == ['left', 'right'] * 2
+    assert set(t.data_camera) == {'Lens'}
+    (data / 'ill' / '1.dcm').write_bytes(b'nothing')
+    assert len(label_table(data)) == 3
 
 
 def test_without_pydicom_the_error_says_what_to_install(monkeypatch):

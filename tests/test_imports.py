@@ -44,7 +44,8 @@ def test_the_check_sees_what_is_loaded():
 
 def test_importing_the_package_loads_nothing_heavy():
     _, modules = loaded('import dr_transfer; assert dr_transfer.__version__')
-    assert 'dr_transfer' in modules and not modules & set(HEAVY)
+    assert 'dr_transfer' in modules
+    assert not modules & set(HEAVY)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,8 @@ def test_help_loads_nothing_heavy(words):
     out, modules = loaded(
         f"from dr_transfer.cli import main\ntry: main({words})\nexcept SystemExit as e: print('code', e.code)"
     )
-    assert out.splitlines()[-1] == f'code {0 if words[-1].startswith("--") else 2}' and not modules & set(HEAVY)
+    assert out.splitlines()[-1] == f'code {0 if words[-1].startswith("--") else 2}'
+    assert not modules & set(HEAVY)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,9 @@ def test_help_loads_nothing_heavy(words):
     ],
 )
 def test_the_installed_command(words, options):
-    "Help of the real console script: what it imports, that it exits with 0, and that each subcommand shows an example that its parser takes."
+    """Help of the real console script: what it imports, that it exits with 0,
+    and that each subcommand shows an example that its parser takes.
+    """
     r = subprocess.run(
         [COMMAND, *words, '--help'],
         capture_output=True,
@@ -118,8 +122,12 @@ def test_the_installed_command(words, options):
         timeout=60,
         env={**os.environ, 'PYTHONPROFILEIMPORTTIME': '1', 'COLUMNS': '200'},
     )
-    imported = {l.split('|')[-1].strip().split('.')[0] for l in r.stderr.splitlines() if l.startswith('import time:')}
-    assert r.returncode == 0 and 'argparse' in imported and not imported & set(HEAVY)
+    imported = {
+        line.split('|')[-1].strip().split('.')[0] for line in r.stderr.splitlines() if line.startswith('import time:')
+    }
+    assert r.returncode == 0
+    assert 'argparse' in imported
+    assert not imported & set(HEAVY)
     assert [o for o in options if o not in r.stdout] == []
     if not words:
         return
@@ -134,7 +142,10 @@ def test_failure_is_not_code_0_and_one_line(tmp_path):
     "Of the real console script; a success is above, and Ctrl-C in test_cli."
     (tmp_path / 'mine.txt').write_text('mine')
     r = subprocess.run([COMMAND, 'demo', '--out', tmp_path], capture_output=True, text=True, timeout=120)
-    assert r.returncode == 1 and r.stdout == '' and len(r.stderr.splitlines()) == 1 and 'exists already' in r.stderr
+    assert r.returncode == 1
+    assert r.stdout == ''
+    assert len(r.stderr.splitlines()) == 1
+    assert 'exists already' in r.stderr
     assert subprocess.run([COMMAND, 'paint'], capture_output=True).returncode == 2
     assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
@@ -145,8 +156,10 @@ def test_predicting_needs_no_fastai(run, eyes):
     out, modules = loaded(
         f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0'
     )
-    assert out.startswith('image,prediction,p_no,p_referable') and str(image) in out
-    assert {'torch', 'timm', 'dr_transfer'} <= modules and not modules & {
+    assert out.startswith('image,prediction,p_no,p_referable')
+    assert str(image) in out
+    assert {'torch', 'timm', 'dr_transfer'} <= modules
+    assert not modules & {
         'fastai',
         'fastcore',
         'matplotlib',

@@ -88,7 +88,8 @@ def test_near_pairs_are_those_of_comparing_each_with_each():
         for j, d in zip(range(i + 1, len(h)), np.bitwise_count(h[i] ^ h[i + 1 :]).sum(1).tolist())
         if d <= 40 and h[i].any() and h[j].any()
     }
-    assert set(map(tuple, near_pairs(h).tolist())) == want and len(want) > 15
+    assert set(map(tuple, near_pairs(h).tolist())) == want
+    assert len(want) > 15
     for bad in (-1, BITS // 2):
         with pytest.raises(ValueError, match='give 0 to 127'):
             near_pairs(h, bad)
@@ -97,7 +98,8 @@ def test_near_pairs_are_those_of_comparing_each_with_each():
 def test_images_of_one_colour_are_no_near_copies():
     flat = [Image.new('RGB', (50, 50), c) for c in ('red', 'black', 'white')]
     assert not np.any([bits(im) for im in flat])
-    assert find_copies(flat).empty and find_copies([flat[0], flat[0].copy()]).kind.tolist() == ['same file']
+    assert find_copies(flat).empty
+    assert find_copies([flat[0], flat[0].copy()]).kind.tolist() == ['same file']
 
 
 def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path, monkeypatch):
@@ -112,10 +114,13 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
         leaks, 'detail_hash', lambda im: (im.getbbox() and seen.append(1)) or detail_hash(im)
     )  # not the black ones that fill a batch
     b, _ = image_hashes(files)
-    assert not seen and (a == b).all()
+    assert not seen
+    assert (a == b).all()
     Image.fromarray(draw_fundus(0, size=96, seed=9)[0]).save(files[1])
     c, _ = image_hashes(files)
-    assert len(seen) == 1 and (c[[0, 2]] == a[[0, 2]]).all() and differ(c[1], a[1]) > 60
+    assert len(seen) == 1
+    assert (c[[0, 2]] == a[[0, 2]]).all()
+    assert differ(c[1], a[1]) > 60
 
 
 def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
@@ -126,20 +131,23 @@ def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
     found = find_copies(t.image.tolist(), 'fundus')
     names = t.image.map(lambda p: p.rsplit('/', 1)[-1])
     pairs = {frozenset((names[r.a], names[r.b])) for r in found.itertuples()}
-    images = truth['images'] if 'images' in truth else truth
+    images = truth.get('images', truth)
     rows = images if isinstance(images, list) else [{'image': k, **v} for k, v in images.items()]
     want = {
         frozenset((r['image'].rsplit('/', 1)[-1], r['duplicate_of'].rsplit('/', 1)[-1]))
         for r in rows
         if r.get('duplicate_of')
     }
-    assert pairs == want and len(want) == 6 and set(found.kind) == {'same file', 'near copy'}
+    assert pairs == want
+    assert len(want) == 6
+    assert set(found.kind) == {'same file', 'near copy'}
 
 
 def test_a_split_made_here_keeps_copies_and_patients_together(eyes):
     for seed in range(6):
         t = split_data(eyes, TASKS['dr'], REFERABLE, seed=seed)
-        assert split_leaks(t, find_copies(t.image.tolist(), 'fundus')).empty and t.attrs['leaks'] == {}
+        assert split_leaks(t, find_copies(t.image.tolist(), 'fundus')).empty
+        assert t.attrs['leaks'] == {}
     plain = [
         split_leaks(
             t := task_table(label_table(eyes).assign(group=None), REFERABLE, seed=s),
@@ -157,7 +165,9 @@ def test_groups_come_back_as_they_were(eyes):
 @pytest.mark.parametrize('groups', [[None, None, None, None], ['x', 'x', 'y', None]])
 def test_joined_groups(groups):
     j = joined_groups(groups, pd.DataFrame({'a': [0], 'b': [3]}))
-    assert j[0] == j[3] and (j[0] == j[1]) == (groups[0] is not None) and j[2] not in (j[0], j[1])
+    assert j[0] == j[3]
+    assert (j[0] == j[1]) == (groups[0] is not None)
+    assert j[2] not in (j[0], j[1])
     assert len(set(joined_groups(groups, pd.DataFrame({'a': [], 'b': []}, dtype=int)))) == (
         4 if groups[0] is None else 3
     )
@@ -184,7 +194,7 @@ def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
 
 def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
     t = label_table(eyes)
-    a, b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
+    a, _b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
     t = t.assign(group=None, split=None)
     t.loc[a, 'split'] = 'test'
     with pytest.raises(LeakError, match='test'):
@@ -194,9 +204,11 @@ def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
 
 def test_a_leak_is_worth_much(tmp_path):
     "Labels thrown by dice: a model that is asked about copies of what it learnt from seems to know them"
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for s in range(80):
-        im, y = Image.fromarray(draw_fundus(0, size=64, seed=s)[0]), str(2 * rng.integers(0, 2))
+        im = Image.fromarray(draw_fundus(0, size=64, seed=s)[0])
+        y = str(2 * rng.integers(0, 2))
         for k, copy in enumerate((im, im.point(lambda v: min(255, int(1.1 * v))))):
             copy.save(tmp_path / f'{s}_{k}.png')
             rows.append((str(tmp_path / f'{s}_{k}.png'), y))
@@ -204,7 +216,8 @@ def test_a_leak_is_worth_much(tmp_path):
     x = image_features(t.image.tolist(), size=64, reader='fundus', fit='pad', stages='stage4').numpy()[:, 0]
 
     def score(split):
-        know, ask = split == 'train', split == 'valid'
+        know = split == 'train'
+        ask = split == 'valid'
         model = KNeighborsClassifier(3, weights='distance').fit(x[know], t.label[know])
         return auc(t.label[ask] == '2', model.predict_proba(x[ask])[:, 1])
 
@@ -227,11 +240,14 @@ def test_confounders_are_columns_that_chance_does_not_explain():
         }
     )
     found = confounders(facts, y)
-    assert set(found.column) == {'camera', 'size'} and found.v.is_monotonic_decreasing and found.v.between(0.1, 1).all()
+    assert set(found.column) == {'camera', 'size'}
+    assert found.v.is_monotonic_decreasing
+    assert found.v.between(0.1, 1).all()
     assert confounders(facts[['day', 'same']], y).empty
     from sklearn.metrics import mutual_info_score
 
-    assert confounders(pd.DataFrame({'twin': y}), y).v.tolist() == pytest.approx([1]) and mutual_info_score(y, y) > 1
+    assert confounders(pd.DataFrame({'twin': y}), y).v.tolist() == pytest.approx([1])
+    assert mutual_info_score(y, y) > 1
 
 
 def test_the_report_names_what_it_found(eyes):
@@ -239,15 +255,18 @@ def test_the_report_names_what_it_found(eyes):
     t['data_camera'] = np.where(t.label.astype(int) > 1, 'new', 'old')
     t['split'] = np.where(np.arange(len(t)) % 2, 'train', 'valid')
     r = leak_report(t, 'fundus')
-    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind) and r.confounders.column[
-        0
-    ] == 'data_camera'
-    assert "column 'camera'" in str(r) and str(len(r.copies)) in str(r)
+    assert {'group', 'same file', 'near copy'} <= set(r.leaks.kind) | set(r.copies.kind)
+    assert r.confounders.column[0] == 'data_camera'
+    assert "column 'camera'" in str(r)
+    assert str(len(r.copies)) in str(r)
     without = leak_report(t.assign(split=None), 'fundus')
-    assert without.leaks.empty and len(without.copies) == 6
+    assert without.leaks.empty
+    assert len(without.copies) == 6
     assert list(file_facts(t.image[:2]).columns) == ['suffix', 'width', 'height', 'kilobytes']
 
 
 def test_together_remembers_the_copies_of_the_last_table(eyes):
-    t, together = label_table(eyes), Together('fundus')
-    assert len(together(t)) == len(t) and len(together.copies) == 6
+    t = label_table(eyes)
+    together = Together('fundus')
+    assert len(together(t)) == len(t)
+    assert len(together.copies) == 6

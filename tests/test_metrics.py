@@ -22,7 +22,8 @@ def draw(n, k, seed):
     def side():
         return rng.choice(rng.choice(k, rng.integers(1, k + 1), replace=False) if seed % 2 else k, n)
 
-    y, p = side(), side()
+    y = side()
+    p = side()
     return y, np.where(rng.random(n) < 0.4, y, p)
 
 
@@ -39,11 +40,9 @@ def by_hand(f, *args, **kwargs):
 
 def test_sets_have_what_the_grid_is_for():
     drawn = [draw(*s) for s in SETS]
-    assert (
-        any(len(set(y)) == 1 for y, p in drawn)
-        and any(set(p) - set(y) for y, p in drawn)
-        and any(set(y) - set(p) for y, p in drawn)
-    )
+    assert any(len(set(y)) == 1 for y, p in drawn)
+    assert any(set(p) - set(y) for y, p in drawn)
+    assert any(set(y) - set(p) for y, p in drawn)
 
 
 @pytest.mark.parametrize('n,k,seed', SETS)
@@ -65,7 +64,8 @@ def test_classes_agree_with_scikit_learn(n, k, seed):
 def test_auc_agrees_with_scikit_learn(n, levels):
     for seed in range(10):
         rng = np.random.default_rng((n, levels, seed))
-        y, s = rng.integers(0, 2, n), rng.integers(0, levels, n) / levels
+        y = rng.integers(0, 2, n)
+        s = rng.integers(0, levels, n) / levels
         if len(set(y)) == 1:
             assert math.isnan(auc(y, s))
         else:
@@ -74,19 +74,19 @@ def test_auc_agrees_with_scikit_learn(n, levels):
 
 def test_auc_is_a_probability_over_pairs():
     rng = np.random.default_rng(3)
-    y, s = rng.integers(0, 2, 60), rng.integers(0, 6, 60)
+    y = rng.integers(0, 2, 60)
+    s = rng.integers(0, 6, 60)
     pairs = [(a > b) + (a == b) / 2 for a in s[y == 1] for b in s[y == 0]]
     assert same(auc(y, s), np.mean(pairs))
 
 
 def test_auc_depends_on_the_order_only():
     rng = np.random.default_rng(4)
-    y, s = rng.integers(0, 2, 80), rng.random(80).round(1)
-    assert (
-        auc(y, s) == auc(y, np.exp(5 * s) - 3) == auc(y.astype(bool), s)
-        and same(auc(y, s), 1 - auc(1 - y, s))
-        and same(auc(y, s), 1 - auc(y, -s))
-    )
+    y = rng.integers(0, 2, 80)
+    s = rng.random(80).round(1)
+    assert auc(y, s) == auc(y, np.exp(5 * s) - 3) == auc(y.astype(bool), s)
+    assert same(auc(y, s), 1 - auc(1 - y, s))
+    assert same(auc(y, s), 1 - auc(y, -s))
     assert auc([0, 1], [-np.inf, 0]) == 1  # the logarithm of a probability of zero is a score too
 
 
@@ -99,23 +99,25 @@ def test_kappa_by_its_definition():
         assert same(
             quadratic_kappa(y, p), 1 - (weight * seen).sum() / (weight * np.outer(seen.sum(1), seen.sum(0))).sum()
         )
-        assert same(quadratic_kappa(y, p), quadratic_kappa(p, y)) and same(
-            quadratic_kappa(y, p), quadratic_kappa(y + 3, p + 3)
-        )
+        assert same(quadratic_kappa(y, p), quadratic_kappa(p, y))
+        assert same(quadratic_kappa(y, p), quadratic_kappa(y + 3, p + 3))
 
 
 def test_kappa_does_not_round_large_sets():
     y = np.tile(np.arange(5, dtype=np.int8), 200_000)  # int8: squares and sums must not overflow
-    assert quadratic_kappa(y, y) == 1 and abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
+    assert quadratic_kappa(y, y) == 1
+    assert abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
     y = np.tile(np.arange(1000), 20)  # sums of squares beyond 32 bits
-    assert quadratic_kappa(y, y) == 1 and abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
+    assert quadratic_kappa(y, y) == 1
+    assert abs(quadratic_kappa(y, y[::-1]) + 1) < 1e-12
 
 
 @pytest.mark.parametrize(
     'as_', [list, tuple, np.array, pd.Series, lambda v: np.array(v, dtype=float), lambda v: np.array(v, dtype='int8')]
 )
 def test_any_kind_of_sequence(as_):
-    y, p = as_([0, 1, 1, 0]), as_([0, 1, 0, 0])
+    y = as_([0, 1, 1, 0])
+    p = as_([0, 1, 0, 0])
     assert (accuracy(y, p), sensitivity(y, p), specificity(y, p), auc(y, p), quadratic_kappa(y, p)) == (
         0.75,
         0.5,
@@ -124,7 +126,8 @@ def test_any_kind_of_sequence(as_):
         0.5,
     )
     assert confusion(y, p, 'ab').values.tolist() == [[2, 0], [1, 1]]
-    assert all(type(f(y, p)) is float for f in (accuracy, sensitivity, specificity, auc, quadratic_kappa))
+    for f in (accuracy, sensitivity, specificity, auc, quadratic_kappa):
+        assert type(f(y, p)) is float
 
 
 def test_series_are_taken_by_position():
@@ -132,7 +135,8 @@ def test_series_are_taken_by_position():
 
 
 def test_names_as_classes():
-    y, p = pd.Series(['no', 'ill', 'ill']), np.array(['no', 'ill', 'no'])
+    y = pd.Series(['no', 'ill', 'ill'])
+    p = np.array(['no', 'ill', 'no'])
     assert (accuracy(y, p), sensitivity(y, p, 'ill'), specificity(y, p, 'ill')) == (2 / 3, 0.5, 1)
 
 
@@ -182,12 +186,19 @@ def test_values_that_are_no_classes_are_refused(call, why):
 
 def test_confusion_names_its_sides():
     c = confusion([0, 0, 2], [1, 1, 2], ['no', 'mild', 3])
-    assert (c.index.name, c.columns.name) == ('truth', 'predicted') and list(c.index) == list(c.columns) == [
-        'no',
-        'mild',
-        '3',
-    ]
-    assert c.loc['no', 'mild'] == 2 and c.loc['mild', 'no'] == 0 and c.to_numpy().sum() == 3
+    assert (c.index.name, c.columns.name) == ('truth', 'predicted')
+    assert (
+        list(c.index)
+        == list(c.columns)
+        == [
+            'no',
+            'mild',
+            '3',
+        ]
+    )
+    assert c.loc['no', 'mild'] == 2
+    assert c.loc['mild', 'no'] == 0
+    assert c.to_numpy().sum() == 3
 
 
 # ---------------------------------------------------------------- summary
@@ -204,8 +215,10 @@ def test_summary_of_two_classes(seed):
     s = summary(y, p, ['no', 'referable'])
     assert list(s) == ['accuracy', 'auc', 'sensitivity', 'specificity']
     q = p[:, 1] > 0.5
-    assert same(s['accuracy'], np.mean(q == y)) and same(s['auc'], sk.roc_auc_score(y, p[:, 1]))
-    assert same(s['sensitivity'], q[y == 1].mean()) and same(s['specificity'], 1 - q[y == 0].mean())
+    assert same(s['accuracy'], np.mean(q == y))
+    assert same(s['auc'], sk.roc_auc_score(y, p[:, 1]))
+    assert same(s['sensitivity'], q[y == 1].mean())
+    assert same(s['specificity'], 1 - q[y == 0].mean())
     assert summary(y, p, ['0', '1']) == s  # two grades are two classes
 
 
@@ -235,7 +248,9 @@ def test_summary_of_one_class_present(here, nan):
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # and no warning of a mean of nothing either
         s = summary([here] * 20, p, ['no', 'ill'])
-    assert {k for k, v in s.items() if math.isnan(v)} == nan and all(type(v) is float for v in s.values())
+    assert {k for k, v in s.items() if math.isnan(v)} == nan
+    for v in s.values():
+        assert type(v) is float
 
 
 def test_summary_of_half_precision_and_float32():
@@ -266,7 +281,7 @@ def test_summary_refuses(y, p, classes, why):
 
 
 def test_import_brings_no_framework():
-    code = "import sys, dr_transfer.metrics.scores; print([m for m in ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
-    )
+    frameworks = ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib')
+    code = f'import sys, dr_transfer.metrics.scores; print([m for m in {frameworks} if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'

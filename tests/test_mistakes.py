@@ -1,4 +1,6 @@
-"Six mistakes of the source texts, each made on purpose beside what the library does, so that each test is seen to tell them apart."
+"""Six mistakes of the source texts, each made on purpose beside what the library does,
+so that each test is seen to tell them apart.
+"""
 
 import json
 import re
@@ -45,7 +47,10 @@ def eyes(tmp_path_factory):
 
 
 def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
-    "FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read, split, encoded, in batches."
+    """FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read,
+    split, encoded, in batches.
+    """
+    shuffled = tmp_path / 'shuffled.csv'
     t = label_table(flowers).sample(frac=1, random_state=42)
     codes = pd.Series(pd.factorize(t.label)[0])
     wrong = t.assign(code=codes)  # as the text has it: joined by index
@@ -53,14 +58,15 @@ def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
         'or else this shows nothing'
     )
 
-    t[['image', 'label']].to_csv(tmp_path / 'shuffled.csv', index=False)
+    t[['image', 'label']].to_csv(shuffled, index=False)
     for table in (
-        label_table(flowers, tmp_path / 'shuffled.csv'),
-        label_table(pd.read_csv(tmp_path / 'shuffled.csv')),
+        label_table(flowers, shuffled),
+        label_table(pd.read_csv(shuffled)),
         t,
     ):
         assert [Path(i).parent.name for i in table.image] == table.label.tolist()
-        task, goal = get_task('flowers', 48, 'none'), get_task('flowers').target()
+        task = get_task('flowers', 48, 'none')
+        goal = get_task('flowers').target()
         dls = task_dataloaders(split_table(encode_target(table, goal), seed=1), task, goal, bs=8)
         for ds in (dls.train_ds, dls.valid_ds):
             assert [dls.vocab[int(y)] for _, y in ds] == [Path(i).parent.name for i in ds.items.image]
@@ -80,22 +86,25 @@ class Watch(torch.nn.Module):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'efficientnet_lite0', 'torchvision.alexnet'])
 def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
-    "FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training, and when it predicts."
-    colour, spec = np.array([250, 120, 10]), find_backbone(arch)
+    """FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training,
+    and when it predicts.
+    """
+    set_path = tmp_path / 'set'
+    colour = np.array([250, 120, 10])
+    spec = find_backbone(arch)
     for c in 'ab':
-        (tmp_path / 'set' / c).mkdir(parents=True)
+        (set_path / c).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(np.full((64, 64, 3), colour - [i, 0, 0], np.uint8)).save(tmp_path / 'set' / c / f'{i}.png')
-    learn = build_learner(tmp_path / 'set', **{**SMALL, 'arch': arch}, augment='none', allow_leaks=True)
+            Image.fromarray(np.full((64, 64, 3), colour - [i, 0, 0], np.uint8)).save(set_path / c / f'{i}.png')
+    learn = build_learner(set_path, **{**SMALL, 'arch': arch}, augment='none', allow_leaks=True)
     want = (colour / 255 - spec.mean) / spec.std
-    bgr, other = (colour[::-1] / 255 - spec.mean) / spec.std, (colour / 255 - 0.4) / 0.3
+    bgr = (colour[::-1] / 255 - spec.mean) / spec.std
+    other = (colour / 255 - 0.4) / 0.3
     assert min(abs(want - bgr).max(), abs(want - other).max()) > 0.2, 'or else this shows nothing'
     for dl in (learn.dls.valid, learn.dls.train):
         x = dl.one_batch()[0]
-        assert (
-            np.allclose(x[:, 1:].mean((0, 2, 3)), want[1:], atol=1e-4)
-            and abs(x[:, 0].mean() - want[0]) < 6 / 255 / spec.std[0]
-        )
+        assert np.allclose(x[:, 1:].mean((0, 2, 3)), want[1:], atol=1e-4)
+        assert abs(x[:, 0].mean() - want[0]) < 6 / 255 / spec.std[0]
     stages = create_body(arch, 'random')
     watch = Watch(torch.nn.Sequential(stages, create_head('linear', stages.n_out, 2)))
     ImageModel(
@@ -115,13 +124,15 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
             'mean': spec.mean,
             'std': spec.std,
         },
-    ).probs([tmp_path / 'set' / 'a' / '0.png'])
+    ).probs([set_path / 'a' / '0.png'])
     assert np.allclose(watch.seen[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
     assert find_backbone('efficientnet_lite0').mean != find_backbone('torchvision.alexnet').mean
 
 
 def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
-    "DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named; and colour is kept all the way."
+    """DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named;
+    and colour is kept all the way.
+    """
     pages = {
         p: '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
         for p in (ROOT / 'nbs').rglob('*.ipynb')
@@ -133,26 +144,27 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
     }
     assert len(pages) > 140, 'or else this reads nothing'
     said = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
-    assert (
-        said <= {'17_tasks.ipynb', 'checklist.ipynb'}
-        and '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
-    )
+    assert said <= {'17_tasks.ipynb', 'checklist.ipynb'}
+    assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
     task = TASKS['dr']
-    assert all(AUGMENTATIONS[a].colour for a in task.augment.split('+')) and not AUGMENTATIONS['colour_jitter'].colour
+    for a in task.augment.split('+'):
+        assert AUGMENTATIONS[a].colour
+    assert not AUGMENTATIONS['colour_jitter'].colour
     image = label_table(eyes).image[0]
     pixels = np.asarray(read_image(image, 48, task.reader, task.fit), int)
     assert (pixels[..., 0] - pixels[..., 2])[pixels.max(2) > 60].mean() > 30  # red, and not grey
 
 
 def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
-    'DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name, and the head has as many outputs.'
+    """DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name,
+    and the head has as many outputs.
+    """
     assert (GRADE.classes, REFERABLE.classes) == (tuple('01234'), ('no', 'referable'))
     assert [t.name for t in TASKS['dr'].targets] == ['referable', 'grade']
     for target, n in (('grade', 5), ('referable', 2), (None, 2)):
         learn = build_learner(eyes, 'dr', target=target, allow_leaks=True, **SMALL)
-        assert learn.dls.c == learn.model[1][-1].out_features == len(learn.dls.vocab) == n and learn.record[
-            'target'
-        ] == (target or 'referable')
+        assert learn.dls.c == learn.model[1][-1].out_features == len(learn.dls.vocab) == n
+        assert learn.record['target'] == (target or 'referable')
     few = pd.DataFrame({'image': list('abc'), 'label': ['0', '1', '4']})
     assert encode_target(few, REFERABLE).target.tolist() == [
         'no',
@@ -167,8 +179,11 @@ def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_vit', 'torchvision.alexnet', 'efficientnet_lite0'])
 def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
-    'DR says "the top two layers" and means the two nearest to the input. Here: frozen are those that see the image first.'
-    body, called = create_body(arch, 'random'), []
+    """DR says "the top two layers" and means the two nearest to the input. Here:
+    frozen are those that see the image first.
+    """
+    body = create_body(arch, 'random')
+    called = []
     where = {id(p): i for i, ps in enumerate(layer_groups(body).values()) for p in ps}
     hooks = [
         m.register_forward_pre_hook(
@@ -181,9 +196,12 @@ def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
     for h in hooks:
         h.remove()
     first = [called.index(i) for i in range(max(called) + 1)]
-    assert first == sorted(first) and len(first) >= 3  # group after group, from the image on
-    phase, n = PLANS['all_but_stem'].phases[-1], len(layer_groups(body)) + 1
-    assert phase.frozen == 2 and phase.first_trained(n) == 2
+    assert first == sorted(first)
+    assert len(first) >= 3  # group after group, from the image on
+    phase = PLANS['all_but_stem'].phases[-1]
+    n = len(layer_groups(body)) + 1
+    assert phase.frozen == 2
+    assert phase.first_trained(n) == 2
     assert PLANS['all_but_stem'].phases[-1].rates(n)[2:] == sorted(phase.rates(n)[2:])
 
 
@@ -191,14 +209,17 @@ def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
 def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
     "FLW splits at random; DR has two eyes of a patient, flowers many of a photographer."
     t = label_table(request.getfixturevalue(what))
-    assert t.group.notna().all() and t.group.value_counts().max() > 1
+    assert t.group.notna().all()
+    assert t.group.value_counts().max() > 1
     a, b = train_test_split(t, test_size=0.2, random_state=42)
     assert set(a.group) & set(b.group), 'or else this shows nothing'
     task = TASKS['dr' if what == 'eyes' else 'flowers']
     for seed in range(5):
         s = split_data(request.getfixturevalue(what), task, task.target(), seed=seed)
         train, valid = (set(s.group[s.split == k]) for k in ('train', 'valid'))
-        assert train and valid and not train & valid
+        assert train
+        assert valid
+        assert not train & valid
     random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # one that comes so is refused
     with pytest.raises((LeakError, ValueError), match='two sides'):
         split_data(random, task, task.target())

@@ -29,6 +29,7 @@ def eyes(tmp_path_factory):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
+    w_safetensors = tmp_path / 'w.safetensors'
     if name in LARGE:
         request.getfixturevalue('data_root')
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
@@ -37,23 +38,25 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     state = {
         k: v.contiguous() for k, v in net.state_dict().items() if v.numel() < 20e6
     }  # without the largest layers of the classifier
-    save_file(state, tmp_path / 'w.safetensors')
-    body = create_body(name, tmp_path / 'w.safetensors')
+    save_file(state, w_safetensors)
+    body = create_body(name, w_safetensors)
     names = stage_names(body)
-    assert names[0] == 'stem' and len(names) >= 3 and list(layer_groups(body)) == names and body.weights.kind == 'file'
+    assert names[0] == 'stem'
+    assert len(names) >= 3
+    assert list(layer_groups(body)) == names
+    assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
     loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
-    assert all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in loaded[:4]) and len(
-        loaded
-    ) < len(state)
+    for v in loaded[:4]:
+        assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
+    assert len(loaded) < len(state)
 
-    learn = build_learner(
-        eyes, 'dr', arch=name, weights=tmp_path / 'w.safetensors', size=80, bs=4, setting='plain', stage=names[-1]
-    )
+    learn = build_learner(eyes, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, setting='plain', stage=names[-1])
     assert learn.model[1][-1].out_features == 2  # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
-    assert all(torch.equal(v, before[k]) for k, v in learn.model[0].state_dict().items())
+    for k, v in learn.model[0].state_dict().items():
+        assert torch.equal(v, before[k])
     learn.unfreeze()
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4)
@@ -61,8 +64,10 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert sum(not torch.equal(v, before[k]) for k, v in after.items() if v.is_floating_point()) > len(before) // 2
 
     images = sorted((eyes / 'images').iterdir())[:3]
-    f = image_features(images, name, weights=tmp_path / 'w.safetensors', size=80, reader='fundus', fit='pad')
-    assert set(f.stages) == set(names) and all(np.isfinite(f.numpy([n])).all() for n in names)
+    f = image_features(images, name, weights=w_safetensors, size=80, reader='fundus', fit='pad')
+    assert set(f.stages) == set(names)
+    for n in names:
+        assert np.isfinite(f.numpy([n])).all()
     p = predict_probs(learn, images)
     assert np.abs(load_model(save_model(learn, tmp_path / 'model'), 'plain').probs(images) - p).max() < 1e-5
 
@@ -74,9 +79,8 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     monkeypatch.setattr(module, '_download', lambda spec: state)
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)
-    assert body.weights.kind == 'hub' and torch.equal(
-        next(iter(body.state_dict().values())), next(iter(state.values()))
-    )
+    assert body.weights.kind == 'hub'
+    assert torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
 
 
 def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
@@ -84,12 +88,14 @@ def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
     net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     save_file(net.state_dict(), tmp_path / 'w.safetensors')
     assert any(k.startswith('aux1') for k in net.state_dict())
-    body, x = create_body('googlenet', tmp_path / 'w.safetensors').eval(), torch.randn(1, 3, 64, 64)
+    body = create_body('googlenet', tmp_path / 'w.safetensors').eval()
+    x = torch.randn(1, 3, 64, 64)
     inner = nn.Sequential(
         *[m for n, m in net.eval().named_children() if n not in ('aux1', 'aux2', 'avgpool', 'dropout', 'fc')]
     )
     with torch.no_grad():
-        assert torch.equal(body(x), inner(x)) and inner(x).std() > 0
+        assert torch.equal(body(x), inner(x))
+        assert inner(x).std() > 0
 
 
 def test_cifarnet_has_no_weights_to_download():

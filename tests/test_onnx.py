@@ -1,4 +1,6 @@
-"A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused; and that torch is not needed to predict."
+"""A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused;
+and that torch is not needed to predict.
+"""
 
 import json
 import subprocess
@@ -38,6 +40,7 @@ DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
 def made(
     arch,
     size,
+    *,
     tap=None,
     head='linear',
     views='quarter_turns',
@@ -46,7 +49,9 @@ def made(
     decision=None,
     weights='random',
 ):
-    "A model whose BatchNorms have numbers of their own and whose answers differ, so that nothing can be left out unnoticed"
+    """A model whose BatchNorms have numbers of their own and whose answers differ,
+    so that nothing can be left out unnoticed
+    """
     torch.manual_seed(0)
     stages = create_body(arch, weights, tap=tap)
     net = nn.Sequential(Body(stages), create_head(head, head_inputs(stages, head, size), len(classes)))
@@ -105,7 +110,8 @@ def eyes(tmp_path_factory):
     ids=lambda h: h['arch'],
 )
 def test_the_same_probabilities_as_in_torch(tmp_path, how):
-    model, images = made(**how), pictures()
+    model = made(**how)
+    images = pictures()
     there = OnnxModel(export_onnx(model, tmp_path / 'm.onnx', images=images[:2]))
     p = model.probs(images)
     assert np.ptp(p, axis=0).max() > 1e-3, 'or else this shows nothing'
@@ -114,13 +120,14 @@ def test_the_same_probabilities_as_in_torch(tmp_path, how):
 
 
 def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
-    model, images = eyes[0], pictures()
-    there, p = OnnxModel(eyes[1]), model.probs(images)
+    model = eyes[0]
+    images = pictures()
+    there = OnnxModel(eyes[1])
+    p = model.probs(images)
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
     np.testing.assert_allclose(there.probs(images, calibrated=True), apply_temperature(p, 1.7), atol=1e-4, rtol=0)
-    assert (
-        np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3 and np.abs(model.probs(images, 'none') - p).max() > 2e-4
-    ), 'or else this shows nothing'
+    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3, 'or else this shows nothing'
+    assert np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'or else this shows nothing'
     assert there.probs([]).shape == (0, 2)
 
 
@@ -131,10 +138,10 @@ def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
         Image.fromarray(a).save(tmp_path / f'{i}.png')
     (tmp_path / 'no.png').write_text('text')
     paths = sorted(map(str, tmp_path.iterdir()))
-    t, want = predict_table(there, paths), predict_table(ImageModel(eyes[0].model, there.card), paths)
-    assert t.decision.notna().sum() == 3 and t.drop(columns=['p_no', 'p_referable']).equals(
-        want.drop(columns=['p_no', 'p_referable'])
-    )
+    t = predict_table(there, paths)
+    want = predict_table(ImageModel(eyes[0].model, there.card), paths)
+    assert t.decision.notna().sum() == 3
+    assert t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 
 
@@ -144,34 +151,44 @@ def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
 def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
     import onnx
 
-    model, proto = eyes[0], onnx.load(eyes[1])
+    model = eyes[0]
+    proto = onnx.load(eyes[1])
     onnx.checker.check_model(proto, full_check=True)
     meta = {m.key: m.value for m in proto.metadata_props}
-    assert json.loads(meta['classes']) == ['no', 'referable'] and (meta['size'], meta['reader'], meta['fit']) == (
+    assert json.loads(meta['classes']) == ['no', 'referable']
+    assert (meta['size'], meta['reader'], meta['fit']) == (
         '48',
         'fundus',
         'pad',
     )
     assert json.loads(meta['about']) == model.about
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
-    assert {n.domain for n in proto.graph.node} == {''} and not any(
-        t.external_data for t in proto.graph.initializer
-    )  # known operations, numbers inside
+    assert {n.domain for n in proto.graph.node} == {''}
+    assert not any(t.external_data for t in proto.graph.initializer)  # known operations, numbers inside
     raw = eyes[1].read_bytes()
     for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()):
         assert word not in raw, word
+
+
+WITHOUT_TORCH = """
+import sys
+ABSENT = ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript')
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ABSENT:
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+from dr_transfer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_predicting_loads_no_torch(eyes, tmp_path):
     "In a process where torch cannot be imported at all, through the command."
     image = tmp_path / 'a.png'
     Image.fromarray(pictures(1)[0]).save(image)
-    code = (
-        'import sys\nclass Without:\n def find_spec(self, name, path=None, target=None):\n'
-        "  if name.split('.')[0] in ('torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'onnx', 'onnxscript'): raise ImportError(name)\n"
-        f"sys.meta_path.insert(0, Without())\nfrom dr_transfer.cli import main\nsys.exit(main(['predict', {str(eyes[1])!r}, {str(image)!r}, '--debug']))"
-    )
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    words = ['predict', str(eyes[1]), str(image), '--debug']
+    r = subprocess.run([sys.executable, '-c', WITHOUT_TORCH, *words], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     head, row = r.stdout.splitlines()
     want = predict_table(eyes[0], [str(image)])
@@ -188,7 +205,7 @@ def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypa
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
     other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
     monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
-    with pytest.raises(ValueError, match='says something else than the model, by up to 0.*nothing was written'):
+    with pytest.raises(ValueError, match=r'says something else than the model, by up to 0.*nothing was written'):
         export_onnx(other, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 
@@ -214,12 +231,12 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
     proto = onnx.load(eyes[1])
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / 'foreign.onnx')
-    with pytest.raises(ModelError, match='it has no hash. It was cut, or another program wrote it'):
+    with pytest.raises(ModelError, match=r'it has no hash. It was cut, or another program wrote it'):
         OnnxModel(tmp_path / 'foreign.onnx')
     proto.metadata_props.add(key='format', value='dr_transfer onnx 1')
     onnx.save(proto, tmp_path / 'old.onnx')
     with pytest.raises(
-        ModelError, match='written by dr_transfer 0.1, without a hash.*Make the file again with export_onnx'
+        ModelError, match=r'written by dr_transfer 0.1, without a hash.*Make the file again with export_onnx'
     ):
         OnnxModel(tmp_path / 'old.onnx')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
@@ -237,7 +254,8 @@ def signed(data):
 
 def test_no_byte_can_change_unnoticed(eyes, tmp_path):
     "Bits of weights, of the graph and of the metadata, and names that change places."
-    data, file = eyes[1].read_bytes(), tmp_path / 'm.onnx'
+    data = eyes[1].read_bytes()
+    file = tmp_path / 'm.onnx'
     places = [*range(0, 200), *np.random.default_rng(0).integers(0, len(data), 300), *range(len(data) - 600, len(data))]
     for at in map(int, places):
         file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
@@ -257,7 +275,8 @@ def test_no_byte_can_change_unnoticed(eyes, tmp_path):
         with pytest.raises(ModelError):
             OnnxModel(file)
     file.write_bytes(signed(data))
-    assert file.read_bytes() == data and OnnxModel(file).card == eyes[0].card
+    assert file.read_bytes() == data
+    assert OnnxModel(file).card == eyes[0].card
 
 
 @pytest.mark.parametrize(
@@ -315,7 +334,8 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
 def test_the_command(eyes, tmp_path):
     from test_cli import good, refused, rows_of
 
-    folder, out = save_model(eyes[0], tmp_path / 'model'), tmp_path / 'm.onnx'
+    folder = save_model(eyes[0], tmp_path / 'model')
+    out = tmp_path / 'm.onnx'
     assert 'the same predictions as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
     import onnx
 
@@ -325,4 +345,5 @@ def test_the_command(eyes, tmp_path):
     assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
     Image.fromarray(pictures(1)[0]).save(tmp_path / 'a.png')
     a, b = (rows_of(good('predict', m, tmp_path / 'a.png', '--setting', 'plain').out)[0] for m in (out, folder))
-    assert a.keys() == b.keys() and abs(float(a['p_no']) - float(b['p_no'])) < 1e-4
+    assert a.keys() == b.keys()
+    assert abs(float(a['p_no']) - float(b['p_no'])) < 1e-4

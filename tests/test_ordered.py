@@ -36,11 +36,9 @@ def test_a_higher_score_is_a_higher_grade_and_probabilities_sum_to_one(name, k):
         if cuts and name == 'cumulative':
             layer.load_state_dict({'first': torch.tensor(cuts[0]), 'gaps': torch.tensor(cuts[1:])})
         p = layer(torch.linspace(-20, 20, 400)[:, None]).exp().detach()
-        assert (
-            torch.allclose(p.sum(1), torch.ones(400), atol=1e-3)
-            and (p >= 0).all()
-            and ((p @ torch.arange(float(k))).diff() > -1e-4).all()
-        )
+        assert torch.allclose(p.sum(1), torch.ones(400), atol=1e-3)
+        assert (p >= 0).all()
+        assert ((p @ torch.arange(float(k))).diff() > -1e-4).all()
         assert torch.isfinite(layer(torch.tensor([[-1e4], [1e4]]))).all()
 
 
@@ -55,7 +53,7 @@ def test_gradients_are_finite_far_from_the_cuts(name):
 def test_the_cuts_rise_whatever_is_learnt():
     layer = Cumulative(5)
     opt = torch.optim.SGD(layer.parameters(), lr=5.0)
-    for i in range(50):
+    for _ in range(50):
         opt.zero_grad()
         nn.functional.cross_entropy(layer(torch.randn(64, 1)), torch.randint(0, 5, (64,))).backward()
         opt.step()
@@ -65,7 +63,8 @@ def test_the_cuts_rise_whatever_is_learnt():
 @pytest.mark.parametrize('name', [*HEADS, Head((8,), 0.1, ordered='cumulative')], ids=str)
 def test_every_head_has_an_output_for_each_class(name):
     h = create_head(name, 48, 5).eval()
-    assert h(torch.randn(4, 48)).shape == (4, 5) and h.about in (*HEADS.values(), name)
+    assert h(torch.randn(4, 48)).shape == (4, 5)
+    assert h.about in (*HEADS.values(), name)
     with pytest.raises(ValueError, match='nearest first: cumulative'):
         Head(ordered='cumulativ')
 
@@ -91,10 +90,8 @@ def test_an_ordered_head_learns_the_order(eyes):
     for name in ORDERED:
         torch.manual_seed(0)
         h = create_head(name, 4, 5)
-        opt, loss = (
-            torch.optim.Adam(h.parameters(), 0.05),
-            GradeLoss() if name == 'regression' else nn.CrossEntropyLoss(),
-        )
+        opt = torch.optim.Adam(h.parameters(), 0.05)
+        loss = GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
         for _ in range(150):
             opt.zero_grad()
             loss(h(x), y).backward()
@@ -110,18 +107,14 @@ def test_weights_make_all_classes_count_alike():
     t = pd.DataFrame({'target': ['a'] * 90 + ['b'] * 9 + ['c'] + ['a'], 'split': ['train'] * 100 + ['valid']})
     w = class_weights(t)
     n = t.target[t.split == 'train'].value_counts()
-    assert (
-        np.allclose(w * n, 100 / 3)
-        and image_weights(t, 'sampling') == w[t.target].tolist()
-        and image_weights(t, 'weights') is None
-    )
+    assert np.allclose(w * n, 100 / 3)
+    assert image_weights(t, 'sampling') == w[t.target].tolist()
+    assert image_weights(t, 'weights') is None
     loss = balanced_loss(t, ['a', 'b', 'c'], 'weights')
-    assert loss.func.weight.dtype == torch.float32 and loss.func.weight.tolist() == pytest.approx(
-        w[['a', 'b', 'c']].tolist()
-    )
-    assert balanced_loss(t, ['a', 'b', 'c']) is None and isinstance(
-        balanced_loss(t, ['a'], 'sampling', 'regression'), GradeLoss
-    )
+    assert loss.func.weight.dtype == torch.float32
+    assert loss.func.weight.tolist() == pytest.approx(w[['a', 'b', 'c']].tolist())
+    assert balanced_loss(t, ['a', 'b', 'c']) is None
+    assert isinstance(balanced_loss(t, ['a'], 'sampling', 'regression'), GradeLoss)
 
 
 @pytest.mark.parametrize('stored', [True, False])
@@ -166,11 +159,9 @@ def test_fitted_cuts_are_as_good_as_any_on_a_grid_and_better_than_halves():
         for b in places[i + 1 :]
     )
     ours = cohen_kappa_score(y, np.digitize(x, cuts), weights='quadratic')
-    assert (
-        ours > best - 0.01
-        and ours > cohen_kappa_score(y, np.digitize(x, [0.5, 1.5]), weights='quadratic')
-        and (np.diff(cuts) > 0).all()
-    )
+    assert ours > best - 0.01
+    assert ours > cohen_kappa_score(y, np.digitize(x, [0.5, 1.5]), weights='quadratic')
+    assert (np.diff(cuts) > 0).all()
 
 
 def test_cut_points_are_kept_with_the_model_and_give_grades():
@@ -183,7 +174,8 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
             {'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADE_NAMES], (p / p.sum(1, keepdims=True)).T))}
         )
 
-    valid, t = table(800), table(800)
+    valid = table(800)
+    t = table(800)
     d = choose_decision(valid, GRADE_NAMES)
     out = apply_decision(t, GRADE_NAMES, d)
     y = t.target.astype(int)
@@ -191,7 +183,8 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
         k: cohen_kappa_score(y, v, weights='quadratic')
         for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))
     }
-    assert kappa['cuts'] > kappa['likeliest'] + 0.03 and set(out.grade) <= set(range(5))
+    assert kappa['cuts'] > kappa['likeliest'] + 0.03
+    assert set(out.grade) <= set(range(5))
     assert choose_decision(valid[valid.target != '4'], GRADE_NAMES).cuts is None
 
 
@@ -200,25 +193,28 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
 def test_flowers_have_no_order(tmp_path, head):
-    "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
+    """A score that is cut into grades means nothing for daisies, roses and tulips,
+    and says so before anything is trained.
+    """
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.fundus import make_flowers
 
-    make_flowers(tmp_path / 'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
+    flowers = tmp_path / 'flowers'
+    make_flowers(flowers, n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
     kind = getattr(head, 'ordered', head)
-    with pytest.raises(
-        ValueError,
-        match=rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order.*'class' \(daisy, roses, tulips\) do not.*head='linear'",
-    ):
-        build_learner(tmp_path / 'flowers', size=48, **tiny)
+    why = rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order"
+    these = r"'class' \(daisy, roses, tulips\) do not"
+    with pytest.raises(ValueError, match=f"{why}.*{these}.*head='linear'"):
+        build_learner(flowers, size=48, **tiny)
     with pytest.raises(ValueError, match='stand in an order'):
-        build_learner(tmp_path / 'flowers', size=48, **{**tiny, 'head': create_head(head, 128, 3)})
+        build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
-    assert build_learner(tmp_path / 'flowers', buds, **tiny).record['head']['ordered'] == kind
+    assert build_learner(flowers, buds, **tiny).record['head']['ordered'] == kind
 
 
 def test_two_classes_are_in_order_either_way(eyes):
     "There the ordered head is a logistic regression, which is right for any two classes."
     learn = build_learner(eyes, **{**TINY, 'target': 'referable', 'head': 'cumulative'})
-    assert learn.model[1].about.ordered == 'cumulative' and learn.dls.c == 2
+    assert learn.model[1].about.ordered == 'cumulative'
+    assert learn.dls.c == 2

@@ -1,5 +1,8 @@
-"Outputs: nothing of the user's is replaced, names are reserved before the work, and a killed run leaves nothing for good."
+"""Outputs: nothing of the user's is replaced, names are reserved before the work,
+and a killed run leaves nothing for good.
+"""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +84,7 @@ def photographs(tmp_path):
 def test_a_file_is_replaced_only_if_its_own_name_was_given_with_overwrite(tmp_path):
     file = tmp_path / 'p.csv'
     file.write_text('mine')
-    with pytest.raises(OutputError, match='exists already.*--overwrite'):
+    with pytest.raises(OutputError, match=r'exists already.*--overwrite'):
         enter(new_file(file))
     assert tree(tmp_path) == {'p.csv': b'mine'}
     with new_file(file, overwrite=True) as f:
@@ -93,7 +97,7 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     (tmp_path / 'folder').mkdir()
     os.mkfifo(tmp_path / 'pipe')
     for name in ('folder', 'pipe'):
-        with pytest.raises(OutputError, match='is a folder|no regular file'):
+        with pytest.raises(OutputError, match=r'is a folder|no regular file'):
             enter(new_file(tmp_path / name, overwrite=True))
     with pytest.raises(OutputError, match='no regular file'):
         enter(new_file('/dev/null', overwrite=True))
@@ -103,9 +107,10 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     'context', [new_file, new_folder, lambda p: new_pair(p, '_t.csv'), lambda p: growing_folder(p, 'preprocess')]
 )
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, context):
+    loop = tmp_path / 'loop'
     (tmp_path / 'file').write_text('mine')
     os.symlink(tmp_path / 'nowhere', tmp_path / 'dangling')
-    os.symlink(tmp_path / 'loop', tmp_path / 'loop')
+    os.symlink(loop, loop)
     before = tree(tmp_path)
     for place in (
         '/',
@@ -113,13 +118,14 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, 
         '/proc/a/b',
         tmp_path / 'file' / 'run',
         tmp_path / 'dangling',
-        tmp_path / 'loop',
+        loop,
         tmp_path / ('x' * 300),
         f'{tmp_path}/a\0b',
     ):
         with pytest.raises(OutputError):
             enter(context(place))
-    assert tree(tmp_path) == before and not (tmp_path / 'nowhere').exists()
+    assert tree(tmp_path) == before
+    assert not (tmp_path / 'nowhere').exists()
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
@@ -128,7 +134,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', full)
     for context in (new_file(tmp_path / 'p.csv'), new_folder(tmp_path / 'new' / 'run')):
-        with pytest.raises(OutputError, match='No space left on device.*make room'):
+        with pytest.raises(OutputError, match=r'No space left on device.*make room'):
             enter(context)
     assert tree(tmp_path) == {}
 
@@ -143,7 +149,8 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
         f.write_text('2')
     with atomic_file(tmp_path / name) as f:
         f.write_text('3')
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '3'
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == '3'
     (tmp_path / name).unlink()
     make_run(tmp_path / name)
     make_run(tmp_path / name, overwrite=True)
@@ -151,53 +158,52 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
 
 
 def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
-    with pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept'):
-        with new_file(tmp_path / 'p.csv') as f:
-            f.write_text('hours of work')
-            (tmp_path / 'p.csv').write_text('put there meanwhile')
+    run = tmp_path / 'run'
+    kept = pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept')
+    with kept, new_file(tmp_path / 'p.csv') as f:
+        f.write_text('hours of work')
+        (tmp_path / 'p.csv').write_text('put there meanwhile')
     assert tree(tmp_path) == {'p.csv': b'put there meanwhile', 'p.csv.kept': b'hours of work'}
-    with pytest.raises(OutputError, match=r"holds 'x.txt'.*kept in .*run\.kept"):
-        with new_folder(tmp_path / 'run', overwrite=True) as f:
-            (f / 'record.json').write_text('hours of work')
-            (tmp_path / 'run').mkdir()
-            (tmp_path / 'run' / 'x.txt').write_text('put there meanwhile')
+    kept = pytest.raises(OutputError, match=r"holds 'x.txt'.*kept in .*run\.kept")
+    with kept, new_folder(run, overwrite=True) as f:
+        (f / 'record.json').write_text('hours of work')
+        run.mkdir()
+        (run / 'x.txt').write_text('put there meanwhile')
     assert (tmp_path / 'run.kept' / 'record.json').read_text() == 'hours of work'
-    assert (tmp_path / 'run' / 'x.txt').read_text() == 'put there meanwhile'
+    assert (run / 'x.txt').read_text() == 'put there meanwhile'
 
 
 def test_what_was_finished_of_a_run_is_kept_if_the_rest_fails(tmp_path):
-    with pytest.raises(OutputError, match='the disk is full.*What was finished is kept in .*run.kept'):
-        with new_folder(tmp_path / 'run', keep_parts=True) as f:
-            (f / 'model.json').write_text('the model')
-            raise OSError('the disk is full')
-    assert (tmp_path / 'run.kept' / 'model.json').read_text() == 'the model' and output_kind(
-        tmp_path / 'run.kept'
-    ) == 'unfinished'
+    kept = pytest.raises(OutputError, match=r'the disk is full.*What was finished is kept in .*run.kept')
+    with kept, new_folder(tmp_path / 'run', keep_parts=True) as f:
+        (f / 'model.json').write_text('the model')
+        raise OSError('the disk is full')
+    assert (tmp_path / 'run.kept' / 'model.json').read_text() == 'the model'
+    assert output_kind(tmp_path / 'run.kept') == 'unfinished'
     with pytest.raises(RuntimeError), new_folder(tmp_path / 'other', keep_parts=True):
         raise RuntimeError('before anything was written')
     assert os.listdir(tmp_path) == ['run.kept']
 
 
 def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match=r'what was finished is kept in .*run\.kept'):
-        with new_folder(tmp_path / 'run', keep_parts=True) as f:
-            (f / 'model.json').write_text('the model')
-            raise KeyboardInterrupt
-    assert tree(tmp_path / 'run.kept')['model.json'] == b'the model' and os.listdir(tmp_path) == ['run.kept']
+    kept = pytest.raises(KeyboardInterrupt, match=r'what was finished is kept in .*run\.kept')
+    with kept, new_folder(tmp_path / 'run', keep_parts=True) as f:
+        (f / 'model.json').write_text('the model')
+        raise KeyboardInterrupt
+    assert tree(tmp_path / 'run.kept')['model.json'] == b'the model'
+    assert os.listdir(tmp_path) == ['run.kept']
 
 
 @pytest.mark.parametrize('error', [ValueError('it cannot be drawn'), OSError(28, 'No space left on device')])
 @pytest.mark.parametrize('begun', [False, True])
 def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
-    with pytest.raises(
-        OutputError,
-        match=r'r.html could not be written \((it cannot be drawn|No space left on device)\). The table is kept in .*kept',
-    ):
-        with new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
-            table.write_text('hours of work')
-            if begun:
-                page.write_text('<html>')
-            raise error
+    why = r'r.html could not be written \((it cannot be drawn|No space left on device)\)'
+    kept = pytest.raises(OutputError, match=rf'{why}. The table is kept in .*kept')
+    with kept, new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+        table.write_text('hours of work')
+        if begun:
+            page.write_text('<html>')
+        raise error
     assert tree(tmp_path) == {'r_t.csv.kept': b'hours of work'}
 
 
@@ -210,28 +216,31 @@ def test_half_a_table_is_not_kept(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(Path, 'write_bytes', full)
-    with pytest.raises(OSError, match='No space left'), new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+    with pytest.raises(OSError, match='No space left'), new_pair(tmp_path / 'r.html', '_t.csv') as (_page, table):
         write_csv(pd.DataFrame({'image': ['a.jpg']}), table)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_link_is_followed(tmp_path):
-    (tmp_path / 'disk').mkdir()
-    (tmp_path / 'disk' / 'old.csv').write_text('old')
-    os.symlink(tmp_path / 'disk' / 'old.csv', tmp_path / 'p.csv')
-    os.symlink(tmp_path / 'disk', tmp_path / 'link')
+    disk = tmp_path / 'disk'
+    old = tmp_path / 'disk' / 'old.csv'
+    p_csv = tmp_path / 'p.csv'
+    run = tmp_path / 'run'
+    disk.mkdir()
+    old.write_text('old')
+    os.symlink(old, p_csv)
+    os.symlink(disk, tmp_path / 'link')
     make_run(tmp_path / 'link' / 'run')
-    os.symlink(tmp_path / 'disk' / 'run', tmp_path / 'run')
-    make_run(tmp_path / 'run', 'second', overwrite=True)
-    with new_file(tmp_path / 'p.csv', overwrite=True) as f:
+    os.symlink(disk / 'run', run)
+    make_run(run, 'second', overwrite=True)
+    with new_file(p_csv, overwrite=True) as f:
         f.write_text('new')
-    assert (tmp_path / 'run').is_symlink() and (tmp_path / 'p.csv').is_symlink()
-    assert (tmp_path / 'disk' / 'old.csv').read_text() == 'new' and (
-        tmp_path / 'disk' / 'run' / 'record.json'
-    ).read_text() == 'second'
-    assert sorted(os.listdir(tmp_path)) == ['disk', 'link', 'p.csv', 'run'] and sorted(
-        os.listdir(tmp_path / 'disk')
-    ) == ['old.csv', 'run']
+    assert run.is_symlink()
+    assert p_csv.is_symlink()
+    assert old.read_text() == 'new'
+    assert (disk / 'run' / 'record.json').read_text() == 'second'
+    assert sorted(os.listdir(tmp_path)) == ['disk', 'link', 'p.csv', 'run']
+    assert sorted(os.listdir(disk)) == ['old.csv', 'run']
 
 
 # ---------------------------------------------------------------- folders
@@ -239,40 +248,43 @@ def test_a_link_is_followed(tmp_path):
 
 def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
     "Even if it holds the names that a run has."
-    (tmp_path / 'mine' / 'model').mkdir(parents=True)
-    (tmp_path / 'mine' / 'model' / 'years of work').write_text('mine')
-    (tmp_path / 'mine' / 'record.json').write_text('mine')
+    mine = tmp_path / 'mine'
+    (mine / 'model').mkdir(parents=True)
+    (mine / 'model' / 'years of work').write_text('mine')
+    (mine / 'record.json').write_text('mine')
     before = tree(tmp_path)
     with pytest.raises(OutputError, match='no mark that dr_transfer made it'):
-        make_run(tmp_path / 'mine', overwrite=True)
-    (tmp_path / 'mine' / MARKER).write_text('{"made_by": "somebody"')
+        make_run(mine, overwrite=True)
+    (mine / MARKER).write_text('{"made_by": "somebody"')
     with pytest.raises(OutputError, match='no mark'):
-        make_run(tmp_path / 'mine', overwrite=True)
-    (tmp_path / 'mine' / MARKER).unlink()
+        make_run(mine, overwrite=True)
+    (mine / MARKER).unlink()
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize('put', ['notes.txt', 'model/notes.txt', 'plots/mine.png', 'link'])
 def test_a_folder_of_ours_that_holds_more_is_refused_by_name(tmp_path, put):
-    make_run(tmp_path / 'run')
-    (tmp_path / 'run' / put).parent.mkdir(exist_ok=True)
+    run = tmp_path / 'run'
+    make_run(run)
+    (run / put).parent.mkdir(exist_ok=True)
     if put == 'link':
-        os.symlink(tmp_path, tmp_path / 'run' / put)
+        os.symlink(tmp_path, run / put)
     else:
-        (tmp_path / 'run' / put).write_text('mine')
+        (run / put).write_text('mine')
     before = tree(tmp_path)
-    assert strange_files(tmp_path / 'run') == [put]
+    assert strange_files(run) == [put]
     with pytest.raises(OutputError, match=f"holds '{put}', which dr_transfer did not put there"):
-        make_run(tmp_path / 'run', overwrite=True)
+        make_run(run, overwrite=True)
     assert tree(tmp_path) == before
 
 
 def test_a_run_within_a_run_is_not_lost_with_it(tmp_path):
-    make_run(tmp_path / 'runs')
-    make_run(tmp_path / 'runs' / 'second')
+    runs = tmp_path / 'runs'
+    make_run(runs)
+    make_run(runs / 'second')
     with pytest.raises(OutputError, match='second/'):
-        make_run(tmp_path / 'runs', overwrite=True)
-    assert (tmp_path / 'runs' / 'second' / 'record.json').exists()
+        make_run(runs, overwrite=True)
+    assert (runs / 'second' / 'record.json').exists()
 
 
 def test_another_kind_of_output_is_not_replaced(tmp_path):
@@ -295,6 +307,8 @@ def test_a_folder_that_grows_is_left_as_it_was_if_nothing_comes_of_it(tmp_path):
 
 
 def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
+    mine = tmp_path / 'demo' / 'run' / 'mine.txt'
+
     def once(overwrite):
         with growing_folder(tmp_path / 'demo', 'demo', ['demo.png', 'run/'], overwrite) as f:
             if not (f / 'run').exists():
@@ -302,11 +316,11 @@ def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
             (f / 'demo.png').write_text('figure')
 
     once(False)
-    (tmp_path / 'demo' / 'run' / 'mine.txt').write_text('mine')
-    with pytest.raises(OutputError, match="holds 'run/mine.txt'"):
+    mine.write_text('mine')
+    with pytest.raises(OutputError, match=r"holds 'run/mine.txt'"):
         once(True)
-    assert (tmp_path / 'demo' / 'run' / 'mine.txt').read_text() == 'mine'
-    (tmp_path / 'demo' / 'run' / 'mine.txt').unlink()
+    assert mine.read_text() == 'mine'
+    mine.unlink()
     once(True)
     assert sorted(os.listdir(tmp_path / 'demo')) == [MARKER, 'demo.png', 'run']
 
@@ -315,34 +329,37 @@ def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
 
 
 def test_a_table_is_replaced_only_if_it_was_written_with_its_report(tmp_path):
-    page, table = tmp_path / 'labels.html', tmp_path / 'labels_predictions.csv'
+    page = tmp_path / 'labels.html'
+    table = tmp_path / 'labels_predictions.csv'
     (tmp_path / 'labels.csv').write_text('the labels of the user')
     make_report(page)
     make_report(page, 'again', overwrite=True)
-    assert (tmp_path / 'labels.csv').read_text() == 'the labels of the user' and table.read_text() == 'again table'
+    assert (tmp_path / 'labels.csv').read_text() == 'the labels of the user'
+    assert table.read_text() == 'again table'
     table.write_text('corrected by hand')
-    with pytest.raises(OutputError, match='labels_predictions.csv was not written together with .*labels.html'):
+    with pytest.raises(OutputError, match=r'labels_predictions.csv was not written together with .*labels.html'):
         make_report(page, 'third', overwrite=True)
     page.unlink()
-    with pytest.raises(OutputError, match='labels_predictions.csv'):
+    with pytest.raises(OutputError, match=r'labels_predictions.csv'):
         make_report(page, 'third', overwrite=True)
     assert tree(tmp_path) == {'labels.csv': b'the labels of the user', table.name: b'corrected by hand'}
 
 
 def test_a_report_without_its_table_may_be_replaced(tmp_path):
-    make_report(tmp_path / 'r.html')
-    companion(tmp_path / 'r.html', '_predictions.csv').unlink()
+    r_html = tmp_path / 'r.html'
+    make_report(r_html)
+    companion(r_html, '_predictions.csv').unlink()
     with pytest.raises(OutputError, match='exists already'):
-        make_report(tmp_path / 'r.html')
-    make_report(tmp_path / 'r.html', overwrite=True)
-    assert written_together(tmp_path / 'r.html', tmp_path / 'r_predictions.csv')
+        make_report(r_html)
+    make_report(r_html, overwrite=True)
+    assert written_together(r_html, tmp_path / 'r_predictions.csv')
 
 
 def test_a_page_that_does_not_name_its_table_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match='does not hold the hash of its table'):
-        with new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
-            table.write_text('a')
-            page.write_text('b')
+    error = pytest.raises(OutputError, match='does not hold the hash of its table')
+    with error, new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
+        table.write_text('a')
+        page.write_text('b')
     assert not (tmp_path / 'r.html').exists()
 
 
@@ -367,7 +384,8 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     monkeypatch.setattr(commands, '_load', lambda a: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
-    assert 'lies in the data folder' in capsys.readouterr().err and tree(tmp_path) == before
+    assert 'lies in the data folder' in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
     class E:
         table = __import__('pandas').DataFrame({'image': ['0.png']})
@@ -375,9 +393,8 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     monkeypatch.setattr(report, 'report_html', lambda e, n: '<html><head></head></html>')
     for _ in range(2):
         report.write_report(E, tmp_path / 'labels.html', overwrite=True)
-    assert (tmp_path / 'labels.csv').read_text() == 'mine' and (
-        tmp_path / 'labels_predictions.csv'
-    ).read_text() == 'image\n0.png\n'
+    assert (tmp_path / 'labels.csv').read_text() == 'mine'
+    assert (tmp_path / 'labels_predictions.csv').read_text() == 'image\n0.png\n'
 
 
 # ---------------------------------------------------------------- two runs at once
@@ -390,14 +407,12 @@ def test_the_second_run_is_told_at_once(tmp_path):
         held.__enter__()
         start = time.monotonic()
         with pytest.raises(
-            OutputError, match='another run is writing .*: wait until it is done, or choose another name'
+            OutputError, match=r'another run is writing .*: wait until it is done, or choose another name'
         ):
             enter(context(tmp_path / str(i)))
         assert time.monotonic() - start < 5
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             held.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-        except KeyboardInterrupt:
-            pass
     assert tree(tmp_path) == {}
 
 
@@ -413,8 +428,9 @@ with new_folder(sys.argv[1]) as tmp:
 
 def test_two_processes_with_one_name(tmp_path):
     "By another spelling of it, too; and the command tells it before it trains."
+    run = tmp_path / 'run'
     first = subprocess.Popen(
-        [sys.executable, '-c', HOLD, tmp_path / 'run'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, '-c', HOLD, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert first.stdout.readline() == 'held\n'
@@ -425,10 +441,11 @@ def test_two_processes_with_one_name(tmp_path):
 
         (tmp_path / 'data').mkdir()
         with pytest.raises(OutputError, match='another run is writing'):
-            cli.main(['train', str(tmp_path / 'data'), '--out', str(tmp_path / 'run'), '--debug'])
+            cli.main(['train', str(tmp_path / 'data'), '--out', str(run), '--debug'])
     finally:
         first.communicate('go on\n', timeout=60)
-    assert first.returncode == 0 and (tmp_path / 'run' / 'record.json').read_text() == 'first'
+    assert first.returncode == 0
+    assert (run / 'record.json').read_text() == 'first'
     assert sorted(os.listdir(tmp_path)) == ['data', 'link', 'run']
 
 
@@ -464,14 +481,17 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
         t.start()
     for t in threads:
         t.join()
-    assert os.listdir(tmp_path) == ['known.json'] and len(set((tmp_path / 'known.json').read_text())) == 1
+    assert os.listdir(tmp_path) == ['known.json']
+    assert len(set((tmp_path / 'known.json').read_text())) == 1
 
 
 # ---------------------------------------------------------------- killed
 
 
 def killed_at(point, work):
-    "Do the work in a process that kills itself at its n-th call that changes the disk; how it ended, and the calls if it did."
+    """Do the work in a process that kills itself at its n-th call that changes the disk; how it ended,
+    and the calls if it did.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -503,39 +523,49 @@ def killed_at(point, work):
 def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(tmp_path):
     "At the first, second, ... call that changes the disk, to the last."
 
+    whole = tmp_path / 'whole'
+
     def replace(folder, text, overwrite=True):
         make_run(folder / 'run', text, overwrite=overwrite)
         make_report(folder / 'r.html', text, overwrite=overwrite)
 
-    (tmp_path / 'whole').mkdir()
-    replace(tmp_path / 'whole', 'old', overwrite=False)
-    code, steps = killed_at(-1, lambda: replace(tmp_path / 'whole', 'new'))
-    want = tree(tmp_path / 'whole')
-    assert code == 0 and int(steps) > 30 and b'new' in want['r.html']
+    whole.mkdir()
+    replace(whole, 'old', overwrite=False)
+    code, steps = killed_at(-1, lambda: replace(whole, 'new'))
+    want = tree(whole)
+    assert code == 0
+    assert int(steps) > 30
+    assert b'new' in want['r.html']
     for point in range(1, int(steps) + 1):
         folder = tmp_path / f'at {point}'
         folder.mkdir()
         replace(folder, 'old', overwrite=False)
-        assert killed_at(point, lambda: replace(folder, 'new'))[0] == -signal.SIGKILL
+        ended, _ = killed_at(point, partial(replace, folder, 'new'))
+        assert ended == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
-            assert not (folder / name).exists() or (folder / name).read_bytes()[-3:] in (b'old', b'new'), 'never a half'
+            file = folder / name
+            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'never a half'
         replace(folder, 'new')
         assert tree(folder) == want, f'killed at step {point} of {steps}'
 
 
 def test_a_kill_between_two_renames(tmp_path):
     "The old folder comes back; a report that has its name gets its table."
-    make_run(tmp_path / 'run', 'old')
-    os.rename(tmp_path / 'run', tmp_path / '.run.dr_transfer-old')
+    run = tmp_path / 'run'
+    r_html = tmp_path / 'r.html'
+    make_run(run, 'old')
+    os.rename(run, tmp_path / '.run.dr_transfer-old')
     with pytest.raises(OutputError, match='exists already'):
-        make_run(tmp_path / 'run')
-    assert (tmp_path / 'run' / 'record.json').read_text() == 'old' and os.listdir(tmp_path) == ['run']
-    make_report(tmp_path / 'r.html')
+        make_run(run)
+    assert (run / 'record.json').read_text() == 'old'
+    assert os.listdir(tmp_path) == ['run']
+    make_report(r_html)
     os.rename(tmp_path / 'r_predictions.csv', tmp_path / '.r_predictions.csv.dr_transfer-tmp')
     (tmp_path / '.r_predictions.csv.dr_transfer-old').write_text('old table')
     with pytest.raises(OutputError, match='exists already'):
-        make_report(tmp_path / 'r.html')
-    assert written_together(tmp_path / 'r.html', tmp_path / 'r_predictions.csv') and sorted(os.listdir(tmp_path)) == [
+        make_report(r_html)
+    assert written_together(r_html, tmp_path / 'r_predictions.csv')
+    assert sorted(os.listdir(tmp_path)) == [
         'r.html',
         'r_predictions.csv',
         'run',
@@ -554,13 +584,14 @@ def test_what_a_killed_writer_of_a_cache_left_is_removed(tmp_path):
 
 
 def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
-    os.symlink(photographs, tmp_path / 'link')
+    link = tmp_path / 'link'
+    os.symlink(photographs, link)
     monkeypatch.chdir(photographs)
     for out in (
         '.',
         'run',
         'images/run',
-        tmp_path / 'link' / 'run',
+        link / 'run',
         tmp_path / 'photos' / '..' / 'photos' / 'run',
         '../link/images',
     ):
@@ -569,12 +600,10 @@ def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
     for out in (tmp_path / 'run', '..', '../photos_run'):
         check_outside(out, photographs)
     with pytest.raises(OutputError, match='is read here'):
-        check_outside(tmp_path / 'link' / 'images' / '0.png', photographs / 'images' / '0.png')
-    assert (
-        is_inside(photographs, tmp_path)
-        and not is_inside(tmp_path, photographs)
-        and not is_inside('x', tmp_path / 'nowhere')
-    )
+        check_outside(link / 'images' / '0.png', photographs / 'images' / '0.png')
+    assert is_inside(photographs, tmp_path)
+    assert not is_inside(tmp_path, photographs)
+    assert not is_inside('x', tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('command', ['train', 'advise', 'compare', 'cross-validate'])
@@ -583,31 +612,35 @@ def test_the_commands_refuse_to_write_into_the_data(photographs, capsys, command
 
     before = tree(photographs)
     assert main([command, str(photographs), '--out', str(photographs / 'out')]) == 1
-    assert 'lies in the data folder' in capsys.readouterr().err and tree(photographs) == before
+    assert 'lies in the data folder' in capsys.readouterr().err
+    assert tree(photographs) == before
 
 
 def test_predict_does_not_replace_what_it_reads(photographs, capsys):
     from dr_transfer.cli import main
 
-    before, image = tree(photographs), str(photographs / 'images' / '0.png')
+    before = tree(photographs)
+    image = str(photographs / 'images' / '0.png')
     assert main(['predict', 'model', image, '--out', image, '--overwrite']) == 1
-    assert 'is read here' in capsys.readouterr().err and tree(photographs) == before
+    assert 'is read here' in capsys.readouterr().err
+    assert tree(photographs) == before
 
 
 def test_runs_are_never_read_as_data(tmp_path):
     from dr_transfer.data.table import find_images, label_table
 
+    data = tmp_path / 'data'
     for label in ('daisy', 'rose'):
-        (tmp_path / 'data' / label).mkdir(parents=True)
-        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / label / f'{label}.png')
-    with new_folder(tmp_path / 'data' / 'run') as f:
+        (data / label).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(data / label / f'{label}.png')
+    with new_folder(data / 'run') as f:
         for name in ('history.png', 'confusion.png'):
             Image.new('RGB', (8, 8)).save(f / name)
-    assert sorted(label_table(tmp_path / 'data').label) == ['daisy', 'rose']
+    assert sorted(label_table(data).label) == ['daisy', 'rose']
     with pytest.raises(OutputError, match='is a run folder that dr_transfer made, and no data'):
-        find_images(tmp_path / 'data' / 'run')
-    mark_folder(tmp_path / 'data' / 'rose', 'preprocess')
-    assert len(find_images(tmp_path / 'data')) == 2, 'prepared photographs are data'
+        find_images(data / 'run')
+    mark_folder(data / 'rose', 'preprocess')
+    assert len(find_images(data)) == 2, 'prepared photographs are data'
 
 
 # ---------------------------------------------------------------- preprocess
@@ -621,34 +654,37 @@ def prepare(folder, out, **kwargs):
 
 def test_preprocess_never_writes_over_the_originals(tmp_path, photographs, monkeypatch):
     "By a link, another spelling, or a folder within."
-    os.symlink(photographs, tmp_path / 'link')
-    os.symlink(photographs / 'images', tmp_path / 'inner')
+    link = tmp_path / 'link'
+    inner = tmp_path / 'inner'
+    os.symlink(photographs, link)
+    os.symlink(photographs / 'images', inner)
     monkeypatch.chdir(photographs)
     before = tree(tmp_path)
     for folder, out in (
-        (photographs, tmp_path / 'link'),
-        (tmp_path / 'link', photographs),
+        (photographs, link),
+        (link, photographs),
         (photographs, tmp_path / 'photos' / '..' / 'photos'),
         ('.', photographs),
         (photographs, '.'),
     ):
         with pytest.raises(OutputError, match='holds the originals, which are never changed'):
             prepare(folder, out)
-    for out in (photographs / 'small', tmp_path / 'link' / 'small', tmp_path / 'inner', photographs / 'images'):
+    for out in (photographs / 'small', link / 'small', inner, photographs / 'images'):
         with pytest.raises(OutputError, match='would be taken for photographs'):
             prepare(photographs, out)
-    for folder in ('images', tmp_path / 'inner'):
+    for folder in ('images', inner):
         with pytest.raises(OutputError, match='holds the folder of photographs'):
             prepare(folder, '.')
     assert tree(tmp_path) == before
 
 
 def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
+    images = tmp_path / 'small' / 'images'
     prepare(photographs, tmp_path / 'small')
-    for p in (tmp_path / 'small' / 'images').iterdir():
+    for p in images.iterdir():
         p.unlink()
-    (tmp_path / 'small' / 'images').rmdir()
-    os.symlink(photographs / 'images', tmp_path / 'small' / 'images')
+    images.rmdir()
+    os.symlink(photographs / 'images', images)
     before = tree(photographs)
     with pytest.raises(OutputError, match='is a link to a place outside'):
         prepare(photographs, tmp_path / 'small')
@@ -656,23 +692,27 @@ def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
 
 
 def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
-    (tmp_path / 'mine' / 'images').mkdir(parents=True)
-    (tmp_path / 'mine' / 'images' / '0.png').write_text('mine')
+    mine = tmp_path / 'mine'
+    small = tmp_path / 'small'
+    (mine / 'images').mkdir(parents=True)
+    (mine / 'images' / '0.png').write_text('mine')
     with pytest.raises(OutputError, match="exists already and holds 'images'"):
-        prepare(photographs, tmp_path / 'mine')
-    assert tree(tmp_path / 'mine') == {'images': None, 'images/0.png': b'mine'}
-    prepare(photographs, tmp_path / 'small')
-    assert output_kind(tmp_path / 'small') == 'preprocess' and strange_files(tmp_path / 'small') == []
+        prepare(photographs, mine)
+    assert tree(mine) == {'images': None, 'images/0.png': b'mine'}
+    prepare(photographs, small)
+    assert output_kind(small) == 'preprocess'
+    assert strange_files(small) == []
 
 
 def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
-    prepare(photographs, tmp_path / 'small')
-    want = tree(tmp_path / 'small')
-    file = tmp_path / 'small' / 'images' / '1.png'
+    small = tmp_path / 'small'
+    prepare(photographs, small)
+    want = tree(small)
+    file = small / 'images' / '1.png'
     for damage in (b'', want['images/1.png'][:-1], want['images/1.png'][:-1] + b'x'):
         file.write_bytes(damage)
-        prepare(photographs, tmp_path / 'small')
-        assert tree(tmp_path / 'small') == want
+        prepare(photographs, small)
+        assert tree(small) == want
 
 
 @pytest.mark.parametrize('name', ['journal.jsonl', 'preparation.json'])
@@ -680,27 +720,32 @@ def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
     'damage', [b'', b'[]', b'\xff\xfe\0', b'{"image": 1}\n', b'not JSON\n' * 3, b'[' * 100000 + b'\n']
 )
 def test_what_is_damaged_is_named_and_done_again(tmp_path, photographs, recwarn, name, damage):
-    prepare(photographs, tmp_path / 'small')
-    want = tree(tmp_path / 'small')
-    (tmp_path / 'small' / name).write_bytes(damage)
-    prepare(photographs, tmp_path / 'small')
+    small = tmp_path / 'small'
+    prepare(photographs, small)
+    want = tree(small)
+    (small / name).write_bytes(damage)
+    prepare(photographs, small)
     told = [str(w.message) for w in recwarn if w.category is TransferWarning]
-    assert tree(tmp_path / 'small') == want
+    assert tree(small) == want
     if damage.endswith(b'\n') or name == 'preparation.json':
         assert any(t.startswith(f'{tmp_path / "small" / name} is damaged') for t in told)
 
 
 def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, recwarn):
-    prepare(photographs, tmp_path / 'small')
-    want = tree(tmp_path / 'small')
+    small = tmp_path / 'small'
+    prepare(photographs, small)
+    want = tree(small)
     lines = want['journal.jsonl'].splitlines(True)
-    (tmp_path / 'small' / 'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
-    prepare(photographs, tmp_path / 'small')
-    assert tree(tmp_path / 'small') == want and not [w for w in recwarn if w.category is TransferWarning]
+    (small / 'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
+    prepare(photographs, small)
+    assert tree(small) == want
+    assert not [w for w in recwarn if w.category is TransferWarning]
 
 
 def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, photographs, monkeypatch):
-    real, n = Image.Image.save, []
+    small = tmp_path / 'small'
+    real = Image.Image.save
+    n = []
 
     def save(self, *args, **kwargs):
         n.append(1)
@@ -711,11 +756,11 @@ def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, pho
     with monkeypatch.context() as m:
         m.setattr(Image.Image, 'save', save)
         with pytest.raises(OutputError, match=r'2\.png could not be written \(No space left on device\).*run it again'):
-            prepare(photographs, tmp_path / 'small', workers=1)
-    assert len((tmp_path / 'small' / 'journal.jsonl').read_text().splitlines()) == 2
-    prepare(photographs, tmp_path / 'small')
+            prepare(photographs, small, workers=1)
+    assert len((small / 'journal.jsonl').read_text().splitlines()) == 2
+    prepare(photographs, small)
     prepare(photographs, tmp_path / 'whole')
-    assert tree(tmp_path / 'small') == tree(tmp_path / 'whole')
+    assert tree(small) == tree(tmp_path / 'whole')
 
 
 PREPARE = (
@@ -724,23 +769,25 @@ PREPARE = (
 
 
 def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photographs):
+    small = tmp_path / 'small'
+    images = tmp_path / 'small' / 'images'
     want = prepare(photographs, tmp_path / 'whole')
     run = subprocess.Popen(
-        [sys.executable, '-c', PREPARE, photographs, tmp_path / 'small', str(Path(__file__).parent)],
+        [sys.executable, '-c', PREPARE, photographs, small, str(Path(__file__).parent)],
         stderr=subprocess.DEVNULL,
     )
     for _ in range(1000):
-        if (tmp_path / 'small' / MARKER).exists() or run.poll() is not None:
+        if (small / MARKER).exists() or run.poll() is not None:
             break
         time.sleep(0.02)
     time.sleep(0.01)
     run.kill()
     run.wait()
-    (tmp_path / 'small' / 'images').mkdir(exist_ok=True)
-    (tmp_path / 'small' / 'images' / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
-    (tmp_path / 'small' / 'images' / '.9.png.dr_transfer-lock').write_text('')
-    assert prepare(photographs, tmp_path / 'small').equals(want)
-    assert tree(tmp_path / 'small') == tree(tmp_path / 'whole')
+    images.mkdir(exist_ok=True)
+    (images / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
+    (images / '.9.png.dr_transfer-lock').write_text('')
+    assert prepare(photographs, small).equals(want)
+    assert tree(small) == tree(tmp_path / 'whole')
 
 
 # ---------------------------------------------------------------- plots
@@ -770,10 +817,13 @@ def test_a_plot_that_fails_is_a_warning(tmp_path):
 
 
 def test_the_marker_tells_what_was_written(tmp_path):
-    make_run(tmp_path / 'run')
-    assert json.loads((tmp_path / 'run' / MARKER).read_text()) == {
+    run = tmp_path / 'run'
+    make_run(run)
+    assert json.loads((run / MARKER).read_text()) == {
         'made_by': 'dr_transfer',
         'kind': 'run',
         'files': ['model/model.json', 'record.json'],
     }
-    assert is_ours(tmp_path / 'run') and not is_ours(tmp_path) and not is_ours(tmp_path / 'nowhere')
+    assert is_ours(run)
+    assert not is_ours(tmp_path)
+    assert not is_ours(tmp_path / 'nowhere')

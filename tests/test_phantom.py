@@ -1,6 +1,7 @@
 "Grids and properties of the drawn photographs: what a seed fixes, what a knob changes, and nothing else."
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -16,18 +17,24 @@ def files(folder):
 
 def distance(truth, part):
     "Distance of every lesion's middle from the middle of `part`"
-    return np.array([np.hypot(q['x'] - truth[part][0], q['y'] - truth[part][1]) for q in truth['lesions']])
+    x, y, *_ = truth[part]
+    return np.array([np.hypot(q['x'] - x, q['y'] - y) for q in truth['lesions']])
+
+
+def lesions_by_kind(truth):
+    "How many lesions there are of each kind"
+    kinds = pd.Series([q['kind'] for q in truth['lesions']], dtype=object)
+    return kinds.value_counts().reindex(KINDS, fill_value=0)
 
 
 @pytest.mark.parametrize('grade', range(5))
 def test_lesions_follow_the_grade_and_lie_in_the_disc(grade):
     for seed in range(5):
         img, truth = draw_fundus(grade, seed, 96, camera=seed)
-        count = (
-            pd.Series([q['kind'] for q in truth['lesions']], dtype=object).value_counts().reindex(KINDS, fill_value=0)
-        )
+        count = lesions_by_kind(truth)
         radii = np.array([q['radius'] for q in truth['lesions']])
-        assert (distance(truth, 'disc') + radii < truth['disc'][2]).all()
+        reach = distance(truth, 'disc') + radii
+        assert (reach < truth['disc'][2]).all()
         mask = lesion_mask(truth)
         assert mask.any() == (grade > 0)
         if grade < 2:
@@ -42,7 +49,8 @@ def test_lesions_follow_the_grade_and_lie_in_the_disc(grade):
             assert count.haemorrhage <= 20
         assert (count.new_vessel > 0) == (grade == 4)
         if mask.any():
-            assert (img[mask].max(1) > 0).mean() > 0.98  # in the field, also when the camera cuts it
+            lit = img[mask].max(1) > 0
+            assert lit.mean() > 0.98  # in the field, also when the camera cuts it
 
 
 @pytest.mark.parametrize('size', [48, 49, 100, 181])
@@ -53,37 +61,53 @@ def test_sizes_and_cameras(size, camera):
         y, x = np.mgrid[:size, :size]
         x0, y0, r = truth['disc']
         outside = np.hypot(x - x0, y - y0) > r
-        assert img.shape == (size, size, 3) and img.dtype == np.uint8
+        assert img.shape == (size, size, 3)
+        assert img.dtype == np.uint8
         assert img[outside].max() == 0
-        lit = (img.max(2) > 0)[~outside].mean()
-        assert 0.75 < lit < 0.97 if camera % 2 else lit > 0.97  # an odd camera cuts the top and the bottom
+        inside = img.max(2)[~outside]
+        lit = (inside > 0).mean()
+        if camera % 2:  # an odd camera cuts the top and the bottom
+            assert 0.75 < lit < 0.97
+        else:
+            assert lit > 0.97
 
 
 def test_a_seed_is_one_eye_at_any_size():
     small, large = (draw_fundus(3, 7, size)[1] for size in (96, 288))
-    assert [q['kind'] for q in small['lesions']] == [q['kind'] for q in large['lesions']]
+    assert len(small['lesions']) == len(large['lesions'])
     for a, b in zip(small['lesions'], large['lesions']):
-        assert abs((a['x'] + 0.5) * 3 - 0.5 - b['x']) < 0.1 and abs((a['y'] + 0.5) * 3 - 0.5 - b['y']) < 0.1
+        assert a['kind'] == b['kind']
+        for axis in ('x', 'y'):
+            enlarged = (a[axis] + 0.5) * 3 - 0.5
+            assert abs(enlarged - b[axis]) < 0.1
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_left_is_right_in_a_mirror(seed):
-    (right, a), (left, b) = (draw_fundus(3, seed, 128, eye) for eye in ('right', 'left'))
+    right, a = draw_fundus(3, seed, 128, 'right')
+    left, b = draw_fundus(3, seed, 128, 'left')
     assert a['optic_nerve'][0] > a['disc'][0] > b['optic_nerve'][0]
     np.testing.assert_array_equal(lesion_mask(a), lesion_mask(b)[:, ::-1])
 
     def alike(p, q):
-        return np.corrcoef(p[..., 1].ravel(), q[..., 1].ravel())[0, 1]
+        greens = [image[..., 1].ravel() for image in (p, q)]
+        return np.corrcoef(greens)[0, 1]
 
-    assert alike(right, left[:, ::-1]) > 0.9 and alike(right, left[:, ::-1]) > alike(right, left)
+    mirrored = alike(right, left[:, ::-1])
+    assert mirrored > 0.9
+    assert mirrored > alike(right, left)
 
 
 @pytest.mark.parametrize('grade', range(1, 5))
 def test_nothing_but_the_lesions_depends_on_the_grade(grade):
     for seed in range(2):
-        (sick, truth), (well, _) = draw_fundus(grade, seed, 128), draw_fundus(0, seed, 128)
+        sick, truth = draw_fundus(grade, seed, 128)
+        well, _ = draw_fundus(0, seed, 128)
         y, x = np.mgrid[:128, :128]
-        near = np.any([np.hypot(x - q['x'], y - q['y']) < q['radius'] + 5 for q in truth['lesions']], 0)
+        near = np.zeros((128, 128), bool)
+        for q in truth['lesions']:
+            away = np.hypot(x - q['x'], y - q['y'])
+            near |= away < q['radius'] + 5
         np.testing.assert_array_equal(sick[~near], well[~near])
         assert (sick != well).any()
 
@@ -91,23 +115,30 @@ def test_nothing_but_the_lesions_depends_on_the_grade(grade):
 def test_blood_is_darker_and_exudates_brighter_than_what_was_there():
     change = {k: [] for k in KINDS}
     for seed in range(8):
-        (sick, truth), (well, _) = draw_fundus(3 + seed % 2, seed, 128), draw_fundus(0, seed, 128)
-        lonely = {k: lesion_mask(truth, (k,)) & ~lesion_mask(truth, tuple(set(KINDS) - {k})) for k in KINDS}
-        for k, mask in lonely.items():
-            if mask.any():
-                change[k].append((sick[mask].astype(float) - well[mask])[:, 1].mean())
-    assert all(np.array(change[k]).max() < 0 for k in ('haemorrhage', 'microaneurysm', 'new_vessel'))
+        sick, truth = draw_fundus(3 + seed % 2, seed, 128)
+        well, _ = draw_fundus(0, seed, 128)
+        for k in KINDS:
+            others = tuple(set(KINDS) - {k})
+            lonely = lesion_mask(truth, (k,)) & ~lesion_mask(truth, others)
+            if lonely.any():
+                difference = sick[lonely].astype(float) - well[lonely]
+                change[k].append(difference[:, 1].mean())
+    for k in ('haemorrhage', 'microaneurysm', 'new_vessel'):
+        assert np.array(change[k]).max() < 0
     assert np.array(change['exudate']).min() > 0
 
 
 def test_two_eyes_of_a_person_share_looks():
     def colour(person, eye):
-        return draw_fundus(0, (person, eye), 64)[0][20:44, 20:44].mean((0, 1))
+        image, _ = draw_fundus(0, (person, eye), 64)
+        return image[20:44, 20:44].mean((0, 1))
 
-    pairs = np.array([[colour(p, e) for e in (0, 1)] for p in range(12)])
+    pairs = np.array([[colour(p, 0), colour(p, 1)] for p in range(12)])
     tint = pairs[..., 1] / pairs[..., 0]  # green against red: pigment, not exposure
     assert np.corrcoef(tint[:, 0], tint[:, 1])[0, 1] > 0.7
-    assert (draw_fundus(0, (5, 0), 64)[0] != draw_fundus(0, (5, 1), 64)[0]).any()
+    one, _ = draw_fundus(0, (5, 0), 64)
+    other, _ = draw_fundus(0, (5, 1), 64)
+    assert (one != other).any()
 
 
 @pytest.mark.parametrize(
@@ -140,10 +171,14 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
 @pytest.mark.parametrize('knob', ['exact_duplicates', 'near_duplicates', 'unreadable', 'wrong_labels'])
 @pytest.mark.parametrize('count', [1, 5])
 def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
-    plain, df = (make_dr(tmp_path / name, 7, 48, **kw) for name, kw in (('plain', {}), ('flawed', {knob: count})))
+    images = tmp_path / 'flawed/images'
+    plain = make_dr(tmp_path / 'plain', 7, 48)
+    df = make_dr(tmp_path / 'flawed', 7, 48, **{knob: count})
     truth = json.loads((tmp_path / 'flawed/truth.json').read_text())
-    before, after = files(tmp_path / 'plain/images'), files(tmp_path / 'flawed/images')
-    extra, changed = set(after) - set(before), {f for f in before if after[f] != before[f]}
+    before = files(tmp_path / 'plain/images')
+    after = files(images)
+    extra = set(after) - set(before)
+    changed = {f for f in before if after[f] != before[f]}
     assert list(truth) == sorted(truth) == df.image.tolist() == sorted(after)
     relabelled = {r.image for r in df.itertuples() if truth[r.image]['grade'] != r.grade}
     assert len(extra) == (count if 'duplicates' in knob else 0)
@@ -152,28 +187,34 @@ def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
     for f in extra:
         source = truth[f]['duplicate_of']
         assert (after[f] == after[source]) == (knob == 'exact_duplicates')
-        assert truth[f]['patient'] not in set(plain.patient) and truth[f]['grade'] == truth[source]['grade']
+        assert truth[f]['patient'] not in set(plain.patient)
+        assert truth[f]['grade'] == truth[source]['grade']
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
-        with pytest.raises(Exception):
-            Image.open(tmp_path / 'flawed/images' / f).load()
+        with pytest.raises((OSError, SyntaxError)):  # what Pillow raises for a damaged file
+            Image.open(images / f).load()
     for f in set(after) - changed:
-        Image.open(tmp_path / 'flawed/images' / f).load()
+        Image.open(images / f).load()
 
 
 def test_truth_redraws_the_image(tmp_path):
     make_dr(tmp_path / 'd', 3, 64, cameras=(4, 5))
-    for name, t in json.loads((tmp_path / 'd/truth.json').read_text()).items():
+    truths = json.loads((tmp_path / 'd/truth.json').read_text())
+    for name, t in truths.items():
         img, truth = draw_fundus(t['grade'], t['seed'], t['size'], t['eye'], t['camera'])
         stored = np.asarray(Image.open(tmp_path / 'd/images' / name), float)
-        assert np.abs(stored - img).mean() < 6  # as far as JPEG goes
-        assert t['lesions'] == truth['lesions'] and t['camera'] in (4, 5)
+        difference = np.abs(stored - img)
+        assert difference.mean() < 6  # as far as JPEG goes
+        assert t['lesions'] == truth['lesions']
+        assert t['camera'] in (4, 5)
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
 def test_small_and_odd_numbers(tmp_path, n):
     df = make_dr(tmp_path / 'd', n, 48)
-    assert len(df) == n and df.image.is_unique and df.groupby('patient').size().max() <= 2
+    assert len(df) == n
+    assert df.image.is_unique
+    assert df.groupby('patient').size().max() <= 2
 
 
 def test_folders(tmp_path):
@@ -181,11 +222,12 @@ def test_folders(tmp_path):
     for make in (make_dr, make_flowers):
         with pytest.raises(ValueError, match='type the path of a new folder'):
             make(tmp_path, 10)
-        first = make(tmp_path / make.__name__, 10, 48)
-        assert make(tmp_path / make.__name__, 10, 48).equals(first)
-        next((tmp_path / make.__name__).rglob('*.jpg')).unlink()  # no longer complete
+        folder = tmp_path / make.__name__
+        first = make(folder, 10, 48)
+        assert make(folder, 10, 48).equals(first)
+        next(folder.rglob('*.jpg')).unlink()  # no longer complete
         with pytest.raises(ValueError, match='delete this one'):
-            make(tmp_path / make.__name__, 10, 48)
+            make(folder, 10, 48)
     (tmp_path / 'empty').mkdir()
     assert len(make_dr(str(tmp_path / 'empty'), 2, 48)) == 2
     assert files(tmp_path)['notes.txt'] == b'mine'
@@ -208,21 +250,26 @@ def test_make_dr_refusals(tmp_path, bad, hint):
 
 
 def test_flowers(tmp_path):
-    df = make_flowers(tmp_path / 'f', 23, 40, classes=('roses', 'tulips'))
+    flowers = tmp_path / 'f'
+    df = make_flowers(flowers, 23, 40, classes=('roses', 'tulips'))
     assert df.label.value_counts().to_dict() == {'roses': 12, 'tulips': 11}
-    assert (df.image.str.split('/').str[0] == df.label).all() and df.photographer.nunique() == 6
-    assert sorted(df.image) == sorted(f for f in files(tmp_path / 'f') if f.endswith('.jpg'))
+    folders = df.image.str.split('/').str[0]
+    assert (folders == df.label).all()
+    assert df.photographer.nunique() == 6
+    photographs = [f for f in files(flowers) if f.endswith('.jpg')]
+    assert sorted(df.image) == sorted(photographs)
 
     def corner(f):
-        return np.asarray(Image.open(tmp_path / 'f' / f).resize((40, 40)), float)[[0, 0, -1, -1], [0, -1, 0, -1]].mean(
-            0
-        )
+        "The mean colour of the four corners"
+        small = Image.open(flowers / f).resize((40, 40))
+        corners = np.asarray(small, float)[::39, ::39]
+        return corners.mean((0, 1))
 
     df['colour'] = [corner(f) for f in df.image]
     gaps = {True: [], False: []}
-    for i, a in df.iterrows():
-        for j, b in df[:i].iterrows():
-            gaps[a.photographer == b.photographer].append(np.abs(a.colour - b.colour).mean())
+    for (_, a), (_, b) in combinations(df.iterrows(), 2):
+        gap = np.abs(a.colour - b.colour).mean()
+        gaps[a.photographer == b.photographer].append(gap)
     assert np.mean(gaps[True]) < 0.7 * np.mean(gaps[False])  # a photographer has a style
     with pytest.raises(ValueError, match='type some of daisy'):
         make_flowers(tmp_path / 'g', classes=('orchid',))
@@ -231,13 +278,11 @@ def test_flowers(tmp_path):
 
 
 def test_contact_sheet():
-    sheet = contact_sheet(
-        [np.full((10, 20, 3), 255, np.uint8), Image.new('L', (30, 30), 128), Image.new('RGB', (5, 9))],
-        titles='abc',
-        cols=2,
-        size=40,
-    )
+    white = np.full((10, 20, 3), 255, np.uint8)
+    grey = Image.new('L', (30, 30), 128)
+    black = Image.new('RGB', (5, 9))
+    sheet = contact_sheet([white, grey, black], titles='abc', cols=2, size=40)
     assert sheet.size == (80, 80)
-    assert (
-        np.asarray(sheet)[20, 30].tolist() == [255] * 3 and np.asarray(sheet)[2, 30].max() == 0
-    )  # padded, not stretched
+    pixels = np.asarray(sheet)
+    assert pixels[20, 30].tolist() == [255] * 3
+    assert pixels[2, 30].max() == 0  # padded, not stretched

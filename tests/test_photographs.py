@@ -38,9 +38,12 @@ def test_flowers_of_unseen_photographers(data_root):
     credits = pd.read_csv(folder / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))
     t = learn.table.assign(who=[who[Path(n).relative_to(folder).as_posix()] for n in learn.table.image])
-    assert len(t) == len(credits) and [Path(n).parent.name for n in t.image] == t.target.tolist()
+    assert len(t) == len(credits)
+    assert [Path(n).parent.name for n in t.image] == t.target.tolist()
     train, valid = (set(t.who[t.split == s]) for s in ('train', 'valid'))
-    assert train and valid and not train & valid
+    assert train
+    assert valid
+    assert not train & valid
     assert 0.15 < (t.split == 'valid').mean() < 0.25
     p = valid_predictions(learn)
     assert set(p.image) == set(t.image[t.split == 'valid'])
@@ -56,9 +59,12 @@ def test_referable_on_another_camera(data_root):
     there = some(there.assign(referable=there.grade >= 2), 120, 'referable')
     learn = build_learner(here[['image', 'grade']], 'dr', target='referable')
     fit(learn, 'head', say=lambda s: None)
-    assert abs(len(learn.table) - 500) < 4 and all(r['how'] in ('solved', 'stored') for r in learn.record['history'])
+    assert abs(len(learn.table) - 500) < 4
+    for r in learn.record['history']:
+        assert r['how'] in ('solved', 'stored')
     p = predict_probs(learn, [data_root / 'dr' / 'idrid' / 'images' / n for n in there.image])
-    assert p.shape == (len(there), 2) and roc_auc_score(there.referable, p[:, 1]) >= 0.90
+    assert p.shape == (len(there), 2)
+    assert roc_auc_score(there.referable, p[:, 1]) >= 0.90
 
 
 def flowers_of(folder, classes, n):
@@ -83,7 +89,9 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     sides = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
     f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in sides]
     f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).tap :])[:, 0] for x in f]
-    assert all(len(x) >= 58 and len(np.unique(x, axis=0)) > 50 for x in f)
+    for x in f:
+        assert len(x) >= 58
+        assert len(np.unique(x, axis=0)) > 50
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(f[0], sides[0].label)
     assert probe.score(f[1], sides[1].label) > 0.8
 
@@ -96,9 +104,13 @@ def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
     flowers['image'] = [str(data_root / 'flowers' / n) for n in flowers.image]
     eyes = some(pd.read_csv(data_root / 'dr' / 'idrid' / 'labels.csv').dropna(subset='grade'), 120, 'grade')
     eyes['image'] = [str(data_root / 'dr' / 'idrid' / 'images' / n) for n in eyes.image]
-    near, far = advise(flowers[['image', 'label', 'group']], size=160), advise(eyes[['image', 'grade']], 'dr', size=160)
-    assert (near.scenario, far.scenario) == ('small, similar', 'small, different') and near.profile.score.max() > 0.8
-    assert all(a.plan.phases == far.plan.phases for a in (near, far)) and len(far.plan.phases) == 1
+    near = advise(flowers[['image', 'label', 'group']], size=160)
+    far = advise(eyes[['image', 'grade']], 'dr', size=160)
+    assert (near.scenario, far.scenario) == ('small, similar', 'small, different')
+    assert near.profile.score.max() > 0.8
+    for a in (near, far):
+        assert a.plan.phases == far.plan.phases
+    assert len(far.plan.phases) == 1
 
 
 @pytest.mark.parametrize('i', [0, 1, 2])
@@ -120,20 +132,23 @@ def test_lite_knows_daisies(data_root, i):
     start = time.monotonic()
     with torch.inference_mode():
         top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
-    assert (top == 985).float().mean() >= 0.75 and time.monotonic() - start < LIMIT
+    assert (top == 985).float().mean() >= 0.75
+    assert time.monotonic() - start < LIMIT
 
 
 def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
     "The format stands for the hospital; a perceptual hash of whole photographs takes thousands of pairs for copies."
     r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
-    assert 'data_source_format' in r.confounders.column.tolist() and len(r.copies) < 30 and r.leaks.empty
+    assert 'data_source_format' in r.confounders.column.tolist()
+    assert len(r.copies) < 30
+    assert r.leaks.empty
 
 
 def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
-    for name, cut in (('messidor2', False), ('idrid', True)):
+    for name in ('messidor2', 'idrid'):
         files = find_images(data_root / 'dr' / name / 'images')[::12]
         discs = [find_disc(read_rgb(f)) for f in files]
-        assert (
-            all(d is not None and d.fit > 0.9 for d in discs)
-            and (gradability_table(files).gradability >= 0.5).mean() > 0.95
-        )
+        for d in discs:
+            assert d is not None
+            assert d.fit > 0.9
+        assert (gradability_table(files).gradability >= 0.5).mean() > 0.95

@@ -35,14 +35,21 @@ pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored'
 def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
     "Features in which the third stage tells most of the class."
     rng = np.random.default_rng(seed)
-    y = np.arange(n) % k if y is None else y
+    if y is None:
+        y = np.arange(n) % k
     means = rng.standard_normal((k, channels))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
+    stages = {}
+    for i, strength in enumerate(strengths):
+        noise = rng.standard_normal((n, views, channels))
+        features = strength * means[y][:, None] + noise * 0.7
+        stages[f'stage{i}'] = features.astype('float32')
+    return Known(**stages), y
 
-    def one(s):
-        return (s * means[y][:, None] + rng.standard_normal((n, views, channels)) * 0.7).astype('float32')
 
-    return Known(**{f'stage{i}': one(s) for i, s in enumerate(strengths)}), y
+def plus_minus_one(y, k):
+    "Targets of a ridge classifier: 1 in the column of the class, -1 in the others."
+    return 2.0 * np.eye(k)[y] - 1
 
 
 # ---------------------------------------------------------------- ridge
@@ -51,52 +58,74 @@ def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views
 @pytest.mark.parametrize('n, channels', [(40, 6), (40, 40), (40, 39), (30, 200), (5, 1)])
 def test_ridge_path_is_that_of_scikit_learn(n, channels):
     rng = np.random.default_rng(n + channels)
-    x, new, t = (
-        rng.standard_normal((n, channels)) * 3 + 5,
-        rng.standard_normal((7, channels)),
-        rng.standard_normal((n, 3)),
-    )
+    x = rng.standard_normal((n, channels)) * 3 + 5
+    new = rng.standard_normal((7, channels))
+    t = rng.standard_normal((n, 3))
     scores, gcv = ridge_path(x, t, new)
-    assert scores.shape == (len(PENALTIES), 7, 3) and gcv.shape == (len(PENALTIES),)
-    mean, sd = x.mean(0), x.std(0)
-    for s, score in list(zip(PENALTIES, scores))[4:]:
-        want = Ridge(alpha=n * s, solver='svd').fit((x - mean) / sd, t).predict((new - mean) / sd)
+    assert scores.shape == (len(PENALTIES), 7, 3)
+    assert gcv.shape == (len(PENALTIES),)
+    mean = x.mean(0)
+    sd = x.std(0)
+    for penalty, score in zip(PENALTIES[4:], scores[4:]):
+        ridge = Ridge(alpha=n * penalty, solver='svd')
+        ridge.fit((x - mean) / sd, t)
+        want = ridge.predict((new - mean) / sd)
         assert score == pytest.approx(want, abs=1e-6, rel=1e-6)
 
 
 def test_ridge_path_is_that_of_ridge_classifier():
     f, y = known(90, 3)
     x = f.numpy('stage2').mean(1).astype(float)
-    z = (x - x[:60].mean(0)) / x[:60].std(0)
-    scores, _ = ridge_path(x[:60], 2.0 * np.eye(3)[y[:60]] - 1, x[60:], np.array([0.1]))
-    want = RidgeClassifier(alpha=6).fit(z[:60], y[:60])
-    assert scores[0] == pytest.approx(want.decision_function(z[60:]), abs=1e-8)
-    assert (scores[0].argmax(1) == want.predict(z[60:])).all()
+    train = x[:60]
+    test = x[60:]
+    mean = train.mean(0)
+    sd = train.std(0)
+    scores, _ = ridge_path(train, plus_minus_one(y[:60], 3), test, np.array([0.1]))
+    want = RidgeClassifier(alpha=6)
+    want.fit((train - mean) / sd, y[:60])
+    z = (test - mean) / sd
+    assert scores[0] == pytest.approx(want.decision_function(z), abs=1e-8)
+    assert (scores[0].argmax(1) == want.predict(z)).all()
 
 
 @pytest.mark.parametrize('n, channels', [(50, 8), (30, 200)])
 def test_gcv_is_that_of_the_hat_matrix(n, channels):
     rng = np.random.default_rng(1)
-    x, t = rng.standard_normal((n, channels)), rng.standard_normal((n, 2))
+    x = rng.standard_normal((n, channels))
+    t = rng.standard_normal((n, 2))
     _, gcv = ridge_path(x, t, x[:1])
-    z, r = (x - x.mean(0)) / x.std(0), t - t.mean(0)
-    for s, got in list(zip(PENALTIES, gcv))[6:]:
-        hat = z @ np.linalg.solve(z.T @ z + n * s * np.eye(channels), z.T) + 1 / n
-        assert got == pytest.approx(n * ((t - hat @ t) ** 2).sum() / (n - np.trace(hat)) ** 2, rel=1e-6)
-        assert (t - hat @ t) == pytest.approx(r - (hat - 1 / n) @ r)
+    z = (x - x.mean(0)) / x.std(0)
+    r = t - t.mean(0)
+    for penalty, got in zip(PENALTIES[6:], gcv[6:]):
+        gram = z.T @ z + n * penalty * np.eye(channels)
+        hat = z @ np.linalg.solve(gram, z.T) + 1 / n
+        residuals = t - hat @ t
+        free = n - np.trace(hat)
+        want = n * (residuals**2).sum() / free**2
+        assert got == pytest.approx(want, rel=1e-6)
+        assert residuals == pytest.approx(r - (hat - 1 / n) @ r)
 
 
 def test_ridge_ignores_channels_that_are_constant_or_repeated():
     rng = np.random.default_rng(0)
-    x, t = rng.standard_normal((40, 5)), rng.standard_normal((40, 1))
-    flat = np.concatenate([x, np.full((40, 1), 7.3), np.zeros((40, 2))], 1)
+    x = rng.standard_normal((40, 5))
+    t = rng.standard_normal((40, 1))
+    constant = np.full((40, 1), 7.3)
+    flat = np.concatenate([x, constant, np.zeros((40, 2))], 1)
     other = flat[:6].copy()
     other[:, 5:] += 100.0
-    assert ridge_path(flat, t, other)[0] == pytest.approx(ridge_path(x, t, x[:6])[0], abs=1e-9)
-    twice, _ = ridge_path(np.repeat(x, 2, 1), t, np.repeat(x[:6], 2, 1))
-    assert np.isfinite(twice).all() and abs(twice).max() < 10
-    nothing, gcv = ridge_path(np.ones((10, 3)), t[:10], np.ones((4, 3)))
-    assert nothing == pytest.approx(np.full((len(PENALTIES), 4, 1), t[:10].mean())) and np.isfinite(gcv).all()
+    got, _ = ridge_path(flat, t, other)
+    want, _ = ridge_path(x, t, x[:6])
+    assert got == pytest.approx(want, abs=1e-9)
+    repeated = np.repeat(x, 2, 1)
+    twice, _ = ridge_path(repeated, t, repeated[:6])
+    assert np.isfinite(twice).all()
+    assert abs(twice).max() < 10
+    few = t[:10]
+    nothing, gcv = ridge_path(np.ones((10, 3)), few, np.ones((4, 3)))
+    mean = np.full((len(PENALTIES), 4, 1), few.mean())
+    assert nothing == pytest.approx(mean)
+    assert np.isfinite(gcv).all()
 
 
 # ---------------------------------------------------------------- intervals
@@ -105,7 +134,8 @@ def test_ridge_ignores_channels_that_are_constant_or_repeated():
 def test_interval_is_that_of_nadeau_and_bengio():
     s = np.array([0.7, 0.8, 0.75, 0.9, 0.6])
     mean, low, high = fold_interval(s, 0.25)
-    half = 2.7764451 * np.sqrt((1 / 5 + 0.25) * s.var(ddof=1))
+    variance = (1 / 5 + 0.25) * s.var(ddof=1)
+    half = 2.7764451 * np.sqrt(variance)
     assert (mean, low, high) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
     assert fold_interval([*s, np.nan]) == pytest.approx((mean, low, high))
     assert np.isnan(fold_interval([np.nan, np.nan])).all()
@@ -119,15 +149,20 @@ def test_intervals_cover():
 
     def draw(n):
         y = np.arange(n) % 2
-        return (y[:, None] * mean + rng.standard_normal((n, 4))).astype('float32')[:, None], y
+        x = y[:, None] * mean + rng.standard_normal((n, 4))
+        return x.astype('float32')[:, None], y
 
     big, y_big = draw(4000)
     inside = []
     for i in range(60):
         x, y = draw(80)
         table = depth_profile(Known(a=x), y, seed=i, measure='accuracy')
-        scores, gcv = ridge_path(x[:64, 0].astype(float), 2.0 * np.eye(2)[y[:64]] - 1, big[:, 0])
-        inside.append(table.low.iloc[0] <= (scores[gcv.argmin()].argmax(1) == y_big).mean() <= table.high.iloc[0])
+        train = x[:64, 0].astype(float)
+        scores, gcv = ridge_path(train, plus_minus_one(y[:64], 2), big[:, 0])
+        best = scores[gcv.argmin()]
+        accuracy = (best.argmax(1) == y_big).mean()
+        row = table.iloc[0]
+        inside.append(row.low <= accuracy <= row.high)
     assert np.mean(inside) > 0.88
 
 
@@ -138,41 +173,60 @@ def test_intervals_cover():
 def test_the_best_stage_is_found(k, measure):
     f, y = known(160, k)
     table = depth_profile(f, y, measure=measure)
-    assert list(table.index) == list(f.stages) and list(table.columns) == ['channels', 'score', 'low', 'high']
-    assert table.score.idxmax() == 'stage2' and (table.channels == 24).all()
-    assert ((table.low <= table.score) & (table.score <= table.high)).all() and table.high.max() <= 1
-    assert table.attrs['measure'] == (measure or ('auc' if k == 2 else 'accuracy'))
-    chance = 0 if measure == 'kappa' else 0.5 if k == 2 else 1 / k
-    assert table.low['stage0'] < chance < table.high['stage0'] and (measure == 'kappa' or table.low.min() >= 0)
+    assert list(table.index) == list(f.stages)
+    assert list(table.columns) == ['channels', 'score', 'low', 'high']
+    assert table.score.idxmax() == 'stage2'
+    assert (table.channels == 24).all()
+    assert (table.low <= table.score).all()
+    assert (table.score <= table.high).all()
+    assert table.high.max() <= 1
+    default = 'auc' if k == 2 else 'accuracy'
+    assert table.attrs['measure'] == (measure or default)
+    chance = 0 if measure == 'kappa' else 1 / k
+    assert table.low['stage0'] < chance < table.high['stage0']
+    assert measure == 'kappa' or table.low.min() >= 0
     gain, low, high = stage_gain(table, 'stage2', 'stage0')
-    assert gain == pytest.approx(table.score['stage2'] - table.score['stage0']) and 0 < low < gain < high
+    difference = table.score['stage2'] - table.score['stage0']
+    assert gain == pytest.approx(difference)
+    assert 0 < low < gain < high
 
 
 def test_stages_side_by_side():
     f, y = known(160, strengths=(0, 1.0, 1.0), seed=3)
     table = depth_profile(f, y, stages=['stage1', ('stage1', 'stage2')])
-    assert list(table.index) == ['stage1', 'stage1+stage2'] and list(table.channels) == [24, 48]
-    assert table.score.iloc[1] > table.score.iloc[0]
-    assert depth_profile(f, y, stages='stage1').score.iloc[0] == table.score.iloc[0]
+    assert list(table.index) == ['stage1', 'stage1+stage2']
+    assert list(table.channels) == [24, 48]
+    one, two = table.score
+    assert two > one
+    alone = depth_profile(f, y, stages='stage1')
+    assert alone.score.iloc[0] == one
 
 
 def test_the_same_seed_gives_the_same_numbers_and_views_are_averaged():
     f, y = known(60)
-    a, b = depth_profile(f, y, seed=3), depth_profile(f, y, seed=3)
+    a = depth_profile(f, y, seed=3)
+    b = depth_profile(f, y, seed=3)
     pd.testing.assert_frame_equal(a, b)
-    assert a.attrs == b.attrs and not a.score.equals(depth_profile(f, y, seed=4).score)
-    mean = Known(**{k: v.mean(1, keepdims=True) for k, v in f.arrays.items()})
-    assert depth_profile(mean, y, seed=3).score.to_numpy() == pytest.approx(a.score.to_numpy())
-    assert len(depth_profile(f, y, repeats=3).attrs['folds']['stage0']) == 15
+    assert a.attrs == b.attrs
+    other = depth_profile(f, y, seed=4)
+    assert not a.score.equals(other.score)
+    averaged = {k: v.mean(1, keepdims=True) for k, v in f.arrays.items()}
+    mean = depth_profile(Known(**averaged), y, seed=3)
+    assert mean.score.to_numpy() == pytest.approx(a.score.to_numpy())
+    repeated = depth_profile(f, y, repeats=3)
+    assert len(repeated.attrs['folds']['stage0']) == 15
 
 
 def test_labels_may_be_names_and_grades_have_their_distance():
     f, y = known(90, 3)
     names = np.array(['daisy', 'roses', 'tulips'])[y]
-    assert depth_profile(f, names).score.equals(depth_profile(f, y).score)
-    assert depth_profile(f, pd.Series(names, index=range(500, 590))).score.equals(depth_profile(f, y).score)
-    near, far = (depth_profile(f, np.array(g)[y], measure='kappa').score['stage1'] for g in ([0, 1, 2], [0, 1, 9]))
-    assert near != far
+    want = depth_profile(f, y).score
+    assert depth_profile(f, names).score.equals(want)
+    column = pd.Series(names, index=range(500, 590))
+    assert depth_profile(f, column).score.equals(want)
+    near = depth_profile(f, np.array([0, 1, 2])[y], measure='kappa')
+    far = depth_profile(f, np.array([0, 1, 9])[y], measure='kappa')
+    assert near.score['stage1'] != far.score['stage1']
 
 
 def test_groups_are_kept_apart():
@@ -180,9 +234,10 @@ def test_groups_are_kept_apart():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 4)
     y = rng.permutation(np.arange(30) % 2)[group]
-    f = Known(
-        a=(rng.standard_normal((30, 40))[group] + 0.1 * rng.standard_normal((120, 40)))[:, None].astype('float32')
-    )
+    marks = rng.standard_normal((30, 40))
+    noise = rng.standard_normal((120, 40))
+    features = marks[group] + 0.1 * noise
+    f = Known(a=features[:, None].astype('float32'))
     assert depth_profile(f, y).score['a'] > 0.9
     assert depth_profile(f, y, group).score['a'] < 0.75
     table = learning_speed(f, y, [f'patient {g}' for g in group])
@@ -195,12 +250,15 @@ def test_parts_are_nested_stratified_and_by_group():
     quarter, half, whole = probes._parts(y, group, (0.25, 0.5, 1), 0)
     assert set(quarter) < set(half) < set(whole) == set(range(300))
     for rows, share in ((quarter, 0.25), (half, 0.5)):
-        assert not set(group[rows]) & set(np.delete(group, rows))
-        assert len(rows) / 300 == pytest.approx(share, abs=0.08) and y[rows].mean() == pytest.approx(y.mean(), abs=0.1)
+        others = np.delete(group, rows)
+        assert not set(group[rows]) & set(others)
+        assert len(rows) / 300 == pytest.approx(share, abs=0.08)
+        assert y[rows].mean() == pytest.approx(y.mean(), abs=0.1)
     some = np.where(group < 30, group.astype(object), None)
-    rows = probes._parts(y, some, (0.5,), 0)[0]
+    (rows,) = probes._parts(y, some, (0.5,), 0)
     alone = np.flatnonzero(group >= 30)
-    assert 0 < len(np.intersect1d(alone, rows)) < len(alone)
+    chosen = np.intersect1d(alone, rows)
+    assert 0 < len(chosen) < len(alone)
 
 
 @pytest.mark.parametrize('n, k', [(20, 2), (40, 2), (50, 5), (10, 2)])
@@ -210,30 +268,40 @@ def test_tiny_sets_with_many_channels(n, k):
         warnings.simplefilter('error', RuntimeWarning)
         table = depth_profile(f, y)
         speed = learning_speed(f, y)
-    assert np.isfinite(table.to_numpy(dtype=float)).all() and table.score['stage1'] > 0.75
-    assert (speed.images > 0).all() and np.isfinite(speed.score.iloc[-1])
+    assert np.isfinite(table.to_numpy(dtype=float)).all()
+    assert table.score['stage1'] > 0.75
+    assert (speed.images > 0).all()
+    assert np.isfinite(speed.score.iloc[-1])
 
 
 def test_a_fold_of_one_class_does_not_count():
     x = np.random.default_rng(0).standard_normal((20, 3))
-    y, classes = np.array([0] * 10 + [1] * 10), np.array([0, 1])
+    y = np.array([0] * 10 + [1] * 10)
+    classes = np.array([0, 1])
+    rows = np.arange(20)
     folds = [
-        (np.arange(10), np.arange(10, 20)),
-        (np.arange(5, 20), np.arange(5)),
-        (np.arange(0, 20, 2), np.arange(1, 20, 2)),
+        (rows[:10], rows[10:]),
+        (rows[5:], rows[:5]),
+        (rows[::2], rows[1::2]),
     ]
     scores = probes._fold_scores(x, y, classes, folds, 'auc')
-    assert np.isnan(scores[:2]).all() and 0 <= scores[2] <= 1
+    assert np.isnan(scores[:2]).all()
+    assert 0 <= scores[2] <= 1
     assert fold_interval(scores)[0] == scores[2]
     row = probes._row([np.nan, np.nan], 0.25, 'auc')
     assert np.isnan(list(row.values())).all()
 
 
 def test_measures_are_what_they_say():
-    y, scores, classes = np.array([0, 1, 2, 2]), np.eye(3)[[0, 1, 1, 2]], np.array([0, 2, 4])
+    y = np.array([0, 1, 2, 2])
+    scores = np.eye(3)[[0, 1, 1, 2]]
+    classes = np.array([0, 2, 4])
     assert MEASURES['accuracy'](y, scores, classes) == 0.75
-    assert MEASURES['kappa'](y, scores, classes) == pytest.approx(1 - 4 * 4 / (4 * 36 + 4 * 24 - 2 * 10 * 8))
-    assert MEASURES['auc'](np.array([0, 1]), np.array([[1, 0], [0, 1.0]]), classes[:2]) == 1
+    by_chance = 4 * 36 + 4 * 24 - 2 * 10 * 8
+    kappa = 1 - 4 * 4 / by_chance
+    assert MEASURES['kappa'](y, scores, classes) == pytest.approx(kappa)
+    two = np.array([0, 1])
+    assert MEASURES['auc'](two, np.eye(2), classes[:2]) == 1
 
 
 @pytest.mark.parametrize(
@@ -258,7 +326,7 @@ def test_input_that_cannot_be(change, says):
 def test_features_that_are_not_finite():
     f, y = known(60)
     f.arrays['stage1'][3, 0, 0] = np.nan
-    with pytest.raises(ValueError, match='stage1.*1 images'):
+    with pytest.raises(ValueError, match=r'stage1.*1 images'):
         depth_profile(f, y)
 
 
@@ -269,7 +337,9 @@ def test_plot():
     fig.canvas.draw()
     ax = fig.axes[0]
     labels = [t.get_text() for t in ax.get_xticklabels()]
-    assert labels[0] == 'stage0\n24' and labels[-1] == 'stage1\n+ stage2\n48' and 'ROC' in ax.get_ylabel()
+    assert labels[0] == 'stage0\n24'
+    assert labels[-1] == 'stage1\n+ stage2\n48'
+    assert 'ROC' in ax.get_ylabel()
     table.loc['stage0', ['score', 'low', 'high']] = np.nan
     plot_depth_profile(table).canvas.draw()
 
@@ -280,16 +350,22 @@ def test_plot():
 def test_learning_speed_rises_where_there_is_something_to_learn():
     f, y = known(600, strengths=(0.0, 0.7), channels=100, views=1)
     table = learning_speed(f, y, shares=(0.1, 0.5, 1))
-    assert list(table.columns) == ['images', 'score', 'low', 'high'] and list(table.index) == [0.1, 0.5, 1]
-    assert list(table.images) == [48, 240, 480] and table.score.is_monotonic_increasing
-    assert table.attrs['gain'] == pytest.approx(table.score[1] - table.score[0.5])
-    assert table.attrs['gain_low'] < table.attrs['gain'] < table.attrs['gain_high']
-    assert learning_speed(f, y).score[1] == pytest.approx(depth_profile(f, y).score['stage1'])
-    assert learning_speed(f, y, stages=('stage0', 'stage1'), shares=(1,)).score[1] == pytest.approx(
-        depth_profile(f, y, stages=[('stage0', 'stage1')]).score.iloc[0]
-    )
+    assert list(table.columns) == ['images', 'score', 'low', 'high']
+    assert list(table.index) == [0.1, 0.5, 1]
+    assert list(table.images) == [48, 240, 480]
+    assert table.score.is_monotonic_increasing
+    gain = table.attrs['gain']
+    assert gain == pytest.approx(table.score[1] - table.score[0.5])
+    assert table.attrs['gain_low'] < gain < table.attrs['gain_high']
+    at_depth = depth_profile(f, y)
+    assert learning_speed(f, y).score[1] == pytest.approx(at_depth.score['stage1'])
+    both = ('stage0', 'stage1')
+    at_depth = depth_profile(f, y, stages=[both])
+    speed = learning_speed(f, y, stages=both, shares=(1,))
+    assert speed.score[1] == pytest.approx(at_depth.score.iloc[0])
     quarter = learning_speed(f, y, shares=(0.25, 1))
-    assert quarter.attrs['gain'] == pytest.approx((quarter.score[1] - quarter.score[0.25]) / 2)
+    two_doublings = quarter.score[1] - quarter.score[0.25]
+    assert quarter.attrs['gain'] == pytest.approx(two_doublings / 2)
     pd.testing.assert_frame_equal(table, learning_speed(f, y, shares=(0.1, 0.5, 1)))
 
 
@@ -304,7 +380,10 @@ def test_shares_that_cannot_be(shares):
 
 
 class Spec:
-    name, size, mean, std = 'small', 32, (0.5,) * 3, (0.25,) * 3
+    name = 'small'
+    size = 32
+    mean = (0.5,) * 3
+    std = (0.25,) * 3
 
 
 def small(seed=0):
@@ -312,7 +391,9 @@ def small(seed=0):
     torch.manual_seed(seed)
     stages = Stages()
     for i, (a, b) in enumerate(((3, 8), (8, 12))):
-        stages.add_module(f'stage{i}', nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()))
+        convolution = nn.Conv2d(a, b, 3, padding=1)
+        stage = nn.Sequential(convolution, nn.BatchNorm2d(b), nn.ReLU())
+        stages.add_module(f'stage{i}', stage)
     stages.spec = Spec()
     return Body(stages).eval()
 
@@ -320,87 +401,108 @@ def small(seed=0):
 def pictures(n, seed=0, shift=0):
     rng = np.random.default_rng(seed)
     base = rng.integers(40, 160, (n, 8, 8, 3))
-    return [np.asarray(Image.fromarray((b + shift).astype(np.uint8)).resize((32, 32))) for b in base]
+    small = (base + shift).astype(np.uint8)
+    return [np.asarray(Image.fromarray(a).resize((32, 32))) for a in small]
+
+
+def normalised(images):
+    "Pictures as the network gets them"
+    x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
+    return (x / 255 - 0.5) / 0.25
+
+
+@torch.no_grad()
+def before_the_first_norm(body, images):
+    "What goes into the first BatchNorm, by channel"
+    convolution = body.stages.stage0[0]
+    maps = convolution(normalised(images)).double()
+    return maps.transpose(0, 1).flatten(1)
 
 
 @pytest.fixture(scope='module')
 def trained():
     "A body whose statistics are those of `pictures(200)`"
     body = small()
-    x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in pictures(200)])
     for m in body.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = None
     body.train()
     with torch.no_grad():
-        body.stages((x / 255 - 0.5) / 0.25)
+        body.stages(normalised(pictures(200)))
     return body.eval()
 
 
 def test_distance_is_nothing_at_home_and_grows_with_the_shift(trained):
     far = [domain_distance(trained, pictures(200, shift=s), n=200) for s in (0, 20, 50, 90)]
-    assert far[0] < 1e-3 and far[1] > 10 * far[0] and far == sorted(far)
+    assert far[0] < 1e-3
+    assert far[1] > 10 * far[0]
+    assert far == sorted(far)
     assert domain_distance(trained, pictures(64, seed=1)) < SIMILAR / 2
 
 
 def test_profile_is_by_layer_and_by_the_formula(trained):
     images = pictures(30, seed=2, shift=40)
     table = domain_profile(trained, images)
-    assert list(table.index) == ['stage0.1', 'stage1.1'] and list(table.channels) == [8, 12]
+    assert list(table.index) == ['stage0.1', 'stage1.1']
+    assert list(table.channels) == [8, 12]
     assert table.distance.mean() == domain_distance(trained, images)
-    x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     bn = trained.stages.stage0[1]
-    with torch.no_grad():
-        h = trained.stages.stage0[0]((x / 255 - 0.5) / 0.25).double().transpose(0, 1).flatten(1)
-    a, b = (
-        torch.distributions.Normal(m.double(), (v.double() + bn.eps).sqrt())
-        for m, v in ((h.mean(1), h.var(1, False)), (bn.running_mean, bn.running_var))
-    )
+    h = before_the_first_norm(trained, images)
+
+    def normal(mean, variance):
+        sd = (variance.double() + bn.eps).sqrt()
+        return torch.distributions.Normal(mean.double(), sd)
+
+    here = normal(h.mean(1), h.var(1, False))
+    home = normal(bn.running_mean, bn.running_var)
     kl = torch.distributions.kl_divergence
-    assert table.distance.iloc[0] == pytest.approx(np.median(((kl(a, b) + kl(b, a)) / 2).numpy()), rel=1e-3)
+    distances = (kl(here, home) + kl(home, here)) / 2
+    assert table.distance.iloc[0] == pytest.approx(np.median(distances.numpy()), rel=1e-3)
 
 
 def test_some_of_the_images_by_seed(trained):
     images = pictures(40, seed=3)
     one, two, other = (domain_distance(trained, images, n=10, seed=s) for s in (0, 0, 1))
     assert one == two != other
-    assert domain_distance(trained, images, n=40) == domain_distance(trained, images, n=1000, seed=7)
-    assert domain_distance(trained.train(), images, n=10) == one and not trained.training
+    of_all = domain_distance(trained, images, n=40)
+    assert of_all == domain_distance(trained, images, n=1000, seed=7)
+    assert domain_distance(trained.train(), images, n=10) == one
+    assert not trained.training
 
 
 @pytest.mark.parametrize('threads', [1, 4])
 def test_threads_do_not_mix_their_batches(trained, threads):
     "Batches run through one network at the same time; each is counted once"
-    images, before = [np.full((32, 32, 3), v, np.uint8) for v in range(0, 240, 2)], torch.get_num_threads()
+    images = [np.full((32, 32, 3), v, np.uint8) for v in range(0, 240, 2)]
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         table = domain_profile(trained, images)
     finally:
         torch.set_num_threads(before)
-    x, bn = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images]), trained.stages.stage0[1]
-    with torch.no_grad():
-        h = trained.stages.stage0[0]((x / 255 - 0.5) / 0.25).double().transpose(0, 1).flatten(1)
-    a, b, shift = (
-        h.var(1, False) + bn.eps,
-        bn.running_var.double() + bn.eps,
-        (h.mean(1) - bn.running_mean.double()) ** 2,
-    )
-    assert table.distance.iloc[0] == pytest.approx(
-        np.median(((a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4).numpy()), rel=1e-3
-    )
-    assert not any(m._forward_pre_hooks for m in trained.modules())
+    bn = trained.stages.stage0[1]
+    h = before_the_first_norm(trained, images)
+    a = h.var(1, False) + bn.eps
+    b = bn.running_var.double() + bn.eps
+    shift = (h.mean(1) - bn.running_mean.double()) ** 2
+    distances = (a / b + b / a + shift * (1 / a + 1 / b) - 2) / 4
+    assert table.distance.iloc[0] == pytest.approx(np.median(distances.numpy()), rel=1e-3)
+    for m in trained.modules():
+        assert not m._forward_pre_hooks
 
 
 def test_no_distance_without_memory(trained):
     images = pictures(4)
     assert np.isnan(domain_distance(small(), images))
-    assert np.isnan(domain_distance(Body(create_body('small_cnn', 'random')), images, size=32))
+    without_norms = Body(create_body('small_cnn', 'random'))
+    assert np.isnan(domain_distance(without_norms, images, size=32))
     body = small()
     for s in body.stages:
         s[1] = nn.Identity()
     assert np.isnan(domain_distance(body, images))
     table = domain_profile(body, images)
-    assert len(table) == 0 and list(table.columns) == ['channels', 'distance']
+    assert len(table) == 0
+    assert list(table.columns) == ['channels', 'distance']
     half = small()
     half.stages.stage1[1] = trained.stages.stage1[1]
     assert list(domain_profile(half, images).index) == ['stage1.1']
@@ -408,7 +510,7 @@ def test_no_distance_without_memory(trained):
 
 def test_hooks_are_gone_also_after_an_error(trained, tmp_path):
     (tmp_path / 'bad.jpg').write_bytes(b'no image')
-    with pytest.raises(ValueError, match='bad.jpg'):
+    with pytest.raises(ValueError, match=r'bad.jpg'):
         domain_distance(trained, [tmp_path / 'bad.jpg'])
     with pytest.raises(ValueError, match='at least one'):
         domain_distance(trained, [])
@@ -418,10 +520,8 @@ def test_hooks_are_gone_also_after_an_error(trained, tmp_path):
 
 def test_photographs_of_flowers_are_similar_and_eyes_are_not(data_root):
     body = Body(create_body('efficientnet_lite0'))
-    flowers, eyes = (
-        sorted((data_root / 'flowers').glob('*/*.jpg')),
-        sorted((data_root / 'dr' / 'idrid' / 'images').iterdir()),
-    )
+    flowers = sorted((data_root / 'flowers').glob('*/*.jpg'))
+    eyes = sorted((data_root / 'dr' / 'idrid' / 'images').iterdir())
     if not flowers or not eyes:
         pytest.skip('no flowers or no eyes')
     assert domain_distance(body, flowers, n=32) < 0.7 * SIMILAR
@@ -432,6 +532,5 @@ def test_images_of_a_table(trained):
     "A column of some of its rows, numbered as it is"
     images = pictures(12)
     column = pd.Series(images, index=range(5, 17))
-    assert domain_distance(trained, column) == domain_distance(trained, images) and domain_distance(
-        trained, column, n=6
-    ) == domain_distance(trained, images, n=6)
+    assert domain_distance(trained, column) == domain_distance(trained, images)
+    assert domain_distance(trained, column, n=6) == domain_distance(trained, images, n=6)

@@ -1,4 +1,6 @@
-"Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs, starts a program or takes memory without limit."
+"""Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs,
+starts a program or takes memory without limit.
+"""
 
 import errno
 import io
@@ -26,7 +28,8 @@ from dr_transfer.data.source import LIMITS, ImageError, check_size
 from dr_transfer.data.table import find_images, label_table, set_aside
 from dr_transfer.data.tasks import Task
 
-WIDTH, HEIGHT = 48, 32
+WIDTH = 48
+HEIGHT = 32
 RAMP = np.linspace(0, 1, WIDTH)[None].repeat(HEIGHT, 0)  # grey from black at the left to white at the right
 GREY = (RAMP * 255).round().astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[:, ::-1], GREY // 2 + 60], -1)
@@ -103,27 +106,32 @@ GRID = list(grid())
 
 
 def test_the_grid_has_every_mode_and_format():
-    assert {p.values[0] for p in GRID} >= set(MODES) - {'PA', 'I;16B'} and {p.values[1] for p in GRID} == set(FORMATS)
+    assert {p.values[0] for p in GRID} >= set(MODES) - {'PA', 'I;16B'}
+    assert {p.values[1] for p in GRID} == set(FORMATS)
     assert len(GRID) > 40
 
 
 @pytest.mark.parametrize('mode, kind, data', GRID)
 def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, kind, data):
-    (tmp_path / 'x.png').write_bytes(data)
+    x_png = tmp_path / 'x.png'
+    x_png.write_bytes(data)
     with Image.open(io.BytesIO(data)) as im:
         opened = im.mode
     if opened in REFUSED and kind != 'PPM':
-        assert 'white' in image_error(tmp_path / 'x.png')
+        assert 'white' in image_error(x_png)
         return
     if opened in REFUSED:
-        im = None if image_error(tmp_path / 'x.png') else read_rgb(data)
+        im = None if image_error(x_png) else read_rgb(data)
         assert im is None or distance(im, COLOUR * 0 + GREY[..., None]) < 40
         return
     im = read_rgb(data)
     wrong = {'1': 255, 'P': 40, 'LAB': 60}.get(mode, 12 if kind in ('JPEG', 'WEBP', 'GIF') or mode == 'CMYK' else 2)
-    assert image_error(tmp_path / 'x.png') == '' and im.mode == 'RGB' and im.size == (WIDTH, HEIGHT)
+    assert image_error(x_png) == ''
+    assert im.mode == 'RGB'
+    assert im.size == (WIDTH, HEIGHT)
     assert distance(im, GREY[..., None].repeat(3, -1)) <= wrong, distance(im, GREY[..., None])
-    assert np.asarray(im)[:, :8].mean() < 40 and np.asarray(im)[:, -8:].mean() > 200  # neither black nor white
+    assert np.asarray(im)[:, :8].mean() < 40
+    assert np.asarray(im)[:, -8:].mean() > 200  # neither black nor white
 
 
 # ---------------------------------------------------------------- more than eight bits
@@ -157,7 +165,8 @@ def test_floating_point_from_0_to_1_is_grey():
 )
 def test_other_floating_point_is_skipped(change, words):
     text = reason(tiff(change(RAMP).astype(np.float32)))
-    assert words in text and 'save it as 8 bits' in text
+    assert words in text
+    assert 'save it as 8 bits' in text
 
 
 @pytest.mark.parametrize('kind', [np.int32, np.int16])
@@ -210,7 +219,8 @@ def test_a_tiff_where_zero_is_white_is_inverted():
         at = struct.unpack_from('<I', data, 4)[0] + 2 + 12 * i
         if struct.unpack_from('<H', data, at)[0] == 262:
             struct.pack_into('<H', data, at + 8, 0)
-    assert im.mode == 'I;16' and distance(read_rgb(bytes(data)), 255 - GREY[..., None]) <= 1
+    assert im.mode == 'I;16'
+    assert distance(read_rgb(bytes(data)), 255 - GREY[..., None]) <= 1
 
 
 @pytest.mark.parametrize('bits, good', [(16, True), (14, False), (12, False), (8, False)])
@@ -258,6 +268,7 @@ def test_arrays_and_things_that_are_no_images(a, words):
 
 
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
+    x_png = tmp_path / 'x.png'
     profile = b'Raw profile type exif\0\nexif\n      8\nzzzz not hex\n'
     for data in (
         png((b'eXIf', b'garbage')),
@@ -265,13 +276,12 @@ def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
         png((b'eXIf', b'II*\0' + b'\xff' * 40)),
         png((b'eXIf', b'')),
     ):
-        (tmp_path / 'x.png').write_bytes(data)
-        assert image_error(tmp_path / 'x.png') == ''
-        np.testing.assert_array_equal(read_rgb(tmp_path / 'x.png'), COLOUR)
-        np.testing.assert_array_equal(
-            read_image(tmp_path / 'x.png', 32, 'fundus', 'pad'), read_image(COLOUR, 32, 'fundus', 'pad')
-        )
-        assert read_disc(tmp_path / 'x.png', 32)[0].size == (32, 32) and image_header(tmp_path / 'x.png').size == (
+        x_png.write_bytes(data)
+        assert image_error(x_png) == ''
+        np.testing.assert_array_equal(read_rgb(x_png), COLOUR)
+        np.testing.assert_array_equal(read_image(x_png, 32, 'fundus', 'pad'), read_image(COLOUR, 32, 'fundus', 'pad'))
+        assert read_disc(x_png, 32)[0].size == (32, 32)
+        assert image_header(x_png).size == (
             WIDTH,
             HEIGHT,
         )
@@ -333,13 +343,15 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
 def test_what_is_skipped_and_why(tmp_path, data, words):
     import re
 
+    eye = tmp_path / 'eye.jpg'
     data = saved(data, 'PNG') if isinstance(data, Image.Image) else data
     text = reason(data)
-    (tmp_path / 'eye.jpg').write_bytes(data)
-    assert re.search(words, text) and image_error(tmp_path / 'eye.jpg') == text
+    eye.write_bytes(data)
+    assert re.search(words, text)
+    assert image_error(eye) == text
     for read in (lambda p: read_image(p, 32), lambda p: read_image(p, 32, 'fundus', 'pad'), lambda p: read_disc(p, 32)):
-        with pytest.raises(ImageError, match='eye.jpg: '):
-            read(tmp_path / 'eye.jpg')
+        with pytest.raises(ImageError, match=r'eye.jpg: '):
+            read(eye)
 
 
 @pytest.mark.parametrize('kind', ['GIF', 'WEBP', 'TIFF', 'PNG'])
@@ -372,14 +384,16 @@ def test_cmyk_with_and_without_adobes_mark():
 
 
 def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
+    eye = tmp_path / 'eye.jpg'
+
     def started(*args, **kwargs):
         raise AssertionError(f'a program is started: {args}')
 
     for name in ('Popen', 'run', 'check_call', 'check_output'):
         monkeypatch.setattr(subprocess, name, started)
-    (tmp_path / 'eye.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
-    Image.open(tmp_path / 'eye.jpg')  # Pillow alone would take it
-    assert 'PostScript' in image_error(tmp_path / 'eye.jpg')
+    eye.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
+    Image.open(eye)  # Pillow alone would take it
+    assert 'PostScript' in image_error(eye)
 
 
 def test_no_place_opens_images_of_any_format():
@@ -391,7 +405,8 @@ def test_no_place_opens_images_of_any_format():
         for p in [*(root / 'dr_transfer').rglob('*.py'), *(root / 'tools').rglob('*.py')]
         for call in re.findall(r'Image\.open\([^\n]*', p.read_text(encoding='utf-8'))
     ]
-    assert calls and not [c for c in calls if 'formats=' not in c[1]]
+    assert calls
+    assert not [c for c in calls if 'formats=' not in c[1]]
 
 
 # ---------------------------------------------------------------- files that are no files, names
@@ -435,17 +450,17 @@ def test_pipes_sockets_devices_and_circles_have_a_reason(special):
         'socket.jpg',
     }
     assert {k for k, v in errors.items() if not v} == {'good.jpg', 'GOOD.jpg', 'link.jpg', 'n' * 250 + '.jpg'}
-    assert (
-        'a pipe, not a regular file' in errors['pipe.jpg']
-        and 'a device' in errors['device.jpg']
-        and 'a socket' in errors['socket.jpg']
-    )
-    assert errors['nowhere.jpg'] == 'no such file' and errors['circle.jpg']
+    assert 'a pipe, not a regular file' in errors['pipe.jpg']
+    assert 'a device' in errors['device.jpg']
+    assert 'a socket' in errors['socket.jpg']
+    assert errors['nowhere.jpg'] == 'no such file'
+    assert errors['circle.jpg']
     assert 'a folder' in image_error(special / 'a' / 'folder.jpg')
-    with pytest.raises(ImageError, match='pipe.jpg: it is a pipe'):
+    with pytest.raises(ImageError, match=r'pipe.jpg: it is a pipe'):
         image_header(special / 'a' / 'pipe.jpg')
     t = label_table(special)
-    assert len(t) == 4 and len(set_aside(t)) == 5
+    assert len(t) == 4
+    assert len(set_aside(t)) == 5
 
 
 def test_a_name_that_is_no_text(tmp_path):
@@ -476,7 +491,7 @@ def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp
         return map_batches(lambda x: {'mean': x.float().mean((1, 2, 3)).numpy()[:, None]}, sources, read, 2)
 
     assert [image_error(p) for p in paths] == [''] * 6
-    with pytest.raises(ValueError, match='5.png changed while it was being used'):
+    with pytest.raises(ValueError, match=r'5.png changed while it was being used'):
         fill_stores([store], paths, compute, 2)
     again = ArrayStore(tmp_path / 'store', 'means', {}, {'mean': ((1,), 'float32')})
     assert len(again) == 4
@@ -484,7 +499,8 @@ def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp
 
 def test_an_error_can_be_sent_from_another_process():
     e = pickle.loads(pickle.dumps(ImageError('no such file', 'a.jpg')))
-    assert isinstance(e, ValueError) and (str(e), e.name, e.reason) == ('a.jpg: no such file', 'a.jpg', 'no such file')
+    assert isinstance(e, ValueError)
+    assert (str(e), e.name, e.reason) == ('a.jpg: no such file', 'a.jpg', 'no such file')
 
 
 # ---------------------------------------------------------------- sizes and shapes
@@ -503,7 +519,8 @@ def test_one_validator_of_sizes(size):
 
 
 def test_sizes_that_are_good():
-    assert check_size(np.int64(224)) == 224 and type(Task('x', size=np.int64(32)).size) is int
+    assert check_size(np.int64(224)) == 224
+    assert type(Task('x', size=np.int64(32)).size) is int
     for size in (0, -1, True, 1.5):
         with pytest.raises(ValueError, match='give pixels'):
             read_rgb(COLOUR, size)
@@ -520,7 +537,8 @@ def test_a_bright_line_is_no_disc():
 
 def test_the_square_around_a_long_image_is_limited():
     crop = crop_disc(Image.new('RGB', (40_000, 2000), (90, 60, 30)))
-    assert crop.width == crop.height and crop.width**2 <= 2 * LIMITS.pixels
+    assert crop.width == crop.height
+    assert crop.width**2 <= 2 * LIMITS.pixels
 
 
 # ---------------------------------------------------------------- DICOM
@@ -533,13 +551,12 @@ def dicom(a, syntax='1.2.840.10008.1.2.1', **more):
     from pydicom.uid import UID, OphthalmicPhotography8BitImageStorage, generate_uid
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
-        OphthalmicPhotography8BitImageStorage,
-        generate_uid(),
-    )
+    meta.MediaStorageSOPClassUID = OphthalmicPhotography8BitImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = UID(syntax)
     ds = FileDataset(None, {}, file_meta=meta, preamble=b'\0' * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     frames = a.shape[0] if a.ndim == 4 else 1
     rows = a[0] if a.ndim == 4 else a
     ds.Rows, ds.Columns = rows.shape[:2]
@@ -549,7 +566,8 @@ def dicom(a, syntax='1.2.840.10008.1.2.1', **more):
     if frames > 1:
         ds.NumberOfFrames = frames
     ds.BitsAllocated = ds.BitsStored = 8 * a.dtype.itemsize
-    ds.HighBit, ds.PixelRepresentation = ds.BitsStored - 1, int(a.dtype.kind == 'i')
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = int(a.dtype.kind == 'i')
     for k, v in more.items():
         setattr(ds, k, v)
     ds.PixelData = more.get('PixelData', a.tobytes())
@@ -560,7 +578,8 @@ def dicom(a, syntax='1.2.840.10008.1.2.1', **more):
     return out.getvalue()
 
 
-U8, U16 = GREY, (RAMP * 65535).round().astype(np.uint16)
+U8 = GREY
+U16 = (RAMP * 65535).round().astype(np.uint16)
 TWELVE = (RAMP * 4095).round().astype(np.uint16)
 HU = (RAMP * 2000 - 1000).round().astype(np.int16)
 
@@ -592,15 +611,15 @@ HU = (RAMP * 2000 - 1000).round().astype(np.int16)
     ids=range(18),
 )
 def test_dicom_grey_and_colour_show_the_ramp(tmp_path, data):
+    im0001 = tmp_path / 'IM0001'
     data = data()
     assert distance(read_rgb(data), GREY[..., None]) <= 2
-    (tmp_path / 'IM0001').write_bytes(data)  # archives export without a suffix
-    assert (
-        is_dicom(tmp_path / 'IM0001')
-        and image_error(tmp_path / 'IM0001') == ''
-        and distance(read_rgb(tmp_path / 'IM0001'), GREY[..., None]) <= 2
-    )
-    assert (h := image_header(tmp_path / 'IM0001')).format == 'DICOM' and h.size == (WIDTH, HEIGHT)
+    im0001.write_bytes(data)  # archives export without a suffix
+    assert is_dicom(im0001)
+    assert image_error(im0001) == ''
+    assert distance(read_rgb(im0001), GREY[..., None]) <= 2
+    assert (h := image_header(im0001)).format == 'DICOM'
+    assert h.size == (WIDTH, HEIGHT)
 
 
 def test_dicom_palette():
@@ -618,7 +637,8 @@ def test_dicom_lookup_table_of_values_of_interest():
     from pydicom.dataset import Dataset
 
     item = Dataset()
-    item.LUTDescriptor, item.LUTData = [256, 0, 8], np.arange(255, -1, -1, dtype='<u2').tobytes()
+    item.LUTDescriptor = [256, 0, 8]
+    item.LUTData = np.arange(255, -1, -1, dtype='<u2').tobytes()
     item['LUTData'].VR = 'OW'
     assert distance(read_rgb(dicom(U8, VOILUTSequence=[item])), 255 - GREY[..., None]) <= 2
 
@@ -648,10 +668,11 @@ def test_dicom_first_frame():
     ids=range(13),
 )
 def test_dicom_that_is_skipped(tmp_path, data, words):
-    (tmp_path / 'eye.dcm').write_bytes(data())
-    assert words in image_error(tmp_path / 'eye.dcm') != ''
-    with pytest.raises(ImageError, match='eye.dcm: '):
-        read_dicom(tmp_path / 'eye.dcm')
+    eye = tmp_path / 'eye.dcm'
+    eye.write_bytes(data())
+    assert words in image_error(eye) != ''
+    with pytest.raises(ImageError, match=r'eye.dcm: '):
+        read_dicom(eye)
 
 
 def test_a_deflated_file_of_usual_size_is_read():
@@ -659,17 +680,19 @@ def test_a_deflated_file_of_usual_size_is_read():
 
 
 def test_a_jpeg_named_dcm_is_a_jpeg(tmp_path):
-    (tmp_path / 'a').mkdir()
+    a_folder = tmp_path / 'a'
+    x_dcm = tmp_path / 'a' / 'x.dcm'
+    a_folder.mkdir()
     for name in ('x.dcm', 'y.dcm'):
-        (tmp_path / 'a' / name).write_bytes(JPEG)
-    (tmp_path / 'a' / 'z.dcm').write_bytes(b'nothing')
-    assert (
-        not is_dicom(tmp_path / 'a' / 'x.dcm')
-        and image_error(tmp_path / 'a' / 'x.dcm') == ''
-        and image_header(tmp_path / 'a' / 'x.dcm').format == 'JPEG'
-    )
+        (a_folder / name).write_bytes(JPEG)
+    (a_folder / 'z.dcm').write_bytes(b'nothing')
+    assert not is_dicom(x_dcm)
+    assert image_error(x_dcm) == ''
+    assert image_header(x_dcm).format == 'JPEG'
     t = label_table(tmp_path)
-    assert len(t) == 2 and set_aside(t).reason.tolist() == ['not an image'] and 'eye' not in t
+    assert len(t) == 2
+    assert set_aside(t).reason.tolist() == ['not an image']
+    assert 'eye' not in t
 
 
 @pytest.mark.parametrize('patient', ['A' * 3000, 'A\x1b]0;x\x07', 'A\nB', 'A\u202e', '\0\0', ' A17 '])
@@ -688,13 +711,17 @@ def test_facts_of_a_header_are_short_and_printable(patient):
             )
         )
     texts = [facts['group'] or '', *(facts['camera'] or '').split()]
-    assert all(len(t) <= 64 and t.isprintable() for t in texts) and facts['eye'] == 'left'
+    for t in texts:
+        assert len(t) <= 64
+        assert t.isprintable()
+    assert facts['eye'] == 'left'
     assert patient != ' A17 ' or facts['group'] == 'A17'
 
 
 def test_different_patients_stay_different():
     ids = [dicom_facts(dicom(U8, PatientID=p))['group'] for p in ('A' * 63 + '1' * 40, 'A' * 63 + '2' * 40, 'A17')]
-    assert len(set(ids)) == 3 and ids[2] == 'A17'
+    assert len(set(ids)) == 3
+    assert ids[2] == 'A17'
 
 
 # ---------------------------------------------------------------- volumes
@@ -820,7 +847,8 @@ def test_hostile_files_take_little_memory(tmp_path):
     run = subprocess.run(
         [sys.executable, '-c', code, *[str(tmp_path / n) for n in files]], capture_output=True, text=True, timeout=120
     )
-    assert run.returncode == 0 and run.stderr == '', run.stderr
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == '', run.stderr
     assert int(run.stdout) < 300
 
 
@@ -832,9 +860,10 @@ def test_the_facts_of_files_do_not_fail_for_one_that_is_bad(special):
 
     facts = file_facts(find_images(special))
     good = facts[facts.width.notna()]
-    assert (
-        len(facts) == 9 and len(good) == 4 and set(good.width) == {WIDTH, 8 * WIDTH} and set(facts.suffix) == {'.jpg'}
-    )
+    assert len(facts) == 9
+    assert len(good) == 4
+    assert set(good.width) == {WIDTH, 8 * WIDTH}
+    assert set(facts.suffix) == {'.jpg'}
 
 
 def test_the_facts_of_files_decode_nothing(tmp_path):
@@ -843,7 +872,8 @@ def test_the_facts_of_files_decode_nothing(tmp_path):
     (tmp_path / 'cut.jpg').write_bytes(JPEG[: len(JPEG) // 2])
     (tmp_path / 'cut.dcm').write_bytes(dicom(U8)[:-500])
     facts = file_facts([tmp_path / 'cut.jpg', tmp_path / 'cut.dcm'])
-    assert facts.width.tolist() == [8 * WIDTH, WIDTH] and facts.height.tolist() == [8 * HEIGHT, HEIGHT]
+    assert facts.width.tolist() == [8 * WIDTH, WIDTH]
+    assert facts.height.tolist() == [8 * HEIGHT, HEIGHT]
 
 
 # ---------------------------------------------------------------- compressed DICOM
@@ -939,7 +969,9 @@ def test_a_compression_without_decoder_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setattr(Decoder, 'is_available', False)
     (tmp_path / 'eye.dcm').write_bytes(data)
     text = image_error(tmp_path / 'eye.dcm')
-    assert text.startswith('no decoder is installed for ') and 'pip install pylibjpeg' in text and '\n' not in text
+    assert text.startswith('no decoder is installed for ')
+    assert 'pip install pylibjpeg' in text
+    assert '\n' not in text
 
 
 @pytest.mark.parametrize('syntax', ['MPEG2MPML', '1.2.3.4'])
@@ -982,16 +1014,18 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('bits', range(9, 17))
 def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
     "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
-    (tmp_path / 'x.tif').write_bytes(
+    x_tif = tmp_path / 'x.tif'
+    x_tif.write_bytes(
         packed_tiff(bits, order, photometric)
         if bits < 16
         else saved(Image.fromarray((RAMP * 65535).round().astype(order + 'u2')), 'TIFF')
     )
-    text = image_error(tmp_path / 'x.tif')
+    text = image_error(x_tif)
     if text:
-        assert bits not in (16,) and ('TIFF' in text or 'decoded' in text), text
+        assert bits not in (16,), text
+        assert 'TIFF' in text or 'decoded' in text, text
         return
-    assert distance(read_rgb(tmp_path / 'x.tif'), GREY[..., None]) <= 2
+    assert distance(read_rgb(x_tif), GREY[..., None]) <= 2
 
 
 # ---------------------------------------------------------------- a lack of open files
@@ -999,17 +1033,18 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 
 def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
     "Neither set aside nor without a prediction: the command stops"
-    (tmp_path / 'x.jpg').write_bytes(JPEG)
+    x_jpg = tmp_path / 'x.jpg'
+    x_jpg.write_bytes(JPEG)
 
     def none_left(*args, **kwargs):
         raise OSError(errno.EMFILE, 'Too many open files', 'x.jpg')
 
     monkeypatch.setattr('dr_transfer.data.images.Image.open', none_left)
     for call in (
-        lambda: image_error(tmp_path / 'x.jpg'),
-        lambda: read_rgb(tmp_path / 'x.jpg'),
+        lambda: image_error(x_jpg),
+        lambda: read_rgb(x_jpg),
         lambda: label_table(tmp_path, pd.DataFrame({'image': ['x.jpg'], 'label': ['a']})),
-        lambda: prepare_image(tmp_path / 'x.jpg', tmp_path / 'y.png', Preparation()),
+        lambda: prepare_image(x_jpg, tmp_path / 'y.png', Preparation()),
     ):
         with pytest.raises(OSError, match='Too many open files'):
             call()

@@ -88,10 +88,8 @@ def texts(cell):
 
 def code_lines(text):
     "Lines with code on them: not the blank ones, and not those with a comment alone."
-    lines, quiet = (
-        set(),
-        (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
-    )
+    lines = set()
+    quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for t in tokenize.generate_tokens(io.StringIO(text).readline):
         if t.type not in quiet:
             lines |= set(range(t.start[0], t.end[0] + 1))
@@ -166,7 +164,8 @@ def readable(paths):
 def test_no_machine_paths():
     # A path of a machine starts a word; `../work/` in a sentence or an address does not.
     pattern = re.compile(r'(?<![\w.)}>*-])(?:' + '|'.join(map(re.escape, PATHS)) + ')')
-    assert pattern.search('at ' + PATHS[0] + 'somebody') and not pattern.search('https://example.org' + PATHS[0])
+    assert pattern.search('at ' + PATHS[0] + 'somebody')
+    assert not pattern.search('https://example.org' + PATHS[0])
     assert not [(n, m.group()) for n, text in readable(TRACKED) if (m := pattern.search(text))]
 
 
@@ -179,20 +178,20 @@ def test_version_and_pins():
     assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT / 'dr_transfer' / '__init__.py').read_text(
         encoding='utf-8'
     )
-    run, dev = SETTINGS['requirements'].split(), SETTINGS['dev_requirements'].split()
+    run = SETTINGS['requirements'].split()
+    dev = SETTINGS['dev_requirements'].split()
     assert {'fastai>=2.8.7,<2.9', 'fastcore>=1.12.3', 'torch', 'torchvision'} <= set(run)
     assert {'nbdev>=2.4.14,<3', 'execnb>=0.1.18,<0.2', 'fastcore>=1.12.3,<2', 'ghapi<2'} <= set(dev)
-    assert (
-        SETTINGS['tst_flags'] == 'slow cuda'
-        and SETTINGS['custom_sidebar'] == 'True'
-        and SETTINGS['update_pyproject'] == 'False'
-    )
+    assert SETTINGS['tst_flags'] == 'slow cuda'
+    assert SETTINGS['custom_sidebar'] == 'True'
+    assert SETTINGS['update_pyproject'] == 'False'
     assert '[project]' not in (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
 
 
 def test_one_quarto_yml():
     link = ROOT / 'nbs' / '_quarto.yml'
-    assert link.is_symlink() and link.resolve() == ROOT / '_quarto.yml'
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / '_quarto.yml'
 
 
 def test_change_log_has_this_version():
@@ -216,22 +215,23 @@ def test_exports_are_small_and_checked(path):
 @each([p for p in NOTEBOOKS if exported(p)])
 def test_exporting_notebook_is_never_skipped(path):
     front = ''.join(source(c) for kind in ('raw', 'markdown') for c in cells(path, kind)[:1])
-    assert 'skip_exec' not in front and 'skip_showdoc' not in front
+    assert 'skip_exec' not in front
+    assert 'skip_showdoc' not in front
     assert not [source(c) for c in exported(path) if {'slow', 'cuda', 'eval'} & set(directives(c))]
 
 
 @each(NOTEBOOKS)
 def test_notebook_starts_with_title_and_summary(path):
     first = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
-    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', source(first)), (
-        'the first cell is "# title", then "> one line"'
-    )
+    assert first['cell_type'] == 'markdown', 'the first cell is "# title", then "> one line"'
+    assert re.match(r'# \S.*\n+> \S', source(first)), 'the first cell is "# title", then "> one line"'
 
 
 @each(NOTEBOOKS)
 def test_stored_outputs_are_small_and_stable(path):
     for cell in cells(path):
-        shown, out = source(cell)[:80], texts(cell)
+        shown = source(cell)[:80]
+        out = texts(cell)
         assert not [o for o in cell.get('outputs', []) if o['output_type'] == 'error'], shown
         assert not re.search(r'\b0x[0-9a-f]{6,}', out), f'the address of an object after {shown}'
         assert not re.search(r'<progress|fastprogress|\d+%\|[^|]*\||[█▏▎▍▌▋▊▉]{3}', out), (
@@ -305,7 +305,8 @@ def test_late_imports_are_seen():
         ), line
     with pytest.raises(ValueError, match='star'):
         late_imports(f'from dr_transfer.{first} import *', last)
-    assert len(PLACE) > 60 and len(MODULES) > len(PLACE)
+    assert len(PLACE) > 60
+    assert len(MODULES) > len(PLACE)
 
 
 def test_the_packages_lie_together_in_the_sidebar():
@@ -327,7 +328,8 @@ def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
 @each(MODULES)
 def test_public_functions_are_described(path):
     text = path.read_text(encoding='utf-8')
-    lines, missing = text.splitlines(), []
+    lines = text.splitlines()
+    missing = []
     for node in ast.parse(text).body:
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith('_'):
             continue

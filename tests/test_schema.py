@@ -1,4 +1,6 @@
-"Descriptions that were changed, cut or made up: always an error that names the file and the field, at once, and never another one."
+"""Descriptions that were changed, cut or made up: always an error that names the file and the field, at once,
+and never another one.
+"""
 
 import hashlib
 import json
@@ -104,15 +106,15 @@ def error_of(file, data):
 
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
-    (tmp_path / 'model.json').write_text(stored(ABOUT))
-    card = read_card(tmp_path / 'model.json')
-    assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64} and set(FIELDS) <= set(ABOUT)
-    assert (
-        card.decision == Decision(1.5, (0.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',))
-        and card.training.data.groups == 120
-    )
-    (tmp_path / 'model.json').write_text(card_text(card))
-    assert read_card(tmp_path / 'model.json') == card
+    model = tmp_path / 'model.json'
+    model.write_text(stored(ABOUT))
+    card = read_card(model)
+    assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64}
+    assert set(FIELDS) <= set(ABOUT)
+    assert card.decision == Decision(1.5, (0.5, 1.5, 2.5, 3.5), OperatingPoint(**POINT), ('no reason',))
+    assert card.training.data.groups == 120
+    model.write_text(card_text(card))
+    assert read_card(model) == card
     assert json.loads(card_text(card)) == json.loads(stored(ABOUT)), 'and 0.1.0 could read what is written now'
 
 
@@ -124,7 +126,8 @@ def test_what_a_newer_version_says_is_kept(tmp_path):
     }
     (tmp_path / 'model.json').write_text(stored(new))
     card = read_card(tmp_path / 'model.json')
-    assert card.more == {'colours': {'space': ['P3', None, 1.5]}} and card.to_dict() == {
+    assert card.more == {'colours': {'space': ['P3', None, 1.5]}}
+    assert card.to_dict() == {
         **new,
         'tensors_sha256': '0' * 64,
     }
@@ -135,13 +138,14 @@ def test_a_measure_that_was_not_defined_is_read(tmp_path):
     about = changed(ABOUT, ('decision', 'operating', 'specificity'), lambda o, k: o.update({k: float('nan')}))
     (tmp_path / 'model.json').write_text(stored(about))
     card = read_card(tmp_path / 'model.json')
-    assert card.decision.operating.specificity is None and '"specificity": null' in card_text(card)
+    assert card.decision.operating.specificity is None
+    assert '"specificity": null' in card_text(card)
 
 
 # ---------------------------------------------------------------- what is wrong
 
 REQUIRED = [(k,) for k in FIELDS] + [('decision', 'operating', k) for k in POINT]
-TYPED = [p for p in paths(ABOUT)]
+TYPED = list(paths(ABOUT))
 
 
 @pytest.mark.parametrize('path', REQUIRED, ids=lambda p: '.'.join(map(str, p)))
@@ -168,7 +172,8 @@ def test_each_field_with_a_wrong_type(tmp_path, path):
         ),
     )
     shown = path[0] + ''.join(f'[{k}]' if isinstance(k, int) else f'.{k}' for k in path[1:])
-    assert f"the field '{shown}" in error and 'expected: ' in error
+    assert f"the field '{shown}" in error
+    assert 'expected: ' in error
 
 
 ODD = st.recursive(
@@ -309,14 +314,14 @@ def test_class_names_that_cannot_be_told_apart(names, words):
 
 def test_advice_depends_on_who_wrote_it(tmp_path):
     "A copy does not help where another version left a field out."
+    model = tmp_path / 'model.json'
     here = {**ABOUT, 'versions': {}}
-    assert 'changed by hand' in error_of(tmp_path / 'model.json', stored({**here, 'size': 'x'}))
-    error = error_of(tmp_path / 'model.json', stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
-    assert "written by dr_transfer '0.0.9'" in error and 'opy' not in error
-    assert 'Copy the folder again' in error_of(tmp_path / 'model.json', stored(ABOUT)[:-40])
-    assert 'changed after it was saved' in error_of(
-        tmp_path / 'model.json', stored(ABOUT).replace('"size": 48', '"size": 64')
-    )
+    assert 'changed by hand' in error_of(model, stored({**here, 'size': 'x'}))
+    error = error_of(model, stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
+    assert "written by dr_transfer '0.0.9'" in error
+    assert 'opy' not in error
+    assert 'Copy the folder again' in error_of(model, stored(ABOUT)[:-40])
+    assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 
 # ---------------------------------------------------------------- what is no file
@@ -327,7 +332,7 @@ def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
     file = tmp_path / 'model.json'
 
     def says():
-        return pytest.raises(ModelError, match='model.json cannot be read: (it |No such|Too many)')
+        return pytest.raises(ModelError, match=r'model.json cannot be read: (it |No such|Too many)')
 
     with says():
         read_card(file)
@@ -349,25 +354,24 @@ def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
 
 
 def test_reading_a_description_loads_no_torch():
-    code = 'import sys, dr_transfer.inference.card; print(sorted({"torch", "fastai", "timm", "pydantic"} & set(sys.modules)))'
-    assert (
-        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
-    )
+    heavy = {'torch', 'fastai', 'timm', 'pydantic'}
+    code = f'import sys, dr_transfer.inference.card; print(sorted({heavy} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == '[]'
 
 
 def test_a_decision_there_and_back():
     d = Decision(2.0, None, OperatingPoint(**POINT), ('why',))
-    assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d and d.to_dict() == {
+    assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d
+    assert d.to_dict() == {
         'temperature': 2.0,
         'cuts': None,
         'operating': POINT,
         'refused': ['why'],
     }
-    assert (
-        Decision.from_dict({}) == Decision()
-        and to_dict(None) is None
-        and from_dict(Decision, read_json(b'{"refused": []}')) == Decision()
-    )
+    assert Decision.from_dict({}) == Decision()
+    assert to_dict(None) is None
+    assert from_dict(Decision, read_json(b'{"refused": []}')) == Decision()
     for bad in (None, [], 'x', {'cuts': 3}, {'operating': []}):
         with pytest.raises(SchemaError, match="'decision"):
             Decision.from_dict(bad)

@@ -102,7 +102,9 @@ def test_draws_hold_whole_groups_as_many_as_there_are():
     codes = np.array([0, 0, 1, 2, 2, 2])
     for rows in draws(codes, 50, seed=3):
         n = np.bincount(rows, minlength=6)
-        assert n[0] == n[1] and n[3] == n[4] == n[5] and n[0] + n[2] + n[3] == 3
+        assert n[0] == n[1]
+        assert n[3] == n[4] == n[5]
+        assert n[0] + n[2] + n[3] == 3
     assert (
         [r.tolist() for r in draws(codes, 5)]
         == [r.tolist() for r in draws(codes, 5)]
@@ -114,20 +116,21 @@ def test_the_bootstrap_of_a_mean_is_that_of_scipy():
     x = np.random.default_rng(0).normal(3, 2, 80)
     ours = bootstrap(np.mean, x, n=4000).loc['value']
     theirs = stats.bootstrap((x,), np.mean, n_resamples=4000, method='percentile', random_state=1).confidence_interval
-    assert ours.value == pytest.approx(x.mean()) and (ours.low, ours.high) == pytest.approx(
-        (theirs.low, theirs.high), abs=0.05
-    )
+    assert ours.value == pytest.approx(x.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
 
 
 def test_intervals_over_patients_hold_the_truth_where_those_over_eyes_do_not():
     held = {True: 0, False: 0}
     for s in range(150):
         rng = np.random.default_rng(s)
-        right, who = np.repeat(rng.random(50) < 0.8, 4), np.repeat(np.arange(50), 4)
+        right = np.repeat(rng.random(50) < 0.8, 4)
+        who = np.repeat(np.arange(50), 4)
         for grouped in held:
             low, high = share_interval(right, who if grouped else None, n=200, seed=s)[1:]
             held[grouped] += low <= 0.8 <= high
-    assert held[True] / 150 > 0.9 and held[False] / 150 < 0.8, held
+    assert held[True] / 150 > 0.9, held
+    assert held[False] / 150 < 0.8, held
 
 
 @pytest.mark.parametrize('k', [3, 12, 100])
@@ -138,24 +141,26 @@ def test_a_share_of_0_or_1_has_the_exact_interval(k):
         assert share_interval([happened] * 2 * k, np.repeat(np.arange(k), 2))[1:] == pytest.approx(
             (exact.low, exact.high)
         )
-    assert all(np.isnan(v) for v in share_interval([]))
+    for v in share_interval([]):
+        assert np.isnan(v)
 
 
 def test_a_figure_that_is_mostly_undefined_has_no_interval():
     y = np.r_[1, np.zeros(30, int)]
     r = bootstrap(auc, y, np.arange(31.0), n=200).loc['value']
-    assert r.value == 0 and np.isnan([r.low, r.high]).all()
+    assert r.value == 0
+    assert np.isnan([r.low, r.high]).all()
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
-    a, b = two(seed=1), two(seed=1)
+    a = two(seed=1)
+    b = two(seed=1)
     b['p_referable'] = (b.p_referable + np.random.default_rng(0).normal(0, 0.1, len(b))).clip(0, 1)
     y = (a.target == 'referable').astype(int).to_numpy()
     d = paired_difference(auc, y, a.p_referable, b.p_referable, groups=a.group, n=400).loc['value']
     alone = bootstrap(auc, y, a.p_referable, groups=a.group, n=400).loc['value']
-    assert d.value == pytest.approx(auc(y, a.p_referable) - auc(y, b.p_referable)) and d.high - d.low < 0.6 * (
-        alone.high - alone.low
-    )
+    assert d.value == pytest.approx(auc(y, a.p_referable) - auc(y, b.p_referable))
+    assert d.high - d.low < 0.6 * (alone.high - alone.low)
     same = paired_difference(auc, y, a.p_referable, a.p_referable, n=50).loc['value']
     assert (same == 0).all()
 
@@ -169,7 +174,9 @@ def test_reliability_is_that_of_scikit_learn():
     right = rng.random(1000) < said**2
     r = reliability(right, said, 10)
     seen, mean = calibration_curve(right, said, n_bins=10, strategy='quantile')
-    assert r.images.sum() == 1000 and np.allclose(r.seen, seen, atol=0.02) and np.allclose(r.said, mean, atol=0.01)
+    assert r.images.sum() == 1000
+    assert np.allclose(r.seen, seen, atol=0.02)
+    assert np.allclose(r.said, mean, atol=0.01)
     assert calibration_error(right, said) == pytest.approx(np.abs(seen - mean).mean(), abs=0.01)
 
 
@@ -181,10 +188,8 @@ def test_the_temperature_undoes_what_was_done(sharp):
     y = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
     bold = apply_temperature(p, 1 / sharp)
     assert fit_temperature(bold, y) == pytest.approx(sharp, rel=0.06)
-    assert (
-        np.allclose(apply_temperature(bold, sharp), p, atol=1e-3)
-        and (apply_temperature(bold, 7).argmax(1) == p.argmax(1)).all()
-    )
+    assert np.allclose(apply_temperature(bold, sharp), p, atol=1e-3)
+    assert (apply_temperature(bold, 7).argmax(1) == p.argmax(1)).all()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +202,8 @@ def test_bad_probabilities_are_refused(right, said, words):
 
 def test_deferral_keeps_the_surest():
     c = deferral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], rates=(0, 0.25))
-    assert c.accuracy.tolist() == [0.75, 1] and c.left.tolist() == [4, 3]
+    assert c.accuracy.tolist() == [0.75, 1]
+    assert c.left.tolist() == [4, 3]
 
 
 # ---------------------------------------------------------------- the operating point
@@ -207,26 +213,28 @@ def test_deferral_keeps_the_surest():
 @pytest.mark.parametrize('what', ['sensitivity', 'specificity'])
 def test_the_point_reaches_what_was_asked_and_none_gives_more_of_the_other(share, what):
     t = two(110, seed=2)
-    y, s = (t.target == 'referable').astype(int).to_numpy(), t.p_referable.to_numpy()
+    y = (t.target == 'referable').astype(int).to_numpy()
+    s = t.p_referable.to_numpy()
     p = choose_operating_point(y, s, **{what: share})
 
     def both(threshold):
         return (s[y == 1] >= threshold).mean(), (s[y == 0] < threshold).mean()
 
     assert both(p.threshold) == pytest.approx((recall_score(y, s >= p.threshold), recall_score(1 - y, s < p.threshold)))
-    assert (p.sensitivity, p.specificity) == pytest.approx(both(p.threshold)) and getattr(p, what) >= share
+    assert (p.sensitivity, p.specificity) == pytest.approx(both(p.threshold))
+    assert getattr(p, what) >= share
     other = 1 if what == 'sensitivity' else 0
     reach = [both(v) for v in np.r_[s, 2.0] if both(v)[1 - other] >= share]
     assert max(r[other] for r in reach) <= both(p.threshold)[other] + 1e-12
 
 
 def test_too_few_positives_are_refused_and_the_reason_is_said():
-    with pytest.raises(OperatingPointError, match='29 positive validation images.*fewer than 30'):
+    with pytest.raises(OperatingPointError, match=r'29 positive validation images.*fewer than 30'):
         choose_operating_point([1] * 29 + [0] * 99, np.arange(128.0), sensitivity=0.9)
     with pytest.raises(OperatingPointError, match='5 negative'):
         choose_operating_point([1] * 99 + [0] * 5, np.arange(104.0), specificity=0.9)
     for bad, words in (
-        (dict(), 'one of the two'),
+        ({}, 'one of the two'),
         (dict(sensitivity=0.9, specificity=0.9), 'one of the two'),
         (dict(sensitivity=90), 'between 0 and 1'),
     ):
@@ -239,9 +247,8 @@ def test_predictive_values_are_those_of_a_population():
     ill = rng.random(400_000) < 0.07
     found = np.where(ill, rng.random(len(ill)) < 0.87, rng.random(len(ill)) < 0.09)
     v = predictive_values(0.87, 0.91, 0.07)
-    assert v['positive'] == pytest.approx(ill[found].mean(), abs=0.01) and v['negative'] == pytest.approx(
-        1 - ill[~found].mean(), abs=0.003
-    )
+    assert v['positive'] == pytest.approx(ill[found].mean(), abs=0.01)
+    assert v['negative'] == pytest.approx(1 - ill[~found].mean(), abs=0.003)
     with pytest.raises(ValueError, match='between 0 and 1'):
         predictive_values(0.9, 0.9, 7)
 
@@ -251,10 +258,11 @@ def test_the_table_at_the_point():
     q = question(t, TWO)
     called = q.score > 0.5
     m = operating_table(q.y, called, t.group, prevalence=0.1, n=200)
-    assert m.loc['sensitivity'].value == pytest.approx(recall_score(q.y, called)) and m.loc[
-        'specificity'
-    ].value == pytest.approx(recall_score(1 - q.y, ~called))
-    assert (m.low <= m.value).all() and (m.value <= m.high).all() and m.loc['sensitivity'].images == q.y.sum()
+    assert m.loc['sensitivity'].value == pytest.approx(recall_score(q.y, called))
+    assert m.loc['specificity'].value == pytest.approx(recall_score(1 - q.y, ~called))
+    assert (m.low <= m.value).all()
+    assert (m.value <= m.high).all()
+    assert m.loc['sensitivity'].images == q.y.sum()
     assert m.loc['positive predictive value at 10%'].value == pytest.approx(
         predictive_values(*m.value[:2], 0.1)['positive']
     )
@@ -262,7 +270,8 @@ def test_the_table_at_the_point():
 
 def test_predictive_values_have_the_interval_of_whole_patients():
     t = two(120)
-    y, called = (t.target == 'referable').to_numpy(int), t.p_referable.to_numpy() > 0.6
+    y = (t.target == 'referable').to_numpy(int)
+    called = t.p_referable.to_numpy() > 0.6
     o = operating_table(y, called, t.group, prevalence=0.1, n=400)
 
     def ppv(y, c):
@@ -273,7 +282,8 @@ def test_predictive_values_have_the_interval_of_whole_patients():
     for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):  # no draw shows an error: the exact ends
         r = operating_table(y, c, t.group, prevalence=0.1, n=50).iloc[2:]
         ok = r.value.notna()
-        assert ((r.low <= r.value) & (r.value <= r.high))[ok].all() and (r.high - r.low)[ok].max() > 0
+        assert ((r.low <= r.value) & (r.value <= r.high))[ok].all()
+        assert (r.high - r.low)[ok].max() > 0
 
 
 # ---------------------------------------------------------------- decisions
@@ -282,41 +292,44 @@ def test_predictive_values_have_the_interval_of_whole_patients():
 def test_the_question_of_two_classes_and_of_five_grades():
     t = five()
     q = question(t, GRADE_NAMES)
-    assert (
-        q.name == 'referable'
-        and (q.y == (t.target.astype(int) >= 2)).all()
-        and np.allclose(q.score, t[['p_2', 'p_3', 'p_4']].sum(axis=1))
-    )
-    assert positive_score(np.eye(3), ['a', 'b', 'c']) is None and question(two(), TWO).name == 'referable'
+    assert q.name == 'referable'
+    assert (q.y == (t.target.astype(int) >= 2)).all()
+    assert np.allclose(q.score, t[['p_2', 'p_3', 'p_4']].sum(axis=1))
+    assert positive_score(np.eye(3), ['a', 'b', 'c']) is None
+    assert question(two(), TWO).name == 'referable'
     with pytest.raises(ValueError, match="no column 'p_4'"):
         table_arrays(t.drop(columns='p_4'), GRADE_NAMES)
 
 
 @pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES)])
 def test_a_decision_survives_json_and_decides_what_was_chosen(make, classes):
-    valid, t = make(seed=4), make(seed=5)
+    valid = make(seed=4)
+    t = make(seed=5)
     d = Decision.from_dict(json.loads(json.dumps(choose_decision(valid, classes, sensitivity=0.9).to_dict())))
     out = apply_decision(t, classes, d)
     q = question(out, classes)
-    assert ((out.decision == 'referable') == d.operating.decide(q.score)).all() and (
-        decisions(out, classes) == (out.decision == 'referable')
-    ).all()
+    assert ((out.decision == 'referable') == d.operating.decide(q.score)).all()
+    assert (decisions(out, classes) == (out.decision == 'referable')).all()
     on_valid = decisions(apply_decision(valid, classes, d), classes)
     assert recall_score(question(valid, classes).y, on_valid) >= 0.9
-    assert np.allclose(out[[f'p_{c}' for c in classes]].sum(axis=1), 1) and t.equals(make(seed=5))
+    assert np.allclose(out[[f'p_{c}' for c in classes]].sum(axis=1), 1)
+    assert t.equals(make(seed=5))
 
 
 def test_an_image_without_a_prediction_gets_no_decision():
     t = two(20, seed=6)
     t.loc[3, ['p_no', 'p_referable']] = np.nan
     out = apply_decision(t, TWO, choose_decision(two(seed=4), TWO, sensitivity=0.9))
-    assert pd.isna(out.decision[3]) and out.decision.notna().sum() == len(t) - 1
+    assert pd.isna(out.decision[3])
+    assert out.decision.notna().sum() == len(t) - 1
     assert apply_decision(t, TWO, None) is t
 
 
 def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
     d = choose_decision(two(20), TWO, sensitivity=0.9)
-    assert d.operating is None and d.temperature == 1 and len(d.refused) == 2
+    assert d.operating is None
+    assert d.temperature == 1
+    assert len(d.refused) == 2
     with pytest.raises(ValueError, match='needs two classes'):
         choose_decision(
             pd.DataFrame({'target': ['a'] * 60, 'p_a': 1.0, 'p_b': 0.0, 'p_c': 0.0}), ['a', 'b', 'c'], sensitivity=0.9
@@ -327,26 +340,27 @@ def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
 
 
 def test_measures_are_those_of_scikit_learn():
-    t, f = two(), five()
+    t = two()
+    f = five()
     y, p = table_arrays(t, TWO)
     m = measures(y, p, TWO)
-    assert m['auc'] == pytest.approx(roc_auc_score(y, p[:, 1])) and m['accuracy'] == accuracy(y, p.argmax(1))
+    assert m['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
+    assert m['accuracy'] == accuracy(y, p.argmax(1))
     y, p = table_arrays(f, GRADE_NAMES)
     m = measures(y, p, GRADE_NAMES)
-    assert m['kappa'] == pytest.approx(cohen_kappa_score(y, p.argmax(1), weights='quadratic')) and m[
-        'auc'
-    ] == pytest.approx(roc_auc_score(y >= 2, p[:, 2:].sum(1)))
+    assert m['kappa'] == pytest.approx(cohen_kappa_score(y, p.argmax(1), weights='quadratic'))
+    assert m['auc'] == pytest.approx(roc_auc_score(y >= 2, p[:, 2:].sum(1)))
 
 
 @pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES)])
 def test_every_figure_has_an_interval_that_holds_it(make, classes):
     t = apply_decision(make(), classes, choose_decision(make(seed=9), classes, sensitivity=0.9))
     m = measure_table(t, classes, prevalence=0.1, n=200)
-    assert {'sensitivity', 'specificity', 'auc', 'accuracy', 'calibration error'} <= set(m.index) and (
-        'kappa' in m.index
-    ) == (len(classes) == 5)
+    assert {'sensitivity', 'specificity', 'auc', 'accuracy', 'calibration error'} <= set(m.index)
+    assert ('kappa' in m.index) == (len(classes) == 5)
     m = m.drop('calibration error')  # a draw repeats images, and can only be worse calibrated
-    assert (m.low <= m.value).all() and (m.value <= m.high).all()
+    assert (m.low <= m.value).all()
+    assert (m.value <= m.high).all()
     assert measure_table(t, classes, prevalence=0.1, n=200).equals(measure_table(t, classes, prevalence=0.1, n=200))
 
 
@@ -354,12 +368,14 @@ def test_both_eyes_make_one_decision():
     t = apply_decision(two(), TWO, choose_decision(two(seed=9), TWO, sensitivity=0.9))
     p = by_patient(t, TWO)
     want = t.groupby('group', sort=False).p_referable.max()
-    assert len(p) == 300 and p.set_index('group').p_referable.round(9).to_dict() == want.round(9).to_dict()
+    assert len(p) == 300
+    assert p.set_index('group').p_referable.round(9).to_dict() == want.round(9).to_dict()
     assert (
         p.set_index('group').decision.eq('referable').to_dict()
         == t.decision.eq('referable').groupby(t.group).max().to_dict()
     )
-    assert ' + ' in p.image[0] and len(by_patient(t.assign(group=None), TWO)) == len(t)
+    assert ' + ' in p.image[0]
+    assert len(by_patient(t.assign(group=None), TWO)) == len(t)
     with pytest.raises(ValueError, match='needs two classes'):
         by_patient(
             pd.DataFrame({'image': ['i'], 'target': ['a'], 'p_a': [1.0], 'p_b': [0.0], 'p_c': [0.0]}), list('abc')
@@ -384,25 +400,29 @@ def test_subgroups_are_the_figures_of_their_rows():
     assert s.loc[('data_camera', 'A'), ('auc', 'value')] == pytest.approx(
         measure_table(t[t.data_camera == 'A'], TWO, n=5).loc['auc'].value
     )
-    assert s.loc[('data_camera', 'not known'), ('images', '')] == 1 and s[('images', '')].sum() == len(t)
+    assert s.loc[('data_camera', 'not known'), ('images', '')] == 1
+    assert s[('images', '')].sum() == len(t)
 
 
 def test_the_worst_errors_are_wrong_and_in_order():
     t = two()
     w = worst_errors(t, TWO, n=10)
-    assert len(w) == 10 and (w.target != w.said).all() and w.probability.is_monotonic_decreasing
+    assert len(w) == 10
+    assert (w.target != w.said).all()
+    assert w.probability.is_monotonic_decreasing
     called = apply_decision(t, TWO, choose_decision(two(seed=9), TWO, sensitivity=0.9))
     w = worst_errors(called, TWO, n=4)
-    assert all(
-        (r.said == 'referable') != (r.target == 'referable') for r in w.itertuples()
-    ) and w.said.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
+    for r in w.itertuples():
+        assert (r.said == 'referable') != (r.target == 'referable')
+    assert w.said.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
 
 
 def test_the_roc_band_holds_the_curve_and_widens_with_fewer_people():
     wide, narrow = (roc_band(question(t, TWO), t.group, n=200) for t in (two(40), two(600)))
     inner = slice(5, 96)
     for b in (wide, narrow):
-        assert ((b.low - 0.02 <= b.found) & (b.found <= b.high + 0.02))[inner].all() and b.found.is_monotonic_increasing
+        assert ((b.low - 0.02 <= b.found) & (b.found <= b.high + 0.02))[inner].all()
+        assert b.found.is_monotonic_increasing
     assert (wide.high - wide.low)[inner].mean() > 2 * (narrow.high - narrow.low)[inner].mean()
 
 
@@ -411,7 +431,8 @@ def test_consistency_of_views():
     p[..., 1] = [[0.1, 0.2, 0.3, 0.4], [0.4, 0.6, 0.4, 0.4], [0.9] * 4, [0.5, 0.5, 0.5, 0.2]]
     p[..., 0] = 1 - p[..., 1]
     point = OperatingPoint(0.3, 'sensitivity', 0.9, 1, 1, 1, 1)
-    assert consistency(p, TWO, point)['same decision'] == 0.5 and consistency(p, TWO)['same decision'] == 0.75
+    assert consistency(p, TWO, point)['same decision'] == 0.5
+    assert consistency(p, TWO)['same decision'] == 0.75
     assert consistency(p, TWO)['spread'] == pytest.approx((0.3 + 0.2 + 0 + 0.3) / 4)
 
 
@@ -445,24 +466,21 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
     )
     file = write_report(e, tmp_path / 'r.html', n=50)
     page = file.read_text()
-    assert (
-        'Not a medical device' in page
-        and 'eyes &amp; more' in page
-        and '/secret' not in page
-        and '<b>' not in page
-        and 'broken.jpg' in page
-    )
-    assert (
-        not re.search(r'(src|href)="(?!data:image/png)', page)
-        and '<script' not in page
-        and '@media print' in page
-        and 'width=device-width' in page
-    )
+    assert 'Not a medical device' in page
+    assert 'eyes &amp; more' in page
+    assert '/secret' not in page
+    assert '<b>' not in page
+    assert 'broken.jpg' in page
+    assert not re.search(r'(src|href)="(?!data:image/png)', page)
+    assert '<script' not in page
+    assert '@media print' in page
+    assert 'width=device-width' in page
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == len(t)
 
 
 def test_a_threshold_that_does_not_carry_over_is_said_so():
-    decision, words = choose_decision(two(seed=9), TWO, sensitivity=0.9), 'has to be set anew'
+    decision = choose_decision(two(seed=9), TWO, sensitivity=0.9)
+    words = 'has to be set anew'
     t = two()
     assert words not in report_html(Evaluation(apply_decision(t, TWO, decision), TWO, {'decision': decision}), n=50)
     lighter = t.assign(p_referable=t.p_referable**3, p_no=1 - t.p_referable**3)  # another camera
@@ -471,16 +489,16 @@ def test_a_threshold_that_does_not_carry_over_is_said_so():
 
 def test_the_report_says_why_there_is_no_operating_point():
     page = report_html(Evaluation(two(), TWO, {'decision': choose_decision(two(20), TWO, sensitivity=0.9)}), n=20)
-    assert (
-        'has no operating point' in page
-        and 'cannot be set on fewer than 30' in page
-        and 'One cannot be chosen on these images' in page
-    )
-    assert 'sensitivity at the operating point' not in page and 'sensitivity</th>' not in page
+    assert 'has no operating point' in page
+    assert 'cannot be set on fewer than 30' in page
+    assert 'One cannot be chosen on these images' in page
+    assert 'sensitivity at the operating point' not in page
+    assert 'sensitivity</th>' not in page
 
 
 def test_predictive_values_need_a_prevalence():
     e = Evaluation(two(), TWO, {'decision': choose_decision(two(seed=9), TWO, sensitivity=0.9)})
-    assert '--prevalence' in report_html(e, n=20) and 'predictive value at' not in report_html(e, n=20)
+    assert '--prevalence' in report_html(e, n=20)
+    assert 'predictive value at' not in report_html(e, n=20)
     e.prevalence = 0.08
     assert 'positive predictive value at 8%' in report_html(e, n=20)

@@ -5,6 +5,7 @@ import platform
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import Body
 from dr_transfer.models.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
 
-FAST, BF16, PLAIN = SETTINGS['channels_last'], SETTINGS['bf16'], SETTINGS['plain']
+FAST = SETTINGS['channels_last']
+BF16 = SETTINGS['bf16']
+PLAIN = SETTINGS['plain']
 
 
 def lively(net):
@@ -59,9 +62,10 @@ def test_a_copy_says_the_same(arch):
         want = net(x)
         out = forward_copy(net, FAST, x)(FAST.place(x))
     assert (out - want).abs().max() <= 1e-3 * want.abs().max()
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(
-        p.requires_grad for p in net.parameters()
-    )
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, before[k])
+    for p in net.parameters():
+        assert p.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -82,9 +86,8 @@ def test_weights_in_bfloat16_only_where_autocast_would_put_them():
     net = create_body('test_convnext', 'random').eval()
     copy = forward_copy(net, BF16, torch.randn(1, 3, 160, 160))
     kinds = {type(m): m.weight.dtype for m in copy.modules() if getattr(m, 'weight', None) is not None}
-    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and {
-        v for k, v in kinds.items() if 'Norm' in k.__name__
-    } == {torch.float32}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16
+    assert {v for k, v in kinds.items() if 'Norm' in k.__name__} == {torch.float32}
 
 
 def test_plain_is_the_network_itself():
@@ -97,7 +100,8 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
 
     def forward(self, x):
         x = self.conv(x)
@@ -105,14 +109,17 @@ class Twice(nn.Module):
 
 
 def test_not_folded_where_that_would_be_wrong():
-    net, x = lively(Twice()), torch.randn(2, 3, 8, 8)
+    net = lively(Twice())
+    x = torch.randn(2, 3, 8, 8)
     copy = forward_copy(net, FAST, x)
     with torch.no_grad():
-        assert isinstance(copy.bn, nn.BatchNorm2d) and torch.allclose(copy(x), net(x), atol=1e-6)
+        assert isinstance(copy.bn, nn.BatchNorm2d)
+        assert torch.allclose(copy(x), net(x), atol=1e-6)
 
 
 def test_a_network_without_weights():
-    net, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)).eval(), torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)).eval()
+    x = torch.randn(2, 3, 8, 8)
     assert torch.equal(Body(net, FAST)(x), net(x))
 
 
@@ -134,7 +141,8 @@ def test_a_copy_is_made_once(body, x):
     with torch.no_grad():
         body(x)
         first = body.quick(x)
-        assert first is not body.stages and body.quick(x) is first
+        assert first is not body.stages
+        assert body.quick(x) is first
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,8 @@ def test_a_change_is_noticed(body, x, change):
     with torch.no_grad():
         old = body.quick(x)
         change(body)
-        assert body.quick(x) is not old and torch.allclose(body(x), body.stages(x), atol=1e-3)
+        assert body.quick(x) is not old
+        assert torch.allclose(body(x), body.stages(x), atol=1e-3)
 
 
 def test_hooks_see_the_stages(body, x):
@@ -174,13 +183,15 @@ def test_hooks_see_the_stages(body, x):
 def test_gradients_reach_the_weights(body, x):
     body.train_setting = body.forward_setting  # the same for both
     body(x).square().mean().backward()
-    assert all(p.grad is not None for p in body.stages.parameters())
+    for p in body.stages.parameters():
+        assert p.grad is not None
 
 
 def test_a_pickled_body_has_no_copy(body, x):
     with torch.no_grad():
         body.quick(x)
-    assert len(pickle.dumps(body)) < 1.2 * len(pickle.dumps(body.stages)) and '_copy' not in body.state_dict()
+    assert len(pickle.dumps(body)) < 1.2 * len(pickle.dumps(body.stages))
+    assert '_copy' not in body.state_dict()
 
 
 # ---------------------------------------------------------------- training steps
@@ -243,9 +254,11 @@ def test_a_training_copy_takes_the_same_step(arch, mode):
     for k, b in net.named_buffers():
         b.copy_(before[k])
     want, true, moved = a_step(net, x, net)
-    assert far(out, want) < 1e-6 and grads.keys() == true.keys() == dict(net.named_parameters()).keys()
+    assert far(out, want) < 1e-6
+    assert grads.keys() == true.keys() == dict(net.named_parameters()).keys()
     assert far(*(torch.cat([g[k].flatten() for k in true]) for g in (grads, true))) < 1e-6
-    assert all(torch.allclose(after[k].double(), moved[k].double()) for k in moved)
+    for k in moved:
+        assert torch.allclose(after[k].double(), moved[k].double())
     assert any(not torch.equal(before[k], moved[k]) for k in moved) == (
         mode != 'fixed' and any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     )
@@ -271,7 +284,8 @@ def test_what_is_frozen_gets_no_gradient():
     body = Body(lively(create_body('test_resnet', 'random')), train_setting=FAST)
     body.stages[:2].requires_grad_(False)
     body(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    assert all((p.grad is None) != p.requires_grad for p in body.stages.parameters())
+    for p in body.stages.parameters():
+        assert (p.grad is None) != p.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -293,9 +307,8 @@ def test_a_change_makes_the_training_copy_anew(body, x, change):
     assert body.quick(x) is old is not body.stages
     with torch.no_grad():
         next(body.stages.parameters()).mul_(0.5)
-    assert body.quick(x) is old and torch.allclose(
-        body(x), body.stages(x), rtol=1e-3, atol=1e-4
-    )  # the weights are the network's own
+    assert body.quick(x) is old
+    assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
     change(body)
     assert body.quick(x) is not old
 
@@ -303,7 +316,9 @@ def test_a_change_makes_the_training_copy_anew(body, x, change):
 def test_depthwise_convolutions_train_in_float32():
     torch.manual_seed(0)
     net = create_body('efficientnet_lite0').eval().to(memory_format=torch.channels_last)
-    x, kinds, grads = FAST.place(torch.randn(4, 3, 64, 64)), {}, []
+    x = FAST.place(torch.randn(4, 3, 64, 64))
+    kinds = {}
+    grads = []
     steps = training_copy(net, BF16, x)
     for m in steps.modules():
         if isinstance(m, nn.Conv2d):
@@ -351,12 +366,15 @@ def test_in_order(n, device):
         return pixels(i)
 
     out = list(map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(n)), read, 3, device))
-    assert sum(out, []) == list(range(n)) and all(len(o) == 3 for o in out[:-1])
+    assert list(chain.from_iterable(out)) == list(range(n))
+    for o in out[:-1]:
+        assert len(o) == 3
 
 
 def test_threads_are_as_before_and_a_core_each():
     "However few batches there are: the number of threads decides the last bits"
-    before, seen = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    seen = []
     torch.set_num_threads(3)
 
     def count(x):
@@ -365,7 +383,8 @@ def test_threads_are_as_before_and_a_core_each():
 
     for sources in (list(range(64)), [1]):
         list(map_batches(count, sources, pixels, 2))
-    assert set(seen) == {1} and torch.get_num_threads() == 3
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
 
@@ -373,7 +392,8 @@ def test_threads_are_as_before_and_a_core_each():
 @pytest.mark.parametrize('n', [1, 5, 8, 9])
 def test_batches_have_one_shape(device, n):
     "The last is filled up with black images, of which nothing comes out"
-    shapes, black = set(), []
+    shapes = set()
+    black = []
 
     def f(x):
         shapes.add((tuple(x.shape), x.is_contiguous(memory_format=torch.channels_last)))
@@ -381,7 +401,8 @@ def test_batches_have_one_shape(device, n):
         return {'a': x[:, 0, 0, 0], 'b': x[:, 0].numpy()}
 
     out = list(map_batches(f, list(range(1, n + 1)), pixels, 4, device))
-    assert shapes == {((4, 3, 4, 4), True)} and sum(black) == -n % 4
+    assert shapes == {((4, 3, 4, 4), True)}
+    assert sum(black) == -n % 4
     assert (
         torch.cat([o['a'] for o in out]).tolist()
         == list(range(1, n + 1))
@@ -398,9 +419,8 @@ def test_only_a_few_are_ahead():
     batches.close()
     n = len(read)
     time.sleep(0.05)
-    assert len(read) == n and not [
-        t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()
-    ]
+    assert len(read) == n
+    assert not [t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()]
 
 
 def test_an_error_comes_out():
@@ -409,7 +429,8 @@ def test_an_error_comes_out():
             raise ValueError('five')
         return pixels(i)
 
-    out, batches = [], map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(40)), read, 2)
+    out = []
+    batches = map_batches(lambda x: x[:, 0, 0, 0].tolist(), list(range(40)), read, 2)
     with pytest.raises(ValueError, match='five'):
         for b in batches:
             out.append(b)
@@ -419,9 +440,9 @@ def test_an_error_comes_out():
 def test_channels_last_and_normalised():
     x = stack_images([pixels(i) for i in (0, 255)])
     y = normalise(x, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
-    assert x.shape == y.shape == (2, 3, 4, 4) and all(
-        t.is_contiguous(memory_format=torch.channels_last) for t in (x, y)
-    )
+    assert x.shape == y.shape == (2, 3, 4, 4)
+    for t in (x, y):
+        assert t.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -0.5, 0], [1, 1.5, 1]]))
     wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert wide.shape == (2, 3, 5, 7)
@@ -432,20 +453,21 @@ def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
     monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: next(rates))
-    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16] and not list(
-        tmp_path.iterdir()
-    )
+    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16]
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_for_the_picture_after_a_prediction():
     "The copy was made where no gradients were wanted"
-    body, x = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval(), torch.randn(2, 3, 32, 32)
+    body = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval()
+    x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         want = body(x)
     x.requires_grad_()
     out = body(x)
     out.square().mean().backward()
-    assert torch.allclose(out, want, atol=1e-5) and x.grad.abs().sum() > 0
+    assert torch.allclose(out, want, atol=1e-5)
+    assert x.grad.abs().sum() > 0
 
 
 def test_a_body_made_where_nothing_is_recorded():

@@ -1,4 +1,6 @@
-"The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice, whoever asks and whatever is killed."
+"""The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice,
+whoever asks and whatever is killed.
+"""
 
 import errno
 import json
@@ -29,7 +31,8 @@ from dr_transfer.utils.store import ArrayStore, digest, stored_array
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {'colour': ((3,), 'float32'), 'corner': ((2, 2), 'uint8')}
-N, BS = 7, 2
+N = 7
+BS = 2
 
 
 def pictures(n, start=0):
@@ -109,26 +112,34 @@ def whole(tmp_path_factory):
 def test_what_lies_in_the_folder(whole, tmp_path):
     "Plain numbers and text, to be read without this library"
     assert set(whole) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
-    about, lines = json.loads(whole['about.json']), [json.loads(l) for l in whole['images.jsonl'].decode().splitlines()]
+    about = json.loads(whole['about.json'])
+    lines = [json.loads(line) for line in whole['images.jsonl'].decode().splitlines()]
     assert about == {'of': 'colour', 'format': 2, 'fields': {'colour': [[3], 'float32'], 'corner': [[2, 2], 'uint8']}}
-    assert [l['row'] for l in lines] == list(range(N)) and all(len(l['sums']) == 2 for l in lines)
-    assert [l['key'] for l in lines] == content_keys(pictures(N))
+    assert [line['row'] for line in lines] == list(range(N))
+    for line in lines:
+        assert len(line['sums']) == 2
+    assert [line['key'] for line in lines] == content_keys(pictures(N))
     assert np.frombuffer(whole['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
     assert len(whole['corner.bin']) == N * 4
 
 
 def test_rows_come_in_the_order_asked_for(tmp_path):
-    images, seen = pictures(5), []
+    images = pictures(5)
+    seen = []
     store = new(tmp_path)
     fill(store, images[:3], colours(seen), BS)
     asked = [images[i] for i in (4, 0, 3, 0, 2)]
     rows = fill(store, asked, colours(seen), BS)
-    assert right(store, asked, rows) and rows[1] == rows[3] == 0 and seen == [0, 1, 2, 4, 3]
-    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(seen), BS)) and len(seen) == 5
+    assert right(store, asked, rows)
+    assert rows[1] == rows[3] == 0
+    assert seen == [0, 1, 2, 4, 3]
+    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(seen), BS))
+    assert len(seen) == 5
 
 
 def test_the_same_image_twice_is_computed_once(tmp_path):
-    images, seen = pictures(2), []
+    images = pictures(2)
+    seen = []
     asked = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
 
     def compute(sources, names):
@@ -137,24 +148,31 @@ def test_the_same_image_twice_is_computed_once(tmp_path):
             yield {'colour': np.asarray(s)[:1, 0], 'corner': np.asarray(s)[None, :2, :2, 0]}
 
     rows = fill(new(tmp_path), asked, compute, 1)
-    assert rows.tolist() == [0, 0, 1, 0] and seen == [0, 1] and len(new(tmp_path)) == 2
+    assert rows.tolist() == [0, 0, 1, 0]
+    assert seen == [0, 1]
+    assert len(new(tmp_path)) == 2
 
 
 def test_arrays_are_mapped_and_not_written(tmp_path):
     store = new(tmp_path)
-    assert stored_array(store, 'corner').shape == (0, 2, 2) and stored_array(store, 'corner').dtype == np.uint8
+    assert stored_array(store, 'corner').shape == (0, 2, 2)
+    assert stored_array(store, 'corner').dtype == np.uint8
     fill(store, pictures(3), colours(), BS)
     a = stored_array(store, 'colour')
-    assert isinstance(a, np.memmap) and a.shape == (3, 3) and a.dtype == np.float32
+    assert isinstance(a, np.memmap)
+    assert a.shape == (3, 3)
+    assert a.dtype == np.float32
     with pytest.raises(ValueError):
         a[0] = 1
     before = a.copy()
     fill(new(tmp_path), pictures(N), colours(), BS)  # what others append does not move it
-    assert np.array_equal(a, before) and len(stored_array(new(tmp_path), 'colour')) == N
+    assert np.array_equal(a, before)
+    assert len(stored_array(new(tmp_path), 'colour')) == N
 
 
 def test_nothing_to_do_writes_nothing(tmp_path):
-    assert fill(new(tmp_path / 'x'), [], colours(), BS).shape == (0,) and not (tmp_path / 'x').exists()
+    assert fill(new(tmp_path / 'x'), [], colours(), BS).shape == (0,)
+    assert not (tmp_path / 'x').exists()
     new(tmp_path / 'y')
     assert not (tmp_path / 'y').exists()
 
@@ -166,7 +184,9 @@ def test_nothing_to_do_writes_nothing(tmp_path):
 def test_another_description_is_another_store(tmp_path, change):
     fill(new(tmp_path), pictures(3), colours(), BS)
     other = ArrayStore(tmp_path, 's', {'of': 'colour', **change}, FIELDS)
-    assert len(other) == 0 and len(new(tmp_path)) == 3 and other.folder != new(tmp_path).folder
+    assert len(other) == 0
+    assert len(new(tmp_path)) == 3
+    assert other.folder != new(tmp_path).folder
 
 
 @pytest.mark.parametrize(
@@ -185,21 +205,25 @@ def test_the_order_of_a_description_does_not_matter():
 
 
 def test_a_changed_image_is_computed_and_only_that(tmp_path):
-    images, seen = pictures(N), []
+    images = pictures(N)
+    seen = []
     fill(new(tmp_path), images, colours(seen), BS)
     images[3] = images[3].copy()
     images[3][3, 3, 2] += 1  # the least that can change
     del seen[:]
     rows = fill(new(tmp_path), images, colours(seen), BS)
-    assert seen == [3] and rows.tolist() == [0, 1, 2, 7, 4, 5, 6]
+    assert seen == [3]
+    assert rows.tolist() == [0, 1, 2, 7, 4, 5, 6]
 
 
 def test_content_keys(tmp_path):
+    a_png = tmp_path / 'a.png'
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    Image.fromarray(a).save(tmp_path / 'a.png')
-    shutil.copy(tmp_path / 'a.png', tmp_path / 'b.jpg')  # a name is no content
-    same = content_keys([tmp_path / 'a.png', str(tmp_path / 'b.jpg'), (tmp_path / 'a.png').read_bytes()])
-    assert len(set(same)) == 1 and len(same[0]) == 32
+    Image.fromarray(a).save(a_png)
+    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name is no content
+    same = content_keys([a_png, str(tmp_path / 'b.jpg'), a_png.read_bytes()])
+    assert len(set(same)) == 1
+    assert len(same[0]) == 32
     others = [a, a[::-1], a[:, ::-1], a.reshape(2, 8, 3), a.reshape(8, 2, 3), a[..., ::-1], a[:, :2], a[..., 0]]
     assert len({*content_keys(others), same[0]}) == len(others) + 1
     assert content_key(a[::-1]) == content_key(a[::-1].copy()) == content_key(Image.fromarray(a[::-1].copy()))
@@ -243,11 +267,15 @@ def test_pil_images_that_read_differently_have_different_keys(pair):
 
 def finished(root, whole, left=None):
     "Going on computes what is missing, and the bytes are those of the store that was never interrupted"
-    seen, store = [], new(root)
+    seen = []
+    store = new(root)
     kept = len(store)
     rows = fill(store, pictures(N), colours(seen), BS)
-    assert contents(store) == whole and rows.tolist() == list(range(N)) and right(store, pictures(N), rows)
-    assert seen == list(range(kept, N)) and (left is None or len(seen) == left)
+    assert contents(store) == whole
+    assert rows.tolist() == list(range(N))
+    assert right(store, pictures(N), rows)
+    assert seen == list(range(kept, N))
+    assert left is None or len(seen) == left
 
 
 @pytest.mark.parametrize('stop', range(5))
@@ -300,7 +328,7 @@ def kill():
 def test_interrupted_between_files(tmp_path, monkeypatch, whole, at, again):
     "Four batches of two arrays and the lines: each is once the first that is not written"
     store = new(tmp_path)
-    opened, n = opening(halt, at)
+    opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
@@ -332,7 +360,9 @@ def test_killed_between_files(tmp_path, whole, at):
 
 def test_killed_at_any_time(tmp_path):
     "Again and again, until it is done"
-    images, log, done = pictures(40), tmp_path / 'log', [0]
+    images = pictures(40)
+    log = tmp_path / 'log'
+    done = [0]
     log.touch()
     while done[-1] < 40:
         assert len(done) < 20
@@ -351,8 +381,9 @@ def test_killed_at_any_time(tmp_path):
     assert len(done) >= 3
     fill(new(tmp_path / 'at once'), images, colours(), BS)
     assert contents(new(tmp_path)) == contents(new(tmp_path / 'at once'))
-    computed = Counter(l.split()[1] for l in log.read_text().splitlines())
-    assert set(computed) == set(map(str, range(40))) and sum(computed.values()) <= 40 + 2 * BS * len(done)
+    computed = Counter(line.split()[1] for line in log.read_text().splitlines())
+    assert set(computed) == set(map(str, range(40)))
+    assert sum(computed.values()) <= 40 + 2 * BS * len(done)
 
 
 def cut(name, n):
@@ -406,12 +437,14 @@ def test_torn_writes(tmp_path, whole, name):
 def test_a_spoilt_line(tmp_path):
     "It costs the rows that it stood for, no other, and is told"
     fill(new(tmp_path), pictures(N), colours(), BS)
-    lines, seen = new(tmp_path).folder / 'images.jsonl', []
+    lines = new(tmp_path).folder / 'images.jsonl'
+    seen = []
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 3))
     store = new(tmp_path)
     with pytest.warns(UserWarning, match='damaged rows.*: 3 of 7'):
         rows = fill(store, pictures(N), colours(seen), BS)
-    assert seen == [0, 1, 2] and right(store, pictures(N), rows)
+    assert seen == [0, 1, 2]
+    assert right(store, pictures(N), rows)
     again_is_read(tmp_path)
 
 
@@ -436,20 +469,22 @@ def edit(name, change):
 
 def line_of(row, change):
     return edit(
-        'images.jsonl', lambda d: b''.join(change(l) if i == row else l for i, l in enumerate(d.splitlines(True)))
+        'images.jsonl',
+        lambda d: b''.join(change(line) if i == row else line for i, line in enumerate(d.splitlines(True))),
     )
 
 
-def other_key(l):
-    return l.replace(json.loads(l)['key'].encode(), content_key(pictures(N)[5]).encode())
+def other_key(line):
+    return line.replace(json.loads(line)['key'].encode(), content_key(pictures(N)[5]).encode())
 
 
 def swapped(folder):
     a, b = (folder / 'images.jsonl').read_text().splitlines()[1:3]
-    a, b = json.loads(a), json.loads(b)
+    a = json.loads(a)
+    b = json.loads(b)
     a['key'], b['key'] = b['key'], a['key']
-    line_of(1, lambda l: json.dumps(a).encode() + b'\n')(folder)
-    line_of(2, lambda l: json.dumps(b).encode() + b'\n')(folder)
+    line_of(1, lambda line: json.dumps(a).encode() + b'\n')(folder)
+    line_of(2, lambda line: json.dumps(b).encode() + b'\n')(folder)
 
 
 HARM = {
@@ -457,16 +492,16 @@ HARM = {
     'a bit': (edit('corner.bin', lambda d: d[:9] + bytes([d[9] ^ 1]) + d[10:]), [2]),
     'a row of zeros': (edit('colour.bin', lambda d: d[:12] + bytes(12) + d[24:]), [1]),
     'cut': (edit('colour.bin', lambda d: d[:30]), range(2, N)),
-    'a line deleted': (line_of(2, lambda l: b''), [2]),
-    'the first line deleted': (line_of(0, lambda l: b''), [0]),
-    'a line twice': (line_of(3, lambda l: l * 2), []),
-    'no longer JSON': (line_of(4, lambda l: b'{"row": 4' + l[9:20] + b'\n'), [4]),
-    'a list': (line_of(1, lambda l: b'[1, 2]\n'), [1]),
+    'a line deleted': (line_of(2, lambda line: b''), [2]),
+    'the first line deleted': (line_of(0, lambda line: b''), [0]),
+    'a line twice': (line_of(3, lambda line: line * 2), []),
+    'no longer JSON': (line_of(4, lambda line: b'{"row": 4' + line[9:20] + b'\n'), [4]),
+    'a list': (line_of(1, lambda line: b'[1, 2]\n'), [1]),
     'another key': (line_of(1, other_key), [1]),
     'two keys swapped': (swapped, [1, 2]),
-    'another row': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 5')), [5, 6]),
-    'a row beyond': (line_of(6, lambda l: l.replace(b'"row": 6', b'"row": 99999999')), [6]),
-    'a text for a checksum': (line_of(2, lambda l: l.replace(b'"sums": [', b'"sums": ["a", ')), [2]),
+    'another row': (line_of(6, lambda line: line.replace(b'"row": 6', b'"row": 5')), [5, 6]),
+    'a row beyond': (line_of(6, lambda line: line.replace(b'"row": 6', b'"row": 99999999')), [6]),
+    'a text for a checksum': (line_of(2, lambda line: line.replace(b'"sums": [', b'"sums": ["a", ')), [2]),
     'no bytes': (edit('corner.bin', lambda d: b''), range(N)),
 }
 
@@ -480,12 +515,16 @@ def test_what_was_changed_is_computed_again_and_told(tmp_path, name):
     harm, lost = HARM[name]
     fill(new(tmp_path), pictures(N), colours(), BS)
     harm(new(tmp_path).folder)
-    store, seen = new(tmp_path), []
+    store = new(tmp_path)
+    seen = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         rows = fill(store, pictures(N), colours(seen), BS)
-    assert right(store, pictures(N), rows) and seen == list(lost)
-    assert len(told) == (bool(lost) and name not in QUIET) and all(str(store.folder) in str(w.message) for w in told)
+    assert right(store, pictures(N), rows)
+    assert seen == list(lost)
+    assert len(told) == (bool(lost) and name not in QUIET)
+    for w in told:
+        assert str(store.folder) in str(w.message)
     if lost:
         again_is_read(tmp_path)
 
@@ -516,7 +555,7 @@ def test_a_row_in_use_is_not_written_over(tmp_path):
     fill(new(tmp_path), pictures(N), colours(), BS)
     before = stored_array(new(tmp_path), 'colour')
     want = before.copy()
-    line_of(2, lambda l: b'')(new(tmp_path).folder)
+    line_of(2, lambda line: b'')(new(tmp_path).folder)
     with pytest.warns(UserWarning, match='damaged'):
         fill(new(tmp_path), pictures(N + 3), colours(), BS)
     assert np.array_equal(before, want)
@@ -532,10 +571,12 @@ def test_a_description_that_was_changed(tmp_path, whole):
 @pytest.mark.parametrize('again', [True, False])
 def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, again):
     "Its numbers are not kept under the key of what it was"
+    s_folder = tmp_path / 's'
     files = [tmp_path / f'{i}.png' for i in range(4)]
     for f, a in zip(files, pictures(4)):
         Image.fromarray(a).save(f)
-    was, keys = files[2].read_bytes(), content_keys(files)
+    was = files[2].read_bytes()
+    keys = content_keys(files)
 
     def compute(sources, names, change=True):
         for s in sources:
@@ -546,15 +587,17 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
             yield {n: WHAT[n](a)[None] for n in names}
 
     done = []
-    with pytest.raises(ChangedError, match='2.png changed') as e:
-        fill(new(tmp_path / 's'), files, compute, 1)
-    assert 'run the command again' in str(e.value) and len(new(tmp_path / 's')) == 2
+    with pytest.raises(ChangedError, match=r'2.png changed') as e:
+        fill(new(s_folder), files, compute, 1)
+    assert 'run the command again' in str(e.value)
+    assert len(new(s_folder)) == 2
     if again:
         files[2].write_bytes(was)
-    store = new(tmp_path / 's')
+    store = new(s_folder)
     rows = fill(store, files, lambda s, n: compute(s, n, False), 1)
     want = np.stack([np.asarray(Image.open(f))[0, 0] for f in files])
-    assert np.array_equal(stored_array(store, 'colour')[rows], want) and (content_keys(files) == keys) == again
+    assert np.array_equal(stored_array(store, 'colour')[rows], want)
+    assert (content_keys(files) == keys) == again
 
 
 # ---------------------------------------------------------------- links, pipes and folders of others
@@ -575,23 +618,25 @@ def test_a_link_is_not_written_through(tmp_path):
 
 def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     "The cache as a whole may be a link, to another disk."
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
-    (tmp_path / 'disk').mkdir()
-    (tmp_path / 'cache').symlink_to(tmp_path / 'disk')
-    store = new(tmp_path / 'cache' / 'store')
+    cache = tmp_path / 'cache'
+    disk = tmp_path / 'disk'
+    mine = tmp_path / 'mine'
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
+    disk.mkdir()
+    cache.symlink_to(disk)
+    store = new(cache / 'store')
     fill(store, pictures(3), colours(), BS)
-    assert (store.folder / 'images.jsonl').exists() and store.folder.resolve().is_relative_to(tmp_path / 'disk')
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'images.jsonl').write_text('thesis')
-    store = new(tmp_path / 'cache' / 'other')
+    assert (store.folder / 'images.jsonl').exists()
+    assert store.folder.resolve().is_relative_to(disk)
+    mine.mkdir()
+    (mine / 'images.jsonl').write_text('thesis')
+    store = new(cache / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
-    store.folder.symlink_to(tmp_path / 'mine')
-    with pytest.raises(ValueError, match='it is a link to .*mine.*Delete it'):
+    store.folder.symlink_to(mine)
+    with pytest.raises(ValueError, match=r'it is a link to .*mine.*Delete it'):
         fill(store, pictures(3), colours(), BS)
-    assert (
-        os.listdir(tmp_path / 'mine') == ['images.jsonl']
-        and (tmp_path / 'mine' / 'images.jsonl').read_text() == 'thesis'
-    )
+    assert os.listdir(mine) == ['images.jsonl']
+    assert (mine / 'images.jsonl').read_text() == 'thesis'
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
@@ -615,7 +660,7 @@ def test_a_source_that_is_no_file(tmp_path, place):
         os.mkfifo(path)
     else:
         path.symlink_to('/dev/zero')
-    with pytest.raises(ValueError, match='pipe.png.*not a regular file'):
+    with pytest.raises(ValueError, match=r'pipe.png.*not a regular file'):
         content_keys([path])
 
 
@@ -627,13 +672,16 @@ def test_folders_of_the_cache_are_of_their_owner(tmp_path):
 
 def test_a_folder_that_everybody_can_write(tmp_path):
     "It is told, once"
-    (tmp_path / 'open').mkdir()
-    (tmp_path / 'open').chmod(0o777)
+    open_path = tmp_path / 'open'
+    open_path.mkdir()
+    open_path.chmod(0o777)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
-            fill(new(tmp_path / 'open'), pictures(n), colours(), BS)
-    assert len(told) == 1 and str(tmp_path / 'open') in str(told[0].message) and 'everybody' in str(told[0].message)
+            fill(new(open_path), pictures(n), colours(), BS)
+    assert len(told) == 1
+    assert str(open_path) in str(told[0].message)
+    assert 'everybody' in str(told[0].message)
 
 
 @pytest.mark.skipif(
@@ -650,11 +698,9 @@ def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
         warnings.simplefilter('always')
         for n in (3, 5):
             fill(new(root), pictures(n), colours(), BS)
-    assert (
-        len(told) == 1
-        and 'belongs to another user' in str(told[0].message)
-        and 'DR_TRANSFER_CACHE' in str(told[0].message)
-    )
+    assert len(told) == 1
+    assert 'belongs to another user' in str(told[0].message)
+    assert 'DR_TRANSFER_CACHE' in str(told[0].message)
 
 
 # ---------------------------------------------------------------- advice that fits
@@ -677,11 +723,12 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     def fail():
         raise OSError(number, os.strerror(number))
 
-    opened, n = opening(fail, at)
+    opened, _n = opening(fail, at)
     monkeypatch.setattr(module, 'open_regular', opened)
     with pytest.raises(ValueError) as e:
         fill(new(tmp_path), pictures(3), colours(), BS)
-    assert words in str(e.value) and ('DR_TRANSFER_CACHE' in str(e.value)) == (number != errno.EMFILE)
+    assert words in str(e.value)
+    assert ('DR_TRANSFER_CACHE' in str(e.value)) == (number != errno.EMFILE)
     monkeypatch.undo()
     store = new(tmp_path)
     assert right(store, pictures(3), fill(store, pictures(3), colours(), BS))
@@ -754,28 +801,31 @@ def test_two_processes(tmp_path, second):
     assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
     (tmp_path / 'go').touch()
     assert [p.wait(30) for p in ps] == [0, 0]
-    computed = [l.split() for l in (tmp_path / 'log').read_text().splitlines()]
+    computed = [line.split() for line in (tmp_path / 'log').read_text().splitlines()]
     total = max(20, sum(second))
     assert sorted(int(i) for _, i in computed) == list(range(total))  # each once
     turns = [p for i, (p, _) in enumerate(computed) if not i or computed[i - 1][0] != p]
     assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not in turns
     store = new(tmp_path)
-    assert len(store) == total and right(store, pictures(total), fill(store, pictures(total), colours(stop=0), BS))
+    assert len(store) == total
+    assert right(store, pictures(total), fill(store, pictures(total), colours(stop=0), BS))
 
 
 def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
+    log = tmp_path / 'log'
     (tmp_path / 'go').touch()
-    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, tmp_path / 'log', 0, N)
+    first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, log, 0, N)
     for _ in range(5000):
-        if (tmp_path / 'log').exists():
+        if log.exists():
             break
         time.sleep(0.002)
-    second = child(AT_ONCE, tmp_path, tmp_path / 'log', 0, N)
+    second = child(AT_ONCE, tmp_path, log, 0, N)
     assert second.stdout.readline() == 'ready\n'
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(0.3)  # it waits
     first.kill()
-    assert second.wait(30) == 0 and first.wait() == -signal.SIGKILL
+    assert second.wait(30) == 0
+    assert first.wait() == -signal.SIGKILL
     assert contents(new(tmp_path)) == whole
 
 
@@ -787,7 +837,9 @@ def test_threads(tmp_path, whole):
 
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(one, range(4)))
-    assert rows == [list(range(N))] * 4 and seen == list(range(N)) and contents(new(tmp_path)) == whole
+    assert rows == [list(range(N))] * 4
+    assert seen == list(range(N))
+    assert contents(new(tmp_path)) == whole
 
 
 # ---------------------------------------------------------------- some stores, filled in one pass
@@ -802,7 +854,9 @@ def several(root, names='abc'):
 
 def fill_some(root, images, names='abc', **kw):
     "What was computed, (sources, names) a call, after checking that all of it is right and stands there once"
-    seen, asked, stores = [], [], several(root, names)
+    seen = []
+    asked = []
+    stores = several(root, names)
     rows = fill_stores(stores, images, colours(seen, what=DEEP, asked=asked, **kw), BS)
     for s, n, r in zip(stores, names, rows):
         assert np.array_equal(stored_array(s, n)[r], np.stack([DEEP[n](i) for i in images]))
@@ -864,7 +918,7 @@ def test_each_lacks_something_else(tmp_path):
 @pytest.mark.parametrize('at', range(0, 24, 5))
 def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
     "Some stores have a batch that the others have not"
-    opened, n = opening(halt, at)
+    opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
@@ -881,7 +935,7 @@ locked = module._locked
 @contextmanager
 def slowly(folder):
     with locked(folder):
-        time.sleep(.1)                                                             # time for the other one to take its first
+        time.sleep(.1)  # time for the other one to take its first
         yield
 module._locked = slowly
 print('ready', flush=True)
@@ -904,7 +958,10 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
             p.kill()
     done = [p.stdout.read().split() for p in ps]
     asked = ''.join(d[1] for d in done if d[1:])
-    assert sorted(asked) == sorted(set(''.join(names))) and all(d[0] == str(N) for d in done if d[1:])
+    assert sorted(asked) == sorted(set(''.join(names)))
+    for d in done:
+        if d[1:]:
+            assert d[0] == str(N)
     for s, was in zip(several(tmp_path), filled):
         assert len(s) == 0 or contents(s) == was
 
@@ -954,7 +1011,8 @@ def test_a_folder_that_cannot_be_written(locked):
     for place in (locked, locked / 'deeper' / 'still'):
         with nobody(), pytest.raises(ValueError, match='nothing can be written') as e:
             fill(new(place), pictures(N), colours(), BS)
-        assert str(locked) in str(e.value) and not list(locked.iterdir())
+        assert str(locked) in str(e.value)
+        assert not list(locked.iterdir())
 
 
 def test_what_is_there_can_be_read_all_the_same(locked):
@@ -978,11 +1036,12 @@ def test_a_store_that_cannot_be_written(locked):
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path / 'file').touch()
+    file = tmp_path / 'file'
+    file.touch()
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(tmp_path / 'file'), pictures(3), colours(), BS)
+        fill(new(file), pictures(3), colours(), BS)
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(tmp_path / 'file' / 'x'), pictures(3), colours(), BS)
+        fill(new(file / 'x'), pictures(3), colours(), BS)
 
 
 def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):
@@ -993,7 +1052,9 @@ def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):
 
 def test_not_enough_room(tmp_path, monkeypatch, whole):
     "16 bytes an image; known before anything is computed, and what is there already needs none"
-    free, asked, seen = [N * 16], [], []
+    free = [N * 16]
+    asked = []
+    seen = []
 
     def usage(place):
         asked.append(Path(place))
@@ -1003,8 +1064,14 @@ def test_not_enough_room(tmp_path, monkeypatch, whole):
     with pytest.raises(ValueError) as e:
         fill(new(tmp_path), pictures(N), colours(seen), BS)
     text = str(e.value)
-    assert '7 images' in text and 'GB' in text and 'DR_TRANSFER_CACHE' in text and str(tmp_path) in text and not seen
-    assert all(p.exists() and tmp_path in (p, *p.parents) for p in asked)
+    assert '7 images' in text
+    assert 'GB' in text
+    assert 'DR_TRANSFER_CACHE' in text
+    assert str(tmp_path) in text
+    assert not seen
+    for p in asked:
+        assert p.exists()
+        assert tmp_path in (p, *p.parents)
     twice = pictures(3) * 4
     fill(new(tmp_path), twice, colours(seen), BS)  # twelve, but three to be computed
     free[0] = 80
@@ -1039,11 +1106,12 @@ NAMES = [
 def test_names(tmp_path):
     "Only the content counts, and each name is written down so that it can be read again"
     (tmp_path / 'x').mkdir()
-    paths, kept = [], []
+    paths = []
+    kept = []
     for i, n in enumerate(NAMES):
         p = os.fsdecode(os.path.join(os.fsencode(tmp_path / 'x'), n if isinstance(n, bytes) else os.fsencode(n)))
         try:
-            open(p, 'wb').write(bytes([i]))
+            Path(p).write_bytes(bytes([i]))
         except OSError:
             continue  # not a name on this system
         paths.append(p if i % 2 else Path(p))
@@ -1057,5 +1125,6 @@ def test_names(tmp_path):
     rows = fill(new(tmp_path), paths, compute, 1)
     assert stored_array(new(tmp_path), 'colour')[rows][:, 0].tolist() == kept
     lines = (new(tmp_path).folder / 'images.jsonl').read_bytes().decode('ascii').split('\n')
-    assert [json.loads(l)['name'] for l in lines[:-1]] == [os.path.basename(p) for p in paths] and lines[-1] == ''
+    assert [json.loads(line)['name'] for line in lines[:-1]] == [os.path.basename(p) for p in paths]
+    assert lines[-1] == ''
     assert fill(new(tmp_path), paths[::-1], colours(stop=0), 1).tolist() == rows[::-1].tolist()

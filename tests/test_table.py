@@ -1,4 +1,6 @@
-"The table of images: every layout it is made from, what is set aside, what is refused, and the splits of many random sets."
+"""The table of images: every layout it is made from, what is set aside, what is refused,
+and the splits of many random sets.
+"""
 
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dr_transfer.data import table as module
+from dr_transfer.data.columns import GROUP_COLUMNS, IMAGE_COLUMNS, LABEL_COLUMNS
 from dr_transfer.data.images import image_error, image_errors
 from dr_transfer.data.split import SplitError, check_split, split_summary, split_table
 from dr_transfer.data.table import class_counts, find_images, label_table, set_aside
@@ -33,7 +36,7 @@ def csv(path, text, encoding='utf-8'):
 
 
 def labels(t, folder):
-    return {Path(i).relative_to(folder).as_posix(): l for i, l in zip(t.image, t.label)}
+    return {Path(i).relative_to(folder).as_posix(): label for i, label in zip(t.image, t.label)}
 
 
 def content(folder):
@@ -48,9 +51,8 @@ def test_find_images(tmp_path):
     for n in ('a/notes.txt', 'a/png', 'a/x.png.bak', 'a/Thumbs.db'):
         (tmp_path / n).touch()
     found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
-    assert sorted(found) == ['4.bmp', 'B/7.JPG', 'a/1.jpg', 'a/deep/er/3.tif', 'b/2.png'] and find_images(
-        tmp_path
-    ) == sorted(find_images(tmp_path))
+    assert sorted(found) == ['4.bmp', 'B/7.JPG', 'a/1.jpg', 'a/deep/er/3.tif', 'b/2.png']
+    assert find_images(tmp_path) == sorted(find_images(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -60,9 +62,8 @@ def test_find_images(tmp_path):
 def test_every_suffix_is_found_and_read(tmp_path, suffix, upper):
     name = f'a/1{suffix.upper() if upper else suffix}'
     draw(tmp_path, name)
-    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [name] and image_error(
-        tmp_path / name
-    ) == ''
+    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [name]
+    assert image_error(tmp_path / name) == ''
 
 
 def test_image_errors_are_in_order_and_in_words(tmp_path):
@@ -73,7 +74,9 @@ def test_image_errors_are_in_order_and_in_words(tmp_path):
     paths = [tmp_path / f'{i}.png' for i in range(40)]
     errors = image_errors(paths)
     assert [bool(e) for e in errors] == [i % 5 == 0 for i in range(40)]
-    assert errors[0] == 'empty file' and errors[5] == 'not an image' and errors[10].startswith('cannot be decoded')
+    assert errors[0] == 'empty file'
+    assert errors[5] == 'not an image'
+    assert errors[10].startswith('cannot be decoded')
     assert image_error(tmp_path / 'none.png') == 'no such file'
     for end in (len(whole) // 2, len(whole) - 40):
         (tmp_path / 'cut.jpg').write_bytes(whole[:end])
@@ -93,7 +96,8 @@ def test_file_without_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'open', opened)
     t = label_table(tmp_path)
-    assert len(t) == 2 and set_aside(t).reason.tolist() == ['no permission to read it']
+    assert len(t) == 2
+    assert set_aside(t).reason.tolist() == ['no permission to read it']
 
 
 def test_folder_without_permission(tmp_path, monkeypatch):
@@ -132,8 +136,12 @@ TRUE = {f: f.split('/')[0] for f in FILES}
 
 def test_class_folders(tmp_path):
     t = label_table(draw(tmp_path, *reversed(FILES)))
-    assert list(t.columns) == COLUMNS and labels(t, tmp_path) == TRUE and t.image.is_monotonic_increasing
-    assert t.group.isna().all() and t.split.isna().all() and class_counts(t).images.to_dict() == {'rose': 3, 'tulip': 3}
+    assert list(t.columns) == COLUMNS
+    assert labels(t, tmp_path) == TRUE
+    assert t.image.is_monotonic_increasing
+    assert t.group.isna().all()
+    assert t.split.isna().all()
+    assert class_counts(t).images.to_dict() == {'rose': 3, 'tulip': 3}
     assert labels(label_table(str(tmp_path)), tmp_path) == TRUE
 
 
@@ -149,7 +157,8 @@ def test_split_folders(tmp_path, names):
     t = label_table(draw(tmp_path, *[f'{s}/{f}' for s in names for f in FILES]))
     for path, label, split in zip(t.image, t.label, t.split):
         p = Path(path).relative_to(tmp_path).parts
-        assert label == p[1] and split == ('train', 'valid', 'test')[names.index(p[0])]
+        assert label == p[1]
+        assert split == ('train', 'valid', 'test')[names.index(p[0])]
     assert split_table(t).split.tolist() == t.split.tolist()  # sides that are named are kept
 
 
@@ -194,11 +203,9 @@ def test_csv_layouts(tmp_path, form, way):
         'csv elsewhere': lambda: label_table(folder, where),
         'frame': lambda: label_table(folder, df),
     }[way]()
-    assert (
-        list(t.columns) == COLUMNS
-        and labels(t, folder) == dict(zip(FILES, df.label))
-        and t.group.tolist() == list('aabbcc')
-    )
+    assert list(t.columns) == COLUMNS
+    assert labels(t, folder) == dict(zip(FILES, df.label))
+    assert t.group.tolist() == list('aabbcc')
 
 
 def test_a_frame_of_paths(tmp_path):
@@ -213,16 +220,15 @@ def test_a_frame_of_paths(tmp_path):
     )
     before = df.copy()
     t = label_table(df.sample(frac=1, random_state=0))
-    assert (
-        t.image.tolist() == [str(tmp_path / f) for f in FILES]
-        and t.label.tolist() == list('012340')
-        and t.split.tolist() == ['train', 'valid'] * 3
-    )
-    assert t.group[0] == t.group[1] != t.group[2] == t.group[3] and t.group[4:].isna().all()
+    assert t.image.tolist() == [str(tmp_path / f) for f in FILES]
+    assert t.label.tolist() == list('012340')
+    assert t.split.tolist() == ['train', 'valid'] * 3
+    assert t.group[0] == t.group[1] != t.group[2] == t.group[3]
+    assert t.group[4:].isna().all()
     pd.testing.assert_frame_equal(df, before)
 
 
-@pytest.mark.parametrize('image', [*module.IMAGE_COLUMNS, 'Image name', 'ID_CODE'])
+@pytest.mark.parametrize('image', [*IMAGE_COLUMNS, 'Image name', 'ID_CODE'])
 def test_usual_image_columns(tmp_path, image):
     draw(tmp_path, *FILES)
     assert labels(label_table(tmp_path, pd.DataFrame({image: FILES, 'label': 'x'})), tmp_path) == dict.fromkeys(
@@ -230,8 +236,8 @@ def test_usual_image_columns(tmp_path, image):
     )
 
 
-@pytest.mark.parametrize('label', [*module.LABEL_COLUMNS, 'Retinopathy grade'])
-@pytest.mark.parametrize('group', [*module.GROUP_COLUMNS, 'Patient'])
+@pytest.mark.parametrize('label', [*LABEL_COLUMNS, 'Retinopathy grade'])
+@pytest.mark.parametrize('group', [*GROUP_COLUMNS, 'Patient'])
 def test_usual_label_and_group_columns(tmp_path, label, group):
     if label == group:
         return
@@ -246,7 +252,8 @@ def test_columns_by_name(tmp_path):
         'image,label,group,photo,what,who\n' + ''.join(f'x,y,z,{f},{i},p{i // 2}\n' for i, f in enumerate(FILES)),
     )
     t = label_table(tmp_path, image_col='photo', label_col='what', group_col='who')
-    assert labels(t, tmp_path) == {f: str(i) for i, f in enumerate(FILES)} and t.group.tolist() == [
+    assert labels(t, tmp_path) == {f: str(i) for i, f in enumerate(FILES)}
+    assert t.group.tolist() == [
         'p0',
         'p0',
         'p1',
@@ -307,7 +314,8 @@ def test_spaces_around_columns_and_labels(tmp_path, end):
     draw(tmp_path, 'x/1.png', 'x/2.png')
     csv(tmp_path / 'labels.csv', end.join(['image , label , patient', '1.png, a , p', '"2.png", "b c", p', '']))
     t = label_table(tmp_path)
-    assert t.label.tolist() == ['a', 'b c'] and t.group.nunique() == 1
+    assert t.label.tolist() == ['a', 'b c']
+    assert t.group.nunique() == 1
 
 
 def test_labels_are_text_as_written(tmp_path):
@@ -331,7 +339,7 @@ def test_same_name_in_two_folders(tmp_path):
         'images/3.png': 'c',
     }
     draw(tmp_path, 'thumbs/3.png')
-    with pytest.raises(ValueError, match="'1' could be .*: write the path below .* into the CSV"):
+    with pytest.raises(ValueError, match=r"'1' could be .*: write the path below .* into the CSV"):
         label_table(tmp_path, df)
     assert labels(
         label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path
@@ -363,27 +371,31 @@ def test_unreadable_files_are_listed_and_left_alone(tmp_path):
     before = content(tmp_path)
     t = label_table(tmp_path)
     aside = set_aside(t)
-    assert {Path(i).name: (l, r.split(':')[0]) for i, l, r in aside.values} == {
+    assert {Path(i).name: (label, r.split(':')[0]) for i, label, r in aside.values} == {
         'empty.jpg': ('rose', 'empty file'),
         'text.jpg': ('rose', 'not an image'),
         'cut.jpg': ('tulip', 'cannot be decoded'),
     }
-    assert content(tmp_path) == before and set(t.image).isdisjoint(aside.image) and len(t) + len(aside) == 10
+    assert content(tmp_path) == before
+    assert set(t.image).isdisjoint(aside.image)
+    assert len(t) + len(aside) == 10
     assert list(set_aside(split_table(t)).image) == list(aside.image)  # the list stays with the table
-    assert len(label_table(tmp_path, verify=False)) == 10 and not len(set_aside(label_table(tmp_path, verify=False)))
+    assert len(label_table(tmp_path, verify=False)) == 10
+    assert not len(set_aside(label_table(tmp_path, verify=False)))
 
 
 def test_images_without_a_label_are_set_aside(tmp_path):
     draw(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
     csv(tmp_path / 'labels.csv', 'image,label\n1.png,a\n2.png,\n3.png,  \n')
     t = label_table(tmp_path)
-    assert t.label.tolist() == ['a'] and set_aside(t).reason.tolist() == ['no label'] * 2
+    assert t.label.tolist() == ['a']
+    assert set_aside(t).reason.tolist() == ['no label'] * 2
 
 
 def test_missing_files(tmp_path):
     draw(tmp_path, 'x/1.png')
     df = pd.DataFrame({'image': ['1'] + [f'lost{i}' for i in range(5)], 'label': 'a'})
-    with pytest.raises(ValueError, match="5 of 6 rows .* lost0, lost1, lost2 and 2 more. Correct .* missing='skip'"):
+    with pytest.raises(ValueError, match=r"5 of 6 rows .* lost0, lost1, lost2 and 2 more. Correct .* missing='skip'"):
         label_table(tmp_path, df)
     assert len(label_table(tmp_path, df, missing='skip')) == 1
 
@@ -409,7 +421,8 @@ def frame(**kwargs):
         ),
         (
             lambda d: label_table(d, csv(d / 'l.csv', 'photo;label\n1.png;a\n')),
-            r"no column for the image names: columns are photo, label. Say which with image_col='...' \(--image-col COLUMN\)",
+            'no column for the image names: columns are photo, label. '
+            r"Say which with image_col='...' \(--image-col COLUMN\)",
         ),
         (
             lambda d: label_table(d, frame().rename(columns={'label': 'x'})),
@@ -513,12 +526,13 @@ def test_missing_takes_two_words(tmp_path):
 
 
 def test_whole_paths_outside_the_folder(tmp_path):
-    draw(tmp_path / 'here', 'x/1.png', 'x/2.png')
+    here = tmp_path / 'here'
+    draw(here, 'x/1.png', 'x/2.png')
     far = draw(tmp_path / 'far', 'a.png') / 'a.png'
-    df = pd.DataFrame({'image': [far, tmp_path / 'here' / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
-    assert sorted(label_table(tmp_path / 'here', df).image) == sorted(map(str, [far, *find_images(tmp_path / 'here')]))
+    df = pd.DataFrame({'image': [far, here / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
+    assert sorted(label_table(here, df).image) == sorted(map(str, [far, *find_images(here)]))
     with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"):
-        label_table(tmp_path / 'here', df[:1].assign(image=str(far) + 'x'))
+        label_table(here, df[:1].assign(image=str(far) + 'x'))
 
 
 @pytest.mark.parametrize(
@@ -570,14 +584,15 @@ def test_csvs_that_are_refused(tmp_path, text, why):
 
 
 def test_a_pipe_in_place_of_a_csv(tmp_path):
+    labels_csv = tmp_path / 'labels.csv'
     draw(tmp_path, 'x/1.png')
-    os.mkfifo(tmp_path / 'labels.csv')
+    os.mkfifo(labels_csv)
     for call in (
         lambda: label_table(tmp_path),
-        lambda: label_table(tmp_path / 'labels.csv'),
-        lambda: label_table(tmp_path, tmp_path / 'labels.csv'),
+        lambda: label_table(labels_csv),
+        lambda: label_table(tmp_path, labels_csv),
     ):
-        with pytest.raises(ValueError, match='not a regular file|is not a folder'):
+        with pytest.raises(ValueError, match=r'not a regular file|is not a folder'):
             call()
     from dr_transfer.data.preprocess import preprocess_folder
 
@@ -595,7 +610,7 @@ def test_lists_of_labels(tmp_path, label):
     df = pd.DataFrame({'image': ['1', '2'], 'label': [None, None]}, dtype=object)
     df.at[1, 'label'] = label
     with pytest.raises(
-        ValueError, match='row 1: the label .* is a list. Several labels for an image are not supported yet'
+        ValueError, match=r'row 1: the label .* is a list. Several labels for an image are not supported yet'
     ):
         label_table(draw(tmp_path, '1.png', '2.png'), df)
 
@@ -610,7 +625,7 @@ def test_what_data_and_labels_may_be(tmp_path):
         lambda: label_table('a\0b'),
         lambda: label_table('x' * 300_000),
     ):
-        with pytest.raises(ValueError, match='give|besides') as e:
+        with pytest.raises(ValueError, match=r'give|besides') as e:
             call()
         assert len(str(e.value)) < 1000
 
@@ -622,7 +637,7 @@ def test_what_was_set_aside_is_still_known_when_a_table_is_read_again(tmp_path):
 
 @pytest.mark.parametrize('seed', [None, -1, 2**32, 10**30, 1.5, '1'])
 def test_seeds_that_are_none(seed):
-    with pytest.raises(ValueError, match='seed=.*give a whole number from 0 to 4294967295'):
+    with pytest.raises(ValueError, match=r'seed=.*give a whole number from 0 to 4294967295'):
         split_table(random_set(0), seed=seed)
 
 
@@ -698,7 +713,8 @@ def test_the_seed_decides_and_nothing_else(grouped):
     a = split_table(t, seed=5).split.tolist()
     np.random.seed(1)
     b = split_table(t, seed=5).split.tolist()
-    assert a == b and len({tuple(split_table(t, seed=s).split) for s in range(6)}) == 6
+    assert a == b
+    assert len({tuple(split_table(t, seed=s).split) for s in range(6)}) == 6
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -714,7 +730,8 @@ def test_small_sets_are_split_well_or_refused(seed):
             continue
         made += 1
         check_split(t)
-        assert t.groupby('group').split.nunique().max() <= 1 and {'train', 'valid'} == set(t.split)
+        assert t.groupby('group').split.nunique().max() <= 1
+        assert {'train', 'valid'} == set(t.split)
     assert made >= 10
 
 
@@ -729,19 +746,20 @@ def test_a_test_side_that_is_named_is_kept():
     t = random_set(3, 120)
     t['split'] = np.where(t.group.isin(sorted(set(t.group.dropna()))[:12]), 'test', None)
     s = split_table(t, 0.25)
-    assert s.split[t.split == 'test'].eq('test').all() and s.split[t.split != 'test'].isin(['train', 'valid']).all()
+    assert s.split[t.split == 'test'].eq('test').all()
+    assert s.split[t.split != 'test'].isin(['train', 'valid']).all()
 
 
 def test_split_summary_counts_what_is_there():
     t = split_table(random_set(4), 0.2, 0.2)
     s = split_summary(t)
-    assert list(s.index) == ['train', 'valid', 'test'] and s.images.sum() == len(t) and abs(s.share.sum() - 1) < 0.002
+    assert list(s.index) == ['train', 'valid', 'test']
+    assert s.images.sum() == len(t)
+    assert abs(s.share.sum() - 1) < 0.002
     for side in s.index:
         part = t[t.split == side]
-        assert (
-            s.loc[side, 'images'] == len(part)
-            and s.loc[side, 'groups'] == part.group.nunique() + part.group.isna().sum()
-        )
+        assert s.loc[side, 'images'] == len(part)
+        assert s.loc[side, 'groups'] == part.group.nunique() + part.group.isna().sum()
         assert {c: s.loc[side, c] for c in '012'} == part.label.value_counts().to_dict()
 
 

@@ -51,13 +51,11 @@ def loaders(t, num_workers=0, **kw):
 
 def test_labels_to_codes_to_one_hot_and_back(table):
     dls = loaders(table)
-    x, y = dls.valid.one_batch()
+    _x, y = dls.valid.one_batch()
     one_hot = torch.nn.functional.one_hot(torch.as_tensor(y), dls.c)
-    assert (
-        dls.vocab == sorted(set(table.label))
-        and one_hot.shape == (len(y), len(dls.vocab))
-        and (one_hot.sum(1) == 1).all()
-    )
+    assert dls.vocab == sorted(set(table.label))
+    assert one_hot.shape == (len(y), len(dls.vocab))
+    assert (one_hot.sum(1) == 1).all()
     assert [dls.vocab[i] for i in one_hot.argmax(1)] == dls.valid_ds.items.target[: len(y)].tolist()
 
 
@@ -65,13 +63,16 @@ def test_a_whole_set_as_an_array(table):
     "Of images of unequal size, in the order of the table"
     images = [read_image(i, 40) for i in table.image]
     array = stack_images(images).numpy()
-    assert array.shape == (len(table), 3, 40, 40) and array.dtype == np.uint8
-    assert all((a == np.asarray(i).transpose(2, 0, 1)).all() for a, i in zip(array, images))
+    assert array.shape == (len(table), 3, 40, 40)
+    assert array.dtype == np.uint8
+    for a, i in zip(array, images):
+        assert (a == np.asarray(i).transpose(2, 0, 1)).all()
 
 
 def test_a_seed_decides_a_split_of_four_fifths(table):
     a, b, c = (split_table(table, 0.2, seed=s).split.tolist() for s in (1, 1, 2))
-    assert a == b != c and 0.1 <= a.count('valid') / len(a) <= 0.3
+    assert a == b != c
+    assert 0.1 <= a.count('valid') / len(a) <= 0.3
 
 
 class Terminal(io.StringIO):
@@ -80,17 +81,18 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
-    log, terminal = io.StringIO(), Terminal()
+    log = io.StringIO()
+    terminal = Terminal()
     assert (
         list(progress(range(3), label='images', every=0, file=log))
         == list(progress(range(3), label='images', file=terminal))
         == [0, 1, 2]
     )
-    assert (
-        log.getvalue().splitlines() == ['images: 1 of 3', 'images: 2 of 3', 'images: 3 of 3', 'images: 3, done']
-        and '\r' not in log.getvalue()
-    )
-    assert 'images' in terminal.getvalue() and '3/3' in terminal.getvalue() and '\r' in terminal.getvalue()
+    assert log.getvalue().splitlines() == ['images: 1 of 3', 'images: 2 of 3', 'images: 3 of 3', 'images: 3, done']
+    assert '\r' not in log.getvalue()
+    assert 'images' in terminal.getvalue()
+    assert '3/3' in terminal.getvalue()
+    assert '\r' in terminal.getvalue()
 
 
 def test_reading_images_says_how_far_it_is(table, monkeypatch):
@@ -129,18 +131,20 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
         allow_leaks=True,
         cbs=[rates := Rates()],
     )
-    assert (
-        learn.opt_func is Adam
-        and isinstance(learn.loss_func, CrossEntropyLossFlat)
-        and learn.record['augment'] == 'flowers'
-    )
+    assert learn.opt_func is Adam
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat)
+    assert learn.record['augment'] == 'flowers'
     history = fit(learn, say=lambda line: None).record['history']
-    assert len(history) == 30 and all(0 <= h['accuracy'] <= 1 for h in history)
+    assert len(history) == 30
+    for h in history:
+        assert 0 <= h['accuracy'] <= 1
     assert set(rates.seen) == {(1e-3, 0.0, 0.9, 0.99)}, 'one rate, nothing decays'
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
-    "Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class, of which the loss takes the softmax; the places of the map are not averaged"
+    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class,
+    of which the loss takes the softmax; the places of the map are not averaged
+    """
     head = create_head('flw', 10 * 7 * 7, 5).train()
     kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
     assert kinds == [
@@ -154,7 +158,9 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
         nn.BatchNorm1d,
         nn.Linear,
     ]
-    assert all(m.p == 0 for m in head if isinstance(m, nn.Dropout)), 'the recipe drops nothing'
+    for m in head:
+        if isinstance(m, nn.Dropout):
+            assert m.p == 0, 'the recipe drops nothing'
     dense = [m for m in head if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
     for m in dense[:2]:
@@ -185,7 +191,6 @@ def test_turns_narrow_the_gap_between_the_sides(tmp_path):
         )
         gaps.append(generalisation_gap(fit(learn, 'head', say=lambda s: None)))
     for g in gaps:
-        assert {'train', 'valid', 'gap'} == set(g.index) and np.allclose(
-            g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True
-        )
+        assert {'train', 'valid', 'gap'} == set(g.index)
+        assert np.allclose(g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True)
     assert gaps[1].loc['gap', 'auc'] < gaps[0].loc['gap', 'auc']  # augmentation against over-fitting

@@ -1,4 +1,6 @@
-"Training keeps its promises: epochs are passes through the network, what diverges stops, what is trained is not trained again."
+"""Training keeps its promises: epochs are passes through the network, what diverges stops,
+what is trained is not trained again.
+"""
 
 from dataclasses import replace
 
@@ -31,7 +33,9 @@ CLASSES = ('daisy', 'roses', 'sunflowers')
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    "Two strengths to choose from, few steps by the set: what is checked here is how a phase is run, not how well it ends"
+    """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
+    not how well it ends
+    """
     monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
@@ -69,7 +73,8 @@ class Images:
     "Counts the training images that go through the first stage of a body with gradients to follow, or in training mode"
 
     def __init__(self, learn):
-        self.n, self.learn = 0, learn
+        self.n = 0
+        self.learn = learn
         self.hook = learn.model[0][0].stages[0].register_forward_pre_hook(self)
 
     def __call__(self, module, args):
@@ -115,20 +120,23 @@ def test_one_epoch_is_one_pass(build, plan, callback):
     assert learn.record['passes'] == 1
     batches = train_size(learn) // learn.dls.train.bs
     assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
-    assert not any('of 300' in line for line in lines)
+    for line in lines:
+        assert 'of 300' not in line
     if callback is Batches:
         assert learn.batches.steps == batches
 
 
 def test_the_total_is_told_before_anything_is_trained(build):
-    learn, lines = build(cbs=[Batches()]), []
+    learn = build(cbs=[Batches()])
+    lines = []
 
     def say(line):
         lines.append((line, learn.batches.steps, learn.head_trained))
 
     fit(learn, 'top2', epochs=2, say=say)
     first, steps, trained = lines[0]
-    assert steps == 0 and not trained
+    assert steps == 0
+    assert not trained
     assert first.startswith(
         "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
     )
@@ -167,19 +175,23 @@ def test_a_number_of_its_own_is_bounded_too(build):
 
 def test_epochs_do_not_change_a_head_that_is_solved(build):
     "Today's 1.000 was .458 with epochs=2"
-    plain, asked = build(), build()
+    plain = build()
+    asked = build()
     fit(plain, 'head', say=str)
     lines = told(asked, 'head', epochs=2)
     assert same_state(state_of(plain), state_of(asked))
-    assert ways(asked) == ['solved'] and asked.record['history'] == plain.record['history']
+    assert ways(asked) == ['solved']
+    assert asked.record['history'] == plain.record['history']
     assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
 
 
 def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
-    a, b = build(head='dense'), build(head='dense')
+    a = build(head='dense')
+    b = build(head='dense')
     fit(a, 'head', say=str)
     fit(b, 'head', epochs=1, say=str)
-    assert ways(a) == ways(b) == ['stored'] * 4 and same_state(state_of(a), state_of(b))
+    assert ways(a) == ways(b) == ['stored'] * 4
+    assert same_state(state_of(a), state_of(b))
 
 
 def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
@@ -227,19 +239,19 @@ def test_rates_that_are_none(wrong):
 
 def test_the_table_of_plans_tells_how_epochs_are_found():
     epochs = plan_table().epochs
-    assert epochs['head'].tolist() == ['solved'] and epochs['top1'].tolist() == ['solved', 5]
-    assert epochs['random_start'].tolist() == ['by the set'] and epochs['flw'].tolist() == [30]
+    assert epochs['head'].tolist() == ['solved']
+    assert epochs['top1'].tolist() == ['solved', 5]
+    assert epochs['random_start'].tolist() == ['by the set']
+    assert epochs['flw'].tolist() == [30]
     mine = [
         Plan('dense', (HEAD,), head='dense'),
         Plan('crops', (HEAD,), augment='+random_crop'),
         Plan('then', (HEAD, Phase(0, 2, 1e-3)), augment='+random_crop'),
     ]
     t = plan_table(plans=mine).epochs
-    assert (
-        t['dense'].tolist() == ['by the set']
-        and t['crops'].tolist() == ['10 at most']
-        and t['then'].tolist() == ['solved', 2]
-    )
+    assert t['dense'].tolist() == ['by the set']
+    assert t['crops'].tolist() == ['10 at most']
+    assert t['then'].tolist() == ['solved', 2]
 
 
 # ---------------------------------------------------------------- a trained head is not trained again
@@ -251,7 +263,8 @@ def test_a_trained_head_is_not_trained_again(build):
     fit(learn, epochs=1, say=str)
     assert learn.record['passes'] == 1
     lines = told(learn, 'top2', epochs=2)
-    assert learn.record['passes'] == 3 and [r['phase'] for r in learn.record['history']] == [1, 2, 2]
+    assert learn.record['passes'] == 3
+    assert [r['phase'] for r in learn.record['history']] == [1, 2, 2]
     assert 'phase 1 of 2: head, skipped, because the head is trained already' in lines[0]
 
 
@@ -274,7 +287,8 @@ def test_a_head_that_is_asked_for_is_solved_anew(build):
     with torch.no_grad():
         learn.model[1][-1].bias += 1.0
     fit(learn, 'head', say=str)
-    assert same_state(solved, state_of(learn)) and ways(learn) == ['solved'] * 2
+    assert same_state(solved, state_of(learn))
+    assert ways(learn) == ['solved'] * 2
 
 
 def test_epochs_that_a_plan_gives_its_head_are_trained(build):
@@ -296,11 +310,15 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     "With the reason, and the weights from before the phase: through the network, and from what is stored"
     learn = build()
     fit(learn, 'head', say=str)
-    before, trained = state_of(learn), len(learn.record['history'])
+    before = state_of(learn)
+    trained = len(learn.record['history'])
     with pytest.raises(TrainingError, match='diverged in epoch') as e:
         fit(learn, wild(frozen=frozen), say=str)
-    assert isinstance(e.value, ValueError) and 'lower rate' in str(e.value) and '\n' not in str(e.value)
-    assert same_state(before, state_of(learn)) and len(learn.record['history']) == trained
+    assert isinstance(e.value, ValueError)
+    assert 'lower rate' in str(e.value)
+    assert '\n' not in str(e.value)
+    assert same_state(before, state_of(learn))
+    assert len(learn.record['history']) == trained
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn)[-1] == 'stored', 'it can be trained again'
@@ -333,9 +351,12 @@ def test_random_weights_under_a_plan_for_pretrained_ones(build):
     for plan in ('fine_tune', 'head'):
         lines = told(build(weights='random'), plan, epochs=1)
         warned = [line for line in lines if line.startswith('warning')]
-        assert len(warned) == 1 and f"plan '{plan}'" in warned[0] and '--plan random_start' in warned[0]
+        assert len(warned) == 1
+        assert f"plan '{plan}'" in warned[0]
+        assert '--plan random_start' in warned[0]
     for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
-        assert not any(line.startswith('warning') for line in told(learn, plan, epochs=1))
+        for line in told(learn, plan, epochs=1):
+            assert not line.startswith('warning')
 
 
 def test_the_best_epoch_is_in_the_record(build):
@@ -375,7 +396,8 @@ def test_batches_that_are_none(build, bs):
 def test_a_batch_larger_than_the_set(build):
     learn = build(bs=4096)
     fit(learn, 'fine_tune', epochs=1, say=str)
-    assert learn.dls.train.bs == train_size(learn) and learn.record['passes'] == 1
+    assert learn.dls.train.bs == train_size(learn)
+    assert learn.record['passes'] == 1
 
 
 def test_batches_of_one_image_are_told_of_by_name(build):
@@ -457,7 +479,9 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
 def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
-    "Bit for bit: with nothing stored, with half of the features, with all, and whatever random numbers were drawn in between"
+    """Bit for bit: with nothing stored, with half of the features, with all,
+    and whatever random numbers were drawn in between
+    """
     got = []
     for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
         monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
@@ -469,22 +493,29 @@ def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, t
         np.random.rand(seen + 1)
         fit(learn, Plan('p', (Phase(-1, 3, 1e-3),)) if plan == 'dense' else plan, epochs=1, say=str)
         got.append(state_of(learn))
-    assert same_state(got[0], got[1]) and same_state(got[0], got[2])
+    assert same_state(got[0], got[1])
+    assert same_state(got[0], got[2])
 
 
 def test_random_numbers_of_others_are_left_alone(build):
     learn = build()
-    torch.manual_seed(3), np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
     want = torch.rand(2), np.random.rand(2)
-    torch.manual_seed(3), np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
     fit(learn, 'fine_tune', epochs=1, say=str)
-    assert torch.equal(torch.rand(2), want[0]) and (np.random.rand(2) == want[1]).all()
+    assert torch.equal(torch.rand(2), want[0])
+    assert (np.random.rand(2) == want[1]).all()
 
 
 @pytest.mark.parametrize('stored', [True, False])
 def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
-    "Interrupted before the second phase: the head is not solved again, and order and views are those of the run without"
-    plain, learn = build(), build()
+    """Interrupted before the second phase: the head is not solved again,
+    and order and views are those of the run without
+    """
+    plain = build()
+    learn = build()
     fit(plain, 'top1', epochs=2, stored=stored, say=str)
 
     def say(line):
@@ -510,21 +541,26 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
     learn = build(bs=8)
     phase = {'solved': HEAD, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
-    before, callbacks = state_of(learn), sorted(type(c).__name__ for c in learn.cbs)
+    before = state_of(learn)
+    callbacks = sorted(type(c).__name__ for c in learn.cbs)
     with monkeypatch.context() as m:
         m.setattr(phases.FeatureClassifier, 'fit', press)
         m.setattr(phases.LossGuard, 'after_batch', press)
         with pytest.raises(KeyboardInterrupt):
             fit(learn, Plan('p', (phase,)), say=str)
-    assert learn.record['interrupted'] == 'in phase 1 of 1' and not learn.record['history']
+    assert learn.record['interrupted'] == 'in phase 1 of 1'
+    assert not learn.record['history']
     assert sorted(type(c).__name__ for c in learn.cbs) == callbacks
     free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
     assert free == [i >= phase.first_trained(6) for i in range(5)]
-    assert all(p.requires_grad for p in learn.model[1].parameters())
-    assert same_state(before, state_of(learn)) == (how == 'solved') and not learn.head_trained
+    for p in learn.model[1].parameters():
+        assert p.requires_grad
+    assert same_state(before, state_of(learn)) == (how == 'solved')
+    assert not learn.head_trained
     assert len(valid_predictions(learn)) == int((learn.table.split == 'valid').sum())
     fit(learn, 'top1', epochs=1, say=str)
-    assert ways(learn) == ['solved', 'stored'] and np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
+    assert ways(learn) == ['solved', 'stored']
+    assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
 
 
 # ---------------------------------------------------------------- the rate finder
@@ -537,10 +573,14 @@ def found_rate(learn, **kw):
 def test_the_rate_finder_reads_each_image_once(build):
     learn = build()
     images = Images(learn)
-    before, order = state_of(learn), learn.dls.train.rng.getstate()
+    before = state_of(learn)
+    order = learn.dls.train.rng.getstate()
     rate = found_rate(learn)
-    assert images.n == 0 and 1e-7 < rate < 10
-    assert same_state(before, state_of(learn)) and not learn.head_trained and learn.dls.train.rng.getstate() == order
+    assert images.n == 0
+    assert 1e-7 < rate < 10
+    assert same_state(before, state_of(learn))
+    assert not learn.head_trained
+    assert learn.dls.train.rng.getstate() == order
     assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn) == ['solved', 'stored'], 'finding a rate is no training of the head'
@@ -552,7 +592,21 @@ def test_the_rate_finder_through_the_network(build):
     before = state_of(learn)
     with pytest.warns(UserWarning, match='before the head'):
         assert found_rate(learn, num_it=10) > 0
-    assert same_state(before, state_of(learn)) and not learn.head_trained
+    assert same_state(before, state_of(learn))
+    assert not learn.head_trained
+
+
+def pressed_after(n, step):
+    "A step of a learner in which Ctrl-C is pressed once `n` have been taken"
+    taken = []
+
+    def step_or_press(self):
+        step(self)
+        taken.append(1)
+        if len(taken) > n:
+            raise KeyboardInterrupt
+
+    return step_or_press
 
 
 def test_the_rate_finder_interrupted(build, monkeypatch):
@@ -563,20 +617,12 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
             learn.unfreeze()
             learn.head_trained = True
         before = state_of(learn)
-        step = type(learn)._step
-        taken = []
-
-        def step_or_press(self):
-            step(self)
-            taken.append(1)
-            if len(taken) > 20:
-                raise KeyboardInterrupt
-
         with monkeypatch.context() as m:
-            m.setattr('fastai.learner.Learner._step', step_or_press)
+            m.setattr('fastai.learner.Learner._step', pressed_after(20, type(learn)._step))
             with pytest.raises(KeyboardInterrupt):
                 found_rate(learn)
-        assert same_state(before, state_of(learn)) and learn.head_trained == unfreeze
+        assert same_state(before, state_of(learn))
+        assert learn.head_trained == unfreeze
 
 
 def test_no_rate_for_what_is_frozen(build):

@@ -48,7 +48,8 @@ def read_rows(source) -> list:
 
 def table_of(outcome) -> list:
     "The table that a command wrote."
-    words, outs = outcome.command.words, outcome.command.outs
+    words = outcome.command.words
+    outs = outcome.command.outs
     if words[0] == 'predict' and not outs:
         return read_rows(outcome.out.splitlines(True))
     path = {
@@ -87,7 +88,8 @@ def absolute(name, at) -> str:
 
 def unaccounted(outcome, at) -> list:
     "What is missing or odd in the result of a command that ended well."
-    command, kind = outcome.command, outcome.command.verb
+    command = outcome.command
+    kind = outcome.command.verb
     readable = command.outs or (kind == 'predict' and command.stdout == 'file')
     if command.call or '--help' in command.words or not readable:
         return []

@@ -31,7 +31,8 @@ def outcome_of(outcome, complaints) -> str:
 
 def count(kinds, folder) -> dict:
     "Kind -> outcome -> number of cases."
-    runner, numbers = Runner(), {k: collections.Counter() for k in kinds}
+    runner = Runner()
+    numbers = {k: collections.Counter() for k in kinds}
     make_shared(runner, folder / 'shared')
     for i, case in enumerate(cases(*kinds)):
         outcome, complaints = judge(runner, case, folder / str(i), folder / 'shared')

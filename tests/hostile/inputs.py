@@ -135,7 +135,8 @@ class Place:
 
     def train(self, *words, data=None, **more) -> Command:
         "Train on the data folder into a run."
-        out, data = self.root / 'out', self.data if data is None else data
+        out = self.root / 'out'
+        data = self.data if data is None else data
         more.setdefault('data', Path(data))
         return Command(['train', data, *SMALL, *PLAIN, '--out', out, *words], [out], **more)
 
@@ -152,7 +153,8 @@ class Place:
 
     def preprocess(self, *words, source=None, out=None, **more) -> Command:
         "Prepare the data folder."
-        out, source = self.root / 'out' if out is None else out, self.data if source is None else source
+        out = self.root / 'out' if out is None else out
+        source = self.data if source is None else source
         more.setdefault('data', Path(source))
         return Command(['preprocess', source, out, '--size', '48', *words], [out], keeps=True, **more)
 
@@ -198,7 +200,8 @@ def image(kind, name, expects='', each=None):
                 shows.save(at.data / 'twin.png')
             return at.predict(also=beside_a_good_one(at, path, expects, shows is not None))
 
-        command.__name__, command.__doc__ = build.__name__, build.__doc__
+        command.__name__ = build.__name__
+        command.__doc__ = build.__doc__
         IMAGES.extend((name, build, *value) for value in ([(v,) for v in each.values()] if each else [()]))
         return case(kind, each)(command)
 

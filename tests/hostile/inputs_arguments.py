@@ -289,7 +289,10 @@ def printed(at, how):
         (at.data / 'labels.csv').write_text(text)
         (at.data / 'images' / '🥀.jpg').write_bytes(b'')
         made = at.evaluate(data=None)
-    made.stdout, made.encoding, made.silent, made.keeps = stdout, encoding, stdout == 'broken pipe', stdout != 'file'
+    made.stdout = stdout
+    made.encoding = encoding
+    made.silent = stdout == 'broken pipe'
+    made.keeps = stdout != 'file'
     made.named = ('output', 'stdout', 'space', 'closed', 'pipe')
     return made
 

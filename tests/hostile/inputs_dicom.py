@@ -19,18 +19,17 @@ def dataset(pixels=None, bits=8, signed=0, kind='MONOCHROME2', **more):
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.77.1.5.1'
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid(entropy_srcs=['a'])
-    ds.PatientID, ds.Modality = 'p1', 'OP'
+    ds.PatientID = 'p1'
+    ds.Modality = 'OP'
     if pixels is not None:
         ds.Rows, ds.Columns = pixels.shape[:2]
         ds.SamplesPerPixel, ds.PhotometricInterpretation = (3, 'RGB') if pixels.ndim == 3 else (1, kind)
         if pixels.ndim == 3:
             ds.PlanarConfiguration = 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = (
-            8 * pixels.itemsize,
-            bits,
-            bits - 1,
-            signed,
-        )
+        ds.BitsAllocated = 8 * pixels.itemsize
+        ds.BitsStored = bits
+        ds.HighBit = bits - 1
+        ds.PixelRepresentation = signed
         ds.PixelData = pixels.tobytes()
     for name, value in more.items():
         setattr(ds, name, value)

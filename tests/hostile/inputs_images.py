@@ -86,7 +86,8 @@ def only_a_header(path, good, how):
 def bytes_changed(path, good, how):
     "A file with ten bytes changed at random."
     kind, seed = how
-    data, rng = bytearray(saved(good, kind)), np.random.default_rng([seed, *kind.encode()])
+    data = bytearray(saved(good, kind))
+    rng = np.random.default_rng([seed, *kind.encode()])
     for i in rng.integers(20, len(data), 10):
         data[i] = rng.integers(256)
     path.with_suffix(FORMATS[kind]).write_bytes(bytes(data))

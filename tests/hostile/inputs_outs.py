@@ -214,5 +214,7 @@ def model_is_the_place(at, command):
     else:
         made = of(at, command, run, '--overwrite')
         made.words[1] = run
-    made.outs, made.also, made.named = [], refused, ('run', 'data', 'out')
+    made.outs = []
+    made.also = refused
+    made.named = ('run', 'data', 'out')
     return made

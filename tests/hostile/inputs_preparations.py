@@ -187,7 +187,8 @@ def inside(at, how):
         'out is its images': at.data / 'images',
     }[how]
     made = at.preprocess(out=out, named=('data',))
-    made.outs, made.also = [], refused
+    made.outs = []
+    made.also = refused
     return made
 
 

@@ -34,7 +34,8 @@ def table(expects=None, each=None, words=DR, named=()):
             write(at.data / 'labels.csv', build(rows_of(at), *value))
             return at.train(*words, images=expects, data=at.data, named=('labels.csv', *named))
 
-        command.__name__, command.__doc__ = build.__name__, build.__doc__
+        command.__name__ = build.__name__
+        command.__doc__ = build.__doc__
         return case('tables', each)(command)
 
     return register

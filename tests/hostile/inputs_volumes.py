@@ -278,9 +278,13 @@ def series(folder, n=5, change=None):
 
     for i in range(n):
         ds = dataset(np.full((16, 16), 24, np.uint16), 16)
-        ds.Modality, ds.SeriesInstanceUID, ds.PixelSpacing = 'CT', '1.2.3', [1, 1]
-        ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 3 * i]
-        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+        ds.Modality = 'CT'
+        ds.SeriesInstanceUID = '1.2.3'
+        ds.PixelSpacing = [1, 1]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.ImagePositionPatient = [0, 0, 3 * i]
+        ds.RescaleSlope = 1
+        ds.RescaleIntercept = -1024
         if change is None or change(i, ds) is not False:
             save(ds, folder / f'{i}.dcm')
 

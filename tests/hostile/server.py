@@ -209,12 +209,14 @@ def end(pid, wall, idle):
     On a machine with other work to do, a command takes longer, but it does not wait.
     """
     start = busy = time.monotonic()
-    pause, ticks = 0.002, 0
+    pause = 0.002
+    ticks = 0
     while True:
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             return status, used, False
-        now, before = time.monotonic(), ticks
+        now = time.monotonic()
+        before = ticks
         ticks = processor_time(pid)
         busy = now if ticks != before else busy
         if now > start + wall or now > busy + idle:
@@ -227,7 +229,8 @@ def end(pid, wall, idle):
 
 def answer(job):
     "Run one job; how it ended and what it took."
-    before, start = memory(1), time.monotonic()
+    before = memory(1)
+    start = time.monotonic()
     status, used, stopped = end(fork(job), job['wall'], job['idle'])
     return {
         'code': os.waitstatus_to_exitcode(status),

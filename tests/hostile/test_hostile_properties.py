@@ -99,7 +99,9 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
     except ValueError as e:
         assert is_one_line(e)
         return
-    assert isinstance(table, pd.DataFrame) and table.image.is_unique and table.label.notna().all()
+    assert isinstance(table, pd.DataFrame)
+    assert table.image.is_unique
+    assert table.label.notna().all()
     known = {str(folder / name) for name in IMAGES}
     assert set(table.image) | set(set_aside(table).image) <= known
     assert not set(table.image) & set(set_aside(table).image), 'used and skipped'
