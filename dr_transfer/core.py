@@ -37,7 +37,8 @@ from .metrics.decision import prediction_table, table_arrays
 from .metrics.scores import summary
 from .models.backbones import DEFAULT_ARCH, create_body, group_table, layer_groups, stage_names
 from .models.balance import balanced_loss, image_weights
-from .models.network import Head, create_head, get_head, head_inputs, make_body, view_probs
+from .models.head import Head
+from .models.network import create_head, get_head, head_inputs, make_body, view_probs
 from .training.callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .training.phases import find_rate, fit_phase, learner_features, loader_summary, phase_runs, runs_words
 from .training.plans import PLANS, choose_plan, get_plan, plan_arch

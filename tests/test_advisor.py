@@ -21,8 +21,8 @@ from dr_transfer.data.tasks import TASKS, task_table
 from dr_transfer.features import extraction as features
 from dr_transfer.features.probes import SIMILAR, fold_interval
 from dr_transfer.training import advisor
-from dr_transfer.training.advisor import LARGE, advise, choose_advised, choose_scenario, plot_advice
-from dr_transfer.training.plans import PLANS
+from dr_transfer.training.advisor import advise, choose_advised, choose_scenario, plot_advice
+from dr_transfer.training.plans import LARGE, PLANS
 
 TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')

@@ -22,17 +22,15 @@ from dr_transfer.models.backbones import (
     BACKBONES,
     HALF,
     IMAGENET,
-    WeightsError,
     backbone_table,
     create_body,
     find_backbone,
     group_table,
     layer_groups,
     stage_names,
-    weights_folders,
 )
 from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
-from dr_transfer.models.weights import read_weights
+from dr_transfer.models.weights import WeightsError, read_weights, weights_folders
 
 TIMM = [
     'test_resnet',

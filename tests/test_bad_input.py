@@ -22,7 +22,7 @@ from test_cli import (
     refused,
     rows_of,
     table,
-    )
+)
 
 QUICK = (*FAST, '--weights', 'random')
 

@@ -56,7 +56,7 @@ def fails(folder, image):
 def test_safetensors_and_json_and_nothing_else(run, weights):
     from safetensors.torch import load_file
 
-    from dr_transfer.inference.saved_model import FIELDS
+    from dr_transfer.inference.card import FIELDS
 
     folder = run / 'model'
     assert sorted(p.name for p in folder.iterdir() if p.name != MARKER) == FILES
@@ -464,7 +464,8 @@ def test_a_missing_file(model, image, file):
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('how', ['first byte', 'middle byte', 'last byte', 'cut', 'longer', 'empty'])
 def test_an_altered_file(model, image, file, how):
-    from dr_transfer.inference.saved_model import ModelError, load_model
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import load_model
 
     data = bytearray((model / file).read_bytes())
     at = {'first byte': 0, 'middle byte': len(data) // 2, 'last byte': len(data) - 1}.get(how)
@@ -511,7 +512,8 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     from torch import nn
 
     from dr_transfer.core import build_learner
-    from dr_transfer.inference.saved_model import ModelError, image_model, save_model
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import image_model, save_model
     from dr_transfer.models.backbones import create_body
 
     head = nn.Sequential(
@@ -604,7 +606,8 @@ def test_a_folder_of_version_0_1_0_is_loaded(tmp_path):
     ],
 )
 def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name, value, words):
-    from dr_transfer.inference.saved_model import ImageModel, ModelError, load_model, save_model
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import ImageModel, load_model, save_model
 
     net = small()
     name = (
@@ -626,8 +629,9 @@ def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights)
     import torch
 
     from dr_transfer.core import build_learner
+    from dr_transfer.inference.card import ModelError
     from dr_transfer.inference.run import write_run
-    from dr_transfer.inference.saved_model import ModelError, image_model
+    from dr_transfer.inference.saved_model import image_model
 
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain')
     learn.model[1][3].weight.data.fill_(torch.nan)
@@ -654,7 +658,8 @@ def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
 @pytest.mark.parametrize('kind', ['folder', 'pipe', 'loop', 'device'])
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
 def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
-    from dr_transfer.inference.saved_model import ModelError, load_model
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import load_model
 
     folder = write_as_0_1_0(tmp_path / 'm', small())
     (folder / file).unlink()
@@ -682,7 +687,8 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
 def test_tensors_that_are_not_those_that_are_described(tmp_path, spoil, words):
     from types import SimpleNamespace
 
-    from dr_transfer.inference.saved_model import ModelError, load_model
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import load_model
 
     tensors = {k: v.clone() for k, v in small().state_dict().items()}
     spoil(tensors)

@@ -27,16 +27,17 @@ from dr_transfer.core import (
     generalisation_gap,
     learner_groups,
     predict_probs,
-    prediction_table,
     valid_predictions,
     versions,
 )
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.tasks import Target, Task
-from dr_transfer.data.views import read_image
+from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
-from dr_transfer.models.backbones import IMAGENET, Stages, WeightsError, layer_groups
+from dr_transfer.models.backbones import IMAGENET, Stages, layer_groups
 from dr_transfer.models.network import AveragePool
+from dr_transfer.models.weights import WeightsError
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.training.phases import learner_features, why_not_stored
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table

@@ -11,6 +11,7 @@ from fastai.data.transforms import Normalize
 from PIL import Image
 
 from dr_transfer.data.augment import AUGMENTATIONS
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError, split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import (
@@ -27,7 +28,7 @@ from dr_transfer.data.tasks import (
     task_dataloaders,
     task_table,
 )
-from dr_transfer.data.views import VIEWS, read_image
+from dr_transfer.data.views import VIEWS
 from dr_transfer.synthetic.fundus import make_dr
 
 CHANGES = 'mirror+random_crop+colour_jitter+flowers'  # every augmentation that changes pixels

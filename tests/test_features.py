@@ -25,14 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.data import content
-from dr_transfer.data.views import VIEWS, map_rows, read_image
+from dr_transfer.data.fundus import read_image
+from dr_transfer.data.views import VIEWS, map_rows
 from dr_transfer.features import extraction as features
 from dr_transfer.features.boundary import boundary_maps, split_body
 from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import Features, extract_features, image_features, weights_digest
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import Stages, create_body, find_backbone, stage_names
-from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, Head, create_head, view_probs
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, create_head, view_probs
 from dr_transfer.models.networks import SmallCNN
 from dr_transfer.models.speed import SETTINGS
 from dr_transfer.utils import store

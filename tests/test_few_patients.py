@@ -16,7 +16,7 @@ from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_
 from dr_transfer.explain.activations import plot_neighbours
 from dr_transfer.explain.grad_cam import plot_heat_tables
 from dr_transfer.inference.run import validation_table
-from dr_transfer.metrics.decision import Decision, choose_decision
+from dr_transfer.metrics.decision import Decision, choose_decision, question
 from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
 from dr_transfer.metrics.operating_point import (
     OperatingPointError,
@@ -30,7 +30,6 @@ from dr_transfer.metrics.screening import (
     interval_note,
     measure_table,
     plot_roc,
-    question,
     roc_band,
     subgroup_table,
 )

@@ -11,6 +11,7 @@ from dr_transfer.data.dicom import dicom_facts, is_dicom, read_dicom
 from dr_transfer.data.fundus import (
     CORRECTIONS,
     MEANS,
+    READERS,
     SPREADS,
     correct_colour,
     correct_local,
@@ -19,6 +20,7 @@ from dr_transfer.data.fundus import (
     disc_mask,
     find_disc,
     read_disc,
+    read_image,
     to_right,
     trim_borders,
     undo_colour,
@@ -27,7 +29,6 @@ from dr_transfer.data.gradability import LIMITS, REASONS, gradability, gradabili
 from dr_transfer.data.images import image_error, read_rgb
 from dr_transfer.data.preprocess import Preparation, preprocess_folder
 from dr_transfer.data.table import find_images, label_table
-from dr_transfer.data.views import READERS, read_image
 from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dr_transfer.data.fundus import disc_box
+from dr_transfer.data.fundus import READERS, disc_box, read_image
 from dr_transfer.data.images import FITS, fit_square, read_rgb, to_rgb
-from dr_transfer.data.views import READERS, read_image
 from dr_transfer.synthetic.fundus import draw_fundus
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dr_transfer.core import build_learner
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.leaks import (
     BITS,
     LeakError,
@@ -27,7 +28,6 @@ from dr_transfer.data.leaks import (
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import REFERABLE, TASKS, task_table
-from dr_transfer.data.views import read_image
 from dr_transfer.features.extraction import image_features
 from dr_transfer.metrics.scores import auc
 from dr_transfer.synthetic.fundus import draw_fundus, make_dr

@@ -13,11 +13,11 @@ from sklearn.model_selection import train_test_split
 
 from dr_transfer.core import build_learner
 from dr_transfer.data.augment import AUGMENTATIONS
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.leaks import LeakError, split_data
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import GRADE, REFERABLE, TASKS, encode_target, get_task, task_dataloaders
-from dr_transfer.data.views import read_image
 from dr_transfer.inference.saved_model import ImageModel
 from dr_transfer.models.backbones import create_body, find_backbone, layer_groups
 from dr_transfer.models.network import create_head

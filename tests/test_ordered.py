@@ -11,7 +11,8 @@ from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.inference.saved_model import image_model, load_model, save_model
 from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision, expected_grade, fit_cut_points
 from dr_transfer.models.balance import balanced_loss, class_weights, image_weights
-from dr_transfer.models.network import HEADS, Head, create_head
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import HEADS, create_head
 from dr_transfer.models.ordered import ORDERED, Cumulative, GradeLoss
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import Phase, Plan

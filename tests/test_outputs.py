@@ -17,14 +17,10 @@ from PIL import Image
 from dr_transfer.utils.csvfile import write_csv
 from dr_transfer.utils.files import (
     MARKER,
-    OutputError,
     TransferWarning,
-    atomic_file,
-    check_outside,
     companion,
     file_digest,
     growing_folder,
-    is_inside,
     is_ours,
     mark_folder,
     new_file,
@@ -35,6 +31,7 @@ from dr_transfer.utils.files import (
     strange_files,
     written_together,
 )
+from dr_transfer.utils.places import OutputError, atomic_file, check_outside, is_inside
 
 
 def tree(folder):

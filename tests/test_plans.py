@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.core import build_learner, classifier_learner, fit, learner_groups, predict_probs, valid_predictions
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.tasks import get_task
-from dr_transfer.data.views import read_image
 from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.models.backbones import Stages, layer_groups
-from dr_transfer.models.network import AveragePool, Head
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import AveragePool
 from dr_transfer.models.speed import SETTINGS
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.training import phases

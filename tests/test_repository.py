@@ -110,7 +110,31 @@ def test_nothing_large():
 
 
 def test_no_photographs_pickles_or_weights():
-    bad = ['.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp', '.heic', '.dcm', '.nii', '.ppm', '.pkl', '.pickle', '.pth', '.pt', '.ckpt', '.safetensors', '.onnx', '.npz', '.npy', '.h5', '.joblib', '.zip', '.gz']
+    bad = [
+        '.jpg',
+        '.jpeg',
+        '.tif',
+        '.tiff',
+        '.bmp',
+        '.webp',
+        '.heic',
+        '.dcm',
+        '.nii',
+        '.ppm',
+        '.pkl',
+        '.pickle',
+        '.pth',
+        '.pt',
+        '.ckpt',
+        '.safetensors',
+        '.onnx',
+        '.npz',
+        '.npy',
+        '.h5',
+        '.joblib',
+        '.zip',
+        '.gz',
+    ]
     assert not [name(p) for p in TRACKED if p.suffix.lower() in bad]
 
 

@@ -11,11 +11,12 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from torch import nn
 
+from dr_transfer.data.fundus import read_image
 from dr_transfer.data.images import image_errors
 from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task, task_dataloaders
-from dr_transfer.data.views import read_image, stack_images
+from dr_transfer.data.views import stack_images
 from dr_transfer.models.network import create_head
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.utils.files import progress

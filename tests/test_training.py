@@ -17,7 +17,8 @@ from dr_transfer.evaluation.cross_validation import cross_validate
 from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
-from dr_transfer.models.network import AveragePool, Head, check_size, least_size
+from dr_transfer.models.head import Head
+from dr_transfer.models.network import AveragePool, check_size, least_size
 from dr_transfer.synthetic.fundus import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import TrainingError

@@ -95,7 +95,8 @@ def flowers(root, seed=42):
 
 
 def extract(root, n=512, rounds=9):
-    from dr_transfer.data.views import normalise, read_image, stack_images
+    from dr_transfer.data.fundus import read_image
+    from dr_transfer.data.views import normalise, stack_images
     from dr_transfer.features.extraction import extract_features
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
@@ -415,7 +416,8 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'nbs' / 'results' / 'benchmark.csv')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    from dr_transfer.utils.files import atomic_file, unknown
+    from dr_transfer.utils.files import unknown
+    from dr_transfer.utils.places import atomic_file
 
     root = Path(
         os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')

@@ -188,7 +188,7 @@ if __name__ == '__main__':
     if 'photographs' in parts and not os.environ.get('DR_TRANSFER_DATA'):
         p.error('set DR_TRANSFER_DATA to the folder with dr/messidor2, or ask for `drawn` alone')
     warnings.simplefilter('ignore')
-    from dr_transfer.utils.files import atomic_file
+    from dr_transfer.utils.places import atomic_file
 
     for part in parts:
         f, file = PARTS[part]

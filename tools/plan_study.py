@@ -35,7 +35,7 @@ from dr_transfer.metrics.scores import accuracy, auc
 from dr_transfer.synthetic.fundus import make_dr, make_flowers
 from dr_transfer.training.advisor import advise
 from dr_transfer.training.plans import LARGE, PLANS
-from dr_transfer.utils.files import atomic_file
+from dr_transfer.utils.places import atomic_file
 
 EPOCHS = {'augmented_head': 5, 'flw': 5, 'scratch': 10}  # for a large set
 SEEDS, MOST_TEST, FEW, ADVISED = 3, 600, 30, 'advised'

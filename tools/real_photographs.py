@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from dr_transfer.cli import main
-from dr_transfer.utils.files import atomic_file
+from dr_transfer.utils.places import atomic_file
 
 COLUMNS = ['task', 'plan', 'seed', 'measure', 'value', 'minutes']
 

@@ -27,7 +27,7 @@ SIZES = (25, 50, 100, 250, 600)
 
 
 def keep(runs, name):
-    from dr_transfer.utils.files import atomic_file
+    from dr_transfer.utils.places import atomic_file
 
     with atomic_file(RESULTS / f'{name}.csv') as f:
         runs.round(4).to_csv(f, index=False)

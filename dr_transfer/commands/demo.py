@@ -14,7 +14,8 @@ import pandas as pd
 from ..data.images import read_rgb
 from ..inference.run import write_run
 from ..synthetic.fundus import make_dr
-from ..utils.files import atomic_file, growing_folder, new_folder
+from ..utils.files import growing_folder, new_folder
+from ..utils.places import atomic_file
 
 # %% ../../nbs/commands/02_demo.ipynb #d0357530
 STARTS = {'random_start': 'random', 'run': None}  # folder -> weights

@@ -19,7 +19,7 @@ def _data_name(a) -> str:
 
 def _output(a, ending) -> tuple[Path, bool]:
     "What is to be written, not among the images, and whether it may replace what is there"
-    from dr_transfer.utils.files import check_outside
+    from dr_transfer.utils.places import check_outside
 
     typed = a.out is not None
     out = Path(a.out if typed else f'{_data_name(a)}_{ending}')
@@ -84,7 +84,7 @@ def _printed_if_unwritable(table, file):
         if Path(file).exists():  # all of it: half a table is never left
             raise
         from dr_transfer.utils.csvfile import write_csv
-        from dr_transfer.utils.files import OutputError
+        from dr_transfer.utils.places import OutputError
 
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
@@ -141,7 +141,8 @@ def train(
     a: argparse.Namespace,  # As `dr_transfer train --help` describes
 ) -> int:  # Exit code
     "Train a model on a folder of images and write the run into a new folder"
-    from dr_transfer.utils.files import check_outside, new_folder
+    from dr_transfer.utils.files import new_folder
+    from dr_transfer.utils.places import check_outside
 
     out = Path(a.out if a.out is not None else f'{_data_name(a)}_run')
     check_outside(out, a.data)
@@ -249,7 +250,8 @@ def predict(
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.inference.predictions import gather_images, predict_table
     from dr_transfer.utils.csvfile import write_csv
-    from dr_transfer.utils.files import check_outside, new_file
+    from dr_transfer.utils.files import new_file
+    from dr_transfer.utils.places import check_outside
 
     if a.out is None:
         table = predict_table(_load_any(a), gather_images(a.images))
@@ -288,7 +290,8 @@ def export(
 ) -> int:  # Exit code
     "Write a saved model as an ONNX file, if it gives the same predictions"
     from dr_transfer.inference.onnx_file import check_onnx_name, write_onnx
-    from dr_transfer.utils.files import check_outside, new_file
+    from dr_transfer.utils.files import new_file
+    from dr_transfer.utils.places import check_outside
 
     out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
     check_outside(out, a.model)
@@ -424,11 +427,12 @@ def _cross_evaluation(a):
     table = _read_table(a)
     if point:
         _check_point(_classes(table, goal))
-    from dr_transfer.core import DEFAULT_ARCH, versions
+    from dr_transfer.core import versions
     from dr_transfer.data.table import set_aside
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.evaluation.report import describe_images
     from dr_transfer.metrics.decision import table_classes
+    from dr_transfer.models.backbones import DEFAULT_ARCH
 
     t = cross_validate(
         table,

@@ -18,7 +18,8 @@ from .ct import get_window, read_volume, three_planes, three_windows
 from ..metrics.decision import table_classes
 from ..metrics.intervals import bootstrap
 from ..utils.csvfile import write_csv
-from ..utils.files import atomic_file, growing_folder, progress
+from ..utils.files import growing_folder, progress
+from ..utils.places import atomic_file
 
 # %% ../../nbs/data/12_ct_images.ipynb #6e3f1f23
 def _rows(table, needed) -> pd.DataFrame:

@@ -98,10 +98,8 @@ def _stored_range(ds, bits) -> tuple:
 
 
 def _has_window(ds) -> bool:
-    return (
-        bool(ds.get('VOILUTSequence'))
-        or (ds.get('WindowCenter') not in (None, '')
-        and ds.get('WindowWidth') not in (None, ''))
+    return bool(ds.get('VOILUTSequence')) or (
+        ds.get('WindowCenter') not in (None, '') and ds.get('WindowWidth') not in (None, '')
     )
 
 

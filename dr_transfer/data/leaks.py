@@ -23,12 +23,13 @@ from scipy.stats.contingency import association
 
 from .columns import some
 from .content import fill_stores, image_data, unreadable
+from .fundus import READING, read_image
 from .images import image_header
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
 from .table import KNOWN, data_columns, shown_name, with_data_names
 from .tasks import Target, Task, task_table
-from .views import READING, map_batches, read_image
+from .views import map_batches
 from ..metrics.intervals import group_codes
 from ..utils.checks import check_seed, image_list
 from ..utils.files import cache_folder, package_version, progress

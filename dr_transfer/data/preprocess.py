@@ -20,18 +20,8 @@ from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
 from .table import find_images
 from ..utils.csvfile import known_columns, write_csv
-from dr_transfer.utils.files import (
-    OutputError,
-    atomic_file,
-    file_digest,
-    growing_folder,
-    is_inside,
-    mark_folder,
-    progress,
-    unknown,
-    warn,
-)
-from ..utils.places import reason, too_many_open
+from ..utils.files import file_digest, growing_folder, mark_folder, progress, unknown, warn
+from ..utils.places import OutputError, atomic_file, is_inside, reason, too_many_open
 from ..utils.regular import read_regular
 
 # %% ../../nbs/data/14_preprocess.ipynb #4a282bab

@@ -29,7 +29,8 @@ from dr_transfer.data.columns import (
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
 from .images import image_errors
 from ..metrics.groups import group_key, same_groups
-from ..utils.files import DATA_KINDS, MARKER, OutputError, output_kind
+from ..utils.files import DATA_KINDS, MARKER, output_kind
+from ..utils.places import OutputError
 
 # %% ../../nbs/data/13_table.ipynb #08a82432
 def _is_data(folder: Path) -> bool:

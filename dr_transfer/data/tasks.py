@@ -21,11 +21,11 @@ from fasttransform import Transform
 
 from .augment import augmentation
 from .columns import group_errors, joint_note, number_note
+from .fundus import READERS, read_image
 from .images import FITS
 from .source import check_size
 from .split import split_table
 from .table import label_table
-from .views import READERS, read_image
 from ..metrics.decision import GRADE_NAMES
 from ..utils.checks import check_class_names, check_workers
 from ..utils.csvfile import plain_number

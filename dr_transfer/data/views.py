@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-
 # %% ../../nbs/data/09_views.ipynb #e43f7f2e
 def _turn(k):
     return lambda x: torch.rot90(x, k, (-2, -1))

@@ -21,10 +21,10 @@ from fastai.torch_core import default_device
 from ..core import build_learner, fit, valid_predictions, versions
 from ..data.columns import group_errors
 from ..data.content import content_keys
+from ..data.fundus import READING
 from ..data.leaks import Together, note_contradictions
 from ..data.table import label_table, report_table, set_aside
 from ..data.tasks import Task, encode_target, get_task
-from ..data.views import READING
 from ..features.classifiers import grouped_folds
 from ..metrics.decision import Decision, apply_decision, choose_decision
 from ..models.backbones import DEFAULT_ARCH, _find_file, find_backbone
@@ -32,8 +32,8 @@ from ..models.weights import file_hash
 from ..training.plans import choose_plan, get_plan, plan_arch
 from ..utils.checks import check_seed
 from ..utils.csvfile import read_csv, write_csv
-from ..utils.files import OutputError, cache_folder, new_folder, warn
-from ..utils.places import remove
+from ..utils.files import cache_folder, new_folder, warn
+from ..utils.places import OutputError, remove
 from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
 

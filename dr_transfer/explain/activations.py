@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from ..data.views import normalise, read_image, stack_images
+from ..data.fundus import read_image
+from ..data.views import normalise, stack_images
 from ..features.extraction import Features, _chosen
 from ..metrics.intervals import bootstrap, group_codes
 from ..models.backbones import Stages, stage_names

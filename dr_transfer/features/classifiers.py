@@ -28,7 +28,8 @@ from torch import nn
 
 from .extraction import Features, _chosen
 from ..metrics.intervals import group_codes
-from ..models.network import HEADS, Head, create_head
+from ..models.head import Head
+from ..models.network import HEADS, create_head
 from ..utils.files import unknown
 
 # %% ../../nbs/features/02_classifiers.ipynb #b0de99a0

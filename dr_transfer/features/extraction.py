@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from ..data.content import fill_stores, image_data, unreadable
+from ..data.fundus import READERS, READING, read_image
 from ..data.images import FITS
 from ..data.source import check_size
-from ..data.views import READERS, READING, VIEWS, map_batches, normalise, read_image
+from ..data.views import VIEWS, map_batches, normalise
 from ..models.backbones import DEFAULT_ARCH, Stages, create_body, find_backbone, stage_names
 from ..models.network import POOLS, Body, good_bs, make_body
 from ..utils.checks import image_list

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data.views import VIEWS, read_image
+from ..data.fundus import read_image
+from ..data.views import VIEWS
 from .card import ModelCard, ModelError, card_error, card_text, read_card
 from ..models.backbones import _build, create_body, find_backbone
 from ..models.network import create_head, head_inputs, make_body, view_probs

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.views import normalise, read_image, stack_images
+from ..data.fundus import read_image
+from ..data.views import normalise, stack_images
 from .saved_model import ImageModel
 from ..models.backbones import Stages
 from ..models.network import AveragePool

@@ -25,7 +25,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..utils.files import atomic_file, cache_folder, unknown, warn
+from ..utils.files import cache_folder, unknown, warn
+from ..utils.places import atomic_file
 from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
 

@@ -41,7 +41,8 @@ from dr_transfer.features.boundary import (
 from ..features.classifiers import FeatureClassifier
 from ..features.extraction import Features, extract_features, reading, weights_digest
 from ..models.backbones import Stages, layer_groups, stage_names
-from ..models.network import AveragePool, Head
+from ..models.head import Head
+from ..models.network import AveragePool
 from ..models.speed import kept_memory
 from .callbacks import FrozenMode, HeadFirst, LossGuard, PlainProgress, TrainingError, TrainSetting
 from .plans import HEAD_PASSES, Phase, Plan, head_epochs

@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..data.augment import views_of
 from ..models.backbones import create_body, find_backbone, layer_groups
-from ..models.network import Head, create_head, head_inputs
+from ..models.head import Head
+from ..models.network import create_head, head_inputs
 from ..utils.files import unknown
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706

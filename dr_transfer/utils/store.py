@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .files import atomic_file, warn
+from .files import warn
+from .places import atomic_file
 from .regular import open_regular, read_regular
 from .safe_files import check_private, disk_errors, private_folder
 
