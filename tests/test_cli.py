@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from dr_transfer.cli import main
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 
 COMMAND = Path(sys.executable).with_name('dr_transfer')
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')

@@ -38,7 +38,8 @@ from dr_transfer.models import speed
 from dr_transfer.models.backbones import IMAGENET, Stages, layer_groups
 from dr_transfer.models.network import AveragePool
 from dr_transfer.models.weights import WeightsError
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.phases import learner_features, why_not_stored
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
 

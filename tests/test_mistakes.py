@@ -21,7 +21,8 @@ from dr_transfer.data.tasks import GRADE, REFERABLE, TASKS, encode_target, get_t
 from dr_transfer.inference.saved_model import ImageModel
 from dr_transfer.models.backbones import create_body, find_backbone, layer_groups
 from dr_transfer.models.network import create_head
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -202,7 +202,7 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 def test_flowers_have_no_order(tmp_path, head):
     "A score that is cut into grades means nothing for daisies, roses and tulips, and says so before anything is trained."
     from dr_transfer.data.tasks import Target, Task
-    from dr_transfer.synthetic.fundus import make_flowers
+    from dr_transfer.synthetic.flowers import make_flowers
 
     make_flowers(tmp_path / 'flowers', n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)

@@ -29,7 +29,8 @@ from dr_transfer.models.backbones import Stages, layer_groups
 from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool
 from dr_transfer.models.speed import SETTINGS
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import HeadFirst
 from dr_transfer.training.phases import learner_features, why_not_stored

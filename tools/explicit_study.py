@@ -38,7 +38,8 @@ def vessel_truth(truth, seed, disc, side):
     "Mask of the drawn vessels in the crop"
     from PIL import Image
 
-    from dr_transfer.synthetic.fundus import _person, _stream, _strokes, _vessels
+    from dr_transfer.synthetic.drawing import _stream
+    from dr_transfer.synthetic.eye import _person, _strokes, _vessels
 
     (x, y, r), mirror = truth['disc'], -1 if truth['eye'] == 'left' else 1
     nerve = np.array([mirror * (truth['optic_nerve'][0] - x) / r, (truth['optic_nerve'][1] - y) / r])

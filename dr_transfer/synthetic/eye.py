@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .fundus import _noise, _rgb, _stain
+from .drawing import _noise, _rgb, _stain
 
 # %% ../../nbs/synthetic/00_eye.ipynb #cell010
 class _Vessel(NamedTuple):

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .drawing import _field
 from PIL import Image
 
-from .fundus import _already, _each, _noise, _rgb, _stream
+from .drawing import _already, _each, _field, _noise, _rgb, _stream
 
 # %% ../../nbs/synthetic/02_flowers.ipynb #cell053
 def _paint(

@@ -12,23 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .drawing import _field
-from .eye import KINDS, _person, _place
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from dr_transfer.synthetic.fundus import (
-    _already,
-    _blob,
-    _each,
-    _noise,
-    _retina,
-    _rgb,
-    _stain,
-    _stream,
-    _strokes,
-    _tuft,
-    _vessels,
-)
+from .drawing import _already, _each, _field, _noise, _rgb, _stain, _stream
+from .eye import KINDS, _blob, _person, _place, _retina, _strokes, _tuft, _vessels
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
 @dataclass(frozen=True)
