@@ -222,7 +222,7 @@ def _loaders(task, goal, table, body, bs, num_workers, weights=None) -> DataLoad
     free = (os.cpu_count() or 1) - 2 * (device.type == 'cpu')  # the network needs two cores of its own
     if num_workers is None:
         num_workers = max(0, min(4, free)) if len(table) > 500 else 0
-    return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device, weights)
+    return task_dataloaders(table, task, goal, bs, spec.mean, spec.std, num_workers, device=device, weights=weights)
 
 
 def _check_order(head, goal, classes):

@@ -28,25 +28,32 @@ def _rows(table, needed) -> pd.DataFrame:
     gone = [c for c in ('volume', *needed) if c not in t]
     if gone:
         raise ValueError(
-            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. A row is a volume (path) and {', '.join(needed)} in mm"
+            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. "
+            f'A row is a volume (path) and {", ".join(needed)} in mm'
         )
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
-    bad = np.flatnonzero(~np.isfinite(numbers.to_numpy()).all(1) | t.volume.isna())
+    known = np.isfinite(numbers.to_numpy()).all(1)
+    bad = np.flatnonzero(~known | t.volume.isna())
     if len(bad):
         raise ValueError(
-            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): {", ".join(needed)} are numbers in mm'
+            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): '
+            f'{", ".join(needed)} are numbers in mm'
         )
     return t.assign(**numbers).reset_index(drop=True)
 
 
 def _newest(path) -> float:
-    return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+    "When a volume, or one of its files, was changed last"
+    inside = path.iterdir() if path.is_dir() else ()
+    return max(p.stat().st_mtime for p in (path, *inside))
 
 
 def _name(volume, *numbers) -> str:
     "The beginning of a picture's name: volume, and a digest of it and of what is drawn"
     about = repr((str(volume), *map(float, numbers)))
-    return f'{Path(volume).name.split(".")[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}'
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    stem = Path(volume).name.split('.')[0]
+    return f'{stem}_{digest[:12]}'
 
 # %% ../../nbs/data/12_ct_images.ipynb #33e5b2df
 def _check_volumes(t, folder):
@@ -102,7 +109,8 @@ def _view(key, view, shift) -> tuple:
     if not view:
         return None, np.zeros(3)
     rng = np.random.default_rng([view, *key.encode()])
-    return Rotation.random(random_state=rng).as_matrix(), rng.uniform(-shift, shift, 3)
+    turn = Rotation.random(random_state=rng).as_matrix()
+    return turn, rng.uniform(-shift, shift, 3)
 
 
 def candidate_pictures(
@@ -110,6 +118,7 @@ def candidate_pictures(
     folder: str | Path,  # Folder that the paths of the volumes start from
     out: str | Path,  # Folder for `images/` and `labels.csv`
     side: float = 40.0,  # Side of the planes in mm
+    *,
     size: int = 64,  # Pixels a side
     window='soft_tissue',  # Name or (level, width)
     views: int = 1,  # Pictures a candidate; the first is not turned
@@ -119,13 +128,16 @@ def candidate_pictures(
     if not (isinstance(views, int) and views >= 1):
         raise ValueError(f'views={views!r}: give how many pictures each candidate gets, such as 1 or 10')
     t = _rows(table, ('x', 'y', 'z'))
-    t['image'] = [_name(r.volume, r.x, r.y, r.z, side, size, *get_window(window), shift) for r in t.itertuples()]
-    t = t.loc[np.repeat(t.index, views)].assign(view=np.tile(range(views), len(t))).reset_index(drop=True)
+    settings = (side, size, *get_window(window), shift)
+    t['image'] = [_name(r.volume, r.x, r.y, r.z, *settings) for r in t.itertuples()]
+    which = np.tile(range(views), len(t))
+    t = t.loc[np.repeat(t.index, views)].assign(view=which).reset_index(drop=True)
     t['image'] += '-' + t.view.astype(str) + '.png'
 
-    def draw(volume, r):
-        turn, off = _view(r['image'], r['view'], shift)
-        return three_planes(volume, np.array([r['z'], r['y'], r['x']]) + off, side, size, window, turn)
+    def draw(volume, row):
+        turn, off = _view(row['image'], row['view'], shift)
+        place = np.array([row['z'], row['y'], row['x']]) + off
+        return three_planes(volume, place, side, size, window, turn)
 
     return _render(t, folder, out, draw, 'volumes')
 
@@ -133,20 +145,24 @@ def candidate_pictures(
 def average_views(
     table: pd.DataFrame,  # Predictions: `image, p_CLASS...`, perhaps more
 ) -> pd.DataFrame:  # A row a candidate: of its first view, with the mean of `p_CLASS...`
-    "Mean probability over the views of each candidate (Roth et al. 2014), from the names that `candidate_pictures` gives"
-    which = table.image.map(lambda i: Path(i).name).str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
+    "Mean probability over the views of each candidate (Roth et al. 2014), by the names of `candidate_pictures`"
+    names = table.image.map(lambda i: Path(i).name)
+    which = names.str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
     if which.isna().any():
         raise ValueError(
-            f'{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: which pictures are views of one candidate is not known'
+            f'{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: '
+            'which pictures are views of one candidate is not known'
         )
-    probs = [f'p_{c}' for c in table_classes(table)]
-    out = table.assign(**table.groupby(which)[probs].transform('mean'))[~which.duplicated()].reset_index(drop=True)
-    out = out.drop(
-        columns=[c for c in ('decision', 'grade') if c in out]
-    )  # they were of one view: apply_decision makes those of the mean
-    return (
-        out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
-    )
+    classes = table_classes(table)
+    probs = [f'p_{c}' for c in classes]
+    means = table.groupby(which)[probs].transform('mean')
+    out = table.assign(**means)[~which.duplicated()].reset_index(drop=True)
+    # these were of one view: apply_decision makes those of the mean
+    out = out.drop(columns=[c for c in ('decision', 'grade') if c in out])
+    if 'prediction' in out:
+        likeliest = out[probs].to_numpy().argmax(1)
+        out['prediction'] = [classes[i] for i in likeliest]
+    return out
 
 # %% ../../nbs/data/12_ct_images.ipynb #996c5bdc
 def froc_table(
@@ -156,11 +172,15 @@ def froc_table(
     n: int = 1000,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # A row a number of false alarms: sensitivity (value), low, high
-    "Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977); of the patients and places in the table: what a detector never proposed is not in it"
+    """Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977).
+
+    Of the patients and places in the table: what a detector never proposed is not in it.
+    """
     gone = [c for c in ('target', 'group', f'p_{found}') if c not in table]
     if gone:
         raise ValueError(
-            f"the table has no column '{gone[0]}': give predictions with their patients. The columns are {', '.join(map(str, table))}"
+            f"the table has no column '{gone[0]}': give predictions with their patients. "
+            f'The columns are {", ".join(map(str, table))}'
         )
     if table.group.isna().any():
         raise ValueError(f'{table.group.isna().sum()} candidates have no patient: false alarms are counted for each')
@@ -169,12 +189,13 @@ def froc_table(
     def sensitivity(y, score, share):
         order = np.argsort(-score)
         last = np.r_[np.diff(score[order]) != 0, True]  # of those with one score
-        alarms, hits = np.cumsum(y[order] == 0)[last] / share.sum(), np.cumsum(y[order])[last] / (y.sum() or np.nan)
+        alarms = np.cumsum(y[order] == 0)[last] / share.sum()
+        hits = np.cumsum(y[order])[last] / (y.sum() or np.nan)
         return {a: hits[alarms <= a].max(initial=0.0) for a in at}
 
-    t = bootstrap(
-        sensitivity, table.target.eq(found).astype(int), table[f'p_{found}'], share, groups=table.group, n=n, seed=seed
-    )
+    truth = table.target.eq(found).astype(int)
+    score = table[f'p_{found}']
+    t = bootstrap(sensitivity, truth, score, share, groups=table.group, n=n, seed=seed)
     return t.rename_axis('false alarms a patient')
 
 # %% ../../nbs/data/12_ct_images.ipynb #f6380da4

@@ -130,13 +130,16 @@ def find_copies(
 ) -> pd.DataFrame:  # Row numbers `a`, `b`; `kind`; `bits` that differ
     "Pairs of images with the same bytes or nearly the same picture"
     hashes, content = image_hashes(image_list(sources), reader, folder)
-    once, where = np.unique(content, return_index=True)
-    near = near_pairs(hashes[where], most)
+    _, where = np.unique(content, return_index=True)
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
-    pairs = [(g[0], b, 'same file', 0) for g in same for b in g[1:]] + [
-        (*sorted((where[i], where[j])), 'near copy', d) for i, j, d in near
-    ]
-    return pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits']).sort_values(['a', 'b'], ignore_index=True)
+    pairs = []
+    for first, *others in same:
+        pairs += [(first, other, 'same file', 0) for other in others]
+    for i, j, bits in near_pairs(hashes[where], most):
+        a, b = sorted((where[i], where[j]))
+        pairs.append((a, b, 'near copy', bits))
+    table = pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits'])
+    return table.sort_values(['a', 'b'], ignore_index=True)
 
 # %% ../../nbs/data/18_leaks.ipynb #15947275
 def nearest_bits(
@@ -175,7 +178,10 @@ def joined_groups(
 
 # %% ../../nbs/data/18_leaks.ipynb #ccbc0ed0
 class Together:
-    "For `task_table`: images that must be on one side, by their group and their copies; `copies` are those of the last table"
+    """For `task_table`: images that must be on one side, by their group and their copies.
+
+    `copies` are those of the last table.
+    """
 
     def __init__(self, reader: str = 'photo'):
         self.reader, self.copies = reader, None
@@ -183,14 +189,17 @@ class Together:
     def __call__(self, table) -> list:
         "A name for what belongs together, None for an image that is alone"
         self.copies = find_copies(table.image.tolist(), self.reader)
-        t = pd.DataFrame(
-            {'code': joined_groups(table.group, self.copies), 'group': list(table.group), 'image': list(table.image)}
-        )
+        codes = joined_groups(table.group, self.copies)
+        t = pd.DataFrame({'code': codes, 'group': list(table.group), 'image': list(table.image)})
         known = t[t.group.notna()].groupby('code').group.first()  # the first group that has a name
         copied = t[t.code.duplicated(keep=False)].groupby('code').image.first()
-        return [
-            known[c] if c in known.index else f'copies of {copied[c]}' if c in copied.index else None for c in t.code
-        ]
+
+        def name(code):
+            if code in known.index:
+                return known[code]
+            return f'copies of {copied[code]}' if code in copied.index else None
+
+        return [name(code) for code in t.code]
 
 # %% ../../nbs/data/18_leaks.ipynb #55953fb0
 def file_facts(
@@ -243,17 +252,13 @@ class LeakReport:
     confounders: pd.DataFrame  # From `confounders`
 
     def __str__(self):
-        n = self.leaks.kind.value_counts().to_dict()
-        lines = [
-            f'{", ".join(f"{n[k]} x {k}" for k in n) or "nothing"} on two sides of the split; {len(self.copies)} more pairs of copies'
-        ]
-        lines += [
-            f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})' for r in self.leaks.head(10).itertuples()
-        ]
-        lines += [
-            f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}"
-            for r in self.confounders.itertuples()
-        ]
+        counts = self.leaks.kind.value_counts().to_dict()
+        found = ', '.join(f'{n} x {kind}' for kind, n in counts.items()) or 'nothing'
+        lines = [f'{found} on two sides of the split; {len(self.copies)} more pairs of copies']
+        for r in self.leaks.head(10).itertuples():
+            lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})')
+        for r in self.confounders.itertuples():
+            lines.append(f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}")
         return '\n'.join(lines)
 
 # %% ../../nbs/data/18_leaks.ipynb #60fe5bde
@@ -312,10 +317,12 @@ def check_leaks(
     if not len(leaks):
         return
     pairs = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
+    more = ' ...' if len(leaks) > 3 else ''
     advice = leaks.attrs.get('advice') or split_advice(leaks)
     raise LeakError(
-        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{" ..." if len(leaks) > 3 else ""}. {advice}, or put '
-        'each pair into one of train and valid; allow_leaks=True (--allow-leaks) goes on, and is written into the record'
+        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{more}. '
+        f'{advice}, or put each pair into one of train and valid; '
+        'allow_leaks=True (--allow-leaks) goes on, and is written into the record'
     )
 
 # %% ../../nbs/data/18_leaks.ipynb #078b2723
@@ -345,10 +352,15 @@ def split_data(
     valid: float = 0.2,  # Share of the images for validation
     seed: int = 42,  # Another seed, another split
     allow_leaks: bool = False,  # Go on with a split whose sides know one another?
+    *,
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
 ) -> pd.DataFrame:  # As from `task_table`; `attrs['leaks']`: pairs of each kind
-    "Label, encode and split with groups and copies kept together; `LeakError` if the data come with a split that does not"
-    together, seed = Together(task.reader), check_seed(seed)
+    """Label, encode and split with groups and copies kept together.
+
+    `LeakError` if the data come with a split that does not.
+    """
+    together = Together(task.reader)
+    seed = check_seed(seed)
     table = task_table(data, goal, labels, valid, seed, together, group_col)
     note_contradictions(table, together.copies)
     leaks = split_leaks(table, together.copies)

@@ -50,15 +50,18 @@ def find_images(
         raise ValueError(f'{folder} is not a folder: give the folder that holds the images')
     if not _is_data(folder):
         raise OutputError(
-            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: give the folder that holds the images'
+            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: '
+            'give the folder that holds the images'
         )
 
     def _refuse(e):
         raise ValueError(f'{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder')
 
     for root, dirs, files in os.walk(folder, onerror=_refuse):
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(Path(root) / d))
-        found += [Path(root) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
+        root = Path(root)
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(root / d))
+        visible = [f for f in files if not f.startswith('.')]
+        found += [root / f for f in visible if f.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(found)
 
 # %% ../../nbs/data/13_table.ipynb #e30c165b
@@ -366,17 +369,20 @@ def _dicom_columns(t) -> pd.DataFrame:
 def _one_row_each(t) -> pd.DataFrame:
     "One row for each image; ValueError if two rows of an image differ in label, group or split"
     keys = {
-        'label': t.label.map(lambda l: None if l is None else str(l).strip()),
+        'label': t.label.map(lambda label: None if label is None else str(label).strip()),
         'group': t.group.map(group_key),
         'split': t['split'],
     }
     for column, values in keys.items():
         n = values.groupby(t.image).nunique(dropna=False)
         twice = n.index[n > 1]
-        if len(twice):
-            rows = t._row[t.image == twice[0]] if '_row' in t else []
-            where = f' (first in rows {", ".join(map(str, rows))})' if len(rows) else ''
-            raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
+        if not len(twice):
+            continue
+        where = ''
+        if '_row' in t:
+            rows = t._row[t.image == twice[0]]
+            where = f' (first in rows {", ".join(map(str, rows))})'
+        raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
     return t.drop_duplicates('image').drop(columns='_row', errors='ignore').sort_values('image', ignore_index=True)
 
 
@@ -387,7 +393,7 @@ def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
     t = _dicom_columns(t)
     if source.none:
         t['group'] = None
-    n = int((t.group.notna() & ~own).sum())
+    n = int((t.group.notna() & ~own).sum())  # by DICOM files alone
     source = replace(described(source, t.group), dicom=max(n, source.dicom))
     t['group'] = pd.Series(same_groups(t.group), t.index, dtype=object)
     return t, source
@@ -399,25 +405,32 @@ def _reasons(aside) -> list[str]:
 
 def _names_digest(images) -> str:
     "A hash of the names of images, in any order"
-    return hashlib.sha256('\0'.join(sorted(map(str, images))).encode(errors='surrogateescape')).hexdigest()
+    names = '\0'.join(sorted(map(str, images)))
+    return hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()
+
+
+def _no_label(label) -> bool:
+    "Is a label missing (None or NaN) or blank?"
+    return label is None or label != label or not str(label).strip()
 
 
 def _finish(t, verify, source, aside) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
     split = t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)
     t = _one_row_each(t.assign(image=t.image.map(str), split=_splits(split)))
-    reason = pd.Series(image_errors(t.image.tolist()) if verify else '', index=t.index, dtype=object)
-    no_label = t.label.map(lambda l: l is None or l != l or not str(l).strip())
+    errors = image_errors(t.image.tolist()) if verify else ''
+    reason = pd.Series(errors, index=t.index, dtype=object)
+    no_label = t.label.map(_no_label)
     reason = reason.mask((reason == '') & no_label, 'no label')
-    aside = [
-        *aside,
-        *t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']].astype(str).to_dict('records'),
-    ]
+    unusable = t.assign(reason=reason)[reason != '']
+    found = unusable[['image', 'label', 'reason']].astype(str)
+    aside = [*aside, *found.to_dict('records')]
     t, source = _with_groups(t[reason == ''].reset_index(drop=True), source)
     if not len(t):
         raise ValueError(f'none of {len(aside)} images can be used: {some(_reasons(aside))}')
-    t['label'] = t.label.map(lambda l: str(l).strip())
-    t = t[['image', 'label', 'group', 'split', *(c for c in t if c not in KNOWN)]]
+    t['label'] = t.label.map(lambda label: str(label).strip())
+    others = [c for c in t if c not in KNOWN]
+    t = t[['image', 'label', 'group', 'split', *others]]
     checked = _names_digest(t.image) if verify else ''
     t.attrs = {
         'checked': checked,

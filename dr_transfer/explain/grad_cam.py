@@ -129,7 +129,8 @@ def _raw_heat(parts, x, c, stage) -> list:
         if heat.abs().sum() > 0:
             return [heat]
     raise ValueError(
-        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: take a network that does, such as efficientnet_lite0"
+        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: "
+        'take a network that does, such as efficientnet_lite0'
     )
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #975ac483
@@ -230,17 +231,22 @@ def _figures(heats, mask, field, margin) -> np.ndarray:
     field = np.ones_like(mask) if field is None else np.asarray(field, bool)
     if not heats.shape[1:] == mask.shape == field.shape:
         raise ValueError(
-            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: give both at the size of the image as the model reads it'
+            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: '
+            'give both at the size of the image as the model reads it'
         )
     mask = mask & field
     if not mask.any():
         raise ValueError('the mask is empty: leave out images without anything to find')
-    near, total = distance_transform_edt(~mask) <= margin, heats.sum((1, 2))
-    share = np.where(total > 0, heats[:, mask].sum(1) / np.where(total > 0, total, 1), np.nan)
-    hit = near.ravel()[heats.reshape(len(heats), -1).argmax(1)] & (total > 0)
-    return np.stack(
-        np.broadcast_arrays(share, mask.sum() / field.sum(), hit, (near & field).sum() / field.sum()), 1
-    ).astype(float)
+    near = distance_transform_edt(~mask) <= margin
+    total = heats.sum((1, 2))
+    some = total > 0
+    share = np.where(some, heats[:, mask].sum(1) / np.where(some, total, 1), np.nan)
+    hottest = heats.reshape(len(heats), -1).argmax(1)
+    hit = near.ravel()[hottest] & some
+    area = mask.sum() / field.sum()
+    area_near = (near & field).sum() / field.sum()
+    columns = np.broadcast_arrays(share, area, hit, area_near)
+    return np.stack(columns, 1).astype(float)
 
 
 def heat_on(
@@ -249,10 +255,12 @@ def heat_on(
     field: np.ndarray | None = None,  # (h, w), whose area is the chance level; all if None
     margin: int = 0,  # Pixels by which the hottest pixel may miss
 ) -> dict[str, float]:  # 'share', 'area', 'hit', 'near' (area with the margin)
-    "Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does; a share of NaN and no hit without heat"
-    return dict(
-        zip(('share', 'area', 'hit', 'near'), _figures(np.asarray(heat)[None], mask, field, margin)[0].tolist())
-    )
+    """Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does.
+
+    A share of NaN and no hit without heat.
+    """
+    (figures,) = _figures(np.asarray(heat)[None], mask, field, margin).tolist()
+    return dict(zip(('share', 'area', 'hit', 'near'), figures))
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #85b11681
 def _mean(a, axis=None):
@@ -283,23 +291,29 @@ def heat_table(
     margin: int = 0,  # Pixels by which the hottest pixel may miss
     n: int = 1000,  # Draws of the bootstrap
 ) -> pd.DataFrame:  # A row a figure: value, low, high
-    "Heat on the truth beside its chance levels, with 95 % intervals over groups; images without heat are left out of shares and are misses"
+    """Heat on the truth beside its chance levels, with 95 % intervals over groups.
+
+    Images without heat are left out of shares and are misses.
+    """
     if len(heats) != len(masks) or len(heats) < 3:
         raise ValueError(f'{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least')
-    on = _on_truth(heats, masks, [np.ones_like(m) for m in masks] if fields is None else fields, margin)
+    if fields is None:
+        fields = [np.ones_like(m) for m in masks]
+    on = _on_truth(heats, masks, fields, margin)
 
     def figures(own, turned, others):
-        s, t, o = (_mean(np.where(np.isnan(own[:, 0]), np.nan, a[:, 0])) for a in (own, turned, others))
+        cold = np.isnan(own[:, 0])
+        share, by_turned, by_others = (_mean(np.where(cold, np.nan, a[:, 0])) for a in (own, turned, others))
         return {
-            'share of the heat': s,
+            'share of the heat': share,
             'chance: share of the area': own[:, 1].mean(),
-            'chance: own heat, turned': t,
-            'chance: heat of the others': o,
-            'more than the others': s - o,
+            'chance: own heat, turned': by_turned,
+            'chance: heat of the others': by_others,
+            'more than the others': share - by_others,
             'hottest pixel': own[:, 2].mean(),
             'chance: area with the margin': own[:, 3].mean(),
             'chance: hottest pixel of the others': others[:, 2].mean(),
-            'without heat': np.isnan(own[:, 0]).mean(),
+            'without heat': cold.mean(),
         }
 
     return bootstrap(figures, *on.values(), groups=groups, n=n)
