@@ -70,13 +70,14 @@ def _due(rows, images, volume) -> list[dict]:
     "The rows of a volume whose pictures are not there, or older than the volume"
     age = _newest(volume)
     files = [images / name for name in rows.image]
-    there = [f.exists() and f.stat().st_mtime >= age for f in files]
-    return [row for row, done in zip(rows.to_dict('records'), there) if not done]
+    due = [not f.exists() or f.stat().st_mtime < age for f in files]
+    return rows[due].to_dict('records')
 
 
 def _draw_volume(rows, folder, images, draw):
     "Make the pictures of one volume that are due"
-    volume = folder / rows.volume.iloc[0]
+    name = rows.volume.iloc[0]
+    volume = folder / name
     due = _due(rows, images, volume)
     if not due:
         return
@@ -85,23 +86,26 @@ def _draw_volume(rows, folder, images, draw):
         try:
             picture = draw(voxels, row)
         except ValueError as e:
-            raise ValueError(f'{rows.volume.iloc[0]}: {e}') from None
+            raise ValueError(f'{name}: {e}') from None
         with atomic_file(images / row['image']) as f:
             picture.save(f, format='PNG')
 
 
 def _render(t, folder, out, draw, label) -> pd.DataFrame:
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
+    images = out / 'images'
     if find_column(t, GROUPS, needed=False) is None:  # the images of a volume stay together
         t = t.assign(group=t.volume)
     _check_volumes(t, folder)
+    volumes = list(t.groupby('volume', sort=False))
     with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
-        for _, rows in progress(list(t.groupby('volume', sort=False)), label=label):
-            _draw_volume(rows, folder, out / 'images', draw)
+        for _, rows in progress(volumes, label=label):
+            _draw_volume(rows, folder, images, draw)
         with atomic_file(out / 'labels.csv') as f:
             write_csv(t, f)
-    return t.assign(image=[str(out / 'images' / i) for i in t.image])
+    return t.assign(image=[str(images / name) for name in t.image])
 
 # %% ../../nbs/data/12_ct_images.ipynb #8fd21598
 def _view(key, view, shift) -> tuple:
@@ -118,10 +122,10 @@ def candidate_pictures(
     folder: str | Path,  # Folder that the paths of the volumes start from
     out: str | Path,  # Folder for `images/` and `labels.csv`
     side: float = 40.0,  # Side of the planes in mm
-    *,
     size: int = 64,  # Pixels a side
     window='soft_tissue',  # Name or (level, width)
     views: int = 1,  # Pictures a candidate; the first is not turned
+    *,
     shift: float = 3.0,  # mm: how far the other views are shifted at most
 ) -> pd.DataFrame:  # The table with `image` (path), `view`: for `build_learner`
     "A picture of three planes for each candidate point; those that are there already are kept"
@@ -130,8 +134,9 @@ def candidate_pictures(
     t = _rows(table, ('x', 'y', 'z'))
     settings = (side, size, *get_window(window), shift)
     t['image'] = [_name(r.volume, r.x, r.y, r.z, *settings) for r in t.itertuples()]
+    repeated = t.loc[np.repeat(t.index, views)]
     which = np.tile(range(views), len(t))
-    t = t.loc[np.repeat(t.index, views)].assign(view=which).reset_index(drop=True)
+    t = repeated.assign(view=which).reset_index(drop=True)
     t['image'] += '-' + t.view.astype(str) + '.png'
 
     def draw(volume, row):
@@ -182,15 +187,18 @@ def froc_table(
             f"the table has no column '{gone[0]}': give predictions with their patients. "
             f'The columns are {", ".join(map(str, table))}'
         )
-    if table.group.isna().any():
-        raise ValueError(f'{table.group.isna().sum()} candidates have no patient: false alarms are counted for each')
-    share = 1 / table.groupby('group').target.transform('size')  # of a patient, so that one drawn twice counts twice
+    unknown = table.group.isna().sum()
+    if unknown:
+        raise ValueError(f'{unknown} candidates have no patient: false alarms are counted for each')
+    # share of a patient, so that one drawn twice counts twice
+    share = 1 / table.groupby('group').target.transform('size')
 
     def sensitivity(y, score, share):
         order = np.argsort(-score)
-        last = np.r_[np.diff(score[order]) != 0, True]  # of those with one score
-        alarms = np.cumsum(y[order] == 0)[last] / share.sum()
-        hits = np.cumsum(y[order])[last] / (y.sum() or np.nan)
+        y, score = y[order], score[order]
+        last = np.r_[np.diff(score) != 0, True]  # of those with one score
+        alarms = np.cumsum(y == 0)[last] / share.sum()
+        hits = np.cumsum(y)[last] / (y.sum() or np.nan)
         return {a: hits[alarms <= a].max(initial=0.0) for a in at}
 
     truth = table.target.eq(found).astype(int)
@@ -209,6 +217,11 @@ def slice_pictures(
     windows=LUNG_WINDOWS,  # Three windows for red, green and blue
 ) -> pd.DataFrame:  # The table with `image` (path): for `build_learner`
     "A picture of three windows for each slice; those that are there already are kept"
-    t, levels = _rows(table, ('z',)), [v for w in windows for v in get_window(w)]
+    t = _rows(table, ('z',))
+    levels = [v for w in windows for v in get_window(w)]
     t['image'] = [_name(r.volume, r.z, *levels) + '.png' for r in t.itertuples()]
-    return _render(t, folder, out, lambda volume, r: three_windows(volume, r['z'], windows), 'volumes')
+
+    def draw(volume, row):
+        return three_windows(volume, row['z'], windows)
+
+    return _render(t, folder, out, draw, 'volumes')
