@@ -204,24 +204,38 @@ def three_planes(
     return _grey([window(plane(volume, place, p, side, size, turn), which) for p in PLANES])
 
 # %% ../../nbs/data/10_ct.ipynb #9e9d1adc
-def _oriented(hu, affine, name) -> Volume:
-    "A volume from an array and the map (4, 4) from its indices to mm: x to the left, y to the back, z to the head"
-    if hu.ndim == 4 and hu.shape[3] == 1:
-        hu = hu[..., 0]
-    if hu.ndim != 3:
-        raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
-    steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
+_ZYX = (2, 1, 0)  # which of x, y, z
+
+
+def _axis_order(steps, name) -> list:
+    "Which axis of an array is z, y, x, from the mm (axis, 3) that a step along it goes; ValueError if none is"
     size = np.linalg.norm(steps, axis=1)
     if not (np.isfinite(steps).all() and (size > 0).all()):
         raise ValueError(f'{name} does not say where its voxels are')
-    way = steps / size[:, None]
-    order = [int(np.abs(way[:, k]).argmax()) for k in (2, 1, 0)]  # which axis of the array is z, y, x
-    tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
+    way = np.abs(steps / size[:, None])
+    order = [int(way[:, k].argmax()) for k in _ZYX]
+    along = way[order, _ZYX].clip(0, 1)
+    tilt = np.degrees(np.arccos(along).max())
     if len(set(order)) < 3 or tilt > 0.6:
         raise ValueError(
             f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, "
             'with nibabel.processing.resample_to_output or in a viewer'
         )
+    return order
+
+
+def _oriented(
+    hu: np.ndarray,
+    affine: np.ndarray,  # (4, 4), from indices to mm: x to the left, y to the back, z to the head
+    name: str,  # For error messages
+) -> Volume:
+    "A volume from an array and where its voxels are"
+    if hu.ndim == 4 and hu.shape[3] == 1:
+        hu = hu[..., 0]
+    if hu.ndim != 3:
+        raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
+    steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
+    order = _axis_order(steps, name)
     if not np.isfinite(hu).all():
         bad = (~np.isfinite(hu)).sum()
         raise ValueError(f'{name}: {bad} voxels are no numbers. Set what was not measured to -1024 and save it again')
@@ -230,15 +244,16 @@ def _oriented(hu, affine, name) -> Volume:
             f'{name} has no value below 0, as if it held no air: '
             'if these are not Hounsfield units, every window shows something else'
         )
-    back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
+    back = [steps[a, k] < 0 for a, k in zip(order, _ZYX)]
     first = [(hu.shape[a] - 1) * back[order.index(a)] for a in range(3)]
     corner = affine @ [*first, 1]
     flips = tuple(slice(None, None, -1 if b else 1) for b in back)
     turned = np.rint(hu.transpose(order)[flips]).clip(-1024, 32767)
+    size = np.linalg.norm(steps, axis=1)
     return Volume(
-        np.ascontiguousarray(turned.astype(np.int16)),
-        tuple(size[order]),
-        tuple(corner[[2, 1, 0]]),
+        hu=np.ascontiguousarray(turned.astype(np.int16)),
+        spacing=tuple(size[order]),
+        origin=tuple(corner[[*_ZYX]]),
     )
 
 # %% ../../nbs/data/10_ct.ipynb #20a49a70

@@ -7,6 +7,7 @@ __all__ = ['LUNG_WINDOWS', 'candidate_pictures', 'average_views', 'froc_table', 
 
 # %% ../../nbs/data/12_ct_images.ipynb #e50cdafc
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,12 @@ def _due(rows, images, volume) -> list[dict]:
     return rows[due].to_dict('records')
 
 
-def _draw_volume(rows, folder, images, draw):
+def _draw_volume(
+    rows: pd.DataFrame,  # Of one volume
+    folder: Path,  # That the path of the volume starts from
+    images: Path,  # Where pictures are written
+    draw: Callable,  # (volume, row) -> picture
+):
     "Make the pictures of one volume that are due"
     name = rows.volume.iloc[0]
     volume = folder / name
@@ -91,7 +97,12 @@ def _draw_volume(rows, folder, images, draw):
             picture.save(f, format='PNG')
 
 
-def _render(t, folder, out, draw, label) -> pd.DataFrame:
+def _render(
+    t: pd.DataFrame,  # With the name of each picture in `image`
+    folder: str | Path,  # Folder that the paths of the volumes start from
+    out: str | Path,  # Folder for `images/` and `labels.csv`
+    draw: Callable,  # (volume, row) -> picture
+) -> pd.DataFrame:  # With the path of each picture in `image`
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
     folder = Path(folder)
     out = Path(out)
@@ -101,7 +112,7 @@ def _render(t, folder, out, draw, label) -> pd.DataFrame:
     _check_volumes(t, folder)
     volumes = list(t.groupby('volume', sort=False))
     with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
-        for _, rows in progress(volumes, label=label):
+        for _, rows in progress(volumes, label='volumes'):
             _draw_volume(rows, folder, images, draw)
         with atomic_file(out / 'labels.csv') as f:
             write_csv(t, f)
@@ -144,7 +155,7 @@ def candidate_pictures(
         place = np.array([row['z'], row['y'], row['x']]) + off
         return three_planes(volume, place, side, size, window, turn)
 
-    return _render(t, folder, out, draw, 'volumes')
+    return _render(t, folder, out, draw)
 
 # %% ../../nbs/data/12_ct_images.ipynb #0283af65
 def average_views(
@@ -224,4 +235,4 @@ def slice_pictures(
     def draw(volume, row):
         return three_windows(volume, row['z'], windows)
 
-    return _render(t, folder, out, draw, 'volumes')
+    return _render(t, folder, out, draw)

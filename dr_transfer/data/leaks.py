@@ -45,17 +45,24 @@ def fine_detail(
     "What an image has besides its light: green, less the local average, in the inner part"
     a = np.asarray(im.getchannel('G'), np.float32)
     edge = round(0.17 * SIDE)  # the inscribed square of a retina disc
-    a = (a - gaussian_filter(a, SIDE / 16, mode='nearest'))[edge:-edge, edge:-edge]
-    spread = a.std()
-    return Image.fromarray((a * (48 / spread) + 128).clip(0, 255).astype(np.uint8)) if spread > 0.5 else None
+    light = gaussian_filter(a, SIDE / 16, mode='nearest')
+    inner = (a - light)[edge:-edge, edge:-edge]
+    spread = inner.std()
+    if spread <= 0.5:
+        return None
+    levels = inner * (48 / spread) + 128
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def detail_hash(
     im: Image.Image,  # (96, 96), RGB
 ) -> np.ndarray:  # (32,) bytes; all nought for an image of one colour
     "Perceptual hash (Zauner 2010, by `imagehash`) of the fine detail: 256 bits"
-    d = fine_detail(im)
-    return np.zeros(BITS // 8, np.uint8) if d is None else np.packbits(imagehash.phash(d, hash_size=16).hash)
+    detail = fine_detail(im)
+    if detail is None:
+        return np.zeros(BITS // 8, np.uint8)
+    bits = imagehash.phash(detail, hash_size=16).hash
+    return np.packbits(bits)
 
 # %% ../../nbs/data/18_leaks.ipynb #0f1ce22a
 MOST = 40  # bits that may differ between near copies, of 256
@@ -63,7 +70,8 @@ MOST = 40  # bits that may differ between near copies, of 256
 
 def _signs(hashes) -> np.ndarray:
     "Bits as -1 and 1, so that a product counts those that agree; nought for images of one colour"
-    return (np.unpackbits(hashes, axis=1).astype(np.float32) * 2 - 1) * hashes.any(1)[:, None]
+    bits = np.unpackbits(hashes, axis=1).astype(np.float32)
+    return (bits * 2 - 1) * hashes.any(1)[:, None]
 
 
 def near_pairs(
@@ -78,8 +86,9 @@ def near_pairs(
     for a in range(0, len(x), 1000):
         alike = x[a : a + 1000] @ x[a:].T
         i, j = np.nonzero(alike >= BITS - 2 * most)
-        later = j > i
-        found.append(np.c_[a + i, a + j, (BITS - alike[i, j]) / 2][later].astype(np.int64))
+        differ = (BITS - alike[i, j]) / 2
+        pairs = np.c_[a + i, a + j, differ]
+        found.append(pairs[j > i].astype(np.int64))
     return np.concatenate(found)
 
 # %% ../../nbs/data/18_leaks.ipynb #fc2b12b7
@@ -151,7 +160,9 @@ def nearest_bits(
     "In how many bits each image differs from the nearest of other images"
     if not len(sources) or not len(seen):
         return np.full(len(sources), BITS)
-    x, known = _signs(image_hashes(sources, reader, folder)[0]), _signs(seen).T
+    hashes, _ = image_hashes(sources, reader, folder)
+    x = _signs(hashes)
+    known = _signs(seen).T
     alike = np.concatenate([(x[a : a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
     return np.where(x.any(1), (BITS - alike) / 2, BITS).astype(int)
 
@@ -173,8 +184,11 @@ def joined_groups(
 ) -> np.ndarray:  # (n,) numbers: images with the same one belong together
     "Groups, with those joined that share copies"
     g = group_codes(groups, len(groups))
-    edges = coo_array((np.ones(len(copies)), (g[copies.a], g[copies.b])), shape=(g.max() + 1,) * 2)
-    return connected_components(edges, directed=False)[1][g]
+    n = g.max() + 1
+    ends = (g[copies.a], g[copies.b])
+    edges = coo_array((np.ones(len(copies)), ends), shape=(n, n))
+    _, parts = connected_components(edges, directed=False)
+    return parts[g]
 
 # %% ../../nbs/data/18_leaks.ipynb #ccbc0ed0
 class Together:
@@ -184,7 +198,8 @@ class Together:
     """
 
     def __init__(self, reader: str = 'photo'):
-        self.reader, self.copies = reader, None
+        self.reader = reader
+        self.copies = None
 
     def __call__(self, table) -> list:
         "A name for what belongs together, None for an image that is alone"
@@ -268,11 +283,10 @@ def split_leaks(
 ) -> pd.DataFrame:  # `kind, first, second, sides, how`, a row a pair
     "What stands on two sides of a split: groups (patients; one pair of images each), files, pictures"
     t = table.reset_index(drop=True)
-    pairs = [
-        (r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ')
-        for r in copies.itertuples()
-        if t.split[r.a] != t.split[r.b]
-    ]
+    pairs = []
+    for r in copies.itertuples():
+        if t.split[r.a] != t.split[r.b]:
+            pairs.append((r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ'))
     first = t[t.group.notna()].reset_index().groupby(['group', 'split'], sort=False)['index'].first()
     for g, rows in first.groupby(level=0, sort=False):
         pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
@@ -289,7 +303,8 @@ def leak_report(
     folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
 ) -> LeakReport:
     "Patients, copies and near copies on two sides of a split, and columns that say something of the label"
-    t, copies = table.reset_index(drop=True), find_copies(table.image.tolist(), reader, folder=folder)
+    t = table.reset_index(drop=True)
+    copies = find_copies(table.image.tolist(), reader, folder=folder)
     inside = copies[[t.split[a] == t.split[b] for a, b in zip(copies.a, copies.b)]] if len(copies) else copies
     names = t.image.map(source_name)
     inside = pd.DataFrame(
@@ -302,8 +317,10 @@ def leak_report(
     )
     own = with_data_names(t, KNOWN)
     facts = own[data_columns(own)].join(file_facts(t.image))
-    leaks = split_leaks(t, copies) if t.split.notna().any() else split_leaks(t[:0], copies[:0])
-    return LeakReport(leaks, inside, confounders(facts, t['target' if 'target' in t else 'label']))
+    is_split = t.split.notna().any()
+    leaks = split_leaks(t, copies) if is_split else split_leaks(t[:0], copies[:0])
+    label = 'target' if 'target' in t else 'label'
+    return LeakReport(leaks, inside, confounders(facts, t[label]))
 
 # %% ../../nbs/data/18_leaks.ipynb #c6c645b9
 class LeakError(SplitError):
@@ -331,7 +348,8 @@ def note_contradictions(
     copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
 ):
     "Note in `attrs['notes']` which identical files have two classes"
-    t, same = table.reset_index(drop=True), copies[copies.kind == 'same file']
+    t = table.reset_index(drop=True)
+    same = copies[copies.kind == 'same file']
     pairs = [(a, b) for a, b in zip(same.a, same.b) if t.target[a] != t.target[b]]
     if not pairs:
         return

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import fastai.callback.data  # noqa: F401 - importing it gives a DataBlock weighted_dataloaders
 import numpy as np
 import pandas as pd
-import fastai.callback.data  # noqa: F401 - importing it gives a DataBlock weighted_dataloaders
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize

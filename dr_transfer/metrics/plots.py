@@ -36,14 +36,16 @@ def plot_history(
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
     dot = 'o' if len(h) < 3 else None  # a head that was solved has one epoch
-    for c, style in (('train_loss', '--'), ('valid_loss', '-')):
-        left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
+    left.plot(h.x, h.train_loss, '--', marker=dot, label='train loss')
+    left.plot(h.x, h.valid_loss, '-', marker=dot, label='valid loss')
     for c in names:
         right.plot(h.x, h[c], marker=dot, label=plain_text(c))
-    for ax, what in ((left, 'loss'), (right, 'validation metrics')):
+    left.set_title('loss')
+    right.set_title('validation metrics')
+    for ax in (left, right):
         for x in cuts:
             ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
-        ax.set(xlabel='epoch', title=what)
+        ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if ax.lines:
             ax.legend(frameon=False)

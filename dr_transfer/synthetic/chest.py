@@ -104,7 +104,8 @@ def _lay(
     box, off = _box(axes, ball.place, max(ball.half) + edge)
     to_unit = (ball.turn / np.asarray(ball.half, float)).astype(np.float32)
     d = np.stack(np.meshgrid(*off, indexing='ij'), -1) @ to_unit
-    distance = (np.sqrt((d * d).sum(-1)) - 1) * min(ball.half)
+    radius = np.sqrt((d * d).sum(-1))
+    distance = (radius - 1) * min(ball.half)
     _blend(hu[box], _cover(distance, edge), ball.value)
 
 
@@ -201,7 +202,19 @@ def _person(rng: np.random.Generator) -> _Person:
         lungs=[lung(-1), lung(1)],
     )
 
-# %% ../../nbs/synthetic/03_chest.ipynb #e8d6604f
+# %% ../../nbs/synthetic/03_chest.ipynb #f6b0a8c4
+def _shell(
+    x: np.ndarray,
+    y: np.ndarray,
+    body: tuple,  # Half axes along x and y
+) -> np.ndarray:
+    "How far out a place is: 1 at the skin, less inside"
+    a, b = body
+    across = np.abs(x / a) ** 2.4
+    deep = np.abs(y / b) ** 2.4
+    return (across + deep) ** np.float32(1 / 2.4)
+
+
 def _ribs(
     axes: tuple,
     shell: np.ndarray,  # 1 at the skin, less inside
@@ -210,10 +223,13 @@ def _ribs(
 ) -> np.ndarray:  # Share of each voxel
     "Stripes in the wall that run downwards to the front"
     z, y, x = axes
-    stripe = (z + np.abs(x) * 0.35 - y * 0.3) % 26 - 13
-    in_wall = _cover(np.abs(shell - 0.96 + who.fat) * 110 - 3.5, edge)
-    in_stripe = _cover(np.abs(stripe) - 4.5, edge)
-    return in_wall * in_stripe * (np.abs(x) > 25)
+    height = z + np.abs(x) * 0.35 - y * 0.3
+    stripe = np.abs(height % 26 - 13)
+    middle = np.abs(shell - 0.96 + who.fat) * 110
+    in_wall = _cover(middle - 3.5, edge)
+    in_stripe = _cover(stripe - 4.5, edge)
+    beside = np.abs(x) > 25
+    return in_wall * in_stripe * beside
 
 
 def _lung_field(
@@ -228,7 +244,8 @@ def _lung_field(
     tall = np.sqrt(np.clip(1 - ((z + 40) / 150) ** 2, 0.05, 1))
     u = x - lung.x + np.sign(lung.x) * lean * (y - lung.y)
     v = y - lung.y
-    dome = lung.foot - ((x - lung.x) ** 2 + v**2) / 130
+    from_middle = (x - lung.x) ** 2 + v**2
+    dome = lung.foot - from_middle / 130
     outline = np.hypot(u / (lung.width * tall), v / (lung.depth * tall))
     inside = _cover((outline - 1) * lung.width + warp, edge)
     return inside * _cover(dome - z, edge)
@@ -242,10 +259,8 @@ def _chest(
 ) -> tuple:  # HU; share of each voxel that is lung
     "A chest wall with two lungs and fat between them"
     z, y, x = axes
-    a, b = who.body
     warp = _bumps(rng, axes, 45) * 4
-    shell = (np.abs(x / a) ** 2.4 + np.abs(y / b) ** 2.4) ** np.float32(1 / 2.4)
-    shell = shell + warp * 0.006
+    shell = _shell(x, y, who.body) + warp * 0.006
     body = _cover((shell - 1) * 110, edge)
     muscle = _cover((shell - 1 + who.fat) * 110, edge)
     hu = np.float32(-1000) + 900 * body + 150 * muscle
@@ -253,9 +268,11 @@ def _chest(
     right, left = (_lung_field(axes, warp, edge, *pair) for pair in zip(who.lungs, who.lean))
     lung = np.maximum(right, left)
     wide, deep = who.middle
-    between = _cover((np.hypot(x / wide, (y + 6) / deep) - 1) * wide, edge)
+    oval = np.hypot(x / wide, (y + 6) / deep)
+    between = _cover((oval - 1) * wide, edge)
     in_wall = _cover((shell - 0.92 + who.fat) * 110, edge)
-    off_spine = _cover(20 - np.hypot(x, y - who.back) + 4, edge)
+    from_spine = np.hypot(x, y - who.back)
+    off_spine = _cover(20 - from_spine + 4, edge)
     lung *= in_wall * (1 - between) * off_spine
     _blend(hu, between * _cover(-z - 62, 6), -95)
     _blend(hu, lung, who.lung + 0.3 * y)  # blood sinks: a patient on the back has denser lung there
@@ -297,12 +314,14 @@ def _bones(
     z, y, x = axes
     back = who.back
     front = -who.body[1] * (1 - who.fat) + 8
-    spine = _cover((np.hypot(x / 19, (y - back) / 15) - 1) * 16, edge)
+    around = np.hypot(x / 19, (y - back) / 15)
+    spine = _cover((around - 1) * 16, edge)
     discs = np.where(np.abs(z % 28 - 14) < 2.5, 0.25, 1)
     _blend(hu, spine * discs, 230)
     muscle = _cover(np.hypot(x, y - back - 22) - 8, edge)
     _blend(hu, muscle * (y < who.body[1] - 12), 20)
-    breastbone = _cover((np.hypot(x / 20, (y - front) / 6) - 1) * 6, edge)
+    before = np.hypot(x / 20, (y - front) / 6)
+    breastbone = _cover((before - 1) * 6, edge)
     _blend(hu, breastbone * (z > -50), 260)
 
 

@@ -97,7 +97,9 @@ class ArrayStore:
         about: dict,  # What decides the numbers, besides the image
         fields: dict,  # Name -> shape of one row, and its NumPy type
     ):
-        shapes = {k: [list(s), np.dtype(t).name] for k, (s, t) in fields.items()}
+        shapes = {}
+        for field, (shape, kind) in fields.items():
+            shapes[field] = [list(shape), np.dtype(kind).name]
         self.about = {**about, 'format': FORMAT, 'fields': shapes}
         self.fields = fields
         self.digest = digest(self.about)
@@ -231,8 +233,9 @@ def _parts(store, new, arrays) -> dict:
     parts = {}
     for field, (shape, kind) in store.fields.items():
         part = np.ascontiguousarray(arrays[field][new], dtype=kind)
-        if part.shape != (len(new), *shape):
-            raise ValueError(f'{field} has the shape {part.shape}: give {(len(new), *shape)}')
+        wanted = (len(new), *shape)
+        if part.shape != wanted:
+            raise ValueError(f'{field} has the shape {part.shape}: give {wanted}')
         parts[field] = part
     return parts
 
@@ -245,7 +248,10 @@ def _append(store, batch, arrays):
     for j, i in enumerate(new):
         key, item = batch[i]
         row = store.rows + j
-        sums = [store.row_sum(f, row, key, a[j].reshape(-1).view(np.uint8)) for f, a in parts.items()]
+        sums = []
+        for field, part in parts.items():
+            data = part[j].reshape(-1).view(np.uint8)
+            sums.append(store.row_sum(field, row, key, data))
         name = Path(getattr(item, 'path', '')).name
         lines.append(Line(row, key, name, sums))
     with disk_errors(store.folder):
@@ -263,7 +269,9 @@ def _append(store, batch, arrays):
 # %% ../../nbs/utils/08_store.ipynb #adad6d34
 def _room(new):
     "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
-    need = sum(n * store.row_bytes(f) for store, n in new for f in store.fields)
+    need = 0
+    for store, n in new:
+        need += n * sum(store.row_bytes(field) for field in store.fields)
     folder = new[0][0].folder
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
