@@ -21,7 +21,7 @@ import dr_transfer.features.classifiers as module
 from dr_transfer.features.classifiers import CLASSIFIERS, FeatureClassifier, grouped_folds, out_of_fold
 from dr_transfer.features.extraction import image_features
 from dr_transfer.features.label_errors import suspect_labels
-from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
 
 NAMES = sorted(CLASSIFIERS)
 

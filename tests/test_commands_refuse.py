@@ -16,7 +16,8 @@ from dr_transfer.data.table import find_images, label_table
 from dr_transfer.data.task_file import TaskFileError, load_task
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.inference.predictions import gather_images, predict_table
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.utils.files import TransferWarning, is_ours
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--setting', 'plain']

@@ -31,7 +31,8 @@ from dr_transfer.models.network import AveragePool
 from dr_transfer.models.registry import IMAGENET
 from dr_transfer.models.stages import Stages, layer_groups
 from dr_transfer.models.weights import WeightsError
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.learner import TransferLearner, data_summary, learner_groups, versions
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
 from dr_transfer.training.stored import learner_features, why_not_stored

@@ -34,7 +34,7 @@ from dr_transfer.evaluation.experiments import (
     worth_of_pretraining,
 )
 from dr_transfer.models.backbones import create_body, save_weights
-from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training.phases import _epochs
 from dr_transfer.training.plans import Phase, Plan, get_plan, plan_table
 

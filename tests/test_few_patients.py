@@ -295,8 +295,7 @@ def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
     assert (
-        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>'
-        in text
+        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
     )
     assert text.count('60 groups<') == 1
     assert 'taken for the patients' not in page(table(60, 2))

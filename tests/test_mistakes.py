@@ -25,7 +25,8 @@ from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import create_head
 from dr_transfer.models.registry import find_backbone
 from dr_transfer.models.stages import layer_groups
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -197,7 +197,7 @@ def test_flowers_have_no_order(tmp_path, head):
     and says so before anything is trained.
     """
     from dr_transfer.data.tasks import Target, Task
-    from dr_transfer.synthetic.fundus import make_flowers
+    from dr_transfer.synthetic.flowers import make_flowers
 
     flowers = tmp_path / 'flowers'
     make_flowers(flowers, n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer.synthetic.fundus import KINDS, contact_sheet, draw_fundus, lesion_mask, make_dr, make_flowers
+from dr_transfer.synthetic.eye import KINDS
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import contact_sheet, draw_fundus, lesion_mask, make_dr
 
 
 def files(folder):

@@ -32,7 +32,8 @@ from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool
 from dr_transfer.models.speed import SETTINGS
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import HeadFirst
 from dr_transfer.training.learner import learner_groups

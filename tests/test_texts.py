@@ -18,7 +18,8 @@ from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task, task_dataloaders
 from dr_transfer.data.views import stack_images
 from dr_transfer.models.network import create_head
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.utils.files import progress
 
 

@@ -22,7 +22,7 @@ from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool, check_size, least_size
-from dr_transfer.synthetic.fundus import make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training.callbacks import TrainingError
 from dr_transfer.training.phases import phase_runs

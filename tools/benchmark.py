@@ -340,7 +340,7 @@ def draw_many(folder, n, side=40):
     "Small pictures, each another one: patches of drawn flowers with noise"
     from PIL import Image
 
-    from dr_transfer.synthetic.fundus import make_flowers
+    from dr_transfer.synthetic.flowers import make_flowers
 
     make_flowers(folder / 'source', n=20, size=128, seed=5)
     source = [np.asarray(Image.open(p, formats=('JPEG',))) for p in sorted((folder / 'source').rglob('*.jpg'))]

@@ -41,7 +41,8 @@ def vessel_truth(truth, seed, disc, side):
     "Mask of the drawn vessels in the crop"
     from PIL import Image
 
-    from dr_transfer.synthetic.fundus import _person, _stream, _strokes, _vessels
+    from dr_transfer.synthetic.drawing import _stream
+    from dr_transfer.synthetic.eye import _person, _strokes, _vessels
 
     x, y, r = truth['disc']
     nerve_x, nerve_y = truth['optic_nerve'][:2]

@@ -38,7 +38,8 @@ from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task
 from dr_transfer.metrics.scores import accuracy, auc
-from dr_transfer.synthetic.fundus import make_dr, make_flowers
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.advisor import advise
 from dr_transfer.training.plans import LARGE, PLANS
 from dr_transfer.utils.places import atomic_file

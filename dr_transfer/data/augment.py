@@ -41,18 +41,21 @@ class Views(RandTransform):
         raise ValueError(f'a turned batch needs square images, not {tuple(x.shape[-2:])}: resize them first')
 
     def encodes(self, x: PILBase):
-        bands = [
-            Image.fromarray(VIEWS[self.name][self.k[0]](torch.from_numpy(np.array(b))).contiguous().numpy())
-            for b in x.split()
-        ]
+        turn = VIEWS[self.name][self.k[0]]
+        bands = []
+        for band in x.split():
+            turned = turn(torch.from_numpy(np.array(band)))
+            bands.append(Image.fromarray(turned.contiguous().numpy()))
         out = Image.merge(x.mode, bands) if len(bands) > 1 else bands[0]
         if x.mode == 'P':
             out.putpalette(x.getpalette())
         return type(x)(out)
 
-    def encodes(self, x: TensorImage | TensorMask):
-        one = x.ndim == (2 if isinstance(x, TensorMask) else 3)
-        return self.view(x, self.k[0]) if one else torch.stack([self.view(o, k) for o, k in zip(x, self.k)])
+    def encodes(self, x: TensorImage | TensorMask):  # noqa: F811 - fastai keeps both and calls the one for the type
+        of_one = 2 if isinstance(x, TensorMask) else 3
+        if x.ndim == of_one:
+            return self.view(x, self.k[0])
+        return torch.stack([self.view(o, k) for o, k in zip(x, self.k)])
 
 
 class QuarterTurns(Views):

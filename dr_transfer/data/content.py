@@ -101,7 +101,10 @@ def fill_stores(
     compute: Callable,  # (sources, fields) -> iterator: field -> (n, *shape), for each batch
     bs: int,  # Images in a batch
 ) -> list:  # For each store the row of each source (n,)
-    "See that the arrays of all images are in the stores; a path comes to `compute` as `HashedFile`. ValueError for an image that cannot be read"
+    """See that the arrays of all images are in the stores; a path comes to `compute` as `HashedFile`.
+
+    ValueError for an image that cannot be read.
+    """
     keys = content_keys(sources)
     items = [HashedFile(o, k) if isinstance(o, (str, Path)) else o for o, k in zip(sources, keys)]
     return fill_rows(stores, keys, items, compute, bs)

@@ -9,6 +9,7 @@ __all__ = ['WINDOWS', 'PLANES', 'Volume', 'get_window', 'window', 'three_windows
 import gzip
 import math
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,20 @@ from .source import LIMITS, ImageError, naming, open_source
 from ..utils.files import extra_module, unknown, warn
 
 # %% ../../nbs/data/10_ct.ipynb #a3008428
+_THREE = 'give three numbers in mm, along z, y, x'
+
+
+def _three_numbers(name, value) -> tuple:
+    "Three numbers as floats; ValueError for anything else"
+    try:
+        numbers = tuple(map(float, np.atleast_1d(value).tolist()))
+    except (TypeError, ValueError):
+        raise ValueError(f'{name}={value!r:.60}: {_THREE}') from None
+    if len(numbers) != 3:
+        raise ValueError(f'{name}={numbers}: {_THREE}')
+    return numbers
+
+
 @dataclass(frozen=True, eq=False)
 class Volume:
     "A CT volume: z to the head, y to the back, x to the left of the patient"
@@ -41,16 +56,14 @@ class Volume:
             raise ValueError(
                 f'{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024'
             )
-        for name, ok in (('spacing', lambda v: 0 < v < 100), ('origin', np.isfinite)):
-            try:
-                v = tuple(map(float, np.atleast_1d(getattr(self, name)).tolist()))
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f'{name}={getattr(self, name)!r:.60}: give three numbers in mm, along z, y, x'
-                ) from None
-            if len(v) != 3 or not all(map(ok, v)):
-                raise ValueError(f'{name}={v}: give three numbers in mm, along z, y, x')
-            object.__setattr__(self, name, v)
+        spacing = _three_numbers('spacing', self.spacing)
+        if not all(0 < v < 100 for v in spacing):
+            raise ValueError(f'spacing={spacing}: {_THREE}')
+        origin = _three_numbers('origin', self.origin)
+        if not np.isfinite(origin).all():
+            raise ValueError(f'origin={origin}: {_THREE}')
+        object.__setattr__(self, 'spacing', spacing)
+        object.__setattr__(self, 'origin', origin)
 
     def voxel(self, place) -> np.ndarray:
         "Voxel numbers (..., 3), with fractions, of places in mm"
@@ -65,7 +78,9 @@ class Volume:
         return bool((v >= -0.5).all() and (v <= np.array(self.hu.shape) - 0.5).all())
 
     def __repr__(self):
-        return f'Volume of {" x ".join(map(str, self.hu.shape))} voxels of {" x ".join(f"{s:g}" for s in self.spacing)} mm (z, y, x)'
+        voxels = ' x '.join(map(str, self.hu.shape))
+        size = ' x '.join(f'{s:g}' for s in self.spacing)
+        return f'Volume of {voxels} voxels of {size} mm (z, y, x)'
 
 # %% ../../nbs/data/10_ct.ipynb #1810e26b
 WINDOWS = {  # name -> level, width in HU
@@ -124,20 +139,20 @@ def three_windows(
     "One axial slice through three windows as RGB (Shin et al. 2016)"
     if len(windows) != 3:
         raise ValueError(
-            f"windows={windows!r}: a picture has three colours, give three windows, such as ('lung', 'soft_tissue', 'bone')"
+            f'windows={windows!r}: a picture has three colours, '
+            "give three windows, such as ('lung', 'soft_tissue', 'bone')"
         )
-    k, last = round(float(volume.voxel((z, 0, 0))[0])), len(volume.hu) - 1
+    k = round(float(volume.voxel((z, 0, 0))[0]))
+    last = len(volume.hu) - 1
     if not 0 <= k <= last:
-        raise ValueError(
-            f'z={z} mm is outside the volume: its slices lie from {volume.mm((0, 0, 0))[0]:g} to {volume.mm((last, 0, 0))[0]:g} mm'
-        )
-    im, (high, wide) = (
-        _grey([window(volume.hu[k], w) for w in windows]),
-        np.array(volume.spacing[1:]) / min(volume.spacing[1:]),
-    )
-    return (
-        im if high == wide else im.resize((round(im.width * wide), round(im.height * high)), Image.Resampling.BICUBIC)
-    )
+        low, high = (volume.mm((edge, 0, 0))[0] for edge in (0, last))
+        raise ValueError(f'z={z} mm is outside the volume: its slices lie from {low:g} to {high:g} mm')
+    im = _grey([window(volume.hu[k], w) for w in windows])
+    high, wide = np.array(volume.spacing[1:]) / min(volume.spacing[1:])
+    if high == wide:
+        return im
+    size = (round(im.width * wide), round(im.height * high))
+    return im.resize(size, Image.Resampling.BICUBIC)
 
 # %% ../../nbs/data/10_ct.ipynb #bbe97406
 PLANES = {
@@ -161,13 +176,18 @@ def plane(
     if not (side > 0 and size >= 1):
         raise ValueError(f'side={side}, size={size}: give millimetres and pixels, such as 40 and 64')
     if place not in volume:
+        first = tuple(volume.mm((0, 0, 0)))
+        last = tuple(volume.mm(np.array(volume.hu.shape) - 1))
         raise ValueError(
-            f'{tuple(map(float, place))} is outside the {volume!r}, which reaches from {tuple(volume.mm((0, 0, 0)))} to {tuple(volume.mm(np.array(volume.hu.shape) - 1))} mm'
+            f'{tuple(map(float, place))} is outside the {volume!r}, which reaches from {first} to {last} mm'
         )
     more = max(1, round(side / size / min(volume.spacing)))  # points along a pixel
-    g = (np.arange(size * more) - (size * more - 1) / 2) * side / size / more
-    row, col = np.array(PLANES[which], float) if turn is None else np.array(PLANES[which]) @ np.asarray(turn)
-    at = volume.voxel(np.asarray(place, float) + g[:, None, None] * row + g[None, :, None] * col)
+    points = size * more
+    g = (np.arange(points) - (points - 1) / 2) * side / size / more
+    steps = np.array(PLANES[which], float)
+    row, col = steps if turn is None else steps @ np.asarray(turn)
+    places = np.asarray(place, float) + g[:, None, None] * row + g[None, :, None] * col
+    at = volume.voxel(places)
     hu = map_coordinates(volume.hu, at.transpose(2, 0, 1), np.float32, order=1, cval=-1000)
     return hu.reshape(size, more, size, more).mean((1, 3))
 
@@ -184,38 +204,56 @@ def three_planes(
     return _grey([window(plane(volume, place, p, side, size, turn), which) for p in PLANES])
 
 # %% ../../nbs/data/10_ct.ipynb #9e9d1adc
-def _oriented(hu, affine, name) -> Volume:
-    "A volume from an array and the map (4, 4) from its indices to mm along x (to the left), y (to the back), z (to the head)"
+_ZYX = (2, 1, 0)  # which of x, y, z
+
+
+def _axis_order(steps, name) -> list:
+    "Which axis of an array is z, y, x, from the mm (axis, 3) that a step along it goes; ValueError if none is"
+    size = np.linalg.norm(steps, axis=1)
+    if not (np.isfinite(steps).all() and (size > 0).all()):
+        raise ValueError(f'{name} does not say where its voxels are')
+    way = np.abs(steps / size[:, None])
+    order = [int(way[:, k].argmax()) for k in _ZYX]
+    along = way[order, _ZYX].clip(0, 1)
+    tilt = np.degrees(np.arccos(along).max())
+    if len(set(order)) < 3 or tilt > 0.6:
+        raise ValueError(
+            f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, "
+            'with nibabel.processing.resample_to_output or in a viewer'
+        )
+    return order
+
+
+def _oriented(
+    hu: np.ndarray,
+    affine: np.ndarray,  # (4, 4), from indices to mm: x to the left, y to the back, z to the head
+    name: str,  # For error messages
+) -> Volume:
+    "A volume from an array and where its voxels are"
     if hu.ndim == 4 and hu.shape[3] == 1:
         hu = hu[..., 0]
     if hu.ndim != 3:
         raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
     steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
-    size = np.linalg.norm(steps, axis=1)
-    if not (np.isfinite(steps).all() and (size > 0).all()):
-        raise ValueError(f'{name} does not say where its voxels are')
-    way = steps / size[:, None]
-    order = [int(np.abs(way[:, k]).argmax()) for k in (2, 1, 0)]  # which axis of the array is z, y, x
-    tilt = np.degrees(np.arccos(np.abs(way[order, [2, 1, 0]]).clip(0, 1)).max())
-    if len(set(order)) < 3 or tilt > 0.6:
-        raise ValueError(
-            f"{name} is tilted by {tilt:.1f} degrees against the patient's axes: resample it first, with nibabel.processing.resample_to_output or in a viewer"
-        )
+    order = _axis_order(steps, name)
     if not np.isfinite(hu).all():
-        raise ValueError(
-            f'{name}: {(~np.isfinite(hu)).sum()} voxels are no numbers. Set what was not measured to -1024 and save it again'
-        )
+        bad = (~np.isfinite(hu)).sum()
+        raise ValueError(f'{name}: {bad} voxels are no numbers. Set what was not measured to -1024 and save it again')
     if hu.min() >= 0:
         warn(
-            f'{name} has no value below 0, as if it held no air: if these are not Hounsfield units, every window shows something else'
+            f'{name} has no value below 0, as if it held no air: '
+            'if these are not Hounsfield units, every window shows something else'
         )
-    back = [steps[a, k] < 0 for a, k in zip(order, (2, 1, 0))]
-    corner = affine @ [*[(hu.shape[a] - 1) * back[order.index(a)] for a in range(3)], 1]
-    hu = hu.transpose(order)[tuple(slice(None, None, -1 if b else 1) for b in back)]
+    back = [steps[a, k] < 0 for a, k in zip(order, _ZYX)]
+    first = [(hu.shape[a] - 1) * back[order.index(a)] for a in range(3)]
+    corner = affine @ [*first, 1]
+    flips = tuple(slice(None, None, -1 if b else 1) for b in back)
+    turned = np.rint(hu.transpose(order)[flips]).clip(-1024, 32767)
+    size = np.linalg.norm(steps, axis=1)
     return Volume(
-        np.ascontiguousarray(np.rint(hu).clip(-1024, 32767).astype(np.int16)),
-        tuple(size[order]),
-        tuple(corner[[2, 1, 0]]),
+        hu=np.ascontiguousarray(turned.astype(np.int16)),
+        spacing=tuple(size[order]),
+        origin=tuple(corner[[*_ZYX]]),
     )
 
 # %% ../../nbs/data/10_ct.ipynb #20a49a70
@@ -225,7 +263,8 @@ def _check_voxels(shape):
     if n > LIMITS.voxels:
         size = ' x '.join(map(str, shape))
         raise ImageError(
-            f'it declares {size} voxels, more than {LIMITS.voxels / 1e6:.0f} million: cut out or resample the part that is needed'
+            f'it declares {size} voxels, more than {LIMITS.voxels / 1e6:.0f} million: '
+            'cut out or resample the part that is needed'
         )
 
 
@@ -236,11 +275,12 @@ _EXTENSIONS = 2**24  # bytes between the header and the voxels
 def _check_nifti(path):
     "`ImageError` for a NIfTI file that declares too much, from its first bytes"
     nibabel = extra_module('nibabel', 'ct')
-    with open_source(path, LIMITS.volume_bytes) as stream:
-        with gzip.open(stream) if path.name.endswith('.gz') else stream as f:
-            head = f.read(_NIFTI_HEAD)
+    unpack = gzip.open if path.name.endswith('.gz') else nullcontext
+    with open_source(path, LIMITS.volume_bytes) as stream, unpack(stream) as f:
+        head = f.read(_NIFTI_HEAD)
     kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-    size = next((n for n in kinds for order in ('little', 'big') if head[:4] == n.to_bytes(4, order)), None)
+    sizes = {n.to_bytes(4, order): n for n in kinds for order in ('little', 'big')}
+    size = sizes.get(head[:4])
     if size is None or len(head) < size:
         raise ImageError('cannot be read as NIfTI: its first bytes are others')
     header = kinds[size](head[:size], check=False)
@@ -272,35 +312,39 @@ def _one_series(slices, path):
     "ValueError if files are not the slices of one CT series"
     if not slices:
         raise ValueError(f'there are no DICOM files with an image and its position in {path}')
-    names = pd.Series(
-        [f'{s.get("SeriesInstanceUID", "")} {s.get("SeriesDescription", "")}'.strip() for s in slices]
-    ).value_counts()
-    if len(names) > 1:
-        raise ValueError(
-            f'{path} holds {len(names)} series: {"; ".join(f"{k} ({n} files)" for k, n in names.items())}. Put each into a folder of its own'
-        )
-    if (kind := slices[0].get('Modality')) != 'CT':
+    series = [f'{s.get("SeriesInstanceUID", "")} {s.get("SeriesDescription", "")}'.strip() for s in slices]
+    counts = pd.Series(series).value_counts()
+    if len(counts) > 1:
+        named = '; '.join(f'{k} ({n} files)' for k, n in counts.items())
+        raise ValueError(f'{path} holds {len(counts)} series: {named}. Put each into a folder of its own')
+    kind = slices[0].get('Modality')
+    if kind != 'CT':
         raise ValueError(f'{path} holds images of the kind {kind}, not CT: its values are not Hounsfield units')
     for key in ('Rows', 'Columns', 'PixelSpacing', 'ImageOrientationPatient'):
-        if len(found := {str(s.get(key)) for s in slices}) > 1:
+        found = sorted({str(s.get(key)) for s in slices})
+        if len(found) > 1:
             raise ValueError(
-                f'the slices in {path} differ in {key}: {", ".join(sorted(found)[:2])}. Take out those that do not belong to the series'
+                f'the slices in {path} differ in {key}: {", ".join(found[:2])}. '
+                'Take out those that do not belong to the series'
             )
 
 
 def _slice_step(at, path) -> float:
-    "The distance between slices in mm, from their sorted positions; ValueError for gaps and slices that are there twice"
+    "The distance between slices in mm, from their sorted positions; ValueError for gaps and doubled slices"
     if len(at) < 2:
         raise ValueError(f'{path} has one slice only: a volume needs two or more')
     steps = np.diff(at)
     step = float(np.median(steps))
     if steps.min() < 0.01:
         raise ValueError(
-            f'two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: take one of them out'
+            f'two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: '
+            'take one of them out'
         )
     if steps.max() > 1.5 * step:
+        k = int(steps.argmax())
         raise ValueError(
-            f'slices are missing in {path}: {at[k := int(steps.argmax())]:g} mm along the scan is followed by {at[k + 1]:g} mm, where the others are {step:g} mm apart'
+            f'slices are missing in {path}: {at[k]:g} mm along the scan is followed by {at[k + 1]:g} mm, '
+            f'where the others are {step:g} mm apart'
         )
     if np.ptp(steps) > max(0.02 * step, 0.02):
         raise ValueError(
@@ -309,6 +353,12 @@ def _slice_step(at, path) -> float:
     return float(at[-1] - at[0]) / (len(at) - 1)
 
 # %% ../../nbs/data/10_ct.ipynb #70b15a98
+def _hounsfield(s) -> np.ndarray:
+    "The values of a slice"
+    slope = np.float32(s.get('RescaleSlope', 1))
+    return s.pixel_array * slope + np.float32(s.get('RescaleIntercept', 0))
+
+
 def _load_series(path) -> Volume:
     "A volume from a folder with the files of a DICOM series"
     extra_module('pydicom', 'ct')
@@ -332,19 +382,16 @@ def _load_series(path) -> Volume:
     corners = np.array([s.ImagePositionPatient for s in slices], float)
     _slice_step(corners @ normal, path)
     try:
-        hu = np.stack(
-            [
-                s.pixel_array * np.float32(s.get('RescaleSlope', 1)) + np.float32(s.get('RescaleIntercept', 0))
-                for s in slices
-            ]
-        )
+        hu = np.stack([_hounsfield(s) for s in slices])
     except Exception as e:
         raise ValueError(
-            f'the images in {path} cannot be decoded: {e}. Compressed ones need pylibjpeg: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg'
+            f'the images in {path} cannot be decoded: {e}. Compressed ones need pylibjpeg: '
+            'pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg'
         ) from None
     down_mm, right_mm = map(float, slices[0].PixelSpacing)
+    step = (corners[-1] - corners[0]) / (len(corners) - 1)
     affine = np.eye(4)
-    affine[:3] = np.c_[(corners[-1] - corners[0]) / (len(corners) - 1), down * down_mm, right * right_mm, corners[0]]
+    affine[:3] = np.c_[step, down * down_mm, right * right_mm, corners[0]]
     return _oriented(hu, affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #385ae501
@@ -387,7 +434,8 @@ def _load_numpy(path, spacing) -> Volume:
     found = f.get('spacing', spacing)
     if found is None:
         raise ValueError(
-            f'{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, or save it with np.savez(path, hu=..., spacing=...)'
+            f'{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, '
+            'or save it with np.savez(path, hu=..., spacing=...)'
         )
     volume = Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
     if 'spacing' in f and spacing is not None and not np.allclose(volume.spacing, spacing):
@@ -414,7 +462,10 @@ def read_volume(
     path: str | Path,  # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
     spacing=None,  # mm along z, y, x, for a file that does not say it
 ) -> Volume:
-    "A CT volume in Hounsfield units, z to the head, y to the back, x to the left; ValueError if it cannot be read for certain"
+    """A CT volume in Hounsfield units, z to the head, y to the back, x to the left.
+
+    ValueError if it cannot be read for certain.
+    """
     path = Path(path)
     try:
         return _read_volume(path, spacing)

@@ -7,6 +7,7 @@ __all__ = ['LUNG_WINDOWS', 'candidate_pictures', 'average_views', 'froc_table', 
 
 # %% ../../nbs/data/12_ct_images.ipynb #e50cdafc
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +29,32 @@ def _rows(table, needed) -> pd.DataFrame:
     gone = [c for c in ('volume', *needed) if c not in t]
     if gone:
         raise ValueError(
-            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. A row is a volume (path) and {', '.join(needed)} in mm"
+            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. "
+            f'A row is a volume (path) and {", ".join(needed)} in mm'
         )
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
-    bad = np.flatnonzero(~np.isfinite(numbers.to_numpy()).all(1) | t.volume.isna())
+    known = np.isfinite(numbers.to_numpy()).all(1)
+    bad = np.flatnonzero(~known | t.volume.isna())
     if len(bad):
         raise ValueError(
-            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): {", ".join(needed)} are numbers in mm'
+            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): '
+            f'{", ".join(needed)} are numbers in mm'
         )
     return t.assign(**numbers).reset_index(drop=True)
 
 
 def _newest(path) -> float:
-    return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+    "When a volume, or one of its files, was changed last"
+    inside = path.iterdir() if path.is_dir() else ()
+    return max(p.stat().st_mtime for p in (path, *inside))
 
 
 def _name(volume, *numbers) -> str:
     "The beginning of a picture's name: volume, and a digest of it and of what is drawn"
     about = repr((str(volume), *map(float, numbers)))
-    return f'{Path(volume).name.split(".")[0]}_{hashlib.sha256(about.encode()).hexdigest()[:12]}'
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    stem = Path(volume).name.split('.')[0]
+    return f'{stem}_{digest[:12]}'
 
 # %% ../../nbs/data/12_ct_images.ipynb #33e5b2df
 def _check_volumes(t, folder):
@@ -63,13 +71,19 @@ def _due(rows, images, volume) -> list[dict]:
     "The rows of a volume whose pictures are not there, or older than the volume"
     age = _newest(volume)
     files = [images / name for name in rows.image]
-    there = [f.exists() and f.stat().st_mtime >= age for f in files]
-    return [row for row, done in zip(rows.to_dict('records'), there) if not done]
+    due = [not f.exists() or f.stat().st_mtime < age for f in files]
+    return rows[due].to_dict('records')
 
 
-def _draw_volume(rows, folder, images, draw):
+def _draw_volume(
+    rows: pd.DataFrame,  # Of one volume
+    folder: Path,  # That the path of the volume starts from
+    images: Path,  # Where pictures are written
+    draw: Callable,  # (volume, row) -> picture
+):
     "Make the pictures of one volume that are due"
-    volume = folder / rows.volume.iloc[0]
+    name = rows.volume.iloc[0]
+    volume = folder / name
     due = _due(rows, images, volume)
     if not due:
         return
@@ -78,23 +92,31 @@ def _draw_volume(rows, folder, images, draw):
         try:
             picture = draw(voxels, row)
         except ValueError as e:
-            raise ValueError(f'{rows.volume.iloc[0]}: {e}') from None
+            raise ValueError(f'{name}: {e}') from None
         with atomic_file(images / row['image']) as f:
             picture.save(f, format='PNG')
 
 
-def _render(t, folder, out, draw, label) -> pd.DataFrame:
+def _render(
+    t: pd.DataFrame,  # With the name of each picture in `image`
+    folder: str | Path,  # Folder that the paths of the volumes start from
+    out: str | Path,  # Folder for `images/` and `labels.csv`
+    draw: Callable,  # (volume, row) -> picture
+) -> pd.DataFrame:  # With the path of each picture in `image`
     "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
+    images = out / 'images'
     if find_column(t, GROUPS, needed=False) is None:  # the images of a volume stay together
         t = t.assign(group=t.volume)
     _check_volumes(t, folder)
+    volumes = list(t.groupby('volume', sort=False))
     with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
-        for _, rows in progress(list(t.groupby('volume', sort=False)), label=label):
-            _draw_volume(rows, folder, out / 'images', draw)
+        for _, rows in progress(volumes, label='volumes'):
+            _draw_volume(rows, folder, images, draw)
         with atomic_file(out / 'labels.csv') as f:
             write_csv(t, f)
-    return t.assign(image=[str(out / 'images' / i) for i in t.image])
+    return t.assign(image=[str(images / name) for name in t.image])
 
 # %% ../../nbs/data/12_ct_images.ipynb #8fd21598
 def _view(key, view, shift) -> tuple:
@@ -102,7 +124,8 @@ def _view(key, view, shift) -> tuple:
     if not view:
         return None, np.zeros(3)
     rng = np.random.default_rng([view, *key.encode()])
-    return Rotation.random(random_state=rng).as_matrix(), rng.uniform(-shift, shift, 3)
+    turn = Rotation.random(random_state=rng).as_matrix()
+    return turn, rng.uniform(-shift, shift, 3)
 
 
 def candidate_pictures(
@@ -113,40 +136,49 @@ def candidate_pictures(
     size: int = 64,  # Pixels a side
     window='soft_tissue',  # Name or (level, width)
     views: int = 1,  # Pictures a candidate; the first is not turned
+    *,
     shift: float = 3.0,  # mm: how far the other views are shifted at most
 ) -> pd.DataFrame:  # The table with `image` (path), `view`: for `build_learner`
     "A picture of three planes for each candidate point; those that are there already are kept"
     if not (isinstance(views, int) and views >= 1):
         raise ValueError(f'views={views!r}: give how many pictures each candidate gets, such as 1 or 10')
     t = _rows(table, ('x', 'y', 'z'))
-    t['image'] = [_name(r.volume, r.x, r.y, r.z, side, size, *get_window(window), shift) for r in t.itertuples()]
-    t = t.loc[np.repeat(t.index, views)].assign(view=np.tile(range(views), len(t))).reset_index(drop=True)
+    settings = (side, size, *get_window(window), shift)
+    t['image'] = [_name(r.volume, r.x, r.y, r.z, *settings) for r in t.itertuples()]
+    repeated = t.loc[np.repeat(t.index, views)]
+    which = np.tile(range(views), len(t))
+    t = repeated.assign(view=which).reset_index(drop=True)
     t['image'] += '-' + t.view.astype(str) + '.png'
 
-    def draw(volume, r):
-        turn, off = _view(r['image'], r['view'], shift)
-        return three_planes(volume, np.array([r['z'], r['y'], r['x']]) + off, side, size, window, turn)
+    def draw(volume, row):
+        turn, off = _view(row['image'], row['view'], shift)
+        place = np.array([row['z'], row['y'], row['x']]) + off
+        return three_planes(volume, place, side, size, window, turn)
 
-    return _render(t, folder, out, draw, 'volumes')
+    return _render(t, folder, out, draw)
 
 # %% ../../nbs/data/12_ct_images.ipynb #0283af65
 def average_views(
     table: pd.DataFrame,  # Predictions: `image, p_CLASS...`, perhaps more
 ) -> pd.DataFrame:  # A row a candidate: of its first view, with the mean of `p_CLASS...`
-    "Mean probability over the views of each candidate (Roth et al. 2014), from the names that `candidate_pictures` gives"
-    which = table.image.map(lambda i: Path(i).name).str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
+    "Mean probability over the views of each candidate (Roth et al. 2014), by the names of `candidate_pictures`"
+    names = table.image.map(lambda i: Path(i).name)
+    which = names.str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
     if which.isna().any():
         raise ValueError(
-            f'{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: which pictures are views of one candidate is not known'
+            f'{table.image[which.isna()].iloc[0]} was not named by candidate_pictures: '
+            'which pictures are views of one candidate is not known'
         )
-    probs = [f'p_{c}' for c in table_classes(table)]
-    out = table.assign(**table.groupby(which)[probs].transform('mean'))[~which.duplicated()].reset_index(drop=True)
-    out = out.drop(
-        columns=[c for c in ('decision', 'grade') if c in out]
-    )  # they were of one view: apply_decision makes those of the mean
-    return (
-        out.assign(prediction=[probs[i][2:] for i in out[probs].to_numpy().argmax(1)]) if 'prediction' in out else out
-    )
+    classes = table_classes(table)
+    probs = [f'p_{c}' for c in classes]
+    means = table.groupby(which)[probs].transform('mean')
+    out = table.assign(**means)[~which.duplicated()].reset_index(drop=True)
+    # these were of one view: apply_decision makes those of the mean
+    out = out.drop(columns=[c for c in ('decision', 'grade') if c in out])
+    if 'prediction' in out:
+        likeliest = out[probs].to_numpy().argmax(1)
+        out['prediction'] = [classes[i] for i in likeliest]
+    return out
 
 # %% ../../nbs/data/12_ct_images.ipynb #996c5bdc
 def froc_table(
@@ -156,25 +188,33 @@ def froc_table(
     n: int = 1000,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # A row a number of false alarms: sensitivity (value), low, high
-    "Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977); of the patients and places in the table: what a detector never proposed is not in it"
+    """Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977).
+
+    Of the patients and places in the table: what a detector never proposed is not in it.
+    """
     gone = [c for c in ('target', 'group', f'p_{found}') if c not in table]
     if gone:
         raise ValueError(
-            f"the table has no column '{gone[0]}': give predictions with their patients. The columns are {', '.join(map(str, table))}"
+            f"the table has no column '{gone[0]}': give predictions with their patients. "
+            f'The columns are {", ".join(map(str, table))}'
         )
-    if table.group.isna().any():
-        raise ValueError(f'{table.group.isna().sum()} candidates have no patient: false alarms are counted for each')
-    share = 1 / table.groupby('group').target.transform('size')  # of a patient, so that one drawn twice counts twice
+    unknown = table.group.isna().sum()
+    if unknown:
+        raise ValueError(f'{unknown} candidates have no patient: false alarms are counted for each')
+    # share of a patient, so that one drawn twice counts twice
+    share = 1 / table.groupby('group').target.transform('size')
 
     def sensitivity(y, score, share):
         order = np.argsort(-score)
-        last = np.r_[np.diff(score[order]) != 0, True]  # of those with one score
-        alarms, hits = np.cumsum(y[order] == 0)[last] / share.sum(), np.cumsum(y[order])[last] / (y.sum() or np.nan)
+        y, score = y[order], score[order]
+        last = np.r_[np.diff(score) != 0, True]  # of those with one score
+        alarms = np.cumsum(y == 0)[last] / share.sum()
+        hits = np.cumsum(y)[last] / (y.sum() or np.nan)
         return {a: hits[alarms <= a].max(initial=0.0) for a in at}
 
-    t = bootstrap(
-        sensitivity, table.target.eq(found).astype(int), table[f'p_{found}'], share, groups=table.group, n=n, seed=seed
-    )
+    truth = table.target.eq(found).astype(int)
+    score = table[f'p_{found}']
+    t = bootstrap(sensitivity, truth, score, share, groups=table.group, n=n, seed=seed)
     return t.rename_axis('false alarms a patient')
 
 # %% ../../nbs/data/12_ct_images.ipynb #f6380da4
@@ -188,6 +228,11 @@ def slice_pictures(
     windows=LUNG_WINDOWS,  # Three windows for red, green and blue
 ) -> pd.DataFrame:  # The table with `image` (path): for `build_learner`
     "A picture of three windows for each slice; those that are there already are kept"
-    t, levels = _rows(table, ('z',)), [v for w in windows for v in get_window(w)]
+    t = _rows(table, ('z',))
+    levels = [v for w in windows for v in get_window(w)]
     t['image'] = [_name(r.volume, r.z, *levels) + '.png' for r in t.itertuples()]
-    return _render(t, folder, out, lambda volume, r: three_windows(volume, r['z'], windows), 'volumes')
+
+    def draw(volume, row):
+        return three_windows(volume, row['z'], windows)
+
+    return _render(t, folder, out, draw)

@@ -87,7 +87,8 @@ def _bits(ds) -> int:
         raise ImageError(f'{bits} bits are stored for a value: 16 are read at most')
     if high is not None and int(high) != bits - 1:
         raise ImageError(
-            f'its values of {bits} bits end at bit {high}, not at {bits - 1}: such files are no longer written, convert it'
+            f'its values of {bits} bits end at bit {high}, not at {bits - 1}: '
+            'such files are no longer written, convert it'
         )
     return bits
 
@@ -131,7 +132,8 @@ def _grey(a, ds) -> np.ndarray:
         shown = eight_bits(a, 1)
     elif ds.PixelRepresentation:
         raise ImageError(
-            'signed values without a window do not say what is black and what is white: set WindowCenter and WindowWidth'
+            'signed values without a window do not say what is black and what is white: '
+            'set WindowCenter and WindowWidth'
         )
     else:
         if bits == 16:

@@ -26,9 +26,12 @@ from ..utils.files import unknown
 def _bright(im) -> tuple:
     "Where the brightest channel is well above black, boolean at a f-th of the size, and f"
     f = max(1, min(im.size) // 256)
-    r, g, b = (im.reduce(f) if f > 1 else im).split()
-    a = np.asarray(ImageChops.lighter(ImageChops.lighter(r, g), b))
-    return a > max(8.0, 0.12 * np.percentile(a, 99)), f
+    small = im.reduce(f) if f > 1 else im
+    red, green, blue = small.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    a = np.asarray(brightest)
+    black = max(8.0, 0.12 * np.percentile(a, 99))
+    return a > black, f
 
 
 def disc_box(
@@ -37,14 +40,19 @@ def disc_box(
 ) -> tuple[int, int, int, int]:  # left, top, right, bottom in pixels
     "The box around the retina disc; the whole image if no disc stands out"
     bright, f = _bright(im)
-    ys, xs = (np.flatnonzero(bright.mean(axis=i) > share) for i in (1, 0))
-    if len(ys) < 0.2 * bright.shape[0] or len(xs) < 0.2 * bright.shape[1]:
-        return (0, 0, *im.size)
-    left, top = int(xs[0]) * f, int(ys[0]) * f
-    right, bottom = min((int(xs[-1]) + 1) * f, im.width), min((int(ys[-1]) + 1) * f, im.height)
+    height, width = bright.shape
+    rows = np.flatnonzero(bright.mean(axis=1) > share)
+    columns = np.flatnonzero(bright.mean(axis=0) > share)
+    whole = (0, 0, *im.size)
+    if len(rows) < 0.2 * height or len(columns) < 0.2 * width:
+        return whole
+    left = int(columns[0]) * f
+    top = int(rows[0]) * f
+    right = min((int(columns[-1]) + 1) * f, im.width)
+    bottom = min((int(rows[-1]) + 1) * f, im.height)
     low, high = sorted((right - left, bottom - top))
     if high > LIMITS.ratio * low:  # a strip is no disc
-        return (0, 0, *im.size)
+        return whole
     return left, top, right, bottom
 
 
@@ -66,48 +74,69 @@ class Disc:
 
     @property
     def box(self) -> tuple:  # Left, top, right, bottom: a square
-        left, top, side = round(self.x - self.r), round(self.y - self.r), max(1, round(2 * self.r))
+        left, top = (round(v) for v in self.corner)
+        side = max(1, round(2 * self.r))
         return left, top, left + side, top + side
+
+    @property
+    def corner(self) -> tuple:  # x and y, with fractions
+        "The upper left corner of the box"
+        return self.x - self.r, self.y - self.r
 
     def scaled(self, k: float) -> 'Disc':
         return Disc(self.x * k, self.y * k, self.r * k, self.fit)
 
     def to_crop(self, points, size: int) -> np.ndarray:
         "Points (n, 2) of the image in the crop of `size` pixels"
-        return (np.asarray(points, float) - (self.x - self.r, self.y - self.r)) * (size / (2 * self.r))
+        scale = size / (2 * self.r)
+        return (np.asarray(points, float) - self.corner) * scale
 
     def from_crop(self, points, size: int) -> np.ndarray:
         "Points (n, 2) of a crop of `size` pixels in the image"
-        return np.asarray(points, float) * (2 * self.r / size) + (self.x - self.r, self.y - self.r)
+        scale = 2 * self.r / size
+        return np.asarray(points, float) * scale + self.corner
 
 # %% ../../nbs/data/07_fundus.ipynb #3a2f5970
-def _edge(bright) -> list:
-    "Points (n, 2) where rows, and where columns, enter and leave the disc; the border of the image is no edge"
-    out = []
-    for m, flip in ((bright, False), (bright.T, True)):
-        rows, n = np.flatnonzero(m.any(1)), m.shape[1]
-        first, last = m[rows].argmax(1), n - 1 - m[rows, ::-1].argmax(1)
-        p = np.concatenate([np.c_[first, rows][first > 0], np.c_[last, rows][last < n - 1]]).astype(float)
-        out.append(p[:, ::-1] if flip else p)
-    return out
+def _row_edge(bright) -> np.ndarray:
+    "Points (n, 2) where rows enter and leave the disc; the border of the image is no edge"
+    rows = np.flatnonzero(bright.any(1))
+    end = bright.shape[1] - 1
+    first = bright[rows].argmax(1)
+    last = end - bright[rows, ::-1].argmax(1)
+    entries = np.c_[first, rows][first > 0]
+    exits = np.c_[last, rows][last < end]
+    return np.concatenate([entries, exits]).astype(float)
+
+
+def _edge(bright) -> tuple:
+    "Points (n, 2) where rows, and where columns, enter and leave the disc"
+    rows = _row_edge(bright)
+    columns = _row_edge(bright.T)[:, ::-1]
+    return rows, columns
 
 # %% ../../nbs/data/07_fundus.ipynb #3df1a3e6
 def _circle(p) -> tuple:
     "Centre and radius by least squares (Kåsa 1976)"
-    (x, y, c), *_ = np.linalg.lstsq(np.c_[2 * p, np.ones(len(p))], (p**2).sum(1), rcond=None)
-    return x, y, float(np.sqrt(max(c + x * x + y * y, 1e-9)))
+    equations = np.c_[2 * p, np.ones(len(p))]
+    squares = (p**2).sum(1)
+    (x, y, c), *_ = np.linalg.lstsq(equations, squares, rcond=None)
+    r = np.sqrt(max(c + x * x + y * y, 1e-9))
+    return x, y, float(r)
 
 # %% ../../nbs/data/07_fundus.ipynb #afcb6f26
 def _fit_circle(start, points) -> tuple:
     "A circle through most of the points: (share of them on it, (x, y, r))"
-    c, before = _circle(start), None
+    circle = _circle(start)
+    before = None
     for _ in range(8):
-        off = np.abs(np.hypot(points[:, 0] - c[0], points[:, 1] - c[1]) - c[2])
-        on = off < max(1.5, 0.02 * c[2])
+        x, y, r = circle
+        distance = np.hypot(points[:, 0] - x, points[:, 1] - y)
+        on = np.abs(distance - r) < max(1.5, 0.02 * r)
         if on.sum() < 8 or np.array_equal(on, before):
             break  # too few, or the same points give the same circle
-        c, before = _circle(points[on]), on
-    return on.mean(), c
+        circle = _circle(points[on])
+        before = on
+    return on.mean(), circle
 
 
 def find_disc(
@@ -118,14 +147,22 @@ def find_disc(
     if not 0.03 < bright.mean() < 0.985:
         return None
     rows, columns = _edge(bright)
-    tries = [p for p in (rows, columns, np.concatenate([rows, columns])) if len(p) >= 8]
-    if not tries:
+    points = np.concatenate([rows, columns])
+    fits = [_fit_circle(p, points) for p in (rows, columns, points) if len(p) >= 8]
+    if not fits:
         return None
-    fit, (x, y, r) = max((_fit_circle(p, np.concatenate([rows, columns])) for p in tries), key=lambda t: t[0])
+    fit, (x, y, r) = max(fits, key=lambda found: found[0])
     if fit < 0.4 or not 0.2 < r / min(bright.shape) < 2:
         left, top, right, bottom = (v / f for v in disc_box(im))
-        x, y, r = (left + right - 1) / 2, (top + bottom - 1) / 2, max(right - left, bottom - top) / 2
-    return Disc((x + 0.5) * f, (y + 0.5) * f, (r + 0.5) * f, float(fit))
+        x = (left + right - 1) / 2
+        y = (top + bottom - 1) / 2
+        r = max(right - left, bottom - top) / 2
+    return Disc(
+        x=(x + 0.5) * f,
+        y=(y + 0.5) * f,
+        r=(r + 0.5) * f,
+        fit=float(fit),
+    )
 
 # %% ../../nbs/data/07_fundus.ipynb #0a2f7962
 def crop_disc(
@@ -135,11 +172,14 @@ def crop_disc(
     "The whole disc as a square, aspect kept; a photograph in which no disc stands out is padded to a square"
     disc = disc or find_disc(im)
     edge = max(im.size) if disc is None else round(2 * disc.r)
-    if edge**2 > 2 * LIMITS.pixels:  # a square around a long image takes more memory than the image
-        f = ceil(edge / (2 * LIMITS.pixels) ** 0.5)
-        im, disc = im.reduce(f), disc and disc.scaled(1 / f)
+    most = 2 * LIMITS.pixels
+    if edge**2 > most:  # a square around a long image takes more memory than the image
+        f = ceil(edge / most**0.5)
+        im = im.reduce(f)
+        disc = disc and disc.scaled(1 / f)
     if disc is None:
-        return ImageOps.pad(im, (max(im.size),) * 2)
+        side = max(im.size)
+        return ImageOps.pad(im, (side, side))
     return im.crop(disc.box)
 
 # %% ../../nbs/data/07_fundus.ipynb #24f0ace3
@@ -168,12 +208,16 @@ def correct_colour(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> tuple[Image.Image, Moments]:  # The image, and what undoes it
     "Bring mean and spread of each channel inside the disc to those of a usual photograph (Reinhard et al. 2001)"
-    a, lit = np.asarray(im, np.float32), np.asarray(im).max(2) > 8
+    usual = Moments(MEANS, SPREADS)
+    a = np.asarray(im, np.float32)
+    lit = np.asarray(im).max(2) > 8
     inside = a[disc_mask(im.width, INSIDE) & lit]
     if not len(inside):
-        return im, Moments(MEANS, SPREADS)
-    m = Moments(tuple(inside.mean(0).tolist()), tuple(np.maximum(inside.std(0), 2).tolist()))
-    return _moved(a, m, Moments(MEANS, SPREADS), lit), m
+        return im, usual
+    mean = inside.mean(0)
+    spread = np.maximum(inside.std(0), 2)
+    own = Moments(tuple(mean.tolist()), tuple(spread.tolist()))
+    return _moved(a, own, usual, lit), own
 
 # %% ../../nbs/data/07_fundus.ipynb #3bf49227
 def undo_colour(
@@ -185,32 +229,46 @@ def undo_colour(
     return _moved(a, Moments(MEANS, SPREADS), moments, a.max(2) > 0)
 
 
-def _moved(a, old, new, lit):
-    out = (a - np.float32(old.mean)) * (np.float32(new.spread) / np.float32(old.spread)) + np.float32(new.mean)
-    return Image.fromarray((out.round().clip(1, 255) * lit[..., None]).astype(np.uint8))
+def _moved(
+    a: np.ndarray,  # float32 (height, width, 3)
+    old: Moments,
+    new: Moments,
+    lit: np.ndarray,  # What is not black surround
+) -> Image.Image:
+    "An image with other means and spreads"
+    scale = np.float32(new.spread) / np.float32(old.spread)
+    out = (a - np.float32(old.mean)) * scale + np.float32(new.mean)
+    levels = out.round().clip(1, 255) * lit[..., None]
+    return Image.fromarray(levels.astype(np.uint8))
 
 # %% ../../nbs/data/07_fundus.ipynb #da0f5c50
 def correct_local(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> Image.Image:  # Grey where the local average is
     "Subtract the local average and bring contrast to one measure: only detail is left (after Graham 2015)"
-    f, n = max(1, im.width // 96), im.width
-    a, lit = np.asarray(im, np.float32), (np.asarray(im).max(2) > 8) & disc_mask(n, INSIDE)
+    n = im.width
+    lit = (np.asarray(im).max(2) > 8) & disc_mask(n, INSIDE)
+    detail = np.asarray(im, np.float32) - _local_average(im, lit)
+    spread = np.maximum(detail[lit].std(0), 1) if lit.any() else 1
+    levels = np.where(lit[..., None], detail * (30 / spread) + 128, 128)
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
+def _local_average(im, lit) -> np.ndarray:  # float32 (height, width, 3)
+    "What is around each pixel, over an eighth of the image; only what is lit counts"
+    n = im.width
+    f = max(1, n // 96)
     small = np.asarray(im.reduce(f) if f > 1 else im, np.float32)
-    there = (
-        np.asarray(
-            Image.fromarray(lit.astype(np.uint8) * 255).resize(small.shape[1::-1], Image.Resampling.BOX), np.float32
-        )
-        / 255
-    )
-    weight, s = gaussian_filter(there, small.shape[0] / 8) + 1e-3, small.shape[0] / 8
-    blurred = [
-        Image.fromarray(gaussian_filter(small[..., c] * there, s) / weight).resize((n, n), Image.Resampling.BILINEAR)
-        for c in range(3)
-    ]
-    d = a - np.stack([np.asarray(b) for b in blurred], -1)
-    spread = np.maximum(d[lit].std(0), 1) if lit.any() else 1
-    return Image.fromarray(np.where(lit[..., None], d * (30 / spread) + 128, 128).round().clip(0, 255).astype(np.uint8))
+    sigma = small.shape[0] / 8
+    mask = Image.fromarray(lit.astype(np.uint8) * 255)
+    there = np.asarray(mask.resize(small.shape[1::-1], Image.Resampling.BOX), np.float32) / 255
+    weight = gaussian_filter(there, sigma) + 1e-3
+    averages = []
+    for channel in range(3):
+        blurred = gaussian_filter(small[..., channel] * there, sigma) / weight
+        large = Image.fromarray(blurred).resize((n, n), Image.Resampling.BILINEAR)
+        averages.append(np.asarray(large))
+    return np.stack(averages, -1)
 
 
 def to_right(
@@ -218,7 +276,8 @@ def to_right(
     eye: str,  # 'left' or 'right'; other words leave it as it is
 ) -> Image.Image:
     "A left eye as its mirror image, so that all optic discs are on one side"
-    return ImageOps.mirror(im) if str(eye).strip().lower() in ('left', 'l', 'os') else im
+    is_left = str(eye).strip().lower() in ('left', 'l', 'os')
+    return ImageOps.mirror(im) if is_left else im
 
 # %% ../../nbs/data/07_fundus.ipynb #1e63e7e5
 @dataclass(frozen=True)
@@ -264,15 +323,19 @@ def read_disc(
 ) -> tuple[Image.Image, Disc | None]:  # (size, size), RGB; the disc in pixels of the file
     "A fundus photograph as a crop of its disc; None if no disc stands out and the whole picture was padded"
     size = check_size(size)
-    width, k = 0, 1.2
+    width = 0
+    k = 1.2
     while True:
         im = read_rgb(source, round(k * size / 2))  # a JPEG is k times as large or more
         disc = find_disc(im)
         if disc is None or 2 * disc.r >= size or im.width == width:
             break
-        width, k = im.width, 2 * k
+        width = im.width
+        k *= 2
     crop = crop_disc(im, disc).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return crop, disc and disc.scaled(_full_width(source) / im.width)
+    if disc is None:
+        return crop, None
+    return crop, disc.scaled(_full_width(source) / im.width)
 
 
 def _full_width(source) -> int:

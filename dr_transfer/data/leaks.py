@@ -45,17 +45,24 @@ def fine_detail(
     "What an image has besides its light: green, less the local average, in the inner part"
     a = np.asarray(im.getchannel('G'), np.float32)
     edge = round(0.17 * SIDE)  # the inscribed square of a retina disc
-    a = (a - gaussian_filter(a, SIDE / 16, mode='nearest'))[edge:-edge, edge:-edge]
-    spread = a.std()
-    return Image.fromarray((a * (48 / spread) + 128).clip(0, 255).astype(np.uint8)) if spread > 0.5 else None
+    light = gaussian_filter(a, SIDE / 16, mode='nearest')
+    inner = (a - light)[edge:-edge, edge:-edge]
+    spread = inner.std()
+    if spread <= 0.5:
+        return None
+    levels = inner * (48 / spread) + 128
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def detail_hash(
     im: Image.Image,  # (96, 96), RGB
 ) -> np.ndarray:  # (32,) bytes; all nought for an image of one colour
     "Perceptual hash (Zauner 2010, by `imagehash`) of the fine detail: 256 bits"
-    d = fine_detail(im)
-    return np.zeros(BITS // 8, np.uint8) if d is None else np.packbits(imagehash.phash(d, hash_size=16).hash)
+    detail = fine_detail(im)
+    if detail is None:
+        return np.zeros(BITS // 8, np.uint8)
+    bits = imagehash.phash(detail, hash_size=16).hash
+    return np.packbits(bits)
 
 # %% ../../nbs/data/18_leaks.ipynb #0f1ce22a
 MOST = 40  # bits that may differ between near copies, of 256
@@ -63,7 +70,8 @@ MOST = 40  # bits that may differ between near copies, of 256
 
 def _signs(hashes) -> np.ndarray:
     "Bits as -1 and 1, so that a product counts those that agree; nought for images of one colour"
-    return (np.unpackbits(hashes, axis=1).astype(np.float32) * 2 - 1) * hashes.any(1)[:, None]
+    bits = np.unpackbits(hashes, axis=1).astype(np.float32)
+    return (bits * 2 - 1) * hashes.any(1)[:, None]
 
 
 def near_pairs(
@@ -78,8 +86,9 @@ def near_pairs(
     for a in range(0, len(x), 1000):
         alike = x[a : a + 1000] @ x[a:].T
         i, j = np.nonzero(alike >= BITS - 2 * most)
-        later = j > i
-        found.append(np.c_[a + i, a + j, (BITS - alike[i, j]) / 2][later].astype(np.int64))
+        differ = (BITS - alike[i, j]) / 2
+        pairs = np.c_[a + i, a + j, differ]
+        found.append(pairs[j > i].astype(np.int64))
     return np.concatenate(found)
 
 # %% ../../nbs/data/18_leaks.ipynb #fc2b12b7
@@ -130,13 +139,16 @@ def find_copies(
 ) -> pd.DataFrame:  # Row numbers `a`, `b`; `kind`; `bits` that differ
     "Pairs of images with the same bytes or nearly the same picture"
     hashes, content = image_hashes(image_list(sources), reader, folder)
-    once, where = np.unique(content, return_index=True)
-    near = near_pairs(hashes[where], most)
+    _, where = np.unique(content, return_index=True)
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
-    pairs = [(g[0], b, 'same file', 0) for g in same for b in g[1:]] + [
-        (*sorted((where[i], where[j])), 'near copy', d) for i, j, d in near
-    ]
-    return pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits']).sort_values(['a', 'b'], ignore_index=True)
+    pairs = []
+    for first, *others in same:
+        pairs += [(first, other, 'same file', 0) for other in others]
+    for i, j, bits in near_pairs(hashes[where], most):
+        a, b = sorted((where[i], where[j]))
+        pairs.append((a, b, 'near copy', bits))
+    table = pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits'])
+    return table.sort_values(['a', 'b'], ignore_index=True)
 
 # %% ../../nbs/data/18_leaks.ipynb #15947275
 def nearest_bits(
@@ -148,7 +160,9 @@ def nearest_bits(
     "In how many bits each image differs from the nearest of other images"
     if not len(sources) or not len(seen):
         return np.full(len(sources), BITS)
-    x, known = _signs(image_hashes(sources, reader, folder)[0]), _signs(seen).T
+    hashes, _ = image_hashes(sources, reader, folder)
+    x = _signs(hashes)
+    known = _signs(seen).T
     alike = np.concatenate([(x[a : a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
     return np.where(x.any(1), (BITS - alike) / 2, BITS).astype(int)
 
@@ -170,27 +184,37 @@ def joined_groups(
 ) -> np.ndarray:  # (n,) numbers: images with the same one belong together
     "Groups, with those joined that share copies"
     g = group_codes(groups, len(groups))
-    edges = coo_array((np.ones(len(copies)), (g[copies.a], g[copies.b])), shape=(g.max() + 1,) * 2)
-    return connected_components(edges, directed=False)[1][g]
+    n = g.max() + 1
+    ends = (g[copies.a], g[copies.b])
+    edges = coo_array((np.ones(len(copies)), ends), shape=(n, n))
+    _, parts = connected_components(edges, directed=False)
+    return parts[g]
 
 # %% ../../nbs/data/18_leaks.ipynb #ccbc0ed0
 class Together:
-    "For `task_table`: images that must be on one side, by their group and their copies; `copies` are those of the last table"
+    """For `task_table`: images that must be on one side, by their group and their copies.
+
+    `copies` are those of the last table.
+    """
 
     def __init__(self, reader: str = 'photo'):
-        self.reader, self.copies = reader, None
+        self.reader = reader
+        self.copies = None
 
     def __call__(self, table) -> list:
         "A name for what belongs together, None for an image that is alone"
         self.copies = find_copies(table.image.tolist(), self.reader)
-        t = pd.DataFrame(
-            {'code': joined_groups(table.group, self.copies), 'group': list(table.group), 'image': list(table.image)}
-        )
+        codes = joined_groups(table.group, self.copies)
+        t = pd.DataFrame({'code': codes, 'group': list(table.group), 'image': list(table.image)})
         known = t[t.group.notna()].groupby('code').group.first()  # the first group that has a name
         copied = t[t.code.duplicated(keep=False)].groupby('code').image.first()
-        return [
-            known[c] if c in known.index else f'copies of {copied[c]}' if c in copied.index else None for c in t.code
-        ]
+
+        def name(code):
+            if code in known.index:
+                return known[code]
+            return f'copies of {copied[code]}' if code in copied.index else None
+
+        return [name(code) for code in t.code]
 
 # %% ../../nbs/data/18_leaks.ipynb #55953fb0
 def file_facts(
@@ -243,17 +267,13 @@ class LeakReport:
     confounders: pd.DataFrame  # From `confounders`
 
     def __str__(self):
-        n = self.leaks.kind.value_counts().to_dict()
-        lines = [
-            f'{", ".join(f"{n[k]} x {k}" for k in n) or "nothing"} on two sides of the split; {len(self.copies)} more pairs of copies'
-        ]
-        lines += [
-            f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})' for r in self.leaks.head(10).itertuples()
-        ]
-        lines += [
-            f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}"
-            for r in self.confounders.itertuples()
-        ]
+        counts = self.leaks.kind.value_counts().to_dict()
+        found = ', '.join(f'{n} x {kind}' for kind, n in counts.items()) or 'nothing'
+        lines = [f'{found} on two sides of the split; {len(self.copies)} more pairs of copies']
+        for r in self.leaks.head(10).itertuples():
+            lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})')
+        for r in self.confounders.itertuples():
+            lines.append(f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}")
         return '\n'.join(lines)
 
 # %% ../../nbs/data/18_leaks.ipynb #60fe5bde
@@ -263,11 +283,10 @@ def split_leaks(
 ) -> pd.DataFrame:  # `kind, first, second, sides, how`, a row a pair
     "What stands on two sides of a split: groups (patients; one pair of images each), files, pictures"
     t = table.reset_index(drop=True)
-    pairs = [
-        (r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ')
-        for r in copies.itertuples()
-        if t.split[r.a] != t.split[r.b]
-    ]
+    pairs = []
+    for r in copies.itertuples():
+        if t.split[r.a] != t.split[r.b]:
+            pairs.append((r.kind, r.a, r.b, f'{r.bits} of {BITS} bits differ'))
     first = t[t.group.notna()].reset_index().groupby(['group', 'split'], sort=False)['index'].first()
     for g, rows in first.groupby(level=0, sort=False):
         pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
@@ -284,7 +303,8 @@ def leak_report(
     folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
 ) -> LeakReport:
     "Patients, copies and near copies on two sides of a split, and columns that say something of the label"
-    t, copies = table.reset_index(drop=True), find_copies(table.image.tolist(), reader, folder=folder)
+    t = table.reset_index(drop=True)
+    copies = find_copies(table.image.tolist(), reader, folder=folder)
     inside = copies[[t.split[a] == t.split[b] for a, b in zip(copies.a, copies.b)]] if len(copies) else copies
     names = t.image.map(source_name)
     inside = pd.DataFrame(
@@ -297,8 +317,10 @@ def leak_report(
     )
     own = with_data_names(t, KNOWN)
     facts = own[data_columns(own)].join(file_facts(t.image))
-    leaks = split_leaks(t, copies) if t.split.notna().any() else split_leaks(t[:0], copies[:0])
-    return LeakReport(leaks, inside, confounders(facts, t['target' if 'target' in t else 'label']))
+    is_split = t.split.notna().any()
+    leaks = split_leaks(t, copies) if is_split else split_leaks(t[:0], copies[:0])
+    label = 'target' if 'target' in t else 'label'
+    return LeakReport(leaks, inside, confounders(facts, t[label]))
 
 # %% ../../nbs/data/18_leaks.ipynb #c6c645b9
 class LeakError(SplitError):
@@ -312,10 +334,12 @@ def check_leaks(
     if not len(leaks):
         return
     pairs = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
+    more = ' ...' if len(leaks) > 3 else ''
     advice = leaks.attrs.get('advice') or split_advice(leaks)
     raise LeakError(
-        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{" ..." if len(leaks) > 3 else ""}. {advice}, or put '
-        'each pair into one of train and valid; allow_leaks=True (--allow-leaks) goes on, and is written into the record'
+        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{more}. '
+        f'{advice}, or put each pair into one of train and valid; '
+        'allow_leaks=True (--allow-leaks) goes on, and is written into the record'
     )
 
 # %% ../../nbs/data/18_leaks.ipynb #078b2723
@@ -324,7 +348,8 @@ def note_contradictions(
     copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
 ):
     "Note in `attrs['notes']` which identical files have two classes"
-    t, same = table.reset_index(drop=True), copies[copies.kind == 'same file']
+    t = table.reset_index(drop=True)
+    same = copies[copies.kind == 'same file']
     pairs = [(a, b) for a, b in zip(same.a, same.b) if t.target[a] != t.target[b]]
     if not pairs:
         return
@@ -345,10 +370,15 @@ def split_data(
     valid: float = 0.2,  # Share of the images for validation
     seed: int = 42,  # Another seed, another split
     allow_leaks: bool = False,  # Go on with a split whose sides know one another?
+    *,
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
 ) -> pd.DataFrame:  # As from `task_table`; `attrs['leaks']`: pairs of each kind
-    "Label, encode and split with groups and copies kept together; `LeakError` if the data come with a split that does not"
-    together, seed = Together(task.reader), check_seed(seed)
+    """Label, encode and split with groups and copies kept together.
+
+    `LeakError` if the data come with a split that does not.
+    """
+    together = Together(task.reader)
+    seed = check_seed(seed)
     table = task_table(data, goal, labels, valid, seed, together, group_col)
     note_contradictions(table, together.copies)
     leaks = split_leaks(table, together.copies)

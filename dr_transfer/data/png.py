@@ -20,15 +20,22 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # color type of the header -> channe
 def _unpacked_bytes(stream: BinaryIO) -> tuple[int, int]:
     "Bytes that the rows of a PNG have, and that they should have; (0, 0) for an interlaced one"
     stream.seek(8)
-    unpack, found, wanted = zlib.decompressobj(), 0, 0
+    unpack = zlib.decompressobj()
+    found = 0
+    wanted = 0
     while head := stream.read(8):
-        length, kind = int.from_bytes(head[:4], 'big'), head[4:]
+        length = int.from_bytes(head[:4], 'big')
+        kind = head[4:]
         data = stream.read(length + 4)[:length]
         if kind == b'IHDR':
-            width, height = int.from_bytes(data[:4], 'big'), int.from_bytes(data[4:8], 'big')
-            if data[12]:
+            width = int.from_bytes(data[:4], 'big')
+            height = int.from_bytes(data[4:8], 'big')
+            interlaced = data[12]
+            if interlaced:
                 return 0, 0
-            wanted = height * (1 + -(-width * data[8] * _CHANNELS[data[9]] // 8))
+            bits = width * data[8] * _CHANNELS[data[9]]
+            row = 1 + (bits + 7) // 8  # it begins with the number of its filter
+            wanted = height * row
         if kind == b'IDAT':
             found += len(unpack.decompress(data))
     return found, wanted
@@ -39,7 +46,10 @@ def check_png_rows(
     stream: BinaryIO,  # The file it comes from
 ):
     "An `ImageError` for a PNG that lacks rows"
-    if im.format != 'PNG' or im.crop((0, im.height - 1, im.width, im.height)).getbbox():
+    if im.format != 'PNG':
+        return
+    last_row = im.crop((0, im.height - 1, im.width, im.height))
+    if last_row.getbbox():
         return
     found, wanted = _unpacked_bytes(stream)
     if found < wanted:

@@ -136,7 +136,8 @@ def _finished(out: Path, how: Preparation) -> dict:
     bad = rows.count(None)
     if bad:
         warn(
-            f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their photographs are prepared again'
+            f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): '
+            'their photographs are prepared again'
         )
     return {r['image']: r for r in rows if r is not None}
 
@@ -267,7 +268,8 @@ def _run(job: _Job, workers: int | None) -> list[dict]:
         pool.shutdown(cancel_futures=True)
     if lost:
         warn(
-            f'{len(lost)} results in {job.out} had been changed or removed since they were made (first: {lost[0]}): they were made again'
+            f'{len(lost)} results in {job.out} had been changed or removed since they were made '
+            f'(first: {lost[0]}): they were made again'
         )
     return rows
 

@@ -44,7 +44,8 @@ def _need_two(t):
         raise SplitError(f"only one class, '{n.index[0]}': a classifier needs two. Is the folder one level too deep?")
     if n.min() < 2:
         raise SplitError(
-            f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. Add images, or leave the class out"
+            f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. "
+            'Add images, or leave the class out'
         )
 
 # %% ../../nbs/data/15_split.ipynb #c04d6176
@@ -102,7 +103,10 @@ def split_advice(
 ) -> str:
     "What to do about a split that came with the data"
     if table.attrs.get('split_from') == 'folders':
-        return 'Move their images into one of the folders train, valid and test, or make class folders without these above them'
+        return (
+            'Move their images into one of the folders train, valid and test, '
+            'or make class folders without these above them'
+        )
     return "Empty the column 'split' to have a split made that keeps them together"
 
 

@@ -9,7 +9,8 @@ __all__ = ['IMAGE_SUFFIXES', 'MOST_NAME', 'DATA', 'KNOWN', 'SPLITS', 'find_image
 # %% ../../nbs/data/13_table.ipynb #d93bb901
 import hashlib
 import os
-from dataclasses import replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +36,9 @@ from ..utils.places import OutputError
 # %% ../../nbs/data/13_table.ipynb #08a82432
 def _is_data(folder: Path) -> bool:
     "Is a folder read as data? Not if it is an output of ours, such as a run with its plots"
-    return not os.path.lexists(folder / MARKER) or output_kind(folder) in ('', *DATA_KINDS)
+    if not os.path.lexists(folder / MARKER):
+        return True
+    return output_kind(folder) in ('', *DATA_KINDS)
 
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', *DICOM_SUFFIXES)
@@ -45,20 +48,24 @@ def find_images(
     folder: str | Path,  # Where to look, however deep
 ) -> list[Path]:  # Sorted paths
     "All image files below `folder` by their suffix; hidden ones, and what we wrote ourselves, are left out"
-    folder, found = Path(folder), []
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'{folder} is not a folder: give the folder that holds the images')
     if not _is_data(folder):
         raise OutputError(
-            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: give the folder that holds the images'
+            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: '
+            'give the folder that holds the images'
         )
 
     def _refuse(e):
         raise ValueError(f'{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder')
 
+    found = []
     for root, dirs, files in os.walk(folder, onerror=_refuse):
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(Path(root) / d))
-        found += [Path(root) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith('.')]
+        root = Path(root)
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(root / d))
+        visible = [f for f in files if not f.startswith('.')]
+        found += [root / f for f in visible if f.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(found)
 
 # %% ../../nbs/data/13_table.ipynb #e30c165b
@@ -67,30 +74,61 @@ MOST_NAME = 4096  # characters of an image's name: no file has a longer path
 
 def _forms(name) -> list:
     "The ways in which a file may be named by a cell: as it stands, without spaces around it, with `/` for `\\`"
-    return list(dict.fromkeys((name, name.strip(), name.strip().replace('\\', '/'))))
+    bare = name.strip()
+    forms = (name, bare, bare.replace('\\', '/'))
+    return list(dict.fromkeys(forms))
+
+
+@dataclass(frozen=True)
+class _Files:
+    "The files below a folder, by what a CSV may call them"
+
+    folder: Path
+    by_path: dict  # Path below the folder, or absolute -> file
+    by_name: dict  # Name, with and without suffix -> files
+    homes: Counter  # Folder -> how many files of the CSV may be in it
+
+    def one(self, name) -> Path | None:
+        "The file of one name; ValueError if it could be two"
+        if name in self.by_path:
+            return self.by_path[name]
+        if os.path.isabs(name) and os.path.isfile(name):
+            return Path(name)
+
+        def votes(file):
+            return self.homes[str(file.parent)]
+
+        found = sorted(self.by_name.get(name, []), key=votes, reverse=True)
+        if not found:
+            return None
+        first, *others = found
+        if others and votes(first) == votes(others[0]):
+            raise ValueError(
+                f"'{name}' could be {first} or {others[0]}: write the path below {self.folder} into the CSV"
+            )
+        return first
+
+    def locate(self, name) -> Path | None:
+        "The file of a cell, in the first of its forms that names one"
+        for form in _forms(name):
+            file = self.one(form)
+            if file is not None:
+                return file
+        return None
 
 
 def _locate(names, folder, files) -> list:
     "The file for each name in a CSV, or None"
-    rel = {k: f for f in files for k in (f.relative_to(folder).as_posix(), f.absolute().as_posix())}
-    by = {}
+    by_path = {}
+    by_name = defaultdict(list)
     for f in files:
+        by_path[f.relative_to(folder).as_posix()] = f
+        by_path[f.absolute().as_posix()] = f
         for key in dict.fromkeys((f.name, f.stem)):
-            by.setdefault(key, []).append(f)
-    homes = pd.Series([str(f.parent) for n in names for f in by.get(n.strip(), [])], dtype=str).value_counts()
-    return [next(filter(None, (_one_file(form, rel, by, homes, folder) for form in _forms(n))), None) for n in names]
-
-
-def _one_file(name, rel, by, homes, folder) -> Path | None:
-    "The file of one name; ValueError if it could be two"
-    if name in rel:
-        return rel[name]
-    if os.path.isabs(name) and os.path.isfile(name):
-        return Path(name)
-    found = sorted(by.get(name, []), key=lambda f: -homes.get(str(f.parent), 0))
-    if len(found) > 1 and homes.get(str(found[0].parent), 0) == homes.get(str(found[1].parent), 0):
-        raise ValueError(f"'{name}' could be {found[0]} or {found[1]}: write the path below {folder} into the CSV")
-    return found[0] if found else None
+            by_name[key].append(f)
+    homes = Counter(str(f.parent) for name in names for f in by_name.get(name.strip(), []))
+    known = _Files(folder, by_path, by_name, homes)
+    return [known.locate(name) for name in names]
 
 # %% ../../nbs/data/13_table.ipynb #1bab8a7a
 DATA = 'data_'  # begins the name of every column that the user brought
@@ -340,44 +378,63 @@ def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, Grou
         return _read(read_labels(df), image_col, label_col, group_col)
     labels = df.drop(columns=['group', 'target'], errors='ignore')  # a target there is the library's own
     t, _ = _read(read_labels(labels), image_col, label_col, 'none')
-    return t.assign(group=df.loc[df.notna().any(axis=1), 'group'].tolist()), before
+    not_blank = df.notna().any(axis=1)
+    t['group'] = df.loc[not_blank, 'group'].tolist()
+    return t, before
 
 # %% ../../nbs/data/13_table.ipynb #f84f0fbe
+def _no_label(cell) -> bool:
+    "Is a cell missing (None or NaN) or blank?"
+    return cell is None or cell != cell or not str(cell).strip()
+
+
 def _splits(split) -> pd.Series:
     "The names of splits in their usual spellings, as train, valid and test"
-    clean = split.map(lambda s: None if s is None or s != s or not str(s).strip() else str(s).strip().lower()).astype(
-        object
-    )
+
+    def lower(cell):
+        return None if _no_label(cell) else str(cell).strip().lower()
+
+    clean = split.map(lower).astype(object)
     odd = clean[clean.notna() & ~clean.isin(SPLITS)]
     if len(odd):
         raise ValueError(f"the column 'split' has a '{some(odd[:1])}': write train, valid or test, or leave it empty")
-    return clean.map(lambda s: SPLITS.get(s)).astype(object)
+    return clean.map(SPLITS.get).astype(object)
 
 
 def _dicom_columns(t) -> pd.DataFrame:
     "What DICOM files say of patient, eye and camera, where the table does not say it"
     facts = {i: dicom_facts(p) for i, p in t.image.items() if is_dicom(p)}
-    for fact, c in (('group', 'group'), ('eye', f'{DATA}eye'), ('camera', f'{DATA}camera')) if facts else ():
-        said = pd.Series({i: f[fact] for i, f in facts.items()}, dtype=object).reindex(t.index)
-        t[c] = t[c].where(t[c].notna(), said) if c in t else said
+    if not facts:
+        return t
+    columns = {'group': 'group', 'eye': f'{DATA}eye', 'camera': f'{DATA}camera'}
+    for fact, column in columns.items():
+        said = pd.Series({i: f[fact] for i, f in facts.items()}, dtype=object)
+        said = said.reindex(t.index)
+        if column in t:
+            said = t[column].where(t[column].notna(), said)
+        t[column] = said
     return t
 
 # %% ../../nbs/data/13_table.ipynb #e4d61026
 def _one_row_each(t) -> pd.DataFrame:
     "One row for each image; ValueError if two rows of an image differ in label, group or split"
     keys = {
-        'label': t.label.map(lambda l: None if l is None else str(l).strip()),
+        'label': t.label.map(lambda label: None if label is None else str(label).strip()),
         'group': t.group.map(group_key),
         'split': t['split'],
     }
     for column, values in keys.items():
         n = values.groupby(t.image).nunique(dropna=False)
         twice = n.index[n > 1]
-        if len(twice):
-            rows = t._row[t.image == twice[0]] if '_row' in t else []
-            where = f' (first in rows {", ".join(map(str, rows))})' if len(rows) else ''
-            raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
-    return t.drop_duplicates('image').drop(columns='_row', errors='ignore').sort_values('image', ignore_index=True)
+        if not len(twice):
+            continue
+        where = ''
+        if '_row' in t:
+            rows = t._row[t.image == twice[0]]
+            where = f' (first in rows {", ".join(map(str, rows))})'
+        raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
+    t = t.drop_duplicates('image').drop(columns='_row', errors='ignore')
+    return t.sort_values('image', ignore_index=True)
 
 
 def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
@@ -387,7 +444,7 @@ def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
     t = _dicom_columns(t)
     if source.none:
         t['group'] = None
-    n = int((t.group.notna() & ~own).sum())
+    n = int((t.group.notna() & ~own).sum())  # by DICOM files alone
     source = replace(described(source, t.group), dicom=max(n, source.dicom))
     t['group'] = pd.Series(same_groups(t.group), t.index, dtype=object)
     return t, source
@@ -399,25 +456,27 @@ def _reasons(aside) -> list[str]:
 
 def _names_digest(images) -> str:
     "A hash of the names of images, in any order"
-    return hashlib.sha256('\0'.join(sorted(map(str, images))).encode(errors='surrogateescape')).hexdigest()
+    names = '\0'.join(sorted(map(str, images)))
+    return hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()
 
 
 def _finish(t, verify, source, aside) -> pd.DataFrame:
     "Sort, set aside what cannot be used, and bring into the one form"
     split = t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)
     t = _one_row_each(t.assign(image=t.image.map(str), split=_splits(split)))
-    reason = pd.Series(image_errors(t.image.tolist()) if verify else '', index=t.index, dtype=object)
-    no_label = t.label.map(lambda l: l is None or l != l or not str(l).strip())
+    errors = image_errors(t.image.tolist()) if verify else ''
+    reason = pd.Series(errors, index=t.index, dtype=object)
+    no_label = t.label.map(_no_label)
     reason = reason.mask((reason == '') & no_label, 'no label')
-    aside = [
-        *aside,
-        *t.assign(reason=reason)[reason != ''][['image', 'label', 'reason']].astype(str).to_dict('records'),
-    ]
+    unusable = t.assign(reason=reason)[reason != '']
+    found = unusable[['image', 'label', 'reason']].astype(str)
+    aside = [*aside, *found.to_dict('records')]
     t, source = _with_groups(t[reason == ''].reset_index(drop=True), source)
     if not len(t):
         raise ValueError(f'none of {len(aside)} images can be used: {some(_reasons(aside))}')
-    t['label'] = t.label.map(lambda l: str(l).strip())
-    t = t[['image', 'label', 'group', 'split', *(c for c in t if c not in KNOWN)]]
+    t['label'] = t.label.map(lambda label: str(label).strip())
+    others = [c for c in t if c not in KNOWN]
+    t = t[['image', 'label', 'group', 'split', *others]]
     checked = _names_digest(t.image) if verify else ''
     t.attrs = {
         'checked': checked,

@@ -63,9 +63,9 @@ def encode_target(
 ) -> pd.DataFrame:  # The table with a column `target`
     "Add the class of each image; a label that the target does not know is an error"
 
-    def one(l):
+    def one(label):
         try:
-            c = target.of(l)
+            c = target.of(label)
         except (KeyError, ValueError):
             return None
         return c if target.classes is None or c in target.classes else None
@@ -73,7 +73,7 @@ def encode_target(
     t = table.assign(target=table.label.map(one).astype(object))
     bad = t[t.target.isna()]
     if len(bad):
-        what = ', '.join(f"'{l}'" for l in bad.label.unique()[:5])
+        what = ', '.join(f"'{label}'" for label in bad.label.unique()[:5])
         raise ValueError(
             f'{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). '
             f'Known: {target.labels or ", ".join(target.classes)}. Correct the labels, or leave these rows out'
@@ -238,6 +238,7 @@ def task_dataloaders(
     mean=(0.5, 0.5, 0.5),  # Mean of the backbone's normalisation
     std=(0.5, 0.5, 0.5),  # Spread of the backbone's normalisation
     num_workers: int = 0,  # Processes that read images; 0: none
+    *,
     device=None,  # Where batches go; fastai's default if None
     weights=None,  # How often each image of the table is drawn; alike if None
 ) -> DataLoaders:  # `train` and `valid`

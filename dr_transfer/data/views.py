@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,40 @@ import torch
 from torch import nn
 
 # %% ../../nbs/data/09_views.ipynb #e43f7f2e
-def _turn(k):
-    return lambda x: torch.rot90(x, k, (-2, -1))
+def _same(x):
+    return x
+
+
+def _mirrored(x):
+    return x.flip(-1)
+
+
+def _turn(x, k: int):
+    "Turned by `k` right angles"
+    return torch.rot90(x, k, (-2, -1))
 
 
 def _near(x, share: float = 0.78):
     "The middle of a batch (..., height, width), `share` of each side, at full size"
-    edge = [round(n * (1 - share) / 2) for n in x.shape[-2:]]
-    middle = x[..., edge[0] : x.shape[-2] - edge[0], edge[1] : x.shape[-1] - edge[1]]
+    height, width = x.shape[-2:]
+    top, left = (round(n * (1 - share) / 2) for n in (height, width))
+    middle = x[..., top : height - top, left : width - left]
     flat = middle.reshape(-1, 1, *middle.shape[-2:]).float()
-    out = nn.functional.interpolate(flat, x.shape[-2:], mode='bilinear', antialias=True).reshape(x.shape)
-    return (out if x.is_floating_point() else out.round()).to(x.dtype)
+    out = nn.functional.interpolate(flat, (height, width), mode='bilinear', antialias=True)
+    if not x.is_floating_point():
+        out = out.round()
+    return out.reshape(x.shape).to(x.dtype)
 
 
-VIEWS = {
-    'none': (lambda x: x,),  # name -> functions of a batch (..., height, width)
-    'quarter_turns': tuple(map(_turn, range(4))),
-    'mirror': (lambda x: x, lambda x: x.flip(-1)),
-    'mirror_near': (lambda x: x, lambda x: x.flip(-1), _near, lambda x: _near(x.flip(-1))),
+def _mirrored_near(x):
+    return _near(_mirrored(x))
+
+
+VIEWS = {  # name -> functions of a batch (..., height, width)
+    'none': (_same,),
+    'quarter_turns': tuple(partial(_turn, k=k) for k in range(4)),
+    'mirror': (_same, _mirrored),
+    'mirror_near': (_same, _mirrored, _near, _mirrored_near),
 }
 
 # %% ../../nbs/data/09_views.ipynb #659c2101
@@ -125,6 +142,10 @@ def normalise(
 ) -> torch.Tensor:  # float32 (n, 3, h, w), channels last in memory
     "Pixels as the backbone expects them"
     n, c, h, w = x.shape
-    mean, std = (torch.tensor(v, device=x.device).repeat(w) * 255 for v in (mean, std))  # for a row of pixels
+
+    def of_row(values):
+        return torch.tensor(values, device=x.device).repeat(w) * 255
+
     rows = x.permute(0, 2, 3, 1).reshape(n, h, w * c).float()
-    return rows.sub_(mean).mul_(1 / std).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    rows.sub_(of_row(mean)).mul_(1 / of_row(std))
+    return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)

@@ -120,7 +120,7 @@ def compare(
     recipes = _recipes(archs, plans, epochs)
     task = get_task(task, size)
     _check_recipes(recipes, task.size, kwargs.get('weights'))
-    t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col)
+    t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col=group_col)
     report_table(t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):

@@ -8,10 +8,12 @@ __all__ = ['DEAD', 'first_filters', 'plot_filters', 'gabor_bank', 'gabor_share',
            'plot_neighbours']
 
 # %% ../../nbs/explain/01_activations.ipynb #94eec859
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,8 @@ def first_filters(
         )
     if conv.in_channels not in (1, 3):
         raise ValueError(
-            f'the first convolution reads {conv.in_channels} channels, which are no longer the colours of an image: take another network'
+            f'the first convolution reads {conv.in_channels} channels, '
+            'which are no longer the colours of an image: take another network'
         )
     return conv.weight.detach().float().cpu().numpy()
 
@@ -64,24 +67,34 @@ def plot_filters(
     filters: dict,  # Name -> filters, as `first_filters` gives them
     cols: int = 16,  # Filters in a row
 ) -> Figure:
-    "The filters of each network on a strip of its own, each scaled by its largest weight; grey is zero, and dead ones are all grey"
-    fig = Figure(
-        figsize=(7.5, 0.25 + sum(0.47 * (-(-len(w) // cols)) + 0.2 for w in filters.values())),
-        dpi=90,
-        layout='constrained',
-    )
-    axes = fig.subplots(len(filters), 1, squeeze=False, height_ratios=[-(-len(w) // cols) for w in filters.values()])[
-        :, 0
-    ]
-    for ax, (name, w) in zip(axes, filters.items()):
-        n, c, h, k = w.shape
-        scaled = 0.5 + 0.5 * w / np.abs(w).max((1, 2, 3), keepdims=True).clip(1e-12) * _alive(w)[:, None, None, None]
-        tiles = np.ones((-(-n // cols) * cols, h + 1, k + 1, 3))
-        tiles[:n, :h, :k] = np.repeat(scaled, 3 // c, 1).transpose(0, 2, 3, 1)
-        ax.imshow(tiles.reshape(-1, cols, h + 1, k + 1, 3).transpose(0, 2, 1, 3, 4).reshape(-1, cols * (k + 1), 3))
+    """The filters of each network on a strip of its own, each scaled by its largest weight.
+
+    Grey is zero, and dead ones are all grey.
+    """
+    rows = [math.ceil(len(w) / cols) for w in filters.values()]
+    height = 0.25 + sum(0.47 * n + 0.2 for n in rows)
+    fig = Figure(figsize=(7.5, height), dpi=90, layout='constrained')
+    axes = fig.subplots(len(filters), 1, squeeze=False, height_ratios=rows)
+    for ax, (name, w) in zip(axes[:, 0], filters.items()):
+        ax.imshow(_tiled(w, cols))
         ax.set_title(plain_text(name), fontsize=9, loc='left')
         ax.axis('off')
     return fig
+
+
+def _tiled(
+    w: np.ndarray,  # (filters, channels, height, width)
+    cols: int,  # Filters in a row
+) -> np.ndarray:  # (height, width, 3)
+    "Filters beside and below one another, with a white line between them"
+    n, channels, h, k = w.shape
+    largest = np.abs(w).max((1, 2, 3), keepdims=True).clip(1e-12)
+    scaled = 0.5 + 0.5 * w / largest * _alive(w)[:, None, None, None]
+    rows = math.ceil(n / cols)
+    tiles = np.ones((rows * cols, h + 1, k + 1, 3))
+    tiles[:n, :h, :k] = np.repeat(scaled, 3 // channels, 1).transpose(0, 2, 3, 1)
+    grid = tiles.reshape(rows, cols, h + 1, k + 1, 3)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(-1, cols * (k + 1), 3)
 
 # %% ../../nbs/explain/01_activations.ipynb #9c751fa6
 @lru_cache
@@ -89,16 +102,24 @@ def gabor_bank(
     height: int,  # Of the filters
     width: int,  # Of the filters
 ) -> np.ndarray:  # (functions, height*width), each of norm 1
-    "Gabor functions: two bells, nine places, and none or four wavelengths of at least two pixels in eight directions and two phases (Daugman 1985)"
-    side, out = max(height, width), []
+    """Gabor functions (Daugman 1985): two bells at nine places, plain and as waves.
+
+    Of four wavelengths those of at least two pixels, each in eight directions and two phases.
+    """
+    side = max(height, width)
     y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in (height, width)), indexing='ij')
-    for sigma, dy, dx in np.array(np.meshgrid((0.25, 0.4), (-0.25, 0, 0.25), (-0.25, 0, 0.25))).reshape(3, -1).T * side:
-        bell = np.exp(-((x - dx) ** 2 + (y - dy) ** 2) / (2 * sigma**2))
+    waves = [side * k for k in (2, 1, 1 / 2, 1 / 3) if side * k >= 2]
+    thirds = (-0.25, 0, 0.25)
+    places = np.array(np.meshgrid((0.25, 0.4), thirds, thirds)).reshape(3, -1).T * side
+    out = []
+    for sigma, dy, dx in places:
+        u, v = x - dx, y - dy
+        bell = np.exp(-(u**2 + v**2) / (2 * sigma**2))
         out.append(bell)
-        for wave in (side * k for k in (2, 1, 1 / 2, 1 / 3) if side * k >= 2):
-            for turn in np.arange(8) * np.pi / 8:
-                along = 2 * np.pi / wave * ((x - dx) * np.cos(turn) + (y - dy) * np.sin(turn))
-                out += [bell * np.cos(along), bell * np.sin(along)]
+        for wave, turn in product(waves, np.arange(8) * np.pi / 8):
+            along = 2 * np.pi / wave * (u * np.cos(turn) + v * np.sin(turn))
+            out.append(bell * np.cos(along))
+            out.append(bell * np.sin(along))
     return np.array([g.ravel() / np.linalg.norm(g) for g in out])
 
 # %% ../../nbs/explain/01_activations.ipynb #203956f9
@@ -119,8 +140,12 @@ def filter_table(
     n: int = 100,  # Draws, of the bootstrap and of random filters
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # A row a network: size, filters, dead, score and chance
-    "Mean `gabor_share` of each network's first filters with its 95 % interval, beside that of random filters of the same shape and number"
-    rows, rng = {}, np.random.default_rng(seed)
+    """Mean `gabor_share` of each network's first filters with its 95 % interval.
+
+    Beside that of random filters of the same shape and number.
+    """
+    rows = {}
+    rng = np.random.default_rng(seed)
     for name, w in filters.items():
         s = gabor_share(w)
         s = s[~np.isnan(s)]
@@ -165,19 +190,31 @@ def model_parts(
     model: Any,  # A learner from `build_learner`, or an `ImageModel`
 ) -> Parts:
     "The plain modules of a model, without quick copies for forward passes"
-    about, task = getattr(model, 'about', None), getattr(model, 'task', None)
-    if not isinstance(getattr(model, 'model', None), nn.Module) or (about is None and task is None):
+    about = getattr(model, 'about', None)
+    task = getattr(model, 'task', None)
+    is_network = isinstance(getattr(model, 'model', None), nn.Module)
+    if not is_network or (about is None and task is None):
         raise ValueError(
-            f'{type(model).__name__} does not say how it reads images: give a learner from build_learner, or what load_model returns'
+            f'{type(model).__name__} does not say how it reads images: '
+            'give a learner from build_learner, or what load_model returns'
         )
-    body, head = (model.model[0][0], model.model[1]) if about is None else model.model
+    if about is None:
+        body, head = model.model[0][0], model.model[1]
+    else:
+        body, head = model.model
     how = about or vars(task)
+    normal = about or vars(body.stages.spec)
+
+    def read(source):
+        return read_image(source, how['size'], how['reader'], how['fit'])
+
     return Parts(
-        getattr(body, 'stages', body),
-        head,
-        lambda source: read_image(source, how['size'], how['reader'], how['fit']),
-        list(about['classes'] if about else model.dls.vocab),
-        *((about or vars(body.stages.spec))[k] for k in ('mean', 'std')),
+        stages=getattr(body, 'stages', body),
+        head=head,
+        read=read,
+        classes=list(about['classes'] if about else model.dls.vocab),
+        mean=normal['mean'],
+        std=normal['std'],
     )
 
 # %% ../../nbs/explain/01_activations.ipynb #6a588cf6
@@ -201,7 +238,8 @@ def _chain(model) -> tuple:
     parts = model_parts(model)
     if not isinstance(parts.stages, Stages):
         raise ValueError(
-            f"'{parts.stages.spec.name}' is no chain of stages: take a convolutional network to look at it stage by stage"
+            f"'{parts.stages.spec.name}' is no chain of stages: "
+            'take a convolutional network to look at it stage by stage'
         )
     return parts, stage_names(parts.stages)
 
@@ -251,7 +289,10 @@ def plot_activations(
     model: Any,  # A learner or a saved model, of a chain of stages
     images: list,  # Paths or images
 ) -> Figure:
-    "Where each stage answers: its mean activation over the channels, a row an image, each picture from its least to its most"
+    """Where each stage answers: its mean activation over the channels, a row an image.
+
+    Each picture goes from its least to its most.
+    """
     parts, names = _chain(model)
     fig = Figure(figsize=(1.05 * (len(names) + 1), 1.1 * len(images) + 0.2), dpi=80, layout='constrained')
     axes = fig.subplots(len(images), len(names) + 1, squeeze=False)
@@ -322,21 +363,26 @@ def neighbour_table(
     groups=None,  # Group of each image: its own is left out
     n: int = 500,  # Draws of the bootstrap
 ) -> pd.DataFrame:  # A row a stage: value, low, high, chance
-    "How often the nearest images have the label of the query, stage by stage, with 95 % intervals over groups; chance is the share of the label among the others"
-    labels, g = np.asarray(labels), group_codes(groups, len(features))
+    """How often the nearest images have the label of the query, stage by stage, with 95 % intervals over groups.
+
+    Chance is the share of the label among the others.
+    """
+    labels = np.asarray(labels)
+    g = group_codes(groups, len(features))
     if len(labels) != len(features):
         raise ValueError(f'{len(labels)} labels for {len(features)} images: give one for each')
     others = (g[:, None] != g).sum(1)
     if not 0 < k <= others.min():
         raise ValueError(f'k={k}: some image has only {others.min()} others of another group, give 1 to that many')
-    chance = np.mean([((labels == l) & (g != h)).sum() for l, h in zip(labels, g)] / others)
+    alike = [((labels == label) & (g != group)).sum() for label, group in zip(labels, g)]
+    chance = np.mean(alike / others)
     rows = {}
     for stage in features.stages:
         a = _directions(features, stage)
-        at = np.concatenate(
-            [_nearest(a, rows_, k, g)[0] for rows_ in np.array_split(np.arange(len(a)), -(-len(a) // 1000))]
-        )
-        rows[stage] = bootstrap(np.mean, (labels[at] == labels[:, None]).mean(1), groups=g, n=n).loc['value']
+        parts = np.array_split(np.arange(len(a)), math.ceil(len(a) / 1000))
+        at = np.concatenate([_nearest(a, part, k, g)[0] for part in parts])
+        share = (labels[at] == labels[:, None]).mean(1)
+        rows[stage] = bootstrap(np.mean, share, groups=g, n=n).loc['value']
     return pd.DataFrame(rows).T.assign(chance=chance)
 
 # %% ../../nbs/explain/01_activations.ipynb #2cb26500

@@ -7,6 +7,7 @@ __all__ = ['log_odds', 'heat_map', 'overlay', 'plot_heat', 'heat_sheet', 'heat_o
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #e3209137
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
@@ -32,8 +33,9 @@ def log_odds(
     out: torch.Tensor,  # Logits or log-probabilities (n, classes)
 ) -> torch.Tensor:  # (n, classes)
     "log p/(1 - p) of each class"
-    keep = ~torch.eye(out.shape[1], dtype=torch.bool, device=out.device)
-    return out - torch.stack([out[:, row].logsumexp(1) for row in keep], 1)
+    others = ~torch.eye(out.shape[1], dtype=torch.bool, device=out.device)
+    against = [out[:, row].logsumexp(1) for row in others]
+    return out - torch.stack(against, 1)
 
 
 def _gradcam():
@@ -45,60 +47,105 @@ class _Score(nn.Module):
 
     def __init__(self, stages, head):
         super().__init__()
-        self.stages, self.head, self.probes = stages, head, nn.ModuleList(nn.Identity() for _ in range(stages.tap))
+        self.stages = stages
+        self.head = head
+        self.probes = nn.ModuleList(nn.Identity() for _ in range(stages.tap))
 
     def forward(self, *maps):
-        return log_odds(self.head(self.stages.joined([p(m) for p, m in zip(self.probes, maps)])))
+        probed = [probe(m) for probe, m in zip(self.probes, maps)]
+        out = self.head(self.stages.joined(probed))
+        return log_odds(out)
 
 
 def _head_heat(parts, x, c) -> list:
     "What each place of each map that the head reads adds to the score of a class: maps (n, 1, h, w)"
+    stages = parts.stages
     with torch.no_grad():
-        maps = [m.float() for m in parts.stages.maps(x)[-parts.stages.tap :]]
-    score, maps = _Score(parts.stages, parts.head), tuple(m.clone().requires_grad_() for m in maps)
-    return [
-        _gradcam()(score, p).attribute(maps, target=c) * m.shape[-2] * m.shape[-1] for p, m in zip(score.probes, maps)
-    ]
+        maps = [m.float() for m in stages.maps(x)[-stages.tap :]]
+    maps = tuple(m.clone().requires_grad_() for m in maps)
+    score = _Score(stages, parts.head)
+    out = []
+    for probe, m in zip(score.probes, maps):
+        height, width = m.shape[-2:]
+        heat = _gradcam()(score, probe).attribute(maps, target=c)
+        out.append(heat * height * width)
+    return out
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f52e344b
-def _layout(out, prefix, last) -> tuple | None:
+class _ChannelsFirst:
+    "The output of a layer that is maps already (n, c, h, w)"
+
+    def to_maps(self, out):
+        return out
+
+    def back(self, maps, out):
+        return maps
+
+
+class _ChannelsLast:
+    "An output (n, h, w, c)"
+
+    def to_maps(self, out):
+        return out.permute(0, 3, 1, 2)
+
+    def back(self, maps, out):
+        return maps.permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    "An output (n, prefix + side * side, c) of a transformer"
+
+    prefix: int  # Tokens that are no place, such as that of the class
+    side: int
+
+    def to_maps(self, out):
+        places = out[:, self.prefix :].transpose(1, 2)
+        return places.unflatten(2, (self.side, self.side))
+
+    def back(self, maps, out):
+        places = maps.flatten(2).transpose(1, 2)
+        return torch.cat([out[:, : self.prefix], places], 1)
+
+
+def _layout(out, prefix, last):
     "How the output of a layer becomes maps (n, c, h, w), and maps that output again; None if it has no places"
     if not torch.is_tensor(out):
         return None
     if out.ndim == 4:
-        return (
-            (lambda o: o.permute(0, 3, 1, 2), lambda m, o: m.permute(0, 2, 3, 1))
-            if last
-            else (lambda o: o, lambda m, o: m)
-        )
-    side = isqrt(max(0, out.shape[1] - prefix)) if out.ndim == 3 else 0
-    if side < 2 or side * side != out.shape[1] - prefix:
+        return _ChannelsLast() if last else _ChannelsFirst()
+    if out.ndim != 3:
         return None
-    return (
-        lambda o: o[:, prefix:].transpose(1, 2).unflatten(2, (side, side)),
-        lambda m, o: torch.cat([o[:, :prefix], m.flatten(2).transpose(1, 2)], 1),
-    )
+    places = max(0, out.shape[1] - prefix)
+    side = isqrt(places)
+    if side < 2 or side * side != places:
+        return None
+    return _Tokens(prefix, side)
 
 
 def _layers(stages, x) -> dict:
     "The layers of a network whose outputs have places: name -> (module, layout), nearest to the input first"
     if isinstance(stages, Stages):
-        return {n: (m, (lambda o: o, lambda m, o: m)) for n, m in stages.named_children()}
+        return {name: (module, _ChannelsFirst()) for name, module in stages.named_children()}
     prefix = getattr(stages.net, 'num_prefix_tokens', 0) or 0
     calls = _trace(stages.net, x, stages.net.forward_features)
-    last = any(
-        o.shape[1] == o.shape[2] != o.shape[3] for *_, o in calls if torch.is_tensor(o) and o.ndim == 4
-    )  # images are square: channels last
-    found = {n: (m, _layout(o, prefix, last)) for n, m, o in calls}
-    return {n: f for n, f in found.items() if f[1]}
+    maps = [out for *_, out in calls if torch.is_tensor(out) and out.ndim == 4]
+    last = any(o.shape[1] == o.shape[2] != o.shape[3] for o in maps)  # images are square: channels last
+    found = {}
+    for name, module, out in calls:
+        found[name] = (module, _layout(out, prefix, last))
+    return {name: layer for name, layer in found.items() if layer[1] is not None}
 
 
 @contextmanager
 def _probed(module, layout):
     "A probe through which the output of a module passes as maps"
-    to_maps, back = layout
     probe = nn.Identity()
-    hook = module.register_forward_hook(lambda m, i, o: back(probe(to_maps(o)), o))
+
+    def through_probe(module, inputs, out):
+        return layout.back(probe(layout.to_maps(out)), out)
+
+    hook = module.register_forward_hook(through_probe)
     try:
         yield probe
     finally:
@@ -129,12 +176,15 @@ def _raw_heat(parts, x, c, stage) -> list:
         if heat.abs().sum() > 0:
             return [heat]
     raise ValueError(
-        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: take a network that does, such as efficientnet_lite0"
+        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: "
+        'take a network that does, such as efficientnet_lite0'
     )
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #975ac483
 def _class_number(classes, target_class) -> int:
-    if isinstance(target_class, (int, np.integer)) and 0 <= target_class < len(classes):
+    "The number of a class that is given by number or name"
+    is_number = isinstance(target_class, (int, np.integer))
+    if is_number and 0 <= target_class < len(classes):
         return int(target_class)
     if target_class not in classes:
         raise unknown('class', target_class, classes)
@@ -143,6 +193,10 @@ def _class_number(classes, target_class) -> int:
 
 def _resized(m, side):
     return F.interpolate(m, side, mode='bilinear', align_corners=False)
+
+
+def _up_to_one(heat):
+    return heat / heat.max().clamp(min=1e-12)
 
 
 def heat_map(
@@ -159,11 +213,12 @@ def heat_map(
         if target_class is None:
             with torch.no_grad():
                 target_class = int(parts.head(parts.stages(x)).argmax(1))
-        maps = _raw_heat(parts, x, _class_number(parts.classes, target_class), stage)
+        number = _class_number(parts.classes, target_class)
+        maps = _raw_heat(parts, x, number, stage)
     finest = max((m.shape[-2:] for m in maps), key=max)
     heat = sum(_resized(m.detach().float(), finest) for m in maps).relu()
-    heat = _resized(heat / heat.max().clamp(min=1e-12), im.size[::-1])[0, 0]
-    return (heat / heat.max().clamp(min=1e-12)).cpu().numpy()
+    heat = _resized(_up_to_one(heat), im.size[::-1])[0, 0]
+    return _up_to_one(heat).cpu().numpy()
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #424a80bf
 def overlay(
@@ -198,10 +253,13 @@ def plot_heat(
 # %% ../../nbs/explain/02_grad_cam.ipynb #fd2c0ff1
 def _said(said, classes) -> str | None:
     "The class that a decision speaks for; None where the classes do not tell"
-    other = [c for c in classes if said == f'not {c}']
     if said in classes:
         return said
-    return next(c for c in classes if c != other[0]) if other and len(classes) == 2 else None
+    if len(classes) == 2:
+        for c, other in (classes, classes[::-1]):
+            if said == f'not {c}':
+                return other
+    return None
 
 
 def heat_sheet(
@@ -213,34 +271,45 @@ def heat_sheet(
     size: int = 160,  # Side of each picture in pixels
 ) -> Image.Image:  # Three mistakes a row, each as read and with heat
     "The surest mistakes, each beside the heat of what was said; ValueError if there are none"
-    parts, pictures, titles = model_parts(model), [], []
+    parts = model_parts(model)
     wrong = worst_errors(table, parts.classes, point, n)
     if not len(wrong):
         raise ValueError('nothing was said wrong: there is no mistake to look at')
-    for e in wrong.itertuples():
-        im = parts.read(e.image)
-        pictures += [im, overlay(im, heat_map(model, e.image, _said(e.said, parts.classes), stage))]
-        titles += [f'is {e.target}', f'said {e.said} {e.probability:.2f}']
-    return contact_sheet(pictures, titles, 2 * min(3, len(wrong)), size)
+    pictures = []
+    titles = []
+    for mistake in wrong.itertuples():
+        im = parts.read(mistake.image)
+        said = _said(mistake.said, parts.classes)
+        heat = heat_map(model, mistake.image, said, stage)
+        pictures += [im, overlay(im, heat)]
+        titles += [f'is {mistake.target}', f'said {mistake.said} {mistake.probability:.2f}']
+    cols = 2 * min(3, len(wrong))
+    return contact_sheet(pictures, titles, cols, size)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #65c0a2a3
 def _figures(heats, mask, field, margin) -> np.ndarray:
     "Figures (n, 4) of several heat maps (n, h, w) on one mask: share, area, hit, near"
-    heats, mask = np.asarray(heats, float), np.asarray(mask, bool)
+    heats = np.asarray(heats, float)
+    mask = np.asarray(mask, bool)
     field = np.ones_like(mask) if field is None else np.asarray(field, bool)
     if not heats.shape[1:] == mask.shape == field.shape:
         raise ValueError(
-            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: give both at the size of the image as the model reads it'
+            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: '
+            'give both at the size of the image as the model reads it'
         )
     mask = mask & field
     if not mask.any():
         raise ValueError('the mask is empty: leave out images without anything to find')
-    near, total = distance_transform_edt(~mask) <= margin, heats.sum((1, 2))
-    share = np.where(total > 0, heats[:, mask].sum(1) / np.where(total > 0, total, 1), np.nan)
-    hit = near.ravel()[heats.reshape(len(heats), -1).argmax(1)] & (total > 0)
-    return np.stack(
-        np.broadcast_arrays(share, mask.sum() / field.sum(), hit, (near & field).sum() / field.sum()), 1
-    ).astype(float)
+    near = distance_transform_edt(~mask) <= margin
+    total = heats.sum((1, 2))
+    some = total > 0
+    share = np.where(some, heats[:, mask].sum(1) / np.where(some, total, 1), np.nan)
+    hottest = heats.reshape(len(heats), -1).argmax(1)
+    hit = near.ravel()[hottest] & some
+    area = mask.sum() / field.sum()
+    area_near = (near & field).sum() / field.sum()
+    columns = np.broadcast_arrays(share, area, hit, area_near)
+    return np.stack(columns, 1).astype(float)
 
 
 def heat_on(
@@ -249,10 +318,12 @@ def heat_on(
     field: np.ndarray | None = None,  # (h, w), whose area is the chance level; all if None
     margin: int = 0,  # Pixels by which the hottest pixel may miss
 ) -> dict[str, float]:  # 'share', 'area', 'hit', 'near' (area with the margin)
-    "Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does; a share of NaN and no hit without heat"
-    return dict(
-        zip(('share', 'area', 'hit', 'near'), _figures(np.asarray(heat)[None], mask, field, margin)[0].tolist())
-    )
+    """Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does.
+
+    A share of NaN and no hit without heat.
+    """
+    (figures,) = _figures(np.asarray(heat)[None], mask, field, margin).tolist()
+    return dict(zip(('share', 'area', 'hit', 'near'), figures))
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #85b11681
 def _mean(a, axis=None):
@@ -263,15 +334,21 @@ def _mean(a, axis=None):
 
 def _on_truth(heats, masks, fields, margin) -> dict:
     "Figures (n, 4) of each image's own heat, of its own by quarter turns, and of the heat of the others, on its mask"
-    heats, n = np.asarray(heats, float), len(heats)
-    on = np.stack([_figures(heats, m, f, margin) for m, f in zip(masks, fields)])  # (mask, heat, figure)
-    turned = np.stack(
-        [_figures([np.rot90(h, k) for k in (1, 2, 3)], m, f, margin) for h, m, f in zip(heats, masks, fields)]
-    )
+    heats = np.asarray(heats, float)
+    n = len(heats)
+    on = []
+    turned = []
+    for heat, mask, field in zip(heats, masks, fields):
+        turns = [np.rot90(heat, k) for k in (1, 2, 3)]
+        on.append(_figures(heats, mask, field, margin))
+        turned.append(_figures(turns, mask, field, margin))
+    on = np.stack(on)  # (mask, heat, figure)
+    own = np.eye(n, dtype=bool)
+    others = on[~own].reshape(n, n - 1, 4)
     return {
-        'own': on[np.arange(n), np.arange(n)],
-        'turned': _mean(turned, 1),
-        'others': _mean(on[~np.eye(n, dtype=bool)].reshape(n, n - 1, 4), 1),
+        'own': on[own],
+        'turned': _mean(np.stack(turned), 1),
+        'others': _mean(others, 1),
     }
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f3670689
@@ -283,23 +360,29 @@ def heat_table(
     margin: int = 0,  # Pixels by which the hottest pixel may miss
     n: int = 1000,  # Draws of the bootstrap
 ) -> pd.DataFrame:  # A row a figure: value, low, high
-    "Heat on the truth beside its chance levels, with 95 % intervals over groups; images without heat are left out of shares and are misses"
+    """Heat on the truth beside its chance levels, with 95 % intervals over groups.
+
+    Images without heat are left out of shares and are misses.
+    """
     if len(heats) != len(masks) or len(heats) < 3:
         raise ValueError(f'{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least')
-    on = _on_truth(heats, masks, [np.ones_like(m) for m in masks] if fields is None else fields, margin)
+    if fields is None:
+        fields = [np.ones_like(m) for m in masks]
+    on = _on_truth(heats, masks, fields, margin)
 
     def figures(own, turned, others):
-        s, t, o = (_mean(np.where(np.isnan(own[:, 0]), np.nan, a[:, 0])) for a in (own, turned, others))
+        cold = np.isnan(own[:, 0])
+        share, by_turned, by_others = (_mean(np.where(cold, np.nan, a[:, 0])) for a in (own, turned, others))
         return {
-            'share of the heat': s,
+            'share of the heat': share,
             'chance: share of the area': own[:, 1].mean(),
-            'chance: own heat, turned': t,
-            'chance: heat of the others': o,
-            'more than the others': s - o,
+            'chance: own heat, turned': by_turned,
+            'chance: heat of the others': by_others,
+            'more than the others': share - by_others,
             'hottest pixel': own[:, 2].mean(),
             'chance: area with the margin': own[:, 3].mean(),
             'chance: hottest pixel of the others': others[:, 2].mean(),
-            'without heat': np.isnan(own[:, 0]).mean(),
+            'without heat': cold.mean(),
         }
 
     return bootstrap(figures, *on.values(), groups=groups, n=n)
@@ -317,13 +400,20 @@ def plot_heat_tables(
     for ax, (figure, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
         rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
         at = np.arange(len(rows))
-        ax.errorbar(rows.value, at, xerr=(rows.value - rows.low, rows.high - rows.value), fmt='o', capsize=2)
-        for mark, c in zip('x+|', chances):
-            ax.plot([tables[k].loc[f'chance: {c}'].value for k in rows.index], at, mark, color='firebrick', label=c)
-        ax.set(
-            xlabel=f'{figure} on the truth', xlim=(0, None), yticks=at, yticklabels=[plain_text(k) for k in rows.index]
-        )
+        ends = (rows.value - rows.low, rows.high - rows.value)
+        ax.errorbar(rows.value, at, xerr=ends, fmt='o', capsize=2)
+        for mark, chance in zip('x+|', chances):
+            values = [tables[k].loc[f'chance: {chance}'].value for k in rows.index]
+            ax.plot(values, at, mark, color='firebrick', label=chance)
+        ax.set_xlabel(f'{figure} on the truth')
+        ax.set_xlim(0, None)
+        ax.set_yticks(at, [plain_text(k) for k in rows.index])
         ax.legend(
-            frameon=False, fontsize=7, title='by chance', title_fontsize=7, loc='lower left', bbox_to_anchor=(0, 1)
+            frameon=False,
+            fontsize=7,
+            title='by chance',
+            title_fontsize=7,
+            loc='lower left',
+            bbox_to_anchor=(0, 1),
         )
     return fig

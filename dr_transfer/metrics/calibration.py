@@ -14,7 +14,8 @@ from scipy.special import log_softmax, softmax
 # %% ../../nbs/metrics/04_calibration.ipynb #aa2759e1
 def _bins(right, said, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Of each bin the number of images, the mean probability and the share that came true"
-    right, said = np.asarray(right, float), np.asarray(said, float)
+    right = np.asarray(right, float)
+    said = np.asarray(said, float)
     if right.shape != said.shape or right.ndim != 1:
         raise ValueError(
             f'truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image'
@@ -27,7 +28,9 @@ def _bins(right, said, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = len(said) // k + (np.arange(k) < len(said) % k)
     order = np.argsort(said, kind='stable')
     first = np.cumsum(images) - images
-    return images, np.add.reduceat(said[order], first) / images, np.add.reduceat(right[order], first) / images
+    mean = np.add.reduceat(said[order], first) / images
+    seen = np.add.reduceat(right[order], first) / images
+    return images, mean, seen
 
 
 def reliability(
@@ -36,7 +39,8 @@ def reliability(
     bins: int = 10,  # Bins of equally many images; fewer if there are not 10 for each
 ) -> pd.DataFrame:  # A row a bin: images, said, seen
     "What was said and what was seen, by how much was said"
-    return pd.DataFrame(dict(zip(('images', 'said', 'seen'), _bins(right, said, bins))))
+    images, mean, seen = _bins(right, said, bins)
+    return pd.DataFrame({'images': images, 'said': mean, 'seen': seen})
 
 
 def calibration_error(
@@ -49,19 +53,28 @@ def calibration_error(
     return float(np.average(abs(mean - seen), weights=images))
 
 # %% ../../nbs/metrics/04_calibration.ipynb #cc53e8c2
+def _log(probs) -> np.ndarray:
+    "The logarithm of probabilities, finite at 0"
+    clipped = np.clip(np.asarray(probs, float), 1e-12, 1)
+    return np.log(clipped)
+
+
 def fit_temperature(
     probs,  # Probabilities on validation images (n, classes)
     y,  # Their class numbers (n,)
 ) -> float:  # Above 1: the model is too sure of itself
     "The temperature that makes the validation images likeliest (Guo et al. 2017)"
-    logp, y = np.log(np.clip(np.asarray(probs, float), 1e-12, 1)), np.asarray(y)
+    y = np.asarray(y)
+    logp = _log(probs)
     if len(y) < 2 or len(set(y.tolist())) < 2:
         raise ValueError('a temperature needs validation images of two classes: give more images')
 
     def loss(t):
-        return -log_softmax(logp / np.exp(t), axis=1)[np.arange(len(y)), y].mean()
+        of_classes = log_softmax(logp / np.exp(t), axis=1)
+        return -of_classes[np.arange(len(y)), y].mean()
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method='bounded').x))
+    best = minimize_scalar(loss, bounds=(-3, 3), method='bounded')
+    return float(np.exp(best.x))
 
 
 def apply_temperature(
@@ -69,7 +82,7 @@ def apply_temperature(
     temperature: float,  # From `fit_temperature`
 ) -> np.ndarray:  # Probabilities (n, classes)
     "Probabilities at another temperature"
-    return softmax(np.log(np.clip(np.asarray(probs, float), 1e-12, 1)) / temperature, axis=1)
+    return softmax(_log(probs) / temperature, axis=1)
 
 # %% ../../nbs/metrics/04_calibration.ipynb #5b5a872f
 def deferral_curve(
@@ -78,6 +91,9 @@ def deferral_curve(
     rates=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees
 ) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
     "Accuracy on what the model decides alone, against the share of the images it hands over"
-    right, order = np.asarray(right, float), np.argsort(-np.asarray(sure, float), kind='stable')
+    right = np.asarray(right, float)
+    sure = np.asarray(sure, float)
+    surest_first = right[np.argsort(-sure, kind='stable')]
     keep = [max(1, round((1 - r) * len(right))) for r in rates]
-    return pd.DataFrame({'deferred': rates, 'left': keep, 'accuracy': [right[order[:k]].mean() for k in keep]})
+    accuracy = [surest_first[:k].mean() for k in keep]
+    return pd.DataFrame({'deferred': rates, 'left': keep, 'accuracy': accuracy})

@@ -83,12 +83,17 @@ def positive_score(
     probs,  # Probabilities (n, k)
     classes,  # Class names in order
 ) -> tuple[str, np.ndarray] | None:  # Its name, its probability (n,)
-    "The probability of what is to be found: the second of two classes, grade 2 or more of five grades; None for other classes"
+    """The probability of what is to be found: the second of two classes, grade 2 or more of five grades.
+
+    None for other classes.
+    """
     classes = list(map(str, classes))
+    probs = np.asarray(probs)
     if len(classes) == 2:
-        return classes[1], np.asarray(probs)[:, 1]
+        return classes[1], probs[:, 1]
     if classes == GRADE_NAMES:
-        return 'referable', np.asarray(probs)[:, 2:].sum(1)
+        return 'referable', probs[:, 2:].sum(1)
+    return None
 
 
 def question(
@@ -98,7 +103,11 @@ def question(
     "What is to be found, in truth and in probability; None where the classes ask no such question"
     y, p = table_arrays(table, classes)
     found = positive_score(p, classes)
-    return found and Question(found[0], (y >= (1 if len(classes) == 2 else 2)).astype(int), found[1])
+    if found is None:
+        return None
+    name, score = found
+    first = 1 if len(classes) == 2 else 2  # of the classes that are to be found
+    return Question(name, (y >= first).astype(int), score)
 
 # %% ../../nbs/metrics/06_decision.ipynb #7a61a704
 def decisions(
@@ -247,8 +256,12 @@ def _side_counts(table, classes, point) -> dict:
     "Groups with a positive and with a negative image, of those that an operating point was chosen on"
     if point is None:
         return {}
-    q, groups = question(table, classes), table_groups(table)
-    return {'positive_groups': side_groups(q.y == 1, groups), 'negative_groups': side_groups(q.y == 0, groups)}
+    q = question(table, classes)
+    groups = table_groups(table)
+    return {
+        'positive_groups': side_groups(q.y == 1, groups),
+        'negative_groups': side_groups(q.y == 0, groups),
+    }
 
 
 def choose_decision(
@@ -257,13 +270,16 @@ def choose_decision(
     sensitivity: float | None = None,  # Share of what is to be found that is found
     specificity: float | None = None,  # Or share of the others that are left alone
 ) -> Decision:  # With the reasons for what could not be chosen
-    "Temperature, cut points of grades and operating point from validation predictions; for the point, groups count and not images"
+    """Temperature, cut points of grades and operating point from validation predictions.
+
+    For the point, groups count and not images.
+    """
     y, p = table_arrays(table, classes)
     if not np.isfinite(p).all():
         bad = int((~np.isfinite(p)).any(axis=1).sum())
         raise ValueError(
-            f'the model gives no probabilities for {bad} of {len(p)} validation images (NaN): nothing can be decided with it. '
-            'Train it again, with a lower learning rate or fewer epochs'
+            f'the model gives no probabilities for {bad} of {len(p)} validation images (NaN): '
+            'nothing can be decided with it. Train it again, with a lower learning rate or fewer epochs'
         )
     temperature, no_temperature = _choose_temperature(y, p)
     p = apply_temperature(p, temperature)

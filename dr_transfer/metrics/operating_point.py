@@ -19,7 +19,8 @@ from .scores import sensitivity, specificity
 from ..utils.schema import Known, Range
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #642a0588
-LEAST = 30  # groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
+# Groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
+LEAST = 30
 Share = Annotated[float, Range(0, 1)]
 
 
@@ -150,32 +151,37 @@ def operating_table(
     **kw,  # As `bootstrap` takes them
 ) -> pd.DataFrame:  # A row a figure: value, low, high, images
     "What decisions at an operating point come to on test images, with intervals over groups"
-    y, called = np.asarray(y, int), np.asarray(called, bool)
+    y = np.asarray(y, int)
+    called = np.asarray(called, bool)
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
-    rows = {
-        name: (*share_interval(called[side] == bool(want), g[side], **kw), int(side.sum()))
-        for name, side, want in (('sensitivity', y == 1, 1), ('specificity', y == 0, 0))
-    }
+    rows = {}
+    for name, want in (('sensitivity', 1), ('specificity', 0)):
+        side = y == want
+        interval = share_interval(called[side] == bool(want), g[side], **kw)
+        rows[name] = (*interval, int(side.sum()))
     if prevalence is not None:
         rows |= _predictive(rows, y, called, g, prevalence, kw)
     return pd.DataFrame(rows, ['value', 'low', 'high', 'images']).T.astype({'images': int})
 
 
 def _predictive(rows, y, called, g, prevalence, kw) -> dict:
-    "Predictive values with intervals over groups; where no draw can show an error, of the ends of sensitivity and specificity"
+    """Predictive values with intervals over groups.
+
+    Where no draw can show an error, of the ends of sensitivity and specificity.
+    """
+    ends = ['value', 'low', 'high']
 
     def both(y, c):
-        return predictive_values(
-            c[y == 1].mean() if y.any() else np.nan, (~c[y == 0]).mean() if not y.all() else np.nan, prevalence
-        )
+        sensitivity = c[y == 1].mean() if y.any() else np.nan
+        specificity = (~c[y == 0]).mean() if not y.all() else np.nan
+        return predictive_values(sensitivity, specificity, prevalence)
 
     found = bootstrap(both, y, called, groups=g, **kw)
-    if {rows[k][0] for k in ('sensitivity', 'specificity')} & {0.0, 1.0}:
-        found = pd.DataFrame(
-            [predictive_values(rows['sensitivity'][i], rows['specificity'][i], prevalence) for i in range(3)],
-            ['value', 'low', 'high'],
-        ).T
-    return {
-        f'{k} predictive value at {prevalence:.0%}': (*found.loc[k, ['value', 'low', 'high']], len(y))
-        for k in found.index
-    }
+    sensitivity, specificity = rows['sensitivity'], rows['specificity']
+    if {sensitivity[0], specificity[0]} & {0.0, 1.0}:
+        of_ends = [predictive_values(sensitivity[i], specificity[i], prevalence) for i in range(3)]
+        found = pd.DataFrame(of_ends, ends).T
+    out = {}
+    for k in found.index:
+        out[f'{k} predictive value at {prevalence:.0%}'] = (*found.loc[k, ends], len(y))
+    return out

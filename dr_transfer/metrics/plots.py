@@ -16,10 +16,15 @@ from .scores import confusion
 from ..utils.files import plain_text
 
 # %% ../../nbs/metrics/08_plots.ipynb #cdaaab7f
-def _stretch(history):
+def _stretch(history) -> tuple:
+    "The history with the epochs of all phases counted on in `x`; where a phase begins"
     h = pd.DataFrame(history)
     h['x'] = np.arange(1, len(h) + 1)
-    return h, h.x[h.phase.diff().fillna(0) != 0].tolist()
+    begins = h.phase.diff().fillna(0) != 0
+    return h, h.x[begins].tolist()
+
+
+_NO_METRICS = ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x')  # columns of a history
 
 
 def plot_history(
@@ -27,18 +32,20 @@ def plot_history(
 ) -> Figure:
     "Training and validation loss by epoch, and the metrics beside them"
     h, cuts = _stretch(history)
-    names = [c for c in h.columns if c not in ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x')]
+    names = [c for c in h.columns if c not in _NO_METRICS]
     fig = Figure(figsize=(8, 3), layout='constrained')
     left, right = fig.subplots(1, 2)
     dot = 'o' if len(h) < 3 else None  # a head that was solved has one epoch
-    for c, style in (('train_loss', '--'), ('valid_loss', '-')):
-        left.plot(h.x, h[c], style, marker=dot, label=c.replace('_', ' '))
+    left.plot(h.x, h.train_loss, '--', marker=dot, label='train loss')
+    left.plot(h.x, h.valid_loss, '-', marker=dot, label='valid loss')
     for c in names:
         right.plot(h.x, h[c], marker=dot, label=plain_text(c))
-    for ax, what in ((left, 'loss'), (right, 'validation metrics')):
+    left.set_title('loss')
+    right.set_title('validation metrics')
+    for ax in (left, right):
         for x in cuts:
             ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
-        ax.set(xlabel='epoch', title=what)
+        ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if ax.lines:
             ax.legend(frameon=False)
@@ -101,9 +108,12 @@ def pick_examples(
     n: int = 8,  # How many
 ) -> pd.DataFrame:  # n rows: surest right ones first, then surest wrong ones
     "Images worth looking at: where the model is surest, right and wrong"
-    sure = table[[f'p_{c}' for c in table_classes(table)]].max(axis=1)
-    t = table.iloc[np.argsort(-sure.to_numpy(), kind='stable')]
+    probs = [f'p_{c}' for c in table_classes(table)]
+    sure = table[probs].max(axis=1).to_numpy()
+    t = table.iloc[np.argsort(-sure, kind='stable')]
+    correct = t.target == t.prediction
     wrong = t[t.target != t.prediction].head(n // 2)
-    right = t[t.target == t.prediction].groupby('target', sort=True).head(n)
-    right = right.assign(k=right.groupby('target').cumcount()).sort_values(['k', 'target']).head(n - len(wrong))
-    return pd.concat([right, wrong]).drop(columns='k')
+    right = t[correct].groupby('target', sort=True).head(n)
+    turn = right.groupby('target').cumcount()  # the first of each class, then the second of each
+    right = right.assign(k=turn).sort_values(['k', 'target'])
+    return pd.concat([right.head(n - len(wrong)), wrong]).drop(columns='k')

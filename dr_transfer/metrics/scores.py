@@ -12,7 +12,8 @@ import pandas as pd
 # %% ../../nbs/metrics/02_scores.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
     "Truth and what is held against it as arrays; a ValueError if they do not fit together"
-    y, pred = np.asarray(y), np.asarray(pred)
+    y = np.asarray(y)
+    pred = np.asarray(pred)
     if y.ndim != 1 or y.shape != pred.shape:
         raise ValueError(f'truth has the shape {y.shape}, {what} {pred.shape}: give one value for each image in both')
     if not len(y):
@@ -23,7 +24,8 @@ def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(
                 f'{name}: {missing} of {len(a)} values are NaN. Give a value for each, or leave these images out'
             )
-    a, b = y[:1].tolist()[0], pred[:1].tolist()[0]
+    a = y[:1].tolist()[0]
+    b = pred[:1].tolist()[0]
     if isinstance(a, str) != isinstance(b, str):
         raise ValueError(f'truth is {a!r}, ... and {what} {b!r}, ...: give both as text or both as numbers')
     return y, pred
@@ -33,7 +35,8 @@ def _numbers(a, k, what) -> np.ndarray:
     "Class numbers as int64; a ValueError for what is not one of 0 to k-1"
     if a.dtype.kind not in 'biuf':
         raise ValueError(f"{what}: '{a[0]}' is not a class number. Give 0 to {k - 1}")
-    bad = (a != np.round(a)) | (a < 0) | (a >= k)
+    broken = a != np.round(a)
+    bad = broken | (a < 0) | (a >= k)
     if bad.any():
         raise ValueError(f'{what}: {a[bad][0]} is not a class number. Give 0 to {k - 1}')
     return a.astype(np.int64)
@@ -56,9 +59,14 @@ def quadratic_kappa(
     "Kappa weighted by the squared distance of the classes (Cohen 1968)"
     y, pred = _pair(y, pred)
     k = 2**20 if n_classes is None else n_classes
-    y, p = _numbers(y, k, 'truth'), _numbers(pred, k, 'predictions')
-    chance = len(y) * int(y @ y + p @ p) - 2 * int(y.sum()) * int(p.sum())
-    return 1 - len(y) * int(((y - p) ** 2).sum()) / chance if chance else float('nan')
+    y = _numbers(y, k, 'truth')
+    p = _numbers(pred, k, 'predictions')
+    n = len(y)
+    chance = n * int(y @ y + p @ p) - 2 * int(y.sum()) * int(p.sum())
+    if not chance:
+        return float('nan')
+    observed = n * int(((y - p) ** 2).sum())
+    return 1 - observed / chance
 
 # %% ../../nbs/metrics/02_scores.ipynb #f5522def
 def sensitivity(
@@ -94,12 +102,13 @@ def auc(
     if isinstance(score[0], str):
         raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
     ill = _numbers(y, 2, 'truth') == 1
-    low, high = np.sort(score[~ill]), score[ill]
+    low = np.sort(score[~ill])
+    high = score[ill]
     if not len(low) or not len(high):
         return float('nan')
-    pairs = (
-        np.searchsorted(low, high, 'left').sum() + np.searchsorted(low, high, 'right').sum()
-    )  # an equal pair counts half
+    below = np.searchsorted(low, high, 'left').sum()
+    not_above = np.searchsorted(low, high, 'right').sum()
+    pairs = below + not_above  # an equal pair counts half
     return float(pairs / (2 * len(low) * len(high)))
 
 # %% ../../nbs/metrics/02_scores.ipynb #9cafb41c
@@ -110,7 +119,8 @@ def confusion(
 ) -> pd.DataFrame:  # Row: truth, column: prediction; number of images
     "How many images of each class are taken for which"
     y, pred = _pair(y, pred)
-    k, names = len(classes), list(map(str, classes))
+    k = len(classes)
+    names = list(map(str, classes))
     cell = _numbers(y, k, 'truth') * k + _numbers(pred, k, 'predictions')
     n = np.bincount(cell, minlength=k * k).reshape(k, k)
     return pd.DataFrame(n, pd.Index(names, name='truth'), pd.Index(names, name='predicted'))
@@ -121,13 +131,14 @@ def _probabilities(probs, k) -> np.ndarray:
     probs = np.asarray(probs, dtype=float)
     if probs.ndim != 2 or probs.shape[1] != k:
         raise ValueError(f'probabilities have the shape {probs.shape}, with {k} classes: give (images, {k})')
-    if np.isnan(probs).any():
+    missing = np.isnan(probs).any(1).sum()
+    if missing:
+        raise ValueError(f'{missing} of {len(probs)} rows of probabilities have NaN: leave these images out')
+    sums = probs.sum(1)
+    off = abs(sums - 1)
+    if not (probs > -1e-3).all() or not (off < 0.01).all():
         raise ValueError(
-            f'{np.isnan(probs).any(1).sum()} of {len(probs)} rows of probabilities have NaN: leave these images out'
-        )
-    if not ((probs > -1e-3) & (abs(probs.sum(1, keepdims=True) - 1) < 0.01)).all():
-        raise ValueError(
-            f'probabilities: a row sums to {probs.sum(1)[abs(probs.sum(1) - 1).argmax()]:.3g} or has negative numbers. '
+            f'probabilities: a row sums to {sums[off.argmax()]:.3g} or has negative numbers. '
             'Give the softmax of the outputs'
         )
     return probs
@@ -146,10 +157,11 @@ def summary(
     pred = probs.argmax(1)
     y = _numbers(_pair(y, pred)[0], k, 'truth')
     out = {'accuracy': accuracy(y, pred)}
+    names = [str(c) for c in classes]
     if k == 2:
-        return out | {
-            'auc': auc(y, probs[:, 1]),
-            'sensitivity': sensitivity(y, pred),
-            'specificity': specificity(y, pred),
-        }
-    return out | {'kappa': quadratic_kappa(y, pred, k)} if list(map(str, classes)) == list(map(str, range(k))) else out
+        out['auc'] = auc(y, probs[:, 1])
+        out['sensitivity'] = sensitivity(y, pred)
+        out['specificity'] = specificity(y, pred)
+    elif names == [str(i) for i in range(k)]:  # grades
+        out['kappa'] = quadratic_kappa(y, pred, k)
+    return out

@@ -180,7 +180,10 @@ def compare_tables(
     classes,  # Class names in order
     **kw,  # `n`, `level`, `seed` of `bootstrap`
 ) -> pd.DataFrame:  # A row a measure: value (a - b), low, high
-    "The difference of two models on the same images, patient by patient; ValueError if the images or their targets differ"
+    """The difference of two models on the same images, patient by patient.
+
+    ValueError if the images or their targets differ.
+    """
     a, b = (t.assign(image=t.image.astype(str)).sort_values('image', ignore_index=True) for t in (a, b))
     if a.image.tolist() != b.image.tolist():
         raise ValueError(
@@ -188,8 +191,13 @@ def compare_tables(
         )
     if (a.target.astype(str) != b.target.astype(str)).any():
         raise ValueError('the two tables say different things of the truth: give the same labels to both')
-    (y, pa), (_, pb) = table_arrays(a, classes), table_arrays(b, classes)
-    return paired_difference(lambda y, p: measures(y, p, classes), y, pa, pb, groups=table_groups(a), **kw)
+    y, of_a = table_arrays(a, classes)
+    _, of_b = table_arrays(b, classes)
+
+    def measured(y, p):
+        return measures(y, p, classes)
+
+    return paired_difference(measured, y, of_a, of_b, groups=table_groups(a), **kw)
 
 # %% ../../nbs/metrics/07_screening.ipynb #58bc43ed
 def subgroup_table(
@@ -242,7 +250,10 @@ def roc_band(
     n: int = 500,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # `false_alarms`, and `found`, `low`, `high` (or NaN) there
-    "Share of positives found at each rate of false alarms, with 95 % limits over patients (vertical averaging, Fawcett 2006)"
+    """Share of positives found at each rate of false alarms, with 95 % limits over patients.
+
+    Vertical averaging (Fawcett 2006).
+    """
     grid = np.linspace(0, 1, 101)
 
     def curve(y, s):
@@ -251,8 +262,9 @@ def roc_band(
         fpr, tpr, _ = roc_curve(y, s)
         return np.interp(grid, fpr, tpr)
 
-    codes, low, high = group_codes(groups, len(q.y)), np.nan, np.nan
+    codes = group_codes(groups, len(q.y))
     found = np.array([curve(q.y[r], q.score[r]) for r in draws(codes, n, seed)])
+    low, high = np.nan, np.nan
     if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
         low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
     return pd.DataFrame({'false_alarms': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
@@ -284,13 +296,18 @@ def plot_reliability(
     said,  # Probability that it would (n,)
     what: str = '',  # Of what
 ) -> Figure:
-    "Predicted probability against the observed share, in bins of equally many images, with 95 % intervals (Wilson 1927)"
-    r, fig = reliability(right, said), Figure(figsize=(4.2, 3.6), layout='constrained')
+    """Predicted probability against the observed share, in bins of equally many images.
+
+    With 95 % intervals (Wilson 1927).
+    """
+    r = reliability(right, said)
+    fig = Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='honest')
     counts = zip((r.seen * r.images).round().astype(int), r.images.astype(int))
     limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
-    low, high = ([getattr(ci, end) for ci in limits] for end in ('low', 'high'))
+    low = [ci.low for ci in limits]
+    high = [ci.high for ci in limits]
     bars = np.clip([r.seen - low, high - r.seen], 0, None)
     ax.errorbar(r.said, r.seen, bars, fmt='o-', capsize=2, label=f'{len(r)} bins of {r.images.iloc[0]} images')
     ax.set(
@@ -303,17 +320,26 @@ def plot_reliability(
     return fig
 
 
+def _log_odds(p) -> np.ndarray:
+    "Log-odds of probabilities, finite at 0 and 1"
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    return np.log(p / (1 - p))
+
+
 def deferral_table(
     table: pd.DataFrame,  # `target, p_CLASS...`
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
 ) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
     "What is gained by handing the images nearest to the threshold to a human"
-    q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
+    q = question(table, classes)
+    y, p = table_arrays(table, classes)
+    called = decisions(table, classes, point)
     if called is None:
         return deferral_curve(p.argmax(1) == y, p.max(1))
-    logit = lambda s: np.log(np.clip(s, 1e-6, 1 - 1e-6) / (1 - np.clip(s, 1e-6, 1 - 1e-6)))
-    return deferral_curve(called == (q.y == 1), np.abs(logit(q.score) - logit(point.threshold if point else 0.5)))
+    threshold = point.threshold if point else 0.5
+    sure = np.abs(_log_odds(q.score) - _log_odds(threshold))
+    return deferral_curve(called == (q.y == 1), sure)
 
 # %% ../../nbs/metrics/07_screening.ipynb #7eae7d7d
 def consistency(

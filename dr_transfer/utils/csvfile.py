@@ -219,24 +219,24 @@ def check_columns(
 ):
     "A `CsvError` if two columns have one name, but for the spaces around it"
     found = {}
-    for n in map(str, names):
-        if n.strip() and n.strip() in found:
+    for name in map(str, names):
+        bare = name.strip()
+        if bare and bare in found:
             raise CsvError(
-                f"{what} has two columns with one name, '{found[n.strip()]}' and '{n}': rename or remove one of them"
+                f"{what} has two columns with one name, '{found[bare]}' and '{name}': rename or remove one of them"
             )
-        found[n.strip()] = n
+        found[bare] = name
 
 
 def _columns(names, rows) -> dict:
     "The columns that have a name or content; the row numbers of pandas and R are left out"
     columns = {}
-    for i, n in enumerate(names):
-        cells = [unescape_cell(r[i]) or None for r in rows]
-        counted = (
-            i == 0 and not n and cells in ([str(k) for k in range(len(rows))], [str(k + 1) for k in range(len(rows))])
-        )
-        if n or (any(cells) and not counted):
-            columns[n or f'column {i + 1}'] = cells
+    counts = [[str(k + first) for k in range(len(rows))] for first in (0, 1)]
+    for i, name in enumerate(names):
+        cells = [unescape_cell(row[i]) or None for row in rows]
+        counted = i == 0 and not name and cells in counts
+        if name or (any(cells) and not counted):
+            columns[name or f'column {i + 1}'] = cells
     return columns
 
 
@@ -247,8 +247,9 @@ def read_csv(
     text = _text(_content(file), file)
     found = _rows(text, _separator(text), file)
     header = next(found)[1]
-    names, rows = _names(header, file), []
-    for first, row in found:
+    names = _names(header, file)
+    rows = []
+    for _, row in found:
         if len(rows) == MOST_ROWS:
             raise CsvError(f'{file} has more than {MOST_ROWS} rows: divide it')
         rows.append(row)

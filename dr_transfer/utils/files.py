@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -304,10 +304,8 @@ def new_folder(
 
 def _keep_parts(place: Place) -> Path:
     "Keep an incomplete folder, with a marker if the disk takes one"
-    try:
+    with suppress(OSError, OutputError):
         mark_folder(place.tmp, 'unfinished')
-    except (OSError, OutputError):
-        pass
     return keep(place)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000024
@@ -435,10 +433,15 @@ def unknown(
 ) -> ValueError:  # The error, to be raised
     "A ValueError for a name that is not known: the known names, nearest first"
     name, known = str(name)[:200], list(known)  # the comparison takes the square of the length
-    likeness = lambda k: difflib.SequenceMatcher(None, name.lower(), str(k).lower()).ratio()
+
+    def likeness(other):
+        return difflib.SequenceMatcher(None, name.lower(), str(other).lower()).ratio()
+
     near = sorted(known, key=likeness, reverse=True)
-    shown = ', '.join(map(str, near[:12])) + (f', ... ({len(near)} in all)' if len(near) > 12 else '')
-    return ValueError(f"unknown {what} '{name}'. Known, nearest first: {shown}{'. ' + hint if hint else ''}")
+    shown = ', '.join(map(str, near[:12]))
+    more = f', ... ({len(near)} in all)' if len(near) > 12 else ''
+    advice = f'. {hint}' if hint else ''
+    return ValueError(f"unknown {what} '{name}'. Known, nearest first: {shown}{more}{advice}")
 
 # %% ../../nbs/utils/03_files.ipynb #9ae17453
 def cache_folder() -> Path:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,10 +121,8 @@ def locked(
     try:
         yield
     finally:
-        try:
+        with suppress(OSError):  # Windows removes it when it is released
             file.unlink(missing_ok=True)
-        except OSError:
-            pass  # Windows removes it when it is released
         lock.release()
 
 # %% ../../nbs/utils/02_places.ipynb #p0000012

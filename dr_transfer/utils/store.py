@@ -55,11 +55,38 @@ def _line(text, n) -> Line | None:
         line = Line(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return None
-    numbers = [line.row, *line.sums] if isinstance(line.sums, list) else []
-    good = len(numbers) == n + 1 and all(type(v) is int and 0 <= v < 2**32 for v in numbers)
-    return line if good and isinstance(line.key, str) else None
+    if not isinstance(line.key, str) or not isinstance(line.sums, list):
+        return None
+    numbers = [line.row, *line.sums]
+    if len(numbers) != n + 1:
+        return None
+    good = all(type(v) is int and 0 <= v < 2**32 for v in numbers)
+    return line if good else None
 
 
+def _size(path) -> int:
+    "Bytes of a plain file; 0 if it is not there"
+    try:
+        with open_regular(path, follow=False) as f:
+            return os.fstat(f.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _good_lines(store) -> tuple:
+    "The lines of a store by row; how many rows are lost; is the file as it was written?"
+    file = store.folder / 'images.jsonl'
+    text = read_regular(file, follow=False) if _size(file) else b''
+    end = text.rfind(b'\n') + 1  # what comes after it was not finished
+    found = [_line(part, len(store.fields)) for part in text[:end].split(b'\n')[:-1]]
+    rows = min(_size(store.file(f)) // store.row_bytes(f) for f in store.fields)
+    good = {line.row: line for line in found if line is not None and line.row < rows}
+    most = max(len(found), max(good, default=-1) + 1)
+    lost = most - len(good)
+    tidy = not lost and end == len(text)
+    return dict(sorted(good.items())), lost, tidy
+
+# %% ../../nbs/utils/08_store.ipynb #3d0dd30c
 class ArrayStore:
     "Arrays for images, on disk in a folder of their own; rows are appended and found by key"
 
@@ -70,8 +97,11 @@ class ArrayStore:
         about: dict,  # What decides the numbers, besides the image
         fields: dict,  # Name -> shape of one row, and its NumPy type
     ):
-        shapes = {k: [list(s), np.dtype(t).name] for k, (s, t) in fields.items()}
-        self.about, self.fields = {**about, 'format': FORMAT, 'fields': shapes}, fields
+        shapes = {}
+        for field, (shape, kind) in fields.items():
+            shapes[field] = [list(shape), np.dtype(kind).name]
+        self.about = {**about, 'format': FORMAT, 'fields': shapes}
+        self.fields = fields
         self.digest = digest(self.about)
         self.folder = Path(root) / f'{name}-{self.digest}'
         self.read_index()
@@ -90,40 +120,26 @@ class ArrayStore:
 
     def row_sum(self, field, row, key, data) -> int:
         "The checksum of a row"
-        return zlib.crc32(data, zlib.crc32(f'{self.digest} {field} {row} {key}'.encode()))
+        about = f'{self.digest} {field} {row} {key}'
+        return zlib.crc32(data, zlib.crc32(about.encode()))
 
-# %% ../../nbs/utils/08_store.ipynb #3d0dd30c
-def _size(path) -> int:
-    "Bytes of a plain file; 0 if it is not there"
-    try:
-        with open_regular(path, follow=False) as f:
-            return os.fstat(f.fileno()).st_size
-    except FileNotFoundError:
-        return 0
+    def read_index(self) -> int:  # How many rows are lost
+        "Learn from the disk which images are there"
+        with disk_errors(self.folder):
+            good, lost, _ = _good_lines(self)
+        self.rows = max(good, default=-1) + 1
+        self.keys = {line.key: row for row, line in good.items() if line.key}  # the last row of an image counts
+        self.sums = np.zeros((self.rows, len(self.fields)), np.uint32)
+        for row, line in good.items():
+            self.sums[row] = line.sums
+        return lost
 
-
-def _good_lines(store) -> tuple:
-    "The lines of a store by row; how many rows are lost; is the file as it was written?"
-    file = store.folder / 'images.jsonl'
-    text = read_regular(file, follow=False) if _size(file) else b''
-    end = text.rfind(b'\n') + 1  # what comes after it was not finished
-    found = [_line(l, len(store.fields)) for l in text[:end].split(b'\n')[:-1]]
-    rows = min(_size(store.file(f)) // store.row_bytes(f) for f in store.fields)
-    good = {l.row: l for l in found if l is not None and l.row < rows}
-    lost = max([len(found), *(row + 1 for row in good)]) - len(good)
-    return dict(sorted(good.items())), lost, not lost and end == len(text)
-
-
-def _read_index(self) -> int:  # How many rows are lost
-    "Learn from the disk which images are there"
-    with disk_errors(self.folder):
-        good, lost, _ = _good_lines(self)
-    self.rows = max(good, default=-1) + 1
-    self.keys = {l.key: row for row, l in good.items() if l.key}  # the last row of an image counts
-    self.sums = np.zeros((self.rows, len(self.fields)), np.uint32)
-    for row, l in good.items():
-        self.sums[row] = l.sums
-    return lost
+    def check(self, keys) -> int:  # How many they are
+        "Forget those of some images whose rows do not match their checksums"
+        bad = _mismatched(self, [k for k in dict.fromkeys(keys) if k in self.keys])
+        for key in bad:
+            del self.keys[key]
+        return len(bad)
 
 
 def _raw(store, field) -> np.ndarray:
@@ -131,26 +147,30 @@ def _raw(store, field) -> np.ndarray:
     with open_regular(store.file(field), follow=False) as f:
         return np.memmap(f, np.uint8, 'r', shape=(store.rows, store.row_bytes(field)))
 
+# %% ../../nbs/utils/08_store.ipynb #e33ae5af
+def _mismatched(
+    store: ArrayStore,
+    keys: list,  # Of images in it
+) -> list:
+    "Keys whose rows do not match their checksums"
+    if not keys:
+        return []
+    with disk_errors(store.folder):
+        arrays = [_raw(store, field) for field in store.fields]
 
-def _check(self, keys) -> int:  # How many they are
-    "Forget those of some images whose rows do not match their checksums"
-    here = [(self.keys[k], k) for k in dict.fromkeys(keys) if k in self.keys]
-    if not here:
-        return 0
-    with disk_errors(self.folder):
-        arrays = [(j, f, _raw(self, f)) for j, f in enumerate(self.fields)]
+    def is_wrong(key):
+        row = store.keys[key]
+        for field, data, wanted in zip(store.fields, arrays, store.sums[row]):
+            if store.row_sum(field, row, key, data[row]) != wanted:
+                return True
+        return False
 
     def wrong(part):
-        return [k for row, k in part if any(self.row_sum(f, row, k, a[row]) != self.sums[row, j] for j, f, a in arrays)]
+        return [key for key in part if is_wrong(key)]
 
+    parts = [keys[i : i + 64] for i in range(0, len(keys), 64)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bad = [k for found in pool.map(wrong, (here[i : i + 64] for i in range(0, len(here), 64))) for k in found]
-    for k in bad:
-        del self.keys[k]
-    return len(bad)
-
-
-ArrayStore.read_index, ArrayStore.check = _read_index, _check
+        return [key for found in pool.map(wrong, parts) for key in found]
 
 # %% ../../nbs/utils/08_store.ipynb #9c83b45e
 @contextmanager
@@ -182,7 +202,7 @@ def _repair(store):
         nobody = [0] * len(store.fields)
         lines = (good.get(row) or Line(row, '', '', nobody) for row in range(store.rows))
         with atomic_file(index) as f:
-            f.write_bytes(b''.join(l.text() for l in lines))
+            f.write_bytes(b''.join(line.text() for line in lines))
     for field in store.fields:
         with open_regular(store.file(field), 'r+b', follow=False, create=True) as f:
             f.truncate(store.rows * store.row_bytes(field))
@@ -208,44 +228,59 @@ def _tell_damage(store, bad):
     )
 
 # %% ../../nbs/utils/08_store.ipynb #98c57ee7
+def _parts(store, new, arrays) -> dict:
+    "The new rows of each field, as they are written"
+    parts = {}
+    for field, (shape, kind) in store.fields.items():
+        part = np.ascontiguousarray(arrays[field][new], dtype=kind)
+        wanted = (len(new), *shape)
+        if part.shape != wanted:
+            raise ValueError(f'{field} has the shape {part.shape}: give {wanted}')
+        parts[field] = part
+    return parts
+
+
 def _append(store, batch, arrays):
     "Rows for those items (key, item) of a batch that are not there yet; arrays (n, *shape) for each field"
-    new = [i for i, (k, _) in enumerate(batch) if k not in store.keys]
-    rows = range(store.rows, store.rows + len(new))
-    parts = {}
-    for f, (shape, kind) in store.fields.items():
-        parts[f] = np.ascontiguousarray(arrays[f][new], dtype=kind)
-        if parts[f].shape != (len(new), *shape):
-            raise ValueError(f'{f} has the shape {parts[f].shape}: give {(len(new), *shape)}')
+    new = [i for i, (key, _) in enumerate(batch) if key not in store.keys]
+    parts = _parts(store, new, arrays)
     lines = []
-    for j, (i, row) in enumerate(zip(new, rows)):
+    for j, i in enumerate(new):
         key, item = batch[i]
-        sums = [store.row_sum(f, row, key, a[j].reshape(-1).view(np.uint8)) for f, a in parts.items()]
-        lines.append(Line(row, key, Path(getattr(item, 'path', '')).name, sums))
+        row = store.rows + j
+        sums = []
+        for field, part in parts.items():
+            data = part[j].reshape(-1).view(np.uint8)
+            sums.append(store.row_sum(field, row, key, data))
+        name = Path(getattr(item, 'path', '')).name
+        lines.append(Line(row, key, name, sums))
     with disk_errors(store.folder):
-        for f, a in parts.items():
-            with open_regular(store.file(f), 'r+b', follow=False) as file:
-                file.seek(store.rows * store.row_bytes(f))
-                file.write(a.data)
+        for field, part in parts.items():
+            with open_regular(store.file(field), 'r+b', follow=False) as file:
+                file.seek(store.rows * store.row_bytes(field))
+                file.write(part.data)
         with open_regular(store.folder / 'images.jsonl', 'ab', follow=False, create=True) as file:
-            file.write(b''.join(l.text() for l in lines))
+            file.write(b''.join(line.text() for line in lines))
     store.rows += len(new)
-    store.keys.update({l.key: l.row for l in lines})
-    store.sums = np.concatenate(
-        [store.sums, np.array([l.sums for l in lines], np.uint32).reshape(-1, len(store.fields))]
-    )
+    store.keys.update({line.key: line.row for line in lines})
+    sums = np.array([line.sums for line in lines], np.uint32)
+    store.sums = np.concatenate([store.sums, sums.reshape(-1, len(store.fields))])
 
 # %% ../../nbs/utils/08_store.ipynb #adad6d34
 def _room(new):
     "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
-    need = sum(n * store.row_bytes(f) for store, n in new for f in store.fields)
+    need = 0
+    for store, n in new:
+        need += n * sum(store.row_bytes(field) for field in store.fields)
     folder = new[0][0].folder
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if need > 0.9 * free:
+        most = max(n for _, n in new)
         raise ValueError(
-            f'{max(n for _, n in new)} images need {need / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB left: '
-            'let DR_TRANSFER_CACHE name a folder on a larger disk, or take fewer images, a smaller size, or less augmentation'
+            f'{most} images need {need / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB left: '
+            'let DR_TRANSFER_CACHE name a folder on a larger disk, '
+            'or take fewer images, a smaller size, or less augmentation'
         )
 
 # %% ../../nbs/utils/08_store.ipynb #e1bd33e2
@@ -268,15 +303,21 @@ def fill_rows(
         for s in sorted(lacking(), key=lambda s: s.folder):
             _tell_damage(s, stack.enter_context(_writing(s, keys)))
         needy = lacking()  # another run may have filled them in the meantime
-        todo = {k: o for k, o in zip(keys, items) if any(k not in s.keys for s in needy)}
         if needy:
-            _room([(s, len(todo.keys() - s.keys.keys())) for s in needy])
-        rows = list(todo.items())
-        batches = compute(list(todo.values()), [f for s in needy for f in s.fields]) if needy else ()
-        for i, arrays in enumerate(batches):
-            for s in needy:
-                _append(s, rows[i * bs : (i + 1) * bs], arrays)
+            _compute_rows(needy, keys, items, compute, bs)
     return [np.array([s.keys[k] for k in keys], dtype=np.int64) for s in stores]
+
+
+def _compute_rows(stores, keys, items, compute, bs):
+    "Compute, batch by batch, the items that one of the stores lacks"
+    todo = {k: o for k, o in zip(keys, items) if any(k not in s.keys for s in stores)}
+    _room([(s, len(todo.keys() - s.keys.keys())) for s in stores])
+    rows = list(todo.items())
+    fields = [f for s in stores for f in s.fields]
+    for i, arrays in enumerate(compute(list(todo.values()), fields)):
+        batch = rows[i * bs : (i + 1) * bs]
+        for s in stores:
+            _append(s, batch, arrays)
 
 # %% ../../nbs/utils/08_store.ipynb #1975decb
 def stored_array(
