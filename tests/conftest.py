@@ -16,7 +16,7 @@ pytest.register_assert_rewrite('helpers', 'learners')
 
 from helpers import FAST, good  # noqa: E402  (as above)
 
-from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.flowers import make_flowers  # noqa: E402  (as above)
 from dr_transfer.synthetic.fundus import make_dr  # noqa: E402  (as above)
 
 

@@ -22,9 +22,9 @@ from torch import nn
 from dr_transfer.models import backbones as module
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import backbone_table, create_body
-from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, find_backbone
+from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, build_network, find_backbone
 from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
-from dr_transfer.models.stages import group_table, layer_groups, stage_names
+from dr_transfer.models.stages import find_chain, group_table, layer_groups, stage_names
 from dr_transfer.models.weights import WeightsError, read_weights, weights_folders
 
 TIMM = [
@@ -200,10 +200,10 @@ def all_stages(name):
 @pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
 def test_every_stage_can_be_the_last(name, monkeypatch):
     "The network is built once, and cut in many places"
-    net = module._build(find_backbone(name)).eval()
-    chain = module._chain(net, find_backbone(name))
-    monkeypatch.setattr(module, '_build', lambda spec: net)
-    monkeypatch.setattr(module, '_chain', lambda net, spec: chain)
+    net = build_network(find_backbone(name)).eval()
+    chain = find_chain(net, find_backbone(name))
+    monkeypatch.setattr(module, 'build_network', lambda spec: net)
+    monkeypatch.setattr('dr_transfer.models.stages.find_chain', lambda net, spec: chain)
     whole = all_stages(name)
     names = stage_names(whole)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))

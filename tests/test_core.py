@@ -164,7 +164,7 @@ def test_groups_stay_on_one_side(build, root):
 
 def test_csv_table_and_labels(build, root, tmp_path):
     a = build('dr')
-    assert a.goal.name == 'referable'
+    assert a.target.name == 'referable'
     assert list(a.dls.vocab) == ['no', 'referable']
     b = build('dr', data=root / 'dr' / 'labels.csv')
     c = build('dr', data=root / 'dr', labels=root / 'dr' / 'labels.csv')

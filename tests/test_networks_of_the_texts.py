@@ -12,7 +12,7 @@ from dr_transfer.core import build_learner, fit, predict_probs
 from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.models.backbones import create_body
-from dr_transfer.models.registry import find_backbone
+from dr_transfer.models.registry import build_network, find_backbone
 from dr_transfer.models.stages import layer_groups, stage_names
 from dr_transfer.synthetic.fundus import make_dr
 
@@ -34,7 +34,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
         request.getfixturevalue('data_root')
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     torch.manual_seed(0)
-    net = module._build(find_backbone(name))
+    net = build_network(find_backbone(name))
     state = {
         k: v.contiguous() for k, v in net.state_dict().items() if v.numel() < 20e6
     }  # without the largest layers of the classifier
@@ -75,7 +75,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
 @pytest.mark.parametrize('name', ['googlenet', 'alexnet', 'resnet50'])
 def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     torch.manual_seed(1)
-    state = module._build(find_backbone(name)).state_dict()
+    state = build_network(find_backbone(name)).state_dict()
     monkeypatch.setattr(module, '_download', lambda spec: state)
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)

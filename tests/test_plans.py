@@ -35,6 +35,7 @@ from dr_transfer.models.speed import SETTINGS
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training import phases
+from dr_transfer.training import stored as stored_part
 from dr_transfer.training.callbacks import HeadFirst
 from dr_transfer.training.learner import learner_groups
 from dr_transfer.training.plans import HEAD, PLANS, Phase, Plan, plan_table
@@ -225,6 +226,7 @@ class Rates(HeadFirst):
 
     seen: ClassVar = []
     order = 55
+    name = 'head_first'  # it takes its place
 
     def before_step(self):
         Rates.seen.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
@@ -233,8 +235,8 @@ class Rates(HeadFirst):
 @pytest.fixture
 def rates(monkeypatch):
     Rates.seen = []
-    monkeypatch.setattr(phases, 'HeadFirst', Rates)
-    monkeypatch.setattr('dr_transfer.core.HeadFirst', Rates)
+    monkeypatch.setattr(stored_part, 'HeadFirst', Rates)
+    monkeypatch.setattr('dr_transfer.training.learner.HeadFirst', Rates)
     return Rates.seen
 
 
@@ -383,7 +385,7 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
         arch = 'test_vit'
         frozen = 1
     if what == 'room':
-        monkeypatch.setattr(phases, 'MOST_GB', 1e-9)
+        monkeypatch.setattr(stored_part, 'MOST_GB', 1e-9)
     if what == 'asked':
         stored = False
     if what == 'callback':
@@ -452,12 +454,12 @@ def test_looking_is_not_training(build):
 
     learn = build()
     assert not heard(lambda: look(learn))
-    assert not learn.head_trained
+    assert not learn.head_first.trained
     learn.unfreeze()
     assert not heard(lambda: look(learn))
     assert learn.record['setting']['train'] == ''
     assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
-    assert learn.head_trained
+    assert learn.head_first.trained
 
 
 @pytest.mark.parametrize('what', ['transform', 'loader', 'bs'])

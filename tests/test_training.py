@@ -131,7 +131,7 @@ def test_the_total_is_told_before_anything_is_trained(build):
     lines = []
 
     def say(line):
-        lines.append((line, learn.batches.steps, learn.head_trained))
+        lines.append((line, learn.batches.steps, learn.head_first.trained))
 
     fit(learn, 'top2', epochs=2, say=say)
     first, steps, trained = lines[0]
@@ -329,7 +329,7 @@ def test_a_head_that_diverges_is_not_trained(build):
     learn = build(head='dense', loss_func=lambda p, y: (p * float('nan')).sum())
     with pytest.raises(TrainingError, match='went at once to nan'):
         fit(learn, 'head', say=str)
-    assert not learn.head_trained
+    assert not learn.head_first.trained
 
 
 def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(build):
@@ -556,7 +556,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     for p in learn.model[1].parameters():
         assert p.requires_grad
     assert same_state(before, state_of(learn)) == (how == 'solved')
-    assert not learn.head_trained
+    assert not learn.head_first.trained
     assert len(valid_predictions(learn)) == int((learn.table.split == 'valid').sum())
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn) == ['solved', 'stored']
@@ -579,7 +579,7 @@ def test_the_rate_finder_reads_each_image_once(build):
     assert images.n == 0
     assert 1e-7 < rate < 10
     assert same_state(before, state_of(learn))
-    assert not learn.head_trained
+    assert not learn.head_first.trained
     assert learn.dls.train.rng.getstate() == order
     assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
     fit(learn, 'top1', epochs=1, say=str)
@@ -593,7 +593,7 @@ def test_the_rate_finder_through_the_network(build):
     with pytest.warns(UserWarning, match='before the head'):
         assert found_rate(learn, num_it=10) > 0
     assert same_state(before, state_of(learn))
-    assert not learn.head_trained
+    assert not learn.head_first.trained
 
 
 def pressed_after(n, step):
@@ -615,14 +615,14 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
         learn = build()
         if unfreeze:
             learn.unfreeze()
-            learn.head_trained = True
+            learn.head_first.trained = True
         before = state_of(learn)
         with monkeypatch.context() as m:
             m.setattr('fastai.learner.Learner._step', pressed_after(20, type(learn)._step))
             with pytest.raises(KeyboardInterrupt):
                 found_rate(learn)
         assert same_state(before, state_of(learn))
-        assert learn.head_trained == unfreeze
+        assert learn.head_first.trained == unfreeze
 
 
 def test_no_rate_for_what_is_frozen(build):
