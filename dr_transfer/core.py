@@ -258,7 +258,7 @@ def predict_probs(
 def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
     f = learner_features(learn, images).numpy()
-    head = learn.model[1].eval()
+    head = learn.head.eval()
     rows = torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)
     p = map_rows(lambda x: head(x).softmax(1), rows)
     return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
@@ -268,7 +268,7 @@ def features_stored(
     learn: Learner,  # From `build_learner`
 ) -> bool:
     "Was the head trained on stored features that the body would give again?"
-    return bool(learn.stored_body) and learn.stored_body == weights_digest(learn.body)
+    return bool(learn.transfer.stored_body) and learn.transfer.stored_body == weights_digest(learn.body)
 
 
 def valid_predictions(

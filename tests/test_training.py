@@ -24,6 +24,7 @@ from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool, check_size, least_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
+from dr_transfer.training import stored as stored_part
 from dr_transfer.training.callbacks import TrainingError
 from dr_transfer.training.phases import phase_runs
 from dr_transfer.training.plans import HEAD, Phase, Plan, get_plan, plan_table
@@ -487,7 +488,7 @@ def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, t
         monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
         learn = build(head='dense' if plan == 'dense' else Head())
         if seen:
-            phases.learner_features(learn, learn.table.image[:seen].tolist())
+            stored_part.learner_features(learn, learn.table.image[:seen].tolist())
             list(learn.dls.train)
         torch.rand(seen + 1)
         np.random.rand(seen + 1)

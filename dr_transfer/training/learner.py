@@ -232,7 +232,17 @@ def _loaders(config, task, target, table, body) -> DataLoaders:
         free = (os.cpu_count() or 1) - (2 if device.type == 'cpu' else 0)
         workers = max(0, min(4, free)) if len(table) > 500 else 0
     weights = image_weights(table, config.balance)
-    return task_dataloaders(table, task, target, config.bs, spec.mean, spec.std, workers, device, weights)
+    return task_dataloaders(
+        table,
+        task,
+        target,
+        config.bs,
+        spec.mean,
+        spec.std,
+        num_workers=workers,
+        device=device,
+        weights=weights,
+    )
 
 
 def _ordered_kind(head) -> str:
