@@ -121,12 +121,15 @@ def window(
 ) -> np.ndarray:  # float32, 0 to 1, of the same shape
     "Hounsfield units as a grey between 0 and 1: a linear ramp over the window"
     level, width = get_window(which)
-    return np.clip((np.asarray(hu, np.float32) - (level - width / 2)) / width, 0, 1)
+    low = level - width / 2
+    grey = (np.asarray(hu, np.float32) - low) / width
+    return np.clip(grey, 0, 1)
 
 # %% ../../nbs/data/10_ct.ipynb #9980d731
 def _grey(parts) -> Image.Image:
     "Three arrays of greys, 0 to 1, as red, green and blue"
-    return Image.fromarray((np.stack(parts, -1) * 255).round().astype(np.uint8))
+    levels = (np.stack(parts, -1) * 255).round()
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def three_windows(
