@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'LABEL_COLUMNS', 'GROUP_COLUMNS', 'IMAGES', 'LABELS', 'GROUPS', 'NO_GROUPS', 'MOST_LABEL',
-           'ONE_CLASS', 'read_labels', 'not_utf8', 'counted', 'some', 'Role', 'find_column', 'GroupSource',
+           'ONE_CLASS', 'SPLITS', 'read_labels', 'not_utf8', 'counted', 'some', 'Role', 'find_column', 'GroupSource',
            'choose_groups', 'described', 'group_errors', 'check_labels', 'joint_note', 'number_note']
 
 # %% ../../nbs/data/11_columns.ipynb #6c4f764b
@@ -306,3 +306,31 @@ def number_note(
     return (
         f'labels: {len(values)} numbers are taken for the names of {len(values)} classes; regression is not supported'
     )
+
+# %% ../../nbs/data/11_columns.ipynb #9009a9fd
+SPLITS = {
+    'train': 'train',
+    'training': 'train',
+    'valid': 'valid',
+    'val': 'valid',
+    'validation': 'valid',
+    'test': 'test',
+}
+
+
+def _no_label(cell) -> bool:
+    "Is a cell missing (None or NaN) or blank?"
+    return cell is None or cell != cell or not str(cell).strip()
+
+
+def _splits(split) -> pd.Series:
+    "The names of splits in their usual spellings, as train, valid and test"
+
+    def lower(cell):
+        return None if _no_label(cell) else str(cell).strip().lower()
+
+    clean = split.map(lower).astype(object)
+    odd = clean[clean.notna() & ~clean.isin(SPLITS)]
+    if len(odd):
+        raise ValueError(f"the column 'split' has a '{some(odd[:1])}': write train, valid or test, or leave it empty")
+    return clean.map(SPLITS.get).astype(object)

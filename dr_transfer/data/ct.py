@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from .dicom import dicom_size, is_dicom, read_dataset
-from .source import LIMITS, ImageError, naming, open_source
+from .source import LIMITS, ImageError, _check_voxels, naming, open_source
 from ..utils.files import extra_module, unknown, warn
 
 # %% ../../nbs/data/10_ct.ipynb #a3008428
@@ -46,16 +46,14 @@ class Volume:
     origin: tuple = (0.0, 0.0, 0.0)  # mm: where the middle of voxel (0, 0, 0) is, z, y, x
 
     def __post_init__(self):
-        if np.asarray(self.hu).dtype.kind not in 'iuf':
-            raise ValueError(
-                f'an array of {np.asarray(self.hu).dtype} is no volume: give whole or floating point numbers'
-            )
+        dtype = np.asarray(self.hu).dtype
+        if dtype.kind not in 'iuf':
+            raise ValueError(f'an array of {dtype} is no volume: give whole or floating point numbers')
         if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1:
             raise ValueError(f'an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)')
-        if not np.isfinite(self.hu).all():
-            raise ValueError(
-                f'{(~np.isfinite(self.hu)).sum()} voxels are no numbers: set what was not measured to -1024'
-            )
+        bad = (~np.isfinite(self.hu)).sum()
+        if bad:
+            raise ValueError(f'{bad} voxels are no numbers: set what was not measured to -1024')
         spacing = _three_numbers('spacing', self.spacing)
         if not all(0 < v < 100 for v in spacing):
             raise ValueError(f'spacing={spacing}: {_THREE}')
@@ -123,12 +121,15 @@ def window(
 ) -> np.ndarray:  # float32, 0 to 1, of the same shape
     "Hounsfield units as a grey between 0 and 1: a linear ramp over the window"
     level, width = get_window(which)
-    return np.clip((np.asarray(hu, np.float32) - (level - width / 2)) / width, 0, 1)
+    low = level - width / 2
+    grey = (np.asarray(hu, np.float32) - low) / width
+    return np.clip(grey, 0, 1)
 
 # %% ../../nbs/data/10_ct.ipynb #9980d731
 def _grey(parts) -> Image.Image:
     "Three arrays of greys, 0 to 1, as red, green and blue"
-    return Image.fromarray((np.stack(parts, -1) * 255).round().astype(np.uint8))
+    levels = (np.stack(parts, -1) * 255).round()
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def three_windows(
@@ -236,8 +237,8 @@ def _oriented(
         raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
     steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
     order = _axis_order(steps, name)
-    if not np.isfinite(hu).all():
-        bad = (~np.isfinite(hu)).sum()
+    bad = (~np.isfinite(hu)).sum()
+    if bad:
         raise ValueError(f'{name}: {bad} voxels are no numbers. Set what was not measured to -1024 and save it again')
     if hu.min() >= 0:
         warn(
@@ -257,17 +258,6 @@ def _oriented(
     )
 
 # %% ../../nbs/data/10_ct.ipynb #20a49a70
-def _check_voxels(shape):
-    "`ImageError` for a volume of too many voxels"
-    n = math.prod(int(s) for s in shape)
-    if n > LIMITS.voxels:
-        size = ' x '.join(map(str, shape))
-        raise ImageError(
-            f'it declares {size} voxels, more than {LIMITS.voxels / 1e6:.0f} million: '
-            'cut out or resample the part that is needed'
-        )
-
-
 _NIFTI_HEAD = 540  # bytes of the longer header, NIfTI-2
 _EXTENSIONS = 2**24  # bytes between the header and the voxels
 

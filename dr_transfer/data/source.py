@@ -8,6 +8,7 @@ __all__ = ['LIMITS', 'HEAD', 'SIZES', 'Limits', 'ImageError', 'source_name', 'na
 
 # %% ../../nbs/data/01_source.ipynb #5236af51
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,6 +168,17 @@ def check_shape(
     if high > LIMITS.ratio * low:
         raise ImageError(
             f'it is a strip of {width} x {height} pixels: one edge may be {LIMITS.ratio:.0f} times the other at most'
+        )
+
+
+def _check_voxels(shape):
+    "`ImageError` for a volume of too many voxels"
+    n = math.prod(int(s) for s in shape)
+    if n > LIMITS.voxels:
+        size = ' x '.join(map(str, shape))
+        raise ImageError(
+            f'it declares {size} voxels, more than {LIMITS.voxels / 1e6:.0f} million: '
+            'cut out or resample the part that is needed'
         )
 
 

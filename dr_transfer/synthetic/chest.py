@@ -108,7 +108,7 @@ def _lay(
     distance = (radius - 1) * min(ball.half)
     _blend(hu[box], _cover(distance, edge), ball.value)
 
-
+# %% ../../nbs/synthetic/03_chest.ipynb #e4c4b2a5
 def _tube(
     hu: np.ndarray,  # Changed in place
     axes: tuple,
@@ -250,7 +250,7 @@ def _lung_field(
     inside = _cover((outline - 1) * lung.width + warp, edge)
     return inside * _cover(dome - z, edge)
 
-
+# %% ../../nbs/synthetic/03_chest.ipynb #4b71f2ce
 def _chest(
     rng: np.random.Generator,
     axes: tuple,

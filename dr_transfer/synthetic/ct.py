@@ -73,7 +73,7 @@ def _spot(
             break
     return best
 
-
+# %% ../../nbs/synthetic/04_ct.ipynb #9511b72f
 def _net(
     rng: np.random.Generator,
     who: _Person,

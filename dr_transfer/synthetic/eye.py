@@ -184,7 +184,7 @@ def _person(rng: np.random.Generator) -> dict:
         naevus=int(6 * rng.uniform(-1, 1)),
     )
 
-
+# %% ../../nbs/synthetic/00_eye.ipynb #1675b216
 def _inside(
     distance: np.ndarray,  # From the edge, positive outside
     softness: float,

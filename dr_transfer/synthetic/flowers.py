@@ -46,7 +46,7 @@ def _petal(
     shade = 0.65 + 0.35 * along - 0.25 * rim
     _paint(img, alpha, colour, shade * tone)
 
-
+# %% ../../nbs/synthetic/02_flowers.ipynb #7bcbab43
 @dataclass(frozen=True)
 class _Rings:
     "A flower of rings of petals"

@@ -44,7 +44,7 @@ def _camera(number: int) -> _Camera:
         gamma=rng.uniform(0.85, 1.2),
     )
 
-
+# %% ../../nbs/synthetic/01_fundus.ipynb #cb095cf9
 def _lit(
     rng: np.random.Generator,
     img: np.ndarray,  # (3, height, width)
