@@ -21,6 +21,7 @@ from torch import nn
 
 from dr_transfer.models import backbones as module
 from dr_transfer.models import speed
+from dr_transfer.models import stages as stages_module
 from dr_transfer.models.backbones import backbone_table, create_body
 from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, build_network, find_backbone
 from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
@@ -353,11 +354,11 @@ def test_shrinking_keeps_what_is_where(small):
     "Not the mean everywhere: a bright corner stays in its corner"
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
-    s = module._shrink(m, (4, 4))
+    s = stages_module._shrink(m, (4, 4))
     assert s.mean().item() == pytest.approx(16 / 81, abs=1e-6)
     assert s[..., 0, 0] > 0.9
     assert s[..., 3, 3] < 0.1
-    assert module._shrink(m, (9, 9)) is m
+    assert stages_module._shrink(m, (9, 9)) is m
 
 
 # ---------------------------------------------------------------- the registry
