@@ -136,8 +136,8 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 @pytest.mark.parametrize(
     'other, chosen',
     [
-        ([*BASE, 0.05, 0.06, 0.05, 0.04, 0.05], 'b'),  # better in every fold
-        ([*BASE, 0.3, -0.1, 0.2, -0.05, 0.05], 'a'),  # better on average, and by chance
+        (BASE + np.array([0.05, 0.06, 0.05, 0.04, 0.05]), 'b'),  # better in every fold
+        (BASE + np.array([0.3, -0.1, 0.2, -0.05, 0.05]), 'a'),  # better on average, and by chance
         (BASE, 'a'),
         (BASE - 0.1, 'a'),
         (np.full(5, np.nan), 'a'),
@@ -247,7 +247,13 @@ def test_a_transformer(flowers):
     assert isinstance(plot_advice(a), Figure)
 
 
-@pytest.mark.parametrize('measure, target', [('auc', 'referable'), ('accuracy', 'grade')])
+@pytest.mark.parametrize(
+    'measure, target',
+    [
+        ('auc', 'referable'),
+        ('accuracy', 'grade'),
+    ],
+)
 def test_targets(eyes, measure, target):
     labels = pd.read_csv(eyes / 'labels.csv').assign(
         grade=lambda t: t.patient.str[1:].astype(int) % 5
@@ -260,7 +266,14 @@ def test_targets(eyes, measure, target):
 # ---------------------------------------------------------------- only the images to learn from
 
 
-@pytest.mark.parametrize('seed, valid', [(42, 0.2), (1, 0.2), (2, 0.5)])
+@pytest.mark.parametrize(
+    'seed, valid',
+    [
+        (42, 0.2),
+        (1, 0.2),
+        (2, 0.5),
+    ],
+)
 def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
     advise(dots, seed=seed, valid=valid, **TINY)
     looked = set(seen)

@@ -210,7 +210,13 @@ def test_validation_is_untouched(name):
             assert (np.asarray(out) == a).all()
 
 
-@pytest.mark.parametrize('shape', [(8, 12), (12, 8)])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (8, 12),
+        (12, 8),
+    ],
+)
 def test_oblong_images(shape):
     """One at a time they are turned; in a batch they would not fit together,
     and neither would one that is turned on its own.
@@ -278,7 +284,15 @@ def spread_of(x, channel):
     return np.ptp(array(x)[..., channel].astype(int))
 
 
-@pytest.mark.parametrize('size', [(64, 64), (100, 60), (31, 47), (224, 224)])
+@pytest.mark.parametrize(
+    'size',
+    [
+        (64, 64),
+        (100, 60),
+        (31, 47),
+        (224, 224),
+    ],
+)
 def test_the_near_view_is_the_middle_enlarged(size):
     a = scene(*size)
     im = Image.fromarray(a)
@@ -301,7 +315,15 @@ def test_the_near_view_is_the_middle_enlarged(size):
 @pytest.mark.parametrize(
     'dtype', [torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 )
-@pytest.mark.parametrize('shape', [(16, 20), (3, 16, 20), (2, 3, 16, 20), (1, 16, 16)])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (16, 20),
+        (3, 16, 20),
+        (2, 3, 16, 20),
+        (1, 16, 16),
+    ],
+)
 def test_views_keep_shape_and_type(dtype, shape):
     x = torch.arange(np.prod(shape)).reshape(shape).remainder(256).to(dtype)
     outs = [view(x) for view in VIEWS['mirror_near']]

@@ -332,7 +332,13 @@ def test_the_end_of_what_is_no_chain(stage):
 @pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
 @pytest.mark.parametrize(
     'name,tap',
-    [('efficientnet_lite0', 2), ('efficientnet_lite0', 4), ('test_resnet', 3), ('squeezenet1_1', 2), ('small_cnn', 4)],
+    [
+        ('efficientnet_lite0', 2),
+        ('efficientnet_lite0', 4),
+        ('test_resnet', 3),
+        ('squeezenet1_1', 2),
+        ('small_cnn', 4),
+    ],
 )
 def test_the_mean_of_stages_side_by_side_is_that_of_each(name, tap, side):
     "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
@@ -508,7 +514,14 @@ def by_name(there):
     return out
 
 
-@pytest.mark.parametrize('i,size', [(0, 224), (1, 240), (2, 260)])
+@pytest.mark.parametrize(
+    'i,size',
+    [
+        (0, 224),
+        (1, 240),
+        (2, 260),
+    ],
+)
 def test_lite_from_its_wheel(i, size):
     """Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real
     photographs of daisies)
@@ -1115,7 +1128,12 @@ def test_settings_by_name(monkeypatch):
 
 @pytest.mark.parametrize(
     'name, millions',
-    [('torchvision.resnet50', 4089), ('torchvision.vgg16', 15470), ('googlenet', 1498), ('alexnet', 714)],
+    [
+        ('torchvision.resnet50', 4089),
+        ('torchvision.vgg16', 15470),
+        ('googlenet', 1498),
+        ('alexnet', 714),
+    ],
 )
 def test_multiply_adds_are_those_that_torchvision_states(name, millions):
     import torchvision

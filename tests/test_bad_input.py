@@ -280,7 +280,14 @@ def test_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
-@pytest.mark.parametrize('files', [(), ('notes.txt',), ('sub/notes.txt', '.hidden.jpg')])
+@pytest.mark.parametrize(
+    'files',
+    [
+        (),
+        ('notes.txt',),
+        ('sub/notes.txt', '.hidden.jpg'),
+    ],
+)
 def test_an_empty_folder(tmp_path, task, files):
     data = tmp_path / 'data'
     data.mkdir()
@@ -530,12 +537,25 @@ def test_names_and_numbers(tmp_path, flowers, words, why):
     assert why in line
 
 
-@pytest.mark.parametrize('words', [('--images', '0'), ('--images', '1'), ('--size', '8')])
+@pytest.mark.parametrize(
+    'words',
+    [
+        ('--images', '0'),
+        ('--images', '1'),
+        ('--size', '8'),
+    ],
+)
 def test_a_demo_of_nothing(tmp_path, words):
     refused('demo', '--out', tmp_path / 'demo', *words)
 
 
-@pytest.mark.parametrize('words', [('--images', '0'), ('--size', '8')])
+@pytest.mark.parametrize(
+    'words',
+    [
+        ('--images', '0'),
+        ('--size', '8'),
+    ],
+)
 def test_a_demo_that_was_refused_is_not_in_the_way(tmp_path, words, monkeypatch):
     import dr_transfer.core
 

@@ -493,7 +493,13 @@ def test_an_altered_file(model, image, file, how):
 
 @pytest.mark.parametrize(
     'field, value',
-    [('classes', ['referable', 'no']), ('size', 96), ('mean', [0.0, 0.0, 0.0]), ('reader', 'photo'), ('views', 'none')],
+    [
+        ('classes', ['referable', 'no']),
+        ('size', 96),
+        ('mean', [0.0, 0.0, 0.0]),
+        ('reader', 'photo'),
+        ('views', 'none'),
+    ],
 )
 def test_one_field_that_was_changed_by_hand(model, image, field, value):
     about = json.loads((model / 'model.json').read_text())

@@ -45,7 +45,13 @@ def test_pages_and_tests_that_are_named_are_there(row):
         assert name in names(file), test
 
 
-@pytest.mark.parametrize('file, function', [('test_table.py', 'test_gone'), ('test_texts.py', 'Terminal')])
+@pytest.mark.parametrize(
+    'file, function',
+    [
+        ('test_table.py', 'test_gone'),
+        ('test_texts.py', 'Terminal'),
+    ],
+)
 def test_the_check_can_fail(file, function):
     assert function not in names(file)
 

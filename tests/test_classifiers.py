@@ -133,7 +133,13 @@ def test_one_fold_is_none():
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('classes, views', [(2, 1), (4, 4)])
+@pytest.mark.parametrize(
+    'classes, views',
+    [
+        (2, 1),
+        (4, 4),
+    ],
+)
 def test_each_classifier(name, classes, views):
     x, y = blobs(64, views, classes=classes)
     train = (x[:48], y[:48], np.arange(48) // classes)
@@ -261,7 +267,14 @@ class Spy(GaussianNB):
         return super().fit(X, y, sample_weight)
 
 
-@pytest.mark.parametrize('cv, folds', [(None, 5), (4, 4), (GroupKFold(4), 4)])
+@pytest.mark.parametrize(
+    'cv, folds',
+    [
+        (None, 5),
+        (4, 4),
+        (GroupKFold(4), 4),
+    ],
+)
 def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     monkeypatch.setattr(Spy, 'fits', [])
     x, y = blobs(48, 2)

@@ -498,7 +498,14 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
         'dr_transfer.metrics.plots.plot_confusion',
     ],
 )
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left on device'), MemoryError()])
+@pytest.mark.parametrize(
+    'error',
+    [
+        KeyboardInterrupt(),
+        OSError(28, 'No space left on device'),
+        MemoryError(),
+    ],
+)
 def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
     "The model is written first, and kept beside where the run would be."
     import dr_transfer.inference.saved_model  # noqa: F401

@@ -162,7 +162,12 @@ def test_preprocess_prepares_what_train_reads(eyes, weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'words', [('--sensitivity', '0.9', '--specificity', '0.9'), ('--balance', 'weight'), ('--head', 'cumulativ')]
+    'words',
+    [
+        ('--sensitivity', '0.9', '--specificity', '0.9'),
+        ('--balance', 'weight'),
+        ('--head', 'cumulativ'),
+    ],
 )
 def test_wrong_words_are_refused(eyes, weights, tmp_path, words):
     refused('train', eyes, '--weights', weights, *SAID, *words, '--out', tmp_path / 'run')

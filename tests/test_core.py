@@ -326,7 +326,12 @@ def test_save_and_load(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'task,augment', [('flowers', None), ('dr', None), ('flowers', 'mirror+random_crop+colour_jitter+flowers')]
+    'task,augment',
+    [
+        ('flowers', None),
+        ('dr', None),
+        ('flowers', 'mirror+random_crop+colour_jitter+flowers'),
+    ],
 )
 def test_export_and_load_learner(build, tmp_path, task, augment):
     learn = build(task, augment=augment)
@@ -549,7 +554,15 @@ def test_chosen_plan(n):
     assert choose_plan(20000, True)[0] == 'fine_tune'
 
 
-@pytest.mark.parametrize('n,bs', [(38, 16), (100000, 32), (10, 32), (600, 2)])
+@pytest.mark.parametrize(
+    'n,bs',
+    [
+        (38, 16),
+        (100000, 32),
+        (10, 32),
+        (600, 2),
+    ],
+)
 def test_head_epochs(n, bs):
     got = head_epochs(n, bs)
     assert 30 <= got <= 300
@@ -617,7 +630,12 @@ def test_a_head_learns(build):
 
 @pytest.mark.parametrize(
     'task,arch',
-    [('flowers', 'test_resnet'), ('dr', 'test_resnet'), ('flowers', 'test_vit'), ('dr', 'test_efficientnet')],
+    [
+        ('flowers', 'test_resnet'),
+        ('dr', 'test_resnet'),
+        ('flowers', 'test_vit'),
+        ('dr', 'test_efficientnet'),
+    ],
 )
 def test_a_head_on_stored_is_the_learners(build, task, arch):
     learn = build(task, arch)
@@ -857,7 +875,12 @@ def test_the_same_in_another_process(build, root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name,said', [('plain', 'fp32'), ('channels_last', 'fp32, channels last'), ('bf16', 'bf16, channels last')]
+    'name,said',
+    [
+        ('plain', 'fp32'),
+        ('channels_last', 'fp32, channels last'),
+        ('bf16', 'bf16, channels last'),
+    ],
 )
 def test_settings(build, name, said):
     learn = build(setting=name)

@@ -216,7 +216,13 @@ def test_only_regular_files_are_opened(tmp_path):
         read_csv(tmp_path / 'link.csv')
 
 
-@pytest.mark.parametrize('limit,value,why', [('MOST_BYTES', 5, 'may have'), ('MOST_ROWS', 1, 'more than 1 rows')])
+@pytest.mark.parametrize(
+    'limit,value,why',
+    [
+        ('MOST_BYTES', 5, 'may have'),
+        ('MOST_ROWS', 1, 'more than 1 rows'),
+    ],
+)
 def test_limits(tmp_path, monkeypatch, limit, value, why):
     monkeypatch.setattr(f'dr_transfer.utils.csvfile.{limit}', value)
     with pytest.raises(CsvError, match=why):

@@ -85,7 +85,14 @@ def test_three_windows_are_three_windows_of_the_nearest_slice():
             three_windows(v, z)
 
 
-@pytest.mark.parametrize('spacing, size', [((5, 1, 1), (28, 24)), ((5, 2, 1), (28, 48)), ((5, 1, 2.5), (70, 24))])
+@pytest.mark.parametrize(
+    'spacing, size',
+    [
+        ((5, 1, 1), (28, 24)),
+        ((5, 2, 1), (28, 48)),
+        ((5, 1, 2.5), (70, 24)),
+    ],
+)
 def test_the_pixels_of_a_slice_are_square(spacing, size):
     assert three_windows(noise(spacing=spacing), 0).size == size
 
@@ -93,7 +100,15 @@ def test_the_pixels_of_a_slice_are_square(spacing, size):
 # ---------------------------------------------------------------- planes
 
 
-@pytest.mark.parametrize('spacing', [(1, 1, 1), (5, 1, 2), (2.5, 0.7, 0.7), (1, 3, 2)])
+@pytest.mark.parametrize(
+    'spacing',
+    [
+        (1, 1, 1),
+        (5, 1, 2),
+        (2.5, 0.7, 0.7),
+        (1, 3, 2),
+    ],
+)
 @pytest.mark.parametrize('size', [8, 21, 64])
 def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
     v, slope = ramp(spacing)
@@ -108,7 +123,14 @@ def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
         assert np.allclose(plane(v, place, p, 30, size), place @ slope + want[p], atol=0.01), p
 
 
-@pytest.mark.parametrize('spacing', [(1, 1, 1), (4, 1, 2), (1.5, 3, 0.8)])
+@pytest.mark.parametrize(
+    'spacing',
+    [
+        (1, 1, 1),
+        (4, 1, 2),
+        (1.5, 3, 0.8),
+    ],
+)
 @pytest.mark.parametrize('radius', [6, 11])
 def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
     shape = [int(60 / d) for d in spacing]
@@ -140,7 +162,14 @@ def test_the_planes_of_a_mirrored_volume_are_mirrored_where_it_is_seen():
             )
 
 
-@pytest.mark.parametrize('axes, same', [((1, 2), 'axial'), ((0, 2), 'coronal'), ((0, 1), 'sagittal')])
+@pytest.mark.parametrize(
+    'axes, same',
+    [
+        ((1, 2), 'axial'),
+        ((0, 2), 'coronal'),
+        ((0, 1), 'sagittal'),
+    ],
+)
 def test_a_turned_volume_is_a_turn_of_the_planes(axes, same):
     v = noise((21, 21, 21))
     c = (10, 10, 10)
@@ -312,7 +341,14 @@ def test_values_that_may_be_no_hounsfield_units_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'way', [(1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, -1, 0), (-1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)]
+    'way',
+    [
+        (1, 0, 0, 0, 1, 0),
+        (-1, 0, 0, 0, -1, 0),
+        (-1, 0, 0, 0, 1, 0),
+        (1, 0, 0, 0, 0, -1),
+        (0, 1, 0, 0, 0, -1),
+    ],
 )
 def test_a_dicom_series_of_any_orientation_is_the_same_volume(tmp_path, way):
     v = noise(**ODD)
@@ -454,7 +490,13 @@ def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
         assert (pixels(three_windows(o, 0)) == pixels(three_windows(v, 0))).all()
 
 
-@pytest.mark.parametrize('package, name', [('nibabel', 'a.nii'), ('pydicom', 's')])
+@pytest.mark.parametrize(
+    'package, name',
+    [
+        ('nibabel', 'a.nii'),
+        ('pydicom', 's'),
+    ],
+)
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, package, name):
     (tmp_path / 'a.nii').touch()
     (tmp_path / 's').mkdir()
@@ -715,7 +757,13 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
 # ---------------------------------------------------------------- the whole way
 
 
-@pytest.mark.parametrize('task, make', [('ct_nodes', candidate_pictures), ('ct_lungs', slice_pictures)])
+@pytest.mark.parametrize(
+    'task, make',
+    [
+        ('ct_nodes', candidate_pictures),
+        ('ct_lungs', slice_pictures),
+    ],
+)
 def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     from dr_transfer.core import build_learner, fit, valid_predictions
     from dr_transfer.metrics.screening import measure_table

@@ -248,7 +248,13 @@ def fundus(w, h, radius, cut, size=160):
 
 @pytest.mark.parametrize(
     'w,h,radius,cut',
-    [(600, 400, 180, 999), (600, 400, 180, 130), (420, 420, 150, 100), (400, 700, 150, 999), (900, 300, 140, 999)],
+    [
+        (600, 400, 180, 999),
+        (600, 400, 180, 130),
+        (420, 420, 150, 100),
+        (400, 700, 150, 999),
+        (900, 300, 140, 999),
+    ],
 )
 def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
     im, (bw, bh) = fundus(w, h, radius, cut)
@@ -400,7 +406,16 @@ def test_grades_that_are_none(label):
         encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE)
 
 
-@pytest.mark.parametrize('label,grade', [('1', '1'), (' 2.0 ', '2'), (3, '3'), (4.0, '4'), ('0e0', '0')])
+@pytest.mark.parametrize(
+    'label,grade',
+    [
+        ('1', '1'),
+        (' 2.0 ', '2'),
+        (3, '3'),
+        (4.0, '4'),
+        ('0e0', '0'),
+    ],
+)
 def test_grades_as_people_write_them(label, grade):
     assert encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist() == [grade]
 

@@ -49,7 +49,15 @@ def parts(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name, side', [('alexnet', 6), ('vgg16', 7), ('googlenet', 7), ('resnet18', 7)])
+@pytest.mark.parametrize(
+    'name, side',
+    [
+        ('alexnet', 6),
+        ('vgg16', 7),
+        ('googlenet', 7),
+        ('resnet18', 7),
+    ],
+)
 def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_image(name, side):
     net, inner, end = parts(name)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -65,7 +73,14 @@ def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_i
 
 @torch.no_grad()
 @pytest.mark.parametrize('head', HEADS)
-@pytest.mark.parametrize('arch, size', [('test_resnet', 64), ('cifarnet', 32), ('efficientnet_lite0', 96)])
+@pytest.mark.parametrize(
+    'arch, size',
+    [
+        ('test_resnet', 64),
+        ('cifarnet', 32),
+        ('efficientnet_lite0', 96),
+    ],
+)
 def test_a_model_says_of_each_window_of_a_map_what_its_head_says_of_it(arch, size, head):
     torch.manual_seed(0)
     stages = create_body(arch, 'random')

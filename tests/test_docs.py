@@ -34,7 +34,8 @@ def test_good_links_pass(tmp_path):
     assert not broken(
         tmp_path,
         index='<p id="x"></p><a href="#x"></a><a href="sub/page.html#caf%C3%A9"></a><link href="a%20b.css">',
-        sub__page='<p id="café"></p><a href="../index.html#x"></a><a href=".."></a><a href=""></a><a href="https://example.org/none"></a>',
+        sub__page='<p id="café"></p><a href="../index.html#x"></a><a href=".."></a><a href=""></a>'
+        '<a href="https://example.org/none"></a>',
     )
 
 

@@ -292,7 +292,14 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
 
 
 @needs_captum
-@pytest.mark.parametrize('arch, size', [('test_vit', 160), ('test_vit2', 160), ('test_mambaout', 64)])
+@pytest.mark.parametrize(
+    'arch, size',
+    [
+        ('test_vit', 160),
+        ('test_vit2', 160),
+        ('test_mambaout', 64),
+    ],
+)
 def test_transformers_have_heat_on_their_tokens(arch, size):
     m = image_model(arch, size=size)
     im = picture(size)

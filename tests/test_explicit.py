@@ -183,7 +183,10 @@ def test_a_frame_and_less_light_change_little(eye):
 
 @pytest.mark.parametrize(
     'pixels',
-    [np.zeros((200, 200, 3), np.uint8), np.pad(np.full((40, 40, 3), 99, np.uint8), ((0, 300), (0, 300), (0, 0)))],
+    [
+        np.zeros((200, 200, 3), np.uint8),
+        np.pad(np.full((40, 40, 3), 99, np.uint8), ((0, 300), (0, 300), (0, 0))),
+    ],
 )
 def test_an_image_without_a_retina_is_refused(pixels):
     with pytest.raises(ValueError, match='no retina stands out'):

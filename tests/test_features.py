@@ -756,7 +756,14 @@ def companies(images):
 
 
 @pytest.mark.parametrize('setting', SETTINGS)
-@pytest.mark.parametrize('arch, size', [('test_resnet', 64), ('efficientnet_lite0', 64), ('test_vit', 160)])
+@pytest.mark.parametrize(
+    'arch, size',
+    [
+        ('test_resnet', 64),
+        ('efficientnet_lite0', 64),
+        ('test_vit', 160),
+    ],
+)
 def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arrays, tmp_path):
     """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
     with other numbers of threads
@@ -1236,7 +1243,14 @@ def test_unknown_names(body, paths, tmp_path):
         assert known in str(e.value)
 
 
-@pytest.mark.parametrize('wrong', [dict(reader='fundos'), dict(fit='corp')], ids=str)
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(reader='fundos'),
+        dict(fit='corp'),
+    ],
+    ids=str,
+)
 def test_unknown_reader_or_fit(wrong, body, paths, tmp_path):
     with pytest.raises(ValueError) as e:
         extract_features(paths, body, 32, folder=tmp_path / 'x', **wrong)
@@ -1244,7 +1258,16 @@ def test_unknown_reader_or_fit(wrong, body, paths, tmp_path):
     assert 'repair' not in str(e.value)
 
 
-@pytest.mark.parametrize('wrong', [dict(stages=[]), dict(pools=()), dict(size=0), dict(pools='max')], ids=str)
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(stages=[]),
+        dict(pools=()),
+        dict(size=0),
+        dict(pools='max'),
+    ],
+    ids=str,
+)
 def test_empty_requests(wrong, body, paths, tmp_path):
     try:
         f = extract_features(paths, body, **{'size': 32, 'folder': tmp_path, **wrong})
@@ -1300,7 +1323,7 @@ def probs_by_hand(net, images, views):
 def test_view_probs(stages, arrays, views, bs):
     torch.manual_seed(1)
     model = nn.Sequential(Body(stages), create_head('linear', 96, 3)).train()
-    p = view_probs(model, arrays, read, MEAN, STD, views, bs)
+    p = view_probs(model, arrays, read, MEAN, STD, views, bs=bs)
     assert not model.training
     assert p.shape == (7, 3)
     assert p.dtype == np.float32

@@ -64,7 +64,13 @@ def arrays(t):
 # ---------------------------------------------------------------- the operating point
 
 
-@pytest.mark.parametrize('wanted, side', [('sensitivity', 'positive'), ('specificity', 'negative')])
+@pytest.mark.parametrize(
+    'wanted, side',
+    [
+        ('sensitivity', 'positive'),
+        ('specificity', 'negative'),
+    ],
+)
 def test_patients_are_counted_and_not_their_images(wanted, side):
     few = table(20, 10)
     many = table(60, 2)
@@ -151,7 +157,13 @@ def test_what_0_1_0_wrote_is_read_and_what_it_can_read_is_written():
 
 @pytest.mark.parametrize(
     'values, groups',
-    [([1, 0, 1, 1], ['a'] * 4), ([1], None), ([0], ['a']), ([1, 1], ['01', 1]), ([1, 1, 1], ['a'] * 3)],
+    [
+        ([1, 0, 1, 1], ['a'] * 4),
+        ([1], None),
+        ([0], ['a']),
+        ([1, 1], ['01', 1]),
+        ([1, 1, 1], ['a'] * 3),
+    ],
 )
 def test_one_group_has_no_interval(values, groups):
     r = bootstrap(np.mean, values, groups=groups, n=20).loc['value']
@@ -269,7 +281,13 @@ EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if one 
 
 
 @pytest.mark.parametrize(
-    'reader, eyes', [('fundus', True), ('fundus_ben_graham', True), ('photo', False), (None, False)]
+    'reader, eyes',
+    [
+        ('fundus', True),
+        ('fundus_ben_graham', True),
+        ('photo', False),
+        (None, False),
+    ],
 )
 def test_only_a_report_of_fundus_images_speaks_of_eyes(reader, eyes):
     text = page(table(60, 2), reader)

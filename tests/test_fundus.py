@@ -64,7 +64,14 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('cut', [0, 0.15, 0.35])
-@pytest.mark.parametrize('width, height, at', [(256, 256, (0, 0)), (500, 300, (100, 20)), (900, 700, (500, 300))])
+@pytest.mark.parametrize(
+    'width, height, at',
+    [
+        (256, 256, (0, 0)),
+        (500, 300, (100, 20)),
+        (900, 700, (500, 300)),
+    ],
+)
 def test_the_circle_is_found_whole_or_cut_framed_dark_or_bright(width, height, at, cut, change):
     for seed in range(3):
         im, (x, y, r) = framed(*photo(seed), width, height, at, cut)
@@ -184,7 +191,11 @@ def test_each_correction_says_what_it_keeps():
 @pytest.mark.parametrize('name', CORRECTIONS)
 @pytest.mark.parametrize(
     'im',
-    [Image.new('RGB', (64, 64)), Image.new('RGB', (64, 64), 'white'), Image.new('RGB', (33, 33), (90, 40, 20))],
+    [
+        Image.new('RGB', (64, 64)),
+        Image.new('RGB', (64, 64), 'white'),
+        Image.new('RGB', (33, 33), (90, 40, 20)),
+    ],
     ids=['black', 'white', 'odd'],
 )
 def test_corrections_bear_any_picture(name, im):
@@ -202,7 +213,15 @@ def test_the_corrections_are_readers_too():
 
 @pytest.mark.parametrize(
     'eye, mirrored',
-    [('left', True), (' OS', True), ('L', True), ('right', False), ('OD', False), (None, False), ('', False)],
+    [
+        ('left', True),
+        (' OS', True),
+        ('L', True),
+        ('right', False),
+        ('OD', False),
+        (None, False),
+        ('', False),
+    ],
 )
 def test_left_eyes_are_mirrored(eye, mirrored):
     im = photo(7)[0]
@@ -255,7 +274,12 @@ def eyes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'how', [Preparation(64), Preparation(96, 'colour', format='jpg'), Preparation(64, 'local', True)]
+    'how',
+    [
+        Preparation(64),
+        Preparation(96, 'colour', format='jpg'),
+        Preparation(64, 'local', True),
+    ],
 )
 def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
     out = tmp_path / 'out'
@@ -382,7 +406,14 @@ def test_a_dicom_photograph_is_read_like_any_other(tmp_path):
     assert read_disc(file, 64)[0].size == (64, 64)
 
 
-@pytest.mark.parametrize('bits, interpretation', [(8, 'MONOCHROME2'), (12, 'MONOCHROME2'), (8, 'MONOCHROME1')])
+@pytest.mark.parametrize(
+    'bits, interpretation',
+    [
+        (8, 'MONOCHROME2'),
+        (12, 'MONOCHROME2'),
+        (8, 'MONOCHROME1'),
+    ],
+)
 def test_grey_dicom_photographs(tmp_path, bits, interpretation):
     a = (np.arange(2400).reshape(40, 60) % 2**bits).astype(np.uint8 if bits == 8 else np.uint16)
     got = np.asarray(read_dicom(camera_file(tmp_path / 'g.dcm', a, interpretation=interpretation, bits=bits)), float)

@@ -281,7 +281,16 @@ def test_fits_of_a_wide_image():
 
 
 @pytest.mark.parametrize('fit', FITS)
-@pytest.mark.parametrize('shape', [(1, 1), (3, 200), (200, 3), (32, 32), (33, 31)])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (1, 1),
+        (3, 200),
+        (200, 3),
+        (32, 32),
+        (33, 31),
+    ],
+)
 def test_fit_takes_any_shape_and_leaves_nothing_to_chance(fit, shape):
     im = Image.fromarray(np.full((*shape, 3), 120, np.uint8))
     a = np.asarray(fit_square(im, 32, fit))

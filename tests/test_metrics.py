@@ -242,7 +242,13 @@ def test_summary_gives_kappa_to_grades_only(classes, ordered):
     assert not s
 
 
-@pytest.mark.parametrize('here,nan', [(0, {'auc', 'sensitivity'}), (1, {'auc', 'specificity'})])
+@pytest.mark.parametrize(
+    'here,nan',
+    [
+        (0, {'auc', 'sensitivity'}),
+        (1, {'auc', 'specificity'}),
+    ],
+)
 def test_summary_of_one_class_present(here, nan):
     _, p = probs(20, 2, 1)
     with warnings.catch_warnings():

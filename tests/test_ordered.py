@@ -70,7 +70,12 @@ def test_every_head_has_an_output_for_each_class(name):
 
 
 @pytest.mark.parametrize(
-    'head, plan, epochs', [('cumulative', SHORT, None), ('regression', SHORT, None), ('cumulative', 'fine_tune', 1)]
+    'head, plan, epochs',
+    [
+        ('cumulative', SHORT, None),
+        ('regression', SHORT, None),
+        ('cumulative', 'fine_tune', 1),
+    ],
 )
 def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, head, plan, epochs):
     learn = build_learner(eyes, head=head, **TINY)

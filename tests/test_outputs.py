@@ -194,7 +194,13 @@ def test_what_was_finished_of_a_run_is_kept_after_ctrl_c(tmp_path):
     assert os.listdir(tmp_path) == ['run.kept']
 
 
-@pytest.mark.parametrize('error', [ValueError('it cannot be drawn'), OSError(28, 'No space left on device')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('it cannot be drawn'),
+        OSError(28, 'No space left on device'),
+    ],
+)
 @pytest.mark.parametrize('begun', [False, True])
 def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
     why = r'r.html could not be written \((it cannot be drawn|No space left on device)\)'

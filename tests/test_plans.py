@@ -371,7 +371,13 @@ class Own(Callback):
 @warns_head
 @pytest.mark.parametrize(
     'what,word',
-    [('augment', 'endless'), ('chain', 'no chain'), ('room', 'GB'), ('asked', 'stored=False'), ('callback', "'own'")],
+    [
+        ('augment', 'endless'),
+        ('chain', 'no chain'),
+        ('room', 'GB'),
+        ('asked', 'stored=False'),
+        ('callback', "'own'"),
+    ],
 )
 def test_not_stored_and_why(build, monkeypatch, what, word):
     said = []
@@ -575,7 +581,14 @@ def test_tta_is_exact(build, tmp_path):
         assert torch.allclose(one, learn.get_preds()[0], atol=1e-6)
 
 
-@pytest.mark.parametrize('task,augment', [('dr', None), ('flowers', None), ('flowers', 'mirror')])
+@pytest.mark.parametrize(
+    'task,augment',
+    [
+        ('dr', None),
+        ('flowers', None),
+        ('flowers', 'mirror'),
+    ],
+)
 def test_tta_of_the_training_side(build, task, augment):
     "Every image, in the order of the table, nothing at random; and training is augmented afterwards as it was before"
     learn = silent(build(task, augment=augment), Plan('p', (STEPS,)))
@@ -711,7 +724,14 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
 # ---------------------------------------------------------------- a head that is solved
 
 
-@pytest.mark.parametrize('task,arch', [('flowers', 'test_resnet'), ('dr', 'test_efficientnet'), ('dr', 'test_vit')])
+@pytest.mark.parametrize(
+    'task,arch',
+    [
+        ('flowers', 'test_resnet'),
+        ('dr', 'test_efficientnet'),
+        ('dr', 'test_vit'),
+    ],
+)
 def test_a_solved_head_is_the_classifier(build, task, arch):
     learn = build(task, arch, seed=5)
     said = []
@@ -820,7 +840,11 @@ class Stop:
 @warns_head
 @pytest.mark.parametrize(
     'plan',
-    [Plan('p', (HEAD,)), Plan('p', (STEPS,)), Plan('p', (Phase(-3, 2, 1e-3),))],
+    [
+        Plan('p', (HEAD,)),
+        Plan('p', (STEPS,)),
+        Plan('p', (Phase(-3, 2, 1e-3),)),
+    ],
     ids=['solved', 'steps', 'boundary'],
 )
 def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, plan):

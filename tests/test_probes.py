@@ -55,7 +55,16 @@ def plus_minus_one(y, k):
 # ---------------------------------------------------------------- ridge
 
 
-@pytest.mark.parametrize('n, channels', [(40, 6), (40, 40), (40, 39), (30, 200), (5, 1)])
+@pytest.mark.parametrize(
+    'n, channels',
+    [
+        (40, 6),
+        (40, 40),
+        (40, 39),
+        (30, 200),
+        (5, 1),
+    ],
+)
 def test_ridge_path_is_that_of_scikit_learn(n, channels):
     rng = np.random.default_rng(n + channels)
     x = rng.standard_normal((n, channels)) * 3 + 5
@@ -88,7 +97,13 @@ def test_ridge_path_is_that_of_ridge_classifier():
     assert (scores[0].argmax(1) == want.predict(z)).all()
 
 
-@pytest.mark.parametrize('n, channels', [(50, 8), (30, 200)])
+@pytest.mark.parametrize(
+    'n, channels',
+    [
+        (50, 8),
+        (30, 200),
+    ],
+)
 def test_gcv_is_that_of_the_hat_matrix(n, channels):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((n, channels))
@@ -169,7 +184,16 @@ def test_intervals_cover():
 # ---------------------------------------------------------------- depth profile
 
 
-@pytest.mark.parametrize('k, measure', [(2, None), (2, 'accuracy'), (2, 'kappa'), (4, None), (4, 'kappa')])
+@pytest.mark.parametrize(
+    'k, measure',
+    [
+        (2, None),
+        (2, 'accuracy'),
+        (2, 'kappa'),
+        (4, None),
+        (4, 'kappa'),
+    ],
+)
 def test_the_best_stage_is_found(k, measure):
     f, y = known(160, k)
     table = depth_profile(f, y, measure=measure)
@@ -261,7 +285,15 @@ def test_parts_are_nested_stratified_and_by_group():
     assert 0 < len(chosen) < len(alone)
 
 
-@pytest.mark.parametrize('n, k', [(20, 2), (40, 2), (50, 5), (10, 2)])
+@pytest.mark.parametrize(
+    'n, k',
+    [
+        (20, 2),
+        (40, 2),
+        (50, 5),
+        (10, 2),
+    ],
+)
 def test_tiny_sets_with_many_channels(n, k):
     f, y = known(n, k, strengths=(0.0, 3.0), channels=600)
     with warnings.catch_warnings():
@@ -369,7 +401,16 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
     pd.testing.assert_frame_equal(table, learning_speed(f, y, shares=(0.1, 0.5, 1)))
 
 
-@pytest.mark.parametrize('shares', [(), (1, 0.5), (0, 1), (0.5, 2), (1, 1)])
+@pytest.mark.parametrize(
+    'shares',
+    [
+        (),
+        (1, 0.5),
+        (0, 1),
+        (0.5, 2),
+        (1, 1),
+    ],
+)
 def test_shares_that_cannot_be(shares):
     f, y = known(60)
     with pytest.raises(ValueError, match='shares'):

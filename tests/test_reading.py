@@ -170,7 +170,15 @@ def test_other_floating_point_is_skipped(change, words):
 
 
 @pytest.mark.parametrize('kind', [np.int32, np.int16])
-@pytest.mark.parametrize('low, high', [(0, 255), (0, 4095), (-1000, 3000), (0, 30000)])
+@pytest.mark.parametrize(
+    'low, high',
+    [
+        (0, 255),
+        (0, 4095),
+        (-1000, 3000),
+        (0, 30000),
+    ],
+)
 def test_signed_and_long_integers_are_skipped(kind, low, high):
     a = (low + RAMP * (high - low)).astype(kind)
     info = TiffImagePlugin.ImageFileDirectory_v2()
@@ -223,8 +231,22 @@ def test_a_tiff_where_zero_is_white_is_inverted():
     assert distance(read_rgb(bytes(data)), 255 - GREY[..., None]) <= 1
 
 
-@pytest.mark.parametrize('bits, good', [(16, True), (14, False), (12, False), (8, False)])
-@pytest.mark.parametrize('colour, channels', [(2, 3), (6, 4)])
+@pytest.mark.parametrize(
+    'bits, good',
+    [
+        (16, True),
+        (14, False),
+        (12, False),
+        (8, False),
+    ],
+)
+@pytest.mark.parametrize(
+    'colour, channels',
+    [
+        (2, 3),
+        (6, 4),
+    ],
+)
 def test_colour_of_sixteen_bits(bits, good, colour, channels):
     a = np.stack([RAMP * (2**bits - 1)] * 3 + [np.full_like(RAMP, 65535)] * (channels - 3), -1).round()
     data = png(bits=16, colour=colour, rows=a.astype('>u2').reshape(HEIGHT, -1))

@@ -88,7 +88,13 @@ def five(n=300, seed=0):
 
 @pytest.mark.parametrize(
     'groups, n',
-    [(None, 4), (['a', 'b', 'a', None], 4), ([None] * 5, 5), (['x', float('nan'), float('nan')], 3), (['a'], 1)],
+    [
+        (None, 4),
+        (['a', 'b', 'a', None], 4),
+        ([None] * 5, 5),
+        (['x', float('nan'), float('nan')], 3),
+        (['a'], 1),
+    ],
 )
 def test_group_codes_number_groups_and_leave_the_others_alone(groups, n):
     c = group_codes(groups, n)
@@ -193,7 +199,12 @@ def test_the_temperature_undoes_what_was_done(sharp):
 
 
 @pytest.mark.parametrize(
-    'right, said, words', [([1], [2.0], 'outside 0 to 1'), ([1, 0], [0.5], 'shape'), ([], [], 'at least one')]
+    'right, said, words',
+    [
+        ([1], [2.0], 'outside 0 to 1'),
+        ([1, 0], [0.5], 'shape'),
+        ([], [], 'at least one'),
+    ],
 )
 def test_bad_probabilities_are_refused(right, said, words):
     with pytest.raises(ValueError, match=words):
@@ -301,7 +312,13 @@ def test_the_question_of_two_classes_and_of_five_grades():
         table_arrays(t.drop(columns='p_4'), GRADE_NAMES)
 
 
-@pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES)])
+@pytest.mark.parametrize(
+    'make, classes',
+    [
+        (two, TWO),
+        (five, GRADE_NAMES),
+    ],
+)
 def test_a_decision_survives_json_and_decides_what_was_chosen(make, classes):
     valid = make(seed=4)
     t = make(seed=5)
@@ -352,7 +369,13 @@ def test_measures_are_those_of_scikit_learn():
     assert m['auc'] == pytest.approx(roc_auc_score(y >= 2, p[:, 2:].sum(1)))
 
 
-@pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES)])
+@pytest.mark.parametrize(
+    'make, classes',
+    [
+        (two, TWO),
+        (five, GRADE_NAMES),
+    ],
+)
 def test_every_figure_has_an_interval_that_holds_it(make, classes):
     t = apply_decision(make(), classes, choose_decision(make(seed=9), classes, sensitivity=0.9))
     m = measure_table(t, classes, prevalence=0.1, n=200)
@@ -447,7 +470,14 @@ def test_endpoints_are_reached_by_the_whole_interval_only():
     assert endpoint_table(m)['result'].tolist() == ['reached', 'missed']
 
 
-@pytest.mark.parametrize('make, classes', [(two, TWO), (five, GRADE_NAMES), (lambda: two()[:3], TWO)])
+@pytest.mark.parametrize(
+    'make, classes',
+    [
+        (two, TWO),
+        (five, GRADE_NAMES),
+        (lambda: two()[:3], TWO),
+    ],
+)
 def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_path, make, classes):
     t = make()
     t['image'] = [f'/secret/folder/<b>{i}' for i in t.image]

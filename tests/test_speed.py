@@ -69,7 +69,13 @@ def test_a_copy_says_the_same(arch):
 
 
 @pytest.mark.parametrize(
-    'arch,left', [('efficientnet_lite0', 0), ('resnet18', 0), ('test_resnet', 0), ('timm.resnetv2_50', None)]
+    'arch,left',
+    [
+        ('efficientnet_lite0', 0),
+        ('resnet18', 0),
+        ('test_resnet', 0),
+        ('timm.resnetv2_50', None),
+    ],
 )
 def test_what_is_folded(arch, left):
     net = lively(create_body(arch, 'random'))

@@ -180,7 +180,15 @@ def test_nothing_to_do_writes_nothing(tmp_path):
 # ---------------------------------------------------------------- what is a change
 
 
-@pytest.mark.parametrize('change', [dict(of='shape'), dict(size=64), dict(stages=['a', 'b'])], ids=str)
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(of='shape'),
+        dict(size=64),
+        dict(stages=['a', 'b']),
+    ],
+    ids=str,
+)
 def test_another_description_is_another_store(tmp_path, change):
     fill(new(tmp_path), pictures(3), colours(), BS)
     other = ArrayStore(tmp_path, 's', {'of': 'colour', **change}, FIELDS)
@@ -191,7 +199,11 @@ def test_another_description_is_another_store(tmp_path, change):
 
 @pytest.mark.parametrize(
     'fields',
-    [{'colour': ((3,), 'float32')}, {**FIELDS, 'corner': ((4,), 'uint8')}, {**FIELDS, 'colour': ((3,), 'float16')}],
+    [
+        {'colour': ((3,), 'float32')},
+        {**FIELDS, 'corner': ((4,), 'uint8')},
+        {**FIELDS, 'colour': ((3,), 'float16')},
+    ],
     ids=str,
 )
 def test_other_fields_are_another_store(tmp_path, fields):
@@ -735,7 +747,12 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
 
 
 @pytest.mark.parametrize(
-    'error', [OSError(errno.EMFILE, 'Too many open files'), MemoryError()], ids=['files', 'memory']
+    'error',
+    [
+        OSError(errno.EMFILE, 'Too many open files'),
+        MemoryError(),
+    ],
+    ids=['files', 'memory'],
 )
 def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatch, error):
     def fail(*a, **k):
@@ -794,7 +811,14 @@ assert right(s, images, rows)
 """
 
 
-@pytest.mark.parametrize('second', [(0, 20), (10, 20)], ids=['the same', 'some the same'])
+@pytest.mark.parametrize(
+    'second',
+    [
+        (0, 20),
+        (10, 20),
+    ],
+    ids=['the same', 'some the same'],
+)
 def test_two_processes(tmp_path, second):
     "The second waits; nothing is computed twice"
     ps = [child(AT_ONCE, tmp_path, tmp_path / 'log', *a) for a in ((0, 20), second)]
@@ -892,7 +916,17 @@ def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
-@pytest.mark.parametrize('have', [(N, 3, N), (N, 0, 4), (2, N, 5), (0, 6, 6), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    'have',
+    [
+        (N, 3, N),
+        (N, 0, 4),
+        (2, N, 5),
+        (0, 6, 6),
+        (1, 2, 3),
+    ],
+    ids=str,
+)
 def test_one_is_behind(tmp_path, filled, have):
     "One pass over what any of them lacks; what a store has is left as it is"
     for n, k in zip('abc', have):
@@ -945,7 +979,14 @@ print(len(seen), asked, flush=True)
 """
 
 
-@pytest.mark.parametrize('names', [('ab', 'ba'), ('abc', 'cb')], ids=' '.join)
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('ab', 'ba'),
+        ('abc', 'cb'),
+    ],
+    ids=' '.join,
+)
 def test_two_processes_with_stores_in_common(tmp_path, filled, names):
     "Whatever their order, none waits for one that waits for it; what both want is computed by one"
     ps = [child(ONE_EACH, tmp_path, tmp_path / 'log', n) for n in names]

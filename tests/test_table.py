@@ -151,7 +151,12 @@ def test_class_folders_may_have_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'names', [('train', 'valid', 'test'), ('training', 'validation', 'test'), ('Train', 'Val', 'TEST')]
+    'names',
+    [
+        ('train', 'valid', 'test'),
+        ('training', 'validation', 'test'),
+        ('Train', 'Val', 'TEST'),
+    ],
 )
 def test_split_folders(tmp_path, names):
     t = label_table(draw(tmp_path, *[f'{s}/{f}' for s in names for f in FILES]))
@@ -547,7 +552,15 @@ def test_names_that_are_hard_to_write(tmp_path, name):
     assert sorted(zip(t.image, t.label)) == sorted([(str(tmp_path / name), 'a'), (str(tmp_path / 'b.png'), '=b')])
 
 
-@pytest.mark.parametrize('sep,encoding', [(';', 'utf-8'), ('\t', 'utf-8-sig'), (',', 'utf-16'), (';', 'utf-16')])
+@pytest.mark.parametrize(
+    'sep,encoding',
+    [
+        (';', 'utf-8'),
+        ('\t', 'utf-8-sig'),
+        (',', 'utf-16'),
+        (';', 'utf-16'),
+    ],
+)
 def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
     draw(tmp_path, *FILES)
     csv(
@@ -676,7 +689,17 @@ def share(t, side):
 
 @pytest.mark.parametrize(
     'valid,test',
-    [(0.2, 0), (0.25, 0), (0.5, 0), (0.1, 0.1), (0.2, 0.2), (0.15, 0.15), (1 / 3, 1 / 3), (0.33, 0), (0.07, 0.21)],
+    [
+        (0.2, 0),
+        (0.25, 0),
+        (0.5, 0),
+        (0.1, 0.1),
+        (0.2, 0.2),
+        (0.15, 0.15),
+        (1 / 3, 1 / 3),
+        (0.33, 0),
+        (0.07, 0.21),
+    ],
 )
 def test_a_group_is_never_on_two_sides(valid, test):
     for seed in range(6):

@@ -146,7 +146,14 @@ def test_the_total_is_told_before_anything_is_trained(build):
 
 
 @pytest.mark.parametrize(
-    'how', [{'augment': 'mirror+random_crop'}, {'head': 'dense'}, {'balance': 'weights'}, {'balance': 'sampling'}, {}]
+    'how',
+    [
+        {'augment': 'mirror+random_crop'},
+        {'head': 'dense'},
+        {'balance': 'weights'},
+        {'balance': 'sampling'},
+        {},
+    ],
 )
 @pytest.mark.parametrize('stored', [True, False])
 def test_no_phase_passes_more_often_than_asked(build, how, stored):
