@@ -126,7 +126,7 @@ def test_weights_make_all_classes_count_alike():
 def test_sampling_draws_rare_classes_as_often(eyes, stored):
     learn = build_learner(eyes, balance='sampling', **TINY)
     fit(learn, SHORT, stored=stored, say=lambda s: None)
-    assert learn.record['balance'] == 'sampling'
+    assert learn.record.balance == 'sampling'
     drawn = np.concatenate(
         [np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train]
     )
@@ -139,7 +139,7 @@ def test_sampling_draws_rare_classes_as_often(eyes, stored):
 def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
     for plan in (SHORT, Plan('last stage', (Phase(-2, 1, 1e-3),))):
         learn = fit(build_learner(eyes, balance=balance, plan=plan, **TINY), say=lambda s: None)
-        assert np.isfinite(learn.record['history'][-1]['train_loss'])
+        assert np.isfinite(learn.record.history[-1]['train_loss'])
 
 
 def test_a_wrong_balance_is_refused(eyes):
@@ -215,7 +215,7 @@ def test_flowers_have_no_order(tmp_path, head):
     with pytest.raises(ValueError, match='stand in an order'):
         build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
-    assert build_learner(flowers, buds, **tiny).record['head']['ordered'] == kind
+    assert build_learner(flowers, buds, **tiny).record.head.ordered == kind
 
 
 def test_two_classes_are_in_order_either_way(eyes):

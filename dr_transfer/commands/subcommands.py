@@ -105,10 +105,10 @@ def _write_run(learn, folder, point):
     metrics = write_run(learn, folder, point)
     print('validation: ' + '\n'.join(metrics.attrs['notes']))
     print(metrics.round(3).to_string())
-    if 'gap' in learn.record:
-        gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items())
+    if learn.record.gap:
+        gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record.gap.items())
         print(f'training minus validation (of the likeliest class; a large gap means overfitting): {gap}')
-    _print_decision(learn.record['decision'])
+    _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9
 def _print_advice(a, table, task):
