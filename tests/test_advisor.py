@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dr_transfer.training.record import read_record
 from helpers import cli, content, good, refused
 from learners import Known
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from dr_transfer.features.probes import SIMILAR, fold_interval
 from dr_transfer.training import advisor
 from dr_transfer.training.advisor import advise, choose_advised, choose_scenario, plot_advice
 from dr_transfer.training.plans import LARGE, PLANS
+from dr_transfer.training.record import read_record
 
 TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')

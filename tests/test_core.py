@@ -14,8 +14,6 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from dr_transfer.data.summary import data_summary
-from dr_transfer.training.record import RunRecord, Runtime, versions
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
 from learners import disturb, groups, moved, quiet, same_state, state_of
@@ -26,6 +24,7 @@ from torch import nn
 from dr_transfer.core import build_learner, fit, generalisation_gap, predict_probs, valid_predictions
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
+from dr_transfer.data.summary import data_summary
 from dr_transfer.data.tasks import Target, Task
 from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
@@ -39,6 +38,7 @@ from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.learner import TransferLearner, learner_groups
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
+from dr_transfer.training.record import RunRecord, Runtime, versions
 from dr_transfer.training.stored import learner_features, why_not_stored
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
@@ -603,7 +603,7 @@ def test_plans(build, arch, plan, frozen):
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record.plan.name == plan
     assert len(learn.record.plan.phases) == len(PLANS[plan].phases)
-    assert learn.record.plan.phases[-1]['epochs'] == (2 if later else None)
+    assert learn.record.plan.phases[-1].epochs == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
     if plan != 'head':
         assert learn.record.setting.train == 'fp32'

@@ -93,7 +93,7 @@ def _train(a, table, task, point):
         balance=a.balance,
     )
     if point:
-        _check_point(list(learn.dls.vocab))
+        _check_point(learn.classes)
     _print_table(learn)
     return fit(learn, epochs=a.epochs)
 
@@ -368,7 +368,7 @@ def _cross_evaluation(a):
         head=a.head,
         balance=a.balance,
     )
-    classes = table_classes(t)
+    classes = goal.class_set(table_classes(t))
     skipped = set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
     about = {

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..data.summary import DataSummary
-
 from ..data.fundus import READERS
 from ..data.images import FITS
+from ..data.summary import DataSummary
+from ..metrics.classes import Classes, Positive
 from ..metrics.decision import Decision
 from ..models.head import Head
 from ..utils.checks import MOST_CHARACTERS, check_class_names
@@ -84,6 +84,8 @@ class ModelCard:
     setting: Annotated[str, Known(('', *SETTING_NAMES))] = field(
         default='', metadata={LATER: True}
     )  # How a CPU ran it in training
+    positive: Positive | None = field(default=None, metadata={LATER: True})  # Of the classes
+    ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes grades?
     more: dict = field(default_factory=dict)  # What another version knows
 
     def __post_init__(self):
@@ -91,8 +93,19 @@ class ModelCard:
             check_class_names(self.classes)
         except ValueError as e:
             raise SchemaError('classes', self.classes, f'names that can be told apart, but {e}') from None
+        try:
+            classes = self.class_set
+        except ValueError as e:
+            raise SchemaError('positive', self.positive, f'classes of the model, but {e}') from None
         if self.decision is not None:
-            self.decision.check(self.classes)
+            self.decision.check(classes)
+
+    @property
+    def class_set(self) -> Classes:
+        "The classes with what they mean; a model of grades that was saved by 0.1.0 does not state it"
+        if (self.task, self.target, self.positive) == ('dr', 'grade', None) and len(self.classes) == 5:
+            return Classes(self.classes, Positive('referable', self.classes[2:]), ordered=True)
+        return Classes(self.classes, self.positive, self.ordered)
 
     def to_dict(self) -> dict:
         "As JSON can hold it"

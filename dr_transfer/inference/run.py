@@ -54,7 +54,7 @@ def write_run(
 
     model = image_model(learn)
     save_model(model, folder / 'model')  # first: whatever fails afterwards, the training is not lost
-    classes = list(learn.dls.vocab)
+    classes = learn.classes
     t = valid_predictions(learn)
     learn.record.decision = choose_decision(t, classes, **(share or {}))
     write_card(replace(model.card, decision=learn.record.decision), folder / 'model')

@@ -108,7 +108,9 @@ def image_model(
     about = {
         **{name: to_dict(getattr(r, name)) for name in copied},
         'weights': to_dict(r.weights),
-        'classes': list(learn.dls.vocab),
+        'classes': list(learn.classes),
+        'positive': to_dict(learn.target.positive),
+        'ordered': learn.target.ordered,
         'views': r.augment if r.augment in VIEWS else 'none',
         'mean': spec.mean,
         'std': spec.std,

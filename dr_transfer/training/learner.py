@@ -21,12 +21,11 @@ from fastai.vision.learner import vision_learner
 from torch import nn
 
 # %% ../../nbs/training/07_learner.ipynb #80cff9e2
-from ..data.summary import data_summary
-from .record import RunRecord, Runtime, versions
-
 from ..data.augment import views_of
+from ..data.summary import data_summary
 from ..data.tasks import Target, Task, task_dataloaders
 from ..data.views import VIEWS
+from ..metrics.classes import Classes
 from ..models.backbones import create_body
 from ..models.balance import balanced_loss, image_weights
 from ..models.head import Head
@@ -35,6 +34,7 @@ from ..models.stages import group_table, layer_groups, stage_names
 from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
 from .phases import find_rate
 from .plans import Plan
+from .record import RunRecord, Runtime, versions
 from .stored import loader_summary
 from ..utils.files import unknown
 
@@ -141,6 +141,11 @@ class TransferLearner(Learner):
     def target(self) -> Target:
         "What is predicted"
         return self.transfer.target
+
+    @property
+    def classes(self) -> Classes:
+        "The classes with what they mean, in the order of the outputs"
+        return self.target.class_set(self.dls.vocab)
 
     @property
     def table(self) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.summary import DataSummary
-
 from ..metrics.decision import Decision
 from ..models.backbones import Weights
 from ..models.head import Head
