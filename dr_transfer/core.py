@@ -8,7 +8,7 @@ __all__ = ['build_learner', 'classifier_learner', 'fit', 'predict_probs', 'featu
 
 # %% ../nbs/core.ipynb #8405814e
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +132,17 @@ def classifier_learner(
 def _check_plan(learn, plan):
     "Refuse a plan for which the learner was not built"
     r = learn.record
-    if plan.arch not in (None, r['arch']):
+    if plan.arch not in (None, r.arch):
         what = f"the backbone '{plan.arch}'"
-    elif plan.weights == 'random' and r['weights']['kind'] != 'random':
+    elif plan.weights == 'random' and r.weights.kind != 'random':
         what = 'random weights'
-    elif plan.stage is not None and plan.stage not in (r['stage'], learn.plan.stage if learn.plan else None):
+    elif plan.stage is not None and plan.stage not in (r.stage, learn.plan.stage if learn.plan else None):
         what = f'a body that ends at stage {plan.stage!r}'
-    elif plan.tap not in (None, r['tap']):
+    elif plan.tap not in (None, r.tap):
         what = f'a head that sees {plan.tap} stages'
-    elif plan.head != 'linear' and r['head'] != asdict(create_head(plan.head, 1, 2).about):
+    elif plan.head != 'linear' and r.head != create_head(plan.head, 1, 2).about:
         what = f"the head '{plan.head}'"
-    elif not set((plan.augment or r['augment']).strip('+').split('+')) <= set(r['augment'].split('+')):
+    elif not set((plan.augment or r.augment).strip('+').split('+')) <= set(r.augment.split('+')):
         what = f"the augmentation '{plan.augment}'"
     else:
         return
@@ -153,7 +153,7 @@ def _check_plan(learn, plan):
 # %% ../nbs/core.ipynb #8076cbaa
 def _warn_random(learn, plan, say):
     "Tell whoever trains random weights by a plan for pretrained ones"
-    if learn.record['weights']['kind'] != 'random' or plan.weights == 'random':
+    if learn.record.weights.kind != 'random' or plan.weights == 'random':
         return
     frozen = all(p.frozen == -1 for p in plan.phases)
     what = (
@@ -169,17 +169,17 @@ def _warn_random(learn, plan, say):
 
 def _fit_one(learn, run, i, n, say):
     "Run one phase of a plan, and write it into the record"
-    record, names = learn.record, ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
+    record = learn.record
+    names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
     try:
         values = fit_phase(learn, run, say)
     except KeyboardInterrupt:
-        record['interrupted'] = f'in phase {i} of {n}'
+        record.interrupted = f'in phase {i} of {n}'
         raise
     rows = [
         {'phase': i, 'epoch': e, 'how': run.how, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)
     ]
-    record['history'] += rows
-    record['passes'] = record.get('passes', 0) + len(rows) * (run.how == 'network')
+    record.add_epochs(rows)
     words = ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names) if rows else 'stopped before the first was complete'
     say(
         f'phase {i} of {n}, '
@@ -190,11 +190,11 @@ def _fit_one(learn, run, i, n, say):
 
 def _best(learn, first, say):
     "The epoch of this fit with the lowest loss on the validation images, into the record"
-    rows = learn.record['history'][first:]
+    rows = learn.record.history[first:]
     if not rows:
         return
     best = min(rows, key=lambda r: r['valid_loss'])
-    learn.record['best'] = best
+    learn.record.best = best
     if best is not rows[-1]:
         say(
             f'valid_loss was lowest in epoch {best["epoch"]} of phase {best["phase"]}: {best["valid_loss"]:.3f}, '
@@ -224,14 +224,15 @@ def fit(
     plan = get_plan(plan or _default_plan(learn, say), epochs)
     _check_plan(learn, plan)
     _warn_random(learn, plan, say)
-    runs, first = phase_runs(learn, plan, epochs, stored), len(learn.record['history'])
+    runs = phase_runs(learn, plan, epochs, stored)
+    first = len(learn.record.history)
     say(f"plan '{plan.name}': {runs_words(runs, int((learn.table.split == 'train').sum()))}")
     if epochs is not None and runs[-1].how != 'network' and runs[-1].phase.epochs is None:
         say(
             f'epochs={epochs} (--epochs {epochs}) changes nothing: '
             'it counts passes through the network, and this plan has none'
         )
-    learn.record['plan'] = asdict(plan)
+    learn.record.plan = plan
     for i, run in enumerate(runs, 1):
         if run.how != 'skipped':
             _fit_one(learn, run, i, len(runs), say)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from dr_transfer.cli import main
+from dr_transfer.metrics.classes import Classes, Positive
 
 COMMAND = Path(sys.executable).with_name('dr_transfer')
+GRADES = Classes(('0', '1', '2', '3', '4'), Positive('referable', ('2', '3', '4')), ordered=True)
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
 Said = namedtuple('Said', 'code out err')
 

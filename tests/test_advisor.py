@@ -23,6 +23,7 @@ from dr_transfer.features.probes import SIMILAR, fold_interval
 from dr_transfer.training import advisor
 from dr_transfer.training.advisor import advise, choose_advised, choose_scenario, plot_advice
 from dr_transfer.training.plans import LARGE, PLANS
+from dr_transfer.training.record import read_record
 
 TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')
@@ -243,7 +244,7 @@ def test_a_transformer(flowers):
     assert a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, setting='plain', plan=a)
     fit(learn, epochs=1, say=str)
-    assert learn.record['plan']['name'] == 'head'
+    assert learn.record.plan.name == 'head'
     assert isinstance(plot_advice(a), Figure)
 
 
@@ -381,13 +382,13 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     fit(learn, epochs=1, say=str)
     r = learn.record
     other = row != 'stage4' and not large
-    assert r['plan']['name'] == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head')
+    assert r.plan.name == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head')
     assert (
-        r['stage'],
-        r['tap'],
+        r.stage,
+        r.tap,
     ) == (('stage2', 2) if other else ('stage4', 1))
-    assert len(r['history']) == len(a.plan.phases)
-    assert np.isfinite([h['valid_loss'] for h in r['history']]).all()
+    assert len(r.history) == len(a.plan.phases)
+    assert np.isfinite([h['valid_loss'] for h in r.history]).all()
 
 
 def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
@@ -412,7 +413,7 @@ def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
     assert 'against stage4' in str(a)
     assert a.sure.startswith('fairly')
     learn = build_learner(dots, plan=a, **TINY)
-    assert (learn.record['stage'], learn.record['tap']) == ('stage2', 1)
+    assert (learn.record.stage, learn.record.tap) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
 
 
@@ -584,21 +585,21 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
         '--out',
         run,
     )
-    r = json.loads((run / 'record.json').read_text())
+    r = read_record(run / 'record.json')
     plan = given['advice'].plan
     assert str(given['advice']) in said.out
     assert said.out.index('advice: plan') < said.out.index('phase 1 of')
-    assert r['plan']['name'] == plan.name == 'head_stage2_2'
+    assert r.plan.name == plan.name == 'head_stage2_2'
     assert (
-        (r['plan']['stage'], r['plan']['tap'])
+        (r.plan.stage, r.plan.tap)
         == (
-            r['stage'],
-            r['tap'],
+            r.stage,
+            r.tap,
         )
         == ('stage2', 2)
     )
-    assert [p['epochs'] for p in r['plan']['phases']] == [None]
-    assert r['data']['classes']['train'] == given['advice'].counts
+    assert [p.epochs for p in r.plan.phases] == [None]
+    assert r.data.classes['train'] == given['advice'].counts
     about = json.loads((run / 'model' / 'model.json').read_text())
     assert (about['stage'], about['tap']) == ('stage2', 2)
     p = pd.read_csv(run / 'predictions.csv')
@@ -610,8 +611,8 @@ def test_advice_is_for_a_network(flowers):
     "Without another word the learner is that network; another one is refused"
     a = advise(flowers, **TINY)
     learn = build_learner(flowers, size=32, setting='plain', plan=a)
-    assert learn.record['arch'] == 'test_resnet'
-    assert learn.record['weights']['kind'] == 'random'
+    assert learn.record.arch == 'test_resnet'
+    assert learn.record.weights.kind == 'random'
     other = build_learner(flowers, arch='small_cnn', weights='random', size=32, setting='plain')
     with pytest.raises(ValueError, match=r"the backbone 'test_resnet'.*this plan itself"):
         fit(other, a)

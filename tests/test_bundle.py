@@ -252,6 +252,7 @@ def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
     "What is described is what is built: the same probabilities, and the same again after a second saving."
     from dr_transfer.core import build_learner, predict_probs
     from dr_transfer.inference.saved_model import load_model, save_model
+    from dr_transfer.utils.schema import to_dict
 
     learn = build_learner(
         eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, setting='plain'), **how}
@@ -260,8 +261,8 @@ def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
     images = sorted((eyes / 'images').iterdir())[:3]
     np.testing.assert_allclose(m.probs(images), predict_probs(learn, images), atol=1e-5)
     r = learn.record
-    assert [m.about[k] for k in ('stage', 'tap', 'arch')] == [r[k] for k in ('stage', 'tap', 'arch')]
-    assert m.about['head'] == {**r['head'], 'hidden': list(r['head']['hidden'])}
+    assert [m.about[k] for k in ('stage', 'tap', 'arch')] == [r.stage, r.tap, r.arch]
+    assert m.about['head'] == to_dict(r.head)
     assert m.about['views'] == (how.get('augment', 'none' if 'plan' in how else 'quarter_turns'))
     assert m.model[1].about == learn.model[1].about
     assert (tmp_path / 'm' / 'model.safetensors').read_bytes() == (

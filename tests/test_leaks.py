@@ -188,8 +188,8 @@ def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
     for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
         assert word in str(e.value)
     learn = build_learner(t, allow_leaks=True, **ask)
-    assert sum(learn.record['data']['leaks'].values()) >= 1
-    assert build_learner(t.assign(split=None), **ask).record['data']['leaks'] == {}
+    assert sum(learn.record.data.leaks.values()) >= 1
+    assert build_learner(t.assign(split=None), **ask).record.data.leaks == {}
 
 
 def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):

@@ -165,7 +165,7 @@ def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
     for target, n in (('grade', 5), ('referable', 2), (None, 2)):
         learn = build_learner(eyes, 'dr', target=target, allow_leaks=True, **SMALL)
         assert learn.dls.c == learn.model[1][-1].out_features == len(learn.dls.vocab) == n
-        assert learn.record['target'] == (target or 'referable')
+        assert learn.record.target == (target or 'referable')
     few = pd.DataFrame({'image': list('abc'), 'label': ['0', '1', '4']})
     assert encode_target(few, REFERABLE).target.tolist() == [
         'no',

@@ -4,12 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import GRADES
 from sklearn.metrics import cohen_kappa_score
 from torch import nn
 
 from dr_transfer.core import build_learner, fit, valid_predictions
 from dr_transfer.inference.saved_model import image_model, load_model, save_model
-from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision, expected_grade, fit_cut_points
+from dr_transfer.metrics.decision import apply_decision, choose_decision, expected_grade, fit_cut_points
 from dr_transfer.models.balance import balanced_loss, class_weights, image_weights
 from dr_transfer.models.head import Head
 from dr_transfer.models.network import HEADS, create_head
@@ -83,7 +84,7 @@ def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, h
     fit(learn, plan, epochs, say=lambda s: None)
     assert any(not torch.equal(v, start[k]) for k, v in learn.model[1].state_dict().items())
     t = valid_predictions(learn)
-    p = t[[f'p_{g}' for g in GRADE_NAMES]].to_numpy()
+    p = t[[f'p_{g}' for g in GRADES]].to_numpy()
     assert np.allclose(p.sum(1), 1, atol=1e-3)
     assert np.abs(load_model(save_model(learn, tmp_path / 'm'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
     assert image_model(learn).card.head.ordered == head
@@ -126,7 +127,7 @@ def test_weights_make_all_classes_count_alike():
 def test_sampling_draws_rare_classes_as_often(eyes, stored):
     learn = build_learner(eyes, balance='sampling', **TINY)
     fit(learn, SHORT, stored=stored, say=lambda s: None)
-    assert learn.record['balance'] == 'sampling'
+    assert learn.record.balance == 'sampling'
     drawn = np.concatenate(
         [np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train]
     )
@@ -139,7 +140,7 @@ def test_sampling_draws_rare_classes_as_often(eyes, stored):
 def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
     for plan in (SHORT, Plan('last stage', (Phase(-2, 1, 1e-3),))):
         learn = fit(build_learner(eyes, balance=balance, plan=plan, **TINY), say=lambda s: None)
-        assert np.isfinite(learn.record['history'][-1]['train_loss'])
+        assert np.isfinite(learn.record.history[-1]['train_loss'])
 
 
 def test_a_wrong_balance_is_refused(eyes):
@@ -176,13 +177,13 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
         y = rng.choice(5, n, p=[0.5, 0.2, 0.2, 0.06, 0.04])
         p = np.exp(-((np.arange(5) - (0.6 * y + rng.normal(0, 0.4, n))[:, None]) ** 2))
         return pd.DataFrame(
-            {'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADE_NAMES], (p / p.sum(1, keepdims=True)).T))}
+            {'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADES], (p / p.sum(1, keepdims=True)).T))}
         )
 
     valid = table(800)
     t = table(800)
-    d = choose_decision(valid, GRADE_NAMES)
-    out = apply_decision(t, GRADE_NAMES, d)
+    d = choose_decision(valid, GRADES)
+    out = apply_decision(t, GRADES, d)
     y = t.target.astype(int)
     kappa = {
         k: cohen_kappa_score(y, v, weights='quadratic')
@@ -190,7 +191,7 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
     }
     assert kappa['cuts'] > kappa['likeliest'] + 0.03
     assert set(out.grade) <= set(range(5))
-    assert choose_decision(valid[valid.target != '4'], GRADE_NAMES).cuts is None
+    assert choose_decision(valid[valid.target != '4'], GRADES).cuts is None
 
 
 # ---------------------------------------------------------------- no order, no ordered head
@@ -215,7 +216,7 @@ def test_flowers_have_no_order(tmp_path, head):
     with pytest.raises(ValueError, match='stand in an order'):
         build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
-    assert build_learner(flowers, buds, **tiny).record['head']['ordered'] == kind
+    assert build_learner(flowers, buds, **tiny).record.head.ordered == kind
 
 
 def test_two_classes_are_in_order_either_way(eyes):

@@ -299,7 +299,7 @@ def test_learner_tells_and_records_the_patients(small):
     lines = []
     learn = build_learner(small, 'flowers', bs=8, say=lines.append, **ASK)
     assert lines == ["patients: column 'pid', 12 groups"]
-    assert learn.record['data']['patients'] == lines[0]
+    assert learn.record.data.patients == lines[0]
     assert learn.table.groupby('group').split.nunique().max() == 1
     from dr_transfer.inference.saved_model import image_model
 

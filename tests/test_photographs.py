@@ -60,7 +60,7 @@ def test_referable_on_another_camera(data_root):
     learn = build_learner(here[['image', 'grade']], 'dr', target='referable')
     fit(learn, 'head', say=lambda s: None)
     assert abs(len(learn.table) - 500) < 4
-    for r in learn.record['history']:
+    for r in learn.record.history:
         assert r['how'] in ('solved', 'stored')
     p = predict_probs(learn, [data_root / 'dr' / 'idrid' / 'images' / n for n in there.image])
     assert p.shape == (len(there), 2)

@@ -127,15 +127,15 @@ def test_every_plan(build, name, task):
         assert fit(learn, epochs=1, say=said.append) is learn
     k = frozen_first(learn, plan)
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
-    rows = learn.record['history']
+    rows = learn.record.history
     assert [r['phase'] for r in rows] == list(range(1, len(plan.phases) + 1))
     for r in rows:
         assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     endless = own.augment is not None
     assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
-    assert learn.record['passes'] == sum(r['how'] == 'network' for r in rows) <= 1, 'no more than was asked for'
-    assert learn.record['plan']['name'] == name
+    assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'no more than was asked for'
+    assert learn.record.plan.name == name
     assert sum(s.startswith('phase ') for s in said) == len(plan.phases)
     assert np.isfinite(probs(learn)).all()
     t = plan_table(learn, [name])
@@ -180,9 +180,9 @@ def test_a_plan_of_ones_own_is_one_expression(build):
         augment='mirror',
     )
     learn = silent(build(plan=plan))
-    assert learn.record['plan']['name'] == 'mine'
-    assert [r['phase'] for r in learn.record['history']] == [1, 1, 2]
-    assert (learn.record['stage'], learn.record['tap'], learn.record['head']['hidden'], learn.record['augment']) == (
+    assert learn.record.plan.name == 'mine'
+    assert [r['phase'] for r in learn.record.history] == [1, 1, 2]
+    assert (learn.record.stage, learn.record.tap, learn.record.head.hidden, learn.record.augment) == (
         'stage3',
         2,
         (256,),
@@ -310,13 +310,13 @@ def test_stored_is_the_same(build, v):
     before = state_of(a)
     for learner, s in ((a, True), (b, False)):
         silent(learner, Plan('p', (f,)), stored=s)
-    assert [r['how'] for r in a.record['history'] + b.record['history']] == ['stored'] * 2 + ['network'] * 2
+    assert [r['how'] for r in a.record.history + b.record.history] == ['stored'] * 2 + ['network'] * 2
     assert farthest(a, b) < 1e-5
     assert (
         max(float((x - before[k]).abs().max()) for k, x in state_of(a).items() if k.endswith('weight')) > 1e-4
     )  # and much has moved
-    assert pd.DataFrame(a.record['history']).drop(columns='how').to_numpy() == pytest.approx(
-        pd.DataFrame(b.record['history']).drop(columns='how').to_numpy(), abs=1e-4
+    assert pd.DataFrame(a.record.history).drop(columns='how').to_numpy() == pytest.approx(
+        pd.DataFrame(b.record.history).drop(columns='how').to_numpy(), abs=1e-4
     )
 
 
@@ -340,7 +340,7 @@ def test_two_phases_are_the_same(build):
     b = build()
     for learner, s in ((a, True), (b, False)):
         silent(learner, Plan('p', (Phase(-2, 1, 1e-3), Phase(-3, 1, 1e-3), Phase(0, 1, 1e-3))), stored=s)
-    assert [r['how'] for r in a.record['history']] == ['stored', 'stored', 'network']
+    assert [r['how'] for r in a.record.history] == ['stored', 'stored', 'network']
     assert farthest(a, b) < 2e-5
 
 
@@ -350,7 +350,7 @@ def test_bf16_is_nearly_the_same(build):
     before = state_of(a)
     for learner, s in ((a, True), (b, False)):
         silent(learner, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
-    assert a.record['setting']['train'] == 'bf16, channels last' == b.record['setting']['train']
+    assert a.record.setting.train == 'bf16, channels last' == b.record.setting.train
     w = state_of(a)
     u = state_of(b)
     names = [k for k in w if k.endswith('weight')]
@@ -358,7 +358,7 @@ def test_bf16_is_nearly_the_same(build):
     assert far > 0
     assert apart < 0.2 * far
     assert probs(a) == pytest.approx(probs(b), abs=0.03)
-    assert a.record['history'][-1]['valid_loss'] == pytest.approx(b.record['history'][-1]['valid_loss'], abs=0.03)
+    assert a.record.history[-1]['valid_loss'] == pytest.approx(b.record.history[-1]['valid_loss'], abs=0.03)
 
 
 class Own(Callback):
@@ -401,7 +401,7 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
     n = len(learner_groups(learn))
     fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=said.append)
     assert any('computed in every epoch' in s and word in s for s in said)
-    assert learn.record['history'][0]['how'] == 'network'
+    assert learn.record.history[0]['how'] == 'network'
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     if what != 'asked':
@@ -463,7 +463,7 @@ def test_looking_is_not_training(build):
     assert not learn.head_first.trained
     learn.unfreeze()
     assert not heard(lambda: look(learn))
-    assert learn.record['setting']['train'] == ''
+    assert learn.record.setting.train == ''
     assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
     assert learn.head_first.trained
 
@@ -665,8 +665,8 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
         path=tmp_path,
     )
     assert list(learn.dls.vocab) == list(c.classes_)
-    assert learn.record['tap'] == len(stages)
-    assert learn.record['stage'] == stages[-1]
+    assert learn.record.tap == len(stages)
+    assert learn.record.stage == stages[-1]
     assert predict_probs(learn, t.image) == pytest.approx(want, abs=1e-4)
     assert tta(learn)[0].numpy() == pytest.approx(want[(learn.table.split == 'valid').to_numpy()], abs=1e-4)
     save_model(learn, tmp_path / 'model')
@@ -743,12 +743,12 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
         assert 'steps' not in s
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
-    assert learn.record['C'] == c.estimator_.C
+    assert learn.record.C == c.estimator_.C
     for side in ('valid', 'train'):
         assert predict_probs(learn, images(learn, side)) == pytest.approx(
             c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4
         )
-    (row,) = learn.record['history']
+    (row,) = learn.record.history
     with learn.no_bar(), learn.no_logging():
         values = learn.validate()
     assert row['how'] == 'solved'
@@ -804,12 +804,12 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     learn = build(data=data, **kw)
     before = groups(learn)
     fit(learn, plan, say=said.append)
-    assert len(learn.record['history']) == 2
-    assert 'C' not in learn.record
+    assert len(learn.record.history) == 2
+    assert learn.record.C is None
     assert moved(before, groups(learn)) == [False] * 5 + [True]
     assert any(word in s for s in said)
     assert why in ('asked', 'endless') or any('in steps, because' in s for s in said)
-    assert [r['how'] for r in learn.record['history']] == ['network' if why == 'endless' else 'stored'] * 2
+    assert [r['how'] for r in learn.record.history] == ['network' if why == 'endless' else 'stored'] * 2
 
 
 # ---------------------------------------------------------------- interrupted
@@ -861,15 +861,15 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
     for k, v in state_of(learn).items():
         assert torch.equal(v, before[k])
     assert [type(c) for c in learn.cbs] == cbs
-    assert not learn.record['history']
+    assert not learn.record.history
     with Stop(learn.model[0][0].stages[0]) as rest:
         silent(learn, plan)
     assert all_.n == 4 * len(learn.table)
     assert some.n == 72 - 72 % 8
     assert rest.n == all_.n - 64
     assert farthest(learn, learner) < 1e-6
-    assert pd.DataFrame(learn.record['history']).drop(columns='how').to_numpy(float) == pytest.approx(
-        pd.DataFrame(learner.record['history']).drop(columns='how').to_numpy(float)
+    assert pd.DataFrame(learn.record.history).drop(columns='how').to_numpy(float) == pytest.approx(
+        pd.DataFrame(learner.record.history).drop(columns='how').to_numpy(float)
     )
     with Stop(build('dr').model[0][0].stages[0]) as none:
         silent(build('dr'), plan)
@@ -888,7 +888,7 @@ def test_interrupted_while_it_learns(build, stored):
     with Stop(learn.model[1], at=12), pytest.raises(KeyboardInterrupt):
         silent(learn, plan, stored=stored)
     assert moved(before, groups(learn)) == [False] * 4 + [True] * 2
-    assert not learn.record['history']
+    assert not learn.record.history
     assert sorted(type(c).__name__ for c in learn.cbs) == cbs
     assert (learn.dls.train, learn.dls.valid) == dls
     assert learn.opt is not None
@@ -896,7 +896,7 @@ def test_interrupted_while_it_learns(build, stored):
     assert len(valid_predictions(learn)) == len(images(learn))
     tta(learn)
     silent(learn, plan, stored=stored)
-    assert len(learn.record['history']) == 3
+    assert len(learn.record.history) == 3
     assert moved(before, groups(learn)) == [False] * 4 + [True] * 2
     learn.unfreeze()
     quiet(learn, 'fit_one_cycle', 1, 1e-4)
@@ -929,7 +929,7 @@ def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     silent(learn, steps)
     with pytest.raises(ValueError, match='one_cycle'):
         silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
-    assert len(learn.record['history']) == 1
+    assert len(learn.record.history) == 1
     assert np.isfinite(probs(learn)).all()
 
 
@@ -941,7 +941,7 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
     learn = fit(
         build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append
     )
-    assert learn.record['C'] > 0
+    assert learn.record.C > 0
     for s in said:
         assert 'in steps' not in s
 

@@ -10,11 +10,12 @@ import sys
 import time
 
 import pytest
+from helpers import GRADES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dr_transfer.inference.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
-from dr_transfer.metrics.decision import GRADE_NAMES, Decision
+from dr_transfer.metrics.decision import Decision
 from dr_transfer.metrics.operating_point import OperatingPoint
 from dr_transfer.utils.checks import check_class_names
 from dr_transfer.utils.schema import SchemaError, from_dict, read_json, to_dict
@@ -42,7 +43,7 @@ ABOUT = {
     'stage': 'stage3',
     'tap': 1,
     'head': {'hidden': [16], 'dropout': 0.0, 'flatten': False, 'ordered': 'cumulative'},
-    'classes': GRADE_NAMES,
+    'classes': list(GRADES),
     'task': 'dr',
     'target': 'grade',
     'size': 48,

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import GRADES
 from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import cohen_kappa_score, recall_score, roc_auc_score
@@ -19,8 +20,8 @@ from dr_transfer.metrics.calibration import (
     fit_temperature,
     reliability,
 )
+from dr_transfer.metrics.classes import Classes, Positive
 from dr_transfer.metrics.decision import (
-    GRADE_NAMES,
     Decision,
     apply_decision,
     choose_decision,
@@ -78,7 +79,7 @@ def five(n=300, seed=0):
         {
             'image': [f'{i}' for i in range(n)],
             'target': y.astype(str),
-            **dict(zip([f'p_{g}' for g in GRADE_NAMES], (p / p.sum(1, keepdims=True)).T)),
+            **dict(zip([f'p_{g}' for g in GRADES], (p / p.sum(1, keepdims=True)).T)),
         }
     )
 
@@ -302,21 +303,21 @@ def test_predictive_values_have_the_interval_of_whole_patients():
 
 def test_the_question_of_two_classes_and_of_five_grades():
     t = five()
-    q = question(t, GRADE_NAMES)
+    q = question(t, GRADES)
     assert q.name == 'referable'
     assert (q.y == (t.target.astype(int) >= 2)).all()
     assert np.allclose(q.score, t[['p_2', 'p_3', 'p_4']].sum(axis=1))
     assert positive_score(np.eye(3), ['a', 'b', 'c']) is None
     assert question(two(), TWO).name == 'referable'
     with pytest.raises(ValueError, match="no column 'p_4'"):
-        table_arrays(t.drop(columns='p_4'), GRADE_NAMES)
+        table_arrays(t.drop(columns='p_4'), GRADES)
 
 
 @pytest.mark.parametrize(
     'make, classes',
     [
         (two, TWO),
-        (five, GRADE_NAMES),
+        (five, GRADES),
     ],
 )
 def test_a_decision_survives_json_and_decides_what_was_chosen(make, classes):
@@ -347,7 +348,7 @@ def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
     assert d.operating is None
     assert d.temperature == 1
     assert len(d.refused) == 2
-    with pytest.raises(ValueError, match='needs two classes'):
+    with pytest.raises(ValueError, match='needs a positive class'):
         choose_decision(
             pd.DataFrame({'target': ['a'] * 60, 'p_a': 1.0, 'p_b': 0.0, 'p_c': 0.0}), ['a', 'b', 'c'], sensitivity=0.9
         )
@@ -363,8 +364,8 @@ def test_measures_are_those_of_scikit_learn():
     m = measures(y, p, TWO)
     assert m['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
     assert m['accuracy'] == accuracy(y, p.argmax(1))
-    y, p = table_arrays(f, GRADE_NAMES)
-    m = measures(y, p, GRADE_NAMES)
+    y, p = table_arrays(f, GRADES)
+    m = measures(y, p, GRADES)
     assert m['kappa'] == pytest.approx(cohen_kappa_score(y, p.argmax(1), weights='quadratic'))
     assert m['auc'] == pytest.approx(roc_auc_score(y >= 2, p[:, 2:].sum(1)))
 
@@ -373,7 +374,7 @@ def test_measures_are_those_of_scikit_learn():
     'make, classes',
     [
         (two, TWO),
-        (five, GRADE_NAMES),
+        (five, GRADES),
     ],
 )
 def test_every_figure_has_an_interval_that_holds_it(make, classes):
@@ -474,7 +475,7 @@ def test_endpoints_are_reached_by_the_whole_interval_only():
     'make, classes',
     [
         (two, TWO),
-        (five, GRADE_NAMES),
+        (five, GRADES),
         (lambda: two()[:3], TWO),
     ],
 )
@@ -484,7 +485,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
     decision = (
         choose_decision(two(seed=9), TWO, sensitivity=0.9)
         if classes == TWO
-        else choose_decision(five(seed=9), GRADE_NAMES, sensitivity=0.9)
+        else choose_decision(five(seed=9), GRADES, sensitivity=0.9)
     )
     e = Evaluation(
         t,
@@ -532,3 +533,28 @@ def test_predictive_values_need_a_prevalence():
     assert 'predictive value at' not in report_html(e, n=20)
     e.prevalence = 0.08
     assert 'positive predictive value at 8%' in report_html(e, n=20)
+
+
+def test_five_classes_are_grades_only_where_the_target_says_so():
+    "Names '0' to '4' may be the quality of an image: nothing is referable, and nothing has cut points."
+    t = five()
+    names = list(GRADES)
+    assert question(t, names) is None
+    assert 'auc' not in measure_table(t, names, n=100).index
+    decision = choose_decision(t, names)
+    assert decision.cuts is None
+    assert choose_decision(t, GRADES).cuts is not None
+    with pytest.raises(ValueError, match='these have none: 0, 1, 2, 3, 4'):
+        choose_decision(t, names, sensitivity=0.9)
+
+
+def test_another_threshold_of_the_grades_is_another_question():
+    t = five()
+    sight = Classes(GRADES.names, Positive('sight-threatening', ('3', '4')), ordered=True)
+    q = question(t, sight)
+    assert q.name == 'sight-threatening'
+    assert q.y.sum() == t.target.isin(['3', '4']).sum()
+    assert q.score == pytest.approx(t.p_3 + t.p_4)
+    point = choose_decision(t, sight, sensitivity=0.9)
+    assert set(apply_decision(t, sight, point).decision) == {'sight-threatening', 'not sight-threatening'}
+    assert set(by_patient(t.assign(group=np.arange(len(t)) // 2), sight).target) == {'no', 'sight-threatening'}

@@ -134,8 +134,8 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     )
     assert learn.opt_func is Adam
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)
-    assert learn.record['augment'] == 'flowers'
-    history = fit(learn, say=lambda line: None).record['history']
+    assert learn.record.augment == 'flowers'
+    history = fit(learn, say=lambda line: None).record.history
     assert len(history) == 30
     for h in history:
         assert 0 <= h['accuracy'] <= 1

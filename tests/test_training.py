@@ -100,7 +100,7 @@ def told(learn, *args, **kw):
 
 
 def ways(learn):
-    return [row['how'] for row in learn.record['history']]
+    return [row['how'] for row in learn.record.history]
 
 
 def train_size(learn):
@@ -118,7 +118,7 @@ def test_one_epoch_is_one_pass(build, plan, callback):
     images = Images(learn)
     lines = told(learn, plan, epochs=1)
     assert ways(learn) == ['solved', 'network']
-    assert learn.record['passes'] == 1
+    assert learn.record.passes == 1
     batches = train_size(learn) // learn.dls.train.bs
     assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
     for line in lines:
@@ -162,7 +162,7 @@ def test_no_phase_passes_more_often_than_asked(build, how, stored):
     images = Images(learn)
     fit(learn, 'top1', epochs=1, stored=stored, say=str)
     passes = ways(learn).count('network')
-    assert passes == learn.record['passes'] == (1 if stored else 2)
+    assert passes == learn.record.passes == (1 if stored else 2)
     assert images.n <= passes * train_size(learn)
 
 
@@ -189,7 +189,7 @@ def test_epochs_do_not_change_a_head_that_is_solved(build):
     lines = told(asked, 'head', epochs=2)
     assert same_state(state_of(plain), state_of(asked))
     assert ways(asked) == ['solved']
-    assert asked.record['history'] == plain.record['history']
+    assert asked.record.history == plain.record.history
     assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
 
 
@@ -269,10 +269,10 @@ def test_a_trained_head_is_not_trained_again(build):
     "After augmented_head, top2 for two epochs goes through the network twice"
     learn = build(plan='augmented_head')
     fit(learn, epochs=1, say=str)
-    assert learn.record['passes'] == 1
+    assert learn.record.passes == 1
     lines = told(learn, 'top2', epochs=2)
-    assert learn.record['passes'] == 3
-    assert [r['phase'] for r in learn.record['history']] == [1, 2, 2]
+    assert learn.record.passes == 3
+    assert [r['phase'] for r in learn.record.history] == [1, 2, 2]
     assert 'phase 1 of 2: head, skipped, because the head is trained already' in lines[0]
 
 
@@ -280,7 +280,7 @@ def test_the_second_fit_goes_on_where_the_first_ended(build):
     learn = build()
     fit(learn, 'top1', epochs=1, say=str)
     fit(learn, 'top1', epochs=2, say=str)
-    assert [(r['phase'], r['how']) for r in learn.record['history']] == [
+    assert [(r['phase'], r['how']) for r in learn.record.history] == [
         (1, 'solved'),
         (2, 'stored'),
         (2, 'stored'),
@@ -319,14 +319,14 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     learn = build()
     fit(learn, 'head', say=str)
     before = state_of(learn)
-    trained = len(learn.record['history'])
+    trained = len(learn.record.history)
     with pytest.raises(TrainingError, match='diverged in epoch') as e:
         fit(learn, wild(frozen=frozen), say=str)
     assert isinstance(e.value, ValueError)
     assert 'lower rate' in str(e.value)
     assert '\n' not in str(e.value)
     assert same_state(before, state_of(learn))
-    assert len(learn.record['history']) == trained
+    assert len(learn.record.history) == trained
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
     fit(learn, 'top1', epochs=1, say=str)
     assert ways(learn)[-1] == 'stored', 'it can be trained again'
@@ -370,17 +370,17 @@ def test_random_weights_under_a_plan_for_pretrained_ones(build):
 def test_the_best_epoch_is_in_the_record(build):
     learn = build()
     lines = told(learn, 'top1', epochs=3)
-    rows = learn.record['history']
-    assert learn.record['best'] == min(rows, key=lambda r: r['valid_loss'])
+    rows = learn.record.history
+    assert learn.record.best == min(rows, key=lambda r: r['valid_loss'])
     told_so = any('valid_loss was lowest in' in line for line in lines)
-    assert told_so == (learn.record['best'] != rows[-1])
+    assert told_so == (learn.record.best != rows[-1])
 
 
 def test_the_best_epoch_can_be_kept(build):
     "With fastai's callback, which before made of one epoch three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
     fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
-    rows = learn.record['history'][1:]
+    rows = learn.record.history[1:]
     with learn.no_bar(), learn.no_logging():
         loss = float(learn.validate()[0])
     assert loss == pytest.approx(min(r['valid_loss'] for r in rows), abs=1e-4)
@@ -389,7 +389,7 @@ def test_the_best_epoch_can_be_kept(build):
 def test_stopped_early(build):
     learn = build(cbs=[EarlyStoppingCallback(monitor='valid_loss', min_delta=100.0, patience=1)])
     fit(learn, 'fine_tune', epochs=9, say=str)
-    assert learn.record['passes'] == ways(learn).count('network') == 2
+    assert learn.record.passes == ways(learn).count('network') == 2
 
 
 # ---------------------------------------------------------------- sizes, batches, backbones
@@ -405,7 +405,7 @@ def test_a_batch_larger_than_the_set(build):
     learn = build(bs=4096)
     fit(learn, 'fine_tune', epochs=1, say=str)
     assert learn.dls.train.bs == train_size(learn)
-    assert learn.record['passes'] == 1
+    assert learn.record.passes == 1
 
 
 def test_batches_of_one_image_are_told_of_by_name(build):
@@ -556,8 +556,8 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
         m.setattr(phases.LossGuard, 'after_batch', press)
         with pytest.raises(KeyboardInterrupt):
             fit(learn, Plan('p', (phase,)), say=str)
-    assert learn.record['interrupted'] == 'in phase 1 of 1'
-    assert not learn.record['history']
+    assert learn.record.interrupted == 'in phase 1 of 1'
+    assert not learn.record.history
     assert sorted(type(c).__name__ for c in learn.cbs) == callbacks
     free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
     assert free == [i >= phase.first_trained(6) for i in range(5)]

@@ -227,7 +227,7 @@ def head(root, epochs=3, of=30):
     def ours(plan):
         "Seconds, and accuracy at the end"
         t, learn = seconds(lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str))
-        return t, learn.record['history'][-1]['accuracy']
+        return t, learn.record.history[-1]['accuracy']
 
     with fresh_cache():
         t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
@@ -270,7 +270,7 @@ def tail(root, epochs=5, size=384):
     with fresh_cache(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         t_ours, learn = seconds(lambda: fit(build_learner(table, 'dr', size=size), plan, say=lambda s: None))
-    ours = learn.record['history'][-1]['auc']
+    ours = learn.record.history[-1]['auc']
 
     def splitter(model):
         blocks = dict(model[0].named_parameters())

@@ -50,7 +50,7 @@ def figures(root):
     from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.inference.saved_model import image_model
-    from dr_transfer.metrics.decision import GRADE_NAMES, apply_decision, choose_decision
+    from dr_transfer.metrics.decision import apply_decision, choose_decision
     from dr_transfer.metrics.screening import measure_table
 
     two, kept, quiet = (
@@ -58,7 +58,7 @@ def figures(root):
         ('auc', 'sensitivity', 'specificity', 'accuracy', 'kappa', 'kappa at the cut points', 'calibration error'),
         lambda s: None,
     )
-    for target, classes in (('referable', two), ('grade', GRADE_NAMES)):
+    for target, classes in (('referable', two), ('grade', get_task('dr').target('grade').class_set())):
         start = time.perf_counter()
         t = cross_validate(root / 'messidor2', 'dr', target, plan='head', say=quiet)
         t, _ = decide_across(t, classes, sensitivity=0.9)

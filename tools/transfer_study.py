@@ -76,7 +76,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
             build_learner(root / 'flowers', 'flowers', arch=arch, size=64, plan=plan, setting='channels_last'),
             say=lambda line: None,
         )
-        score = learn.record['history'][-1]['accuracy']
+        score = learn.record.history[-1]['accuracy']
         say(f'{arch} on the flowers, rate {lr}: accuracy {score:.3f}')
         if best is None or score > best[0]:
             best = score, lr, save_weights(learn.model[0][0].stages, Path(folder) / f'{arch}.safetensors')

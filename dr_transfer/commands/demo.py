@@ -36,7 +36,7 @@ def _start(out, name, size, seed, setting):
     )
     with new_folder(out / name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
-    for line in learn.record['decision'].refused:
+    for line in learn.record.decision.refused:
         print(line, flush=True)
 
 # %% ../../nbs/commands/02_demo.ipynb #9099747d

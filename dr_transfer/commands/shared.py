@@ -48,7 +48,7 @@ def _classes(table, goal) -> list:
     "The classes that are learnt from a table"
     from dr_transfer.data.tasks import class_names, encode_target
 
-    return class_names(encode_target(table, goal), goal)
+    return goal.class_set(class_names(encode_target(table, goal), goal))
 
 
 def _wanted_point(a, task, goal) -> dict:
@@ -57,20 +57,17 @@ def _wanted_point(a, task, goal) -> dict:
     if len(typed) == 2:
         raise ValueError('--sensitivity and --specificity: give one of the two')
     if typed and goal.classes:
-        _check_point(goal.classes)
+        _check_point(goal.class_set())
     return typed or ({'sensitivity': 0.9} if task.name == 'dr' else {})
 
 
 def _check_point(classes):
     "A ValueError if these classes have no operating point"
-    import numpy as np
-
-    from dr_transfer.metrics.decision import positive_score
-
-    if positive_score(np.zeros((1, len(classes))), classes) is None:
-        names = ', '.join(map(str, classes[:5]))
+    if classes.positive is None:
+        names = ', '.join(classes[:5])
         raise ValueError(
-            f'--sensitivity and --specificity need two classes, or the five grades: the classes are {names}'
+            f'--sensitivity and --specificity need two classes, or a positive class that the target states: '
+            f'the classes are {names}'
         )
 
 # %% ../../nbs/commands/03_shared.ipynb #b8d51959

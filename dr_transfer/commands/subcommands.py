@@ -93,7 +93,7 @@ def _train(a, table, task, point):
         balance=a.balance,
     )
     if point:
-        _check_point(list(learn.dls.vocab))
+        _check_point(learn.classes)
     _print_table(learn)
     return fit(learn, epochs=a.epochs)
 
@@ -105,10 +105,10 @@ def _write_run(learn, folder, point):
     metrics = write_run(learn, folder, point)
     print('validation: ' + '\n'.join(metrics.attrs['notes']))
     print(metrics.round(3).to_string())
-    if 'gap' in learn.record:
-        gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record['gap'].items())
+    if learn.record.gap:
+        gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record.gap.items())
         print(f'training minus validation (of the likeliest class; a large gap means overfitting): {gap}')
-    _print_decision(learn.record['decision'])
+    _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9
 def _print_advice(a, table, task):
@@ -368,7 +368,7 @@ def _cross_evaluation(a):
         head=a.head,
         balance=a.balance,
     )
-    classes = table_classes(t)
+    classes = goal.class_set(table_classes(t))
     skipped = set_aside(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
     about = {

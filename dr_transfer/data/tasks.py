@@ -27,7 +27,7 @@ from .images import FITS
 from .source import check_size
 from .split import split_table
 from .table import label_table
-from ..metrics.decision import GRADE_NAMES
+from ..metrics.classes import Classes, Positive, check_positive
 from ..utils.checks import check_class_names, check_workers
 from ..utils.csvfile import plain_number
 from ..utils.files import unknown
@@ -55,6 +55,21 @@ class Target:
     of: Callable = str  # label (text) -> class name; KeyError or ValueError if unknown
     labels: str = ''  # The known labels in words, for the error message
     ordered: bool = False  # Do the classes stand in an order, as grades do?
+    positive: Positive | None = None  # What a screening looks for; the second of two classes if None
+
+    def __post_init__(self):
+        if self.positive is None:
+            return
+        if self.classes is None:
+            raise ValueError(f"target '{self.name}' states what is positive, so it must state its classes as well")
+        check_positive(self.positive, self.classes)
+
+    def class_set(
+        self,
+        names=None,  # Class names in order; its own if None
+    ) -> Classes:
+        "The classes with what they mean"
+        return Classes(tuple(self.classes if names is None else names), self.positive, self.ordered)
 
 
 def encode_target(
@@ -95,7 +110,14 @@ def _referable(label: str) -> str:
 
 
 GRADES = '0, 1, 2, 3, 4 (ICDR scale: none, mild, moderate, severe, proliferative)'
-GRADE = Target('grade', tuple(GRADE_NAMES), _grade, GRADES, ordered=True)
+GRADE = Target(
+    'grade',
+    ('0', '1', '2', '3', '4'),
+    _grade,
+    GRADES,
+    ordered=True,
+    positive=Positive('referable', ('2', '3', '4')),
+)
 REFERABLE = Target('referable', ('no', 'referable'), _referable, GRADES)
 
 # %% ../../nbs/data/17_tasks.ipynb #e544812b

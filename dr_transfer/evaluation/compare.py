@@ -18,6 +18,7 @@ from ..data.leaks import split_data
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
 from .cross_validation import _told, train_once, without_weights
+from ..metrics.classes import Classes
 from ..metrics.decision import table_arrays, table_classes
 from ..metrics.screening import compare_tables, main_measure, measure_table, measures
 from ..models.backbones import create_body
@@ -32,7 +33,7 @@ class Comparison:
     "Predictions of several rivals for the same images"
 
     tables: dict  # Rival -> `image, target, group, p_CLASS...`
-    classes: list  # Class names in order
+    classes: Classes  # With what is positive
 
     def table(self, n: int = 1000, seed: int = 0) -> pd.DataFrame:
         "A row a rival and measure: value, low, high; difference to the first, low and high (95 %, n draws of patients)"
@@ -91,9 +92,8 @@ def _check_recipes(recipes, size, weights):
         check_size(body, size)
 
 
-def _row_words(p) -> str:
-    "The measures of a model that is finished, in one line"
-    classes = table_classes(p)
+def _row_words(p, classes) -> str:
+    "The metrics of a model that is finished, in one line"
     y, probs = table_arrays(p, classes)
     metrics = measures(y, probs, classes)
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
@@ -120,7 +120,8 @@ def compare(
     recipes = _recipes(archs, plans, epochs)
     task = get_task(task, size)
     _check_recipes(recipes, task.size, kwargs.get('weights'))
-    t = split_data(data, task, task.target(target), labels, valid, seed, allow_leaks, group_col=group_col)
+    goal = task.target(target)
+    t = split_data(data, task, goal, labels, valid, seed, allow_leaks, group_col=group_col)
     report_table(t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
@@ -128,8 +129,9 @@ def compare(
         tell = _told(say, f'{name} ({i} of {len(recipes)})')
         p, _ = train_once(t, task, target, plan, epochs, seed, say=tell, **how)
         tables[name] = p
-        tell(_row_words(p))
-    return Comparison(tables, table_classes(p))
+        classes = goal.class_set(table_classes(p))
+        tell(_row_words(p, classes))
+    return Comparison(tables, classes)
 
 # %% ../../nbs/evaluation/04_compare.ipynb #51be185e
 def _plot_intervals(ax, t, value, low, high):

@@ -180,7 +180,7 @@ def train_once(
         learn = build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs)
         learn = fit(learn, epochs=epochs, say=say)
         found = valid_predictions(learn, side)
-        history = pd.DataFrame(learn.record['history'])
+        history = pd.DataFrame(learn.record.history)
         if file is None:
             return found, history
         try:

@@ -127,7 +127,7 @@ def learning_curve(
         for n, (name, plan) in product(sizes, plans.items()):
             how = without_weights(plan, kwargs)
             p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
-            row = {'rival': name, 'images': n, 'seed': seed, **_measures(p)}
+            row = {'rival': name, 'images': n, 'seed': seed, **_measures(p, task.target(target))}
             out.append(row)
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: {_words(row)}')
     return pd.DataFrame(out).assign(share=test / (1 - test))
@@ -157,9 +157,9 @@ def _splits(t, task, seeds, test, most, say) -> list:
         return [unseen_split(t, apart, test, most, seed) for seed in range(seeds)]
 
 
-def _measures(p) -> dict:
-    "Measures of a table of predictions"
-    classes = table_classes(p)
+def _measures(p, goal) -> dict:
+    "Metrics of a table of predictions"
+    classes = goal.class_set(table_classes(p))
     y, probs = table_arrays(p, classes)
     return measures(y, probs, classes)
 

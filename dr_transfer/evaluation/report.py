@@ -17,6 +17,7 @@ from ..data.leaks import MOST, file_facts, nearest_bits, seen_before
 from ..data.table import KNOWN, data_columns, set_aside, with_data_names
 from ..inference.predictions import NO_PROBABILITIES, predict_table
 from ..inference.saved_model import ImageModel
+from ..metrics.classes import Classes, as_classes
 from ..metrics.decision import Decision, question
 from ..metrics.operating_point import OperatingPoint, check_prevalence
 from ..metrics.screening import consistency
@@ -37,7 +38,7 @@ class Evaluation:
     "What was measured of a model on a set of images"
 
     table: pd.DataFrame  # A row an image: `image, target, group, prediction, p_CLASS...`, `data_...`
-    classes: list  # Class names in order
+    classes: Classes  # With what is positive
     about: dict  # Of the model, as in model.json
     data: str = ''  # What the images are, in words
     aside: list = field(default_factory=list)  # Images that could not be read
@@ -77,7 +78,7 @@ OWN = (*KNOWN, 'fold', 'prediction', 'decision', 'grade')  # columns that the li
 
 def describe_images(
     table: pd.DataFrame,  # Predictions: `image, target, p_CLASS...`
-    classes: list,  # Class names in order
+    classes,  # Class names in order, or `Classes`
     about: dict,  # Of the model
     reader: str,  # Name in `READERS`: fundus photographs are judged
     data: str = '',  # What the images are, in words
@@ -91,7 +92,8 @@ def describe_images(
         t = t.assign(gradable=np.where(t.gradability >= 0.5, 'gradable', 'ungradable'))
     facts = file_facts(t.image).astype({'width': str, 'height': str})
     t = t.assign(format=facts.suffix.str.strip('.'), pixels=facts.width + ' x ' + facts.height)
-    return Evaluation(t, list(classes), {**about, 'reader': reader}, data, prevalence=prevalence, patients=patients)
+    about = {**about, 'reader': reader}
+    return Evaluation(t, as_classes(classes), about, data, prevalence=prevalence, patients=patients)
 
 # %% ../../nbs/evaluation/02_report.ipynb #263840bf
 IMAGE_SETS = ('new', 'valid')  # images that `evaluate_model` can count
@@ -177,7 +179,7 @@ def evaluate_model(
     known = _known(model, images) if allow_leaks else np.zeros(len(t), bool)
     chosen = t[count].reset_index(drop=True)
     predicted = _predicted(model, chosen)
-    out = describe_images(predicted, model.classes, model.about, model.about['reader'], data, prevalence)
+    out = describe_images(predicted, model.card.class_set, model.about, model.about['reader'], data, prevalence)
     if known.any():
         out.table['known'] = np.where(known[count], 'known to the model', 'new to it')
     out.split = split
@@ -190,7 +192,7 @@ def evaluate_model(
         out.other = left_out
     sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
     probs = model.probs(sample, 'quarter_turns', average=False)
-    out.turns = {**consistency(probs, model.classes, out.point), 'images': len(sample)}
+    out.turns = {**consistency(probs, model.card.class_set, out.point), 'images': len(sample)}
     return out
 
 # %% ../../nbs/evaluation/02_report.ipynb #37aaf9c0

@@ -212,7 +212,7 @@ def model_parts(
         stages=getattr(body, 'stages', body),
         head=head,
         read=read,
-        classes=list(about['classes'] if about else model.dls.vocab),
+        classes=model.card.class_set if about else model.classes,
         mean=normal['mean'],
         std=normal['std'],
     )

@@ -20,19 +20,6 @@ from ..utils.files import warn
 # %% ../../nbs/inference/06_run.ipynb #12bdf9c2
 RUN_FILES = ('model', 'record.json', 'predictions.csv', 'history.png', 'confusion.png')
 
-
-def _json(o) -> str:
-    "JSON with null for a measure that is not defined"
-
-    def clean(o):
-        if isinstance(o, dict):
-            return {k: clean(v) for k, v in o.items()}
-        if isinstance(o, (list, tuple)):
-            return [clean(v) for v in o]
-        return None if isinstance(o, float) and o != o else o
-
-    return json.dumps(clean(o), indent=1, ensure_ascii=False, allow_nan=False)
-
 # %% ../../nbs/inference/06_run.ipynb #210b1bc0
 def validation_table(
     table: pd.DataFrame,  # Validation predictions, decided, as in predictions.csv
@@ -67,25 +54,23 @@ def write_run(
 
     model = image_model(learn)
     save_model(model, folder / 'model')  # first: whatever fails afterwards, the training is not lost
-    classes, t = list(learn.dls.vocab), valid_predictions(learn)
-    learn.record['decision'] = choose_decision(t, classes, **(share or {}))
-    write_card(replace(model.card, decision=learn.record['decision']), folder / 'model')
-    t = apply_decision(t, classes, learn.record['decision'])
+    classes = learn.classes
+    t = valid_predictions(learn)
+    learn.record.decision = choose_decision(t, classes, **(share or {}))
+    write_card(replace(model.card, decision=learn.record.decision), folder / 'model')
+    t = apply_decision(t, classes, learn.record.decision)
     y, probs = table_arrays(t, classes)
-    metrics = validation_table(t, classes, learn.record['augment'])
+    metrics = validation_table(t, classes, learn.record.augment)
     of_likeliest = summary(y, probs, classes)  # what the decision comes to stands in the table
     if features_stored(learn):
-        learn.record['gap'] = generalisation_gap(learn).loc['gap'].to_dict()  # costs nothing where features are stored
-    record = {
-        **learn.record,
-        'decision': learn.record['decision'].to_dict(),
-        'validation': of_likeliest,
-        'validation_table': metrics.to_dict('index'),
-        'set_aside': learn.table.attrs.get('set_aside', []),
-    }
-    (folder / 'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
+        learn.record.gap = generalisation_gap(learn).loc['gap'].to_dict()  # costs nothing where features are stored
+    learn.record.validation = of_likeliest
+    learn.record.validation_table = metrics.to_dict('index')
+    learn.record.set_aside = tuple(learn.table.attrs.get('set_aside', ()))
+    text = json.dumps(learn.record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / 'record.json').write_text(text, encoding='utf-8', errors='surrogateescape')
     write_csv(t, folder / 'predictions.csv')
-    _plot(folder / 'history.png', lambda: plot_history(learn.record['history']))
+    _plot(folder / 'history.png', lambda: plot_history(learn.record.history))
     _plot(folder / 'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
     return metrics
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..data.fundus import read_image
 from ..data.views import VIEWS
-from .card import ModelCard, ModelError, card_error, card_text, read_card
+from .card import ModelCard, ModelError, Training, card_error, card_text, read_card
 from ..models.backbones import create_body
 from ..models.network import create_head, head_inputs, make_body, view_probs
 from ..models.registry import build_network, find_backbone
@@ -97,24 +97,26 @@ def image_model(
     r = learn.record
     body = learn.model[0][0]
     head = learn.model[1]
-    if r['head'] == 'own':
+    if r.head is None:
         raise ModelError('a head of your own cannot be rebuilt from a description: use learn.export, or a head by name')
     net = nn.Sequential(body, head)
     check_tensors(net.state_dict(), 'the learner')
     spec = body.stages.spec
     on_cpu = next(body.parameters()).device.type == 'cpu'
+    copied = ('arch', 'stage', 'tap', 'head', 'task', 'target', 'size', 'reader', 'fit', 'versions', 'seed', 'decision')
+    training = Training(plan=r.plan.name if r.plan else None, balance=r.balance, data=r.data)
     about = {
-        **{k: r[k] for k in ('arch', 'stage', 'tap', 'head', 'task', 'target', 'size', 'weights', 'versions', 'seed')},
-        'classes': list(learn.dls.vocab),
-        'reader': learn.task.reader,
-        'fit': learn.task.fit,
-        'views': r['augment'] if r['augment'] in VIEWS else 'none',
+        **{name: to_dict(getattr(r, name)) for name in copied},
+        'weights': to_dict(r.weights),
+        'classes': list(learn.classes),
+        'positive': to_dict(learn.target.positive),
+        'ordered': learn.target.ordered,
+        'views': r.augment if r.augment in VIEWS else 'none',
         'mean': spec.mean,
         'std': spec.std,
         'setting': setting_name(body.forward_setting) if on_cpu else '',
-        'decision': to_dict(r.get('decision')),
         'licence': spec.licence,
-        'training': {'plan': r.get('plan', {}).get('name'), 'balance': r['balance'], 'data': r['data']},
+        'training': to_dict(training),
     }
     try:
         card = ModelCard.from_dict(about)

@@ -28,7 +28,7 @@ _NO_METRICS = ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x
 
 
 def plot_history(
-    history: list[dict],  # `record['history']`: a row an epoch
+    history: list[dict],  # `record.history`: a row an epoch
 ) -> Figure:
     "Training and validation loss by epoch, and the metrics beside them"
     h, cuts = _stretch(history)

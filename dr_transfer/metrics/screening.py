@@ -15,7 +15,8 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
 from .calibration import calibration_error, deferral_curve, reliability
-from .decision import GRADE_NAMES, Question, decisions, positive_score, question, table_arrays
+from .classes import Classes, Positive, as_classes
+from .decision import Question, decisions, positive_score, question, table_arrays
 from .groups import group_key, table_groups
 from .intervals import bootstrap, check_draws, count_groups, draws, group_codes, paired_difference
 from .operating_point import OperatingPoint, check_prevalence, operating_table
@@ -26,9 +27,9 @@ from ..utils.files import plain_text, unknown
 def patient_classes(
     classes,  # Class names of the images, in order
 ) -> list[str]:  # Class names of `by_patient`: what is not to be found, and what is
-    "The two classes of patients: those of the images, or no and referable for the five grades"
-    classes = list(map(str, classes))
-    return ['no', 'referable'] if classes == GRADE_NAMES else classes
+    "The two classes of patients: those of the images, or 'no' and the name of what is positive"
+    classes = as_classes(classes)
+    return ['no', classes.positive.name] if classes.positive and len(classes) > 2 else list(classes)
 
 
 def by_patient(
@@ -39,7 +40,8 @@ def by_patient(
     q = question(table, classes)
     if q is None:
         raise ValueError(
-            f'classes {list(classes)} say not what is to be found: by_patient needs two classes, or the five grades'
+            f'no class is stated to be positive ({", ".join(map(str, classes))}): by_patient needs two classes, '
+            'or Classes(..., positive=Positive(NAME, CLASSES))'
         )
     t = pd.DataFrame(
         {
@@ -78,7 +80,8 @@ def measure_names(
 ) -> list[str]:  # In the order of `measures`
     "The measures that there are for these classes"
     if classes is None:
-        return list(dict.fromkeys(m for c in (GRADE_NAMES, 'ab', 'abc') for m in measure_names(c)))
+        grades = Classes(('0', '1', '2'), Positive('2', ('2',)), ordered=True)
+        return list(dict.fromkeys(m for c in (grades, 'ab', 'abc') for m in measure_names(c)))
     k = len(classes)
     return list(measures(np.arange(k), np.eye(k), classes))
 
@@ -102,10 +105,12 @@ def measures(
     classes,  # Class names in order
 ) -> dict:  # Name -> value; NaN where not defined
     "`metrics.summary`, AUC of what is to be found, and calibration error"
-    out, found = summary(y, probs, classes), positive_score(probs, classes)
+    classes = as_classes(classes)
+    out = summary(y, probs, classes)
+    found = positive_score(probs, classes)
     if found is None:
         return out | {'calibration error': calibration_error(y == probs.argmax(1), probs.max(1))}
-    ill = y >= (1 if len(classes) == 2 else 2)
+    ill = np.isin(y, classes.positive_numbers)
     if len(classes) > 2:
         out['auc'] = summary(ill.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
     return {k: v for k, v in out.items() if k not in ('sensitivity', 'specificity')} | {
@@ -158,7 +163,7 @@ def measure_table(
     t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
         images=len(y)
     )
-    if list(map(str, classes)) == GRADE_NAMES and 'grade' in table and table.grade.notna().all():
+    if as_classes(classes).are_grades and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
     called = decisions(table, classes, point)

@@ -173,7 +173,7 @@ class TrainSetting(Callback):
         if body.train_setting is not None or learn.dls.device.type != 'cpu':
             return
         body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
-        learn.record['setting']['train'] = str(body.train_setting)
+        learn.record.setting.train = str(body.train_setting)
 
 # %% ../../nbs/training/03_callbacks.ipynb #7553df14
 class PlainProgress(Callback):

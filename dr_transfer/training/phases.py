@@ -59,7 +59,7 @@ def _exact_bn(head, maps):
 
 def _seed(learn) -> int:
     "What decides order, views and dropout of a phase: the seed of the learner, and how much it has been trained"
-    return (1_000_003 * learn.record['seed'] + len(learn.record['history'])) % 2**32
+    return (1_000_003 * learn.record.seed + len(learn.record.history)) % 2**32
 
 
 ADVICE = (
@@ -128,10 +128,10 @@ def _solve_head(learn, run) -> list:
     train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
     y = [o2i[t] for t in train.target]
     sub, maps = _sub_learner(learn, run)
-    classifier = FeatureClassifier(seed=learn.record['seed'])
+    classifier = FeatureClassifier(seed=learn.record.seed)
     classifier.fit(maps.arrays[0], y, train.group.to_numpy())
     learn.head.load_state_dict(classifier.head().state_dict())
-    learn.record['C'] = classifier.estimator_.C
+    learn.record.C = classifier.estimator_.C
     every = boundary_loader(maps, torch.tensor(y), 256, device=learn.dls.device)  # each image once, as it is
     with sub.no_bar(), sub.no_logging():
         (loss, *_), valid = sub.validate(dl=every), sub.validate(1)
@@ -215,7 +215,7 @@ def phase_runs(
 ) -> list[PhaseRun]:  # One for each phase
     "How each phase of a plan is going to be run; nothing is trained yet"
     runs, trained = [], learn.head_first.trained
-    unsuited = learn.record['weights']['kind'] == 'random' and plan.weights != 'random'
+    unsuited = learn.record.weights.kind == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
         run = _phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained))
         runs.append(replace(run, safer='random_start' if unsuited else 'head'))

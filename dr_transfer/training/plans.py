@@ -95,7 +95,7 @@ class Plan:
     "A named plan of transfer"
 
     name: str  # Name, as `plan=` takes it
-    phases: tuple  # Phases in order
+    phases: tuple[Phase, ...]  # Phases in order
     about: str = ''  # In one line
     stage: str | int | None = None  # Last stage, by name or from the end; its own if None
     tap: int | None = None  # Last stages that the head sees; the body's own if None
@@ -207,12 +207,10 @@ def _sizes(learn, plan) -> list:
     "The same for a plan on a learner, as it stands unless the plan wants another, or on a backbone by name"
     if isinstance(learn, str):
         return _parameters(plan.arch or learn, plan.stage, plan.tap, plan.head, 2, 224)
-    own = (
-        plan.arch in (None, learn.record['arch']) and plan.stage is None and plan.tap is None and plan.head == 'linear'
-    )
+    own = plan.arch in (None, learn.record.arch) and plan.stage is None and plan.tap is None and plan.head == 'linear'
     if not own:
         return _parameters(
-            plan.arch or learn.record['arch'], plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size
+            plan.arch or learn.record.arch, plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size
         )
     return [
         sum(p.numel() for p in ps) for ps in (*layer_groups(learn.body.stages).values(), list(learn.head.parameters()))

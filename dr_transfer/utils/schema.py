@@ -130,7 +130,7 @@ def describe(
     if origin is Annotated:
         return ' '.join([describe(args[0]), *map(str, args[1:])])
     if origin in (Union, types.UnionType):
-        return f'{describe(args[0])}, or null'
+        return ', or '.join('null' if a is types.NoneType else describe(a) for a in args)
     if origin is tuple:
         inner = describe(args[0])
         return f'a list, each item {inner}' if args[-1] is Ellipsis else f'a list of {len(args)}, each item {inner}'
@@ -147,7 +147,7 @@ def convert(
     if origin is Annotated:
         return _limited(hint, value, path)
     if origin in (Union, types.UnionType):
-        return _optional(args[0], value, path)
+        return _one_of(args, value, path)
     if origin is tuple:
         return _items(hint, value, path)
     if origin is dict:
@@ -172,10 +172,24 @@ def _limited(hint, value, path) -> Any:
     return found
 
 
-def _optional(hint, value, path) -> Any:
-    "A value, or None"
-    undefined = isinstance(value, float) and math.isnan(value)
-    return None if value is None or undefined else convert(hint, value, path)
+def _suits(hint, value) -> bool:
+    "Is it the kind of value that an annotation expects, whatever its limits are?"
+    if get_origin(hint) is Annotated:
+        return _suits(get_args(hint)[0], value)
+    if is_dataclass(hint) or dict in (hint, get_origin(hint)):
+        return isinstance(value, dict)
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
+    return isinstance(value, KINDS[hint]) and (hint is bool or not isinstance(value, bool))
+
+
+def _one_of(hints, value, path) -> Any:
+    "A value of the first annotation that suits it; None for null and NaN where that is one of them"
+    undefined = value is None or (isinstance(value, float) and math.isnan(value))
+    if undefined and types.NoneType in hints:
+        return None
+    possible = [h for h in hints if h is not types.NoneType]
+    return convert(next((h for h in possible if _suits(h, value)), possible[0]), value, path)
 
 
 def _items(hint, value, path) -> tuple:
