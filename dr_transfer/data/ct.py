@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from .dicom import dicom_size, is_dicom, read_dataset
-from .source import LIMITS, ImageError, _check_voxels, naming, open_source
+from .source import IMAGE_LIMITS, ImageError, _check_voxels, naming, open_source
 from ..utils.files import extra_module, unknown, warn
 
 # %% ../../nbs/data/10_ct.ipynb #a3008428
@@ -266,7 +266,7 @@ def _check_nifti(path):
     "`ImageError` for a NIfTI file that declares too much, from its first bytes"
     nibabel = extra_module('nibabel', 'ct')
     unpack = gzip.open if path.name.endswith('.gz') else nullcontext
-    with open_source(path, LIMITS.volume_bytes) as stream, unpack(stream) as f:
+    with open_source(path, IMAGE_LIMITS.volume_bytes) as stream, unpack(stream) as f:
         head = f.read(_NIFTI_HEAD)
     kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
     sizes = {n.to_bytes(4, order): n for n in kinds for order in ('little', 'big')}
@@ -385,7 +385,7 @@ def _load_series(path) -> Volume:
     return _oriented(hu, affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #385ae501
-def _npy_array(stream, most=LIMITS.voxels) -> np.ndarray:
+def _npy_array(stream, most=IMAGE_LIMITS.voxels) -> np.ndarray:
     "An array of numbers; its header is read first. `ImageError` for anything else, such as a pickle"
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -409,13 +409,13 @@ def _npz_arrays(stream) -> dict:
         arrays = {}
         for k in found:
             with z.open(f'{k}.npy') as f:
-                arrays[k] = _npy_array(f, LIMITS.voxels if k == 'hu' else 3)
+                arrays[k] = _npy_array(f, IMAGE_LIMITS.voxels if k == 'hu' else 3)
         return arrays
 
 # %% ../../nbs/data/10_ct.ipynb #94cdd206
 def _load_numpy(path, spacing) -> Volume:
     "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
-    with naming(path), open_source(path, LIMITS.volume_bytes) as stream:
+    with naming(path), open_source(path, IMAGE_LIMITS.volume_bytes) as stream:
         f = _npz_arrays(stream) if path.suffix == '.npz' else {'hu': _npy_array(stream)}
     if 'hu' not in f:
         raise ValueError(

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from .images import fit_square, image_header, read_rgb
-from .source import LIMITS, check_size
+from .source import IMAGE_LIMITS, check_size
 from ..utils.files import unknown
 
 # %% ../../nbs/data/07_fundus.ipynb #12b9a297
@@ -51,7 +51,7 @@ def disc_box(
     right = min((int(columns[-1]) + 1) * f, im.width)
     bottom = min((int(rows[-1]) + 1) * f, im.height)
     low, high = sorted((right - left, bottom - top))
-    if high > LIMITS.ratio * low:  # a strip is no disc
+    if high > IMAGE_LIMITS.ratio * low:  # a strip is no disc
         return whole
     return left, top, right, bottom
 
@@ -172,7 +172,7 @@ def crop_disc(
     "The whole disc as a square, aspect kept; a photograph in which no disc stands out is padded to a square"
     disc = disc or find_disc(im)
     edge = max(im.size) if disc is None else round(2 * disc.r)
-    most = 2 * LIMITS.pixels
+    most = 2 * IMAGE_LIMITS.pixels
     if edge**2 > most:  # a square around a long image takes more memory than the image
         f = ceil(edge / most**0.5)
         im = im.reduce(f)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OutputError', 'too_many_open', 'reason', 'Place', 'is_temporary', 'place_of', 'locked', 'remove', 'parents_of',
-           'recover', 'reserved', 'keep', 'move', 'publish', 'atomic_file', 'is_inside', 'check_outside']
+           'reserved', 'keep', 'move', 'publish', 'atomic_file', 'is_inside', 'check_outside']
 
 # %% ../../nbs/utils/02_places.ipynb #p0000004
 import errno
@@ -160,7 +160,7 @@ def parents_of(
                 break  # it is not empty
 
 # %% ../../nbs/utils/02_places.ipynb #p0000014
-def recover(
+def _recover(
     place: Place,  # Held by this run
 ):
     "Clear what a killed run left beside a place"
@@ -205,7 +205,7 @@ def reserved(
         if first is not None:
             first()
         for place in places:
-            recover(place)
+            _recover(place)
         check()
         _try_to_write(places[0])
         yield
