@@ -327,8 +327,9 @@ def _splits(split) -> pd.Series:
     def lower(cell):
         return None if _no_label(cell) else str(cell).strip().lower()
 
-    clean = split.map(lower).astype(object)
+    names = [lower(cell) for cell in split]  # `map` would make NaN of None
+    clean = pd.Series(names, split.index, dtype=object)
     odd = clean[clean.notna() & ~clean.isin(SPLITS)]
     if len(odd):
         raise ValueError(f"the column 'split' has a '{some(odd[:1])}': write train, valid or test, or leave it empty")
-    return clean.map(SPLITS.get).astype(object)
+    return pd.Series([SPLITS.get(name) for name in names], split.index, dtype=object, name=split.name)

@@ -41,12 +41,13 @@ class _Line(NamedTuple):
     "A line of `images.jsonl`"
 
     row: int
-    key: str  # '' for a row that nobody owns any more
+    key: str | None  # None for a row that nobody owns any more; in the file an empty text
     name: str
     sums: list  # Checksum of the row in each array
 
     def text(self) -> bytes:
-        return json.dumps(self._asdict()).encode() + b'\n'
+        fields = {**self._asdict(), 'key': self.key or ''}
+        return json.dumps(fields).encode() + b'\n'
 
 
 def _line(text, n) -> _Line | None:
@@ -61,7 +62,9 @@ def _line(text, n) -> _Line | None:
     if len(numbers) != n + 1:
         return None
     good = all(type(v) is int and 0 <= v < 2**32 for v in numbers)
-    return line if good else None
+    if not good:
+        return None
+    return line if line.key else line._replace(key=None)
 
 
 def _size(path) -> int:
@@ -128,7 +131,9 @@ class ArrayStore:
         with disk_errors(self.folder):
             good, lost, _ = _good_lines(self)
         self.rows = max(good, default=-1) + 1
-        self.keys = {line.key: row for row, line in good.items() if line.key}  # the last row of an image counts
+        self.keys = {
+            line.key: row for row, line in good.items() if line.key is not None
+        }  # the last row of an image counts
         self.sums = np.zeros((self.rows, len(self.fields)), np.uint32)
         for row, line in good.items():
             self.sums[row] = line.sums
@@ -200,7 +205,7 @@ def _repair(store):
     good, _, tidy = _good_lines(store)
     if not tidy:
         nobody = [0] * len(store.fields)
-        lines = (good.get(row) or _Line(row, '', '', nobody) for row in range(store.rows))
+        lines = (good.get(row) or _Line(row, None, '', nobody) for row in range(store.rows))
         with atomic_file(index) as f:
             f.write_bytes(b''.join(line.text() for line in lines))
     for field in store.fields:
