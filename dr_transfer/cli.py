@@ -13,7 +13,6 @@ import warnings
 from contextlib import suppress
 
 from dr_transfer.commands.arguments import (
-    MAX_SEED,
     CommandParser,
     add_bootstrap_argument,
     add_recipe_arguments,
@@ -36,6 +35,7 @@ from dr_transfer.commands.subcommands import (
     preprocess,
     train,
 )
+from .utils.checks import MAX_SEED
 
 # %% ../nbs/cli.ipynb #13a13af2
 _KEEPS_WORK = (demo, preprocess, cross_validate, compare)  # what they finished is used by the next run

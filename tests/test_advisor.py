@@ -319,7 +319,7 @@ def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, on
 
 
 def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
-    monkeypatch.setattr(advisor, 'MOST', 44)
+    monkeypatch.setattr(advisor, 'MAX_IMAGES', 44)
     monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(seen)]
@@ -333,7 +333,7 @@ def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
 
 def test_some_of_a_table(monkeypatch):
     "About as many as said, drawn by the seed, groups whole; and of a rare class enough to say something."
-    monkeypatch.setattr(advisor, 'MOST', 300)
+    monkeypatch.setattr(advisor, 'MAX_IMAGES', 300)
     rng = np.random.default_rng(0)
     group = np.sort(rng.integers(0, 700, 2000))
     t = pd.DataFrame(
@@ -353,7 +353,7 @@ def test_some_of_a_table(monkeypatch):
     assert rare.group.fillna(rare.image).nunique() >= 10
     assert advisor._some(t, 1).equals(some)
     assert not advisor._some(t, 2).equals(some)
-    monkeypatch.setattr(advisor, 'MOST', 2000)
+    monkeypatch.setattr(advisor, 'MAX_IMAGES', 2000)
     assert advisor._some(t, 1).equals(t)
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dr_transfer.metrics.groups import group_key
 from dr_transfer.utils.csvfile import (
-    MOST_CELL,
-    MOST_COLUMNS,
+    MAX_CELL,
+    MAX_COLUMNS,
     CsvError,
     csv_text,
     escape_cell,
@@ -186,9 +186,9 @@ def test_what_is_meant_is_read(tmp_path, text, found):
         ('', 'it is empty'),
         ('\n  \n', 'it is empty'),
         ('a,b\n1,\0\n', 'line 2 has NUL characters'),
-        ('a,b\n' + f'1,{"x" * (MOST_CELL + 1)}\n', 'line 2 has a cell of'),
+        ('a,b\n' + f'1,{"x" * (MAX_CELL + 1)}\n', 'line 2 has a cell of'),
         ('a,b\n' + f'1,{"x" * 200_000}\n', 'line 2 has a cell of more than'),
-        (','.join(map(str, range(MOST_COLUMNS + 1))) + '\n', 'columns'),
+        (','.join(map(str, range(MAX_COLUMNS + 1))) + '\n', 'columns'),
         ('image,label\n1,ä\n'.encode('utf-16-le'), 'NUL characters'),
         (b'\xff\xfea', 'UTF-16'),
     ],
@@ -219,8 +219,8 @@ def test_only_regular_files_are_opened(tmp_path):
 @pytest.mark.parametrize(
     'limit,value,why',
     [
-        ('MOST_BYTES', 5, 'may have'),
-        ('MOST_ROWS', 1, 'more than 1 rows'),
+        ('MAX_CSV_BYTES', 5, 'may have'),
+        ('MAX_ROWS', 1, 'more than 1 rows'),
     ],
 )
 def test_limits(tmp_path, monkeypatch, limit, value, why):
@@ -255,7 +255,7 @@ def test_separators_within_quotes_do_not_divide(tmp_path, columns):
     assert t.values.tolist() == [['x', ';0,']]
 
 
-LONGEST = MOST_CELL - 2  # with a sign and a letter
+LONGEST = MAX_CELL - 2  # with a sign and a letter
 LONG = {
     'digits': '9' * LONGEST + 'x',
     'a negative number': '-' + '9' * LONGEST + 'x',
@@ -286,7 +286,7 @@ def test_the_longest_cell_costs_next_to_nothing(tmp_path, cell):
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize('n', [MOST_CELL + 1, 100_000, 200_000])
+@pytest.mark.parametrize('n', [MAX_CELL + 1, 100_000, 200_000])
 @pytest.mark.parametrize('text', ['{},b\n1,2\n', 'a,{}\n1,2\n', 'a,b\n{},2\n', 'a,b\n1,2\n1,"{}\n'])
 def test_longer_cells_are_refused_in_the_header_too(tmp_path, text, n):
     with pytest.raises(CsvError, match=r'line [123] has a cell of more than 32767|that begins with a quote'):

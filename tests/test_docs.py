@@ -77,6 +77,22 @@ def test_links_to_notebooks_become_links_to_pages():
     )
 
 
+def test_names_that_no_page_describes_are_not_linked():
+    docs = tool('build_docs')
+    home, hidden = 'https://example.org/', {'data/table.html#some'}
+    link = '[`label_table`](https://example.org/data/table.html#label_table)'
+    text = f'`x` [`some`](https://example.org/data/table.html#some) {link}'
+    assert docs.unlink(text, home, hidden) == f'`x` `some` {link}'
+
+
+def test_what_is_exported_for_other_modules_alone_has_no_address():
+    pytest.importorskip('nbdev')
+    hidden = tool('build_docs').hidden_names()
+    assert 'data/columns.html#find_column' in hidden
+    assert 'data/table.html#label_table' not in hidden
+    assert 'data/ct.html#volume.plane' not in hidden
+
+
 def test_readme_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tool('build_readme').output_md
@@ -129,14 +145,15 @@ def test_site_has_a_page_for_every_notebook_and_name():
 
     for p in notebooks():
         assert (ROOT / '_docs' / _nbpath2html(p)).exists(), p
+    hidden = tool('build_docs').hidden_names()
     ids = {}
     for names in d['syms'].values():
         for name, (where, _) in names.items():
             page, anchor = where.split('#')
             if page not in ids:
                 ids[page] = pages.Page((ROOT / '_docs' / page).read_text(encoding='utf-8')).ids
-            # Private names and methods are shown only on request
-            if not anchor.startswith('_') and '.' not in anchor:
+            # A page describes public names; methods are shown only on request
+            if where not in hidden and '.' not in anchor:
                 assert anchor in ids[page], f'{name} is not on {page}'
 
 

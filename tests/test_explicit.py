@@ -21,12 +21,19 @@ from dr_transfer.evaluation.hand_crafted import (
     lesion_features,
     lesion_table,
 )
-from dr_transfer.evaluation.segmentation import SIDE, Segmentation, _eccentricity, overlay, score_lesions, segment
+from dr_transfer.evaluation.segmentation import (
+    SEGMENT_SIZE,
+    Segmentation,
+    _eccentricity,
+    overlay,
+    score_lesions,
+    segment,
+)
 from dr_transfer.metrics.scores import auc
 from dr_transfer.metrics.screening import compare_tables, measure_table
 from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
-Y, X = np.mgrid[:SIDE, :SIDE]
+Y, X = np.mgrid[:SEGMENT_SIZE, :SEGMENT_SIZE]
 
 
 def disk(x, y, r):
@@ -42,9 +49,12 @@ def eye():
 
 def painted(dark=(), bright=(), vessels=None):
     "A segmentation with disks (x, y, radius) as spots"
-    masks = [np.any([np.zeros((SIDE, SIDE), bool), *(disk(*o) for o in spots)], 0) for spots in (dark, bright)]
-    empty = np.zeros((SIDE, SIDE), bool)
-    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    masks = [
+        np.any([np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), *(disk(*o) for o in spots)], 0)
+        for spots in (dark, bright)
+    ]
+    empty = np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool)
+    image = np.zeros((SEGMENT_SIZE, SEGMENT_SIZE, 3), np.uint8)
     strength = np.where(masks[0], 1.7, np.where(masks[1], 2.5, 0)).astype(np.float32)
     return Segmentation(
         image, None, disk(255.5, 255.5, 250), empty if vessels is None else vessels, empty, (150, 256), *masks, strength
@@ -97,7 +107,7 @@ def test_vessels_are_measured():
     assert s['vessel_branches'] == 0
     assert lesion_features(painted(vessels=straight | straight.T))['vessel_branches'] > 0
     assert s['vessel_dimension'] == pytest.approx(1, abs=0.1)
-    assert explicit._box_dimension(np.ones((SIDE, SIDE), bool)) == pytest.approx(2)
+    assert explicit._box_dimension(np.ones((SEGMENT_SIZE, SEGMENT_SIZE), bool)) == pytest.approx(2)
 
 
 def test_eccentricity_is_that_of_scikit_image():
@@ -117,7 +127,7 @@ def test_scores_of_lesions():
     found, right = score_lesions(mask, [(52, 50, 3), (300, 300, 5)])
     assert found.tolist() == [True, False]
     assert right.tolist() == [True, False, False]
-    found, right = score_lesions(np.zeros((SIDE, SIDE), bool), [(5, 5, 2)])
+    found, right = score_lesions(np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), [(5, 5, 2)])
     assert found.tolist() == [False]
     assert len(right) == 0
     assert len(score_lesions(mask, [])[0]) == 0
@@ -135,13 +145,13 @@ def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
     assert not (seg.bright & seg.nerve).any()
     assert seg.strength[seg.dark].max() >= 1
     assert (seg.strength[~(seg.dark | seg.bright)] == 0).all()
-    assert np.asarray(overlay(seg)).shape == (SIDE, SIDE, 3)
+    assert np.asarray(overlay(seg)).shape == (SEGMENT_SIZE, SEGMENT_SIZE, 3)
 
 
 def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
     _, truth, seg = eye
     blood = [
-        (*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius'] * SIDE / (2 * seg.disc.r))
+        (*seg.disc.to_crop([[q['x'], q['y']]], SEGMENT_SIZE)[0], q['radius'] * SEGMENT_SIZE / (2 * seg.disc.r))
         for q in truth['lesions']
         if q['kind'] == 'haemorrhage'
     ]
@@ -161,7 +171,7 @@ def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
         seg = segment(pixels)
         for kind in found:
             places = [
-                (*seg.disc.to_crop([[q['x'], q['y']]], SIDE)[0], q['radius'] * SIDE / (2 * seg.disc.r))
+                (*seg.disc.to_crop([[q['x'], q['y']]], SEGMENT_SIZE)[0], q['radius'] * SEGMENT_SIZE / (2 * seg.disc.r))
                 for q in truth['lesions']
                 if q['kind'] == kind
             ]
@@ -220,7 +230,7 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     b_png.rename(tmp_path / 'c.png')
     assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
-    feature_frame([pixels], explicit.Limits(dark=3.0), folder=kept)
+    feature_frame([pixels], explicit.SegmentationLimits(dark=3.0), folder=kept)
     assert len(count) == 3, 'another limit, another number'
 
 

@@ -480,7 +480,7 @@ def test_the_description(body, paths, tmp_path):
                 **want,
                 'views': view,
                 'stage': k,
-                'format': store.FORMAT,
+                'format': store.STORE_FORMAT,
                 'weights': weights_digest(body, k),
                 'fields': {field: [[1, 1, n], 'float32']},
             }

@@ -25,7 +25,7 @@ from dr_transfer.data.fundus import (
     trim_borders,
     undo_colour,
 )
-from dr_transfer.data.gradability import LIMITS, REASONS, gradability, gradability_table
+from dr_transfer.data.gradability import QUALITY_LIMITS, REASONS, gradability, gradability_table
 from dr_transfer.data.images import image_error, read_rgb
 from dr_transfer.data.preprocess import Preparation, preprocess_folder
 from dr_transfer.data.table import find_images, label_table
@@ -254,7 +254,7 @@ def test_a_spoilt_photograph_is_ungradable_for_the_right_reason(reason, size):
         assert good['reason'] == ''
         assert bad['gradability'] < 0.5
         assert bad['reason'] == reason
-    assert set(REASONS) == set(LIMITS)
+    assert set(REASONS) == set(QUALITY_LIMITS)
 
 
 def test_gradability_of_many_is_in_order():

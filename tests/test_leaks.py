@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from dr_transfer.core import build_learner
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.leaks import (
-    BITS,
+    HASH_BITS,
     LeakError,
     Together,
     confounders,
@@ -90,7 +90,7 @@ def test_near_pairs_are_those_of_comparing_each_with_each():
     }
     assert set(map(tuple, near_pairs(h).tolist())) == want
     assert len(want) > 15
-    for bad in (-1, BITS // 2):
+    for bad in (-1, HASH_BITS // 2):
         with pytest.raises(ValueError, match='give 0 to 127'):
             near_pairs(h, bad)
 

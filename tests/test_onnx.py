@@ -246,10 +246,10 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
 
 def signed(data):
     "An ONNX file with a new hash, as one would write it who changes a file on purpose"
-    from dr_transfer.inference.onnx_file import EMPTY, _hash, _place
+    from dr_transfer.inference.onnx_file import EMPTY_HASH, _hash, _place
 
     at = _place(data)
-    return data[:at] + _hash(data, at) + data[at + len(EMPTY) :]
+    return data[:at] + _hash(data, at) + data[at + len(EMPTY_HASH) :]
 
 
 def test_no_byte_can_change_unnoticed(eyes, tmp_path):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dr_transfer.synthetic.eye import KINDS
+from dr_transfer.synthetic.eye import LESION_KINDS
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import contact_sheet, draw_fundus, lesion_mask, make_dr
 
@@ -26,7 +26,7 @@ def distance(truth, part):
 def lesions_by_kind(truth):
     "How many lesions there are of each kind"
     kinds = pd.Series([q['kind'] for q in truth['lesions']], dtype=object)
-    return kinds.value_counts().reindex(KINDS, fill_value=0)
+    return kinds.value_counts().reindex(LESION_KINDS, fill_value=0)
 
 
 @pytest.mark.parametrize('grade', range(5))
@@ -115,12 +115,12 @@ def test_nothing_but_the_lesions_depends_on_the_grade(grade):
 
 
 def test_blood_is_darker_and_exudates_brighter_than_what_was_there():
-    change = {k: [] for k in KINDS}
+    change = {k: [] for k in LESION_KINDS}
     for seed in range(8):
         sick, truth = draw_fundus(3 + seed % 2, seed, 128)
         well, _ = draw_fundus(0, seed, 128)
-        for k in KINDS:
-            others = tuple(set(KINDS) - {k})
+        for k in LESION_KINDS:
+            others = tuple(set(LESION_KINDS) - {k})
             lonely = lesion_mask(truth, (k,)) & ~lesion_mask(truth, others)
             if lonely.any():
                 difference = sick[lonely].astype(float) - well[lonely]

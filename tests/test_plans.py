@@ -38,12 +38,12 @@ from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
 from dr_transfer.training.callbacks import HeadFirst
 from dr_transfer.training.learner import learner_groups
-from dr_transfer.training.plans import HEAD, PLANS, Phase, Plan, plan_table
+from dr_transfer.training.plans import HEAD_PHASE, PLANS, Phase, Plan, plan_table
 from dr_transfer.training.stored import learner_features, why_not_stored
 
 CPU = torch.device('cpu')
 ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
-STEPS = replace(HEAD, epochs=3, lr=1e-2)
+STEPS = replace(HEAD_PHASE, epochs=3, lr=1e-2)
 warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the head')
 
 
@@ -173,7 +173,7 @@ def test_the_table_is_that_of_this_learner(build, arch):
 def test_a_plan_of_ones_own_is_one_expression(build):
     plan = Plan(
         'mine',
-        (replace(HEAD, epochs=2), Phase(-4, 1, 2e-4, spread=10)),
+        (replace(HEAD_PHASE, epochs=2), Phase(-4, 1, 2e-4, spread=10)),
         stage='stage3',
         tap=2,
         head='dense',
@@ -197,9 +197,9 @@ def test_a_plan_of_ones_own_is_one_expression(build):
         ('flw', "head 'flw'"),
         ('scratch', 'small_cnn'),
         ('augmented_head', 'random_crop'),
-        (Plan('p', (HEAD,), tap=2), '2 stages'),
-        (Plan('p', (HEAD,), augment='mirror'), "'mirror'"),
-        (Plan('p', (HEAD,), weights='random'), 'random weights'),
+        (Plan('p', (HEAD_PHASE,), tap=2), '2 stages'),
+        (Plan('p', (HEAD_PHASE,), augment='mirror'), "'mirror'"),
+        (Plan('p', (HEAD_PHASE,), weights='random'), 'random weights'),
     ],
 )
 def test_a_plan_for_another_learner_is_refused(build, plan, word):
@@ -391,7 +391,7 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
         arch = 'test_vit'
         frozen = 1
     if what == 'room':
-        monkeypatch.setattr(stored_part, 'MOST_GB', 1e-9)
+        monkeypatch.setattr(stored_part, 'MAX_STORED_GB', 1e-9)
     if what == 'asked':
         stored = False
     if what == 'callback':
@@ -440,7 +440,7 @@ def test_a_body_before_its_head_warns(build):
     assert len(ws) == 1
     assert 'learn.freeze()' in str(ws[0].message)
     assert 'fine_tune' in str(ws[0].message)
-    one_epoch = Plan('p', (replace(HEAD, epochs=1),))
+    one_epoch = Plan('p', (replace(HEAD_PHASE, epochs=1),))
     for train_head, *how in ((quiet, 'fit_one_cycle', 1, 1e-3), (silent, 'head'), (silent, one_epoch)):
         learn = build()
         assert not heard(train_head, learn, *how)
@@ -486,7 +486,7 @@ def test_loaders_that_were_changed_are_used(build, what):
             dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})})
         )
     said = []
-    fit(learn, Plan('p', (replace(HEAD, epochs=1),)), say=said.append)
+    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=said.append)
     if what == 'bs':
         assert why_not_stored(learn) == ''  # it is the size of the batches of stored features as well
     else:
@@ -794,11 +794,11 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     if why == 'dropout':
         kw['head'] = Head((), 0.2)
     if why == 'many':
-        monkeypatch.setattr(phases, 'MOST_NUMBERS', 100)
+        monkeypatch.setattr(phases, 'MAX_STORED_NUMBERS', 100)
     if why == 'endless':
         kw['augment'] = 'mirror+random_crop'
     if why == 'asked':
-        plan = Plan('p', (replace(HEAD, epochs=2),))
+        plan = Plan('p', (replace(HEAD_PHASE, epochs=2),))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 2)
     monkeypatch.setattr(phases, 'HEAD_PASSES', 2)
     learn = build(data=data, **kw)
@@ -841,7 +841,7 @@ class Stop:
 @pytest.mark.parametrize(
     'plan',
     [
-        Plan('p', (HEAD,)),
+        Plan('p', (HEAD_PHASE,)),
         Plan('p', (STEPS,)),
         Plan('p', (Phase(-3, 2, 1e-3),)),
     ],
@@ -922,7 +922,7 @@ def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     learn = build()
     good = learn.loss_func
     learn.loss_func = lambda *_: 1 / 0
-    steps = Plan('p', (replace(HEAD, epochs=1),))
+    steps = Plan('p', (replace(HEAD_PHASE, epochs=1),))
     with pytest.raises(ZeroDivisionError):
         silent(learn, steps)
     learn.loss_func = good
@@ -951,7 +951,7 @@ def test_predictions_follow_the_weights(build, frozen):
     "Forward passes use a copy of the body: it is never older than the body"
     learn = build(arch='test_resnet', setting='channels_last')
     images = learn.table[learn.table.split == 'valid'].image.tolist()
-    fit(learn, Plan('own', (HEAD, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
+    fit(learn, Plan('own', (HEAD_PHASE, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
     ours = predict_probs(learn, images)
     learn.model[0][0].forward_setting = SETTINGS['plain']  # no copy
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)

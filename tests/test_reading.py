@@ -24,7 +24,7 @@ from dr_transfer.data.dicom import dicom_facts, is_dicom, read_dicom
 from dr_transfer.data.fundus import crop_disc, disc_box, read_disc, read_image
 from dr_transfer.data.images import FORMATS, image_error, image_header, read_rgb, to_rgb
 from dr_transfer.data.preprocess import Preparation, prepare_image
-from dr_transfer.data.source import LIMITS, ImageError, check_size
+from dr_transfer.data.source import IMAGE_LIMITS, ImageError, check_size
 from dr_transfer.data.table import find_images, label_table, set_aside
 from dr_transfer.data.tasks import Task
 
@@ -553,14 +553,14 @@ def test_a_bright_line_is_no_disc():
     a[200:202] = 255
     a[:90, :3] = 255
     low, high = sorted(np.subtract(disc_box(Image.fromarray(a))[2:], disc_box(Image.fromarray(a))[:2]))
-    assert high <= LIMITS.ratio * low
+    assert high <= IMAGE_LIMITS.ratio * low
     assert np.asarray(read_image(a, 32, 'fundus', 'pad')).max() > 0
 
 
 def test_the_square_around_a_long_image_is_limited():
     crop = crop_disc(Image.new('RGB', (40_000, 2000), (90, 60, 30)))
     assert crop.width == crop.height
-    assert crop.width**2 <= 2 * LIMITS.pixels
+    assert crop.width**2 <= 2 * IMAGE_LIMITS.pixels
 
 
 # ---------------------------------------------------------------- DICOM

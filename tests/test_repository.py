@@ -100,6 +100,13 @@ def test_code_lines():
     assert code_lines('#| export\n# why\n\ndef f(\n    a, # one\n):\n    "Doc"\n    return a\n') == 5
 
 
+def test_exported_cells_are_found_under_each_directive(tmp_path):
+    sources = ['#| export\na = 1', '#| exporti\nb = 1', '#| exports\nc = 1', '#| hide\nd = 1', 'e = 1']
+    path = tmp_path / 'x.ipynb'
+    path.write_text(json.dumps({'cells': [{'cell_type': 'code', 'source': [s]} for s in sources]}), encoding='utf-8')
+    assert [source(c)[-5] for c in exported(path)] == ['a', 'b', 'c']
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -323,6 +330,22 @@ def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
         return
     assert module_name(path) in PLACE, 'no notebook in the sidebar exports it'
     assert not late_imports(text, module_name(path)), 'imports what comes later'
+
+
+def all_names(text):
+    "What stands in `__all__` of a module."
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
+            return ast.literal_eval(node.value)
+    return []
+
+
+def test_public_names_are_few():
+    "What only the library needs is under `#| exporti` or begins with `_`; `tools/public_names.py` lists what remains."
+    names = {module_name(p): all_names(p.read_text(encoding='utf-8')) for p in MODULES}
+    assert 150 < sum(map(len, names.values())) <= 200
+    assert 'build_learner' in names['core']
+    assert 'find_column' not in names['data.columns']
 
 
 @each(MODULES)

@@ -14,7 +14,7 @@ from helpers import GRADES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dr_transfer.inference.card import FIELDS, FORMAT, MOST_BYTES, ModelCard, ModelError, card_text, read_card
+from dr_transfer.inference.card import CARD_FORMAT, FIELDS, MAX_CARD_BYTES, ModelCard, ModelError, card_text, read_card
 from dr_transfer.metrics.decision import Decision
 from dr_transfer.metrics.operating_point import OperatingPoint
 from dr_transfer.utils.checks import check_class_names
@@ -255,7 +255,7 @@ def test_any_change_of_the_bytes(tmp_path, data):
         (stored(ABOUT).replace('"size": 48', '"size": ' + '4' * 4000), "'size' is 44"),
         (stored(ABOUT).replace('"size": 48', '"size": NaN'), "'size' is nan"),
         (stored(ABOUT).replace('0.25', '1e999'), "'std[0]' is inf"),
-        (b' ' * (MOST_BYTES + 1), 'bytes, and may have'),
+        (b' ' * (MAX_CARD_BYTES + 1), 'bytes, and may have'),
         (b'\xff\xfe', 'utf-8'),
         ('\ufeff' + stored(ABOUT), 'BOM'),
         (stored({**ABOUT, 'extra': {'deep': [float('nan')]}}), "'extra.deep[0]' is nan"),
@@ -379,4 +379,4 @@ def test_a_decision_there_and_back():
 
 
 def test_the_format_is_that_of_0_1_0():
-    assert FORMAT == 'dr_transfer model 2'
+    assert CARD_FORMAT == 'dr_transfer model 2'

@@ -460,6 +460,19 @@ def test_a_spoilt_line(tmp_path):
     again_is_read(tmp_path)
 
 
+def test_a_row_that_nobody_owns_has_an_empty_key_in_the_file(tmp_path):
+    "So the files are those of earlier versions; in memory no image has an empty key"
+    fill(new(tmp_path), pictures(N), colours(), BS)
+    lines = new(tmp_path).folder / 'images.jsonl'
+    lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 1))
+    store = new(tmp_path)
+    with pytest.warns(UserWarning, match='damaged rows'):
+        fill(store, pictures(N), colours(), BS)
+    zeros = ', '.join('0' for _ in store.fields)
+    assert lines.read_text().splitlines()[0] == f'{{"row": 0, "key": "", "name": "", "sums": [{zeros}]}}'
+    assert '' not in new(tmp_path).keys
+
+
 # ---------------------------------------------------------------- what is there is not believed
 
 

@@ -27,7 +27,7 @@ from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
 from dr_transfer.training.callbacks import TrainingError
 from dr_transfer.training.phases import phase_runs
-from dr_transfer.training.plans import HEAD, Phase, Plan, get_plan, plan_table
+from dr_transfer.training.plans import HEAD_PHASE, Phase, Plan, get_plan, plan_table
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 
@@ -252,9 +252,9 @@ def test_the_table_of_plans_tells_how_epochs_are_found():
     assert epochs['random_start'].tolist() == ['by the set']
     assert epochs['flw'].tolist() == [30]
     mine = [
-        Plan('dense', (HEAD,), head='dense'),
-        Plan('crops', (HEAD,), augment='+random_crop'),
-        Plan('then', (HEAD, Phase(0, 2, 1e-3)), augment='+random_crop'),
+        Plan('dense', (HEAD_PHASE,), head='dense'),
+        Plan('crops', (HEAD_PHASE,), augment='+random_crop'),
+        Plan('then', (HEAD_PHASE, Phase(0, 2, 1e-3)), augment='+random_crop'),
     ]
     t = plan_table(plans=mine).epochs
     assert t['dense'].tolist() == ['by the set']
@@ -302,7 +302,7 @@ def test_a_head_that_is_asked_for_is_solved_anew(build):
 def test_epochs_that_a_plan_gives_its_head_are_trained(build):
     learn = build()
     fit(learn, 'head', say=str)
-    fit(learn, Plan('p', (replace(HEAD, epochs=2), Phase(-2, 1, 1e-4))), say=str)
+    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=2), Phase(-2, 1, 1e-4))), say=str)
     assert ways(learn) == ['solved', 'stored', 'stored', 'stored']
 
 
@@ -310,7 +310,7 @@ def test_epochs_that_a_plan_gives_its_head_are_trained(build):
 
 
 def wild(decay='none', frozen=0, epochs=2, lr=1e4):
-    return Plan('wild', (HEAD, Phase(frozen, epochs, lr, decay=decay)))
+    return Plan('wild', (HEAD_PHASE, Phase(frozen, epochs, lr, decay=decay)))
 
 
 @pytest.mark.parametrize('frozen', [0, -2])
@@ -379,7 +379,7 @@ def test_the_best_epoch_is_in_the_record(build):
 def test_the_best_epoch_can_be_kept(build):
     "With fastai's callback, which before made of one epoch three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
-    fit(learn, Plan('p', (HEAD, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
+    fit(learn, Plan('p', (HEAD_PHASE, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
     rows = learn.record.history[1:]
     with learn.no_bar(), learn.no_logging():
         loss = float(learn.validate()[0])
@@ -548,7 +548,7 @@ def press(*args, **kwargs):
 def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
     learn = build(bs=8)
-    phase = {'solved': HEAD, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
+    phase = {'solved': HEAD_PHASE, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
     before = state_of(learn)
     callbacks = sorted(type(c).__name__ for c in learn.cbs)
     with monkeypatch.context() as m:

@@ -220,7 +220,7 @@ def head(root, epochs=3, of=30):
     from dr_transfer.core import build_learner, fit
     from dr_transfer.data.augment import QuarterTurns
     from dr_transfer.data.tasks import get_task
-    from dr_transfer.training.plans import HEAD, Plan
+    from dr_transfer.training.plans import HEAD_PHASE, Plan
 
     table = flowers(root)
 
@@ -230,7 +230,7 @@ def head(root, epochs=3, of=30):
         return t, learn.record.history[-1]['accuracy']
 
     with fresh_cache():
-        t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD, epochs=of),)))
+        t_steps, in_steps = ours(Plan('head in steps', (replace(HEAD_PHASE, epochs=of),)))
     with fresh_cache():
         t_solved, solved = ours('head')
     with tempfile.TemporaryDirectory() as d:

@@ -8,6 +8,7 @@ them is prepared in `build/site/` so that either renderer makes the same address
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-
 
 # nbdev links names between backticks in the comments of a signature as well, where Markdown is not read.
 CODE = re.compile(r'```python\\n.*?```', re.S)
-LINKED = re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
+LINKED = re.compile(r'\[(`[^`\]]+`)\]\(([^)\s]+)\)')
 
 
 def process(workers):
@@ -47,12 +48,35 @@ def process(workers):
     seen.write_text(names, encoding='utf-8')
 
 
+def hidden_names() -> set[str]:
+    "Addresses such as `table.html#some` of the names that are not public, so that no page describes them."
+    sys.path.insert(0, str(ROOT / 'tools'))
+    from public_names import library_names
+
+    d = runpy.run_path(str(ROOT / 'dr_transfer' / '_modidx.py'))['d']
+    public = {f'{module}.{name}' for module, names in library_names(ROOT).items() for name in names}
+    return {
+        where
+        for module, names in d['syms'].items()
+        for name, (where, _) in names.items()
+        # `module.Class.method` belongs to `module.Class`
+        if module + '.' + name.removeprefix(module + '.').split('.')[0] not in public
+    }
+
+
+def unlink(text: str, home: str, hidden: set[str]) -> str:
+    "nbdev links every name between backticks that it knows: what no page describes stays plain code."
+    return LINKED.sub(lambda m: m[1] if m[2].removeprefix(home) in hidden else m[0], text)
+
+
 def stage():
     "Copy `_proc/` to the staging folder under the names of the pages, with links that hold wherever they are served."
     from nbdev.config import get_config
 
     cfg = get_config()
-    home = re.compile(r'(\]\(|href=\\?["\'])' + re.escape(cfg.doc_host + cfg.doc_baseurl) + '/')
+    address = cfg.doc_host + cfg.doc_baseurl + '/'
+    home = re.compile(r'(\]\(|href=\\?["\'])' + re.escape(address))
+    hidden = hidden_names()
     shutil.rmtree(STAGE, ignore_errors=True)
     for src in sorted(PROC.rglob('*')):
         name = src.relative_to(PROC)
@@ -64,6 +88,7 @@ def stage():
         if name.suffix == '.ipynb':
             # nbdev names the page in its front matter, for Quarto; here the file is renamed, for both
             text = re.sub(r'^\s*"output-file: .*\n', '', src.read_text(encoding='utf-8'), flags=re.M)
+            text = unlink(text, address, hidden)
             text = LINK.sub(r'\1', text)
             text = home.sub(r'\1' + '../' * (len(name.parts) - 1), text)
             text = CODE.sub(lambda m: LINKED.sub(r'\1', m[0]), text)

@@ -76,11 +76,11 @@ def lesion_truth(truth, disc, side):
 
 def lesion_counts(seg, truth, side):
     "Lesions that were drawn and found, spots and those that are right, of a segmentation"
-    from dr_transfer.evaluation.segmentation import KINDS, score_lesions
+    from dr_transfer.evaluation.segmentation import LESION_MASKS, score_lesions
 
     lesions = lesion_truth(truth, seg.disc, side)
     row = {}
-    for mask, names in KINDS.items():
+    for mask, names in LESION_MASKS.items():
         own = [q for q in lesions if q[0] in names]
         kinds = [q[0] for q in own]
         kinds = np.array(kinds, dtype=object)
@@ -113,7 +113,7 @@ def in_radii(pixels, side):
 def drawn(root):
     from itertools import product
 
-    from dr_transfer.evaluation.segmentation import SIDE, segment
+    from dr_transfer.evaluation.segmentation import SEGMENT_SIZE, segment
     from dr_transfer.synthetic.fundus import draw_fundus
 
     for camera, grade, k in product(range(4, 10), range(5), range(2)):
@@ -121,10 +121,10 @@ def drawn(root):
         eye = ('right', 'left')[k]
         pixels, truth = draw_fundus(grade, seed=seed, size=512, camera=camera, eye=eye)
         seg = segment(pixels)
-        vessels = vessel_truth(truth, seed, seg.disc, SIDE) & seg.field
+        vessels = vessel_truth(truth, seed, seg.disc, SEGMENT_SIZE) & seg.field
         overlap = dice(vessels, seg.vessels)
         places = [truth['optic_nerve'][:2], truth['macula'][:2]]
-        nerve, fovea = seg.disc.to_crop(places, SIDE)
+        nerve, fovea = seg.disc.to_crop(places, SEGMENT_SIZE)
         y, x = np.argwhere(seg.nerve).mean(0)
         nerve_off = np.hypot(*(np.array([x, y]) - nerve))
         fovea_off = np.hypot(*(seg.fovea - fovea))
@@ -132,10 +132,10 @@ def drawn(root):
             'camera': camera,
             'grade': grade,
             'seed': seed,
-            **lesion_counts(seg, truth, SIDE),
+            **lesion_counts(seg, truth, SEGMENT_SIZE),
             'vessels': round(float(overlap), 4),
-            'nerve off': in_radii(nerve_off, SIDE),
-            'fovea off': in_radii(fovea_off, SIDE),
+            'nerve off': in_radii(nerve_off, SEGMENT_SIZE),
+            'fovea off': in_radii(fovea_off, SEGMENT_SIZE),
         }
 
 

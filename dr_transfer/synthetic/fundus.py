@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from .drawing import _already, _each, _field, _noise, _rgb, _stain, _stream
-from .eye import KINDS, _blob, _person, _place, _retina, _strokes, _tuft, _vessels
+from .eye import LESION_KINDS, _blob, _person, _place, _retina, _strokes, _tuft, _vessels
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def draw_fundus(
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell032
 def lesion_mask(
     truth: dict,  # What `draw_fundus` returned
-    kinds: tuple = KINDS,  # Which lesions
+    kinds: tuple = LESION_KINDS,  # Which lesions
 ) -> np.ndarray:  # Boolean (size, size)
     "Pixels within the radius of a lesion"
     size = truth['size']
