@@ -71,7 +71,7 @@ def find_images(
     return sorted(found)
 
 # %% ../../nbs/data/13_table.ipynb #e30c165b
-_MAX_NAME = 4096  # characters of an image's name: no file has a longer path
+MAX_NAME = 4096  # characters of an image's name: no file has a longer path
 
 
 def _forms(name) -> list:
@@ -196,9 +196,9 @@ def _names(df, column) -> list[str]:
     for row, n in zip(df.index, names):
         if n is None or not n.strip():
             raise ValueError(f"row {row} has no image name in column '{column}': fill it in, or remove the row")
-        if len(n) > _MAX_NAME:
+        if len(n) > MAX_NAME:
             raise ValueError(
-                f"row {row} has an image name of {len(n)} characters in column '{column}', more than {_MAX_NAME}"
+                f"row {row} has an image name of {len(n)} characters in column '{column}', more than {MAX_NAME}"
             )
     return names
 

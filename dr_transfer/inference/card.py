@@ -35,7 +35,7 @@ from dr_transfer.utils.schema import (
 )
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
-_MAX_CLASSES = 10_000
+MAX_CLASSES = 10_000
 _VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')  # what predictions are averaged over
 _SETTING_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
 
@@ -64,7 +64,7 @@ class ModelCard:
     stage: _Name  # The last stage of the backbone
     tap: Annotated[int, Range(1, 1000)]  # How many of the last stages the head sees
     head: Head  # What reads the maps
-    classes: Annotated[tuple[str, ...], Length(2, _MAX_CLASSES)]  # Names in order
+    classes: Annotated[tuple[str, ...], Length(2, MAX_CLASSES)]  # Names in order
     task: str  # Name of the task
     target: str  # Name of the target
     size: Annotated[int, Range(16, 4096)]  # Side of the images in pixels
