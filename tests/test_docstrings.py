@@ -55,13 +55,30 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('examples')
 
 
+@pytest.fixture(scope='module')
+def fit_once():
+    "`fit`, which trains the same learner only once for all the examples."
+    from dr_transfer.core import fit
+
+    fitted = {}
+
+    def fit_or_find(learn, plan=None):
+        key = plan, tuple(learn.dls.vocab)
+        if key not in fitted:
+            fitted[key] = fit(learn, plan)
+        return fitted[key]
+
+    return fit_or_find
+
+
 @pytest.mark.parametrize('name', NAMES)
-def test_the_examples_run(name, folder, monkeypatch):
+def test_the_examples_run(name, folder, fit_once, monkeypatch):
     if name == 'export_onnx':
         pytest.importorskip('onnxscript')
         pytest.importorskip('onnxruntime')
     monkeypatch.chdir(folder)
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder / 'cache'))
+    monkeypatch.setattr(dt, 'fit', fit_once)
     test = doctest.DocTestParser().get_doctest(getattr(dt, name).__doc__, {}, name, None, None)
     failures = []
     result = doctest.DocTestRunner(checker=LastLines(), verbose=False).run(test, out=failures.append)

@@ -284,9 +284,9 @@ def cross_validate(
     --------
     >>> import dr_transfer as dt
     >>> photos = dt.make_flowers('flowers', n=100, size=48)
-    >>> predictions = dt.cross_validate('flowers', folds=3, plan='head', size=48)
+    >>> predictions = dt.cross_validate('flowers', folds=2, plan='head', size=48)
     >>> len(predictions), sorted(predictions.fold.unique().tolist())
-    (100, [1, 2, 3])
+    (100, [1, 2])
     """
     task = get_task(task, kwargs.pop('size', None))
     tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)

@@ -196,7 +196,7 @@ def save_model(
     >>> photos = dt.make_flowers('flowers', n=100, size=48)
     >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
     >>> folder = dt.save_model(learn, 'flowers_model', overwrite=True)
-    >>> sorted(p.name for p in folder.iterdir())
+    >>> sorted(p.name for p in folder.glob('model.*'))
     ['model.json', 'model.safetensors']
     """
     with new_folder(folder, overwrite, kind='model') as tmp:
