@@ -150,10 +150,10 @@ def classifier_learner(
         )
     about, names = classifier.source_
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
-    head = classifier.head()
+    head: Any = classifier.head()
     head.trained = True
     learn = build_learner(data, task, about['arch'], stage=names[-1], tap=len(names), head=head, **kwargs)
-    body = learn.body
+    body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
         raise ValueError(f'stages {names} do not follow one another: a network can be cut only once')
     if weights_digest(body) != about['weights_of'][names[-1]]:
@@ -320,7 +320,8 @@ def predict_probs(
 @torch.inference_mode()
 def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
-    f = learner_features(learn, images).numpy()
+    features: Any = learner_features(learn, images)
+    f = features.numpy()
     head = learn.head.eval()
     rows = torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)
     p = map_rows(lambda x: head(x).softmax(1), rows)

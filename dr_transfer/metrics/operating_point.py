@@ -89,9 +89,12 @@ def choose_operating_point(
     >>> round(float(point.sensitivity), 2)
     0.9
     """
-    if (sensitivity is None) == (specificity is None):
+    if sensitivity is not None and specificity is None:
+        wanted, share = 'sensitivity', sensitivity
+    elif specificity is not None and sensitivity is None:
+        wanted, share = 'specificity', specificity
+    else:
         raise ValueError('say sensitivity=0.9 or specificity=0.9, one of the two')
-    wanted, share = ('sensitivity', sensitivity) if specificity is None else ('specificity', specificity)
     if not 0 < share < 1:
         raise ValueError(f'{wanted}={share}: give a share between 0 and 1, such as 0.9')
     y, score = np.asarray(y, int), np.asarray(score, float)
