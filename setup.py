@@ -17,7 +17,7 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'].replace('%(user)s', cfg['user']).replace('%(repo)s', cfg['repo']),
     license='Apache-2.0', python_requires='>=' + cfg['min_python'], packages=find_packages(include=['dr_transfer', 'dr_transfer.*']),
-    package_data={'dr_transfer.evaluation': ['report.html.jinja']},
+    package_data={'dr_transfer': ['py.typed', '__init__.pyi'], 'dr_transfer.evaluation': ['report.html.jinja']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['dr_transfer = dr_transfer._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English',

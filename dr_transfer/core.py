@@ -66,7 +66,41 @@ def build_learner(
     say: Callable = print,  # What is done with the lines about patients and labels
     **kwargs,  # More arguments of `vision_learner`
 ) -> TransferLearner:  # With `task`, `target`, `table`, `record`
-    "A Learner for pictures, a pretrained body frozen; ValueError for data, WeightsError for weights"
+    """A Learner for images: a pretrained body, frozen, and a new head that is not trained yet.
+
+    `data` is a folder with a folder for each class, a folder with `labels.csv`, a CSV file beside its images, or a
+    table from `label_table`. The images are checked, split by group (patient, photographer) with copies kept
+    together, and made into DataLoaders. What is not given comes from the task or from the plan.
+
+    Returns
+    -------
+    TransferLearner
+        A fastai `Learner`, so that `fit_one_cycle`, `predict`, `tta` and `show_results` work as in fastai. It has
+        `table` (a row for each image: `image, label, group, target, split`), `task`, `target` and `record` (the
+        recipe, the versions and the history). Train it by `fit`.
+
+    Raises
+    ------
+    ValueError
+        The data cannot be read, or an argument is unknown; the message says what to type instead.
+    LeakError
+        The data come with a split that separates images of one patient, or copies of an image; see `allow_leaks`.
+    WeightsError
+        The pretrained weights cannot be had. They are never replaced by random ones without being asked for.
+
+    Notes
+    -----
+    The frozen body also keeps its BatchNorm statistics. Layer groups follow depth, for discriminative learning rates
+    as in ULMFiT (Howard and Ruder 2018, arXiv:1801.06146).
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.build_learner('flowers', task='flowers', size=48)
+    >>> list(learn.dls.vocab)
+    ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
+    """
     seed, num_workers = check_seed(seed), check_workers(num_workers)
     task = get_task(task, size)
     plan = get_plan(plan) if plan else None
@@ -115,10 +149,10 @@ def classifier_learner(
         )
     about, names = classifier.source_
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
-    head = classifier.head()
+    head: Any = classifier.head()
     head.trained = True
     learn = build_learner(data, task, about['arch'], stage=names[-1], tap=len(names), head=head, **kwargs)
-    body = learn.body
+    body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
         raise ValueError(f'stages {names} do not follow one another: a network can be cut only once')
     if weights_digest(body) != about['weights_of'][names[-1]]:
@@ -217,7 +251,36 @@ def fit(
     stored: bool = True,  # Keep what is frozen on disk (50 GB a phase at most)?
     say: Callable = print,  # What is done with the lines that tell how it goes
 ) -> Learner:  # The same learner, trained
-    "Train a learner by a plan; TrainingError if the loss diverges"
+    """Train a learner by a plan, phase by phase.
+
+    `plan` is a name from `PLANS`, a `Plan`, or the `Advice` of `advise`. `say` gets the lines that tell how it goes.
+
+    Returns
+    -------
+    TransferLearner
+        The same learner, trained and with the best weights of its last phase. `learn.record` holds the plan and the
+        metrics of each epoch (`history`).
+
+    Raises
+    ------
+    TrainingError
+        The loss is not finite, or far above where it began: the learning rate is too high.
+    ValueError
+        The learner was not made by `build_learner`, or the plan needs another body or head than it has.
+
+    Notes
+    -----
+    Where nothing below the head is trained and all views are known, features are computed once and the head is solved
+    as logistic regression. Else each phase is a one-cycle schedule (Smith 2018, arXiv:1803.09820).
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), plan='head')
+    >>> learn.record.plan.name
+    'head'
+    """
     if not isinstance(learn, TransferLearner):
         raise ValueError('this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)')
     plan = get_plan(plan or _default_plan(learn, say), epochs)
@@ -257,7 +320,8 @@ def predict_probs(
 @torch.inference_mode()
 def _feature_probs(learn, images) -> np.ndarray:
     "The same from stored features, while the body is the one that they came from"
-    f = learner_features(learn, images).numpy()
+    features: Any = learner_features(learn, images)
+    f = features.numpy()
     head = learn.head.eval()
     rows = torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)
     p = map_rows(lambda x: head(x).softmax(1), rows)
@@ -275,7 +339,31 @@ def valid_predictions(
     learn: Learner,  # From `build_learner`
     side: str = 'valid',  # 'valid', 'test' or 'train'
 ) -> pd.DataFrame:  # `image, target, group, prediction, p_CLASS...`
-    "The predictions for the validation side, or another one"
+    """Predictions for a subset of the learner's images, averaged over the views.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each image: `image` (path), `target` (class), `group` (patient; intervals are over groups),
+        `prediction` (the most probable class), and a column `p_CLASS` for each class, which add up to 1.
+
+    Raises
+    ------
+    ValueError
+        The learner has no images in this subset.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
+    >>> predictions = dt.valid_predictions(learn)
+    >>> predictions.columns.tolist()[:5]
+    ['image', 'target', 'group', 'prediction', 'p_daisy']
+    >>> metrics = dt.measure_table(predictions, learn.classes, n=200)
+    >>> metrics.columns.tolist()[:3]
+    ['value', 'low', 'high']
+    """
     rows = learn.table[learn.table.split == side]
     if not len(rows):
         raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")

@@ -163,3 +163,13 @@ def test_search_index_leads_to_pages():
         pytest.skip('no site: run make docs')
     for entry in json.loads(index.read_text(encoding='utf-8')):
         assert (ROOT / '_docs' / entry['href'].split('#')[0]).is_file(), entry['href']
+
+
+def test_the_glossary_has_each_term_once():
+    cells = json.loads((ROOT / 'nbs' / 'glossary.ipynb').read_text(encoding='utf-8'))['cells']
+    lines = [line for c in cells for line in ''.join(c['source']).splitlines() if line.startswith('| ')]
+    terms = [line.split('|')[1].strip() for line in lines if not line.startswith('| term')]
+    assert len(terms) > 60
+    assert len(terms) == len(set(terms))
+    for text in ('operating point', 'split', 'subset', 'bootstrap resample', 'safetensors'):
+        assert text in terms

@@ -86,18 +86,28 @@ def texts(cell):
     )
 
 
+def docstring_lines(text):
+    "The lines of the docstrings of functions and classes."
+    lines = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
 def code_lines(text):
-    "Lines with code on them: not the blank ones, and not those with a comment alone."
+    "Lines with code on them: not the blank ones, and not those with a comment or a docstring alone."
     lines = set()
     quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for t in tokenize.generate_tokens(io.StringIO(text).readline):
         if t.type not in quiet:
             lines |= set(range(t.start[0], t.end[0] + 1))
-    return len(lines)
+    return len(lines - docstring_lines(text))
 
 
 def test_code_lines():
-    assert code_lines('#| export\n# why\n\ndef f(\n    a, # one\n):\n    "Doc"\n    return a\n') == 5
+    cell = '#| export\n# why\n\ndef f(\n    a, # one\n):\n    """Doc\n\n    More.\n    """\n    return a\n'
+    assert code_lines(cell) == 4
 
 
 def test_exported_cells_are_found_under_each_directive(tmp_path):

@@ -317,7 +317,30 @@ def label_table(
     verify: bool = True,  # Decode every image, set the unreadable ones aside?
     missing: str = 'error',  # Rows without a file: 'error' or 'skip'
 ) -> pd.DataFrame:  # `image, label, group, split`, `data_...`; by path
-    "Folder of class folders, or folder plus CSV, to one table; ValueError if it cannot be"
+    """The images and labels of a folder of class folders, of a folder and a CSV file, or of a table.
+
+    Columns are found by their usual names, patients as well; images that cannot be decoded are excluded, and listed
+    in `attrs['set_aside']`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each image, sorted by path: `image` (path), `label`, `group` (patient), `split` where the data have
+        one, and the other columns as `data_...`. `split_table` and `build_learner` take it.
+
+    Raises
+    ------
+    ValueError
+        There are no images, a column cannot be found or is ambiguous, or rows have no file and `missing` is 'error'.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> table = dt.label_table('flowers')
+    >>> dt.class_counts(table).sum().item()
+    100
+    """
     if missing not in ('error', 'skip'):
         raise ValueError(f"missing='{missing}': say 'error' or 'skip'")
     if isinstance(source, pd.DataFrame):

@@ -116,7 +116,35 @@ def compare(
     say: Callable = print,  # What is done with the lines that tell how it goes
     **kwargs,  # `bs, augment, balance, setting, ...` of `build_learner`
 ) -> Comparison:
-    "Train each backbone by each plan on one split"
+    """Train each backbone by each plan on one split, and compare their predictions.
+
+    Returns
+    -------
+    Comparison
+        `tables` (name of the recipe -> predictions for the same validation images) and `classes`. `table()` has the
+        metrics of each, and its paired differences from the first, with 95 % intervals over groups; `plot_comparison`
+        draws them.
+
+    Raises
+    ------
+    ValueError
+        The data cannot be read, a backbone or plan is unknown, or two recipes are the same.
+    TrainingError
+        The loss of a recipe diverges.
+
+    Notes
+    -----
+    Differences are paired: each bootstrap resample takes the same patients for both recipes (Efron and Tibshirani
+    1993).
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> result = dt.compare('flowers', plans=('head', 'earlier_head'), size=48)
+    >>> 'accuracy' in result.table(n=200).index.get_level_values('measure')
+    True
+    """
     recipes = _recipes(archs, plans, epochs)
     task = get_task(task, size)
     _check_recipes(recipes, task.size, kwargs.get('weights'))

@@ -259,7 +259,35 @@ def cross_validate(
     say: Callable = print,  # What is done with the lines that tell how it goes
     **kwargs,  # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
-    "Predictions of every image by a model that saw neither it nor its group nor a copy"
+    """Predict every image by a model that was trained on neither it, nor its group, nor a copy of it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each readable image: `image, target, group, fold, prediction`, `p_CLASS` for each class, and the
+        other columns of the data as `data_...`. Give it to `measure_table`. `attrs['set_aside']` lists images that
+        could not be read.
+
+    Raises
+    ------
+    ValueError
+        The data cannot be read, or a class has fewer groups than there are folds.
+    TrainingError
+        The loss diverges in a fold.
+
+    Notes
+    -----
+    Folds keep groups and copies together and the classes in proportion. A finished fold is stored in the cache, so
+    that a run that was interrupted goes on where it stopped.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> predictions = dt.cross_validate('flowers', folds=2, plan='head', size=48)
+    >>> len(predictions), sorted(predictions.fold.unique().tolist())
+    (100, [1, 2])
+    """
     task = get_task(task, kwargs.pop('size', None))
     tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
     out = []

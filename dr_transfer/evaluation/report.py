@@ -170,7 +170,39 @@ def evaluate_model(
     allow_leaks: bool = False,  # Count images that the model was made from, too?
     split: str = 'new',  # Images that count: 'new' to the model, or its own 'valid' ones
 ) -> Evaluation:
-    "Predict the images of a table and gather what is known of them; images of the training only with `allow_leaks`"
+    """Predict the images of a table, and gather what a report says about them.
+
+    Images that the model was trained or validated on are excluded, by their content; see `allow_leaks`.
+
+    Returns
+    -------
+    Evaluation
+        `table` (a row for each image: `image, target, group, prediction, p_CLASS...`), `classes`, `point` (the
+        operating point of the model), and what was excluded and why. `write_report` writes it as a page,
+        `measure_table` has its metrics.
+
+    Raises
+    ------
+    ValueError
+        No image is new to the model, the classes are others than those of the model, or the prevalence is not between
+        0 and 1.
+
+    Notes
+    -----
+    What is reported follows STARD 2015 (Bossuyt et al., doi:10.1136/bmj.h5527): the threshold comes from other
+    images, and intervals are over patients.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> eyes = dt.make_dr('eyes', n=60, size=64, seed=1)
+    >>> new = dt.make_dr('other_eyes', n=30, size=64, seed=2)
+    >>> learn = dt.fit(dt.build_learner('eyes', task='dr', size=64), 'head')
+    >>> test = dt.encode_target(dt.label_table('other_eyes'), dt.get_task('dr').target('referable'))
+    >>> evaluation = dt.evaluate_model(dt.image_model(learn), test)
+    >>> len(evaluation.table), evaluation.classes
+    (30, ['no', 'referable'])
+    """
     check_prevalence(prevalence)
     t = with_data_names(table.reset_index(drop=True), KNOWN)
     images = t.image.tolist()

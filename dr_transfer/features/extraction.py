@@ -316,7 +316,35 @@ def image_features(
     size: int | None = None,  # Side in pixels; that of the backbone if None
     **kwargs,  # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
 ) -> Features:
-    "Features of images from a backbone by name, at every stage up to the layer before its classifier"
+    """Features of images from a backbone by name, at every stage up to the layer before its classifier.
+
+    Returns
+    -------
+    Features
+        Stored on disk and read when asked for. `stages` has the names and numbers of channels, `views` the number of
+        views. Give it to `FeatureClassifier`, which takes it as scikit-learn estimators take an array.
+
+    Raises
+    ------
+    ValueError
+        The backbone is unknown, or an image cannot be read.
+    WeightsError
+        The pretrained weights cannot be had.
+
+    Notes
+    -----
+    A frozen network as a feature extractor: Donahue et al. 2014 (DeCAF, arXiv:1310.1531). What was computed once is
+    read from the cache (`~/.cache/dr_transfer`), by the content of the image.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> table = dt.label_table('flowers')
+    >>> features = dt.image_features(table.image.tolist(), size=48)
+    >>> len(features), features.views
+    (100, 1)
+    """
     stages = whole_body(arch, weights)
     size = size or stages.spec.size
     body = make_body(stages, size, setting)

@@ -259,7 +259,36 @@ def export_onnx(
     tolerance: float = 1e-4,  # Largest difference in a probability
     overwrite: bool = False,  # May it replace a file that is there?
 ) -> Path:  # The file
-    "A trained model as an ONNX file; ValueError if it cannot be converted, or says something else than the model"
+    """Write a trained model as an ONNX file, once its predictions equal those of the model.
+
+    Normalisation, views and softmax are part of the file. `OnnxModel(file)` predicts with it, without torch.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        The name does not end in .onnx, a file is there already, the network cannot be converted, or a probability
+        differs from that of the model by more than `tolerance`.
+    ImportError
+        The packages of the extra `onnx` are not installed: `pip install 'dr_transfer[onnx]'`.
+
+    Notes
+    -----
+    The format is that of onnx.ai; the network is converted by `torch.onnx.export`.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
+    >>> file = dt.export_onnx(learn, 'flowers.onnx', overwrite=True)
+    >>> dt.OnnxModel(file).classes == list(learn.dls.vocab)
+    True
+    """
     with new_file(check_onnx_name(file), overwrite) as tmp:
         write_onnx(learn, tmp, images, tolerance)
     return Path(file)

@@ -43,7 +43,34 @@ def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
     images: list[str],  # Paths, or one
 ) -> pd.DataFrame:  # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
-    "Predictions for image files, calibrated if the model knows its temperature; the reason for none is in `error`"
+    """Predictions for image files, calibrated if the model has a temperature.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each file, in order: `image, prediction`, `p_CLASS` for each class, `decision` if the model has an
+        operating point, and `error`. A file that cannot be read has no probabilities (NaN), and the reason stands in
+        `error`.
+
+    Raises
+    ------
+    ValueError
+        The model was not made by this library; unreadable images raise nothing.
+
+    Notes
+    -----
+    Calibration is temperature scaling (Guo et al. 2017, arXiv:1706.04599), fitted on validation images.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
+    >>> paths = learn.table.image.tolist()[:2]
+    >>> table = dt.predict_table(dt.image_model(learn), [*paths, 'missing.jpg'])
+    >>> (table.error != '').tolist()
+    [False, False, True]
+    """
     images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     errors = np.array(image_errors(images), object)
     good = errors == ''

@@ -176,7 +176,33 @@ def save_model(
     folder: str | Path,  # Where the model will be
     overwrite: bool = False,  # May it replace a folder that is there?
 ) -> Path:  # The folder
-    "Save a trained model as a folder; ValueError if something is there already"
+    """Save a trained model as a folder of two files: `model.safetensors` and `model.json`.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder, as `load_model` takes it.
+
+    Raises
+    ------
+    ValueError
+        Something is there already and `overwrite` is not set, or the head is no network that can be saved.
+    ModelError
+        A weight is NaN or infinite.
+
+    Notes
+    -----
+    No pickle: safetensors holds numbers only, so loading a model never runs code of whoever made it.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
+    >>> folder = dt.save_model(learn, 'flowers_model', overwrite=True)
+    >>> sorted(p.name for p in folder.glob('model.*'))
+    ['model.json', 'model.safetensors']
+    """
     with new_folder(folder, overwrite, kind='model') as tmp:
         _write_model(learn if isinstance(learn, ImageModel) else image_model(learn), tmp)
     return Path(folder)
@@ -295,7 +321,28 @@ def load_model(
     folder: str | Path,  # Made by `save_model` or `dr_transfer train`
     setting: str = 'auto',  # How the CPU computes; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
-    "A saved model; `ModelError` if a file is missing, was changed, or does not fit the other"
+    """Load a saved model, without running code from it and without fastai.
+
+    Returns
+    -------
+    ImageModel
+        `classes`, `card` (what the model expects: size, normalisation, views, decision) and `probs(images)`. Predict
+        with `predict_table(model, paths)`; its probabilities equal those of the learner that was saved.
+
+    Raises
+    ------
+    ModelError
+        A file is missing, was changed, holds NaN, or does not fit the other file.
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
+    >>> model = dt.load_model(dt.save_model(learn, 'flowers_model', overwrite=True))
+    >>> model.classes == list(learn.dls.vocab)
+    True
+    """
     folder = Path(folder)
     if setting != 'auto':
         setting = get_setting(setting)

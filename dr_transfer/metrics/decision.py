@@ -119,7 +119,7 @@ def decisions(
                 'Give a column of your own another name, such as data_decision'
             )
         return (table.decision == q.name).to_numpy()
-    return point and point.decide(q.score)
+    return point.decide(q.score) if point else None
 
 # %% ../../nbs/metrics/06_decision.ipynb #8efd4d73
 def expected_grade(
@@ -243,9 +243,9 @@ def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPo
 
 def _side_counts(table, classes, point) -> dict:
     "Groups with a positive and with a negative image, of those that an operating point was chosen on"
-    if point is None:
-        return {}
     q = question(table, classes)
+    if point is None or q is None:
+        return {}
     groups = table_groups(table)
     return {
         'positive_groups': side_groups(q.y == 1, groups),
@@ -299,7 +299,8 @@ def apply_decision(
 
     if decision.cuts is not None:
         table = table.assign(grade=column(np.digitize(expected_grade(p), decision.cuts)))
-    if decision.operating is None:
+    found = positive_score(p, classes)
+    if decision.operating is None or found is None:
         return table
-    name, score = positive_score(p, classes)
+    name, score = found
     return table.assign(decision=column(np.where(decision.operating.decide(score), name, f'not {name}')))

@@ -33,7 +33,8 @@ def same_groups(
     names,  # Name of the group of each image (n,); None where it has none
 ) -> list:  # (n,) text, one spelling for each group; None where there is none
     "Names of groups, each in the spelling that came first"
-    spelling, out = {}, []
+    spelling: dict = {}
+    out = []
     for name in names:
         key = group_key(name)
         out.append(None if key is None else spelling.setdefault(key, str(name).strip()))
@@ -44,7 +45,7 @@ def spellings(
     names,  # Name of the group of each image (n,)
 ) -> list[tuple]:  # For each group with several spellings: those
     "Groups whose name is written in several ways"
-    found = {}
+    found: dict = {}
     for name in names:
         key = group_key(name)
         if key is not None:

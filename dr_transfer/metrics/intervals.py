@@ -91,12 +91,12 @@ def bootstrap(
     check_draws(n)
     if not 0 < level < 1:
         raise ValueError(f'level={level}: give a share between 0 and 1, such as 0.95')
-    arrays = _same_length(arrays)
-    codes = group_codes(groups, len(arrays[0]))
-    value = _columns([measure(*arrays)]).T.set_axis(['value'], axis=1)
+    columns = _same_length(arrays)
+    codes = group_codes(groups, len(columns[0]))
+    value = _columns([measure(*columns)]).T.set_axis(['value'], axis=1)
     if codes.max() == 0:
         return value.assign(low=np.nan, high=np.nan)
-    found = _columns(measure(*(a[rows] for a in arrays)) for rows in draws(codes, n, seed))
+    found = _columns(measure(*(a[rows] for a in columns)) for rows in draws(codes, n, seed))
     return value.join(_limits(found, level))
 
 # %% ../../nbs/metrics/03_intervals.ipynb #109e905f

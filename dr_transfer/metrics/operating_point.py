@@ -58,10 +58,42 @@ def choose_operating_point(
     least: int = _MIN_GROUPS,  # Distinct groups of the images that decide
     groups=None,  # Group (patient) of each image (n,); None: each counts
 ) -> OperatingPoint:  # OperatingPointError where there are too few
-    "The threshold for a stated sensitivity, or specificity, on validation images"
-    if (sensitivity is None) == (specificity is None):
+    """The threshold for a wanted sensitivity, or specificity, on validation images.
+
+    Returns
+    -------
+    OperatingPoint
+        `threshold`, the `sensitivity` and `specificity` that it has on these images, and `decide(score)`.
+
+    Raises
+    ------
+    OperatingPointError
+        Fewer than `least` distinct groups decide: for a sensitivity the positive ones, for a specificity the negative
+        ones.
+    ValueError
+        Neither or both of `sensitivity` and `specificity` are given, one is not between 0 and 1, or a score is NaN.
+
+    Notes
+    -----
+    The threshold lies in the middle between the last score that must be positive and the next lower one. Choose it on
+    validation images and measure it on others, else it is optimistic.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import dr_transfer as dt
+    >>> rng = np.random.default_rng(0)
+    >>> y = np.repeat([0, 1], 100)
+    >>> point = dt.choose_operating_point(y, y + rng.normal(size=200), sensitivity=0.9)
+    >>> round(float(point.sensitivity), 2)
+    0.9
+    """
+    if sensitivity is not None and specificity is None:
+        wanted, share = 'sensitivity', sensitivity
+    elif specificity is not None and sensitivity is None:
+        wanted, share = 'specificity', specificity
+    else:
         raise ValueError('say sensitivity=0.9 or specificity=0.9, one of the two')
-    wanted, share = ('sensitivity', sensitivity) if specificity is None else ('specificity', specificity)
     if not 0 < share < 1:
         raise ValueError(f'{wanted}={share}: give a share between 0 and 1, such as 0.9')
     y, score = np.asarray(y, int), np.asarray(score, float)

@@ -164,12 +164,10 @@ def measure_table(
     if as_classes(classes).are_grades and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
-    called = decisions(table, classes, point)
+    q, called = question(table, classes), decisions(table, classes, point)
     notes = [interval_note(table)]
-    if called is not None:
-        t = pd.concat(
-            [operating_table(question(table, classes).y, called, table_groups(table), prevalence, n=n, seed=seed), t]
-        )
+    if q is not None and called is not None:
+        t = pd.concat([operating_table(q.y, called, table_groups(table), prevalence, n=n, seed=seed), t])
         notes.append(
             'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class'
         )
@@ -230,7 +228,7 @@ def worst_errors(
 ) -> pd.DataFrame:  # `image, target, said, probability`, the surest first
     "The surest mistakes; where something is decided, as many missed ones as false alarms"
     q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
-    if called is not None:
+    if q is not None and called is not None:
         wrong, sure, said = (
             called != (q.y == 1),
             np.where(called, q.score, 1 - q.score),
@@ -338,7 +336,7 @@ def deferral_table(
     q = question(table, classes)
     y, p = table_arrays(table, classes)
     called = decisions(table, classes, point)
-    if called is None:
+    if q is None or called is None:
         return deferral_curve(p.argmax(1) == y, p.max(1))
     threshold = point.threshold if point else 0.5
     sure = np.abs(_log_odds(q.score) - _log_odds(threshold))

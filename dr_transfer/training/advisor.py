@@ -147,7 +147,39 @@ def advise(
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
     say: Callable = print,  # What is done with the lines about patients and labels
 ) -> Advice:  # As `build_learner(..., plan=)` takes it
-    "Measure the images to learn from, and recommend a plan"
+    """Measure the training images, and recommend a plan.
+
+    It counts the images of each class, measures how far the images are from natural photographs, and which stage of
+    the frozen network separates the classes best. The validation images take no part.
+
+    Returns
+    -------
+    Advice
+        `plan` (pass the advice as `plan=` to `build_learner`), `scenario` ('small' or 'large', 'similar' or
+        'different'), `reasons` and `sure` in words, and the tables behind them (`counts`, `profile`, `speed`).
+        `print` shows it in short.
+
+    Raises
+    ------
+    ValueError
+        The data cannot be read, or a class has images of too few groups to be compared.
+    WeightsError
+        The pretrained weights cannot be had.
+
+    Notes
+    -----
+    The four scenarios are those of the transfer-learning notes of CS231n (Stanford); which stage separates the
+    classes is measured by linear probes (Alain and Bengio 2016, arXiv:1610.01644).
+
+    Examples
+    --------
+    >>> import dr_transfer as dt
+    >>> photos = dt.make_flowers('flowers', n=100, size=48)
+    >>> advice = dt.advise('flowers', size=48)
+    >>> advice.plan.name
+    'head'
+    >>> learn = dt.build_learner('flowers', size=48, plan=advice)
+    """
     task = get_task(task, size)
     goal, stages = task.target(target), whole_body(arch, weights)
     # the validation images are not looked at

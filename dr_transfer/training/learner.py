@@ -180,7 +180,11 @@ class TransferLearner(Learner):
             out = [self.get_preds(dl=dl, cbs=_View(v)) for v in VIEWS[views]]
         return torch.stack([p for p, _ in out]).mean(0), out[0][1]
 
-    def lr_find(self, *args, **kwargs):
+    def lr_find(
+        self,
+        *args,  # As `find_rate` takes them
+        **kwargs,  # The same by name
+    ):
         "fastai's `lr_find`, with its arguments; what is frozen is computed once, and weights and order are as before"
         return find_rate(self, *args, **kwargs)
 

@@ -1,0 +1,113 @@
+"The functions that users call most say what comes back, what is raised and how they are called, and the examples run."
+
+import ast
+import doctest
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import dr_transfer as dt
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = (
+    'build_learner',
+    'fit',
+    'advise',
+    'compare',
+    'cross_validate',
+    'valid_predictions',
+    'save_model',
+    'load_model',
+    'predict_table',
+    'export_onnx',
+    'evaluate_model',
+    'choose_operating_point',
+    'label_table',
+    'image_features',
+    'preprocess_folder',
+)
+
+
+class LastLines(doctest.OutputChecker):
+    "What an example prints on its way is not compared, only the value that it ends with."
+
+    def check_output(self, want, got, optionflags):
+        return not want or got.endswith(want)
+
+
+def section(name, title):
+    "The text of a section of a docstring, '' without it."
+    found = re.search(rf'^ *{title}\n *-+\n(.*?)(?=\n *\w+\n *---|\Z)', getattr(dt, name).__doc__, re.M | re.S)
+    return found[1].strip() if found else ''
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_docstring_has_returns_raises_and_examples(name):
+    for title in ('Returns', 'Raises', 'Examples'):
+        assert section(name, title), f'{name}: no section {title}'
+    assert re.match(r'[A-Z].*[^ ]\n', getattr(dt, name).__doc__), 'the summary is one line'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('examples')
+
+
+@pytest.fixture(scope='module')
+def fit_once():
+    "`fit`, which trains the same learner only once for all the examples."
+    from dr_transfer.core import fit
+
+    fitted = {}
+
+    def fit_or_find(learn, plan=None):
+        key = plan, tuple(learn.dls.vocab)
+        if key not in fitted:
+            fitted[key] = fit(learn, plan)
+        return fitted[key]
+
+    return fit_or_find
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_examples_run(name, folder, fit_once, monkeypatch):
+    if name == 'export_onnx':
+        pytest.importorskip('onnxscript')
+        pytest.importorskip('onnxruntime')
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder / 'cache'))
+    monkeypatch.setattr(dt, 'fit', fit_once)
+    test = doctest.DocTestParser().get_doctest(getattr(dt, name).__doc__, {}, name, None, None)
+    failures = []
+    result = doctest.DocTestRunner(checker=LastLines(), verbose=False).run(test, out=failures.append)
+    assert result.attempted >= 3
+    assert not result.failed, ''.join(failures)
+
+
+def test_the_site_shows_the_sections_once():
+    "The parameters in the signature, the sections below it."
+    pytest.importorskip('nbdev')
+    spec = importlib.util.spec_from_file_location('show_sections', ROOT / 'tools' / 'show_sections.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.SectionsRenderer(dt.build_learner)._repr_markdown_()
+    for title in ('Returns', 'Raises', 'Notes', 'Examples'):
+        assert text.count(f'**{title}**') == 1
+    assert '- `LeakError`: ' in text
+    assert text.count('>>> learn = ') == 1
+    assert not re.search(r'^-{3,}$', text.partition('\n')[2], re.M), 'an underlined title would be a heading'
+
+
+def public_kwargs():
+    "Each `**kwargs` of a public function of the library, and its line."
+    for path in sorted((ROOT / 'dr_transfer').rglob('*.py')):
+        text = path.read_text(encoding='utf-8')
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.args.kwarg and not node.name.startswith('_'):
+                yield f'{path.stem}.{node.name}', text.splitlines()[node.args.kwarg.lineno - 1]
+
+
+def test_further_arguments_are_described():
+    assert [name for name, line in public_kwargs() if ' # ' not in line] == []
