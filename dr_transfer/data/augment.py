@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Views', 'QuarterTurns', 'Mirror', 'MirrorNear', 'flowers_matrix', 'crop_matrix', 'Augmentation',
-           'augmentation', 'views_of', 'augmentation_table']
+           'augmentation', 'views_of', 'augmentation_table', 'plot_views']
 
 # %% ../../nbs/data/16_augment.ipynb #ade320c3
 import math
@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from fastai.vision.augment import AffineCoordTfm, Brightness, Contrast, Hue, PadMode, RandTransform, Saturation
 from fastai.vision.core import PILBase, PILMask, TensorImage, TensorMask
+from matplotlib.figure import Figure
 from PIL import Image
 
-from .views import VIEWS
+from .views import VIEWS, stack_images
 from ..utils.files import unknown
 
 # %% ../../nbs/data/16_augment.ipynb #dfc09c49
@@ -190,3 +191,27 @@ def augmentation_table() -> pd.DataFrame:  # One row a name
             for n, a in AUGMENTATIONS.items()
         ]
     ).set_index('name')
+
+# %% ../../nbs/data/16_augment.ipynb #4f2d9c10
+_VIEW_NAMES = {
+    'none': ('as it is',),
+    'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
+    'mirror': ('as it is', 'mirrored'),
+    'mirror_near': ('as it is', 'mirrored', 'middle enlarged', 'mirrored, middle enlarged'),
+}  # name of a set in `VIEWS` -> names of its views, in order
+
+
+def plot_views(
+    image,  # PIL image or array (height, width, 3), square
+    views: str = 'quarter_turns',  # Name in `VIEWS`
+) -> Figure:
+    "The views of an image that training and prediction average over, each with its name"
+    if views not in VIEWS:
+        raise unknown('set of views', views, VIEWS)
+    x = stack_images([image])
+    fig = Figure(figsize=(2 * len(VIEWS[views]), 2.3), layout='constrained')
+    for ax, view, name in zip(fig.subplots(1, len(VIEWS[views]), squeeze=False)[0], VIEWS[views], _VIEW_NAMES[views]):
+        ax.imshow(view(x)[0].permute(1, 2, 0).numpy())
+        ax.set_title(name, fontsize=9)
+        ax.axis('off')
+    return fig

@@ -85,7 +85,7 @@ def write_run(
     }
     (folder / 'record.json').write_text(_json(record), encoding='utf-8', errors='surrogateescape')
     write_csv(t, folder / 'predictions.csv')
-    _plot(folder / 'history.png', lambda: plot_history(learn.record['history']))
+    _plot(folder / 'history.png', lambda: plot_history(learn.record['history'], learn.record.get('C_path')))
     _plot(folder / 'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
     return metrics
 
