@@ -274,7 +274,7 @@ def plot_depth_profile(
     ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
         xlabel='stage and number of channels, from the input on' + (', then several stages' if len(single) < n else ''),
-        ylabel=f'{_TITLES[table.attrs["measure"]]}, cross-validated',
+        ylabel=f'{_TITLES[table.attrs["measure"]]},\ncross-validated',
         xlim=(-0.5, n - 0.5),
     )
     ax.spines[['top', 'right']].set_visible(False)
