@@ -415,6 +415,40 @@ def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
     learn = build_learner(dots, plan=a, **TINY)
     assert (learn.record.stage, learn.record.tap) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
+    assert marked(a) == a.stages == 'stage2'
+    assert a.plans.stages.tolist() == ['stage2', 'stage4']
+    text = str(a)
+    assert f"advised plan '{a.plan.name}': auc {a.profile.score['stage2']:.3f} [" in text
+    assert f"default plan 'head': auc {a.profile.score['stage4']:.3f} [" in text
+
+
+def marked(a):
+    "The row of the profile that the figure marks"
+    at = plot_advice(a).axes[0].lines[-1].get_xdata()
+    return a.profile.index[int(at[0])]
+
+
+def test_the_figure_marks_the_stages_that_the_text_names_and_not_the_best_score(dots):
+    "The best score may be better by chance alone; then the default stages are advised."
+    a = advise(dots, **TINY)
+    best = next(s for s in a.profile.index if s != a.stages)
+    a.profile.loc[best, ['score', 'low', 'high']] = [0.999, 0.99, 1.0]
+    assert a.profile.score.idxmax() == best
+    assert marked(a) == a.stages == 'stage4'
+    assert f' at {a.stages};' in str(a)
+
+
+def test_advice_names_the_default_plan_with_what_each_gains_and_costs(dots, monkeypatch):
+    a = advise(dots, **TINY)
+    row = a.profile.loc['stage4']
+    line = f"advised plan 'head': auc {row.score:.3f} [{row.low:.3f}, {row.high:.3f}], cross-validated, on stage4; "
+    assert line + '4 forward and 0 training passes of each training image' in str(a).splitlines()
+    assert 'default plan: the same' in str(a).splitlines()
+    monkeypatch.setattr(advisor, 'LARGE', 50)
+    b = advise(dots, **TINY)
+    assert b.plans.plan.to_dict() == {'advised': 'fine_tune', 'default': 'head'}
+    assert b.plans['training passes'].tolist() == [5, 0]
+    assert 'what fine-tuning adds is not measured; 4 forward and 5 training passes' in str(b)
 
 
 def test_the_picture(dots):

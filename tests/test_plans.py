@@ -151,12 +151,16 @@ def test_every_plan(build, name, task):
 def test_the_table_is_that_of_this_learner(build, arch):
     "Also where it was built with another stage, tap or head"
     width = build(arch=arch).model[0][0].stages.n_out
-    cases = [{}, {'head': 'dense'}, {'head': nn.Sequential(AveragePool(), nn.Linear(width, 3))}]
+    own = nn.Sequential(AveragePool(), nn.Linear(width, 3))
+    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'own module')]
     if arch != 'test_vit':
-        cases = [*cases, {'stage': 'stage2'}, {'tap': 2}, {'head': Head((8,), flatten=True)}]
-    for kw in cases:
+        eight = {'head': Head((8,), flatten=True)}
+        cases += [({'stage': 'stage2'}, 'linear'), ({'tap': 2}, 'linear'), (eight, 'own, hidden layers of 8 units')]
+    for kw, words in cases:
         learn = build(arch=arch, **kw)
         t = plan_table(learn, ['head', 'top1', 'fine_tune'])
+        assert set(t['head']) == {words}
+        assert t.epochs['head'].tolist() == ['solved' if words == 'linear' else 'by number of images']
         n = len(learner_groups(learn))
         for name in ('head', 'top1', 'fine_tune'):
             for i, f in enumerate(PLANS[name].phases, 1):
@@ -744,6 +748,8 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
     assert learn.record.C == c.estimator_.C
+    assert {r['C']: r['loss'] for r in learn.record.C_path} == c.estimator_.losses_
+    assert min(learn.record.C_path, key=lambda r: r['loss'])['C'] == learn.record.C
     for side in ('valid', 'train'):
         assert predict_probs(learn, images(learn, side)) == pytest.approx(
             c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4

@@ -249,7 +249,7 @@ def test_the_table_of_plans_tells_how_epochs_are_found():
     epochs = plan_table().epochs
     assert epochs['head'].tolist() == ['solved']
     assert epochs['top1'].tolist() == ['solved', 5]
-    assert epochs['random_start'].tolist() == ['by the set']
+    assert epochs['random_start'].tolist() == ['by number of images']
     assert epochs['flw'].tolist() == [30]
     mine = [
         Plan('dense', (HEAD_PHASE,), head='dense'),
@@ -257,7 +257,7 @@ def test_the_table_of_plans_tells_how_epochs_are_found():
         Plan('then', (HEAD_PHASE, Phase(0, 2, 1e-3)), augment='+random_crop'),
     ]
     t = plan_table(plans=mine).epochs
-    assert t['dense'].tolist() == ['by the set']
+    assert t['dense'].tolist() == ['by number of images']
     assert t['crops'].tolist() == ['10 at most']
     assert t['then'].tolist() == ['solved', 2]
 

@@ -179,15 +179,15 @@ def plot_comparison(
     table: pd.DataFrame,  # From `Comparison.table`
     measure: str | None = None,  # Name of a measure; AUC, or accuracy, if None
 ) -> Figure:
-    "Each rival with its interval, and its difference to the first with the paired interval"
+    "Each method with its 95 % interval, and its difference from the first with the paired interval"
     m = main_measure(table.index.get_level_values('measure'), measure)
     t = table.xs(m, level='measure')
     fig = Figure(figsize=(7, 1 + 0.4 * len(t)), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
     _plot_intervals(left, t, 'value', 'low', 'high')
-    left.set_xlabel(m.upper() if m == 'auc' else m, fontsize=9)
+    left.set_xlabel(f'{m.upper() if m == "auc" else m} (95 % interval)', fontsize=9)
     _plot_intervals(right, t, 'difference', 'difference_low', 'difference_high')
-    right.set_xlabel(f'difference to {plain_text(t.index[0])}', fontsize=9)
+    right.set_xlabel(f'difference from {plain_text(t.index[0])} (95 % interval)', fontsize=9)
     right.axvline(0, color='grey', lw=1, ls=':')
     labels = [plain_text(name) for name in t.index]
     left.set(yticks=range(len(t)), yticklabels=labels, ylim=(len(t) - 0.5, -0.5))

@@ -258,34 +258,61 @@ def worth_words(
     return 'none' if worth < 1 else f'{worth:.0f}'
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #d7d91398
+def _panels(names, title) -> list:
+    "One panel for each name, with shared axes, so that no interval hides another"
+    fig = Figure(figsize=(1 + 2.6 * len(names), 3.4), layout='constrained')
+    if title:
+        fig.suptitle(plain_text(title), fontsize=11)
+    return list(fig.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0])
+
+
+def _draw_curves(curves, axes):
+    """Curves (name -> x, value, low, high): a panel each, the others in grey; or all in one panel, with error bars.
+
+    One panel shows error bars a little beside one another, because bands would hide one another.
+    """
+    if len(axes) == 1:
+        for i, (name, (x, value, low, high)) in enumerate(curves.items()):
+            bars = np.clip([value - low, high - value], 0, None)
+            label = plain_text(name)
+            beside = x * 1.03**i if axes[0].get_xscale() == 'log' else x + 0.08 * i
+            axes[0].errorbar(beside, value, bars, fmt='o-', ms=4, capsize=2, color=_METHOD_COLORS.get(name), label=label)
+        axes[0].legend(frameon=False, loc='best')
+        return
+    for ax, (name, (x, value, low, high)) in zip(axes, curves.items()):
+        for other, (x_other, value_other, *_) in curves.items():
+            if other != name:
+                ax.plot(x_other, value_other, '-', lw=1, color='0.75')
+        (line,) = ax.plot(x, value, 'o-', ms=4, color=_METHOD_COLORS.get(name))
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        ax.set_title(plain_text(name), fontsize=10, color=line.get_color())
+
+
 def plot_learning_curve(
     runs: pd.DataFrame,  # From `learning_curve`
     measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    title: str = '',  # Above the picture
-    ax=None,  # Axes to draw on; of a new figure if None
+    title: str = '',  # Above the figure
+    ax=None,  # Axes for all methods; one panel for each if None
 ) -> Figure:
-    "Score of each rival over the number of images, with 95 % intervals"
+    "Metric of each method over the number of training images, with 95 % intervals over splits"
     t = curve_table(runs, measure)
     m = _measure(runs, measure)
     sizes = sorted(runs.images.unique())
-    if ax is None:
-        ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
-    for name, g in t.groupby('rival', sort=False):
-        n = g.index.get_level_values('images')
-        (line,) = ax.plot(n, g.score, 'o-', ms=4, label=plain_text(name), color=_METHOD_COLORS.get(name))
-        ax.fill_between(n, g.low, g.high, color=line.get_color(), alpha=0.15, lw=0)
-    ax.set(
-        xscale='log',
-        xlabel='images to learn from',
-        ylabel=f'{m.upper() if m == "auc" else m} on unseen images',
-        title=plain_text(title),
-        xticks=sizes,
-    )
-    ax.set_xticklabels(sizes)
-    ax.minorticks_off()
-    ax.grid(color='0.92')
-    ax.legend(frameon=False, loc='lower right')
-    return ax.figure
+    curves = {
+        name: (g.index.get_level_values('images').to_numpy(), g.score, g.low, g.high)
+        for name, g in t.groupby('rival', sort=False)
+    }
+    axes = _panels(curves, title) if ax is None else [ax]
+    for panel in axes:
+        panel.set(xscale='log', xlabel='training images')
+        panel.set_xticks(sizes, sizes, fontsize=8, rotation=45 if len(sizes) > 4 else 0)
+        panel.minorticks_off()
+        panel.grid(color='0.92')
+    _draw_curves(curves, axes)
+    axes[0].set_ylabel(f'{m.upper() if m == "auc" else m} on test images')
+    if ax is not None:
+        ax.set_title(plain_text(title))
+    return axes[0].figure
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:
@@ -335,18 +362,21 @@ def training_curve(
 # %% ../../nbs/evaluation/05_experiments.ipynb #56f87b27
 def plot_training_curve(
     runs: pd.DataFrame,  # From `training_curve`
-    title: str = '',  # Above the picture
-    ax=None,  # Axes to draw on; of a new figure if None
+    title: str = '',  # Above the figure
+    ax=None,  # Axes for all methods; one panel for each if None
 ) -> Figure:
-    "Error on unseen images over epochs, the mean of the splits and their range"
-    if ax is None:
-        ax = Figure(figsize=(5.2, 3.6), layout='constrained').subplots()
+    "Error on test images over epochs, the mean of the splits and their range"
+    curves = {}
     for name, g in runs.groupby('rival', sort=False):
         e = g.groupby('epoch').error.agg(['mean', 'min', 'max'])
-        (line,) = ax.plot(e.index, e['mean'], 'o-', ms=3, label=plain_text(name), color=_METHOD_COLORS.get(name))
-        ax.fill_between(e.index, e['min'], e['max'], color=line.get_color(), alpha=0.15, lw=0)
-    ax.set(xlabel='epoch', ylabel='error on unseen images', ylim=(0, None), title=plain_text(title))
-    ax.locator_params(axis='x', integer=True)
-    ax.grid(color='0.92')
-    ax.legend(frameon=False)
-    return ax.figure
+        curves[name] = (e.index.to_numpy(), e['mean'], e['min'], e['max'])
+    axes = _panels(curves, title) if ax is None else [ax]
+    _draw_curves(curves, axes)
+    for panel in axes:
+        panel.set_xlabel('epoch')
+        panel.locator_params(axis='x', integer=True)
+        panel.grid(color='0.92')
+    axes[0].set(ylabel='error (1 - accuracy) on test images', ylim=(0, None))
+    if ax is not None:
+        ax.set_title(plain_text(title))
+    return axes[0].figure

@@ -228,7 +228,7 @@ def _plots(e, n) -> list:
         plots.append(_figure(roc, words))
     right, predicted = (q.y, q.score.clip(0, 1)) if q else (y == p.argmax(1), p.max(1))
     words = (
-        'Predicted probability against the observed share, with 95 % intervals: '
+        'Mean predicted probability against observed frequency, with 95 % intervals: '
         'on the dotted line the probabilities are right'
     )
     plots.append(_figure(plot_reliability(right, predicted), words))

@@ -387,7 +387,7 @@ def neighbour_table(
 def plot_neighbours(
     tables: dict,  # Name -> table, as `neighbour_table` gives it
 ) -> Figure:
-    "Shares of like neighbours by stage with their intervals; chance is dotted"
+    "Fraction of the nearest images with the same label by stage, with 95 % intervals; dotted: by chance"
     fig = Figure(figsize=(5.5, 3), dpi=90, layout='constrained')
     ax = fig.subplots()
     for i, (name, t) in enumerate(tables.items()):
@@ -401,7 +401,7 @@ def plot_neighbours(
             color=colour,
             label=plain_text(name),
         )
-        ax.plot(t.index, t.chance, ':', color=colour)
-    ax.set(xlabel='stage', ylabel='share of the nearest images', ylim=(0, 1))
+        ax.plot(t.index, t.chance, ':', color=colour, label='' if i else 'by chance')
+    ax.set(xlabel='stage, from the input on', ylabel='nearest images with the same label (fraction)', ylim=(0, 1))
     ax.legend(frameon=False)
     return fig

@@ -391,21 +391,36 @@ def heat_table(
 def plot_heat_tables(
     tables: dict,  # Name -> table, as `heat_table` gives it
 ) -> Figure:
-    "Share of the heat on the truth, and of the hottest pixels, with their intervals; marks are the chance levels"
+    "Grad-CAM on the mask: fraction of its sum, and of its maxima, with 95 % intervals; marks are the chance levels"
     fig = Figure(figsize=(8, 1.2 + 0.4 * len(tables)), dpi=90, layout='constrained')
     shown = (
-        ('share of the heat', ('share of the area', 'heat of the others', 'own heat, turned')),
-        ('hottest pixel', ('area with the margin', 'hottest pixel of the others')),
+        (
+            'share of the heat',
+            'fraction of Grad-CAM on the mask',
+            {
+                'share of the area': 'fraction of the area',
+                'heat of the others': 'Grad-CAM of the other images',
+                'own heat, turned': 'Grad-CAM rotated',
+            },
+        ),
+        (
+            'hottest pixel',
+            'images with the maximum on the mask (fraction)',
+            {
+                'area with the margin': 'fraction of the area with the margin',
+                'hottest pixel of the others': 'maximum of the other images',
+            },
+        ),
     )
-    for ax, (figure, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
+    for ax, (figure, axis_label, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
         rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
         at = np.arange(len(rows))
         ends = (rows.value - rows.low, rows.high - rows.value)
         ax.errorbar(rows.value, at, xerr=ends, fmt='o', capsize=2)
-        for mark, chance in zip('x+|', chances):
+        for mark, (chance, label) in zip('x+|', chances.items()):
             values = [tables[k].loc[f'chance: {chance}'].value for k in rows.index]
-            ax.plot(values, at, mark, color='firebrick', label=chance)
-        ax.set_xlabel(f'{figure} on the truth')
+            ax.plot(values, at, mark, color='firebrick', label=label)
+        ax.set_xlabel(axis_label)
         ax.set_xlim(0, None)
         ax.set_yticks(at, [plain_text(k) for k in rows.index])
         ax.legend(

@@ -251,18 +251,19 @@ _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': '
 
 def plot_depth_profile(
     table: pd.DataFrame,  # From `depth_profile`
+    marked: str | None = None,  # Row that is marked; the one with the best score if None
 ) -> Figure:
-    "Score against depth, the input on the left, with 95 % intervals"
+    "Score against depth, the input on the left, with 95 % intervals; a line joins single stages, which have an order"
     n = len(table)
     width = 1.6 + 0.75 * max(n, 4)
     fig = Figure(figsize=(width, 3.2), layout='constrained')
     ax = fig.subplots()
     limits = table[['low', 'high']].sub(table.score, axis=0)
     bars = limits.abs().fillna(0).to_numpy()
-    style = {'fmt': 'o-', 'color': '0.55', 'capsize': 3, 'markersize': 4, 'linewidth': 1}
-    ax.errorbar(range(n), table.score, bars.T, **style)
-    known = table.score.fillna(-1)
-    best = known.to_numpy().argmax()
+    ax.errorbar(range(n), table.score, bars.T, fmt='o', color='0.55', capsize=3, markersize=4)
+    single = [i for i, s in enumerate(table.index) if '+' not in s]
+    ax.plot(single, table.score.iloc[single], '-', color='0.55', linewidth=1)
+    best = table.index.get_loc(marked or table.score.fillna(-1).idxmax())
     score = table.score.iloc[best]
     ax.plot(best, score, 'o', color='tab:blue', markersize=8)
     offset = {'xytext': (0, 9), 'textcoords': 'offset points', 'ha': 'right'}
@@ -271,8 +272,8 @@ def plot_depth_profile(
     labels = [f'{s}\n{c}' for s, c in zip(names, table.channels)]
     ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
-        xlabel='stage and channels, from the input on',
-        ylabel=_TITLES[table.attrs['measure']],
+        xlabel='stage and number of channels, from the input on' + (', then several stages' if len(single) < n else ''),
+        ylabel=f'{_TITLES[table.attrs["measure"]]},\ncross-validated',
         xlim=(-0.5, n - 0.5),
     )
     ax.spines[['top', 'right']].set_visible(False)

@@ -70,7 +70,7 @@ def write_run(
     text = json.dumps(learn.record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / 'record.json').write_text(text, encoding='utf-8', errors='surrogateescape')
     write_csv(t, folder / 'predictions.csv')
-    _plot(folder / 'history.png', lambda: plot_history(learn.record.history))
+    _plot(folder / 'history.png', lambda: plot_history(learn.record.history, learn.record.C_path))
     _plot(folder / 'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))
     return metrics
 

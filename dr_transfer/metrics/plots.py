@@ -16,39 +16,60 @@ from .scores import confusion
 from ..utils.files import plain_text
 
 # %% ../../nbs/metrics/08_plots.ipynb #cdaaab7f
-def _stretch(history) -> tuple:
-    "The history with the epochs of all phases counted on in `x`; where a phase begins"
-    h = pd.DataFrame(history)
-    h['x'] = np.arange(1, len(h) + 1)
-    begins = h.phase.diff().fillna(0) != 0
-    return h, h.x[begins].tolist()
-
-
 _NO_METRICS = ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x')  # columns of a history
+
+
+def _in_epochs(history) -> pd.DataFrame:
+    "The history with the epochs of all phases counted on in `x`, a solved head at 0; empty if there are no epochs"
+    h = pd.DataFrame(history)
+    solved = h.how.eq('solved') if 'how' in h else pd.Series(False, h.index)
+    h['x'] = (~solved).cumsum()
+    return h if h.x.gt(0).any() else h[:0]
+
+
+def _draw_path(ax, path):
+    "Loss for each regularisation strength, the chosen one marked"
+    p = pd.DataFrame(path)
+    best = p.loss.idxmin()
+    ax.plot(p.C, p.loss, 'o-', ms=3, color='0.45', label='held-out folds')
+    ax.plot(p.C[best], p.loss[best], 'o', ms=8, color='tab:blue', label=f'chosen: C = {p.C[best]:g}')
+    ax.set(xscale='log', xlabel='C (inverse regularisation strength)', ylabel='log-loss', title='head, solved')
+
+
+def _draw_epochs(left, right, h):
+    "Losses and metrics by epoch"
+    dot = 'o' if len(h) < 3 else None
+    left.plot(h.x, h.train_loss, '--', marker=dot, label='training loss')
+    left.plot(h.x, h.valid_loss, '-', marker=dot, label='validation loss')
+    for c in [c for c in h.columns if c not in _NO_METRICS]:
+        right.plot(h.x, h[c], marker=dot, label=plain_text(c))
+    left.set(xlabel='epoch', ylabel='loss', title='loss')
+    right.set(xlabel='epoch', ylabel='metric', title='validation metrics')
+    begins = h.x[h.phase.diff().fillna(0) != 0]
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for x in begins:
+            ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
 
 
 def plot_history(
     history: list[dict],  # `record.history`: a row an epoch
+    path: list[dict] | None = None,  # `record.C_path`: C and loss, of a solved head
 ) -> Figure:
-    "Training and validation loss by epoch, and the metrics beside them"
-    h, cuts = _stretch(history)
-    names = [c for c in h.columns if c not in _NO_METRICS]
-    fig = Figure(figsize=(8, 3), layout='constrained')
-    left, right = fig.subplots(1, 2)
-    dot = 'o' if len(h) < 3 else None  # a head that was solved has one epoch
-    left.plot(h.x, h.train_loss, '--', marker=dot, label='train loss')
-    left.plot(h.x, h.valid_loss, '-', marker=dot, label='valid loss')
-    for c in names:
-        right.plot(h.x, h[c], marker=dot, label=plain_text(c))
-    left.set_title('loss')
-    right.set_title('validation metrics')
-    for ax in (left, right):
-        for x in cuts:
-            ax.axvline(x - 0.5, color='grey', lw=1, ls=':')
-        ax.set_xlabel('epoch')
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if ax.lines:
-            ax.legend(frameon=False)
+    "Loss and metrics by epoch, and how the regularisation strength of a solved head was chosen"
+    h = _in_epochs(history)
+    panels = bool(path) + 2 * bool(len(h))
+    if not panels:
+        raise ValueError('the history has no epochs, because the head was solved: give path=learn.record.C_path too')
+    fig = Figure(figsize=(4 * panels, 3), layout='constrained')
+    axes = list(fig.subplots(1, panels, squeeze=False)[0])
+    if path:
+        _draw_path(axes[0], path)
+    if len(h):
+        _draw_epochs(*axes[-2:], h)
+    for ax in axes:
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(frameon=False, fontsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -58,7 +79,7 @@ def plot_confusion(
     pred,  # Predicted classes (n,), as class numbers
     classes: list,  # Class names in order
 ) -> Figure:
-    "What was taken for what: counts, and shares of each true class as colour"
+    "Confusion matrix: counts, and the fraction of each true class as colour"
     m = confusion(y, pred, classes).to_numpy()
     share = m / np.maximum(m.sum(1, keepdims=True), 1)
     side = 1.6 + 0.7 * len(classes)
@@ -79,7 +100,7 @@ def plot_confusion(
     names = [plain_text(c, 30) for c in classes]
     ax.set_xticks(range(len(classes)), names, rotation=30 if len(classes) > 2 or max(map(len, names)) > 12 else 0)
     ax.set_yticks(range(len(classes)), names)
-    ax.set(xlabel='predicted', ylabel='true')
+    ax.set(xlabel='predicted class', ylabel='true class')
     return fig
 
 # %% ../../nbs/metrics/08_plots.ipynb #878df6a0

@@ -281,12 +281,12 @@ def plot_roc(
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     if b.low.notna().any():
-        ax.fill_between(b.false_alarms, b.low, b.high, alpha=0.25, lw=0, label='95 % interval')
+        ax.fill_between(b.false_alarms, b.low, b.high, alpha=0.25, lw=0, label='95 % interval over groups')
     ax.plot(b.false_alarms, b.found)
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1)
     if called is not None:
         ax.plot(called[q.y == 0].mean(), called[q.y == 1].mean(), 'o', color='firebrick', label='operating point')
-    ax.set(xlabel='false alarms (1 - specificity)', ylabel='found (sensitivity)')
+    ax.set(xlabel='false positive rate (1 - specificity)', ylabel='sensitivity (true positive rate)')
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, loc='lower right')
     return fig
@@ -297,28 +297,41 @@ def plot_reliability(
     said,  # Probability that it would (n,)
     what: str = '',  # Of what
 ) -> Figure:
-    """Predicted probability against the observed share, in bins of equally many images.
+    """Mean predicted probability against observed frequency, in bins of equally many images.
 
-    With 95 % intervals (Wilson 1927).
+    With 95 % intervals (Wilson 1927), which stay within 0 to 1; a bin without images is not drawn.
     """
     r = reliability(right, said)
+    r = r[r.images > 0]
     fig = Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
-    ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='honest')
-    counts = zip((r.seen * r.images).round().astype(int), r.images.astype(int))
-    limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
-    low = [ci.low for ci in limits]
-    high = [ci.high for ci in limits]
-    bars = np.clip([r.seen - low, high - r.seen], 0, None)
-    ax.errorbar(r.said, r.seen, bars, fmt='o-', capsize=2, label=f'{len(r)} bins of {r.images.iloc[0]} images')
+    ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='perfect calibration')
+    bars = _wilson_bars(r)
+    ax.errorbar(r.said, r.seen, bars, fmt='o-', capsize=2, label=f'{_bins_words(r.images)}, 95 % intervals')
     ax.set(
-        xlabel=plain_text(f'predicted probability {what}'),
-        ylabel='observed share',
+        xlabel=plain_text(f'mean predicted probability {what}'.strip()),
+        ylabel=plain_text(f'observed frequency {what}'.strip()),
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
     )
-    ax.legend(frameon=False, loc='upper left')
+    ax.legend(frameon=False, loc='upper left', fontsize=8)
     return fig
+
+
+def _wilson_bars(bins) -> np.ndarray:
+    "How far the Wilson interval of each bin reaches below and above its observed frequency (2, bins)"
+    counts = zip((bins.seen * bins.images).round().astype(int), bins.images.astype(int))
+    limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
+    low = np.array([ci.low for ci in limits])
+    high = np.array([ci.high for ci in limits])
+    return np.clip([bins.seen - low, high - bins.seen], 0, None)
+
+
+def _bins_words(images) -> str:
+    "How many bins, and of how many images"
+    least, most = images.min(), images.max()
+    sizes = str(least) if least == most else f'{least} to {most}'
+    return f'{len(images)} bin{"s" if len(images) > 1 else ""} of {sizes} images'
 
 
 def _log_odds(p) -> np.ndarray:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastai.torch_core import default_device
 from matplotlib.figure import Figure
 
+from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.leaks import split_data
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
+from ..data.views import VIEWS
 from ..features.classifiers import grouped_folds
 from ..features.extraction import extract_features, whole_body
 from dr_transfer.features.probes import (
@@ -31,7 +34,7 @@ from dr_transfer.features.probes import (
 from ..models.network import make_body
 from ..models.registry import DEFAULT_ARCH
 from ..models.stages import Stages
-from .plans import LARGE, PLANS, Plan
+from .plans import HEAD_PASSES, LARGE, PLANS, Plan, choose_plan
 from ..utils.files import plain_text
 
 # %% ../../nbs/training/02_advisor.ipynb #49195bce
@@ -47,6 +50,8 @@ class Advice:
     distance: float  # From natural photographs, see `domain_distance`
     profile: pd.DataFrame  # From `depth_profile`
     speed: pd.DataFrame  # From `learning_speed`
+    stages: str  # Row of `profile` with the stages that `reasons` name
+    plans: pd.DataFrame  # Rows 'advised', 'default': metric, interval, passes
 
     def __str__(self):
         return '\n'.join(
@@ -54,6 +59,7 @@ class Advice:
                 f'scenario: {self.scenario}',
                 *self.reasons,
                 f"advice: plan '{self.plan.name}', {self.plan.about}",
+                *_plans_words(self.plans),
                 f'how sure: {self.sure}',
             ]
         )
@@ -113,6 +119,52 @@ def choose_advised(
             tap=tap,
         )
     )
+
+# %% ../../nbs/training/02_advisor.ipynb #5be1d7a4
+def _passes(plan, task) -> tuple[int, int]:
+    "Forward passes and training passes of each training image that a plan needs"
+    training = sum(phase.epochs or 0 for phase in plan.phases)
+    views = views_of(plan.augmentation(task.augment))
+    if views is None and plan.phases[-1].solves:
+        return 0, HEAD_PASSES  # features of endless views cannot be stored
+    return len(VIEWS[views or 'none']), training
+
+
+def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
+    "A row for each plan: the score of a linear classifier on its stages, whether that is all of it, and passes"
+    rows = {}
+    for role, (plan, measured) in plans.items():
+        stages = measured if plan.phases[-1].solves else own  # fine-tuning reads the network's own stages
+        forward, training = _passes(plan, task)
+        rows[role] = {
+            'plan': plan.name,
+            'stages': stages,
+            'metric': profile.attrs['measure'],
+            **profile.loc[stages, ['score', 'low', 'high']].to_dict(),
+            'measured': 'all of it' if plan.phases[-1].solves else 'its head',
+            'forward passes': forward,
+            'training passes': training,
+        }
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+
+def _plans_words(plans) -> list[str]:
+    "The advised and the default plan in a line each, with what each gains and costs"
+    advised, default = plans.loc['advised'], plans.loc['default']
+    same = advised.equals(default)
+    return [
+        _plan_words('advised', advised),
+        'default plan: the same' if same else _plan_words('default', default),
+    ]
+
+
+def _plan_words(role, row) -> str:
+    interval = '' if np.isnan(row.low) else f' [{row.low:.3f}, {row.high:.3f}]'
+    score = f'{row.metric} {row.score:.3f}{interval}, cross-validated, on {row.stages}'
+    if row.measured != 'all of it':
+        score = f'its head alone {score}; what fine-tuning adds is not measured'
+    passes = f'{row["forward passes"]} forward and {row["training passes"]} training passes of each training image'
+    return f"{role} plan '{row.plan}': {score}; {passes}"
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
 MAX_IMAGES = 3000  # Images that are looked at
@@ -219,7 +271,20 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     scenario = choose_scenario(counts.sum(), distance)
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
     reasons = _reasons(counts, len(t), distance, profile, chosen, why, speed)
-    return Advice(plan, scenario, _how_sure(profile.loc[chosen]), reasons, counts.to_dict(), distance, profile, speed)
+    usual, _ = choose_plan(int(counts.sum()), gpu=default_device().type != 'cpu')
+    plans = _plan_rows({'advised': (plan, chosen), 'default': (PLANS[usual], default)}, default, profile, task)
+    return Advice(
+        plan,
+        scenario,
+        _how_sure(profile.loc[chosen]),
+        reasons,
+        counts.to_dict(),
+        distance,
+        profile,
+        speed,
+        chosen,
+        plans,
+    )
 
 # %% ../../nbs/training/02_advisor.ipynb #fc537afb
 def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
@@ -252,7 +317,7 @@ def _how_sure(row) -> str:
 def plot_advice(
     advice: Advice,  # From `advise`
 ) -> Figure:
-    "The depth profile, with the advice above it"
-    fig = plot_depth_profile(advice.profile)
+    "The depth profile with the advice above it; the stages that the advice names are marked"
+    fig = plot_depth_profile(advice.profile, advice.stages)
     fig.suptitle(plain_text(f"{advice.scenario}: plan '{advice.plan.name}'", 120), fontsize=10)
     return fig

@@ -132,6 +132,7 @@ def _solve_head(learn, run) -> list:
     classifier.fit(maps.arrays[0], y, train.group.to_numpy())
     learn.head.load_state_dict(classifier.head().state_dict())
     learn.record.C = classifier.estimator_.C
+    learn.record.C_path = tuple({'C': C, 'loss': loss} for C, loss in classifier.estimator_.losses_.items())
     every = boundary_loader(maps, torch.tensor(y), 256, device=learn.dls.device)  # each image once, as it is
     with sub.no_bar(), sub.no_logging():
         (loss, *_), valid = sub.validate(dl=every), sub.validate(1)

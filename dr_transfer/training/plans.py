@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.augment import views_of
 from ..models.backbones import create_body
 from ..models.head import Head
-from ..models.network import create_head, head_inputs
+from ..models.network import HEADS, create_head, get_head, head_inputs
 from ..models.registry import find_backbone
 from ..models.stages import layer_groups
 from ..utils.files import unknown
@@ -221,43 +221,77 @@ def _frozen_words(phase) -> str:
     if phase.frozen == 0:
         return 'nothing'
     if phase.frozen > 0:
-        return f'the first {phase.frozen}'
-    return 'all but the head' if phase.frozen == -1 else f'all but the head and {-1 - phase.frozen}'
+        return _groups_words('the first', phase.frozen)
+    if phase.frozen == -1:
+        return 'all but the head'
+    return f'all but the head and {_groups_words("the last", -1 - phase.frozen)}'
 
 
-def _epochs_words(plan, phase) -> str | int:
+def _groups_words(which, n) -> str:
+    return f'{which} group' if n == 1 else f'{which} {n} groups'
+
+
+def _head_of(plan, learn) -> Head | None:
+    "The head that a plan trains: its own, or that of the learner; None for a module of your own"
+    if plan.head != 'linear' or learn is None or isinstance(learn, str):
+        return get_head(plan.head)
+    return getattr(learn.head, 'about', None)
+
+
+def _head_words(head) -> str:
+    "A head by its name, or by its hidden layers"
+    if head is None:
+        return 'own module'
+    names = {about: name for name, about in HEADS.items()}
+    return names.get(head) or f'own, hidden layers of {", ".join(map(str, head.hidden)) or "no"} units'
+
+
+def _augment_of(plan, learn) -> str | None:
+    "The augmentation of a plan as far as it is known: without a learner the task's own is not"
+    if learn is None or isinstance(learn, str):
+        return plan.augment and plan.augment.strip('+')
+    return learn.task.augment
+
+
+def _epochs_words(plan, phase, head, augment) -> str | int:
     "The epochs of a phase: a number, or how it is found"
     if phase.epochs is not None:
         return phase.epochs
-    if not phase.solves or plan.head != 'linear':
-        return 'by the set'
-    endless = plan.augment is not None and views_of(plan.augment.strip('+')) is None
+    if not phase.solves or head != Head():
+        return 'by number of images'
+    endless = augment is not None and views_of(augment) is None
     return f'{HEAD_PASSES} at most' if endless and phase is plan.phases[-1] else 'solved'
 
 
 def _bn_words(phase) -> str:
     "What BatchNorm of the body does in a phase"
     if phase.fixed_bn or phase.frozen == -1:
-        return 'stays'
-    return "the network's own" if phase.fixed_bn is None else 'moves'
+        return 'frozen'
+    return "as the learner's" if phase.fixed_bn is None else 'trained'
+
+# %% ../../nbs/training/01_plans.ipynb #77d0c3f8
+def _describe(plan, i, phase, learn) -> dict:
+    "One row of the table of plans, without numbers of weights"
+    head = _head_of(plan, learn)
+    return {
+        'plan': plan.name,
+        'phase': i,
+        'frozen': _frozen_words(phase),
+        'epochs': _epochs_words(plan, phase, head, _augment_of(plan, learn)),
+        'learning rate': phase.lr,
+        'learning rate of the stem': phase.lr / phase.spread if phase.frozen == 0 else None,
+        'weight decay': phase.wd,
+        'schedule': phase.decay,
+        'BatchNorm': _bn_words(phase),
+        'head': _head_words(head),
+        'stage': plan.stage or 'last',
+        'augmentation': plan.augment or "the task's",
+    }
 
 
 def _plan_row(plan, i, phase, learn) -> dict:
     "One row of the table of plans"
-    row = {
-        'plan': plan.name,
-        'phase': i,
-        'frozen': _frozen_words(phase),
-        'epochs': _epochs_words(plan, phase),
-        'rate': phase.lr,
-        'rate of the stem': phase.lr / phase.spread if phase.frozen == 0 else None,
-        'weight decay': phase.wd,
-        'rate goes': phase.decay,
-        'BatchNorm': _bn_words(phase),
-        'head': plan.head if isinstance(plan.head, str) else 'own',
-        'stage': plan.stage or 'last',
-        'augmentation': plan.augment or "the task's",
-    }
+    row = _describe(plan, i, phase, learn)
     if learn is None:
         return row
     try:
@@ -271,7 +305,7 @@ def plan_table(
     learn: Any = None,  # A learner, or a backbone (2 classes, 224 pixels)
     plans=None,  # Names or plans; all of `PLANS` if None
 ) -> pd.DataFrame:  # One row a phase
-    "Plans, phase by phase; for a learner with the weights that are trained, and all"
+    "Plans, phase by phase; for a learner with its own head, and with how many weights are trained"
     rows = [_plan_row(p, i, f, learn) for p in map(get_plan, plans or PLANS) for i, f in enumerate(p.phases, 1)]
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 

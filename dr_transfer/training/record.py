@@ -70,6 +70,7 @@ class RunRecord:
     passes: int = 0  # How often the training images went through the network
     best: dict | None = None  # The epoch of the last fit with the lowest valid_loss
     C: float | None = None  # Regularisation strength of a head that was solved
+    C_path: tuple[dict, ...] | None = None  # `C` and out-of-fold `loss` of each strength that was tried
     interrupted: str | None = None  # In which phase
     decision: Decision | None = None  # What is made of the probabilities
     gap: dict[str, float] | None = None  # Metric -> training minus validation
