@@ -76,10 +76,11 @@ def test_the_examples_run(name, folder, fit_once, monkeypatch):
     if name == 'export_onnx':
         pytest.importorskip('onnxscript')
         pytest.importorskip('onnxruntime')
+    text = getattr(dt, name).__doc__
     monkeypatch.chdir(folder)
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder / 'cache'))
     monkeypatch.setattr(dt, 'fit', fit_once)
-    test = doctest.DocTestParser().get_doctest(getattr(dt, name).__doc__, {}, name, None, None)
+    test = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
     failures = []
     result = doctest.DocTestRunner(checker=LastLines(), verbose=False).run(test, out=failures.append)
     assert result.attempted >= 3

@@ -247,8 +247,8 @@ def preprocess_folder(
     >>> import dr_transfer as dt
     >>> eyes = dt.make_dr('eyes', n=60, size=64, seed=1)
     >>> table = dt.preprocess_folder('eyes', 'prepared', dt.Preparation(size=48))
-    >>> len(table), (table.error == '').all()
-    (60, True)
+    >>> len(table), table.error.unique().tolist()
+    (60, [''])
     """
     folder, out = Path(folder), Path(out)
     _check_apart(folder, out)
