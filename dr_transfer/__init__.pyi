@@ -43,6 +43,8 @@ from .inference.predictions import predict_table as predict_table
 from .inference.saved_model import image_model as image_model
 from .inference.saved_model import load_model as load_model
 from .inference.saved_model import save_model as save_model
+from .metrics.classes import Classes as Classes
+from .metrics.classes import Positive as Positive
 from .metrics.decision import apply_decision as apply_decision
 from .metrics.decision import choose_decision as choose_decision
 from .metrics.decision import question as question
@@ -67,5 +69,7 @@ from .training.plans import PLANS as PLANS
 from .training.plans import Phase as Phase
 from .training.plans import Plan as Plan
 from .training.plans import plan_table as plan_table
+from .training.record import RunRecord as RunRecord
+from .training.record import read_record as read_record
 
 __version__: str

@@ -276,7 +276,9 @@ def _draw_curves(curves, axes):
             bars = np.clip([value - low, high - value], 0, None)
             label = plain_text(name)
             beside = x * 1.03**i if axes[0].get_xscale() == 'log' else x + 0.08 * i
-            axes[0].errorbar(beside, value, bars, fmt='o-', ms=4, capsize=2, color=_METHOD_COLORS.get(name), label=label)
+            axes[0].errorbar(
+                beside, value, bars, fmt='o-', ms=4, capsize=2, color=_METHOD_COLORS.get(name), label=label
+            )
         axes[0].legend(frameon=False, loc='best')
         return
     for ax, (name, (x, value, low, high)) in zip(axes, curves.items()):
