@@ -39,10 +39,6 @@ class Runtime:
     train: str = ''  # The same of training steps; '' before the first
 
 # %% ../../nbs/training/06_record.ipynb #9a758b5e
-_RECORD_FORMAT = 'dr_transfer run 2'
-_MAX_RECORD_BYTES = 64 * 2**20  # of record.json: a row for each image that could not be read
-
-
 @dataclass
 class RunRecord:
     "How a learner was built, and what happened when it was trained"
@@ -101,6 +97,10 @@ class RunRecord:
             raise SchemaError('format', found, f"'{_RECORD_FORMAT}': use the version of dr_transfer that wrote it")
         return from_dict(cls, {k: v for k, v in data.items() if k != 'format'})
 
+# %% ../../nbs/training/06_record.ipynb #f3a4aa52
+_RECORD_FORMAT = 'dr_transfer run 2'
+_MAX_RECORD_BYTES = 64 * 2**20  # of record.json: a row for each image that could not be read
+
 
 def _defined(value: Any) -> Any:
     "The same with None for each NaN"
@@ -110,7 +110,7 @@ def _defined(value: Any) -> Any:
         return [_defined(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
-
+# %% ../../nbs/training/06_record.ipynb #8dbf62d3
 def read_record(
     file: str | Path,  # A record.json
 ) -> RunRecord:  # ValueError with what is wrong
