@@ -8,8 +8,10 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import Payload, cli, content, good, refused, rows_of, table
 
@@ -582,6 +584,32 @@ def small():
     torch.manual_seed(1)
     stages = create_body('small_cnn', 'random')
     return torch.nn.Sequential(Body(stages), create_head('linear', stages.n_out, 2)).eval()
+
+
+def test_a_model_that_version_0_1_0_trained(tmp_path):
+    """It loads and decides as it did then: the folder was made by 0.1.0 (commit 27c354c) from synthetic images.
+
+    0.1.0 did not write what is positive: for the grades of the task 'dr' it was grade 2 or more.
+    """
+    from PIL import Image
+
+    from dr_transfer.inference.predictions import predict_table
+    from dr_transfer.inference.saved_model import load_model, save_model
+    from dr_transfer.synthetic.fundus import draw_fundus
+
+    folder = Path(__file__).parent / 'model_0_1_0'
+    then = pd.read_csv(folder / 'predictions.csv', dtype={'prediction': str, 'grade': int}, keep_default_na=False)
+    names = [tmp_path / name for name in then.image]
+    for grade, name in enumerate(names):
+        Image.fromarray(draw_fundus(grade, seed=100 + grade, size=48)[0]).save(name)
+    model = load_model(folder)
+    assert model.card.class_set.positive.classes == ('2', '3', '4')
+    for m in (model, load_model(save_model(model, tmp_path / 'again'))):
+        now = predict_table(m, names)
+        columns = [f'p_{c}' for c in m.classes]
+        np.testing.assert_allclose(now[columns], then[columns], atol=1e-5)
+        for column in ('prediction', 'grade', 'decision', 'error'):
+            assert now[column].tolist() == then[column].tolist(), column
 
 
 def write_as_0_1_0(folder, net, about=SMALL):
