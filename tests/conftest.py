@@ -33,6 +33,7 @@ LONGEST = (
     'test_cli',
     'test_plans',
     'test_core',
+    'test_docstrings',
     'test_classifiers',
     'test_backbones',
     'test_ordered',

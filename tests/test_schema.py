@@ -89,7 +89,7 @@ def changed(value, path, change):
 
 
 def error_of(file, data):
-    "The ModelError of a model.json, which must come at once; None if it can be read"
+    "The ModelError of a model.json; None if it can be read. What was quadratic took a minute; a busy machine takes .2 s"
     file.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogatepass'))
     start = time.process_time()
     try:
@@ -98,7 +98,7 @@ def error_of(file, data):
         error = str(e)
     else:
         error = None
-    assert time.process_time() - start < 0.1 or len(data) > 10**5
+    assert time.process_time() - start < 5 or len(data) > 10**5
     assert error is None or (str(file) in error and '\n' not in error)
     return error
 
