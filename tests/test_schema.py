@@ -89,7 +89,7 @@ def changed(value, path, change):
 
 
 def error_of(file, data):
-    "The ModelError of a model.json; None if it can be read. A regular expression took a minute here, a busy machine .2 s"
+    "The ModelError of a model.json; None if it can be read. A slow regular expression took a minute"
     file.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogatepass'))
     start = time.process_time()
     try:
