@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import GRADES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,6 +22,7 @@ from dr_transfer.evaluation.report import (
     evaluate_model,
 )
 from dr_transfer.evaluation.report_page import _subgroups, report_html, write_report
+from dr_transfer.metrics.classes import as_classes
 from dr_transfer.metrics.decision import Decision, decisions, question, table_arrays
 from dr_transfer.metrics.plots import pick_examples
 from dr_transfer.metrics.screening import (
@@ -32,7 +34,6 @@ from dr_transfer.metrics.screening import (
     worst_errors,
 )
 
-GRADES = ['0', '1', '2', '3', '4']
 N = 40
 
 
@@ -44,9 +45,9 @@ class Model:
     "What `evaluate_model` needs of a model; its probabilities follow from the name of the image"
 
     def __init__(self, classes, decision=None, **about):
-        self.classes = classes
-        self.about = {'reader': 'photo', 'classes': classes, 'decision': decision, **about}
-        self.card = SimpleNamespace(decision=decision and Decision.from_dict(decision))
+        self.classes = list(classes)
+        self.about = {'reader': 'photo', 'classes': self.classes, 'decision': decision, **about}
+        self.card = SimpleNamespace(decision=decision and Decision.from_dict(decision), class_set=as_classes(classes))
 
     def probs(self, images, views=None, average=True):
         k = len(self.classes)
