@@ -258,7 +258,7 @@ def fit(
     Returns
     -------
     TransferLearner
-        The same learner, trained and with the best weights of its last phase. `learn.record` holds the plan and the
+        The same learner, trained, with the weights of the last epoch. `learn.record` holds the plan and the
         metrics of each epoch (`history`).
 
     Raises

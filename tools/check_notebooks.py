@@ -56,8 +56,10 @@ def main():
         from nbdev.doclinks import nbdev_export
 
         sys.path.insert(0, str(ROOT / 'tools'))
+        from build_index import build
         from build_readme import readme
 
+        build(tmp / 'nbs')
         nbdev_clean()
         nbdev_export()
         was = ROOT / 'README.md'

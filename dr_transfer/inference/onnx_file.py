@@ -272,9 +272,8 @@ def export_onnx(
     ------
     ValueError
         The name does not end in .onnx, a file is there already, the network cannot be converted, or a probability
-        differs from that of the model by more than `tolerance`.
-    ImportError
-        The packages of the extra `onnx` are not installed: `pip install 'dr_transfer[onnx]'`.
+        differs from that of the model by more than `tolerance`; or the packages of the extra `onnx` are not
+        installed: `pip install 'dr_transfer[onnx]'`.
 
     Notes
     -----
