@@ -200,7 +200,7 @@ def evaluate_model(
     >>> learn = dt.fit(dt.build_learner('eyes', task='dr', size=64), 'head')
     >>> test = dt.encode_target(dt.label_table('other_eyes'), dt.get_task('dr').target('referable'))
     >>> evaluation = dt.evaluate_model(dt.image_model(learn), test)
-    >>> len(evaluation.table), evaluation.classes
+    >>> len(evaluation.table), list(evaluation.classes)
     (30, ['no', 'referable'])
     """
     check_prevalence(prevalence)
