@@ -38,10 +38,11 @@ test: .venv/.installed-dev ## Format, notebooks clean, library in sync, nbdev_te
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
-lint: .venv/.installed-dev ## ruff (lint and format) over notebooks, tests and tools; how dense the code is
+lint: .venv/.installed-dev ## ruff over notebooks, tests and tools; how dense the code is; mypy over core, cli and metrics
 	$(BIN)/ruff check nbs tests tools
 	$(BIN)/ruff format --check nbs tests tools
 	$(BIN)/python tools/code_density.py --most 7
+	$(BIN)/mypy
 
 test-latest: .venv-latest/.installed ## pytest with the newest fastai and fastcore, without nbdev
 	$(QUIET) .venv-latest/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)

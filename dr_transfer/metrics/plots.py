@@ -66,7 +66,8 @@ def plot_history(
     if path:
         _draw_path(axes[0], path)
     if len(h):
-        _draw_epochs(*axes[-2:], h)
+        losses, metrics = axes[-2:]
+        _draw_epochs(losses, metrics, h)
     for ax in axes:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize=8)
