@@ -9,6 +9,8 @@ SHELL := /bin/bash
 PACKAGING := settings.ini setup.py pyproject.toml
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' 2>/dev/null)
 LIBRARY   := $(shell find dr_transfer -name '*.py' 2>/dev/null)
+# what ruff reads; the library is made from nbs
+CHECKED   := nbs tests tools setup.py
 PAGES     := $(shell find nbs -type f -not -path '*/.*' 2>/dev/null)
 
 # Two workers, and as many threads for each as there are cores to share: torch in each worker
@@ -39,8 +41,8 @@ test: .venv/.installed-dev ## Format, notebooks clean, library in sync, nbdev_te
 	$(BIN)/python -m pytest tests/test_docs.py
 
 lint: .venv/.installed-dev ## ruff over notebooks, tests and tools; how dense the code is; mypy over core, cli and metrics
-	$(BIN)/ruff check nbs tests tools
-	$(BIN)/ruff format --check nbs tests tools
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/python tools/code_density.py --most 7
 	$(BIN)/mypy
 
@@ -66,7 +68,7 @@ _docs/index.html: $(PAGES) $(LIBRARY) _quarto.yml settings.ini tools/build_docs.
 
 # The export rewrites modules that did not change as well, so the stamp comes last.
 .make/prepare: $(NOTEBOOKS) settings.ini tools/build_index.py tools/build_readme.py | .venv/.installed-dev
-	$(BIN)/ruff format nbs tests tools
+	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/python tools/build_index.py
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
