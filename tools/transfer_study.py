@@ -55,8 +55,8 @@ def study(root, name, task, size, epochs):
 
 def flowers(root):
     study(
-        root / 'flowers', 'flowers', 'flowers', 96, {'random start': 60, 'fine-tuned': 20}
-    )  # does the random start want more epochs?
+        root / 'flowers', 'flowers', 'flowers', 96, {'random initialisation': 60, 'fine-tuned': 20}
+    )  # does random initialisation want more epochs?
 
 
 def messidor2(root):
@@ -64,7 +64,7 @@ def messidor2(root):
 
 
 def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
-    "A file with weights trained on the flowers, and the better of two rates there: that of the random start on CT, too"
+    "A file with weights trained on the flowers, and the better of two rates there, that of random initialisation on CT"
     from dr_transfer.core import build_learner, fit
     from dr_transfer.models.backbones import save_weights
     from dr_transfer.training.plans import Phase, Plan
