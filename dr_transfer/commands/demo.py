@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/commands/02_demo.ipynb #37856567
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,15 +26,13 @@ def _start(out, name, size, seed, setting):
     "Train one start, unless it is there"
     if (out / name).is_dir():
         return
-    from dr_transfer.core import (
-        build_learner,
-        fit,
-    )  # they take seconds, which a folder that is in the way need not cost
+    # These imports take seconds, which a folder that is in the way need not cost
+    from dr_transfer.core import build_learner, fit
+    from dr_transfer.training.plans import get_plan
 
     print(f'training a head on {"random weights, for comparison" if _STARTS[name] else "ImageNet weights"}', flush=True)
-    learn = fit(
-        build_learner(out / 'data', task='dr', size=size, seed=seed, weights=_STARTS[name], setting=setting), 'head'
-    )
+    plan = replace(get_plan('head'), weights=_STARTS[name])
+    learn = fit(build_learner(out / 'data', task='dr', size=size, plan=plan, seed=seed, setting=setting))
     with new_folder(out / name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
     for line in learn.record.decision.refused:
@@ -43,7 +42,7 @@ def _start(out, name, size, seed, setting):
 def _demo_table(
     out: Path,  # Folder of the demonstration
 ) -> pd.DataFrame:  # A row a start
-    "Measures on the validation side, a row a start"
+    "Validation metrics, a row for each set of weights"
     rows = {n: json.loads((out / n / 'record.json').read_text(encoding='utf-8')) for n in _STARTS}
     return pd.DataFrame(
         {'random weights' if _STARTS[n] else 'ImageNet weights': r['validation'] for n, r in rows.items()}
@@ -53,7 +52,7 @@ def _demo_table(
 def _demo_picture(
     out: Path,  # Folder of the demonstration
 ) -> Path:  # A PNG
-    "Examples from the validation side"
+    "Examples from the validation images"
     if (out / 'demo.png').exists():
         return out / 'demo.png'
     from dr_transfer.metrics.plots import pick_examples, plot_predictions
@@ -64,7 +63,7 @@ def _demo_picture(
         [read_rgb(i) for i in t.image],
         titles,
         (t.target == t.prediction).tolist(),
-        about='Drawn eyes of patients not seen in training: the truth, and what the model says',
+        about='Synthetic fundus images of patients not used in training: label, and predicted probability of referable',
     )
     with atomic_file(out / 'demo.png') as f:
         fig.savefig(f, dpi=110, format='png')
@@ -85,7 +84,7 @@ def make_demo(
         if (out / 'data').is_dir():
             make_dr(out / 'data', **what)  # it is there; an error if it is another one
         else:
-            print(f'drawing {images} fundus photographs', flush=True)
+            print(f'drawing {images} synthetic fundus images', flush=True)
             with new_folder(out / 'data', kind='drawn') as tmp:
                 make_dr(tmp, **what)
         for name in _STARTS:

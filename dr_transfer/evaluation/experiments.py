@@ -175,7 +175,7 @@ def curve_table(
     measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
     start: str = START,  # Rival that the others are held against
 ) -> pd.DataFrame:  # A row a rival and size: score, low, high, gain, gain_low, gain_high
-    "The mean score of each rival at each size, and its gain over random initialisation, with 95 % intervals over splits"
+    "The mean score of each rival at each size, its gain over random initialisation, and 95 % intervals over splits"
     m = _measure(runs, measure)
     least = -1.0 if m == 'kappa' else 0.0
     share = runs.share.iloc[0]
@@ -222,7 +222,7 @@ def worth_of_pretraining(
     measure: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
     start: str = START,  # The rival without pretraining
 ) -> pd.DataFrame:  # Rival, images: score, needs, worth, worth_low, worth_high
-    "How many more images random initialisation needs to be as good; 0 for none, inf for more than were tried"
+    "How many more images random initialisation needs; 0 for none, inf for more than were tried"
     t = curve_table(runs, measure, start)
     if start not in t.index.levels[0]:
         raise ValueError(

@@ -331,5 +331,5 @@ def head_epochs(
     least: int = 30,  # Epochs at least
     steps: int = 600,  # Steps at least, in at most ten times as many epochs
 ) -> int:
-    "Epochs by the set, for a head on stored features or random initialisation: more for a small set, because these need steps"
+    "Epochs of a head on stored features, or from random initialisation: more for a small set, which needs steps"
     return max(least, min(math.ceil(steps / max(1, n_train // bs)), 10 * least))
