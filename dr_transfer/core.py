@@ -378,7 +378,7 @@ def generalisation_gap(
     learn: Learner,  # From `build_learner`, trained
 ) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; a column a measure
     "Measures on the training and on the validation side, and by how much the first are higher"
-    classes, rows = list(learn.dls.vocab), {}
+    classes, rows = learn.classes, {}
     for side in ('train', 'valid'):
         rows[side] = summary(*table_arrays(valid_predictions(learn, side), classes), classes)
     t = pd.DataFrame(rows).T

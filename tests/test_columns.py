@@ -45,9 +45,9 @@ class Model:
     "What `evaluate_model` needs of a model; its probabilities follow from the name of the image"
 
     def __init__(self, classes, decision=None, **about):
-        self.classes = list(classes)
-        self.about = {'reader': 'photo', 'classes': self.classes, 'decision': decision, **about}
-        self.card = SimpleNamespace(decision=decision and Decision.from_dict(decision), class_set=as_classes(classes))
+        self.classes = as_classes(classes)
+        self.about = {'reader': 'photo', 'classes': list(classes), 'decision': decision, **about}
+        self.card = SimpleNamespace(decision=decision and Decision.from_dict(decision))
 
     def probs(self, images, views=None, average=True):
         k = len(self.classes)
@@ -439,7 +439,7 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The class that is to be found may be called 'no', or begin with 'not'."
     t = predictions(classes=classes)
     found = by_patient(t, classes)
-    assert patient_classes(classes) == classes
+    assert list(patient_classes(classes)) == classes
     assert set(found.target) <= set(classes)
     assert len(found) == 30
     ill = t.assign(y=t.target == classes[1]).groupby('group').y.max()

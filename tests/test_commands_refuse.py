@@ -17,7 +17,6 @@ from dr_transfer.data.table import find_images, label_table
 from dr_transfer.data.task_file import TaskFileError, load_task
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.inference.predictions import gather_images, predict_table
-from dr_transfer.metrics.classes import Classes
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.utils.files import TransferWarning, is_ours
@@ -235,7 +234,7 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
 def test_one_path_is_a_list_of_one(flowers):
     class Model:
         classes = ('a', 'b')
-        card = SimpleNamespace(decision=None, class_set=Classes(('a', 'b')))
+        card = SimpleNamespace(decision=None)
 
         def probs(self, images):
             return np.full((len(images), 2), 0.5)

@@ -100,7 +100,7 @@ def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(label
     assert again.image.tolist() == a.image.tolist()
 
 
-def test_a_random_start_gets_steps_not_epochs(labelled):
+def test_random_initialisation_gets_steps_not_epochs(labelled):
     sides = unseen_split(labelled, labelled.group.to_numpy())
     for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
         learn = build_learner(
@@ -313,14 +313,14 @@ def curve(**scores):
     ],
 )  # ahead at first only
 def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, worth):
-    w = worth_of_pretraining(curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
+    w = worth_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.needs.tolist() == pytest.approx(needs)
     assert w.worth.tolist() == pytest.approx(worth)
 
 
 def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
     narrow, wide = (
-        worth_of_pretraining(curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), spread=s))
+        worth_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), spread=s))
         for s in (0.002, 0.02)
     )
     for w in (narrow, wide):
@@ -331,12 +331,12 @@ def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
 
 
 def test_a_curve_that_dips_does_not_count_twice():
-    w = worth_of_pretraining(curve(random_start=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
+    w = worth_of_pretraining(curve(random_initialisation=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
     assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
 
 
 def test_table_and_picture_of_a_curve():
-    runs = curve(random_start=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), spread=0.01)
+    runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), spread=0.01)
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
     assert t.loc[START].gain.isna().all()

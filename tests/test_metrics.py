@@ -8,8 +8,10 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import GRADES
 from sklearn import metrics as sk
 
+from dr_transfer.metrics.classes import Classes
 from dr_transfer.metrics.scores import accuracy, auc, confusion, quadratic_kappa, sensitivity, specificity, summary
 
 SETS = [(n, k, seed) for n in (1, 2, 3, 7, 50, 400) for k in (2, 3, 5) for seed in range(8)]
@@ -223,21 +225,22 @@ def test_summary_of_two_classes(seed):
 
 
 @pytest.mark.parametrize(
-    'classes,ordered',
+    'classes,graded',
     [
-        (['0', '1', '2'], True),
-        ([0, 1, 2], True),
-        (['1', '2', '3'], False),
+        (Classes(('0', '1', '2'), ordered=True), True),
+        (Classes((0, 1, 2), ordered=True), True),
+        (Classes(('1', '2', '3'), ordered=True), False),
+        (['0', '1', '2'], False),  # their names do not say that they have an order
         (['0', '2', '1'], False),
         (['daisy', 'rose', 'tulip'], False),
         (['00', '01', '02'], False),
     ],
 )
-def test_summary_gives_kappa_to_grades_only(classes, ordered):
+def test_summary_gives_kappa_to_grades_only(classes, graded):
     y, p = probs(90, 3, 7)
     s = summary(y, p, classes)
     assert same(s.pop('accuracy'), sk.accuracy_score(y, p.argmax(1)))
-    if ordered:
+    if graded:
         assert same(s.pop('kappa'), sk.cohen_kappa_score(y, p.argmax(1), labels=range(3), weights='quadratic'))
     assert not s
 
@@ -261,9 +264,9 @@ def test_summary_of_one_class_present(here, nan):
 
 def test_summary_of_half_precision_and_float32():
     y, p = probs(200, 5, 2)
-    full = summary(y, p, range(5))
-    assert summary(y, p.astype('float32'), range(5)) == full
-    assert same(summary(y, p.astype('float16'), range(5))['kappa'], full['kappa'], 0.1)
+    full = summary(y, p, GRADES)
+    assert summary(y, p.astype('float32'), GRADES) == full
+    assert same(summary(y, p.astype('float16'), GRADES)['kappa'], full['kappa'], 0.1)
 
 
 @pytest.mark.parametrize(

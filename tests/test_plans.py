@@ -961,3 +961,10 @@ def test_predictions_follow_the_weights(build, frozen):
     ours = predict_probs(learn, images)
     learn.model[0][0].forward_setting = SETTINGS['plain']  # no copy
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
+
+
+def test_the_table_of_plans_knows_the_augmentation_of_a_plan(build):
+    "Random crops cannot be stored, so the head is not solved, with a learner as without."
+    plan = replace(PLANS['head'], augment='+random_crop')
+    assert plan_table(plans=[plan]).epochs.tolist() == ['10 at most']
+    assert plan_table(build(), plans=[plan]).epochs.tolist() == ['10 at most']

@@ -45,6 +45,7 @@ from dr_transfer.metrics.screening import (
     consistency,
     measure_table,
     measures,
+    patient_classes,
     roc_band,
     subgroup_table,
     worst_errors,
@@ -540,7 +541,7 @@ def test_five_classes_are_grades_only_where_the_target_says_so():
     t = five()
     names = list(GRADES)
     assert question(t, names) is None
-    assert 'auc' not in measure_table(t, names, n=100).index
+    assert not {'auc', 'kappa'} & set(measure_table(t, names, n=100).index)
     decision = choose_decision(t, names)
     assert decision.cuts is None
     assert choose_decision(t, GRADES).cuts is not None
@@ -558,3 +559,15 @@ def test_another_threshold_of_the_grades_is_another_question():
     point = choose_decision(t, sight, sensitivity=0.9)
     assert set(apply_decision(t, sight, point).decision) == {'sight-threatening', 'not sight-threatening'}
     assert set(by_patient(t.assign(group=np.arange(len(t)) // 2), sight).target) == {'no', 'sight-threatening'}
+
+
+def test_a_positive_class_with_a_name_of_its_own_decides_for_patients_too():
+    classes = Classes(('no', 'referable'), Positive('tumour', ('referable',)))
+    t = two(400)
+    t = t.assign(group=np.arange(len(t)) // 2)
+    decision = choose_decision(t, classes, sensitivity=0.9)
+    decided = apply_decision(t, classes, decision)
+    assert set(decided.decision) == {'tumour', 'not tumour'}
+    patients = by_patient(decided, classes)
+    m = measure_table(patients, patient_classes(classes), n=100)
+    assert {'sensitivity', 'specificity'} <= set(m.index)

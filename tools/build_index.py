@@ -26,10 +26,13 @@ def build(nbs):
     "Write the table of modules at the end of each package's page, where it differs."
     for index in sorted(nbs.glob('*/index.ipynb')):
         notebook = json.loads(index.read_text(encoding='utf-8'))
-        cell = next(c for c in notebook['cells'] if HEADER in source(c))
-        before, _, _ = source(cell).partition(HEADER)
+        cell = next((c for c in notebook['cells'] if HEADER in source(c)), None)
+        if cell is None:
+            raise SystemExit(f'{index}: no cell has the table of modules, which begins with {HEADER!r}')
+        before, _, after = source(cell).partition(HEADER)
+        after = re.sub(r'\A(\|.*\n?)*', '', after)
         rows = [row(path) for path in sorted(index.parent.glob('*.ipynb')) if path != index]
-        text = before + HEADER + '\n'.join(r for r in rows if r)
+        text = before + HEADER + '\n'.join([*filter(None, rows), *filter(None, [after])])
         if text != source(cell):
             cell['source'] = text.splitlines(keepends=True)
             index.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -435,13 +435,9 @@ def _write_comparison(a, figure, table):
 
 def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
-    import numpy as np
+    from dr_transfer.metrics.screening import main_measure, measure_names
 
-    from dr_transfer.metrics.screening import main_measure, measures
-
-    classes = _classes(images, goal)
-    k = len(classes)
-    return main_measure(measures(np.arange(k), np.full((k, k), 1 / k), classes), name)
+    return main_measure(measure_names(_classes(images, goal)), name)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(

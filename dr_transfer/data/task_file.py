@@ -12,11 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from .tasks import TASKS, Target, Task
+from ..metrics.classes import Positive
 from ..utils.files import unknown
 from ..utils.regular import read_regular
 
 # %% ../../nbs/data/19_task_file.ipynb #0dcbe85d
-_TARGET_FIELDS = ('name', 'classes', 'labels')
+_TARGET_FIELDS = ('name', 'classes', 'labels', 'ordered', 'positive')
 
 
 class TaskFileError(ValueError):
@@ -34,26 +35,60 @@ def _check_fields(
             raise TaskFileError(f'{where}: {unknown("field", name, known)}')
 
 
-def _target(
-    spec,  # A table of the TOML file
+def _classes_and_labels(
+    spec: dict,  # A table of the TOML file
     where: str,  # File and place, for the message
-) -> Target:
-    "A target from its table: `name`, `classes`, and `labels` (label -> class)"
-    if not isinstance(spec, dict) or not isinstance(spec.get('name'), str):
-        raise TaskFileError(f"{where}: a target needs a name, such as name = 'ill'")
-    _check_fields(spec, _TARGET_FIELDS, where)
+) -> tuple[list | None, dict | None]:  # Class names; label -> class
+    "The classes and the labels of a target; those that the labels lead to where no classes are given"
     classes, labels = spec.get('classes'), spec.get('labels')
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise TaskFileError(f"{where}: classes is {classes!r}: give a list of names, such as classes = ['no', 'ill']")
     if labels is None:
-        return Target(spec['name'], tuple(classes) if classes else None)
+        return classes, None
     if not (isinstance(labels, dict) and all(isinstance(c, str) for c in labels.values())):
         raise TaskFileError(f"{where}: labels is {labels!r}: give a table label = 'class'")
     classes = classes or list(dict.fromkeys(labels.values()))
     strange = sorted(set(labels.values()) - set(classes))
     if strange:
         raise TaskFileError(f"{where}: labels lead to the class '{strange[0]}', which classes does not list")
-    return Target(spec['name'], tuple(classes), labels.__getitem__, ', '.join(labels))
+    return classes, labels
+
+
+def _positive(
+    spec,  # A table of the TOML file, or None
+    where: str,  # File and place, for the message
+) -> Positive | None:
+    "What a screening looks for, from its table: `name` and `classes`"
+    if spec is None:
+        return None
+    names = spec.get('classes') if isinstance(spec, dict) else None
+    listed = isinstance(names, list) and names and all(isinstance(c, str) for c in names)
+    if not listed or set(spec) != {'name', 'classes'} or not isinstance(spec['name'], str):
+        raise TaskFileError(
+            f'{where}: positive is {spec!r}: give its name and its classes, '
+            "such as positive = {name = 'referable', classes = ['2', '3', '4']}"
+        )
+    return Positive(spec['name'], tuple(names))
+
+
+def _target(
+    spec,  # A table of the TOML file
+    where: str,  # File and place, for the message
+) -> Target:
+    "A target from its table: `name`, `classes`, `labels` (label -> class), `ordered`, `positive`"
+    if not isinstance(spec, dict) or not isinstance(spec.get('name'), str):
+        raise TaskFileError(f"{where}: a target needs a name, such as name = 'ill'")
+    _check_fields(spec, _TARGET_FIELDS, where)
+    classes, labels = _classes_and_labels(spec, where)
+    if not isinstance(spec.get('ordered', False), bool):
+        raise TaskFileError(f'{where}: ordered is {spec["ordered"]!r}: give true or false')
+    how = {'ordered': spec.get('ordered', False), 'positive': _positive(spec.get('positive'), where)}
+    if labels is not None:
+        how |= {'of': labels.__getitem__, 'labels': ', '.join(labels)}
+    try:
+        return Target(spec['name'], tuple(classes) if classes else None, **how)
+    except ValueError as e:
+        raise TaskFileError(f'{where}: {e}') from None
 
 # %% ../../nbs/data/19_task_file.ipynb #256b2148
 _MAX_TASK_BYTES = 10**6  # bytes of a TOML file

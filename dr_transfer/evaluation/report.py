@@ -210,7 +210,7 @@ def evaluate_model(
     known = _known(model, images) if allow_leaks else np.zeros(len(t), bool)
     chosen = t[count].reset_index(drop=True)
     predicted = _predicted(model, chosen)
-    out = describe_images(predicted, model.card.class_set, model.about, model.about['reader'], data, prevalence)
+    out = describe_images(predicted, model.classes, model.about, model.about['reader'], data, prevalence)
     if known.any():
         out.table['known'] = np.where(known[count], 'known to the model', 'new to it')
     out.split = split
@@ -223,7 +223,7 @@ def evaluate_model(
         out.other = left_out
     sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
     probs = model.probs(sample, 'quarter_turns', average=False)
-    out.turns = {**consistency(probs, model.card.class_set, out.point), 'images': len(sample)}
+    out.turns = {**consistency(probs, model.classes, out.point), 'images': len(sample)}
     return out
 
 # %% ../../nbs/evaluation/02_report.ipynb #37aaf9c0

@@ -210,7 +210,7 @@ def model_parts(
         stages=getattr(body, 'stages', body),
         head=head,
         read=read,
-        classes=model.card.class_set if about else model.classes,
+        classes=model.classes,
         mean=normal['mean'],
         std=normal['std'],
     )

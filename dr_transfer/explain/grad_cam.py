@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activations import evaluating, model_parts
+from ..metrics.classes import as_classes
 from ..metrics.intervals import bootstrap
 from ..metrics.operating_point import OperatingPoint
 from ..metrics.screening import worst_errors
@@ -255,11 +256,15 @@ def _said(said, classes) -> str | None:
     "The class that a decision speaks for; None where the classes do not tell"
     if said in classes:
         return said
-    if len(classes) == 2:
-        for c, other in (classes, classes[::-1]):
-            if said == f'not {c}':
-                return other
-    return None
+    classes = as_classes(classes)
+    if classes.positive is None:
+        return None
+    spoken_for = {
+        classes.positive.name: [c for c in classes if c in classes.positive.classes],
+        f'not {classes.positive.name}': [c for c in classes if c not in classes.positive.classes],
+    }
+    names = spoken_for.get(said, [])
+    return names[0] if len(names) == 1 else None
 
 
 def heat_sheet(

@@ -101,10 +101,18 @@ class ModelCard:
 
     @property
     def class_set(self) -> Classes:
-        "The classes with what they mean; a model of grades that was saved by 0.1.0 does not state it"
-        if (self.task, self.target, self.positive) == ('dr', 'grade', None) and len(self.classes) == 5:
+        "The classes with what they mean"
+        if self._has_grades_of_0_1_0:
             return Classes(self.classes, Positive('referable', self.classes[2:]), ordered=True)
         return Classes(self.classes, self.positive, self.ordered)
+
+    @property
+    def _has_grades_of_0_1_0(self) -> bool:
+        "For 0.1.0 any five classes named 0 to 4 were grades of diabetic retinopathy, and its models do not state it"
+        if self.positive or self.ordered or self.classes != ('0', '1', '2', '3', '4'):
+            return False
+        decided = self.decision and (self.decision.cuts or self.decision.operating)
+        return bool(decided) or (self.task, self.target) == ('dr', 'grade')
 
     def to_dict(self) -> dict:
         "As JSON can hold it"

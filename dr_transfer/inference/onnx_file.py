@@ -18,6 +18,7 @@ import numpy as np
 from ..data.fundus import read_image
 from .card import ModelCard, ModelError, card_of
 from ..metrics.calibration import apply_temperature
+from ..metrics.classes import Classes
 from ..utils.files import extra_module, new_file
 from ..utils.places import reason
 from ..utils.regular import read_regular
@@ -89,9 +90,9 @@ class OnnxModel:
         return self.card.to_dict()
 
     @property
-    def classes(self) -> list:
-        "Class names in order"
-        return list(self.card.classes)
+    def classes(self) -> Classes:
+        "The classes with what they mean, in the order of the outputs"
+        return self.card.class_set
 
     def read(self, source):
         "An image as the network gets it"

@@ -81,4 +81,4 @@ def predict_table(
     errors[undefined] = NO_PROBABILITIES
     p[undefined] = np.nan
     table = prediction_table(images, p, model.classes)
-    return apply_decision(table, model.card.class_set, model.card.decision).assign(error=errors)
+    return apply_decision(table, model.classes, model.card.decision).assign(error=errors)

@@ -22,6 +22,7 @@ from torch import nn
 from ..data.fundus import read_image
 from ..data.views import VIEWS
 from .card import ModelCard, ModelError, Training, card_error, card_text, read_card
+from ..metrics.classes import Classes
 from ..models.backbones import create_body
 from ..models.network import create_head, head_inputs, make_body, view_probs
 from ..models.registry import build_network, find_backbone
@@ -53,9 +54,9 @@ class ImageModel:
         return self.card.to_dict()
 
     @property
-    def classes(self) -> list:
-        "Class names in order"
-        return list(self.card.classes)
+    def classes(self) -> Classes:
+        "The classes with what they mean, in the order of the outputs"
+        return self.card.class_set
 
     def read(self, source):
         "An image as the network gets it"
@@ -340,7 +341,7 @@ def load_model(
     >>> photos = dt.make_flowers('flowers', n=100, size=48)
     >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
     >>> model = dt.load_model(dt.save_model(learn, 'flowers_model', overwrite=True))
-    >>> model.classes == list(learn.dls.vocab)
+    >>> list(model.classes) == list(learn.dls.vocab)
     True
     """
     folder = Path(folder)

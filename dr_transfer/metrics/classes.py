@@ -20,6 +20,13 @@ class Positive:
     name: Annotated[str, Length(1, 200)]  # Such as 'referable'
     classes: Annotated[tuple[str, ...], Length(1, 10_000)]  # Such as ('2', '3', '4')
 
+    def __post_init__(self):
+        if isinstance(self.classes, str):
+            raise ValueError(
+                f"positive classes are {self.classes!r}: give a tuple of names, such as ('{self.classes}',)"
+            )
+        object.__setattr__(self, 'classes', tuple(dict.fromkeys(map(str, self.classes))))
+
 
 @dataclass(frozen=True)
 class Classes(Sequence):

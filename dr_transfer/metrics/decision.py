@@ -218,7 +218,7 @@ def _choose_temperature(y, p) -> tuple[float, list]:
 
 def _choose_cuts(y, p, classes) -> tuple[tuple | None, list]:
     "Cut points of grades, and why there are none"
-    if not as_classes(classes).are_grades:
+    if not classes.are_grades:
         return None, []
     if len(y) >= _MIN_IMAGES and len(set(y)) == len(classes):
         return tuple(fit_cut_points(expected_grade(p), y, len(classes)).tolist()), []
@@ -243,8 +243,8 @@ def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPo
 
 def _side_counts(table, classes, point) -> dict:
     "Groups with a positive and with a negative image, of those that an operating point was chosen on"
-    q = question(table, classes)
-    if point is None or q is None:
+    q = None if point is None else question(table, classes)
+    if q is None:
         return {}
     groups = table_groups(table)
     return {
@@ -263,6 +263,7 @@ def choose_decision(
 
     For the point, groups count and not images.
     """
+    classes = as_classes(classes)
     y, p = table_arrays(table, classes)
     if not np.isfinite(p).all():
         bad = int((~np.isfinite(p)).any(axis=1).sum())

@@ -9,6 +9,8 @@ __all__ = ['accuracy', 'quadratic_kappa', 'sensitivity', 'specificity', 'auc']
 import numpy as np
 import pandas as pd
 
+from .classes import as_classes
+
 # %% ../../nbs/metrics/02_scores.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
     "Truth and what is held against it as arrays; a ValueError if they do not fit together"
@@ -157,11 +159,10 @@ def summary(
     pred = probs.argmax(1)
     y = _numbers(_pair(y, pred)[0], k, 'truth')
     out = {'accuracy': accuracy(y, pred)}
-    names = [str(c) for c in classes]
     if k == 2:
         out['auc'] = auc(y, probs[:, 1])
         out['sensitivity'] = sensitivity(y, pred)
         out['specificity'] = specificity(y, pred)
-    elif names == [str(i) for i in range(k)]:  # grades
+    elif as_classes(classes).are_grades:
         out['kappa'] = quadratic_kappa(y, pred, k)
     return out

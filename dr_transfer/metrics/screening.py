@@ -25,10 +25,10 @@ from ..utils.files import plain_text, unknown
 # %% ../../nbs/metrics/07_screening.ipynb #96146115
 def patient_classes(
     classes,  # Class names of the images, in order
-) -> list[str]:  # Class names of `by_patient`: what is not to be found, and what is
+) -> Classes:  # Of `by_patient`: negative, positive
     "The two classes of patients: those of the images, or 'no' and the name of what is positive"
     classes = as_classes(classes)
-    return ['no', classes.positive.name] if classes.positive and len(classes) > 2 else list(classes)
+    return Classes(('no', classes.positive.name)) if classes.positive and len(classes) > 2 else classes
 
 # %% ../../nbs/metrics/07_screening.ipynb #cf6ab312
 def by_patient(
@@ -158,11 +158,12 @@ def measure_table(
     check_prevalence(prevalence)
     if not len(table):
         raise ValueError('the table has no row: give the predictions of one image at least')
+    classes = as_classes(classes)
     y, p = table_arrays(table, classes)
     t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
         images=len(y)
     )
-    if as_classes(classes).are_grades and 'grade' in table and table.grade.notna().all():
+    if classes.are_grades and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
     q, called = question(table, classes), decisions(table, classes, point)
@@ -193,6 +194,7 @@ def compare_tables(
         )
     if (a.target.astype(str) != b.target.astype(str)).any():
         raise ValueError('the two tables say different things of the truth: give the same labels to both')
+    classes = as_classes(classes)
     y, of_a = table_arrays(a, classes)
     _, of_b = table_arrays(b, classes)
 
@@ -300,10 +302,9 @@ def plot_reliability(
 ) -> Figure:
     """Mean predicted probability against observed frequency, in bins of equally many images.
 
-    With 95 % intervals (Wilson 1927), which stay within 0 to 1; a bin without images is not drawn.
+    With 95 % intervals (Wilson 1927), which stay within 0 to 1.
     """
     r = reliability(right, said)
-    r = r[r.images > 0]
     fig = Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='perfect calibration')

@@ -246,11 +246,9 @@ def _head_words(head) -> str:
     return names.get(head) or f'own, hidden layers of {", ".join(map(str, head.hidden)) or "no"} units'
 
 
-def _augment_of(plan, learn) -> str | None:
-    "The augmentation of a plan as far as it is known: without a learner the task's own is not"
-    if learn is None or isinstance(learn, str):
-        return plan.augment and plan.augment.strip('+')
-    return learn.task.augment
+def _augment_of(plan, learn) -> str:
+    "The augmentation of a plan, as far as it is known: without a learner that of the task is not"
+    return plan.augmentation('none' if learn is None or isinstance(learn, str) else learn.task.augment)
 
 
 def _epochs_words(plan, phase, head, augment) -> str | int:
@@ -259,7 +257,7 @@ def _epochs_words(plan, phase, head, augment) -> str | int:
         return phase.epochs
     if not phase.solves or head != Head():
         return 'by number of images'
-    endless = augment is not None and views_of(augment) is None
+    endless = views_of(augment) is None
     return f'{HEAD_PASSES} at most' if endless and phase is plan.phases[-1] else 'solved'
 
 

@@ -69,7 +69,7 @@ class RunRecord:
     C_path: tuple[dict, ...] | None = None  # `C` and out-of-fold `loss` of each strength that was tried
     interrupted: str | None = None  # In which phase
     decision: Decision | None = None  # What is made of the probabilities
-    gap: dict[str, float] | None = None  # Metric -> training minus validation
+    gap: dict[str, float | None] | None = None  # Metric -> training minus validation; None: not defined
     validation: dict | None = None  # Metrics of the likeliest class
     validation_table: dict | None = None  # Metric -> value, low, high, images
     set_aside: tuple[dict, ...] = ()  # Images that could not be read, each with the reason
