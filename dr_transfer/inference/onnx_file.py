@@ -286,7 +286,7 @@ def export_onnx(
     >>> photos = dt.make_flowers('flowers', n=100, size=48)
     >>> learn = dt.fit(dt.build_learner('flowers', size=48), 'head')
     >>> file = dt.export_onnx(learn, 'flowers.onnx', overwrite=True)
-    >>> dt.OnnxModel(file).classes == list(learn.dls.vocab)
+    >>> list(dt.OnnxModel(file).classes) == list(learn.dls.vocab)
     True
     """
     with new_file(check_onnx_name(file), overwrite) as tmp:
