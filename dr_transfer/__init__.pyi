@@ -8,9 +8,9 @@ from .data.ct import read_volume as read_volume
 from .data.ct import three_planes as three_planes
 from .data.ct import three_windows as three_windows
 from .data.ct_images import average_views as average_views
-from .data.ct_images import candidate_pictures as candidate_pictures
+from .data.ct_images import candidate_images as candidate_images
 from .data.ct_images import froc_table as froc_table
-from .data.ct_images import slice_pictures as slice_pictures
+from .data.ct_images import slice_images as slice_images
 from .data.fundus import read_image as read_image
 from .data.leaks import leak_report as leak_report
 from .data.preprocess import Preparation as Preparation
@@ -33,7 +33,7 @@ from .evaluation.experiments import learning_curve as learning_curve
 from .evaluation.experiments import plot_learning_curve as plot_learning_curve
 from .evaluation.report import evaluate_model as evaluate_model
 from .evaluation.report_page import write_report as write_report
-from .explain.grad_cam import plot_heat as plot_heat
+from .explain.grad_cam import plot_grad_cam as plot_grad_cam
 from .features.classifiers import FeatureClassifier as FeatureClassifier
 from .features.extraction import image_features as image_features
 from .features.label_errors import suspect_labels as suspect_labels

@@ -55,7 +55,7 @@ def _command(commands, name, function, about, example):
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
     if function is not preprocess:  # which uses no network, and goes on with what is there
         p.add_argument(
-            '--setting',
+            '--runtime',
             default='auto',
             help=(
                 'how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), '
@@ -236,7 +236,7 @@ def _add_compare(commands):
         default=['head', 'top1'],
         help='plans, each with each backbone (default: head top1)',
     )
-    add('--measure', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
+    add('--metric', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
     add_bootstrap_argument(add)
     add(
         '--out',

@@ -55,9 +55,9 @@ def build_learner(
     augment: str | None = None,  # Names of augmentations; the task's own if None
     plan: Any = None,  # Name, plan or advice that `fit` runs; chosen if None
     stage: str | int | None = None,  # Last stage, by name or from the end; its own if None
-    tap: int | None = None,  # Last stages that the head sees; the backbone's own if None
+    n_stages: int | None = None,  # Last stages that the head sees; the backbone's own if None
     head: str | Head | nn.Module | None = None,  # Name, head, or a module of your own
-    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
     num_workers: int | None = None,  # Processes that read images; chosen if None
     fixed_bn: bool | None = None,  # BatchNorm of the body stays? The backbone's own if None
     balance: str = 'none',  # Of classes: 'none', 'weights' in the loss, or 'sampling'
@@ -110,10 +110,10 @@ def build_learner(
         arch=resolve(arch, base.arch, DEFAULT_ARCH),
         weights=resolve(weights, base.weights),
         stage=resolve(stage, base.stage),
-        tap=resolve(tap, base.tap),
+        n_stages=resolve(n_stages, base.n_stages),
         head=resolve(head, base.head),
         plan=plan,
-        setting=setting,
+        runtime=runtime,
         fixed_bn=fixed_bn,
         bs=bs,
         num_workers=num_workers,
@@ -151,7 +151,7 @@ def classifier_learner(
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
     head: Any = classifier.head()
     head.trained = True
-    learn = build_learner(data, task, about['arch'], stage=names[-1], tap=len(names), head=head, **kwargs)
+    learn = build_learner(data, task, about['arch'], stage=names[-1], n_stages=len(names), head=head, **kwargs)
     body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
         raise ValueError(f'stages {names} do not follow one another: a network can be cut only once')
@@ -171,8 +171,8 @@ def _check_plan(learn, plan):
         what = 'random weights'
     elif plan.stage is not None and plan.stage not in (r.stage, learn.plan.stage if learn.plan else None):
         what = f'a body that ends at stage {plan.stage!r}'
-    elif plan.tap not in (None, r.tap):
-        what = f'a head that sees {plan.tap} stages'
+    elif plan.n_stages not in (None, r.n_stages):
+        what = f'a head that sees {plan.n_stages} stages'
     elif plan.head != 'linear' and r.head != create_head(plan.head, 1, 2).about:
         what = f"the head '{plan.head}'"
     elif not set((plan.augment or r.augment).strip('+').split('+')) <= set(r.augment.split('+')):

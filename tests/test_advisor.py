@@ -25,7 +25,7 @@ from dr_transfer.training.advisor import advise, choose_advised, choose_scenario
 from dr_transfer.training.plans import LARGE, PLANS
 from dr_transfer.training.record import read_record
 
-TINY = dict(arch='test_resnet', weights='random', size=32, setting='plain')
+TINY = dict(arch='test_resnet', weights='random', size=32, runtime='plain')
 WORDS = ('--arch', 'test_resnet', '--weights', 'random', '--size', '32')
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
@@ -116,7 +116,7 @@ def test_the_plan_of_a_scenario():
     for s in ('small', 'small, similar', 'small, different'):
         assert choose_advised(s, 'stage7', 4, True) == PLANS['head']
         p = choose_advised(s, 'stage5', 2, False)
-        assert (p.stage, p.tap, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear')
+        assert (p.stage, p.n_stages, p.phases, p.head) == ('stage5', 2, PLANS['head'].phases, 'linear')
         assert p.name not in PLANS
         assert 'stage5' in p.name
     for s in ('large', 'large, similar', 'large, different'):
@@ -127,7 +127,7 @@ def test_the_plan_of_a_scenario():
 def profile(share=0.25, **folds):
     rows = {k: dict(zip(('score', 'low', 'high'), fold_interval(v, share))) for k, v in folds.items()}
     out = pd.DataFrame.from_dict(rows, orient='index')
-    out.attrs = {'measure': 'accuracy', 'share': share, 'folds': folds}
+    out.attrs = {'metric': 'accuracy', 'share': share, 'folds': folds}
     return out
 
 
@@ -184,7 +184,7 @@ def test_advice_on_a_table(dots):
     assert np.isnan(a.distance)
     assert a.plan.name == 'head'
     assert list(a.profile.index)[:5] == ROWS
-    assert a.profile.attrs['measure'] == 'auc'
+    assert a.profile.attrs['metric'] == 'auc'
     assert a.profile.score.between(0, 1).all()
     assert 0.6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
     assert a.speed.index.tolist() == [0.25, 0.5, 1]
@@ -227,7 +227,7 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
 
 def test_efficientnet_remembers_photographs(eyes):
     "The default network, whose BatchNorm layers know ImageNet; drawn eyes are unlike it."
-    a = advise(eyes, 'dr', size=64, setting='plain')
+    a = advise(eyes, 'dr', size=64, runtime='plain')
     assert a.distance > SIMILAR
     assert a.scenario == 'small, different'
     assert f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
@@ -238,11 +238,11 @@ def test_efficientnet_remembers_photographs(eyes):
 
 
 def test_a_transformer(flowers):
-    a = advise(flowers, arch='test_vit', weights='random', size=64, setting='plain')
+    a = advise(flowers, arch='test_vit', weights='random', size=64, runtime='plain')
     assert list(a.profile.index) == ['last']
     assert a.scenario == 'small'
     assert a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
-    learn = build_learner(flowers, arch='test_vit', weights='random', size=64, setting='plain', plan=a)
+    learn = build_learner(flowers, arch='test_vit', weights='random', size=64, runtime='plain', plan=a)
     fit(learn, epochs=1, say=str)
     assert learn.record.plan.name == 'head'
     assert isinstance(plot_advice(a), Figure)
@@ -255,12 +255,12 @@ def test_a_transformer(flowers):
         ('accuracy', 'grade'),
     ],
 )
-def test_targets(eyes, measure, target):
+def test_targets(eyes, metric, target):
     labels = pd.read_csv(eyes / 'labels.csv').assign(
         grade=lambda t: t.patient.str[1:].astype(int) % 5
     )  # every grade has its four patients
     a = advise(eyes, 'dr', target=target, labels=labels, **TINY)
-    assert a.profile.attrs['measure'] == measure
+    assert a.profile.attrs['metric'] == metric
     assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
@@ -385,7 +385,7 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     assert r.plan.name == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head')
     assert (
         r.stage,
-        r.tap,
+        r.n_stages,
     ) == (('stage2', 2) if other else ('stage4', 1))
     assert len(r.history) == len(a.plan.phases)
     assert np.isfinite([h['valid_loss'] for h in r.history]).all()
@@ -408,12 +408,12 @@ def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
 
     monkeypatch.setattr(advisor, 'extract_features', known)
     a = advise(dots, **TINY)
-    assert (a.plan.stage, a.plan.tap) == ('stage2', 1)
+    assert (a.plan.stage, a.plan.n_stages) == ('stage2', 1)
     assert ' at stage2; +0.' in str(a)
     assert 'against stage4' in str(a)
     assert a.sure.startswith('fairly')
     learn = build_learner(dots, plan=a, **TINY)
-    assert (learn.record.stage, learn.record.tap) == ('stage2', 1)
+    assert (learn.record.stage, learn.record.n_stages) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
     assert marked(a) == a.stages == 'stage2'
     assert a.plans.stages.tolist() == ['stage2', 'stage4']
@@ -523,7 +523,7 @@ def test_names_are_checked_before_images_are_read(change, words):
 @pytest.mark.parametrize(
     'change, words',
     [
-        (dict(setting='plian'), 'nearest first: plain'),
+        (dict(runtime='plian'), 'nearest first: plain'),
         (dict(valid=1), 'valid=1'),
         (dict(labels='none.csv'), 'none.csv'),
     ],
@@ -625,29 +625,29 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     assert said.out.index('advice: plan') < said.out.index('phase 1 of')
     assert r.plan.name == plan.name == 'head_stage2_2'
     assert (
-        (r.plan.stage, r.plan.tap)
+        (r.plan.stage, r.plan.n_stages)
         == (
             r.stage,
-            r.tap,
+            r.n_stages,
         )
         == ('stage2', 2)
     )
     assert [p.epochs for p in r.plan.phases] == [None]
     assert r.data.classes['train'] == given['advice'].counts
     about = json.loads((run / 'model' / 'model.json').read_text())
-    assert (about['stage'], about['tap']) == ('stage2', 2)
+    assert (about['stage'], about['n_stages']) == ('stage2', 2)
     p = pd.read_csv(run / 'predictions.csv')
-    again = good('predict', run, *p.image, '--setting', 'plain').out
+    again = good('predict', run, *p.image, '--runtime', 'plain').out
     np.testing.assert_allclose(pd.read_csv(io.StringIO(again)).p_no, p.p_no, atol=0.02)
 
 
 def test_advice_is_for_a_network(flowers):
     "Without another word the learner is that network; another one is refused"
     a = advise(flowers, **TINY)
-    learn = build_learner(flowers, size=32, setting='plain', plan=a)
+    learn = build_learner(flowers, size=32, runtime='plain', plan=a)
     assert learn.record.arch == 'test_resnet'
     assert learn.record.weights.kind == 'random'
-    other = build_learner(flowers, arch='small_cnn', weights='random', size=32, setting='plain')
+    other = build_learner(flowers, arch='small_cnn', weights='random', size=32, runtime='plain')
     with pytest.raises(ValueError, match=r"the backbone 'test_resnet'.*this plan itself"):
         fit(other, a)
 
@@ -678,7 +678,7 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
         (('--target', 'clas'), 'nearest first: class'),
         (('--size', '3'), "--size: '3' is not possible"),
         (('--valid', '0'), "--valid: '0' is not possible"),
-        (('--setting', 'plian'), 'nearest first: plain'),
+        (('--runtime', 'plian'), 'nearest first: plain'),
     ],
 )
 def test_words_that_are_wrong(tmp_path, flowers, words, why):

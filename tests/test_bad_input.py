@@ -146,15 +146,15 @@ def test_training_sets_damaged_files_aside(mixed, mixed_run):
     out, said = mixed_run
     assert content(folder) == before, 'not a byte in the data was changed'
     r = json.loads((out / 'record.json').read_text(encoding='utf-8'))
-    assert sorted(Path(x['image']).name for x in r['set_aside']) == sorted(BAD)
-    assert r['data']['set_aside'] == 3
-    reason = {Path(x['image']).name: x['reason'] for x in r['set_aside']}
+    assert sorted(Path(x['image']).name for x in r['skipped']) == sorted(BAD)
+    assert r['data']['skipped'] == 3
+    reason = {Path(x['image']).name: x['reason'] for x in r['skipped']}
     assert reason['text.jpg'] == 'not an image'
     assert reason['empty.jpg'] == 'empty file'
     assert reason['cut.jpg'].startswith('cannot be decoded')
     lines = [line for line in said.out.splitlines() if line.startswith('skipped: ')]
     assert len(lines) == 3
-    for x in r['set_aside']:
+    for x in r['skipped']:
         assert any(x['image'] in line and x['reason'] in line for line in lines)
     assert r['data']['images'] == 27 + len(odd)
     t = table(out / 'predictions.csv')
@@ -481,7 +481,7 @@ def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
     before = content(eyes_path)
     said = good('train', eyes_path, '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
     r = json.loads((tmp_path / 'run' / 'record.json').read_text())
-    assert sorted(x['image'] for x in r['set_aside']) == sorted(map(str, files[:3]))
+    assert sorted(x['image'] for x in r['skipped']) == sorted(map(str, files[:3]))
     assert r['data']['images'] == 37
     assert [line.split(': ')[1] for line in said.out.splitlines() if line.startswith('skipped')] == list(
         map(str, files[:3])
@@ -717,7 +717,7 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
         'fine_tune',
         '--epochs',
         epochs,
-        '--setting',
+        '--runtime',
         'plain',
         '--out',
         tmp_path / 'run',

@@ -74,7 +74,7 @@ def test_safetensors_and_json_and_nothing_else(run, weights):
         'size': 64,
         'arch': 'test_resnet',
         'stage': 'stage4',
-        'tap': 1,
+        'n_stages': 1,
         'head': {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''},
         'reader': 'fundus',
         'fit': 'pad',
@@ -126,10 +126,10 @@ def test_saved_again_it_is_the_same(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 
     again = tmp_path / 'deep' / 'again'
-    a = load_model(run / 'model', setting='plain')
+    a = load_model(run / 'model', runtime='plain')
     assert save_model(a, again) == again
     assert (again / 'model.safetensors').read_bytes() == (run / 'model' / 'model.safetensors').read_bytes()
-    b = load_model(again, setting='plain')
+    b = load_model(again, runtime='plain')
     assert dict(a.about.items()) == dict(b.about.items())
     assert (
         list(a.classes)
@@ -150,7 +150,7 @@ def test_a_model_is_still_and_takes_any_image(run, eyes):
 
     from dr_transfer.inference.saved_model import load_model
 
-    m = load_model(run / 'model', setting='plain')
+    m = load_model(run / 'model', runtime='plain')
     paths = sorted((eyes / 'images').iterdir())[:5]
     assert not m.model.training
     for x in m.model.modules():
@@ -186,21 +186,21 @@ def test_the_setting_of_the_training_is_chosen_again(run):
     np.testing.assert_allclose(p, t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('setting', ['plain', 'channels_last', 'bf16'])
-def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, setting):
+@pytest.mark.parametrize('runtime', ['plain', 'channels_last', 'bf16'])
+def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, runtime):
     "Another machine, or a cache that was cleared, may measure another one to be the fastest."
     import dr_transfer.models.speed as speed
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
 
     m_folder = tmp_path / 'm'
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=setting)
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime=runtime)
     save_model(learn, m_folder)
-    monkeypatch.setattr(speed, 'fastest_setting', lambda *a, **k: speed.Setting(setting != 'channels_last'))
+    monkeypatch.setattr(speed, 'fastest_runtime', lambda *a, **k: speed.Runtime(runtime != 'channels_last'))
     again = load_model(m_folder)
-    assert again.card.setting == setting
-    assert again.model[0].forward_setting == speed.SETTINGS[setting]
-    assert load_model(m_folder, 'plain').model[0].forward_setting == speed.Setting()
+    assert again.card.runtime == runtime
+    assert again.model[0].forward_runtime == speed.RUNTIMES[runtime]
+    assert load_model(m_folder, 'plain').model[0].forward_runtime == speed.Runtime()
 
 
 def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
@@ -209,19 +209,19 @@ def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, mo
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
 
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting=speed.Setting(False, True))
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime=speed.Runtime(False, True))
     save_model(learn, tmp_path / 'm')
-    monkeypatch.setattr(speed, 'fastest_setting', lambda *a, **k: speed.Setting(True))
+    monkeypatch.setattr(speed, 'fastest_runtime', lambda *a, **k: speed.Runtime(True))
     again = load_model(tmp_path / 'm')
-    assert again.card.setting == ''
-    assert again.model[0].forward_setting == speed.Setting(True)
+    assert again.card.runtime == ''
+    assert again.model[0].forward_runtime == speed.Runtime(True)
 
 
 def test_channels_last_gives_the_same(run):
     from dr_transfer.inference.saved_model import load_model
 
     images = table(run / 'predictions.csv').image.tolist()
-    plain, other = (load_model(run / 'model', setting).probs(images) for setting in ('plain', 'channels_last'))
+    plain, other = (load_model(run / 'model', runtime).probs(images) for runtime in ('plain', 'channels_last'))
     np.testing.assert_allclose(other, plain, atol=1e-5, rtol=0)
 
 
@@ -231,7 +231,7 @@ def test_bf16_moves_the_features_little(run):
     from dr_transfer.inference.saved_model import load_model
 
     images = table(run / 'predictions.csv').image.tolist()
-    plain, other = (load_model(run / 'model', setting) for setting in ('plain', 'bf16'))
+    plain, other = (load_model(run / 'model', runtime) for runtime in ('plain', 'bf16'))
     weight = plain.model[1][-1].weight.detach().float()
     steep = float((weight[1] - weight[0]).norm())
     moved = abs(log_odds(other.probs(images)) - log_odds(plain.probs(images))).max() / steep
@@ -243,7 +243,7 @@ def test_bf16_moves_the_features_little(run):
     [
         dict(head='dense'),
         dict(head='flw'),
-        dict(stage='stage2', tap=2),
+        dict(stage='stage2', n_stages=2),
         dict(plan='flw', augment='mirror_near'),
         dict(arch='test_vit'),
         dict(arch='efficientnet_lite0', weights=None),
@@ -257,13 +257,13 @@ def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
     from dr_transfer.utils.schema import to_dict
 
     learn = build_learner(
-        eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, setting='plain'), **how}
+        eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, runtime='plain'), **how}
     )
-    m = load_model(save_model(learn, tmp_path / 'm'), setting='plain')
+    m = load_model(save_model(learn, tmp_path / 'm'), runtime='plain')
     images = sorted((eyes / 'images').iterdir())[:3]
     np.testing.assert_allclose(m.probs(images), predict_probs(learn, images), atol=1e-5)
     r = learn.record
-    assert [m.about[k] for k in ('stage', 'tap', 'arch')] == [r.stage, r.tap, r.arch]
+    assert [m.about[k] for k in ('stage', 'n_stages', 'arch')] == [r.stage, r.n_stages, r.arch]
     assert m.about['head'] == to_dict(r.head)
     assert m.about['views'] == (how.get('augment', 'none' if 'plan' in how else 'quarter_turns'))
     assert m.model[1].about == learn.model[1].about
@@ -279,11 +279,11 @@ def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
     from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.training.stored import learner_features
 
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, setting='plain')
+    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime='plain')
     f = learner_features(learn, (t := learn.table).image.tolist())
     c = FeatureClassifier('dense').fit(f, t.target, t.group)
     m = load_model(
-        save_model(classifier_learner(c, eyes, 'dr', weights=weights, setting='plain'), tmp_path / 'm'), setting='plain'
+        save_model(classifier_learner(c, eyes, 'dr', weights=weights, runtime='plain'), tmp_path / 'm'), runtime='plain'
     )
     assert m.about['head']['hidden'] == [256]
     assert m.about['views'] == 'quarter_turns'
@@ -300,7 +300,7 @@ def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
 def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
     from dr_transfer.inference import saved_model as bundle
 
-    m = bundle.load_model(run / 'model', setting='plain')
+    m = bundle.load_model(run / 'model', runtime='plain')
     if old:
         bundle.save_model(m, tmp_path / 'm')
     before = content(tmp_path)
@@ -321,7 +321,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 
     m_folder = tmp_path / 'm'
-    m = load_model(run / 'model', setting='plain')
+    m = load_model(run / 'model', runtime='plain')
     m_folder.mkdir()
     (m_folder / 'model.json').write_text('old')
     for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
@@ -407,7 +407,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'arch': 'test_vit'}, "'test_vit'"),
         ({'classes': ['a', 'b', 'c']}, "the tensor '1.3.weight' has the shape (2, "),
         ({'classes': None}, "'classes' is missing"),
-        ({'tap': 99}, 'tap=99'),
+        ({'n_stages': 99}, 'n_stages=99'),
         ({'size': -1}, "'size' is -1; expected: a whole number from 16 to 4096"),
         ({'stage': '../x'}, 'unknown stage'),
         ({'stage': 'stage2'}, "the tensor '0.stages.stage"),
@@ -464,7 +464,7 @@ def test_an_unknown_reader_is_refused_by_the_library_too(model, image):
 
     edit(model, reader='os.system')
     with pytest.raises(ValueError, match=r"'reader' is 'os.system'"):
-        load_model(model, setting='plain').probs([image])
+        load_model(model, runtime='plain').probs([image])
 
 
 # ---------------------------------------------------------------- missing or altered
@@ -541,7 +541,7 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     head = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(create_body('test_resnet', 'random').n_out, 2)
     )
-    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain', head=head)
+    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain', head=head)
     with pytest.raises(ModelError, match=r'head of your own cannot be rebuilt.*use learn.export, or a head by name'):
         save_model(learn, tmp_path / 'm')
     with pytest.raises(ModelError):
@@ -554,7 +554,7 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
 SMALL = {
     'arch': 'small_cnn',
     'stage': 'stage3',
-    'tap': 1,
+    'n_stages': 1,
     'head': {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''},
     'classes': ['no', 'referable'],
     'task': 'dr',
@@ -683,7 +683,7 @@ def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights)
     from dr_transfer.inference.run import write_run
     from dr_transfer.inference.saved_model import image_model
 
-    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, setting='plain')
+    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain')
     learn.model[1][3].weight.data.fill_(torch.nan)
     with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' holds NaN"):
         image_model(learn)

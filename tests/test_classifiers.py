@@ -242,14 +242,14 @@ def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
     x, y = blobs(48, 3)
     g = np.arange(48) // 6
     seen = []
-    splits = module._Orbit.splits
+    splits = module._ViewSet.splits
 
     def noted(self, n):
         folds = list(splits(self, n))
         seen.extend(folds)
         return folds
 
-    monkeypatch.setattr(module._Orbit, 'splits', noted)
+    monkeypatch.setattr(module._ViewSet, 'splits', noted)
     FeatureClassifier(name).fit(x, y, g)
     assert seen
     for a, b in seen:
@@ -487,7 +487,7 @@ def test_suspects_of_drawn_flowers(tmp_path):
     y, wrong = exchanged(d.label, 0.08, 1)
     folder = tmp_path / 'flowers'
     paths = [str(folder / i) for i in d.image]
-    f = image_features(paths, size=64, setting='plain', stages=['stage5'])
+    f = image_features(paths, size=64, runtime='plain', stages=['stage5'])
     t = suspect_labels(f, y, d.photographer)
     bad = {paths[i] for i in wrong}
     hits = len(bad & set(t.image))

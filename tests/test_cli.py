@@ -63,13 +63,26 @@ def test_the_record(run, weights, eyes):
     r = json.loads((run / 'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
     assert {
         k: r[k]
-        for k in ('task', 'target', 'arch', 'stage', 'tap', 'size', 'bs', 'valid', 'seed', 'augment', 'reader', 'fit')
+        for k in (
+            'task',
+            'target',
+            'arch',
+            'stage',
+            'n_stages',
+            'size',
+            'bs',
+            'valid',
+            'seed',
+            'augment',
+            'reader',
+            'fit',
+        )
     } == {
         'task': 'dr',
         'target': 'referable',
         'arch': 'test_resnet',
         'stage': 'stage4',
-        'tap': 1,
+        'n_stages': 1,
         'size': 64,
         'bs': 32,
         'valid': 0.2,
@@ -94,8 +107,8 @@ def test_the_record(run, weights, eyes):
     truth = pd.read_csv(eyes / 'labels.csv')
     d = r['data']
     assert d['images'] == 40
-    assert d['set_aside'] == 0
-    assert r['set_aside'] == []
+    assert d['skipped'] == 0
+    assert r['skipped'] == []
     assert d['groups'] == truth.patient.nunique() == 20
     both = {c: sum(d['classes'][s].get(c, 0) for s in ('train', 'valid')) for c in ('no', 'referable')}
     assert both == {'no': int((truth.grade < 2).sum()), 'referable': int((truth.grade >= 2).sum())}
@@ -362,7 +375,7 @@ def test_demo_twice(tmp_path):
     assert r['data']['images'] == 60
     assert r['validation']['auc'] > 0.6, 'it has learnt something'
     assert r['plan']['name'] == 'head', 'its head was solved'
-    assert r['tap'] == 4, 'its head was solved'
+    assert r['n_stages'] == 4, 'its head was solved'
     assert r['C'] > 0, 'its head was solved'
     for x in records.values():
         assert f'{x["validation"]["auc"]:.3f}' in first.out, 'what is printed is what was measured'
@@ -543,7 +556,7 @@ def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, mon
 
     monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
     more = (
-        [eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html']
+        [eyes, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html']
         if command == 'evaluate'
         else [eyes / 'images', '--out', tmp_path / 'p.csv']
     )
@@ -565,7 +578,7 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
     import dr_transfer.evaluation.report_page  # noqa: F401
 
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
-    said = cli('evaluate', run, eyes, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'r.html')
+    said = cli('evaluate', run, eyes, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html')
     assert said.code == 1
     assert 'The table is kept in' in said.err
     assert 'image,' not in said.out

@@ -27,7 +27,7 @@ from dr_transfer.metrics.decision import Decision, decisions, question, table_ar
 from dr_transfer.metrics.plots import pick_examples
 from dr_transfer.metrics.screening import (
     by_patient,
-    main_measure,
+    main_metric,
     measure_names,
     measure_table,
     patient_classes,
@@ -389,13 +389,13 @@ def test_measures_are_known_before_anything_is_trained():
         'calibration error',
     ]
     for classes in (TWO, GRADES, list('abc')):
-        assert main_measure(measure_names(classes)) in measure_names(classes)
+        assert main_metric(measure_names(classes)) in measure_names(classes)
     assert set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
-    assert main_measure(name='kappa') == 'kappa'
+    assert main_metric(name='kappa') == 'kappa'
     with pytest.raises(ValueError, match="measure 'nope'"):
-        main_measure(name='nope')
+        main_metric(name='nope')
     with pytest.raises(ValueError, match='accuracy'):
-        main_measure(['kappa'])
+        main_metric(['kappa'])
 
 
 def test_intervals_say_what_they_are_over():
@@ -490,7 +490,7 @@ def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
         label=t.target,
         **{f'data_{name}': [name, 'other'] * 30},
     )
-    e = Evaluation(t, ['no', name], {'arch': name, 'task': name}, name, aside=[name], patients=name)
+    e = Evaluation(t, ['no', name], {'arch': name, 'task': name}, name, skipped=[name], patients=name)
     page = write_report(e, tmp_path / 'r.html', n=20).read_bytes().decode('utf-8', 'surrogateescape')
     body = re.sub(r'src="data:image/png;base64,[^"]*"', '', page)
     assert '<script' not in body

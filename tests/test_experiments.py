@@ -20,18 +20,18 @@ from dr_transfer.data.tasks import encode_target, get_task
 from dr_transfer.evaluation.compare import _recipes, compare, plot_comparison
 from dr_transfer.evaluation.cross_validation import _kept, train_once
 from dr_transfer.evaluation.experiments import (
-    RIVALS,
+    METHODS,
     START,
     _encoded,
     _splits,
     curve_table,
     first_images,
     learning_curve,
+    method_plans,
     plot_learning_curve,
-    rival_plans,
     training_curve,
     unseen_split,
-    worth_of_pretraining,
+    value_of_pretraining,
 )
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.synthetic.flowers import make_flowers
@@ -39,7 +39,7 @@ from dr_transfer.training.phases import _epochs
 from dr_transfer.training.plans import Phase, Plan, get_plan, plan_table
 
 SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
-FAST = dict(arch='small_cnn', weights='random', size=32, setting='plain', say=lambda line: None)
+FAST = dict(arch='small_cnn', weights='random', size=32, runtime='plain', say=lambda line: None)
 
 
 @pytest.fixture(scope='session')
@@ -104,19 +104,19 @@ def test_random_initialisation_gets_steps_not_epochs(labelled):
     sides = unseen_split(labelled, labelled.group.to_numpy())
     for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
         learn = build_learner(
-            first_images(sides, n), get_task('flowers', 32), plan=RIVALS[START], arch='small_cnn', setting='plain'
+            first_images(sides, n), get_task('flowers', 32), plan=METHODS[START], arch='small_cnn', runtime='plain'
         )
-        assert _epochs(learn, RIVALS[START].phases[0]) == epochs
-    assert plan_table(plans=[RIVALS[START]]).epochs.tolist() == ['by number of images']
-    assert RIVALS[START].phases[0].frozen == 0, 'the statistics of random weights must move'
-    assert RIVALS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+        assert _epochs(learn, METHODS[START].phases[0]) == epochs
+    assert plan_table(plans=[METHODS[START]]).epochs.tolist() == ['by number of images']
+    assert METHODS[START].phases[0].frozen == 0, 'the statistics of random weights must move'
+    assert METHODS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
 
 
 # ---------------------------------------------------------------- curves
 
 
 def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
-    ask = dict(sizes=(10, 30), rivals=SHORT, seeds=1, **FAST)
+    ask = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
     real = crossval.build_learner
 
     def stop(t, *a, **kw):
@@ -131,7 +131,7 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     assert trainings == [10, 10, 30]
     runs = learning_curve(flowers, **ask)
     assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
-    assert runs[['rival', 'images']].values.tolist() == [[START, 10], ['frozen', 10], [START, 30], ['frozen', 30]]
+    assert runs[['method', 'images']].values.tolist() == [[START, 10], ['frozen', 10], [START, 30], ['frozen', 30]]
     assert runs.accuracy.between(0, 1).all()
     more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
     assert trainings[4:] == [40, 40]
@@ -140,18 +140,18 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
 
 def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, trainings):
     with pytest.raises(ValueError, match='1000 images to learn from, and there are'):
-        learning_curve(flowers, sizes=(10, 1000), rivals=SHORT, **FAST)
+        learning_curve(flowers, sizes=(10, 1000), methods=SHORT, **FAST)
     with pytest.raises(ValueError, match='frozen'):
-        learning_curve(flowers, rivals=['frosen'], **FAST)
+        learning_curve(flowers, methods=['frosen'], **FAST)
     with pytest.raises(ValueError, match='fine_tune'):
-        rival_plans({'mine': 'fine_tunes'})
+        method_plans({'mine': 'fine_tunes'})
     assert trainings == []
 
 
 def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
-    rivals = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
-    h = training_curve(flowers, epochs=2, images=40, rivals=rivals, augment='none', **FAST)
-    assert h.groupby('rival', sort=False).epoch.agg(list).to_dict() == {
+    methods = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
+    h = training_curve(flowers, epochs=2, images=40, methods=methods, augment='none', **FAST)
+    assert h.groupby('method', sort=False).epoch.agg(list).to_dict() == {
         START: [1, 2],
         'frozen': [0],
         'tuned': [0, 1, 2],
@@ -163,9 +163,9 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     t = _splits(table, task, 1, 0.3, 600, print)[0]
     t = first_images(t[t.split != 'valid'].replace({'split': {'test': 'valid'}}), 40)
     how = {k: v for k, v in FAST.items() if k != 'size'}
-    for name, plan in rival_plans(rivals).items():
+    for name, plan in method_plans(methods).items():
         p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
-        assert h[h.rival == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), (
+        assert h[h.method == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), (
             'the error of the unseen images'
         )
     assert len(trainings) == 3, 'these were the trainings of the curve'
@@ -185,7 +185,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
     assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
     for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()):
         assert kept(o=o) is None, 'what has no description is not kept'
-    how = dict(arch='small_cnn', setting='plain', allow_leaks=True, say=lambda line: None)
+    how = dict(arch='small_cnn', runtime='plain', allow_leaks=True, say=lambda line: None)
     file = tmp_path / 'w.safetensors'
     for seed in (1, 2):  # one name, other weights
         torch.manual_seed(seed)
@@ -246,7 +246,7 @@ def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
 def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
     "And is the same as before"
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
-    how = dict(arch='small_cnn', weights='random', setting='plain', allow_leaks=True, say=lambda line: None)
+    how = dict(arch='small_cnn', weights='random', runtime='plain', allow_leaks=True, say=lambda line: None)
 
     def run():
         return train_once(t, get_task('flowers', 32), None, Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)), **how)[
@@ -276,7 +276,7 @@ def test_classes_with_odd_names_are_read_back(labelled):
             Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),)),
             arch='small_cnn',
             weights='random',
-            setting='plain',
+            runtime='plain',
             allow_leaks=True,
             say=lambda line: None,
         )
@@ -286,12 +286,12 @@ def test_classes_with_odd_names_are_read_back(labelled):
 
 
 def curve(**scores):
-    "Runs of three splits with known means; the splits differ by `spread`"
+    "Runs of three splits with known means; the splits differ by `lr_mult`"
     sizes = (25, 50, 100, 200)
-    spread = scores.pop('spread', 0.0)
+    lr_mult = scores.pop('lr_mult', 0.0)
     return pd.DataFrame(
         [
-            {'rival': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + spread * (s - 1), 'share': 0.25}
+            {'method': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + lr_mult * (s - 1), 'share': 0.25}
             for s in range(3)
             for r, row in scores.items()
             for n, v in zip(sizes, row)
@@ -312,31 +312,33 @@ def curve(**scores):
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
 )  # ahead at first only
-def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, worth):
-    w = worth_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
+def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, value):
+    w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.needs.tolist() == pytest.approx(needs)
-    assert w.worth.tolist() == pytest.approx(worth)
+    assert w.value.tolist() == pytest.approx(value)
 
 
 def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
     narrow, wide = (
-        worth_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), spread=s))
+        value_of_pretraining(
+            curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), lr_mult=s)
+        )
         for s in (0.002, 0.02)
     )
     for w in (narrow, wide):
-        assert ((w.worth_low <= w.worth) & (w.worth <= w.worth_high)).all()
-    assert (wide.worth_low <= narrow.worth_low).all()
-    assert (wide.worth_high >= narrow.worth_high).all()
-    assert (wide.worth_high > narrow.worth_high).any()
+        assert ((w.value_low <= w.value) & (w.value <= w.value_high)).all()
+    assert (wide.value_low <= narrow.value_low).all()
+    assert (wide.value_high >= narrow.value_high).all()
+    assert (wide.value_high > narrow.value_high).any()
 
 
 def test_a_curve_that_dips_does_not_count_twice():
-    w = worth_of_pretraining(curve(random_initialisation=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
+    w = value_of_pretraining(curve(random_initialisation=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
     assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
 
 
 def test_table_and_picture_of_a_curve():
-    runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), spread=0.01)
+    runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), lr_mult=0.01)
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
     assert t.loc[START].gain.isna().all()
@@ -345,7 +347,7 @@ def test_table_and_picture_of_a_curve():
     with pytest.raises(ValueError, match='accuracy'):
         curve_table(runs, 'kappa')
     with pytest.raises(ValueError, match='it has frozen'):
-        worth_of_pretraining(runs[runs.rival == 'frozen'])
+        value_of_pretraining(runs[runs.method == 'frozen'])
 
 
 # ---------------------------------------------------------------- rivals on one split
@@ -353,7 +355,7 @@ def test_table_and_picture_of_a_curve():
 
 def test_one_name_is_a_list_of_one_and_a_name_stands_once():
     assert list(_recipes('cifarnet', 'head')) == ['head']
-    assert list(rival_plans('frozen')) == ['frozen']
+    assert list(method_plans('frozen')) == ['frozen']
     with pytest.raises(ValueError, match='two plans have one name'):
         _recipes('cifarnet', ['top1', get_plan('top1', 3)])
 
@@ -377,7 +379,7 @@ def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
         archs=['small_cnn'],
         weights='random',
         size=32,
-        setting='plain',
+        runtime='plain',
         say=lambda line: None,
     )
     d = c.table(n=50).loc['two']
@@ -399,16 +401,16 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         'random',
         '--size',
         '32',
-        '--setting',
+        '--runtime',
         'plain',
-        '--draws',
+        '--resamples',
         '100',
     ]
     said = good(*words, '--out', c_png)
     assert 'accuracy, on the same' in said.out
     assert 'test_resnet' in said.out
     assert c_png.stat().st_size > 1000
-    t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['rival', 'measure'])
+    t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['method', 'metric'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
         'the first is not held against itself'
     )
@@ -422,7 +424,7 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     assert len(trainings) == 2
     again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
     assert len(trainings) == 2
-    assert pd.read_csv(tmp_path / 'd_table.csv').set_index(['rival', 'measure']).equals(t)
+    assert pd.read_csv(tmp_path / 'd_table.csv').set_index(['method', 'metric']).equals(t)
     assert again.code == 0
-    assert 'measure' in refused(*words, '--measure', 'speed', '--out', tmp_path / 'e.png')
+    assert 'metric' in refused(*words, '--metric', 'speed', '--out', tmp_path / 'e.png')
     assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path / 'e.csv')

@@ -17,7 +17,7 @@ from dr_transfer.explain.activations import (
     filter_table,
     first_filters,
     gabor_bank,
-    gabor_share,
+    gabor_fraction,
     model_parts,
     nearest_images,
     neighbour_table,
@@ -27,20 +27,20 @@ from dr_transfer.explain.activations import (
     plot_neighbours,
 )
 from dr_transfer.explain.grad_cam import (
-    heat_map,
-    heat_on,
-    heat_sheet,
-    heat_table,
+    grad_cam,
+    grad_cam_on_mask,
+    grad_cam_sheet,
+    grad_cam_table,
     log_odds,
     overlay,
-    plot_heat,
-    plot_heat_tables,
+    plot_grad_cam,
+    plot_grad_cam_tables,
 )
 from dr_transfer.features.extraction import extract_features
 from dr_transfer.inference.saved_model import ImageModel
 from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import HEADS, Body, create_head, head_inputs
-from dr_transfer.models.speed import Setting
+from dr_transfer.models.speed import Runtime
 from dr_transfer.models.stages import stage_names
 from dr_transfer.models.weights import WeightsError
 
@@ -56,7 +56,7 @@ def image_model(arch, head='linear', size=64, classes=('no', 'referable'), body=
         {
             'arch': arch,
             'stage': 'last',
-            'tap': 1,
+            'n_stages': 1,
             'head': {},
             'task': '',
             'target': '',
@@ -127,16 +127,16 @@ def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
     noise = rng.normal(size=(30, 3, k, k))
     assert np.allclose(np.linalg.norm(bank, axis=1), 1)
     pure = rng.normal(size=(20, 3, 1, 1)) * bank[rng.integers(len(bank), size=20)].reshape(20, 1, k, k)
-    assert np.allclose(gabor_share(pure), 1)
-    assert np.allclose(gabor_share(1e3 * noise), gabor_share(noise))
-    assert gabor_share(noise).mean() < 0.5
+    assert np.allclose(gabor_fraction(pure), 1)
+    assert np.allclose(gabor_fraction(1e3 * noise), gabor_fraction(noise))
+    assert gabor_fraction(noise).mean() < 0.5
 
     def unit(w):
         return w / np.sqrt((w**2).sum((1, 2, 3), keepdims=True))
 
     mixed = unit(pure) + unit(noise[:20])
-    assert gabor_share(noise).mean() < gabor_share(mixed).mean() < 1
-    assert np.isnan(gabor_share(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
+    assert gabor_fraction(noise).mean() < gabor_fraction(mixed).mean() < 1
+    assert np.isnan(gabor_fraction(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
 
 
 def test_what_has_no_first_filters_is_refused():
@@ -226,7 +226,7 @@ CHAINS = [
     ('small_cnn', 64, {}),
     ('cifarnet', 32, {}),
     ('efficientnet_lite0', 64, {}),
-    ('efficientnet_lite0', 64, {'tap': 1}),
+    ('efficientnet_lite0', 64, {'n_stages': 1}),
     ('mobilenetv3_small_050', 64, {}),
     ('test_resnet', 64, {}),
     ('resnet18', 64, {}),
@@ -249,7 +249,7 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
     for v, low in ((norm.running_var, 0.5), (norm.weight.data, 0.5), (norm.running_mean, -1)):
         v.uniform_(low, 1.5)
     with torch.no_grad():
-        maps = stages.maps(batch(m, im))[-stages.tap :]
+        maps = stages.maps(batch(m, im))[-stages.n_stages :]
         w = ((linear.weight[1] - linear.weight[0]) * norm.weight / (norm.running_var + norm.eps).sqrt()).split(
             [x.shape[1] for x in maps]
         )
@@ -258,11 +258,11 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
     assert signed.abs().max() > 0
     for c, side in enumerate((-signed, signed)):  # of two classes what speaks for one speaks against the other
         want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
-        got = heat_map(m, im, c)
+        got = grad_cam(m, im, c)
         assert got.dtype == np.float32
         assert np.allclose(got, want / want.max().clamp(min=1e-30), atol=1e-4)
-        if stages.tap == 1:
-            assert np.allclose(heat_map(m, im, c, stage_names(stages)[-1]), got, atol=1e-4)
+        if stages.n_stages == 1:
+            assert np.allclose(grad_cam(m, im, c, stage_names(stages)[-1]), got, atol=1e-4)
 
 
 @needs_captum
@@ -288,7 +288,7 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
     assert signed.abs().max() > 0
     for c, side in enumerate((-signed, signed)):
         want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
-        assert np.allclose(heat_map(m, im, c, name), (want / want.max().clamp(min=1e-30)).numpy(), atol=1e-4)
+        assert np.allclose(grad_cam(m, im, c, name), (want / want.max().clamp(min=1e-30)).numpy(), atol=1e-4)
 
 
 @needs_captum
@@ -304,35 +304,35 @@ def test_transformers_have_heat_on_their_tokens(arch, size):
     m = image_model(arch, size=size)
     im = picture(size)
     torch.nn.init.normal_(m.model[1][-1].weight)
-    heat = heat_map(m, im, 'referable')
-    other = heat_map(m, im, 'no')
+    heat = grad_cam(m, im, 'referable')
+    other = grad_cam(m, im, 'no')
     assert heat.shape == (size, size)
     assert np.isfinite(heat).all()
     assert np.ptp(other - heat) > 0.5
     for x in m.model.modules():
         assert not x._forward_hooks
     with pytest.raises(ValueError, match="unknown stage 'stage3'"):
-        heat_map(m, im, stage='stage3')
+        grad_cam(m, im, stage='stage3')
 
 
 @needs_captum
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head(head):
     m = image_model('test_resnet', head, classes=tuple('01234'))
-    h = [heat_map(m, picture(), c, 'stage2') for c in '01234'] + [heat_map(m, picture(), c) for c in range(5)]
+    h = [grad_cam(m, picture(), c, 'stage2') for c in '01234'] + [grad_cam(m, picture(), c) for c in range(5)]
     for x in h:
         assert x.shape == (64, 64)
         assert x.min() >= 0
         assert x.max() <= 1
     assert max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
     assert max(x.max() for x in h[5:]) == 1
-    assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], heat_map(m, picture()))
+    assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], grad_cam(m, picture()))
 
 
 @needs_captum
 @pytest.mark.parametrize('stage', [None, 'stage2'])
 def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
-    m = image_model('test_resnet', body=(Setting(True, True), None))
+    m = image_model('test_resnet', body=(Runtime(True, True), None))
     m.probs([picture()], 'none')
     body = m.model[0]
     copied = body._copy
@@ -353,14 +353,14 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
 
     before = state()
     with torch.no_grad():
-        heat = heat_map(m, picture(), 1, stage)
+        heat = grad_cam(m, picture(), 1, stage)
     after = state()
     assert before[1:] == after[1:]
     for (_, a), (_, b) in zip(before[0], after[0]):
         assert torch.equal(a, b)
     assert body._copy is copied
     plain = image_model('test_resnet')
-    assert np.allclose(heat_map(plain, picture(), 1, stage), heat, atol=1e-4)
+    assert np.allclose(grad_cam(plain, picture(), 1, stage), heat, atol=1e-4)
 
 
 @needs_captum
@@ -374,15 +374,15 @@ def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
     learn = build_learner(tmp_path / 'eyes', 'dr', arch='test_resnet', weights='random', size=64)
     model = load_model(save_model(learn, tmp_path / 'model'), 'plain')
     im = learn.table.image.iloc[0]
-    assert np.allclose(heat_map(learn, im, 'referable'), heat_map(model, im, 'referable'), atol=1e-5)
+    assert np.allclose(grad_cam(learn, im, 'referable'), grad_cam(model, im, 'referable'), atol=1e-5)
     assert np.array_equal(first_filters(learn), first_filters(model))
     assert activation_table(learn, [im]).equals(activation_table(saved(learn), [im]))
     t = valid_predictions(learn)
     wrong = t.assign(target=['referable' if p == 'no' else 'no' for p in t.prediction])
-    assert heat_sheet(model, wrong.head(2), n=2, size=50).size == (200, 50)
+    assert grad_cam_sheet(model, wrong.head(2), n=2, size=50).size == (200, 50)
     with pytest.raises(ValueError, match='no mistake'):
-        heat_sheet(model, t.assign(target=t.prediction))
-    assert plot_heat(model, [im, im], stages=(None, 'stage3'), size=50).size == (150, 100)
+        grad_cam_sheet(model, t.assign(target=t.prediction))
+    assert plot_grad_cam(model, [im, im], stages=(None, 'stage3'), size=50).size == (150, 100)
 
 
 @needs_captum
@@ -398,11 +398,11 @@ def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
             'p_referable': [0.3, 0.1],
         }
     )
-    sheet = np.asarray(heat_sheet(m, t, OperatingPoint(0.2, 'sensitivity', 0.9, 30, 30, 1, 1), size=64))[
+    sheet = np.asarray(grad_cam_sheet(m, t, OperatingPoint(0.2, 'sensitivity', 0.9, 30, 30, 1, 1), size=64))[
         20:
     ]  # below the titles
     hot = [
-        np.asarray(overlay(model_parts(m).read(im), heat_map(m, im, said)))[20:]
+        np.asarray(overlay(model_parts(m).read(im), grad_cam(m, im, said)))[20:]
         for im, said in zip(t.image, ('referable', 'no'))
     ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
@@ -417,9 +417,9 @@ def test_heat_on_a_mask_and_its_chance_levels():
     for m in masks:
         y, x = rng.integers(0, 12, 2)
         m[y : y + 4, x : x + 4] = True
-    perfect = heat_table(masks * 0.7, masks, n=50)
-    flat = heat_table(np.ones(masks.shape), masks, n=50)
-    blank = heat_table(0.0 * masks, masks, n=50)
+    perfect = grad_cam_table(masks * 0.7, masks, n=50)
+    flat = grad_cam_table(np.ones(masks.shape), masks, n=50)
+    blank = grad_cam_table(0.0 * masks, masks, n=50)
     assert perfect.loc['share of the heat'].value == pytest.approx(1)
     assert perfect.loc['hottest pixel'].value == 1
     assert perfect.loc['more than the others'].low > 0.3
@@ -435,16 +435,16 @@ def test_heat_on_a_mask_and_its_chance_levels():
     assert np.isnan(blank.loc['share of the heat'].value)
     field = np.zeros((16, 16), bool)
     field[:, :8] = True
-    d = heat_on(np.ones((16, 16)), masks[0] | ~field, field)
+    d = grad_cam_on_mask(np.ones((16, 16)), masks[0] | ~field, field)
     assert d['area'] == (masks[0] & field).mean() * 2
     assert d['share'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
     )  # heat outside the field counts against
-    assert plot_heat_tables({'a': perfect, 'b': flat}).axes
+    assert plot_grad_cam_tables({'a': perfect, 'b': flat}).axes
     for call, words in (
-        (lambda: heat_on(np.ones((4, 4)), masks[0]), 'as the model reads it'),
-        (lambda: heat_on(np.ones((16, 16)), 0 * masks[0]), 'mask is empty'),
-        (lambda: heat_table(masks[:2], masks[:2]), 'three at least'),
+        (lambda: grad_cam_on_mask(np.ones((4, 4)), masks[0]), 'as the model reads it'),
+        (lambda: grad_cam_on_mask(np.ones((16, 16)), 0 * masks[0]), 'mask is empty'),
+        (lambda: grad_cam_table(masks[:2], masks[:2]), 'three at least'),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -454,10 +454,10 @@ def test_heat_on_a_mask_and_its_chance_levels():
 def test_bad_input_and_a_missing_library(monkeypatch):
     m = image_model('small_cnn')
     for call, words in (
-        (lambda: heat_map(m, picture(), 'severe'), "unknown class 'severe'"),
-        (lambda: heat_map(m, picture(), 2), "unknown class '2'"),
-        (lambda: heat_map(m, picture(), stage='stage9'), "unknown stage 'stage9'"),
-        (lambda: heat_map(m.model, picture()), 'give a learner'),
+        (lambda: grad_cam(m, picture(), 'severe'), "unknown class 'severe'"),
+        (lambda: grad_cam(m, picture(), 2), "unknown class '2'"),
+        (lambda: grad_cam(m, picture(), stage='stage9'), "unknown stage 'stage9'"),
+        (lambda: grad_cam(m.model, picture()), 'give a learner'),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -465,7 +465,7 @@ def test_bad_input_and_a_missing_library(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'captum', None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explain\]'"):
-        heat_map(m, picture())
+        grad_cam(m, picture())
 
 
 def test_an_error_leaves_the_modes_as_they_were():

@@ -40,7 +40,7 @@ from dr_transfer.models.head import Head
 from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, create_head, view_probs
 from dr_transfer.models.networks import SmallCNN
 from dr_transfer.models.registry import find_backbone
-from dr_transfer.models.speed import SETTINGS
+from dr_transfer.models.speed import RUNTIMES
 from dr_transfer.models.stages import Stages, stage_names
 from dr_transfer.utils import store
 
@@ -101,9 +101,9 @@ def body():
     return fresh()
 
 
-def fresh(setting='plain', arch='test_resnet', **kw):
+def fresh(runtime='plain', arch='test_resnet', **kw):
     torch.manual_seed(0)
-    return Body(create_body(arch, 'random', **kw), SETTINGS[setting])
+    return Body(create_body(arch, 'random', **kw), RUNTIMES[runtime])
 
 
 def drawn(x):
@@ -331,15 +331,15 @@ def test_any_batch_size(bs, body, paths, tmp_path):
         assert f.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
 
 
-@pytest.mark.parametrize('setting', ['channels_last', 'bf16'])
-def test_settings_say_nearly_the_same(setting, body, paths, tmp_path):
-    a, b = (extract_features(paths, x, 32, pools=('mean', 'max'), folder=tmp_path) for x in (body, fresh(setting)))
+@pytest.mark.parametrize('runtime', ['channels_last', 'bf16'])
+def test_settings_say_nearly_the_same(runtime, body, paths, tmp_path):
+    a, b = (extract_features(paths, x, 32, pools=('mean', 'max'), folder=tmp_path) for x in (body, fresh(runtime)))
     for k in a.stages:
         for p in ('mean', 'max'):
             x = a.numpy(k, p)
             y = b.numpy(k, p)
             assert y.dtype == np.float32
-            assert np.abs(x - y).max() < (0.1 if setting == 'bf16' else 1e-4) * np.abs(x).max()
+            assert np.abs(x - y).max() < (0.1 if runtime == 'bf16' else 1e-4) * np.abs(x).max()
 
 
 def test_a_network_cut_gives_the_same(paths, tmp_path):
@@ -460,7 +460,7 @@ def test_the_description(body, paths, tmp_path):
         'pools': ['max'],
         'mean': [0.5] * 3,
         'std': [0.5] * 3,
-        'setting': 'fp32',
+        'runtime': 'fp32',
         'device': 'cpu',
         'batch': 4,
         'instructions': torch.backends.cpu.get_cpu_capability(),
@@ -503,14 +503,14 @@ def test_by_name(paths, tmp_path, monkeypatch):
     "Setting and size are those of the backbone if nothing is said"
     asked = []
 
-    def measure(model, size=224, **k):
+    def metric(model, size=224, **k):
         asked.append(size)
         return {'plain': 1, 'channels_last': 9, 'bf16': 1}
 
-    monkeypatch.setattr(speed, 'measure_settings', measure)
+    monkeypatch.setattr(speed, 'measure_runtimes', metric)
     f = image_features(paths[:1], 'small_cnn', 'random', folder=tmp_path)
     assert asked == [160] == [f.about['size']]
-    assert f.about['setting'] == 'fp32, channels last'
+    assert f.about['runtime'] == 'fp32, channels last'
     assert f.about['mean'] == list(HALF[0])
     assert list(f.stages.values()) == [32, 64, 128, 128]
 
@@ -622,7 +622,7 @@ CHANGES = {
     'squish': dict(fit='squish'),
     'reader': dict(reader='fundus'),
     'views': dict(views='mirror'),
-    'orbit': dict(views='quarter_turns'),
+    'view_set': dict(views='quarter_turns'),
     'pools': dict(pools=('max',)),
     'both pools': dict(pools=('mean', 'max')),
 }
@@ -634,7 +634,7 @@ def test_another_setting_is_computed(name, body, paths, tmp_path):
     kept = contents(a)
     with counting(body) as seen:
         b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
-    shared = name in ('views', 'orbit')  # the first view is the image as it is
+    shared = name in ('views', 'view_set')  # the first view is the image as it is
     assert sum(seen) == 7 * (b.views - shared)
     assert contents(a) == kept
     assert {*folders(a).values()} & {*folders(b).values()} == ({*folders(a).values()} if shared else set())
@@ -755,7 +755,7 @@ def companies(images):
     return [(2, range(n)), (4, [n - 1]), (3, range(n - 1, -1, -1)), (1, [4, 5, 6, 1])]
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('runtime', RUNTIMES)
 @pytest.mark.parametrize(
     'arch, size',
     [
@@ -764,11 +764,11 @@ def companies(images):
         ('test_vit', 160),
     ],
 )
-def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arrays, tmp_path):
+def test_an_image_has_the_same_features_in_any_company(arch, size, runtime, arrays, tmp_path):
     """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
     with other numbers of threads
     """
-    body = fresh(setting, arch)
+    body = fresh(runtime, arch)
     with threads(1):
         want = extract_features(arrays, body, size, folder=tmp_path / 'all').numpy()
     for k, (n, rows) in enumerate(companies(arrays)):
@@ -777,11 +777,11 @@ def test_an_image_has_the_same_features_in_any_company(arch, size, setting, arra
         assert np.array_equal(got.numpy(), want[list(rows)])
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
-def test_an_image_has_the_same_prediction_in_any_company(setting, arrays):
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_an_image_has_the_same_prediction_in_any_company(runtime, arrays):
     torch.manual_seed(0)
     model = nn.Sequential(
-        Body(create_body('efficientnet_lite0', 'random', stage='neck'), SETTINGS[setting]),
+        Body(create_body('efficientnet_lite0', 'random', stage='neck'), RUNTIMES[runtime]),
         create_head('dense', 1280, 3),
     ).eval()
 
@@ -795,9 +795,9 @@ def test_an_image_has_the_same_prediction_in_any_company(setting, arrays):
             assert np.array_equal(probs(rows), want[list(rows)])
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
-def test_an_image_has_the_same_maps_in_any_company(setting, arrays, tmp_path):
-    body = fresh(setting, 'efficientnet_lite0')
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_an_image_has_the_same_maps_in_any_company(runtime, arrays, tmp_path):
+    body = fresh(runtime, 'efficientnet_lite0')
     front, _ = split_body(body, 3)
 
     def maps(rows, folder):
@@ -885,11 +885,11 @@ def test_numbers_that_were_changed(harm, body, paths, tmp_path):
     assert 0 < sum(seen) <= 7
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('runtime', RUNTIMES)
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_features_that_are_no_numbers_name_the_weights(value, setting, paths, tmp_path):
+def test_features_that_are_no_numbers_name_the_weights(value, runtime, paths, tmp_path):
     "The images are not at fault, and nothing is kept"
-    body = fresh(setting)
+    body = fresh(runtime)
     with torch.no_grad():
         next(body.stages.stage3.parameters()).view(-1)[0] = value
     with pytest.raises(ValueError, match=r"'test_resnet' at stage3.*its weights hold NaN") as e:
@@ -905,7 +905,7 @@ def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
         for m in body.stages.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.weight.fill_(1e30)
-    with pytest.raises(ValueError, match=r"numbers overflow.*setting='plain'"):
+    with pytest.raises(ValueError, match=r"numbers overflow.*runtime='plain'"):
         extract_features(paths, body, 32, folder=tmp_path)
 
 
@@ -1341,14 +1341,14 @@ def test_pooled_is_what_the_maps_say(stages):
     with torch.no_grad():
         got = Body(stages).pooled(x, ['stage1', 'stage4'], ('max', 'mean'))
         maps = stages.maps(x)
-        bf16 = Body(stages, SETTINGS['bf16']).pooled(x, ['stage4'])
+        bf16 = Body(stages, RUNTIMES['bf16']).pooled(x, ['stage4'])
     assert list(got) == ['stage1', 'stage4']
     assert set(POOLS) == {'mean', 'max'}
     assert bf16['stage4'].dtype == torch.float32
     for k, m in (('stage1', maps[1]), ('stage4', maps[4])):
         assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0])
         assert torch.allclose(got[k][:, 1], m.flatten(2).mean(2), atol=1e-5)
-    Body(stages, SETTINGS['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
+    Body(stages, RUNTIMES['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
 
 
 def test_average_pool():
@@ -1416,14 +1416,14 @@ def test_unknown_head():
         create_head('lineal', 6, 4)
 
 
-@pytest.mark.parametrize('name', sorted(SETTINGS))
+@pytest.mark.parametrize('name', sorted(RUNTIMES))
 def test_a_body_in_each_setting(name):
     torch.manual_seed(0)
     stages = create_body('test_resnet', 'random')
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want = stages(x)
-        body = Body(stages, SETTINGS[name])
+        body = Body(stages, RUNTIMES[name])
         kinds = []
         hook = stages[-1].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
         out = body(x)
@@ -1436,22 +1436,22 @@ def test_a_body_in_each_setting(name):
     conv = next(
         m for m in stages.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels > 3
     )
-    assert conv.weight.is_contiguous(memory_format=torch.channels_last) == SETTINGS[name].channels_last
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last) == RUNTIMES[name].channels_last
 
 
 def test_training_has_a_setting_of_its_own():
     torch.manual_seed(0)
     stages = create_body('test_resnet', 'random')
     x = torch.randn(2, 3, 64, 64)
-    bf16 = SETTINGS['bf16']
-    plain = SETTINGS['plain']
+    bf16 = RUNTIMES['bf16']
+    plain = RUNTIMES['plain']
     body = Body(stages, bf16, plain)
-    assert body.setting(x) == plain  # gradients are needed
+    assert body.runtime(x) == plain  # gradients are needed
     with torch.no_grad():
-        assert body.setting(x) == bf16
+        assert body.runtime(x) == bf16
     stages.requires_grad_(False)
-    assert body.setting(x) == bf16  # frozen: a forward pass and no more
-    assert Body(stages.requires_grad_(True), bf16).setting(x) == plain  # not yet known: plain
+    assert body.runtime(x) == bf16  # frozen: a forward pass and no more
+    assert Body(stages.requires_grad_(True), bf16).runtime(x) == plain  # not yet known: plain
 
 
 @pytest.mark.parametrize('source', ['photos', b'jpeg', Path('a.jpg')], ids=str)

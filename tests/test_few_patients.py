@@ -17,10 +17,10 @@ from dr_transfer.evaluation.cross_validation import decide_across
 from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
 from dr_transfer.evaluation.report_page import report_html
 from dr_transfer.explain.activations import plot_neighbours
-from dr_transfer.explain.grad_cam import plot_heat_tables
+from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.inference.run import validation_table
 from dr_transfer.metrics.decision import Decision, choose_decision, question
-from dr_transfer.metrics.intervals import bootstrap, paired_difference, share_interval
+from dr_transfer.metrics.intervals import bootstrap, fraction_interval, paired_difference
 from dr_transfer.metrics.operating_point import (
     OperatingPointError,
     choose_operating_point,
@@ -169,7 +169,7 @@ def test_one_group_has_no_interval(values, groups):
     r = bootstrap(np.mean, values, groups=groups, n=20).loc['value']
     assert r.value == np.mean(values)
     assert np.isnan([r.low, r.high]).all()
-    value, low, high = share_interval(values, groups, n=20)
+    value, low, high = fraction_interval(values, groups, n=20)
     assert value == np.mean(values)
     assert np.isnan([low, high]).all()
     d = paired_difference(accuracy, values, values, [0] * len(values), groups=groups, n=20).loc['value']
@@ -219,7 +219,7 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     assert c[['low', 'high', 'difference_low']].isna().all(axis=None)
     assert c.value.notna().any()
     assert plot_comparison(c).axes
-    assert 'nan' not in c.xs('auc', level='measure').round(3).to_string(na_rep='')
+    assert 'nan' not in c.xs('auc', level='metric').round(3).to_string(na_rep='')
     froc = froc_table(pd.DataFrame({'target': ['node', 'lung'], 'p_node': [0.9, 0.2], 'group': 'p1'}), n=20)
     assert froc.low.isna().all()
     assert froc.value.notna().all()
@@ -240,7 +240,7 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
             )
         ),
     )
-    assert plot_heat_tables(
+    assert plot_grad_cam_tables(
         {'net': pd.DataFrame({'value': 0.5, 'low': np.nan, 'high': np.nan}, index=list(dict.fromkeys(names)))}
     ).axes
 

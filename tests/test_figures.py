@@ -9,9 +9,9 @@ from scipy.stats import binomtest
 from dr_transfer.data.augment import plot_views
 from dr_transfer.data.views import VIEWS
 from dr_transfer.evaluation.compare import plot_comparison
-from dr_transfer.evaluation.experiments import RIVALS, START, plot_learning_curve, plot_training_curve
+from dr_transfer.evaluation.experiments import METHODS, START, plot_learning_curve, plot_training_curve
 from dr_transfer.explain.activations import plot_neighbours
-from dr_transfer.explain.grad_cam import plot_heat_tables
+from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.features.probes import plot_depth_profile
 from dr_transfer.metrics.calibration import reliability
 from dr_transfer.metrics.plots import plot_confusion, plot_history
@@ -54,8 +54,8 @@ def test_reliability_bars_are_wilson_intervals_and_stay_within_0_and_1(n):
 def learning_runs():
     "Accuracy of three methods on two sizes and three splits"
     rows = [
-        {'rival': name, 'images': n, 'seed': s, 'share': 0.3, 'accuracy': 0.4 + 0.1 * i + 0.001 * n + 0.01 * s}
-        for i, name in enumerate(RIVALS)
+        {'method': name, 'images': n, 'seed': s, 'share': 0.3, 'accuracy': 0.4 + 0.1 * i + 0.001 * n + 0.01 * s}
+        for i, name in enumerate(METHODS)
         for n in (25, 100)
         for s in range(3)
     ]
@@ -65,7 +65,7 @@ def learning_runs():
 def training_runs():
     "Error of two methods over three epochs on two splits"
     rows = [
-        {'rival': name, 'seed': s, 'epoch': e, 'error': 0.5 - 0.1 * e + 0.02 * s}
+        {'method': name, 'seed': s, 'epoch': e, 'error': 0.5 - 0.1 * e + 0.02 * s}
         for name in (START, 'fine-tuned')
         for e in range(3)
         for s in range(2)
@@ -76,7 +76,7 @@ def training_runs():
 @pytest.mark.parametrize('plot, runs', [(plot_learning_curve, learning_runs), (plot_training_curve, training_runs)])
 def test_each_method_has_a_panel_and_no_band_hides_another(plot, runs):
     runs = runs()
-    names = list(dict.fromkeys(runs.rival))
+    names = list(dict.fromkeys(runs.method))
     axes = plot(runs, title='title').axes
     assert [ax.get_title() for ax in axes] == names
     assert [len(ax.collections) for ax in axes] == [1] * len(names)
@@ -92,8 +92,8 @@ def test_in_one_panel_intervals_are_bars_beside_one_another(plot, runs):
     ax = Figure().subplots()
     assert plot(runs, ax=ax) is ax.figure
     first_points = [c[0].get_xdata()[0] for c in ax.containers]
-    assert len(set(first_points)) == runs.rival.nunique()
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(dict.fromkeys(runs.rival))
+    assert len(set(first_points)) == runs.method.nunique()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(dict.fromkeys(runs.method))
 
 
 def test_methods_are_not_joined_by_a_line():
@@ -102,7 +102,7 @@ def test_methods_are_not_joined_by_a_line():
         | {'difference': d, 'difference_low': d, 'difference_high': d}
         for name, v, d in (('a', 0.7, np.nan), ('b', 0.8, 0.1), ('c', 0.75, 0.05))
     }
-    t = pd.DataFrame.from_dict(rows, orient='index').rename_axis([None, 'measure'])
+    t = pd.DataFrame.from_dict(rows, orient='index').rename_axis([None, 'metric'])
     for ax in plot_comparison(t).axes:
         assert max(joins(ax), default=0) <= 2, 'only the line at no difference'
 
@@ -115,7 +115,7 @@ def heat_rows(value):
 
 
 def test_tables_of_grad_cam_are_not_joined_by_a_line():
-    fig = plot_heat_tables({'a': heat_rows(0.3), 'b': heat_rows(0.5)})
+    fig = plot_grad_cam_tables({'a': heat_rows(0.3), 'b': heat_rows(0.5)})
     assert [joins(ax) for ax in fig.axes] == [[], []]
     assert [ax.get_xlabel() for ax in fig.axes] == [
         'fraction of Grad-CAM on the mask',
@@ -129,7 +129,7 @@ def test_tables_of_grad_cam_are_not_joined_by_a_line():
 def profile(*stages):
     score = np.linspace(0.6, 0.9, len(stages))
     t = pd.DataFrame({'channels': 8, 'score': score, 'low': score - 0.1, 'high': score + 0.1}, list(stages))
-    t.attrs['measure'] = 'auc'
+    t.attrs['metric'] = 'auc'
     return t
 
 

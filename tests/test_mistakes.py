@@ -31,7 +31,7 @@ from dr_transfer.training.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
-    arch='test_resnet', weights='random', size=64, bs=8, setting='plain', num_workers=0, device=torch.device('cpu')
+    arch='test_resnet', weights='random', size=64, bs=8, runtime='plain', num_workers=0, device=torch.device('cpu')
 )
 
 
@@ -113,7 +113,7 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
         {
             'arch': arch,
             'stage': 'last',
-            'tap': 1,
+            'n_stages': 1,
             'head': {},
             'task': '',
             'target': '',

@@ -51,7 +51,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
 
-    learn = build_learner(eyes, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, setting='plain', stage=names[-1])
+    learn = build_learner(eyes, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, runtime='plain', stage=names[-1])
     assert learn.model[1][-1].out_features == 2  # in place of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit

@@ -41,7 +41,7 @@ def made(
     arch,
     size,
     *,
-    tap=None,
+    n_stages=None,
     head='linear',
     views='quarter_turns',
     classes=('no', 'referable'),
@@ -53,7 +53,7 @@ def made(
     so that nothing can be left out unnoticed
     """
     torch.manual_seed(0)
-    stages = create_body(arch, weights, tap=tap)
+    stages = create_body(arch, weights, n_stages=n_stages)
     net = nn.Sequential(Body(stages), create_head(head, head_inputs(stages, head, size), len(classes)))
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -64,7 +64,7 @@ def made(
     about = {
         'arch': arch,
         'stage': list(dict(stages.named_children()))[-1],
-        'tap': stages.tap,
+        'n_stages': stages.n_stages,
         'head': asdict(get_head(head)),
         'classes': list(classes),
         'task': 'dr',
@@ -103,7 +103,7 @@ def eyes(tmp_path_factory):
     'how',
     [
         dict(arch='efficientnet_lite0', size=64, weights=None),
-        dict(arch='torchvision.alexnet', size=64, tap=2, head='cumulative', classes='01234'),
+        dict(arch='torchvision.alexnet', size=64, n_stages=2, head='cumulative', classes='01234'),
         dict(arch='small_cnn', size=32, head='dense', views='mirror_near'),
         dict(arch='test_vit', size=160, views='none'),
     ],
@@ -336,7 +336,7 @@ def test_the_command(eyes, tmp_path):
 
     folder = save_model(eyes[0], tmp_path / 'model')
     out = tmp_path / 'm.onnx'
-    assert 'the same predictions as the model' in good('export', folder, '--out', out, '--setting', 'bf16').out
+    assert 'the same predictions as the model' in good('export', folder, '--out', out, '--runtime', 'bf16').out
     import onnx
 
     graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
@@ -344,6 +344,6 @@ def test_the_command(eyes, tmp_path):
     assert 'exists already' in refused('export', folder, '--out', out)
     assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
     Image.fromarray(pictures(1)[0]).save(tmp_path / 'a.png')
-    a, b = (rows_of(good('predict', m, tmp_path / 'a.png', '--setting', 'plain').out)[0] for m in (out, folder))
+    a, b = (rows_of(good('predict', m, tmp_path / 'a.png', '--runtime', 'plain').out)[0] for m in (out, folder))
     assert a.keys() == b.keys()
     assert abs(float(a['p_no']) - float(b['p_no'])) < 1e-4

@@ -18,7 +18,7 @@ from dr_transfer.models.ordered import ORDERED, Cumulative, GradeLoss
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import Phase, Plan
 
-TINY = dict(task='dr', target='grade', arch='test_resnet', weights='random', size=48, bs=16, setting='plain')
+TINY = dict(task='dr', target='grade', arch='test_resnet', weights='random', size=48, bs=16, runtime='plain')
 SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan of the library takes 600 steps')
 
 
@@ -207,7 +207,7 @@ def test_flowers_have_no_order(tmp_path, head):
 
     flowers = tmp_path / 'flowers'
     make_flowers(flowers, n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
-    tiny = dict(arch='small_cnn', weights='random', setting='plain', head=head)
+    tiny = dict(arch='small_cnn', weights='random', runtime='plain', head=head)
     kind = getattr(head, 'ordered', head)
     why = rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order"
     these = r"'class' \(daisy, roses, tulips\) do not"

@@ -88,7 +88,7 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
     sides = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
     f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in sides]
-    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).tap :])[:, 0] for x in f]
+    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).n_stages :])[:, 0] for x in f]
     for x in f:
         assert len(x) >= 58
         assert len(np.unique(x, axis=0)) > 50
@@ -128,7 +128,7 @@ def test_lite_knows_daisies(data_root, i):
     ims = [ImageOps.fit(Image.open(p).convert('RGB'), (spec.size, spec.size), Image.Resampling.BICUBIC) for p in names]
     x = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in ims]).float()
     x = (x / 255 - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
-    body = create_body(spec.name, tap=1)
+    body = create_body(spec.name, n_stages=1)
     start = time.monotonic()
     with torch.inference_mode():
         top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)

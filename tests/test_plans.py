@@ -31,7 +31,7 @@ from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.saved_model import load_model, save_model
 from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool
-from dr_transfer.models.speed import SETTINGS
+from dr_transfer.models.speed import RUNTIMES
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training import phases
@@ -67,7 +67,7 @@ def build(drawn):
         own = drawn / f'{arch}.safetensors'
         if own.exists():
             kw = {'weights': own, **kw}
-        kw = {'size': 64, 'bs': 8, 'setting': 'plain', 'num_workers': 0, 'device': CPU, **kw}
+        kw = {'size': 64, 'bs': 8, 'runtime': 'plain', 'num_workers': 0, 'device': CPU, **kw}
         return build_learner(drawn / task if data is None else data, task, arch, **kw)
 
     return make
@@ -117,7 +117,7 @@ def test_every_plan(build, name, task):
         task,
         None if own.arch else 'test_resnet',
         plan=name,
-        **({'weights': None, 'setting': 'plain'} if own.weights else {}),
+        **({'weights': None, 'runtime': 'plain'} if own.weights else {}),
     )
     said = []
     before = groups(learn)
@@ -155,7 +155,11 @@ def test_the_table_is_that_of_this_learner(build, arch):
     cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'own module')]
     if arch != 'test_vit':
         eight = {'head': Head((8,), flatten=True)}
-        cases += [({'stage': 'stage2'}, 'linear'), ({'tap': 2}, 'linear'), (eight, 'own, hidden layers of 8 units')]
+        cases += [
+            ({'stage': 'stage2'}, 'linear'),
+            ({'n_stages': 2}, 'linear'),
+            (eight, 'own, hidden layers of 8 units'),
+        ]
     for kw, words in cases:
         learn = build(arch=arch, **kw)
         t = plan_table(learn, ['head', 'top1', 'fine_tune'])
@@ -177,16 +181,16 @@ def test_the_table_is_that_of_this_learner(build, arch):
 def test_a_plan_of_ones_own_is_one_expression(build):
     plan = Plan(
         'mine',
-        (replace(HEAD_PHASE, epochs=2), Phase(-4, 1, 2e-4, spread=10)),
+        (replace(HEAD_PHASE, epochs=2), Phase(-4, 1, 2e-4, lr_mult=10)),
         stage='stage3',
-        tap=2,
+        n_stages=2,
         head='dense',
         augment='mirror',
     )
     learn = silent(build(plan=plan))
     assert learn.record.plan.name == 'mine'
     assert [r['phase'] for r in learn.record.history] == [1, 1, 2]
-    assert (learn.record.stage, learn.record.tap, learn.record.head.hidden, learn.record.augment) == (
+    assert (learn.record.stage, learn.record.n_stages, learn.record.head.hidden, learn.record.augment) == (
         'stage3',
         2,
         (256,),
@@ -201,7 +205,7 @@ def test_a_plan_of_ones_own_is_one_expression(build):
         ('flw', "head 'flw'"),
         ('scratch', 'small_cnn'),
         ('augmented_head', 'random_crop'),
-        (Plan('p', (HEAD_PHASE,), tap=2), '2 stages'),
+        (Plan('p', (HEAD_PHASE,), n_stages=2), '2 stages'),
         (Plan('p', (HEAD_PHASE,), augment='mirror'), "'mirror'"),
         (Plan('p', (HEAD_PHASE,), weights='random'), 'random weights'),
     ],
@@ -250,7 +254,7 @@ def rates(monkeypatch):
 def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
     "Where only the groups that are trained exist, they have the last ones of all rates"
     learn = build()
-    f = Phase(frozen, 1, 1e-3, spread=20, wd=0.07, decay='none')
+    f = Phase(frozen, 1, 1e-3, lr_mult=20, wd=0.07, schedule='none')
     silent(learn, Plan('p', (f,)), stored=stored)
     k = f.first_trained(6)
     want = f.rates(6)
@@ -269,7 +273,7 @@ def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
 def test_one_cycle_keeps_their_proportion(build, rates, stored):
-    f = Phase(2, 2, 1e-3, spread=20)
+    f = Phase(2, 2, 1e-3, lr_mult=20)
     silent(build(), Plan('p', (f,)), stored=stored)
     steps = np.array([[lr for lr, _ in r[:-1]][-4:] for r in rates])
     assert len(steps) > 3
@@ -284,15 +288,15 @@ def test_one_cycle_keeps_their_proportion(build, rates, stored):
 # other
 
 VARIANTS = [
-    *(dict(frozen=f, tap=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
+    *(dict(frozen=f, n_stages=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
     *(dict(frozen=-3, views=v) for v in ('none', 'quarter_turns', 'mirror')),
-    *(dict(frozen=-2, head=h, tap=2) for h in (Head((16,)), Head((16,), flatten=True))),
+    *(dict(frozen=-2, head=h, n_stages=2) for h in (Head((16,)), Head((16,), flatten=True))),
     dict(frozen=-1, head=Head((16,), flatten=True)),
-    dict(frozen=-2, task='dr', views='quarter_turns', size=80, tap=4, opt_func=SGD),
-    dict(frozen=-3, arch='test_efficientnet', tap=3),
+    dict(frozen=-2, task='dr', views='quarter_turns', size=80, n_stages=4, opt_func=SGD),
+    dict(frozen=-3, arch='test_efficientnet', n_stages=3),
     dict(frozen=2, arch='test_efficientnet', views='none'),
     dict(frozen=2, fixed_bn=True, opt_func=SGD),
-    dict(frozen=-2, stage='stage3', tap=2, decay='flat_cos'),
+    dict(frozen=-2, stage='stage3', n_stages=2, schedule='flat_cos'),
     dict(frozen=-2, bs=1000),
 ]
 
@@ -302,7 +306,12 @@ VARIANTS = [
 def test_stored_is_the_same(build, v):
     v = dict(v)
     f = Phase(
-        v.pop('frozen'), 2, 0.1 if 'opt_func' in v else 1e-3, spread=20, wd=0.05, decay=v.pop('decay', 'one_cycle')
+        v.pop('frozen'),
+        2,
+        0.1 if 'opt_func' in v else 1e-3,
+        lr_mult=20,
+        wd=0.05,
+        schedule=v.pop('schedule', 'one_cycle'),
     )
     task = v.pop('task', 'flowers')
     arch = v.pop('arch', 'test_resnet')
@@ -350,11 +359,11 @@ def test_two_phases_are_the_same(build):
 
 @warns_head
 def test_bf16_is_nearly_the_same(build):
-    a, b = (build(setting='bf16', tap=2) for _ in range(2))
+    a, b = (build(runtime='bf16', n_stages=2) for _ in range(2))
     before = state_of(a)
     for learner, s in ((a, True), (b, False)):
         silent(learner, Plan('p', (Phase(-2, 2, 1e-3),)), stored=s)
-    assert a.record.setting.train == 'bf16, channels last' == b.record.setting.train
+    assert a.record.runtime.train == 'bf16, channels last' == b.record.runtime.train
     w = state_of(a)
     u = state_of(b)
     names = [k for k in w if k.endswith('weight')]
@@ -467,7 +476,7 @@ def test_looking_is_not_training(build):
     assert not learn.head_first.trained
     learn.unfreeze()
     assert not heard(lambda: look(learn))
-    assert learn.record.setting.train == ''
+    assert learn.record.runtime.train == ''
     assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
     assert learn.head_first.trained
 
@@ -662,14 +671,14 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
         'dr',
         weights=drawn / 'test_resnet.safetensors',
         target=target,
-        setting='plain',
+        runtime='plain',
         num_workers=0,
         device=CPU,
         bs=16,
         path=tmp_path,
     )
     assert list(learn.dls.vocab) == list(c.classes_)
-    assert learn.record.tap == len(stages)
+    assert learn.record.n_stages == len(stages)
     assert learn.record.stage == stages[-1]
     assert predict_probs(learn, t.image) == pytest.approx(want, abs=1e-4)
     assert tta(learn)[0].numpy() == pytest.approx(want[(learn.table.split == 'valid').to_numpy()], abs=1e-4)
@@ -692,7 +701,7 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
 
 def test_classifiers_that_cannot_be_learners(build, drawn):
     t = build('dr').table
-    own = dict(setting='plain', num_workers=0, device=CPU)
+    own = dict(runtime='plain', num_workers=0, device=CPU)
 
     def make(c, weights=drawn / 'test_resnet.safetensors', **kw):
         return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
@@ -934,7 +943,7 @@ def test_an_error_in_a_stored_phase_leaves_a_learner(build):
     learn.loss_func = good
     silent(learn, steps)
     with pytest.raises(ValueError, match='one_cycle'):
-        silent(learn, Plan('p', (Phase(-1, 1, 1e-3, decay='one_cyle'),)))
+        silent(learn, Plan('p', (Phase(-1, 1, 1e-3, schedule='one_cyle'),)))
     assert len(learn.record.history) == 1
     assert np.isfinite(probs(learn)).all()
 
@@ -945,7 +954,7 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
     table = pd.DataFrame({'image': [str(tmp_path / 'flowers' / i) for i in t.image], 'label': t.label})
     said = []
     learn = fit(
-        build_learner(table, arch='test_resnet', weights='random', size=48, setting='plain'), 'head', say=said.append
+        build_learner(table, arch='test_resnet', weights='random', size=48, runtime='plain'), 'head', say=said.append
     )
     assert learn.record.C > 0
     for s in said:
@@ -955,11 +964,11 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
 @pytest.mark.parametrize('frozen', [-2, 2, 0])
 def test_predictions_follow_the_weights(build, frozen):
     "Forward passes use a copy of the body: it is never older than the body"
-    learn = build(arch='test_resnet', setting='channels_last')
+    learn = build(arch='test_resnet', runtime='channels_last')
     images = learn.table[learn.table.split == 'valid'].image.tolist()
     fit(learn, Plan('own', (HEAD_PHASE, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
     ours = predict_probs(learn, images)
-    learn.model[0][0].forward_setting = SETTINGS['plain']  # no copy
+    learn.model[0][0].forward_runtime = RUNTIMES['plain']  # no copy
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dr_transfer.features import probes
 from dr_transfer.features.probes import (
-    MEASURES,
+    METRICS,
     PENALTIES,
     SIMILAR,
     depth_profile,
@@ -171,7 +171,7 @@ def test_intervals_cover():
     inside = []
     for i in range(60):
         x, y = draw(80)
-        table = depth_profile(Known(a=x), y, seed=i, measure='accuracy')
+        table = depth_profile(Known(a=x), y, seed=i, metric='accuracy')
         train = x[:64, 0].astype(float)
         scores, gcv = ridge_path(train, plus_minus_one(y[:64], 2), big[:, 0])
         best = scores[gcv.argmin()]
@@ -194,9 +194,9 @@ def test_intervals_cover():
         (4, 'kappa'),
     ],
 )
-def test_the_best_stage_is_found(k, measure):
+def test_the_best_stage_is_found(k, metric):
     f, y = known(160, k)
-    table = depth_profile(f, y, measure=measure)
+    table = depth_profile(f, y, metric=metric)
     assert list(table.index) == list(f.stages)
     assert list(table.columns) == ['channels', 'score', 'low', 'high']
     assert table.score.idxmax() == 'stage2'
@@ -205,10 +205,10 @@ def test_the_best_stage_is_found(k, measure):
     assert (table.score <= table.high).all()
     assert table.high.max() <= 1
     default = 'auc' if k == 2 else 'accuracy'
-    assert table.attrs['measure'] == (measure or default)
-    chance = 0 if measure == 'kappa' else 1 / k
+    assert table.attrs['metric'] == (metric or default)
+    chance = 0 if metric == 'kappa' else 1 / k
     assert table.low['stage0'] < chance < table.high['stage0']
-    assert measure == 'kappa' or table.low.min() >= 0
+    assert metric == 'kappa' or table.low.min() >= 0
     gain, low, high = stage_gain(table, 'stage2', 'stage0')
     difference = table.score['stage2'] - table.score['stage0']
     assert gain == pytest.approx(difference)
@@ -248,8 +248,8 @@ def test_labels_may_be_names_and_grades_have_their_distance():
     assert depth_profile(f, names).score.equals(want)
     column = pd.Series(names, index=range(500, 590))
     assert depth_profile(f, column).score.equals(want)
-    near = depth_profile(f, np.array([0, 1, 2])[y], measure='kappa')
-    far = depth_profile(f, np.array([0, 1, 9])[y], measure='kappa')
+    near = depth_profile(f, np.array([0, 1, 2])[y], metric='kappa')
+    far = depth_profile(f, np.array([0, 1, 9])[y], metric='kappa')
     assert near.score['stage1'] != far.score['stage1']
 
 
@@ -328,12 +328,12 @@ def test_measures_are_what_they_say():
     y = np.array([0, 1, 2, 2])
     scores = np.eye(3)[[0, 1, 1, 2]]
     classes = np.array([0, 2, 4])
-    assert MEASURES['accuracy'](y, scores, classes) == 0.75
+    assert METRICS['accuracy'](y, scores, classes) == 0.75
     by_chance = 4 * 36 + 4 * 24 - 2 * 10 * 8
     kappa = 1 - 4 * 4 / by_chance
-    assert MEASURES['kappa'](y, scores, classes) == pytest.approx(kappa)
+    assert METRICS['kappa'](y, scores, classes) == pytest.approx(kappa)
     two = np.array([0, 1])
-    assert MEASURES['auc'](two, np.eye(2), classes[:2]) == 1
+    assert METRICS['auc'](two, np.eye(2), classes[:2]) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,10 +343,10 @@ def test_measures_are_what_they_say():
         (dict(y=[0, 1]), 'one for each image'),
         (dict(groups=[1, 2]), 'groups'),
         (dict(y=[np.nan] + [0.0, 1.0] * 29 + [1.0]), 'missing'),
-        (dict(measure='acuracy'), 'accuracy'),
+        (dict(metric='acuracy'), 'accuracy'),
         (dict(stages=['stage9']), 'stage9'),
-        (dict(y=np.arange(60) % 3, measure='auc'), 'two classes'),
-        (dict(y=['a', 'b'] * 30, measure='kappa'), 'numbers'),
+        (dict(y=np.arange(60) % 3, metric='auc'), 'two classes'),
+        (dict(y=['a', 'b'] * 30, metric='kappa'), 'numbers'),
     ],
 )
 def test_input_that_cannot_be(change, says):

@@ -25,7 +25,7 @@ from dr_transfer.data.fundus import crop_disc, disc_box, read_disc, read_image
 from dr_transfer.data.images import FORMATS, image_error, image_header, read_rgb, to_rgb
 from dr_transfer.data.preprocess import Preparation, prepare_image
 from dr_transfer.data.source import IMAGE_LIMITS, ImageError, check_size
-from dr_transfer.data.table import find_images, label_table, set_aside
+from dr_transfer.data.table import find_images, label_table, skipped_images
 from dr_transfer.data.tasks import Task
 
 WIDTH = 48
@@ -482,7 +482,7 @@ def test_pipes_sockets_devices_and_circles_have_a_reason(special):
         image_header(special / 'a' / 'pipe.jpg')
     t = label_table(special)
     assert len(t) == 4
-    assert len(set_aside(t)) == 5
+    assert len(skipped_images(t)) == 5
 
 
 def test_a_name_that_is_no_text(tmp_path):
@@ -713,7 +713,7 @@ def test_a_jpeg_named_dcm_is_a_jpeg(tmp_path):
     assert image_header(x_dcm).format == 'JPEG'
     t = label_table(tmp_path)
     assert len(t) == 2
-    assert set_aside(t).reason.tolist() == ['not an image']
+    assert skipped_images(t).reason.tolist() == ['not an image']
     assert 'eye' not in t
 
 

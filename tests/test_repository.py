@@ -49,9 +49,9 @@ def tracked():
 TRACKED = tracked()
 NOTEBOOKS = [p for p in TRACKED if p.suffix == '.ipynb' and (ROOT / 'nbs') in p.parents]
 MODULES = [p for p in TRACKED if p.suffix == '.py' and (ROOT / 'dr_transfer') in p.parents and p.name != '_modidx.py']
-SETTINGS = ConfigParser(delimiters=['='], interpolation=None)
-SETTINGS.read(ROOT / 'settings.ini', encoding='utf-8')
-SETTINGS = SETTINGS['DEFAULT']
+RUNTIMES = ConfigParser(delimiters=['='], interpolation=None)
+RUNTIMES.read(ROOT / 'settings.ini', encoding='utf-8')
+RUNTIMES = RUNTIMES['DEFAULT']
 
 
 def name(p):
@@ -193,16 +193,16 @@ def test_no_unfinished_marks():
 
 
 def test_version_and_pins():
-    assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT / 'dr_transfer' / '__init__.py').read_text(
+    assert f'__version__ = "{RUNTIMES["version"]}"' in (ROOT / 'dr_transfer' / '__init__.py').read_text(
         encoding='utf-8'
     )
-    run = SETTINGS['requirements'].split()
-    dev = SETTINGS['dev_requirements'].split()
+    run = RUNTIMES['requirements'].split()
+    dev = RUNTIMES['dev_requirements'].split()
     assert {'fastai>=2.8.7,<2.9', 'fastcore>=1.12.3', 'torch', 'torchvision'} <= set(run)
     assert {'nbdev>=2.4.14,<3', 'execnb>=0.1.18,<0.2', 'fastcore>=1.12.3,<2', 'ghapi<2'} <= set(dev)
-    assert SETTINGS['tst_flags'] == 'slow cuda'
-    assert SETTINGS['custom_sidebar'] == 'True'
-    assert SETTINGS['update_pyproject'] == 'False'
+    assert RUNTIMES['tst_flags'] == 'slow cuda'
+    assert RUNTIMES['custom_sidebar'] == 'True'
+    assert RUNTIMES['update_pyproject'] == 'False'
     assert '[project]' not in (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
 
 
@@ -213,7 +213,7 @@ def test_one_quarto_yml():
 
 
 def test_change_log_has_this_version():
-    assert f'## {SETTINGS["version"]}' in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f'## {RUNTIMES["version"]}' in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 # ---------------------------------------------------------------- notebooks

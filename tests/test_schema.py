@@ -31,7 +31,7 @@ POINT = {
 }
 DATA = {
     'images': 240,
-    'set_aside': 0,
+    'skipped': 0,
     'groups': 120,
     'leaks': {},
     'classes': {'train': {'0': 86, '4': 15}, 'valid': {'0': 22}},
@@ -41,7 +41,7 @@ DATA = {
 ABOUT = {
     'arch': 'small_cnn',
     'stage': 'stage3',
-    'tap': 1,
+    'n_stages': 1,
     'head': {'hidden': [16], 'dropout': 0.0, 'flatten': False, 'ordered': 'cumulative'},
     'classes': list(GRADES),
     'task': 'dr',
@@ -395,5 +395,8 @@ def test_a_decision_there_and_back():
             Decision.from_dict(bad)
 
 
-def test_the_format_is_that_of_0_1_0():
-    assert CARD_FORMAT == 'dr_transfer model 2'
+def test_the_format_of_0_1_0_is_read():
+    assert CARD_FORMAT == 'dr_transfer model 3'
+    names = {'n_stages': 'tap', 'runtime': 'setting'}
+    old = {names.get(k, k): v for k, v in {**ABOUT, 'runtime': 'plain'}.items()}
+    assert ModelCard.from_dict(old) == ModelCard.from_dict({**ABOUT, 'runtime': 'plain'})

@@ -16,8 +16,8 @@ from dr_transfer.evaluation.report_page import report_html, write_report
 from dr_transfer.metrics.calibration import (
     apply_temperature,
     calibration_error,
-    deferral_curve,
     fit_temperature,
+    referral_curve,
     reliability,
 )
 from dr_transfer.metrics.classes import Classes, Positive
@@ -30,7 +30,7 @@ from dr_transfer.metrics.decision import (
     question,
     table_arrays,
 )
-from dr_transfer.metrics.intervals import bootstrap, draws, group_codes, paired_difference, share_interval
+from dr_transfer.metrics.intervals import bootstrap, fraction_interval, group_codes, n_resamples, paired_difference
 from dr_transfer.metrics.operating_point import (
     OperatingPoint,
     OperatingPointError,
@@ -108,15 +108,15 @@ def test_group_codes_number_groups_and_leave_the_others_alone(groups, n):
 
 def test_draws_hold_whole_groups_as_many_as_there_are():
     codes = np.array([0, 0, 1, 2, 2, 2])
-    for rows in draws(codes, 50, seed=3):
+    for rows in n_resamples(codes, 50, seed=3):
         n = np.bincount(rows, minlength=6)
         assert n[0] == n[1]
         assert n[3] == n[4] == n[5]
         assert n[0] + n[2] + n[3] == 3
     assert (
-        [r.tolist() for r in draws(codes, 5)]
-        == [r.tolist() for r in draws(codes, 5)]
-        != [r.tolist() for r in draws(codes, 5, seed=1)]
+        [r.tolist() for r in n_resamples(codes, 5)]
+        == [r.tolist() for r in n_resamples(codes, 5)]
+        != [r.tolist() for r in n_resamples(codes, 5, seed=1)]
     )
 
 
@@ -135,7 +135,7 @@ def test_intervals_over_patients_hold_the_truth_where_those_over_eyes_do_not():
         right = np.repeat(rng.random(50) < 0.8, 4)
         who = np.repeat(np.arange(50), 4)
         for grouped in held:
-            low, high = share_interval(right, who if grouped else None, n=200, seed=s)[1:]
+            low, high = fraction_interval(right, who if grouped else None, n=200, seed=s)[1:]
             held[grouped] += low <= 0.8 <= high
     assert held[True] / 150 > 0.9, held
     assert held[False] / 150 < 0.8, held
@@ -145,11 +145,11 @@ def test_intervals_over_patients_hold_the_truth_where_those_over_eyes_do_not():
 def test_a_share_of_0_or_1_has_the_exact_interval(k):
     for happened in (True, False):
         exact = stats.binomtest(k * happened, k).proportion_ci(0.95, 'exact')
-        assert share_interval([happened] * k)[1:] == pytest.approx((exact.low, exact.high))
-        assert share_interval([happened] * 2 * k, np.repeat(np.arange(k), 2))[1:] == pytest.approx(
+        assert fraction_interval([happened] * k)[1:] == pytest.approx((exact.low, exact.high))
+        assert fraction_interval([happened] * 2 * k, np.repeat(np.arange(k), 2))[1:] == pytest.approx(
             (exact.low, exact.high)
         )
-    for v in share_interval([]):
+    for v in fraction_interval([]):
         assert np.isnan(v)
 
 
@@ -214,7 +214,7 @@ def test_bad_probabilities_are_refused(right, said, words):
 
 
 def test_deferral_keeps_the_surest():
-    c = deferral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], rates=(0, 0.25))
+    c = referral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], rates=(0, 0.25))
     assert c.accuracy.tolist() == [0.75, 1]
     assert c.left.tolist() == [4, 3]
 
@@ -493,7 +493,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
         classes,
         {'arch': 'net', 'decision': decision},
         'eyes & more',
-        aside=['/secret/broken.jpg'],
+        skipped=['/secret/broken.jpg'],
         turns={'same decision': 0.9, 'spread': 0.1, 'images': 7},
     )
     file = write_report(e, tmp_path / 'r.html', n=50)

@@ -18,11 +18,11 @@ from dr_transfer.models import network as model
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import Body
-from dr_transfer.models.speed import SETTINGS, FixedBN, forward_copy, get_setting, kept_memory, training_copy
+from dr_transfer.models.speed import RUNTIMES, FixedBN, forward_copy, get_runtime, kept_memory, training_copy
 
-FAST = SETTINGS['channels_last']
-BF16 = SETTINGS['bf16']
-PLAIN = SETTINGS['plain']
+FAST = RUNTIMES['channels_last']
+BF16 = RUNTIMES['bf16']
+PLAIN = RUNTIMES['plain']
 
 
 def lively(net):
@@ -162,9 +162,9 @@ def test_a_copy_is_made_once(body, x):
             nn.Parameter(torch.zeros(next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)).weight.shape)),
         ),
         lambda b: next(m for m in b.stages.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1),
-        lambda b: setattr(b, 'forward_setting', PLAIN),
+        lambda b: setattr(b, 'forward_runtime', PLAIN),
     ],
-    ids=['loaded', 'trained', 'replaced', 'statistics', 'setting'],
+    ids=['loaded', 'trained', 'replaced', 'statistics', 'runtime'],
 )
 def test_a_change_is_noticed(body, x, change):
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_hooks_see_the_stages(body, x):
 
 
 def test_gradients_reach_the_weights(body, x):
-    body.train_setting = body.forward_setting  # the same for both
+    body.train_runtime = body.forward_runtime  # the same for both
     body(x).square().mean().backward()
     for p in body.stages.parameters():
         assert p.grad is not None
@@ -272,9 +272,9 @@ def test_a_training_copy_takes_the_same_step(arch, mode):
 
 def test_an_optimiser_does_not_notice():
     nets = []
-    for setting in (PLAIN, FAST):
+    for runtime in (PLAIN, FAST):
         torch.manual_seed(0)
-        body = Body(lively(create_body('test_resnet', 'random')), train_setting=setting)
+        body = Body(lively(create_body('test_resnet', 'random')), train_runtime=runtime)
         opt = torch.optim.SGD(body.parameters(), 1e-3, momentum=0.9)
         for _ in range(4):
             opt.zero_grad()
@@ -287,7 +287,7 @@ def test_an_optimiser_does_not_notice():
 
 
 def test_what_is_frozen_gets_no_gradient():
-    body = Body(lively(create_body('test_resnet', 'random')), train_setting=FAST)
+    body = Body(lively(create_body('test_resnet', 'random')), train_runtime=FAST)
     body.stages[:2].requires_grad_(False)
     body(torch.randn(2, 3, 64, 64)).square().mean().backward()
     for p in body.stages.parameters():
@@ -298,17 +298,17 @@ def test_what_is_frozen_gets_no_gradient():
     'change',
     [
         lambda b: b.stages[1].train(),
-        lambda b: setattr(b, 'train_setting', BF16),
+        lambda b: setattr(b, 'train_runtime', BF16),
         lambda b: setattr(
             next(m for m in b.stages.modules() if isinstance(m, nn.Conv2d)),
             'weight',
             nn.Parameter(torch.zeros_like(next(b.stages.parameters()))),
         ),
     ],
-    ids=['mode', 'setting', 'replaced'],
+    ids=['mode', 'runtime', 'replaced'],
 )
 def test_a_change_makes_the_training_copy_anew(body, x, change):
-    body.train_setting = FAST
+    body.train_runtime = FAST
     old = body.quick(x)
     assert body.quick(x) is old is not body.stages
     with torch.no_grad():
@@ -458,8 +458,8 @@ def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
     "Otherwise the next one would get its setting"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
-    monkeypatch.setattr(speed, 'measure_settings', lambda *a, **k: next(rates))
-    assert [get_setting('auto', nn.Conv2d(3, 4, 3)), get_setting('auto', nn.Linear(3, 4))] == [FAST, BF16]
+    monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: next(rates))
+    assert [get_runtime('auto', nn.Conv2d(3, 4, 3)), get_runtime('auto', nn.Linear(3, 4))] == [FAST, BF16]
     assert not list(tmp_path.iterdir())
 
 

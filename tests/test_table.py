@@ -14,7 +14,7 @@ from dr_transfer.data import table as module
 from dr_transfer.data.columns import GROUP_COLUMNS, IMAGE_COLUMNS, LABEL_COLUMNS
 from dr_transfer.data.images import image_error, image_errors
 from dr_transfer.data.split import SplitError, check_split, split_summary, split_table
-from dr_transfer.data.table import class_counts, find_images, label_table, set_aside
+from dr_transfer.data.table import class_counts, find_images, label_table, skipped_images
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore:The least populated class:UserWarning'
@@ -97,7 +97,7 @@ def test_file_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'open', opened)
     t = label_table(tmp_path)
     assert len(t) == 2
-    assert set_aside(t).reason.tolist() == ['no permission to read it']
+    assert skipped_images(t).reason.tolist() == ['no permission to read it']
 
 
 def test_folder_without_permission(tmp_path, monkeypatch):
@@ -375,18 +375,18 @@ def test_unreadable_files_are_listed_and_left_alone(tmp_path):
     (tmp_path / 'tulip' / 'cut.jpg').write_bytes(whole[: len(whole) * 2 // 3])
     before = content(tmp_path)
     t = label_table(tmp_path)
-    aside = set_aside(t)
-    assert {Path(i).name: (label, r.split(':')[0]) for i, label, r in aside.values} == {
+    skipped = skipped_images(t)
+    assert {Path(i).name: (label, r.split(':')[0]) for i, label, r in skipped.values} == {
         'empty.jpg': ('rose', 'empty file'),
         'text.jpg': ('rose', 'not an image'),
         'cut.jpg': ('tulip', 'cannot be decoded'),
     }
     assert content(tmp_path) == before
-    assert set(t.image).isdisjoint(aside.image)
-    assert len(t) + len(aside) == 10
-    assert list(set_aside(split_table(t)).image) == list(aside.image)  # the list stays with the table
+    assert set(t.image).isdisjoint(skipped.image)
+    assert len(t) + len(skipped) == 10
+    assert list(skipped_images(split_table(t)).image) == list(skipped.image)  # the list stays with the table
     assert len(label_table(tmp_path, verify=False)) == 10
-    assert not len(set_aside(label_table(tmp_path, verify=False)))
+    assert not len(skipped_images(label_table(tmp_path, verify=False)))
 
 
 def test_images_without_a_label_are_set_aside(tmp_path):
@@ -394,7 +394,7 @@ def test_images_without_a_label_are_set_aside(tmp_path):
     csv(tmp_path / 'labels.csv', 'image,label\n1.png,a\n2.png,\n3.png,  \n')
     t = label_table(tmp_path)
     assert t.label.tolist() == ['a']
-    assert set_aside(t).reason.tolist() == ['no label'] * 2
+    assert skipped_images(t).reason.tolist() == ['no label'] * 2
 
 
 def test_missing_files(tmp_path):
@@ -645,7 +645,7 @@ def test_what_data_and_labels_may_be(tmp_path):
 
 def test_what_was_set_aside_is_still_known_when_a_table_is_read_again(tmp_path):
     (draw(tmp_path, 'x/1.png', 'y/2.png') / 'x' / 'bad.png').touch()
-    assert len(set_aside(label_table(label_table(tmp_path)))) == 1
+    assert len(skipped_images(label_table(label_table(tmp_path)))) == 1
 
 
 @pytest.mark.parametrize('seed', [None, -1, 2**32, 10**30, 1.5, '1'])

@@ -128,7 +128,7 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
         arch='small_cnn',
         weights='random',
         size=32,
-        setting='plain',
+        runtime='plain',
         allow_leaks=True,
         cbs=[rates := Rates()],
     )
@@ -185,7 +185,7 @@ def test_turns_narrow_the_gap_between_the_sides(tmp_path):
             weights='random',
             size=48,
             bs=8,
-            setting='plain',
+            runtime='plain',
             num_workers=0,
             augment=augment,
             device=torch.device('cpu'),

@@ -59,7 +59,7 @@ def build(set_of_flowers, tmp_path):
             'weights': set_of_flowers / 'weights.safetensors',
             'size': 32,
             'bs': 16,
-            'setting': 'plain',
+            'runtime': 'plain',
             'num_workers': 0,
             'device': torch.device('cpu'),
             'path': tmp_path,
@@ -203,7 +203,7 @@ def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
 
 
 def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
-    ask = dict(archs='small_cnn', plans='head', weights='random', size=32, setting='plain', say=str)
+    ask = dict(archs='small_cnn', plans='head', weights='random', size=32, runtime='plain', say=str)
     with_epochs, without = (compare(set_of_flowers / 'flowers', epochs=e, **ask) for e in (2, None))
     assert with_epochs.tables['head'].equals(without.tables['head'])
 
@@ -235,7 +235,7 @@ def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
         {'lr': '1e-3'},
         {'wd': -1.0},
         {'wd': float('nan')},
-        {'spread': 0.0},
+        {'lr_mult': 0.0},
         {'frozen': 0.5},
         {'frozen': True},
     ],
@@ -309,8 +309,8 @@ def test_epochs_that_a_plan_gives_its_head_are_trained(build):
 # ---------------------------------------------------------------- training that diverges
 
 
-def wild(decay='none', frozen=0, epochs=2, lr=1e4):
-    return Plan('wild', (HEAD_PHASE, Phase(frozen, epochs, lr, decay=decay)))
+def wild(schedule='none', frozen=0, epochs=2, lr=1e4):
+    return Plan('wild', (HEAD_PHASE, Phase(frozen, epochs, lr, schedule=schedule)))
 
 
 @pytest.mark.parametrize('frozen', [0, -2])
@@ -379,7 +379,7 @@ def test_the_best_epoch_is_in_the_record(build):
 def test_the_best_epoch_can_be_kept(build):
     "With fastai's callback, which before made of one epoch three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
-    fit(learn, Plan('p', (HEAD_PHASE, Phase(0, 4, 3e-3, decay='none', fixed_bn=True))), say=str)
+    fit(learn, Plan('p', (HEAD_PHASE, Phase(0, 4, 3e-3, schedule='none', fixed_bn=True))), say=str)
     rows = learn.record.history[1:]
     with learn.no_bar(), learn.no_logging():
         loss = float(learn.validate()[0])
@@ -452,7 +452,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
             plans='head',
             weights='random',
             size=32,
-            setting='plain',
+            runtime='plain',
             say=say,
         )
     assert any(
@@ -464,7 +464,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
 def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
     with pytest.raises(ValueError, match="plan 'scratch' has a backbone of its own, 'small_cnn', and arch='googlenet'"):
-        run(set_of_flowers / 'flowers', arch='googlenet', rivals={'random': 'scratch'})
+        run(set_of_flowers / 'flowers', arch='googlenet', methods={'random': 'scratch'})
 
 
 def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):

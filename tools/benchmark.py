@@ -111,19 +111,19 @@ def flowers(root, seed=42):
 
 def bare_networks(stages):
     "The network as it comes, in each format and precision"
-    from dr_transfer.models.speed import SETTINGS
+    from dr_transfer.models.speed import RUNTIMES
 
     nets = {}
-    for s in SETTINGS.values():
+    for s in RUNTIMES.values():
         layout = torch.channels_last if s.channels_last else torch.contiguous_format
         nets[s] = copy.deepcopy(stages).eval().to(memory_format=layout)
     return nets
 
 
-def run_bare(nets, setting, tensors):
-    with torch.inference_mode(), setting.cast():
+def run_bare(nets, runtime, tensors):
+    with torch.inference_mode(), runtime.cast():
         for x in tensors:
-            nets[setting](setting.place(x))
+            nets[runtime](runtime.place(x))
 
 
 def likeness(features, others):
@@ -159,7 +159,7 @@ def extract(root, n=512, rounds=9):
     from dr_transfer.features.extraction import extract_features
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
-    from dr_transfer.models.speed import get_setting
+    from dr_transfer.models.speed import get_runtime
 
     table = flowers(root).sample(n, random_state=0).assign(split='valid').reset_index(drop=True)
     table.loc[:31, 'split'] = 'train'
@@ -169,7 +169,7 @@ def extract(root, n=512, rounds=9):
         plain = plain_learner(table, size, d, [], [])
         dl = plain.dls.test_dl(table)
         stages = create_body(ARCH, stage='neck')
-        body = Body(stages, get_setting('auto', stages, ARCH, size)).eval()
+        body = Body(stages, get_runtime('auto', stages, ARCH, size)).eval()
         tensors = read_batches(paths, size, stages.spec)
         nets = bare_networks(stages)
         for s in nets:
@@ -203,8 +203,8 @@ def extract(root, n=512, rounds=9):
         ratio = np.divide(rates['ours'], rates[other])
         a = np.median(rates['ours'])
         b = np.median(rates[other])
-        spread = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
-        return np.median(ratio), f'{spread}; {a:.0f} against {b:.0f} images a second'
+        lr_mult = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+        return np.median(ratio), f'{lr_mult}; {a:.0f} against {b:.0f} images a second'
 
     return [
         ('features of every stage against plain get_preds', *against('fastai')),
@@ -266,7 +266,7 @@ def tail(root, epochs=5, size=384):
     from dr_transfer.training.plans import Phase, Plan
 
     table = split_data(root / 'dr' / 'messidor2', get_task('dr'), get_task('dr').target('referable'))
-    plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, spread=20, wd=0.05),))
+    plan = Plan('last stage and head', (Phase(-2, epochs, 1e-3, lr_mult=20, wd=0.05),))
     with fresh_cache(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         t_ours, learn = seconds(lambda: fit(build_learner(table, 'dr', size=size), plan, say=lambda s: None))
@@ -302,10 +302,10 @@ def step(net, x):
 def steps(root, size=256, bs=32, rounds=5):
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
-    from dr_transfer.models.speed import get_setting, kept_memory
+    from dr_transfer.models.speed import get_runtime, kept_memory
 
     plain = create_body(ARCH).eval().requires_grad_()
-    body = Body(create_body(ARCH), train_setting=get_setting('auto', plain, ARCH, size, train=True)).eval()
+    body = Body(create_body(ARCH), train_runtime=get_runtime('auto', plain, ARCH, size, train=True)).eval()
     body.to(memory_format=torch.channels_last)
     x = torch.randn(bs, 3, size, size)
     times = {'plain': [], 'ours': []}
@@ -319,8 +319,8 @@ def steps(root, size=256, bs=32, rounds=5):
     ratio = np.divide(times['plain'], times['ours'])
     ours = bs / np.median(times['ours'])
     theirs = bs / np.median(times['plain'])
-    spread = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
-    about = f'{spread}; {ours:.0f} against {theirs:.0f} images a second; {body.train_setting}'
+    lr_mult = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+    about = f'{lr_mult}; {ours:.0f} against {theirs:.0f} images a second; {body.train_runtime}'
     return [('training steps against the network as it comes', np.median(ratio), about)]
 
 
@@ -471,14 +471,14 @@ if __name__ == '__main__':
         os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
     )
     rows = (
-        pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'figure', 'value', 'about'])
+        pd.read_csv(a.out).fillna('') if a.out.exists() else pd.DataFrame(columns=['part', 'metric', 'value', 'about'])
     )
     for name in a.parts or PARTS:
         if name not in PARTS:
             raise SystemExit(str(unknown('part', name, PARTS)))
         new = pd.DataFrame(
             [(name, f, round(v, 3), about) for f, v, about in PARTS[name](root)],
-            columns=['part', 'figure', 'value', 'about'],
+            columns=['part', 'metric', 'value', 'about'],
         )
         rows = pd.concat([rows[rows.part != name], new], ignore_index=True) if len(rows) else new
         with atomic_file(a.out) as f:

@@ -20,7 +20,7 @@ import pandas as pd
 from dr_transfer.cli import main
 from dr_transfer.utils.places import atomic_file
 
-COLUMNS = ['task', 'plan', 'seed', 'measure', 'value', 'minutes']
+COLUMNS = ['task', 'plan', 'seed', 'metric', 'value', 'minutes']
 
 
 def train(data, words, seed, out):
@@ -60,7 +60,7 @@ def one_seed(root, task, plan, seed):
 
 
 def table(rows):
-    g = rows.groupby(['task', 'plan', 'measure'], sort=False)
+    g = rows.groupby(['task', 'plan', 'metric'], sort=False)
     return (
         g.agg(
             mean=('value', 'mean'),

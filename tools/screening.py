@@ -34,7 +34,7 @@ READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_local'}
 def _rows(name, m, minutes, wanted):
     return [
         {
-            'figure': f'{name}: {k}',
+            'metric': f'{name}: {k}',
             **m.loc[k, ['value', 'low', 'high']].round(4).to_dict(),
             'images': int(m.loc[k, 'images']),
             'minutes': round(minutes, 1),

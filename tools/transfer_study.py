@@ -44,7 +44,7 @@ def study(root, name, task, size, epochs):
     "The learning curve of a set, and the error over the epochs of some rivals"
     from dr_transfer.evaluation.experiments import learning_curve, training_curve
 
-    how = dict(size=size, arch='efficientnet_lite0', setting='channels_last', say=say)
+    how = dict(size=size, arch='efficientnet_lite0', runtime='channels_last', say=say)
     keep(learning_curve(root, task, SIZES, seeds=3, **how), f'learning_{name}')
     if epochs:
         keep(
@@ -73,7 +73,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
     for lr in rates:
         plan = Plan(f'pretrain_{lr}', (Phase(0, 10, lr, wd=0.05, fixed_bn=False),), weights='random')
         learn = fit(
-            build_learner(root / 'flowers', 'flowers', arch=arch, size=64, plan=plan, setting='channels_last'),
+            build_learner(root / 'flowers', 'flowers', arch=arch, size=64, plan=plan, runtime='channels_last'),
             say=lambda line: None,
         )
         score = learn.record.history[-1]['accuracy']
@@ -84,33 +84,33 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
 
 
 def ct(root):
-    from dr_transfer.data.ct_images import candidate_pictures
-    from dr_transfer.evaluation.experiments import RIVALS, START, learning_curve, training_curve
+    from dr_transfer.data.ct_images import candidate_images
+    from dr_transfer.evaluation.experiments import METHODS, START, learning_curve, training_curve
     from dr_transfer.synthetic.ct import make_ct
     from dr_transfer.training.plans import Phase, Plan
 
     curves, errors = [], []
     with tempfile.TemporaryDirectory() as d:
         make_ct(f'{d}/ct', n=100, seed=77)
-        pictures = candidate_pictures(f'{d}/ct/candidates.csv', f'{d}/ct', f'{d}/pictures', size=64)
+        pictures = candidate_images(f'{d}/ct/candidates.csv', f'{d}/ct', f'{d}/pictures', size=64)
         say(f'{len(pictures)} candidates drawn')
         for arch in ('cifarnet', 'alexnet', 'googlenet'):
             score, lr, weights = pretrain(root, arch, d)
-            rivals = {
-                **RIVALS,
+            methods = {
+                **METHODS,
                 START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
             }
-            how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, setting='channels_last', say=say)
+            how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, runtime='channels_last', say=say)
             about = dict(arch=arch, source='flowers', source_accuracy=score, rate=lr)
             curves.append(
-                learning_curve(f'{d}/pictures', sizes=(60, 200, 600), rivals=rivals, seeds=3, **how).assign(**about)
+                learning_curve(f'{d}/pictures', sizes=(60, 200, 600), methods=methods, seeds=3, **how).assign(**about)
             )
             errors.append(
                 training_curve(
                     f'{d}/pictures',
                     epochs=20,
                     images=600,
-                    rivals={k: v for k, v in rivals.items() if k != 'frozen'},
+                    methods={k: v for k, v in methods.items() if k != 'frozen'},
                     **how,
                 ).assign(**about)
             )

@@ -184,7 +184,7 @@ def add_bootstrap_argument(
 ):
     "How many bootstrap resamples the intervals rest on"
     add(
-        '--draws',
+        '--resamples',
         metavar='N',
         type=whole_number(100, 1_000_000),
         default=1000,

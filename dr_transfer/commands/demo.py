@@ -22,7 +22,7 @@ from ..utils.places import atomic_file
 _STARTS = {'random_start': 'random', 'run': None}  # folder -> weights
 
 
-def _start(out, name, size, seed, setting):
+def _start(out, name, size, seed, runtime):
     "Train one start, unless it is there"
     if (out / name).is_dir():
         return
@@ -32,7 +32,7 @@ def _start(out, name, size, seed, setting):
 
     print(f'training a head on {"random weights, for comparison" if _STARTS[name] else "ImageNet weights"}', flush=True)
     plan = replace(get_plan('head'), weights=_STARTS[name])
-    learn = fit(build_learner(out / 'data', task='dr', size=size, plan=plan, seed=seed, setting=setting))
+    learn = fit(build_learner(out / 'data', task='dr', size=size, plan=plan, seed=seed, runtime=runtime))
     with new_folder(out / name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
     for line in learn.record.decision.refused:
@@ -75,7 +75,7 @@ def make_demo(
     images: int = 400,  # How many to draw
     size: int = 256,  # Pixels
     seed: int = 42,  # Another seed, other eyes
-    setting: str = 'auto',  # As `build_learner` takes it
+    runtime: str = 'auto',  # As `build_learner` takes it
     overwrite: bool = False,  # May another demonstration be replaced?
 ) -> pd.DataFrame:  # Measures, a row a start; also OUT/run, OUT/demo.png
     "Draw a set, learn from it with random and with ImageNet weights"
@@ -88,6 +88,6 @@ def make_demo(
             with new_folder(out / 'data', kind='drawn') as tmp:
                 make_dr(tmp, **what)
         for name in _STARTS:
-            _start(out, name, size, seed, setting)
+            _start(out, name, size, seed, runtime)
         _demo_picture(out)
         return _demo_table(out)

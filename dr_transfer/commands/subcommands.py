@@ -43,10 +43,10 @@ def _check_recipe(a):
 def _print_table(learn):
     "How the images were split, and which were skipped"
     from dr_transfer.data.split import split_summary
-    from dr_transfer.data.table import set_aside
+    from dr_transfer.data.table import skipped_images
 
     print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
-    skipped = set_aside(learn.table)
+    skipped = skipped_images(learn.table)
     for row in skipped.head(10).itertuples():
         print(f'skipped: {row.image}: {row.reason}')
     if len(skipped) > 10:
@@ -86,7 +86,7 @@ def _train(a, table, task, point):
         bs=a.bs,
         valid=a.valid,
         seed=a.seed,
-        setting=a.setting,
+        runtime=a.runtime,
         plan=plan,
         allow_leaks=a.allow_leaks,
         head=a.head,
@@ -117,7 +117,7 @@ def _print_advice(a, table, task):
     from dr_transfer.training.advisor import advise
 
     advice = advise(
-        table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, setting=a.setting
+        table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, runtime=a.runtime
     )
     print(advice, flush=True)
     return advice
@@ -148,7 +148,7 @@ def _load(a):
     from dr_transfer.inference.saved_model import load_model
 
     inside = Path(a.model) / 'model'
-    return load_model(inside if inside.is_dir() else a.model, a.setting)
+    return load_model(inside if inside.is_dir() else a.model, a.runtime)
 
 
 def _load_any(a):
@@ -264,7 +264,7 @@ def _print_report(e, a, page, table):
     from dr_transfer.evaluation.report_page import write_pages
     from dr_transfer.metrics.screening import measure_table
 
-    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.draws)
+    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.n_resamples)
     print(metrics.round(3).to_string())
     print('\n'.join(metrics.attrs['notes']))
     if e.decision:
@@ -273,12 +273,12 @@ def _print_report(e, a, page, table):
         print(f'excluded: {len(e.known)} images, or near copies of them, that the model was made from')
     if e.other:
         print(f'excluded: {len(e.other)} images that are not validation images of the model')
-    if e.aside:
-        print(f'excluded: {len(e.aside)} images that cannot be read')
+    if e.skipped:
+        print(f'excluded: {len(e.skipped)} images that cannot be read')
     if 'gradability' in e.table:
         print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
     with _printed_if_unwritable(e.table, table):
-        write_pages(e, page, table, a.draws)
+        write_pages(e, page, table, a.n_resamples)
 
 
 def _print_files(main, label, table) -> int:
@@ -346,7 +346,7 @@ def _cross_evaluation(a):
     table = _read_table(a)
     if point:
         _check_point(_classes(table, goal))
-    from dr_transfer.data.table import set_aside
+    from dr_transfer.data.table import skipped_images
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.evaluation.report import describe_images
     from dr_transfer.metrics.decision import table_classes
@@ -364,12 +364,12 @@ def _cross_evaluation(a):
         weights=a.weights,
         plan=a.plan,
         bs=a.bs,
-        setting=a.setting,
+        runtime=a.runtime,
         head=a.head,
         balance=a.balance,
     )
     classes = goal.class_set(table_classes(t))
-    skipped = set_aside(t).image.tolist()
+    skipped = skipped_images(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
     about = {
         'arch': a.arch or DEFAULT_ARCH,
@@ -382,7 +382,7 @@ def _cross_evaluation(a):
         'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance},
     }
     e = describe_images(t, classes, about, task.reader, _data_name(a), a.prevalence)
-    e.aside = skipped
+    e.skipped = skipped
     e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
     return e
 
@@ -409,7 +409,7 @@ def _write_comparison(a, figure, table):
 
     task, goal = _task(a)
     images = _read_table(a)
-    metric = _metric(a.measure, images, goal)
+    metric = _metric(a.metric, images, goal)
     c = compare(
         images,
         task,
@@ -422,11 +422,11 @@ def _write_comparison(a, figure, table):
         allow_leaks=a.allow_leaks,
         weights=a.weights,
         bs=a.bs,
-        setting=a.setting,
+        runtime=a.runtime,
     )
-    t = c.table(a.draws)
+    t = c.table(a.n_resamples)
     n = len(next(iter(c.tables.values())))
-    shown = t.xs(metric, level='measure').round(3).to_string(na_rep='')
+    shown = t.xs(metric, level='metric').round(3).to_string(na_rep='')
     print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')
     write_csv(t.reset_index(), table)
     mark = {'dr_transfer-table': file_digest(table)}
@@ -435,9 +435,9 @@ def _write_comparison(a, figure, table):
 
 def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
-    from dr_transfer.metrics.screening import main_measure, measure_names
+    from dr_transfer.metrics.screening import main_metric, measure_names
 
-    return main_measure(measure_names(_classes(images, goal)), name)
+    return main_metric(measure_names(_classes(images, goal)), name)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(
@@ -446,7 +446,7 @@ def demo(
     "Draw a synthetic set, train on it, show the result"
     from dr_transfer.commands.demo import make_demo
 
-    t = make_demo(a.out, a.images, a.size, a.seed, a.setting, a.overwrite)
+    t = make_demo(a.out, a.images, a.size, a.seed, a.runtime, a.overwrite)
     out = Path(a.out)
     print(
         '\nSynthetic fundus images of patients not seen in training, grade 2 or more '

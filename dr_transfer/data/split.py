@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .columns import group_errors, some
-from ..utils.checks import check_seed, check_share
+from ..utils.checks import check_fraction, check_seed
 
 # %% ../../nbs/data/15_split.ipynb #b50eab09
 class SplitError(ValueError):
@@ -57,8 +57,8 @@ def split_table(
     check: bool = True,  # An error for groups that stand in two subsets?
 ) -> pd.DataFrame:  # The table with its column `split` filled
     "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
-    check_share('valid', valid)
-    check_share('test', test)
+    check_fraction('valid', valid)
+    check_fraction('test', test)
     if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
         raise SplitError(
             f'valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2'
@@ -112,8 +112,8 @@ def split_advice(
 
 def _excluded(table) -> str:
     "How many files could not be used, and why the first; '' if there are none"
-    aside = table.attrs.get('set_aside', [])
-    return f'. {len(aside)} are excluded, such as {aside[0]["image"]}: {aside[0]["reason"]}' if aside else ''
+    skipped = table.attrs.get('skipped', [])
+    return f'. {len(skipped)} are excluded, such as {skipped[0]["image"]}: {skipped[0]["reason"]}' if skipped else ''
 
 
 def check_split(

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import pandas as pd
 
-from .table import set_aside
-from ..utils.schema import LATER, Range
+from .table import skipped_images
+from ..utils.schema import FORMERLY, LATER, Range
 
 # %% ../../nbs/data/20_summary.ipynb #705f731f
 _Count = Annotated[int, Range(0, 10**12)]
@@ -25,7 +25,7 @@ class DataSummary:
     "Which images a model was made from, in numbers"
 
     images: _Count = 0  # All that could be read
-    set_aside: _Count = 0  # Images that could not be read
+    skipped: _Count = field(default=0, metadata={FORMERLY: 'set_aside'})  # Images that could not be read
     groups: _Count = 0  # Patients, or other groups of images
     leaks: dict[str, _Count] | None = None  # What was allowed in two subsets: kind -> number
     patients: str = field(default='', metadata={LATER: True})  # Where the groups come from, in words
@@ -44,7 +44,7 @@ def data_summary(
     rows = sorted(zip(names, table.target, table.split))
     return DataSummary(
         images=len(table),
-        set_aside=len(set_aside(table)),
+        skipped=len(skipped_images(table)),
         groups=int(table.group.nunique()),
         leaks=table.attrs.get('leaks'),
         patients=table.attrs.get('patients', ''),

@@ -20,7 +20,7 @@ from ..data.tasks import Task, get_task
 from .cross_validation import _told, train_once, without_weights
 from ..metrics.classes import Classes
 from ..metrics.decision import table_arrays, table_classes
-from ..metrics.screening import compare_tables, main_measure, measure_table, measures
+from ..metrics.screening import compare_tables, main_metric, measure_table, measures
 from ..models.backbones import create_body
 from ..models.network import check_size
 from ..models.registry import DEFAULT_ARCH, find_backbone
@@ -45,8 +45,8 @@ class Comparison:
             if t is not first:
                 difference = compare_tables(t, first, self.classes, n=n, seed=seed)
                 m = m.join(difference.rename(columns=names))
-            out.append(m.assign(rival=name))
-        out = pd.concat(out).rename_axis('measure').set_index('rival', append=True).swaplevel()
+            out.append(m.assign(method=name))
+        out = pd.concat(out).rename_axis('metric').set_index('method', append=True).swaplevel()
         return out.reindex(columns=['value', 'low', 'high', *names.values()])
 
 # %% ../../nbs/evaluation/04_compare.ipynb #ceb65def
@@ -88,7 +88,7 @@ def _recipes(archs, plans, epochs=None) -> dict:
 def _check_recipes(recipes, size, weights):
     "Errors that would come in the night come now: weights that are missing, and sizes that a network does not take"
     for arch, plan in recipes.values():
-        body = create_body(arch, plan.weights or weights, plan.tap, plan.stage)
+        body = create_body(arch, plan.weights or weights, plan.n_stages, plan.stage)
         check_size(body, size)
 
 
@@ -114,7 +114,7 @@ def compare(
     allow_leaks: bool = False,  # Go on with a split whose sides share patients or copies?
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
     say: Callable = print,  # What is done with the lines that tell how it goes
-    **kwargs,  # `bs, augment, balance, setting, ...` of `build_learner`
+    **kwargs,  # `bs, augment, balance, runtime, ...` of `build_learner`
 ) -> Comparison:
     """Train each backbone by each plan on one split, and compare their predictions.
 
@@ -177,11 +177,11 @@ def _plot_intervals(ax, t, value, low, high):
 
 def plot_comparison(
     table: pd.DataFrame,  # From `Comparison.table`
-    measure: str | None = None,  # Name of a measure; AUC, or accuracy, if None
+    metric: str | None = None,  # Name of a measure; AUC, or accuracy, if None
 ) -> Figure:
     "Each method with its 95 % interval, and its difference from the first with the paired interval"
-    m = main_measure(table.index.get_level_values('measure'), measure)
-    t = table.xs(m, level='measure')
+    m = main_metric(table.index.get_level_values('metric'), metric)
+    t = table.xs(m, level='metric')
     fig = Figure(figsize=(7, 1 + 0.4 * len(t)), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
     _plot_intervals(left, t, 'value', 'low', 'high')

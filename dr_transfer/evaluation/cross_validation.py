@@ -23,7 +23,7 @@ from ..data.columns import group_errors
 from ..data.content import content_keys
 from ..data.fundus import READING
 from ..data.leaks import Together, note_contradictions
-from ..data.table import label_table, report_table, set_aside
+from ..data.table import label_table, report_table, skipped_images
 from ..data.tasks import Task, encode_target, get_task
 from ..features.classifiers import grouped_folds
 from ..metrics.decision import Decision, apply_decision, choose_decision
@@ -162,7 +162,7 @@ def train_once(
     *,
     side: str = 'valid',  # Whose predictions: 'valid' or 'test'
     say: Callable = print,  # What is done with the lines that tell how it goes
-    **kwargs,  # `arch, weights, augment, setting, ...` of `build_learner`
+    **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
     "Train, predict the images that were not learnt from, and keep both; or take what was kept"
     why = ''
@@ -257,7 +257,7 @@ def cross_validate(
     seed: int = 42,  # Decides the folds, and the order within them
     group_col: str | None = None,  # Column of the patients; a usual one if None
     say: Callable = print,  # What is done with the lines that tell how it goes
-    **kwargs,  # `arch, weights, size, augment, plan, setting, ...` of `build_learner`
+    **kwargs,  # `arch, weights, size, augment, plan, runtime, ...` of `build_learner`
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
     """Predict every image by a model that was trained on neither it, nor its group, nor a copy of it.
 
@@ -265,7 +265,7 @@ def cross_validate(
     -------
     pandas.DataFrame
         A row for each readable image: `image, target, group, fold, prediction`, `p_CLASS` for each class, and the
-        other columns of the data as `data_...`. Give it to `measure_table`. `attrs['set_aside']` lists images that
+        other columns of the data as `data_...`. Give it to `measure_table`. `attrs['skipped']` lists images that
         could not be read.
 
     Raises
@@ -296,7 +296,7 @@ def cross_validate(
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=tell, **kwargs)
         out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
-    out.attrs['set_aside'] = set_aside(tables[0]).to_dict('records')
+    out.attrs['skipped'] = skipped_images(tables[0]).to_dict('records')
     out.attrs |= {k: tables[0].attrs[k] for k in ('patients', 'notes') if k in tables[0].attrs}
     return out
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..data.gradability import gradability_table
 from ..data.leaks import MAX_COPY_BITS, file_facts, nearest_bits, seen_before
-from ..data.table import KNOWN, data_columns, set_aside, with_data_names
+from ..data.table import KNOWN, data_columns, skipped_images, with_data_names
 from ..inference.predictions import NO_PROBABILITIES, predict_table
 from ..inference.saved_model import ImageModel
 from ..metrics.classes import Classes, as_classes
@@ -40,7 +40,7 @@ class Evaluation:
     classes: Classes  # With what is positive
     about: dict  # Of the model, as in model.json
     data: str = ''  # What the images are, in words
-    aside: list = field(default_factory=list)  # Images that could not be read
+    skipped: list = field(default_factory=list)  # Images that could not be read
     known: list = field(default_factory=list)  # Images that the model was made from, left out
     prevalence: float | None = None  # For predictive values
     turns: dict | None = None  # From `consistency`
@@ -214,7 +214,7 @@ def evaluate_model(
     if known.any():
         out.table['known'] = np.where(known[count], 'known to the model', 'new to it')
     out.split = split
-    out.aside = set_aside(table).image.tolist()
+    out.skipped = skipped_images(table).image.tolist()
     out.patients = table.attrs.get('patients', '')
     left_out = t.image[~count].tolist()
     if split == 'new':

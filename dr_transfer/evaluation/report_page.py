@@ -23,11 +23,11 @@ from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
 from dr_transfer.metrics.screening import (
     by_patient,
-    deferral_table,
     measure_table,
     patient_classes,
     plot_reliability,
     plot_roc,
+    referral_table,
     subgroup_table,
     worst_errors,
 )
@@ -119,7 +119,7 @@ def _summary_rows(e) -> dict:
     }
     if e.patients:
         rows['taken for the patients, in all of the data'] = e.patients
-    rows['could not be read'] = len(e.aside)
+    rows['could not be read'] = len(e.skipped)
     if e.known:
         rows['left out: the model was made from them'] = len(e.known)
     if e.other:
@@ -326,7 +326,7 @@ def _errors(e) -> str:
 
 def _referral(e) -> str:
     "How good the model is if it leaves the nearest images to a human"
-    t = deferral_table(e.table, e.classes, e.point)
+    t = referral_table(e.table, e.classes, e.point)
     t = t.assign(deferred=[f'{r:.0%}' for r in t.deferred])
     return _html('referral', t=_table(t, index=False))
 
@@ -351,7 +351,7 @@ def _training(t) -> dict:
     return {
         **how,
         'images it was made from': (
-            f'{sides}; {groups} groups of images, {d["set_aside"]} set aside; fingerprint {d["fingerprint"]}'
+            f'{sides}; {groups} groups of images, {d["skipped"]} set aside; fingerprint {d["fingerprint"]}'
         ),
         'patients of these images': d.get('patients'),
         'allowed on two sides of its split': leaks or 'nothing',
@@ -398,8 +398,8 @@ def report_html(
         'The surest errors': _errors(e),
         'Record': _record(e),
     }
-    if e.aside:
-        t = pd.DataFrame({'image': _file_names(e.aside)})
+    if e.skipped:
+        t = pd.DataFrame({'image': _file_names(e.skipped)})
         sections['Could not be read'] = _html('table', t=_table(t, index=False))
     page = _html(
         'page',

@@ -32,7 +32,7 @@ _EIGHT = np.ones((3, 3))  # what touches at a corner belongs together
 
 
 def _skimage():
-    return extra_module('skimage', 'explicit')
+    return extra_module('skimage', 'segmentation')
 
 
 def _morphology():

@@ -121,7 +121,7 @@ def gabor_bank(
     return np.array([g.ravel() / np.linalg.norm(g) for g in out])
 
 # %% ../../nbs/explain/01_activations.ipynb #203956f9
-def gabor_share(
+def gabor_fraction(
     filters: np.ndarray,  # (filters, channels, height, width), 3 by 3 or larger
 ) -> np.ndarray:  # (filters,), 0 to 1; NaN for a dead filter
     "Share of the energy of each filter that its best Gabor function, in its best colour, explains"
@@ -138,19 +138,19 @@ def filter_table(
     n: int = 100,  # Draws, of the bootstrap and of random filters
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # A row a network: size, filters, dead, score and chance
-    """Mean `gabor_share` of each network's first filters with its 95 % interval.
+    """Mean `gabor_fraction` of each network's first filters with its 95 % interval.
 
     Beside that of random filters of the same shape and number.
     """
     rows = {}
     rng = np.random.default_rng(seed)
     for name, w in filters.items():
-        s = gabor_share(w)
+        s = gabor_fraction(w)
         s = s[~np.isnan(s)]
         if not len(s):
             raise ValueError(f"'{name}' has only filters of zeros: there is nothing to score")
         score = bootstrap(np.mean, s, n=n, seed=seed).loc['value']
-        luck = [gabor_share(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
+        luck = [gabor_fraction(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
         rows[name] = {
             'size': f'{w.shape[2]} x {w.shape[3]}',
             'filters': len(w),

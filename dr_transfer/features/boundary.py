@@ -32,11 +32,11 @@ class _Front(nn.Module):
         self.means = means
         self.k = k
         n = len(self.stages)
-        first = max(n - self.stages.tap, 0)  # of the stages that the head sees
+        first = max(n - self.stages.n_stages, 0)  # of the stages that the head sees
         self.keep = list(range(first, k - 1)) if k < n else []
 
     def forward(self, x) -> dict:
-        s = self.body.forward_setting if x.device.type == 'cpu' else self.body.setting(x)
+        s = self.body.forward_runtime if x.device.type == 'cpu' else self.body.runtime(x)
         stages = self.body.quick(x)
         with s.cast(x.device.type):
             if self.k == len(stages):
@@ -57,13 +57,13 @@ class Rest(Body):
         rest = Stages(OrderedDict(list(body.stages.named_children())[k:]))
         rest.spec = body.stages.spec
         rest.weights = body.stages.weights
-        rest.tap = body.stages.tap
-        super().__init__(rest, body.forward_setting, body.train_setting)
+        rest.n_stages = body.stages.n_stages
+        super().__init__(rest, body.forward_runtime, body.train_runtime)
 
     def forward(self, x, *sides):
         if not len(self.stages):
             return x
-        s = self.setting(x)
+        s = self.runtime(x)
         stages = self.quick(x)
         with s.cast(x.device.type):
             maps = stages.maps(s.place(x if s.bf16 else x.float()))
@@ -119,7 +119,7 @@ def boundary_store(
         probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
     names = [n for n, _ in front.stages.named_children()]
     last = names[front.k - 1]
-    what = {**about, 'maps': last, 'tap': front.stages.tap, 'weights': weights_digest(front.body, last)}
+    what = {**about, 'maps': last, 'n_stages': front.stages.n_stages, 'weights': weights_digest(front.body, last)}
     n_views = len(VIEWS[about['views']])
     fields = {name: ((n_views, *m.shape[1:]), _array(m).dtype) for name, m in probe.items()}
     name = f'{about["arch"]}-{about["size"]}px-{last}'

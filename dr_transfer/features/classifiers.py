@@ -73,7 +73,7 @@ def grouped_folds(
     )
 
 # %% ../../nbs/features/02_classifiers.ipynb #1eadb8fc
-class _Orbit:
+class _ViewSet:
     "All views as rows, those of an image after one another"
 
     def __init__(self, x, y, groups, seed):
@@ -120,22 +120,22 @@ def _loss(model, x, y, views) -> float:
     return -np.log(right.clip(_MIN_PROBABILITY)).mean()
 
 
-def _choose(orbit, path, settings, n=5):
+def _choose(view_set, path, settings, n=5):
     "Number of the best setting, and the loss of each; `path` gives a fitted model for one setting after the other"
     total = np.zeros(len(settings))
-    for train, test in orbit.splits(n):
-        models = path(orbit.x[train], orbit.y[train], orbit.weights[train], settings)
-        share = len(test) / len(orbit.y)
-        x = orbit.x[test]
-        y = orbit.y[test]
-        total += [share * _loss(m, x, y, orbit.views) for m in models]
+    for train, test in view_set.splits(n):
+        models = path(view_set.x[train], view_set.y[train], view_set.weights[train], settings)
+        share = len(test) / len(view_set.y)
+        x = view_set.x[test]
+        y = view_set.y[test]
+        total += [share * _loss(m, x, y, view_set.views) for m in models]
     return int(total.argmin()), dict(zip(settings, total.tolist()))
 
 
-def _best(orbit, path, settings, n=5):
+def _best(view_set, path, settings, n=5):
     "The model with the best setting, trained on everything"
-    i, losses = _choose(orbit, path, settings, n)
-    *_, model = path(orbit.x, orbit.y, orbit.weights, settings[: i + 1])
+    i, losses = _choose(view_set, path, settings, n)
+    *_, model = path(view_set.x, view_set.y, view_set.weights, settings[: i + 1])
     model.losses_ = losses
     return model
 
@@ -153,64 +153,64 @@ def _logistic_path(x, y, w, settings):
         yield model.set_params(C=C).fit(x, y, w)
 
 
-def _dense(orbit):
-    bs = min(64, len(orbit.y))
-    epochs = [e for e in _EPOCHS if e <= 8 or e * len(orbit.y) / bs <= 400]
+def _dense(view_set):
+    bs = min(64, len(view_set.y))
+    epochs = [e for e in _EPOCHS if e <= 8 or e * len(view_set.y) / bs <= 400]
 
     def path(x, y, w, settings):
-        model = MLPClassifier(HEADS['dense'].hidden, alpha=0.01, batch_size=min(bs, len(y)), random_state=orbit.seed)
+        model = MLPClassifier(HEADS['dense'].hidden, alpha=0.01, batch_size=min(bs, len(y)), random_state=view_set.seed)
         for e in range(settings[-1]):
             model.partial_fit(x, y, classes=np.unique(y))
             if e + 1 in settings:
                 yield model
 
-    return _best(orbit, path, epochs, 3)
+    return _best(view_set, path, epochs, 3)
 
 
-def _neighbours(orbit):
+def _neighbours(view_set):
     def path(x, y, w, settings):
         model = KNeighborsClassifier().fit(x, y)
         for k in settings:
-            yield model.set_params(n_neighbors=min(k * orbit.views, len(y)))
+            yield model.set_params(n_neighbors=min(k * view_set.views, len(y)))
 
-    return _best(orbit, path, _NEIGHBOURS)
+    return _best(view_set, path, _NEIGHBOURS)
 
 # %% ../../nbs/features/02_classifiers.ipynb #457199e8
-def _svm(orbit, make, strengths):
+def _svm(view_set, make, strengths):
     "An SVM with probabilities"
 
     def path(x, y, w, settings):
         for C in settings:
             yield make(C).fit(x, y, w)
 
-    i, losses = _choose(orbit, path, strengths, 3)
-    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=orbit.folds)
-    model.fit(orbit.x, orbit.y, sample_weight=orbit.weights)
+    i, losses = _choose(view_set, path, strengths, 3)
+    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=view_set.folds)
+    model.fit(view_set.x, view_set.y, sample_weight=view_set.weights)
     model.losses_ = losses
     return model
 
 
-def _forest(orbit):
-    forest = RandomForestClassifier(300, min_samples_leaf=orbit.views, n_jobs=-1, random_state=orbit.seed)
-    return forest.fit(orbit.x, orbit.y, orbit.weights).set_params(n_jobs=1)  # threads add up in any order
+def _forest(view_set):
+    forest = RandomForestClassifier(300, min_samples_leaf=view_set.views, n_jobs=-1, random_state=view_set.seed)
+    return forest.fit(view_set.x, view_set.y, view_set.weights).set_params(n_jobs=1)  # threads add up in any order
 
 
-def _logistic(orbit):
-    return _best(orbit, _logistic_path, STRENGTHS)
+def _logistic(view_set):
+    return _best(view_set, _logistic_path, STRENGTHS)
 
 
-def _linear_svm(orbit):
+def _linear_svm(view_set):
     def make(C):
-        return LinearSVC(C=C, max_iter=10_000, random_state=orbit.seed)
+        return LinearSVC(C=C, max_iter=10_000, random_state=view_set.seed)
 
-    return _svm(orbit, make, (1e-4, 1e-3, 1e-2))
+    return _svm(view_set, make, (1e-4, 1e-3, 1e-2))
 
 
-def _rbf_svm(orbit):
+def _rbf_svm(view_set):
     def make(C):
         return SVC(C=C)
 
-    return _svm(orbit, make, (1.0, 10.0))
+    return _svm(view_set, make, (1.0, 10.0))
 
 
 CLASSIFIERS = {
@@ -223,23 +223,23 @@ CLASSIFIERS = {
 }  # name -> function of the orbit that gives a fitted model
 
 
-def _fit_given(model, orbit, y):
+def _fit_given(model, view_set, y):
     "An estimator of scikit-learn, with folds of images and with probabilities"
     model = clone(model)
     searches = 'cv' in model.get_params(deep=False)
     if searches:
-        model.set_params(cv=orbit.by(model.cv))
+        model.set_params(cv=view_set.by(model.cv))
     if searches and not hasattr(model, 'predict_proba'):
         raise ValueError(
             f'{type(model).__name__} chooses by cross-validation and gives no probabilities: '
             'let it choose among estimators with predict_proba'
         )
     if not hasattr(model, 'predict_proba'):
-        model = CalibratedClassifierCV(model, ensemble=False, cv=orbit.folds)
+        model = CalibratedClassifierCV(model, ensemble=False, cv=view_set.folds)
     weights = {}
     if has_fit_parameter(model, 'sample_weight'):
-        weights = {'sample_weight': orbit.weights}
-    return model.fit(orbit.x, y, **weights)
+        weights = {'sample_weight': view_set.weights}
+    return model.fit(view_set.x, y, **weights)
 
 # %% ../../nbs/features/02_classifiers.ipynb #6aa83057
 def _no_numbers(X, x) -> ValueError:
@@ -311,11 +311,11 @@ def _scaled(self, x) -> np.ndarray:
 def _train(self, x, codes, groups):
     "The fitted estimator below a classifier"
     _check_name(self.classifier)
-    orbit = _Orbit(_scaled(self, x).reshape(x.shape), codes, groups, self.seed)
+    view_set = _ViewSet(_scaled(self, x).reshape(x.shape), codes, groups, self.seed)
     with threadpool_limits(1, user_api='blas'):
         if isinstance(self.classifier, str):
-            return CLASSIFIERS[self.classifier](orbit)
-        return _fit_given(self.classifier, orbit, self.classes_[orbit.y])
+            return CLASSIFIERS[self.classifier](view_set)
+        return _fit_given(self.classifier, view_set, self.classes_[view_set.y])
 
 
 def _mean_proba(self, X) -> np.ndarray:

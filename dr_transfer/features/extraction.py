@@ -172,7 +172,7 @@ def reading(
         'mean': list(spec.mean),
         'std': list(spec.std),
         'views': views,
-        'setting': str(body.forward_setting),
+        'runtime': str(body.forward_runtime),
         **_machine(body, bs),
         'made by': _MADE_BY,
     }
@@ -197,8 +197,8 @@ def _not_finite(
     if not all(v.isfinite().all() for v in floats):
         return ValueError(f'{what}: its weights hold NaN or infinite numbers. {advice}')
     precision = ''
-    if body.forward_setting.bf16:
-        precision = ", or compute with setting='plain' (`--setting plain`) instead of bf16"
+    if body.forward_runtime.bf16:
+        precision = ", or compute with runtime='plain' (`--runtime plain`) instead of bf16"
     return ValueError(f'{what}: its numbers overflow. {advice}{precision}')
 
 
@@ -312,7 +312,7 @@ def image_features(
     images: list,  # Paths or images
     arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
     weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
     size: int | None = None,  # Side in pixels; that of the backbone if None
     **kwargs,  # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
 ) -> Features:
@@ -347,5 +347,5 @@ def image_features(
     """
     stages = whole_body(arch, weights)
     size = size or stages.spec.size
-    body = make_body(stages, size, setting)
+    body = make_body(stages, size, runtime)
     return extract_features(images, body, size, **kwargs)

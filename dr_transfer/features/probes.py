@@ -94,7 +94,7 @@ def _kappa(y, scores, classes):
     return quadratic_kappa(classes[y], classes[scores.argmax(1)])
 
 
-MEASURES = {
+METRICS = {
     'accuracy': _accuracy,
     'auc': _auc,
     'kappa': _kappa,
@@ -108,20 +108,20 @@ def _check_length(features, values, what):
         raise ValueError(f'{n} images, but {what} of the shape {values.shape}: give one for each image')
 
 
-def _check_measure(measure, classes):
+def _check_measure(metric, classes):
     "ValueError for a measure that is not known, or not for such classes"
-    if measure not in MEASURES:
-        raise unknown('measure', measure, MEASURES)
-    if measure == 'auc' and len(classes) > 2:
+    if metric not in METRICS:
+        raise unknown('metric', metric, METRICS)
+    if metric == 'auc' and len(classes) > 2:
         raise ValueError(f"measure 'auc' is for two classes, here are {len(classes)}: type 'accuracy' or 'kappa'")
-    if measure == 'kappa' and classes.dtype.kind not in 'biuf':
+    if metric == 'kappa' and classes.dtype.kind not in 'biuf':
         raise ValueError(
             f"measure 'kappa' is for grades, but '{classes[0]}' is no number: "
             "give grades as numbers, or type 'accuracy'"
         )
 
 
-def _task(features, y, groups, measure) -> tuple:
+def _task(features, y, groups, metric) -> tuple:
     "Class numbers, names of the classes, groups and the measure's name; a ValueError for what does not fit"
     y = np.asarray(y)
     _check_length(features, y, 'labels')
@@ -136,9 +136,9 @@ def _task(features, y, groups, measure) -> tuple:
     classes, codes = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f'all {len(y)} images are of one class: give labels of two or more')
-    measure = measure or ('auc' if len(classes) == 2 else 'accuracy')
-    _check_measure(measure, classes)
-    return codes, classes, groups, measure
+    metric = metric or ('auc' if len(classes) == 2 else 'accuracy')
+    _check_measure(metric, classes)
+    return codes, classes, groups, metric
 
 # %% ../../nbs/features/03_probes.ipynb #09a9791b
 def fold_interval(
@@ -159,14 +159,14 @@ def fold_interval(
     return float(mean), float(mean - half), float(mean + half)
 
 
-def _row(scores, share, measure) -> dict:
+def _row(scores, share, metric) -> dict:
     "Score with its interval, which ends where the measure does"
     score, low, high = fold_interval(scores, share)
-    least = -1.0 if measure == 'kappa' else 0.0
+    least = -1.0 if metric == 'kappa' else 0.0
     return {'score': score, 'low': max(low, least), 'high': min(high, 1.0)}
 
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
-def _fold_score(x, y, classes, train, test, measure) -> float:
+def _fold_score(x, y, classes, train, test, metric) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
     seen = y[train]
     if len(np.unique(seen)) < 2:
@@ -174,14 +174,14 @@ def _fold_score(x, y, classes, train, test, measure) -> float:
     one_hot = np.eye(len(classes))[seen]
     scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, x[test])
     best = scores[gcv.argmin()]
-    return MEASURES[measure](y[test], best, classes)
+    return METRICS[metric](y[test], best, classes)
 
 
-def _fold_scores(x, y, classes, folds, measure) -> list:
+def _fold_scores(x, y, classes, folds, metric) -> list:
     "A score for each fold; the folds side by side, each on one core"
 
     def score(fold):
-        return _fold_score(x, y, classes, *fold, measure)
+        return _fold_score(x, y, classes, *fold, metric)
 
     workers = min(len(folds), os.cpu_count() or 1)
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
@@ -211,11 +211,11 @@ def depth_profile(
     *,
     folds: int = 5,  # Parts the images are divided into
     repeats: int = 1,  # How often they are divided anew
-    measure: str | None = None,  # Name in `MEASURES`; by the classes if None
+    metric: str | None = None,  # Name in `METRICS`; by the classes if None
     seed: int = 0,  # The same seed, the same folds
 ) -> pd.DataFrame:  # A row a candidate: channels, score, low, high; attrs: folds, measure
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
-    codes, classes, groups, measure = _task(features, y, groups, measure)
+    codes, classes, groups, metric = _task(features, y, groups, metric)
     parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
     share = _share(parts)
     if stages is None:
@@ -225,10 +225,10 @@ def depth_profile(
     for s in [stages] if isinstance(stages, str) else stages:
         x = _read(features, s)
         name = '+'.join(s) if isinstance(s, tuple) else s
-        scores[name] = _fold_scores(x, codes, classes, parts, measure)
-        rows[name] = {'channels': x.shape[1], **_row(scores[name], share, measure)}
+        scores[name] = _fold_scores(x, codes, classes, parts, metric)
+        rows[name] = {'channels': x.shape[1], **_row(scores[name], share, metric)}
     out = pd.DataFrame.from_dict(rows, orient='index').rename_axis('stage')
-    out.attrs = {'measure': measure, 'share': share, 'folds': scores}
+    out.attrs = {'metric': metric, 'share': share, 'folds': scores}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #7af6b27d
@@ -316,13 +316,13 @@ def learning_speed(
     *,
     shares: tuple = (0.25, 0.5, 1),  # Of the training images, growing
     folds: int = 5,  # Parts the images are divided into
-    measure: str | None = None,  # Name in `MEASURES`; by the classes if None
+    metric: str | None = None,  # Name in `METRICS`; by the classes if None
     seed: int = 0,  # The same seed, the same folds
 ) -> pd.DataFrame:  # A row a share; attrs: gain, gain_low, gain_high
     "The score of a linear classifier with more and more training images; attrs: the gain of the last doubling"
     if not len(shares) or min(shares) < 0.05 or max(shares) > 1 or list(shares) != sorted(set(shares)):
         raise ValueError(f'shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)')
-    codes, classes, groups, measure = _task(features, y, groups, measure)
+    codes, classes, groups, metric = _task(features, y, groups, metric)
     if stages is None:
         stages = list(features.stages)[-1]
     x = _read(features, stages if isinstance(stages, str) else tuple(stages))
@@ -336,13 +336,13 @@ def learning_speed(
     scores = []
     rows = []
     for runs in folds_of_share:
-        found = np.array(_fold_scores(x, codes, classes, runs, measure))
+        found = np.array(_fold_scores(x, codes, classes, runs, metric))
         scores.append(found)
         n = np.mean([len(train) for train, _ in runs])
-        rows.append({'images': round(n), **_row(found, share, measure)})
+        rows.append({'images': round(n), **_row(found, share, metric)})
     out = pd.DataFrame(rows, index=pd.Index(shares, name='share'))
     gain, low, high = _doubling_gain(scores, shares, share)
-    out.attrs = {'measure': measure, 'gain': gain, 'gain_low': low, 'gain_high': high}
+    out.attrs = {'metric': metric, 'gain': gain, 'gain_low': low, 'gain_high': high}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #0241b873

@@ -23,6 +23,7 @@ from ..utils.files import package_version
 from ..utils.places import reason
 from ..utils.regular import read_regular
 from dr_transfer.utils.schema import (
+    FORMERLY,
     LATER,
     Known,
     Length,
@@ -37,7 +38,7 @@ from dr_transfer.utils.schema import (
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
 MAX_CLASSES = 10_000
 _VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')  # what predictions are averaged over
-_SETTING_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
+_RUNTIME_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
 
 # %% ../../nbs/inference/01_card.ipynb #17b92613
 _Name = Annotated[str, Length(1, MAX_CHARACTERS)]
@@ -62,7 +63,7 @@ class ModelCard:
 
     arch: _Name  # Backbone, by its name in the library, timm or torchvision
     stage: _Name  # The last stage of the backbone
-    tap: Annotated[int, Range(1, 1000)]  # How many of the last stages the head sees
+    n_stages: Annotated[int, Range(1, 1000)] = field(metadata={FORMERLY: 'tap'})  # Last stages that the head sees
     head: Head  # What reads the maps
     classes: Annotated[tuple[str, ...], Length(2, MAX_CLASSES)]  # Names in order
     task: str  # Name of the task
@@ -80,8 +81,8 @@ class ModelCard:
     seed: int | None = None  # Of its training
     training: Training = Training()  # How it was made
     tensors_sha256: str = ''  # Hash of its weights in a model folder
-    setting: Annotated[str, Known(('', *_SETTING_NAMES))] = field(
-        default='', metadata={LATER: True}
+    runtime: Annotated[str, Known(('', *_RUNTIME_NAMES))] = field(
+        default='', metadata={LATER: True, FORMERLY: 'setting'}
     )  # How a CPU ran it in training
     positive: Positive | None = field(default=None, metadata={LATER: True})  # Of the classes
     ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes grades?
@@ -130,7 +131,8 @@ class ModelCard:
 FIELDS = required_fields(ModelCard)
 
 # %% ../../nbs/inference/01_card.ipynb #49014cf3
-CARD_FORMAT = 'dr_transfer model 2'
+CARD_FORMAT = 'dr_transfer model 3'
+_READ_FORMATS = ('dr_transfer model 2', CARD_FORMAT)  # 0.1.0 wrote the first
 MAX_CARD_BYTES = 4 * 2**20  # of model.json
 
 # %% ../../nbs/inference/01_card.ipynb #a09179b0
@@ -196,7 +198,7 @@ def read_card(
     except (OSError, ValueError) as e:
         raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
     found = about.get('format') if isinstance(about, dict) else None
-    if found != CARD_FORMAT:
+    if found not in _READ_FORMATS:
         raise ModelError(
             f"{file} has another format than '{CARD_FORMAT}': use the version of dr_transfer that made it, "
             'or give the folder of a model'

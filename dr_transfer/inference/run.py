@@ -66,7 +66,7 @@ def write_run(
         learn.record.gap = generalisation_gap(learn).loc['gap'].to_dict()  # costs nothing where features are stored
     learn.record.validation = of_likeliest
     learn.record.validation_table = metrics.to_dict('index')
-    learn.record.set_aside = tuple(learn.table.attrs.get('set_aside', ()))
+    learn.record.skipped = tuple(learn.table.attrs.get('skipped', ()))
     text = json.dumps(learn.record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / 'record.json').write_text(text, encoding='utf-8', errors='surrogateescape')
     write_csv(t, folder / 'predictions.csv')

@@ -26,7 +26,7 @@ from ..metrics.classes import Classes
 from ..models.backbones import create_body
 from ..models.network import create_head, head_inputs, make_body, view_probs
 from ..models.registry import build_network, find_backbone
-from ..models.speed import get_setting, setting_name
+from ..models.speed import get_runtime, runtime_name
 from ..models.weights import file_hash
 from ..utils.files import new_folder, usual_mode
 from ..utils.places import atomic_file, reason
@@ -103,7 +103,20 @@ def image_model(
     check_tensors(net.state_dict(), 'the learner')
     spec = body.stages.spec
     on_cpu = next(body.parameters()).device.type == 'cpu'
-    copied = ('arch', 'stage', 'tap', 'head', 'task', 'target', 'size', 'reader', 'fit', 'versions', 'seed', 'decision')
+    copied = (
+        'arch',
+        'stage',
+        'n_stages',
+        'head',
+        'task',
+        'target',
+        'size',
+        'reader',
+        'fit',
+        'versions',
+        'seed',
+        'decision',
+    )
     training = Training(plan=r.plan.name if r.plan else None, balance=r.balance, data=r.data)
     about = {
         **{name: to_dict(getattr(r, name)) for name in copied},
@@ -114,7 +127,7 @@ def image_model(
         'views': r.augment if r.augment in VIEWS else 'none',
         'mean': spec.mean,
         'std': spec.std,
-        'setting': setting_name(body.forward_setting) if on_cpu else '',
+        'runtime': runtime_name(body.forward_runtime) if on_cpu else '',
         'licence': spec.licence,
         'training': to_dict(training),
     }
@@ -282,13 +295,13 @@ def _compare(described: dict, found: dict):
             )
 
 
-def _build_model(card, found, setting) -> nn.Module:
+def _build_model(card, found, runtime) -> nn.Module:
     "The network of a card, if its tensors are those that were found"
     in_body = {k: v for k, v in found.items() if k.startswith('0.')}
     in_head = {k: v for k, v in found.items() if k not in in_body}
-    stages = create_body(card.arch, 'random', card.tap, card.stage)
+    stages = create_body(card.arch, 'random', card.n_stages, card.stage)
     _compare({f'0.stages.{k}': v for k, v in stages.state_dict().items()}, in_body)
-    body = make_body(stages, card.size, setting, 'cpu')
+    body = make_body(stages, card.size, runtime, 'cpu')
     shape = card.head, head_inputs(stages, card.head, card.size), len(card.classes)
     with torch.device('meta'):
         _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, in_head)
@@ -320,7 +333,7 @@ def _naming(file, card):
 
 def load_model(
     folder: str | Path,  # Made by `save_model` or `dr_transfer train`
-    setting: str = 'auto',  # How the CPU computes; 'auto': as in training, 'plain': fp32
+    runtime: str = 'auto',  # How the CPU computes; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
     """Load a saved model, without running code from it and without fastai.
 
@@ -345,16 +358,16 @@ def load_model(
     True
     """
     folder = Path(folder)
-    if setting != 'auto':
-        setting = get_setting(setting)
+    if runtime != 'auto':
+        runtime = get_runtime(runtime)
     card, file = _read_folder(folder), folder / 'model.safetensors'
-    if setting == 'auto' and card.setting:
-        setting = get_setting(card.setting)  # another would give other numbers
+    if runtime == 'auto' and card.runtime:
+        runtime = get_runtime(card.runtime)  # another would give other numbers
     found = _header(file)
     _check_seen(file, {name: found.pop(name) for name in _SEEN_TENSORS if name in found})
     with _naming(folder / 'model.json', card):
         _check_memory(card, file.stat().st_size)
-        model = _build_model(card, found, setting)
+        model = _build_model(card, found, runtime)
     tensors = load_file(file)
     check_tensors(tensors, file)
     seen = {name: tensors.pop(name).numpy() for name in _SEEN_TENSORS if name in tensors}

@@ -85,7 +85,7 @@ def apply_temperature(
     return softmax(_log(probs) / temperature, axis=1)
 
 # %% ../../nbs/metrics/04_calibration.ipynb #5b5a872f
-def deferral_curve(
+def referral_curve(
     right,  # Was the decision right? (n,) booleans
     sure,  # How sure the model was (n,), any scale
     rates=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees

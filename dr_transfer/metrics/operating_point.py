@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .groups import known_groups
-from .intervals import bootstrap, group_codes, share_interval
+from .intervals import bootstrap, fraction_interval, group_codes
 from .scores import sensitivity, specificity
 from ..utils.schema import Known, Range
 
@@ -188,7 +188,7 @@ def operating_table(
     rows = {}
     for name, want in (('sensitivity', 1), ('specificity', 0)):
         side = y == want
-        interval = share_interval(called[side] == bool(want), g[side], **kw)
+        interval = fraction_interval(called[side] == bool(want), g[side], **kw)
         rows[name] = (*interval, int(side.sum()))
     if prevalence is not None:
         rows |= _predictive(rows, y, called, g, prevalence, kw)

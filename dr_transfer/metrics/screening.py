@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_patient', 'measure_table', 'compare_tables', 'subgroup_table', 'worst_errors', 'plot_roc', 'plot_reliability',
-           'deferral_table']
+           'referral_table']
 
 # %% ../../nbs/metrics/07_screening.ipynb #f9c956e7
 import numpy as np
@@ -13,11 +13,18 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
-from .calibration import calibration_error, deferral_curve, reliability
+from .calibration import calibration_error, referral_curve, reliability
 from .classes import Classes, Positive, as_classes
 from .decision import Question, decisions, positive_score, question, table_arrays
 from .groups import group_key, table_groups
-from .intervals import bootstrap, check_draws, count_groups, draws, group_codes, paired_difference
+from dr_transfer.metrics.intervals import (
+    bootstrap,
+    check_resamples,
+    count_groups,
+    group_codes,
+    n_resamples,
+    paired_difference,
+)
 from .operating_point import OperatingPoint, check_prevalence, operating_table
 from .scores import quadratic_kappa, summary
 from ..utils.files import plain_text, unknown
@@ -85,7 +92,7 @@ def measure_names(
     return list(measures(np.arange(k), np.eye(k), classes))
 
 
-def main_measure(
+def main_metric(
     known=None,  # Names of the measures that there are; `measure_names()` if None
     name: str | None = None,  # One that is asked for
 ) -> str:
@@ -94,7 +101,7 @@ def main_measure(
     if name is None:
         name = 'auc' if 'auc' in known else 'accuracy'
     if name not in known:
-        raise unknown('measure', name, known)
+        raise unknown('metric', name, known)
     return name
 
 
@@ -154,7 +161,7 @@ def measure_table(
     seed: int = 0,  # Another seed, other draws
 ) -> pd.DataFrame:  # value, low, high, images; `attrs['notes']`: how to read it
     "Figures of predictions with 95 % intervals over patients; low and high are NaN where too few patients decide"
-    check_draws(n)
+    check_resamples(n)
     check_prevalence(prevalence)
     if not len(table):
         raise ValueError('the table has no row: give the predictions of one image at least')
@@ -253,7 +260,7 @@ def roc_band(
     groups=None,  # Group (patient) of each image
     n: int = 500,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # `false_alarms`, and `found`, `low`, `high` (or NaN) there
+) -> pd.DataFrame:  # `false_positive_rate`, and `found`, `low`, `high` (or NaN) there
     """Share of positives found at each rate of false alarms, with 95 % limits over patients.
 
     Vertical averaging (Fawcett 2006).
@@ -267,11 +274,11 @@ def roc_band(
         return np.interp(grid, fpr, tpr)
 
     codes = group_codes(groups, len(q.y))
-    found = np.array([curve(q.y[r], q.score[r]) for r in draws(codes, n, seed)])
+    found = np.array([curve(q.y[r], q.score[r]) for r in n_resamples(codes, n, seed)])
     low, high = np.nan, np.nan
     if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
         low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
-    return pd.DataFrame({'false_alarms': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
+    return pd.DataFrame({'false_positive_rate': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
 
 # %% ../../nbs/metrics/07_screening.ipynb #7038f22f
 def plot_roc(
@@ -284,8 +291,8 @@ def plot_roc(
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     if b.low.notna().any():
-        ax.fill_between(b.false_alarms, b.low, b.high, alpha=0.25, lw=0, label='95 % interval over groups')
-    ax.plot(b.false_alarms, b.found)
+        ax.fill_between(b.false_positive_rate, b.low, b.high, alpha=0.25, lw=0, label='95 % interval over groups')
+    ax.plot(b.false_positive_rate, b.found)
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1)
     if called is not None:
         ax.plot(called[q.y == 0].mean(), called[q.y == 1].mean(), 'o', color='firebrick', label='operating point')
@@ -342,7 +349,7 @@ def _log_odds(p) -> np.ndarray:
     return np.log(p / (1 - p))
 
 # %% ../../nbs/metrics/07_screening.ipynb #20bbc08f
-def deferral_table(
+def referral_table(
     table: pd.DataFrame,  # `target, p_CLASS...`
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
@@ -352,10 +359,10 @@ def deferral_table(
     y, p = table_arrays(table, classes)
     called = decisions(table, classes, point)
     if q is None or called is None:
-        return deferral_curve(p.argmax(1) == y, p.max(1))
+        return referral_curve(p.argmax(1) == y, p.max(1))
     threshold = point.threshold if point else 0.5
     sure = np.abs(_log_odds(q.score) - _log_odds(threshold))
-    return deferral_curve(called == (q.y == 1), sure)
+    return referral_curve(called == (q.y == 1), sure)
 
 # %% ../../nbs/metrics/07_screening.ipynb #7eae7d7d
 def consistency(

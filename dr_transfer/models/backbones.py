@@ -82,7 +82,7 @@ class Weights:
 def create_body(
     arch: str,  # Name of a backbone
     weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    tap: int | None = None,  # How many of the last stages come out; its own if None
+    n_stages: int | None = None,  # How many of the last stages come out; its own if None
     stage: str | int | None = None,  # Last stage, by name or from the end (-1); its own if None
 ) -> nn.Module:  # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
     "A backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be had"
@@ -93,19 +93,19 @@ def create_body(
     needed = {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
     body.weights = _load(net, spec, weights, needed)
     body.spec = spec
-    if tap is None:
-        tap = spec.tap if stage is None else 1
-    body.tap = _checked_tap(body, tap)
+    if n_stages is None:
+        n_stages = spec.n_stages if stage is None else 1
+    body.n_stages = _checked_n_stages(body, n_stages)
     with torch.no_grad():
         body.n_out = body.eval()(probe_batch(net, spec)).shape[1]
     return body
 
 # %% ../../nbs/models/06_backbones.ipynb #6a795f71
-def _checked_tap(body, tap) -> int:
+def _checked_n_stages(body, n_stages) -> int:
     most = len(body) if isinstance(body, Stages) else 1
-    if not 1 <= tap <= most:
-        raise ValueError(f'tap={tap}: the head can see the last 1 to {most} stages of this backbone')
-    return tap
+    if not 1 <= n_stages <= most:
+        raise ValueError(f'n_stages={n_stages}: the head can see the last 1 to {most} stages of this backbone')
+    return n_stages
 
 
 def _load(net, spec, weights, needed) -> Weights:

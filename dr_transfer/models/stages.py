@@ -60,9 +60,9 @@ def _shrink(m, side) -> torch.Tensor:
 
 
 class Stages(nn.Sequential):
-    "A network as a chain of stages; what comes out are the maps of the last `tap` stages, side by side"
+    "A network as a chain of stages; what comes out are the maps of the last `n_stages` stages, side by side"
 
-    tap = 1
+    n_stages = 1
 
     def maps(self, x) -> list:
         "The maps of every stage, nearest to the input first"
@@ -72,19 +72,19 @@ class Stages(nn.Sequential):
         return out
 
     def joined(self, maps: list) -> torch.Tensor:
-        "The last `tap` of some maps, side by side at the size of the last"
-        if self.tap == 1:
+        "The last `n_stages` of some maps, side by side at the size of the last"
+        if self.n_stages == 1:
             return maps[-1]
-        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.tap :]], 1)
+        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
 
     def forward(self, x):
-        return self.joined(self.maps(x)) if self.tap > 1 else super().forward(x)
+        return self.joined(self.maps(x)) if self.n_stages > 1 else super().forward(x)
 
 # %% ../../nbs/models/05_stages.ipynb #fa2c6707
 class Whole(nn.Module):
     "A network that is no chain (a transformer with a class token, say): one piece, its pooled features come out"
 
-    tap = 1
+    n_stages = 1
 
     def __init__(self, net):
         super().__init__()

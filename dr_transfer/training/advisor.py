@@ -103,7 +103,7 @@ def choose_scenario(
 def choose_advised(
     scenario: str,  # From `choose_scenario`
     last: str,  # Last stage of the head
-    tap: int,  # How many stages the head sees
+    n_stages: int,  # How many stages the head sees
     own: bool,  # Is that what the backbone has anyway?
 ) -> Plan:
     "The plan for a scenario: its size decides, and for few images the stage that was measured"
@@ -113,10 +113,10 @@ def choose_advised(
         if own or 'large' in scenario
         else replace(
             plan,
-            name=f'head_{last}_{tap}',
-            about=f'a linear classifier on {tap} stages up to {last}',
+            name=f'head_{last}_{n_stages}',
+            about=f'a linear classifier on {n_stages} stages up to {last}',
             stage=last,
-            tap=tap,
+            n_stages=n_stages,
         )
     )
 
@@ -139,7 +139,7 @@ def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
         rows[role] = {
             'plan': plan.name,
             'stages': stages,
-            'metric': profile.attrs['measure'],
+            'metric': profile.attrs['metric'],
             **profile.loc[stages, ['score', 'low', 'high']].to_dict(),
             'measured': 'all of it' if plan.phases[-1].solves else 'its head',
             'forward passes': forward,
@@ -195,7 +195,7 @@ def advise(
     *,
     valid: float = 0.2,  # Share of the images that is not looked at
     seed: int = 42,  # Decides which, as in `build_learner`, and the folds
-    setting: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
     say: Callable = print,  # What is done with the lines about patients and labels
 ) -> Advice:  # As `build_learner(..., plan=)` takes it
@@ -242,7 +242,7 @@ def advise(
     with group_errors(some):
         # an error before anything is computed, if there are too few
         grouped_folds(some.target, _groups(some), seed=seed)
-    body = make_body(stages, task.size, setting)
+    body = make_body(stages, task.size, runtime)
     f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
     advice = _advice(some, counts, f, body, task, seed)
     return replace(
@@ -255,7 +255,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
-    own = [n for n in f.stages if n != 'neck'][-spec.tap :]
+    own = [n for n in f.stages if n != 'neck'][-spec.n_stages :]
     default = '+'.join(own)
     candidates[default] = (own[-1], len(own))
     profile = depth_profile(

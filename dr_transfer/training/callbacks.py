@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from ..metrics import scores as M
 from ..models.network import Body
-from ..models.speed import get_setting
+from ..models.speed import get_runtime
 from ..utils.files import warn
 
 # %% ../../nbs/training/03_callbacks.ipynb #bbeeb815
@@ -148,7 +148,7 @@ class LossGuard(Callback):
         raise CancelFitException
 
 # %% ../../nbs/training/03_callbacks.ipynb #aeae136a
-class TrainSetting(Callback):
+class TrainRuntime(Callback):
     "Run training steps of the body in the fastest setting for this CPU"
 
     needs_batches = False
@@ -157,23 +157,23 @@ class TrainSetting(Callback):
 
     def __init__(
         self,
-        setting: str = 'auto',  # 'auto' or a name in `SETTINGS`
+        runtime: str = 'auto',  # 'auto' or a name in `RUNTIMES`
         arch: str = '',  # Name of the backbone, for the memory
         size: int = 224,  # Side of the images in pixels
     ):
-        self.setting, self.arch, self.size = setting, arch, size
+        self.runtime, self.arch, self.size = runtime, arch, size
 
     def before_train(self):
         body = next((m for m in self.model.modules() if isinstance(m, Body)), None)
         if body is not None and any(p.requires_grad for p in body.parameters()):
-            self.measure(self.learn, body)
+            self.metric(self.learn, body)
 
-    def measure(self, learn, body):
+    def metric(self, learn, body):
         "Choose the setting for training steps, once"
-        if body.train_setting is not None or learn.dls.device.type != 'cpu':
+        if body.train_runtime is not None or learn.dls.device.type != 'cpu':
             return
-        body.train_setting = get_setting(self.setting, body.stages, self.arch, self.size, train=True)
-        learn.record.setting.train = str(body.train_setting)
+        body.train_runtime = get_runtime(self.runtime, body.stages, self.arch, self.size, train=True)
+        learn.record.runtime.train = str(body.train_runtime)
 
 # %% ../../nbs/training/03_callbacks.ipynb #7553df14
 class PlainProgress(Callback):

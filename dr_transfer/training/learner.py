@@ -31,10 +31,10 @@ from ..models.balance import balanced_loss, image_weights
 from ..models.head import Head
 from ..models.network import create_head, get_head, head_inputs, make_body
 from ..models.stages import group_table, layer_groups, stage_names
-from .callbacks import METRICS, FrozenMode, HeadFirst, TrainSetting
+from .callbacks import METRICS, FrozenMode, HeadFirst, TrainRuntime
 from .phases import find_rate
 from .plans import Plan
-from .record import RunRecord, Runtime, versions
+from .record import RunRecord, UsedRuntimes, versions
 from .stored import loader_summary
 from ..utils.files import unknown
 
@@ -46,10 +46,10 @@ class LearnerConfig:
     arch: str  # Backbone: registry, timm or torchvision
     weights: str | Path | None  # None: its own; a file; or 'random'
     stage: str | int | None  # Last stage; the backbone's own if None
-    tap: int | None  # Last stages that the head sees; the backbone's own if None
+    n_stages: int | None  # Last stages that the head sees; the backbone's own if None
     head: str | Head | nn.Module  # Name, head, or a module
     plan: Plan | None  # What `fit` runs; chosen there if None
-    setting: str  # Format and precision on the CPU
+    runtime: str  # Format and precision on the CPU
     fixed_bn: bool | None  # BatchNorm of the body stays? The backbone's own if None
     bs: int  # Images in a batch
     num_workers: int | None  # Processes that read images; chosen if None
@@ -257,14 +257,14 @@ def _first_record(learn, config) -> RunRecord:
         balance=config.balance,
         weights=body.stages.weights,
         stage=stage_names(body.stages)[-1],
-        tap=body.stages.tap,
+        n_stages=body.stages.n_stages,
         head=getattr(learn.head, 'about', None),
         size=task.size,
         bs=learn.dls.train.bs,
         augment=task.augment,
         reader=task.reader,
         fit=task.fit,
-        setting=Runtime(str(body.forward_setting)),
+        runtime=UsedRuntimes(str(body.forward_runtime)),
         data=data_summary(learn.table),
         versions=versions(),
     )
@@ -280,8 +280,8 @@ def make_learner(
     **kwargs,  # More arguments of `vision_learner`
 ) -> TransferLearner:
     "A learner for images that were split; WeightsError for weights, ValueError for a head that does not suit"
-    stages = create_body(config.arch, config.weights, config.tap, config.stage)
-    body = make_body(stages, task.size, config.setting, default_device() if device is None else device)
+    stages = create_body(config.arch, config.weights, config.n_stages, config.stage)
+    body = make_body(stages, task.size, config.runtime, default_device() if device is None else device)
     dls = _loaders(config, task, target, table, body)
     head = config.head
     _check_order(head, target, dls.vocab)
@@ -301,7 +301,7 @@ def make_learner(
     }
     plain = vision_learner(dls, _Arch(body), **given, **{**own, **kwargs})
     trained = getattr(head, 'trained', False)
-    ours = [FrozenMode(config.fixed_bn), HeadFirst(trained), TrainSetting(config.setting, config.arch, task.size)]
+    ours = [FrozenMode(config.fixed_bn), HeadFirst(trained), TrainRuntime(config.runtime, config.arch, task.size)]
     transfer = TransferState(task, target, table, config.plan, loader_summary(dls))
     learn = TransferLearner(plain, transfer, [*ours, *(cbs or [])])
     if pretrained:

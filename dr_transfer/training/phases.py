@@ -64,7 +64,7 @@ def _seed(learn) -> int:
 
 _ADVICE = (
     'The weights are again those from before this phase. Give a lower rate, such as lr={lr:g} in a plan of your own, '
-    "another plan, such as '{plan}' (--plan {plan}), or setting='plain' (--setting plain) for full precision"
+    "another plan, such as '{plan}' (--plan {plan}), or runtime='plain' (--runtime plain) for full precision"
 )
 
 
@@ -81,7 +81,7 @@ def _check_batches(learn):
 def _run(learn, run, rates, say, quiet=False) -> list:
     "Train a learner in steps for one phase; the values of each epoch"
     phase = run.phase
-    how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.decay]
+    how = {'one_cycle': learn.fit_one_cycle, 'flat_cos': learn.fit_flat_cos, 'none': learn.fit}[phase.schedule]
     guard = LossGuard(run.classes, _ADVICE.format(lr=phase.lr / 10, plan=run.safer))
     cbs = [guard]
     with ExitStack() as stack:
@@ -144,7 +144,7 @@ def _fit_stored(learn, run, rates, say) -> list:
     part = run.part
     if not part.pooled:
         say(f'maps of the frozen part: {_maps_gb(learn, part, run.views):.2g} GB on disk, computed once')
-        learn.train_setting.measure(learn, part.body)
+        learn.train_runtime.metric(learn, part.body)
     sub, maps = _sub_learner(learn, run)
     values = _run(sub, run, rates[part.k :], say, quiet=part.pooled)
     if part.pooled:

@@ -23,7 +23,7 @@ from ..models.stages import layer_groups
 from ..utils.files import unknown
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706
-_DECAYS = ('one_cycle', 'flat_cos', 'none')  # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
+_SCHEDULES = ('one_cycle', 'flat_cos', 'none')  # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
 
 
 def check_epochs(
@@ -52,17 +52,17 @@ class Phase:
     frozen: int  # Groups that stay frozen; -1: all but the head, -2: all but it and one
     epochs: int | None  # Passes; None: solve the head, or as many as the set needs
     lr: float  # Highest rate, that of the head
-    spread: float = 1.0  # The stem has lr/spread; from group to group the same factor
+    lr_mult: float = 1.0  # The stem has lr/spread; from group to group the same factor
     wd: float = 0.01  # Weight decay
-    decay: str = 'one_cycle'  # How the rate goes; in `_DECAYS`
+    schedule: str = 'one_cycle'  # How the rate goes; in `_SCHEDULES`
     fixed_bn: bool | None = None  # BatchNorm of the body stays? None: as the learner has it
 
     def __post_init__(self):
-        if self.decay not in _DECAYS:
-            raise unknown('decay', self.decay, _DECAYS)
+        if self.schedule not in _SCHEDULES:
+            raise unknown('schedule', self.schedule, _SCHEDULES)
         if self.epochs is not None:
             check_epochs(self.epochs)
-        for name, least, above in (('lr', 0, True), ('spread', 0, True), ('wd', 0, False)):
+        for name, least, above in (('lr', 0, True), ('lr_mult', 0, True), ('wd', 0, False)):
             _check_number(name, getattr(self, name), least, above)
         if not isinstance(self.frozen, Integral) or isinstance(self.frozen, bool):
             raise ValueError(f'frozen={self.frozen!r}: give a whole number of groups, such as -1 for all but the head')
@@ -85,7 +85,7 @@ class Phase:
     def rates(self, n_groups: int) -> list:
         "The learning rate of each group, nearest to the input first (discriminative rates, Howard and Ruder 2018)"
         return (
-            [self.lr * self.spread ** (i / (n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
+            [self.lr * self.lr_mult ** (i / (n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
         )
 
 # %% ../../nbs/training/01_plans.ipynb #6a5c545d
@@ -97,7 +97,7 @@ class Plan:
     phases: tuple[Phase, ...]  # Phases in order
     about: str = ''  # In one line
     stage: str | int | None = None  # Last stage, by name or from the end; its own if None
-    tap: int | None = None  # Last stages that the head sees; the body's own if None
+    n_stages: int | None = None  # Last stages that the head sees; the body's own if None
     head: str | Head = 'linear'  # Name in `HEADS`, or a head
     augment: str | None = None  # Augmentation; '+NAME' adds to the task's own; that if None
     arch: str | None = None  # Backbone, if it must be a certain one
@@ -139,7 +139,7 @@ HEAD_PASSES = 10  # passes of a head without a number of epochs, where nothing c
 
 def _then(frozen):
     "The head, then the groups from `frozen` on with it"
-    return (HEAD_PHASE, Phase(frozen, 5, 5e-4, spread=20, wd=0.05, fixed_bn=True))
+    return (HEAD_PHASE, Phase(frozen, 5, 5e-4, lr_mult=20, wd=0.05, fixed_bn=True))
 
 # %% ../../nbs/training/01_plans.ipynb #1b0c223d
 PLANS = {
@@ -155,7 +155,7 @@ PLANS = {
         ),
         Plan(
             'flw',
-            (Phase(-1, 30, 1e-3, wd=0, decay='none'),),
+            (Phase(-1, 30, 1e-3, wd=0, schedule='none'),),
             'the head and the augmentation of the text FLW',
             head='flw',
             augment='flowers',
@@ -195,9 +195,9 @@ def get_plan(
 
 # %% ../../nbs/training/01_plans.ipynb #b6912de3
 @lru_cache(maxsize=16)
-def _parameters(arch, stage, tap, head, n_out, size) -> list:
+def _parameters(arch, stage, n_stages, head, n_out, size) -> list:
     "Number of weights of each group, the head last"
-    body = create_body(arch, 'random', tap, stage)
+    body = create_body(arch, 'random', n_stages, stage)
     net = create_head(head, head_inputs(body, head, size), n_out)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(body).values(), list(net.parameters()))]
 
@@ -205,11 +205,16 @@ def _parameters(arch, stage, tap, head, n_out, size) -> list:
 def _sizes(learn, plan) -> list:
     "The same for a plan on a learner, as it stands unless the plan wants another, or on a backbone by name"
     if isinstance(learn, str):
-        return _parameters(plan.arch or learn, plan.stage, plan.tap, plan.head, 2, 224)
-    own = plan.arch in (None, learn.record.arch) and plan.stage is None and plan.tap is None and plan.head == 'linear'
+        return _parameters(plan.arch or learn, plan.stage, plan.n_stages, plan.head, 2, 224)
+    own = (
+        plan.arch in (None, learn.record.arch)
+        and plan.stage is None
+        and plan.n_stages is None
+        and plan.head == 'linear'
+    )
     if not own:
         return _parameters(
-            plan.arch or learn.record.arch, plan.stage, plan.tap, plan.head, learn.dls.c, learn.task.size
+            plan.arch or learn.record.arch, plan.stage, plan.n_stages, plan.head, learn.dls.c, learn.task.size
         )
     return [
         sum(p.numel() for p in ps) for ps in (*layer_groups(learn.body.stages).values(), list(learn.head.parameters()))
@@ -277,9 +282,9 @@ def _describe(plan, i, phase, learn) -> dict:
         'frozen': _frozen_words(phase),
         'epochs': _epochs_words(plan, phase, head, _augment_of(plan, learn)),
         'learning rate': phase.lr,
-        'learning rate of the stem': phase.lr / phase.spread if phase.frozen == 0 else None,
+        'learning rate of the stem': phase.lr / phase.lr_mult if phase.frozen == 0 else None,
         'weight decay': phase.wd,
-        'schedule': phase.decay,
+        'schedule': phase.schedule,
         'BatchNorm': _bn_words(phase),
         'head': _head_words(head),
         'stage': plan.stage or 'last',

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:  # Name -> version
 
 
 @dataclass
-class Runtime:
+class UsedRuntimes:
     "How a CPU runs the body"
 
     forward: str  # Memory format and precision of predictions
@@ -51,14 +51,14 @@ class RunRecord:
     balance: str  # Of the classes
     weights: Weights  # What the body started from
     stage: str  # Last stage of the body
-    tap: int  # How many of the last stages the head sees
+    n_stages: int  # How many of the last stages the head sees
     head: Head | None  # None: a module of your own
     size: int  # Side of the images in pixels
     bs: int  # Images in a batch
     augment: str  # Names of augmentations
     reader: str  # How an image is read
     fit: str  # How it is made square
-    setting: Runtime  # How a CPU runs the body
+    runtime: UsedRuntimes  # How a CPU runs the body
     data: DataSummary  # The images
     versions: dict[str, str]  # Of the packages
     history: tuple[dict, ...] = ()  # One row an epoch
@@ -72,7 +72,7 @@ class RunRecord:
     gap: dict[str, float | None] | None = None  # Metric -> training minus validation; None: not defined
     validation: dict | None = None  # Metrics of the likeliest class
     validation_table: dict | None = None  # Metric -> value, low, high, images
-    set_aside: tuple[dict, ...] = ()  # Images that could not be read, each with the reason
+    skipped: tuple[dict, ...] = ()  # Images that could not be read, each with the reason
 
     def add_epochs(
         self,

@@ -131,7 +131,7 @@ def learner_features(
 ) -> Features:  # What the head sees of the images, pooled
     "The features of images in the body of a learner, computed unless they are stored"
     task, body = learn.task, learn.body
-    names = stage_names(body.stages)[-body.stages.tap :]
+    names = stage_names(body.stages)[-body.stages.n_stages :]
     return extract_features(
         images, body, task.size, task.reader, task.fit, views or views_of(task.augment) or 'none', names, label=label
     )

@@ -25,7 +25,7 @@ def check_seed(
     return int(seed)
 
 
-def check_share(
+def check_fraction(
     name: str,  # Of the argument
     value,  # What was given
 ):

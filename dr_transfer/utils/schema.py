@@ -205,10 +205,19 @@ _MORE = 'more'  # the field that keeps what a dataclass does not know
 LATER = 'later'  # in the metadata of a field: it came after 0.1.0, and its default is not written
 
 
+FORMERLY = 'formerly'  # in the metadata of a field: its name in 0.1.0, which is read as well
+
+
 @lru_cache
 def _hints(cls) -> dict:
     "The annotations of a dataclass"
     return get_type_hints(cls, include_extras=True)
+
+
+def _key(f, data) -> str:
+    "The name under which an object of JSON has a field"
+    before = f.metadata.get(FORMERLY)
+    return before if before in data and f.name not in data else f.name
 
 
 def _required(f) -> bool:
@@ -235,13 +244,15 @@ def from_dict(
     def inside(name):
         return f'{path}.{name}' if path else str(name)
 
-    hints, values = _hints(cls), {}
+    hints, values, used = _hints(cls), {}, set()
     for f in fields(cls):
-        if f.name in data and f.name != _MORE:
-            values[f.name] = _convert(hints[f.name], data[f.name], inside(f.name))
+        key = _key(f, data)
+        if key in data and key != _MORE:
+            values[f.name] = _convert(hints[f.name], data[key], inside(key))
+            used.add(key)
         elif _required(f):
             raise SchemaError(inside(f.name), MISSING, _describe(hints[f.name]))
-    unknown = {k: v for k, v in data.items() if k not in values}
+    unknown = {k: v for k, v in data.items() if k not in used}
     if unknown and _MORE not in hints:
         name, value = next(iter(unknown.items()))
         raise SchemaError(inside(reprlib.repr(name)), value, 'no field of this name')

@@ -25,16 +25,16 @@ def draw_slice(path, spacing='null'):
 
 def draw_slices(table, folder, out):
     "Pictures of the slices of a table."
-    from dr_transfer.data.ct_images import slice_pictures
+    from dr_transfer.data.ct_images import slice_images
 
-    print(len(slice_pictures(table, folder, out)))
+    print(len(slice_images(table, folder, out)))
 
 
 def draw_candidates(table, folder, out):
     "Pictures of the candidates of a table."
-    from dr_transfer.data.ct_images import candidate_pictures
+    from dr_transfer.data.ct_images import candidate_images
 
-    print(len(candidate_pictures(table, folder, out)))
+    print(len(candidate_images(table, folder, out)))
 
 
 def load_weights(path):

@@ -124,7 +124,7 @@ def unaccounted(outcome, at) -> list:
 def count_of_run(folder, expected) -> list:
     "Do the images of a run and those it skipped add up?"
     record = json.loads(text(folder / 'record.json'))
-    skipped = record.get('set_aside', record.get('skipped', []))
+    skipped = record.get('skipped_images', record.get('skipped', []))
     found = record['data']['images'] + len(skipped)
     return [] if found == expected else [f'the run accounts for {found} images of {expected}']
 

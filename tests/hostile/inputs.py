@@ -34,7 +34,7 @@ KINDS = (
 )
 WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is left out to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')
-PLAIN = ('--setting', 'plain')
+PLAIN = ('--runtime', 'plain')
 CASES = []
 
 
@@ -146,7 +146,7 @@ class Place:
         model = self.shared / model if isinstance(model, str) else model
         more.setdefault('data', self.data)
         return Command(
-            ['evaluate', model, self.data, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN, *words],
+            ['evaluate', model, self.data, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN, *words],
             [out, table_beside(out)],
             **more,
         )
@@ -268,7 +268,7 @@ def make_shared(runner, folder):
         'random',
         '--size',
         '48',
-        '--draws',
+        '--resamples',
         '100',
         *PLAIN,
         '--out',

@@ -39,7 +39,7 @@ OPTIONS = {
     '--target': ('nope', 'grade', ''),
     '--head': ('nope', 'cumulative', ''),
     '--balance': ('nope', ''),
-    '--setting': ('nope', 'bf17', ''),
+    '--runtime': ('nope', 'bf17', ''),
     '--patient': ('nobody', '', 'image', 'grade'),
     '--nope': ('1',),
     '--overwrite': ('yes',),
@@ -61,7 +61,7 @@ def train(at, pair):
 
 EVALUATE = {
     '--prevalence': ('2', '0', '1', '-1', 'nan', 'text'),
-    '--draws': ('0', '-1', '1', '99', 'text', '1.5'),
+    '--resamples': ('0', '-1', '1', '99', 'text', '1.5'),
     '--patient': ('nobody', ''),
     '--labels': ('nowhere.csv', '', '/dev/null'),
 }
@@ -76,11 +76,11 @@ def evaluate(at, pair):
 
 
 OTHERS = {
-    'compare --measure nope': ('compare', '--measure', 'nope'),
+    'compare --metric nope': ('compare', '--metric', 'nope'),
     'compare no arch': ('compare', '--archs'),
     'compare --plans nope': ('compare', '--plans', 'nope'),
     'compare --archs twice': ('compare', '--archs', 'small_cnn', 'small_cnn'),
-    'compare --draws 0': ('compare', '--draws', '0'),
+    'compare --resamples 0': ('compare', '--resamples', '0'),
     'compare --valid nan': ('compare', '--valid', 'nan'),
     'cross-validate --folds 0': ('cross-validate', '--folds', '0'),
     'cross-validate --folds 1': ('cross-validate', '--folds', '1'),
@@ -103,7 +103,7 @@ def other_command(at, words):
         'cross-validate': ('--arch', 'small_cnn', '--plan', 'head', '--epochs', '1'),
         'advise': ('--arch', 'small_cnn'),
     }[command]
-    more = ('--draws', '100') if command != 'advise' else ()
+    more = ('--resamples', '100') if command != 'advise' else ()
     return Command(
         [command, at.flowers, *small, '--weights', 'random', '--size', '48', *PLAIN, *more, '--out', out, *words],
         [out, table_beside(out)],

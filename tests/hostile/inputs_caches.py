@@ -289,7 +289,7 @@ def speed(at, data):
     else:
         (at.cache / 'speed.json').write_bytes(data)
     command = at.predict(at.flower, images=[at.flower], also=good(at))
-    command.words = [w for w in command.words if w not in PLAIN] + ['--setting', 'auto']
+    command.words = [w for w in command.words if w not in PLAIN] + ['--runtime', 'auto']
     return command
 
 
@@ -324,7 +324,7 @@ def compare(at, runner_words=()):
             'random',
             '--size',
             '48',
-            '--draws',
+            '--resamples',
             '100',
             *PLAIN,
             '--out',

@@ -200,7 +200,7 @@ def patients_in_every_command(at, which):
         'random',
         '--size',
         '48',
-        '--setting',
+        '--runtime',
         'plain',
         '--patient',
         'pid',
@@ -208,9 +208,20 @@ def patients_in_every_command(at, which):
         out,
     ]
     words += {
-        'compare': ['--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--draws', '100'],
+        'compare': ['--archs', 'small_cnn', '--plans', 'head', '--epochs', '1', '--resamples', '100'],
         'advise': ['--arch', 'small_cnn'],
-        'cross-validate': ['--arch', 'small_cnn', '--plan', 'head', '--epochs', '1', '--folds', '2', '--draws', '100'],
+        'cross-validate': [
+            '--arch',
+            'small_cnn',
+            '--plan',
+            'head',
+            '--epochs',
+            '1',
+            '--folds',
+            '2',
+            '--resamples',
+            '100',
+        ],
     }[which]
     from observe import Command, table_beside
 

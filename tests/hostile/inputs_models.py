@@ -13,7 +13,7 @@ from observe import Command
 FIELDS = (
     'arch',
     'stage',
-    'tap',
+    'n_stages',
     'head',
     'classes',
     'task',
@@ -150,7 +150,7 @@ HARM = {
     'path as network': set_field(arch='../../x'),
     'other network': set_field(arch='test_resnet'),
     'no such stage': set_field(stage='stage99'),
-    'tap': set_field(tap=10**6),
+    'n_stages': set_field(n_stages=10**6),
     'views': set_field(views='quarter_turns'),
     'temperature 0': set_field(decision={'temperature': 0}),
     'temperature nan': set_field(

@@ -37,7 +37,7 @@ def evaluated(at):
     "An evaluation of the shared eyes."
     out = at.root / 'out.html'
     return Command(
-        ['evaluate', at.shared / 'eye_run', at.eyes, '--allow-leaks', '--draws', '100', '--out', out, *PLAIN],
+        ['evaluate', at.shared / 'eye_run', at.eyes, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
         [out, table_beside(out)],
     )
 

@@ -20,7 +20,7 @@ WORDS = {
         at.shared / 'eye_run',
         at.eyes,
         '--allow-leaks',
-        '--draws',
+        '--resamples',
         '100',
         *PLAIN,
         '--out',

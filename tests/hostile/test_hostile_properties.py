@@ -18,7 +18,7 @@ from inputs import WHOLE, place
 from observe import Command, run
 from PIL import Image
 
-SETTINGS = {'deadline': None, 'derandomize': True, 'suppress_health_check': list(HealthCheck)}
+RUNTIMES = {'deadline': None, 'derandomize': True, 'suppress_health_check': list(HealthCheck)}
 IMAGES = ('a.png', 'b.png', 'sub/c.png', 'd e.png', '=f.png')
 HEADERS = (
     'image',
@@ -87,10 +87,10 @@ def is_one_line(error) -> bool:
     return bool(str(error).strip()) and 'Traceback' not in str(error)
 
 
-@settings(max_examples=2000 if WHOLE else 150, **SETTINGS)
+@settings(max_examples=2000 if WHOLE else 150, **RUNTIMES)
 @given(rows=tables(), form=FORMS)
 def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
-    from dr_transfer.data.table import label_table, set_aside
+    from dr_transfer.data.table import label_table, skipped_images
 
     file = tmp_path_factory.getbasetemp() / 'made up.csv'
     file.write_bytes(written(rows, form))
@@ -103,11 +103,11 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
     assert table.image.is_unique
     assert table.label.notna().all()
     known = {str(folder / name) for name in IMAGES}
-    assert set(table.image) | set(set_aside(table).image) <= known
-    assert not set(table.image) & set(set_aside(table).image), 'used and skipped'
+    assert set(table.image) | set(skipped_images(table).image) <= known
+    assert not set(table.image) & set(skipped_images(table).image), 'used and skipped'
 
 
-@settings(max_examples=2000 if WHOLE else 150, **SETTINGS)
+@settings(max_examples=2000 if WHOLE else 150, **RUNTIMES)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table
@@ -152,7 +152,7 @@ def test_a_model_with_any_description_is_used_or_refused(runner, shared, tmp_pat
     about.pop('sha256')
     ways = [w for w in paths(about) if w and w[0] not in ('versions', 'licence', 'training', 'tensors_sha256')]
 
-    @settings(max_examples=500 if WHOLE else 25, **SETTINGS)
+    @settings(max_examples=500 if WHOLE else 25, **RUNTIMES)
     @given(way=st.sampled_from(ways), value=JSON)
     def one(way, value):
         at = place(tmp_path_factory.mktemp('record') / 'case', shared)

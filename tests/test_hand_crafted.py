@@ -15,8 +15,8 @@ pytest.importorskip('skimage')
 from dr_transfer.evaluation import hand_crafted as explicit
 from dr_transfer.evaluation.hand_crafted import (
     FEATURES,
-    ExplicitClassifier,
-    cross_validate_explicit,
+    HandCraftedClassifier,
+    cross_validate_hand_crafted,
     feature_frame,
     lesion_features,
     lesion_table,
@@ -265,7 +265,7 @@ def toy(n=150, k=2, seed=0):
 @pytest.mark.parametrize('k', [2, 3])
 def test_the_classifier_learns_and_its_probabilities_are_some(k):
     (x, y), (xt, yt) = toy(k=k), toy(k=k, seed=1)
-    model = ExplicitClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
+    model = HandCraftedClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
     p = model.predict_proba(xt)
     assert p.shape == (150, k)
     assert np.allclose(p.sum(1), 1)
@@ -282,7 +282,7 @@ def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
     real = explicit.grouped_folds
     monkeypatch.setattr(explicit, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
     g = np.arange(150) // 2 // 2
-    ExplicitClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
+    HandCraftedClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
     assert len(seen) == 3
     assert all(not set(g[a]) & set(g[b]) for a, b in seen)
 
@@ -290,13 +290,13 @@ def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
 def test_bad_features_are_refused():
     x, y = toy()
     with pytest.raises(ValueError, match='NaN'):
-        ExplicitClassifier().fit(x.assign(area=np.nan), y)
+        HandCraftedClassifier().fit(x.assign(area=np.nan), y)
     with pytest.raises(ValueError, match='shape'):
-        ExplicitClassifier().fit(x['count'], y)
+        HandCraftedClassifier().fit(x['count'], y)
     with pytest.raises(ValueError, match='only the class'):
-        ExplicitClassifier().fit(x, ['no'] * 150)
+        HandCraftedClassifier().fit(x, ['no'] * 150)
     with pytest.raises(ValueError, match='learnt from 3'):
-        ExplicitClassifier(grid=((1.0, 1.0),)).fit(x, y).predict_proba(x[['count']])
+        HandCraftedClassifier(grid=((1.0, 1.0),)).fit(x, y).predict_proba(x[['count']])
 
 
 def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypatch):
@@ -305,7 +305,9 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
         explicit, 'feature_frame', lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3)))
     )  # eyes of 48 pixels say nothing
     a, b = (
-        cross_validate_explicit(tmp_path / 'eyes', folds=2, classifier=ExplicitClassifier(grid=((c, 0.3),), folds=2))
+        cross_validate_hand_crafted(
+            tmp_path / 'eyes', folds=2, classifier=HandCraftedClassifier(grid=((c, 0.3),), folds=2)
+        )
         for c in (0.1, 10.0)
     )
     assert {'image', 'target', 'group', 'fold', 'prediction', 'p_no', 'p_referable'} <= set(a)

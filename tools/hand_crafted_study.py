@@ -1,16 +1,16 @@
 """The rival without a network: is its segmentation right, and how far do its features go against those of a network?
 
     export DR_TRANSFER_DATA=...                       # the folder with dr/messidor2
-    python tools/explicit_study.py                    # both parts; about an hour on one core
-    python tools/explicit_study.py drawn              # needs no photographs
+    python tools/hand_crafted_study.py                    # both parts; about an hour on one core
+    python tools/hand_crafted_study.py drawn              # needs no photographs
 
     drawn        drawn eyes of cameras and people on which no limit was chosen: lesions found, spots that are right,
                  overlap of the vessels
     photographs  referable DR on Messidor-2 in five folds, the same for all: explicit features, frozen features,
                  fine-tuning, and their differences
-                 image by image; the rival on ten draws of 140 images; each feature alone
+                 image by image; the model on ten samples of 140 images; each feature alone
 
-Results are kept in nbs/results/explicit_drawn.csv and explicit.csv. Features, and predictions fold by fold, are kept
+Results are kept in nbs/results/hand_crafted_drawn.csv and hand_crafted.csv. Features, and predictions fold by fold, are kept
 in the cache (DR_TRANSFER_CACHE), so a run that was interrupted goes on where it stopped. Nothing of the segmentation
 was chosen on photographs; strength and width of the support vector machine are chosen in inner folds of the training
 side.
@@ -147,7 +147,7 @@ def _rows(recipe, t, wanted=None):
     for name in t.index:
         if wanted is None or name in wanted:
             values = t.loc[name, ['value', 'low', 'high']].astype(float).round(4)
-            rows.append({'recipe': recipe, 'measure': name, **values.to_dict()})
+            rows.append({'recipe': recipe, 'metric': name, **values.to_dict()})
     return rows
 
 
@@ -192,15 +192,15 @@ def _differences(name, a, b):
     yield from _rows(name, difference.set_axis(['sensitivity']))
 
 
-def _small_sets(data, n=140, draws=10):
+def _small_sets(data, n=140, n_resamples=10):
     "Metrics of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
     from dr_transfer.data.table import label_table
-    from dr_transfer.evaluation.hand_crafted import cross_validate_explicit
+    from dr_transfer.evaluation.hand_crafted import cross_validate_hand_crafted
     from dr_transfer.metrics.scores import auc
 
     found = []
-    for seed in range(draws):
-        t = cross_validate_explicit(label_table(data).sample(n, random_state=seed), 'referable')
+    for seed in range(n_resamples):
+        t = cross_validate_hand_crafted(label_table(data).sample(n, random_state=seed), 'referable')
         ill = t.target == 'referable'
         said = t.prediction == 'referable'
         found.append(
@@ -218,18 +218,18 @@ def _small_sets(data, n=140, draws=10):
 
 def photographs(root):
     from dr_transfer.evaluation.cross_validation import cross_validate
-    from dr_transfer.evaluation.hand_crafted import cross_validate_explicit, feature_frame
+    from dr_transfer.evaluation.hand_crafted import cross_validate_hand_crafted, feature_frame
     from dr_transfer.metrics.scores import auc
 
     data = root / 'messidor2'
-    rival = cross_validate_explicit(data, 'referable')
+    rival = cross_validate_hand_crafted(data, 'referable')
     yield from _figures(RIVAL, rival)
     yield from _rows(f'{RIVAL}, ten draws of 140 images', _small_sets(data))
     frame = feature_frame(rival.image.tolist())
     ill = (rival.target == 'referable').astype(int)
     for name in frame:
         value = auc(ill.to_numpy(), frame[name].to_numpy())
-        yield {'recipe': 'one feature alone', 'measure': name, 'value': round(value, 4)}
+        yield {'recipe': 'one feature alone', 'metric': name, 'value': round(value, 4)}
     tables = {}
     for recipe, how in NETWORKS.items():
         t = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
@@ -241,7 +241,7 @@ def photographs(root):
     yield from _differences(f'{a} - {b}', tables[a], tables[b])
 
 
-PARTS = {'drawn': (drawn, 'explicit_drawn.csv'), 'photographs': (photographs, 'explicit.csv')}
+PARTS = {'drawn': (drawn, 'hand_crafted_drawn.csv'), 'photographs': (photographs, 'hand_crafted.csv')}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
