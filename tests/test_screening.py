@@ -30,7 +30,7 @@ from dr_transfer.metrics.decision import (
     question,
     table_arrays,
 )
-from dr_transfer.metrics.intervals import bootstrap, fraction_interval, group_codes, n_resamples, paired_difference
+from dr_transfer.metrics.intervals import bootstrap, fraction_interval, group_codes, resamples, paired_difference
 from dr_transfer.metrics.operating_point import (
     OperatingPoint,
     OperatingPointError,
@@ -108,22 +108,22 @@ def test_group_codes_number_groups_and_leave_the_others_alone(groups, n):
 
 def test_draws_hold_whole_groups_as_many_as_there_are():
     codes = np.array([0, 0, 1, 2, 2, 2])
-    for rows in n_resamples(codes, 50, seed=3):
+    for rows in resamples(codes, 50, seed=3):
         n = np.bincount(rows, minlength=6)
         assert n[0] == n[1]
         assert n[3] == n[4] == n[5]
         assert n[0] + n[2] + n[3] == 3
     assert (
-        [r.tolist() for r in n_resamples(codes, 5)]
-        == [r.tolist() for r in n_resamples(codes, 5)]
-        != [r.tolist() for r in n_resamples(codes, 5, seed=1)]
+        [r.tolist() for r in resamples(codes, 5)]
+        == [r.tolist() for r in resamples(codes, 5)]
+        != [r.tolist() for r in resamples(codes, 5, seed=1)]
     )
 
 
 def test_the_bootstrap_of_a_mean_is_that_of_scipy():
     x = np.random.default_rng(0).normal(3, 2, 80)
     ours = bootstrap(np.mean, x, n=4000).loc['value']
-    theirs = stats.bootstrap((x,), np.mean, n_resamples=4000, method='percentile', random_state=1).confidence_interval
+    theirs = stats.bootstrap((x,), np.mean, resamples=4000, method='percentile', random_state=1).confidence_interval
     assert ours.value == pytest.approx(x.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
 

@@ -192,14 +192,14 @@ def _differences(name, a, b):
     yield from _rows(name, difference.set_axis(['sensitivity']))
 
 
-def _small_sets(data, n=140, n_resamples=10):
+def _small_sets(data, n=140, resamples=10):
     "Metrics of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
     from dr_transfer.data.table import label_table
     from dr_transfer.evaluation.hand_crafted import cross_validate_hand_crafted
     from dr_transfer.metrics.scores import auc
 
     found = []
-    for seed in range(n_resamples):
+    for seed in range(resamples):
         t = cross_validate_hand_crafted(label_table(data).sample(n, random_state=seed), 'referable')
         ill = t.target == 'referable'
         said = t.prediction == 'referable'

@@ -264,7 +264,7 @@ def _print_report(e, a, page, table):
     from dr_transfer.evaluation.report_page import write_pages
     from dr_transfer.metrics.screening import measure_table
 
-    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.n_resamples)
+    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.resamples)
     print(metrics.round(3).to_string())
     print('\n'.join(metrics.attrs['notes']))
     if e.decision:
@@ -278,7 +278,7 @@ def _print_report(e, a, page, table):
     if 'gradability' in e.table:
         print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
     with _printed_if_unwritable(e.table, table):
-        write_pages(e, page, table, a.n_resamples)
+        write_pages(e, page, table, a.resamples)
 
 
 def _print_files(main, label, table) -> int:
@@ -424,7 +424,7 @@ def _write_comparison(a, figure, table):
         bs=a.bs,
         runtime=a.runtime,
     )
-    t = c.table(a.n_resamples)
+    t = c.table(a.resamples)
     n = len(next(iter(c.tables.values())))
     shown = t.xs(metric, level='metric').round(3).to_string(na_rep='')
     print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')

@@ -46,7 +46,7 @@ def check_resamples(
         )
 
 
-def n_resamples(
+def resamples(
     codes: np.ndarray,  # From `group_codes` (n,)
     n: int = 2000,  # How many draws
     seed: int = 0,  # Another seed, other draws
@@ -98,7 +98,7 @@ def bootstrap(
     value = _columns([metric(*columns)]).T.set_axis(['value'], axis=1)
     if codes.max() == 0:
         return value.assign(low=np.nan, high=np.nan)
-    found = _columns(metric(*(a[rows] for a in columns)) for rows in n_resamples(codes, n, seed))
+    found = _columns(metric(*(a[rows] for a in columns)) for rows in resamples(codes, n, seed))
     return value.join(_limits(found, level))
 
 # %% ../../nbs/metrics/03_intervals.ipynb #109e905f

@@ -22,7 +22,7 @@ from dr_transfer.metrics.intervals import (
     check_resamples,
     count_groups,
     group_codes,
-    n_resamples,
+    resamples,
     paired_difference,
 )
 from .operating_point import OperatingPoint, check_prevalence, operating_table
@@ -274,7 +274,7 @@ def roc_band(
         return np.interp(grid, fpr, tpr)
 
     codes = group_codes(groups, len(q.y))
-    found = np.array([curve(q.y[r], q.score[r]) for r in n_resamples(codes, n, seed)])
+    found = np.array([curve(q.y[r], q.score[r]) for r in resamples(codes, n, seed)])
     low, high = np.nan, np.nan
     if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
         low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
