@@ -86,7 +86,7 @@ def test_pictures_have_no_symmetry():
 
 @pytest.mark.parametrize('name', CLASSES)
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
-def test_no_draw_is_any_other_than_the_named_views(name, kind):
+def test_random_views_are_only_the_named_views(name, kind):
     torch.manual_seed(1)
     a = picture()
     ways = [way(a, o) for o in draws(CLASSES[name](), kind, a)]
@@ -476,7 +476,7 @@ def test_the_number_of_views_is_that_of_the_table(name):
         assert len(found) == int(said) == len(VIEWS[views_of(name)])
 
 
-def test_random_crop_takes_at_least_the_least_part():
+def test_random_crop_keeps_the_minimum_fraction():
     "Measured on ramps: the range of red and green is the share of the width and the height that is seen."
     out = augmented('random_crop', ramps(torch.linspace(0, 1, 64), 0.0))
     seen = out.amax((2, 3)) - out.amin((2, 3))

@@ -305,7 +305,7 @@ def test_a_tap_of_nothing_is_refused(stage):
 
 
 @pytest.mark.parametrize('stage', ['stage5', 'neck', 'layer1', '', 'Stem', 0, 1, -6, 99])
-def test_places_that_are_none(stage):
+def test_invalid_cuts(stage):
     "The refusal lists the places there are"
     with pytest.raises(ValueError) as e:
         create_body('test_resnet', 'random', stage=stage)

@@ -141,7 +141,7 @@ def test_the_odd_images_are_what_they_are_called(mixed):
             assert im.getexif()[0x0112] == 6
 
 
-def test_training_sets_damaged_files_aside(mixed, mixed_run):
+def test_training_skips_damaged_files(mixed, mixed_run):
     folder, odd, before = mixed
     out, said = mixed_run
     assert content(folder) == before, 'not a byte in the data was changed'

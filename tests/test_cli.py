@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures('with_shared_cache')
 # ---------------------------------------------------------------- train
 
 
-def test_a_run_holds_what_is_promised(run):
+def test_contents_of_a_run(run):
     assert sorted(p.name for p in run.iterdir()) == FILES
     assert sorted(p.name for p in (run / 'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
     for name in ('history.png', 'confusion.png'):
@@ -286,7 +286,7 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
 # ---------------------------------------------------------------- predict
 
 
-def test_predict_says_what_training_said(run, tmp_path):
+def test_predict_repeats_the_validation_predictions(run, tmp_path):
     new = tmp_path / 'new'
     t = table(run / 'predictions.csv')
     said = good('predict', run, *t.image, '--out', new / 'p.csv')

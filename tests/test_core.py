@@ -156,7 +156,7 @@ def test_no_weights_no_learner(build, monkeypatch):
         build(arch='resnet18', weights=None)
 
 
-def test_groups_stay_on_one_side(build, root):
+def test_groups_stay_in_one_subset(build, root):
     learn = build()
     credits = pd.read_csv(root / 'flowers' / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))

@@ -71,7 +71,7 @@ def trainings(monkeypatch):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled, seed):
+def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labelled, seed):
     t = unseen_split(labelled, labelled.group.to_numpy(), seed=seed)
     assert (t.groupby('group').split.nunique() == 1).all()
     assert set(t.split) == {'train', 'valid', 'test'}
@@ -312,13 +312,13 @@ def curve(**scores):
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
 )  # ahead at first only
-def test_worth_of_pretraining_is_known_where_the_curves_are(frozen, needs, value):
+def test_images_saved_are_known_where_the_curves_are(frozen, needs, value):
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.needs.tolist() == pytest.approx(needs)
     assert w.value.tolist() == pytest.approx(value)
 
 
-def test_limits_of_the_worth_hold_it_and_widen_with_the_spread():
+def test_limits_of_the_images_saved_include_them_and_widen_with_the_noise():
     narrow, wide = (
         value_of_pretraining(
             curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), lr_mult=s)
@@ -337,7 +337,7 @@ def test_a_curve_that_dips_does_not_count_twice():
     assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
 
 
-def test_table_and_picture_of_a_curve():
+def test_table_and_figure_of_a_curve():
     runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), lr_mult=0.01)
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
@@ -371,7 +371,7 @@ def test_rivals_are_named_by_what_differs():
     ]
 
 
-def test_the_same_rival_twice_does_not_differ_from_itself(flowers):
+def test_the_same_method_twice_does_not_differ_from_itself(flowers):
     same = {n: Plan(n, (Phase(-1, None, 1e-3),)) for n in ('one', 'two')}
     c = compare(
         flowers,

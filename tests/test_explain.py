@@ -300,7 +300,7 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
         ('test_mambaout', 64),
     ],
 )
-def test_transformers_have_heat_on_their_tokens(arch, size):
+def test_transformers_have_grad_cam_on_their_tokens(arch, size):
     m = image_model(arch, size=size)
     im = picture(size)
     torch.nn.init.normal_(m.model[1][-1].weight)

@@ -263,7 +263,7 @@ def toy(n=150, k=2, seed=0):
 
 
 @pytest.mark.parametrize('k', [2, 3])
-def test_the_classifier_learns_and_its_probabilities_are_some(k):
+def test_the_classifier_learns_and_returns_probabilities(k):
     (x, y), (xt, yt) = toy(k=k), toy(k=k, seed=1)
     model = HandCraftedClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
     p = model.predict_proba(xt)

@@ -291,7 +291,7 @@ def test_fits_of_a_wide_image():
         (33, 31),
     ],
 )
-def test_fit_takes_any_shape_and_leaves_nothing_to_chance(fit, shape):
+def test_fit_takes_any_shape_and_is_deterministic(fit, shape):
     im = Image.fromarray(np.full((*shape, 3), 120, np.uint8))
     a = np.asarray(fit_square(im, 32, fit))
     b = np.asarray(fit_square(im, 32, fit))

@@ -123,7 +123,7 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
     assert differ(c[1], a[1]) > 60
 
 
-def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
+def test_exactly_the_duplicates_of_a_synthetic_set_are_found(eyes):
     import json
 
     truth = json.loads((eyes / 'truth.json').read_text())
@@ -174,7 +174,7 @@ def test_joined_groups(groups):
 
 
 @pytest.mark.parametrize('kind', ['group', 'copies'])
-def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
+def test_build_learner_raises_an_error_for_a_leaking_split(eyes, kind):
     t = split_data(eyes, TASKS['dr'], REFERABLE)
     copies = find_copies(t.image.tolist(), 'fundus')
     if kind == 'copies':

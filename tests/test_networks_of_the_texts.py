@@ -28,7 +28,7 @@ def eyes(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
+def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, name):
     w_safetensors = tmp_path / 'w.safetensors'
     if name in LARGE:
         request.getfixturevalue('data_root')
@@ -83,7 +83,7 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     assert torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
 
 
-def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
+def test_auxiliary_classifiers_in_a_file_are_ignored(tmp_path):
     torch.manual_seed(0)
     net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     save_file(net.state_dict(), tmp_path / 'w.safetensors')

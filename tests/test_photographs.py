@@ -96,7 +96,7 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     assert probe.score(f[1], sides[1].label) > 0.8
 
 
-def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
+def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
     "In the words of the advice, from a part of each set."
     flowers = some(
         pd.read_csv(data_root / 'flowers' / 'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label'

@@ -128,7 +128,7 @@ def test_the_bootstrap_of_a_mean_is_that_of_scipy():
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
 
 
-def test_intervals_over_patients_hold_the_truth_where_those_over_eyes_do_not():
+def test_intervals_over_patients_contain_the_true_value_and_those_over_eyes_do_not():
     held = {True: 0, False: 0}
     for s in range(150):
         rng = np.random.default_rng(s)
@@ -189,7 +189,7 @@ def test_reliability_is_that_of_scikit_learn():
 
 
 @pytest.mark.parametrize('sharp', [0.4, 1, 2.5])
-def test_the_temperature_undoes_what_was_done(sharp):
+def test_the_temperature_is_recovered(sharp):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.5, (20_000, 3))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -241,7 +241,7 @@ def test_the_point_reaches_what_was_asked_and_none_gives_more_of_the_other(share
     assert max(r[other] for r in reach) <= both(p.threshold)[other] + 1e-12
 
 
-def test_too_few_positives_are_refused_and_the_reason_is_said():
+def test_too_few_positives_raise_an_error_with_the_reason():
     with pytest.raises(OperatingPointError, match=r'29 positive validation images.*fewer than 30'):
         choose_operating_point([1] * 29 + [0] * 99, np.arange(128.0), sensitivity=0.9)
     with pytest.raises(OperatingPointError, match='5 negative'):

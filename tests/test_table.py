@@ -367,7 +367,7 @@ def test_split_column(tmp_path, split):
 # ---------------------------------------------------------------- set aside
 
 
-def test_unreadable_files_are_listed_and_left_alone(tmp_path):
+def test_unreadable_files_are_listed_and_not_changed(tmp_path):
     draw(tmp_path, *FILES)
     (tmp_path / 'rose' / 'empty.jpg').touch()
     (tmp_path / 'rose' / 'text.jpg').write_text('no image')
@@ -701,7 +701,7 @@ def share(t, side):
         (0.07, 0.21),
     ],
 )
-def test_a_group_is_never_on_two_sides(valid, test):
+def test_a_group_is_never_in_two_subsets(valid, test):
     for seed in range(6):
         t = split_table(before := random_set(seed), valid, test, seed)
         assert t.groupby('group').split.nunique().max() == 1

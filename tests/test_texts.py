@@ -96,7 +96,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
     assert '\r' in terminal.getvalue()
 
 
-def test_reading_images_says_how_far_it_is(table, monkeypatch):
+def test_reading_images_shows_progress(table, monkeypatch):
     monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
     image_errors(table.image.tolist())
     assert f'{len(table)}/{len(table)}' in terminal.getvalue()
@@ -171,7 +171,7 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
-def test_turns_narrow_the_gap_between_the_sides(tmp_path):
+def test_turns_narrow_the_gap_between_training_and_validation(tmp_path):
     "The gap between the sides, for a model with the turns and for one without"
     from dr_transfer.core import build_learner, fit, generalisation_gap
 
