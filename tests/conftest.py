@@ -23,6 +23,7 @@ from dr_transfer.synthetic.fundus import make_dr  # noqa: E402  (as above)
 def pytest_configure(config):
     config.addinivalue_line('markers', 'photographs: needs the real photographs in DR_TRANSFER_DATA')
     config.addinivalue_line('markers', 'slow: takes more than some seconds')
+    config.addinivalue_line('markers', 'fastai: trains or builds learners, so another version of fastai matters')
 
 
 # The files that take longest, the longest first: one that began last would keep one worker busy while the others wait.
@@ -43,12 +44,31 @@ LONGEST = (
     'test_onnx',
 )
 
+# The files that call fastai most: CI runs them a second time, with its newest version.
+CALL_FASTAI = (
+    'test_core',
+    'test_training',
+    'test_plans',
+    'test_advisor',
+    'test_data',
+    'test_augment',
+    'test_cli',
+    'test_imports',
+    'test_ordered',
+    'test_texts',
+    'test_explain',
+    'test_metrics',
+    'test_bundle',
+)
+
 
 def pytest_collection_modifyitems(items):
-    "Mark the tests that ask for `data_root`, so that `-m 'not photographs'` leaves them out; long files come first."
+    "Mark tests that need photographs (fixture `data_root`) and tests that call fastai; long files come first."
     for item in items:
         if 'data_root' in getattr(item, 'fixturenames', ()):
             item.add_marker('photographs')
+        if item.path.stem in CALL_FASTAI:
+            item.add_marker('fastai')
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 

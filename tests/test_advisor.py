@@ -249,7 +249,7 @@ def test_a_transformer(flowers):
 
 
 @pytest.mark.parametrize(
-    'measure, target',
+    'metric, target',
     [
         ('auc', 'referable'),
         ('accuracy', 'grade'),

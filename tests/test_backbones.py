@@ -331,7 +331,7 @@ def test_the_end_of_what_is_no_chain(stage):
 
 @pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
 @pytest.mark.parametrize(
-    'name,tap',
+    'name,n_stages',
     [
         ('efficientnet_lite0', 2),
         ('efficientnet_lite0', 4),

@@ -300,7 +300,7 @@ def curve(**scores):
 
 
 @pytest.mark.parametrize(
-    'frozen, needs, worth',
+    'frozen, needs, value',
     [
         (
             (0.4, 0.5, 0.6, 0.7),

@@ -185,7 +185,7 @@ def test_intervals_cover():
 
 
 @pytest.mark.parametrize(
-    'k, measure',
+    'k, metric',
     [
         (2, None),
         (2, 'accuracy'),
