@@ -80,7 +80,7 @@ def test_safetensors_and_json_and_nothing_else(run, weights):
         'fit': 'pad',
         'views': 'quarter_turns',
         'seed': 3,
-        'format': 'dr_transfer model 2',
+        'format': 'dr_transfer model 3',
     }
     import timm
 

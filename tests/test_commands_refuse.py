@@ -248,7 +248,7 @@ def test_one_path_is_a_list_of_one(flowers):
 
 def test_a_value_outside_of_its_interval_is_drawn():
     "The figure of a comparison is not lost for it"
-    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'metric'])
+    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
         {
             'value': [0.6, 0.7],

@@ -30,7 +30,7 @@ from dr_transfer.metrics.decision import (
     question,
     table_arrays,
 )
-from dr_transfer.metrics.intervals import bootstrap, fraction_interval, group_codes, resamples, paired_difference
+from dr_transfer.metrics.intervals import bootstrap, fraction_interval, group_codes, paired_difference, resamples
 from dr_transfer.metrics.operating_point import (
     OperatingPoint,
     OperatingPointError,

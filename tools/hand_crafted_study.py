@@ -1,19 +1,19 @@
-"""The rival without a network: is its segmentation right, and how far do its features go against those of a network?
+"""Compare hand-crafted features with the features of a network, and evaluate the segmentation that they rest on.
 
     export DR_TRANSFER_DATA=...                       # the folder with dr/messidor2
-    python tools/hand_crafted_study.py                    # both parts; about an hour on one core
-    python tools/hand_crafted_study.py drawn              # needs no photographs
+    python tools/hand_crafted_study.py                # both parts; about an hour on one core
+    python tools/hand_crafted_study.py drawn          # needs no photographs
 
-    drawn        drawn eyes of cameras and people on which no limit was chosen: lesions found, spots that are right,
-                 overlap of the vessels
-    photographs  referable DR on Messidor-2 in five folds, the same for all: explicit features, frozen features,
-                 fine-tuning, and their differences
-                 image by image; the model on ten samples of 140 images; each feature alone
+    drawn        synthetic fundus images of cameras and patients on which no limit was chosen: lesions detected, spots
+                 that are lesions, overlap of the vessels
+    photographs  referable DR on Messidor-2 in the same five folds: hand-crafted features, frozen features and
+                 fine-tuning, and their paired differences; the baseline on ten samples of 140 images; each feature
+                 alone
 
-Results are kept in nbs/results/hand_crafted_drawn.csv and hand_crafted.csv. Features, and predictions fold by fold, are kept
-in the cache (DR_TRANSFER_CACHE), so a run that was interrupted goes on where it stopped. Nothing of the segmentation
-was chosen on photographs; strength and width of the support vector machine are chosen in inner folds of the training
-side.
+Results are written to nbs/results/hand_crafted_drawn.csv and hand_crafted.csv. Features, and the predictions for each
+fold, are kept in the cache (DR_TRANSFER_CACHE), so a run that was interrupted continues where it stopped. No limit of
+the segmentation was chosen on photographs; `C` and the kernel width of the support vector machine are chosen in inner
+folds of the training set.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NETWORKS = {
     'frozen features, 224 pixels': dict(plan='head', size=224),
     'fine-tuned (top1), 224 pixels': dict(plan='top1', size=224),
 }
-RIVAL = 'explicit features, SVM'
+BASELINE = 'hand-crafted features, SVM'
 
 
 # ---------------------------------------------------------------- drawn eyes
@@ -75,7 +75,7 @@ def lesion_truth(truth, disc, side):
 
 
 def lesion_counts(seg, truth, side):
-    "Lesions that were drawn and found, spots and those that are right, of a segmentation"
+    "Count true lesions and those detected, and spots and those that are lesions"
     from dr_transfer.evaluation.segmentation import LESION_MASKS, score_lesions
 
     lesions = lesion_truth(truth, seg.disc, side)
@@ -86,15 +86,15 @@ def lesion_counts(seg, truth, side):
         kinds = np.array(kinds, dtype=object)
         places = [q[1:] for q in own]
         spots = getattr(seg, mask)
-        found, right = score_lesions(spots, places)
+        detected, correct = score_lesions(spots, places)
         for name in names:
             drawn = kinds == name
             row[f'{name} drawn'] = int(drawn.sum())
-            row[f'{name} found'] = int(found[drawn].sum())
+            row[f'{name} detected'] = int(detected[drawn].sum())
         row[f'{mask} drawn'] = len(own)
-        row[f'{mask} found'] = int(found.sum())
-        row[f'{mask} spots'] = len(right)
-        row[f'{mask} right'] = int(right.sum())
+        row[f'{mask} detected'] = int(detected.sum())
+        row[f'{mask} spots'] = len(correct)
+        row[f'{mask} correct'] = int(correct.sum())
     return row
 
 
@@ -222,11 +222,11 @@ def photographs(root):
     from dr_transfer.metrics.scores import auc
 
     data = root / 'messidor2'
-    rival = cross_validate_hand_crafted(data, 'referable')
-    yield from _figures(RIVAL, rival)
-    yield from _rows(f'{RIVAL}, ten draws of 140 images', _small_sets(data))
-    frame = feature_frame(rival.image.tolist())
-    ill = (rival.target == 'referable').astype(int)
+    baseline = cross_validate_hand_crafted(data, 'referable')
+    yield from _figures(BASELINE, baseline)
+    yield from _rows(f'{BASELINE}, ten draws of 140 images', _small_sets(data))
+    frame = feature_frame(baseline.image.tolist())
+    ill = (baseline.target == 'referable').astype(int)
     for name in frame:
         value = auc(ill.to_numpy(), frame[name].to_numpy())
         yield {'recipe': 'one feature alone', 'metric': name, 'value': round(value, 4)}
@@ -235,7 +235,7 @@ def photographs(root):
         t = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
         tables[recipe] = t
         yield from _figures(recipe, t)
-        yield from _differences(f'{recipe} - {RIVAL}', t, rival)
+        yield from _differences(f'{recipe} - {BASELINE}', t, baseline)
     a = 'fine-tuned (top1), 224 pixels'
     b = 'frozen features, 224 pixels'
     yield from _differences(f'{a} - {b}', tables[a], tables[b])

@@ -345,13 +345,13 @@ def _training(t) -> dict:
     d = t.get('data')
     if not d:
         return how
-    sides = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
+    subsets = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
     leaks = ', '.join(f'{n} x {k}' for k, n in (d.get('leaks') or {}).items())
     groups = d['groups'] or 'no'
     return {
         **how,
         'images it was made from': (
-            f'{sides}; {groups} groups of images, {d["skipped"]} set aside; fingerprint {d["fingerprint"]}'
+            f'{subsets}; {groups} groups of images, {d["skipped"]} set aside; fingerprint {d["fingerprint"]}'
         ),
         'patients of these images': d.get('patients'),
         'allowed on two sides of its split': leaks or 'nothing',

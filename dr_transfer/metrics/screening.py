@@ -22,8 +22,8 @@ from dr_transfer.metrics.intervals import (
     check_resamples,
     count_groups,
     group_codes,
-    resamples,
     paired_difference,
+    resamples,
 )
 from .operating_point import OperatingPoint, check_prevalence, operating_table
 from .scores import quadratic_kappa, summary
