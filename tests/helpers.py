@@ -1,6 +1,7 @@
 "What the tests of the command share: it runs in this process, and what it prints and writes is read back."
 
 import csv
+import importlib.util
 import io
 import os
 import sys
@@ -47,6 +48,15 @@ def refused(*words, start='dr_transfer: '):
     assert len(lines) == 1, said
     assert lines[0].startswith(start), said
     return lines[0]
+
+
+def tool(name):
+    "Load a script of tools/, which is not a package."
+    path = Path(__file__).resolve().parent.parent / 'tools' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def content(folder):

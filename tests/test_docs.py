@@ -1,20 +1,12 @@
 "The tools that build the site and the README, and the site itself where it has been built."
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def tool(name):
-    "Load a script of tools/, which is no package."
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def site(folder, **pages):
@@ -26,7 +18,7 @@ def site(folder, **pages):
 
 
 def broken(*args, **kwargs):
-    return [(page, link) for page, link, why in tool('check_links').broken_links(site(*args, **kwargs))]
+    return [(page, link) for page, link, _ in tool('check_links').broken_links(site(*args, **kwargs))]
 
 
 def test_good_links_pass(tmp_path):

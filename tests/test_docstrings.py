@@ -2,11 +2,11 @@
 
 import ast
 import doctest
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 import dr_transfer as dt
 
@@ -90,15 +90,30 @@ def test_the_examples_run(name, folder, fit_once, monkeypatch):
 def test_the_site_shows_the_sections_once():
     "The parameters in the signature, the sections below it."
     pytest.importorskip('nbdev')
-    spec = importlib.util.spec_from_file_location('show_sections', ROOT / 'tools' / 'show_sections.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = module.SectionsRenderer(dt.build_learner)._repr_markdown_()
+    text = tool('show_sections').SectionsRenderer(dt.build_learner)._repr_markdown_()
     for title in ('Returns', 'Raises', 'Notes', 'Examples'):
         assert text.count(f'**{title}**') == 1
     assert '- `LeakError`: ' in text
     assert text.count('>>> learn = ') == 1
     assert not re.search(r'^-{3,}$', text.partition('\n')[2], re.M), 'an underlined title would be a heading'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'A table, and nothing about its type',
+        'DataFrame\n    One row for each image\nValueError',
+        'DataFrame\n    One row for each image\nThe metrics are means',
+        'DataFrame',
+        '',
+    ],
+)
+def test_an_entry_that_is_not_understood_is_an_error(text):
+    entries = tool('show_sections').entries
+    assert entries('DataFrame\n    One row\n    for each image') == '- `DataFrame`: One row for each image'
+    assert entries('int\n    One\n\nValueError\n    Two\n').count('\n') == 1
+    with pytest.raises(ValueError, match='without a description'):
+        entries(text)
 
 
 def public_kwargs():

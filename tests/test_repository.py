@@ -1,6 +1,6 @@
-"""The rules of the repository, read from its files: no notebook is run and nothing of the library is imported.
+"""Check the rules of the repository by reading its files; no notebook is run.
 
-Patterns that must not occur are put together from parts, so that this file does not match itself.
+Patterns that must not occur are composed of parts, so that this file does not match them.
 """
 
 import ast
@@ -13,6 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = {'_docs', '_proc', 'build', 'dist', 'runs', '__pycache__', 'node_modules'}
@@ -343,20 +344,12 @@ def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
     assert not late_imports(text, module_name(path)), 'imports what comes later'
 
 
-def all_names(text):
-    "What stands in `__all__` of a module."
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
-            return ast.literal_eval(node.value)
-    return []
-
-
 def test_public_names_are_few():
-    "What only the library needs is under `#| exporti` or begins with `_`; `tools/public_names.py` lists what remains."
-    names = {module_name(p): all_names(p.read_text(encoding='utf-8')) for p in MODULES}
+    "Names that only the library needs are under `#| exporti` or begin with an underscore."
+    names = tool('public_names').library_names()
     assert 150 < sum(map(len, names.values())) <= 200
-    assert 'build_learner' in names['core']
-    assert 'find_column' not in names['data.columns']
+    assert 'build_learner' in names['dr_transfer.core']
+    assert 'find_column' not in names.get('dr_transfer.data.columns', [])
 
 
 @each(MODULES)

@@ -1,24 +1,25 @@
-"""How fast, against plain fastai: each figure is a ratio of two measurements in one run, on this machine, with the
-same network and images.
+"""Measure the speed compared with plain fastai: each value is the ratio of two measurements in one run, on the same
+machine, with the same network and images.
 
     export DR_TRANSFER_DATA=...                 # the folder with flowers/ and dr/
-    python tools/benchmark.py                   # everything; hours, most of it plain fastai
-    python tools/benchmark.py extract scale     # some of it
+    python tools/benchmark.py                   # all parts; hours, most of them plain fastai
+    python tools/benchmark.py extract scale     # some parts
 
-    extract   features of every stage, from files: against `get_preds` of a plain `vision_learner`, and against the
-              bare network on tensors in memory: as it comes, in its fastest format and precision, and as our copy with
+    extract   features of every stage, from files, compared with `get_preds` of a plain `vision_learner`, and with the
+              network alone on tensors in memory: unchanged, in its fastest format and precision, and as our copy with
               folded BatchNorm
-    head      a head on the flowers, quarter turns as augmentation, 30 epochs and to its end: against 30 frozen epochs
-              of plain fastai (3 are run, times 10)
-    tail      the last stage and the head, 5 epochs of quarter turns at 384 pixels on Messidor-2: against plain fastai
-              with `freeze_to`
-    steps     training steps of the body with fixed BatchNorm, pictures in memory: against the network as it comes
-    scale     1,000, 10,000 and 100,000 drawn images: time an image, and peak memory
-    fundus    a photograph of 4288 x 2848 pixels to a disc of 512: against opening and resizing with PIL, the JPEG
-              decoder alone, and retinalysis-fundusprep from PyPI where PEER_PYTHON names a Python that has it
-    copies    near copies among 100,000 hashes
+    head      a head on the flowers with quarter turns as augmentation, 30 epochs and solved, compared with 30 frozen
+              epochs of plain fastai (3 are run, times 10)
+    tail      the last stage and the head, 5 epochs with quarter turns at 384 pixels on Messidor-2, compared with plain
+              fastai and `freeze_to`
+    steps     training steps of the body with fixed BatchNorm, images in memory, compared with the unchanged network
+    scale     1,000, 10,000 and 100,000 synthetic images: time per image, and peak memory
+    fundus    from a photograph of 4288 x 2848 pixels to a disc of 512, compared with opening and resizing with PIL,
+              with the JPEG decoder alone, and with retinalysis-fundusprep from PyPI (if PEER_PYTHON is the path of a
+              Python that has it)
+    copies    search for near copies among 100,000 hashes
 
-Results are kept in nbs/results/benchmark.csv, a row a figure.
+The results are written to nbs/results/benchmark.csv, a row for each value.
 """
 
 import argparse
@@ -43,7 +44,7 @@ ARCH = 'efficientnet_lite0'
 
 @contextmanager
 def fresh_cache():
-    "Nothing computed before may be found"
+    "Use an empty cache, except for the measured runtimes."
     old = os.environ.get('DR_TRANSFER_CACHE')
     with tempfile.TemporaryDirectory() as d:
         if old and (Path(old) / 'speed.json').exists():
@@ -59,13 +60,14 @@ def fresh_cache():
 
 
 def seconds(f):
+    "Call a function: return the seconds that it took, and its result."
     start = time.perf_counter()
     out = f()
     return time.perf_counter() - start, out
 
 
 def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
-    "fastai as its documentation has it, all at its default, with the same weights: the wheel's, in timm's network"
+    "Return a fastai learner with default arguments, as in its documentation, with the same network and weights."
     from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, Normalize, Resize, vision_learner
 
     from dr_transfer.models.backbones import create_body
@@ -74,7 +76,7 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
     spec = find_backbone(ARCH)
     ours = create_body(ARCH, stage='neck').state_dict()
 
-    def sides(t):
+    def train_valid(t):
         valid = (t.split == 'valid').to_numpy()
         return np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()
 
@@ -83,7 +85,7 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
         get_x=ColReader('image'),
         get_y=ColReader('target'),
         item_tfms=Resize(size),
-        splitter=sides,
+        splitter=train_valid,
         batch_tfms=[*batch_tfms, Normalize.from_stats(spec.mean, spec.std)],
     )
     learn = vision_learner(
@@ -103,6 +105,7 @@ def plain_learner(table, size, folder, batch_tfms, metrics, splitter=None):
 
 
 def flowers(root, seed=42):
+    "Return the table of the flowers, split by photographer."
     from dr_transfer.data.leaks import split_data
     from dr_transfer.data.tasks import get_task
 
@@ -110,7 +113,7 @@ def flowers(root, seed=42):
 
 
 def bare_networks(stages):
-    "The network as it comes, in each format and precision"
+    "Return a copy of the unchanged network for each format and precision."
     from dr_transfer.models.speed import RUNTIMES
 
     nets = {}
@@ -121,19 +124,20 @@ def bare_networks(stages):
 
 
 def run_bare(nets, runtime, tensors):
+    "Compute the output of a network for all batches."
     with torch.inference_mode(), runtime.cast():
         for x in tensors:
             nets[runtime](runtime.place(x))
 
 
-def likeness(features, others):
-    "Cosine of the features of each image"
+def cosines(features, others):
+    "Return the cosine of two feature vectors for each image."
     pairs = zip(features, others)
     return [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in pairs]
 
 
 def read_batches(paths, size, spec, bs=8):
-    "Normalised batches in memory"
+    "Read images into normalised batches."
     from dr_transfer.data.fundus import read_image
     from dr_transfer.data.views import normalise, stack_images
 
@@ -144,18 +148,19 @@ def read_batches(paths, size, spec, bs=8):
     return batches
 
 
-def take_turns(ways, rounds, n):
-    "Images a second of each way, a list over the rounds, and what each gave in the last one"
-    rates = {name: [] for name in ways}
+def alternate(functions, rounds, n):
+    "Call the functions in turn: return the images per second of each round, and the results of the last one."
+    rates = {name: [] for name in functions}
     out = {}
     for _ in range(rounds):
-        for name, f in ways.items():
+        for name, f in functions.items():
             t, out[name] = seconds(f)
             rates[name].append(n / t)
     return rates, out
 
 
 def extract(root, n=512, rounds=9):
+    "Measure feature extraction."
     from dr_transfer.features.extraction import extract_features
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
@@ -193,28 +198,35 @@ def extract(root, n=512, rounds=9):
                 return plain.get_preds(dl=dl)
 
         folded()
-        ways = {'bare': bare, 'folded': folded, 'ours': ours, 'fastai': fastai}
-        rates, out = take_turns(ways, rounds, n)
+        functions = {'bare': bare, 'folded': folded, 'ours': ours, 'fastai': fastai}
+        rates, out = alternate(functions, rounds, n)
         with torch.no_grad():
             theirs = plain.model[0].eval()(tensors[0]).mean((2, 3)).numpy()
-        cos = likeness(out['ours'][:8], theirs)
+        cos = cosines(out['ours'][:8], theirs)
 
     def against(other):
         ratio = np.divide(rates['ours'], rates[other])
         a = np.median(rates['ours'])
         b = np.median(rates[other])
-        lr_mult = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
-        return np.median(ratio), f'{lr_mult}; {a:.0f} against {b:.0f} images a second'
+        about = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+        return np.median(ratio), f'{about}; {a:.0f} and {b:.0f} images per second'
 
     return [
-        ('features of every stage against plain get_preds', *against('fastai')),
-        (f'features of every stage, from files, against the bare network at its fastest ({best})', *against('bare')),
-        ('features of every stage, from files, against our copy of it with folded BatchNorm', *against('folded')),
-        ('likeness of the features (cosine, least of 8)', min(cos), ''),
+        ('features of every stage, from files, compared with plain get_preds', *against('fastai')),
+        (
+            f'features of every stage, from files, compared with the network alone at its fastest ({best})',
+            *against('bare'),
+        ),
+        (
+            'features of every stage, from files, compared with the network alone with folded BatchNorm',
+            *against('folded'),
+        ),
+        ('similarity of the features (smallest cosine of 8 images)', min(cos), ''),
     ]
 
 
 def head(root, epochs=3, of=30):
+    "Measure the training of a head on frozen features."
     from fastai.metrics import accuracy
 
     from dr_transfer.core import build_learner, fit
@@ -225,7 +237,7 @@ def head(root, epochs=3, of=30):
     table = flowers(root)
 
     def ours(plan):
-        "Seconds, and accuracy at the end"
+        "Return the seconds, and the accuracy after the last epoch."
         t, learn = seconds(lambda: fit(build_learner(table, augment='quarter_turns'), plan, say=str))
         return t, learn.record.history[-1]['accuracy']
 
@@ -241,15 +253,15 @@ def head(root, epochs=3, of=30):
     theirs = float(plain.recorder.values[-1][-1])
 
     def about(t):
-        return f'{t:.0f} s, features included, against {t_plain:.0f} s'
+        return f'{t:.0f} s, features included, and {t_plain:.0f} s'
 
     return [
         (
-            f'a head on the flowers, {of} epochs against {of} frozen epochs of plain fastai ({epochs} run)',
+            f'a head on the flowers, {of} epochs, compared with {of} frozen epochs of plain fastai ({epochs} run)',
             t_plain / t_steps,
             about(t_steps),
         ),
-        ('a head solved to its end, against the same', t_plain / t_solved, about(t_solved)),
+        ('a solved head on the flowers, compared with the same', t_plain / t_solved, about(t_solved)),
         (f'accuracy, unseen photographers, {of} epochs', in_steps, ''),
         ('accuracy, unseen photographers, solved', solved, ''),
         (f'accuracy, unseen photographers, plain fastai after {epochs} epochs', theirs, ''),
@@ -257,6 +269,7 @@ def head(root, epochs=3, of=30):
 
 
 def tail(root, epochs=5, size=384):
+    "Measure the training of the last stage and the head."
     from fastai.metrics import RocAucBinary
 
     from dr_transfer.core import build_learner, fit
@@ -285,21 +298,22 @@ def tail(root, epochs=5, size=384):
             t_plain, _ = seconds(lambda: plain.fit_one_cycle(epochs, slice(5e-5, 1e-3)))
     return [
         (
-            f'last stage and head, {epochs} epochs at {size} pixels, against plain fastai',
+            f'last stage and head, {epochs} epochs at {size} pixels, compared with plain fastai',
             t_plain / t_ours,
-            f'{t_ours:.0f} s against {t_plain:.0f} s',
+            f'{t_ours:.0f} s and {t_plain:.0f} s',
         ),
-        ('AUC, unseen Messidor-2, ours', ours, ''),
+        ('AUC, unseen Messidor-2, dr_transfer', ours, ''),
         ('AUC, unseen Messidor-2, plain fastai', float(plain.recorder.values[-1][-1]), ''),
     ]
 
 
 def step(net, x):
-    "A training step without an update"
+    "Compute the gradients of one training step."
     net(x).square().mean().backward()
 
 
 def steps(root, size=256, bs=32, rounds=5):
+    "Measure training steps of the body."
     from dr_transfer.models.backbones import create_body
     from dr_transfer.models.network import Body
     from dr_transfer.models.speed import get_runtime, kept_memory
@@ -319,9 +333,9 @@ def steps(root, size=256, bs=32, rounds=5):
     ratio = np.divide(times['plain'], times['ours'])
     ours = bs / np.median(times['ours'])
     theirs = bs / np.median(times['plain'])
-    lr_mult = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
-    about = f'{lr_mult}; {ours:.0f} against {theirs:.0f} images a second; {body.train_runtime}'
-    return [('training steps against the network as it comes', np.median(ratio), about)]
+    about = f'median of {rounds} rounds, {ratio.min():.2f} to {ratio.max():.2f}'
+    about = f'{about}; {ours:.0f} and {theirs:.0f} images per second; {body.train_runtime}'
+    return [('training steps, compared with the unchanged network', np.median(ratio), about)]
 
 
 SCALE = """
@@ -336,8 +350,8 @@ print(len(f), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SE
 """
 
 
-def draw_many(folder, n, side=40):
-    "Small pictures, each another one: patches of drawn flowers with noise"
+def draw_many(folder, n, size=40):
+    "Write n small images, all different: patches of synthetic flowers with noise."
     from PIL import Image
 
     from dr_transfer.synthetic.flowers import make_flowers
@@ -347,14 +361,15 @@ def draw_many(folder, n, side=40):
     rng = np.random.default_rng(0)
     for i in range(n):
         s = source[i % len(source)]
-        y, x = rng.integers(0, s.shape[0] - side), rng.integers(0, s.shape[1] - side)
-        a = s[y : y + side, x : x + side].astype(np.int16) + rng.integers(-9, 10, (side, side, 3), dtype=np.int16)
+        y, x = rng.integers(0, s.shape[0] - size), rng.integers(0, s.shape[1] - size)
+        a = s[y : y + size, x : x + size].astype(np.int16) + rng.integers(-9, 10, (size, size, 3), dtype=np.int16)
         d = folder / 'many' / f'{i // 1000:03d}'
         d.mkdir(parents=True, exist_ok=True)
         Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(d / f'{i:06d}.jpg')
 
 
 def scale(root, sizes=(1000, 10_000, 100_000)):
+    "Measure time and memory of feature extraction over the number of images."
     out = []
     with tempfile.TemporaryDirectory() as d:
         draw_many(Path(d), max(sizes))
@@ -367,8 +382,8 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
             )
             count, s, mb = map(float, r.stdout.split())
             out += [
-                (f'{n} drawn images: milliseconds an image', 1000 * s / count, f'{s:.0f} s'),
-                (f'{n} drawn images: peak memory, MB', mb, ''),
+                (f'{n} synthetic images: milliseconds per image', 1000 * s / count, f'{s:.0f} s'),
+                (f'{n} synthetic images: peak memory, MB', mb, ''),
             ]
     return out
 
@@ -389,6 +404,7 @@ print(best)
 
 
 def fundus(root, rounds=7):
+    "Measure the preprocessing of fundus photographs."
     from PIL import Image
 
     from dr_transfer.data.fundus import read_disc
@@ -402,31 +418,31 @@ def fundus(root, rounds=7):
                     im.draft('RGB', smaller)
                 im.load()
 
-    ways = {
+    functions = {
         'ours': lambda: [read_disc(f, 512) for f in files],
         'pil': lambda: [Image.open(f, formats=('JPEG',)).convert('RGB').resize((512, 512)) for f in files],
         'decoder': decode,
         'decoder at a quarter': lambda: decode((1072, 712)),
     }
-    times = {k: [] for k in ways}
-    for i, (k, f) in ((i, w) for i in range(rounds + 1) for w in ways.items()):
+    times = {k: [] for k in functions}
+    for i, (k, f) in ((i, w) for i in range(rounds + 1) for w in functions.items()):
         t, _ = seconds(f)
         if i:
             times[k].append(1000 * t / len(files))
     ms = {k: np.median(v) for k, v in times.items()}
     out = [
         (
-            'disc of 512 pixels against opening and resizing with PIL',
+            'disc of 512 pixels, compared with opening and resizing with PIL',
             np.median(np.divide(times['pil'], times['ours'])),
-            f'{ms["ours"]:.0f} ms against {ms["pil"]:.0f} ms, one thread',
+            f'{ms["ours"]:.0f} ms and {ms["pil"]:.0f} ms, one thread',
         ),
         (
-            'disc of 512 pixels: times what the JPEG decoder alone needs',
+            'disc of 512 pixels: time relative to the JPEG decoder alone',
             np.median(np.divide(times['ours'], times['decoder'])),
             f'{ms["decoder"]:.0f} ms for all pixels',
         ),
         (
-            'disc of 512 pixels: times what the decoder needs at a quarter',
+            'disc of 512 pixels: time relative to the decoder at a quarter of the size',
             np.median(np.divide(times['ours'], times['decoder at a quarter'])),
             f'{ms["decoder at a quarter"]:.0f} ms',
         ),
@@ -438,7 +454,7 @@ def fundus(root, rounds=7):
         peer = 1000 * float(r.stdout.split()[-1]) / len(files)
         out.append(
             (
-                'disc of 512 pixels against retinalysis-fundusprep',
+                'disc of 512 pixels, compared with retinalysis-fundusprep',
                 peer / ms['ours'],
                 f'{peer:.0f} ms, one thread, best of 4',
             )
@@ -447,13 +463,14 @@ def fundus(root, rounds=7):
 
 
 def copies(root, n=100_000):
+    "Measure the search for near copies."
     from dr_transfer.data.leaks import near_pairs
 
     hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
     hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 30)
     t, pairs = seconds(lambda: near_pairs(hashes))
     assert len(pairs) == 500
-    return [(f'near copies among {n} hashes: seconds', t, 'each compared with each')]
+    return [(f'near copies among {n} hashes: seconds', t, 'all pairs are compared')]
 
 
 PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copies)}

@@ -1,8 +1,8 @@
-"""Build the documentation site into `_docs/`: with Quarto where it is installed, else with smalldocs from PyPI.
+"""Build the documentation site into `_docs/`, with Quarto if it is installed, else with smalldocs from PyPI.
 
-nbdev's own command calls Quarto and, where it is missing, tries to install it as root. So only its first half is
-used here: `proc_nbs` runs what the documentation of each notebook needs and leaves the pages in `_proc/`. A copy of
-them is prepared in `build/site/` so that either renderer makes the same addresses, and is rendered there.
+The command of nbdev calls Quarto, and tries to install it as root if it is missing. So only the first half of the
+command is used: `proc_nbs` runs the cells that the documentation needs and writes the pages to `_proc/`. A copy of
+them is prepared in `build/site/`, so that both renderers give the same addresses, and is rendered there.
 """
 
 import argparse
@@ -16,40 +16,40 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Quarto finds no page below a folder whose name begins with a dot (quarto-cli#3186).
+# Quarto finds no pages in a folder whose name begins with a dot (quarto-cli#3186).
 PROC = Path('_proc')
 STAGE = Path('build/site')
 SITE = Path('_docs')
-# `05_backbones.ipynb` is numbered for the reader of the folder; its page is `backbones.html`.
+# `05_backbones.ipynb` has a number that orders the files of the folder; its page is `backbones.html`.
 NUMBERED = re.compile(r'\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
-# The same name as a link in Markdown or HTML, with the folders before it.
+# The same in a link in Markdown or HTML, after the folders of the path.
 LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-]+\.ipynb)')
 
-# nbdev links names between backticks in the comments of a signature as well, where Markdown is not read.
+# nbdev also links names between backticks in the comments of a signature, where Markdown is not rendered.
 CODE = re.compile(r'```python\\n.*?```', re.S)
 LINKED = re.compile(r'\[(`[^`\]]+`)\]\(([^)\s]+)\)')
 
 
 def process(workers):
-    "Let nbdev bring `_proc/` up to date; all of it when a name appeared or went, since every page links to the others."
+    "Update `_proc/` with nbdev; all pages if a name was added or removed, because pages link to one another."
     from nbdev.serve import proc_nbs
 
     index = Path('dr_transfer/_modidx.py')
-    seen = Path('build/modidx.py')
+    last = Path('build/modidx.py')
     start = time.time()
     names = index.read_text(encoding='utf-8') if index.exists() else ''
-    changed = not seen.exists() or seen.read_text(encoding='utf-8') != names
+    changed = not last.exists() or last.read_text(encoding='utf-8') != names
     proc_nbs('nbs', n_workers=workers, force=changed)
-    # What was edited while nbdev was at work must count as newer than what nbdev made of it.
+    # A notebook that was edited while nbdev ran must be newer than its page.
     for made in [PROC, *PROC.rglob('*.ipynb')]:
         if made.stat().st_mtime > start:
             os.utime(made, (start, start))
-    seen.parent.mkdir(exist_ok=True)
-    seen.write_text(names, encoding='utf-8')
+    last.parent.mkdir(exist_ok=True)
+    last.write_text(names, encoding='utf-8')
 
 
 def hidden_names() -> set[str]:
-    "Addresses such as `table.html#some` of the names that are not public, so that no page describes them."
+    "Return the addresses, such as `table.html#some`, of names that are not public and that no page describes."
     sys.path.insert(0, str(ROOT / 'tools'))
     from public_names import library_names
 
@@ -65,12 +65,12 @@ def hidden_names() -> set[str]:
 
 
 def unlink(text: str, home: str, hidden: set[str]) -> str:
-    "nbdev links every name between backticks that it knows: what no page describes stays plain code."
+    "Remove the links that nbdev made to names that no page describes."
     return LINKED.sub(lambda m: m[1] if m[2].removeprefix(home) in hidden else m[0], text)
 
 
 def stage():
-    "Copy `_proc/` to the staging folder under the names of the pages, with links that hold wherever they are served."
+    "Copy `_proc/` to the staging folder under the names of the pages, with relative links."
     from nbdev.config import get_config
 
     cfg = get_config()
@@ -80,13 +80,13 @@ def stage():
     shutil.rmtree(STAGE, ignore_errors=True)
     for src in sorted(PROC.rglob('*')):
         name = src.relative_to(PROC)
-        # A page outlives its notebook in `_proc/`; it must not outlive it in the site.
+        # `_proc/` may contain pages of notebooks that were deleted.
         if not src.is_file() or not (Path('nbs') / name).exists():
             continue
         dest = STAGE / name
         dest.parent.mkdir(parents=True, exist_ok=True)
         if name.suffix == '.ipynb':
-            # nbdev names the page in its front matter, for Quarto; here the file is renamed, for both
+            # nbdev names the page in the front matter, which only Quarto reads; renaming the file works for both
             text = re.sub(r'^\s*"output-file: .*\n', '', src.read_text(encoding='utf-8'), flags=re.M)
             text = unlink(text, address, hidden)
             text = LINK.sub(r'\1', text)
@@ -100,7 +100,7 @@ def stage():
 
 
 def render():
-    "Render the staged pages; whatever the renderer complains of fails the build."
+    "Render the staged pages; a warning of the renderer fails the build."
     if shutil.which('quarto'):
         commands = [['quarto', 'render', str(STAGE), '--no-execute']]
     else:
@@ -110,7 +110,7 @@ def render():
 
 
 def main():
-    "Build the site, and put it in place only when its links are good."
+    "Build the site, and replace the old one only if all links are good."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--workers', type=int, default=2, help='notebooks to process at the same time')
     args = parser.parse_args()
@@ -122,11 +122,11 @@ def main():
     subprocess.run([sys.executable, 'tools/check_links.py', str(STAGE / SITE)], check=True)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE / SITE, SITE)
-    # As old as its sources were when they were read: what was edited meanwhile is newer, and is built next time.
+    # The site is as old as its sources were when they were read, so later edits are built next time.
     os.utime(SITE / 'index.html', (start, start))
 
 
-# nbdev's workers import this file again, so nothing may run outside of the guard.
+# The worker processes of nbdev import this file.
 if __name__ == '__main__':
     try:
         main()

@@ -1,4 +1,4 @@
-"""The page of each package lists its modules with their summaries: write these tables from the notebooks."""
+"""Write the table of modules on the page of each package, from the summaries of the notebooks."""
 
 import json
 import re
@@ -13,7 +13,7 @@ def source(cell):
 
 
 def row(path):  # a row of the table; '' for a notebook that exports nothing
-    "A module with the summary of its notebook."
+    "Return the name of a module with the summary of its notebook."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     summary = re.search(r'^> (.*)', source(cells[0]), re.M)
     if not summary or not any(source(c).startswith('#| default_exp') for c in cells):
@@ -23,12 +23,12 @@ def row(path):  # a row of the table; '' for a notebook that exports nothing
 
 
 def build(nbs):
-    "Write the table of modules at the end of each package's page, where it differs."
+    "Write the table of modules at the end of each package's page, if it has changed."
     for index in sorted(nbs.glob('*/index.ipynb')):
         notebook = json.loads(index.read_text(encoding='utf-8'))
         cell = next((c for c in notebook['cells'] if HEADER in source(c)), None)
         if cell is None:
-            raise SystemExit(f'{index}: no cell has the table of modules, which begins with {HEADER!r}')
+            raise SystemExit(f'{index}: no cell contains the table of modules. Add a cell with the lines {HEADER!r}')
         before, _, after = source(cell).partition(HEADER)
         after = re.sub(r'\A(\|.*\n?)*', '', after)
         rows = [row(path) for path in sorted(index.parent.glob('*.ipynb')) if path != index]

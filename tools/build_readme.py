@@ -1,6 +1,4 @@
-"""Make README.md from `nbs/index.ipynb`, as nbdev would with Quarto: the processed cells as Markdown, with their
-outputs.
-"""
+"""Write README.md from `nbs/index.ipynb`, as nbdev does with Quarto: the cells as Markdown, with their outputs."""
 
 import base64
 import os
@@ -11,30 +9,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def fence(text, lang=''):
+    "Return text as a fenced code block."
     return f'```{lang}\n{text.strip()}\n```'
 
 
 def output_md(out, name):
-    "One stored output: text in a fence, a table as it is, a picture as a file beside the README."
+    "Return a stored output as Markdown; an image is written to a file beside the README."
     data = out.get('data', {'text/plain': out.get('text', '')})
     if 'image/png' in data:
         folder = Path('README_files')
         folder.mkdir(exist_ok=True)
-        picture = base64.b64decode(''.join(data['image/png']))
-        (folder / f'{name}.png').write_bytes(picture)
+        image = base64.b64decode(''.join(data['image/png']))
+        (folder / f'{name}.png').write_bytes(image)
         return f'![](README_files/{name}.png)'
     for kind in ('text/markdown', 'text/html', 'text/plain'):
         if kind in data:
             break
     text = ''.join(data[kind])
-    # pandas sends a style sheet with each table, which GitHub would print
+    # pandas adds a style sheet to each table, which GitHub would show as text
     if kind == 'text/html':
         return re.sub(r'<style.*?</style>\n?', '', text, flags=re.S)
     return text if kind == 'text/markdown' else fence(text)
 
 
 def cell_md(cell, front):  # list of paragraphs
-    "A cell and its outputs as Markdown; the first one is the front matter."
+    "Return a cell and its outputs as Markdown; the first cell is the front matter."
     if cell.cell_type == 'markdown':
         return [cell.source.strip()]
     if cell.cell_type == 'raw':
@@ -49,7 +48,7 @@ def cell_md(cell, front):  # list of paragraphs
 
 
 def readme():  # the text of README.md
-    "Process the notebook of the front page in the project of the current folder and write its cells as Markdown."
+    "Return the front page as Markdown, from the notebook of the project in the current folder."
     from execnb.nbio import read_nb
     from nbdev.config import get_config
     from nbdev.processors import FilterDefaults
@@ -62,7 +61,7 @@ def readme():  # the text of README.md
     for cell in nb.cells:
         parts += cell_md(cell, front)
     text = '\n\n'.join(p.strip() for p in parts if p.strip()) + '\n'
-    # A page of the site is a notebook in the repository: so the links hold in a fork that publishes no site.
+    # Links to pages of the site become links to the notebooks, so they also work in a fork without a site.
     home = re.escape(cfg.doc_host + cfg.doc_baseurl)
     for p in sorted(Path(cfg.nbs_path).rglob('*.ipynb')):
         rel = p.relative_to(cfg.nbs_path)
@@ -79,6 +78,6 @@ def readme():  # the text of README.md
 if __name__ == '__main__':
     os.chdir(ROOT)
     text, dest = readme(), Path('README.md')
-    # Written only when it changes, so that what depends on it is not built for nothing.
+    # Written only if it has changed, so that nothing is rebuilt without a reason.
     if not dest.exists() or dest.read_text(encoding='utf-8') != text:
         dest.write_text(text, encoding='utf-8')

@@ -1,6 +1,6 @@
-"""Check every link of a built site: each internal address must be a file, and each fragment the id of an element there.
+"""Check all internal links of a built site: each address must be a file, and each fragment the id of an element.
 
-It shares no code with the tool that built the site, and only the standard library is needed:
+The script shares no code with the tool that built the site, and needs only the standard library:
     python tools/check_links.py _docs
 """
 
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    "What a page links to, and the ids that can be linked to in it."
+    "The links of a page and the ids of its elements."
 
     def __init__(self, text):
         super().__init__()
@@ -22,48 +22,48 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids |= {attrs[k] for k in ('id', 'name') if attrs.get(k)}
-        # A button that folds a menu is written as a link whose href is empty.
+        # The button of a menu is a link with an empty href.
         self.links += [attrs[k] for k in ('href', 'src') if attrs.get(k)]
 
 
 def broken_links(
     site,  # Folder with the built site
-):  # list of (page, link, what is wrong with it)
-    "Find the internal links of a site that lead nowhere."
+):  # list of (page, link, reason)
+    "Find the broken internal links of a site."
     site = Path(site)
     pages = {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in sorted(site.rglob('*.html'))}
-    found = []
+    broken = []
     for name, page in pages.items():
         for link in page.links:
             url = urlsplit(link)
             if url.scheme or url.netloc:
                 continue
-            # An address from the root breaks as soon as the site is served below another one.
+            # An address that starts at the root breaks if the site is not at the root of its host.
             if url.path.startswith('/'):
-                found.append((name, link, 'starts at the root'))
+                broken.append((name, link, 'starts at the root'))
                 continue
             path = unquote(url.path)
             target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name
             if (site / target).is_dir():
                 target = posixpath.normpath(posixpath.join(target, 'index.html'))
             if target.startswith('..') or not (site / target).is_file():
-                found.append((name, link, 'no such file'))
+                broken.append((name, link, 'no such file'))
             elif target in pages and unquote(url.fragment) not in pages[target].ids:
-                found.append((name, link, 'no such id'))
-    return found
+                broken.append((name, link, 'no such id'))
+    return broken
 
 
 def main(site):
-    "Print what is broken; a site without pages is broken too."
+    "Print the broken links; exit with an error if there are any, or if the site has no pages."
     pages = len(list(Path(site).rglob('*.html')))
-    found = broken_links(site)
-    for name, link, why in found:
-        print(f'{name}: {link}: {why}', file=sys.stderr)
+    broken = broken_links(site)
+    for name, link, reason in broken:
+        print(f'{name}: {link}: {reason}', file=sys.stderr)
     if not pages:
         sys.exit(f'{site} has no pages: run make docs')
-    if found:
-        sys.exit(f'{len(found)} broken links')
-    print(f'{site}: every link of {pages} pages is good')
+    if broken:
+        sys.exit(f'{len(broken)} broken links')
+    print(f'{site}: all links of {pages} pages are good')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
-"""Check that the notebooks are clean, the library is their export, and README.md the front page, without touching a
-file.
+"""Check that the notebooks are clean and that the library and README.md are in sync with them; no file is changed.
 
-nbdev can only do these things, not check them: so they are done in a copy of the project, and the copy is compared.
+nbdev cleans and exports, but cannot check. So both are done in a copy of the project, which is then compared.
 """
 
 import os
@@ -14,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def files(folder, pattern):  # {name: text}
-    "The files of a folder, without those of editors and checkpoints."
+    "Return the texts of the files of a folder by path, without hidden files and checkpoints."
     return {
         p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8')
         for p in sorted(folder.rglob(pattern))
@@ -22,36 +21,39 @@ def files(folder, pattern):  # {name: text}
     }
 
 
-def compare(was, now, kind):  # list of messages
-    "Say what differs between two readings of the same folder."
-    return [
-        f'{Path(kind, name)}: '
-        + ('nothing makes it' if name not in now else 'missing' if name not in was else 'differs')
-        for name in sorted(was | now)
-        if was.get(name) != now.get(name)
-    ]
+def difference(name, old, new):
+    "Return the reason why a file differs between two folders."
+    if name not in new:
+        return 'no notebook exports it'
+    return 'differs' if name in old else 'missing'
 
 
-def report(found, good, bad):  # whether there was nothing to report
-    "Print one line when all is well, else one for each file."
-    for line in found:
+def compare(old, new, folder):  # list of messages
+    "Return a message for each file that differs between two versions of a folder."
+    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return [f'{Path(folder, name)}: {difference(name, old, new)}' for name in changed]
+
+
+def report(messages, good, bad):  # whether there are no messages
+    "Print the messages and a summary."
+    for line in messages:
         print(line, file=sys.stderr)
-    print(bad if found else good, file=sys.stderr if found else sys.stdout)
-    return not found
+    print(bad if messages else good, file=sys.stderr if messages else sys.stdout)
+    return not messages
 
 
 def main():
-    "Clean and export a copy, and compare it."
+    "Clean and export a copy of the project, and compare it."
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp).resolve()
         shutil.copy(ROOT / 'settings.ini', tmp)
         shutil.copytree(ROOT / 'nbs', tmp / 'nbs', ignore=shutil.ignore_patterns('.*', '_quarto.yml'))
-        # Only what nbdev edits in place is copied, so that a module whose notebook is gone is found.
+        # Only the file that nbdev edits in place is copied, so that a module without a notebook is found.
         (tmp / 'dr_transfer').mkdir()
         shutil.copy(ROOT / 'dr_transfer' / '__init__.py', tmp / 'dr_transfer')
         before = files(tmp / 'nbs', '*.ipynb')
         os.chdir(tmp)
-        os.environ.pop('IN_TEST', None)  # under it nbdev exports nothing
+        os.environ.pop('IN_TEST', None)  # nbdev exports nothing if it is set
         from nbdev.clean import nbdev_clean
         from nbdev.doclinks import nbdev_export
 
@@ -62,8 +64,8 @@ def main():
         build(tmp / 'nbs')
         nbdev_clean()
         nbdev_export()
-        was = ROOT / 'README.md'
-        text = {'README.md': was.read_text(encoding='utf-8')} if was.exists() else {}
+        page = ROOT / 'README.md'
+        text = {'README.md': page.read_text(encoding='utf-8')} if page.exists() else {}
         clean = report(
             compare(before, files(tmp / 'nbs', '*.ipynb'), 'nbs'),
             'notebooks are clean',
@@ -75,7 +77,7 @@ def main():
             'library and README are in sync',
             'library or README is out of sync: run make prepare',
         )
-        os.chdir(ROOT)  # a folder cannot be removed everywhere while it is the current one
+        os.chdir(ROOT)  # on some systems the current folder cannot be removed
     return clean and sync
 
 

@@ -1,10 +1,10 @@
-"""How dense the code is: syntax-tree nodes a line of code, and lines of more than 120 characters.
+"""Measure how dense the code is: syntax-tree nodes per line of code, and lines of more than 120 characters.
 
-Context nodes (`Load`, `Store`) and operators are not counted, nor are blank lines, comments and docstrings. For
-comparison, counted in the same way: fastai 6.4 nodes a line, timm 4.3, scikit-learn 3.3.
+Context nodes (`Load`, `Store`), operators, blank lines, comments and docstrings are not counted. For comparison,
+counted in the same way: fastai has 6.4 nodes per line, timm 4.3, scikit-learn 3.3.
 
-    python tools/code_density.py            # prints both for the library, the tests and the tools
-    python tools/code_density.py --most 7   # exit code 1 where there are more, or where a line is longer
+    python tools/code_density.py            # print both for the library, the tests and the tools
+    python tools/code_density.py --most 7   # exit code 1 if there are more than 7, or if a line is too long
 """
 
 import argparse
@@ -13,6 +13,8 @@ import io
 import sys
 import tokenize
 from pathlib import Path
+
+from public_names import all_assignment
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 120
@@ -31,7 +33,7 @@ WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDe
 
 
 def docstring_lines(tree) -> set:
-    "The lines of all docstrings."
+    "Return the line numbers of all docstrings."
     lines = set()
     for node in ast.walk(tree):
         if not isinstance(node, WITH_DOCSTRING) or ast.get_docstring(node) is None:
@@ -42,7 +44,7 @@ def docstring_lines(tree) -> set:
 
 
 def count(text: str) -> tuple[int, int, int]:
-    "Nodes, lines of code and lines that are too long, of a module."
+    "Count the nodes, the lines of code and the lines that are too long."
     tree = ast.parse(text)
     counted = [n for n in ast.walk(tree) if not isinstance(n, NOT_COUNTED)]
     nodes = len(counted)
@@ -54,20 +56,20 @@ def count(text: str) -> tuple[int, int, int]:
         last, _ = token.end
         code |= set(range(first, last + 1))
     code -= docstring_lines(tree)
-    names = next((n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'), None)
-    written = set(range(names.lineno, names.end_lineno + 1)) if names else set()
-    long = sum(len(line) > LONGEST and i not in written for i, line in enumerate(text.splitlines(), 1))
+    names = all_assignment(tree)  # nbdev writes it in one line
+    generated = set(range(names.lineno, names.end_lineno + 1)) if names else set()
+    long = sum(len(line) > LONGEST and i not in generated for i, line in enumerate(text.splitlines(), 1))
     return nodes, len(code), long
 
 
 def words(nodes, lines, long) -> str:
-    "What was counted, in words."
+    "Return the counts as a line of text."
     density = nodes / lines
-    return f'{density:5.2f} nodes a line, {lines:6} lines, {long} of more than {LONGEST} characters'
+    return f'{density:5.2f} nodes per line, {lines:6} lines, {long} of more than {LONGEST} characters'
 
 
 def print_files(counts):
-    "A line for each file, the densest first."
+    "Print a line for each file, the densest first."
     density = {path: nodes / max(lines, 1) for path, (nodes, lines, _) in counts.items()}
     for path in sorted(density, key=density.get, reverse=True):
         _, lines, long = counts[path]
@@ -77,7 +79,7 @@ def print_files(counts):
 def main() -> int:
     "Print a line for each part of the repository."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--most', type=float, help='nodes a line that are allowed')
+    parser.add_argument('--most', type=float, help='exit with 1 if there are more nodes per line')
     parser.add_argument('--files', action='store_true', help='print each file as well')
     args = parser.parse_args()
     bad = False

@@ -1,19 +1,19 @@
-"""Compare hand-crafted features with the features of a network, and evaluate the segmentation that they rest on.
+"""Evaluate the method without a network: its segmentation, and its predictions compared with those of networks.
 
-    export DR_TRANSFER_DATA=...                       # the folder with dr/messidor2
-    python tools/hand_crafted_study.py                # both parts; about an hour on one core
-    python tools/hand_crafted_study.py drawn          # needs no photographs
+    export DR_TRANSFER_DATA=...                        # the folder with dr/messidor2
+    python tools/hand_crafted_study.py                 # both parts; about an hour on one core
+    python tools/hand_crafted_study.py synthetic       # needs no photographs
 
-    drawn        synthetic fundus images of cameras and patients on which no limit was chosen: lesions detected, spots
-                 that are lesions, overlap of the vessels
-    photographs  referable DR on Messidor-2 in the same five folds: hand-crafted features, frozen features and
-                 fine-tuning, and their paired differences; the baseline on ten samples of 140 images; each feature
-                 alone
+    synthetic    segmentation of synthetic fundus images, of cameras and patients on which no threshold was chosen:
+                 lesions detected, spots that are lesions, overlap of the vessels
+    photographs  referable DR on Messidor-2, in the same five folds for all methods: hand-crafted features, frozen
+                 features and fine-tuning, with paired differences; the hand-crafted features on ten samples of 140
+                 images; each feature alone
 
-Results are written to nbs/results/hand_crafted_drawn.csv and hand_crafted.csv. Features, and the predictions for each
-fold, are kept in the cache (DR_TRANSFER_CACHE), so a run that was interrupted continues where it stopped. No limit of
-the segmentation was chosen on photographs; `C` and the kernel width of the support vector machine are chosen in inner
-folds of the training set.
+The results are written to nbs/results/hand_crafted_synthetic.csv and hand_crafted.csv. Features and the predictions
+of each fold are stored in the cache (DR_TRANSFER_CACHE), so an interrupted run can be resumed. No parameter of the
+segmentation was chosen on photographs; the regularisation strength and kernel width of the support vector machine are
+chosen in inner folds of the training set.
 """
 
 import argparse
@@ -31,14 +31,14 @@ NETWORKS = {
     'frozen features, 224 pixels': dict(plan='head', size=224),
     'fine-tuned (top1), 224 pixels': dict(plan='top1', size=224),
 }
-BASELINE = 'hand-crafted features, SVM'
+HAND_CRAFTED = 'hand-crafted features, SVM'
 
 
-# ---------------------------------------------------------------- drawn eyes
+# ---------------------------------------------------------------- synthetic fundus images
 
 
-def vessel_truth(truth, seed, disc, side):
-    "Mask of the drawn vessels in the crop"
+def vessel_truth(truth, seed, disc, size):
+    "Return the mask of the true vessels in the crop."
     from PIL import Image
 
     from dr_transfer.synthetic.drawing import _stream
@@ -58,27 +58,27 @@ def vessel_truth(truth, seed, disc, side):
     center = np.array([x, y])
     cover = sum(_strokes(lines, truth['size'], center, r)).clip(0, 1)
     grey = (cover * 255).astype(np.uint8)
-    picture = Image.fromarray(grey).crop(disc.box)
-    crop = np.asarray(picture.resize((side, side)))
+    image = Image.fromarray(grey).crop(disc.box)
+    crop = np.asarray(image.resize((size, size)))
     return crop / 255 > 0.5
 
 
-def lesion_truth(truth, disc, side):
-    "kind, x, y and radius of the drawn lesions, in pixels of the crop"
-    scale = side / (2 * disc.r)
+def lesion_truth(truth, disc, size):
+    "Return kind, x, y and radius of the true lesions, in pixels of the crop."
+    scale = size / (2 * disc.r)
     lesions = []
     for q in truth['lesions']:
         center = [q['x'], q['y']]
-        x, y = disc.to_crop([center], side)[0]
+        x, y = disc.to_crop([center], size)[0]
         lesions.append((q['kind'], x, y, q['radius'] * scale))
     return lesions
 
 
-def lesion_counts(seg, truth, side):
-    "Count true lesions and those detected, and spots and those that are lesions"
+def lesion_counts(seg, truth, size):
+    "Count the lesions drawn and detected, and the spots and those that are lesions, of a segmentation."
     from dr_transfer.evaluation.segmentation import LESION_MASKS, score_lesions
 
-    lesions = lesion_truth(truth, seg.disc, side)
+    lesions = lesion_truth(truth, seg.disc, size)
     row = {}
     for mask, names in LESION_MASKS.items():
         own = [q for q in lesions if q[0] in names]
@@ -99,18 +99,19 @@ def lesion_counts(seg, truth, side):
 
 
 def dice(a, b):
-    "Overlap of two masks"
+    "Return the Dice coefficient of two masks."
     both = (a & b).sum()
     return 2 * both / (a.sum() + b.sum())
 
 
-def in_radii(pixels, side):
-    "A distance in the crop as a share of the radius of the retina"
-    radius = side / 2
+def in_radii(pixels, size):
+    "Convert a distance in pixels of the crop to radii of the retina."
+    radius = size / 2
     return round(float(pixels) / radius, 4)
 
 
-def drawn(root):
+def synthetic(root):
+    "Yield the results of the segmentation, a row for each synthetic fundus image."
     from itertools import product
 
     from dr_transfer.evaluation.segmentation import SEGMENT_SIZE, segment
@@ -143,6 +144,7 @@ def drawn(root):
 
 
 def _rows(recipe, t, wanted=None):
+    "Return the wanted metrics of a table, or all, as rows of the CSV file."
     rows = []
     for name in t.index:
         if wanted is None or name in wanted:
@@ -151,8 +153,8 @@ def _rows(recipe, t, wanted=None):
     return rows
 
 
-def _figures(recipe, t):
-    "Figures of one recipe: ranking, the likeliest class, and the decision at a threshold of the other folds"
+def _metrics(recipe, t):
+    "Yield the metrics of one method: AUC, of the most probable class, and at a threshold from the other folds."
     from dr_transfer.evaluation.cross_validation import decide_across
     from dr_transfer.metrics.screening import measure_table
 
@@ -165,14 +167,14 @@ def _figures(recipe, t):
         yield from _rows(recipe, measured, (name,))
 
 
-def _found(t, ill):
-    "Which of the ill are called so, as numbers"
-    called = (t.decision == 'referable').to_numpy()
-    return called[ill].astype(float)
+def _true_positives(t, positive):
+    "Return 1 for each positive image whose decision is positive, and 0 for the others."
+    decided = (t.decision == 'referable').to_numpy()
+    return decided[positive].astype(float)
 
 
 def _differences(name, a, b):
-    "By how much a is better than b, on the same images"
+    "Yield the paired differences of the metrics of a and b."
     from dr_transfer.evaluation.cross_validation import decide_across
     from dr_transfer.metrics.intervals import paired_difference
     from dr_transfer.metrics.screening import compare_tables
@@ -181,74 +183,75 @@ def _differences(name, a, b):
     a, _ = decide_across(a, TWO, specificity=0.9)
     b, _ = decide_across(b, TWO, specificity=0.9)
     if a.image.tolist() != b.image.tolist():
-        raise ValueError('the two tables are of other images')
-    ill = (a.target == 'referable').to_numpy()
-    found = [_found(t, ill) for t in (a, b)]
+        raise ValueError('the two tables have different images: predict the same images with both methods')
+    positive = (a.target == 'referable').to_numpy()
+    detected = [_true_positives(t, positive) for t in (a, b)]
 
     def sensitivity(y, c):
         return c.mean()
 
-    difference = paired_difference(sensitivity, ill[ill], *found)
+    difference = paired_difference(sensitivity, positive[positive], *detected)
     yield from _rows(name, difference.set_axis(['sensitivity']))
 
 
-def _small_sets(data, n=140, resamples=10):
-    "Metrics of the likeliest class in cross-validation on few images; mean, least and largest of the draws"
+def _small_sets(data, n=140, samples=10):
+    "Return mean, smallest and largest metrics of the most probable class over small random samples of the images."
     from dr_transfer.data.table import label_table
     from dr_transfer.evaluation.hand_crafted import cross_validate_hand_crafted
     from dr_transfer.metrics.scores import auc
 
-    found = []
-    for seed in range(resamples):
+    metrics = []
+    for seed in range(samples):
         t = cross_validate_hand_crafted(label_table(data).sample(n, random_state=seed), 'referable')
-        ill = t.target == 'referable'
-        said = t.prediction == 'referable'
-        found.append(
+        positive = t.target == 'referable'
+        predicted = t.prediction == 'referable'
+        metrics.append(
             {
-                'auc': auc(ill.astype(int), t.p_referable),
-                'accuracy': (ill == said).mean(),
-                'sensitivity': said[ill].mean(),
-                'specificity': (~said[~ill]).mean(),
-                'accuracy of always saying no': (~ill).mean(),
+                'auc': auc(positive.astype(int), t.p_referable),
+                'accuracy': (positive == predicted).mean(),
+                'sensitivity': predicted[positive].mean(),
+                'specificity': (~predicted[~positive]).mean(),
+                'accuracy of always predicting no': (~positive).mean(),
             }
         )
-    found = pd.DataFrame(found)
-    return pd.DataFrame({'value': found.mean(), 'low': found.min(), 'high': found.max()})
+    metrics = pd.DataFrame(metrics)
+    return pd.DataFrame({'value': metrics.mean(), 'low': metrics.min(), 'high': metrics.max()})
 
 
 def photographs(root):
+    "Yield the metrics of all methods on Messidor-2."
     from dr_transfer.evaluation.cross_validation import cross_validate
     from dr_transfer.evaluation.hand_crafted import cross_validate_hand_crafted, feature_frame
     from dr_transfer.metrics.scores import auc
 
     data = root / 'messidor2'
-    baseline = cross_validate_hand_crafted(data, 'referable')
-    yield from _figures(BASELINE, baseline)
-    yield from _rows(f'{BASELINE}, ten draws of 140 images', _small_sets(data))
-    frame = feature_frame(baseline.image.tolist())
-    ill = (baseline.target == 'referable').astype(int)
+    hand_crafted = cross_validate_hand_crafted(data, 'referable')
+    yield from _metrics(HAND_CRAFTED, hand_crafted)
+    yield from _rows(f'{HAND_CRAFTED}, ten samples of 140 images', _small_sets(data))
+    frame = feature_frame(hand_crafted.image.tolist())
+    positive = (hand_crafted.target == 'referable').astype(int)
     for name in frame:
-        value = auc(ill.to_numpy(), frame[name].to_numpy())
+        value = auc(positive.to_numpy(), frame[name].to_numpy())
         yield {'recipe': 'one feature alone', 'metric': name, 'value': round(value, 4)}
     tables = {}
     for recipe, how in NETWORKS.items():
         t = cross_validate(data, 'dr', 'referable', say=lambda s: None, **how)
         tables[recipe] = t
-        yield from _figures(recipe, t)
-        yield from _differences(f'{recipe} - {BASELINE}', t, baseline)
+        yield from _metrics(recipe, t)
+        yield from _differences(f'{recipe} - {HAND_CRAFTED}', t, hand_crafted)
     a = 'fine-tuned (top1), 224 pixels'
     b = 'frozen features, 224 pixels'
     yield from _differences(f'{a} - {b}', tables[a], tables[b])
 
 
-PARTS = {'drawn': (drawn, 'hand_crafted_drawn.csv'), 'photographs': (photographs, 'hand_crafted.csv')}
+PARTS = {'synthetic': (synthetic, 'hand_crafted_synthetic.csv'), 'photographs': (photographs, 'hand_crafted.csv')}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=list(PARTS))
     parts = p.parse_args().parts
     if 'photographs' in parts and not os.environ.get('DR_TRANSFER_DATA'):
-        p.error('set DR_TRANSFER_DATA to the folder with dr/messidor2, or ask for `drawn` alone')
+        p.error('set DR_TRANSFER_DATA to the folder with dr/messidor2, or run the part `synthetic` only')
     warnings.simplefilter('ignore')
     from dr_transfer.utils.places import atomic_file
 

@@ -1,21 +1,21 @@
-"""Which plan of transfer is best, and does the advisor find it? Every plan on every task, three seeds, on images not
-learnt from.
+"""Compare all transfer plans and the advice of the advisor on every task, with three seeds, on test images.
 
     export DR_TRANSFER_DATA=...        # the folder with flowers/ and dr/
-    # hours on two cores; goes on where it was stopped; keeps nbs/results/plan_study.csv
+    # hours on two cores; an interrupted run can be resumed; writes nbs/results/plan_study.csv
     python tools/plan_study.py
-    python tools/plan_study.py --show  # the tables only
-    # some of it; several processes may share the file, best with one core each (taskset)
+    python tools/plan_study.py --show  # print the tables only
+    # one seed; several processes may share the file, best with one core each (taskset)
     python tools/plan_study.py --seeds 1
-    # on the images that every seed learns from: here rates and thresholds may be chosen
+    # on images that are in the training set of every seed, to choose learning rates and thresholds
     python tools/plan_study.py --tune --out FILE
 
-Four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each whole and with 30
-images a class to learn from, and two drawn sets. Scores: accuracy for flowers, AUC for eyes, for five grades the
-mean of each grade against the rest. Each seed is another split: 30 % of the images, at most 600, are the test;
-flowers are split by photographer. The advisor sees the training images only. To be affordable on a CPU the
-photographs are small (flowers 128 pixels, eyes 160) and for large sets some plans have fewer epochs than their own
-(`EPOCHS`); everything else is as the plans have it.
+There are four tasks on photographs (flowers; Messidor-2 referable and five grades; IDRiD referable), each with all
+images and with 30 training images of each class, and two synthetic sets. The score is the accuracy for flowers and the
+AUC for fundus images (for five grades the mean AUC of each grade against the rest). Each seed gives another split: 30 %
+of the images, at most 600, are the test set; flowers are split by photographer. The advisor gets the training images
+only. To save time on a CPU, images are small (flowers 128 pixels, fundus images 160), and for large sets some plans
+have fewer epochs than usual (`EPOCHS`). Everything else is as in the plans. `scratch` has a small network of its own;
+all other plans have the default backbone.
 """
 
 import argparse
@@ -54,6 +54,8 @@ COLUMNS = ['study', 'plan', 'seed', 'images', 'score', 'seconds', 'advised']
 
 @dataclass(frozen=True)
 class Study:
+    "A set of images, a task and a target."
+
     name: str
     folder: str
     task: str
@@ -62,7 +64,8 @@ class Study:
     few: bool = False
 
 
-def studies(drawn):
+def studies(synthetic):
+    "Return all studies; `synthetic` is the folder with the synthetic sets."
     real = [
         ('flowers', 'flowers', 'flowers', 'class', 128),
         ('Messidor-2 referable', 'dr/messidor2', 'dr', 'referable', 160),
@@ -71,27 +74,27 @@ def studies(drawn):
     ]
     return [
         *(Study(f'{s[0]}, {FEW} a class', *s[1:], few=True) for s in real),
-        Study('drawn flowers', f'{drawn}/flowers', 'flowers', 'class', 128),
-        Study('drawn eyes', f'{drawn}/eyes', 'dr', 'referable', 160),
+        Study('synthetic flowers', f'{synthetic}/flowers', 'flowers', 'class', 128),
+        Study('synthetic fundus images', f'{synthetic}/fundus', 'dr', 'referable', 160),
         *(Study(*s) for s in real),
     ]
 
 
 def labelled(study, root, tune):
-    "The images of a study; with `tune` only those that every one of its seeds learns from and none is scored on"
+    "Return the images of a study; with `tune` only those that are in the training set of every seed."
     t = label_table(root / study.folder, verify=False)
     if not tune:
         return t
-    whole = replace(study, few=False)
-    learnt = set(t.image)
+    study = replace(study, few=False)
+    train = set(t.image)
     for seed in range(SEEDS):
-        table = split(whole, t, seed)
-        learnt &= set(table[table.split == 'train'].image)
-    return t[t.image.isin(learnt)].reset_index(drop=True)
+        table = split(study, t, seed)
+        train &= set(table[table.split == 'train'].image)
+    return t[t.image.isin(train)].reset_index(drop=True)
 
 
 def split(study, t, seed):
-    "The table of a study: test images, all others (or a few of each class) to learn from, and some `valid` for fastai"
+    "Return the table of a study: training images, 40 validation images for fastai, and test images."
     task = get_task(study.task)
     t = encode_target(t, task.target(study.target)).reset_index(drop=True)
     together = Together(task.reader)
@@ -102,9 +105,9 @@ def split(study, t, seed):
     train = t[t.split == 'train']
     if study.few:
         train = few_images(train, seed)
-    held = t[t.split == 'valid'].sample(frac=1, random_state=seed)
-    valid = held[:40]
-    test = held[40:]
+    rest = t[t.split == 'valid'].sample(frac=1, random_state=seed)
+    valid = rest[:40]
+    test = rest[40:]
     apart = ~test.group.isin(valid.group.dropna())
     test = test[apart][:MOST_TEST].assign(split='test')
     table = pd.concat([train, valid, test])
@@ -112,7 +115,7 @@ def split(study, t, seed):
 
 
 def few_images(train, seed):
-    "At most `FEW` images of each class"
+    "Return at most `FEW` random images of each class."
     parts = []
     for _, images in train.groupby('target'):
         n = min(len(images), FEW)
@@ -121,7 +124,7 @@ def few_images(train, seed):
 
 
 def mean_auc(p, classes):
-    "AUC of each class against the rest, on average over those that occur"
+    "Return the mean AUC of each class against the rest, over the classes that occur."
     aucs = []
     for c in classes:
         y = p.target == c
@@ -131,7 +134,7 @@ def mean_auc(p, classes):
 
 
 def run(study, table, plan, seed):
-    "Score on the test side, and seconds"
+    "Train once: return the number of training images, the score on the test set, and the seconds."
     start = time.monotonic()
     n = int((table.split == 'train').sum())
     learn = build_learner(table, study.task, target=study.target, size=study.size, plan=plan, seed=seed)
@@ -146,7 +149,7 @@ def run(study, table, plan, seed):
 
 
 def regrets(rows):
-    "Points lost against the best plan of the same study, means of the seeds, a row a study and a column a plan"
+    "Return the points lost against the best plan of the same study (means of the seeds): studies by plans."
     t = rows.pivot_table(index='study', columns='plan', values='score', sort=False)
     plans = t.drop(columns=ADVISED, errors='ignore')
     best = plans.max(axis=1)
@@ -154,7 +157,7 @@ def regrets(rows):
 
 
 def interval(x):
-    "Mean of some seeds and the half width of its 95 % interval (Student's t), as text"
+    "Return the mean over seeds and the half width of its 95 % interval (Student's t), as text."
     n = len(x)
     mean = f'{x.mean():.3f}'
     if n < 2:
@@ -165,21 +168,21 @@ def interval(x):
 
 
 def read_rows(file):
-    "What is in the file; a table without rows if there is none"
+    "Return the rows of the file; an empty table if the file does not exist."
     if not file.exists():
         return pd.DataFrame(columns=COLUMNS)
     return pd.read_csv(file).fillna({'advised': ''})
 
 
 def known_rows(file, study, seed):
-    "What is in the file of a study and a seed, by plan"
+    "Return the rows of a study and a seed, indexed by plan."
     rows = read_rows(file)
     rows = rows[rows.study == study.name]
     return rows[rows.seed == seed].set_index('plan')
 
 
 def keep_row(file, row):
-    "One more row in the file, in the order of seeds, studies and plans; other processes may do the same"
+    "Add a row to the file and sort it by seed, study and plan; other processes may do the same at the same time."
     with FileLock(f'{file}.lock'):
         old = read_rows(file)
         rows = pd.DataFrame([row])
@@ -198,15 +201,15 @@ def keep_row(file, row):
 
 
 def show(rows):
-    "Scores, minutes and regrets, printed"
+    "Print scores, advised plans and regrets."
     scores = rows.pivot_table(index='study', columns='plan', values='score', aggfunc=interval, sort=False)
-    print('score, mean of the seeds ± half a 95 % interval\n', scores.to_string(), '\n')
+    print('score, mean of the seeds ± half the width of the 95 % interval\n', scores.to_string(), '\n')
 
     def names(plans):
         return ', '.join(sorted(set(plans)))
 
     advised = rows[rows.plan == ADVISED].groupby('study', sort=False).advised.agg(names)
-    print('what was advised\n', advised.to_string(), '\n')
+    print('advised plans\n', advised.to_string(), '\n')
     r = regrets(rows)
     mean = r.mean().to_frame('mean').T
     most = r.max().to_frame('most').T
@@ -215,7 +218,7 @@ def show(rows):
 
 
 def do_plan(file, study, table, name, seed):
-    "Run one plan of a study, or what is advised, and keep its row; what another process did is not done again"
+    "Run one plan of a study, or the advised one, and save its row, unless another process has done so."
     if name in known_rows(file, study, seed).index:
         return
     plan = name
@@ -245,8 +248,8 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', nargs='+', type=int, default=[*range(SEEDS)])
     p.add_argument('--plans', nargs='+', default=[*PLANS, ADVISED])
-    p.add_argument('--studies', nargs='+', help='names of studies; all if left out')
-    p.add_argument('--tune', action='store_true', help='on the images that no seed is scored on')
+    p.add_argument('--studies', nargs='+', help='names of studies (default: all)')
+    p.add_argument('--tune', action='store_true', help='use only images that are in the training set of every seed')
     p.add_argument('--show', action='store_true')
     p.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'nbs' / 'results' / 'plan_study.csv')
     a = p.parse_args()
@@ -256,10 +259,10 @@ if __name__ == '__main__':
     if not os.environ.get('DR_TRANSFER_DATA'):
         p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
     root = Path(os.environ['DR_TRANSFER_DATA'])
-    with tempfile.TemporaryDirectory() as drawn:
-        make_flowers(f'{drawn}/flowers', n=600, size=128, seed=7)
-        make_dr(f'{drawn}/eyes', n=600, size=160, seed=7)
-        for seed, study in product(a.seeds, studies(drawn)):
+    with tempfile.TemporaryDirectory() as synthetic:
+        make_flowers(f'{synthetic}/flowers', n=600, size=128, seed=7)
+        make_dr(f'{synthetic}/fundus', n=600, size=160, seed=7)
+        for seed, study in product(a.seeds, studies(synthetic)):
             if a.studies and study.name not in a.studies:
                 continue
             known = known_rows(a.out, study, seed).index

@@ -1,12 +1,12 @@
-"""The figures on real photographs: `dr_transfer train` with its defaults, five seeds, on photographs not learnt from.
+"""Evaluate `dr_transfer train` with its defaults on real photographs that were not used in training, with five seeds.
 
     export DR_TRANSFER_DATA=...            # the folder with flowers/ and dr/
-    python tools/real_photographs.py       # prints the table, keeps what is done in nbs/results/real_photographs.csv
+    python tools/real_photographs.py       # prints the table and writes nbs/results/real_photographs.csv
 
-Each seed is another split (flowers: by photographer) and another training. Messidor-2 models are tested on IDRiD as
-well: another country and camera, uncropped. A row that is there already is not computed again. The first training of
-a task computes the features of its images, the others find them in the cache; start with an empty one
-(DR_TRANSFER_CACHE) for honest minutes.
+Each seed gives another split (of the flowers by photographer) and another training. Models of Messidor-2 are also
+tested on IDRiD, which comes from another country and camera and is not cropped. Rows that the file already contains
+are not computed again. The first training of a task computes the features of its images, the others read them from
+the cache. To measure the time of the first training, start with an empty cache (DR_TRANSFER_CACHE).
 """
 
 import argparse
@@ -24,6 +24,7 @@ COLUMNS = ['task', 'plan', 'seed', 'metric', 'value', 'minutes']
 
 
 def train(data, words, seed, out):
+    "Run `dr_transfer train` and return the minutes that it took."
     start = time.monotonic()
     if main(['train', str(data), *words, '--seed', str(seed), '--out', str(out)]):
         raise SystemExit(1)
@@ -31,7 +32,7 @@ def train(data, words, seed, out):
 
 
 def one_seed(root, task, plan, seed):
-    "Rows for one training"
+    "Train once and return the rows (metric, value, minutes)."
     import json
 
     from dr_transfer.inference.saved_model import load_model
@@ -60,12 +61,13 @@ def one_seed(root, task, plan, seed):
 
 
 def table(rows):
+    "Return the mean and the standard deviation over the seeds."
     g = rows.groupby(['task', 'plan', 'metric'], sort=False)
     return (
         g.agg(
             mean=('value', 'mean'),
-            spread=('value', 'std'),
-            least=('value', 'min'),
+            std=('value', 'std'),
+            min=('value', 'min'),
             seeds=('value', 'size'),
             minutes=('minutes', 'max'),
         )

@@ -1,6 +1,6 @@
-"""`ridge_path` against scikit-learn: the same numbers, and how many times longer scikit-learn takes for them.
+"""Compare `ridge_path` with scikit-learn: the scores are the same, and scikit-learn takes several times as long.
 
-`Ridge` is fitted once for each penalty, `RidgeCV` once; both get features that are standardised already.
+`Ridge` is fitted once for each penalty, `RidgeCV` once; both get standardised features.
 
     python tools/ridge_speed.py
 """
@@ -18,7 +18,7 @@ CLASSES = 5
 
 
 def timed(function, *args):
-    "What a function returns, and the shortest of three times in seconds."
+    "Call a function three times: return its result and the shortest time in seconds."
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -28,12 +28,12 @@ def timed(function, *args):
 
 
 def by_ridge(x, targets, new):
-    "Scores for each penalty."
+    "Return the scores of `Ridge` for each penalty."
     return np.stack([Ridge(alpha=len(x) * p).fit(x, targets).predict(new) for p in PENALTIES])
 
 
 def by_ridge_cv(x, targets, new):
-    "The penalty that scikit-learn chooses, and the scores with it."
+    "Return the penalty that `RidgeCV` chooses, and the scores with it."
     model = RidgeCV(len(x) * np.asarray(PENALTIES)).fit(x, targets)
     return model.alpha_ / len(x), model.predict(new)
 

@@ -1,18 +1,17 @@
-"""What the library is worth in screening for diabetic retinopathy, on photographs that were not learnt from.
+"""Measure screening for diabetic retinopathy on photographs that were not used in training.
 
     export DR_TRANSFER_DATA=...                 # the folder with dr/messidor2 and dr/idrid
-    python tools/screening.py                   # everything, about half an hour on two cores
-    python tools/screening.py figures cameras   # some of it
+    python tools/screening.py                   # all parts; about half an hour on two cores
+    python tools/screening.py metrics cameras   # some parts
 
-    figures   referable DR on Messidor-2 in five folds; learnt from Messidor-2 and asked about IDRiD; five grades on
+    metrics   referable DR on Messidor-2 in five folds; trained on Messidor-2 and tested on IDRiD; five grades on
               Messidor-2 in five folds
-    gap       how much better the model is on the images it was trained on, without and with augmentation, five splits
-    cameras   what holds from one camera to the other: light correction x stages x views x strength, learnt from one
-              set, asked about the other
+    gap       metrics on training images and on validation images, without and with augmentation, in five splits
+    cameras   trained on one set and tested on the other: light correction x stages x views x regularisation strength
 
-Results are kept in nbs/results/screening.csv, gap.csv and cameras.csv. Nothing is chosen on the photographs that a
-figure of `figures` is of, but the two sets are the same in both parts: who reads `cameras` to choose a recipe for
-IDRiD has seen it.
+The results are written to nbs/results/screening.csv, gap.csv and cameras.csv. In `metrics`, nothing is chosen on the
+photographs that a metric is computed on. `cameras` uses the same two sets: a recipe that is chosen by `cameras` for
+IDRiD was chosen on IDRiD.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # C of logistic regression, on all views with a weight of 1 an image
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # C of logistic regression; the views of an image have a total weight of 1
 STAGES = {'last': ['stage7'], 'last two': ['stage6', 'stage7'], 'last three': ['stage5', 'stage6', 'stage7']}
 READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_local'}
 
@@ -44,7 +43,8 @@ def _rows(name, m, minutes, wanted):
     ]
 
 
-def figures(root):
+def metrics(root):
+    "Yield the rows of screening.csv."
     from dr_transfer.core import build_learner, fit, valid_predictions
     from dr_transfer.data.table import label_table
     from dr_transfer.data.tasks import get_task
@@ -81,6 +81,7 @@ def figures(root):
 
 
 def gap(root):
+    "Yield the rows of gap.csv."
     from dr_transfer.core import build_learner, fit, generalisation_gap
 
     for augment in ('none', 'quarter_turns'):
@@ -92,12 +93,12 @@ def gap(root):
             yield {
                 'augment': augment,
                 'seed': seed,
-                **{f'{k}, {side}': round(float(t.loc[side, k]), 4) for k in ('auc', 'accuracy') for side in t.index},
+                **{f'{k}, {row}': round(float(t.loc[row, k]), 4) for k in ('auc', 'accuracy') for row in t.index},
             }
 
 
-def _solved(x, y):
-    "Scaler and, for each strength, weights: logistic regression on all views"
+def _fit_logistic(x, y):
+    "Fit logistic regression on all views: return the scaler, and weights and intercept for each value of C."
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -114,13 +115,15 @@ def _solved(x, y):
     ]
 
 
-def _asked(solved, x):
-    scaler, models = solved
+def _mean_probability(fitted, x):
+    "Return the mean probability over the views of each image, for each value of C."
+    scaler, models = fitted
     flat = scaler.transform(x.reshape(-1, x.shape[-1]))
     return [(1 / (1 + np.exp(-(flat @ w + b)))).reshape(x.shape[:2]).mean(1) for w, b in models]
 
 
 def cameras(root):
+    "Yield the rows of cameras.csv."
     from dr_transfer.data.table import label_table
     from dr_transfer.features.classifiers import grouped_folds
     from dr_transfer.features.extraction import image_features
@@ -137,12 +140,14 @@ def cameras(root):
         for (stages, names), views in product(STAGES.items(), (1, 4)):
             x = {s: f[s].numpy(names)[:, :views] for s in f}
             out = {
-                f'{a} to {b}': [auc(y[b], p) for p in _asked(_solved(x[a], y[a]), x[b])]
+                f'{a} to {b}': [auc(y[b], p) for p in _mean_probability(_fit_logistic(x[a], y[a]), x[b])]
                 for a, b in (('messidor2', 'idrid'), ('idrid', 'messidor2'))
             }
             own = np.zeros((len(STRENGTHS), len(y['messidor2'])))
             for train, test in folds:
-                own[:, test] = _asked(_solved(x['messidor2'][train], y['messidor2'][train]), x['messidor2'][test])
+                own[:, test] = _mean_probability(
+                    _fit_logistic(x['messidor2'][train], y['messidor2'][train]), x['messidor2'][test]
+                )
             out['messidor2, five folds'] = [auc(y['messidor2'], p) for p in own]
             for i, c in enumerate(STRENGTHS):
                 yield {
@@ -156,11 +161,11 @@ def cameras(root):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('parts', nargs='*', default=['figures', 'gap', 'cameras'])
+    p.add_argument('parts', nargs='*', default=['metrics', 'gap', 'cameras'])
     parts, root = p.parse_args().parts, Path(os.environ['DR_TRANSFER_DATA']) / 'dr'
     warnings.simplefilter('ignore')
     for part, f, file in (
-        ('figures', figures, 'screening.csv'),
+        ('metrics', metrics, 'screening.csv'),
         ('gap', gap, 'gap.csv'),
         ('cameras', cameras, 'cameras.csv'),
     ):

@@ -1,9 +1,8 @@
-"""How `show_doc` renders a function on the site: as nbdev does, and below it the sections of its docstring that the
-signature does not hold.
+"""Render the documentation of a function for the site: as nbdev does, followed by the sections of its docstring.
 
-nbdev reads the summary of a numpydoc docstring and leaves out its sections; its parser keeps no list of what is
-raised, so they are read here. The parameters stay in the signature, with their comments, so nothing is shown twice.
-`settings.ini` names this class, and `tools/build_docs.py` is what uses it.
+nbdev shows the summary of a numpydoc docstring without its sections, and its parser does not keep the list of errors
+that are raised. So this script reads the sections. The parameters are shown in the signature only, with their
+comments. `settings.ini` names the class `SectionsRenderer`, and `tools/build_docs.py` uses it.
 """
 
 import inspect
@@ -13,22 +12,32 @@ from textwrap import dedent
 from nbdev.showdoc import BasicMarkdownRenderer
 
 TITLE = re.compile(r'^(Returns|Raises|Notes|Examples)\n-+\n', re.M)
+ENTRY = re.compile(r'^(\S.*)\n((?:[ ]+.*(?:\n|\Z))+)', re.M)
 
 
 def entries(text):  # Markdown
-    "What comes back, or what is raised: a line each, the type first."
-    found = re.findall(r'^(\S.*)\n((?:[ ]+.*\n?)+)', text, re.M)
-    return '\n'.join(f'- `{kind}`: {" ".join(dedent(what).split())}' for kind, what in found)
+    "Return a list item for each entry of a Returns or Raises section: the type, then its description."
+    rest = ENTRY.sub('', text).strip()
+    if not ENTRY.search(text) or rest:
+        line = (rest or text).partition('\n')[0]
+        raise ValueError(
+            f'the section has an entry without a description: {line!r}. '
+            'Write the type in a line, and below it the description, indented'
+        )
+    return '\n'.join(f'- `{kind}`: {" ".join(dedent(what).split())}' for kind, what in ENTRY.findall(text))
 
 
 def sections(sym):  # list of paragraphs of Markdown
-    "The sections of a docstring by their titles, in bold and not as headings, which would fill the table of contents."
+    "Return the sections of a docstring, with titles in bold: headings would fill the table of contents."
     _, *parts = TITLE.split(inspect.getdoc(sym) or '')
     out = []
     for title, text in zip(parts[::2], parts[1::2]):
         body = text.strip('\n')
         if title in ('Returns', 'Raises'):
-            body = entries(body)
+            try:
+                body = entries(body)
+            except ValueError as e:
+                raise ValueError(f'{sym.__qualname__}, {title}: {e}') from None
         elif title == 'Examples':
             body = f'```python\n{body}\n```'
         out += [f'**{title}**', body]
@@ -36,7 +45,7 @@ def sections(sym):  # list of paragraphs of Markdown
 
 
 class SectionsRenderer(BasicMarkdownRenderer):
-    "nbdev's own, and the sections of the docstring."
+    "nbdev's renderer, followed by the sections of the docstring."
 
     def _repr_markdown_(self):
         return '\n\n'.join([super()._repr_markdown_(), *sections(self.sym)])

@@ -1,8 +1,7 @@
-"""Run notebooks from top to bottom and keep what they put out: `make outputs`, or `make outputs
-NB=nbs/synthetic/01_fundus.ipynb`.
+"""Run notebooks and store their outputs: `make outputs`, or `make outputs NB=nbs/synthetic/01_fundus.ipynb`.
 
-Nothing is skipped, whatever its flags, except what cannot run: cells marked `eval: false`, and `cuda` cells on a
-machine without one, which keep the outputs they have.
+All cells are run, also those with the flag `slow`. Cells with `eval: false`, and cells with `cuda` on a machine
+without CUDA, are not run and keep their outputs.
 """
 
 import os
@@ -14,14 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def has_cuda():
-    "Whether this machine can run `cuda` cells; most notebooks have none and need no torch for this."
+    "Return whether CUDA is available; torch is imported only for notebooks with `cuda` cells."
     import torch
 
     return torch.cuda.is_available()
 
 
 def run(path):
-    "Run one notebook in this process and write it back; at the first error nothing is written."
+    "Run one notebook in this process and write it; after an error nothing is written."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from nbdev.process import extract_directives
@@ -41,9 +40,9 @@ def run(path):
         return kept
 
     def tidy(cell):
-        # Warnings and bars go to stderr and differ from one machine and version to the next.
+        # Warnings and progress bars go to stderr and differ between machines and versions.
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
-        # An image of PIL puts itself out twice, as PNG and as JPEG; one is enough.
+        # IPython shows a PIL image as PNG and as JPEG; one is enough.
         for o in cell.outputs:
             if 'image/png' in o.get('data', {}):
                 o['data'].pop('image/jpeg', None)
@@ -57,10 +56,10 @@ def run(path):
 
 
 def main(paths):
-    "Run each notebook in a process of its own, since a notebook is read on its own."
+    "Run each notebook in a separate process."
     os.chdir(ROOT)
     paths = paths or sorted(str(p) for p in Path('nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-    # Stored outputs show the images drawn from a seed, never a photograph that happens to lie on this machine.
+    # Stored outputs show synthetic images, and never photographs of this machine.
     env = {k: v for k, v in os.environ.items() if k != 'DR_TRANSFER_DATA'}
     for path in paths:
         print(path, flush=True)
