@@ -19,7 +19,7 @@ from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.inference.predictions import gather_images, predict_table
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
-from dr_transfer.utils.files import TransferWarning, is_ours
+from dr_transfer.utils.files import TransferWarning, has_marker
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--runtime', 'plain']
 
@@ -71,7 +71,7 @@ def test_a_pipe_named_like_our_marker(tmp_path, flowers):
     data = tmp_path / 'data'
     shutil.copytree(flowers, data)
     os.mkfifo(data / 'daisy' / '.dr_transfer.json')
-    assert not is_ours(data / 'daisy')
+    assert not has_marker(data / 'daisy')
     assert len(find_images(data)) == 24
 
 

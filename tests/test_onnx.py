@@ -27,14 +27,14 @@ pytest.importorskip('onnxscript')
 
 POINT = {
     'threshold': 0.5,
-    'wanted': 'sensitivity',
-    'at_least': 0.9,
+    'metric': 'sensitivity',
+    'minimum': 0.9,
     'positives': 30,
     'negatives': 40,
     'sensitivity': 0.9,
     'specificity': 0.5,
 }
-DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
+DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'not_chosen': []}
 
 
 def made(

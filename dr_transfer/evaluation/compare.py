@@ -20,7 +20,7 @@ from ..data.tasks import Task, get_task
 from .cross_validation import _prefixed, train_once, without_weights
 from ..metrics.classes import Classes
 from ..metrics.decision import table_arrays, table_classes
-from ..metrics.screening import compare_tables, main_metric, measure_table, measures
+from ..metrics.screening import compare_tables, main_metric, measure_table, metric_values
 from ..models.backbones import create_body
 from ..models.network import check_size
 from ..models.registry import DEFAULT_ARCH, find_backbone
@@ -95,7 +95,7 @@ def _check_recipes(recipes, size, weights):
 def _row_words(p, classes) -> str:
     "The metrics of a model that is finished, in one line"
     y, probs = table_arrays(p, classes)
-    metrics = measures(y, probs, classes)
+    metrics = metric_values(y, probs, classes)
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
 
 # %% ../../nbs/evaluation/04_compare.ipynb #f1419bb8

@@ -24,7 +24,7 @@ from ..data.tasks import Task, encode_target, get_task
 from .cross_validation import train_once, without_weights
 from ..features.probes import fold_interval
 from ..metrics.decision import table_arrays, table_classes
-from ..metrics.screening import main_metric, measures
+from ..metrics.screening import main_metric, metric_values
 from ..training.plans import check_epochs, get_plan, plan_arch
 from ..utils.files import plain_text, unknown
 
@@ -163,7 +163,7 @@ def _metrics(p, target) -> dict:
     "Metrics of a table of predictions"
     classes = target.class_set(table_classes(p))
     y, probs = table_arrays(p, classes)
-    return measures(y, probs, classes)
+    return metric_values(y, probs, classes)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #687ad1b0
 def _metric_name(runs, name):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.fundus import read_image
-from ..data.views import normalise, stack_images
+from ..data.views import normalize, stack_images
 from .saved_model import ImageModel
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
@@ -125,7 +125,7 @@ def score_map(
     "Where an image looks like which class"
     card = model.card
     im = read_image(source, round(scale * card.size), card.reader, card.fit)
-    x = normalise(stack_images([im]), card.mean, card.std)
+    x = normalize(stack_images([im]), card.mean, card.std)
     device = next(model.model.parameters()).device
     logits = dense_model(model.model, card.size)(x.to(device))
     return logits.softmax(1)[0].float().cpu().numpy()
