@@ -413,7 +413,7 @@ def test_colours_are_kept_where_the_table_says_so(name, aug):
     darkest = x[0].min() - 1e-3
     lightest = x[0].max() + 1e-3
     as_light = darkest <= red.min() and red.max() <= lightest
-    assert bool(one_hue and as_light) == aug.colour
+    assert bool(one_hue and as_light) == aug.keeps_color
 
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
@@ -431,7 +431,7 @@ def test_the_whole_is_kept_where_the_table_says_so(name, aug):
         for columns in (slice(0, 12), slice(12, 24)):
             pixels = bright[:, rows, columns].flatten(1).sum(1)
             whole &= (pixels - 16).abs() <= 2
-    if aug.whole:
+    if aug.keeps_whole_image:
         assert whole.all()
     else:
         assert whole.float().mean() < 0.5
@@ -459,7 +459,7 @@ def test_left_and_right_are_kept_where_the_table_says_so(name, aug):
     sense = turn.flatten(1).sum(1)
     assert (sense.abs() > 1e-3).all()
     mirrored = (sense < 0).float().mean()
-    if aug.handed:
+    if aug.keeps_left_right:
         assert mirrored == 0
     else:
         assert 0.3 < mirrored < 0.7
@@ -523,9 +523,9 @@ def test_table_has_every_name():
     assert set(VIEWS) <= set(AUGMENTATIONS)
     for n, a in AUGMENTATIONS.items():
         row = t.loc[n]
-        assert row['keeps colour'] == a.colour
-        assert row['keeps all of it'] == a.whole
-        assert row['keeps left and right'] == a.handed
+        assert row['keeps colour'] == a.keeps_color
+        assert row['keeps all of it'] == a.keeps_whole_image
+        assert row['keeps left and right'] == a.keeps_left_right
 
 
 @pytest.mark.parametrize(

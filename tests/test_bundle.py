@@ -80,7 +80,7 @@ def test_safetensors_and_json_and_nothing_else(run, weights):
         'fit': 'pad',
         'views': 'quarter_turns',
         'seed': 3,
-        'format': 'dr_transfer model 2',
+        'format': 'dr_transfer model 3',
     }
     import timm
 
@@ -431,7 +431,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'mean': [0.5, float('nan'), 0.5]}, "'mean[1]' is nan"),
         ({'classes': ['no', 'No ']}, 'differ only in case or spaces'),
         ({'decision': {'temperature': 0}}, "'decision.temperature' is 0"),
-        ({'decision': {'operating': {'threshold': 0.5}}}, "'decision.operating.wanted' is missing"),
+        ({'decision': {'operating': {'threshold': 0.5}}}, "'decision.operating.metric' is missing"),
         ({'arch': 'vit_7b_patch16_dinov3'}, 'would take too much memory'),
     ],
 )

@@ -112,7 +112,7 @@ def test_the_record(run, weights, eyes):
     assert d['groups'] == truth.patient.nunique() == 20
     both = {c: sum(d['classes'][s].get(c, 0) for s in ('train', 'valid')) for c in ('no', 'referable')}
     assert both == {'no': int((truth.grade < 2).sum()), 'referable': int((truth.grade >= 2).sum())}
-    assert d['share'] == {'train': 0.8, 'valid': 0.2}
+    assert d['fraction'] == {'train': 0.8, 'valid': 0.2}
     assert d['fingerprint']
     assert r['history']
     for h in r['history']:

@@ -28,8 +28,8 @@ from dr_transfer.metrics.plots import pick_examples
 from dr_transfer.metrics.screening import (
     by_patient,
     main_metric,
-    measure_names,
     measure_table,
+    metric_names,
     patient_classes,
     worst_errors,
 )
@@ -89,11 +89,11 @@ def evaluated(folder, model, table, **kwargs):
 DECISION = {
     'temperature': 1.3,
     'cuts': None,
-    'refused': [],
+    'not_chosen': [],
     'operating': {
         'threshold': 0.4,
-        'wanted': 'sensitivity',
-        'at_least': 0.9,
+        'metric': 'sensitivity',
+        'minimum': 0.9,
         'positives': 50,
         'negatives': 50,
         'sensitivity': 0.92,
@@ -383,14 +383,14 @@ def test_an_empty_table_is_an_error():
 
 
 def test_measures_are_known_before_anything_is_trained():
-    assert measure_names(TWO) == ['accuracy', 'auc', 'calibration error']
-    assert measure_names(list('abc')) == [
+    assert metric_names(TWO) == ['accuracy', 'auc', 'calibration error']
+    assert metric_names(list('abc')) == [
         'accuracy',
         'calibration error',
     ]
     for classes in (TWO, GRADES, list('abc')):
-        assert main_metric(measure_names(classes)) in measure_names(classes)
-    assert set(measure_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
+        assert main_metric(metric_names(classes)) in metric_names(classes)
+    assert set(metric_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
     assert main_metric(name='kappa') == 'kappa'
     with pytest.raises(ValueError, match="measure 'nope'"):
         main_metric(name='nope')
@@ -521,11 +521,11 @@ def test_a_page_can_be_made_of_any_table(edge, decided):
             'decision': {
                 'temperature': 1.0,
                 'cuts': None,
-                'refused': [],
+                'not_chosen': [],
                 'operating': {
                     'threshold': 0.5,
-                    'wanted': 'sensitivity',
-                    'at_least': 0.9,
+                    'metric': 'sensitivity',
+                    'minimum': 0.9,
                     'positives': 50,
                     'negatives': 50,
                     'sensitivity': 0.92,

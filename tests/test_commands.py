@@ -31,10 +31,10 @@ def sure(home, many, weights, shared_cache):
 
 def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
     decision = json.loads((sure / 'record.json').read_text())['decision']
-    assert decision['operating']['wanted'] == 'sensitivity'
+    assert decision['operating']['metric'] == 'sensitivity'
     assert decision['operating']['sensitivity'] >= 0.85
     assert decision['temperature'] > 0
-    assert decision['refused'] == []
+    assert decision['not_chosen'] == []
     assert json.loads((sure / 'model' / 'model.json').read_text())['decision'] == decision
     p = pd.read_csv(sure / 'predictions.csv')
     assert ((p.p_referable >= decision['operating']['threshold']) == (p.decision == 'referable')).all()
@@ -50,7 +50,7 @@ def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
 def test_too_few_positives_are_said_and_the_run_is_made(run):
     d = json.loads((run / 'record.json').read_text())['decision']
     assert d['operating'] is None
-    assert any('cannot be set on fewer than 30' in w for w in d['refused'])
+    assert any('cannot be set on fewer than 30' in w for w in d['not_chosen'])
 
 
 def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):

@@ -19,7 +19,7 @@ from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.inference.predictions import gather_images, predict_table
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
-from dr_transfer.utils.files import TransferWarning, is_ours
+from dr_transfer.utils.files import TransferWarning, has_marker
 
 SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan', 'head', '--runtime', 'plain']
 
@@ -71,7 +71,7 @@ def test_a_pipe_named_like_our_marker(tmp_path, flowers):
     data = tmp_path / 'data'
     shutil.copytree(flowers, data)
     os.mkfifo(data / 'daisy' / '.dr_transfer.json')
-    assert not is_ours(data / 'daisy')
+    assert not has_marker(data / 'daisy')
     assert len(find_images(data)) == 24
 
 
@@ -248,7 +248,7 @@ def test_one_path_is_a_list_of_one(flowers):
 
 def test_a_value_outside_of_its_interval_is_drawn():
     "The figure of a comparison is not lost for it"
-    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['rival', 'metric'])
+    index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
         {
             'value': [0.6, 0.7],

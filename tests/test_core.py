@@ -822,7 +822,7 @@ def test_record(build):
     assert d == data_summary(learn.table)
     assert d.images == len(learn.table) == sum(sum(c.values()) for c in d.classes.values())
     assert d.groups == learn.table.group.nunique()
-    assert sum(d.share.values()) == pytest.approx(1, abs=1e-3)
+    assert sum(d.fraction.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_fingerprint_of_the_data(build):

@@ -532,7 +532,7 @@ def test_things_are_where_the_truth_says(seed):
 @pytest.mark.parametrize('pattern', PATTERNS[1:])
 def test_the_same_patient_with_a_disease_differs_in_the_lung_of_the_slices_that_have_it(pattern):
     (well, _), (ill, truth) = (draw_ct(5, p, spacing=(6, 2, 2), noise=0) for p in ('normal', pattern))
-    share = {q['z']: q['share'] for q in truth['slices']}
+    share = {q['z']: q['fraction'] for q in truth['slices']}
     z = np.round(np.arange(len(ill)) * 6 + truth['origin'][0], 2)
     for k, where in enumerate(z):
         changed = np.abs(ill[k].astype(int) - well[k]) > 30

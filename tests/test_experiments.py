@@ -18,10 +18,10 @@ from dr_transfer.core import build_learner
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task
 from dr_transfer.evaluation.compare import _recipes, compare, plot_comparison
-from dr_transfer.evaluation.cross_validation import _kept, train_once
+from dr_transfer.evaluation.cross_validation import _training_folder, train_once
 from dr_transfer.evaluation.experiments import (
+    BASELINE,
     METHODS,
-    START,
     _encoded,
     _splits,
     curve_table,
@@ -38,7 +38,7 @@ from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training.phases import _epochs
 from dr_transfer.training.plans import Phase, Plan, get_plan, plan_table
 
-SHORT = {START: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
+SHORT = {BASELINE: Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),), weights='random'), 'frozen': 'head'}
 FAST = dict(arch='small_cnn', weights='random', size=32, runtime='plain', say=lambda line: None)
 
 
@@ -93,10 +93,10 @@ def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labe
 
 
 def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
-    a, b = (unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=s) for s in (0, 1))
+    a, b = (unseen_split(labelled, labelled.group.to_numpy(), max_test=12, seed=s) for s in (0, 1))
     assert (a.split == 'test').sum() <= 12
     assert set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
-    again = unseen_split(labelled, labelled.group.to_numpy(), most=12, seed=0)
+    again = unseen_split(labelled, labelled.group.to_numpy(), max_test=12, seed=0)
     assert again.image.tolist() == a.image.tolist()
 
 
@@ -104,12 +104,12 @@ def test_random_initialisation_gets_steps_not_epochs(labelled):
     sides = unseen_split(labelled, labelled.group.to_numpy())
     for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
         learn = build_learner(
-            first_images(sides, n), get_task('flowers', 32), plan=METHODS[START], arch='small_cnn', runtime='plain'
+            first_images(sides, n), get_task('flowers', 32), plan=METHODS[BASELINE], arch='small_cnn', runtime='plain'
         )
-        assert _epochs(learn, METHODS[START].phases[0]) == epochs
-    assert plan_table(plans=[METHODS[START]]).epochs.tolist() == ['by number of images']
-    assert METHODS[START].phases[0].frozen == 0, 'the statistics of random weights must move'
-    assert METHODS[START].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+        assert _epochs(learn, METHODS[BASELINE].phases[0]) == epochs
+    assert plan_table(plans=[METHODS[BASELINE]]).epochs.tolist() == ['by number of images']
+    assert METHODS[BASELINE].phases[0].frozen == 0, 'the statistics of random weights must move'
+    assert METHODS[BASELINE].phases[0].fixed_bn is False, 'the statistics of random weights must move'
 
 
 # ---------------------------------------------------------------- curves
@@ -131,14 +131,19 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     assert trainings == [10, 10, 30]
     runs = learning_curve(flowers, **ask)
     assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
-    assert runs[['method', 'images']].values.tolist() == [[START, 10], ['frozen', 10], [START, 30], ['frozen', 30]]
+    assert runs[['method', 'images']].values.tolist() == [
+        [BASELINE, 10],
+        ['frozen', 10],
+        [BASELINE, 30],
+        ['frozen', 30],
+    ]
     assert runs.accuracy.between(0, 1).all()
     more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
     assert trainings[4:] == [40, 40]
     assert more[more.images < 40].reset_index(drop=True).equals(runs)
 
 
-def test_sizes_and_rivals_are_refused_before_anything_is_trained(flowers, trainings):
+def test_sizes_and_methods_are_refused_before_anything_is_trained(flowers, trainings):
     with pytest.raises(ValueError, match='1000 images to learn from, and there are'):
         learning_curve(flowers, sizes=(10, 1000), methods=SHORT, **FAST)
     with pytest.raises(ValueError, match='frozen'):
@@ -152,7 +157,7 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     methods = {**SHORT, 'tuned': Plan('t', (Phase(-1, None, 1e-3), Phase(0, 1, 1e-4)))}
     h = training_curve(flowers, epochs=2, images=40, methods=methods, augment='none', **FAST)
     assert h.groupby('method', sort=False).epoch.agg(list).to_dict() == {
-        START: [1, 2],
+        BASELINE: [1, 2],
         'frozen': [0],
         'tuned': [0, 1, 2],
     }
@@ -180,7 +185,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
     plan = Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
 
     def kept(**kw):
-        return _kept(t, [task, plan, kw])
+        return _training_folder(t, [task, plan, kw])
 
     assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
     for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()):
@@ -201,7 +206,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
 
 
 def swap(folder):
-    a, b = (folder / n for n in crossval.KEPT)
+    a, b = (folder / n for n in crossval._RESULT_FILES)
     a, b, c = a.read_bytes(), b.read_bytes(), a
     c.write_bytes(b)
 
@@ -227,9 +232,9 @@ def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
         pd.DataFrame({'image': pd.Series(['x'], dtype=object), 'p_a': [0.25]}),
         pd.DataFrame({'train_loss': [0.5]}),
     ]
-    crossval._write_kept(folder, tables)
-    assert [t.equals(o) for t, o in zip(crossval._read_kept(folder), tables)] == [True, True]
-    assert crossval._read_kept(other) is None
+    crossval._write_results(folder, tables)
+    assert [t.equals(o) for t, o in zip(crossval._read_results(folder), tables)] == [True, True]
+    assert crossval._read_results(other) is None
     if name == 'that of another training':
         shutil.copytree(folder, other)
     elif name == 'a file':
@@ -238,9 +243,9 @@ def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
         DAMAGE[name](folder)
         other = folder
     with pytest.warns(UserWarning, match='is damaged: it is done again'):
-        assert crossval._read_kept(other) is None
-    crossval._write_kept(other, tables)
-    assert crossval._read_kept(other) is not None
+        assert crossval._read_results(other) is None
+    crossval._write_results(other, tables)
+    assert crossval._read_results(other) is not None
 
 
 def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
@@ -286,12 +291,12 @@ def test_classes_with_odd_names_are_read_back(labelled):
 
 
 def curve(**scores):
-    "Runs of three splits with known means; the splits differ by `lr_mult`"
+    "Runs of three splits with known means; the splits differ by `noise`"
     sizes = (25, 50, 100, 200)
-    lr_mult = scores.pop('lr_mult', 0.0)
+    noise = scores.pop('noise', 0.0)
     return pd.DataFrame(
         [
-            {'method': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + lr_mult * (s - 1), 'share': 0.25}
+            {'method': r.replace('_', ' '), 'images': n, 'seed': s, 'accuracy': v + noise * (s - 1), 'test_ratio': 0.25}
             for s in range(3)
             for r, row in scores.items()
             for n, v in zip(sizes, row)
@@ -300,7 +305,7 @@ def curve(**scores):
 
 
 @pytest.mark.parametrize(
-    'frozen, needs, value',
+    'frozen, needed, saved',
     [
         (
             (0.4, 0.5, 0.6, 0.7),
@@ -312,45 +317,43 @@ def curve(**scores):
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
 )  # ahead at first only
-def test_images_saved_are_known_where_the_curves_are(frozen, needs, value):
+def test_images_saved_are_known_where_the_curves_are(frozen, needed, saved):
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
-    assert w.needs.tolist() == pytest.approx(needs)
-    assert w.value.tolist() == pytest.approx(value)
+    assert w.images_needed.tolist() == pytest.approx(needed)
+    assert w.images_saved.tolist() == pytest.approx(saved)
 
 
 def test_limits_of_the_images_saved_include_them_and_widen_with_the_noise():
     narrow, wide = (
-        value_of_pretraining(
-            curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), lr_mult=s)
-        )
+        value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.42, 0.5, 0.55, 0.6), noise=s))
         for s in (0.002, 0.02)
     )
     for w in (narrow, wide):
-        assert ((w.value_low <= w.value) & (w.value <= w.value_high)).all()
-    assert (wide.value_low <= narrow.value_low).all()
-    assert (wide.value_high >= narrow.value_high).all()
-    assert (wide.value_high > narrow.value_high).any()
+        assert ((w.low <= w.images_saved) & (w.images_saved <= w.high)).all()
+    assert (wide.low <= narrow.low).all()
+    assert (wide.high >= narrow.high).all()
+    assert (wide.high > narrow.high).any()
 
 
 def test_a_curve_that_dips_does_not_count_twice():
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.5, 0.45, 0.6), frozen=(0.5, 0.5, 0.5, 0.5)))
-    assert w.needs.tolist() == pytest.approx([50, 50, 100, 200])
+    assert w.images_needed.tolist() == pytest.approx([50, 50, 100, 200])
 
 
 def test_table_and_figure_of_a_curve():
-    runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), lr_mult=0.01)
+    runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), noise=0.01)
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
-    assert t.loc[START].gain.isna().all()
+    assert t.loc[BASELINE].gain.isna().all()
     assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits agree on the difference'
-    assert [ax.get_title() for ax in plot_learning_curve(runs).axes] == [START, 'frozen']
+    assert [ax.get_title() for ax in plot_learning_curve(runs).axes] == [BASELINE, 'frozen']
     with pytest.raises(ValueError, match='accuracy'):
         curve_table(runs, 'kappa')
-    with pytest.raises(ValueError, match='it has frozen'):
+    with pytest.raises(ValueError, match='they have frozen: give one'):
         value_of_pretraining(runs[runs.method == 'frozen'])
 
 
-# ---------------------------------------------------------------- rivals on one split
+# ---------------------------------------------------------------- methods on one split
 
 
 def test_one_name_is_a_list_of_one_and_a_name_stands_once():
@@ -360,7 +363,7 @@ def test_one_name_is_a_list_of_one_and_a_name_stands_once():
         _recipes('cifarnet', ['top1', get_plan('top1', 3)])
 
 
-def test_rivals_are_named_by_what_differs():
+def test_methods_are_named_by_what_differs():
     assert list(_recipes(['cifarnet'], ['head', 'top1'])) == ['head', 'top1']
     assert list(_recipes(['cifarnet', 'small_cnn'], ['head'])) == ['cifarnet', 'small_cnn']
     assert list(_recipes(['cifarnet'], ['head'])) == ['head']

@@ -24,8 +24,8 @@ from dr_transfer.metrics.intervals import bootstrap, fraction_interval, paired_d
 from dr_transfer.metrics.operating_point import (
     OperatingPointError,
     choose_operating_point,
+    groups_in,
     operating_table,
-    side_groups,
 )
 from dr_transfer.metrics.scores import accuracy, auc
 from dr_transfer.metrics.screening import (
@@ -98,13 +98,13 @@ def test_29_and_30_patients():
 def test_an_image_without_a_group_counts_as_its_own_and_one_patient_may_count_on_both_sides():
     y = np.array([1, 0, 1, 1, 0, 0])
     groups = ['a', 'a', 'a', None, None, float('nan')]
-    assert side_groups(y == 1, groups) == 2
-    assert side_groups(y == 0, groups) == 3
-    assert side_groups(y == 1) is None
-    assert side_groups(y == 1, [None] * 6) is None
-    assert side_groups(y == 1, ['1', 1, 1.0, '01', 2, 2]) == 1
+    assert groups_in(y == 1, groups) == 2
+    assert groups_in(y == 0, groups) == 3
+    assert groups_in(y == 1) is None
+    assert groups_in(y == 1, [None] * 6) is None
+    assert groups_in(y == 1, ['1', 1, 1.0, '01', 2, 2]) == 1
     with pytest.raises(ValueError, match='5 groups for 6 images'):
-        side_groups(y == 1, groups[:5])
+        groups_in(y == 1, groups[:5])
 
 
 def test_no_group_known_is_said_as_images():
@@ -116,7 +116,7 @@ def test_a_decision_takes_the_groups_of_its_table_and_keeps_their_number():
     few = table(20, 10)
     d = choose_decision(few, TWO, sensitivity=0.9)
     assert d.operating is None
-    assert 'of 10 groups (patients)' in d.refused[0]
+    assert 'of 10 groups (patients)' in d.not_chosen[0]
     assert d.point_words == ''
     d = choose_decision(few.drop(columns='group'), TWO, sensitivity=0.9)
     assert d.operating is not None
@@ -136,20 +136,16 @@ def test_folds_decide_by_patients():
     assert decision.positive_groups == 30
 
 
-def test_what_0_1_0_wrote_is_read_and_what_it_can_read_is_written():
+def test_a_decision_that_0_1_0_wrote_is_read():
     d = choose_decision(table(100, 2), TWO, sensitivity=0.9)
-    old = {k: v for k, v in d.to_dict().items() if k not in ('positive_groups', 'negative_groups')}
+    new = {k: v for k, v in d.to_dict().items() if k not in ('positive_groups', 'negative_groups')}
+    assert Decision.from_dict(new).operating == d.operating
+    assert Decision.from_dict(new).to_dict() == new
+    old_names = {'metric': 'wanted', 'minimum': 'at_least'}
+    point = {old_names.get(k, k): v for k, v in new['operating'].items()}
+    old = {'temperature': new['temperature'], 'cuts': None, 'operating': point, 'refused': ['why']}
     assert Decision.from_dict(old).operating == d.operating
-    assert Decision.from_dict(old).to_dict() == old
-    assert set(d.to_dict()['operating']) == {
-        'threshold',
-        'wanted',
-        'at_least',
-        'positives',
-        'negatives',
-        'sensitivity',
-        'specificity',
-    }
+    assert Decision.from_dict(old).not_chosen == ('why',)
 
 
 # ---------------------------------------------------------------- intervals
@@ -195,7 +191,7 @@ def test_a_class_of_one_patient_has_no_interval():
     assert paired_difference(auc, y, score, score**2, groups=t.group, n=200).low.isna().all()
     band = roc_band(question(t, TWO), t.group, n=50)
     assert band.low.isna().all()
-    assert band.found.notna().all()
+    assert band.sensitivity.notna().all()
     assert plot_roc(question(t, TWO), None, t.group, n=20).axes[0].get_legend() is None
     assert np.isnan(operating_table(y, y == 1, t.group, n=20).loc['sensitivity', 'low'])
 

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from dr_transfer.data.augment import plot_views
 from dr_transfer.data.views import VIEWS
 from dr_transfer.evaluation.compare import plot_comparison
-from dr_transfer.evaluation.experiments import METHODS, START, plot_learning_curve, plot_training_curve
+from dr_transfer.evaluation.experiments import BASELINE, METHODS, plot_learning_curve, plot_training_curve
 from dr_transfer.explain.activations import plot_neighbours
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.features.probes import plot_depth_profile
@@ -54,7 +54,7 @@ def test_reliability_bars_are_wilson_intervals_and_stay_within_0_and_1(n):
 def learning_runs():
     "Accuracy of three methods on two sizes and three splits"
     rows = [
-        {'method': name, 'images': n, 'seed': s, 'share': 0.3, 'accuracy': 0.4 + 0.1 * i + 0.001 * n + 0.01 * s}
+        {'method': name, 'images': n, 'seed': s, 'test_ratio': 0.43, 'accuracy': 0.4 + 0.1 * i + 0.001 * n + 0.01 * s}
         for i, name in enumerate(METHODS)
         for n in (25, 100)
         for s in range(3)
@@ -66,7 +66,7 @@ def training_runs():
     "Error of two methods over three epochs on two splits"
     rows = [
         {'method': name, 'seed': s, 'epoch': e, 'error': 0.5 - 0.1 * e + 0.02 * s}
-        for name in (START, 'fine-tuned')
+        for name in (BASELINE, 'fine-tuned')
         for e in range(3)
         for s in range(2)
     ]

@@ -12,8 +12,8 @@ from dr_transfer.data.fundus import (
     CORRECTIONS,
     MEANS,
     READERS,
-    SPREADS,
-    correct_colour,
+    STDS,
+    correct_color,
     correct_local,
     correction_table,
     crop_disc,
@@ -23,7 +23,7 @@ from dr_transfer.data.fundus import (
     read_image,
     to_right,
     trim_borders,
-    undo_colour,
+    undo_color,
 )
 from dr_transfer.data.gradability import QUALITY_LIMITS, REASONS, gradability, gradability_table
 from dr_transfer.data.images import image_error, read_rgb
@@ -143,15 +143,15 @@ def test_a_turned_photograph_is_upright(tmp_path):
 def test_colour_correction_takes_the_tint_away_and_can_be_undone():
     crop = crop_disc(photo(4)[0])
     inside = disc_mask(crop.width, 0.96)
-    fixed, moments = correct_colour(crop)
+    fixed, moments = correct_color(crop)
     a = np.asarray(fixed, float)[inside]
     assert np.allclose(a.mean(0), MEANS, atol=4)
-    assert np.allclose(a.std(0), SPREADS, atol=6)
+    assert np.allclose(a.std(0), STDS, atol=6)
     for tint in ([0.6, 0.8, 0.9], [0.9, 0.5, 0.7]):
         tinted = Image.fromarray((np.asarray(crop) * tint).astype(np.uint8))
-        assert np.abs(np.asarray(correct_colour(tinted)[0], float)[inside] - a).mean() < 3
+        assert np.abs(np.asarray(correct_color(tinted)[0], float)[inside] - a).mean() < 3
     kept = (np.asarray(fixed) > 1) & (np.asarray(fixed) < 255)
-    back = np.abs(np.asarray(undo_colour(fixed, moments), int) - np.asarray(crop, int))
+    back = np.abs(np.asarray(undo_color(fixed, moments), int) - np.asarray(crop, int))
     assert back[kept].max() <= 3
     assert (np.asarray(fixed)[~disc_mask(crop.width, 1.05)] == 0).all()
 
@@ -175,11 +175,11 @@ def test_each_correction_says_what_it_keeps():
     assert (t.map(len) > 5).all().all()
     im = crop_disc(photo(3)[0]).resize((128, 128))
     assert CORRECTIONS['none'](im) is im
-    even, moments = correct_colour(im)
+    even, moments = correct_color(im)
     assert np.array_equal(CORRECTIONS['colour'](im), even)
-    back = np.abs(np.asarray(undo_colour(even, moments), int) - np.asarray(im, int))
+    back = np.abs(np.asarray(undo_color(even, moments), int) - np.asarray(im, int))
     there = (np.asarray(even) > 1) & (np.asarray(even) < 255)
-    assert 'undo_colour' in t['undone by']['colour']
+    assert 'undo_color' in t['undone by']['colour']
     assert back[there & disc_mask(128)[..., None]].max() <= 2
     a, b = (
         np.asarray(i, float)[disc_mask(128, 0.9)] for i in (im, even)

@@ -12,7 +12,7 @@ from sklearn.base import clone
 
 pytest.importorskip('skimage')
 
-from dr_transfer.evaluation import hand_crafted as explicit
+from dr_transfer.evaluation import hand_crafted as hand_crafted
 from dr_transfer.evaluation.hand_crafted import (
     FEATURES,
     HandCraftedClassifier,
@@ -107,7 +107,7 @@ def test_vessels_are_measured():
     assert s['vessel_branches'] == 0
     assert lesion_features(painted(vessels=straight | straight.T))['vessel_branches'] > 0
     assert s['vessel_dimension'] == pytest.approx(1, abs=0.1)
-    assert explicit._box_dimension(np.ones((SEGMENT_SIZE, SEGMENT_SIZE), bool)) == pytest.approx(2)
+    assert hand_crafted._box_dimension(np.ones((SEGMENT_SIZE, SEGMENT_SIZE), bool)) == pytest.approx(2)
 
 
 def test_eccentricity_is_that_of_scikit_image():
@@ -124,12 +124,12 @@ def test_eccentricity_is_that_of_scikit_image():
 
 def test_scores_of_lesions():
     mask = painted(dark=[(50, 50, 3), (90, 50, 3), (200, 200, 4)]).dark
-    found, right = score_lesions(mask, [(52, 50, 3), (300, 300, 5)])
-    assert found.tolist() == [True, False]
-    assert right.tolist() == [True, False, False]
-    found, right = score_lesions(np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), [(5, 5, 2)])
-    assert found.tolist() == [False]
-    assert len(right) == 0
+    detected, correct = score_lesions(mask, [(52, 50, 3), (300, 300, 5)])
+    assert detected.tolist() == [True, False]
+    assert correct.tolist() == [True, False, False]
+    detected, correct = score_lesions(np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), [(5, 5, 2)])
+    assert detected.tolist() == [False]
+    assert len(correct) == 0
     assert len(score_lesions(mask, [])[0]) == 0
 
 
@@ -155,9 +155,9 @@ def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
         for q in truth['lesions']
         if q['kind'] == 'haemorrhage'
     ]
-    found, _right = score_lesions(seg.dark, blood)
-    assert len(found) > 20
-    assert found.mean() > 0.5
+    detected, _correct = score_lesions(seg.dark, blood)
+    assert len(detected) > 20
+    assert detected.mean() > 0.5
     f = lesion_features(seg)
     healthy = lesion_features(segment(draw_fundus(0, seed=21, size=256, camera=7)[0]))
     assert f['haemorrhage_count'] > 2 * healthy['haemorrhage_count']
@@ -218,8 +218,8 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     other = draw_fundus(0, seed=3, size=200)[0]
     Image.fromarray(other).save(b_png)
     count = []
-    real = explicit.segment
-    monkeypatch.setattr(explicit, 'segment', lambda *a: count.append(1) or real(*a))
+    real = hand_crafted.segment
+    monkeypatch.setattr(hand_crafted, 'segment', lambda *a: count.append(1) or real(*a))
     one = feature_frame([pixels], folder=kept)
     assert one.columns.tolist() == list(FEATURES)
     assert np.allclose(one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3)
@@ -230,7 +230,7 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     b_png.rename(tmp_path / 'c.png')
     assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
-    feature_frame([pixels], explicit.SegmentationLimits(dark=3.0), folder=kept)
+    feature_frame([pixels], hand_crafted.SegmentationLimits(dark=3.0), folder=kept)
     assert len(count) == 3, 'another limit, another number'
 
 
@@ -247,7 +247,7 @@ def test_errors_say_which_image_and_what_to_do(tmp_path):
 
 def test_without_scikit_image_the_error_says_what_to_install(eye, monkeypatch):
     monkeypatch.setitem(sys.modules, 'skimage', None)
-    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explicit\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[segmentation\]'"):
         feature_frame([eye[0]])
 
 
@@ -279,8 +279,8 @@ def test_the_classifier_learns_and_returns_probabilities(k):
 def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
     x, y = toy()
     seen = []
-    real = explicit.grouped_folds
-    monkeypatch.setattr(explicit, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
+    real = hand_crafted.grouped_folds
+    monkeypatch.setattr(hand_crafted, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
     g = np.arange(150) // 2 // 2
     HandCraftedClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
     assert len(seen) == 3
@@ -302,7 +302,9 @@ def test_bad_features_are_refused():
 def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypatch):
     make_dr(tmp_path / 'eyes', n=40, size=48, seed=4, grade_p=(1, 0, 0, 1, 0))
     monkeypatch.setattr(
-        explicit, 'feature_frame', lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3)))
+        hand_crafted,
+        'feature_frame',
+        lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3))),
     )  # eyes of 48 pixels say nothing
     a, b = (
         cross_validate_hand_crafted(
@@ -321,7 +323,7 @@ def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     from dataclasses import replace
 
     from dr_transfer.data.tasks import get_task
-    from dr_transfer.evaluation.cross_validation import _kept
+    from dr_transfer.evaluation.cross_validation import _training_folder
 
     task = get_task('dr')
     t = pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']})
@@ -332,4 +334,6 @@ def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     first = again()
     second = again()
     assert repr(first) != repr(second)
-    assert _kept(t, [first]) == _kept(t, [second]) != _kept(t, [get_task('dr', size=64)])
+    assert (
+        _training_folder(t, [first]) == _training_folder(t, [second]) != _training_folder(t, [get_task('dr', size=64)])
+    )

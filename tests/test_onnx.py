@@ -27,14 +27,14 @@ pytest.importorskip('onnxscript')
 
 POINT = {
     'threshold': 0.5,
-    'wanted': 'sensitivity',
-    'at_least': 0.9,
+    'metric': 'sensitivity',
+    'minimum': 0.9,
     'positives': 30,
     'negatives': 40,
     'sensitivity': 0.9,
     'specificity': 0.5,
 }
-DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'refused': []}
+DECISION = {'temperature': 1.7, 'cuts': None, 'operating': None, 'not_chosen': []}
 
 
 def made(
@@ -204,7 +204,7 @@ def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypa
 
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
     other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
-    monkeypatch.setattr(room, '_serialised', lambda *args: eyes[1].read_bytes())
+    monkeypatch.setattr(room, '_serialized', lambda *args: eyes[1].read_bytes())
     with pytest.raises(ValueError, match=r'says something else than the model, by up to 0.*nothing was written'):
         export_onnx(other, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
@@ -246,9 +246,9 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
 
 def signed(data):
     "An ONNX file with a new hash, as one would write it who changes a file on purpose"
-    from dr_transfer.inference.onnx_file import EMPTY_HASH, _hash, _place
+    from dr_transfer.inference.onnx_file import EMPTY_HASH, _hash, _hash_offset
 
-    at = _place(data)
+    at = _hash_offset(data)
     return data[:at] + _hash(data, at) + data[at + len(EMPTY_HASH) :]
 
 

@@ -25,14 +25,14 @@ from dr_transfer.utils.files import (
     companion,
     file_digest,
     growing_folder,
-    is_ours,
+    has_marker,
     mark_folder,
     new_file,
     new_folder,
     new_pair,
     output_kind,
     plain_text,
-    strange_files,
+    unlisted_files,
     written_together,
 )
 from dr_transfer.utils.places import OutputError, atomic_file, check_outside, is_inside
@@ -278,7 +278,7 @@ def test_a_folder_of_ours_that_holds_more_is_refused_by_name(tmp_path, put):
     else:
         (run / put).write_text('mine')
     before = tree(tmp_path)
-    assert strange_files(run) == [put]
+    assert unlisted_files(run) == [put]
     with pytest.raises(OutputError, match=f"holds '{put}', which dr_transfer did not put there"):
         make_run(run, overwrite=True)
     assert tree(tmp_path) == before
@@ -707,7 +707,7 @@ def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
     assert tree(mine) == {'images': None, 'images/0.png': b'mine'}
     prepare(photographs, small)
     assert output_kind(small) == 'preprocess'
-    assert strange_files(small) == []
+    assert unlisted_files(small) == []
 
 
 def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
@@ -830,6 +830,6 @@ def test_the_marker_tells_what_was_written(tmp_path):
         'kind': 'run',
         'files': ['model/model.json', 'record.json'],
     }
-    assert is_ours(run)
-    assert not is_ours(tmp_path)
-    assert not is_ours(tmp_path / 'nowhere')
+    assert has_marker(run)
+    assert not has_marker(tmp_path)
+    assert not has_marker(tmp_path / 'nowhere')

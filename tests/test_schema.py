@@ -22,8 +22,8 @@ from dr_transfer.utils.schema import SchemaError, from_dict, read_json, to_dict
 
 POINT = {
     'threshold': 0.5,
-    'wanted': 'sensitivity',
-    'at_least': 0.9,
+    'metric': 'sensitivity',
+    'minimum': 0.9,
     'positives': 30,
     'negatives': 40,
     'sensitivity': 0.9,
@@ -35,7 +35,7 @@ DATA = {
     'groups': 120,
     'leaks': {},
     'classes': {'train': {'0': 86, '4': 15}, 'valid': {'0': 22}},
-    'share': {'train': 0.8, 'valid': 0.2},
+    'fraction': {'train': 0.8, 'valid': 0.2},
     'fingerprint': '0123456789abcdef',
 }
 ABOUT = {
@@ -52,7 +52,7 @@ ABOUT = {
     'views': 'quarter_turns',
     'mean': [0.5, 0.5, 0.5],
     'std': [0.25, 0.25, 0.25],
-    'decision': {'temperature': 1.5, 'cuts': [0.5, 1.5, 2.5, 3.5], 'operating': POINT, 'refused': ['no reason']},
+    'decision': {'temperature': 1.5, 'cuts': [0.5, 1.5, 2.5, 3.5], 'operating': POINT, 'not_chosen': ['no reason']},
     'weights': {'kind': 'random', 'name': '', 'sha256': ''},
     'licence': '',
     'versions': {'python': '3.11.7', 'dr_transfer': '0.1.0'},
@@ -385,11 +385,11 @@ def test_a_decision_there_and_back():
         'temperature': 2.0,
         'cuts': None,
         'operating': POINT,
-        'refused': ['why'],
+        'not_chosen': ['why'],
     }
     assert Decision.from_dict({}) == Decision()
     assert to_dict(None) is None
-    assert from_dict(Decision, read_json(b'{"refused": []}')) == Decision()
+    assert from_dict(Decision, read_json(b'{"not_chosen": []}')) == Decision()
     for bad in (None, [], 'x', {'cuts': 3}, {'operating': []}):
         with pytest.raises(SchemaError, match="'decision"):
             Decision.from_dict(bad)

@@ -44,7 +44,7 @@ from dr_transfer.metrics.screening import (
     compare_tables,
     consistency,
     measure_table,
-    measures,
+    metric_values,
     patient_classes,
     roc_band,
     subgroup_table,
@@ -184,7 +184,7 @@ def test_reliability_is_that_of_scikit_learn():
     seen, mean = calibration_curve(right, said, n_bins=10, strategy='quantile')
     assert r.images.sum() == 1000
     assert np.allclose(r.seen, seen, atol=0.02)
-    assert np.allclose(r.said, mean, atol=0.01)
+    assert np.allclose(r.predicted, mean, atol=0.01)
     assert calibration_error(right, said) == pytest.approx(np.abs(seen - mean).mean(), abs=0.01)
 
 
@@ -214,9 +214,9 @@ def test_bad_probabilities_are_refused(right, said, words):
 
 
 def test_deferral_keeps_the_surest():
-    c = referral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], rates=(0, 0.25))
+    c = referral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], fractions=(0, 0.25))
     assert c.accuracy.tolist() == [0.75, 1]
-    assert c.left.tolist() == [4, 3]
+    assert c.remaining.tolist() == [4, 3]
 
 
 # ---------------------------------------------------------------- the operating point
@@ -348,7 +348,7 @@ def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
     d = choose_decision(two(20), TWO, sensitivity=0.9)
     assert d.operating is None
     assert d.temperature == 1
-    assert len(d.refused) == 2
+    assert len(d.not_chosen) == 2
     with pytest.raises(ValueError, match='needs a positive class'):
         choose_decision(
             pd.DataFrame({'target': ['a'] * 60, 'p_a': 1.0, 'p_b': 0.0, 'p_c': 0.0}), ['a', 'b', 'c'], sensitivity=0.9
@@ -362,11 +362,11 @@ def test_measures_are_those_of_scikit_learn():
     t = two()
     f = five()
     y, p = table_arrays(t, TWO)
-    m = measures(y, p, TWO)
+    m = metric_values(y, p, TWO)
     assert m['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
     assert m['accuracy'] == accuracy(y, p.argmax(1))
     y, p = table_arrays(f, GRADES)
-    m = measures(y, p, GRADES)
+    m = metric_values(y, p, GRADES)
     assert m['kappa'] == pytest.approx(cohen_kappa_score(y, p.argmax(1), weights='quadratic'))
     assert m['auc'] == pytest.approx(roc_auc_score(y >= 2, p[:, 2:].sum(1)))
 
@@ -433,21 +433,21 @@ def test_the_worst_errors_are_wrong_and_in_order():
     t = two()
     w = worst_errors(t, TWO, n=10)
     assert len(w) == 10
-    assert (w.target != w.said).all()
+    assert (w.target != w.predicted).all()
     assert w.probability.is_monotonic_decreasing
     called = apply_decision(t, TWO, choose_decision(two(seed=9), TWO, sensitivity=0.9))
     w = worst_errors(called, TWO, n=4)
     for r in w.itertuples():
-        assert (r.said == 'referable') != (r.target == 'referable')
-    assert w.said.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
+        assert (r.predicted == 'referable') != (r.target == 'referable')
+    assert w.predicted.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
 
 
 def test_the_roc_band_holds_the_curve_and_widens_with_fewer_people():
     wide, narrow = (roc_band(question(t, TWO), t.group, n=200) for t in (two(40), two(600)))
     inner = slice(5, 96)
     for b in (wide, narrow):
-        assert ((b.low - 0.02 <= b.found) & (b.found <= b.high + 0.02))[inner].all()
-        assert b.found.is_monotonic_increasing
+        assert ((b.low - 0.02 <= b.sensitivity) & (b.sensitivity <= b.high + 0.02))[inner].all()
+        assert b.sensitivity.is_monotonic_increasing
     assert (wide.high - wide.low)[inner].mean() > 2 * (narrow.high - narrow.low)[inner].mean()
 
 
@@ -458,7 +458,7 @@ def test_consistency_of_views():
     point = OperatingPoint(0.3, 'sensitivity', 0.9, 1, 1, 1, 1)
     assert consistency(p, TWO, point)['same decision'] == 0.5
     assert consistency(p, TWO)['same decision'] == 0.75
-    assert consistency(p, TWO)['spread'] == pytest.approx((0.3 + 0.2 + 0 + 0.3) / 4)
+    assert consistency(p, TWO)['score range'] == pytest.approx((0.3 + 0.2 + 0 + 0.3) / 4)
 
 
 # ---------------------------------------------------------------- the report
@@ -494,7 +494,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
         {'arch': 'net', 'decision': decision},
         'eyes & more',
         skipped=['/secret/broken.jpg'],
-        turns={'same decision': 0.9, 'spread': 0.1, 'images': 7},
+        turns={'same decision': 0.9, 'score range': 0.1, 'images': 7},
     )
     file = write_report(e, tmp_path / 'r.html', n=50)
     page = file.read_text()

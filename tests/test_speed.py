@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dr_transfer.data.views import map_batches, normalise, stack_images
+from dr_transfer.data.views import map_batches, normalize, stack_images
 from dr_transfer.models import network as model
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import create_body
@@ -445,12 +445,12 @@ def test_an_error_comes_out():
 
 def test_channels_last_and_normalised():
     x = stack_images([pixels(i) for i in (0, 255)])
-    y = normalise(x, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
+    y = normalize(x, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
     assert x.shape == y.shape == (2, 3, 4, 4)
     for t in (x, y):
         assert t.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y[:, :, 0, 0], torch.tensor([[-1, -0.5, 0], [1, 1.5, 1]]))
-    wide = normalise(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    wide = normalize(torch.randint(0, 255, (2, 3, 5, 7), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert wide.shape == (2, 3, 5, 7)
 
 

@@ -778,7 +778,7 @@ def test_split_summary_counts_what_is_there():
     s = split_summary(t)
     assert list(s.index) == ['train', 'valid', 'test']
     assert s.images.sum() == len(t)
-    assert abs(s.share.sum() - 1) < 0.002
+    assert abs(s.fraction.sum() - 1) < 0.002
     for side in s.index:
         part = t[t.split == side]
         assert s.loc[side, 'images'] == len(part)

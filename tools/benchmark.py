@@ -139,12 +139,12 @@ def cosines(features, others):
 def read_batches(paths, size, spec, bs=8):
     "Read images into normalised batches."
     from dr_transfer.data.fundus import read_image
-    from dr_transfer.data.views import normalise, stack_images
+    from dr_transfer.data.views import normalize, stack_images
 
     batches = []
     for i in range(0, len(paths), bs):
         images = [read_image(p, size) for p in paths[i : i + bs]]
-        batches.append(normalise(stack_images(images), spec.mean, spec.std))
+        batches.append(normalize(stack_images(images), spec.mean, spec.std))
     return batches
 
 

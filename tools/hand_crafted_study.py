@@ -5,7 +5,7 @@
     python tools/hand_crafted_study.py synthetic       # needs no photographs
 
     synthetic    segmentation of synthetic fundus images, of cameras and patients on which no threshold was chosen:
-                 lesions found, spots that are lesions, overlap of the vessels
+                 lesions detected, spots that are lesions, overlap of the vessels
     photographs  referable DR on Messidor-2, in the same five folds for all methods: hand-crafted features, frozen
                  features and fine-tuning, with paired differences; the hand-crafted features on ten samples of 140
                  images; each feature alone
@@ -75,7 +75,7 @@ def lesion_truth(truth, disc, size):
 
 
 def lesion_counts(seg, truth, size):
-    "Count the lesions drawn and found, and the spots and those that are lesions, of a segmentation."
+    "Count the lesions drawn and detected, and the spots and those that are lesions, of a segmentation."
     from dr_transfer.evaluation.segmentation import LESION_MASKS, score_lesions
 
     lesions = lesion_truth(truth, seg.disc, size)
@@ -86,15 +86,15 @@ def lesion_counts(seg, truth, size):
         kinds = np.array(kinds, dtype=object)
         places = [q[1:] for q in own]
         spots = getattr(seg, mask)
-        found, right = score_lesions(spots, places)
+        detected, correct = score_lesions(spots, places)
         for name in names:
             drawn = kinds == name
             row[f'{name} drawn'] = int(drawn.sum())
-            row[f'{name} found'] = int(found[drawn].sum())
+            row[f'{name} detected'] = int(detected[drawn].sum())
         row[f'{mask} drawn'] = len(own)
-        row[f'{mask} found'] = int(found.sum())
-        row[f'{mask} spots'] = len(right)
-        row[f'{mask} right'] = int(right.sum())
+        row[f'{mask} detected'] = int(detected.sum())
+        row[f'{mask} spots'] = len(correct)
+        row[f'{mask} correct'] = int(correct.sum())
     return row
 
 

@@ -89,7 +89,7 @@ def pretrain(root, arch, folder, rates=(1e-3, 3e-3)):
 def ct(root):
     "Study synthetic lymph nodes with three networks that are pretrained on the flowers."
     from dr_transfer.data.ct_images import candidate_images
-    from dr_transfer.evaluation.experiments import METHODS, START, learning_curve, training_curve
+    from dr_transfer.evaluation.experiments import BASELINE, METHODS, learning_curve, training_curve
     from dr_transfer.synthetic.ct import make_ct
     from dr_transfer.training.plans import Phase, Plan
 
@@ -102,7 +102,7 @@ def ct(root):
             score, lr, weights = pretrain(root, arch, d)
             methods = {
                 **METHODS,
-                START: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
+                BASELINE: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
             }
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, runtime='channels_last', say=say)
             about = dict(arch=arch, source='flowers', source_accuracy=score, rate=lr)

@@ -35,7 +35,7 @@ def _start(out, name, size, seed, runtime):
     learn = fit(build_learner(out / 'data', task='dr', size=size, plan=plan, seed=seed, runtime=runtime))
     with new_folder(out / name, kind='run') as tmp:
         write_run(learn, tmp, {'sensitivity': 0.9})
-    for line in learn.record.decision.refused:
+    for line in learn.record.decision.not_chosen:
         print(line, flush=True)
 
 # %% ../../nbs/commands/02_demo.ipynb #9099747d

@@ -100,5 +100,5 @@ def _print_decision(decision):
     "The operating point, and what could not be chosen"
     if decision.operating:
         print(f'operating point: {decision.point_words}')
-    for line in decision.refused:
+    for line in decision.not_chosen:
         print(line)

@@ -435,9 +435,9 @@ def _write_comparison(a, figure, table):
 
 def _metric(name, images, goal) -> str:
     "The metric to show; a ValueError before any training for one that these classes do not have"
-    from dr_transfer.metrics.screening import main_metric, measure_names
+    from dr_transfer.metrics.screening import main_metric, metric_names
 
-    return main_metric(measure_names(_classes(images, goal)), name)
+    return main_metric(metric_names(_classes(images, goal)), name)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(

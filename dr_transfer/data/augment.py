@@ -121,9 +121,9 @@ class Augmentation:
     "A named augmentation and what it keeps of an image"
 
     make: Callable  # () -> list of fastai batch transforms
-    colour: bool  # Are colours kept?
-    whole: bool  # Is the whole image kept?
-    handed: bool  # Are left and right kept?
+    keeps_color: bool  # Are colours kept?
+    keeps_whole_image: bool  # Is the whole image kept?
+    keeps_left_right: bool  # Are left and right kept?
     about: str  # In one line
 
 
@@ -182,9 +182,9 @@ def augmentation_table() -> pd.DataFrame:  # One row a name
             {
                 'name': n,
                 'views': str(len(VIEWS[n])) if n in VIEWS else 'endless',
-                'keeps colour': a.colour,
-                'keeps all of it': a.whole,
-                'keeps left and right': a.handed,
+                'keeps colour': a.keeps_color,
+                'keeps all of it': a.keeps_whole_image,
+                'keeps left and right': a.keeps_left_right,
                 'what it does': a.about,
             }
             for n, a in AUGMENTATIONS.items()

@@ -59,10 +59,13 @@ def _counted(
 def some(
     names,  # Any list
     n: int = 3,  # How many are shown
-    most: int = 200,  # Characters of one; of a longer one the first half of them is shown
+    max_length: int = 200,  # Characters of one; of a longer one the first half of them is shown
 ) -> str:
     "The first of many names, and how many more there are"
-    names = [str(o) if len(str(o)) <= most else f'{str(o)[: most // 2]}... ({len(str(o))} characters)' for o in names]
+    names = [
+        str(o) if len(str(o)) <= max_length else f'{str(o)[: max_length // 2]}... ({len(str(o))} characters)'
+        for o in names
+    ]
     return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
 # %% ../../nbs/data/11_columns.ipynb #3f622409

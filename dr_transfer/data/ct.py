@@ -63,16 +63,16 @@ class Volume:
         object.__setattr__(self, 'spacing', spacing)
         object.__setattr__(self, 'origin', origin)
 
-    def voxel(self, place) -> np.ndarray:
+    def voxel(self, point) -> np.ndarray:
         "Voxel numbers (..., 3), with fractions, of places in mm"
-        return (np.asarray(place, float) - self.origin) / self.spacing
+        return (np.asarray(point, float) - self.origin) / self.spacing
 
     def mm(self, voxel) -> np.ndarray:
         "Places in mm (..., 3) of voxel numbers"
         return np.asarray(voxel, float) * self.spacing + self.origin
 
-    def __contains__(self, place):
-        v = self.voxel(place)
+    def __contains__(self, point):
+        v = self.voxel(point)
         return bool((v >= -0.5).all() and (v <= np.array(self.hu.shape) - 0.5).all())
 
     def __repr__(self):
@@ -122,11 +122,11 @@ def window(
     "Hounsfield units as a grey between 0 and 1: a linear ramp over the window"
     level, width = get_window(which)
     low = level - width / 2
-    grey = (np.asarray(hu, np.float32) - low) / width
-    return np.clip(grey, 0, 1)
+    gray = (np.asarray(hu, np.float32) - low) / width
+    return np.clip(gray, 0, 1)
 
 # %% ../../nbs/data/10_ct.ipynb #9980d731
-def _grey(parts) -> Image.Image:
+def _gray(parts) -> Image.Image:
     "Three arrays of greys, 0 to 1, as red, green and blue"
     levels = (np.stack(parts, -1) * 255).round()
     return Image.fromarray(levels.astype(np.uint8))
@@ -148,7 +148,7 @@ def three_windows(
     if not 0 <= k <= last:
         low, high = (volume.mm((edge, 0, 0))[0] for edge in (0, last))
         raise ValueError(f'z={z} mm is outside the volume: its slices lie from {low:g} to {high:g} mm')
-    im = _grey([window(volume.hu[k], w) for w in windows])
+    im = _gray([window(volume.hu[k], w) for w in windows])
     high, wide = np.array(volume.spacing[1:]) / min(volume.spacing[1:])
     if high == wide:
         return im
@@ -165,7 +165,7 @@ PLANES = {
 
 def plane(
     volume: Volume,  # A CT volume
-    place,  # Its middle: (z, y, x) in mm
+    point,  # Its middle: (z, y, x) in mm
     which: str = 'axial',  # Name in `PLANES`
     side: float = 40.0,  # mm
     size: int = 64,  # Pixels a side
@@ -176,33 +176,33 @@ def plane(
         raise unknown('plane', which, PLANES)
     if not (side > 0 and size >= 1):
         raise ValueError(f'side={side}, size={size}: give millimetres and pixels, such as 40 and 64')
-    if place not in volume:
+    if point not in volume:
         first = tuple(volume.mm((0, 0, 0)))
         last = tuple(volume.mm(np.array(volume.hu.shape) - 1))
         raise ValueError(
-            f'{tuple(map(float, place))} is outside the {volume!r}, which reaches from {first} to {last} mm'
+            f'{tuple(map(float, point))} is outside the {volume!r}, which reaches from {first} to {last} mm'
         )
     more = max(1, round(side / size / min(volume.spacing)))  # points along a pixel
-    points = size * more
-    g = (np.arange(points) - (points - 1) / 2) * side / size / more
+    n_points = size * more
+    g = (np.arange(n_points) - (n_points - 1) / 2) * side / size / more
     steps = np.array(PLANES[which], float)
     row, col = steps if turn is None else steps @ np.asarray(turn)
-    places = np.asarray(place, float) + g[:, None, None] * row + g[None, :, None] * col
-    at = volume.voxel(places)
+    points = np.asarray(point, float) + g[:, None, None] * row + g[None, :, None] * col
+    at = volume.voxel(points)
     hu = map_coordinates(volume.hu, at.transpose(2, 0, 1), np.float32, order=1, cval=-1000)
     return hu.reshape(size, more, size, more).mean((1, 3))
 
 # %% ../../nbs/data/10_ct.ipynb #dc8fb60d
 def three_planes(
     volume: Volume,  # A CT volume
-    place,  # The point: (z, y, x) in mm
+    point,  # The point: (z, y, x) in mm
     side: float = 40.0,  # mm
     size: int = 64,  # Pixels a side
     which='soft_tissue',  # Window: name or (level, width)
     turn=None,  # Rotation (3, 3) of the volume about the place; none if None
 ) -> Image.Image:  # RGB (size, size): coronal, sagittal, axial
     "Coronal, sagittal and axial plane through a point as red, green and blue (Roth et al. 2014; Shin et al. 2016)"
-    return _grey([window(plane(volume, place, p, side, size, turn), which) for p in PLANES])
+    return _gray([window(plane(volume, point, p, side, size, turn), which) for p in PLANES])
 
 # %% ../../nbs/data/10_ct.ipynb #9e9d1adc
 _ZYX = (2, 1, 0)  # which of x, y, z

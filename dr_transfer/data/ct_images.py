@@ -26,10 +26,10 @@ from ..utils.places import atomic_file
 def _rows(table, needed) -> pd.DataFrame:
     "The table with numbers as numbers; ValueError for what is missing"
     t = read_labels(table)
-    gone = [c for c in ('volume', *needed) if c not in t]
-    if gone:
+    missing = [c for c in ('volume', *needed) if c not in t]
+    if missing:
         raise ValueError(
-            f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, t))}. "
+            f"the table has no column '{missing[0]}': its columns are {', '.join(map(str, t))}. "
             f'A row is a volume (path) and {", ".join(needed)} in mm'
         )
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
@@ -59,10 +59,10 @@ def _name(volume, *numbers) -> str:
 # %% ../../nbs/data/12_ct_images.ipynb #33e5b2df
 def _check_volumes(t, folder):
     "ValueError if a volume of the table is not there"
-    gone = [v for v in t.volume.unique() if not (folder / v).exists()]
-    if gone:
+    missing = [v for v in t.volume.unique() if not (folder / v).exists()]
+    if missing:
         raise ValueError(
-            f'{len(gone)} volumes of the table are not in {folder}: {gone[0]}. '
+            f'{len(missing)} volumes of the table are not in {folder}: {missing[0]}. '
             "Give the folder that the column 'volume' starts from"
         )
 
@@ -90,11 +90,11 @@ def _draw_volume(
     voxels = read_volume(volume)
     for row in due:
         try:
-            picture = draw(voxels, row)
+            image = draw(voxels, row)
         except ValueError as e:
             raise ValueError(f'{name}: {e}') from None
         with atomic_file(images / row['image']) as f:
-            picture.save(f, format='PNG')
+            image.save(f, format='PNG')
 
 
 def _render(
@@ -152,8 +152,8 @@ def candidate_images(
 
     def draw(volume, row):
         turn, off = _view(row['image'], row['view'], shift)
-        place = np.array([row['z'], row['y'], row['x']]) + off
-        return three_planes(volume, place, side, size, window, turn)
+        point = np.array([row['z'], row['y'], row['x']]) + off
+        return three_planes(volume, point, side, size, window, turn)
 
     return _render(t, folder, out, draw)
 
@@ -183,7 +183,7 @@ def average_views(
 # %% ../../nbs/data/12_ct_images.ipynb #996c5bdc
 def froc_table(
     table: pd.DataFrame,  # Predictions: `target, p_NAME`, and `group` (patient)
-    found: str = 'node',  # The class that is to be found
+    positive: str = 'node',  # The class that is to be found
     at: tuple = (0.5, 1, 2, 3),  # False alarms a patient
     n: int = 1000,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
@@ -192,30 +192,30 @@ def froc_table(
 
     Of the patients and places in the table: what a detector never proposed is not in it.
     """
-    gone = [c for c in ('target', 'group', f'p_{found}') if c not in table]
-    if gone:
+    missing = [c for c in ('target', 'group', f'p_{positive}') if c not in table]
+    if missing:
         raise ValueError(
-            f"the table has no column '{gone[0]}': give predictions with their patients. "
+            f"the table has no column '{missing[0]}': give predictions with their patients. "
             f'The columns are {", ".join(map(str, table))}'
         )
     unknown = table.group.isna().sum()
     if unknown:
         raise ValueError(f'{unknown} candidates have no patient: false alarms are counted for each')
     # share of a patient, so that one drawn twice counts twice
-    share = 1 / table.groupby('group').target.transform('size')
+    weight = 1 / table.groupby('group').target.transform('size')
 
-    def sensitivity(y, score, share):
+    def sensitivity(y, score, weight):
         order = np.argsort(-score)
         y, score = y[order], score[order]
         last = np.r_[np.diff(score) != 0, True]  # of those with one score
-        alarms = np.cumsum(y == 0)[last] / share.sum()
-        hits = np.cumsum(y)[last] / (y.sum() or np.nan)
-        return {a: hits[alarms <= a].max(initial=0.0) for a in at}
+        false_positives = np.cumsum(y == 0)[last] / weight.sum()
+        true_positives = np.cumsum(y)[last] / (y.sum() or np.nan)
+        return {a: true_positives[false_positives <= a].max(initial=0.0) for a in at}
 
-    truth = table.target.eq(found).astype(int)
-    score = table[f'p_{found}']
-    t = bootstrap(sensitivity, truth, score, share, groups=table.group, n=n, seed=seed)
-    return t.rename_axis('false alarms a patient')
+    truth = table.target.eq(positive).astype(int)
+    score = table[f'p_{positive}']
+    t = bootstrap(sensitivity, truth, score, weight, groups=table.group, n=n, seed=seed)
+    return t.rename_axis('false positives per patient')
 
 # %% ../../nbs/data/12_ct_images.ipynb #f6380da4
 _LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue')  # holes and haze, what a radiologist looks at, what is dense

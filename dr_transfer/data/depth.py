@@ -124,7 +124,7 @@ def _white(a, depth) -> int:
     return 65535
 
 
-def grey(
+def to_gray(
     im: Image.Image,  # Of mode I, I;16... or F
     depth: _Depth,  # From `declared_depth`
 ) -> Image.Image:  # Mode L
@@ -140,7 +140,7 @@ def grey(
     return Image.fromarray(eight_bits(top - a if depth.inverted else a, top))
 
 
-def check_colour(
+def check_color(
     im: Image.Image,  # Its pixels were read
     depth: _Depth,  # From `declared_depth`
 ):

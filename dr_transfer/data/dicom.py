@@ -41,13 +41,13 @@ def is_dicom(
 _DEFLATED = '1.2.840.10008.1.2.1.99'
 
 
-def _check_unpacked(stream, most):
-    "`ImageError` if what is left of a deflated stream unpacks to more than `most` bytes"
+def _check_unpacked(stream, max_bytes):
+    "`ImageError` if what is left of a deflated stream unpacks to more than `max_bytes` bytes"
     unpack, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while packed := unpack.unconsumed_tail or stream.read(2**16):
         total += len(unpack.decompress(packed, 2**20))
-        if total > most:
-            raise ImageError(f'it unpacks to more than {most / 1e6:.0f} MB: save it without compression')
+        if total > max_bytes:
+            raise ImageError(f'it unpacks to more than {max_bytes / 1e6:.0f} MB: save it without compression')
 
 
 def read_dataset(
@@ -119,7 +119,7 @@ def _windowed(a, ds, bits) -> np.ndarray:
     return (shown.astype(np.float64) - low) / (high - low)
 
 # %% ../../nbs/data/04_dicom.ipynb #97c20e40
-def _grey(a, ds) -> np.ndarray:
+def _gray(a, ds) -> np.ndarray:
     "One channel as uint8, zero is black"
     if a.dtype.kind == 'f':
         check_range(a, 1)
@@ -144,7 +144,7 @@ def _grey(a, ds) -> np.ndarray:
     return 255 - shown if ds.PhotometricInterpretation == 'MONOCHROME1' else shown
 
 
-def _colour(a, ds) -> np.ndarray:
+def _color(a, ds) -> np.ndarray:
     "Three channels as uint8"
     bits = _bits(ds)
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
@@ -197,8 +197,8 @@ def dicom_image(
 
     _check_decoder(ds)
     a = pixel_array(ds, index=0)  # YBR becomes RGB
-    coloured = a.ndim == 3 or ds.PhotometricInterpretation == 'PALETTE COLOR'
-    return Image.fromarray(_colour(a, ds) if coloured else _grey(a, ds))
+    is_color = a.ndim == 3 or ds.PhotometricInterpretation == 'PALETTE COLOR'
+    return Image.fromarray(_color(a, ds) if is_color else _gray(a, ds))
 
 # %% ../../nbs/data/04_dicom.ipynb #887cfa43
 _MAX_HEADER_TEXT = 64  # characters of a text in a header

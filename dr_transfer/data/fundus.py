@@ -34,13 +34,13 @@ def _bright(im) -> tuple:
 
 def disc_box(
     im: Image.Image,  # RGB fundus photograph
-    share: float = 0.02,  # Share of disc pixels that makes a row count
+    fraction: float = 0.02,  # Share of disc pixels that makes a row count
 ) -> tuple[int, int, int, int]:  # left, top, right, bottom in pixels
     "The box around the retina disc; the whole image if no disc stands out"
     bright, f = _bright(im)
     height, width = bright.shape
-    rows = np.flatnonzero(bright.mean(axis=1) > share)
-    columns = np.flatnonzero(bright.mean(axis=0) > share)
+    rows = np.flatnonzero(bright.mean(axis=1) > fraction)
+    columns = np.flatnonzero(bright.mean(axis=0) > fraction)
     whole = (0, 0, *im.size)
     if len(rows) < 0.2 * height or len(columns) < 0.2 * width:
         return whole
@@ -73,8 +73,8 @@ class Disc:
     @property
     def box(self) -> tuple:  # Left, top, right, bottom: a square
         left, top = (round(v) for v in self.corner)
-        side = max(1, round(2 * self.r))
-        return left, top, left + side, top + side
+        edge = max(1, round(2 * self.r))
+        return left, top, left + edge, top + edge
 
     @property
     def corner(self) -> tuple:  # x and y, with fractions
@@ -176,22 +176,22 @@ def crop_disc(
         im = im.reduce(f)
         disc = disc and disc.scaled(1 / f)
     if disc is None:
-        side = max(im.size)
-        return ImageOps.pad(im, (side, side))
+        edge = max(im.size)
+        return ImageOps.pad(im, (edge, edge))
     return im.crop(disc.box)
 
 # %% ../../nbs/data/07_fundus.ipynb #24f0ace3
 INSIDE = 0.96  # share of the radius that counts: the edge of the field is bright or blurred
-MEANS, SPREADS = (150.0, 85.0, 45.0), (40.0, 25.0, 18.0)  # of the channels, after correction: a usual fundus photograph
+MEANS, STDS = (150.0, 85.0, 45.0), (40.0, 25.0, 18.0)  # of the channels, after correction: a usual fundus photograph
 
 
 def disc_mask(
     size: int,  # Side of a square crop in pixels
-    share: float = 1.0,  # Of the radius
+    fraction: float = 1.0,  # Of the radius
 ) -> np.ndarray:  # Boolean (size, size)
     "The disc in a crop"
     y, x = np.mgrid[:size, :size] + 0.5 - size / 2
-    return np.hypot(x, y) <= share * size / 2
+    return np.hypot(x, y) <= fraction * size / 2
 
 
 @dataclass(frozen=True)
@@ -199,32 +199,32 @@ class Moments:
     "Mean and spread of the channels before a correction"
 
     mean: tuple  # Three numbers, 0 to 255
-    spread: tuple  # Three numbers
+    std: tuple  # Three numbers
 
 
-def correct_colour(
+def correct_color(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> tuple[Image.Image, Moments]:  # The image, and what undoes it
     "Bring mean and spread of each channel inside the disc to those of a usual photograph (Reinhard et al. 2001)"
-    usual = Moments(MEANS, SPREADS)
+    usual = Moments(MEANS, STDS)
     a = np.asarray(im, np.float32)
     lit = np.asarray(im).max(2) > 8
     inside = a[disc_mask(im.width, INSIDE) & lit]
     if not len(inside):
         return im, usual
     mean = inside.mean(0)
-    spread = np.maximum(inside.std(0), 2)
-    own = Moments(tuple(mean.tolist()), tuple(spread.tolist()))
+    std = np.maximum(inside.std(0), 2)
+    own = Moments(tuple(mean.tolist()), tuple(std.tolist()))
     return _moved(a, own, usual, lit), own
 
 # %% ../../nbs/data/07_fundus.ipynb #3bf49227
-def undo_colour(
-    im: Image.Image,  # From `correct_colour`
+def undo_color(
+    im: Image.Image,  # From `correct_color`
     moments: Moments,  # What it returned
 ) -> Image.Image:
     "The image as it was, but for values that were clipped"
     a = np.asarray(im, np.float32)
-    return _moved(a, Moments(MEANS, SPREADS), moments, a.max(2) > 0)
+    return _moved(a, Moments(MEANS, STDS), moments, a.max(2) > 0)
 
 
 def _moved(
@@ -234,7 +234,7 @@ def _moved(
     lit: np.ndarray,  # What is not black surround
 ) -> Image.Image:
     "An image with other means and spreads"
-    scale = np.float32(new.spread) / np.float32(old.spread)
+    scale = np.float32(new.std) / np.float32(old.std)
     out = (a - np.float32(old.mean)) * scale + np.float32(new.mean)
     levels = out.round().clip(1, 255) * lit[..., None]
     return Image.fromarray(levels.astype(np.uint8))
@@ -247,8 +247,8 @@ def correct_local(
     n = im.width
     lit = (np.asarray(im).max(2) > 8) & disc_mask(n, INSIDE)
     detail = np.asarray(im, np.float32) - _local_average(im, lit)
-    spread = np.maximum(detail[lit].std(0), 1) if lit.any() else 1
-    levels = np.where(lit[..., None], detail * (30 / spread) + 128, 128)
+    std = np.maximum(detail[lit].std(0), 1) if lit.any() else 1
+    levels = np.where(lit[..., None], detail * (30 / std) + 128, 128)
     return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
 
 
@@ -294,9 +294,9 @@ class Correction:
 CORRECTIONS = {
     'none': Correction(lambda im: im, 'everything', 'nothing to undo', 'the crop as it is'),
     'colour': Correction(
-        lambda im: correct_colour(im)[0],
+        lambda im: correct_color(im)[0],
         'all detail; colours and light relative to one another',
-        'undo_colour, but for what was clipped',
+        'undo_color, but for what was clipped',
         'each channel brought to one mean and spread',
     ),
     'local': Correction(

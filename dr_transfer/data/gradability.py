@@ -56,7 +56,7 @@ def _wide_average(a) -> np.ndarray:
     return g @ a @ g.T
 
 
-def _quality_numbers(
+def _quality_values(
     im: Image.Image,  # Square crop of a disc, RGB; made 256 pixels wide
 ) -> dict[str, float]:  # A number for each question in `QUALITY_LIMITS`
     "What the questions are answered from"
@@ -87,10 +87,10 @@ def gradability(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from a half on), and the numbers
     "Can this photograph be judged?"
-    numbers = _quality_numbers(im)
-    answers = {k: float(np.clip((numbers[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in QUALITY_LIMITS.items()}
+    values = _quality_values(im)
+    answers = {k: float(np.clip((values[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in QUALITY_LIMITS.items()}
     worst = min(answers, key=answers.get)
-    return {'gradability': answers[worst], 'reason': REASONS[worst] if answers[worst] < 0.5 else '', **numbers}
+    return {'gradability': answers[worst], 'reason': REASONS[worst] if answers[worst] < 0.5 else '', **values}
 
 # %% ../../nbs/data/08_gradability.ipynb #78794963
 def gradability_table(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .depth import check_colour, declared_depth, grey
+from .depth import check_color, declared_depth, to_gray
 from .dicom import dicom_image, dicom_size, read_dataset
 from .png import check_png_rows
 from .source import ImageError, check_shape, check_size, file_kind, naming, open_source, read_head
@@ -93,10 +93,10 @@ def to_rgb(
     if im.mode == 'CMYK' and im.format in ('JPEG', 'MPO') and 'adobe' not in im.info:
         raise ImageError("a CMYK JPEG without Adobe's mark does not say whether it is inverted: save it as RGB")
     im.load()
-    check_colour(im, depth)
+    check_color(im, depth)
     im = _upright(im)
     if im.mode.startswith('I') or im.mode == 'F':
-        im = grey(im, depth)
+        im = to_gray(im, depth)
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB')

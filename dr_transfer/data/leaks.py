@@ -74,16 +74,16 @@ def _signs(hashes) -> np.ndarray:
 
 def near_pairs(
     hashes: np.ndarray,  # uint8 (n, 32), from `detail_hash`
-    most: int = MAX_COPY_BITS,  # Bits that may differ, 0 to 127
+    max_bits: int = MAX_COPY_BITS,  # Bits that may differ, 0 to 127
 ) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
     "All pairs of images whose hashes differ in a few bits; images of one colour are in none"
-    if not 0 <= most < HASH_BITS // 2:
-        raise ValueError(f'most={most}: give 0 to {HASH_BITS // 2 - 1} bits')
+    if not 0 <= max_bits < HASH_BITS // 2:
+        raise ValueError(f'max_bits={max_bits}: give 0 to {HASH_BITS // 2 - 1} bits')
     x = _signs(hashes)
     found = [np.zeros((0, 3), np.int64)]
     for a in range(0, len(x), 1000):
         alike = x[a : a + 1000] @ x[a:].T
-        i, j = np.nonzero(alike >= HASH_BITS - 2 * most)
+        i, j = np.nonzero(alike >= HASH_BITS - 2 * max_bits)
         differ = (HASH_BITS - alike[i, j]) / 2
         pairs = np.c_[a + i, a + j, differ]
         found.append(pairs[j > i].astype(np.int64))
@@ -134,7 +134,7 @@ def image_hashes(
 def find_copies(
     sources: list,  # Paths or images, all readable
     reader: str = 'photo',  # Name in `READERS`
-    most: int = MAX_COPY_BITS,  # Bits that may differ between near copies
+    max_bits: int = MAX_COPY_BITS,  # Bits that may differ between near copies
     folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
 ) -> pd.DataFrame:  # Row numbers `a`, `b`; `kind`; `bits` that differ
     "Pairs of images with the same bytes or nearly the same picture"
@@ -144,7 +144,7 @@ def find_copies(
     pairs = []
     for first, *others in same:
         pairs += [(first, other, 'same file', 0) for other in others]
-    for i, j, bits in near_pairs(hashes[where], most):
+    for i, j, bits in near_pairs(hashes[where], max_bits):
         a, b = sorted((where[i], where[j]))
         pairs.append((a, b, 'near copy', bits))
     table = pd.DataFrame(pairs, columns=['a', 'b', 'kind', 'bits'])
@@ -171,11 +171,11 @@ def seen_before(
     sources: list,  # Paths or images, all readable
     seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
     reader: str = 'photo',  # Name in `READERS`
-    most: int = MAX_COPY_BITS,  # Bits that may differ
+    max_bits: int = MAX_COPY_BITS,  # Bits that may differ
     folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
 ) -> np.ndarray:  # (n,) booleans
     "Which images are, or nearly are, among others"
-    return nearest_bits(image_list(sources), seen, reader, folder) <= most
+    return nearest_bits(image_list(sources), seen, reader, folder) <= max_bits
 
 # %% ../../nbs/data/18_leaks.ipynb #80de8d29
 def joined_groups(
@@ -244,7 +244,7 @@ def confounders(
     facts: pd.DataFrame,  # A row an image, a column a fact
     label,  # Label of each image (n,)
     p: float = 0.001,  # Chance of as much by accident, for each column
-    least: float = 0.1,  # Cramér's V
+    min_v: float = 0.1,  # Cramér's V
 ) -> pd.DataFrame:  # `column, v, p, levels`, the strongest first
     "Columns that say something of the label (Cramér 1946)"
     rows = []
@@ -255,14 +255,14 @@ def confounders(
             continue
         rows.append((c, association(t.to_numpy()), chi2_contingency(t).pvalue, len(t)))
     r = pd.DataFrame(rows, columns=['column', 'v', 'p', 'levels'])
-    return r[(r.p < p) & (r.v >= least)].sort_values('v', ascending=False, ignore_index=True)
+    return r[(r.p < p) & (r.v >= min_v)].sort_values('v', ascending=False, ignore_index=True)
 
 # %% ../../nbs/data/18_leaks.ipynb #a91f8fb0
 @dataclass
 class LeakReport:
     "What `leak_report` found"
 
-    leaks: pd.DataFrame  # `kind, first, second, sides, how`: on two sides of the split
+    leaks: pd.DataFrame  # `kind, first, second, subsets, how`: on two sides of the split
     copies: pd.DataFrame  # `kind, first, second, bits`: on one side, or without a split
     confounders: pd.DataFrame  # From `confounders`
 
@@ -271,7 +271,7 @@ class LeakReport:
         found = ', '.join(f'{n} x {kind}' for kind, n in counts.items()) or 'nothing'
         lines = [f'{found} on two sides of the split; {len(self.copies)} more pairs of copies']
         for r in self.leaks.head(10).itertuples():
-            lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.sides}; {r.how})')
+            lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.subsets}; {r.how})')
         for r in self.confounders.itertuples():
             lines.append(f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}")
         return '\n'.join(lines)
@@ -280,7 +280,7 @@ class LeakReport:
 def split_leaks(
     table: pd.DataFrame,  # With columns `image, group, split`
     copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
-) -> pd.DataFrame:  # `kind, first, second, sides, how`, a row a pair
+) -> pd.DataFrame:  # `kind, first, second, subsets, how`, a row a pair
     "What stands on two sides of a split: groups (patients; one pair of images each), files, pictures"
     t = table.reset_index(drop=True)
     pairs = []
@@ -292,7 +292,7 @@ def split_leaks(
         pairs += [('group', rows.iloc[0], b, g) for b in rows.iloc[1:]]
     name = t.image.map(source_name)
     rows = [(k, name[a], name[b], f'{t.split[a]}, {t.split[b]}', how) for k, a, b, how in pairs]
-    out = pd.DataFrame(rows, columns=['kind', 'first', 'second', 'sides', 'how'])
+    out = pd.DataFrame(rows, columns=['kind', 'first', 'second', 'subsets', 'how'])
     out.attrs['advice'] = split_advice(table)
     return out
 
@@ -333,7 +333,7 @@ def check_leaks(
     "A `LeakError` if there are any"
     if not len(leaks):
         return
-    pairs = '; '.join(f'{r.first} and {r.second} ({r.sides}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
+    pairs = '; '.join(f'{r.first} and {r.second} ({r.subsets}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
     more = ' ...' if len(leaks) > 3 else ''
     advice = leaks.attrs.get('advice') or split_advice(leaks)
     raise LeakError(
@@ -354,7 +354,7 @@ def note_contradictions(
     if not pairs:
         return
     names = t.image.map(source_name)
-    words = some([f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs], most=1000)
+    words = some([f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs], max_length=1000)
     table.attrs['notes'] = [
         *table.attrs.get('notes', []),
         f'{len(pairs)} pairs of identical images have two classes: {words}. '
@@ -365,7 +365,7 @@ def note_contradictions(
 def split_data(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: Task,  # Says how images are read
-    goal: Target,  # What is learnt
+    target: Target,  # What is learnt
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     valid: float = 0.2,  # Share of the images for validation
     seed: int = 42,  # Another seed, another split
@@ -379,7 +379,7 @@ def split_data(
     """
     together = Together(task.reader)
     seed = check_seed(seed)
-    table = task_table(data, goal, labels, valid, seed, together, group_col)
+    table = task_table(data, target, labels, valid, seed, together, group_col)
     note_contradictions(table, together.copies)
     leaks = split_leaks(table, together.copies)
     if not allow_leaks:

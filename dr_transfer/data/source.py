@@ -97,7 +97,7 @@ def _opened(source) -> BinaryIO:
 @contextmanager
 def open_source(
     source,  # Path or bytes
-    most: int = IMAGE_LIMITS.file_bytes,  # Bytes at most
+    max_bytes: int = IMAGE_LIMITS.file_bytes,  # Bytes at most
 ) -> Iterator[BinaryIO]:
     "A file or bytes as a stream; `ImageError` if it is empty, too large, or no regular file"
     if not isinstance(source, (str, Path, bytes)):
@@ -106,8 +106,8 @@ def open_source(
         size = len(source) if isinstance(source, bytes) else os.fstat(stream.fileno()).st_size
         if size == 0:
             raise ImageError('empty file')
-        if size > most:
-            raise ImageError(f'a file of {_megabytes(size)}, more than {_megabytes(most)}: save it smaller')
+        if size > max_bytes:
+            raise ImageError(f'a file of {_megabytes(size)}, more than {_megabytes(max_bytes)}: save it smaller')
         yield stream
 
 # %% ../../nbs/data/01_source.ipynb #0dd28052
@@ -187,11 +187,11 @@ NETWORK_SIZES = (16, 4096)  # pixels, the smallest and the largest image that a 
 
 def check_size(
     size,  # What was given
-    least: int = NETWORK_SIZES[0],  # Pixels
-    most: int = NETWORK_SIZES[1],  # Pixels
+    smallest: int = NETWORK_SIZES[0],  # Pixels
+    largest: int = NETWORK_SIZES[1],  # Pixels
 ) -> int:
-    "The edge of a square image in pixels; ValueError if it is not a whole number between `least` and `most`"
-    if isinstance(size, Integral) and not isinstance(size, bool) and least <= size <= most:
+    "The edge of a square image in pixels; ValueError if it is not a whole number between `least` and `max_bytes`"
+    if isinstance(size, Integral) and not isinstance(size, bool) and smallest <= size <= largest:
         return int(size)
-    usual = 224 if least <= 224 <= most else least
-    raise ValueError(f'size={size!r}: give pixels, {least} or more and at most {most}, such as {usual}')
+    usual = 224 if smallest <= 224 <= largest else smallest
+    raise ValueError(f'size={size!r}: give pixels, {smallest} or more and at most {largest}, such as {usual}')

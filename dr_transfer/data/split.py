@@ -155,5 +155,5 @@ def split_summary(
     n = pd.crosstab(table.split, table.label).reindex([s for s in ('train', 'valid', 'test') if s in set(table.split)])
     n.insert(0, 'images', n.sum(axis=1))
     n.insert(1, 'groups', g.groupby(table.split).nunique())
-    n.insert(2, 'share', (n.images / len(table)).round(3))
+    n.insert(2, 'fraction', (n.images / len(table)).round(3))
     return n

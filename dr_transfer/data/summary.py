@@ -31,7 +31,9 @@ class DataSummary:
     patients: str = field(default='', metadata={LATER: True})  # Where the groups come from, in words
     notes: tuple[str, ...] = field(default=(), metadata={LATER: True})  # What was noticed in the labels
     classes: dict[str, dict[str, _Count]] = field(default_factory=dict)  # Subset -> class -> images
-    share: dict[str, float] = field(default_factory=dict)  # Subset -> fraction of the images
+    fraction: dict[str, float] = field(
+        default_factory=dict, metadata={FORMERLY: 'share'}
+    )  # Subset -> fraction of the images
     fingerprint: str = ''  # Of names, labels and subsets
     more: dict = field(default_factory=dict)  # What another version knows
 
@@ -50,6 +52,6 @@ def data_summary(
         patients=table.attrs.get('patients', ''),
         notes=tuple(table.attrs.get('notes', ())),
         classes={s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
-        share=table.split.value_counts(normalize=True).round(4).to_dict(),
+        fraction=table.split.value_counts(normalize=True).round(4).to_dict(),
         fingerprint=hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
     )

@@ -501,7 +501,7 @@ def report_table(
 
 def class_counts(
     table: pd.DataFrame,  # A table from `label_table`
-) -> pd.DataFrame:  # One row a label: number of images, share of all
+) -> pd.DataFrame:  # One row a label: number of images, fraction of all
     "How many images there are of each label"
     n = table.label.value_counts().sort_index()
-    return pd.DataFrame({'images': n, 'share': (n / len(table)).round(3)})
+    return pd.DataFrame({'images': n, 'fraction': (n / len(table)).round(3)})

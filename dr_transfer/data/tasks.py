@@ -210,7 +210,7 @@ def task_table(
     return s.assign(label=t.label, group=t.group)
 
 # %% ../../nbs/data/17_tasks.ipynb #3d7a506f
-def _sides(table) -> tuple[list, list]:
+def _subsets(table) -> tuple[list, list]:
     "Row numbers of the training and the validation side"
     split = table['split'].to_numpy()
     return np.flatnonzero(split == 'train').tolist(), np.flatnonzero(split == 'valid').tolist()
@@ -237,7 +237,7 @@ def task_datablock(
         blocks=(images, CategoryBlock(vocab=list(classes), sort=False)),
         get_x=_ImageOf(),
         get_y=ColReader('target'),
-        splitter=_sides,
+        splitter=_subsets,
         batch_tfms=[*augmentation(task.augment), Normalize.from_stats(mean, std)],
     )
 

@@ -31,10 +31,10 @@ def _turn(x, k: int):
     return torch.rot90(x, k, (-2, -1))
 
 
-def _near(x, share: float = 0.78):
-    "The middle of a batch (..., height, width), `share` of each side, at full size"
+def _near(x, fraction: float = 0.78):
+    "The middle of a batch (..., height, width), `fraction` of each side, at full size"
     height, width = x.shape[-2:]
-    top, left = (round(n * (1 - share) / 2) for n in (height, width))
+    top, left = (round(n * (1 - fraction) / 2) for n in (height, width))
     middle = x[..., top : height - top, left : width - left]
     flat = middle.reshape(-1, 1, *middle.shape[-2:]).float()
     out = nn.functional.interpolate(flat, (height, width), mode='bilinear', antialias=True)
@@ -135,7 +135,7 @@ def map_batches(
         torch.set_num_threads(threads)
 
 # %% ../../nbs/data/09_views.ipynb #2885f1e3
-def normalise(
+def normalize(
     x: torch.Tensor,  # uint8 (n, 3, h, w)
     mean,  # Of the backbone, three numbers in 0 to 1
     std,  # Of the backbone, three numbers

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from ..data.leaks import split_data
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
-from .cross_validation import _told, train_once, without_weights
+from .cross_validation import _prefixed, train_once, without_weights
 from ..metrics.classes import Classes
 from ..metrics.decision import table_arrays, table_classes
-from ..metrics.screening import compare_tables, main_metric, measure_table, measures
+from ..metrics.screening import compare_tables, main_metric, measure_table, metric_values
 from ..models.backbones import create_body
 from ..models.network import check_size
 from ..models.registry import DEFAULT_ARCH, find_backbone
@@ -95,7 +95,7 @@ def _check_recipes(recipes, size, weights):
 def _row_words(p, classes) -> str:
     "The metrics of a model that is finished, in one line"
     y, probs = table_arrays(p, classes)
-    metrics = measures(y, probs, classes)
+    metrics = metric_values(y, probs, classes)
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
 
 # %% ../../nbs/evaluation/04_compare.ipynb #f1419bb8
@@ -148,16 +148,16 @@ def compare(
     recipes = _recipes(archs, plans, epochs)
     task = get_task(task, size)
     _check_recipes(recipes, task.size, kwargs.get('weights'))
-    goal = task.target(target)
-    t = split_data(data, task, goal, labels, valid, seed, allow_leaks, group_col=group_col)
+    task_target = task.target(target)
+    t = split_data(data, task, task_target, labels, valid, seed, allow_leaks, group_col=group_col)
     report_table(t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         how = {**without_weights(plan, kwargs), 'arch': arch, 'allow_leaks': allow_leaks}
-        tell = _told(say, f'{name} ({i} of {len(recipes)})')
+        tell = _prefixed(say, f'{name} ({i} of {len(recipes)})')
         p, _ = train_once(t, task, target, plan, epochs, seed, say=tell, **how)
         tables[name] = p
-        classes = goal.class_set(table_classes(p))
+        classes = task_target.class_set(table_classes(p))
         tell(_row_words(p, classes))
     return Comparison(tables, classes)
 

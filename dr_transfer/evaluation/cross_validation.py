@@ -40,8 +40,8 @@ from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #73e2fcf2
-KEPT = ('predictions.csv', 'history.csv')
-_SUMS = 'sums.json'  # Name of a file in `KEPT` -> its hash
+_RESULT_FILES = ('predictions.csv', 'history.csv')
+_CHECKSUMS = 'sums.json'  # Name of a file in `_RESULT_FILES` -> its hash
 _TRAINING_VERSION = 2  # raised when a training does something else, so that what is kept is computed anew
 
 
@@ -49,7 +49,7 @@ def _quiet(line):
     "The lines about the data were told when the table was made"
 
 
-def _said(o):
+def _json_value(o):
     "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
     if isinstance(o, Task):  # its targets stand in the table
         return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')}
@@ -70,12 +70,12 @@ def _weights(arch, weights) -> str:
     return file_hash(file) if file is not None and file.is_file() else str(weights)
 
 
-def _kept(table, settings) -> Path | None:
+def _training_folder(table, settings) -> Path | None:
     "Where what a training left behind is kept; None if something in the settings has no description"
     images = list(zip(content_keys(table.image.tolist()), table.target, table.split))  # in their order
     about = [images, settings, versions(), READING, _TRAINING_VERSION]
     try:
-        text = json.dumps(about, sort_keys=True, default=_said)
+        text = json.dumps(about, sort_keys=True, default=_json_value)
     except TypeError:
         return None
     return cache_folder() / 'trainings' / hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -89,7 +89,7 @@ def without_weights(
     return {k: v for k, v in kwargs.items() if k != 'weights' or not plan.weights}
 
 
-def _own_start(plan, kwargs) -> dict:
+def _with_plan_weights(plan, kwargs) -> dict:
     "The arguments with the backbone and the weights of a plan; ValueError if others are asked for"
     kwargs = {**kwargs, 'arch': plan_arch(plan, kwargs.get('arch'))}
     if plan.weights is None:
@@ -102,17 +102,17 @@ def _own_start(plan, kwargs) -> dict:
     return {**kwargs, 'weights': plan.weights}
 
 
-def _kept_table(file) -> pd.DataFrame:
+def _read_results_table(file) -> pd.DataFrame:
     "A table that was kept, its numbers as numbers"
     t = read_csv(file)
     text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
     for c in t:
         if c not in text:
-            t[c] = pd.Series([_value(v) for v in t[c]], t.index)
+            t[c] = pd.Series([_parsed_cell(v) for v in t[c]], t.index)
     return t
 
 
-def _value(text):
+def _parsed_cell(text):
     "A cell as it was written: a truth value, a whole number or a number"
     if text in ('True', 'False'):
         return text == 'True'
@@ -121,31 +121,31 @@ def _value(text):
     return int(text) if text.isdecimal() else float(text)
 
 
-def _sum(folder, text) -> str:
+def _checksum(folder, text) -> str:
     "The hash of a kept file, for this training and no other"
     return hashlib.sha256(folder.name.encode() + text).hexdigest()
 
 
-def _write_kept(folder, tables):
+def _write_results(folder, tables):
     "Keep the tables of a training"
     private_folder(folder.parent)
     remove(folder)  # it is damaged, or not there
     with new_folder(folder, kind='training', wait=60) as tmp:
-        for name, t in zip(KEPT, tables):
+        for name, t in zip(_RESULT_FILES, tables):
             write_csv(t, tmp / name)
-        sums = {name: _sum(folder, (tmp / name).read_bytes()) for name in KEPT}
-        (tmp / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
+        sums = {name: _checksum(folder, (tmp / name).read_bytes()) for name in _RESULT_FILES}
+        (tmp / _CHECKSUMS).write_text(json.dumps(sums), encoding='utf-8')
 
 
-def _read_kept(folder) -> list[pd.DataFrame] | None:
+def _read_results(folder) -> list[pd.DataFrame] | None:
     "What was kept of a training; None if nothing is there, or not what was written, which is told"
     if not os.path.lexists(folder):
         return None
     try:
-        sums = json.loads(read_regular(folder / _SUMS, follow=False))
-        texts = [read_regular(folder / name, follow=False) for name in KEPT]
-        if [sums[name] for name in KEPT] == [_sum(folder, t) for t in texts]:
-            return [_kept_table(folder / name) for name in KEPT]
+        sums = json.loads(read_regular(folder / _CHECKSUMS, follow=False))
+        texts = [read_regular(folder / name, follow=False) for name in _RESULT_FILES]
+        if [sums[name] for name in _RESULT_FILES] == [_checksum(folder, t) for t in texts]:
+            return [_read_results_table(folder / name) for name in _RESULT_FILES]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     warn(f'the training kept in {folder} is damaged: it is done again')
@@ -160,7 +160,7 @@ def train_once(
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Decides the head and the order
     *,
-    side: str = 'valid',  # Whose predictions: 'valid' or 'test'
+    subset: str = 'valid',  # Whose predictions: 'valid' or 'test'
     say: Callable = print,  # What is done with the lines that tell how it goes
     **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
@@ -169,28 +169,28 @@ def train_once(
     if not plan:
         n_train = int((table.split == 'train').sum())
         plan, why = choose_plan(n_train, gpu=default_device().type != 'cpu')
-    kwargs = _own_start(get_plan(plan), kwargs)
+    kwargs = _with_plan_weights(get_plan(plan), kwargs)
     weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
-    settings = [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}]
-    file = _kept(table, settings)
-    kept = None if file is None else _read_kept(file)
+    settings = [task, target, get_plan(plan), epochs, seed, subset, {**kwargs, 'weights': weights}]
+    file = _training_folder(table, settings)
+    kept = None if file is None else _read_results(file)
     if kept is None:
         if why:
             say(f"plan '{plan}': {why}")
         learn = build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs)
         learn = fit(learn, epochs=epochs, say=say)
-        found = valid_predictions(learn, side)
+        found = valid_predictions(learn, subset)
         history = pd.DataFrame(learn.record.history)
         if file is None:
             return found, history
         try:
-            _write_kept(file, (found, history))
+            _write_results(file, (found, history))
         except (OSError, OutputError) as e:
             warn(f'the training could not be kept ({e}): another run will repeat it')
             return found, history
-        kept = _read_kept(file)
+        kept = _read_results(file)
     found, history = kept
-    rows = table[table.split == side]
+    rows = table[table.split == subset]
     own = {c: rows[c].tolist() for c in ('image', 'group')}  # they may have moved, and groups do not change a training
     return found.assign(**own), history
 
@@ -224,20 +224,20 @@ def fold_tables(
     say: Callable = print,  # What is done with the lines about patients and labels
 ) -> list[pd.DataFrame]:  # For each fold the table, with the fold as validation side
     "The folds of cross-validation as tables for `build_learner`"
-    goal = task.target(target)
+    target = task.target(target)
     together = Together(task.reader)
     seed = check_seed(seed)
-    t = _without_test(encode_target(label_table(data, labels, group_col=group_col), goal))
-    apart = together(t)
+    t = _without_test(encode_target(label_table(data, labels, group_col=group_col), target))
+    groups = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
     with group_errors(t):
-        parts = grouped_folds(t.target.to_numpy(), apart, folds, seed)
+        parts = grouped_folds(t.target.to_numpy(), groups, folds, seed)
     rows = np.arange(len(t))
     return [t.assign(split=np.where(np.isin(rows, test), 'valid', 'train')) for _, test in parts]
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #f7cdd0cb
-def _told(say, name):
+def _prefixed(say, name):
     "A function like `say` whose lines begin with a name"
 
     def tell(line):
@@ -292,7 +292,7 @@ def cross_validate(
     tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
     out = []
     for k, t in enumerate(tables, 1):
-        tell = _told(say, f'fold {k} of {len(tables)}')
+        tell = _prefixed(say, f'fold {k} of {len(tables)}')
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=tell, **kwargs)
         out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
@@ -304,13 +304,13 @@ def cross_validate(
 def decide_across(
     table: pd.DataFrame,  # From `cross_validate`
     classes,  # Class names in order
-    **share,  # `sensitivity` or `specificity`, as `choose_decision` takes it
+    **wanted,  # `sensitivity` or `specificity`, as `choose_decision` takes it
 ) -> tuple[pd.DataFrame, Decision]:  # The table, calibrated and decided; the decision from all folds
     "Decide on each fold by what was chosen on the others"
     parts = []
     for k in sorted(table.fold.unique()):
-        decision = choose_decision(table[table.fold != k], classes, **share)
+        decision = choose_decision(table[table.fold != k], classes, **wanted)
         parts.append(apply_decision(table[table.fold == k], classes, decision))
     out = pd.concat(parts).sort_index()
     out.attrs = dict(table.attrs)
-    return out, choose_decision(table, classes, **share)
+    return out, choose_decision(table, classes, **wanted)

@@ -24,16 +24,16 @@ from ..data.tasks import Task, encode_target, get_task
 from .cross_validation import train_once, without_weights
 from ..features.probes import fold_interval
 from ..metrics.decision import table_arrays, table_classes
-from ..metrics.screening import main_metric, measures
+from ..metrics.screening import main_metric, metric_values
 from ..training.plans import check_epochs, get_plan, plan_arch
 from ..utils.files import plain_text, unknown
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #b8c8c9b2
-START = 'random initialisation'
+BASELINE = 'random initialisation'
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #46e17349
 METHODS = {
-    START: get_plan('random_start'),
+    BASELINE: get_plan('random_start'),
     'frozen': get_plan('head'),
     'fine-tuned': get_plan('fine_tune'),
 }  # name -> plan
@@ -67,7 +67,7 @@ def unseen_split(
     table: pd.DataFrame,  # Columns `image, label, group, target`
     together,  # What must be on one side (n,), as `Together` gives it
     test: float = 0.3,  # Share of the images that stays unseen
-    most: int = 600,  # At most so many of them count
+    max_test: int = 600,  # At most so many of them count
     seed: int = 0,  # Another seed, other images
 ) -> pd.DataFrame:  # With `split`: 'train', 'valid', 'test', in a random order
     "Images to learn from, and unseen ones"
@@ -78,7 +78,7 @@ def unseen_split(
     few = max(2 * n_classes, round(0.05 * len(held)))
     side = held.groupby('target').cumcount() < -(-few // n_classes)
     valid = held[side]
-    rest = held[~side & ~held.group.isin(valid.group.dropna())][:most]
+    rest = held[~side & ~held.group.isin(valid.group.dropna())][:max_test]
     if not len(rest):
         raise ValueError(
             f'{len(held)} unseen images of {held.group.nunique()} groups are too few: '
@@ -111,7 +111,7 @@ def learning_curve(
     target: str | None = None,  # What is learnt; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     test: float = 0.3,  # Share of the images that stays unseen
-    most: int = 600,  # At most so many of them count
+    max_test: int = 600,  # At most so many of them count
     group_col: str | None = None,  # Column of the patients; a usual one if None
     size: int | None = None,  # Side in pixels; the task's own if None
     say: Callable = print,  # What is done with the lines that tell how it goes
@@ -121,25 +121,25 @@ def learning_curve(
     plans = _checked_plans(methods, kwargs.get('arch'))
     task = get_task(task, size)
     table = _encoded(data, task, target, labels, group_col)
-    splits = _splits(table, task, seeds, test, most, say)
+    splits = _splits(table, task, seeds, test, max_test, say)
     for t, n in product(splits, sizes):
         first_images(t, n)  # refused before hours are spent
     out = []
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
             how = without_weights(plan, kwargs)
-            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
-            row = {'method': name, 'images': n, 'seed': seed, **_measures(p, task.target(target))}
+            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, subset='test', say=_quiet, **how)
+            row = {'method': name, 'images': n, 'seed': seed, **_metrics(p, task.target(target))}
             out.append(row)
-            say(f'seed {seed + 1} of {seeds}, {n} images, {name}: {_words(row)}')
-    return pd.DataFrame(out).assign(share=test / (1 - test))
+            say(f'seed {seed + 1} of {seeds}, {n} images, {name}: {_metric_words(row)}')
+    return pd.DataFrame(out).assign(test_ratio=test / (1 - test))
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #b9cb8845
 def _quiet(line):
     pass
 
 
-def _words(row) -> str:
+def _metric_words(row) -> str:
     metrics = list(row.items())[3:]
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics)
 
@@ -149,45 +149,45 @@ def _encoded(data, task, target, labels, group_col) -> pd.DataFrame:
     return encode_target(label_table(data, labels, group_col=group_col), task.target(target))
 
 
-def _splits(t, task, seeds, test, most, say) -> list:
+def _splits(t, task, seeds, test, max_test, say) -> list:
     "The tables of seen and unseen images, one a seed"
     together = Together(task.reader)
-    apart = together(t)
+    groups = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
     with group_errors(t):
-        return [unseen_split(t, apart, test, most, seed) for seed in range(seeds)]
+        return [unseen_split(t, groups, test, max_test, seed) for seed in range(seeds)]
 
 
-def _measures(p, goal) -> dict:
+def _metrics(p, target) -> dict:
     "Metrics of a table of predictions"
-    classes = goal.class_set(table_classes(p))
+    classes = target.class_set(table_classes(p))
     y, probs = table_arrays(p, classes)
-    return measures(y, probs, classes)
+    return metric_values(y, probs, classes)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #687ad1b0
-def _measure(runs, name):
+def _metric_name(runs, name):
     return main_metric([c for c in ('auc', 'accuracy', 'kappa') if c in runs], name)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #3bd48fd8
 def curve_table(
     runs: pd.DataFrame,  # From `learning_curve`
     metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    start: str = START,  # Rival that the others are held against
+    baseline: str = BASELINE,  # Rival that the others are held against
 ) -> pd.DataFrame:  # A row a rival and size: score, low, high, gain, gain_low, gain_high
     "The mean score of each rival at each size, its gain over random initialisation, and 95 % intervals over splits"
-    m = _measure(runs, metric)
+    m = _metric_name(runs, metric)
     least = -1.0 if m == 'kappa' else 0.0
-    share = runs.share.iloc[0]
-    base = runs[runs.method == start].set_index(['images', 'seed'])[m]
+    test_ratio = runs.test_ratio.iloc[0]
+    base = runs[runs.method == baseline].set_index(['images', 'seed'])[m]
     out = {}
     for (name, n), rows in runs.groupby(['method', 'images'], sort=False):
         scores = rows.set_index(['images', 'seed'])[m]
         gains = pd.Series(dtype=float)
-        if name != start:
+        if name != baseline:
             gains = scores - base.reindex(scores.index)
-        score, low, high = fold_interval(scores, share)
-        gain, gain_low, gain_high = fold_interval(gains, share)
+        score, low, high = fold_interval(scores, test_ratio)
+        gain, gain_low, gain_high = fold_interval(gains, test_ratio)
         out[name, n] = {
             'score': score,
             'low': min(max(low, least), 1.0),
@@ -220,42 +220,43 @@ def _needed(sizes, scores, wanted) -> float:
 def value_of_pretraining(
     runs: pd.DataFrame,  # From `learning_curve`
     metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    start: str = START,  # The rival without pretraining
+    baseline: str = BASELINE,  # The rival without pretraining
 ) -> pd.DataFrame:  # Rival, images: score, needs, worth, value_low, value_high
     "How many more images random initialisation needs; 0 for none, inf for more than were tried"
-    t = curve_table(runs, metric, start)
-    if start not in t.index.levels[0]:
+    t = curve_table(runs, metric, baseline)
+    if baseline not in t.index.levels[0]:
         raise ValueError(
-            f"there is no '{start}' in the curve: it has {', '.join(t.index.levels[0])}. Type one of them as start="
+            f"there is no method '{baseline}' in these runs; they have {', '.join(t.index.levels[0])}: "
+            'give one of them as baseline='
         )
-    r = t.loc[start].sort_index()
-    others = t[t.index.get_level_values(0) != start]
+    r = t.loc[baseline].sort_index()
+    others = t[t.index.get_level_values(0) != baseline]
     out = {}
     for (name, n), row in others.iterrows():
-        needs = _needed(r.index, r.score, row.score)
+        needed = _needed(r.index, r.score, row.score)
         low = _needed(r.index, r.high, row.low)
         high = _needed(r.index, r.low, row.high)
         out[name, n] = {
             'score': row.score,
-            'needs': max(needs, n),
-            'value': max(needs - n, 0.0),
-            'value_low': max(low - n, 0.0),
-            'value_high': max(high - n, 0.0),
+            'images_needed': max(needed, n),
+            'images_saved': max(needed - n, 0.0),
+            'low': max(low - n, 0.0),
+            'high': max(high - n, 0.0),
         }
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(['method', 'images'])
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #d9f8e6b8
-def value_words(
-    value: float,  # Images that pretraining replaces
-    n: int,  # Images that were learnt from
-    most: int,  # Largest size that was tried
+def images_saved_words(
+    images_saved: float,  # From `value_of_pretraining`
+    n: int,  # Training images of the pretrained model
+    largest: int,  # Largest training set that was tried
 ) -> str:
-    "A worth in words: beyond the largest size only a lower bound is known"
-    if np.isnan(value):
+    "Describe a number of images saved; beyond the largest training set only a lower bound is known"
+    if np.isnan(images_saved):
         return 'not known'
-    if np.isinf(value):
-        return f'more than {most - n}' if most > n else 'some'
-    return 'none' if value < 1 else f'{value:.0f}'
+    if np.isinf(images_saved):
+        return f'more than {largest - n}' if largest > n else 'some'
+    return 'none' if images_saved < 1 else f'{images_saved:.0f}'
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #d7d91398
 def _panels(names, title) -> list:
@@ -266,21 +267,18 @@ def _panels(names, title) -> list:
     return list(fig.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0])
 
 
-def _draw_curves(curves, axes):
-    """Curves (name -> x, value, low, high): a panel each, the others in grey; or all in one panel, with error bars.
+def _draw_error_bars(curves, ax):
+    "Draw curves (name -> x, value, low, high) in one panel, shifted slightly so that their error bars do not overlap"
+    for i, (name, (x, value, low, high)) in enumerate(curves.items()):
+        shifted = x * 1.03**i if ax.get_xscale() == 'log' else x + 0.08 * i
+        bars = np.clip([value - low, high - value], 0, None)
+        style = {'fmt': 'o-', 'ms': 4, 'capsize': 2, 'color': _METHOD_COLORS.get(name)}
+        ax.errorbar(shifted, value, bars, label=plain_text(name), **style)
+    ax.legend(frameon=False, loc='best')
 
-    One panel shows error bars a little beside one another, because bands would hide one another.
-    """
-    if len(axes) == 1:
-        for i, (name, (x, value, low, high)) in enumerate(curves.items()):
-            bars = np.clip([value - low, high - value], 0, None)
-            label = plain_text(name)
-            beside = x * 1.03**i if axes[0].get_xscale() == 'log' else x + 0.08 * i
-            axes[0].errorbar(
-                beside, value, bars, fmt='o-', ms=4, capsize=2, color=_METHOD_COLORS.get(name), label=label
-            )
-        axes[0].legend(frameon=False, loc='best')
-        return
+
+def _draw_bands(curves, axes):
+    "Draw each curve (name -> x, value, low, high) with its band in a panel of its own, the others in grey"
     for ax, (name, (x, value, low, high)) in zip(axes, curves.items()):
         for other, (x_other, value_other, *_) in curves.items():
             if other != name:
@@ -288,6 +286,16 @@ def _draw_curves(curves, axes):
         (line,) = ax.plot(x, value, 'o-', ms=4, color=_METHOD_COLORS.get(name))
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         ax.set_title(plain_text(name), fontsize=10, color=line.get_color())
+
+
+def _draw_curves(curves, axes, ax, title) -> Figure:
+    "Draw all curves into the axes that were given, or one curve into each panel if none were"
+    if ax is None:
+        _draw_bands(curves, axes)
+        return axes[0].figure
+    _draw_error_bars(curves, ax)
+    ax.set_title(plain_text(title))
+    return ax.figure
 
 
 def plot_learning_curve(
@@ -298,7 +306,7 @@ def plot_learning_curve(
 ) -> Figure:
     "Metric of each method over the number of training images, with 95 % intervals over splits"
     t = curve_table(runs, metric)
-    m = _measure(runs, metric)
+    m = _metric_name(runs, metric)
     sizes = sorted(runs.images.unique())
     curves = {
         name: (g.index.get_level_values('images').to_numpy(), g.score, g.low, g.high)
@@ -310,11 +318,8 @@ def plot_learning_curve(
         panel.set_xticks(sizes, sizes, fontsize=8, rotation=45 if len(sizes) > 4 else 0)
         panel.minorticks_off()
         panel.grid(color='0.92')
-    _draw_curves(curves, axes)
     axes[0].set_ylabel(f'{m.upper() if m == "auc" else m} on test images')
-    if ax is not None:
-        ax.set_title(plain_text(title))
-    return axes[0].figure
+    return _draw_curves(curves, axes, ax, title)
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:
@@ -331,7 +336,7 @@ def training_curve(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     epochs: int = 20,  # Of the last phase of each rival
-    methods=(START, 'fine-tuned'),  # Names in `METHODS`, or {name: plan}
+    methods=(BASELINE, 'fine-tuned'),  # Names in `METHODS`, or {name: plan}
     *,
     seeds: int = 1,  # Splits into seen and unseen images
     target: str | None = None,  # What is learnt; the task's first if None
@@ -373,12 +378,10 @@ def plot_training_curve(
         e = g.groupby('epoch').error.agg(['mean', 'min', 'max'])
         curves[name] = (e.index.to_numpy(), e['mean'], e['min'], e['max'])
     axes = _panels(curves, title) if ax is None else [ax]
-    _draw_curves(curves, axes)
+    figure = _draw_curves(curves, axes, ax, title)
     for panel in axes:
         panel.set_xlabel('epoch')
         panel.locator_params(axis='x', integer=True)
         panel.grid(color='0.92')
     axes[0].set(ylabel='error (1 - accuracy) on test images', ylim=(0, None))
-    if ax is not None:
-        ax.set_title(plain_text(title))
-    return axes[0].figure
+    return figure

@@ -142,7 +142,7 @@ def _kind_features(p) -> list:
     return [len(p), p.area.sum(), p.area.max(), *means]
 
 
-def _place_features(p, fovea) -> dict:
+def _position_features(p, fovea) -> dict:
     "Where the lesions of one mask lie"
     middle = SEGMENT_SIZE / 2
     away = np.hypot(p.x - fovea[0], p.y - fovea[1]) / middle
@@ -168,7 +168,7 @@ def lesion_features(
         p = table[table['mask'] == mask]
         for level in _LEVELS:
             out[f'{mask}_over_{level:g}'] = (p.strength > level).sum()
-        for name, value in _place_features(p, seg.fovea).items():
+        for name, value in _position_features(p, seg.fovea).items():
             out[f'{mask}_{name}'] = value
     return {name: float(out[name]) for name in FEATURES}
 
@@ -248,7 +248,7 @@ class HandCraftedClassifier(ClassifierMixin, BaseEstimator):
 
     def fit(self, X, y, groups=None):
         "X: (images, features); y: classes (n,); groups (n,): what stays together"
-        x = _rows(X)
+        x = _checked_features(X)
         self.classes_, codes = np.unique(np.asarray(y), return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"there is only the class '{self.classes_[0]}': give images of two classes or more")
@@ -256,14 +256,14 @@ class HandCraftedClassifier(ClassifierMixin, BaseEstimator):
         parts = grouped_folds(codes, groups, self.folds, self.seed)
         self.aucs_ = {how: _fold_auc(how, x, codes, parts) for how in self.grid}
         self.best_ = max(self.aucs_, key=self.aucs_.get)
-        machine = _machine(self.best_, x.shape[1])
+        machine = _svm(self.best_, x.shape[1])
         self.model_ = CalibratedClassifierCV(machine, ensemble=False, cv=parts).fit(x, codes)
         return self
 
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities (images, classes), in the order of `classes_`"
         check_is_fitted(self)
-        x = _rows(X)
+        x = _checked_features(X)
         if x.shape[1] != self.n_features_in_:
             raise ValueError(
                 f'{x.shape[1]} features: this classifier learnt from {self.n_features_in_}. Give the same columns'
@@ -274,7 +274,7 @@ class HandCraftedClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[self.predict_proba(X).argmax(1)]
 
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #25cc6f83
-def _rows(X) -> np.ndarray:
+def _checked_features(X) -> np.ndarray:
     x = np.asarray(X, dtype=np.float64)
     if x.ndim != 2 or not x.size:
         raise ValueError(
@@ -289,7 +289,7 @@ def _rows(X) -> np.ndarray:
     return x
 
 
-def _machine(how, n):
+def _svm(how, n):
     "A support vector machine with a strength and a width, for n features"
     C, width = how
     svm = SVC(C=C, gamma=width / n, class_weight='balanced')
@@ -308,7 +308,7 @@ def _fold_auc(how, x, codes, parts) -> float:
     "The mean AUC on the test images of the folds"
     scores = []
     for train, test in parts:
-        machine = _machine(how, x.shape[1]).fit(x[train], codes[train])
+        machine = _svm(how, x.shape[1]).fit(x[train], codes[train])
         scores.append(_ranking(codes[test], machine.decision_function(x[test])))
     return np.mean(scores)
 

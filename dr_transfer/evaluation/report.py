@@ -98,7 +98,7 @@ def describe_images(
 _IMAGE_SETS = ('new', 'valid')  # images that `evaluate_model` can count
 
 
-def _validated(model, images) -> np.ndarray:
+def _is_validation(model, images) -> np.ndarray:
     "Which images chose the model's temperature and operating point, by their content (n,)"
     seen = getattr(model, 'seen', None)
     use = getattr(model, 'seen_use', None)
@@ -113,13 +113,13 @@ def _validated(model, images) -> np.ndarray:
     return (valid <= MAX_COPY_BITS) & (valid < trained)
 
 
-def _known(model, images) -> np.ndarray:
+def _is_known_image(model, images) -> np.ndarray:
     "Which images the model was made from, or near copies of them (n,)"
     seen = getattr(model, 'seen', None)
     return np.zeros(len(images), bool) if seen is None else seen_before(images, seen, model.about['reader'])
 
 
-def _counted(model, images, split, allow_leaks) -> np.ndarray:
+def _included(model, images, split, allow_leaks) -> np.ndarray:
     "Which images count (n,); ValueError if none does"
     if split not in _IMAGE_SETS:
         raise unknown('split', split, _IMAGE_SETS)
@@ -129,13 +129,13 @@ def _counted(model, images, split, allow_leaks) -> np.ndarray:
                 "split='valid' (--split valid) counts the validation images only: "
                 'leave out allow_leaks=True (--allow-leaks)'
             )
-        count = _validated(model, images)
+        count = _is_validation(model, images)
         if not count.any():
             raise ValueError(
                 'none of these images is a validation image of the model: give the images that it was trained with'
             )
         return count
-    known = _known(model, images)
+    known = _is_known_image(model, images)
     if known.all() and not allow_leaks:
         raise ValueError(
             'the model was made from all of these images, or near copies of them: '
@@ -206,8 +206,8 @@ def evaluate_model(
     check_prevalence(prevalence)
     t = with_data_names(table.reset_index(drop=True), KNOWN)
     images = t.image.tolist()
-    count = _counted(model, images, split, allow_leaks)
-    known = _known(model, images) if allow_leaks else np.zeros(len(t), bool)
+    count = _included(model, images, split, allow_leaks)
+    known = _is_known_image(model, images) if allow_leaks else np.zeros(len(t), bool)
     chosen = t[count].reset_index(drop=True)
     predicted = _predicted(model, chosen)
     out = describe_images(predicted, model.classes, model.about, model.about['reader'], data, prevalence)
@@ -216,11 +216,11 @@ def evaluate_model(
     out.split = split
     out.skipped = skipped_images(table).image.tolist()
     out.patients = table.attrs.get('patients', '')
-    left_out = t.image[~count].tolist()
+    excluded = t.image[~count].tolist()
     if split == 'new':
-        out.known = left_out
+        out.known = excluded
     else:
-        out.other = left_out
+        out.other = excluded
     sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
     probs = model.probs(sample, 'quarter_turns', average=False)
     out.turns = {**consistency(probs, model.classes, out.point), 'images': len(sample)}

@@ -140,7 +140,7 @@ def _point_html(e, m) -> str:
     if e.asked is None:
         return ''
     if e.point is None:
-        refused = e.decision.refused if e.decision else ()
+        refused = e.decision.not_chosen if e.decision else ()
         reasons = '; '.join(why.removeprefix('no operating point: ') for why in refused)
         return _html('no_point', why=reasons or 'none was chosen when it was trained')
     endpoints = _table(endpoint_table(m)) if e.fundus else None
@@ -205,10 +205,10 @@ def _meaning(e, m) -> str:
     sentences = [_ranking_words(e.asked, m.loc['auc'].value)]
     if e.point is not None:
         sentences += _decided_words(e, m)
-        r = m.loc[e.point.wanted]
-        if _is_known(r.low) and not e.how and not r.low <= e.point.at_least <= r.high:
+        r = m.loc[e.point.metric]
+        if _is_known(r.low) and not e.how and not r.low <= e.point.minimum <= r.high:
             sentences.append(
-                f'The threshold was set for a {e.point.wanted} of {e.point.at_least:.0%} on the validation images '
+                f'The threshold was set for a {e.point.metric} of {e.point.minimum:.0%} on the validation images '
                 'of its own set, and it does not carry over to these: '
                 'before use it has to be set anew, on images of the place where it is to be used.'
             )
@@ -319,7 +319,7 @@ def _errors(e) -> str:
     t = t.assign(image=_file_names(t.image))
     parts = [t]
     if decisions(e.table, e.classes, e.point) is not None:
-        missed = t.said == f'not {e.asked.name}'
+        missed = t.predicted == f'not {e.asked.name}'
         parts = [t[missed], t[~missed]]
     return _html('errors', tables=[_table(p, index=False) for p in parts if len(p)])
 
@@ -327,7 +327,7 @@ def _errors(e) -> str:
 def _referral(e) -> str:
     "How good the model is if it leaves the nearest images to a human"
     t = referral_table(e.table, e.classes, e.point)
-    t = t.assign(deferred=[f'{r:.0%}' for r in t.deferred])
+    t = t.assign(referred=[f'{r:.0%}' for r in t.referred])
     return _html('referral', t=_table(t, index=False))
 
 
@@ -336,7 +336,7 @@ def _turns(e) -> str:
     if not e.turns:
         return ''
     same = f'{e.turns["same decision"]:.1%}'
-    return _html('turns', same=same, images=e.turns['images'], spread=f'{e.turns["spread"]:.3f}')
+    return _html('turns', same=same, images=e.turns['images'], spread=f'{e.turns["score range"]:.3f}')
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #13c8fefb
 def _training(t) -> dict:
@@ -345,13 +345,13 @@ def _training(t) -> dict:
     d = t.get('data')
     if not d:
         return how
-    sides = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
+    subsets = ', '.join(f'{k} {sum(v.values())}' for k, v in d['classes'].items())
     leaks = ', '.join(f'{n} x {k}' for k, n in (d.get('leaks') or {}).items())
     groups = d['groups'] or 'no'
     return {
         **how,
         'images it was made from': (
-            f'{sides}; {groups} groups of images, {d["skipped"]} set aside; fingerprint {d["fingerprint"]}'
+            f'{subsets}; {groups} groups of images, {d["skipped"]} set aside; fingerprint {d["fingerprint"]}'
         ),
         'patients of these images': d.get('patients'),
         'allowed on two sides of its split': leaks or 'nothing',

@@ -75,12 +75,12 @@ def _average(x, field, radius, f=4) -> np.ndarray:
     return np.asarray(large)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #a82f8983
-def _evened(a, field) -> tuple:
+def _normalized(a, field) -> tuple:
     "The green channel with its contrast enhanced, and what stands out of its surroundings: both (512, 512)"
     green = median_filter(a[..., 1], 3)
     green = green.astype(np.float32) / 255
     green = np.maximum(green, 0.02)
-    return _enhanced(green, field), _standing_out(green, field)
+    return _enhanced(green, field), _local_contrast(green, field)
 
 
 def _enhanced(green, field) -> np.ndarray:
@@ -96,7 +96,7 @@ def _enhanced(green, field) -> np.ndarray:
     return enhanced.astype(np.float32)
 
 
-def _standing_out(green, field) -> np.ndarray:
+def _local_contrast(green, field) -> np.ndarray:
     "The logarithm against the average around, in what is usual in this retina"
     light = np.log(green)
     around = _average(light, field, 0.1)
@@ -163,7 +163,7 @@ def _large(mask, pixels) -> np.ndarray:
     return _morphology().remove_small_objects(mask, max_size=pixels, connectivity=2)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #05cfda7c
-def _mean_under(v, there, part) -> np.ndarray:
+def _masked_mean(v, there, part) -> np.ndarray:
     "The mean of what is there under a mask around each pixel"
     kernel = part.astype(np.float32)
     total = convolve(v, kernel, mode='constant')
@@ -172,7 +172,7 @@ def _mean_under(v, there, part) -> np.ndarray:
     return total / np.maximum(count, least)
 
 
-def _place_of(score) -> tuple:
+def _argmax(score) -> tuple:
     "Row and column of the largest number"
     return np.unravel_index(score.argmax(), score.shape)
 
@@ -189,14 +189,14 @@ def _find_nerve(out, vessels, field, f=8) -> tuple:
     stop = k // 5 + 1
     y, x = np.mgrid[start:stop, start:stop]
     d = np.hypot(x, y) / (k / 2)
-    disk = _mean_under(light, there, d < 0.14)
-    ring = _mean_under(light, there, (d > 0.18) & (d < 0.28))
+    disk = _masked_mean(light, there, d < 0.14)
+    ring = _masked_mean(light, there, (d > 0.18) & (d < 0.28))
     stands_out = (disk - ring).clip(0)
-    on_vessels = _mean_under(lines, there, d < 0.28) + 0.02
+    on_vessels = _masked_mean(lines, there, d < 0.28) + 0.02
     height = (np.arange(k) + 0.5) / k * 2 - 1
     central = np.exp(-((height / 0.45) ** 2))
     score = stands_out * on_vessels * central[:, None]
-    i, j = _place_of(score * (there > 0.5))
+    i, j = _argmax(score * (there > 0.5))
     return (j + 0.5) * f, (i + 0.5) * f
 
 
@@ -217,7 +217,7 @@ def _find_fovea(out, nerve, field) -> tuple:
     there = np.abs(along - 0.75) < 0.2
     there &= np.abs(across) < 0.3
     dark = -gaussian_filter(out, 0.06 * _RADIUS)
-    i, j = _place_of(np.where(there & field, dark, -np.inf))
+    i, j = _argmax(np.where(there & field, dark, -np.inf))
     return int(j), int(i)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #f0549dba
@@ -286,7 +286,7 @@ def segment(
         raise ValueError(
             'no retina stands out in the image: give a photograph of a fundus, not black and not cut to a corner'
         )
-    enhanced, out = _evened(a, field)
+    enhanced, out = _normalized(a, field)
     inner = binary_erosion(field, iterations=5)
     spots, blots = _dark(out, inner, limits)
     ridges = _hysteresis(_ridges(enhanced) * field, limits.vessel, 0.5)
@@ -338,17 +338,17 @@ def score_lesions(
     mask: np.ndarray,  # Boolean (512, 512): `dark` or `bright` of a segmentation
     lesions: list,  # (x, y, radius) of each true lesion, in its pixels
     near: float = 2.0,  # Pixels that it may be off
-) -> tuple[np.ndarray, np.ndarray]:  # Each lesion: found? Each spot: right?
-    "Which of the true lesions were found, and which of the spots are right"
+) -> tuple[np.ndarray, np.ndarray]:  # Detected (lesions,); correct (spots,); booleans
+    "Return which of the true lesions were detected and which of the detected spots are lesions"
     spots, n = label(mask, _EIGHT)
     height, width = mask.shape
     y, x = np.mgrid[:height, :width]
-    found = []
+    detected = []
     touched = [0]
     for cx, cy, r in lesions:
         close = np.hypot(x - cx, y - cy) <= r + near
         own = np.setdiff1d(spots[close], [0])
-        found.append(len(own) > 0)
+        detected.append(len(own) > 0)
         touched.extend(own)
-    right = np.isin(np.arange(1, n + 1), touched)
-    return np.array(found, bool), right
+    correct = np.isin(np.arange(1, n + 1), touched)
+    return np.array(detected, bool), correct

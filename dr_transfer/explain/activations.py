@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.fundus import read_image
-from ..data.views import normalise, stack_images
+from ..data.views import normalize, stack_images
 from ..features.extraction import Features, _chosen
 from ..metrics.intervals import bootstrap, group_codes
 from ..models.stages import Stages, stage_names
@@ -181,7 +181,7 @@ class _Parts:
         return next(self.stages.parameters()).device
 
     def batch(self, images: list) -> torch.Tensor:
-        return normalise(stack_images(images).to(self.device), self.mean, self.std)  # of what `read` returns
+        return normalize(stack_images(images).to(self.device), self.mean, self.std)  # of what `read` returns
 
 
 def model_parts(

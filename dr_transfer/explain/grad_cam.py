@@ -284,10 +284,10 @@ def grad_cam_sheet(
     titles = []
     for mistake in wrong.itertuples():
         im = parts.read(mistake.image)
-        said = _said(mistake.said, parts.classes)
+        said = _said(mistake.predicted, parts.classes)
         heat = grad_cam(model, mistake.image, said, stage)
         pictures += [im, overlay(im, heat)]
-        titles += [f'is {mistake.target}', f'said {mistake.said} {mistake.probability:.2f}']
+        titles += [f'is {mistake.target}', f'said {mistake.predicted} {mistake.probability:.2f}']
     cols = 2 * min(3, len(wrong))
     return contact_sheet(pictures, titles, cols, size)
 

@@ -19,7 +19,7 @@ from ..data.content import fill_stores, image_data, unreadable
 from ..data.fundus import READERS, READING, read_image
 from ..data.images import FITS
 from ..data.source import check_size
-from ..data.views import VIEWS, map_batches, normalise
+from ..data.views import VIEWS, map_batches, normalize
 from ..models.backbones import create_body
 from ..models.network import POOLS, Body, good_bs, make_body
 from ..models.registry import DEFAULT_ARCH, find_backbone
@@ -227,7 +227,7 @@ def compute_views(
 
         @torch.inference_mode()
         def views(x):
-            x = normalise(x.to(device), about['mean'], about['std'])
+            x = normalize(x.to(device), about['mean'], about['std'])
             out = [f(view(x), names) for view in VIEWS[about['views']]]
             stacked = {k: np.stack([o[k] for o in out], 1) for k in out[0]}
             return {k: checked(k, a) for k, a in stacked.items()}

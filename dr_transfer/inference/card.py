@@ -44,7 +44,7 @@ _RUNTIME_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a
 _Name = Annotated[str, Length(1, MAX_CHARACTERS)]
 _Hash = Annotated[str, Length(64, 64)]
 _Mean = Annotated[float, Range(-10, 10)]
-_Spread = Annotated[float, Range(1e-3, 100)]  # never 0: images are divided by it
+_Std = Annotated[float, Range(1e-3, 100)]  # never 0: images are divided by it
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ModelCard:
     fit: Annotated[str, Known(FITS)]  # How it is made square
     views: Annotated[str, Known(_VIEW_NAMES)]  # What predictions are averaged over
     mean: tuple[_Mean, _Mean, _Mean]  # Of the normalisation
-    std: tuple[_Spread, _Spread, _Spread]  # Of the normalisation
+    std: tuple[_Std, _Std, _Std]  # Of the normalisation
     decision: Decision | None = None  # What is made of the probabilities
     weights: dict[str, str] = field(default_factory=dict)  # Which weights it started from
     licence: str = ''  # Of these weights

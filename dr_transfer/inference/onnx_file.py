@@ -32,7 +32,7 @@ _EXPORT_AGAIN = 'Make the file again with export_onnx (dr_transfer export)'
 _HASH_MARK = b'\n\x06sha256\x12@'  # protobuf: a key of 6 characters, a value of 64
 
 
-def _place(data: bytes) -> int | None:
+def _hash_offset(data: bytes) -> int | None:
     "Where the hash of a file stands in it; None if there is none, or more than one"
     at = data.find(_HASH_MARK)
     return at + len(_HASH_MARK) if at >= 0 and at == data.rfind(_HASH_MARK) else None
@@ -46,13 +46,13 @@ def _hash(data: bytes, at: int) -> bytes:
     return h.hexdigest().encode()
 
 
-def _read_whole(file) -> bytes:
+def _read_checked(file) -> bytes:
     "What is in an ONNX file of ours; ModelError if it is another, or was changed"
     try:
         data = read_regular(file, _MAX_ONNX_BYTES)
     except (OSError, ValueError) as e:
         raise ModelError(f'{file}: {reason(e)}. Give a file made by export_onnx or dr_transfer export') from None
-    at = _place(data)
+    at = _hash_offset(data)
     if at is None and b'dr_transfer onnx 1' in data:
         raise ModelError(
             f'{file} was written by dr_transfer 0.1, without a hash that shows whether it is still whole. '
@@ -77,7 +77,7 @@ class OnnxModel:
         providers=('CPUExecutionProvider',),  # Of onnxruntime: where it computes
     ):
         ort = extra_module('onnxruntime', 'onnx')
-        data = _read_whole(file)
+        data = _read_checked(file)
         try:
             self.session = ort.InferenceSession(data, providers=list(providers))
         except Exception as e:
@@ -200,7 +200,7 @@ def _proto(graph, card):
     return proto
 
 
-def _serialised(graph, card) -> bytes:
+def _serialized(graph, card) -> bytes:
     "An ONNX file of a torch module, with its description and its hash"
     proto = _proto(graph, card)
     texts = {
@@ -217,7 +217,7 @@ def _serialised(graph, card) -> bytes:
     for k, v in texts.items():
         proto.metadata_props.add(key=k, value=v)
     data = proto.SerializeToString()
-    at = _place(data)
+    at = _hash_offset(data)
     if at is None:
         raise ValueError(
             f"'{card.arch}' cannot be written as ONNX with a hash: its mark occurs elsewhere. Use save_model"
@@ -225,7 +225,7 @@ def _serialised(graph, card) -> bytes:
     return data[:at] + _hash(data, at) + data[at + len(EMPTY_HASH) :]
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #b7e23469
-def _drawn(size) -> list:
+def _example_images(size) -> list:
     "Images with different colours, at different scales"
     rng, at = np.random.default_rng(0), np.linspace(0, 1, size)
     waves = [
@@ -316,5 +316,5 @@ def write_onnx(
     model = learn if isinstance(learn, ImageModel) else image_model(learn)
     check_tensors(model.model.state_dict(), 'the model')
     graph, net = _graph(model)
-    file.write_bytes(_serialised(graph, model.card))
-    _check_same(file, net, model, images or _drawn(model.card.size), tolerance)
+    file.write_bytes(_serialized(graph, model.card))
+    _check_same(file, net, model, images or _example_images(model.card.size), tolerance)

@@ -42,7 +42,7 @@ def validation_table(
 def write_run(
     learn,  # A trained learner
     folder: Path,  # A folder that exists
-    share: dict | None = None,  # `sensitivity` or `specificity` of the operating point
+    wanted: dict | None = None,  # `sensitivity` or `specificity` of the operating point
 ) -> pd.DataFrame:  # From `validation_table`
     "Model, record, validation predictions and plots of a learner, into a folder"
     from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
@@ -56,7 +56,7 @@ def write_run(
     save_model(model, folder / 'model')  # first: whatever fails afterwards, the training is not lost
     classes = learn.classes
     t = valid_predictions(learn)
-    learn.record.decision = choose_decision(t, classes, **(share or {}))
+    learn.record.decision = choose_decision(t, classes, **(wanted or {}))
     write_card(replace(model.card, decision=learn.record.decision), folder / 'model')
     t = apply_decision(t, classes, learn.record.decision)
     y, probs = table_arrays(t, classes)

@@ -135,10 +135,10 @@ def image_model(
         card = ModelCard.from_dict(about)
     except ValueError as e:
         raise ModelError(f'this learner cannot be described as a model: {e}') from None
-    return ImageModel(net, card, *_seen(learn))
+    return ImageModel(net, card, *_image_use(learn))
 
 
-def _seen(learn) -> tuple[np.ndarray, np.ndarray]:
+def _image_use(learn) -> tuple[np.ndarray, np.ndarray]:
     "Hashes of the images that were trained on or that decisions were chosen on, and for which of the two each was used"
     from dr_transfer.data.leaks import image_hashes
 

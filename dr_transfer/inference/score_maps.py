@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ..data.fundus import read_image
-from ..data.views import normalise, stack_images
+from ..data.views import normalize, stack_images
 from .saved_model import ImageModel
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
 from ..models.stages import Stages
 
 # %% ../../nbs/inference/05_score_maps.ipynb #e1261664
-class _PerPlace(nn.Module):
+class _PerPosition(nn.Module):
     "A module for rows (n, k), for each place of a map (n, k, h, w)"
 
     def __init__(self, module: nn.Module):
@@ -69,10 +69,10 @@ _POINTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)
 
 def as_convolutions(
     layers: nn.Module,  # From maps (n, c, h, w) to scores (n, k), such as a head
-    side: tuple,  # Height and width of the maps at the native size
+    size: tuple,  # Height and width of the maps at the native size
 ) -> nn.Sequential:  # From maps (n, c, h', w') to (n, k, h' - h + 1, w' - w + 1)
     "The same layers for maps of any size, in evaluation mode; ValueError that names a layer that cannot be written so"
-    window = tuple(side)
+    window = tuple(size)
     norm = None
     out = []
     for m in _leaves(layers):
@@ -94,7 +94,7 @@ def as_convolutions(
         elif isinstance(m, _POINTWISE):
             out.append(m)
         elif isinstance(m, tuple(ORDERED.values())):
-            out.append(_PerPlace(m))
+            out.append(_PerPosition(m))
         elif not pooled and not isinstance(m, (nn.Dropout, nn.Flatten)):
             raise ValueError(f'a layer of the kind {type(m).__name__} cannot be written as a convolution')
     return nn.Sequential(*out).eval()
@@ -112,8 +112,8 @@ def dense_model(
         )
     device = next(stages.parameters()).device
     with torch.no_grad():
-        side = stages(torch.zeros(1, 3, size, size, device=device)).shape[-2:]
-    return nn.Sequential(stages, as_convolutions(model[1], side))
+        map_size = stages(torch.zeros(1, 3, size, size, device=device)).shape[-2:]
+    return nn.Sequential(stages, as_convolutions(model[1], map_size))
 
 
 @torch.inference_mode()
@@ -125,7 +125,7 @@ def score_map(
     "Where an image looks like which class"
     card = model.card
     im = read_image(source, round(scale * card.size), card.reader, card.fit)
-    x = normalise(stack_images([im]), card.mean, card.std)
+    x = normalize(stack_images([im]), card.mean, card.std)
     device = next(model.model.parameters()).device
     logits = dense_model(model.model, card.size)(x.to(device))
     return logits.softmax(1)[0].float().cpu().numpy()

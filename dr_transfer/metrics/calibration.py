@@ -12,45 +12,45 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 # %% ../../nbs/metrics/04_calibration.ipynb #aa2759e1
-def _bins(right, said, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bins(correct, predicted, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Of each bin the number of images, the mean probability and the share that came true"
-    right = np.asarray(right, float)
-    said = np.asarray(said, float)
-    if right.shape != said.shape or right.ndim != 1:
+    correct = np.asarray(correct, float)
+    predicted = np.asarray(predicted, float)
+    if correct.shape != predicted.shape or correct.ndim != 1:
         raise ValueError(
-            f'truth has the shape {right.shape}, probabilities {said.shape}: give one of each for each image'
+            f'truth has the shape {correct.shape}, probabilities {predicted.shape}: give one of each for each image'
         )
-    if not len(said):
+    if not len(predicted):
         raise ValueError('there are no probabilities: give those of at least one image')
-    if not ((said >= 0) & (said <= 1)).all():
+    if not ((predicted >= 0) & (predicted <= 1)).all():
         raise ValueError('probabilities are outside 0 to 1: give the softmax of the outputs')
-    k = max(1, min(bins, len(said) // 10))
-    images = len(said) // k + (np.arange(k) < len(said) % k)
-    order = np.argsort(said, kind='stable')
+    k = max(1, min(bins, len(predicted) // 10))
+    images = len(predicted) // k + (np.arange(k) < len(predicted) % k)
+    order = np.argsort(predicted, kind='stable')
     first = np.cumsum(images) - images
-    mean = np.add.reduceat(said[order], first) / images
-    seen = np.add.reduceat(right[order], first) / images
-    return images, mean, seen
+    mean = np.add.reduceat(predicted[order], first) / images
+    observed = np.add.reduceat(correct[order], first) / images
+    return images, mean, observed
 
 
 def reliability(
-    right,  # Did it come true? (n,) booleans
-    said,  # Probability that it would (n,)
+    correct,  # Did it come true? (n,) booleans
+    predicted,  # Probability that it would (n,)
     bins: int = 10,  # Bins of equally many images; fewer if there are not 10 for each
 ) -> pd.DataFrame:  # A row a bin: images, said, seen
     "What was said and what was seen, by how much was said"
-    images, mean, seen = _bins(right, said, bins)
-    return pd.DataFrame({'images': images, 'said': mean, 'seen': seen})
+    images, mean, observed = _bins(correct, predicted, bins)
+    return pd.DataFrame({'images': images, 'predicted': mean, 'observed': observed})
 
 
 def calibration_error(
-    right,  # Did it come true? (n,) booleans
-    said,  # Probability that it would (n,)
+    correct,  # Did it come true? (n,) booleans
+    predicted,  # Probability that it would (n,)
     bins: int = 10,  # As `reliability` takes it
 ) -> float:  # 0 is perfect; a share, such as 0.05
     "Expected calibration error with bins of equally many images (Nixon et al. 2019)"
-    images, mean, seen = _bins(right, said, bins)
-    return float(np.average(abs(mean - seen), weights=images))
+    images, mean, observed = _bins(correct, predicted, bins)
+    return float(np.average(abs(mean - observed), weights=images))
 
 # %% ../../nbs/metrics/04_calibration.ipynb #cc53e8c2
 def _log(probs) -> np.ndarray:
@@ -86,14 +86,14 @@ def apply_temperature(
 
 # %% ../../nbs/metrics/04_calibration.ipynb #5b5a872f
 def referral_curve(
-    right,  # Was the decision right? (n,) booleans
-    sure,  # How sure the model was (n,), any scale
-    rates=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees
+    correct,  # Was the decision right? (n,) booleans
+    confidence,  # How sure the model was (n,), any scale
+    fractions=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees
 ) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
     "Accuracy on what the model decides alone, against the share of the images it hands over"
-    right = np.asarray(right, float)
-    sure = np.asarray(sure, float)
-    surest_first = right[np.argsort(-sure, kind='stable')]
-    keep = [max(1, round((1 - r) * len(right))) for r in rates]
+    correct = np.asarray(correct, float)
+    confidence = np.asarray(confidence, float)
+    surest_first = correct[np.argsort(-confidence, kind='stable')]
+    keep = [max(1, round((1 - f) * len(correct))) for f in fractions]
     accuracy = [surest_first[:k].mean() for k in keep]
-    return pd.DataFrame({'deferred': rates, 'left': keep, 'accuracy': accuracy})
+    return pd.DataFrame({'referred': fractions, 'remaining': keep, 'accuracy': accuracy})

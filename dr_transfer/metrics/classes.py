@@ -49,7 +49,7 @@ class Classes(Sequence):
         return self.names[i]
 
     @property
-    def positive_numbers(self) -> list[int]:
+    def positive_indices(self) -> list[int]:
         "The numbers of the positive classes"
         return [i for i, name in enumerate(self.names) if self.positive and name in self.positive.classes]
 

@@ -16,9 +16,9 @@ import pandas as pd
 from .calibration import apply_temperature, fit_temperature
 from .classes import as_classes
 from .groups import table_groups
-from .operating_point import OperatingPoint, OperatingPointError, choose_operating_point, side_groups
+from .operating_point import OperatingPoint, OperatingPointError, choose_operating_point, groups_in
 from .scores import quadratic_kappa
-from ..utils.schema import LATER, Range, SchemaError, from_dict, to_dict
+from ..utils.schema import FORMERLY, LATER, Range, SchemaError, from_dict, to_dict
 
 # %% ../../nbs/metrics/06_decision.ipynb #1ac88f59
 def prediction_table(
@@ -28,8 +28,8 @@ def prediction_table(
 ) -> pd.DataFrame:  # `image, prediction`, then `p_CLASS` for each class
     "Probabilities as a table, with the likeliest class"
     probs = np.asarray(probs, dtype=float).reshape(-1, len(classes))
-    said = pd.Series([None if np.isnan(p).any() else classes[p.argmax()] for p in probs], dtype=object)
-    return pd.DataFrame({'image': images, 'prediction': said}).join(
+    predicted = pd.Series([None if np.isnan(p).any() else classes[p.argmax()] for p in probs], dtype=object)
+    return pd.DataFrame({'image': images, 'prediction': predicted}).join(
         pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])
     )
 
@@ -64,13 +64,15 @@ def table_arrays(
     classes,  # Class names in order
 ) -> tuple[np.ndarray, np.ndarray]:  # Class numbers (n,), probabilities (n, k)
     "Truth and probabilities of a table; ValueError for a class that is not known or a column that is missing"
-    gone = [c for c in ('target', *(f'p_{c}' for c in classes)) if c not in table]
-    if gone:
-        raise ValueError(f"the table has no column '{gone[0]}': its columns are {', '.join(map(str, table.columns))}")
+    missing = [c for c in ('target', *(f'p_{c}' for c in classes)) if c not in table]
+    if missing:
+        raise ValueError(
+            f"the table has no column '{missing[0]}': its columns are {', '.join(map(str, table.columns))}"
+        )
     code = {str(c): i for i, c in enumerate(classes)}
-    odd = sorted(set(table.target.astype(str)) - set(code))
-    if odd:
-        raise ValueError(f"the target '{odd[0]}' is no class of the model: it knows {', '.join(code)}")
+    unknown = sorted(set(table.target.astype(str)) - set(code))
+    if unknown:
+        raise ValueError(f"the target '{unknown[0]}' is no class of the model: it knows {', '.join(code)}")
     return table.target.astype(str).map(code).to_numpy(), _probabilities(table, [f'p_{c}' for c in classes])
 
 # %% ../../nbs/metrics/06_decision.ipynb #eb0627d6
@@ -85,7 +87,7 @@ def positive_score(
     classes = as_classes(classes)
     if classes.positive is None:
         return None
-    return classes.positive.name, np.asarray(probs)[:, classes.positive_numbers].sum(1)
+    return classes.positive.name, np.asarray(probs)[:, classes.positive_indices].sum(1)
 
 # %% ../../nbs/metrics/06_decision.ipynb #61b76452
 def question(
@@ -99,7 +101,7 @@ def question(
     if found is None:
         return None
     name, score = found
-    return Question(name, np.isin(y, classes.positive_numbers).astype(int), score)
+    return Question(name, np.isin(y, classes.positive_indices).astype(int), score)
 
 # %% ../../nbs/metrics/06_decision.ipynb #7a61a704
 def decisions(
@@ -112,10 +114,10 @@ def decisions(
     if q is None:
         return None
     if 'decision' in table and table.decision.notna().all():
-        odd = sorted(set(map(str, table.decision)) - {q.name, f'not {q.name}'})
-        if odd:
+        unknown = sorted(set(map(str, table.decision)) - {q.name, f'not {q.name}'})
+        if unknown:
             raise ValueError(
-                f"the column 'decision' holds {odd[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
+                f"the column 'decision' holds {unknown[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
                 'Give a column of your own another name, such as data_decision'
             )
         return (table.decision == q.name).to_numpy()
@@ -161,7 +163,7 @@ class Decision:
     temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # Probabilities are brought to it
     cuts: tuple[float, ...] | None = None  # Rising: grade j from cut j on
     operating: OperatingPoint | None = None  # From which probability on something is found
-    refused: tuple[str, ...] = ()  # What could not be chosen, and why
+    not_chosen: tuple[str, ...] = field(default=(), metadata={FORMERLY: 'refused'})  # What was not chosen, and why
     positive_groups: GroupCount | None = field(
         default=None, metadata={LATER: True}
     )  # With a positive validation image; None: not known
@@ -241,15 +243,15 @@ def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPo
         return None, [f'no operating point: {e}']
 
 
-def _side_counts(table, classes, point) -> dict:
+def _group_counts(table, classes, point) -> dict:
     "Groups with a positive and with a negative image, of those that an operating point was chosen on"
     q = None if point is None else question(table, classes)
     if q is None:
         return {}
     groups = table_groups(table)
     return {
-        'positive_groups': side_groups(q.y == 1, groups),
-        'negative_groups': side_groups(q.y == 0, groups),
+        'positive_groups': groups_in(q.y == 1, groups),
+        'negative_groups': groups_in(q.y == 0, groups),
     }
 
 
@@ -276,8 +278,8 @@ def choose_decision(
     cuts, no_cuts = _choose_cuts(y, p, classes)
     calibrated = table.assign(**{f'p_{c}': v for c, v in zip(classes, p.T)})
     point, no_point = _choose_point(calibrated, classes, sensitivity, specificity)
-    refused = (*no_temperature, *no_cuts, *no_point)
-    return Decision(temperature, cuts, point, refused, **_side_counts(table, classes, point))
+    not_chosen = (*no_temperature, *no_cuts, *no_point)
+    return Decision(temperature, cuts, point, not_chosen, **_group_counts(table, classes, point))
 
 # %% ../../nbs/metrics/06_decision.ipynb #c145e13c
 def apply_decision(

@@ -58,8 +58,8 @@ def resamples(
         yield np.repeat(rows, np.bincount(rng.integers(k, size=k), minlength=k)[codes])
 
 # %% ../../nbs/metrics/03_intervals.ipynb #6052dc64
-def _columns(found) -> pd.DataFrame:
-    return pd.DataFrame([f if isinstance(f, dict) else {'value': f} for f in found], dtype=float)
+def _columns(values) -> pd.DataFrame:
+    return pd.DataFrame([f if isinstance(f, dict) else {'value': f} for f in values], dtype=float)
 
 
 def _limits(d, level) -> pd.DataFrame:
@@ -98,22 +98,22 @@ def bootstrap(
     value = _columns([metric(*columns)]).T.set_axis(['value'], axis=1)
     if codes.max() == 0:
         return value.assign(low=np.nan, high=np.nan)
-    found = _columns(metric(*(a[rows] for a in columns)) for rows in resamples(codes, n, seed))
-    return value.join(_limits(found, level))
+    values = _columns(metric(*(a[rows] for a in columns)) for rows in resamples(codes, n, seed))
+    return value.join(_limits(values, level))
 
 # %% ../../nbs/metrics/03_intervals.ipynb #109e905f
 def fraction_interval(
-    right,  # Did it happen? (n,) booleans
+    correct,  # Did it happen? (n,) booleans
     groups=None,  # Group (patient) of each image
     level: float = 0.95,  # Of the interval
     **kw,  # As `bootstrap` takes them
 ) -> tuple[float, float, float]:  # Share, low, high (0 to 1); NaN where not defined
     "A share, such as sensitivity, with its interval over groups"
-    right = np.asarray(right, dtype=float)
-    if not len(right):
+    correct = np.asarray(correct, dtype=float)
+    if not len(correct):
         return (float('nan'),) * 3
-    value, low, high = bootstrap(np.mean, right, groups=groups, level=level, **kw).loc['value']
-    n = count_groups(groups, len(right))
+    value, low, high = bootstrap(np.mean, correct, groups=groups, level=level, **kw).loc['value']
+    n = count_groups(groups, len(correct))
     if value in (0, 1) and n > 1:
         low, high = stats.binomtest(int(value) * n, n).proportion_ci(level, 'exact')
     return float(value), float(low), float(high)

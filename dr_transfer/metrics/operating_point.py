@@ -6,7 +6,7 @@
 __all__ = ['OperatingPointError', 'OperatingPoint', 'choose_operating_point', 'predictive_values']
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #20448a15
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -15,12 +15,12 @@ import pandas as pd
 from .groups import known_groups
 from .intervals import bootstrap, fraction_interval, group_codes
 from .scores import sensitivity, specificity
-from ..utils.schema import Known, Range
+from ..utils.schema import FORMERLY, Known, Range
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #642a0588
 # Groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
 _MIN_GROUPS = 30
-_Share = Annotated[float, Range(0, 1)]
+_Fraction = Annotated[float, Range(0, 1)]
 
 
 class OperatingPointError(ValueError):
@@ -31,13 +31,15 @@ class OperatingPointError(ValueError):
 class OperatingPoint:
     "From which score on an image is positive, and what that was chosen for"
 
-    threshold: float  # Positive from here on
-    wanted: Annotated[str, Known(('sensitivity', 'specificity'))]  # What was asked for
-    at_least: _Share  # How much of it
+    threshold: float  # Scores from here on are positive
+    metric: Annotated[str, Known(('sensitivity', 'specificity'))] = field(
+        metadata={FORMERLY: 'wanted'}
+    )  # The metric that was required
+    minimum: _Fraction = field(metadata={FORMERLY: 'at_least'})  # Its required value
     positives: Annotated[int, Range(0, 10**9)]  # Images (not patients) with the condition that it was chosen on
     negatives: Annotated[int, Range(0, 10**9)]  # Images (not patients) without it
-    sensitivity: _Share | None  # On the validation images; None without positives
-    specificity: _Share | None  # On the validation images; None without negatives
+    sensitivity: _Fraction | None  # On the validation images; None without positives
+    specificity: _Fraction | None  # On the validation images; None without negatives
 
     def decide(self, score) -> np.ndarray:
         "Which scores are positive"
@@ -45,7 +47,7 @@ class OperatingPoint:
 
     def __str__(self):
         return (
-            f'positive from {self.threshold:.3f} on, for a {self.wanted} of {self.at_least:.0%} or more '
+            f'positive from {self.threshold:.3f} on, for a {self.metric} of {self.minimum:.0%} or more '
             f'on {self.positives} positive and {self.negatives} other validation images'
         )
 
@@ -55,7 +57,7 @@ def choose_operating_point(
     score,  # Score (n,): the higher, the more likely positive
     sensitivity: float | None = None,  # Share of the positives to be found
     specificity: float | None = None,  # Or share of the others to be left alone
-    least: int = _MIN_GROUPS,  # Distinct groups of the images that decide
+    min_groups: int = _MIN_GROUPS,  # Distinct groups of the images that decide
     groups=None,  # Group (patient) of each image (n,); None: each counts
 ) -> OperatingPoint:  # OperatingPointError where there are too few
     """The threshold for a wanted sensitivity, or specificity, on validation images.
@@ -68,8 +70,8 @@ def choose_operating_point(
     Raises
     ------
     OperatingPointError
-        Fewer than `least` distinct groups decide: for a sensitivity the positive ones, for a specificity the negative
-        ones.
+        Fewer than `min_groups` distinct groups decide: positive ones for a sensitivity, negative ones for a
+        specificity.
     ValueError
         Neither or both of `sensitivity` and `specificity` are given, one is not between 0 and 1, or a score is NaN.
 
@@ -89,62 +91,72 @@ def choose_operating_point(
     0.9
     """
     if sensitivity is not None and specificity is None:
-        wanted, share = 'sensitivity', sensitivity
+        metric, minimum = 'sensitivity', sensitivity
     elif specificity is not None and sensitivity is None:
-        wanted, share = 'specificity', specificity
+        metric, minimum = 'specificity', specificity
     else:
         raise ValueError('say sensitivity=0.9 or specificity=0.9, one of the two')
-    if not 0 < share < 1:
-        raise ValueError(f'{wanted}={share}: give a share between 0 and 1, such as 0.9')
+    if not 0 < minimum < 1:
+        raise ValueError(f'{metric}={minimum}: give a share between 0 and 1, such as 0.9')
     y, score = np.asarray(y, int), np.asarray(score, float)
     if np.isnan(score).any():
         raise ValueError('scores hold NaN: leave these images out')
-    side = y == (wanted == 'sensitivity')
+    selected = y == (metric == 'sensitivity')
     _check_enough(
-        int(side.sum()), side_groups(side, groups), f'{wanted} of {share:.0%}', wanted == 'sensitivity', least
+        int(selected.sum()),
+        groups_in(selected, groups),
+        f'{metric} of {minimum:.0%}',
+        metric == 'sensitivity',
+        min_groups,
     )
-    deciding = np.sort(score[side])
-    count = int(np.ceil(share * len(deciding) - 1e-9))
-    if wanted == 'sensitivity':
+    deciding = np.sort(score[selected])
+    count = int(np.ceil(minimum * len(deciding) - 1e-9))
+    if metric == 'sensitivity':
         at = deciding[len(deciding) - count]
         t = (at + max(score[score < at], default=at)) / 2
     else:
         at = deciding[count - 1]
         t = (at + min(score[score > at], default=at + 1)) / 2
-    return _point(y, score, float(t), wanted, share)
+    return _point(y, score, float(t), metric, minimum)
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #0cf154c1
-def side_groups(
-    side,  # Which images are meant (n,), booleans
+def groups_in(
+    selected,  # Which images are meant (n,), booleans
     groups=None,  # Group (patient) of each image (n,), None where it has none
 ) -> int | None:  # Distinct ones, an image without one is its own; None if none is known
     "How many groups have such an image"
-    side, groups = np.asarray(side, bool), known_groups(groups)
+    selected, groups = np.asarray(selected, bool), known_groups(groups)
     if groups is None:
         return None
-    return len(set(group_codes(groups, len(side))[side].tolist()))
+    return len(set(group_codes(groups, len(selected))[selected].tolist()))
 
 
-def _check_enough(images, groups, what, positive, least):
+def _check_enough(images, groups, what, positive, min_groups):
     "OperatingPointError if too few groups decide, or images where no group is known"
-    if (images if groups is None else groups) >= least:
+    if (images if groups is None else groups) >= min_groups:
         return
     many, unit, more = f'{images} {"positive" if positive else "negative"} validation images', '', 'images'
     if groups is not None:
         many += f' of {groups} groups (patients)'
         unit, more = ' groups, for images of one patient are not independent', 'patients'
     raise OperatingPointError(
-        f'{many}: a {what} cannot be set on fewer than {least}{unit}. '
+        f'{many}: a {what} cannot be set on fewer than {min_groups}{unit}. '
         f'Add {more} to the validation side, or take the likeliest class'
     )
 
 
-def _point(y, score, t, wanted, share) -> OperatingPoint:
+def _point(y, score, t, metric, minimum) -> OperatingPoint:
     p = (score >= t).astype(int)
     positives, negatives = int(y.sum()), int((1 - y).sum())
-    found = sensitivity(y, p) if positives else None
-    left_alone = specificity(y, p) if negatives else None
-    return OperatingPoint(t, wanted, share, positives, negatives, found, left_alone)
+    return OperatingPoint(
+        threshold=t,
+        metric=metric,
+        minimum=minimum,
+        positives=positives,
+        negatives=negatives,
+        sensitivity=sensitivity(y, p) if positives else None,
+        specificity=specificity(y, p) if negatives else None,
+    )
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4c01358a
 def check_prevalence(
@@ -176,26 +188,26 @@ def predictive_values(
 # %% ../../nbs/metrics/05_operating_point.ipynb #08a6efad
 def operating_table(
     y,  # Truth of test images (n,): 1 positive, 0 negative
-    called,  # What was decided (n,): True for positive
+    decided,  # What was decided (n,): True for positive
     groups=None,  # Group (patient) of each image
     prevalence: float | None = None,  # For predictive values; without, none
     **kw,  # As `bootstrap` takes them
 ) -> pd.DataFrame:  # A row a figure: value, low, high, images
     "What decisions at an operating point come to on test images, with intervals over groups"
     y = np.asarray(y, int)
-    called = np.asarray(called, bool)
+    decided = np.asarray(decided, bool)
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
     rows = {}
     for name, want in (('sensitivity', 1), ('specificity', 0)):
-        side = y == want
-        interval = fraction_interval(called[side] == bool(want), g[side], **kw)
-        rows[name] = (*interval, int(side.sum()))
+        selected = y == want
+        interval = fraction_interval(decided[selected] == bool(want), g[selected], **kw)
+        rows[name] = (*interval, int(selected.sum()))
     if prevalence is not None:
-        rows |= _predictive(rows, y, called, g, prevalence, kw)
+        rows |= _predictive(rows, y, decided, g, prevalence, kw)
     return pd.DataFrame(rows, ['value', 'low', 'high', 'images']).T.astype({'images': int})
 
 
-def _predictive(rows, y, called, g, prevalence, kw) -> dict:
+def _predictive(rows, y, decided, g, prevalence, kw) -> dict:
     """Predictive values with intervals over groups.
 
     Where no draw can show an error, of the ends of sensitivity and specificity.
@@ -207,12 +219,12 @@ def _predictive(rows, y, called, g, prevalence, kw) -> dict:
         specificity = (~c[y == 0]).mean() if not y.all() else np.nan
         return predictive_values(sensitivity, specificity, prevalence)
 
-    found = bootstrap(both, y, called, groups=g, **kw)
+    values = bootstrap(both, y, decided, groups=g, **kw)
     sensitivity, specificity = rows['sensitivity'], rows['specificity']
     if {sensitivity[0], specificity[0]} & {0.0, 1.0}:
         of_ends = [predictive_values(sensitivity[i], specificity[i], prevalence) for i in range(3)]
-        found = pd.DataFrame(of_ends, ends).T
+        values = pd.DataFrame(of_ends, ends).T
     out = {}
-    for k in found.index:
-        out[f'{k} predictive value at {prevalence:.0%}'] = (*found.loc[k, ends], len(y))
+    for k in values.index:
+        out[f'{k} predictive value at {prevalence:.0%}'] = (*values.loc[k, ends], len(y))
     return out

@@ -82,21 +82,21 @@ def plot_confusion(
 ) -> Figure:
     "Confusion matrix: counts, and the fraction of each true class as colour"
     m = confusion(y, pred, classes).to_numpy()
-    share = m / np.maximum(m.sum(1, keepdims=True), 1)
-    side = 1.6 + 0.7 * len(classes)
-    fig = Figure(figsize=(side + 0.6, side), layout='constrained')
+    fraction = m / np.maximum(m.sum(1, keepdims=True), 1)
+    inches = 1.6 + 0.7 * len(classes)
+    fig = Figure(figsize=(inches + 0.6, inches), layout='constrained')
     ax = fig.subplots()
-    ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1)
     for i in range(len(classes)):
         for j in range(len(classes)):
             ax.text(
                 j,
                 i,
-                f'{m[i, j]}\n{share[i, j]:.0%}',
+                f'{m[i, j]}\n{fraction[i, j]:.0%}',
                 ha='center',
                 va='center',
                 fontsize=9,
-                color='white' if share[i, j] > 0.5 else 'black',
+                color='white' if fraction[i, j] > 0.5 else 'black',
             )
     names = [plain_text(c, 30) for c in classes]
     ax.set_xticks(range(len(classes)), names, rotation=30 if len(classes) > 2 or max(map(len, names)) > 12 else 0)
@@ -108,7 +108,7 @@ def plot_confusion(
 def plot_predictions(
     images: list,  # Arrays or PIL images
     titles: list[str],  # One line each
-    right: list[bool],  # Is the prediction right? Wrong ones have a red title
+    correct: list[bool],  # Is the prediction right? Wrong ones have a red title
     cols: int = 4,  # Images in a row
     about: str = '',  # A line above all
 ) -> Figure:
@@ -117,7 +117,7 @@ def plot_predictions(
     fig = Figure(figsize=(2.1 * cols, 2.3 * rows + 0.4), layout='constrained')
     for ax in fig.subplots(rows, cols, squeeze=False).flat:
         ax.axis('off')
-    for ax, im, title, ok in zip(fig.axes, images, titles, right):
+    for ax, im, title, ok in zip(fig.axes, images, titles, correct):
         ax.imshow(np.asarray(im))
         ax.set_title(plain_text(title), fontsize=9, color='black' if ok else 'firebrick')
     if about:
@@ -135,7 +135,7 @@ def pick_examples(
     t = table.iloc[np.argsort(-sure, kind='stable')]
     correct = t.target == t.prediction
     wrong = t[t.target != t.prediction].head(n // 2)
-    right = t[correct].groupby('target', sort=True).head(n)
-    turn = right.groupby('target').cumcount()  # the first of each class, then the second of each
-    right = right.assign(k=turn).sort_values(['k', 'target'])
-    return pd.concat([right.head(n - len(wrong)), wrong]).drop(columns='k')
+    correct = t[correct].groupby('target', sort=True).head(n)
+    order = correct.groupby('target').cumcount()  # the first of each class, then the second of each
+    correct = correct.assign(k=order).sort_values(['k', 'target'])
+    return pd.concat([correct.head(n - len(wrong)), wrong]).drop(columns='k')

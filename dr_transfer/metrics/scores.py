@@ -79,8 +79,8 @@ def sensitivity(
     "Share of the positive images that are found (Yerushalmy 1947); also called recall"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
-    ill = y == positive
-    return float((pred[ill] == positive).mean()) if ill.any() else float('nan')
+    positives = y == positive
+    return float((pred[positives] == positive).mean()) if positives.any() else float('nan')
 
 
 def specificity(
@@ -91,8 +91,8 @@ def specificity(
     "Share of the other images that are not taken for positive (Yerushalmy 1947)"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
-    well = y != positive
-    return float((pred[well] != positive).mean()) if well.any() else float('nan')
+    negatives = y != positive
+    return float((pred[negatives] != positive).mean()) if negatives.any() else float('nan')
 
 # %% ../../nbs/metrics/02_scores.ipynb #d7b9f185
 def auc(
@@ -103,9 +103,9 @@ def auc(
     y, score = _pair(y, score, 'scores')
     if isinstance(score[0], str):
         raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
-    ill = _numbers(y, 2, 'truth') == 1
-    low = np.sort(score[~ill])
-    high = score[ill]
+    positives = _numbers(y, 2, 'truth') == 1
+    low = np.sort(score[~positives])
+    high = score[positives]
     if not len(low) or not len(high):
         return float('nan')
     below = np.searchsorted(low, high, 'left').sum()

@@ -73,31 +73,31 @@ def by_patient(
             f'p_{found}': g.score,
         }
     )
-    called = decisions(table, classes)
+    decided = decisions(table, classes)
     return (
         out
-        if called is None
-        else out.assign(decision=np.where(pd.Series(called).groupby(t.group).max(), q.name, f'not {q.name}'))
+        if decided is None
+        else out.assign(decision=np.where(pd.Series(decided).groupby(t.group).max(), q.name, f'not {q.name}'))
     )
 
 # %% ../../nbs/metrics/07_screening.ipynb #4ff579c2
-def measure_names(
+def metric_names(
     classes=None,  # Class names; of any model if None
-) -> list[str]:  # In the order of `measures`
+) -> list[str]:  # In the order of `metric_values`
     "The measures that there are for these classes"
     if classes is None:
         grades = Classes(('0', '1', '2'), Positive('2', ('2',)), ordered=True)
-        return list(dict.fromkeys(m for c in (grades, 'ab', 'abc') for m in measure_names(c)))
+        return list(dict.fromkeys(m for c in (grades, 'ab', 'abc') for m in metric_names(c)))
     k = len(classes)
-    return list(measures(np.arange(k), np.eye(k), classes))
+    return list(metric_values(np.arange(k), np.eye(k), classes))
 
 
 def main_metric(
-    known=None,  # Names of the measures that there are; `measure_names()` if None
+    known=None,  # Names of the measures that there are; `metric_names()` if None
     name: str | None = None,  # One that is asked for
 ) -> str:
     "A measure by name; AUC, or accuracy where there is none, if none is asked for"
-    known = measure_names() if known is None else list(dict.fromkeys(known))
+    known = metric_names() if known is None else list(dict.fromkeys(known))
     if name is None:
         name = 'auc' if 'auc' in known else 'accuracy'
     if name not in known:
@@ -105,7 +105,7 @@ def main_metric(
     return name
 
 
-def measures(
+def metric_values(
     y,  # Class numbers (n,)
     probs,  # Probabilities (n, k)
     classes,  # Class names in order
@@ -116,11 +116,11 @@ def measures(
     found = positive_score(probs, classes)
     if found is None:
         return out | {'calibration error': calibration_error(y == probs.argmax(1), probs.max(1))}
-    ill = np.isin(y, classes.positive_numbers)
+    positives = np.isin(y, classes.positive_indices)
     if len(classes) > 2:
-        out['auc'] = summary(ill.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
+        out['auc'] = summary(positives.astype(int), np.c_[1 - found[1], found[1]], ['no', found[0]])['auc']
     return {k: v for k, v in out.items() if k not in ('sensitivity', 'specificity')} | {
-        'calibration error': calibration_error(ill, found[1].clip(0, 1))
+        'calibration error': calibration_error(positives, found[1].clip(0, 1))
     }
 
 # %% ../../nbs/metrics/07_screening.ipynb #47429d45
@@ -145,11 +145,11 @@ def interval_note(
 
 def _missing_note(measured, groups, n) -> list:
     "Which values have no interval although others have, and why"
-    gone = measured.index[measured.value.notna() & measured.low.isna()].tolist()
-    if not gone or count_groups(groups, n) == 1:
+    missing = measured.index[measured.value.notna() & measured.low.isna()].tolist()
+    if not missing or count_groups(groups, n) == 1:
         return []
     few = 'images' if groups is None else 'groups (patients)'
-    return [f'no interval for {", ".join(gone)}: too few {few} decide on it']
+    return [f'no interval for {", ".join(missing)}: too few {few} decide on it']
 
 # %% ../../nbs/metrics/07_screening.ipynb #3c867899
 def measure_table(
@@ -167,16 +167,16 @@ def measure_table(
         raise ValueError('the table has no row: give the predictions of one image at least')
     classes = as_classes(classes)
     y, p = table_arrays(table, classes)
-    t = bootstrap(lambda y, p: measures(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
+    t = bootstrap(lambda y, p: metric_values(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
         images=len(y)
     )
     if classes.are_grades and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
-    q, called = question(table, classes), decisions(table, classes, point)
+    q, decided = question(table, classes), decisions(table, classes, point)
     notes = [interval_note(table)]
-    if q is not None and called is not None:
-        t = pd.concat([operating_table(q.y, called, table_groups(table), prevalence, n=n, seed=seed), t])
+    if q is not None and decided is not None:
+        t = pd.concat([operating_table(q.y, decided, table_groups(table), prevalence, n=n, seed=seed), t])
         notes.append(
             'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class'
         )
@@ -206,7 +206,7 @@ def compare_tables(
     _, of_b = table_arrays(b, classes)
 
     def measured(y, p):
-        return measures(y, p, classes)
+        return metric_values(y, p, classes)
 
     return paired_difference(measured, y, of_a, of_b, groups=table_groups(a), **kw)
 
@@ -235,24 +235,29 @@ def worst_errors(
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Decides what is wrong; without, the likeliest class
     n: int = 20,  # How many at most of each kind
-) -> pd.DataFrame:  # `image, target, said, probability`, the surest first
+) -> pd.DataFrame:  # `image, target, predicted, probability`, the surest first
     "The surest mistakes; where something is decided, as many missed ones as false alarms"
-    q, (y, p), called = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
-    if q is not None and called is not None:
-        wrong, sure, said = (
-            called != (q.y == 1),
-            np.where(called, q.score, 1 - q.score),
-            np.where(called, q.name, f'not {q.name}'),
+    q, (y, p), decided = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
+    if q is not None and decided is not None:
+        wrong, confidence, predicted = (
+            decided != (q.y == 1),
+            np.where(decided, q.score, 1 - q.score),
+            np.where(decided, q.name, f'not {q.name}'),
         )
-        sure_of = np.abs(q.score - (point.threshold if point else 0.5))
+        certainty = np.abs(q.score - (point.threshold if point else 0.5))
     else:
-        wrong, sure, said = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]
-        sure_of = sure
+        wrong, confidence, predicted = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]
+        certainty = confidence
     t = pd.DataFrame(
-        {'image': table.image.tolist(), 'target': table.target.tolist(), 'said': said, 'probability': sure}
+        {
+            'image': table.image.tolist(),
+            'target': table.target.tolist(),
+            'predicted': predicted,
+            'probability': confidence,
+        }
     )[wrong]
-    t = t.iloc[np.argsort(-sure_of[wrong], kind='stable')]
-    return (t.head(n) if called is None else t.groupby('said', sort=False).head(n)).reset_index(drop=True)
+    t = t.iloc[np.argsort(-certainty[wrong], kind='stable')]
+    return (t.head(n) if decided is None else t.groupby('predicted', sort=False).head(n)).reset_index(drop=True)
 
 # %% ../../nbs/metrics/07_screening.ipynb #90071d03
 def roc_band(
@@ -260,7 +265,7 @@ def roc_band(
     groups=None,  # Group (patient) of each image
     n: int = 500,  # Draws of the bootstrap
     seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # `false_positive_rate`, and `found`, `low`, `high` (or NaN) there
+) -> pd.DataFrame:  # `false_positive_rate`, and `sensitivity`, `low`, `high` (or NaN) there
     """Share of positives found at each rate of false alarms, with 95 % limits over patients.
 
     Vertical averaging (Fawcett 2006).
@@ -278,12 +283,12 @@ def roc_band(
     low, high = np.nan, np.nan
     if codes.max() > 0 and np.isfinite(found[:, 0]).mean() > 0.95:
         low, high = np.nanquantile(found, (0.025, 0.975), axis=0)
-    return pd.DataFrame({'false_positive_rate': grid, 'found': curve(q.y, q.score), 'low': low, 'high': high})
+    return pd.DataFrame({'false_positive_rate': grid, 'sensitivity': curve(q.y, q.score), 'low': low, 'high': high})
 
 # %% ../../nbs/metrics/07_screening.ipynb #7038f22f
 def plot_roc(
     q: Question,  # From `question`
-    called=None,  # What was decided (n,): to be marked as a point
+    decided=None,  # What was decided (n,): to be marked as a point
     groups=None,  # Group (patient) of each image
     n: int = 1000,  # Draws of the bootstrap
 ) -> Figure:
@@ -292,10 +297,10 @@ def plot_roc(
     ax = fig.subplots()
     if b.low.notna().any():
         ax.fill_between(b.false_positive_rate, b.low, b.high, alpha=0.25, lw=0, label='95 % interval over groups')
-    ax.plot(b.false_positive_rate, b.found)
+    ax.plot(b.false_positive_rate, b.sensitivity)
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1)
-    if called is not None:
-        ax.plot(called[q.y == 0].mean(), called[q.y == 1].mean(), 'o', color='firebrick', label='operating point')
+    if decided is not None:
+        ax.plot(decided[q.y == 0].mean(), decided[q.y == 1].mean(), 'o', color='firebrick', label='operating point')
     ax.set(xlabel='false positive rate (1 - specificity)', ylabel='sensitivity (true positive rate)')
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, loc='lower right')
@@ -303,20 +308,20 @@ def plot_roc(
 
 # %% ../../nbs/metrics/07_screening.ipynb #f5817f08
 def plot_reliability(
-    right,  # Did it come true? (n,) booleans
-    said,  # Probability that it would (n,)
+    correct,  # Did it come true? (n,) booleans
+    predicted,  # Probability that it would (n,)
     what: str = '',  # Of what
 ) -> Figure:
     """Mean predicted probability against observed frequency, in bins of equally many images.
 
     With 95 % intervals (Wilson 1927), which stay within 0 to 1.
     """
-    r = reliability(right, said)
+    r = reliability(correct, predicted)
     fig = Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], ':', color='grey', lw=1, label='perfect calibration')
     bars = _wilson_bars(r)
-    ax.errorbar(r.said, r.seen, bars, fmt='o-', capsize=2, label=f'{_bins_words(r.images)}, 95 % intervals')
+    ax.errorbar(r.predicted, r.observed, bars, fmt='o-', capsize=2, label=f'{_bins_words(r.images)}, 95 % intervals')
     ax.set(
         xlabel=plain_text(f'mean predicted probability {what}'.strip()),
         ylabel=plain_text(f'observed frequency {what}'.strip()),
@@ -329,11 +334,11 @@ def plot_reliability(
 
 def _wilson_bars(bins) -> np.ndarray:
     "How far the Wilson interval of each bin reaches below and above its observed frequency (2, bins)"
-    counts = zip((bins.seen * bins.images).round().astype(int), bins.images.astype(int))
+    counts = zip((bins.observed * bins.images).round().astype(int), bins.images.astype(int))
     limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
     low = np.array([ci.low for ci in limits])
     high = np.array([ci.high for ci in limits])
-    return np.clip([bins.seen - low, high - bins.seen], 0, None)
+    return np.clip([bins.observed - low, high - bins.observed], 0, None)
 
 
 def _bins_words(images) -> str:
@@ -357,26 +362,26 @@ def referral_table(
     "What is gained by referring the images nearest to the threshold to a human (selective prediction)"
     q = question(table, classes)
     y, p = table_arrays(table, classes)
-    called = decisions(table, classes, point)
-    if q is None or called is None:
+    decided = decisions(table, classes, point)
+    if q is None or decided is None:
         return referral_curve(p.argmax(1) == y, p.max(1))
     threshold = point.threshold if point else 0.5
-    sure = np.abs(_log_odds(q.score) - _log_odds(threshold))
-    return referral_curve(called == (q.y == 1), sure)
+    confidence = np.abs(_log_odds(q.score) - _log_odds(threshold))
+    return referral_curve(decided == (q.y == 1), confidence)
 
 # %% ../../nbs/metrics/07_screening.ipynb #7eae7d7d
 def consistency(
     probs,  # Probabilities of each view (n, views, k)
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
-) -> dict[str, float]:  # 'same decision' (share), 'spread' (mean of highest - lowest score)
+) -> dict[str, float]:  # 'same decision' (share), 'score range' (mean of highest - lowest score)
     "How much the views of an image agree"
     probs = np.asarray(probs, float)
     n, views, k = probs.shape
     found = positive_score(probs.reshape(-1, k), classes)
     score = (found[1] if found else probs.max(2)).reshape(n, views)
-    called = point.decide(score) if point is not None and found else probs.argmax(2)
+    decided = point.decide(score) if point is not None and found else probs.argmax(2)
     return {
-        'same decision': float((called == called[:, :1]).all(1).mean()),
-        'spread': float(np.ptp(score, axis=1).mean()),
+        'same decision': float((decided == decided[:, :1]).all(1).mean()),
+        'score range': float(np.ptp(score, axis=1).mean()),
     }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.views import VIEWS, map_batches, normalise, stack_images
+from ..data.views import VIEWS, map_batches, normalize, stack_images
 from .head import Head
 from .ordered import ORDERED
 from .speed import Runtime, forward_copy, get_runtime, training_copy
@@ -252,7 +252,7 @@ def view_probs(
 
     @torch.inference_mode()
     def probs(x):
-        x = normalise(x.to(device), mean, std)
+        x = normalize(x.to(device), mean, std)
         p = torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]], 1)
         return (p.mean(1) if average else p).cpu().numpy()
 

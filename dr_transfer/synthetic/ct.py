@@ -27,7 +27,7 @@ from dr_transfer.synthetic.chest import (
     _turn,
     _walk,
 )
-from .drawing import _each, _stream
+from .drawing import _map, _stream
 from ..utils.files import new_folder, unknown
 
 # %% ../../nbs/synthetic/04_ct.ipynb #a7bdab36
@@ -256,7 +256,7 @@ def _slices(
     rows = []
     for z, a, b in zip(axes[0].ravel(), area, sick):
         if a > 0.35 * area.max():
-            rows.append(dict(z=round(float(z), 2), share=round(float(b / a), 3)))
+            rows.append(dict(z=round(float(z), 2), fraction=round(float(b / a), 3)))
     return rows
 
 
@@ -308,7 +308,7 @@ def draw_ct(
     return np.clip(hu, -1024, 3071).round().astype(np.int16), truth
 
 # %% ../../nbs/synthetic/04_ct.ipynb #8b1b05f5
-_SICK = 0.2  # share of the lung in a slice from which on it is labelled with the pattern
+_AFFECTED = 0.2  # share of the lung in a slice from which on it is labelled with the pattern
 
 
 def _file_ct(job: dict) -> tuple:  # Rows of candidates, rows of slices, truth
@@ -328,9 +328,9 @@ def _file_ct(job: dict) -> tuple:  # Rows of candidates, rows of slices, truth
     slices = []
     step = max(1, round(job['every'] / job['spacing'][0]))
     for row in truth['slices'][::step]:
-        share = row['share']
-        if share >= _SICK or share < 0.005:
-            label = job['pattern'] if share >= _SICK else 'normal'
+        fraction = row['fraction']
+        if fraction >= _AFFECTED or fraction < 0.005:
+            label = job['pattern'] if fraction >= _AFFECTED else 'normal'
             slices.append(shared | dict(z=row['z'], label=label))
     return candidates, slices, truth
 
@@ -370,7 +370,7 @@ def _write_ct(
 ):
     "Write the volumes and the tables that belong to them"
     (folder / 'volumes').mkdir()
-    candidates, slices, truth = zip(*_each(_file_ct, jobs, workers))
+    candidates, slices, truth = zip(*_map(_file_ct, jobs, workers))
     _write_rows(folder / 'candidates.csv', candidates, ['x', 'y', 'z'])
     _write_rows(folder / 'slices.csv', slices, ['z'])
     by_patient = {job['patient']: facts for job, facts in zip(jobs, truth)}

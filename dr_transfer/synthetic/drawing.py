@@ -58,7 +58,7 @@ def _stain(
     img *= np.exp(-alpha * _rgb(*absorb))
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #7b64411e
-def _already(
+def _is_made(
     folder: Path,
     settings: dict,  # What is asked for
 ) -> bool:
@@ -76,7 +76,7 @@ def _already(
     return False
 
 
-def _each(
+def _map(
     do,  # A function of one job
     jobs: list,
     workers: int | None,  # Processes; None: as many as cores

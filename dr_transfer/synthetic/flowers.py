@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .drawing import _already, _each, _field, _noise, _rgb, _stream
+from .drawing import _field, _is_made, _map, _noise, _rgb, _stream
 
 # %% ../../nbs/synthetic/02_flowers.ipynb #cell053
 def _paint(
@@ -281,7 +281,7 @@ def make_flowers(
     if n < len(classes) or size < 32:
         raise ValueError(f'n={n}, size={size}: type at least one image a class, and 32 pixels')
     settings = dict(maker='make_flowers', n=n, size=size, seed=seed, classes=list(classes))
-    if _already(folder, settings):
+    if _is_made(folder, settings):
         return pd.read_csv(folder / 'credits.csv')
     for label in classes:
         (folder / label).mkdir(parents=True)
@@ -301,7 +301,7 @@ def make_flowers(
             host=(seed, 9, who),
         )
         jobs.append(job)
-    _each(_file_flower, jobs, None)
+    _map(_file_flower, jobs, None)
     credits = pd.DataFrame(sorted(rows), columns=['image', 'label', 'photographer'])
     credits.to_csv(folder / 'credits.csv', index=False)
     (folder / 'drawn.json').write_text(json.dumps(settings | dict(files=n)))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from .drawing import _already, _each, _field, _noise, _rgb, _stain, _stream
+from .drawing import _field, _is_made, _map, _noise, _rgb, _stain, _stream
 from .eye import LESION_KINDS, _blob, _person, _place, _retina, _strokes, _tuft, _vessels
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
@@ -275,14 +275,14 @@ def contact_sheet(
 def _grades(
     rng: np.random.Generator,
     n: int,  # How many eyes
-    shares: tuple,  # Of the grades
+    fractions: tuple,  # Of the grades
 ) -> np.ndarray:
     "Grades of eyes, two by two of one person: shares as asked, pairs alike"
     person = rng.normal(size=(n + 1) // 2)
     eye = rng.normal(size=n)
     severity = 0.85 * np.repeat(person, 2)[:n] + 0.53 * eye
     rank = np.argsort(np.argsort(severity))
-    bounds = np.cumsum(shares) / np.sum(shares)
+    bounds = np.cumsum(fractions) / np.sum(fractions)
     return np.searchsorted(bounds, (rank + 0.5) / n)
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell045
@@ -291,7 +291,7 @@ def _plan_dr(
     n: int,
     cameras: int | tuple,
     grade_p: tuple,
-    knobs: dict,  # How many photographs have which flaw
+    flaw_counts: dict,  # How many photographs have which flaw
 ) -> list:  # Of jobs
     "What to draw for each photograph, and which flaw it gets"
     cams = np.arange(cameras).tolist() if np.ndim(cameras) == 0 else [int(c) for c in cameras]
@@ -299,15 +299,15 @@ def _plan_dr(
         raise ValueError(f'n={n}, cameras={cameras}: nothing to draw, type 1 or more')
     if len(grade_p) != 5 or min(grade_p) < 0:
         raise ValueError(f'grade_p={grade_p}: type five shares of 0 or more, one for each grade')
-    if sum(knobs.values()) > n:
-        raise ValueError(f'{knobs} ask for more than n={n} and a photograph has one flaw: type a larger n')
+    if sum(flaw_counts.values()) > n:
+        raise ValueError(f'{flaw_counts} ask for more than n={n} and a photograph has one flaw: type a larger n')
     people = (n + 1) // 2
     grades = _grades(rng, n, grade_p)
     person = rng.integers(2**31, size=people)
     camera = rng.choice(cams, people)
     step = rng.integers(1, 5, n)
     flawed = rng.permutation(n).tolist()
-    flaws = [flaw for flaw, count in knobs.items() for _ in range(count)]
+    flaws = [flaw for flaw, count in flaw_counts.items() for _ in range(count)]
     flaw_of = dict(zip(flawed, flaws))
     jobs = []
     for i, grade in enumerate(grades):
@@ -385,7 +385,7 @@ def make_dr(
 ) -> pd.DataFrame:  # What labels.csv holds: image, grade, patient, eye
     "Write `images/`, `labels.csv` and `truth.json` into `folder`, unless just these are there"
     folder = Path(folder)
-    knobs = dict(
+    flaw_counts = dict(
         exact_duplicates=exact_duplicates,
         near_duplicates=near_duplicates,
         unreadable=unreadable,
@@ -398,13 +398,13 @@ def make_dr(
         seed=seed,
         cameras=np.asarray(cameras).tolist(),
         grade_p=list(grade_p),
-        **knobs,
+        **flaw_counts,
     )
-    if not _already(folder, settings):
-        plan = _plan_dr(_stream(seed, 7), n, cameras, grade_p, knobs)
+    if not _is_made(folder, settings):
+        plan = _plan_dr(_stream(seed, 7), n, cameras, grade_p, flaw_counts)
         (folder / 'images').mkdir(parents=True)
         jobs = [job | dict(folder=str(folder), size=size) for job in plan]
-        drawn = [row for rows in _each(_file_dr, jobs, workers) for row in rows]
+        drawn = [row for rows in _map(_file_dr, jobs, workers) for row in rows]
         drawn.sort(key=lambda row: row['image'])
         _write_dr(folder, drawn, settings)
     return pd.read_csv(folder / 'labels.csv')

@@ -71,7 +71,7 @@ def check_class_names(
     classes: Collection,  # Class names in order
 ):
     "ValueError for names that are no text, empty, too long, not printable, or alike but for case and spaces"
-    seen = {}
+    known = {}
     for name in classes:
         if not isinstance(name, str):
             raise ValueError(f'the class name {name!r} is not text: give text, such as {str(name)!r}')
@@ -84,11 +84,13 @@ def check_class_names(
         if any(unicodedata.category(c) in _UNPRINTABLE for c in name):
             raise ValueError(f'the class name {name!r} holds a character that cannot be printed: rename the class')
         alike = ' '.join(name.casefold().split())
-        if alike in seen:
+        if alike in known:
             differ = (
-                '' if seen[alike] == name else f', as {seen[alike]!r} and {name!r}, which differ only in case or spaces'
+                ''
+                if known[alike] == name
+                else f', as {known[alike]!r} and {name!r}, which differ only in case or spaces'
             )
             raise ValueError(
                 f'the class name {name!r} occurs twice{differ}: rename one of them, or make them one class'
             )
-        seen[alike] = name
+        known[alike] = name

@@ -121,7 +121,7 @@ def _separator(text) -> str:
     return max(_SEPARATORS, key=columns)
 
 
-def _swallowed(lines, row, sep) -> bool:
+def _is_joined(lines, row, sep) -> bool:
     "Are several lines of a file, each a whole row, one cell because of a stray quote?"
     if len(lines) < 2 or len(row) < 2:
         return False
@@ -162,7 +162,7 @@ def _rows(text, sep, file):
             raise CsvError(_why(e, first, lines.number, file)) from None
         if not row or (not any(row) and len(row) == 1 and '"' not in lines.last[0]):
             continue
-        if _swallowed(lines.last, row, sep):
+        if _is_joined(lines.last, row, sep):
             raise CsvError(
                 f'{file} cannot be read as a CSV file: lines {first} to {lines.number} are one row, because of '
                 f'a quote (") in line {first} and the next one in line {lines.number}: remove the quotes'

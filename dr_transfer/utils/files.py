@@ -185,7 +185,7 @@ def _marker(folder) -> dict:
     return found if good else {}
 
 
-def is_ours(
+def has_marker(
     folder: str | Path,  # A folder
 ) -> bool:
     "Did we make this folder? Its marker tells"
@@ -224,17 +224,17 @@ def mark_folder(
         f.write_text(json.dumps(found, indent=1), encoding='utf-8')
 
 
-def strange_files(
+def unlisted_files(
     folder: str | Path,  # A folder of ours
 ) -> list[str]:  # Names below it
     "What lies in a folder of ours that its marker does not list"
-    listed, strange = set(_marker(folder).get('files', ())), []
+    listed, unlisted = set(_marker(folder).get('files', ())), []
     for name in _entries(folder, own=listed):
-        if name.endswith('/') and is_ours(Path(folder) / name):
-            strange += [name + inner for inner in strange_files(Path(folder) / name)]
+        if name.endswith('/') and has_marker(Path(folder) / name):
+            unlisted += [name + inner for inner in unlisted_files(Path(folder) / name)]
         elif name not in listed and name != MARKER and not is_temporary(name.rsplit('/', 1)[-1]):
-            strange.append(name)
-    return strange
+            unlisted.append(name)
+    return unlisted
 
 # %% ../../nbs/utils/03_files.ipynb #o0000021
 def _check_owned(place: Place, kind: str):
@@ -245,9 +245,9 @@ def _check_owned(place: Place, kind: str):
         raise OutputError(f"{place.given} holds '{name}' and no mark that dr_transfer made it, {end}")
     if found != kind:
         raise OutputError(f'{place.given} is a {found} folder of dr_transfer, not a {kind} folder, {end}')
-    strange = strange_files(place.target)
-    if strange:
-        raise OutputError(f"{place.given} holds '{strange[0]}', which dr_transfer did not put there, {end}")
+    unlisted = unlisted_files(place.target)
+    if unlisted:
+        raise OutputError(f"{place.given} holds '{unlisted[0]}', which dr_transfer did not put there, {end}")
 
 
 def _check_folder(place: Place, overwrite: bool, kind: str):
@@ -327,7 +327,7 @@ def _clear_temporary(folder: Path):
 
 def _clear_owned(place: Place, kind: str):
     "Remove what a folder of ours holds, if all of it is ours"
-    if not is_ours(place.target):
+    if not has_marker(place.target):
         return
     _check_owned(place, kind)
     for p in place.target.iterdir():
@@ -355,7 +355,7 @@ def growing_folder(
             _clear_temporary(folder)
             if overwrite:
                 _clear_owned(place, kind)
-            if not is_ours(folder):
+            if not has_marker(folder):
                 mark_folder(folder, kind, files)
             yield folder
         finally:
@@ -374,12 +374,12 @@ def usual_mode(
 
 def plain_text(
     text,  # A class name, a file name, or what else a user chose
-    most: int = 60,  # Characters; a longer text loses its middle
+    max_length: int = 60,  # Characters; a longer text loses its middle
 ) -> str:
     "A text as matplotlib draws it letter by letter, also in a legend, and short enough for a figure"
     readable = str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-    if len(readable) > most:
-        half = (most - 1) // 2
+    if len(readable) > max_length:
+        half = (max_length - 1) // 2
         readable = f'{readable[:half]}…{readable[-half:]}'
     if readable.startswith('_'):
         readable = f' {readable}'  # matplotlib leaves out legends that begin with it
@@ -412,13 +412,13 @@ def progress(
 
         yield from tqdm(items, total=total, desc=label, file=file)
         return
-    last, said, n = time.monotonic(), False, 0
+    last, printed, n = time.monotonic(), False, 0
     for n, o in enumerate(items, 1):
         yield o
         if time.monotonic() - last >= every:
             print(f'{label}: {n}{f" of {total}" if total else ""}', file=file, flush=True)
-            last, said = time.monotonic(), True
-    if said:
+            last, printed = time.monotonic(), True
+    if printed:
         print(f'{label}: {n}, done', file=file, flush=True)
 
 # %% ../../nbs/utils/03_files.ipynb #12d64037

@@ -68,12 +68,12 @@ def open_regular(
 
 def read_regular(
     path: str | Path,  # A file
-    most: int | None = None,  # Bytes at most; `TooLarge` beyond
+    max_bytes: int | None = None,  # Bytes at most; `TooLarge` beyond
     follow: bool = True,  # May the last part of the name be a link?
 ) -> bytes:  # As `open_regular`
     "The content of a regular file"
     with open_regular(path, follow=follow) as f:
         size = os.fstat(f.fileno()).st_size
-        if most is not None and size > most:
-            raise TooLarge(f'it has {size:,} bytes, and may have {most:,}')
+        if max_bytes is not None and size > max_bytes:
+            raise TooLarge(f'it has {size:,} bytes, and may have {max_bytes:,}')
         return f.read()

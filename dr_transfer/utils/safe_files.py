@@ -18,7 +18,7 @@ from .places import reason, too_many_open
 from .regular import NotAFile
 
 # %% ../../nbs/utils/04_safe_files.ipynb #684843f2
-_TOLD = set()  # folders of which something was said in this process
+_WARNED = set()  # folders of which something was said in this process
 
 
 def _shared(folder) -> str:
@@ -40,8 +40,8 @@ def check_private(
     folder, root = Path(folder).absolute(), cache_folder().absolute()
     inside = root == folder or root in folder.parents
     for p in (folder, *folder.parents):
-        if p not in _TOLD and p.is_dir() and (why := _shared(p)):
-            _TOLD.add(p)
+        if p not in _WARNED and p.is_dir() and (why := _shared(p)):
+            _WARNED.add(p)
             warn(
                 f'the cache folder {p} {why}, who can put wrong numbers there: '
                 'let DR_TRANSFER_CACHE name a folder of your own'

@@ -204,8 +204,8 @@ def _repair(store):
             f.write_text(text)
     good, _, tidy = _good_lines(store)
     if not tidy:
-        nobody = [0] * len(store.fields)
-        lines = (good.get(row) or _Line(row, None, '', nobody) for row in range(store.rows))
+        no_sums = [0] * len(store.fields)
+        lines = (good.get(row) or _Line(row, None, '', no_sums) for row in range(store.rows))
         with atomic_file(index) as f:
             f.write_bytes(b''.join(line.text() for line in lines))
     for field in store.fields:
@@ -223,7 +223,7 @@ def _writing(store, keys):
         yield bad
 
 
-def _tell_damage(store, bad):
+def _warn_of_damage(store, bad):
     "Warn of rows that are damaged"
     if not bad:
         return
@@ -272,7 +272,7 @@ def _append(store, batch, arrays):
     store.sums = np.concatenate([store.sums, sums.reshape(-1, len(store.fields))])
 
 # %% ../../nbs/utils/08_store.ipynb #adad6d34
-def _room(new):
+def _check_space(new):
     "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
     need = 0
     for store, n in new:
@@ -301,22 +301,22 @@ def fill_rows(
         check_private(s.folder)
         s.check(keys)
 
-    def lacking():
+    def incomplete():
         return [s for s in stores if not set(keys) <= set(s.keys)]
 
     with ExitStack() as stack:
-        for s in sorted(lacking(), key=lambda s: s.folder):
-            _tell_damage(s, stack.enter_context(_writing(s, keys)))
-        needy = lacking()  # another run may have filled them in the meantime
-        if needy:
-            _compute_rows(needy, keys, items, compute, bs)
+        for s in sorted(incomplete(), key=lambda s: s.folder):
+            _warn_of_damage(s, stack.enter_context(_writing(s, keys)))
+        to_fill = incomplete()  # another run may have filled them in the meantime
+        if to_fill:
+            _compute_rows(to_fill, keys, items, compute, bs)
     return [np.array([s.keys[k] for k in keys], dtype=np.int64) for s in stores]
 
 
 def _compute_rows(stores, keys, items, compute, bs):
     "Compute, batch by batch, the items that one of the stores lacks"
     todo = {k: o for k, o in zip(keys, items) if any(k not in s.keys for s in stores)}
-    _room([(s, len(todo.keys() - s.keys.keys())) for s in stores])
+    _check_space([(s, len(todo.keys() - s.keys.keys())) for s in stores])
     rows = list(todo.items())
     fields = [f for s in stores for f in s.fields]
     for i, arrays in enumerate(compute(list(todo.values()), fields)):

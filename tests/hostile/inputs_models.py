@@ -154,12 +154,16 @@ HARM = {
     'views': set_field(views='quarter_turns'),
     'temperature 0': set_field(decision={'temperature': 0}),
     'temperature nan': set_field(
-        decision={'temperature': float('nan'), 'cuts': None, 'operating': None, 'refused': []}
+        decision={'temperature': float('nan'), 'cuts': None, 'operating': None, 'not_chosen': []}
     ),
-    'temperature of text': set_field(decision={'temperature': 'x', 'cuts': None, 'operating': None, 'refused': []}),
-    'negative temperature': set_field(decision={'temperature': -1.0, 'cuts': None, 'operating': None, 'refused': []}),
-    'cuts': set_field(decision={'temperature': 1.0, 'cuts': [9, 1], 'operating': None, 'refused': []}),
-    'threshold': set_field(decision={'temperature': 1.0, 'cuts': None, 'operating': {'threshold': 'x'}, 'refused': []}),
+    'temperature of text': set_field(decision={'temperature': 'x', 'cuts': None, 'operating': None, 'not_chosen': []}),
+    'negative temperature': set_field(
+        decision={'temperature': -1.0, 'cuts': None, 'operating': None, 'not_chosen': []}
+    ),
+    'cuts': set_field(decision={'temperature': 1.0, 'cuts': [9, 1], 'operating': None, 'not_chosen': []}),
+    'threshold': set_field(
+        decision={'temperature': 1.0, 'cuts': None, 'operating': {'threshold': 'x'}, 'not_chosen': []}
+    ),
     'deep decision': set_field(decision=json.loads('[' * 500 + ']' * 500)),
     'pickle of reader': set_field(reader='os.system'),
     'newline in class': set_field(classes=['a\nb', 'c']),
