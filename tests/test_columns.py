@@ -392,7 +392,7 @@ def test_measures_are_known_before_anything_is_trained():
         assert main_metric(metric_names(classes)) in metric_names(classes)
     assert set(metric_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
     assert main_metric(name='kappa') == 'kappa'
-    with pytest.raises(ValueError, match="measure 'nope'"):
+    with pytest.raises(ValueError, match="metric 'nope'"):
         main_metric(name='nope')
     with pytest.raises(ValueError, match='accuracy'):
         main_metric(['kappa'])

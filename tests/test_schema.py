@@ -61,8 +61,25 @@ ABOUT = {
 }
 
 
+NAMES_OF_0_1_0 = {
+    'n_stages': 'tap',
+    'metric': 'wanted',
+    'minimum': 'at_least',
+    'not_chosen': 'refused',
+    'skipped': 'set_aside',
+    'fraction': 'share',
+}
+
+
+def renamed(value, names):
+    "A description with other names of fields"
+    if isinstance(value, dict):
+        return {names.get(k, k): renamed(v, names) for k, v in value.items()}
+    return [renamed(v, names) for v in value] if isinstance(value, list) else value
+
+
 def stored(about, digest=True):
-    "model.json as version 0.1.0 writes it, word for word"
+    "model.json in the format of version 0.1.0"
     about = json.loads(
         json.dumps({**about, 'format': 'dr_transfer model 2', 'tensors_sha256': about.get('tensors_sha256', '0' * 64)})
     )
@@ -108,7 +125,7 @@ def error_of(file, data):
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
     model = tmp_path / 'model.json'
-    model.write_text(stored(ABOUT))
+    model.write_text(stored(renamed(ABOUT, NAMES_OF_0_1_0)))
     card = read_card(model)
     assert card.to_dict() == {**ABOUT, 'tensors_sha256': '0' * 64}
     assert set(FIELDS) <= set(ABOUT)
@@ -116,7 +133,9 @@ def test_a_description_of_version_0_1_0_is_read(tmp_path):
     assert card.training.data.groups == 120
     model.write_text(card_text(card))
     assert read_card(model) == card
-    assert json.loads(card_text(card)) == json.loads(stored(ABOUT)), 'and 0.1.0 could read what is written now'
+    written, expected = json.loads(card_text(card)), json.loads(stored(ABOUT))
+    own = ('format', 'sha256')
+    assert {k: v for k, v in written.items() if k not in own} == {k: v for k, v in expected.items() if k not in own}
 
 
 @pytest.mark.parametrize(

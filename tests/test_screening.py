@@ -123,7 +123,7 @@ def test_draws_hold_whole_groups_as_many_as_there_are():
 def test_the_bootstrap_of_a_mean_is_that_of_scipy():
     x = np.random.default_rng(0).normal(3, 2, 80)
     ours = bootstrap(np.mean, x, n=4000).loc['value']
-    theirs = stats.bootstrap((x,), np.mean, resamples=4000, method='percentile', random_state=1).confidence_interval
+    theirs = stats.bootstrap((x,), np.mean, n_resamples=4000, method='percentile', random_state=1).confidence_interval
     assert ours.value == pytest.approx(x.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
 
@@ -183,7 +183,7 @@ def test_reliability_is_that_of_scikit_learn():
     r = reliability(right, said, 10)
     seen, mean = calibration_curve(right, said, n_bins=10, strategy='quantile')
     assert r.images.sum() == 1000
-    assert np.allclose(r.seen, seen, atol=0.02)
+    assert np.allclose(r.observed, seen, atol=0.02)
     assert np.allclose(r.predicted, mean, atol=0.01)
     assert calibration_error(right, said) == pytest.approx(np.abs(seen - mean).mean(), abs=0.01)
 
