@@ -1,4 +1,4 @@
-"What all tests share: caches, drawn sets, a trained run, the photographs, and how many threads torch may take."
+"Fixtures of all tests: caches, synthetic sets, a trained run, the photographs, and the number of torch threads."
 
 import os
 from pathlib import Path
@@ -86,7 +86,7 @@ def data_root():
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
-    "A cache of its own for each test, so that none finds what another computed."
+    "A separate cache for each test, so that no test uses results of another one."
     folder = tmp_path / 'cache'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder))
     return folder
@@ -97,13 +97,13 @@ def cache_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    "The folder of what is drawn and trained once a session."
+    "The folder for sets and models that are made once per session."
     return tmp_path_factory.mktemp('command')
 
 
 @pytest.fixture(scope='session')
 def shared_cache(home):
-    "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
+    "One stored choice of the fastest runtime for all tests, so that repeated runs have the same precision."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('DR_TRANSFER_CACHE', str(home / 'cache'))
         yield home / 'cache'
@@ -111,27 +111,27 @@ def shared_cache(home):
 
 @pytest.fixture
 def with_shared_cache(cache_dir, shared_cache, monkeypatch):
-    "The shared cache in place of a test's own, for files whose tests compare with runs of the session."
+    "The shared cache, for tests that compare their results with runs of the session."
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(shared_cache))
 
 
 @pytest.fixture(scope='session')
 def eyes(home):
-    "Forty drawn photographs of twenty patients, with labels.csv."
+    "Forty synthetic fundus images of twenty patients, with labels.csv."
     make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1)
     return home / 'eyes'
 
 
 @pytest.fixture(scope='session')
 def flowers(home):
-    "Drawn flowers in three folders of classes."
+    "Synthetic flowers in three folders of classes."
     make_flowers(home / 'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     return home / 'flowers'
 
 
 @pytest.fixture(scope='session')
 def weights(home):
-    "A weights file of the network that all the tests train."
+    "A weights file of the network that the tests train."
     import timm
     import torch
     from safetensors.torch import save_file
@@ -144,11 +144,11 @@ def weights(home):
 
 @pytest.fixture(scope='session')
 def said_of_run(home, eyes, weights, shared_cache):
-    "What the training of `run` printed."
+    "The output of the training of `run`."
     return good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
 
 
 @pytest.fixture(scope='session')
 def run(home, said_of_run):
-    "One trained run; not to be changed."
+    "A trained run, which tests must not change."
     return home / 'run'

@@ -1,4 +1,4 @@
-"Advice: measured on the images to learn from and on no others, and a plan that runs."
+"Test that the advisor uses the training images only, and that the advised plan runs."
 
 import io
 import json
@@ -33,7 +33,7 @@ ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 
 @pytest.fixture(scope='session')
 def dots(home):
-    "A table of 80 small pictures, two of each of 40 persons: reddish or greenish noise."
+    "A table of 80 small images, two of each of 40 patients: reddish or greenish noise."
 
     (home / 'dots').mkdir()
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def dots(home):
 
 @pytest.fixture
 def one_network(monkeypatch):
-    "Random weights that are the same every time."
+    "Random weights, the same each time."
     monkeypatch.setattr(advisor, 'whole_body', lambda *a, f=advisor.whole_body: (torch.manual_seed(0), f(*a))[1])
 
 
@@ -226,7 +226,7 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
 
 
 def test_efficientnet_remembers_photographs(eyes):
-    "The default network, whose BatchNorm layers know ImageNet; drawn eyes are unlike it."
+    "The default network, whose BatchNorm statistics come from ImageNet; synthetic fundus images are different."
     a = advise(eyes, 'dr', size=64, runtime='plain')
     assert a.distance > SIMILAR
     assert a.scenario == 'small, different'
@@ -264,7 +264,7 @@ def test_targets(eyes, metric, target):
     assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
-# ---------------------------------------------------------------- only the images to learn from
+# ---------------------------------------------------------------- only the images for training
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
 
 
 def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, one_network):
-    "Whatever looks at them, by whatever way."
+    "Every access to the images, by any function."
     t = dots.assign(image=[str(tmp_path / i.rsplit('/', 1)[-1]) for i in dots.image])
     for a, b in zip(dots.image, t.image):
         Image.open(a).save(b)
@@ -332,7 +332,7 @@ def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
 
 
 def test_some_of_a_table(monkeypatch):
-    "About as many as said, drawn by the seed, groups whole; and of a rare class enough to say something."
+    "About the requested number of images, chosen by the seed, with complete groups and enough images of rare classes."
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 300)
     rng = np.random.default_rng(0)
     group = np.sort(rng.integers(0, 700, 2000))
@@ -392,7 +392,7 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
 
 
 def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
-    "Only the second stage knows the class."
+    "Only the features of the second stage depend on the class."
 
     def known(sources, *a, **k):
         y = dots.set_index('image').label[list(sources)].eq('red').to_numpy()
@@ -429,7 +429,7 @@ def marked(a):
 
 
 def test_the_figure_marks_the_stages_that_the_text_names_and_not_the_best_score(dots):
-    "The best score may be better by chance alone; then the default stages are advised."
+    "If the best score may be better by chance, the default stages are advised."
     a = advise(dots, **TINY)
     best = next(s for s in a.profile.index if s != a.stages)
     a.profile.loc[best, ['score', 'low', 'high']] = [0.999, 0.99, 1.0]
@@ -592,7 +592,7 @@ def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatc
 
 
 def test_train_as_advised(tmp_path, eyes, monkeypatch):
-    "The advice is that of the same images, the plan stands in the record, and the model comes back."
+    "The advice is for the same images, the record has the plan, and the model can be loaded."
     run = tmp_path / 'run'
     given = {}
 
@@ -642,7 +642,7 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
 
 
 def test_advice_is_for_a_network(flowers):
-    "Without another word the learner is that network; another one is refused"
+    "By default the learner has that network; another one raises an error."
     a = advise(flowers, **TINY)
     learn = build_learner(flowers, size=32, runtime='plain', plan=a)
     assert learn.record.arch == 'test_resnet'

@@ -1,4 +1,4 @@
-"Classifiers of features and suspect labels: on synthetic arrays whose truth is known, and on real flowers."
+"Test classifiers on features and suspect labels, on synthetic arrays with known truth and on real flowers."
 
 import sys
 import warnings
@@ -53,7 +53,7 @@ def distance(a, b):
 
 
 def same_parts(folds, others):
-    "Whether two divisions put aside the same rows"
+    "Return whether two divisions hold out the same rows."
     return all(np.array_equal(a, b) for (_, a), (_, b) in zip(folds, others))
 
 
@@ -287,7 +287,7 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     assert len(inner) == folds
     left_out = [last - o for o in inner]
     assert all(left_out)
-    assert sum(map(len, left_out)) == 8  # each group is left out once and as a whole
+    assert sum(map(len, left_out)) == 8  # each group is held out once, with all its rows
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_out_of_fold_is_the_loop_that_it_says(groups):
 
 
 def test_a_memory_of_groups_does_not_help():
-    "The class hangs on the patient alone, who can be recognised: what is learnt by heart must not count"
+    "The class depends only on the patient, who can be recognised: memorised patients must not count."
     r = np.random.default_rng(0)
     g = np.arange(80) // 4
     y = (np.arange(20) % 2)[g]

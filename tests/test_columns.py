@@ -1,4 +1,4 @@
-"What a user brings in a table is never taken for what a model predicted"
+"Test that a column of the user is never mistaken for a prediction of the model."
 
 import re
 from pathlib import Path
@@ -421,7 +421,7 @@ def test_intervals_say_what_they_are_over():
     ],
 )
 def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
-    "A line of an epoch said sensitivity 0.742 beside 'operating point ... 90 % or more'"
+    "The output of an epoch had sensitivity 0.742 together with 'operating point ... 90 % or more'."
     from dr_transfer.inference.run import validation_table
 
     notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
@@ -436,7 +436,7 @@ def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
     'classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
 )
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
-    "The class that is to be found may be called 'no', or begin with 'not'."
+    "The positive class may be called 'no', or begin with 'not'."
     t = predictions(classes=classes)
     found = by_patient(t, classes)
     assert list(patient_classes(classes)) == classes

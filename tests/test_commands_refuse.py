@@ -1,4 +1,4 @@
-"What the commands refuse before the work, whatever lies where a file is expected; and what they say of contradictions."
+"Test errors that commands raise before they start, and their messages about contradictions."
 
 import os
 import re

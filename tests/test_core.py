@@ -1,4 +1,4 @@
-"build_learner and fit: what a fastai user expects, frozen means frozen, plans, settings, and the same twice."
+"Test build_learner and fit: compatibility with fastai, frozen layers, plans, runtimes, and reproducibility."
 
 import inspect
 import itertools
@@ -62,7 +62,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def build(root):
-    "Learners on drawn images, pretrained as far as anyone can tell"
+    "Learners on synthetic images, whose weights count as pretrained."
 
     def make(task='flowers', arch='test_resnet', data=None, **kw):
         own = root / f'{arch}.safetensors'
@@ -451,7 +451,7 @@ def test_rates_rise_towards_the_head(build, arch):
 
 @pytest.mark.parametrize('bs', [1000, 35, 2])
 def test_any_batch_size_trains(build, bs):
-    "A training set smaller than a batch, or one image larger: 48 images, 36 to learn from or so"
+    "A training set smaller than a batch, or one image larger: 48 images, about 36 for training"
     learn = build(bs=bs)
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
@@ -711,7 +711,7 @@ def test_own_head_on_pooled_features(build):
 
 
 def test_own_head_on_maps(build):
-    "What a head sees of the places of an image is stored as well"
+    "Pooled features by position are stored as well."
     learn = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
     before = groups(learn)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
@@ -905,7 +905,7 @@ def test_settings(build, name, said):
 
 
 def test_settings_agree(build):
-    "Format is nothing but speed, and so is precision, nearly"
+    "Memory format changes only the speed, and precision almost only the speed."
     p = {n: probs(build(runtime=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
     assert torch.allclose(p['plain'], p['bf16'], atol=0.03)
@@ -956,7 +956,7 @@ def test_prediction_table():
 
 
 def test_metrics_are_those_of_the_predictions(build):
-    "What the learner says of the validation side, computed from its predictions"
+    "The validation metrics, computed from the predictions of the learner."
     from sklearn.metrics import roc_auc_score
 
     learn = build('dr', augment='none')

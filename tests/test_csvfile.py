@@ -1,6 +1,4 @@
-"""CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant,
-or an error names the line.
-"""
+"Test CSV files: a round trip without formulas, and an error that names the line if a file cannot be read."
 
 import csv
 import io

@@ -1,6 +1,4 @@
-"""CT: volumes of any orientation and spacing, windows and planes, drawn chests,
-and the whole way from a table of places to predictions.
-"""
+"Test CT volumes of any orientation and spacing, windows, planes, synthetic chests, and training on them."
 
 import os
 from itertools import product
@@ -505,7 +503,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch,
         read_volume(tmp_path / name)
 
 
-# ---------------------------------------------------------------- drawn chests
+# ---------------------------------------------------------------- synthetic chests
 
 
 def voxel(truth, place):
@@ -594,7 +592,7 @@ def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_
     assert (slices.groupby('patient').label.agg(lambda labels: len(set(labels) - {'normal'})) <= 1).all()
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_path):

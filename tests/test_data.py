@@ -1,4 +1,4 @@
-"Tasks: what is learnt, how an image is read, what a batch holds."
+"Test tasks: targets, how images are read, and the contents of batches."
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def read(task, name):
     return torch.from_numpy(np.array(read_image(name, task.size, task.reader, task.fit))).permute(2, 0, 1)
 
 
-# ---------------------------------------------------------------- what is learnt
+# ---------------------------------------------------------------- what is predicted
 
 
 def test_known_tasks():
@@ -358,7 +358,7 @@ def test_validation_batches_are_not_augmented(dr, augment):
         assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
     first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
     read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
-    assert not torch.equal(pixels(first), read_as)  # the training side is
+    assert not torch.equal(pixels(first), read_as)  # the training set is
 
 
 def test_normalised_as_asked(dr):
@@ -397,7 +397,7 @@ def test_a_set_smaller_than_a_batch(dr):
     assert len(dls.train.one_batch()[0]) == (t.split == 'train').sum()
 
 
-# ---------------------------------------------------------------- labels that are no classes
+# ---------------------------------------------------------------- labels that are not classes
 
 
 @pytest.mark.parametrize('label', ['0_1', '1_0', 'nan', '1e400', '٢', '1,0', '0x1', ''])

@@ -1,6 +1,4 @@
-"""Fully connected layers as convolutions: the same logits at the native size,
-and for each window of a larger image those of the window.
-"""
+"Test fully connected layers as convolutions: equal logits at the native size, and for each window of a larger image."
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from dr_transfer.models.networks import CifarNet
 
 
 def stirred(net):
-    "BatchNorm with numbers of its own"
+    "BatchNorm with its own values"
     torch.manual_seed(1)
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):

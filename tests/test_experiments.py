@@ -1,4 +1,4 @@
-"Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
+"Test learning curves, training curves and comparisons: equal conditions, known results, no repeated training."
 
 import itertools
 import shutil

@@ -1,4 +1,4 @@
-"First filters and their score, stages, and Grad-CAM against maps by hand, on every family of networks."
+"Test first-layer filters and their score, activations, and Grad-CAM compared with maps by hand."
 
 import sys
 from importlib.util import find_spec
@@ -219,7 +219,7 @@ def test_neighbours_by_hand_and_their_chance():
             call()
 
 
-# ---------------------------------------------------------------- heat
+# ---------------------------------------------------------------- Grad-CAM
 
 needs_captum = pytest.mark.skipif(find_spec('captum') is None, reason='the extra explain is not installed')
 CHAINS = [
@@ -439,7 +439,7 @@ def test_heat_on_a_mask_and_its_chance_levels():
     assert d['area'] == (masks[0] & field).mean() * 2
     assert d['share'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
-    )  # heat outside the field counts against
+    )  # Grad-CAM outside the field counts against
     assert plot_grad_cam_tables({'a': perfect, 'b': flat}).axes
     for call, words in (
         (lambda: grad_cam_on_mask(np.ones((4, 4)), masks[0]), 'as the model reads it'),

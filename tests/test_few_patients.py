@@ -1,6 +1,4 @@
-"""Few patients: they and not their images decide on an operating point, and one alone gives no interval;
-what a report and `train` say of it
-"""
+"Test operating points and intervals with few patients, and the messages of reports and `train` about them."
 
 import json
 import re
@@ -316,7 +314,7 @@ def test_what_was_taken_for_the_patients_is_shown_once():
 
 
 def test_subgroups_show_how_many_images_they_have():
-    "The column was empty: its numbers had another index than the rows."
+    "The column was empty because its values had another index than the rows."
     t = table(60, 2).assign(data_camera=['A'] * 40 + ['B'] * 80)
     shown = re.search(r'<th>camera: A</th><td>(.*?)</td>.*<th>camera: B</th><td>(.*?)</td>', page(t))
     assert shown.groups() == ('40', '80')

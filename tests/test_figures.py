@@ -1,4 +1,4 @@
-"Figures show what their words say: intervals within their scale, no line where there is no order, standard terms."
+"Test the contents of figures: intervals within the axes, no line without an order, standard terms."
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ def limits(container):
 
 
 def joins(ax):
-    "Number of points of each line that is drawn, those of reference lines (dotted) left out"
+    "Number of points of each line that is drawn, those of reference lines (dotted) skipped"
     return [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() in ('-', '--')]
 
 

@@ -1,4 +1,4 @@
-"The retina disc, the light corrections, whether a photograph can be judged, a whole folder, and DICOM files"
+"Test the retina disc, light correction, gradability, the preparation of folders, and DICOM files."
 
 import threading
 

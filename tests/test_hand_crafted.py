@@ -1,6 +1,4 @@
-"""Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words,
-and the classifier on toy numbers.
-"""
+"Test hand-crafted features: known numbers of spots, disjoint masks, stored features, errors, and the classifier."
 
 import sys
 
@@ -42,7 +40,7 @@ def disk(x, y, r):
 
 @pytest.fixture(scope='module')
 def eye():
-    "A sick eye, its truth, and what was found"
+    "A fundus image with lesions, its truth, and its segmentation."
     pixels, truth = draw_fundus(3, seed=21, size=256, camera=7)
     return pixels, truth, segment(pixels)
 

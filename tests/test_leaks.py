@@ -1,4 +1,4 @@
-"Copies, near copies and groups across a split; confounders; the gate of build_learner"
+"Test copies, near copies and groups in two subsets, confounders, and the check in build_learner."
 
 import io
 
@@ -203,7 +203,7 @@ def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
 
 
 def test_a_leak_is_worth_much(tmp_path):
-    "Labels thrown by dice: a model that is asked about copies of what it learnt from seems to know them"
+    "Random labels: on copies of its training images a model seems to predict them."
     rng = np.random.default_rng(0)
     rows = []
     for s in range(80):

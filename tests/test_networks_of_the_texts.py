@@ -1,4 +1,4 @@
-"The networks that the source texts name: each goes the whole way, with random weights and with weights from a file."
+"Train and use the networks of the source texts, with random weights and with weights from a file."
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, 
     assert list(layer_groups(body)) == names
     assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
-    loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
+    loaded = list(body.state_dict().values())  # the weights in the file, without the classifier
     for v in loaded[:4]:
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)

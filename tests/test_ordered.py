@@ -1,4 +1,4 @@
-"Heads of ordered grades, the balance of classes, and cut points"
+"Test heads for ordered grades, class balance, and cut points."
 
 import numpy as np
 import pandas as pd

@@ -1,6 +1,4 @@
-"""Outputs: nothing of the user's is replaced, names are reserved before the work,
-and a killed run leaves nothing for good.
-"""
+"Test that the user's files are never replaced, that output names are reserved, and that killed runs are cleaned up."
 
 import contextlib
 import json
@@ -468,7 +466,7 @@ for i in range(150):
 
 
 def test_a_lock_that_is_removed_while_others_wait_is_held_by_one(tmp_path):
-    "Each holder makes a file that must not be there yet."
+    "Each process that holds the name makes a file that must not exist yet."
     runs = [
         subprocess.Popen([sys.executable, '-c', LOCKING, tmp_path], stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]

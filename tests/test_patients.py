@@ -1,4 +1,4 @@
-"Patients: which column names them, which names are one, and that nothing is done about them without a word."
+"Test which column names the patients, which names are equal, and that the choice is always reported."
 
 import os
 

@@ -1,4 +1,4 @@
-"Grids and properties of the drawn photographs: what a seed fixes, what a knob changes, and nothing else."
+"Test the synthetic fundus images: what the seed determines, and what each parameter changes."
 
 import json
 from itertools import combinations

@@ -1,4 +1,4 @@
-"What is measured before training: known truths, tiny sets, groups, and the ridge path against scikit-learn."
+"Test probes: known truth, tiny sets, groups, and the ridge path compared with scikit-learn."
 
 import warnings
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored'
 
 
 def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
-    "Features in which the third stage tells most of the class."
+    "Features in which the third stage separates the classes best."
     rng = np.random.default_rng(seed)
     if y is None:
         y = np.arange(n) % k
@@ -254,7 +254,7 @@ def test_labels_may_be_names_and_grades_have_their_distance():
 
 
 def test_groups_are_kept_apart():
-    "Each group has its own mark and one class: a classifier that has seen the group knows the class."
+    "Each group has its own mark and one class: a classifier that was trained on the group can predict its class."
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 4)
     y = rng.permutation(np.arange(30) % 2)[group]
@@ -447,7 +447,7 @@ def pictures(n, seed=0, shift=0):
 
 
 def normalised(images):
-    "Pictures as the network gets them"
+    "Images as the network gets them"
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     return (x / 255 - 0.5) / 0.25
 

@@ -1,5 +1,6 @@
-"""Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs,
-starts a program or takes memory without limit.
+"""Test that all kinds of image files are read correctly or skipped with the reason.
+
+No file may block, start a program or use unlimited memory.
 """
 
 import errno
@@ -431,7 +432,7 @@ def test_no_place_opens_images_of_any_format():
     assert not [c for c in calls if 'formats=' not in c[1]]
 
 
-# ---------------------------------------------------------------- files that are no files, names
+# ---------------------------------------------------------------- paths that are not files, names
 
 
 @pytest.fixture
@@ -1035,7 +1036,7 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('photometric', [0, 1])
 @pytest.mark.parametrize('bits', range(9, 17))
 def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
-    "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
+    "Pillow reads 12 and 16 of them; others are skipped, and none is dark"
     x_tif = tmp_path / 'x.tif'
     x_tif.write_bytes(
         packed_tiff(bits, order, photometric)
@@ -1054,7 +1055,7 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 
 
 def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
-    "Neither set aside nor without a prediction: the command stops"
+    "The image is neither skipped nor predicted: the command stops."
     x_jpg = tmp_path / 'x.jpg'
     x_jpg.write_bytes(JPEG)
 

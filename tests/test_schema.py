@@ -1,6 +1,4 @@
-"""Descriptions that were changed, cut or made up: always an error that names the file and the field, at once,
-and never another one.
-"""
+"Test that changed, truncated or invented descriptions raise an error that names the file and the field."
 
 import hashlib
 import json
@@ -88,7 +86,7 @@ def stored(about, digest=True):
 
 
 def paths(value, at=()):
-    "Every place in a description"
+    "Return the path of every value in a description."
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, v in inner:
         yield (*at, key)
@@ -236,7 +234,7 @@ ODD = st.recursive(
     derandomize=True,
 )
 def test_any_value_in_any_place(tmp_path, path, value, digest):
-    "Either it means what it says, or a ModelError names the file; nothing else comes out."
+    "The description is read correctly, or a ModelError names the file; there is no other result."
     about = changed(ABOUT, path, lambda o, k: o.update({k: value}) if isinstance(o, dict) else o.__setitem__(k, value))
     try:
         data = stored(about, digest)
@@ -361,7 +359,7 @@ def test_advice_depends_on_who_wrote_it(tmp_path):
     assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 
-# ---------------------------------------------------------------- what is no file
+# ---------------------------------------------------------------- what is not a file
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')

@@ -1,4 +1,4 @@
-"Intervals, calibration, the operating point, and the figures and report that are made of a table of predictions"
+"Test intervals, calibration, the operating point, and the figures and report of a table of predictions."
 
 import json
 import re

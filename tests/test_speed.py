@@ -1,4 +1,4 @@
-"The copies of a network that make forward passes and training steps, and the threads that read and run"
+"Test the fast copies of networks for forward passes and training steps, and the threads that read and compute."
 
 import pickle
 import platform
@@ -349,7 +349,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
     assert resident() < before + 2**27
     with kept_memory():
         with kept_memory():
-            pass  # a setting is measured while a body is trained
+            pass  # a runtime is measured while a body is trained
         a_step()
         assert resident() > before + 2**27
     assert resident() < before + 2**27
@@ -455,7 +455,7 @@ def test_channels_last_and_normalised():
 
 
 def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
-    "Otherwise the next one would get its setting"
+    "Otherwise the next body would get its runtime."
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: next(rates))

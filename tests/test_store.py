@@ -1,6 +1,4 @@
-"""The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice,
-whoever asks and whatever is killed.
-"""
+"Test the store on disk: rows are found, incomplete rows are removed, and nothing is computed twice."
 
 import errno
 import json
@@ -232,7 +230,7 @@ def test_content_keys(tmp_path):
     a_png = tmp_path / 'a.png'
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(a).save(a_png)
-    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name is no content
+    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name does not identify the content
     same = content_keys([a_png, str(tmp_path / 'b.jpg'), a_png.read_bytes()])
     assert len(set(same)) == 1
     assert len(same[0]) == 32

@@ -1,6 +1,4 @@
-"""The table of images: every layout it is made from, what is set aside, what is refused,
-and the splits of many random sets.
-"""
+"Test the table of images: all layouts, skipped files, errors, and the splits of many random sets."
 
 import os
 from pathlib import Path
@@ -364,7 +362,7 @@ def test_split_column(tmp_path, split):
     assert [None if pd.isna(s) else s for s in label_table(tmp_path).split] == split
 
 
-# ---------------------------------------------------------------- set aside
+# ---------------------------------------------------------------- skipped
 
 
 def test_unreadable_files_are_listed_and_not_changed(tmp_path):

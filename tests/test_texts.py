@@ -1,4 +1,4 @@
-"Small things that the source texts describe and users of the peers ask for, where no other file of tests shows them."
+"Test small capabilities from the source texts and from requests of users of other libraries."
 
 import io
 import sys

@@ -1,6 +1,4 @@
-"""Training keeps its promises: epochs are passes through the network, what diverges stops,
-what is trained is not trained again.
-"""
+"Test that epochs are passes through the network, that diverging training stops, and that nothing is trained twice."
 
 from dataclasses import replace
 
@@ -84,7 +82,7 @@ class Images:
 
 
 class Batches(Callback):
-    "A callback of the user's, which counts the steps that it sees"
+    "A callback of the user, which counts the steps that it sees"
 
     steps = 0
 
