@@ -222,5 +222,5 @@ def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
         assert valid
         assert not train & valid
     random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # one that comes so is refused
-    with pytest.raises((LeakError, ValueError), match='two sides'):
+    with pytest.raises((LeakError, ValueError), match='two subsets'):
         split_data(random, task, task.target())
