@@ -226,7 +226,7 @@ def test_oblong_images(shape):
     seen = {way(a, out) for out in draws(QuarterTurns(), 'pil', a, 60)}
     assert seen == ALLOWED['quarter_turns']
     batch = batch_of(tensor(a), 40)
-    with pytest.raises(ValueError, match=r'a turned batch needs square images, not .*: resize them first'):
+    with pytest.raises(ValueError, match=r'quarter turns of a batch need square images, not .*: resize them first'):
         QuarterTurns()(batch, split_idx=0)
     for t in (Mirror(), MirrorNear()):
         assert t(batch, split_idx=0).shape == batch.shape
@@ -379,7 +379,7 @@ def test_masks_are_not_enlarged(mask):
     image = images if mask.shape == (3, 8, 8) else PILImage.create(scene(8, 8))
     for _ in range(12):
         for b in (mask, (image, mask)):
-            with pytest.raises(ValueError, match="cannot be enlarged by interpolation: take augment='mirror'"):
+            with pytest.raises(ValueError, match="cannot be interpolated: use augment='mirror'"):
                 MirrorNear()(b, split_idx=0)
     assert MirrorNear()((image, mask), split_idx=1)[1] is mask
 

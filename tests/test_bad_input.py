@@ -427,7 +427,7 @@ def graded(eyes):
         (lambda t: pd.concat([t, t[:1].assign(grade=(t.grade[0] + 1) % 5)]), ['two labels', 'p0000']),
         (lambda t: t.assign(grade=0), ["only one class, 'no'"]),
         (lambda t: t[:0], ['no images']),
-        (lambda t: t.assign(split=['valid', *['train'] * 39]), ['two sides']),
+        (lambda t: t.assign(split=['valid', *['train'] * 39]), ['two subsets']),
         (lambda t: t.assign(split='holdout'), ['holdout']),
     ],
     ids=[
@@ -759,9 +759,9 @@ def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
         folder = with_split(tmp_path / name, eyes, split, spoil)
         out = tmp_path / f'{name} run'
         said = good('train', folder, *EYES, *QUICK, '--out', out)
-        start = "no image that can be used is in the split 'valid': "
+        start = "no usable image is in the split 'valid': "
         (line,) = [s for s in said.out.splitlines() if s.startswith(start)]
-        assert line.endswith("are named 'train' become validation images")
+        assert line.endswith("of the split 'train' become validation images")
         assert ('skipped: ' in said.out) == (spoil != '')
         notes = json.loads((out / 'record.json').read_text())['data']['notes']
         assert any('become validation images' in s for s in notes)
@@ -778,7 +778,7 @@ def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
         (
             held_out,
             'train',
-            "no images in the split 'train' \\(valid: 8\\).* 32 are excluded, such as .*: not an image",
+            "no images in the split 'train' \\(valid: 8\\).* 32 are skipped, such as .*: not an image",
         ),
     ],
 )

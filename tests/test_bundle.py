@@ -322,7 +322,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     m = load_model(run / 'model', runtime='plain')
     m_folder.mkdir()
     (m_folder / 'model.json').write_text('old')
-    for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
+    for overwrite, words in ((False, 'exists already'), (True, 'was not created by dr_transfer')):
         with pytest.raises(ValueError, match=words):
             save_model(m, m_folder, overwrite=overwrite)
     assert content(tmp_path) == {'m/model.json': b'old'}
@@ -423,7 +423,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'size': 10**6}, "'size' is 1000000"),
         ({'head': {'hidden': [10**9]}}, "'head.hidden[0]' is 1000000000"),
         ({'head': {'hidden': [100_000] * 10}}, "the tensor '1.3.weight'"),
-        ({'classes': [f'class {i}' for i in range(10**6)]}, 'bytes, and may have'),
+        ({'classes': [f'class {i}' for i in range(10**6)]}, 'bytes, more than the allowed'),
         ({'classes': [f'class {i}' for i in range(20_000)]}, 'of length 2 to 10000'),
         ({'std': [0.2, 0, 0.2]}, "'std[1]' is 0"),
         ({'mean': [0.5, float('nan'), 0.5]}, "'mean[1]' is nan"),

@@ -333,7 +333,7 @@ TWO = ['no', 'ill']
 @pytest.mark.parametrize(
     'change, words',
     [
-        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is no number"),
+        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is not a number"),
         (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
         (dict(target='severe'), r"the target 'severe' is no class"),
         (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
@@ -378,7 +378,7 @@ def test_what_no_interval_can_be_made_of_is_refused_before_the_work(arguments, w
 
 
 def test_an_empty_table_is_an_error():
-    with pytest.raises(ValueError, match='no row'):
+    with pytest.raises(ValueError, match='is empty'):
         measure_table(predictions()[:0], TWO)
 
 
@@ -428,7 +428,7 @@ def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
     assert notes == [
         f'{len(predictions())} validation images, predictions {how}',
         '95 % intervals over 30 groups (patients)',
-        'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class',
+        'sensitivity and specificity are those at the operating point, accuracy is that of the most probable class',
     ]
 
 

@@ -428,10 +428,10 @@ def test_numbers_that_are_measured_are_no_classes():
         encode_target(t.assign(label=[f'{i % 6}.5' for i in range(60)]), Target('class'))
     assert encode_target(t.assign(label=[str(i % 6) for i in range(60)]), Target('class')).attrs['notes'] == []
     many = encode_target(pd.concat([t] * 4), Target('class'))
-    assert '60 numbers are taken for the names of 60 classes' in many.attrs['notes'][0]
+    assert '60 numbers are treated as the names of 60 classes' in many.attrs['notes'][0]
 
 
 @pytest.mark.parametrize('n', [-1, 1.5, '2', 1000])
 def test_numbers_of_workers_that_are_none(dr, n):
-    with pytest.raises(ValueError, match=r'num_workers=.*give how many processes'):
+    with pytest.raises(ValueError, match=r'num_workers=.*give the number of processes'):
         loaders(dr, num_workers=n)

@@ -182,7 +182,7 @@ def test_a_class_of_one_patient_has_no_interval():
         assert not np.isnan(m.loc[k, 'value']), k
     assert m.loc[['specificity', 'accuracy'], 'low'].notna().all()
     assert any(
-        n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) decide on it')
+        n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) determine it')
         for n in m.attrs['notes']
     )
     y, score = arrays(t)

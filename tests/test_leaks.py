@@ -183,7 +183,7 @@ def test_build_learner_raises_an_error_for_a_leaking_split(eyes, kind):
         a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
     t.loc[[a, b], 'split'] = ['train', 'valid']
     ask = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
-    with pytest.raises(LeakError, match='stand on two sides of the split') as e:
+    with pytest.raises(LeakError, match='are in two subsets') as e:
         build_learner(t, **ask)
     for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
         assert word in str(e.value)

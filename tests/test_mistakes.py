@@ -219,6 +219,6 @@ def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
         assert train
         assert valid
         assert not train & valid
-    random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # an image in this order raises an error
-    with pytest.raises((LeakError, ValueError), match='two sides'):
+    random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # one that comes so is refused
+    with pytest.raises((LeakError, ValueError), match='two subsets'):
         split_data(random, task, task.target())

@@ -414,7 +414,7 @@ def test_the_order_of_rows_does_not_matter_for_a_comparison_but_other_images_do(
     assert d.loc['auc'].value == pytest.approx(0, abs=1e-12), 'a rising function changes no rank'
     with pytest.raises(ValueError, match='one table only'):
         compare_tables(a, b.assign(image=b.image + 'x'), TWO)
-    with pytest.raises(ValueError, match='different things of the truth'):
+    with pytest.raises(ValueError, match='different targets for the same images'):
         compare_tables(a, b.assign(target='no'), TWO)
 
 

@@ -126,7 +126,7 @@ def read_rgb(
     source,  # Path, bytes, PIL image or array (height, width, 3)
     size: int | None = None,  # Size that is needed later, in pixels
 ) -> Image.Image:  # Mode RGB, upright
-    "Read an image as RGB; a large JPEG is decoded at a reduced size if `size` allows"
+    "Read an image as RGB, a large JPEG at a reduced size if `size` allows; raise an `ImageError` on failure"
     if size is not None:
         size = check_size(size, 1, 65535)
     with naming(source):

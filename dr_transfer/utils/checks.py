@@ -43,7 +43,8 @@ def check_workers(
     whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
     if not whole or not 0 <= n <= 256:
         raise ValueError(
-            f'num_workers={n!r:.60}: give the number of processes that read images, 0 to 256, or None to choose it automatically'
+            f'num_workers={n!r:.60}: give the number of processes that read images, 0 to 256, or None '
+            'to choose it automatically'
         )
     return int(n)
 
@@ -70,7 +71,7 @@ _UNPRINTABLE = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode: control characters, halves o
 def check_class_names(
     classes: Collection,  # Class names in order
 ):
-    "Raise a ValueError for names that are not text, empty, too long, unprintable or duplicates (up to case and spaces)"
+    "Raise a ValueError for class names that are not text, empty, too long, unprintable or alike"
     known = {}
     for name in classes:
         if not isinstance(name, str):
