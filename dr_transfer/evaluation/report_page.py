@@ -194,7 +194,7 @@ def _ranking_words(q, auc) -> str:
             f'the first has the higher score in {100 * auc:.0f} of 100 cases.'
         )
     how_many = 'All' if q.y.all() else 'None'
-    return f'{how_many} of these images are {q.name}, so they do not show how well the model separates the classes.'
+    return f'{how_many} of these images are {q.name}, so they cannot show how the model ranks images.'
 
 
 def _meaning(e, m) -> str:
@@ -208,8 +208,8 @@ def _meaning(e, m) -> str:
         if _is_known(r.low) and not e.how and not r.low <= e.point.minimum <= r.high:
             sentences.append(
                 f'The threshold was set for a {e.point.metric} of {e.point.minimum:.0%} on the validation images '
-                'of the model, but on these images the {e.point.metric} differs: before use, choose the threshold again, '
-                'on images from the place where the model is to be used.'
+                f'of the model, but on these images the {e.point.metric} differs: before use, choose a new threshold '
+                'on images from the place where the model will be used.'
             )
     scope = _FUNDUS_SCOPE if e.fundus else _SCOPE
     return ' '.join([*sentences, scope.format(n=len(e.table))])
@@ -219,11 +219,13 @@ def _plots(e, n) -> list:
     "Draw the figures of the page: ROC curve, reliability, confusion matrices"
     q = e.asked
     y, p = table_arrays(e.table, e.classes)
-    called = decisions(e.table, e.classes, e.point)
+    decided = decisions(e.table, e.classes, e.point)
     plots = []
     if q and 0 < q.y.sum() < len(q.y):
-        roc = plot_roc(q, called, e.table.get('group'), n)
-        caption = 'ROC curve with its 95 % interval over patients, if there are enough, and the operating point'
+        roc = plot_roc(q, decided, e.table.get('group'), n)
+        caption = 'ROC curve, with its 95 % interval over patients if there are enough'
+        if decided is not None:
+            caption += ', and the operating point'
         plots.append(_figure(roc, caption))
     correct, predicted = (q.y, q.score.clip(0, 1)) if q else (y == p.argmax(1), p.max(1))
     caption = (
@@ -231,10 +233,10 @@ def _plots(e, n) -> list:
         'On the dotted line the probabilities are calibrated'
     )
     plots.append(_figure(plot_reliability(correct, predicted), caption))
-    if called is not None:
-        confusion = plot_confusion(q.y, called.astype(int), [f'not {q.name}', q.name])
+    if decided is not None:
+        confusion = plot_confusion(q.y, decided.astype(int), [f'not {q.name}', q.name])
         plots.append(_figure(confusion, 'Confusion matrix at the operating point'))
-    if called is None or len(e.classes) > 2:
+    if decided is None or len(e.classes) > 2:
         confusion = plot_confusion(y, p.argmax(1), e.classes)
         plots.append(_figure(confusion, 'Confusion matrix of the most probable class'))
     return plots
@@ -245,7 +247,7 @@ def _how_good(e, m, n) -> str:
     return _html(
         'how_good',
         metrics=_table(_with_interval(m)),
-        notes='. '.join(m.attrs['notes']),
+        notes=[f'{note[:1].upper()}{note[1:]}.' for note in m.attrs['notes']],
         no_prevalence=e.prevalence is None and e.asked is not None,
         figures=_plots(e, n),
     )
@@ -255,19 +257,19 @@ def _patients(e, n) -> str:
     "Show the metrics for one decision per patient"
     if e.asked is None or 'group' not in e.table or not e.table.group.dropna().duplicated().any():
         return ''
-    rule = 'A group (patient) is positive if at least one of its images is positive.'
+    rule = 'A group (patient) is positive if at least one of its images is; its score is the highest of its images.'
     if e.fundus:
-        rule = 'A patient is referred if at least one eye is referred.'
+        rule = 'A patient is referred if at least one eye is; the score of a patient is the higher of the two eyes.'
     m = measure_table(by_patient(e.table, e.classes), patient_classes(e.classes), e.point, e.prevalence, n)
-    return _html('patients', rule=rule, metrics=_table(_with_interval(m)))
+    return _html('patients', rule=rule, metrics=_table(_with_interval(m).rename(columns={'images': 'patients'})))
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #00a915c6
 def _by_label(e) -> pd.DataFrame | None:
     "Count positive decisions for each label, where there are more labels than classes"
-    called = decisions(e.table, e.classes, e.point)
-    if called is None or 'label' not in e.table or e.table.label.nunique() <= 2:
+    decided = decisions(e.table, e.classes, e.point)
+    if decided is None or 'label' not in e.table or e.table.label.nunique() <= 2:
         return None
-    counts = pd.Series(called, index=e.table.index).groupby(e.table.label.astype(str)).agg(['size', 'sum'])
+    counts = pd.Series(decided, index=e.table.index).groupby(e.table.label.astype(str)).agg(['size', 'sum'])
     rows = {}
     for label, r in counts.iterrows():
         fraction = r['sum'] / r['size']
@@ -315,12 +317,12 @@ def _file_names(paths) -> list:
 def _errors(e) -> str:
     "List the most confident errors: false negatives and false positives"
     t = worst_errors(e.table, e.classes, e.point)
-    t = t.assign(image=_file_names(t.image))
-    parts = [t]
+    t = t.assign(image=_file_names(t.image)).rename(columns={'target': 'true class'})
+    parts = {'': t}
     if decisions(e.table, e.classes, e.point) is not None:
         missed = t.predicted == f'not {e.asked.name}'
-        parts = [t[missed], t[~missed]]
-    return _html('errors', tables=[_table(p, index=False) for p in parts if len(p)])
+        parts = {'False negatives': t[missed], 'False positives': t[~missed]}
+    return _html('errors', tables=[(name, _table(p, index=False)) for name, p in parts.items() if len(p)])
 
 
 def _referral(e) -> str:

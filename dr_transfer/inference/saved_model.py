@@ -243,7 +243,8 @@ def _read_folder(folder) -> ModelCard:
     for name in _MODEL_FILES:
         if not os.path.lexists(folder / name):
             raise ModelError(
-                f'{folder} is not a model folder: {name} is missing. Give a folder made by save_model or dr_transfer train'
+                f'{folder} is not a model folder: {name} is missing. '
+                'Give a folder made by save_model or dr_transfer train'
             )
     card = read_card(folder / 'model.json')
     file = folder / 'model.safetensors'
