@@ -540,7 +540,7 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(create_body('test_resnet', 'random').n_out, 2)
     )
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain', head=head)
-    with pytest.raises(ModelError, match=r'head of your own cannot be rebuilt.*use learn.export, or a head by name'):
+    with pytest.raises(ModelError, match=r'custom head cannot be rebuilt.*use learn.export, or a head by name'):
         save_model(learn, tmp_path / 'm')
     with pytest.raises(ModelError):
         image_model(learn)
@@ -683,9 +683,9 @@ def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights)
 
     learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain')
     learn.model[1][3].weight.data.fill_(torch.nan)
-    with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' holds NaN"):
+    with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' has NaN"):
         image_model(learn)
-    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' holds NaN"):
+    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' has NaN"):
         write_run(learn, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -699,7 +699,7 @@ def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
     said = cli('predict', write_as_0_1_0(tmp_path / 'm', net), *images)
     assert said.code == 1
     for r in rows_of(said.out):
-        assert 'gives no probabilities' in r['error']
+        assert 'returns no probabilities' in r['error']
         assert not r['prediction']
 
 

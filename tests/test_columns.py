@@ -280,14 +280,14 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
     page = report_html(e, n=20)
     assert 'validation images of the model' in page
     assert 'slightly optimistic' in page
-    assert f'left out: not validation images of the model</th><td>{N - 12}' in page
+    assert f'excluded: not validation images of the model</th><td>{N - 12}' in page
     e = evaluate_model(model, there)
     assert sorted(e.table.image) == sorted(str(names[p]) for p in new)
     assert len(e.known) == 32
     assert 'optimistic' not in report_html(e, n=20)
     leaks = evaluate_model(model, there, allow_leaks=True)
     assert len(leaks.table) == N
-    assert (leaks.table.known == 'known to the model').sum() == 32
+    assert (leaks.table.known == 'yes').sum() == 32
     with pytest.raises(ValueError, match=r'--split valid'):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + valid])])
     with pytest.raises(ValueError, match='none of these images is a validation image'):
@@ -415,9 +415,12 @@ def test_intervals_say_what_they_are_over():
     [
         (
             'quarter_turns',
-            'averaged over 4 views of each image; the lines of the epochs are of one view and of the likeliest class',
+            'averaged over 4 views of each image; metrics of the epochs are of the most probable class, from one view',
         ),
-        ('none', 'of one view of each image; the lines of the epochs are of the likeliest class'),
+        (
+            'none',
+            'from one view of each image; metrics of the epochs are of the most probable class',
+        ),
     ],
 )
 def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
@@ -449,7 +452,7 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
         t.assign(decision=np.where(t[f'p_{classes[1]}'] > 0.5, classes[1], f'not {classes[1]}')), classes, {}
     )
     measure_table(found, classes, n=5)
-    tables = re.search(r'The surest errors</h2>(.*?)<h2>', report_html(e, n=5), re.S)[1].split('<table>')[1:]
+    tables = re.search(r'Most confident errors</h2>(.*?)<h2>', report_html(e, n=5), re.S)[1].split('<table>')[1:]
     assert len(tables) == 2
     assert all(
         len(set(re.findall(r'<td>((?:not )?' + re.escape(classes[1]) + r')</td><td>\d', t))) == 1 for t in tables
@@ -549,7 +552,7 @@ def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
         report_html(Evaluation(empty, TWO, {}), n=5)
     model = Model(['0', '1'])
     model.probs = lambda images, *a, **k: np.full((len(images), 2), np.nan)
-    with pytest.raises(ValueError, match='gives no probabilities for 40 of 40 images'):
+    with pytest.raises(ValueError, match='returns no probabilities for 40 of 40 images'):
         evaluate_model(model, encode_target(label_table(folder, labels(2)), Target('class')))
 
 

@@ -89,7 +89,9 @@ def test_evaluate_writes_a_page_and_its_table(sure, eyes, tmp_path):
 
 def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_path):
     r_html = tmp_path / 'r.html'
-    assert 'the model was made from all of these images' in refused('evaluate', sure, many, '--out', r_html)
+    assert 'the model was trained or validated on all of these images' in refused(
+        'evaluate', sure, many, '--out', r_html
+    )
     said = good('evaluate', sure, many, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'valid.html')
     t = pd.read_csv(tmp_path / 'valid_predictions.csv')
     own = pd.read_csv(sure / 'predictions.csv')
@@ -120,7 +122,7 @@ def test_images_that_a_model_was_made_from_do_not_count(sure, many, eyes, tmp_pa
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == 40
     assert 'excluded: 8 images' in said.out
     assert '1 images that cannot be read' in said.out
-    assert '<th>left out: the model was made from them</th><td>8</td>' in r_html.read_text()
+    assert '<th>excluded: used in training or validation</th><td>8</td>' in r_html.read_text()
     assert 'broken.png' in r_html.read_text()
 
 

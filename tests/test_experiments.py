@@ -144,7 +144,7 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
 
 
 def test_sizes_and_methods_are_refused_before_anything_is_trained(flowers, trainings):
-    with pytest.raises(ValueError, match='1000 images to learn from, and there are'):
+    with pytest.raises(ValueError, match='1000 training images were given, but there are'):
         learning_curve(flowers, sizes=(10, 1000), methods=SHORT, **FAST)
     with pytest.raises(ValueError, match='frozen'):
         learning_curve(flowers, methods=['frosen'], **FAST)
@@ -242,7 +242,7 @@ def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
     else:
         DAMAGE[name](folder)
         other = folder
-    with pytest.warns(UserWarning, match='is damaged: it is done again'):
+    with pytest.warns(UserWarning, match='is damaged: it is repeated'):
         assert crossval._read_results(other) is None
     crossval._write_results(other, tables)
     assert crossval._read_results(other) is not None
@@ -262,7 +262,7 @@ def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
     (file,) = cache_dir.glob('trainings/*/predictions.csv')
     was = file.read_bytes()
     file.write_bytes(was.replace(b'0.', b'1.', 1))
-    with pytest.warns(UserWarning, match='done again'):
+    with pytest.warns(UserWarning, match='is repeated'):
         assert run().equals(first)
     assert len(trainings) == 2
     assert file.read_bytes() == was

@@ -253,7 +253,7 @@ def test_the_report_of_one_patient_shows_no_certainty():
     text = page(t)
     shown = re.sub('base64,[^"]*', '', text)
     assert 'no interval: too few' in shown
-    assert 'open: too few for an interval' in shown
+    assert 'undecided: too few for an interval' in shown
     assert 'all images are of one group (patient)' in shown
     assert 'nan' not in re.sub('<[^>]*>', ' ', shown).lower().split()
     assert '[nan' not in shown
@@ -267,11 +267,11 @@ def test_an_endpoint_without_an_interval_is_open():
     m = pd.DataFrame(
         {'value': [1.0, 0.5], 'low': np.nan, 'high': np.nan, 'images': 3}, index=['sensitivity', 'specificity']
     )
-    assert endpoint_table(m)['result'].tolist() == ['open: too few for an interval'] * 2
+    assert endpoint_table(m)['result'].tolist() == ['undecided: too few for an interval'] * 2
     assert endpoint_table(m).measured.tolist() == ['100.0%', '50.0%']
 
 
-EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if one eye is')
+EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if at least one eye is')
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,9 @@ def test_the_reader_reaches_the_report(tmp_path):
 def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
-    assert (
-        '<th>taken for the patients, in all of the data</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
-    )
+    assert '<th>source of the patients or groups</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
     assert text.count('60 groups<') == 1
-    assert 'taken for the patients' not in page(table(60, 2))
+    assert 'source of the patients' not in page(table(60, 2))
 
 
 def test_subgroups_show_how_many_images_they_have():
@@ -323,13 +321,16 @@ def test_subgroups_show_how_many_images_they_have():
 # ---------------------------------------------------------------- what training prints
 
 
-EPOCHS = 'the lines of the epochs are of one view and of the likeliest class'
+EPOCHS = 'metrics of the epochs are of the most probable class, from one view'
 
 
 @pytest.mark.parametrize(
     'views, words',
     [
-        ('none', 'predictions of one view of each image; the lines of the epochs are of the likeliest class'),
+        (
+            'none',
+            'predictions from one view of each image; metrics of the epochs are of the most probable class',
+        ),
         ('quarter_turns', f'predictions averaged over 4 views of each image; {EPOCHS}'),
         ('mirror', f'predictions averaged over 2 views of each image; {EPOCHS}'),
     ],

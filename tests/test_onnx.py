@@ -203,7 +203,7 @@ def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypa
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
     other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
     monkeypatch.setattr(room, '_serialized', lambda *args: eyes[1].read_bytes())
-    with pytest.raises(ValueError, match=r'says something else than the model, by up to 0.*nothing was written'):
+    with pytest.raises(ValueError, match=r'differ from those of the model by up to 0.*no file was written'):
         export_onnx(other, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 
@@ -324,7 +324,7 @@ def test_metadata_that_are_no_description(eyes, tmp_path, text, words):
 def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
     bad = made('small_cnn', 48)
     bad.model[1][3].weight.data[1, 7] = float('inf')
-    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' holds NaN or infinity in 1 of 256 places"):
+    with pytest.raises(ModelError, match=r"the tensor '1.3.weight' has NaN or infinity in 1 of 256 values"):
         export_onnx(bad, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 

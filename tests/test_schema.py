@@ -355,7 +355,7 @@ def test_advice_depends_on_who_wrote_it(tmp_path):
     error = error_of(model, stored({**ABOUT, 'versions': {'dr_transfer': '0.0.9'}, 'size': 'x'}))
     assert "written by dr_transfer '0.0.9'" in error
     assert 'opy' not in error
-    assert 'Copy the folder again' in error_of(model, stored(ABOUT)[:-40])
+    assert 'Copy the original folder again' in error_of(model, stored(ABOUT)[:-40])
     assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 

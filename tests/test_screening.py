@@ -512,7 +512,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
 
 def test_a_threshold_that_does_not_carry_over_is_said_so():
     decision = choose_decision(two(seed=9), TWO, sensitivity=0.9)
-    words = 'has to be set anew'
+    words = 'choose a new threshold'
     t = two()
     assert words not in report_html(Evaluation(apply_decision(t, TWO, decision), TWO, {'decision': decision}), n=50)
     lighter = t.assign(p_referable=t.p_referable**3, p_no=1 - t.p_referable**3)  # another camera

@@ -30,13 +30,13 @@ from ..utils.files import plain_text
 # %% ../../nbs/evaluation/04_compare.ipynb #44228791
 @dataclass
 class Comparison:
-    "Predictions of several rivals for the same images"
+    "Predictions of several models for the same images"
 
-    tables: dict  # Rival -> `image, target, group, p_CLASS...`
-    classes: Classes  # With what is positive
+    tables: dict  # Name of the model -> `image, target, group, p_CLASS...`
+    classes: Classes  # Class names, which are positive, whether ordered
 
     def table(self, n: int = 1000, seed: int = 0) -> pd.DataFrame:
-        "A row a rival and measure: value, low, high; difference to the first, low and high (95 %, n draws of patients)"
+        "Metrics of each model and differences from the first model, with 95 % intervals from n resamples"
         names = {'value': 'difference', 'low': 'difference_low', 'high': 'difference_high'}
         first = next(iter(self.tables.values()))
         out = []
@@ -51,24 +51,24 @@ class Comparison:
 
 # %% ../../nbs/evaluation/04_compare.ipynb #ceb65def
 def _listed(o) -> list:
-    "One name or plan, or several, as a list"
+    "Return one name or plan, or several, as a list"
     return [o] if isinstance(o, (str, Plan)) else list(o)
 
 
 def _recipes(archs, plans, epochs=None) -> dict:
-    "Name -> (backbone, plan): each backbone with each plan, and a plan that has its own backbone once"
+    "Combine each backbone with each plan, and a plan with its own backbone once: name -> (backbone, plan)"
     archs = _listed(archs)
     plans = [get_plan(p) for p in _listed(plans)]
     if epochs is not None:
         check_epochs(epochs)
     if not archs or not plans:
         raise ValueError(
-            f'nothing to compare: {len(archs)} backbones and {len(plans)} plans. '
+            f'nothing to compare: {len(archs)} backbones and {len(plans)} plans were given. '
             'Give archs= (--archs) and plans= (--plans)'
         )
     if len({p.name for p in plans}) < len(plans):
         raise ValueError(
-            f'two plans have one name ({", ".join(p.name for p in plans)}): give each its own, with '
+            f'two plans have the same name ({", ".join(p.name for p in plans)}): give each its own, with '
             'dataclasses.replace(plan, name=...)'
         )
     pairs = {(find_backbone(p.arch or a).name, p.name): p for a, p in product(archs, plans)}
@@ -86,14 +86,14 @@ def _recipes(archs, plans, epochs=None) -> dict:
 
 
 def _check_recipes(recipes, size, weights):
-    "Errors that would come in the night come now: weights that are missing, and sizes that a network does not take"
+    "Check before any training that the weights exist and that each network accepts the image size"
     for arch, plan in recipes.values():
         body = create_body(arch, plan.weights or weights, plan.n_stages, plan.stage)
         check_size(body, size)
 
 
 def _row_words(p, classes) -> str:
-    "The metrics of a model that is finished, in one line"
+    "Describe the metrics of a finished model in one line"
     y, probs = table_arrays(p, classes)
     metrics = metric_values(y, probs, classes)
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
@@ -105,18 +105,18 @@ def compare(
     archs=(DEFAULT_ARCH,),  # Backbones
     plans=('head', 'top1'),  # Names in `PLANS`, or plans
     *,
-    target: str | None = None,  # What is learnt; the task's first if None
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    valid: float = 0.2,  # Share of the images for validation
-    seed: int = 42,  # Decides the split, the heads and the order
-    size: int | None = None,  # Side in pixels; the task's own if None
+    valid: float = 0.2,  # Fraction of the images for validation
+    seed: int = 42,  # Seed of the split and of the training
+    size: int | None = None,  # Image size in pixels; the task's own if None
     epochs: int | None = None,  # Epochs of each plan's last phase
-    allow_leaks: bool = False,  # Go on with a split whose sides share patients or copies?
+    allow_leaks: bool = False,  # Allow patients or copies in two subsets?
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    say: Callable = print,  # Called with each progress message
     **kwargs,  # `bs, augment, balance, runtime, ...` of `build_learner`
 ) -> Comparison:
-    """Train each backbone by each plan on one split, and compare their predictions.
+    """Train each backbone with each plan on one split, and compare their predictions.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def compare(
 
     Notes
     -----
-    Differences are paired: each bootstrap resample takes the same patients for both recipes (Efron and Tibshirani
+    Differences are paired: each bootstrap resample has the same patients for both recipes (Efron and Tibshirani
     1993).
 
     Examples
@@ -142,7 +142,7 @@ def compare(
     >>> import dr_transfer as dt
     >>> photos = dt.make_flowers('flowers', n=100, size=48)
     >>> result = dt.compare('flowers', plans=('head', 'earlier_head'), size=48)
-    >>> 'accuracy' in result.table(n=200).index.get_level_values('measure')
+    >>> 'accuracy' in result.table(n=200).index.get_level_values('metric')
     True
     """
     recipes = _recipes(archs, plans, epochs)
@@ -163,12 +163,12 @@ def compare(
 
 # %% ../../nbs/evaluation/04_compare.ipynb #51be185e
 def _plot_intervals(ax, t, value, low, high):
-    "Each rival's value with its interval, in the order of the table"
+    "Draw the value of each model with its interval, in the order of the table"
     names = list(t.index)
     d = t[t[value].notna()]
     rows = [names.index(name) for name in d.index]
     center = d[value]
-    # A value outside of its interval still has a place
+    # no negative bars where a value is outside its interval
     below = (center - d[low]).clip(lower=0)
     above = (d[high] - center).clip(lower=0)
     ax.errorbar(center, rows, xerr=[below, above], fmt='o', ms=5, capsize=3)
@@ -177,9 +177,9 @@ def _plot_intervals(ax, t, value, low, high):
 
 def plot_comparison(
     table: pd.DataFrame,  # From `Comparison.table`
-    metric: str | None = None,  # Name of a measure; AUC, or accuracy, if None
+    metric: str | None = None,  # Name of a metric; AUC, or accuracy, if None
 ) -> Figure:
-    "Each method with its 95 % interval, and its difference from the first with the paired interval"
+    "Plot a metric of each model, and its difference from the first model, with 95 % intervals"
     m = main_metric(table.index.get_level_values('metric'), metric)
     t = table.xs(m, level='metric')
     fig = Figure(figsize=(7, 1 + 0.4 * len(t)), layout='constrained')

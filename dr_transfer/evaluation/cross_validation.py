@@ -41,17 +41,17 @@ from ..utils.safe_files import private_folder
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #73e2fcf2
 _RESULT_FILES = ('predictions.csv', 'history.csv')
-_CHECKSUMS = 'sums.json'  # Name of a file in `_RESULT_FILES` -> its hash
-_TRAINING_VERSION = 2  # raised when a training does something else, so that what is kept is computed anew
+_CHECKSUMS = 'sums.json'  # name of a file in `_RESULT_FILES` -> its hash
+_TRAINING_VERSION = 2  # increase it when training changes, so that cached results are computed again
 
 
 def _quiet(line):
-    "The lines about the data were told when the table was made"
+    "Ignore messages about the data, which were shown when the table was made"
 
 
 def _json_value(o):
-    "What decides a result, for JSON; TypeError for what cannot be told by its name, such as a module or a callback"
-    if isinstance(o, Task):  # its targets stand in the table
+    "Describe an argument for JSON; TypeError for one without a description, such as a module or a callback"
+    if isinstance(o, Task):  # its targets are in the table
         return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')}
     if is_dataclass(o):
         return asdict(o)
@@ -63,7 +63,7 @@ def _json_value(o):
 
 
 def _weights(arch, weights) -> str:
-    "Which weights a training starts from: the hash of their file, not its name"
+    "Identify the initial weights by the hash of their file, not by its name"
     if weights == 'random':
         return 'random'
     file = Path(weights) if weights is not None else _find_file(find_backbone(arch))
@@ -71,8 +71,8 @@ def _weights(arch, weights) -> str:
 
 
 def _training_folder(table, settings) -> Path | None:
-    "Where what a training left behind is kept; None if something in the settings has no description"
-    images = list(zip(content_keys(table.image.tolist()), table.target, table.split))  # in their order
+    "Return the cache folder of a training; None if one of its arguments has no description"
+    images = list(zip(content_keys(table.image.tolist()), table.target, table.split))  # in order
     about = [images, settings, versions(), READING, _TRAINING_VERSION]
     try:
         text = json.dumps(about, sort_keys=True, default=_json_value)
@@ -82,28 +82,28 @@ def _training_folder(table, settings) -> Path | None:
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #b4cf8042
 def without_weights(
-    plan,  # A plan
+    plan,  # Plan
     kwargs: dict,  # Arguments of `build_learner`
 ) -> dict:  # The same, without `weights` if the plan has its own
-    "What the models of a comparison share: weights are for those plans that do not bring their own"
+    "Drop `weights` for a plan that has its own weights"
     return {k: v for k, v in kwargs.items() if k != 'weights' or not plan.weights}
 
 
 def _with_plan_weights(plan, kwargs) -> dict:
-    "The arguments with the backbone and the weights of a plan; ValueError if others are asked for"
+    "Add the backbone and the weights of a plan to the arguments; ValueError if they contradict each other"
     kwargs = {**kwargs, 'arch': plan_arch(plan, kwargs.get('arch'))}
     if plan.weights is None:
         return kwargs
     if kwargs.get('weights') not in (None, plan.weights):
         raise ValueError(
-            f"plan '{plan.name}' starts from {plan.weights} weights, and weights={str(kwargs['weights'])!r} "
-            '(--weights) asks for others: leave weights out, or take another plan'
+            f"plan '{plan.name}' starts from {plan.weights} weights, but weights={str(kwargs['weights'])!r} "
+            '(--weights) was given: omit weights, or use another plan'
         )
     return {**kwargs, 'weights': plan.weights}
 
 
 def _read_results_table(file) -> pd.DataFrame:
-    "A table that was kept, its numbers as numbers"
+    "Read a cached table and convert its cells"
     t = read_csv(file)
     text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
     for c in t:
@@ -113,7 +113,7 @@ def _read_results_table(file) -> pd.DataFrame:
 
 
 def _parsed_cell(text):
-    "A cell as it was written: a truth value, a whole number or a number"
+    "Convert a cell to bool, int or float"
     if text in ('True', 'False'):
         return text == 'True'
     if text is None:
@@ -122,14 +122,14 @@ def _parsed_cell(text):
 
 
 def _checksum(folder, text) -> str:
-    "The hash of a kept file, for this training and no other"
+    "Return the hash of a cached file, which is valid for this folder only"
     return hashlib.sha256(folder.name.encode() + text).hexdigest()
 
 
 def _write_results(folder, tables):
-    "Keep the tables of a training"
+    "Write the tables of a training into the cache"
     private_folder(folder.parent)
-    remove(folder)  # it is damaged, or not there
+    remove(folder)  # it is damaged, or does not exist
     with new_folder(folder, kind='training', wait=60) as tmp:
         for name, t in zip(_RESULT_FILES, tables):
             write_csv(t, tmp / name)
@@ -138,7 +138,7 @@ def _write_results(folder, tables):
 
 
 def _read_results(folder) -> list[pd.DataFrame] | None:
-    "What was kept of a training; None if nothing is there, or not what was written, which is told"
+    "Read the cached tables of a training; None if there are none, or, with a warning, if they are damaged"
     if not os.path.lexists(folder):
         return None
     try:
@@ -148,66 +148,63 @@ def _read_results(folder) -> list[pd.DataFrame] | None:
             return [_read_results_table(folder / name) for name in _RESULT_FILES]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
-    warn(f'the training kept in {folder} is damaged: it is done again')
+    warn(f'the cached training in {folder} is damaged: it is repeated')
     return None
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #1d7e8545
 def train_once(
     table: pd.DataFrame,  # Columns `image, label, group, split, target`
     task: Task,  # A task
-    target: str | None = None,  # What is learnt; the task's first if None
-    plan: Any = None,  # Name or plan; chosen for set and machine if None
+    target: str | None = None,  # Name of the target; the task's first if None
+    plan: Any = None,  # Name or plan; chosen for the data if None
     epochs: int | None = None,  # Epochs of the plan's last phase
-    seed: int = 42,  # Decides the head and the order
+    seed: int = 42,  # Seed of the head and of the order of images
     *,
-    subset: str = 'valid',  # Whose predictions: 'valid' or 'test'
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    subset: str = 'valid',  # Subset to predict: 'valid' or 'test'
+    say: Callable = print,  # Called with each progress message
     **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
-    "Train, predict the images that were not learnt from, and keep both; or take what was kept"
-    why = ''
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # Predictions, and history with a row per epoch
+    "Train and predict one subset, and store predictions and history in the cache; or read them from it"
+    reason = ''
     if not plan:
         n_train = int((table.split == 'train').sum())
-        plan, why = choose_plan(n_train, gpu=default_device().type != 'cpu')
+        plan, reason = choose_plan(n_train, gpu=default_device().type != 'cpu')
     kwargs = _with_plan_weights(get_plan(plan), kwargs)
     weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
     settings = [task, target, get_plan(plan), epochs, seed, subset, {**kwargs, 'weights': weights}]
-    file = _training_folder(table, settings)
-    kept = None if file is None else _read_results(file)
-    if kept is None:
-        if why:
-            say(f"plan '{plan}': {why}")
+    folder = _training_folder(table, settings)
+    cached = None if folder is None else _read_results(folder)
+    if cached is None:
+        if reason:
+            say(f"plan '{plan}': {reason}")
         learn = build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs)
         learn = fit(learn, epochs=epochs, say=say)
-        found = valid_predictions(learn, subset)
+        predictions = valid_predictions(learn, subset)
         history = pd.DataFrame(learn.record.history)
-        if file is None:
-            return found, history
+        if folder is None:
+            return predictions, history
         try:
-            _write_results(file, (found, history))
+            _write_results(folder, (predictions, history))
         except (OSError, OutputError) as e:
-            warn(f'the training could not be kept ({e}): another run will repeat it')
-            return found, history
-        kept = _read_results(file)
-    found, history = kept
+            warn(f'the training could not be stored in the cache ({e}): another run will repeat it')
+            return predictions, history
+        cached = _read_results(folder)
+    predictions, history = cached
     rows = table[table.split == subset]
-    own = {c: rows[c].tolist() for c in ('image', 'group')}  # they may have moved, and groups do not change a training
-    return found.assign(**own), history
+    current = {c: rows[c].tolist() for c in ('image', 'group')}  # files may have moved; groups do not affect training
+    return predictions.assign(**current), history
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #21a3df52
 def _without_test(t) -> pd.DataFrame:
-    "The images that go into the folds; what is done with a split of the data stands in the notes"
+    "Exclude the test images of a split and add a note about it"
     if t.split.isna().all():
         return t
     kept = t[t.split.ne('test')].reset_index(drop=True)
     if not len(kept):
         raise ValueError(
-            "every image is in the split 'test': nothing is left for cross-validation. Empty the column 'split'"
+            "every image is in the split 'test', so there are no images for cross-validation: empty the column 'split'"
         )
-    note = (
-        f"the split of the data: {len(t) - len(kept)} images of 'test' are left out, "
-        f'the other {len(kept)} go into the folds'
-    )
+    note = f"{len(t) - len(kept)} images with the split 'test' are excluded, the other {len(kept)} are in the folds"
     kept.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
     return kept
 
@@ -215,15 +212,15 @@ def _without_test(t) -> pd.DataFrame:
 def fold_tables(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: Task,  # A task
-    target: str | None = None,  # What is learnt; the task's first if None
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     *,
-    folds: int = 5,  # How many
-    seed: int = 42,  # Another seed, other folds
+    folds: int = 5,  # Number of folds
+    seed: int = 42,  # Seed of the folds
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    say: Callable = print,  # What is done with the lines about patients and labels
-) -> list[pd.DataFrame]:  # For each fold the table, with the fold as validation side
-    "The folds of cross-validation as tables for `build_learner`"
+    say: Callable = print,  # Called with each message about patients and labels
+) -> list[pd.DataFrame]:  # One for each fold, which is its validation set
+    "Make the folds of cross-validation as tables for `build_learner`"
     target = task.target(target)
     together = Together(task.reader)
     seed = check_seed(seed)
@@ -238,7 +235,7 @@ def fold_tables(
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #f7cdd0cb
 def _prefixed(say, name):
-    "A function like `say` whose lines begin with a name"
+    "Make a function like `say` that puts a name before each message"
 
     def tell(line):
         say(f'{name}: {line}')
@@ -249,17 +246,17 @@ def _prefixed(say, name):
 def cross_validate(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    target: str | None = None,  # What is learnt; the task's first if None
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     *,
-    folds: int = 5,  # How many
+    folds: int = 5,  # Number of folds
     epochs: int | None = None,  # Epochs of the plan's last phase
-    seed: int = 42,  # Decides the folds, and the order within them
+    seed: int = 42,  # Seed of the folds and of the training
     group_col: str | None = None,  # Column of the patients; a usual one if None
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    say: Callable = print,  # Called with each progress message
     **kwargs,  # `arch, weights, size, augment, plan, runtime, ...` of `build_learner`
-) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, `data_...`
-    """Predict every image by a model that was trained on neither it, nor its group, nor a copy of it.
+) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS..., data_...`
+    """Predict every image with a model that was trained on neither it, nor its group, nor a copy of it.
 
     Returns
     -------
@@ -277,8 +274,8 @@ def cross_validate(
 
     Notes
     -----
-    Folds keep groups and copies together and the classes in proportion. A finished fold is stored in the cache, so
-    that a run that was interrupted goes on where it stopped.
+    Groups and copies stay in one fold, and each fold has the classes in proportion. A finished fold is stored in the
+    cache, so a run that was interrupted continues where it stopped.
 
     Examples
     --------
@@ -304,9 +301,9 @@ def cross_validate(
 def decide_across(
     table: pd.DataFrame,  # From `cross_validate`
     classes,  # Class names in order
-    **wanted,  # `sensitivity` or `specificity`, as `choose_decision` takes it
-) -> tuple[pd.DataFrame, Decision]:  # The table, calibrated and decided; the decision from all folds
-    "Decide on each fold by what was chosen on the others"
+    **wanted,  # `sensitivity` or `specificity` for `choose_decision`
+) -> tuple[pd.DataFrame, Decision]:  # Calibrated predictions; decision chosen on all folds
+    "Calibrate and decide each fold with the temperature and threshold chosen on the other folds"
     parts = []
     for k in sorted(table.fold.unique()):
         decision = choose_decision(table[table.fold != k], classes, **wanted)

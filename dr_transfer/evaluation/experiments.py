@@ -37,13 +37,13 @@ METHODS = {
     'frozen': get_plan('head'),
     'fine-tuned': get_plan('fine_tune'),
 }  # name -> plan
-_METHOD_COLORS = {name: f'C{i}' for i, name in enumerate(METHODS)}  # the same in every picture
+_METHOD_COLORS = {name: f'C{i}' for i, name in enumerate(METHODS)}  # the same in every figure
 
 
 def method_plans(
-    methods=None,  # Names in `METHODS`, or {name: plan or its name}; all if None
+    methods=None,  # Names in `METHODS`, or {name: plan}; all if None
 ) -> dict:  # Name -> plan
-    "Starts that are to be compared, by name"
+    "Return the plans of the methods to compare"
     if methods is None:
         return METHODS
     if isinstance(methods, dict):
@@ -56,7 +56,7 @@ def method_plans(
 
 
 def _checked_plans(methods, arch) -> dict:
-    "Plans by name, all for one backbone; ValueError if one has another than was asked for"
+    "Return the plans by name; ValueError if one has another backbone than `arch`"
     plans = method_plans(methods)
     for plan in plans.values():
         plan_arch(plan, arch)
@@ -65,23 +65,23 @@ def _checked_plans(methods, arch) -> dict:
 # %% ../../nbs/evaluation/05_experiments.ipynb #584a4365
 def unseen_split(
     table: pd.DataFrame,  # Columns `image, label, group, target`
-    together,  # What must be on one side (n,), as `Together` gives it
-    test: float = 0.3,  # Share of the images that stays unseen
-    max_test: int = 600,  # At most so many of them count
-    seed: int = 0,  # Another seed, other images
+    together,  # Groups that stay in one subset (n,), from `Together`
+    test: float = 0.3,  # Fraction of the images that is held out
+    max_test: int = 600,  # Largest number of test images
+    seed: int = 0,  # Seed of the split
 ) -> pd.DataFrame:  # With `split`: 'train', 'valid', 'test', in a random order
-    "Images to learn from, and unseen ones"
+    "Split images into training images and held-out test images, with a small validation set"
     t = split_table(table.assign(label=table.target, group=together), valid=test, seed=seed)
     t = t.assign(label=table.label).sample(frac=1, random_state=seed)
     held = t[t.split == 'valid']
     n_classes = held.target.nunique()
     few = max(2 * n_classes, round(0.05 * len(held)))
-    side = held.groupby('target').cumcount() < -(-few // n_classes)
-    valid = held[side]
-    rest = held[~side & ~held.group.isin(valid.group.dropna())][:max_test]
+    is_valid = held.groupby('target').cumcount() < -(-few // n_classes)
+    valid = held[is_valid]
+    rest = held[~is_valid & ~held.group.isin(valid.group.dropna())][:max_test]
     if not len(rest):
         raise ValueError(
-            f'{len(held)} unseen images of {held.group.nunique()} groups are too few: '
+            f'{len(held)} held-out images of {held.group.nunique()} groups are too few for a test set: '
             'give a larger test=, or more groups'
         )
     return pd.concat([t[t.split == 'train'], valid, rest.assign(split='test')])
@@ -89,14 +89,14 @@ def unseen_split(
 # %% ../../nbs/evaluation/05_experiments.ipynb #9af67200
 def first_images(
     table: pd.DataFrame,  # From `unseen_split`
-    n: int,  # How many to learn from
-) -> pd.DataFrame:  # The same with n images on the side 'train'
-    "Fewer images to learn from, each class in proportion, a part of any larger choice"
+    n: int,  # Number of training images
+) -> pd.DataFrame:  # The same with n training images
+    "Reduce the training set to n images, each class in proportion; a subset of any larger choice"
     train = table[table.split == 'train']
     classes = train.groupby('target')
     place = (classes.cumcount() + 0.5) / classes.target.transform('size')
     if not 2 <= n <= len(train):
-        raise ValueError(f'sizes: {n} images to learn from, and there are {len(train)}: give 2 to {len(train)}')
+        raise ValueError(f'sizes: {n} training images were given, but there are {len(train)}: give 2 to {len(train)}')
     first = place.sort_values(kind='stable').index[:n]
     return pd.concat([train.loc[first], table[table.split != 'train']])
 
@@ -104,26 +104,26 @@ def first_images(
 def learning_curve(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    sizes=(25, 50, 100, 200, 400),  # Images to learn from, growing
+    sizes=(25, 50, 100, 200, 400),  # Numbers of training images
     *,
     methods=None,  # Names in `METHODS`, or {name: plan}; all if None
-    seeds: int = 5,  # Splits into seen and unseen images
-    target: str | None = None,  # What is learnt; the task's first if None
+    seeds: int = 5,  # Number of random splits
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    test: float = 0.3,  # Share of the images that stays unseen
-    max_test: int = 600,  # At most so many of them count
+    test: float = 0.3,  # Fraction of the images that is held out
+    max_test: int = 600,  # Largest number of test images
     group_col: str | None = None,  # Column of the patients; a usual one if None
-    size: int | None = None,  # Side in pixels; the task's own if None
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    size: int | None = None,  # Image size in pixels; the task's own if None
+    say: Callable = print,  # Called with each progress message
     **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
-) -> pd.DataFrame:  # A row a training: rival, images, seed, each measure, share
-    "What each start is worth on unseen images with more and more images to learn from"
+) -> pd.DataFrame:  # `method, images, seed`, metrics, `test_ratio`; a row per training
+    "Train each method on training sets of different sizes, and compute its metrics on test images"
     plans = _checked_plans(methods, kwargs.get('arch'))
     task = get_task(task, size)
     table = _encoded(data, task, target, labels, group_col)
     splits = _splits(table, task, seeds, test, max_test, say)
     for t, n in product(splits, sizes):
-        first_images(t, n)  # refused before hours are spent
+        first_images(t, n)  # raises an error before any training
     out = []
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
@@ -145,12 +145,12 @@ def _metric_words(row) -> str:
 
 
 def _encoded(data, task, target, labels, group_col) -> pd.DataFrame:
-    "The table of the images, with what is learnt"
+    "Make the table of images with the target"
     return encode_target(label_table(data, labels, group_col=group_col), task.target(target))
 
 
 def _splits(t, task, seeds, test, max_test, say) -> list:
-    "The tables of seen and unseen images, one a seed"
+    "Split the images into training and test images, once for each seed"
     together = Together(task.reader)
     groups = together(t)
     note_contradictions(t, together.copies)
@@ -160,7 +160,7 @@ def _splits(t, task, seeds, test, max_test, say) -> list:
 
 
 def _metrics(p, target) -> dict:
-    "Metrics of a table of predictions"
+    "Compute the metrics of a table of predictions"
     classes = target.class_set(table_classes(p))
     y, probs = table_arrays(p, classes)
     return metric_values(y, probs, classes)
@@ -172,10 +172,10 @@ def _metric_name(runs, name):
 # %% ../../nbs/evaluation/05_experiments.ipynb #3bd48fd8
 def curve_table(
     runs: pd.DataFrame,  # From `learning_curve`
-    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    baseline: str = BASELINE,  # Rival that the others are held against
-) -> pd.DataFrame:  # A row a rival and size: score, low, high, gain, gain_low, gain_high
-    "The mean score of each rival at each size, its gain over random initialisation, and 95 % intervals over splits"
+    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first in `runs` if None
+    baseline: str = BASELINE,  # Method that the others are compared with
+) -> pd.DataFrame:  # Index `method, images`; `score, low, high, gain, gain_low, gain_high`
+    "Mean score of each method and size, and its gain over the baseline, with 95 % intervals over splits"
     m = _metric_name(runs, metric)
     least = -1.0 if m == 'kappa' else 0.0
     test_ratio = runs.test_ratio.iloc[0]
@@ -200,7 +200,7 @@ def curve_table(
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #9292e806
 def _needed(sizes, scores, wanted) -> float:
-    "Images at which a curve, made to rise, reaches a score; inf if it does not"
+    "Number of images at which the running maximum of a curve reaches a score; inf if it does not"
     sizes = np.asarray(sizes, float)
     rising = np.maximum.accumulate(np.asarray(scores, float))
     if np.isnan(wanted) or np.isnan(rising).any():
@@ -219,23 +219,23 @@ def _needed(sizes, scores, wanted) -> float:
 # %% ../../nbs/evaluation/05_experiments.ipynb #9a135d45
 def value_of_pretraining(
     runs: pd.DataFrame,  # From `learning_curve`
-    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    baseline: str = BASELINE,  # The rival without pretraining
-) -> pd.DataFrame:  # Rival, images: score, needs, worth, value_low, value_high
-    "How many more images random initialisation needs; 0 for none, inf for more than were tried"
+    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first in `runs` if None
+    baseline: str = BASELINE,  # Method without pretraining
+) -> pd.DataFrame:  # A row per method and training-set size
+    "Number of labelled images that pretraining saves: `score, images_needed, images_saved, low, high`"
     t = curve_table(runs, metric, baseline)
     if baseline not in t.index.levels[0]:
         raise ValueError(
             f"there is no method '{baseline}' in these runs; they have {', '.join(t.index.levels[0])}: "
             'give one of them as baseline='
         )
-    r = t.loc[baseline].sort_index()
+    curve = t.loc[baseline].sort_index()
     others = t[t.index.get_level_values(0) != baseline]
     out = {}
     for (name, n), row in others.iterrows():
-        needed = _needed(r.index, r.score, row.score)
-        low = _needed(r.index, r.high, row.low)
-        high = _needed(r.index, r.low, row.high)
+        needed = _needed(curve.index, curve.score, row.score)
+        low = _needed(curve.index, curve.high, row.low)
+        high = _needed(curve.index, curve.low, row.high)
         out[name, n] = {
             'score': row.score,
             'images_needed': max(needed, n),
@@ -260,7 +260,7 @@ def images_saved_words(
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #d7d91398
 def _panels(names, title) -> list:
-    "One panel for each name, with shared axes, so that no interval hides another"
+    "Make a panel for each name, with shared axes, so that intervals do not overlap"
     fig = Figure(figsize=(1 + 2.6 * len(names), 3.4), layout='constrained')
     if title:
         fig.suptitle(plain_text(title), fontsize=11)
@@ -300,11 +300,11 @@ def _draw_curves(curves, axes, ax, title) -> Figure:
 
 def plot_learning_curve(
     runs: pd.DataFrame,  # From `learning_curve`
-    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first there is
-    title: str = '',  # Above the figure
+    metric: str | None = None,  # 'auc', 'accuracy' or 'kappa'; the first in `runs` if None
+    title: str = '',  # Title of the figure
     ax=None,  # Axes for all methods; one panel for each if None
 ) -> Figure:
-    "Metric of each method over the number of training images, with 95 % intervals over splits"
+    "Plot a metric of each method over the number of training images, with 95 % intervals over splits"
     t = curve_table(runs, metric)
     m = _metric_name(runs, metric)
     sizes = sorted(runs.images.unique())
@@ -323,7 +323,7 @@ def plot_learning_curve(
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #caf32696
 def _errors(h) -> pd.DataFrame:
-    "The epochs of the last phase, after the end of the one before as epoch 0; so is a head that was solved"
+    "Errors after the epochs of the last phase; epoch 0 is the end of the phase before, or a head that was solved"
     last = h.phase == h.phase.max()
     before = h.phase == h.phase.max() - 1
     ends = h.groupby('phase').epoch.transform('max') == h.epoch
@@ -335,20 +335,20 @@ def _errors(h) -> pd.DataFrame:
 def training_curve(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    epochs: int = 20,  # Of the last phase of each rival
+    epochs: int = 20,  # Epochs of the last phase of each method
     methods=(BASELINE, 'fine-tuned'),  # Names in `METHODS`, or {name: plan}
     *,
-    seeds: int = 1,  # Splits into seen and unseen images
-    target: str | None = None,  # What is learnt; the task's first if None
+    seeds: int = 1,  # Number of random splits
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    images: int | None = None,  # Images to learn from; all if None
-    test: float = 0.3,  # Share of the images that stays unseen, 600 at most
+    images: int | None = None,  # Number of training images; all if None
+    test: float = 0.3,  # Fraction held out for testing, at most 600 images
     group_col: str | None = None,  # Column of the patients; a usual one if None
-    size: int | None = None,  # Side in pixels; the task's own if None
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    size: int | None = None,  # Image size in pixels; the task's own if None
+    say: Callable = print,  # Called with each progress message
     **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
-) -> pd.DataFrame:  # A row an epoch: rival, seed, epoch, losses, error
-    "The error of each start on unseen images, epoch by epoch (as Shin et al. 2016 plot it)"
+) -> pd.DataFrame:  # `method, seed, epoch, train_loss, valid_loss, error`
+    "Train each method and compute its error on test images after each epoch (as in Shin et al. 2016)"
     check_epochs(epochs)
     plans = _checked_plans(methods, kwargs.get('arch'))
     task = get_task(task, size)
@@ -369,10 +369,10 @@ def training_curve(
 # %% ../../nbs/evaluation/05_experiments.ipynb #56f87b27
 def plot_training_curve(
     runs: pd.DataFrame,  # From `training_curve`
-    title: str = '',  # Above the figure
+    title: str = '',  # Title of the figure
     ax=None,  # Axes for all methods; one panel for each if None
 ) -> Figure:
-    "Error on test images over epochs, the mean of the splits and their range"
+    "Plot the error on test images over epochs: mean and range of the splits"
     curves = {}
     for name, g in runs.groupby('method', sort=False):
         e = g.groupby('epoch').error.agg(['mean', 'min', 'max'])

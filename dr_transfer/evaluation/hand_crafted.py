@@ -61,25 +61,25 @@ FEATURES = (
 
 
 def _box_dimension(mask) -> float:
-    "Fractal dimension by counting boxes (Stosic and Stosic 2006 for vessels); 0 if there is nothing"
-    sides = np.array([2, 4, 8, 16, 32])
+    "Fractal dimension by box counting (Stosic and Stosic 2006 for vessels); 0 for an empty mask"
+    sizes = np.array([2, 4, 8, 16, 32])
     counts = []
-    for s in sides:
+    for s in sizes:
         boxes = mask.reshape(SEGMENT_SIZE // s, s, SEGMENT_SIZE // s, s).any((1, 3))
         counts.append(boxes.sum())
     if not min(counts):
         return 0.0
-    slope = np.polyfit(np.log(sides), np.log(counts), 1)[0]
+    slope = np.polyfit(np.log(sizes), np.log(counts), 1)[0]
     return float(-slope)
 
 
 def _bends(line, forks) -> list:
-    "Pixels of each long segment by the longer side of its box: 1 if straight, at any angle"
+    "Length of each long segment in pixels, divided by the longer extent of its box: 1 if straight, at any angle"
     eight = np.ones((3, 3))
     label, _ = ndi.label(line & ~ndi.binary_dilation(forks, eight), eight)
     pixels = np.bincount(label.ravel())[1:]
     longer = [max(s.stop - s.start for s in box) for box in ndi.find_objects(label)]
-    return [n / side for n, side in zip(pixels, longer) if side >= 0.05 * SEGMENT_SIZE / 2]
+    return [n / extent for n, extent in zip(pixels, longer) if extent >= 0.05 * SEGMENT_SIZE / 2]
 
 
 def _vessel_features(seg) -> dict:
@@ -110,20 +110,20 @@ _PROPERTIES = {
     'eccentricity': 'eccentricity',
     'solidity': 'solidity',
     'intensity_max': 'strength',
-}  # as scikit-image calls them -> column
+}  # name in scikit-image -> column
 
 
 def lesion_table(
     seg: Segmentation,  # From `segment`
-) -> pd.DataFrame:  # A row a spot
-    "Every spot: `kind, x, y` (crop pixels), `diameter` (radii), `area` (thousandths of the field), shape and strength"
+) -> pd.DataFrame:  # A row per spot
+    "Measure every spot: `x, y` (pixels), `diameter` (radii), `area` (thousandths of the field), shape, strength"
     measure = _skimage().measure
     names = ('centroid', *list(_PROPERTIES)[2:])
     parts = []
     for mask in LESION_MASKS:
         label = measure.label(getattr(seg, mask), connectivity=2)
-        found = measure.regionprops_table(label, seg.strength, properties=names)
-        p = pd.DataFrame(found).rename(columns=_PROPERTIES)
+        properties = measure.regionprops_table(label, seg.strength, properties=names)
+        p = pd.DataFrame(properties).rename(columns=_PROPERTIES)
         p['diameter'] = p.diameter / (SEGMENT_SIZE / 2)
         p['area'] = 1000 * p.area / seg.field.sum()
         p['kind'] = 'exudate'
@@ -135,7 +135,7 @@ def lesion_table(
 
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #0ea4bd1f
 def _kind_features(p) -> list:
-    "Of the lesions of one kind, in the order of `_SHAPES`"
+    "Features of the lesions of one kind, in the order of `_SHAPES`"
     if not len(p):
         return [0] * len(_SHAPES)
     means = p[['eccentricity', 'solidity', 'strength']].mean()
@@ -143,7 +143,7 @@ def _kind_features(p) -> list:
 
 
 def _position_features(p, fovea) -> dict:
-    "Where the lesions of one mask lie"
+    "Features of the positions of the lesions of one mask"
     middle = SEGMENT_SIZE / 2
     away = np.hypot(p.x - fovea[0], p.y - fovea[1]) / middle
     quadrant = 2 * (p.x > middle) + (p.y > middle)
@@ -156,8 +156,8 @@ def _position_features(p, fovea) -> dict:
 
 def lesion_features(
     seg: Segmentation,  # From `segment`
-) -> dict:  # Name in `FEATURES` -> number, in that order
-    "Counts, areas and shapes of vessels and lesions; 0 where there is no lesion"
+) -> dict:  # Name in `FEATURES` -> value, in that order
+    "Compute counts, areas and shapes of vessels and lesions; 0 where there is no lesion"
     out = _vessel_features(seg)
     table = lesion_table(seg)
     for kind in ('microaneurysm', 'haemorrhage', 'exudate'):
@@ -173,11 +173,11 @@ def lesion_features(
     return {name: float(out[name]) for name in FEATURES}
 
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #db9f0b7f
-_METHOD_VERSION = 1  # raised when a step above does something else, so that stored features are computed anew
+_METHOD_VERSION = 1  # increase it when a step above changes, so that stored features are computed again
 
 
 def _compute(limits, workers, bs):
-    "A function for `fill_stores`: features of batches of images, measured in threads"
+    "Make a function for `fill_stores` that computes features of batches of images in threads"
 
     def one(source):
         try:
@@ -188,14 +188,14 @@ def _compute(limits, workers, bs):
             if is_shortage(e):
                 raise unreadable(source, e) from None
             raise ValueError(
-                f'{source_name(source)} cannot be measured ({e}): '
-                'leave it out, or repair it; what was measured so far is kept'
+                f'{source_name(source)} cannot be segmented ({e}): '
+                'exclude or repair it; the features computed so far are stored'
             ) from None
 
     def compute(sources, fields):
         pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
         try:
-            rows = progress(pool.map(one, sources), total=len(sources), label='photographs measured')
+            rows = progress(pool.map(one, sources), total=len(sources), label='images segmented')
             for i in range(0, len(sources), bs):
                 yield {'features': np.array([next(rows) for _ in sources[i : i + bs]], np.float32)}
         finally:
@@ -206,48 +206,48 @@ def _compute(limits, workers, bs):
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #6163e917
 def feature_frame(
     images: list,  # Paths or images
-    limits: SegmentationLimits = SEGMENTATION_LIMITS,  # Where segmentation draws its lines
-    workers: int | None = None,  # Threads; one a core if None
-    folder: str | Path | None = None,  # Where features are kept; in the cache if None
-    bs: int = 8,  # Images that are stored at once
-) -> pd.DataFrame:  # A row an image, in their order; columns `FEATURES`
-    "Explicit features of photographs, measured unless stored; ValueError for one that is unreadable or shows no retina"
+    limits: SegmentationLimits = SEGMENTATION_LIMITS,  # Limits of the segmentation
+    workers: int | None = None,  # Threads; one per core if None
+    folder: str | Path | None = None,  # Folder for features; in the cache if None
+    bs: int = 8,  # Images that are stored together
+) -> pd.DataFrame:  # A row per image, in order; columns `FEATURES`
+    "Compute hand-crafted features, or read stored ones; ValueError for an image that cannot be read or segmented"
     if isinstance(images, (str, bytes, Path)):
         raise ValueError(
             f'{images!r} is one image or folder: give a list, such as [{images!r}] or find_images({images!r})'
         )
     if not len(images):
-        raise ValueError('no images: give a list with some')
+        raise ValueError('no images: give a list with one image or more')
     _skimage()
     versions = [f'{p} {package_version(p)}' for p in ('scikit-image', 'scipy', 'pillow')]
     about = {'limits': asdict(limits), 'names': FEATURES, 'made by': ' '.join([f'method {_METHOD_VERSION}', *versions])}
     fields = {'features': ((len(FEATURES),), 'float32')}
     store = ArrayStore(folder or cache_folder() / 'hand_crafted', 'hand_crafted', about, fields)
     (rows,) = fill_stores([store], list(images), _compute(limits, workers, bs), bs)
-    # An image in memory has a number
+    # An image in memory is named by its position
     names = [str(o) if isinstance(o, (str, Path)) else i for i, o in enumerate(images)]
     values = np.array(stored_array(store, 'features')[rows])
     return pd.DataFrame(values, index=pd.Index(names, name='image'), columns=list(FEATURES))
 
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #09ffe02a
-_GRID = tuple(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.3, 1.0)))  # strength C, and width of the kernel in 1/features
+_GRID = tuple(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.1, 0.3, 1.0)))  # C, and gamma times the number of features
 
 
 class HandCraftedClassifier(ClassifierMixin, BaseEstimator):
-    "A support vector machine on explicit features; fitted: `classes_, best_, aucs_, model_`"
+    "Support vector machine on hand-crafted features; fitted: `classes_, best_, aucs_, model_`"
 
     def __init__(
         self,
-        grid=_GRID,  # (C, gamma times the number of features) that are tried
-        folds: int = 5,  # Inner folds
-        seed: int = 0,  # Decides the inner folds
+        grid=_GRID,  # Pairs (C, gamma times the number of features) to try
+        folds: int = 5,  # Number of inner folds
+        seed: int = 0,  # Seed of the inner folds
     ):
         self.grid = grid
         self.folds = folds
         self.seed = seed
 
     def fit(self, X, y, groups=None):
-        "X: (images, features); y: classes (n,); groups (n,): what stays together"
+        "Fit on X (images, features) and y (images,), with inner folds by groups (images,)"
         x = _checked_features(X)
         self.classes_, codes = np.unique(np.asarray(y), return_inverse=True)
         if len(self.classes_) < 2:
@@ -261,12 +261,13 @@ class HandCraftedClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X) -> np.ndarray:
-        "Probabilities (images, classes), in the order of `classes_`"
+        "Return probabilities (images, classes), in the order of `classes_`"
         check_is_fitted(self)
         x = _checked_features(X)
         if x.shape[1] != self.n_features_in_:
             raise ValueError(
-                f'{x.shape[1]} features: this classifier learnt from {self.n_features_in_}. Give the same columns'
+                f'{x.shape[1]} features were given, but the classifier was trained on {self.n_features_in_}: '
+                'give the same columns'
             )
         return self.model_.predict_proba(x)
 
@@ -278,26 +279,26 @@ def _checked_features(X) -> np.ndarray:
     x = np.asarray(X, dtype=np.float64)
     if x.ndim != 2 or not x.size:
         raise ValueError(
-            f'features of the shape {x.shape}: give a table (images, features), such as `feature_frame` makes'
+            f'features have the shape {x.shape}: give a table (images, features), such as from `feature_frame`'
         )
     if not np.isfinite(x).all():
         rows = np.flatnonzero(~np.isfinite(x).all(1))
         raise ValueError(
             f'features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}: '
-            'measure them again, or leave these images out'
+            'compute them again, or exclude these images'
         )
     return x
 
 
 def _svm(how, n):
-    "A support vector machine with a strength and a width, for n features"
-    C, width = how
-    svm = SVC(C=C, gamma=width / n, class_weight='balanced')
+    "Make a support vector machine with (C, gamma times n) for n features"
+    C, scaled_gamma = how
+    svm = SVC(C=C, gamma=scaled_gamma / n, class_weight='balanced')
     return make_pipeline(StandardScaler(), FunctionTransformer(np.arcsinh), svm)
 
 
 def _ranking(codes, scores) -> float:
-    "AUC; of each class against the others, on average, where there are more than two"
+    "AUC; for more than two classes the mean over one class against the others"
     if scores.ndim == 1:
         return auc(codes, scores)
     aucs = [auc((codes == k).astype(int), scores[:, k]) for k in range(scores.shape[1])]
@@ -305,7 +306,7 @@ def _ranking(codes, scores) -> float:
 
 
 def _fold_auc(how, x, codes, parts) -> float:
-    "The mean AUC on the test images of the folds"
+    "Mean AUC on the test images of the folds"
     scores = []
     for train, test in parts:
         machine = _svm(how, x.shape[1]).fit(x[train], codes[train])
@@ -318,23 +319,23 @@ def cross_validate_hand_crafted(
     target: str | None = None,  # 'referable' or 'grade'
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     *,
-    folds: int = 5,  # How many
-    seed: int = 42,  # Decides the folds
+    folds: int = 5,  # Number of folds
+    seed: int = 42,  # Seed of the folds
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    classifier: HandCraftedClassifier | None = None,  # What learns; one with its defaults if None
-    say: Callable = print,  # What is done with the lines about patients and labels
+    classifier: HandCraftedClassifier | None = None,  # A classifier with default arguments if None
+    say: Callable = print,  # Called with each message about patients and labels
     **kwargs,  # `limits, workers, folder` of `feature_frame`
-) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS...`, facts
-    "Predictions of every photograph from explicit features, by a classifier that saw neither it nor its group"
+) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS..., data_...`
+    "Predict every image from hand-crafted features, by a classifier trained on neither it nor its group"
     task = get_task('dr')
     tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
     x = feature_frame(tables[0].image.tolist(), **kwargs).to_numpy()
-    apart = np.array(Together(task.reader)(tables[0]), object)
+    groups = np.array(Together(task.reader)(tables[0]), object)
     out = []
     for k, t in enumerate(progress(tables, label='folds'), 1):
         train = (t.split == 'train').to_numpy()
         y = t.target.to_numpy()
-        model = clone(classifier or HandCraftedClassifier()).fit(x[train], y[train], apart[train])
+        model = clone(classifier or HandCraftedClassifier()).fit(x[train], y[train], groups[train])
         probs = model.predict_proba(x[~train])
         test = t[~train].drop(columns='split')
         p = pd.DataFrame(probs, columns=[f'p_{c}' for c in model.classes_], index=test.index)

@@ -26,9 +26,9 @@ from ..data.fundus import INSIDE, Disc, disc_mask, read_disc
 from ..utils.files import extra_module
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #cb045098
-SEGMENT_SIZE = 512  # pixels; all lengths below are shares of the radius of the retina
+SEGMENT_SIZE = 512  # pixels; all lengths below are fractions of the radius of the retina
 _RADIUS = SEGMENT_SIZE / 2  # pixels
-_EIGHT = np.ones((3, 3))  # what touches at a corner belongs together
+_EIGHT = np.ones((3, 3))  # pixels that touch at a corner are connected
 
 
 def _skimage():
@@ -40,13 +40,13 @@ def _morphology():
 
 
 def _disk(radius):
-    "A disk for filters, its radius in radii of the retina"
+    "Make a disk for filters, with its radius in radii of the retina"
     pixels = round(radius * _RADIUS)
     return _morphology().disk(pixels, decomposition='sequence')
 
 
 def _field(a) -> np.ndarray:
-    "What is retina in a crop, without its rim"
+    "Mask of the retina in a crop, without its rim"
     light = a.max(2)
     brightest = np.percentile(light, 99)
     lit = light > max(8.0, 0.12 * brightest)
@@ -56,27 +56,27 @@ def _field(a) -> np.ndarray:
 
 
 def _shrink(x, f) -> np.ndarray:
-    "The mean of each block of f by f pixels"
+    "Mean of each block of f by f pixels"
     k = SEGMENT_SIZE // f
     blocks = x.reshape(k, f, k, f)
     return blocks.mean((1, 3))
 
 
 def _average(x, field, radius, f=4) -> np.ndarray:
-    "The average around each pixel, of the field alone"
+    "Average around each pixel, within the field only"
     sigma = radius * _RADIUS / f
     inside = np.where(field, x, 0)
     weight = field.astype(np.float32)
     total = gaussian_filter(_shrink(inside, f), sigma)
-    share = gaussian_filter(_shrink(weight, f), sigma)
-    average = total / (share + 1e-4)
+    fraction = gaussian_filter(_shrink(weight, f), sigma)
+    average = total / (fraction + 1e-4)
     small = Image.fromarray(average.astype(np.float32))
     large = small.resize((SEGMENT_SIZE, SEGMENT_SIZE), Image.Resampling.BICUBIC)
     return np.asarray(large)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #a82f8983
 def _normalized(a, field) -> tuple:
-    "The green channel with its contrast enhanced, and what stands out of its surroundings: both (512, 512)"
+    "Compute the green channel with enhanced contrast and its local contrast: both (512, 512)"
     green = median_filter(a[..., 1], 3)
     green = green.astype(np.float32) / 255
     green = np.maximum(green, 0.02)
@@ -84,7 +84,7 @@ def _normalized(a, field) -> tuple:
 
 
 def _enhanced(green, field) -> np.ndarray:
-    "The green channel with its contrast enhanced (CLAHE)"
+    "Enhance the contrast of the green channel (CLAHE)"
     around = _average(green, field, 0.125)
     filled = np.where(field, green, around)
     smooth = gaussian_filter(filled, 0.8)
@@ -97,7 +97,7 @@ def _enhanced(green, field) -> np.ndarray:
 
 
 def _local_contrast(green, field) -> np.ndarray:
-    "The logarithm against the average around, in what is usual in this retina"
+    "Logarithm minus its local average, divided by the typical deviation in this retina"
     light = np.log(green)
     around = _average(light, field, 0.1)
     out = np.where(field, light - around, 0)
@@ -107,37 +107,37 @@ def _local_contrast(green, field) -> np.ndarray:
 # %% ../../nbs/evaluation/06_segmentation.ipynb #c494bd9d
 @dataclass(frozen=True)
 class SegmentationLimits:
-    "Where segmentation draws its lines; contrasts in what is usual in the retina, lengths in its radius"
+    "Limits of the segmentation: contrasts in typical deviations of the retina, lengths in its radius"
 
     vessel: float = 0.08  # Strength of a ridge at which a vessel begins
     dark: float = 2.0  # Contrast of a small dark spot
     blot: float = 2.5  # Contrast of a dark spot wider than a vessel
     bright: float = 8.0  # Contrast of a bright spot
     longest: float = 0.88  # Eccentricity from which a dark spot is a vessel
-    nerve: float = 0.19  # Radius that is left out around the optic nerve
-    fovea: float = 0.05  # A dark spot so near to the fovea is left out
+    nerve: float = 0.19  # Radius around the optic nerve that is excluded
+    fovea: float = 0.05  # Radius around the fovea without dark spots
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #317e558a
-SEGMENTATION_LIMITS = SegmentationLimits()  # those that count if no others are given
+SEGMENTATION_LIMITS = SegmentationLimits()  # the default
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #c1eb40b8
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    "What was found in a retina: masks (512, 512), in the crop `image`"
+    "Segmentation of a retina: masks (512, 512) of the crop `image`"
 
     image: np.ndarray  # uint8 (512, 512, 3), the crop
     disc: Disc | None  # The circle of the retina in the photograph
-    field: np.ndarray  # What was looked at
+    field: np.ndarray  # Retina without its rim
     vessels: np.ndarray  # Vessels
-    nerve: np.ndarray  # Optic nerve, left out
+    nerve: np.ndarray  # Optic nerve, excluded
     fovea: tuple  # x and y of the fovea
     dark: np.ndarray  # Microaneurysms and haemorrhages
     bright: np.ndarray  # Exudates and cotton wool
-    strength: np.ndarray  # How far beyond the limit a lesion goes; 1 at the limit
+    strength: np.ndarray  # Contrast of lesions, relative to the limit
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #b8034246
 def _ridges(image) -> np.ndarray:
-    "How much a pixel looks like part of a dark line (Frangi et al. 1998)"
+    "Strength of dark ridges at each pixel (Frangi et al. 1998)"
     feature = _skimage().feature
     best = 0
     for s in (2.0, 3.0):
@@ -153,76 +153,76 @@ def _ridges(image) -> np.ndarray:
 
 
 def _hysteresis(x, high, low) -> np.ndarray:
-    "Where x is above a limit, and around there where it is above a share of it"
+    "Mask where x exceeds a limit, extended to connected pixels that exceed a fraction of it"
     filters = _skimage().filters
     return filters.apply_hysteresis_threshold(x, low * high, high)
 
 
 def _large(mask, pixels) -> np.ndarray:
-    "A mask without its small parts"
+    "Remove the small parts of a mask"
     return _morphology().remove_small_objects(mask, max_size=pixels, connectivity=2)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #05cfda7c
-def _masked_mean(v, there, part) -> np.ndarray:
-    "The mean of what is there under a mask around each pixel"
+def _masked_mean(v, weight, part) -> np.ndarray:
+    "Weighted mean under a mask around each pixel"
     kernel = part.astype(np.float32)
     total = convolve(v, kernel, mode='constant')
-    count = convolve(there, kernel, mode='constant')
+    count = convolve(weight, kernel, mode='constant')
     least = 0.3 * part.sum()
     return total / np.maximum(count, least)
 
 
 def _argmax(score) -> tuple:
-    "Row and column of the largest number"
+    "Row and column of the largest value"
     return np.unravel_index(score.argmax(), score.shape)
 
 
 def _find_nerve(out, vessels, field, f=8) -> tuple:
-    "x and y of the optic nerve: a bright disk in a darker ring, with vessels on it, near the horizontal line"
+    "Find x and y of the optic nerve: a bright disk in a darker ring, with vessels on it, near the horizontal line"
     k = SEGMENT_SIZE // f
     closed = grey_closing(out, size=(17, 17))
     closed = np.where(field, closed, 0)
     light = _shrink(closed, f).astype(np.float32)
-    there = _shrink(field, f).astype(np.float32)
+    weight = _shrink(field, f).astype(np.float32)
     lines = _shrink(vessels, f).astype(np.float32)
     start = -k // 5
     stop = k // 5 + 1
     y, x = np.mgrid[start:stop, start:stop]
     d = np.hypot(x, y) / (k / 2)
-    disk = _masked_mean(light, there, d < 0.14)
-    ring = _masked_mean(light, there, (d > 0.18) & (d < 0.28))
-    stands_out = (disk - ring).clip(0)
-    on_vessels = _masked_mean(lines, there, d < 0.28) + 0.02
+    disk = _masked_mean(light, weight, d < 0.14)
+    ring = _masked_mean(light, weight, (d > 0.18) & (d < 0.28))
+    contrast = (disk - ring).clip(0)
+    on_vessels = _masked_mean(lines, weight, d < 0.28) + 0.02
     height = (np.arange(k) + 0.5) / k * 2 - 1
     central = np.exp(-((height / 0.45) ** 2))
-    score = stands_out * on_vessels * central[:, None]
-    i, j = _argmax(score * (there > 0.5))
+    score = contrast * on_vessels * central[:, None]
+    i, j = _argmax(score * (weight > 0.5))
     return (j + 0.5) * f, (i + 0.5) * f
 
 
 def _distance(x, y) -> np.ndarray:
-    "The distance of each pixel from a point, in radii"
+    "Distance of each pixel from a point, in radii"
     rows, columns = np.mgrid[:SEGMENT_SIZE, :SEGMENT_SIZE]
     pixels = np.hypot(rows - y, columns - x)
     return pixels / _RADIUS
 
 
 def _find_fovea(out, nerve, field) -> tuple:
-    "x and y of the darkest place two to three nerves from the optic nerve, towards the middle"
+    "Find x and y of the darkest position two to three nerve diameters from the optic nerve, towards the middle"
     x0, y0 = nerve
     y, x = np.mgrid[:SEGMENT_SIZE, :SEGMENT_SIZE]
     inwards = np.sign(_RADIUS - x0)
     along = (x - x0) * inwards / _RADIUS
     across = (y - y0) / _RADIUS
-    there = np.abs(along - 0.75) < 0.2
-    there &= np.abs(across) < 0.3
+    expected = np.abs(along - 0.75) < 0.2
+    expected &= np.abs(across) < 0.3
     dark = -gaussian_filter(out, 0.06 * _RADIUS)
-    i, j = _argmax(np.where(there & field, dark, -np.inf))
+    i, j = _argmax(np.where(expected & field, dark, -np.inf))
     return int(j), int(i)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #f0549dba
 def _dark(out, inner, limits) -> tuple:
-    "Small spots against their limit, and blots wider than a vessel (mask)"
+    "Contrast of small dark spots relative to the limit, and a mask of blots wider than a vessel"
     morphology = _morphology()
     soft = gaussian_filter(out, 1.2)
     low = np.minimum(soft, 0)
@@ -235,7 +235,7 @@ def _dark(out, inner, limits) -> tuple:
 
 
 def _bright(out, inner, limits) -> np.ndarray:
-    "The white top-hat, against its limit"
+    "White top-hat relative to its limit"
     high = np.maximum(out, 0)
     opened = _morphology().opening(high, _disk(0.055))
     return (high - opened) * inner / limits.bright
@@ -262,11 +262,11 @@ def _eccentricity(spots, n) -> np.ndarray:
 
 
 def _spots(mask, least, longest=1.0, without=None) -> np.ndarray:
-    "Spots of a mask that are large and round enough, and none that touches another mask"
+    "Spots of a mask that are large and round enough and do not touch another mask"
     spots, n = label(mask, _EIGHT)
     area = np.bincount(spots.ravel(), minlength=n + 1)
     good = area >= least
-    good[0] = False  # what is no spot
+    good[0] = False  # background
     if longest < 1:
         good[1:] &= _eccentricity(spots, n) < longest
     if without is not None:
@@ -275,16 +275,16 @@ def _spots(mask, least, longest=1.0, without=None) -> np.ndarray:
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #a7f3a97c
 def segment(
-    image,  # Photograph of a fundus: path, bytes, PIL image or array
-    limits: SegmentationLimits = SEGMENTATION_LIMITS,  # Where the lines are drawn
+    image,  # Fundus photograph: path, bytes, PIL image or array
+    limits: SegmentationLimits = SEGMENTATION_LIMITS,  # Limits of the segmentation
 ) -> Segmentation:  # Masks in a crop of the retina of 512 pixels
-    "Vessels, dark and bright lesions of a fundus photograph, after the text DR; ValueError if it shows no retina"
+    "Segment vessels, dark and bright lesions of a fundus photograph; ValueError if it shows no retina"
     crop, disc = read_disc(image, SEGMENT_SIZE)
     a = np.asarray(crop)
     field = _field(a)
     if field.mean() < 0.2:
         raise ValueError(
-            'no retina stands out in the image: give a photograph of a fundus, not black and not cut to a corner'
+            'no retina was detected in the image: give a fundus photograph that is not black or cropped to a corner'
         )
     enhanced, out = _normalized(a, field)
     inner = binary_erosion(field, iterations=5)
@@ -322,7 +322,7 @@ _OVERLAY_COLORS = {'vessels': (80, 160, 255), 'dark': (255, 255, 255), 'bright':
 def overlay(
     seg: Segmentation,  # From `segment`
 ) -> Image.Image:  # (512, 512)
-    "The crop with vessels in blue, dark lesions in white, bright ones in green, the optic nerve ringed"
+    "Draw vessels in blue, dark lesions in white, bright ones in green and a ring around the optic nerve"
     a = seg.image.copy()
     for kind, colour in _OVERLAY_COLORS.items():
         a[getattr(seg, kind)] = colour
@@ -331,13 +331,13 @@ def overlay(
     return Image.fromarray(a)
 
 # %% ../../nbs/evaluation/06_segmentation.ipynb #f64c4164
-LESION_MASKS = {'dark': ('microaneurysm', 'haemorrhage'), 'bright': ('exudate',)}  # mask -> lesions that belong into it
+LESION_MASKS = {'dark': ('microaneurysm', 'haemorrhage'), 'bright': ('exudate',)}  # mask -> its kinds of lesions
 
 
 def score_lesions(
     mask: np.ndarray,  # Boolean (512, 512): `dark` or `bright` of a segmentation
     lesions: list,  # (x, y, radius) of each true lesion, in its pixels
-    near: float = 2.0,  # Pixels that it may be off
+    near: float = 2.0,  # Tolerance in pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # Detected (lesions,); correct (spots,); booleans
     "Return which of the true lesions were detected and which of the detected spots are lesions"
     spots, n = label(mask, _EIGHT)

@@ -49,44 +49,44 @@ _Std = Annotated[float, Range(1e-3, 100)]  # never 0: images are divided by it
 
 @dataclass(frozen=True)
 class Training:
-    "How a model was made"
+    "How a model was trained"
 
     plan: str | None = None  # Name of the plan
-    balance: str | None = None  # Of the classes
-    data: DataSummary | None = None  # From which images
+    balance: str | None = None  # How rare classes were balanced
+    data: DataSummary | None = None  # Summary of the images
     more: dict = field(default_factory=dict)  # What another version knows
 
 # %% ../../nbs/inference/01_card.ipynb #eefa5f63
 @dataclass(frozen=True)
 class ModelCard:
-    "What a trained model expects and gives, and what it was made from"
+    "Description of a trained model: what it expects, what it returns and how it was trained"
 
-    arch: _Name  # Backbone, by its name in the library, timm or torchvision
-    stage: _Name  # The last stage of the backbone
-    n_stages: Annotated[int, Range(1, 1000)] = field(metadata={FORMERLY: 'tap'})  # Last stages that the head sees
-    head: Head  # What reads the maps
-    classes: Annotated[tuple[str, ...], Length(2, MAX_CLASSES)]  # Names in order
+    arch: _Name  # Name of the backbone here, in timm or in torchvision
+    stage: _Name  # Last stage of the backbone that is used
+    n_stages: Annotated[int, Range(1, 1000)] = field(metadata={FORMERLY: 'tap'})  # Stages that the head sees
+    head: Head  # Description of the head
+    classes: Annotated[tuple[str, ...], Length(2, MAX_CLASSES)]  # Class names in the order of the outputs
     task: str  # Name of the task
     target: str  # Name of the target
-    size: Annotated[int, Range(16, 4096)]  # Side of the images in pixels
+    size: Annotated[int, Range(16, 4096)]  # Height and width of the images in pixels
     reader: Annotated[str, Known(READERS)]  # How an image is read
-    fit: Annotated[str, Known(FITS)]  # How it is made square
-    views: Annotated[str, Known(_VIEW_NAMES)]  # What predictions are averaged over
-    mean: tuple[_Mean, _Mean, _Mean]  # Of the normalisation
-    std: tuple[_Std, _Std, _Std]  # Of the normalisation
-    decision: Decision | None = None  # What is made of the probabilities
-    weights: dict[str, str] = field(default_factory=dict)  # Which weights it started from
-    licence: str = ''  # Of these weights
-    versions: dict[str, str] = field(default_factory=dict)  # Of the packages it was made with
-    seed: int | None = None  # Of its training
-    training: Training = Training()  # How it was made
-    tensors_sha256: str = ''  # Hash of its weights in a model folder
+    fit: Annotated[str, Known(FITS)]  # How an image is made square
+    views: Annotated[str, Known(_VIEW_NAMES)]  # Views that predictions are averaged over
+    mean: tuple[_Mean, _Mean, _Mean]  # For normalisation, red, green, blue
+    std: tuple[_Std, _Std, _Std]  # For normalisation, red, green, blue
+    decision: Decision | None = None  # Temperature, threshold, cut points
+    weights: dict[str, str] = field(default_factory=dict)  # Pretrained weights: name, source, hash
+    licence: str = ''  # Licence of the pretrained weights
+    versions: dict[str, str] = field(default_factory=dict)  # Versions of the packages in training
+    seed: int | None = None  # Seed of the training
+    training: Training = Training()  # How the model was trained
+    tensors_sha256: str = ''  # Hash of model.safetensors
     runtime: Annotated[str, Known(('', *_RUNTIME_NAMES))] = field(
         default='', metadata={LATER: True, FORMERLY: 'setting'}
-    )  # How a CPU ran it in training
-    positive: Positive | None = field(default=None, metadata={LATER: True})  # Of the classes
-    ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes grades?
-    more: dict = field(default_factory=dict)  # What another version knows
+    )  # Memory format and precision on the CPU in training
+    positive: Positive | None = field(default=None, metadata={LATER: True})  # The positive classes
+    ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes ordered grades?
+    more: dict = field(default_factory=dict)  # Fields of another version
 
     def __post_init__(self):
         try:
@@ -102,29 +102,29 @@ class ModelCard:
 
     @property
     def class_set(self) -> Classes:
-        "The classes with what they mean"
+        "The classes: names, which are positive, whether they are ordered"
         if self._has_grades_of_0_1_0:
             return Classes(self.classes, Positive('referable', self.classes[2:]), ordered=True)
         return Classes(self.classes, self.positive, self.ordered)
 
     @property
     def _has_grades_of_0_1_0(self) -> bool:
-        "For 0.1.0 any five classes named 0 to 4 were grades of diabetic retinopathy, and its models do not state it"
+        "Whether 0.1.0 made this model and took its classes 0 to 4 for grades of retinopathy"
         if self.positive or self.ordered or self.classes != ('0', '1', '2', '3', '4'):
             return False
         decided = self.decision and (self.decision.cuts or self.decision.operating)
         return bool(decided) or (self.task, self.target) == ('dr', 'grade')
 
     def to_dict(self) -> dict:
-        "As JSON can hold it"
+        "Return the card as a dict for JSON"
         return to_dict(self)
 
     @classmethod
     def from_dict(
         cls,
-        data: dict,  # From `to_dict`, or of a file
-    ) -> 'ModelCard':  # SchemaError for a field that is wrong
-        "A card from JSON"
+        data: dict,  # From `to_dict`, or read from a file
+    ) -> 'ModelCard':  # SchemaError names a field that is not valid
+        "Make a card from a dict"
         return from_dict(cls, data)
 
 # %% ../../nbs/inference/01_card.ipynb #f6e0b492
@@ -137,12 +137,12 @@ MAX_CARD_BYTES = 4 * 2**20  # of model.json
 
 # %% ../../nbs/inference/01_card.ipynb #a09179b0
 class ModelError(ValueError):
-    "A model that is not complete, was changed, is of another format, or holds numbers that are none"
+    "The model is incomplete, was changed, has another format, or has weights that are NaN or infinite"
 
 
 @dataclass(frozen=True)
 class _Stored:
-    "What `model.json` has besides the card"
+    "The fields of `model.json` that are not in the card"
 
     format: str
     tensors_sha256: _Hash
@@ -150,31 +150,31 @@ class _Stored:
 
 
 def _digest(about) -> str:
-    "Hash of what a description says, in whatever order"
+    "Return the hash of a description, independent of the order of its fields"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/inference/01_card.ipynb #13a01666
 def card_error(
-    file: str | Path,  # Where the description stands
-    about: Any,  # All that it says
-    error: ValueError,  # What is wrong with it
+    file: str | Path,  # File with the description
+    about: Any,  # The description
+    error: ValueError,  # Which field is not valid
 ) -> ModelError:  # To be raised
-    "An error in a description, with what to do about it"
+    "Make an error for a description that is not valid, with advice that depends on who wrote it"
     here = package_version('dr_transfer')
     versions = about.get('versions') if isinstance(about, dict) else None
     other = versions.get('dr_transfer') if isinstance(versions, dict) else None
     if isinstance(other, str) and other != here:
-        todo = f'It was written by dr_transfer {other[:20]!r} and this is {here}: use the newer one of the two'
+        todo = f'It was written by dr_transfer {other[:20]!r} and this is {here}: use the newer version'
     else:
-        todo = 'It was changed by hand or by another program: copy it again from where it was made, or save it again'
+        todo = 'It was changed by hand or by another program: copy the original again, or save the model again'
     return ModelError(f'{file}: {error}. {todo}')
 
 
 def card_of(
-    file: str | Path,  # Where the description stands
-    about: Any,  # What it says
-) -> ModelCard:  # ModelError that names the field that is wrong
-    "A card from the description in a file"
+    file: str | Path,  # File with the description
+    about: Any,  # The description
+) -> ModelCard:  # ModelError names a field that is not valid
+    "Make a card from the description in a file"
     try:
         return ModelCard.from_dict(about)
     except SchemaError as e:
@@ -182,25 +182,25 @@ def card_of(
 
 # %% ../../nbs/inference/01_card.ipynb #bed812b7
 def card_text(
-    card: ModelCard,  # With the hash of the weights
+    card: ModelCard,  # Card with the hash of the weights
 ) -> str:  # What `read_card` reads
-    "The text of model.json"
+    "Return the text of model.json"
     about = {**card.to_dict(), 'format': CARD_FORMAT}
     return json.dumps({**about, 'sha256': _digest(about)}, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def read_card(
     file: str | Path,  # A model.json
-) -> ModelCard:  # ModelError if it is not what was written
-    "The description of a model folder"
+) -> ModelCard:  # ModelError if it is damaged or was changed
+    "Read the description of a model folder"
     try:
         about = read_json(read_regular(file, MAX_CARD_BYTES))
     except (OSError, ValueError) as e:
-        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
-    found = about.get('format') if isinstance(about, dict) else None
-    if found not in _READ_FORMATS:
+        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the original folder again') from None
+    file_format = about.get('format') if isinstance(about, dict) else None
+    if file_format not in _READ_FORMATS:
         raise ModelError(
-            f"{file} has another format than '{CARD_FORMAT}': use the version of dr_transfer that made it, "
+            f"{file} has another format than '{CARD_FORMAT}': use the version of dr_transfer that wrote it, "
             'or give the folder of a model'
         )
     try:
@@ -209,7 +209,5 @@ def read_card(
         raise card_error(file, about, e) from None
     card = card_of(file, {k: v for k, v in about.items() if k not in ('format', 'sha256')})
     if stored.sha256 != _digest({k: v for k, v in about.items() if k != 'sha256'}):
-        raise ModelError(
-            f'{file} was changed after it was saved. Undo the change, or copy the folder again from where it was made'
-        )
+        raise ModelError(f'{file} was changed after it was saved. Undo the change, or copy the original folder again')
     return card

@@ -26,20 +26,20 @@ from ..utils.schema import read_json
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #17b87b57
 _ONNX_FORMAT = 'dr_transfer onnx 2'
-_MAX_ONNX_BYTES = 2**31  # bytes; an ONNX file cannot be longer
-EMPTY_HASH = b'0' * 64  # in the place of the hash
+_MAX_ONNX_BYTES = 2**31  # bytes; an ONNX file cannot be larger
+EMPTY_HASH = b'0' * 64  # placeholder while the hash is computed
 _EXPORT_AGAIN = 'Make the file again with export_onnx (dr_transfer export)'
 _HASH_MARK = b'\n\x06sha256\x12@'  # protobuf: a key of 6 characters, a value of 64
 
 
 def _hash_offset(data: bytes) -> int | None:
-    "Where the hash of a file stands in it; None if there is none, or more than one"
+    "Return the offset of the hash in a file; None if there is no hash, or more than one"
     at = data.find(_HASH_MARK)
     return at + len(_HASH_MARK) if at >= 0 and at == data.rfind(_HASH_MARK) else None
 
 
 def _hash(data: bytes, at: int) -> bytes:
-    "Hash of a file without its hash, in hexadecimal digits"
+    "Compute the hash of a file, with a placeholder in place of its hash, as hexadecimal digits"
     h, view = hashlib.sha256(), memoryview(data)
     for part in (view[:at], EMPTY_HASH, view[at + len(EMPTY_HASH) :]):
         h.update(part)
@@ -47,7 +47,7 @@ def _hash(data: bytes, at: int) -> bytes:
 
 
 def _read_checked(file) -> bytes:
-    "What is in an ONNX file of ours; ModelError if it is another, or was changed"
+    "Read an ONNX file; ModelError if it was not written by `export_onnx`, or was changed"
     try:
         data = read_regular(file, _MAX_ONNX_BYTES)
     except (OSError, ValueError) as e:
@@ -55,26 +55,27 @@ def _read_checked(file) -> bytes:
     at = _hash_offset(data)
     if at is None and b'dr_transfer onnx 1' in data:
         raise ModelError(
-            f'{file} was written by dr_transfer 0.1, without a hash that shows whether it is still whole. '
+            f'{file} was written by dr_transfer 0.1, without a hash that shows whether it was changed. '
             f'{_EXPORT_AGAIN}, from the folder of the model'
         )
     if at is None:
         raise ModelError(
-            f'{file} cannot be read as ONNX of dr_transfer: it has no hash. '
-            f'It was cut, or another program wrote it. Copy it again. {_EXPORT_AGAIN} if that does not help'
+            f'{file} cannot be read as ONNX of dr_transfer: it has no hash, '
+            'because it is incomplete or another program wrote it. Copy it again. '
+            f'{_EXPORT_AGAIN} if that does not help'
         )
     if _hash(data, at) != data[at : at + len(EMPTY_HASH)]:
-        raise ModelError(f'{file} was changed after it was written. Copy it again from where it was made')
+        raise ModelError(f'{file} was changed after it was written. Copy the original file again')
     return data
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #3f50c0ce
 class OnnxModel:
-    "A model in an ONNX file: predicts as `ImageModel` does, with onnxruntime and without torch"
+    "A model in an ONNX file: predicts like `ImageModel`, with onnxruntime and without torch"
 
     def __init__(
         self,
         file: str | Path,  # Made by `export_onnx`; ModelError if it was changed
-        providers=('CPUExecutionProvider',),  # Of onnxruntime: where it computes
+        providers=('CPUExecutionProvider',),  # Execution providers of onnxruntime
     ):
         ort = extra_module('onnxruntime', 'onnx')
         data = _read_checked(file)
@@ -91,19 +92,19 @@ class OnnxModel:
 
     @property
     def classes(self) -> Classes:
-        "The classes with what they mean, in the order of the outputs"
+        "The classes in the order of the outputs"
         return self.card.class_set
 
     def read(self, source):
-        "An image as the network gets it"
+        "Read an image as in training"
         return read_image(source, self.card.size, self.card.reader, self.card.fit)
 
 
 def _onnx_card(file, session) -> ModelCard:
-    "The card in the metadata of a file, if it fits the graph"
+    "Read the card in the metadata of a file; ModelError if the graph does not match it"
     meta = session.get_modelmeta().custom_metadata_map
     if meta.get('format') != _ONNX_FORMAT:
-        raise ModelError(f"{file} does not say what it expects in the format '{_ONNX_FORMAT}'. {_EXPORT_AGAIN}")
+        raise ModelError(f"{file} does not have the format '{_ONNX_FORMAT}'. {_EXPORT_AGAIN}")
     try:
         about = read_json(meta.get('about', '').encode())
     except ValueError as e:
@@ -114,7 +115,7 @@ def _onnx_card(file, session) -> ModelCard:
     found = {v.name: v.shape[1:] for v in (*session.get_inputs(), *session.get_outputs())}
     if found != want:
         raise ModelError(
-            f'{file}: the graph takes and gives {found}, and its metadata describe {want}. {_EXPORT_AGAIN}'
+            f'{file}: the graph has the inputs and outputs {found}, but its metadata describe {want}. {_EXPORT_AGAIN}'
         )
     return card
 
@@ -122,10 +123,10 @@ def _onnx_card(file, session) -> ModelCard:
 def _onnx_probs(
     self,
     images: list,  # Paths, PIL images or arrays, all readable
-    calibrated: bool = False,  # At the model's temperature?
+    calibrated: bool = False,  # Apply the model's temperature?
     bs: int = 8,  # Images in a batch
 ) -> np.ndarray:  # float32 (images, classes)
-    "Class probabilities, averaged over the model's views; as those of an `ImageModel`, unless `calibrated`"
+    "Return the class probabilities, averaged over the views; equal to those of an `ImageModel` unless `calibrated`"
     images, name = list(images), 'probabilities' if calibrated else 'uncalibrated'
     out = [np.zeros((0, len(self.classes)), np.float32)]
     for k in range(0, len(images), bs):
@@ -138,12 +139,12 @@ OnnxModel.probs = _onnx_probs
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #9200bed3
 def _temperature(card) -> float:
-    "The temperature that a model decides at"
+    "Return the temperature of a model"
     return card.decision.temperature if card.decision else 1.0
 
 
 def _graph(model):
-    "RGB 0 to 1 -> probabilities and uncalibrated ones, as one torch module on the CPU; and body and head of it"
+    "Make a module on the CPU from RGB (0 to 1) to calibrated and uncalibrated probabilities; also return its network"
     import torch
 
     from dr_transfer.data.views import VIEWS
@@ -154,7 +155,7 @@ def _graph(model):
     net = net.to(memory_format=torch.contiguous_format)
     for m in net.modules():
         if getattr(m, 'inplace', False):
-            m.inplace = False  # quicker to convert
+            m.inplace = False  # converts faster
     card = model.card
     views = VIEWS[card.views]
     temperature = _temperature(card)
@@ -177,7 +178,7 @@ def _graph(model):
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #cb9b3212
 def _proto(graph, card):
-    "A torch module as ONNX, without the names and traces of the machine"
+    "Convert a torch module to ONNX, without the source paths of this machine"
     import torch
 
     extra_module('onnxscript', 'onnx')
@@ -191,7 +192,7 @@ def _proto(graph, card):
     except torch.onnx.OnnxExporterError as e:
         why = ' '.join((str(e).partition('## Exception summary')[2] or str(e)).split())[:200]
         raise ValueError(
-            f"'{card.arch}' with this head cannot be written as ONNX ({why}): take another backbone, or save_model"
+            f"'{card.arch}' with this head cannot be written as ONNX ({why}): use another backbone, or save_model"
         ) from None
     g = proto.graph
     for part in (g, *proto.functions, *g.node, *g.value_info, *g.input, *g.output, *g.initializer):
@@ -201,7 +202,7 @@ def _proto(graph, card):
 
 
 def _serialized(graph, card) -> bytes:
-    "An ONNX file of a torch module, with its description and its hash"
+    "Return the bytes of an ONNX file, with the card and the hash in its metadata"
     proto = _proto(graph, card)
     texts = {
         'format': _ONNX_FORMAT,
@@ -220,13 +221,13 @@ def _serialized(graph, card) -> bytes:
     at = _hash_offset(data)
     if at is None:
         raise ValueError(
-            f"'{card.arch}' cannot be written as ONNX with a hash: its mark occurs elsewhere. Use save_model"
+            f"'{card.arch}' cannot be written as ONNX: its weights contain the marker of the hash. Use save_model"
         )
     return data[:at] + _hash(data, at) + data[at + len(EMPTY_HASH) :]
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #b7e23469
 def _example_images(size) -> list:
-    "Images with different colours, at different scales"
+    "Make images with different colours at different scales"
     rng, at = np.random.default_rng(0), np.linspace(0, 1, size)
     waves = [
         [np.sin(2 * np.pi * (f * at[None] + g * at[:, None]) + h) for f, g, h in rng.uniform(-s, s, (3, 3))]
@@ -238,29 +239,29 @@ def _example_images(size) -> list:
 
 
 def _check_same(file, net, model, images, tolerance):
-    "ValueError if a file and the network it was made from differ"
+    "Raise a ValueError if the predictions of a file and of its network differ"
     from dr_transfer.models.network import view_probs
 
     card, made = model.card, OnnxModel(file)
     want = view_probs(net, images, model.read, card.mean, card.std, card.views)
-    right = apply_temperature(want, _temperature(card))
-    pairs = [(made.probs(images, c, bs), w) for c, w in ((False, want), (True, right)) for bs in (1, 3)]
+    calibrated = apply_temperature(want, _temperature(card))
+    pairs = [(made.probs(images, c, bs), w) for c, w in ((False, want), (True, calibrated)) for bs in (1, 3)]
     worst = float(np.max([np.abs(found - w).max() for found, w in pairs]))  # NaN if one is
     if not worst <= tolerance:
         raise ValueError(
-            f'the ONNX file says something else than the model, by up to {worst:.2g} in a probability '
-            f'({tolerance:g} is allowed): nothing was written. Hand on the folder of save_model'
+            f'the predictions of the ONNX file differ from those of the model by up to {worst:.2g} '
+            f'(tolerance {tolerance:g}), so no file was written. Use the folder of save_model instead'
         )
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #2ce14a68
 def export_onnx(
     learn: Any,  # An `ImageModel`, or a learner from `build_learner`
-    file: str | Path,  # Where the file will be, ends in .onnx
-    images: list | None = None,  # Paths or images for the comparison; drawn ones if None
-    tolerance: float = 1e-4,  # Largest difference in a probability
-    overwrite: bool = False,  # May it replace a file that is there?
+    file: str | Path,  # File to write, ends in .onnx
+    images: list | None = None,  # For the comparison; synthetic ones if None
+    tolerance: float = 1e-4,  # Largest allowed difference of probabilities
+    overwrite: bool = False,  # Replace an existing file?
 ) -> Path:  # The file
-    """Write a trained model as an ONNX file, once its predictions equal those of the model.
+    """Write a trained model as an ONNX file, after checking that its predictions equal those of the model.
 
     Normalisation, views and softmax are part of the file. `OnnxModel(file)` predicts with it, without torch.
 
@@ -272,7 +273,7 @@ def export_onnx(
     Raises
     ------
     ValueError
-        The name does not end in .onnx, a file is there already, the network cannot be converted, or a probability
+        The name does not end in .onnx, the file exists, the network cannot be converted, or a probability
         differs from that of the model by more than `tolerance`; or the packages of the extra `onnx` are not
         installed: `pip install 'dr_transfer[onnx]'`.
 
@@ -295,9 +296,9 @@ def export_onnx(
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #870d05bc
 def check_onnx_name(
-    file: str | Path,  # Where the file will be
+    file: str | Path,  # File to write
 ) -> Path:  # The same
-    "ValueError for a name that does not end in .onnx"
+    "Check that a name ends in .onnx; ValueError if not"
     file = Path(file)
     if file.suffix != '.onnx':
         raise ValueError(f'{file} does not end in .onnx: give a name such as {file.with_suffix(".onnx")}')
@@ -306,11 +307,11 @@ def check_onnx_name(
 
 def write_onnx(
     learn: Any,  # An `ImageModel`, or a learner from `build_learner`
-    file: Path,  # Where to write, such as the temporary path of `new_file`
-    images: list | None = None,  # Paths or images for the comparison; drawn ones if None
-    tolerance: float = 1e-4,  # Largest difference in a probability
+    file: Path,  # File to write, such as the temporary file of `new_file`
+    images: list | None = None,  # For the comparison; synthetic ones if None
+    tolerance: float = 1e-4,  # Largest allowed difference of probabilities
 ):
-    "The work of `export_onnx`, where the name is reserved already"
+    "Write and check the file of `export_onnx`, under a name that is already reserved"
     from dr_transfer.inference.saved_model import ImageModel, check_tensors, image_model
 
     model = learn if isinstance(learn, ImageModel) else image_model(learn)

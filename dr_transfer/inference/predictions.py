@@ -17,45 +17,45 @@ from ..metrics.decision import apply_decision, prediction_table
 
 # %% ../../nbs/inference/02_predictions.ipynb #42f84429
 def gather_images(
-    sources: list,  # Files and folders, or one
-) -> list[str]:  # Paths as given, or as found below the folders
-    "The image files that are meant; ValueError if a path does not exist or a folder has none"
+    sources: list,  # Paths of files and folders, or one path
+) -> list[str]:  # Paths of image files, each once
+    "List the image files in files and folders; ValueError if a path does not exist or a folder has no images"
     out = []
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
     for s in map(str, sources):
         if os.path.isdir(s):
-            found = find_images(s)
-            if not found:
-                raise ValueError(f'no images in {s}: give image files or folders that hold some')
-            out += [os.path.join(s, os.path.relpath(f, s)) for f in found]
+            files = find_images(s)
+            if not files:
+                raise ValueError(f'no images in {s}: give image files, or folders that contain some')
+            out += [os.path.join(s, os.path.relpath(f, s)) for f in files]
         elif os.path.exists(s):
             out.append(s)
         else:
-            raise ValueError(f'there is no {s}: give image files or folders')
+            raise ValueError(f'{s} does not exist: give image files or folders')
     return list(dict.fromkeys(out))
 
 # %% ../../nbs/inference/02_predictions.ipynb #4e607b13
-NO_PROBABILITIES = 'the model gives no probabilities for this image: its numbers overflow (NaN)'
+NO_PROBABILITIES = 'the model returns no probabilities for this image: its values overflow (NaN)'
 
 # %% ../../nbs/inference/02_predictions.ipynb #eba41024
 def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
-    images: list[str],  # Paths, or one
-) -> pd.DataFrame:  # `image, prediction, p_CLASS...`, perhaps `decision`, `error`
-    """Predictions for image files, calibrated if the model has a temperature.
+    images: list[str],  # Paths of image files, or one path
+) -> pd.DataFrame:  # Columns `image, prediction, p_CLASS..., decision, error`
+    """Predict image files, with calibrated probabilities if the model has a temperature.
 
     Returns
     -------
     pandas.DataFrame
         A row for each file, in order: `image, prediction`, `p_CLASS` for each class, `decision` if the model has an
-        operating point, and `error`. A file that cannot be read has no probabilities (NaN), and the reason stands in
-        `error`.
+        operating point, and `error`. A file that cannot be read has no probabilities (NaN), and `error` gives the
+        reason.
 
     Raises
     ------
     ValueError
-        The model was not made by this library; unreadable images raise nothing.
+        The model was not made by this library. Images that cannot be read do not raise an error.
 
     Notes
     -----

@@ -40,9 +40,9 @@ class ImageModel:
     def __init__(
         self,
         model: nn.Module,  # Body and head
-        about: ModelCard | dict,  # The description, or its fields as a dict
-        seen: np.ndarray | None = None,  # Hashes of the images it was made from, uint8 (n, 32)
-        seen_use: np.ndarray | None = None,  # Of each: 1 train, 2 valid, 3 both; uint8 (n,)
+        about: ModelCard | dict,  # The card, or its fields as a dict
+        seen: np.ndarray | None = None,  # Hashes of its training and validation images, uint8 (n, 32)
+        seen_use: np.ndarray | None = None,  # Subset of each: 1 train, 2 valid, 3 both; uint8 (n,)
     ):
         self.model = model.eval()
         self.card = about if isinstance(about, ModelCard) else ModelCard.from_dict(about)
@@ -55,29 +55,29 @@ class ImageModel:
 
     @property
     def classes(self) -> Classes:
-        "The classes with what they mean, in the order of the outputs"
+        "The classes in the order of the outputs"
         return self.card.class_set
 
     def read(self, source):
-        "An image as the network gets it"
+        "Read an image as in training"
         return read_image(source, self.card.size, self.card.reader, self.card.fit)
 
     def probs(
         self,
         images: list,  # Paths, PIL images or arrays, all readable
         views: str | None = None,  # Name in `VIEWS`; the model's own if None
-        average: bool = True,  # Over the views?
+        average: bool = True,  # Average over the views?
     ) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
-        "Class probabilities as the network gives them, averaged over the views"
+        "Return the class probabilities before calibration, averaged over the views"
         card, images = self.card, list(images)
         return view_probs(self.model, images, self.read, card.mean, card.std, views or card.views, average=average)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #b2722424
 def check_tensors(
     tensors: dict,  # Name -> tensor
-    where: str | Path,  # Whose they are, for the error
+    where: str | Path,  # File or object that they belong to, for the error
 ):
-    "ModelError that names the first tensor with NaN, infinity, or a variance below 0"
+    "Raise a ModelError that names the first tensor with NaN, infinity or a negative variance"
     for name, t in tensors.items():
         wrong = ~torch.isfinite(t) if t.is_floating_point() else torch.zeros(())
         what = 'NaN or infinity'
@@ -85,20 +85,20 @@ def check_tensors(
             wrong, what = t < 0, 'a variance below 0'
         if wrong.any():
             raise ModelError(
-                f"{where}: the tensor '{name}' holds {what} in {int(wrong.sum())} of {t.numel()} places, "
-                'so this model gives no probabilities. Train it again, with a lower learning rate or fewer epochs'
+                f"{where}: the tensor '{name}' has {what} in {int(wrong.sum())} of {t.numel()} values, "
+                'so this model cannot predict. Train it again, with a lower learning rate or fewer epochs'
             )
 
 # %% ../../nbs/inference/03_saved_model.ipynb #12002ad2
 def image_model(
     learn: Any,  # A learner from `build_learner`
-) -> ImageModel:  # ModelError if its numbers or names cannot be those of a model
-    "What a learner was trained to, without the learner"
+) -> ImageModel:  # ModelError if weights or names are not valid
+    "Make a model that predicts from a trained learner"
     r = learn.record
     body = learn.model[0][0]
     head = learn.model[1]
     if r.head is None:
-        raise ModelError('a head of your own cannot be rebuilt from a description: use learn.export, or a head by name')
+        raise ModelError('a custom head cannot be rebuilt from a description: use learn.export, or a head by name')
     net = nn.Sequential(body, head)
     check_tensors(net.state_dict(), 'the learner')
     spec = body.stages.spec
@@ -134,12 +134,12 @@ def image_model(
     try:
         card = ModelCard.from_dict(about)
     except ValueError as e:
-        raise ModelError(f'this learner cannot be described as a model: {e}') from None
+        raise ModelError(f'this learner cannot be saved as a model: {e}') from None
     return ImageModel(net, card, *_image_use(learn))
 
 
 def _image_use(learn) -> tuple[np.ndarray, np.ndarray]:
-    "Hashes of the images that were trained on or that decisions were chosen on, and for which of the two each was used"
+    "Hashes of the training and validation images, and the subsets in which each was used"
     from dr_transfer.data.leaks import image_hashes
 
     used = learn.table[learn.table.split != 'test']
@@ -155,12 +155,12 @@ _MODEL_FILES = ('model.json', 'model.safetensors')
 _SEEN_TENSORS = (
     'seen',
     'seen_use',
-)  # beside the weights: hashes of the images, and what they were used for (not before 0.2.0)
+)  # stored beside the weights; 0.1.0 has no seen_use
 
 
 def write_card(
-    card: ModelCard,  # What is to be described
-    folder: str | Path,  # Holds the weights
+    card: ModelCard,  # Description of the model
+    folder: str | Path,  # Folder with model.safetensors
 ):
     "Write the description of a model, with the hash of its weights"
     card = replace(card, tensors_sha256=file_hash(Path(folder) / 'model.safetensors'))
@@ -169,10 +169,10 @@ def write_card(
 
 
 def _write_model(
-    model: ImageModel,  # What is to be saved
-    folder: str | Path,  # A folder that exists
+    model: ImageModel,  # Model to save
+    folder: str | Path,  # Folder that exists
 ):
-    "The two files of a model, into a folder; ModelError if weights are no numbers"
+    "Write the two files of a model; ModelError if weights are NaN or infinite"
     folder = Path(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.model.state_dict().items()}
     check_tensors(tensors, 'the model')
@@ -187,8 +187,8 @@ def _write_model(
 # %% ../../nbs/inference/03_saved_model.ipynb #4c41189b
 def save_model(
     learn: Any,  # A learner from `build_learner`, or an `ImageModel`
-    folder: str | Path,  # Where the model will be
-    overwrite: bool = False,  # May it replace a folder that is there?
+    folder: str | Path,  # Folder to write
+    overwrite: bool = False,  # Replace an existing folder?
 ) -> Path:  # The folder
     """Save a trained model as a folder of two files: `model.safetensors` and `model.json`.
 
@@ -200,13 +200,13 @@ def save_model(
     Raises
     ------
     ValueError
-        Something is there already and `overwrite` is not set, or the head is no network that can be saved.
+        The folder exists and `overwrite` is not set, or the learner has a custom head.
     ModelError
         A weight is NaN or infinite.
 
     Notes
     -----
-    No pickle: safetensors holds numbers only, so loading a model never runs code of whoever made it.
+    The format is safetensors, not pickle: it contains only tensors, so loading a model never runs code.
 
     Examples
     --------
@@ -222,50 +222,51 @@ def save_model(
     return Path(folder)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #ba23b966
-_SPARE_BYTES = 2 * 2**30  # bytes that a backbone may have although they are not in the file
+_SPARE_BYTES = 2 * 2**30  # bytes of weights that a backbone may have beyond those in the file
 
 
 def _check_memory(card, stored: int):
-    "ModelError if to build the backbone takes far more memory than the weights in the file"
+    "Raise a ModelError if the backbone needs far more memory than the weights in the file"
     with torch.device('meta'):
         net = build_network(find_backbone(card.arch))
     needed = sum(v.nbytes for v in net.state_dict().values())
     if needed > _SPARE_BYTES + 4 * stored:
         raise ModelError(
-            f"the network '{card.arch}' has {needed / 2**30:.1f} GiB of weights, of which the model has only "
-            f'{stored / 2**30:.3f} GiB: to build it would take too much memory. '
+            f"the network '{card.arch}' has {needed / 2**30:.1f} GiB of weights, but the file has only "
+            f'{stored / 2**30:.3f} GiB of them: building it would take too much memory. '
             'Use a smaller backbone, or more of its stages'
         )
 
 
 def _read_folder(folder) -> ModelCard:
-    "The card of a folder of which both files are what was written"
+    "Read the card of a folder; ModelError if a file is missing or was changed"
     for name in _MODEL_FILES:
         if not os.path.lexists(folder / name):
             raise ModelError(
-                f'{folder} is no model folder: {name} is missing. Give a folder made by save_model or dr_transfer train'
+                f'{folder} is not a model folder: {name} is missing. '
+                'Give a folder made by save_model or dr_transfer train'
             )
     card = read_card(folder / 'model.json')
     file = folder / 'model.safetensors'
     try:
         with open_regular(file) as f:
-            found = hashlib.file_digest(f, 'sha256').hexdigest()
+            digest = hashlib.file_digest(f, 'sha256').hexdigest()
     except (OSError, ValueError) as e:
-        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the folder again from where it was made') from None
-    if found != card.tensors_sha256:
-        raise ModelError(f'{file} was changed after it was saved. Copy the folder again from where it was made')
+        raise ModelError(f'{file} cannot be read: {reason(e)}. Copy the original folder again') from None
+    if digest != card.tensors_sha256:
+        raise ModelError(f'{file} was changed after it was saved. Copy the original folder again')
     return card
 
 
 def _header(file) -> dict:
-    "What the tensors of a file are, without reading them: name -> shape and type"
+    "Return the shape and type of each tensor in a file, without reading the tensors"
     try:
         with safe_open(file, 'pt') as f:
-            names = f.keys()  # a list: the file is no dict
+            names = f.keys()  # a list: the file is not a dict
             parts = {name: f.get_slice(name) for name in names}
             return {name: (tuple(v.get_shape()), v.get_dtype()) for name, v in parts.items()}
     except (SafetensorError, OSError) as e:
-        raise ModelError(f'{file} is no file of tensors ({e}). Copy the folder again from where it was made') from None
+        raise ModelError(f'{file} is not a safetensors file ({e}). Copy the original folder again') from None
 
 # %% ../../nbs/inference/03_saved_model.ipynb #0b49c44f
 _TENSOR_TYPES = {
@@ -281,7 +282,7 @@ _TENSOR_TYPES = {
 
 
 def _compare(described: dict, found: dict):
-    "ValueError if a file has other tensors than a network"
+    "Raise a ValueError if the tensors of a file and of a network differ"
     want = {k: (tuple(v.shape), _TENSOR_TYPES.get(v.dtype)) for k, v in described.items()}
     for name in {**want, **found}:
         if want.get(name) != found.get(name):
@@ -291,12 +292,12 @@ def _compare(described: dict, found: dict):
 
             raise ValueError(
                 f"the tensor '{name}' has {words(found.get(name))} in model.safetensors, "
-                f'and {words(want.get(name))} in the network that is described'
+                f'and {words(want.get(name))} in the network that model.json describes'
             )
 
 
 def _build_model(card, found, runtime) -> nn.Module:
-    "The network of a card, if its tensors are those that were found"
+    "Build the network of a card; ValueError if its tensors differ from those found in the file"
     in_body = {k: v for k, v in found.items() if k.startswith('0.')}
     in_head = {k: v for k, v in found.items() if k not in in_body}
     stages = create_body(card.arch, 'random', card.n_stages, card.stage)
@@ -309,20 +310,20 @@ def _build_model(card, found, runtime) -> nn.Module:
 
 # %% ../../nbs/inference/03_saved_model.ipynb #0c14f1dd
 def _check_seen(file, found: dict):
-    "ModelError if the hashes of the images that a model was made from are of another form than they must be"
+    "Raise a ModelError if the hashes of the training images have a wrong shape or type"
     rows = found.get('seen', ((0, 32), 'U8'))[0][:1]
     wanted = {'seen': (*rows, 32), 'seen_use': rows}
     for name, (shape, kind) in found.items():
         if tuple(shape) != wanted[name] or kind != 'U8':
             raise ModelError(
-                f"{file}: the tensor '{name}' has the shape {shape} of {kind}; "
+                f"{file}: the tensor '{name}' has the shape {shape} of {kind}, but "
                 f'hashes of images have {wanted[name]} of U8'
             )
 
 
 @contextmanager
 def _naming(file, card):
-    "What is wrong with the network of a card, as a ModelError that names the file"
+    "Turn an error about the network of a card into a ModelError that names the file"
     try:
         yield
     except ModelError as e:
@@ -333,9 +334,9 @@ def _naming(file, card):
 
 def load_model(
     folder: str | Path,  # Made by `save_model` or `dr_transfer train`
-    runtime: str = 'auto',  # How the CPU computes; 'auto': as in training, 'plain': fp32
+    runtime: str = 'auto',  # On the CPU; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
-    """Load a saved model, without running code from it and without fastai.
+    """Load a saved model, without fastai and without running code from it.
 
     Returns
     -------
@@ -346,7 +347,7 @@ def load_model(
     Raises
     ------
     ModelError
-        A file is missing, was changed, holds NaN, or does not fit the other file.
+        A file is missing, was changed, contains NaN, or does not match the other file.
 
     Examples
     --------
@@ -362,7 +363,7 @@ def load_model(
         runtime = get_runtime(runtime)
     card, file = _read_folder(folder), folder / 'model.safetensors'
     if runtime == 'auto' and card.runtime:
-        runtime = get_runtime(card.runtime)  # another would give other numbers
+        runtime = get_runtime(card.runtime)  # another one changes the probabilities
     found = _header(file)
     _check_seen(file, {name: found.pop(name) for name in _SEEN_TENSORS if name in found})
     with _naming(folder / 'model.json', card):

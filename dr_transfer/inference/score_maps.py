@@ -19,7 +19,7 @@ from ..models.stages import Stages
 
 # %% ../../nbs/inference/05_score_maps.ipynb #e1261664
 class _PerPosition(nn.Module):
-    "A module for rows (n, k), for each place of a map (n, k, h, w)"
+    "Apply a module for rows (n, k) at each position of a map (n, k, h, w)"
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -32,7 +32,7 @@ class _PerPosition(nn.Module):
 
 
 def _leaves(m):
-    "The layers of nested `nn.Sequential`"
+    "Iterate over the layers of nested `nn.Sequential`"
     if not isinstance(m, nn.Sequential):
         yield m
         return
@@ -42,7 +42,7 @@ def _leaves(m):
 
 @torch.no_grad()
 def _as_conv(linear, window, norm) -> nn.Conv2d:
-    "A fully connected layer, after a BatchNorm if there is one, as a convolution"
+    "Convert a fully connected layer, and the BatchNorm before it if there is one, to a convolution"
     w = linear.weight
     b = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
     if norm is not None:
@@ -56,7 +56,7 @@ def _as_conv(linear, window, norm) -> nn.Conv2d:
 
 # %% ../../nbs/inference/05_score_maps.ipynb #a31cd15c
 def _pooled_to(m) -> tuple | None:
-    "Height and width that a layer pools maps to; None if it does not pool"
+    "Return the height and width that a layer pools maps to; None if it does not pool"
     if isinstance(m, AveragePool):
         return (1, 1)
     if not isinstance(m, nn.AdaptiveAvgPool2d):
@@ -71,7 +71,7 @@ def as_convolutions(
     layers: nn.Module,  # From maps (n, c, h, w) to scores (n, k), such as a head
     size: tuple,  # Height and width of the maps at the native size
 ) -> nn.Sequential:  # From maps (n, c, h', w') to (n, k, h' - h + 1, w' - w + 1)
-    "The same layers for maps of any size, in evaluation mode; ValueError that names a layer that cannot be written so"
+    "Convert layers to convolutions for maps of any size; ValueError names a layer that cannot be converted"
     window = tuple(size)
     norm = None
     out = []
@@ -83,7 +83,7 @@ def as_convolutions(
         elif pooled and pooled != window:
             raise ValueError(
                 f'maps of {window[0]} by {window[1]} are pooled to {pooled[0]} by {pooled[1]}: '
-                'give images of the native size of the network'
+                'use a model that was trained on images of the native size of the network'
             )
         elif isinstance(m, nn.Linear):
             out.append(_as_conv(m, window, norm))
@@ -96,19 +96,19 @@ def as_convolutions(
         elif isinstance(m, tuple(ORDERED.values())):
             out.append(_PerPosition(m))
         elif not pooled and not isinstance(m, (nn.Dropout, nn.Flatten)):
-            raise ValueError(f'a layer of the kind {type(m).__name__} cannot be written as a convolution')
+            raise ValueError(f'a {type(m).__name__} layer cannot be converted to a convolution: use a head without one')
     return nn.Sequential(*out).eval()
 
 # %% ../../nbs/inference/05_score_maps.ipynb #2d617dde
 def dense_model(
     model: nn.Module,  # Body and head, as in `ImageModel.model`
-    size: int,  # Side of the images it was trained on, in pixels
+    size: int,  # Height and width of its training images in pixels
 ) -> nn.Sequential:  # Images (n, 3, h, w) to logits (n, k, h', w')
-    "A model that answers for each window of a larger image; (n, k, 1, 1) at its own size"
+    "Convert a model to one that scores each window of a larger image; (n, k, 1, 1) at its own size"
     stages = getattr(model[0], 'stages', model[0]).eval()
     if not isinstance(stages, Stages):
         raise ValueError(
-            f"'{stages.spec.name}' is no chain of convolutions: its maps have no places. Take another backbone"
+            f"'{stages.spec.name}' is not a chain of convolutions, so it cannot score windows. Use another backbone"
         )
     device = next(stages.parameters()).device
     with torch.no_grad():
@@ -120,9 +120,9 @@ def dense_model(
 def score_map(
     model: ImageModel,  # From `image_model` or `load_model`
     source,  # Path, PIL image or array
-    scale: float = 2.0,  # Side of the image, in sides of those the model was trained on
+    scale: float = 2.0,  # Size of the image relative to the training images
 ) -> np.ndarray:  # float32 (classes, h, w): probabilities for each window
-    "Where an image looks like which class"
+    "Compute the class probabilities for each window of an image"
     card = model.card
     im = read_image(source, round(scale * card.size), card.reader, card.fit)
     x = normalize(stack_images([im]), card.mean, card.std)
