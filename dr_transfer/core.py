@@ -122,13 +122,13 @@ def build_learner(
         seed=seed,
     )
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
-    goal = task.target(target)
+    task_target = task.target(target)
     set_seed(seed, reproducible=True)
     table = split_data(
-        data, task, goal, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col
+        data, task, task_target, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col
     )
     report_table(table, say)
-    return make_learner(config, task, goal, table, **kwargs)
+    return make_learner(config, task, task_target, table, **kwargs)
 
 # %% ../nbs/core.ipynb #355eef25
 def classifier_learner(
@@ -337,7 +337,7 @@ def features_stored(
 # %% ../nbs/core.ipynb #96757f56
 def valid_predictions(
     learn: Learner,  # From `build_learner`
-    side: str = 'valid',  # 'valid', 'test' or 'train'
+    subset: str = 'valid',  # 'train', 'valid' or 'test'
 ) -> pd.DataFrame:  # `image, target, group, prediction, p_CLASS...`
     """Predictions for a subset of the learner's images, averaged over the views.
 
@@ -364,9 +364,9 @@ def valid_predictions(
     >>> metrics.columns.tolist()[:3]
     ['value', 'low', 'high']
     """
-    rows = learn.table[learn.table.split == side]
+    rows = learn.table[learn.table.split == subset]
     if not len(rows):
-        raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
+        raise ValueError(f"subset '{subset}' has no images: give one of {', '.join(learn.table.split.unique())}")
     probs = _feature_probs if features_stored(learn) else predict_probs
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
@@ -379,7 +379,7 @@ def generalisation_gap(
 ) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; a column a measure
     "Measures on the training and on the validation side, and by how much the first are higher"
     classes, rows = learn.classes, {}
-    for side in ('train', 'valid'):
-        rows[side] = summary(*table_arrays(valid_predictions(learn, side), classes), classes)
+    for subset in ('train', 'valid'):
+        rows[subset] = summary(*table_arrays(valid_predictions(learn, subset), classes), classes)
     t = pd.DataFrame(rows).T
     return pd.concat([t, (t.loc['train'] - t.loc['valid']).rename('gap').to_frame().T])

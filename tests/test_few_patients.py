@@ -226,17 +226,17 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
     assert plot_neighbours({'net': gone}).axes
     names = (
-        'share of the heat',
-        'hottest pixel',
+        'fraction of Grad-CAM on the mask',
+        'maximum on the mask',
         *(
             f'chance: {c}'
             for c in (
-                'share of the area',
-                'heat of the others',
-                'own heat, turned',
-                'area with the margin',
-                'hottest pixel of the others',
-                'share of the area',
+                'fraction of the area',
+                'Grad-CAM of other images',
+                'Grad-CAM rotated',
+                'fraction of the area with the margin',
+                'maximum of other images',
+                'fraction of the area',
             )
         ),
     )

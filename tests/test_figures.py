@@ -107,15 +107,15 @@ def test_methods_are_not_joined_by_a_line():
         assert max(joins(ax), default=0) <= 2, 'only the line at no difference'
 
 
-def heat_rows(value):
-    names = ['share of the heat', 'hottest pixel']
-    names += ['chance: share of the area', 'chance: own heat, turned', 'chance: heat of the others']
-    names += ['chance: area with the margin', 'chance: hottest pixel of the others']
+def grad_cam_rows(value):
+    names = ['fraction of Grad-CAM on the mask', 'maximum on the mask']
+    names += ['chance: fraction of the area', 'chance: Grad-CAM rotated', 'chance: Grad-CAM of other images']
+    names += ['chance: fraction of the area with the margin', 'chance: maximum of other images']
     return pd.DataFrame({'value': value, 'low': value - 0.1, 'high': value + 0.1}, names)
 
 
 def test_tables_of_grad_cam_are_not_joined_by_a_line():
-    fig = plot_grad_cam_tables({'a': heat_rows(0.3), 'b': heat_rows(0.5)})
+    fig = plot_grad_cam_tables({'a': grad_cam_rows(0.3), 'b': grad_cam_rows(0.5)})
     assert [joins(ax) for ax in fig.axes] == [[], []]
     assert [ax.get_xlabel() for ax in fig.axes] == [
         'fraction of Grad-CAM on the mask',

@@ -78,12 +78,12 @@ def silent(learn, plan=None, *args, **kw):
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
-def probs(learn, side='valid'):
-    return predict_probs(learn, images(learn, side), 'none')
+def probs(learn, subset='valid'):
+    return predict_probs(learn, images(learn, subset), 'none')
 
 
-def images(learn, side='valid'):
-    return learn.table.image[learn.table.split == side].tolist()
+def images(learn, subset='valid'):
+    return learn.table.image[learn.table.split == subset].tolist()
 
 
 def farthest(a, b, but=''):
@@ -759,9 +759,9 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     assert learn.record.C == c.estimator_.C
     assert {r['C']: r['loss'] for r in learn.record.C_path} == c.estimator_.losses_
     assert min(learn.record.C_path, key=lambda r: r['loss'])['C'] == learn.record.C
-    for side in ('valid', 'train'):
-        assert predict_probs(learn, images(learn, side)) == pytest.approx(
-            c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4
+    for subset in ('valid', 'train'):
+        assert predict_probs(learn, images(learn, subset)) == pytest.approx(
+            c.predict_proba(learner_features(learn, images(learn, subset))), abs=1e-4
         )
     (row,) = learn.record.history
     with learn.no_bar(), learn.no_logging():

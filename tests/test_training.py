@@ -21,7 +21,7 @@ from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import AveragePool, check_size, least_size
+from dr_transfer.models.network import AveragePool, check_size, min_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
@@ -37,7 +37,7 @@ def quick(monkeypatch):
     """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
     not how well it ends
     """
-    monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+    monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
 
@@ -420,7 +420,7 @@ def test_batches_of_one_image_are_told_of_by_name(build):
 
 def test_the_least_size_that_works_is_named():
     body = create_body('alexnet', 'random')
-    least = least_size(body)
+    least = min_size(body)
     assert least < 224
     check_size(body, least)
     for size in (16, least - 1):

@@ -160,7 +160,7 @@ def train_once(
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Decides the head and the order
     *,
-    side: str = 'valid',  # Whose predictions: 'valid' or 'test'
+    subset: str = 'valid',  # Whose predictions: 'valid' or 'test'
     say: Callable = print,  # What is done with the lines that tell how it goes
     **kwargs,  # `arch, weights, augment, runtime, ...` of `build_learner`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `image, target, group, prediction, p_CLASS...`; a row an epoch
@@ -171,7 +171,7 @@ def train_once(
         plan, why = choose_plan(n_train, gpu=default_device().type != 'cpu')
     kwargs = _own_start(get_plan(plan), kwargs)
     weights = _weights(kwargs.get('arch') or DEFAULT_ARCH, kwargs.get('weights'))
-    settings = [task, target, get_plan(plan), epochs, seed, side, {**kwargs, 'weights': weights}]
+    settings = [task, target, get_plan(plan), epochs, seed, subset, {**kwargs, 'weights': weights}]
     file = _kept(table, settings)
     kept = None if file is None else _read_kept(file)
     if kept is None:
@@ -179,7 +179,7 @@ def train_once(
             say(f"plan '{plan}': {why}")
         learn = build_learner(table, task, target=target, plan=plan, seed=seed, say=_quiet, **kwargs)
         learn = fit(learn, epochs=epochs, say=say)
-        found = valid_predictions(learn, side)
+        found = valid_predictions(learn, subset)
         history = pd.DataFrame(learn.record.history)
         if file is None:
             return found, history
@@ -190,7 +190,7 @@ def train_once(
             return found, history
         kept = _read_kept(file)
     found, history = kept
-    rows = table[table.split == side]
+    rows = table[table.split == subset]
     own = {c: rows[c].tolist() for c in ('image', 'group')}  # they may have moved, and groups do not change a training
     return found.assign(**own), history
 

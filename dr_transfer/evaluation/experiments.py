@@ -128,7 +128,7 @@ def learning_curve(
     for seed, t in enumerate(splits):
         for n, (name, plan) in product(sizes, plans.items()):
             how = without_weights(plan, kwargs)
-            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, side='test', say=_quiet, **how)
+            p, _ = train_once(first_images(t, n), task, target, plan, seed=seed, subset='test', say=_quiet, **how)
             row = {'method': name, 'images': n, 'seed': seed, **_measures(p, task.target(target))}
             out.append(row)
             say(f'seed {seed + 1} of {seeds}, {n} images, {name}: {_words(row)}')

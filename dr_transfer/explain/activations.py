@@ -30,44 +30,42 @@ from ..synthetic.fundus import contact_sheet
 from ..utils.files import plain_text
 
 # %% ../../nbs/explain/01_activations.ipynb #7d89336a
-def first_filters(
+def first_layer_filters(
     model: Any,  # A learner, a saved model, or any network for images
 ) -> np.ndarray:  # float32 (filters, channels, height, width)
-    "The weights of the first convolution; ValueError if it does not see the image"
+    "The weights of the first convolution; ValueError if its input is not the image"
     net = model if isinstance(model, nn.Module) else getattr(model, 'model', None)
     if not isinstance(net, nn.Module):
         raise ValueError(
-            f'{type(model).__name__} is no network: give a learner, a saved model, or what create_body returns'
+            f'{type(model).__name__} is not a network: give a learner, a saved model, or what create_body returns'
         )
     conv = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None:
-        raise ValueError(
-            f'{type(net).__name__} has no convolution, so it has no filters to look at: take another network'
-        )
+        raise ValueError(f'{type(net).__name__} has no convolution, so it has no filters to show: use another network')
     if conv.in_channels not in (1, 3):
         raise ValueError(
             f'the first convolution reads {conv.in_channels} channels, '
-            'which are no longer the colours of an image: take another network'
+            'which are not the colours of an image: use another network'
         )
     return conv.weight.detach().float().cpu().numpy()
 
 
-_DEAD = 0.01  # A filter with less than this share of the largest one's norm does nothing
+_DEAD = 0.01  # A filter is dead if its norm is below this fraction of the largest
 
 
 def _alive(filters) -> np.ndarray:
-    "Which filters do something (n,)"
+    "Which filters are not dead (n,)"
     size = np.sqrt((np.asarray(filters, float) ** 2).sum((1, 2, 3)))
     return size > _DEAD * max(size.max(), 1e-12)
 
 # %% ../../nbs/explain/01_activations.ipynb #efac4f58
 def plot_filters(
-    filters: dict,  # Name -> filters, as `first_filters` gives them
+    filters: dict,  # Name -> filters, as `first_layer_filters` gives them
     cols: int = 16,  # Filters in a row
 ) -> Figure:
-    """The filters of each network on a strip of its own, each scaled by its largest weight.
+    """Plot the filters of each network, each filter scaled by its largest weight.
 
-    Grey is zero, and dead ones are all grey.
+    Grey is zero; dead filters are all grey.
     """
     rows = [math.ceil(len(w) / cols) for w in filters.values()]
     height = 0.25 + sum(0.47 * n + 0.2 for n in rows)
@@ -84,7 +82,7 @@ def _tiled(
     w: np.ndarray,  # (filters, channels, height, width)
     cols: int,  # Filters in a row
 ) -> np.ndarray:  # (height, width, 3)
-    "Filters beside and below one another, with a white line between them"
+    "Arrange filters in a grid, with white lines between them"
     n, channels, h, k = w.shape
     largest = np.abs(w).max((1, 2, 3), keepdims=True).clip(1e-12)
     scaled = 0.5 + 0.5 * w / largest * _alive(w)[:, None, None, None]
@@ -100,47 +98,47 @@ def gabor_bank(
     height: int,  # Of the filters
     width: int,  # Of the filters
 ) -> np.ndarray:  # (functions, height*width), each of norm 1
-    """Gabor functions (Daugman 1985): two bells at nine places, plain and as waves.
+    """Gabor functions (Daugman 1985): two Gaussians at nine positions, alone and times waves.
 
-    Of four wavelengths those of at least two pixels, each in eight directions and two phases.
+    The waves have up to four wavelengths, of at least two pixels, in eight directions and two phases.
     """
-    side = max(height, width)
+    size = max(height, width)
     y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in (height, width)), indexing='ij')
-    waves = [side * k for k in (2, 1, 1 / 2, 1 / 3) if side * k >= 2]
+    waves = [size * k for k in (2, 1, 1 / 2, 1 / 3) if size * k >= 2]
     thirds = (-0.25, 0, 0.25)
-    places = np.array(np.meshgrid((0.25, 0.4), thirds, thirds)).reshape(3, -1).T * side
+    positions = np.array(np.meshgrid((0.25, 0.4), thirds, thirds)).reshape(3, -1).T * size
     out = []
-    for sigma, dy, dx in places:
+    for sigma, dy, dx in positions:
         u, v = x - dx, y - dy
-        bell = np.exp(-(u**2 + v**2) / (2 * sigma**2))
-        out.append(bell)
+        gaussian = np.exp(-(u**2 + v**2) / (2 * sigma**2))
+        out.append(gaussian)
         for wave, turn in product(waves, np.arange(8) * np.pi / 8):
             along = 2 * np.pi / wave * (u * np.cos(turn) + v * np.sin(turn))
-            out.append(bell * np.cos(along))
-            out.append(bell * np.sin(along))
+            out.append(gaussian * np.cos(along))
+            out.append(gaussian * np.sin(along))
     return np.array([g.ravel() / np.linalg.norm(g) for g in out])
 
 # %% ../../nbs/explain/01_activations.ipynb #203956f9
 def gabor_fraction(
     filters: np.ndarray,  # (filters, channels, height, width), 3 by 3 or larger
 ) -> np.ndarray:  # (filters,), 0 to 1; NaN for a dead filter
-    "Share of the energy of each filter that its best Gabor function, in its best colour, explains"
+    "Fraction of the energy of each filter that its best Gabor function, in its best colour, explains"
     n, c, h, w = np.shape(filters)
     if min(h, w) < 3:
-        raise ValueError(f'filters of {h} by {w} have no shape to speak of: 3 by 3 is the least')
+        raise ValueError(f'filters of {h} by {w} are too small: give filters of 3 by 3 or larger')
     projected = np.asarray(filters, float).reshape(n, c, h * w) @ gabor_bank(h, w).T
     energy = (np.asarray(filters, float) ** 2).sum((1, 2, 3))
     return np.where(_alive(filters), (projected**2).sum(1).max(1) / energy.clip(1e-24), np.nan)
 
 # %% ../../nbs/explain/01_activations.ipynb #683d0efe
 def filter_table(
-    filters: dict,  # Name -> filters, as `first_filters` gives them
-    n: int = 100,  # Draws, of the bootstrap and of random filters
-    seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # A row a network: size, filters, dead, score and chance
-    """Mean `gabor_fraction` of each network's first filters with its 95 % interval.
+    filters: dict,  # Name -> filters, as `first_layer_filters` gives them
+    n: int = 100,  # Bootstrap resamples, and sets of random filters
+    seed: int = 0,  # Random seed of both
+) -> pd.DataFrame:  # One row for each network: size, filters, dead, score, chance
+    """Mean `gabor_fraction` of each network's first-layer filters, with a 95 % interval.
 
-    Beside that of random filters of the same shape and number.
+    `chance` is the same for random filters of the same shape and number.
     """
     rows = {}
     rng = np.random.default_rng(seed)
@@ -148,9 +146,9 @@ def filter_table(
         s = gabor_fraction(w)
         s = s[~np.isnan(s)]
         if not len(s):
-            raise ValueError(f"'{name}' has only filters of zeros: there is nothing to score")
+            raise ValueError(f"'{name}' has only filters of zeros, which have no score: leave it out")
         score = bootstrap(np.mean, s, n=n, seed=seed).loc['value']
-        luck = [gabor_fraction(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
+        random = [gabor_fraction(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
         rows[name] = {
             'size': f'{w.shape[2]} x {w.shape[3]}',
             'filters': len(w),
@@ -158,23 +156,23 @@ def filter_table(
             'score': score.value,
             'low': score.low,
             'high': score.high,
-            'chance': np.mean(luck),
-            'chance_low': np.quantile(luck, 0.025),
-            'chance_high': np.quantile(luck, 0.975),
+            'chance': np.mean(random),
+            'chance_low': np.quantile(random, 0.025),
+            'chance_high': np.quantile(random, 0.975),
         }
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/explain/01_activations.ipynb #5ed23f91
 @dataclass(frozen=True)
 class _Parts:
-    "A trained network as its two parts, and how it reads images"
+    "The body and head of a model, and how it reads images"
 
-    stages: nn.Module  # `Stages` or `Whole`: images (n, 3, h, w) to maps
+    stages: nn.Module  # `Stages` or `PooledNetwork`: images (n, 3, h, w) to maps
     head: nn.Module  # Maps to logits, or log-probabilities (n, classes)
-    read: Callable  # Path or image -> square PIL image, as the network gets it
+    read: Callable  # Path or image -> square PIL image
     classes: list  # Class names in order
-    mean: tuple  # Of the normalisation, three numbers
-    std: tuple  # Of the normalisation, three numbers
+    mean: tuple  # Of the normalisation, three values
+    std: tuple  # Of the normalisation, three values
 
     @property
     def device(self):
@@ -187,13 +185,13 @@ class _Parts:
 def model_parts(
     model: Any,  # A learner from `build_learner`, or an `ImageModel`
 ) -> _Parts:
-    "The plain modules of a model, without quick copies for forward passes"
+    "The body and head of a model, without the faster copies for forward passes"
     about = getattr(model, 'about', None)
     task = getattr(model, 'task', None)
     is_network = isinstance(getattr(model, 'model', None), nn.Module)
     if not is_network or (about is None and task is None):
         raise ValueError(
-            f'{type(model).__name__} does not say how it reads images: '
+            f'{type(model).__name__} has no description of how it reads images: '
             'give a learner from build_learner, or what load_model returns'
         )
     if about is None:
@@ -220,7 +218,7 @@ def model_parts(
 def evaluating(
     *nets: nn.Module,  # Networks
 ):
-    "Evaluation mode within the block; afterwards every module is as it was"
+    "Put networks into evaluation mode within the block; restore the mode of every module afterwards"
     was = [(m, m.training) for net in nets for m in net.modules()]
     try:
         for net in nets:
@@ -232,19 +230,16 @@ def evaluating(
 
 # %% ../../nbs/explain/01_activations.ipynb #d0ea8178
 def _chain(model) -> tuple:
-    "Parts of a model that is a chain of stages, and the names of these"
+    "The parts of a model that is a chain of stages, and the names of the stages"
     parts = model_parts(model)
     if not isinstance(parts.stages, Stages):
-        raise ValueError(
-            f"'{parts.stages.spec.name}' is no chain of stages: "
-            'take a convolutional network to look at it stage by stage'
-        )
+        raise ValueError(f"'{parts.stages.spec.name}' is not a chain of stages: use a convolutional network")
     return parts, stage_names(parts.stages)
 
 
 @torch.no_grad()
 def _each_map(model, images, bs=16):
-    "Stage, numbers of the images, and their maps (n, channels, h, w), batch by batch"
+    "Yield stage, row numbers of the images, and their maps (n, channels, h, w), batch by batch"
     parts, names = _chain(model)
     with evaluating(parts.stages):
         for i in range(0, len(images), bs):
@@ -256,9 +251,9 @@ def _each_map(model, images, bs=16):
 def activation_table(
     model: Any,  # A learner or a saved model, of a chain of stages
     images: list,  # Paths or images
-    labels=None,  # Of each image: a row a stage and label
-) -> pd.DataFrame:  # `channels, side, mean, active` by stage, or stage and label
-    "Mean activation, and share of active units, of every stage"
+    labels=None,  # Label of each image; rows by stage and label if given
+) -> pd.DataFrame:  # `channels, size, mean, active` by stage (and label)
+    "Mean activation and fraction of active units of every stage"
     if labels is not None and len(labels) != len(images):
         raise ValueError(f'{len(labels)} labels for {len(images)} images: give one for each')
     rows = [
@@ -266,7 +261,7 @@ def activation_table(
             'stage': name,
             'label': 'all' if labels is None else labels[i],
             'channels': m.shape[1],
-            'side': m.shape[-1],
+            'size': m.shape[-1],
             'mean': float(a.abs().mean()),
             'active': float((a > 0).float().mean()),
         }
@@ -279,7 +274,7 @@ def activation_table(
         pd.DataFrame(rows)
         .groupby(['stage'] if labels is None else ['stage', 'label'], sort=False)
         .mean(numeric_only=True)
-        .astype({'channels': int, 'side': int})
+        .astype({'channels': int, 'size': int})
     )
 
 # %% ../../nbs/explain/01_activations.ipynb #f3fc3e12
@@ -287,9 +282,9 @@ def plot_activations(
     model: Any,  # A learner or a saved model, of a chain of stages
     images: list,  # Paths or images
 ) -> Figure:
-    """Where each stage answers: its mean activation over the channels, a row an image.
+    """Plot the mean activation over the channels of each stage, one row for each image.
 
-    Each picture goes from its least to its most.
+    Each map has a colour scale of its own.
     """
     parts, names = _chain(model)
     fig = Figure(figsize=(1.05 * (len(names) + 1), 1.1 * len(images) + 0.2), dpi=80, layout='constrained')
@@ -307,14 +302,14 @@ def plot_activations(
 
 # %% ../../nbs/explain/01_activations.ipynb #fd90a312
 def _directions(features, stage) -> np.ndarray:
-    "Pooled features (n, channels), mean over the views, as unit vectors from the mean of the set"
+    "Pooled features (n, channels), mean over the views, centred and scaled to unit length"
     a = features.numpy(stage).mean(1).astype(np.float64)
     a -= a.mean(0)
     return a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12)
 
 
 def _nearest(a, rows, k, groups) -> tuple:
-    "Numbers and cosines (rows, k) of the nearest others of another group"
+    "Row numbers and cosines (rows, k) of the nearest images of other groups"
     s = a[rows] @ a.T
     s[groups[rows][:, None] == groups] = -np.inf
     at = np.argsort(-s, axis=1, kind='stable')[:, :k]
@@ -323,17 +318,17 @@ def _nearest(a, rows, k, groups) -> tuple:
 # %% ../../nbs/explain/01_activations.ipynb #ea5c3e36
 def nearest_images(
     features: Features,  # From `image_features` or `extract_features`
-    i: int,  # Number of the query
-    k: int = 5,  # How many neighbours
+    i: int,  # Row number of the query image
+    k: int = 5,  # Number of neighbours
     stages=None,  # Name or names of stages; all if None
-    groups=None,  # Group of each image: its own is left out
+    groups=None,  # Group of each image; its own group is excluded
 ) -> pd.DataFrame:  # `stage, rank, image, similarity`; rank 0 is the query
-    "The images nearest to one of them at every stage, by the cosine of centred pooled features"
+    "The images nearest to a query image at every stage, by the cosine of centred pooled features"
     if not 0 <= i < len(features):
         raise ValueError(f'i={i}: there are {len(features)} images, give 0 to {len(features) - 1}')
     g, rows = group_codes(groups, len(features)), []
     if not 0 < k <= (g != g[i]).sum():
-        raise ValueError(f'k={k}: image {i} has {(g != g[i]).sum()} others of another group, give 1 to that many')
+        raise ValueError(f'k={k}: image {i} has {(g != g[i]).sum()} images of other groups: give 1 to that number')
     for stage in _chosen(stages, features.stages):
         at, s = _nearest(_directions(features, stage), np.array([i]), k, g)
         rows += [
@@ -345,8 +340,8 @@ def nearest_images(
 # %% ../../nbs/explain/01_activations.ipynb #96a3f0a6
 def plot_nearest(
     nearest: pd.DataFrame,  # From `nearest_images`
-    size: int = 72,  # Side of each picture in pixels
-) -> Image.Image:  # A row a stage, the query first
+    size: int = 72,  # Height and width of each image in pixels
+) -> Image.Image:  # One row for each stage, the query first
     "The nearest images as a contact sheet"
     titles = [s if r == 0 else f'{v:.2f}' for s, r, v in zip(nearest.stage, nearest['rank'], nearest.similarity)]
     return contact_sheet(
@@ -356,14 +351,14 @@ def plot_nearest(
 # %% ../../nbs/explain/01_activations.ipynb #f4d07bc2
 def neighbour_table(
     features: Features,  # From `image_features` or `extract_features`
-    labels,  # What neighbours should share: class, camera, photographer (n,)
-    k: int = 5,  # How many neighbours
-    groups=None,  # Group of each image: its own is left out
-    n: int = 500,  # Draws of the bootstrap
-) -> pd.DataFrame:  # A row a stage: value, low, high, chance
-    """How often the nearest images have the label of the query, stage by stage, with 95 % intervals over groups.
+    labels,  # Class, camera or photographer of each image (n,)
+    k: int = 5,  # Number of neighbours
+    groups=None,  # Group of each image; its own group is excluded
+    n: int = 500,  # Bootstrap resamples
+) -> pd.DataFrame:  # One row for each stage: value, low, high, chance
+    """Fraction of the nearest images with the label of the query, at every stage, with 95 % intervals over groups.
 
-    Chance is the share of the label among the others.
+    `chance` is the fraction of the label among the images of other groups.
     """
     labels = np.asarray(labels)
     g = group_codes(groups, len(features))
@@ -371,37 +366,37 @@ def neighbour_table(
         raise ValueError(f'{len(labels)} labels for {len(features)} images: give one for each')
     others = (g[:, None] != g).sum(1)
     if not 0 < k <= others.min():
-        raise ValueError(f'k={k}: some image has only {others.min()} others of another group, give 1 to that many')
-    alike = [((labels == label) & (g != group)).sum() for label, group in zip(labels, g)]
-    chance = np.mean(alike / others)
+        raise ValueError(f'k={k}: some image has only {others.min()} images of other groups: give 1 to that number')
+    same_label = [((labels == label) & (g != group)).sum() for label, group in zip(labels, g)]
+    chance = np.mean(same_label / others)
     rows = {}
     for stage in features.stages:
         a = _directions(features, stage)
         parts = np.array_split(np.arange(len(a)), math.ceil(len(a) / 1000))
         at = np.concatenate([_nearest(a, part, k, g)[0] for part in parts])
-        share = (labels[at] == labels[:, None]).mean(1)
-        rows[stage] = bootstrap(np.mean, share, groups=g, n=n).loc['value']
+        fraction = (labels[at] == labels[:, None]).mean(1)
+        rows[stage] = bootstrap(np.mean, fraction, groups=g, n=n).loc['value']
     return pd.DataFrame(rows).T.assign(chance=chance)
 
 # %% ../../nbs/explain/01_activations.ipynb #2cb26500
 def plot_neighbours(
     tables: dict,  # Name -> table, as `neighbour_table` gives it
 ) -> Figure:
-    "Fraction of the nearest images with the same label by stage, with 95 % intervals; dotted: by chance"
+    "Plot the fraction of the nearest images with the same label by stage, with 95 % intervals; dotted: by chance"
     fig = Figure(figsize=(5.5, 3), dpi=90, layout='constrained')
     ax = fig.subplots()
     for i, (name, t) in enumerate(tables.items()):
-        colour = f'C{i}'
+        color = f'C{i}'
         ax.errorbar(
             t.index,
             t.value,
             (t.value - t.low, t.high - t.value),
             fmt='o-',
             capsize=2,
-            color=colour,
+            color=color,
             label=plain_text(name),
         )
-        ax.plot(t.index, t.chance, ':', color=colour, label='' if i else 'by chance')
+        ax.plot(t.index, t.chance, ':', color=color, label='' if i else 'by chance')
     ax.set(xlabel='stage, from the input on', ylabel='nearest images with the same label (fraction)', ylim=(0, 1))
     ax.legend(frameon=False)
     return fig

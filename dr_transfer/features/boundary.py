@@ -37,7 +37,7 @@ class _Front(nn.Module):
 
     def forward(self, x) -> dict:
         s = self.body.forward_runtime if x.device.type == 'cpu' else self.body.runtime(x)
-        stages = self.body.quick(x)
+        stages = self.body.fast_stages(x)
         with s.cast(x.device.type):
             if self.k == len(stages):
                 return {'boundary': stages(s.place(x)).float()}
@@ -60,14 +60,14 @@ class Rest(Body):
         rest.n_stages = body.stages.n_stages
         super().__init__(rest, body.forward_runtime, body.train_runtime)
 
-    def forward(self, x, *sides):
+    def forward(self, x, *earlier):
         if not len(self.stages):
             return x
         s = self.runtime(x)
-        stages = self.quick(x)
+        stages = self.fast_stages(x)
         with s.cast(x.device.type):
             maps = stages.maps(s.place(x if s.bf16 else x.float()))
-            return stages.joined([*sides, x, *maps]).float()
+            return stages.joined([*earlier, x, *maps]).float()
 
 
 def split_body(
@@ -173,8 +173,8 @@ def boundary_loader(
         tensors = maps.batch(i.numpy(), v.numpy())
         return (*(m.to(device) for m in tensors), y[i].to(device))
 
-    def draw():
+    def sample():
         return np.random.choice(n, n, p=weights).tolist()
 
-    drawn = {'get_idxs': draw} if shuffle and weights is not None else {}
-    return DataLoader(list(range(n)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)
+    sampling = {'get_idxs': sample} if shuffle and weights is not None else {}
+    return DataLoader(list(range(n)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **sampling)

@@ -56,7 +56,7 @@ def grouped_folds(
         )
     needed = have.clip(upper=3) - 1
 
-    def knows_every_class(train):
+    def has_every_class(train):
         counts = _group_counts(y[train], g[train]).reindex(have.index, fill_value=0)
         return (counts >= needed).all()
 
@@ -65,7 +65,7 @@ def grouped_folds(
         for i in range(5):
             splitter = k(folds, shuffle=True, random_state=seed + 10_007 * i)
             out = list(splitter.split(np.zeros(len(y)), y, together))
-            if all(knows_every_class(train) for train, _ in out):
+            if all(has_every_class(train) for train, _ in out):
                 return out
     raise ValueError(
         f"no folds in which every class is learnt, because few {kind} hold class '{have.idxmin()}': "
@@ -98,7 +98,7 @@ class _ViewSet:
         folds = grouped_folds(self.labels, self.groups, n, self.seed)
         return [(self.rows(train), self.rows(test)) for train, test in folds]
 
-    def by(self, cv) -> list:
+    def cv_splits(self, cv) -> list:
         "The same from what scikit-learn calls cv, applied to images"
         if cv is None or isinstance(cv, int):
             return self.splits(cv or 5)
@@ -120,36 +120,36 @@ def _loss(model, x, y, views) -> float:
     return -np.log(right.clip(_MIN_PROBABILITY)).mean()
 
 
-def _choose(view_set, path, settings, n=5):
+def _choose(view_set, path, values, n=5):
     "Number of the best setting, and the loss of each; `path` gives a fitted model for one setting after the other"
-    total = np.zeros(len(settings))
+    total = np.zeros(len(values))
     for train, test in view_set.splits(n):
-        models = path(view_set.x[train], view_set.y[train], view_set.weights[train], settings)
-        share = len(test) / len(view_set.y)
+        models = path(view_set.x[train], view_set.y[train], view_set.weights[train], values)
+        fraction = len(test) / len(view_set.y)
         x = view_set.x[test]
         y = view_set.y[test]
-        total += [share * _loss(m, x, y, view_set.views) for m in models]
-    return int(total.argmin()), dict(zip(settings, total.tolist()))
+        total += [fraction * _loss(m, x, y, view_set.views) for m in models]
+    return int(total.argmin()), dict(zip(values, total.tolist()))
 
 
-def _best(view_set, path, settings, n=5):
+def _best(view_set, path, values, n=5):
     "The model with the best setting, trained on everything"
-    i, losses = _choose(view_set, path, settings, n)
-    *_, model = path(view_set.x, view_set.y, view_set.weights, settings[: i + 1])
+    i, losses = _choose(view_set, path, values, n)
+    *_, model = path(view_set.x, view_set.y, view_set.weights, values[: i + 1])
     model.losses_ = losses
     return model
 
 # %% ../../nbs/features/02_classifiers.ipynb #bb93cb83
 # C of logistic regression, strongest regularisation first
-STRENGTHS = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, 0.5))
+C_VALUES = tuple(float(f'{10**e:.2g}') for e in np.arange(-5, 1.1, 0.5))
 _EPOCHS = (1, 2, 4, 8, 16, 32, 64)  # Of the dense network; more than 8 only up to 400 steps
 _NEIGHBOURS = (33, 17, 9, 5, 3)  # Images that vote
 
 
-def _logistic_path(x, y, w, settings):
+def _logistic_path(x, y, w, values):
     x = x.astype(np.float64)
     model = LogisticRegression(max_iter=5000, warm_start=True)
-    for C in settings:
+    for C in values:
         yield model.set_params(C=C).fit(x, y, w)
 
 
@@ -157,34 +157,34 @@ def _dense(view_set):
     bs = min(64, len(view_set.y))
     epochs = [e for e in _EPOCHS if e <= 8 or e * len(view_set.y) / bs <= 400]
 
-    def path(x, y, w, settings):
+    def path(x, y, w, values):
         model = MLPClassifier(HEADS['dense'].hidden, alpha=0.01, batch_size=min(bs, len(y)), random_state=view_set.seed)
-        for e in range(settings[-1]):
+        for e in range(values[-1]):
             model.partial_fit(x, y, classes=np.unique(y))
-            if e + 1 in settings:
+            if e + 1 in values:
                 yield model
 
     return _best(view_set, path, epochs, 3)
 
 
 def _neighbours(view_set):
-    def path(x, y, w, settings):
+    def path(x, y, w, values):
         model = KNeighborsClassifier().fit(x, y)
-        for k in settings:
+        for k in values:
             yield model.set_params(n_neighbors=min(k * view_set.views, len(y)))
 
     return _best(view_set, path, _NEIGHBOURS)
 
 # %% ../../nbs/features/02_classifiers.ipynb #457199e8
-def _svm(view_set, make, strengths):
+def _svm(view_set, make, Cs):
     "An SVM with probabilities"
 
-    def path(x, y, w, settings):
-        for C in settings:
+    def path(x, y, w, values):
+        for C in values:
             yield make(C).fit(x, y, w)
 
-    i, losses = _choose(view_set, path, strengths, 3)
-    model = CalibratedClassifierCV(make(strengths[i]), ensemble=False, cv=view_set.folds)
+    i, losses = _choose(view_set, path, Cs, 3)
+    model = CalibratedClassifierCV(make(Cs[i]), ensemble=False, cv=view_set.folds)
     model.fit(view_set.x, view_set.y, sample_weight=view_set.weights)
     model.losses_ = losses
     return model
@@ -196,7 +196,7 @@ def _forest(view_set):
 
 
 def _logistic(view_set):
-    return _best(view_set, _logistic_path, STRENGTHS)
+    return _best(view_set, _logistic_path, C_VALUES)
 
 
 def _linear_svm(view_set):
@@ -228,7 +228,7 @@ def _fit_given(model, view_set, y):
     model = clone(model)
     searches = 'cv' in model.get_params(deep=False)
     if searches:
-        model.set_params(cv=view_set.by(model.cv))
+        model.set_params(cv=view_set.cv_splits(model.cv))
     if searches and not hasattr(model, 'predict_proba'):
         raise ValueError(
             f'{type(model).__name__} chooses by cross-validation and gives no probabilities: '
@@ -242,7 +242,7 @@ def _fit_given(model, view_set, y):
     return model.fit(view_set.x, y, **weights)
 
 # %% ../../nbs/features/02_classifiers.ipynb #6aa83057
-def _no_numbers(X, x) -> ValueError:
+def _not_finite(X, x) -> ValueError:
     "The error for features that are NaN or infinite: of a network its weights are at fault, not the images"
     rows = np.flatnonzero(~np.isfinite(x).all((1, 2)))
     what = f'features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}'
@@ -269,7 +269,7 @@ def _views_of(X, stages, pool) -> np.ndarray:
             'or one (images, channels), with at least one image'
         )
     if not np.isfinite(x).all():
-        raise _no_numbers(X, x)
+        raise _not_finite(X, x)
     return x
 
 
@@ -450,7 +450,7 @@ def out_of_fold(
     classes, _ = _classes(y, len(X))
     p = np.zeros((len(y), len(classes)))
     for train, test in grouped_folds(y, groups, folds, seed):
-        seen, unseen = (X.take(train), X.take(test)) if isinstance(X, Features) else (X[train], X[test])
-        model = clone(classifier).fit(seen, y[train], None if groups is None else g[train])
-        p[test] = model.predict_proba(unseen)
+        X_train, X_test = (X.take(train), X.take(test)) if isinstance(X, Features) else (X[train], X[test])
+        model = clone(classifier).fit(X_train, y[train], None if groups is None else g[train])
+        p[test] = model.predict_proba(X_test)
     return p

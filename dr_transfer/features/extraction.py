@@ -21,7 +21,7 @@ from ..data.images import FITS
 from ..data.source import check_size
 from ..data.views import VIEWS, map_batches, normalise
 from ..models.backbones import create_body
-from ..models.network import POOLS, Body, good_bs, make_body
+from ..models.network import POOLS, Body, default_bs, make_body
 from ..models.registry import DEFAULT_ARCH, find_backbone
 from ..models.stages import Stages, stage_names
 from ..utils.checks import image_list
@@ -144,7 +144,7 @@ _MADE_BY = ' '.join([f'reading {READING}', *_VERSIONS])
 def _machine(body, bs) -> dict:
     "What decides the last bits besides network and settings: the sums of a batch are added in another order"
     device = next(body.parameters()).device
-    machine = {'device': device.type, 'batch': bs or good_bs(device)}
+    machine = {'device': device.type, 'batch': bs or default_bs(device)}
     if device.type == 'cpu':
         machine['instructions'] = torch.backends.cpu.get_cpu_capability()
     return machine
@@ -303,7 +303,7 @@ def _pooled_views(body, views, pools, x, fields) -> dict:
 def whole_body(
     arch: str,  # Backbone: registry, timm or torchvision
     weights: str | Path | None = None,  # None: its own; a file; or 'random'
-) -> torch.nn.Module:  # `Stages` or `Whole`
+) -> torch.nn.Module:  # `Stages` or `PooledNetwork`
     "A backbone with every stage up to the layer before its classifier"
     return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None)
 

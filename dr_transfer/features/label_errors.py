@@ -27,13 +27,13 @@ def _content(features) -> np.ndarray:
     return pd.factorize(keys)[0]
 
 
-def _joined(groups, content) -> np.ndarray:
+def _merged_groups(groups, content) -> np.ndarray:
     "Groups, those that share a picture made one"
     n = len(content)
     _, codes = np.unique(group_codes(groups, n), return_inverse=True)
-    pictures = codes.max() + 1 + content  # numbers after those of the groups
-    size = pictures.max() + 1
-    links = coo_array((np.ones(n), (codes, pictures)), shape=(size, size))
+    contents = codes.max() + 1 + content  # numbers after those of the groups
+    size = contents.max() + 1
+    links = coo_array((np.ones(n), (codes, contents)), shape=(size, size))
     _, component = connected_components(links, directed=False)
     return component[codes]
 
@@ -45,7 +45,7 @@ def _contradictions(content, y, images) -> dict:
         for i in rows:
             other = next((j for j in rows if y[j] != y[i]), None)
             if other is not None:
-                out[i] = f'the same picture as {images[other]}, which has another label, {y[other]}'
+                out[i] = f'the same image as {images[other]}, which has another label, {y[other]}'
     return out
 
 # %% ../../nbs/features/04_label_errors.ipynb #c816991e
@@ -89,7 +89,7 @@ def suspect_labels(
     classes, codes = _classes(y, len(features))
     content = _content(features)
     images = features.images if isinstance(features, Features) else list(range(len(features)))
-    p = out_of_fold(classifier, features, y, _joined(groups, content), folds, classifier.seed)
+    p = out_of_fold(classifier, features, y, _merged_groups(groups, content), folds, classifier.seed)
     same = _contradictions(content, classes[codes], images)
     wrong = find_label_issues(codes, p, n_jobs=1)
     wrong[list(same)] = True

@@ -33,15 +33,15 @@ PENALTIES = tuple((10.0 ** np.arange(-6, 2.1, 0.5)).tolist())
 
 def _standardised(x) -> tuple:
     "Features of mean 0 and variance 1, and both numbers before; constant channels become 0"
-    middle = x.mean(0, dtype=np.float64)
-    z = x - middle
+    mean_x = x.mean(0, dtype=np.float64)
+    z = x - mean_x
     sd = z.std(0)
-    spread = np.where(sd > 1e-6 * (abs(middle) + 1e-6), sd, np.inf)
-    z /= spread
-    return z, middle, spread
+    scale = np.where(sd > 1e-6 * (abs(mean_x) + 1e-6), sd, np.inf)
+    z /= scale
+    return z, mean_x, scale
 
 
-def _axes(z) -> tuple:
+def _principal_axes(z) -> tuple:
     "Principal axes (channels, k) of standardised features, and the squared lengths along them (k,)"
     dual = len(z) <= z.shape[1]
     d, v = np.linalg.eigh(z @ z.T if dual else z.T @ z)
@@ -63,22 +63,22 @@ def ridge_path(
     n = len(x)
     mean = targets.mean(0)
     t = targets - mean
-    z, middle, spread = _standardised(x)
-    axes, d = _axes(z)
+    z, mean_x, scale = _standardised(x)
+    axes, d = _principal_axes(z)
     root = np.sqrt(d)
     q = axes.T @ (z.T @ t) / root[:, None]
-    z_new = (new - middle) / spread
+    z_new = (new - mean_x) / scale
     p = z_new @ axes
     penalty = n * np.asarray(penalties)[:, None]
     shrink = d / (d + penalty)
     rest = 1 - shrink
     outside = (t**2).sum() - (q**2).sum()
-    left = (rest**2 @ q**2).sum(1) + max(outside, 0)
+    residual = (rest**2 @ q**2).sum(1) + max(outside, 0)
     free = n - 1 - len(d) + rest.sum(1)
     free = np.maximum(free, 1e-9)
     weights = (shrink / root)[:, :, None] * q
     scores = p @ weights + mean
-    gcv = n * left / free**2
+    gcv = n * residual / free**2
     return scores, gcv
 
 # %% ../../nbs/features/03_probes.ipynb #9b34bf37
@@ -108,21 +108,20 @@ def _check_length(features, values, what):
         raise ValueError(f'{n} images, but {what} of the shape {values.shape}: give one for each image')
 
 
-def _check_measure(metric, classes):
-    "ValueError for a measure that is not known, or not for such classes"
+def _check_metric(metric, classes):
+    "ValueError for a metric that is not known, or not for such classes"
     if metric not in METRICS:
         raise unknown('metric', metric, METRICS)
     if metric == 'auc' and len(classes) > 2:
-        raise ValueError(f"measure 'auc' is for two classes, here are {len(classes)}: type 'accuracy' or 'kappa'")
+        raise ValueError(f"metric 'auc' is for two classes, here are {len(classes)}: type 'accuracy' or 'kappa'")
     if metric == 'kappa' and classes.dtype.kind not in 'biuf':
         raise ValueError(
-            f"measure 'kappa' is for grades, but '{classes[0]}' is no number: "
-            "give grades as numbers, or type 'accuracy'"
+            f"metric 'kappa' is for grades, but '{classes[0]}' is no number: give grades as numbers, or type 'accuracy'"
         )
 
 
 def _task(features, y, groups, metric) -> tuple:
-    "Class numbers, names of the classes, groups and the measure's name; a ValueError for what does not fit"
+    "Class numbers, names of the classes, groups and the metric's name; a ValueError for what does not fit"
     y = np.asarray(y)
     _check_length(features, y, 'labels')
     if groups is not None:
@@ -137,13 +136,13 @@ def _task(features, y, groups, metric) -> tuple:
     if len(classes) < 2:
         raise ValueError(f'all {len(y)} images are of one class: give labels of two or more')
     metric = metric or ('auc' if len(classes) == 2 else 'accuracy')
-    _check_measure(metric, classes)
+    _check_metric(metric, classes)
     return codes, classes, groups, metric
 
 # %% ../../nbs/features/03_probes.ipynb #09a9791b
 def fold_interval(
     scores,  # One score a fold; NaN ones are left out
-    share: float = 0.25,  # Test images by training images of a fold
+    test_ratio: float = 0.25,  # Test images by training images of a fold
     level: float = 0.95,  # Coverage
 ) -> tuple[float, float, float]:  # Mean, low, high; NaN where not defined
     "Mean over folds with its interval: the corrected resampled t of Nadeau and Bengio 2003"
@@ -155,23 +154,23 @@ def fold_interval(
     mean = s.mean()
     error = s.std(ddof=1)
     quantile = stdtrit(n - 1, (1 + level) / 2)
-    half = quantile * error * np.sqrt(1 / n + share)
+    half = quantile * error * np.sqrt(1 / n + test_ratio)
     return float(mean), float(mean - half), float(mean + half)
 
 
-def _row(scores, share, metric) -> dict:
-    "Score with its interval, which ends where the measure does"
-    score, low, high = fold_interval(scores, share)
+def _row(scores, test_ratio, metric) -> dict:
+    "Score with its interval, which ends where the metric does"
+    score, low, high = fold_interval(scores, test_ratio)
     least = -1.0 if metric == 'kappa' else 0.0
     return {'score': score, 'low': max(low, least), 'high': min(high, 1.0)}
 
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
 def _fold_score(x, y, classes, train, test, metric) -> float:
     "The score on test images of the ridge whose strength GCV chooses; NaN if the training images are of one class"
-    seen = y[train]
-    if len(np.unique(seen)) < 2:
+    y_train = y[train]
+    if len(np.unique(y_train)) < 2:
         return np.nan
-    one_hot = np.eye(len(classes))[seen]
+    one_hot = np.eye(len(classes))[y_train]
     scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, x[test])
     best = scores[gcv.argmin()]
     return METRICS[metric](y[test], best, classes)
@@ -198,9 +197,8 @@ def _read(features, stages) -> np.ndarray:
     return x
 
 
-def _share(folds) -> float:
-    shares = [len(test) / len(train) for train, test in folds]
-    return float(np.mean(shares))
+def _test_ratio(folds) -> float:
+    return float(np.mean([len(test) / len(train) for train, test in folds]))
 
 # %% ../../nbs/features/03_probes.ipynb #a1cec6e3
 def depth_profile(
@@ -213,11 +211,11 @@ def depth_profile(
     repeats: int = 1,  # How often they are divided anew
     metric: str | None = None,  # Name in `METRICS`; by the classes if None
     seed: int = 0,  # The same seed, the same folds
-) -> pd.DataFrame:  # A row a candidate: channels, score, low, high; attrs: folds, measure
+) -> pd.DataFrame:  # A row a candidate: channels, score, low, high; attrs: folds, metric
     "How well a linear classifier does at each depth, on unseen groups, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, metric = _task(features, y, groups, metric)
     parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
-    share = _share(parts)
+    test_ratio = _test_ratio(parts)
     if stages is None:
         stages = list(features.stages)
     rows = {}
@@ -226,9 +224,9 @@ def depth_profile(
         x = _read(features, s)
         name = '+'.join(s) if isinstance(s, tuple) else s
         scores[name] = _fold_scores(x, codes, classes, parts, metric)
-        rows[name] = {'channels': x.shape[1], **_row(scores[name], share, metric)}
+        rows[name] = {'channels': x.shape[1], **_row(scores[name], test_ratio, metric)}
     out = pd.DataFrame.from_dict(rows, orient='index').rename_axis('stage')
-    out.attrs = {'metric': metric, 'share': share, 'folds': scores}
+    out.attrs = {'metric': metric, 'test_ratio': test_ratio, 'folds': scores}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #7af6b27d
@@ -243,7 +241,7 @@ def stage_gain(
     for s in (stage, other):
         if s not in known:
             raise unknown('row of the profile', s, known)
-    return fold_interval(np.subtract(known[stage], known[other]), table.attrs['share'], level)
+    return fold_interval(np.subtract(known[stage], known[other]), table.attrs['test_ratio'], level)
 
 # %% ../../nbs/features/03_probes.ipynb #5a04a8c4
 _TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
@@ -273,7 +271,7 @@ def plot_depth_profile(
     ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
         xlabel='stage and number of channels, from the input on' + (', then several stages' if len(single) < n else ''),
-        ylabel=f'{_TITLES[table.attrs["measure"]]},\ncross-validated',
+        ylabel=f'{_TITLES[table.attrs["metric"]]},\ncross-validated',
         xlim=(-0.5, n - 0.5),
     )
     ax.spines[['top', 'right']].set_visible(False)
@@ -285,8 +283,8 @@ def _most_frequent(values):
     return values.mode()[0]
 
 
-def _parts(y, groups, shares, seed) -> list[np.ndarray]:
-    "For each share so many of the rows, stratified, groups whole, each set within the next"
+def _parts(y, groups, fractions, seed) -> list[np.ndarray]:
+    "Row numbers of each fraction of the images: stratified, groups kept whole, each subset within the next"
     code = group_codes(groups, len(y))
     classes = pd.Series(y).groupby(code)
     t = pd.DataFrame({'y': classes.agg(_most_frequent), 'n': classes.size()})
@@ -294,18 +292,18 @@ def _parts(y, groups, shares, seed) -> list[np.ndarray]:
     counts = t.groupby('y').n
     half = t.n / 2
     middle = counts.cumsum() - half
-    places = middle / counts.transform('sum')
-    at = places.loc[code].to_numpy()
-    return [np.flatnonzero(at <= s) for s in shares]
+    position = middle / counts.transform('sum')
+    at = position.loc[code].to_numpy()
+    return [np.flatnonzero(at <= s) for s in fractions]
 
 # %% ../../nbs/features/03_probes.ipynb #d875c659
-def _doubling_gain(scores, shares, share) -> tuple:
-    "What the last doubling of the training images gained, with its interval; NaN for one share"
-    if len(shares) < 2:
+def _doubling_gain(scores, fractions, test_ratio) -> tuple:
+    "What the last doubling of the training images gained, with its interval; NaN for one fraction"
+    if len(fractions) < 2:
         return np.nan, np.nan, np.nan
     gained = scores[-1] - scores[-2]
-    doublings = np.log2(shares[-1] / shares[-2])
-    return fold_interval(gained / doublings, share)
+    doublings = np.log2(fractions[-1] / fractions[-2])
+    return fold_interval(gained / doublings, test_ratio)
 
 
 def learning_speed(
@@ -314,42 +312,42 @@ def learning_speed(
     groups=None,  # Patient or photographer of each image (n,)
     stages=None,  # Name, or names read side by side; the last one if None
     *,
-    shares: tuple = (0.25, 0.5, 1),  # Of the training images, growing
+    fractions: tuple = (0.25, 0.5, 1),  # Of the training images, growing
     folds: int = 5,  # Parts the images are divided into
     metric: str | None = None,  # Name in `METRICS`; by the classes if None
     seed: int = 0,  # The same seed, the same folds
-) -> pd.DataFrame:  # A row a share; attrs: gain, gain_low, gain_high
+) -> pd.DataFrame:  # A row for each fraction; attrs: gain, gain_low, gain_high
     "The score of a linear classifier with more and more training images; attrs: the gain of the last doubling"
-    if not len(shares) or min(shares) < 0.05 or max(shares) > 1 or list(shares) != sorted(set(shares)):
-        raise ValueError(f'shares={shares}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)')
+    if not len(fractions) or min(fractions) < 0.05 or max(fractions) > 1 or list(fractions) != sorted(set(fractions)):
+        raise ValueError(f'fractions={fractions}: type growing numbers from 0.05 to 1, such as (0.25, 0.5, 1)')
     codes, classes, groups, metric = _task(features, y, groups, metric)
     if stages is None:
         stages = list(features.stages)[-1]
     x = _read(features, stages if isinstance(stages, str) else tuple(stages))
     parts = grouped_folds(classes[codes], groups, folds, seed)
-    folds_of_share = [[] for _ in shares]
+    folds_of_fraction = [[] for _ in fractions]
     for train, test in parts:
         train_groups = None if groups is None else groups[train]
-        for runs, rows in zip(folds_of_share, _parts(codes[train], train_groups, shares, seed)):
+        for runs, rows in zip(folds_of_fraction, _parts(codes[train], train_groups, fractions, seed)):
             runs.append((train[rows], test))
-    share = _share(parts)
+    test_ratio = _test_ratio(parts)
     scores = []
     rows = []
-    for runs in folds_of_share:
-        found = np.array(_fold_scores(x, codes, classes, runs, metric))
-        scores.append(found)
+    for runs in folds_of_fraction:
+        fold_scores = np.array(_fold_scores(x, codes, classes, runs, metric))
+        scores.append(fold_scores)
         n = np.mean([len(train) for train, _ in runs])
-        rows.append({'images': round(n), **_row(found, share, metric)})
-    out = pd.DataFrame(rows, index=pd.Index(shares, name='share'))
-    gain, low, high = _doubling_gain(scores, shares, share)
+        rows.append({'images': round(n), **_row(fold_scores, test_ratio, metric)})
+    out = pd.DataFrame(rows, index=pd.Index(fractions, name='fraction'))
+    gain, low, high = _doubling_gain(scores, fractions, test_ratio)
     out.attrs = {'metric': metric, 'gain': gain, 'gain_low': low, 'gain_high': high}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #0241b873
-SIMILAR = 0.1  # `domain_distance` below it is similar: between flowers and eyes, no theory
+SIMILAR = 0.1  # `domain_distance` below it is similar: between flowers and fundus images, no theory
 
 
-def _remembers(m) -> bool:
+def _has_statistics(m) -> bool:
     "Is it a BatchNorm layer with statistics of some training?"
     if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
         return False
@@ -358,7 +356,7 @@ def _remembers(m) -> bool:
     return bool(mean_moved or var_moved)
 
 
-def _mean_places(v) -> torch.Tensor:
+def _spatial_mean(v) -> torch.Tensor:
     "The mean over the places of maps (n, channels)"
     return v.flatten(2).mean(2) if v.ndim > 2 else v
 
@@ -371,7 +369,7 @@ def _moments(body, layers):
     def keep(name):
         def hook(module, inputs):
             x = inputs[0].float()
-            here.out[name] = torch.stack([_mean_places(x), _mean_places(x**2)], 1)
+            here.out[name] = torch.stack([_spatial_mean(x), _spatial_mean(x**2)], 1)
 
         return hook
 
@@ -392,11 +390,11 @@ def _float64(t) -> np.ndarray:
     return t.detach().cpu().double().numpy()
 
 
-def _divergence(m, seen) -> np.ndarray:
-    "Symmetric divergence of each channel from what a layer remembers; `seen`: mean and mean square (2, channels)"
+def _divergence(m, moments) -> np.ndarray:
+    "Symmetric divergence of each channel from what a layer remembers; `moments`: mean and mean square (2, channels)"
     mean = _float64(m.running_mean)
     old = _float64(m.running_var) + m.eps
-    new_mean, new_square = seen
+    new_mean, new_square = moments
     new = np.maximum(new_square - new_mean**2, 0) + m.eps
     shift = (new_mean - mean) ** 2
     of_variances = new / old + old / new
@@ -431,7 +429,7 @@ def domain_profile(
         raise ValueError(f'{len(images)} images, n={n}: give at least one, a hundred are better')
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     some = [images[i] for i in rows]
-    layers = {k: m for k, m in body.named_modules() if _remembers(m)}
+    layers = {k: m for k, m in body.named_modules() if _has_statistics(m)}
     about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
     rows = []
     for name, total in _total_moments(body, layers, some, about).items():

@@ -84,7 +84,7 @@ def create_body(
     weights: str | Path | None = None,  # None: its own; a file; or 'random'
     n_stages: int | None = None,  # How many of the last stages come out; its own if None
     stage: str | int | None = None,  # Last stage, by name or from the end (-1); its own if None
-) -> nn.Module:  # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
+) -> nn.Module:  # `Stages` or `PooledNetwork`, with `spec`, `weights` and `n_out`
     "A backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be had"
     spec = find_backbone(arch)
     net = build_network(spec).eval()

@@ -59,7 +59,7 @@ class Body(nn.Module):
         if self.forward_runtime.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def learns(self) -> bool:
+    def trains_stages(self) -> bool:
         "Are gradients needed below?"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
 
@@ -67,13 +67,13 @@ class Body(nn.Module):
         "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
         if x.device.type != 'cpu':
             return Runtime()
-        return (self.train_runtime or Runtime()) if self.learns() else self.forward_runtime
+        return (self.train_runtime or Runtime()) if self.trains_stages() else self.forward_runtime
 
-    def quick(self, x) -> nn.Module:
+    def fast_stages(self, x) -> nn.Module:
         "The stages, or on a CPU a copy that gives the same"
         if x.device.type != 'cpu':
             return self.stages
-        trains, runtime, modules = self.learns(), self.runtime(x), list(self.stages.modules())
+        trains, runtime, modules = self.trains_stages(), self.runtime(x), list(self.stages.modules())
         if any(m._forward_hooks or m._forward_pre_hooks or (m.training and not trains) for m in modules):
             return self.stages
         now = [trains, runtime]
@@ -86,13 +86,13 @@ class Body(nn.Module):
             return self._copy[1]
 
     def forward(self, x):
-        runtime, stages = self.runtime(x), self.quick(x)
+        runtime, stages = self.runtime(x), self.fast_stages(x)
         with runtime.cast(x.device.type):
             return stages(runtime.place(x)).float()
 
     def pooled(self, x: torch.Tensor, names: list, pools: tuple = ('mean',)) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
-        runtime, stages = self.runtime(x), self.quick(x)
+        runtime, stages = self.runtime(x), self.fast_stages(x)
         with runtime.cast(x.device.type):
             if not isinstance(stages, Stages):
                 return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
@@ -128,7 +128,7 @@ def _size_error(stages, size) -> str:
     return '' if out.numel() else 'nothing is left of them'
 
 
-def least_size(
+def min_size(
     stages: nn.Module,  # From `create_body`
 ) -> int:  # Side in pixels
     "The smallest image that a network takes, of those up to its native size"
@@ -150,7 +150,7 @@ def check_size(
     why = _size_error(stages, size)
     if not why:
         return
-    least = least_size(stages)
+    least = min_size(stages)
     raise ValueError(
         f"'{stages.spec.name}' does not take images of {size} pixels ({why}). The least size that works is {least}: "
         f'give size={least} (--size {least})'
@@ -226,7 +226,7 @@ def head_inputs(
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
 # %% ../../nbs/models/10_network.ipynb #f18058f1
-def good_bs(
+def default_bs(
     device: torch.device,  # Where the network runs
 ) -> int:
     "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
@@ -248,7 +248,7 @@ def view_probs(
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
-    bs = bs or good_bs(device)
+    bs = bs or default_bs(device)
 
     @torch.inference_mode()
     def probs(x):
@@ -263,9 +263,9 @@ def view_probs(
             label=f'predictions, batches of {bs}',
         )
     )
-    found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
-    if np.isfinite(found).all():
-        return found
+    all_probs = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    if np.isfinite(all_probs).all():
+        return all_probs
     raise ValueError(
         'the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, '
         'or its training went astray, or precision bf16 overflows. Take another model, a lower learning rate, '

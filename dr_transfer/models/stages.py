@@ -49,13 +49,13 @@ def _trace(net, x, forward) -> list:
 _ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 
-def _shrink(m, side) -> torch.Tensor:
+def _resized(m, size) -> torch.Tensor:
     "A map, or its mean (n, channels), at a smaller size; its mean stays, also where sizes do not divide one another"
     if m.ndim == 2:
-        return m[..., None, None].expand(-1, -1, *side)
-    if m.shape[-2:] == side:
+        return m[..., None, None].expand(-1, -1, *size)
+    if m.shape[-2:] == size:
         return m
-    small = nn.functional.adaptive_avg_pool2d(m, side)
+    small = nn.functional.adaptive_avg_pool2d(m, size)
     return small + (m.mean((2, 3), True) - small.mean((2, 3), True))
 
 
@@ -75,13 +75,13 @@ class Stages(nn.Sequential):
         "The last `n_stages` of some maps, side by side at the size of the last"
         if self.n_stages == 1:
             return maps[-1]
-        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
+        return torch.cat([_resized(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
 
     def forward(self, x):
         return self.joined(self.maps(x)) if self.n_stages > 1 else super().forward(x)
 
 # %% ../../nbs/models/05_stages.ipynb #fa2c6707
-class Whole(nn.Module):
+class PooledNetwork(nn.Module):
     "A network that is no chain (a transformer with a class token, say): one piece, its pooled features come out"
 
     n_stages = 1
@@ -97,9 +97,9 @@ class Whole(nn.Module):
 def _depth_of(net, calls, library) -> list[int]:
     "A depth for each call: timm's own, or a new one where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
-        sides, d, depth = [o.shape[-1] for *_, o in calls], 0, []
-        for i, s in enumerate(sides):
-            d += bool(i and s < sides[i - 1])
+        sizes, d, depth = [o.shape[-1] for *_, o in calls], 0, []
+        for i, s in enumerate(sizes):
+            d += bool(i and s < sizes[i - 1])
             depth.append(d)
         return depth
     groups = timm.models.group_parameters(net, net.group_matcher(coarse=True), reverse=True)
@@ -115,7 +115,7 @@ def probe_batch(
     net: nn.Module,  # A network
     spec: Backbone,  # From `find_backbone`
     n: int = 1,  # Images
-) -> torch.Tensor:  # (n, 3, side, side)
+) -> torch.Tensor:  # (n, 3, size, size)
     "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
     for size in dict.fromkeys((64, spec.size)):
         x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -241,17 +241,17 @@ def _cut_chain(
     return Stages(OrderedDict(list(chain.named_children())[: names.index(stage) + 1]))
 
 
-def _whole_network(
+def _pooled_network(
     net: nn.Module,  # From `build_network`
     spec: Backbone,  # From `find_backbone`
     stage: str | int | None,  # None, 'last' or -1: it cannot be cut
-) -> Whole:
+) -> PooledNetwork:
     "A network that is no chain, in one piece; ValueError if it cannot be had as one"
     if stage not in (None, 'last', -1):
         raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
         net.reset_classifier(0)
-        return Whole(net)
+        return PooledNetwork(net)
     raise ValueError(
         f"'{spec.name}' is no chain of layers, so it has no stages by depth: take the network of that name from timm"
     )
@@ -261,7 +261,7 @@ def find_stages(
     net: nn.Module,  # From `build_network`, in evaluation mode
     spec: Backbone,  # From `find_backbone`
     stage: str | int | None = None,  # Last stage, by name or from the end; its own if None
-) -> nn.Module:  # `Stages` or `Whole`
+) -> nn.Module:  # `Stages` or `PooledNetwork`
     "A network without its classifier, cut where that is asked for"
     chain = find_chain(net, spec)
-    return _whole_network(net, spec, stage) if chain is None else _cut_chain(chain, spec, stage)
+    return _pooled_network(net, spec, stage) if chain is None else _cut_chain(chain, spec, stage)

@@ -160,17 +160,18 @@ def fill(
             sd = {prefix + k: v for k, v in sd.items()}
         if not set(sd) & set(own):
             sd = {k.removeprefix(prefix): v for k, v in sd.items()}
-    good = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
-    lack = [k for k in own if k in needed and k not in good and not k.endswith('num_batches_tracked')]
-    if lack:
-        k = lack[0]
+    fitting = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
+    missing = [k for k in own if k in needed and k not in fitting and not k.endswith('num_batches_tracked')]
+    if missing:
+        k = missing[0]
         why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is not in it'
         raise WeightsError(
-            f"{what} does not fit: of {len(needed)} tensors {len(lack)} are missing or have another shape; '{k}' {why}"
+            f'{what} does not fit: {len(missing)} of {len(needed)} tensors are missing or have another shape; '
+            f"'{k}' {why}"
         )
-    for k, v in good.items():
+    for k, v in fitting.items():
         _check_tensor(k, v, own[k], what)
-    net.load_state_dict(good, strict=False)
+    net.load_state_dict(fitting, strict=False)
 
 # %% ../../nbs/models/03_weights.ipynb #ac097387
 def reachable(

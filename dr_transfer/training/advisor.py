@@ -44,7 +44,7 @@ class Advice:
 
     plan: Plan  # As `build_learner(..., plan=)` takes it
     scenario: str  # 'small' or 'large', and 'similar' or 'different'
-    sure: str  # How sure it is, in words
+    confidence: str  # How reliable the measurements are, in words
     reasons: tuple  # Lines that say what was measured
     counts: dict  # Class -> number of images
     distance: float  # From natural photographs, see `domain_distance`
@@ -60,7 +60,7 @@ class Advice:
                 *self.reasons,
                 f"advice: plan '{self.plan.name}', {self.plan.about}",
                 *_plans_words(self.plans),
-                f'how sure: {self.sure}',
+                f'confidence: {self.confidence}',
             ]
         )
 
@@ -71,10 +71,10 @@ def _candidates(stages) -> dict:
     pairs = [(n, 1) for n in stages] + [
         (own[i], k) for i in range(len(own) // 2, len(own)) for k in (2, 4) if k <= i + 1
     ]
-    return {'+'.join(_side(stages, *p)): p for p in pairs}
+    return {'+'.join(_last_stages(stages, *p)): p for p in pairs}
 
 
-def _side(stages, last, k) -> tuple:
+def _last_stages(stages, last, k) -> tuple:
     names = list(stages)
     i = names.index(last)
     return tuple(names[i + 1 - k : i + 1])
@@ -208,7 +208,7 @@ def advise(
     -------
     Advice
         `plan` (pass the advice as `plan=` to `build_learner`), `scenario` ('small' or 'large', 'similar' or
-        'different'), `reasons` and `sure` in words, and the tables behind them (`counts`, `profile`, `speed`).
+        'different'), `reasons` and `confidence` in words, and the tables behind them (`counts`, `profile`, `speed`).
         `print` shows it in short.
 
     Raises
@@ -233,9 +233,9 @@ def advise(
     >>> learn = dt.build_learner('flowers', size=48, plan=advice)
     """
     task = get_task(task, size)
-    goal, stages = task.target(target), whole_body(arch, weights)
+    target, stages = task.target(target), whole_body(arch, weights)
     # the validation images are not looked at
-    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col)
+    t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
     t = t[t.split == 'train']
     some, counts = _some(t, seed), t.target.value_counts()
@@ -261,12 +261,12 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     profile = depth_profile(
         f,
         t.target,
-        stages=[_side(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
+        stages=[_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
         repeats=repeats,
         **kw,
     )
     chosen, why = _choose_stage(profile, candidates, default)
-    speed = learning_speed(f, t.target, stages=_side(f.stages, *candidates[chosen]), **kw)
+    speed = learning_speed(f, t.target, stages=_last_stages(f.stages, *candidates[chosen]), **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
     scenario = choose_scenario(counts.sum(), distance)
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
@@ -276,7 +276,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     return Advice(
         plan,
         scenario,
-        _how_sure(profile.loc[chosen]),
+        _confidence(profile.loc[chosen]),
         reasons,
         counts.to_dict(),
         distance,
@@ -287,10 +287,10 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     )
 
 # %% ../../nbs/training/02_advisor.ipynb #fc537afb
-def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
+def _reasons(counts, n_used, distance, profile, chosen, why, speed) -> tuple:
     "What was measured, in lines"
     n, r, a = counts.sum(), profile.loc[chosen], speed.attrs
-    some = f', {seen} of them were looked at' if seen < n else ''
+    some = f', {n_used} of them were used' if n_used < n else ''
     like = (
         'unknown, the network remembers nothing'
         if np.isnan(distance)
@@ -299,19 +299,19 @@ def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
     return (
         f'images: {n}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large){some}',
         f'distance from natural photographs: {like}',
-        f'linear classifier: {profile.attrs["measure"]} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}',
+        f'linear classifier: {profile.attrs["metric"]} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}',
         f'with twice the images: {a["gain"]:+.3f} [{a["gain_low"]:+.3f}, {a["gain_high"]:+.3f}]',
     )
 
 
-def _how_sure(row) -> str:
+def _confidence(row) -> str:
     "How far the numbers carry"
     width = row.high - row.low
     if np.isnan(width):
-        return 'not at all: there are too few images to measure it'
+        return 'none: there are too few images to measure it'
     if not width < 0.1:
-        return f'not very: the score is known to within {width / 2:.2f} only; more images say more than another plan'
-    return f'fairly: the score is known to within {width / 2:.2f}'
+        return f'low: the score is known to within {width / 2:.2f} only; more images help more than another plan'
+    return f'good: the score is known to within {width / 2:.2f}'
 
 
 def plot_advice(

@@ -166,9 +166,9 @@ class TrainRuntime(Callback):
     def before_train(self):
         body = next((m for m in self.model.modules() if isinstance(m, Body)), None)
         if body is not None and any(p.requires_grad for p in body.parameters()):
-            self.metric(self.learn, body)
+            self.choose(self.learn, body)
 
-    def metric(self, learn, body):
+    def choose(self, learn, body):
         "Choose the setting for training steps, once"
         if body.train_runtime is not None or learn.dls.device.type != 'cpu':
             return

@@ -35,11 +35,11 @@ from .callbacks import LossGuard, PlainProgress, TrainingError
 from .plans import HEAD_PASSES, Phase, Plan, head_epochs
 from dr_transfer.training.stored import (
     FrozenPart,
+    _batch_callback,
     _frozen_part,
     _maps_gb,
     _not_stored,
     _sub_learner,
-    _watcher,
     why_not_stored,
 )
 
@@ -144,7 +144,7 @@ def _fit_stored(learn, run, rates, say) -> list:
     part = run.part
     if not part.pooled:
         say(f'maps of the frozen part: {_maps_gb(learn, part, run.views):.2g} GB on disk, computed once')
-        learn.train_runtime.metric(learn, part.body)
+        learn.train_runtime.choose(learn, part.body)
     sub, maps = _sub_learner(learn, run)
     values = _run(sub, run, rates[part.k :], say, quiet=part.pooled)
     if part.pooled:
@@ -168,10 +168,10 @@ class PhaseRun:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    "What a phase is asked for besides itself"
+class _Request:
+    "How a phase is to be run, besides what the phase itself says"
 
-    epochs: int | None  # Passes through the network at most
+    epochs: int | None  # Maximum number of passes through the network
     stored: bool  # May the frozen part be stored?
     last: bool  # Is it the last phase of the plan?
     trained: bool  # Is the head trained before it?
@@ -182,29 +182,31 @@ def _epochs(learn, phase) -> int:
     return phase.epochs or head_epochs(int((learn.table.split == 'train').sum()), learn.dls.train.bs or 1)
 
 
-def _passes(learn, phase, asked, head_only) -> int:
-    "Times that a phase goes through the network: its own number, and never more than what was asked for"
+def _passes(learn, phase, request, head_only) -> int:
+    "Times that a phase goes through the network: its own number, and never more than requested"
     own = HEAD_PASSES if head_only and phase.epochs is None else _epochs(learn, phase)
-    if asked.epochs is None:
+    if request.epochs is None:
         return own
-    return asked.epochs if asked.last else min(own, asked.epochs)
+    return request.epochs if request.last else min(own, request.epochs)
 
 
-def _phase_run(learn, phase, asked) -> PhaseRun:
+def _phase_run(learn, phase, request) -> PhaseRun:
     "How one phase is run"
     part = _frozen_part(learn, phase.frozen)
-    numberless = part.head_only and phase.epochs is None
-    prepares = numberless and not asked.last
-    if prepares and asked.trained:
+    open_ended = part.head_only and phase.epochs is None
+    prepares = open_ended and not request.last
+    if prepares and request.trained:
         return PhaseRun(phase, part, 'skipped', learn.dls.c, why='the head is trained already')
     views = views_of(learn.task.augment) or ('none' if prepares else None)
-    blocked = _not_stored(learn, part, views) if asked.stored else 'stored=False'
-    unsolved = blocked or (_unsolvable(learn, part, views) if numberless else 'steps are asked for')
+    blocked = _not_stored(learn, part, views) if request.stored else 'stored=False'
+    unsolved = blocked or (_unsolvable(learn, part, views) if open_ended else 'a number of epochs was given')
     if not unsolved:
         return PhaseRun(phase, part, 'solved', learn.dls.c, views=views)
-    blocked = blocked or ('' if prepares else _watcher(learn))
+    blocked = blocked or ('' if prepares else _batch_callback(learn))
     if blocked:
-        return PhaseRun(phase, part, 'network', learn.dls.c, _passes(learn, phase, asked, part.head_only), why=blocked)
+        return PhaseRun(
+            phase, part, 'network', learn.dls.c, _passes(learn, phase, request, part.head_only), why=blocked
+        )
     return PhaseRun(phase, part, 'stored', learn.dls.c, _epochs(learn, phase), views, unsolved)
 
 # %% ../../nbs/training/05_phases.ipynb #7694166a
@@ -218,7 +220,7 @@ def phase_runs(
     runs, trained = [], learn.head_first.trained
     unsuited = learn.record.weights.kind == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
-        run = _phase_run(learn, phase, _Asked(epochs, stored, i == len(plan.phases), trained))
+        run = _phase_run(learn, phase, _Request(epochs, stored, i == len(plan.phases), trained))
         runs.append(replace(run, safer='random_start' if unsuited else 'head'))
         trained = True
     return runs
@@ -278,8 +280,8 @@ def _say_why(learn, run, say):
             f"the augmentation '{learn.task.augment}' has endlessly many results: this head, "
             'which only prepares the next phase, is trained on the images as they are'
         )
-    if run.how == 'solved' and _watcher(learn):
-        say(f'{_watcher(learn)}, but the head is solved, in which there are none')
+    if run.how == 'solved' and _batch_callback(learn):
+        say(f'{_batch_callback(learn)}, but the head is solved, in which there are none')
 
 
 def fit_phase(

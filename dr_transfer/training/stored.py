@@ -49,7 +49,7 @@ def loader_summary(
     ]
 
 
-def _watcher(learn) -> str:
+def _batch_callback(learn) -> str:
     "Why a callback of the user's needs every batch; '' if there is none"
     for callback in learn.cbs:
         if getattr(callback, 'needs_batches', not isinstance(callback, _FASTAI_CALLBACKS)):
@@ -81,7 +81,7 @@ def why_not_stored(
     part, views = _frozen_part(learn, frozen), views_of(learn.task.augment)
     if not part.k or views is None:
         return _not_stored(learn, part, views)
-    return _watcher(learn) or _not_stored(learn, part, views)
+    return _batch_callback(learn) or _not_stored(learn, part, views)
 
 # %% ../../nbs/training/04_stored.ipynb #c754733c
 @dataclass(frozen=True)
