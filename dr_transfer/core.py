@@ -374,7 +374,7 @@ def valid_predictions(
     return t
 
 # %% ../nbs/core.ipynb #246007f3
-def generalisation_gap(
+def generalization_gap(
     learn: Learner,  # From `build_learner`, trained
 ) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; a column a measure
     "Measures on the training and on the validation side, and by how much the first are higher"

@@ -20,11 +20,11 @@ from dr_transfer.explain.activations import (
     gabor_fraction,
     model_parts,
     nearest_images,
-    neighbour_table,
+    neighbor_table,
     plot_activations,
     plot_filters,
     plot_nearest,
-    plot_neighbours,
+    plot_neighbors,
 )
 from dr_transfer.explain.grad_cam import (
     grad_cam,
@@ -192,12 +192,12 @@ def test_neighbours_by_hand_and_their_chance():
     f = extract_features(images, Body(create_body('small_cnn', 'random')), 32)
     labels = ['red' if i % 2 else 'blue' for i in range(12)]
     groups = [i // 4 for i in range(12)]
-    t = neighbour_table(f, labels, k=3, groups=groups, n=50)
+    t = neighbor_table(f, labels, k=3, groups=groups, n=50)
     assert list(t.index) == list(f.stages)
     assert np.allclose(t.chance, 0.5)
     assert t.value.iloc[0] == 1
     assert ((t.low <= t.value) & (t.value <= t.high)).all()
-    assert np.allclose(neighbour_table(f, labels, k=3, n=5).chance, 5 / 11)
+    assert np.allclose(neighbor_table(f, labels, k=3, n=5).chance, 5 / 11)
     near = nearest_images(f, 5, k=4, groups=groups)
     a = f.numpy('stem').mean(1)
     a = a - a.mean(0)
@@ -207,12 +207,12 @@ def test_neighbours_by_hand_and_their_chance():
     assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]]
     assert np.allclose(stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5)
     assert plot_nearest(near, size=40).size == (5 * 40, len(f.stages) * 40)
-    assert plot_neighbours({'class': t}).axes
+    assert plot_neighbors({'class': t}).axes
     for call, words in (
         (lambda: nearest_images(f, 12), 'there are 12 images'),
         (lambda: nearest_images(f, 0, k=9, groups=groups), '8 images of other groups'),
-        (lambda: neighbour_table(f, labels[:3]), '3 labels for 12'),
-        (lambda: neighbour_table(f, labels, k=12), 'only 11 others'),
+        (lambda: neighbor_table(f, labels[:3]), '3 labels for 12'),
+        (lambda: neighbor_table(f, labels, k=12), 'only 11 others'),
         (lambda: nearest_images(f, 0, stages='stage9'), 'unknown stage'),
     ):
         with pytest.raises(ValueError, match=words):

@@ -16,7 +16,7 @@ from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
 from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
 from dr_transfer.evaluation.report_page import report_html
-from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.activations import plot_neighbors
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.inference.run import validation_table
 from dr_transfer.metrics.decision import Decision, choose_decision, question
@@ -224,7 +224,7 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     assert froc.low.isna().all()
     assert froc.value.notna().all()
     gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
-    assert plot_neighbours({'net': gone}).axes
+    assert plot_neighbors({'net': gone}).axes
     names = (
         'fraction of Grad-CAM on the mask',
         'maximum on the mask',

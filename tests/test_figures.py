@@ -10,7 +10,7 @@ from dr_transfer.data.augment import plot_views
 from dr_transfer.data.views import VIEWS
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.evaluation.experiments import METHODS, START, plot_learning_curve, plot_training_curve
-from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.activations import plot_neighbors
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.features.probes import plot_depth_profile
 from dr_transfer.metrics.calibration import reliability
@@ -147,7 +147,7 @@ def test_a_line_joins_single_stages_alone_and_one_row_is_marked():
 
 def test_neighbours_have_standard_labels():
     t = pd.DataFrame({'value': [0.5, 0.7], 'low': [0.4, 0.6], 'high': [0.6, 0.8], 'chance': 0.3}, ['stage1', 'stage2'])
-    ax = plot_neighbours({'class': t, 'camera': t}).axes[0]
+    ax = plot_neighbors({'class': t, 'camera': t}).axes[0]
     assert ax.get_ylabel() == 'nearest images with the same label (fraction)'
     assert sorted(x.get_text() for x in ax.get_legend().get_texts()) == ['by chance', 'camera', 'class']
 

@@ -22,7 +22,7 @@ from ..utils.files import cache_folder
 from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/features/05_boundary.ipynb #9de0d946
-class _Front(nn.Module):
+class _FrozenStages(nn.Module):
     "The frozen part: batch (n, 3, h, w) -> {'boundary': maps (n, c, h, w), 'side_i': maps or means of stage i}"
 
     def __init__(self, body: Body, k: int, means: bool = False):
@@ -50,15 +50,15 @@ class _Front(nn.Module):
         return {'boundary': x, **out}
 
 # %% ../../nbs/features/05_boundary.ipynb #4f87ed8c
-class Rest(Body):
-    "The part of a body that is trained: from the maps of `_Front` to those of the body"
+class TrainedStages(Body):
+    "The part of a body that is trained: from the maps of `_FrozenStages` to those of the body"
 
     def __init__(self, body: Body, k: int):
-        rest = Stages(OrderedDict(list(body.stages.named_children())[k:]))
-        rest.spec = body.stages.spec
-        rest.weights = body.stages.weights
-        rest.n_stages = body.stages.n_stages
-        super().__init__(rest, body.forward_runtime, body.train_runtime)
+        trained = Stages(OrderedDict(list(body.stages.named_children())[k:]))
+        trained.spec = body.stages.spec
+        trained.weights = body.stages.weights
+        trained.n_stages = body.stages.n_stages
+        super().__init__(trained, body.forward_runtime, body.train_runtime)
 
     def forward(self, x, *earlier):
         if not len(self.stages):
@@ -74,13 +74,13 @@ def split_body(
     body: Body,  # A body whose stages are a chain
     k: int,  # Number of frozen stages
     means: bool = False,  # Hand over only the means of frozen stages that the head sees?
-) -> tuple[_Front, Rest]:  # They share their weights with the body
+) -> tuple[_FrozenStages, TrainedStages]:  # They share their weights with the body
     "A body in two parts; ValueError if it is no chain, or k is not 1 to its number of stages"
     if not isinstance(body.stages, Stages):
         raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
     if not 1 <= k <= len(body.stages):
         raise ValueError(f'k={k}: 1 to {len(body.stages)} stages of this body can be frozen')
-    return _Front(body, k, means), Rest(body, k)
+    return _FrozenStages(body, k, means), TrainedStages(body, k)
 
 # %% ../../nbs/features/05_boundary.ipynb #7f4736a5
 class BoundaryMaps:
@@ -109,17 +109,17 @@ def _array(x):
 
 
 def boundary_store(
-    front: _Front,  # From `split_body`
+    frozen: _FrozenStages,  # From `split_body`
     about: dict,  # From `features.reading`
     folder=None,  # Where stores are; in the cache if None
 ) -> ArrayStore:
     "The store for the maps at a boundary; its rows may be there already"
-    device = next(front.body.eval().parameters()).device
+    device = next(frozen.body.eval().parameters()).device
     with torch.inference_mode():
-        probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
-    names = [n for n, _ in front.stages.named_children()]
-    last = names[front.k - 1]
-    what = {**about, 'maps': last, 'n_stages': front.stages.n_stages, 'weights': weights_digest(front.body, last)}
+        probe = frozen(torch.zeros(1, 3, about['size'], about['size'], device=device))
+    names = [n for n, _ in frozen.stages.named_children()]
+    last = names[frozen.k - 1]
+    what = {**about, 'maps': last, 'n_stages': frozen.stages.n_stages, 'weights': weights_digest(frozen.body, last)}
     n_views = len(VIEWS[about['views']])
     fields = {name: ((n_views, *m.shape[1:]), _array(m).dtype) for name, m in probe.items()}
     name = f'{about["arch"]}-{about["size"]}px-{last}'
@@ -136,18 +136,18 @@ def boundary_gb(
 # %% ../../nbs/features/05_boundary.ipynb #df6ccb92
 def boundary_maps(
     sources: list,  # Paths or images
-    front: _Front,  # From `split_body`
+    frozen: _FrozenStages,  # From `split_body`
     about: dict,  # From `features.reading`
     folder=None,  # Where stores are; in the cache if None
     label: str = 'boundary',  # What the progress bar says
 ) -> BoundaryMaps:
     "The maps of every view of every image at the boundary, computed unless they are stored"
-    store = boundary_store(front, about, folder)
+    store = boundary_store(frozen, about, folder)
 
     def f(x, names):
-        return {k: _array(v.contiguous()) for k, v in front(x).items()}
+        return {k: _array(v.contiguous()) for k, v in frozen(x).items()}
 
-    compute = compute_views(f, front.body, about, label)
+    compute = compute_views(f, frozen.body, about, label)
     (rows,) = fill_stores([store], list(sources), compute, about['batch'])
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 

@@ -31,7 +31,7 @@ from ..utils.files import unknown
 PENALTIES = tuple((10.0 ** np.arange(-6, 2.1, 0.5)).tolist())
 
 
-def _standardised(x) -> tuple:
+def _standardized(x) -> tuple:
     "Features of mean 0 and variance 1, and both numbers before; constant channels become 0"
     mean_x = x.mean(0, dtype=np.float64)
     z = x - mean_x
@@ -63,7 +63,7 @@ def ridge_path(
     n = len(x)
     mean = targets.mean(0)
     t = targets - mean
-    z, mean_x, scale = _standardised(x)
+    z, mean_x, scale = _standardized(x)
     axes, d = _principal_axes(z)
     root = np.sqrt(d)
     q = axes.T @ (z.T @ t) / root[:, None]

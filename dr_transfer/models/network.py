@@ -36,7 +36,7 @@ def _max(x):
 POOLS = {'mean': _mean, 'max': _max}  # name -> function of maps (n, c, h, w)
 
 # %% ../../nbs/models/10_network.ipynb #19d5f4c5
-_MAKING = threading.Lock()  # threads that predict share one copy
+_COPY_LOCK = threading.Lock()  # threads that predict share one copy
 
 
 def _signature(module, trains) -> list:
@@ -80,7 +80,7 @@ class Body(nn.Module):
         for m in modules:
             now += _signature(m, trains)
         make = training_copy if trains else forward_copy
-        with _MAKING:
+        with _COPY_LOCK:
             if self._copy is None or self._copy[0] != now:
                 self._copy = now, make(self.stages, runtime, x)
             return self._copy[1]

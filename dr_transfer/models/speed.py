@@ -235,7 +235,7 @@ def _cpu() -> str:
     return f'{cpu} threads={torch.get_num_threads()} torch={torch.__version__}'
 
 
-def _remembered(file, tell=True) -> dict:
+def _stored_choices(file, tell=True) -> dict:
     "What was chosen before, by name of a setting; a warning if the file is damaged"
     try:
         known = json.loads(read_regular(file, follow=False))
@@ -251,11 +251,11 @@ def _remembered(file, tell=True) -> dict:
     return good
 
 
-def _remember(file, key, name) -> str:  # The name that counts
+def _store_choice(file, key, name) -> str:  # The name that counts
     "Write down a choice, unless another run has chosen in the meantime"
     try:
         private_folder(file.parent)
-        known = _remembered(file, tell=False)
+        known = _stored_choices(file, tell=False)
         if key in known:
             return known[key]
         with atomic_file(file) as f:
@@ -277,11 +277,11 @@ def fastest_runtime(
 ) -> Runtime:
     "The fastest setting for a network on this CPU; measured the first time, then remembered"
     file, key = cache_folder() / 'speed.json', f'{name} size={size} {"train" if train else "forward"} | {_cpu()}'
-    known = _remembered(file) if name else {}
+    known = _stored_choices(file) if name else {}
     if key in known:
         return RUNTIMES[known[key]]
     chosen = choose_runtime(measure_runtimes(model, size, train=train))
-    return RUNTIMES[_remember(file, key, chosen) if name else chosen]
+    return RUNTIMES[_store_choice(file, key, chosen) if name else chosen]
 
 # %% ../../nbs/models/07_speed.ipynb #e3fc6602
 def get_runtime(

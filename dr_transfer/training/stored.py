@@ -20,7 +20,7 @@ from torch import nn
 from ..data.augment import views_of
 from dr_transfer.features.boundary import (
     BoundaryMaps,
-    Rest,
+    TrainedStages,
     boundary_gb,
     boundary_loader,
     boundary_maps,
@@ -148,7 +148,7 @@ def _stored(learn, split, run) -> tuple[BoundaryMaps, torch.Tensor]:
     return boundary_maps(images, _front(learn, run.part), _about(learn, run.views), label=label), y
 
 # %% ../../nbs/training/04_stored.ipynb #e73c62f7
-class _RestAndHead(nn.Module):
+class _TrainedPart(nn.Module):
     "The trained part of a model, on the output of the frozen part"
 
     def __init__(self, rest, head):
@@ -174,7 +174,7 @@ def _sub_learner(learn, run) -> tuple[Learner, BoundaryMaps]:
     head, part = learn.head, run.part
     dls, maps = _stored_loaders(learn, run)
     groups = [*layer_groups(part.body.stages).values(), list(head.parameters())][part.k :]
-    model = _RestAndHead(None if part.pooled else Rest(part.body, part.k), head)
+    model = _TrainedPart(None if part.pooled else TrainedStages(part.body, part.k), head)
     sub = Learner(
         dls,
         model,
