@@ -148,7 +148,7 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 def test_another_stage_only_if_it_is_better_beyond_chance(other, chosen):
     row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
     assert row == chosen
-    assert why == ('no other stage is better beyond chance' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
+    assert why == ('no other stage is significantly better' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
 
 
 def test_a_profile_of_which_nothing_is_known():
@@ -198,10 +198,10 @@ def test_the_text_says_what_was_measured(dots):
     text = str(a)
     lines = str(a).splitlines()
     assert lines[0] == 'scenario: small'
-    assert f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
-    assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
+    assert f'images: 64, 32 to 32 per class ({LARGE} or more are large)' in lines
+    assert 'distance from natural images: unknown, the network has no BatchNorm statistics' in lines
     assert f'auc {a.profile.loc["stage4"].score:.3f} [' in text
-    assert 'at stage4; no other stage is better beyond chance' in text
+    assert 'at stage4; no other stage is significantly better' in text
     gain, low, high = (a.speed.attrs[k] for k in ('gain', 'gain_low', 'gain_high'))
     assert f'with twice the images: {gain:+.3f} [{low:+.3f}, {high:+.3f}]' in lines
     assert f"advice: plan 'head', {PLANS['head'].about}" in lines
@@ -327,7 +327,7 @@ def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
     assert (t.group.value_counts() == 2).all()
     assert seen < train_side(dots)
     assert sum(a.counts.values()) == 64
-    assert 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were used' in str(a)
+    assert 'images: 64, 32 to 32 per class (50 or more are large), 44 of them were used' in str(a)
     assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were used'
 
 
@@ -448,7 +448,7 @@ def test_advice_names_the_default_plan_with_what_each_gains_and_costs(dots, monk
     b = advise(dots, **TINY)
     assert b.plans.plan.to_dict() == {'advised': 'fine_tune', 'default': 'head'}
     assert b.plans['training passes'].tolist() == [5, 0]
-    assert 'what fine-tuning adds is not measured; 4 forward and 5 training passes' in str(b)
+    assert 'the gain from fine-tuning is not measured; 4 forward and 5 training passes' in str(b)
 
 
 def test_the_picture(dots):

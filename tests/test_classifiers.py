@@ -409,7 +409,7 @@ def test_head(kind, classes):
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
 def test_no_head(kind):
-    with pytest.raises(ValueError, match="Take classifier='logistic' or 'dense'"):
+    with pytest.raises(ValueError, match="Use classifier='logistic' or 'dense'"):
         FeatureClassifier(kind).fit(*blobs()).head()
 
 
@@ -531,7 +531,7 @@ def test_a_picture_of_no_class():
     cautious = FeatureClassifier(LogisticRegression(C=0.003))
     t = suspect_labels(x, y, classifier=cautious, most=150)
     reasons = dict(zip(t.image, t.reason))
-    assert reasons[0].startswith('undecided, or of none of the classes')
+    assert reasons[0].startswith('undecided, or none of the classes')
 
 
 def test_without_cleanlab(monkeypatch):

@@ -746,7 +746,7 @@ def test_plan_for_own_head_as_a_module(build, monkeypatch):
     said = []
     fit(learn, 'head', say=said.append)
     assert learn.record.history[0]['how'] == 'stored'
-    assert any('in steps' in s and 'no linear classifier' in s for s in said)
+    assert any('in steps' in s and 'not a linear classifier' in s for s in said)
 
 
 def deep_head(width):

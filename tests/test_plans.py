@@ -149,10 +149,10 @@ def test_every_plan(build, name, task):
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_table_is_that_of_this_learner(build, arch):
-    "Also where it was built with another stage, tap or head"
+    "Also where it was built with another stage, n_stages or head"
     width = build(arch=arch).model[0][0].stages.n_out
     own = nn.Sequential(AveragePool(), nn.Linear(width, 3))
-    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'own module')]
+    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'custom module')]
     if arch != 'test_vit':
         eight = {'head': Head((8,), flatten=True)}
         cases += [
@@ -386,7 +386,7 @@ class Own(Callback):
     'what,word',
     [
         ('augment', 'endless'),
-        ('chain', 'no chain'),
+        ('chain', 'not a chain'),
         ('room', 'GB'),
         ('asked', 'stored=False'),
         ('callback', "'own'"),
@@ -707,7 +707,7 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
         return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
 
     c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
-    with pytest.raises(ValueError, match='do not follow one another'):
+    with pytest.raises(ValueError, match='not consecutive'):
         make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
     make(good)
@@ -792,10 +792,10 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
         'weights': 'loss',
         'smoothing': 'loss',
         'groups': "'daisy' has",
-        'own': 'no linear',
-        'dropout': 'no linear',
-        'many': 'are many',
-        'endless': 'endless',
+        'own': 'not a linear',
+        'dropout': 'not a linear',
+        'many': 'too many',
+        'endless': 'finite set',
         'asked': '',
     }[why]
     if why == 'weights':

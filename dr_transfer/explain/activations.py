@@ -146,7 +146,7 @@ def filter_table(
         s = gabor_fraction(w)
         s = s[~np.isnan(s)]
         if not len(s):
-            raise ValueError(f"'{name}' has only filters of zeros, which have no score: leave it out")
+            raise ValueError(f"'{name}' has only filters of zeros, which have no score: exclude it")
         score = bootstrap(np.mean, s, n=n, seed=seed).loc['value']
         random = [gabor_fraction(rng.normal(size=(len(s), *w.shape[1:]))).mean() for _ in range(n)]
         rows[name] = {
@@ -284,7 +284,7 @@ def plot_activations(
 ) -> Figure:
     """Plot the mean activation over the channels of each stage, one row for each image.
 
-    Each map has a colour scale of its own.
+    Each map has its own colour scale.
     """
     parts, names = _chain(model)
     fig = Figure(figsize=(1.05 * (len(names) + 1), 1.1 * len(images) + 0.2), dpi=80, layout='constrained')
