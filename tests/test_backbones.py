@@ -280,7 +280,7 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
         create_body('test_resnet', tmp_path / 'less.safetensors', stage='stage2')
 
 
-def test_a_cut_and_a_tap():
+def test_a_cut_and_n_stages():
     "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
     a = seeded('efficientnet_lite0', stage='stage3')
     b = seeded('efficientnet_lite0', stage='stage3', n_stages=2)
@@ -297,7 +297,7 @@ def test_a_cut_and_a_tap():
 
 
 @pytest.mark.parametrize('stage', [None, 'stage2'])
-def test_a_tap_of_nothing_is_refused(stage):
+def test_n_stages_of_nothing_raises_an_error(stage):
     with pytest.raises(ValueError, match='n_stages=0'):
         create_body('test_resnet', 'random', n_stages=0, stage=stage)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dr_transfer.core import build_learner, fit, generalisation_gap, predict_probs, valid_predictions
+from dr_transfer.core import build_learner, fit, generalization_gap, predict_probs, valid_predictions
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.summary import data_summary
@@ -628,7 +628,7 @@ def test_a_head_learns(build):
         'valid': (lambda v: v.target == v.prediction)(valid_predictions(learn)).mean(),
     }
     assert right['train'] > 0.8
-    gap = generalisation_gap(learn).accuracy
+    gap = generalization_gap(learn).accuracy
     assert gap.to_dict() == pytest.approx({**right, 'gap': right['train'] - right['valid']})
 
 
@@ -746,7 +746,7 @@ def test_plan_for_own_head_as_a_module(build, monkeypatch):
     said = []
     fit(learn, 'head', say=said.append)
     assert learn.record.history[0]['how'] == 'stored'
-    assert any('in steps' in s and 'no linear classifier' in s for s in said)
+    assert any('in steps' in s and 'not a linear classifier' in s for s in said)
 
 
 def deep_head(width):

@@ -14,7 +14,7 @@ from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
 from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
 from dr_transfer.evaluation.report_page import report_html
-from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.activations import plot_neighbors
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.inference.run import validation_table
 from dr_transfer.metrics.decision import Decision, choose_decision, question
@@ -218,19 +218,19 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     assert froc.low.isna().all()
     assert froc.value.notna().all()
     gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
-    assert plot_neighbours({'net': gone}).axes
+    assert plot_neighbors({'net': gone}).axes
     names = (
-        'share of the heat',
-        'hottest pixel',
+        'fraction of Grad-CAM on the mask',
+        'maximum on the mask',
         *(
             f'chance: {c}'
             for c in (
-                'share of the area',
-                'heat of the others',
-                'own heat, turned',
-                'area with the margin',
-                'hottest pixel of the others',
-                'share of the area',
+                'fraction of the area',
+                'Grad-CAM of other images',
+                'Grad-CAM rotated',
+                'fraction of the area with the margin',
+                'maximum of other images',
+                'fraction of the area',
             )
         ),
     )

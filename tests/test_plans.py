@@ -76,12 +76,12 @@ def silent(learn, plan=None, *args, **kw):
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
-def probs(learn, side='valid'):
-    return predict_probs(learn, images(learn, side), 'none')
+def probs(learn, subset='valid'):
+    return predict_probs(learn, images(learn, subset), 'none')
 
 
-def images(learn, side='valid'):
-    return learn.table.image[learn.table.split == side].tolist()
+def images(learn, subset='valid'):
+    return learn.table.image[learn.table.split == subset].tolist()
 
 
 def farthest(a, b, but=''):
@@ -150,7 +150,7 @@ def test_the_table_is_that_of_this_learner(build, arch):
     "Also if it was built with another stage, n_stages or head."
     width = build(arch=arch).model[0][0].stages.n_out
     own = nn.Sequential(AveragePool(), nn.Linear(width, 3))
-    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'own module')]
+    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'custom module')]
     if arch != 'test_vit':
         eight = {'head': Head((8,), flatten=True)}
         cases += [
@@ -384,7 +384,7 @@ class Own(Callback):
     'what,word',
     [
         ('augment', 'endless'),
-        ('chain', 'no chain'),
+        ('chain', 'not a chain'),
         ('room', 'GB'),
         ('asked', 'stored=False'),
         ('callback', "'own'"),
@@ -705,7 +705,7 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
         return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
 
     c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
-    with pytest.raises(ValueError, match='do not follow one another'):
+    with pytest.raises(ValueError, match='not consecutive'):
         make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
     make(good)
@@ -757,9 +757,9 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     assert learn.record.C == c.estimator_.C
     assert {r['C']: r['loss'] for r in learn.record.C_path} == c.estimator_.losses_
     assert min(learn.record.C_path, key=lambda r: r['loss'])['C'] == learn.record.C
-    for side in ('valid', 'train'):
-        assert predict_probs(learn, images(learn, side)) == pytest.approx(
-            c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4
+    for subset in ('valid', 'train'):
+        assert predict_probs(learn, images(learn, subset)) == pytest.approx(
+            c.predict_proba(learner_features(learn, images(learn, subset))), abs=1e-4
         )
     (row,) = learn.record.history
     with learn.no_bar(), learn.no_logging():
@@ -790,10 +790,10 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
         'weights': 'loss',
         'smoothing': 'loss',
         'groups': "'daisy' has",
-        'own': 'no linear',
-        'dropout': 'no linear',
-        'many': 'are many',
-        'endless': 'endless',
+        'own': 'not a linear',
+        'dropout': 'not a linear',
+        'many': 'too many',
+        'endless': 'finite set',
         'asked': '',
     }[why]
     if why == 'weights':

@@ -381,7 +381,7 @@ def test_plot():
 
 def test_learning_speed_rises_where_there_is_something_to_learn():
     f, y = known(600, strengths=(0.0, 0.7), channels=100, views=1)
-    table = learning_speed(f, y, shares=(0.1, 0.5, 1))
+    table = learning_speed(f, y, fractions=(0.1, 0.5, 1))
     assert list(table.columns) == ['images', 'score', 'low', 'high']
     assert list(table.index) == [0.1, 0.5, 1]
     assert list(table.images) == [48, 240, 480]
@@ -393,16 +393,16 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
     assert learning_speed(f, y).score[1] == pytest.approx(at_depth.score['stage1'])
     both = ('stage0', 'stage1')
     at_depth = depth_profile(f, y, stages=[both])
-    speed = learning_speed(f, y, stages=both, shares=(1,))
+    speed = learning_speed(f, y, stages=both, fractions=(1,))
     assert speed.score[1] == pytest.approx(at_depth.score.iloc[0])
-    quarter = learning_speed(f, y, shares=(0.25, 1))
+    quarter = learning_speed(f, y, fractions=(0.25, 1))
     two_doublings = quarter.score[1] - quarter.score[0.25]
     assert quarter.attrs['gain'] == pytest.approx(two_doublings / 2)
-    pd.testing.assert_frame_equal(table, learning_speed(f, y, shares=(0.1, 0.5, 1)))
+    pd.testing.assert_frame_equal(table, learning_speed(f, y, fractions=(0.1, 0.5, 1)))
 
 
 @pytest.mark.parametrize(
-    'shares',
+    'fractions',
     [
         (),
         (1, 0.5),
@@ -411,10 +411,10 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
         (1, 1),
     ],
 )
-def test_shares_that_cannot_be(shares):
+def test_fractions_that_cannot_be(fractions):
     f, y = known(60)
-    with pytest.raises(ValueError, match='shares'):
-        learning_speed(f, y, shares=shares)
+    with pytest.raises(ValueError, match='fractions'):
+        learning_speed(f, y, fractions=fractions)
 
 
 # ---------------------------------------------------------------- domain distance

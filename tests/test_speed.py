@@ -146,9 +146,9 @@ def x():
 def test_a_copy_is_made_once(body, x):
     with torch.no_grad():
         body(x)
-        first = body.quick(x)
+        first = body.fast_stages(x)
         assert first is not body.stages
-        assert body.quick(x) is first
+        assert body.fast_stages(x) is first
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_a_copy_is_made_once(body, x):
 )
 def test_a_change_is_noticed(body, x, change):
     with torch.no_grad():
-        old = body.quick(x)
+        old = body.fast_stages(x)
         change(body)
-        assert body.quick(x) is not old
+        assert body.fast_stages(x) is not old
         assert torch.allclose(body(x), body.stages(x), atol=1e-3)
 
 
@@ -195,7 +195,7 @@ def test_gradients_reach_the_weights(body, x):
 
 def test_a_pickled_body_has_no_copy(body, x):
     with torch.no_grad():
-        body.quick(x)
+        body.fast_stages(x)
     assert len(pickle.dumps(body)) < 1.2 * len(pickle.dumps(body.stages))
     assert '_copy' not in body.state_dict()
 
@@ -309,14 +309,14 @@ def test_what_is_frozen_gets_no_gradient():
 )
 def test_a_change_makes_the_training_copy_anew(body, x, change):
     body.train_runtime = FAST
-    old = body.quick(x)
-    assert body.quick(x) is old is not body.stages
+    old = body.fast_stages(x)
+    assert body.fast_stages(x) is old is not body.stages
     with torch.no_grad():
         next(body.stages.parameters()).mul_(0.5)
-    assert body.quick(x) is old
+    assert body.fast_stages(x) is old
     assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
     change(body)
-    assert body.quick(x) is not old
+    assert body.fast_stages(x) is not old
 
 
 def test_depthwise_convolutions_train_in_float32():

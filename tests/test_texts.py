@@ -173,7 +173,7 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
 
 def test_turns_narrow_the_gap_between_training_and_validation(tmp_path):
     "The gap between the sides, for a model with the turns and for one without"
-    from dr_transfer.core import build_learner, fit, generalisation_gap
+    from dr_transfer.core import build_learner, fit, generalization_gap
 
     make_dr(tmp_path / 'eyes', n=40, size=48, seed=0, workers=1)
     gaps = []
@@ -190,7 +190,7 @@ def test_turns_narrow_the_gap_between_training_and_validation(tmp_path):
             augment=augment,
             device=torch.device('cpu'),
         )
-        gaps.append(generalisation_gap(fit(learn, 'head', say=lambda s: None)))
+        gaps.append(generalization_gap(fit(learn, 'head', say=lambda s: None)))
     for g in gaps:
         assert {'train', 'valid', 'gap'} == set(g.index)
         assert np.allclose(g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True)

@@ -19,7 +19,7 @@ from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import AveragePool, check_size, least_size
+from dr_transfer.models.network import AveragePool, check_size, min_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
@@ -35,7 +35,7 @@ def quick(monkeypatch):
     """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
     not how well it ends
     """
-    monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+    monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
 
@@ -188,7 +188,7 @@ def test_epochs_do_not_change_a_head_that_is_solved(build):
     assert same_state(state_of(plain), state_of(asked))
     assert ways(asked) == ['solved']
     assert asked.record.history == plain.record.history
-    assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
+    assert any('epochs=2' in line and 'has no effect' in line for line in lines)
 
 
 def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
@@ -321,7 +321,7 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     with pytest.raises(TrainingError, match='diverged in epoch') as e:
         fit(learn, wild(frozen=frozen), say=str)
     assert isinstance(e.value, ValueError)
-    assert 'lower rate' in str(e.value)
+    assert 'lower learning rate' in str(e.value)
     assert '\n' not in str(e.value)
     assert same_state(before, state_of(learn))
     assert len(learn.record.history) == trained
@@ -409,7 +409,7 @@ def test_a_batch_larger_than_the_set(build):
 def test_batches_of_one_image_are_told_of_by_name(build):
     learn = build()
     learn.dls.loaders[0] = learn.dls.train.new(bs=1)
-    with pytest.raises(ValueError, match='BatchNorm needs 2 or more'):
+    with pytest.raises(ValueError, match='BatchNorm needs batches of 2 images or more'):
         fit(learn, 'top1', epochs=1, say=str)
     bare = build(head=nn.Sequential(AveragePool(), nn.Linear(create_body('test_resnet', 'random').n_out, 3)))
     bare.dls.loaders[0] = bare.dls.train.new(bs=1)
@@ -418,11 +418,13 @@ def test_batches_of_one_image_are_told_of_by_name(build):
 
 def test_the_least_size_that_works_is_named():
     body = create_body('alexnet', 'random')
-    least = least_size(body)
+    least = min_size(body)
     assert least < 224
     check_size(body, least)
     for size in (16, least - 1):
-        with pytest.raises(ValueError, match=f'least size that works is {least}: give size={least} .--size {least}.'):
+        with pytest.raises(
+            ValueError, match=f'smallest size that works is {least}: give size={least} .--size {least}.'
+        ):
             check_size(body, size)
 
 
@@ -461,7 +463,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
 
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
 def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
-    with pytest.raises(ValueError, match="plan 'scratch' has a backbone of its own, 'small_cnn', and arch='googlenet'"):
+    with pytest.raises(ValueError, match="plan 'scratch' needs the backbone 'small_cnn', not arch='googlenet'"):
         run(set_of_flowers / 'flowers', arch='googlenet', methods={'random': 'scratch'})
 
 
@@ -634,5 +636,5 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
 def test_no_rate_for_what_is_frozen(build):
     learn = build()
     learn.model.requires_grad_(False)
-    with pytest.raises(ValueError, match='everything is frozen'):
+    with pytest.raises(ValueError, match='all groups are frozen'):
         learn.lr_find()

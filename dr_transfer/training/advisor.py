@@ -40,17 +40,17 @@ from ..utils.files import plain_text
 # %% ../../nbs/training/02_advisor.ipynb #49195bce
 @dataclass(frozen=True)
 class Advice:
-    "A plan, and the numbers that led to it"
+    "A recommended plan, and the measurements behind it"
 
-    plan: Plan  # As `build_learner(..., plan=)` takes it
+    plan: Plan  # The recommended plan
     scenario: str  # 'small' or 'large', and 'similar' or 'different'
-    sure: str  # How sure it is, in words
-    reasons: tuple  # Lines that say what was measured
-    counts: dict  # Class -> number of images
-    distance: float  # From natural photographs, see `domain_distance`
+    confidence: str  # How reliable the measurements are, in words
+    reasons: tuple  # Measurements, one line each
+    counts: dict  # Class -> number of training images
+    distance: float  # Distance from natural images, see `domain_distance`
     profile: pd.DataFrame  # From `depth_profile`
     speed: pd.DataFrame  # From `learning_speed`
-    stages: str  # Row of `profile` with the stages that `reasons` name
+    stages: str  # Row of `profile` with the recommended stages
     plans: pd.DataFrame  # Rows 'advised', 'default': metric, interval, passes
 
     def __str__(self):
@@ -60,42 +60,41 @@ class Advice:
                 *self.reasons,
                 f"advice: plan '{self.plan.name}', {self.plan.about}",
                 *_plans_words(self.plans),
-                f'how sure: {self.sure}',
+                f'confidence: {self.confidence}',
             ]
         )
 
 # %% ../../nbs/training/02_advisor.ipynb #b72d86e9
 def _candidates(stages) -> dict:
-    "Row of the depth profile -> (last stage, number of stages): each stage, and up to four neighbours that end there"
+    "Row of the depth profile -> (last stage, number of stages): single stages, and two or four adjacent ones"
     own = [n for n in stages if n != 'neck']
     pairs = [(n, 1) for n in stages] + [
         (own[i], k) for i in range(len(own) // 2, len(own)) for k in (2, 4) if k <= i + 1
     ]
-    return {'+'.join(_side(stages, *p)): p for p in pairs}
+    return {'+'.join(_last_stages(stages, *p)): p for p in pairs}
 
 
-def _side(stages, last, k) -> tuple:
+def _last_stages(stages, last, k) -> tuple:
     names = list(stages)
     i = names.index(last)
     return tuple(names[i + 1 - k : i + 1])
 
 
 def _choose_stage(profile, candidates, default) -> tuple[str, str]:
-    "Row of the depth profile for the head, and why: the default unless another is better beyond chance"
+    "Row of the depth profile for the head, and the reason: the default unless another is significantly better"
     best = profile.score.fillna(-np.inf).idxmax()
-    gain, low, high = stage_gain(
-        profile, best, default, level=1 - 0.05 / max(len(profile) - 1, 1)
-    )  # it was picked from so many
+    level = 1 - 0.05 / max(len(profile) - 1, 1)  # Bonferroni's correction
+    gain, low, high = stage_gain(profile, best, default, level=level)
     if best != default and low > 0:
         return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
-    return default, 'no other stage is better beyond chance'
+    return default, 'no other stage is significantly better'
 
 # %% ../../nbs/training/02_advisor.ipynb #03611f33
 def choose_scenario(
-    n: int,  # Number of images to learn from
-    distance: float,  # From `domain_distance`; NaN if it cannot be known
+    n: int,  # Number of training images
+    distance: float,  # From `domain_distance`; NaN if unknown
 ) -> str:
-    "The scenario in the words of the texts"
+    "Name of the scenario, as in the texts"
     size = 'large' if n >= LARGE else 'small'
     return size if np.isnan(distance) else f'{size}, {"similar" if distance < SIMILAR else "different"}'
 
@@ -103,10 +102,10 @@ def choose_scenario(
 def choose_advised(
     scenario: str,  # From `choose_scenario`
     last: str,  # Last stage of the head
-    n_stages: int,  # How many stages the head sees
-    own: bool,  # Is that what the backbone has anyway?
+    n_stages: int,  # Number of stages that the head reads
+    own: bool,  # Are these the default stages of the backbone?
 ) -> Plan:
-    "The plan for a scenario: its size decides, and for few images the stage that was measured"
+    "The plan for a scenario: fine-tuning for a large set, or else a head on the measured stages"
     plan = PLANS['fine_tune' if 'large' in scenario else 'head']
     return (
         plan
@@ -126,22 +125,22 @@ def _passes(plan, task) -> tuple[int, int]:
     training = sum(phase.epochs or 0 for phase in plan.phases)
     views = views_of(plan.augmentation(task.augment))
     if views is None and plan.phases[-1].solves:
-        return 0, HEAD_PASSES  # features of endless views cannot be stored
+        return 0, HEAD_PASSES  # features can be stored for a finite set of views only
     return len(VIEWS[views or 'none']), training
 
 
 def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
-    "A row for each plan: the score of a linear classifier on its stages, whether that is all of it, and passes"
+    "One row for each plan: score of a linear classifier on its stages, what was measured, and passes"
     rows = {}
     for role, (plan, measured) in plans.items():
-        stages = measured if plan.phases[-1].solves else own  # fine-tuning reads the network's own stages
+        stages = measured if plan.phases[-1].solves else own  # fine-tuning reads the default stages
         forward, training = _passes(plan, task)
         rows[role] = {
             'plan': plan.name,
             'stages': stages,
             'metric': profile.attrs['metric'],
             **profile.loc[stages, ['score', 'low', 'high']].to_dict(),
-            'measured': 'all of it' if plan.phases[-1].solves else 'its head',
+            'measured': 'plan' if plan.phases[-1].solves else 'head only',
             'forward passes': forward,
             'training passes': training,
         }
@@ -149,7 +148,7 @@ def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
 
 
 def _plans_words(plans) -> list[str]:
-    "The advised and the default plan in a line each, with what each gains and costs"
+    "Describe the advised and the default plan, one line each, with score and cost"
     advised, default = plans.loc['advised'], plans.loc['default']
     same = advised.equals(default)
     return [
@@ -161,17 +160,17 @@ def _plans_words(plans) -> list[str]:
 def _plan_words(role, row) -> str:
     interval = '' if np.isnan(row.low) else f' [{row.low:.3f}, {row.high:.3f}]'
     score = f'{row.metric} {row.score:.3f}{interval}, cross-validated, on {row.stages}'
-    if row.measured != 'all of it':
-        score = f'its head alone {score}; what fine-tuning adds is not measured'
+    if row.measured != 'plan':
+        score = f'head only {score}; the gain from fine-tuning is not measured'
     passes = f'{row["forward passes"]} forward and {row["training passes"]} training passes of each training image'
     return f"{role} plan '{row.plan}': {score}; {passes}"
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
-MAX_IMAGES = 3000  # Images that are looked at
+MAX_IMAGES = 3000  # maximum number of images in the sample
 
 
-def _some(t, seed) -> pd.DataFrame:
-    "About `MAX_IMAGES` of the images at most, groups whole; ten groups of each class at least"
+def _sample(t, seed) -> pd.DataFrame:
+    "A sample of about `MAX_IMAGES` images, with groups kept together and at least ten groups of each class"
     groups = t.group.where(t.group.notna(), t.image)
     code = groups.groupby(groups).ngroup().to_numpy()
     n = code.max() + 1
@@ -188,35 +187,35 @@ def advise(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
-    weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    target: str | None = None,  # What is learnt; the task's first if None
+    weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    size: int | None = None,  # Side in pixels; the task's own if None
+    size: int | None = None,  # Height and width in pixels; the task's if None
     *,
-    valid: float = 0.2,  # Share of the images that is not looked at
-    seed: int = 42,  # Decides which, as in `build_learner`, and the folds
-    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
+    valid: float = 0.2,  # Fraction of validation images, which are not used
+    seed: int = 42,  # Random seed of the split, as in `build_learner`, and the folds
+    runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    say: Callable = print,  # What is done with the lines about patients and labels
-) -> Advice:  # As `build_learner(..., plan=)` takes it
+    say: Callable = print,  # Called with messages about patients and labels
+) -> Advice:  # For `plan=` of `build_learner`
     """Measure the training images, and recommend a plan.
 
-    It counts the images of each class, measures how far the images are from natural photographs, and which stage of
-    the frozen network separates the classes best. The validation images take no part.
+    Count the images of each class, measure their distance from natural images, and find the stage of the frozen
+    network that separates the classes best. The validation images are not used.
 
     Returns
     -------
     Advice
         `plan` (pass the advice as `plan=` to `build_learner`), `scenario` ('small' or 'large', 'similar' or
-        'different'), `reasons` and `sure` in words, and the tables behind them (`counts`, `profile`, `speed`).
-        `print` shows it in short.
+        'different'), `reasons` and `confidence` in words, and the tables behind them (`counts`, `profile`, `speed`).
+        `print` shows a summary.
 
     Raises
     ------
     ValueError
-        The data cannot be read, or a class has images of too few groups to be compared.
+        The data cannot be read, or a class has too few groups for cross-validation.
     WeightsError
-        The pretrained weights cannot be had.
+        The pretrained weights cannot be loaded.
 
     Notes
     -----
@@ -233,25 +232,24 @@ def advise(
     >>> learn = dt.build_learner('flowers', size=48, plan=advice)
     """
     task = get_task(task, size)
-    goal, stages = task.target(target), whole_body(arch, weights)
-    # the validation images are not looked at
-    t = split_data(data, task, goal, labels, valid, seed, allow_leaks=True, group_col=group_col)
+    target, stages = task.target(target), whole_body(arch, weights)
+    # the validation images are not used
+    t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
     t = t[t.split == 'train']
-    some, counts = _some(t, seed), t.target.value_counts()
-    with group_errors(some):
-        # an error before anything is computed, if there are too few
-        grouped_folds(some.target, _groups(some), seed=seed)
+    sample, counts = _sample(t, seed), t.target.value_counts()
+    with group_errors(sample):
+        # raises an error before the features are computed, if there are too few groups
+        grouped_folds(sample.target, _groups(sample), seed=seed)
     body = make_body(stages, task.size, runtime)
-    f = extract_features(some.image.tolist(), body, task.size, task.reader, task.fit)
-    advice = _advice(some, counts, f, body, task, seed)
-    return replace(
-        advice, plan=replace(advice.plan, arch=arch, weights=weights and str(weights))
-    )  # measured on this network
+    f = extract_features(sample.image.tolist(), body, task.size, task.reader, task.fit)
+    advice = _advice(sample, counts, f, body, task, seed)
+    plan = replace(advice.plan, arch=arch, weights=weights and str(weights))  # measured on this network
+    return replace(advice, plan=plan)
 
 # %% ../../nbs/training/02_advisor.ipynb #c89aebb7
 def _advice(t, counts, f, body, task, seed) -> Advice:
-    "Advice from a table, numbers of images, features of the table and the body they come from"
+    "Make advice from the table of images, the class counts, and the features of a body"
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
@@ -261,12 +259,12 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     profile = depth_profile(
         f,
         t.target,
-        stages=[_side(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
+        stages=[_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
         repeats=repeats,
         **kw,
     )
     chosen, why = _choose_stage(profile, candidates, default)
-    speed = learning_speed(f, t.target, stages=_side(f.stages, *candidates[chosen]), **kw)
+    speed = learning_speed(f, t.target, stages=_last_stages(f.stages, *candidates[chosen]), **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
     scenario = choose_scenario(counts.sum(), distance)
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
@@ -276,7 +274,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     return Advice(
         plan,
         scenario,
-        _how_sure(profile.loc[chosen]),
+        _confidence(profile.loc[chosen]),
         reasons,
         counts.to_dict(),
         distance,
@@ -287,37 +285,37 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     )
 
 # %% ../../nbs/training/02_advisor.ipynb #fc537afb
-def _reasons(counts, seen, distance, profile, chosen, why, speed) -> tuple:
-    "What was measured, in lines"
+def _reasons(counts, n_used, distance, profile, chosen, why, speed) -> tuple:
+    "The measurements, one line each"
     n, r, a = counts.sum(), profile.loc[chosen], speed.attrs
-    some = f', {seen} of them were looked at' if seen < n else ''
-    like = (
-        'unknown, the network remembers nothing'
+    used = f', {n_used} of them were used' if n_used < n else ''
+    compared = (
+        'unknown, the network has no BatchNorm statistics'
         if np.isnan(distance)
         else f'{distance:.3f}, {"less" if distance < SIMILAR else "more"} than {SIMILAR}'
     )
     return (
-        f'images: {n}, {counts.min()} to {counts.max()} a class ({LARGE} or more are large){some}',
-        f'distance from natural photographs: {like}',
-        f'linear classifier: {profile.attrs["measure"]} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}',
+        f'images: {n}, {counts.min()} to {counts.max()} per class ({LARGE} or more are large){used}',
+        f'distance from natural images: {compared}',
+        f'linear classifier: {profile.attrs["metric"]} {r.score:.3f} [{r.low:.3f}, {r.high:.3f}] at {chosen}; {why}',
         f'with twice the images: {a["gain"]:+.3f} [{a["gain_low"]:+.3f}, {a["gain_high"]:+.3f}]',
     )
 
 
-def _how_sure(row) -> str:
-    "How far the numbers carry"
+def _confidence(row) -> str:
+    "How reliable the score is, in words"
     width = row.high - row.low
     if np.isnan(width):
-        return 'not at all: there are too few images to measure it'
+        return 'none: there are too few images to measure it'
     if not width < 0.1:
-        return f'not very: the score is known to within {width / 2:.2f} only; more images say more than another plan'
-    return f'fairly: the score is known to within {width / 2:.2f}'
+        return f'low: the score is known to within {width / 2:.2f} only; more images help more than another plan'
+    return f'good: the score is known to within {width / 2:.2f}'
 
 
 def plot_advice(
     advice: Advice,  # From `advise`
 ) -> Figure:
-    "The depth profile with the advice above it; the stages that the advice names are marked"
+    "Plot the depth profile with the advice as its title; the recommended stages are marked"
     fig = plot_depth_profile(advice.profile, advice.stages)
     fig.suptitle(plain_text(f"{advice.scenario}: plan '{advice.plan.name}'", 120), fontsize=10)
     return fig
