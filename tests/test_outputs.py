@@ -385,7 +385,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     import dr_transfer.commands.subcommands as commands
     import dr_transfer.evaluation.report_page as report
 
-    monkeypatch.setattr(commands, '_load', lambda a: None)
+    monkeypatch.setattr(commands, '_load', lambda model, runtime: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
     assert 'lies in the data folder' in capsys.readouterr().err
