@@ -199,14 +199,14 @@ def _without_test(t) -> pd.DataFrame:
     "Exclude the test images of a split and add a note about it"
     if t.split.isna().all():
         return t
-    kept = t[t.split.ne('test')].reset_index(drop=True)
-    if not len(kept):
+    out = t[t.split.ne('test')].reset_index(drop=True)
+    if not len(out):
         raise ValueError(
             "every image is in the split 'test', so there are no images for cross-validation: empty the column 'split'"
         )
-    note = f"{len(t) - len(kept)} images with the split 'test' are excluded, the other {len(kept)} are in the folds"
-    kept.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
-    return kept
+    note = f"{len(t) - len(out)} images with the split 'test' are excluded, the other {len(out)} are in the folds"
+    out.attrs = {**t.attrs, 'notes': [*t.attrs['notes'], note]}
+    return out
 
 
 def fold_tables(

@@ -94,10 +94,10 @@ def first_images(
     "Reduce the training set to n images, each class in proportion; a subset of any larger choice"
     train = table[table.split == 'train']
     classes = train.groupby('target')
-    place = (classes.cumcount() + 0.5) / classes.target.transform('size')
+    rank = (classes.cumcount() + 0.5) / classes.target.transform('size')
     if not 2 <= n <= len(train):
         raise ValueError(f'sizes: {n} training images were given, but there are {len(train)}: give 2 to {len(train)}')
-    first = place.sort_values(kind='stable').index[:n]
+    first = rank.sort_values(kind='stable').index[:n]
     return pd.concat([train.loc[first], table[table.split != 'train']])
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #2ba5ab00

@@ -140,8 +140,8 @@ def _point_html(e, m) -> str:
     if e.asked is None:
         return ''
     if e.point is None:
-        refused = e.decision.not_chosen if e.decision else ()
-        reasons = '; '.join(why.removeprefix('no operating point: ') for why in refused)
+        not_chosen = e.decision.not_chosen if e.decision else ()
+        reasons = '; '.join(why.removeprefix('no operating point: ') for why in not_chosen)
         return _html('no_point', why=reasons or 'none was chosen in training')
     endpoints = _table(endpoint_table(m)) if e.fundus else None
     return _html('point', endpoints=endpoints, words=e.decision.point_words, how=e.how)

@@ -126,7 +126,7 @@ class Segmentation:
     "Segmentation of a retina: masks (512, 512) of the crop `image`"
 
     image: np.ndarray  # uint8 (512, 512, 3), the crop
-    disc: Disc | None  # The circle of the retina in the photograph
+    disc: Disc | None  # Circle of the retina in the original image
     field: np.ndarray  # Retina without its rim
     vessels: np.ndarray  # Vessels
     nerve: np.ndarray  # Optic nerve, excluded

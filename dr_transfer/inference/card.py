@@ -54,7 +54,7 @@ class Training:
     plan: str | None = None  # Name of the plan
     balance: str | None = None  # How rare classes were balanced
     data: DataSummary | None = None  # Summary of the images
-    more: dict = field(default_factory=dict)  # What another version knows
+    more: dict = field(default_factory=dict)  # Fields of another version
 
 # %% ../../nbs/inference/01_card.ipynb #eefa5f63
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ModelCard:
         try:
             check_class_names(self.classes)
         except ValueError as e:
-            raise SchemaError('classes', self.classes, f'names that can be told apart, but {e}') from None
+            raise SchemaError('classes', self.classes, f'distinct names, but {e}') from None
         try:
             classes = self.class_set
         except ValueError as e:

@@ -112,10 +112,10 @@ def _onnx_card(file, session) -> ModelCard:
     card = card_of(file, about)
     k = len(card.classes)
     want = {'images': [3, card.size, card.size], 'probabilities': [k], 'uncalibrated': [k]}
-    found = {v.name: v.shape[1:] for v in (*session.get_inputs(), *session.get_outputs())}
-    if found != want:
+    actual = {v.name: v.shape[1:] for v in (*session.get_inputs(), *session.get_outputs())}
+    if actual != want:
         raise ModelError(
-            f'{file}: the graph has the inputs and outputs {found}, but its metadata describe {want}. {_EXPORT_AGAIN}'
+            f'{file}: the graph has the inputs and outputs {actual}, but its metadata describe {want}. {_EXPORT_AGAIN}'
         )
     return card
 
@@ -246,7 +246,7 @@ def _check_same(file, net, model, images, tolerance):
     want = view_probs(net, images, model.read, card.mean, card.std, card.views)
     calibrated = apply_temperature(want, _temperature(card))
     pairs = [(made.probs(images, c, bs), w) for c, w in ((False, want), (True, calibrated)) for bs in (1, 3)]
-    worst = float(np.max([np.abs(found - w).max() for found, w in pairs]))  # NaN if one is
+    worst = float(np.max([np.abs(p - w).max() for p, w in pairs]))  # NaN if one is
     if not worst <= tolerance:
         raise ValueError(
             f'the predictions of the ONNX file differ from those of the model by up to {worst:.2g} '

@@ -195,7 +195,7 @@ def save_model(
     Returns
     -------
     pathlib.Path
-        The folder, as `load_model` takes it.
+        The folder, for `load_model`.
 
     Raises
     ------
