@@ -726,10 +726,10 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
     errors = said.err.splitlines()
     assert said.code == 1
     assert len(errors) == 1
-    assert errors[0].startswith('dr_transfer: error: the training diverged in epoch')
+    assert errors[0].startswith('dr_transfer: error: training diverged in epoch')
     assert '--plan random_start' in errors[0]
     assert '--plan head' not in errors[0]
-    assert "warning: the weights are random, and plan 'fine_tune' is made for pretrained ones" in said.out
+    assert "warning: the weights are random, and plan 'fine_tune' is for pretrained weights" in said.out
     assert not (tmp_path / 'run').exists()
 
 

@@ -156,7 +156,7 @@ def test_the_table_is_that_of_this_learner(build, arch):
         cases += [
             ({'stage': 'stage2'}, 'linear'),
             ({'n_stages': 2}, 'linear'),
-            (eight, 'own, hidden layers of 8 units'),
+            (eight, 'custom, hidden layers of 8 units'),
         ]
     for kw, words in cases:
         learn = build(arch=arch, **kw)
@@ -383,7 +383,7 @@ class Own(Callback):
 @pytest.mark.parametrize(
     'what,word',
     [
-        ('augment', 'endless'),
+        ('augment', 'finite set'),
         ('chain', 'not a chain'),
         ('room', 'GB'),
         ('asked', 'stored=False'),
@@ -711,7 +711,7 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
     make(good)
     with pytest.raises(ValueError, match='other weights'):
         make(good, weights='random')
-    with pytest.raises(ValueError, match="the classifier knows \\['no', 'referable'\\]"):
+    with pytest.raises(ValueError, match="the classifier has classes \\['no', 'referable'\\]"):
         make(good, target='grade')
     with pytest.raises(ValueError, match='not fitted on Features'):
         make(FeatureClassifier().fit(f.numpy('stage4'), t.target, t.group))

@@ -139,7 +139,7 @@ def test_the_total_is_told_before_anything_is_trained(build):
     assert first.startswith(
         "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
     )
-    assert first.endswith(f'In all 2 passes of {train_size(learn)} images through the network')
+    assert first.endswith(f'Total: 2 passes of {train_size(learn)} images through the network')
     assert 'no pass through the network' in told(build(), 'head')[0]
 
 
@@ -430,7 +430,7 @@ def test_the_least_size_that_works_is_named():
 
 def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
     monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
-    with pytest.raises(ValueError, match="'alexnet' does not take images of 32 pixels"):
+    with pytest.raises(ValueError, match="'alexnet' does not accept images of 32 pixels"):
         compare(set_of_flowers / 'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
 
 
