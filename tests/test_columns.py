@@ -335,7 +335,7 @@ TWO = ['no', 'ill']
     [
         (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is not a number"),
         (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
-        (dict(target='severe'), r"the target 'severe' is no class"),
+        (dict(target='severe'), r"the target 'severe' is not a class"),
         (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
     ],
 )

@@ -226,7 +226,7 @@ def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys,
     ):
         assert main([*map(str, words), '--resamples', '100', '--out', str(tmp_path / f'{words[0]}.html')]) == 0
         out = capsys.readouterr().out
-        assert out.count('1 pairs of identical images have two classes') == 1
+        assert out.count('1 pairs of identical images have different classes') == 1
         assert 'copy.jpg (roses)' in out
         assert out.count('no patient column found') == 1
 

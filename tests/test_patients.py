@@ -363,6 +363,6 @@ def test_identical_images_of_two_classes_are_told(small):
     df = pd.concat([twenty(n=24), pd.DataFrame({'image': ['copy'], 'label': ['b'], 'pid': ['p0']})])
     t = split_data(small, TASKS['flowers'], TASKS['flowers'].target(), labels=df)
     (note,) = t.attrs['notes']
-    assert '1 pairs of identical images have two classes' in note
+    assert '1 pairs of identical images have different classes' in note
     assert '00.png (a)' in note
     assert 'copy.png (b)' in note

@@ -807,7 +807,7 @@ def done(**kwargs):
             lambda: split_table(random_set(0).assign(label=['9'] + ['0'] * 149)),
             "class '9' has one image: it cannot be in both training and validation set",
         ),
-        (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
+        (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, but 5 are needed'),
         (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c'] * 50)), 'too few groups: 3'),
         (lambda: check_split(done(split='train')), "no images in the split 'valid'"),
         (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
