@@ -14,13 +14,15 @@ from contextlib import suppress
 
 from dr_transfer.commands.arguments import (
     CommandParser,
-    add_bootstrap_argument,
+    add_comparison_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_split_arguments,
     add_table_arguments,
     add_task_arguments,
     add_training_arguments,
+    call_command,
+    option_defaults,
     path_name,
     whole_number,
 )
@@ -38,11 +40,11 @@ from dr_transfer.commands.subcommands import (
 from .utils.checks import MAX_SEED
 
 # %% ../nbs/cli.ipynb #13a13af2
-_KEEPS_WORK = (demo, preprocess, cross_validate, compare)  # what they finished is used by the next run
+_KEEPS_WORK = (demo, preprocess, cross_validate, compare)  # finished parts are used by the next run
 
 
 def _command(commands, name, function, about, example):
-    "`add_argument` of a new command"
+    "Add a command; return the `add_argument` of its parser"
     p = commands.add_parser(
         name,
         help=about,
@@ -51,12 +53,11 @@ def _command(commands, name, function, about, example):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
-    p.set_defaults(run=function, interrupted=interrupted)
+    p.set_defaults(run=function, interrupted=interrupted, **option_defaults(function))
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    if function is not preprocess:  # which uses no network, and goes on with what is there
+    if function is not preprocess:  # it uses no network, and keeps the results that exist
         p.add_argument(
             '--runtime',
-            default='auto',
             help=(
                 'how the CPU computes: auto (the fastest, measured once; a saved model keeps that of its training), '
                 'plain, channels_last or bf16'
@@ -67,7 +68,7 @@ def _command(commands, name, function, about, example):
 
 
 def _parser() -> CommandParser:
-    "The parser of the command"
+    "Return the parser of the command"
     from dr_transfer import __version__
 
     about = 'Transfer learning for small, colour-sensitive image sets. Not a medical device.'
@@ -93,10 +94,10 @@ def _add_demo(commands):
     add = _command(
         commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo'
     )
-    add('--out', type=path_name, default='dr_transfer_demo', help='folder to make (default: %(default)s)')
-    add('--images', type=whole_number(1, 100_000), default=400, help='how many to draw (default: %(default)s)')
-    add('--size', type=whole_number(32, 2048), default=256, help='pixels (default: %(default)s)')
-    add('--seed', type=whole_number(0, MAX_SEED), default=42, help='another seed, other images (default: %(default)s)')
+    add('--out', type=path_name, help='folder to make (default: %(default)s)')
+    add('--images', type=whole_number(1, 100_000), help='how many to draw (default: %(default)s)')
+    add('--size', type=whole_number(32, 2048), help='pixels (default: %(default)s)')
+    add('--seed', type=whole_number(0, MAX_SEED), help='another seed, other images (default: %(default)s)')
 
 
 def _add_train(commands):
@@ -170,10 +171,10 @@ def _add_preprocess(commands):
     )
     add('folder', metavar='IN', type=path_name, help='folder of photographs; they are not changed')
     add('out', metavar='OUT', type=path_name, help='folder for the results; what is finished there is not done again')
-    add('--size', metavar='N', type=whole_number(32, 8192), default=512, help='side in pixels (default: %(default)s)')
-    add('--correction', default='none', help='light: none, colour or local (default: %(default)s)')
+    add('--size', metavar='N', type=whole_number(32, 8192), help='side in pixels (default: %(default)s)')
+    add('--correction', help='light: none, colour or local (default: %(default)s)')
     add('--to-right', action='store_true', help='left eyes (column eye of labels.csv) as mirror images')
-    add('--format', default='png', help='png, without loss, or jpg (default: %(default)s)')
+    add('--format', help='png, without loss, or jpg (default: %(default)s)')
     add('--workers', metavar='N', type=whole_number(1, 256), help='threads (default: one a core)')
 
 
@@ -191,8 +192,7 @@ def _add_evaluate(commands):
     add(
         '--split',
         choices=('new', 'valid'),
-        default='new',
-        help='new: images that the model was not made from; valid: its own validation images (default: new)',
+        help='new: images that the model was not made from; valid: its own validation images (default: %(default)s)',
     )
     add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
     add_report_arguments(add)
@@ -208,7 +208,7 @@ def _add_cross_validate(commands):
     )
     for group in (add_table_arguments, add_task_arguments, add_training_arguments, add_recipe_arguments):
         group(add)
-    add('--folds', metavar='K', type=whole_number(2, 1000), default=5, help='how many folds (default: %(default)s)')
+    add('--folds', metavar='K', type=whole_number(2, 1000), help='how many folds (default: %(default)s)')
     add_report_arguments(add)
 
 
@@ -220,24 +220,14 @@ def _add_compare(commands):
         'Compare backbones and plans on one split',
         'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1',
     )
-    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_training_arguments):
+    for group in (
+        add_table_arguments,
+        add_task_arguments,
+        add_split_arguments,
+        add_training_arguments,
+        add_comparison_arguments,
+    ):
         group(add)
-    add(
-        '--archs',
-        metavar='NAME',
-        nargs='+',
-        default=['efficientnet_lite0'],
-        help='backbones (default: efficientnet_lite0)',
-    )
-    add(
-        '--plans',
-        metavar='NAME',
-        nargs='+',
-        default=['head', 'top1'],
-        help='plans, each with each backbone (default: head top1)',
-    )
-    add('--metric', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
-    add_bootstrap_argument(add)
     add(
         '--out',
         metavar='PNG',
@@ -253,13 +243,13 @@ def _show_any_name(stream):
 
 
 def _drop_output():
-    "Send what is left in standard output nowhere: it cannot be written"
-    with suppress(OSError, ValueError):  # it is no file of the system, as in a notebook
+    "Discard what is left in standard output, which cannot be written"
+    with suppress(OSError, ValueError):  # standard output is not a system file, as in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warn_in_lines(debug):
-    "Print this library's warnings as one line each, and no others unless `debug`"
+    "Print each warning of this library as one line, and no others unless `debug`"
     from dr_transfer.utils.files import TransferWarning
 
     if debug:
@@ -274,7 +264,7 @@ def _warn_in_lines(debug):
 
 
 def _report_error(e):
-    "One line for an error"
+    "Print an error as one line"
     from dr_transfer.utils.places import reason, too_many_open
 
     text = ' '.join(str(e).split()) or type(e).__name__
@@ -288,29 +278,29 @@ def _report_error(e):
 
 # %% ../nbs/cli.ipynb #a6a0cdd2
 def main(
-    argv: list[str] | None = None,  # Words of the command; those of the process if None
+    argv: list[str] | None = None,  # Arguments of the command; those of the process if None
 ) -> int:  # Exit code: 0 only on success
-    "The command `dr_transfer`"
+    "Run the command `dr_transfer`"
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # it was closed before the command began
             nowhere = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 it stays open as long as the process
             setattr(sys, name, nowhere)
         _show_any_name(getattr(sys, name))
-    a = _parser().parse_args(argv)
+    typed = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        _warn_in_lines(a.debug)
+        _warn_in_lines(typed.debug)
         try:
-            code = a.run(a)
+            code = call_command(typed.run, typed)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt as e:
-            print(f'dr_transfer: interrupted; {str(e) or a.interrupted}', file=sys.stderr)
+            print(f'dr_transfer: interrupted; {str(e) or typed.interrupted}', file=sys.stderr)
             return 130
         except BrokenPipeError:
             _drop_output()
             return 1
         except Exception as e:
-            if a.debug:
+            if typed.debug:
                 raise
             _report_error(e)
             _drop_unwritable(e)
@@ -318,7 +308,7 @@ def main(
 
 
 def _drop_unwritable(e):
-    "After an error of the system, standard output may be full: what is left in it goes nowhere"
+    "Discard what is left in standard output if it cannot be written, as on a full disk"
     try:
         sys.stdout.flush()
     except OSError:

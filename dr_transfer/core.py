@@ -44,33 +44,33 @@ def build_learner(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch: str | None = None,  # Backbone: registry, timm or torchvision; efficientnet_lite0
-    weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    target: str | None = None,  # What is learnt; the task's first if None
+    weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+    target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    size: int | None = None,  # Side in pixels; the task's own if None
+    size: int | None = None,  # Height and width in pixels; the task's if None
     *,
-    bs: int = 32,  # Images in a batch
-    valid: float = 0.2,  # Share of the images for validation
-    seed: int = 42,  # Decides the split, the head and the order
-    augment: str | None = None,  # Names of augmentations; the task's own if None
-    plan: Any = None,  # Name, plan or advice that `fit` runs; chosen if None
-    stage: str | int | None = None,  # Last stage, by name or from the end; its own if None
-    n_stages: int | None = None,  # Last stages that the head sees; the backbone's own if None
-    head: str | Head | nn.Module | None = None,  # Name, head, or a module of your own
-    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
-    num_workers: int | None = None,  # Processes that read images; chosen if None
-    fixed_bn: bool | None = None,  # BatchNorm of the body stays? The backbone's own if None
-    balance: str = 'none',  # Of classes: 'none', 'weights' in the loss, or 'sampling'
-    allow_leaks: bool = False,  # Go on with a split whose sides share patients or copies?
+    bs: int = 32,  # Batch size
+    valid: float = 0.2,  # Fraction of the images for validation
+    seed: int = 42,  # Random seed of the split, the head and the order
+    augment: str | None = None,  # Names of augmentations; the task's if None
+    plan: Any = None,  # Name, `Plan` or `Advice` for `fit`; chosen if None
+    stage: str | int | None = None,  # Last stage, by name or from the end; default if None
+    n_stages: int | None = None,  # Number of last stages that the head reads
+    head: str | Head | nn.Module | None = None,  # Name, `Head` or your own module
+    runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
+    num_workers: int | None = None,  # Number of worker processes; chosen if None
+    fixed_bn: bool | None = None,  # Fix BatchNorm of the body? The backbone's default if None
+    balance: str = 'none',  # 'none', 'weights' in the loss, or 'sampling'
+    allow_leaks: bool = False,  # Accept a split whose subsets share patients or copies?
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    say: Callable = print,  # What is done with the lines about patients and labels
+    say: Callable = print,  # Called with messages about patients and labels
     **kwargs,  # More arguments of `vision_learner`
 ) -> TransferLearner:  # With `task`, `target`, `table`, `record`
-    """A Learner for images: a pretrained body, frozen, and a new head that is not trained yet.
+    """Build a Learner for images: a frozen pretrained body and a new, untrained head.
 
     `data` is a folder with a folder for each class, a folder with `labels.csv`, a CSV file beside its images, or a
     table from `label_table`. The images are checked, split by group (patient, photographer) with copies kept
-    together, and made into DataLoaders. What is not given comes from the task or from the plan.
+    together, and made into DataLoaders. Arguments that are not given come from the plan or the task.
 
     Returns
     -------
@@ -82,11 +82,11 @@ def build_learner(
     Raises
     ------
     ValueError
-        The data cannot be read, or an argument is unknown; the message says what to type instead.
+        The data cannot be read, or an argument is invalid; the message says what to type instead.
     LeakError
-        The data come with a split that separates images of one patient, or copies of an image; see `allow_leaks`.
+        The data have a split that separates images of one patient, or copies of an image; see `allow_leaks`.
     WeightsError
-        The pretrained weights cannot be had. They are never replaced by random ones without being asked for.
+        The pretrained weights cannot be loaded. They are never replaced by random weights unless you ask for it.
 
     Notes
     -----
@@ -104,8 +104,8 @@ def build_learner(
     seed, num_workers = check_seed(seed), check_workers(num_workers)
     task = get_task(task, size)
     plan = get_plan(plan) if plan else None
-    base = plan or get_plan('head')  # what is not asked for is as this plan has it
-    plan_arch(base, arch)  # an error if the plan has another backbone than was asked for
+    base = plan or get_plan('head')  # the plan for arguments that are not given
+    plan_arch(base, arch)  # raises an error if the plan needs another backbone
     config = LearnerConfig(
         arch=resolve(arch, base.arch, DEFAULT_ARCH),
         weights=resolve(weights, base.weights),
@@ -122,13 +122,13 @@ def build_learner(
         seed=seed,
     )
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
-    goal = task.target(target)
+    task_target = task.target(target)
     set_seed(seed, reproducible=True)
     table = split_data(
-        data, task, goal, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col
+        data, task, task_target, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col
     )
     report_table(table, say)
-    return make_learner(config, task, goal, table, **kwargs)
+    return make_learner(config, task, task_target, table, **kwargs)
 
 # %% ../nbs/core.ipynb #355eef25
 def classifier_learner(
@@ -137,7 +137,7 @@ def classifier_learner(
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     **kwargs,  # More arguments of `build_learner`
 ) -> TransferLearner:  # Its predictions are those of the classifier
-    "A classifier on its backbone again, to be fine-tuned or saved; ValueError if stages, weights or classes differ"
+    "Put a classifier on its backbone, for fine-tuning or saving; ValueError if stages, weights or classes differ"
     if getattr(classifier, 'source_', None) is None:
         raise ValueError(
             'this classifier was not fitted on Features: '
@@ -145,7 +145,7 @@ def classifier_learner(
         )
     if classifier.pool != 'mean':
         raise ValueError(
-            f"pool='{classifier.pool}': the head of a network sees means. Fit the classifier with pool='mean'"
+            f"pool='{classifier.pool}': the head of a network reads means. Fit the classifier with pool='mean'"
         )
     about, names = classifier.source_
     task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
@@ -154,16 +154,16 @@ def classifier_learner(
     learn = build_learner(data, task, about['arch'], stage=names[-1], n_stages=len(names), head=head, **kwargs)
     body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
-        raise ValueError(f'stages {names} do not follow one another: a network can be cut only once')
+        raise ValueError(f'stages {names} are not consecutive: fit the classifier on consecutive stages')
     if weights_digest(body) != about['weights_of'][names[-1]]:
-        raise ValueError('the features come from other weights: give weights=FILE')
+        raise ValueError('the features come from other weights: give the same weights=FILE')
     if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)):
-        raise ValueError(f'the classifier knows {list(classifier.classes_)}, the data has {list(learn.dls.vocab)}')
+        raise ValueError(f'the classifier has classes {list(classifier.classes_)}, the data {list(learn.dls.vocab)}')
     return learn
 
 # %% ../nbs/core.ipynb #effbc6ab
 def _check_plan(learn, plan):
-    "Refuse a plan for which the learner was not built"
+    "Raise a ValueError if the learner was not built for a plan"
     r = learn.record
     if plan.arch not in (None, r.arch):
         what = f"the backbone '{plan.arch}'"
@@ -172,7 +172,7 @@ def _check_plan(learn, plan):
     elif plan.stage is not None and plan.stage not in (r.stage, learn.plan.stage if learn.plan else None):
         what = f'a body that ends at stage {plan.stage!r}'
     elif plan.n_stages not in (None, r.n_stages):
-        what = f'a head that sees {plan.n_stages} stages'
+        what = f'a head that reads {plan.n_stages} stages'
     elif plan.head != 'linear' and r.head != create_head(plan.head, 1, 2).about:
         what = f"the head '{plan.head}'"
     elif not set((plan.augment or r.augment).strip('+').split('+')) <= set(r.augment.split('+')):
@@ -180,28 +180,26 @@ def _check_plan(learn, plan):
     else:
         return
     listed = PLANS.get(plan.name)
-    how = repr(plan.name) if listed and replace(plan, phases=listed.phases) == listed else 'this plan itself'
-    raise ValueError(f"plan '{plan.name}' needs {what}, which this learner has not got: build_learner(..., plan={how})")
+    how = repr(plan.name) if listed and replace(plan, phases=listed.phases) == listed else 'PLAN'
+    raise ValueError(
+        f"plan '{plan.name}' needs {what}, which this learner does not have: use build_learner(..., plan={how})"
+    )
 
 # %% ../nbs/core.ipynb #8076cbaa
 def _warn_random(learn, plan, say):
-    "Tell whoever trains random weights by a plan for pretrained ones"
+    "Warn if random weights are trained by a plan for pretrained weights"
     if learn.record.weights.kind != 'random' or plan.weights == 'random':
         return
     frozen = all(p.frozen == -1 for p in plan.phases)
-    what = (
-        'the body stays as it is, and it knows nothing'
-        if frozen
-        else 'its rates and fixed statistics suit pretrained weights'
-    )
+    what = 'the body stays random' if frozen else 'its learning rates and fixed BatchNorm suit pretrained weights'
     say(
-        f"warning: the weights are random, and plan '{plan.name}' is made for pretrained ones ({what}): "
-        "take plan='random_start' (--plan random_start)"
+        f"warning: the weights are random, and plan '{plan.name}' is for pretrained weights ({what}): "
+        "use plan='random_start' (--plan random_start)"
     )
 
 
 def _fit_one(learn, run, i, n, say):
-    "Run one phase of a plan, and write it into the record"
+    "Run one phase of a plan, and add it to the record"
     record = learn.record
     names = ['train_loss', 'valid_loss', *(m.name for m in learn.metrics)]
     try:
@@ -213,7 +211,7 @@ def _fit_one(learn, run, i, n, say):
         {'phase': i, 'epoch': e, 'how': run.how, **dict(zip(names, map(float, v)))} for e, v in enumerate(values, 1)
     ]
     record.add_epochs(rows)
-    words = ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names) if rows else 'stopped before the first was complete'
+    words = ', '.join(f'{k} {rows[-1][k]:.3f}' for k in names) if rows else 'stopped before the end of the first'
     say(
         f'phase {i} of {n}, '
         + ('solved: ' if run.how == 'solved' else f'{len(rows)} epoch{"s" if len(rows) != 1 else ""}: ')
@@ -222,7 +220,7 @@ def _fit_one(learn, run, i, n, say):
 
 
 def _best(learn, first, say):
-    "The epoch of this fit with the lowest loss on the validation images, into the record"
+    "Record the epoch of this fit with the lowest validation loss"
     rows = learn.record.history[first:]
     if not rows:
         return
@@ -236,7 +234,7 @@ def _best(learn, first, say):
 
 
 def _default_plan(learn, say):
-    "The plan that the learner was built with, or a sensible one"
+    "The plan with which the learner was built, or the default plan"
     if learn.plan:
         return learn.plan
     plan, why = choose_plan(int((learn.table.split == 'train').sum()), gpu=learn.dls.device.type != 'cpu')
@@ -246,14 +244,14 @@ def _default_plan(learn, say):
 # %% ../nbs/core.ipynb #92104fb4
 def fit(
     learn: Learner,  # From `build_learner`
-    plan: Any = None,  # Name, plan or advice; that of `build_learner`, or chosen, if None
-    epochs: int | None = None,  # Passes through the network, of the plan's last phase
-    stored: bool = True,  # Keep what is frozen on disk (50 GB a phase at most)?
-    say: Callable = print,  # What is done with the lines that tell how it goes
+    plan: Any = None,  # Name, `Plan` or `Advice`; as built, or chosen, if None
+    epochs: int | None = None,  # Passes through the network in the last phase
+    stored: bool = True,  # Store the frozen part's output (up to 50 GB a phase)?
+    say: Callable = print,  # Called with progress messages
 ) -> Learner:  # The same learner, trained
     """Train a learner by a plan, phase by phase.
 
-    `plan` is a name from `PLANS`, a `Plan`, or the `Advice` of `advise`. `say` gets the lines that tell how it goes.
+    `plan` is a name from `PLANS`, a `Plan`, or the `Advice` of `advise`. `say` is called with progress messages.
 
     Returns
     -------
@@ -264,14 +262,14 @@ def fit(
     Raises
     ------
     TrainingError
-        The loss is not finite, or far above where it began: the learning rate is too high.
+        The loss is not finite, or far above its initial value: the learning rate is too high.
     ValueError
-        The learner was not made by `build_learner`, or the plan needs another body or head than it has.
+        The learner was not made by `build_learner`, or the plan needs another body or head.
 
     Notes
     -----
-    Where nothing below the head is trained and all views are known, features are computed once and the head is solved
-    as logistic regression. Else each phase is a one-cycle schedule (Smith 2018, arXiv:1803.09820).
+    If only the head is trained and the augmentation is a finite set of views, features are computed once and the head
+    is solved as logistic regression. Otherwise each phase has a one-cycle schedule (Smith 2018, arXiv:1803.09820).
 
     Examples
     --------
@@ -282,7 +280,7 @@ def fit(
     'head'
     """
     if not isinstance(learn, TransferLearner):
-        raise ValueError('this learner was not made by build_learner: use learn.fine_tune, or build_learner(...)')
+        raise ValueError('this learner was not made by build_learner: use build_learner(...), or learn.fine_tune')
     plan = get_plan(plan or _default_plan(learn, say), epochs)
     _check_plan(learn, plan)
     _warn_random(learn, plan, say)
@@ -291,8 +289,8 @@ def fit(
     say(f"plan '{plan.name}': {runs_words(runs, int((learn.table.split == 'train').sum()))}")
     if epochs is not None and runs[-1].how != 'network' and runs[-1].phase.epochs is None:
         say(
-            f'epochs={epochs} (--epochs {epochs}) changes nothing: '
-            'it counts passes through the network, and this plan has none'
+            f'epochs={epochs} (--epochs {epochs}) has no effect: '
+            'it is the number of passes through the network, and this plan has none'
         )
     learn.record.plan = plan
     for i, run in enumerate(runs, 1):
@@ -305,9 +303,9 @@ def fit(
 def predict_probs(
     learn: Learner,  # From `build_learner`
     images: list,  # Paths or images
-    views: str | None = None,  # Name in `VIEWS`; the augmentation's own if None
+    views: str | None = None,  # Name in `VIEWS`; those of the augmentation if None
 ) -> np.ndarray:  # float32 (images, classes), in the order of learn.dls.vocab
-    "Class probabilities, averaged over the views"
+    "Predict class probabilities, averaged over the views"
     task, spec = learn.task, learn.body.stages.spec
     if not len(images):
         return np.zeros((0, learn.dls.c), np.float32)
@@ -319,7 +317,7 @@ def predict_probs(
 
 @torch.inference_mode()
 def _feature_probs(learn, images) -> np.ndarray:
-    "The same from stored features, while the body is the one that they came from"
+    "Predict class probabilities from stored features"
     features: Any = learner_features(learn, images)
     f = features.numpy()
     head = learn.head.eval()
@@ -331,15 +329,15 @@ def _feature_probs(learn, images) -> np.ndarray:
 def features_stored(
     learn: Learner,  # From `build_learner`
 ) -> bool:
-    "Was the head trained on stored features that the body would give again?"
+    "Was the head trained on stored features of the current body?"
     return bool(learn.transfer.stored_body) and learn.transfer.stored_body == weights_digest(learn.body)
 
 # %% ../nbs/core.ipynb #96757f56
 def valid_predictions(
     learn: Learner,  # From `build_learner`
-    side: str = 'valid',  # 'valid', 'test' or 'train'
+    subset: str = 'valid',  # 'train', 'valid' or 'test'
 ) -> pd.DataFrame:  # `image, target, group, prediction, p_CLASS...`
-    """Predictions for a subset of the learner's images, averaged over the views.
+    """Predict a subset of the learner's images, averaged over the views.
 
     Returns
     -------
@@ -364,9 +362,9 @@ def valid_predictions(
     >>> metrics.columns.tolist()[:3]
     ['value', 'low', 'high']
     """
-    rows = learn.table[learn.table.split == side]
+    rows = learn.table[learn.table.split == subset]
     if not len(rows):
-        raise ValueError(f"no image is on the side '{side}': there are {', '.join(learn.table.split.unique())}")
+        raise ValueError(f"subset '{subset}' has no images: give one of {', '.join(learn.table.split.unique())}")
     probs = _feature_probs if features_stored(learn) else predict_probs
     t = prediction_table(rows.image.tolist(), probs(learn, rows.image.tolist()), list(learn.dls.vocab))
     t.insert(1, 'target', rows.target.tolist())
@@ -374,12 +372,12 @@ def valid_predictions(
     return t
 
 # %% ../nbs/core.ipynb #246007f3
-def generalisation_gap(
+def generalization_gap(
     learn: Learner,  # From `build_learner`, trained
-) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; a column a measure
-    "Measures on the training and on the validation side, and by how much the first are higher"
+) -> pd.DataFrame:  # Rows 'train', 'valid', 'gap'; one column for each metric
+    "Metrics on the training set and the validation set, and their difference"
     classes, rows = learn.classes, {}
-    for side in ('train', 'valid'):
-        rows[side] = summary(*table_arrays(valid_predictions(learn, side), classes), classes)
+    for subset in ('train', 'valid'):
+        rows[subset] = summary(*table_arrays(valid_predictions(learn, subset), classes), classes)
     t = pd.DataFrame(rows).T
     return pd.concat([t, (t.loc['train'] - t.loc['valid']).rename('gap').to_frame().T])

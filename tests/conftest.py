@@ -1,4 +1,4 @@
-"What all tests share: caches, drawn sets, a trained run, the photographs, and how many threads torch may take."
+"Fixtures of all tests: caches, synthetic sets, a trained run, the photographs, and the number of torch threads."
 
 import os
 from pathlib import Path
@@ -23,6 +23,7 @@ from dr_transfer.synthetic.fundus import make_dr  # noqa: E402  (as above)
 def pytest_configure(config):
     config.addinivalue_line('markers', 'photographs: needs the real photographs in DR_TRANSFER_DATA')
     config.addinivalue_line('markers', 'slow: takes more than some seconds')
+    config.addinivalue_line('markers', 'fastai: trains or builds learners, so another version of fastai matters')
 
 
 # The files that take longest, the longest first: one that began last would keep one worker busy while the others wait.
@@ -43,12 +44,31 @@ LONGEST = (
     'test_onnx',
 )
 
+# The files that call fastai most: CI runs them a second time, with its newest version.
+CALL_FASTAI = (
+    'test_core',
+    'test_training',
+    'test_plans',
+    'test_advisor',
+    'test_data',
+    'test_augment',
+    'test_cli',
+    'test_imports',
+    'test_ordered',
+    'test_texts',
+    'test_explain',
+    'test_metrics',
+    'test_bundle',
+)
+
 
 def pytest_collection_modifyitems(items):
-    "Mark the tests that ask for `data_root`, so that `-m 'not photographs'` leaves them out; long files come first."
+    "Mark tests that need photographs (fixture `data_root`) and tests that call fastai; long files come first."
     for item in items:
         if 'data_root' in getattr(item, 'fixturenames', ()):
             item.add_marker('photographs')
+        if item.path.stem in CALL_FASTAI:
+            item.add_marker('fastai')
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
@@ -66,7 +86,7 @@ def data_root():
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
-    "A cache of its own for each test, so that none finds what another computed."
+    "A separate cache for each test, so that no test uses results of another one."
     folder = tmp_path / 'cache'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(folder))
     return folder
@@ -77,13 +97,13 @@ def cache_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    "The folder of what is drawn and trained once a session."
+    "The folder for sets and models that are made once per session."
     return tmp_path_factory.mktemp('command')
 
 
 @pytest.fixture(scope='session')
 def shared_cache(home):
-    "One memory of the fastest setting for all: a run and its repetition must compute in the same precision."
+    "One stored choice of the fastest runtime for all tests, so that repeated runs have the same precision."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('DR_TRANSFER_CACHE', str(home / 'cache'))
         yield home / 'cache'
@@ -91,27 +111,27 @@ def shared_cache(home):
 
 @pytest.fixture
 def with_shared_cache(cache_dir, shared_cache, monkeypatch):
-    "The shared cache in place of a test's own, for files whose tests compare with runs of the session."
+    "The shared cache, for tests that compare their results with runs of the session."
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(shared_cache))
 
 
 @pytest.fixture(scope='session')
 def eyes(home):
-    "Forty drawn photographs of twenty patients, with labels.csv."
+    "Forty synthetic fundus images of twenty patients, with labels.csv."
     make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1)
     return home / 'eyes'
 
 
 @pytest.fixture(scope='session')
 def flowers(home):
-    "Drawn flowers in three folders of classes."
+    "Synthetic flowers in three folders of classes."
     make_flowers(home / 'flowers', n=27, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     return home / 'flowers'
 
 
 @pytest.fixture(scope='session')
 def weights(home):
-    "A weights file of the network that all the tests train."
+    "A weights file of the network that the tests train."
     import timm
     import torch
     from safetensors.torch import save_file
@@ -124,11 +144,11 @@ def weights(home):
 
 @pytest.fixture(scope='session')
 def said_of_run(home, eyes, weights, shared_cache):
-    "What the training of `run` printed."
+    "The output of the training of `run`."
     return good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
 
 
 @pytest.fixture(scope='session')
 def run(home, said_of_run):
-    "One trained run; not to be changed."
+    "A trained run, which tests must not change."
     return home / 'run'

@@ -1,4 +1,4 @@
-"What the tests of the command share: it runs in this process, and what it prints and writes is read back."
+"Helpers for tests of the command, which runs in this process while its output is captured."
 
 import csv
 import importlib.util
@@ -21,7 +21,7 @@ Said = namedtuple('Said', 'code out err')
 
 
 def cli(*words):
-    "Exit code and what was printed by the command, run in this process."
+    "Run the command in this process and return its exit code and output."
     out = io.StringIO()
     err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -33,14 +33,14 @@ def cli(*words):
 
 
 def good(*words):
-    "What a command that must succeed said."
+    "Return the output of a command that must succeed."
     said = cli(*words)
     assert said.code == 0, said.err
     return said
 
 
 def refused(*words, start='dr_transfer: '):
-    "The one line in which a command says why it fails."
+    "Return the error message, in one line, of a command that must fail."
     said = cli(*words)
     assert said.code in (1, 2), said  # 2: an error in an option
     assert 'Traceback' not in said.err
@@ -60,19 +60,19 @@ def tool(name):
 
 
 def content(folder):
-    "The bytes of every file below a folder, by its path."
+    "Return the bytes of all files below a folder, by path."
     files = [p for p in sorted(Path(folder).rglob('*')) if p.is_file()]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def table(path):
-    "A CSV of predictions, with empty cells as empty strings."
+    "Read a CSV of predictions, with empty cells as empty strings."
     text = {'image': str, 'prediction': str, 'target': str, 'error': str}
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values={})
 
 
 def rows_of(text):
-    "A printed CSV, read without pandas: what a user's own reader gets."
+    "Read a printed CSV with the csv module instead of pandas."
     return list(csv.DictReader(io.StringIO(text)))
 
 

@@ -1,4 +1,4 @@
-"Advice: measured on the images to learn from and on no others, and a plan that runs."
+"Test that the advisor uses the training images only, and that the advised plan runs."
 
 import io
 import json
@@ -33,7 +33,7 @@ ROWS = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 
 @pytest.fixture(scope='session')
 def dots(home):
-    "A table of 80 small pictures, two of each of 40 persons: reddish or greenish noise."
+    "A table of 80 small images, two of each of 40 patients: reddish or greenish noise."
 
     (home / 'dots').mkdir()
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def dots(home):
 
 @pytest.fixture
 def one_network(monkeypatch):
-    "Random weights that are the same every time."
+    "Random weights, the same each time."
     monkeypatch.setattr(advisor, 'whole_body', lambda *a, f=advisor.whole_body: (torch.manual_seed(0), f(*a))[1])
 
 
@@ -124,10 +124,10 @@ def test_the_plan_of_a_scenario():
             assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune']
 
 
-def profile(share=0.25, **folds):
-    rows = {k: dict(zip(('score', 'low', 'high'), fold_interval(v, share))) for k, v in folds.items()}
+def profile(test_ratio=0.25, **folds):
+    rows = {k: dict(zip(('score', 'low', 'high'), fold_interval(v, test_ratio))) for k, v in folds.items()}
     out = pd.DataFrame.from_dict(rows, orient='index')
-    out.attrs = {'metric': 'accuracy', 'share': share, 'folds': folds}
+    out.attrs = {'metric': 'accuracy', 'test_ratio': test_ratio, 'folds': folds}
     return out
 
 
@@ -148,12 +148,12 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 def test_another_stage_only_if_it_is_better_beyond_chance(other, chosen):
     row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
     assert row == chosen
-    assert why == ('no other stage is better beyond chance' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
+    assert why == ('no other stage is significantly better' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
 
 
 def test_a_profile_of_which_nothing_is_known():
     assert advisor._choose_stage(profile(a=np.full(5, np.nan), b=np.full(5, np.nan)), {}, 'a')[0] == 'a'
-    assert 'not at all' in advisor._how_sure(pd.Series({'low': np.nan, 'high': np.nan}))
+    assert 'none' in advisor._confidence(pd.Series({'low': np.nan, 'high': np.nan}))
 
 
 def test_candidates_are_neighbours():
@@ -198,18 +198,18 @@ def test_the_text_says_what_was_measured(dots):
     text = str(a)
     lines = str(a).splitlines()
     assert lines[0] == 'scenario: small'
-    assert f'images: 64, 32 to 32 a class ({LARGE} or more are large)' in lines
-    assert 'distance from natural photographs: unknown, the network remembers nothing' in lines
+    assert f'images: 64, 32 to 32 per class ({LARGE} or more are large)' in lines
+    assert 'distance from natural images: unknown, the network has no BatchNorm statistics' in lines
     assert f'auc {a.profile.loc["stage4"].score:.3f} [' in text
-    assert 'at stage4; no other stage is better beyond chance' in text
+    assert 'at stage4; no other stage is significantly better' in text
     gain, low, high = (a.speed.attrs[k] for k in ('gain', 'gain_low', 'gain_high'))
     assert f'with twice the images: {gain:+.3f} [{low:+.3f}, {high:+.3f}]' in lines
     assert f"advice: plan 'head', {PLANS['head'].about}" in lines
-    assert lines[-1] == f'how sure: {a.sure}'
+    assert lines[-1] == f'confidence: {a.confidence}'
     assert 'nan' not in text
     half = (a.profile.loc['stage4'].high - a.profile.loc['stage4'].low) / 2
-    assert f'{half:.2f}' in a.sure
-    assert a.sure.startswith('fairly' if half < 0.05 else 'not very')
+    assert f'{half:.2f}' in a.confidence
+    assert a.confidence.startswith('good' if half < 0.05 else 'low')
 
 
 def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network):
@@ -226,7 +226,7 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
 
 
 def test_efficientnet_remembers_photographs(eyes):
-    "The default network, whose BatchNorm layers know ImageNet; drawn eyes are unlike it."
+    "The default network, whose BatchNorm statistics come from ImageNet; synthetic fundus images are different."
     a = advise(eyes, 'dr', size=64, runtime='plain')
     assert a.distance > SIMILAR
     assert a.scenario == 'small, different'
@@ -249,7 +249,7 @@ def test_a_transformer(flowers):
 
 
 @pytest.mark.parametrize(
-    'measure, target',
+    'metric, target',
     [
         ('auc', 'referable'),
         ('accuracy', 'grade'),
@@ -264,7 +264,7 @@ def test_targets(eyes, metric, target):
     assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
-# ---------------------------------------------------------------- only the images to learn from
+# ---------------------------------------------------------------- only the images for training
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
 
 
 def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, one_network):
-    "Whatever looks at them, by whatever way."
+    "Every access to the images, by any function."
     t = dots.assign(image=[str(tmp_path / i.rsplit('/', 1)[-1]) for i in dots.image])
     for a, b in zip(dots.image, t.image):
         Image.open(a).save(b)
@@ -327,12 +327,12 @@ def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
     assert (t.group.value_counts() == 2).all()
     assert seen < train_side(dots)
     assert sum(a.counts.values()) == 64
-    assert 'images: 64, 32 to 32 a class (50 or more are large), 44 of them were looked at' in str(a)
-    assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were looked at'
+    assert 'images: 64, 32 to 32 per class (50 or more are large), 44 of them were used' in str(a)
+    assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were used'
 
 
 def test_some_of_a_table(monkeypatch):
-    "About as many as said, drawn by the seed, groups whole; and of a rare class enough to say something."
+    "About the requested number of images, chosen by the seed, with complete groups and enough images of rare classes."
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 300)
     rng = np.random.default_rng(0)
     group = np.sort(rng.integers(0, 700, 2000))
@@ -392,7 +392,7 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
 
 
 def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
-    "Only the second stage knows the class."
+    "Only the features of the second stage depend on the class."
 
     def known(sources, *a, **k):
         y = dots.set_index('image').label[list(sources)].eq('red').to_numpy()
@@ -411,7 +411,7 @@ def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
     assert (a.plan.stage, a.plan.n_stages) == ('stage2', 1)
     assert ' at stage2; +0.' in str(a)
     assert 'against stage4' in str(a)
-    assert a.sure.startswith('fairly')
+    assert a.confidence.startswith('good')
     learn = build_learner(dots, plan=a, **TINY)
     assert (learn.record.stage, learn.record.n_stages) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
@@ -429,7 +429,7 @@ def marked(a):
 
 
 def test_the_figure_marks_the_stages_that_the_text_names_and_not_the_best_score(dots):
-    "The best score may be better by chance alone; then the default stages are advised."
+    "If the best score may be better by chance, the default stages are advised."
     a = advise(dots, **TINY)
     best = next(s for s in a.profile.index if s != a.stages)
     a.profile.loc[best, ['score', 'low', 'high']] = [0.999, 0.99, 1.0]
@@ -448,7 +448,7 @@ def test_advice_names_the_default_plan_with_what_each_gains_and_costs(dots, monk
     b = advise(dots, **TINY)
     assert b.plans.plan.to_dict() == {'advised': 'fine_tune', 'default': 'head'}
     assert b.plans['training passes'].tolist() == [5, 0]
-    assert 'what fine-tuning adds is not measured; 4 forward and 5 training passes' in str(b)
+    assert 'the gain from fine-tuning is not measured; 4 forward and 5 training passes' in str(b)
 
 
 def test_the_picture(dots):
@@ -552,7 +552,7 @@ def test_the_command_advise(tmp_path, flowers, monkeypatch):
     assert lines[1] == 'scenario: small'
     assert lines[-1] == 'figure: flowers_advice.png'
     assert "advice: plan 'head'" in said.out
-    assert 'how sure: ' in said.out
+    assert 'confidence: ' in said.out
     assert [line.split()[0] for line in lines if line.split()[0] in ROWS] == ROWS, 'the score at every depth'
 
 
@@ -592,7 +592,7 @@ def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatc
 
 
 def test_train_as_advised(tmp_path, eyes, monkeypatch):
-    "The advice is that of the same images, the plan stands in the record, and the model comes back."
+    "The advice is for the same images, the record has the plan, and the model can be loaded."
     run = tmp_path / 'run'
     given = {}
 
@@ -642,13 +642,13 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
 
 
 def test_advice_is_for_a_network(flowers):
-    "Without another word the learner is that network; another one is refused"
+    "By default the learner has that network; another one raises an error."
     a = advise(flowers, **TINY)
     learn = build_learner(flowers, size=32, runtime='plain', plan=a)
     assert learn.record.arch == 'test_resnet'
     assert learn.record.weights.kind == 'random'
     other = build_learner(flowers, arch='small_cnn', weights='random', size=32, runtime='plain')
-    with pytest.raises(ValueError, match=r"the backbone 'test_resnet'.*this plan itself"):
+    with pytest.raises(ValueError, match=r"the backbone 'test_resnet'.*plan=PLAN"):
         fit(other, a)
 
 

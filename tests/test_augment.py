@@ -1,4 +1,4 @@
-"What each augmentation keeps of an image, measured over hundreds of draws, and what it leaves alone."
+"Test what each augmentation changes and keeps, over hundreds of random draws."
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # fastai leaves align_corners to torch
 N = 200
 FINITE = [n for n in AUGMENTATIONS if views_of(n)]
-CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}  # those that only lay the pixels anew
+CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}  # those that only rearrange the pixels
 FINITE_CLASSES = {**CLASSES, 'mirror_near': MirrorNear}
 ALL = [(t, m) for t in range(4) for m in (False, True)]  # the eight ways to lay a square picture
 
@@ -37,7 +37,7 @@ def laid(a, turn, mirror):
 
 
 def picture(h=12, w=12):
-    "A picture that is like none of its turns."
+    "An image that differs from all its rotations."
     values = np.random.default_rng(0).permutation(3 * h * w)
     return values.reshape(h, w, 3).astype(np.uint8)
 
@@ -51,7 +51,7 @@ def array(x):
 
 
 def way(a, out):
-    "Which of the eight ways `out` is a picture `a`."
+    "Return by which of the eight turns and mirrorings `out` was made from `a`."
     found = [w for w in ALL if np.array_equal(laid(a, *w), out)]
     assert len(found) == 1, 'not the same pixels' if not found else 'the picture has a symmetry'
     return found[0]
@@ -67,7 +67,7 @@ def as_bytes(x):
 
 
 def draws(tfm, kind, a, n=N):
-    "Pictures as `tfm` lays them: one image at a time, one tensor at a time, or a batch."
+    "Images after `tfm`: one image at a time, one tensor at a time, or a batch."
     if kind == 'batch':
         return [array(o) for o in tfm(batch_of(tensor(a), n), split_idx=0)]
     x = PILImage.create(a) if kind == 'pil' else TensorImage(tensor(a))
@@ -86,7 +86,7 @@ def test_pictures_have_no_symmetry():
 
 @pytest.mark.parametrize('name', CLASSES)
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
-def test_no_draw_is_any_other_than_the_named_views(name, kind):
+def test_random_views_are_only_the_named_views(name, kind):
     torch.manual_seed(1)
     a = picture()
     ways = [way(a, o) for o in draws(CLASSES[name](), kind, a)]
@@ -109,7 +109,7 @@ def test_the_pixels_are_the_same_ones(name, kind):
 
 @pytest.mark.parametrize('name', FINITE_CLASSES)
 def test_draws_are_the_views_of_the_table(name):
-    "The transform and the features that are cached of all views must be of the same pictures."
+    "The transform and the features that are cached of all views must be of the same images."
     x = tensor(picture())
     views = {as_bytes(v(x)) for v in VIEWS[name]}
     transform = FINITE_CLASSES[name]()
@@ -226,7 +226,7 @@ def test_oblong_images(shape):
     seen = {way(a, out) for out in draws(QuarterTurns(), 'pil', a, 60)}
     assert seen == ALLOWED['quarter_turns']
     batch = batch_of(tensor(a), 40)
-    with pytest.raises(ValueError, match=r'a turned batch needs square images, not .*: resize them first'):
+    with pytest.raises(ValueError, match=r'quarter turns of a batch need square images, not .*: resize them first'):
         QuarterTurns()(batch, split_idx=0)
     for t in (Mirror(), MirrorNear()):
         assert t(batch, split_idx=0).shape == batch.shape
@@ -374,12 +374,12 @@ def test_each_of_four_views_as_often_as_the_others(kind, dtype):
     ids=['PIL', 'one', 'batch', 'palette'],
 )
 def test_masks_are_not_enlarged(mask):
-    "Not by chance in one of two draws either, and not beside an image."
+    "Not in one of two random draws either, and not outside the image."
     images = TensorImage(torch.zeros(3, 3, 8, 8))
     image = images if mask.shape == (3, 8, 8) else PILImage.create(scene(8, 8))
     for _ in range(12):
         for b in (mask, (image, mask)):
-            with pytest.raises(ValueError, match="cannot be enlarged by interpolation: take augment='mirror'"):
+            with pytest.raises(ValueError, match="cannot be interpolated: use augment='mirror'"):
                 MirrorNear()(b, split_idx=0)
     assert MirrorNear()((image, mask), split_idx=1)[1] is mask
 
@@ -404,7 +404,7 @@ def test_shape_and_type_are_kept(name):
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
 def test_colours_are_kept_where_the_table_says_so(name, aug):
-    "Of a picture in shades of one hue: its channels stay in proportion, and none gets lighter or darker than it was."
+    "Of an image in shades of one hue: its channels stay in proportion, and none gets lighter or darker than it was."
     shade = 0.2 + 0.7 * random_image(1, 1, 24, 24)
     hue = torch.tensor([1.0, 0.5, 0.2])
     x = shade * hue[:, None, None]
@@ -418,7 +418,7 @@ def test_colours_are_kept_where_the_table_says_so(name, aug):
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
 def test_the_whole_is_kept_where_the_table_says_so(name, aug):
-    "A bright mark in each corner, of which the whole picture shows four in every draw."
+    "A bright mark in each corner, of which the whole image shows four in every draw."
     x = torch.full((3, 24, 24), 0.3)
     for rows in (slice(1, 5), slice(19, 23)):
         for columns in (slice(1, 5), slice(19, 23)):
@@ -476,8 +476,8 @@ def test_the_number_of_views_is_that_of_the_table(name):
         assert len(found) == int(said) == len(VIEWS[views_of(name)])
 
 
-def test_random_crop_takes_at_least_the_least_part():
-    "Measured on ramps: the range of red and green is the share of the width and the height that is seen."
+def test_random_crop_keeps_the_minimum_fraction():
+    "Measured on ramps: the range of red and green is the fraction of the width and the height that is seen."
     out = augmented('random_crop', ramps(torch.linspace(0, 1, 64), 0.0))
     seen = out.amax((2, 3)) - out.amin((2, 3))
     area = seen[:, 0] * seen[:, 1]

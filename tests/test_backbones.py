@@ -1,6 +1,4 @@
-"""Backbones: each chain of stages against the network it was taken from; weights from everywhere,
-and never silently random.
-"""
+"Compare each chain of stages with its original network; load weights from all sources, never silently random ones."
 
 import json
 import os
@@ -44,7 +42,7 @@ TORCHVISION = ['squeezenet1_1', 'mobilenet_v2', 'torchvision.resnet18', 'shuffle
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    "No test may look for a hub, nor find what lies in the caches of this machine"
+    "No test may connect to a hub or use the caches of this machine."
 
     def refuse(*a, **k):
         raise AssertionError('a test went to the network')
@@ -58,7 +56,7 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    "A network with statistics of its own, and its file"
+    "A network with its own statistics, and its file"
     net = network('test_resnet')
     path = tmp_path_factory.mktemp('weights') / 'small.safetensors'
     save_file(net.state_dict(), path)
@@ -78,7 +76,7 @@ def network(name, seed=0):
 
 @torch.no_grad()
 def maps(net, x):
-    "What stands before the classifier, from the network itself"
+    "The input of the classifier, computed by the network itself."
     if hasattr(net, 'forward_features'):
         return (
             net.forward_features(x)
@@ -200,7 +198,7 @@ def all_stages(name):
 
 @pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
 def test_every_stage_can_be_the_last(name, monkeypatch):
-    "The network is built once, and cut in many places"
+    "The network is built once and cut at many stages."
     net = build_network(find_backbone(name)).eval()
     chain = find_chain(net, find_backbone(name))
     monkeypatch.setattr(module, 'build_network', lambda spec: net)
@@ -231,7 +229,7 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
 
 @pytest.mark.parametrize('name', ['test_resnet', 'efficientnet_lite0', 'small_cnn'])
 def test_counted_from_the_end(name):
-    "The neck is not counted: it is asked for by name"
+    "The neck is not counted; it is requested by name."
     own = stage_names(seeded(name))
     assert 'neck' not in own
     for k in (-1, -2, -len(own)):
@@ -282,7 +280,7 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
         create_body('test_resnet', tmp_path / 'less.safetensors', stage='stage2')
 
 
-def test_a_cut_and_a_tap():
+def test_a_cut_and_n_stages():
     "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
     a = seeded('efficientnet_lite0', stage='stage3')
     b = seeded('efficientnet_lite0', stage='stage3', n_stages=2)
@@ -299,14 +297,14 @@ def test_a_cut_and_a_tap():
 
 
 @pytest.mark.parametrize('stage', [None, 'stage2'])
-def test_a_tap_of_nothing_is_refused(stage):
+def test_n_stages_of_nothing_raises_an_error(stage):
     with pytest.raises(ValueError, match='n_stages=0'):
         create_body('test_resnet', 'random', n_stages=0, stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['stage5', 'neck', 'layer1', '', 'Stem', 0, 1, -6, 99])
-def test_places_that_are_none(stage):
-    "The refusal lists the places there are"
+def test_invalid_cuts(stage):
+    "The error lists the stages at which the network can be cut."
     with pytest.raises(ValueError) as e:
         create_body('test_resnet', 'random', stage=stage)
     text = str(e.value)
@@ -331,7 +329,7 @@ def test_the_end_of_what_is_no_chain(stage):
 
 @pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
 @pytest.mark.parametrize(
-    'name,tap',
+    'name,n_stages',
     [
         ('efficientnet_lite0', 2),
         ('efficientnet_lite0', 4),
@@ -685,7 +683,7 @@ def set_first(value):
     ],
 )
 def test_tensors_that_are_no_weights(small, tmp_path, name, change, words):
-    "Named, with the tensor; never taken in silence"
+    "An error that names the file and the tensor; never used silently."
     sd = small[0].state_dict()
     assert name in sd
     torch.save(changed(sd, name, change), tmp_path / 'w.pth')
@@ -752,7 +750,7 @@ def test_files_that_lie(tmp_path, name):
 
 
 def test_an_archive_that_unpacks_to_more(small, tmp_path):
-    "A small file that would fill the memory"
+    "A small file that would need too much memory."
     bomb = tmp_path / 'bomb.pth'
     torch.save(small[0].state_dict(), tmp_path / 'w.pth')
     with zipfile.ZipFile(tmp_path / 'w.pth') as z:
@@ -799,7 +797,7 @@ def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
 
 def test_no_files_of_weights(tmp_path):
     refused(tmp_path / 'gone.pth', tmp_path / 'gone.pth', '.safetensors')
-    refused('Random', 'Random')  # a typing error is no wish for random weights
+    refused('Random', 'Random')  # a typing error does not mean random weights
     refused(tmp_path, tmp_path)
     refused('', 'no weights file')
     for n, content in (
@@ -832,7 +830,7 @@ def test_other_things_in_a_file_are_left_out(small, tmp_path):
     assert same(create_body('test_resnet', w_pth), small[0])
 
 
-# ---------------------------------------------------------------- weights from a hub, and none to be had
+# ---------------------------------------------------------------- weights from a hub that cannot be reached
 
 
 @pytest.mark.parametrize('offline', ['0', '1'])
@@ -1047,7 +1045,7 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
         assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-        assert len(asked) == 5  # a broken memory is measured anew
+        assert len(asked) == 5  # a broken memory is measured again
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
     assert len(asked) == 5
 
@@ -1057,7 +1055,7 @@ def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
     ['[1, 2]', '7', 'null', '"plain"', '{"%s": ["plain"]}', '{"%s": "fast"}', '{"%s": {}}', '[' * 10**5, '\0\0'],
 )
 def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
-    "Named, measured again, and written anew"
+    "An error is reported, and the file is measured and written again."
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     net = nn.Conv2d(3, 4, 3)
     file = cache_dir / 'speed.json'
@@ -1084,7 +1082,7 @@ def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
 
 
 def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
-    "Who measured first decides for both, and what others have chosen is kept"
+    "The first measurement is used by both processes, and other entries are kept."
     net = nn.Conv2d(3, 4, 3)
     file = cache_dir / 'speed.json'
 

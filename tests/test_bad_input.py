@@ -1,5 +1,6 @@
-"""Pictures, tables and words that are wrong or odd, through the whole command:
-one line of error and nothing written, or a row that says what is wrong.
+"""Pass damaged or odd images, tables and arguments to the commands.
+
+The result must be one line of error and no output, or a row with the reason.
 """
 
 import json
@@ -22,7 +23,7 @@ QUICK = (*FAST, '--weights', 'random')
 
 
 def broken(tmp_path, folder, *words, out='run', quick=QUICK):
-    "The error line of a training that must be refused before it starts and leave no trace."
+    "Return the error line of a training that must fail before it starts and write nothing."
     target = tmp_path / out
     before = content(folder)
     beside = sorted(p.name for p in tmp_path.iterdir())
@@ -39,7 +40,7 @@ def broken(tmp_path, folder, *words, out='run', quick=QUICK):
 
 
 def some(folder, flowers, **counts):
-    "A folder of class folders with a few of the drawn flowers each."
+    "A folder of class folders with a few of the synthetic flowers each."
     files = sorted(flowers.rglob('*.jpg'))
     for name, n in counts.items():
         (folder / name).mkdir(parents=True)
@@ -49,7 +50,7 @@ def some(folder, flowers, **counts):
 
 
 def damaged(good_bytes):
-    "The three kinds of files that are no images, by name."
+    "The three kinds of files that are not images, by name."
     return {'text.jpg': b'<html>404 Not Found</html>', 'cut.jpg': good_bytes[: len(good_bytes) // 2], 'empty.jpg': b''}
 
 
@@ -57,7 +58,7 @@ def damaged(good_bytes):
 
 
 def odd_images(source):
-    "The same picture in every form that a camera, a scanner or an editor may leave: name -> (image, how to save it)."
+    "The same image in every form that a camera, a scanner or an editor may leave: name -> (image, how to save it)."
     with Image.open(source) as im:
         rgb = im.convert('RGB').resize((80, 60))
     a = np.asarray(rgb)
@@ -101,7 +102,7 @@ CLASSES = ('daisy', '玫瑰 rose', "tulip's")
 
 @pytest.fixture(scope='session')
 def mixed(home, flowers):
-    """Drawn flowers in three classes with odd images and damaged files among them; a class has a Chinese name,
+    """Synthetic flowers in three classes with odd images and damaged files among them; a class has a Chinese name,
     one a quote.
     """
 
@@ -141,7 +142,7 @@ def test_the_odd_images_are_what_they_are_called(mixed):
             assert im.getexif()[0x0112] == 6
 
 
-def test_training_sets_damaged_files_aside(mixed, mixed_run):
+def test_training_skips_damaged_files(mixed, mixed_run):
     folder, odd, before = mixed
     out, said = mixed_run
     assert content(folder) == before, 'not a byte in the data was changed'
@@ -193,7 +194,7 @@ def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed
 
 
 def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
-    "The same picture in another form gets the same answer: turned by EXIF, in an alpha channel, in CMYK, in 16 bits."
+    "The same image in another form has the same prediction: rotated by EXIF, in an alpha channel, in CMYK, in 16 bits."
     _, odd, _ = mixed
     path = {Path(p).name: Path(p) for p in odd}
     with Image.open(path['turned.png']) as im:
@@ -233,7 +234,7 @@ def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
 @pytest.mark.parametrize('kind', ['lab', 'thin', 'animation', 'huge'])
 @pytest.mark.parametrize('which', ['dr', 'flowers'])
 def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, kind, which):
-    "Whatever is wrong with it, it has a row: a prediction, or an error."
+    "Each damaged file has a row with a prediction or an error."
     image = tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png')
     model = run if which == 'dr' else mixed_run[0]
     if kind == 'lab':
@@ -347,7 +348,7 @@ def no_entry(folder):
 
 
 def test_a_folder_without_permission(tmp_path, flowers, run, monkeypatch):
-    "As an administrator would not meet it: the answer of the system is played."
+    "The error of the system is simulated, because an administrator does not get it."
     data = some(tmp_path / 'data', flowers, daisy=6, rose=6)
     with monkeypatch.context() as m:
         m.setattr(os, 'scandir', no_entry(data / 'rose'))
@@ -426,7 +427,7 @@ def graded(eyes):
         (lambda t: pd.concat([t, t[:1].assign(grade=(t.grade[0] + 1) % 5)]), ['two labels', 'p0000']),
         (lambda t: t.assign(grade=0), ["only one class, 'no'"]),
         (lambda t: t[:0], ['no images']),
-        (lambda t: t.assign(split=['valid', *['train'] * 39]), ['two sides']),
+        (lambda t: t.assign(split=['valid', *['train'] * 39]), ['two subsets']),
         (lambda t: t.assign(split='holdout'), ['holdout']),
     ],
     ids=[
@@ -472,7 +473,7 @@ def test_no_csv(tmp_path, eyes):
 
 
 def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
-    "They are set aside, listed and left where they are; training goes on with the others."
+    "They are skipped, listed and left where they are; training goes on with the others."
     eyes_path = tmp_path / 'eyes'
     shutil.copytree(eyes, eyes_path)
     files = sorted((eyes_path / 'images').iterdir())
@@ -490,7 +491,7 @@ def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
 
 
 def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded):
-    "A validation side without the disease has no sensitivity and no AUC."
+    "A validation set without the disease has no sensitivity and no AUC."
     ill = graded.groupby('patient').grade.transform('max') >= 2
     graded.assign(split=np.where(~ill & (graded.patient > 'p0009'), 'valid', 'train')).to_csv(
         tmp_path / 'l.csv', index=False
@@ -576,7 +577,7 @@ def test_a_demo_that_was_refused_is_not_in_the_way(tmp_path, words, monkeypatch)
 @pytest.mark.parametrize('name', ['w.pth', 'w.pt', 'w.bin', 'w.safetensors', 'w'])
 @pytest.mark.parametrize('way', ['pickle', 'torch', 'tensors'])
 def test_a_malicious_weights_file(tmp_path, flowers, name, way):
-    "It is refused, and its code does not run."
+    "It raises an error, and its code does not run."
     import torch
 
     hit = tmp_path / 'hit'
@@ -630,7 +631,7 @@ def test_weights_in_a_list(tmp_path, flowers):
 
 
 def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch):
-    "Without a network: an error that says where to put the file, and soon."
+    "Without a network: an error that says where to put the file, without a long wait."
     from dr_transfer.models import backbones
 
     monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
@@ -725,10 +726,10 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
     errors = said.err.splitlines()
     assert said.code == 1
     assert len(errors) == 1
-    assert errors[0].startswith('dr_transfer: error: the training diverged in epoch')
+    assert errors[0].startswith('dr_transfer: error: training diverged in epoch')
     assert '--plan random_start' in errors[0]
     assert '--plan head' not in errors[0]
-    assert "warning: the weights are random, and plan 'fine_tune' is made for pretrained ones" in said.out
+    assert "warning: the weights are random, and plan 'fine_tune' is for pretrained weights" in said.out
     assert not (tmp_path / 'run').exists()
 
 
@@ -736,7 +737,7 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
 
 
 def with_split(folder, eyes, split, spoil=''):
-    "The drawn eyes with a split by patient, the images of one subset spoilt."
+    "The synthetic fundus images with a split by patient, the images of one subset spoilt."
     shutil.copytree(eyes, folder)
     t = pd.read_csv(folder / 'labels.csv')
     t['split'] = t.patient.map(split)
@@ -758,9 +759,9 @@ def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
         folder = with_split(tmp_path / name, eyes, split, spoil)
         out = tmp_path / f'{name} run'
         said = good('train', folder, *EYES, *QUICK, '--out', out)
-        start = "no image that can be used is in the split 'valid': "
+        start = "no usable image is in the split 'valid': "
         (line,) = [s for s in said.out.splitlines() if s.startswith(start)]
-        assert line.endswith("are named 'train' become validation images")
+        assert line.endswith("of the split 'train' become validation images")
         assert ('skipped: ' in said.out) == (spoil != '')
         notes = json.loads((out / 'record.json').read_text())['data']['notes']
         assert any('become validation images' in s for s in notes)
@@ -777,7 +778,7 @@ def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
         (
             held_out,
             'train',
-            "no images in the split 'train' \\(valid: 8\\).* 32 are excluded, such as .*: not an image",
+            "no images in the split 'train' \\(valid: 8\\).* 32 are skipped, such as .*: not an image",
         ),
     ],
 )
@@ -798,7 +799,7 @@ def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
 
 
 def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
-    "They are kept for the end; what is named train or valid goes into the folds."
+    "Test images are kept for the final test; images named train or valid are used in the folds."
     from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.cross_validation import fold_tables
 

@@ -1,6 +1,4 @@
-"""The model folder: what is in it, that it comes back as it was, that nothing in it runs,
-and that a changed one is refused.
-"""
+"Test the model folder: its contents, an exact round trip, no code execution, and errors for changed files."
 
 import importlib
 import io
@@ -23,7 +21,7 @@ MARKER = '.dr_transfer.json'  # tells that the folder may be replaced; a model i
 
 @pytest.fixture
 def model(tmp_path, run):
-    "A copy of the trained model, to be spoilt."
+    "A copy of the trained model, to be damaged."
     return shutil.copytree(run / 'model', tmp_path / 'model')
 
 
@@ -33,7 +31,7 @@ def image(eyes):
 
 
 def edit(folder, **change):
-    "Change fields of model.json and sign it anew, as one would who means harm; `None` takes a field out."
+    "Change fields of model.json and its hash, as an attacker would; `None` removes a field."
     from dr_transfer.inference.card import _digest
 
     about = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
@@ -49,7 +47,7 @@ def sign_tensors(folder):
 
 
 def fails(folder, image):
-    "The error of a model that must be refused, the same from the library and from the command; no image is predicted."
+    "Return the error of a damaged model; library and command must agree, and no image is predicted."
     line = refused('predict', folder, image)
     said = cli('predict', folder, image)
     assert said.out == ''
@@ -188,7 +186,7 @@ def test_the_setting_of_the_training_is_chosen_again(run):
 
 @pytest.mark.parametrize('runtime', ['plain', 'channels_last', 'bf16'])
 def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, runtime):
-    "Another machine, or a cache that was cleared, may measure another one to be the fastest."
+    "On another machine, or after the cache was deleted, another runtime may be the fastest."
     import dr_transfer.models.speed as speed
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
@@ -204,7 +202,7 @@ def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monk
 
 
 def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
-    "A setting that has no name, or a training on a GPU, or a model of version 0.1.0."
+    "A runtime that has no name, or a training on a GPU, or a model of version 0.1.0."
     import dr_transfer.models.speed as speed
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
@@ -324,7 +322,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     m = load_model(run / 'model', runtime='plain')
     m_folder.mkdir()
     (m_folder / 'model.json').write_text('old')
-    for overwrite, words in ((False, 'exists already'), (True, 'no mark that dr_transfer made it')):
+    for overwrite, words in ((False, 'exists already'), (True, 'was not created by dr_transfer')):
         with pytest.raises(ValueError, match=words):
             save_model(m, m_folder, overwrite=overwrite)
     assert content(tmp_path) == {'m/model.json': b'old'}
@@ -425,7 +423,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'size': 10**6}, "'size' is 1000000"),
         ({'head': {'hidden': [10**9]}}, "'head.hidden[0]' is 1000000000"),
         ({'head': {'hidden': [100_000] * 10}}, "the tensor '1.3.weight'"),
-        ({'classes': [f'class {i}' for i in range(10**6)]}, 'bytes, and may have'),
+        ({'classes': [f'class {i}' for i in range(10**6)]}, 'bytes, more than the allowed'),
         ({'classes': [f'class {i}' for i in range(20_000)]}, 'of length 2 to 10000'),
         ({'std': [0.2, 0, 0.2]}, "'std[1]' is 0"),
         ({'mean': [0.5, float('nan'), 0.5]}, "'mean[1]' is nan"),
@@ -451,7 +449,7 @@ def test_a_description_that_was_changed_and_signed_anew(tmp_path, model, image, 
 
 
 def test_signing_anew_is_what_lets_a_change_through(model, image):
-    "So that the refusals above are those of the field and not of the signature."
+    "Check that the errors above come from the field and not from the hash."
     before = good('predict', model, image).out
     edit(model)
     assert good('predict', model, image).out == before
@@ -530,7 +528,7 @@ def test_tensors_of_another_model(model, image, weights):
 
 
 def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
-    "A description cannot rebuild it, and a pickle is not an answer."
+    "It cannot be rebuilt from a description, and pickle is not used."
     from torch import nn
 
     from dr_transfer.core import build_learner
@@ -587,7 +585,7 @@ def small():
 
 
 def test_a_model_that_version_0_1_0_trained(tmp_path):
-    """It loads and decides as it did then: the folder was made by 0.1.0 (commit 27c354c) from synthetic images.
+    """It loads and decides as in 0.1.0, which made the folder (commit 27c354c) from synthetic images.
 
     0.1.0 did not write what is positive: for the grades of the task 'dr' it was grade 2 or more.
     """

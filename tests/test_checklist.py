@@ -1,4 +1,4 @@
-"The page of what is done: each line once, each page and each test that it names is there."
+"Test that the checklist has each row once, and that its pages and tests exist."
 
 import ast
 import csv
@@ -15,7 +15,7 @@ with open(ROOT / 'nbs' / 'results' / 'checklist.csv', encoding='utf-8', newline=
 
 @cache
 def names(file):
-    "The tests of a file, without importing it"
+    "Return the names of the tests of a file, without importing it."
     return {
         n.name
         for n in ast.walk(ast.parse((ROOT / 'tests' / file).read_text(encoding='utf-8')))
@@ -29,7 +29,7 @@ def test_every_line_once_and_in_order():
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda r: r['id'])
 def test_pages_and_tests_that_are_named_are_there(row):
-    "Or the line is open, and names neither"
+    "Or the row is open, and has neither."
     assert row['what']
     assert len(row['what']) < 120
     if 'open' in (row['pages'], row['tests']):

@@ -1,4 +1,4 @@
-"Classifiers of features and suspect labels: on synthetic arrays whose truth is known, and on real flowers."
+"Test classifiers on features and suspect labels, on synthetic arrays with known truth and on real flowers."
 
 import sys
 import warnings
@@ -53,7 +53,7 @@ def distance(a, b):
 
 
 def same_parts(folds, others):
-    "Whether two divisions put aside the same rows"
+    "Return whether two divisions hold out the same rows."
     return all(np.array_equal(a, b) for (_, a), (_, b) in zip(folds, others))
 
 
@@ -225,7 +225,7 @@ def test_the_strength_is_the_one_with_the_least_loss():
     x, y = blobs(90, 2, 60, apart=0.3)
     m = FeatureClassifier().fit(x, y).estimator_
     assert min(m.losses_, key=m.losses_.get) == m.C
-    assert module.STRENGTHS[0] < m.C < module.STRENGTHS[-1]
+    assert module.C_VALUES[0] < m.C < module.C_VALUES[-1]
     by_hand = LogisticRegression(C=m.C, tol=1e-6, max_iter=9999)
     rows = StandardScaler().fit_transform(x.reshape(-1, 60))
     by_hand.fit(rows, y.repeat(2), np.full(180, 0.5))
@@ -287,7 +287,7 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     assert len(inner) == folds
     left_out = [last - o for o in inner]
     assert all(left_out)
-    assert sum(map(len, left_out)) == 8  # each group is left out once and as a whole
+    assert sum(map(len, left_out)) == 8  # each group is held out once, with all its rows
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_head(kind, classes):
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
 def test_no_head(kind):
-    with pytest.raises(ValueError, match="Take classifier='logistic' or 'dense'"):
+    with pytest.raises(ValueError, match="Use classifier='logistic' or 'dense'"):
         FeatureClassifier(kind).fit(*blobs()).head()
 
 
@@ -431,7 +431,7 @@ def test_out_of_fold_is_the_loop_that_it_says(groups):
 
 
 def test_a_memory_of_groups_does_not_help():
-    "The class hangs on the patient alone, who can be recognised: what is learnt by heart must not count"
+    "The class depends only on the patient, who can be recognised: memorised patients must not count."
     r = np.random.default_rng(0)
     g = np.arange(80) // 4
     y = (np.arange(20) % 2)[g]
@@ -505,7 +505,7 @@ def test_the_same_picture_under_two_labels(tmp_path):
     assert 1 not in set(t.image)
     assert 61 not in set(t.image)
     reasons = dict(zip(t.image, t.reason))
-    assert reasons[60] == 'the same picture as 0, which has another label, 0'
+    assert reasons[60] == 'the same image as 0, which has another label, 0'
 
 
 def test_copies_are_judged_together(monkeypatch):
@@ -531,7 +531,7 @@ def test_a_picture_of_no_class():
     cautious = FeatureClassifier(LogisticRegression(C=0.003))
     t = suspect_labels(x, y, classifier=cautious, most=150)
     reasons = dict(zip(t.image, t.reason))
-    assert reasons[0].startswith('undecided, or of none of the classes')
+    assert reasons[0].startswith('undecided, or none of the classes')
 
 
 def test_without_cleanlab(monkeypatch):

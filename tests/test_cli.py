@@ -1,6 +1,4 @@
-"""The command from end to end, in this process where that will do: what train, predict and demo write,
-that a seed decides, and Ctrl-C.
-"""
+"Test the commands train, predict and demo from end to end: their outputs, reproducibility, and Ctrl-C."
 
 import json
 import os
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('with_shared_cache')
 # ---------------------------------------------------------------- train
 
 
-def test_a_run_holds_what_is_promised(run):
+def test_contents_of_a_run(run):
     assert sorted(p.name for p in run.iterdir()) == FILES
     assert sorted(p.name for p in (run / 'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
     for name in ('history.png', 'confusion.png'):
@@ -286,7 +284,7 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
 # ---------------------------------------------------------------- predict
 
 
-def test_predict_says_what_training_said(run, tmp_path):
+def test_predict_repeats_the_validation_predictions(run, tmp_path):
     new = tmp_path / 'new'
     t = table(run / 'predictions.csv')
     said = good('predict', run, *t.image, '--out', new / 'p.csv')
@@ -344,7 +342,7 @@ def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
 
 
 def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
-    "What is handed on is the folder `model`; the run around it is not needed."
+    "The folder `model` is sufficient; the rest of the run is not needed."
     shutil.copytree(run / 'model', tmp_path / 'handed on')
     image = sorted((eyes / 'images').iterdir())[0]
     assert good('predict', tmp_path / 'handed on', image).out == good('predict', run, image).out
@@ -354,7 +352,7 @@ def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
 
 
 def test_demo_twice(tmp_path):
-    "The second time nothing is drawn or trained; what is there is never mixed with another set or with a user's files."
+    "The second time nothing is made or trained; existing results are never mixed with other sets or a user's files."
     out = tmp_path / 'demo'
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
@@ -478,7 +476,7 @@ def test_the_version():
 )
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
-    "No half of a run; and with --overwrite the old one stays whole."
+    "No incomplete run; and with --overwrite the old one is kept."
     out = tmp_path / 'run'
     if old:
         from dr_transfer.utils.files import new_folder
@@ -520,7 +518,7 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     ],
 )
 def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
-    "The model is written first, and kept beside where the run would be."
+    "The model is written first, and kept in the parent folder of the run."
     import dr_transfer.inference.saved_model  # noqa: F401
 
     def fail(*a, **k):
@@ -544,7 +542,7 @@ def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, r
 
 @pytest.mark.parametrize('command', ['predict', 'evaluate'])
 def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, monkeypatch, command):
-    "Hours of work are not lost because the disk has filled up in the meantime."
+    "A full disk does not lose hours of work."
     import pathlib
 
     write = pathlib.Path.write_bytes
@@ -661,7 +659,7 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
 
 
 def test_the_examples_of_the_help_can_be_typed():
-    "Each is accepted as it stands, and each backbone in them has pretrained weights"
+    "Each command is accepted, and each backbone in it has pretrained weights."
     from dr_transfer.cli import _parser
     from dr_transfer.models.registry import find_backbone
 

@@ -1,8 +1,8 @@
-"""Code that a reader of the site sees fits beside the sidebar of a page of 1,100 px, so that no line wraps.
+"""Test that the code on pages of the site fits beside the sidebar of a page of 1,100 px, without wrapping.
 
-The number was measured with chromium: in the font of nbs/styles.css (12.9 px, 7.77 px a character) 89 characters fit
-into the code block of a page of 1,100 px. ruff formats the tutorials to it (`.ruff.toml` beside them); most of the code
-of the studies is hidden.
+The limit was measured with chromium: in the font of nbs/styles.css (12.9 px, 7.77 px per character) 89 characters fit
+into the code block of a page of 1,100 px. ruff formats the tutorials to this width (`nbs/tutorials/.ruff.toml`).
+Most code of the studies is hidden.
 """
 
 import json
@@ -25,7 +25,7 @@ FENCED = re.compile(r'^```[^\n]*\n(.*?)^```', re.M | re.S)
 
 
 def shown(page):
-    "The lines of code that the page shows: of its cells, and between the fences of its prose."
+    "Return the lines of code that the page shows: of its cells, and of code blocks in its text."
     for cell in json.loads(page.read_text(encoding='utf-8'))['cells']:
         text = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':

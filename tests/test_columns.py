@@ -1,4 +1,4 @@
-"What a user brings in a table is never taken for what a model predicted"
+"Test that a column of the user is never mistaken for a prediction of the model."
 
 import re
 from pathlib import Path
@@ -333,7 +333,7 @@ TWO = ['no', 'ill']
 @pytest.mark.parametrize(
     'change, words',
     [
-        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is no number"),
+        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is not a number"),
         (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
         (dict(target='severe'), r"the target 'severe' is no class"),
         (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
@@ -378,7 +378,7 @@ def test_what_no_interval_can_be_made_of_is_refused_before_the_work(arguments, w
 
 
 def test_an_empty_table_is_an_error():
-    with pytest.raises(ValueError, match='no row'):
+    with pytest.raises(ValueError, match='is empty'):
         measure_table(predictions()[:0], TWO)
 
 
@@ -392,7 +392,7 @@ def test_measures_are_known_before_anything_is_trained():
         assert main_metric(metric_names(classes)) in metric_names(classes)
     assert set(metric_names()) == {'accuracy', 'auc', 'kappa', 'calibration error'}
     assert main_metric(name='kappa') == 'kappa'
-    with pytest.raises(ValueError, match="measure 'nope'"):
+    with pytest.raises(ValueError, match="metric 'nope'"):
         main_metric(name='nope')
     with pytest.raises(ValueError, match='accuracy'):
         main_metric(['kappa'])
@@ -424,14 +424,14 @@ def test_intervals_say_what_they_are_over():
     ],
 )
 def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
-    "A line of an epoch said sensitivity 0.742 beside 'operating point ... 90 % or more'"
+    "The output of an epoch had sensitivity 0.742 together with 'operating point ... 90 % or more'."
     from dr_transfer.inference.run import validation_table
 
     notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
     assert notes == [
         f'{len(predictions())} validation images, predictions {how}',
         '95 % intervals over 30 groups (patients)',
-        'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class',
+        'sensitivity and specificity are those at the operating point, accuracy is that of the most probable class',
     ]
 
 
@@ -439,7 +439,7 @@ def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
     'classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
 )
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
-    "The class that is to be found may be called 'no', or begin with 'not'."
+    "The positive class may be called 'no', or begin with 'not'."
     t = predictions(classes=classes)
     found = by_patient(t, classes)
     assert list(patient_classes(classes)) == classes

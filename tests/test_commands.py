@@ -1,4 +1,4 @@
-"preprocess, evaluate and cross-validate, from the command line; and that a run keeps its decision"
+"Test preprocess, evaluate and cross-validate from the command line, and that a run keeps its decision."
 
 import json
 import shutil

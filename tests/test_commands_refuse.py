@@ -1,4 +1,4 @@
-"What the commands refuse before the work, whatever lies where a file is expected; and what they say of contradictions."
+"Test errors that commands raise before they start, and their messages about contradictions."
 
 import os
 import re
@@ -102,7 +102,7 @@ def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
         ('t.toml', '#' * 2_000_000, 'bytes'),
         ('t.toml', 'name="x"\nsize=0', 'size=0'),
         ('t.toml', 'name="x"\nnope=1', 'nope'),
-        ('t.py', 'raise SystemExit(3)', 'stops with SystemExit'),
+        ('t.py', 'raise SystemExit(3)', 'raises SystemExit'),
         ('t.py', 'def', 'SyntaxError'),
         ('t.py', 'x = 1', 'no Task'),
     ],
@@ -304,8 +304,8 @@ def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
 @pytest.mark.parametrize(
     'wrong, words',
     [
-        (dict(valid='x'), "valid='x': give a share"),
-        (dict(valid=True), 'valid=True: give a share'),
+        (dict(valid='x'), "valid='x': give a fraction"),
+        (dict(valid=True), 'valid=True: give a fraction'),
         (dict(weights=5), 'weights=5: give a'),
         (dict(arch=5), "unknown backbone '5'"),
         (dict(arch=['resnet18']), 'unknown backbone'),
@@ -336,7 +336,7 @@ def test_a_class_that_may_be_two_is_told(labels, told):
 
     t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
     assert t.attrs['notes'] == (
-        [f"labels: '{told}' is taken for one class; several labels in one cell are not supported"] if told else []
+        [f"labels: '{told}' is treated as one class; several labels in one cell are not supported"] if told else []
     )
 
 
@@ -354,7 +354,7 @@ def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
     cut.write_bytes(before[:-9])
     gone.unlink()
     with pytest.warns(
-        TransferWarning, match=f'2 results in .* had been changed or removed .*first: {first.file[1]}.*made again'
+        TransferWarning, match=f'2 results in .* were changed or removed .*first: {first.file[1]}.*made again'
     ):
         preprocess_folder(eyes, small, how)
     assert cut.read_bytes() == before

@@ -1,6 +1,4 @@
-"""CSV files: what is written comes back and starts nothing in a spreadsheet; what is read is what was meant,
-or an error names the line.
-"""
+"Test CSV files: a round trip without formulas, and an error that names the line if a file cannot be read."
 
 import csv
 import io
@@ -181,8 +179,8 @@ def test_what_is_meant_is_read(tmp_path, text, found):
         ('image,label\n' + '0.png,a\n' + '"1.png,a\n' + 'x.png,b\n' * 9 + '2.png",a\n', 'lines 3 to 13 are one row'),
         ('image,label\n1.png,"a\n2.png,b\n', 'line 2 does not end'),
         ('image,label\n1.png,"a" b\n', 'is followed by other text'),
-        ('grade, grade\n1,2\n', "two columns with one name, 'grade' and 'grade'"),
-        ('image,x,image \n1,2,3\n', 'two columns with one name'),
+        ('grade, grade\n1,2\n', "two columns with the same name, 'grade' and 'grade'"),
+        ('image,x,image \n1,2,3\n', 'two columns with the same name'),
         ('', 'it is empty'),
         ('\n  \n', 'it is empty'),
         ('a,b\n1,\0\n', 'line 2 has NUL characters'),
@@ -219,7 +217,7 @@ def test_only_regular_files_are_opened(tmp_path):
 @pytest.mark.parametrize(
     'limit,value,why',
     [
-        ('MAX_CSV_BYTES', 5, 'may have'),
+        ('MAX_CSV_BYTES', 5, 'allowed'),
         ('MAX_ROWS', 1, 'more than 1 rows'),
     ],
 )
@@ -243,7 +241,7 @@ def test_known_columns():
         'p_id'
     ]  # one without content is not preferred
     assert known_columns(t.assign(PID='d'), ('patientid', 'pid'))[0] == 'Patient-ID'
-    with pytest.raises(CsvError, match="'p_id' and 'PID' could both be meant"):
+    with pytest.raises(CsvError, match="'p_id' and 'PID' both match"):
         known_columns(t.assign(PID='d'), ('pid', 'patientid'))
 
 

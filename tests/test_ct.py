@@ -1,6 +1,4 @@
-"""CT: volumes of any orientation and spacing, windows and planes, drawn chests,
-and the whole way from a table of places to predictions.
-"""
+"Test CT volumes of any orientation and spacing, windows, planes, synthetic chests, and training on them."
 
 import os
 from itertools import product
@@ -208,7 +206,7 @@ def test_large_pixels_are_means_of_voxels():
 @pytest.mark.parametrize(
     'make, words',
     [
-        (lambda: Volume(np.zeros((2, 3)), (1, 1, 1)), 'no volume'),
+        (lambda: Volume(np.zeros((2, 3)), (1, 1, 1)), 'not a volume'),
         (lambda: Volume(np.zeros((2, 3, 4)), (1, 1)), 'three numbers'),
         (lambda: Volume(np.zeros((2, 3, 4)), (1, -1, 1)), 'three numbers'),
         (lambda: Volume(np.zeros((2, 3, 4)), (1, 1, 1), (0, np.nan, 0)), 'three numbers'),
@@ -323,11 +321,11 @@ def test_nifti_that_says_too_little_is_refused(tmp_path):
     cube = np.zeros((3, 4, 5), np.int16)
     tilt = np.eye(4)
     tilt[1:3, 1:3] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
-    with pytest.raises(ValueError, match='does not say where left and right are'):
+    with pytest.raises(ValueError, match='does not define left and right'):
         read_volume(saved(cube, np.eye(4), 0))
     with pytest.raises(ValueError, match=r'tilted by 11.5 degrees'):
         read_volume(saved(cube, tilt))
-    with pytest.raises(ValueError, match='is no volume'):
+    with pytest.raises(ValueError, match='is not a supported volume'):
         read_volume(saved(np.zeros((3, 4, 5, 2), np.int16), np.eye(4)))
     (tmp_path / 'b.nii').write_text('no image')
     with pytest.raises(ValueError, match='cannot be read as NIfTI'):
@@ -384,7 +382,7 @@ def test_a_series_that_is_none_is_refused(tmp_path):
     (tmp_path / 'none').mkdir()
     for name, words in (
         ('gap', 'slices are missing'),
-        ('twice', 'lie at the same place'),
+        ('twice', 'have the same position'),
         ('two', '2 series: .*thick'),
         ('mr', 'of the kind MR'),
         ('one', 'one slice only'),
@@ -424,7 +422,7 @@ def test_numpy_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             read_volume(tmp_path / name)
-    with pytest.raises(ValueError, match='leave spacing='):
+    with pytest.raises(ValueError, match='omit spacing='):
         read_volume(a_npz, (9, 9, 9))
 
 
@@ -435,7 +433,7 @@ def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
     nibabel.save(nibabel.Nifti1Image(hu, np.eye(4)), tmp_path / 'a.nii')
     np.savez(tmp_path / 'a.npz', hu=hu, spacing=(1, 1, 1))
     for name in ('a.nii', 'a.npz'):
-        with pytest.raises(ValueError, match='36 voxels are no numbers'):
+        with pytest.raises(ValueError, match='36 voxels are not numbers'):
             read_volume(tmp_path / name)
 
 
@@ -505,7 +503,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch,
         read_volume(tmp_path / name)
 
 
-# ---------------------------------------------------------------- drawn chests
+# ---------------------------------------------------------------- synthetic chests
 
 
 def voxel(truth, place):
@@ -594,7 +592,7 @@ def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_
     assert (slices.groupby('patient').label.agg(lambda labels: len(set(labels) - {'normal'})) <= 1).all()
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_path):
@@ -706,7 +704,7 @@ def test_the_froc_is_that_of_counting():
 @pytest.mark.parametrize(
     'kw, words',
     [
-        ({'views': 0}, 'how many pictures'),
+        ({'views': 0}, 'the number of images'),
         ({'side': -1}, 'millimetres and pixels'),
         ({'window': 'fat'}, 'unknown window'),
     ],
@@ -748,7 +746,7 @@ def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_pa
 def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
     "Whatever its columns are: the folder has no mark that it was made here."
     (tmp_path / 'labels.csv').write_text(text)
-    with pytest.raises(ValueError, match='no mark that it is a pictures folder'):
+    with pytest.raises(ValueError, match='is not a pictures folder'):
         candidate_images(drawn[1], drawn[0], tmp_path)
     assert (tmp_path / 'labels.csv').read_text() == text
     assert not (tmp_path / 'images').exists()
@@ -787,5 +785,5 @@ def test_a_split_that_divides_a_patient_is_refused(drawn, tmp_path):
 
     folder, candidates, _ = drawn
     candidate_images(candidates.assign(split=['train', 'valid'] * 50), folder, tmp_path / 'p')
-    with pytest.raises(ValueError, match='stand on two sides of the split'):
+    with pytest.raises(ValueError, match='are in two subsets'):
         build_learner(tmp_path / 'p', 'ct_nodes', 'small_cnn', 'random', size=32)

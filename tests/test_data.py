@@ -1,4 +1,4 @@
-"Tasks: what is learnt, how an image is read, what a batch holds."
+"Test tasks: targets, how images are read, and the contents of batches."
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def read(task, name):
     return torch.from_numpy(np.array(read_image(name, task.size, task.reader, task.fit))).permute(2, 0, 1)
 
 
-# ---------------------------------------------------------------- what is learnt
+# ---------------------------------------------------------------- what is predicted
 
 
 def test_known_tasks():
@@ -358,7 +358,7 @@ def test_validation_batches_are_not_augmented(dr, augment):
         assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
     first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
     read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
-    assert not torch.equal(pixels(first), read_as)  # the training side is
+    assert not torch.equal(pixels(first), read_as)  # the training set is
 
 
 def test_normalised_as_asked(dr):
@@ -397,7 +397,7 @@ def test_a_set_smaller_than_a_batch(dr):
     assert len(dls.train.one_batch()[0]) == (t.split == 'train').sum()
 
 
-# ---------------------------------------------------------------- labels that are no classes
+# ---------------------------------------------------------------- labels that are not classes
 
 
 @pytest.mark.parametrize('label', ['0_1', '1_0', 'nan', '1e400', '٢', '1,0', '0x1', ''])
@@ -428,10 +428,10 @@ def test_numbers_that_are_measured_are_no_classes():
         encode_target(t.assign(label=[f'{i % 6}.5' for i in range(60)]), Target('class'))
     assert encode_target(t.assign(label=[str(i % 6) for i in range(60)]), Target('class')).attrs['notes'] == []
     many = encode_target(pd.concat([t] * 4), Target('class'))
-    assert '60 numbers are taken for the names of 60 classes' in many.attrs['notes'][0]
+    assert '60 numbers are treated as the names of 60 classes' in many.attrs['notes'][0]
 
 
 @pytest.mark.parametrize('n', [-1, 1.5, '2', 1000])
 def test_numbers_of_workers_that_are_none(dr, n):
-    with pytest.raises(ValueError, match=r'num_workers=.*give how many processes'):
+    with pytest.raises(ValueError, match=r'num_workers=.*give the number of processes'):
         loaders(dr, num_workers=n)

@@ -1,6 +1,4 @@
-"""Fully connected layers as convolutions: the same logits at the native size,
-and for each window of a larger image those of the window.
-"""
+"Test fully connected layers as convolutions: equal logits at the native size, and for each window of a larger image."
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from dr_transfer.models.networks import CifarNet
 
 
 def stirred(net):
-    "BatchNorm with numbers of its own"
+    "BatchNorm with its own values"
     torch.manual_seed(1)
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -58,7 +56,7 @@ def parts(name):
         ('resnet18', 7),
     ],
 )
-def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_image(name, side):
+def test_score_maps_of_the_networks_of_the_texts(name, side):
     net, inner, end = parts(name)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     everywhere = as_convolutions(end, (side, side))
@@ -81,7 +79,7 @@ def test_networks_of_the_texts_say_the_same_at_their_size_and_more_on_a_larger_i
         ('efficientnet_lite0', 96),
     ],
 )
-def test_a_model_says_of_each_window_of_a_map_what_its_head_says_of_it(arch, size, head):
+def test_each_position_of_a_score_map_equals_the_head_on_its_window(arch, size, head):
     torch.manual_seed(0)
     stages = create_body(arch, 'random')
     stages = stirred(stages)

@@ -1,4 +1,4 @@
-"The tools that build the site and the README, and the site itself where it has been built."
+"Test the tools that build the site and the README, and the site itself if it has been built."
 
 import json
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_sidebar_lists_every_notebook():
 
 
 def test_site_has_a_page_for_every_notebook_and_name():
-    "Of the site that was built last; `make docs` builds it, and checks its links."
+    "Check the site that was built last; `make docs` builds it and checks its links."
     pytest.importorskip('nbdev')
     built = ROOT / '_docs' / 'index.html'
     sources = [p for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('.')] + [ROOT / '_quarto.yml']

@@ -1,4 +1,4 @@
-"The functions that users call most say what comes back, what is raised and how they are called, and the examples run."
+"Test that the most important functions document return values and errors, and that their examples run."
 
 import ast
 import doctest
@@ -31,7 +31,7 @@ NAMES = (
 
 
 class LastLines(doctest.OutputChecker):
-    "What an example prints on its way is not compared, only the value that it ends with."
+    "Compare only the last value of an example, not the lines that it prints before."
 
     def check_output(self, want, got, optionflags):
         return not want or got.endswith(want)
@@ -88,7 +88,7 @@ def test_the_examples_run(name, folder, fit_once, monkeypatch):
 
 
 def test_the_site_shows_the_sections_once():
-    "The parameters in the signature, the sections below it."
+    "The parameters are in the signature, and the sections are below it."
     pytest.importorskip('nbdev')
     text = tool('show_sections').SectionsRenderer(dt.build_learner)._repr_markdown_()
     for title in ('Returns', 'Raises', 'Notes', 'Examples'):

@@ -1,4 +1,4 @@
-"Learning curves, training curves and comparisons: fair sides, known answers, nothing trained twice, and the command."
+"Test learning curves, training curves and comparisons: equal conditions, known results, no repeated training."
 
 import itertools
 import shutil
@@ -71,7 +71,7 @@ def trainings(monkeypatch):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_nobody_is_on_two_sides_and_small_sets_are_parts_of_larger_ones(labelled, seed):
+def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labelled, seed):
     t = unseen_split(labelled, labelled.group.to_numpy(), seed=seed)
     assert (t.groupby('group').split.nunique() == 1).all()
     assert set(t.split) == {'train', 'valid', 'test'}
@@ -340,7 +340,7 @@ def test_a_curve_that_dips_does_not_count_twice():
     assert w.images_needed.tolist() == pytest.approx([50, 50, 100, 200])
 
 
-def test_table_and_picture_of_a_curve():
+def test_table_and_figure_of_a_curve():
     runs = curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=(0.5, 0.55, 0.6, 0.6), noise=0.01)
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)

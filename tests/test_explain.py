@@ -1,4 +1,4 @@
-"First filters and their score, stages, and Grad-CAM against maps by hand, on every family of networks."
+"Test first-layer filters and their score, activations, and Grad-CAM compared with maps by hand."
 
 import sys
 from importlib.util import find_spec
@@ -15,16 +15,16 @@ from dr_transfer.explain.activations import (
     activation_table,
     evaluating,
     filter_table,
-    first_filters,
+    first_layer_filters,
     gabor_bank,
     gabor_fraction,
     model_parts,
     nearest_images,
-    neighbour_table,
+    neighbor_table,
     plot_activations,
     plot_filters,
     plot_nearest,
-    plot_neighbours,
+    plot_neighbors,
 )
 from dr_transfer.explain.grad_cam import (
     grad_cam,
@@ -98,9 +98,9 @@ def batch(model, *images):
 def test_the_first_filters_are_found_and_random_ones_score_as_chance(arch, shape):
     torch.manual_seed(1)
     body = create_body(arch, 'random')
-    w = first_filters(body)
+    w = first_layer_filters(body)
     assert w.shape == shape
-    assert np.array_equal(w, first_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity()))))
+    assert np.array_equal(w, first_layer_filters(SimpleNamespace(model=nn.Sequential(body, nn.Identity()))))
     if shape[-1] > 11:
         return
     t = filter_table({'it': w}, n=40).loc['it']
@@ -112,7 +112,7 @@ def test_the_first_filters_are_found_and_random_ones_score_as_chance(arch, shape
 @pytest.mark.parametrize('arch', ['efficientnet_lite0', 'mobilenet_v2', 'squeezenet1_1'])
 def test_pretrained_filters_are_more_edge_like_than_random_ones(arch):
     try:
-        w = first_filters(create_body(arch))
+        w = first_layer_filters(create_body(arch))
     except WeightsError:
         pytest.skip(f'the weights of {arch} are not on this machine')
     t = filter_table({'pretrained': w, 'random': np.random.default_rng(0).normal(size=w.shape)}, n=60)
@@ -146,7 +146,7 @@ def test_what_has_no_first_filters_is_refused():
         (nn.Conv2d(8, 8, 3), '8 channels'),
     ):
         with pytest.raises(ValueError, match=words):
-            first_filters(net)
+            first_layer_filters(net)
     with pytest.raises(ValueError, match='only filters of zeros'):
         filter_table({'dead': np.zeros((4, 3, 3, 3))}, n=2)
     grey = np.random.default_rng(0).normal(size=(5, 1, 3, 3))
@@ -164,7 +164,7 @@ def test_activations_are_those_of_the_stages():
     t = activation_table(m, images)
     assert list(t.index) == stage_names(m.model[0])
     assert t.channels.tolist() == [x.shape[1] for x in maps]
-    assert t.side.tolist() == [x.shape[-1] for x in maps]
+    assert t['size'].tolist() == [x.shape[-1] for x in maps]
     assert np.allclose(t['mean'], [float(x.abs().mean()) for x in maps], rtol=1e-4)
     assert np.allclose(t.active, [float((x > 0).float().mean()) for x in maps])
     each = activation_table(m, images, ['a', 'b', 'a'])
@@ -172,7 +172,7 @@ def test_activations_are_those_of_the_stages():
     assert len(plot_activations(m, images[:2]).axes) == 2 * (1 + len(t))
     with pytest.raises(ValueError, match='no images'):
         activation_table(m, [])
-    with pytest.raises(ValueError, match='no chain of stages'):
+    with pytest.raises(ValueError, match='not a chain of stages'):
         activation_table(image_model('test_vit', size=160), images)
 
 
@@ -192,12 +192,12 @@ def test_neighbours_by_hand_and_their_chance():
     f = extract_features(images, Body(create_body('small_cnn', 'random')), 32)
     labels = ['red' if i % 2 else 'blue' for i in range(12)]
     groups = [i // 4 for i in range(12)]
-    t = neighbour_table(f, labels, k=3, groups=groups, n=50)
+    t = neighbor_table(f, labels, k=3, groups=groups, n=50)
     assert list(t.index) == list(f.stages)
     assert np.allclose(t.chance, 0.5)
     assert t.value.iloc[0] == 1
     assert ((t.low <= t.value) & (t.value <= t.high)).all()
-    assert np.allclose(neighbour_table(f, labels, k=3, n=5).chance, 5 / 11)
+    assert np.allclose(neighbor_table(f, labels, k=3, n=5).chance, 5 / 11)
     near = nearest_images(f, 5, k=4, groups=groups)
     a = f.numpy('stem').mean(1)
     a = a - a.mean(0)
@@ -207,19 +207,19 @@ def test_neighbours_by_hand_and_their_chance():
     assert [images.index(i) for i in stem.image] == [5, *np.argsort(-s)[:4]]
     assert np.allclose(stem.similarity[1:], np.sort(s)[::-1][:4], atol=1e-5)
     assert plot_nearest(near, size=40).size == (5 * 40, len(f.stages) * 40)
-    assert plot_neighbours({'class': t}).axes
+    assert plot_neighbors({'class': t}).axes
     for call, words in (
         (lambda: nearest_images(f, 12), 'there are 12 images'),
-        (lambda: nearest_images(f, 0, k=9, groups=groups), '8 others of another group'),
-        (lambda: neighbour_table(f, labels[:3]), '3 labels for 12'),
-        (lambda: neighbour_table(f, labels, k=12), 'only 11 others'),
+        (lambda: nearest_images(f, 0, k=9, groups=groups), '8 images of other groups'),
+        (lambda: neighbor_table(f, labels[:3]), '3 labels for 12'),
+        (lambda: neighbor_table(f, labels, k=12), 'only 11 images of other groups'),
         (lambda: nearest_images(f, 0, stages='stage9'), 'unknown stage'),
     ):
         with pytest.raises(ValueError, match=words):
             call()
 
 
-# ---------------------------------------------------------------- heat
+# ---------------------------------------------------------------- Grad-CAM
 
 needs_captum = pytest.mark.skipif(find_spec('captum') is None, reason='the extra explain is not installed')
 CHAINS = [
@@ -300,7 +300,7 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
         ('test_mambaout', 64),
     ],
 )
-def test_transformers_have_heat_on_their_tokens(arch, size):
+def test_transformers_have_grad_cam_on_their_tokens(arch, size):
     m = image_model(arch, size=size)
     im = picture(size)
     torch.nn.init.normal_(m.model[1][-1].weight)
@@ -375,12 +375,12 @@ def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
     model = load_model(save_model(learn, tmp_path / 'model'), 'plain')
     im = learn.table.image.iloc[0]
     assert np.allclose(grad_cam(learn, im, 'referable'), grad_cam(model, im, 'referable'), atol=1e-5)
-    assert np.array_equal(first_filters(learn), first_filters(model))
+    assert np.array_equal(first_layer_filters(learn), first_layer_filters(model))
     assert activation_table(learn, [im]).equals(activation_table(saved(learn), [im]))
     t = valid_predictions(learn)
     wrong = t.assign(target=['referable' if p == 'no' else 'no' for p in t.prediction])
     assert grad_cam_sheet(model, wrong.head(2), n=2, size=50).size == (200, 50)
-    with pytest.raises(ValueError, match='no mistake'):
+    with pytest.raises(ValueError, match='no errors to show'):
         grad_cam_sheet(model, t.assign(target=t.prediction))
     assert plot_grad_cam(model, [im, im], stages=(None, 'stage3'), size=50).size == (150, 100)
 
@@ -411,7 +411,7 @@ def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
     assert not np.array_equal(*hot)
 
 
-def test_heat_on_a_mask_and_its_chance_levels():
+def test_grad_cam_on_a_mask_and_its_chance_levels():
     rng = np.random.default_rng(0)
     masks = np.zeros((8, 16, 16), bool)
     for m in masks:
@@ -420,31 +420,31 @@ def test_heat_on_a_mask_and_its_chance_levels():
     perfect = grad_cam_table(masks * 0.7, masks, n=50)
     flat = grad_cam_table(np.ones(masks.shape), masks, n=50)
     blank = grad_cam_table(0.0 * masks, masks, n=50)
-    assert perfect.loc['share of the heat'].value == pytest.approx(1)
-    assert perfect.loc['hottest pixel'].value == 1
-    assert perfect.loc['more than the others'].low > 0.3
+    assert perfect.loc['fraction of Grad-CAM on the mask'].value == pytest.approx(1)
+    assert perfect.loc['maximum on the mask'].value == 1
+    assert perfect.loc['more than other images'].low > 0.3
     for k in (
-        'share of the heat',
-        'chance: share of the area',
-        'chance: heat of the others',
-        'chance: own heat, turned',
+        'fraction of Grad-CAM on the mask',
+        'chance: fraction of the area',
+        'chance: Grad-CAM of other images',
+        'chance: Grad-CAM rotated',
     ):
         assert flat.loc[k].value == pytest.approx(1 / 16)
-    assert blank.loc['without heat'].value == 1
-    assert blank.loc['hottest pixel'].value == 0
-    assert np.isnan(blank.loc['share of the heat'].value)
+    assert blank.loc['without positive evidence'].value == 1
+    assert blank.loc['maximum on the mask'].value == 0
+    assert np.isnan(blank.loc['fraction of Grad-CAM on the mask'].value)
     field = np.zeros((16, 16), bool)
     field[:, :8] = True
     d = grad_cam_on_mask(np.ones((16, 16)), masks[0] | ~field, field)
     assert d['area'] == (masks[0] & field).mean() * 2
-    assert d['share'] == pytest.approx(
+    assert d['fraction'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
-    )  # heat outside the field counts against
+    )  # Grad-CAM outside the field counts against
     assert plot_grad_cam_tables({'a': perfect, 'b': flat}).axes
     for call, words in (
         (lambda: grad_cam_on_mask(np.ones((4, 4)), masks[0]), 'as the model reads it'),
         (lambda: grad_cam_on_mask(np.ones((16, 16)), 0 * masks[0]), 'mask is empty'),
-        (lambda: grad_cam_table(masks[:2], masks[:2]), 'three at least'),
+        (lambda: grad_cam_table(masks[:2], masks[:2]), '3 or more'),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -1,6 +1,4 @@
-"""What a frozen network says of an image: against the same thing computed by hand; computed once,
-and again when anything changed.
-"""
+"Compare features of a frozen network with those by hand; test that they are computed once, and after changes."
 
 import json
 import os
@@ -50,7 +48,7 @@ FIVE = (0.5,) * 3, (0.5,) * 3
 
 
 def nearer(x):
-    "The middle 78 %, enlarged, as `interpolate` has it"
+    "The central 78 %, enlarged with `interpolate`."
     n = x.shape[-1]
     e = round(n * 0.11)
     return torch.nn.functional.interpolate(x[..., e : n - e, e : n - e], (n, n), mode='bilinear', antialias=True)
@@ -114,7 +112,7 @@ def drawn(x):
 
 @contextmanager
 def counting(body, act=None):
-    "How many pictures go through the network, all views counted; the blank one that tells the widths is none"
+    "Count the images that pass the network, with all views, but without the blank image that determines the widths."
     seen = []
 
     def hook(m, args):
@@ -132,7 +130,7 @@ def counting(body, act=None):
 
 @contextmanager
 def asking(body):
-    "What the network is asked for: stage -> pictures, all views counted"
+    "What the network is asked for: stage -> images, all views counted"
     calls = []
     asked = Counter()
     pooled = body.pooled
@@ -500,7 +498,7 @@ def test_in_the_cache(body, paths, cache_dir):
 
 
 def test_by_name(paths, tmp_path, monkeypatch):
-    "Setting and size are those of the backbone if nothing is said"
+    "Runtime and size are those of the backbone if nothing is said"
     asked = []
 
     def metric(model, size=224, **k):
@@ -750,7 +748,7 @@ def threads(n):
 
 
 def companies(images):
-    "The images in other company: (threads, their numbers)"
+    "The images in other batches: (threads, their numbers)."
     n = len(images)
     return [(2, range(n)), (4, [n - 1]), (3, range(n - 1, -1, -1)), (1, [4, 5, 6, 1])]
 
@@ -888,11 +886,11 @@ def test_numbers_that_were_changed(harm, body, paths, tmp_path):
 @pytest.mark.parametrize('runtime', RUNTIMES)
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_features_that_are_no_numbers_name_the_weights(value, runtime, paths, tmp_path):
-    "The images are not at fault, and nothing is kept"
+    "The images are not the cause, and nothing is stored."
     body = fresh(runtime)
     with torch.no_grad():
         next(body.stages.stage3.parameters()).view(-1)[0] = value
-    with pytest.raises(ValueError, match=r"'test_resnet' at stage3.*its weights hold NaN") as e:
+    with pytest.raises(ValueError, match=r"'test_resnet' at stage3.*the weights are NaN") as e:
         extract_features(paths, body, 32, folder=tmp_path)
     assert 'leave' not in str(e.value)
     for p in tmp_path.glob('*/*.bin'):
@@ -1044,7 +1042,7 @@ def test_a_stage_that_is_behind(body, paths, tmp_path, whole):
 
 
 def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
-    "Each stage is computed by one of those who want it, whatever their order"
+    "Each stage is computed by one of the processes that need it, in any order."
     wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
     with asking(body) as asked, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
@@ -1214,7 +1212,7 @@ def test_corrupt_bytes_are_not_printed(body, tmp_path):
     assert len(str(e.value)) < 1000
 
 
-# ---------------------------------------------------------------- requests that are refused
+# ---------------------------------------------------------------- requests that raise an error
 
 
 def test_unknown_names(body, paths, tmp_path):

@@ -1,6 +1,4 @@
-"""Few patients: they and not their images decide on an operating point, and one alone gives no interval;
-what a report and `train` say of it
-"""
+"Test operating points and intervals with few patients, and the messages of reports and `train` about them."
 
 import json
 import re
@@ -16,7 +14,7 @@ from dr_transfer.evaluation.compare import Comparison, plot_comparison
 from dr_transfer.evaluation.cross_validation import decide_across
 from dr_transfer.evaluation.report import Evaluation, describe_images, endpoint_table
 from dr_transfer.evaluation.report_page import report_html
-from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.activations import plot_neighbors
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.inference.run import validation_table
 from dr_transfer.metrics.decision import Decision, choose_decision, question
@@ -184,7 +182,7 @@ def test_a_class_of_one_patient_has_no_interval():
         assert not np.isnan(m.loc[k, 'value']), k
     assert m.loc[['specificity', 'accuracy'], 'low'].notna().all()
     assert any(
-        n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) decide on it')
+        n.startswith('no interval for sensitivity, ') and n.endswith('too few groups (patients) determine it')
         for n in m.attrs['notes']
     )
     y, score = arrays(t)
@@ -220,19 +218,19 @@ def test_tables_and_figures_of_others_cope_without_an_interval():
     assert froc.low.isna().all()
     assert froc.value.notna().all()
     gone = pd.DataFrame({'value': [0.5], 'low': np.nan, 'high': np.nan, 'chance': 0.2}, index=['stage1'])
-    assert plot_neighbours({'net': gone}).axes
+    assert plot_neighbors({'net': gone}).axes
     names = (
-        'share of the heat',
-        'hottest pixel',
+        'fraction of Grad-CAM on the mask',
+        'maximum on the mask',
         *(
             f'chance: {c}'
             for c in (
-                'share of the area',
-                'heat of the others',
-                'own heat, turned',
-                'area with the margin',
-                'hottest pixel of the others',
-                'share of the area',
+                'fraction of the area',
+                'Grad-CAM of other images',
+                'Grad-CAM rotated',
+                'fraction of the area with the margin',
+                'maximum of other images',
+                'fraction of the area',
             )
         ),
     )
@@ -314,7 +312,7 @@ def test_what_was_taken_for_the_patients_is_shown_once():
 
 
 def test_subgroups_show_how_many_images_they_have():
-    "The column was empty: its numbers had another index than the rows."
+    "The column was empty because its values had another index than the rows."
     t = table(60, 2).assign(data_camera=['A'] * 40 + ['B'] * 80)
     shown = re.search(r'<th>camera: A</th><td>(.*?)</td>.*<th>camera: B</th><td>(.*?)</td>', page(t))
     assert shown.groups() == ('40', '80')

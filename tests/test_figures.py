@@ -1,4 +1,4 @@
-"Figures show what their words say: intervals within their scale, no line where there is no order, standard terms."
+"Test the contents of figures: intervals within the axes, no line without an order, standard terms."
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from dr_transfer.data.augment import plot_views
 from dr_transfer.data.views import VIEWS
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.evaluation.experiments import BASELINE, METHODS, plot_learning_curve, plot_training_curve
-from dr_transfer.explain.activations import plot_neighbours
+from dr_transfer.explain.activations import plot_neighbors
 from dr_transfer.explain.grad_cam import plot_grad_cam_tables
 from dr_transfer.features.probes import plot_depth_profile
 from dr_transfer.metrics.calibration import reliability
@@ -25,7 +25,7 @@ def limits(container):
 
 
 def joins(ax):
-    "Number of points of each line that is drawn, those of reference lines (dotted) left out"
+    "Number of points of each line that is drawn, those of reference lines (dotted) skipped"
     return [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() in ('-', '--')]
 
 
@@ -107,15 +107,15 @@ def test_methods_are_not_joined_by_a_line():
         assert max(joins(ax), default=0) <= 2, 'only the line at no difference'
 
 
-def heat_rows(value):
-    names = ['share of the heat', 'hottest pixel']
-    names += ['chance: share of the area', 'chance: own heat, turned', 'chance: heat of the others']
-    names += ['chance: area with the margin', 'chance: hottest pixel of the others']
+def grad_cam_rows(value):
+    names = ['fraction of Grad-CAM on the mask', 'maximum on the mask']
+    names += ['chance: fraction of the area', 'chance: Grad-CAM rotated', 'chance: Grad-CAM of other images']
+    names += ['chance: fraction of the area with the margin', 'chance: maximum of other images']
     return pd.DataFrame({'value': value, 'low': value - 0.1, 'high': value + 0.1}, names)
 
 
 def test_tables_of_grad_cam_are_not_joined_by_a_line():
-    fig = plot_grad_cam_tables({'a': heat_rows(0.3), 'b': heat_rows(0.5)})
+    fig = plot_grad_cam_tables({'a': grad_cam_rows(0.3), 'b': grad_cam_rows(0.5)})
     assert [joins(ax) for ax in fig.axes] == [[], []]
     assert [ax.get_xlabel() for ax in fig.axes] == [
         'fraction of Grad-CAM on the mask',
@@ -147,7 +147,7 @@ def test_a_line_joins_single_stages_alone_and_one_row_is_marked():
 
 def test_neighbours_have_standard_labels():
     t = pd.DataFrame({'value': [0.5, 0.7], 'low': [0.4, 0.6], 'high': [0.6, 0.8], 'chance': 0.3}, ['stage1', 'stage2'])
-    ax = plot_neighbours({'class': t, 'camera': t}).axes[0]
+    ax = plot_neighbors({'class': t, 'camera': t}).axes[0]
     assert ax.get_ylabel() == 'nearest images with the same label (fraction)'
     assert sorted(x.get_text() for x in ax.get_legend().get_texts()) == ['by chance', 'camera', 'class']
 

@@ -1,4 +1,4 @@
-"The retina disc, the light corrections, whether a photograph can be judged, a whole folder, and DICOM files"
+"Test the retina disc, light correction, gradability, the preparation of folders, and DICOM files."
 
 import threading
 
@@ -344,7 +344,7 @@ def test_what_cannot_be_is_refused(eyes, tmp_path):
     preprocess_folder(eyes, tmp_path / 'out', Preparation(64))
     for run, words in (
         (lambda: preprocess_folder(eyes, eyes), 'never changed'),
-        (lambda: preprocess_folder(eyes, tmp_path / 'out', Preparation(72)), 'prepared otherwise'),
+        (lambda: preprocess_folder(eyes, tmp_path / 'out', Preparation(72)), 'prepared with other settings'),
         (lambda: preprocess_folder(tmp_path / 'empty', tmp_path / 'o2'), 'no images'),
         (lambda: Preparation(correction='clour'), 'nearest first: colour'),
         (lambda: Preparation(format='gif'), "unknown format 'gif'"),
@@ -354,7 +354,7 @@ def test_what_cannot_be_is_refused(eyes, tmp_path):
             run()
     assert not (tmp_path / 'o2').exists()
     Image.new('RGB', (50, 50)).save(eyes / 'images' / f'{find_images(eyes)[0].stem}.bmp')
-    with pytest.raises(ValueError, match='would have one name'):
+    with pytest.raises(ValueError, match='would have the same name'):
         preprocess_folder(eyes, tmp_path / 'o3', Preparation(64))
 
 

@@ -1,6 +1,4 @@
-"""Explicit features: spots of known number, masks that do not overlap, features that are kept, errors in words,
-and the classifier on toy numbers.
-"""
+"Test hand-crafted features: known numbers of spots, disjoint masks, stored features, errors, and the classifier."
 
 import sys
 
@@ -42,7 +40,7 @@ def disk(x, y, r):
 
 @pytest.fixture(scope='module')
 def eye():
-    "A synthetic image, its truth and its segmentation"
+    "A fundus image with lesions, its truth, and its segmentation."
     pixels, truth = draw_fundus(3, seed=21, size=256, camera=7)
     return pixels, truth, segment(pixels)
 
@@ -265,7 +263,7 @@ def toy(n=150, k=2, seed=0):
 
 
 @pytest.mark.parametrize('k', [2, 3])
-def test_the_classifier_learns_and_its_probabilities_are_some(k):
+def test_the_classifier_learns_and_returns_probabilities(k):
     (x, y), (xt, yt) = toy(k=k), toy(k=k, seed=1)
     model = HandCraftedClassifier(grid=((0.3, 0.3), (3.0, 0.3))).fit(x, y)
     p = model.predict_proba(xt)

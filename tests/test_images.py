@@ -1,4 +1,4 @@
-"Images of every mode, orientation and size, and what the network gets to see of them."
+"Test images of every mode, orientation and size, and the input of the network for them."
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from dr_transfer.synthetic.fundus import draw_fundus
 
 
 def smooth(w=48, h=32):
-    "A picture with no two corners alike, smooth enough for JPEG."
+    "An image with no two corners alike, smooth enough for JPEG."
     y, x = np.mgrid[:h, :w]
     across = x / w
     down = y / h
@@ -291,7 +291,7 @@ def test_fits_of_a_wide_image():
         (33, 31),
     ],
 )
-def test_fit_takes_any_shape_and_leaves_nothing_to_chance(fit, shape):
+def test_fit_takes_any_shape_and_is_deterministic(fit, shape):
     im = Image.fromarray(np.full((*shape, 3), 120, np.uint8))
     a = np.asarray(fit_square(im, 32, fit))
     b = np.asarray(fit_square(im, 32, fit))
@@ -332,7 +332,7 @@ def test_black_borders_around_a_retina_change_nothing(borders, camera):
     for seed in range(2):
         a, _ = draw_fundus(3, seed, 256, camera=camera)
         b = framed(a, *borders)
-        step = max(1, min(b.shape[:2]) // 256)  # the disc is found on a picture that is smaller by this factor
+        step = max(1, min(b.shape[:2]) // 256)  # the disc is found on an image that is smaller by this factor
         before = np.array(disc_box(Image.fromarray(a)))
         after = np.array(disc_box(Image.fromarray(b)))
         moved = after - before - [left, top] * 2
@@ -346,7 +346,7 @@ def test_black_borders_around_a_retina_change_nothing(borders, camera):
 
 
 def test_borders_of_a_large_photograph():
-    "Found on a picture that is reduced to find them; a JPEG's borders are not quite black."
+    "Found on an image that is reduced to find them; a JPEG's borders are not quite black."
     a, _ = draw_fundus(2, 1, 700)
     both = (a, framed(a, 20, 20, 300, 260))
     data = [through(Image.fromarray(o), 'JPEG', quality=92) for o in both]
@@ -378,7 +378,7 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 def test_one_picture_in_many_threads(tmp_path, kind):
-    "A picture that PIL has not read yet, asked for by several threads at once, upright in each"
+    "An image that PIL has not read yet, asked for by several threads at once, upright in each"
     file = tmp_path / 'p'
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"Nothing heavy is imported before it is needed. No times: what is in sys.modules decides."
+"Test that heavy packages are imported only when needed, by looking at sys.modules."
 
 import ast
 import json

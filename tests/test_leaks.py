@@ -1,4 +1,4 @@
-"Copies, near copies and groups across a split; confounders; the gate of build_learner"
+"Test copies, near copies and groups in two subsets, confounders, and the check in build_learner."
 
 import io
 
@@ -123,7 +123,7 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
     assert differ(c[1], a[1]) > 60
 
 
-def test_the_duplicates_of_a_drawn_set_are_found_and_nothing_else(eyes):
+def test_exactly_the_duplicates_of_a_synthetic_set_are_found(eyes):
     import json
 
     truth = json.loads((eyes / 'truth.json').read_text())
@@ -174,7 +174,7 @@ def test_joined_groups(groups):
 
 
 @pytest.mark.parametrize('kind', ['group', 'copies'])
-def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
+def test_build_learner_raises_an_error_for_a_leaking_split(eyes, kind):
     t = split_data(eyes, TASKS['dr'], REFERABLE)
     copies = find_copies(t.image.tolist(), 'fundus')
     if kind == 'copies':
@@ -183,7 +183,7 @@ def test_build_learner_refuses_a_leaking_split_and_says_the_way_out(eyes, kind):
         a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
     t.loc[[a, b], 'split'] = ['train', 'valid']
     ask = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
-    with pytest.raises(LeakError, match='stand on two sides of the split') as e:
+    with pytest.raises(LeakError, match='are in two subsets') as e:
         build_learner(t, **ask)
     for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
         assert word in str(e.value)
@@ -203,7 +203,7 @@ def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
 
 
 def test_a_leak_is_worth_much(tmp_path):
-    "Labels thrown by dice: a model that is asked about copies of what it learnt from seems to know them"
+    "Random labels: on copies of its training images a model seems to predict them."
     rng = np.random.default_rng(0)
     rows = []
     for s in range(80):

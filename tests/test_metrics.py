@@ -1,4 +1,4 @@
-"The measures against scikit-learn, over grids of sizes, classes, ties and missing classes; and what is refused."
+"Compare the metrics with scikit-learn over sizes, classes, ties and missing classes, and test their errors."
 
 import math
 import subprocess
@@ -18,7 +18,7 @@ SETS = [(n, k, seed) for n in (1, 2, 3, 7, 50, 400) for k in (2, 3, 5) for seed 
 
 
 def draw(n, k, seed):
-    "Truth and predictions; every other seed leaves out classes, of the two sides independently."
+    "Truth and predictions; every other seed omits classes, independently in the two."
     rng = np.random.default_rng((n, k, seed))
 
     def side():
@@ -93,7 +93,7 @@ def test_auc_depends_on_the_order_only():
 
 
 def test_kappa_by_its_definition():
-    "From the matrices of Cohen 1968, which the library does without."
+    "With the matrices of Cohen 1968, which the library does not use."
     for seed in range(20):
         y, p = draw(60, 5, 2 * seed)
         seen = confusion(y, p, range(5)).to_numpy() / 60

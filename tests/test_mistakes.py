@@ -1,6 +1,4 @@
-"""Six mistakes of the source texts, each made on purpose beside what the library does,
-so that each test is seen to tell them apart.
-"""
+"Make each of the six mistakes of the source texts on purpose, and compare the result with that of the library."
 
 import json
 import re
@@ -48,7 +46,7 @@ def eyes(tmp_path_factory):
 
 
 def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
-    """FLW shuffles a table and joins codes that are numbered anew. Here: shuffled with a seed, saved, read,
+    """FLW shuffles a table and joins codes that are numbered again. Here: shuffled with a seed, saved, read,
     split, encoded, in batches.
     """
     shuffled = tmp_path / 'shuffled.csv'
@@ -87,7 +85,7 @@ class Watch(torch.nn.Module):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'efficientnet_lite0', 'torchvision.alexnet'])
 def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
-    """FLW feeds BGR, with the preprocessing of another network. Here: what reaches the network in training,
+    """FLW passes BGR, with the preprocessing of another network. Here: what reaches the network in training,
     and when it predicts.
     """
     set_path = tmp_path / 'set'
@@ -222,5 +220,5 @@ def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
         assert valid
         assert not train & valid
     random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # one that comes so is refused
-    with pytest.raises((LeakError, ValueError), match='two sides'):
+    with pytest.raises((LeakError, ValueError), match='two subsets'):
         split_data(random, task, task.target())

@@ -1,4 +1,4 @@
-"The networks that the source texts name: each goes the whole way, with random weights and with weights from a file."
+"Train and use the networks of the source texts, with random weights and with weights from a file."
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def eyes(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
+def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, name):
     w_safetensors = tmp_path / 'w.safetensors'
     if name in LARGE:
         request.getfixturevalue('data_root')
@@ -46,7 +46,7 @@ def test_each_goes_the_whole_way(eyes, tmp_path, monkeypatch, request, name):
     assert list(layer_groups(body)) == names
     assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
-    loaded = list(body.state_dict().values())  # what was in the file, and the classifier left out
+    loaded = list(body.state_dict().values())  # the weights in the file, without the classifier
     for v in loaded[:4]:
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
@@ -83,7 +83,7 @@ def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
     assert torch.equal(next(iter(body.state_dict().values())), next(iter(state.values())))
 
 
-def test_auxiliary_classifiers_in_a_file_are_passed_over(tmp_path):
+def test_auxiliary_classifiers_in_a_file_are_ignored(tmp_path):
     torch.manual_seed(0)
     net = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     save_file(net.state_dict(), tmp_path / 'w.safetensors')

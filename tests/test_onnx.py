@@ -1,6 +1,4 @@
-"""A model as an ONNX file: the same probabilities as in torch, for each kind of network; what is refused;
-and that torch is not needed to predict.
-"""
+"Test ONNX files: probabilities equal to those of torch, errors, and prediction without torch."
 
 import json
 import subprocess
@@ -50,7 +48,7 @@ def made(
     weights='random',
 ):
     """A model whose BatchNorms have numbers of their own and whose answers differ,
-    so that nothing can be left out unnoticed
+    so that no part can be omitted unnoticed
     """
     torch.manual_seed(0)
     stages = create_body(arch, weights, n_stages=n_stages)
@@ -196,7 +194,7 @@ def test_predicting_loads_no_torch(eyes, tmp_path):
     assert abs(float(row.split(',')[3]) - want.p_referable[0]) < 1e-4
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- what raises an error
 
 
 def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
@@ -340,7 +338,7 @@ def test_the_command(eyes, tmp_path):
     import onnx
 
     graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
-    assert graphs[0] == graphs[1]  # 32-bit numbers, whatever the setting of the machine
+    assert graphs[0] == graphs[1]  # 32-bit numbers, for any runtime of the machine
     assert 'exists already' in refused('export', folder, '--out', out)
     assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
     Image.fromarray(pictures(1)[0]).save(tmp_path / 'a.png')

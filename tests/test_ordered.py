@@ -1,4 +1,4 @@
-"Heads of ordered grades, the balance of classes, and cut points"
+"Test heads for ordered grades, class balance, and cut points."
 
 import numpy as np
 import pandas as pd
@@ -146,7 +146,7 @@ def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
 def test_a_wrong_balance_is_refused(eyes):
     with pytest.raises(ValueError, match='nearest first: weights'):
         build_learner(eyes, balance='weight', **TINY)
-    with pytest.raises(ValueError, match="take balance='sampling'"):
+    with pytest.raises(ValueError, match="use balance='sampling'"):
         build_learner(eyes, balance='weights', head='regression', **TINY)
 
 
@@ -209,11 +209,11 @@ def test_flowers_have_no_order(tmp_path, head):
     make_flowers(flowers, n=24, size=64, seed=0, classes=('daisy', 'roses', 'tulips'))
     tiny = dict(arch='small_cnn', weights='random', runtime='plain', head=head)
     kind = getattr(head, 'ordered', head)
-    why = rf"head='{kind}' \(--head {kind}\) is for classes that stand in an order"
-    these = r"'class' \(daisy, roses, tulips\) do not"
+    why = rf"head='{kind}' \(--head {kind}\) is for ordered classes"
+    these = r"'class' \(daisy, roses, tulips\) is not"
     with pytest.raises(ValueError, match=f"{why}.*{these}.*head='linear'"):
         build_learner(flowers, size=48, **tiny)
-    with pytest.raises(ValueError, match='stand in an order'):
+    with pytest.raises(ValueError, match='is for ordered classes'):
         build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})
     buds = Task('buds', (Target('age', ('daisy', 'roses', 'tulips'), ordered=True),), size=48)
     assert build_learner(flowers, buds, **tiny).record.head.ordered == kind

@@ -1,6 +1,4 @@
-"""Outputs: nothing of the user's is replaced, names are reserved before the work,
-and a killed run leaves nothing for good.
-"""
+"Test that the user's files are never replaced, that output names are reserved, and that killed runs are cleaned up."
 
 import contextlib
 import json
@@ -97,9 +95,9 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     (tmp_path / 'folder').mkdir()
     os.mkfifo(tmp_path / 'pipe')
     for name in ('folder', 'pipe'):
-        with pytest.raises(OutputError, match=r'is a folder|no regular file'):
+        with pytest.raises(OutputError, match=r'is a folder|not a regular file'):
             enter(new_file(tmp_path / name, overwrite=True))
-    with pytest.raises(OutputError, match='no regular file'):
+    with pytest.raises(OutputError, match='not a regular file'):
         enter(new_file('/dev/null', overwrite=True))
 
 
@@ -259,10 +257,10 @@ def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
     (mine / 'model' / 'years of work').write_text('mine')
     (mine / 'record.json').write_text('mine')
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match='no mark that dr_transfer made it'):
+    with pytest.raises(OutputError, match='was not created by dr_transfer'):
         make_run(mine, overwrite=True)
     (mine / MARKER).write_text('{"made_by": "somebody"')
-    with pytest.raises(OutputError, match='no mark'):
+    with pytest.raises(OutputError, match='was not created'):
         make_run(mine, overwrite=True)
     (mine / MARKER).unlink()
     assert tree(tmp_path) == before
@@ -279,7 +277,7 @@ def test_a_folder_of_ours_that_holds_more_is_refused_by_name(tmp_path, put):
         (run / put).write_text('mine')
     before = tree(tmp_path)
     assert unlisted_files(run) == [put]
-    with pytest.raises(OutputError, match=f"holds '{put}', which dr_transfer did not put there"):
+    with pytest.raises(OutputError, match=f"holds '{put}', which dr_transfer did not write"):
         make_run(run, overwrite=True)
     assert tree(tmp_path) == before
 
@@ -299,7 +297,7 @@ def test_another_kind_of_output_is_not_replaced(tmp_path):
     with pytest.raises(OutputError, match='is a preprocess folder'):
         make_run(tmp_path / 'small', overwrite=True)
     make_run(tmp_path / 'run')
-    with pytest.raises(OutputError, match='no mark that it is a preprocess folder'):
+    with pytest.raises(OutputError, match='is not a preprocess folder'):
         enter(growing_folder(tmp_path / 'run', 'preprocess'))
 
 
@@ -362,7 +360,7 @@ def test_a_report_without_its_table_may_be_replaced(tmp_path):
 
 
 def test_a_page_that_does_not_name_its_table_is_an_error(tmp_path):
-    error = pytest.raises(OutputError, match='does not hold the hash of its table')
+    error = pytest.raises(OutputError, match='does not contain the hash of its table')
     with error, new_pair(tmp_path / 'r.html', '_t.csv') as (page, table):
         table.write_text('a')
         page.write_text('b')
@@ -387,7 +385,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
     import dr_transfer.commands.subcommands as commands
     import dr_transfer.evaluation.report_page as report
 
-    monkeypatch.setattr(commands, '_load', lambda a: None)
+    monkeypatch.setattr(commands, '_load', lambda model, runtime: None)
     before = tree(tmp_path)
     assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
     assert 'lies in the data folder' in capsys.readouterr().err
@@ -468,7 +466,7 @@ for i in range(150):
 
 
 def test_a_lock_that_is_removed_while_others_wait_is_held_by_one(tmp_path):
-    "Each holder makes a file that must not be there yet."
+    "Each process that holds the name makes a file that must not exist yet."
     runs = [
         subprocess.Popen([sys.executable, '-c', LOCKING, tmp_path], stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
@@ -605,7 +603,7 @@ def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
             check_outside(out, photographs)
     for out in (tmp_path / 'run', '..', '../photos_run'):
         check_outside(out, photographs)
-    with pytest.raises(OutputError, match='is read here'):
+    with pytest.raises(OutputError, match='is an input'):
         check_outside(link / 'images' / '0.png', photographs / 'images' / '0.png')
     assert is_inside(photographs, tmp_path)
     assert not is_inside(tmp_path, photographs)
@@ -628,7 +626,7 @@ def test_predict_does_not_replace_what_it_reads(photographs, capsys):
     before = tree(photographs)
     image = str(photographs / 'images' / '0.png')
     assert main(['predict', 'model', image, '--out', image, '--overwrite']) == 1
-    assert 'is read here' in capsys.readouterr().err
+    assert 'is an input' in capsys.readouterr().err
     assert tree(photographs) == before
 
 
@@ -643,7 +641,7 @@ def test_runs_are_never_read_as_data(tmp_path):
         for name in ('history.png', 'confusion.png'):
             Image.new('RGB', (8, 8)).save(f / name)
     assert sorted(label_table(data).label) == ['daisy', 'rose']
-    with pytest.raises(OutputError, match='is a run folder that dr_transfer made, and no data'):
+    with pytest.raises(OutputError, match='is a run folder of dr_transfer, not data'):
         find_images(data / 'run')
     mark_folder(data / 'rose', 'preprocess')
     assert len(find_images(data)) == 2, 'prepared photographs are data'
@@ -673,13 +671,13 @@ def test_preprocess_never_writes_over_the_originals(tmp_path, photographs, monke
         ('.', photographs),
         (photographs, '.'),
     ):
-        with pytest.raises(OutputError, match='holds the originals, which are never changed'):
+        with pytest.raises(OutputError, match='contains the originals, which are never changed'):
             prepare(folder, out)
     for out in (photographs / 'small', link / 'small', inner, photographs / 'images'):
-        with pytest.raises(OutputError, match='would be taken for photographs'):
+        with pytest.raises(OutputError, match='would be read as photographs'):
             prepare(photographs, out)
     for folder in ('images', inner):
-        with pytest.raises(OutputError, match='holds the folder of photographs'):
+        with pytest.raises(OutputError, match='contains the folder of photographs'):
             prepare(folder, '.')
     assert tree(tmp_path) == before
 
@@ -692,7 +690,7 @@ def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
     images.rmdir()
     os.symlink(photographs / 'images', images)
     before = tree(photographs)
-    with pytest.raises(OutputError, match='is a link to a place outside'):
+    with pytest.raises(OutputError, match='is a link to a folder outside'):
         prepare(photographs, tmp_path / 'small')
     assert tree(photographs) == before
 
@@ -702,7 +700,7 @@ def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
     small = tmp_path / 'small'
     (mine / 'images').mkdir(parents=True)
     (mine / 'images' / '0.png').write_text('mine')
-    with pytest.raises(OutputError, match="exists already and holds 'images'"):
+    with pytest.raises(OutputError, match="exists already, holds 'images'"):
         prepare(photographs, mine)
     assert tree(mine) == {'images': None, 'images/0.png': b'mine'}
     prepare(photographs, small)

@@ -1,4 +1,4 @@
-"Patients: which column names them, which names are one, and that nothing is done about them without a word."
+"Test which column names the patients, which names are equal, and that the choice is always reported."
 
 import os
 
@@ -122,7 +122,7 @@ def test_a_column_without_content(folder):
 
 
 def test_two_columns_that_could_be_meant(folder):
-    with pytest.raises(ValueError, match="'pid' and 'PID' could both be meant"):
+    with pytest.raises(ValueError, match="'pid' and 'PID' both match"):
         label_table(folder, twenty().assign(PID='x'))
 
 
@@ -178,7 +178,7 @@ def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
     with pytest.raises(ValueError, match='no CSV file'):
         label_table(tmp_path, group_col='pid')
     who.write_text('photo,pid\n00,a\n')
-    with pytest.raises(ValueError, match=r"who.csv has a column 'pid' and none for the image names: .*--image-col"):
+    with pytest.raises(ValueError, match=r"who.csv has a column 'pid' but none for the image names: .*--image-col"):
         label_table(tmp_path)
     assert label_table(tmp_path, image_col='photo').group.notna().sum() == 1
     who.write_text('image,pid\n00,a\n01,b,c\n')
@@ -236,7 +236,7 @@ def test_several_spellings_of_one_patient(folder):
     df = twenty().assign(pid=[('P' if i % 2 else 'p') + str(i // 2) for i in range(40)])
     t = label_table(folder, df, verify=False)
     assert t.group.nunique() == 20
-    assert "'p0' and 'P0' are taken for one" in said(t)[0]
+    assert "'p0' and 'P0' are treated as one" in said(t)[0]
     numbers = label_table(folder, df.assign(pid=[float(i // 2) if i else None for i in range(40)]), verify=False)
     assert numbers.group.nunique() == 20
     assert '1 image without one treated as independent' in said(numbers)[0]
@@ -263,7 +263,7 @@ def test_rows_of_one_image_that_differ(folder, tmp_path, column, two, what, way)
     df.loc[[0, 2], column] = two
     df.to_csv(tmp_path / 'l.csv', index=False)
     rows = 'rows 2, 4' if way == 'csv' else 'rows 0, 2'
-    with pytest.raises(ValueError, match=f'1 images have {what}: .*00.png. Keep one row for each .first in {rows}'):
+    with pytest.raises(ValueError, match=f'1 images have {what}: .*00.png. Keep one row per image .first in {rows}'):
         label_table(folder, tmp_path / 'l.csv' if way == 'csv' else df)
 
 

@@ -1,4 +1,4 @@
-"Grids and properties of the drawn photographs: what a seed fixes, what a knob changes, and nothing else."
+"Test the synthetic fundus images: what the seed determines, and what each parameter changes."
 
 import json
 from itertools import combinations
@@ -146,11 +146,11 @@ def test_two_eyes_of_a_person_share_looks():
 @pytest.mark.parametrize(
     'bad, hint',
     [
-        (dict(grade=5), 'type 0, 1, 2, 3 or 4'),
-        (dict(eye='both'), "type 'right' or 'left'"),
-        (dict(size=47), 'type 48'),
-        (dict(camera=-1), 'type 0 or more'),
-        (dict(seed=-1), 'type 0 or more'),
+        (dict(grade=5), 'give 0, 1, 2, 3 or 4'),
+        (dict(eye='both'), "give 'right' or 'left'"),
+        (dict(size=47), 'give 48'),
+        (dict(camera=-1), 'give 0 or more'),
+        (dict(seed=-1), 'give 0 or more'),
     ],
 )
 def test_refusals(bad, hint):
@@ -222,7 +222,7 @@ def test_small_and_odd_numbers(tmp_path, n):
 def test_folders(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     for make in (make_dr, make_flowers):
-        with pytest.raises(ValueError, match='type the path of a new folder'):
+        with pytest.raises(ValueError, match='give the path of a new folder'):
             make(tmp_path, 10)
         folder = tmp_path / make.__name__
         first = make(folder, 10, 48)
@@ -238,10 +238,10 @@ def test_folders(tmp_path):
 @pytest.mark.parametrize(
     'bad, hint',
     [
-        (dict(n=0), 'type 1 or more'),
-        (dict(cameras=0), 'type 1 or more'),
-        (dict(grade_p=(1, 1)), 'five shares'),
-        (dict(grade_p=(1, 1, 1, 1, -1)), 'five shares'),
+        (dict(n=0), 'give 1 or more'),
+        (dict(cameras=0), 'give 1 or more'),
+        (dict(grade_p=(1, 1)), 'five fractions'),
+        (dict(grade_p=(1, 1, 1, 1, -1)), 'five fractions'),
         (dict(n=3, unreadable=4), 'larger n'),
     ],
 )
@@ -273,9 +273,9 @@ def test_flowers(tmp_path):
         gap = np.abs(a.colour - b.colour).mean()
         gaps[a.photographer == b.photographer].append(gap)
     assert np.mean(gaps[True]) < 0.7 * np.mean(gaps[False])  # a photographer has a style
-    with pytest.raises(ValueError, match='type some of daisy'):
+    with pytest.raises(ValueError, match='give some of daisy'):
         make_flowers(tmp_path / 'g', classes=('orchid',))
-    with pytest.raises(ValueError, match='at least one image a class'):
+    with pytest.raises(ValueError, match='at least one image per class'):
         make_flowers(tmp_path / 'g', n=4)
 
 

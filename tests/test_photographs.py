@@ -1,4 +1,4 @@
-"On real photographs: what the issue promises, on pictures that were not learnt from."
+"Test the main results on real photographs that were not used in training."
 
 import time
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_referable_on_another_camera(data_root):
 
 
 def flowers_of(folder, classes, n):
-    "`n` photographs to learn from and `n` others, no photographer on both sides"
+    "`n` photographs for training and `n` others, no photographer in two subsets"
     t = pd.read_csv(folder / 'credits.csv')
     t = t[t.label.isin(classes)]
     people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
@@ -96,8 +96,8 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     assert probe.score(f[1], sides[1].label) > 0.8
 
 
-def test_flowers_are_near_to_imagenet_and_eyes_are_far(data_root):
-    "In the words of the advice, from a part of each set."
+def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
+    "Check the text of the advice, from a part of each set."
     flowers = some(
         pd.read_csv(data_root / 'flowers' / 'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label'
     )
@@ -137,7 +137,7 @@ def test_lite_knows_daisies(data_root, i):
 
 
 def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
-    "The format stands for the hospital; a perceptual hash of whole photographs takes thousands of pairs for copies."
+    "The file format depends on the hospital; a perceptual hash of uncropped photographs finds false copies."
     r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
     assert 'data_source_format' in r.confounders.column.tolist()
     assert len(r.copies) < 30

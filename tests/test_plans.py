@@ -1,6 +1,4 @@
-"""Plans of transfer, run: what is frozen stays, what is stored gives the same as what is not,
-heads that are solved, exact averaging, interruptions.
-"""
+"Run the transfer plans: frozen layers, stored features, solved heads, exact averages, interruptions."
 
 import warnings
 from dataclasses import replace
@@ -49,7 +47,7 @@ warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the h
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):
-    "Small drawn sets, and tiny networks with weights of their own: statistics that are not those of a new network"
+    "Small synthetic sets, and tiny networks with their own weights: statistics that are not those of a new network"
     folder = tmp_path_factory.mktemp('plans')
     make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
     make_dr(folder / 'dr', n=40, size=64)
@@ -78,12 +76,12 @@ def silent(learn, plan=None, *args, **kw):
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
-def probs(learn, side='valid'):
-    return predict_probs(learn, images(learn, side), 'none')
+def probs(learn, subset='valid'):
+    return predict_probs(learn, images(learn, subset), 'none')
 
 
-def images(learn, side='valid'):
-    return learn.table.image[learn.table.split == side].tolist()
+def images(learn, subset='valid'):
+    return learn.table.image[learn.table.split == subset].tolist()
 
 
 def farthest(a, b, but=''):
@@ -149,16 +147,16 @@ def test_every_plan(build, name, task):
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_table_is_that_of_this_learner(build, arch):
-    "Also where it was built with another stage, tap or head"
+    "Also if it was built with another stage, n_stages or head."
     width = build(arch=arch).model[0][0].stages.n_out
     own = nn.Sequential(AveragePool(), nn.Linear(width, 3))
-    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'own module')]
+    cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'custom module')]
     if arch != 'test_vit':
         eight = {'head': Head((8,), flatten=True)}
         cases += [
             ({'stage': 'stage2'}, 'linear'),
             ({'n_stages': 2}, 'linear'),
-            (eight, 'own, hidden layers of 8 units'),
+            (eight, 'custom, hidden layers of 8 units'),
         ]
     for kw, words in cases:
         learn = build(arch=arch, **kw)
@@ -334,7 +332,7 @@ def test_stored_is_the_same(build, v):
 
 
 def test_steps_of_a_linear_head_are_the_same(build):
-    "But for the statistics of its BatchNorm, which are exact where they can be had"
+    "But for the statistics of its BatchNorm, which are exact where they can be computed"
     a = build('dr')
     b = build('dr')
     for learner, s in ((a, True), (b, False)):
@@ -385,8 +383,8 @@ class Own(Callback):
 @pytest.mark.parametrize(
     'what,word',
     [
-        ('augment', 'endless'),
-        ('chain', 'no chain'),
+        ('augment', 'finite set'),
+        ('chain', 'not a chain'),
         ('room', 'GB'),
         ('asked', 'stored=False'),
         ('callback', "'own'"),
@@ -442,7 +440,7 @@ def heard(f, *args, **kwargs):
 
 
 def test_a_body_before_its_head_warns(build):
-    "F37: not after the head, however it was trained; not where there is nothing to destroy"
+    "F37: not after the head, however it was trained; not if there are no pretrained weights"
 
     def first(learner):
         learner.unfreeze()
@@ -516,7 +514,7 @@ def test_a_plan_that_begins_with_the_body_warns(build, stored):
 
 
 def damage(build, head_first):
-    """How far the same training of everything moves what the first stages say of the images,
+    """How much training all layers changes the features of the first stages,
     as a share of how much these differ
     """
     learn = build(arch='efficientnet_lite0', opt_func=SGD, augment='none', fixed_bn=True)
@@ -707,13 +705,13 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
         return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
 
     c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
-    with pytest.raises(ValueError, match='do not follow one another'):
+    with pytest.raises(ValueError, match='not consecutive'):
         make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
     make(good)
     with pytest.raises(ValueError, match='other weights'):
         make(good, weights='random')
-    with pytest.raises(ValueError, match="the classifier knows \\['no', 'referable'\\]"):
+    with pytest.raises(ValueError, match="the classifier has classes \\['no', 'referable'\\]"):
         make(good, target='grade')
     with pytest.raises(ValueError, match='not fitted on Features'):
         make(FeatureClassifier().fit(f.numpy('stage4'), t.target, t.group))
@@ -759,9 +757,9 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     assert learn.record.C == c.estimator_.C
     assert {r['C']: r['loss'] for r in learn.record.C_path} == c.estimator_.losses_
     assert min(learn.record.C_path, key=lambda r: r['loss'])['C'] == learn.record.C
-    for side in ('valid', 'train'):
-        assert predict_probs(learn, images(learn, side)) == pytest.approx(
-            c.predict_proba(learner_features(learn, images(learn, side))), abs=1e-4
+    for subset in ('valid', 'train'):
+        assert predict_probs(learn, images(learn, subset)) == pytest.approx(
+            c.predict_proba(learner_features(learn, images(learn, subset))), abs=1e-4
         )
     (row,) = learn.record.history
     with learn.no_bar(), learn.no_logging():
@@ -775,7 +773,7 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
 
 
 def few(drawn):
-    "A table in which one class has two groups to learn from, or fewer"
+    "A table in which one class has two groups for training, or fewer"
     files = sorted((drawn / 'flowers').rglob('*.png')) or sorted((drawn / 'flowers').rglob('*.jpg'))
     t = pd.DataFrame({'image': [str(f) for f in files], 'label': [f.parent.name for f in files]})
     t['group'] = [f'{r.label}{i % (2 if r.label == "daisy" else 9)}' for i, r in t.iterrows()]
@@ -792,10 +790,10 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
         'weights': 'loss',
         'smoothing': 'loss',
         'groups': "'daisy' has",
-        'own': 'no linear',
-        'dropout': 'no linear',
-        'many': 'are many',
-        'endless': 'endless',
+        'own': 'not a linear',
+        'dropout': 'not a linear',
+        'many': 'too many',
+        'endless': 'finite set',
         'asked': '',
     }[why]
     if why == 'weights':
@@ -949,7 +947,7 @@ def test_an_error_in_a_stored_phase_leaves_a_learner(build):
 
 
 def test_a_head_is_solved_for_images_without_groups(tmp_path):
-    "A table that knows no patients: every image is a group of its own"
+    "A table without patients: every image is its own group."
     t = make_flowers(tmp_path / 'flowers', n=40, size=48, classes=('daisy', 'tulips'))
     table = pd.DataFrame({'image': [str(tmp_path / 'flowers' / i) for i in t.image], 'label': t.label})
     said = []

@@ -1,4 +1,4 @@
-"What is measured before training: known truths, tiny sets, groups, and the ridge path against scikit-learn."
+"Test probes: known truth, tiny sets, groups, and the ridge path compared with scikit-learn."
 
 import warnings
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored'
 
 
 def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
-    "Features in which the third stage tells most of the class."
+    "Features in which the third stage separates the classes best."
     rng = np.random.default_rng(seed)
     if y is None:
         y = np.arange(n) % k
@@ -185,7 +185,7 @@ def test_intervals_cover():
 
 
 @pytest.mark.parametrize(
-    'k, measure',
+    'k, metric',
     [
         (2, None),
         (2, 'accuracy'),
@@ -254,7 +254,7 @@ def test_labels_may_be_names_and_grades_have_their_distance():
 
 
 def test_groups_are_kept_apart():
-    "Each group has its own mark and one class: a classifier that has seen the group knows the class."
+    "Each group has its own mark and one class: a classifier that was trained on the group can predict its class."
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 4)
     y = rng.permutation(np.arange(30) % 2)[group]
@@ -381,7 +381,7 @@ def test_plot():
 
 def test_learning_speed_rises_where_there_is_something_to_learn():
     f, y = known(600, strengths=(0.0, 0.7), channels=100, views=1)
-    table = learning_speed(f, y, shares=(0.1, 0.5, 1))
+    table = learning_speed(f, y, fractions=(0.1, 0.5, 1))
     assert list(table.columns) == ['images', 'score', 'low', 'high']
     assert list(table.index) == [0.1, 0.5, 1]
     assert list(table.images) == [48, 240, 480]
@@ -393,16 +393,16 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
     assert learning_speed(f, y).score[1] == pytest.approx(at_depth.score['stage1'])
     both = ('stage0', 'stage1')
     at_depth = depth_profile(f, y, stages=[both])
-    speed = learning_speed(f, y, stages=both, shares=(1,))
+    speed = learning_speed(f, y, stages=both, fractions=(1,))
     assert speed.score[1] == pytest.approx(at_depth.score.iloc[0])
-    quarter = learning_speed(f, y, shares=(0.25, 1))
+    quarter = learning_speed(f, y, fractions=(0.25, 1))
     two_doublings = quarter.score[1] - quarter.score[0.25]
     assert quarter.attrs['gain'] == pytest.approx(two_doublings / 2)
-    pd.testing.assert_frame_equal(table, learning_speed(f, y, shares=(0.1, 0.5, 1)))
+    pd.testing.assert_frame_equal(table, learning_speed(f, y, fractions=(0.1, 0.5, 1)))
 
 
 @pytest.mark.parametrize(
-    'shares',
+    'fractions',
     [
         (),
         (1, 0.5),
@@ -411,10 +411,10 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
         (1, 1),
     ],
 )
-def test_shares_that_cannot_be(shares):
+def test_fractions_that_cannot_be(fractions):
     f, y = known(60)
-    with pytest.raises(ValueError, match='shares'):
-        learning_speed(f, y, shares=shares)
+    with pytest.raises(ValueError, match='fractions'):
+        learning_speed(f, y, fractions=fractions)
 
 
 # ---------------------------------------------------------------- domain distance
@@ -447,7 +447,7 @@ def pictures(n, seed=0, shift=0):
 
 
 def normalised(images):
-    "Pictures as the network gets them"
+    "Images as the network gets them"
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     return (x / 255 - 0.5) / 0.25
 

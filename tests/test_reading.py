@@ -1,5 +1,6 @@
-"""Every kind of image file is read as what it shows, or skipped with the reason; nothing hangs,
-starts a program or takes memory without limit.
+"""Test that all kinds of image files are read correctly or skipped with the reason.
+
+No file may block, start a program or use unlimited memory.
 """
 
 import errno
@@ -158,8 +159,8 @@ def test_floating_point_from_0_to_1_is_grey():
     [
         (lambda a: a * 255, 'values from 0 to 255'),
         (lambda a: a - 0.5, 'values from -0.5 to 0.5'),
-        (lambda a: a * 0 + np.nan, 'no numbers'),
-        (lambda a: np.where(a > 0.5, np.inf, a), 'no numbers'),
+        (lambda a: a * 0 + np.nan, 'not numbers'),
+        (lambda a: np.where(a > 0.5, np.inf, a), 'not numbers'),
         (lambda a: -a, 'values from -1 to'),
     ],
 )
@@ -347,7 +348,7 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
         (WHOLE[:29] + b'\0\0\0\0' + WHOLE[33:], 'a damaged PNG file'),
         (WHOLE[:-20] + b'\xff' * 4 + WHOLE[-16:], 'cannot be decoded'),
         (WHOLE[:60], 'cannot be decoded'),
-        (saved(Image.fromarray(COLOUR), 'JPEG2000'), 'a JPEG 2000 file, which is not read'),
+        (saved(Image.fromarray(COLOUR), 'JPEG2000'), 'a JPEG 2000 file, which is not supported'),
         (isobmff(b'heic'), 'a HEIC file'),
         (isobmff(b'avif'), 'an? AVIF file'),
         (b'%PDF-1.7\n', 'a PDF file'),
@@ -399,7 +400,7 @@ def without_adobe(data):
 def test_cmyk_with_and_without_adobes_mark():
     data = saved(Image.fromarray(COLOUR).convert('CMYK'), 'JPEG', quality=100, subsampling=0)
     assert distance(read_rgb(data), COLOUR) < 30
-    assert "without Adobe's mark" in reason(without_adobe(data))
+    assert "without Adobe's marker" in reason(without_adobe(data))
     ycck = bytearray(data)
     ycck[data.index(b'\xff\xee') + 15] = 2  # the transform: YCCK
     assert np.asarray(read_rgb(bytes(ycck))).std() > 5
@@ -431,7 +432,7 @@ def test_no_place_opens_images_of_any_format():
     assert not [c for c in calls if 'formats=' not in c[1]]
 
 
-# ---------------------------------------------------------------- files that are no files, names
+# ---------------------------------------------------------------- paths that are not files, names
 
 
 @pytest.fixture
@@ -676,7 +677,7 @@ def test_dicom_first_frame():
         (lambda: dicom(HU), 'signed values without a window'),
         (lambda: dicom(TWELVE), 'the brightest value is 4095 of 65535'),
         (lambda: dicom(U16, BitsStored=12, HighBit=15), 'not at 11'),
-        (lambda: dicom((RAMP * 2**31).astype(np.uint32)), '16 are read at most'),
+        (lambda: dicom((RAMP * 2**31).astype(np.uint32)), 'at most 16 are supported'),
         (lambda: dicom(U8, Rows=30_000, Columns=30_000), 'more than 120 million'),
         (lambda: dicom(U8, NumberOfFrames=100_000), 'declares 100000 frames'),
         (lambda: dicom(U8, Rows=1, Columns=1536), 'a strip'),
@@ -783,7 +784,7 @@ def test_arrays_that_are_refused(tmp_path, name, data, words):
         ({'hu': CUBE.astype(complex), 'spacing': (1, 1, 1)}, 'not of numbers'),
         ({'hu': CUBE, 'spacing': np.ones(9)}, '9 numbers where 3'),
         ({'hu': CUBE, 'spacing': (1, np.nan, 1)}, 'three numbers in mm'),
-        ({'hu': CUBE * np.float32(np.nan), 'spacing': (1, 1, 1)}, 'no numbers'),
+        ({'hu': CUBE * np.float32(np.nan), 'spacing': (1, 1, 1)}, 'not numbers'),
         ({'spacing': (1, 1, 1)}, "no array 'hu'"),
     ],
 )
@@ -803,7 +804,7 @@ def test_a_small_npz_that_unpacks_to_gigabytes(tmp_path):
 
 def test_objects_are_no_volume():
     for a in (CUBE.astype(object), CUBE.astype(str), CUBE > 0):
-        with pytest.raises(ValueError, match='is no volume'):
+        with pytest.raises(ValueError, match='is not a supported volume'):
             Volume(a, (1, 1, 1))
 
 
@@ -999,7 +1000,7 @@ def test_a_compression_without_decoder_says_what_to_install(tmp_path, monkeypatc
 @pytest.mark.parametrize('syntax', ['MPEG2MPML', '1.2.3.4'])
 def test_what_pydicom_does_not_decode_is_named(tmp_path, syntax):
     (tmp_path / 'eye.dcm').write_bytes(dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0' * 200, syntax))
-    assert 'which is not read: save it without compression' in image_error(tmp_path / 'eye.dcm')
+    assert 'which is not supported: save it without compression' in image_error(tmp_path / 'eye.dcm')
 
 
 # ---------------------------------------------------------------- TIFF of 9 to 15 bits
@@ -1035,7 +1036,7 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('photometric', [0, 1])
 @pytest.mark.parametrize('bits', range(9, 17))
 def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
-    "Pillow reads 12 and 16 of them; others are set aside, and none is dark"
+    "Pillow reads 12 and 16 of them; others are skipped, and none is dark"
     x_tif = tmp_path / 'x.tif'
     x_tif.write_bytes(
         packed_tiff(bits, order, photometric)
@@ -1054,7 +1055,7 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 
 
 def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
-    "Neither set aside nor without a prediction: the command stops"
+    "The image is neither skipped nor predicted: the command stops."
     x_jpg = tmp_path / 'x.jpg'
     x_jpg.write_bytes(JPEG)
 

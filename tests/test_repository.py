@@ -20,7 +20,7 @@ BUILT = {'_docs', '_proc', 'build', 'dist', 'runs', '__pycache__', 'node_modules
 
 
 def tracked():
-    "What is, or would be, committed: from git where it is there, else by walking past what is built."
+    "Return the files that are or would be committed: from git if it is available, else all files that are not built."
     try:
         out = subprocess.run(
             ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
@@ -97,7 +97,7 @@ def docstring_lines(text):
 
 
 def code_lines(text):
-    "Lines with code on them: not the blank ones, and not those with a comment or a docstring alone."
+    "Count the lines of code, without blank lines and lines that have only a comment or a docstring."
     lines = set()
     quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for t in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -306,7 +306,7 @@ def imports_of(text, module):
 
 
 def late_imports(text, module):
-    "What a module imports although it comes later."
+    "Return the modules that a module imports although they come later."
     return [o for o in imports_of(text, module) if o in PLACE and PLACE[o] >= PLACE[module]]
 
 
@@ -364,7 +364,7 @@ def test_public_functions_are_described(path):
             missing.append(node.name)
         if isinstance(node, ast.ClassDef) or not node.body:
             continue
-        # The comments of the parameters: what show_doc prints beside them
+        # The comments of the parameters: what show_doc prints next to them
         for line in lines[node.lineno - 1 : node.body[0].lineno - 1]:
             comment = line.partition(' # ')[2]
             assert len(comment) < 70, f'{node.name}: a comment of {len(comment)} characters: {comment}'

@@ -1,4 +1,4 @@
-"Intervals, calibration, the operating point, and the figures and report that are made of a table of predictions"
+"Test intervals, calibration, the operating point, and the figures and report of a table of predictions."
 
 import json
 import re
@@ -123,12 +123,12 @@ def test_draws_hold_whole_groups_as_many_as_there_are():
 def test_the_bootstrap_of_a_mean_is_that_of_scipy():
     x = np.random.default_rng(0).normal(3, 2, 80)
     ours = bootstrap(np.mean, x, n=4000).loc['value']
-    theirs = stats.bootstrap((x,), np.mean, resamples=4000, method='percentile', random_state=1).confidence_interval
+    theirs = stats.bootstrap((x,), np.mean, n_resamples=4000, method='percentile', random_state=1).confidence_interval
     assert ours.value == pytest.approx(x.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
 
 
-def test_intervals_over_patients_hold_the_truth_where_those_over_eyes_do_not():
+def test_intervals_over_patients_contain_the_true_value_and_those_over_eyes_do_not():
     held = {True: 0, False: 0}
     for s in range(150):
         rng = np.random.default_rng(s)
@@ -183,13 +183,13 @@ def test_reliability_is_that_of_scikit_learn():
     r = reliability(right, said, 10)
     seen, mean = calibration_curve(right, said, n_bins=10, strategy='quantile')
     assert r.images.sum() == 1000
-    assert np.allclose(r.seen, seen, atol=0.02)
+    assert np.allclose(r.observed, seen, atol=0.02)
     assert np.allclose(r.predicted, mean, atol=0.01)
     assert calibration_error(right, said) == pytest.approx(np.abs(seen - mean).mean(), abs=0.01)
 
 
 @pytest.mark.parametrize('sharp', [0.4, 1, 2.5])
-def test_the_temperature_undoes_what_was_done(sharp):
+def test_the_temperature_is_recovered(sharp):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.5, (20_000, 3))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -241,7 +241,7 @@ def test_the_point_reaches_what_was_asked_and_none_gives_more_of_the_other(share
     assert max(r[other] for r in reach) <= both(p.threshold)[other] + 1e-12
 
 
-def test_too_few_positives_are_refused_and_the_reason_is_said():
+def test_too_few_positives_raise_an_error_with_the_reason():
     with pytest.raises(OperatingPointError, match=r'29 positive validation images.*fewer than 30'):
         choose_operating_point([1] * 29 + [0] * 99, np.arange(128.0), sensitivity=0.9)
     with pytest.raises(OperatingPointError, match='5 negative'):
@@ -414,7 +414,7 @@ def test_the_order_of_rows_does_not_matter_for_a_comparison_but_other_images_do(
     assert d.loc['auc'].value == pytest.approx(0, abs=1e-12), 'a rising function changes no rank'
     with pytest.raises(ValueError, match='one table only'):
         compare_tables(a, b.assign(image=b.image + 'x'), TWO)
-    with pytest.raises(ValueError, match='different things of the truth'):
+    with pytest.raises(ValueError, match='different targets for the same images'):
         compare_tables(a, b.assign(target='no'), TWO)
 
 

@@ -1,4 +1,4 @@
-"The copies of a network that make forward passes and training steps, and the threads that read and run"
+"Test the fast copies of networks for forward passes and training steps, and the threads that read and compute."
 
 import pickle
 import platform
@@ -146,9 +146,9 @@ def x():
 def test_a_copy_is_made_once(body, x):
     with torch.no_grad():
         body(x)
-        first = body.quick(x)
+        first = body.fast_stages(x)
         assert first is not body.stages
-        assert body.quick(x) is first
+        assert body.fast_stages(x) is first
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_a_copy_is_made_once(body, x):
 )
 def test_a_change_is_noticed(body, x, change):
     with torch.no_grad():
-        old = body.quick(x)
+        old = body.fast_stages(x)
         change(body)
-        assert body.quick(x) is not old
+        assert body.fast_stages(x) is not old
         assert torch.allclose(body(x), body.stages(x), atol=1e-3)
 
 
@@ -195,7 +195,7 @@ def test_gradients_reach_the_weights(body, x):
 
 def test_a_pickled_body_has_no_copy(body, x):
     with torch.no_grad():
-        body.quick(x)
+        body.fast_stages(x)
     assert len(pickle.dumps(body)) < 1.2 * len(pickle.dumps(body.stages))
     assert '_copy' not in body.state_dict()
 
@@ -309,14 +309,14 @@ def test_what_is_frozen_gets_no_gradient():
 )
 def test_a_change_makes_the_training_copy_anew(body, x, change):
     body.train_runtime = FAST
-    old = body.quick(x)
-    assert body.quick(x) is old is not body.stages
+    old = body.fast_stages(x)
+    assert body.fast_stages(x) is old is not body.stages
     with torch.no_grad():
         next(body.stages.parameters()).mul_(0.5)
-    assert body.quick(x) is old
+    assert body.fast_stages(x) is old
     assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
     change(body)
-    assert body.quick(x) is not old
+    assert body.fast_stages(x) is not old
 
 
 def test_depthwise_convolutions_train_in_float32():
@@ -349,7 +349,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
     assert resident() < before + 2**27
     with kept_memory():
         with kept_memory():
-            pass  # a setting is measured while a body is trained
+            pass  # a runtime is measured while a body is trained
         a_step()
         assert resident() > before + 2**27
     assert resident() < before + 2**27
@@ -455,7 +455,7 @@ def test_channels_last_and_normalised():
 
 
 def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
-    "Otherwise the next one would get its setting"
+    "Otherwise the next body would get its runtime."
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: next(rates))

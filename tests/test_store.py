@@ -1,6 +1,4 @@
-"""The store on disk: what is there is found, what is torn is cut off, and nothing is computed twice,
-whoever asks and whatever is killed.
-"""
+"Test the store on disk: rows are found, incomplete rows are removed, and nothing is computed twice."
 
 import errno
 import json
@@ -232,7 +230,7 @@ def test_content_keys(tmp_path):
     a_png = tmp_path / 'a.png'
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(a).save(a_png)
-    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name is no content
+    shutil.copy(a_png, tmp_path / 'b.jpg')  # a name does not identify the content
     same = content_keys([a_png, str(tmp_path / 'b.jpg'), a_png.read_bytes()])
     assert len(set(same)) == 1
     assert len(same[0]) == 32
@@ -737,7 +735,7 @@ def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
         (errno.EMFILE, 'ulimit -n'),
         (errno.ENOSPC, 'full'),
         (errno.EDQUOT, 'full'),
-        (errno.EROFS, 'a disk that can be written'),
+        (errno.EROFS, 'a writable disk'),
         (errno.EACCES, 'permissions'),
         (errno.ENOTDIR, 'in the place of a folder'),
         (errno.EIO, 'reports an error'),
@@ -772,9 +770,9 @@ def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(content, 'read_regular', fail)
-    with pytest.raises(ValueError, match='not at fault') as e:
+    with pytest.raises(ValueError, match='not the cause') as e:
         content_key(tmp_path / 'a.png')
-    assert 'leave it out' not in str(e.value)
+    assert 'remove or repair' not in str(e.value)
 
 
 def test_few_files_are_open_at_once(tmp_path):

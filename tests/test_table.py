@@ -1,6 +1,4 @@
-"""The table of images: every layout it is made from, what is set aside, what is refused,
-and the splits of many random sets.
-"""
+"Test the table of images: all layouts, skipped files, errors, and the splits of many random sets."
 
 import os
 from pathlib import Path
@@ -344,7 +342,7 @@ def test_same_name_in_two_folders(tmp_path):
         'images/3.png': 'c',
     }
     draw(tmp_path, 'thumbs/3.png')
-    with pytest.raises(ValueError, match=r"'1' could be .*: write the path below .* into the CSV"):
+    with pytest.raises(ValueError, match=r"'1' matches .*: give the path relative to .* in the CSV"):
         label_table(tmp_path, df)
     assert labels(
         label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path
@@ -364,10 +362,10 @@ def test_split_column(tmp_path, split):
     assert [None if pd.isna(s) else s for s in label_table(tmp_path).split] == split
 
 
-# ---------------------------------------------------------------- set aside
+# ---------------------------------------------------------------- skipped
 
 
-def test_unreadable_files_are_listed_and_left_alone(tmp_path):
+def test_unreadable_files_are_listed_and_not_changed(tmp_path):
     draw(tmp_path, *FILES)
     (tmp_path / 'rose' / 'empty.jpg').touch()
     (tmp_path / 'rose' / 'text.jpg').write_text('no image')
@@ -427,11 +425,11 @@ def frame(**kwargs):
         (
             lambda d: label_table(d, csv(d / 'l.csv', 'photo;label\n1.png;a\n')),
             'no column for the image names: columns are photo, label. '
-            r"Say which with image_col='...' \(--image-col COLUMN\)",
+            r"Choose one with image_col='...' \(--image-col COLUMN\)",
         ),
         (
             lambda d: label_table(d, frame().rename(columns={'label': 'x'})),
-            "no column for the labels: columns are image, x. Say which with label_col='...'",
+            "no column for the labels: columns are image, x. Choose one with label_col='...'",
         ),
         (
             lambda d: label_table(d, frame(), image_col='q'),
@@ -439,15 +437,18 @@ def frame(**kwargs):
         ),
         (lambda d: label_table(d, frame(), label_col='q'), "there is no column 'q' for the labels"),
         (lambda d: label_table(d, frame(), group_col='q'), "there is no column 'q' for the groups"),
-        (lambda d: label_table(d, frame(image=['1', '1'])), '1 images have two labels: .*1.png. Keep one row for each'),
+        (
+            lambda d: label_table(d, frame(image=['1', '1'])),
+            '1 images have two labels: .*1.png. Keep one row per image',
+        ),
         (lambda d: label_table(d, frame()[:0]), 'no images in'),
         (lambda d: label_table(d, frame(label=[None, None])), r'none of 2 images can be used: .*1.png \(no label\)'),
         (
             lambda d: label_table(draw(d, 'loose.png')),
-            r'1 images lie in .* itself, in no class folder: loose.png. Put each .* \(labels=..., --labels\)',
+            r'1 images are in .*, not in a class folder: loose.png. Put each .* \(labels=..., --labels\)',
         ),
         (lambda d: label_table((d / 'new').mkdir() or d / 'new'), 'no images in .*new: give a folder with .jpg'),
-        (lambda d: find_images(d / 'x' / '1.png'), 'is not a folder: give the folder that holds the images'),
+        (lambda d: find_images(d / 'x' / '1.png'), 'is not a folder: give the folder of the images'),
     ],
 )
 def test_messages(tmp_path, call, why):
@@ -574,10 +575,10 @@ def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
 @pytest.mark.parametrize(
     'text,why',
     [
-        ('image,label\n', 'labels.csv: it has a header, and no rows'),
-        ('image,grade, grade\n1.png,1,2\n', "two columns with one name, 'grade' and 'grade'"),
-        ('image,label,image \n1.png,a,2.png\n', "two columns with one name, 'image' and 'image '"),
-        ('image,label,Label\n1.png,a,b\n', "'label' and 'Label' could both be meant"),
+        ('image,label\n', 'labels.csv: it has a header but no rows'),
+        ('image,grade, grade\n1.png,1,2\n', "two columns with the same name, 'grade' and 'grade'"),
+        ('image,label,image \n1.png,a,2.png\n', "two columns with the same name, 'image' and 'image '"),
+        ('image,label,Label\n1.png,a,b\n', "'label' and 'Label' both match"),
         ('image,label\n1.png,a,x\n2.png,b,y\n', 'line 2 has 3 fields'),
         ('image,label\n"1.png,a\n2.png",b\n', 'lines 2 to 3 are one row'),
         ('image,label\n,a\n1.png,b\n', 'row 2 has no image name'),
@@ -701,7 +702,7 @@ def share(t, side):
         (0.07, 0.21),
     ],
 )
-def test_a_group_is_never_on_two_sides(valid, test):
+def test_a_group_is_never_in_two_subsets(valid, test):
     for seed in range(6):
         t = split_table(before := random_set(seed), valid, test, seed)
         assert t.groupby('group').split.nunique().max() == 1
@@ -793,9 +794,9 @@ def done(**kwargs):
 @pytest.mark.parametrize(
     'call,why',
     [
-        (lambda: split_table(random_set(0), 0), 'valid=0, test=0.0: give shares that leave something for training'),
+        (lambda: split_table(random_set(0), 0), 'valid=0, test=0.0: give fractions with a sum below 1'),
         (lambda: split_table(random_set(0), 1), 'valid=1'),
-        (lambda: split_table(random_set(0), 0.6, 0.4), 'leave something for training'),
+        (lambda: split_table(random_set(0), 0.6, 0.4), 'a sum below 1'),
         (lambda: split_table(random_set(0), 0.2, -0.1), 'test=-0.1'),
         (lambda: split_table(random_set(0), float('nan')), 'valid=nan'),
         (
@@ -804,7 +805,7 @@ def done(**kwargs):
         ),
         (
             lambda: split_table(random_set(0).assign(label=['9'] + ['0'] * 149)),
-            "class '9' has one image: it cannot be both learnt and tested",
+            "class '9' has one image: it cannot be in both training and validation set",
         ),
         (lambda: split_table(random_set(0).assign(group='same')), 'too few groups: 1, and 5 are needed'),
         (lambda: split_table(random_set(0).assign(group=['a', 'b', 'c'] * 50)), 'too few groups: 3'),
@@ -812,12 +813,12 @@ def done(**kwargs):
         (lambda: check_split(done(split='valid')), "no images in the split 'train'"),
         (
             lambda: check_split(done(split=['train'] * 149 + ['holdout'])),
-            '1 images have a split that is none of train, valid, test: holdout',
+            '1 images have a split other than train, valid or test: holdout',
         ),
-        (lambda: check_split(done(split=['train'] * 149 + [None])), '1 images have a split that is none of'),
+        (lambda: check_split(done(split=['train'] * 149 + [None])), '1 images have a split other than'),
         (
             lambda: check_split(done(group='p', split=['train', 'valid'] * 75)),
-            "1 groups stand in more than one of train, valid and test: p. Empty the column 'split'",
+            "1 groups are in more than one of train, valid and test: p. Empty the column 'split'",
         ),
         (
             lambda: split_table(done(group=None, split=['train', 'valid'] * 75, label=['0', '1'] * 75)),
@@ -833,5 +834,5 @@ def test_splits_that_are_refused(call, why):
 def test_a_leak_with_a_named_test_side_is_refused():
     t = random_set(6).assign(group=[f'p{i // 2}' for i in range(150)])
     t['split'] = ['test'] + [None] * 149  # the other image of p0 is free to go elsewhere
-    with pytest.raises(SplitError, match='1 groups stand in more than one of train, valid and test: p0'):
+    with pytest.raises(SplitError, match='1 groups are in more than one of train, valid and test: p0'):
         split_table(t)

@@ -1,4 +1,4 @@
-"Small things that the source texts describe and users of the peers ask for, where no other file of tests shows them."
+"Test small capabilities from the source texts and from requests of users of other libraries."
 
 import io
 import sys
@@ -96,7 +96,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
     assert '\r' in terminal.getvalue()
 
 
-def test_reading_images_says_how_far_it_is(table, monkeypatch):
+def test_reading_images_shows_progress(table, monkeypatch):
     monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
     image_errors(table.image.tolist())
     assert f'{len(table)}/{len(table)}' in terminal.getvalue()
@@ -171,9 +171,9 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
-def test_turns_narrow_the_gap_between_the_sides(tmp_path):
+def test_turns_narrow_the_gap_between_training_and_validation(tmp_path):
     "The gap between the sides, for a model with the turns and for one without"
-    from dr_transfer.core import build_learner, fit, generalisation_gap
+    from dr_transfer.core import build_learner, fit, generalization_gap
 
     make_dr(tmp_path / 'eyes', n=40, size=48, seed=0, workers=1)
     gaps = []
@@ -190,7 +190,7 @@ def test_turns_narrow_the_gap_between_the_sides(tmp_path):
             augment=augment,
             device=torch.device('cpu'),
         )
-        gaps.append(generalisation_gap(fit(learn, 'head', say=lambda s: None)))
+        gaps.append(generalization_gap(fit(learn, 'head', say=lambda s: None)))
     for g in gaps:
         assert {'train', 'valid', 'gap'} == set(g.index)
         assert np.allclose(g.loc['gap'], g.loc['train'] - g.loc['valid'], equal_nan=True)

@@ -1,6 +1,4 @@
-"""Training keeps its promises: epochs are passes through the network, what diverges stops,
-what is trained is not trained again.
-"""
+"Test that epochs are passes through the network, that diverging training stops, and that nothing is trained twice."
 
 from dataclasses import replace
 
@@ -21,7 +19,7 @@ from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import AveragePool, check_size, least_size
+from dr_transfer.models.network import AveragePool, check_size, min_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
@@ -37,7 +35,7 @@ def quick(monkeypatch):
     """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
     not how well it ends
     """
-    monkeypatch.setattr(classifiers, 'STRENGTHS', (1e-3, 1e-2))
+    monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
 
 
@@ -84,7 +82,7 @@ class Images:
 
 
 class Batches(Callback):
-    "A callback of the user's, which counts the steps that it sees"
+    "A callback of the user, which counts the steps that it sees"
 
     steps = 0
 
@@ -141,7 +139,7 @@ def test_the_total_is_told_before_anything_is_trained(build):
     assert first.startswith(
         "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
     )
-    assert first.endswith(f'In all 2 passes of {train_size(learn)} images through the network')
+    assert first.endswith(f'Total: 2 passes of {train_size(learn)} images through the network')
     assert 'no pass through the network' in told(build(), 'head')[0]
 
 
@@ -190,7 +188,7 @@ def test_epochs_do_not_change_a_head_that_is_solved(build):
     assert same_state(state_of(plain), state_of(asked))
     assert ways(asked) == ['solved']
     assert asked.record.history == plain.record.history
-    assert any('epochs=2' in line and 'changes nothing' in line for line in lines)
+    assert any('epochs=2' in line and 'has no effect' in line for line in lines)
 
 
 def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
@@ -323,7 +321,7 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     with pytest.raises(TrainingError, match='diverged in epoch') as e:
         fit(learn, wild(frozen=frozen), say=str)
     assert isinstance(e.value, ValueError)
-    assert 'lower rate' in str(e.value)
+    assert 'lower learning rate' in str(e.value)
     assert '\n' not in str(e.value)
     assert same_state(before, state_of(learn))
     assert len(learn.record.history) == trained
@@ -411,7 +409,7 @@ def test_a_batch_larger_than_the_set(build):
 def test_batches_of_one_image_are_told_of_by_name(build):
     learn = build()
     learn.dls.loaders[0] = learn.dls.train.new(bs=1)
-    with pytest.raises(ValueError, match='BatchNorm needs 2 or more'):
+    with pytest.raises(ValueError, match='BatchNorm needs batches of 2 images or more'):
         fit(learn, 'top1', epochs=1, say=str)
     bare = build(head=nn.Sequential(AveragePool(), nn.Linear(create_body('test_resnet', 'random').n_out, 3)))
     bare.dls.loaders[0] = bare.dls.train.new(bs=1)
@@ -420,17 +418,19 @@ def test_batches_of_one_image_are_told_of_by_name(build):
 
 def test_the_least_size_that_works_is_named():
     body = create_body('alexnet', 'random')
-    least = least_size(body)
+    least = min_size(body)
     assert least < 224
     check_size(body, least)
     for size in (16, least - 1):
-        with pytest.raises(ValueError, match=f'least size that works is {least}: give size={least} .--size {least}.'):
+        with pytest.raises(
+            ValueError, match=f'smallest size that works is {least}: give size={least} .--size {least}.'
+        ):
             check_size(body, size)
 
 
 def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
     monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
-    with pytest.raises(ValueError, match="'alexnet' does not take images of 32 pixels"):
+    with pytest.raises(ValueError, match="'alexnet' does not accept images of 32 pixels"):
         compare(set_of_flowers / 'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
 
 
@@ -463,7 +463,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
 
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
 def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
-    with pytest.raises(ValueError, match="plan 'scratch' has a backbone of its own, 'small_cnn', and arch='googlenet'"):
+    with pytest.raises(ValueError, match="plan 'scratch' needs the backbone 'small_cnn', not arch='googlenet'"):
         run(set_of_flowers / 'flowers', arch='googlenet', methods={'random': 'scratch'})
 
 
@@ -636,5 +636,5 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
 def test_no_rate_for_what_is_frozen(build):
     learn = build()
     learn.model.requires_grad_(False)
-    with pytest.raises(ValueError, match='everything is frozen'):
+    with pytest.raises(ValueError, match='all groups are frozen'):
         learn.lr_find()

@@ -82,14 +82,14 @@ def metrics(root):
 
 def gap(root):
     "Yield the rows of gap.csv."
-    from dr_transfer.core import build_learner, fit, generalisation_gap
+    from dr_transfer.core import build_learner, fit, generalization_gap
 
     for augment in ('none', 'quarter_turns'):
         for seed in range(5):
             learn = fit(
                 build_learner(root / 'messidor2', 'dr', plan='head', augment=augment, seed=seed), say=lambda s: None
             )
-            t = generalisation_gap(learn)
+            t = generalization_gap(learn)
             yield {
                 'augment': augment,
                 'seed': seed,

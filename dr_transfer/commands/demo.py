@@ -23,10 +23,10 @@ _STARTS = {'random_start': 'random', 'run': None}  # folder -> weights
 
 
 def _start(out, name, size, seed, runtime):
-    "Train one start, unless it is there"
+    "Train with one set of weights, unless the run exists"
     if (out / name).is_dir():
         return
-    # These imports take seconds, which a folder that is in the way need not cost
+    # These imports take seconds: an error of the folder comes before them
     from dr_transfer.core import build_learner, fit
     from dr_transfer.training.plans import get_plan
 
@@ -41,18 +41,18 @@ def _start(out, name, size, seed, runtime):
 # %% ../../nbs/commands/02_demo.ipynb #9099747d
 def _demo_table(
     out: Path,  # Folder of the demonstration
-) -> pd.DataFrame:  # A row a start
-    "Validation metrics, a row for each set of weights"
+) -> pd.DataFrame:  # A row for each set of weights
+    "Return the validation metrics, a row for each set of weights"
     rows = {n: json.loads((out / n / 'record.json').read_text(encoding='utf-8')) for n in _STARTS}
     return pd.DataFrame(
         {'random weights' if _STARTS[n] else 'ImageNet weights': r['validation'] for n, r in rows.items()}
     ).T.rename_axis('start')
 
 
-def _demo_picture(
+def _demo_figure(
     out: Path,  # Folder of the demonstration
 ) -> Path:  # A PNG
-    "Examples from the validation images"
+    "Draw examples from the validation images"
     if (out / 'demo.png').exists():
         return out / 'demo.png'
     from dr_transfer.metrics.plots import pick_examples, plot_predictions
@@ -71,23 +71,23 @@ def _demo_picture(
 
 # %% ../../nbs/commands/02_demo.ipynb #40d78cad
 def make_demo(
-    out: str | Path,  # Folder to make; what is finished there stays
-    images: int = 400,  # How many to draw
-    size: int = 256,  # Pixels
-    seed: int = 42,  # Another seed, other eyes
+    out: str | Path,  # Folder to make; finished parts in it are kept
+    images: int = 400,  # Number of images to draw
+    size: int = 256,  # Height and width in pixels
+    seed: int = 42,  # Decides the images, the split and the head
     runtime: str = 'auto',  # As `build_learner` takes it
-    overwrite: bool = False,  # May another demonstration be replaced?
-) -> pd.DataFrame:  # Measures, a row a start; also OUT/run, OUT/demo.png
-    "Draw a set, learn from it with random and with ImageNet weights"
+    overwrite: bool = False,  # Replace another demonstration?
+) -> pd.DataFrame:  # A row for each set of weights; also OUT/run, OUT/demo.png
+    "Draw a data set, and train on it with random and with ImageNet weights"
     out, what = Path(out), dict(n=images, size=size, seed=seed)
     with growing_folder(out, 'demo', ['demo.png', 'data/', *(f'{name}/' for name in _STARTS)], overwrite):
         if (out / 'data').is_dir():
-            make_dr(out / 'data', **what)  # it is there; an error if it is another one
+            make_dr(out / 'data', **what)  # it exists: an error if it is another data set
         else:
             print(f'drawing {images} synthetic fundus images', flush=True)
             with new_folder(out / 'data', kind='drawn') as tmp:
                 make_dr(tmp, **what)
         for name in _STARTS:
             _start(out, name, size, seed, runtime)
-        _demo_picture(out)
+        _demo_figure(out)
         return _demo_table(out)

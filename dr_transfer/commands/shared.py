@@ -10,59 +10,62 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from .arguments import OutputOptions, RecipeOptions, TableOptions, TaskOptions
+
 # %% ../../nbs/commands/03_shared.ipynb #a794eb18
-def _data_name(a) -> str:
-    "What DATA is called, for names of outputs and titles"
-    return Path(a.data).resolve().name.removesuffix('.csv') or 'data'
+def _data_name(table: TableOptions) -> str:
+    "Return the name of the data, for names of outputs and titles"
+    return Path(table.data).resolve().name.removesuffix('.csv') or 'data'
 
 
-def _output(a, ending) -> tuple[Path, bool]:
-    "What is to be written, not among the images, and whether it may replace what is there"
+def _output(output: OutputOptions, table: TableOptions, ending) -> tuple[Path, bool]:
+    "Return the path to write, which is not among the images, and whether it may be replaced"
     from dr_transfer.utils.places import check_outside
 
-    typed = a.out is not None
-    out = Path(a.out if typed else f'{_data_name(a)}_{ending}')
-    for source in (a.data, a.labels):
+    named = output.out is not None
+    out = Path(output.out if named else f'{_data_name(table)}_{ending}')
+    for source in (table.data, table.labels):
         if source is not None:
             check_outside(out, source)
-    return out, a.overwrite and typed
+    return out, output.overwrite and named
 
 
-def _read_table(a):
-    "The table of labelled images"
+def _read_table(table: TableOptions):
+    "Read the table of labelled images"
     from dr_transfer.data.table import label_table
 
-    return label_table(a.data, a.labels, a.image_col, a.label_col, a.patient, missing=a.missing)
+    return label_table(table.data, table.labels, table.image_col, table.label_col, table.patient, missing=table.missing)
 
 
-def _task(a):
-    "The task and its target, as the options name them"
+def _find_task(options: TaskOptions) -> tuple:
+    "Return the `Task` and its `Target` that the options name"
     from dr_transfer.data.task_file import load_task
     from dr_transfer.data.tasks import get_task
 
-    task = get_task(load_task(a.task), a.size)
-    return task, task.target(a.target)
+    task = get_task(load_task(options.task), options.size)
+    return task, task.target(options.target)
 
 
-def _classes(table, goal) -> list:
-    "The classes that are learnt from a table"
+def _classes(table, target) -> list:
+    "Return the classes of a table for a `Target`"
     from dr_transfer.data.tasks import class_names, encode_target
 
-    return goal.class_set(class_names(encode_target(table, goal), goal))
+    return target.class_set(class_names(encode_target(table, target), target))
 
 
-def _wanted_point(a, task, goal) -> dict:
-    "What the operating point is to reach: as typed; 0.9 of the referable for dr if nothing is typed"
-    typed = {k: v for k, v in (('sensitivity', a.sensitivity), ('specificity', a.specificity)) if v is not None}
-    if len(typed) == 2:
+def _wanted_point(recipe: RecipeOptions, task, target) -> dict:
+    "Return the operating point to reach: as given, or a sensitivity of 0.9 for dr"
+    named = (('sensitivity', recipe.sensitivity), ('specificity', recipe.specificity))
+    wanted = {name: value for name, value in named if value is not None}
+    if len(wanted) == 2:
         raise ValueError('--sensitivity and --specificity: give one of the two')
-    if typed and goal.classes:
-        _check_point(goal.class_set())
-    return typed or ({'sensitivity': 0.9} if task.name == 'dr' else {})
+    if wanted and target.classes:
+        _check_point(target.class_set())
+    return wanted or ({'sensitivity': 0.9} if task.name == 'dr' else {})
 
 
 def _check_point(classes):
-    "A ValueError if these classes have no operating point"
+    "Raise a ValueError if these classes have no operating point"
     if classes.positive is None:
         names = ', '.join(classes[:5])
         raise ValueError(
@@ -73,11 +76,11 @@ def _check_point(classes):
 # %% ../../nbs/commands/03_shared.ipynb #b8d51959
 @contextmanager
 def _printed_if_unwritable(table, file):
-    "Print a table that the disk does not take into a file, so that it is not lost"
+    "Print a table that cannot be written into a file, so that it is not lost"
     try:
         yield
     except OSError as e:
-        if Path(file).exists():  # all of it: half a table is never left
+        if Path(file).exists():  # complete: a part of a table is never left
             raise
         from dr_transfer.utils.csvfile import write_csv
         from dr_transfer.utils.places import OutputError
@@ -91,13 +94,13 @@ def _printed_if_unwritable(table, file):
 
 
 def _as_utf8(stream):
-    "Let a text stream write UTF-8, and file names that are none as the bytes they are"
+    "Let a text stream write UTF-8, and file names that are not UTF-8 as their bytes"
     if hasattr(stream, 'reconfigure'):
         stream.reconfigure(encoding='utf-8', errors='surrogateescape')
 
 
 def _print_decision(decision):
-    "The operating point, and what could not be chosen"
+    "Print the operating point, and what could not be chosen"
     if decision.operating:
         print(f'operating point: {decision.point_words}')
     for line in decision.not_chosen:

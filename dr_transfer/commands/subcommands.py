@@ -6,42 +6,51 @@
 __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'evaluate', 'cross_validate', 'compare', 'demo']
 
 # %% ../../nbs/commands/04_subcommands.ipynb #52b9e06a
-import argparse
 import sys
 from pathlib import Path
 
+from dr_transfer.commands.arguments import (
+    ComparisonOptions,
+    OutputOptions,
+    RecipeOptions,
+    ReportOptions,
+    SplitOptions,
+    TableOptions,
+    TaskOptions,
+    TrainingOptions,
+)
 from dr_transfer.commands.shared import (
     _as_utf8,
     _check_point,
     _classes,
     _data_name,
+    _find_task,
     _output,
     _print_decision,
     _printed_if_unwritable,
     _read_table,
-    _task,
     _wanted_point,
 )
 
 # %% ../../nbs/commands/04_subcommands.ipynb #91febcac
-def _check_recipe(a):
-    "A ValueError for a name of a plan, a backbone or a head that is not known"
+def _check_recipe(recipe, epochs):
+    "Raise a ValueError for an unknown plan, backbone or head"
     from dr_transfer.models.balance import BALANCES
     from dr_transfer.models.network import HEADS
     from dr_transfer.models.registry import find_backbone
     from dr_transfer.training.plans import get_plan
     from dr_transfer.utils.files import unknown
 
-    get_plan('head' if a.plan in (None, 'advise') else a.plan, a.epochs)
-    if a.arch:
-        find_backbone(a.arch)
-    for option, value, known in (('head', a.head, HEADS), ('balance', a.balance, BALANCES)):
+    get_plan('head' if recipe.plan in (None, 'advise') else recipe.plan, epochs)
+    if recipe.arch:
+        find_backbone(recipe.arch)
+    for option, value, known in (('head', recipe.head, HEADS), ('balance', recipe.balance, BALANCES)):
         if value is not None and value not in known:
             raise unknown(option, value, known)
 
 
 def _print_table(learn):
-    "How the images were split, and which were skipped"
+    "Print how the images were split, and which were skipped"
     from dr_transfer.data.split import split_summary
     from dr_transfer.data.table import skipped_images
 
@@ -54,52 +63,67 @@ def _print_table(learn):
 
 
 def train(
-    a: argparse.Namespace,  # As `dr_transfer train --help` describes
+    table: TableOptions,  # Labelled images
+    task: TaskOptions = TaskOptions(),  # What is predicted
+    split: SplitOptions = SplitOptions(),  # How images are split
+    training: TrainingOptions = TrainingOptions(),  # Epochs, batches and weights
+    recipe: RecipeOptions = RecipeOptions(),  # Network, plan, head and operating point
+    output: OutputOptions = OutputOptions(),  # Folder to make; NAME_run if not given
+    runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
     "Train a model on a folder of images and write the run into a new folder"
     from dr_transfer.utils.files import new_folder
     from dr_transfer.utils.places import check_outside
 
-    out = Path(a.out if a.out is not None else f'{_data_name(a)}_run')
-    check_outside(out, a.data)
-    with new_folder(out, a.overwrite, keep_parts=True) as folder:
-        task, goal = _task(a)
-        point = _wanted_point(a, task, goal)
-        _check_recipe(a)
-        learn = _train(a, _read_table(a), task, point)
+    out = Path(output.out if output.out is not None else f'{_data_name(table)}_run')
+    check_outside(out, table.data)
+    with new_folder(out, output.overwrite, keep_parts=True) as folder:
+        found_task, target = _find_task(task)
+        point = _wanted_point(recipe, found_task, target)
+        _check_recipe(recipe, training.epochs)
+        learn = _build(_read_table(table), found_task, task, split, training, recipe, runtime)
+        _train(learn, training.epochs, point)
         _write_run(learn, folder, point)
     print(f'written: {out}')
     return 0
 
 # %% ../../nbs/commands/04_subcommands.ipynb #82a3abfb
-def _train(a, table, task, point):
-    "A learner, trained by the plan that the options name"
-    from dr_transfer.core import build_learner, fit
+def _build(images, found_task, task, split, training, recipe, runtime):
+    "Build a learner as the options say"
+    from dr_transfer.core import build_learner
 
-    plan = _print_advice(a, table, task) if a.plan == 'advise' else a.plan
-    learn = build_learner(
-        table,
-        task=task,
-        arch=a.arch,
-        weights=a.weights,
-        target=a.target,
-        bs=a.bs,
-        valid=a.valid,
-        seed=a.seed,
-        runtime=a.runtime,
+    plan = recipe.plan
+    if plan == 'advise':
+        plan = _print_advice(images, found_task, task, split, recipe.arch, training.weights, runtime)
+    return build_learner(
+        images,
+        task=found_task,
+        arch=recipe.arch,
+        weights=training.weights,
+        target=task.target,
+        bs=training.bs,
+        valid=split.valid,
+        seed=task.seed,
+        runtime=runtime,
         plan=plan,
-        allow_leaks=a.allow_leaks,
-        head=a.head,
-        balance=a.balance,
+        allow_leaks=split.allow_leaks,
+        head=recipe.head,
+        balance=recipe.balance,
     )
+
+
+def _train(learn, epochs, point):
+    "Train a learner by its plan"
+    from dr_transfer.core import fit
+
     if point:
         _check_point(learn.classes)
     _print_table(learn)
-    return fit(learn, epochs=a.epochs)
+    fit(learn, epochs=epochs)
 
 
 def _write_run(learn, folder, point):
-    "Write the run, and print what the model is worth on the validation images"
+    "Write the run, and print how well the model predicts the validation images"
     from dr_transfer.inference.run import write_run
 
     metrics = write_run(learn, folder, point)
@@ -111,28 +135,41 @@ def _write_run(learn, folder, point):
     _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9
-def _print_advice(a, table, task):
-    "Advice on the training images, printed"
+def _print_advice(images, found_task, task, split, arch, weights, runtime):
+    "Print advice on the training images, and return it"
     from dr_transfer.models.registry import DEFAULT_ARCH
     from dr_transfer.training.advisor import advise
 
     advice = advise(
-        table, task, a.arch or DEFAULT_ARCH, a.weights, a.target, valid=a.valid, seed=a.seed, runtime=a.runtime
+        images,
+        found_task,
+        arch or DEFAULT_ARCH,
+        weights,
+        task.target,
+        valid=split.valid,
+        seed=task.seed,
+        runtime=runtime,
     )
     print(advice, flush=True)
     return advice
 
 
 def advise(
-    a: argparse.Namespace,  # As `dr_transfer advise --help` describes
+    table: TableOptions,  # Labelled images
+    task: TaskOptions = TaskOptions(),  # What is predicted
+    split: SplitOptions = SplitOptions(),  # How images are split
+    arch: str | None = None,  # Backbone; efficientnet_lite0 if None
+    weights: str | Path | None = None,  # A file or 'random'; those of the backbone if None
+    output: OutputOptions = OutputOptions(),  # Figure to write; NAME_advice.png if not given
+    runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
     "Measure the images of a folder and recommend a plan"
     from dr_transfer.utils.files import new_file
 
-    out, overwrite = _output(a, 'advice.png')
+    out, overwrite = _output(output, table, 'advice.png')
     with new_file(out, overwrite) as file:
-        task, _ = _task(a)
-        advice = _print_advice(a, _read_table(a), task)
+        found_task, _ = _find_task(task)
+        advice = _print_advice(_read_table(table), found_task, task, split, arch, weights, runtime)
         from dr_transfer.training.advisor import plot_advice
 
         print(advice.profile.round(3).to_string())
@@ -141,27 +178,31 @@ def advise(
     return 0
 
 # %% ../../nbs/commands/04_subcommands.ipynb #e6c52349
-def _load(a):
-    "The model of a run, or of a model folder"
-    if a.model.endswith('.onnx'):
-        raise ValueError(f'{a.model}: an ONNX file can only predict. Give the folder made by dr_transfer train')
+def _load(model, runtime):
+    "Load the model of a run, or of a model folder"
+    if str(model).endswith('.onnx'):
+        raise ValueError(f'{model}: an ONNX file can only predict. Give the folder made by dr_transfer train')
     from dr_transfer.inference.saved_model import load_model
 
-    inside = Path(a.model) / 'model'
-    return load_model(inside if inside.is_dir() else a.model, a.runtime)
+    inside = Path(model) / 'model'
+    return load_model(inside if inside.is_dir() else model, runtime)
 
 
-def _load_any(a):
-    "The model of a run, of a model folder or of an ONNX file"
-    if not a.model.endswith('.onnx'):
-        return _load(a)
+def _load_any(model, runtime):
+    "Load the model of a run, of a model folder or of an ONNX file"
+    if not str(model).endswith('.onnx'):
+        return _load(model, runtime)
     from dr_transfer.inference.onnx_file import OnnxModel
 
-    return OnnxModel(a.model)
+    return OnnxModel(model)
 
 
 def predict(
-    a: argparse.Namespace,  # As `dr_transfer predict --help` describes
+    model: str | Path,  # Run, model folder or ONNX file
+    images: str | Path | list,  # Files and folders, or one
+    out: str | Path | None = None,  # CSV to write; printed if None
+    overwrite: bool = False,  # Replace a CSV of that name?
+    runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code
     "Predict images with a saved model; a table as CSV"
     from dr_transfer.inference.predictions import gather_images, predict_table
@@ -169,15 +210,15 @@ def predict(
     from dr_transfer.utils.files import new_file
     from dr_transfer.utils.places import check_outside
 
-    if a.out is None:
-        table = predict_table(_load_any(a), gather_images(a.images))
+    if out is None:
+        table = predict_table(_load_any(model, runtime), gather_images(images))
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
     else:
-        for source in (a.model, *a.images):
-            check_outside(a.out, source)
-        with new_file(a.out, a.overwrite) as file:
-            table = predict_table(_load_any(a), gather_images(a.images))
+        for source in (model, *([images] if isinstance(images, (str, Path)) else images)):
+            check_outside(out, source)
+        with new_file(out, overwrite) as file:
+            table = predict_table(_load_any(model, runtime), gather_images(images))
             with _printed_if_unwritable(table, file):
                 write_csv(table, file)
     bad = int((table.error != '').sum())
@@ -187,7 +228,7 @@ def predict(
 
 
 def _predicted(table) -> int:
-    "The exit code; 1, with the reason, if the model is at fault or nothing could be predicted"
+    "Return the exit code: 1, and print the reason, if the model fails or nothing is predicted"
     from dr_transfer.inference.predictions import NO_PROBABILITIES
 
     failed = table[table.error != '']
@@ -200,29 +241,38 @@ def _predicted(table) -> int:
 
 
 def export(
-    a: argparse.Namespace,  # As `dr_transfer export --help` describes
+    model: str | Path,  # Run or model folder
+    out: str | Path | None = None,  # ONNX file to write; named after the model if None
+    overwrite: bool = False,  # Replace an ONNX file of that name?
+    runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code
     "Write a saved model as an ONNX file, if it gives the same predictions"
     from dr_transfer.inference.onnx_file import check_onnx_name, write_onnx
     from dr_transfer.utils.files import new_file
     from dr_transfer.utils.places import check_outside
 
-    out = check_onnx_name(a.out if a.out is not None else f'{Path(a.model).resolve().name}.onnx')
-    check_outside(out, a.model)
-    with new_file(out, a.overwrite and a.out is not None) as file:
-        write_onnx(_load(a), file)
-    print(f'written: {out} ({out.stat().st_size / 1e6:.1f} MB), with the same predictions as the model')
+    file_name = check_onnx_name(out if out is not None else f'{Path(model).resolve().name}.onnx')
+    check_outside(file_name, model)
+    with new_file(file_name, overwrite and out is not None) as file:
+        write_onnx(_load(model, runtime), file)
+    size = file_name.stat().st_size / 1e6
+    print(f'written: {file_name} ({size:.1f} MB), with the same predictions as the model')
     return 0
 
 # %% ../../nbs/commands/04_subcommands.ipynb #12a9b082
 def preprocess(
-    a: argparse.Namespace,  # As `dr_transfer preprocess --help` describes
+    folder: str | Path,  # Folder of photographs; they are not changed
+    out: str | Path,  # Folder for the results; finished ones are kept
+    size: int = 512,  # Height and width of the results in pixels
+    correction: str = 'none',  # Of light: 'none', 'colour' or 'local'
+    to_right: bool = False,  # Mirror left eyes (column eye of labels.csv)?
+    format: str = 'png',  # 'png', without loss, or 'jpg'
+    workers: int | None = None,  # Threads; one for each core if None
 ) -> int:  # Exit code
     "Prepare a folder of fundus photographs"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
 
-    preparation = Preparation(a.size, a.correction, a.to_right, a.format)
-    t = preprocess_folder(a.folder, a.out, preparation, a.workers)
+    t = preprocess_folder(folder, out, Preparation(size, correction, to_right, format), workers)
     bad = t[t.error != '']
     poor = t[t.gradability < 0.5]
     for row in bad.head(10).itertuples():
@@ -231,40 +281,40 @@ def preprocess(
     why = f' ({reasons})' if len(poor) else ''
     no_disc = t.x.isna().sum() - len(bad)
     print(
-        f'{len(t) - len(bad)} photographs in {a.out}, {len(bad)} could not be read; '
+        f'{len(t) - len(bad)} photographs in {out}, {len(bad)} could not be read; '
         f'{no_disc} without a visible disc; {len(poor)} ungradable{why}'
     )
-    print(f'table: {Path(a.out) / "images.csv"}')
+    print(f'table: {Path(out) / "images.csv"}')
     return 0 if len(bad) < len(t) else 1
 
 # %% ../../nbs/commands/04_subcommands.ipynb #e273a641
-def _targets_of(a, model, table):
-    "The table with the class of each image, as the model names classes"
+def _encode_targets(images, model, task):
+    "Add the class of each image to the table, as the model names classes"
     from dr_transfer.data.task_file import load_task
     from dr_transfer.data.tasks import TASKS, Target, encode_target
 
     about = model.about
-    goal = Target('class', tuple(model.classes))
-    if a.task or about['task'] in TASKS:
-        found = load_task(a.task or about['task']).target(about['target'])
-        goal = found if found.classes else Target(found.name, tuple(model.classes))
-    return encode_target(table, goal)
+    target = Target('class', tuple(model.classes))
+    if task or about['task'] in TASKS:
+        named = load_task(task or about['task']).target(about['target'])
+        target = named if named.classes else Target(named.name, tuple(model.classes))
+    return encode_target(images, target)
 
 
-def _report_file(a) -> tuple[Path, bool]:
-    "The report to write, and whether it may replace one that is there"
-    out, overwrite = _output(a, 'report.html')
+def _report_file(output, table) -> tuple[Path, bool]:
+    "Return the report to write, and whether it may replace an earlier one"
+    out, overwrite = _output(output, table, 'report.html')
     if out.suffix != '.html':
         raise ValueError(f'--out {out}: a report is an HTML file, so give a name such as {out.with_suffix(".html")}')
     return out, overwrite
 
 
-def _print_report(e, a, page, table):
+def _print_report(e, resamples, page, predictions):
     "Print the metrics, and write report and table into reserved files"
     from dr_transfer.evaluation.report_page import write_pages
     from dr_transfer.metrics.screening import measure_table
 
-    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, a.resamples)
+    metrics = measure_table(e.table, e.classes, e.point, e.prevalence, resamples)
     print(metrics.round(3).to_string())
     print('\n'.join(metrics.attrs['notes']))
     if e.decision:
@@ -277,177 +327,204 @@ def _print_report(e, a, page, table):
         print(f'excluded: {len(e.skipped)} images that cannot be read')
     if 'gradability' in e.table:
         print(f'ungradable: {(e.table.gradability < 0.5).sum()} of {len(e.table)}')
-    with _printed_if_unwritable(e.table, table):
-        write_pages(e, page, table, a.resamples)
+    with _printed_if_unwritable(e.table, predictions):
+        write_pages(e, page, predictions, resamples)
 
 
 def _print_files(main, label, table) -> int:
-    "Name the two files that were written"
+    "Print the names of the two files that were written"
     from dr_transfer.utils.files import companion
 
     print(f'{label}: {main}\ntable: {companion(main, table)}')
     return 0
 
-
+# %% ../../nbs/commands/04_subcommands.ipynb #e273a642
 def evaluate(
-    a: argparse.Namespace,  # As `dr_transfer evaluate --help` describes
+    model: str | Path,  # Run or model folder
+    table: TableOptions,  # Labelled images
+    task: str | None = None,  # File with a task of your own; the model's task if None
+    split: str = 'new',  # Images that count: 'new' to the model, or its own 'valid' ones
+    allow_leaks: bool = False,  # Count images that the model was trained on, too?
+    report: ReportOptions = ReportOptions(),  # Report to write; NAME_report.html if not given
+    runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code
     "Report how well a trained model predicts labelled images"
     from dr_transfer.utils.files import REPORT_TABLE, new_pair
 
-    out, overwrite = _report_file(a)
-    with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
-        e = _evaluation(a)
-        _print_report(e, a, page, table)
+    out, overwrite = _report_file(report, table)
+    with new_pair(out, REPORT_TABLE, overwrite) as (page, predictions):
+        loaded = _load(model, runtime)
+        images = _encode_targets(_read_table(table), loaded, task)
+        _report_images(images, loaded)
+        from dr_transfer.evaluation.report import evaluate_model
+
+        name = _data_name(table)
+        e = evaluate_model(loaded, images, report.prevalence, data=name, allow_leaks=allow_leaks, split=split)
+        _print_report(e, report.resamples, page, predictions)
     return _print_files(out, 'report', REPORT_TABLE)
 
-# %% ../../nbs/commands/04_subcommands.ipynb #e273a642
-def _note_copies(model, table):
-    "Note which identical files have two classes"
+
+def _report_images(images, model):
+    "Print what is notable about the images, such as identical files with two classes"
     from dr_transfer.data.leaks import find_copies, note_contradictions
-
-    note_contradictions(table, find_copies(table.image.tolist(), model.about['reader']))
-
-
-def _evaluation(a):
-    "The evaluation of a saved model on labelled images"
     from dr_transfer.data.table import report_table
-    from dr_transfer.evaluation.report import evaluate_model
 
-    model = _load(a)
-    table = _targets_of(a, model, _read_table(a))
-    _note_copies(model, table)
-    report_table(table)
-    return evaluate_model(model, table, a.prevalence, data=_data_name(a), allow_leaks=a.allow_leaks, split=a.split)
+    note_contradictions(images, find_copies(images.image.tolist(), model.about['reader']))
+    report_table(images)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #ce8e5c81
 def cross_validate(
-    a: argparse.Namespace,  # As `dr_transfer cross-validate --help` describes
+    table: TableOptions,  # Labelled images
+    task: TaskOptions = TaskOptions(),  # What is predicted
+    training: TrainingOptions = TrainingOptions(),  # Epochs, batches and weights
+    recipe: RecipeOptions = RecipeOptions(),  # Network, plan, head and operating point
+    folds: int = 5,  # Number of folds
+    report: ReportOptions = ReportOptions(),  # Report to write; NAME_report.html if not given
+    runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
     "Report how well a recipe predicts images that it was not trained on, by cross-validation"
     from dr_transfer.utils.files import REPORT_TABLE, new_pair
 
-    out, overwrite = _report_file(a)
-    with new_pair(out, REPORT_TABLE, overwrite) as (page, table):
-        _print_report(_cross_evaluation(a), a, page, table)
+    out, overwrite = _report_file(report, table)
+    with new_pair(out, REPORT_TABLE, overwrite) as (page, predictions):
+        e = _cross_evaluation(table, task, training, recipe, folds, report.prevalence, runtime)
+        _print_report(e, report.resamples, page, predictions)
     return _print_files(out, 'report', REPORT_TABLE)
 
 
-def _cross_evaluation(a):
-    "The evaluation that a report of cross-validation shows"
-    task, goal = _task(a)
-    point = _wanted_point(a, task, goal)
-    _check_recipe(a)
-    if a.plan == 'advise':
+def _cross_evaluation(table, task, training, recipe, folds, prevalence, runtime):
+    "Return the evaluation that a report of cross-validation shows"
+    found_task, target = _find_task(task)
+    point = _wanted_point(recipe, found_task, target)
+    _check_recipe(recipe, training.epochs)
+    if recipe.plan == 'advise':
         raise ValueError(
             '--plan advise: advice is for one training, not for folds. '
             'Run dr_transfer advise, and name the plan that it gives'
         )
-    table = _read_table(a)
+    images = _read_table(table)
     if point:
-        _check_point(_classes(table, goal))
+        _check_point(_classes(images, target))
     from dr_transfer.data.table import skipped_images
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.evaluation.report import describe_images
     from dr_transfer.metrics.decision import table_classes
     from dr_transfer.models.registry import DEFAULT_ARCH
-    from dr_transfer.training.learner import versions
+    from dr_transfer.training.record import versions
 
     t = cross_validate(
-        table,
-        task,
-        a.target,
-        folds=a.folds,
-        epochs=a.epochs,
-        seed=a.seed,
-        arch=a.arch,
-        weights=a.weights,
-        plan=a.plan,
-        bs=a.bs,
-        runtime=a.runtime,
-        head=a.head,
-        balance=a.balance,
+        images,
+        found_task,
+        task.target,
+        folds=folds,
+        epochs=training.epochs,
+        seed=task.seed,
+        arch=recipe.arch,
+        weights=training.weights,
+        plan=recipe.plan,
+        bs=training.bs,
+        runtime=runtime,
+        head=recipe.head,
+        balance=recipe.balance,
     )
-    classes = goal.class_set(table_classes(t))
+    classes = target.class_set(table_classes(t))
     skipped = skipped_images(t).image.tolist()
     t, decision = decide_across(t, classes, **point)
     about = {
-        'arch': a.arch or DEFAULT_ARCH,
-        'task': task.name,
-        'target': task.target(a.target).name,
-        'size': task.size,
-        'seed': a.seed,
+        'arch': recipe.arch or DEFAULT_ARCH,
+        'task': found_task.name,
+        'target': target.name,
+        'size': found_task.size,
+        'seed': task.seed,
         'decision': decision.to_dict(),
         'versions': versions(),
-        'training': {'plan': a.plan or 'chosen for set and machine', 'balance': a.balance},
+        'training': {'plan': recipe.plan or 'chosen for set and machine', 'balance': recipe.balance},
     }
-    e = describe_images(t, classes, about, task.reader, _data_name(a), a.prevalence)
+    e = describe_images(t, classes, about, found_task.reader, _data_name(table), prevalence)
     e.skipped = skipped
-    e.how = f' In each of {a.folds} folds the threshold is that of the other folds.'
+    e.how = f' In each of {folds} folds the threshold is that of the other folds.'
     return e
 
 # %% ../../nbs/commands/04_subcommands.ipynb #e5c259b1
 def compare(
-    a: argparse.Namespace,  # As `dr_transfer compare --help` describes
+    table: TableOptions,  # Labelled images
+    task: TaskOptions = TaskOptions(),  # What is predicted
+    split: SplitOptions = SplitOptions(),  # How images are split
+    training: TrainingOptions = TrainingOptions(),  # Epochs, batches and weights
+    comparison: ComparisonOptions = ComparisonOptions(),  # Backbones, plans and metric
+    output: OutputOptions = OutputOptions(),  # Figure; NAME_comparison.png if not given
+    runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
-    "Several backbones and plans on one split: a table and a figure"
+    "Compare backbones and plans on one split: a table and a figure"
     from dr_transfer.utils.files import COMPARISON_TABLE, new_pair
 
-    out, overwrite = _output(a, 'comparison.png')
+    out, overwrite = _output(output, table, 'comparison.png')
     if out.suffix != '.png':
         raise ValueError(f'--out {out}: the figure is a PNG file, so give a name such as {out.with_suffix(".png")}')
-    with new_pair(out, COMPARISON_TABLE, overwrite) as (figure, table):
-        _write_comparison(a, figure, table)
+    with new_pair(out, COMPARISON_TABLE, overwrite) as (figure, values):
+        found_task, target = _find_task(task)
+        images = _read_table(table)
+        metric = _metric(comparison.metric, images, target)
+        compared = _compare(images, found_task, task, split, training, comparison, runtime)
+        _write_comparison(compared, metric, comparison.resamples, figure, values)
     return _print_files(out, 'figure', COMPARISON_TABLE)
 
 
-def _write_comparison(a, figure, table):
-    "Compare, print, and write figure and table into reserved files"
-    from dr_transfer.evaluation.compare import compare, plot_comparison
+def _compare(images, found_task, task, split, training, comparison, runtime):
+    "Train each backbone by each plan"
+    from dr_transfer.evaluation.compare import compare
+
+    return compare(
+        images,
+        found_task,
+        comparison.archs,
+        comparison.plans,
+        target=task.target,
+        valid=split.valid,
+        seed=task.seed,
+        epochs=training.epochs,
+        allow_leaks=split.allow_leaks,
+        weights=training.weights,
+        bs=training.bs,
+        runtime=runtime,
+    )
+
+
+def _write_comparison(compared, metric, resamples, figure, values):
+    "Print a comparison, and write its figure and table into reserved files"
+    from dr_transfer.evaluation.compare import plot_comparison
     from dr_transfer.utils.csvfile import write_csv
     from dr_transfer.utils.files import file_digest
 
-    task, goal = _task(a)
-    images = _read_table(a)
-    metric = _metric(a.metric, images, goal)
-    c = compare(
-        images,
-        task,
-        a.archs,
-        a.plans,
-        target=a.target,
-        valid=a.valid,
-        seed=a.seed,
-        epochs=a.epochs,
-        allow_leaks=a.allow_leaks,
-        weights=a.weights,
-        bs=a.bs,
-        runtime=a.runtime,
-    )
-    t = c.table(a.resamples)
-    n = len(next(iter(c.tables.values())))
+    t = compared.table(resamples)
+    n = len(next(iter(compared.tables.values())))
     shown = t.xs(metric, level='metric').round(3).to_string(na_rep='')
     print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')
-    write_csv(t.reset_index(), table)
-    mark = {'dr_transfer-table': file_digest(table)}
+    write_csv(t.reset_index(), values)
+    mark = {'dr_transfer-table': file_digest(values)}
     plot_comparison(t, metric).savefig(figure, dpi=120, format='png', metadata=mark)
 
 
-def _metric(name, images, goal) -> str:
-    "The metric to show; a ValueError before any training for one that these classes do not have"
+def _metric(name, images, target) -> str:
+    "Return the metric to show; raise a ValueError before any training if the classes do not have it"
     from dr_transfer.metrics.screening import main_metric, metric_names
 
-    return main_metric(metric_names(_classes(images, goal)), name)
+    return main_metric(metric_names(_classes(images, target)), name)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(
-    a: argparse.Namespace,  # As `dr_transfer demo --help` describes
+    out: str | Path = 'dr_transfer_demo',  # Folder to make
+    images: int = 400,  # Number of images to draw
+    size: int = 256,  # Height and width in pixels
+    seed: int = 42,  # Decides the images, the split and the head
+    runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
+    overwrite: bool = False,  # Replace another demonstration?
 ) -> int:  # Exit code
-    "Draw a synthetic set, train on it, show the result"
+    "Draw a synthetic data set, train on it, and show the result"
     from dr_transfer.commands.demo import make_demo
 
-    t = make_demo(a.out, a.images, a.size, a.seed, a.runtime, a.overwrite)
-    out = Path(a.out)
+    t = make_demo(out, images, size, seed, runtime, overwrite)
+    out = Path(out)
     print(
         '\nSynthetic fundus images of patients not seen in training, grade 2 or more '
         '(average over the views of each image):\n'

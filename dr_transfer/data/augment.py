@@ -23,13 +23,13 @@ from ..utils.files import unknown
 
 # %% ../../nbs/data/16_augment.ipynb #dfc09c49
 class Views(RandTransform):
-    "A random choice from finitely many views of an image"
+    "Random choice from a finite set of views of an image"
 
     order, name = 15, 'none'
 
     def before_call(self, b, split_idx):
         if split_idx == 1:
-            return  # nothing is drawn for what stays as it is
+            return  # validation images are not augmented
         x = b[0] if isinstance(b, tuple) else b
         many = isinstance(x, torch.Tensor) and x.ndim == 4
         self.k = torch.randint(len(VIEWS[self.name]), (len(x) if many else 1,)).tolist()
@@ -38,7 +38,7 @@ class Views(RandTransform):
         out = VIEWS[self.name][k](x)
         if out.shape == x.shape:
             return out
-        raise ValueError(f'a turned batch needs square images, not {tuple(x.shape[-2:])}: resize them first')
+        raise ValueError(f'quarter turns of a batch need square images, not {tuple(x.shape[-2:])}: resize them first')
 
     def encodes(self, x: PILBase):
         turn = VIEWS[self.name][self.k[0]]
@@ -59,19 +59,19 @@ class Views(RandTransform):
 
 
 class QuarterTurns(Views):
-    "Rotation by 0, 90, 180 or 270 degrees and nothing else"
+    "Random rotation by 0, 90, 180 or 270 degrees"
 
     name = 'quarter_turns'
 
 # %% ../../nbs/data/16_augment.ipynb #410f070f
 class Mirror(Views):
-    "The image or its mirror image, left and right exchanged"
+    "Random horizontal flip"
 
     name = 'mirror'
 
 
 class MirrorNear(Views):
-    "The image or its mirror image, from as far as it is or from nearer: its middle, enlarged"
+    "Random horizontal flip, and random enlargement of the centre"
 
     name = 'mirror_near'
 
@@ -79,7 +79,7 @@ class MirrorNear(Views):
         for x in b if isinstance(b, tuple) else (b,):
             if split_idx != 1 and (isinstance(x, (PILMask, TensorMask)) or getattr(x, 'mode', '') == 'P'):
                 raise ValueError(
-                    "the numbers of a mask or a palette cannot be enlarged by interpolation: take augment='mirror'"
+                    "the class numbers of a mask or a palette cannot be interpolated: use augment='mirror'"
                 )
         super().before_call(b, split_idx)
 
@@ -89,13 +89,13 @@ def _uniform(n, a, b):
 
 
 def _matrix(a, b, c, d, e, f) -> torch.Tensor:
-    "n matrices (3, 3) from the six numbers of an affine map"
+    "Build n matrices (3, 3) from the six coefficients of affine maps"
     o = torch.zeros_like(a)
     return torch.stack([torch.stack(r, -1) for r in ((a, b, c), (d, e, f), (o, o, o + 1))], -2)
 
 
 def flowers_matrix(x) -> torch.Tensor:
-    "FLW's recipe as affine maps of a batch, (n, 3, 3)"
+    "Random affine maps of the recipe of FLW for a batch, (n, 3, 3)"
     n = len(x)
     one, zero = torch.ones(n), torch.zeros(n)
     t, s = _uniform(n, -40, 40) * math.pi / 180, _uniform(n, -0.2, 0.2)
@@ -108,7 +108,7 @@ def flowers_matrix(x) -> torch.Tensor:
 
 
 def _crop_matrix(x, least: float = 0.35) -> torch.Tensor:
-    "A random part of each image, at least `least` of its area, as affine maps (n, 3, 3)"
+    "Affine maps (n, 3, 3) to a random crop of each image with at least `least` of its area"
     n = len(x)
     zero = torch.zeros(n)
     area, aspect = _uniform(n, least, 1), _uniform(n, -0.25, 0.25).exp()
@@ -118,19 +118,19 @@ def _crop_matrix(x, least: float = 0.35) -> torch.Tensor:
 # %% ../../nbs/data/16_augment.ipynb #fdbbec08
 @dataclass(frozen=True)
 class Augmentation:
-    "A named augmentation and what it keeps of an image"
+    "A named augmentation, with what it keeps of an image"
 
     make: Callable  # () -> list of fastai batch transforms
-    keeps_color: bool  # Are colours kept?
-    keeps_whole_image: bool  # Is the whole image kept?
-    keeps_left_right: bool  # Are left and right kept?
-    about: str  # In one line
+    keeps_color: bool  # Whether colours are kept
+    keeps_whole_image: bool  # Whether the whole image is kept
+    keeps_left_right: bool  # Whether left and right are kept
+    about: str  # Description in one line
 
 
 def _affine(f):
     def make():
         t = AffineCoordTfm(aff_fs=f, pad_mode=PadMode.Border, align_corners=False)
-        t.split_idx = 0  # validation images are not even resampled
+        t.split_idx = 0  # validation images are not resampled
         return [t]
 
     return make
@@ -141,26 +141,22 @@ def _jitter():
 
 
 AUGMENTATIONS = {
-    'none': Augmentation(lambda: [], True, True, True, 'the image as it is'),
+    'none': Augmentation(lambda: [], True, True, True, 'the unchanged image'),
     'quarter_turns': Augmentation(lambda: [QuarterTurns()], True, True, True, 'rotation by multiples of 90 degrees'),
-    'mirror': Augmentation(lambda: [Mirror()], True, True, False, 'left and right exchanged, or not'),
+    'mirror': Augmentation(lambda: [Mirror()], True, True, False, 'random horizontal flip'),
     'mirror_near': Augmentation(
-        lambda: [MirrorNear()], True, False, False, 'mirrored or not, the whole or its middle enlarged'
+        lambda: [MirrorNear()], True, False, False, 'random horizontal flip, the whole image or its centre enlarged'
     ),
-    'random_crop': Augmentation(
-        _affine(_crop_matrix), True, False, True, 'a part of the image, 35 to 100 % of its area'
-    ),
+    'random_crop': Augmentation(_affine(_crop_matrix), True, False, True, 'a random crop of 35 to 100 % of the area'),
     'colour_jitter': Augmentation(_jitter, False, True, True, 'brightness, contrast, saturation and hue'),
-    'flowers': Augmentation(
-        _affine(flowers_matrix), True, False, False, 'FLW: turned, shifted, sheared, zoomed, mirrored'
-    ),
+    'flowers': Augmentation(_affine(flowers_matrix), True, False, False, 'FLW: rotation, shift, shear, zoom and flip'),
 }
 
 # %% ../../nbs/data/16_augment.ipynb #b615bd14
 def augmentation(
     names: str,  # Names joined with '+', such as 'mirror+random_crop'
 ) -> list:  # fastai batch transforms
-    "The transforms of an augmentation by name"
+    "Return the transforms of an augmentation by name"
     for n in names.split('+'):
         if n not in AUGMENTATIONS:
             raise unknown('augmentation', n, AUGMENTATIONS)
@@ -170,18 +166,18 @@ def augmentation(
 def views_of(
     names: str,  # Names joined with '+'
 ) -> str | None:  # Name in `VIEWS`, or None if the augmentation is not finite
-    "The finite set of views that an augmentation chooses from"
+    "Return the name of the finite set of views of an augmentation"
     augmentation(names)
     return names if names in VIEWS else None
 
 # %% ../../nbs/data/16_augment.ipynb #c2aad8ac
-def augmentation_table() -> pd.DataFrame:  # One row a name
-    "The known augmentations and what each keeps of an image"
+def augmentation_table() -> pd.DataFrame:  # One row per augmentation
+    "Table of the augmentations and what each keeps of an image"
     return pd.DataFrame(
         [
             {
                 'name': n,
-                'views': str(len(VIEWS[n])) if n in VIEWS else 'endless',
+                'views': str(len(VIEWS[n])) if n in VIEWS else 'unlimited',
                 'keeps colour': a.keeps_color,
                 'keeps all of it': a.keeps_whole_image,
                 'keeps left and right': a.keeps_left_right,
@@ -197,14 +193,14 @@ _VIEW_NAMES = {
     'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
     'mirror': ('as it is', 'mirrored'),
     'mirror_near': ('as it is', 'mirrored', 'middle enlarged', 'mirrored, middle enlarged'),
-}  # name of a set in `VIEWS` -> names of its views, in order
+}  # name in `VIEWS` -> names of its views, in order
 
 
 def plot_views(
     image,  # PIL image or array (height, width, 3), square
     views: str = 'quarter_turns',  # Name in `VIEWS`
 ) -> Figure:
-    "The views of an image that training and prediction average over, each with its name"
+    "Plot the views of an image that training and prediction average over"
     if views not in VIEWS:
         raise unknown('set of views', views, VIEWS)
     x = stack_images([image])

@@ -20,8 +20,8 @@ from ..utils.csvfile import check_columns, known_columns, plain_name, read_csv, 
 # %% ../../nbs/data/11_columns.ipynb #20598098
 def read_labels(
     labels: str | Path | pd.DataFrame,  # CSV file or table
-) -> pd.DataFrame:  # Its index numbers the rows, as in messages
-    "A table of labels; from a file as text: what a number means is for the task to decide"
+) -> pd.DataFrame:  # Its index holds the row numbers used in messages
+    "Read a table of labels; the cells of a file are text, which the task interprets"
     if isinstance(labels, pd.DataFrame):
         check_columns(labels.columns)
         t = labels.set_axis([c.strip() if isinstance(c, str) else c for c in labels.columns], axis=1)
@@ -38,10 +38,10 @@ def read_labels(
 
 
 def _not_utf8(
-    what: str,  # What holds such bytes
-    file='the CSV file',  # Where
+    what: str,  # Where such bytes are
+    file='the CSV file',  # Name of the file
 ) -> str:
-    "The error message for bytes that are not UTF-8"
+    "Error message for bytes that are not UTF-8"
     return (
         f'{file} cannot be read as a CSV file in UTF-8: {what} has bytes of another encoding, such as Latin-1. '
         'Save it as CSV UTF-8'
@@ -49,19 +49,19 @@ def _not_utf8(
 
 
 def _counted(
-    n: int,  # How many
-    what: str,  # Of what, in the singular
+    n: int,  # Number
+    what: str,  # Name of the things, in the singular
 ) -> str:
-    "A number of things in words"
+    "Format a number with its noun, such as '2 images'"
     return f'{n} {what}{"" if n == 1 else "s"}'
 
 
 def some(
     names,  # Any list
-    n: int = 3,  # How many are shown
-    max_length: int = 200,  # Characters of one; of a longer one the first half of them is shown
+    n: int = 3,  # Number of names shown
+    max_length: int = 200,  # Characters of a name; longer ones are cut to half
 ) -> str:
-    "The first of many names, and how many more there are"
+    "List the first names and the number of the rest"
     names = [
         str(o) if len(str(o)) <= max_length else f'{str(o)[: max_length // 2]}... ({len(str(o))} characters)'
         for o in names
@@ -97,7 +97,7 @@ GROUP_COLUMNS = (
 
 @dataclass(frozen=True)
 class _Role:
-    "What a column is for, its usual names, and how another one is given"
+    "The role of a column, its usual names, and the option that chooses another one"
 
     what: str
     usual: tuple
@@ -111,12 +111,12 @@ GROUPS = _Role('groups', GROUP_COLUMNS, "group_col='...' (--patient COLUMN)")
 
 def find_column(
     table: pd.DataFrame,  # From `read_labels`
-    role: _Role,  # What is looked for
-    wanted: str | None = None,  # The name that was given; a usual one if None
-    used: tuple = (),  # Columns that are taken already
-    needed: bool = True,  # An error if there is none?
+    role: _Role,  # Role of the column
+    wanted: str | None = None,  # Requested name; a usual one if None
+    used: tuple = (),  # Columns that are used already
+    needed: bool = True,  # Whether a missing column is an error
 ) -> str | None:
-    "The name of a column: the one that was asked for, or a usual one; ValueError if there is none"
+    "Find the column of a role, by the requested or a usual name; raise a ValueError if there is none"
     shown = some(table.columns, 20)
     if wanted is not None:
         same = [c for c in table if plain_name(c) == plain_name(wanted)]
@@ -128,7 +128,7 @@ def find_column(
     found = known_columns(table[[c for c in table if c not in used]], role.usual)
     if found or not needed:
         return found[0] if found else None
-    raise ValueError(f'no column for the {role.what}: columns are {shown}. Say which with {role.how}')
+    raise ValueError(f'no column for the {role.what}: columns are {shown}. Choose one with {role.how}')
 
 # %% ../../nbs/data/11_columns.ipynb #d3ac62bf
 NO_GROUPS = (
@@ -138,23 +138,23 @@ NO_GROUPS = (
 
 @dataclass(frozen=True)
 class GroupSource:
-    "What the groups of a table were taken from"
+    "Where the groups of a table come from"
 
-    column: str | None = None  # Name of the column
+    column: str | None = None  # Column of the groups
     file: str = ''  # CSV beside class folders
-    guessed: bool = False  # By its name, and not because it was given?
-    none: bool = False  # Were none wanted?
+    guessed: bool = False  # Whether the column was found by its name
+    none: bool = False  # Whether no groups were requested
     dicom: int = 0  # Images whose group is the PatientID of their DICOM file
-    written: tuple = ()  # A group that is written in several ways
+    written: tuple = ()  # A group with several spellings
 
     def line(
         self,
-        groups,  # Group of each image (n,), None where it has none
+        groups,  # Group of each image (n,), None if missing
     ) -> str:
-        "What was used, in one line"
+        "Describe the source of the groups in one line"
         n = pd.Series(list(groups), dtype=object)
         if self.none:
-            return 'patients: none used, as asked for (none): images are treated as independent'
+            return 'patients: none used, as requested (none): images are treated as independent'
         if not n.notna().any():
             return NO_GROUPS if self.column is None else f"column '{self.column}' is empty: {NO_GROUPS}"
         kind = 'groups' if plain_name(self.column or '') in ('group', 'photographer') else 'patients'
@@ -165,26 +165,26 @@ class GroupSource:
         if n.isna().any():
             parts.append(f'{_counted(n.isna().sum(), "image")} without one treated as independent')
         if self.written:
-            parts.append(f'{" and ".join(map(repr, self.written[:2]))} are taken for one')
+            parts.append(f'{" and ".join(map(repr, self.written[:2]))} are treated as one')
         return f'{kind}: {", ".join(parts)}'
 
     @property
     def hint(self) -> str:
-        "What to do if a column that was only guessed makes a split impossible"
+        "Advice for a split that fails because of a column found by its name"
         if not self.guessed:
             return ''
         return (
-            f". The groups are those of column '{self.column}', which was chosen by its name: give another with "
-            f"{GROUPS.how}, or use none with group_col='none' (--patient none)"
+            f". The groups are those of column '{self.column}', which was chosen by its name: choose another with "
+            f"{GROUPS.how}, or use no groups with group_col='none' (--patient none)"
         )
 
 # %% ../../nbs/data/11_columns.ipynb #124f9979
 def choose_groups(
     table: pd.DataFrame,  # From `read_labels`
-    group_col: str | None = None,  # Its column; a usual one if None; 'none' for none
-    used: tuple = (),  # Columns that are taken already
-) -> tuple[list, GroupSource]:  # A group for each row, None where it has none
-    "The groups of the rows of a table, and where they come from"
+    group_col: str | None = None,  # Column of the groups; a usual one if None; or 'none'
+    used: tuple = (),  # Columns that are used already
+) -> tuple[list, GroupSource]:  # Group of each row, None if missing
+    "Return the groups of a table and where they come from"
     if group_col == 'none':
         return [None] * len(table), GroupSource(none=True)
     column = find_column(table, GROUPS, group_col, used, needed=False)
@@ -196,17 +196,17 @@ def choose_groups(
         raise ValueError(_not_utf8(f"row {table.index[bad[0]]} of column '{column}'"))
     if group_col is not None and len(table) and not any(group_key(g) for g in groups):
         raise ValueError(
-            f"column '{column}' is empty: {GROUPS.how} needs one that names the patient, or say "
+            f"column '{column}' is empty: {GROUPS.how} needs a column with patients, or pass "
             "group_col='none' (--patient none)"
         )
     return groups, GroupSource(column, guessed=group_col is None)
 
 
 def described(
-    source: GroupSource,  # Where groups come from
-    groups,  # As they are written
-) -> GroupSource:  # With a group that is written in several ways
-    "Note a group whose name is written in several ways"
+    source: GroupSource,  # Source of the groups
+    groups,  # Original group names
+) -> GroupSource:  # With a group that has several spellings
+    "Add a group with several spellings to the source"
     return replace(source, written=next(iter(spellings(groups)), source.written))
 
 
@@ -214,7 +214,7 @@ def described(
 def group_errors(
     table: pd.DataFrame,  # From `label_table`
 ):
-    "Within it, an error of a split tells which column was guessed, and how not to use it"
+    "Add to errors of a split which column was found by its name and how to choose another"
     source = table.attrs.get('group_source')
     hint = source.hint if source is not None and table.group.notna().any() else ''
     try:
@@ -234,9 +234,9 @@ _ONE_CLASS = (
 
 def check_labels(
     labels,  # Cells of the column of labels
-    rows,  # Number of the row of each, for messages
+    rows,  # Row number of each, for messages
 ):
-    "A ValueError for labels that are lists, texts or several labels in one cell"
+    "Raise a ValueError for labels that are lists, too long, or several labels in one cell"
     for row, label in zip(rows, labels):
         if not isinstance(label, str) and hasattr(label, '__len__'):
             raise ValueError(f'row {row}: the label {str(label)[:60]} is a list. {_ONE_CLASS}')
@@ -244,7 +244,7 @@ def check_labels(
         if len(text) > _MAX_LABEL:
             raise ValueError(
                 f'row {row}: the label has {len(text)} characters, more than {_MAX_LABEL}: is this the column of the '
-                f'labels? Say which with {LABELS.how}'
+                f'labels? Choose another with {LABELS.how}'
             )
         if '\0' in text:
             raise ValueError(f'row {row}: the label {text!r} has a NUL character: remove it')
@@ -254,7 +254,7 @@ def check_labels(
 
 
 def _check_joint(labels):
-    "A ValueError for cells such as 'bolt;red' whose parts stand in other labels, too"
+    "Raise a ValueError for cells such as 'bolt;red' whose parts occur in other labels"
     kinds = dict.fromkeys(labels)
     for sep in (';', '|', ','):
         parts = {label: _parts(label, sep) for label in kinds}
@@ -263,34 +263,34 @@ def _check_joint(labels):
             shared = [p for p in found if number[p] > 1] if len(found) > 1 else []
             if shared:
                 raise ValueError(
-                    f"the label '{label}' looks like several labels in one cell ('{shared[0]}' is in others, too). "
+                    f"the label '{label}' looks like several labels in one cell ('{shared[0]}' occurs in others too). "
                     f"{_ONE_CLASS}. If it is one class, write it without '{sep}'"
                 )
 
 
 def _parts(label, sep) -> set:
-    "The labels in a cell; a comma before a space, or in a number, divides none"
+    "Split a cell into labels; a comma before a space or in a number does not separate"
     parts = {p.strip() for p in (re.split(',(?! )', label) if sep == ',' else label.split(sep))}
     return {label} if sep == ',' and any(p.isdecimal() for p in parts) else parts
 
 # %% ../../nbs/data/11_columns.ipynb #8b74e6df
 def joint_note(
     labels,  # Class of each image
-) -> str:  # '' if none looks like several
-    "What is to be told of class names that may be several labels in one cell"
+) -> str:  # '' if there is none
+    "Note about class names that may be several labels in one cell"
     names = list(dict.fromkeys(map(str, labels)))
     for name in names:
         several = any(len([p for p in name.split(sep) if p.strip()]) > 1 for sep in ';|')
         shared = any({p.strip() for p in name.split(sep)} & {*names} - {name} for sep in '/+&')
         if several or shared:
-            return f"labels: '{name}' is taken for one class; several labels in one cell are not supported"
+            return f"labels: '{name}' is treated as one class; several labels in one cell are not supported"
     return ''
 
 
 def number_note(
     labels,  # Class of each image
-) -> str:  # '' if they are no numbers
-    "What is to be told of classes that are numbers; ValueError if they are measured"
+) -> str:  # '' if they are not numbers
+    "Note about classes that are numbers; raise a ValueError for continuous values"
     n = pd.Series(list(labels), dtype=object)
     values = pd.to_numeric(n.drop_duplicates(), errors='coerce')
     if values.isna().any() or len(values) < 5:
@@ -298,14 +298,14 @@ def number_note(
     few = n.value_counts().median() < 3
     if (values % 1 != 0).any() or (len(values) > 20 and few):
         raise ValueError(
-            f'the labels are {len(values)} different numbers ({some(sorted(values.tolist()))}): numbers that are '
-            'measured cannot be learned yet (regression). Divide them into classes, such as low and high, '
-            f'or name another column with {LABELS.how}'
+            f'the labels are {len(values)} different numbers ({some(sorted(values.tolist()))}): continuous '
+            'values are not supported yet (regression). Divide them into classes, such as low and high, '
+            f'or choose another column with {LABELS.how}'
         )
     if len(values) <= 20:
         return ''
     return (
-        f'labels: {len(values)} numbers are taken for the names of {len(values)} classes; regression is not supported'
+        f'labels: {len(values)} numbers are treated as the names of {len(values)} classes; regression is not supported'
     )
 
 # %% ../../nbs/data/11_columns.ipynb #9009a9fd
@@ -320,12 +320,12 @@ SPLITS = {
 
 
 def _no_label(cell) -> bool:
-    "Is a cell missing (None or NaN) or blank?"
+    "Whether a cell is missing (None or NaN) or blank"
     return cell is None or cell != cell or not str(cell).strip()
 
 
 def _splits(split) -> pd.Series:
-    "The names of splits in their usual spellings, as train, valid and test"
+    "Convert the usual names of subsets to train, valid and test"
 
     def lower(cell):
         return None if _no_label(cell) else str(cell).strip().lower()

@@ -27,27 +27,27 @@ class ChangedError(ValueError):
 # %% ../../nbs/data/06_content.ipynb #50ca7502
 def unreadable(
     source,  # Path, bytes, PIL image or array
-    e: BaseException,  # What was raised when it was read
-) -> ValueError:  # To be raised
-    "The error for an image that cannot be read, with the advice that fits it"
+    e: BaseException,  # The error that was raised
+) -> ValueError:  # The error to raise
+    "Return the error for an image that cannot be read, with advice"
     if isinstance(e, ChangedError):
         return e
     why = getattr(e, 'strerror', None) or str(e) or type(e).__name__
     if is_shortage(e):
         return ValueError(
-            f'{source_name(source)} cannot be read now ({why}): the file is not at fault. '
+            f'{source_name(source)} cannot be read now ({why}); the file itself is not the cause. '
             'Close other programs, or raise the limit of open files, such as by `ulimit -n 1024`'
         )
     return ValueError(
-        f'{source_name(source)} cannot be read ({type(e).__name__}: {why[:200]}): leave it out, or repair it; '
-        'what was computed so far is kept'
+        f'{source_name(source)} cannot be read ({type(e).__name__}: {why[:200]}): remove or repair it; '
+        'the results so far are kept'
     )
 
 
 def content_key(
     source,  # Path, bytes, PIL image or array
 ) -> str:  # 32 hexadecimal digits of a SHA-256
-    "An image by the bytes of its file, or by its pixels; ValueError if it cannot be read"
+    "Hash the bytes of an image file, or its pixels; raise a ValueError if it cannot be read"
     h = hashlib.sha256()
     try:
         if isinstance(source, (str, Path)):
@@ -65,25 +65,25 @@ def content_key(
 def content_keys(
     sources: list,  # Paths or images
 ) -> list[str]:
-    "The keys of many images, read in threads"
+    "Keys of many images, read in threads"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(content_key, sources), total=len(sources), label='images hashed'))
 
 # %% ../../nbs/data/06_content.ipynb #8c754f78
 @dataclass(frozen=True)
 class _HashedFile:
-    "A file whose content is known by its key; what is read from it is that content"
+    "A file with the key of its content; reading it checks that the content is the same"
 
     path: str | Path
     key: str
 
-    def read(self) -> bytes:  # `ChangedError` if it is another content by now
-        "The bytes that were hashed"
+    def read(self) -> bytes:  # `ChangedError` if the content has changed
+        "Read the bytes that were hashed"
         data = read_regular(self.path)
         if content_key(data) != self.key:
             raise ChangedError(
                 f'{self.path} changed while it was being used: run the command again '
-                'when nothing writes into its folder; what was computed so far is kept'
+                'when no other program writes to its folder; the results so far are kept'
             )
         return data
 
@@ -91,19 +91,19 @@ class _HashedFile:
 def image_data(
     source,  # `_HashedFile`, path, bytes, PIL image or array
 ):
-    "What is to be decoded: the bytes of a `_HashedFile`, anything else as it is"
+    "Return the bytes of a `_HashedFile`, or any other source unchanged"
     return source.read() if isinstance(source, _HashedFile) else source
 
 # %% ../../nbs/data/06_content.ipynb #1573bd9e
 def fill_stores(
-    stores: list,  # `ArrayStore`s on one disk, no two with a field of one name
+    stores: list,  # `ArrayStore`s on one disk, with distinct field names
     sources: list,  # Paths or images
     compute: Callable,  # (sources, fields) -> iterator: field -> (n, *shape), for each batch
     bs: int,  # Images in a batch
-) -> list:  # For each store the row of each source (n,)
-    """See that the arrays of all images are in the stores; a path comes to `compute` as `_HashedFile`.
+) -> list:  # Row of each source (n,), for each store
+    """Compute the arrays of all images that are missing in the stores; `compute` gets paths as `_HashedFile`.
 
-    ValueError for an image that cannot be read.
+    Raise a ValueError for an image that cannot be read.
     """
     keys = content_keys(sources)
     items = [_HashedFile(o, k) if isinstance(o, (str, Path)) else o for o, k in zip(sources, keys)]

@@ -27,7 +27,7 @@ _THREE = 'give three numbers in mm, along z, y, x'
 
 
 def _three_numbers(name, value) -> tuple:
-    "Three numbers as floats; ValueError for anything else"
+    "Return three floats; raise a ValueError for anything else"
     try:
         numbers = tuple(map(float, np.atleast_1d(value).tolist()))
     except (TypeError, ValueError):
@@ -43,17 +43,17 @@ class Volume:
 
     hu: np.ndarray  # Hounsfield units (z, y, x)
     spacing: tuple  # mm between voxels along z, y, x
-    origin: tuple = (0.0, 0.0, 0.0)  # mm: where the middle of voxel (0, 0, 0) is, z, y, x
+    origin: tuple = (0.0, 0.0, 0.0)  # Centre of voxel (0, 0, 0) in mm: z, y, x
 
     def __post_init__(self):
         dtype = np.asarray(self.hu).dtype
         if dtype.kind not in 'iuf':
-            raise ValueError(f'an array of {dtype} is no volume: give whole or floating point numbers')
+            raise ValueError(f'an array of {dtype} is not a volume: give integers or floating-point numbers')
         if np.ndim(self.hu) != 3 or min(self.hu.shape) < 1:
-            raise ValueError(f'an array of shape {np.shape(self.hu)} is no volume: give (z, y, x)')
+            raise ValueError(f'an array of shape {np.shape(self.hu)} is not a volume: give (z, y, x)')
         bad = (~np.isfinite(self.hu)).sum()
         if bad:
-            raise ValueError(f'{bad} voxels are no numbers: set what was not measured to -1024')
+            raise ValueError(f'{bad} voxels are not numbers: set missing voxels to -1024')
         spacing = _three_numbers('spacing', self.spacing)
         if not all(0 < v < 100 for v in spacing):
             raise ValueError(f'spacing={spacing}: {_THREE}')
@@ -64,11 +64,11 @@ class Volume:
         object.__setattr__(self, 'origin', origin)
 
     def voxel(self, point) -> np.ndarray:
-        "Voxel numbers (..., 3), with fractions, of places in mm"
+        "Convert points in mm to voxel indices (..., 3), with fractions"
         return (np.asarray(point, float) - self.origin) / self.spacing
 
     def mm(self, voxel) -> np.ndarray:
-        "Places in mm (..., 3) of voxel numbers"
+        "Convert voxel indices to points in mm (..., 3)"
         return np.asarray(voxel, float) * self.spacing + self.origin
 
     def __contains__(self, point):
@@ -99,7 +99,7 @@ WINDOWS = {  # name -> level, width in HU
 def get_window(
     which,  # Name in `WINDOWS`, or (level, width) in HU
 ) -> tuple[float, float]:  # Level, width
-    "A window by name, or as it is given"
+    "Return level and width of a window, by name or as given"
     if isinstance(which, str):
         if which.replace(' ', '_') not in WINDOWS:
             raise unknown('window', which, WINDOWS, 'Or give (level, width) in HU, such as (50, 400)')
@@ -119,7 +119,7 @@ def window(
     hu,  # Hounsfield units, of any shape
     which='soft_tissue',  # Name in `WINDOWS`, or (level, width) in HU
 ) -> np.ndarray:  # float32, 0 to 1, of the same shape
-    "Hounsfield units as a grey between 0 and 1: a linear ramp over the window"
+    "Convert Hounsfield units to grey values from 0 to 1, linearly over the window"
     level, width = get_window(which)
     low = level - width / 2
     gray = (np.asarray(hu, np.float32) - low) / width
@@ -127,7 +127,7 @@ def window(
 
 # %% ../../nbs/data/10_ct.ipynb #9980d731
 def _gray(parts) -> Image.Image:
-    "Three arrays of greys, 0 to 1, as red, green and blue"
+    "Combine three arrays of grey values, 0 to 1, as red, green and blue"
     levels = (np.stack(parts, -1) * 255).round()
     return Image.fromarray(levels.astype(np.uint8))
 
@@ -136,11 +136,11 @@ def three_windows(
     volume: Volume,  # A CT volume
     z: float,  # Height of the slice in mm; the nearest slice is taken
     windows=('lung', 'soft_tissue', 'bone'),  # For red, green, blue: names or (level, width)
-) -> Image.Image:  # RGB, front above, the patient's right at the left
+) -> Image.Image:  # RGB, front at the top, the patient's right on the left
     "One axial slice through three windows as RGB (Shin et al. 2016)"
     if len(windows) != 3:
         raise ValueError(
-            f'windows={windows!r}: a picture has three colours, '
+            f'windows={windows!r}: an image has three channels, '
             "give three windows, such as ('lung', 'soft_tissue', 'bone')"
         )
     k = round(float(volume.voxel((z, 0, 0))[0]))
@@ -165,13 +165,13 @@ PLANES = {
 
 def plane(
     volume: Volume,  # A CT volume
-    point,  # Its middle: (z, y, x) in mm
+    point,  # Centre: (z, y, x) in mm
     which: str = 'axial',  # Name in `PLANES`
-    side: float = 40.0,  # mm
-    size: int = 64,  # Pixels a side
-    turn=None,  # Rotation (3, 3) of the volume about the place; none if None
+    side: float = 40.0,  # Width and height in mm
+    size: int = 64,  # Width and height in pixels
+    turn=None,  # Rotation (3, 3) of the volume about the point, or None
 ) -> np.ndarray:  # Hounsfield units, float32 (size, size)
-    "A square part of a plane through a point; ValueError for a point outside the volume"
+    "Sample a square of a plane through a point; raise a ValueError for a point outside the volume"
     if which not in PLANES:
         raise unknown('plane', which, PLANES)
     if not (side > 0 and size >= 1):
@@ -196,12 +196,12 @@ def plane(
 def three_planes(
     volume: Volume,  # A CT volume
     point,  # The point: (z, y, x) in mm
-    side: float = 40.0,  # mm
-    size: int = 64,  # Pixels a side
+    side: float = 40.0,  # Width and height in mm
+    size: int = 64,  # Width and height in pixels
     which='soft_tissue',  # Window: name or (level, width)
-    turn=None,  # Rotation (3, 3) of the volume about the place; none if None
+    turn=None,  # Rotation (3, 3) of the volume about the point, or None
 ) -> Image.Image:  # RGB (size, size): coronal, sagittal, axial
-    "Coronal, sagittal and axial plane through a point as red, green and blue (Roth et al. 2014; Shin et al. 2016)"
+    "Coronal, sagittal and axial plane through a point as RGB (Roth et al. 2014; Shin et al. 2016)"
     return _gray([window(plane(volume, point, p, side, size, turn), which) for p in PLANES])
 
 # %% ../../nbs/data/10_ct.ipynb #9e9d1adc
@@ -209,10 +209,10 @@ _ZYX = (2, 1, 0)  # which of x, y, z
 
 
 def _axis_order(steps, name) -> list:
-    "Which axis of an array is z, y, x, from the mm (axis, 3) that a step along it goes; ValueError if none is"
+    "Find the array axes along z, y, x from the steps in mm (axis, 3); raise a ValueError if tilted"
     size = np.linalg.norm(steps, axis=1)
     if not (np.isfinite(steps).all() and (size > 0).all()):
-        raise ValueError(f'{name} does not say where its voxels are')
+        raise ValueError(f'{name} does not define the positions of its voxels')
     way = np.abs(steps / size[:, None])
     order = [int(way[:, k].argmax()) for k in _ZYX]
     along = way[order, _ZYX].clip(0, 1)
@@ -230,20 +230,20 @@ def _oriented(
     affine: np.ndarray,  # (4, 4), from indices to mm: x to the left, y to the back, z to the head
     name: str,  # For error messages
 ) -> Volume:
-    "A volume from an array and where its voxels are"
+    "Create a volume from an array and its affine transform"
     if hu.ndim == 4 and hu.shape[3] == 1:
         hu = hu[..., 0]
     if hu.ndim != 3:
-        raise ValueError(f'{name} has the shape {hu.shape} and is no volume: give one of three dimensions')
+        raise ValueError(f'{name} has the shape {hu.shape} and is not a volume: give one of three dimensions')
     steps = affine[:3, :3].T  # a row for each axis of the array: mm along x, y, z
     order = _axis_order(steps, name)
     bad = (~np.isfinite(hu)).sum()
     if bad:
-        raise ValueError(f'{name}: {bad} voxels are no numbers. Set what was not measured to -1024 and save it again')
+        raise ValueError(f'{name}: {bad} voxels are not numbers. Set missing voxels to -1024 and save it again')
     if hu.min() >= 0:
         warn(
-            f'{name} has no value below 0, as if it held no air: '
-            'if these are not Hounsfield units, every window shows something else'
+            f'{name} has no value below 0, so it seems to contain no air: '
+            'if these are not Hounsfield units, the windows are wrong'
         )
     back = [steps[a, k] < 0 for a, k in zip(order, _ZYX)]
     first = [(hu.shape[a] - 1) * back[order.index(a)] for a in range(3)]
@@ -263,7 +263,7 @@ _EXTENSIONS = 2**24  # bytes between the header and the voxels
 
 
 def _check_nifti(path):
-    "`ImageError` for a NIfTI file that declares too much, from its first bytes"
+    "Raise an `ImageError` if the header of a NIfTI file is invalid or declares too many voxels"
     nibabel = extra_module('nibabel', 'ct')
     unpack = gzip.open if path.name.endswith('.gz') else nullcontext
     with open_source(path, IMAGE_LIMITS.volume_bytes) as stream, unpack(stream) as f:
@@ -272,7 +272,7 @@ def _check_nifti(path):
     sizes = {n.to_bytes(4, order): n for n in kinds for order in ('little', 'big')}
     size = sizes.get(head[:4])
     if size is None or len(head) < size:
-        raise ImageError('cannot be read as NIfTI: its first bytes are others')
+        raise ImageError('cannot be read as NIfTI: its first bytes are not those of NIfTI')
     header = kinds[size](head[:size], check=False)
     _check_voxels(header.get_data_shape())
     if header.get_data_dtype().kind not in 'iuf':
@@ -282,7 +282,7 @@ def _check_nifti(path):
 
 # %% ../../nbs/data/10_ct.ipynb #6337dcae
 def _load_nifti(path) -> Volume:
-    "A volume from a .nii or .nii.gz file"
+    "Read a volume from a .nii or .nii.gz file"
     load = extra_module('nibabel', 'ct').load
     with naming(path):
         _check_nifti(path)
@@ -292,21 +292,19 @@ def _load_nifti(path) -> Volume:
     except Exception as e:
         raise ValueError(f'{path} cannot be read as NIfTI: {e}') from None
     if not (image.header['sform_code'] or image.header['qform_code']):
-        raise ValueError(
-            f'{path} does not say where left and right are (sform and qform are 0): convert it anew from DICOM'
-        )
+        raise ValueError(f'{path} does not define left and right (sform and qform are 0): convert it again from DICOM')
     return _oriented(hu, np.diag([-1, -1, 1, 1]) @ image.affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #986fed19
 def _one_series(slices, path):
-    "ValueError if files are not the slices of one CT series"
+    "Raise a ValueError unless the files are the slices of one CT series"
     if not slices:
         raise ValueError(f'there are no DICOM files with an image and its position in {path}')
     series = [f'{s.get("SeriesInstanceUID", "")} {s.get("SeriesDescription", "")}'.strip() for s in slices]
     counts = pd.Series(series).value_counts()
     if len(counts) > 1:
         named = '; '.join(f'{k} ({n} files)' for k, n in counts.items())
-        raise ValueError(f'{path} holds {len(counts)} series: {named}. Put each into a folder of its own')
+        raise ValueError(f'{path} holds {len(counts)} series: {named}. Put each into a separate folder')
     kind = slices[0].get('Modality')
     if kind != 'CT':
         raise ValueError(f'{path} holds images of the kind {kind}, not CT: its values are not Hounsfield units')
@@ -315,20 +313,19 @@ def _one_series(slices, path):
         if len(found) > 1:
             raise ValueError(
                 f'the slices in {path} differ in {key}: {", ".join(found[:2])}. '
-                'Take out those that do not belong to the series'
+                'Remove those that do not belong to the series'
             )
 
 
 def _slice_step(at, path) -> float:
-    "The distance between slices in mm, from their sorted positions; ValueError for gaps and doubled slices"
+    "Distance between slices in mm, from sorted positions; raise a ValueError for gaps and duplicates"
     if len(at) < 2:
         raise ValueError(f'{path} has one slice only: a volume needs two or more')
     steps = np.diff(at)
     step = float(np.median(steps))
     if steps.min() < 0.01:
         raise ValueError(
-            f'two slices in {path} lie at the same place, {at[steps.argmin()]:g} mm along the scan: '
-            'take one of them out'
+            f'two slices in {path} have the same position, {at[steps.argmin()]:g} mm along the scan: remove one of them'
         )
     if steps.max() > 1.5 * step:
         k = int(steps.argmax())
@@ -344,13 +341,13 @@ def _slice_step(at, path) -> float:
 
 # %% ../../nbs/data/10_ct.ipynb #70b15a98
 def _hounsfield(s) -> np.ndarray:
-    "The values of a slice"
+    "Hounsfield units of a slice"
     slope = np.float32(s.get('RescaleSlope', 1))
     return s.pixel_array * slope + np.float32(s.get('RescaleIntercept', 0))
 
 
 def _load_series(path) -> Volume:
-    "A volume from a folder with the files of a DICOM series"
+    "Read a volume from the folder of a DICOM series"
     extra_module('pydicom', 'ct')
     slices = []
     for f in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith('.')):
@@ -362,7 +359,7 @@ def _load_series(path) -> Volume:
                 continue
             width, height = dicom_size(s)
             if int(s.get('NumberOfFrames') or 1) > 1:
-                raise ImageError('it holds several frames: give a series with a file for each slice')
+                raise ImageError('it holds several frames: give a series with one file per slice')
             _check_voxels((len(slices) + 1, height, width))
         slices.append(s)
     _one_series(slices, path)
@@ -385,8 +382,8 @@ def _load_series(path) -> Volume:
     return _oriented(hu, affine, str(path))
 
 # %% ../../nbs/data/10_ct.ipynb #385ae501
-def _npy_array(stream, most=IMAGE_LIMITS.voxels) -> np.ndarray:
-    "An array of numbers; its header is read first. `ImageError` for anything else, such as a pickle"
+def _npy_array(stream, max_size=IMAGE_LIMITS.voxels) -> np.ndarray:
+    "Read an array of numbers, its header first; raise an `ImageError` for anything else, such as a pickle"
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(stream)
@@ -395,15 +392,15 @@ def _npy_array(stream, most=IMAGE_LIMITS.voxels) -> np.ndarray:
         raise ImageError(f'cannot be read as an array: {e}') from None
     if dtype.kind not in 'iuf':
         raise ImageError(f'it holds an array of {dtype}, not of numbers: save it as int16 or float32')
-    if math.prod(shape) > most:
+    if math.prod(shape) > max_size:
         _check_voxels(shape)
-        raise ImageError(f'it holds {math.prod(shape)} numbers where {most} are expected')
+        raise ImageError(f'it holds {math.prod(shape)} numbers where {max_size} are expected')
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _npz_arrays(stream) -> dict:
-    "The arrays `hu`, `spacing` and `origin` of an .npz file, those that are there"
+    "Read the arrays `hu`, `spacing` and `origin` of an .npz file, if present"
     with zipfile.ZipFile(stream) as z:
         found = [k for k in ('hu', 'spacing', 'origin') if f'{k}.npy' in z.namelist()]
         arrays = {}
@@ -414,7 +411,7 @@ def _npz_arrays(stream) -> dict:
 
 # %% ../../nbs/data/10_ct.ipynb #94cdd206
 def _load_numpy(path, spacing) -> Volume:
-    "A volume from .npz with `hu`, `spacing` and perhaps `origin`, or from .npy"
+    "Read a volume from .npz with `hu`, `spacing` and optionally `origin`, or from .npy"
     with naming(path), open_source(path, IMAGE_LIMITS.volume_bytes) as stream:
         f = _npz_arrays(stream) if path.suffix == '.npz' else {'hu': _npy_array(stream)}
     if 'hu' not in f:
@@ -424,17 +421,17 @@ def _load_numpy(path, spacing) -> Volume:
     found = f.get('spacing', spacing)
     if found is None:
         raise ValueError(
-            f'{path} does not say how large a voxel is: give spacing=(z, y, x) in mm, '
+            f'{path} does not define the voxel size: give spacing=(z, y, x) in mm, '
             'or save it with np.savez(path, hu=..., spacing=...)'
         )
     volume = Volume(f['hu'], found, f.get('origin', (0, 0, 0)))
     if 'spacing' in f and spacing is not None and not np.allclose(volume.spacing, spacing):
-        raise ValueError(f'{path} says that its voxels are {volume.spacing} mm: leave spacing={spacing} out')
+        raise ValueError(f'{path} declares voxels of {volume.spacing} mm: omit spacing={spacing}')
     return volume
 
 
 def _read_volume(path, spacing) -> Volume:
-    "A volume from a file or folder"
+    "Read a volume from a file or folder"
     if path.is_dir():
         return _load_series(path)
     if not path.exists():
@@ -444,17 +441,17 @@ def _read_volume(path, spacing) -> Volume:
     if path.suffix in ('.npz', '.npy'):
         return _load_numpy(path, spacing)
     raise ValueError(
-        f'{path.name} is no volume that is known here: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series'
+        f'{path.name} is not a supported volume: give .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series'
     )
 
 
 def read_volume(
     path: str | Path,  # .nii, .nii.gz, .npz, .npy, or the folder of a DICOM series
-    spacing=None,  # mm along z, y, x, for a file that does not say it
+    spacing=None,  # mm along z, y, x, for a file that does not declare it
 ) -> Volume:
-    """A CT volume in Hounsfield units, z to the head, y to the back, x to the left.
+    """Read a CT volume in Hounsfield units, z to the head, y to the back, x to the left.
 
-    ValueError if it cannot be read for certain.
+    Raise a ValueError if it cannot be read or its orientation is ambiguous.
     """
     path = Path(path)
     try:

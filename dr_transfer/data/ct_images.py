@@ -24,33 +24,33 @@ from ..utils.places import atomic_file
 
 # %% ../../nbs/data/12_ct_images.ipynb #6e3f1f23
 def _rows(table, needed) -> pd.DataFrame:
-    "The table with numbers as numbers; ValueError for what is missing"
+    "Convert positions to numbers; raise a ValueError for missing columns or values"
     t = read_labels(table)
     missing = [c for c in ('volume', *needed) if c not in t]
     if missing:
         raise ValueError(
             f"the table has no column '{missing[0]}': its columns are {', '.join(map(str, t))}. "
-            f'A row is a volume (path) and {", ".join(needed)} in mm'
+            f'Each row needs a volume (path) and {", ".join(needed)} in mm'
         )
     numbers = t[[*needed]].apply(pd.to_numeric, errors='coerce').astype(float)
     known = np.isfinite(numbers.to_numpy()).all(1)
     bad = np.flatnonzero(~known | t.volume.isna())
     if len(bad):
         raise ValueError(
-            f'{len(bad)} rows do not say where they are (first: row {t.index[bad[0]]}): '
+            f'{len(bad)} rows have no valid position (first: row {t.index[bad[0]]}): '
             f'{", ".join(needed)} are numbers in mm'
         )
     return t.assign(**numbers).reset_index(drop=True)
 
 
 def _newest(path) -> float:
-    "When a volume, or one of its files, was changed last"
+    "Time of the last change of a volume or one of its files"
     inside = path.iterdir() if path.is_dir() else ()
     return max(p.stat().st_mtime for p in (path, *inside))
 
 
 def _name(volume, *numbers) -> str:
-    "The beginning of a picture's name: volume, and a digest of it and of what is drawn"
+    "Stem of an image's name: the volume, and a digest of its position and settings"
     about = repr((str(volume), *map(float, numbers)))
     digest = hashlib.sha256(about.encode()).hexdigest()
     stem = Path(volume).name.split('.')[0]
@@ -58,17 +58,17 @@ def _name(volume, *numbers) -> str:
 
 # %% ../../nbs/data/12_ct_images.ipynb #33e5b2df
 def _check_volumes(t, folder):
-    "ValueError if a volume of the table is not there"
+    "Raise a ValueError if a volume of the table is missing"
     missing = [v for v in t.volume.unique() if not (folder / v).exists()]
     if missing:
         raise ValueError(
             f'{len(missing)} volumes of the table are not in {folder}: {missing[0]}. '
-            "Give the folder that the column 'volume' starts from"
+            "Give the folder to which the column 'volume' is relative"
         )
 
 
 def _due(rows, images, volume) -> list[dict]:
-    "The rows of a volume whose pictures are not there, or older than the volume"
+    "Rows of a volume whose images are missing or older than the volume"
     age = _newest(volume)
     files = [images / name for name in rows.image]
     due = [not f.exists() or f.stat().st_mtime < age for f in files]
@@ -77,11 +77,11 @@ def _due(rows, images, volume) -> list[dict]:
 
 def _draw_volume(
     rows: pd.DataFrame,  # Of one volume
-    folder: Path,  # That the path of the volume starts from
-    images: Path,  # Where pictures are written
-    draw: Callable,  # (volume, row) -> picture
+    folder: Path,  # Folder to which the volume's path is relative
+    images: Path,  # Folder of the images
+    draw: Callable,  # (volume, row) -> image
 ):
-    "Make the pictures of one volume that are due"
+    "Make the images of one volume that are missing or outdated"
     name = rows.volume.iloc[0]
     volume = folder / name
     due = _due(rows, images, volume)
@@ -98,12 +98,12 @@ def _draw_volume(
 
 
 def _render(
-    t: pd.DataFrame,  # With the name of each picture in `image`
-    folder: str | Path,  # Folder that the paths of the volumes start from
+    t: pd.DataFrame,  # With the name of each image in `image`
+    folder: str | Path,  # Folder to which the volumes' paths are relative
     out: str | Path,  # Folder for `images/` and `labels.csv`
-    draw: Callable,  # (volume, row) -> picture
-) -> pd.DataFrame:  # With the path of each picture in `image`
-    "Make the pictures `t.image` that are not there yet, volume by volume, then `labels.csv`"
+    draw: Callable,  # (volume, row) -> image
+) -> pd.DataFrame:  # With the path of each image in `image`
+    "Make the missing images, volume by volume, then `labels.csv`"
     folder = Path(folder)
     out = Path(out)
     images = out / 'images'
@@ -120,7 +120,7 @@ def _render(
 
 # %% ../../nbs/data/12_ct_images.ipynb #8fd21598
 def _view(key, view, shift) -> tuple:
-    "Rotation (3, 3) and shift (3,) in mm of a view; the first is as it is"
+    "Rotation (3, 3) and shift (3,) in mm of a view; the first view is not changed"
     if not view:
         return None, np.zeros(3)
     rng = np.random.default_rng([view, *key.encode()])
@@ -129,19 +129,19 @@ def _view(key, view, shift) -> tuple:
 
 
 def candidate_images(
-    table: str | Path | pd.DataFrame,  # `volume, x, y, z` in mm; `label`; `patient`, else a volume is one
-    folder: str | Path,  # Folder that the paths of the volumes start from
+    table: str | Path | pd.DataFrame,  # `volume, x, y, z` in mm; `label`; optionally `patient`
+    folder: str | Path,  # Folder to which the volumes' paths are relative
     out: str | Path,  # Folder for `images/` and `labels.csv`
-    side: float = 40.0,  # Side of the planes in mm
-    size: int = 64,  # Pixels a side
+    side: float = 40.0,  # Width and height of the planes in mm
+    size: int = 64,  # Width and height in pixels
     window='soft_tissue',  # Name or (level, width)
-    views: int = 1,  # Pictures a candidate; the first is not turned
+    views: int = 1,  # Images per candidate; the first is not turned
     *,
-    shift: float = 3.0,  # mm: how far the other views are shifted at most
+    shift: float = 3.0,  # Maximum shift of the other views in mm
 ) -> pd.DataFrame:  # The table with `image` (path), `view`: for `build_learner`
-    "A picture of three planes for each candidate point; those that are there already are kept"
+    "Make an image of three planes for each candidate point; existing images are kept"
     if not (isinstance(views, int) and views >= 1):
-        raise ValueError(f'views={views!r}: give how many pictures each candidate gets, such as 1 or 10')
+        raise ValueError(f'views={views!r}: give the number of images per candidate, such as 1 or 10')
     t = _rows(table, ('x', 'y', 'z'))
     settings = (side, size, *get_window(window), shift)
     t['image'] = [_name(r.volume, r.x, r.y, r.z, *settings) for r in t.itertuples()]
@@ -159,38 +159,37 @@ def candidate_images(
 
 # %% ../../nbs/data/12_ct_images.ipynb #0283af65
 def average_views(
-    table: pd.DataFrame,  # Predictions: `image, p_CLASS...`, perhaps more
-) -> pd.DataFrame:  # A row a candidate: of its first view, with the mean of `p_CLASS...`
-    "Mean probability over the views of each candidate (Roth et al. 2014), by the names of `candidate_images`"
+    table: pd.DataFrame,  # Predictions: `image, p_CLASS...` and other columns
+) -> pd.DataFrame:  # One row per candidate: its first view, mean `p_CLASS...`
+    "Average the probabilities over the views of each candidate of `candidate_images` (Roth et al. 2014)"
     names = table.image.map(lambda i: Path(i).name)
     which = names.str.extract(r'^(.+_[0-9a-f]{12})-\d+\.png$')[0]
     if which.isna().any():
         raise ValueError(
-            f'{table.image[which.isna()].iloc[0]} was not named by candidate_images: '
-            'which pictures are views of one candidate is not known'
+            f'{table.image[which.isna()].iloc[0]} was not named by candidate_images: its candidate is not known'
         )
     classes = table_classes(table)
     probs = [f'p_{c}' for c in classes]
     means = table.groupby(which)[probs].transform('mean')
     out = table.assign(**means)[~which.duplicated()].reset_index(drop=True)
-    # these were of one view: apply_decision makes those of the mean
+    # these belong to one view: apply_decision computes those of the mean
     out = out.drop(columns=[c for c in ('decision', 'grade') if c in out])
     if 'prediction' in out:
-        likeliest = out[probs].to_numpy().argmax(1)
-        out['prediction'] = [classes[i] for i in likeliest]
+        most_probable = out[probs].to_numpy().argmax(1)
+        out['prediction'] = [classes[i] for i in most_probable]
     return out
 
 # %% ../../nbs/data/12_ct_images.ipynb #996c5bdc
 def froc_table(
     table: pd.DataFrame,  # Predictions: `target, p_NAME`, and `group` (patient)
-    positive: str = 'node',  # The class that is to be found
-    at: tuple = (0.5, 1, 2, 3),  # False alarms a patient
-    n: int = 1000,  # Draws of the bootstrap
-    seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # A row a number of false alarms: sensitivity (value), low, high
-    """Sensitivity at so many false alarms a patient, with 95 % intervals over patients (FROC; Bunch et al. 1977).
+    positive: str = 'node',  # The positive class
+    at: tuple = (0.5, 1, 2, 3),  # False positives per patient
+    n: int = 1000,  # Number of bootstrap resamples
+    seed: int = 0,  # Seed of the resamples
+) -> pd.DataFrame:  # Sensitivity (value), low, high at each number
+    """Sensitivity at numbers of false positives per patient, with 95 % intervals (FROC; Bunch et al. 1977).
 
-    Of the patients and places in the table: what a detector never proposed is not in it.
+    Only the candidates in the table count; nodes that a detector did not propose are not included.
     """
     missing = [c for c in ('target', 'group', f'p_{positive}') if c not in table]
     if missing:
@@ -200,14 +199,16 @@ def froc_table(
         )
     unknown = table.group.isna().sum()
     if unknown:
-        raise ValueError(f'{unknown} candidates have no patient: false alarms are counted for each')
-    # share of a patient, so that one drawn twice counts twice
+        raise ValueError(
+            f'{unknown} candidates have no patient, but false positives are counted per patient: fill in `group`'
+        )
+    # a patient that is resampled twice counts twice
     weight = 1 / table.groupby('group').target.transform('size')
 
     def sensitivity(y, score, weight):
         order = np.argsort(-score)
         y, score = y[order], score[order]
-        last = np.r_[np.diff(score) != 0, True]  # of those with one score
+        last = np.r_[np.diff(score) != 0, True]  # last of equal scores
         false_positives = np.cumsum(y == 0)[last] / weight.sum()
         true_positives = np.cumsum(y)[last] / (y.sum() or np.nan)
         return {a: true_positives[false_positives <= a].max(initial=0.0) for a in at}
@@ -218,16 +219,16 @@ def froc_table(
     return t.rename_axis('false positives per patient')
 
 # %% ../../nbs/data/12_ct_images.ipynb #f6380da4
-_LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue')  # holes and haze, what a radiologist looks at, what is dense
+_LUNG_WINDOWS = ('low_attenuation', 'lung', 'soft_tissue')  # emphysema and ground glass, lung, dense tissue
 
 
 def slice_images(
-    table: str | Path | pd.DataFrame,  # `volume, z` in mm; `label`; `patient`, else a volume is one
-    folder: str | Path,  # Folder that the paths of the volumes start from
+    table: str | Path | pd.DataFrame,  # `volume, z` in mm; `label`; optionally `patient`
+    folder: str | Path,  # Folder to which the volumes' paths are relative
     out: str | Path,  # Folder for `images/` and `labels.csv`
     windows=_LUNG_WINDOWS,  # Three windows for red, green and blue
 ) -> pd.DataFrame:  # The table with `image` (path): for `build_learner`
-    "A picture of three windows for each slice; those that are there already are kept"
+    "Make an image of three windows for each slice; existing images are kept"
     t = _rows(table, ('z',))
     levels = [v for w in windows for v in get_window(w)]
     t['image'] = [_name(r.volume, r.z, *levels) + '.png' for r in t.itertuples()]

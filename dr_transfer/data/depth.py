@@ -22,9 +22,9 @@ def check_range(
     a: np.ndarray,  # Values
     top: float,  # The value of white
 ):
-    "`ImageError` for values outside 0 to `top`, or that are no numbers"
+    "Raise an `ImageError` for values outside 0 to `top` or that are not finite"
     if a.dtype.kind == 'f' and not np.isfinite(a).all():
-        raise ImageError(f'some values are no numbers (NaN or infinite): {_DECLARE}')
+        raise ImageError(f'some values are not numbers (NaN or infinite): {_DECLARE}')
     low, high = a.min(), a.max()
     if low < 0 or high > top:
         raise ImageError(f'values from {low:g} to {high:g}, where 0 is black and {top:g} is white: {_DECLARE}')
@@ -34,7 +34,7 @@ def check_used(
     highest: int,  # The brightest value
     top: int,  # The value of white, if all bits are used
 ):
-    "`ImageError` for an image that uses so little of its range that another range is likely"
+    "Raise an `ImageError` if an image uses so little of its range that another range is likely"
     if 0 < highest < (top + 1) / 4:
         raise ImageError(
             f'the brightest value is {highest} of {top}: fewer bits seem to be used than are stored, and the file '
@@ -46,7 +46,7 @@ def eight_bits(
     a: np.ndarray,  # Values from 0 to `top`
     top: float,  # The value of white
 ) -> np.ndarray:  # uint8
-    "Values scaled to 0 to 255"
+    "Scale values to 0 to 255"
     return (a.astype(np.float32).clip(0, top) * (255 / top)).round().astype(np.uint8)
 
 # %% ../../nbs/data/02_depth.ipynb #d14398f1
@@ -55,16 +55,16 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _SAMPLE_FORMAT = 258, 262, 28
 
 @dataclass(frozen=True)
 class _Depth:
-    "What a file declares about its values, read before the pixels are"
+    "What a file declares about its values, read before the pixels"
 
     top: int | None = None  # The value of white; None if it is not declared
     significant: int | None = None  # Bits by `sBIT`; values may be scaled up
     deep: bool = False  # Unsigned integers of up to 16 bits in each channel
-    inverted: bool = False  # Zero is white, and Pillow leaves it so
+    inverted: bool = False  # Zero is white, and Pillow does not invert it
 
 
 def _number(tags, tag) -> int | None:
-    "The largest value of a TIFF tag as a whole number; None if there is none"
+    "Largest value of a TIFF tag as a whole number; None if there is none"
     value = tags.get(tag)
     value = max(value, default=None) if isinstance(value, tuple) else value
     return int(value) if isinstance(value, (int, float)) else None
@@ -80,11 +80,11 @@ def _tiff_depth(tags) -> _Depth:
 
 # %% ../../nbs/data/02_depth.ipynb #9b17ad34
 def _png_significant(stream) -> int | None:
-    "The smallest number of `sBIT`; None without that chunk before the pixels"
+    "Smallest value of the chunk `sBIT`; None if it is missing"
     at = stream.tell()
     try:
         stream.seek(8)
-        for _ in range(1000):  # chunks before the pixels; usual are fewer than 20
+        for _ in range(1000):  # chunks before the pixels; usually fewer than 20
             head = stream.read(8)
             if len(head) < 8 or head[4:] in (b'IDAT', b'IEND'):
                 return None
@@ -97,9 +97,9 @@ def _png_significant(stream) -> int | None:
 
 
 def declared_depth(
-    im: Image.Image,  # As opened; its pixels not yet read
+    im: Image.Image,  # An opened image; its pixels are not yet read
 ) -> _Depth:
-    "What the file of an image declares about its values"
+    "Read what the file of an image declares about its values"
     if im.format == 'TIFF' and hasattr(im, 'tag_v2'):
         return _tiff_depth(im.tag_v2)
     tiles = [(t[0], str(t[3])) for t in getattr(im, 'tile', ())]
@@ -113,12 +113,12 @@ def declared_depth(
 
 # %% ../../nbs/data/02_depth.ipynb #690f4dcd
 def _white(a, depth) -> int:
-    "The value of white of 16-bit grey"
+    "Value of white of a 16-bit grey image"
     if depth.top:
         return depth.top
     bits, highest = depth.significant, int(a.max())
     if bits and 8 <= bits < 16 and highest < 2**bits and (a & (2 ** (16 - bits) - 1)).any():
-        return 2**bits - 1  # stored as they are, not scaled up
+        return 2**bits - 1  # stored without scaling
     if not bits:
         check_used(highest, 65535)
     return 65535
@@ -128,12 +128,12 @@ def to_gray(
     im: Image.Image,  # Of mode I, I;16... or F
     depth: _Depth,  # From `declared_depth`
 ) -> Image.Image:  # Mode L
-    "One channel of more than eight bits as eight; `ImageError` if its range is not known"
+    "Convert one channel of more than 8 bits to 8; raise an `ImageError` if its range is unknown"
     a = np.asarray(im)
     if im.mode == 'F':
         top = 1.0
     elif im.mode == 'I' and not (depth.top or depth.deep):
-        raise ImageError(f'32-bit or signed integers do not say which value is white: {_DECLARE}')
+        raise ImageError(f'32-bit or signed integers do not declare which value is white: {_DECLARE}')
     else:
         top = _white(a, depth)
     check_range(a, top)
@@ -141,10 +141,10 @@ def to_gray(
 
 
 def check_color(
-    im: Image.Image,  # Its pixels were read
+    im: Image.Image,  # An image whose pixels were read
     depth: _Depth,  # From `declared_depth`
 ):
-    "`ImageError` for 16-bit colour of which only the lower bits are used"
+    "Raise an `ImageError` for 16-bit colour that uses only the lower bits"
     if not depth.deep or im.mode not in ('RGB', 'RGBA', 'RGBX', 'LA'):
         return
     extrema = im.getextrema()[: -1 if im.mode in ('RGBA', 'RGBX', 'LA') else None]

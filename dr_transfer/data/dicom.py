@@ -26,7 +26,7 @@ DICOM_SUFFIXES = ('.dcm', '.dicom')
 def is_dicom(
     source,  # Path, bytes or anything else
 ) -> bool:
-    "Is this a DICOM file by its first bytes?"
+    "Whether this is a DICOM file, from its first bytes"
     if isinstance(source, bytes):
         return file_kind(source) == 'DICOM'
     if not isinstance(source, (str, Path)):
@@ -42,7 +42,7 @@ _DEFLATED = '1.2.840.10008.1.2.1.99'
 
 
 def _check_unpacked(stream, max_bytes):
-    "`ImageError` if what is left of a deflated stream unpacks to more than `max_bytes` bytes"
+    "Raise an `ImageError` if the rest of a deflated stream unpacks to more than `max_bytes`"
     unpack, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while packed := unpack.unconsumed_tail or stream.read(2**16):
         total += len(unpack.decompress(packed, 2**20))
@@ -52,12 +52,12 @@ def _check_unpacked(stream, max_bytes):
 
 def read_dataset(
     stream: BinaryIO,  # A DICOM file, from `open_source`
-    header: bool = False,  # Without the pixels?
+    header: bool = False,  # Whether to skip the pixels
 ):
-    "A DICOM file as a `pydicom` data set; `ImageError` if it unpacks to too much or there is none"
+    "Read a DICOM file with `pydicom`; raise an `ImageError` if it is not one or unpacks to too much"
     pydicom = extra_module('pydicom', 'dicom')
     if file_kind(read_head(stream)) != 'DICOM':
-        raise ImageError('not a DICOM file: its first bytes are others')
+        raise ImageError('not a DICOM file: its first bytes are not those of DICOM')
     pydicom.filereader.read_preamble(stream, False)
     meta = pydicom.filereader._read_file_meta_info(stream)
     if meta.get('TransferSyntaxUID') == _DEFLATED:
@@ -69,7 +69,7 @@ def read_dataset(
 def dicom_size(
     ds,  # From `read_dataset`
 ) -> tuple[int, int]:  # Width and height in pixels
-    "The size that a DICOM file declares; `ImageError` if it holds no image, or too large a one"
+    "Size declared by a DICOM file; raise an `ImageError` if there is no image or it is too large"
     width, height = ds.get('Columns'), ds.get('Rows')
     if not (width and height):
         raise ImageError('a DICOM file without an image')
@@ -81,20 +81,19 @@ def dicom_size(
 
 # %% ../../nbs/data/04_dicom.ipynb #8548c72a
 def _bits(ds) -> int:
-    "The number of bits that are stored; `ImageError` for what no reader agrees on"
+    "Number of bits stored; raise an `ImageError` for unsupported numbers"
     bits, high = int(ds.BitsStored), ds.get('HighBit')
     if not 1 <= bits <= 16:
-        raise ImageError(f'{bits} bits are stored for a value: 16 are read at most')
+        raise ImageError(f'{bits} bits are stored for a value: at most 16 are supported')
     if high is not None and int(high) != bits - 1:
         raise ImageError(
-            f'its values of {bits} bits end at bit {high}, not at {bits - 1}: '
-            'such files are no longer written, convert it'
+            f'its values of {bits} bits end at bit {high}, not at {bits - 1}: this is not supported, convert the file'
         )
     return bits
 
 
 def _stored_range(ds, bits) -> tuple:
-    "The lowest and highest value that a file can store"
+    "Lowest and highest value that a file can store"
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if ds.PixelRepresentation else (0, 2**bits - 1)
 
 
@@ -105,7 +104,7 @@ def _has_window(ds) -> bool:
 
 
 def _windowed(a, ds, bits) -> np.ndarray:
-    "Grey as a viewer shows it: rescaled, then through the first window or table; 0 to 1"
+    "Apply the rescaling and the first window or table, as a viewer does; 0 to 1"
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     low, high = _stored_range(ds, bits)
@@ -120,7 +119,7 @@ def _windowed(a, ds, bits) -> np.ndarray:
 
 # %% ../../nbs/data/04_dicom.ipynb #97c20e40
 def _gray(a, ds) -> np.ndarray:
-    "One channel as uint8, zero is black"
+    "Convert one channel to uint8, zero is black"
     if a.dtype.kind == 'f':
         check_range(a, 1)
         return eight_bits(a, 1)
@@ -128,12 +127,11 @@ def _gray(a, ds) -> np.ndarray:
     top = 2**bits - 1
     if _has_window(ds):
         a = _windowed(a, ds, bits)
-        check_range(a.clip(0, 1), 1)  # no number is left out
+        check_range(a.clip(0, 1), 1)  # without NaN
         shown = eight_bits(a, 1)
     elif ds.PixelRepresentation:
         raise ImageError(
-            'signed values without a window do not say what is black and what is white: '
-            'set WindowCenter and WindowWidth'
+            'signed values without a window do not define black and white: set WindowCenter and WindowWidth'
         )
     else:
         if bits == 16:
@@ -145,7 +143,7 @@ def _gray(a, ds) -> np.ndarray:
 
 
 def _color(a, ds) -> np.ndarray:
-    "Three channels as uint8"
+    "Convert three channels to uint8"
     bits = _bits(ds)
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
         from pydicom.pixels import apply_color_lut
@@ -161,7 +159,7 @@ def _color(a, ds) -> np.ndarray:
 
 # %% ../../nbs/data/04_dicom.ipynb #9742929b
 def _check_decoder(ds):
-    "`ImageError` for a compression that cannot be decoded, with what to install"
+    "Raise an `ImageError` that says what to install if the compression cannot be decoded"
     from pydicom.pixels import get_decoder
 
     syntax = ds.file_meta.TransferSyntaxUID
@@ -169,7 +167,7 @@ def _check_decoder(ds):
         here = get_decoder(syntax).is_available
     except NotImplementedError:
         raise ImageError(
-            f"its pixels are stored as '{syntax.name}', which is not read: save it without compression"
+            f"its pixels are stored as '{syntax.name}', which is not supported: save it without compression"
         ) from None
     if not here:
         raise ImageError(
@@ -181,7 +179,7 @@ def _check_decoder(ds):
 def read_dicom(
     source,  # Path or bytes
 ) -> Image.Image:  # RGB or grey, 8 bits; the first frame of several
-    "The image in a DICOM file, as a viewer shows it first; `ImageError` if it cannot be known"
+    "Read the image of a DICOM file as a viewer shows it; raise an `ImageError` if it is ambiguous"
     extra_module('pydicom', 'dicom')
     with naming(source), open_source(source) as stream:
         return dicom_image(stream)
@@ -190,7 +188,7 @@ def read_dicom(
 def dicom_image(
     stream: BinaryIO,  # A DICOM file, from `open_source`
 ) -> Image.Image:  # RGB or grey, 8 bits
-    "The image in an open DICOM file"
+    "Read the image of an open DICOM file"
     ds = read_dataset(stream)
     dicom_size(ds)
     from pydicom.pixels import pixel_array
@@ -205,7 +203,7 @@ _MAX_HEADER_TEXT = 64  # characters of a text in a header
 
 
 def _clean(value) -> str | None:
-    "Printable text of at most `_MAX_HEADER_TEXT` characters; different values stay different"
+    "Return printable text of at most `_MAX_HEADER_TEXT` characters; different values stay different"
     text = str(value if value is not None else '').strip(' \0')
     printable = ''.join(c for c in text if not unicodedata.category(c).startswith('C')).strip()
     if printable == text and len(text) <= _MAX_HEADER_TEXT:
@@ -216,8 +214,8 @@ def _clean(value) -> str | None:
 
 def dicom_facts(
     source,  # Path or bytes
-) -> dict:  # 'group' (patient id), 'eye', 'camera'; None where not known
-    "Whose photograph it is: patient, eye and camera; `ImageError` for a file that cannot be read"
+) -> dict:  # 'group' (patient id), 'eye', 'camera'; None if not known
+    "Read patient, eye and camera of a photograph; raise an `ImageError` if it cannot be read"
     with naming(source), open_source(source) as stream:
         ds = read_dataset(stream, header=True)
         eye = str(ds.get('ImageLaterality') or ds.get('Laterality') or '').strip().upper()

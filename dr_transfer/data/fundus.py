@@ -22,7 +22,7 @@ from ..utils.files import unknown
 
 # %% ../../nbs/data/07_fundus.ipynb #12b9a297
 def _bright(im) -> tuple:
-    "Where the brightest channel is well above black, boolean at a f-th of the size, and f"
+    "Return where the brightest channel is above black, boolean at 1/f of the size, and f"
     f = max(1, min(im.size) // 256)
     small = im.reduce(f) if f > 1 else im
     red, green, blue = small.split()
@@ -34,9 +34,9 @@ def _bright(im) -> tuple:
 
 def disc_box(
     im: Image.Image,  # RGB fundus photograph
-    fraction: float = 0.02,  # Share of disc pixels that makes a row count
+    fraction: float = 0.02,  # Minimum fraction of disc pixels in a row or column
 ) -> tuple[int, int, int, int]:  # left, top, right, bottom in pixels
-    "The box around the retina disc; the whole image if no disc stands out"
+    "Bounding box of the retina disc; the whole image if no disc is found"
     bright, f = _bright(im)
     height, width = bright.shape
     rows = np.flatnonzero(bright.mean(axis=1) > fraction)
@@ -49,7 +49,7 @@ def disc_box(
     right = min((int(columns[-1]) + 1) * f, im.width)
     bottom = min((int(rows[-1]) + 1) * f, im.height)
     low, high = sorted((right - left, bottom - top))
-    if high > IMAGE_LIMITS.ratio * low:  # a strip is no disc
+    if high > IMAGE_LIMITS.ratio * low:  # a strip is not a disc
         return whole
     return left, top, right, bottom
 
@@ -57,18 +57,18 @@ def disc_box(
 def trim_borders(
     im: Image.Image,  # RGB fundus photograph
 ) -> Image.Image:  # The part with the disc, not resized
-    "A fundus photograph without its black borders"
+    "Crop a fundus photograph to its disc, without black borders"
     return im.crop(disc_box(im))
 
 # %% ../../nbs/data/07_fundus.ipynb #460c8feb
 @dataclass(frozen=True)
 class Disc:
-    "The circle of the retina in an image, in pixels from the upper left corner"
+    "Circle of the retina in an image, in pixels from the upper left corner"
 
     x: float  # Centre
     y: float  # Centre
     r: float  # Radius
-    fit: float  # Share of the edge that lies on the circle, 0 to 1
+    fit: float  # Fraction of the edge that lies on the circle, 0 to 1
 
     @property
     def box(self) -> tuple:  # Left, top, right, bottom: a square
@@ -78,25 +78,25 @@ class Disc:
 
     @property
     def corner(self) -> tuple:  # x and y, with fractions
-        "The upper left corner of the box"
+        "Upper left corner of the box"
         return self.x - self.r, self.y - self.r
 
     def scaled(self, k: float) -> 'Disc':
         return Disc(self.x * k, self.y * k, self.r * k, self.fit)
 
     def to_crop(self, points, size: int) -> np.ndarray:
-        "Points (n, 2) of the image in the crop of `size` pixels"
+        "Convert points (n, 2) of the image to a crop of `size` pixels"
         scale = size / (2 * self.r)
         return (np.asarray(points, float) - self.corner) * scale
 
     def from_crop(self, points, size: int) -> np.ndarray:
-        "Points (n, 2) of a crop of `size` pixels in the image"
+        "Convert points (n, 2) of a crop of `size` pixels to the image"
         scale = 2 * self.r / size
         return np.asarray(points, float) * scale + self.corner
 
 # %% ../../nbs/data/07_fundus.ipynb #3a2f5970
 def _row_edge(bright) -> np.ndarray:
-    "Points (n, 2) where rows enter and leave the disc; the border of the image is no edge"
+    "Points (n, 2) where rows enter and leave the disc, without the border of the image"
     rows = np.flatnonzero(bright.any(1))
     end = bright.shape[1] - 1
     first = bright[rows].argmax(1)
@@ -123,7 +123,7 @@ def _circle(p) -> tuple:
 
 # %% ../../nbs/data/07_fundus.ipynb #afcb6f26
 def _fit_circle(start, points) -> tuple:
-    "A circle through most of the points: (share of them on it, (x, y, r))"
+    "Fit a circle to most of the points: (fraction of points on it, (x, y, r))"
     circle = _circle(start)
     before = None
     for _ in range(8):
@@ -139,8 +139,8 @@ def _fit_circle(start, points) -> tuple:
 
 def find_disc(
     im: Image.Image,  # RGB fundus photograph
-) -> Disc | None:  # None where no surround is seen
-    "The circle of the retina disc, whole or cut by the frame"
+) -> Disc | None:  # None if no surround is visible
+    "Fit the circle of the retina disc, complete or cut off by the frame"
     bright, f = _bright(im)
     if not 0.03 < bright.mean() < 0.985:
         return None
@@ -165,9 +165,9 @@ def find_disc(
 # %% ../../nbs/data/07_fundus.ipynb #0a2f7962
 def crop_disc(
     im: Image.Image,  # RGB fundus photograph
-    disc: Disc | None = None,  # From `find_disc`; looked for if None
-) -> Image.Image:  # Square; black where the frame cut the disc
-    "The whole disc as a square, aspect kept; a photograph in which no disc stands out is padded to a square"
+    disc: Disc | None = None,  # From `find_disc`; computed if None
+) -> Image.Image:  # Square; black outside the frame
+    "Crop to a square around the disc; without a disc, pad the photograph to a square"
     disc = disc or find_disc(im)
     edge = max(im.size) if disc is None else round(2 * disc.r)
     most = 2 * IMAGE_LIMITS.pixels
@@ -181,22 +181,25 @@ def crop_disc(
     return im.crop(disc.box)
 
 # %% ../../nbs/data/07_fundus.ipynb #24f0ace3
-INSIDE = 0.96  # share of the radius that counts: the edge of the field is bright or blurred
-MEANS, STDS = (150.0, 85.0, 45.0), (40.0, 25.0, 18.0)  # of the channels, after correction: a usual fundus photograph
+INSIDE = 0.96  # fraction of the radius that is used: the edge of the field is bright or blurred
+MEANS, STDS = (
+    (150.0, 85.0, 45.0),
+    (40.0, 25.0, 18.0),
+)  # of the channels after correction, as in a typical fundus photograph
 
 
 def disc_mask(
-    size: int,  # Side of a square crop in pixels
-    fraction: float = 1.0,  # Of the radius
+    size: int,  # Size of a square crop in pixels
+    fraction: float = 1.0,  # Fraction of the radius
 ) -> np.ndarray:  # Boolean (size, size)
-    "The disc in a crop"
+    "Mask of the disc in a crop"
     y, x = np.mgrid[:size, :size] + 0.5 - size / 2
     return np.hypot(x, y) <= fraction * size / 2
 
 
 @dataclass(frozen=True)
 class Moments:
-    "Mean and spread of the channels before a correction"
+    "Mean and standard deviation of the channels before a correction"
 
     mean: tuple  # Three numbers, 0 to 255
     std: tuple  # Three numbers
@@ -204,8 +207,8 @@ class Moments:
 
 def correct_color(
     im: Image.Image,  # Square crop of a disc, RGB
-) -> tuple[Image.Image, Moments]:  # The image, and what undoes it
-    "Bring mean and spread of each channel inside the disc to those of a usual photograph (Reinhard et al. 2001)"
+) -> tuple[Image.Image, Moments]:  # The image, and the values that undo the correction
+    "Match mean and standard deviation of each channel to a typical photograph (Reinhard et al. 2001)"
     usual = Moments(MEANS, STDS)
     a = np.asarray(im, np.float32)
     lit = np.asarray(im).max(2) > 8
@@ -220,9 +223,9 @@ def correct_color(
 # %% ../../nbs/data/07_fundus.ipynb #3bf49227
 def undo_color(
     im: Image.Image,  # From `correct_color`
-    moments: Moments,  # What it returned
+    moments: Moments,  # Values that `correct_color` returned
 ) -> Image.Image:
-    "The image as it was, but for values that were clipped"
+    "Undo `correct_color`, except for clipped values"
     a = np.asarray(im, np.float32)
     return _moved(a, Moments(MEANS, STDS), moments, a.max(2) > 0)
 
@@ -231,9 +234,9 @@ def _moved(
     a: np.ndarray,  # float32 (height, width, 3)
     old: Moments,
     new: Moments,
-    lit: np.ndarray,  # What is not black surround
+    lit: np.ndarray,  # Where the image is not black surround
 ) -> Image.Image:
-    "An image with other means and spreads"
+    "Change the means and standard deviations of an image"
     scale = np.float32(new.std) / np.float32(old.std)
     out = (a - np.float32(old.mean)) * scale + np.float32(new.mean)
     levels = out.round().clip(1, 255) * lit[..., None]
@@ -243,7 +246,7 @@ def _moved(
 def correct_local(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> Image.Image:  # Grey where the local average is
-    "Subtract the local average and bring contrast to one measure: only detail is left (after Graham 2015)"
+    "Subtract the local average and normalize contrast, so that only detail remains (after Graham 2015)"
     n = im.width
     lit = (np.asarray(im).max(2) > 8) & disc_mask(n, INSIDE)
     detail = np.asarray(im, np.float32) - _local_average(im, lit)
@@ -253,7 +256,7 @@ def correct_local(
 
 
 def _local_average(im, lit) -> np.ndarray:  # float32 (height, width, 3)
-    "What is around each pixel, over an eighth of the image; only what is lit counts"
+    "Local average over an eighth of the image, over pixels inside the disc"
     n = im.width
     f = max(1, n // 96)
     small = np.asarray(im.reduce(f) if f > 1 else im, np.float32)
@@ -271,45 +274,45 @@ def _local_average(im, lit) -> np.ndarray:  # float32 (height, width, 3)
 
 def to_right(
     im: Image.Image,  # Fundus photograph
-    eye: str,  # 'left' or 'right'; other words leave it as it is
+    eye: str,  # 'left' or 'right'; for other values nothing changes
 ) -> Image.Image:
-    "A left eye as its mirror image, so that all optic discs are on one side"
+    "Mirror a left eye, so that the optic disc is on the same side in all images"
     is_left = str(eye).strip().lower() in ('left', 'l', 'os')
     return ImageOps.mirror(im) if is_left else im
 
 # %% ../../nbs/data/07_fundus.ipynb #1e63e7e5
 @dataclass(frozen=True)
 class Correction:
-    "A named light correction of a square crop, and what it keeps"
+    "A named light correction of a square crop, with what it keeps"
 
     apply: Callable  # Square crop of a disc -> one of the same size
-    keeps: str  # In words
-    undone: str  # By what, in words
-    about: str  # In one line
+    keeps: str  # What it keeps, in words
+    undone: str  # How to undo it, in words
+    about: str  # Description in one line
 
     def __call__(self, im: Image.Image) -> Image.Image:
         return self.apply(im)
 
 
 CORRECTIONS = {
-    'none': Correction(lambda im: im, 'everything', 'nothing to undo', 'the crop as it is'),
+    'none': Correction(lambda im: im, 'everything', 'nothing to undo', 'the unchanged crop'),
     'colour': Correction(
         lambda im: correct_color(im)[0],
         'all detail; colours and light relative to one another',
-        'undo_color, but for what was clipped',
-        'each channel brought to one mean and spread',
+        'undo_color, except for clipped values',
+        'mean and standard deviation of each channel matched',
     ),
     'local': Correction(
         correct_local,
         'detail smaller than an eighth of the disc; not colour, not light',
         'nothing',
-        'the local average subtracted, contrast brought to one measure',
+        'the local average subtracted, contrast normalized',
     ),
 }
 
 
-def correction_table() -> pd.DataFrame:  # One row a name
-    "The known light corrections and what each keeps of a photograph"
+def correction_table() -> pd.DataFrame:  # One row per correction
+    "Table of the light corrections and what each keeps of a photograph"
     return pd.DataFrame(
         [{'name': n, 'what it does': c.about, 'keeps': c.keeps, 'undone by': c.undone} for n, c in CORRECTIONS.items()]
     ).set_index('name')
@@ -317,14 +320,14 @@ def correction_table() -> pd.DataFrame:  # One row a name
 # %% ../../nbs/data/07_fundus.ipynb #c3545646
 def read_disc(
     source,  # Path, bytes, PIL image or array
-    size: int,  # Side of the crop in pixels
+    size: int,  # Size of the crop in pixels
 ) -> tuple[Image.Image, Disc | None]:  # (size, size), RGB; the disc in pixels of the file
-    "A fundus photograph as a crop of its disc; None if no disc stands out and the whole picture was padded"
+    "Read a fundus photograph as a crop of its disc; without a disc, the padded image and None"
     size = check_size(size)
     width = 0
     k = 1.2
     while True:
-        im = read_rgb(source, round(k * size / 2))  # a JPEG is k times as large or more
+        im = read_rgb(source, round(k * size / 2))  # a JPEG is decoded at k times the size or more
         disc = find_disc(im)
         if disc is None or 2 * disc.r >= size or im.width == width:
             break
@@ -337,7 +340,7 @@ def read_disc(
 
 
 def _full_width(source) -> int:
-    "The width of an image before any scaling, upright"
+    "Width of the upright image before any scaling"
     if isinstance(source, (str, Path, bytes)):
         return image_header(source).size[0]
     return read_rgb(source).width
@@ -345,21 +348,21 @@ def _full_width(source) -> int:
 # %% ../../nbs/data/07_fundus.ipynb #e5450ffe
 READERS = {
     'photo': None,
-    'fundus': trim_borders,  # name -> what is done before resizing; one that changes needs another name
+    'fundus': trim_borders,  # name -> function before resizing; a changed function needs a new name
     **{f'fundus_{k}': lambda im, f=f: f(crop_disc(im)) for k, f in CORRECTIONS.items() if k != 'none'},
 }
 
 # %% ../../nbs/data/07_fundus.ipynb #fe8f48cf
-READING = 2  # raised when a reader, a fit or a view does something else, so that stored features are computed anew
+READING = 2  # increased when a reader, fit or view changes, so that stored features are computed again
 
 # %% ../../nbs/data/07_fundus.ipynb #e9157e81
 def read_image(
     source,  # Path, bytes, PIL image or array (height, width, 3)
-    size: int,  # Side of the result in pixels
+    size: int,  # Size of the result in pixels
     reader: str = 'photo',  # Name in `READERS`
     fit: str = 'crop',  # 'pad', 'squish' or 'crop'
 ) -> Image.Image:  # (size, size), RGB
-    "An image as the network gets it, before augmentation and normalisation"
+    "Read an image as the network gets it, before augmentation and normalisation"
     if reader not in READERS:
         raise unknown('reader', reader, READERS)
     size = check_size(size)

@@ -35,31 +35,31 @@ REASONS = {
     'focus': 'out of focus',
 }
 
-_LIGHT_SIGMA = _MEASURED_SIZE / 16  # standard deviation of the Gaussian that says what is bright around a pixel
+_LIGHT_SIGMA = _MEASURED_SIZE / 16  # standard deviation of the Gaussian for the local brightness
 
 
 @lru_cache(1)
 def _wide_gaussian() -> np.ndarray:
-    "The matrix that smooths one axis of an image: `gaussian_filter1d` of each unit vector"
+    "Matrix that smooths one axis of an image: `gaussian_filter1d` of each unit vector"
     return gaussian_filter1d(np.eye(_MEASURED_SIZE), _LIGHT_SIGMA, axis=0).astype(np.float32)
 
 
 @lru_cache(1)
 def _inner_disc() -> np.ndarray:
-    "The disc without its rim, bool (256, 256)"
+    "Mask of the disc without its rim, bool (256, 256)"
     return disc_mask(_MEASURED_SIZE, 0.84)
 
 
 def _wide_average(a) -> np.ndarray:
-    "`gaussian_filter` by two matrix products, which are several times faster than so wide a kernel"
+    "`gaussian_filter` as two matrix products, several times faster for this wide kernel"
     g = _wide_gaussian()
     return g @ a @ g.T
 
 
 def _quality_values(
     im: Image.Image,  # Square crop of a disc, RGB; made 256 pixels wide
-) -> dict[str, float]:  # A number for each question in `QUALITY_LIMITS`
-    "What the questions are answered from"
+) -> dict[str, float]:  # A value for each question in `QUALITY_LIMITS`
+    "Values that answer the questions"
     a = np.asarray(
         im.resize((_MEASURED_SIZE, _MEASURED_SIZE), Image.Resampling.BICUBIC) if im.width != _MEASURED_SIZE else im,
         np.float32,
@@ -85,8 +85,8 @@ def _quality_values(
 # %% ../../nbs/data/08_gradability.ipynb #c75e3e98
 def gradability(
     im: Image.Image,  # Square crop of a disc, RGB
-) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from a half on), and the numbers
-    "Can this photograph be judged?"
+) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from 0.5 on), values
+    "Score whether a photograph can be graded"
     values = _quality_values(im)
     answers = {k: float(np.clip((values[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in QUALITY_LIMITS.items()}
     worst = min(answers, key=answers.get)
@@ -95,11 +95,11 @@ def gradability(
 # %% ../../nbs/data/08_gradability.ipynb #78794963
 def gradability_table(
     sources: list,  # Paths or images, all readable
-) -> pd.DataFrame:  # A row an image: gradability, reason, the numbers
-    "The gradability of photographs, in threads"
+) -> pd.DataFrame:  # One row per image: gradability, reason, values
+    "Gradability of photographs, computed in threads"
 
     def one(source):
         return gradability(read_disc(source, _MEASURED_SIZE)[0])
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
-        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='photographs judged')))
+        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='photographs scored')))

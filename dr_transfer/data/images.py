@@ -33,18 +33,16 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning, modul
 
 @contextmanager
 def _opened(stream) -> Iterator[Image.Image]:
-    "A stream as a PIL image, its pixels not yet read; `ImageError` if it is none, or has too many"
+    "Open a stream with PIL without decoding; raise an `ImageError` if it is invalid or too large"
     head = read_head(stream)
     try:
         im = Image.open(stream, formats=FORMATS)
     except Image.UnidentifiedImageError:
         kind = file_kind(head)
         if kind in FORMATS:
-            raise ImageError(
-                f'cannot be decoded: a damaged {kind} file, or of a kind that Pillow does not read'
-            ) from None
+            raise ImageError(f'cannot be decoded: a damaged {kind} file, or one that Pillow does not support') from None
         if kind:
-            raise ImageError(f'a {kind} file, which is not read: save it as JPEG, PNG or TIFF') from None
+            raise ImageError(f'a {kind} file, which is not supported: save it as JPEG, PNG or TIFF') from None
         raise ImageError('not an image') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ImageError(f'it has too many pixels: make it smaller ({e})') from None
@@ -67,7 +65,7 @@ _NOTES = ('exif', 'Raw profile type exif', 'xmp', 'XML:com.adobe.xmp')  # where 
 
 
 def _orientation(im) -> int:
-    "The orientation by EXIF, 1 to 8; 1 if there is none or it cannot be read"
+    "EXIF orientation, 1 to 8; 1 if there is none or it cannot be read"
     try:
         note = im.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF raises every kind of error
@@ -80,7 +78,7 @@ def _upright(im) -> Image.Image:
     if turn is None:
         return im
     im = im.transpose(turn)
-    for note in _NOTES:  # it is followed, and not to be followed again
+    for note in _NOTES:  # so that it is not applied twice
         im.info.pop(note, None)
     return im
 
@@ -88,10 +86,10 @@ def _upright(im) -> Image.Image:
 def to_rgb(
     im: Image.Image,  # Image of any mode
 ) -> Image.Image:  # A new image: mode RGB, 8 bits, upright
-    "Any image as RGB; `ImageError` if it is not known which values are black and white"
+    "Convert any image to RGB; raise an `ImageError` if black and white are not defined"
     depth = declared_depth(im)
     if im.mode == 'CMYK' and im.format in ('JPEG', 'MPO') and 'adobe' not in im.info:
-        raise ImageError("a CMYK JPEG without Adobe's mark does not say whether it is inverted: save it as RGB")
+        raise ImageError("a CMYK JPEG without Adobe's marker may be inverted: save it as RGB")
     im.load()
     check_color(im, depth)
     im = _upright(im)
@@ -103,7 +101,7 @@ def to_rgb(
     return im.convert('RGB')
 
 
-_PIL = threading.Lock()  # a PIL image is read from its file when it is first looked at, and not by two threads at once
+_PIL = threading.Lock()  # PIL images are read lazily, which is not thread-safe
 
 # %% ../../nbs/data/05_images.ipynb #57c3379e
 def _decoded(source, size) -> Image.Image:
@@ -126,9 +124,9 @@ def _decoded(source, size) -> Image.Image:
 
 def read_rgb(
     source,  # Path, bytes, PIL image or array (height, width, 3)
-    size: int | None = None,  # Edge that is needed later, in pixels
+    size: int | None = None,  # Size that is needed later, in pixels
 ) -> Image.Image:  # Mode RGB, upright
-    "Read an image as RGB, a large JPEG scaled down while it is decoded; `ImageError` names the file and the reason"
+    "Read an image as RGB, a large JPEG at a reduced size if `size` allows; raise an `ImageError` on failure"
     if size is not None:
         size = check_size(size, 1, 65535)
     with naming(source):
@@ -137,8 +135,8 @@ def read_rgb(
 
 def image_error(
     path: str | Path,  # An image file
-) -> str:  # The reason in words, or '' if the file is good
-    "Why an image cannot be read: it is read as it will be later, a JPEG at an eighth of its size"
+) -> str:  # The reason, or '' if it can be read
+    "Return the reason why an image cannot be read, or ''; a JPEG is decoded at an eighth of its size"
     try:
         read_rgb(path, 16)
     except ImageError as e:
@@ -148,8 +146,8 @@ def image_error(
 # %% ../../nbs/data/05_images.ipynb #3fb6fb9a
 def image_errors(
     paths: list,  # Image files
-) -> list[str]:  # One reason each, '' where the file is good
-    "Why images cannot be read, with a progress bar"
+) -> list[str]:  # The reason for each file, or ''
+    "Return the reason for each image that cannot be read, with a progress bar"
     paths = image_list(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(image_error, paths), total=len(paths), label='images checked'))
@@ -162,7 +160,7 @@ class ImageHeader:
     format: str  # 'JPEG', 'PNG', ..., 'DICOM'
     width: int  # Pixels, as stored
     height: int  # Pixels, as stored
-    turned: bool = False  # Does EXIF turn it by a quarter?
+    turned: bool = False  # Whether EXIF turns it by 90 degrees
 
     @property
     def size(self) -> tuple:  # Width and height, upright
@@ -172,7 +170,7 @@ class ImageHeader:
 def image_header(
     source,  # Path or bytes
 ) -> ImageHeader:
-    "Format and size of an image file, its pixels not decoded; `ImageError` names the file and the reason"
+    "Read format and size of an image file without decoding its pixels"
     with naming(source), open_source(source) as stream:
         if file_kind(read_head(stream)) == 'DICOM':
             return ImageHeader('DICOM', *dicom_size(read_dataset(stream, header=True)))
@@ -185,10 +183,10 @@ FITS = ('pad', 'squish', 'crop')
 
 def fit_square(
     im: Image.Image,  # RGB image
-    size: int,  # Edge of the result in pixels
+    size: int,  # Size of the result in pixels
     fit: str = 'crop',  # 'pad', 'squish' or 'crop'
 ) -> Image.Image:  # (size, size), RGB
-    "An image as a square of `size` pixels; the same every time, nothing at random"
+    "Resize an image to a square of `size` pixels, deterministically"
     if fit == 'pad':
         return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC)
     if fit == 'crop':

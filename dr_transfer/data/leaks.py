@@ -34,13 +34,13 @@ from ..utils.files import cache_folder, package_version, progress
 from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/data/18_leaks.ipynb #28f7cd6b
-_HASHED_SIZE, HASH_BITS = 96, 256  # pixels that are looked at, bits of the hash
+_HASHED_SIZE, HASH_BITS = 96, 256  # size of the hashed image in pixels, bits of the hash
 
 
 def _fine_detail(
     im: Image.Image,  # (96, 96), RGB
 ) -> Image.Image | None:  # (64, 64), grey; None for an image of one colour
-    "What an image has besides its light: green, less the local average, in the inner part"
+    "Fine detail of an image: the green channel minus its local average, in the centre"
     a = np.asarray(im.getchannel('G'), np.float32)
     edge = round(0.17 * _HASHED_SIZE)  # the inscribed square of a retina disc
     light = gaussian_filter(a, _HASHED_SIZE / 16, mode='nearest')
@@ -54,7 +54,7 @@ def _fine_detail(
 
 def detail_hash(
     im: Image.Image,  # (96, 96), RGB
-) -> np.ndarray:  # (32,) bytes; all nought for an image of one colour
+) -> np.ndarray:  # (32,) bytes; all zero for an image of one colour
     "Perceptual hash (Zauner 2010, by `imagehash`) of the fine detail: 256 bits"
     detail = _fine_detail(im)
     if detail is None:
@@ -67,7 +67,7 @@ MAX_COPY_BITS = 40  # bits that may differ between near copies, of 256
 
 
 def _signs(hashes) -> np.ndarray:
-    "Bits as -1 and 1, so that a product counts those that agree; nought for images of one colour"
+    "Convert bits to -1 and 1, so that a product counts equal bits; zeros for images of one colour"
     bits = np.unpackbits(hashes, axis=1).astype(np.float32)
     return (bits * 2 - 1) * hashes.any(1)[:, None]
 
@@ -76,7 +76,7 @@ def near_pairs(
     hashes: np.ndarray,  # uint8 (n, 32), from `detail_hash`
     max_bits: int = MAX_COPY_BITS,  # Bits that may differ, 0 to 127
 ) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
-    "All pairs of images whose hashes differ in a few bits; images of one colour are in none"
+    "Find all pairs of images whose hashes differ in few bits, except images of one colour"
     if not 0 <= max_bits < HASH_BITS // 2:
         raise ValueError(f'max_bits={max_bits}: give 0 to {HASH_BITS // 2 - 1} bits')
     x = _signs(hashes)
@@ -96,9 +96,9 @@ _HASH_BATCH = 16  # images in a batch
 def image_hashes(
     sources: list,  # Paths or images, all readable
     reader: str = 'photo',  # Name in `READERS`
-    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
-) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 32); a number for the content (n,)
-    "Hashes of images, and a number that images with the same bytes share"
+    folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 32); content number (n,)
+    "Hashes of images, and a number that is equal for images with the same bytes"
     sources = image_list(sources)
     about = {
         'size': _HASHED_SIZE,
@@ -135,9 +135,9 @@ def find_copies(
     sources: list,  # Paths or images, all readable
     reader: str = 'photo',  # Name in `READERS`
     max_bits: int = MAX_COPY_BITS,  # Bits that may differ between near copies
-    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+    folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
 ) -> pd.DataFrame:  # Row numbers `a`, `b`; `kind`; `bits` that differ
-    "Pairs of images with the same bytes or nearly the same picture"
+    "Find pairs of identical files and of near copies"
     hashes, content = image_hashes(image_list(sources), reader, folder)
     _, where = np.unique(content, return_index=True)
     same = pd.Series(np.arange(len(content))).groupby(content).agg(list)
@@ -155,9 +155,9 @@ def nearest_bits(
     sources: list,  # Paths or images, all readable
     seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
     reader: str = 'photo',  # Name in `READERS`
-    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
-) -> np.ndarray:  # (n,) 0 to 256; 256 where there is nothing to compare with
-    "In how many bits each image differs from the nearest of other images"
+    folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
+) -> np.ndarray:  # (n,) 0 to 256; 256 if there are no other images
+    "Number of bits in which each image differs from the nearest other image"
     if not len(sources) or not len(seen):
         return np.full(len(sources), HASH_BITS)
     hashes, _ = image_hashes(sources, reader, folder)
@@ -172,17 +172,17 @@ def seen_before(
     seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
     reader: str = 'photo',  # Name in `READERS`
     max_bits: int = MAX_COPY_BITS,  # Bits that may differ
-    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+    folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
 ) -> np.ndarray:  # (n,) booleans
-    "Which images are, or nearly are, among others"
+    "Whether each image is a copy or near copy of one of the other images"
     return nearest_bits(image_list(sources), seen, reader, folder) <= max_bits
 
 # %% ../../nbs/data/18_leaks.ipynb #80de8d29
 def joined_groups(
-    groups,  # Group of each image (n,), None where it has none
+    groups,  # Group of each image (n,), None if missing
     copies: pd.DataFrame,  # From `find_copies`
-) -> np.ndarray:  # (n,) numbers: images with the same one belong together
-    "Groups, with those joined that share copies"
+) -> np.ndarray:  # (n,) numbers, equal for images that belong together
+    "Join groups that have copies in common"
     g = group_codes(groups, len(groups))
     n = g.max() + 1
     ends = (g[copies.a], g[copies.b])
@@ -192,9 +192,9 @@ def joined_groups(
 
 # %% ../../nbs/data/18_leaks.ipynb #ccbc0ed0
 class Together:
-    """For `task_table`: images that must be on one side, by their group and their copies.
+    """Groups of images that must be in the same subset, by group and copies, for `task_table`.
 
-    `copies` are those of the last table.
+    `copies` holds the copies of the last table.
     """
 
     def __init__(self, reader: str = 'photo'):
@@ -202,7 +202,7 @@ class Together:
         self.copies = None
 
     def __call__(self, table) -> list:
-        "A name for what belongs together, None for an image that is alone"
+        "Return a group name for each image, None for an image without group and copies"
         self.copies = find_copies(table.image.tolist(), self.reader)
         codes = joined_groups(table.group, self.copies)
         t = pd.DataFrame({'code': codes, 'group': list(table.group), 'image': list(table.image)})
@@ -219,8 +219,8 @@ class Together:
 # %% ../../nbs/data/18_leaks.ipynb #55953fb0
 def file_facts(
     sources: list,  # Paths
-) -> pd.DataFrame:  # `suffix`, `width`, `height`, `kilobytes`
-    "What file names and headers tell of where images come from; no numbers for a file that cannot be read"
+) -> pd.DataFrame:  # `suffix, width, height, kilobytes`
+    "Facts from file names and headers; values are missing for files that cannot be read"
     return pd.DataFrame([_file_facts(p) for p in sources], columns=['suffix', 'width', 'height', 'kilobytes'])
 
 
@@ -233,7 +233,7 @@ def _file_facts(path) -> tuple:
 
 # %% ../../nbs/data/18_leaks.ipynb #1e219da8
 def _levels(column) -> pd.Series:
-    "A column as a few values"
+    "Convert a column to a few categories"
     number = pd.to_numeric(column, errors='coerce')
     if number.notna().all() and column.nunique() > 8:
         return pd.qcut(number, 4, duplicates='drop').astype(str)
@@ -241,12 +241,12 @@ def _levels(column) -> pd.Series:
 
 
 def confounders(
-    facts: pd.DataFrame,  # A row an image, a column a fact
+    facts: pd.DataFrame,  # One row per image, one column per fact
     label,  # Label of each image (n,)
-    p: float = 0.001,  # Chance of as much by accident, for each column
-    min_v: float = 0.1,  # Cramér's V
+    p: float = 0.001,  # Maximum p-value of the chi-squared test
+    min_v: float = 0.1,  # Minimum of Cramér's V
 ) -> pd.DataFrame:  # `column, v, p, levels`, the strongest first
-    "Columns that say something of the label (Cramér 1946)"
+    "Find columns that are associated with the label (Cramér 1946)"
     rows = []
     for c in facts:
         x = _levels(facts[c].reset_index(drop=True))
@@ -260,28 +260,28 @@ def confounders(
 # %% ../../nbs/data/18_leaks.ipynb #a91f8fb0
 @dataclass
 class LeakReport:
-    "What `leak_report` found"
+    "Result of `leak_report`"
 
-    leaks: pd.DataFrame  # `kind, first, second, subsets, how`: on two sides of the split
-    copies: pd.DataFrame  # `kind, first, second, bits`: on one side, or without a split
+    leaks: pd.DataFrame  # `kind, first, second, subsets, how`: pairs in two subsets
+    copies: pd.DataFrame  # `kind, first, second, bits`: in one subset, or no split
     confounders: pd.DataFrame  # From `confounders`
 
     def __str__(self):
         counts = self.leaks.kind.value_counts().to_dict()
         found = ', '.join(f'{n} x {kind}' for kind, n in counts.items()) or 'nothing'
-        lines = [f'{found} on two sides of the split; {len(self.copies)} more pairs of copies']
+        lines = [f'{found} in two subsets; {len(self.copies)} more pairs of copies']
         for r in self.leaks.head(10).itertuples():
             lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.subsets}; {r.how})')
         for r in self.confounders.itertuples():
-            lines.append(f"column '{shown_name(r.column)}' says something of the label: Cramer's V {r.v:.2f}")
+            lines.append(f"column '{shown_name(r.column)}' is associated with the label: Cramer's V {r.v:.2f}")
         return '\n'.join(lines)
 
 # %% ../../nbs/data/18_leaks.ipynb #60fe5bde
 def split_leaks(
     table: pd.DataFrame,  # With columns `image, group, split`
     copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
-) -> pd.DataFrame:  # `kind, first, second, subsets, how`, a row a pair
-    "What stands on two sides of a split: groups (patients; one pair of images each), files, pictures"
+) -> pd.DataFrame:  # `kind, first, second, subsets, how`, one row per pair
+    "Find groups (patients; one pair of images each) and copies that are in two subsets"
     t = table.reset_index(drop=True)
     pairs = []
     for r in copies.itertuples():
@@ -298,11 +298,11 @@ def split_leaks(
 
 # %% ../../nbs/data/18_leaks.ipynb #ec39b766
 def leak_report(
-    table: pd.DataFrame,  # From `label_table` or `task_table`; other columns are facts
+    table: pd.DataFrame,  # From `label_table` or `task_table`
     reader: str = 'photo',  # Name in `READERS`
-    folder: str | Path | None = None,  # Where hashes are kept; in the cache if None
+    folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
 ) -> LeakReport:
-    "Patients, copies and near copies on two sides of a split, and columns that say something of the label"
+    "Report patients, copies and near copies in two subsets, and columns associated with the label"
     t = table.reset_index(drop=True)
     copies = find_copies(table.image.tolist(), reader, folder=folder)
     inside = copies[[t.split[a] == t.split[b] for a, b in zip(copies.a, copies.b)]] if len(copies) else copies
@@ -324,22 +324,22 @@ def leak_report(
 
 # %% ../../nbs/data/18_leaks.ipynb #c6c645b9
 class LeakError(SplitError):
-    "A split whose sides know one another"
+    "A split with copies, or images of one group, in two subsets"
 
 # %% ../../nbs/data/18_leaks.ipynb #f44afdf0
 def check_leaks(
     leaks: pd.DataFrame,  # From `split_leaks`
 ):
-    "A `LeakError` if there are any"
+    "Raise a `LeakError` if there are any"
     if not len(leaks):
         return
     pairs = '; '.join(f'{r.first} and {r.second} ({r.subsets}; {r.kind}, {r.how})' for r in leaks.head(3).itertuples())
     more = ' ...' if len(leaks) > 3 else ''
     advice = leaks.attrs.get('advice') or split_advice(leaks)
     raise LeakError(
-        f'{len(leaks)} pairs stand on two sides of the split: {pairs}{more}. '
-        f'{advice}, or put each pair into one of train and valid; '
-        'allow_leaks=True (--allow-leaks) goes on, and is written into the record'
+        f'{len(leaks)} pairs of images are in two subsets: {pairs}{more}. '
+        f'{advice}, or put each pair into one subset. '
+        'To train anyway, pass allow_leaks=True (--allow-leaks), which is recorded'
     )
 
 # %% ../../nbs/data/18_leaks.ipynb #078b2723
@@ -347,7 +347,7 @@ def note_contradictions(
     table: pd.DataFrame,  # With columns `image, target`
     copies: pd.DataFrame,  # From `find_copies`, row numbers of the table
 ):
-    "Note in `attrs['notes']` which identical files have two classes"
+    "Note in `attrs['notes']` which identical files have different classes"
     t = table.reset_index(drop=True)
     same = copies[copies.kind == 'same file']
     pairs = [(a, b) for a, b in zip(same.a, same.b) if t.target[a] != t.target[b]]
@@ -357,25 +357,25 @@ def note_contradictions(
     words = some([f'{names[a]} ({t.target[a]}) and {names[b]} ({t.target[b]})' for a, b in pairs], max_length=1000)
     table.attrs['notes'] = [
         *table.attrs.get('notes', []),
-        f'{len(pairs)} pairs of identical images have two classes: {words}. '
-        'One of each pair is wrong: correct or remove it',
+        f'{len(pairs)} pairs of identical images have different classes: {words}. '
+        'One label of each pair is wrong: correct or remove it',
     ]
 
 # %% ../../nbs/data/18_leaks.ipynb #ecb96c54
 def split_data(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
-    task: Task,  # Says how images are read
-    target: Target,  # What is learnt
+    task: Task,  # Determines how images are read
+    target: Target,  # The target
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    valid: float = 0.2,  # Share of the images for validation
-    seed: int = 42,  # Another seed, another split
-    allow_leaks: bool = False,  # Go on with a split whose sides know one another?
+    valid: float = 0.2,  # Fraction of the images for validation
+    seed: int = 42,  # Seed of the split
+    allow_leaks: bool = False,  # Whether to accept leaks in the split of the data
     *,
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-) -> pd.DataFrame:  # As from `task_table`; `attrs['leaks']`: pairs of each kind
-    """Label, encode and split with groups and copies kept together.
+) -> pd.DataFrame:  # As `task_table`; `attrs['leaks']`: number by kind
+    """Read labels, encode the target, and split with groups and copies in the same subset.
 
-    `LeakError` if the data come with a split that does not.
+    Raise a `LeakError` if the data come with a split that separates them.
     """
     together = Together(task.reader)
     seed = check_seed(seed)

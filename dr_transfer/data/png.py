@@ -18,7 +18,7 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # color type of the header -> channe
 
 
 def _unpacked_bytes(stream: BinaryIO) -> tuple[int, int]:
-    "Bytes that the rows of a PNG have, and that they should have; (0, 0) for an interlaced one"
+    "Number of bytes of the rows of a PNG, actual and expected; (0, 0) if it is interlaced"
     stream.seek(8)
     unpack = zlib.decompressobj()
     found = 0
@@ -34,7 +34,7 @@ def _unpacked_bytes(stream: BinaryIO) -> tuple[int, int]:
             if interlaced:
                 return 0, 0
             bits = width * data[8] * _CHANNELS[data[9]]
-            row = 1 + (bits + 7) // 8  # it begins with the number of its filter
+            row = 1 + (bits + 7) // 8  # one byte for the filter type
             wanted = height * row
         if kind == b'IDAT':
             found += len(unpack.decompress(data))
@@ -43,9 +43,9 @@ def _unpacked_bytes(stream: BinaryIO) -> tuple[int, int]:
 
 def check_png_rows(
     im: Image.Image,  # A decoded image
-    stream: BinaryIO,  # The file it comes from
+    stream: BinaryIO,  # The file of the image
 ):
-    "An `ImageError` for a PNG that lacks rows"
+    "Raise an `ImageError` for a PNG with missing rows"
     if im.format != 'PNG':
         return
     last_row = im.crop((0, im.height - 1, im.width, im.height))

@@ -27,12 +27,12 @@ from ..utils.regular import read_regular
 # %% ../../nbs/data/14_preprocess.ipynb #4a282bab
 @dataclass(frozen=True)
 class Preparation:
-    "What is done with each photograph"
+    "How each photograph is prepared"
 
-    size: int = 512  # Side of the results in pixels
+    size: int = 512  # Size of the results in pixels
     correction: str = 'none'  # Name in `CORRECTIONS`
-    to_right: bool = False  # Left eyes as their mirror images?
-    format: str = 'png'  # 'png', without loss; or 'jpg', a fifth of the size
+    to_right: bool = False  # Whether to mirror left eyes
+    format: str = 'png'  # 'png' (lossless) or 'jpg' (a fifth of the size)
 
     def __post_init__(self):
         if self.correction not in CORRECTIONS:
@@ -45,11 +45,11 @@ class Preparation:
 # %% ../../nbs/data/14_preprocess.ipynb #f2afc7ee
 def prepare_image(
     source: str | Path,  # A photograph
-    target: str | Path,  # File to write; its suffix decides the format
-    how: Preparation,  # What is done
+    target: str | Path,  # File to write
+    how: Preparation,  # How it is prepared
     eye: str = '',  # 'left' or 'right', if known
 ) -> dict:  # Disc in pixels of the original, gradability; `error`
-    "Prepare one photograph; an unreadable one gives the reason"
+    "Prepare one photograph; return the reason if it cannot be read"
     try:
         im, disc = read_disc(source, how.size)
     except Exception as e:
@@ -73,7 +73,7 @@ _JOURNAL_FILE, _SETTINGS_FILE = 'journal.jsonl', 'preparation.json'
 
 
 def _stamp(path: Path) -> list:
-    "What changes when an original is changed; nothing for one that is gone"
+    "Size and time of a file, to detect changes; empty if it is missing"
     try:
         s = os.stat(path)
     except OSError:
@@ -85,7 +85,7 @@ _MAX_SETTINGS_BYTES, _MAX_JOURNAL_BYTES = 10**6, 10**10  # bytes of preparation.
 
 
 def _same_settings(out: Path, how: Preparation) -> bool:
-    "Were the results there prepared like this? ValueError if otherwise, False if nobody knows"
+    "Whether results were prepared with these settings; raise a ValueError for others, False if unknown"
     file = out / _SETTINGS_FILE
     if not file.exists():
         return False
@@ -98,13 +98,13 @@ def _same_settings(out: Path, how: Preparation) -> bool:
         return False
     if found != asdict(how):
         raise ValueError(
-            f'{out} was prepared otherwise ({json.dumps(found)}): give another folder, or the same settings'
+            f'{out} was prepared with other settings ({json.dumps(found)}): give another folder, or the same settings'
         )
     return True
 
 
 def _row(line: str) -> dict | None:
-    "A line of the journal; None if it is damaged"
+    "Parse a line of the journal; None if it is damaged"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -114,7 +114,7 @@ def _row(line: str) -> dict | None:
 
 
 def _eyes(folder) -> dict:
-    "Name of an image -> its eye, from the columns of labels.csv"
+    "Read the eye of each image from labels.csv"
     if not (folder / 'labels.csv').exists():
         return {}
     t = read_labels(folder / 'labels.csv')
@@ -123,7 +123,7 @@ def _eyes(folder) -> dict:
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f77
 def _finished(out: Path, how: Preparation) -> dict:
-    "What earlier runs noted: name of the original -> row"
+    "Read the rows of earlier runs: name of the original -> row"
     file = out / _JOURNAL_FILE
     if not _same_settings(out, how) or not file.exists():
         return {}
@@ -132,7 +132,7 @@ def _finished(out: Path, how: Preparation) -> dict:
     except ValueError as e:
         warn(f'{file} is damaged ({e}): all photographs are prepared again')
         return {}
-    rows = [_row(line) for line in lines[:-1]]  # a line that a kill cut off has no end
+    rows = [_row(line) for line in lines[:-1]]  # the last line may be incomplete
     bad = rows.count(None)
     if bad:
         warn(
@@ -143,7 +143,7 @@ def _finished(out: Path, how: Preparation) -> dict:
 
 
 def _intact(row: dict, out: Path) -> bool:
-    "Is the result of a row as it was written?"
+    "Whether the result of a row is unchanged"
     if row['error']:
         return True
     file = out / row['file']
@@ -151,40 +151,40 @@ def _intact(row: dict, out: Path) -> bool:
 
 
 def _write_journal(out: Path, rows: list[dict]):
-    "The journal with these rows"
+    "Write the journal with these rows"
     with atomic_file(out / _JOURNAL_FILE) as f:
         f.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f78
 def _check_apart(folder: Path, out: Path):
-    "OutputError if results would lie among the originals, or the originals among results"
+    "Raise an OutputError if results would be among the originals, or the originals among the results"
     if is_inside(out, folder) and is_inside(folder, out):
-        raise OutputError(f'{out} holds the originals, which are never changed: give another folder for the results')
+        raise OutputError(f'{out} contains the originals, which are never changed: give another folder for the results')
     if is_inside(out, folder):
         raise OutputError(
-            f'{out} lies in {folder}, and the results would be taken for photographs: give a folder outside of it'
+            f'{out} is inside {folder}, and the results would be read as photographs: give a folder outside it'
         )
     if is_inside(folder, out):
-        raise OutputError(f'{out} holds the folder of photographs {folder}: give another folder for the results')
+        raise OutputError(f'{out} contains the folder of photographs {folder}: give another folder for the results')
 
 
 def _places(folder: Path, out: Path, how: Preparation) -> dict:
-    "Original -> name of the result below `out`; ValueError if two would have one"
+    "Name of the result of each original; raise a ValueError if two are equal"
     names = {}
     for f in find_images(folder):
         names.setdefault(f.relative_to(folder).with_suffix(f'.{how.format}').as_posix(), []).append(f)
     twice = [v for v in names.values() if len(v) > 1]
     if twice:
-        raise ValueError(f'{twice[0][0]} and {twice[0][1]} would have one name: give one of them another')
+        raise ValueError(f'{twice[0][0]} and {twice[0][1]} would have the same name: rename one of them')
     for place in sorted({(out / name).parent for name in names}):
         if place.exists() and not is_inside(place, out):
-            raise OutputError(f'{place} is a link to a place outside of {out}: remove the link or give another folder')
+            raise OutputError(f'{place} is a link to a folder outside {out}: remove the link or give another folder')
     return {v[0]: k for k, v in names.items()}
 
 # %% ../../nbs/data/14_preprocess.ipynb #96f63476
 @dataclass(frozen=True)
 class _Job:
-    "Photographs on their way into another folder"
+    "The state of one call of `preprocess_folder`"
 
     folder: Path
     out: Path
@@ -194,12 +194,12 @@ class _Job:
     done: dict  # Name of an original -> row of an earlier run
 
     def lost(self, row: dict) -> bool:
-        "Was the result of an earlier run changed or removed since? `row` is what was made instead"
+        "Whether the result of an earlier run was changed or removed; `row` is the new row"
         old = self.done.get(row['image'])
         return old is not None and not old['error'] and all(old.get(k) == row[k] for k in ('file', 'stamp'))
 
     def prepare(self, source: Path) -> tuple[dict, bool]:
-        "The row of a photograph, and whether it is new"
+        "Prepare a photograph; return its row and whether it is new"
         name, place, stamp = source.relative_to(self.folder).as_posix(), self.places[source], _stamp(source)
         old = self.done.get(name)
         if old is not None and old.get('stamp') == stamp and old['file'] == place and _intact(old, self.out):
@@ -211,20 +211,20 @@ class _Job:
         except OSError as e:
             room = '' if too_many_open(e) else 'make room and '
             raise OutputError(
-                f'{file} could not be written ({reason(e)}). What is finished is kept: {room}run it again'
+                f'{file} could not be written ({reason(e)}). Finished results are kept: {room}run it again'
             ) from e
         return {'image': name, 'file': place, **found, 'stamp': stamp, 'result': result}, True
 
 
 def preprocess_folder(
-    folder: str | Path,  # Photographs, however deep
-    out: str | Path,  # Where results go, under the same names
-    how: Preparation = Preparation(),  # What is done
-    workers: int | None = None,  # Threads; one a core if None
-) -> pd.DataFrame:  # `image, file, x, y, r, gradability, reason, error`; also images.csv
+    folder: str | Path,  # Folder of photographs, with its subfolders
+    out: str | Path,  # Folder of the results, with the same names
+    how: Preparation = Preparation(),  # How it is prepared
+    workers: int | None = None,  # Number of threads; one per core if None
+) -> pd.DataFrame:  # `image, file, x, y, r, gradability, reason, error`
     """Find the disc of the retina in the photographs of a folder, crop to it, and write them in one size.
 
-    Results that are there already and were made in the same way are kept, so an interrupted run goes on.
+    Existing results with the same settings are kept, so an interrupted run continues.
 
     Returns
     -------
@@ -236,7 +236,7 @@ def preprocess_folder(
     Raises
     ------
     ValueError
-        There are no images, `out` lies within `folder`, or `out` was made in another way.
+        There are no images, `out` is inside `folder`, or `out` was made with other settings.
 
     Notes
     -----
@@ -264,7 +264,7 @@ _PREPARED_COLUMNS = ['image', 'file', 'x', 'y', 'r', 'gradability', 'reason', 'e
 
 
 def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
-    "Prepare what is to be prepared, and write the tables"
+    "Prepare the photographs and write the tables"
     with atomic_file(job.out / _SETTINGS_FILE) as f:
         f.write_text(json.dumps(asdict(job.how)))
     _write_journal(job.out, list(job.done.values()))
@@ -280,7 +280,7 @@ def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
 
 
 def _run(job: _Job, workers: int | None) -> list[dict]:
-    "Rows of all sources, each noted as it is finished; Ctrl-C keeps what is finished"
+    "Prepare all photographs; each is recorded when it is finished, so that Ctrl-C keeps the results"
     rows, lost, sources = [], [], list(job.places)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
@@ -294,15 +294,12 @@ def _run(job: _Job, workers: int | None) -> list[dict]:
     finally:
         pool.shutdown(cancel_futures=True)
     if lost:
-        warn(
-            f'{len(lost)} results in {job.out} had been changed or removed since they were made '
-            f'(first: {lost[0]}): they were made again'
-        )
+        warn(f'{len(lost)} results in {job.out} were changed or removed (first: {lost[0]}) and were made again')
     return rows
 
 
 def _new_labels(folder: Path, out: Path, how: Preparation):
-    "labels.csv, if there is one, with the names of the results"
+    "Write labels.csv with the names of the results, if there is one"
     if not (folder / 'labels.csv').exists():
         return
     t = read_labels(folder / 'labels.csv')

@@ -22,7 +22,7 @@ from ..utils.regular import NotAFile, open_regular
 # %% ../../nbs/data/01_source.ipynb #2345d9f6
 @dataclass(frozen=True)
 class _ImageLimits:
-    "What a file may cost at most, checked before memory is taken"
+    "Limits on files, checked before memory is allocated"
 
     file_bytes: int = 512 * 2**20  # Size of an image file
     pixels: int = 120_000_000  # Width times height
@@ -54,8 +54,8 @@ class ImageError(ValueError):
 def source_name(
     source,  # Path, bytes, PIL image or array
 ) -> str:
-    "How an image is called in a message"
-    source = getattr(source, 'path', source)  # of a file with its hash
+    "Name of an image in messages"
+    source = getattr(source, 'path', source)  # of a `_HashedFile`
     return str(source) if isinstance(source, (str, Path)) else f'an image given as {type(source).__name__}'
 
 
@@ -63,7 +63,7 @@ def source_name(
 def naming(
     source,  # Path, bytes, PIL image or array
 ) -> Iterator[None]:
-    "What goes wrong inside becomes an `ImageError` with the name and the reason in words, but for a lack of open files"
+    "Turn errors into an `ImageError` with the file and the reason, unless too many files are open"
     try:
         yield
     except ImageError as e:
@@ -73,10 +73,10 @@ def naming(
     except PermissionError:
         raise ImageError('no permission to read it', source_name(source)) from None
     except MemoryError:
-        raise ImageError('it needs more memory than there is', source_name(source)) from None
+        raise ImageError('it needs more memory than is available', source_name(source)) from None
     except Exception as e:  # decoders raise every kind of error for damaged data
         if too_many_open(e):
-            raise  # the computer lacks something, and the file is not at fault
+            raise  # too many open files: not caused by this file
         raise ImageError(f'cannot be decoded: {e}', source_name(source)) from e
 
 # %% ../../nbs/data/01_source.ipynb #ab392526
@@ -85,7 +85,7 @@ def _megabytes(n) -> str:
 
 
 def _opened(source) -> BinaryIO:
-    "A file or bytes as a stream; `ImageError` for what is no regular file"
+    "Open a file or bytes as a stream; raise an `ImageError` if it is not a regular file"
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
@@ -97,11 +97,11 @@ def _opened(source) -> BinaryIO:
 @contextmanager
 def open_source(
     source,  # Path or bytes
-    max_bytes: int = IMAGE_LIMITS.file_bytes,  # Bytes at most
+    max_bytes: int = IMAGE_LIMITS.file_bytes,  # Maximum size in bytes
 ) -> Iterator[BinaryIO]:
-    "A file or bytes as a stream; `ImageError` if it is empty, too large, or no regular file"
+    "Open a file or bytes as a stream; raise an `ImageError` if empty, too large or not regular"
     if not isinstance(source, (str, Path, bytes)):
-        raise ImageError(f'{type(source).__name__} is no image: give a path, bytes, a PIL image or an array')
+        raise ImageError(f'{type(source).__name__} is not an image: give a path, bytes, a PIL image or an array')
     with _opened(source) as stream:
         size = len(source) if isinstance(source, bytes) else os.fstat(stream.fileno()).st_size
         if size == 0:
@@ -111,7 +111,7 @@ def open_source(
         yield stream
 
 # %% ../../nbs/data/01_source.ipynb #0dd28052
-_HEAD_BYTES = 132  # bytes that tell the kind of a file
+_HEAD_BYTES = 132  # bytes that determine the kind of a file
 
 _SIGNATURES = (
     (0, b'\xff\xd8\xff', 'JPEG'),
@@ -138,14 +138,14 @@ _SIGNATURES = (
 def file_kind(
     head: bytes,  # The first `_HEAD_BYTES` bytes
 ) -> str:  # Such as 'JPEG', 'DICOM', 'PostScript'; '' if unknown
-    "The kind of a file by its first bytes"
+    "Kind of a file, from its first bytes"
     return next((kind for at, mark, kind in _SIGNATURES if head[at : at + len(mark)] == mark), '')
 
 
 def read_head(
     stream: BinaryIO,  # At any position
 ) -> bytes:  # `_HEAD_BYTES` bytes or fewer
-    "The first bytes of a stream, which is then back at its start"
+    "Read the first bytes of a stream and return to its start"
     stream.seek(0)
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
@@ -156,7 +156,7 @@ def check_shape(
     width: int,  # Pixels
     height: int,  # Pixels
 ):
-    "`ImageError` for an image that is empty, too large, or a strip"
+    "Raise an `ImageError` for an image that is empty, too large or a strip"
     low, high = sorted((width, height))
     if low < 1:
         raise ImageError(f'it has {width} x {height} pixels')
@@ -167,31 +167,30 @@ def check_shape(
     if high > IMAGE_LIMITS.ratio * low:
         raise ImageError(
             f'it is a strip of {width} x {height} pixels: '
-            f'one edge may be {IMAGE_LIMITS.ratio:.0f} times the other at most'
+            f'one edge may be at most {IMAGE_LIMITS.ratio:.0f} times the other'
         )
 
 
 def _check_voxels(shape):
-    "`ImageError` for a volume of too many voxels"
+    "Raise an `ImageError` for a volume of too many voxels"
     n = math.prod(int(s) for s in shape)
     if n > IMAGE_LIMITS.voxels:
         size = ' x '.join(map(str, shape))
         raise ImageError(
-            f'it declares {size} voxels, more than {IMAGE_LIMITS.voxels / 1e6:.0f} million: '
-            'cut out or resample the part that is needed'
+            f'it declares {size} voxels, more than {IMAGE_LIMITS.voxels / 1e6:.0f} million: crop or resample it'
         )
 
 
-NETWORK_SIZES = (16, 4096)  # pixels, the smallest and the largest image that a network gets
+NETWORK_SIZES = (16, 4096)  # pixels, smallest and largest input of a network
 
 
 def check_size(
     size,  # What was given
-    smallest: int = NETWORK_SIZES[0],  # Pixels
-    largest: int = NETWORK_SIZES[1],  # Pixels
+    smallest: int = NETWORK_SIZES[0],  # In pixels
+    largest: int = NETWORK_SIZES[1],  # In pixels
 ) -> int:
-    "The edge of a square image in pixels; ValueError if it is not a whole number between `least` and `max_bytes`"
+    "Return the size of a square image in pixels; raise a ValueError unless it is in the given range"
     if isinstance(size, Integral) and not isinstance(size, bool) and smallest <= size <= largest:
         return int(size)
     usual = 224 if smallest <= 224 <= largest else smallest
-    raise ValueError(f'size={size!r}: give pixels, {smallest} or more and at most {largest}, such as {usual}')
+    raise ValueError(f'size={size!r}: give a whole number of pixels from {smallest} to {largest}, such as {usual}')

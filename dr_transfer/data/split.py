@@ -14,17 +14,17 @@ from ..utils.checks import check_fraction, check_seed
 
 # %% ../../nbs/data/15_split.ipynb #b50eab09
 class SplitError(ValueError):
-    "A split that cannot be made, or that must not be used"
+    "A split that cannot be made or must not be used"
 
 
 def _folds(t, k, seed) -> np.ndarray:
-    "A fold 0 to k-1 for each row; groups whole, classes in proportion"
+    "Assign each row to a fold 0 to k - 1, stratified by class, with each group in one fold"
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     groups = t.group.where(t.group.notna(), 'alone ' + t.image)
     grouped = groups.duplicated().any()
     if groups.nunique() < k:
-        raise SplitError(f'too few groups: {groups.nunique()}, and {k} are needed for this split. Add some')
+        raise SplitError(f'too few groups: {groups.nunique()}, but {k} are needed for this split. Add some')
     kf = (StratifiedGroupKFold if grouped else StratifiedKFold)(k, shuffle=True, random_state=seed)
     fold = np.zeros(len(t), int)
     for i, (_, chosen) in enumerate(kf.split(t, t.label, groups if grouped else None)):
@@ -33,39 +33,37 @@ def _folds(t, k, seed) -> np.ndarray:
 
 
 def _need_two(t):
-    "A `SplitError` if there is nothing to be split, or nothing to tell apart"
+    "Raise a `SplitError` if there are no images, only one class, or a class with one image"
     n = t.label.value_counts()
     if not len(n):
         raise SplitError(
-            "every image is in the split 'test': nothing is left for training. Write train, valid and test into the "
-            "column 'split', or leave it empty where a split is to be made"
+            "every image is in the split 'test': none is left for training. Set the column 'split' to train, valid "
+            'and test, or leave it empty to have a split made'
         )
     if len(n) < 2:
         raise SplitError(f"only one class, '{n.index[0]}': a classifier needs two. Is the folder one level too deep?")
     if n.min() < 2:
         raise SplitError(
-            f"class '{n.idxmin()}' has one image: it cannot be both learnt and tested. "
-            'Add images, or leave the class out'
+            f"class '{n.idxmin()}' has one image: it cannot be in both training and validation set. "
+            'Add images, or exclude the class'
         )
 
 # %% ../../nbs/data/15_split.ipynb #c04d6176
 def split_table(
     table: pd.DataFrame,  # A table from `label_table`
-    valid: float = 0.2,  # Share of the images for validation
-    test: float = 0.0,  # Share of the images for a test set
-    seed: int = 42,  # Another seed, another split
-    check: bool = True,  # An error for groups that stand in two subsets?
+    valid: float = 0.2,  # Fraction of the images for validation
+    test: float = 0.0,  # Fraction of the images for testing
+    seed: int = 42,  # Seed of the split
+    check: bool = True,  # Whether a group in two subsets is an error
 ) -> pd.DataFrame:  # The table with its column `split` filled
-    "Split by group, classes in proportion, and check. Images named `valid` or `test` stay there"
+    "Split a table by group, stratified by class; images that are already in `valid` or `test` stay there"
     check_fraction('valid', valid)
     check_fraction('test', test)
     if not 0 < valid < 1 or not 0 <= test < 1 or valid + test >= 1:
-        raise SplitError(
-            f'valid={valid}, test={test}: give shares that leave something for training, such as valid=0.2'
-        )
+        raise SplitError(f'valid={valid}, test={test}: give fractions with a sum below 1, such as valid=0.2')
     seed = check_seed(seed)
     t = table.reset_index(drop=True)
-    if t.split.eq('test').any():  # there is one
+    if t.split.eq('test').any():  # a test set exists
         test = 0.0
     with group_errors(t):
         if not t.split.eq('valid').any():
@@ -77,18 +75,18 @@ def split_table(
 
 
 def _note_moved(t, named):
-    "Note how many images that were named for training are to validate"
+    "Note how many images of the split 'train' become validation images"
     n = (named & t.split.eq('valid')).sum()
     if n:
         t.attrs['notes'] = [
             *t.attrs.get('notes', []),
-            f"no image that can be used is in the split 'valid': {n} of {named.sum()} "
-            "that are named 'train' become validation images",
+            f"no usable image is in the split 'valid': {n} of {named.sum()} "
+            "images of the split 'train' become validation images",
         ]
 
 
 def _fill(t, valid, test, seed):
-    "Divide what is not named for a test"
+    "Split the images that are not in the test set"
     rest = t[t.split.ne('test')]
     _need_two(rest)
     k = next((m for m in range(2, 20) if all(abs(s * m - round(s * m)) < 1e-6 for s in (valid, test))), 20)
@@ -99,9 +97,9 @@ def _fill(t, valid, test, seed):
 
 # %% ../../nbs/data/15_split.ipynb #4119e517
 def split_advice(
-    table: pd.DataFrame,  # With where its split comes from in `attrs['split_from']`
+    table: pd.DataFrame,  # `attrs['split_from']`: where its split comes from
 ) -> str:
-    "What to do about a split that came with the data"
+    "Advice for a split that came with the data"
     if table.attrs.get('split_from') == 'folders':
         return (
             'Move their images into one of the folders train, valid and test, '
@@ -111,33 +109,33 @@ def split_advice(
 
 
 def _excluded(table) -> str:
-    "How many files could not be used, and why the first; '' if there are none"
+    "Describe the number of skipped files and the first reason; '' if there are none"
     skipped = table.attrs.get('skipped', [])
-    return f'. {len(skipped)} are excluded, such as {skipped[0]["image"]}: {skipped[0]["reason"]}' if skipped else ''
+    return f'. {len(skipped)} are skipped, such as {skipped[0]["image"]}: {skipped[0]["reason"]}' if skipped else ''
 
 
 def check_split(
     table: pd.DataFrame,  # A table with its column `split` filled
-    groups: bool = True,  # May no group stand in two subsets?
+    groups: bool = True,  # Whether a group in two subsets is an error
 ):
-    "A `SplitError` if a group stands in two subsets, a subset is empty or a class is not learnt"
+    "Raise a `SplitError` if a group is in two subsets, a subset is empty, or a class is not in training"
     odd = table[~table.split.isin(['train', 'valid', 'test'])]
     if len(odd):
         raise SplitError(
-            f'{len(odd)} images have a split that is none of train, valid, test: {some(odd.split.astype(str))} '
+            f'{len(odd)} images have a split other than train, valid or test: {some(odd.split.astype(str))} '
             f"({some(odd.image)}). Fill the column 'split' for all images, or leave it empty for all"
         )
     for subset in ('train', 'valid'):
         if not table.split.eq(subset).any():
             named = ', '.join(f'{k}: {v}' for k, v in table.split.value_counts().items())
             raise SplitError(
-                f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are named "
-                f'for another split{_excluded(table)}'
+                f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are "
+                f'in another subset{_excluded(table)}'
             )
     subsets = table.groupby('group').split.nunique()
     if groups and (subsets > 1).any():
         raise SplitError(
-            f'{(subsets > 1).sum()} groups stand in more than one of train, valid and test: '
+            f'{(subsets > 1).sum()} groups are in more than one of train, valid and test: '
             f'{some(subsets.index[subsets > 1])}. {split_advice(table)}'
         )
     gone = sorted(set(table.label) - set(table.label[table.split == 'train']))
@@ -149,8 +147,8 @@ def check_split(
 # %% ../../nbs/data/15_split.ipynb #ea5f9081
 def split_summary(
     table: pd.DataFrame,  # A table with its column `split` filled
-) -> pd.DataFrame:  # One row a subset
-    "What the split came to: images, groups and the real share of each subset, images of each class"
+) -> pd.DataFrame:  # One row per subset
+    "Summary of a split: images, groups, fraction and images of each class in each subset"
     g = table.group.where(table.group.notna(), table.image)
     n = pd.crosstab(table.split, table.label).reindex([s for s in ('train', 'valid', 'test') if s in set(table.split)])
     n.insert(0, 'images', n.sum(axis=1))

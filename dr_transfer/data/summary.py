@@ -22,26 +22,26 @@ _Count = Annotated[int, Range(0, 10**12)]
 
 @dataclass(frozen=True)
 class DataSummary:
-    "Which images a model was made from, in numbers"
+    "Numbers of the images that a model was trained on"
 
-    images: _Count = 0  # All that could be read
+    images: _Count = 0  # Images that could be read
     skipped: _Count = field(default=0, metadata={FORMERLY: 'set_aside'})  # Images that could not be read
-    groups: _Count = 0  # Patients, or other groups of images
-    leaks: dict[str, _Count] | None = None  # What was allowed in two subsets: kind -> number
-    patients: str = field(default='', metadata={LATER: True})  # Where the groups come from, in words
-    notes: tuple[str, ...] = field(default=(), metadata={LATER: True})  # What was noticed in the labels
+    groups: _Count = 0  # Number of patients or other groups
+    leaks: dict[str, _Count] | None = None  # Accepted leaks: kind -> number of pairs
+    patients: str = field(default='', metadata={LATER: True})  # Source of the groups, in words
+    notes: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Notes about the labels
     classes: dict[str, dict[str, _Count]] = field(default_factory=dict)  # Subset -> class -> images
     fraction: dict[str, float] = field(
         default_factory=dict, metadata={FORMERLY: 'share'}
     )  # Subset -> fraction of the images
-    fingerprint: str = ''  # Of names, labels and subsets
-    more: dict = field(default_factory=dict)  # What another version knows
+    fingerprint: str = ''  # Hash of names, labels and subsets
+    more: dict = field(default_factory=dict)  # Fields of other versions
 
 
 def data_summary(
     table: pd.DataFrame,  # Columns `image, label, group, split, target`
 ) -> DataSummary:
-    "The images of a table in numbers, with a fingerprint of their names, labels and subsets"
+    "Summarize the images of a table, with a fingerprint of names, labels and subsets"
     names = table.image.map(lambda p: '/'.join(Path(p).parts[-2:]))
     rows = sorted(zip(names, table.target, table.split))
     return DataSummary(

@@ -37,7 +37,7 @@ from ..utils.places import OutputError
 
 # %% ../../nbs/data/13_table.ipynb #08a82432
 def _is_data(folder: Path) -> bool:
-    "Is a folder read as data? Not if it is an output of ours, such as a run with its plots"
+    "Whether a folder is read as data; outputs of this library, such as runs, are not"
     if not os.path.lexists(folder / MARKER):
         return True
     return output_kind(folder) in ('', *DATA_KINDS)
@@ -47,23 +47,22 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.g
 
 
 def find_images(
-    folder: str | Path,  # Where to look, however deep
+    folder: str | Path,  # Folder to search, with its subfolders
 ) -> list[Path]:  # Sorted paths
-    "All image files below `folder` by their suffix; hidden ones, and what we wrote ourselves, are left out"
+    "Find all image files below a folder by their suffix, except hidden files and outputs of this library"
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f'{folder} is not a folder: give the folder that holds the images')
+        raise ValueError(f'{folder} is not a folder: give the folder of the images')
     if not _is_data(folder):
         raise OutputError(
-            f'{folder} is a {output_kind(folder)} folder that dr_transfer made, and no data: '
-            'give the folder that holds the images'
+            f'{folder} is a {output_kind(folder)} folder of dr_transfer, not data: give the folder of the images'
         )
 
-    def _refuse(e):
+    def _raise(e):
         raise ValueError(f'{e.filename} cannot be read ({e.strerror}): change its permissions or give another folder')
 
     found = []
-    for root, dirs, files in os.walk(folder, onerror=_refuse):
+    for root, dirs, files in os.walk(folder, onerror=_raise):
         root = Path(root)
         dirs[:] = sorted(d for d in dirs if not d.startswith('.') and _is_data(root / d))
         visible = [f for f in files if not f.startswith('.')]
@@ -71,11 +70,11 @@ def find_images(
     return sorted(found)
 
 # %% ../../nbs/data/13_table.ipynb #e30c165b
-MAX_NAME = 4096  # characters of an image's name: no file has a longer path
+MAX_NAME = 4096  # characters of an image name: no path is longer
 
 
 def _forms(name) -> list:
-    "The ways in which a file may be named by a cell: as it stands, without spaces around it, with `/` for `\\`"
+    "Variants of a file name in a cell: as given, without surrounding spaces, with `/` for `\\`"
     bare = name.strip()
     forms = (name, bare, bare.replace('\\', '/'))
     return list(dict.fromkeys(forms))
@@ -83,15 +82,15 @@ def _forms(name) -> list:
 
 @dataclass(frozen=True)
 class _Files:
-    "The files below a folder, by what a CSV may call them"
+    "The files below a folder, by the names that a CSV may use"
 
     folder: Path
     by_path: dict  # Path below the folder, or absolute -> file
     by_name: dict  # Name, with and without suffix -> files
-    homes: Counter  # Folder -> how many files of the CSV may be in it
+    homes: Counter  # Folder -> number of names of the CSV that occur in it
 
     def one(self, name) -> Path | None:
-        "The file of one name; ValueError if it could be two"
+        "Find the file of a name; raise a ValueError if two files match"
         if name in self.by_path:
             return self.by_path[name]
         if os.path.isabs(name) and os.path.isfile(name):
@@ -106,12 +105,12 @@ class _Files:
         first, *others = found
         if others and votes(first) == votes(others[0]):
             raise ValueError(
-                f"'{name}' could be {first} or {others[0]}: write the path below {self.folder} into the CSV"
+                f"'{name}' matches {first} and {others[0]}: give the path relative to {self.folder} in the CSV"
             )
         return first
 
     def locate(self, name) -> Path | None:
-        "The file of a cell, in the first of its forms that names one"
+        "Find the file of a cell by the first variant of its name that matches"
         for form in _forms(name):
             file = self.one(form)
             if file is not None:
@@ -120,7 +119,7 @@ class _Files:
 
 
 def _locate(names, folder, files) -> list:
-    "The file for each name in a CSV, or None"
+    "Find the file of each name in a CSV, or None"
     by_path = {}
     by_name = defaultdict(list)
     for f in files:
@@ -133,20 +132,20 @@ def _locate(names, folder, files) -> list:
     return [known.locate(name) for name in names]
 
 # %% ../../nbs/data/13_table.ipynb #1bab8a7a
-_DATA = 'data_'  # begins the name of every column that the user brought
+_DATA = 'data_'  # prefix of the user's columns
 
 
 def data_names(
     columns,  # Names of the user's columns
-) -> dict:  # Each column -> its name in a table of this library
-    "The names of a user's columns: they begin with `data_`; ValueError if two would be one"
+) -> dict:  # Column -> its name with the prefix
+    "Add the prefix `data_` to the names of a user's columns; raise a ValueError if two would be equal"
     names, taken = {}, {}
     for column in columns:
         name = str(column)
         name = name if name.startswith(_DATA) else _DATA + name
         if name in taken:
             raise ValueError(
-                f'the columns {taken[name]!r} and {column!r} would both be named {name!r} here: '
+                f'the columns {taken[name]!r} and {column!r} would both be named {name!r}: '
                 'give one of them another name'
             )
         names[column] = name
@@ -158,31 +157,31 @@ def with_data_names(
     table: pd.DataFrame,  # With columns of the library and of the user
     own,  # Names of the library's columns
 ) -> pd.DataFrame:  # The same rows
-    "A table in which every column that is not the library's own begins with `data_`"
+    "Add the prefix `data_` to every column that is not the library's own"
     return table.rename(columns=data_names([c for c in table if c not in own]))
 
 
 def data_columns(
     table: pd.DataFrame,  # A table of this library
 ) -> list:  # Names, in their order
-    "The columns that the user brought"
+    "Columns of the user, which begin with `data_`"
     return [c for c in table if str(c).startswith(_DATA)]
 
 
 def shown_name(
     column: str,  # Name of a column
 ) -> str:  # Without `data_`
-    "The name of a column as the user gave it, for reports"
+    "Name of a column without the prefix `data_`, for reports"
     return str(column).removeprefix(_DATA)
 
 # %% ../../nbs/data/13_table.ipynb #8a6d6ac0
-# The library's own columns; what the user brought begins with data_
+# The library's own columns; the user's columns begin with data_
 KNOWN = ('image', 'label', 'group', 'split', 'target')
 
 
 def _facts(t, df, *used) -> pd.DataFrame:
-    "The split, if there is one, and the user's other columns, under names of their own"
-    again = set(KNOWN) <= set(df)  # a table with its targets: they are computed anew from the labels
+    "Add the column `split`, if any, and the user's other columns with the prefix `data_`"
+    again = set(KNOWN) <= set(df)  # a table with targets: they are computed again from the labels
     own = [*used, 'split', *(['target'] if again else [])]
     names = data_names([c for c in df if c not in own])
     if 'split' in df and 'split' not in used:
@@ -191,7 +190,7 @@ def _facts(t, df, *used) -> pd.DataFrame:
 
 # %% ../../nbs/data/13_table.ipynb #94f5481d
 def _names(df, column) -> list[str]:
-    "The names of the images of a table; ValueError for a row without one"
+    "Image names of a table; raise a ValueError for a row without one"
     names = [None if n is None or n != n else str(n) for n in df[column]]
     for row, n in zip(df.index, names):
         if n is None or not n.strip():
@@ -204,11 +203,11 @@ def _names(df, column) -> list[str]:
 
 
 def _read(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
-    "The columns of a table of labels that are meant, as `image, label, group`, and its facts"
+    "Read image, label, group and the other columns of a table of labels"
     image = find_column(df, IMAGES, image_col)
     label = find_column(df, LABELS, label_col, (image,))
     if label == image:
-        raise ValueError(f"column '{image}' is meant for both the image names and the labels: give {LABELS.how}")
+        raise ValueError(f"column '{image}' is used for both the image names and the labels: give {LABELS.how}")
     check_labels(df[label], df.index)
     groups, source = choose_groups(df, group_col, (image, label))
     t = pd.DataFrame({'image': _names(df, image), 'label': df[label].tolist(), 'group': groups}, dtype=object)
@@ -217,11 +216,11 @@ def _read(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSourc
 
 
 def _from_csv(folder, labels, image_col, label_col, group_col, missing) -> tuple[pd.DataFrame, GroupSource]:
-    "The table of a CSV of labels and the files below a folder"
+    "Create the table of a CSV of labels and the files below a folder"
     df = read_labels(labels)
     if not len(df):
         raise ValueError(
-            f'no images in {folder if isinstance(labels, pd.DataFrame) else labels}: it has a header, and no rows'
+            f'no images in {folder if isinstance(labels, pd.DataFrame) else labels}: it has a header but no rows'
         )
     t, source = _read(df, image_col, label_col, group_col)
     names = t.image
@@ -229,21 +228,21 @@ def _from_csv(folder, labels, image_col, label_col, group_col, missing) -> tuple
     lost = t.image.isna()
     if lost.any() and missing != 'skip':
         raise ValueError(
-            f'{lost.sum()} of {len(t)} rows of the CSV name files that are not below {folder}: {some(names[lost])}. '
-            "Correct the folder or the CSV, or say missing='skip' (--missing skip)"
+            f'{lost.sum()} of {len(t)} rows of the CSV name files not found below {folder}: {some(names[lost])}. '
+            "Correct the folder or the CSV, or pass missing='skip' (--missing skip)"
         )
     return t[~lost], source
 
 # %% ../../nbs/data/13_table.ipynb #d0464b02
 def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
-    "The table of class folders, with the groups of a CSV beside them"
+    "Create the table of class folders, with the groups of a CSV beside them"
     files = find_images(folder)
     parts = [f.relative_to(folder).parts for f in files]
     split = bool(parts) and all(len(p) > 2 and p[0].lower() in SPLITS for p in parts)
     loose = [f for f, p in zip(files, parts) if len(p) < 2]
     if loose:
         raise ValueError(
-            f'{len(loose)} images lie in {folder} itself, in no class folder: {some(f.name for f in loose)}. '
+            f'{len(loose)} images are in {folder}, not in a class folder: {some(f.name for f in loose)}. '
             'Put each into a folder with the name of its class, or give a CSV of labels (labels=..., --labels)'
         )
     t = pd.DataFrame({'image': files, 'label': [p[1 if split else 0] for p in parts], 'group': None}, dtype=object)
@@ -255,7 +254,7 @@ def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSour
 
 # %% ../../nbs/data/13_table.ipynb #ca289b37
 def _groups_beside(folder, files, image_col, group_col) -> tuple[dict, GroupSource]:
-    "File -> its group, from the CSVs beside class folders"
+    "Read the group of each file from the CSVs beside class folders"
     tables = {} if group_col == 'none' else {f: _read_beside(f) for f in sorted(folder.iterdir()) if _is_csv(f)}
     known, source = {}, GroupSource(none=group_col == 'none')
     for csv, df in tables.items():
@@ -265,7 +264,7 @@ def _groups_beside(folder, files, image_col, group_col) -> tuple[dict, GroupSour
         image = find_column(df, IMAGES, image_col if _has(df, IMAGES, image_col) else None, needed=False)
         if image is None:
             raise ValueError(
-                f"{csv.name} has a column '{column}' and none for the image names: say which with {IMAGES.how}, or "
+                f"{csv.name} has a column '{column}' but none for the image names: choose one with {IMAGES.how}, or "
                 "use no groups with group_col='none' (--patient none)"
             )
         df = df[df[image].notna()]
@@ -290,7 +289,7 @@ def _is_csv(file) -> bool:
 
 
 def _has(df, role, wanted) -> bool:
-    "Does a table have a column that was asked for?"
+    "Whether a table has a requested column"
     try:
         return find_column(df, role, wanted, needed=False) is not None
     except ValueError:
@@ -298,12 +297,12 @@ def _has(df, role, wanted) -> bool:
 
 
 def _read_beside(csv) -> pd.DataFrame:
-    "A CSV beside class folders; ValueError if it cannot be read"
+    "Read a CSV beside class folders; raise a ValueError if it cannot be read"
     try:
         return read_labels(csv)
     except ValueError as e:
         raise ValueError(
-            f'{e}. It lies beside the class folders and may name the patients: correct it, move it elsewhere, or use '
+            f'{e}. It is beside the class folders and may name the patients: correct it, move it elsewhere, or use '
             "no groups with group_col='none' (--patient none)"
         ) from None
 
@@ -314,10 +313,10 @@ def label_table(
     image_col: str | None = None,  # Column of the image names; a usual one if None
     label_col: str | None = None,  # Column of the labels; a usual one if None
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
-    verify: bool = True,  # Decode every image, set the unreadable ones aside?
+    verify: bool = True,  # Whether to decode all images and skip unreadable ones
     missing: str = 'error',  # Rows without a file: 'error' or 'skip'
 ) -> pd.DataFrame:  # `image, label, group, split`, `data_...`; by path
-    """The images and labels of a folder of class folders, of a folder and a CSV file, or of a table.
+    """Read images and labels from class folders, from a folder with a CSV file, or from a table.
 
     Columns are found by their usual names, patients as well; images that cannot be decoded are excluded, and listed
     in `attrs['skipped']`.
@@ -342,14 +341,14 @@ def label_table(
     (100, 5)
     """
     if missing not in ('error', 'skip'):
-        raise ValueError(f"missing='{missing}': say 'error' or 'skip'")
+        raise ValueError(f"missing='{missing}': give 'error' or 'skip'")
     if isinstance(source, pd.DataFrame):
         if labels is not None:
-            raise ValueError(
-                'a table was given as data, and labels besides: put the labels into the table, or give a folder'
-            )
+            raise ValueError('both a table and labels were given: put the labels into the table, or give a folder')
         t, groups = _from_table(source, image_col, label_col, group_col)
-        verify = verify and source.attrs.get('checked') != _names_digest(t.image)  # once is enough
+        verify = verify and source.attrs.get('checked') != _names_digest(
+            t.image
+        )  # not again if they were checked already
         return _finish(t, verify, groups, source.attrs.get('skipped', []))
     source, labels = _place(source, labels)
     folders = labels is None
@@ -365,7 +364,7 @@ def label_table(
 
 
 def _place(source, labels) -> tuple:
-    "The folder of the images, and the labels, None for class folders"
+    "Return the folder of the images and the labels, None for class folders"
     if not isinstance(source, (str, Path)):
         raise ValueError(f'data={source!r:.60}: give a folder, a CSV file, or a table (DataFrame) of images and labels')
     if not os.path.exists(source):
@@ -374,14 +373,14 @@ def _place(source, labels) -> tuple:
     if source.is_file():
         if labels is not None:
             raise ValueError(
-                f'{source} is a file, and labels are given besides: give the folder of the images, and labels'
+                f'{source} is a file, but labels are given too: give the folder of the images and the labels'
             )
         return source.parent, source
     return source, source / 'labels.csv' if labels is None and (source / 'labels.csv').exists() else labels
 
 # %% ../../nbs/data/13_table.ipynb #a7674e1a
 def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSource]:
-    "The table of a DataFrame; one from `label_table` keeps its groups, and where they come from"
+    "Read a DataFrame; one from `label_table` keeps its groups and their source"
     before = df.attrs.get('group_source')
     known = before is not None and group_col is None and 'group' in df
     if not known:
@@ -394,22 +393,22 @@ def _from_table(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, Grou
 
 # %% ../../nbs/data/13_table.ipynb #f84f0fbe
 def _dicom_columns(t) -> pd.DataFrame:
-    "What DICOM files say of patient, eye and camera, where the table does not say it"
+    "Fill in patient, eye and camera from DICOM files where the table does not have them"
     facts = {i: dicom_facts(p) for i, p in t.image.items() if is_dicom(p)}
     if not facts:
         return t
     columns = {'group': 'group', 'eye': f'{_DATA}eye', 'camera': f'{_DATA}camera'}
     for fact, column in columns.items():
-        said = pd.Series({i: f[fact] for i, f in facts.items()}, dtype=object)
-        said = said.reindex(t.index)
+        values = pd.Series({i: f[fact] for i, f in facts.items()}, dtype=object)
+        values = values.reindex(t.index)
         if column in t:
-            said = t[column].where(t[column].notna(), said)
-        t[column] = said
+            values = t[column].where(t[column].notna(), values)
+        t[column] = values
     return t
 
 # %% ../../nbs/data/13_table.ipynb #e4d61026
 def _one_row_each(t) -> pd.DataFrame:
-    "One row for each image; ValueError if two rows of an image differ in label, group or split"
+    "Keep one row per image; raise a ValueError if two rows differ in label, group or split"
     keys = {
         'label': t.label.map(lambda label: None if label is None else str(label).strip()),
         'group': t.group.map(group_key),
@@ -424,13 +423,13 @@ def _one_row_each(t) -> pd.DataFrame:
         if '_row' in t:
             rows = t._row[t.image == twice[0]]
             where = f' (first in rows {", ".join(map(str, rows))})'
-        raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row for each{where}')
+        raise ValueError(f'{len(twice)} images have two {column}s: {some(twice)}. Keep one row per image{where}')
     t = t.drop_duplicates('image').drop(columns='_row', errors='ignore')
     return t.sort_values('image', ignore_index=True)
 
 
 def _with_groups(t, source) -> tuple[pd.DataFrame, GroupSource]:
-    "What DICOM files know, and one spelling for each group"
+    "Add groups of DICOM files and use one spelling per group"
     own = t.group.map(group_key).notna()
     t['group'] = t.group.where(own, None)
     t = _dicom_columns(t)
@@ -447,13 +446,13 @@ def _reasons(skipped) -> list[str]:
 
 
 def _names_digest(images) -> str:
-    "A hash of the names of images, in any order"
+    "Hash of the names of images, independent of their order"
     names = '\0'.join(sorted(map(str, images)))
     return hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()
 
 # %% ../../nbs/data/13_table.ipynb #dbc99693
 def _finish(t, verify, source, skipped) -> pd.DataFrame:
-    "Sort, set aside what cannot be used, and bring into the one form"
+    "Sort the table, skip unusable images, and set the columns and attributes"
     split = t['split'] if 'split' in t else pd.Series(None, t.index, dtype=object)
     t = _one_row_each(t.assign(image=t.image.map(str), split=_splits(split)))
     errors = image_errors(t.image.tolist()) if verify else ''
@@ -484,15 +483,15 @@ def _finish(t, verify, source, skipped) -> pd.DataFrame:
 def skipped_images(
     table: pd.DataFrame,  # A table from `label_table`
 ) -> pd.DataFrame:  # Columns `image, label, reason`
-    "The files that were named or found and are not in the table, with the reason"
+    "Table of the skipped files with the reasons"
     return pd.DataFrame(table.attrs.get('skipped', []), columns=['image', 'label', 'reason'])
 
 
 def report_table(
     table: pd.DataFrame,  # A table from `label_table`
-    say=print,  # What is done with each line
+    say=print,  # Called with each line
 ):
-    "Tell in one line what was taken for the patients, and in others what else should be known"
+    "Print the source of the groups and other notes about the labels, one per line"
     if 'patients' in table.attrs:
         say(table.attrs['patients'])
     for note in table.attrs.get('notes', []):
@@ -501,7 +500,7 @@ def report_table(
 
 def class_counts(
     table: pd.DataFrame,  # A table from `label_table`
-) -> pd.DataFrame:  # One row a label: number of images, fraction of all
-    "How many images there are of each label"
+) -> pd.DataFrame:  # One row per label: images, fraction of all images
+    "Number and fraction of the images of each label"
     n = table.label.value_counts().sort_index()
     return pd.DataFrame({'images': n, 'fraction': (n / len(table)).round(3)})

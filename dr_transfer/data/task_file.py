@@ -21,15 +21,15 @@ _TARGET_FIELDS = ('name', 'classes', 'labels', 'ordered', 'positive')
 
 
 class TaskFileError(ValueError):
-    "A task file that cannot be read, or that describes no task"
+    "A task file that cannot be read or does not define a task"
 
 
 def _check_fields(
-    found: dict,  # Fields as the file gives them
-    known,  # Names that are allowed
-    where: str,  # File and place, for the message
+    found: dict,  # Fields of the file
+    known,  # Known names
+    where: str,  # File and target, for messages
 ):
-    "A `TaskFileError` for a field that is not known"
+    "Raise a `TaskFileError` for an unknown field"
     for name in found:
         if name not in known:
             raise TaskFileError(f'{where}: {unknown("field", name, known)}')
@@ -37,12 +37,14 @@ def _check_fields(
 
 def _classes_and_labels(
     spec: dict,  # A table of the TOML file
-    where: str,  # File and place, for the message
+    where: str,  # File and target, for messages
 ) -> tuple[list | None, dict | None]:  # Class names; label -> class
-    "The classes and the labels of a target; those that the labels lead to where no classes are given"
+    "Return classes and labels of a target; without classes, those of the labels"
     classes, labels = spec.get('classes'), spec.get('labels')
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise TaskFileError(f"{where}: classes is {classes!r}: give a list of names, such as classes = ['no', 'ill']")
+        raise TaskFileError(
+            f"{where}: classes is {classes!r}: give a list of names, such as classes = ['no', 'disease']"
+        )
     if labels is None:
         return classes, None
     if not (isinstance(labels, dict) and all(isinstance(c, str) for c in labels.values())):
@@ -50,15 +52,15 @@ def _classes_and_labels(
     classes = classes or list(dict.fromkeys(labels.values()))
     strange = sorted(set(labels.values()) - set(classes))
     if strange:
-        raise TaskFileError(f"{where}: labels lead to the class '{strange[0]}', which classes does not list")
+        raise TaskFileError(f"{where}: labels map to the class '{strange[0]}', which is not in classes")
     return classes, labels
 
 
 def _positive(
     spec,  # A table of the TOML file, or None
-    where: str,  # File and place, for the message
+    where: str,  # File and target, for messages
 ) -> Positive | None:
-    "What a screening looks for, from its table: `name` and `classes`"
+    "Create the positive class from its table: `name` and `classes`"
     if spec is None:
         return None
     names = spec.get('classes') if isinstance(spec, dict) else None
@@ -73,11 +75,11 @@ def _positive(
 
 def _target(
     spec,  # A table of the TOML file
-    where: str,  # File and place, for the message
+    where: str,  # File and target, for messages
 ) -> Target:
-    "A target from its table: `name`, `classes`, `labels` (label -> class), `ordered`, `positive`"
+    "Create a target from its table: `name`, `classes`, `labels` (label -> class), `ordered`, `positive`"
     if not isinstance(spec, dict) or not isinstance(spec.get('name'), str):
-        raise TaskFileError(f"{where}: a target needs a name, such as name = 'ill'")
+        raise TaskFileError(f"{where}: a target needs a name, such as name = 'disease'")
     _check_fields(spec, _TARGET_FIELDS, where)
     classes, labels = _classes_and_labels(spec, where)
     if not isinstance(spec.get('ordered', False), bool):
@@ -98,7 +100,7 @@ _TASK_FIELDS = tuple(f.name for f in fields(Task))
 def _toml_task(
     path: Path,  # A TOML file
 ) -> Task:
-    "The task that a TOML file describes"
+    "Read the task of a TOML file"
     try:
         spec = tomllib.loads(read_regular(path, _MAX_TASK_BYTES).decode('utf-8'))
     except RecursionError:
@@ -107,7 +109,7 @@ def _toml_task(
         raise TaskFileError(f'{path} cannot be read as TOML: {e}') from None
     _check_fields(spec, _TASK_FIELDS, str(path))
     if not isinstance(spec.get('name'), str):
-        raise TaskFileError(f"{path} gives the task no name: add name = '{path.stem}'")
+        raise TaskFileError(f"{path} does not name the task: add name = '{path.stem}'")
     targets = spec.pop('targets', [{'name': 'class'}])
     if not isinstance(targets, list) or not targets:
         raise TaskFileError(f'{path}: targets is {targets!r}: write each as a table under [[targets]]')
@@ -122,7 +124,7 @@ def _python_task(
     path: Path,  # A Python file
     name: str,  # Of the task in it
 ) -> Task:
-    "A task that a Python file defines; the file is run"
+    "Run a Python file and return a task that it defines"
     if not path.is_file():
         raise TaskFileError(f'there is no {path}: give the file that defines {name}')
     spec = importlib.util.spec_from_file_location(f'task_file_{path.stem}', path)
@@ -130,18 +132,18 @@ def _python_task(
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
-        raise TaskFileError(f'{path} stops with {type(e).__name__}: {e}') from None
+        raise TaskFileError(f'{path} raises {type(e).__name__}: {e}') from None
     task = getattr(module, name, None)
     if not isinstance(task, Task):
         known = [k for k, v in vars(module).items() if isinstance(v, Task)]
-        raise TaskFileError(f"{path} defines no Task named '{name}': it has {', '.join(known) or 'none'}")
+        raise TaskFileError(f"{path} defines no Task named '{name}': its tasks are {', '.join(known) or 'none'}")
     return task
 
 # %% ../../nbs/data/19_task_file.ipynb #cbf4eeb4
 def load_task(
     task: str | Task,  # Name in `TASKS`, 'FILE.toml', 'FILE.py:NAME', or a task
-) -> Task:  # `TaskFileError` for a file, ValueError for a name that is not known
-    "A task by its name or from a file"
+) -> Task:  # `TaskFileError` for a file, ValueError for a name
+    "Return a task by its name or from a file"
     if isinstance(task, Task):
         return task
     if task in TASKS:
@@ -151,4 +153,4 @@ def load_task(
         return _python_task(Path(file), name)
     if task.endswith('.toml'):
         return _toml_task(Path(task))
-    raise unknown('task', task, TASKS, 'A task of your own: FILE.toml or FILE.py:NAME')
+    raise unknown('task', task, TASKS, 'For your own task give FILE.toml or FILE.py:NAME')

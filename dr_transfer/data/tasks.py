@@ -34,7 +34,7 @@ from ..utils.files import unknown
 
 # %% ../../nbs/data/17_tasks.ipynb #34d1fb45
 class ReadImage(Transform):
-    "`read_image` as a fastai transform: from a path, an image or an array to a `PILImage`"
+    "`read_image` as a fastai transform: a path, image or array becomes a `PILImage`"
 
     def __init__(self, size: int, reader: str = 'photo', fit: str = 'crop'):
         self.size, self.reader, self.fit = size, reader, fit
@@ -48,35 +48,35 @@ class ReadImage(Transform):
 # %% ../../nbs/data/17_tasks.ipynb #ba5d6e0f
 @dataclass(frozen=True)
 class Target:
-    "What is learnt: classes, and how a label becomes one of them"
+    "What a model predicts: classes, and how a label is mapped to one of them"
 
     name: str  # Name, as `target=` takes it
-    classes: tuple | None = None  # Class names in order; None: the labels that occur
+    classes: tuple | None = None  # Class names in order; None: all labels that occur
     of: Callable = str  # label (text) -> class name; KeyError or ValueError if unknown
-    labels: str = ''  # The known labels in words, for the error message
-    ordered: bool = False  # Do the classes stand in an order, as grades do?
-    positive: Positive | None = None  # What a screening looks for; the second of two classes if None
+    labels: str = ''  # Description of the known labels, for error messages
+    ordered: bool = False  # Whether the classes are ordered, as grades are
+    positive: Positive | None = None  # The positive class; the second of two if None
 
     def __post_init__(self):
         if self.positive is None:
             return
         if self.classes is None:
-            raise ValueError(f"target '{self.name}' states what is positive, so it must state its classes as well")
+            raise ValueError(f"target '{self.name}' defines a positive class, so it must define its classes as well")
         check_positive(self.positive, self.classes)
 
     def class_set(
         self,
         names=None,  # Class names in order; its own if None
     ) -> Classes:
-        "The classes with what they mean"
+        "Return the classes, with the positive class and the order"
         return Classes(tuple(self.classes if names is None else names), self.positive, self.ordered)
 
 
 def encode_target(
     table: pd.DataFrame,  # A table with a column `label`
-    target: Target,  # What is learnt
+    target: Target,  # The target
 ) -> pd.DataFrame:  # The table with a column `target`
-    "Add the class of each image; a label that the target does not know is an error"
+    "Add the class of each image; raise a ValueError for an unknown label"
 
     def one(label):
         try:
@@ -91,7 +91,7 @@ def encode_target(
         what = ', '.join(f"'{label}'" for label in bad.label.unique()[:5])
         raise ValueError(
             f'{len(bad)} images have an unknown {target.name}: {what} (first: {bad.image.iloc[0]}). '
-            f'Known: {target.labels or ", ".join(target.classes)}. Correct the labels, or leave these rows out'
+            f'Known: {target.labels or ", ".join(target.classes)}. Correct the labels, or remove these rows'
         )
     notes = [number_note(t.target), joint_note(t.target)] if target.classes is None else []
     t.attrs['notes'] = [*t.attrs.get('notes', []), *(note for note in notes if note)]
@@ -123,11 +123,11 @@ REFERABLE = Target('referable', ('no', 'referable'), _referable, _GRADES)
 # %% ../../nbs/data/17_tasks.ipynb #e544812b
 @dataclass(frozen=True)
 class Task:
-    "What is to be learnt from a table of images, and how the images are read and augmented"
+    "What is predicted from images, and how the images are read and augmented"
 
     name: str  # Name, as `task=` takes it
-    targets: tuple = (Target('class'),)  # What can be learnt; the first is the default
-    size: int = 224  # Side of the images in pixels
+    targets: tuple = (Target('class'),)  # Possible targets; the first is the default
+    size: int = 224  # Size of the images in pixels
     reader: str = 'photo'  # Name in `READERS`
     fit: str = 'crop'  # 'pad', 'squish' or 'crop'
     augment: str = 'mirror'  # Names of augmentations joined with '+'
@@ -142,7 +142,7 @@ class Task:
         augmentation(self.augment)
 
     def target(self, name: str | None = None) -> Target:
-        "A target of the task by its name"
+        "Return a target by its name"
         if name is None:
             return self.targets[0]
         for t in self.targets:
@@ -184,7 +184,7 @@ def get_task(
     size: int | None = None,  # Another size in pixels
     augment: str | None = None,  # Another augmentation
 ) -> Task:
-    "A task by name, with another size or augmentation if asked for"
+    "Return a task by name, optionally with another size or augmentation"
     if not isinstance(task, Task):
         if task not in TASKS:
             raise unknown('task', task, TASKS)
@@ -195,14 +195,14 @@ def get_task(
 # %% ../../nbs/data/17_tasks.ipynb #e0f4753c
 def task_table(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
-    target: Target,  # What is learnt
+    target: Target,  # The target
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
-    valid: float = 0.2,  # Share of the images for validation
-    seed: int = 42,  # Another seed, another split
-    together: Callable | None = None,  # Table -> (n,): what stays together; its groups if None
+    valid: float = 0.2,  # Fraction of the images for validation
+    seed: int = 42,  # Seed of the split
+    together: Callable | None = None,  # Table -> groups (n,) that are not split; or None
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
 ) -> pd.DataFrame:  # `image, label, group, split, target`, and other columns
-    "Label, encode, and split with the classes of the target, not the labels, in proportion"
+    "Read labels, encode the target, and split, stratified by the classes of the target"
     t = encode_target(label_table(data, labels, group_col=group_col), target)
     apart = t.group if together is None else together(t)
     with group_errors(t):
@@ -211,13 +211,13 @@ def task_table(
 
 # %% ../../nbs/data/17_tasks.ipynb #3d7a506f
 def _subsets(table) -> tuple[list, list]:
-    "Row numbers of the training and the validation side"
+    "Row numbers of the training and the validation set"
     split = table['split'].to_numpy()
     return np.flatnonzero(split == 'train').tolist(), np.flatnonzero(split == 'valid').tolist()
 
 
 class _ImageOf(Transform):
-    "The image of a row; a path or an image passes, so that `learn.predict` takes anything that can be read"
+    "Return the image of a row, or the item itself, so that `learn.predict` accepts paths and images"
 
     input_types = object
 
@@ -229,9 +229,9 @@ def task_datablock(
     task: Task,  # A task
     classes,  # Class names in order
     mean=(0.5, 0.5, 0.5),  # Mean of the backbone's normalisation
-    std=(0.5, 0.5, 0.5),  # Spread of the backbone's normalisation
+    std=(0.5, 0.5, 0.5),  # Standard deviation of the backbone's normalisation
 ) -> DataBlock:
-    "The DataBlock of a task for a table with columns `image, target, split`"
+    "Create the DataBlock of a task for a table with columns `image, target, split`"
     images = TransformBlock(type_tfms=ReadImage(task.size, task.reader, task.fit), batch_tfms=IntToFloatTensor)
     return DataBlock(
         blocks=(images, CategoryBlock(vocab=list(classes), sort=False)),
@@ -244,9 +244,9 @@ def task_datablock(
 # %% ../../nbs/data/17_tasks.ipynb #c3f29fd8
 def class_names(
     table: pd.DataFrame,  # A table with a column `target`
-    target: Target,  # What is learnt
+    target: Target,  # The target
 ) -> list[str]:  # In order
-    "The classes of a target: its own, or those that occur, sorted; ValueError for names that cannot be told apart"
+    "Classes of a target, or those that occur, sorted; raise a ValueError for names that look alike"
     names = list(target.classes) if target.classes else sorted(table.target.unique())
     check_class_names(names)
     return names
@@ -255,16 +255,16 @@ def class_names(
 def task_dataloaders(
     table: pd.DataFrame,  # A table with columns `image, target, split`
     task: Task,  # A task
-    target: Target,  # What is learnt
+    target: Target,  # The target
     bs: int = 32,  # Images in a batch
     mean=(0.5, 0.5, 0.5),  # Mean of the backbone's normalisation
-    std=(0.5, 0.5, 0.5),  # Spread of the backbone's normalisation
+    std=(0.5, 0.5, 0.5),  # Standard deviation of the backbone's normalisation
     num_workers: int = 0,  # Processes that read images; 0: none
     *,
     device=None,  # Where batches go; fastai's default if None
-    weights=None,  # How often each image of the table is drawn; alike if None
+    weights=None,  # Sampling weight of each image; equal if None
 ) -> DataLoaders:  # `train` and `valid`
-    "fastai DataLoaders of a table for a task"
+    "Create fastai DataLoaders of a table for a task"
     n_train = int((table.split == 'train').sum())
     num_workers = check_workers(num_workers) or 0
     if not isinstance(bs, int) or bs < 2:

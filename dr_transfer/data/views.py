@@ -27,12 +27,12 @@ def _mirrored(x):
 
 
 def _turn(x, k: int):
-    "Turned by `k` right angles"
+    "Rotate by `k` right angles"
     return torch.rot90(x, k, (-2, -1))
 
 
 def _near(x, fraction: float = 0.78):
-    "The middle of a batch (..., height, width), `fraction` of each side, at full size"
+    "Crop the centre of a batch (..., height, width), `fraction` of height and width, and enlarge it"
     height, width = x.shape[-2:]
     top, left = (round(n * (1 - fraction) / 2) for n in (height, width))
     middle = x[..., top : height - top, left : width - left]
@@ -58,15 +58,15 @@ VIEWS = {  # name -> functions of a batch (..., height, width)
 def stack_images(
     images: list,  # PIL images or arrays (size, size, 3), all of one size
 ) -> torch.Tensor:  # uint8 (n, 3, size, size), channels last in memory
-    "Images as a batch"
+    "Stack images to a batch"
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/09_views.ipynb #69b2b1de
 def _filled(
     x: torch.Tensor,  # Batch (n, ...)
-    bs: int,  # Rows that it is to have, n or more
+    bs: int,  # Number of rows of the result, n or more
 ) -> torch.Tensor:  # (bs, ...), in the same memory format
-    "A batch filled up with zeros to a fixed number of rows"
+    "Pad a batch with zeros to a fixed number of rows"
     if len(x) == bs:
         return x
     out = torch.zeros(bs, *x.shape[1:], dtype=x.dtype, device=x.device)
@@ -77,7 +77,7 @@ def _filled(
 
 
 def _rows(out, n):
-    "The first rows of an array, or of each array in a dict"
+    "First rows of an array, or of each array in a dict"
     if isinstance(out, dict):
         return {k: v[:n] for k, v in out.items()}
     return out[:n]
@@ -85,11 +85,11 @@ def _rows(out, n):
 
 @torch.inference_mode()
 def map_rows(
-    f: Callable,  # Batch (bs, ...) -> tensor, a row for a row
+    f: Callable,  # Batch (bs, ...) -> tensor with one row per row
     x: torch.Tensor,  # Rows (n, ...)
     bs: int = 64,  # Rows in a batch
 ) -> torch.Tensor:  # (n, ...)
-    "A function of rows in batches of one shape, by one thread: a row has the same result whatever the others are"
+    "Apply a function to rows in batches of one shape; the result of a row does not depend on the others"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,13 +100,13 @@ def map_rows(
 
 # %% ../../nbs/data/09_views.ipynb #0e3e319e
 def map_batches(
-    f: Callable,  # uint8 (bs, 3, size, size) -> array or dict of arrays, a row an image
+    f: Callable,  # uint8 (bs, 3, size, size) -> array or dict, one row per image
     sources: list,  # Paths or images
     read: Callable,  # source -> PIL image, all of one size
-    bs: int = 8,  # Images in a batch; the last is filled up with black ones
-    device='cpu',  # Where f computes: CPU, f runs in the threads that read
-) -> Iterator[Any]:  # What f says of each batch, without the rows of black images
-    "A function of images, batch by batch; what comes out for an image does not depend on the others"
+    bs: int = 8,  # Images in a batch; the last is padded with black images
+    device='cpu',  # Device of f; on the CPU, f runs in the reading threads
+) -> Iterator[Any]:  # Result of f for each batch, without padding
+    "Apply a function to images in batches; the result of an image does not depend on the others"
     parts, threads = [sources[i : i + bs] for i in range(0, len(sources), bs)], torch.get_num_threads()
     here = torch.device(device).type == 'cpu'
     workers = max(1, min(threads if here else os.cpu_count() or 1, len(parts)))
@@ -137,10 +137,10 @@ def map_batches(
 # %% ../../nbs/data/09_views.ipynb #2885f1e3
 def normalize(
     x: torch.Tensor,  # uint8 (n, 3, h, w)
-    mean,  # Of the backbone, three numbers in 0 to 1
+    mean,  # Of the backbone, three numbers from 0 to 1
     std,  # Of the backbone, three numbers
 ) -> torch.Tensor:  # float32 (n, 3, h, w), channels last in memory
-    "Pixels as the backbone expects them"
+    "Normalize pixels with the mean and std of the backbone"
     n, c, h, w = x.shape
 
     def of_row(values):

@@ -30,8 +30,8 @@ from ..metrics.decision import Decision, apply_decision, choose_decision
 from ..models.backbones import _find_file
 from ..models.registry import DEFAULT_ARCH, find_backbone
 from ..models.weights import file_hash
-from ..training.learner import versions
 from ..training.plans import choose_plan, get_plan, plan_arch
+from ..training.record import versions
 from ..utils.checks import check_seed
 from ..utils.csvfile import read_csv, write_csv
 from ..utils.files import cache_folder, new_folder, warn

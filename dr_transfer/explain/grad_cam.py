@@ -33,7 +33,7 @@ from ..utils.files import extra_module, plain_text, unknown
 def log_odds(
     out: torch.Tensor,  # Logits or log-probabilities (n, classes)
 ) -> torch.Tensor:  # (n, classes)
-    "log p/(1 - p) of each class"
+    "Log-odds, log p/(1 - p), of each class"
     others = ~torch.eye(out.shape[1], dtype=torch.bool, device=out.device)
     against = [out[:, row].logsumexp(1) for row in others]
     return out - torch.stack(against, 1)
@@ -44,7 +44,7 @@ def _gradcam():
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #722dfa6e
 class _Score(nn.Module):
-    "The maps that the head reads, through a probe each, to log-odds"
+    "Log-odds from the maps that the head reads, each passed through a probe"
 
     def __init__(self, stages, head):
         super().__init__()
@@ -58,8 +58,8 @@ class _Score(nn.Module):
         return log_odds(out)
 
 
-def _head_heat(parts, x, c) -> list:
-    "What each place of each map that the head reads adds to the score of a class: maps (n, 1, h, w)"
+def _head_maps(parts, x, c) -> list:
+    "What each position of each map that the head reads adds to the score of a class: maps (n, 1, h, w)"
     stages = parts.stages
     with torch.no_grad():
         maps = [m.float() for m in stages.maps(x)[-stages.n_stages :]]
@@ -68,13 +68,13 @@ def _head_heat(parts, x, c) -> list:
     out = []
     for probe, m in zip(score.probes, maps):
         height, width = m.shape[-2:]
-        heat = _gradcam()(score, probe).attribute(maps, target=c)
-        out.append(heat * height * width)
+        cam = _gradcam()(score, probe).attribute(maps, target=c)
+        out.append(cam * height * width)
     return out
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f52e344b
 class _ChannelsFirst:
-    "The output of a layer that is maps already (n, c, h, w)"
+    "An output (n, c, h, w)"
 
     def to_maps(self, out):
         return out
@@ -95,52 +95,52 @@ class _ChannelsLast:
 
 @dataclass(frozen=True)
 class _Tokens:
-    "An output (n, prefix + side * side, c) of a transformer"
+    "An output (n, prefix + size * size, c) of a transformer"
 
-    prefix: int  # Tokens that are no place, such as that of the class
-    side: int
+    prefix: int  # Tokens without a position, such as the class token
+    size: int  # Height and width of the grid of tokens
 
     def to_maps(self, out):
-        places = out[:, self.prefix :].transpose(1, 2)
-        return places.unflatten(2, (self.side, self.side))
+        positions = out[:, self.prefix :].transpose(1, 2)
+        return positions.unflatten(2, (self.size, self.size))
 
     def back(self, maps, out):
-        places = maps.flatten(2).transpose(1, 2)
-        return torch.cat([out[:, : self.prefix], places], 1)
+        positions = maps.flatten(2).transpose(1, 2)
+        return torch.cat([out[:, : self.prefix], positions], 1)
 
 
 def _layout(out, prefix, last):
-    "How the output of a layer becomes maps (n, c, h, w), and maps that output again; None if it has no places"
+    "How the output of a layer is converted to maps (n, c, h, w) and back; None if it has no positions"
     if not torch.is_tensor(out):
         return None
     if out.ndim == 4:
         return _ChannelsLast() if last else _ChannelsFirst()
     if out.ndim != 3:
         return None
-    places = max(0, out.shape[1] - prefix)
-    side = isqrt(places)
-    if side < 2 or side * side != places:
+    positions = max(0, out.shape[1] - prefix)
+    size = isqrt(positions)
+    if size < 2 or size * size != positions:
         return None
-    return _Tokens(prefix, side)
+    return _Tokens(prefix, size)
 
 
 def _layers(stages, x) -> dict:
-    "The layers of a network whose outputs have places: name -> (module, layout), nearest to the input first"
+    "The layers whose outputs have positions: name -> (module, layout), nearest to the input first"
     if isinstance(stages, Stages):
         return {name: (module, _ChannelsFirst()) for name, module in stages.named_children()}
     prefix = getattr(stages.net, 'num_prefix_tokens', 0) or 0
     calls = _trace(stages.net, x, stages.net.forward_features)
     maps = [out for *_, out in calls if torch.is_tensor(out) and out.ndim == 4]
     last = any(o.shape[1] == o.shape[2] != o.shape[3] for o in maps)  # images are square: channels last
-    found = {}
+    layers_by_name = {}
     for name, module, out in calls:
-        found[name] = (module, _layout(out, prefix, last))
-    return {name: layer for name, layer in found.items() if layer[1] is not None}
+        layers_by_name[name] = (module, _layout(out, prefix, last))
+    return {name: layer for name, layer in layers_by_name.items() if layer[1] is not None}
 
 
 @contextmanager
 def _probed(module, layout):
-    "A probe through which the output of a module passes as maps"
+    "Pass the output of a module through a probe, as maps"
     probe = nn.Identity()
 
     def through_probe(module, inputs, out):
@@ -153,8 +153,8 @@ def _probed(module, layout):
         hook.remove()
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f68e0865
-def _layer_heat(parts, x, c, layer) -> torch.Tensor:
-    "Grad-CAM (n, 1, h, w) at one layer, through all that comes after it"
+def _layer_map(parts, x, c, layer) -> torch.Tensor:
+    "Grad-CAM (n, 1, h, w) at one layer, through all later layers"
 
     def score(x):
         return log_odds(parts.head(parts.stages(x).float()))
@@ -163,27 +163,27 @@ def _layer_heat(parts, x, c, layer) -> torch.Tensor:
         return _gradcam()(score, probe).attribute(x.clone().requires_grad_(), target=c)
 
 
-def _raw_heat(parts, x, c, stage) -> list:
-    "Signed heat: maps (n, 1, h, w), to be added up at the size of the largest"
+def _signed_maps(parts, x, c, stage) -> list:
+    "Signed maps (n, 1, h, w), to be added at the size of the largest"
     if stage is None and isinstance(parts.stages, Stages):
-        return _head_heat(parts, x, c)
+        return _head_maps(parts, x, c)
     layers = _layers(parts.stages, x)
     if stage is not None:
         if stage not in layers:
             raise unknown('stage', stage, layers)
-        return [_layer_heat(parts, x, c, layers[stage])]
+        return [_layer_map(parts, x, c, layers[stage])]
     for layer in reversed(layers.values()):
-        heat = _layer_heat(parts, x, c, layer)
-        if heat.abs().sum() > 0:
-            return [heat]
+        cam = _layer_map(parts, x, c, layer)
+        if cam.abs().sum() > 0:
+            return [cam]
     raise ValueError(
-        f"no layer of '{parts.stages.spec.name}' keeps the places of the image apart: "
-        'take a network that does, such as efficientnet_lite0'
+        f"no layer of '{parts.stages.spec.name}' has one output for each position: "
+        'use another network, such as efficientnet_lite0'
     )
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #975ac483
 def _class_number(classes, target_class) -> int:
-    "The number of a class that is given by number or name"
+    "The number of a class, given its number or name"
     is_number = isinstance(target_class, (int, np.integer))
     if is_number and 0 <= target_class < len(classes):
         return int(target_class)
@@ -192,21 +192,21 @@ def _class_number(classes, target_class) -> int:
     return classes.index(target_class)
 
 
-def _resized(m, side):
-    return F.interpolate(m, side, mode='bilinear', align_corners=False)
+def _resized(m, size):
+    return F.interpolate(m, size, mode='bilinear', align_corners=False)
 
 
-def _up_to_one(heat):
-    return heat / heat.max().clamp(min=1e-12)
+def _up_to_one(cam):
+    return cam / cam.max().clamp(min=1e-12)
 
 
 def grad_cam(
     model: Any,  # A learner from `build_learner`, or a saved model
     image,  # Path or image
-    target_class: str | int | None = None,  # Name or number; the likeliest if None
-    stage: str | None = None,  # A stage by name; what the head reads if None
-) -> np.ndarray:  # float32 (h, w), 0 to 1, at the size of the image as it was read
-    "Where in an image the evidence for a class lies: Grad-CAM (Selvaraju et al. 2017)"
+    target_class: str | int | None = None,  # Name or number; the most probable if None
+    stage: str | None = None,  # Name of a stage; what the head reads if None
+) -> np.ndarray:  # float32 (h, w), 0 to 1, at the size that the model reads
+    "Compute Grad-CAM: where in an image the evidence for a class lies (Selvaraju et al. 2017)"
     parts = model_parts(model)
     im = parts.read(image)
     x = parts.batch([im])
@@ -215,216 +215,213 @@ def grad_cam(
             with torch.no_grad():
                 target_class = int(parts.head(parts.stages(x)).argmax(1))
         number = _class_number(parts.classes, target_class)
-        maps = _raw_heat(parts, x, number, stage)
+        maps = _signed_maps(parts, x, number, stage)
     finest = max((m.shape[-2:] for m in maps), key=max)
-    heat = sum(_resized(m.detach().float(), finest) for m in maps).relu()
-    heat = _resized(_up_to_one(heat), im.size[::-1])[0, 0]
-    return _up_to_one(heat).cpu().numpy()
+    cam = sum(_resized(m.detach().float(), finest) for m in maps).relu()
+    cam = _resized(_up_to_one(cam), im.size[::-1])[0, 0]
+    return _up_to_one(cam).cpu().numpy()
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #424a80bf
 def overlay(
     image: Image.Image,  # As the model reads it
-    heat: np.ndarray,  # (h, w), 0 to 1, of the same size
+    cam: np.ndarray,  # Grad-CAM (h, w), 0 to 1, of the same size
 ) -> Image.Image:
-    "Heat over an image; where there is none, the image shows"
+    "Blend a Grad-CAM map with its image; where the map is 0, the image is unchanged"
     from matplotlib import colormaps
 
     a = np.asarray(image, np.float32) / 255
-    share = 0.65 * heat[..., None]
-    return Image.fromarray(
-        (255 * ((1 - share) * a + share * colormaps['inferno'](0.3 + 0.7 * heat)[..., :3])).round().astype(np.uint8)
-    )
+    opacity = 0.65 * cam[..., None]
+    color = colormaps['inferno'](0.3 + 0.7 * cam)[..., :3]
+    blended = (1 - opacity) * a + opacity * color
+    return Image.fromarray((255 * blended).round().astype(np.uint8))
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #1582c549
 def plot_grad_cam(
     model: Any,  # A learner from `build_learner`, or a saved model
     images: list,  # Paths or images
-    target_class: str | int | None = None,  # Name or number; the likeliest if None
-    stages=(None,),  # Names of stages, one picture each; None: what the head reads
-    size: int = 160,  # Side of each picture in pixels
-) -> Image.Image:  # A row an image: as read, then its heat at each stage
-    "Images beside their heat, as a contact sheet"
-    read, pictures, titles = model_parts(model).read, [], []
+    target_class: str | int | None = None,  # Name or number; the most probable if None
+    stages=(None,),  # Names of stages, one column each; None: what the head reads
+    size: int = 160,  # Height and width of each image in pixels
+) -> Image.Image:  # One row for each image: the image, then its maps
+    "Images and their Grad-CAM maps as a contact sheet"
+    read = model_parts(model).read
+    tiles = []
+    titles = []
     for image in images:
         im = read(image)
-        pictures += [im, *(overlay(im, grad_cam(model, image, target_class, s)) for s in stages)]
+        tiles += [im, *(overlay(im, grad_cam(model, image, target_class, s)) for s in stages)]
         titles += ['', *('head' if s is None else s for s in stages)]
-    return contact_sheet(pictures, titles, 1 + len(stages), size)
+    return contact_sheet(tiles, titles, 1 + len(stages), size)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #fd2c0ff1
-def _said(said, classes) -> str | None:
-    "The class that a decision speaks for; None where the classes do not tell"
-    if said in classes:
-        return said
+def _decided_class(decision, classes) -> str | None:
+    "The class that a decision stands for; None if it stands for several classes"
+    if decision in classes:
+        return decision
     classes = as_classes(classes)
     if classes.positive is None:
         return None
-    spoken_for = {
+    members = {
         classes.positive.name: [c for c in classes if c in classes.positive.classes],
         f'not {classes.positive.name}': [c for c in classes if c not in classes.positive.classes],
     }
-    names = spoken_for.get(said, [])
+    names = members.get(decision, [])
     return names[0] if len(names) == 1 else None
 
 
 def grad_cam_sheet(
     model: Any,  # A learner from `build_learner`, or a saved model
     table: pd.DataFrame,  # `image, target, p_CLASS...`, as `worst_errors` takes it
-    point: OperatingPoint | None = None,  # Decides what is wrong; without, the likeliest class
-    n: int = 6,  # How many mistakes at most of each kind
-    stage: str | None = None,  # A stage by name; what the head reads if None
-    size: int = 160,  # Side of each picture in pixels
-) -> Image.Image:  # Three mistakes a row, each as read and with heat
-    "The surest mistakes, each beside the heat of what was said; ValueError if there are none"
+    point: OperatingPoint | None = None,  # Operating point; most probable class if None
+    n: int = 6,  # Maximum number of errors of each kind
+    stage: str | None = None,  # Name of a stage; what the head reads if None
+    size: int = 160,  # Height and width of each image in pixels
+) -> Image.Image:  # Three errors in a row, each an image and its map
+    "The most confident errors with Grad-CAM of the predicted class; ValueError if there are none"
     parts = model_parts(model)
-    wrong = worst_errors(table, parts.classes, point, n)
-    if not len(wrong):
-        raise ValueError('nothing was said wrong: there is no mistake to look at')
-    pictures = []
+    errors = worst_errors(table, parts.classes, point, n)
+    if not len(errors):
+        raise ValueError('all predictions are right: there are no errors to show')
+    tiles = []
     titles = []
-    for mistake in wrong.itertuples():
-        im = parts.read(mistake.image)
-        said = _said(mistake.predicted, parts.classes)
-        heat = grad_cam(model, mistake.image, said, stage)
-        pictures += [im, overlay(im, heat)]
-        titles += [f'is {mistake.target}', f'said {mistake.predicted} {mistake.probability:.2f}']
-    cols = 2 * min(3, len(wrong))
-    return contact_sheet(pictures, titles, cols, size)
+    for error in errors.itertuples():
+        im = parts.read(error.image)
+        predicted = _decided_class(error.predicted, parts.classes)
+        cam = grad_cam(model, error.image, predicted, stage)
+        tiles += [im, overlay(im, cam)]
+        titles += [f'is {error.target}', f'predicted {error.predicted} {error.probability:.2f}']
+    cols = 2 * min(3, len(errors))
+    return contact_sheet(tiles, titles, cols, size)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #65c0a2a3
-def _figures(heats, mask, field, margin) -> np.ndarray:
-    "Figures (n, 4) of several heat maps (n, h, w) on one mask: share, area, hit, near"
-    heats = np.asarray(heats, float)
+def _mask_metrics(cams, mask, field, margin) -> np.ndarray:
+    "The metrics (n, 4) of `grad_cam_on_mask` for Grad-CAM maps (n, h, w) on one mask"
+    cams = np.asarray(cams, float)
     mask = np.asarray(mask, bool)
     field = np.ones_like(mask) if field is None else np.asarray(field, bool)
-    if not heats.shape[1:] == mask.shape == field.shape:
+    if not cams.shape[1:] == mask.shape == field.shape:
         raise ValueError(
-            f'heat of {heats.shape[1:]} and a mask of {mask.shape}: '
+            f'Grad-CAM maps of {cams.shape[1:]} and a mask of {mask.shape}: '
             'give both at the size of the image as the model reads it'
         )
     mask = mask & field
     if not mask.any():
-        raise ValueError('the mask is empty: leave out images without anything to find')
+        raise ValueError('the mask is empty: exclude images without a lesion')
     near = distance_transform_edt(~mask) <= margin
-    total = heats.sum((1, 2))
-    some = total > 0
-    share = np.where(some, heats[:, mask].sum(1) / np.where(some, total, 1), np.nan)
-    hottest = heats.reshape(len(heats), -1).argmax(1)
-    hit = near.ravel()[hottest] & some
+    total = cams.sum((1, 2))
+    positive = total > 0
+    fraction = np.where(positive, cams[:, mask].sum(1) / np.where(positive, total, 1), np.nan)
+    maximum = cams.reshape(len(cams), -1).argmax(1)
+    hit = near.ravel()[maximum] & positive
     area = mask.sum() / field.sum()
     area_near = (near & field).sum() / field.sum()
-    columns = np.broadcast_arrays(share, area, hit, area_near)
+    columns = np.broadcast_arrays(fraction, area, hit, area_near)
     return np.stack(columns, 1).astype(float)
 
 
 def grad_cam_on_mask(
-    heat: np.ndarray,  # (h, w), 0 or more
-    mask: np.ndarray,  # (h, w), True where the truth is
-    field: np.ndarray | None = None,  # (h, w), whose area is the chance level; all if None
-    margin: int = 0,  # Pixels by which the hottest pixel may miss
-) -> dict[str, float]:  # 'share', 'area', 'hit', 'near' (area with the margin)
-    """Share of the heat, and of the area, that lies on a mask, and whether the hottest pixel does.
+    cam: np.ndarray,  # (h, w), 0 or more
+    mask: np.ndarray,  # (h, w), True on the lesions
+    field: np.ndarray | None = None,  # (h, w), area for the chance level; all if None
+    margin: int = 0,  # Distance in pixels at which the maximum still counts
+) -> dict[str, float]:  # 'fraction', 'area', 'hit', 'area_with_margin'
+    """Fraction of a Grad-CAM map that lies on a mask, and whether its maximum does.
 
-    A share of NaN and no hit without heat.
+    `area` and `area_with_margin` are the fractions of the area, as chance levels. For a map of zeros, the fraction is
+    NaN and there is no hit.
     """
-    (figures,) = _figures(np.asarray(heat)[None], mask, field, margin).tolist()
-    return dict(zip(('share', 'area', 'hit', 'near'), figures))
+    (values,) = _mask_metrics(np.asarray(cam)[None], mask, field, margin).tolist()
+    return dict(zip(('fraction', 'area', 'hit', 'area_with_margin'), values))
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #85b11681
 def _mean(a, axis=None):
-    "Mean of what is not NaN; NaN if there is nothing"
+    "Mean of the values that are not NaN; NaN if all are"
     n = (~np.isnan(a)).sum(axis)
     return np.where(n > 0, np.nansum(a, axis) / np.maximum(n, 1), np.nan)
 
 
-def _on_truth(heats, masks, fields, margin) -> dict:
-    "Figures (n, 4) of each image's own heat, of its own by quarter turns, and of the heat of the others, on its mask"
-    heats = np.asarray(heats, float)
-    n = len(heats)
-    on = []
-    turned = []
-    for heat, mask, field in zip(heats, masks, fields):
-        turns = [np.rot90(heat, k) for k in (1, 2, 3)]
-        on.append(_figures(heats, mask, field, margin))
-        turned.append(_figures(turns, mask, field, margin))
-    on = np.stack(on)  # (mask, heat, figure)
+def _all_mask_metrics(cams, masks, fields, margin) -> dict:
+    "Metrics (n, 4) on each image's mask: of its own map, of its own map rotated, and of the maps of other images"
+    cams = np.asarray(cams, float)
+    n = len(cams)
+    on_masks = []
+    rotated = []
+    for cam, mask, field in zip(cams, masks, fields):
+        rotations = [np.rot90(cam, k) for k in (1, 2, 3)]
+        on_masks.append(_mask_metrics(cams, mask, field, margin))
+        rotated.append(_mask_metrics(rotations, mask, field, margin))
+    on_masks = np.stack(on_masks)  # (mask, map, metric)
     own = np.eye(n, dtype=bool)
-    others = on[~own].reshape(n, n - 1, 4)
+    others = on_masks[~own].reshape(n, n - 1, 4)
     return {
-        'own': on[own],
-        'turned': _mean(np.stack(turned), 1),
+        'own': on_masks[own],
+        'rotated': _mean(np.stack(rotated), 1),
         'others': _mean(others, 1),
     }
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f3670689
 def grad_cam_table(
-    heats,  # One an image (n, h, w)
-    masks,  # Where the truth is, one an image
-    fields=None,  # Whose area is the chance level; the whole image if None
+    cams,  # Grad-CAM maps (n, h, w), one for each image
+    masks,  # Masks of the lesions (n, h, w)
+    fields=None,  # Areas for the chance level; the whole image if None
     groups=None,  # Group (patient) of each image
-    margin: int = 0,  # Pixels by which the hottest pixel may miss
-    n: int = 1000,  # Draws of the bootstrap
-) -> pd.DataFrame:  # A row a figure: value, low, high
-    """Heat on the truth beside its chance levels, with 95 % intervals over groups.
+    margin: int = 0,  # Distance in pixels at which the maximum still counts
+    n: int = 1000,  # Bootstrap resamples
+) -> pd.DataFrame:  # One row for each metric: value, low, high
+    """Grad-CAM on the masks, with chance levels and 95 % intervals over groups.
 
-    Images without heat are left out of shares and are misses.
+    Maps of zeros are excluded from the fractions, and count as misses.
     """
-    if len(heats) != len(masks) or len(heats) < 3:
-        raise ValueError(f'{len(heats)} heat maps and {len(masks)} masks: give as many of each, three at least')
+    if len(cams) != len(masks) or len(cams) < 3:
+        raise ValueError(f'{len(cams)} Grad-CAM maps and {len(masks)} masks: give the same number of each, 3 or more')
     if fields is None:
         fields = [np.ones_like(m) for m in masks]
-    on = _on_truth(heats, masks, fields, margin)
+    metrics = _all_mask_metrics(cams, masks, fields, margin)
 
-    def figures(own, turned, others):
-        cold = np.isnan(own[:, 0])
-        share, by_turned, by_others = (_mean(np.where(cold, np.nan, a[:, 0])) for a in (own, turned, others))
+    def means(own, rotated, others):
+        empty = np.isnan(own[:, 0])
+        fraction, by_rotated, by_others = (_mean(np.where(empty, np.nan, a[:, 0])) for a in (own, rotated, others))
         return {
-            'share of the heat': share,
-            'chance: share of the area': own[:, 1].mean(),
-            'chance: own heat, turned': by_turned,
-            'chance: heat of the others': by_others,
-            'more than the others': share - by_others,
-            'hottest pixel': own[:, 2].mean(),
-            'chance: area with the margin': own[:, 3].mean(),
-            'chance: hottest pixel of the others': others[:, 2].mean(),
-            'without heat': cold.mean(),
+            'fraction of Grad-CAM on the mask': fraction,
+            'chance: fraction of the area': own[:, 1].mean(),
+            'chance: Grad-CAM rotated': by_rotated,
+            'chance: Grad-CAM of other images': by_others,
+            'more than other images': fraction - by_others,
+            'maximum on the mask': own[:, 2].mean(),
+            'chance: fraction of the area with the margin': own[:, 3].mean(),
+            'chance: maximum of other images': others[:, 2].mean(),
+            'without positive evidence': empty.mean(),
         }
 
-    return bootstrap(figures, *on.values(), groups=groups, n=n)
+    return bootstrap(means, *metrics.values(), groups=groups, n=n)
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #784ebfd7
+# metric of `grad_cam_table` -> label of its axis, and the chance levels that are shown with it
+_SHOWN = {
+    'fraction of Grad-CAM on the mask': (
+        'fraction of Grad-CAM on the mask',
+        ('fraction of the area', 'Grad-CAM of other images', 'Grad-CAM rotated'),
+    ),
+    'maximum on the mask': (
+        'images with the maximum on the mask (fraction)',
+        ('fraction of the area with the margin', 'maximum of other images'),
+    ),
+}
+
+
 def plot_grad_cam_tables(
     tables: dict,  # Name -> table, as `grad_cam_table` gives it
 ) -> Figure:
-    "Grad-CAM on the mask: fraction of its sum, and of its maxima, with 95 % intervals; marks are the chance levels"
+    "Plot the fraction of Grad-CAM, and of its maxima, on the mask, with 95 % intervals and chance levels"
     fig = Figure(figsize=(8, 1.2 + 0.4 * len(tables)), dpi=90, layout='constrained')
-    shown = (
-        (
-            'share of the heat',
-            'fraction of Grad-CAM on the mask',
-            {
-                'share of the area': 'fraction of the area',
-                'heat of the others': 'Grad-CAM of the other images',
-                'own heat, turned': 'Grad-CAM rotated',
-            },
-        ),
-        (
-            'hottest pixel',
-            'images with the maximum on the mask (fraction)',
-            {
-                'area with the margin': 'fraction of the area with the margin',
-                'hottest pixel of the others': 'maximum of the other images',
-            },
-        ),
-    )
-    for ax, (figure, axis_label, chances) in zip(fig.subplots(1, 2, sharey=True), shown):
-        rows = pd.DataFrame({k: t.loc[figure] for k, t in tables.items()}).T[::-1]
+    for ax, (metric, (axis_label, chances)) in zip(fig.subplots(1, 2, sharey=True), _SHOWN.items()):
+        rows = pd.DataFrame({k: t.loc[metric] for k, t in tables.items()}).T[::-1]
         at = np.arange(len(rows))
         ends = (rows.value - rows.low, rows.high - rows.value)
         ax.errorbar(rows.value, at, xerr=ends, fmt='o', capsize=2)
-        for mark, (chance, label) in zip('x+|', chances.items()):
+        for mark, chance in zip('x+|', chances):
             values = [tables[k].loc[f'chance: {chance}'].value for k in rows.index]
-            ax.plot(values, at, mark, color='firebrick', label=label)
+            ax.plot(values, at, mark, color='firebrick', label=chance)
         ax.set_xlabel(axis_label)
         ax.set_xlim(0, None)
         ax.set_yticks(at, [plain_text(k) for k in rows.index])

@@ -22,8 +22,8 @@ from ..utils.files import cache_folder
 from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/features/05_boundary.ipynb #9de0d946
-class _Front(nn.Module):
-    "The frozen part: batch (n, 3, h, w) -> {'boundary': maps (n, c, h, w), 'side_i': maps or means of stage i}"
+class _FrozenStages(nn.Module):
+    "The frozen stages: batch (n, 3, h, w) -> {'boundary': maps (n, c, h, w), 'side_i': maps or means of stage i}"
 
     def __init__(self, body: Body, k: int, means: bool = False):
         super().__init__()
@@ -32,12 +32,12 @@ class _Front(nn.Module):
         self.means = means
         self.k = k
         n = len(self.stages)
-        first = max(n - self.stages.n_stages, 0)  # of the stages that the head sees
+        first = max(n - self.stages.n_stages, 0)  # first stage that the head reads
         self.keep = list(range(first, k - 1)) if k < n else []
 
     def forward(self, x) -> dict:
         s = self.body.forward_runtime if x.device.type == 'cpu' else self.body.runtime(x)
-        stages = self.body.quick(x)
+        stages = self.body.fast_stages(x)
         with s.cast(x.device.type):
             if self.k == len(stages):
                 return {'boundary': stages(s.place(x)).float()}
@@ -50,76 +50,76 @@ class _Front(nn.Module):
         return {'boundary': x, **out}
 
 # %% ../../nbs/features/05_boundary.ipynb #4f87ed8c
-class Rest(Body):
-    "The part of a body that is trained: from the maps of `_Front` to those of the body"
+class TrainedStages(Body):
+    "The trained stages of a body: from the maps of `_FrozenStages` to those of the body"
 
     def __init__(self, body: Body, k: int):
-        rest = Stages(OrderedDict(list(body.stages.named_children())[k:]))
-        rest.spec = body.stages.spec
-        rest.weights = body.stages.weights
-        rest.n_stages = body.stages.n_stages
-        super().__init__(rest, body.forward_runtime, body.train_runtime)
+        trained = Stages(OrderedDict(list(body.stages.named_children())[k:]))
+        trained.spec = body.stages.spec
+        trained.weights = body.stages.weights
+        trained.n_stages = body.stages.n_stages
+        super().__init__(trained, body.forward_runtime, body.train_runtime)
 
-    def forward(self, x, *sides):
+    def forward(self, x, *earlier):
         if not len(self.stages):
             return x
         s = self.runtime(x)
-        stages = self.quick(x)
+        stages = self.fast_stages(x)
         with s.cast(x.device.type):
             maps = stages.maps(s.place(x if s.bf16 else x.float()))
-            return stages.joined([*sides, x, *maps]).float()
+            return stages.joined([*earlier, x, *maps]).float()
 
 
 def split_body(
     body: Body,  # A body whose stages are a chain
     k: int,  # Number of frozen stages
-    means: bool = False,  # Hand over only the means of frozen stages that the head sees?
-) -> tuple[_Front, Rest]:  # They share their weights with the body
-    "A body in two parts; ValueError if it is no chain, or k is not 1 to its number of stages"
+    means: bool = False,  # Pass only the means of frozen stages that the head reads?
+) -> tuple[_FrozenStages, TrainedStages]:  # They share their weights with the body
+    "Split a body after stage k; ValueError if it is not a chain of stages, or k is out of range"
     if not isinstance(body.stages, Stages):
-        raise ValueError(f"'{body.stages.spec.name}' is no chain of stages, so it has no boundary")
+        raise ValueError(f"'{body.stages.spec.name}' is not a chain of stages, so it cannot be split")
     if not 1 <= k <= len(body.stages):
-        raise ValueError(f'k={k}: 1 to {len(body.stages)} stages of this body can be frozen')
-    return _Front(body, k, means), Rest(body, k)
+        raise ValueError(f'k={k}: give 1 to {len(body.stages)} frozen stages for this body')
+    return _FrozenStages(body, k, means), TrainedStages(body, k)
 
 # %% ../../nbs/features/05_boundary.ipynb #7f4736a5
 class BoundaryMaps:
-    "Maps of images at a boundary: arrays (rows, views, ...), mapped from disk, and the row of each image"
+    "Maps of images at a boundary: memory-mapped arrays (rows, views, ...), and the row of each image"
 
     def __init__(self, arrays: list, rows):
         self.arrays = arrays
         self.rows = np.asarray(rows)
 
     def batch(self, i, views) -> list:  # Tensors (n, ...)
-        "The maps of some images, each in one of its views"
+        "The maps of a batch of images, each in one of its views"
         return [_tensor(a[self.rows[i], views]) for a in self.arrays]
 
 
 def _tensor(a):
-    "An array as a tensor; int16 are the bits of bfloat16"
+    "Convert an array to a tensor; int16 holds the bits of bfloat16"
     t = torch.from_numpy(np.ascontiguousarray(a))
     return t.view(torch.bfloat16) if a.dtype == np.int16 else t
 
 
 def _array(x):
-    "A tensor as an array; bfloat16 as its bits, int16"
+    "Convert a tensor to an array; bfloat16 as its bits, int16"
     if x.dtype == torch.bfloat16:
         x = x.view(torch.int16)
     return x.cpu().numpy()
 
 
 def boundary_store(
-    front: _Front,  # From `split_body`
+    frozen: _FrozenStages,  # From `split_body`
     about: dict,  # From `features.reading`
-    folder=None,  # Where stores are; in the cache if None
+    folder=None,  # Folder of the stores; the cache if None
 ) -> ArrayStore:
-    "The store for the maps at a boundary; its rows may be there already"
-    device = next(front.body.eval().parameters()).device
+    "The store of the maps at a boundary, which may have rows already"
+    device = next(frozen.body.eval().parameters()).device
     with torch.inference_mode():
-        probe = front(torch.zeros(1, 3, about['size'], about['size'], device=device))
-    names = [n for n, _ in front.stages.named_children()]
-    last = names[front.k - 1]
-    what = {**about, 'maps': last, 'n_stages': front.stages.n_stages, 'weights': weights_digest(front.body, last)}
+        probe = frozen(torch.zeros(1, 3, about['size'], about['size'], device=device))
+    names = [n for n, _ in frozen.stages.named_children()]
+    last = names[frozen.k - 1]
+    what = {**about, 'maps': last, 'n_stages': frozen.stages.n_stages, 'weights': weights_digest(frozen.body, last)}
     n_views = len(VIEWS[about['views']])
     fields = {name: ((n_views, *m.shape[1:]), _array(m).dtype) for name, m in probe.items()}
     name = f'{about["arch"]}-{about["size"]}px-{last}'
@@ -130,37 +130,37 @@ def boundary_gb(
     store: ArrayStore,  # From `boundary_store`
     n: int,  # Number of images
 ) -> float:  # Gigabytes on disk
-    "How much room the maps of `n` images take"
+    "Disk space of the maps of `n` images"
     return n * sum(map(store.row_bytes, store.fields)) / 1e9
 
 # %% ../../nbs/features/05_boundary.ipynb #df6ccb92
 def boundary_maps(
     sources: list,  # Paths or images
-    front: _Front,  # From `split_body`
+    frozen: _FrozenStages,  # From `split_body`
     about: dict,  # From `features.reading`
-    folder=None,  # Where stores are; in the cache if None
-    label: str = 'boundary',  # What the progress bar says
+    folder=None,  # Folder of the stores; the cache if None
+    label: str = 'boundary',  # Label of the progress bar
 ) -> BoundaryMaps:
-    "The maps of every view of every image at the boundary, computed unless they are stored"
-    store = boundary_store(front, about, folder)
+    "Compute the maps of every view of every image at the boundary unless they are stored"
+    store = boundary_store(frozen, about, folder)
 
     def f(x, names):
-        return {k: _array(v.contiguous()) for k, v in front(x).items()}
+        return {k: _array(v.contiguous()) for k, v in frozen(x).items()}
 
-    compute = compute_views(f, front.body, about, label)
+    compute = compute_views(f, frozen.body, about, label)
     (rows,) = fill_stores([store], list(sources), compute, about['batch'])
     return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
 
 # %% ../../nbs/features/05_boundary.ipynb #0ca06218
 def boundary_loader(
-    maps: BoundaryMaps,  # Of the images of one side
+    maps: BoundaryMaps,  # Maps of the images of one subset
     y: torch.Tensor,  # Class numbers (n,)
-    bs: int,  # Images in a batch
-    shuffle: bool = False,  # Training: in random order, one view of each at random
-    device=None,  # Where batches go
-    weights=None,  # With `shuffle`: how often each image is drawn (n,); alike if None
+    bs: int,  # Batch size
+    shuffle: bool = False,  # Random order, and one random view of each image?
+    device=None,  # Device of the batches
+    weights=None,  # With `shuffle`: sampling weights (n,); uniform if None
 ) -> DataLoader:  # Batches (map, ..., class numbers)
-    "Batches of stored maps; without `shuffle` the image as it is"
+    "A DataLoader of stored maps; without `shuffle`, of the unchanged images"
     n = len(y)
     n_views = maps.arrays[0].shape[1]
     device = device or 'cpu'
@@ -173,8 +173,8 @@ def boundary_loader(
         tensors = maps.batch(i.numpy(), v.numpy())
         return (*(m.to(device) for m in tensors), y[i].to(device))
 
-    def draw():
+    def sample():
         return np.random.choice(n, n, p=weights).tolist()
 
-    drawn = {'get_idxs': draw} if shuffle and weights is not None else {}
-    return DataLoader(list(range(n)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **drawn)
+    sampling = {'get_idxs': sample} if shuffle and weights is not None else {}
+    return DataLoader(list(range(n)), bs=bs, shuffle=shuffle, drop_last=shuffle, create_batch=batch, **sampling)

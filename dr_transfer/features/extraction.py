@@ -21,7 +21,7 @@ from ..data.images import FITS
 from ..data.source import check_size
 from ..data.views import VIEWS, map_batches, normalize
 from ..models.backbones import create_body
-from ..models.network import POOLS, Body, good_bs, make_body
+from ..models.network import POOLS, Body, default_bs, make_body
 from ..models.registry import DEFAULT_ARCH, find_backbone
 from ..models.stages import Stages, stage_names
 from ..utils.checks import image_list
@@ -30,11 +30,11 @@ from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/features/01_extraction.ipynb #d49e1714
 def _field(stage, view):
-    return f'{stage}.{view}' if view else stage  # The first view is the image as it is
+    return f'{stage}.{view}' if view else stage  # the first view is the unchanged image
 
 
 class Features:
-    "Features of images in stores on disk, one for each stage and view; what is not asked for is not read"
+    "Features of images in stores on disk, one for each stage and view; only what you request is read"
 
     def __init__(self, stores: dict, rows: dict, images: list, views: str = 'none'):
         self.stores = stores
@@ -58,7 +58,7 @@ class Features:
         return len(VIEWS[self.view_set])
 
     def take(self, rows) -> 'Features':
-        "Some of the images, by number or by a mask"
+        "Select images by row number or by a mask"
         rows = np.arange(len(self))[rows]
         stored_rows = {k: r[rows] for k, r in self.rows.items()}
         images = [self.images[i] for i in rows]
@@ -66,7 +66,7 @@ class Features:
 
 # %% ../../nbs/features/01_extraction.ipynb #f205004b
 def _chosen(names, known, what='stage') -> list:
-    "Names that are known, as a list; all if None"
+    "Validate names and return them as a list; all if None"
     if names is None:
         names = known
     names = [names] if isinstance(names, str) else list(names)
@@ -81,9 +81,9 @@ def _features_array(
     stages=None,  # Name or names of stages; all if None
     pool: str = 'mean',  # 'mean' or 'max'
 ) -> np.ndarray:  # float32 (images, views, channels)
-    "Features as an array; one stage of one view of all images is not copied but mapped"
+    "Features as an array; one stage of one view of all images is memory-mapped and not copied"
     if pool not in features.about['pools']:
-        raise unknown('pool', pool, features.about['pools'], 'Others are extracted with pools=(...)')
+        raise unknown('pool', pool, features.about['pools'], 'Extract others with pools=(...)')
     i = features.about['pools'].index(pool)
 
     def part(field):
@@ -109,7 +109,7 @@ def _features_table(
     features: Features,  # From `extract_features` or `image_features`
     stages=None,  # Name or names of stages; all if None
     pool: str = 'mean',  # 'mean' or 'max'
-) -> pd.DataFrame:  # A row an image, columns like `stage6_017`
+) -> pd.DataFrame:  # One row for each image, columns like `stage6_017`
     "Features as a table, the mean over the views"
     names = _chosen(stages, features.stages)
     columns = [f'{n}_{i:03d}' for n in names for i in range(features.stages[n])]
@@ -124,9 +124,9 @@ Features.pandas = _features_table
 # %% ../../nbs/features/01_extraction.ipynb #31a6d3ea
 def weights_digest(
     body: Body,  # A body
-    last: str | None = None,  # Last stage that counts; all if None
+    last: str | None = None,  # Last stage that is included; all if None
 ) -> str:  # 16 hexadecimal digits of a SHA-256
-    "The weights and statistics of a body, as they are now, as a hash"
+    "Hash of the current weights and statistics of a body"
     stages = body.stages
     if last and isinstance(stages, Stages):
         stages = stages[: stage_names(stages).index(last) + 1]
@@ -142,9 +142,9 @@ _MADE_BY = ' '.join([f'reading {READING}', *_VERSIONS])
 
 
 def _machine(body, bs) -> dict:
-    "What decides the last bits besides network and settings: the sums of a batch are added in another order"
+    "Device, batch size and instruction set, which affect rounding through the order of sums"
     device = next(body.parameters()).device
-    machine = {'device': device.type, 'batch': bs or good_bs(device)}
+    machine = {'device': device.type, 'batch': bs or default_bs(device)}
     if device.type == 'cpu':
         machine['instructions'] = torch.backends.cpu.get_cpu_capability()
     return machine
@@ -152,13 +152,13 @@ def _machine(body, bs) -> dict:
 
 def reading(
     body: Body,  # A body
-    size: int,  # Side of the images in pixels
+    size: int,  # Height and width of the images in pixels
     reader: str,  # Name in `READERS`
     fit: str,  # 'pad', 'squish' or 'crop'
     views: str,  # Name in `VIEWS`
-    bs: int | None = None,  # Images in a batch; chosen if None
+    bs: int | None = None,  # Batch size; `default_bs` if None
 ) -> dict:
-    "What is done with an image before and in the body, as a description that can be hashed"
+    "Description of how images are read, normalised and computed, to be hashed"
     for name, what, known in ((views, 'views', VIEWS), (reader, 'reader', READERS), (fit, 'fit', FITS)):
         if name not in known:
             raise unknown(what, name, known)
@@ -179,7 +179,7 @@ def reading(
 
 # %% ../../nbs/features/01_extraction.ipynb #2b186ce6
 def _finite(a) -> bool:
-    "Are all numbers of an array finite? Those of bfloat16 come as int16"
+    "Are all values of an array finite? (bfloat16 is stored as int16)"
     if a.dtype == np.int16:
         return bool(((a & 0x7F80) != 0x7F80).all())
     return a.dtype.kind != 'f' or bool(np.isfinite(a).all())
@@ -188,27 +188,27 @@ def _finite(a) -> bool:
 def _not_finite(
     body: Body,  # A body
     where: str = '',  # Name of the stage
-) -> ValueError:  # To be raised
-    "The error for NaN or infinite numbers that a network computes: the images are not at fault"
+) -> ValueError:  # Raise it
+    "The error for NaN or infinite features, which are not caused by the images"
     at = f' at {where}' if where else ''
-    what = f"the features of '{body.stages.spec.name}'{at} are NaN or infinite for some images, which are not at fault"
-    advice = 'Give another file of weights (weights=..., `--weights FILE`)'
+    what = f"the features of '{body.stages.spec.name}'{at} are NaN or infinite; the cause is not the images"
+    advice = 'Give another weights file (weights=FILE, `--weights FILE`)'
     floats = [v for v in body.stages.state_dict().values() if v.is_floating_point()]
     if not all(v.isfinite().all() for v in floats):
-        return ValueError(f'{what}: its weights hold NaN or infinite numbers. {advice}')
+        return ValueError(f'{what}: the weights are NaN or infinite. {advice}')
     precision = ''
     if body.forward_runtime.bf16:
-        precision = ", or compute with runtime='plain' (`--runtime plain`) instead of bf16"
-    return ValueError(f'{what}: its numbers overflow. {advice}{precision}')
+        precision = ", or use runtime='plain' (`--runtime plain`) instead of bf16"
+    return ValueError(f'{what}: the activations overflow. {advice}{precision}')
 
 
 def compute_views(
     f,  # Normalised batch (n, 3, size, size), names -> dict of arrays (n, ...)
-    body: Body,  # Decides device and normalisation; put into evaluation mode
+    body: Body,  # Defines device and normalisation; put into evaluation mode
     about: dict,  # From `reading`
-    label: str,  # What the progress bar says
+    label: str,  # Label of the progress bar
 ):
-    "A function for `fill_stores`: f of every view, (n, views, ...), a batch of images after the other"
+    "Make a function for `fill_stores` that computes f of every view, (n, views, ...), batch by batch"
     bs = about['batch']
 
     def read(source):
@@ -242,25 +242,25 @@ def compute_views(
 def extract_features(
     sources: list,  # Paths or images
     body: Body,  # The network; put into evaluation mode
-    size: int = 224,  # Side of the images in pixels
+    size: int = 224,  # Height and width of the images in pixels
     reader: str = 'photo',  # Name in `READERS`
     fit: str = 'crop',  # 'pad', 'squish' or 'crop'
     views: str = 'none',  # Name in `VIEWS`
     stages=None,  # Names of stages; all if None
     *,
-    pools=('mean',),  # 'mean', 'max' or both; the same for features without places
-    folder: str | Path | None = None,  # Where stores are; in the cache if None
-    bs: int | None = None,  # Images in a batch, part of the description; chosen if None
-    label: str = 'features',  # What the progress bar says
+    pools=('mean',),  # 'mean', 'max' or both
+    folder: str | Path | None = None,  # Folder of the stores; the cache if None
+    bs: int | None = None,  # Batch size, part of the description; chosen if None
+    label: str = 'features',  # Label of the progress bar
 ) -> Features:
-    "Pooled features of every stage and view, computed unless stored; ValueError for an image that cannot be read"
+    "Compute pooled features of every stage and view unless stored; ValueError for an image that cannot be read"
     sources = image_list(sources)
     if not len(sources):
-        raise ValueError('no images: give a list with some')
+        raise ValueError('the list of images is empty: give one image or more')
     known = stage_names(body.stages)
-    wanted = _chosen(stages, known)
+    chosen = _chosen(stages, known)
     pools = _chosen(pools, POOLS, 'pool')
-    names = [n for n in known if n in wanted]
+    names = [n for n in known if n in chosen]
     about = {**reading(body, size, reader, fit, views, bs), 'pools': pools}
     stores = _view_stores(body, about, names, folder or cache_folder() / 'features')
     f = partial(_pooled_views, body, VIEWS[views], pools)
@@ -271,7 +271,7 @@ def extract_features(
 # %% ../../nbs/features/01_extraction.ipynb #fa52be35
 @torch.inference_mode()
 def _view_stores(body, about, names, folder) -> dict:
-    "Field -> the store for a stage in one of the views"
+    "Field -> store of a stage and view"
     device = next(body.eval().parameters()).device
     size = about['size']
     probe = body.pooled(torch.zeros(1, 3, size, size, device=device), names)
@@ -287,8 +287,8 @@ def _view_stores(body, about, names, folder) -> dict:
 
 
 def _pooled_views(body, views, pools, x, fields) -> dict:
-    "Pooled features of a batch for fields, each a stage in one of the views"
-    stages = {i: {} for i in range(len(views))}  # number of the view -> stage -> field
+    "Pooled features of a batch: field (stage and view) -> array"
+    stages = {i: {} for i in range(len(views))}  # index of the view -> stage -> field
     for field in fields:
         stage, _, i = field.partition('.')
         stages[int(i or 0)][stage] = field
@@ -302,39 +302,39 @@ def _pooled_views(body, views, pools, x, fields) -> dict:
 # %% ../../nbs/features/01_extraction.ipynb #ebcfbb1f
 def whole_body(
     arch: str,  # Backbone: registry, timm or torchvision
-    weights: str | Path | None = None,  # None: its own; a file; or 'random'
-) -> torch.nn.Module:  # `Stages` or `Whole`
-    "A backbone with every stage up to the layer before its classifier"
+    weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+) -> torch.nn.Module:  # `Stages` or `PooledNetwork`
+    "Make a backbone with every stage up to the layer before its classifier"
     return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None)
 
 # %% ../../nbs/features/01_extraction.ipynb #a52a63c7
 def image_features(
     images: list,  # Paths or images
     arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
-    weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    runtime: str = 'auto',  # Format and precision on the CPU; 'plain': leave them
-    size: int | None = None,  # Side in pixels; that of the backbone if None
+    weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+    runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
+    size: int | None = None,  # Height and width; the backbone's if None
     **kwargs,  # `reader, fit, views, stages, pools, folder, bs` of `extract_features`
 ) -> Features:
-    """Features of images from a backbone by name, at every stage up to the layer before its classifier.
+    """Compute the features of images at every stage of a backbone, up to the layer before its classifier.
 
     Returns
     -------
     Features
-        Stored on disk and read when asked for. `stages` has the names and numbers of channels, `views` the number of
-        views. Give it to `FeatureClassifier`, which takes it as scikit-learn estimators take an array.
+        Stored on disk and read on request. `stages` has the names and numbers of channels, `views` the number of
+        views. Pass it to `FeatureClassifier` as you pass an array to a scikit-learn estimator.
 
     Raises
     ------
     ValueError
         The backbone is unknown, or an image cannot be read.
     WeightsError
-        The pretrained weights cannot be had.
+        The pretrained weights cannot be loaded.
 
     Notes
     -----
-    A frozen network as a feature extractor: Donahue et al. 2014 (DeCAF, arXiv:1310.1531). What was computed once is
-    read from the cache (`~/.cache/dr_transfer`), by the content of the image.
+    A frozen network as a feature extractor: Donahue et al. 2014 (DeCAF, arXiv:1310.1531). Features are stored in the
+    cache (`~/.cache/dr_transfer`) by the content of the image, and computed only once.
 
     Examples
     --------

@@ -45,7 +45,7 @@ def write_run(
     wanted: dict | None = None,  # Wanted `sensitivity` or `specificity`
 ) -> pd.DataFrame:  # Validation metrics, from `validation_table`
     "Write the model, record, validation predictions and figures of a learner into a folder"
-    from dr_transfer.core import features_stored, generalisation_gap, valid_predictions
+    from dr_transfer.core import features_stored, generalization_gap, valid_predictions
     from dr_transfer.inference.saved_model import image_model, save_model, write_card
     from dr_transfer.metrics.decision import apply_decision, choose_decision, table_arrays
     from dr_transfer.metrics.plots import plot_confusion, plot_history
@@ -63,7 +63,7 @@ def write_run(
     metrics = validation_table(t, classes, learn.record.augment)
     of_likeliest = summary(y, probs, classes)  # metrics of the decision are in the table
     if features_stored(learn):
-        learn.record.gap = generalisation_gap(learn).loc['gap'].to_dict()  # fast where features are stored
+        learn.record.gap = generalization_gap(learn).loc['gap'].to_dict()  # fast where features are stored
     learn.record.validation = of_likeliest
     learn.record.validation_table = metrics.to_dict('index')
     learn.record.skipped = tuple(learn.table.attrs.get('skipped', ()))

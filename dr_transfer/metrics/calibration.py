@@ -13,15 +13,15 @@ from scipy.special import log_softmax, softmax
 
 # %% ../../nbs/metrics/04_calibration.ipynb #aa2759e1
 def _bins(correct, predicted, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Of each bin the number of images, the mean probability and the share that came true"
+    "Number of images, mean predicted probability and observed frequency of each bin"
     correct = np.asarray(correct, float)
     predicted = np.asarray(predicted, float)
     if correct.shape != predicted.shape or correct.ndim != 1:
         raise ValueError(
-            f'truth has the shape {correct.shape}, probabilities {predicted.shape}: give one of each for each image'
+            f'truth has the shape {correct.shape}, probabilities {predicted.shape}: give one of each per image'
         )
     if not len(predicted):
-        raise ValueError('there are no probabilities: give those of at least one image')
+        raise ValueError('there are no probabilities: give at least one image')
     if not ((predicted >= 0) & (predicted <= 1)).all():
         raise ValueError('probabilities are outside 0 to 1: give the softmax of the outputs')
     k = max(1, min(bins, len(predicted) // 10))
@@ -34,27 +34,27 @@ def _bins(correct, predicted, bins) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def reliability(
-    correct,  # Did it come true? (n,) booleans
-    predicted,  # Probability that it would (n,)
-    bins: int = 10,  # Bins of equally many images; fewer if there are not 10 for each
-) -> pd.DataFrame:  # A row a bin: images, said, seen
-    "What was said and what was seen, by how much was said"
+    correct,  # Whether the event occurred (n,), booleans
+    predicted,  # Predicted probability of the event (n,)
+    bins: int = 10,  # Number of bins; fewer if a bin has under 10 images
+) -> pd.DataFrame:  # One row per bin: images, predicted, observed
+    "Mean predicted probability and observed frequency, in bins with equal numbers of images"
     images, mean, observed = _bins(correct, predicted, bins)
     return pd.DataFrame({'images': images, 'predicted': mean, 'observed': observed})
 
 
 def calibration_error(
-    correct,  # Did it come true? (n,) booleans
-    predicted,  # Probability that it would (n,)
-    bins: int = 10,  # As `reliability` takes it
-) -> float:  # 0 is perfect; a share, such as 0.05
-    "Expected calibration error with bins of equally many images (Nixon et al. 2019)"
+    correct,  # Whether the event occurred (n,), booleans
+    predicted,  # Predicted probability of the event (n,)
+    bins: int = 10,  # As in `reliability`
+) -> float:  # 0 is perfect; a fraction, such as 0.05
+    "Expected calibration error, with equal numbers of images per bin (Nixon et al. 2019)"
     images, mean, observed = _bins(correct, predicted, bins)
     return float(np.average(abs(mean - observed), weights=images))
 
 # %% ../../nbs/metrics/04_calibration.ipynb #cc53e8c2
 def _log(probs) -> np.ndarray:
-    "The logarithm of probabilities, finite at 0"
+    "Logarithm of probabilities, finite at 0"
     clipped = np.clip(np.asarray(probs, float), 1e-12, 1)
     return np.log(clipped)
 
@@ -62,8 +62,8 @@ def _log(probs) -> np.ndarray:
 def fit_temperature(
     probs,  # Probabilities on validation images (n, classes)
     y,  # Their class numbers (n,)
-) -> float:  # Above 1: the model is too sure of itself
-    "The temperature that makes the validation images likeliest (Guo et al. 2017)"
+) -> float:  # Above 1: the model is overconfident
+    "Fit a temperature by maximum likelihood on validation images (Guo et al. 2017)"
     y = np.asarray(y)
     logp = _log(probs)
     if len(y) < 2 or len(set(y.tolist())) < 2:
@@ -81,19 +81,19 @@ def apply_temperature(
     probs,  # Probabilities (n, classes)
     temperature: float,  # From `fit_temperature`
 ) -> np.ndarray:  # Probabilities (n, classes)
-    "Probabilities at another temperature"
+    "Divide the logits by a temperature and return the probabilities"
     return softmax(_log(probs) / temperature, axis=1)
 
 # %% ../../nbs/metrics/04_calibration.ipynb #5b5a872f
 def referral_curve(
-    correct,  # Was the decision right? (n,) booleans
-    confidence,  # How sure the model was (n,), any scale
-    fractions=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Shares of the images that a human sees
-) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
-    "Accuracy on what the model decides alone, against the share of the images it hands over"
+    correct,  # Whether each decision is correct (n,), booleans
+    confidence,  # Confidence of the model (n,), on any scale
+    fractions=(0, 0.05, 0.1, 0.2, 0.3, 0.5),  # Referred fractions
+) -> pd.DataFrame:  # One row per fraction: referred, remaining, accuracy
+    "Accuracy on the remaining images against the fraction of images referred to a human"
     correct = np.asarray(correct, float)
     confidence = np.asarray(confidence, float)
-    surest_first = correct[np.argsort(-confidence, kind='stable')]
+    by_confidence = correct[np.argsort(-confidence, kind='stable')]
     keep = [max(1, round((1 - f) * len(correct))) for f in fractions]
-    accuracy = [surest_first[:k].mean() for k in keep]
+    accuracy = [by_confidence[:k].mean() for k in keep]
     return pd.DataFrame({'referred': fractions, 'remaining': keep, 'accuracy': accuracy})

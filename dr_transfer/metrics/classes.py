@@ -15,7 +15,7 @@ from ..utils.schema import Length
 # %% ../../nbs/metrics/00_classes.ipynb #11f4937d
 @dataclass(frozen=True)
 class Positive:
-    "What a screening looks for: a name, and the classes that count as it"
+    "The positive class of a screening: its name and the classes that count as positive"
 
     name: Annotated[str, Length(1, 200)]  # Such as 'referable'
     classes: Annotated[tuple[str, ...], Length(1, 10_000)]  # Such as ('2', '3', '4')
@@ -30,11 +30,11 @@ class Positive:
 
 @dataclass(frozen=True)
 class Classes(Sequence):
-    "The names of the classes in order, with what they mean; otherwise like a list of names"
+    "Class names in order, with the positive classes and whether they are ordered; a sequence of names"
 
-    names: tuple[str, ...]  # In the order of the probabilities
-    positive: Positive | None = None  # None: the second of two classes, none of more
-    ordered: bool = False  # Do the classes have an order, as grades do?
+    names: tuple[str, ...]  # In the order of the probability columns
+    positive: Positive | None = None  # None: the second of two classes; with more, no class
+    ordered: bool = False  # True for ordered classes, such as grades
 
     def __post_init__(self):
         object.__setattr__(self, 'names', tuple(map(str, self.names)))
@@ -50,12 +50,12 @@ class Classes(Sequence):
 
     @property
     def positive_indices(self) -> list[int]:
-        "The numbers of the positive classes"
+        "Indices of the positive classes"
         return [i for i, name in enumerate(self.names) if self.positive and name in self.positive.classes]
 
     @property
     def are_grades(self) -> bool:
-        "Are these the numbers 0, 1, 2, ... in order, three or more?"
+        "Whether the classes are ordered and named 0, 1, 2, ..., at least three of them"
         numbers = tuple(str(i) for i in range(len(self.names)))
         return self.ordered and len(self.names) > 2 and self.names == numbers
 
@@ -64,17 +64,17 @@ class Classes(Sequence):
 
 # %% ../../nbs/metrics/00_classes.ipynb #04a78c01
 def check_positive(
-    positive: Positive | None,  # What is positive
+    positive: Positive | None,  # The positive classes
     names: Sequence,  # Class names in order
 ):
-    "ValueError if these classes cannot be positive; of two classes the second must be"
+    "Raise a ValueError if these classes cannot be positive; with two classes, only the second can"
     if positive is None:
         return
     unknown = [c for c in positive.classes if c not in names]
     if unknown:
         raise ValueError(f"the positive class '{unknown[0]}' is not one of the classes: {', '.join(names)}")
     if len(positive.classes) == len(names):
-        raise ValueError(f'all classes are positive ({", ".join(names)}): leave out those that are not')
+        raise ValueError(f'all classes are positive ({", ".join(names)}): list only the positive ones')
     if len(names) == 2 and positive.classes != tuple(names[1:]):
         raise ValueError(
             f"the positive class '{positive.classes[0]}' is the first of two: give the classes in the order "
@@ -85,5 +85,5 @@ def check_positive(
 def as_classes(
     classes,  # Class names in order, or `Classes`
 ) -> Classes:
-    "Classes from a list of names"
+    "Return `Classes` for a list of class names"
     return classes if isinstance(classes, Classes) else Classes(tuple(classes))

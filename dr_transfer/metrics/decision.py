@@ -23,10 +23,10 @@ from ..utils.schema import FORMERLY, LATER, Range, SchemaError, from_dict, to_di
 # %% ../../nbs/metrics/06_decision.ipynb #1ac88f59
 def prediction_table(
     images: list,  # Names of the images
-    probs: np.ndarray,  # (images, classes); a row of NaN where nothing is said
+    probs: np.ndarray,  # (images, classes); a row of NaN: no prediction
     classes: list,  # Class names in order
 ) -> pd.DataFrame:  # `image, prediction`, then `p_CLASS` for each class
-    "Probabilities as a table, with the likeliest class"
+    "Table of probabilities with the most probable class"
     probs = np.asarray(probs, dtype=float).reshape(-1, len(classes))
     predicted = pd.Series([None if np.isnan(p).any() else classes[p.argmax()] for p in probs], dtype=object)
     return pd.DataFrame({'image': images, 'prediction': predicted}).join(
@@ -37,15 +37,17 @@ def prediction_table(
 def table_classes(
     table: pd.DataFrame,  # `p_CLASS...`
 ) -> list[str]:  # In the order of the columns
-    "The classes that a table of predictions knows; ValueError if there are none"
+    "Class names of a table of predictions; raise a ValueError if there are none"
     classes = [str(c)[2:] for c in table if str(c).startswith('p_')]
     if not classes:
-        raise ValueError(f"no column begins with 'p_': give predictions. The columns are {', '.join(map(str, table))}")
+        raise ValueError(
+            f"no column begins with 'p_': give a table of predictions. The columns are {', '.join(map(str, table))}"
+        )
     return classes
 
 # %% ../../nbs/metrics/06_decision.ipynb #468969af
 def _probabilities(table, columns) -> np.ndarray:
-    "Probability columns as numbers (n, k); a ValueError that names the first cell that is none"
+    "Return probability columns as numbers (n, k); raise a ValueError that quotes the first other cell"
     for c in columns:
         if table.columns.tolist().count(c) > 1:
             raise ValueError(f'the table has several columns {c!r}: keep one')
@@ -53,7 +55,7 @@ def _probabilities(table, columns) -> np.ndarray:
         bad = table[c][number.isna() & table[c].notna()]
         if len(bad):
             raise ValueError(
-                f"the column {c!r} holds {bad.iloc[0]!r}, which is no number: a column that begins with 'p_' "
+                f"the column {c!r} holds {bad.iloc[0]!r}, which is not a number: a column that begins with 'p_' "
                 'is the probability of a class. Give other columns other names, such as data_...'
             )
     return table[columns].apply(pd.to_numeric).to_numpy(float)
@@ -63,7 +65,7 @@ def table_arrays(
     table: pd.DataFrame,  # `target`, `p_CLASS...`
     classes,  # Class names in order
 ) -> tuple[np.ndarray, np.ndarray]:  # Class numbers (n,), probabilities (n, k)
-    "Truth and probabilities of a table; ValueError for a class that is not known or a column that is missing"
+    "Class numbers and probabilities of a table; raise a ValueError for a missing column or an unknown class"
     missing = [c for c in ('target', *(f'p_{c}' for c in classes)) if c not in table]
     if missing:
         raise ValueError(
@@ -72,18 +74,18 @@ def table_arrays(
     code = {str(c): i for i, c in enumerate(classes)}
     unknown = sorted(set(table.target.astype(str)) - set(code))
     if unknown:
-        raise ValueError(f"the target '{unknown[0]}' is no class of the model: it knows {', '.join(code)}")
+        raise ValueError(f"the target '{unknown[0]}' is not a class of the model: its classes are {', '.join(code)}")
     return table.target.astype(str).map(code).to_numpy(), _probabilities(table, [f'p_{c}' for c in classes])
 
 # %% ../../nbs/metrics/06_decision.ipynb #eb0627d6
-Question = namedtuple('Question', 'name y score')  # what is to be found, truth (n,) as 0 or 1, its probability (n,)
+Question = namedtuple('Question', 'name y score')  # positive class, truth (n,) as 0 or 1, its probability (n,)
 
 # %% ../../nbs/metrics/06_decision.ipynb #b76ce593
 def positive_score(
     probs,  # Probabilities (n, k)
     classes,  # Class names in order
-) -> tuple[str, np.ndarray] | None:  # Its name, its probability (n,)
-    "The probability of the positive classes together; None where no class is positive"
+) -> tuple[str, np.ndarray] | None:  # Name of the positive class, its probability (n,)
+    "Sum of the probabilities of the positive classes; None if no class is positive"
     classes = as_classes(classes)
     if classes.positive is None:
         return None
@@ -94,7 +96,7 @@ def question(
     table: pd.DataFrame,  # `target`, `p_CLASS...`
     classes,  # Class names in order
 ) -> Question | None:
-    "What is to be found, in truth and in probability; None where the classes ask no such question"
+    "Name, truth and probability of the positive class; None if no class is positive"
     classes = as_classes(classes)
     y, p = table_arrays(table, classes)
     found = positive_score(p, classes)
@@ -105,11 +107,11 @@ def question(
 
 # %% ../../nbs/metrics/06_decision.ipynb #7a61a704
 def decisions(
-    table: pd.DataFrame,  # `target`, `p_CLASS...`, perhaps `decision`
+    table: pd.DataFrame,  # `target`, `p_CLASS...`, optionally `decision`
     classes,  # Class names in order
-    point: OperatingPoint | None = None,  # Decides where there is no column `decision`
-) -> np.ndarray | None:  # (n,) True for what is to be found; None if nothing decides
-    "What was decided of each image"
+    point: OperatingPoint | None = None,  # Used if there is no column `decision`
+) -> np.ndarray | None:  # (n,) True for positive; None without column and point
+    "Decision for each image, from the column `decision` or an operating point"
     q = question(table, classes)
     if q is None:
         return None
@@ -118,7 +120,7 @@ def decisions(
         if unknown:
             raise ValueError(
                 f"the column 'decision' holds {unknown[0]!r}: a model decides {q.name!r} or {f'not {q.name}'!r}. "
-                'Give a column of your own another name, such as data_decision'
+                'Rename your own column, for example to data_decision'
             )
         return (table.decision == q.name).to_numpy()
     return point.decide(q.score) if point else None
@@ -127,18 +129,18 @@ def decisions(
 def expected_grade(
     probs,  # Probabilities (n, k), classes in order
 ) -> np.ndarray:  # (n,) 0 to k - 1
-    "The mean of the grades, weighted by their probabilities"
+    "Mean of the grades, weighted by their probabilities"
     probs = np.asarray(probs, float)
     return probs @ np.arange(probs.shape[1])
 
 
 def fit_cut_points(
-    expected,  # Expected grade, or any score that rises with the grade (n,)
+    expected,  # Expected grade, or any score that increases with it (n,)
     y,  # Grades (n,), 0 to k - 1
-    k: int = 5,  # How many grades there are
-    candidates: int = 200,  # Places that are tried for each cut
-) -> np.ndarray:  # (k - 1,) rising: grade j from cut j on
-    "Cut points that maximise quadratic kappa, one after the other until none moves"
+    k: int = 5,  # Number of grades
+    candidates: int = 200,  # Number of candidate values for each cut point
+) -> np.ndarray:  # (k - 1,) increasing: grade j from cut j on
+    "Fit cut points that maximise quadratic kappa, by coordinate ascent"
     x, y = np.asarray(expected, float), np.asarray(y)
     places = np.unique(np.quantile(x, np.linspace(0, 1, candidates)))
     places, cuts, before = (places[1:] + places[:-1]) / 2, np.arange(k - 1) + 0.5, None
@@ -158,22 +160,22 @@ GroupCount = Annotated[int, Range(0, 10**9)]
 # %% ../../nbs/metrics/06_decision.ipynb #2cfe2e62
 @dataclass(frozen=True)
 class Decision:
-    "What is made of the probabilities of a model"
+    "How the probabilities of a model become decisions"
 
-    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # Probabilities are brought to it
-    cuts: tuple[float, ...] | None = None  # Rising: grade j from cut j on
-    operating: OperatingPoint | None = None  # From which probability on something is found
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # Divides the logits
+    cuts: tuple[float, ...] | None = None  # Increasing: grade j from cut j on
+    operating: OperatingPoint | None = None  # Threshold of the positive class
     not_chosen: tuple[str, ...] = field(default=(), metadata={FORMERLY: 'refused'})  # What was not chosen, and why
     positive_groups: GroupCount | None = field(
         default=None, metadata={LATER: True}
-    )  # With a positive validation image; None: not known
+    )  # Groups with a positive validation image; None: not known
     negative_groups: GroupCount | None = field(
         default=None, metadata={LATER: True}
-    )  # With a negative one; None: not known
+    )  # Groups with a negative validation image; None: not known
 
     @property
     def point_words(self) -> str:
-        "The operating point, and how many images and groups (patients) it was chosen on; '' without one"
+        "Description of the operating point and of the images and groups it was chosen on; '' without one"
         if self.operating is None:
             return ''
         if self.positive_groups is None or self.negative_groups is None:
@@ -181,28 +183,28 @@ class Decision:
         return f'{self.operating}, of {self.positive_groups} and {self.negative_groups} groups (patients)'
 
     def to_dict(self) -> dict:
-        "As JSON can hold it"
+        "Convert to a dict for JSON"
         return to_dict(self)
 
     @classmethod
     def from_dict(
         cls,
-        data: dict,  # From `to_dict`, or of a file
-    ) -> 'Decision':  # SchemaError for a field that is wrong
-        "A decision from JSON"
+        data: dict,  # From `to_dict`, or read from a file
+    ) -> 'Decision':  # SchemaError for an invalid field
+        "Create a decision from a dict"
         return from_dict(cls, data, 'decision')
 
     def check(
         self,
         classes,  # Class names in order
     ):
-        "SchemaError if it is not a decision on these classes"
+        "Raise a SchemaError if the decision does not fit these classes"
         classes = as_classes(classes)
         if self.cuts is not None and not classes.are_grades:
             raise SchemaError('decision.cuts', self.cuts, 'null, because the classes are not the grades 0, 1, 2, ...')
         if self.cuts is not None and (len(self.cuts) != len(classes) - 1 or (np.diff(self.cuts) < 0).any()):
             raise SchemaError(
-                'decision.cuts', self.cuts, f'{len(classes) - 1} rising numbers, one between each two grades'
+                'decision.cuts', self.cuts, f'{len(classes) - 1} increasing numbers, one between each two grades'
             )
         if self.operating is not None and classes.positive is None:
             raise SchemaError('decision.operating', self.operating, 'null, because no class is stated to be positive')
@@ -212,14 +214,14 @@ _MIN_IMAGES = 50  # validation images on which a temperature is fitted
 
 
 def _choose_temperature(y, p) -> tuple[float, list]:
-    "A temperature, and why there is none"
+    "Return a temperature, and the reason if none can be fitted"
     if len(y) >= _MIN_IMAGES and len(set(y)) > 1:
         return fit_temperature(p, y), []
     return 1.0, [f'no temperature: {len(y)} validation images of {len(set(y))} classes']
 
 
 def _choose_cuts(y, p, classes) -> tuple[tuple | None, list]:
-    "Cut points of grades, and why there are none"
+    "Return cut points of grades, and the reason if none can be fitted"
     if not classes.are_grades:
         return None, []
     if len(y) >= _MIN_IMAGES and len(set(y)) == len(classes):
@@ -228,14 +230,14 @@ def _choose_cuts(y, p, classes) -> tuple[tuple | None, list]:
 
 
 def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPoint | None, list]:
-    "An operating point, and why there is none"
+    "Return an operating point, and the reason if none can be chosen"
     if sensitivity is None and specificity is None:
         return None, []
     q = question(table, classes)
     if q is None:
         raise ValueError(
             f'an operating point needs a positive class, and these have none: {", ".join(map(str, classes))}. '
-            'Give two classes, or state it: Target(..., positive=Positive(NAME, CLASSES))'
+            'Give two classes, or define it: Target(..., positive=Positive(NAME, CLASSES))'
         )
     try:
         return choose_operating_point(q.y, q.score, sensitivity, specificity, groups=table_groups(table)), []
@@ -244,7 +246,7 @@ def _choose_point(table, classes, sensitivity, specificity) -> tuple[OperatingPo
 
 
 def _group_counts(table, classes, point) -> dict:
-    "Groups with a positive and with a negative image, of those that an operating point was chosen on"
+    "Number of groups with a positive and with a negative image, if there is an operating point"
     q = None if point is None else question(table, classes)
     if q is None:
         return {}
@@ -256,14 +258,14 @@ def _group_counts(table, classes, point) -> dict:
 
 
 def choose_decision(
-    table: pd.DataFrame,  # Validation: `target, p_CLASS...`, perhaps `group`
+    table: pd.DataFrame,  # Validation: `target, p_CLASS...`, optionally `group`
     classes,  # Class names in order
-    sensitivity: float | None = None,  # Share of what is to be found that is found
-    specificity: float | None = None,  # Or share of the others that are left alone
-) -> Decision:  # With the reasons for what could not be chosen
-    """Temperature, cut points of grades and operating point from validation predictions.
+    sensitivity: float | None = None,  # Required sensitivity, 0 to 1
+    specificity: float | None = None,  # Or required specificity, 0 to 1
+) -> Decision:  # `not_chosen` holds the reasons for what is missing
+    """Choose temperature, cut points of grades and operating point on validation predictions.
 
-    For the point, groups count and not images.
+    The operating point needs enough groups, not enough images.
     """
     classes = as_classes(classes)
     y, p = table_arrays(table, classes)
@@ -271,7 +273,7 @@ def choose_decision(
         bad = int((~np.isfinite(p)).any(axis=1).sum())
         raise ValueError(
             f'the model gives no probabilities for {bad} of {len(p)} validation images (NaN): '
-            'nothing can be decided with it. Train it again, with a lower learning rate or fewer epochs'
+            'no decision is possible. Train it again, with a lower learning rate or fewer epochs'
         )
     temperature, no_temperature = _choose_temperature(y, p)
     p = apply_temperature(p, temperature)
@@ -286,8 +288,8 @@ def apply_decision(
     table: pd.DataFrame,  # `p_CLASS...`
     classes,  # Class names in order
     decision: Decision | None,  # From `choose_decision`
-) -> pd.DataFrame:  # Calibrated; `grade` at the cuts, `decision` at the point
-    "Probabilities at the temperature, and what they mean at the operating point"
+) -> pd.DataFrame:  # Calibrated; with `grade` if there are cut points, `decision`
+    "Calibrate probabilities and add the columns `grade` and `decision`"
     columns = [f'p_{c}' for c in classes]
     good = table[columns].notna().all(axis=1)
     if decision is None or not good.any():

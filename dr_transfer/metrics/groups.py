@@ -17,9 +17,9 @@ _WHOLE = re.compile(r'([0-9]+)(\.0*)?')
 
 
 def group_key(
-    name,  # Text, number or nothing
-) -> str | None:  # None where there is no name
-    "What a name of a patient is compared by: equal for names that mean the same"
+    name,  # Text, number or missing value
+) -> str | None:  # None for a missing name
+    "Return the normalized form of a group name: names of the same group have equal keys"
     if name is None or name is pd.NA or name is pd.NaT:
         return None
     text = ' '.join(unicodedata.normalize('NFKC', str(name)).casefold().split())
@@ -30,9 +30,9 @@ def group_key(
 
 
 def same_groups(
-    names,  # Name of the group of each image (n,); None where it has none
-) -> list:  # (n,) text, one spelling for each group; None where there is none
-    "Names of groups, each in the spelling that came first"
+    names,  # Group name of each image (n,); None if missing
+) -> list:  # (n,) text, one spelling per group; None if missing
+    "Return group names in one spelling per group, the first one that occurs"
     spelling: dict = {}
     out = []
     for name in names:
@@ -42,9 +42,9 @@ def same_groups(
 
 
 def spellings(
-    names,  # Name of the group of each image (n,)
-) -> list[tuple]:  # For each group with several spellings: those
-    "Groups whose name is written in several ways"
+    names,  # Group name of each image (n,)
+) -> list[tuple]:  # The spellings of each group that has several
+    "Find groups whose name is spelled in more than one way"
     found: dict = {}
     for name in names:
         key = group_key(name)
@@ -54,15 +54,15 @@ def spellings(
 
 
 def known_groups(
-    groups,  # Name of the group of each image (n,), None where it has none; or None
-) -> list | None:  # The same names (n,); None if no image has one
-    "The groups of images, if any is known"
+    groups,  # Group name of each image (n,), None if missing; or None
+) -> list | None:  # The same names (n,); None if all are missing
+    "Return the group names, or None if no group is known"
     groups = None if groups is None else list(groups)
     return groups if groups and any(group_key(g) is not None for g in groups) else None
 
 
 def table_groups(
-    table: pd.DataFrame,  # Perhaps with `group`
-) -> list | None:  # Name of the group of each image (n,); None if no image has one
-    "The groups of the images of a table, from its column `group`"
+    table: pd.DataFrame,  # With or without a column `group`
+) -> list | None:  # Group name of each image (n,); None if all are missing
+    "Return the column `group` of a table, or None if no group is known"
     return known_groups(table.group) if 'group' in table else None

@@ -16,42 +16,40 @@ from .groups import group_key
 
 # %% ../../nbs/metrics/03_intervals.ipynb #b98257d6
 def group_codes(
-    groups,  # Name of the group of each image (n,); None where it has none
+    groups,  # Group name of each image (n,); None if missing
     n: int,  # Number of images
 ) -> np.ndarray:  # (n,) integers from 0
-    "Groups as numbers; images without one are alone"
+    "Return groups as numbers; an image without a group is a group of its own"
     if groups is None:
         return np.arange(n)
     codes = pd.factorize(np.array([group_key(g) for g in groups], dtype=object))[0]
     if len(codes) != n:
-        raise ValueError(f'{len(codes)} groups for {n} images: give one for each image, None where there is none')
+        raise ValueError(f'{len(codes)} groups for {n} images: give one for each image, None where it is missing')
     return np.unique(np.where(codes < 0, n + np.arange(n), codes), return_inverse=True)[1]
 
 
 def count_groups(
-    groups,  # Name of the group of each image (n,); None where it has none
+    groups,  # Group name of each image (n,); None if missing
     n: int,  # Number of images
 ) -> int:
-    "How many groups there are; each image without one counts as its own"
+    "Number of groups; each image without a group counts as one"
     return len(set(group_codes(groups, n).tolist()))
 
 
 def check_resamples(
-    n: int,  # Draws of a bootstrap
+    n: int,  # Number of bootstrap resamples
 ):
-    "ValueError if there are too few draws for an interval"
+    "Raise a ValueError if there are too few resamples for an interval"
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
-        raise ValueError(
-            f'n={n!r} (--resamples {n}): give the number of draws of the bootstrap, 2 or more, such as 1000'
-        )
+        raise ValueError(f'n={n!r} (--resamples {n}): give the number of bootstrap resamples, 2 or more, such as 1000')
 
 
 def resamples(
     codes: np.ndarray,  # From `group_codes` (n,)
-    n: int = 2000,  # How many draws
-    seed: int = 0,  # Another seed, other draws
+    n: int = 2000,  # Number of resamples
+    seed: int = 0,  # Seed of the resamples
 ):
-    "Rows of the images in each draw of as many groups as there are"
+    "Yield the image rows of each bootstrap resample of the groups"
     check_resamples(n)
     rng, k, rows = np.random.default_rng(seed), codes.max() + 1, np.arange(len(codes))
     for _ in range(n):
@@ -63,36 +61,34 @@ def _columns(values) -> pd.DataFrame:
 
 
 def _limits(d, level) -> pd.DataFrame:
-    "Percentiles of the draws in a table; NaN where a figure is defined in too few"
+    "Percentiles over the resamples; NaN for a metric that is undefined in too many of them"
     low, high = (d.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
     return pd.DataFrame({'low': low, 'high': high}).where(d.notna().mean() > 0.95)
 
 
 def _same_length(arrays) -> list:
-    "The arrays, if each has a row for each image; a ValueError if not"
+    "Return arrays of one length; raise a ValueError if the lengths differ"
     arrays = [np.asarray(a) for a in arrays]
     lengths = [len(a) for a in arrays]
     if not lengths or min(lengths) == 0:
-        raise ValueError('there are no images: a figure needs one at least')
+        raise ValueError('there are no images: give at least one')
     if len(set(lengths)) > 1:
-        raise ValueError(
-            f'arrays of {" and ".join(map(str, lengths))} rows: give one row for each image in all of them'
-        )
+        raise ValueError(f'the arrays have {" and ".join(map(str, lengths))} rows: give one row per image in each')
     return arrays
 
 
 def bootstrap(
-    metric: Callable,  # (*arrays) -> a number, or a dict of numbers by name
-    *arrays,  # Arrays with a row an image, as `metric` takes them
-    groups=None,  # Group (patient) of each image; None: each is alone
-    n: int = 2000,  # Draws
-    level: float = 0.95,  # Of the interval
-    seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # A row a figure: value, low, high
-    "Figures with their percentile intervals over groups (Efron 1979); low and high are NaN for a single group"
+    metric: Callable,  # (*arrays) -> a value, or a dict name -> value
+    *arrays,  # Arrays with one row per image, passed to `metric`
+    groups=None,  # Group (patient) of each image; None: each its own
+    n: int = 2000,  # Number of resamples
+    level: float = 0.95,  # Confidence level
+    seed: int = 0,  # Seed of the resamples
+) -> pd.DataFrame:  # One row per metric: value, low, high
+    "Metrics with percentile intervals over groups (Efron 1979); low and high are NaN for a single group"
     check_resamples(n)
     if not 0 < level < 1:
-        raise ValueError(f'level={level}: give a share between 0 and 1, such as 0.95')
+        raise ValueError(f'level={level}: give a fraction between 0 and 1, such as 0.95')
     columns = _same_length(arrays)
     codes = group_codes(groups, len(columns[0]))
     value = _columns([metric(*columns)]).T.set_axis(['value'], axis=1)
@@ -103,12 +99,12 @@ def bootstrap(
 
 # %% ../../nbs/metrics/03_intervals.ipynb #109e905f
 def fraction_interval(
-    correct,  # Did it happen? (n,) booleans
+    correct,  # True where the event occurred (n,)
     groups=None,  # Group (patient) of each image
-    level: float = 0.95,  # Of the interval
-    **kw,  # As `bootstrap` takes them
-) -> tuple[float, float, float]:  # Share, low, high (0 to 1); NaN where not defined
-    "A share, such as sensitivity, with its interval over groups"
+    level: float = 0.95,  # Confidence level
+    **kw,  # Other arguments of `bootstrap`
+) -> tuple[float, float, float]:  # Fraction, low, high (0 to 1); NaN where not defined
+    "A fraction, such as sensitivity, with its confidence interval over groups"
     correct = np.asarray(correct, dtype=float)
     if not len(correct):
         return (float('nan'),) * 3
@@ -120,14 +116,14 @@ def fraction_interval(
 
 # %% ../../nbs/metrics/03_intervals.ipynb #e1719783
 def paired_difference(
-    metric: Callable,  # (y, prediction) -> a number, or a dict of numbers
+    metric: Callable,  # (y, prediction) -> a value, or a dict name -> value
     y,  # Truth (n,)
-    a,  # What one model says (n, ...)
-    b,  # What the other says (n, ...)
+    a,  # Predictions of the first model (n, ...)
+    b,  # Predictions of the second model (n, ...)
     groups=None,  # Group (patient) of each image
-    **kw,  # As `bootstrap` takes them
-) -> pd.DataFrame:  # A row a figure: value (a - b), low, high
-    "By how much one model is better than another on the same images"
+    **kw,  # Other arguments of `bootstrap`
+) -> pd.DataFrame:  # One row per metric: value (a - b), low, high
+    "Difference of two models on the same images, with confidence intervals over groups"
 
     def difference(y, a, b):
         fa, fb = metric(y, a), metric(y, b)

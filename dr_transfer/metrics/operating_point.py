@@ -18,31 +18,31 @@ from .scores import sensitivity, specificity
 from ..utils.schema import FORMERLY, Known, Range
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #642a0588
-# Groups (or images without) on which a threshold may be chosen: with fewer, 90 % is known to within 20 points at best
+# Fewest groups (or images without a group) for a threshold: with fewer, 90 % has an interval of over 20 points
 _MIN_GROUPS = 30
 _Fraction = Annotated[float, Range(0, 1)]
 
 
 class OperatingPointError(ValueError):
-    "An operating point that the images cannot carry"
+    "Too few groups or images to choose an operating point"
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    "From which score on an image is positive, and what that was chosen for"
+    "A threshold on the score, with the required metric it was chosen for"
 
     threshold: float  # Scores from here on are positive
     metric: Annotated[str, Known(('sensitivity', 'specificity'))] = field(
         metadata={FORMERLY: 'wanted'}
     )  # The metric that was required
     minimum: _Fraction = field(metadata={FORMERLY: 'at_least'})  # Its required value
-    positives: Annotated[int, Range(0, 10**9)]  # Images (not patients) with the condition that it was chosen on
-    negatives: Annotated[int, Range(0, 10**9)]  # Images (not patients) without it
+    positives: Annotated[int, Range(0, 10**9)]  # Positive validation images (not patients)
+    negatives: Annotated[int, Range(0, 10**9)]  # Negative validation images (not patients)
     sensitivity: _Fraction | None  # On the validation images; None without positives
     specificity: _Fraction | None  # On the validation images; None without negatives
 
     def decide(self, score) -> np.ndarray:
-        "Which scores are positive"
+        "Whether each score is positive (n,)"
         return np.asarray(score, float) >= self.threshold
 
     def __str__(self):
@@ -55,12 +55,12 @@ class OperatingPoint:
 def choose_operating_point(
     y,  # Truth of validation images (n,): 1 positive, 0 negative
     score,  # Score (n,): the higher, the more likely positive
-    sensitivity: float | None = None,  # Share of the positives to be found
-    specificity: float | None = None,  # Or share of the others to be left alone
-    min_groups: int = _MIN_GROUPS,  # Distinct groups of the images that decide
+    sensitivity: float | None = None,  # Required sensitivity, 0 to 1
+    specificity: float | None = None,  # Or required specificity, 0 to 1
+    min_groups: int = _MIN_GROUPS,  # Fewest distinct groups of the images that decide
     groups=None,  # Group (patient) of each image (n,); None: each counts
-) -> OperatingPoint:  # OperatingPointError where there are too few
-    """The threshold for a wanted sensitivity, or specificity, on validation images.
+) -> OperatingPoint:  # OperatingPointError if there are too few
+    """Choose the threshold for a required sensitivity or specificity on validation images.
 
     Returns
     -------
@@ -77,8 +77,8 @@ def choose_operating_point(
 
     Notes
     -----
-    The threshold lies in the middle between the last score that must be positive and the next lower one. Choose it on
-    validation images and measure it on others, else it is optimistic.
+    The threshold lies halfway between the lowest score that must be positive and the next lower one. Choose it on
+    validation images and evaluate it on others; on the same images its metrics are too optimistic.
 
     Examples
     --------
@@ -95,12 +95,12 @@ def choose_operating_point(
     elif specificity is not None and sensitivity is None:
         metric, minimum = 'specificity', specificity
     else:
-        raise ValueError('say sensitivity=0.9 or specificity=0.9, one of the two')
+        raise ValueError('give either sensitivity=0.9 or specificity=0.9, one of the two')
     if not 0 < minimum < 1:
-        raise ValueError(f'{metric}={minimum}: give a share between 0 and 1, such as 0.9')
+        raise ValueError(f'{metric}={minimum}: give a fraction between 0 and 1, such as 0.9')
     y, score = np.asarray(y, int), np.asarray(score, float)
     if np.isnan(score).any():
-        raise ValueError('scores hold NaN: leave these images out')
+        raise ValueError('some scores are NaN: exclude these images')
     selected = y == (metric == 'sensitivity')
     _check_enough(
         int(selected.sum()),
@@ -121,10 +121,10 @@ def choose_operating_point(
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #0cf154c1
 def groups_in(
-    selected,  # Which images are meant (n,), booleans
-    groups=None,  # Group (patient) of each image (n,), None where it has none
-) -> int | None:  # Distinct ones, an image without one is its own; None if none is known
-    "How many groups have such an image"
+    selected,  # Images to count (n,), booleans
+    groups=None,  # Group (patient) of each image (n,), None if missing
+) -> int | None:  # An image without a group counts as one; None if none is known
+    "Number of distinct groups among the selected images"
     selected, groups = np.asarray(selected, bool), known_groups(groups)
     if groups is None:
         return None
@@ -132,16 +132,16 @@ def groups_in(
 
 
 def _check_enough(images, groups, what, positive, min_groups):
-    "OperatingPointError if too few groups decide, or images where no group is known"
+    "Raise an OperatingPointError if too few groups decide (or images, if no group is known)"
     if (images if groups is None else groups) >= min_groups:
         return
     many, unit, more = f'{images} {"positive" if positive else "negative"} validation images', '', 'images'
     if groups is not None:
         many += f' of {groups} groups (patients)'
-        unit, more = ' groups, for images of one patient are not independent', 'patients'
+        unit, more = ' groups, because images of one patient are not independent', 'patients'
     raise OperatingPointError(
         f'{many}: a {what} cannot be set on fewer than {min_groups}{unit}. '
-        f'Add {more} to the validation side, or take the likeliest class'
+        f'Add {more} to the validation set, or use the most probable class'
     )
 
 
@@ -160,23 +160,23 @@ def _point(y, score, t, metric, minimum) -> OperatingPoint:
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4c01358a
 def check_prevalence(
-    prevalence: float | None,  # Share of the people who have the condition
+    prevalence: float | None,  # Fraction of people who have the condition
 ):
-    "ValueError for what is no share; None is allowed, and means that it is not known"
+    "Raise a ValueError unless it is None (not known) or a fraction from 0 to 1"
     if prevalence is None:
         return
     if isinstance(prevalence, (str, bool)) or not 0 <= prevalence <= 1:
         raise ValueError(
-            f'prevalence={prevalence!r} (--prevalence {prevalence}): give a share between 0 and 1, such as 0.1'
+            f'prevalence={prevalence!r} (--prevalence {prevalence}): give a fraction between 0 and 1, such as 0.1'
         )
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #1575c894
 def predictive_values(
     sensitivity: float,  # Of the test, 0 to 1
     specificity: float,  # Of the test, 0 to 1
-    prevalence: float,  # Share of the people who have the condition, 0 to 1
+    prevalence: float,  # Fraction of people who have the condition, 0 to 1
 ) -> dict[str, float]:  # 'positive', 'negative' predictive value; NaN if undefined
-    "How likely a positive has the condition, and a negative has not (Bayes' theorem)"
+    "Positive and negative predictive value, by Bayes' theorem"
     check_prevalence(prevalence)
     tp, fp = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
     fn, tn = (1 - sensitivity) * prevalence, specificity * (1 - prevalence)
@@ -188,12 +188,12 @@ def predictive_values(
 # %% ../../nbs/metrics/05_operating_point.ipynb #08a6efad
 def operating_table(
     y,  # Truth of test images (n,): 1 positive, 0 negative
-    decided,  # What was decided (n,): True for positive
+    decided,  # Decision for each image (n,): True for positive
     groups=None,  # Group (patient) of each image
-    prevalence: float | None = None,  # For predictive values; without, none
-    **kw,  # As `bootstrap` takes them
-) -> pd.DataFrame:  # A row a figure: value, low, high, images
-    "What decisions at an operating point come to on test images, with intervals over groups"
+    prevalence: float | None = None,  # For predictive values; None: they are not computed
+    **kw,  # Other arguments of `bootstrap`
+) -> pd.DataFrame:  # One row per metric: value, low, high, images
+    "Sensitivity, specificity and predictive values of decisions on test images, with intervals over groups"
     y = np.asarray(y, int)
     decided = np.asarray(decided, bool)
     g = np.asarray(groups, object) if groups is not None else np.full(len(y), None, object)
@@ -210,7 +210,7 @@ def operating_table(
 def _predictive(rows, y, decided, g, prevalence, kw) -> dict:
     """Predictive values with intervals over groups.
 
-    Where no draw can show an error, of the ends of sensitivity and specificity.
+    If sensitivity or specificity is 0 or 1, the interval is computed from the ends of their intervals.
     """
     ends = ['value', 'low', 'high']
 

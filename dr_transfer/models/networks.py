@@ -31,9 +31,9 @@ class SmallCNN(nn.Module):
 
 # %% ../../nbs/models/02_networks.ipynb #6f0a074f
 class CifarNet(nn.Module):
-    """Three convolutions, three poolings, one hidden layer (Krizhevsky 2009, as `cifar10_quick` of Caffe has it)
+    """Three convolutions with pooling and one hidden layer (Krizhevsky 2009, as in `cifar10_quick` of Caffe)
 
-    It has 0.15 million weights, which is what Shin et al. 2016 count.
+    It has 0.15 million weights, as stated by Shin et al. 2016.
     """
 
     def __init__(
@@ -53,4 +53,4 @@ class CifarNet(nn.Module):
         return self.classifier(self.pool(self.features(x)))
 
 
-NETWORKS = {'small_cnn': SmallCNN, 'cifarnet': CifarNet}  # name, as `arch=` takes it -> () -> network
+NETWORKS = {'small_cnn': SmallCNN, 'cifarnet': CifarNet}  # name for `arch=` -> class of the network

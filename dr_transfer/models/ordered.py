@@ -11,18 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/models/08_ordered.ipynb #bc054fca
-_LOG_FLOOR = 1e-6  # a probability counts as at least this much
+_LOG_FLOOR = 1e-6  # lower limit of a probability
 
 
 def _between(above) -> torch.Tensor:
-    "Log-probabilities (n, k) from the probabilities (n, k - 1) to be above each cut"
+    "Log-probabilities (n, k) of k grades from the probabilities (n, k - 1) of being above each threshold"
     edge = torch.ones_like(above[:, :1])
     p = torch.cat([edge, above], 1) - torch.cat([above, 0 * edge], 1)
     return (p.clamp(min=0) + _LOG_FLOOR).log() - torch.log(torch.tensor(1 + _LOG_FLOOR * (above.shape[1] + 1)))
 
 
 class Cumulative(nn.Module):
-    "Scores (n, 1) to log-probabilities of k grades by proportional odds (McCullagh 1980); cuts are learnt, and rise"
+    "Scores (n, 1) to log-probabilities of k grades by proportional odds (McCullagh 1980), with trained thresholds"
 
     def __init__(self, k: int):
         super().__init__()
@@ -38,7 +38,7 @@ class Cumulative(nn.Module):
 
 
 class _Rounded(nn.Module):
-    "Scores (n, 1) that are grades to log-probabilities of k grades: each grade reaches half a grade up and down"
+    "Scores (n, 1) on the scale of the grades to log-probabilities of k grades, with thresholds at the halves"
 
     def __init__(self, k: int):
         super().__init__()
@@ -48,11 +48,11 @@ class _Rounded(nn.Module):
         return _between(torch.sigmoid((score.float() - self.cuts) / 0.25))
 
 # %% ../../nbs/models/08_ordered.ipynb #46191673
-ORDERED = {'cumulative': Cumulative, 'regression': _Rounded}  # name -> last layer of a head with one score
+ORDERED = {'cumulative': Cumulative, 'regression': _Rounded}  # name -> last layer of an ordered head
 
 # %% ../../nbs/models/08_ordered.ipynb #a3dc5744
 class GradeLoss(nn.Module):
-    "Squared error of the expected grade; for a head of ordered grades as for a softmax"
+    "Squared error of the expected grade, for an ordered head or a softmax"
 
     def forward(self, out, y):
         return F.mse_loss(

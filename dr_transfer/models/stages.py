@@ -19,7 +19,7 @@ from ..utils.files import unknown
 
 # %% ../../nbs/models/05_stages.ipynb #56fccd1b
 def _units(net) -> OrderedDict:
-    "The modules that a network may be a chain of: its children, containers opened"
+    "The children of a network, and those of its containers, by name"
     units = OrderedDict()
     for name, m in net.named_children():
         inner = isinstance(m, (nn.Sequential, nn.ModuleList)) and type(m) in (nn.Sequential, nn.ModuleList) and len(m)
@@ -31,7 +31,7 @@ def _units(net) -> OrderedDict:
 
 
 def _trace(net, x, forward) -> list:
-    "(name, module, output) of the units in the order they are called"
+    "(name, module, output) of each unit, in the order of the calls"
     calls = []
     hooks = [
         m.register_forward_hook(lambda m, i, o, n=n: calls.append((n, m, o.clone() if torch.is_tensor(o) else o)))
@@ -49,18 +49,18 @@ def _trace(net, x, forward) -> list:
 _ENDS = (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten)
 
 
-def _shrink(m, side) -> torch.Tensor:
-    "A map, or its mean (n, channels), at a smaller size; its mean stays, also where sizes do not divide one another"
+def _resized(m, size) -> torch.Tensor:
+    "Resize a map, or a mean (n, channels), to a smaller size; its mean does not change, whatever the sizes"
     if m.ndim == 2:
-        return m[..., None, None].expand(-1, -1, *side)
-    if m.shape[-2:] == side:
+        return m[..., None, None].expand(-1, -1, *size)
+    if m.shape[-2:] == size:
         return m
-    small = nn.functional.adaptive_avg_pool2d(m, side)
+    small = nn.functional.adaptive_avg_pool2d(m, size)
     return small + (m.mean((2, 3), True) - small.mean((2, 3), True))
 
 
 class Stages(nn.Sequential):
-    "A network as a chain of stages; what comes out are the maps of the last `n_stages` stages, side by side"
+    "A network as a chain of stages; its output is the maps of the last `n_stages` stages, concatenated"
 
     n_stages = 1
 
@@ -72,17 +72,17 @@ class Stages(nn.Sequential):
         return out
 
     def joined(self, maps: list) -> torch.Tensor:
-        "The last `n_stages` of some maps, side by side at the size of the last"
+        "Concatenate the last `n_stages` maps at the size of the last"
         if self.n_stages == 1:
             return maps[-1]
-        return torch.cat([_shrink(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
+        return torch.cat([_resized(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
 
     def forward(self, x):
         return self.joined(self.maps(x)) if self.n_stages > 1 else super().forward(x)
 
 # %% ../../nbs/models/05_stages.ipynb #fa2c6707
-class Whole(nn.Module):
-    "A network that is no chain (a transformer with a class token, say): one piece, its pooled features come out"
+class PooledNetwork(nn.Module):
+    "A network that is not a chain of stages, such as a transformer with a class token; its output is pooled features"
 
     n_stages = 1
 
@@ -95,11 +95,11 @@ class Whole(nn.Module):
 
 # %% ../../nbs/models/05_stages.ipynb #f6d6bc16
 def _depth_of(net, calls, library) -> list[int]:
-    "A depth for each call: timm's own, or a new one where the resolution falls"
+    "The depth of each call: from timm, or increased where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
-        sides, d, depth = [o.shape[-1] for *_, o in calls], 0, []
-        for i, s in enumerate(sides):
-            d += bool(i and s < sides[i - 1])
+        sizes, d, depth = [o.shape[-1] for *_, o in calls], 0, []
+        for i, s in enumerate(sizes):
+            d += bool(i and s < sizes[i - 1])
             depth.append(d)
         return depth
     groups = timm.models.group_parameters(net, net.group_matcher(coarse=True), reverse=True)
@@ -115,8 +115,8 @@ def probe_batch(
     net: nn.Module,  # A network
     spec: Backbone,  # From `find_backbone`
     n: int = 1,  # Images
-) -> torch.Tensor:  # (n, 3, side, side)
-    "A small random batch that the network takes: 64 pixels, or its native size if it takes no other"
+) -> torch.Tensor:  # (n, 3, size, size)
+    "A small random batch: of 64 pixels, or of the native size if the network accepts no other"
     for size in dict.fromkeys((64, spec.size)):
         x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
@@ -129,7 +129,7 @@ def probe_batch(
 
 # %% ../../nbs/models/05_stages.ipynb #76d5a0ff
 def _with_weights(stages) -> list:
-    "A stage without parameters (pooling at the end, say) belongs to the one before"
+    "Join stages without parameters, such as pooling, to the stage before"
     out = []
     for s in stages:
         if out and not any(True for _ in s.parameters()):
@@ -140,19 +140,19 @@ def _with_weights(stages) -> list:
 
 # %% ../../nbs/models/05_stages.ipynb #b63b10da
 def _called_once(calls) -> bool:
-    "Is each unit called once, and does each give maps?"
+    "Is each unit called once, and does each return maps?"
     names = {name for name, *_ in calls}
     return bool(calls) and len(names) == len(calls) and all(torch.is_tensor(o) and o.ndim == 4 for *_, o in calls)
 
 
 def _last_is_features(net, calls) -> bool:
-    "Has the last output as many channels as timm says that a stage, or the features, have?"
+    "Does the last output have the number of channels that timm states for a stage or the features?"
     channels = {f['num_chs'] for f in net.feature_info} | {net.num_features}
     return calls[-1][2].shape[1] in channels
 
 
 def _stage_name(i, stage, until) -> str:
-    "`stem`, then `stage1` and so on; `neck` for the layers that are left out by default"
+    "`stem`, then `stage1` and so on; `neck` for the layers that are not used by default"
     if not i:
         return 'stem'
     return 'neck' if until and hasattr(stage, until) else f'stage{i}'
@@ -161,8 +161,8 @@ def _stage_name(i, stage, until) -> str:
 def find_chain(
     net: nn.Module,  # From `build_network`, in evaluation mode
     spec: Backbone,  # From `find_backbone`
-):  # `Stages`, or None if it is no chain
-    "A network as a chain of stages that gives just what the network gives"
+):  # `Stages`, or None if the network is not a chain
+    "Convert a network to a chain of stages with exactly the same output"
     x = probe_batch(net, spec, n=2)
     calls = _trace(net, x, net.forward_features if spec.library == 'timm' else net)
     ends = [i for i, (_, module, _) in enumerate(calls) if isinstance(module, _ENDS)]
@@ -179,7 +179,7 @@ def find_chain(
     try:
         with torch.no_grad():
             same = torch.equal(body(x), calls[-1][2])
-    except Exception:  # whatever a network raises that is no chain
+    except Exception:  # a network that is not a chain can raise any error
         return None
     return body if same else None
 
@@ -199,8 +199,8 @@ def layer_groups(
 
 def group_table(
     groups: dict,  # Name -> parameters, as `layer_groups` gives them
-) -> pd.DataFrame:  # One row a group, nearest to the input first
-    "Layer groups with depth, number of parameters, and whether they are frozen"
+) -> pd.DataFrame:  # One row for each group, nearest to the input first
+    "Table of layer groups: depth, number of parameters, and whether they are frozen"
     rows = [
         {
             'group': n,
@@ -217,16 +217,16 @@ def group_table(
 def stage_names(
     body: nn.Module,  # `Stages`, or anything else
 ) -> list[str]:  # Nearest to the input first
-    "The stages at which a network can be cut; one, 'last', if it is no chain"
+    "The stages at which a network can be cut; only 'last' if it is not a chain"
     return [n for n, _ in body.named_children()] if isinstance(body, Stages) else ['last']
 
 
 def _cut_chain(
     chain: Stages,  # From `find_chain`
     spec: Backbone,  # From `find_backbone`
-    stage: str | int | None,  # Last stage, by name or from the end; its own if None
+    stage: str | int | None,  # Last stage, by name or from the end; its default if None
 ) -> Stages:
-    "The chain up to a stage; ValueError with the list of places where it can be cut"
+    "Cut a chain after a stage; ValueError with the list of stages"
     names = stage_names(chain)
     own = [n for n in names if n != 'neck']
     if isinstance(stage, Integral) and 1 <= -stage <= len(own):
@@ -235,33 +235,33 @@ def _cut_chain(
         stage = own[-1]
     if stage not in names:
         raise ValueError(
-            f'{unknown(f"stage of {spec.name}", stage, names)}. It can be cut after these and nowhere else, '
-            f'because each is what the next one takes; or count from the end, -1 to -{len(own)}'
+            f'{unknown(f"stage of {spec.name}", stage, names)}. Give one of these, '
+            f'or count from the end, -1 to -{len(own)}'
         )
     return Stages(OrderedDict(list(chain.named_children())[: names.index(stage) + 1]))
 
 
-def _whole_network(
+def _pooled_network(
     net: nn.Module,  # From `build_network`
     spec: Backbone,  # From `find_backbone`
-    stage: str | int | None,  # None, 'last' or -1: it cannot be cut
-) -> Whole:
-    "A network that is no chain, in one piece; ValueError if it cannot be had as one"
+    stage: str | int | None,  # None, 'last' or -1, because it cannot be cut
+) -> PooledNetwork:
+    "A network that is not a chain, without its classifier; ValueError if a stage is given or timm cannot remove it"
     if stage not in (None, 'last', -1):
-        raise ValueError(f"'{spec.name}' is no chain of stages and cannot be cut at '{stage}': leave stage out")
+        raise ValueError(f"'{spec.name}' is not a chain of stages and cannot be cut at '{stage}': give no stage")
     if spec.library == 'timm' and hasattr(net, 'forward_head') and hasattr(net, 'group_matcher'):
         net.reset_classifier(0)
-        return Whole(net)
+        return PooledNetwork(net)
     raise ValueError(
-        f"'{spec.name}' is no chain of layers, so it has no stages by depth: take the network of that name from timm"
+        f"'{spec.name}' is not a chain of layers, so it has no stages: use the network of that name from timm"
     )
 
 
 def find_stages(
     net: nn.Module,  # From `build_network`, in evaluation mode
     spec: Backbone,  # From `find_backbone`
-    stage: str | int | None = None,  # Last stage, by name or from the end; its own if None
-) -> nn.Module:  # `Stages` or `Whole`
-    "A network without its classifier, cut where that is asked for"
+    stage: str | int | None = None,  # Last stage, by name or from the end; its default if None
+) -> nn.Module:  # `Stages` or `PooledNetwork`
+    "A network without its classifier, cut after a stage if one is given"
     chain = find_chain(net, spec)
-    return _whole_network(net, spec, stage) if chain is None else _cut_chain(chain, spec, stage)
+    return _pooled_network(net, spec, stage) if chain is None else _cut_chain(chain, spec, stage)

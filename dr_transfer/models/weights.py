@@ -23,11 +23,11 @@ from ..utils.regular import NotAFile, open_regular
 
 # %% ../../nbs/models/03_weights.ipynb #4212a4d6
 class WeightsError(ValueError):
-    "Weights that were asked for and cannot be had"
+    "The requested weights cannot be loaded"
 
 # %% ../../nbs/models/03_weights.ipynb #7fde2c8e
 def weights_folders() -> list[Path]:  # Folders, in the order they are searched
-    "Where weight files are looked for: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
+    "Folders with weights files: `DR_TRANSFER_WEIGHTS`, the cache, the cache of torch"
     return [
         Path(p)
         for p in (
@@ -39,18 +39,17 @@ def weights_folders() -> list[Path]:  # Folders, in the order they are searched
     ]
 
 
-MAX_WEIGHTS_GB = 8  # of a file of weights; the largest networks of timm are smaller
+MAX_WEIGHTS_GB = 8  # limit for a weights file; the largest networks of timm are smaller
 
 
 def _content(path) -> bytes:
-    "The bytes of a weights file, if it is one that can be read"
+    "The bytes of a weights file; `WeightsError` if it cannot be read"
     try:
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
             if size > MAX_WEIGHTS_GB * 1e9:
                 raise WeightsError(
-                    f'{path} has {size / 1e9:.0f} GB, and weights of at most {MAX_WEIGHTS_GB} GB are read: '
-                    'give another file'
+                    f'{path} has {size / 1e9:.0f} GB, more than the limit of {MAX_WEIGHTS_GB} GB: give another file'
                 )
             return f.read()
     except FileNotFoundError:
@@ -61,12 +60,12 @@ def _content(path) -> bytes:
         ) from None
     except OSError as e:
         raise WeightsError(
-            f'the weights file {path} cannot be opened ({e.strerror}): give another, or repair its permissions'
+            f'the weights file {path} cannot be opened ({e.strerror}): give another file, or correct its permissions'
         ) from None
 
 
 def _check_archive(data):
-    "ValueError for an archive whose members are larger than the file says: it would fill the memory"
+    "ValueError for an archive whose unpacked members are larger than the file: they could fill the memory"
     if not data.startswith(b'PK'):
         return
     with zipfile.ZipFile(io.BytesIO(data)) as z:
@@ -76,14 +75,14 @@ def _check_archive(data):
 
 
 def _tensors(data, suffix) -> dict:
-    "The tensors in the content of a file, by name; ValueError or another error if there are none"
+    "The tensors in the content of a file by name; an error if it cannot be read"
     if suffix == '.safetensors':
         sd = safetensors.torch.load(data)
     else:
         _check_archive(data)
         sd = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     if not isinstance(sd, dict):
-        raise TypeError(f'it holds a {type(sd).__name__}')
+        raise TypeError(f'it contains a {type(sd).__name__}')
     for key in ('state_dict', 'model', 'model_state_dict'):
         if isinstance(sd.get(key), dict):
             sd = sd[key]
@@ -93,13 +92,13 @@ def _tensors(data, suffix) -> dict:
 def hashed_weights(
     path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
 ) -> tuple[dict, str]:  # Name -> tensor; SHA-256 of the bytes that were read
-    "The tensors of a weights file and the hash of the same bytes; no code in it is run"
+    "Read the tensors of a weights file and its hash; no code in the file is run"
     path = Path(path)
     data = _content(path)
     try:
         sd = _tensors(data, path.suffix)
         if not sd:
-            raise ValueError('it holds no tensors with names')
+            raise ValueError('it contains no named tensors')
     except Exception as e:
         raise WeightsError(f'{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})') from None
     return sd, hashlib.sha256(data).hexdigest()
@@ -108,30 +107,30 @@ def hashed_weights(
 def read_weights(
     path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
 ) -> dict:  # Name -> tensor
-    "The tensors of a weights file; no code in it is run"
+    "Read the tensors of a weights file; no code in the file is run"
     return hashed_weights(path)[0]
 
 
 def file_hash(
     path: str | Path,  # A file
 ) -> str:  # SHA-256 in hexadecimal digits
-    "A file by what is in it"
+    "Hash of the content of a file"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/models/03_weights.ipynb #1da98a58
 def _check_tensor(name, v, own, what):
-    "`WeightsError` for a tensor that cannot be a weight"
+    "Raise `WeightsError` for a tensor that cannot be a weight"
     if v.is_meta or v.is_quantized or v.layout != torch.strided:
         raise WeightsError(
-            f"{what} does not fit: '{name}' is quantised, sparse or without numbers. Give weights in float32 or float16"
+            f"{what} does not fit: '{name}' is quantised, sparse or without values. Give weights in float32 or float16"
         )
     if not own.is_floating_point():
         return  # a counter
     if not v.is_floating_point():
         raise WeightsError(
-            f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, where numbers with a fraction "
-            'are expected. Give weights in float32 or float16'
+            f"{what} does not fit: '{name}' holds {str(v.dtype).removeprefix('torch.')}, not floating-point numbers. "
+            'Give weights in float32 or float16'
         )
     if not v.isfinite().all():
         raise WeightsError(
@@ -145,13 +144,13 @@ def _check_tensor(name, v, own, what):
 
 
 def fill(
-    net: nn.Module,  # Network that gets the weights
+    net: nn.Module,  # Network into which the weights are loaded
     sd: dict,  # Name -> tensor, from `read_weights`
-    needed: set,  # Names in the network that must be there
-    what: str,  # What the tensors are, for the error message
-    by_order: bool = False,  # Match by order, where only the names differ?
+    needed: set,  # Names of the tensors that must be present
+    what: str,  # Name of the tensors for the error message
+    by_order: bool = False,  # Match tensors by order instead of by name?
 ):
-    "Put the tensors of `sd` into `net`; all whose names are `needed` must be there"
+    "Load the tensors of `sd` into `net`; `WeightsError` if one of `needed` is missing or does not fit"
     own = net.state_dict()
     if by_order and len(sd) == len(own):
         sd = dict(zip(own, sd.values()))
@@ -160,24 +159,25 @@ def fill(
             sd = {prefix + k: v for k, v in sd.items()}
         if not set(sd) & set(own):
             sd = {k.removeprefix(prefix): v for k, v in sd.items()}
-    good = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
-    lack = [k for k in own if k in needed and k not in good and not k.endswith('num_batches_tracked')]
-    if lack:
-        k = lack[0]
-        why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is not in it'
+    fitting = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
+    missing = [k for k in own if k in needed and k not in fitting and not k.endswith('num_batches_tracked')]
+    if missing:
+        k = missing[0]
+        why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is missing'
         raise WeightsError(
-            f"{what} does not fit: of {len(needed)} tensors {len(lack)} are missing or have another shape; '{k}' {why}"
+            f'{what} does not fit: {len(missing)} of {len(needed)} tensors are missing or have another shape; '
+            f"'{k}' {why}"
         )
-    for k, v in good.items():
+    for k, v in fitting.items():
         _check_tensor(k, v, own[k], what)
-    net.load_state_dict(good, strict=False)
+    net.load_state_dict(fitting, strict=False)
 
 # %% ../../nbs/models/03_weights.ipynb #ac097387
 def reachable(
     address: str,  # Address of a hub
-    seconds: float = 3.0,  # How long to try
+    seconds: float = 3.0,  # Timeout in seconds
 ) -> bool:
-    "Can the host of an address be reached? (The retries of the hubs take most of a minute)"
+    "Can the host of an address be reached? (The retries of the hubs would take most of a minute)"
     if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')):
         return True
     try:

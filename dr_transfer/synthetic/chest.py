@@ -15,7 +15,7 @@ _FIELD = (180.0, 210.0, 300.0)  # mm along z, y, x
 
 
 def _axes(spacing: tuple) -> tuple:
-    "Positions of the voxels in mm along z, y, x, to be broadcast"
+    "Positions of the voxels in mm along z, y, x, for broadcasting"
     positions = []
     for length, step in zip(_FIELD, spacing):
         n = round(length / step)
@@ -27,16 +27,16 @@ def _cover(
     distance: np.ndarray,  # In mm from the surface, positive outside
     edge: float,  # Width of the soft edge in mm
 ) -> np.ndarray:
-    "Share of a voxel that is inside"
+    "Fraction of each voxel that is inside"
     return np.clip(0.5 - distance / np.float32(edge), 0, 1)
 
 
 def _blend(
     hu: np.ndarray,  # Changed in place
-    cover: np.ndarray,  # Share of each voxel
+    cover: np.ndarray,  # Covered fraction of each voxel
     value: np.ndarray | float,  # HU
 ):
-    "Lay something over what is there"
+    "Blend a material into a volume"
     hu += cover * (value - hu)
 
 
@@ -46,7 +46,7 @@ def _spline(
     cell: float,  # Of the grid in mm
     n: int,  # Points of the grid
 ) -> np.ndarray:  # (positions, n)
-    "Weights of quadratic splines, which make round bumps"
+    "Weights of quadratic B-splines"
     place = (positions[:, None] + length / 2) / cell + 1.5
     far = np.abs(place - np.arange(n)).astype(np.float32)
     near = 0.75 - far * far
@@ -59,7 +59,7 @@ def _bumps(
     axes: tuple,
     cell: float,  # Size of a bump in mm
 ) -> np.ndarray:
-    "Smooth noise of about unit spread: the same field for any voxels"
+    "Smooth noise with a standard deviation of about 1, independent of the voxel size"
     shape = [int(length / cell) + 4 for length in _FIELD]
     grid = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.55**-1.5)
     weights = [_spline(axis.ravel(), length, cell, n) for axis, length, n in zip(axes, _FIELD, shape)]
@@ -68,7 +68,7 @@ def _bumps(
 # %% ../../nbs/synthetic/03_chest.ipynb #128d67cf
 @dataclass(frozen=True)
 class _Ellipsoid:
-    "A round part"
+    "An ellipsoid of one material"
 
     place: tuple  # In mm along z, y, x
     half: tuple  # Half axes in mm
@@ -81,7 +81,7 @@ def _box(
     centre: tuple,  # In mm along z, y, x
     reach: float,  # In mm
 ) -> tuple:  # Slices; distances from the place along each axis
-    "The voxels within `reach` of a place"
+    "Voxels within `reach` of a position"
     box, distances = [], []
     for axis, place in zip(axes, centre):
         first = float(axis.flat[0])
@@ -100,7 +100,7 @@ def _lay(
     ball: _Ellipsoid,
     edge: float,  # Width of the soft edge in mm
 ):
-    "Lay an ellipsoid into `hu`"
+    "Draw an ellipsoid into a volume"
     box, off = _box(axes, ball.place, max(ball.half) + edge)
     to_unit = (ball.turn / np.asarray(ball.half, float)).astype(np.float32)
     d = np.stack(np.meshgrid(*off, indexing='ij'), -1) @ to_unit
@@ -117,7 +117,7 @@ def _tube(
     value: float,  # HU
     edge: float,  # Width of the soft edge in mm
 ):
-    "Lay a vessel into `hu`"
+    "Draw a vessel into a volume"
     for place, r in zip(line, radius):
         box, (z, y, x) = _box(axes, place, r + edge)
         distance = np.sqrt(z[:, None, None] ** 2 + y[:, None] ** 2 + x**2) - r
@@ -138,7 +138,7 @@ def _walk(
     bend: float,
     step: float = 2.0,  # In mm
 ) -> np.ndarray:  # (n, 3)
-    "A line that bends"
+    "Random curved line"
     n = max(3, int(length / step))
     turns = np.cumsum(rng.normal(0, bend, (n, 3)), 0)
     head = heading / np.linalg.norm(heading) + turns
@@ -159,21 +159,21 @@ class _Lung:
 
 @dataclass(frozen=True)
 class _Person:
-    "What makes a chest somebody's, in mm and HU"
+    "Parameters of the chest of a person, in mm and HU"
 
     body: tuple  # Half axes along x and y
-    fat: float  # Share of the wall
+    fat: float  # Fraction of the wall
     lung: float  # HU of lung
     scale: float  # Of the great vessels
-    middle: tuple  # Half axes of what is between the lungs
-    back: float  # Of the spine
+    middle: tuple  # Half axes of the mediastinum
+    back: float  # Position of the spine
     heart: _Ellipsoid
     lean: np.ndarray  # Of each lung
     lungs: list  # The right one, the left one
 
 
 def _person(rng: np.random.Generator) -> _Person:
-    "Shape, place and size of the parts of a chest"
+    "Random shape, position and size of the parts of a chest"
     wide, deep, scale, foot = rng.uniform((0.88, 0.86, 0.92, -66), (1.05, 1.04, 1.06, -46)).tolist()
 
     def heart():
@@ -208,7 +208,7 @@ def _shell(
     y: np.ndarray,
     body: tuple,  # Half axes along x and y
 ) -> np.ndarray:
-    "How far out a place is: 1 at the skin, less inside"
+    "Relative distance from the centre: 1 at the skin, less inside"
     a, b = body
     across = np.abs(x / a) ** 2.4
     deep = np.abs(y / b) ** 2.4
@@ -220,8 +220,8 @@ def _ribs(
     shell: np.ndarray,  # 1 at the skin, less inside
     edge: float,  # Width of the soft edge in mm
     who: _Person,
-) -> np.ndarray:  # Share of each voxel
-    "Stripes in the wall that run downwards to the front"
+) -> np.ndarray:  # Covered fraction of each voxel
+    "Draw the ribs as stripes in the wall that run downwards to the front"
     z, y, x = axes
     height = z + np.abs(x) * 0.35 - y * 0.3
     stripe = np.abs(height % 26 - 13)
@@ -238,8 +238,8 @@ def _lung_field(
     edge: float,  # Width of the soft edge in mm
     lung: _Lung,
     lean: float,
-) -> np.ndarray:  # Share of each voxel
-    "One lung above its diaphragm, which is higher over the liver"
+) -> np.ndarray:  # Covered fraction of each voxel
+    "Draw one lung above its diaphragm, which is higher over the liver"
     z, y, x = axes
     tall = np.sqrt(np.clip(1 - ((z + 40) / 150) ** 2, 0.05, 1))
     u = x - lung.x + np.sign(lung.x) * lean * (y - lung.y)
@@ -256,8 +256,8 @@ def _chest(
     axes: tuple,
     edge: float,  # Width of the soft edge in mm
     who: _Person,
-) -> tuple:  # HU; share of each voxel that is lung
-    "A chest wall with two lungs and fat between them"
+) -> tuple:  # HU; fraction of each voxel that is lung
+    "Draw a chest wall with two lungs and fat between them"
     z, y, x = axes
     warp = _bumps(rng, axes, 45) * 4
     shell = _shell(x, y, who.body) + warp * 0.006
@@ -275,7 +275,7 @@ def _chest(
     off_spine = _cover(20 - from_spine + 4, edge)
     lung *= in_wall * (1 - between) * off_spine
     _blend(hu, between * _cover(-z - 62, 6), -95)
-    _blend(hu, lung, who.lung + 0.3 * y)  # blood sinks: a patient on the back has denser lung there
+    _blend(hu, lung, who.lung + 0.3 * y)  # the lung of a patient on the back is denser at the back
     return hu, lung
 
 # %% ../../nbs/synthetic/03_chest.ipynb #2699d99e
@@ -283,7 +283,7 @@ def _tubes(
     rng: np.random.Generator,
     who: _Person,
 ) -> list:  # (line, radius) in mm
-    "Aorta, upper hollow vein, gullet, windpipe and its two branches"
+    "Aorta, superior vena cava, oesophagus, trachea and main bronchi"
     up = np.arange(-88, 88, 2.0)
 
     def straight(y, x, radius, low=-90):
@@ -292,13 +292,13 @@ def _tubes(
 
     fork = rng.uniform(0, 20)
     dy, dx = rng.normal(0, 2.5, (2, 4))
-    windpipe = [(z, 8.0, 0.0) for z in up if z > fork]
+    trachea = [(z, 8.0, 0.0) for z in up if z > fork]
     right, left = ([(fork - 0.9 * t, 8.0, side * t) for t in range(0, 34, 2)] for side in (-1, 1))
     return [
         straight(who.back - 25 + dy[0], 18 + dx[0], 11),
         straight(-14 + dy[1], -20 + dx[1], 8, -25),
         straight(30 + dy[2], dx[2], 6.5),
-        (windpipe, 9.0 * who.scale),
+        (trachea, 9.0 * who.scale),
         (right, 9.0 * who.scale),
         (left, 9.0 * who.scale),
     ]
@@ -310,7 +310,7 @@ def _bones(
     edge: float,  # Width of the soft edge in mm
     who: _Person,
 ):
-    "Lay spine and breastbone into `hu`"
+    "Draw spine and sternum into a volume"
     z, y, x = axes
     back = who.back
     front = -who.body[1] * (1 - who.fat) + 8
@@ -321,8 +321,8 @@ def _bones(
     muscle = _cover(np.hypot(x, y - back - 22) - 8, edge)
     _blend(hu, muscle * (y < who.body[1] - 12), 20)
     before = np.hypot(x / 20, (y - front) / 6)
-    breastbone = _cover((before - 1) * 6, edge)
-    _blend(hu, breastbone * (z > -50), 260)
+    sternum = _cover((before - 1) * 6, edge)
+    _blend(hu, sternum * (z > -50), 260)
 
 
 def _organs(
@@ -330,9 +330,9 @@ def _organs(
     axes: tuple,
     edge: float,  # Width of the soft edge in mm
     who: _Person,
-    tubes: list,  # What `_tubes` returned
+    tubes: list,  # From `_tubes`
 ):
-    "Lay bones, heart and the great tubes into `hu`"
+    "Draw bones, heart, great vessels and airways into a volume"
     _bones(hu, axes, edge, who)
     _lay(hu, axes, who.heart, edge)
     for line, radius in tubes:

@@ -34,9 +34,9 @@ from ..utils.files import new_folder, unknown
 def _room(
     p: np.ndarray,  # In mm
     who: _Person,
-    tubes: list,  # What `_tubes` returned
+    tubes: list,  # From `_tubes`
 ) -> float:  # Negative outside or in an organ
-    "mm to spare at a place in the fat between the lungs"
+    "Distance in mm from a position to the next organ or border of the mediastinum"
     z, y, x = p
     wide, deep = who.middle
     heart = np.subtract(p, who.heart.place) / who.heart.half
@@ -54,16 +54,16 @@ def _apart(
     points: np.ndarray,  # (n, 3) in mm
     p: np.ndarray,
 ) -> np.ndarray:
-    "How far points are from `p`"
+    "Distances of points from `p`"
     return np.linalg.norm(np.asarray(points) - p, axis=1)
 
 
 def _spot(
     rng: np.random.Generator,
-    room,  # A function of a place
+    room,  # Function of a position
     least: float,
 ) -> np.ndarray:
-    "A random place with `room(place)` of at least `least` mm, or the roomiest of 300"
+    "Random position with at least `least` mm of free space, or the best of 300"
     best, most = None, -np.inf
     for p in rng.uniform((-38, -60, -34), (78, 48, 34), (300, 3)):
         spare = room(p)
@@ -77,10 +77,10 @@ def _spot(
 def _net(
     rng: np.random.Generator,
     who: _Person,
-    tubes: list,  # What `_tubes` returned
+    tubes: list,  # From `_tubes`
     n: int = 9,
 ) -> list:  # (line, radii)
-    "Vessels in the fat"
+    "Generate vessels in the mediastinum"
 
     def room(p):
         return _room(p, who, tubes)
@@ -105,11 +105,11 @@ def _net(
 def _nodes(
     rng: np.random.Generator,
     who: _Person,
-    tubes: list,  # What `_tubes` returned
-    net: list,  # What `_net` returned
+    tubes: list,  # From `_tubes`
+    net: list,  # From `_net`
     n: int,
 ) -> list:  # Of `_Ellipsoid`
-    "Lymph nodes in the fat, beside vessels but not in them"
+    "Generate lymph nodes in the mediastinum, beside the vessels"
     points = np.concatenate([line for line, _ in net])
     wide = np.concatenate([radii for _, radii in net])
     out = []
@@ -129,12 +129,12 @@ def _nodes(
 
 def _others(
     rng: np.random.Generator,
-    net: list,  # What `_net` returned
-    nodes: list,  # What `_nodes` returned
-    room,  # A function of a place
+    net: list,  # From `_net`
+    nodes: list,  # From `_nodes`
+    room,  # Function of a position
     n: int,
 ) -> list:
-    "Places on vessels, outside of every node, that a detector could take for one"
+    "Positions on vessels, away from all nodes, that a detector could confuse with a node"
 
     def good(p):
         return room(p) > 2 and all(np.linalg.norm(node.place - p) > node.half.max() + 4 for node in nodes)
@@ -155,10 +155,10 @@ def _between(
     axes: tuple,
     edge: float,  # Width of the soft edge in mm
     who: _Person,
-    tubes: list,  # What `_tubes` returned
-    n: int,  # How many nodes, and how many places on vessels
-) -> tuple:  # Nodes; places on vessels
-    "Lay what is between the lungs into `hu`"
+    tubes: list,  # From `_tubes`
+    n: int,  # Number of nodes and of positions on vessels
+) -> tuple:  # Nodes; positions on vessels
+    "Draw the contents of the mediastinum into a volume"
     net = _net(rng, who, tubes)
     for line, radius in net:
         _tube(hu, axes, line, radius, rng.normal(42, 5), edge)
@@ -181,7 +181,7 @@ def _patches(
     axes: tuple,
     pattern: str,
 ) -> np.ndarray:  # Between 0 and 1
-    "How much of each voxel is affected"
+    "Affected fraction of each voxel"
     z, y, x = axes
     centre = rng.uniform(-30, 40)
     half = rng.uniform(40, 70)
@@ -200,10 +200,10 @@ def _affect(
     rng: np.random.Generator,
     hu: np.ndarray,  # Changed in place
     axes: tuple,
-    lung: np.ndarray,  # Share of each voxel that is lung
+    lung: np.ndarray,  # Fraction of each voxel that is lung
     pattern: str,
-) -> np.ndarray:  # How much of each voxel is affected
-    "Draw a pattern into the lung part of `hu`"
+) -> np.ndarray:  # Affected fraction of each voxel
+    "Draw a pattern into the lungs of a volume"
     mask = _patches(rng, axes, pattern)
     sick = lung * mask
     if pattern == 'emphysema':
@@ -225,11 +225,11 @@ def _lung_vessels(
     rng: np.random.Generator,
     hu: np.ndarray,  # Changed in place
     axes: tuple,
-    lung: np.ndarray,  # Share of each voxel that is lung
+    lung: np.ndarray,  # Fraction of each voxel that is lung
     edge: float,  # Width of the soft edge in mm
     n: int = 26,  # In each lung
 ):
-    "Draw vessels of both lungs, from the root outwards, tapering"
+    "Draw tapering vessels of both lungs, from the hilum outwards"
     soft = np.zeros_like(hu)
     for side in np.repeat((-1, 1), n).tolist():
         start = np.array([rng.normal(0, 14), rng.normal(6, 10), side * 33])
@@ -241,16 +241,16 @@ def _lung_vessels(
 
 # %% ../../nbs/synthetic/04_ct.ipynb #679f0e39
 def _mm(place: np.ndarray) -> list:
-    "A place, rounded"
+    "Round a position"
     return [round(float(v), 2) for v in place]
 
 
 def _slices(
     axes: tuple,
-    lung: np.ndarray,  # Share of each voxel that is lung
-    mask: np.ndarray,  # How much of each voxel is affected
+    lung: np.ndarray,  # Fraction of each voxel that is lung
+    mask: np.ndarray,  # Affected fraction of each voxel
 ) -> list:
-    "The share of lung affected in each slice that has enough of it"
+    "Affected fraction of the lung in each slice that has enough lung"
     area = lung.sum((1, 2))
     sick = (lung * mask).sum((1, 2))
     rows = []
@@ -263,9 +263,9 @@ def _slices(
 def _grain(
     rng: np.random.Generator,
     shape: tuple,
-    noise: float | None,  # Spread in HU; None: the patient's own
+    noise: float | None,  # Standard deviation in HU; None: random
 ) -> np.ndarray:
-    "The noise of a scanner, softer within a slice"
+    "Noise of a scanner, smoothed within a slice"
     own = rng.uniform(12, 24) if noise is None else noise
     grainy = rng.standard_normal(shape, dtype=np.float32)
     for axis in (1, 2):
@@ -274,19 +274,19 @@ def _grain(
 
 # %% ../../nbs/synthetic/04_ct.ipynb #1aba36de
 def draw_ct(
-    seed: int = 0,  # One patient
-    pattern: str = 'normal',  # Of the lungs, in `PATTERNS`
+    seed: int = 0,  # The patient
+    pattern: str = 'normal',  # Pattern of the lungs, in `PATTERNS`
     spacing: tuple = (3.0, 1.5, 1.5),  # mm between voxels along z, y, x
-    nodes: int = 6,  # Lymph nodes, and as many places on vessels
-    noise: float | None = None,  # Spread of the noise in HU; the patient's own if None
-) -> tuple:  # int16 HU (z, y, x); dict of truth, places in mm
-    "Draw a chest CT and say where its lymph nodes are and how much of each slice has the pattern"
+    nodes: int = 6,  # Number of lymph nodes, and of positions on vessels
+    noise: float | None = None,  # Standard deviation in HU; None: random
+) -> tuple:  # int16 HU (z, y, x); dict of truth, positions in mm
+    "Draw a synthetic chest CT; return its lymph nodes and the affected fraction of each slice"
     if pattern not in PATTERNS:
         raise unknown('pattern', pattern, PATTERNS)
     if len(spacing) != 3 or not all(0.5 <= v <= 10 for v in spacing):
-        raise ValueError(f'spacing={spacing}: type three numbers of 0.5 to 10 mm, such as (3, 1.5, 1.5)')
+        raise ValueError(f'spacing={spacing}: give three numbers from 0.5 to 10 mm, such as (3, 1.5, 1.5)')
     if seed < 0 or not 0 <= nodes <= 12:
-        raise ValueError(f'seed={seed}, nodes={nodes}: type a seed of 0 or more and 0 to 12 nodes')
+        raise ValueError(f'seed={seed}, nodes={nodes}: give a seed of 0 or more and 0 to 12 nodes')
     body, tree, sick, glands, grain = (_stream(seed, k) for k in range(5))
     axes = _axes(spacing)
     edge = float(np.mean(spacing))
@@ -308,7 +308,7 @@ def draw_ct(
     return np.clip(hu, -1024, 3071).round().astype(np.int16), truth
 
 # %% ../../nbs/synthetic/04_ct.ipynb #8b1b05f5
-_AFFECTED = 0.2  # share of the lung in a slice from which on it is labelled with the pattern
+_AFFECTED = 0.2  # affected fraction of a slice from which it is labelled with the pattern
 
 
 def _file_ct(job: dict) -> tuple:  # Rows of candidates, rows of slices, truth
@@ -337,18 +337,18 @@ def _file_ct(job: dict) -> tuple:  # Rows of candidates, rows of slices, truth
 # %% ../../nbs/synthetic/04_ct.ipynb #404104d3
 def make_ct(
     folder: str | Path,  # A new or empty folder
-    n: int = 20,  # Volumes, one a patient; patterns in turn
+    n: int = 20,  # Number of volumes, one per patient; patterns in turn
     seed: int = 0,  # The same seed gives the same volumes
     spacing: tuple = (3.0, 1.5, 1.5),  # mm between voxels along z, y, x
-    nodes: int = 6,  # Lymph nodes a volume, and as many places on vessels
-    every: float = 9.0,  # mm between two slices of the table
-    workers: int | None = None,  # Processes; None: as many as cores
-) -> tuple:  # Tables: volume, x, y, z, label, patient; volume, z, label, patient
-    "Write `volumes/`, `candidates.csv`, `slices.csv` and `truth.json` into `folder`, unless just these are there"
+    nodes: int = 6,  # Lymph nodes per volume, and positions on vessels
+    every: float = 9.0,  # Distance of the slices in the table in mm
+    workers: int | None = None,  # Number of processes; None: one per core
+) -> tuple:  # Tables of candidates and of slices
+    "Write `volumes/`, `candidates.csv`, `slices.csv` and `truth.json`, unless the folder holds exactly these"
     folder = Path(folder)
     settings = dict(maker='make_ct', n=n, seed=seed, spacing=list(spacing), nodes=nodes, every=every)
     if n < 1 or every <= 0:
-        raise ValueError(f'n={n}, every={every}: type 1 volume or more and some mm between slices')
+        raise ValueError(f'n={n}, every={every}: give at least 1 volume and a distance above 0 mm')
     mark = folder / 'drawn.json'
     if not (mark.is_file() and json.loads(mark.read_text()) == settings):
         with new_folder(folder, kind='drawn') as new:
@@ -366,9 +366,9 @@ def make_ct(
 def _write_ct(
     folder: Path,
     jobs: list,
-    workers: int | None,  # Processes; None: as many as cores
+    workers: int | None,  # Number of processes; None: one per core
 ):
-    "Write the volumes and the tables that belong to them"
+    "Write the volumes and their tables"
     (folder / 'volumes').mkdir()
     candidates, slices, truth = zip(*_map(_file_ct, jobs, workers))
     _write_rows(folder / 'candidates.csv', candidates, ['x', 'y', 'z'])
@@ -380,7 +380,7 @@ def _write_ct(
 def _write_rows(
     path: Path,
     rows: tuple,  # Of each volume
-    place: list,  # Columns that say where
+    place: list,  # Columns of the position
 ):
     "Write one table of all volumes"
     joined = [row for volume in rows for row in volume]

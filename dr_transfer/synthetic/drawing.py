@@ -17,33 +17,33 @@ from PIL import Image
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #cell006
 def _stream(*keys) -> np.random.Generator:
-    "The random stream of these numbers"
+    "Return the random generator for these keys"
     return np.random.default_rng(keys)
 
 
 def _noise(
     rng: np.random.Generator,
-    size: int,  # Side in pixels
-    cells: int,  # Bumps across: the same field at any `size`
+    size: int,  # Width and height in pixels
+    cells: int,  # Size of the coarse grid, independent of `size`
 ) -> np.ndarray:  # (size, size)
-    "Smooth noise of about unit spread"
+    "Smooth noise with a standard deviation of about 1"
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
     image = Image.fromarray(grid)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _rgb(*levels) -> np.ndarray:
-    "A colour for an image (3, height, width)"
+    "Reshape a colour for an image (3, height, width)"
     return np.float32(levels)[:, None, None]
 
 
 def _field(
-    size: int,  # Side in pixels
+    size: int,  # Width and height in pixels
     x0: float,
     y0: float,
     radius: float,
 ) -> tuple:  # Two arrays (size, size)
-    "x and y of every pixel, seen from (x0, y0), in units of `radius`"
+    "x and y of every pixel relative to (x0, y0), in units of `radius`"
     y, x = np.mgrid[:size, :size].astype(np.float32)
     radius = np.float32(radius)
     return (x - x0) / radius, (y - y0) / radius
@@ -51,18 +51,18 @@ def _field(
 
 def _stain(
     img: np.ndarray,  # (3, height, width), changed in place
-    alpha: np.ndarray,  # How much dye there is at each pixel
-    absorb: tuple,  # What it absorbs, not its colour
+    alpha: np.ndarray,  # Amount of dye at each pixel
+    absorb: tuple,  # Absorption of each channel
 ):
-    "Darken `img` like a layer of dye"
+    "Darken an image like a layer of dye"
     img *= np.exp(-alpha * _rgb(*absorb))
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #7b64411e
 def _is_made(
     folder: Path,
-    settings: dict,  # What is asked for
+    settings: dict,  # Requested settings
 ) -> bool:
-    "Whether `folder` holds this very set; one that holds anything else is refused"
+    "Whether a folder holds exactly this set; raise a ValueError if it holds other files"
     mark = folder / 'drawn.json'
     if mark.is_file():
         complete = settings | dict(files=len(list(folder.rglob('*.jpg'))))
@@ -70,8 +70,8 @@ def _is_made(
             return True
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(
-            f'{folder} has other files in it and nothing is overwritten: '
-            'type the path of a new folder, or delete this one'
+            f'{folder} contains other files, and nothing is overwritten: '
+            'give the path of a new folder, or delete this one'
         )
     return False
 
@@ -79,12 +79,12 @@ def _is_made(
 def _map(
     do,  # A function of one job
     jobs: list,
-    workers: int | None,  # Processes; None: as many as cores
+    workers: int | None,  # Number of processes; None: one per core
 ) -> list:
-    "Results of `do` over `jobs` in order, in forked processes where possible and worth it"
+    "Apply a function to jobs in order, in forked processes if possible and useful"
     processes = min(len(jobs) // 8, workers or os.cpu_count())
     try:
         with ProcessPoolExecutor(processes, mp_context=get_context('fork')) as pool:
             return list(pool.map(do, jobs, chunksize=4))
     except (ValueError, OSError, RuntimeError):
-        return [do(job) for job in jobs]  # too few jobs, or no processes to be had
+        return [do(job) for job in jobs]  # too few jobs, or no processes available

@@ -24,20 +24,20 @@ class _Vessel(NamedTuple):
 
 @dataclass(frozen=True)
 class _Course:
-    "How a vessel grows"
+    "Parameters of the course of a vessel"
 
-    heading: float  # Where it sets out to, an angle
+    heading: float  # Initial direction, an angle
     length: float
-    width: float  # Where it begins
-    bend: float  # How far it has turned at its end
-    sway: float  # How much it winds
+    width: float  # Initial width
+    bend: float  # Total change of direction
+    sway: float  # Amplitude of its windings
     vein: int
     depth: int  # Generations of branches
 
 
 @lru_cache(maxsize=256)
 def _along(n: int) -> tuple:
-    "`n` places along a vessel from 0 to 1, how far it has bent there, and how wide it still is"
+    "`n` positions along a vessel from 0 to 1, with its windings, bend and width there"
     t = np.arange(n) / (n - 1)
     turns = 6.3 * t[:, None]
     bent = t**0.75
@@ -51,7 +51,7 @@ def _grow(
     start: np.ndarray,  # x and y
     course: _Course,
 ):
-    "A vessel and its branches, into `out`"
+    "Append a vessel and its branches to `out`"
     n = max(6, int(course.length / 0.025))
     t, turns, bent, taper = _along(n)
     freq = rng.uniform(0.8, 3, 3) * course.length
@@ -70,11 +70,11 @@ def _grow(
 
 def _branch(
     rng: np.random.Generator,
-    course: _Course,  # Of the vessel that it leaves
-    heading: float,  # Of that vessel, where it leaves
-    width: float,  # Of that vessel, where it leaves
+    course: _Course,  # Of the parent vessel
+    heading: float,  # Of the parent vessel at the branching point
+    width: float,  # Of the parent vessel at the branching point
 ) -> _Course:
-    "A thinner, shorter vessel to one side"
+    "Parameters of a thinner, shorter branch"
     side = 1 - 2 * rng.integers(2)
     return _Course(
         heading=heading + side * rng.uniform(0.4, 0.9),
@@ -94,7 +94,7 @@ def _trunk(
     vein: int,
     sway: float,
 ) -> _Course:
-    "One of the eight large vessels"
+    "Parameters of one of the eight large vessels"
     sign = 2 * up - 1
     if temporal:
         heading = rng.normal(1.4, 0.15)
@@ -117,7 +117,7 @@ def _trunk(
 
 
 def _twig(rng: np.random.Generator, sway: float) -> _Course:
-    "One of the small vessels that leave the nerve away from the macula"
+    "Parameters of a small vessel on the side of the nerve away from the macula"
     return _Course(
         heading=np.pi + rng.normal(0, 0.5),
         length=rng.uniform(0.3, 0.5),
@@ -134,7 +134,7 @@ def _vessels(
     nerve: np.ndarray,  # x and y of the optic nerve
     sway: float,
 ) -> list:  # Of `_Vessel`
-    "All vessels of an eye"
+    "Generate all vessels of an eye"
     out = []
     for up, temporal, vein in np.ndindex(2, 2, 2):
         start = nerve + rng.normal(0, 0.012, 2)
@@ -146,11 +146,11 @@ def _vessels(
 # %% ../../nbs/synthetic/00_eye.ipynb #cell012
 def _strokes(
     lines: list,  # Of `_Vessel`
-    size: int,  # Side in pixels
-    centre: np.ndarray,  # Where (0, 0) is, in pixels
+    size: int,  # Width and height in pixels
+    centre: np.ndarray,  # Position of (0, 0) in pixels
     radius: float,  # Of the field, in pixels
 ) -> list:  # Two arrays between 0 and 1: arteries, veins
-    "How much of each pixel arteries and veins cover"
+    "Fraction of each pixel that arteries and veins cover"
     zoom = int(np.clip(1024 // size, 2, 4))
     sheets = [Image.new('L', (size * zoom, size * zoom)) for _ in ('artery', 'vein')]
     pens = [ImageDraw.Draw(sheet) for sheet in sheets]
@@ -164,7 +164,7 @@ def _strokes(
 
 # %% ../../nbs/synthetic/00_eye.ipynb #cell015
 def _person(rng: np.random.Generator) -> dict:
-    "What the two eyes of a person share"
+    "Random parameters that the two eyes of a person share"
     shades = np.array(
         [
             (0.60, 0.31, 0.14),
@@ -189,7 +189,7 @@ def _inside(
     distance: np.ndarray,  # From the edge, positive outside
     softness: float,
 ) -> np.ndarray:  # 1 inside, 0 outside
-    "A soft edge"
+    "Fraction inside a soft edge"
     return 0.5 - 0.5 * np.tanh(distance / softness)
 
 
@@ -200,8 +200,8 @@ def _nerve_head(
     far: np.ndarray,  # Distance from its middle
     nerve: tuple,  # x, y and radius
     cup_to_disc: float,
-) -> tuple:  # How much of each pixel it covers; its colours
-    "The optic nerve with its pale cup"
+) -> tuple:  # Covered fraction of each pixel; colours
+    "Draw the optic nerve with its pale cup"
     outline = nerve[2] * (1 + 0.03 * _noise(rng, len(x), 6))
     edge = _inside(far - outline, 0.018)
     hollow = np.hypot(x - nerve[0] + 0.01, y - nerve[1])
@@ -213,14 +213,14 @@ def _nerve_head(
 
 def _retina(
     rng: np.random.Generator,
-    size: int,  # Side in pixels
+    size: int,  # Width and height in pixels
     x: np.ndarray,
     y: np.ndarray,
-    who: dict,  # What `_person` returned
+    who: dict,  # From `_person`
     nerve: tuple,  # x, y and radius
     macula: tuple,  # x and y
 ) -> tuple:  # Image (3, size, size); distance of each pixel from the macula
-    "The retina without vessels"
+    "Draw the retina without vessels"
     near = np.hypot(x - macula[0], y - macula[1])
     far = np.hypot((x - nerve[0]) * 1.08, y - nerve[1])
     ridges = np.exp(-4 * np.abs(_noise(rng, size, 19) + 0.5 * _noise(rng, size, 9)))
@@ -238,7 +238,7 @@ def _retina(
     return img + edge * (face - img) * 0.92, near
 
 # %% ../../nbs/synthetic/00_eye.ipynb #cell018
-_LESIONS = dict(  # radius from and to; then how many, from and to, at grades 0 to 4
+_LESIONS = dict(  # range of radii; then range of numbers at grades 0 to 4
     microaneurysm=((0.008, 0.012), (0, 0), (1, 6), (2, 10), (8, 20), (3, 14)),
     haemorrhage=((0.013, 0.045), (0, 0), (0, 0), (2, 11), (24, 44), (2, 16)),
     exudate=((0.007, 0.018), (0, 0), (0, 0), (0, 24), (0, 40), (0, 30)),
@@ -255,11 +255,11 @@ LESION_KINDS = tuple(_LESIONS)
 def _somewhere(
     rng: np.random.Generator,
     kind: str,
-    quadrant: int | None,  # Where it must lie; None: anywhere
-    nests: np.ndarray,  # Where exudates gather
+    quadrant: int | None,  # Required quadrant; None: any
+    nests: np.ndarray,  # Centres of groups of exudates
     arcades: list,  # Points of the large vessels
 ) -> np.ndarray:  # x and y
-    "Where a lesion of a kind may lie"
+    "Random position of a lesion"
     p = rng.uniform(-0.92, 0.92, 2)
     if quadrant is not None:
         return abs(p) * ((1, 1), (-1, 1), (1, -1), (-1, -1))[quadrant]
@@ -277,9 +277,9 @@ def _place(
     nerve: np.ndarray,  # x, y and radius
     macula: np.ndarray,  # x and y
     vessels: list,
-    cut: float,  # Where the field is cut off, above and below
+    cut: float,  # Height at which the field is cut off
 ) -> list:  # (kind, x, y, radius)
-    "Lesions of a grade, in the field of view and off the optic nerve"
+    "Place the lesions of a grade in the field of view and off the optic nerve"
     out = []
     arcades = [points for points, width, _ in vessels if width[0] > 0.012]
     nests = np.clip(rng.normal(macula, 0.3, (3, 2)), -0.6, 0.6)
@@ -290,9 +290,9 @@ def _place(
             everywhere = kind == 'haemorrhage' and i < 24 and grade == 3
             while True:
                 p = _somewhere(rng, kind, i % 4 if everywhere else None, nests, arcades)
-                seen = np.hypot(*p) < 0.93 - r and abs(p[1]) < cut - r - 0.03
+                visible = np.hypot(*p) < 0.93 - r and abs(p[1]) < cut - r - 0.03
                 off_nerve = np.hypot(*(p - nerve[:2])) > nerve[2] + r + 0.02
-                if seen and (kind == 'new_vessel' or off_nerve):
+                if visible and (kind == 'new_vessel' or off_nerve):
                     break
             out.append((kind, *p, r))
     return out
@@ -316,7 +316,7 @@ def _blob(
     u = x * np.cos(turn) + y * np.sin(turn)
     v = y * np.cos(turn) - x * np.sin(turn)
     if kind == 'haemorrhage':
-        v *= 1 + rng.exponential(0.4)  # some are drawn out like a flame
+        v *= 1 + rng.exponential(0.4)  # some are flame-shaped
     waves = np.sin(lobes * np.arctan2(v, u) + turn)
     reach = r * (1 - amp + amp * waves)
     cover = np.clip((reach - np.hypot(u, v)) / max(1, 0.5 * r) + 0.6, 0, 1)

@@ -19,11 +19,11 @@ from .drawing import _field, _is_made, _map, _noise, _rgb, _stream
 # %% ../../nbs/synthetic/02_flowers.ipynb #cell053
 def _paint(
     img: np.ndarray,  # (3, height, width), changed in place
-    alpha: np.ndarray,  # How much of each pixel is covered
+    alpha: np.ndarray,  # Covered fraction of each pixel
     colour: tuple,
-    tone: np.ndarray | float,  # How bright it is at each pixel
+    tone: np.ndarray | float,  # Brightness at each pixel
 ):
-    "Lay paint over `img`"
+    "Blend a colour into an image"
     img += np.clip(alpha, 0, 1) * (tone * _rgb(*colour) - img)
 
 
@@ -49,11 +49,11 @@ def _petal(
 # %% ../../nbs/synthetic/02_flowers.ipynb #7bcbab43
 @dataclass(frozen=True)
 class _Rings:
-    "A flower of rings of petals"
+    "Parameters of a flower with rings of petals"
 
     rings: int
     petals: int  # In each ring
-    less: float  # How much shorter each ring is
+    less: float  # Decrease of the length per ring
     width: float  # Of a petal
     tip: float  # Of a petal
     colour: tuple
@@ -77,7 +77,7 @@ def _above(
     rng: np.random.Generator,
     kind: str,
 ):
-    "A flower of unit radius seen from above"
+    "Draw a flower of unit radius from above"
     flower = _RINGS[kind]
     n = flower.petals
     r = np.hypot(x, y)
@@ -118,7 +118,7 @@ def _rose(
     y: np.ndarray,
     rng: np.random.Generator,
 ):
-    "A rose of unit radius: whorls of petals, each with a bright rim, around a dark heart"
+    "Draw a rose of unit radius: whorls of petals with bright rims around a dark centre"
     _above(img, x / 1.3, y / 1.3, rng, 'sepals')
     colour = _ROSES[rng.integers(4)]
     for whorl in range(9):
@@ -138,7 +138,7 @@ def _tulip(
     y: np.ndarray,
     rng: np.random.Generator,
 ):
-    "A tulip from the side: stem, two leaves, five petals that stand in a cup"
+    "Draw a tulip from the side: stem, two leaves, a cup of five petals"
     colour = np.array(_TULIPS[rng.integers(6)])
     stem = 0.07 - np.abs(x - 0.1 * (y - 0.5) ** 2)
     _paint(img, stem * 40 * (y > 0.3), (0.35, 0.58, 0.22), 1.0)
@@ -167,20 +167,20 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class _Scene:
-    "What a photographer's images share"
+    "Background, light and format of a photographer's images"
 
     here: np.ndarray  # Two colours of the background
     there: np.ndarray
     light: np.ndarray  # Of each colour
-    cells: int  # Patches of the background across
+    cells: int  # Patches across the background
     shape: tuple  # Width and height in pixels
 
 
 def _scene(
-    host: np.random.Generator,  # The photographer's stream
-    size: int,  # Shorter side in pixels
+    host: np.random.Generator,  # Random generator of the photographer
+    size: int,  # Shorter edge in pixels
 ) -> _Scene:
-    "A photographer's place, light and format"
+    "Random background, light and format of a photographer"
     here, there = (_rgb(*_PLACES[k]) for k in host.permutation(6)[:2])
     light = host.uniform(0.82, 1.12) * host.normal(1, (0.06, 0.03, 0.1))
     cells = host.integers(3, 9)
@@ -190,7 +190,7 @@ def _scene(
 
 
 def _background(rng: np.random.Generator, scene: _Scene) -> np.ndarray:
-    "The place, as out of focus"
+    "Draw the background, out of focus"
     w, h = scene.shape
     side = max(w, h)
     patches = 0.5 + 0.5 * _noise(rng, side, scene.cells) + 0.1 * _noise(rng, side, 40)
@@ -203,9 +203,9 @@ def _flower(
     img: np.ndarray,  # Changed in place
     label: str,
     radius: float,  # In pixels
-    shift: float,  # From the middle, as a share of the sides
+    shift: float,  # From the centre, as a fraction of width and height
 ):
-    "Draw a flower somewhere into the image"
+    "Draw a flower at a random position"
     h, w = img.shape[1:]
     x0 = w * rng.normal(0.5 + shift, 0.04)
     y0 = h * rng.normal(0.5 - shift, 0.04)
@@ -232,13 +232,13 @@ class _Job:
 
     path: Path
     label: str
-    size: int  # Shorter side in pixels
+    size: int  # Shorter edge in pixels
     seed: tuple  # Of the image
     host: tuple  # Seed of the photographer
 
 
 def _file_flower(job: _Job):
-    "Draw and write one image: its photographer's background and light, a flower or two"
+    "Draw and write one image: the photographer's background and light, one or two flowers"
     rng = _stream(*job.seed)
     scene = _scene(_stream(*job.host), job.size)
     img = _background(rng, scene)
@@ -257,10 +257,10 @@ _CLASSES = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
 
 
 def _photographer(
-    i: int,  # Number of the image
-    classes: int,  # How many there are
+    i: int,  # Index of the image
+    classes: int,  # Number of classes
 ) -> int:
-    "Whose image it is; everybody takes four: two of one class, two of the next"
+    "Number of the photographer of an image; each has four images, of two classes"
     turn = i // classes
     group = turn // 4
     member = (i + turn // 2 % 2) % classes
@@ -269,17 +269,17 @@ def _photographer(
 
 def make_flowers(
     folder: str | Path,  # A new or empty folder
-    n: int = 100,  # Images, as many of each class as possible
-    size: int = 128,  # Shorter side in pixels
+    n: int = 100,  # Number of images, equal per class if possible
+    size: int = 128,  # Shorter edge in pixels
     seed: int = 0,  # The same seed gives the same bytes
-    classes: tuple = _CLASSES,  # Some of these
-) -> pd.DataFrame:  # What credits.csv holds: image, label, photographer
-    "Write a folder for each class and `credits.csv`, unless just these are there"
+    classes: tuple = _CLASSES,  # Classes to draw
+) -> pd.DataFrame:  # credits.csv: image, label, photographer
+    "Write a folder for each class and `credits.csv`, unless the folder holds exactly these"
     folder = Path(folder)
     if len(classes) == 0 or set(classes) - set(_CLASSES):
-        raise ValueError(f'classes={classes}: type some of {", ".join(_CLASSES)}')
+        raise ValueError(f'classes={classes}: give some of {", ".join(_CLASSES)}')
     if n < len(classes) or size < 32:
-        raise ValueError(f'n={n}, size={size}: type at least one image a class, and 32 pixels')
+        raise ValueError(f'n={n}, size={size}: give at least one image per class, and 32 pixels')
     settings = dict(maker='make_flowers', n=n, size=size, seed=seed, classes=list(classes))
     if _is_made(folder, settings):
         return pd.read_csv(folder / 'credits.csv')

@@ -20,11 +20,11 @@ from .eye import LESION_KINDS, _blob, _person, _place, _retina, _strokes, _tuft,
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
 @dataclass(frozen=True)
 class _Camera:
-    "How a camera sees: the same for all its photographs"
+    "Parameters of a camera, equal for all its images"
 
-    fill: float  # How much of the image the field fills
-    cut: float  # Where the field is cut off, above and below
-    gain: np.ndarray  # Its tint
+    fill: float  # Diameter of the field as a fraction of the image
+    cut: float  # Height at which the field is cut off
+    gain: np.ndarray  # Gain of each channel
     vignette: float
     noise: float
     blur: float
@@ -32,7 +32,7 @@ class _Camera:
 
 
 def _camera(number: int) -> _Camera:
-    "The camera of this number"
+    "Return the camera with this number"
     rng = _stream(number, 11)
     return _Camera(
         fill=rng.uniform(0.90, 0.98),
@@ -52,7 +52,7 @@ def _lit(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:
-    "Uneven light, stray light and tint"
+    "Add uneven light, stray light and tint"
     side, tilt = rng.uniform((0, -0.22), (6.3, 0.22)).tolist()
     d = np.hypot(x, y)
     along = x * np.cos(side) + y * np.sin(side)
@@ -68,7 +68,7 @@ def _lit(
 
 
 def _bytes(img: np.ndarray) -> Image.Image:
-    "A float image (3, height, width) between 0 and 255 as one of Pillow"
+    "Convert a float image (3, height, width) from 0 to 255 to a PIL image"
     levels = np.clip(img, 0, 255).astype(np.uint8)
     return Image.fromarray(levels.transpose(1, 2, 0).copy())
 
@@ -80,7 +80,7 @@ def _photo(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # uint8 (height, width, 3)
-    "The photograph of a retina: light, tint, focus, noise, the edge of the field"
+    "Render the image of a retina: light, tint, focus, noise, edge of the field"
     size = len(x)
     lit = np.clip(_lit(rng, img, cam, x, y), 0, 1) * 255
     focus = ImageFilter.GaussianBlur(cam.blur * rng.uniform(0.7, 2) * size)
@@ -99,7 +99,7 @@ def _photo(
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell027
 @dataclass(frozen=True)
 class _Pose:
-    "Where an eye lies in the photograph"
+    "Position of an eye in the image"
 
     radius: float  # Of the field, in pixels
     centre: np.ndarray  # Of the field, in pixels
@@ -107,7 +107,7 @@ class _Pose:
     macula: np.ndarray  # x and y, in units of the field
 
     def pixels(self, x, y, r) -> list:  # Rounded x, y and radius
-        "A place in the photograph"
+        "Convert a position to pixels of the image"
         places = (
             x * self.radius + self.centre[0],
             y * self.radius + self.centre[1],
@@ -118,11 +118,11 @@ class _Pose:
 
 def _pose(
     rng: np.random.Generator,
-    size: int,  # Side in pixels
-    fill: float,  # How much of the image the field fills
+    size: int,  # Width and height in pixels
+    fill: float,  # Diameter of the field as a fraction of the image
     nerve: float,  # Radius of the optic nerve
 ) -> _Pose:
-    "No two photographs have an eye in the same place"
+    "Random position of an eye in the image"
     radius = fill * size / 2 * rng.uniform(0.97, 1)
     centre = (size - 1) / 2 + rng.normal(0, 0.006, 2) * size
     shift = rng.normal(0, 0.03, 2)
@@ -133,9 +133,9 @@ def _pose(
 
 def _sheen(
     rng: np.random.Generator,
-    cover: np.ndarray,  # How much of each pixel is vessel
+    cover: np.ndarray,  # Fraction of each pixel covered by vessels
 ) -> np.ndarray:
-    "The reflexes of a young eye, between the vessels"
+    "Draw the reflexes of a young eye between the vessels"
     size = len(cover)
     small = Image.fromarray(cover).resize((20, 20), Image.Resampling.BOX)
     wide = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
@@ -146,10 +146,10 @@ def _sheen(
 def _distract(
     rng: np.random.Generator,
     img: np.ndarray,  # Changed in place
-    who: dict,  # What `_person` returned
+    who: dict,  # From `_person`
     pose: _Pose,
 ):
-    "Drusen and naevi, which are no sign of diabetes"
+    "Draw drusen and naevi, which are no sign of diabetes"
     for kind in ('druse', 'naevus'):
         places = rng.normal(pose.macula, 0.25, (max(0, who[kind]), 2))
         for x, y in np.clip(places, -0.9, 0.9):
@@ -159,22 +159,22 @@ def _distract(
 # %% ../../nbs/synthetic/01_fundus.ipynb #271eb364
 @dataclass(frozen=True)
 class _Eye:
-    "A right eye before it is photographed"
+    "A right eye before the camera is simulated"
 
     img: np.ndarray  # (3, size, size)
     x: np.ndarray  # Of its pixels
     y: np.ndarray
-    parts: dict  # What is where, in pixels: x, y and radius
+    parts: dict  # Position of each part in pixels: x, y and radius
     lesions: list  # Kind, x, y and radius, in pixels
 
 
 def _eye(
     grade: int,
     keys: list,  # The seed
-    size: int,  # Side in pixels
+    size: int,  # Width and height in pixels
     cam: _Camera,
 ) -> _Eye:
-    "Draw an eye"
+    "Draw a right eye"
     who = _person(_stream(keys[0], 1))
     place, tree, skin, sick = (_stream(*keys, k) for k in range(2, 6))
     pose = _pose(place, size, cam.fill, who['nerve'])
@@ -203,21 +203,21 @@ def _eye(
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell028
 def draw_fundus(
     grade: int,  # 0 to 4 on the ICDR scale
-    seed: int | tuple = 0,  # One eye; (person, eye): two eyes that share looks
-    size: int = 256,  # Side of the square image in pixels
-    eye: str = 'right',  # 'right' or 'left': its mirror image
-    camera: int = 0,  # Any number: tint, light, noise; an odd one cuts the field
+    seed: int | tuple = 0,  # One eye; (person, eye): two similar eyes
+    size: int = 256,  # Width and height in pixels
+    eye: str = 'right',  # 'right' or 'left' (mirrored)
+    camera: int = 0,  # Number of the camera; odd ones cut off the field
 ) -> tuple:  # uint8 RGB (size, size, 3), black outside the disc; dict of truth
-    "Draw a fundus photograph and say where everything is, in pixels"
+    "Draw a synthetic fundus image and return the positions of its parts in pixels"
     keys = [int(k) for k in np.atleast_1d(seed)]
     if grade not in range(5):
-        raise ValueError(f'grade={grade!r} is not on the ICDR scale: type 0, 1, 2, 3 or 4')
+        raise ValueError(f'grade={grade!r} is not on the ICDR scale: give 0, 1, 2, 3 or 4')
     if eye not in ('right', 'left'):
-        raise ValueError(f"eye={eye!r}: there are two, type 'right' or 'left'")
+        raise ValueError(f"eye={eye!r}: give 'right' or 'left'")
     if size < 48:
-        raise ValueError(f'size={size}: lesions get lost in so small an image, type 48 or more')
+        raise ValueError(f'size={size}: lesions are not visible in such a small image, give 48 or more')
     if min(camera, *keys) < 0:
-        raise ValueError(f'seed={seed}, camera={camera}: they count from 0, type 0 or more')
+        raise ValueError(f'seed={seed}, camera={camera}: give 0 or more')
     cam = _camera(camera)
     drawn = _eye(grade, keys, size, cam)
     img, x = drawn.img, drawn.x
@@ -239,10 +239,10 @@ def draw_fundus(
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell032
 def lesion_mask(
-    truth: dict,  # What `draw_fundus` returned
-    kinds: tuple = LESION_KINDS,  # Which lesions
+    truth: dict,  # From `draw_fundus`
+    kinds: tuple = LESION_KINDS,  # Kinds of lesions
 ) -> np.ndarray:  # Boolean (size, size)
-    "Pixels within the radius of a lesion"
+    "Mask of the pixels within the radius of a lesion"
     size = truth['size']
     mask = np.zeros((size, size), bool)
     for q in truth['lesions']:
@@ -253,19 +253,19 @@ def lesion_mask(
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell033
 def contact_sheet(
-    images: list,  # Images or arrays, of any sizes
-    titles: list | None = None,  # One a picture, written into its corner
-    cols: int = 5,  # Pictures in a row
-    size: int = 150,  # Side of a picture's square in pixels
-) -> Image.Image:  # The sheet
-    "Pictures side by side on one sheet"
+    images: list,  # Images or arrays of any size
+    titles: list | None = None,  # One per image, written into its corner
+    cols: int = 5,  # Images in a row
+    size: int = 150,  # Width and height of each image in pixels
+) -> Image.Image:  # All images in one
+    "Combine images in a grid"
     rows = -(-len(images) // cols)
     sheet = Image.new('RGB', (cols * size, rows * size))
     for i, image in enumerate(images):
         row, col = divmod(i, cols)
         at = (col * size, row * size)
-        picture = Image.fromarray(np.asarray(image)).convert('RGB')
-        sheet.paste(ImageOps.pad(picture, (size, size)), at)
+        tile = Image.fromarray(np.asarray(image)).convert('RGB')
+        sheet.paste(ImageOps.pad(tile, (size, size)), at)
         if titles is not None:
             title = str(titles[i]).encode('utf-8', 'surrogateescape')
             ImageDraw.Draw(sheet).text(at, title.decode('utf-8', 'replace'), fill='white')
@@ -274,10 +274,10 @@ def contact_sheet(
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell042
 def _grades(
     rng: np.random.Generator,
-    n: int,  # How many eyes
-    fractions: tuple,  # Of the grades
+    n: int,  # Number of eyes
+    fractions: tuple,  # Fraction of each grade
 ) -> np.ndarray:
-    "Grades of eyes, two by two of one person: shares as asked, pairs alike"
+    "Draw grades with the given fractions, correlated between the two eyes of a person"
     person = rng.normal(size=(n + 1) // 2)
     eye = rng.normal(size=n)
     severity = 0.85 * np.repeat(person, 2)[:n] + 0.53 * eye
@@ -291,16 +291,16 @@ def _plan_dr(
     n: int,
     cameras: int | tuple,
     grade_p: tuple,
-    flaw_counts: dict,  # How many photographs have which flaw
+    flaw_counts: dict,  # Number of images with each flaw
 ) -> list:  # Of jobs
-    "What to draw for each photograph, and which flaw it gets"
+    "Plan each image and its flaw"
     cams = np.arange(cameras).tolist() if np.ndim(cameras) == 0 else [int(c) for c in cameras]
     if n < 1 or not cams:
-        raise ValueError(f'n={n}, cameras={cameras}: nothing to draw, type 1 or more')
+        raise ValueError(f'n={n}, cameras={cameras}: nothing to draw, give 1 or more')
     if len(grade_p) != 5 or min(grade_p) < 0:
-        raise ValueError(f'grade_p={grade_p}: type five shares of 0 or more, one for each grade')
+        raise ValueError(f'grade_p={grade_p}: give five fractions of 0 or more, one for each grade')
     if sum(flaw_counts.values()) > n:
-        raise ValueError(f'{flaw_counts} ask for more than n={n} and a photograph has one flaw: type a larger n')
+        raise ValueError(f'{flaw_counts} are more flaws than n={n} images: give a larger n')
     people = (n + 1) // 2
     grades = _grades(rng, n, grade_p)
     person = rng.integers(2**31, size=people)
@@ -332,7 +332,7 @@ def _damage(
     path: Path,
     how: int,  # 0, 1 or 2
 ):
-    "Make an image unreadable: empty, no image at all, or cut off"
+    "Make an image unreadable: empty, not an image, or truncated"
     content = path.read_bytes()
     damaged = (b'', b'<html>404 Not Found</html>', content[: len(content) // 2])
     path.write_bytes(damaged[how])
@@ -346,7 +346,7 @@ def _save_again(img: Image.Image, path: Path):
 
 
 def _file_dr(job: dict) -> list:
-    "Draw and write one photograph and its copy, damaged if asked; a row of truth for each"
+    "Draw and write one image and its copy, with its flaw; return a row of truth for each"
     pixels, facts = draw_fundus(job['grade'], job['seed'], job['size'], job['eye'], job['camera'])
     path = Path(job['folder'], 'images', f'{job["patient"]}_{job["eye"]}.jpg')
     img = Image.fromarray(pixels)
@@ -371,19 +371,19 @@ def _file_dr(job: dict) -> list:
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell047
 def make_dr(
     folder: str | Path,  # A new or empty folder
-    n: int = 600,  # Photographs, two eyes a patient
-    size: int = 256,  # Side in pixels
+    n: int = 600,  # Number of images, two eyes per patient
+    size: int = 256,  # Width and height in pixels
     seed: int = 0,  # The same seed gives the same bytes
     *,
-    cameras: int | tuple = 1,  # How many, or which ones: (3, 4)
-    exact_duplicates: int = 0,  # On top of `n`: the same bytes, another patient
-    near_duplicates: int = 0,  # On top of `n`: saved anew, another patient
-    unreadable: int = 0,  # Among the `n`: empty, cut off, or no image
+    cameras: int | tuple = 1,  # Number of cameras, or their numbers: (3, 4)
+    exact_duplicates: int = 0,  # In addition to `n`: same bytes, another patient
+    near_duplicates: int = 0,  # In addition to `n`: saved again, another patient
+    unreadable: int = 0,  # Among the `n`: empty, truncated, or not an image
     wrong_labels: int = 0,  # Among the `n`: another grade in labels.csv
-    grade_p: tuple = (0.45, 0.15, 0.2, 0.12, 0.08),  # Shares of the grades
-    workers: int | None = None,  # Processes; None: as many as cores
-) -> pd.DataFrame:  # What labels.csv holds: image, grade, patient, eye
-    "Write `images/`, `labels.csv` and `truth.json` into `folder`, unless just these are there"
+    grade_p: tuple = (0.45, 0.15, 0.2, 0.12, 0.08),  # Fraction of each grade
+    workers: int | None = None,  # Number of processes; None: one per core
+) -> pd.DataFrame:  # labels.csv: image, grade, patient, eye
+    "Write `images/`, `labels.csv` and `truth.json` to a folder, unless it holds exactly these"
     folder = Path(folder)
     flaw_counts = dict(
         exact_duplicates=exact_duplicates,
@@ -412,13 +412,13 @@ def make_dr(
 
 def _write_dr(
     folder: Path,
-    rows: list,  # Of truth
-    settings: dict,  # What was asked for
+    rows: list,  # Rows of truth
+    settings: dict,  # Requested settings
 ):
-    "Write the tables that belong to the photographs"
+    "Write the tables of the images"
     labels = pd.DataFrame(rows).assign(grade=lambda d: d.label)
     labels[['image', 'grade', 'patient', 'eye']].to_csv(folder / 'labels.csv', index=False)
     truth = {row['image']: row for row in rows}
     (folder / 'truth.json').write_text(json.dumps(truth))
     mark = settings | dict(files=len(rows))
-    (folder / 'drawn.json').write_text(json.dumps(mark))  # last: half a set is none
+    (folder / 'drawn.json').write_text(json.dumps(mark))  # last: an incomplete set does not count

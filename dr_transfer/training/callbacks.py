@@ -29,16 +29,16 @@ def _eval_bn(model):
 
 # %% ../../nbs/training/03_callbacks.ipynb #b6ae1a12
 class FrozenMode(Callback):
-    "Whatever has no trainable parameter is in evaluation mode and without gradients"
+    "Keep modules without trainable parameters in evaluation mode and without gradients"
 
     needs_batches = False
 
-    order, run_valid = -9, False  # right after the model is put into training mode
+    order, run_valid = -9, False  # right after the model is set to training mode
 
     def __init__(
         self,
-        fixed_bn: bool | None = None,  # BatchNorm of the body stays? None: as the phase or the backbone has it
-        of_phase: bool | None = None,  # The same, as the phase that is run has it
+        fixed_bn: bool | None = None,  # Fix BatchNorm of the body? None: as in phase or backbone
+        of_phase: bool | None = None,  # `fixed_bn` of the current phase
     ):
         self.fixed_bn, self.of_phase = fixed_bn, of_phase
 
@@ -58,54 +58,54 @@ class FrozenMode(Callback):
             if isinstance(m, Body) and self.fixed(m.stages.spec):
                 _eval_bn(m)
 
-    def before_step(self):  # fastai's optimisers change `p.data`, which torch does not count as a change
+    def before_step(self):  # fastai's optimisers change `p.data`, which does not change the version of a tensor
         for p in self.model.parameters():
             if p.requires_grad:
                 increment_version(p)
 
 # %% ../../nbs/training/03_callbacks.ipynb #2176230e
 class HeadFirst(Callback):
-    "Warn where a pretrained body is trained before its head (Chollet 2017, chapter 5)"
+    "Warn if a pretrained body is trained before its head (Chollet 2017, chapter 5)"
 
     needs_batches = False
 
     def __init__(
         self,
-        trained: bool = False,  # Is the head trained already?
+        trained: bool = False,  # Is the head already trained?
     ):
         self.trained = trained
 
-    def before_train(self):  # not `before_fit`, which fastai calls before it validates and predicts as well
+    def before_train(self):  # not `before_fit`, which fastai also calls before validation and prediction
         if self.epoch:
             return
         bodies = [m for m in self.model.modules() if isinstance(m, Body)]
         free = any(p.requires_grad for b in bodies for p in b.parameters())
         if free and not self.trained and bodies[0].stages.weights.kind != 'random':
             warn(
-                'the body is trained before the head: a random head destroys what was learnt there. '
-                "First learn.freeze() and a fit, or a plan such as fit(learn, 'fine_tune')"
+                'the body is trained before the head: the gradients of a random head destroy the pretrained weights. '
+                "Train the head first with learn.freeze(), or use a plan such as fit(learn, 'fine_tune')"
             )
 
     def after_train(self):
         self.trained = True
 
 # %% ../../nbs/training/03_callbacks.ipynb #a1eb0bc3
-_DIVERGED_AT = 20.0  # times its start: a loss above that has diverged
+_DIVERGED_AT = 20.0  # a loss above this multiple of its initial value has diverged
 
 
 class TrainingError(ValueError):
-    "A training diverged: its loss is not finite, or far above its start"
+    "Training diverged: the loss is not finite, or far above its initial value"
 
 # %% ../../nbs/training/03_callbacks.ipynb #24794038
 class LossGuard(Callback):
-    "Stop a training whose loss is not finite, or far above its start; the reason is in `failed`, for a `TrainingError`"
+    "Stop training if the loss is not finite, or far above its initial value; `failed` has the reason"
 
     order = 55  # after the recorder, which smooths the loss, and before progress is shown
 
     def __init__(
         self,
-        classes: int,  # Number of classes: their guess is the least that counts as a start
-        advice: str = '',  # What to type instead
+        classes: int,  # Number of classes; a random guess limits the initial loss
+        advice: str = '',  # Advice for the error message
     ):
         self.floor, self.advice, self.failed = math.log(max(classes, 2)), advice, ''
 
@@ -123,7 +123,7 @@ class LossGuard(Callback):
     def after_epoch(self):
         if self.start is None:
             self.stop(
-                'no step was taken, because there are fewer training images than fill a batch: '
+                'no training step was possible, because there are fewer training images than a batch has: '
                 'give a smaller bs= (--bs)'
             )
         names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
@@ -132,24 +132,24 @@ class LossGuard(Callback):
             self.check('validation', float(loss), far=self.epoch + 1 == self.n_epoch)
 
     def check(self, what, loss, far=True):
-        "Stop for a loss that has diverged"
+        "Stop if a loss has diverged"
         if math.isfinite(loss) and not (far and loss > _DIVERGED_AT * self.start):
             return
-        began = 'at once' if self.start is None else f'from {self.start:.3g} at the start'
+        change = 'at once' if self.start is None else f'from {self.start:.3g}'
         self.stop(
-            f'the training diverged in epoch {self.epoch + 1} of {self.n_epoch}: '
-            f'the {what} loss went {began} to {loss:.3g}. '
+            f'training diverged in epoch {self.epoch + 1} of {self.n_epoch}: '
+            f'the {what} loss went {change} to {loss:.3g}. '
             f'{self.advice}'.rstrip()
         )
 
     def stop(self, reason):
-        "Stop for a reason; fastai would wrap an error of a callback in words of its own"
+        "Stop with a reason; fastai would change the message of an error that a callback raises"
         self.failed = reason
         raise CancelFitException
 
 # %% ../../nbs/training/03_callbacks.ipynb #aeae136a
 class TrainRuntime(Callback):
-    "Run training steps of the body in the fastest setting for this CPU"
+    "Run training steps of the body in the fastest runtime for this CPU"
 
     needs_batches = False
 
@@ -158,18 +158,18 @@ class TrainRuntime(Callback):
     def __init__(
         self,
         runtime: str = 'auto',  # 'auto' or a name in `RUNTIMES`
-        arch: str = '',  # Name of the backbone, for the memory
-        size: int = 224,  # Side of the images in pixels
+        arch: str = '',  # Name of the backbone, as a key of the stored choice
+        size: int = 224,  # Height and width of the images in pixels
     ):
         self.runtime, self.arch, self.size = runtime, arch, size
 
     def before_train(self):
         body = next((m for m in self.model.modules() if isinstance(m, Body)), None)
         if body is not None and any(p.requires_grad for p in body.parameters()):
-            self.metric(self.learn, body)
+            self.choose(self.learn, body)
 
-    def metric(self, learn, body):
-        "Choose the setting for training steps, once"
+    def choose(self, learn, body):
+        "Choose the runtime for training steps, once"
         if body.train_runtime is not None or learn.dls.device.type != 'cpu':
             return
         body.train_runtime = get_runtime(self.runtime, body.stages, self.arch, self.size, train=True)
@@ -177,14 +177,14 @@ class TrainRuntime(Callback):
 
 # %% ../../nbs/training/03_callbacks.ipynb #7553df14
 class PlainProgress(Callback):
-    "Where there is no terminal for bars: a line an epoch, and one each half minute between"
+    "Print a line for each epoch, and every half minute, where there is no terminal for progress bars"
 
     order = 60
 
     def __init__(
         self,
-        say: Callable = print,  # What is done with a line
-        every: float = 30.0,  # Seconds between two lines in an epoch
+        say: Callable = print,  # Called with each line
+        every: float = 30.0,  # Seconds between lines within an epoch
     ):
         self.say, self.every = say, every
 

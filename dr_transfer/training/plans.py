@@ -23,39 +23,37 @@ from ..models.stages import layer_groups
 from ..utils.files import unknown
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706
-_SCHEDULES = ('one_cycle', 'flat_cos', 'none')  # how the rate goes: fastai's fit_one_cycle, fit_flat_cos, fit
+_SCHEDULES = ('one_cycle', 'flat_cos', 'none')  # fastai's fit_one_cycle, fit_flat_cos and fit
 
 
 def check_epochs(
-    epochs: int,  # A number of epochs that was asked for
-) -> int:  # The same
-    "A number of epochs; ValueError if it is none"
+    epochs: int,  # Number of epochs
+) -> int:  # The same number
+    "Validate a number of epochs"
     if isinstance(epochs, Integral) and not isinstance(epochs, bool) and epochs >= 1:
         return int(epochs)
     raise ValueError(f'epochs={epochs!r}: give a whole number of epochs, 1 or more, such as 5')
 
 
 def _check_number(name, value, least, above):
-    "A finite number from `least` on, or above it"
+    "Raise a ValueError unless a value is a finite number, `least` or more (or above `least`)"
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and (value > least if above else value >= least):
         return
-    raise ValueError(
-        f'{name}={value!r}: give a finite number {"above" if above else "from"} {least}{"" if above else " on"}'
-    )
+    raise ValueError(f'{name}={value!r}: give a finite number {"above" if above else "of at least"} {least}')
 
 # %% ../../nbs/training/01_plans.ipynb #a92a4cf7
 @dataclass(frozen=True)
 class Phase:
-    "One stretch of training"
+    "A phase of training"
 
-    frozen: int  # Groups that stay frozen; -1: all but the head, -2: all but it and one
-    epochs: int | None  # Passes; None: solve the head, or as many as the set needs
-    lr: float  # Highest rate, that of the head
-    lr_mult: float = 1.0  # The stem has lr/spread; from group to group the same factor
+    frozen: int  # Number of frozen groups; -1: all but the head
+    epochs: int | None  # None: solve the head, or chosen for the set
+    lr: float  # Maximum learning rate, used for the head
+    lr_mult: float = 1.0  # The stem has lr / lr_mult, with a constant ratio between
     wd: float = 0.01  # Weight decay
-    schedule: str = 'one_cycle'  # How the rate goes; in `_SCHEDULES`
-    fixed_bn: bool | None = None  # BatchNorm of the body stays? None: as the learner has it
+    schedule: str = 'one_cycle'  # Name in `_SCHEDULES`
+    fixed_bn: bool | None = None  # Fix BatchNorm of the body? None: as in the learner
 
     def __post_init__(self):
         if self.schedule not in _SCHEDULES:
@@ -69,21 +67,21 @@ class Phase:
 
     @property
     def solves(self) -> bool:
-        "Is this a head that is solved where it can be, so that it has no number of epochs?"
+        "Is the head alone trained, without a number of epochs?"
         return self.frozen == -1 and self.epochs is None
 
     def first_trained(self, n_groups: int) -> int:
-        "Number of the first group that is trained, of all with the head"
+        "Index of the first group that is trained; `n_groups` includes the head"
         k = self.frozen if self.frozen >= 0 else n_groups + self.frozen
         if not 0 <= k < n_groups:
             raise ValueError(
-                f'frozen={self.frozen}: this model has {n_groups} groups with the head; '
+                f'frozen={self.frozen}: this model has {n_groups} groups, including the head; '
                 f'give {1 - n_groups} to {n_groups - 1}'
             )
         return k
 
     def rates(self, n_groups: int) -> list:
-        "The learning rate of each group, nearest to the input first (discriminative rates, Howard and Ruder 2018)"
+        "Learning rate of each group, nearest to the input first (discriminative rates, Howard and Ruder 2018)"
         return (
             [self.lr * self.lr_mult ** (i / (n_groups - 1) - 1) for i in range(n_groups)] if n_groups > 1 else [self.lr]
         )
@@ -91,20 +89,20 @@ class Phase:
 # %% ../../nbs/training/01_plans.ipynb #6a5c545d
 @dataclass(frozen=True)
 class Plan:
-    "A named plan of transfer"
+    "A named plan of transfer learning"
 
-    name: str  # Name, as `plan=` takes it
-    phases: tuple[Phase, ...]  # Phases in order
-    about: str = ''  # In one line
-    stage: str | int | None = None  # Last stage, by name or from the end; its own if None
-    n_stages: int | None = None  # Last stages that the head sees; the body's own if None
+    name: str  # Name for `plan=`
+    phases: tuple[Phase, ...]  # Phases, in order
+    about: str = ''  # Description in one line
+    stage: str | int | None = None  # Last stage, by name or from the end; default if None
+    n_stages: int | None = None  # Number of last stages that the head reads
     head: str | Head = 'linear'  # Name in `HEADS`, or a head
-    augment: str | None = None  # Augmentation; '+NAME' adds to the task's own; that if None
-    arch: str | None = None  # Backbone, if it must be a certain one
-    weights: str | None = None  # 'random': start from nothing
+    augment: str | None = None  # Augmentation; '+NAME' adds to the task's; None: the task's
+    arch: str | None = None  # Backbone, if the plan needs a certain one
+    weights: str | None = None  # 'random' for random initialisation
 
     def with_epochs(self, epochs: int) -> 'Plan':
-        "The plan with other epochs in its last phase; a head that is solved has none, so it stays"
+        "The plan with another number of epochs in its last phase; unchanged if the last phase solves the head"
         check_epochs(epochs)
         last = self.phases[-1]
         if last.solves:
@@ -112,7 +110,7 @@ class Plan:
         return replace(self, phases=(*self.phases[:-1], replace(last, epochs=int(epochs))))
 
     def augmentation(self, own: str) -> str:
-        "The augmentation for a task whose own is given"
+        "The augmentation of the plan for a task with augmentation `own`"
         if self.augment is None:
             return own
         if not self.augment.startswith('+'):
@@ -121,24 +119,24 @@ class Plan:
 
 # %% ../../nbs/training/01_plans.ipynb #c7861540
 def plan_arch(
-    plan: Plan,  # A plan; it may have a backbone of its own
-    arch: str | None = None,  # Backbone that was asked for
-) -> str | None:  # Name of the backbone; None if neither names one
-    "The backbone that a plan is run on; ValueError if the plan has another one than was asked for"
+    plan: Plan,  # A plan; it may need a certain backbone
+    arch: str | None = None,  # Requested backbone
+) -> str | None:  # Name of the backbone; None if none is given
+    "The backbone for a plan; ValueError if the plan needs another one than requested"
     if plan.arch is None or arch is None or find_backbone(arch).name == plan.arch:
         return plan.arch or arch
     raise ValueError(
-        f"plan '{plan.name}' has a backbone of its own, '{plan.arch}', and arch='{arch}' (--arch {arch}) "
-        f"asks for another: leave arch out, or take plan 'random_start', which trains any backbone from random weights"
+        f"plan '{plan.name}' needs the backbone '{plan.arch}', not arch='{arch}' (--arch {arch}): "
+        f"omit arch, or use plan 'random_start', which trains any backbone from random initialisation"
     )
 
 # %% ../../nbs/training/01_plans.ipynb #a03a06eb
 HEAD_PHASE = Phase(frozen=-1, epochs=None, lr=1e-3, wd=0.3)
-HEAD_PASSES = 10  # passes of a head without a number of epochs, where nothing can be stored
+HEAD_PASSES = 10  # passes of a head without a number of epochs, if nothing can be stored
 
 
 def _then(frozen):
-    "The head, then the groups from `frozen` on with it"
+    "The head first, then the head with the groups from `frozen` on"
     return (HEAD_PHASE, Phase(frozen, 5, 5e-4, lr_mult=20, wd=0.05, fixed_bn=True))
 
 # %% ../../nbs/training/01_plans.ipynb #1b0c223d
@@ -160,21 +158,21 @@ PLANS = {
             head='flw',
             augment='flowers',
         ),
-        Plan('top1', _then(-2), 'head, then the last group with it'),
-        Plan('top2', _then(-3), 'head, then the last two groups with it'),
-        Plan('all_but_stem', _then(2), 'head, then all but the two groups nearest to the input'),
-        Plan('fine_tune', _then(0), 'head, then everything, slower towards the input'),
+        Plan('top1', _then(-2), 'the head, then the last group with it'),
+        Plan('top2', _then(-3), 'the head, then the last two groups with it'),
+        Plan('all_but_stem', _then(2), 'the head, then all but the two groups nearest to the input'),
+        Plan('fine_tune', _then(0), 'the head, then everything, at smaller learning rates towards the input'),
         Plan(
             'scratch',
             (Phase(0, 30, 3e-3, wd=0.05),),
-            'a small network from nothing',
+            'a small network from random initialisation',
             arch='small_cnn',
             weights='random',
         ),
         Plan(
             'random_start',
             (Phase(0, None, 3e-3, wd=0.05, fixed_bn=False),),
-            'any backbone from random weights',
+            'any backbone from random initialisation',
             weights='random',
         ),
     )
@@ -183,9 +181,9 @@ PLANS = {
 
 def get_plan(
     plan: Any,  # Name in `PLANS`, a plan, or advice
-    epochs: int | None = None,  # Epochs of its last phase, if others are wanted
+    epochs: int | None = None,  # Epochs of its last phase; unchanged if None
 ) -> Plan:
-    "A plan by name"
+    "Find a plan by name"
     plan = getattr(plan, 'plan', plan)
     if not isinstance(plan, Plan):
         if not isinstance(plan, str) or plan not in PLANS:
@@ -196,14 +194,14 @@ def get_plan(
 # %% ../../nbs/training/01_plans.ipynb #b6912de3
 @lru_cache(maxsize=16)
 def _parameters(arch, stage, n_stages, head, n_out, size) -> list:
-    "Number of weights of each group, the head last"
+    "Number of weights in each group, the head last"
     body = create_body(arch, 'random', n_stages, stage)
     net = create_head(head, head_inputs(body, head, size), n_out)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(body).values(), list(net.parameters()))]
 
 
 def _sizes(learn, plan) -> list:
-    "The same for a plan on a learner, as it stands unless the plan wants another, or on a backbone by name"
+    "Number of weights in each group for a plan, on a learner or on a backbone by name"
     if isinstance(learn, str):
         return _parameters(plan.arch or learn, plan.stage, plan.n_stages, plan.head, 2, 224)
     own = (
@@ -222,7 +220,7 @@ def _sizes(learn, plan) -> list:
 
 # %% ../../nbs/training/01_plans.ipynb #8e9b30c3
 def _frozen_words(phase) -> str:
-    "What stays frozen in a phase"
+    "Description of the frozen groups of a phase"
     if phase.frozen == 0:
         return 'nothing'
     if phase.frozen > 0:
@@ -237,44 +235,44 @@ def _groups_words(which, n) -> str:
 
 
 def _head_of(plan, learn) -> Head | None:
-    "The head that a plan trains: its own, or that of the learner; None for a module of your own"
+    "The head that a plan trains: its own, or that of the learner; None for a custom module"
     if plan.head != 'linear' or learn is None or isinstance(learn, str):
         return get_head(plan.head)
     return getattr(learn.head, 'about', None)
 
 
 def _head_words(head) -> str:
-    "A head by its name, or by its hidden layers"
+    "Description of a head: its name, or its hidden layers"
     if head is None:
-        return 'own module'
+        return 'custom module'
     names = {about: name for name, about in HEADS.items()}
-    return names.get(head) or f'own, hidden layers of {", ".join(map(str, head.hidden)) or "no"} units'
+    return names.get(head) or f'custom, hidden layers of {", ".join(map(str, head.hidden)) or "no"} units'
 
 
 def _augment_of(plan, learn) -> str:
-    "The augmentation of a plan, as far as it is known: without a learner that of the task is not"
+    "The augmentation of a plan; without a learner, that of the task is unknown and left out"
     return plan.augmentation('none' if learn is None or isinstance(learn, str) else learn.task.augment)
 
 
 def _epochs_words(plan, phase, head, augment) -> str | int:
-    "The epochs of a phase: a number, or how it is found"
+    "The epochs of a phase: a number, or how it is chosen"
     if phase.epochs is not None:
         return phase.epochs
     if not phase.solves or head != Head():
         return 'by number of images'
-    endless = views_of(augment) is None
-    return f'{HEAD_PASSES} at most' if endless and phase is plan.phases[-1] else 'solved'
+    not_finite = views_of(augment) is None
+    return f'at most {HEAD_PASSES}' if not_finite and phase is plan.phases[-1] else 'solved'
 
 
 def _bn_words(phase) -> str:
-    "What BatchNorm of the body does in a phase"
+    "Description of BatchNorm of the body in a phase"
     if phase.fixed_bn or phase.frozen == -1:
         return 'frozen'
     return "as the learner's" if phase.fixed_bn is None else 'trained'
 
 # %% ../../nbs/training/01_plans.ipynb #77d0c3f8
 def _describe(plan, i, phase, learn) -> dict:
-    "One row of the table of plans, without numbers of weights"
+    "One row of the table of plans, without the numbers of weights"
     head = _head_of(plan, learn)
     return {
         'plan': plan.name,
@@ -300,39 +298,39 @@ def _plan_row(plan, i, phase, learn) -> dict:
     try:
         n = _sizes(learn, plan)
         return row | {'trainable': sum(n[phase.first_trained(len(n)) :]), 'total': sum(n)}
-    except ValueError:  # it cannot be run on this network
+    except ValueError:  # the plan does not fit this network
         return row | {'trainable': None, 'total': None}
 
 # %% ../../nbs/training/01_plans.ipynb #c002e332
 def plan_table(
     learn: Any = None,  # A learner, or a backbone (2 classes, 224 pixels)
     plans=None,  # Names or plans; all of `PLANS` if None
-) -> pd.DataFrame:  # One row a phase
-    "Plans, phase by phase; for a learner with its own head, and with how many weights are trained"
+) -> pd.DataFrame:  # One row for each phase
+    "Table of plans and their phases; for a learner or backbone, with the number of trainable weights"
     rows = [_plan_row(p, i, f, learn) for p in map(get_plan, plans or PLANS) for i, f in enumerate(p.phases, 1)]
     return pd.DataFrame(rows).set_index(['plan', 'phase'])
 
 # %% ../../nbs/training/01_plans.ipynb #e2d91784
-LARGE = 300  # Images to learn from, from which on a set is large
+LARGE = 300  # minimum number of training images of a large set
 
 
 def choose_plan(
     n_train: int,  # Number of training images
     gpu: bool = False,  # Is there a GPU?
 ) -> tuple[str, str]:  # Name of a plan, and the reason
-    "A sensible plan for the size of the set and the machine"
+    "Choose a plan for the size of the training set and the machine"
     if not gpu:
-        return 'head', 'on a CPU, frozen features are read once and the head trains in seconds'
+        return 'head', 'on a CPU, features are computed once and the head is trained in seconds'
     if n_train < LARGE:
-        return 'head', f'{n_train} training images are few for changing the body'
+        return 'head', f'{n_train} training images are too few to train the body'
     return 'fine_tune', f'{n_train} training images and a GPU'
 
 # %% ../../nbs/training/01_plans.ipynb #b31f1766
 def head_epochs(
     n_train: int,  # Number of training images
-    bs: int,  # Images in a batch
-    least: int = 30,  # Epochs at least
-    steps: int = 600,  # Steps at least, in at most ten times as many epochs
+    bs: int,  # Batch size
+    min_epochs: int = 30,  # Minimum number of epochs
+    steps: int = 600,  # Minimum number of steps, within 10 * min_epochs
 ) -> int:
-    "Epochs of a head on stored features, or from random initialisation: more for a small set, which needs steps"
-    return max(least, min(math.ceil(steps / max(1, n_train // bs)), 10 * least))
+    "Number of epochs without a fixed number in the plan: more for a small set, to reach the number of steps"
+    return max(min_epochs, min(math.ceil(steps / max(1, n_train // bs)), 10 * min_epochs))

@@ -20,7 +20,7 @@ from torch import nn
 from ..data.augment import views_of
 from dr_transfer.features.boundary import (
     BoundaryMaps,
-    Rest,
+    TrainedStages,
     boundary_gb,
     boundary_loader,
     boundary_maps,
@@ -34,68 +34,68 @@ from .callbacks import FrozenMode, HeadFirst
 from .plans import Phase
 
 # %% ../../nbs/training/04_stored.ipynb #3eabc893
-MAX_STORED_GB = 50.0  # of stored maps for one phase; more is not worth reading again in every epoch
-# Callbacks of fastai that do not change what a batch gives
+MAX_STORED_GB = 50.0  # limit of stored maps for one phase; reading more in every epoch would be slow
+# callbacks of fastai that do not depend on the batches
 _FASTAI_CALLBACKS = (TrainEvalCallback, Recorder, CastToTensor, ProgressCallback, MixedPrecision)
 
 
 def loader_summary(
     dls,  # DataLoaders
-) -> list:  # For each side
-    "What decides the batches: kinds, sizes and transforms; stored features know only what `build_learner` made"
+) -> list:  # One entry for each subset
+    "Types, sizes and transforms of DataLoaders, to detect a change after `build_learner`"
     return [
         (type(dl).__name__, len(dl.dataset), *(repr(type(t)) for e in (dl.after_item, dl.after_batch) for t in e.fs))
         for dl in dls.loaders
     ]
 
 
-def _watcher(learn) -> str:
-    "Why a callback of the user's needs every batch; '' if there is none"
+def _batch_callback(learn) -> str:
+    "Message about a callback of the user that needs every batch; '' if there is none"
     for callback in learn.cbs:
         if getattr(callback, 'needs_batches', not isinstance(callback, _FASTAI_CALLBACKS)):
-            return f"the callback '{callback.name}' is to see every batch"
+            return f"the callback '{callback.name}' needs every batch"
     return ''
 
 
 def _not_stored(learn, part, views) -> str:
-    "Why the output of the frozen part cannot be stored, callbacks apart; '' if it can"
+    "Why the output of the frozen part cannot be stored, callbacks aside; '' if it can"
     if not part.k:
         return 'nothing is frozen'
     if views is None:
-        return f"the augmentation '{learn.task.augment}' has endlessly many results"
+        return f"the augmentation '{learn.task.augment}' is not a finite set of views"
     if loader_summary(learn.dls) != learn.transfer.built_loaders:
         return 'the DataLoaders were changed'
     if part.pooled:
         return ''
     if not isinstance(part.body.stages, Stages):
-        return f"'{part.body.stages.spec.name}' is no chain of stages"
+        return f"'{part.body.stages.spec.name}' is not a chain of stages"
     gb = _maps_gb(learn, part, views)
-    return '' if gb <= MAX_STORED_GB else f'the maps would take {gb:.0f} GB'
+    return '' if gb <= MAX_STORED_GB else f'the maps would need {gb:.0f} GB'
 
 
 def why_not_stored(
     learn: Learner,  # From `build_learner`
-    frozen: int = -1,  # Layer groups that are frozen, as in a `Phase`
-) -> str:  # '' if it can be, otherwise the reason
-    "Can a phase be trained from what was stored of the frozen part?"
+    frozen: int = -1,  # Number of frozen layer groups, as in a `Phase`
+) -> str:  # The reason; '' if it can be stored
+    "Why a phase cannot be trained on the stored output of the frozen part; '' if it can"
     part, views = _frozen_part(learn, frozen), views_of(learn.task.augment)
     if not part.k or views is None:
         return _not_stored(learn, part, views)
-    return _watcher(learn) or _not_stored(learn, part, views)
+    return _batch_callback(learn) or _not_stored(learn, part, views)
 
 # %% ../../nbs/training/04_stored.ipynb #c754733c
 @dataclass(frozen=True)
 class FrozenPart:
-    "What is frozen of a learner"
+    "The frozen part of a learner"
 
     body: nn.Module  # Its body
-    k: int  # Number of groups that are frozen, from the input on
-    head_only: bool  # Is the whole body frozen?
-    pooled: bool  # And does the head read only averages?
+    k: int  # Number of frozen groups, from the input on
+    head_only: bool  # Is all of the body frozen?
+    pooled: bool  # Is it frozen, and does the head read only averages?
 
 
 def _frozen_part(learn, frozen) -> FrozenPart:
-    "The frozen part of a learner; ValueError if it has not that many groups"
+    "The frozen part of a learner; ValueError if the learner has fewer groups"
     body = learn.body
     n = len(layer_groups(body.stages))
     k = Phase(frozen, 1, 1.0).first_trained(n + 1)
@@ -113,23 +113,23 @@ def _front(learn, part):
 
 
 def _about(learn, views):
-    "What decides the stored output of a frozen part, besides its weights"
+    "Description of the stored output of a frozen part, without its weights"
     t = learn.task
     return reading(learn.body, t.size, t.reader, t.fit, views)
 
 
 def _maps_gb(learn, part, views) -> float:
-    "Gigabytes on disk that the maps of all views of all images take at a boundary"
+    "Disk space in GB of the maps of all views of all images at a boundary"
     return boundary_gb(boundary_store(_front(learn, part), _about(learn, views)), len(learn.table))
 
 # %% ../../nbs/training/04_stored.ipynb #2f9d22e2
 def learner_features(
     learn: Learner,  # From `build_learner`
     images: list,  # Paths or images
-    views: str | None = None,  # Name in `VIEWS`; the augmentation's own if None
-    label: str = 'features',  # What the progress bar says
-) -> Features:  # What the head sees of the images, pooled
-    "The features of images in the body of a learner, computed unless they are stored"
+    views: str | None = None,  # Name in `VIEWS`; those of the augmentation if None
+    label: str = 'features',  # Label of the progress bar
+) -> Features:  # Pooled features that the head reads
+    "Compute the features of images in the body of a learner unless they are stored"
     task, body = learn.task, learn.body
     names = stage_names(body.stages)[-body.stages.n_stages :]
     return extract_features(
@@ -137,18 +137,18 @@ def learner_features(
     )
 
 
-def _stored(learn, split, run) -> tuple[BoundaryMaps, torch.Tensor]:
-    "The output of the frozen part for the images of a split, and their class numbers"
-    rows = learn.table[learn.table.split == split]
+def _stored(learn, subset, run) -> tuple[BoundaryMaps, torch.Tensor]:
+    "The output of the frozen part for the images of a subset, and their class numbers"
+    rows = learn.table[learn.table.split == subset]
     images, y = rows.image.tolist(), torch.tensor([learn.dls.vocab.o2i[t] for t in rows.target])
     if run.part.pooled:
-        features = learner_features(learn, images, run.views, f'features ({split})').numpy()
+        features = learner_features(learn, images, run.views, f'features ({subset})').numpy()
         return BoundaryMaps([features], np.arange(len(y))), y
-    label = f'boundary maps ({split})'
+    label = f'boundary maps ({subset})'
     return boundary_maps(images, _front(learn, run.part), _about(learn, run.views), label=label), y
 
 # %% ../../nbs/training/04_stored.ipynb #e73c62f7
-class _RestAndHead(nn.Module):
+class _TrainedPart(nn.Module):
     "The trained part of a model, on the output of the frozen part"
 
     def __init__(self, rest, head):
@@ -160,7 +160,7 @@ class _RestAndHead(nn.Module):
 
 
 def _stored_loaders(learn, run) -> tuple[DataLoaders, BoundaryMaps]:
-    "DataLoaders of the stored output, and that of the training images"
+    "DataLoaders of the stored output, and the maps of the training images"
     maps, y = _stored(learn, 'train', run)
     maps_v, y_v = _stored(learn, 'valid', run)
     device, bs = learn.dls.device, min(learn.dls.train.bs or len(y), len(y))
@@ -170,11 +170,11 @@ def _stored_loaders(learn, run) -> tuple[DataLoaders, BoundaryMaps]:
 
 
 def _sub_learner(learn, run) -> tuple[Learner, BoundaryMaps]:
-    "A learner for the trained part, which shares its weights with the whole; and the stored output it is trained on"
+    "A learner for the trained part, which shares its weights with the model, and the stored output for training"
     head, part = learn.head, run.part
     dls, maps = _stored_loaders(learn, run)
     groups = [*layer_groups(part.body.stages).values(), list(head.parameters())][part.k :]
-    model = _RestAndHead(None if part.pooled else Rest(part.body, part.k), head)
+    model = _TrainedPart(None if part.pooled else TrainedStages(part.body, part.k), head)
     sub = Learner(
         dls,
         model,

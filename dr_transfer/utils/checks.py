@@ -18,7 +18,7 @@ MAX_SEED = 2**32 - 1  # the largest that NumPy and scikit-learn take
 def check_seed(
     seed,  # What was given
 ) -> int:
-    "A seed that numpy, scikit-learn and torch take; ValueError for another"
+    "Return a seed that numpy, scikit-learn and torch accept; raise a ValueError for any other value"
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
     if not whole or not 0 <= seed <= MAX_SEED:
         raise ValueError(f'seed={seed!r:.60}: give a whole number from 0 to {MAX_SEED} (seed=42, --seed 42)')
@@ -29,29 +29,30 @@ def check_fraction(
     name: str,  # Of the argument
     value,  # What was given
 ):
-    "ValueError for a share of the images that is no number"
+    "Raise a ValueError if a fraction of the images is not a number"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f'{name}={value!r:.60}: give a share of the images, such as {name}=0.2')
+        raise ValueError(f'{name}={value!r:.60}: give a fraction of the images, such as {name}=0.2')
 
 
 def check_workers(
     n,  # What was given
-) -> int | None:  # None: to be chosen
-    "A number of processes that read images; ValueError for another"
+) -> int | None:  # None: chosen automatically
+    "Return the number of processes that read images; raise a ValueError for an invalid number"
     if n is None:
         return None
     whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
     if not whole or not 0 <= n <= 256:
         raise ValueError(
-            f'num_workers={n!r:.60}: give how many processes read images, 0 to 256, or None to have it chosen'
+            f'num_workers={n!r:.60}: give the number of processes that read images, 0 to 256, or None '
+            'to choose it automatically'
         )
     return int(n)
 
 
 def image_list(
-    images,  # A list or anything that can be gone through, such as a generator
+    images,  # A list or another iterable, such as a generator
 ) -> list:
-    "Images as a list; ValueError for a single one, whose letters would be taken for images"
+    "Return images as a list; raise a ValueError for a single path"
     if isinstance(images, (str, bytes, Path)):
         raise ValueError(
             f'{images!r:.200} is one image or folder: give a list, such as [{images!r:.200}] or '
@@ -70,7 +71,7 @@ _UNPRINTABLE = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode: control characters, halves o
 def check_class_names(
     classes: Collection,  # Class names in order
 ):
-    "ValueError for names that are no text, empty, too long, not printable, or alike but for case and spaces"
+    "Raise a ValueError for class names that are not text, empty, too long, unprintable or alike"
     known = {}
     for name in classes:
         if not isinstance(name, str):
@@ -82,7 +83,7 @@ def check_class_names(
                 f'the class name {name[:30]!r}... has {len(name)} characters: {MAX_CHARACTERS} are allowed'
             )
         if any(unicodedata.category(c) in _UNPRINTABLE for c in name):
-            raise ValueError(f'the class name {name!r} holds a character that cannot be printed: rename the class')
+            raise ValueError(f'the class name {name!r} contains a character that cannot be printed: rename the class')
         alike = ' '.join(name.casefold().split())
         if alike in known:
             differ = (
@@ -90,7 +91,5 @@ def check_class_names(
                 if known[alike] == name
                 else f', as {known[alike]!r} and {name!r}, which differ only in case or spaces'
             )
-            raise ValueError(
-                f'the class name {name!r} occurs twice{differ}: rename one of them, or make them one class'
-            )
+            raise ValueError(f'the class name {name!r} occurs twice{differ}: rename one of them, or merge them')
         known[alike] = name

@@ -29,7 +29,7 @@ class CsvError(ValueError):
 
 # %% ../../nbs/utils/07_csvfile.ipynb #30abc377
 def _content(file) -> bytes:
-    "The bytes of a regular file of a size that can be a table"
+    "Read a regular file that is not too large for a table"
     try:
         return read_regular(file, MAX_CSV_BYTES)
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def _content(file) -> bytes:
 
 
 def _text(data, file) -> str:
-    "Bytes as text: UTF-8, or UTF-16 with its mark; bytes that are neither become surrogates"
+    "Decode UTF-8, or UTF-16 with its mark; other bytes become surrogates"
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
         try:
             text = data.decode('utf-16')
@@ -56,7 +56,7 @@ def _text(data, file) -> str:
     if '\0' in text:
         line = text[: text.index('\0')].count('\n') + 1
         raise CsvError(
-            f'{file} cannot be read as a CSV file: line {line} has NUL characters, so it is no text, or '
+            f'{file} cannot be read as a CSV file: line {line} has NUL characters, so it is not text, or '
             'UTF-16 without a mark. Save it as CSV UTF-8'
         )
     if not text.strip():
@@ -71,7 +71,7 @@ _NUMBER = re.compile(r'[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?')
 def escape_cell(
     text: str,  # A cell
 ) -> str:
-    "A cell that no spreadsheet takes for a formula"
+    "Escape a cell that a spreadsheet would run as a formula"
     if not _RISKY.match(text) or _NUMBER.fullmatch(text):
         return text
     return "'" + text
@@ -80,14 +80,14 @@ def escape_cell(
 def unescape_cell(
     text: str,  # A cell of a file
 ) -> str:
-    "The original of an escaped cell"
+    "Return the original of an escaped cell"
     return text[1:] if text.startswith("'") and _RISKY.match(text) else text
 
 
 def plain_number(
     text,  # A cell
-) -> float:  # ValueError if it is no number
-    "A number as people write it: unlike `float`, not `0_1`, `nan` or `infinity`"
+) -> float:  # ValueError if it is not a number
+    "Parse a plain decimal number; unlike `float`, not `0_1`, `nan` or `infinity`"
     text = str(text).strip()
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"'{text}' is not a number")
@@ -95,7 +95,7 @@ def plain_number(
 
 # %% ../../nbs/utils/07_csvfile.ipynb #6e3208d5
 def _first_row(text, sep) -> list:
-    "The fields of the first line that has content"
+    "Fields of the first line with content"
     for row in csv.reader(io.StringIO(text, newline=''), delimiter=sep, skipinitialspace=True):
         if any(row):
             return row
@@ -106,10 +106,10 @@ _FIRST = re.compile(r'(?:[^"\r\n]+|"[^"]*")*')
 
 
 def _separator(text) -> str:
-    "The separator that divides the header into more columns than the others; a comma if they do alike"
+    "Separator that divides the header into the most columns; a comma if several do"
     text = text.lstrip(' \r\n')
     end = _FIRST.match(text).end()
-    if text[end : end + 1] != '"':  # each quote is closed: what stands within quotes does not divide
+    if text[end : end + 1] != '"':  # each quote is closed: separators within quotes do not count
         return max(_SEPARATORS, key=re.sub('"[^"]*"', '', text[:end]).count)
 
     def columns(sep):
@@ -122,17 +122,17 @@ def _separator(text) -> str:
 
 
 def _is_joined(lines, row, sep) -> bool:
-    "Are several lines of a file, each a whole row, one cell because of a stray quote?"
+    "Whether a stray quote joined several complete rows into one cell"
     if len(lines) < 2 or len(row) < 2:
         return False
     quoted = sep.join('"' + c.replace('"', '""') + '"' for c in row)
-    if ''.join(lines).rstrip('\r\n') == quoted:  # written so: every cell of a row with a line break has quotes
+    if ''.join(lines).rstrip('\r\n') == quoted:  # `write_csv` quotes every cell of a row with a line break
         return False
     return all(line.replace('"', '').count(sep) == len(row) - 1 for line in lines)
 
 
 class _Lines:
-    "The lines of a text, and those that the last row was made of"
+    "Iterator over the lines of a text that keeps the lines of the last row"
 
     def __init__(self, text):
         self.lines, self.number, self.last = io.StringIO(text, newline=''), 0, []
@@ -148,7 +148,7 @@ class _Lines:
 
 # %% ../../nbs/utils/07_csvfile.ipynb #c4a6c1f3
 def _rows(text, sep, file):
-    "Each row of a text with the number of its first line; `CsvError` for what cannot be a row"
+    "Yield each row with the number of its first line; raise a `CsvError` for an invalid row"
     lines, width = _Lines(text), None
     rows = csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)
     while True:
@@ -188,7 +188,7 @@ def _too_long(first, file) -> str:
 
 
 def _why(e, first, last, file) -> str:
-    "The error of the reader in words"
+    "Explain an error of the CSV reader"
     if 'field larger' in str(e):
         return _too_long(first, file)
     if 'unexpected end' in str(e):
@@ -203,7 +203,7 @@ def _why(e, first, last, file) -> str:
 
 # %% ../../nbs/utils/07_csvfile.ipynb #1b5208b3
 def _names(header, file) -> list[str]:
-    "The names of the columns without the spaces around them; `CsvError` if two are alike"
+    "Return the column names; raise a `CsvError` if two are equal up to surrounding spaces"
     if len(header) > MAX_COLUMNS:
         raise CsvError(f'{file} has {len(header)} columns, and at most {MAX_COLUMNS} are read: is it the right file?')
     names = [unescape_cell(h) for h in header]
@@ -213,21 +213,21 @@ def _names(header, file) -> list[str]:
 
 def check_columns(
     names,  # Names of columns
-    what: str | Path = 'the table',  # Whose, for the error message
+    what: str | Path = 'the table',  # Name of the table, for the error message
 ):
-    "A `CsvError` if two columns have one name, but for the spaces around it"
+    "Raise a `CsvError` if two column names are equal up to surrounding spaces"
     found = {}
     for name in map(str, names):
         bare = name.strip()
         if bare and bare in found:
             raise CsvError(
-                f"{what} has two columns with one name, '{found[bare]}' and '{name}': rename or remove one of them"
+                f"{what} has two columns with the same name, '{found[bare]}' and '{name}': rename or remove one of them"
             )
         found[bare] = name
 
 
 def _columns(names, rows) -> dict:
-    "The columns that have a name or content; the row numbers of pandas and R are left out"
+    "Columns that have a name or content, without the row numbers of pandas and R"
     columns = {}
     counts = [[str(k + first) for k in range(len(rows))] for first in (0, 1)]
     for i, name in enumerate(names):
@@ -239,9 +239,9 @@ def _columns(names, rows) -> dict:
 
 
 def read_csv(
-    file: str | Path,  # A regular file; see above what is read and what is refused
-) -> pd.DataFrame:  # Text as it stands, None for an empty cell
-    "A CSV file as a table of text; `CsvError` with the line for what is not a table"
+    file: str | Path,  # A regular file
+) -> pd.DataFrame:  # Unchanged text, None for an empty cell
+    "Read a CSV file as a table of text; raise a `CsvError` that names the line if it is invalid"
     text = _text(_content(file), file)
     found = _rows(text, _separator(text), file)
     header = next(found)[1]
@@ -249,15 +249,15 @@ def read_csv(
     rows = []
     for _, row in found:
         if len(rows) == MAX_ROWS:
-            raise CsvError(f'{file} has more than {MAX_ROWS} rows: divide it')
+            raise CsvError(f'{file} has more than {MAX_ROWS} rows: split it')
         rows.append(row)
     return pd.DataFrame(_columns(names, rows), dtype=object)
 
 # %% ../../nbs/utils/07_csvfile.ipynb #64a3bd3e
 def text_errors(
     cells,  # Text
-) -> list[int]:  # Numbers of those, from 0
-    "Which cells have bytes that are not UTF-8"
+) -> list[int]:  # Indices of those cells
+    "Find cells with bytes that are not UTF-8"
     return [i for i, c in enumerate(cells) if isinstance(c, str) and re.search('[\ud800-\udfff]', c)]
 
 # %% ../../nbs/utils/07_csvfile.ipynb #33b319bc
@@ -265,23 +265,23 @@ _QUOTED = re.compile(r'[\s\ufeff]|.*[,;\t"\r\n]|.*\s$', re.DOTALL)
 
 
 def _cell(value) -> str:
-    "A value as the text of a cell"
+    "Convert a value to the text of a cell"
     if isinstance(value, str):
         return escape_cell(value)
     return '' if value is None or value is pd.NaT or value is pd.NA or value != value else str(value)
 
 
 def _line(cells) -> str:
-    "A row as a line"
+    "Convert a row to a line"
     whole = any('\n' in c or '\r' in c for c in cells) or cells == ['']
     return ','.join('"' + c.replace('"', '""') + '"' if whole or _QUOTED.match(c) else c for c in cells)
 
 
 def csv_text(
-    table: pd.DataFrame,  # What is to be written
-    index: bool = False,  # Its index as the first columns?
+    table: pd.DataFrame,  # The table to write
+    index: bool = False,  # Whether to write the index as the first columns
 ) -> str:
-    "A table as the text of a CSV file"
+    "Convert a table to the text of a CSV file"
     t = table.reset_index() if index else table
     columns = [_cell(c) if isinstance(c, str) else escape_cell(str(c)) for c in t.columns]
     rows = [list(map(_cell, row)) for row in zip(*(t.iloc[:, i].astype(object) for i in range(t.shape[1])))]
@@ -292,7 +292,7 @@ def csv_text(
 
 
 def _write_whole(file: Path, data: bytes):
-    "Write a file, and leave no part of it where the disk is full"
+    "Write a file; remove the part that was written if the disk is full"
     try:
         file.write_bytes(data)
     except OSError:
@@ -302,21 +302,19 @@ def _write_whole(file: Path, data: bytes):
 
 
 def write_csv(
-    table: pd.DataFrame,  # What is to be written
+    table: pd.DataFrame,  # The table to write
     file,  # Path, or an open file such as `sys.stdout`
-    index: bool = False,  # Its index as the first columns?
+    index: bool = False,  # Whether to write the index as the first columns
 ):
-    "Write a table as CSV in UTF-8; `read_csv` gives the same text"
+    "Write a table as CSV in UTF-8, so that `read_csv` returns the same text"
     text = csv_text(table, index)
     try:
         data = text.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError as e:
-        raise CsvError(
-            f'{text[e.start]!r} in the table is no character and no part of a file name: remove it'
-        ) from None
+        raise CsvError(f'{text[e.start]!r} in the table is not a valid character: remove it') from None
     if isinstance(file, (str, Path)):
         _write_whole(Path(file), data)
-    elif hasattr(file, 'buffer'):  # a terminal: names of files that are not UTF-8 go out as they are
+    elif hasattr(file, 'buffer'):  # a terminal: file names that are not UTF-8 are written unchanged
         file.flush()
         file.buffer.write(data)
         file.buffer.flush()
@@ -327,22 +325,22 @@ def write_csv(
 def plain_name(
     column,  # Name of a column
 ) -> str:
-    "What a column name is compared by"
+    "Normalize a column name for comparison"
     return re.sub(r'[\s_\-]+', '', str(column).casefold())
 
 
 def known_columns(
     table: pd.DataFrame,  # Any table
-    usual,  # Usual names, the preferred one first
-) -> list:  # Names of columns, the preferred first; empty ones left out
-    "The columns of a table that have one of the usual names; `CsvError` if the preferred name is that of two"
+    usual,  # Usual names, in order of preference
+) -> list:  # Column names, in order of preference; empty columns excluded
+    "Find columns with one of the usual names; raise a `CsvError` if two have the preferred name"
     names = dict.fromkeys(map(plain_name, usual))
     found = [c for name in names for c in table if plain_name(c) == name]
     found = [c for c in found if table[c].notna().any()] or found
     same = [c for c in found if plain_name(c) == plain_name(found[0])]
     if len(same) > 1:
         raise CsvError(
-            f'the columns {" and ".join(repr(str(c)) for c in same)} could both be meant: rename one, or '
-            'say which is used (label_col, image_col, group_col; --label-col, --image-col, --patient)'
+            f'the columns {" and ".join(repr(str(c)) for c in same)} both match: rename one, or '
+            'choose one (label_col, image_col, group_col; --label-col, --image-col, --patient)'
         )
     return found

@@ -38,27 +38,27 @@ from dr_transfer.utils.places import (
 from .regular import read_regular
 
 # %% ../../nbs/utils/03_files.ipynb #o0000011
-_TAKEN = 'exists already: choose another name, or say overwrite (--overwrite on the command line)'
+_TAKEN = 'exists already: choose another name, or pass overwrite=True (--overwrite on the command line)'
 
 
 def _check_file(place: Place, overwrite: bool):
-    "OutputError if a file must not be written there"
+    "Raise an OutputError if a file must not be written there"
     if not os.path.lexists(place.target):
         return
     if place.target.is_dir():
         raise OutputError(f'{place.given} exists already and is a folder: give the name of a file')
     if not place.target.is_file():
-        raise OutputError(f'{place.given} is no regular file: choose another name')
+        raise OutputError(f'{place.given} is not a regular file: choose another name')
     if not overwrite:
         raise OutputError(f'{place.given} {_TAKEN}')
 
 
 @contextmanager
 def new_file(
-    path: str | Path,  # Where the file will be
-    overwrite: bool = False,  # May it replace the file of that name?
-) -> Iterator[Path]:  # A temporary path, to write to
-    "A file for the user: its name is reserved before the work, and it appears when it is complete"
+    path: str | Path,  # Path of the file
+    overwrite: bool = False,  # Whether an existing file may be replaced
+) -> Iterator[Path]:  # Temporary path to write to
+    "Write an output file: its name is reserved before the work, and it appears when it is complete"
     place = place_of(path)
 
     def check():
@@ -75,13 +75,13 @@ def new_file(
 REPORT_TABLE, COMPARISON_TABLE = (
     '_predictions.csv',
     '_table.csv',
-)  # ends of the names of tables beside a report or figure
+)  # suffixes of the tables beside a report or figure
 
 
 def file_digest(
     path: str | Path,  # A file
 ) -> str:  # 64 hexadecimal digits
-    "The SHA-256 of a file"
+    "SHA-256 of a file"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -90,7 +90,7 @@ def companion(
     main: str | Path,  # Such as report.html
     suffix: str,  # Such as '_predictions.csv'
 ) -> Path:  # Such as report_predictions.csv
-    "The name of the table beside a main file"
+    "Return the path of the table beside a main file"
     main = Path(main)
     return main.with_name(main.stem + suffix)
 
@@ -99,35 +99,35 @@ def written_together(
     main: str | Path,  # A report or figure
     table: str | Path,  # The table beside it
 ) -> bool:
-    "Does the main file hold the SHA-256 of the table?"
+    "Whether the main file contains the SHA-256 of the table"
     if not (os.path.isfile(main) and os.path.isfile(table)):
         return False
     return file_digest(table).encode() in Path(main).read_bytes()
 
 # %% ../../nbs/utils/03_files.ipynb #o000016b
 def _check_companion(main: Place, table: Place, overwrite: bool):
-    "OutputError if the table beside a main file must not be written"
+    "Raise an OutputError if the table beside a main file must not be written"
     if not os.path.lexists(table.target):
         return
     if not overwrite:
         raise OutputError(f'{table.given} {_TAKEN}')
     if not written_together(main.target, table.target):
         raise OutputError(
-            f'{table.given} was not written together with {main.given} as it is now, and is not replaced: '
+            f'{table.given} was not written together with the current {main.given} and is not replaced: '
             'choose another name'
         )
 
 
 def _finish_pair(main: Place, table: Place):
-    "Give the table its name, where a run was killed after its main file had got its own"
+    "Rename the table if a run was killed after it had renamed the main file"
     if not os.path.lexists(table.target) and written_together(main.target, table.tmp):
         os.replace(table.tmp, table.target)
 
 
 def _move_pair(main: Place, table: Place):
-    "Rename both; the old table goes first, so that it never lies beside a main file that is not its own"
+    "Rename both files; the old table is moved first, so it is never beside the wrong main file"
     if not written_together(main.tmp, table.tmp):
-        raise OutputError(f'{main.given} does not hold the hash of its table')
+        raise OutputError(f'{main.given} does not contain the hash of its table')
     had = os.path.lexists(table.target)
     if had:
         os.replace(table.target, table.old)
@@ -143,11 +143,11 @@ def _move_pair(main: Place, table: Place):
 # %% ../../nbs/utils/03_files.ipynb #o0000017
 @contextmanager
 def new_pair(
-    main: str | Path,  # Where the main file will be
-    suffix: str,  # Of the table beside it, such as '_predictions.csv'
-    overwrite: bool = False,  # May both be replaced?
+    main: str | Path,  # Path of the main file
+    suffix: str,  # Suffix of the table, such as '_predictions.csv'
+    overwrite: bool = False,  # Whether both may be replaced
 ) -> Iterator[tuple[Path, Path]]:  # Temporary paths of main file and table
-    "A main file and its table; write the table first, and its `file_digest` into the main file"
+    "Write a main file and its table; the main file must contain the `file_digest` of the table"
     page, table = place_of(main), place_of(companion(main, suffix))
     table = Place(table.given, page.target.with_name(table.given.name))  # beside the real main file
 
@@ -169,13 +169,13 @@ def new_pair(
             remove(table.tmp)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000020
-MARKER = '.dr_transfer.json'  # in each folder that we make
-DATA_KINDS = ('preprocess', 'drawn', 'pictures')  # folders of ours that are read as data
-_MAX_MARKER_BYTES = 10**8  # bytes; it lists the files that we wrote
+MARKER = '.dr_transfer.json'  # in each folder that the library creates
+DATA_KINDS = ('preprocess', 'drawn', 'pictures')  # kinds of output folders that are read as data
+_MAX_MARKER_BYTES = 10**8  # bytes; the marker lists the files of the folder
 
 
 def _marker(folder) -> dict:
-    "What the marker of a folder tells; empty if there is none of ours"
+    "Read the marker of a folder; empty if there is none"
     try:
         found = json.loads(read_regular(Path(folder) / MARKER, _MAX_MARKER_BYTES).decode('utf-8'))
     except (OSError, ValueError, RecursionError):  # ValueError: a pipe, too
@@ -188,19 +188,19 @@ def _marker(folder) -> dict:
 def has_marker(
     folder: str | Path,  # A folder
 ) -> bool:
-    "Did we make this folder? Its marker tells"
+    "Whether a folder was created by this library, according to its marker"
     return bool(_marker(folder))
 
 
 def output_kind(
     folder: str | Path,  # A folder
-) -> str:  # 'run', 'model', 'preprocess', ...; '' for a folder that is not ours
-    "What kind of output a folder is"
+) -> str:  # 'run', 'model', 'preprocess', ...; '' without a marker
+    "Kind of output of a folder"
     return _marker(folder).get('kind', '')
 
 # %% ../../nbs/utils/03_files.ipynb #o000020b
 def _entries(folder: Path, own: Iterable[str] = ()) -> list[str]:
-    "Names of what lies in a folder, however deep; a folder in `own` counts as one entry, 'name/'"
+    "Names of all files below a folder; a folder in `own` counts as one entry, 'name/'"
     found = []
     for root, dirs, files in os.walk(folder):
         below = Path(root).relative_to(folder)
@@ -213,11 +213,11 @@ def _entries(folder: Path, own: Iterable[str] = ()) -> list[str]:
 
 
 def mark_folder(
-    folder: str | Path,  # A folder of ours
-    kind: str,  # What kind of output it is
-    files: Iterable[str] | None = None,  # What we write there; all that it holds if None
+    folder: str | Path,  # An output folder
+    kind: str,  # Kind of output
+    files: Iterable[str] | None = None,  # Files of the output; all files if None
 ):
-    "Write the marker of a folder"
+    "Write the marker of an output folder"
     names = _entries(folder) if files is None else files
     found = {'made_by': 'dr_transfer', 'kind': kind, 'files': sorted(set(names) - {MARKER})}
     with atomic_file(Path(folder) / MARKER) as f:
@@ -225,9 +225,9 @@ def mark_folder(
 
 
 def unlisted_files(
-    folder: str | Path,  # A folder of ours
+    folder: str | Path,  # An output folder
 ) -> list[str]:  # Names below it
-    "What lies in a folder of ours that its marker does not list"
+    "Files in an output folder that its marker does not list"
     listed, unlisted = set(_marker(folder).get('files', ())), []
     for name in _entries(folder, own=listed):
         if name.endswith('/') and has_marker(Path(folder) / name):
@@ -238,20 +238,20 @@ def unlisted_files(
 
 # %% ../../nbs/utils/03_files.ipynb #o0000021
 def _check_owned(place: Place, kind: str):
-    "OutputError if a folder is not ours, of another kind, or holds what we did not write"
+    "Raise an OutputError unless a folder is an output of this kind without other files"
     found, end = output_kind(place.target), 'and is not replaced: choose another name'
     if not found:
         name = min(p.name for p in place.target.iterdir())
-        raise OutputError(f"{place.given} holds '{name}' and no mark that dr_transfer made it, {end}")
+        raise OutputError(f"{place.given} holds '{name}' and was not created by dr_transfer, {end}")
     if found != kind:
         raise OutputError(f'{place.given} is a {found} folder of dr_transfer, not a {kind} folder, {end}')
     unlisted = unlisted_files(place.target)
     if unlisted:
-        raise OutputError(f"{place.given} holds '{unlisted[0]}', which dr_transfer did not put there, {end}")
+        raise OutputError(f"{place.given} holds '{unlisted[0]}', which dr_transfer did not write, {end}")
 
 
 def _check_folder(place: Place, overwrite: bool, kind: str):
-    "OutputError if a folder must not be made there"
+    "Raise an OutputError if a folder must not be created there"
     if not os.path.lexists(place.target):
         return
     if not place.target.is_dir():
@@ -265,13 +265,13 @@ def _check_folder(place: Place, overwrite: bool, kind: str):
 # %% ../../nbs/utils/03_files.ipynb #o000021b
 @contextmanager
 def new_folder(
-    path: str | Path,  # Where the folder will be
-    overwrite: bool = False,  # May it replace a folder of the same kind?
-    kind: str = 'run',  # What it will be, for its marker
-    wait: float = 0.5,  # Seconds to wait for another run that writes it
-    keep_parts: bool = False,  # Keep what is written if the block fails?
-) -> Iterator[Path]:  # A temporary folder, to write into
-    "A folder for the user: its name is reserved before the work, and it appears when it is complete"
+    path: str | Path,  # Path of the folder
+    overwrite: bool = False,  # Whether a folder of this kind may be replaced
+    kind: str = 'run',  # Kind of output, for the marker
+    wait: float = 0.5,  # Seconds to wait for another run
+    keep_parts: bool = False,  # Whether to keep partial results after an error
+) -> Iterator[Path]:  # Temporary folder to write to
+    "Write an output folder: its name is reserved before the work, and it appears when it is complete"
     place = place_of(path)
 
     def check():
@@ -300,33 +300,33 @@ def new_folder(
 
 
 def _keep_parts(place: Place) -> Path:
-    "Keep an incomplete folder, with a marker if the disk takes one"
+    "Keep an incomplete folder, with a marker if possible"
     with suppress(OSError, OutputError):
         mark_folder(place.tmp, 'unfinished')
     return keep(place)
 
 # %% ../../nbs/utils/03_files.ipynb #o0000024
 def _check_growing(place: Place, kind: str):
-    "OutputError if a folder is neither empty nor of this kind"
+    "Raise an OutputError if a folder is neither empty nor of this kind"
     if os.path.lexists(place.target) and not place.target.is_dir():
         raise OutputError(f'{place.given} exists already and is a file: give the name of a folder')
     inside = sorted(p.name for p in place.target.iterdir() if not is_temporary(p.name)) if place.target.is_dir() else []
     if inside and output_kind(place.target) != kind:
         raise OutputError(
-            f"{place.given} exists already and holds '{inside[0]}', and no mark that it is a {kind} folder "
+            f"{place.given} exists already, holds '{inside[0]}' and is not a {kind} folder "
             'of dr_transfer: choose a new folder'
         )
 
 
 def _clear_temporary(folder: Path):
-    "Remove what killed runs left in a folder that is held"
+    "Remove temporary files that killed runs left in a reserved folder"
     for p in list(folder.rglob('.*')):
         if is_temporary(p.name) and p != folder / _LOCK and not p.name.endswith('.dr_transfer-old'):
             remove(p)
 
 
 def _clear_owned(place: Place, kind: str):
-    "Remove what a folder of ours holds, if all of it is ours"
+    "Empty an output folder if the library wrote all its files"
     if not has_marker(place.target):
         return
     _check_owned(place, kind)
@@ -335,17 +335,17 @@ def _clear_owned(place: Place, kind: str):
             remove(p)
 
 
-_LOCK = '.dr_transfer-lock'  # in a folder that grows
+_LOCK = '.dr_transfer-lock'  # in a growing folder
 
 # %% ../../nbs/utils/03_files.ipynb #o000024b
 @contextmanager
 def growing_folder(
     path: str | Path,  # A new or empty folder, or one of this kind
-    kind: str,  # What it is, for its marker
-    files: Iterable[str] = (),  # What will be in it; folders with a marker as 'name/'
-    overwrite: bool = False,  # Empty it first?
+    kind: str,  # Kind of output, for the marker
+    files: Iterable[str] = (),  # Planned files; folders with a marker as 'name/'
+    overwrite: bool = False,  # Whether to empty it first
 ) -> Iterator[Path]:  # The folder itself
-    "A folder of ours that keeps what is finished from run to run, and is held by one run at a time"
+    "Open an output folder that keeps finished files between runs; one run at a time may use it"
     place = place_of(path, replaced=False)
     folder = place.target
     _check_growing(place, kind)
@@ -366,45 +366,45 @@ def growing_folder(
 def usual_mode(
     path: str | Path,  # A file or folder
 ):
-    "Give a file the permissions that a new one has here"
+    "Give a file or folder the default permissions"
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 
 def plain_text(
-    text,  # A class name, a file name, or what else a user chose
-    max_length: int = 60,  # Characters; a longer text loses its middle
+    text,  # A class name, a file name or other text of a user
+    max_length: int = 60,  # Characters; a longer text is cut in the middle
 ) -> str:
-    "A text as matplotlib draws it letter by letter, also in a legend, and short enough for a figure"
+    "Escape and shorten a text so that matplotlib draws it literally, in legends too"
     readable = str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
     if len(readable) > max_length:
         half = (max_length - 1) // 2
         readable = f'{readable[:half]}…{readable[-half:]}'
     if readable.startswith('_'):
-        readable = f' {readable}'  # matplotlib leaves out legends that begin with it
+        readable = f' {readable}'  # matplotlib omits legend entries that begin with it
     return readable.replace('$', r'\$')
 
 # %% ../../nbs/utils/03_files.ipynb #08aa48fc
 class TransferWarning(UserWarning):
-    "What you should know, though the work goes on; the command prints it as one line"
+    "A warning of this library; the command prints it as one line"
 
 # %% ../../nbs/utils/03_files.ipynb #95d4e0c6
 def warn(
-    text: str,  # What happened, and what it means
+    text: str,  # The message
 ):
-    "A `TransferWarning` at the caller of the function that calls this"
+    "Issue a `TransferWarning` at the caller of the calling function"
     warnings.warn(text, TransferWarning, stacklevel=3)
 
 # %% ../../nbs/utils/03_files.ipynb #923b41a6
 def progress(
-    items: Iterable,  # What to go through
-    total: int | None = None,  # How many they are, if `len` does not tell
-    label: str = '',  # What they are, in the plural
+    items: Iterable,  # The items
+    total: int | None = None,  # Number of items, if `len` does not give it
+    label: str = '',  # Name of the items, in the plural
     every: float = 10.0,  # Seconds between two lines in a log
-    file=None,  # Where to write; standard error if None
+    file=None,  # Output stream; standard error if None
 ) -> Iterator:  # The same items
-    "Pass `items` on: with a bar on a terminal, with a plain line now and then in a log"
+    "Iterate over `items` with a progress bar on a terminal, or with plain lines in a log"
     file = file or sys.stderr
     total = total if total is not None else len(items) if hasattr(items, '__len__') else None
     if file.isatty():
@@ -423,12 +423,12 @@ def progress(
 
 # %% ../../nbs/utils/03_files.ipynb #12d64037
 def unknown(
-    what: str,  # The kind of thing: 'task', 'backbone'
+    what: str,  # Kind of name: 'task', 'backbone'
     name,  # What was given
-    known: Iterable[str],  # What could have been given
-    hint: str = '',  # What else to say
-) -> ValueError:  # The error, to be raised
-    "A ValueError for a name that is not known: the known names, nearest first"
+    known: Iterable[str],  # Known names
+    hint: str = '',  # Further advice
+) -> ValueError:  # The error to raise
+    "Return a ValueError for an unknown name that lists the known names, nearest first"
     name, known = str(name)[:200], list(known)  # the comparison takes the square of the length
 
     def likeness(other):
@@ -442,14 +442,14 @@ def unknown(
 
 # %% ../../nbs/utils/03_files.ipynb #9ae17453
 def cache_folder() -> Path:
-    "Where what was computed is kept: `DR_TRANSFER_CACHE`, or `.cache/dr_transfer` in the home folder"
+    "Folder of the cache: `DR_TRANSFER_CACHE`, or `.cache/dr_transfer` in the home folder"
     return Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home() / '.cache' / 'dr_transfer')
 
 # %% ../../nbs/utils/03_files.ipynb #a7f31c02
 def package_version(
     name: str,  # As on PyPI
 ) -> str:  # '' if it is not installed
-    "The version of a package: it can decide a result"
+    "Installed version of a package"
     try:
         return version(name)
     except PackageNotFoundError:
@@ -458,9 +458,9 @@ def package_version(
 # %% ../../nbs/utils/03_files.ipynb #a671f6bc
 def extra_module(
     module: str,  # Such as 'captum.attr'
-    extra: str,  # Name of the extra that brings it
+    extra: str,  # Extra that installs it
 ) -> ModuleType:
-    "A module of an extra; ValueError with what to install if it cannot be imported"
+    "Import a module of an extra; raise a ValueError that says what to install if that fails"
     try:
         return import_module(module)
     except ImportError as e:

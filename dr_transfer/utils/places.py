@@ -19,20 +19,20 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/utils/02_places.ipynb #p0000007
 class OutputError(ValueError):
-    "A file or folder that cannot be written, or that must not be replaced"
+    "An output that cannot be written or must not be replaced"
 
 # %% ../../nbs/utils/02_places.ipynb #7fac56c8
 def too_many_open(
     error: BaseException,  # Such as an OSError
 ) -> bool:
-    "Did the process run out of open files, so that no file is at fault?"
+    "Whether the process has too many open files, so the error is not caused by this file"
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def reason(
     error: Exception,  # Such as an OSError
 ) -> str:
-    "Why it failed, in the words of the operating system"
+    "Message of the operating system for an error"
     if too_many_open(error):
         return 'too many files are open: raise the limit, such as by `ulimit -n 1024`'
     return getattr(error, 'strerror', None) or str(error)
@@ -40,13 +40,13 @@ def reason(
 
 @dataclass(frozen=True)
 class Place:
-    "Where something will be, and the hidden names beside it that are used until then"
+    "The destination of an output, with the hidden temporary names beside it"
 
     given: Path  # As the user named it; errors use this name
     target: Path  # Its real path
 
     def beside(self, kind: str) -> Path:
-        "A hidden name beside it"
+        "Return a hidden name beside the destination"
         name = self.target.name
         if len(os.fsencode(name)) > 100:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -54,39 +54,39 @@ class Place:
 
     @property
     def tmp(self) -> Path:
-        "What is written until it is complete"
+        "Temporary name of the output until it is complete"
         return self.beside('tmp')
 
     @property
     def old(self) -> Path:
-        "What was there, until the new one has its name"
+        "Temporary name of the previous output until the new one is in place"
         return self.beside('old')
 
     @property
     def lock(self) -> Path:
-        "The file that holds the name"
+        "Lock file that reserves the name"
         return self.beside('lock')
 
 
 def is_temporary(
-    name: str,  # Of a file or folder, without those above it
+    name: str,  # Name of a file or folder, without its path
 ) -> bool:
-    "Is it one of these hidden names?"
+    "Whether it is one of these hidden names"
     return name.startswith('.') and name.endswith(('.dr_transfer-tmp', '.dr_transfer-old', '.dr_transfer-lock'))
 
 # %% ../../nbs/utils/02_places.ipynb #p0000008
 def place_of(
     path: str | Path,  # As the user named it
-    replaced: bool = True,  # Will it be renamed or replaced as one?
+    replaced: bool = True,  # Whether it is renamed or replaced as a whole
 ) -> Place:
-    "The place of an output; OutputError if nothing can have that name"
+    "Return the `Place` of an output; raise an OutputError if the name cannot be used"
     given = Path(path)
     try:
         target = Path(os.path.realpath(given))
         if os.path.islink(given) and not os.path.exists(given):
             raise OutputError(f'{given} is a link to {os.readlink(given)}, which does not exist: choose another name')
         if replaced and os.path.ismount(target):
-            raise OutputError(f'{given} is the top of a disk and cannot be replaced: name something in it')
+            raise OutputError(f'{given} is the root of a disk and cannot be replaced: give a path inside it')
         os.lstat(target)
     except FileNotFoundError:
         pass
@@ -100,10 +100,10 @@ def place_of(
 @contextmanager
 def locked(
     file: Path,  # The lock file
-    given: Path,  # What it is for, in errors
+    given: Path,  # The output, for error messages
     wait: float = 0.5,  # Seconds to wait for another run
 ) -> Iterator[None]:
-    "Hold a lock; OutputError if another run holds it"
+    "Hold a lock; raise an OutputError if another run holds it"
     lock = FileLock(file)
     try:
         lock.acquire(timeout=wait, poll_interval=0.05)
@@ -126,9 +126,9 @@ def locked(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000012
 def remove(
-    path: Path,  # A file, a link or a folder of ours, or nothing
+    path: Path,  # A file, link or folder; it may be missing
 ):
-    "Remove what is there"
+    "Remove a file, link or folder"
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -137,10 +137,10 @@ def remove(
 
 @contextmanager
 def parents_of(
-    path: Path,  # Where something will be
-    given: Path,  # Its name in errors
+    path: Path,  # Path of the output
+    given: Path,  # Its name in error messages
 ) -> Iterator[None]:
-    "Make the folders above a path; those that stay empty are removed again"
+    "Create the parent folders of a path; remove those that stay empty"
     made = [p for p in path.parents if not os.path.lexists(p)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +160,9 @@ def parents_of(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000014
 def _recover(
-    place: Place,  # Held by this run
+    place: Place,  # Reserved by this run
 ):
-    "Clear what a killed run left beside a place"
+    "Remove what a killed run left beside a place"
     if os.path.lexists(place.old):
         if os.path.lexists(place.target):
             remove(place.old)
@@ -172,7 +172,7 @@ def _recover(
 
 
 def _try_to_write(place: Place):
-    "Write some bytes under the temporary name, and remove them"
+    "Test whether the place is writable by writing a temporary file"
     try:
         with open(place.tmp, 'wb') as f:
             f.write(bytes(65536))
@@ -191,12 +191,12 @@ def _try_to_write(place: Place):
 
 @contextmanager
 def reserved(
-    places: list[Place],  # What is to be written, all in one folder
-    check: Callable,  # Raises an OutputError if a place is taken
+    places: list[Place],  # The outputs, all in one folder
+    check: Callable,  # Raises an OutputError if a place is occupied
     wait: float = 0.5,  # Seconds to wait for another run
-    first: Callable | None = None,  # What is recovered before the usual
+    first: Callable | None = None,  # Called first, to recover from a killed run
 ) -> Iterator[None]:
-    "Hold places alone, from before the work until the results have their names"
+    "Reserve places from before the work until the results are in place"
     with ExitStack() as stack:
         stack.enter_context(parents_of(places[0].target, places[0].given))
         for place in places:
@@ -211,9 +211,9 @@ def reserved(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000017
 def keep(
-    place: Place,  # Whose temporary file or folder is to stay
+    place: Place,  # Place of the temporary file or folder to keep
 ) -> Path:  # Where it is now
-    "Give what was written, and cannot have its name, a name that can be seen"
+    "Rename a temporary output that cannot get its final name to a visible name"
     name = place.target.name
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -226,9 +226,9 @@ def keep(
 
 
 def move(
-    place: Place,  # Held by this run, with a complete temporary file or folder
+    place: Place,  # Reserved, with a complete temporary file or folder
 ):
-    "Rename the temporary name to the final one; a folder that is there is moved aside and removed"
+    "Rename the temporary output to its final name and remove the folder that it replaces"
     folder = place.target.is_dir()
     if folder:
         os.replace(place.target, place.old)
@@ -243,11 +243,11 @@ def move(
 
 
 def publish(
-    place: Place,  # Held by this run
-    check: Callable,  # Raises an OutputError if the place is taken
-    finish: Callable,  # Gives the result its name
+    place: Place,  # Reserved by this run
+    check: Callable,  # Raises an OutputError if the place is occupied
+    finish: Callable,  # Renames the result
 ):
-    "Give a complete result its name; or keep it, and tell where it is"
+    "Give a complete result its final name, or keep it and raise an error that says where"
     try:
         check()
         finish()
@@ -261,9 +261,9 @@ def publish(
 # %% ../../nbs/utils/02_places.ipynb #p0000019
 @contextmanager
 def atomic_file(
-    path: str | Path,  # Where the file will be
-) -> Iterator[Path]:  # A temporary path beside it, to write to
-    "A file of ours, such as one in a cache, that appears under its name only when it is complete"
+    path: str | Path,  # Path of the file
+) -> Iterator[Path]:  # Temporary path to write to
+    "Write a file of the cache that appears under its name only when it is complete"
     path = Path(path).absolute()
     place = Place(path, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,10 +277,10 @@ def atomic_file(
 
 # %% ../../nbs/utils/02_places.ipynb #p0000021
 def is_inside(
-    path: str | Path,  # A file or folder, there or not
+    path: str | Path,  # A file or folder; it may be missing
     folder: str | Path,  # A folder
 ) -> bool:
-    "Does a path lie in a folder, or is it that folder? By device and inode, not by name"
+    "Whether a path is a folder or lies in it, compared by device and inode"
     try:
         home = os.stat(folder)
         target = Path(os.path.realpath(path))
@@ -296,15 +296,15 @@ def is_inside(
 
 
 def check_outside(
-    out: str | Path,  # What is to be written
-    data: str | Path,  # A folder of images, or a file that is read
+    out: str | Path,  # The output
+    data: str | Path,  # A folder of images, or an input file
 ):
-    "OutputError if an output lies in the data, or is it"
+    "Raise an OutputError if an output lies in the data or would replace it"
     if not is_inside(out, data):
         return
     if os.path.isdir(data):
         raise OutputError(
             f'{out} lies in the data folder {data}, and would be read as data by the next run: '
-            'choose a place outside of it (--out on the command line)'
+            'choose a folder outside it (--out on the command line)'
         )
-    raise OutputError(f'{out} is read here, and is not replaced: choose another name (--out on the command line)')
+    raise OutputError(f'{out} is an input and is not replaced: choose another name (--out on the command line)')

@@ -17,11 +17,11 @@ _KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISSOCK,
 
 
 class NotAFile(ValueError):
-    "A name behind which there is no regular file; `path`, and `kind`: what there is"
+    "A path that is not a regular file; `path` is the path, `kind` what it is instead"
 
     def __init__(
         self,
-        path: str | Path,  # The name
+        path: str | Path,  # The path
         kind: str,  # What it is instead, such as 'a pipe'
     ):
         super().__init__(f'it is {kind}, not a regular file')
@@ -29,11 +29,11 @@ class NotAFile(ValueError):
 
 
 class TooLarge(ValueError):
-    "A file with more bytes than it may have"
+    "A file that is larger than allowed"
 
 
 def _check_regular(handle, path):
-    "Close what was opened and raise `NotAFile`, unless it is a regular file"
+    "Close the file and raise `NotAFile` unless it is a regular file"
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
@@ -42,11 +42,11 @@ def _check_regular(handle, path):
 
 def open_regular(
     path: str | Path,  # A file
-    mode: str = 'rb',  # As `open` takes it; the file is not cut before it was looked at
-    follow: bool = True,  # May the last part of the name be a link?
-    create: bool = False,  # May the file be made?
-) -> BinaryIO:  # `NotAFile` for anything else, such as a pipe; OSError as `open`
-    "Open a regular file, without waiting for it"
+    mode: str = 'rb',  # As in `open`; a file is checked before it is truncated
+    follow: bool = True,  # Whether the last part of the path may be a link
+    create: bool = False,  # Whether to create the file
+) -> BinaryIO:  # `NotAFile` for anything else; OSError as in `open`
+    "Open a regular file without blocking"
 
     def opener(name, flags):
         flags |= getattr(os, 'O_NONBLOCK', 0) | (os.O_CREAT if create else 0)
@@ -68,12 +68,12 @@ def open_regular(
 
 def read_regular(
     path: str | Path,  # A file
-    max_bytes: int | None = None,  # Bytes at most; `TooLarge` beyond
-    follow: bool = True,  # May the last part of the name be a link?
-) -> bytes:  # As `open_regular`
-    "The content of a regular file"
+    max_bytes: int | None = None,  # Maximum size in bytes; `TooLarge` above it
+    follow: bool = True,  # Whether the last part of the path may be a link
+) -> bytes:  # Errors as in `open_regular`
+    "Read a regular file"
     with open_regular(path, follow=follow) as f:
         size = os.fstat(f.fileno()).st_size
         if max_bytes is not None and size > max_bytes:
-            raise TooLarge(f'it has {size:,} bytes, and may have {max_bytes:,}')
+            raise TooLarge(f'it has {size:,} bytes, more than the allowed {max_bytes:,}')
         return f.read()

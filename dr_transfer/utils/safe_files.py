@@ -18,11 +18,11 @@ from .places import reason, too_many_open
 from .regular import NotAFile
 
 # %% ../../nbs/utils/04_safe_files.ipynb #684843f2
-_WARNED = set()  # folders of which something was said in this process
+_WARNED = set()  # folders that were warned about in this process
 
 
 def _shared(folder) -> str:
-    "Why others can change what is in a folder; '' if they cannot"
+    "Why other users can change the files in a folder; '' if they cannot"
     if not hasattr(os, 'geteuid'):
         return ''
     about = folder.stat()
@@ -34,17 +34,17 @@ def _shared(folder) -> str:
 
 
 def check_private(
-    folder: str | Path,  # A folder of the cache; it may not be there yet
+    folder: str | Path,  # A folder of the cache; it may be missing
 ):
-    "Warn once of a folder of the cache that other users can change, itself or above it in the cache"
+    "Warn once if other users can change a folder of the cache or one of its parents in the cache"
     folder, root = Path(folder).absolute(), cache_folder().absolute()
     inside = root == folder or root in folder.parents
     for p in (folder, *folder.parents):
         if p not in _WARNED and p.is_dir() and (why := _shared(p)):
             _WARNED.add(p)
             warn(
-                f'the cache folder {p} {why}, who can put wrong numbers there: '
-                'let DR_TRANSFER_CACHE name a folder of your own'
+                f'the cache folder {p} {why}, who can change the stored values: '
+                'set DR_TRANSFER_CACHE to a folder of your own'
             )
         if p == root or (not inside and p == folder.parent):
             return
@@ -53,10 +53,10 @@ def check_private(
 def private_folder(
     folder: str | Path,  # A folder of the cache
 ) -> Path:  # The same
-    "Make a folder of the cache, and those above it, for their owner alone; NotAFile if it is a link to another place"
+    "Create a folder of the cache and its parents for the owner only; raise NotAFile for a link"
     folder = Path(folder)
-    if folder.is_symlink() and folder.absolute() != cache_folder().absolute():  # all of the cache may lie elsewhere
-        raise NotAFile(folder, f'a link to {os.readlink(folder)}, which is not written through')
+    if folder.is_symlink() and folder.absolute() != cache_folder().absolute():  # the cache itself may be a link
+        raise NotAFile(folder, f'a link to {os.readlink(folder)}, which is not followed')
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     for p in reversed(missing):
         p.mkdir(mode=0o700, exist_ok=True)
@@ -67,41 +67,41 @@ def private_folder(
 
 # %% ../../nbs/utils/04_safe_files.ipynb #0870ba6f
 def _advice(e, folder) -> str:
-    "What went wrong in a folder, and what helps"
+    "Explain a disk error in a folder and what to do"
     if too_many_open(e):
         return reason(e)
     if e.errno == errno.ENOMEM:
         return 'there is too little memory: close other programs, or give fewer images at once'
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f'the disk of {folder} is full: make room, or let DR_TRANSFER_CACHE name a folder on another disk'
+        return f'the disk of {folder} is full: make room, or set DR_TRANSFER_CACHE to a folder on another disk'
     if e.errno == errno.EIO:
         return (
-            f'the disk of {folder} reports an error ({e.strerror}): let DR_TRANSFER_CACHE name a folder on another disk'
+            f'the disk of {folder} reports an error ({e.strerror}): set DR_TRANSFER_CACHE to a folder on another disk'
         )
     why = f'nothing can be written into {folder} ({e.strerror})'
     if e.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f'{why}: a file is in the place of a folder. Move it, or let DR_TRANSFER_CACHE name another folder'
+        return f'{why}: a file is in the place of a folder. Move it, or set DR_TRANSFER_CACHE to another folder'
     if e.errno == errno.EROFS:
-        return f'{why}: let DR_TRANSFER_CACHE name a folder on a disk that can be written'
-    return f'{why}: change its permissions, or let DR_TRANSFER_CACHE name another folder'
+        return f'{why}: set DR_TRANSFER_CACHE to a folder on a writable disk'
+    return f'{why}: change its permissions, or set DR_TRANSFER_CACHE to another folder'
 
 
 def is_shortage(
     e: BaseException,  # An error
 ) -> bool:
-    "Does the computer lack something, so that the file is not at fault?"
+    "Whether memory or open files ran out, so the error is not caused by this file"
     no_memory = isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
     return no_memory or too_many_open(e)
 
 
 @contextmanager
 def disk_errors(
-    folder: str | Path,  # A folder of the cache, in which the block works
+    folder: str | Path,  # Folder of the cache that the block uses
 ) -> Iterator[None]:
-    "An error of the disk as a ValueError with the advice that fits it"
+    "Turn disk errors into a ValueError with advice"
     try:
         yield
     except NotAFile as e:
-        raise ValueError(f'{e.path}: {e}. Delete it, or let DR_TRANSFER_CACHE name another folder') from None
+        raise ValueError(f'{e.path}: {e}. Delete it, or set DR_TRANSFER_CACHE to another folder') from None
     except OSError as e:
         raise ValueError(_advice(e, folder)) from None

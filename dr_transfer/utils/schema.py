@@ -18,13 +18,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 # %% ../../nbs/utils/06_schema.ipynb #2ecb4bb6
 class SchemaError(ValueError):
-    "A field that is missing, of another type, or outside of its limits"
+    "A field that is missing, of the wrong type, or outside its limits"
 
     def __init__(
         self,
         path: str,  # Of the field, such as 'head.hidden[0]'
-        found: Any,  # What is there; `MISSING` if nothing is
-        expected: str,  # What should be there, in words
+        found: Any,  # The value; `MISSING` if there is none
+        expected: str,  # The expected value, in words
     ):
         self.path = path
         self.found = found
@@ -36,13 +36,13 @@ class SchemaError(ValueError):
 # %% ../../nbs/utils/06_schema.ipynb #e0a69a50
 @dataclass(frozen=True)
 class Range:
-    "Numbers from one to another, both included"
+    "Numbers in a closed range"
 
     low: float  # The smallest
     high: float  # The largest
 
     def fits(self, value) -> bool:
-        "Is the number within the limits?"
+        "Whether the number is within the limits"
         return self.low <= value <= self.high
 
     def __str__(self):
@@ -51,13 +51,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    "Texts and lists that are neither too short nor too long"
+    "Texts and lists of limited length"
 
-    low: int  # The least number of characters or items
-    high: int  # The largest
+    low: int  # Minimum number of characters or items
+    high: int  # Maximum number
 
     def fits(self, value) -> bool:
-        "Is the length within the limits?"
+        "Whether the length is within the limits"
         return self.low <= len(value) <= self.high
 
     def __str__(self):
@@ -66,12 +66,12 @@ class Length:
 
 @dataclass(frozen=True)
 class Known:
-    "Names in a table of the library"
+    "Names of a table of the library"
 
     names: Collection  # A table or list; looked up when a value is checked
 
     def fits(self, value) -> bool:
-        "Is it one of the names?"
+        "Whether it is one of the names"
         return value in self.names
 
     def __str__(self):
@@ -83,7 +83,7 @@ _JSON_TYPES = {bool: bool, int: Integral, float: Real, str: str, dict: dict}
 
 
 def _finite(value) -> bool:
-    "A number that a float can hold?"
+    "Whether a number is finite as a float"
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -91,12 +91,12 @@ def _finite(value) -> bool:
 
 
 def _valid(text) -> bool:
-    "Text without halves of characters, which no file can hold?"
+    "Whether a text is valid Unicode, without surrogates"
     return not any('\ud800' <= c <= '\udfff' for c in text)
 
 
 def _plain(hint, value, path) -> Any:
-    "A number, a text, or true or false"
+    "Return a number, text or boolean of the annotated type"
     right = isinstance(value, _JSON_TYPES[hint]) and (hint is bool or not isinstance(value, bool))
     if right and hint is float:
         right = _finite(value)
@@ -108,7 +108,7 @@ def _plain(hint, value, path) -> Any:
 
 
 def _json(value, path):
-    "SchemaError if an object of no given type holds what a file cannot hold"
+    "Raise a SchemaError if an untyped object contains something that JSON cannot hold"
     if isinstance(value, dict):
         for key, inner in value.items():
             _plain(str, key, path or 'description')
@@ -124,7 +124,7 @@ def _json(value, path):
 def _describe(
     hint: Any,  # An annotation
 ) -> str:
-    "What an annotation expects, in words"
+    "Describe in words what an annotation expects"
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return ' '.join([_describe(args[0]), *map(str, args[1:])])
@@ -138,10 +138,10 @@ def _describe(
 
 def _convert(
     hint: Any,  # An annotation
-    value: Any,  # What JSON gave
+    value: Any,  # Value from JSON
     path: str,  # Of the field, for the error
 ) -> Any:  # A value of the type that the annotation names
-    "A value as its annotation wants it; SchemaError if it is something else"
+    "Convert a value to its annotated type; raise a SchemaError if it does not fit"
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _limited(hint, value, path)
@@ -160,7 +160,7 @@ def _convert(
 
 # %% ../../nbs/utils/06_schema.ipynb #a96942a7
 def _limited(hint, value, path) -> Any:
-    "A value of an annotation with limits"
+    "Convert a value and check its limits"
     base, *limits = get_args(hint)
     try:
         found = _convert(base, value, path)
@@ -172,7 +172,7 @@ def _limited(hint, value, path) -> Any:
 
 
 def _suits(hint, value) -> bool:
-    "Is it the kind of value that an annotation expects, whatever its limits are?"
+    "Whether the value has the annotated type, regardless of limits"
     if get_origin(hint) is Annotated:
         return _suits(get_args(hint)[0], value)
     if is_dataclass(hint) or dict in (hint, get_origin(hint)):
@@ -183,7 +183,7 @@ def _suits(hint, value) -> bool:
 
 
 def _one_of(hints, value, path) -> Any:
-    "A value of the first annotation that suits it; None for null and NaN where that is one of them"
+    "Convert a value to the first type that fits; null and NaN become None where None is allowed"
     undefined = value is None or (isinstance(value, float) and math.isnan(value))
     if undefined and types.NoneType in hints:
         return None
@@ -192,7 +192,7 @@ def _one_of(hints, value, path) -> Any:
 
 
 def _items(hint, value, path) -> tuple:
-    "The items of a list"
+    "Convert the items of a list"
     args = get_args(hint)
     if not isinstance(value, (list, tuple)):
         raise SchemaError(path, value, _describe(hint))
@@ -201,43 +201,43 @@ def _items(hint, value, path) -> tuple:
     return tuple(_convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
 
 # %% ../../nbs/utils/06_schema.ipynb #ec161459
-_MORE = 'more'  # the field that keeps what a dataclass does not know
-LATER = 'later'  # in the metadata of a field: it came after 0.1.0, and its default is not written
+_MORE = 'more'  # the field that keeps unknown fields
+LATER = 'later'  # in the metadata of a field that is newer than 0.1.0; its default is not written
 
 
-FORMERLY = 'formerly'  # in the metadata of a field: its name in 0.1.0, which is read as well
+FORMERLY = 'formerly'  # in the metadata of a field: its name in 0.1.0, which is still read
 
 
 @lru_cache
 def _hints(cls) -> dict:
-    "The annotations of a dataclass"
+    "Annotations of a dataclass"
     return get_type_hints(cls, include_extras=True)
 
 
 def _key(f, data) -> str:
-    "The name under which an object of JSON has a field"
+    "Name of a field in a JSON object, the current or the former one"
     before = f.metadata.get(FORMERLY)
     return before if before in data and f.name not in data else f.name
 
 
 def _required(f) -> bool:
-    "Has a field of a dataclass no default?"
+    "Whether a field of a dataclass has no default"
     return f.default is MISSING and f.default_factory is MISSING
 
 
 def required_fields(
     cls: type,  # A dataclass
 ) -> tuple[str, ...]:  # Names, in order
-    "The fields that a description must have"
+    "Names of the required fields"
     return tuple(f.name for f in fields(cls) if _required(f))
 
 
 def from_dict(
     cls: type,  # A dataclass
-    data: Any,  # What JSON gave
-    path: str = '',  # Of the object, for the error; '' for the outermost
+    data: Any,  # Value from JSON
+    path: str = '',  # Of the object, for errors; '' for the outermost
 ) -> Any:  # An instance
-    "A dataclass from an object of JSON; SchemaError that names the first field that is wrong"
+    "Create a dataclass from a JSON object; raise a SchemaError for the first invalid field"
     if not isinstance(data, dict):
         raise SchemaError(path or 'description', data, 'an object')
 
@@ -261,14 +261,14 @@ def from_dict(
 
 # %% ../../nbs/utils/06_schema.ipynb #b97e7f2f
 def _implied(f, value) -> bool:
-    "Is it a field of a later version that has its default?"
+    "Whether a field is newer than 0.1.0 and has its default"
     return LATER in f.metadata and getattr(value, f.name) == f.default
 
 
 def to_dict(
-    value: Any,  # A dataclass, or a value of one
-) -> Any:  # What `from_dict` takes: objects, lists, text, numbers
-    "A dataclass as JSON can hold it"
+    value: Any,  # A dataclass, or a value in one
+) -> Any:  # Objects, lists, text and numbers for `from_dict`
+    "Convert a dataclass to JSON values"
     if is_dataclass(value):
         named = {
             f.name: to_dict(getattr(value, f.name)) for f in fields(value) if f.name != _MORE and not _implied(f, value)
@@ -281,11 +281,11 @@ def to_dict(
     return value
 
 # %% ../../nbs/utils/06_schema.ipynb #3d4b4aac
-_MAX_DEPTH = 20  # objects and lists within one another
+_MAX_DEPTH = 20  # nesting of objects and lists
 
 
 def _once(pairs) -> dict:
-    "An object of JSON; ValueError if a name occurs twice"
+    "Create a dict from JSON pairs; raise a ValueError if a name occurs twice"
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [k for k, _ in pairs]
@@ -295,7 +295,7 @@ def _once(pairs) -> dict:
 
 
 def _check_depth(value):
-    "ValueError for objects and lists that are nested too deeply"
+    "Raise a ValueError for objects and lists that are nested too deeply"
     level = [value]
     for _ in range(_MAX_DEPTH):
         inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
@@ -305,9 +305,9 @@ def _check_depth(value):
 
 
 def read_json(
-    data: bytes,  # What is in a file
+    data: bytes,  # Content of a file
 ) -> Any:  # Objects, lists, text, numbers
-    "JSON of a description; ValueError if it is none, if a name occurs twice, or if it is nested too deeply"
+    "Parse JSON; raise a ValueError if it is invalid, repeats a name, or is nested too deeply"
     try:
         value = json.loads(data.decode('utf-8'), object_pairs_hook=_once)
     except RecursionError:

@@ -28,20 +28,20 @@ from .safe_files import check_private, disk_errors, private_folder
 
 # %% ../../nbs/utils/08_store.ipynb #088d0788
 def digest(
-    about: dict,  # What JSON can hold
+    about: dict,  # JSON values
 ) -> str:  # 16 hexadecimal digits of a SHA-256
-    "A description by what it says"
+    "Hash of a description"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/utils/08_store.ipynb #cb9459f8
-STORE_FORMAT = 2  # of the files of a store; raised when it changes, so that what is there is not misread
+STORE_FORMAT = 2  # of the files of a store; increased when it changes, so that old files are not misread
 
 
 class _Line(NamedTuple):
     "A line of `images.jsonl`"
 
     row: int
-    key: str | None  # None for a row that nobody owns any more; in the file an empty text
+    key: str | None  # None for a row without an image; an empty text in the file
     name: str
     sums: list  # Checksum of the row in each array
 
@@ -51,7 +51,7 @@ class _Line(NamedTuple):
 
 
 def _line(text, n) -> _Line | None:
-    "A line with `n` checksums; None if it is not as it was written"
+    "Parse a line with `n` checksums; None if it is damaged"
     try:
         line = _Line(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -68,7 +68,7 @@ def _line(text, n) -> _Line | None:
 
 
 def _size(path) -> int:
-    "Bytes of a plain file; 0 if it is not there"
+    "Size of a regular file in bytes; 0 if it is missing"
     try:
         with open_regular(path, follow=False) as f:
             return os.fstat(f.fileno()).st_size
@@ -77,10 +77,10 @@ def _size(path) -> int:
 
 
 def _good_lines(store) -> tuple:
-    "The lines of a store by row; how many rows are lost; is the file as it was written?"
+    "Return the valid lines by row, the number of lost rows, and whether the file is undamaged"
     file = store.folder / 'images.jsonl'
     text = read_regular(file, follow=False) if _size(file) else b''
-    end = text.rfind(b'\n') + 1  # what comes after it was not finished
+    end = text.rfind(b'\n') + 1  # the rest is an incomplete line
     found = [_line(part, len(store.fields)) for part in text[:end].split(b'\n')[:-1]]
     rows = min(_size(store.file(f)) // store.row_bytes(f) for f in store.fields)
     good = {line.row: line for line in found if line is not None and line.row < rows}
@@ -91,13 +91,13 @@ def _good_lines(store) -> tuple:
 
 # %% ../../nbs/utils/08_store.ipynb #3d0dd30c
 class ArrayStore:
-    "Arrays for images, on disk in a folder of their own; rows are appended and found by key"
+    "Arrays on disk with one row per image; rows are appended and found by key"
 
     def __init__(
         self,
-        root: str | Path,  # Folder in which the store's folder is or will be
+        root: str | Path,  # Parent folder of the store's folder
         name: str,  # First part of the folder's name
-        about: dict,  # What decides the numbers, besides the image
+        about: dict,  # What determines the values, besides the image
         fields: dict,  # Name -> shape of one row, and its NumPy type
     ):
         shapes = {}
@@ -113,34 +113,34 @@ class ArrayStore:
         return len(self.keys)
 
     def row_bytes(self, field) -> int:
-        "How many bytes a row of an array takes"
+        "Size of a row of an array in bytes"
         shape, kind = self.fields[field]
         return prod(shape) * np.dtype(kind).itemsize
 
     def file(self, field) -> Path:
-        "Where the numbers of an array are"
+        "Path of the values of an array"
         return self.folder / f'{field}.bin'
 
     def row_sum(self, field, row, key, data) -> int:
-        "The checksum of a row"
+        "Checksum of a row"
         about = f'{self.digest} {field} {row} {key}'
         return zlib.crc32(data, zlib.crc32(about.encode()))
 
-    def read_index(self) -> int:  # How many rows are lost
-        "Learn from the disk which images are there"
+    def read_index(self) -> int:  # Number of lost rows
+        "Read from the disk which images are stored"
         with disk_errors(self.folder):
             good, lost, _ = _good_lines(self)
         self.rows = max(good, default=-1) + 1
         self.keys = {
             line.key: row for row, line in good.items() if line.key is not None
-        }  # the last row of an image counts
+        }  # the last row of an image is used
         self.sums = np.zeros((self.rows, len(self.fields)), np.uint32)
         for row, line in good.items():
             self.sums[row] = line.sums
         return lost
 
-    def check(self, keys) -> int:  # How many they are
-        "Forget those of some images whose rows do not match their checksums"
+    def check(self, keys) -> int:  # Number of such images
+        "Forget images whose rows do not match their checksums"
         bad = _mismatched(self, [k for k in dict.fromkeys(keys) if k in self.keys])
         for key in bad:
             del self.keys[key]
@@ -148,14 +148,14 @@ class ArrayStore:
 
 
 def _raw(store, field) -> np.ndarray:
-    "An array of a store as bytes (rows, bytes), mapped into memory"
+    "Map an array of a store into memory as bytes (rows, bytes)"
     with open_regular(store.file(field), follow=False) as f:
         return np.memmap(f, np.uint8, 'r', shape=(store.rows, store.row_bytes(field)))
 
 # %% ../../nbs/utils/08_store.ipynb #e33ae5af
 def _mismatched(
     store: ArrayStore,
-    keys: list,  # Of images in it
+    keys: list,  # Keys of stored images
 ) -> list:
     "Keys whose rows do not match their checksums"
     if not keys:
@@ -182,7 +182,9 @@ def _mismatched(
 def _locked(folder):
     with disk_errors(folder):
         private_folder(folder)
-        open_regular(folder / 'lock', 'r+b', follow=False, create=True).close()  # `FileLock` is not to wait for a pipe
+        open_regular(
+            folder / 'lock', 'r+b', follow=False, create=True
+        ).close()  # so that `FileLock` does not wait for a pipe
         lock = FileLock(folder / 'lock')
         try:
             lock.acquire(timeout=5)
@@ -196,7 +198,7 @@ def _locked(folder):
 
 
 def _repair(store):
-    "Write the index of a store anew if it is damaged; cut off what a killed run left unfinished"
+    "Rewrite the index of a store if it is damaged, and truncate unfinished rows"
     about, index = store.folder / 'about.json', store.folder / 'images.jsonl'
     text = json.dumps(store.about, indent=1)
     if not _size(about) or read_regular(about, follow=False) != text.encode():
@@ -215,7 +217,7 @@ def _repair(store):
 
 @contextmanager
 def _writing(store, keys):
-    "Hold the store alone, its index read again and the rows of some images checked; how many rows are damaged"
+    "Lock the store, read its index again and check some rows; yield the number of damaged rows"
     with _locked(store.folder):
         bad = store.read_index() + store.check(keys)
         with disk_errors(store.folder):
@@ -224,17 +226,17 @@ def _writing(store, keys):
 
 
 def _warn_of_damage(store, bad):
-    "Warn of rows that are damaged"
+    "Warn of damaged rows"
     if not bad:
         return
     warn(
         f'damaged rows in {store.folder}: {bad} of {bad + len(store)} (a line was lost, or the numbers do not match '
-        'their checksum); what is needed of them is computed again'
+        'their checksum); the required ones are computed again'
     )
 
 # %% ../../nbs/utils/08_store.ipynb #98c57ee7
 def _parts(store, new, arrays) -> dict:
-    "The new rows of each field, as they are written"
+    "New rows of each field, in the type of the store"
     parts = {}
     for field, (shape, kind) in store.fields.items():
         part = np.ascontiguousarray(arrays[field][new], dtype=kind)
@@ -246,7 +248,7 @@ def _parts(store, new, arrays) -> dict:
 
 
 def _append(store, batch, arrays):
-    "Rows for those items (key, item) of a batch that are not there yet; arrays (n, *shape) for each field"
+    "Append rows for the items (key, item) of a batch that are missing; arrays (n, *shape) by field"
     new = [i for i, (key, _) in enumerate(batch) if key not in store.keys]
     parts = _parts(store, new, arrays)
     lines = []
@@ -273,7 +275,7 @@ def _append(store, batch, arrays):
 
 # %% ../../nbs/utils/08_store.ipynb #adad6d34
 def _check_space(new):
-    "Refuse what does not fit on the disk: new rows, (store, how many), all on one disk"
+    "Raise a ValueError if new rows do not fit on the disk; pairs (store, number of rows)"
     need = 0
     for store, n in new:
         need += n * sum(store.row_bytes(field) for field in store.fields)
@@ -284,19 +286,19 @@ def _check_space(new):
         most = max(n for _, n in new)
         raise ValueError(
             f'{most} images need {need / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB left: '
-            'let DR_TRANSFER_CACHE name a folder on a larger disk, '
-            'or take fewer images, a smaller size, or less augmentation'
+            'set DR_TRANSFER_CACHE to a folder on a larger disk, '
+            'or use fewer images, a smaller size, or less augmentation'
         )
 
 # %% ../../nbs/utils/08_store.ipynb #e1bd33e2
 def fill_rows(
-    stores: list,  # `ArrayStore`s on one disk, no two with a field of one name
-    keys: list,  # The key of each item (n,)
-    items: list,  # What `compute` is given (n,); `path`, if it has one, names the row
+    stores: list,  # `ArrayStore`s on one disk, with distinct field names
+    keys: list,  # Key of each item (n,)
+    items: list,  # Items for `compute` (n,); `path`, if any, names the row
     compute,  # (items, fields) -> iterator: field -> (n, *shape), for each batch
     bs: int,  # Items in a batch
-) -> list:  # For each store the row of each item (n,)
-    "See that the arrays of all items are in the stores, and right; compute those that are not"
+) -> list:  # Row of each item (n,), for each store
+    "Compute the arrays of all items that are missing or damaged in the stores"
     for s in stores:
         check_private(s.folder)
         s.check(keys)
@@ -314,7 +316,7 @@ def fill_rows(
 
 
 def _compute_rows(stores, keys, items, compute, bs):
-    "Compute, batch by batch, the items that one of the stores lacks"
+    "Compute the items that are missing in at least one store, batch by batch"
     todo = {k: o for k, o in zip(keys, items) if any(k not in s.keys for s in stores)}
     _check_space([(s, len(todo.keys() - s.keys.keys())) for s in stores])
     rows = list(todo.items())
@@ -328,8 +330,8 @@ def _compute_rows(stores, keys, items, compute, bs):
 def stored_array(
     store: ArrayStore,  # A store
     field: str,  # Name of an array in it
-) -> np.ndarray:  # (rows, *shape), mapped into memory, not to be written
-    "An array of a store"
+) -> np.ndarray:  # (rows, *shape), mapped into memory, read-only
+    "Array of a store, mapped into memory"
     shape, kind = store.fields[field]
     if not store.rows:
         return np.zeros((0, *shape), kind)

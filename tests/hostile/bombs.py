@@ -1,4 +1,4 @@
-"Compressed zeros, made in no time: a block that stands for a million of them, as often as is wanted."
+"Compressed streams that are small and expand to very many zeros."
 
 import zlib
 from functools import cache
@@ -14,18 +14,18 @@ def block() -> bytes:
 
 
 def deflated(millions, before=b'') -> bytes:
-    "Some bytes and so many million zeros as a raw deflated stream."
+    "Some bytes and some million zeros as a raw deflate stream."
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     first = pack.compress(before) + pack.flush(zlib.Z_FULL_FLUSH)
     return first + block() * millions + b'\x03\x00'
 
 
 def compressed(millions) -> bytes:
-    "So many million zeros as zlib writes them."
+    "Some million zeros in zlib format."
     check = (millions * MILLION % 65521) << 16 | 1
     return b'\x78\xda' + deflated(millions) + check.to_bytes(4, 'big')
 
 
 def gzipped(millions, before=b'') -> bytes:
-    "Some bytes and so many million zeros as gzip writes them, without a right checksum."
+    "Some bytes and some million zeros in gzip format, with a wrong checksum."
     return b'\x1f\x8b\x08' + bytes(6) + b'\x03' + deflated(millions, before) + bytes(8)

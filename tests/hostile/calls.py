@@ -1,4 +1,4 @@
-"Functions of the library that have no command, run in a process of their own as the commands are."
+"Functions of the library that have no command, run in a separate process as the commands are."
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ def draw_slice(path, spacing='null'):
 
 
 def draw_slices(table, folder, out):
-    "Pictures of the slices of a table."
+    "Images of the slices of a table."
     from dr_transfer.data.ct_images import slice_images
 
     print(len(slice_images(table, folder, out)))
 
 
 def draw_candidates(table, folder, out):
-    "Pictures of the candidates of a table."
+    "Images of the candidates of a table."
     from dr_transfer.data.ct_images import candidate_images
 
     print(len(candidate_images(table, folder, out)))

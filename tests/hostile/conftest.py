@@ -1,4 +1,4 @@
-"What the tests of the corpus share: a process that runs the commands, and the models that they use."
+"Fixtures of the hostile tests: a process that runs the commands, and the models that they use."
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def runner():
 
 @pytest.fixture(scope='session')
 def shared(runner, tmp_path_factory):
-    "Drawn sets and trained models, made by the first worker that needs them."
+    "Synthetic sets and trained models, made by the first worker that needs them."
     base = tmp_path_factory.getbasetemp()
     base = base.parent if 'gw' in base.name else base
     folder = base / 'hostile shared'

@@ -1,13 +1,13 @@
-"""What every command promises, whatever it is given, and how that is checked from outside.
+"""The rules that every command must follow for any input, and checks of these rules from outside.
 
 Within a limit of time and memory a command ends in one of two ways:
 
-* exit code 0, and every image is accounted for: predicted, in a row with the reason in `error`, or listed as skipped;
+* exit code 0, and every image is predicted, listed in a row with the reason in `error`, or listed as skipped;
 * another exit code, and the last line on standard error is the only one that starts with `dr_transfer: error:` (or
-  `dr_transfer COMMAND: error:`, for words that the parser does not take). It names what was given.
+  `dr_transfer COMMAND: error:` for arguments that the parser rejects). It names the input.
 
-There is never a traceback. No program is started and no connection opened. Outside of `--out` and the cache no file is
-created, changed or deleted; after an error `--out` is as it was.
+There is never a traceback. No program is started and no connection opened. Outside `--out` and the cache no file is
+created, changed or deleted; after an error `--out` is unchanged.
 """
 
 import csv
@@ -26,7 +26,7 @@ FORMULA = '=+-@\t\r'  # how a cell starts that a spreadsheet would compute: writ
 
 
 def images_below(folder) -> list:
-    "The image files below a folder, by their names; hidden ones are left out, and folders with the name of an image."
+    "The image files below a folder, by their names; hidden ones are skipped, and folders with the name of an image."
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [d for d in folders if not d.startswith('.')]
@@ -64,7 +64,7 @@ def table_of(outcome) -> list:
 
 
 def number(cell) -> float:
-    "A cell as a number; NaN if it is none."
+    "A cell as a number; NaN if it is not a number."
     try:
         return float(cell)
     except ValueError:
@@ -72,7 +72,7 @@ def number(cell) -> float:
 
 
 def bad_prediction(row) -> str:
-    "Why a row is neither a prediction nor an error; '' if it is one of them."
+    "Return why a row is neither a prediction nor an error; '' if it is one of them."
     probs = [number(v) for k, v in row.items() if k.startswith('p_')]
     if row.get('error'):
         return 'a prediction beside an error' if row.get('prediction') else ''
@@ -87,7 +87,7 @@ def absolute(name, at) -> str:
 
 
 def unaccounted(outcome, at) -> list:
-    "What is missing or odd in the result of a command that ended well."
+    "Return what is missing or wrong in the result of a command that succeeded."
     command = outcome.command
     kind = outcome.command.verb
     readable = command.outs or (kind == 'predict' and command.stdout == 'file')
@@ -142,7 +142,9 @@ def sets_differ(found, expected) -> list:
 def words_of(command) -> list:
     "What an error may name: paths and options that were given, long enough to be no accident."
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
-    words += [w.encode(errors='backslashreplace').decode() for w in words]  # as standard error shows what is no text
+    words += [
+        w.encode(errors='backslashreplace').decode() for w in words
+    ]  # as standard error shows bytes that are not text
     near = {w for o in words for w in (o, os.path.basename(o.rstrip('/')), o.lstrip('-'), o[:200])}
     return sorted(w for w in near if len(w) > 1 and not w.replace('.', '').isdigit()) + [str(n) for n in command.named]
 
@@ -153,7 +155,7 @@ def visible(line) -> str:
 
 
 def bad_error(outcome) -> list:
-    "What is wrong with the way in which a command failed."
+    "Return what is wrong with an error of a command."
     lines = [line for line in outcome.err.splitlines() if ERROR.match(line)]
     if outcome.command.silent and not outcome.err:
         return []
@@ -190,7 +192,7 @@ def limits(outcome) -> list:
 
 
 def check(outcome, at) -> list:
-    "All that a command did against the contract; empty if it kept it."
+    "Return all violations of the rules by a command."
     command = outcome.command
     complaints = limits(outcome)
     complaints += [f'{word!r} in what it printed' for word in FORBIDDEN if word in outcome.out + outcome.err]

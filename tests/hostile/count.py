@@ -1,7 +1,7 @@
-"""Run the whole corpus and count the cases by kind and outcome: `python tests/hostile/count.py [FILE.csv] [KIND ...]`.
+"""Run all cases and count them by kind and outcome: `python tests/hostile/count.py [FILE.csv] [KIND ...]`.
 
-The table goes to nbs/results/hostile.csv, or to the file that is named. What breaks the contract is printed.
-With DR_TRANSFER_HOSTILE=some, only the cases that always run.
+The table is written to nbs/results/hostile.csv, or to the given file. Cases that break the rules are printed.
+With DR_TRANSFER_HOSTILE=some, only the cases that always run are counted.
 """
 
 import collections
@@ -26,7 +26,7 @@ def outcome_of(outcome, complaints) -> str:
         return 'not here'
     if complaints:
         return 'contract broken'
-    return 'completed' if outcome.code == 0 else 'error'  # also one without a reader, who is told nothing
+    return 'completed' if outcome.code == 0 else 'error'  # also without a message, if there is no reader
 
 
 def count(kinds, folder) -> dict:

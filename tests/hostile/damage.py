@@ -1,10 +1,10 @@
-"Changes of a file: each takes its path."
+"Functions that damage a file; each takes its path."
 
 import os
 
 
 def zeroed(path):
-    "Nothing but zeros, as many."
+    "The same number of zero bytes."
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -29,14 +29,14 @@ def removed(path):
 
 
 def one_byte(path):
-    "One byte in the middle is another."
+    "Change one byte in the middle."
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x55
     path.write_bytes(bytes(data))
 
 
 def nan(path):
-    "Numbers that are none."
+    "NaN values."
     path.write_bytes(b'\0\0\xc0\x7f' * (path.stat().st_size // 4))
 
 
@@ -72,7 +72,7 @@ def a_line_twice(path):
 
 
 def no_json(path):
-    "A line that is no JSON."
+    "A line that is not JSON."
     path.write_bytes(b'{"key": \n' + path.read_bytes())
 
 
@@ -82,7 +82,7 @@ def other_json(path):
 
 
 def not_text(path):
-    "Bytes that are no text."
+    "Bytes that are not text."
     path.write_bytes(b'\xff\xfe\n' * 5)
 
 

@@ -1,7 +1,7 @@
-"""The register of hostile inputs: each is a small function that builds files in a place and returns the command to run.
+"""The registry of hostile inputs: each case is a function that builds files and returns the command to run.
 
-A case is added by a function with `@case('kind')`; its docstring says what the input is. The functions are in
-`inputs_KIND.py`. All is deterministic, and what is built is small, however large it pretends to be.
+To add a case, write a function with `@case('kind')` and describe the input in its docstring. The functions are in
+`inputs_KIND.py`. All cases are deterministic, and the files are small, also if they claim to be large.
 """
 
 import importlib
@@ -32,7 +32,7 @@ KINDS = (
     'volumes',
     'preparations',
 )
-WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is left out to save time
+WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is skipped to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')
 PLAIN = ('--runtime', 'plain')
 CASES = []
@@ -70,7 +70,7 @@ def case(kind, each=None):
 
 
 def is_sampled(i, n) -> bool:
-    "Does the i-th of n values of a builder always run? A sixth of them do, two or more, evenly spread."
+    "Return whether the i-th of n values always runs: a sixth of them, at least two, evenly spaced."
     wanted = min(n, max(2, -(-n // 6)))
     return i * wanted // n != (i - 1) * wanted // n
 
@@ -92,7 +92,7 @@ def cases(*kinds) -> list:
 
 @dataclass(frozen=True)
 class Place:
-    "A folder of its own for a case, and what all cases share and none may change."
+    "A separate folder for a case, and the files that all cases share and none may change."
 
     root: Path
     shared: Path
@@ -105,12 +105,12 @@ class Place:
 
     @property
     def eyes(self) -> Path:
-        "Drawn eyes: images/ and labels.csv."
+        "Synthetic fundus images: images/ and labels.csv."
         return self.shared / 'eyes'
 
     @property
     def flowers(self) -> Path:
-        "Drawn flowers in two class folders."
+        "Synthetic flowers in two class folders."
         return self.shared / 'flowers'
 
     @property
@@ -119,11 +119,11 @@ class Place:
         return self.flowers / 'daisy' / '0000.jpg'
 
     def copy_flowers(self) -> Path:
-        "The drawn flowers as the data of this case."
+        "The synthetic flowers as the data of this case."
         return Path(shutil.copytree(self.flowers, self.data, dirs_exist_ok=True))
 
     def copy_eyes(self) -> Path:
-        "The drawn eyes as the data of this case."
+        "The synthetic fundus images as the data of this case."
         return Path(shutil.copytree(self.eyes, self.data, dirs_exist_ok=True))
 
     def predict(self, *images, model='flower_run', **more) -> Command:
@@ -168,7 +168,7 @@ PROGRAMS = ('gs', 'gswin64c', 'convert', 'magick', 'ffmpeg', 'dwebp', 'djpeg', '
 
 
 def place(root, shared) -> Place:
-    "A new place. Programs that a library might start are put first on the path: each leaves a trace."
+    "Make a new place. Programs that a library might start are put first on the path: each writes a file if started."
     at = Place(Path(root), Path(shared))
     for name in FOLDERS:
         (at.root / name).mkdir(parents=True)
@@ -179,7 +179,7 @@ def place(root, shared) -> Place:
     return at
 
 
-# ---------------------------------------------------------------- one hostile image beside a good one
+# ---------------------------------------------------------------- one hostile image next to a good one
 
 IMAGES = []
 
@@ -187,7 +187,7 @@ IMAGES = []
 def image(kind, name, expects='', each=None):
     """Register a builder of one image file, `build(path, good)` or `build(path, good, value)`.
 
-    It is predicted beside a good image. `expects` is 'error' or 'prediction' where only one is right.
+    It is predicted next to a good image. `expects` is 'error' or 'prediction' where only one is right.
     A builder may return the image that its file shows: the two must be predicted alike.
     """
 
@@ -209,7 +209,7 @@ def image(kind, name, expects='', each=None):
 
 
 def beside_a_good_one(at, path, expects, twin):
-    "The assertion that a good image has its prediction whatever lies beside it, and the hostile one what is expected."
+    "Check that the good image has its prediction, and that the hostile one has the expected result."
 
     def complaints(outcome):
         if outcome.code:
@@ -234,7 +234,7 @@ def beside_a_good_one(at, path, expects, twin):
 
 
 def make_shared(runner, folder):
-    "Drawn sets and trained models; made once, changed by no case."
+    "Synthetic sets and trained models; made once, changed by no case."
     at = place(folder.with_name(folder.name + ' making'), folder)
     folder.mkdir()
     done(runner, at, Command(['draw', folder / 'flowers', folder / 'eyes'], [folder], call='draw'))
@@ -290,7 +290,7 @@ def done(runner, at, command, needed=''):
 
 
 def judge(runner, case, root, shared) -> tuple[Outcome | None, list]:
-    "Build a case, run it and check it: the outcome and the complaints. No outcome if it cannot be built here."
+    "Build, run and check a case: return the outcome and the complaints, or no outcome if it cannot be built here."
     at = place(root, shared)
     try:
         command = case.build(at)

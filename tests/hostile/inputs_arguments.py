@@ -1,4 +1,4 @@
-"Words of a command that cannot be followed."
+"Arguments that a command cannot use."
 
 import json
 import os
@@ -113,7 +113,7 @@ def other_command(at, words):
 
 @case('arguments', {'both': '0.9', 'three classes': None})
 def operating_point(at, value):
-    "A sensitivity and a specificity at once; or one where nothing is referable."
+    "A sensitivity and a specificity together; or one of them for a target without a positive class."
     if value:
         return at.train('--task', 'dr', '--sensitivity', value, '--specificity', value, data=at.eyes, images=24)
     return at.train(
@@ -158,7 +158,7 @@ def operating_point(at, value):
     },
 )
 def words(at, words):
-    "Words that are no command."
+    "Words that are not a command."
     real = {'RUN': at.shared / 'flower_run', 'DATA': at.flowers, 'FILE': at.flower, 'ONNX': at.shared / 'flowers.onnx'}
     words = [real.get(w, w) for w in words]
     if at.shared / 'flowers.onnx' in words:
@@ -212,7 +212,7 @@ FILES = {
 
 @case('arguments', FILES)
 def weights_file(at, file):
-    "A file of weights that is none."
+    "A weights file without weights."
     name, data = file
     (at.root / name).write_bytes(data)
     return at.train('--weights', at.root / name, data=at.flowers, named=(name, 'weights'))
@@ -232,7 +232,7 @@ CHANGES = {
 
 @case('arguments', CHANGES)
 def weights_changed(at, change):
-    "Weights of the right names that are no weights."
+    "Tensors with the right names that are not weights."
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(at.shared / 'body.safetensors')
@@ -242,7 +242,7 @@ def weights_changed(at, change):
 
 @case('arguments', {k: k for k in ('folder', 'fifo', 'missing', 'zero', 'dangling', 'empty', 'hf-hub')})
 def weights_path(at, what):
-    "--weights that names no file."
+    "--weights that does not name a file."
     path = at.root / 'w.safetensors'
     if what == 'folder':
         path.mkdir()
@@ -268,7 +268,7 @@ OUTPUTS = {
 
 @case('arguments', {f'{c} {k}': (c, *v) for k, v in OUTPUTS.items() for c in ('predict', 'train', 'evaluate')})
 def printed(at, how):
-    "Emoji in names, and standard output that cannot take them, is closed, full, or has no reader."
+    "Emoji in names, and standard output that cannot encode them, is closed, full, or has no reader."
     command, stdout, encoding = how
     if command == 'predict':
         import shutil

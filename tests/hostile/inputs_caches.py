@@ -1,4 +1,4 @@
-"Caches that are damaged, foreign or cannot be written: the result is that of an empty cache, or an error."
+"Caches that are damaged, foreign or read-only: the result equals that with an empty cache, or there is an error."
 
 import json
 import os
@@ -33,7 +33,7 @@ from observe import Command, table_beside
 
 
 def train(at, cache=None, **more):
-    "The training that made the shared run and the shared cache; it must come to the same."
+    "The training that made the shared run and the shared cache; it must give the same result."
     out = at.root / 'out'
     cache = at.cache if cache is None else cache
     return Command(
@@ -72,13 +72,13 @@ def copied(at):
 
 @case('caches')
 def empty(at):
-    "No cache: this comes to the shared run, or all that follows shows nothing."
+    "No cache: the result must be the shared run, or the following cases are meaningless."
     return train(at)
 
 
 @case('caches')
 def full(at):
-    "The cache as it was left."
+    "The unchanged cache."
     copied(at)
     return train(at)
 
@@ -126,7 +126,7 @@ ABOUTS = (zeroed, cut, emptied, removed, other_json, not_text, as_folder, as_fif
 
 @case('caches', named(BINS))
 def numbers(at, change):
-    "The numbers in a store were changed."
+    "The values in a store were changed."
     for store in copied(at):
         for path in every(store, '.bin'):
             change(path)
@@ -151,7 +151,7 @@ def description(at, change):
 
 @case('caches')
 def another_store_in_its_place(at):
-    "The numbers of one store under the name of another."
+    "The values of one store under the name of another."
     stores = copied(at)
     for store in stores:
         lines = (store / 'images.jsonl').read_text().splitlines(True)
@@ -163,7 +163,7 @@ def another_store_in_its_place(at):
 
 @case('caches', {k: k for k in ('bin', 'index', 'lock', 'folder', 'about')})
 def links_to_the_user(at, what):
-    "Files of the cache are links to files of the user's: those are not changed."
+    "Files of the cache are links to files of the user: those are not changed."
     mine = at.home / 'mine'
     mine.write_text('precious\n' * 1000)
     store = copied(at)[0]
@@ -206,7 +206,7 @@ def links_to_the_user(at, what):
     },
 )
 def place(at, what):
-    "DR_TRANSFER_CACHE names something that is no folder, or one that cannot be written to."
+    "DR_TRANSFER_CACHE names something that is not a folder, or one that cannot be written to."
     cache = at.cache
     if what == 'file':
         cache.write_text('precious')
@@ -269,7 +269,7 @@ def not_private(at, mode):
 
 @case('caches', {f'{verb} {n}': (verb, n) for n in (40, 14) for verb in ('train', 'predict', 'preprocess', 'evaluate')})
 def few_open_files(at, what):
-    "A process that may open few files: the usual result, or what to do about that."
+    "A process that may open few files: the usual result, or an error that says what to do."
     verb, files = what
     at.copy_eyes()
     more = {'files': files, 'named': ('ulimit -n',)}
@@ -355,7 +355,7 @@ def compare(at, runner_words=()):
     ),
 )
 def kept_training(at, change):
-    "A training that was kept is damaged: the comparison comes to the same."
+    "A training that was kept is damaged: the comparison gives the same result."
     shutil.copytree(at.shared / 'compared cache', at.cache)
     files = sorted(p for p in (at.cache / 'trainings').rglob('*') if p.is_file() and p.suffix == '.csv')
     assert files, 'no training was kept'

@@ -1,4 +1,4 @@
-"Columns of a labels file with names that something else has, and columns of patients under every name."
+"Columns of a labels file with names that the library uses, and columns of patients under various names."
 
 import csv
 import io
@@ -50,7 +50,7 @@ def number(i) -> str:
 
 @case('columns', {repr(n): n for n in TAKEN})
 def evaluated(at, name):
-    "A user's column with a name that the library uses itself: what the model says must not be taken from it."
+    "A user's column with a name that the library uses itself: the predictions of the model must not be taken from it."
     at.copy_eyes()
     write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     command = at.evaluate(named=('labels.csv', name, 'split', 'column'))
@@ -173,7 +173,7 @@ def patients_asked_for(at, name):
 
 @case('columns', {repr(n): n for n in PATIENTS})
 def patients_found(at, name):
-    "Patients in a column that is not named: they stay together, or the command says that it knows of none."
+    "Patients in a column that is not named: they stay together, or the command reports that there is none."
     at.copy_eyes()
     write(at.data / 'labels.csv', patients(at, name))
 
@@ -230,7 +230,7 @@ def patients_in_every_command(at, which):
 
 @case('columns')
 def patients_of_nobody(at):
-    "A column of patients that there is not."
+    "A column of patients that does not exist."
     at.copy_eyes()
     return at.train(*DR, '--patient', 'nobody')
 
@@ -291,7 +291,7 @@ def patients_beside_folders(at):
 
 @case('columns', {k: k for k in ('two files', 'two columns', 'not of the images')})
 def patients_ambiguous(at, how):
-    "Class folders and more than one answer to who is the patient."
+    "Class folders and more than one possible column of patients."
     at.copy_flowers()
     files = sorted(p.relative_to(at.data).as_posix() for p in at.data.rglob('*.jpg'))
     first = [['image', 'patient'], *([f, f'p{i % 5}'] for i, f in enumerate(files))]

@@ -1,4 +1,4 @@
-"DICOM files: what clinics send, damaged or used against the reader. They need pydicom."
+"DICOM files as clinics send them, damaged, or made to attack the reader. They need pydicom."
 
 import io
 
@@ -122,7 +122,7 @@ CLAIMS = {
 
 @image('dicom', 'x.dcm', '', CLAIMS)
 def claims(path, good, values):
-    "A header that says what the pixels are not."
+    "A header that does not match the pixels."
     save(dataset(grey(good), **values), path)
 
 
@@ -136,7 +136,7 @@ def claims(path, good, values):
     },
 )
 def compressed(path, good, syntax):
-    "Pixels said to be compressed, which are not."
+    "Pixels that are declared as compressed, but are not."
     need('pydicom')
     from pydicom import uid
     from pydicom.encaps import encapsulate

@@ -1,4 +1,4 @@
-"What is no photograph, under the name of one: other kinds of files, and what is no file at all."
+"Files that are not photographs but have the name of one: other file types, pipes, links and folders."
 
 import io
 import os
@@ -233,7 +233,7 @@ def nothing_but_a_fifo(at):
 
 @case('files', {'fifo': 'fifo', 'dangling': 'dangling', 'missing': 'missing', 'empty name': ''})
 def image_argument(at, what):
-    "An image argument that is no image file."
+    "An image argument that is not an image file."
     path = at.data / 'x.jpg'
     if what == 'fifo':
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"Images that are damaged, or that pretend to be larger than they are."
+"Images that are damaged, or that claim to be larger than they are."
 
 import io
 import struct
@@ -110,7 +110,7 @@ def no_end(path, good):
 
 @image('images', 'x.png')
 def wrong_crc_of_data(path, good):
-    "A PNG whose data have another checksum than is said, though they are right."
+    "A PNG with correct data and a wrong checksum."
     data = saved(good, 'png')
     at = data.index(b'IDAT') + 4 + struct.unpack('>I', data[data.index(b'IDAT') - 4 : data.index(b'IDAT')])[0]
     path.write_bytes(data[:at] + b'\0\0\0\0' + data[at + 4 :])
@@ -119,7 +119,7 @@ def wrong_crc_of_data(path, good):
 
 @image('images', 'x.png', 'error')
 def wrong_crc_of_header(path, good):
-    "A PNG whose header has another checksum than is said."
+    "A PNG whose header has a wrong checksum."
     data = saved(good, 'png')
     path.write_bytes(data[:29] + b'\0\0\0\0' + data[33:])
 
@@ -138,7 +138,7 @@ def odd_header(path, good, header):
 
 @image('images', 'x.png', '')
 def unknown_filter(path, good):
-    "A PNG whose rows have a filter that there is not."
+    "A PNG whose rows have a filter that does not exist."
     path.write_bytes(png(64, 64, rows_of(64, 64, b'\x09')))
 
 
@@ -264,7 +264,7 @@ TIFFS = {
 
 @image('images', 'x.tif', 'error', TIFFS)
 def odd_tiff(path, good, data):
-    "A TIFF whose directory says what cannot be."
+    "A TIFF whose directory has impossible values."
     path.write_bytes(data)
 
 
@@ -288,7 +288,7 @@ def tiff_of_many_pages(path, good):
     },
 )
 def odd_bmp(path, good, change):
-    "A BMP whose header says what cannot be."
+    "A BMP whose header has impossible values."
     at, form, value = change
     data = bytearray(saved(good, 'bmp'))
     struct.pack_into(form, data, at, value)
@@ -354,7 +354,7 @@ def orientation(path, good, turn):
     {'no size': (5, b'\0\0\0\0'), 'precision': (4, b'\x0c'), 'components': (9, b'\xff'), 'length': (2, b'\0\2')},
 )
 def odd_jpeg(path, good, change):
-    "A JPEG whose frame says what cannot be."
+    "A JPEG whose frame has impossible values."
     at, value = change
     data = bytearray(good)
     start = data.index(b'\xff\xc0')

@@ -1,4 +1,4 @@
-"Model folders and ONNX files that are damaged, or were written to do harm."
+"Model folders and ONNX files that are damaged, or were made to do harm."
 
 import hashlib
 import json
@@ -204,7 +204,7 @@ def harm(at, change):
     },
 )
 def harm_is_seen(at, change):
-    "Values with which no prediction can be right: an error."
+    "Values with which no prediction can be correct: an error."
     return predicted(at, model(at, change), also=refused)
 
 
@@ -232,7 +232,7 @@ JSONS = {
 
 @case('models', JSONS)
 def other_json(at, data):
-    "model.json holds something else."
+    "model.json contains something else."
     run = model(at)
     file = run / 'model' / 'model.json'
     file.write_bytes(file.read_bytes()[:300] if data is None else data)
@@ -284,13 +284,13 @@ TENSORS = {
 
 @case('models', TENSORS)
 def tensors_changed(at, change):
-    "Tensors that are no weights of this network, signed as if they were."
+    "Tensors that are not weights of this network, signed as if they were."
     return predicted(at, model(at, tensors=change), also=refused)
 
 
 @case('models', {'doubles': np.float64, 'halves': np.float16})
 def tensors_of_another_type(at, kind):
-    "The weights as numbers of another precision: used or refused."
+    "The weights as numbers of another precision: used, or an error."
 
     def change(tensors):
         return {k: v.astype(kind) if v.dtype == np.float32 else v for k, v in tensors.items()}
@@ -326,7 +326,7 @@ def tensors_flipped(at, i):
     'models', {'pickle': pickle.dumps(print), 'empty': b'', 'cut': None, 'huge header': (2**62).to_bytes(8, 'little')}
 )
 def other_tensors(at, data):
-    "model.safetensors holds something else, signed as if it did not."
+    "model.safetensors contains something else, signed as if it did not."
     run = model(at)
     path = run / 'model' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:5000] if data is None else data)
@@ -340,7 +340,7 @@ def other_tensors(at, data):
 
 @case('models', {'evaluate': 'evaluate', 'export': 'export'})
 def nan_in_other_commands(at, command):
-    "A model whose weights are no numbers, evaluated and exported."
+    "A model whose weights are not numbers, evaluated and exported."
     run = model(at, tensors=scaled(np.nan))
     if command == 'export':
         need('onnx')

@@ -1,4 +1,4 @@
-"Good images and folders with names that a shell, a spreadsheet, a web page or a file system takes for something else."
+"Images and folders with names that a shell, a spreadsheet, a web page or a file system may misinterpret."
 
 import os
 import shutil
@@ -83,7 +83,7 @@ def image_name(at, name):
 
 @case('names', {k: NAMES[k] for k in ('dash', 'option', 'formula', 'not text', 'newline', 'emoji', 'at', 'tilde')})
 def image_name_alone(at, name):
-    "A good image with an odd name, named alone as a path within the folder of work, and printed."
+    "A good image with an odd name, passed alone as a relative path, with the table printed."
     shutil.copy(at.flower, at.work / name)
     command = at.predict('./' + name, images=[at.work / name], data=None)
     command.words = [w for w in command.words if w not in ('--out', command.outs[0])]
@@ -174,7 +174,7 @@ def a_name_of_200000_characters(at):
 
 @case('names')
 def a_folder_of_ten_thousand_other_files(at):
-    "One image among ten thousand files that are none."
+    "One image among ten thousand files that are not images."
     shutil.copy(at.flower, at.data / 'good.jpg')
     for i in range(10_000 if os.environ.get('DR_TRANSFER_HOSTILE') == 'all' else 1_000):
         (at.data / f'{i}.txt').touch()

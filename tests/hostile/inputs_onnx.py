@@ -37,7 +37,7 @@ def same_or_refused(at):
 
 @case('onnx', {'empty': b'', 'html': b'<html>', 'cut': None, 'zeros': bytes(10_000), 'pickle': pickle.dumps(print)})
 def other_onnx(at, data):
-    "An ONNX file that holds something else."
+    "An ONNX file that contains something else."
     path = onnx(at)
     path.write_bytes(path.read_bytes()[:100_000] if data is None else data)
     return predicted(at, path, named=('m.onnx',), also=refused)
@@ -68,7 +68,7 @@ def onnx_says_otherwise(at, change):
 
 @case('onnx', {k: k for k in ('fifo', 'folder', 'zero', 'dangling')})
 def onnx_path(at, kind):
-    "A model named .onnx that is no file."
+    "A model named .onnx that is not a file."
     path = at.root / 'm.onnx'
     if kind == 'fifo':
         os.mkfifo(path)

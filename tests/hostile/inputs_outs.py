@@ -1,4 +1,4 @@
-"Places for results that are taken, belong to the user, or are no places."
+"Output names that exist, belong to the user, or are invalid."
 
 import os
 import shutil
@@ -70,7 +70,7 @@ BAD = {
 
 @case('outs', each(*BAD))
 def bad_place(at, which):
-    "--out that names no place for a file or folder."
+    "--out that is not a valid name of a file or folder."
     command, name = which
     made = of(at, command, at.root / 'out')
     path = BAD[name] + (SUFFIX.get(command, '') if name in ('proc', 'sys', 'long') else '')
@@ -85,7 +85,7 @@ def bad_place(at, which):
     each('file', 'file overwritten', 'folder', 'folder overwritten', 'run', 'run overwritten', 'home overwritten'),
 )
 def taken(at, which):
-    "--out is something of the user's. With --overwrite a file may take a file's place; a folder stays."
+    "--out is something of the user. With --overwrite a file may take a file's place; a folder stays."
     command, name = which
     out = at.root / f'mine{SUFFIX.get(command, "")}'
     if name.startswith('file'):
@@ -105,7 +105,7 @@ def taken(at, which):
 
 
 def make_lookalike(out):
-    "A folder of the user's with the names of a run, and a thesis in it."
+    "A folder of the user with the names of a run, and a thesis in it."
     (out / 'model').mkdir(parents=True)
     (out / 'model' / 'thesis.txt').write_text('precious')
     for name in ('record.json', 'predictions.csv', 'images.csv', 'preparation.json', 'journal.jsonl', 'labels.csv'):
@@ -172,7 +172,7 @@ def near_the_data(at, which):
 
 @case('outs', {c: c for c in COMMANDS})
 def name_that_is_no_text(at, command):
-    "--out with bytes that are no text: a good name on Linux."
+    "--out with bytes that are not text: a good name on Linux."
     out = at.root / (os.fsdecode(b'\xff\xfe') + SUFFIX.get(command, ''))
     return of(at, command, out, allowed=True)
 

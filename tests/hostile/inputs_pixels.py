@@ -34,13 +34,13 @@ def float_0_to_255(path, good):
 
 @image('pixels', 'x.tif', '', {'negative': -5.0, 'huge': 1e30, 'tiny': 1e-30})
 def float_scaled(path, good, factor):
-    "A TIFF of real numbers that are no greys."
+    "A TIFF of real numbers that are not greys."
     Image.fromarray(grey(good).astype(np.float32) * np.float32(factor)).save(path)
 
 
 @image('pixels', 'x.tif', 'error', {'all': slice(None), 'one row': slice(0, 1)})
 def float_nan(path, good, rows):
-    "A TIFF with pixels that are no numbers."
+    "A TIFF with pixels that are not numbers."
     a = grey(good).astype(np.float32)
     a[rows] = np.nan
     Image.fromarray(a).save(path)
@@ -180,7 +180,7 @@ def animation(path, good):
 
 @image('pixels', 'x.jpg', 'prediction')
 def two_pictures(path, good):
-    "A JPEG of several pictures (MPO): the first counts."
+    "A JPEG of several images (MPO): the first counts."
     shown(good).save(path, 'MPO', save_all=True, quality=95, append_images=[Image.new('RGB', (30, 30))])
     return shown(good)
 
@@ -211,7 +211,7 @@ def all_images_at_once(at, which):
 
 
 def every_image(at):
-    "Write every registered image into the data folder, each under a name of its own."
+    "Write every registered image into the data folder, each under its own name."
     from inputs import IMAGES, NotHere
 
     good = at.flower.read_bytes()

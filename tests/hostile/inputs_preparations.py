@@ -1,4 +1,4 @@
-"Preparing a folder: originals and results in one place, and results of an earlier run that were damaged."
+"Prepared folders: input and output in one folder, and results of an earlier run that were damaged."
 
 import json
 import os
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def prepared(at) -> list:
-    "A finished preparation of the drawn eyes, as another run left it."
+    "A finished preparation of the synthetic fundus images, as another run left it."
     at.copy_eyes()
     shutil.copytree(at.shared / 'prepared', at.root / 'out')
     for path in at.data.rglob('*.jpg'):  # a copy has the times of the originals, which the journal knows
@@ -93,7 +93,7 @@ JSONS = {
     {f'{f} {k}': (f, v) for f in ('journal.jsonl', 'preparation.json', 'images.csv') for k, v in JSONS.items()},
 )
 def notes_damaged(at, how):
-    "What an earlier run noted was damaged."
+    "The journal of an earlier run was damaged."
     name, data = how
     prepared(at)
     (at.root / 'out' / name).write_bytes(data)
@@ -109,7 +109,7 @@ def notes_damaged(at, how):
     },
 )
 def notes_replaced(at, how):
-    "What an earlier run noted is something else now."
+    "The journal of an earlier run was replaced by something else."
     name, what = how
     prepared(at)
     path = at.root / 'out' / name
@@ -129,7 +129,7 @@ def notes_replaced(at, how):
 
 @case('preparations', {'another image': 'other', 'error': 'error', 'path': 'path', 'stamp': 'stamp'})
 def journal_lies(at, what):
-    "The journal says what is not so, in good JSON."
+    "The journal is valid JSON with wrong contents."
     prepared(at)
     path = at.root / 'out' / 'journal.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -150,7 +150,7 @@ def journal_lies(at, what):
 
 
 def refused(outcome):
-    "The assertion that nothing was done."
+    "Check that nothing was written."
     return [] if outcome.code else ['prepared, though the originals are there']
 
 
@@ -258,6 +258,6 @@ def two_of_one_name(at, names):
     },
 )
 def words(at, words):
-    "An option that cannot be followed."
+    "An option that cannot be used."
     at.copy_eyes()
     return at.preprocess(*words, named=(words[0].strip('-'), words[1]))

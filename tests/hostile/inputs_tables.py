@@ -1,4 +1,4 @@
-"Labels files: damaged, ambiguous, in other encodings, or no files at all; and splits that cannot be made."
+"Labels files that are damaged, ambiguous or in other encodings, and splits that cannot be made."
 
 import csv
 import io
@@ -11,7 +11,7 @@ DR = ('--task', 'dr')
 
 
 def rows_of(at) -> list:
-    "The labels of the drawn eyes: image, grade, patient, eye."
+    "The labels of the synthetic fundus images: image, grade, patient, eye."
     return list(csv.reader((at.eyes / 'labels.csv').read_text().splitlines()))
 
 
@@ -114,7 +114,7 @@ def line_ends(rows, end):
 
 @table(24, {'semicolon': ';', 'tab': '\t', 'bar': '|', 'space': ' '})
 def delimiter(rows, sign):
-    "Cells between other signs."
+    "Other separators."
     return '\n'.join(sign.join(r) for r in rows)
 
 
@@ -137,7 +137,7 @@ BYTES = {
 
 @table(None, BYTES)
 def other_bytes(rows, data):
-    "A labels file that holds something else."
+    "A labels file that contains something else."
     return data
 
 
@@ -195,7 +195,7 @@ def labels_that_are_no_file(at, what):
 
 @case('tables', {k: k for k in ('missing', 'fifo', 'folder', 'zero', 'image', 'empty')})
 def labels_argument(at, what):
-    "--labels that names no CSV file."
+    "--labels that does not name a CSV file."
     at.copy_eyes()
     path = at.root / 'my labels.csv'
     if what == 'fifo':
@@ -231,13 +231,13 @@ NAMED = {
 
 @table(24, NAMED, named=('row', 'rows'))
 def image_named(rows, name):
-    "A row with a name that is no image of the folder."
+    "A row with a name that is not an image of the folder."
     return [*rows, [name, '1', 'p', 'left']]
 
 
 @table(25)
 def absolute_name(rows):
-    "A row with the whole path of a file that is no image: it is listed with the reason."
+    "A row with the full path of a file that is not an image: it is listed with the reason."
     return [*rows, ['/etc/passwd', '1', 'p', 'left']]
 
 
@@ -255,7 +255,7 @@ def with_backslashes(rows):
 
 @table(None, {'label': 1, 'patient': 2, 'nothing': 0}, named=('twice', 'two'))
 def image_twice(rows, column):
-    "An image in two rows that differ in one column: a patient must not be lost without a word."
+    "An image in two rows that differ in one column: a patient must not be lost silently."
     again = list(rows[3])
     if column:
         again[column] = '4' if column == 1 else 'another'
@@ -274,7 +274,7 @@ def image_on_both_sides(rows):
 
 @table(24)
 def absolute_paths(rows):
-    "Images by paths that are not of this machine."
+    "Images with paths of another machine."
     return [rows[0], *([f'/data/eyes/{r[0]}', *r[1:]] for r in rows[1:])]
 
 
@@ -328,7 +328,7 @@ def all_labels(rows, form):
     named=('class', 'no', 'referable'),
 )
 def classes(rows, labels):
-    "Grades of too few kinds."
+    "Too few different grades."
     return [rows[0], *([r[0], labels[min(i, len(labels) - 1)], *r[2:]] for i, r in enumerate(rows[1:]))]
 
 
@@ -378,5 +378,5 @@ SPLITS = {
 
 @table(None, SPLITS, words=(*DR, '--allow-leaks'), named=('split', 'valid', 'train'))
 def splits(rows, names):
-    "A column `split` that cannot be followed, or only partly."
+    "A column `split` that cannot be used, or only partly."
     return [[*rows[0], 'split'], *([*r, names[i % len(names)]] for i, r in enumerate(rows[1:]))]

@@ -1,4 +1,4 @@
-"CT volumes and tables of them, which have no command of their own: read in a process like that of a command."
+"CT volumes and tables of them, which have no command: they are read in a separate process like that of a command."
 
 import gzip
 import os
@@ -56,7 +56,7 @@ ARRAYS = {
 
 @case('volumes', ARRAYS)
 def array(at, arrays):
-    "A .npz whose arrays are no volume."
+    "A .npz whose arrays are not a volume."
     npz(at.data / 'v.npz', **arrays)
     return drawn(at, at.data / 'v.npz')
 
@@ -83,7 +83,7 @@ class Payload:
 
 @case('volumes', {'npz': 'v.npz', 'npy': 'v.npy', 'pickle': 'v.npy '})
 def pickled(at, name):
-    "An array of objects: to load it runs what it says."
+    "An array of objects: loading it would run code."
     path = at.data / name.strip()
     array = np.array([Payload()], dtype=object)
     if name == 'v.npz':
@@ -118,7 +118,7 @@ HEADERS = {
 
 @case('volumes', HEADERS)
 def npy(at, data):
-    "A .npy of a few bytes that says what it is not."
+    "A .npy of a few bytes with a wrong header."
     (at.data / 'v.npy').write_bytes(data + bytes(100))
     return drawn(at, at.data / 'v.npy', '[3, 1, 1]', also=refused)
 
@@ -159,7 +159,7 @@ PATHS = {
 
 @case('volumes', {k: k for k in PATHS})
 def path(at, kind):
-    "A path that is no volume."
+    "A path that is not a volume."
     path = at.data / PATHS[kind]
     if kind.startswith('fifo'):
         os.mkfifo(path)
@@ -231,7 +231,7 @@ NIFTIS = {
     },
 )
 def nifti_header(at, how):
-    "A NIfTI file whose header says what cannot be."
+    "A NIfTI file whose header has impossible values."
     change, suffix = how
     nifti(at.data / f'v{suffix}', change=change)
     return drawn(at, at.data / f'v{suffix}')
@@ -263,7 +263,7 @@ def gzip_bomb(at):
     },
 )
 def other_nifti(at, data):
-    "A .nii.gz that holds something else."
+    "A .nii.gz that contains something else."
     need('nibabel')
     (at.data / 'v.nii.gz').write_bytes(data)
     return drawn(at, at.data / 'v.nii.gz', also=refused)
@@ -273,7 +273,7 @@ def other_nifti(at, data):
 
 
 def series(folder, n=5, change=None):
-    "A CT series; `change` takes the number of a slice and its dataset, and may return False: left out."
+    "A CT series; `change` takes the number of a slice and its dataset, and may return False: skipped."
     from inputs_dicom import dataset, save
 
     for i in range(n):
@@ -332,7 +332,7 @@ SERIES = {
 
 @case('volumes', SERIES)
 def dicom_series(at, change):
-    "A folder of slices that are no even series."
+    "A folder of slices that are not a regular series."
     series(at.data, change=change)
     return drawn(at, at.data)
 
@@ -368,7 +368,7 @@ ROWS = {
 
 @case('volumes', {f'{k} {f}': (v, f) for k, v in ROWS.items() for f in ('slices', 'candidates')})
 def row(at, how):
-    "A table with one row that names no place."
+    "A table with a row without a valid position."
     row, kind = how
     npz(at.data / 'v.npz')
     columns = 'z' if kind == 'slices' else 'z,x,y'

@@ -1,4 +1,4 @@
-"A command, run in a process of its own, and what is on disk before and after it."
+"Run a command in a separate process, and compare the files on disk before and after it."
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ ERROR = re.compile(r'dr_transfer( [a-z-]+)?: error: \S')
 
 
 def table_beside(out) -> Path:
-    "The table that is written beside a report or a figure."
+    "The table that is written next to a report or a figure."
     out = Path(out)
     return out.with_name(out.stem + ('_table.csv' if out.suffix == '.png' else '_predictions.csv'))
 
@@ -38,10 +38,10 @@ class Command:
     environment: dict = field(default_factory=dict)
     stdout: str | None = 'file'  # 'file', 'broken pipe', a device, or None: closed
     encoding: str = 'utf-8'  # of standard output and error
-    silent: bool = False  # may it fail without a word? (a reader that has gone away)
+    silent: bool = False  # may it fail without a message? (no reader)
     keeps: bool = False  # does it keep what is finished when it fails?
     files: int = 0  # how many files may be open at once; 0 for the usual limit
-    also: Callable | None = None  # own assertion: takes the Outcome, returns complaints
+    also: Callable | None = None  # additional check: takes the Outcome, returns complaints
 
     @property
     def verb(self) -> str:
@@ -51,7 +51,7 @@ class Command:
 
 @dataclass
 class Outcome:
-    "How a command ended."
+    "The outcome of a command."
 
     command: Command
     code: int
@@ -188,7 +188,7 @@ def job_of(command, at, wall, cpu) -> dict:
 
 
 def text(path, encoding='utf-8') -> str:
-    "The text of a file, '' if there is none; a name that is no text stays what it is."
+    "The text of a file, '' if there is none; a name that is not text is not changed."
     return path.read_text(encoding=encoding, errors='surrogateescape') if path.exists() else ''
 
 

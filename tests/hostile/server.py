@@ -1,6 +1,6 @@
-"""A process that has imported the library and forks a child for each command: an import takes ten seconds, a fork none.
+"""A process that has imported the library and forks a child for each command, because the import takes ten seconds.
 
-It computes nothing itself, so that a child starts as a fresh process would. Requests and replies are lines of JSON.
+It computes nothing itself, so a child starts as a new process would. Requests and replies are lines of JSON.
 """
 
 import io
@@ -54,7 +54,7 @@ HARMLESS = ('uname', 'lscpu', 'nproc', 'ldconfig')
 
 
 def load():
-    "Import all that a command may need; what is not installed is left out."
+    "Import all that a command may need; what is not installed is skipped."
     import importlib
 
     for name in MODULES:
@@ -108,7 +108,7 @@ def connect_output(job):
 
 
 def prepare(job, address_space):
-    "Make this forked process the one that the job describes."
+    "Set up this forked process as the job describes."
     import tempfile
 
     os.setsid()
@@ -198,7 +198,7 @@ def kill(pid):
     "End a process and all that it started."
     try:
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it is so young that it has no group of its own
+    except ProcessLookupError:  # it was just started and has no process group yet
         os.kill(pid, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"Each hostile input of the kind 'arguments' against the contract."
+"Run all hostile inputs of the kind 'arguments' and check the rules."
 
 import pytest
 from inputs import cases

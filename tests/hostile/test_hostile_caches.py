@@ -1,4 +1,4 @@
-"Each hostile input of the kind 'caches' against the contract."
+"Run all hostile inputs of the kind 'caches' and check the rules."
 
 import pytest
 from inputs import cases

@@ -1,4 +1,4 @@
-"Each hostile input of the kind 'files' against the contract."
+"Run all hostile inputs of the kind 'files' and check the rules."
 
 import pytest
 from inputs import cases

@@ -1,6 +1,6 @@
-"""Commands that are killed at any moment and run again: the same bytes as undisturbed, and nothing left behind.
+"""Kill commands at random times and run them again: the results are identical, and no temporary files remain.
 
-SIGKILL cannot be caught: what is on disk at that moment is all that the next run finds.
+SIGKILL cannot be caught: the next run finds what was on disk at that time.
 """
 
 import os
@@ -50,7 +50,7 @@ def results(at) -> dict:
 
 @pytest.fixture(scope='module')
 def undisturbed(runner, shared, tmp_path_factory):
-    "What each command leaves, and how long it takes, when nothing happens."
+    "The results and the duration of each command without a kill."
     made = {}
 
     def of(kind):
@@ -65,7 +65,7 @@ def undisturbed(runner, shared, tmp_path_factory):
 
 
 def leftovers(at, allowed) -> list:
-    "What lies in the folders of a case and was not there without a kill."
+    "Files in the folders of a case that a run without a kill does not have."
     new = set(os.listdir(at.root)) - allowed
     return sorted(new) + [os.path.join(d, f) for d in ('tmp', 'work', 'home') for f in os.listdir(at.root / d)]
 
@@ -89,6 +89,6 @@ def test_killed_and_run_again(kind, number, runner, shared, undisturbed, tmp_pat
 
 
 def clear_what_the_system_clears(at):
-    "The system empties its folder for temporary files: that is not for the next command to do."
+    "The system deletes temporary files itself, so the next command does not need to."
     shutil.rmtree(at.tmp)
     at.tmp.mkdir()

@@ -1,4 +1,4 @@
-"Each hostile input of the kind 'onnx' against the contract."
+"Run all hostile inputs of the kind 'onnx' and check the rules."
 
 import pytest
 from inputs import cases

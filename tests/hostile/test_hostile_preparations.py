@@ -1,4 +1,4 @@
-"Each hostile input of the kind 'preparations' against the contract."
+"Run all hostile inputs of the kind 'preparations' and check the rules."
 
 import pytest
 from inputs import cases

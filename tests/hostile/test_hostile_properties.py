@@ -1,6 +1,6 @@
-"""Tables and records as Hypothesis makes them up: an image is accounted for, or an error says why not.
+"""Test tables and records that Hypothesis generates: each image is predicted or listed, or there is an error.
 
-Tables are read in this process; models are loaded in the process of the commands, where memory and time are limited.
+Tables are read in this process; models are loaded in the process of the commands, with limited memory and time.
 """
 
 import csv
@@ -130,7 +130,7 @@ JSON = st.recursive(
 
 
 def paths(value, so_far=()):
-    "The way to each value in a description."
+    "The path of each value in a description."
     yield so_far
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
