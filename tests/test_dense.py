@@ -106,7 +106,7 @@ def test_what_cannot_be_a_convolution_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=words):
             as_convolutions(layers, (5, 5))
-    with pytest.raises(ValueError, match='no chain of convolutions'):
+    with pytest.raises(ValueError, match='is not a chain of convolutions'):
         dense_model(nn.Sequential(create_body('test_vit', 'random'), nn.Linear(64, 2)), 160)
 
 

@@ -359,7 +359,7 @@ def test_table_and_figure_of_a_curve():
 def test_one_name_is_a_list_of_one_and_a_name_stands_once():
     assert list(_recipes('cifarnet', 'head')) == ['head']
     assert list(method_plans('frozen')) == ['frozen']
-    with pytest.raises(ValueError, match='two plans have one name'):
+    with pytest.raises(ValueError, match='two plans have the same name'):
         _recipes('cifarnet', ['top1', get_plan('top1', 3)])
 
 

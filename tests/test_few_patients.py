@@ -287,8 +287,8 @@ def test_only_a_report_of_fundus_images_speaks_of_eyes(reader, eyes):
     text = page(table(60, 2), reader)
     for words in EYES:
         assert (words in text) == eyes, words
-    assert 'This holds for images like these 120' in text
-    assert ('It says nothing of images from elsewhere' in text) != eyes
+    assert 'These results apply to images like these 120' in text
+    assert ('They do not apply to images from other sources' in text) != eyes
     assert 'Operating point: positive from' in text
     assert 'of 40 and 40 groups (patients)' in text
 

@@ -523,7 +523,7 @@ def test_the_report_says_why_there_is_no_operating_point():
     page = report_html(Evaluation(two(), TWO, {'decision': choose_decision(two(20), TWO, sensitivity=0.9)}), n=20)
     assert 'has no operating point' in page
     assert 'cannot be set on fewer than 30' in page
-    assert 'One cannot be chosen on these images' in page
+    assert 'An operating point must be chosen on validation images' in page
     assert 'sensitivity at the operating point' not in page
     assert 'sensitivity</th>' not in page
 
