@@ -864,7 +864,7 @@ def test_the_same_in_another_process(build, root, tmp_path):
         root = {str(root)!r}
         how = dict(size=64, bs=16, runtime='plain', num_workers=0, device=torch.device('cpu'))
         learn = build_learner(root + '/dr', 'dr', 'test_resnet', root + '/test_resnet.safetensors', **how)
-        fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, spread=20))), say=lambda s: None)
+        fit(learn, Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, lr_mult=20))), say=lambda s: None)
         np.save({str(tmp_path / 'p.npy')!r}, predict_probs(learn, learn.table.image))"""
     env = {**os.environ, 'PYTHONHASHSEED': '12345'}
     done = subprocess.run(

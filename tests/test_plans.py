@@ -973,5 +973,5 @@ def test_predictions_follow_the_weights(build, frozen):
 def test_the_table_of_plans_knows_the_augmentation_of_a_plan(build):
     "Random crops cannot be stored, so the head is not solved, with a learner as without."
     plan = replace(PLANS['head'], augment='+random_crop')
-    assert plan_table(plans=[plan]).epochs.tolist() == ['10 at most']
-    assert plan_table(build(), plans=[plan]).epochs.tolist() == ['10 at most']
+    assert plan_table(plans=[plan]).epochs.tolist() == ['at most 10']
+    assert plan_table(build(), plans=[plan]).epochs.tolist() == ['at most 10']

@@ -256,7 +256,7 @@ def test_the_table_of_plans_tells_how_epochs_are_found():
     ]
     t = plan_table(plans=mine).epochs
     assert t['dense'].tolist() == ['by number of images']
-    assert t['crops'].tolist() == ['10 at most']
+    assert t['crops'].tolist() == ['at most 10']
     assert t['then'].tolist() == ['solved', 2]
 
 
