@@ -311,7 +311,7 @@ def test_estimators_of_scikit_learn(given):
 
 
 def test_a_search_without_probabilities_is_refused():
-    with pytest.raises(ValueError, match='gives no probabilities'):
+    with pytest.raises(ValueError, match='has no probabilities'):
         FeatureClassifier(RidgeClassifierCV()).fit(*blobs())
 
 
@@ -351,9 +351,9 @@ def test_tools_of_scikit_learn():
         (dict(classifier=3), "unknown classifier '3'"),
         (dict(classifier=LogisticRegression), 'unknown classifier'),
         (dict(X=np.zeros(5)), 'give Features'),
-        (dict(X=np.zeros((0, 2, 5))), 'at least one image'),
+        (dict(X=np.zeros((0, 2, 5))), 'with one image or more'),
         (dict(X=np.full((60, 5), np.nan)), 'NaN'),
-        (dict(y=np.zeros(60)), 'only the class'),
+        (dict(y=np.zeros(60)), 'all images have class'),
         (dict(y=np.zeros(3)), 'one for each image'),
         (dict(y=[None] * 30 + [1] * 30), '30 images have no label'),
         (dict(y=np.linspace(0, 1, 60)), 'continuous'),
