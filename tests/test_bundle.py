@@ -418,7 +418,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
             "'head.'layers'' is 'os.system'; expected: no field of this name",
         ),
         ({'views': 'mirror_far'}, "'views' is 'mirror_far'"),
-        ({'format': 'dr_transfer model 1'}, 'use the version of dr_transfer that made it'),
+        ({'format': 'dr_transfer model 1'}, 'use the version of dr_transfer that wrote it'),
         ({'tensors_sha256': None}, "'tensors_sha256' is missing"),
         ({'size': 10**6}, "'size' is 1000000"),
         ({'head': {'hidden': [10**9]}}, "'head.hidden[0]' is 1000000000"),

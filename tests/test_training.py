@@ -271,7 +271,7 @@ def test_a_trained_head_is_not_trained_again(build):
     lines = told(learn, 'top2', epochs=2)
     assert learn.record.passes == 3
     assert [r['phase'] for r in learn.record.history] == [1, 2, 2]
-    assert 'phase 1 of 2: head, skipped, because the head is trained already' in lines[0]
+    assert 'phase 1 of 2: head, skipped, because the head is already trained' in lines[0]
 
 
 def test_the_second_fit_goes_on_where_the_first_ended(build):
@@ -472,7 +472,7 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
         build(plan='scratch')
     with pytest.raises(ValueError, match="'small_cnn'"):
         cross_validate(set_of_flowers / 'flowers', arch='test_resnet', plan='scratch', say=str)
-    with pytest.raises(ValueError, match='leave weights out'):
+    with pytest.raises(ValueError, match='omit weights'):
         cross_validate(
             set_of_flowers / 'flowers',
             arch='test_resnet',
