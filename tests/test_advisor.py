@@ -343,7 +343,7 @@ def test_some_of_a_table(monkeypatch):
             'target': np.where(group > 690, 'rare', 'usual'),
         }
     )
-    some = advisor._some(t, 1)
+    some = advisor._sample(t, 1)
     assert 250 < len(some) < 380
     assert some.image.is_unique
     assert list(some.index) == list(range(len(some)))
@@ -351,10 +351,10 @@ def test_some_of_a_table(monkeypatch):
         assert (some.group == g).sum() == (t.group == g).sum()
     rare = some[some.target == 'rare']
     assert rare.group.fillna(rare.image).nunique() >= 10
-    assert advisor._some(t, 1).equals(some)
-    assert not advisor._some(t, 2).equals(some)
+    assert advisor._sample(t, 1).equals(some)
+    assert not advisor._sample(t, 2).equals(some)
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 2000)
-    assert advisor._some(t, 1).equals(t)
+    assert advisor._sample(t, 1).equals(t)
 
 
 # ---------------------------------------------------------------- the advice runs

@@ -358,11 +358,11 @@ def test_shrinking_keeps_what_is_where(small):
     "Not the mean everywhere: a bright corner stays in its corner"
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
-    s = stages_module._shrink(m, (4, 4))
+    s = stages_module._resized(m, (4, 4))
     assert s.mean().item() == pytest.approx(16 / 81, abs=1e-6)
     assert s[..., 0, 0] > 0.9
     assert s[..., 3, 3] < 0.1
-    assert stages_module._shrink(m, (9, 9)) is m
+    assert stages_module._resized(m, (9, 9)) is m
 
 
 # ---------------------------------------------------------------- the registry
@@ -645,7 +645,7 @@ def test_files_that_do_not_fit(small, tmp_path):
     lost = {n: v for n, v in sd.items() if n != k}
     short = {**sd, k: sd[k][:-1].clone()}
     save_file(lost, tmp_path / 'lost.safetensors')
-    refused(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is not in it', ' 1 are missing')
+    refused(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is missing', ' 1 of ')
     save_file(short, tmp_path / 'short.safetensors')
     refused(tmp_path / 'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
     stat = next(n for n in sd if n.endswith('running_var'))
@@ -918,7 +918,7 @@ def test_download_from_timm(monkeypatch, small):
         return net
 
     monkeypatch.setattr(timm, 'create_model', stub)
-    refused(None, 'no network')
+    refused(None, 'could not be downloaded')
     assert not asked  # not reachable: not even tried
     monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')

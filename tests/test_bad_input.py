@@ -689,11 +689,11 @@ def test_predict_without_a_model_or_images(tmp_path, run, eyes):
     empty = tmp_path / 'empty'
     empty.mkdir()
     image = next((eyes / 'images').iterdir())
-    assert 'no model folder' in refused('predict', tmp_path / 'none', image)
-    assert 'no model folder' in refused('predict', empty, image)
+    assert 'is not a model folder' in refused('predict', tmp_path / 'none', image)
+    assert 'is not a model folder' in refused('predict', empty, image)
     assert 'no images' in refused('predict', run, empty)
     assert 'there is no' in refused('predict', run, tmp_path / 'none.jpg', image)
-    assert 'no model folder' in refused('predict', image, image)
+    assert 'is not a model folder' in refused('predict', image, image)
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
@@ -811,7 +811,7 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
     for n, split in ((0, 'valid'), (8, 'test')):
         splits = {patient: split if patient in names[:4] else 'train' for patient in names}
         tables, lines = folds(with_split(tmp_path / split, eyes, splits))
-        told = f"the split of the data: {n} images of 'test' are left out, the other {40 - n} go into the folds"
+        told = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
         assert lines[1] == told
         assert [len(t) for t in tables] == [40 - n] * 3
         assert n == 0 or not set(tables[0].group) & set(names[:4])

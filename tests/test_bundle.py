@@ -668,7 +668,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name
         lambda: save_model(ImageModel(net, SMALL), tmp_path / 'm'),
         lambda: load_model(write_as_0_1_0(tmp_path / 'old', net)),
     ):
-        with pytest.raises(ModelError, match=f"the tensor '{name}' holds {words}.*Train it again"):
+        with pytest.raises(ModelError, match=f"the tensor '{name}' has {words}.*Train it again"):
             call()
     assert not (tmp_path / 'm').exists()
 

@@ -249,7 +249,7 @@ def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder)
     page = report_html(e, n=20)
     assert 'pixels: few' in page
     assert 'data_' not in page
-    assert 'The column "decision"' in page
+    assert 'The property "decision"' in page
 
 
 # ---------------------------------------------------------------- which images count
@@ -296,7 +296,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         np.uint8
     )  # one of them was trained on, too
     assert len(evaluate_model(model, there, split='valid').table) == 11
-    with pytest.raises(ValueError, match='leave out allow_leaks=True'):
+    with pytest.raises(ValueError, match='omit allow_leaks=True'):
         evaluate_model(model, there, split='valid', allow_leaks=True)
     with pytest.raises(ValueError, match="split 'vali'"):
         evaluate_model(model, there, split='vali')

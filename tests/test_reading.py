@@ -804,7 +804,7 @@ def test_a_small_npz_that_unpacks_to_gigabytes(tmp_path):
 
 def test_objects_are_no_volume():
     for a in (CUBE.astype(object), CUBE.astype(str), CUBE > 0):
-        with pytest.raises(ValueError, match='is not a supported volume'):
+        with pytest.raises(ValueError, match='is not a volume'):
             Volume(a, (1, 1, 1))
 
 
