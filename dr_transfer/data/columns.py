@@ -93,6 +93,7 @@ GROUP_COLUMNS = (
     'study',
     'study_id',
 )
+SOURCE_COLUMNS = ('source', 'camera', 'site', 'hospital')
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class _Role:
 IMAGES = _Role('image names', IMAGE_COLUMNS, "image_col='...' (--image-col COLUMN)")
 LABELS = _Role('labels', LABEL_COLUMNS, "label_col='...' (--label-col COLUMN)")
 GROUPS = _Role('groups', GROUP_COLUMNS, "group_col='...' (--patient COLUMN)")
+SOURCES = _Role('sources', SOURCE_COLUMNS, "source_col='...' (--source COLUMN)")
 
 
 def find_column(
@@ -177,6 +179,49 @@ class GroupSource:
             f". The groups are those of column '{self.column}', which was chosen by its name: choose another with "
             f"{GROUPS.how}, or use no groups with group_col='none' (--patient none)"
         )
+
+# %% ../../nbs/data/11_columns.ipynb #1bab8a7a
+_DATA = 'data_'  # prefix of the user's columns
+
+
+def data_names(
+    columns,  # Names of the user's columns
+) -> dict:  # Column -> its name with the prefix
+    "Add the prefix `data_` to the names of a user's columns; raise a ValueError if two would be equal"
+    names, taken = {}, {}
+    for column in columns:
+        name = str(column)
+        name = name if name.startswith(_DATA) else _DATA + name
+        if name in taken:
+            raise ValueError(
+                f'the columns {taken[name]!r} and {column!r} would both be named {name!r}: '
+                'give one of them another name'
+            )
+        names[column] = name
+        taken[name] = column
+    return names
+
+
+def with_data_names(
+    table: pd.DataFrame,  # With columns of the library and of the user
+    own,  # Names of the library's columns
+) -> pd.DataFrame:  # The same rows
+    "Add the prefix `data_` to every column that is not the library's own"
+    return table.rename(columns=data_names([c for c in table if c not in own]))
+
+
+def data_columns(
+    table: pd.DataFrame,  # A table of this library
+) -> list:  # Names, in their order
+    "Columns of the user, which begin with `data_`"
+    return [c for c in table if str(c).startswith(_DATA)]
+
+
+def shown_name(
+    column: str,  # Name of a column
+) -> str:  # Without `data_`
+    "Name of a column without the prefix `data_`, for reports"
+    return str(column).removeprefix(_DATA)
 
 # %% ../../nbs/data/11_columns.ipynb #124f9979
 def choose_groups(

@@ -19,13 +19,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import chi2_contingency
 from scipy.stats.contingency import association
 
-from .columns import some
+from .columns import data_columns, shown_name, some, with_data_names
 from .content import fill_stores, image_data, unreadable
 from .fundus import READING, read_image
 from .images import image_header
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
-from .table import KNOWN, data_columns, shown_name, with_data_names
+from .table import KNOWN
 from .tasks import Target, Task, task_table
 from .views import map_batches
 from ..metrics.intervals import group_codes

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+from .sources import with_sources
 
 from dr_transfer.data.columns import (
     GROUPS,
@@ -24,9 +25,11 @@ from dr_transfer.data.columns import (
     _splits,
     check_labels,
     choose_groups,
+    data_names,
     described,
     find_column,
     read_labels,
+    shown_name,
     some,
 )
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
@@ -130,49 +133,6 @@ def _locate(names, folder, files) -> list:
     homes = Counter(str(f.parent) for name in names for f in by_name.get(name.strip(), []))
     known = _Files(folder, by_path, by_name, homes)
     return [known.locate(name) for name in names]
-
-# %% ../../nbs/data/13_table.ipynb #1bab8a7a
-_DATA = 'data_'  # prefix of the user's columns
-
-
-def data_names(
-    columns,  # Names of the user's columns
-) -> dict:  # Column -> its name with the prefix
-    "Add the prefix `data_` to the names of a user's columns; raise a ValueError if two would be equal"
-    names, taken = {}, {}
-    for column in columns:
-        name = str(column)
-        name = name if name.startswith(_DATA) else _DATA + name
-        if name in taken:
-            raise ValueError(
-                f'the columns {taken[name]!r} and {column!r} would both be named {name!r}: '
-                'give one of them another name'
-            )
-        names[column] = name
-        taken[name] = column
-    return names
-
-
-def with_data_names(
-    table: pd.DataFrame,  # With columns of the library and of the user
-    own,  # Names of the library's columns
-) -> pd.DataFrame:  # The same rows
-    "Add the prefix `data_` to every column that is not the library's own"
-    return table.rename(columns=data_names([c for c in table if c not in own]))
-
-
-def data_columns(
-    table: pd.DataFrame,  # A table of this library
-) -> list:  # Names, in their order
-    "Columns of the user, which begin with `data_`"
-    return [c for c in table if str(c).startswith(_DATA)]
-
-
-def shown_name(
-    column: str,  # Name of a column
-) -> str:  # Without `data_`
-    "Name of a column without the prefix `data_`, for reports"
-    return str(column).removeprefix(_DATA)
 
 # %% ../../nbs/data/13_table.ipynb #8a6d6ac0
 # The library's own columns; the user's columns begin with data_
@@ -308,18 +268,20 @@ def _read_beside(csv) -> pd.DataFrame:
 
 # %% ../../nbs/data/13_table.ipynb #b01a1092
 def label_table(
-    source: str | Path | pd.DataFrame,  # Folder, CSV beside its images, or table
+    source: str | Path | pd.DataFrame | list,  # Folder, CSV beside its images, table, or folders side by side
     labels: str | Path | pd.DataFrame | None = None,  # CSV or table of image names and labels
     image_col: str | None = None,  # Column of the image names; a usual one if None
     label_col: str | None = None,  # Column of the labels; a usual one if None
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    *,
+    source_col: str | None = None,  # Column of the sources; a usual one if None, or 'none'
     verify: bool = True,  # Whether to decode all images and skip unreadable ones
     missing: str = 'error',  # Rows without a file: 'error' or 'skip'
 ) -> pd.DataFrame:  # `image, label, group, split`, `data_...`; by path
     """Read images and labels from class folders, from a folder with a CSV file, or from a table.
 
-    Columns are found by their usual names, patients as well; images that cannot be decoded are excluded, and listed
-    in `attrs['skipped']`.
+    Columns are found by their usual names, patients and sources (cameras, sites) as well; images that cannot be
+    decoded are excluded, and listed in `attrs['skipped']`. Folders in a list are sources of one table.
 
     Returns
     -------
@@ -342,6 +304,9 @@ def label_table(
     """
     if missing not in ('error', 'skip'):
         raise ValueError(f"missing='{missing}': give 'error' or 'skip'")
+    if isinstance(source, (list, tuple)):
+        how = dict(image_col=image_col, label_col=label_col, group_col=group_col, verify=verify, missing=missing)
+        return _side_by_side(source, labels, source_col, how)
     if isinstance(source, pd.DataFrame):
         if labels is not None:
             raise ValueError('both a table and labels were given: put the labels into the table, or give a folder')
@@ -349,7 +314,8 @@ def label_table(
         verify = verify and source.attrs.get('checked') != _names_digest(
             t.image
         )  # not again if they were checked already
-        return _finish(t, verify, groups, source.attrs.get('skipped', []))
+        t = _finish(t, verify, groups, source.attrs.get('skipped', []))
+        return with_sources(t, source_col, source.attrs.get('source_col'))
     source, labels = _place(source, labels)
     folders = labels is None
     if folders:
@@ -360,7 +326,40 @@ def label_table(
         raise ValueError(f'no images in {source}: give a folder with {", ".join(IMAGE_SUFFIXES[:4])}, ... files')
     t = _finish(t, verify, groups, [])
     t.attrs['split_from'] = 'folders' if folders else 'column'
-    return t
+    return with_sources(t, source_col)
+
+
+_FOLDER = 'data_folder'  # column of the source where folders are given side by side
+
+
+def _side_by_side(folders, labels, source_col, how) -> pd.DataFrame:
+    "Join the tables of several folders; each folder is a source, and its groups are its own"
+    if labels is not None or source_col is not None:
+        given = 'labels' if labels is not None else 'source_col'
+        raise ValueError(
+            f'{given} is for one folder: where several are given, each has its own labels.csv and is a source'
+        )
+    names = [Path(f).resolve().name for f in folders]
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if len(folders) < 2 or twice:
+        what = f"two folders are named '{twice[0]}'" if twice else f'{len(folders)} folders were given'
+        raise ValueError(f'{what}: give two or more with different names, such as [CLINIC_A, CLINIC_B]')
+    tables = [label_table(f, **how) for f in folders]
+    for name, t in zip(names, tables):
+        t['group'] = t.group.map(lambda g, name=name: None if g is None else f'{name}/{g}')
+        t[_FOLDER] = name
+    attrs = [t.attrs for t in tables]
+    out = pd.concat([t.set_flags() for t in tables], ignore_index=True)
+    out = out.sort_values('image', ignore_index=True)
+    lines = [f'{name}: {a["patients"]}' for name, a in zip(names, attrs)]
+    out.attrs = {
+        **attrs[0],
+        'checked': _names_digest(out.image) if how['verify'] else '',
+        'skipped': [row for a in attrs for row in a['skipped']],
+        'patients': '; '.join(lines),
+        'notes': [f'{name}: {note}' for name, a in zip(names, attrs) for note in a['notes']],
+    }
+    return with_sources(out, shown_name(_FOLDER))
 
 
 def _place(source, labels) -> tuple:
@@ -491,9 +490,10 @@ def report_table(
     table: pd.DataFrame,  # A table from `label_table`
     say=print,  # Called with each line
 ):
-    "Print the source of the groups and other notes about the labels, one per line"
-    if 'patients' in table.attrs:
-        say(table.attrs['patients'])
+    "Print the columns of patients and sources, and other notes about the labels, one per line"
+    for kind in ('patients', 'sources'):
+        if kind in table.attrs:
+            say(table.attrs[kind])
     for note in table.attrs.get('notes', []):
         say(note)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..data.columns import data_columns, with_data_names
 from ..data.gradability import gradability_table
 from ..data.leaks import MAX_COPY_BITS, file_facts, nearest_bits, seen_before
-from ..data.table import KNOWN, data_columns, skipped_images, with_data_names
+from ..data.table import KNOWN, skipped_images
 from ..inference.predictions import NO_PROBABILITIES, predict_table
 from ..inference.saved_model import ImageModel
 from ..metrics.classes import Classes, as_classes

@@ -16,8 +16,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..data.columns import shown_name
 from ..data.leaks import confounders
-from ..data.table import shown_name
 from .report import COMPUTED, GRADABLE, Evaluation, endpoint_table
 from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
