@@ -805,7 +805,7 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
 
     def folds(folder):
         lines = []
-        return fold_tables(folder, get_task('dr', 64), folds=3, say=lines.append), lines
+        return list(fold_tables(folder, get_task('dr', 64), folds=3, say=lines.append).values()), lines
 
     names = pd.read_csv(eyes / 'labels.csv').patient.unique()
     for n, split in ((0, 'valid'), (8, 'test')):

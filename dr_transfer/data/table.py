@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from .sources import with_sources
 
 from dr_transfer.data.columns import (
     GROUPS,
@@ -34,6 +33,7 @@ from dr_transfer.data.columns import (
 )
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
 from .images import image_errors
+from .sources import with_sources
 from ..metrics.groups import group_key, same_groups
 from ..utils.files import DATA_KINDS, MARKER, output_kind
 from ..utils.places import OutputError

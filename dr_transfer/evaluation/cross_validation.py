@@ -23,6 +23,7 @@ from ..data.columns import group_errors
 from ..data.content import content_keys
 from ..data.fundus import READING
 from ..data.leaks import Together, note_contradictions
+from ..data.sources import NO_SOURCES, SourceError, image_sources, source_folds
 from ..data.table import label_table, report_table, skipped_images
 from ..data.tasks import Task, encode_target, get_task
 from ..features.classifiers import grouped_folds
@@ -34,7 +35,7 @@ from ..training.plans import choose_plan, get_plan, plan_arch
 from ..training.record import versions
 from ..utils.checks import check_seed
 from ..utils.csvfile import read_csv, write_csv
-from ..utils.files import cache_folder, new_folder, warn
+from ..utils.files import cache_folder, new_folder, unknown, warn
 from ..utils.places import OutputError, remove
 from ..utils.regular import read_regular
 from ..utils.safe_files import private_folder
@@ -217,21 +218,44 @@ def fold_tables(
     *,
     folds: int = 5,  # Number of folds
     seed: int = 42,  # Seed of the folds
+    by: str = 'group',  # 'group': stratified folds; 'source': each fold is one source
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+    source_col: str | None = None,  # Column of the sources; a usual one if None, or 'none'
     say: Callable = print,  # Called with each message about patients and labels
-) -> list[pd.DataFrame]:  # One for each fold, which is its validation set
+) -> dict[Any, pd.DataFrame]:  # Number or source of each fold -> table, with the fold as validation set
     "Make the folds of cross-validation as tables for `build_learner`"
+    if by not in ('group', 'source'):
+        raise unknown('by', by, ('group', 'source'))
     target = task.target(target)
     together = Together(task.reader)
     seed = check_seed(seed)
-    t = _without_test(encode_target(label_table(data, labels, group_col=group_col), target))
+    t = _without_test(encode_target(label_table(data, labels, group_col=group_col, source_col=source_col), target))
     groups = together(t)
     note_contradictions(t, together.copies)
     report_table(t, say)
-    with group_errors(t):
-        parts = grouped_folds(t.target.to_numpy(), groups, folds, seed)
+    if by == 'source':
+        parts = _source_parts(t, np.asarray(groups))
+    else:
+        with group_errors(t):
+            parts = dict(enumerate(grouped_folds(t.target.to_numpy(), groups, folds, seed), 1))
+    return {name: _fold_table(t, *part) for name, part in parts.items()}
+
+
+def _source_parts(t, groups) -> dict:
+    "Source -> training and test rows; images whose patient or copy is in the test source are in neither"
+    sources = image_sources(t)
+    if sources is None:
+        raise SourceError(NO_SOURCES)
+    parts = {}
+    for train, test in source_folds(t.target, sources):
+        shared = np.isin(groups[train], groups[test])
+        parts[sources.iloc[test[0]]] = train[~shared], test
+    return parts
+
+
+def _fold_table(t, train, test) -> pd.DataFrame:
     rows = np.arange(len(t))
-    return [t.assign(split=np.where(np.isin(rows, test), 'valid', 'train')) for _, test in parts]
+    return t.assign(split=np.select([np.isin(rows, test), np.isin(rows, train)], ['valid', 'train'], 'test'))
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #f7cdd0cb
 def _prefixed(say, name):
@@ -252,7 +276,9 @@ def cross_validate(
     folds: int = 5,  # Number of folds
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Seed of the folds and of the training
+    by: str = 'group',  # 'group': stratified folds; 'source': each fold is one source (camera, site)
     group_col: str | None = None,  # Column of the patients; a usual one if None
+    source_col: str | None = None,  # Column of the sources; a usual one if None
     say: Callable = print,  # Called with each progress message
     **kwargs,  # `arch, weights, size, augment, plan, runtime, ...` of `build_learner`
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS..., data_...`
@@ -274,8 +300,9 @@ def cross_validate(
 
     Notes
     -----
-    Groups and copies stay in one fold, and each fold has the classes in proportion. A finished fold is stored in the
-    cache, so a run that was interrupted continues where it stopped.
+    Groups and copies stay in one fold, and each fold has the classes in proportion. With `by='source'` each fold is
+    one source, so the model never saw a camera or site that it is tested on. A finished fold is stored in the cache,
+    so a run that was interrupted continues where it stopped.
 
     Examples
     --------
@@ -286,15 +313,18 @@ def cross_validate(
     (100, [1, 2])
     """
     task = get_task(task, kwargs.pop('size', None))
-    tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
+    columns = dict(group_col=group_col, source_col=source_col)
+    tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, by=by, say=say, **columns)
     out = []
-    for k, t in enumerate(tables, 1):
-        tell = _prefixed(say, f'fold {k} of {len(tables)}')
+    for number, (k, t) in enumerate(tables.items(), 1):
+        name = f' ({k})' if by == 'source' else ''
+        tell = _prefixed(say, f'fold {number} of {len(tables)}{name}')
         p, _ = train_once(t, task, target, epochs=epochs, seed=seed, say=tell, **kwargs)
         out.append(t.drop(columns=['target', 'group', 'split']).merge(p, on='image').assign(fold=k))
     out = pd.concat(out).sort_values('image', ignore_index=True)
-    out.attrs['skipped'] = skipped_images(tables[0]).to_dict('records')
-    out.attrs |= {k: tables[0].attrs[k] for k in ('patients', 'notes') if k in tables[0].attrs}
+    first = next(iter(tables.values()))
+    out.attrs['skipped'] = skipped_images(first).to_dict('records')
+    out.attrs |= {k: first.attrs[k] for k in ('patients', 'sources', 'source_col', 'notes') if k in first.attrs}
     return out
 
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #871803a4

@@ -328,7 +328,8 @@ def cross_validate_hand_crafted(
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS..., data_...`
     "Predict every image from hand-crafted features, by a classifier trained on neither it nor its group"
     task = get_task('dr')
-    tables = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
+    parts = fold_tables(data, task, target, labels, folds=folds, seed=seed, group_col=group_col, say=say)
+    tables = list(parts.values())
     x = feature_frame(tables[0].image.tolist(), **kwargs).to_numpy()
     groups = np.array(Together(task.reader)(tables[0]), object)
     out = []
