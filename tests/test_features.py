@@ -1226,7 +1226,7 @@ def test_unknown_names(body, paths, tmp_path):
         'neck': lambda: f.numpy('neck'),
         'max': lambda: f.numpy('stem', 'max'),
         'std': lambda: f.pandas('stem', 'std'),
-        'no images': lambda: extract_features([], body, 32, folder=x_folder),
+        'list of images is empty': lambda: extract_features([], body, 32, folder=x_folder),
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():
