@@ -105,7 +105,7 @@ def _write_run(learn, folder, point):
     print(metrics.round(3).to_string())
     if learn.record.gap:
         gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record.gap.items())
-        print(f'training minus validation (of the likeliest class; a large gap means overfitting): {gap}')
+        print(f'training minus validation (of the most probable class; a large gap means overfitting): {gap}')
     _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9

@@ -61,10 +61,10 @@ def write_run(
     t = apply_decision(t, classes, learn.record.decision)
     y, probs = table_arrays(t, classes)
     metrics = validation_table(t, classes, learn.record.augment)
-    of_likeliest = summary(y, probs, classes)  # metrics of the decision are in the table
+    of_most_probable = summary(y, probs, classes)  # metrics of the decision are in the table
     if features_stored(learn):
         learn.record.gap = generalization_gap(learn).loc['gap'].to_dict()  # fast where features are stored
-    learn.record.validation = of_likeliest
+    learn.record.validation = of_most_probable
     learn.record.validation_table = metrics.to_dict('index')
     learn.record.skipped = tuple(learn.table.attrs.get('skipped', ()))
     text = json.dumps(learn.record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)

@@ -250,7 +250,7 @@ def _head_words(head) -> str:
 
 
 def _augment_of(plan, learn) -> str:
-    "The augmentation of a plan; without a learner, that of the task is unknown and left out"
+    "The augmentation of a plan; without a learner, that of the task is not known and not included"
     return plan.augmentation('none' if learn is None or isinstance(learn, str) else learn.task.augment)
 
 
