@@ -692,7 +692,7 @@ def test_predict_without_a_model_or_images(tmp_path, run, eyes):
     assert 'is not a model folder' in refused('predict', tmp_path / 'none', image)
     assert 'is not a model folder' in refused('predict', empty, image)
     assert 'no images' in refused('predict', run, empty)
-    assert 'there is no' in refused('predict', run, tmp_path / 'none.jpg', image)
+    assert 'does not exist' in refused('predict', run, tmp_path / 'none.jpg', image)
     assert 'is not a model folder' in refused('predict', image, image)
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 

@@ -73,7 +73,7 @@ def test_known_tasks():
             assert t.metrics[goal.name]
     assert f.metrics['class'] == ('accuracy',)
     assert f.augment == 'mirror_near'
-    assert AUGMENTATIONS[f.augment].colour
+    assert AUGMENTATIONS[f.augment].keeps_color
     assert 'kappa' in d.metrics['grade']
     assert {'auc', 'sensitivity', 'specificity'} <= set(d.metrics['referable'])
 
@@ -82,9 +82,9 @@ def test_dr_keeps_the_whole_disc_and_its_colours():
     d = TASKS['dr']
     for n in d.augment.split('+'):
         a = AUGMENTATIONS[n]
-        assert a.whole, n
-        assert a.colour, n
-        assert a.handed, n
+        assert a.keeps_whole_image, n
+        assert a.keeps_color, n
+        assert a.keeps_left_right, n
     assert d.reader == 'fundus'
     assert d.fit == 'pad'
 

@@ -903,7 +903,7 @@ def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
         for m in body.stages.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.weight.fill_(1e30)
-    with pytest.raises(ValueError, match=r"numbers overflow.*runtime='plain'"):
+    with pytest.raises(ValueError, match=r"activations overflow.*runtime='plain'"):
         extract_features(paths, body, 32, folder=tmp_path)
 
 
@@ -922,7 +922,7 @@ def test_probabilities_that_are_no_numbers(stages, arrays):
     head = create_head('linear', 96, 3)
     with torch.no_grad():
         head[-1].weight[0, 0] = np.nan
-    with pytest.raises(ValueError, match=r'not at fault.*weights are damaged'):
+    with pytest.raises(ValueError, match=r'not the images.*weights are damaged'):
         view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
@@ -1226,7 +1226,7 @@ def test_unknown_names(body, paths, tmp_path):
         'neck': lambda: f.numpy('neck'),
         'max': lambda: f.numpy('stem', 'max'),
         'std': lambda: f.pandas('stem', 'std'),
-        'no images': lambda: extract_features([], body, 32, folder=x_folder),
+        'list of images is empty': lambda: extract_features([], body, 32, folder=x_folder),
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():

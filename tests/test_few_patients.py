@@ -349,7 +349,7 @@ def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
     )
     commands._write_run(SimpleNamespace(record=record), None, {})
     said = capsys.readouterr().out
-    start = 'training minus validation (of the likeliest class; a large gap means overfitting): '
+    start = 'training minus validation (of the most probable class; a large gap means overfitting): '
     assert (f'{start}auc 0.123, accuracy -0.050\n' in said) == bool(gap)
     assert 'validation: 200 validation images, predictions averaged over 4 views' in said
     assert 'operating point: positive from' in said

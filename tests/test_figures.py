@@ -42,7 +42,7 @@ def test_reliability_bars_are_wilson_intervals_and_stay_within_0_and_1(n):
     drawn = limits(ax.containers[0])
     assert ((drawn >= 0) & (drawn <= 1)).all()
     for (low, high), row in zip(drawn, r.itertuples()):
-        ci = binomtest(round(row.seen * row.images), int(row.images)).proportion_ci(method='wilson')
+        ci = binomtest(round(row.observed * row.images), int(row.images)).proportion_ci(method='wilson')
         assert (low, high) == pytest.approx((max(ci.low, 0), ci.high), abs=1e-12)
     assert ax.get_xlabel() == 'mean predicted probability of referable'
     assert ax.get_ylabel() == 'observed frequency of referable'

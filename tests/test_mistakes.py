@@ -147,8 +147,8 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
     assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
     task = TASKS['dr']
     for a in task.augment.split('+'):
-        assert AUGMENTATIONS[a].colour
-    assert not AUGMENTATIONS['colour_jitter'].colour
+        assert AUGMENTATIONS[a].keeps_color
+    assert not AUGMENTATIONS['colour_jitter'].keeps_color
     image = label_table(eyes).image[0]
     pixels = np.asarray(read_image(image, 48, task.reader, task.fit), int)
     assert (pixels[..., 0] - pixels[..., 2])[pixels.max(2) > 60].mean() > 30  # red, and not grey

@@ -814,7 +814,7 @@ def test_a_plot_that_fails_is_a_warning(tmp_path):
         raise RuntimeError('no such font')
 
     with pytest.warns(
-        TransferWarning, match=r'confusion.png could not be drawn \(RuntimeError: no such font\); all else'
+        TransferWarning, match=r'confusion.png could not be drawn \(RuntimeError: no such font\); all other'
     ):
         _plot(tmp_path / 'confusion.png', fails)
     assert tree(tmp_path) == {}

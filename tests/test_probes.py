@@ -339,7 +339,7 @@ def test_measures_are_what_they_say():
 @pytest.mark.parametrize(
     'change, says',
     [
-        (dict(y=np.zeros(60)), 'one class'),
+        (dict(y=np.zeros(60)), 'the same class'),
         (dict(y=[0, 1]), 'one for each image'),
         (dict(groups=[1, 2]), 'groups'),
         (dict(y=[np.nan] + [0.0, 1.0] * 29 + [1.0]), 'missing'),

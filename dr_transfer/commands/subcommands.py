@@ -22,46 +22,20 @@ from dr_transfer.commands.arguments import (
 from dr_transfer.commands.shared import (
     _as_utf8,
     _check_point,
+    _check_recipe,
     _classes,
     _data_name,
     _find_task,
+    _load,
     _output,
     _print_decision,
+    _print_table,
     _printed_if_unwritable,
     _read_table,
     _wanted_point,
 )
 
 # %% ../../nbs/commands/04_subcommands.ipynb #91febcac
-def _check_recipe(recipe, epochs):
-    "Raise a ValueError for an unknown plan, backbone or head"
-    from dr_transfer.models.balance import BALANCES
-    from dr_transfer.models.network import HEADS
-    from dr_transfer.models.registry import find_backbone
-    from dr_transfer.training.plans import get_plan
-    from dr_transfer.utils.files import unknown
-
-    get_plan('head' if recipe.plan in (None, 'advise') else recipe.plan, epochs)
-    if recipe.arch:
-        find_backbone(recipe.arch)
-    for option, value, known in (('head', recipe.head, HEADS), ('balance', recipe.balance, BALANCES)):
-        if value is not None and value not in known:
-            raise unknown(option, value, known)
-
-
-def _print_table(learn):
-    "Print how the images were split, and which were skipped"
-    from dr_transfer.data.split import split_summary
-    from dr_transfer.data.table import skipped_images
-
-    print(split_summary(learn.table.assign(label=learn.table.target)).to_string())
-    skipped = skipped_images(learn.table)
-    for row in skipped.head(10).itertuples():
-        print(f'skipped: {row.image}: {row.reason}')
-    if len(skipped) > 10:
-        print(f'skipped: {len(skipped) - 10} more')
-
-
 def train(
     table: TableOptions,  # Labelled images
     task: TaskOptions = TaskOptions(),  # What is predicted
@@ -131,7 +105,7 @@ def _write_run(learn, folder, point):
     print(metrics.round(3).to_string())
     if learn.record.gap:
         gap = ', '.join(f'{k} {v:.3f}' for k, v in learn.record.gap.items())
-        print(f'training minus validation (of the likeliest class; a large gap means overfitting): {gap}')
+        print(f'training minus validation (of the most probable class; a large gap means overfitting): {gap}')
     _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9
@@ -178,16 +152,6 @@ def advise(
     return 0
 
 # %% ../../nbs/commands/04_subcommands.ipynb #e6c52349
-def _load(model, runtime):
-    "Load the model of a run, or of a model folder"
-    if str(model).endswith('.onnx'):
-        raise ValueError(f'{model}: an ONNX file can only predict. Give the folder made by dr_transfer train')
-    from dr_transfer.inference.saved_model import load_model
-
-    inside = Path(model) / 'model'
-    return load_model(inside if inside.is_dir() else model, runtime)
-
-
 def _load_any(model, runtime):
     "Load the model of a run, of a model folder or of an ONNX file"
     if not str(model).endswith('.onnx'):
@@ -239,7 +203,7 @@ def _predicted(table) -> int:
     print(f'dr_transfer: error: {line}', file=sys.stderr)
     return 1
 
-
+# %% ../../nbs/commands/04_subcommands.ipynb #e4d9ab94
 def export(
     model: str | Path,  # Run or model folder
     out: str | Path | None = None,  # ONNX file to write; named after the model if None
@@ -391,7 +355,7 @@ def cross_validate(
         _print_report(e, report.resamples, page, predictions)
     return _print_files(out, 'report', REPORT_TABLE)
 
-
+# %% ../../nbs/commands/04_subcommands.ipynb #c9d14d12
 def _cross_evaluation(table, task, training, recipe, folds, prevalence, runtime):
     "Return the evaluation that a report of cross-validation shows"
     found_task, target = _find_task(task)
