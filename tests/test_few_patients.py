@@ -306,9 +306,9 @@ def test_the_reader_reaches_the_report(tmp_path):
 def test_what_was_taken_for_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
-    assert '<th>source of the patients or groups</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
+    assert '<th>column of the patients or groups</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
     assert text.count('60 groups<') == 1
-    assert 'source of the patients' not in page(table(60, 2))
+    assert 'column of the patients' not in page(table(60, 2))
 
 
 def test_subgroups_show_how_many_images_they_have():

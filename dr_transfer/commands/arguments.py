@@ -73,19 +73,31 @@ class CommandParser(argparse.ArgumentParser):
 class TableOptions:
     "How a table of labelled images is read"
 
-    data: str | Path  # Folder of class folders, or folder with images and labels.csv
+    data: str | Path | list  # Folder of class folders, or with images and labels.csv; or several, as sources
     labels: str | Path | None = None  # CSV of image names and labels, if not labels.csv
     image_col: str | None = None  # Column of the image names; a usual name if None
     label_col: str | None = None  # Column of the labels; a usual name if None
     patient: str | None = None  # Column of the patients, or 'none'; a usual name if None
+    source: str | None = None  # Column of the sources (camera, site), or 'none'; a usual name if None
     missing: str = 'error'  # Rows of the labels without a file: 'error' or 'skip'
+
+    @property
+    def folders(self) -> list:
+        "Names of the folders, or of the one folder or file"
+        return list(self.data) if isinstance(self.data, (list, tuple)) else [self.data]
 
 
 def add_table_arguments(
     add: Callable,  # `add_argument` of a parser
 ):
     "Add the options of `TableOptions`"
-    add('data', metavar='DATA', type=path_name, help='folder of class folders, or folder with images and labels.csv')
+    add(
+        'data',
+        metavar='DATA',
+        type=path_name,
+        nargs='+',
+        help='folder of class folders, or folder with images and labels.csv; several are sources, such as hospitals',
+    )
     add('--labels', metavar='CSV', type=path_name, help='image names and labels, if not labels.csv in DATA')
     add('--image-col', metavar='COLUMN', help='column of the labels that names the image (default: a usual name)')
     add('--label-col', metavar='COLUMN', help='column of the labels that holds the label (default: a usual name)')
@@ -93,6 +105,11 @@ def add_table_arguments(
         '--patient',
         metavar='COLUMN',
         help="column of the labels that names the patient, or 'none' (default: a usual name)",
+    )
+    add(
+        '--source',
+        metavar='COLUMN',
+        help="column of the labels that names the camera, site or hospital, or 'none' (default: a usual name)",
     )
     add('--missing', choices=('error', 'skip'), help='rows of the labels without a file (default: %(default)s)')
 

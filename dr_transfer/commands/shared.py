@@ -15,7 +15,8 @@ from .arguments import OutputOptions, RecipeOptions, TableOptions, TaskOptions
 # %% ../../nbs/commands/03_shared.ipynb #a794eb18
 def _data_name(table: TableOptions) -> str:
     "Return the name of the data, for names of outputs and titles"
-    return Path(table.data).resolve().name.removesuffix('.csv') or 'data'
+    names = [Path(folder).resolve().name.removesuffix('.csv') for folder in table.folders]
+    return '_'.join(names) or 'data'
 
 
 def _output(output: OutputOptions, table: TableOptions, ending) -> tuple[Path, bool]:
@@ -24,7 +25,7 @@ def _output(output: OutputOptions, table: TableOptions, ending) -> tuple[Path, b
 
     named = output.out is not None
     out = Path(output.out if named else f'{_data_name(table)}_{ending}')
-    for source in (table.data, table.labels):
+    for source in (*table.folders, table.labels):
         if source is not None:
             check_outside(out, source)
     return out, output.overwrite and named
@@ -34,7 +35,15 @@ def _read_table(table: TableOptions):
     "Read the table of labelled images"
     from dr_transfer.data.table import label_table
 
-    return label_table(table.data, table.labels, table.image_col, table.label_col, table.patient, missing=table.missing)
+    return label_table(
+        table.folders[0] if len(table.folders) == 1 else table.folders,
+        table.labels,
+        table.image_col,
+        table.label_col,
+        table.patient,
+        source_col=table.source,
+        missing=table.missing,
+    )
 
 
 def _find_task(options: TaskOptions) -> tuple:

@@ -50,7 +50,8 @@ def train(
     from dr_transfer.utils.places import check_outside
 
     out = Path(output.out if output.out is not None else f'{_data_name(table)}_run')
-    check_outside(out, table.data)
+    for data in table.folders:
+        check_outside(out, data)
     with new_folder(out, output.overwrite, keep_parts=True) as folder:
         found_task, target = _find_task(task)
         point = _wanted_point(recipe, found_task, target)

@@ -28,7 +28,8 @@ class DataSummary:
     skipped: _Count = field(default=0, metadata={FORMERLY: 'set_aside'})  # Images that could not be read
     groups: _Count = 0  # Number of patients or other groups
     leaks: dict[str, _Count] | None = None  # Accepted leaks: kind -> number of pairs
-    patients: str = field(default='', metadata={LATER: True})  # Source of the groups, in words
+    patients: str = field(default='', metadata={LATER: True})  # Column of the groups, in words
+    sources: str = field(default='', metadata={LATER: True})  # Column of the sources (cameras, sites), in words
     notes: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Notes about the labels
     classes: dict[str, dict[str, _Count]] = field(default_factory=dict)  # Subset -> class -> images
     fraction: dict[str, float] = field(
@@ -50,6 +51,7 @@ def data_summary(
         groups=int(table.group.nunique()),
         leaks=table.attrs.get('leaks'),
         patients=table.attrs.get('patients', ''),
+        sources=table.attrs.get('sources', ''),
         notes=tuple(table.attrs.get('notes', ())),
         classes={s: g.target.value_counts().sort_index().to_dict() for s, g in table.groupby('split')},
         fraction=table.split.value_counts(normalize=True).round(4).to_dict(),

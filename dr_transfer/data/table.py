@@ -396,7 +396,7 @@ def _dicom_columns(t) -> pd.DataFrame:
     facts = {i: dicom_facts(p) for i, p in t.image.items() if is_dicom(p)}
     if not facts:
         return t
-    columns = {'group': 'group', 'eye': f'{_DATA}eye', 'camera': f'{_DATA}camera'}
+    columns = {'group': 'group', 'eye': 'data_eye', 'camera': 'data_camera'}
     for fact, column in columns.items():
         values = pd.Series({i: f[fact] for i, f in facts.items()}, dtype=object)
         values = values.reindex(t.index)

@@ -48,7 +48,8 @@ class Evaluation:
     how: str = ''  # Where the predictions are from, if not from one model
     split: str = 'new'  # Images included: 'new' ones or the model's 'valid' ones
     other: list = field(default_factory=list)  # Excluded: not in the validation set
-    patients: str = ''  # Source of the groups, from `label_table`
+    patients: str = ''  # Column of the groups, in words, from `label_table`
+    sources: str = ''  # Column of the sources, in words, from `label_table`
 
     @property
     def decision(self) -> Decision | None:
@@ -89,7 +90,7 @@ def describe_images(
     prevalence: float | None = None,  # Prevalence of the positive class
 ) -> Evaluation:
     "Add properties of the files to predictions, and the gradability of fundus photographs"
-    patients = table.attrs.get('patients', '')
+    columns = {k: table.attrs.get(k, '') for k in ('patients', 'sources')}
     t = with_data_names(table.reset_index(drop=True), (*_OWN_COLUMNS, *(f'p_{c}' for c in classes)))
     if reader == 'fundus':
         t = t.join(gradability_table(t.image.tolist()))
@@ -97,7 +98,7 @@ def describe_images(
     facts = file_facts(t.image).astype({'width': str, 'height': str})
     t = t.assign(format=facts.suffix.str.strip('.'), pixels=facts.width + ' x ' + facts.height)
     about = {**about, 'reader': reader}
-    return Evaluation(t, as_classes(classes), about, data, prevalence=prevalence, patients=patients)
+    return Evaluation(t, as_classes(classes), about, data, prevalence=prevalence, **columns)
 
 # %% ../../nbs/evaluation/02_report.ipynb #263840bf
 _IMAGE_SETS = ('new', 'valid')  # images that `evaluate_model` can include
@@ -220,6 +221,7 @@ def evaluate_model(
     out.split = split
     out.skipped = skipped_images(table).image.tolist()
     out.patients = table.attrs.get('patients', '')
+    out.sources = table.attrs.get('sources', '')
     excluded = t.image[~included].tolist()
     if split == 'new':
         out.known = excluded

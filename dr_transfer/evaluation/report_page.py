@@ -118,7 +118,9 @@ def _summary_rows(e) -> dict:
         'patients or groups': t.group.nunique() if has_groups else 'not known: images are treated as independent',
     }
     if e.patients:
-        rows['source of the patients or groups'] = e.patients
+        rows['column of the patients or groups'] = e.patients
+    if e.sources:
+        rows['column of the sources (cameras, sites)'] = e.sources
     rows['images that could not be read'] = len(e.skipped)
     if e.known:
         rows['excluded: used in training or validation'] = len(e.known)
@@ -356,6 +358,7 @@ def _training(t) -> dict:
             f'{subsets}; {groups} groups of images, {d["skipped"]} skipped; fingerprint {d["fingerprint"]}'
         ),
         'patients of these images': d.get('patients'),
+        'sources of these images': d.get('sources'),
         'allowed in two subsets': leaks or 'nothing',
     }
 
