@@ -15,6 +15,7 @@ from contextlib import suppress
 from dr_transfer.commands.arguments import (
     CommandParser,
     add_comparison_arguments,
+    add_fold_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_split_arguments,
@@ -26,17 +27,8 @@ from dr_transfer.commands.arguments import (
     path_name,
     whole_number,
 )
-from dr_transfer.commands.subcommands import (
-    advise,
-    compare,
-    cross_validate,
-    demo,
-    evaluate,
-    export,
-    predict,
-    preprocess,
-    train,
-)
+from .commands.subcommands import advise, demo, export, predict, preprocess, train
+from .commands.validation import compare, cross_validate, evaluate
 from .utils.checks import MAX_SEED
 
 # %% ../nbs/cli.ipynb #13a13af2
@@ -208,7 +200,7 @@ def _add_cross_validate(commands):
     )
     for group in (add_table_arguments, add_task_arguments, add_training_arguments, add_recipe_arguments):
         group(add)
-    add('--folds', metavar='K', type=whole_number(2, 1000), help='how many folds (default: %(default)s)')
+    add_fold_arguments(add)
     add_report_arguments(add)
 
 

@@ -15,9 +15,10 @@ import pytest
 from helpers import content, good
 
 from dr_transfer.cli import _parser
-from dr_transfer.commands import arguments, subcommands
+from dr_transfer.commands import arguments, subcommands, validation
 from dr_transfer.commands.arguments import (
     ComparisonOptions,
+    FoldOptions,
     OutputOptions,
     RecipeOptions,
     ReportOptions,
@@ -90,7 +91,7 @@ def test_an_option_reaches_the_parameter_of_its_name(name):
 
 
 def test_every_command_is_a_function_with_few_typed_parameters():
-    functions = [getattr(subcommands, name) for name in subcommands.__all__]
+    functions = [getattr(m, name) for m in (subcommands, validation) for name in m.__all__]
     assert {p.get_default('run') for p in PARSERS.values()} == set(functions)
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
@@ -99,7 +100,7 @@ def test_every_command_is_a_function_with_few_typed_parameters():
 
 
 def test_no_command_takes_a_namespace():
-    for module in ('subcommands', 'shared', 'demo'):
+    for module in ('subcommands', 'validation', 'shared', 'demo'):
         text = (Path(arguments.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
         names = {getattr(node, 'id', getattr(node, 'attr', '')) for node in ast.walk(ast.parse(text))}
         assert not names & {'argparse', 'Namespace'}, module
@@ -107,7 +108,7 @@ def test_no_command_takes_a_namespace():
 
 def test_groups_of_options_cannot_be_changed():
     groups = [g for g in vars(arguments).values() if isinstance(g, type) and dataclasses.is_dataclass(g)]
-    assert len(groups) == 8
+    assert len(groups) == 9
     for group in groups:
         assert group.__dataclass_params__.frozen, group
 
@@ -154,7 +155,7 @@ def test_evaluate(run, eyes, tmp_path):
     words = ('evaluate', run, eyes, '--split', 'valid', '--prevalence', '0.1', '--resamples', '100')
     said = good(*words, '--out', tmp_path / 'a.html')
     report = ReportOptions(tmp_path / 'b.html', prevalence=0.1, resamples=100)
-    printed = called(subcommands.evaluate, run, TableOptions(eyes), split='valid', report=report)
+    printed = called(validation.evaluate, run, TableOptions(eyes), split='valid', report=report)
     assert printed.replace('b.html', 'a.html').replace('b_predictions', 'a_predictions') == said.out
     assert (tmp_path / 'b_predictions.csv').read_bytes() == (tmp_path / 'a_predictions.csv').read_bytes()
 
@@ -183,12 +184,12 @@ def test_advise(flowers, tmp_path):
 
 def test_cross_validate(eyes, tmp_path):
     printed = called(
-        subcommands.cross_validate,
+        validation.cross_validate,
         TableOptions(eyes),
         TaskOptions('dr', size=64),
         TrainingOptions(epochs=1, weights='random'),
         FAST_RECIPE,
-        folds=2,
+        FoldOptions(2),
         report=ReportOptions(tmp_path / 'r.html', resamples=100),
         runtime='plain',
     )
@@ -198,7 +199,7 @@ def test_cross_validate(eyes, tmp_path):
 
 def test_compare(flowers, tmp_path):
     printed = called(
-        subcommands.compare,
+        validation.compare,
         TableOptions(flowers),
         TaskOptions(size=64),
         training=TrainingOptions(epochs=1, weights='random'),

@@ -382,7 +382,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
 
     (photographs / 'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path / 'labels.csv').write_text('mine')
-    import dr_transfer.commands.subcommands as commands
+    import dr_transfer.commands.validation as commands
     import dr_transfer.evaluation.report_page as report
 
     monkeypatch.setattr(commands, '_load', lambda model, runtime: None)

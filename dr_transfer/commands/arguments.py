@@ -223,6 +223,26 @@ def add_recipe_arguments(
         help='operating point: or specificity on the validation images',
     )
 
+# %% ../../nbs/commands/01_arguments.ipynb #80584c81
+@dataclass(frozen=True)
+class FoldOptions:
+    "How images are divided for cross-validation"
+
+    folds: int = 5  # Number of folds
+    by: str = 'group'  # 'group': folds of patients; 'source': also leave one source out, and compare
+
+
+def add_fold_arguments(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the options of `FoldOptions`"
+    add('--folds', metavar='K', type=whole_number(2, 1000), help='number of folds (default: %(default)s)')
+    add(
+        '--by',
+        choices=('group', 'source'),
+        help='group: folds of patients; source: also leave one source out, and compare (default: %(default)s)',
+    )
+
 # %% ../../nbs/commands/01_arguments.ipynb #50803f3f
 @dataclass(frozen=True)
 class OutputOptions:

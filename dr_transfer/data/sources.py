@@ -53,7 +53,7 @@ def sources_line(
     sources = image_sources(table)
     if sources is None:
         return NO_SOURCES
-    counts = sources.value_counts()
+    counts = sources.value_counts().sort_index().sort_values(ascending=False, kind='stable')
     column = shown_name(table.attrs['source_col'])
     names = some([f'{name} ({n})' for name, n in counts.items()], 5)
     return f"sources: column '{column}', {len(counts)} source{'' if len(counts) == 1 else 's'}: {names}"

@@ -50,6 +50,7 @@ class Evaluation:
     other: list = field(default_factory=list)  # Excluded: not in the validation set
     patients: str = ''  # Column of the groups, in words, from `label_table`
     sources: str = ''  # Column of the sources, in words, from `label_table`
+    by_source: pd.DataFrame | None = None  # From `by_source_table`, with a sentence in `attrs['words']`
 
     @property
     def decision(self) -> Decision | None:

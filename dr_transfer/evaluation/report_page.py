@@ -265,6 +265,26 @@ def _patients(e, n) -> str:
     m = measure_table(by_patient(e.table, e.classes), patient_classes(e.classes), e.point, e.prevalence, n)
     return _html('patients', rule=rule, metrics=_table(_with_interval(m).rename(columns={'images': 'patients'})))
 
+# %% ../../nbs/evaluation/03_report_page.ipynb #25642aa7
+def _elsewhere(e) -> str:
+    "Show what is lost on a source that the model was not trained on"
+    if e.by_source is None:
+        return ''
+    t = e.by_source
+    shown = pd.DataFrame(
+        {
+            'images': t.images,
+            'trained on the others and on this source': t['others and itself'],
+            'trained on the others only': [
+                _interval_text(*row) for row in t[['others only', 'low', 'high']].itertuples(index=False)
+            ],
+            'lost': [_interval_text(*row) for row in t[['lost', 'lost low', 'lost high']].itertuples(index=False)],
+        }
+    )
+    return _html(
+        'elsewhere', words=t.attrs['words'], metric=_NAMES.get(t.attrs['metric'], t.attrs['metric']), t=_table(shown)
+    )
+
 # %% ../../nbs/evaluation/03_report_page.ipynb #00a915c6
 def _by_label(e) -> pd.DataFrame | None:
     "Count positive decisions for each label, where there are more labels than classes"
@@ -397,6 +417,7 @@ def report_html(
         'Summary': _summary(e, m),
         'Metrics': _how_good(e, m, n),
         'By patient': _patients(e, n),
+        'Elsewhere': _elsewhere(e),
         'Subgroups': _subgroups(e, min(n, 500)),
         'Referral of uncertain images': _referral(e),
         'Rotated images': _turns(e),

@@ -1,0 +1,105 @@
+"""Sources (cameras, sites, hospitals): found, stated everywhere, and left out one at a time."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import good, refused
+
+import dr_transfer as dt
+from dr_transfer.data.sources import SourceError, image_sources
+from dr_transfer.evaluation.cross_validation import cross_validate
+from dr_transfer.synthetic.fundus import make_dr
+
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
+FAST = ('--task', 'dr', '--size', '48', '--weights', 'random', '--arch', 'test_resnet', '--runtime', 'plain')
+
+
+@pytest.fixture(scope='module')
+def sites(tmp_path_factory):
+    "Two hospitals with 40 images each, whose patients have the same names."
+    root = tmp_path_factory.mktemp('sites')
+    for seed, name in enumerate(('north', 'south')):
+        make_dr(root / name, n=80, size=48, seed=seed)
+    return root
+
+
+@pytest.fixture(scope='module')
+def cameras(sites, tmp_path_factory):
+    "One folder whose labels name the camera."
+    labels = pd.read_csv(sites / 'north' / 'labels.csv')
+    labels['Camera'] = np.where(labels.patient.str[1:].astype(int) % 2, 'A', 'B')
+    file = tmp_path_factory.mktemp('cameras') / 'cameras.csv'
+    labels.to_csv(file, index=False)
+    return file
+
+
+def test_folders_side_by_side_are_sources(sites):
+    t = dt.label_table([sites / 'north', sites / 'south'])
+    assert image_sources(t).value_counts().to_dict() == {'north': 80, 'south': 80}
+    assert t.attrs['sources'] == "sources: column 'folder', 2 sources: north (80), south (80)"
+    assert t.group.nunique() == 80  # patients of two hospitals are two patients, whatever their names
+    assert dt.label_table(t).attrs['sources'] == t.attrs['sources']
+
+
+def test_folders_of_one_name_or_a_single_one_are_an_error(sites):
+    with pytest.raises(ValueError, match="two folders are named 'north'"):
+        dt.label_table([sites / 'north', sites / 'north'])
+    with pytest.raises(ValueError, match='give two or more'):
+        dt.label_table([sites / 'north'])
+
+
+def test_column_is_found_named_or_not_used(sites, cameras):
+    def line(**how):
+        return dt.label_table(sites / 'north', cameras, **how).attrs['sources']
+
+    assert line() == "sources: column 'Camera', 2 sources: A (40), B (40)"
+    assert line(source_col='eye').startswith("sources: column 'eye', 2 sources")
+    assert line(source_col='none').startswith('no source column found')
+    with pytest.raises(ValueError, match="no column 'site'"):
+        line(source_col='site')
+
+
+def test_train_says_and_keeps_the_sources(sites, tmp_path):
+    printed = good('train', sites / 'north', sites / 'south', *FAST, '--plan', 'head', '--out', tmp_path / 'run').out
+    line = "sources: column 'folder', 2 sources: north (80), south (80)"
+    assert line in printed
+    assert json.loads((tmp_path / 'run' / 'record.json').read_text())['data']['sources'] == line
+
+
+def test_output_is_named_after_all_folders_and_outside_of_them(sites, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good('train', sites / 'north', sites / 'south', *FAST, '--plan', 'head')
+    assert (tmp_path / 'north_south_run' / 'record.json').is_file()
+    refused('train', sites / 'north', sites / 'south', *FAST, '--out', sites / 'south' / 'run')
+
+
+def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path):
+    page = tmp_path / 'r.html'
+    recipe = (*FAST, '--plan', 'head', '--folds', '2', '--resamples', '100')
+    printed = good('cross-validate', sites / 'north', '--labels', cameras, *recipe, '--by', 'source', '--out', page).out
+    assert 'with all sources in training' in printed
+    assert 'by leaving one source out; lost:' in printed
+    text = page.read_text()
+    assert '<h2>Elsewhere</h2>' in text
+    assert 'trained on the others only' in text
+    t = pd.read_csv(tmp_path / 'r_predictions.csv')
+    assert (t.fold == t.data_Camera).all()
+
+
+def test_no_source_to_leave_out_is_an_error_before_training(sites, cameras, tmp_path):
+    recipe = (*FAST, '--plan', 'head', '--by', 'source', '--out', tmp_path / 'r.html')
+    assert 'no source column found' in refused('cross-validate', sites / 'north', *recipe)
+    labels = pd.read_csv(cameras)
+    labels.assign(Camera='A').to_csv(tmp_path / 'one.csv', index=False)
+    line = refused('cross-validate', sites / 'north', '--labels', tmp_path / 'one.csv', *recipe)
+    assert "all images have the source 'A'" in line
+    assert not (tmp_path / 'r.html').exists()
+
+
+def test_a_class_of_one_source_only_is_an_error(sites, cameras):
+    t = dt.label_table(sites / 'north', cameras)
+    t.loc[t.data_Camera == 'B', 'label'] = '0'
+    with pytest.raises(SourceError, match="occurs only in the source 'A'"):
+        cross_validate(t, 'dr', by='source', weights='random', arch='test_resnet', size=48)
