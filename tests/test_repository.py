@@ -344,6 +344,29 @@ def test_module_comes_from_a_notebook_and_imports_earlier_ones(path):
     assert not late_imports(text, module_name(path)), 'imports what comes later'
 
 
+def changed_classes(text):
+    "Lines that set an attribute of a class from outside: `Name.attribute = ...`, or `object.__class__ = ...`"
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in [t for t in targets if isinstance(t, ast.Attribute)]:
+            is_class = isinstance(target.value, ast.Name) and target.value.id.lstrip('_')[:1].isupper()
+            if is_class or target.attr == '__class__':
+                lines.append(ast.unparse(node))
+    return lines
+
+
+def test_a_changed_class_is_found():
+    assert changed_classes('Features.numpy = _numpy') == ['Features.numpy = _numpy']
+    assert changed_classes('def f(x):\n    x.__class__ = A') == ['x.__class__ = A']
+    assert not changed_classes('self.numpy = 1\nValue = 2')
+
+
+@each(MODULES)
+def test_no_class_is_changed_after_it_was_made(path):
+    assert not changed_classes(path.read_text(encoding='utf-8'))
+
+
 def test_public_names_are_few():
     "Names that only the library needs are under `#| exporti` or begin with an underscore."
     names = tool('public_names').library_names()

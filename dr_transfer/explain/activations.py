@@ -195,7 +195,7 @@ def model_parts(
             'give a learner from build_learner, or what load_model returns'
         )
     if about is None:
-        body, head = model.model[0][0], model.model[1]
+        body, head = model.body, model.model[1]
     else:
         body, head = model.model
     how = about or vars(task)

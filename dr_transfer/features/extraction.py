@@ -28,11 +28,37 @@ from ..utils.checks import image_list
 from ..utils.files import cache_folder, package_version, progress, unknown
 from ..utils.store import ArrayStore, stored_array
 
-# %% ../../nbs/features/01_extraction.ipynb #d49e1714
+# %% ../../nbs/features/01_extraction.ipynb #3ecda9e4
 def _field(stage, view):
     return f'{stage}.{view}' if view else stage  # the first view is the unchanged image
 
 
+def _chosen(names, known, what='stage') -> list:
+    "Validate names and return them as a list; all if None"
+    if names is None:
+        names = known
+    names = [names] if isinstance(names, str) else list(names)
+    for n in names or ['']:
+        if n not in known:
+            raise unknown(what, n, known)
+    return names
+
+
+def _stored_rows(store, field, rows, pool) -> np.ndarray:
+    "Rows of a field of a store and one pooling; memory-mapped and not copied if the rows are consecutive"
+    a = stored_array(store, field)
+    if len(rows):
+        piece = slice(rows[0], rows[0] + len(rows))
+        if np.array_equal(rows, np.arange(piece.start, piece.stop)):
+            return a[piece, :, pool]
+    return a[rows, :, pool]
+
+
+def _joined(arrays, axis) -> np.ndarray:
+    "Join arrays; a single one is not copied"
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+
+# %% ../../nbs/features/01_extraction.ipynb #d49e1714
 class Features:
     "Features of images in stores on disk, one for each stage and view; only what you request is read"
 
@@ -64,62 +90,32 @@ class Features:
         images = [self.images[i] for i in rows]
         return Features(self.stores, stored_rows, images, self.view_set)
 
-# %% ../../nbs/features/01_extraction.ipynb #f205004b
-def _chosen(names, known, what='stage') -> list:
-    "Validate names and return them as a list; all if None"
-    if names is None:
-        names = known
-    names = [names] if isinstance(names, str) else list(names)
-    for n in names or ['']:
-        if n not in known:
-            raise unknown(what, n, known)
-    return names
+    def numpy(
+        self,
+        stages=None,  # Name or names of stages; all if None
+        pool: str = 'mean',  # 'mean' or 'max'
+    ) -> np.ndarray:  # float32 (images, views, channels)
+        "Features as an array; one stage of one view of all images is memory-mapped and not copied"
+        pools = self.about['pools']
+        if pool not in pools:
+            raise unknown('pool', pool, pools, 'Extract others with pools=(...)')
+        arrays = []
+        for name in _chosen(stages, self.stages):
+            fields = [_field(name, view) for view in range(self.views)]
+            views = [_stored_rows(self.stores[f], f, self.rows[f], pools.index(pool)) for f in fields]
+            arrays.append(_joined(views, 1))
+        return _joined(arrays, -1)
 
-
-def _features_array(
-    features: Features,  # From `extract_features` or `image_features`
-    stages=None,  # Name or names of stages; all if None
-    pool: str = 'mean',  # 'mean' or 'max'
-) -> np.ndarray:  # float32 (images, views, channels)
-    "Features as an array; one stage of one view of all images is memory-mapped and not copied"
-    if pool not in features.about['pools']:
-        raise unknown('pool', pool, features.about['pools'], 'Extract others with pools=(...)')
-    i = features.about['pools'].index(pool)
-
-    def part(field):
-        a = stored_array(features.stores[field], field)
-        r = features.rows[field]
-        if len(r):
-            piece = slice(r[0], r[0] + len(r))
-            if np.array_equal(r, np.arange(piece.start, piece.stop)):
-                return a[piece, :, i]
-        return a[r, :, i]
-
-    def joined(parts, axis):
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-
-    arrays = []
-    for name in _chosen(stages, features.stages):
-        views = [part(_field(name, v)) for v in range(features.views)]
-        arrays.append(joined(views, 1))
-    return joined(arrays, -1)
-
-# %% ../../nbs/features/01_extraction.ipynb #fc584610
-def _features_table(
-    features: Features,  # From `extract_features` or `image_features`
-    stages=None,  # Name or names of stages; all if None
-    pool: str = 'mean',  # 'mean' or 'max'
-) -> pd.DataFrame:  # One row for each image, columns like `stage6_017`
-    "Features as a table, the mean over the views"
-    names = _chosen(stages, features.stages)
-    columns = [f'{n}_{i:03d}' for n in names for i in range(features.stages[n])]
-    images = pd.Index(pd.Series(features.images, dtype=object), name='image', tupleize_cols=False)
-    means = _features_array(features, names, pool).mean(1)
-    return pd.DataFrame(means, index=images, columns=columns)
-
-
-Features.numpy = _features_array
-Features.pandas = _features_table
+    def pandas(
+        self,
+        stages=None,  # Name or names of stages; all if None
+        pool: str = 'mean',  # 'mean' or 'max'
+    ) -> pd.DataFrame:  # One row for each image, columns like `stage6_017`
+        "Features as a table, the mean over the views"
+        names = _chosen(stages, self.stages)
+        columns = [f'{n}_{i:03d}' for n in names for i in range(self.stages[n])]
+        images = pd.Index(pd.Series(self.images, dtype=object), name='image', tupleize_cols=False)
+        return pd.DataFrame(self.numpy(names, pool).mean(1), index=images, columns=columns)
 
 # %% ../../nbs/features/01_extraction.ipynb #31a6d3ea
 def weights_digest(

@@ -99,6 +99,21 @@ class OnnxModel:
         "Read an image as in training"
         return read_image(source, self.card.size, self.card.reader, self.card.fit)
 
+    def probs(
+        self,
+        images: list,  # Paths, PIL images or arrays, all readable
+        calibrated: bool = False,  # Apply the model's temperature?
+        bs: int = 8,  # Images in a batch
+    ) -> np.ndarray:  # float32 (images, classes)
+        "Return the class probabilities, averaged over the views; equal to those of an `ImageModel` unless `calibrated`"
+        images = list(images)
+        output = 'probabilities' if calibrated else 'uncalibrated'
+        out = [np.zeros((0, len(self.classes)), np.float32)]
+        for k in range(0, len(images), bs):
+            batch = np.stack([np.asarray(self.read(i), np.float32) for i in images[k : k + bs]])
+            out += self.session.run([output], {'images': batch.transpose(0, 3, 1, 2) / 255})
+        return np.concatenate(out)
+
 
 def _onnx_card(file, session) -> ModelCard:
     "Read the card in the metadata of a file; ModelError if the graph does not match it"
@@ -118,24 +133,6 @@ def _onnx_card(file, session) -> ModelCard:
             f'{file}: the graph has the inputs and outputs {actual}, but its metadata describe {want}. {_EXPORT_AGAIN}'
         )
     return card
-
-# %% ../../nbs/inference/04_onnx_file.ipynb #be6ae9e3
-def _onnx_probs(
-    self,
-    images: list,  # Paths, PIL images or arrays, all readable
-    calibrated: bool = False,  # Apply the model's temperature?
-    bs: int = 8,  # Images in a batch
-) -> np.ndarray:  # float32 (images, classes)
-    "Return the class probabilities, averaged over the views; equal to those of an `ImageModel` unless `calibrated`"
-    images, name = list(images), 'probabilities' if calibrated else 'uncalibrated'
-    out = [np.zeros((0, len(self.classes)), np.float32)]
-    for k in range(0, len(images), bs):
-        batch = np.stack([np.asarray(self.read(i), np.float32) for i in images[k : k + bs]])
-        out += self.session.run([name], {'images': batch.transpose(0, 3, 1, 2) / 255})
-    return np.concatenate(out)
-
-
-OnnxModel.probs = _onnx_probs
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #9200bed3
 def _temperature(card) -> float:

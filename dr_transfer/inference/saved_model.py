@@ -95,7 +95,7 @@ def image_model(
 ) -> ImageModel:  # ModelError if weights or names are not valid
     "Make a model that predicts from a trained learner"
     r = learn.record
-    body = learn.model[0][0]
+    body = learn.body
     head = learn.model[1]
     if r.head is None:
         raise ModelError('a custom head cannot be rebuilt from a description: use learn.export, or a head by name')
