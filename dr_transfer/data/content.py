@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .images import read_rgb
-from .source import source_name
+from .source import ComputedImage, source_name
 from ..utils.files import progress
 from ..utils.regular import read_regular
 from ..utils.safe_files import is_shortage
@@ -50,6 +50,8 @@ def content_key(
     "Hash the bytes of an image file, or its pixels; raise a ValueError if it cannot be read"
     h = hashlib.sha256()
     try:
+        if isinstance(source, ComputedImage):
+            return source.key()
         if isinstance(source, (str, Path)):
             h.update(read_regular(source))
         elif isinstance(source, bytes):

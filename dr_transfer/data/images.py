@@ -21,7 +21,16 @@ from PIL import Image, ImageOps
 from .depth import check_color, declared_depth, to_gray
 from .dicom import dicom_image, dicom_size, read_dataset
 from .png import check_png_rows
-from .source import ImageError, check_shape, check_size, file_kind, naming, open_source, read_head
+from dr_transfer.data.source import (
+    ComputedImage,
+    ImageError,
+    check_shape,
+    check_size,
+    file_kind,
+    naming,
+    open_source,
+    read_head,
+)
 from ..utils.checks import image_list
 from ..utils.files import progress, unknown
 
@@ -105,6 +114,8 @@ _PIL = threading.Lock()  # PIL images are read lazily, which is not thread-safe
 
 # %% ../../nbs/data/05_images.ipynb #57c3379e
 def _decoded(source, size) -> Image.Image:
+    if isinstance(source, ComputedImage):
+        return source.read(size)
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):

@@ -9,6 +9,7 @@ __all__ = ['ImageError']
 import io
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,12 +51,29 @@ class ImageError(ValueError):
     def __str__(self):
         return f'{self.name}: {self.reason}' if self.name else self.reason
 
+# %% ../../nbs/data/01_source.ipynb #4f597048
+class ComputedImage(ABC):
+    "An image that is computed when it is read; it has the `path` of the file that it is made from"
+
+    path: str | Path
+
+    @abstractmethod
+    def key(self) -> str:
+        "32 hexadecimal digits that identify the content"
+
+    @abstractmethod
+    def read(
+        self,
+        size: int | None = None,  # Size that is needed later, in pixels
+    ):  # PIL image, RGB, upright
+        "Compute the image"
+
 # %% ../../nbs/data/01_source.ipynb #23313498
 def source_name(
     source,  # Path, bytes, PIL image or array
 ) -> str:
     "Name of an image in messages"
-    source = getattr(source, 'path', source)  # of a `_HashedFile`
+    source = getattr(source, 'path', source)  # of a `ComputedImage` or `_HashedFile`
     return str(source) if isinstance(source, (str, Path)) else f'an image given as {type(source).__name__}'
 
 
