@@ -1,0 +1,206 @@
+"""Measure which recipes of a frozen network hold elsewhere: at home, under changes of acquisition, on another source.
+
+    export DR_TRANSFER_DATA=...          # the folder with flowers/ and dr/
+    python tools/elsewhere.py            # both parts; computes the features of about 20,000 images first
+    python tools/elsewhere.py dr         # one part: flowers or dr
+
+A candidate is a light correction, a set of stages and a strength of regularisation. For each of them:
+
+    home      cross-validation by patient or photographer within each source, on the images as they are
+    changed   the same folds, tested on images that were changed (dr_transfer.data.acquisition): mean over the changes
+    elsewhere trained on one source and tested on another: mean over the pairs (dr only)
+
+The metric is accuracy for flowers and the AUC of referable retinopathy for dr. All candidates are listed, so you can
+see what each way of choosing would have chosen. The results are written to nbs/results/elsewhere.csv. Features have
+one view; the head of a plan uses all views.
+"""
+
+import argparse
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from dr_transfer.data.acquisition import CHANGES, changed_images
+from dr_transfer.data.sources import image_sources
+from dr_transfer.data.table import label_table
+from dr_transfer.features.classifiers import grouped_folds
+from dr_transfer.features.extraction import image_features
+from dr_transfer.utils.csvfile import write_csv
+from dr_transfer.utils.places import atomic_file
+
+RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'elsewhere.csv'
+STAGES = {
+    'stages 4 to 7': ('stage4', 'stage5', 'stage6', 'stage7'),
+    'stage 6': ('stage6',),
+    'stages 6 and 7': ('stage6', 'stage7'),
+    'stages 6, 7 and neck': ('stage6', 'stage7', 'neck'),
+    'neck': ('neck',),
+}
+STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of logistic regression
+READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_flat'}
+N_CHANGED = 120  # images of each source that are changed, the same for all candidates (flowers: three times as many)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    "A recipe of a frozen network"
+
+    correction: str  # Of light: a name in READERS; '' for flowers
+    stages: str  # Name in STAGES
+    C: float  # Inverse strength of regularisation
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    "Images of one task, with what is needed to score candidates"
+
+    images: list  # Paths
+    y: np.ndarray  # Class numbers (n,)
+    groups: np.ndarray  # Patient or photographer (n,)
+    sources: np.ndarray  # Name of the source (n,)
+    size: int  # Pixels
+    fit: str  # As in the task
+    positive: bool  # Is the metric an AUC?
+
+    def metric(self, probs, rows) -> float:
+        "AUC or accuracy of probabilities (n, classes) for some rows"
+        if self.positive:
+            return float(roc_auc_score(self.y[rows], probs[:, 1]))
+        return float((probs.argmax(1) == self.y[rows]).mean())
+
+
+def read_flowers(root) -> ImageSet:
+    "The flowers; their groups are photographers"
+    t = label_table(root / 'flowers', verify=False)
+    y = t.label.astype('category').cat.codes.to_numpy()
+    source = np.full(len(t), 'flowers')
+    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', False)
+
+
+def read_dr(root) -> ImageSet:
+    "Three collections of fundus photographs, as sources"
+    t = label_table([root / 'dr' / name for name in ('messidor2', 'idrid', 'eyepacs')], verify=False)
+    y = (t.label.astype(int) >= 2).astype(int).to_numpy()
+    groups = np.array([g if g is not None else f'image {i}' for i, g in enumerate(t.group)], object)
+    return ImageSet(t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', True)
+
+
+class FeatureReader:
+    "Features of an image set, computed once and stored in the cache of the library"
+
+    def __init__(self, data: ImageSet):
+        self.data = data
+        self.all = cache(self._all)
+        rng = np.random.default_rng(0)
+        names = np.unique(data.sources)
+        n = N_CHANGED * 3 // len(names)
+        some = [rng.permutation(np.flatnonzero(data.sources == name))[:n] for name in names]
+        self.changed_rows = np.sort(np.concatenate(some))
+
+    def _all(self, reader, change):
+        images = self.data.images
+        if change:
+            images = changed_images([images[i] for i in self.changed_rows], change)
+        stages = sorted({s for names in STAGES.values() for s in names})
+        how = dict(size=self.data.size, reader=reader, fit=self.data.fit, stages=stages)
+        return image_features(images, **how)
+
+    def array(self, candidate, change=''):
+        "Features (n, channels) of the stages of a candidate; of `changed_rows` if there is a change"
+        reader = READERS.get(candidate.correction, 'photo')
+        x = self.all(reader, change).numpy(STAGES[candidate.stages])
+        return x[:, 0].astype(np.float64)
+
+
+def fitted(candidate, x, y):
+    "Train the classifier of a candidate"
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=candidate.C, max_iter=1000, tol=1e-3))
+    return model.fit(x, y)
+
+
+def out_of_fold(data, candidate, x, changed, rows, changed_rows):
+    "Probabilities of images of one source by models of other folds: of all of them, and of the changed ones"
+    k = data.y.max() + 1
+    probs = np.zeros((len(x), k))
+    of_changed = {change: np.zeros((len(changed_rows), k)) for change in changed}
+    for train, test in grouped_folds(data.y[rows], data.groups[rows], 3, seed=0):
+        model = fitted(candidate, x[rows[train]], data.y[rows[train]])
+        probs[rows[test]] = model.predict_proba(x[rows[test]])
+        held_out = np.isin(changed_rows, rows[test])
+        for change, values in changed.items():
+            of_changed[change][held_out] = model.predict_proba(values[held_out])
+    return probs, of_changed
+
+
+def score_candidate(data, reader, candidate) -> dict:
+    "Scores of a candidate: at home, under each change, and for each pair of sources; means over the sources"
+    x = reader.array(candidate)
+    changed = {change: reader.array(candidate, change) for change in CHANGES}
+    home, models = {}, {}
+    under = {change: [] for change in ('unchanged', *CHANGES)}
+    for source in np.unique(data.sources):
+        rows = np.flatnonzero(data.sources == source)
+        probs, of_changed = out_of_fold(data, candidate, x, changed, rows, reader.changed_rows)
+        home[f'home, {source}'] = data.metric(probs[rows], rows)
+        mine = np.isin(reader.changed_rows, rows)
+        some = reader.changed_rows[mine]
+        under['unchanged'].append(data.metric(probs[some], some))
+        for change in CHANGES:
+            under[change].append(data.metric(of_changed[change][mine], some))
+        models[source] = rows, fitted(candidate, x[rows], data.y[rows])
+    pairs = {}
+    for a, b in permutations(models, 2):
+        model, rows = models[a][1], models[b][0]
+        pairs[f'{a} to {b}'] = data.metric(model.predict_proba(x[rows]), rows)
+    means = {change: float(np.mean(values)) for change, values in under.items()}
+    out = {'home': float(np.mean(list(home.values()))), 'changed': float(np.mean([means[c] for c in CHANGES]))}
+    if pairs:
+        out['elsewhere'] = float(np.mean(list(pairs.values())))
+    return out | home | means | pairs
+
+
+def choices(table) -> pd.DataFrame:
+    "What each way of choosing would choose, and what it gives elsewhere"
+    rows = {}
+    for way in ('home', 'changed', 'elsewhere'):
+        if way in table and table[way].notna().all():
+            rows[way] = table.loc[table[way].idxmax()]
+    return pd.DataFrame(rows).T
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('parts', nargs='*', default=['flowers', 'dr'])
+    p.add_argument('--out', type=Path, default=RESULT)
+    a = p.parse_args()
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
+    tables = [pd.read_csv(a.out, keep_default_na=False, na_values=[''])] if a.out.exists() else []
+    for part in a.parts:
+        data = {'flowers': read_flowers, 'dr': read_dr}[part](root)
+        reader = FeatureReader(data)
+        rows = []
+        with threadpool_limits(1, user_api='blas'):
+            for candidate in [Candidate(*c) for c in product(READERS if part == 'dr' else [''], STAGES, STRENGTHS)]:
+                rows.append({'task': part, **asdict(candidate), **score_candidate(data, reader, candidate)})
+                print(*[f'{v:.3f}' if isinstance(v, float) else v for v in rows[-1].values()][:7], flush=True)
+        table = pd.DataFrame(rows)
+        print(choices(table).iloc[:, :7].to_string())
+        tables = [t[t.task != part] for t in tables] + [table]
+        with atomic_file(a.out) as f:
+            write_csv(pd.concat(tables, ignore_index=True).round(4), f)
+
+
+if __name__ == '__main__':
+    main()
