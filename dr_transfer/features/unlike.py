@@ -29,6 +29,17 @@ class TrainingDistribution:
     limit: float = 1.0  # Distance that `quantile` of the held-out images are below
     quantile: float = _QUANTILE  # That fraction
 
+    def check(self):
+        "Raise a ValueError if the arrays do not fit together"
+        k, d = np.shape(self.directions)
+        shapes = {'mean': (d,), 'scale': (d,), 'variances': (k,)}
+        for name, shape in shapes.items():
+            if np.shape(getattr(self, name)) != shape:
+                raise ValueError(f'{name} has the shape {np.shape(getattr(self, name))}, not {shape}')
+        for name in ('scale', 'variances', 'rest', 'limit'):
+            if not np.all(np.asarray(getattr(self, name)) > 0):
+                raise ValueError(f'{name} is not above 0')
+
     def distance(
         self,
         features,  # Features of images (n, d)

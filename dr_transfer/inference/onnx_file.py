@@ -106,13 +106,30 @@ class OnnxModel:
         bs: int = 8,  # Images in a batch
     ) -> np.ndarray:  # float32 (images, classes)
         "Return the class probabilities, averaged over the views; equal to those of an `ImageModel` unless `calibrated`"
-        images = list(images)
         output = 'probabilities' if calibrated else 'uncalibrated'
-        out = [np.zeros((0, len(self.classes)), np.float32)]
+        return self._run(images, [output], bs)[0]
+
+    def outputs(
+        self,
+        images: list,  # Paths, PIL images or arrays, all readable
+    ) -> tuple[np.ndarray, np.ndarray]:  # Probabilities before calibration; distances (n,)
+        "Predict, and tell how unlike the training images each image is: 1 or more is unlike them, NaN is not known"
+        images = list(images)
+        if 'unlike' not in [output.name for output in self.session.get_outputs()]:
+            return self.probs(images), np.full(len(images), np.nan)
+        probs, unlike = self._run(images, ['uncalibrated', 'unlike'])
+        return probs, unlike.reshape(-1)
+
+    def _run(self, images, outputs, bs=8) -> list:
+        "Values of outputs of the graph for images, in batches"
+        images = list(images)
+        if not images:
+            return [np.zeros((0, len(self.classes)), np.float32)] * len(outputs)
+        parts = []
         for k in range(0, len(images), bs):
             batch = np.stack([np.asarray(self.read(i), np.float32) for i in images[k : k + bs]])
-            out += self.session.run([output], {'images': batch.transpose(0, 3, 1, 2) / 255})
-        return np.concatenate(out)
+            parts.append(self.session.run(outputs, {'images': batch.transpose(0, 3, 1, 2) / 255}))
+        return [np.concatenate(values) for values in zip(*parts)]
 
 
 def _onnx_card(file, session) -> ModelCard:
@@ -127,6 +144,8 @@ def _onnx_card(file, session) -> ModelCard:
     card = card_of(file, about)
     k = len(card.classes)
     want = {'images': [3, card.size, card.size], 'probabilities': [k], 'uncalibrated': [k]}
+    if any(v.name == 'unlike' for v in session.get_outputs()):
+        want['unlike'] = []
     actual = {v.name: v.shape[1:] for v in (*session.get_inputs(), *session.get_outputs())}
     if actual != want:
         raise ModelError(
@@ -156,22 +175,53 @@ def _graph(model):
     card = model.card
     views = VIEWS[card.views]
     temperature = _temperature(card)
+    distance = _distance_module(model.distribution)
 
     class Graph(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = net
+            self.distance = distance
             for k in ('mean', 'std'):
                 values = torch.tensor(getattr(card, k), dtype=torch.float32)
                 self.register_buffer(k, values[:, None, None])
 
         def forward(self, images):
             x = (images - self.mean) / self.std
-            logits = self.net(torch.cat([v(x) for v in views]))
-            p = logits.softmax(1).unflatten(0, (len(views), -1)).mean(0)
-            return (p.clamp(min=1e-12).log() / temperature).softmax(1), p
+            maps = self.net[0](torch.cat([v(x) for v in views]))
+            p = self.net[1](maps).softmax(1).unflatten(0, (len(views), -1)).mean(0)
+            out = (p.clamp(min=1e-12).log() / temperature).softmax(1), p
+            if self.distance is None:
+                return out
+            return *out, self.distance(maps.unflatten(0, (len(views), -1))[0])
 
     return Graph().eval(), net
+
+
+def _distance_module(distribution):
+    "Make a module from the output of the body (n, ...) to the distance of each image (n,); None without a distribution"
+    import torch
+
+    from dr_transfer.models.network import AveragePool
+
+    if distribution is None:
+        return None
+
+    class Distance(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = AveragePool()
+            for k in ('mean', 'scale', 'directions', 'variances'):
+                self.register_buffer(k, torch.from_numpy(getattr(distribution, k)))
+
+        def forward(self, maps):
+            x = (self.pool(maps) - self.mean) / self.scale
+            along = x @ self.directions.T
+            outside = ((x**2).sum(1) - (along**2).sum(1)).clamp(min=0)
+            squared = (along**2 / self.variances).sum(1) + outside / distribution.rest
+            return squared.sqrt() / distribution.limit
+
+    return Distance()
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #cb9b3212
 def _proto(graph, card):
@@ -181,7 +231,8 @@ def _proto(graph, card):
     extra_module('onnxscript', 'onnx')
     example = torch.rand(2, 3, card.size, card.size)
     free = torch.export.Dim('n', min=1)
-    how = {'dynamic_shapes': ({0: free},), 'input_names': ['images'], 'output_names': ['probabilities', 'uncalibrated']}
+    outputs = ['probabilities', 'uncalibrated', *(['unlike'] if getattr(graph, 'distance', None) is not None else [])]
+    how = {'dynamic_shapes': ({0: free},), 'input_names': ['images'], 'output_names': outputs}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -235,6 +286,9 @@ def _example_images(size) -> list:
     ]
 
 
+_DISTANCE_TOLERANCE = 0.01  # relative; the graph computes in 32 bits, and a model may compute in bfloat16
+
+
 def _check_same(file, net, model, images, tolerance):
     "Raise a ValueError if the predictions of a file and of its network differ"
     from dr_transfer.models.network import view_probs
@@ -249,6 +303,13 @@ def _check_same(file, net, model, images, tolerance):
             f'the predictions of the ONNX file differ from those of the model by up to {worst:.2g} '
             f'(tolerance {tolerance:g}), so no file was written. Use the folder of save_model instead'
         )
+    if model.distribution is not None:
+        ratio = made.outputs(images)[1] / model.outputs(images)[1]
+        if not np.abs(ratio - 1).max() <= _DISTANCE_TOLERANCE:
+            raise ValueError(
+                f'the distances of the ONNX file from the training images are {ratio.max():.4g} times those of the '
+                'model, so no file was written. Use the folder of save_model instead'
+            )
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #2ce14a68
 def export_onnx(

@@ -38,19 +38,27 @@ def gather_images(
 # %% ../../nbs/inference/02_predictions.ipynb #4e607b13
 NO_PROBABILITIES = 'the model returns no probabilities for this image: its values overflow (NaN)'
 
+# %% ../../nbs/inference/02_predictions.ipynb #52f36235
+def _outputs(model, images) -> tuple[np.ndarray, np.ndarray]:
+    "Return probabilities and distances from the training images; NaN for a model that only has `probs`"
+    if hasattr(model, 'outputs'):
+        return model.outputs(images)
+    return model.probs(images), np.full(len(images), np.nan)
+
 # %% ../../nbs/inference/02_predictions.ipynb #eba41024
 def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
     images: list[str],  # Paths of image files, or one path
-) -> pd.DataFrame:  # Columns `image, prediction, p_CLASS..., decision, error`
+) -> pd.DataFrame:  # Columns `image, prediction, p_CLASS..., decision, unlike, error`
     """Predict image files, with calibrated probabilities if the model has a temperature.
 
     Returns
     -------
     pandas.DataFrame
         A row for each file, in order: `image, prediction`, `p_CLASS` for each class, `decision` if the model has an
-        operating point, and `error`. A file that cannot be read has no probabilities (NaN), and `error` gives the
-        reason.
+        operating point, `unlike`, and `error`. `unlike` is the distance from the training images: 1 or more is an
+        image unlike them, whose prediction you should not use; NaN if the model does not know its training images. A
+        file that cannot be read has no probabilities (NaN), and `error` gives the reason.
 
     Raises
     ------
@@ -70,15 +78,18 @@ def predict_table(
     >>> table = dt.predict_table(dt.image_model(learn), [*paths, 'missing.jpg'])
     >>> (table.error != '').tolist()
     [False, False, True]
+    >>> int((table.unlike >= 1).sum()), int(table.unlike.isna().sum())
+    (0, 3)
     """
     images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     errors = np.array(image_errors(images), object)
     good = errors == ''
     p = np.full((len(images), len(model.classes)), np.nan)
+    unlike = np.full(len(images), np.nan)
     if good.any():
-        p[good] = model.probs([i for i, g in zip(images, good) if g])
+        p[good], unlike[good] = _outputs(model, [i for i, g in zip(images, good) if g])
     undefined = good & ~np.isfinite(p).all(axis=1)
     errors[undefined] = NO_PROBABILITIES
     p[undefined] = np.nan
     table = prediction_table(images, p, model.classes)
-    return apply_decision(table, model.classes, model.card.decision).assign(error=errors)
+    return apply_decision(table, model.classes, model.card.decision).assign(unlike=unlike, error=errors)

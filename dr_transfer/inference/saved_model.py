@@ -21,10 +21,11 @@ from torch import nn
 
 from ..data.fundus import read_image
 from ..data.views import VIEWS
+from ..features.unlike import TrainingDistribution, training_distribution
 from .card import ModelCard, ModelError, Training, card_error, card_text, read_card
 from ..metrics.classes import Classes
 from ..models.backbones import create_body
-from ..models.network import create_head, head_inputs, make_body, view_probs
+from ..models.network import create_head, head_inputs, make_body, view_outputs, view_probs
 from ..models.registry import build_network, find_backbone
 from ..models.speed import get_runtime, runtime_name
 from ..models.weights import file_hash
@@ -43,10 +44,12 @@ class ImageModel:
         about: ModelCard | dict,  # The card, or its fields as a dict
         seen: np.ndarray | None = None,  # Hashes of its training and validation images, uint8 (n, 32)
         seen_use: np.ndarray | None = None,  # Subset of each: 1 train, 2 valid, 3 both; uint8 (n,)
+        distribution: TrainingDistribution | None = None,  # Features of its training images; None: not known
     ):
         self.model = model.eval()
         self.card = about if isinstance(about, ModelCard) else ModelCard.from_dict(about)
         self.seen, self.seen_use = seen, seen_use
+        self.distribution = distribution
 
     @property
     def about(self) -> dict:
@@ -71,6 +74,17 @@ class ImageModel:
         "Return the class probabilities before calibration, averaged over the views"
         card, images = self.card, list(images)
         return view_probs(self.model, images, self.read, card.mean, card.std, views or card.views, average=average)
+
+    def outputs(
+        self,
+        images: list,  # Paths, PIL images or arrays, all readable
+    ) -> tuple[np.ndarray, np.ndarray]:  # Probabilities as of `probs`; distances (n,)
+        "Predict, and tell how unlike the training images each image is: 1 or more is unlike them, NaN is not known"
+        card, images = self.card, list(images)
+        probs, features = view_outputs(self.model, images, self.read, card.mean, card.std, card.views)
+        if self.distribution is None or not images:
+            return probs, np.full(len(images), np.nan)
+        return probs, self.distribution.distance(features)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #b2722424
 def check_tensors(
@@ -135,7 +149,24 @@ def image_model(
         card = ModelCard.from_dict(about)
     except ValueError as e:
         raise ModelError(f'this learner cannot be saved as a model: {e}') from None
-    return ImageModel(net, card, *_image_use(learn))
+    return ImageModel(net, card, *_image_use(learn), _distribution(learn))
+
+
+_MOST_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
+
+
+def _distribution(learn) -> TrainingDistribution | None:
+    "Distribution of the features of the training images, with its limit from the validation images"
+    from dr_transfer.training.stored import learner_features
+
+    parts = []
+    for subset in ('train', 'valid'):
+        images = learn.table.image[learn.table.split == subset]
+        images = images.sample(min(len(images), _MOST_IMAGES), random_state=0).tolist()
+        if not images:
+            return None
+        parts.append(learner_features(learn, images, 'none', f'features ({subset})').numpy()[:, 0])
+    return training_distribution(*parts)
 
 
 def _image_use(learn) -> tuple[np.ndarray, np.ndarray]:
@@ -152,10 +183,31 @@ def _image_use(learn) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/inference/03_saved_model.ipynb #621cca0c
 _MODEL_FILES = ('model.json', 'model.safetensors')
-_SEEN_TENSORS = (
-    'seen',
-    'seen_use',
-)  # stored beside the weights; 0.1.0 has no seen_use
+_SEEN_TENSORS = ('seen', 'seen_use')  # stored beside the weights; 0.1.0 has no seen_use
+_DISTRIBUTION = 'distribution.'  # prefix of the tensors of a `TrainingDistribution`; 0.1.0 has none
+
+
+def _distribution_tensors(distribution) -> dict:
+    "Name in the file -> tensor of a `TrainingDistribution`; none for None"
+    if distribution is None:
+        return {}
+    values = {k: torch.as_tensor(v) for k, v in vars(distribution).items()}
+    return {_DISTRIBUTION + k: v.double() if v.ndim == 0 else v.contiguous() for k, v in values.items()}
+
+
+def _read_distribution(file, tensors: dict) -> TrainingDistribution | None:
+    "Take the tensors of a `TrainingDistribution` out of those of a file; ModelError if they do not fit together"
+    names = [name for name in tensors if name.startswith(_DISTRIBUTION)]
+    values = {name.removeprefix(_DISTRIBUTION): tensors.pop(name).numpy() for name in names}
+    if not values:
+        return None
+    numbers = {k: float(values.pop(k)) for k in ('rest', 'limit', 'quantile') if k in values and not values[k].ndim}
+    try:
+        distribution = TrainingDistribution(**values, **numbers)
+        distribution.check()
+    except (TypeError, ValueError) as e:
+        raise ModelError(f'{file}: the distribution of the training images cannot be used: {e}') from None
+    return distribution
 
 
 def write_card(
@@ -180,6 +232,7 @@ def _write_model(
     for name in _SEEN_TENSORS:
         if getattr(model, name) is not None:
             tensors[name] = torch.from_numpy(getattr(model, name))
+    tensors |= _distribution_tensors(model.distribution)
     save_file(tensors, folder / 'model.safetensors')
     usual_mode(folder / 'model.safetensors')
     write_card(model.card, folder)
@@ -366,11 +419,13 @@ def load_model(
         runtime = get_runtime(card.runtime)  # another one changes the probabilities
     found = _header(file)
     _check_seen(file, {name: found.pop(name) for name in _SEEN_TENSORS if name in found})
+    found = {name: shape for name, shape in found.items() if not name.startswith(_DISTRIBUTION)}
     with _naming(folder / 'model.json', card):
         _check_memory(card, file.stat().st_size)
         model = _build_model(card, found, runtime)
     tensors = load_file(file)
     check_tensors(tensors, file)
     seen = {name: tensors.pop(name).numpy() for name in _SEEN_TENSORS if name in tensors}
+    distribution = _read_distribution(file, tensors)
     model.load_state_dict(tensors)
-    return ImageModel(model, card, **seen)
+    return ImageModel(model, card, **seen, distribution=distribution)

@@ -233,8 +233,8 @@ def default_bs(
     return 4 if device.type == 'cpu' else 64
 
 # %% ../../nbs/models/10_network.ipynb #7d1aaf4f
-def view_probs(
-    model: nn.Module,  # Body and head; put into evaluation mode
+def view_outputs(
+    model: nn.Sequential,  # Body and head; put into evaluation mode
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation
@@ -242,32 +242,47 @@ def view_probs(
     views: str = 'none',  # Name in `VIEWS`
     *,
     bs: int | None = None,  # Batch size; `default_bs` if None
-    average: bool = True,  # Average over the views?
-) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
-    "Predict class probabilities, averaged over the views of each image"
+    average: bool = True,  # Average the probabilities over the views?
+) -> tuple[np.ndarray, np.ndarray]:  # Probabilities as of `view_probs`; features (n, d) of the unchanged image
+    "Predict class probabilities, and compute the features that the head gets from the unchanged image"
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
     bs = bs or default_bs(device)
+    body, head = model
+    pool = AveragePool()
 
     @torch.inference_mode()
-    def probs(x):
+    def outputs(x):
         x = normalize(x.to(device), mean, std)
-        p = torch.stack([model(v(x)).softmax(1) for v in VIEWS[views]], 1)
-        return (p.mean(1) if average else p).cpu().numpy()
+        maps = [body(view(x)) for view in VIEWS[views]]  # the first view is the unchanged image
+        p = torch.stack([head(m).softmax(1) for m in maps], 1)
+        p = p.mean(1) if average else p
+        return {'probs': p.cpu().numpy(), 'features': pool(maps[0]).float().cpu().numpy()}
 
-    out = list(
-        progress(
-            map_batches(probs, sources, read, bs, device),
-            total=-(-len(sources) // bs),
-            label=f'predictions, batches of {bs}',
-        )
-    )
-    all_probs = np.concatenate(out) if out else np.zeros((0, 0), np.float32)
+    n_batches = -(-len(sources) // bs)
+    batches = map_batches(outputs, sources, read, bs, device)
+    out = list(progress(batches, total=n_batches, label=f'predictions, batches of {bs}'))
+    if not out:
+        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+    all_probs, features = (np.concatenate([part[k] for part in out]) for k in ('probs', 'features'))
     if np.isfinite(all_probs).all():
-        return all_probs
+        return all_probs, features
     raise ValueError(
         'the probabilities of the model are NaN for some images. The cause is not the images: the weights are damaged, '
         'the training diverged, or bfloat16 overflows. Use another model, a lower learning rate, '
         "or runtime='plain' (`--runtime plain`)"
     )
+
+
+def view_probs(
+    model: nn.Sequential,  # Body and head; put into evaluation mode
+    sources: list,  # Paths or images
+    read: Callable,  # source -> square PIL image
+    mean,  # Mean of each channel, 0 to 1, for normalisation
+    std,  # Standard deviation of each channel
+    views: str = 'none',  # Name in `VIEWS`
+    **kw,  # `bs` and `average` of `view_outputs`
+) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
+    "Predict class probabilities, averaged over the views of each image"
+    return view_outputs(model, sources, read, mean, std, views, **kw)[0]
