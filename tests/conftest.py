@@ -116,10 +116,10 @@ def with_shared_cache(cache_dir, shared_cache, monkeypatch):
 
 
 @pytest.fixture(scope='session')
-def eyes(home):
+def fundus_data(home):
     "Forty synthetic fundus images of twenty patients, with labels.csv."
-    make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1)
-    return home / 'eyes'
+    make_dr(home / 'fundus', n=40, size=64, seed=0, workers=1)
+    return home / 'fundus'
 
 
 @pytest.fixture(scope='session')
@@ -143,12 +143,12 @@ def weights(home):
 
 
 @pytest.fixture(scope='session')
-def said_of_run(home, eyes, weights, shared_cache):
+def output_of_run(home, fundus_data, weights, shared_cache):
     "The output of the training of `run`."
-    return good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
+    return good('train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
 
 
 @pytest.fixture(scope='session')
-def run(home, said_of_run):
+def run(home, output_of_run):
     "A trained run, which tests must not change."
     return home / 'run'

@@ -153,7 +153,7 @@ def plain(folder):
 
 @pytest.mark.parametrize('kind', MODELS)
 @pytest.mark.parametrize('content', CONTENTS)
-def test_columns_of_the_user_change_no_number_and_stay(folder, tmp_path, plain, kind, content):
+def test_columns_of_the_user_change_no_value_and_are_kept(folder, tmp_path, plain, kind, content):
     "All of them at once, from a file; and each alone, in the next test."
     model = MODELS[kind]
     table = labels(len(MODELS[kind].classes))
@@ -187,7 +187,7 @@ CELL = st.one_of(st.text(max_size=8), st.integers(), st.floats(), st.booleans(),
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(columns=st.lists(COLUMN, min_size=1, max_size=4, unique_by=lambda c: c.strip()), data=st.data())
-def test_whatever_columns_a_user_adds_the_numbers_stay(folder, plain, columns, data):
+def test_any_columns_of_a_user_change_no_value(folder, plain, columns, data):
     "A split is the one column that is asked for by its name; the other names of the library are given explicitly."
     model, table, (_, want) = MODELS['two'], labels(2), plain['two']
     taken = {*map(str.casefold, table), 'split'}
@@ -206,7 +206,7 @@ def test_whatever_columns_a_user_adds_the_numbers_stay(folder, plain, columns, d
     _subgroups(e, 2)
 
 
-def test_names_that_would_become_one_are_an_error(folder):
+def test_names_that_would_be_equal_are_an_error(folder):
     with pytest.raises(ValueError, match=r"'eye' and 'data_eye' would both be named 'data_eye'"):
         label_table(folder, labels(2).assign(eye=1, data_eye=2))
     assert data_names(['eye', 'data_age', 3]) == {'eye': 'data_eye', 'data_age': 'data_age', 3: 'data_3'}
@@ -236,7 +236,7 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
     assert d.facts == ['data_p_age', 'data_light', 'format', 'pixels']
 
 
-def test_leaks_are_told_with_the_names_of_the_user(folder):
+def test_leaks_are_reported_with_the_names_of_the_user(folder):
     t = label_table(folder, labels(2).assign(width=labels(2).label, suffix='x'))
     r = leak_report(t)
     assert r.confounders.column.tolist() == ['data_width']
@@ -302,7 +302,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         evaluate_model(model, there, split='vali')
 
 
-def test_a_model_of_an_earlier_version_says_what_it_lacks(folder):
+def test_a_model_of_an_earlier_version_reports_what_it_lacks(folder):
     model = Model(['0', '1'])
     model.seen = np.zeros((3, 32), np.uint8)
     with pytest.raises(ValueError, match=r'saved by dr_transfer 0\.1\.0'):
@@ -371,7 +371,7 @@ def test_probabilities_as_text_are_numbers():
         (dict(prevalence='0.1'), 'between 0 and 1'),
     ],
 )
-def test_what_no_interval_can_be_made_of_is_refused_before_the_work(arguments, words):
+def test_invalid_numbers_of_resamples_are_errors_before_the_work(arguments, words):
     for t in (predictions(), predictions().drop(columns='p_ill')):  # also before the table is looked at
         with pytest.raises(ValueError, match=words):
             measure_table(t, TWO, **arguments)
@@ -382,7 +382,7 @@ def test_an_empty_table_is_an_error():
         measure_table(predictions()[:0], TWO)
 
 
-def test_measures_are_known_before_anything_is_trained():
+def test_metrics_are_checked_before_anything_is_trained():
     assert metric_names(TWO) == ['accuracy', 'auc', 'calibration error']
     assert metric_names(list('abc')) == [
         'accuracy',
@@ -398,7 +398,7 @@ def test_measures_are_known_before_anything_is_trained():
         main_metric(['kappa'])
 
 
-def test_intervals_say_what_they_are_over():
+def test_intervals_name_their_resampling_unit():
     t = predictions()
     assert measure_table(t, TWO, n=5).attrs['notes'] == ['95 % intervals over 30 groups (patients)']
     t.loc[:1, 'group'] = None
@@ -423,7 +423,7 @@ def test_intervals_say_what_they_are_over():
         ),
     ],
 )
-def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
+def test_a_sensitivity_is_reported_with_its_images_views_and_threshold(views, how):
     "The output of an epoch had sensitivity 0.742 together with 'operating point ... 90 % or more'."
     from dr_transfer.inference.run import validation_table
 
@@ -445,8 +445,8 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
     assert list(patient_classes(classes)) == classes
     assert set(found.target) <= set(classes)
     assert len(found) == 30
-    ill = t.assign(y=t.target == classes[1]).groupby('group').y.max()
-    assert (found.set_index('group').target == classes[1]).eq(ill).all()
+    positive = t.assign(y=t.target == classes[1]).groupby('group').y.max()
+    assert (found.set_index('group').target == classes[1]).eq(positive).all()
     assert np.allclose(found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1)
     e = Evaluation(
         t.assign(decision=np.where(t[f'p_{classes[1]}'] > 0.5, classes[1], f'not {classes[1]}')), classes, {}
@@ -484,7 +484,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize('name', NAMES, ids=range(len(NAMES)))
-def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
+def test_text_of_the_user_is_escaped_in_the_page_and_the_figures(tmp_path, name):
     t = predictions(classes=['no', name])
     t['image'] = [f'{name.replace("/", "")}{i}.jpg' for i in range(len(t))]
     t = t.assign(
@@ -546,7 +546,7 @@ def test_a_page_can_be_made_of_any_table(edge, decided):
     assert ('count images as independent' in page) == (edge in ('no group', 'empty groups'))
 
 
-def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
+def test_predictions_that_are_not_numbers_are_a_clear_error(folder):
     empty = predictions().assign(p_no=np.nan, p_ill=np.nan)
     with pytest.raises(ValueError, match='60 of 60 rows of probabilities have NaN'):
         report_html(Evaluation(empty, TWO, {}), n=5)
@@ -556,13 +556,13 @@ def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
         evaluate_model(model, encode_target(label_table(folder, labels(2)), Target('class')))
 
 
-def test_the_summary_shows_where_the_patients_come_from(folder):
+def test_the_summary_shows_the_source_of_the_patients(folder):
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     table.attrs['patients'] = "patients: column 'patient', 20 groups"
     assert 'column &#39;patient&#39;, 20 groups' in report_html(evaluate_model(MODELS['two'], table), n=5)
 
 
-def test_importing_the_library_warns_of_nothing_that_a_user_can_change():
+def test_importing_the_library_does_not_warn():
     import subprocess
     import sys
 

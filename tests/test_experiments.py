@@ -10,7 +10,7 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from helpers import good, refused
+from helpers import error_line, good
 from torch import nn
 
 import dr_transfer.evaluation.cross_validation as crossval
@@ -57,14 +57,14 @@ def labelled(flowers):
 @pytest.fixture
 def trainings(monkeypatch):
     "The sizes of the training sides that were really trained on."
-    seen = []
+    train_sizes = []
     build = crossval.build_learner
     monkeypatch.setattr(
         crossval,
         'build_learner',
-        lambda t, *a, **kw: seen.append(int((t.split == 'train').sum())) or build(t, *a, **kw),
+        lambda t, *a, **kw: train_sizes.append(int((t.split == 'train').sum())) or build(t, *a, **kw),
     )
-    return seen
+    return train_sizes
 
 
 # ---------------------------------------------------------------- sides
@@ -81,9 +81,9 @@ def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labe
     assert [len(s) for s in train] == [10, 25, 50]
     for a, b in itertools.pairwise(train):
         assert set(a.image) < set(b.image)
-    share = t[t.split == 'train'].target.value_counts(normalize=True)
+    fraction = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
-        assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (
+        assert (abs(s.target.value_counts().reindex(fraction.index, fill_value=0) - fraction * len(s)) <= 1).all(), (
             'each class in proportion'
         )
     for s in sets:
@@ -92,7 +92,7 @@ def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labe
         )
 
 
-def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
+def test_the_number_of_validation_images_is_limited_and_depends_on_the_seed(labelled):
     a, b = (unseen_split(labelled, labelled.group.to_numpy(), max_test=12, seed=s) for s in (0, 1))
     assert (a.split == 'test').sum() <= 12
     assert set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
@@ -101,10 +101,10 @@ def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(label
 
 
 def test_random_initialisation_gets_steps_not_epochs(labelled):
-    sides = unseen_split(labelled, labelled.group.to_numpy())
+    splits = unseen_split(labelled, labelled.group.to_numpy())
     for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
         learn = build_learner(
-            first_images(sides, n), get_task('flowers', 32), plan=METHODS[BASELINE], arch='small_cnn', runtime='plain'
+            first_images(splits, n), get_task('flowers', 32), plan=METHODS[BASELINE], arch='small_cnn', runtime='plain'
         )
         assert _epochs(learn, METHODS[BASELINE].phases[0]) == epochs
     assert plan_table(plans=[METHODS[BASELINE]]).epochs.tolist() == ['by number of images']
@@ -115,7 +115,7 @@ def test_random_initialisation_gets_steps_not_epochs(labelled):
 # ---------------------------------------------------------------- curves
 
 
-def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
+def test_an_interrupted_study_is_resumed(flowers, trainings):
     ask = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
     real = crossval.build_learner
 
@@ -143,7 +143,7 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     assert more[more.images < 40].reset_index(drop=True).equals(runs)
 
 
-def test_sizes_and_methods_are_refused_before_anything_is_trained(flowers, trainings):
+def test_sizes_and_methods_are_checked_before_anything_is_trained(flowers, trainings):
     with pytest.raises(ValueError, match='1000 training images were given, but there are'):
         learning_curve(flowers, sizes=(10, 1000), methods=SHORT, **FAST)
     with pytest.raises(ValueError, match='frozen'):
@@ -179,7 +179,7 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
 # ---------------------------------------------------------------- what is kept
 
 
-def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, trainings):
+def test_a_stored_training_is_found_by_all_that_affects_it(labelled, tmp_path, trainings):
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     task = get_task('flowers', 32)
     plan = Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
@@ -225,7 +225,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
-def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
+def test_a_changed_stored_training_is_not_used(tmp_path, name):
     folder = tmp_path / 'trainings' / 'a'
     other = tmp_path / 'trainings' / 'b'
     tables = [
@@ -317,7 +317,7 @@ def curve(**scores):
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
 )  # ahead at first only
-def test_images_saved_are_known_where_the_curves_are(frozen, needed, saved):
+def test_images_saved_equal_those_of_known_curves(frozen, needed, saved):
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.images_needed.tolist() == pytest.approx(needed)
     assert w.images_saved.tolist() == pytest.approx(saved)
@@ -356,7 +356,7 @@ def test_table_and_figure_of_a_curve():
 # ---------------------------------------------------------------- methods on one split
 
 
-def test_one_name_is_a_list_of_one_and_a_name_stands_once():
+def test_one_name_is_a_list_of_one_and_names_are_unique():
     assert list(_recipes('cifarnet', 'head')) == ['head']
     assert list(method_plans('frozen')) == ['frozen']
     with pytest.raises(ValueError, match='two plans have the same name'):
@@ -374,7 +374,7 @@ def test_methods_are_named_by_what_differs():
     ]
 
 
-def test_the_same_method_twice_does_not_differ_from_itself(flowers):
+def test_a_method_does_not_differ_from_itself(flowers):
     same = {n: Plan(n, (Phase(-1, None, 1e-3),)) for n in ('one', 'two')}
     c = compare(
         flowers,
@@ -409,9 +409,9 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         '--resamples',
         '100',
     ]
-    said = good(*words, '--out', c_png)
-    assert 'accuracy, on the same' in said.out
-    assert 'test_resnet' in said.out
+    result = good(*words, '--out', c_png)
+    assert 'accuracy, on the same' in result.out
+    assert 'test_resnet' in result.out
     assert c_png.stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['method', 'metric'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
@@ -423,11 +423,11 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
     )
     assert len(trainings) == 2
-    assert 'c.png exists already' in refused(*words, '--out', c_png)
+    assert 'c.png exists already' in error_line(*words, '--out', c_png)
     assert len(trainings) == 2
     again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
     assert len(trainings) == 2
     assert pd.read_csv(tmp_path / 'd_table.csv').set_index(['method', 'metric']).equals(t)
     assert again.code == 0
-    assert 'metric' in refused(*words, '--metric', 'speed', '--out', tmp_path / 'e.png')
-    assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path / 'e.csv')
+    assert 'metric' in error_line(*words, '--metric', 'speed', '--out', tmp_path / 'e.png')
+    assert 'the figure is a PNG file' in error_line(*words, '--out', tmp_path / 'e.csv')

@@ -39,9 +39,9 @@ def test_reliability_bars_are_wilson_intervals_and_stay_within_0_and_1(n):
     positive = rng.random(n) < predicted
     r = reliability(positive, predicted)
     ax = plot_reliability(positive, predicted, 'of referable').axes[0]
-    drawn = limits(ax.containers[0])
-    assert ((drawn >= 0) & (drawn <= 1)).all()
-    for (low, high), row in zip(drawn, r.itertuples()):
+    intervals = limits(ax.containers[0])
+    assert ((intervals >= 0) & (intervals <= 1)).all()
+    for (low, high), row in zip(intervals, r.itertuples()):
         ci = binomtest(round(row.observed * row.images), int(row.images)).proportion_ci(method='wilson')
         assert (low, high) == pytest.approx((max(ci.low, 0), ci.high), abs=1e-12)
     assert ax.get_xlabel() == 'mean predicted probability of referable'

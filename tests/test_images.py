@@ -41,7 +41,7 @@ GREY = A[..., 0]
 # ---------------------------------------------------------------- modes
 
 
-def test_rgb_is_left_as_it_is(tmp_path):
+def test_rgb_is_not_changed(tmp_path):
     im = Image.fromarray(A)
     files = [through(im, kind) for kind in ('PNG', 'BMP', 'TIFF')]
     for source in (A, im, *files):
@@ -103,8 +103,8 @@ def test_alpha_is_over_black(mode):
     im = Image.merge(mode, [Image.fromarray(np.ascontiguousarray(c)) for c in channels])
     out = np.asarray(read_rgb(through(im, 'PNG')))
     assert out.shape == (32, 48, 3)
-    share = alpha[..., None] / 255
-    assert far(out, (base * share).round()).max() <= 1
+    opacity = alpha[..., None] / 255
+    assert far(out, (base * opacity).round()).max() <= 1
     assert out[:, 0].max() == 0
     opaque = np.broadcast_to(base, A.shape)[:, -1]
     assert far(out[:, -1], opaque).max() <= 1
@@ -120,7 +120,7 @@ def test_rgb_with_a_transparent_colour():
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'TIFF'])
-def test_16_bits_keep_their_shades(kind):
+def test_16_bits_keep_their_grey_levels(kind):
     shades = np.linspace(0, 65535, 48 * 32).round()
     deep = shades.astype(np.uint16).reshape(32, 48)
     data = through(Image.fromarray(deep), kind)
@@ -251,7 +251,7 @@ def test_draft_decoding_agrees_with_full_decoding(mode, fit):
 
 
 @pytest.mark.parametrize('size', [16, 64, 100, 150, 224, 300, 1000])
-def test_a_draft_is_never_smaller_than_what_is_needed(size):
+def test_a_draft_is_never_smaller_than_needed(size):
     data = through(Image.fromarray(smooth(640, 480)), 'JPEG')
     im = read_rgb(data, size)
     assert min(im.size) >= min(480, 2 * size)
@@ -301,7 +301,7 @@ def test_fit_takes_any_shape_and_is_deterministic(fit, shape):
     assert set(np.unique(a)) <= shades
 
 
-def test_a_square_of_the_right_size_is_left_alone():
+def test_a_square_of_the_right_size_is_not_changed():
     a = smooth(32, 32)
     im = Image.fromarray(a)
     for fit in FITS:
@@ -338,14 +338,14 @@ def test_black_borders_around_a_retina_change_nothing(borders, camera):
         moved = after - before - [left, top] * 2
         assert abs(moved).max() < step, moved
         plain, more = (read_image(o, 64, 'fundus', 'pad') for o in (a, b))
-        plain_photo, more_photo = (read_image(o, 64, 'photo', 'pad') for o in (a, b))
-        without = far(plain_photo, more_photo).mean()
+        plain_read, framed_read = (read_image(o, 64, 'photo', 'pad') for o in (a, b))
+        without = far(plain_read, framed_read).mean()
         assert without > 15
         most = 0 if step == 1 else without / 10
         assert far(plain, more).mean() <= most
 
 
-def test_borders_of_a_large_photograph():
+def test_borders_of_a_large_image():
     "Found on an image that is reduced to find them; a JPEG's borders are not quite black."
     a, _ = draw_fundus(2, 1, 700)
     both = (a, framed(a, 20, 20, 300, 260))
@@ -354,10 +354,10 @@ def test_borders_of_a_large_photograph():
     assert far(plain, more).mean() < 3
 
 
-@pytest.mark.parametrize('picture', [np.zeros((40, 60, 3), np.uint8), np.full((40, 60, 3), 255, np.uint8), A])
-def test_a_picture_without_a_disc_is_kept_whole(picture):
-    got = read_image(picture, 32, 'fundus', 'squish')
-    want = read_image(picture, 32, 'photo', 'squish')
+@pytest.mark.parametrize('image', [np.zeros((40, 60, 3), np.uint8), np.full((40, 60, 3), 255, np.uint8), A])
+def test_an_image_without_a_disc_is_not_cropped(image):
+    got = read_image(image, 32, 'fundus', 'squish')
+    want = read_image(image, 32, 'photo', 'squish')
     np.testing.assert_array_equal(got, want)
 
 
@@ -377,7 +377,7 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
-def test_one_picture_in_many_threads(tmp_path, kind):
+def test_one_image_in_many_threads(tmp_path, kind):
     "An image that PIL has not read yet, asked for by several threads at once, upright in each"
     file = tmp_path / 'p'
     exif = Image.Exif()

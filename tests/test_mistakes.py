@@ -40,12 +40,12 @@ def flowers(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
-    make_dr(folder := tmp_path_factory.mktemp('eyes'), n=40, size=48, seed=0, workers=1)
+def fundus_data(tmp_path_factory):
+    make_dr(folder := tmp_path_factory.mktemp('fundus_data'), n=40, size=48, seed=0, workers=1)
     return folder
 
 
-def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
+def test_mistake_1_label_codes_belong_to_their_images(flowers, tmp_path):
     """FLW shuffles a table and joins codes that are numbered again. Here: shuffled with a seed, saved, read,
     split, encoded, in batches.
     """
@@ -65,8 +65,8 @@ def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
     ):
         assert [Path(i).parent.name for i in table.image] == table.label.tolist()
         task = get_task('flowers', 48, 'none')
-        goal = get_task('flowers').target()
-        dls = task_dataloaders(split_table(encode_target(table, goal), seed=1), task, goal, bs=8)
+        target = get_task('flowers').target()
+        dls = task_dataloaders(split_table(encode_target(table, target), seed=1), task, target, bs=8)
         for ds in (dls.train_ds, dls.valid_ds):
             assert [dls.vocab[int(y)] for _, y in ds] == [Path(i).parent.name for i in ds.items.image]
 
@@ -79,7 +79,7 @@ class Watch(torch.nn.Module):
         self.net = net
 
     def forward(self, x):
-        self.seen = x.detach().clone()
+        self.batch = x.detach().clone()
         return self.net(x)
 
 
@@ -124,11 +124,11 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
             'std': spec.std,
         },
     ).probs([set_path / 'a' / '0.png'])
-    assert np.allclose(watch.seen[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
+    assert np.allclose(watch.batch[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
     assert find_backbone('efficientnet_lite0').mean != find_backbone('torchvision.alexnet').mean
 
 
-def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
+def test_mistake_3_colour_fundus_images_and_not_angiography(fundus_data):
     """DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named;
     and colour is kept all the way.
     """
@@ -142,26 +142,26 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
         for p in (ROOT / 'README.md', ROOT / 'settings.ini', *(ROOT / 'dr_transfer').rglob('*.py'))
     }
     assert len(pages) > 140, 'or else this reads nothing'
-    said = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
-    assert said <= {'17_tasks.ipynb', 'checklist.ipynb'}
+    named_in = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
+    assert named_in <= {'17_tasks.ipynb', 'checklist.ipynb'}
     assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
     task = TASKS['dr']
     for a in task.augment.split('+'):
         assert AUGMENTATIONS[a].keeps_color
     assert not AUGMENTATIONS['colour_jitter'].keeps_color
-    image = label_table(eyes).image[0]
+    image = label_table(fundus_data).image[0]
     pixels = np.asarray(read_image(image, 48, task.reader, task.fit), int)
     assert (pixels[..., 0] - pixels[..., 2])[pixels.max(2) > 60].mean() > 30  # red, and not grey
 
 
-def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
+def test_mistake_4_five_grades_or_two_classes_have_names(fundus_data):
     """DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name,
     and the head has as many outputs.
     """
     assert (GRADE.classes, REFERABLE.classes) == (tuple('01234'), ('no', 'referable'))
     assert [t.name for t in TASKS['dr'].targets] == ['referable', 'grade']
     for target, n in (('grade', 5), ('referable', 2), (None, 2)):
-        learn = build_learner(eyes, 'dr', target=target, allow_leaks=True, **SMALL)
+        learn = build_learner(fundus_data, 'dr', target=target, allow_leaks=True, **SMALL)
         assert learn.dls.c == learn.model[1][-1].out_features == len(learn.dls.vocab) == n
         assert learn.record.target == (target or 'referable')
     few = pd.DataFrame({'image': list('abc'), 'label': ['0', '1', '4']})
@@ -204,15 +204,15 @@ def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
     assert PLANS['all_but_stem'].phases[-1].rates(n)[2:] == sorted(phase.rates(n)[2:])
 
 
-@pytest.mark.parametrize('what', ['flowers', 'eyes'])
-def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
+@pytest.mark.parametrize('what', ['flowers', 'fundus_data'])
+def test_mistake_6_no_patient_and_no_photographer_in_two_subsets(request, what):
     "FLW splits at random; DR has two eyes of a patient, flowers many of a photographer."
     t = label_table(request.getfixturevalue(what))
     assert t.group.notna().all()
     assert t.group.value_counts().max() > 1
     a, b = train_test_split(t, test_size=0.2, random_state=42)
     assert set(a.group) & set(b.group), 'or else this shows nothing'
-    task = TASKS['dr' if what == 'eyes' else 'flowers']
+    task = TASKS['dr' if what == 'fundus_data' else 'flowers']
     for seed in range(5):
         s = split_data(request.getfixturevalue(what), task, task.target(), seed=seed)
         train, valid = (set(s.group[s.split == k]) for k in ('train', 'valid'))

@@ -66,7 +66,7 @@ def make_report(path, text='report', overwrite=False):
 
 
 @pytest.fixture
-def photographs(tmp_path):
+def image_folder(tmp_path):
     "A few small photographs in a folder."
     folder = tmp_path / 'photos'
     (folder / 'images').mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_a_file_is_replaced_only_if_its_own_name_was_given_with_overwrite(tmp_pa
     assert tree(tmp_path) == {'p.csv': b'new'}
 
 
-def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+def test_only_regular_files_are_replaced(tmp_path):
     (tmp_path / 'folder').mkdir()
     os.mkfifo(tmp_path / 'pipe')
     for name in ('folder', 'pipe'):
@@ -104,7 +104,7 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(
     'context', [new_file, new_folder, lambda p: new_pair(p, '_t.csv'), lambda p: growing_folder(p, 'preprocess')]
 )
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, context):
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(tmp_path, context):
     loop = tmp_path / 'loop'
     (tmp_path / 'file').write_text('mine')
     os.symlink(tmp_path / 'nowhere', tmp_path / 'dangling')
@@ -126,7 +126,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, 
     assert not (tmp_path / 'nowhere').exists()
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, 'No space left on device')
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'name', ['x' * 254, 'x' * 250 + '.csv', 'é' * 127, '.hidden', ' ', 'a\nb', os.fsdecode(b'\xff\xfe')]
 )
-def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
+def test_any_name_that_the_file_system_accepts_is_valid(tmp_path, name):
     with new_file(tmp_path / name) as f:
         f.write_text('1')
     with new_file(tmp_path / name, overwrite=True) as f:
@@ -155,7 +155,7 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
+def test_the_result_is_kept_under_another_name_if_it_cannot_be_renamed(tmp_path):
     run = tmp_path / 'run'
     kept = pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept')
     with kept, new_file(tmp_path / 'p.csv') as f:
@@ -267,7 +267,7 @@ def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize('put', ['notes.txt', 'model/notes.txt', 'plots/mine.png', 'link'])
-def test_a_folder_of_ours_that_holds_more_is_refused_by_name(tmp_path, put):
+def test_other_files_in_an_output_folder_are_an_error_that_names_them(tmp_path, put):
     run = tmp_path / 'run'
     make_run(run)
     (run / put).parent.mkdir(exist_ok=True)
@@ -301,7 +301,7 @@ def test_another_kind_of_output_is_not_replaced(tmp_path):
         enter(growing_folder(tmp_path / 'run', 'preprocess'))
 
 
-def test_a_folder_that_grows_is_left_as_it_was_if_nothing_comes_of_it(tmp_path):
+def test_a_growing_folder_is_restored_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), growing_folder(tmp_path / 'a' / 'b', 'demo'):
         raise RuntimeError
     assert tree(tmp_path) == {}
@@ -310,7 +310,7 @@ def test_a_folder_that_grows_is_left_as_it_was_if_nothing_comes_of_it(tmp_path):
     assert tree(tmp_path) == {'empty': None}
 
 
-def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
+def test_only_own_files_of_a_growing_folder_are_deleted(tmp_path):
     mine = tmp_path / 'demo' / 'run' / 'mine.txt'
 
     def once(overwrite):
@@ -367,7 +367,7 @@ def test_a_page_that_does_not_name_its_table_is_an_error(tmp_path):
     assert not (tmp_path / 'r.html').exists()
 
 
-def test_figures_carry_the_hash_too(tmp_path):
+def test_figures_contain_the_hash_too(tmp_path):
     from matplotlib.figure import Figure
 
     with new_pair(tmp_path / 'c.png', '_table.csv') as (figure, table):
@@ -376,18 +376,20 @@ def test_figures_carry_the_hash_too(tmp_path):
     assert written_together(tmp_path / 'c.png', tmp_path / 'c_table.csv')
 
 
-def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, capsys, monkeypatch):
+def test_evaluate_does_not_replace_the_labels(tmp_path, image_folder, capsys, monkeypatch):
     "evaluate ... --out DATA/labels.html --overwrite replaced labels.csv."
     from dr_transfer.cli import main
 
-    (photographs / 'labels.csv').write_text('image,label\n0.png,a\n')
+    (image_folder / 'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path / 'labels.csv').write_text('mine')
     import dr_transfer.commands.subcommands as commands
     import dr_transfer.evaluation.report_page as report
 
     monkeypatch.setattr(commands, '_load', lambda model, runtime: None)
     before = tree(tmp_path)
-    assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
+    assert (
+        main(['evaluate', 'model', str(image_folder), '--out', str(image_folder / 'labels.html'), '--overwrite']) == 1
+    )
     assert 'lies in the data folder' in capsys.readouterr().err
     assert tree(tmp_path) == before
 
@@ -404,7 +406,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
 # ---------------------------------------------------------------- two runs at once
 
 
-def test_the_second_run_is_told_at_once(tmp_path):
+def test_the_second_run_raises_an_error_at_once(tmp_path):
     calls = [new_file, new_folder, lambda p: new_pair(p, '_t.csv'), lambda p: growing_folder(p, 'demo')]
     for i, context in enumerate(calls):
         held = context(tmp_path / str(i))
@@ -524,19 +526,19 @@ def killed_at(point, work):
         return os.waitstatus_to_exitcode(status), f.read()
 
 
-def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(tmp_path):
+def test_after_a_kill_the_next_run_finds_the_old_or_new_result_and_cleans_up(tmp_path):
     "At the first, second, ... call that changes the disk, to the last."
 
-    whole = tmp_path / 'whole'
+    complete = tmp_path / 'whole'
 
     def replace(folder, text, overwrite=True):
         make_run(folder / 'run', text, overwrite=overwrite)
         make_report(folder / 'r.html', text, overwrite=overwrite)
 
-    whole.mkdir()
-    replace(whole, 'old', overwrite=False)
-    code, steps = killed_at(-1, lambda: replace(whole, 'new'))
-    want = tree(whole)
+    complete.mkdir()
+    replace(complete, 'old', overwrite=False)
+    code, steps = killed_at(-1, lambda: replace(complete, 'new'))
+    want = tree(complete)
     assert code == 0
     assert int(steps) > 30
     assert b'new' in want['r.html']
@@ -576,7 +578,7 @@ def test_a_kill_between_two_renames(tmp_path):
     ]
 
 
-def test_what_a_killed_writer_of_a_cache_left_is_removed(tmp_path):
+def test_files_of_a_killed_process_are_removed_from_the_cache(tmp_path):
     (tmp_path / '.known.json.dr_transfer-tmp').write_text('half')
     (tmp_path / '.known.json.dr_transfer-lock').write_text('')
     with atomic_file(tmp_path / 'known.json') as f:
@@ -587,10 +589,10 @@ def test_what_a_killed_writer_of_a_cache_left_is_removed(tmp_path):
 # ---------------------------------------------------------------- outputs and data apart
 
 
-def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
+def test_outputs_cannot_be_in_the_data(tmp_path, image_folder, monkeypatch):
     link = tmp_path / 'link'
-    os.symlink(photographs, link)
-    monkeypatch.chdir(photographs)
+    os.symlink(image_folder, link)
+    monkeypatch.chdir(image_folder)
     for out in (
         '.',
         'run',
@@ -600,34 +602,34 @@ def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
         '../link/images',
     ):
         with pytest.raises(OutputError, match='lies in the data folder'):
-            check_outside(out, photographs)
+            check_outside(out, image_folder)
     for out in (tmp_path / 'run', '..', '../photos_run'):
-        check_outside(out, photographs)
+        check_outside(out, image_folder)
     with pytest.raises(OutputError, match='is an input'):
-        check_outside(link / 'images' / '0.png', photographs / 'images' / '0.png')
-    assert is_inside(photographs, tmp_path)
-    assert not is_inside(tmp_path, photographs)
+        check_outside(link / 'images' / '0.png', image_folder / 'images' / '0.png')
+    assert is_inside(image_folder, tmp_path)
+    assert not is_inside(tmp_path, image_folder)
     assert not is_inside('x', tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('command', ['train', 'advise', 'compare', 'cross-validate'])
-def test_the_commands_refuse_to_write_into_the_data(photographs, capsys, command):
+def test_the_commands_do_not_write_into_the_data(image_folder, capsys, command):
     from dr_transfer.cli import main
 
-    before = tree(photographs)
-    assert main([command, str(photographs), '--out', str(photographs / 'out')]) == 1
+    before = tree(image_folder)
+    assert main([command, str(image_folder), '--out', str(image_folder / 'out')]) == 1
     assert 'lies in the data folder' in capsys.readouterr().err
-    assert tree(photographs) == before
+    assert tree(image_folder) == before
 
 
-def test_predict_does_not_replace_what_it_reads(photographs, capsys):
+def test_predict_does_not_replace_what_it_reads(image_folder, capsys):
     from dr_transfer.cli import main
 
-    before = tree(photographs)
-    image = str(photographs / 'images' / '0.png')
+    before = tree(image_folder)
+    image = str(image_folder / 'images' / '0.png')
     assert main(['predict', 'model', image, '--out', image, '--overwrite']) == 1
     assert 'is an input' in capsys.readouterr().err
-    assert tree(photographs) == before
+    assert tree(image_folder) == before
 
 
 def test_runs_are_never_read_as_data(tmp_path):
@@ -656,66 +658,66 @@ def prepare(folder, out, **kwargs):
     return preprocess_folder(folder, out, Preparation(48), **kwargs)
 
 
-def test_preprocess_never_writes_over_the_originals(tmp_path, photographs, monkeypatch):
+def test_preprocess_never_writes_over_the_originals(tmp_path, image_folder, monkeypatch):
     "By a link, another spelling, or a folder within."
     link = tmp_path / 'link'
     inner = tmp_path / 'inner'
-    os.symlink(photographs, link)
-    os.symlink(photographs / 'images', inner)
-    monkeypatch.chdir(photographs)
+    os.symlink(image_folder, link)
+    os.symlink(image_folder / 'images', inner)
+    monkeypatch.chdir(image_folder)
     before = tree(tmp_path)
     for folder, out in (
-        (photographs, link),
-        (link, photographs),
-        (photographs, tmp_path / 'photos' / '..' / 'photos'),
-        ('.', photographs),
-        (photographs, '.'),
+        (image_folder, link),
+        (link, image_folder),
+        (image_folder, tmp_path / 'photos' / '..' / 'photos'),
+        ('.', image_folder),
+        (image_folder, '.'),
     ):
         with pytest.raises(OutputError, match='contains the originals, which are never changed'):
             prepare(folder, out)
-    for out in (photographs / 'small', link / 'small', inner, photographs / 'images'):
+    for out in (image_folder / 'small', link / 'small', inner, image_folder / 'images'):
         with pytest.raises(OutputError, match='would be read as photographs'):
-            prepare(photographs, out)
+            prepare(image_folder, out)
     for folder in ('images', inner):
         with pytest.raises(OutputError, match='contains the folder of photographs'):
             prepare(folder, '.')
     assert tree(tmp_path) == before
 
 
-def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
+def test_preprocess_does_not_write_through_a_link(tmp_path, image_folder):
     images = tmp_path / 'small' / 'images'
-    prepare(photographs, tmp_path / 'small')
+    prepare(image_folder, tmp_path / 'small')
     for p in images.iterdir():
         p.unlink()
     images.rmdir()
-    os.symlink(photographs / 'images', images)
-    before = tree(photographs)
+    os.symlink(image_folder / 'images', images)
+    before = tree(image_folder)
     with pytest.raises(OutputError, match='is a link to a folder outside'):
-        prepare(photographs, tmp_path / 'small')
-    assert tree(photographs) == before
+        prepare(image_folder, tmp_path / 'small')
+    assert tree(image_folder) == before
 
 
-def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
+def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, image_folder):
     mine = tmp_path / 'mine'
     small = tmp_path / 'small'
     (mine / 'images').mkdir(parents=True)
     (mine / 'images' / '0.png').write_text('mine')
     with pytest.raises(OutputError, match="exists already, holds 'images'"):
-        prepare(photographs, mine)
+        prepare(image_folder, mine)
     assert tree(mine) == {'images': None, 'images/0.png': b'mine'}
-    prepare(photographs, small)
+    prepare(image_folder, small)
     assert output_kind(small) == 'preprocess'
     assert unlisted_files(small) == []
 
 
-def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
+def test_a_damaged_result_is_prepared_again(tmp_path, image_folder):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     file = small / 'images' / '1.png'
     for damage in (b'', want['images/1.png'][:-1], want['images/1.png'][:-1] + b'x'):
         file.write_bytes(damage)
-        prepare(photographs, small)
+        prepare(image_folder, small)
         assert tree(small) == want
 
 
@@ -723,30 +725,30 @@ def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
 @pytest.mark.parametrize(
     'damage', [b'', b'[]', b'\xff\xfe\0', b'{"image": 1}\n', b'not JSON\n' * 3, b'[' * 100000 + b'\n']
 )
-def test_what_is_damaged_is_named_and_done_again(tmp_path, photographs, recwarn, name, damage):
+def test_damaged_results_are_named_and_made_again(tmp_path, image_folder, recwarn, name, damage):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     (small / name).write_bytes(damage)
-    prepare(photographs, small)
+    prepare(image_folder, small)
     told = [str(w.message) for w in recwarn if w.category is TransferWarning]
     assert tree(small) == want
     if damage.endswith(b'\n') or name == 'preparation.json':
         assert any(t.startswith(f'{tmp_path / "small" / name} is damaged') for t in told)
 
 
-def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, recwarn):
+def test_a_truncated_line_after_a_kill_is_not_reported(tmp_path, image_folder, recwarn):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     lines = want['journal.jsonl'].splitlines(True)
     (small / 'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
-    prepare(photographs, small)
+    prepare(image_folder, small)
     assert tree(small) == want
     assert not [w for w in recwarn if w.category is TransferWarning]
 
 
-def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, photographs, monkeypatch):
+def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, image_folder, monkeypatch):
     small = tmp_path / 'small'
     real = Image.Image.save
     n = []
@@ -760,10 +762,10 @@ def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, pho
     with monkeypatch.context() as m:
         m.setattr(Image.Image, 'save', save)
         with pytest.raises(OutputError, match=r'2\.png could not be written \(No space left on device\).*run it again'):
-            prepare(photographs, small, workers=1)
+            prepare(image_folder, small, workers=1)
     assert len((small / 'journal.jsonl').read_text().splitlines()) == 2
-    prepare(photographs, small)
-    prepare(photographs, tmp_path / 'whole')
+    prepare(image_folder, small)
+    prepare(image_folder, tmp_path / 'whole')
     assert tree(small) == tree(tmp_path / 'whole')
 
 
@@ -772,12 +774,12 @@ PREPARE = (
 )
 
 
-def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photographs):
+def test_files_of_a_killed_preprocess_are_removed_by_the_next_run(tmp_path, image_folder):
     small = tmp_path / 'small'
     images = tmp_path / 'small' / 'images'
-    want = prepare(photographs, tmp_path / 'whole')
+    want = prepare(image_folder, tmp_path / 'whole')
     run = subprocess.Popen(
-        [sys.executable, '-c', PREPARE, photographs, small, str(Path(__file__).parent)],
+        [sys.executable, '-c', PREPARE, image_folder, small, str(Path(__file__).parent)],
         stderr=subprocess.DEVNULL,
     )
     for _ in range(1000):
@@ -790,7 +792,7 @@ def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photograp
     images.mkdir(exist_ok=True)
     (images / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
     (images / '.9.png.dr_transfer-lock').write_text('')
-    assert prepare(photographs, small).equals(want)
+    assert prepare(image_folder, small).equals(want)
     assert tree(small) == tree(tmp_path / 'whole')
 
 
@@ -820,7 +822,7 @@ def test_a_plot_that_fails_is_a_warning(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_the_marker_tells_what_was_written(tmp_path):
+def test_the_marker_lists_what_was_written(tmp_path):
     run = tmp_path / 'run'
     make_run(run)
     assert json.loads((run / MARKER).read_text()) == {

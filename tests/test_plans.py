@@ -46,7 +46,7 @@ warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the h
 
 
 @pytest.fixture(scope='session')
-def drawn(tmp_path_factory):
+def data_folder(tmp_path_factory):
     "Small synthetic sets, and tiny networks with their own weights: statistics that are not those of a new network"
     folder = tmp_path_factory.mktemp('plans')
     make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
@@ -60,13 +60,13 @@ def drawn(tmp_path_factory):
 
 
 @pytest.fixture
-def build(drawn):
+def build(data_folder):
     def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = drawn / f'{arch}.safetensors'
+        own = data_folder / f'{arch}.safetensors'
         if own.exists():
             kw = {'weights': own, **kw}
         kw = {'size': 64, 'bs': 8, 'runtime': 'plain', 'num_workers': 0, 'device': CPU, **kw}
-        return build_learner(drawn / task if data is None else data, task, arch, **kw)
+        return build_learner(data_folder / task if data is None else data, task, arch, **kw)
 
     return make
 
@@ -176,7 +176,7 @@ def test_the_table_is_that_of_this_learner(build, arch):
         ].tolist() == [False, True, False]
 
 
-def test_a_plan_of_ones_own_is_one_expression(build):
+def test_a_custom_plan_is_one_expression(build):
     plan = Plan(
         'mine',
         (replace(HEAD_PHASE, epochs=2), Phase(-4, 1, 2e-4, lr_mult=10)),
@@ -208,7 +208,7 @@ def test_a_plan_of_ones_own_is_one_expression(build):
         (Plan('p', (HEAD_PHASE,), weights='random'), 'random weights'),
     ],
 )
-def test_a_plan_for_another_learner_is_refused(build, plan, word):
+def test_a_plan_for_another_learner_is_an_error(build, plan, word):
     learn = build()
     before = state_of(learn)
     with pytest.raises(ValueError, match=word) as e:
@@ -219,7 +219,7 @@ def test_a_plan_for_another_learner_is_refused(build, plan, word):
 
 
 @pytest.mark.parametrize('frozen', [6, -7])
-def test_more_groups_than_there_are(build, frozen):
+def test_more_groups_than_the_network_has(build, frozen):
     with pytest.raises(ValueError, match='6 groups'):
         silent(build(), Plan('p', (Phase(frozen, 1, 1e-3),)))
 
@@ -230,20 +230,20 @@ def test_more_groups_than_there_are(build, frozen):
 class Rates(HeadFirst):
     "Notes the rates and weight decays of every step"
 
-    seen: ClassVar = []
+    recorded: ClassVar = []
     order = 55
     name = 'head_first'  # it takes its place
 
     def before_step(self):
-        Rates.seen.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
+        Rates.recorded.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
 
 
 @pytest.fixture
 def rates(monkeypatch):
-    Rates.seen = []
+    Rates.recorded = []
     monkeypatch.setattr(stored_part, 'HeadFirst', Rates)
     monkeypatch.setattr('dr_transfer.training.learner.HeadFirst', Rates)
-    return Rates.seen
+    return Rates.recorded
 
 
 @warns_head
@@ -270,7 +270,7 @@ def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
 
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
-def test_one_cycle_keeps_their_proportion(build, rates, stored):
+def test_one_cycle_keeps_the_ratio_of_learning_rates(build, rates, stored):
     f = Phase(2, 2, 1e-3, lr_mult=20)
     silent(build(), Plan('p', (f,)), stored=stored)
     steps = np.array([[lr for lr, _ in r[:-1]][-4:] for r in rates])
@@ -301,7 +301,7 @@ VARIANTS = [
 
 @warns_head
 @pytest.mark.parametrize('v', VARIANTS, ids=lambda v: '-'.join(getattr(o, '__name__', str(o)) for o in v.values()))
-def test_stored_is_the_same(build, v):
+def test_training_on_stored_features_is_the_same(build, v):
     v = dict(v)
     f = Phase(
         v.pop('frozen'),
@@ -390,7 +390,7 @@ class Own(Callback):
         ('callback', "'own'"),
     ],
 )
-def test_not_stored_and_why(build, monkeypatch, what, word):
+def test_reasons_for_not_storing(build, monkeypatch, what, word):
     said = []
     arch = 'test_resnet'
     kw = {}
@@ -421,7 +421,7 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
         assert learn.own.steps > 0
 
 
-def test_one_may_ask_whether_it_can_be_stored(build):
+def test_why_not_stored(build):
     learn = build()
     assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == [''] * 4
     assert why_not_stored(learn, 0) == 'nothing is frozen'
@@ -461,7 +461,7 @@ def test_a_body_before_its_head_warns(build):
     assert not heard(silent, build(plan='fine_tune'), epochs=1)
 
 
-def test_looking_is_not_training(build):
+def test_validation_and_prediction_are_not_training(build):
     "To validate and to predict neither counts as training of the head, nor warns"
 
     def look(learner):
@@ -480,13 +480,13 @@ def test_looking_is_not_training(build):
 
 
 @pytest.mark.parametrize('what', ['transform', 'loader', 'bs'])
-def test_loaders_that_were_changed_are_used(build, what):
+def test_changed_loaders_are_used(build, what):
     learn = build()
-    seen = []
+    recorded = []
 
     class Watch(Transform):
         def encodes(self, x: TensorImage):
-            seen.append(len(x))
+            recorded.append(len(x))
             return x
 
     assert why_not_stored(learn) == ''
@@ -503,7 +503,7 @@ def test_loaders_that_were_changed_are_used(build, what):
     else:
         assert 'the DataLoaders were changed' in ' '.join(said)
     if what == 'transform':
-        assert seen
+        assert recorded
 
 
 @pytest.mark.parametrize('stored', [True, False])
@@ -600,7 +600,7 @@ def test_tta_is_exact(build, tmp_path):
         ('flowers', 'mirror'),
     ],
 )
-def test_tta_of_the_training_side(build, task, augment):
+def test_tta_of_the_training_images(build, task, augment):
     "Every image, in the order of the table, nothing at random; and training is augmented afterwards as it was before"
     learn = silent(build(task, augment=augment), Plan('p', (STEPS,)))
     p, y = tta(learn, 0)
@@ -637,11 +637,11 @@ def test_tta_of_fastai(build):
 # ---------------------------------------------------------------- a classifier as a learner
 
 
-def classified(drawn, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
+def classified(data_folder, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
     f = image_features(
         table.image.tolist(),
         arch,
-        drawn / f'{arch}.safetensors',
+        data_folder / f'{arch}.safetensors',
         'plain',
         64,
         stages=stages,
@@ -659,15 +659,15 @@ def classified(drawn, task, kind, stages, target='referable', arch='test_resnet'
         ('logistic', 'referable', ['stage2']),
     ],
 )
-def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages):
+def test_a_classifier_as_a_learner(build, data_folder, tmp_path, kind, target, stages):
     t = build('dr', target=target).table
-    c, f = classified(drawn, 'dr', kind, stages, table=t)
+    c, f = classified(data_folder, 'dr', kind, stages, table=t)
     want = c.predict_proba(f)
     learn = classifier_learner(
         c,
-        drawn / 'dr',
+        data_folder / 'dr',
         'dr',
-        weights=drawn / 'test_resnet.safetensors',
+        weights=data_folder / 'test_resnet.safetensors',
         target=target,
         runtime='plain',
         num_workers=0,
@@ -697,14 +697,14 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
     )
 
 
-def test_classifiers_that_cannot_be_learners(build, drawn):
+def test_classifiers_that_cannot_be_learners(build, data_folder):
     t = build('dr').table
     own = dict(runtime='plain', num_workers=0, device=CPU)
 
-    def make(c, weights=drawn / 'test_resnet.safetensors', **kw):
-        return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
+    def make(c, weights=data_folder / 'test_resnet.safetensors', **kw):
+        return classifier_learner(c, data_folder / 'dr', 'dr', weights=weights, **own, **kw)
 
-    c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
+    c, f = classified(data_folder, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
     with pytest.raises(ValueError, match='not consecutive'):
         make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
@@ -722,7 +722,7 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
     both = image_features(
         t.image.tolist(),
         'test_resnet',
-        drawn / 'test_resnet.safetensors',
+        data_folder / 'test_resnet.safetensors',
         'plain',
         64,
         stages=['stage4'],
@@ -772,16 +772,16 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     )
 
 
-def few(drawn):
+def few(data_folder):
     "A table in which one class has two groups for training, or fewer"
-    files = sorted((drawn / 'flowers').rglob('*.png')) or sorted((drawn / 'flowers').rglob('*.jpg'))
+    files = sorted((data_folder / 'flowers').rglob('*.png')) or sorted((data_folder / 'flowers').rglob('*.jpg'))
     t = pd.DataFrame({'image': [str(f) for f in files], 'label': [f.parent.name for f in files]})
     t['group'] = [f'{r.label}{i % (2 if r.label == "daisy" else 9)}' for i, r in t.iterrows()]
     return t
 
 
 @pytest.mark.parametrize('why', ['weights', 'smoothing', 'groups', 'own', 'dropout', 'many', 'endless', 'asked'])
-def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
+def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
     kw = {}
     said = []
     data = None
@@ -801,7 +801,7 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     if why == 'smoothing':
         kw['loss_func'] = CrossEntropyLossFlat(label_smoothing=0.1)
     if why == 'groups':
-        data = few(drawn)
+        data = few(data_folder)
     if why == 'own':
         kw['head'] = nn.Sequential(AveragePool(), nn.Linear(96, 3))
     if why == 'dropout':
@@ -891,7 +891,7 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
 
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
-def test_interrupted_while_it_learns(build, stored):
+def test_interrupted_while_it_trains(build, stored):
     "The learner can be used, and trained on, and what is frozen is as it was"
     learn = build('dr')
     plan = Plan('p', (Phase(-2, 3, 1e-3),))

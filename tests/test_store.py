@@ -33,7 +33,7 @@ N = 7
 BS = 2
 
 
-def pictures(n, start=0):
+def random_arrays(n, start=0):
     return [np.full((4, 4, 3), (i % 256, i // 256, 9), np.uint8) for i in range(start, start + n)]
 
 
@@ -59,7 +59,7 @@ WHAT = {
 }  # the mean colour, and a corner of the first channel
 
 
-def colours(seen=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
+def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
     "What is computed, of those that are asked for"
 
     def compute(sources, names):
@@ -69,8 +69,8 @@ def colours(seen=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=N
             if stop is not None and i // bs >= stop:
                 raise KeyboardInterrupt
             part = sources[i : i + bs]
-            if seen is not None:
-                seen.extend(map(number, part))
+            if batches is not None:
+                batches.extend(map(number, part))
             if log:
                 with open(log, 'a') as f:
                     f.write(''.join(f'{os.getpid()} {number(s)}\n' for s in part))
@@ -97,57 +97,57 @@ def child(code, *args, **kw):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     "The store that was never interrupted"
     store = new(tmp_path_factory.mktemp('whole'))
-    fill(store, pictures(N), colours(), BS)
+    fill(store, random_arrays(N), colours(), BS)
     return contents(store)
 
 
 # ---------------------------------------------------------------- what a store is
 
 
-def test_what_lies_in_the_folder(whole, tmp_path):
+def test_files_of_a_store(complete, tmp_path):
     "Plain numbers and text, to be read without this library"
-    assert set(whole) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
-    about = json.loads(whole['about.json'])
-    lines = [json.loads(line) for line in whole['images.jsonl'].decode().splitlines()]
+    assert set(complete) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
+    about = json.loads(complete['about.json'])
+    lines = [json.loads(line) for line in complete['images.jsonl'].decode().splitlines()]
     assert about == {'of': 'colour', 'format': 2, 'fields': {'colour': [[3], 'float32'], 'corner': [[2, 2], 'uint8']}}
     assert [line['row'] for line in lines] == list(range(N))
     for line in lines:
         assert len(line['sums']) == 2
-    assert [line['key'] for line in lines] == content_keys(pictures(N))
-    assert np.frombuffer(whole['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
-    assert len(whole['corner.bin']) == N * 4
+    assert [line['key'] for line in lines] == content_keys(random_arrays(N))
+    assert np.frombuffer(complete['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
+    assert len(complete['corner.bin']) == N * 4
 
 
-def test_rows_come_in_the_order_asked_for(tmp_path):
-    images = pictures(5)
-    seen = []
+def test_rows_are_in_the_requested_order(tmp_path):
+    images = random_arrays(5)
+    batches = []
     store = new(tmp_path)
-    fill(store, images[:3], colours(seen), BS)
+    fill(store, images[:3], colours(batches), BS)
     asked = [images[i] for i in (4, 0, 3, 0, 2)]
-    rows = fill(store, asked, colours(seen), BS)
+    rows = fill(store, asked, colours(batches), BS)
     assert right(store, asked, rows)
     assert rows[1] == rows[3] == 0
-    assert seen == [0, 1, 2, 4, 3]
-    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(seen), BS))
-    assert len(seen) == 5
+    assert batches == [0, 1, 2, 4, 3]
+    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(batches), BS))
+    assert len(batches) == 5
 
 
 def test_the_same_image_twice_is_computed_once(tmp_path):
-    images = pictures(2)
-    seen = []
+    images = random_arrays(2)
+    batches = []
     asked = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
 
     def compute(sources, names):
         for s in sources:
-            seen.append(number(np.asarray(s)))
+            batches.append(number(np.asarray(s)))
             yield {'colour': np.asarray(s)[:1, 0], 'corner': np.asarray(s)[None, :2, :2, 0]}
 
     rows = fill(new(tmp_path), asked, compute, 1)
     assert rows.tolist() == [0, 0, 1, 0]
-    assert seen == [0, 1]
+    assert batches == [0, 1]
     assert len(new(tmp_path)) == 2
 
 
@@ -155,7 +155,7 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     store = new(tmp_path)
     assert stored_array(store, 'corner').shape == (0, 2, 2)
     assert stored_array(store, 'corner').dtype == np.uint8
-    fill(store, pictures(3), colours(), BS)
+    fill(store, random_arrays(3), colours(), BS)
     a = stored_array(store, 'colour')
     assert isinstance(a, np.memmap)
     assert a.shape == (3, 3)
@@ -163,7 +163,7 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     with pytest.raises(ValueError):
         a[0] = 1
     before = a.copy()
-    fill(new(tmp_path), pictures(N), colours(), BS)  # what others append does not move it
+    fill(new(tmp_path), random_arrays(N), colours(), BS)  # what others append does not move it
     assert np.array_equal(a, before)
     assert len(stored_array(new(tmp_path), 'colour')) == N
 
@@ -188,7 +188,7 @@ def test_nothing_to_do_writes_nothing(tmp_path):
     ids=str,
 )
 def test_another_description_is_another_store(tmp_path, change):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     other = ArrayStore(tmp_path, 's', {'of': 'colour', **change}, FIELDS)
     assert len(other) == 0
     assert len(new(tmp_path)) == 3
@@ -205,7 +205,7 @@ def test_another_description_is_another_store(tmp_path, change):
     ids=str,
 )
 def test_other_fields_are_another_store(tmp_path, fields):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     assert len(ArrayStore(tmp_path, 's', {'of': 'colour'}, fields)) == 0
 
 
@@ -215,14 +215,14 @@ def test_the_order_of_a_description_does_not_matter():
 
 
 def test_a_changed_image_is_computed_and_only_that(tmp_path):
-    images = pictures(N)
-    seen = []
-    fill(new(tmp_path), images, colours(seen), BS)
+    images = random_arrays(N)
+    batches = []
+    fill(new(tmp_path), images, colours(batches), BS)
     images[3] = images[3].copy()
     images[3][3, 3, 2] += 1  # the least that can change
-    del seen[:]
-    rows = fill(new(tmp_path), images, colours(seen), BS)
-    assert seen == [3]
+    del batches[:]
+    rows = fill(new(tmp_path), images, colours(batches), BS)
+    assert batches == [3]
     assert rows.tolist() == [0, 1, 2, 7, 4, 5, 6]
 
 
@@ -262,7 +262,7 @@ def transparencies():
 
 
 @pytest.mark.parametrize('pair', [palettes, orientations, transparencies])
-def test_these_are_different_pictures(pair):
+def test_the_arrays_are_different_images(pair):
     assert not np.array_equal(*(np.array(to_rgb(im)) for im in pair()))
 
 
@@ -275,29 +275,29 @@ def test_pil_images_that_read_differently_have_different_keys(pair):
 # ---------------------------------------------------------------- interruptions
 
 
-def finished(root, whole, left=None):
+def finished(root, complete, left=None):
     "Going on computes what is missing, and the bytes are those of the store that was never interrupted"
-    seen = []
+    batches = []
     store = new(root)
     kept = len(store)
-    rows = fill(store, pictures(N), colours(seen), BS)
-    assert contents(store) == whole
+    rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert contents(store) == complete
     assert rows.tolist() == list(range(N))
-    assert right(store, pictures(N), rows)
-    assert seen == list(range(kept, N))
-    assert left is None or len(seen) == left
+    assert right(store, random_arrays(N), rows)
+    assert batches == list(range(kept, N))
+    assert left is None or len(batches) == left
 
 
 @pytest.mark.parametrize('stop', range(5))
-def test_interrupted_between_batches(tmp_path, whole, stop):
+def test_interrupted_between_batches(tmp_path, complete, stop):
     store = new(tmp_path)
     if stop * BS < N:
         with pytest.raises(KeyboardInterrupt):
-            fill(store, pictures(N), colours(stop=stop), BS)
+            fill(store, random_arrays(N), colours(stop=stop), BS)
     else:
-        fill(store, pictures(N), colours(stop=stop), BS)
+        fill(store, random_arrays(N), colours(stop=stop), BS)
     assert len(new(tmp_path)) == min(N, stop * BS)
-    finished(tmp_path, whole, N - min(N, stop * BS))
+    finished(tmp_path, complete, N - min(N, stop * BS))
 
 
 def opening(act, at):
@@ -335,29 +335,29 @@ def kill():
 
 @pytest.mark.parametrize('again', [False, True], ids=['a new store', 'the same store'])
 @pytest.mark.parametrize('at', range(12))
-def test_interrupted_between_files(tmp_path, monkeypatch, whole, at, again):
+def test_interrupted_between_files(tmp_path, monkeypatch, complete, at, again):
     "Four batches of two arrays and the lines: each is once the first that is not written"
     store = new(tmp_path)
     opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
-            fill(store, pictures(N), colours(), BS)
+            fill(store, random_arrays(N), colours(), BS)
     assert len(new(tmp_path)) == at // 3 * BS
     if again:
-        assert right(store, pictures(N), fill(store, pictures(N), colours(), BS))
-    finished(tmp_path, whole)
+        assert right(store, random_arrays(N), fill(store, random_arrays(N), colours(), BS))
+    finished(tmp_path, complete)
 
 
-def test_there_are_twelve_such_places(tmp_path, monkeypatch):
+def test_there_are_twelve_writes(tmp_path, monkeypatch):
     opened, n = opening(halt, -1)
     monkeypatch.setattr(module, 'open_regular', opened)
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     assert next(n) == 12
 
 
 @pytest.mark.parametrize('at', [4, 5])
-def test_killed_between_files(tmp_path, whole, at):
+def test_killed_between_files(tmp_path, complete, at):
     p = child(
         'module.open_regular = opening(kill, int(sys.argv[2]))[0]; fill(new(sys.argv[1]), pictures(N), colours(), BS)',
         tmp_path,
@@ -365,12 +365,12 @@ def test_killed_between_files(tmp_path, whole, at):
     )
     assert p.wait(30) == -signal.SIGKILL
     assert len(new(tmp_path)) == BS
-    finished(tmp_path, whole, N - BS)
+    finished(tmp_path, complete, N - BS)
 
 
 def test_killed_at_any_time(tmp_path):
     "Again and again, until it is done"
-    images = pictures(40)
+    images = random_arrays(40)
     log = tmp_path / 'log'
     done = [0]
     log.touch()
@@ -430,42 +430,42 @@ TORN = {
 
 
 @pytest.mark.parametrize('name', TORN)
-def test_torn_writes(tmp_path, whole, name):
+def test_incomplete_writes(tmp_path, complete, name):
     harm, kept = TORN[name]
     with pytest.raises(KeyboardInterrupt):
-        fill(new(tmp_path), pictures(N), colours(stop=2), BS)
+        fill(new(tmp_path), random_arrays(N), colours(stop=2), BS)
     assert 350 < (new(tmp_path).folder / 'images.jsonl').stat().st_size < 4 * 110
     harm(new(tmp_path).folder)
     store = new(tmp_path)
     assert len(store) == kept
     assert (
-        right(store, pictures(kept), fill(store, pictures(kept), colours(stop=0), BS)) if kept else True
+        right(store, random_arrays(kept), fill(store, random_arrays(kept), colours(stop=0), BS)) if kept else True
     )  # read as it is
-    finished(tmp_path, whole, N - kept)
+    finished(tmp_path, complete, N - kept)
 
 
-def test_a_spoilt_line(tmp_path):
+def test_a_damaged_line(tmp_path):
     "It costs the rows that it stood for, no other, and is told"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
-    seen = []
+    batches = []
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 3))
     store = new(tmp_path)
     with pytest.warns(UserWarning, match='damaged rows.*: 3 of 7'):
-        rows = fill(store, pictures(N), colours(seen), BS)
-    assert seen == [0, 1, 2]
-    assert right(store, pictures(N), rows)
+        rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert batches == [0, 1, 2]
+    assert right(store, random_arrays(N), rows)
     again_is_read(tmp_path)
 
 
-def test_a_row_that_nobody_owns_has_an_empty_key_in_the_file(tmp_path):
+def test_a_row_without_an_image_has_an_empty_key_in_the_file(tmp_path):
     "So the files are those of earlier versions; in memory no image has an empty key"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 1))
     store = new(tmp_path)
     with pytest.warns(UserWarning, match='damaged rows'):
-        fill(store, pictures(N), colours(), BS)
+        fill(store, random_arrays(N), colours(), BS)
     zeros = ', '.join('0' for _ in store.fields)
     assert lines.read_text().splitlines()[0] == f'{{"row": 0, "key": "", "name": "", "sums": [{zeros}]}}'
     assert '' not in new(tmp_path).keys
@@ -474,13 +474,13 @@ def test_a_row_that_nobody_owns_has_an_empty_key_in_the_file(tmp_path):
 # ---------------------------------------------------------------- what is there is not believed
 
 
-def again_is_read(root, seen=None):
+def again_is_read(root, batches=None):
     "Everything is there and right, and nothing more is told of it"
     store = new(root)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert right(store, pictures(N), fill(store, pictures(N), colours(stop=0), BS))
-        fill(new(root), pictures(N + 1), colours(), BS)  # the lock is taken: nothing is found damaged
+        assert right(store, random_arrays(N), fill(store, random_arrays(N), colours(stop=0), BS))
+        fill(new(root), random_arrays(N + 1), colours(), BS)  # the lock is taken: nothing is found damaged
 
 
 def edit(name, change):
@@ -498,7 +498,7 @@ def line_of(row, change):
 
 
 def other_key(line):
-    return line.replace(json.loads(line)['key'].encode(), content_key(pictures(N)[5]).encode())
+    return line.replace(json.loads(line)['key'].encode(), content_key(random_arrays(N)[5]).encode())
 
 
 def swapped(folder):
@@ -533,18 +533,18 @@ QUIET = {'another key'}  # looks as a row that was computed again since
 
 
 @pytest.mark.parametrize('name', HARM)
-def test_what_was_changed_is_computed_again_and_told(tmp_path, name):
+def test_changed_rows_are_computed_again_and_reported(tmp_path, name):
     "The numbers of the images, whatever was done to the files; nothing else is computed, and it is told once"
     harm, lost = HARM[name]
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     harm(new(tmp_path).folder)
     store = new(tmp_path)
-    seen = []
+    batches = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        rows = fill(store, pictures(N), colours(seen), BS)
-    assert right(store, pictures(N), rows)
-    assert seen == list(lost)
+        rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert right(store, random_arrays(N), rows)
+    assert batches == list(lost)
     assert len(told) == (bool(lost) and name not in QUIET)
     for w in told:
         assert str(store.folder) in str(w.message)
@@ -552,43 +552,43 @@ def test_what_was_changed_is_computed_again_and_told(tmp_path, name):
         again_is_read(tmp_path)
 
 
-def test_files_of_two_stores_swapped(tmp_path):
+def test_swapped_files_of_two_stores(tmp_path):
     "Numbers of another description fit the files, and not the checksums"
     for size in (1, 2):
-        fill(new(tmp_path, size=size), pictures(N), colours(), BS)
+        fill(new(tmp_path, size=size), random_arrays(N), colours(), BS)
     a, b = (new(tmp_path, size=size).folder for size in (1, 2))
     for name in ('images.jsonl', 'colour.bin', 'corner.bin'):
         shutil.copy(a / name, b / name)
-    seen = []
+    batches = []
     with pytest.warns(UserWarning, match='damaged'):
-        fill(new(tmp_path, size=2), pictures(N), colours(seen), BS)
-    assert seen == list(range(N))
+        fill(new(tmp_path, size=2), random_arrays(N), colours(batches), BS)
+    assert batches == list(range(N))
 
 
-def test_only_what_is_asked_for_is_checked(tmp_path):
-    fill(new(tmp_path), pictures(N), colours(), BS)
+def test_only_requested_rows_are_checked(tmp_path):
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     HARM['a row of zeros'][0](new(tmp_path).folder)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert fill(new(tmp_path), pictures(1), colours(stop=0), BS).tolist() == [0]
+        assert fill(new(tmp_path), random_arrays(1), colours(stop=0), BS).tolist() == [0]
 
 
-def test_a_row_in_use_is_not_written_over(tmp_path):
+def test_a_row_in_use_is_not_overwritten(tmp_path):
     "Who has the arrays in memory keeps the numbers that were checked"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     before = stored_array(new(tmp_path), 'colour')
     want = before.copy()
     line_of(2, lambda line: b'')(new(tmp_path).folder)
     with pytest.warns(UserWarning, match='damaged'):
-        fill(new(tmp_path), pictures(N + 3), colours(), BS)
+        fill(new(tmp_path), random_arrays(N + 3), colours(), BS)
     assert np.array_equal(before, want)
 
 
-def test_a_description_that_was_changed(tmp_path, whole):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+def test_a_changed_description(tmp_path, complete):
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     (new(tmp_path).folder / 'about.json').write_text('{"of": "shape"}')
-    fill(new(tmp_path), pictures(N), colours(), BS)
-    assert contents(new(tmp_path)) == whole
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
+    assert contents(new(tmp_path)) == complete
 
 
 @pytest.mark.parametrize('again', [True, False])
@@ -596,7 +596,7 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
     "Its numbers are not kept under the key of what it was"
     s_folder = tmp_path / 's'
     files = [tmp_path / f'{i}.png' for i in range(4)]
-    for f, a in zip(files, pictures(4)):
+    for f, a in zip(files, random_arrays(4)):
         Image.fromarray(a).save(f)
     was = files[2].read_bytes()
     keys = content_keys(files)
@@ -604,7 +604,7 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
     def compute(sources, names, change=True):
         for s in sources:
             if change and len(done) == 2:
-                Image.fromarray(pictures(1, 9)[0]).save(files[2])
+                Image.fromarray(random_arrays(1, 9)[0]).save(files[2])
             done.append(1)
             a = np.asarray(read_rgb(image_data(s)))
             yield {n: WHAT[n](a)[None] for n in names}
@@ -626,7 +626,7 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
 # ---------------------------------------------------------------- links, pipes and folders of others
 
 
-def test_a_link_is_not_written_through(tmp_path):
+def test_links_are_not_followed_for_writing(tmp_path):
     "Whatever file of the store it stands for, what it points to is left as it is"
     precious = tmp_path / 'precious'
     for name in ('colour.bin', 'images.jsonl', 'about.json', 'lock'):
@@ -635,11 +635,11 @@ def test_a_link_is_not_written_through(tmp_path):
         precious.write_bytes(b'thesis')
         (store.folder / name).symlink_to(precious)
         with pytest.raises(ValueError, match=f'{name}: it is a link.*Delete it'):
-            fill(new(tmp_path / name), pictures(3), colours(), BS)
+            fill(new(tmp_path / name), random_arrays(3), colours(), BS)
         assert precious.read_bytes() == b'thesis'
 
 
-def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
+def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
     "The cache as a whole may be a link, to another disk."
     cache = tmp_path / 'cache'
     disk = tmp_path / 'disk'
@@ -648,7 +648,7 @@ def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     disk.mkdir()
     cache.symlink_to(disk)
     store = new(cache / 'store')
-    fill(store, pictures(3), colours(), BS)
+    fill(store, random_arrays(3), colours(), BS)
     assert (store.folder / 'images.jsonl').exists()
     assert store.folder.resolve().is_relative_to(disk)
     mine.mkdir()
@@ -657,14 +657,14 @@ def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
     store.folder.parent.mkdir(parents=True, exist_ok=True)
     store.folder.symlink_to(mine)
     with pytest.raises(ValueError, match=r'it is a link to .*mine.*Delete it'):
-        fill(store, pictures(3), colours(), BS)
+        fill(store, random_arrays(3), colours(), BS)
     assert os.listdir(mine) == ['images.jsonl']
     assert (mine / 'images.jsonl').read_text() == 'thesis'
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
 @pytest.mark.parametrize('kind', ['pipe', 'folder'])
-def test_what_is_no_file(tmp_path, name, kind):
+def test_paths_that_are_not_files(tmp_path, name, kind):
     "It is not waited for"
     folder = new(tmp_path).folder
     folder.mkdir()
@@ -673,11 +673,11 @@ def test_what_is_no_file(tmp_path, name, kind):
     else:
         (folder / name).mkdir()
     with pytest.raises(ValueError, match=f'{name}: it is a .*{kind}.*Delete it'):
-        fill(new(tmp_path), pictures(3), colours(), BS)
+        fill(new(tmp_path), random_arrays(3), colours(), BS)
 
 
 @pytest.mark.parametrize('place', ['pipe', 'zero'])
-def test_a_source_that_is_no_file(tmp_path, place):
+def test_a_source_that_is_not_a_file(tmp_path, place):
     path = tmp_path / 'pipe.png'
     if place == 'pipe':
         os.mkfifo(path)
@@ -687,13 +687,13 @@ def test_a_source_that_is_no_file(tmp_path, place):
         content_keys([path])
 
 
-def test_folders_of_the_cache_are_of_their_owner(tmp_path):
-    fill(new(tmp_path / 'cache' / 'features'), pictures(3), colours(), BS)
+def test_folders_of_the_cache_are_private(tmp_path):
+    fill(new(tmp_path / 'cache' / 'features'), random_arrays(3), colours(), BS)
     folder = new(tmp_path / 'cache' / 'features').folder
     assert [p.stat().st_mode & 0o777 for p in (folder, *folder.parents[:2])] == [0o700] * 3
 
 
-def test_a_folder_that_everybody_can_write(tmp_path):
+def test_a_world_writable_folder(tmp_path):
     "It is told, once"
     open_path = tmp_path / 'open'
     open_path.mkdir()
@@ -701,7 +701,7 @@ def test_a_folder_that_everybody_can_write(tmp_path):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
-            fill(new(open_path), pictures(n), colours(), BS)
+            fill(new(open_path), random_arrays(n), colours(), BS)
     assert len(told) == 1
     assert str(open_path) in str(told[0].message)
     assert 'everybody' in str(told[0].message)
@@ -720,7 +720,7 @@ def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         for n in (3, 5):
-            fill(new(root), pictures(n), colours(), BS)
+            fill(new(root), random_arrays(n), colours(), BS)
     assert len(told) == 1
     assert 'belongs to another user' in str(told[0].message)
     assert 'DR_TRANSFER_CACHE' in str(told[0].message)
@@ -749,12 +749,12 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     opened, _n = opening(fail, at)
     monkeypatch.setattr(module, 'open_regular', opened)
     with pytest.raises(ValueError) as e:
-        fill(new(tmp_path), pictures(3), colours(), BS)
+        fill(new(tmp_path), random_arrays(3), colours(), BS)
     assert words in str(e.value)
     assert ('DR_TRANSFER_CACHE' in str(e.value)) == (number != errno.EMFILE)
     monkeypatch.undo()
     store = new(tmp_path)
-    assert right(store, pictures(3), fill(store, pictures(3), colours(), BS))
+    assert right(store, random_arrays(3), fill(store, random_arrays(3), colours(), BS))
 
 
 @pytest.mark.parametrize(
@@ -765,7 +765,7 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     ],
     ids=['files', 'memory'],
 )
-def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatch, error):
+def test_errors_of_the_system_do_not_name_an_image(tmp_path, monkeypatch, error):
     def fail(*a, **k):
         raise error
 
@@ -775,7 +775,7 @@ def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatc
     assert 'remove or repair' not in str(e.value)
 
 
-def test_few_files_are_open_at_once(tmp_path):
+def test_few_files_are_open_at_the_same_time(tmp_path):
     "Forty stores, with few files allowed"
     code = (
         'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n'
@@ -788,26 +788,26 @@ fill_stores(stores, pictures(N), colours(what=what), BS)
     assert child(code, tmp_path).wait(60) == 0
 
 
-def test_an_error_while_computing_keeps_what_was_done(tmp_path, whole):
+def test_an_error_while_computing_keeps_what_was_done(tmp_path, complete):
     def broken(sources, names):
         yield next(colours()(sources, names))
         raise OSError('the disk is gone')
 
     with pytest.raises(OSError, match='the disk is gone'):
-        fill(new(tmp_path), pictures(N), broken, BS)
+        fill(new(tmp_path), random_arrays(N), broken, BS)
     assert len(new(tmp_path)) == BS
-    finished(tmp_path, whole, N - BS)
+    finished(tmp_path, complete, N - BS)
 
 
-def test_arrays_of_another_shape_are_refused(tmp_path, whole):
+def test_arrays_of_another_shape_are_errors(tmp_path, complete):
     def broken(sources, names):
         for a in colours()(sources, names):
             yield {**a, 'corner': a['corner'][:, :1]}
 
     with pytest.raises(ValueError, match='corner has the shape'):
-        fill(new(tmp_path), pictures(N), broken, BS)
+        fill(new(tmp_path), random_arrays(N), broken, BS)
     assert len(new(tmp_path)) == 0
-    finished(tmp_path, whole, N)
+    finished(tmp_path, complete, N)
 
 
 # ---------------------------------------------------------------- at the same time
@@ -843,10 +843,10 @@ def test_two_processes(tmp_path, second):
     assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not in turns
     store = new(tmp_path)
     assert len(store) == total
-    assert right(store, pictures(total), fill(store, pictures(total), colours(stop=0), BS))
+    assert right(store, random_arrays(total), fill(store, random_arrays(total), colours(stop=0), BS))
 
 
-def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
+def test_the_second_continues_after_the_first_is_killed(tmp_path, complete):
     log = tmp_path / 'log'
     (tmp_path / 'go').touch()
     first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, log, 0, N)
@@ -861,20 +861,20 @@ def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
     first.kill()
     assert second.wait(30) == 0
     assert first.wait() == -signal.SIGKILL
-    assert contents(new(tmp_path)) == whole
+    assert contents(new(tmp_path)) == complete
 
 
-def test_threads(tmp_path, whole):
-    seen = []
+def test_threads(tmp_path, complete):
+    batches = []
 
     def one(_):
-        return fill(new(tmp_path), pictures(N), colours(seen, pause=0.01), BS).tolist()
+        return fill(new(tmp_path), random_arrays(N), colours(batches, pause=0.01), BS).tolist()
 
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(one, range(4)))
     assert rows == [list(range(N))] * 4
-    assert seen == list(range(N))
-    assert contents(new(tmp_path)) == whole
+    assert batches == list(range(N))
+    assert contents(new(tmp_path)) == complete
 
 
 # ---------------------------------------------------------------- some stores, filled in one pass
@@ -889,10 +889,10 @@ def several(root, names='abc'):
 
 def fill_some(root, images, names='abc', **kw):
     "What was computed, (sources, names) a call, after checking that all of it is right and stands there once"
-    seen = []
+    batches = []
     asked = []
     stores = several(root, names)
-    rows = fill_stores(stores, images, colours(seen, what=DEEP, asked=asked, **kw), BS)
+    rows = fill_stores(stores, images, colours(batches, what=DEEP, asked=asked, **kw), BS)
     for s, n, r in zip(stores, names, rows):
         assert np.array_equal(stored_array(s, n)[r], np.stack([DEEP[n](i) for i in images]))
         assert (
@@ -901,29 +901,29 @@ def fill_some(root, images, names='abc', **kw):
             == (s.folder / f'{n}.bin').stat().st_size // s.row_bytes(n)
         )
     assert len(asked) <= 1
-    return seen, ''.join(asked[0]) if asked else ''
+    return batches, ''.join(asked[0]) if asked else ''
 
 
 @pytest.fixture(scope='module')
 def filled(tmp_path_factory):
     "Three stores that were filled at once"
     root = tmp_path_factory.mktemp('filled')
-    assert fill_some(root, pictures(N)) == (list(range(N)), 'abc')
+    assert fill_some(root, random_arrays(N)) == (list(range(N)), 'abc')
     return [contents(s) for s in several(root)]
 
 
 @pytest.mark.parametrize('names', ['b', 'ca', 'abc', ''])
-def test_fewer_are_read(tmp_path, names):
-    fill_some(tmp_path, pictures(N))
+def test_fewer_stores_are_read(tmp_path, names):
+    fill_some(tmp_path, random_arrays(N))
     before = [{p: p.stat().st_mtime_ns for p in s.folder.iterdir()} for s in several(tmp_path)]
-    assert fill_some(tmp_path, pictures(N)[::-1], names) == ([], '')
+    assert fill_some(tmp_path, random_arrays(N)[::-1], names) == ([], '')
     assert [{p: p.stat().st_mtime_ns for p in s.folder.iterdir()} for s in several(tmp_path)] == before
 
 
 @pytest.mark.parametrize('first', ['a', 'c', 'ba'])
-def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
-    fill_some(tmp_path, pictures(N), first)
-    assert fill_some(tmp_path, pictures(N)) == (list(range(N)), ''.join(n for n in 'abc' if n not in first))
+def test_only_missing_stores_are_computed_in_one_pass(tmp_path, filled, first):
+    fill_some(tmp_path, random_arrays(N), first)
+    assert fill_some(tmp_path, random_arrays(N)) == (list(range(N)), ''.join(n for n in 'abc' if n not in first))
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
@@ -938,22 +938,22 @@ def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
     ],
     ids=str,
 )
-def test_one_is_behind(tmp_path, filled, have):
+def test_one_store_has_fewer_rows(tmp_path, filled, have):
     "One pass over what any of them lacks; what a store has is left as it is"
     for n, k in zip('abc', have):
         if k:
-            fill_some(tmp_path, pictures(k), n)
-    assert fill_some(tmp_path, pictures(N)) == (
+            fill_some(tmp_path, random_arrays(k), n)
+    assert fill_some(tmp_path, random_arrays(N)) == (
         list(range(min(have), N)),
         ''.join(n for n, k in zip('abc', have) if k < N),
     )
     assert [contents(s) for s in several(tmp_path)] == filled
-    assert fill_some(tmp_path, pictures(N)) == ([], '')
+    assert fill_some(tmp_path, random_arrays(N)) == ([], '')
 
 
-def test_each_lacks_something_else(tmp_path):
+def test_each_store_lacks_other_rows(tmp_path):
     "Stores with other images in another order"
-    images = pictures(N)
+    images = random_arrays(N)
     for n, k in zip('abc', ([5, 0, 3], [6, 3, 1], [3])):
         fill_some(tmp_path, [images[i] for i in k], n)
     assert fill_some(tmp_path, images) == ([0, 1, 2, 4, 5, 6], 'abc')
@@ -967,10 +967,10 @@ def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
-            fill_some(tmp_path, pictures(N))
+            fill_some(tmp_path, random_arrays(N))
     have = [len(s) for s in several(tmp_path)]
     assert max(have) - min(have) in (0, BS, N % BS)
-    assert fill_some(tmp_path, pictures(N))[0] == list(range(min(have), N))
+    assert fill_some(tmp_path, random_arrays(N))[0] == list(range(min(have), N))
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
@@ -1018,16 +1018,16 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
         assert len(s) == 0 or contents(s) == was
 
 
-def test_room_is_that_of_all_of_them(tmp_path, monkeypatch):
+def test_the_required_space_is_that_of_all_stores(tmp_path, monkeypatch):
     "12 + 16 + 4 bytes an image, in those that lack it"
     free = [250]
     monkeypatch.setattr(shutil, 'disk_usage', lambda place: shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0]))
     with pytest.raises(ValueError, match='10 images'):
-        fill_some(tmp_path, pictures(10))  # though each alone has room
-    fill_some(tmp_path, pictures(7))
-    fill_some(tmp_path, pictures(10), 'ac')
+        fill_some(tmp_path, random_arrays(10))  # though each alone has room
+    fill_some(tmp_path, random_arrays(7))
+    fill_some(tmp_path, random_arrays(10), 'ac')
     free[0] = 60
-    fill_some(tmp_path, pictures(10))  # 48 for three images in one store
+    fill_some(tmp_path, random_arrays(10))  # 48 for three images in one store
 
 
 # ---------------------------------------------------------------- places that will not do
@@ -1062,51 +1062,51 @@ def test_a_folder_that_cannot_be_written(locked):
     locked.chmod(0o555)
     for place in (locked, locked / 'deeper' / 'still'):
         with nobody(), pytest.raises(ValueError, match='nothing can be written') as e:
-            fill(new(place), pictures(N), colours(), BS)
+            fill(new(place), random_arrays(N), colours(), BS)
         assert str(locked) in str(e.value)
         assert not list(locked.iterdir())
 
 
-def test_what_is_there_can_be_read_all_the_same(locked):
-    fill(new(locked), pictures(3), colours(), BS)
+def test_stored_rows_can_be_read_from_a_read_only_folder(locked):
+    fill(new(locked), random_arrays(3), colours(), BS)
     for p in (locked, *locked.rglob('*')):
         p.chmod(0o555 if p.is_dir() else 0o444)
     with nobody():
         store = new(locked)
-        assert right(store, pictures(3), fill(store, pictures(3), colours(stop=0), BS))
+        assert right(store, random_arrays(3), fill(store, random_arrays(3), colours(stop=0), BS))
         with pytest.raises(ValueError, match='nothing can be written'):
-            fill(store, pictures(4), colours(), BS)
+            fill(store, random_arrays(4), colours(), BS)
 
 
 def test_a_store_that_cannot_be_written(locked):
-    fill(new(locked), pictures(3), colours(), BS)
+    fill(new(locked), random_arrays(3), colours(), BS)
     for p in locked.rglob('*'):
         p.chmod(0o555 if p.is_dir() else 0o444)
     locked.chmod(0o777)
     with nobody(), pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(locked), pictures(4), colours(), BS)
+        fill(new(locked), random_arrays(4), colours(), BS)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     file = tmp_path / 'file'
     file.touch()
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(file), pictures(3), colours(), BS)
+        fill(new(file), random_arrays(3), colours(), BS)
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(file / 'x'), pictures(3), colours(), BS)
+        fill(new(file / 'x'), random_arrays(3), colours(), BS)
 
 
-def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):
+def test_a_folder_of_any_name_may_be_next_to_it(tmp_path):
     (tmp_path / 'new').mkdir()
     (tmp_path / 'new' / 'notes.txt').touch()
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
 
 
-def test_not_enough_room(tmp_path, monkeypatch, whole):
+def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
     "16 bytes an image; known before anything is computed, and what is there already needs none"
     free = [N * 16]
     asked = []
-    seen = []
+    batches = []
 
     def usage(place):
         asked.append(Path(place))
@@ -1114,27 +1114,27 @@ def test_not_enough_room(tmp_path, monkeypatch, whole):
 
     monkeypatch.setattr(shutil, 'disk_usage', usage)
     with pytest.raises(ValueError) as e:
-        fill(new(tmp_path), pictures(N), colours(seen), BS)
+        fill(new(tmp_path), random_arrays(N), colours(batches), BS)
     text = str(e.value)
     assert '7 images' in text
     assert 'GB' in text
     assert 'DR_TRANSFER_CACHE' in text
     assert str(tmp_path) in text
-    assert not seen
+    assert not batches
     for p in asked:
         assert p.exists()
         assert tmp_path in (p, *p.parents)
-    twice = pictures(3) * 4
-    fill(new(tmp_path), twice, colours(seen), BS)  # twelve, but three to be computed
+    twice = random_arrays(3) * 4
+    fill(new(tmp_path), twice, colours(batches), BS)  # twelve, but three to be computed
     free[0] = 80
-    fill(new(tmp_path), pictures(3), colours(stop=0), BS)
-    fill(new(tmp_path), pictures(4), colours(seen), BS)
+    fill(new(tmp_path), random_arrays(3), colours(stop=0), BS)
+    fill(new(tmp_path), random_arrays(4), colours(batches), BS)
     free[0] = 50
     with pytest.raises(ValueError, match='3 images'):
-        fill(new(tmp_path), pictures(N), colours(seen), BS)
+        fill(new(tmp_path), random_arrays(N), colours(batches), BS)
     free[0] = 10**6
-    finished(tmp_path, whole)
-    assert seen == [0, 1, 2, 3]
+    finished(tmp_path, complete)
+    assert batches == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------- names

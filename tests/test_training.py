@@ -125,7 +125,7 @@ def test_one_epoch_is_one_pass(build, plan, callback):
         assert learn.batches.steps == batches
 
 
-def test_the_total_is_told_before_anything_is_trained(build):
+def test_the_total_is_printed_before_anything_is_trained(build):
     learn = build(cbs=[Batches()])
     lines = []
 
@@ -154,7 +154,7 @@ def test_the_total_is_told_before_anything_is_trained(build):
     ],
 )
 @pytest.mark.parametrize('stored', [True, False])
-def test_no_phase_passes_more_often_than_asked(build, how, stored):
+def test_no_phase_has_more_passes_than_requested(build, how, stored):
     "Whatever keeps a head from being solved or stored"
     learn = build(cbs=[Batches()], **how)
     images = Images(learn)
@@ -200,14 +200,14 @@ def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
     assert same_state(state_of(a), state_of(b))
 
 
-def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
+def test_compare_with_epochs_does_not_damage_the_head(set_of_flowers):
     ask = dict(archs='small_cnn', plans='head', weights='random', size=32, runtime='plain', say=str)
     with_epochs, without = (compare(set_of_flowers / 'flowers', epochs=e, **ask) for e in (2, None))
     assert with_epochs.tables['head'].equals(without.tables['head'])
 
 
 @pytest.mark.parametrize('epochs', [0, -1, 1.5, True, '2', float('nan')])
-def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
+def test_invalid_numbers_of_epochs(build, set_of_flowers, epochs):
     learn = build()
     before = state_of(learn)
     for plan in ('head', 'top1'):
@@ -238,12 +238,12 @@ def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
         {'frozen': True},
     ],
 )
-def test_rates_that_are_none(wrong):
+def test_invalid_learning_rates(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Phase(**{'frozen': 0, 'epochs': 1, 'lr': 1e-3, **wrong})
 
 
-def test_the_table_of_plans_tells_how_epochs_are_found():
+def test_the_table_of_plans_shows_how_epochs_are_determined():
     epochs = plan_table().epochs
     assert epochs['head'].tolist() == ['solved']
     assert epochs['top1'].tolist() == ['solved', 5]
@@ -274,7 +274,7 @@ def test_a_trained_head_is_not_trained_again(build):
     assert 'phase 1 of 2: head, skipped, because the head is already trained' in lines[0]
 
 
-def test_the_second_fit_goes_on_where_the_first_ended(build):
+def test_the_second_fit_continues_the_first(build):
     learn = build()
     fit(learn, 'top1', epochs=1, say=str)
     fit(learn, 'top1', epochs=2, say=str)
@@ -286,7 +286,7 @@ def test_the_second_fit_goes_on_where_the_first_ended(build):
     ]
 
 
-def test_a_head_that_is_asked_for_is_solved_anew(build):
+def test_a_requested_head_is_solved_again(build):
     learn = build()
     fit(learn, 'head', say=str)
     solved = state_of(learn)
@@ -330,7 +330,7 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     assert ways(learn)[-1] == 'stored', 'it can be trained again'
 
 
-def test_a_head_that_diverges_is_not_trained(build):
+def test_a_head_that_diverged_does_not_count_as_trained(build):
     "So that the next plan does not skip it"
     learn = build(head='dense', loss_func=lambda p, y: (p * float('nan')).sum())
     with pytest.raises(TrainingError, match='went at once to nan'):
@@ -394,7 +394,7 @@ def test_stopped_early(build):
 
 
 @pytest.mark.parametrize('bs', [1, 0, -2, True, 2.5])
-def test_batches_that_are_none(build, bs):
+def test_invalid_batches(build, bs):
     with pytest.raises(ValueError, match='bs='):
         build(bs=bs)
 
@@ -406,7 +406,7 @@ def test_a_batch_larger_than_the_set(build):
     assert learn.record.passes == 1
 
 
-def test_batches_of_one_image_are_told_of_by_name(build):
+def test_batches_of_one_image_are_an_error(build):
     learn = build()
     learn.dls.loaders[0] = learn.dls.train.new(bs=1)
     with pytest.raises(ValueError, match='BatchNorm needs batches of 2 images or more'):
@@ -428,13 +428,13 @@ def test_the_least_size_that_works_is_named():
             check_size(body, size)
 
 
-def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
+def test_compare_checks_the_size_before_it_trains(set_of_flowers, monkeypatch):
     monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
     with pytest.raises(ValueError, match="'alexnet' does not accept images of 32 pixels"):
         compare(set_of_flowers / 'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
 
 
-def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
+def test_compare_prints_each_row_when_it_is_finished(set_of_flowers):
     lines = []
 
     class Broken(Exception):
@@ -462,7 +462,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
 
 
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
-def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
+def test_a_plan_with_its_own_backbone_is_not_run_with_another(set_of_flowers, run):
     with pytest.raises(ValueError, match="plan 'scratch' needs the backbone 'small_cnn', not arch='googlenet'"):
         run(set_of_flowers / 'flowers', arch='googlenet', methods={'random': 'scratch'})
 
@@ -486,26 +486,26 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
 
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
-def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
+def test_the_same_weights_for_any_content_of_the_cache(build, plan, monkeypatch, tmp_path):
     """Bit for bit: with nothing stored, with half of the features, with all,
     and whatever random numbers were drawn in between
     """
     got = []
-    for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
+    for folder, n_stored in (('new', 0), ('half', 20), ('half', 0)):
         monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
         learn = build(head='dense' if plan == 'dense' else Head())
-        if seen:
-            stored_part.learner_features(learn, learn.table.image[:seen].tolist())
+        if n_stored:
+            stored_part.learner_features(learn, learn.table.image[:n_stored].tolist())
             list(learn.dls.train)
-        torch.rand(seen + 1)
-        np.random.rand(seen + 1)
+        torch.rand(n_stored + 1)
+        np.random.rand(n_stored + 1)
         fit(learn, Plan('p', (Phase(-1, 3, 1e-3),)) if plan == 'dense' else plan, epochs=1, say=str)
         got.append(state_of(learn))
     assert same_state(got[0], got[1])
     assert same_state(got[0], got[2])
 
 
-def test_random_numbers_of_others_are_left_alone(build):
+def test_the_global_random_state_is_not_changed(build):
     learn = build()
     torch.manual_seed(3)
     np.random.seed(3)
@@ -518,7 +518,7 @@ def test_random_numbers_of_others_are_left_alone(build):
 
 
 @pytest.mark.parametrize('stored', [True, False])
-def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
+def test_a_second_fit_after_ctrl_c_gives_the_same_result(build, stored):
     """Interrupted before the second phase: the head is not solved again,
     and order and views are those of the run without
     """
@@ -633,7 +633,7 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
         assert learn.head_first.trained == unfreeze
 
 
-def test_no_rate_for_what_is_frozen(build):
+def test_no_learning_rate_for_a_frozen_learner(build):
     learn = build()
     learn.model.requires_grad_(False)
     with pytest.raises(ValueError, match='all groups are frozen'):

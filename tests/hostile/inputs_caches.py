@@ -271,12 +271,12 @@ def not_private(at, mode):
 def few_open_files(at, what):
     "A process that may open few files: the usual result, or an error that says what to do."
     verb, files = what
-    at.copy_eyes()
+    at.copy_fundus()
     more = {'files': files, 'named': ('ulimit -n',)}
     if verb == 'train':
         return train(at, files=files)
     if verb == 'predict':
-        return at.predict(model='eye_run', **more)
+        return at.predict(model='fundus_run', **more)
     return at.evaluate(**more) if verb == 'evaluate' else at.preprocess(**more)
 
 

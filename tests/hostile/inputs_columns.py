@@ -51,7 +51,7 @@ def number(i) -> str:
 @case('columns', {repr(n): n for n in TAKEN})
 def evaluated(at, name):
     "A user's column with a name that the library uses itself: the predictions of the model must not be taken from it."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     command = at.evaluate(named=('labels.csv', name, 'split', 'column'))
     command.also = of_the_model(at, name)
@@ -89,7 +89,7 @@ def of_the_model(at, name):
 @case('columns', {repr(n): n for n in ('decision', 'p_age', 'prediction', 'target', 'label', 'error', 'p_no')})
 def trained(at, name):
     "The same in a training."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     return at.train(*DR, images=24, named=('labels.csv', name))
 
@@ -166,7 +166,7 @@ def patients(at, name, value=None) -> list:
 @case('columns', {repr(n): n for n in PATIENTS})
 def patients_asked_for(at, name):
     "Patients in a column that is named: they stay together."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, name))
     return at.train(*DR, '--patient', name, images=24, also=together(at), named=('labels.csv',))
 
@@ -174,20 +174,20 @@ def patients_asked_for(at, name):
 @case('columns', {repr(n): n for n in PATIENTS})
 def patients_found(at, name):
     "Patients in a column that is not named: they stay together, or the command reports that there is none."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, name))
 
-    def found_or_said(outcome):
+    def found_or_reported(outcome):
         said = outcome.out + outcome.err
         return [] if 'no patient column' in said else list(together(at)(outcome))
 
-    return at.train(*DR, images=24, also=found_or_said, named=('labels.csv',))
+    return at.train(*DR, images=24, also=found_or_reported, named=('labels.csv',))
 
 
 @case('columns', {k: k for k in ('evaluate', 'cross-validate', 'compare', 'advise')})
 def patients_in_every_command(at, which):
     "The column of the patients named, in every command that reads labels."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, 'pid'))
     out = at.root / ('out.png' if which in ('compare', 'advise') else 'out.html')
     if which == 'evaluate':
@@ -231,7 +231,7 @@ def patients_in_every_command(at, which):
 @case('columns')
 def patients_of_nobody(at):
     "A column of patients that does not exist."
-    at.copy_eyes()
+    at.copy_fundus()
     return at.train(*DR, '--patient', 'nobody')
 
 
@@ -249,7 +249,7 @@ VALUES = {
 @case('columns', VALUES)
 def patients_written(at, value):
     "Patients written in several ways."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, 'patient', value))
     return at.train(*DR, images=24, also=together(at), named=('labels.csv', 'group', 'patient'))
 
@@ -259,7 +259,7 @@ def patients_partly_known(at):
     "Half of the images have no patient, and are copies of images that have one."
     import shutil
 
-    at.copy_eyes()
+    at.copy_fundus()
     rows = [r[:3] for r in rows_of(at)]
     for r in rows[1:13]:
         name = r[0].replace('.jpg', ' copy.jpg')

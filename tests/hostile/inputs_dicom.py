@@ -197,7 +197,7 @@ def patient(at, name):
     "A set of DICOM photographs whose patients have odd names."
     from PIL import Image
 
-    for i, path in enumerate(sorted((at.eyes / 'images').iterdir())):
+    for i, path in enumerate(sorted((at.fundus / 'images').iterdir())):
         folder = at.data / ('daisy' if i % 2 else 'rose')
         folder.mkdir(exist_ok=True)
         with Image.open(path) as im:

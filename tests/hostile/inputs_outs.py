@@ -3,10 +3,10 @@
 import os
 import shutil
 
-from inputs import PLAIN, WHOLE, case
+from inputs import ALL_CASES, PLAIN, case
 from observe import Command, table_beside
 
-COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', *(('export',) if WHOLE else ()))  # an export takes long
+COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', *(('export',) if ALL_CASES else ()))  # an export takes long
 SUFFIX = {'predict': '.csv', 'evaluate': '.html', 'export': '.onnx'}
 
 
@@ -16,7 +16,7 @@ def of(at, command, out, *words, allowed=False):
         'train': lambda: at.train(data=at.flowers, images=18),
         'predict': lambda: at.predict(at.flower, images=[at.flower]),
         'evaluate': lambda: evaluated(at),
-        'preprocess': lambda: at.preprocess(source=at.eyes),
+        'preprocess': lambda: at.preprocess(source=at.fundus),
         'export': lambda: exported(at),
     }[command]()
     made.words = [out if w == made.outs[0] else w for w in made.words] + list(words)
@@ -37,7 +37,7 @@ def evaluated(at):
     "An evaluation of the shared eyes."
     out = at.root / 'out.html'
     return Command(
-        ['evaluate', at.shared / 'eye_run', at.eyes, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
+        ['evaluate', at.shared / 'fundus_run', at.fundus, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
         [out, table_beside(out)],
     )
 
@@ -47,7 +47,7 @@ def each(*names):
     return {f'{c} {n}': (c, n) for c in COMMANDS for n in names}
 
 
-def refused(outcome):
+def must_fail(outcome):
     "The assertion that nothing was done."
     return [] if outcome.code else ['exit code 0, though there is nothing that it may write to']
 
@@ -100,7 +100,7 @@ def taken(at, which):
         (out / 'thesis.txt').write_text('precious')
     replaceable = name == 'file overwritten' and command in SUFFIX
     made = of(at, command, out, *(['--overwrite'] if 'overwritten' in name else []), allowed=replaceable)
-    made.also = None if replaceable else refused
+    made.also = None if replaceable else must_fail
     return made
 
 
@@ -119,7 +119,7 @@ def ours_with_a_file_of_the_user(at, command):
     shutil.copytree(at.shared / 'flower_run', out)
     (out / 'model' / 'notes of mine.txt').write_text('precious')
     made = of(at, command, out, '--overwrite')
-    made.also = refused
+    made.also = must_fail
     return made
 
 
@@ -134,12 +134,12 @@ def link(at, which):
     if name == 'to folder':
         target.mkdir()
         (target / 'thesis.txt').write_text('precious')
-    at.copy_eyes()
+    at.copy_fundus()
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
     if name == 'dangling' or (name == 'to file' and command in SUFFIX):
         made.outs = [out, table_beside(out), target]
-    made.also = None if name in ('dangling', 'to file') else refused
+    made.also = None if name in ('dangling', 'to file') else must_fail
     return made
 
 
@@ -154,7 +154,7 @@ def link(at, which):
 def near_the_data(at, which):
     "--out lies in the data, is the data, or holds the data; by name, or by a link."
     command, name = which
-    (at.copy_flowers if command == 'train' else at.copy_eyes)()
+    (at.copy_flowers if command == 'train' else at.copy_fundus)()
     linked = at.root / 'by link'
     linked.symlink_to(at.data)
     end = SUFFIX.get(command, '')
@@ -166,7 +166,7 @@ def near_the_data(at, which):
         ['--overwrite'] if 'inside' not in name else []
     )
     made.outs = []
-    made.also = refused
+    made.also = must_fail
     return made
 
 
@@ -199,7 +199,7 @@ def table_beside_a_report_is_taken(at):
     "The report's place is free, that of its table is not."
     table_beside(at.root / 'out.html').write_text('precious')
     made = of(at, 'evaluate', at.root / 'out.html')
-    made.also = refused
+    made.also = must_fail
     return made
 
 
@@ -215,6 +215,6 @@ def model_is_the_place(at, command):
         made = of(at, command, run, '--overwrite')
         made.words[1] = run
     made.outs = []
-    made.also = refused
+    made.also = must_fail
     made.named = ('run', 'data', 'out')
     return made

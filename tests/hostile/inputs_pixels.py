@@ -179,13 +179,13 @@ def animation(path, good):
 
 
 @image('pixels', 'x.jpg', 'prediction')
-def two_pictures(path, good):
+def two_images(path, good):
     "A JPEG of several images (MPO): the first counts."
     shown(good).save(path, 'MPO', save_all=True, quality=95, append_images=[Image.new('RGB', (30, 30))])
     return shown(good)
 
 
-@case('pixels', {c: c for c in ('predict eye_run', 'predict flowers.onnx', 'train', 'evaluate', 'preprocess')})
+@case('pixels', {c: c for c in ('predict fundus_run', 'predict flowers.onnx', 'train', 'evaluate', 'preprocess')})
 def all_images_at_once(at, which):
     "Every hostile image of the corpus in one folder, through each command."
     from inputs import need
