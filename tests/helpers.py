@@ -17,7 +17,7 @@ from dr_transfer.metrics.classes import Classes, Positive
 COMMAND = Path(sys.executable).with_name('dr_transfer')
 GRADES = Classes(('0', '1', '2', '3', '4'), Positive('referable', ('2', '3', '4')), ordered=True)
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
-Result = namedtuple('Said', 'code out err')
+Result = namedtuple('Result', 'code out err')
 
 
 def cli(*words):

@@ -61,8 +61,8 @@ def train_images(data, seed=42, valid=0.2, task='flowers', **kwargs):
 
 @pytest.fixture
 def read_files(monkeypatch):
-    """The files that are read from now on, by what computes features and by what finds them again;
-    not to see if they can be read, or are copies.
+    """The files that are read from now on to compute features or to find stored ones,
+    but not those that are read only to check or hash them.
     """
     names = set()
     hashing = []
@@ -82,7 +82,7 @@ def read_files(monkeypatch):
 
         def f(source, *a, **k):
             if not hashing and not isinstance(source, bytes):
-                names.add(hashing_module.source_name(source))  # bytes: of a file that was named before
+                names.add(hashing_module.source_name(source))  # bytes of a file that was named before
             return real(source, *a, **k)
 
         monkeypatch.setattr(module, name, f)
@@ -92,7 +92,7 @@ def read_files(monkeypatch):
     return names
 
 
-# ---------------------------------------------------------------- words and choices
+# ---------------------------------------------------------------- scenarios and choices
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 @pytest.mark.parametrize(
     'other, chosen',
     [
-        (BASE + np.array([0.05, 0.06, 0.05, 0.04, 0.05]), 'b'),  # better in every fold
-        (BASE + np.array([0.3, -0.1, 0.2, -0.05, 0.05]), 'a'),  # better on average, and by chance
+        (BASE + np.array([0.05, 0.06, 0.05, 0.04, 0.05]), 'b'),  # better in each fold
+        (BASE + np.array([0.3, -0.1, 0.2, -0.05, 0.05]), 'a'),  # better on average, but by chance
         (BASE, 'a'),
         (BASE - 0.1, 'a'),
         (np.full(5, np.nan), 'a'),
         ([0.95, np.nan, np.nan, np.nan, np.nan], 'a'),
     ],
-)  # one fold says nothing about chance
+)  # one fold does not show the variation
 def test_another_stage_is_chosen_only_if_it_is_significantly_better(other, chosen):
     row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
     assert row == chosen
@@ -214,7 +214,7 @@ def test_the_text_states_what_was_measured(dots):
 
 def test_the_same_seed_gives_the_same_advice(dots, tmp_path, monkeypatch, one_network):
     a = advise(dots, **TINY)
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # nothing is found there
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # no group is found there
     np.random.seed(1)
     b, c = (advise(dots, seed=s, **TINY) for s in (42, 7))
     assert str(a) == str(b)
@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_advice(dots, tmp_path, monkeypatch, one_ne
 
 
 def test_efficientnet_keeps_the_statistics_of_imagenet(fundus_data):
-    "The default network, whose BatchNorm statistics come from ImageNet; synthetic fundus images are different."
+    "The BatchNorm statistics of the default network come from ImageNet; synthetic fundus images differ from it."
     a = advise(fundus_data, 'dr', size=64, runtime='plain')
     assert a.distance > SIMILAR
     assert a.scenario == 'small, different'
@@ -258,13 +258,13 @@ def test_a_transformer(flowers):
 def test_targets(fundus_data, metric, target):
     labels = pd.read_csv(fundus_data / 'labels.csv').assign(
         grade=lambda t: t.patient.str[1:].astype(int) % 5
-    )  # every grade has its four patients
+    )  # each grade has four patients
     a = advise(fundus_data, 'dr', target=target, labels=labels, **TINY)
     assert a.profile.attrs['metric'] == metric
     assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
-# ---------------------------------------------------------------- only the images for training
+# ---------------------------------------------------------------- only training images
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_other_validation_images_change_nothing(dots, tmp_path, one_network):
     assert told() == first
     for i in subset.index[subset == 'train'][:20]:
         other(i)
-    assert told() != first, 'or else this shows nothing'
+    assert told() != first, 'otherwise the test shows nothing'
 
 
 def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeypatch):
@@ -328,7 +328,7 @@ def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeyp
     assert read_files < train_images(dots)
     assert sum(a.counts.values()) == 64
     assert 'images: 64, 32 to 32 per class (50 or more are large), 44 of them were used' in str(a)
-    assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were used'
+    assert a.scenario == 'large', 'the number of training images is large, not that of the images used'
 
 
 def test_a_subset_of_a_table(monkeypatch):
@@ -373,11 +373,11 @@ def test_a_subset_of_a_table(monkeypatch):
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE)
     monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
-    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'the given reason'))
     a = advise(dots, **TINY)
     assert a.scenario == choose_scenario(10**4 if large else 10, distance)
     assert row in str(a)
-    assert 'as was said' in str(a)
+    assert 'the given reason' in str(a)
     learn = build_learner(dots, plan=a, **TINY)
     fit(learn, epochs=1, say=str)
     r = learn.record
@@ -564,7 +564,7 @@ def test_the_figure_is_replaced_only_with_overwrite(tmp_path, flowers):
     with pytest.MonkeyPatch.context() as m:
 
         def never(*a, **k):
-            raise AssertionError('it was computed before it was refused')
+            raise AssertionError('it was computed before the error')
 
         m.setattr(advisor, 'advise', never)
         assert str(out) in (line := error_line('advise', flowers, *WORDS, '--out', out))
@@ -601,7 +601,7 @@ def test_train_as_advised(tmp_path, fundus_data, monkeypatch):
         return given['advice']
 
     monkeypatch.setattr(advisor, 'advise', spy)
-    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said'))
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'the given reason'))
     result = good(
         'train',
         fundus_data,
@@ -653,7 +653,7 @@ def test_advice_is_for_a_network(flowers):
 
 
 def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, monkeypatch):
-    "The features of the images as they are; those of the mirror and near images are new"
+    "The features of the original images are found; those of the mirrored and enlarged images are new"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     words = ('--arch', 'test_resnet', '--weights', weights, '--size', '32')
 
@@ -667,7 +667,7 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
     assert len(first) == 5
     assert new
     assert all('px-mirror_near-' in k for k in new)  # one store for a stage and a view
-    assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other side was appended
+    assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other subset was appended
 
 
 @pytest.mark.parametrize(
@@ -690,7 +690,7 @@ def test_invalid_arguments(tmp_path, flowers, words, why):
 @pytest.mark.parametrize('epochs', [0, -1])
 def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monkeypatch, epochs):
     def never(*a, **k):
-        raise AssertionError('it was computed before it was refused')
+        raise AssertionError('it was computed before the error')
 
     monkeypatch.setattr(advisor, 'advise', never)
     assert f"--epochs: '{epochs}' is not possible" in error_line(

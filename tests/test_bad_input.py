@@ -31,7 +31,7 @@ def broken(tmp_path, folder, *words, out='run', quick=QUICK):
     lines = result.err.splitlines()
     assert result.code in (1, 2), result
     assert len(lines) == 1, result
-    assert lines[0].startswith('dr_transfer: error: '), result  # 2: of an option
+    assert lines[0].startswith('dr_transfer: error: '), result  # 2: an error in an option
     assert 'phase' not in result.out
     assert 'Traceback' not in result.err
     assert sorted(p.name for p in tmp_path.iterdir()) == beside
@@ -145,7 +145,7 @@ def test_the_odd_images_have_the_modes_of_their_names(mixed):
 def test_training_skips_damaged_files(mixed, mixed_run):
     folder, odd, before = mixed
     out, result = mixed_run
-    assert content(folder) == before, 'not a byte in the data was changed'
+    assert content(folder) == before, 'a file in the data was changed'
     r = json.loads((out / 'record.json').read_text(encoding='utf-8'))
     assert sorted(Path(x['image']).name for x in r['skipped']) == sorted(BAD)
     assert r['data']['skipped'] == 3
@@ -163,8 +163,8 @@ def test_training_skips_damaged_files(mixed, mixed_run):
     assert {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
     assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose']
     assert np.isfinite(t.iloc[:, 4:].to_numpy()).all()
-    assert set(t.image) & set(odd), 'odd images on both sides'
-    assert set(odd) - set(t.image), 'odd images on both sides'
+    assert set(t.image) & set(odd), 'odd images in both subsets'
+    assert set(odd) - set(t.image), 'odd images in both subsets'
 
 
 def test_every_odd_image_is_predicted_and_every_damaged_one_has_a_reason(mixed, mixed_run):
@@ -210,20 +210,20 @@ def test_an_odd_image_is_predicted_as_what_it_shows(mixed, mixed_run, tmp_path):
     p_daisy = {Path(row['image']).name: float(row['p_daisy']) for row in rows}
 
     def near(a, b):
-        "The same pixels: the same number"
+        "Return whether the predictions are equal"
         return abs(p_daisy[a] - p_daisy[b]) < 1e-7
 
     assert near('turned.png', 'upright.png')
     assert near('deep.png', 'shallow.png')
     assert near('deep.tif', 'shallow.png')
     assert near('alpha.png', 'flat.png')
-    assert near('it\'s "quoted".png', 'ignored.png'), 'the model tells other pictures apart'
-    assert near('grey.png', 'shallow.png') is False, 'the model tells other pictures apart'
-    assert not near('turned.png', 'ignored.png'), 'to turn it matters, so that the first line can fail'
+    assert near('it\'s "quoted".png', 'ignored.png'), 'the model does not distinguish other images'
+    assert near('grey.png', 'shallow.png') is False, 'the model does not distinguish other images'
+    assert not near('turned.png', 'ignored.png'), 'rotation has no effect, so the first assertion cannot fail'
 
 
 def test_one_odd_image_of_each_kind_among_fundus_images(run, mixed):
-    "The reader of fundus photographs, which trims and pads, takes them as well."
+    "The reader of fundus images, which trims and pads, accepts them too."
     rows = rows_of(good('predict', run, *mixed[1]).out)
     assert len(rows) == len(mixed[1])
     for r in rows:
@@ -256,7 +256,7 @@ def test_one_damaged_image_does_not_stop_the_others(tmp_path, run, mixed_run, fu
 
 
 def test_a_name_that_is_not_text(tmp_path, run, fundus_data):
-    "Linux takes any bytes for a name; a row, and a file that can be written."
+    "Linux accepts any bytes as a name: there is a row, and the table can be written."
     in_folder = tmp_path / 'in'
     try:
         in_folder.mkdir()
@@ -336,7 +336,7 @@ def test_nothing_that_can_be_read(tmp_path, flowers):
 
 
 def no_entry(folder):
-    "os.scandir, as it is where `folder` may not be read."
+    "os.scandir without permission to read `folder`."
     real = os.scandir
 
     def scandir(path='.'):
@@ -569,7 +569,7 @@ def test_a_demo_can_be_repeated_after_an_error(tmp_path, words, monkeypatch):
 
     monkeypatch.setattr(dr_transfer.core, 'build_learner', reached)
     assert cli('demo', '--images', '4', '--size', '64', '--out', tmp_path / 'demo').code == 130, (
-        'it drew and came to the training'
+        'it made the images and reached the training'
     )
 
 
@@ -590,7 +590,7 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
         torch.save(Payload(hit), file)
     else:
         torch.save({'conv1.weight': torch.zeros(3), 'x': Payload(hit)}, file)
-    if name == 'w.pth':  # it would run, if it were let
+    if name == 'w.pth':  # it would run with pickle
         (pickle.loads(file.read_bytes()) if way == 'pickle' else torch.load(file, weights_only=False))
         hit.rmdir()
     line = broken(tmp_path, flowers, '--weights', file, quick=FAST)
@@ -699,7 +699,7 @@ def test_predict_without_a_model_or_images(tmp_path, run, fundus_data):
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
-# ---------------------------------------------------------------- a training that comes to nothing
+# ---------------------------------------------------------------- training without a result
 
 
 @pytest.mark.parametrize('epochs', ['1', '2'])
@@ -735,11 +735,11 @@ def test_googlenet_from_random_weights_is_an_error(tmp_path, fundus_data, epochs
     assert not (tmp_path / 'run').exists()
 
 
-# ---------------------------------------------------------------- nothing to validate on, or nothing to learn
+# ---------------------------------------------------------------- no validation or no training images
 
 
 def with_split(folder, fundus_data, split, spoil=''):
-    "The synthetic fundus images with a split by patient, the images of one subset spoilt."
+    "The synthetic fundus images with a split by patient, the images of one subset damaged."
     shutil.copytree(fundus_data, folder)
     t = pd.read_csv(folder / 'labels.csv')
     t['split'] = t.patient.map(split)

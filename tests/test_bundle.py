@@ -16,7 +16,7 @@ from helpers import Payload, cli, content, error_line, good, rows_of, table
 FILES = ['model.json', 'model.safetensors']
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 NO_PICKLE = (pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
-MARKER = '.dr_transfer.json'  # tells that the folder may be replaced; a model is read without it
+MARKER = '.dr_transfer.json'  # marks that the folder may be replaced; a model is read without it
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def fails(folder, image):
     return line
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- contents
 
 
 def test_a_model_is_safetensors_and_json_only(run, weights):
@@ -93,7 +93,7 @@ def test_a_model_is_safetensors_and_json_only(run, weights):
     assert sd['1.3.weight'].shape[0] == 2
     stem = next(v for k, v in sd.items() if k.endswith('conv1.0.weight') or k.endswith('conv1.weight'))
     assert any(v.shape == stem.shape and bool((v == stem).all()) for v in source.values()), (
-        'the frozen body is that of the weights file'
+        'the frozen body is not that of the weights file'
     )
 
 
@@ -117,7 +117,7 @@ def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
     assert (run / name).stat().st_mode & 0o777 == like.stat().st_mode & 0o777
 
 
-# ---------------------------------------------------------------- there and back
+# ---------------------------------------------------------------- round trip
 
 
 def test_saved_again_it_is_the_same(tmp_path, run):
@@ -143,7 +143,7 @@ def test_saved_again_it_is_the_same(tmp_path, run):
 
 
 def test_a_model_is_in_evaluation_mode_and_takes_any_image(run, fundus_data):
-    "Evaluation mode: the batch in which an image comes does not matter. Paths, images and arrays are one."
+    "In evaluation mode the other images of a batch do not matter; paths, images and arrays are equivalent."
     from PIL import Image
 
     from dr_transfer.inference.saved_model import load_model
@@ -169,7 +169,7 @@ def test_a_model_is_in_evaluation_mode_and_takes_any_image(run, fundus_data):
     turned = [np.rot90(a).copy() for a in fields]  # no border to be trimmed, no size to be changed
     np.testing.assert_allclose(m.probs(turned), m.probs(fields), atol=1e-5)  # the four turns are averaged
     one, other = (np.log(m.probs(images, views='none')) for images in (turned, fields))
-    assert abs(one - other).max() > 1e-3, 'or else this shows nothing'
+    assert abs(one - other).max() > 1e-3, 'otherwise the test shows nothing'
 
 
 def log_odds(p):
@@ -224,8 +224,8 @@ def test_channels_last_gives_the_same(run):
 
 
 def test_bf16_changes_the_features_little(run):
-    """What it does to the probabilities depends on how steep the head is: the bound is on the log-odds, divided by the
-    length of the head's weights. A length of .73 (an epoch of SGD) turns .11 into .02 of the probability."""
+    """The effect on the probabilities depends on the weights of the head: the bound is on the log-odds, divided by the
+    norm of these weights. With a norm of .73 (an epoch of SGD), .11 is a change of .02 of the probability."""
     from dr_transfer.inference.saved_model import load_model
 
     images = table(run / 'predictions.csv').image.tolist()
@@ -249,7 +249,7 @@ def test_bf16_changes_the_features_little(run):
     ids=lambda h: '-'.join(map(str, h.values())),
 )
 def test_any_head_at_any_stage_is_restored(tmp_path, fundus_data, weights, how):
-    "What is described is what is built: the same probabilities, and the same again after a second saving."
+    "The model is rebuilt from its description: the probabilities are the same, also after it is saved again."
     from dr_transfer.core import build_learner, predict_probs
     from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.utils.schema import to_dict
@@ -271,7 +271,7 @@ def test_any_head_at_any_stage_is_restored(tmp_path, fundus_data, weights, how):
 
 
 def test_a_classifier_of_features_is_restored(tmp_path, fundus_data, weights):
-    "Fitted on features, put on its backbone, saved, and loaded."
+    "Fitted on features, combined with its backbone, saved, and loaded."
     from dr_transfer.core import build_learner, classifier_learner
     from dr_transfer.features.classifiers import FeatureClassifier
     from dr_transfer.inference.saved_model import load_model, save_model
@@ -290,7 +290,7 @@ def test_a_classifier_of_features_is_restored(tmp_path, fundus_data, weights):
     np.testing.assert_allclose(m.probs(t.image[:5]), c.predict_proba(f.take(range(5))), atol=1e-5)
 
 
-# ---------------------------------------------------------------- written whole or not at all
+# ---------------------------------------------------------------- written completely or not at all
 
 
 @pytest.mark.parametrize('at', ['save_file', 'card_text'])
@@ -343,13 +343,13 @@ def test_an_existing_folder_is_kept(tmp_path, run):
     assert content(tmp_path) == before
 
 
-# ---------------------------------------------------------------- nothing in it runs
+# ---------------------------------------------------------------- nothing in it is run
 
 
 def test_loading_uses_no_pickle_and_imports_nothing_by_name(run, image, monkeypatch):
     import torch
 
-    good('predict', run, image)  # whatever is imported late has been
+    good('predict', run, image)  # late imports are done
 
     def never(*a, **k):
         raise AssertionError('this must not be called')
@@ -380,7 +380,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         torch.save({'x': Payload(hit)}, model / file)
     data = (model / file).read_bytes()
     torch.load(io.BytesIO(data), weights_only=False) if way == 'torch' else pickle.loads(data)
-    hit.rmdir()  # it would have run
+    hit.rmdir()  # pickle would run it
     if signed and file == 'model.safetensors':
         sign_tensors(model)
     fails(model, image)
@@ -454,8 +454,8 @@ def test_a_change_with_a_new_hash_is_accepted(model, image):
     before = good('predict', model, image).out
     edit(model)
     assert good('predict', model, image).out == before
-    edit(model, classes=['well', 'ill'])
-    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_well', 'p_ill'}
+    edit(model, classes=['healthy', 'disease'])
+    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_healthy', 'p_disease'}
 
 
 def test_an_unknown_reader_raises_an_error_in_the_library_too(model, image):

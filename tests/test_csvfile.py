@@ -87,7 +87,7 @@ def test_no_cell_is_a_formula_and_the_original_is_read_back(text):
     escaped = escape_cell(text)
     assert unescape_cell(escaped) == text
     if escaped[0] in '=+-@\t\r':
-        assert plain_number(escaped) == float(text)  # a number, and nothing else
+        assert plain_number(escaped) == float(text)  # a number only
 
 
 @settings(max_examples=200, deadline=None)
@@ -173,7 +173,7 @@ def test_ambiguous_files_are_read_as_intended(tmp_path, text, found):
         (
             'image,label\na,b,c\nd,e,f\n',
             'line 2 has 3 fields, and the header has 2',
-        ),  # pandas takes the first for an index
+        ),  # pandas uses the first column as the index
         ('image,label,x\na,b,c\n\nd,e\n', 'line 4 has 2 fields'),
         ('image,label\n"1.png,a\n2.png,b\n3.png",c\n', 'lines 2 to 4 are one row, because of a quote'),
         ('image,label\n' + '0.png,a\n' + '"1.png,a\n' + 'x.png,b\n' * 9 + '2.png",a\n', 'lines 3 to 13 are one row'),

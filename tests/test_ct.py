@@ -34,7 +34,7 @@ def noise(shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), s
 
 
 def ramp(spacing, origin=(-31.0, -42.0, -53.0), size=(62, 84, 106), slope=(3.0, -2.0, 1.0)):
-    "A volume whose value is a linear function of the place in mm, which linear interpolation gives back exactly"
+    "A volume whose values are a linear function of the position in mm, which linear interpolation reproduces exactly"
     shape = [int(s / d) + 1 for s, d in zip(size, spacing)]
     v = Volume(np.zeros(shape, np.float32), spacing, origin)
     return Volume((v.mm(np.moveaxis(np.indices(shape), 0, -1)) @ slope).astype(np.float32), spacing, origin), np.array(
@@ -140,7 +140,7 @@ def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
         r = np.sqrt((plane(v, centre, p, 40, 80) > 0).sum() * 0.25 / np.pi)
         assert abs(r - radius) < sum(d * d for d in spacing) / 8 / radius + 0.15, (
             p
-        )  # linear interpolation cuts the corners of a sphere by as much
+        )  # linear interpolation makes a sphere smaller by as much
 
 
 def test_the_planes_of_a_mirrored_volume_are_mirrored():
@@ -223,7 +223,7 @@ def test_invalid_volumes_and_planes_are_errors(make, words):
 
 
 def save_nifti(v, path, codes='LPS', slope=1.0):
-    "As a file with axes in another order or direction, with nibabel's own means"
+    "Save with axes in another order or direction, with functions of nibabel"
     nib = pytest.importorskip('nibabel')
     ras = np.diag([-1, -1, 1, 1]) @ np.block(
         [[np.diag(v.spacing[::-1]), np.array(v.origin)[::-1, None]], [np.zeros(3), 1]]
@@ -237,7 +237,7 @@ def save_nifti(v, path, codes='LPS', slope=1.0):
 
 
 def save_series(v, folder, way=(1, 0, 0, 0, 1, 0), uid='1.2.3', slope=1, names='{}.dcm', **other):
-    "As slices along whatever axis `way` leaves over; the array is taken apart accordingly"
+    "Save as slices along the axis that `way` does not name; the array is divided accordingly"
     pydicom = pytest.importorskip('pydicom')
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -574,7 +574,7 @@ def test_impossible_chests_are_errors(kw, words):
 
 @pytest.fixture(scope='module')
 def synthetic_set(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ct') / 'drawn'
+    folder = tmp_path_factory.mktemp('ct') / 'synthetic'
     return folder, *make_ct(folder, n=10, seed=3, spacing=COARSE, nodes=5, every=24)
 
 
@@ -744,7 +744,7 @@ def test_equivalent_settings_give_the_same_images(synthetic_set, tmp_path):
 
 @pytest.mark.parametrize('text', ['image,label\na.jpg,1\n', 'image,volume,label\na.jpg,v.npz,1\n'])
 def test_labels_of_the_user_are_not_replaced(synthetic_set, tmp_path, text):
-    "Whatever its columns are: the folder has no mark that it was made here."
+    "For any columns: the folder has no marker of the library."
     (tmp_path / 'labels.csv').write_text(text)
     with pytest.raises(ValueError, match='is not a pictures folder'):
         candidate_images(synthetic_set[1], synthetic_set[0], tmp_path)
@@ -752,7 +752,7 @@ def test_labels_of_the_user_are_not_replaced(synthetic_set, tmp_path, text):
     assert not (tmp_path / 'images').exists()
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- from volumes to predictions
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,13 @@ def test_labels_that_are_not_grades(label, target):
     assert '1 images' in str(e.value)
     assert 'b.jpg' in str(e.value)
     assert '0, 1, 2, 3, 4' in str(e.value)
-    assert 'target' not in t.columns  # and the table is as it was
+    assert 'target' not in t.columns  # the table is not changed
 
 
 def test_class_names():
     t = pd.DataFrame({'image': list('abc'), 'label': ['x', 'b', 'x'], 'target': ['x', 'b', 'x']})
     assert class_names(t, Target('class')) == ['b', 'x']
-    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # those that do not occur as well
+    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # also those that do not occur
     out = encode_target(t.drop(columns='target'), Target('class'))
     assert out.target.tolist() == out.label.tolist()
 
@@ -133,7 +133,7 @@ def test_class_names():
 
 
 def test_a_table_is_split_by_the_target(dr):
-    "The labels stay as they are, the classes of the target are in proportion, patients stay whole; the seed decides."
+    "The labels stay, the split is stratified by the target and keeps patients together; the seed determines it."
     t = task_table(dr, REFERABLE)
     assert list(t.columns) == ['image', 'label', 'group', 'split', 'data_eye', 'target']
     assert set(t.label) > {'0', '2'}
@@ -149,7 +149,7 @@ def test_a_table_is_split_by_the_target(dr):
     assert not task_table(dr, REFERABLE, seed=1).split.equals(t.split)
     assert (task_table(dr, REFERABLE, valid=0.5).split == 'valid').mean() == pytest.approx(0.5, abs=0.1)
     assert task_table(label_table(dr), REFERABLE)[['image', 'split']].equals(t[['image', 'split']]), (
-        'a table is as good as its folder'
+        'a table gives another split than its folder'
     )
 
 
@@ -172,7 +172,7 @@ def test_a_table_from_labels_beside_a_folder(dr, tmp_path):
         task_table(dr, REFERABLE, labels.assign(grade=0).drop(columns='split'))
 
 
-# ---------------------------------------------------------------- tasks by name, and one's own
+# ---------------------------------------------------------------- tasks by name, and custom tasks
 
 
 def test_get_task():
@@ -233,7 +233,7 @@ def test_custom_task_in_a_few_lines(dr):
 
 
 def fundus(w, h, radius, cut, size=160):
-    "A round field on black, cut above and below, with a white mark at each end of its width and height"
+    "A round field on black, cropped at the top and bottom, with a white mark at each end of its width and height"
     y, x = np.mgrid[:h, :w]
     a = np.zeros((h, w, 3), np.uint8)
     field = (np.hypot(x - w / 2, y - h / 2) < radius) & (abs(y - h / 2) < cut)
@@ -265,10 +265,10 @@ def test_a_fundus_image_keeps_its_disc(w, h, radius, cut):
     ys, xs = np.nonzero(lit)
     got = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
     assert max(got) >= 157  # the black borders are gone
-    assert got[0] / got[1] == pytest.approx(bw / bh, rel=0.04)  # the aspect ratio is not
+    assert got[0] / got[1] == pytest.approx(bw / bh, rel=0.04)  # the aspect ratio is kept
     white = a.min(2) > 150
     for part in (white[:, :80], white[:, 80:], white[:80], white[80:]):
-        assert part.any()  # all four ends are there
+        assert part.any()  # all four marks are visible
     edge = xs.min() + 7 * 160 // max(bw, bh)
     assert white[:, :edge].any()
     assert white[:, 160 - edge :].any()
@@ -276,7 +276,7 @@ def test_a_fundus_image_keeps_its_disc(w, h, radius, cut):
 
 def test_a_flower_image_is_neither_trimmed_nor_squeezed():
     a = np.zeros((80, 160, 3), np.uint8)
-    a[20:60, 60:100] = 255  # a square in the middle of a wide picture
+    a[20:60, 60:100] = 255  # a square in the middle of a wide image
     f = get_task('flowers', size=64)
     out = np.asarray(read_image(Image.fromarray(a), 64, f.reader, f.fit)).max(2) > 127
     ys, xs = np.nonzero(out)
@@ -358,7 +358,7 @@ def test_validation_batches_are_not_augmented(dr, augment):
         assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
     first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
     read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
-    assert not torch.equal(pixels(first), read_as)  # the training set is
+    assert not torch.equal(pixels(first), read_as)  # the training images are
 
 
 def test_batches_are_normalised_as_requested(dr):

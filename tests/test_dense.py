@@ -13,7 +13,7 @@ from dr_transfer.models.networks import CifarNet
 
 
 def stirred(net):
-    "BatchNorm with its own values"
+    "Random values for BatchNorm"
     torch.manual_seed(1)
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -23,8 +23,8 @@ def stirred(net):
 
 
 def parts(name):
-    """Convolutions, and what comes after them, of a network of torchvision,
-    with weights through which an image does not fade
+    """The convolutions and the other layers of a network of torchvision,
+    with weights that keep the variance of an image
     """
     import torchvision
 
@@ -63,8 +63,8 @@ def test_score_maps_of_the_networks_of_the_texts(name, input_size):
     for m in everywhere.modules():
         assert not isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d))
     out = everywhere(inner(x))
-    assert out.shape == (2, 1000, 1, 1), 'two images have two answers, a thousand tolerances apart'
-    assert (out[0] - out[1]).std() > 1e-2 * out.std(), 'two images have two answers, a thousand tolerances apart'
+    assert out.shape == (2, 1000, 1, 1)
+    assert (out[0] - out[1]).std() > 1e-2 * out.std(), 'two images do not differ by a thousand tolerances'
     assert torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-5)
     assert everywhere(inner(torch.zeros(1, 3, 288, 256))).shape[2:] == (3, 2)
 

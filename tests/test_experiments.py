@@ -56,7 +56,7 @@ def labelled(flowers):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    "The sizes of the training sides that were really trained on."
+    "The sizes of the training sets that were really used."
     train_sizes = []
     build = crossval.build_learner
     monkeypatch.setattr(
@@ -67,7 +67,7 @@ def trainings(monkeypatch):
     return train_sizes
 
 
-# ---------------------------------------------------------------- sides
+# ---------------------------------------------------------------- subsets
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -84,11 +84,11 @@ def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labe
     fraction = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
         assert (abs(s.target.value_counts().reindex(fraction.index, fill_value=0) - fraction * len(s)) <= 1).all(), (
-            'each class in proportion'
+            'the subset is not stratified'
         )
     for s in sets:
         assert s[s.split == 'test'].image.tolist() == t[t.split == 'test'].image.tolist(), (
-            'the unseen images are the same'
+            'the validation images differ'
         )
 
 
@@ -108,8 +108,8 @@ def test_random_initialisation_gets_steps_not_epochs(labelled):
         )
         assert _epochs(learn, METHODS[BASELINE].phases[0]) == epochs
     assert plan_table(plans=[METHODS[BASELINE]]).epochs.tolist() == ['by number of images']
-    assert METHODS[BASELINE].phases[0].frozen == 0, 'the statistics of random weights must move'
-    assert METHODS[BASELINE].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+    assert METHODS[BASELINE].phases[0].frozen == 0, 'the statistics of random weights must change'
+    assert METHODS[BASELINE].phases[0].fixed_bn is False, 'the statistics of random weights must change'
 
 
 # ---------------------------------------------------------------- curves
@@ -130,7 +130,7 @@ def test_an_interrupted_study_is_resumed(flowers, trainings):
             learning_curve(flowers, **ask)
     assert trainings == [10, 10, 30]
     runs = learning_curve(flowers, **ask)
-    assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
+    assert trainings == [10, 10, 30, 30], 'something was trained twice'
     assert runs[['method', 'images']].values.tolist() == [
         [BASELINE, 10],
         ['frozen', 10],
@@ -171,12 +171,12 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     for name, plan in method_plans(methods).items():
         p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
         assert h[h.method == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), (
-            'the error of the unseen images'
+            'not the error on the validation images'
         )
-    assert len(trainings) == 3, 'these were the trainings of the curve'
+    assert len(trainings) == 3, 'these were not the trainings of the curve'
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- stored trainings
 
 
 def test_a_stored_training_is_found_by_all_that_affects_it(labelled, tmp_path, trainings):
@@ -189,10 +189,10 @@ def test_a_stored_training_is_found_by_all_that_affects_it(labelled, tmp_path, t
 
     assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
     for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()):
-        assert kept(o=o) is None, 'what has no description is not kept'
+        assert kept(o=o) is None, 'an object without a description is not stored'
     how = dict(arch='small_cnn', runtime='plain', allow_leaks=True, say=lambda line: None)
     file = tmp_path / 'w.safetensors'
-    for seed in (1, 2):  # one name, other weights
+    for seed in (1, 2):  # the same name, other weights
         torch.manual_seed(seed)
         save_weights(create_body('small_cnn', 'random'), file, overwrite=True)
         train_once(t, task, None, plan, weights=file, **how)
@@ -202,7 +202,7 @@ def test_a_stored_training_is_found_by_all_that_affects_it(labelled, tmp_path, t
     assert len(trainings) == 2, 'the same weights under another name'
     for _ in range(2):
         train_once(t, task, None, plan, weights='random', loss_func=CrossEntropyLossFlat(), **how)
-    assert len(trainings) == 4, 'a loss that cannot be told by its name is trained each time'
+    assert len(trainings) == 4, 'a loss that its name does not identify is trained each time'
 
 
 def swap(folder):
@@ -249,7 +249,7 @@ def test_a_changed_stored_training_is_not_used(tmp_path, name):
 
 
 def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
-    "And is the same as before"
+    "The prediction is the same as before"
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     how = dict(arch='small_cnn', weights='random', runtime='plain', allow_leaks=True, say=lambda line: None)
 
@@ -311,12 +311,12 @@ def curve(**scores):
             (0.4, 0.5, 0.6, 0.7),
             [50, 100, 200, np.inf],
             [25, 50, 100, np.inf],
-        ),  # one doubling ahead; the last is beyond what was tried
+        ),  # one doubling ahead; the last is beyond the largest size
         ((0.3, 0.4, 0.5, 0.6), [25, 50, 100, 200], [0, 0, 0, 0]),  # no better
-        ((0.1, 0.2, 0.3, 0.4), [25, 50, 100, 200], [0, 0, 0, 0]),  # worse: none, never less than none
+        ((0.1, 0.2, 0.3, 0.4), [25, 50, 100, 200], [0, 0, 0, 0]),  # worse: zero, never negative
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
-)  # ahead at first only
+)  # better at small sizes only
 def test_images_saved_equal_those_of_known_curves(frozen, needed, saved):
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.images_needed.tolist() == pytest.approx(needed)
@@ -345,7 +345,7 @@ def test_table_and_figure_of_a_curve():
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
     assert t.loc[BASELINE].gain.isna().all()
-    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits agree on the difference'
+    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits do not agree on the difference'
     assert [ax.get_title() for ax in plot_learning_curve(runs).axes] == [BASELINE, 'frozen']
     with pytest.raises(ValueError, match='accuracy'):
         curve_table(runs, 'kappa')
@@ -415,7 +415,7 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
     assert c_png.stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['method', 'metric'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
-        'the first is not held against itself'
+        'the first is compared with itself'
     )
     assert (
         t.loc[('test_resnet', 'accuracy'), 'difference_low']

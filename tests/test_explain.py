@@ -80,7 +80,7 @@ def batch(model, *images):
     return parts.batch([parts.read(i) for i in images])
 
 
-# ---------------------------------------------------------------- filters
+# ---------------------------------------------------------------- first-layer filters
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ CHAINS = [
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
-    """The weights of a linear head, and of what its BatchNorm does, on the maps;
-    by the head and by the name of the stage
+    """The weights of a linear head, including its BatchNorm, applied to the maps;
+    with the head and with the name of the stage
     """
     m = image_model(arch, size=size, **kw)
     im = noise_image(size)
@@ -256,7 +256,7 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
         cams = [torch.einsum('c,nchw->nhw', a, x)[:, None] for a, x in zip(w, maps)]
         signed = sum(F.interpolate(c, maps[0].shape[-2:], mode='bilinear') for c in cams)
     assert signed.abs().max() > 0
-    for c, evidence in enumerate((-signed, signed)):  # of two classes what speaks for one speaks against the other
+    for c, evidence in enumerate((-signed, signed)):  # with two classes, evidence for one is evidence against the other
         want = F.interpolate(evidence.relu(), (size, size), mode='bilinear')[0, 0]
         got = grad_cam(m, im, c)
         assert got.dtype == np.float32
@@ -268,7 +268,7 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size, kw):
-    "The same with hooks and backward() of PyTorch alone"
+    "The same with hooks and backward() of PyTorch only"
     m = image_model(arch, size=size, **kw)
     im = noise_image(size, 1)
     stages, head = m.model
@@ -439,7 +439,7 @@ def test_grad_cam_on_a_mask_and_its_chance_levels():
     assert d['area'] == (masks[0] & field).mean() * 2
     assert d['fraction'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
-    )  # Grad-CAM outside the field counts against
+    )  # Grad-CAM outside the field lowers the score
     assert plot_grad_cam_tables({'a': perfect, 'b': flat}).axes
     for call, words in (
         (lambda: grad_cam_on_mask(np.ones((4, 4)), masks[0]), 'as the model reads it'),

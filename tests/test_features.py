@@ -65,7 +65,7 @@ TURNS['mirror'].insert(0, TURNS['none'][0])
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-    "So that a copy of this process computes the same bits, and does not wait for threads that it has not got"
+    "With one thread, a forked process computes the same bits and does not wait for threads that it does not have"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -105,9 +105,7 @@ def fresh(runtime='plain', arch='test_resnet', **kw):
 
 
 def n_images(x):
-    return int(
-        (x != x[..., :1, :1]).flatten(1).any(1).sum()
-    )  # a batch is filled up with black images: they do not count
+    return int((x != x[..., :1, :1]).flatten(1).any(1).sum())  # black images that fill up a batch do not count
 
 
 @contextmanager
@@ -130,7 +128,7 @@ def counting(body, act=None):
 
 @contextmanager
 def asking(body):
-    "What the network is asked for: stage -> images, all views counted"
+    "The features that the network computes: stage -> number of images, with all views"
     calls = []
     asked = Counter()
     pooled = body.pooled
@@ -150,7 +148,7 @@ def asking(body):
 
 
 def forked(work):
-    "Another process that does `work`, a copy of this one"
+    "Run `work` in a forked process and return its id"
     if not sys.platform.startswith('linux'):
         pytest.skip('no process can be copied with its threads')
     if pid := os.fork():
@@ -166,7 +164,7 @@ def forked(work):
 
 
 def ended(pid, seconds=60):
-    "How another process ended"
+    "Return the exit code of another process"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -193,7 +191,7 @@ def part(complete, stages):
     return {k: v for k, v in complete.items() if k.split()[0].split('.')[0] in stages}
 
 
-# ---------------------------------------------------------------- the same by hand
+# ---------------------------------------------------------------- comparison with features by hand
 
 PLACES = {
     'test_resnet': 'maxpool layer1 layer2 layer3 layer4',
@@ -208,7 +206,7 @@ SIZE = 72
 
 
 def network(name):
-    "The network as its library makes it, with random weights and statistics"
+    "The network of its library, with random weights and statistics"
     torch.manual_seed(3)
     net = (
         SmallCNN()
@@ -222,7 +220,7 @@ def network(name):
 
 
 def maps_at(net, places, x):
-    "What a network computes at some of its modules"
+    "The outputs of some modules of a network"
     maps = {}
 
     def keep(place):
@@ -293,7 +291,7 @@ def test_features_are_those_of_the_network(name, views, paths, tmp_path):
             assert got.dtype == np.float32
             assert np.abs(got - w[:, :, i]).max() < 1e-4 * np.abs(w).max()
         scale = np.abs(w).max()
-        assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images differ, views differ, and the pools do
+        assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images, views and pools differ
         if views != 'none':
             assert np.abs(w[:, 0] - w[:, 1]).max() > 1e-3 * scale
         if name != 'test_vit':
@@ -324,7 +322,7 @@ def test_any_batch_size(bs, body, paths, tmp_path):
     f = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '2', bs=bs)
     assert not {d.name for d in folders(f).values()} & {
         d.name for d in folders(want).values()
-    }  # it decides the last bits
+    }  # the batch size affects the last bits
     for k in f.stages:
         assert f.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
 
@@ -341,7 +339,7 @@ def test_runtimes_give_nearly_the_same(runtime, body, paths, tmp_path):
 
 
 def test_a_cut_network_gives_the_same(paths, tmp_path):
-    "So do some of its stages; and they are the same stores"
+    "The same with some of its stages; the stores are the same"
     f = extract_features(paths, fresh(), 32, stages=['stem', 'stage1'], folder=tmp_path)
     cut = fresh(stage='stage1')
     with counting(cut) as computed:
@@ -363,7 +361,7 @@ def test_layers_after_the_last_stage_are_not_run(body, paths, tmp_path):
 
 
 def test_a_body_in_training_mode(body, paths, tmp_path):
-    "It is put into evaluation mode, and its statistics stay"
+    "It is set to evaluation mode, and its statistics do not change"
     before = {k: v.clone() for k, v in body.state_dict().items()}
     want = extract_features(paths, body, 32, folder=tmp_path / '1')
     f = extract_features(paths, body.train(), 32, folder=tmp_path / '2')
@@ -379,7 +377,7 @@ def test_a_network_that_does_not_accept_small_images(paths, tmp_path):
     assert extract_features(paths[:1], Body(stages), 96, folder=tmp_path).stages == {'stem': 4}
 
 
-# ---------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------- results
 
 
 def test_numpy(body, paths, tmp_path):
@@ -390,7 +388,7 @@ def test_numpy(body, paths, tmp_path):
     assert f.about['pools'] == ['max', 'mean']
     assert sum(f.stages.values()) == f.numpy().shape[-1]
     assert list(f.stages) == stage_names(body.stages)
-    both = f.numpy(['stage3', 'stem'])  # side by side in the order asked for
+    both = f.numpy(['stage3', 'stem'])  # concatenated in the requested order
     assert np.array_equal(both, np.concatenate([f.numpy('stage3'), f.numpy('stem')], -1))
     assert (f.numpy('stem', 'max') >= f.numpy('stem')).all()
     assert (f.numpy('stem', 'max') > f.numpy('stem')).any()
@@ -421,7 +419,7 @@ def test_pandas(body, paths, tmp_path):
     ids=str,
 )
 def test_take(body, paths, tmp_path, rows):
-    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row is one of the others
+    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row repeats another
     assert np.array_equal(f.numpy('stage1')[7], f.numpy('stage1')[6])
     f = f.take(slice(7))
     g = f.take(rows)
@@ -434,7 +432,7 @@ def test_take(body, paths, tmp_path, rows):
 
 
 def test_rows_follow_the_list(body, paths, tmp_path):
-    "Whatever the order in which they were computed"
+    "For any order in which they were computed"
     f = extract_features(paths[3:5], body, 32, folder=tmp_path)
     early = f.numpy('stage4').copy()
     order = [6, 3, 0, 3, 4, 1]
@@ -446,7 +444,7 @@ def test_rows_follow_the_list(body, paths, tmp_path):
 
 
 def test_the_description(body, paths, tmp_path):
-    "What decides the numbers can be read from the folder"
+    "Everything that affects the values can be read from the folder"
     f = extract_features(
         paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path
     )
@@ -498,7 +496,7 @@ def test_in_the_cache(body, paths, cache_dir):
 
 
 def test_by_name(paths, tmp_path, monkeypatch):
-    "Runtime and size are those of the backbone if nothing is said"
+    "By default, runtime and size are those of the backbone"
     asked = []
 
     def metric(model, size=224, **k):
@@ -530,7 +528,7 @@ def test_files_and_images_are_the_same(body, arrays, paths, tmp_path):
         assert np.array_equal(extract_features(sources, body, 32, folder=tmp_path / n).numpy(), a.numpy()), n
     with counting(body) as computed:
         extract_features([*forms['path'], *forms['bytes']], body, 32, folder=tmp_path / '1')
-    assert not computed  # a file is known by its bytes
+    assert not computed  # a file is identified by its bytes
     with counting(body) as computed:
         extract_features(forms['PIL'], body, 32, folder=tmp_path / 'array')
     assert not computed
@@ -558,7 +556,7 @@ def test_a_table_of_arrays(body, arrays, tmp_path):
 
 
 def test_names_of_files(body, paths, tmp_path):
-    "What another system would not take; the content is what counts"
+    "Names that are invalid on another system; only the content counts"
     x_folder = tmp_path / 'x'
     names = [
         'con.png',
@@ -586,7 +584,7 @@ def test_names_of_files(body, paths, tmp_path):
     assert f.numpy() == pytest.approx(want.numpy()[[i for i, _ in there]], abs=1e-5)
 
 
-# ---------------------------------------------------------------- computed once; again when something changed
+# ---------------------------------------------------------------- computed once, and again after a change
 
 
 def test_the_same_request_is_read(body, paths, tmp_path):
@@ -639,7 +637,7 @@ def test_other_options_are_computed(name, body, paths, tmp_path):
     if name in ('size', 'fit', 'squish'):
         assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
     with counting(body) as computed:
-        extract_features(paths, body, 32, folder=tmp_path)  # the first is still there
+        extract_features(paths, body, 32, folder=tmp_path)  # the first store still exists
     assert not computed
 
 
@@ -660,12 +658,12 @@ def test_another_normalisation_or_format_is_computed(body, paths, tmp_path):
 @pytest.mark.parametrize('part', ['stem', 'stage2', 'stage4'])
 @pytest.mark.parametrize('kind', ['weight', 'running_var'])
 def test_a_changed_weight_is_detected(part, kind, body, paths, tmp_path):
-    "From its stage on; the stages before are those that are there"
+    "From its stage on; earlier stages are read"
     a = extract_features(paths, body, 32, folder=tmp_path)
     name = next(n for n in body.stages.state_dict() if n.startswith(part) and n.endswith(kind))
     tensor = body.stages.state_dict()[name]
     old = tensor.view(-1)[0].item()
-    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the least that can change
+    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the smallest possible change
     with counting(body) as computed, asking(body) as asked:
         b = extract_features(paths, body, 32, folder=tmp_path)
     later = list(a.stages)[list(a.stages).index(part) :]
@@ -693,7 +691,7 @@ def test_a_changed_weight_of_a_transformer_is_detected(arrays, tmp_path):
 
 
 def test_a_weight_that_is_not_used(body, paths, tmp_path):
-    "Beyond the last stage that is asked for"
+    "After the last requested stage"
     extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
     with torch.no_grad():
         next(body.stages.stage3.parameters()).add_(1)
@@ -721,7 +719,7 @@ def test_a_changed_image_is_detected(body, arrays, paths, tmp_path):
     changed[20, 20] ^= 255
     times = os.stat(mine[4])
     Image.fromarray(changed).save(mine[4])
-    os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date says nothing
+    os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date does not matter
     with counting(body) as computed:
         b = extract_features(mine, body, 32, folder=f_folder)
     assert sum(computed) == 1
@@ -734,7 +732,7 @@ def test_a_changed_image_is_detected(body, arrays, paths, tmp_path):
     assert np.array_equal(c.numpy(), a)
 
 
-# ---------------------------------------------------------------- the same bits, whatever else is computed
+# ---------------------------------------------------------------- the same bits in any batch
 
 
 @contextmanager
@@ -748,7 +746,7 @@ def threads(n):
 
 
 def companies(images):
-    "The images in other batches: (threads, their numbers)."
+    "The images in different batches: (threads, indices)."
     n = len(images)
     return [(2, range(n)), (4, [n - 1]), (3, range(n - 1, -1, -1)), (1, [4, 5, 6, 1])]
 
@@ -763,8 +761,8 @@ def companies(images):
     ],
 )
 def test_features_do_not_depend_on_the_batch(arch, size, runtime, arrays, tmp_path):
-    """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
-    with other numbers of threads
+    """Bit for bit: with other images, at another position in the batch, in an incomplete batch,
+    and with other numbers of threads
     """
     body = fresh(runtime, arch)
     with threads(1):
@@ -825,7 +823,7 @@ def test_predictions_from_stored_features_do_not_depend_on_the_batch():
 
 
 def test_the_same_bytes_after_the_cache_is_deleted(paths, tmp_path):
-    "And whatever was computed before"
+    "For any earlier requests"
     f_folder = tmp_path / 'f'
     want = contents(extract_features(paths, fresh(), 32, folder=f_folder))
     shutil.rmtree(f_folder)
@@ -836,11 +834,11 @@ def test_the_same_bytes_after_the_cache_is_deleted(paths, tmp_path):
     assert np.array_equal(g.numpy(), f.numpy())
 
 
-# ---------------------------------------------------------------- what is there is not believed
+# ---------------------------------------------------------------- stored values are checked
 
 
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
-    "Between hashing and reading: its features are not those of the image that was there"
+    "Between hashing and reading: its features are not stored for the image that was replaced"
     f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(3)]
     for p, q in zip(paths, mine):
@@ -926,14 +924,14 @@ def test_probabilities_that_are_nan(stages, arrays):
         view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
-# ---------------------------------------------------------------- more stages, fewer, and images that only some have
+# ---------------------------------------------------------------- more stages, fewer stages, other images
 
 HOW = dict(size=32, views='quarter_turns', pools=('mean', 'max'), bs=2)
 
 
 @pytest.fixture(scope='module')
 def complete(paths, tmp_path_factory):
-    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('whole'), **HOW))
+    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('complete'), **HOW))
 
 
 ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
@@ -943,7 +941,7 @@ ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
     'first', [['stage3', 'stage1'], ['stage4'], ['stem', 'stage1', 'stage2', 'stage3']], ids='+'.join
 )
 def test_more_stages(first, body, paths, tmp_path, complete):
-    "Those that are missing are computed, for all images in one pass; those that are there are not touched"
+    "Missing stages are computed for all images in one pass; stored stages are not changed"
     a = extract_features(paths, body, stages=first, folder=tmp_path, **HOW)
     before = times(a)
     with counting(body) as computed, asking(body) as asked:
@@ -973,7 +971,7 @@ def test_fewer_stages(fewer, body, paths, tmp_path, complete):
 
 
 def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
-    "Images go no further than the deepest stage that is missing"
+    "Images pass only the stages up to the deepest one that is missing"
     extract_features(paths, body, stages='stage4', folder=tmp_path, **HOW)
     further = []
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
@@ -981,12 +979,12 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
         f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 7
     assert sum(further) <= 1
-    assert contents(f) == part(complete, f.stages)  # the one is that which tells the widths
+    assert contents(f) == part(complete, f.stages)  # the one image determines the widths
 
 
 def test_more_views_afterwards(body, paths, tmp_path):
-    "What was computed of the images as they are is not computed again for their turns; and one view of many is found"
-    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'whole')
+    "Features of the original images are not computed again with rotations; one view of many is found"
+    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'complete')
     with counting(body) as computed:
         straight = extract_features(paths[:5], body, 32, folder=tmp_path)
     with counting(body) as more:
@@ -1011,13 +1009,13 @@ def test_more_views_afterwards(body, paths, tmp_path):
 
 @pytest.mark.parametrize('views', VIEWS)
 def test_the_first_view_is_the_image_as_it_is(views):
-    "A store of the first view serves every set"
+    "A store of the first view is used for each set of views"
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(VIEWS[views][0](x), x)
 
 
 def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
-    "Images that one store lacks pass once; no store gets a row twice"
+    "Images that one store lacks are computed once; no store gets a row twice"
     extract_features(paths, body, stages=['stem', 'stage4'], folder=tmp_path, **HOW)
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
     with asking(body) as asked, counting(body) as computed:
@@ -1030,12 +1028,12 @@ def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
     with counting(body) as computed:
         h = extract_features(paths, body, folder=tmp_path, **HOW)
     assert asked == {'stage3': 4 * 5}
-    assert sum(computed) == 4 * 7  # stage1 lacks them all
+    assert sum(computed) == 4 * 7  # stage1 lacks all of them
     assert contents(f) == part(contents(h), f.stages)
     assert {len(s) for s in h.stores.values()} == {7}
     assert h.rows['stage3'].tolist() == [5, 6, 0, 1, 2, 3, 4]
     assert np.array_equal(h.numpy('stage3')[2:], g.numpy())
-    want = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
+    want = extract_features(paths, body, folder=tmp_path / 'complete', **HOW)
     for k in ALL:
         assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
         assert h.take([6, 0]).numpy(k) == pytest.approx(want.numpy(k)[[6, 0]], abs=1e-5)
@@ -1077,7 +1075,7 @@ def stopping(at):
 
 @pytest.mark.parametrize('at', [0, 1, 4, 6, 8, 12, 15])
 def test_interrupted(at, body, paths, tmp_path, complete):
-    "In any view of any batch: the batches before are kept, and the finished bytes are the same"
+    "In any view of any batch: earlier batches are kept, and the final bytes are the same"
     with pytest.raises(KeyboardInterrupt), counting(body, stopping(at)):
         extract_features(paths, body, folder=tmp_path, **HOW)
     with counting(body) as computed:
@@ -1105,22 +1103,22 @@ def test_killed(body, paths, tmp_path, complete):
 
 
 def peak(f):
-    "The most memory that there was during f(), in MB, and what it gives"
+    "The peak memory during f(), in MB, and its result"
     try:
         Path('/proc/self/clear_refs').write_text('5')  # from now on
         out = f()
         return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1000, out
     except OSError:
-        pytest.skip('the peak of memory is not told here')
+        pytest.skip('the peak memory is not available here')
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    "From 300 images to 800, while what is stored grows by 28 megabytes, as the peak does when all of it is read"
+    "From 300 to 800 images, stored values grow by 28 MB, and so does the peak if all of them are read"
     stages = Stages(
         OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900)))
     )
     stages.spec = find_backbone('small_cnn')
-    rng = np.random.default_rng(0)  # wide, and quick
+    rng = np.random.default_rng(0)  # many channels, but fast
     body = Body(stages)
     many = [tmp_path / f'{i}.ppm' for i in range(800)]
     for p in many:
@@ -1149,7 +1147,7 @@ def test_incomplete_files(harm, n, body, paths, tmp_path, complete):
     assert sum(computed) == 4 * (3 + (n < 0))
     if n > 0:
         assert contents(f) == complete
-    one = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
+    one = extract_features(paths, body, folder=tmp_path / 'complete', **HOW)
     assert f.numpy() == pytest.approx(one.numpy(), abs=1e-5)
 
 
@@ -1171,7 +1169,7 @@ def harmed(data, how):
 
 @pytest.mark.parametrize('how', ['empty', 'text', 'cut'])
 def test_a_corrupt_image(how, body, paths, tmp_path, complete):
-    "Named; what came before is kept; it goes on when the image is repaired, or without it"
+    "It is named, and earlier batches are kept; the extraction is resumed after a repair, or without the image"
     f_folder = tmp_path / 'f'
     mine = [tmp_path / f'{i}.png' for i in range(7)]
     for p, q in zip(paths, mine):
@@ -1181,7 +1179,7 @@ def test_a_corrupt_image(how, body, paths, tmp_path, complete):
         extract_features(mine, body, folder=f_folder, **HOW)
     assert str(mine[5]) in str(e.value)
     assert 'cannot be read' in str(e.value)
-    assert sum(computed) in (4 * 4, 4 * 5)  # the batch after it may be under way
+    assert sum(computed) in (4 * 4, 4 * 5)  # the next batch may be in progress
     with counting(body) as computed:
         kept = extract_features(mine[:4], body, folder=f_folder, **HOW)
     assert not computed
@@ -1216,7 +1214,7 @@ def test_corrupt_bytes_are_not_printed(body, tmp_path):
 
 
 def test_unknown_names(body, paths, tmp_path):
-    "Refused before anything is computed or written"
+    "Errors before anything is computed or written"
     x_folder = tmp_path / 'x'
     f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
     calls = {
@@ -1294,7 +1292,7 @@ def test_a_cache_that_is_not_a_folder(body, paths, tmp_path, monkeypatch):
         extract_features(paths, body, 32)
 
 
-# ---------------------------------------------------------------- the parts
+# ---------------------------------------------------------------- components
 
 MEAN = (0.5, 0.4, 0.3)
 STD = (0.2, 0.3, 0.4)
@@ -1346,7 +1344,7 @@ def test_pooled_equals_the_pooled_maps(stages):
     for k, m in (('stage1', maps[1]), ('stage4', maps[4])):
         assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0])
         assert torch.allclose(got[k][:, 1], m.flatten(2).mean(2), atol=1e-5)
-    Body(stages, RUNTIMES['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
+    Body(stages, RUNTIMES['plain']).stages.to(memory_format=torch.contiguous_format)  # restored for the other tests
 
 
 def test_average_pool():
@@ -1448,7 +1446,7 @@ def test_training_has_its_own_runtime():
     with torch.no_grad():
         assert body.runtime(x) == bf16
     stages.requires_grad_(False)
-    assert body.runtime(x) == bf16  # frozen: a forward pass and no more
+    assert body.runtime(x) == bf16  # frozen: only a forward pass
     assert Body(stages.requires_grad_(True), bf16).runtime(x) == plain  # not yet known: plain
 
 

@@ -76,10 +76,10 @@ def test_patients_are_counted_and_not_their_images(wanted, side):
     with pytest.raises(OperatingPointError, match=words):
         choose_operating_point(*arrays(few), **{wanted: 0.9}, groups=few.group)
     assert choose_operating_point(*arrays(few), **{wanted: 0.9}).positives == 100, (
-        'without groups each image is independent'
+        'images without groups are not independent'
     )
     with_groups = choose_operating_point(*arrays(many), **{wanted: 0.9}, groups=many.group)
-    assert with_groups == choose_operating_point(*arrays(many), **{wanted: 0.9}), 'groups change no threshold'
+    assert with_groups == choose_operating_point(*arrays(many), **{wanted: 0.9}), 'groups change the threshold'
 
 
 def test_29_and_30_patients():
@@ -169,7 +169,7 @@ def test_one_group_has_no_interval(values, groups):
     d = paired_difference(accuracy, values, values, [0] * len(values), groups=groups, n=20).loc['value']
     assert d.value == np.mean(values)
     assert np.isnan([d.low, d.high]).all()
-    assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have one'
+    assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have no interval'
 
 
 def test_a_class_of_one_patient_has_no_interval():

@@ -38,7 +38,7 @@ def fundus_image(seed=0, size=256, grade=2):
 
 
 def framed(im, disc, width, height, at, cut=0.0):
-    "In a black frame, with `cut` of the radius taken away above and below"
+    "In a black frame, with `cut` of the radius cropped at the top and bottom"
     frame = Image.new('RGB', (width, height))
     frame.paste(im, at)
     x = disc[0] + at[0]
@@ -183,7 +183,7 @@ def test_each_correction_keeps_what_it_documents():
     assert back[there & disc_mask(128)[..., None]].max() <= 2
     a, b = (
         np.asarray(i, float)[disc_mask(128, 0.9)] for i in (im, even)
-    )  # order within a channel: light relative to other light
+    )  # order within a channel: brightness relative to the surroundings
     for c in range(3):
         assert np.corrcoef(a[:, c], b[:, c])[0, 1] > 0.98
 
@@ -228,7 +228,7 @@ def test_left_eyes_are_mirrored(eye, mirrored):
     assert np.array_equal(np.asarray(to_right(im, eye)), np.asarray(im)[:, ::-1] if mirrored else np.asarray(im))
 
 
-# ---------------------------------------------------------------- can it be judged?
+# ---------------------------------------------------------------- gradability
 
 SPOILT = {
     'out of focus': lambda im: im.filter(ImageFilter.GaussianBlur(im.width / 60)),
@@ -315,7 +315,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(image_folder, tmp_pa
     import dr_transfer.data.preprocess as module
 
     out = tmp_path / 'out'
-    expected = preprocess_folder(image_folder, tmp_path / 'whole', Preparation(64))
+    expected = preprocess_folder(image_folder, tmp_path / 'complete', Preparation(64))
     real = module.prepare_image
     done = []
     lock = threading.Lock()
@@ -339,7 +339,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(image_folder, tmp_pa
     assert len(again) == 10 - kept
     assert t.equals(expected)
     for f in t.file[t.error == '']:
-        assert (out / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
+        assert (out / f).read_bytes() == (tmp_path / 'complete' / f).read_bytes()
 
 
 def test_invalid_requests_are_errors(image_folder, tmp_path):
@@ -427,14 +427,14 @@ def test_grey_dicom_fundus_images(tmp_path, bits, interpretation):
 def test_patient_eye_and_camera_come_from_the_file(tmp_path):
     data = tmp_path / 'data'
     for i in range(4):
-        folder = data / ('ill' if i % 2 else 'well')
+        folder = data / ('disease' if i % 2 else 'healthy')
         folder.mkdir(parents=True, exist_ok=True)
         camera_file(folder / f'{i}.dcm', np.asarray(fundus_image(i)[0]), f'P{i // 2}', 'LR'[i % 2])
     t = label_table(data).sort_values('image', key=lambda s: s.str[-5:])
     assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
     assert t.data_eye.tolist() == ['left', 'right'] * 2
     assert set(t.data_camera) == {'Lens'}
-    (data / 'ill' / '1.dcm').write_bytes(b'nothing')
+    (data / 'disease' / '1.dcm').write_bytes(b'nothing')
     assert len(label_table(data)) == 3
 
 

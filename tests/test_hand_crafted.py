@@ -46,7 +46,7 @@ def example():
 
 
 def painted(dark=(), bright=(), vessels=None):
-    "A segmentation with disks (x, y, radius) as spots"
+    "Return a segmentation with disks (x, y, radius) as spots"
     masks = [
         np.any([np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), *(disk(*o) for o in spots)], 0)
         for spots in (dark, bright)
@@ -59,7 +59,7 @@ def painted(dark=(), bright=(), vessels=None):
     )
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- features
 
 
 def test_painted_spots_are_counted_and_measured():
@@ -131,7 +131,7 @@ def test_scores_of_lesions():
     assert len(score_lesions(mask, [])[0]) == 0
 
 
-# ---------------------------------------------------------------- segmenting
+# ---------------------------------------------------------------- segmentation
 
 
 def test_masks_are_within_the_field_and_disjoint(example):
@@ -206,7 +206,7 @@ def test_a_retina_of_one_colour_has_no_lesions():
     assert f['exudate_count'] == f['haemorrhage_count'] == f['vessel_area'] == 0
 
 
-# ---------------------------------------------------------------- many photographs
+# ---------------------------------------------------------------- many images
 
 
 def test_features_are_stored_and_only_new_images_are_processed(example, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_features_are_stored_and_only_new_images_are_processed(example, tmp_path
     assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
     feature_frame([pixels], hand_crafted.SegmentationLimits(dark=3.0), folder=kept)
-    assert len(count) == 3, 'another limit, another number'
+    assert len(count) == 3, 'the number does not depend on the limit'
 
 
 def test_errors_name_the_image_and_the_remedy(tmp_path):
@@ -305,7 +305,7 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
         hand_crafted,
         'feature_frame',
         lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3))),
-    )  # eyes of 48 pixels say nothing
+    )  # images of 48 pixels have no detectable lesions
     a, b = (
         cross_validate_hand_crafted(
             tmp_path / 'fundus', folds=2, classifier=HandCraftedClassifier(grid=((c, 0.3),), folds=2)
@@ -319,7 +319,7 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
 
 
 def test_predictions_of_folds_are_found_by_another_process(tmp_path):
-    "Functions have other addresses in the next run; what is kept must not depend on them."
+    "Functions have other addresses in the next run; stored predictions must not depend on them."
     from dataclasses import replace
 
     from dr_transfer.data.tasks import get_task

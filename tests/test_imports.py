@@ -151,7 +151,7 @@ def test_failure_has_an_exit_code_and_one_line(tmp_path):
 
 
 def test_predicting_needs_no_fastai(run, fundus_data):
-    "A whole prediction, through the command."
+    "A complete prediction with the command."
     image = sorted((fundus_data / 'images').iterdir())[0]
     out, modules = loaded(
         f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0'
@@ -179,7 +179,7 @@ def imported_at_once(name):
 
 
 def test_the_command_imports_the_library_only_inside_functions():
-    "The reason why it is quick, so that a violation is found where it is."
+    "Late imports keep the command fast; the test names the module that violates this."
     light = {'utils.checks', 'commands.arguments', 'commands.shared', 'commands.subcommands', 'arguments', 'shared'}
     for name in ('cli', 'commands/subcommands', 'commands/shared', 'commands/arguments', 'utils/checks'):
         heavy = [m for m in imported_at_once(name) if m not in light and m.split('.')[0] not in sys.stdlib_module_names]

@@ -112,7 +112,7 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
     hashed = []
     monkeypatch.setattr(
         leaks, 'detail_hash', lambda im: (im.getbbox() and hashed.append(1)) or detail_hash(im)
-    )  # not the black ones that fill a batch
+    )  # not the black images that fill up a batch
     b, _ = image_hashes(files)
     assert not hashed
     assert (a == b).all()

@@ -18,7 +18,7 @@ SETS = [(n, k, seed) for n in (1, 2, 3, 7, 50, 400) for k in (2, 3, 5) for seed 
 
 
 def random_labels(n, k, seed):
-    "Truth and predictions; every other seed omits classes, independently in the two."
+    "Truth and predictions; every second seed omits classes, independently in both."
     rng = np.random.default_rng((n, k, seed))
 
     def random_codes():
@@ -138,9 +138,9 @@ def test_series_are_taken_by_position():
 
 
 def test_names_as_classes():
-    y = pd.Series(['no', 'ill', 'ill'])
-    p = np.array(['no', 'ill', 'no'])
-    assert (accuracy(y, p), sensitivity(y, p, 'ill'), specificity(y, p, 'ill')) == (2 / 3, 0.5, 1)
+    y = pd.Series(['no', 'disease', 'disease'])
+    p = np.array(['no', 'disease', 'no'])
+    assert (accuracy(y, p), sensitivity(y, p, 'disease'), specificity(y, p, 'disease')) == (2 / 3, 0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_inconsistent_arguments_are_errors(f, y, p, why):
         (lambda: quadratic_kappa(['a'], ['a']), "'a'"),
         (lambda: quadratic_kappa([0, np.inf], [0, 1]), 'inf'),
         (lambda: auc([0, 2], [0.1, 0.2]), 'truth: .*2.* Give 0 to 1'),
-        (lambda: auc(['no', 'ill'], ['.1', '.2']), 'is text. Give numbers'),
-        (lambda: sensitivity(['no', 'ill'], ['no', 'ill']), 'the positive class 1'),
-        (lambda: specificity([0, 1], [0, 1], 'ill'), "the positive class 'ill'"),
+        (lambda: auc(['no', 'disease'], ['.1', '.2']), 'is text. Give numbers'),
+        (lambda: sensitivity(['no', 'disease'], ['no', 'disease']), 'the positive class 1'),
+        (lambda: specificity([0, 1], [0, 1], 'disease'), "the positive class 'disease'"),
         (lambda: confusion([0, 2], [0, 1], 'ab'), 'truth: .*2.* Give 0 to 1'),
         (lambda: confusion(['a'], ['a'], 'ab'), "'a'"),
     ],
@@ -256,8 +256,8 @@ def test_summary_has_kappa_for_grades_only(classes, graded):
 def test_summary_of_one_class_present(here, nan):
     _, p = probs(20, 2, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter('error')  # and no warning of a mean of nothing either
-        s = summary([here] * 20, p, ['no', 'ill'])
+        warnings.simplefilter('error')  # and there is no warning of an empty mean
+        s = summary([here] * 20, p, ['no', 'disease'])
     assert {k for k, v in s.items() if math.isnan(v)} == nan
     for v in s.values():
         assert type(v) is float

@@ -17,7 +17,7 @@ from dr_transfer.models.stages import layer_groups, stage_names
 from dr_transfer.synthetic.fundus import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']
-LARGE = NAMES[4:]  # these take 40 s, which only the longer run with the real photographs has
+LARGE = NAMES[4:]  # these take 40 s, so only the longer run with real images has them
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def test_each_network_trains_and_predicts(fundus_data, tmp_path, monkeypatch, re
     assert list(layer_groups(body)) == names
     assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
-    loaded = list(body.state_dict().values())  # the weights in the file, without the classifier
+    loaded = list(body.state_dict().values())  # the weights in the file without the classifier
     for v in loaded[:4]:
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
@@ -54,7 +54,7 @@ def test_each_network_trains_and_predicts(fundus_data, tmp_path, monkeypatch, re
     learn = build_learner(
         fundus_data, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, runtime='plain', stage=names[-1]
     )
-    assert learn.model[1][-1].out_features == 2  # in place of a thousand
+    assert learn.model[1][-1].out_features == 2  # instead of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
     for k, v in learn.model[0].state_dict().items():

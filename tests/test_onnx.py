@@ -47,8 +47,8 @@ def made(
     decision=None,
     weights='random',
 ):
-    """A model whose BatchNorms have numbers of their own and whose answers differ,
-    so that no part can be omitted unnoticed
+    """A model with random BatchNorm statistics whose probabilities differ between images,
+    so that each part affects the result
     """
     torch.manual_seed(0)
     stages = create_body(arch, weights, n_stages=n_stages)
@@ -79,7 +79,7 @@ def made(
 
 
 def random_images(n=5):
-    "Colour fields with noise, wider than high, so that the reader has something to do"
+    "Colour fields with noise, wider than high, so that the reader changes them"
     rng = np.random.default_rng(1)
     return [
         np.uint8(np.linspace(*rng.uniform(0, 200, (2, 3)), 90)[None] + rng.uniform(0, 55, (70, 90, 3)))
@@ -94,7 +94,7 @@ def small_model(tmp_path_factory):
     return model, export_onnx(model, tmp_path_factory.mktemp('onnx') / 'fundus.onnx')
 
 
-# ---------------------------------------------------------------- the same answers
+# ---------------------------------------------------------------- the same probabilities
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_the_same_probabilities_as_in_torch(tmp_path, how):
     images = random_images()
     there = OnnxModel(export_onnx(model, tmp_path / 'm.onnx', images=images[:2]))
     p = model.probs(images)
-    assert np.ptp(p, axis=0).max() > 1e-3, 'or else this shows nothing'
+    assert np.ptp(p, axis=0).max() > 1e-3, 'otherwise the test shows nothing'
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)  # n is free
+    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)  # n is variable
 
 
 def test_four_turns_a_reader_and_a_temperature(small_model):
@@ -124,8 +124,8 @@ def test_four_turns_a_reader_and_a_temperature(small_model):
     p = model.probs(images)
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
     np.testing.assert_allclose(there.probs(images, calibrated=True), apply_temperature(p, 1.7), atol=1e-4, rtol=0)
-    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3, 'or else this shows nothing'
-    assert np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'or else this shows nothing'
+    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3, 'otherwise the test shows nothing'
+    assert np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'otherwise the test shows nothing'
     assert there.probs([]).shape == (0, 2)
 
 
@@ -143,7 +143,7 @@ def test_a_table_of_predictions_with_the_decision(small_model, tmp_path):
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 
 
-# ---------------------------------------------------------------- what is in the file
+# ---------------------------------------------------------------- contents of the file
 
 
 def test_the_file_describes_its_input_and_not_the_machine(small_model):
@@ -162,7 +162,7 @@ def test_the_file_describes_its_input_and_not_the_machine(small_model):
     assert json.loads(meta['about']) == model.about
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
     assert {n.domain for n in proto.graph.node} == {''}
-    assert not any(t.external_data for t in proto.graph.initializer)  # known operations, numbers inside
+    assert not any(t.external_data for t in proto.graph.initializer)  # known operations, and the weights are included
     raw = small_model[1].read_bytes()
     for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()):
         assert word not in raw, word
@@ -201,7 +201,7 @@ def test_a_file_with_other_probabilities_is_not_written(small_model, tmp_path, m
     import dr_transfer.inference.onnx_file as exporter
 
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
+    other.card = replace(other.card, mean=(0.55,) * 3)  # another backbone with equal shapes
     monkeypatch.setattr(exporter, '_serialized', lambda *args: small_model[1].read_bytes())
     with pytest.raises(ValueError, match=r'differ from those of the model by up to 0.*no file was written'):
         export_onnx(other, tmp_path / 'm.onnx')
@@ -243,7 +243,7 @@ def test_invalid_exports_are_errors(small_model, tmp_path, monkeypatch):
 
 
 def signed(data):
-    "An ONNX file with a new hash, as one would write it who changes a file on purpose"
+    "An ONNX file with a new hash, as an attacker would write it"
     from dr_transfer.inference.onnx_file import EMPTY_HASH, _hash, _hash_offset
 
     at = _hash_offset(data)

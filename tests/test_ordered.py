@@ -199,8 +199,8 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
 def test_classes_without_an_order_are_an_error(tmp_path, head):
-    """A score that is cut into grades means nothing for daisies, roses and tulips,
-    and says so before anything is trained.
+    """A score with cut points is meaningless for daisies, roses and tulips,
+    so an error is raised before anything is trained.
     """
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.flowers import make_flowers
@@ -220,7 +220,7 @@ def test_classes_without_an_order_are_an_error(tmp_path, head):
 
 
 def test_two_classes_are_ordered_in_either_direction(fundus_data):
-    "There the ordered head is a logistic regression, which is right for any two classes."
+    "For two classes the ordered head is a logistic regression, which is correct for any classes."
     learn = build_learner(fundus_data, **{**TINY, 'target': 'referable', 'head': 'cumulative'})
     assert learn.model[1].about.ordered == 'cumulative'
     assert learn.dls.c == 2

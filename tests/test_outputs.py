@@ -37,7 +37,7 @@ from dr_transfer.utils.places import OutputError, atomic_file, check_outside, is
 
 
 def tree(folder):
-    "Every name below a folder, and what the files hold."
+    "Every path below a folder, and the contents of the files."
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
         for p in sorted(Path(folder).rglob('*'))
@@ -45,7 +45,7 @@ def tree(folder):
 
 
 def enter(context):
-    "Enter a context and leave it again."
+    "Enter a context and exit it."
     with context:
         pass
 
@@ -67,7 +67,7 @@ def make_report(path, text='report', overwrite=False):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    "A few small photographs in a folder."
+    "A few small images in a folder."
     folder = tmp_path / 'photos'
     (folder / 'images').mkdir(parents=True)
     for i in range(4):
@@ -87,7 +87,7 @@ def test_a_file_is_replaced_only_if_its_own_name_was_given_with_overwrite(tmp_pa
     assert tree(tmp_path) == {'p.csv': b'mine'}
     with new_file(file, overwrite=True) as f:
         f.write_text('new')
-        assert file.read_text() == 'mine', 'until the new one is complete'
+        assert file.read_text() == 'mine', 'the old file is gone before the new one is complete'
     assert tree(tmp_path) == {'p.csv': b'new'}
 
 
@@ -212,7 +212,7 @@ def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
 
 
 def test_half_a_table_is_not_kept(tmp_path, monkeypatch):
-    "A disk that fills up while a table is written leaves no part that could be taken for all of it."
+    "If the disk fills up while a table is written, no incomplete table is left."
 
     def full(self, data):
         with open(self, 'wb') as f:
@@ -251,7 +251,7 @@ def test_a_link_is_followed(tmp_path):
 
 
 def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
-    "Even if it holds the names that a run has."
+    "Even if it contains the names of the files of a run."
     mine = tmp_path / 'mine'
     (mine / 'model').mkdir(parents=True)
     (mine / 'model' / 'years of work').write_text('mine')
@@ -433,7 +433,7 @@ with new_folder(sys.argv[1]) as tmp:
 
 
 def test_two_processes_with_one_name(tmp_path):
-    "By another spelling of it, too; and the command tells it before it trains."
+    "Also with another spelling of the name; the command raises the error before it trains."
     run = tmp_path / 'run'
     first = subprocess.Popen(
         [sys.executable, '-c', HOLD, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -468,7 +468,7 @@ for i in range(150):
 
 
 def test_a_lock_that_is_removed_while_others_wait_is_held_by_one(tmp_path):
-    "Each process that holds the name makes a file that must not exist yet."
+    "Each process that holds the lock makes a file that must not exist yet."
     runs = [
         subprocess.Popen([sys.executable, '-c', LOCKING, tmp_path], stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
@@ -495,8 +495,8 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
 
 
 def killed_at(point, work):
-    """Do the work in a process that kills itself at its n-th call that changes the disk; how it ended,
-    and the calls if it did.
+    """Do the work in a process that kills itself at its n-th call that changes the disk; return its exit status,
+    and the number of calls if it finished.
     """
     read, write = os.pipe()
     pid = os.fork()
@@ -527,9 +527,9 @@ def killed_at(point, work):
 
 
 def test_after_a_kill_the_next_run_finds_the_old_or_new_result_and_cleans_up(tmp_path):
-    "At the first, second, ... call that changes the disk, to the last."
+    "At each call that changes the disk, from the first to the last."
 
-    complete = tmp_path / 'whole'
+    complete = tmp_path / 'complete'
 
     def replace(folder, text, overwrite=True):
         make_run(folder / 'run', text, overwrite=overwrite)
@@ -550,13 +550,13 @@ def test_after_a_kill_the_next_run_finds_the_old_or_new_result_and_cleans_up(tmp
         assert ended == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
             file = folder / name
-            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'never a half'
+            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'an incomplete result'
         replace(folder, 'new')
         assert tree(folder) == want, f'killed at step {point} of {steps}'
 
 
 def test_a_kill_between_two_renames(tmp_path):
-    "The old folder comes back; a report that has its name gets its table."
+    "The old folder is restored; a renamed report gets its table."
     run = tmp_path / 'run'
     r_html = tmp_path / 'r.html'
     make_run(run, 'old')
@@ -582,8 +582,8 @@ def test_files_of_a_killed_process_are_removed_from_the_cache(tmp_path):
     (tmp_path / '.known.json.dr_transfer-tmp').write_text('half')
     (tmp_path / '.known.json.dr_transfer-lock').write_text('')
     with atomic_file(tmp_path / 'known.json') as f:
-        f.write_text('whole')
-    assert tree(tmp_path) == {'known.json': b'whole'}
+        f.write_text('complete')
+    assert tree(tmp_path) == {'known.json': b'complete'}
 
 
 # ---------------------------------------------------------------- outputs and data apart
@@ -646,7 +646,7 @@ def test_runs_are_never_read_as_data(tmp_path):
     with pytest.raises(OutputError, match='is a run folder of dr_transfer, not data'):
         find_images(data / 'run')
     mark_folder(data / 'rose', 'preprocess')
-    assert len(find_images(data)) == 2, 'prepared photographs are data'
+    assert len(find_images(data)) == 2, 'prepared images are not data'
 
 
 # ---------------------------------------------------------------- preprocess
@@ -659,7 +659,7 @@ def prepare(folder, out, **kwargs):
 
 
 def test_preprocess_never_writes_over_the_originals(tmp_path, image_folder, monkeypatch):
-    "By a link, another spelling, or a folder within."
+    "With a link, another spelling, or a folder inside."
     link = tmp_path / 'link'
     inner = tmp_path / 'inner'
     os.symlink(image_folder, link)
@@ -765,8 +765,8 @@ def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, ima
             prepare(image_folder, small, workers=1)
     assert len((small / 'journal.jsonl').read_text().splitlines()) == 2
     prepare(image_folder, small)
-    prepare(image_folder, tmp_path / 'whole')
-    assert tree(small) == tree(tmp_path / 'whole')
+    prepare(image_folder, tmp_path / 'complete')
+    assert tree(small) == tree(tmp_path / 'complete')
 
 
 PREPARE = (
@@ -777,7 +777,7 @@ PREPARE = (
 def test_files_of_a_killed_preprocess_are_removed_by_the_next_run(tmp_path, image_folder):
     small = tmp_path / 'small'
     images = tmp_path / 'small' / 'images'
-    want = prepare(image_folder, tmp_path / 'whole')
+    want = prepare(image_folder, tmp_path / 'complete')
     run = subprocess.Popen(
         [sys.executable, '-c', PREPARE, image_folder, small, str(Path(__file__).parent)],
         stderr=subprocess.DEVNULL,
@@ -790,10 +790,10 @@ def test_files_of_a_killed_preprocess_are_removed_by_the_next_run(tmp_path, imag
     run.kill()
     run.wait()
     images.mkdir(exist_ok=True)
-    (images / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
+    (images / '.9.png.dr_transfer-tmp').write_text('of an image that was deleted')
     (images / '.9.png.dr_transfer-lock').write_text('')
     assert prepare(image_folder, small).equals(want)
-    assert tree(small) == tree(tmp_path / 'whole')
+    assert tree(small) == tree(tmp_path / 'complete')
 
 
 # ---------------------------------------------------------------- plots

@@ -15,7 +15,7 @@ from dr_transfer.metrics.intervals import group_codes
 
 
 def write_images(folder, n=40, classes=None):
-    "Images of `n` sorts, each another noise, as files or in class folders."
+    "Write `n` images of different noise, as files or in class folders."
     for i in range(n):
         place = folder / (classes[i % len(classes)] if classes else '')
         place.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def test_a_split_of_folders_is_not_a_column(tmp_path):
         check_split(t)
 
 
-# ---------------------------------------------------------------- which names are one
+# ---------------------------------------------------------------- which names are equal
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_rows_of_one_image_that_agree(folder):
     assert len(label_table(folder, df)) == 2
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- from tables to commands
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def test_each_function_uses_and_reports_the_patients(small, way, column):
 
 
 def test_copies_with_a_partly_filled_group_column_are_not_a_leak(small):
-    "Copies of images of which only some have a patient: no split is given, so there is none to be emptied."
+    "Copies of images of which only some have a patient: no split is given, so no subset can become empty."
     from dr_transfer.data.leaks import split_data
     from dr_transfer.data.tasks import TASKS
 

@@ -18,13 +18,13 @@ def files(folder):
 
 
 def distance(truth, part):
-    "Distance of every lesion's middle from the middle of `part`"
+    "Distance of the centre of each lesion from the centre of `part`"
     x, y, *_ = truth[part]
     return np.array([np.hypot(q['x'] - x, q['y'] - y) for q in truth['lesions']])
 
 
 def lesions_by_kind(truth):
-    "How many lesions there are of each kind"
+    "The number of lesions of each kind"
     kinds = pd.Series([q['kind'] for q in truth['lesions']], dtype=object)
     return kinds.value_counts().reindex(LESION_KINDS, fill_value=0)
 
@@ -68,7 +68,7 @@ def test_sizes_and_cameras(size, camera):
         assert img[outside].max() == 0
         inside = img.max(2)[~outside]
         lit = (inside > 0).mean()
-        if camera % 2:  # an odd camera cuts the top and the bottom
+        if camera % 2:  # a camera with an odd number crops the top and bottom
             assert 0.75 < lit < 0.97
         else:
             assert lit > 0.97
@@ -193,7 +193,7 @@ def test_each_parameter_changes_only_what_it_documents(tmp_path, knob, count):
         assert truth[f]['grade'] == truth[source]['grade']
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
-        with pytest.raises((OSError, SyntaxError)):  # what Pillow raises for a damaged file
+        with pytest.raises((OSError, SyntaxError)):  # the error of Pillow for a damaged file
             Image.open(images / f).load()
     for f in set(after) - changed:
         Image.open(images / f).load()
@@ -206,7 +206,7 @@ def test_truth_reproduces_the_image(tmp_path):
         img, truth = draw_fundus(t['grade'], t['seed'], t['size'], t['eye'], t['camera'])
         stored = np.asarray(Image.open(tmp_path / 'd/images' / name), float)
         difference = np.abs(stored - img)
-        assert difference.mean() < 6  # as far as JPEG goes
+        assert difference.mean() < 6  # up to the loss of JPEG
         assert t['lesions'] == truth['lesions']
         assert t['camera'] in (4, 5)
 
@@ -258,8 +258,8 @@ def test_flowers(tmp_path):
     folders = df.image.str.split('/').str[0]
     assert (folders == df.label).all()
     assert df.photographer.nunique() == 6
-    photographs = [f for f in files(flowers) if f.endswith('.jpg')]
-    assert sorted(df.image) == sorted(photographs)
+    image_files = [f for f in files(flowers) if f.endswith('.jpg')]
+    assert sorted(df.image) == sorted(image_files)
 
     def corner(f):
         "The mean colour of the four corners"

@@ -1,4 +1,4 @@
-"Test the main results on real photographs that were not used in training."
+"Test the main results on real images that were not used in training."
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ LIMIT = 180  # seconds for each on two idle cores; not asserted, because tests s
 
 
 def some(table, n, column, seed=0):
-    "`n` rows, classes in proportion"
+    "Return `n` rows, stratified by class"
     fraction = n / len(table)
     return pd.concat([g.sample(round(fraction * len(g)), random_state=seed) for _, g in table.groupby(column)])
 
@@ -68,7 +68,7 @@ def test_referable_on_another_camera(data_root):
 
 
 def flowers_of(folder, classes, n):
-    "`n` photographs for training and `n` others, no photographer in two subsets"
+    "Return `n` images for training and `n` others, no photographer in both"
     t = pd.read_csv(folder / 'credits.csv')
     t = t[t.label.isin(classes)]
     people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
@@ -137,7 +137,7 @@ def test_lite_recognises_daisies(data_root, i):
 
 
 def test_the_file_format_of_messidor_predicts_the_grade_and_its_images_are_not_copies(data_root):
-    "The file format depends on the hospital; a perceptual hash of uncropped photographs finds false copies."
+    "The file format depends on the hospital; a perceptual hash of uncropped images finds false copies."
     r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
     assert 'data_source_format' in r.confounders.column.tolist()
     assert len(r.copies) < 30

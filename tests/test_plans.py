@@ -47,7 +47,7 @@ warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the h
 
 @pytest.fixture(scope='session')
 def data_folder(tmp_path_factory):
-    "Small synthetic sets, and tiny networks with their own weights: statistics that are not those of a new network"
+    "Small synthetic sets, and tiny networks with random weights and statistics"
     folder = tmp_path_factory.mktemp('plans')
     make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
     make_dr(folder / 'dr', n=40, size=64)
@@ -72,7 +72,7 @@ def build(data_folder):
 
 
 def silent(learn, plan=None, *args, **kw):
-    torch.manual_seed(7)  # views are chosen alike, whatever happened before
+    torch.manual_seed(7)  # the same views for any earlier calls
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
@@ -106,8 +106,8 @@ def for_task(name, task):
     'name,task', [*(for_task(n, 'flowers') for n in PLANS), *(for_task(n, 'dr') for n in ('head', 'top2', 'fine_tune'))]
 )
 def test_every_plan(build, name, task):
-    """It runs; what it never trains is bit-identical, statistics too, and all else has moved;
-    the table says how many weights that are (F47)
+    """It runs; frozen weights and statistics are bit-identical, and all others have changed;
+    the table states the number of trained weights (F47)
     """
     own = PLANS[name]
     plan = PLANS[name].with_epochs(1)
@@ -132,7 +132,7 @@ def test_every_plan(build, name, task):
     endless = own.augment is not None
     assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
-    assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'no more than was asked for'
+    assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'more epochs than requested'
     assert learn.record.plan.name == name
     assert sum(s.startswith('phase ') for s in said) == len(plan.phases)
     assert np.isfinite(probs(learn)).all()
@@ -224,15 +224,15 @@ def test_more_groups_than_the_network_has(build, frozen):
         silent(build(), Plan('p', (Phase(frozen, 1, 1e-3),)))
 
 
-# ---------------------------------------------------------------- rates
+# ---------------------------------------------------------------- learning rates
 
 
 class Rates(HeadFirst):
-    "Notes the rates and weight decays of every step"
+    "Record the learning rates and weight decays of each step"
 
     recorded: ClassVar = []
     order = 55
-    name = 'head_first'  # it takes its place
+    name = 'head_first'  # it replaces the learner's callback
 
     def before_step(self):
         Rates.recorded.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
@@ -250,7 +250,7 @@ def rates(monkeypatch):
 @pytest.mark.parametrize('stored', [True, False])
 @pytest.mark.parametrize('frozen', [-1, -3, 2, 0])
 def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
-    "Where only the groups that are trained exist, they have the last ones of all rates"
+    "If only the trained groups exist, they have the last of the learning rates"
     learn = build()
     f = Phase(frozen, 1, 1e-3, lr_mult=20, wd=0.07, schedule='none')
     silent(learn, Plan('p', (f,)), stored=stored)
@@ -281,9 +281,9 @@ def test_one_cycle_keeps_the_ratio_of_learning_rates(build, rates, stored):
     assert steps[:, -1].argmax() not in (0, len(steps) - 1)
 
 
-# ---------------------------------------------------------------- what is stored gives the same
-# SGD where a gradient is nothing but rounding (a shift before a BatchNorm, say), which Adam makes as long a step as any
-# other
+# ---------------------------------------------------------------- training on stored features gives the same result
+# SGD where a gradient is only a rounding error (of a shift before a BatchNorm, say), because Adam makes steps of
+# the same length from it
 
 VARIANTS = [
     *(dict(frozen=f, n_stages=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
@@ -325,14 +325,14 @@ def test_training_on_stored_features_is_the_same(build, v):
     assert farthest(a, b) < 1e-5
     assert (
         max(float((x - before[k]).abs().max()) for k, x in state_of(a).items() if k.endswith('weight')) > 1e-4
-    )  # and much has moved
+    )  # and the weights have changed
     assert pd.DataFrame(a.record.history).drop(columns='how').to_numpy() == pytest.approx(
         pd.DataFrame(b.record.history).drop(columns='how').to_numpy(), abs=1e-4
     )
 
 
 def test_steps_of_a_linear_head_are_the_same(build):
-    "But for the statistics of its BatchNorm, which are exact where they can be computed"
+    "Except for the statistics of its BatchNorm, which are exact where they can be computed"
     a = build('dr')
     b = build('dr')
     for learner, s in ((a, True), (b, False)):
@@ -346,7 +346,7 @@ def test_steps_of_a_linear_head_are_the_same(build):
 
 @warns_head
 def test_two_phases_are_the_same(build):
-    "Order and views go on where the phase before left them"
+    "Order and views continue where the previous phase ended"
     a = build()
     b = build()
     for learner, s in ((a, True), (b, False)):
@@ -425,14 +425,14 @@ def test_why_not_stored(build):
     learn = build()
     assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == [''] * 4
     assert why_not_stored(learn, 0) == 'nothing is frozen'
-    assert why_not_stored(build(arch='test_vit')) == ''  # whole, and frozen: features
+    assert why_not_stored(build(arch='test_vit')) == ''  # not divisible, but frozen: features are stored
 
 
 # ---------------------------------------------------------------- the head first
 
 
 def heard(f, *args, **kwargs):
-    "The warnings of a call that the body is trained before the head"
+    "Return the warnings that the body is trained before the head"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         f(*args, **kwargs)
@@ -440,7 +440,7 @@ def heard(f, *args, **kwargs):
 
 
 def test_a_body_before_its_head_warns(build):
-    "F37: not after the head, however it was trained; not if there are no pretrained weights"
+    "F37: no warning after the head was trained in any way, or without pretrained weights"
 
     def first(learner):
         learner.unfreeze()
@@ -462,7 +462,7 @@ def test_a_body_before_its_head_warns(build):
 
 
 def test_validation_and_prediction_are_not_training(build):
-    "To validate and to predict neither counts as training of the head, nor warns"
+    "Validation and prediction do not count as training of the head, and do not warn"
 
     def look(learner):
         with learner.no_bar(), learner.no_logging():
@@ -499,7 +499,7 @@ def test_changed_loaders_are_used(build, what):
     said = []
     fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=said.append)
     if what == 'bs':
-        assert why_not_stored(learn) == ''  # it is the size of the batches of stored features as well
+        assert why_not_stored(learn) == ''  # it is also the batch size of stored features
     else:
         assert 'the DataLoaders were changed' in ' '.join(said)
     if what == 'transform':
@@ -515,7 +515,7 @@ def test_a_plan_that_begins_with_the_body_warns(build, stored):
 
 def damage(build, head_first):
     """How much training all layers changes the features of the first stages,
-    as a share of how much these differ
+    as a fraction of how much these differ
     """
     learn = build(arch='efficientnet_lite0', opt_func=SGD, augment='none', fixed_bn=True)
     x = (
@@ -540,9 +540,9 @@ def damage(build, head_first):
 
 @warns_head
 def test_a_random_head_damages_early_features(build):
-    """F38: the same steps at the same high rate, of the whole of a pretrained network,
+    """F38: the same steps at the same high learning rate, of all layers of a pretrained network,
     after its head or with a random one. Steps in proportion to the gradient (SGD), statistics fixed: Adam takes steps
-    of one length whatever the gradient, and new statistics move more than either
+    of the same length for any gradient, and new statistics change more than either
     """
     first = damage(build, True)
     at_once = damage(build, False)
@@ -558,14 +558,14 @@ def tta(learn, *args, **kw):
 
 
 def squares(folder, t):
-    "Images as the network gets them, as files, so that a quarter turn keeps every pixel; with their labels"
+    "Files of images at the size of the input, so that a quarter turn keeps each pixel; with their labels"
     for i, r in t.iterrows():
         read_image(r.image, 64, 'fundus', 'pad').save(folder / f'{i}.png')
     return t.assign(image=[str(folder / f'{i}.png') for i in t.index])[['image', 'label', 'group']]
 
 
 def test_tta_is_exact(build, tmp_path):
-    "U9: the mean over the four turns, the same again, and the same for turned images"
+    "U9: the mean over the four rotations is reproducible, and the same for rotated images"
     learn = silent(
         build(replace(get_task('dr'), reader='photo', fit='crop'), data=squares(tmp_path, build('dr').table)),
         Plan('p', (STEPS,)),
@@ -601,7 +601,7 @@ def test_tta_is_exact(build, tmp_path):
     ],
 )
 def test_tta_of_the_training_images(build, task, augment):
-    "Every image, in the order of the table, nothing at random; and training is augmented afterwards as it was before"
+    "Each image in the order of the table, without randomness; training is augmented afterwards as before"
     learn = silent(build(task, augment=augment), Plan('p', (STEPS,)))
     p, y = tta(learn, 0)
     assert torch.equal(p, tta(learn, ds_idx=0)[0])
@@ -614,7 +614,7 @@ def test_tta_of_the_training_images(build, task, augment):
 
 
 def test_tta_of_fastai(build):
-    "With its own arguments, or where the views have no end"
+    "With its own arguments, or for random augmentation"
     for learn, kw in ((build(), dict(n=2, beta=0.0)), (build(augment='random_crop'), {})):
         silent(learn, Plan('p', (STEPS,)))
         torch.manual_seed(3)
@@ -628,13 +628,13 @@ def test_tta_of_fastai(build):
         assert not torch.equal(a, c)
     jitter = silent(
         build(augment='colour_jitter+random_crop'), Plan('p', (STEPS,))
-    )  # several at random, and views that are asked for
+    )  # several random ones, and requested views
     assert tta(jitter, 0, views='mirror')[0].numpy() == pytest.approx(
         predict_probs(jitter, images(jitter, 'train'), 'mirror'), abs=1e-5
     )
 
 
-# ---------------------------------------------------------------- a classifier as a learner
+# ---------------------------------------------------------------- classifiers as learners
 
 
 def classified(data_folder, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
@@ -829,7 +829,7 @@ def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
 
 
 class Stop:
-    "Counts the images that pass a module, and presses Ctrl-C before a given one"
+    "Count the images that pass a module, and interrupt before a given one"
 
     def __init__(self, module, at=None):
         self.n = 0
@@ -838,7 +838,7 @@ class Stop:
 
     def __call__(self, module, args):
         if not args[0].abs().sum():
-            return  # nothing but a question about shapes
+            return  # only a test of shapes
         if self.at is not None and self.n >= self.at:
             raise KeyboardInterrupt
         self.n += len(args[0])
@@ -861,7 +861,7 @@ class Stop:
     ids=['solved', 'steps', 'boundary'],
 )
 def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, plan):
-    "What was computed is not computed again, and the result is that of a run without interruption"
+    "Nothing is computed twice, and the result is that of a run without interruption"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'other'))
     with Stop((learner := build('dr')).model[0][0].stages[0]) as all_:
         silent(learner, plan)
@@ -892,7 +892,7 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
 def test_interrupted_while_it_trains(build, stored):
-    "The learner can be used, and trained on, and what is frozen is as it was"
+    "The learner can be used and trained further, and frozen layers are not changed"
     learn = build('dr')
     plan = Plan('p', (Phase(-2, 3, 1e-3),))
     before = groups(learn)
@@ -918,7 +918,7 @@ def test_interrupted_while_it_trains(build, stored):
 
 @pytest.mark.parametrize('plan', ['head', 'top1'])
 def test_a_learner_after_a_stored_phase(build, tmp_path, plan):
-    "It can be saved with its optimiser, loaded, trained by fastai, and asked"
+    "It can be saved with its optimiser, loaded, trained by fastai, and used for prediction"
     learn = silent(build(path=tmp_path), plan, epochs=1 if plan != 'head' else None)
     learn.save('here')
     again = build(path=tmp_path).load('here')
@@ -961,7 +961,7 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
 
 @pytest.mark.parametrize('frozen', [-2, 2, 0])
 def test_predictions_follow_the_weights(build, frozen):
-    "Forward passes use a copy of the body: it is never older than the body"
+    "Forward passes use a copy of the body, which is never out of date"
     learn = build(arch='test_resnet', runtime='channels_last')
     images = learn.table[learn.table.split == 'valid'].image.tolist()
     fit(learn, Plan('own', (HEAD_PHASE, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)

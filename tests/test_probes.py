@@ -158,7 +158,7 @@ def test_interval_is_that_of_nadeau_and_bengio():
 
 
 def test_intervals_cover():
-    "The expected score of a fold's classifier, from many images that it did not see, lies in nearly all intervals."
+    "The expected score of a fold's classifier, from many images not used in training, is in nearly all intervals."
     rng = np.random.default_rng(0)
     mean = rng.standard_normal(4) * 0.6
 
@@ -428,7 +428,7 @@ class Spec:
 
 
 def small(seed=0):
-    "Two stages with BatchNorm of its own, in the body's place."
+    "Two stages with their own BatchNorm, used as a body."
     torch.manual_seed(seed)
     stages = Stages()
     for i, (a, b) in enumerate(((3, 8), (8, 12))):
@@ -447,14 +447,14 @@ def random_images(n, seed=0, shift=0):
 
 
 def normalised(images):
-    "Images as the network gets them"
+    "Normalised images, the input of the network"
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     return (x / 255 - 0.5) / 0.25
 
 
 @torch.no_grad()
 def before_the_first_norm(body, images):
-    "What goes into the first BatchNorm, by channel"
+    "The input of the first BatchNorm, by channel"
     convolution = body.stages.stage0[0]
     maps = convolution(normalised(images)).double()
     return maps.transpose(0, 1).flatten(1)
@@ -462,7 +462,7 @@ def before_the_first_norm(body, images):
 
 @pytest.fixture(scope='module')
 def trained():
-    "A body whose statistics are those of `pictures(200)`"
+    "A body whose statistics are those of `random_images(200)`"
     body = small()
     for m in body.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -564,13 +564,13 @@ def test_images_of_flowers_are_similar_to_imagenet_and_fundus_images_are_not(dat
     flowers = sorted((data_root / 'flowers').glob('*/*.jpg'))
     fundus_images = sorted((data_root / 'dr' / 'idrid' / 'images').iterdir())
     if not flowers or not fundus_images:
-        pytest.skip('no flowers or no eyes')
+        pytest.skip('no flowers or no fundus images')
     assert domain_distance(body, flowers, n=32) < 0.7 * SIMILAR
     assert domain_distance(body, fundus_images, n=32, reader='fundus', fit='pad') > 1.4 * SIMILAR
 
 
 def test_images_of_a_table(trained):
-    "A column of some of its rows, numbered as it is"
+    "A column of some rows, with their index"
     images = random_images(12)
     column = pd.Series(images, index=range(5, 17))
     assert domain_distance(trained, column) == domain_distance(trained, images)

@@ -78,7 +78,7 @@ def tiff(a, **tags):
 # ---------------------------------------------------------------- every mode in every format
 
 MODES = ('1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'LA', 'PA', 'I', 'F', 'I;16', 'I;16B')
-UNDECLARED = {'I', 'F'}  # in this grid their values go from 0 to 255, which nothing declares
+UNDECLARED = {'I', 'F'}  # in this grid their values are 0 to 255, which the file does not declare
 
 
 def in_mode(mode):
@@ -96,7 +96,7 @@ def grid():
     for mode in MODES:
         for kind in FORMATS:
             if mode.startswith('I;16') and kind not in ('PNG', 'TIFF', 'PPM'):
-                continue  # Pillow cuts the values when it writes
+                continue  # Pillow clips the values when it writes
             try:
                 yield pytest.param(mode, kind, saved(in_mode(mode), kind), id=f'{mode} {kind}')
             except (OSError, ValueError, KeyError):
@@ -139,7 +139,7 @@ def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, ki
 
 
 def test_ordinary_images_are_read_as_before():
-    "What version 0.1.0 gave for eight bits and for full sixteen bits, bit for bit."
+    "The same as version 0.1.0 for eight bits and for full sixteen bits, bit for bit."
     for kind in ('PNG', 'TIFF', 'BMP'):
         np.testing.assert_array_equal(read_rgb(saved(Image.fromarray(COLOUR), kind)), COLOUR)
     deep = (RAMP * 65535).round().astype(np.uint16)
@@ -201,7 +201,7 @@ def test_fewer_bits_in_sixteen_are_skipped_unless_they_are_declared(bits, kind):
     assert f'the brightest value is {2**bits - 1} of 65535' in text
     if kind == 'TIFF':
         data = tiff(a, t281=2**bits - 1)
-        assert 'the brightest value' in reason(tiff(a, t281=2**bits - 77))  # a statistic, not a range
+        assert 'the brightest value' in reason(tiff(a, t281=2**bits - 77))  # a statistic of the pixels, not a range
     else:
         data = png((b'sBIT', bytes([bits])), bits=16, colour=0, rows=a.astype('>u2'))
     assert distance(read_rgb(data), GREY[..., None]) <= 1
@@ -287,7 +287,7 @@ def test_arrays_and_values_that_are_not_images(a, words):
         read_rgb(a)
 
 
-# ---------------------------------------------------------------- damage, orientation, other formats under a good name
+# ---------------------------------------------------------------- damage, orientation, wrong suffixes
 
 
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
@@ -366,14 +366,14 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
 def test_skipped_files_have_a_reason(tmp_path, data, words):
     import re
 
-    file = tmp_path / 'eye.jpg'
+    file = tmp_path / 'image.jpg'
     data = saved(data, 'PNG') if isinstance(data, Image.Image) else data
     text = reason(data)
     file.write_bytes(data)
     assert re.search(words, text)
     assert image_error(file) == text
     for read in (lambda p: read_image(p, 32), lambda p: read_image(p, 32, 'fundus', 'pad'), lambda p: read_disc(p, 32)):
-        with pytest.raises(ImageError, match=r'eye.jpg: '):
+        with pytest.raises(ImageError, match=r'image.jpg: '):
             read(file)
 
 
@@ -407,7 +407,7 @@ def test_cmyk_with_and_without_adobes_mark():
 
 
 def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
-    file = tmp_path / 'eye.jpg'
+    file = tmp_path / 'image.jpg'
 
     def started(*args, **kwargs):
         raise AssertionError(f'a program is started: {args}')
@@ -415,7 +415,7 @@ def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
     for name in ('Popen', 'run', 'check_call', 'check_output'):
         monkeypatch.setattr(subprocess, name, started)
     file.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
-    Image.open(file)  # Pillow alone would take it
+    Image.open(file)  # Pillow alone would open it
     assert 'PostScript' in image_error(file)
 
 
@@ -437,7 +437,7 @@ def test_no_module_opens_images_of_any_format():
 
 @pytest.fixture
 def special(tmp_path):
-    "Good images, and everything else that can have a name with .jpg."
+    "Valid images, and other kinds of files with a name ending in .jpg."
     folder = tmp_path / 'data' / 'a'
     folder.mkdir(parents=True)
     Image.fromarray(COLOUR).save(folder / 'good.jpg')
@@ -691,10 +691,10 @@ def test_dicom_first_frame():
     ids=range(13),
 )
 def test_dicom_that_is_skipped(tmp_path, data, words):
-    file = tmp_path / 'eye.dcm'
+    file = tmp_path / 'image.dcm'
     file.write_bytes(data())
     assert words in image_error(file) != ''
-    with pytest.raises(ImageError, match=r'eye.dcm: '):
+    with pytest.raises(ImageError, match=r'image.dcm: '):
         read_dicom(file)
 
 
@@ -903,7 +903,7 @@ def test_facts_of_files_decode_nothing(tmp_path):
 
 
 def coded(a, code, syntax, **more):
-    "A DICOM file whose pixels are `code`, said to be of a transfer syntax."
+    "A DICOM file whose pixels are `code`, with a declared transfer syntax."
     pydicom = pytest.importorskip('pydicom')
     from pydicom.encaps import encapsulate
 
@@ -990,8 +990,8 @@ def test_an_error_for_a_missing_decoder_names_what_to_install(tmp_path, monkeypa
     from pydicom.pixels.decoders.base import Decoder
 
     monkeypatch.setattr(Decoder, 'is_available', False)
-    (tmp_path / 'eye.dcm').write_bytes(data)
-    text = image_error(tmp_path / 'eye.dcm')
+    (tmp_path / 'image.dcm').write_bytes(data)
+    text = image_error(tmp_path / 'image.dcm')
     assert text.startswith('no decoder is installed for ')
     assert 'pip install pylibjpeg' in text
     assert '\n' not in text
@@ -999,15 +999,17 @@ def test_an_error_for_a_missing_decoder_names_what_to_install(tmp_path, monkeypa
 
 @pytest.mark.parametrize('syntax', ['MPEG2MPML', '1.2.3.4'])
 def test_compressions_that_pydicom_does_not_decode_are_named(tmp_path, syntax):
-    (tmp_path / 'eye.dcm').write_bytes(dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0' * 200, syntax))
-    assert 'which is not supported: save it without compression' in image_error(tmp_path / 'eye.dcm')
+    (tmp_path / 'image.dcm').write_bytes(
+        dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0' * 200, syntax)
+    )
+    assert 'which is not supported: save it without compression' in image_error(tmp_path / 'image.dcm')
 
 
 # ---------------------------------------------------------------- TIFF of 9 to 15 bits
 
 
 def packed_tiff(bits, order='<', photometric=1):
-    "A grey TIFF whose values of a number of bits follow one another without gaps, as the standard has it."
+    "A grey TIFF whose values of a number of bits are packed without gaps, as the standard defines."
     a = (RAMP * (2**bits - 1)).round().astype(np.uint32)
     a = 2**bits - 1 - a if photometric == 0 else a
     rows = (a[..., None] >> np.arange(bits - 1, -1, -1)) & 1
@@ -1036,7 +1038,7 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('photometric', [0, 1])
 @pytest.mark.parametrize('bits', range(9, 17))
 def test_a_tiff_of_9_to_16_bits_is_scaled_by_its_range_or_has_a_reason(tmp_path, bits, photometric, order):
-    "Pillow reads 12 and 16 of them; others are skipped, and none is dark"
+    "Pillow reads 12 and 16 of them; others are skipped, and none is too dark"
     x_tif = tmp_path / 'x.tif'
     x_tif.write_bytes(
         packed_tiff(bits, order, photometric)

@@ -262,9 +262,9 @@ def test_stored_outputs_are_small_and_stable(path):
         assert len(out) < 20_000, f'{len(out)} characters after {shown}'
         for o in cell.get('outputs', []):
             images = {k: v for k, v in o.get('data', {}).items() if k.startswith('image/')}
-            assert set(images) <= {'image/png', 'image/svg+xml'}, f'photographs are not stored: {shown}'
+            assert set(images) <= {'image/png', 'image/svg+xml'}, f'an image of another type: {shown}'
             for v in images.values():
-                assert len(''.join(v)) * 3 / 4 < 120_000, f'a picture of more than 120 kB after {shown}'
+                assert len(''.join(v)) * 3 / 4 < 120_000, f'an image of more than 120 kB after {shown}'
 
 
 # ---------------------------------------------------------------- modules

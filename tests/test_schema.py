@@ -104,7 +104,7 @@ def changed(value, path, change):
 
 
 def error_of(file, data):
-    "The ModelError of a model.json; None if it can be read. A slow regular expression took a minute"
+    "The ModelError of a model.json; None if it can be read. (A slow regular expression once took a minute.)"
     file.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogatepass'))
     start = time.process_time()
     try:
@@ -118,7 +118,7 @@ def error_of(file, data):
     return error
 
 
-# ---------------------------------------------------------------- what is right
+# ---------------------------------------------------------------- valid descriptions
 
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
@@ -139,7 +139,7 @@ def test_a_description_of_version_0_1_0_is_read(tmp_path):
 @pytest.mark.parametrize(
     'change,graded',
     [
-        ({'task': 'mine', 'target': 'stage'}, True),  # 0.1.0 decided so for any five classes of these names
+        ({'task': 'mine', 'target': 'stage'}, True),  # version 0.1.0 did this for any five classes with these names
         ({'task': 'mine', 'target': 'stage', 'decision': None}, False),
         ({'decision': None}, True),
         ({'classes': ['A', 'B', 'C', 'D', 'E'], 'decision': None}, False),
@@ -177,7 +177,7 @@ def test_an_undefined_metric_is_read(tmp_path):
     assert '"specificity": null' in card_text(card)
 
 
-# ---------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------- invalid descriptions
 
 REQUIRED = [(k,) for k in FIELDS] + [('decision', 'operating', k) for k in POINT]
 TYPED = list(paths(ABOUT))
@@ -348,7 +348,7 @@ def test_class_names_that_cannot_be_told_apart(names, words):
 
 
 def test_advice_depends_on_the_version_of_the_file(tmp_path):
-    "A copy does not help where another version left a field out."
+    "Copying again does not help if another version omitted a field."
     model = tmp_path / 'model.json'
     here = {**ABOUT, 'versions': {}}
     assert 'changed by hand' in error_of(model, stored({**here, 'size': 'x'}))
@@ -359,7 +359,7 @@ def test_advice_depends_on_the_version_of_the_file(tmp_path):
     assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 
-# ---------------------------------------------------------------- what is not a file
+# ---------------------------------------------------------------- paths that are not files
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')

@@ -1,4 +1,4 @@
-"Test intervals, calibration, the operating point, and the figures and report of a table of predictions."
+"Test intervals, calibration, the operating point, and the metrics and report of a table of predictions."
 
 import json
 import re
@@ -55,7 +55,7 @@ TWO = ['no', 'referable']
 
 
 def two(n=300, seed=0, sharp=1.0, person=1.0, n_images=2):
-    "Predictions of two eyes of n people"
+    "Predictions for two eyes of n people"
     rng = np.random.default_rng(seed)
     positive = np.repeat(rng.random(n) < 0.35, n_images)
     x = np.where(positive, 1.2, -1.2) + np.repeat(rng.normal(0, person, n), n_images) + rng.normal(0, 0.7, n_images * n)
@@ -292,7 +292,7 @@ def test_predictive_values_have_intervals_over_patients():
 
     own = bootstrap(ppv, y, called, groups=t.group, n=400).loc['value']
     assert np.allclose(o.loc['positive predictive value at 10%', ['value', 'low', 'high']].astype(float), own)
-    for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):  # no draw shows an error: the exact ends
+    for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):  # no resample has an error: the exact limits
         r = operating_table(y, c, t.group, prevalence=0.1, n=50).iloc[2:]
         ok = r.value.notna()
         assert ((r.low <= r.value) & (r.value <= r.high))[ok].all()
@@ -355,7 +355,7 @@ def test_estimates_from_too_few_validation_images_are_omitted_with_the_reason():
         )
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- metrics
 
 
 def test_metrics_are_those_of_scikit_learn():
@@ -383,7 +383,7 @@ def test_every_metric_is_within_its_interval(make, classes):
     m = measure_table(t, classes, prevalence=0.1, n=200)
     assert {'sensitivity', 'specificity', 'auc', 'accuracy', 'calibration error'} <= set(m.index)
     assert ('kappa' in m.index) == (len(classes) == 5)
-    m = m.drop('calibration error')  # a draw repeats images, and can only be worse calibrated
+    m = m.drop('calibration error')  # a resample repeats images, and can only be worse calibrated
     assert (m.low <= m.value).all()
     assert (m.value <= m.high).all()
     assert measure_table(t, classes, prevalence=0.1, n=200).equals(measure_table(t, classes, prevalence=0.1, n=200))

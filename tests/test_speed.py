@@ -85,7 +85,7 @@ def test_what_is_folded(arch, left):
     ]
     assert (
         there[0] > there[1] == left if left is not None else there[0] > there[1] > 0
-    )  # one before a convolution cannot be folded
+    )  # a BatchNorm before a convolution cannot be folded
 
 
 def test_weights_in_bfloat16_only_where_autocast_would_put_them():
@@ -102,7 +102,7 @@ def test_the_plain_runtime_is_the_network_itself():
 
 
 class Twice(nn.Module):
-    "What comes out of the convolution is used with BatchNorm and without"
+    "The output of the convolution is used with and without BatchNorm"
 
     def __init__(self):
         super().__init__()
@@ -314,7 +314,7 @@ def test_a_change_creates_a_new_training_copy(body, x, change):
     with torch.no_grad():
         next(body.stages.parameters()).mul_(0.5)
     assert body.fast_stages(x) is old
-    assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
+    assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are those of the network
     change(body)
     assert body.fast_stages(x) is not old
 
@@ -342,7 +342,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
         return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
 
     def a_step():
-        torch.zeros(2**26)  # 256 MB, asked for and freed
+        torch.zeros(2**26)  # 256 MB, allocated and freed
 
     before = resident()
     a_step()
@@ -354,7 +354,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
         assert resident() > before + 2**27
     assert resident() < before + 2**27
     with pytest.raises(KeyError), kept_memory():
-        raise KeyError  # it passes errors on
+        raise KeyError  # errors are raised
 
 
 # ---------------------------------------------------------------- threads
@@ -378,7 +378,7 @@ def test_results_are_in_order(n, device):
 
 
 def test_threads_are_as_before_and_a_core_each():
-    "However few batches there are: the number of threads decides the last bits"
+    "For any number of batches, because the number of threads affects the last bits"
     before = torch.get_num_threads()
     recorded = []
     torch.set_num_threads(3)
@@ -397,7 +397,7 @@ def test_threads_are_as_before_and_a_core_each():
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 @pytest.mark.parametrize('n', [1, 5, 8, 9])
 def test_batches_have_one_shape(device, n):
-    "The last is filled up with black images, of which nothing comes out"
+    "The last is filled up with black images, which have no results"
     shapes = set()
     black = []
 
@@ -464,7 +464,7 @@ def test_the_runtime_of_an_unnamed_network_is_not_stored(monkeypatch, tmp_path):
 
 
 def test_gradients_of_the_image_after_a_prediction():
-    "The copy was made where no gradients were wanted"
+    "The copy was made without gradients"
     body = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

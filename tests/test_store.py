@@ -60,7 +60,7 @@ WHAT = {
 
 
 def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
-    "What is computed, of those that are asked for"
+    "A function that computes the requested fields"
 
     def compute(sources, names):
         if asked is not None:
@@ -81,7 +81,7 @@ def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, aske
 
 
 def right(store, images, rows):
-    "Are the rows of the store those of the images?"
+    "Return whether the rows of the store are those of the images"
     want = np.stack([s[0, 0] for s in images])
     return np.array_equal(stored_array(store, 'colour')[rows], want) and np.array_equal(
         stored_array(store, 'corner')[rows][:, 1, 1], want[:, 0]
@@ -89,7 +89,7 @@ def right(store, images, rows):
 
 
 def child(code, *args, **kw):
-    "Another process that has what is defined here"
+    "Start another process that has the functions of this module"
     head = f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]; from test_store import *\n'
     return subprocess.Popen(
         [sys.executable, '-c', head + code, *map(str, args)], stdout=subprocess.PIPE, text=True, **kw
@@ -98,17 +98,17 @@ def child(code, *args, **kw):
 
 @pytest.fixture(scope='module')
 def complete(tmp_path_factory):
-    "The store that was never interrupted"
-    store = new(tmp_path_factory.mktemp('whole'))
+    "A store that was filled without interruption"
+    store = new(tmp_path_factory.mktemp('complete'))
     fill(store, random_arrays(N), colours(), BS)
     return contents(store)
 
 
-# ---------------------------------------------------------------- what a store is
+# ---------------------------------------------------------------- the store
 
 
 def test_files_of_a_store(complete, tmp_path):
-    "Plain numbers and text, to be read without this library"
+    "Plain numbers and text, readable without this library"
     assert set(complete) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
     about = json.loads(complete['about.json'])
     lines = [json.loads(line) for line in complete['images.jsonl'].decode().splitlines()]
@@ -163,7 +163,7 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     with pytest.raises(ValueError):
         a[0] = 1
     before = a.copy()
-    fill(new(tmp_path), random_arrays(N), colours(), BS)  # what others append does not move it
+    fill(new(tmp_path), random_arrays(N), colours(), BS)  # rows of other processes do not change it
     assert np.array_equal(a, before)
     assert len(stored_array(new(tmp_path), 'colour')) == N
 
@@ -175,7 +175,7 @@ def test_nothing_to_do_writes_nothing(tmp_path):
     assert not (tmp_path / 'y').exists()
 
 
-# ---------------------------------------------------------------- what is a change
+# ---------------------------------------------------------------- changes
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_changed_image_is_computed_and_only_that(tmp_path):
     batches = []
     fill(new(tmp_path), images, colours(batches), BS)
     images[3] = images[3].copy()
-    images[3][3, 3, 2] += 1  # the least that can change
+    images[3][3, 3, 2] += 1  # the smallest possible change
     del batches[:]
     rows = fill(new(tmp_path), images, colours(batches), BS)
     assert batches == [3]
@@ -276,7 +276,7 @@ def test_pil_images_that_read_differently_have_different_keys(pair):
 
 
 def finished(root, complete, left=None):
-    "Going on computes what is missing, and the bytes are those of the store that was never interrupted"
+    "The missing rows are computed, and the bytes are those of a store without interruption"
     batches = []
     store = new(root)
     kept = len(store)
@@ -301,7 +301,7 @@ def test_interrupted_between_batches(tmp_path, complete, stop):
 
 
 def opening(act, at):
-    "In place of `open`, to do something before a file of the store is written for the nth time"
+    "Replace `open` to do something before the nth write to a file of the store"
     n = count()
 
     class Opened:
@@ -336,7 +336,7 @@ def kill():
 @pytest.mark.parametrize('again', [False, True], ids=['a new store', 'the same store'])
 @pytest.mark.parametrize('at', range(12))
 def test_interrupted_between_files(tmp_path, monkeypatch, complete, at, again):
-    "Four batches of two arrays and the lines: each is once the first that is not written"
+    "Four batches of two arrays and the lines: each is once the first that is missing"
     store = new(tmp_path)
     opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
@@ -359,7 +359,8 @@ def test_there_are_twelve_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize('at', [4, 5])
 def test_killed_between_files(tmp_path, complete, at):
     p = child(
-        'module.open_regular = opening(kill, int(sys.argv[2]))[0]; fill(new(sys.argv[1]), pictures(N), colours(), BS)',
+        'module.open_regular = opening(kill, int(sys.argv[2]))[0]; '
+        'fill(new(sys.argv[1]), random_arrays(N), colours(), BS)',
         tmp_path,
         at,
     )
@@ -369,14 +370,14 @@ def test_killed_between_files(tmp_path, complete, at):
 
 
 def test_killed_at_any_time(tmp_path):
-    "Again and again, until it is done"
+    "Repeatedly, until the store is complete"
     images = random_arrays(40)
     log = tmp_path / 'log'
     done = [0]
     log.touch()
     while done[-1] < 40:
         assert len(done) < 20
-        p = child('fill(new(sys.argv[1]), pictures(40), colours(log=sys.argv[2], pause=.01), BS)', tmp_path, log)
+        p = child('fill(new(sys.argv[1]), random_arrays(40), colours(log=sys.argv[2], pause=.01), BS)', tmp_path, log)
         started = time.monotonic()
         before = log.read_text().count('\n')
         while p.poll() is None and log.read_text().count('\n') < before + 14 and time.monotonic() < started + 30:
@@ -387,7 +388,7 @@ def test_killed_at_any_time(tmp_path):
         assert done[-1] > done[-2]  # what was computed is kept
         store = new(tmp_path)
         have = [s for s, k in zip(images, content_keys(images)) if k in store.keys]
-        assert right(store, have, fill(store, have, colours(stop=0), BS))  # and can be read
+        assert right(store, have, fill(store, have, colours(stop=0), BS))  # it can be read
     assert len(done) >= 3
     fill(new(tmp_path / 'at once'), images, colours(), BS)
     assert contents(new(tmp_path)) == contents(new(tmp_path / 'at once'))
@@ -440,12 +441,12 @@ def test_incomplete_writes(tmp_path, complete, name):
     assert len(store) == kept
     assert (
         right(store, random_arrays(kept), fill(store, random_arrays(kept), colours(stop=0), BS)) if kept else True
-    )  # read as it is
+    )  # read without change
     finished(tmp_path, complete, N - kept)
 
 
 def test_a_damaged_line(tmp_path):
-    "It costs the rows that it stood for, no other, and is told"
+    "Only its own rows are lost, with a warning"
     fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
     batches = []
@@ -459,7 +460,7 @@ def test_a_damaged_line(tmp_path):
 
 
 def test_a_row_without_an_image_has_an_empty_key_in_the_file(tmp_path):
-    "So the files are those of earlier versions; in memory no image has an empty key"
+    "The files are those of earlier versions; in memory no image has an empty key"
     fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 1))
@@ -471,16 +472,16 @@ def test_a_row_without_an_image_has_an_empty_key_in_the_file(tmp_path):
     assert '' not in new(tmp_path).keys
 
 
-# ---------------------------------------------------------------- what is there is not believed
+# ---------------------------------------------------------------- stored values are checked
 
 
 def again_is_read(root, batches=None):
-    "Everything is there and right, and nothing more is told of it"
+    "Everything is correct, and there is no further warning"
     store = new(root)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert right(store, random_arrays(N), fill(store, random_arrays(N), colours(stop=0), BS))
-        fill(new(root), random_arrays(N + 1), colours(), BS)  # the lock is taken: nothing is found damaged
+        fill(new(root), random_arrays(N + 1), colours(), BS)  # the lock is held: nothing is found damaged
 
 
 def edit(name, change):
@@ -529,12 +530,12 @@ HARM = {
 }
 
 
-QUIET = {'another key'}  # looks as a row that was computed again since
+QUIET = {'another key'}  # resembles a row that was computed again
 
 
 @pytest.mark.parametrize('name', HARM)
 def test_changed_rows_are_computed_again_and_reported(tmp_path, name):
-    "The numbers of the images, whatever was done to the files; nothing else is computed, and it is told once"
+    "The values are those of the images for any damage; nothing else is computed, and there is one warning"
     harm, lost = HARM[name]
     fill(new(tmp_path), random_arrays(N), colours(), BS)
     harm(new(tmp_path).folder)
@@ -553,7 +554,7 @@ def test_changed_rows_are_computed_again_and_reported(tmp_path, name):
 
 
 def test_swapped_files_of_two_stores(tmp_path):
-    "Numbers of another description fit the files, and not the checksums"
+    "Values of another description fit the files, but not the checksums"
     for size in (1, 2):
         fill(new(tmp_path, size=size), random_arrays(N), colours(), BS)
     a, b = (new(tmp_path, size=size).folder for size in (1, 2))
@@ -574,7 +575,7 @@ def test_only_requested_rows_are_checked(tmp_path):
 
 
 def test_a_row_in_use_is_not_overwritten(tmp_path):
-    "Who has the arrays in memory keeps the numbers that were checked"
+    "Arrays in memory keep the values that were checked"
     fill(new(tmp_path), random_arrays(N), colours(), BS)
     before = stored_array(new(tmp_path), 'colour')
     want = before.copy()
@@ -593,7 +594,7 @@ def test_a_changed_description(tmp_path, complete):
 
 @pytest.mark.parametrize('again', [True, False])
 def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, again):
-    "Its numbers are not kept under the key of what it was"
+    "Its values are not stored under the key of the old file"
     s_folder = tmp_path / 's'
     files = [tmp_path / f'{i}.png' for i in range(4)]
     for f, a in zip(files, random_arrays(4)):
@@ -623,11 +624,11 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
     assert (content_keys(files) == keys) == again
 
 
-# ---------------------------------------------------------------- links, pipes and folders of others
+# ---------------------------------------------------------------- links, pipes and folders of other users
 
 
 def test_links_are_not_followed_for_writing(tmp_path):
-    "Whatever file of the store it stands for, what it points to is left as it is"
+    "For each file of the store, the target of a link is not changed"
     precious = tmp_path / 'precious'
     for name in ('colour.bin', 'images.jsonl', 'about.json', 'lock'):
         store = new(tmp_path / name)
@@ -640,7 +641,7 @@ def test_links_are_not_followed_for_writing(tmp_path):
 
 
 def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
-    "The cache as a whole may be a link, to another disk."
+    "The cache itself may be a link to another disk."
     cache = tmp_path / 'cache'
     disk = tmp_path / 'disk'
     mine = tmp_path / 'mine'
@@ -665,7 +666,7 @@ def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
 @pytest.mark.parametrize('kind', ['pipe', 'folder'])
 def test_paths_that_are_not_files(tmp_path, name, kind):
-    "It is not waited for"
+    "The store does not wait for it"
     folder = new(tmp_path).folder
     folder.mkdir()
     if kind == 'pipe':
@@ -694,7 +695,7 @@ def test_folders_of_the_cache_are_private(tmp_path):
 
 
 def test_a_world_writable_folder(tmp_path):
-    "It is told, once"
+    "One warning"
     open_path = tmp_path / 'open'
     open_path.mkdir()
     open_path.chmod(0o777)
@@ -712,7 +713,7 @@ def test_a_world_writable_folder(tmp_path):
 )
 @pytest.mark.parametrize('whose', ['the folder', 'the one above'])
 def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
-    "It is told, once, of the folder itself and of those above it in the cache"
+    "One warning, for the folder itself and for those above it in the cache"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     root = tmp_path / 'cache' / 'features'
     root.mkdir(parents=True, mode=0o700)
@@ -726,7 +727,7 @@ def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
     assert 'DR_TRANSFER_CACHE' in str(told[0].message)
 
 
-# ---------------------------------------------------------------- advice that fits
+# ---------------------------------------------------------------- errors of the system
 
 
 @pytest.mark.parametrize(
@@ -776,13 +777,13 @@ def test_errors_of_the_system_do_not_name_an_image(tmp_path, monkeypatch, error)
 
 
 def test_few_files_are_open_at_the_same_time(tmp_path):
-    "Forty stores, with few files allowed"
+    "Forty stores, with a limit of a few files"
     code = (
         'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n'
         + """
 stores = [ArrayStore(sys.argv[1], f's{i}', {'of': i}, {f's{i}': ((3,), 'float32')}) for i in range(40)]
 what = {f's{i}': WHAT['colour'] for i in range(40)}
-fill_stores(stores, pictures(N), colours(what=what), BS)
+fill_stores(stores, random_arrays(N), colours(what=what), BS)
 """
     )
     assert child(code, tmp_path).wait(60) == 0
@@ -814,7 +815,7 @@ def test_arrays_of_another_shape_are_errors(tmp_path, complete):
 
 AT_ONCE = """
 root, log, start, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-images = pictures(n, start)
+images = random_arrays(n, start)
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
 rows = fill(s := new(root), images, colours(log=log, pause=.02), BS)
@@ -831,7 +832,7 @@ assert right(s, images, rows)
     ids=['the same', 'some the same'],
 )
 def test_two_processes(tmp_path, second):
-    "The second waits; nothing is computed twice"
+    "The second waits, and nothing is computed twice"
     ps = [child(AT_ONCE, tmp_path, tmp_path / 'log', *a) for a in ((0, 20), second)]
     assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
     (tmp_path / 'go').touch()
@@ -840,7 +841,7 @@ def test_two_processes(tmp_path, second):
     total = max(20, sum(second))
     assert sorted(int(i) for _, i in computed) == list(range(total))  # each once
     turns = [p for i, (p, _) in enumerate(computed) if not i or computed[i - 1][0] != p]
-    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not in turns
+    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not alternately
     store = new(tmp_path)
     assert len(store) == total
     assert right(store, random_arrays(total), fill(store, random_arrays(total), colours(stop=0), BS))
@@ -877,7 +878,7 @@ def test_threads(tmp_path, complete):
     assert contents(new(tmp_path)) == complete
 
 
-# ---------------------------------------------------------------- some stores, filled in one pass
+# ---------------------------------------------------------------- several stores, filled in one pass
 
 STAGES = {'a': (3,), 'b': (2, 2), 'c': (1,)}
 DEEP = {'a': WHAT['colour'], 'b': WHAT['corner'], 'c': lambda s: s[:1, 0, 0] + np.float32(1000)}
@@ -888,7 +889,7 @@ def several(root, names='abc'):
 
 
 def fill_some(root, images, names='abc', **kw):
-    "What was computed, (sources, names) a call, after checking that all of it is right and stands there once"
+    "The computed (sources, names) of each call, after a check that each row is correct and stored once"
     batches = []
     asked = []
     stores = several(root, names)
@@ -906,7 +907,7 @@ def fill_some(root, images, names='abc', **kw):
 
 @pytest.fixture(scope='module')
 def filled(tmp_path_factory):
-    "Three stores that were filled at once"
+    "Three stores that were filled in one pass"
     root = tmp_path_factory.mktemp('filled')
     assert fill_some(root, random_arrays(N)) == (list(range(N)), 'abc')
     return [contents(s) for s in several(root)]
@@ -939,7 +940,7 @@ def test_only_missing_stores_are_computed_in_one_pass(tmp_path, filled, first):
     ids=str,
 )
 def test_one_store_has_fewer_rows(tmp_path, filled, have):
-    "One pass over what any of them lacks; what a store has is left as it is"
+    "One pass over the rows that any of them lacks; existing rows are not changed"
     for n, k in zip('abc', have):
         if k:
             fill_some(tmp_path, random_arrays(k), n)
@@ -952,7 +953,7 @@ def test_one_store_has_fewer_rows(tmp_path, filled, have):
 
 
 def test_each_store_lacks_other_rows(tmp_path):
-    "Stores with other images in another order"
+    "Stores with different images in different orders"
     images = random_arrays(N)
     for n, k in zip('abc', ([5, 0, 3], [6, 3, 1], [3])):
         fill_some(tmp_path, [images[i] for i in k], n)
@@ -962,7 +963,7 @@ def test_each_store_lacks_other_rows(tmp_path):
 
 @pytest.mark.parametrize('at', range(0, 24, 5))
 def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
-    "Some stores have a batch that the others have not"
+    "Some stores have a batch that others do not have"
     opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
@@ -985,8 +986,8 @@ def slowly(folder):
 module._locked = slowly
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
-seen, asked = fill_some(root, pictures(N), names, log=log)
-print(len(seen), asked, flush=True)
+computed, requests = fill_some(root, random_arrays(N), names, log=log)
+print(len(computed), requests, flush=True)
 """
 
 
@@ -999,7 +1000,7 @@ print(len(seen), asked, flush=True)
     ids=' '.join,
 )
 def test_two_processes_with_stores_in_common(tmp_path, filled, names):
-    "Whatever their order, none waits for one that waits for it; what both want is computed by one"
+    "In any order there is no deadlock; what both processes need is computed by one"
     ps = [child(ONE_EACH, tmp_path, tmp_path / 'log', n) for n in names]
     try:
         assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
@@ -1019,23 +1020,23 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
 
 
 def test_the_required_space_is_that_of_all_stores(tmp_path, monkeypatch):
-    "12 + 16 + 4 bytes an image, in those that lack it"
+    "12 + 16 + 4 bytes per image, in the stores that lack it"
     free = [250]
     monkeypatch.setattr(shutil, 'disk_usage', lambda place: shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0]))
     with pytest.raises(ValueError, match='10 images'):
-        fill_some(tmp_path, random_arrays(10))  # though each alone has room
+        fill_some(tmp_path, random_arrays(10))  # though there is enough space for each one
     fill_some(tmp_path, random_arrays(7))
     fill_some(tmp_path, random_arrays(10), 'ac')
     free[0] = 60
     fill_some(tmp_path, random_arrays(10))  # 48 for three images in one store
 
 
-# ---------------------------------------------------------------- places that will not do
+# ---------------------------------------------------------------- folders that cannot be used
 
 
 @contextmanager
 def nobody():
-    "Without the rights of root, for whom nothing is read-only"
+    "Without the permissions of root, for whom nothing is read-only"
     if not hasattr(os, 'setresuid'):
         pytest.skip('no users here')
     was = os.getuid()
@@ -1050,7 +1051,7 @@ def nobody():
 
 @pytest.fixture
 def locked():
-    "A folder that can be read and not written"
+    "A folder that can be read but not written"
     folder = Path(tempfile.mkdtemp())
     yield folder
     for p in (folder, *folder.rglob('*')):
@@ -1103,7 +1104,7 @@ def test_a_folder_of_any_name_may_be_next_to_it(tmp_path):
 
 
 def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
-    "16 bytes an image; known before anything is computed, and what is there already needs none"
+    "16 bytes per image, checked before anything is computed; stored rows need no space"
     free = [N * 16]
     asked = []
     batches = []
@@ -1125,7 +1126,7 @@ def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
         assert p.exists()
         assert tmp_path in (p, *p.parents)
     twice = random_arrays(3) * 4
-    fill(new(tmp_path), twice, colours(batches), BS)  # twelve, but three to be computed
+    fill(new(tmp_path), twice, colours(batches), BS)  # twelve images, of which three are computed
     free[0] = 80
     fill(new(tmp_path), random_arrays(3), colours(stop=0), BS)
     fill(new(tmp_path), random_arrays(4), colours(batches), BS)
@@ -1156,7 +1157,7 @@ NAMES = [
 
 
 def test_names(tmp_path):
-    "Only the content counts, and each name is written down so that it can be read again"
+    "Only the content counts, and each name is stored so that it can be read again"
     (tmp_path / 'x').mkdir()
     paths = []
     kept = []

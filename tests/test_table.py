@@ -21,7 +21,7 @@ COLUMNS = ['image', 'label', 'group', 'split']
 
 
 def write_images(folder, *names, size=6):
-    "Small images of these names below `folder`, each of another colour."
+    "Write small images with these names below `folder`, each of another colour."
     for i, n in enumerate(names):
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (size, size), (i % 256, i * 37 % 256, 9)).save(folder / n)
@@ -55,7 +55,7 @@ def test_find_images(tmp_path):
 
 @pytest.mark.parametrize(
     'suffix', [s for s in module.IMAGE_SUFFIXES if s not in ('.dcm', '.dicom')]
-)  # those are in test_fundus
+)  # tested in test_fundus
 @pytest.mark.parametrize('upper', [False, True])
 def test_every_suffix_is_found_and_read(tmp_path, suffix, upper):
     name = f'a/1{suffix.upper() if upper else suffix}'
@@ -99,7 +99,7 @@ def test_file_without_permission(tmp_path, monkeypatch):
 
 
 def test_folder_without_permission(tmp_path, monkeypatch):
-    "Root may read everything, so the refusal of the system is put in its place."
+    "Root may read everything, so the error of the system is simulated."
     write_images(tmp_path, 'a/1.png', 'b/2.png')
     real = os.scandir
 
@@ -162,7 +162,7 @@ def test_split_folders(tmp_path, names):
         p = Path(path).relative_to(tmp_path).parts
         assert label == p[1]
         assert split == ('train', 'valid', 'test')[names.index(p[0])]
-    assert split_table(t).split.tolist() == t.split.tolist()  # sides that are named are kept
+    assert split_table(t).split.tolist() == t.split.tolist()  # given splits are kept
 
 
 def test_a_class_named_test_is_a_class(tmp_path):
@@ -347,7 +347,7 @@ def test_same_name_in_two_folders(tmp_path):
     assert labels(
         label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path
     ) == {'thumbs/1.png': 'a', 'images/2.png': 'b', 'thumbs/3.png': 'c'}
-    assert len(label_table(tmp_path)) == 6  # as class folders they are six images
+    assert len(label_table(tmp_path)) == 6  # without the CSV they are six images
 
 
 def test_a_row_twice_is_one_image(tmp_path):
@@ -369,7 +369,7 @@ def test_unreadable_files_are_listed_and_not_changed(tmp_path):
     write_images(tmp_path, *FILES)
     (tmp_path / 'rose' / 'empty.jpg').touch()
     (tmp_path / 'rose' / 'text.jpg').write_text('no image')
-    complete = (write_images(tmp_path, 'tulip/whole.jpg', size=300) / 'tulip' / 'whole.jpg').read_bytes()
+    complete = (write_images(tmp_path, 'tulip/complete.jpg', size=300) / 'tulip' / 'complete.jpg').read_bytes()
     (tmp_path / 'tulip' / 'cut.jpg').write_bytes(complete[: len(complete) * 2 // 3])
     before = content(tmp_path)
     t = label_table(tmp_path)
@@ -457,7 +457,7 @@ def test_messages(tmp_path, call, why):
         call(tmp_path)
 
 
-# ---------------------------------------------------------------- what a person may well write into a CSV
+# ---------------------------------------------------------------- common contents of a CSV
 
 
 def split_of(folder, **columns):
@@ -666,7 +666,7 @@ def test_a_generator_of_images(tmp_path):
 
 
 def random_set(seed, n=150, grouped=True, classes=3):
-    "A table as `label_table` makes it: groups of one to four, in part of mixed classes, some images of no group."
+    "A table as `label_table` makes it: groups of one to four, some of mixed classes, some images without a group."
     rng = np.random.default_rng(seed)
     p = np.arange(classes, 0, -1) / np.arange(classes + 1).sum()
     group = np.repeat(np.arange(n), rng.integers(1, 5, n))[:n]
@@ -712,7 +712,7 @@ def test_a_group_is_never_in_two_subsets(valid, test):
         )
         assert set(t.split) == ({'train', 'valid', 'test'} if test else {'train', 'valid'})
         assert set(t.label[t.split == 'train']) == set(t.label)
-        assert before.split.isna().all()  # what was given is not changed
+        assert before.split.isna().all()  # the given table is not changed
         pd.testing.assert_frame_equal(t.drop(columns='split'), before.drop(columns='split'))
 
 
@@ -743,7 +743,7 @@ def test_only_the_seed_determines_the_split(grouped):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_small_sets_are_split_correctly_or_raise_an_error(seed):
-    "Never a leak and never an empty side, however few images there are."
+    "Never a leak and never an empty subset, for any number of images."
     made = 0
     for n in range(4, 24):
         t = random_set(100 * seed + n, n, classes=2)
@@ -833,6 +833,6 @@ def test_invalid_splits(call, why):
 
 def test_a_leak_into_a_given_test_set_is_an_error():
     t = random_set(6).assign(group=[f'p{i // 2}' for i in range(150)])
-    t['split'] = ['test'] + [None] * 149  # the other image of p0 is free to go elsewhere
+    t['split'] = ['test'] + [None] * 149  # the other image of p0 may be in another subset
     with pytest.raises(SplitError, match='1 groups are in more than one of train, valid and test: p0'):
         split_table(t)

@@ -24,7 +24,7 @@ from dr_transfer.utils.files import progress
 
 
 class Rates(Callback):
-    "Rate, decay and momenta of each step, for all that is trained"
+    "Learning rate, weight decay and momenta of each step, for all trained parameters"
 
     def __init__(self):
         self.recorded = []
@@ -61,7 +61,7 @@ def test_labels_to_codes_to_one_hot_and_back(table):
 
 
 def test_a_complete_set_as_an_array(table):
-    "Of images of unequal size, in the order of the table"
+    "From images of different sizes, in the order of the table"
     images = [read_image(i, 40) for i in table.image]
     array = stack_images(images).numpy()
     assert array.shape == (len(table), 3, 40, 40)
@@ -139,12 +139,12 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     assert len(history) == 30
     for h in history:
         assert 0 <= h['accuracy'] <= 1
-    assert set(rates.recorded) == {(1e-3, 0.0, 0.9, 0.99)}, 'one rate, nothing decays'
+    assert set(rates.recorded) == {(1e-3, 0.0, 0.9, 0.99)}, 'more than one learning rate, or weight decay'
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
-    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class,
-    of which the loss takes the softmax; the places of the map are not averaged
+    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one output per class,
+    of which the loss computes the softmax; the positions of the map are not averaged
     """
     head = create_head('flw', 10 * 7 * 7, 5).train()
     kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
@@ -161,18 +161,18 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
     ]
     for m in head:
         if isinstance(m, nn.Dropout):
-            assert m.p == 0, 'the recipe drops nothing'
+            assert m.p == 0, 'the recipe has dropout'
     dense = [m for m in head if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
     for m in dense[:2]:
         assert abs(m.weight.std().item() * (m.in_features / 2) ** 0.5 - 1) < 0.02, (
-            'He: a variance of 2 by the number of inputs'
+            'not the variance of He: 2 / number of inputs'
         )
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
 def test_rotations_reduce_the_gap_between_training_and_validation(tmp_path):
-    "The gap between the sides, for a model with the turns and for one without"
+    "The gap between the subsets, for a model with rotations and for one without"
     from dr_transfer.core import build_learner, fit, generalization_gap
 
     make_dr(tmp_path / 'fundus', n=40, size=48, seed=0, workers=1)

@@ -32,8 +32,8 @@ CLASSES = ('daisy', 'roses', 'sunflowers')
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
-    not how well it ends
+    """Two regularisation strengths and few steps: the tests check how a phase is run,
+    not its result
     """
     monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
@@ -41,7 +41,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope='session')
 def set_of_flowers(tmp_path_factory):
-    "Some flowers of 32 pixels, and a tiny network whose weights are a file, as pretrained ones are"
+    "Some flowers of 32 pixels, and a tiny network with a weights file, as if pretrained"
     folder = tmp_path_factory.mktemp('training')
     make_flowers(folder / 'flowers', n=45, size=32, classes=CLASSES)
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def build(set_of_flowers, tmp_path):
 
 
 class Images:
-    "Counts the training images that go through the first stage of a body with gradients to follow, or in training mode"
+    "Count the training images that pass the first stage of a body with gradients, or in training mode"
 
     def __init__(self, learn):
         self.n = 0
@@ -82,7 +82,7 @@ class Images:
 
 
 class Batches(Callback):
-    "A callback of the user, which counts the steps that it sees"
+    "A callback of the user that counts the steps"
 
     steps = 0
 
@@ -91,7 +91,7 @@ class Batches(Callback):
 
 
 def told(learn, *args, **kw):
-    "What `fit` tells"
+    "Return what `fit` prints"
     lines = []
     fit(learn, *args, say=lines.append, **kw)
     return lines
@@ -111,14 +111,14 @@ def train_size(learn):
 @pytest.mark.parametrize('callback', [SaveModelCallback, MixUp, Batches])
 @pytest.mark.parametrize('plan', ['top1', 'fine_tune'])
 def test_one_epoch_is_one_pass(build, plan, callback):
-    "The head is solved before it, and the callback gets the batches of the phase that it is for"
+    "The head is solved first, and the callback gets the batches of its phase"
     learn = build(cbs=[callback()])
     images = Images(learn)
     lines = told(learn, plan, epochs=1)
     assert ways(learn) == ['solved', 'network']
     assert learn.record.passes == 1
     batches = train_size(learn) // learn.dls.train.bs
-    assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
+    assert images.n == batches * learn.dls.train.bs, 'not one pass through the images, except for the incomplete batch'
     for line in lines:
         assert 'of 300' not in line
     if callback is Batches:
@@ -155,7 +155,7 @@ def test_the_total_is_printed_before_anything_is_trained(build):
 )
 @pytest.mark.parametrize('stored', [True, False])
 def test_no_phase_has_more_passes_than_requested(build, how, stored):
-    "Whatever keeps a head from being solved or stored"
+    "For each reason why a head is not solved or stored"
     learn = build(cbs=[Batches()], **how)
     images = Images(learn)
     fit(learn, 'top1', epochs=1, stored=stored, say=str)
@@ -169,7 +169,7 @@ def test_a_head_that_cannot_be_stored_has_a_small_number_of_passes(build):
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'))] == [('network', phases.HEAD_PASSES)]
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'), 3)] == [('network', 3)]
     assert [r.how for r in phase_runs(learn, get_plan('top1'))] == ['solved', 'network'], (
-        'a head that only prepares is solved'
+        'a head that only prepares is not solved'
     )
 
 
@@ -180,7 +180,7 @@ def test_a_number_of_its_own_is_bounded_too(build):
 
 
 def test_epochs_do_not_change_a_head_that_is_solved(build):
-    "Today's 1.000 was .458 with epochs=2"
+    "In an earlier version, the accuracy of 1.000 was .458 with epochs=2"
     plain = build()
     asked = build()
     fit(plain, 'head', say=str)
@@ -313,7 +313,7 @@ def wild(schedule='none', frozen=0, epochs=2, lr=1e4):
 
 @pytest.mark.parametrize('frozen', [0, -2])
 def test_a_training_that_diverges_is_an_error(build, frozen):
-    "With the reason, and the weights from before the phase: through the network, and from what is stored"
+    "With the reason, and with the weights from before the phase; through the network and on stored features"
     learn = build()
     fit(learn, 'head', say=str)
     before = state_of(learn)
@@ -327,11 +327,11 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     assert len(learn.record.history) == trained
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
     fit(learn, 'top1', epochs=1, say=str)
-    assert ways(learn)[-1] == 'stored', 'it can be trained again'
+    assert ways(learn)[-1] == 'stored', 'it cannot be trained again'
 
 
 def test_a_head_that_diverged_does_not_count_as_trained(build):
-    "So that the next plan does not skip it"
+    "The next plan does not skip it"
     learn = build(head='dense', loss_func=lambda p, y: (p * float('nan')).sum())
     with pytest.raises(TrainingError, match='went at once to nan'):
         fit(learn, 'head', say=str)
@@ -339,7 +339,7 @@ def test_a_head_that_diverged_does_not_count_as_trained(build):
 
 
 def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(build):
-    "Statistics of BatchNorm that were never near those of the images"
+    "The statistics of BatchNorm were never near those of the images"
     learn = build(weights='random')
 
     class Damage(Callback):
@@ -375,7 +375,7 @@ def test_the_best_epoch_is_in_the_record(build):
 
 
 def test_the_best_epoch_can_be_kept(build):
-    "With fastai's callback, which before made of one epoch three hundred"
+    "With fastai's callback, which once turned one epoch into three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
     fit(learn, Plan('p', (HEAD_PHASE, Phase(0, 4, 3e-3, schedule='none', fixed_bn=True))), say=str)
     rows = learn.record.history[1:]
@@ -482,7 +482,7 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
         )
 
 
-# ---------------------------------------------------------------- the same again
+# ---------------------------------------------------------------- reproducibility
 
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
@@ -519,8 +519,8 @@ def test_the_global_random_state_is_not_changed(build):
 
 @pytest.mark.parametrize('stored', [True, False])
 def test_a_second_fit_after_ctrl_c_gives_the_same_result(build, stored):
-    """Interrupted before the second phase: the head is not solved again,
-    and order and views are those of the run without
+    """Interrupted before the second phase, the head is not solved again,
+    and order and views are those of the run without interruption
     """
     plain = build()
     learn = build()
@@ -546,7 +546,7 @@ def press(*args, **kwargs):
 @pytest.mark.filterwarnings('ignore:the body is trained before the head')
 @pytest.mark.parametrize('how', ['solved', 'stored', 'network'])
 def test_a_learner_after_ctrl_c(build, monkeypatch, how):
-    "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
+    "It predicts, frozen layers are frozen, no callback is left, and training can continue"
     learn = build(bs=8)
     phase = {'solved': HEAD_PHASE, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
     before = state_of(learn)
@@ -571,7 +571,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
 
 
-# ---------------------------------------------------------------- the rate finder
+# ---------------------------------------------------------------- the learning rate finder
 
 
 def found_rate(learn, **kw):
@@ -589,9 +589,9 @@ def test_the_rate_finder_reads_each_image_once(build):
     assert same_state(before, state_of(learn))
     assert not learn.head_first.trained
     assert learn.dls.train.rng.getstate() == order
-    assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
+    assert len(learn.recorder.losses) > 50, 'too few points for the plot of fastai'
     fit(learn, 'top1', epochs=1, say=str)
-    assert ways(learn) == ['solved', 'stored'], 'finding a rate is no training of the head'
+    assert ways(learn) == ['solved', 'stored'], 'the learning rate finder counts as training of the head'
 
 
 def test_the_rate_finder_through_the_network(build):
@@ -605,7 +605,7 @@ def test_the_rate_finder_through_the_network(build):
 
 
 def pressed_after(n, step):
-    "A step of a learner in which Ctrl-C is pressed once `n` have been taken"
+    "A step of a learner that is interrupted after `n` steps"
     taken = []
 
     def step_or_press(self):
@@ -618,7 +618,7 @@ def pressed_after(n, step):
 
 
 def test_the_rate_finder_interrupted(build, monkeypatch):
-    "Its steps at rates of ten are taken back"
+    "Its steps at high learning rates are undone"
     for unfreeze in (False, True):
         learn = build()
         if unfreeze:

@@ -32,7 +32,7 @@ KINDS = (
     'volumes',
     'preparations',
 )
-ALL_CASES = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is skipped to save time
+ALL_CASES = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also the cases that are usually skipped to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')
 PLAIN = ('--runtime', 'plain')
 CASES = []

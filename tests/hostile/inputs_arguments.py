@@ -168,7 +168,7 @@ def words(at, words):
 
 @case('arguments', {c: c for c in ('demo', 'train', 'predict', 'evaluate', 'preprocess')})
 def help_is_shown(at, command):
-    "--help ends well and computes nothing."
+    "--help exits with 0 and computes nothing."
     return Command([command, '--help'], also=lambda o: [] if 'usage' in o.out else ['no help'])
 
 

@@ -39,7 +39,7 @@ TAKEN = (
 
 
 def with_column(rows, name, value) -> list:
-    "Rows with one more column; `value` of the row's number."
+    "Rows with one more column; `value` gets the index of the row."
     return [[*rows[0], name], *([*r, value(i)] for i, r in enumerate(rows[1:]))]
 
 
@@ -59,7 +59,7 @@ def evaluated(at, name):
 
 
 def of_the_model(at, name):
-    "The assertion that no result of the model holds the user's numbers, and that the probabilities are its own."
+    "Check that no result of the model contains the user's values, and that the probabilities are its own."
     values = {i: number(i) for i in range(24)}
 
     def complaints(outcome):
@@ -116,7 +116,7 @@ DOUBLES = {
 
 @table(None, DOUBLES, named=('column', 'columns'))
 def header(rows, names):
-    "Columns of one name, or of names that are nearly one; the last column holds other numbers."
+    "Columns with equal or nearly equal names; the last column has other values."
     return [names, *([*r[:3], number(i)] for i, r in enumerate(rows[1:]))]
 
 
@@ -141,7 +141,7 @@ PATIENTS = (
 
 
 def together(at, labels='labels.csv', column=2):
-    "The assertion that no patient has images in training and in validation."
+    "Check that no patient has images in both training and validation."
 
     def complaints(outcome):
         rows = list(csv.reader(io.StringIO((at.data / labels).read_text())))[1:]
@@ -186,7 +186,7 @@ def patients_found(at, name):
 
 @case('columns', {k: k for k in ('evaluate', 'cross-validate', 'compare', 'advise')})
 def patients_in_every_command(at, which):
-    "The column of the patients named, in every command that reads labels."
+    "The name of the patient column is given, in each command that reads labels."
     at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, 'pid'))
     out = at.root / ('out.png' if which in ('compare', 'advise') else 'out.html')

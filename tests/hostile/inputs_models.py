@@ -1,4 +1,4 @@
-"Model folders and ONNX files that are damaged, or were made to do harm."
+"Model folders and ONNX files that are damaged, or were made for an attack."
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def predicted(at, run, **more):
 
 
 def must_fail(outcome):
-    "The assertion that the model is not used."
+    "Check that the model is not used."
     return [] if outcome.code else ['the model is used: ' + outcome.out[:200] + json.dumps(outcome.rows)[:300]]
 
 
@@ -187,7 +187,7 @@ MAY_WORK = {
 
 @case('models', HARM)
 def harm(at, change):
-    "A value in model.json that takes all memory, or makes other numbers."
+    "A value in model.json that uses all memory, or changes the predictions."
     return predicted(at, model(at, change))
 
 
@@ -305,7 +305,7 @@ def tensors_of_another_type(at, kind):
 
 @case('models')
 def hashes_changed(at):
-    "The hashes of the images that a model was made from have another shape."
+    "The hashes of the images that a model was trained on have another shape."
     return predicted(at, model(at, tensors=lambda t: {**t, 'seen': np.zeros((3, 5), np.float64)}))
 
 

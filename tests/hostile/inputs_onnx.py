@@ -26,7 +26,7 @@ def onnx_flipped(at, i):
 
 
 def same_or_error(at):
-    "The assertion that a prediction is that of the undamaged model, if there is one."
+    "Check that a prediction, if there is one, is that of the undamaged model."
     want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
     return lambda o: (
         []

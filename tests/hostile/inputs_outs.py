@@ -34,7 +34,7 @@ def exported(at):
 
 
 def evaluated(at):
-    "An evaluation of the shared eyes."
+    "An evaluation on the shared fundus images."
     out = at.root / 'out.html'
     return Command(
         ['evaluate', at.shared / 'fundus_run', at.fundus, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
@@ -48,7 +48,7 @@ def each(*names):
 
 
 def must_fail(outcome):
-    "The assertion that nothing was done."
+    "Check that nothing was done."
     return [] if outcome.code else ['exit code 0, though there is nothing that it may write to']
 
 
@@ -85,7 +85,7 @@ def bad_place(at, which):
     each('file', 'file overwritten', 'folder', 'folder overwritten', 'run', 'run overwritten', 'home overwritten'),
 )
 def taken(at, which):
-    "--out is something of the user. With --overwrite a file may take a file's place; a folder stays."
+    "--out is a file or folder of the user. With --overwrite a file may be replaced, but never a folder."
     command, name = which
     out = at.root / f'mine{SUFFIX.get(command, "")}'
     if name.startswith('file'):
@@ -172,14 +172,14 @@ def near_the_data(at, which):
 
 @case('outs', {c: c for c in COMMANDS})
 def name_that_is_no_text(at, command):
-    "--out with bytes that are not text: a good name on Linux."
+    "--out with bytes that are not text: a valid name on Linux."
     out = at.root / (os.fsdecode(b'\xff\xfe') + SUFFIX.get(command, ''))
     return of(at, command, out, allowed=True)
 
 
 @case('outs', {c: c for c in COMMANDS})
 def folder_that_is_not_there(at, command):
-    "--out in a folder that has to be made; what is made for it may stay."
+    "--out in a folder that does not exist; it is created and may remain."
     out = at.root / 'new' / 'folders' / f'out{SUFFIX.get(command, "")}'
     made = of(at, command, out, allowed=True)
     made.outs.append(at.root / 'new')
@@ -188,7 +188,7 @@ def folder_that_is_not_there(at, command):
 
 @case('outs', {'csv': 'out.csv', 'png': 'out.png', 'none': 'out', 'upper': 'out.HTML', 'hidden': '.html'})
 def suffix_of_a_report(at, name):
-    "A report whose name is that of its table, or of something else."
+    "A report with the suffix of its table, or of another kind of file."
     out = at.root / name
     made = of(at, 'evaluate', out, allowed=True)
     return made
@@ -196,7 +196,7 @@ def suffix_of_a_report(at, name):
 
 @case('outs')
 def table_beside_a_report_is_taken(at):
-    "The report's place is free, that of its table is not."
+    "The name of the report is free, but not that of its table."
     table_beside(at.root / 'out.html').write_text('precious')
     made = of(at, 'evaluate', at.root / 'out.html')
     made.also = must_fail

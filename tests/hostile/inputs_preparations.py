@@ -19,7 +19,7 @@ def prepared(at) -> list:
 
 
 def same(at):
-    "The assertion that the results are those of an undisturbed run."
+    "Check that the results are those of an undisturbed run."
 
     def complaints(outcome):
         if outcome.code:
@@ -33,7 +33,7 @@ def same(at):
 
 
 def again(at, **more):
-    "The same preparation once more, over what is there."
+    "The same preparation again, over existing results."
     return at.preprocess(also=same(at), named=('out', 'journal.jsonl', 'preparation.json', 'images.csv'), **more)
 
 
@@ -151,7 +151,7 @@ def journal_lies(at, what):
 
 def must_fail(outcome):
     "Check that nothing was written."
-    return [] if outcome.code else ['prepared, though the originals are there']
+    return [] if outcome.code else ['prepared, though the originals would be replaced']
 
 
 @case('preparations', {k: k for k in ('link', 'dots', 'relative', 'slash', 'link of the parent', 'capitals')})

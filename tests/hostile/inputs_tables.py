@@ -25,7 +25,7 @@ def as_text(rows) -> str:
 def table(expects=None, each=None, words=DR, named=()):
     """Register a builder of a labels file, `build(rows)` or `build(rows, value)`: rows, text or bytes.
 
-    Eyes are trained with it. `expects` is how many images the run must account for where it is made.
+    A training on fundus images uses it. `expects` is how many images the run must account for if it is made.
     """
 
     def register(build):
@@ -71,7 +71,7 @@ STRAY = {'one quote': '"', 'in a cell': 'a"b', 'before': '"a"b', 'single': "'", 
 
 @table(None, STRAY)
 def stray_quote(rows, quote):
-    "A quote that is never closed, in the patient of the fifth row: what follows it is not swallowed."
+    "A quote that is never closed, in the patient of the fifth row: the following rows are not lost."
     lines = as_text(rows).splitlines()
     lines[5] = lines[5].replace(rows[5][2], quote)
     return '\n'.join(lines)

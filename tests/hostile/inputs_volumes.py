@@ -14,18 +14,18 @@ HU = np.full((4, 20, 20), -500, np.int16)
 
 
 def npz(path, **arrays):
-    "A volume file; its spacing is said if nothing else is."
+    "A volume file; by default it has only a spacing."
     np.savez(path, **{'hu': HU, 'spacing': (3.0, 1.0, 1.0), **{k: v for k, v in arrays.items() if v is not None}})
 
 
 def windows_of(at, path, *words, **more):
-    "The middle slice of a volume, drawn."
+    "Three windows of the middle slice of a volume."
     return at.call('draw_slice', path, *words, named=('v.', 'volume', os.path.basename(path)), **more)
 
 
 def must_fail(outcome):
-    "The assertion that nothing was drawn."
-    return [] if outcome.code else ['drawn, though it is no volume: ' + outcome.out[:200]]
+    "Check that there is no result."
+    return [] if outcome.code else ['a result, though it is not a volume: ' + outcome.out[:200]]
 
 
 ARRAYS = {
@@ -69,7 +69,7 @@ def array(at, arrays):
     },
 )
 def values_that_are_not_hounsfield(at, arrays):
-    "Arrays that are no Hounsfield units: an error."
+    "Arrays that are not Hounsfield units: an error."
     npz(at.data / 'v.npz', **arrays)
     return windows_of(at, at.data / 'v.npz', also=must_fail)
 
@@ -125,7 +125,7 @@ def npy(at, data):
 
 @case('volumes')
 def zip_bomb(at):
-    "A .npz of 200 KB whose array has 200 million bytes more than it says."
+    "A .npz of 200 KB whose array has 200 million bytes more than its header states."
     with zipfile.ZipFile(at.data / 'v.npz', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('hu.npy', header((2000, 1000, 1000)) + bytes(2 * 10**8), compresslevel=1)
         z.writestr('spacing.npy', header((3,), '<f8') + np.ones(3).tobytes())
@@ -239,7 +239,7 @@ def nifti_header(at, how):
 
 @case('volumes')
 def gzip_bomb(at):
-    "A .nii.gz of 2 MB that grows to 2 GB, as its header says."
+    "A .nii.gz of 2 MB that expands to 2 GB, as its header states."
     need('nibabel')
     import nibabel
 
