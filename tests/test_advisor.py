@@ -676,8 +676,8 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
         (('--arch', 'test_resnett'), 'nearest first: test_resnet,'),
         (('--task', 'flower'), 'nearest first: flowers'),
         (('--target', 'clas'), 'nearest first: class'),
-        (('--size', '3'), "--size: '3' is not possible"),
-        (('--valid', '0'), "--valid: '0' is not possible"),
+        (('--size', '3'), "--size: '3' is invalid"),
+        (('--valid', '0'), "--valid: '0' is invalid"),
         (('--runtime', 'plian'), 'nearest first: plain'),
     ],
 )
@@ -693,7 +693,7 @@ def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monke
         raise AssertionError('it was computed before the error')
 
     monkeypatch.setattr(advisor, 'advise', never)
-    assert f"--epochs: '{epochs}' is not possible" in error_line(
+    assert f"--epochs: '{epochs}' is invalid" in error_line(
         'train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path / 'run'
     )
 

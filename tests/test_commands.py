@@ -156,7 +156,7 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
 def test_preprocess_prepares_what_train_reads(fundus_data, weights, tmp_path):
     small = tmp_path / 'small'
     result = good('preprocess', fundus_data, small, '--size', '64', '--correction', 'colour', '--to-right')
-    assert '40 photographs' in result.out
+    assert '40 images' in result.out
     assert len(pd.read_csv(small / 'images.csv')) == 40
     good('train', small, '--weights', weights, *OPTIONS, '--out', tmp_path / 'run')
     error_line('preprocess', fundus_data, fundus_data)
