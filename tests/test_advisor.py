@@ -277,9 +277,9 @@ def test_targets(fundus_data, metric, target):
 )
 def test_validation_images_are_not_read(dots, read_files, seed, valid):
     advise(dots, seed=seed, valid=valid, **TINY)
-    looked = set(read_files)
-    assert looked == train_images(dots, seed, valid)
-    assert 0 < len(looked) < 80
+    read = set(read_files)
+    assert read == train_images(dots, seed, valid)
+    assert 0 < len(read) < 80
 
 
 def test_validation_images_of_a_given_split_are_not_read(fundus_data, read_files):
@@ -299,12 +299,12 @@ def test_other_validation_images_change_nothing(dots, tmp_path, one_network):
     for a, b in zip(dots.image, t.image):
         Image.open(a).save(b)
 
-    def told():
+    def advice_of():
         a = advise(t, **TINY)
         return str(a), a.profile.to_csv(), a.speed.to_csv(), a.counts
 
     subset = task_table(t, TASKS['flowers'].target()).set_index('image').split
-    first = told()
+    first = advice_of()
     rng = np.random.default_rng(1)
 
     def other(i):
@@ -312,10 +312,10 @@ def test_other_validation_images_change_nothing(dots, tmp_path, one_network):
 
     for i in subset.index[subset == 'valid']:
         other(i)
-    assert told() == first
+    assert advice_of() == first
     for i in subset.index[subset == 'train'][:20]:
         other(i)
-    assert told() != first, 'otherwise the test shows nothing'
+    assert advice_of() != first, 'otherwise the test shows nothing'
 
 
 def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeypatch):

@@ -266,7 +266,7 @@ def test_other_modes_are_rotated_too(mode):
 # ---------------------------------------------------------------- the enlarged view
 
 
-def nearer(im, fraction=0.78):
+def enlarged(im, fraction=0.78):
     "The middle of a PIL image at full size, as PIL does it."
     left, top = (round(n * (1 - fraction) / 2) for n in im.size)
     middle = im.crop((left, top, im.width - left, im.height - top))
@@ -293,13 +293,13 @@ def deviation(x, channel):
         (224, 224),
     ],
 )
-def test_the_near_view_is_the_middle_enlarged(size):
+def test_the_near_view_is_the_enlarged_centre(size):
     a = scene(*size)
     im = Image.fromarray(a)
     x = tensor(a)
     views = VIEWS['mirror_near']
     flipped = im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for view, want in zip(views, (im, flipped, nearer(im), nearer(flipped))):
+    for view, want in zip(views, (im, flipped, enlarged(im), enlarged(flipped))):
         out = view(x)
         assert out.dtype == torch.uint8
         difference = array(out).astype(int) - np.asarray(want)

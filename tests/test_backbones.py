@@ -913,21 +913,21 @@ def test_a_network_that_has_no_weights():
 
 def test_download_from_timm(monkeypatch, small):
     net = small[0]
-    asked = []
+    queries = []
     make = timm.create_model
 
     def stub(n, pretrained=False, **k):
         if not pretrained:
             return make(n, **k)
-        asked.append(n)
+        queries.append(n)
         return net
 
     monkeypatch.setattr(timm, 'create_model', stub)
     error_of(None, 'could not be downloaded')
-    assert not asked  # not reachable: not even tried
+    assert not queries  # not reachable: not even tried
     monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')
-    assert asked == ['test_resnet']
+    assert queries == ['test_resnet']
     assert same(body, net)
     assert body.weights.kind == 'hub'
     assert body.weights.name.startswith('https://')
@@ -935,10 +935,10 @@ def test_download_from_timm(monkeypatch, small):
 
 def test_download_from_torchvision(monkeypatch):
     net = network('torchvision.resnet18')
-    asked = []
+    queries = []
 
     def stub(url, **k):
-        asked.append(url)
+        queries.append(url)
         return net.state_dict()
 
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
@@ -947,7 +947,7 @@ def test_download_from_torchvision(monkeypatch):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(body(x), maps(net, x), atol=1e-5)
-    assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
+    assert queries == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
 
 
 def test_a_download_that_does_not_fit(monkeypatch):
@@ -974,14 +974,14 @@ def test_reachable_tests_the_host(monkeypatch):
     monkeypatch.undo()
     for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.delenv(k, raising=False)
-    asked = []
+    queries = []
 
     class Line:
         def close(self):
             pass
 
     def connect(where, timeout):
-        asked.append(where)
+        queries.append(where)
         if 'pytorch' not in where[0]:
             raise OSError
         return Line()
@@ -989,7 +989,7 @@ def test_reachable_tests_the_host(monkeypatch):
     monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
     assert module.reachable('https://download.pytorch.org/models/x.pth')
     assert not module.reachable('https://huggingface.co/timm/x')
-    assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
+    assert queries == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 
 # ---------------------------------------------------------------- speed
@@ -1027,32 +1027,32 @@ def test_measuring_changes_nothing(train):
 
 
 def test_the_runtime_is_measured_once_and_stored(monkeypatch, cache_dir):
-    asked = []
+    queries = []
     rates = {'plain': 1, 'channels_last': 2, 'bf16': 9}
 
     def metric(model, size=224, bs=4, train=False, repeats=2):
-        asked.append((size, train))
+        queries.append((size, train))
         return rates
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     net = nn.Conv2d(3, 4, 3)
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['bf16']
-    assert asked == [(64, False)]
+    assert queries == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
     assert fastest_runtime(net, 'a', 64) == get_runtime('auto', net, 'a', 64) == RUNTIMES['bf16']
-    assert len(asked) == 1  # found in the file
+    assert len(queries) == 1  # found in the file
     assert (
         fastest_runtime(net, 'a', 64, train=True) == RUNTIMES['plain']
     )  # training, size and network are measured separately
     fastest_runtime(net, 'a', 96)
     fastest_runtime(net, 'b', 64)
-    assert asked[1:] == [(64, True), (96, False), (64, False)]
+    assert queries[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
         assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-        assert len(asked) == 5  # a damaged file is measured again
+        assert len(queries) == 5  # a damaged file is measured again
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-    assert len(asked) == 5
+    assert len(queries) == 5
 
 
 @pytest.mark.parametrize(

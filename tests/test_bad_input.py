@@ -738,13 +738,13 @@ def test_googlenet_from_random_weights_is_an_error(tmp_path, fundus_data, epochs
 # ---------------------------------------------------------------- no validation or no training images
 
 
-def with_split(folder, fundus_data, split, spoil=''):
+def with_split(folder, fundus_data, split, damage=''):
     "The synthetic fundus images with a split by patient, the images of one subset damaged."
     shutil.copytree(fundus_data, folder)
     t = pd.read_csv(folder / 'labels.csv')
     t['split'] = t.patient.map(split)
     t.to_csv(folder / 'labels.csv', index=False)
-    for name in t.image[t.split == spoil]:
+    for name in t.image[t.split == damage]:
         (folder / 'images' / name).write_bytes(b'nothing')
     return folder
 
@@ -757,14 +757,14 @@ DR_TASK = ('--task', 'dr')
 
 
 def test_training_images_used_for_validation_are_reported(tmp_path, fundus_data):
-    for name, split, spoil in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
-        folder = with_split(tmp_path / name, fundus_data, split, spoil)
+    for name, split, damage in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
+        folder = with_split(tmp_path / name, fundus_data, split, damage)
         out = tmp_path / f'{name} run'
         result = good('train', folder, *DR_TASK, *QUICK, '--out', out)
         start = "no usable image is in the split 'valid': "
         (line,) = [s for s in result.out.splitlines() if s.startswith(start)]
         assert line.endswith("of the split 'train' become validation images")
-        assert ('skipped: ' in result.out) == (spoil != '')
+        assert ('skipped: ' in result.out) == (damage != '')
         notes = json.loads((out / 'record.json').read_text())['data']['notes']
         assert any('become validation images' in s for s in notes)
     for name, folder in (('no split', fundus_data), ('a split', with_split(tmp_path / 'good', fundus_data, held_out))):
@@ -773,7 +773,7 @@ def test_training_images_used_for_validation_are_reported(tmp_path, fundus_data)
 
 
 @pytest.mark.parametrize(
-    'split, spoil, why',
+    'split, damage, why',
     [
         (lambda p: 'test', '', "every image is in the split 'test'"),
         (lambda p: 'valid', '', "no images in the split 'train' \\(valid: 40\\)"),
@@ -784,8 +784,8 @@ def test_training_images_used_for_validation_are_reported(tmp_path, fundus_data)
         ),
     ],
 )
-def test_no_training_images(tmp_path, fundus_data, split, spoil, why):
-    line = broken(tmp_path, with_split(tmp_path / 'data', fundus_data, split, spoil), *DR_TASK)
+def test_no_training_images(tmp_path, fundus_data, split, damage, why):
+    line = broken(tmp_path, with_split(tmp_path / 'data', fundus_data, split, damage), *DR_TASK)
     assert re.search(why, line), line
 
 
@@ -813,8 +813,8 @@ def test_cross_validation_excludes_the_test_images(tmp_path, fundus_data):
     for n, split in ((0, 'valid'), (8, 'test')):
         splits = {patient: split if patient in names[:4] else 'train' for patient in names}
         tables, lines = folds(with_split(tmp_path / split, fundus_data, splits))
-        told = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
-        assert lines[1] == told
+        reported = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
+        assert lines[1] == reported
         assert [len(t) for t in tables] == [40 - n] * 3
         assert n == 0 or not set(tables[0].group) & set(names[:4])
     tables, lines = folds(fundus_data)

@@ -246,7 +246,7 @@ def test_one_path_is_a_list_of_one(flowers):
     assert len(gather_images(flowers)) == 24
 
 
-def test_a_value_outside_of_its_interval_is_drawn():
+def test_a_value_outside_its_interval_is_plotted():
     "The figure of a comparison is written nevertheless"
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
@@ -283,8 +283,8 @@ def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     assert 'warning' not in capsys.readouterr().err
     (tmp_path / 'out' / 'preparation.json').write_text('{')
     assert main(words) == 0
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
-    assert told.startswith(f'dr_transfer: warning: {tmp_path / "out" / "preparation.json"} is damaged')
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
+    assert line.startswith(f'dr_transfer: warning: {tmp_path / "out" / "preparation.json"} is damaged')
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
 
 
 @pytest.mark.parametrize(
-    'labels, told',
+    'labels, shown',
     [
         (['bolt;red', 'nut'], 'bolt;red'),
         (['a|b', 'c'], 'a|b'),
@@ -331,12 +331,12 @@ def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
         (['nut', 'bolt'], ''),
     ],
 )
-def test_an_ambiguous_class_is_reported(labels, told):
+def test_an_ambiguous_class_is_reported(labels, shown):
     from dr_transfer.data.tasks import Target, encode_target
 
     t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
     assert t.attrs['notes'] == (
-        [f"labels: '{told}' is treated as one class; several labels in one cell are not supported"] if told else []
+        [f"labels: '{shown}' is treated as one class; several labels in one cell are not supported"] if shown else []
     )
 
 

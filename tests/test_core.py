@@ -913,29 +913,29 @@ def test_runtimes_agree(build):
 
 
 def test_auto_is_measured_once_for_each_network_and_size(build, monkeypatch):
-    asked = []
+    measurements = []
 
     def metric(model, size=224, bs=4, train=False, repeats=2):
-        asked.append((size, train))
+        measurements.append((size, train))
         return {'plain': 1, 'channels_last': 2, 'bf16': 1}
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     learn = build(runtime='auto')
-    assert asked == [(64, False)]
+    assert measurements == [(64, False)]
     assert learn.record.runtime == UsedRuntimes('fp32, channels last')
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False)]  # frozen: nothing to measure
+    assert measurements == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False), (64, True)]
+    assert measurements == [(64, False), (64, True)]
     assert learn.record.runtime.train == 'fp32, channels last'
     again = build(runtime='auto')
     again.unfreeze()
     quiet(again, 'fit', 1)
     build(runtime='plain')
-    assert len(asked) == 2
+    assert len(measurements) == 2
     build(runtime='auto', arch='test_vit')
-    assert len(asked) == 3
+    assert len(measurements) == 3
 
 
 def test_auto_stores_the_runtime(build, cache_dir):
@@ -986,9 +986,12 @@ def test_a_size_that_the_network_does_not_accept(build):
 def test_empty_lists_and_unknown_views(build):
     learn = build()
     assert predict_probs(learn, []).shape == (0, learn.dls.c)
-    for ask in (lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'), lambda: learn.tta(views='mirorr')):
+    for call in (
+        lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'),
+        lambda: learn.tta(views='mirorr'),
+    ):
         with pytest.raises(ValueError, match='nearest first: mirror'):
-            ask()
+            call()
 
 
 # ---------------------------------------------------------------- devices

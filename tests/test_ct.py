@@ -541,7 +541,7 @@ def test_the_same_patient_with_a_disease_differs_in_the_lung_of_the_slices_that_
     assert max(fraction.values()) > 0.2
 
 
-def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
+def test_density_and_brightness_do_not_separate_nodes_from_vessels():
     y = []
     centre = []
     means = []

@@ -116,7 +116,7 @@ def test_random_initialisation_gets_steps_not_epochs(labelled):
 
 
 def test_an_interrupted_study_is_resumed(flowers, trainings):
-    ask = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
+    arguments = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
     real = crossval.build_learner
 
     def stop(t, *a, **kw):
@@ -127,9 +127,9 @@ def test_an_interrupted_study_is_resumed(flowers, trainings):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(crossval, 'build_learner', stop)
         with pytest.raises(KeyboardInterrupt):
-            learning_curve(flowers, **ask)
+            learning_curve(flowers, **arguments)
     assert trainings == [10, 10, 30]
-    runs = learning_curve(flowers, **ask)
+    runs = learning_curve(flowers, **arguments)
     assert trainings == [10, 10, 30, 30], 'something was trained twice'
     assert runs[['method', 'images']].values.tolist() == [
         [BASELINE, 10],
@@ -138,7 +138,7 @@ def test_an_interrupted_study_is_resumed(flowers, trainings):
         ['frozen', 30],
     ]
     assert runs.accuracy.between(0, 1).all()
-    more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
+    more = learning_curve(flowers, **{**arguments, 'sizes': (10, 30, 40)})
     assert trainings[4:] == [40, 40]
     assert more[more.images < 40].reset_index(drop=True).equals(runs)
 

@@ -402,8 +402,8 @@ def test_the_figure_of_decisions_shows_the_predicted_class():
         20:
     ]  # below the titles
     hot = [
-        np.asarray(overlay(model_parts(m).read(im), grad_cam(m, im, said)))[20:]
-        for im, said in zip(t.image, ('referable', 'no'))
+        np.asarray(overlay(model_parts(m).read(im), grad_cam(m, im, answer)))[20:]
+        for im, answer in zip(t.image, ('referable', 'no'))
     ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
     for h in hot:

@@ -47,7 +47,7 @@ HALF = ((127 / 255,) * 3, (128 / 255,) * 3)
 FIVE = (0.5,) * 3, (0.5,) * 3
 
 
-def nearer(x):
+def enlarged(x):
     "The central 78 %, enlarged with `interpolate`."
     n = x.shape[-1]
     e = round(n * 0.11)
@@ -57,7 +57,7 @@ def nearer(x):
 TURNS = {
     'none': [lambda x: x],
     'mirror': [lambda x: x.flip(3)],
-    'mirror_near': [lambda x: x, lambda x: x.flip(3), nearer, lambda x: nearer(x.flip(3))],
+    'mirror_near': [lambda x: x, lambda x: x.flip(3), enlarged, lambda x: enlarged(x.flip(3))],
     'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
 }
 TURNS['mirror'].insert(0, TURNS['none'][0])
@@ -127,10 +127,10 @@ def counting(body, act=None):
 
 
 @contextmanager
-def asking(body):
+def counting_requests(body):
     "The features that the network computes: stage -> number of images, with all views"
     calls = []
-    asked = Counter()
+    requests = Counter()
     pooled = body.pooled
 
     def spy(x, names, *a):
@@ -140,14 +140,14 @@ def asking(body):
 
     body.pooled = spy
     try:
-        yield asked
+        yield requests
     finally:
         del body.pooled
         for n, k in calls:
-            asked[n] += k
+            requests[n] += k
 
 
-def forked(work):
+def start_process(work):
     "Run `work` in a forked process and return its id"
     if not sys.platform.startswith('linux'):
         pytest.skip('no process can be copied with its threads')
@@ -163,7 +163,7 @@ def forked(work):
         os._exit(1)
 
 
-def ended(pid, seconds=60):
+def exit_code(pid, seconds=60):
     "Return the exit code of another process"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -497,15 +497,15 @@ def test_in_the_cache(body, paths, cache_dir):
 
 def test_by_name(paths, tmp_path, monkeypatch):
     "By default, runtime and size are those of the backbone"
-    asked = []
+    requests = []
 
     def metric(model, size=224, **k):
-        asked.append(size)
+        requests.append(size)
         return {'plain': 1, 'channels_last': 9, 'bf16': 1}
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     f = image_features(paths[:1], 'small_cnn', 'random', folder=tmp_path)
-    assert asked == [160] == [f.about['size']]
+    assert requests == [160] == [f.about['size']]
     assert f.about['runtime'] == 'fp32, channels last'
     assert f.about['mean'] == list(HALF[0])
     assert list(f.stages.values()) == [32, 64, 128, 128]
@@ -664,11 +664,11 @@ def test_a_changed_weight_is_detected(part, kind, body, paths, tmp_path):
     tensor = body.stages.state_dict()[name]
     old = tensor.view(-1)[0].item()
     tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the smallest possible change
-    with counting(body) as computed, asking(body) as asked:
+    with counting(body) as computed, counting_requests(body) as requests:
         b = extract_features(paths, body, 32, folder=tmp_path)
     later = list(a.stages)[list(a.stages).index(part) :]
     assert sum(computed) == 7
-    assert asked == dict.fromkeys(later, 7)
+    assert requests == dict.fromkeys(later, 7)
     assert [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
     tensor.view(-1)[0] = old
     with counting(body) as computed:
@@ -704,30 +704,30 @@ def test_a_changed_weight_is_detected_for_any_order_of_stages(body, paths, tmp_p
     extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
     with torch.no_grad():
         next(body.stages.stage2.parameters()).add_(1)
-    with asking(body) as asked:
+    with counting_requests(body) as requests:
         extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
-    assert asked == {'stage2': 7}
+    assert requests == {'stage2': 7}
 
 
 def test_a_changed_image_is_detected(body, arrays, paths, tmp_path):
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
-    a = extract_features(mine, body, 32, folder=f_folder).numpy().copy()
+    a = extract_features(copies, body, 32, folder=f_folder).numpy().copy()
     changed = arrays[4].copy()
     changed[20, 20] ^= 255
-    times = os.stat(mine[4])
-    Image.fromarray(changed).save(mine[4])
-    os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date does not matter
+    times = os.stat(copies[4])
+    Image.fromarray(changed).save(copies[4])
+    os.utime(copies[4], (times.st_atime, times.st_mtime))  # its date does not matter
     with counting(body) as computed:
-        b = extract_features(mine, body, 32, folder=f_folder)
+        b = extract_features(copies, body, 32, folder=f_folder)
     assert sum(computed) == 1
     same = [np.array_equal(x, y) for x, y in zip(a, b.numpy())]
     assert same == [True] * 4 + [False] + [True] * 2
-    shutil.copy(paths[4], mine[4])
+    shutil.copy(paths[4], copies[4])
     with counting(body) as computed:
-        c = extract_features(mine, body, 32, folder=f_folder)
+        c = extract_features(copies, body, 32, folder=f_folder)
     assert not computed
     assert np.array_equal(c.numpy(), a)
 
@@ -840,44 +840,48 @@ def test_the_same_bytes_after_the_cache_is_deleted(paths, tmp_path):
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
     "Between hashing and reading: its features are not stored for the image that was replaced"
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(3)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(3)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
     keys = content.content_keys
-    was = mine[1].read_bytes()
+    was = copies[1].read_bytes()
 
     def hashed(sources):
         out = keys(sources)
-        shutil.copy(paths[6], mine[1])
+        shutil.copy(paths[6], copies[1])
         return out
 
     with monkeypatch.context() as m:
         m.setattr(content, 'content_keys', hashed)
         with pytest.raises(ValueError, match=r'1.png changed'):
-            extract_features(mine, body, 32, folder=f_folder)
+            extract_features(copies, body, 32, folder=f_folder)
     want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
-    assert np.array_equal(extract_features(mine, body, 32, folder=f_folder).numpy(), want)
-    mine[1].write_bytes(was)
+    assert np.array_equal(extract_features(copies, body, 32, folder=f_folder).numpy(), want)
+    copies[1].write_bytes(was)
     assert np.array_equal(
-        extract_features(mine, body, 32, folder=f_folder).numpy()[1],
+        extract_features(copies, body, 32, folder=f_folder).numpy()[1],
         extract_features(paths, body, 32, folder=tmp_path / 'g').numpy()[1],
     )
 
 
 @pytest.mark.parametrize(
-    'harm',
+    'damaged_file',
     [lambda d: bytes(len(d)), lambda d: d[: len(d) // 2], lambda d: d[4:] + d[:4]],
     ids=['zeroed', 'cut', 'moved'],
 )
-def test_changed_values_are_computed_again(harm, body, paths, tmp_path):
+def test_changed_values_are_computed_again(damaged_file, body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
     want = f.numpy().copy()
     file = f.stores['stage2'].file('stage2')
-    file.write_bytes(harm(file.read_bytes()))
-    with counting(body) as computed, asking(body) as asked, pytest.warns(UserWarning, match='damaged rows in .*stage2'):
+    file.write_bytes(damaged_file(file.read_bytes()))
+    with (
+        counting(body) as computed,
+        counting_requests(body) as requests,
+        pytest.warns(UserWarning, match='damaged rows in .*stage2'),
+    ):
         g = extract_features(paths, body, 32, folder=tmp_path)
     assert np.array_equal(g.numpy(), want)
-    assert set(asked) == {'stage2'}
+    assert set(requests) == {'stage2'}
     assert 0 < sum(computed) <= 7
 
 
@@ -944,10 +948,10 @@ def test_more_stages(first, body, paths, tmp_path, complete):
     "Missing stages are computed for all images in one pass; stored stages are not changed"
     a = extract_features(paths, body, stages=first, folder=tmp_path, **HOW)
     before = times(a)
-    with counting(body) as computed, asking(body) as asked:
+    with counting(body) as computed, counting_requests(body) as requests:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 7
-    assert asked == {k: 4 * 7 for k in ALL if k not in first}
+    assert requests == {k: 4 * 7 for k in ALL if k not in first}
     assert list(f.stages) == ALL
     assert contents(f) == complete
     assert times(a) == before
@@ -1018,16 +1022,16 @@ def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
     "Images that one store lacks are computed once; no store gets a row twice"
     extract_features(paths, body, stages=['stem', 'stage4'], folder=tmp_path, **HOW)
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
-    with asking(body) as asked, counting(body) as computed:
+    with counting_requests(body) as requests, counting(body) as computed:
         f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 3
-    assert asked == {'stage2': 4 * 3}
+    assert requests == {'stage2': 4 * 3}
     assert contents(f) == part(complete, f.stages)
-    with asking(body) as asked:
+    with counting_requests(body) as requests:
         g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
     with counting(body) as computed:
         h = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage3': 4 * 5}
+    assert requests == {'stage3': 4 * 5}
     assert sum(computed) == 4 * 7  # stage1 lacks all of them
     assert contents(f) == part(contents(h), f.stages)
     assert {len(s) for s in h.stores.values()} == {7}
@@ -1042,9 +1046,9 @@ def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
 def test_stages_in_common_at_the_same_time(body, paths, tmp_path, complete):
     "Each stage is computed by one of the processes that need it, in any order."
     wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
-    with asking(body) as asked, ThreadPoolExecutor(4) as pool:
+    with counting_requests(body) as requests, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
-    assert asked == dict.fromkeys(ALL, 4 * 7)
+    assert requests == dict.fromkeys(ALL, 4 * 7)
     for f in done:
         assert contents(f) == part(complete, f.stages)
 
@@ -1054,11 +1058,12 @@ def test_two_processes_with_stages_in_common(body, paths, tmp_path, complete):
         return lambda: extract_features(paths, body, stages=stages, folder=tmp_path, **HOW)
 
     assert [
-        ended(p) for p in [forked(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
+        exit_code(p)
+        for p in [start_process(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
     ] == [0, 0]
-    with asking(body) as asked:
+    with counting_requests(body) as requests:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage2': 4 * 7}
+    assert requests == {'stage2': 4 * 7}
     assert contents(f) == complete
 
 
@@ -1095,7 +1100,7 @@ def test_killed(body, paths, tmp_path, complete):
         with counting(body, kill):
             extract_features(paths, body, folder=tmp_path, **HOW)
 
-    assert ended(forked(work)) == -signal.SIGKILL
+    assert exit_code(start_process(work)) == -signal.SIGKILL
     with counting(body) as computed:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 5
@@ -1134,13 +1139,13 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert more - few < 10 < 16 < held - more
 
 
-@pytest.mark.parametrize('harm', ['stem.bin', 'stage3.bin', 'images.jsonl'])
+@pytest.mark.parametrize('damaged_file', ['stem.bin', 'stage3.bin', 'images.jsonl'])
 @pytest.mark.parametrize('n', [-1, 3])
-def test_incomplete_files(harm, n, body, paths, tmp_path, complete):
+def test_incomplete_files(damaged_file, n, body, paths, tmp_path, complete):
     "A file of an unfinished extraction is shorter or longer than it should be"
     with pytest.raises(KeyboardInterrupt), counting(body, stopping(8)):
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    file = next(tmp_path.glob(f'*/{harm}'))
+    file = next(tmp_path.glob(f'*/{damaged_file}'))
     file.write_bytes(file.read_bytes() + b'{"k' if n > 0 else file.read_bytes()[:n])
     with counting(body) as computed:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
@@ -1163,7 +1168,7 @@ def test_two_at_the_same_time(body, paths, tmp_path, complete):
 # ---------------------------------------------------------------- images that cannot be read
 
 
-def harmed(data, how):
+def damaged(data, how):
     return {'empty': b'', 'text': b'not an image', 'cut': data[: len(data) // 2], 'page': b'<html>404</html>'}[how]
 
 
@@ -1171,27 +1176,27 @@ def harmed(data, how):
 def test_a_corrupt_image(how, body, paths, tmp_path, complete):
     "It is named, and earlier batches are kept; the extraction is resumed after a repair, or without the image"
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
-    mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
+    copies[5].write_bytes(damaged(copies[5].read_bytes(), how))
     with counting(body) as computed, pytest.raises(ValueError) as e:
-        extract_features(mine, body, folder=f_folder, **HOW)
-    assert str(mine[5]) in str(e.value)
+        extract_features(copies, body, folder=f_folder, **HOW)
+    assert str(copies[5]) in str(e.value)
     assert 'cannot be read' in str(e.value)
     assert sum(computed) in (4 * 4, 4 * 5)  # the next batch may be in progress
     with counting(body) as computed:
-        kept = extract_features(mine[:4], body, folder=f_folder, **HOW)
+        kept = extract_features(copies[:4], body, folder=f_folder, **HOW)
     assert not computed
     shutil.copytree(f_folder, tmp_path / 'g')
     with counting(body) as computed:
-        without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path / 'g', **HOW)
+        without = extract_features(copies[:5] + copies[6:], body, folder=tmp_path / 'g', **HOW)
     assert sum(computed) == 4 * 2
     assert len(without) == 6
     assert np.array_equal(without.numpy()[:4], kept.numpy())
-    shutil.copy(paths[5], mine[5])
+    shutil.copy(paths[5], copies[5])
     with counting(body) as computed:
-        f = extract_features(mine, body, folder=f_folder, **HOW)
+        f = extract_features(copies, body, folder=f_folder, **HOW)
     assert sum(computed) == 4 * 3
     assert contents(f) == complete
 

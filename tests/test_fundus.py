@@ -230,7 +230,7 @@ def test_left_eyes_are_mirrored(eye, mirrored):
 
 # ---------------------------------------------------------------- gradability
 
-SPOILT = {
+DEGRADED = {
     'out of focus': lambda im: im.filter(ImageFilter.GaussianBlur(im.width / 60)),
     'too dark': lambda im: im.point(lambda v: v * 0.1),
     'too bright': lambda im: im.point(lambda v: min(255, v * 4)),
@@ -244,12 +244,12 @@ SPOILT = {
 
 
 @pytest.mark.parametrize('size', [256, 500])
-@pytest.mark.parametrize('reason', SPOILT)
+@pytest.mark.parametrize('reason', DEGRADED)
 def test_a_degraded_image_is_ungradable_for_the_right_reason(reason, size):
     for seed in range(4):
         crop = crop_disc(fundus_image(seed, size, seed)[0])
         good = gradability(crop)
-        bad = gradability(SPOILT[reason](crop))
+        bad = gradability(DEGRADED[reason](crop))
         assert good['gradability'] > 0.9
         assert good['reason'] == ''
         assert bad['gradability'] < 0.5
@@ -259,7 +259,7 @@ def test_a_degraded_image_is_ungradable_for_the_right_reason(reason, size):
 
 def test_gradability_of_many_is_in_order():
     crop = crop_disc(fundus_image(1)[0])
-    t = gradability_table([crop, SPOILT['too dark'](crop), crop])
+    t = gradability_table([crop, DEGRADED['too dark'](crop), crop])
     assert t.reason.tolist() == ['', 'too dark', '']
     assert t.gradability[0] == t.gradability[2]
 

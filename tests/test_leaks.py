@@ -182,14 +182,14 @@ def test_build_learner_raises_an_error_for_a_leaking_split(fundus_data, kind):
     else:
         a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
     t.loc[[a, b], 'split'] = ['train', 'valid']
-    ask = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
+    arguments = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
     with pytest.raises(LeakError, match='are in two subsets') as e:
-        build_learner(t, **ask)
+        build_learner(t, **arguments)
     for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
         assert word in str(e.value)
-    learn = build_learner(t, allow_leaks=True, **ask)
+    learn = build_learner(t, allow_leaks=True, **arguments)
     assert sum(learn.record.data.leaks.values()) >= 1
-    assert build_learner(t.assign(split=None), **ask).record.data.leaks == {}
+    assert build_learner(t.assign(split=None), **arguments).record.data.leaks == {}
 
 
 def test_a_given_test_set_is_checked_for_leaks_too(fundus_data):
@@ -217,9 +217,9 @@ def test_a_leak_raises_the_score(tmp_path):
 
     def score(split):
         know = split == 'train'
-        ask = split == 'valid'
+        held_out = split == 'valid'
         model = KNeighborsClassifier(3, weights='distance').fit(x[know], t.label[know])
-        return auc(t.label[ask] == '2', model.predict_proba(x[ask])[:, 1])
+        return auc(t.label[held_out] == '2', model.predict_proba(x[held_out])[:, 1])
 
     seeds = range(5)
     leaky = np.mean([score(split_table(label_table(t), seed=s).split) for s in seeds])

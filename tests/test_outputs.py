@@ -546,8 +546,8 @@ def test_after_a_kill_the_next_run_finds_the_old_or_new_result_and_cleans_up(tmp
         folder = tmp_path / f'at {point}'
         folder.mkdir()
         replace(folder, 'old', overwrite=False)
-        ended, _ = killed_at(point, partial(replace, folder, 'new'))
-        assert ended == -signal.SIGKILL
+        exit_code, _ = killed_at(point, partial(replace, folder, 'new'))
+        assert exit_code == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
             file = folder / name
             assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'an incomplete result'

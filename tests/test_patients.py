@@ -290,14 +290,14 @@ def small(tmp_path):
     return set_path
 
 
-ASK = dict(arch='test_resnet', weights='random', size=32)
+REQUEST = dict(arch='test_resnet', weights='random', size=32)
 
 
 def test_learner_prints_and_records_the_patients(small):
     from dr_transfer.core import build_learner
 
     lines = []
-    learn = build_learner(small, 'flowers', bs=8, say=lines.append, **ASK)
+    learn = build_learner(small, 'flowers', bs=8, say=lines.append, **REQUEST)
     assert lines == ["patients: column 'pid', 12 groups"]
     assert learn.record.data.patients == lines[0]
     assert learn.table.groupby('group').split.nunique().max() == 1
@@ -305,11 +305,11 @@ def test_learner_prints_and_records_the_patients(small):
 
     assert image_model(learn).about['training']['data']['patients'] == lines[0]
     lines.clear()
-    learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **ASK)
+    learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **REQUEST)
     assert 'none used' in lines[0]
     assert learn.table.group.isna().all()
     with pytest.raises(ValueError, match="no column 'q' for the groups"):
-        build_learner(small, 'flowers', group_col='q', **ASK)
+        build_learner(small, 'flowers', group_col='q', **REQUEST)
 
 
 @pytest.mark.parametrize('way', ['advise', 'compare', 'folds', 'curve'])
@@ -321,24 +321,24 @@ def test_each_function_uses_and_reports_the_patients(small, way, column):
     from dr_transfer.evaluation.experiments import learning_curve
     from dr_transfer.training.advisor import advise
 
-    class Told(Exception):
+    class Printed(Exception):
         pass
 
     def say(line):
-        raise Told(line)
+        raise Printed(line)
 
     twenty(column, 24).to_csv(small / 'labels.csv', index=False)
     task = get_task('flowers', 32)
-    ask = dict(group_col=column, say=say)
-    with pytest.raises(Told, match=f"patients: column '{column}', 12 groups"):
+    request = dict(group_col=column, say=say)
+    with pytest.raises(Printed, match=f"patients: column '{column}', 12 groups"):
         if way == 'advise':
-            advise(small, task, 'test_resnet', 'random', **ask)
+            advise(small, task, 'test_resnet', 'random', **request)
         if way == 'compare':
-            compare(small, task, ['test_resnet'], ['head'], weights='random', **ask)
+            compare(small, task, ['test_resnet'], ['head'], weights='random', **request)
         if way == 'folds':
-            fold_tables(small, task, **ask)
+            fold_tables(small, task, **request)
         if way == 'curve':
-            learning_curve(small, task, **ask)
+            learning_curve(small, task, **request)
 
 
 def test_copies_with_a_partly_filled_group_column_are_not_a_leak(small):

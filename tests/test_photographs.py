@@ -29,7 +29,7 @@ def some(table, n, column, seed=0):
     return pd.concat([g.sample(round(fraction * len(g)), random_state=seed) for _, g in table.groupby(column)])
 
 
-def test_flowers_of_unseen_photographers(data_root):
+def test_flowers_of_other_photographers(data_root):
     from sklearn.metrics import accuracy_score
 
     folder = data_root / 'flowers'

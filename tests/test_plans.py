@@ -117,12 +117,12 @@ def test_every_plan(build, name, task):
         plan=name,
         **({'weights': None, 'runtime': 'plain'} if own.weights else {}),
     )
-    said = []
+    lines = []
     before = groups(learn)
     n = len(learner_groups(learn))
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'the body is trained before')
-        assert fit(learn, epochs=1, say=said.append) is learn
+        assert fit(learn, epochs=1, say=lines.append) is learn
     k = frozen_first(learn, plan)
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record.history
@@ -134,7 +134,7 @@ def test_every_plan(build, name, task):
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
     assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'more epochs than requested'
     assert learn.record.plan.name == name
-    assert sum(s.startswith('phase ') for s in said) == len(plan.phases)
+    assert sum(s.startswith('phase ') for s in lines) == len(plan.phases)
     assert np.isfinite(probs(learn)).all()
     t = plan_table(learn, [name])
     for i, f in enumerate(plan.phases, 1):
@@ -391,7 +391,7 @@ class Own(Callback):
     ],
 )
 def test_reasons_for_not_storing(build, monkeypatch, what, word):
-    said = []
+    lines = []
     arch = 'test_resnet'
     kw = {}
     stored = True
@@ -410,8 +410,8 @@ def test_reasons_for_not_storing(build, monkeypatch, what, word):
     learn = build(arch=arch, **kw)
     before = groups(learn)
     n = len(learner_groups(learn))
-    fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=said.append)
-    assert any('computed in every epoch' in s and word in s for s in said)
+    fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=lines.append)
+    assert any('computed in every epoch' in s and word in s for s in lines)
     assert learn.record.history[0]['how'] == 'network'
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
@@ -431,7 +431,7 @@ def test_why_not_stored(build):
 # ---------------------------------------------------------------- the head first
 
 
-def heard(f, *args, **kwargs):
+def early_warnings(f, *args, **kwargs):
     "Return the warnings that the body is trained before the head"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
@@ -447,18 +447,18 @@ def test_a_body_before_its_head_warns(build):
         quiet(learner, 'fit_one_cycle', 1, 1e-3)
 
     learn = build()
-    ws = heard(first, learn)
+    ws = early_warnings(first, learn)
     assert len(ws) == 1
     assert 'learn.freeze()' in str(ws[0].message)
     assert 'fine_tune' in str(ws[0].message)
     one_epoch = Plan('p', (replace(HEAD_PHASE, epochs=1),))
     for train_head, *how in ((quiet, 'fit_one_cycle', 1, 1e-3), (silent, 'head'), (silent, one_epoch)):
         learn = build()
-        assert not heard(train_head, learn, *how)
-        assert not heard(first, learn)
-    assert not heard(quiet, build(), 'fine_tune', 1)
-    assert not heard(first, build(weights='random'))
-    assert not heard(silent, build(plan='fine_tune'), epochs=1)
+        assert not early_warnings(train_head, learn, *how)
+        assert not early_warnings(first, learn)
+    assert not early_warnings(quiet, build(), 'fine_tune', 1)
+    assert not early_warnings(first, build(weights='random'))
+    assert not early_warnings(silent, build(plan='fine_tune'), epochs=1)
 
 
 def test_validation_and_prediction_are_not_training(build):
@@ -470,12 +470,12 @@ def test_validation_and_prediction_are_not_training(build):
             learner.predict(learner.table.image[0])
 
     learn = build()
-    assert not heard(lambda: look(learn))
+    assert not early_warnings(lambda: look(learn))
     assert not learn.head_first.trained
     learn.unfreeze()
-    assert not heard(lambda: look(learn))
+    assert not early_warnings(lambda: look(learn))
     assert learn.record.runtime.train == ''
-    assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
+    assert len(early_warnings(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
     assert learn.head_first.trained
 
 
@@ -496,12 +496,12 @@ def test_changed_loaders_are_used(build, what):
         learn.dls.loaders[0] = learn.dls.train.new(
             dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})})
         )
-    said = []
-    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=said.append)
+    lines = []
+    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=lines.append)
     if what == 'bs':
         assert why_not_stored(learn) == ''  # it is also the batch size of stored features
     else:
-        assert 'the DataLoaders were changed' in ' '.join(said)
+        assert 'the DataLoaders were changed' in ' '.join(lines)
     if what == 'transform':
         assert recorded
 
@@ -509,8 +509,8 @@ def test_changed_loaders_are_used(build, what):
 @pytest.mark.parametrize('stored', [True, False])
 def test_a_plan_that_begins_with_the_body_warns(build, stored):
     learn = build()
-    assert len(heard(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))) == 1
-    assert not heard(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))
+    assert len(early_warnings(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))) == 1
+    assert not early_warnings(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))
 
 
 def damage(build, head_first):
@@ -524,18 +524,18 @@ def damage(build, head_first):
         - 1.0
     )
 
-    def said():
+    def features_of_stages():
         learn.model.eval()
         with torch.no_grad():
             return learn.model[0][0].stages[:3](x).mean((2, 3))
 
-    before = said()
+    before = features_of_stages()
     if head_first:
         silent(learn, 'head')
-    assert torch.equal(said(), before)
+    assert torch.equal(features_of_stages(), before)
     learn.unfreeze()
     quiet(learn, 'fit', 2, 1e-2, wd=0)
-    return float((said() - before).norm() / (before - before.mean(0)).norm())
+    return float((features_of_stages() - before).norm() / (before - before.mean(0)).norm())
 
 
 @warns_head
@@ -688,7 +688,7 @@ def test_a_classifier_as_a_learner(build, data_folder, tmp_path, kind, target, s
         assert torch.equal(again.predict(t.image[0])[2], learn.predict(t.image[0])[2])
     before = groups(learn)
     learn.unfreeze()
-    assert not heard(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))  # its head is trained
+    assert not early_warnings(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))  # its head is trained
     assert all(moved(before, groups(learn)))
     silent(learn, Plan('p', (Phase(-2, 1, 1e-4),)))
     save_model(learn, tmp_path / 'tuned')
@@ -745,12 +745,12 @@ def test_classifiers_that_cannot_be_learners(build, data_folder):
 )
 def test_a_solved_head_is_the_classifier(build, task, arch):
     learn = build(task, arch, seed=5)
-    said = []
+    lines = []
     before = groups(learn)
-    fit(learn, 'head', say=said.append)
+    fit(learn, 'head', say=lines.append)
     n = len(before)
     assert moved(before, groups(learn)) == [False] * (n - 1) + [True]
-    for s in said:
+    for s in lines:
         assert 'steps' not in s
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
@@ -783,7 +783,7 @@ def few(data_folder):
 @pytest.mark.parametrize('why', ['weights', 'smoothing', 'groups', 'own', 'dropout', 'many', 'endless', 'asked'])
 def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
     kw = {}
-    said = []
+    lines = []
     data = None
     plan = 'head'
     word = {
@@ -816,12 +816,12 @@ def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
     monkeypatch.setattr(phases, 'HEAD_PASSES', 2)
     learn = build(data=data, **kw)
     before = groups(learn)
-    fit(learn, plan, say=said.append)
+    fit(learn, plan, say=lines.append)
     assert len(learn.record.history) == 2
     assert learn.record.C is None
     assert moved(before, groups(learn)) == [False] * 5 + [True]
-    assert any(word in s for s in said)
-    assert why in ('asked', 'endless') or any('in steps, because' in s for s in said)
+    assert any(word in s for s in lines)
+    assert why in ('asked', 'endless') or any('in steps, because' in s for s in lines)
     assert [r['how'] for r in learn.record.history] == ['network' if why == 'endless' else 'stored'] * 2
 
 
@@ -950,12 +950,12 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
     "A table without patients: every image is its own group."
     t = make_flowers(tmp_path / 'flowers', n=40, size=48, classes=('daisy', 'tulips'))
     table = pd.DataFrame({'image': [str(tmp_path / 'flowers' / i) for i in t.image], 'label': t.label})
-    said = []
+    lines = []
     learn = fit(
-        build_learner(table, arch='test_resnet', weights='random', size=48, runtime='plain'), 'head', say=said.append
+        build_learner(table, arch='test_resnet', weights='random', size=48, runtime='plain'), 'head', say=lines.append
     )
     assert learn.record.C > 0
-    for s in said:
+    for s in lines:
         assert 'in steps' not in s
 
 
@@ -970,7 +970,7 @@ def test_predictions_follow_the_weights(build, frozen):
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
 
 
-def test_the_table_of_plans_knows_the_augmentation_of_a_plan(build):
+def test_the_table_of_plans_uses_the_augmentation_of_a_plan(build):
     "Random crops cannot be stored, so the head is not solved, with a learner as without."
     plan = replace(PLANS['head'], augment='+random_crop')
     assert plan_table(plans=[plan]).epochs.tolist() == ['at most 10']

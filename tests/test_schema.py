@@ -340,7 +340,7 @@ def test_inconsistent_fields(tmp_path, change, words):
         (['Straße', 'STRASSE'], 'case'),
     ],
 )
-def test_class_names_that_cannot_be_told_apart(names, words):
+def test_ambiguous_class_names(names, words):
     with pytest.raises(ValueError, match=words):
         check_class_names(names)
     with pytest.raises(SchemaError, match="'classes"):

@@ -59,12 +59,12 @@ WHAT = {
 }  # the mean colour, and a corner of the first channel
 
 
-def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
+def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, requested=None):
     "A function that computes the requested fields"
 
     def compute(sources, names):
-        if asked is not None:
-            asked.append(names)
+        if requested is not None:
+            requested.append(names)
         for i in range(0, len(sources), bs):
             if stop is not None and i // bs >= stop:
                 raise KeyboardInterrupt
@@ -126,26 +126,26 @@ def test_rows_are_in_the_requested_order(tmp_path):
     batches = []
     store = new(tmp_path)
     fill(store, images[:3], colours(batches), BS)
-    asked = [images[i] for i in (4, 0, 3, 0, 2)]
-    rows = fill(store, asked, colours(batches), BS)
-    assert right(store, asked, rows)
+    requested = [images[i] for i in (4, 0, 3, 0, 2)]
+    rows = fill(store, requested, colours(batches), BS)
+    assert right(store, requested, rows)
     assert rows[1] == rows[3] == 0
     assert batches == [0, 1, 2, 4, 3]
-    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(batches), BS))
+    assert right(new(tmp_path), requested, fill(new(tmp_path), requested, colours(batches), BS))
     assert len(batches) == 5
 
 
 def test_the_same_image_twice_is_computed_once(tmp_path):
     images = random_arrays(2)
     batches = []
-    asked = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
+    requested = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
 
     def compute(sources, names):
         for s in sources:
             batches.append(number(np.asarray(s)))
             yield {'colour': np.asarray(s)[:1, 0], 'corner': np.asarray(s)[None, :2, :2, 0]}
 
-    rows = fill(new(tmp_path), asked, compute, 1)
+    rows = fill(new(tmp_path), requested, compute, 1)
     assert rows.tolist() == [0, 0, 1, 0]
     assert batches == [0, 1]
     assert len(new(tmp_path)) == 2
@@ -409,7 +409,7 @@ def both(*fs):
     return lambda d: [f(d) for f in fs]
 
 
-TORN = {
+INCOMPLETE = {
     'part of a number more': (add('colour.bin', b'\1\2\3'), 4),
     'a row more': (add('corner.bin', b'\1' * 4), 4),
     'rows more': (both(add('colour.bin', b'\1' * 36), add('corner.bin', b'\1' * 12)), 4),
@@ -430,13 +430,13 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize('name', TORN)
+@pytest.mark.parametrize('name', INCOMPLETE)
 def test_incomplete_writes(tmp_path, complete, name):
-    harm, kept = TORN[name]
+    damage, kept = INCOMPLETE[name]
     with pytest.raises(KeyboardInterrupt):
         fill(new(tmp_path), random_arrays(N), colours(stop=2), BS)
     assert 350 < (new(tmp_path).folder / 'images.jsonl').stat().st_size < 4 * 110
-    harm(new(tmp_path).folder)
+    damage(new(tmp_path).folder)
     store = new(tmp_path)
     assert len(store) == kept
     assert (
@@ -485,10 +485,10 @@ def again_is_read(root, batches=None):
 
 
 def edit(name, change):
-    def harm(folder):
+    def damage(folder):
         (folder / name).write_bytes(change((folder / name).read_bytes()))
 
-    return harm
+    return damage
 
 
 def line_of(row, change):
@@ -511,7 +511,7 @@ def swapped(folder):
     line_of(2, lambda line: json.dumps(b).encode() + b'\n')(folder)
 
 
-HARM = {
+DAMAGE = {
     'zeroed': (edit('colour.bin', lambda d: bytes(len(d))), range(N)),
     'a bit': (edit('corner.bin', lambda d: d[:9] + bytes([d[9] ^ 1]) + d[10:]), [2]),
     'a row of zeros': (edit('colour.bin', lambda d: d[:12] + bytes(12) + d[24:]), [1]),
@@ -533,21 +533,21 @@ HARM = {
 QUIET = {'another key'}  # resembles a row that was computed again
 
 
-@pytest.mark.parametrize('name', HARM)
+@pytest.mark.parametrize('name', DAMAGE)
 def test_changed_rows_are_computed_again_and_reported(tmp_path, name):
     "The values are those of the images for any damage; nothing else is computed, and there is one warning"
-    harm, lost = HARM[name]
+    damage, lost = DAMAGE[name]
     fill(new(tmp_path), random_arrays(N), colours(), BS)
-    harm(new(tmp_path).folder)
+    damage(new(tmp_path).folder)
     store = new(tmp_path)
     batches = []
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         rows = fill(store, random_arrays(N), colours(batches), BS)
     assert right(store, random_arrays(N), rows)
     assert batches == list(lost)
-    assert len(told) == (bool(lost) and name not in QUIET)
-    for w in told:
+    assert len(warned) == (bool(lost) and name not in QUIET)
+    for w in warned:
         assert str(store.folder) in str(w.message)
     if lost:
         again_is_read(tmp_path)
@@ -568,7 +568,7 @@ def test_swapped_files_of_two_stores(tmp_path):
 
 def test_only_requested_rows_are_checked(tmp_path):
     fill(new(tmp_path), random_arrays(N), colours(), BS)
-    HARM['a row of zeros'][0](new(tmp_path).folder)
+    DAMAGE['a row of zeros'][0](new(tmp_path).folder)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert fill(new(tmp_path), random_arrays(1), colours(stop=0), BS).tolist() == [0]
@@ -644,7 +644,7 @@ def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
     "The cache itself may be a link to another disk."
     cache = tmp_path / 'cache'
     disk = tmp_path / 'disk'
-    mine = tmp_path / 'mine'
+    user_folder = tmp_path / 'mine'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
     disk.mkdir()
     cache.symlink_to(disk)
@@ -652,15 +652,15 @@ def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
     fill(store, random_arrays(3), colours(), BS)
     assert (store.folder / 'images.jsonl').exists()
     assert store.folder.resolve().is_relative_to(disk)
-    mine.mkdir()
-    (mine / 'images.jsonl').write_text('thesis')
+    user_folder.mkdir()
+    (user_folder / 'images.jsonl').write_text('thesis')
     store = new(cache / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
-    store.folder.symlink_to(mine)
+    store.folder.symlink_to(user_folder)
     with pytest.raises(ValueError, match=r'it is a link to .*mine.*Delete it'):
         fill(store, random_arrays(3), colours(), BS)
-    assert os.listdir(mine) == ['images.jsonl']
-    assert (mine / 'images.jsonl').read_text() == 'thesis'
+    assert os.listdir(user_folder) == ['images.jsonl']
+    assert (user_folder / 'images.jsonl').read_text() == 'thesis'
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
@@ -699,13 +699,13 @@ def test_a_world_writable_folder(tmp_path):
     open_path = tmp_path / 'open'
     open_path.mkdir()
     open_path.chmod(0o777)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
             fill(new(open_path), random_arrays(n), colours(), BS)
-    assert len(told) == 1
-    assert str(open_path) in str(told[0].message)
-    assert 'everybody' in str(told[0].message)
+    assert len(warned) == 1
+    assert str(open_path) in str(warned[0].message)
+    assert 'everybody' in str(warned[0].message)
 
 
 @pytest.mark.skipif(
@@ -718,13 +718,13 @@ def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
     root = tmp_path / 'cache' / 'features'
     root.mkdir(parents=True, mode=0o700)
     os.chown(root if whose == 'the folder' else root.parent, 12345, 12345)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         for n in (3, 5):
             fill(new(root), random_arrays(n), colours(), BS)
-    assert len(told) == 1
-    assert 'belongs to another user' in str(told[0].message)
-    assert 'DR_TRANSFER_CACHE' in str(told[0].message)
+    assert len(warned) == 1
+    assert 'belongs to another user' in str(warned[0].message)
+    assert 'DR_TRANSFER_CACHE' in str(warned[0].message)
 
 
 # ---------------------------------------------------------------- errors of the system
@@ -891,9 +891,9 @@ def several(root, names='abc'):
 def fill_some(root, images, names='abc', **kw):
     "The computed (sources, names) of each call, after a check that each row is correct and stored once"
     batches = []
-    asked = []
+    requested = []
     stores = several(root, names)
-    rows = fill_stores(stores, images, colours(batches, what=DEEP, asked=asked, **kw), BS)
+    rows = fill_stores(stores, images, colours(batches, what=DEEP, requested=requested, **kw), BS)
     for s, n, r in zip(stores, names, rows):
         assert np.array_equal(stored_array(s, n)[r], np.stack([DEEP[n](i) for i in images]))
         assert (
@@ -901,8 +901,8 @@ def fill_some(root, images, names='abc', **kw):
             == len(s)
             == (s.folder / f'{n}.bin').stat().st_size // s.row_bytes(n)
         )
-    assert len(asked) <= 1
-    return batches, ''.join(asked[0]) if asked else ''
+    assert len(requested) <= 1
+    return batches, ''.join(requested[0]) if requested else ''
 
 
 @pytest.fixture(scope='module')
@@ -1010,8 +1010,8 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
         for p in ps:
             p.kill()
     done = [p.stdout.read().split() for p in ps]
-    asked = ''.join(d[1] for d in done if d[1:])
-    assert sorted(asked) == sorted(set(''.join(names)))
+    requested = ''.join(d[1] for d in done if d[1:])
+    assert sorted(requested) == sorted(set(''.join(names)))
     for d in done:
         if d[1:]:
             assert d[0] == str(N)
@@ -1035,7 +1035,7 @@ def test_the_required_space_is_that_of_all_stores(tmp_path, monkeypatch):
 
 
 @contextmanager
-def nobody():
+def without_root():
     "Without the permissions of root, for whom nothing is read-only"
     if not hasattr(os, 'setresuid'):
         pytest.skip('no users here')
@@ -1062,7 +1062,7 @@ def locked():
 def test_a_folder_that_cannot_be_written(locked):
     locked.chmod(0o555)
     for place in (locked, locked / 'deeper' / 'still'):
-        with nobody(), pytest.raises(ValueError, match='nothing can be written') as e:
+        with without_root(), pytest.raises(ValueError, match='nothing can be written') as e:
             fill(new(place), random_arrays(N), colours(), BS)
         assert str(locked) in str(e.value)
         assert not list(locked.iterdir())
@@ -1072,7 +1072,7 @@ def test_stored_rows_can_be_read_from_a_read_only_folder(locked):
     fill(new(locked), random_arrays(3), colours(), BS)
     for p in (locked, *locked.rglob('*')):
         p.chmod(0o555 if p.is_dir() else 0o444)
-    with nobody():
+    with without_root():
         store = new(locked)
         assert right(store, random_arrays(3), fill(store, random_arrays(3), colours(stop=0), BS))
         with pytest.raises(ValueError, match='nothing can be written'):
@@ -1084,7 +1084,7 @@ def test_a_store_that_cannot_be_written(locked):
     for p in locked.rglob('*'):
         p.chmod(0o555 if p.is_dir() else 0o444)
     locked.chmod(0o777)
-    with nobody(), pytest.raises(ValueError, match='nothing can be written'):
+    with without_root(), pytest.raises(ValueError, match='nothing can be written'):
         fill(new(locked), random_arrays(4), colours(), BS)
 
 
@@ -1106,11 +1106,11 @@ def test_a_folder_of_any_name_may_be_next_to_it(tmp_path):
 def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
     "16 bytes per image, checked before anything is computed; stored rows need no space"
     free = [N * 16]
-    asked = []
+    requested = []
     batches = []
 
     def usage(place):
-        asked.append(Path(place))
+        requested.append(Path(place))
         return shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0])
 
     monkeypatch.setattr(shutil, 'disk_usage', usage)
@@ -1122,7 +1122,7 @@ def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
     assert 'DR_TRANSFER_CACHE' in text
     assert str(tmp_path) in text
     assert not batches
-    for p in asked:
+    for p in requested:
         assert p.exists()
         assert tmp_path in (p, *p.parents)
     twice = random_arrays(3) * 4

@@ -90,7 +90,7 @@ class Batches(Callback):
         self.steps += 1
 
 
-def told(learn, *args, **kw):
+def printed_lines(learn, *args, **kw):
     "Return what `fit` prints"
     lines = []
     fit(learn, *args, say=lines.append, **kw)
@@ -114,7 +114,7 @@ def test_one_epoch_is_one_pass(build, plan, callback):
     "The head is solved first, and the callback gets the batches of its phase"
     learn = build(cbs=[callback()])
     images = Images(learn)
-    lines = told(learn, plan, epochs=1)
+    lines = printed_lines(learn, plan, epochs=1)
     assert ways(learn) == ['solved', 'network']
     assert learn.record.passes == 1
     batches = train_size(learn) // learn.dls.train.bs
@@ -140,7 +140,7 @@ def test_the_total_is_printed_before_anything_is_trained(build):
         "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
     )
     assert first.endswith(f'Total: 2 passes of {train_size(learn)} images through the network')
-    assert 'no pass through the network' in told(build(), 'head')[0]
+    assert 'no pass through the network' in printed_lines(build(), 'head')[0]
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,12 @@ def test_a_number_of_its_own_is_bounded_too(build):
 def test_epochs_do_not_change_a_head_that_is_solved(build):
     "In an earlier version, the accuracy of 1.000 was .458 with epochs=2"
     plain = build()
-    asked = build()
+    two_epochs = build()
     fit(plain, 'head', say=str)
-    lines = told(asked, 'head', epochs=2)
-    assert same_state(state_of(plain), state_of(asked))
-    assert ways(asked) == ['solved']
-    assert asked.record.history == plain.record.history
+    lines = printed_lines(two_epochs, 'head', epochs=2)
+    assert same_state(state_of(plain), state_of(two_epochs))
+    assert ways(two_epochs) == ['solved']
+    assert two_epochs.record.history == plain.record.history
     assert any('epochs=2' in line and 'has no effect' in line for line in lines)
 
 
@@ -268,7 +268,7 @@ def test_a_trained_head_is_not_trained_again(build):
     learn = build(plan='augmented_head')
     fit(learn, epochs=1, say=str)
     assert learn.record.passes == 1
-    lines = told(learn, 'top2', epochs=2)
+    lines = printed_lines(learn, 'top2', epochs=2)
     assert learn.record.passes == 3
     assert [r['phase'] for r in learn.record.history] == [1, 2, 2]
     assert 'phase 1 of 2: head, skipped, because the head is already trained' in lines[0]
@@ -355,23 +355,23 @@ def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(bui
 
 def test_random_weights_under_a_plan_for_pretrained_ones(build):
     for plan in ('fine_tune', 'head'):
-        lines = told(build(weights='random'), plan, epochs=1)
+        lines = printed_lines(build(weights='random'), plan, epochs=1)
         warned = [line for line in lines if line.startswith('warning')]
         assert len(warned) == 1
         assert f"plan '{plan}'" in warned[0]
         assert '--plan random_start' in warned[0]
     for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
-        for line in told(learn, plan, epochs=1):
+        for line in printed_lines(learn, plan, epochs=1):
             assert not line.startswith('warning')
 
 
 def test_the_best_epoch_is_in_the_record(build):
     learn = build()
-    lines = told(learn, 'top1', epochs=3)
+    lines = printed_lines(learn, 'top1', epochs=3)
     rows = learn.record.history
     assert learn.record.best == min(rows, key=lambda r: r['valid_loss'])
-    told_so = any('valid_loss was lowest in' in line for line in lines)
-    assert told_so == (learn.record.best != rows[-1])
+    reported = any('valid_loss was lowest in' in line for line in lines)
+    assert reported == (learn.record.best != rows[-1])
 
 
 def test_the_best_epoch_can_be_kept(build):

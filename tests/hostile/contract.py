@@ -114,12 +114,12 @@ def unaccounted(outcome, at) -> list:
         return complaints + sets_differ(
             {r['image'] for r in rows}, {os.path.relpath(e, command.data) for e in expected}
         )
-    said = {os.path.basename(r['image']) for r in rows}
-    told = outcome.out + text(Path(command.outs[0]))
+    listed = {os.path.basename(r['image']) for r in rows}
+    printed = outcome.out + text(Path(command.outs[0]))
     return complaints + [
         f'not accounted for: {e!r}'
         for e in expected
-        if os.path.basename(e) not in said and os.path.basename(e) not in told
+        if os.path.basename(e) not in listed and os.path.basename(e) not in printed
     ]
 
 

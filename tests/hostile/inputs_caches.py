@@ -256,10 +256,10 @@ def not_private(at, mode):
     if mode == 0o755:
         os.chown(at.cache, 12345, 12345)
     command = train(at)
-    told = command.also
+    check_warning = command.also
 
     def complaints(outcome):
-        yield from told(outcome)
+        yield from check_warning(outcome)
         if f'warning: the cache folder {at.cache} ' not in outcome.err:
             yield 'no warning that others can change the cache'
 

@@ -178,8 +178,8 @@ def patients_found(at, name):
     write(at.data / 'labels.csv', patients(at, name))
 
     def found_or_reported(outcome):
-        said = outcome.out + outcome.err
-        return [] if 'no patient column' in said else list(together(at)(outcome))
+        text = outcome.out + outcome.err
+        return [] if 'no patient column' in text else list(together(at)(outcome))
 
     return at.train(*DR, images=24, also=found_or_reported, named=('labels.csv',))
 

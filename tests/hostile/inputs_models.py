@@ -124,7 +124,7 @@ def set_field(**values):
     return lambda about: about.update(values)
 
 
-HARM = {
+ATTACKS = {
     'wide head': set_head(hidden=[10**9]),
     'deep head': set_head(hidden=[8] * 20_000),
     'negative head': set_head(hidden=[-1]),
@@ -185,8 +185,8 @@ MAY_WORK = {
 }
 
 
-@case('models', HARM)
-def harm(at, change):
+@case('models', ATTACKS)
+def attack(at, change):
     "A value in model.json that uses all memory, or changes the predictions."
     return predicted(at, model(at, change))
 
@@ -194,7 +194,7 @@ def harm(at, change):
 @case(
     'models',
     {
-        k: HARM[k]
+        k: ATTACKS[k]
         for k in (
             'std 0',
             'std nan',

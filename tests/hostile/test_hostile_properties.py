@@ -89,7 +89,7 @@ def is_one_line(error) -> bool:
 
 @settings(max_examples=2000 if ALL_CASES else 150, **RUNTIMES)
 @given(rows=tables(), form=FORMS)
-def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
+def test_a_table_is_read_or_an_error(rows, form, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table, skipped_images
 
     file = tmp_path_factory.getbasetemp() / 'made up.csv'
@@ -147,7 +147,7 @@ def changed(about, way, value):
     return about
 
 
-def test_a_model_with_any_description_is_used_or_refused(runner, shared, tmp_path_factory):
+def test_a_model_with_any_description_is_used_or_an_error(runner, shared, tmp_path_factory):
     about = json.loads((shared / 'flower_run' / 'model' / 'model.json').read_text())
     about.pop('sha256')
     ways = [w for w in paths(about) if w and w[0] not in ('versions', 'licence', 'training', 'tensors_sha256')]
