@@ -63,7 +63,7 @@ def train(
 
 # %% ../../nbs/commands/04_subcommands.ipynb #82a3abfb
 def _build(images, found_task, task, split, training, recipe, runtime):
-    "Build a learner as the options say"
+    "Build a learner from the options"
     from dr_transfer.core import build_learner
 
     plan = recipe.plan
@@ -225,7 +225,7 @@ def export(
 
 # %% ../../nbs/commands/04_subcommands.ipynb #12a9b082
 def preprocess(
-    folder: str | Path,  # Folder of photographs; they are not changed
+    folder: str | Path,  # Folder of images; they are not changed
     out: str | Path,  # Folder for the results; finished ones are kept
     size: int = 512,  # Height and width of the results in pixels
     correction: str = 'none',  # Of light: 'none', 'colour' or 'local'
@@ -233,7 +233,7 @@ def preprocess(
     format: str = 'png',  # 'png', without loss, or 'jpg'
     workers: int | None = None,  # Threads; one for each core if None
 ) -> int:  # Exit code
-    "Prepare a folder of fundus photographs"
+    "Prepare a folder of fundus images"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
 
     t = preprocess_folder(folder, out, Preparation(size, correction, to_right, format), workers)
@@ -245,7 +245,7 @@ def preprocess(
     why = f' ({reasons})' if len(poor) else ''
     no_disc = t.x.isna().sum() - len(bad)
     print(
-        f'{len(t) - len(bad)} photographs in {out}, {len(bad)} could not be read; '
+        f'{len(t) - len(bad)} images in {out}, {len(bad)} could not be read; '
         f'{no_disc} without a visible disc; {len(poor)} ungradable{why}'
     )
     print(f'table: {Path(out) / "images.csv"}')
@@ -253,7 +253,7 @@ def preprocess(
 
 # %% ../../nbs/commands/04_subcommands.ipynb #e273a641
 def _encode_targets(images, model, task):
-    "Add the class of each image to the table, as the model names classes"
+    "Add the class of each image to the table, with the class names of the model"
     from dr_transfer.data.task_file import load_task
     from dr_transfer.data.tasks import TASKS, Target, encode_target
 
@@ -284,7 +284,7 @@ def _print_report(e, resamples, page, predictions):
     if e.decision:
         _print_decision(e.decision)
     if e.known:
-        print(f'excluded: {len(e.known)} images, or near copies of them, that the model was made from')
+        print(f'excluded: {len(e.known)} images, or near copies of them, that the model was trained or validated on')
     if e.other:
         print(f'excluded: {len(e.other)} images that are not validation images of the model')
     if e.skipped:
@@ -306,9 +306,9 @@ def _print_files(main, label, table) -> int:
 def evaluate(
     model: str | Path,  # Run or model folder
     table: TableOptions,  # Labelled images
-    task: str | None = None,  # File with a task of your own; the model's task if None
-    split: str = 'new',  # Images that count: 'new' to the model, or its own 'valid' ones
-    allow_leaks: bool = False,  # Count images that the model was trained on, too?
+    task: str | None = None,  # File with a custom task; the task of the model if None
+    split: str = 'new',  # Images to include: 'new' to the model, or its 'valid' ones
+    allow_leaks: bool = False,  # Include images that the model was trained or validated on?
     report: ReportOptions = ReportOptions(),  # Report to write; NAME_report.html if not given
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code
@@ -329,7 +329,7 @@ def evaluate(
 
 
 def _report_images(images, model):
-    "Print what is notable about the images, such as identical files with two classes"
+    "Print notable facts about the images, such as identical files with two classes"
     from dr_transfer.data.leaks import find_copies, note_contradictions
     from dr_transfer.data.table import report_table
 
@@ -363,8 +363,8 @@ def _cross_evaluation(table, task, training, recipe, folds, prevalence, runtime)
     _check_recipe(recipe, training.epochs)
     if recipe.plan == 'advise':
         raise ValueError(
-            '--plan advise: advice is for one training, not for folds. '
-            'Run dr_transfer advise, and name the plan that it gives'
+            '--plan advise: advice is for a single training, not for folds. '
+            'Run dr_transfer advise, and give the recommended plan'
         )
     images = _read_table(table)
     if point:
@@ -402,7 +402,7 @@ def _cross_evaluation(table, task, training, recipe, folds, prevalence, runtime)
         'seed': task.seed,
         'decision': decision.to_dict(),
         'versions': versions(),
-        'training': {'plan': recipe.plan or 'chosen for set and machine', 'balance': recipe.balance},
+        'training': {'plan': recipe.plan or 'chosen for data and device', 'balance': recipe.balance},
     }
     e = describe_images(t, classes, about, found_task.reader, _data_name(table), prevalence)
     e.skipped = skipped
@@ -463,7 +463,7 @@ def _write_comparison(compared, metric, resamples, figure, values):
     t = compared.table(resamples)
     n = len(next(iter(compared.tables.values())))
     shown = t.xs(metric, level='metric').round(3).to_string(na_rep='')
-    print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')
+    print(f'{metric}, on the same {n} images, and the difference from the first:\n{shown}')
     write_csv(t.reset_index(), values)
     mark = {'dr_transfer-table': file_digest(values)}
     plot_comparison(t, metric).savefig(figure, dpi=120, format='png', metadata=mark)
@@ -478,19 +478,19 @@ def _metric(name, images, target) -> str:
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(
     out: str | Path = 'dr_transfer_demo',  # Folder to make
-    images: int = 400,  # Number of images to draw
+    images: int = 400,  # Number of images
     size: int = 256,  # Height and width in pixels
-    seed: int = 42,  # Decides the images, the split and the head
+    seed: int = 42,  # Determines the images, the split and the head
     runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
     overwrite: bool = False,  # Replace another demonstration?
 ) -> int:  # Exit code
-    "Draw a synthetic data set, train on it, and show the result"
+    "Make a synthetic data set, train on it and show the result"
     from dr_transfer.commands.demo import make_demo
 
     t = make_demo(out, images, size, seed, runtime, overwrite)
     out = Path(out)
     print(
-        '\nSynthetic fundus images of patients not seen in training, grade 2 or more '
+        '\nSynthetic fundus images of patients not used in training; positive is grade 2 or more '
         '(average over the views of each image):\n'
     )
     print(f'{t.round(3).to_string()}\n')
