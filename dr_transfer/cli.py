@@ -44,7 +44,7 @@ def _command(commands, name, function, about, example):
         epilog=f'example:\n  {example}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    interrupted = 'what is finished is kept' if function in _KEEPS_WORK else 'nothing was written'
+    interrupted = 'finished parts are kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted, **option_defaults(function))
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
     if function is not preprocess:  # it uses no network, and keeps the results that exist
@@ -55,7 +55,7 @@ def _command(commands, name, function, about, example):
                 'plain, channels_last or bf16'
             ),
         )
-        p.add_argument('--overwrite', action='store_true', help='replace what is at --out, if dr_transfer wrote it')
+        p.add_argument('--overwrite', action='store_true', help='replace an earlier output of dr_transfer at --out')
     return p.add_argument
 
 
@@ -84,12 +84,12 @@ def _parser() -> CommandParser:
 # %% ../nbs/cli.ipynb #ae5ad7cd
 def _add_demo(commands):
     add = _command(
-        commands, 'demo', demo, 'Draw synthetic fundus images, train on them, show the result', 'dr_transfer demo'
+        commands, 'demo', demo, 'Make synthetic fundus images, train on them and show the result', 'dr_transfer demo'
     )
-    add('--out', type=path_name, help='folder to make (default: %(default)s)')
-    add('--images', type=whole_number(1, 100_000), help='how many to draw (default: %(default)s)')
-    add('--size', type=whole_number(32, 2048), help='pixels (default: %(default)s)')
-    add('--seed', type=whole_number(0, MAX_SEED), help='another seed, other images (default: %(default)s)')
+    add('--out', type=path_name, help='folder to write (default: %(default)s)')
+    add('--images', type=whole_number(1, 100_000), help='number of images (default: %(default)s)')
+    add('--size', type=whole_number(32, 2048), help='height and width in pixels (default: %(default)s)')
+    add('--seed', type=whole_number(0, MAX_SEED), help='seed of the random numbers (default: %(default)s)')
 
 
 def _add_train(commands):
@@ -98,7 +98,7 @@ def _add_train(commands):
         'train',
         train,
         'Train a model on a folder of images',
-        'dr_transfer train photos/messidor2 --task dr --target referable --out messidor_run',
+        'dr_transfer train images/messidor2 --task dr --target referable --out messidor_run',
     )
     for group in (
         add_table_arguments,
@@ -108,7 +108,7 @@ def _add_train(commands):
         add_recipe_arguments,
     ):
         group(add)
-    add('--out', metavar='DIR', type=path_name, help='folder to make (default: the name of DATA and _run)')
+    add('--out', metavar='DIR', type=path_name, help='folder to write (default: the name of DATA and _run)')
 
 
 def _add_advise(commands):
@@ -117,7 +117,7 @@ def _add_advise(commands):
         'advise',
         advise,
         'Measure the images of a folder and recommend a plan',
-        'dr_transfer advise photos/messidor2 --task dr',
+        'dr_transfer advise images/messidor2 --task dr',
     )
     for group in (add_table_arguments, add_task_arguments, add_split_arguments):
         group(add)
@@ -132,12 +132,15 @@ def _add_predict(commands):
         'predict',
         predict,
         'Predict images with a trained model',
-        'dr_transfer predict messidor_run new_photos --out predictions.csv',
+        'dr_transfer predict messidor_run new_images --out predictions.csv',
     )
     add(
-        'model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, a model folder, or an ONNX file'
+        'model',
+        metavar='DIR',
+        type=path_name,
+        help='folder written by dr_transfer train, a model folder, or an ONNX file',
     )
-    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders that are searched')
+    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
     add('--out', metavar='CSV', type=path_name, help='file to write (default: print)')
 
 
@@ -146,10 +149,10 @@ def _add_export(commands):
         commands,
         'export',
         export,
-        'Write a trained model as an ONNX file, if it gives the same predictions',
+        'Export a trained model to an ONNX file, if it gives the same predictions',
         'dr_transfer export messidor_run --out messidor.onnx',
     )
-    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
+    add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train, or a model folder')
     add('--out', metavar='ONNX', type=path_name, help='file to write (default: the name of DIR and .onnx)')
 
 # %% ../nbs/cli.ipynb #339d8ea5
@@ -158,16 +161,16 @@ def _add_preprocess(commands):
         commands,
         'preprocess',
         preprocess,
-        'Prepare a folder of fundus photographs',
-        'dr_transfer preprocess photographs small --size 512',
+        'Prepare a folder of fundus images',
+        'dr_transfer preprocess images/messidor2 prepared --size 512',
     )
-    add('folder', metavar='IN', type=path_name, help='folder of photographs; they are not changed')
-    add('out', metavar='OUT', type=path_name, help='folder for the results; what is finished there is not done again')
-    add('--size', metavar='N', type=whole_number(32, 8192), help='side in pixels (default: %(default)s)')
-    add('--correction', help='light: none, colour or local (default: %(default)s)')
-    add('--to-right', action='store_true', help='left eyes (column eye of labels.csv) as mirror images')
-    add('--format', help='png, without loss, or jpg (default: %(default)s)')
-    add('--workers', metavar='N', type=whole_number(1, 256), help='threads (default: one a core)')
+    add('folder', metavar='IN', type=path_name, help='folder of images; they are not changed')
+    add('out', metavar='OUT', type=path_name, help='folder for the results; finished results are not computed again')
+    add('--size', metavar='N', type=whole_number(32, 8192), help='height and width in pixels (default: %(default)s)')
+    add('--correction', help='correction of light: none, colour or local (default: %(default)s)')
+    add('--to-right', action='store_true', help='mirror left eyes (column eye of labels.csv)')
+    add('--format', help='png (lossless) or jpg (default: %(default)s)')
+    add('--workers', metavar='N', type=whole_number(1, 256), help='number of threads (default: one per core)')
 
 
 def _add_evaluate(commands):
@@ -176,17 +179,17 @@ def _add_evaluate(commands):
         'evaluate',
         evaluate,
         'Report how well a trained model predicts labelled images',
-        'dr_transfer evaluate messidor_run photos/idrid --prevalence 0.1 --out idrid.html',
+        'dr_transfer evaluate messidor_run images/idrid --prevalence 0.1 --out idrid.html',
     )
-    add('model', metavar='DIR', type=path_name, help='folder made by dr_transfer train, or a model folder')
+    add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train, or a model folder')
     add_table_arguments(add)
     add('--task', metavar='TASK', help="FILE.toml or FILE.py:NAME, for a task of your own (default: the model's)")
     add(
         '--split',
         choices=('new', 'valid'),
-        help='new: images that the model was not made from; valid: its own validation images (default: %(default)s)',
+        help='new: images outside its training and validation; valid: its validation images (default: %(default)s)',
     )
-    add('--allow-leaks', action='store_true', help='count images that the model was made from, too')
+    add('--allow-leaks', action='store_true', help='include images that the model was trained or validated on')
     add_report_arguments(add)
 
 # %% ../nbs/cli.ipynb #f4e3956b
@@ -195,8 +198,8 @@ def _add_cross_validate(commands):
         commands,
         'cross-validate',
         cross_validate,
-        'Report how well a recipe predicts, by cross-validation',
-        'dr_transfer cross-validate photos/messidor2 --task dr',
+        'Report how well a training recipe predicts, by cross-validation',
+        'dr_transfer cross-validate images/messidor2 --task dr',
     )
     for group in (add_table_arguments, add_task_arguments, add_training_arguments, add_recipe_arguments):
         group(add)
@@ -210,7 +213,7 @@ def _add_compare(commands):
         'compare',
         compare,
         'Compare backbones and plans on one split',
-        'dr_transfer compare photos/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1',
+        'dr_transfer compare images/flowers --archs efficientnet_lite0 efficientnet_lite1 --plans head top1',
     )
     for group in (
         add_table_arguments,
@@ -224,18 +227,18 @@ def _add_compare(commands):
         '--out',
         metavar='PNG',
         type=path_name,
-        help='figure to write; NAME_table.csv goes beside it (default: the name of DATA and _comparison.png)',
+        help='figure to write; NAME_table.csv is written next to it (default: the name of DATA and _comparison.png)',
     )
 
 # %% ../nbs/cli.ipynb #fdecb640
 def _show_any_name(stream):
-    "Let a text stream print any name, with escapes for what it cannot encode"
+    "Let a text stream print any name, with escapes for characters that it cannot encode"
     if hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
 
 
 def _drop_output():
-    "Discard what is left in standard output, which cannot be written"
+    "Discard the rest of standard output, which cannot be written"
     with suppress(OSError, ValueError):  # standard output is not a system file, as in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -274,7 +277,7 @@ def main(
 ) -> int:  # Exit code: 0 only on success
     "Run the command `dr_transfer`"
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # it was closed before the command began
+        if getattr(sys, name) is None:  # closed before the command started
             nowhere = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 it stays open as long as the process
             setattr(sys, name, nowhere)
         _show_any_name(getattr(sys, name))
@@ -300,7 +303,7 @@ def main(
 
 
 def _drop_unwritable(e):
-    "Discard what is left in standard output if it cannot be written, as on a full disk"
+    "Discard the rest of standard output if it cannot be written, as on a full disk"
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"Fixtures of all tests: caches, synthetic sets, a trained run, the photographs, and the number of torch threads."
+"Fixtures of all tests: caches, synthetic sets, a trained run, real images, and the number of torch threads."
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')  # no test opens a window
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test waits for a model hub
 
-# Two workers that each take all cores are slower than one: they share them. torch reads this when it is imported.
+# Two workers that each take all cores are slower than one, so they share the cores. torch reads this at import.
 _workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
 os.environ['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1) // _workers))
 
@@ -26,7 +26,7 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'fastai: trains or builds learners, so another version of fastai matters')
 
 
-# The files that take longest, the longest first: one that began last would keep one worker busy while the others wait.
+# The files that take longest, the longest first, because one that starts last would keep a worker busy alone.
 LONGEST = (
     'test_photographs',
     'test_networks_of_the_texts',
@@ -63,7 +63,7 @@ CALL_FASTAI = (
 
 
 def pytest_collection_modifyitems(items):
-    "Mark tests that need photographs (fixture `data_root`) and tests that call fastai; long files come first."
+    "Mark tests that need real images (fixture `data_root`) and tests that call fastai; long files come first."
     for item in items:
         if 'data_root' in getattr(item, 'fixturenames', ()):
             item.add_marker('photographs')
@@ -75,10 +75,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def data_root():
-    "Folder with the real photographs, which are not part of the repository."
+    "Folder with the real images, which are not part of the repository."
     root = os.environ.get('DR_TRANSFER_DATA')
     if not root:
-        pytest.skip('DR_TRANSFER_DATA is not set: it names the folder with the photographs')
+        pytest.skip('DR_TRANSFER_DATA is not set: it names the folder with the real images')
     if not Path(root).is_dir():
         pytest.fail(f'DR_TRANSFER_DATA={root} is not a folder')
     return Path(root)
@@ -116,10 +116,10 @@ def with_shared_cache(cache_dir, shared_cache, monkeypatch):
 
 
 @pytest.fixture(scope='session')
-def eyes(home):
+def fundus_data(home):
     "Forty synthetic fundus images of twenty patients, with labels.csv."
-    make_dr(home / 'eyes', n=40, size=64, seed=0, workers=1)
-    return home / 'eyes'
+    make_dr(home / 'fundus', n=40, size=64, seed=0, workers=1)
+    return home / 'fundus'
 
 
 @pytest.fixture(scope='session')
@@ -143,12 +143,12 @@ def weights(home):
 
 
 @pytest.fixture(scope='session')
-def said_of_run(home, eyes, weights, shared_cache):
+def output_of_run(home, fundus_data, weights, shared_cache):
     "The output of the training of `run`."
-    return good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
+    return good('train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', home / 'run')
 
 
 @pytest.fixture(scope='session')
-def run(home, said_of_run):
+def run(home, output_of_run):
     "A trained run, which tests must not change."
     return home / 'run'

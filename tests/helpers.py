@@ -17,7 +17,7 @@ from dr_transfer.metrics.classes import Classes, Positive
 COMMAND = Path(sys.executable).with_name('dr_transfer')
 GRADES = Classes(('0', '1', '2', '3', '4'), Positive('referable', ('2', '3', '4')), ordered=True)
 FAST = ('--arch', 'test_resnet', '--size', '64', '--plan', 'head', '--epochs', '1')
-Said = namedtuple('Said', 'code out err')
+Result = namedtuple('Result', 'code out err')
 
 
 def cli(*words):
@@ -29,24 +29,24 @@ def cli(*words):
             code = main([str(w) for w in words])
         except SystemExit as e:
             code = e.code
-    return Said(code, out.getvalue(), err.getvalue())
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def good(*words):
     "Return the output of a command that must succeed."
-    said = cli(*words)
-    assert said.code == 0, said.err
-    return said
+    result = cli(*words)
+    assert result.code == 0, result.err
+    return result
 
 
-def refused(*words, start='dr_transfer: '):
+def error_line(*words, start='dr_transfer: '):
     "Return the error message, in one line, of a command that must fail."
-    said = cli(*words)
-    assert said.code in (1, 2), said  # 2: an error in an option
-    assert 'Traceback' not in said.err
-    lines = said.err.splitlines()
-    assert len(lines) == 1, said
-    assert lines[0].startswith(start), said
+    result = cli(*words)
+    assert result.code in (1, 2), result  # 2: an error in an option
+    assert 'Traceback' not in result.err
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result
+    assert lines[0].startswith(start), result
     return lines[0]
 
 

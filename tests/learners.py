@@ -1,4 +1,4 @@
-"What the tests of networks and learners share: a state to compare, and networks that are not as they were made."
+"Helpers for tests of networks and learners: states to compare, and networks with random statistics."
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from dr_transfer.models.stages import Stages, layer_groups
 
 
 def quiet(learn, what, *args, **kwargs):
-    "A method of a learner, called without what it would print."
+    "Call a method of a learner without its output."
     with learn.no_bar(), learn.no_logging():
         return getattr(learn, what)(*args, **kwargs)
 
@@ -36,12 +36,12 @@ def groups(learn):
 
 
 def moved(before, after):
-    "For each group whether anything in it changed."
+    "Return for each group whether it changed."
     return [not all(torch.equal(v, old[k]) for k, v in new.items()) for old, new in zip(before, after)]
 
 
 def disturb(net, convolutions=False):
-    "Statistics that are not those of a new network, so that what goes in decides what comes out."
+    "Set random BatchNorm statistics, and random convolutions on request, so that the output depends on the input."
     for module in net.modules():
         if convolutions and isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -51,7 +51,7 @@ def disturb(net, convolutions=False):
 
 
 class Known:
-    "Features that are given: name -> array (n, views, channels)"
+    "Features from given arrays: name -> array (n, views, channels)"
 
     def __init__(self, **arrays):
         self.arrays = arrays

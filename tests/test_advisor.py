@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import cli, content, good, refused
+from helpers import cli, content, error_line, good
 from learners import Known
 from matplotlib.figure import Figure
 from PIL import Image
@@ -54,15 +54,15 @@ def one_network(monkeypatch):
     monkeypatch.setattr(advisor, 'whole_body', lambda *a, f=advisor.whole_body: (torch.manual_seed(0), f(*a))[1])
 
 
-def train_side(data, seed=42, valid=0.2, task='flowers', **kwargs):
+def train_images(data, seed=42, valid=0.2, task='flowers', **kwargs):
     t = build_learner(data, task=task, seed=seed, valid=valid, **TINY, **kwargs).table
     return set(t.image[t.split == 'train'])
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """The files that are read from now on, by what computes features and by what finds them again;
-    not to see if they can be read, or are copies.
+def read_files(monkeypatch):
+    """The files that are read from now on to compute features or to find stored ones,
+    but not those that are read only to check or hash them.
     """
     names = set()
     hashing = []
@@ -82,7 +82,7 @@ def seen(monkeypatch):
 
         def f(source, *a, **k):
             if not hashing and not isinstance(source, bytes):
-                names.add(hashing_module.source_name(source))  # bytes: of a file that was named before
+                names.add(hashing_module.source_name(source))  # bytes of a file that was named before
             return real(source, *a, **k)
 
         monkeypatch.setattr(module, name, f)
@@ -92,7 +92,7 @@ def seen(monkeypatch):
     return names
 
 
-# ---------------------------------------------------------------- words and choices
+# ---------------------------------------------------------------- scenarios and choices
 
 
 @pytest.mark.parametrize(
@@ -137,26 +137,26 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
 @pytest.mark.parametrize(
     'other, chosen',
     [
-        (BASE + np.array([0.05, 0.06, 0.05, 0.04, 0.05]), 'b'),  # better in every fold
-        (BASE + np.array([0.3, -0.1, 0.2, -0.05, 0.05]), 'a'),  # better on average, and by chance
+        (BASE + np.array([0.05, 0.06, 0.05, 0.04, 0.05]), 'b'),  # better in each fold
+        (BASE + np.array([0.3, -0.1, 0.2, -0.05, 0.05]), 'a'),  # better on average, but by chance
         (BASE, 'a'),
         (BASE - 0.1, 'a'),
         (np.full(5, np.nan), 'a'),
         ([0.95, np.nan, np.nan, np.nan, np.nan], 'a'),
     ],
-)  # one fold says nothing about chance
-def test_another_stage_only_if_it_is_better_beyond_chance(other, chosen):
+)  # one fold does not show the variation
+def test_another_stage_is_chosen_only_if_it_is_significantly_better(other, chosen):
     row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
     assert row == chosen
     assert why == ('no other stage is significantly better' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
 
 
-def test_a_profile_of_which_nothing_is_known():
+def test_a_profile_without_scores():
     assert advisor._choose_stage(profile(a=np.full(5, np.nan), b=np.full(5, np.nan)), {}, 'a')[0] == 'a'
     assert 'none' in advisor._confidence(pd.Series({'low': np.nan, 'high': np.nan}))
 
 
-def test_candidates_are_neighbours():
+def test_candidates_are_adjacent_stages():
     c = advisor._candidates(dict.fromkeys((*ROWS, 'neck'), 1))
     assert list(c)[:6] == [*ROWS, 'neck']
     assert {k for k in c if '+' in k} == {
@@ -176,7 +176,7 @@ def test_candidates_are_neighbours():
 
 def test_advice_on_a_table(dots):
     a = advise(dots, **TINY)
-    n = len(train_side(dots))
+    n = len(train_images(dots))
     assert n == 64
     assert sum(a.counts.values()) == n
     assert set(a.counts) == {'red', 'green'}
@@ -193,7 +193,7 @@ def test_advice_on_a_table(dots):
     assert (a.profile.score <= a.profile.high).all()
 
 
-def test_the_text_says_what_was_measured(dots):
+def test_the_text_states_what_was_measured(dots):
     a = advise(dots, **TINY)
     text = str(a)
     lines = str(a).splitlines()
@@ -212,9 +212,9 @@ def test_the_text_says_what_was_measured(dots):
     assert a.confidence.startswith('good' if half < 0.05 else 'low')
 
 
-def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network):
+def test_the_same_seed_gives_the_same_advice(dots, tmp_path, monkeypatch, one_network):
     a = advise(dots, **TINY)
-    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # nothing is found there
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))  # no group is found there
     np.random.seed(1)
     b, c = (advise(dots, seed=s, **TINY) for s in (42, 7))
     assert str(a) == str(b)
@@ -225,9 +225,9 @@ def test_the_same_seed_the_same_advice(dots, tmp_path, monkeypatch, one_network)
     assert c.counts == a.counts
 
 
-def test_efficientnet_remembers_photographs(eyes):
-    "The default network, whose BatchNorm statistics come from ImageNet; synthetic fundus images are different."
-    a = advise(eyes, 'dr', size=64, runtime='plain')
+def test_efficientnet_keeps_the_statistics_of_imagenet(fundus_data):
+    "The BatchNorm statistics of the default network come from ImageNet; synthetic fundus images differ from it."
+    a = advise(fundus_data, 'dr', size=64, runtime='plain')
     assert a.distance > SIMILAR
     assert a.scenario == 'small, different'
     assert f'{a.distance:.3f}, more than {SIMILAR}' in str(a)
@@ -255,16 +255,16 @@ def test_a_transformer(flowers):
         ('accuracy', 'grade'),
     ],
 )
-def test_targets(eyes, metric, target):
-    labels = pd.read_csv(eyes / 'labels.csv').assign(
+def test_targets(fundus_data, metric, target):
+    labels = pd.read_csv(fundus_data / 'labels.csv').assign(
         grade=lambda t: t.patient.str[1:].astype(int) % 5
-    )  # every grade has its four patients
-    a = advise(eyes, 'dr', target=target, labels=labels, **TINY)
+    )  # each grade has four patients
+    a = advise(fundus_data, 'dr', target=target, labels=labels, **TINY)
     assert a.profile.attrs['metric'] == metric
     assert len(a.counts) == (2 if target == 'referable' else 5)
 
 
-# ---------------------------------------------------------------- only the images for training
+# ---------------------------------------------------------------- only training images
 
 
 @pytest.mark.parametrize(
@@ -275,63 +275,63 @@ def test_targets(eyes, metric, target):
         (2, 0.5),
     ],
 )
-def test_the_validation_side_is_not_looked_at(dots, seen, seed, valid):
+def test_validation_images_are_not_read(dots, read_files, seed, valid):
     advise(dots, seed=seed, valid=valid, **TINY)
-    looked = set(seen)
-    assert looked == train_side(dots, seed, valid)
-    assert 0 < len(looked) < 80
+    read = set(read_files)
+    assert read == train_images(dots, seed, valid)
+    assert 0 < len(read) < 80
 
 
-def test_not_of_a_folder_with_labels_and_a_split_of_its_own(eyes, seen):
-    labels = pd.read_csv(eyes / 'labels.csv')
+def test_validation_images_of_a_given_split_are_not_read(fundus_data, read_files):
+    labels = pd.read_csv(fundus_data / 'labels.csv')
     labels['split'] = (
         labels.patient.str[1:].astype(int).map(lambda i: 'valid' if i % 5 == 0 else 'test' if i % 5 == 1 else 'train')
     )
-    advise(eyes, 'dr', labels=labels, **TINY)
-    assert {s.rsplit('/', 1)[-1] for s in seen} == set(
+    advise(fundus_data, 'dr', labels=labels, **TINY)
+    assert {s.rsplit('/', 1)[-1] for s in read_files} == set(
         labels.image[labels.split == 'train'].map(lambda n: n.rsplit('/', 1)[-1])
     )
 
 
-def test_other_pictures_on_the_validation_side_change_nothing(dots, tmp_path, one_network):
+def test_other_validation_images_change_nothing(dots, tmp_path, one_network):
     "Every access to the images, by any function."
     t = dots.assign(image=[str(tmp_path / i.rsplit('/', 1)[-1]) for i in dots.image])
     for a, b in zip(dots.image, t.image):
         Image.open(a).save(b)
 
-    def told():
+    def advice_of():
         a = advise(t, **TINY)
         return str(a), a.profile.to_csv(), a.speed.to_csv(), a.counts
 
-    side = task_table(t, TASKS['flowers'].target()).set_index('image').split
-    first = told()
+    subset = task_table(t, TASKS['flowers'].target()).set_index('image').split
+    first = advice_of()
     rng = np.random.default_rng(1)
 
     def other(i):
         Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype(np.uint8)).save(i)
 
-    for i in side.index[side == 'valid']:
+    for i in subset.index[subset == 'valid']:
         other(i)
-    assert told() == first
-    for i in side.index[side == 'train'][:20]:
+    assert advice_of() == first
+    for i in subset.index[subset == 'train'][:20]:
         other(i)
-    assert told() != first, 'or else this shows nothing'
+    assert advice_of() != first, 'otherwise the test shows nothing'
 
 
-def test_of_very_many_some_with_groups_whole(dots, seen, monkeypatch):
+def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeypatch):
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 44)
     monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
-    t = dots[dots.image.isin(seen)]
-    assert len(seen) == len(t) == 44
+    t = dots[dots.image.isin(read_files)]
+    assert len(read_files) == len(t) == 44
     assert (t.group.value_counts() == 2).all()
-    assert seen < train_side(dots)
+    assert read_files < train_images(dots)
     assert sum(a.counts.values()) == 64
     assert 'images: 64, 32 to 32 per class (50 or more are large), 44 of them were used' in str(a)
-    assert a.scenario == 'large', 'it is the images to learn from that are many, not those that were used'
+    assert a.scenario == 'large', 'the number of training images is large, not that of the images used'
 
 
-def test_some_of_a_table(monkeypatch):
+def test_a_subset_of_a_table(monkeypatch):
     "About the requested number of images, chosen by the seed, with complete groups and enough images of rare classes."
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 300)
     rng = np.random.default_rng(0)
@@ -373,11 +373,11 @@ def test_some_of_a_table(monkeypatch):
 def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     monkeypatch.setattr(advisor, 'LARGE', 50 if large else LARGE)
     monkeypatch.setattr(advisor, 'domain_distance', lambda *a, **k: distance)
-    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'as was said'))
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: (row, 'the given reason'))
     a = advise(dots, **TINY)
     assert a.scenario == choose_scenario(10**4 if large else 10, distance)
     assert row in str(a)
-    assert 'as was said' in str(a)
+    assert 'the given reason' in str(a)
     learn = build_learner(dots, plan=a, **TINY)
     fit(learn, epochs=1, say=str)
     r = learn.record
@@ -391,7 +391,7 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     assert np.isfinite([h['valid_loss'] for h in r.history]).all()
 
 
-def test_a_stage_that_knows_more_is_found_and_used(dots, monkeypatch):
+def test_a_stage_with_better_features_is_found_and_used(dots, monkeypatch):
     "Only the features of the second stage depend on the class."
 
     def known(sources, *a, **k):
@@ -428,7 +428,7 @@ def marked(a):
     return a.profile.index[int(at[0])]
 
 
-def test_the_figure_marks_the_stages_that_the_text_names_and_not_the_best_score(dots):
+def test_the_figure_marks_the_advised_stages_and_not_the_best_score(dots):
     "If the best score may be better by chance, the default stages are advised."
     a = advise(dots, **TINY)
     best = next(s for s in a.profile.index if s != a.stages)
@@ -438,7 +438,7 @@ def test_the_figure_marks_the_stages_that_the_text_names_and_not_the_best_score(
     assert f' at {a.stages};' in str(a)
 
 
-def test_advice_names_the_default_plan_with_what_each_gains_and_costs(dots, monkeypatch):
+def test_advice_names_the_gain_and_cost_of_each_plan(dots, monkeypatch):
     a = advise(dots, **TINY)
     row = a.profile.loc['stage4']
     line = f"advised plan 'head': auc {row.score:.3f} [{row.low:.3f}, {row.high:.3f}], cross-validated, on stage4; "
@@ -451,7 +451,7 @@ def test_advice_names_the_default_plan_with_what_each_gains_and_costs(dots, monk
     assert 'the gain from fine-tuning is not measured; 4 forward and 5 training passes' in str(b)
 
 
-def test_the_picture(dots):
+def test_the_figure(dots):
     a = advise(dots, **TINY)
     mine = plt.figure()
     before = plt.get_fignums()
@@ -485,23 +485,23 @@ def classes(folder, **counts):
         ({}, ('no images',)),
     ],
 )
-def test_too_few_images(tmp_path, seen, counts, words):
+def test_too_few_images(tmp_path, read_files, counts, words):
     (tmp_path / 'data').mkdir()
     with pytest.raises(ValueError) as e:
         advise(classes(tmp_path / 'data', **counts), **TINY)
     for w in words:
         assert w in str(e.value), 'before anything is computed'
-    assert not seen, 'before anything is computed'
+    assert not read_files, 'before anything is computed'
 
 
-def test_too_few_groups(dots, seen):
+def test_too_few_groups(dots, read_files):
     t = dots[(dots.label == 'green') | dots.group.isin(['person 0', 'person 2'])]
     t = t.assign(split=np.where(t.group.isin(['person 1', 'person 2']), 'valid', 'train'))
     with pytest.raises(
         ValueError, match=r"class 'red' has 1 groups: cross-validation needs 2 groups or more of each class. Add groups"
     ):
         advise(t, **TINY)
-    assert not seen
+    assert not read_files
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_names_are_checked_before_images_are_read(change, words):
         (dict(labels='none.csv'), 'none.csv'),
     ],
 )
-def test_other_words(flowers, change, words):
+def test_other_arguments(flowers, change, words):
     with pytest.raises(ValueError) as e:
         advise(flowers, **{**TINY, **change})
     assert words in str(e.value)
@@ -540,23 +540,23 @@ def test_other_words(flowers, change, words):
 def test_the_command_advise(tmp_path, flowers, monkeypatch):
     before = content(flowers)
     monkeypatch.chdir(tmp_path)
-    said = good('advise', flowers, *WORDS)
+    result = good('advise', flowers, *WORDS)
     assert [p.name for p in tmp_path.iterdir()] == ['flowers_advice.png']
     assert content(flowers) == before
     with Image.open('flowers_advice.png') as im:
         assert im.format == 'PNG'
         assert min(im.size) > 200
         assert len(im.convert('L').getcolors(256)) > 20
-    lines = said.out.splitlines()
+    lines = result.out.splitlines()
     assert lines[0].startswith('groups: ')
     assert lines[1] == 'scenario: small'
     assert lines[-1] == 'figure: flowers_advice.png'
-    assert "advice: plan 'head'" in said.out
-    assert 'confidence: ' in said.out
+    assert "advice: plan 'head'" in result.out
+    assert 'confidence: ' in result.out
     assert [line.split()[0] for line in lines if line.split()[0] in ROWS] == ROWS, 'the score at every depth'
 
 
-def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
+def test_the_figure_is_replaced_only_with_overwrite(tmp_path, flowers):
     folder = tmp_path / 'folder'
     out = tmp_path / 'new' / 'p.png'
     good('advise', flowers, *WORDS, '--out', out)
@@ -564,10 +564,10 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
     with pytest.MonkeyPatch.context() as m:
 
         def never(*a, **k):
-            raise AssertionError('it was computed before it was refused')
+            raise AssertionError('it was computed before the error')
 
         m.setattr(advisor, 'advise', never)
-        assert str(out) in (line := refused('advise', flowers, *WORDS, '--out', out))
+        assert str(out) in (line := error_line('advise', flowers, *WORDS, '--out', out))
         assert '--overwrite' in line
     assert content(tmp_path) == {'new/p.png': b'mine'}
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')
@@ -576,22 +576,22 @@ def test_the_picture_is_replaced_only_if_told(tmp_path, flowers):
     folder.mkdir()
     (folder / 'mine.txt').write_text('mine')
     for words in ((), ('--overwrite',)):
-        assert str(folder) in refused('advise', flowers, *WORDS, '--out', folder, *words)
+        assert str(folder) in error_line('advise', flowers, *WORDS, '--out', folder, *words)
     assert (folder / 'mine.txt').read_text() == 'mine'
 
 
-def test_advice_that_is_interrupted_leaves_nothing(tmp_path, flowers, monkeypatch):
+def test_interrupted_advice_writes_nothing(tmp_path, flowers, monkeypatch):
     def interrupt(*a, **k):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Figure, 'savefig', interrupt)
-    said = cli('advise', flowers, *WORDS, '--out', tmp_path / 'p.png')
-    assert said.code == 130
-    assert said.err == 'dr_transfer: interrupted; nothing was written\n'
+    result = cli('advise', flowers, *WORDS, '--out', tmp_path / 'p.png')
+    assert result.code == 130
+    assert result.err == 'dr_transfer: interrupted; nothing was written\n'
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_as_advised(tmp_path, eyes, monkeypatch):
+def test_train_as_advised(tmp_path, fundus_data, monkeypatch):
     "The advice is for the same images, the record has the plan, and the model can be loaded."
     run = tmp_path / 'run'
     given = {}
@@ -601,10 +601,10 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
         return given['advice']
 
     monkeypatch.setattr(advisor, 'advise', spy)
-    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'as was said'))
-    said = good(
+    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'the given reason'))
+    result = good(
         'train',
-        eyes,
+        fundus_data,
         '--task',
         'dr',
         *WORDS,
@@ -621,8 +621,8 @@ def test_train_as_advised(tmp_path, eyes, monkeypatch):
     )
     r = read_record(run / 'record.json')
     plan = given['advice'].plan
-    assert str(given['advice']) in said.out
-    assert said.out.index('advice: plan') < said.out.index('phase 1 of')
+    assert str(given['advice']) in result.out
+    assert result.out.index('advice: plan') < result.out.index('phase 1 of')
     assert r.plan.name == plan.name == 'head_stage2_2'
     assert (
         (r.plan.stage, r.plan.n_stages)
@@ -653,7 +653,7 @@ def test_advice_is_for_a_network(flowers):
 
 
 def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, monkeypatch):
-    "The features of the images as they are; those of the mirror and near images are new"
+    "The features of the original images are found; those of the mirrored and enlarged images are new"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     words = ('--arch', 'test_resnet', '--weights', weights, '--size', '32')
 
@@ -667,7 +667,7 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
     assert len(first) == 5
     assert new
     assert all('px-mirror_near-' in k for k in new)  # one store for a stage and a view
-    assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other side was appended
+    assert all(v.startswith(first[k]) for k, v in stores().items() if k in first)  # the other subset was appended
 
 
 @pytest.mark.parametrize(
@@ -676,32 +676,32 @@ def test_training_finds_what_the_advice_computed(tmp_path, flowers, weights, mon
         (('--arch', 'test_resnett'), 'nearest first: test_resnet,'),
         (('--task', 'flower'), 'nearest first: flowers'),
         (('--target', 'clas'), 'nearest first: class'),
-        (('--size', '3'), "--size: '3' is not possible"),
-        (('--valid', '0'), "--valid: '0' is not possible"),
+        (('--size', '3'), "--size: '3' is invalid"),
+        (('--valid', '0'), "--valid: '0' is invalid"),
         (('--runtime', 'plian'), 'nearest first: plain'),
     ],
 )
-def test_words_that_are_wrong(tmp_path, flowers, words, why):
+def test_invalid_arguments(tmp_path, flowers, words, why):
     for command in (('advise', '--out', tmp_path / 'p.png'), ('train', '--plan', 'advise', '--out', tmp_path / 'run')):
-        assert why in refused(command[0], flowers, *WORDS, *command[1:], *words)
+        assert why in error_line(command[0], flowers, *WORDS, *command[1:], *words)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('epochs', [0, -1])
 def test_epochs_are_checked_before_anything_is_measured(tmp_path, flowers, monkeypatch, epochs):
     def never(*a, **k):
-        raise AssertionError('it was computed before it was refused')
+        raise AssertionError('it was computed before the error')
 
     monkeypatch.setattr(advisor, 'advise', never)
-    assert f"--epochs: '{epochs}' is not possible" in refused(
+    assert f"--epochs: '{epochs}' is invalid" in error_line(
         'train', flowers, *WORDS, '--plan', 'advise', '--epochs', epochs, '--out', tmp_path / 'run'
     )
 
 
-def test_a_damaged_file_is_set_aside(tmp_path, dots, seen):
+def test_a_damaged_file_is_skipped(tmp_path, dots, read_files):
     text = tmp_path / 'text.png'
     t = dots.copy()
     text.write_text('not an image')
     t.loc[0, 'image'] = str(text)
-    assert sum(advise(t, **TINY).counts.values()) == len(seen)
-    assert str(text) not in seen
+    assert sum(advise(t, **TINY).counts.values()) == len(read_files)
+    assert str(text) not in read_files

@@ -31,7 +31,7 @@ def test_importing_the_package_imports_nothing_heavy():
     print(out.stdout)
 
 
-def test_every_public_name_is_there_and_described():
+def test_every_public_name_exists_and_is_documented():
     assert dir(dt) == sorted(dt.__all__)
     assert 45 <= len(dt.__all__) <= 75
     for name in dt.__all__:

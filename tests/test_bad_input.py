@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FAST, Payload, cli, content, good, refused, rows_of, table
+from helpers import FAST, Payload, cli, content, error_line, good, rows_of, table
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
@@ -27,13 +27,13 @@ def broken(tmp_path, folder, *words, out='run', quick=QUICK):
     target = tmp_path / out
     before = content(folder)
     beside = sorted(p.name for p in tmp_path.iterdir())
-    said = cli('train', folder, *quick, '--out', target, *words)
-    lines = said.err.splitlines()
-    assert said.code in (1, 2), said
-    assert len(lines) == 1, said
-    assert lines[0].startswith('dr_transfer: error: '), said  # 2: of an option
-    assert 'phase' not in said.out
-    assert 'Traceback' not in said.err
+    result = cli('train', folder, *quick, '--out', target, *words)
+    lines = result.err.splitlines()
+    assert result.code in (1, 2), result
+    assert len(lines) == 1, result
+    assert lines[0].startswith('dr_transfer: error: '), result  # 2: an error in an option
+    assert 'phase' not in result.out
+    assert 'Traceback' not in result.err
     assert sorted(p.name for p in tmp_path.iterdir()) == beside
     assert content(folder) == before
     return lines[0]
@@ -126,7 +126,7 @@ def mixed_run(home, mixed, shared_cache):
     return out, good('train', mixed[0], *QUICK, '--valid', '0.5', '--out', out)
 
 
-def test_the_odd_images_are_what_they_are_called(mixed):
+def test_the_odd_images_have_the_modes_of_their_names(mixed):
     modes = {}
     for path in mixed[1]:
         with Image.open(path) as im:
@@ -144,8 +144,8 @@ def test_the_odd_images_are_what_they_are_called(mixed):
 
 def test_training_skips_damaged_files(mixed, mixed_run):
     folder, odd, before = mixed
-    out, said = mixed_run
-    assert content(folder) == before, 'not a byte in the data was changed'
+    out, result = mixed_run
+    assert content(folder) == before, 'a file in the data was changed'
     r = json.loads((out / 'record.json').read_text(encoding='utf-8'))
     assert sorted(Path(x['image']).name for x in r['skipped']) == sorted(BAD)
     assert r['data']['skipped'] == 3
@@ -153,7 +153,7 @@ def test_training_skips_damaged_files(mixed, mixed_run):
     assert reason['text.jpg'] == 'not an image'
     assert reason['empty.jpg'] == 'empty file'
     assert reason['cut.jpg'].startswith('cannot be decoded')
-    lines = [line for line in said.out.splitlines() if line.startswith('skipped: ')]
+    lines = [line for line in result.out.splitlines() if line.startswith('skipped: ')]
     assert len(lines) == 3
     for x in r['skipped']:
         assert any(x['image'] in line and x['reason'] in line for line in lines)
@@ -163,17 +163,17 @@ def test_training_skips_damaged_files(mixed, mixed_run):
     assert {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
     assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose']
     assert np.isfinite(t.iloc[:, 4:].to_numpy()).all()
-    assert set(t.image) & set(odd), 'odd images on both sides'
-    assert set(odd) - set(t.image), 'odd images on both sides'
+    assert set(t.image) & set(odd), 'odd images in both subsets'
+    assert set(odd) - set(t.image), 'odd images in both subsets'
 
 
-def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed, mixed_run):
+def test_every_odd_image_is_predicted_and_every_damaged_one_has_a_reason(mixed, mixed_run):
     folder, odd, before = mixed
-    said = good('predict', mixed_run[0], folder)
-    rows = {r['image']: r for r in rows_of(said.out)}
+    result = good('predict', mixed_run[0], folder)
+    rows = {r['image']: r for r in rows_of(result.out)}
     assert list(rows) == sorted(rows, key=Path)
     assert len(rows) == 27 + len(odd) + 3
-    assert '3 could not be predicted' in said.err
+    assert '3 could not be predicted' in result.err
     assert set(odd) <= set(rows)
     assert content(folder) == before
     for image, r in rows.items():
@@ -193,7 +193,7 @@ def test_every_odd_image_is_predicted_and_every_damaged_one_has_its_reason(mixed
         assert float(rows[image]['p_daisy']) == pytest.approx(p, abs=1e-3), image
 
 
-def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
+def test_an_odd_image_is_predicted_as_what_it_shows(mixed, mixed_run, tmp_path):
     "The same image in another form has the same prediction: rotated by EXIF, in an alpha channel, in CMYK, in 16 bits."
     _, odd, _ = mixed
     path = {Path(p).name: Path(p) for p in odd}
@@ -210,20 +210,20 @@ def test_an_odd_image_is_seen_as_what_it_shows(mixed, mixed_run, tmp_path):
     p_daisy = {Path(row['image']).name: float(row['p_daisy']) for row in rows}
 
     def near(a, b):
-        "The same pixels: the same number"
+        "Return whether the predictions are equal"
         return abs(p_daisy[a] - p_daisy[b]) < 1e-7
 
     assert near('turned.png', 'upright.png')
     assert near('deep.png', 'shallow.png')
     assert near('deep.tif', 'shallow.png')
     assert near('alpha.png', 'flat.png')
-    assert near('it\'s "quoted".png', 'ignored.png'), 'the model tells other pictures apart'
-    assert near('grey.png', 'shallow.png') is False, 'the model tells other pictures apart'
-    assert not near('turned.png', 'ignored.png'), 'to turn it matters, so that the first line can fail'
+    assert near('it\'s "quoted".png', 'ignored.png'), 'the model does not distinguish other images'
+    assert near('grey.png', 'shallow.png') is False, 'the model does not distinguish other images'
+    assert not near('turned.png', 'ignored.png'), 'rotation has no effect, so the first assertion cannot fail'
 
 
-def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
-    "The reader of fundus photographs, which trims and pads, takes them as well."
+def test_one_odd_image_of_each_kind_among_fundus_images(run, mixed):
+    "The reader of fundus images, which trims and pads, accepts them too."
     rows = rows_of(good('predict', run, *mixed[1]).out)
     assert len(rows) == len(mixed[1])
     for r in rows:
@@ -233,7 +233,7 @@ def test_one_odd_image_of_a_kind_with_the_eyes(run, mixed):
 
 @pytest.mark.parametrize('kind', ['lab', 'thin', 'animation', 'huge'])
 @pytest.mark.parametrize('which', ['dr', 'flowers'])
-def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, kind, which):
+def test_one_damaged_image_does_not_stop_the_others(tmp_path, run, mixed_run, fundus_data, kind, which):
     "Each damaged file has a row with a prediction or an error."
     image = tmp_path / {'animation': 'x.gif', 'lab': 'x.tif'}.get(kind, 'x.png')
     model = run if which == 'dr' else mixed_run[0]
@@ -246,7 +246,7 @@ def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, ki
         frames[0].save(image, save_all=True, append_images=frames[1:])
     if kind == 'huge':
         Image.new('1', (20000, 20000)).save(image)  # PIL refuses to open so many pixels
-    fine = sorted((eyes / 'images').iterdir())[0]
+    fine = sorted((fundus_data / 'images').iterdir())[0]
     a, b = rows_of(good('predict', model, image, fine).out)
     assert b['prediction']
     assert not b['error']
@@ -255,28 +255,28 @@ def test_one_picture_does_not_stop_the_others(tmp_path, run, mixed_run, eyes, ki
     assert ('strip' in a['error']) == (kind == 'thin')
 
 
-def test_a_name_that_is_no_text(tmp_path, run, eyes):
-    "Linux takes any bytes for a name; a row, and a file that can be written."
+def test_a_name_that_is_not_text(tmp_path, run, fundus_data):
+    "Linux accepts any bytes as a name: there is a row, and the table can be written."
     in_folder = tmp_path / 'in'
     try:
         in_folder.mkdir()
         with open(os.fsencode(in_folder) + b'/\xff\xfe.jpg', 'wb') as f:
-            f.write(next((eyes / 'images').iterdir()).read_bytes())
+            f.write(next((fundus_data / 'images').iterdir()).read_bytes())
     except OSError:
         pytest.skip('this file system takes only text')
-    said = cli('predict', run, in_folder, '--out', tmp_path / 'p.csv')
-    assert said.code in (0, 1)
-    assert 'Traceback' not in said.err
-    assert len(said.err.splitlines()) == 1
-    assert (tmp_path / 'p.csv').exists() == (said.code == 0)
+    result = cli('predict', run, in_folder, '--out', tmp_path / 'p.csv')
+    assert result.code in (0, 1)
+    assert 'Traceback' not in result.err
+    assert len(result.err.splitlines()) == 1
+    assert (tmp_path / 'p.csv').exists() == (result.code == 0)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith('.')) == []
 
 
 # ---------------------------------------------------------------- folders
 
 
-def test_no_folder(tmp_path):
-    assert 'there is no' in refused('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
+def test_a_folder_that_does_not_exist(tmp_path):
+    assert 'there is no' in error_line('train', tmp_path / 'none', *QUICK, '--out', tmp_path / 'run')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,7 +336,7 @@ def test_nothing_that_can_be_read(tmp_path, flowers):
 
 
 def no_entry(folder):
-    "os.scandir, as it is where `folder` may not be read."
+    "os.scandir without permission to read `folder`."
     real = os.scandir
 
     def scandir(path='.'):
@@ -356,7 +356,7 @@ def test_a_folder_without_permission(tmp_path, flowers, run, monkeypatch):
             ('train', data, *QUICK, '--out', tmp_path / 'run'),
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
-            line = refused(*words)
+            line = error_line(*words)
             assert str(data / 'rose') in line
             assert 'permission' in line.lower()
     assert [p.name for p in tmp_path.iterdir()] == ['data']
@@ -371,7 +371,7 @@ def test_a_folder_without_permission_on_disk(tmp_path, flowers, run):
             ('train', data, *QUICK, '--out', tmp_path / 'run'),
             ('predict', run, data, '--out', tmp_path / 'p.csv'),
         ):
-            line = refused(*words)
+            line = error_line(*words)
             assert str(data / 'rose') in line
             assert 'permission' in line.lower()
     finally:
@@ -379,19 +379,19 @@ def test_a_folder_without_permission_on_disk(tmp_path, flowers, run):
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
-def test_a_place_that_may_not_be_written_to(tmp_path, flowers, monkeypatch):
+def test_a_folder_without_write_permission(tmp_path, flowers, monkeypatch):
     data = some(tmp_path / 'data', flowers, daisy=6, rose=6)
 
     def denied(fd):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'fsync', denied)
-    assert 'Permission denied' in refused('train', data, *QUICK, '--out', tmp_path / 'run')
+    assert 'Permission denied' in error_line('train', data, *QUICK, '--out', tmp_path / 'run')
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
 
-def test_an_image_without_permission(run, eyes, monkeypatch):
-    a, b = sorted((eyes / 'images').iterdir())[:2]
+def test_an_image_without_permission(run, fundus_data, monkeypatch):
+    a, b = sorted((fundus_data / 'images').iterdir())[:2]
     real = os.open
 
     def opened(f, *args, **kwargs):
@@ -411,8 +411,8 @@ def test_an_image_without_permission(run, eyes, monkeypatch):
 
 
 @pytest.fixture
-def graded(eyes):
-    return pd.read_csv(eyes / 'labels.csv')
+def graded(fundus_data):
+    return pd.read_csv(fundus_data / 'labels.csv')
 
 
 @pytest.mark.parametrize(
@@ -444,16 +444,16 @@ def graded(eyes):
         'unknown side',
     ],
 )
-def test_a_csv_that_is_wrong(tmp_path, eyes, graded, change, why):
+def test_invalid_csv_files(tmp_path, fundus_data, graded, change, why):
     change(graded).to_csv(tmp_path / 'labels of mine.csv', index=False)
-    line = broken(tmp_path, eyes, '--task', 'dr', '--labels', tmp_path / 'labels of mine.csv')
+    line = broken(tmp_path, fundus_data, '--task', 'dr', '--labels', tmp_path / 'labels of mine.csv')
     assert [w for w in why if w not in line] == []
 
 
-def test_an_unknown_grade_with_the_target_grade(tmp_path, eyes, graded):
+def test_an_unknown_grade_with_the_target_grade(tmp_path, fundus_data, graded):
     graded.assign(grade=[7, *graded.grade[1:]]).to_csv(tmp_path / 'l.csv', index=False)
     assert "unknown grade: '7'" in broken(
-        tmp_path, eyes, '--task', 'dr', '--target', 'grade', '--labels', tmp_path / 'l.csv'
+        tmp_path, fundus_data, '--task', 'dr', '--target', 'grade', '--labels', tmp_path / 'l.csv'
     )
 
 
@@ -462,46 +462,48 @@ def test_an_unknown_grade_with_the_target_grade(tmp_path, eyes, graded):
     [b'', b'image,grade\n\xff\xfe\x00,1\n', b'image,grade\na.jpg,1,2,3\nb.jpg,1\n"c', b'\x89PNG\r\n\x1a\n\x00\x00'],
     ids=['empty', 'not UTF-8', 'ragged', 'an image'],
 )
-def test_a_csv_that_is_none(tmp_path, eyes, data):
+def test_files_that_are_not_csv(tmp_path, fundus_data, data):
     l_csv = tmp_path / 'l.csv'
     l_csv.write_bytes(data)
-    assert str(l_csv) in broken(tmp_path, eyes, '--task', 'dr', '--labels', l_csv)
+    assert str(l_csv) in broken(tmp_path, fundus_data, '--task', 'dr', '--labels', l_csv)
 
 
-def test_no_csv(tmp_path, eyes):
-    assert str(tmp_path / 'none.csv') in broken(tmp_path, eyes, '--task', 'dr', '--labels', tmp_path / 'none.csv')
+def test_a_csv_that_does_not_exist(tmp_path, fundus_data):
+    assert str(tmp_path / 'none.csv') in broken(
+        tmp_path, fundus_data, '--task', 'dr', '--labels', tmp_path / 'none.csv'
+    )
 
 
-def test_damaged_photographs_named_in_a_csv(tmp_path, eyes):
+def test_damaged_images_in_a_csv(tmp_path, fundus_data):
     "They are skipped, listed and left where they are; training goes on with the others."
-    eyes_path = tmp_path / 'eyes'
-    shutil.copytree(eyes, eyes_path)
-    files = sorted((eyes_path / 'images').iterdir())
+    source = tmp_path / 'fundus'
+    shutil.copytree(fundus_data, source)
+    files = sorted((source / 'images').iterdir())
     for f, b in zip(files, damaged(files[3].read_bytes()).values()):
         f.write_bytes(b)
-    before = content(eyes_path)
-    said = good('train', eyes_path, '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
+    before = content(source)
+    result = good('train', source, '--task', 'dr', *QUICK, '--out', tmp_path / 'run')
     r = json.loads((tmp_path / 'run' / 'record.json').read_text())
     assert sorted(x['image'] for x in r['skipped']) == sorted(map(str, files[:3]))
     assert r['data']['images'] == 37
-    assert [line.split(': ')[1] for line in said.out.splitlines() if line.startswith('skipped')] == list(
+    assert [line.split(': ')[1] for line in result.out.splitlines() if line.startswith('skipped')] == list(
         map(str, files[:3])
     )
-    assert content(eyes_path) == before
+    assert content(source) == before
 
 
-def test_the_record_is_json_where_a_measure_has_no_value(tmp_path, eyes, graded):
+def test_the_record_is_json_where_a_metric_has_no_value(tmp_path, fundus_data, graded):
     "A validation set without the disease has no sensitivity and no AUC."
-    ill = graded.groupby('patient').grade.transform('max') >= 2
-    graded.assign(split=np.where(~ill & (graded.patient > 'p0009'), 'valid', 'train')).to_csv(
+    positive = graded.groupby('patient').grade.transform('max') >= 2
+    graded.assign(split=np.where(~positive & (graded.patient > 'p0009'), 'valid', 'train')).to_csv(
         tmp_path / 'l.csv', index=False
     )
-    good('train', eyes, '--task', 'dr', '--labels', tmp_path / 'l.csv', *QUICK, '--out', tmp_path / 'run')
+    good('train', fundus_data, '--task', 'dr', '--labels', tmp_path / 'l.csv', *QUICK, '--out', tmp_path / 'run')
 
-    def refuse(name):
+    def raise_error(name):
         raise AssertionError(f'{name} is no JSON')
 
-    r = json.loads((tmp_path / 'run' / 'record.json').read_text(), parse_constant=refuse)
+    r = json.loads((tmp_path / 'run' / 'record.json').read_text(), parse_constant=raise_error)
     assert r['validation']['accuracy'] >= 0
     assert r['validation']['sensitivity'] is None
 
@@ -546,8 +548,8 @@ def test_names_and_numbers(tmp_path, flowers, words, why):
         ('--size', '8'),
     ],
 )
-def test_a_demo_of_nothing(tmp_path, words):
-    refused('demo', '--out', tmp_path / 'demo', *words)
+def test_a_demo_without_images(tmp_path, words):
+    error_line('demo', '--out', tmp_path / 'demo', *words)
 
 
 @pytest.mark.parametrize(
@@ -557,17 +559,17 @@ def test_a_demo_of_nothing(tmp_path, words):
         ('--size', '8'),
     ],
 )
-def test_a_demo_that_was_refused_is_not_in_the_way(tmp_path, words, monkeypatch):
+def test_a_demo_can_be_repeated_after_an_error(tmp_path, words, monkeypatch):
     import dr_transfer.core
 
-    refused('demo', '--out', tmp_path / 'demo', *words)
+    error_line('demo', '--out', tmp_path / 'demo', *words)
 
     def reached(*a, **k):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dr_transfer.core, 'build_learner', reached)
     assert cli('demo', '--images', '4', '--size', '64', '--out', tmp_path / 'demo').code == 130, (
-        'it drew and came to the training'
+        'it made the images and reached the training'
     )
 
 
@@ -588,7 +590,7 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
         torch.save(Payload(hit), file)
     else:
         torch.save({'conv1.weight': torch.zeros(3), 'x': Payload(hit)}, file)
-    if name == 'w.pth':  # it would run, if it were let
+    if name == 'w.pth':  # it would run with pickle
         (pickle.loads(file.read_bytes()) if way == 'pickle' else torch.load(file, weights_only=False))
         hit.rmdir()
     line = broken(tmp_path, flowers, '--weights', file, quick=FAST)
@@ -596,7 +598,7 @@ def test_a_malicious_weights_file(tmp_path, flowers, name, way):
     assert not hit.exists()
 
 
-def test_weights_that_are_none(tmp_path, flowers, weights):
+def test_files_that_are_not_weights(tmp_path, flowers, weights):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -630,7 +632,7 @@ def test_weights_in_a_list(tmp_path, flowers):
     assert 'list.pth' in broken(tmp_path, flowers, '--weights', tmp_path / 'list.pth', quick=FAST)
 
 
-def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch):
+def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, flowers, monkeypatch):
     "Without a network: an error that says where to put the file, without a long wait."
     from dr_transfer.models import backbones
 
@@ -645,16 +647,16 @@ def test_weights_of_a_backbone_that_are_not_here(tmp_path, flowers, monkeypatch)
 # ---------------------------------------------------------------- predict
 
 
-def test_damaged_files_among_good_ones(tmp_path, run, eyes):
-    fine = sorted((eyes / 'images').iterdir())[0]
+def test_damaged_files_among_good_ones(tmp_path, run, fundus_data):
+    fine = sorted((fundus_data / 'images').iterdir())[0]
     for name, data in damaged(fine.read_bytes()).items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / 'readme.txt').write_text('given by name, so it has a row')
     given = [tmp_path / 'text.jpg', fine, tmp_path / 'cut.jpg', tmp_path / 'empty.jpg', tmp_path / 'readme.txt']
-    said = good('predict', run, *given, '--out', tmp_path / 'p.csv')
+    result = good('predict', run, *given, '--out', tmp_path / 'p.csv')
     rows = rows_of((tmp_path / 'p.csv').read_text(encoding='utf-8'))
     assert [r['image'] for r in rows] == list(map(str, given))
-    assert '1 images predicted, 4 could not be predicted' in said.err
+    assert '1 images predicted, 4 could not be predicted' in result.err
     assert [r['error'] for r in rows[:2]] == ['not an image', '']
     assert rows[2]['error'].startswith('cannot be decoded')
     assert rows[3]['error'] == 'empty file'
@@ -669,14 +671,14 @@ def test_damaged_files_among_good_ones(tmp_path, run, eyes):
 
 
 @pytest.mark.parametrize('out', [False, True])
-def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
-    for name, data in damaged(next((eyes / 'images').iterdir()).read_bytes()).items():
+def test_no_readable_image_is_an_error(tmp_path, run, fundus_data, out):
+    for name, data in damaged(next((fundus_data / 'images').iterdir()).read_bytes()).items():
         (tmp_path / name).write_bytes(data)
     table = tmp_path.with_name(f'{tmp_path.name} table.csv')
-    said = cli('predict', run, tmp_path, *(['--out', table] if out else []))
-    rows = rows_of(table.read_text() if out else said.out)
-    number, error = said.err.splitlines()
-    assert said.code == 1
+    result = cli('predict', run, tmp_path, *(['--out', table] if out else []))
+    rows = rows_of(table.read_text() if out else result.out)
+    number, error = result.err.splitlines()
+    assert result.code == 1
     assert '3 could not be predicted' in number
     assert 'error: 3 of 3 images have no prediction' in error
     assert len(rows) == 3
@@ -685,27 +687,27 @@ def test_no_file_that_can_be_read_is_no_success(tmp_path, run, eyes, out):
         assert not r['prediction']
 
 
-def test_predict_without_a_model_or_images(tmp_path, run, eyes):
+def test_predict_without_a_model_or_images(tmp_path, run, fundus_data):
     empty = tmp_path / 'empty'
     empty.mkdir()
-    image = next((eyes / 'images').iterdir())
-    assert 'is not a model folder' in refused('predict', tmp_path / 'none', image)
-    assert 'is not a model folder' in refused('predict', empty, image)
-    assert 'no images' in refused('predict', run, empty)
-    assert 'does not exist' in refused('predict', run, tmp_path / 'none.jpg', image)
-    assert 'is not a model folder' in refused('predict', image, image)
+    image = next((fundus_data / 'images').iterdir())
+    assert 'is not a model folder' in error_line('predict', tmp_path / 'none', image)
+    assert 'is not a model folder' in error_line('predict', empty, image)
+    assert 'no images' in error_line('predict', run, empty)
+    assert 'does not exist' in error_line('predict', run, tmp_path / 'none.jpg', image)
+    assert 'is not a model folder' in error_line('predict', image, image)
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
-# ---------------------------------------------------------------- a training that comes to nothing
+# ---------------------------------------------------------------- training without a result
 
 
 @pytest.mark.parametrize('epochs', ['1', '2'])
-def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
+def test_googlenet_from_random_weights_is_an_error(tmp_path, fundus_data, epochs):
     "Version 0.1.0 wrote a run of valid_loss 182542319616 with exit code 0"
-    said = cli(
+    result = cli(
         'train',
-        eyes,
+        fundus_data,
         '--task',
         'dr',
         '--arch',
@@ -723,26 +725,26 @@ def test_googlenet_from_random_weights_is_no_success(tmp_path, eyes, epochs):
         '--out',
         tmp_path / 'run',
     )
-    errors = said.err.splitlines()
-    assert said.code == 1
+    errors = result.err.splitlines()
+    assert result.code == 1
     assert len(errors) == 1
     assert errors[0].startswith('dr_transfer: error: training diverged in epoch')
     assert '--plan random_start' in errors[0]
     assert '--plan head' not in errors[0]
-    assert "warning: the weights are random, and plan 'fine_tune' is for pretrained weights" in said.out
+    assert "warning: the weights are random, and plan 'fine_tune' is for pretrained weights" in result.out
     assert not (tmp_path / 'run').exists()
 
 
-# ---------------------------------------------------------------- nothing to validate on, or nothing to learn
+# ---------------------------------------------------------------- no validation or no training images
 
 
-def with_split(folder, eyes, split, spoil=''):
-    "The synthetic fundus images with a split by patient, the images of one subset spoilt."
-    shutil.copytree(eyes, folder)
+def with_split(folder, fundus_data, split, damage=''):
+    "The synthetic fundus images with a split by patient, the images of one subset damaged."
+    shutil.copytree(fundus_data, folder)
     t = pd.read_csv(folder / 'labels.csv')
     t['split'] = t.patient.map(split)
     t.to_csv(folder / 'labels.csv', index=False)
-    for name in t.image[t.split == spoil]:
+    for name in t.image[t.split == damage]:
         (folder / 'images' / name).write_bytes(b'nothing')
     return folder
 
@@ -751,27 +753,27 @@ def held_out(patient):
     return 'valid' if patient in ('p0003', 'p0004', 'p0005', 'p0006') else 'train'
 
 
-EYES = ('--task', 'dr')
+DR_TASK = ('--task', 'dr')
 
 
-def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
-    for name, split, spoil in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
-        folder = with_split(tmp_path / name, eyes, split, spoil)
+def test_training_images_used_for_validation_are_reported(tmp_path, fundus_data):
+    for name, split, damage in (('all', lambda p: 'train', ''), ('unreadable', held_out, 'valid')):
+        folder = with_split(tmp_path / name, fundus_data, split, damage)
         out = tmp_path / f'{name} run'
-        said = good('train', folder, *EYES, *QUICK, '--out', out)
+        result = good('train', folder, *DR_TASK, *QUICK, '--out', out)
         start = "no usable image is in the split 'valid': "
-        (line,) = [s for s in said.out.splitlines() if s.startswith(start)]
+        (line,) = [s for s in result.out.splitlines() if s.startswith(start)]
         assert line.endswith("of the split 'train' become validation images")
-        assert ('skipped: ' in said.out) == (spoil != '')
+        assert ('skipped: ' in result.out) == (damage != '')
         notes = json.loads((out / 'record.json').read_text())['data']['notes']
         assert any('become validation images' in s for s in notes)
-    for name, folder in (('no split', eyes), ('a split', with_split(tmp_path / 'good', eyes, held_out))):
-        said = good('train', folder, *EYES, *QUICK, '--out', tmp_path / f'run with {name}')
-        assert 'become validation images' not in said.out
+    for name, folder in (('no split', fundus_data), ('a split', with_split(tmp_path / 'good', fundus_data, held_out))):
+        result = good('train', folder, *DR_TASK, *QUICK, '--out', tmp_path / f'run with {name}')
+        assert 'become validation images' not in result.out
 
 
 @pytest.mark.parametrize(
-    'split, spoil, why',
+    'split, damage, why',
     [
         (lambda p: 'test', '', "every image is in the split 'test'"),
         (lambda p: 'valid', '', "no images in the split 'train' \\(valid: 40\\)"),
@@ -782,23 +784,23 @@ def test_images_named_train_that_are_to_validate_are_told_of(tmp_path, eyes):
         ),
     ],
 )
-def test_nothing_to_learn_from(tmp_path, eyes, split, spoil, why):
-    line = broken(tmp_path, with_split(tmp_path / 'data', eyes, split, spoil), *EYES)
+def test_no_training_images(tmp_path, fundus_data, split, damage, why):
+    line = broken(tmp_path, with_split(tmp_path / 'data', fundus_data, split, damage), *DR_TASK)
     assert re.search(why, line), line
 
 
-def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, eyes):
+def test_evaluation_of_validation_images_that_cannot_be_read(tmp_path, fundus_data):
     run = tmp_path / 'run'
-    good('train', eyes, *EYES, *QUICK, '--out', run)
-    folder = shutil.copytree(eyes, tmp_path / 'data')
+    good('train', fundus_data, *DR_TASK, *QUICK, '--out', run)
+    folder = shutil.copytree(fundus_data, tmp_path / 'data')
     for row in rows_of((run / 'predictions.csv').read_text()):
         (folder / 'images' / Path(row['image']).name).write_bytes(b'nothing')
-    line = refused('evaluate', run, folder, '--split', 'valid', '--out', tmp_path / 'report.html')
+    line = error_line('evaluate', run, folder, '--split', 'valid', '--out', tmp_path / 'report.html')
     assert 'valid' in line, line
     assert not (tmp_path / 'report.html').exists(), line
 
 
-def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
+def test_cross_validation_excludes_the_test_images(tmp_path, fundus_data):
     "Test images are kept for the final test; images named train or valid are used in the folds."
     from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.cross_validation import fold_tables
@@ -807,16 +809,16 @@ def test_cross_validation_leaves_the_test_images_out(tmp_path, eyes):
         lines = []
         return list(fold_tables(folder, get_task('dr', 64), folds=3, say=lines.append).values()), lines
 
-    names = pd.read_csv(eyes / 'labels.csv').patient.unique()
+    names = pd.read_csv(fundus_data / 'labels.csv').patient.unique()
     for n, split in ((0, 'valid'), (8, 'test')):
         splits = {patient: split if patient in names[:4] else 'train' for patient in names}
-        tables, lines = folds(with_split(tmp_path / split, eyes, splits))
-        told = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
-        assert lines[1] == told
+        tables, lines = folds(with_split(tmp_path / split, fundus_data, splits))
+        reported = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
+        assert lines[1] == reported
         assert [len(t) for t in tables] == [40 - n] * 3
         assert n == 0 or not set(tables[0].group) & set(names[:4])
-    tables, lines = folds(eyes)
+    tables, lines = folds(fundus_data)
     assert len(lines) == 1
     assert lines[0].startswith('patients: ')
     with pytest.raises(ValueError, match="every image is in the split 'test'"):
-        folds(with_split(tmp_path / 'all', eyes, lambda p: 'test'))
+        folds(with_split(tmp_path / 'all', fundus_data, lambda p: 'test'))

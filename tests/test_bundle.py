@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import Payload, cli, content, good, refused, rows_of, table
+from helpers import Payload, cli, content, error_line, good, rows_of, table
 
 FILES = ['model.json', 'model.safetensors']
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 NO_PICKLE = (pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
-MARKER = '.dr_transfer.json'  # tells that the folder may be replaced; a model is read without it
+MARKER = '.dr_transfer.json'  # marks that the folder may be replaced; a model is read without it
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def model(tmp_path, run):
 
 
 @pytest.fixture
-def image(eyes):
-    return sorted((eyes / 'images').iterdir())[0]
+def image(fundus_data):
+    return sorted((fundus_data / 'images').iterdir())[0]
 
 
 def edit(folder, **change):
@@ -48,16 +48,16 @@ def sign_tensors(folder):
 
 def fails(folder, image):
     "Return the error of a damaged model; library and command must agree, and no image is predicted."
-    line = refused('predict', folder, image)
-    said = cli('predict', folder, image)
-    assert said.out == ''
+    line = error_line('predict', folder, image)
+    result = cli('predict', folder, image)
+    assert result.out == ''
     return line
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- contents
 
 
-def test_safetensors_and_json_and_nothing_else(run, weights):
+def test_a_model_is_safetensors_and_json_only(run, weights):
     from safetensors.torch import load_file
 
     from dr_transfer.inference.card import FIELDS
@@ -93,7 +93,7 @@ def test_safetensors_and_json_and_nothing_else(run, weights):
     assert sd['1.3.weight'].shape[0] == 2
     stem = next(v for k, v in sd.items() if k.endswith('conv1.0.weight') or k.endswith('conv1.weight'))
     assert any(v.shape == stem.shape and bool((v == stem).all()) for v in source.values()), (
-        'the frozen body is that of the weights file'
+        'the frozen body is not that of the weights file'
     )
 
 
@@ -117,7 +117,7 @@ def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
     assert (run / name).stat().st_mode & 0o777 == like.stat().st_mode & 0o777
 
 
-# ---------------------------------------------------------------- there and back
+# ---------------------------------------------------------------- round trip
 
 
 def test_saved_again_it_is_the_same(tmp_path, run):
@@ -142,14 +142,14 @@ def test_saved_again_it_is_the_same(tmp_path, run):
         assert x.equal(y)
 
 
-def test_a_model_is_still_and_takes_any_image(run, eyes):
-    "Evaluation mode: the batch in which an image comes does not matter. Paths, images and arrays are one."
+def test_a_model_is_in_evaluation_mode_and_takes_any_image(run, fundus_data):
+    "In evaluation mode the other images of a batch do not matter; paths, images and arrays are equivalent."
     from PIL import Image
 
     from dr_transfer.inference.saved_model import load_model
 
     m = load_model(run / 'model', runtime='plain')
-    paths = sorted((eyes / 'images').iterdir())[:5]
+    paths = sorted((fundus_data / 'images').iterdir())[:5]
     assert not m.model.training
     for x in m.model.modules():
         assert not x.training
@@ -169,14 +169,14 @@ def test_a_model_is_still_and_takes_any_image(run, eyes):
     turned = [np.rot90(a).copy() for a in fields]  # no border to be trimmed, no size to be changed
     np.testing.assert_allclose(m.probs(turned), m.probs(fields), atol=1e-5)  # the four turns are averaged
     one, other = (np.log(m.probs(images, views='none')) for images in (turned, fields))
-    assert abs(one - other).max() > 1e-3, 'or else this shows nothing'
+    assert abs(one - other).max() > 1e-3, 'otherwise the test shows nothing'
 
 
 def log_odds(p):
     return np.log(p[:, 1] / p[:, 0])
 
 
-def test_the_setting_of_the_training_is_chosen_again(run):
+def test_the_runtime_of_the_training_is_chosen_again(run):
     from dr_transfer.inference.saved_model import load_model
 
     t = table(run / 'predictions.csv')
@@ -185,14 +185,14 @@ def test_the_setting_of_the_training_is_chosen_again(run):
 
 
 @pytest.mark.parametrize('runtime', ['plain', 'channels_last', 'bf16'])
-def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monkeypatch, runtime):
+def test_a_model_keeps_the_runtime_of_its_training(tmp_path, fundus_data, weights, monkeypatch, runtime):
     "On another machine, or after the cache was deleted, another runtime may be the fastest."
     import dr_transfer.models.speed as speed
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
 
     m_folder = tmp_path / 'm'
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime=runtime)
+    learn = build_learner(fundus_data, 'dr', 'test_resnet', weights, size=64, runtime=runtime)
     save_model(learn, m_folder)
     monkeypatch.setattr(speed, 'fastest_runtime', lambda *a, **k: speed.Runtime(runtime != 'channels_last'))
     again = load_model(m_folder)
@@ -201,13 +201,13 @@ def test_a_model_keeps_the_setting_of_its_training(tmp_path, eyes, weights, monk
     assert load_model(m_folder, 'plain').model[0].forward_runtime == speed.Runtime()
 
 
-def test_a_model_without_a_setting_takes_the_fastest(tmp_path, eyes, weights, monkeypatch):
+def test_a_model_without_a_runtime_uses_the_fastest(tmp_path, fundus_data, weights, monkeypatch):
     "A runtime that has no name, or a training on a GPU, or a model of version 0.1.0."
     import dr_transfer.models.speed as speed
     from dr_transfer.core import build_learner
     from dr_transfer.inference.saved_model import load_model, save_model
 
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime=speed.Runtime(False, True))
+    learn = build_learner(fundus_data, 'dr', 'test_resnet', weights, size=64, runtime=speed.Runtime(False, True))
     save_model(learn, tmp_path / 'm')
     monkeypatch.setattr(speed, 'fastest_runtime', lambda *a, **k: speed.Runtime(True))
     again = load_model(tmp_path / 'm')
@@ -223,9 +223,9 @@ def test_channels_last_gives_the_same(run):
     np.testing.assert_allclose(other, plain, atol=1e-5, rtol=0)
 
 
-def test_bf16_moves_the_features_little(run):
-    """What it does to the probabilities depends on how steep the head is: the bound is on the log-odds, divided by the
-    length of the head's weights. A length of .73 (an epoch of SGD) turns .11 into .02 of the probability."""
+def test_bf16_changes_the_features_little(run):
+    """The effect on the probabilities depends on the weights of the head: the bound is on the log-odds, divided by the
+    norm of these weights. With a norm of .73 (an epoch of SGD), .11 is a change of .02 of the probability."""
     from dr_transfer.inference.saved_model import load_model
 
     images = table(run / 'predictions.csv').image.tolist()
@@ -248,17 +248,17 @@ def test_bf16_moves_the_features_little(run):
     ],
     ids=lambda h: '-'.join(map(str, h.values())),
 )
-def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
-    "What is described is what is built: the same probabilities, and the same again after a second saving."
+def test_any_head_at_any_stage_is_restored(tmp_path, fundus_data, weights, how):
+    "The model is rebuilt from its description: the probabilities are the same, also after it is saved again."
     from dr_transfer.core import build_learner, predict_probs
     from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.utils.schema import to_dict
 
     learn = build_learner(
-        eyes, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, runtime='plain'), **how}
+        fundus_data, **{**dict(task='dr', arch='test_resnet', weights='random', size=64, runtime='plain'), **how}
     )
     m = load_model(save_model(learn, tmp_path / 'm'), runtime='plain')
-    images = sorted((eyes / 'images').iterdir())[:3]
+    images = sorted((fundus_data / 'images').iterdir())[:3]
     np.testing.assert_allclose(m.probs(images), predict_probs(learn, images), atol=1e-5)
     r = learn.record
     assert [m.about[k] for k in ('stage', 'n_stages', 'arch')] == [r.stage, r.n_stages, r.arch]
@@ -270,18 +270,19 @@ def test_any_head_at_any_stage_comes_back(tmp_path, eyes, weights, how):
     ).read_bytes()
 
 
-def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
-    "Fitted on features, put on its backbone, saved, and loaded."
+def test_a_classifier_of_features_is_restored(tmp_path, fundus_data, weights):
+    "Fitted on features, combined with its backbone, saved, and loaded."
     from dr_transfer.core import build_learner, classifier_learner
     from dr_transfer.features.classifiers import FeatureClassifier
     from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.training.stored import learner_features
 
-    learn = build_learner(eyes, 'dr', 'test_resnet', weights, size=64, runtime='plain')
+    learn = build_learner(fundus_data, 'dr', 'test_resnet', weights, size=64, runtime='plain')
     f = learner_features(learn, (t := learn.table).image.tolist())
     c = FeatureClassifier('dense').fit(f, t.target, t.group)
     m = load_model(
-        save_model(classifier_learner(c, eyes, 'dr', weights=weights, runtime='plain'), tmp_path / 'm'), runtime='plain'
+        save_model(classifier_learner(c, fundus_data, 'dr', weights=weights, runtime='plain'), tmp_path / 'm'),
+        runtime='plain',
     )
     assert m.about['head']['hidden'] == [256]
     assert m.about['views'] == 'quarter_turns'
@@ -289,13 +290,13 @@ def test_a_classifier_of_features_comes_back(tmp_path, eyes, weights):
     np.testing.assert_allclose(m.probs(t.image[:5]), c.predict_proba(f.take(range(5))), atol=1e-5)
 
 
-# ---------------------------------------------------------------- written whole or not at all
+# ---------------------------------------------------------------- written completely or not at all
 
 
 @pytest.mark.parametrize('at', ['save_file', 'card_text'])
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize('old', [False, True])
-def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
+def test_interrupted_saving(tmp_path, run, monkeypatch, at, error, old):
     from dr_transfer.inference import saved_model as bundle
 
     m = bundle.load_model(run / 'model', runtime='plain')
@@ -315,7 +316,7 @@ def test_saving_that_breaks_off(tmp_path, run, monkeypatch, at, error, old):
     assert [p.name for p in tmp_path.iterdir()] == ['m'][:old]
 
 
-def test_a_folder_that_is_there_is_kept(tmp_path, run):
+def test_an_existing_folder_is_kept(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 
     m_folder = tmp_path / 'm'
@@ -342,13 +343,13 @@ def test_a_folder_that_is_there_is_kept(tmp_path, run):
     assert content(tmp_path) == before
 
 
-# ---------------------------------------------------------------- nothing in it runs
+# ---------------------------------------------------------------- nothing in it is run
 
 
 def test_loading_uses_no_pickle_and_imports_nothing_by_name(run, image, monkeypatch):
     import torch
 
-    good('predict', run, image)  # whatever is imported late has been
+    good('predict', run, image)  # late imports are done
 
     def never(*a, **k):
         raise AssertionError('this must not be called')
@@ -379,7 +380,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         torch.save({'x': Payload(hit)}, model / file)
     data = (model / file).read_bytes()
     torch.load(io.BytesIO(data), weights_only=False) if way == 'torch' else pickle.loads(data)
-    hit.rmdir()  # it would have run
+    hit.rmdir()  # pickle would run it
     if signed and file == 'model.safetensors':
         sign_tensors(model)
     fails(model, image)
@@ -433,7 +434,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'arch': 'vit_7b_patch16_dinov3'}, 'would take too much memory'),
     ],
 )
-def test_a_description_that_was_changed_and_signed_anew(tmp_path, model, image, monkeypatch, change, why):
+def test_a_changed_description_with_a_new_hash(tmp_path, model, image, monkeypatch, change, why):
     "No name in it is a path, a module or an address: what is not in a table of the library is an error."
     import socket
 
@@ -448,16 +449,16 @@ def test_a_description_that_was_changed_and_signed_anew(tmp_path, model, image, 
     assert 'AssertionError' not in line
 
 
-def test_signing_anew_is_what_lets_a_change_through(model, image):
+def test_a_change_with_a_new_hash_is_accepted(model, image):
     "Check that the errors above come from the field and not from the hash."
     before = good('predict', model, image).out
     edit(model)
     assert good('predict', model, image).out == before
-    edit(model, classes=['well', 'ill'])
-    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_well', 'p_ill'}
+    edit(model, classes=['healthy', 'disease'])
+    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_healthy', 'p_disease'}
 
 
-def test_an_unknown_reader_is_refused_by_the_library_too(model, image):
+def test_an_unknown_reader_raises_an_error_in_the_library_too(model, image):
     from dr_transfer.inference.saved_model import load_model
 
     edit(model, reader='os.system')
@@ -477,7 +478,7 @@ def test_a_missing_file(model, image, file):
 
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('how', ['first byte', 'middle byte', 'last byte', 'cut', 'longer', 'empty'])
-def test_an_altered_file(model, image, file, how):
+def test_a_changed_file(model, image, file, how):
     from dr_transfer.inference.card import ModelError
     from dr_transfer.inference.saved_model import load_model
 
@@ -502,7 +503,7 @@ def test_an_altered_file(model, image, file, how):
         ('views', 'none'),
     ],
 )
-def test_one_field_that_was_changed_by_hand(model, image, field, value):
+def test_one_field_changed_by_hand(model, image, field, value):
     about = json.loads((model / 'model.json').read_text())
     assert about[field] != value
     (model / 'model.json').write_text(json.dumps({**about, field: value}))
@@ -515,7 +516,7 @@ def test_another_json(model, image, text):
     assert str(model) in fails(model, image)
 
 
-def test_a_json_without_an_end(model, image):
+def test_a_truncated_json(model, image):
     (model / 'model.json').write_text('[' * 100000)
     fails(model, image)
 
@@ -527,7 +528,7 @@ def test_tensors_of_another_model(model, image, weights):
     fails(model, image)
 
 
-def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
+def test_a_custom_head_cannot_be_saved(tmp_path, fundus_data, weights):
     "It cannot be rebuilt from a description, and pickle is not used."
     from torch import nn
 
@@ -539,7 +540,9 @@ def test_a_head_of_ones_own_cannot_be_saved(tmp_path, eyes, weights):
     head = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(create_body('test_resnet', 'random').n_out, 2)
     )
-    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain', head=head)
+    learn = build_learner(
+        fundus_data, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain', head=head
+    )
     with pytest.raises(ModelError, match=r'custom head cannot be rebuilt.*use learn.export, or a head by name'):
         save_model(learn, tmp_path / 'm')
     with pytest.raises(ModelError):
@@ -653,7 +656,7 @@ def test_a_folder_of_version_0_1_0_is_loaded(tmp_path):
         ('1.1.running_var', -1.0, 'a variance below 0 in 1 of 128'),
     ],
 )
-def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name, value, words):
+def test_weights_that_are_nan_are_neither_saved_nor_loaded(tmp_path, name, value, words):
     from dr_transfer.inference.card import ModelError
     from dr_transfer.inference.saved_model import ImageModel, load_model, save_model
 
@@ -673,7 +676,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, name
     assert not (tmp_path / 'm').exists()
 
 
-def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights):
+def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, fundus_data, weights):
     import torch
 
     from dr_transfer.core import build_learner
@@ -681,7 +684,7 @@ def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights)
     from dr_transfer.inference.run import write_run
     from dr_transfer.inference.saved_model import image_model
 
-    learn = build_learner(eyes, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain')
+    learn = build_learner(fundus_data, task='dr', arch='test_resnet', weights=weights, size=64, runtime='plain')
     learn.model[1][3].weight.data.fill_(torch.nan)
     with pytest.raises(ModelError, match=r"the learner: the tensor '1.3.weight' has NaN"):
         image_model(learn)
@@ -690,15 +693,15 @@ def test_a_learner_whose_training_diverged_is_not_saved(tmp_path, eyes, weights)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
+def test_an_image_without_probabilities_is_an_error(tmp_path, fundus_data):
     "Finite weights may overflow: the column `error` says so, and so does the exit code."
     net = small()
     net[1][3].weight.data.fill_(3e38)
     net[1][1].weight.data.fill_(3e38)
-    images = sorted((eyes / 'images').iterdir())[:2]
-    said = cli('predict', write_as_0_1_0(tmp_path / 'm', net), *images)
-    assert said.code == 1
-    for r in rows_of(said.out):
+    images = sorted((fundus_data / 'images').iterdir())[:2]
+    result = cli('predict', write_as_0_1_0(tmp_path / 'm', net), *images)
+    assert result.code == 1
+    for r in rows_of(result.out):
         assert 'returns no probabilities' in r['error']
         assert not r['prediction']
 
@@ -706,7 +709,7 @@ def test_an_image_without_probabilities_is_an_error(tmp_path, eyes):
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('kind', ['folder', 'pipe', 'loop', 'device'])
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
-def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
+def test_paths_that_are_not_files_are_errors_at_once(tmp_path, file, kind):
     from dr_transfer.inference.card import ModelError
     from dr_transfer.inference.saved_model import load_model
 
@@ -733,7 +736,7 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path, file, kind):
         (lambda t: t.clear(), 'has nothing in model.safetensors'),
     ],
 )
-def test_tensors_that_are_not_those_that_are_described(tmp_path, spoil, words):
+def test_tensors_that_do_not_match_the_description(tmp_path, spoil, words):
     from types import SimpleNamespace
 
     from dr_transfer.inference.card import ModelError

@@ -23,13 +23,13 @@ def names(file):
     }
 
 
-def test_every_line_once_and_in_order():
+def test_every_row_once_and_in_order():
     assert [r['id'] for r in ROWS] == IDS
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda r: r['id'])
-def test_pages_and_tests_that_are_named_are_there(row):
-    "Or the row is open, and has neither."
+def test_named_pages_and_tests_exist(row):
+    "An open row has neither."
     assert row['what']
     assert len(row['what']) < 120
     if 'open' in (row['pages'], row['tests']):
@@ -63,5 +63,5 @@ def test_the_six_mistakes_have_a_test_each():
     assert 'test_mistakes.py' in page
 
 
-def test_no_line_is_open():
+def test_no_row_is_open():
     assert not [r['id'] for r in ROWS if r['tests'] == 'open']

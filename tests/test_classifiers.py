@@ -28,24 +28,24 @@ NAMES = sorted(CLASSIFIERS)
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    "Neither deprecation nor lack of convergence"
+    "No warnings of deprecation or convergence"
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         yield
 
 
-def blobs(n=60, views=2, channels=12, classes=3, seed=0, spread=1.0, apart=1.5):
-    "float32 (n, views, channels), classes 0, 1, ... in turn; the views of an image are nearly the same"
+def blobs(n=60, views=2, channels=12, classes=3, seed=0, deviation=1.0, apart=1.5):
+    "float32 (n, views, channels), cyclic classes 0, 1, ...; the views of an image are nearly the same"
     r = np.random.default_rng(seed)
     y = np.arange(n) % classes
     centres = r.normal(size=(classes, channels)) * apart
-    images = centres[y] + spread * r.normal(size=(n, channels))
+    images = centres[y] + deviation * r.normal(size=(n, channels))
     x = images[:, None] + 0.1 * r.normal(size=(n, views, channels))
     return x.astype(np.float32), y
 
 
 def distance(a, b):
-    "The largest difference of two arrays"
+    "Return the largest difference of two arrays"
     return np.abs(a - b).max()
 
 
@@ -71,8 +71,8 @@ def test_folds(n, size, seed):
         assert sorted([*a, *b]) == rows
         assert not set(g[a]) & set(g[b])
         if size == 1:
-            share = (y[b] == 'a').mean()
-            assert abs(share - (y == 'a').mean()) < 0.09
+            fraction = (y[b] == 'a').mean()
+            assert abs(fraction - (y == 'a').mean()) < 0.09
     again = grouped_folds(y, g, n, seed)
     assert same_parts(folds, again)
     other = grouped_folds(y, g, n, seed + 1)
@@ -98,7 +98,7 @@ def test_images_without_a_group_are_on_their_own():
 
 
 @pytest.mark.parametrize('seed', range(20))
-def test_every_training_part_knows_every_class(seed):
+def test_every_training_set_has_every_class(seed):
     r = np.random.default_rng(seed)
     g = r.integers(0, 14, 70)
     rare = np.isin(g, [0, 1, 2]) & (r.random(70) < 0.5)
@@ -119,12 +119,12 @@ def test_every_training_part_knows_every_class(seed):
         (list('aabb'), [0, 1], '2 groups for 4 images'),
     ],
 )
-def test_folds_refused(y, groups, text):
+def test_invalid_folds(y, groups, text):
     with pytest.raises(ValueError, match=text):
         grouped_folds(y, groups)
 
 
-def test_one_fold_is_none():
+def test_one_fold_is_an_error():
     with pytest.raises(ValueError, match='2 or more'):
         grouped_folds(list('aabb'), n=1)
 
@@ -205,7 +205,7 @@ def test_every_view_twice_leaves_logistic_regression_as_it_is(views):
     assert distance(once.coef_, twice.coef_) < 1e-2 * largest
 
 
-def test_views_in_another_order_are_learnt_the_same():
+def test_the_order_of_views_does_not_matter():
     x, y = blobs(views=4)
     reordered = x[:, [2, 0, 3, 1]]
     a, b = (FeatureClassifier().fit(o, y) for o in (x, reordered))
@@ -221,7 +221,7 @@ def test_the_scale_of_a_feature_does_not_matter():
     assert got == pytest.approx(want, abs=1e-3)
 
 
-def test_the_strength_is_the_one_with_the_least_loss():
+def test_the_regularisation_strength_has_the_least_loss():
     x, y = blobs(90, 2, 60, apart=0.3)
     m = FeatureClassifier().fit(x, y).estimator_
     assert min(m.losses_, key=m.losses_.get) == m.C
@@ -233,26 +233,26 @@ def test_the_strength_is_the_one_with_the_least_loss():
     assert distance(m.coef_, by_hand.coef_) < 1e-2 * largest
 
 
-# ---------------------------------------------------------------- nothing is torn apart
+# ---------------------------------------------------------------- groups are not divided
 
 
 @pytest.mark.parametrize('name', ['logistic', 'linear_svm', 'rbf_svm', 'neighbours', 'dense'])
-def test_no_image_and_no_group_on_both_sides(name, monkeypatch):
+def test_no_image_and_no_group_in_two_subsets(name, monkeypatch):
     "The rows of every inner fold, with the image and the group of each"
     x, y = blobs(48, 3)
     g = np.arange(48) // 6
-    seen = []
+    recorded = []
     splits = module._ViewSet.splits
 
     def noted(self, n):
         folds = list(splits(self, n))
-        seen.extend(folds)
+        recorded.extend(folds)
         return folds
 
     monkeypatch.setattr(module._ViewSet, 'splits', noted)
     FeatureClassifier(name).fit(x, y, g)
-    assert seen
-    for a, b in seen:
+    assert recorded
+    for a, b in recorded:
         assert sorted([*a, *b]) == list(range(48 * 3))
         assert not set(a // 3) & set(b // 3)
         assert not set(g[a // 3]) & set(g[b // 3])
@@ -279,7 +279,7 @@ def test_searches_of_scikit_learn_get_folds_of_groups(cv, folds, monkeypatch):
     monkeypatch.setattr(Spy, 'fits', [])
     x, y = blobs(48, 2)
     g = np.arange(48) // 6
-    x[..., -1] = g[:, None]  # the last channel tells the group
+    x[..., -1] = g[:, None]  # the last channel identifies the group
     search = GridSearchCV(Spy(), {'var_smoothing': [1e-3]}, cv=cv)
     FeatureClassifier(search).fit(x, y, g)
     *inner, last = Spy.fits
@@ -307,15 +307,15 @@ def test_estimators_of_scikit_learn(given):
     m = FeatureClassifier(given).fit(x, labels)
     assert m.score(x, labels) > 0.9
     assert m.predict_proba(x).shape == (60, 3)
-    assert not hasattr(given, 'classes_')  # what was given is not touched
+    assert not hasattr(given, 'classes_')  # the given estimator is not changed
 
 
-def test_a_search_without_probabilities_is_refused():
+def test_a_search_without_probabilities_is_an_error():
     with pytest.raises(ValueError, match='has no probabilities'):
         FeatureClassifier(RidgeClassifierCV()).fit(*blobs())
 
 
-# ---------------------------------------------------------------- in the manner of scikit-learn
+# ---------------------------------------------------------------- the interface of scikit-learn
 
 
 def test_parameters():
@@ -361,7 +361,7 @@ def test_tools_of_scikit_learn():
         (dict(groups=np.arange(60) % 3), 'has 1 groups'),
     ],
 )
-def test_refused(change, text):
+def test_invalid_arguments(change, text):
     x, y = blobs()
     X = change.get('X', x)
     y = change.get('y', y)
@@ -371,7 +371,7 @@ def test_refused(change, text):
         FeatureClassifier(classifier).fit(X, y, groups)
 
 
-def test_another_number_of_channels_is_refused():
+def test_another_number_of_channels_is_an_error():
     x, y = blobs()
     with pytest.raises(ValueError, match='11 channels'):
         FeatureClassifier('forest').fit(x, y).predict_proba(x[..., :11])
@@ -404,11 +404,11 @@ def test_head(kind, classes):
         p = head(maps).softmax(1)
         assert distance(p.numpy(), m.predict_proba(x[:, 0])) < 1e-5
     head.train()
-    head(views[:, 0]).sum().backward()  # training can go on from there
+    head(views[:, 0]).sum().backward()  # training can continue from there
 
 
 @pytest.mark.parametrize('kind', ['forest', 'neighbours', 'rbf_svm', 'linear_svm', GaussianNB()])
-def test_no_head(kind):
+def test_classifiers_without_a_head(kind):
     with pytest.raises(ValueError, match="Use classifier='logistic' or 'dense'"):
         FeatureClassifier(kind).fit(*blobs()).head()
 
@@ -417,7 +417,7 @@ def test_no_head(kind):
 
 
 @pytest.mark.parametrize('groups', [False, True])
-def test_out_of_fold_is_the_loop_that_it_says(groups):
+def test_out_of_fold_equals_an_explicit_loop(groups):
     x, y = blobs(apart=0.5)
     names = np.array(['r', 'q', 'p'])[y]
     g = np.arange(60) // 4 if groups else None
@@ -430,7 +430,7 @@ def test_out_of_fold_is_the_loop_that_it_says(groups):
     assert not hasattr(m, 'classes_')
 
 
-def test_a_memory_of_groups_does_not_help():
+def test_memorised_groups_do_not_help():
     "The class depends only on the patient, who can be recognised: memorised patients must not count."
     r = np.random.default_rng(0)
     g = np.arange(80) // 4
@@ -438,10 +438,10 @@ def test_a_memory_of_groups_does_not_help():
     patients = r.normal(size=(20, 40))
     noise = r.normal(size=(80, 40))
     x = (patients[g] + 0.05 * noise).astype(np.float32)
-    torn = out_of_fold(FeatureClassifier(), x, y, None).argmax(1)
-    whole = out_of_fold(FeatureClassifier(), x, y, g).argmax(1)
-    assert (torn == y).mean() > 0.95
-    assert (whole == y).mean() < 0.75
+    without_groups = out_of_fold(FeatureClassifier(), x, y, None).argmax(1)
+    by_image = out_of_fold(FeatureClassifier(), x, y, g).argmax(1)
+    assert (without_groups == y).mean() > 0.95
+    assert (by_image == y).mean() < 0.75
 
 
 # ---------------------------------------------------------------- suspect labels
@@ -449,18 +449,18 @@ def test_a_memory_of_groups_does_not_help():
 COLUMNS = ['image', 'label', 'likely', 'p_label', 'p_likely', 'score', 'reason']
 
 
-def exchanged(y, share, seed):
+def exchanged(y, fraction, seed):
     r = np.random.default_rng(seed)
     kinds = np.unique(y)
     y = np.array(y, dtype=object)
-    rows = r.choice(len(y), round(share * len(y)), replace=False)
+    rows = r.choice(len(y), round(fraction * len(y)), replace=False)
     for i in rows:
         y[i] = r.choice(kinds[kinds != y[i]])
     return y, set(rows)
 
 
 @pytest.mark.parametrize('seed', range(2))
-def test_suspects_of_synthetic_labels(seed):
+def test_suspect_labels_of_synthetic_features(seed):
     x, y = blobs(150, 2, 10, seed=seed, apart=2.0)
     y, wrong = exchanged(np.array(list('abc'))[y], 0.08, seed)
     t = suspect_labels(x, y)
@@ -474,15 +474,15 @@ def test_suspects_of_synthetic_labels(seed):
     assert (t.likely != t.label).all()
     assert (t.p_likely > t.p_label).all()
     first = t.iloc[0]
-    looks = f'looks like {first.likely} ({first.p_likely:.2f})'
-    assert first.reason == f'{looks}, labelled {first.label} ({first.p_label:.2f})'
+    start = f'looks like {first.likely} ({first.p_likely:.2f})'
+    assert first.reason == f'{start}, labelled {first.label} ({first.p_label:.2f})'
     more = suspect_labels(x, y, most=40)
     assert len(more) == 40
     assert set(t.image) - set(more.image) == set()
     assert (more.score.diff()[1:] >= 0).all()
 
 
-def test_suspects_of_drawn_flowers(tmp_path):
+def test_suspect_labels_of_synthetic_flowers(tmp_path):
     d = make_flowers(tmp_path / 'flowers', n=150, size=64)
     y, wrong = exchanged(d.label, 0.08, 1)
     folder = tmp_path / 'flowers'
@@ -496,10 +496,10 @@ def test_suspects_of_drawn_flowers(tmp_path):
     assert len(suspect_labels(f, d.label, d.photographer)) <= 5
 
 
-def test_the_same_picture_under_two_labels(tmp_path):
+def test_the_same_image_with_two_labels(tmp_path):
     x, y = blobs(apart=3.0)
     x = np.concatenate([x, x[:1], x[1:2]])
-    y = [*y, 1, 1]  # 60 contradicts 0; 61 says what 1 says
+    y = [*y, 1, 1]  # 60 contradicts 0; 61 agrees with 1
     t = suspect_labels(x, y)
     assert set(t.image[:2]) == {0, 60}
     assert 1 not in set(t.image)
@@ -508,24 +508,24 @@ def test_the_same_picture_under_two_labels(tmp_path):
     assert reasons[60] == 'the same image as 0, which has another label, 0'
 
 
-def test_copies_are_judged_together(monkeypatch):
+def test_copies_are_in_the_same_fold(monkeypatch):
     x, y = blobs()
     import dr_transfer.features.label_errors as labels
 
-    seen = []
+    recorded = []
 
     def noted(classifier, X, y, groups, *args):
-        seen.append(groups)
+        recorded.append(groups)
         return out_of_fold(classifier, X, y, groups, *args)
 
     monkeypatch.setattr(labels, 'out_of_fold', noted)
     groups = [*(np.arange(60) // 4), 'other']
     suspect_labels(np.concatenate([x, x[:1]]), [*y, 0], groups)
-    joined = seen[0]
+    joined = recorded[0]
     assert joined[60] == joined[0] == joined[3] != joined[4]
 
 
-def test_a_picture_of_no_class():
+def test_an_image_of_no_class():
     x, y = blobs(150, 1, 4, apart=4.0)
     x[0] = x[1:].mean(0)  # in the middle between all classes
     cautious = FeatureClassifier(LogisticRegression(C=0.003))
@@ -543,12 +543,12 @@ def test_without_cleanlab(monkeypatch):
 
 
 @pytest.mark.parametrize('most', [0, -3])
-def test_no_rows_are_refused(most):
+def test_no_rows_are_an_error(most):
     with pytest.raises(ValueError, match='1 or more'):
         suspect_labels(*blobs(), most=most)
 
 
-def test_suspects_of_real_flowers(data_root):
+def test_suspect_labels_of_real_flowers(data_root):
     t = pd.read_csv(data_root / 'flowers' / 'credits.csv')
     t = t[t.photographer.isin(t.photographer.drop_duplicates().sample(frac=0.4, random_state=0))]
     f = image_features([str(data_root / 'flowers' / i) for i in t.image], size=160, stages=['stage6'])

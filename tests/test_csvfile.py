@@ -73,7 +73,7 @@ def tables(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(table=tables())
-def test_what_is_written_comes_back(tmp_path_factory, table):
+def test_written_tables_are_read_back(tmp_path_factory, table):
     file = tmp_path_factory.mktemp('csv') / 't.csv'
     write_csv(table, file)
     back = read_csv(file)
@@ -83,16 +83,16 @@ def test_what_is_written_comes_back(tmp_path_factory, table):
 
 @settings(max_examples=300, deadline=None)
 @given(text=cell)
-def test_no_cell_is_a_formula_and_the_original_comes_back(text):
+def test_no_cell_is_a_formula_and_the_original_is_read_back(text):
     escaped = escape_cell(text)
     assert unescape_cell(escaped) == text
     if escaped[0] in '=+-@\t\r':
-        assert plain_number(escaped) == float(text)  # a number, and nothing else
+        assert plain_number(escaped) == float(text)  # a number only
 
 
 @settings(max_examples=200, deadline=None)
 @given(table=tables())
-def test_other_readers_see_the_same_cells(table):
+def test_other_readers_read_the_same_cells(table):
     "The csv module of Python, with its defaults, reads as many rows and cells."
     rows = list(csv.reader(io.StringIO(csv_text(table), newline='')))
     assert [len(r) for r in rows] == [table.shape[1]] * (len(table) + 1)
@@ -115,7 +115,7 @@ def test_numbers_stay_numbers(tmp_path):
     assert read_csv(tmp_path / 'i.csv').n.tolist() == ['1', '-2', '3']
 
 
-def test_names_of_files_that_are_no_utf8(tmp_path, capsysbinary):
+def test_file_names_that_are_not_utf8(tmp_path, capsysbinary):
     t_csv = tmp_path / 't.csv'
     t = pd.DataFrame({'image': [os.fsdecode(b'R\xf6schen.png')]})
     write_csv(t, t_csv)
@@ -163,7 +163,7 @@ def test_separators_encodings_and_line_ends(tmp_path, sep, encoding, end):
         ('image,label\n1,5" lens\n', {'image': ['1'], 'label': ['5" lens']}),
     ],
 )
-def test_what_is_meant_is_read(tmp_path, text, found):
+def test_ambiguous_files_are_read_as_intended(tmp_path, text, found):
     assert read(tmp_path, text) == found
 
 
@@ -173,7 +173,7 @@ def test_what_is_meant_is_read(tmp_path, text, found):
         (
             'image,label\na,b,c\nd,e,f\n',
             'line 2 has 3 fields, and the header has 2',
-        ),  # pandas takes the first for an index
+        ),  # pandas uses the first column as the index
         ('image,label,x\na,b,c\n\nd,e\n', 'line 4 has 2 fields'),
         ('image,label\n"1.png,a\n2.png,b\n3.png",c\n', 'lines 2 to 4 are one row, because of a quote'),
         ('image,label\n' + '0.png,a\n' + '"1.png,a\n' + 'x.png,b\n' * 9 + '2.png",a\n', 'lines 3 to 13 are one row'),
@@ -191,7 +191,7 @@ def test_what_is_meant_is_read(tmp_path, text, found):
         (b'\xff\xfea', 'UTF-16'),
     ],
 )
-def test_what_is_refused_names_the_line(tmp_path, text, why):
+def test_errors_name_the_line(tmp_path, text, why):
     with pytest.raises(CsvError, match=why) as e:
         read(tmp_path, text)
     assert 't.csv' in str(e.value)
@@ -228,7 +228,7 @@ def test_limits(tmp_path, monkeypatch, limit, value, why):
 
 
 @pytest.mark.parametrize('text', ['0_1', '1_000', 'nan', 'inf', '-Infinity', '', '1,5', '0x1', '١', '1e'])
-def test_numbers_that_are_none(text):
+def test_texts_that_are_not_numbers(text):
     with pytest.raises(ValueError, match='not a number'):
         plain_number(text)
 
@@ -286,6 +286,6 @@ def test_the_longest_cell_costs_next_to_nothing(tmp_path, cell):
 
 @pytest.mark.parametrize('n', [MAX_CELL + 1, 100_000, 200_000])
 @pytest.mark.parametrize('text', ['{},b\n1,2\n', 'a,{}\n1,2\n', 'a,b\n{},2\n', 'a,b\n1,2\n1,"{}\n'])
-def test_longer_cells_are_refused_in_the_header_too(tmp_path, text, n):
+def test_longer_cells_are_errors_in_the_header_too(tmp_path, text, n):
     with pytest.raises(CsvError, match=r'line [123] has a cell of more than 32767|that begins with a quote'):
         read(tmp_path, text.format('x' * n))

@@ -34,7 +34,7 @@ def noise(shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), s
 
 
 def ramp(spacing, origin=(-31.0, -42.0, -53.0), size=(62, 84, 106), slope=(3.0, -2.0, 1.0)):
-    "A volume whose value is a linear function of the place in mm, which linear interpolation gives back exactly"
+    "A volume whose values are a linear function of the position in mm, which linear interpolation reproduces exactly"
     shape = [int(s / d) + 1 for s, d in zip(size, spacing)]
     v = Volume(np.zeros(shape, np.float32), spacing, origin)
     return Volume((v.mm(np.moveaxis(np.indices(shape), 0, -1)) @ slope).astype(np.float32), spacing, origin), np.array(
@@ -68,7 +68,7 @@ def test_a_window_is_a_ramp_from_its_lower_to_its_upper_edge(which):
         ((1, 2, 3), 'or .level'),
     ],
 )
-def test_bad_windows_are_refused(which, words):
+def test_invalid_windows_are_errors(which, words):
     with pytest.raises(ValueError, match=words):
         get_window(which)
 
@@ -108,7 +108,7 @@ def test_the_pixels_of_a_slice_are_square(spacing, size):
     ],
 )
 @pytest.mark.parametrize('size', [8, 21, 64])
-def test_planes_lie_in_millimetres_whatever_the_voxels(spacing, size):
+def test_planes_are_in_millimetres_for_any_voxel_size(spacing, size):
     v, slope = ramp(spacing)
     place = np.array([2.0, -3, 5])
     g = (np.arange(size) - (size - 1) / 2) * 30 / size
@@ -140,10 +140,10 @@ def test_a_ball_is_a_circle_in_all_three_planes(spacing, radius):
         r = np.sqrt((plane(v, centre, p, 40, 80) > 0).sum() * 0.25 / np.pi)
         assert abs(r - radius) < sum(d * d for d in spacing) / 8 / radius + 0.15, (
             p
-        )  # linear interpolation cuts the corners of a sphere by as much
+        )  # linear interpolation makes a sphere smaller by as much
 
 
-def test_the_planes_of_a_mirrored_volume_are_mirrored_where_it_is_seen():
+def test_the_planes_of_a_mirrored_volume_are_mirrored():
     v = noise((21, 21, 21))
     c = (10, 10, 10)
     was = {p: plane(v, c, p, 15, 15) for p in PLANES}
@@ -168,7 +168,7 @@ def test_the_planes_of_a_mirrored_volume_are_mirrored_where_it_is_seen():
         ((0, 1), 'sagittal'),
     ],
 )
-def test_a_turned_volume_is_a_turn_of_the_planes(axes, same):
+def test_rotating_a_volume_rotates_its_planes(axes, same):
     v = noise((21, 21, 21))
     c = (10, 10, 10)
     r = np.zeros((3, 3))
@@ -180,7 +180,7 @@ def test_a_turned_volume_is_a_turn_of_the_planes(axes, same):
     assert any((now == np.rot90(was, n)).all() for n in (1, 3))
 
 
-def test_a_half_turn_of_the_picture_is_the_volume_reflected_in_the_point():
+def test_a_half_turn_of_the_image_is_a_point_reflection_of_the_volume():
     v = noise((21, 21, 21))
     assert (
         pixels(three_planes(Volume(v.hu[::-1, ::-1, ::-1], (1, 1, 1)), (10, 10, 10)))
@@ -188,7 +188,7 @@ def test_a_half_turn_of_the_picture_is_the_volume_reflected_in_the_point():
     ).all()
 
 
-def test_beyond_the_border_there_is_air_and_places_outside_are_refused():
+def test_air_is_beyond_the_border_and_points_outside_are_errors():
     v = Volume(np.full((10, 10, 10), 500, np.int16), (2, 2, 2), (50, 0, 0))
     a = plane(v, (50, 9, 9), 'coronal', 20, 20)
     assert (a[:9] > 400)[:, 1:-1].all()
@@ -214,7 +214,7 @@ def test_large_pixels_are_means_of_voxels():
         (lambda: plane(noise(), (5, 5, 5), side=0), 'millimetres and pixels'),
     ],
 )
-def test_bad_volumes_and_planes_are_refused(make, words):
+def test_invalid_volumes_and_planes_are_errors(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
@@ -223,7 +223,7 @@ def test_bad_volumes_and_planes_are_refused(make, words):
 
 
 def save_nifti(v, path, codes='LPS', slope=1.0):
-    "As a file with axes in another order or direction, with nibabel's own means"
+    "Save with axes in another order or direction, with functions of nibabel"
     nib = pytest.importorskip('nibabel')
     ras = np.diag([-1, -1, 1, 1]) @ np.block(
         [[np.diag(v.spacing[::-1]), np.array(v.origin)[::-1, None]], [np.zeros(3), 1]]
@@ -237,7 +237,7 @@ def save_nifti(v, path, codes='LPS', slope=1.0):
 
 
 def save_series(v, folder, way=(1, 0, 0, 0, 1, 0), uid='1.2.3', slope=1, names='{}.dcm', **other):
-    "As slices along whatever axis `way` leaves over; the array is taken apart accordingly"
+    "Save as slices along the axis that `way` does not name; the array is divided accordingly"
     pydicom = pytest.importorskip('pydicom')
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -295,7 +295,7 @@ def test_nifti_of_any_orientation_is_the_same_volume(tmp_path, codes, suffix):
     assert_same(read_volume(save_nifti(v, tmp_path / f'a{suffix}', codes)), v)
 
 
-def test_nifti_with_a_factor_an_offset_and_a_dimension_too_many(tmp_path):
+def test_nifti_with_a_factor_an_offset_and_an_extra_dimension(tmp_path):
     a_nii = tmp_path / 'a.nii'
     nib = pytest.importorskip('nibabel')
     a = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
@@ -308,7 +308,7 @@ def test_nifti_with_a_factor_an_offset_and_a_dimension_too_many(tmp_path):
     assert (v.hu == nib.load(a_nii).get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
 
 
-def test_nifti_that_says_too_little_is_refused(tmp_path):
+def test_nifti_without_orientation_or_units_is_an_error(tmp_path):
     nib = pytest.importorskip('nibabel')
 
     def saved(a, affine, codes=1):
@@ -332,7 +332,7 @@ def test_nifti_that_says_too_little_is_refused(tmp_path):
         read_volume(tmp_path / 'b.nii')
 
 
-def test_values_that_may_be_no_hounsfield_units_are_warned_of(tmp_path):
+def test_values_that_may_not_be_hounsfield_units_give_a_warning(tmp_path):
     v = noise(**ODD)
     with pytest.warns(UserWarning, match='no value below 0'):
         read_volume(save_nifti(Volume(v.hu - v.hu.min(), v.spacing), tmp_path / 'raw.nii'))
@@ -360,7 +360,7 @@ def test_a_series_without_suffixes_and_with_a_factor(tmp_path):
     assert_same(read_volume(save_series(v, tmp_path / 's', slope=2, names='IM{}')), v)
 
 
-def test_a_series_that_is_none_is_refused(tmp_path):
+def test_folders_that_are_not_a_series_are_errors(tmp_path):
     v = noise(**ODD)
 
     def files(name, **kw):
@@ -398,7 +398,7 @@ def test_a_series_that_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     'spacing', [1.0, [1.0, 1.0], 'text', ['a', 'b', 'c'], [[1.0, 1.0, 1.0]], [0, 1, 1], [np.nan, 1, 1]]
 )
-def test_a_spacing_that_is_none_names_the_file(tmp_path, spacing):
+def test_an_invalid_spacing_names_the_file(tmp_path, spacing):
     np.savez(tmp_path / 'a.npz', hu=noise().hu, spacing=spacing)
     for given in (None, (1, 1, 1)):
         with pytest.raises(ValueError, match=r'a.npz: .*(give three numbers in mm|not of numbers)'):
@@ -426,7 +426,7 @@ def test_numpy_files(tmp_path):
         read_volume(a_npz, (9, 9, 9))
 
 
-def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
+def test_voxels_that_are_nan_are_not_read_as_water(tmp_path):
     nibabel = pytest.importorskip('nibabel')
     hu = np.full((6, 6, 6), -1000, np.float32)
     hu[0] = np.nan
@@ -437,7 +437,7 @@ def test_voxels_that_are_no_numbers_are_not_taken_for_water(tmp_path):
             read_volume(tmp_path / name)
 
 
-def test_the_mean_of_views_has_no_decision_of_one_of_them():
+def test_the_mean_of_views_does_not_keep_the_decision_of_one_view():
     t = pd.DataFrame(
         {
             'image': ['a_0123456789ab-0.png', 'a_0123456789ab-1.png'],
@@ -457,7 +457,7 @@ def test_the_mean_of_views_has_no_decision_of_one_of_them():
 
 
 @pytest.mark.parametrize('suffix', ['.nii.gz', '.npz', '.npy'])
-def test_a_file_that_ends_too_soon_is_named(tmp_path, suffix):
+def test_a_truncated_file_is_named(tmp_path, suffix):
     file = tmp_path / f'scan{suffix}'
     v = noise(**ODD)
     if suffix == '.nii.gz':
@@ -472,7 +472,7 @@ def test_a_file_that_ends_too_soon_is_named(tmp_path, suffix):
         read_volume(file, None if suffix == '.npz' else (1, 1, 1))
 
 
-def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
+def test_one_chest_in_three_formats_gives_the_same_images(tmp_path):
     hu, truth = draw_ct(2, spacing=COARSE)
     v = Volume(hu, truth['spacing'], truth['origin'])
     others = [
@@ -495,7 +495,7 @@ def test_one_chest_in_three_formats_gives_the_same_pictures(tmp_path):
         ('pydicom', 's'),
     ],
 )
-def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, package, name):
+def test_without_the_extra_the_error_names_what_to_install(tmp_path, monkeypatch, package, name):
     (tmp_path / 'a.nii').touch()
     (tmp_path / 's').mkdir()
     monkeypatch.setitem(__import__('sys').modules, package, None)
@@ -511,7 +511,7 @@ def voxel(truth, place):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_things_are_where_the_truth_says(seed):
+def test_objects_are_at_their_true_positions(seed):
     hu, truth = draw_ct(seed, spacing=(3, 2, 2), noise=0)
     v = Volume(hu, truth['spacing'], truth['origin'])
     assert len(truth['nodes']) == len(truth['vessels']) == 6
@@ -529,22 +529,22 @@ def test_things_are_where_the_truth_says(seed):
 
 @pytest.mark.parametrize('pattern', PATTERNS[1:])
 def test_the_same_patient_with_a_disease_differs_in_the_lung_of_the_slices_that_have_it(pattern):
-    (well, _), (ill, truth) = (draw_ct(5, p, spacing=(6, 2, 2), noise=0) for p in ('normal', pattern))
-    share = {q['z']: q['fraction'] for q in truth['slices']}
-    z = np.round(np.arange(len(ill)) * 6 + truth['origin'][0], 2)
+    (healthy, _), (diseased, truth) = (draw_ct(5, p, spacing=(6, 2, 2), noise=0) for p in ('normal', pattern))
+    fraction = {q['z']: q['fraction'] for q in truth['slices']}
+    z = np.round(np.arange(len(diseased)) * 6 + truth['origin'][0], 2)
     for k, where in enumerate(z):
-        changed = np.abs(ill[k].astype(int) - well[k]) > 30
-        if share.get(where, -1) == 0:
+        changed = np.abs(diseased[k].astype(int) - healthy[k]) > 30
+        if fraction.get(where, -1) == 0:
             assert not changed.any()
-        if share.get(where, 0) > 0.2:
+        if fraction.get(where, 0) > 0.2:
             assert changed.sum() > 40
-    assert max(share.values()) > 0.2
+    assert max(fraction.values()) > 0.2
 
 
-def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
+def test_density_and_brightness_do_not_separate_nodes_from_vessels():
     y = []
     centre = []
-    whole = []
+    means = []
     for seed in range(8):
         hu, truth = draw_ct(seed, spacing=(4, 2, 2))
         v = Volume(hu, truth['spacing'], truth['origin'])
@@ -553,9 +553,9 @@ def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
                 a = pixels(three_planes(v, p, size=32)).astype(float)
                 y.append(label)
                 centre.append(a[14:18, 14:18].mean())
-                whole.append(a.mean())
+                means.append(a.mean())
     assert 0.35 < auc(np.array(y), np.array(centre)) < 0.65
-    assert 0.2 < auc(np.array(y), np.array(whole)) < 0.8
+    assert 0.2 < auc(np.array(y), np.array(means)) < 0.8
 
 
 @pytest.mark.parametrize(
@@ -567,19 +567,19 @@ def test_density_and_brightness_do_not_tell_a_node_from_a_vessel():
         ({'nodes': 40}, '0 to 12 nodes'),
     ],
 )
-def test_chests_that_cannot_be_drawn(kw, words):
+def test_impossible_chests_are_errors(kw, words):
     with pytest.raises(ValueError, match=words):
         draw_ct(0, **kw)
 
 
 @pytest.fixture(scope='module')
-def drawn(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ct') / 'drawn'
+def synthetic_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ct') / 'synthetic'
     return folder, *make_ct(folder, n=10, seed=3, spacing=COARSE, nodes=5, every=24)
 
 
-def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_path):
-    _folder, candidates, slices = drawn
+def test_a_set_is_reproducible_and_never_overwritten_by_another(synthetic_set, tmp_path):
+    _folder, candidates, slices = synthetic_set
     sets = [make_ct(tmp_path / k, n=2, seed=3, spacing=(6, 4, 4), workers=w) for k, w in (('a', 1), ('b', 2))]
     for a, b in zip(*sets):
         assert a.equals(b)
@@ -595,9 +595,9 @@ def test_a_set_is_the_same_set_again_and_no_other_is_written_over_it(drawn, tmp_
 # ---------------------------------------------------------------- images
 
 
-def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_path):
+def test_images_are_made_once_and_again_when_their_volume_changes(synthetic_set, tmp_path):
     p_folder = tmp_path / 'p'
-    folder, candidates, _ = drawn
+    folder, candidates, _ = synthetic_set
     few = candidates[candidates.patient < 'p0002']
     copy = tmp_path / 'v'
     (copy / 'volumes').mkdir(parents=True)
@@ -616,8 +616,8 @@ def test_pictures_are_made_once_and_anew_when_their_volume_changes(drawn, tmp_pa
     assert not [p for p in p_folder.rglob('*') if p.suffix == '.tmp']
 
 
-def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_corrected(drawn, tmp_path):
-    folder, candidates, _ = drawn
+def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_corrected(synthetic_set, tmp_path):
+    folder, candidates, _ = synthetic_set
     bad = candidates.copy()
     bad.loc[len(bad) - 1, 'z'] = 900.0
     with pytest.raises(ValueError, match=r'p0009.npz: \(900.0, .* is outside the Volume'):
@@ -631,8 +631,8 @@ def test_a_table_with_a_bad_row_leaves_no_labels_and_goes_on_once_it_is_correcte
     assert len(pd.read_csv(tmp_path / 'labels.csv')) == len(t) == 100
 
 
-def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
-    folder, candidates, _ = drawn
+def test_tables_come_as_files_and_volumes_in_every_format(synthetic_set, tmp_path):
+    folder, candidates, _ = synthetic_set
     v = read_volume(folder / candidates.volume[0])
     save_nifti(v, tmp_path / 'scan.nii.gz', 'RAS')
     save_series(v, tmp_path / 'series')
@@ -645,37 +645,37 @@ def test_tables_come_as_files_and_volumes_in_every_format(drawn, tmp_path):
         assert np.abs(pixels(t.image[i]).astype(int) - pixels(want.image[i % 2])).max() <= 1
 
 
-def test_places_without_labels_get_pictures_to_be_predicted(drawn, tmp_path):
-    folder, candidates, _ = drawn
+def test_candidates_without_labels_get_images_for_prediction(synthetic_set, tmp_path):
+    folder, candidates, _ = synthetic_set
     assert 'label' not in candidate_images(candidates[['volume', 'x', 'y', 'z']].head(3), folder, tmp_path)
 
 
-def test_without_patients_the_pictures_of_a_volume_stay_together(drawn, tmp_path):
-    folder, candidates, slices = drawn
+def test_without_patients_the_images_of_a_volume_stay_together(synthetic_set, tmp_path):
+    folder, candidates, slices = synthetic_set
     for t in (
         candidate_images(candidates.drop(columns='patient'), folder, tmp_path / 'a', views=3),
         slice_images(slices.drop(columns='patient'), folder, tmp_path / 'b'),
     ):
         task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
-        sides = split_data(Path(t.image[0]).parent.parent, task, task.target())
-        assert (sides.group == sides.data_volume).all()
-        assert (sides.groupby('data_volume').split.nunique() == 1).all()
-        assert sides.split.nunique() == 2
+        parts = split_data(Path(t.image[0]).parent.parent, task, task.target())
+        assert (parts.group == parts.data_volume).all()
+        assert (parts.groupby('data_volume').split.nunique() == 1).all()
+        assert parts.split.nunique() == 2
 
 
-def test_views_are_of_one_place_and_are_averaged(drawn, tmp_path):
-    folder, candidates, _ = drawn
+def test_views_are_of_one_candidate_and_are_averaged(synthetic_set, tmp_path):
+    folder, candidates, _ = synthetic_set
     t = candidate_images(candidates.head(3), folder, tmp_path, views=5)
     again = candidate_images(candidates.head(3), folder, tmp_path / 'again', views=5)
     assert len({pixels(i).tobytes() for i in t.image}) == 15
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image))
     p = np.random.default_rng(0).random(15)
-    said = pd.DataFrame(
+    rows = pd.DataFrame(
         {'image': t.image, 'target': t.label, 'prediction': 'node', 'p_other': 1 - p, 'p_node': p}
     ).sample(frac=1, random_state=0)
-    a = average_views(said)
+    a = average_views(rows)
     assert len(a) == 3
-    assert list(a) == list(said)
+    assert list(a) == list(rows)
     for r in a.itertuples():
         k = t.image.tolist().index(r.image) // 5
         assert r.p_node == pytest.approx(p[5 * k : 5 * k + 5].mean())
@@ -709,13 +709,13 @@ def test_the_froc_is_that_of_counting():
         ({'window': 'fat'}, 'unknown window'),
     ],
 )
-def test_settings_that_make_no_picture(drawn, tmp_path, kw, words):
+def test_invalid_image_settings(synthetic_set, tmp_path, kw, words):
     with pytest.raises(ValueError, match=words):
-        candidate_images(drawn[1], drawn[0], tmp_path, **kw)
+        candidate_images(synthetic_set[1], synthetic_set[0], tmp_path, **kw)
 
 
-def test_slices_are_those_of_the_table(drawn, tmp_path):
-    folder, _, slices = drawn
+def test_slices_are_those_of_the_table(synthetic_set, tmp_path):
+    folder, _, slices = synthetic_set
     t = slice_images(slices, folder, tmp_path, windows=('lung', 'soft_tissue', (0, 100)))
     for i in (0, len(t) - 1):
         assert (
@@ -724,7 +724,7 @@ def test_slices_are_those_of_the_table(drawn, tmp_path):
         ).all()
 
 
-def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(tmp_path):
+def test_adjacent_slices_are_near_copies_and_those_of_two_patients_are_not(tmp_path):
     from dr_transfer.data.leaks import find_copies
 
     _, slices = make_ct(tmp_path / 'ct', n=4, seed=6, spacing=COARSE, nodes=0, every=6)
@@ -734,25 +734,25 @@ def test_neighbouring_slices_are_near_copies_and_those_of_two_patients_are_not(t
     assert (t.patient[pairs.a].to_numpy() == t.patient[pairs.b].to_numpy()).all()
 
 
-def test_the_same_settings_written_otherwise_are_the_same_pictures(drawn, tmp_path):
-    few = drawn[1].head(2)
-    a = candidate_images(few, drawn[0], tmp_path, side=40, window='soft tissue')
-    b = candidate_images(few.astype(str), drawn[0], tmp_path, side=40.0, window=(50, 400))
+def test_equivalent_settings_give_the_same_images(synthetic_set, tmp_path):
+    few = synthetic_set[1].head(2)
+    a = candidate_images(few, synthetic_set[0], tmp_path, side=40, window='soft tissue')
+    b = candidate_images(few.astype(str), synthetic_set[0], tmp_path, side=40.0, window=(50, 400))
     assert a.image.tolist() == b.image.tolist()
     assert len(list((tmp_path / 'images').iterdir())) == 2
 
 
 @pytest.mark.parametrize('text', ['image,label\na.jpg,1\n', 'image,volume,label\na.jpg,v.npz,1\n'])
-def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
-    "Whatever its columns are: the folder has no mark that it was made here."
+def test_labels_of_the_user_are_not_replaced(synthetic_set, tmp_path, text):
+    "For any columns: the folder has no marker of the library."
     (tmp_path / 'labels.csv').write_text(text)
     with pytest.raises(ValueError, match='is not a pictures folder'):
-        candidate_images(drawn[1], drawn[0], tmp_path)
+        candidate_images(synthetic_set[1], synthetic_set[0], tmp_path)
     assert (tmp_path / 'labels.csv').read_text() == text
     assert not (tmp_path / 'images').exists()
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- from volumes to predictions
 
 
 @pytest.mark.parametrize(
@@ -762,11 +762,11 @@ def test_labels_of_somebody_else_are_not_replaced(drawn, tmp_path, text):
         ('ct_lungs', slice_images),
     ],
 )
-def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
+def test_from_volumes_to_predictions_by_patient(synthetic_set, tmp_path, task, make):
     from dr_transfer.core import build_learner, fit, valid_predictions
     from dr_transfer.metrics.screening import measure_table
 
-    folder, candidates, slices = drawn
+    folder, candidates, slices = synthetic_set
     make(candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices, folder, tmp_path / 'p')
     learn = fit(
         build_learner(tmp_path / 'p', task, size=64, valid=0.5, runtime='plain', seed=1), 'head', say=lambda s: None
@@ -780,10 +780,10 @@ def test_from_volumes_to_predictions_by_patient(drawn, tmp_path, task, make):
     assert m.loc['accuracy'].value > t.target.value_counts(normalize=True).max()
 
 
-def test_a_split_that_divides_a_patient_is_refused(drawn, tmp_path):
+def test_a_split_that_divides_a_patient_is_an_error(synthetic_set, tmp_path):
     from dr_transfer.core import build_learner
 
-    folder, candidates, _ = drawn
+    folder, candidates, _ = synthetic_set
     candidate_images(candidates.assign(split=['train', 'valid'] * 50), folder, tmp_path / 'p')
     with pytest.raises(ValueError, match='are in two subsets'):
         build_learner(tmp_path / 'p', 'ct_nodes', 'small_cnn', 'random', size=32)

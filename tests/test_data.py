@@ -43,9 +43,9 @@ def dr(tmp_path_factory):
 
 def loaders(folder, task='dr', target=None, size=48, augment=None, bs=8, **kw):
     task = get_task(task, size, augment)
-    goal = task.target(target)
-    t = task_table(folder, goal)
-    return t, task, task_dataloaders(t, task, goal, bs, **{'device': 'cpu', **kw})
+    chosen_target = task.target(target)
+    t = task_table(folder, chosen_target)
+    return t, task, task_dataloaders(t, task, chosen_target, bs, **{'device': 'cpu', **kw})
 
 
 def pixels(x, mean=0.5, std=0.5):
@@ -69,8 +69,8 @@ def test_known_tasks():
     for t in (f, d):
         assert t.size >= 128
         assert AUGMENTATIONS[t.augment]
-        for goal in t.targets:
-            assert t.metrics[goal.name]
+        for chosen_target in t.targets:
+            assert t.metrics[chosen_target.name]
     assert f.metrics['class'] == ('accuracy',)
     assert f.augment == 'mirror_near'
     assert AUGMENTATIONS[f.augment].keeps_color
@@ -78,7 +78,7 @@ def test_known_tasks():
     assert {'auc', 'sensitivity', 'specificity'} <= set(d.metrics['referable'])
 
 
-def test_dr_keeps_the_whole_disc_and_its_colours():
+def test_dr_keeps_the_complete_disc_and_its_colours():
     d = TASKS['dr']
     for n in d.augment.split('+'):
         a = AUGMENTATIONS[n]
@@ -111,20 +111,20 @@ def test_grades(label, grade, referable):
 
 @pytest.mark.parametrize('label', ['5', '-1', '1.5', 'mild', '', 'nan', 'inf', 'None'])
 @pytest.mark.parametrize('target', [GRADE, REFERABLE], ids=lambda t: t.name)
-def test_labels_that_are_no_grade(label, target):
+def test_labels_that_are_not_grades(label, target):
     t = pd.DataFrame({'image': ['a.jpg', 'b.jpg'], 'label': ['2', label]})
     with pytest.raises(ValueError) as e:
         encode_target(t, target)
     assert '1 images' in str(e.value)
     assert 'b.jpg' in str(e.value)
     assert '0, 1, 2, 3, 4' in str(e.value)
-    assert 'target' not in t.columns  # and the table is as it was
+    assert 'target' not in t.columns  # the table is not changed
 
 
 def test_class_names():
     t = pd.DataFrame({'image': list('abc'), 'label': ['x', 'b', 'x'], 'target': ['x', 'b', 'x']})
     assert class_names(t, Target('class')) == ['b', 'x']
-    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # those that do not occur as well
+    assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # also those that do not occur
     out = encode_target(t.drop(columns='target'), Target('class'))
     assert out.target.tolist() == out.label.tolist()
 
@@ -132,8 +132,8 @@ def test_class_names():
 # ---------------------------------------------------------------- the table of a task
 
 
-def test_a_table_is_split_by_what_is_learnt(dr):
-    "The labels stay as they are, the classes of the target are in proportion, patients stay whole; the seed decides."
+def test_a_table_is_split_by_the_target(dr):
+    "The labels stay, the split is stratified by the target and keeps patients together; the seed determines it."
     t = task_table(dr, REFERABLE)
     assert list(t.columns) == ['image', 'label', 'group', 'split', 'data_eye', 'target']
     assert set(t.label) > {'0', '2'}
@@ -142,14 +142,14 @@ def test_a_table_is_split_by_what_is_learnt(dr):
     assert len(t) == 48
     assert t.groupby('group').split.nunique().max() == 1
     assert set(t.split) == {'train', 'valid'}
-    share = t.target.eq('referable').groupby(t.split).mean()
-    assert abs(share.train - share.valid) < 0.2
+    fraction = t.target.eq('referable').groupby(t.split).mean()
+    assert abs(fraction.train - fraction.valid) < 0.2
     assert (t.split == 'valid').mean() == pytest.approx(0.2, abs=0.05)
     assert task_table(dr, REFERABLE).equals(t)
     assert not task_table(dr, REFERABLE, seed=1).split.equals(t.split)
     assert (task_table(dr, REFERABLE, valid=0.5).split == 'valid').mean() == pytest.approx(0.5, abs=0.1)
     assert task_table(label_table(dr), REFERABLE)[['image', 'split']].equals(t[['image', 'split']]), (
-        'a table is as good as its folder'
+        'a table gives another split than its folder'
     )
 
 
@@ -172,7 +172,7 @@ def test_a_table_from_labels_beside_a_folder(dr, tmp_path):
         task_table(dr, REFERABLE, labels.assign(grade=0).drop(columns='split'))
 
 
-# ---------------------------------------------------------------- tasks by name, and one's own
+# ---------------------------------------------------------------- tasks by name, and custom tasks
 
 
 def test_get_task():
@@ -201,14 +201,14 @@ def test_get_task():
         (lambda: get_task('dr', augment='mirror+what'), ('what',)),
     ],
 )
-def test_refused(make, words):
+def test_invalid_arguments(make, words):
     with pytest.raises(ValueError) as e:
         make()
     for w in words:
         assert w in str(e.value)
 
 
-def test_own_task_in_a_few_lines(dr):
+def test_custom_task_in_a_few_lines(dr):
     hand = Task(
         'hands',
         (Target('eye', ('left', 'right'), lambda s: s.split('_')[-1], 'NUMBER_left, NUMBER_right'),),
@@ -233,7 +233,7 @@ def test_own_task_in_a_few_lines(dr):
 
 
 def fundus(w, h, radius, cut, size=160):
-    "A round field on black, cut above and below, with a white mark at each end of its width and height"
+    "A round field on black, cropped at the top and bottom, with a white mark at each end of its width and height"
     y, x = np.mgrid[:h, :w]
     a = np.zeros((h, w, 3), np.uint8)
     field = (np.hypot(x - w / 2, y - h / 2) < radius) & (abs(y - h / 2) < cut)
@@ -256,7 +256,7 @@ def fundus(w, h, radius, cut, size=160):
         (900, 300, 140, 999),
     ],
 )
-def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
+def test_a_fundus_image_keeps_its_disc(w, h, radius, cut):
     im, (bw, bh) = fundus(w, h, radius, cut)
     d = get_task('dr', size=160)
     a = np.asarray(ReadImage(d.size, d.reader, d.fit).image(im)).astype(int)
@@ -265,18 +265,18 @@ def test_a_fundus_photograph_keeps_its_disc(w, h, radius, cut):
     ys, xs = np.nonzero(lit)
     got = (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1)
     assert max(got) >= 157  # the black borders are gone
-    assert got[0] / got[1] == pytest.approx(bw / bh, rel=0.04)  # the aspect ratio is not
+    assert got[0] / got[1] == pytest.approx(bw / bh, rel=0.04)  # the aspect ratio is kept
     white = a.min(2) > 150
     for part in (white[:, :80], white[:, 80:], white[:80], white[80:]):
-        assert part.any()  # all four ends are there
+        assert part.any()  # all four marks are visible
     edge = xs.min() + 7 * 160 // max(bw, bh)
     assert white[:, :edge].any()
     assert white[:, 160 - edge :].any()
 
 
-def test_a_photograph_is_not_trimmed_or_squeezed():
+def test_a_flower_image_is_neither_trimmed_nor_squeezed():
     a = np.zeros((80, 160, 3), np.uint8)
-    a[20:60, 60:100] = 255  # a square in the middle of a wide picture
+    a[20:60, 60:100] = 255  # a square in the middle of a wide image
     f = get_task('flowers', size=64)
     out = np.asarray(read_image(Image.fromarray(a), 64, f.reader, f.fit)).max(2) > 127
     ys, xs = np.nonzero(out)
@@ -303,8 +303,8 @@ def test_datablock(dr):
 
 def test_every_image_with_its_own_label(dr):
     t, task, dls = loaders(dr, target='grade', augment='none')
-    for side, dl in (('valid', dls.valid), ('train', dls.train.new(shuffle=False, drop_last=False))):
-        rows, xs, ys = t[t.split == side], *map(torch.cat, zip(*[(torch.Tensor(x), torch.Tensor(y)) for x, y in dl]))
+    for subset, dl in (('valid', dls.valid), ('train', dls.train.new(shuffle=False, drop_last=False))):
+        rows, xs, ys = t[t.split == subset], *map(torch.cat, zip(*[(torch.Tensor(x), torch.Tensor(y)) for x, y in dl]))
         assert [dls.vocab[int(y)] for y in ys] == rows.target.tolist()
         assert torch.equal(pixels(xs), torch.stack([read(task, n) for n in rows.image]))
 
@@ -320,14 +320,14 @@ def test_training_batches_of_dr_are_exact_quarter_turns(dr):
     target = dict(zip(t.image, t.target))
     turns = []
     for _ in range(3):
-        seen = []
+        indices = []
         for x, y in dls.train:
             for im, c in zip(pixels(x), y):
                 n, k = known[im.numpy().tobytes()]
                 assert target[n] == dls.vocab[int(c)]
-                seen.append(n)
+                indices.append(n)
                 turns.append(k)
-        assert len(seen) == len(set(seen)) >= (t.split == 'train').sum() - 7
+        assert len(indices) == len(set(indices)) >= (t.split == 'train').sum() - 7
     assert set(turns) == {0, 1, 2, 3}
     assert np.bincount(turns).min() > len(turns) / 10
 
@@ -335,19 +335,19 @@ def test_training_batches_of_dr_are_exact_quarter_turns(dr):
 def test_training_batches_of_flowers_are_the_four_views(dr):
     task = get_task('flowers', 48)
     t, task, dls = loaders(dr, replace(task, targets=(REFERABLE,)))
-    side = t[t.split == 'train']
-    seen = []
+    subset = t[t.split == 'train']
+    indices = []
     known = torch.stack(
-        [torch.stack([v(o) for v in VIEWS['mirror_near']]) for o in (read(task, n) for n in side.image)]
+        [torch.stack([v(o) for v in VIEWS['mirror_near']]) for o in (read(task, n) for n in subset.image)]
     ).int()  # (images, views, 3, 48, 48)
     for x, y in [b for _ in range(2) for b in dls.train]:
         for im, c in zip(pixels(x).int(), y):
             far = (known - im).abs().amax((2, 3, 4))
             i, k = divmod(int(far.argmin()), 4)
             assert far.min() <= 1
-            assert side.target.iloc[i] == dls.vocab[int(c)]
-            seen.append(k)
-    assert np.bincount(seen, minlength=4).min() > len(seen) / 10
+            assert subset.target.iloc[i] == dls.vocab[int(c)]
+            indices.append(k)
+    assert np.bincount(indices, minlength=4).min() > len(indices) / 10
 
 
 @pytest.mark.parametrize('augment', ['quarter_turns', 'mirror_near', CHANGES])
@@ -358,10 +358,10 @@ def test_validation_batches_are_not_augmented(dr, augment):
         assert torch.equal(pixels(torch.cat([torch.Tensor(x) for x, _ in dls.valid])), want)
     first = torch.cat([torch.Tensor(x) for x, _ in dls.train.new(shuffle=False, drop_last=False)])
     read_as = torch.stack([read(task, n) for n in t[t.split == 'train'].image])
-    assert not torch.equal(pixels(first), read_as)  # the training set is
+    assert not torch.equal(pixels(first), read_as)  # the training images are
 
 
-def test_normalised_as_asked(dr):
+def test_batches_are_normalised_as_requested(dr):
     mean = (0.1, 0.2, 0.3)
     std = (0.4, 0.5, 0.6)
     t, task, dls = loaders(dr, augment='none', mean=mean, std=std)
@@ -386,7 +386,7 @@ def test_workers_read_the_same(dr):
 
 
 @pytest.mark.parametrize('bs', [0, -1, 2.5, '8', None])
-def test_batch_sizes_that_are_none(dr, bs):
+def test_invalid_batch_sizes(dr, bs):
     with pytest.raises(ValueError, match='bs='):
         loaders(dr, bs=bs)
 
@@ -401,7 +401,7 @@ def test_a_set_smaller_than_a_batch(dr):
 
 
 @pytest.mark.parametrize('label', ['0_1', '1_0', 'nan', '1e400', '٢', '1,0', '0x1', ''])
-def test_grades_that_are_none(label):
+def test_invalid_grades(label):
     with pytest.raises(ValueError, match='1 images have an unknown grade'):
         encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE)
 
@@ -416,11 +416,11 @@ def test_grades_that_are_none(label):
         ('0e0', '0'),
     ],
 )
-def test_grades_as_people_write_them(label, grade):
+def test_grades_in_common_spellings(label, grade):
     assert encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist() == [grade]
 
 
-def test_numbers_that_are_measured_are_no_classes():
+def test_measurements_are_not_classes():
     t = pd.DataFrame({'image': [f'{i}.png' for i in range(60)], 'label': [str(i) for i in range(60)]})
     with pytest.raises(ValueError, match=r'60 different numbers .*regression.*--label-col'):
         encode_target(t, Target('class'))
@@ -432,6 +432,6 @@ def test_numbers_that_are_measured_are_no_classes():
 
 
 @pytest.mark.parametrize('n', [-1, 1.5, '2', 1000])
-def test_numbers_of_workers_that_are_none(dr, n):
+def test_invalid_numbers_of_workers(dr, n):
     with pytest.raises(ValueError, match=r'num_workers=.*give the number of processes'):
         loaders(dr, num_workers=n)

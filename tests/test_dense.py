@@ -13,7 +13,7 @@ from dr_transfer.models.networks import CifarNet
 
 
 def stirred(net):
-    "BatchNorm with its own values"
+    "Random values for BatchNorm"
     torch.manual_seed(1)
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -23,8 +23,8 @@ def stirred(net):
 
 
 def parts(name):
-    """Convolutions, and what comes after them, of a network of torchvision,
-    with weights through which an image does not fade
+    """The convolutions and the other layers of a network of torchvision,
+    with weights that keep the variance of an image
     """
     import torchvision
 
@@ -48,7 +48,7 @@ def parts(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    'name, side',
+    'name, input_size',
     [
         ('alexnet', 6),
         ('vgg16', 7),
@@ -56,15 +56,15 @@ def parts(name):
         ('resnet18', 7),
     ],
 )
-def test_score_maps_of_the_networks_of_the_texts(name, side):
+def test_score_maps_of_the_networks_of_the_texts(name, input_size):
     net, inner, end = parts(name)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    everywhere = as_convolutions(end, (side, side))
+    everywhere = as_convolutions(end, (input_size, input_size))
     for m in everywhere.modules():
         assert not isinstance(m, (nn.Linear, nn.AdaptiveAvgPool2d))
     out = everywhere(inner(x))
-    assert out.shape == (2, 1000, 1, 1), 'two images have two answers, a thousand tolerances apart'
-    assert (out[0] - out[1]).std() > 1e-2 * out.std(), 'two images have two answers, a thousand tolerances apart'
+    assert out.shape == (2, 1000, 1, 1)
+    assert (out[0] - out[1]).std() > 1e-2 * out.std(), 'two images do not differ by a thousand tolerances'
     assert torch.allclose(out[..., 0, 0], net(x), atol=1e-5, rtol=1e-5)
     assert everywhere(inner(torch.zeros(1, 3, 288, 256))).shape[2:] == (3, 2)
 
@@ -98,7 +98,7 @@ def test_each_position_of_a_score_map_equals_the_head_on_its_window(arch, size, 
         assert torch.allclose(out[..., i, j], head(maps[..., i : i + h, j : j + w]), atol=1e-5, rtol=1e-5)
 
 
-def test_what_cannot_be_a_convolution_is_refused_by_name():
+def test_layers_that_cannot_be_convolutions_are_named():
     for layers, words in (
         (nn.Sequential(nn.Flatten(), nn.Softmax(1)), 'Softmax'),
         (nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'pooled to 3 by 3'),
@@ -142,7 +142,7 @@ def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
 
 
 @pytest.mark.parametrize('n', [2, 5])
-def test_cifarnet_is_as_large_as_the_study_says(n):
+def test_cifarnet_is_as_large_as_the_study_states(n):
     net = CifarNet(n)
     assert 0.14e6 < sum(p.numel() for p in net.parameters()) < 0.16e6  # "about 0.15 million"
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, n)

@@ -36,13 +36,13 @@ def test_broken_link_is_found(tmp_path, link):
     assert broken(tmp_path, index=f'<p id="x"></p><a href="{link}"></a>', sub__page='') == [('index.html', link)]
 
 
-def test_missing_picture_is_found(tmp_path):
+def test_missing_image_is_found(tmp_path):
     assert broken(tmp_path, index='<img src="gone.png"><img src="data:image/png;base64,AAAA">') == [
         ('index.html', 'gone.png')
     ]
 
 
-def test_checker_says_so_by_its_exit_status(tmp_path, capsys):
+def test_checker_exits_with_an_error(tmp_path, capsys):
     main = tool('check_links').main
     with pytest.raises(SystemExit, match='no pages'):
         main(tmp_path)
@@ -77,7 +77,7 @@ def test_names_that_no_page_describes_are_not_linked():
     assert docs.unlink(text, home, hidden) == f'`x` `some` {link}'
 
 
-def test_what_is_exported_for_other_modules_alone_has_no_address():
+def test_names_exported_for_other_modules_only_have_no_address():
     pytest.importorskip('nbdev')
     hidden = tool('build_docs').hidden_names()
     assert 'data/columns.html#find_column' in hidden

@@ -108,7 +108,7 @@ def test_the_site_shows_the_sections_once():
         '',
     ],
 )
-def test_an_entry_that_is_not_understood_is_an_error(text):
+def test_an_invalid_entry_is_an_error(text):
     entries = tool('show_sections').entries
     assert entries('DataFrame\n    One row\n    for each image') == '- `DataFrame`: One row for each image'
     assert entries('int\n    One\n\nValueError\n    Two\n').count('\n') == 1

@@ -10,7 +10,7 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from helpers import good, refused
+from helpers import error_line, good
 from torch import nn
 
 import dr_transfer.evaluation.cross_validation as crossval
@@ -56,18 +56,18 @@ def labelled(flowers):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    "The sizes of the training sides that were really trained on."
-    seen = []
+    "The sizes of the training sets that were really used."
+    train_sizes = []
     build = crossval.build_learner
     monkeypatch.setattr(
         crossval,
         'build_learner',
-        lambda t, *a, **kw: seen.append(int((t.split == 'train').sum())) or build(t, *a, **kw),
+        lambda t, *a, **kw: train_sizes.append(int((t.split == 'train').sum())) or build(t, *a, **kw),
     )
-    return seen
+    return train_sizes
 
 
-# ---------------------------------------------------------------- sides
+# ---------------------------------------------------------------- subsets
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -81,18 +81,18 @@ def test_no_group_is_in_two_subsets_and_small_sets_are_parts_of_larger_ones(labe
     assert [len(s) for s in train] == [10, 25, 50]
     for a, b in itertools.pairwise(train):
         assert set(a.image) < set(b.image)
-    share = t[t.split == 'train'].target.value_counts(normalize=True)
+    fraction = t[t.split == 'train'].target.value_counts(normalize=True)
     for s in train:
-        assert (abs(s.target.value_counts().reindex(share.index, fill_value=0) - share * len(s)) <= 1).all(), (
-            'each class in proportion'
+        assert (abs(s.target.value_counts().reindex(fraction.index, fill_value=0) - fraction * len(s)) <= 1).all(), (
+            'the subset is not stratified'
         )
     for s in sets:
         assert s[s.split == 'test'].image.tolist() == t[t.split == 'test'].image.tolist(), (
-            'the unseen images are the same'
+            'the validation images differ'
         )
 
 
-def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(labelled):
+def test_the_number_of_validation_images_is_limited_and_depends_on_the_seed(labelled):
     a, b = (unseen_split(labelled, labelled.group.to_numpy(), max_test=12, seed=s) for s in (0, 1))
     assert (a.split == 'test').sum() <= 12
     assert set(a[a.split == 'test'].image) != set(b[b.split == 'test'].image)
@@ -101,22 +101,22 @@ def test_at_most_so_many_unseen_images_count_and_another_seed_takes_others(label
 
 
 def test_random_initialisation_gets_steps_not_epochs(labelled):
-    sides = unseen_split(labelled, labelled.group.to_numpy())
+    splits = unseen_split(labelled, labelled.group.to_numpy())
     for n, epochs in ((10, 300), (70, 300), (100, 200)):  # one, two and three steps an epoch
         learn = build_learner(
-            first_images(sides, n), get_task('flowers', 32), plan=METHODS[BASELINE], arch='small_cnn', runtime='plain'
+            first_images(splits, n), get_task('flowers', 32), plan=METHODS[BASELINE], arch='small_cnn', runtime='plain'
         )
         assert _epochs(learn, METHODS[BASELINE].phases[0]) == epochs
     assert plan_table(plans=[METHODS[BASELINE]]).epochs.tolist() == ['by number of images']
-    assert METHODS[BASELINE].phases[0].frozen == 0, 'the statistics of random weights must move'
-    assert METHODS[BASELINE].phases[0].fixed_bn is False, 'the statistics of random weights must move'
+    assert METHODS[BASELINE].phases[0].frozen == 0, 'the statistics of random weights must change'
+    assert METHODS[BASELINE].phases[0].fixed_bn is False, 'the statistics of random weights must change'
 
 
 # ---------------------------------------------------------------- curves
 
 
-def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
-    ask = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
+def test_an_interrupted_study_is_resumed(flowers, trainings):
+    arguments = dict(sizes=(10, 30), methods=SHORT, seeds=1, **FAST)
     real = crossval.build_learner
 
     def stop(t, *a, **kw):
@@ -127,10 +127,10 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(crossval, 'build_learner', stop)
         with pytest.raises(KeyboardInterrupt):
-            learning_curve(flowers, **ask)
+            learning_curve(flowers, **arguments)
     assert trainings == [10, 10, 30]
-    runs = learning_curve(flowers, **ask)
-    assert trainings == [10, 10, 30, 30], 'only what was missing was trained'
+    runs = learning_curve(flowers, **arguments)
+    assert trainings == [10, 10, 30, 30], 'something was trained twice'
     assert runs[['method', 'images']].values.tolist() == [
         [BASELINE, 10],
         ['frozen', 10],
@@ -138,12 +138,12 @@ def test_a_study_that_was_interrupted_goes_on(flowers, trainings):
         ['frozen', 30],
     ]
     assert runs.accuracy.between(0, 1).all()
-    more = learning_curve(flowers, **{**ask, 'sizes': (10, 30, 40)})
+    more = learning_curve(flowers, **{**arguments, 'sizes': (10, 30, 40)})
     assert trainings[4:] == [40, 40]
     assert more[more.images < 40].reset_index(drop=True).equals(runs)
 
 
-def test_sizes_and_methods_are_refused_before_anything_is_trained(flowers, trainings):
+def test_sizes_and_methods_are_checked_before_anything_is_trained(flowers, trainings):
     with pytest.raises(ValueError, match='1000 training images were given, but there are'):
         learning_curve(flowers, sizes=(10, 1000), methods=SHORT, **FAST)
     with pytest.raises(ValueError, match='frozen'):
@@ -171,15 +171,15 @@ def test_error_over_epochs_ends_where_the_predictions_do(flowers, trainings):
     for name, plan in method_plans(methods).items():
         p, _ = train_once(t, task, None, plan, 2, 0, metrics=[accuracy], augment='none', **how)
         assert h[h.method == name].error.iloc[-1] == pytest.approx(1 - (p.target == p.prediction).mean()), (
-            'the error of the unseen images'
+            'not the error on the validation images'
         )
-    assert len(trainings) == 3, 'these were the trainings of the curve'
+    assert len(trainings) == 3, 'these were not the trainings of the curve'
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- stored trainings
 
 
-def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, trainings):
+def test_a_stored_training_is_found_by_all_that_affects_it(labelled, tmp_path, trainings):
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     task = get_task('flowers', 32)
     plan = Plan('short', (Phase(0, 1, 3e-3, fixed_bn=False),))
@@ -189,10 +189,10 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
 
     assert kept(a=1, m=[accuracy]) == kept(a=1, m=[accuracy]) != kept(a=2, m=[accuracy]) != kept(a=2)
     for o in (lambda a, b: 0, nn.Linear(2, 2), CrossEntropyLossFlat(), EarlyStoppingCallback()):
-        assert kept(o=o) is None, 'what has no description is not kept'
+        assert kept(o=o) is None, 'an object without a description is not stored'
     how = dict(arch='small_cnn', runtime='plain', allow_leaks=True, say=lambda line: None)
     file = tmp_path / 'w.safetensors'
-    for seed in (1, 2):  # one name, other weights
+    for seed in (1, 2):  # the same name, other weights
         torch.manual_seed(seed)
         save_weights(create_body('small_cnn', 'random'), file, overwrite=True)
         train_once(t, task, None, plan, weights=file, **how)
@@ -202,7 +202,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(labelled, tmp_path, tr
     assert len(trainings) == 2, 'the same weights under another name'
     for _ in range(2):
         train_once(t, task, None, plan, weights='random', loss_func=CrossEntropyLossFlat(), **how)
-    assert len(trainings) == 4, 'a loss that cannot be told by its name is trained each time'
+    assert len(trainings) == 4, 'a loss that its name does not identify is trained each time'
 
 
 def swap(folder):
@@ -225,7 +225,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize('name', [*DAMAGE, 'a file', 'that of another training'])
-def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
+def test_a_changed_stored_training_is_not_used(tmp_path, name):
     folder = tmp_path / 'trainings' / 'a'
     other = tmp_path / 'trainings' / 'b'
     tables = [
@@ -249,7 +249,7 @@ def test_a_kept_training_that_was_changed_is_not_believed(tmp_path, name):
 
 
 def test_a_changed_prediction_is_trained_again(labelled, trainings, cache_dir):
-    "And is the same as before"
+    "The prediction is the same as before"
     t = labelled[:30].assign(split=['train'] * 20 + ['valid'] * 10)
     how = dict(arch='small_cnn', weights='random', runtime='plain', allow_leaks=True, say=lambda line: None)
 
@@ -311,13 +311,13 @@ def curve(**scores):
             (0.4, 0.5, 0.6, 0.7),
             [50, 100, 200, np.inf],
             [25, 50, 100, np.inf],
-        ),  # one doubling ahead; the last is beyond what was tried
+        ),  # one doubling ahead; the last is beyond the largest size
         ((0.3, 0.4, 0.5, 0.6), [25, 50, 100, 200], [0, 0, 0, 0]),  # no better
-        ((0.1, 0.2, 0.3, 0.4), [25, 50, 100, 200], [0, 0, 0, 0]),  # worse: none, never less than none
+        ((0.1, 0.2, 0.3, 0.4), [25, 50, 100, 200], [0, 0, 0, 0]),  # worse: zero, never negative
         ((0.45, 0.45, 0.45, 0.45), [2**0.5 * 50, 2**0.5 * 50, 100, 200], [2**0.5 * 50 - 25, 2**0.5 * 50 - 50, 0, 0]),
     ],
-)  # ahead at first only
-def test_images_saved_are_known_where_the_curves_are(frozen, needed, saved):
+)  # better at small sizes only
+def test_images_saved_equal_those_of_known_curves(frozen, needed, saved):
     w = value_of_pretraining(curve(random_initialisation=(0.3, 0.4, 0.5, 0.6), frozen=frozen)).loc['frozen']
     assert w.images_needed.tolist() == pytest.approx(needed)
     assert w.images_saved.tolist() == pytest.approx(saved)
@@ -345,7 +345,7 @@ def test_table_and_figure_of_a_curve():
     t = curve_table(runs)
     assert t.loc[('frozen', 25), 'gain'] == pytest.approx(0.2)
     assert t.loc[BASELINE].gain.isna().all()
-    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits agree on the difference'
+    assert t.loc[('frozen', 25), 'gain_high'] == pytest.approx(0.2), 'the splits do not agree on the difference'
     assert [ax.get_title() for ax in plot_learning_curve(runs).axes] == [BASELINE, 'frozen']
     with pytest.raises(ValueError, match='accuracy'):
         curve_table(runs, 'kappa')
@@ -356,7 +356,7 @@ def test_table_and_figure_of_a_curve():
 # ---------------------------------------------------------------- methods on one split
 
 
-def test_one_name_is_a_list_of_one_and_a_name_stands_once():
+def test_one_name_is_a_list_of_one_and_names_are_unique():
     assert list(_recipes('cifarnet', 'head')) == ['head']
     assert list(method_plans('frozen')) == ['frozen']
     with pytest.raises(ValueError, match='two plans have the same name'):
@@ -374,7 +374,7 @@ def test_methods_are_named_by_what_differs():
     ]
 
 
-def test_the_same_method_twice_does_not_differ_from_itself(flowers):
+def test_a_method_does_not_differ_from_itself(flowers):
     same = {n: Plan(n, (Phase(-1, None, 1e-3),)) for n in ('one', 'two')}
     c = compare(
         flowers,
@@ -409,13 +409,13 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         '--resamples',
         '100',
     ]
-    said = good(*words, '--out', c_png)
-    assert 'accuracy, on the same' in said.out
-    assert 'test_resnet' in said.out
+    result = good(*words, '--out', c_png)
+    assert 'accuracy, on the same' in result.out
+    assert 'test_resnet' in result.out
     assert c_png.stat().st_size > 1000
     t = pd.read_csv(tmp_path / 'c_table.csv').set_index(['method', 'metric'])
     assert t.loc[('small_cnn', 'accuracy')].difference != t.loc[('small_cnn', 'accuracy')].difference, (
-        'the first is not held against itself'
+        'the first is compared with itself'
     )
     assert (
         t.loc[('test_resnet', 'accuracy'), 'difference_low']
@@ -423,11 +423,11 @@ def test_compare_from_the_command_line(flowers, tmp_path, trainings):
         <= t.loc[('test_resnet', 'accuracy'), 'difference_high']
     )
     assert len(trainings) == 2
-    assert 'c.png exists already' in refused(*words, '--out', c_png)
+    assert 'c.png exists already' in error_line(*words, '--out', c_png)
     assert len(trainings) == 2
     again = good(*words, '--out', tmp_path / 'd.png', '--seed', '42')
     assert len(trainings) == 2
     assert pd.read_csv(tmp_path / 'd_table.csv').set_index(['method', 'metric']).equals(t)
     assert again.code == 0
-    assert 'metric' in refused(*words, '--metric', 'speed', '--out', tmp_path / 'e.png')
-    assert 'the figure is a PNG file' in refused(*words, '--out', tmp_path / 'e.csv')
+    assert 'metric' in error_line(*words, '--metric', 'speed', '--out', tmp_path / 'e.png')
+    assert 'the figure is a PNG file' in error_line(*words, '--out', tmp_path / 'e.csv')

@@ -71,7 +71,7 @@ def image_model(arch, head='linear', size=64, classes=('no', 'referable'), body=
     )
 
 
-def picture(size=64, seed=0):
+def noise_image(size=64, seed=0):
     return np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
 
 
@@ -80,7 +80,7 @@ def batch(model, *images):
     return parts.batch([parts.read(i) for i in images])
 
 
-# ---------------------------------------------------------------- filters
+# ---------------------------------------------------------------- first-layer filters
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def batch(model, *images):
         ('test_vit', (64, 3, 16, 16)),
     ],
 )
-def test_the_first_filters_are_found_and_random_ones_score_as_chance(arch, shape):
+def test_first_layer_filters_are_found_and_random_ones_have_the_score_of_chance(arch, shape):
     torch.manual_seed(1)
     body = create_body(arch, 'random')
     w = first_layer_filters(body)
@@ -121,7 +121,7 @@ def test_pretrained_filters_are_more_edge_like_than_random_ones(arch):
 
 
 @pytest.mark.parametrize('k', [3, 5, 7, 11])
-def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
+def test_edges_of_any_colour_size_and_contrast_have_a_high_score(k):
     rng = np.random.default_rng(0)
     bank = gabor_bank(k, k)
     noise = rng.normal(size=(30, 3, k, k))
@@ -139,7 +139,7 @@ def test_the_score_knows_edges_of_any_colour_size_and_strength(k):
     assert np.isnan(gabor_fraction(np.concatenate([noise, 1e-6 * noise[:1]]))).tolist() == [False] * 30 + [True]
 
 
-def test_what_has_no_first_filters_is_refused():
+def test_networks_without_first_layer_filters_are_errors():
     for net, words in (
         ('resnet18', 'give a learner'),
         (nn.Linear(2, 2), 'no convolution'),
@@ -158,7 +158,7 @@ def test_what_has_no_first_filters_is_refused():
 
 def test_activations_are_those_of_the_stages():
     m = image_model('small_cnn')
-    images = [picture(seed=i) for i in range(3)]
+    images = [noise_image(seed=i) for i in range(3)]
     with torch.no_grad():
         maps = model_parts(m).stages.maps(batch(m, *images))
     t = activation_table(m, images)
@@ -240,11 +240,11 @@ CHAINS = [
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
-    """The weights of a linear head, and of what its BatchNorm does, on the maps;
-    by the head and by the name of the stage
+    """The weights of a linear head, including its BatchNorm, applied to the maps;
+    with the head and with the name of the stage
     """
     m = image_model(arch, size=size, **kw)
-    im = picture(size)
+    im = noise_image(size)
     stages, (_, norm, _, linear) = m.model[0], m.model[1]
     for v, low in ((norm.running_var, 0.5), (norm.weight.data, 0.5), (norm.running_mean, -1)):
         v.uniform_(low, 1.5)
@@ -256,8 +256,8 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
         cams = [torch.einsum('c,nchw->nhw', a, x)[:, None] for a, x in zip(w, maps)]
         signed = sum(F.interpolate(c, maps[0].shape[-2:], mode='bilinear') for c in cams)
     assert signed.abs().max() > 0
-    for c, side in enumerate((-signed, signed)):  # of two classes what speaks for one speaks against the other
-        want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
+    for c, evidence in enumerate((-signed, signed)):  # with two classes, evidence for one is evidence against the other
+        want = F.interpolate(evidence.relu(), (size, size), mode='bilinear')[0, 0]
         got = grad_cam(m, im, c)
         assert got.dtype == np.float32
         assert np.allclose(got, want / want.max().clamp(min=1e-30), atol=1e-4)
@@ -268,15 +268,15 @@ def test_at_the_last_stage_grad_cam_is_the_class_activation_map(arch, size, kw):
 @needs_captum
 @pytest.mark.parametrize('arch, size, kw', CHAINS)
 def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size, kw):
-    "The same with hooks and backward() of PyTorch alone"
+    "The same with hooks and backward() of PyTorch only"
     m = image_model(arch, size=size, **kw)
-    im = picture(size, 1)
+    im = noise_image(size, 1)
     stages, head = m.model
     name = stage_names(stages)[max(0, len(stages) - 3)]
-    seen = []
+    outputs = []
 
     def watch(module, i, o):
-        seen.append(o)
+        outputs.append(o)
         o.retain_grad()
         return o.clone()
 
@@ -284,10 +284,10 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
     z = log_odds(head(stages(batch(m, im).requires_grad_())))[0, 1]
     hook.remove()
     z.backward()
-    signed = (seen[0].grad.mean((2, 3), keepdim=True) * seen[0]).sum(1, keepdim=True).detach()
+    signed = (outputs[0].grad.mean((2, 3), keepdim=True) * outputs[0]).sum(1, keepdim=True).detach()
     assert signed.abs().max() > 0
-    for c, side in enumerate((-signed, signed)):
-        want = F.interpolate(side.relu(), (size, size), mode='bilinear')[0, 0]
+    for c, evidence in enumerate((-signed, signed)):
+        want = F.interpolate(evidence.relu(), (size, size), mode='bilinear')[0, 0]
         assert np.allclose(grad_cam(m, im, c, name), (want / want.max().clamp(min=1e-30)).numpy(), atol=1e-4)
 
 
@@ -302,13 +302,13 @@ def test_a_stage_by_name_is_weighted_by_the_gradient_through_the_rest(arch, size
 )
 def test_transformers_have_grad_cam_on_their_tokens(arch, size):
     m = image_model(arch, size=size)
-    im = picture(size)
+    im = noise_image(size)
     torch.nn.init.normal_(m.model[1][-1].weight)
-    heat = grad_cam(m, im, 'referable')
+    attribution = grad_cam(m, im, 'referable')
     other = grad_cam(m, im, 'no')
-    assert heat.shape == (size, size)
-    assert np.isfinite(heat).all()
-    assert np.ptp(other - heat) > 0.5
+    assert attribution.shape == (size, size)
+    assert np.isfinite(attribution).all()
+    assert np.ptp(other - attribution) > 0.5
     for x in m.model.modules():
         assert not x._forward_hooks
     with pytest.raises(ValueError, match="unknown stage 'stage3'"):
@@ -319,21 +319,21 @@ def test_transformers_have_grad_cam_on_their_tokens(arch, size):
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head(head):
     m = image_model('test_resnet', head, classes=tuple('01234'))
-    h = [grad_cam(m, picture(), c, 'stage2') for c in '01234'] + [grad_cam(m, picture(), c) for c in range(5)]
+    h = [grad_cam(m, noise_image(), c, 'stage2') for c in '01234'] + [grad_cam(m, noise_image(), c) for c in range(5)]
     for x in h:
         assert x.shape == (64, 64)
         assert x.min() >= 0
         assert x.max() <= 1
     assert max(np.ptp(x - h[0]) for x in h[:5]) > 0.1
     assert max(x.max() for x in h[5:]) == 1
-    assert np.array_equal(h[5 + m.probs([picture()], 'none').argmax()], grad_cam(m, picture()))
+    assert np.array_equal(h[5 + m.probs([noise_image()], 'none').argmax()], grad_cam(m, noise_image()))
 
 
 @needs_captum
 @pytest.mark.parametrize('stage', [None, 'stage2'])
-def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
+def test_a_model_is_not_changed_and_its_fast_copies_are_not_used(stage):
     m = image_model('test_resnet', body=(Runtime(True, True), None))
-    m.probs([picture()], 'none')
+    m.probs([noise_image()], 'none')
     body = m.model[0]
     copied = body._copy
     assert copied is not None
@@ -353,25 +353,25 @@ def test_a_model_is_left_as_it_was_and_its_quick_copies_are_not_used(stage):
 
     before = state()
     with torch.no_grad():
-        heat = grad_cam(m, picture(), 1, stage)
+        attribution = grad_cam(m, noise_image(), 1, stage)
     after = state()
     assert before[1:] == after[1:]
     for (_, a), (_, b) in zip(before[0], after[0]):
         assert torch.equal(a, b)
     assert body._copy is copied
     plain = image_model('test_resnet')
-    assert np.allclose(grad_cam(plain, picture(), 1, stage), heat, atol=1e-4)
+    assert np.allclose(grad_cam(plain, noise_image(), 1, stage), attribution, atol=1e-4)
 
 
 @needs_captum
-def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
+def test_a_learner_and_its_saved_model_have_the_same_maps(tmp_path):
     from dr_transfer.core import build_learner, valid_predictions
     from dr_transfer.inference.saved_model import image_model as saved
     from dr_transfer.inference.saved_model import load_model, save_model
     from dr_transfer.synthetic.fundus import make_dr
 
-    make_dr(tmp_path / 'eyes', n=40, size=64, workers=1)
-    learn = build_learner(tmp_path / 'eyes', 'dr', arch='test_resnet', weights='random', size=64)
+    make_dr(tmp_path / 'fundus', n=40, size=64, workers=1)
+    learn = build_learner(tmp_path / 'fundus', 'dr', arch='test_resnet', weights='random', size=64)
     model = load_model(save_model(learn, tmp_path / 'model'), 'plain')
     im = learn.table.image.iloc[0]
     assert np.allclose(grad_cam(learn, im, 'referable'), grad_cam(model, im, 'referable'), atol=1e-5)
@@ -386,13 +386,13 @@ def test_a_learner_and_its_saved_model_say_the_same(tmp_path):
 
 
 @needs_captum
-def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
+def test_the_figure_of_decisions_shows_the_predicted_class():
     from dr_transfer.metrics.operating_point import OperatingPoint
 
     m = image_model('test_resnet')
     t = pd.DataFrame(
         {
-            'image': [picture(seed=0), picture(seed=1)],
+            'image': [noise_image(seed=0), noise_image(seed=1)],
             'target': ['no', 'referable'],
             'p_no': [0.7, 0.9],
             'p_referable': [0.3, 0.1],
@@ -402,8 +402,8 @@ def test_the_sheet_of_decisions_shows_the_class_that_was_decided_on():
         20:
     ]  # below the titles
     hot = [
-        np.asarray(overlay(model_parts(m).read(im), grad_cam(m, im, said)))[20:]
-        for im, said in zip(t.image, ('referable', 'no'))
+        np.asarray(overlay(model_parts(m).read(im), grad_cam(m, im, answer)))[20:]
+        for im, answer in zip(t.image, ('referable', 'no'))
     ]
     shown = [sheet[:, 64:128], sheet[:, 192:]]
     for h in hot:
@@ -439,7 +439,7 @@ def test_grad_cam_on_a_mask_and_its_chance_levels():
     assert d['area'] == (masks[0] & field).mean() * 2
     assert d['fraction'] == pytest.approx(
         ((masks[0] | ~field) & field).sum() / 256
-    )  # Grad-CAM outside the field counts against
+    )  # Grad-CAM outside the field lowers the score
     assert plot_grad_cam_tables({'a': perfect, 'b': flat}).axes
     for call, words in (
         (lambda: grad_cam_on_mask(np.ones((4, 4)), masks[0]), 'as the model reads it'),
@@ -454,10 +454,10 @@ def test_grad_cam_on_a_mask_and_its_chance_levels():
 def test_bad_input_and_a_missing_library(monkeypatch):
     m = image_model('small_cnn')
     for call, words in (
-        (lambda: grad_cam(m, picture(), 'severe'), "unknown class 'severe'"),
-        (lambda: grad_cam(m, picture(), 2), "unknown class '2'"),
-        (lambda: grad_cam(m, picture(), stage='stage9'), "unknown stage 'stage9'"),
-        (lambda: grad_cam(m.model, picture()), 'give a learner'),
+        (lambda: grad_cam(m, noise_image(), 'severe'), "unknown class 'severe'"),
+        (lambda: grad_cam(m, noise_image(), 2), "unknown class '2'"),
+        (lambda: grad_cam(m, noise_image(), stage='stage9'), "unknown stage 'stage9'"),
+        (lambda: grad_cam(m.model, noise_image()), 'give a learner'),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -465,10 +465,10 @@ def test_bad_input_and_a_missing_library(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'captum', None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[explain\]'"):
-        grad_cam(m, picture())
+        grad_cam(m, noise_image())
 
 
-def test_an_error_leaves_the_modes_as_they_were():
+def test_modes_are_restored_after_an_error():
     net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.ReLU()))
     net[1].eval()
     with pytest.raises(KeyError), evaluating(net):

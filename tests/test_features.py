@@ -47,7 +47,7 @@ HALF = ((127 / 255,) * 3, (128 / 255,) * 3)
 FIVE = (0.5,) * 3, (0.5,) * 3
 
 
-def nearer(x):
+def enlarged(x):
     "The central 78 %, enlarged with `interpolate`."
     n = x.shape[-1]
     e = round(n * 0.11)
@@ -57,7 +57,7 @@ def nearer(x):
 TURNS = {
     'none': [lambda x: x],
     'mirror': [lambda x: x.flip(3)],
-    'mirror_near': [lambda x: x, lambda x: x.flip(3), nearer, lambda x: nearer(x.flip(3))],
+    'mirror_near': [lambda x: x, lambda x: x.flip(3), enlarged, lambda x: enlarged(x.flip(3))],
     'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
 }
 TURNS['mirror'].insert(0, TURNS['none'][0])
@@ -65,7 +65,7 @@ TURNS['mirror'].insert(0, TURNS['none'][0])
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-    "So that a copy of this process computes the same bits, and does not wait for threads that it has not got"
+    "With one thread, a forked process computes the same bits and does not wait for threads that it does not have"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,53 +104,51 @@ def fresh(runtime='plain', arch='test_resnet', **kw):
     return Body(create_body(arch, 'random', **kw), RUNTIMES[runtime])
 
 
-def drawn(x):
-    return int(
-        (x != x[..., :1, :1]).flatten(1).any(1).sum()
-    )  # a batch is filled up with black images: they do not count
+def n_images(x):
+    return int((x != x[..., :1, :1]).flatten(1).any(1).sum())  # black images that fill up a batch do not count
 
 
 @contextmanager
 def counting(body, act=None):
     "Count the images that pass the network, with all views, but without the blank image that determines the widths."
-    seen = []
+    computed = []
 
     def hook(m, args):
         if act:
-            act(len(seen))
-        if drawn(args[0]):
-            seen.append(drawn(args[0]))
+            act(len(computed))
+        if n_images(args[0]):
+            computed.append(n_images(args[0]))
 
     handle = (body.stages[0] if isinstance(body.stages, nn.Sequential) else body.stages).register_forward_pre_hook(hook)
     try:
-        yield seen
+        yield computed
     finally:
         handle.remove()
 
 
 @contextmanager
-def asking(body):
-    "What the network is asked for: stage -> images, all views counted"
+def counting_requests(body):
+    "The features that the network computes: stage -> number of images, with all views"
     calls = []
-    asked = Counter()
+    requests = Counter()
     pooled = body.pooled
 
     def spy(x, names, *a):
-        if drawn(x):
-            calls.extend((n, drawn(x)) for n in names)
+        if n_images(x):
+            calls.extend((n, n_images(x)) for n in names)
         return pooled(x, names, *a)
 
     body.pooled = spy
     try:
-        yield asked
+        yield requests
     finally:
         del body.pooled
         for n, k in calls:
-            asked[n] += k
+            requests[n] += k
 
 
-def forked(work):
-    "Another process that does `work`, a copy of this one"
+def start_process(work):
+    "Run `work` in a forked process and return its id"
     if not sys.platform.startswith('linux'):
         pytest.skip('no process can be copied with its threads')
     if pid := os.fork():
@@ -165,8 +163,8 @@ def forked(work):
         os._exit(1)
 
 
-def ended(pid, seconds=60):
-    "How another process ended"
+def exit_code(pid, seconds=60):
+    "Return the exit code of another process"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -189,11 +187,11 @@ def times(f):
     return {p: p.stat().st_mtime_ns for d in folders(f).values() for p in (d, *d.iterdir())}
 
 
-def part(whole, stages):
-    return {k: v for k, v in whole.items() if k.split()[0].split('.')[0] in stages}
+def part(complete, stages):
+    return {k: v for k, v in complete.items() if k.split()[0].split('.')[0] in stages}
 
 
-# ---------------------------------------------------------------- the same by hand
+# ---------------------------------------------------------------- comparison with features by hand
 
 PLACES = {
     'test_resnet': 'maxpool layer1 layer2 layer3 layer4',
@@ -208,7 +206,7 @@ SIZE = 72
 
 
 def network(name):
-    "The network as its library makes it, with random weights and statistics"
+    "The network of its library, with random weights and statistics"
     torch.manual_seed(3)
     net = (
         SmallCNN()
@@ -222,7 +220,7 @@ def network(name):
 
 
 def maps_at(net, places, x):
-    "What a network computes at some of its modules"
+    "The outputs of some modules of a network"
     maps = {}
 
     def keep(place):
@@ -293,14 +291,14 @@ def test_features_are_those_of_the_network(name, views, paths, tmp_path):
             assert got.dtype == np.float32
             assert np.abs(got - w[:, :, i]).max() < 1e-4 * np.abs(w).max()
         scale = np.abs(w).max()
-        assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images differ, views differ, and the pools do
+        assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images, views and pools differ
         if views != 'none':
             assert np.abs(w[:, 0] - w[:, 1]).max() > 1e-3 * scale
         if name != 'test_vit':
             assert np.abs(w[:, :, 0] - w[:, :, 1]).max() > 1e-3 * scale
 
 
-def test_the_neck_is_what_the_classifier_sees(paths, tmp_path):
+def test_the_neck_is_the_input_of_the_classifier(paths, tmp_path):
     net = network('tf_efficientnet_lite0')
     save_file(net.state_dict(), tmp_path / 'w.safetensors')
     f = image_features(
@@ -310,12 +308,12 @@ def test_the_neck_is_what_the_classifier_sees(paths, tmp_path):
     x = (x.float() - 127) / 128
     with torch.no_grad():
         maps = net.forward_features(x)
-        seen = net.forward_head(net.forward_features(x), pre_logits=True).numpy()
+        computed = net.forward_head(net.forward_features(x), pre_logits=True).numpy()
     assert list(f.stages)[-2:] == ['stage7', 'neck']
     assert f.stages['neck'] == 1280 == net.num_features
-    assert np.abs(f.numpy('neck')[:, 0] - seen).max() < 1e-4 * np.abs(seen).max()
+    assert np.abs(f.numpy('neck')[:, 0] - computed).max() < 1e-4 * np.abs(computed).max()
     assert np.abs(f.numpy('neck', 'max')[:, 0] - maps.amax((2, 3)).numpy()).max() < 1e-4 * maps.abs().max()
-    assert np.abs(seen[0] - seen[1]).max() > 0.01 * np.abs(seen).max()
+    assert np.abs(computed[0] - computed[1]).max() > 0.01 * np.abs(computed).max()
 
 
 @pytest.mark.parametrize('bs', [1, 2, 7, 99, None])
@@ -324,13 +322,13 @@ def test_any_batch_size(bs, body, paths, tmp_path):
     f = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '2', bs=bs)
     assert not {d.name for d in folders(f).values()} & {
         d.name for d in folders(want).values()
-    }  # it decides the last bits
+    }  # the batch size affects the last bits
     for k in f.stages:
         assert f.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
 
 
 @pytest.mark.parametrize('runtime', ['channels_last', 'bf16'])
-def test_settings_say_nearly_the_same(runtime, body, paths, tmp_path):
+def test_runtimes_give_nearly_the_same(runtime, body, paths, tmp_path):
     a, b = (extract_features(paths, x, 32, pools=('mean', 'max'), folder=tmp_path) for x in (body, fresh(runtime)))
     for k in a.stages:
         for p in ('mean', 'max'):
@@ -340,13 +338,13 @@ def test_settings_say_nearly_the_same(runtime, body, paths, tmp_path):
             assert np.abs(x - y).max() < (0.1 if runtime == 'bf16' else 1e-4) * np.abs(x).max()
 
 
-def test_a_network_cut_gives_the_same(paths, tmp_path):
-    "So do some of its stages; and they are the same stores"
+def test_a_cut_network_gives_the_same(paths, tmp_path):
+    "The same with some of its stages; the stores are the same"
     f = extract_features(paths, fresh(), 32, stages=['stem', 'stage1'], folder=tmp_path)
     cut = fresh(stage='stage1')
-    with counting(cut) as seen:
+    with counting(cut) as computed:
         g = extract_features(paths, cut, 32, folder=tmp_path)
-    assert not seen
+    assert not computed
     assert folders(g) == folders(f)
     assert list(g.stages) == ['stem', 'stage1']
     all_of_it = extract_features(paths, fresh(), 32, folder=tmp_path / 'all')
@@ -363,7 +361,7 @@ def test_layers_after_the_last_stage_are_not_run(body, paths, tmp_path):
 
 
 def test_a_body_in_training_mode(body, paths, tmp_path):
-    "It is put into evaluation mode, and its statistics stay"
+    "It is set to evaluation mode, and its statistics do not change"
     before = {k: v.clone() for k, v in body.state_dict().items()}
     want = extract_features(paths, body, 32, folder=tmp_path / '1')
     f = extract_features(paths, body.train(), 32, folder=tmp_path / '2')
@@ -373,13 +371,13 @@ def test_a_body_in_training_mode(body, paths, tmp_path):
     assert contents(f) == contents(want)
 
 
-def test_a_network_that_takes_no_small_images(paths, tmp_path):
+def test_a_network_that_does_not_accept_small_images(paths, tmp_path):
     stages = Stages(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 4, 70))))  # as inception_v3 does
     stages.spec = replace(find_backbone('small_cnn'), size=96)
     assert extract_features(paths[:1], Body(stages), 96, folder=tmp_path).stages == {'stem': 4}
 
 
-# ---------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------- results
 
 
 def test_numpy(body, paths, tmp_path):
@@ -390,7 +388,7 @@ def test_numpy(body, paths, tmp_path):
     assert f.about['pools'] == ['max', 'mean']
     assert sum(f.stages.values()) == f.numpy().shape[-1]
     assert list(f.stages) == stage_names(body.stages)
-    both = f.numpy(['stage3', 'stem'])  # side by side in the order asked for
+    both = f.numpy(['stage3', 'stem'])  # concatenated in the requested order
     assert np.array_equal(both, np.concatenate([f.numpy('stage3'), f.numpy('stem')], -1))
     assert (f.numpy('stem', 'max') >= f.numpy('stem')).all()
     assert (f.numpy('stem', 'max') > f.numpy('stem')).any()
@@ -421,7 +419,7 @@ def test_pandas(body, paths, tmp_path):
     ids=str,
 )
 def test_take(body, paths, tmp_path, rows):
-    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row is one of the others
+    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row repeats another
     assert np.array_equal(f.numpy('stage1')[7], f.numpy('stage1')[6])
     f = f.take(slice(7))
     g = f.take(rows)
@@ -434,7 +432,7 @@ def test_take(body, paths, tmp_path, rows):
 
 
 def test_rows_follow_the_list(body, paths, tmp_path):
-    "Whatever the order in which they were computed"
+    "For any order in which they were computed"
     f = extract_features(paths[3:5], body, 32, folder=tmp_path)
     early = f.numpy('stage4').copy()
     order = [6, 3, 0, 3, 4, 1]
@@ -446,7 +444,7 @@ def test_rows_follow_the_list(body, paths, tmp_path):
 
 
 def test_the_description(body, paths, tmp_path):
-    "What decides the numbers can be read from the folder"
+    "Everything that affects the values can be read from the folder"
     f = extract_features(
         paths, body, 48, fit='pad', views='mirror', stages=['stem', 'stage1'], pools=('max',), folder=tmp_path
     )
@@ -498,16 +496,16 @@ def test_in_the_cache(body, paths, cache_dir):
 
 
 def test_by_name(paths, tmp_path, monkeypatch):
-    "Runtime and size are those of the backbone if nothing is said"
-    asked = []
+    "By default, runtime and size are those of the backbone"
+    requests = []
 
     def metric(model, size=224, **k):
-        asked.append(size)
+        requests.append(size)
         return {'plain': 1, 'channels_last': 9, 'bf16': 1}
 
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     f = image_features(paths[:1], 'small_cnn', 'random', folder=tmp_path)
-    assert asked == [160] == [f.about['size']]
+    assert requests == [160] == [f.about['size']]
     assert f.about['runtime'] == 'fp32, channels last'
     assert f.about['mean'] == list(HALF[0])
     assert list(f.stages.values()) == [32, 64, 128, 128]
@@ -528,12 +526,12 @@ def test_files_and_images_are_the_same(body, arrays, paths, tmp_path):
     }
     for n, sources in forms.items():
         assert np.array_equal(extract_features(sources, body, 32, folder=tmp_path / n).numpy(), a.numpy()), n
-    with counting(body) as seen:
+    with counting(body) as computed:
         extract_features([*forms['path'], *forms['bytes']], body, 32, folder=tmp_path / '1')
-    assert not seen  # a file is known by its bytes
-    with counting(body) as seen:
+    assert not computed  # a file is identified by its bytes
+    with counting(body) as computed:
         extract_features(forms['PIL'], body, 32, folder=tmp_path / 'array')
-    assert not seen
+    assert not computed
 
 
 def test_images_of_other_modes(body, arrays, tmp_path):
@@ -558,7 +556,7 @@ def test_a_table_of_arrays(body, arrays, tmp_path):
 
 
 def test_names_of_files(body, paths, tmp_path):
-    "What another system would not take; the content is what counts"
+    "Names that are invalid on another system; only the content counts"
     x_folder = tmp_path / 'x'
     names = [
         'con.png',
@@ -586,17 +584,17 @@ def test_names_of_files(body, paths, tmp_path):
     assert f.numpy() == pytest.approx(want.numpy()[[i for i, _ in there]], abs=1e-5)
 
 
-# ---------------------------------------------------------------- computed once; again when something changed
+# ---------------------------------------------------------------- computed once, and again after a change
 
 
 def test_the_same_request_is_read(body, paths, tmp_path):
-    with counting(body) as seen:
+    with counting(body) as computed:
         a = extract_features(paths + paths[:3], body, 32, views='mirror', folder=tmp_path, bs=2)
-        assert sum(seen) == 2 * 7  # duplicates once
+        assert sum(computed) == 2 * 7  # duplicates once
         before = contents(a)
         for again in (paths, paths[::-1], paths[2:4]):
             extract_features(again, fresh(), 32, views='mirror', folder=tmp_path, bs=2)
-        assert sum(seen) == 2 * 7
+        assert sum(computed) == 2 * 7
         assert contents(a) == before
         more = extract_features(
             paths,
@@ -610,7 +608,7 @@ def test_the_same_request_is_read(body, paths, tmp_path):
             folder=tmp_path,
             bs=2,
         )
-        assert sum(seen) == 2 * 7
+        assert sum(computed) == 2 * 7
         assert folders(more) == folders(a)
 
 
@@ -627,20 +625,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('name', CHANGES)
-def test_another_setting_is_computed(name, body, paths, tmp_path):
+def test_other_options_are_computed(name, body, paths, tmp_path):
     a = extract_features(paths, body, folder=tmp_path, **{'size': 32})
     kept = contents(a)
-    with counting(body) as seen:
+    with counting(body) as computed:
         b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
     shared = name in ('views', 'view_set')  # the first view is the image as it is
-    assert sum(seen) == 7 * (b.views - shared)
+    assert sum(computed) == 7 * (b.views - shared)
     assert contents(a) == kept
     assert {*folders(a).values()} & {*folders(b).values()} == ({*folders(a).values()} if shared else set())
     if name in ('size', 'fit', 'squish'):
         assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
-    with counting(body) as seen:
-        extract_features(paths, body, 32, folder=tmp_path)  # the first is still there
-    assert not seen
+    with counting(body) as computed:
+        extract_features(paths, body, 32, folder=tmp_path)  # the first store still exists
+    assert not computed
 
 
 def test_another_normalisation_or_format_is_computed(body, paths, tmp_path):
@@ -651,90 +649,90 @@ def test_another_normalisation_or_format_is_computed(body, paths, tmp_path):
         bodies[-1].stages.spec = replace(body.stages.spec, **change)
     places = {*folders(a).values()}
     for b in bodies:
-        with counting(b) as seen:
+        with counting(b) as computed:
             places |= {*folders(extract_features(paths, b, 32, folder=tmp_path)).values()}
-        assert sum(seen) == 7
+        assert sum(computed) == 7
     assert len(places) == 5 * len(a.stages)
 
 
 @pytest.mark.parametrize('part', ['stem', 'stage2', 'stage4'])
 @pytest.mark.parametrize('kind', ['weight', 'running_var'])
-def test_a_changed_weight_is_noticed(part, kind, body, paths, tmp_path):
-    "From its stage on; the stages before are those that are there"
+def test_a_changed_weight_is_detected(part, kind, body, paths, tmp_path):
+    "From its stage on; earlier stages are read"
     a = extract_features(paths, body, 32, folder=tmp_path)
     name = next(n for n in body.stages.state_dict() if n.startswith(part) and n.endswith(kind))
     tensor = body.stages.state_dict()[name]
     old = tensor.view(-1)[0].item()
-    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the least that can change
-    with counting(body) as seen, asking(body) as asked:
+    tensor.view(-1)[0] = float(np.nextafter(np.float32(old), np.float32(9)))  # the smallest possible change
+    with counting(body) as computed, counting_requests(body) as requests:
         b = extract_features(paths, body, 32, folder=tmp_path)
     later = list(a.stages)[list(a.stages).index(part) :]
-    assert sum(seen) == 7
-    assert asked == dict.fromkeys(later, 7)
+    assert sum(computed) == 7
+    assert requests == dict.fromkeys(later, 7)
     assert [k for k in a.stages if folders(a)[k] != folders(b)[k]] == later
     tensor.view(-1)[0] = old
-    with counting(body) as seen:
+    with counting(body) as computed:
         c = extract_features(paths, body, 32, folder=tmp_path)
-    assert not seen
+    assert not computed
     assert folders(c) == folders(a)
 
 
-def test_a_changed_weight_of_a_transformer_is_noticed(arrays, tmp_path):
+def test_a_changed_weight_of_a_transformer_is_detected(arrays, tmp_path):
     body = fresh(arch='test_vit')
     extract_features(arrays[:2], body, 160, folder=tmp_path)
-    with counting(body) as seen:
+    with counting(body) as computed:
         extract_features(arrays[:2], body, 160, folder=tmp_path)
-    assert not seen
+    assert not computed
     with torch.no_grad():
         next(body.parameters()).view(-1)[0] += 1
-    with counting(body) as seen:
+    with counting(body) as computed:
         extract_features(arrays[:2], body, 160, folder=tmp_path)
-    assert sum(seen) == 2
+    assert sum(computed) == 2
 
 
-def test_a_weight_that_does_not_count(body, paths, tmp_path):
-    "Beyond the last stage that is asked for"
+def test_a_weight_that_is_not_used(body, paths, tmp_path):
+    "After the last requested stage"
     extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
     with torch.no_grad():
         next(body.stages.stage3.parameters()).add_(1)
-    with counting(body) as seen:
+    with counting(body) as computed:
         extract_features(paths, body, 32, stages=['stem', 'stage2'], folder=tmp_path)
-    assert not seen
+    assert not computed
 
 
-def test_a_weight_counts_in_whatever_order_stages_are_named(body, paths, tmp_path):
+def test_a_changed_weight_is_detected_for_any_order_of_stages(body, paths, tmp_path):
     extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
     with torch.no_grad():
         next(body.stages.stage2.parameters()).add_(1)
-    with asking(body) as asked:
+    with counting_requests(body) as requests:
         extract_features(paths, body, 32, stages=['stage2', 'stem'], folder=tmp_path)
-    assert asked == {'stage2': 7}
+    assert requests == {'stage2': 7}
 
 
-def test_a_changed_image_is_noticed(body, arrays, paths, tmp_path):
+def test_a_changed_image_is_detected(body, arrays, paths, tmp_path):
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
-    a = extract_features(mine, body, 32, folder=f_folder).numpy().copy()
+    a = extract_features(copies, body, 32, folder=f_folder).numpy().copy()
     changed = arrays[4].copy()
     changed[20, 20] ^= 255
-    times = os.stat(mine[4])
-    Image.fromarray(changed).save(mine[4])
-    os.utime(mine[4], (times.st_atime, times.st_mtime))  # its date says nothing
-    with counting(body) as seen:
-        b = extract_features(mine, body, 32, folder=f_folder)
-    assert sum(seen) == 1
+    times = os.stat(copies[4])
+    Image.fromarray(changed).save(copies[4])
+    os.utime(copies[4], (times.st_atime, times.st_mtime))  # its date does not matter
+    with counting(body) as computed:
+        b = extract_features(copies, body, 32, folder=f_folder)
+    assert sum(computed) == 1
     same = [np.array_equal(x, y) for x, y in zip(a, b.numpy())]
     assert same == [True] * 4 + [False] + [True] * 2
-    shutil.copy(paths[4], mine[4])
-    with counting(body) as seen:
-        c = extract_features(mine, body, 32, folder=f_folder)
-    assert not seen
+    shutil.copy(paths[4], copies[4])
+    with counting(body) as computed:
+        c = extract_features(copies, body, 32, folder=f_folder)
+    assert not computed
     assert np.array_equal(c.numpy(), a)
 
 
-# ---------------------------------------------------------------- the same bits, whatever else is computed
+# ---------------------------------------------------------------- the same bits in any batch
 
 
 @contextmanager
@@ -748,7 +746,7 @@ def threads(n):
 
 
 def companies(images):
-    "The images in other batches: (threads, their numbers)."
+    "The images in different batches: (threads, indices)."
     n = len(images)
     return [(2, range(n)), (4, [n - 1]), (3, range(n - 1, -1, -1)), (1, [4, 5, 6, 1])]
 
@@ -762,9 +760,9 @@ def companies(images):
         ('test_vit', 160),
     ],
 )
-def test_an_image_has_the_same_features_in_any_company(arch, size, runtime, arrays, tmp_path):
-    """Bit for bit: with other neighbours, at another place in the batch, in a batch that is not full,
-    with other numbers of threads
+def test_features_do_not_depend_on_the_batch(arch, size, runtime, arrays, tmp_path):
+    """Bit for bit: with other images, at another position in the batch, in an incomplete batch,
+    and with other numbers of threads
     """
     body = fresh(runtime, arch)
     with threads(1):
@@ -776,7 +774,7 @@ def test_an_image_has_the_same_features_in_any_company(arch, size, runtime, arra
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
-def test_an_image_has_the_same_prediction_in_any_company(runtime, arrays):
+def test_predictions_do_not_depend_on_the_batch(runtime, arrays):
     torch.manual_seed(0)
     model = nn.Sequential(
         Body(create_body('efficientnet_lite0', 'random', stage='neck'), RUNTIMES[runtime]),
@@ -794,7 +792,7 @@ def test_an_image_has_the_same_prediction_in_any_company(runtime, arrays):
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
-def test_an_image_has_the_same_maps_in_any_company(runtime, arrays, tmp_path):
+def test_maps_do_not_depend_on_the_batch(runtime, arrays, tmp_path):
     body = fresh(runtime, 'efficientnet_lite0')
     front, _ = split_body(body, 3)
 
@@ -811,7 +809,7 @@ def test_an_image_has_the_same_maps_in_any_company(runtime, arrays, tmp_path):
             assert np.array_equal(maps(rows, tmp_path / str(k)), want[list(rows)])
 
 
-def test_predictions_from_stored_features_in_any_company():
+def test_predictions_from_stored_features_do_not_depend_on_the_batch():
     torch.manual_seed(0)
     head = create_head('dense', 1280, 3).eval()
     x = torch.randn(300, 1280)
@@ -824,8 +822,8 @@ def test_predictions_from_stored_features_in_any_company():
     assert map_rows(head, x[:0]).shape == (0, 3)
 
 
-def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
-    "And whatever was computed before"
+def test_the_same_bytes_after_the_cache_is_deleted(paths, tmp_path):
+    "For any earlier requests"
     f_folder = tmp_path / 'f'
     want = contents(extract_features(paths, fresh(), 32, folder=f_folder))
     shutil.rmtree(f_folder)
@@ -836,56 +834,60 @@ def test_the_same_bytes_when_the_cache_was_deleted(paths, tmp_path):
     assert np.array_equal(g.numpy(), f.numpy())
 
 
-# ---------------------------------------------------------------- what is there is not believed
+# ---------------------------------------------------------------- stored values are checked
 
 
 def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monkeypatch):
-    "Between hashing and reading: its features are not those of the image that was there"
+    "Between hashing and reading: its features are not stored for the image that was replaced"
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(3)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(3)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
     keys = content.content_keys
-    was = mine[1].read_bytes()
+    was = copies[1].read_bytes()
 
     def hashed(sources):
         out = keys(sources)
-        shutil.copy(paths[6], mine[1])
+        shutil.copy(paths[6], copies[1])
         return out
 
     with monkeypatch.context() as m:
         m.setattr(content, 'content_keys', hashed)
         with pytest.raises(ValueError, match=r'1.png changed'):
-            extract_features(mine, body, 32, folder=f_folder)
+            extract_features(copies, body, 32, folder=f_folder)
     want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
-    assert np.array_equal(extract_features(mine, body, 32, folder=f_folder).numpy(), want)
-    mine[1].write_bytes(was)
+    assert np.array_equal(extract_features(copies, body, 32, folder=f_folder).numpy(), want)
+    copies[1].write_bytes(was)
     assert np.array_equal(
-        extract_features(mine, body, 32, folder=f_folder).numpy()[1],
+        extract_features(copies, body, 32, folder=f_folder).numpy()[1],
         extract_features(paths, body, 32, folder=tmp_path / 'g').numpy()[1],
     )
 
 
 @pytest.mark.parametrize(
-    'harm',
+    'damaged_file',
     [lambda d: bytes(len(d)), lambda d: d[: len(d) // 2], lambda d: d[4:] + d[:4]],
     ids=['zeroed', 'cut', 'moved'],
 )
-def test_numbers_that_were_changed(harm, body, paths, tmp_path):
+def test_changed_values_are_computed_again(damaged_file, body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
     want = f.numpy().copy()
     file = f.stores['stage2'].file('stage2')
-    file.write_bytes(harm(file.read_bytes()))
-    with counting(body) as seen, asking(body) as asked, pytest.warns(UserWarning, match='damaged rows in .*stage2'):
+    file.write_bytes(damaged_file(file.read_bytes()))
+    with (
+        counting(body) as computed,
+        counting_requests(body) as requests,
+        pytest.warns(UserWarning, match='damaged rows in .*stage2'),
+    ):
         g = extract_features(paths, body, 32, folder=tmp_path)
     assert np.array_equal(g.numpy(), want)
-    assert set(asked) == {'stage2'}
-    assert 0 < sum(seen) <= 7
+    assert set(requests) == {'stage2'}
+    assert 0 < sum(computed) <= 7
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_features_that_are_no_numbers_name_the_weights(value, runtime, paths, tmp_path):
+def test_an_error_of_nan_features_names_the_weights(value, runtime, paths, tmp_path):
     "The images are not the cause, and nothing is stored."
     body = fresh(runtime)
     with torch.no_grad():
@@ -897,7 +899,7 @@ def test_features_that_are_no_numbers_name_the_weights(value, runtime, paths, tm
         assert not p.stat().st_size
 
 
-def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
+def test_an_error_of_overflow_in_bf16_names_the_precision(paths, tmp_path):
     body = fresh('bf16')
     with torch.no_grad():
         for m in body.stages.modules():
@@ -907,7 +909,7 @@ def test_an_overflow_of_bf16_names_the_precision(paths, tmp_path):
         extract_features(paths, body, 32, folder=tmp_path)
 
 
-def test_classifiers_do_not_blame_images(body, paths, tmp_path):
+def test_errors_of_classifiers_do_not_name_images(body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
     x = f.numpy('stage1').copy()
     x[4] = np.nan
@@ -918,7 +920,7 @@ def test_classifiers_do_not_blame_images(body, paths, tmp_path):
     assert 'leave' not in str(e.value)
 
 
-def test_probabilities_that_are_no_numbers(stages, arrays):
+def test_probabilities_that_are_nan(stages, arrays):
     head = create_head('linear', 96, 3)
     with torch.no_grad():
         head[-1].weight[0, 0] = np.nan
@@ -926,14 +928,14 @@ def test_probabilities_that_are_no_numbers(stages, arrays):
         view_probs(nn.Sequential(Body(stages), head), arrays, read, MEAN, STD)
 
 
-# ---------------------------------------------------------------- more stages, fewer, and images that only some have
+# ---------------------------------------------------------------- more stages, fewer stages, other images
 
 HOW = dict(size=32, views='quarter_turns', pools=('mean', 'max'), bs=2)
 
 
 @pytest.fixture(scope='module')
-def whole(paths, tmp_path_factory):
-    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('whole'), **HOW))
+def complete(paths, tmp_path_factory):
+    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('complete'), **HOW))
 
 
 ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
@@ -942,126 +944,127 @@ ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
 @pytest.mark.parametrize(
     'first', [['stage3', 'stage1'], ['stage4'], ['stem', 'stage1', 'stage2', 'stage3']], ids='+'.join
 )
-def test_more_stages(first, body, paths, tmp_path, whole):
-    "Those that are missing are computed, for all images in one pass; those that are there are not touched"
+def test_more_stages(first, body, paths, tmp_path, complete):
+    "Missing stages are computed for all images in one pass; stored stages are not changed"
     a = extract_features(paths, body, stages=first, folder=tmp_path, **HOW)
     before = times(a)
-    with counting(body) as seen, asking(body) as asked:
+    with counting(body) as computed, counting_requests(body) as requests:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 7
-    assert asked == {k: 4 * 7 for k in ALL if k not in first}
+    assert sum(computed) == 4 * 7
+    assert requests == {k: 4 * 7 for k in ALL if k not in first}
     assert list(f.stages) == ALL
-    assert contents(f) == whole
+    assert contents(f) == complete
     assert times(a) == before
     assert {*folders(a).items()} <= {*folders(f).items()}
-    with counting(body) as seen:
+    with counting(body) as computed:
         extract_features(paths, body, folder=tmp_path, **HOW)
-    assert not seen
+    assert not computed
 
 
 @pytest.mark.parametrize('fewer', ['stem', ['stage4'], ['stage3', 'stem']], ids=str)
-def test_fewer_stages(fewer, body, paths, tmp_path, whole):
+def test_fewer_stages(fewer, body, paths, tmp_path, complete):
     f = extract_features(paths, body, folder=tmp_path, **HOW)
     before = times(f)
-    with counting(body) as seen:
+    with counting(body) as computed:
         g = extract_features(paths[::-1], body, stages=fewer, folder=tmp_path, **HOW)
-    assert not seen
+    assert not computed
     assert times(f) == before
     assert list(g.stages) == [k for k in ALL if k in fewer]
-    assert contents(g) == part(whole, g.stages)
+    assert contents(g) == part(complete, g.stages)
     assert np.array_equal(g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages)))
 
 
-def test_an_earlier_stage_afterwards(body, paths, tmp_path, whole):
-    "Images go no further than the deepest stage that is missing"
+def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
+    "Images pass only the stages up to the deepest one that is missing"
     extract_features(paths, body, stages='stage4', folder=tmp_path, **HOW)
     further = []
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
-    with counting(body) as seen:
+    with counting(body) as computed:
         f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 7
+    assert sum(computed) == 4 * 7
     assert sum(further) <= 1
-    assert contents(f) == part(whole, f.stages)  # the one is that which tells the widths
+    assert contents(f) == part(complete, f.stages)  # the one image determines the widths
 
 
 def test_more_views_afterwards(body, paths, tmp_path):
-    "What was computed of the images as they are is not computed again for their turns; and one view of many is found"
-    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'whole')
-    with counting(body) as seen:
+    "Features of the original images are not computed again with rotations; one view of many is found"
+    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'complete')
+    with counting(body) as computed:
         straight = extract_features(paths[:5], body, 32, folder=tmp_path)
     with counting(body) as more:
         f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
     with counting(body) as all_of_it:
         g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
-    assert (sum(seen), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2)
+    assert (sum(computed), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2)
     assert folders(straight).items() <= folders(f).items()
     assert np.array_equal(f.numpy()[:, :1], straight.numpy())
     assert f.numpy() == pytest.approx(want.numpy()[:5], abs=1e-5)
     assert g.numpy() == pytest.approx(want.numpy(), abs=1e-5)
-    with counting(body) as seen:
+    with counting(body) as computed:
         one = extract_features(paths, body, 32, folder=tmp_path)
-    assert not seen
+    assert not computed
     assert np.array_equal(one.numpy(), g.numpy()[:, :1])
     assert isinstance(one.numpy('stage1'), np.memmap)
-    with counting(body) as seen:
+    with counting(body) as computed:
         m = extract_features(paths, body, 32, views='mirror', folder=tmp_path)
-    assert sum(seen) == 7
+    assert sum(computed) == 7
     assert np.array_equal(m.numpy()[:, 0], g.numpy()[:, 0])
 
 
 @pytest.mark.parametrize('views', VIEWS)
 def test_the_first_view_is_the_image_as_it_is(views):
-    "A store of the first view serves every set"
+    "A store of the first view is used for each set of views"
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(VIEWS[views][0](x), x)
 
 
-def test_a_stage_that_is_behind(body, paths, tmp_path, whole):
-    "Images that one store lacks pass once; no store gets a row twice"
+def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
+    "Images that one store lacks are computed once; no store gets a row twice"
     extract_features(paths, body, stages=['stem', 'stage4'], folder=tmp_path, **HOW)
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
-    with asking(body) as asked, counting(body) as seen:
+    with counting_requests(body) as requests, counting(body) as computed:
         f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 3
-    assert asked == {'stage2': 4 * 3}
-    assert contents(f) == part(whole, f.stages)
-    with asking(body) as asked:
+    assert sum(computed) == 4 * 3
+    assert requests == {'stage2': 4 * 3}
+    assert contents(f) == part(complete, f.stages)
+    with counting_requests(body) as requests:
         g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
-    with counting(body) as seen:
+    with counting(body) as computed:
         h = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage3': 4 * 5}
-    assert sum(seen) == 4 * 7  # stage1 lacks them all
+    assert requests == {'stage3': 4 * 5}
+    assert sum(computed) == 4 * 7  # stage1 lacks all of them
     assert contents(f) == part(contents(h), f.stages)
     assert {len(s) for s in h.stores.values()} == {7}
     assert h.rows['stage3'].tolist() == [5, 6, 0, 1, 2, 3, 4]
     assert np.array_equal(h.numpy('stage3')[2:], g.numpy())
-    want = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
+    want = extract_features(paths, body, folder=tmp_path / 'complete', **HOW)
     for k in ALL:
         assert h.numpy(k) == pytest.approx(want.numpy(k), abs=1e-5)
         assert h.take([6, 0]).numpy(k) == pytest.approx(want.numpy(k)[[6, 0]], abs=1e-5)
 
 
-def test_stages_in_common_at_the_same_time(body, paths, tmp_path, whole):
+def test_stages_in_common_at_the_same_time(body, paths, tmp_path, complete):
     "Each stage is computed by one of the processes that need it, in any order."
     wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
-    with asking(body) as asked, ThreadPoolExecutor(4) as pool:
+    with counting_requests(body) as requests, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
-    assert asked == dict.fromkeys(ALL, 4 * 7)
+    assert requests == dict.fromkeys(ALL, 4 * 7)
     for f in done:
-        assert contents(f) == part(whole, f.stages)
+        assert contents(f) == part(complete, f.stages)
 
 
-def test_two_processes_with_stages_in_common(body, paths, tmp_path, whole):
+def test_two_processes_with_stages_in_common(body, paths, tmp_path, complete):
     def work(stages):
         return lambda: extract_features(paths, body, stages=stages, folder=tmp_path, **HOW)
 
     assert [
-        ended(p) for p in [forked(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
+        exit_code(p)
+        for p in [start_process(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
     ] == [0, 0]
-    with asking(body) as asked:
+    with counting_requests(body) as requests:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert asked == {'stage2': 4 * 7}
-    assert contents(f) == whole
+    assert requests == {'stage2': 4 * 7}
+    assert contents(f) == complete
 
 
 # ---------------------------------------------------------------- interruptions
@@ -1076,17 +1079,17 @@ def stopping(at):
 
 
 @pytest.mark.parametrize('at', [0, 1, 4, 6, 8, 12, 15])
-def test_interrupted(at, body, paths, tmp_path, whole):
-    "In any view of any batch: the batches before are kept, and the finished bytes are the same"
+def test_interrupted(at, body, paths, tmp_path, complete):
+    "In any view of any batch: earlier batches are kept, and the final bytes are the same"
     with pytest.raises(KeyboardInterrupt), counting(body, stopping(at)):
         extract_features(paths, body, folder=tmp_path, **HOW)
-    with counting(body) as seen:
+    with counting(body) as computed:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * (7 - at // 4 * 2)
-    assert contents(f) == whole
+    assert sum(computed) == 4 * (7 - at // 4 * 2)
+    assert contents(f) == complete
 
 
-def test_killed(body, paths, tmp_path, whole):
+def test_killed(body, paths, tmp_path, complete):
     "In the last view of the second batch"
 
     def kill(n):
@@ -1097,30 +1100,30 @@ def test_killed(body, paths, tmp_path, whole):
         with counting(body, kill):
             extract_features(paths, body, folder=tmp_path, **HOW)
 
-    assert ended(forked(work)) == -signal.SIGKILL
-    with counting(body) as seen:
+    assert exit_code(start_process(work)) == -signal.SIGKILL
+    with counting(body) as computed:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * 5
-    assert contents(f) == whole
+    assert sum(computed) == 4 * 5
+    assert contents(f) == complete
 
 
 def peak(f):
-    "The most memory that there was during f(), in MB, and what it gives"
+    "The peak memory during f(), in MB, and its result"
     try:
         Path('/proc/self/clear_refs').write_text('5')  # from now on
         out = f()
         return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1000, out
     except OSError:
-        pytest.skip('the peak of memory is not told here')
+        pytest.skip('the peak memory is not available here')
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    "From 300 images to 800, while what is stored grows by 28 megabytes, as the peak does when all of it is read"
+    "From 300 to 800 images, stored values grow by 28 MB, and so does the peak if all of them are read"
     stages = Stages(
         OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900)))
     )
     stages.spec = find_backbone('small_cnn')
-    rng = np.random.default_rng(0)  # wide, and quick
+    rng = np.random.default_rng(0)  # many channels, but fast
     body = Body(stages)
     many = [tmp_path / f'{i}.ppm' for i in range(800)]
     for p in many:
@@ -1136,70 +1139,70 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert more - few < 10 < 16 < held - more
 
 
-@pytest.mark.parametrize('harm', ['stem.bin', 'stage3.bin', 'images.jsonl'])
+@pytest.mark.parametrize('damaged_file', ['stem.bin', 'stage3.bin', 'images.jsonl'])
 @pytest.mark.parametrize('n', [-1, 3])
-def test_torn(harm, n, body, paths, tmp_path, whole):
+def test_incomplete_files(damaged_file, n, body, paths, tmp_path, complete):
     "A file of an unfinished extraction is shorter or longer than it should be"
     with pytest.raises(KeyboardInterrupt), counting(body, stopping(8)):
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    file = next(tmp_path.glob(f'*/{harm}'))
+    file = next(tmp_path.glob(f'*/{damaged_file}'))
     file.write_bytes(file.read_bytes() + b'{"k' if n > 0 else file.read_bytes()[:n])
-    with counting(body) as seen:
+    with counting(body) as computed:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
-    assert sum(seen) == 4 * (3 + (n < 0))
+    assert sum(computed) == 4 * (3 + (n < 0))
     if n > 0:
-        assert contents(f) == whole
-    one = extract_features(paths, body, folder=tmp_path / 'whole', **HOW)
+        assert contents(f) == complete
+    one = extract_features(paths, body, folder=tmp_path / 'complete', **HOW)
     assert f.numpy() == pytest.approx(one.numpy(), abs=1e-5)
 
 
-def test_two_at_the_same_time(body, paths, tmp_path, whole):
-    with counting(body) as seen, ThreadPoolExecutor(3) as pool:
+def test_two_at_the_same_time(body, paths, tmp_path, complete):
+    with counting(body) as computed, ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: extract_features(paths, body, folder=tmp_path, **HOW), range(3)))
-    assert sum(seen) == 4 * 7
+    assert sum(computed) == 4 * 7
     for f in done:
-        assert contents(f) == whole
+        assert contents(f) == complete
         assert np.array_equal(f.numpy(), done[0].numpy())
 
 
 # ---------------------------------------------------------------- images that cannot be read
 
 
-def harmed(data, how):
+def damaged(data, how):
     return {'empty': b'', 'text': b'not an image', 'cut': data[: len(data) // 2], 'page': b'<html>404</html>'}[how]
 
 
 @pytest.mark.parametrize('how', ['empty', 'text', 'cut'])
-def test_a_corrupt_image(how, body, paths, tmp_path, whole):
-    "Named; what came before is kept; it goes on when the image is repaired, or without it"
+def test_a_corrupt_image(how, body, paths, tmp_path, complete):
+    "It is named, and earlier batches are kept; the extraction is resumed after a repair, or without the image"
     f_folder = tmp_path / 'f'
-    mine = [tmp_path / f'{i}.png' for i in range(7)]
-    for p, q in zip(paths, mine):
+    copies = [tmp_path / f'{i}.png' for i in range(7)]
+    for p, q in zip(paths, copies):
         shutil.copy(p, q)
-    mine[5].write_bytes(harmed(mine[5].read_bytes(), how))
-    with counting(body) as seen, pytest.raises(ValueError) as e:
-        extract_features(mine, body, folder=f_folder, **HOW)
-    assert str(mine[5]) in str(e.value)
+    copies[5].write_bytes(damaged(copies[5].read_bytes(), how))
+    with counting(body) as computed, pytest.raises(ValueError) as e:
+        extract_features(copies, body, folder=f_folder, **HOW)
+    assert str(copies[5]) in str(e.value)
     assert 'cannot be read' in str(e.value)
-    assert sum(seen) in (4 * 4, 4 * 5)  # the batch after it may be under way
-    with counting(body) as seen:
-        kept = extract_features(mine[:4], body, folder=f_folder, **HOW)
-    assert not seen
+    assert sum(computed) in (4 * 4, 4 * 5)  # the next batch may be in progress
+    with counting(body) as computed:
+        kept = extract_features(copies[:4], body, folder=f_folder, **HOW)
+    assert not computed
     shutil.copytree(f_folder, tmp_path / 'g')
-    with counting(body) as seen:
-        without = extract_features(mine[:5] + mine[6:], body, folder=tmp_path / 'g', **HOW)
-    assert sum(seen) == 4 * 2
+    with counting(body) as computed:
+        without = extract_features(copies[:5] + copies[6:], body, folder=tmp_path / 'g', **HOW)
+    assert sum(computed) == 4 * 2
     assert len(without) == 6
     assert np.array_equal(without.numpy()[:4], kept.numpy())
-    shutil.copy(paths[5], mine[5])
-    with counting(body) as seen:
-        f = extract_features(mine, body, folder=f_folder, **HOW)
-    assert sum(seen) == 4 * 3
-    assert contents(f) == whole
+    shutil.copy(paths[5], copies[5])
+    with counting(body) as computed:
+        f = extract_features(copies, body, folder=f_folder, **HOW)
+    assert sum(computed) == 4 * 3
+    assert contents(f) == complete
 
 
 @pytest.mark.parametrize('what', ['nothing', 'a folder'])
-def test_a_file_that_is_not_there(what, body, paths, tmp_path):
+def test_a_file_that_does_not_exist(what, body, paths, tmp_path):
     if what == 'a folder':
         (tmp_path / 'gone.png').mkdir()
     with pytest.raises(ValueError, match=r'gone.png'):
@@ -1216,7 +1219,7 @@ def test_corrupt_bytes_are_not_printed(body, tmp_path):
 
 
 def test_unknown_names(body, paths, tmp_path):
-    "Refused before anything is computed or written"
+    "Errors before anything is computed or written"
     x_folder = tmp_path / 'x'
     f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
     calls = {
@@ -1230,10 +1233,10 @@ def test_unknown_names(body, paths, tmp_path):
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():
-        with counting(body) as seen, pytest.raises(ValueError) as e:
+        with counting(body) as computed, pytest.raises(ValueError) as e:
             call()
         assert word in str(e.value), word
-        assert not seen, word
+        assert not computed, word
         assert not x_folder.exists(), word
     for word, known in (('stage9', 'stage4'), ('min', 'max'), ('half_turns', 'quarter_turns'), ('max', 'mean')):
         with pytest.raises(ValueError) as e:
@@ -1275,26 +1278,26 @@ def test_empty_requests(wrong, body, paths, tmp_path):
         assert f.about['pools'] == ['max']
 
 
-def test_not_enough_room(body, paths, tmp_path, monkeypatch):
+def test_not_enough_disk_space(body, paths, tmp_path, monkeypatch):
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage(p)._replace(free=1000))
-    with counting(body) as seen, pytest.raises(ValueError) as e:
+    with counting(body) as computed, pytest.raises(ValueError) as e:
         extract_features(paths, body, folder=tmp_path, **HOW)
     assert '7 images' in str(e.value)
     assert 'DR_TRANSFER_CACHE' in str(e.value)
-    assert not seen
+    assert not computed
     monkeypatch.undo()
     assert len(extract_features(paths, body, folder=tmp_path, **HOW)) == 7
 
 
-def test_a_cache_that_is_no_folder(body, paths, tmp_path, monkeypatch):
+def test_a_cache_that_is_not_a_folder(body, paths, tmp_path, monkeypatch):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'file'))
     with pytest.raises(ValueError, match='nothing can be written'):
         extract_features(paths, body, 32)
 
 
-# ---------------------------------------------------------------- the parts
+# ---------------------------------------------------------------- components
 
 MEAN = (0.5, 0.4, 0.3)
 STD = (0.2, 0.3, 0.4)
@@ -1334,7 +1337,7 @@ def test_no_images(stages):
     assert len(view_probs(nn.Sequential(Body(stages), create_head('linear', 96, 2)), [], read, MEAN, STD)) == 0
 
 
-def test_pooled_is_what_the_maps_say(stages):
+def test_pooled_equals_the_pooled_maps(stages):
     x = torch.randn(3, 3, 50, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         got = Body(stages).pooled(x, ['stage1', 'stage4'], ('max', 'mean'))
@@ -1346,7 +1349,7 @@ def test_pooled_is_what_the_maps_say(stages):
     for k, m in (('stage1', maps[1]), ('stage4', maps[4])):
         assert torch.equal(got[k][:, 0], m.flatten(2).max(2)[0])
         assert torch.allclose(got[k][:, 1], m.flatten(2).mean(2), atol=1e-5)
-    Body(stages, RUNTIMES['plain']).stages.to(memory_format=torch.contiguous_format)  # as it was, for the other tests
+    Body(stages, RUNTIMES['plain']).stages.to(memory_format=torch.contiguous_format)  # restored for the other tests
 
 
 def test_average_pool():
@@ -1399,7 +1402,7 @@ def test_heads(name, widths, dropout):
         assert p.grad is not None
 
 
-def test_a_head_that_sees_every_place():
+def test_a_head_on_all_positions():
     head = create_head(Head(flatten=True), 3 * 2 * 2, 5).eval()
     x = torch.randn(2, 3, 2, 2)
     with torch.no_grad():
@@ -1415,7 +1418,7 @@ def test_unknown_head():
 
 
 @pytest.mark.parametrize('name', sorted(RUNTIMES))
-def test_a_body_in_each_setting(name):
+def test_a_body_in_each_runtime(name):
     torch.manual_seed(0)
     stages = create_body('test_resnet', 'random')
     x = torch.randn(2, 3, 64, 64)
@@ -1437,7 +1440,7 @@ def test_a_body_in_each_setting(name):
     assert conv.weight.is_contiguous(memory_format=torch.channels_last) == RUNTIMES[name].channels_last
 
 
-def test_training_has_a_setting_of_its_own():
+def test_training_has_its_own_runtime():
     torch.manual_seed(0)
     stages = create_body('test_resnet', 'random')
     x = torch.randn(2, 3, 64, 64)
@@ -1448,7 +1451,7 @@ def test_training_has_a_setting_of_its_own():
     with torch.no_grad():
         assert body.runtime(x) == bf16
     stages.requires_grad_(False)
-    assert body.runtime(x) == bf16  # frozen: a forward pass and no more
+    assert body.runtime(x) == bf16  # frozen: only a forward pass
     assert Body(stages.requires_grad_(True), bf16).runtime(x) == plain  # not yet known: plain
 
 
@@ -1458,11 +1461,11 @@ def test_one_image_instead_of_a_list(body, source):
         extract_features(source, body, 32)
 
 
-def test_other_versions_compute_anew(body, paths, tmp_path, monkeypatch):
+def test_other_versions_compute_again(body, paths, tmp_path, monkeypatch):
     a = extract_features(paths, body, 32, folder=tmp_path)
     monkeypatch.setattr(features, '_MADE_BY', features._MADE_BY + '.1')
-    with counting(body) as seen:
+    with counting(body) as computed:
         b = extract_features(paths, body, 32, folder=tmp_path)
-    assert sum(seen) == 7
+    assert sum(computed) == 7
     assert not {*folders(a).values()} & {*folders(b).values()}
     assert 'torch' in a.about['made by']

@@ -41,12 +41,12 @@ TWO = ['no', 'referable']
 def table(patients, each, seed=0, positive=0.5):
     "Predictions of several images of each patient, all of one class."
     rng = np.random.default_rng(seed)
-    ill = np.repeat(np.arange(patients) < positive * patients, each)
-    p = 1 / (1 + np.exp(-np.where(ill, 1, -1) - rng.normal(0, 1, len(ill))))
+    positive_image = np.repeat(np.arange(patients) < positive * patients, each)
+    p = 1 / (1 + np.exp(-np.where(positive_image, 1, -1) - rng.normal(0, 1, len(positive_image))))
     return pd.DataFrame(
         {
-            'image': [f'{i}.jpg' for i in range(len(ill))],
-            'target': np.where(ill, *TWO[::-1]),
+            'image': [f'{i}.jpg' for i in range(len(positive_image))],
+            'target': np.where(positive_image, *TWO[::-1]),
             'group': np.repeat([f'p{i}' for i in range(patients)], each),
             'p_no': 1 - p,
             'p_referable': p,
@@ -76,10 +76,10 @@ def test_patients_are_counted_and_not_their_images(wanted, side):
     with pytest.raises(OperatingPointError, match=words):
         choose_operating_point(*arrays(few), **{wanted: 0.9}, groups=few.group)
     assert choose_operating_point(*arrays(few), **{wanted: 0.9}).positives == 100, (
-        'without groups each image is independent'
+        'images without groups are not independent'
     )
     with_groups = choose_operating_point(*arrays(many), **{wanted: 0.9}, groups=many.group)
-    assert with_groups == choose_operating_point(*arrays(many), **{wanted: 0.9}), 'groups change no threshold'
+    assert with_groups == choose_operating_point(*arrays(many), **{wanted: 0.9}), 'groups change the threshold'
 
 
 def test_29_and_30_patients():
@@ -93,7 +93,7 @@ def test_29_and_30_patients():
                 choose_operating_point(y, np.arange(len(y)), sensitivity=0.9, groups=groups)
 
 
-def test_an_image_without_a_group_counts_as_its_own_and_one_patient_may_count_on_both_sides():
+def test_an_image_without_a_group_is_its_own_group_and_a_patient_may_count_in_both_classes():
     y = np.array([1, 0, 1, 1, 0, 0])
     groups = ['a', 'a', 'a', None, None, float('nan')]
     assert groups_in(y == 1, groups) == 2
@@ -105,7 +105,7 @@ def test_an_image_without_a_group_counts_as_its_own_and_one_patient_may_count_on
         groups_in(y == 1, groups[:5])
 
 
-def test_no_group_known_is_said_as_images():
+def test_without_groups_the_unit_is_the_image():
     with pytest.raises(OperatingPointError, match=r'^12 positive validation images: .* fewer than 30. Add images'):
         choose_operating_point([1] * 12 + [0] * 99, np.arange(111.0), sensitivity=0.9, groups=[None] * 111)
 
@@ -134,7 +134,7 @@ def test_folds_decide_by_patients():
     assert decision.positive_groups == 30
 
 
-def test_a_decision_that_0_1_0_wrote_is_read():
+def test_a_decision_of_version_0_1_0_is_read():
     d = choose_decision(table(100, 2), TWO, sensitivity=0.9)
     new = {k: v for k, v in d.to_dict().items() if k not in ('positive_groups', 'negative_groups')}
     assert Decision.from_dict(new).operating == d.operating
@@ -169,7 +169,7 @@ def test_one_group_has_no_interval(values, groups):
     d = paired_difference(accuracy, values, values, [0] * len(values), groups=groups, n=20).loc['value']
     assert d.value == np.mean(values)
     assert np.isnan([d.low, d.high]).all()
-    assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have one'
+    assert not np.isnan(bootstrap(np.mean, [0, 1], n=20).loc['value', 'low']), 'two images have no interval'
 
 
 def test_a_class_of_one_patient_has_no_interval():
@@ -194,7 +194,7 @@ def test_a_class_of_one_patient_has_no_interval():
     assert np.isnan(operating_table(y, y == 1, t.group, n=20).loc['sensitivity', 'low'])
 
 
-def test_the_note_says_why_there_is_none():
+def test_the_note_gives_the_reason_for_a_missing_interval():
     t = table(1, 6, positive=1)
     assert 'all images are of one group (patient)' in interval_note(t)
     assert 'there is one image' in interval_note(t[:1].drop(columns='group'))
@@ -204,7 +204,7 @@ def test_the_note_says_why_there_is_none():
     assert interval_note(table(6, 2)) == '95 % intervals over 6 groups (patients)'
 
 
-def test_tables_and_figures_of_others_cope_without_an_interval():
+def test_other_tables_and_figures_work_without_an_interval():
     a = table(1, 8, positive=1)
     b = table(1, 8, 1, positive=1)
     a.loc[:3, 'target'] = b.loc[:3, 'target'] = 'no'
@@ -271,11 +271,11 @@ def test_an_endpoint_without_an_interval_is_open():
     assert endpoint_table(m).measured.tolist() == ['100.0%', '50.0%']
 
 
-EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if at least one eye is')
+ABOUT_EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if at least one eye is')
 
 
 @pytest.mark.parametrize(
-    'reader, eyes',
+    'reader, about_eyes',
     [
         ('fundus', True),
         ('fundus_ben_graham', True),
@@ -283,12 +283,12 @@ EYES = ('other diseases of the eye', 'first cleared autonomous system', 'if at l
         (None, False),
     ],
 )
-def test_only_a_report_of_fundus_images_speaks_of_eyes(reader, eyes):
+def test_only_a_report_of_fundus_images_mentions_eyes(reader, about_eyes):
     text = page(table(60, 2), reader)
-    for words in EYES:
-        assert (words in text) == eyes, words
+    for words in ABOUT_EYES:
+        assert (words in text) == about_eyes, words
     assert 'These results apply to images like these 120' in text
-    assert ('They do not apply to images from other sources' in text) != eyes
+    assert ('They do not apply to images from other sources' in text) != about_eyes
     assert 'Operating point: positive from' in text
     assert 'of 40 and 40 groups (patients)' in text
 
@@ -303,7 +303,7 @@ def test_the_reader_reaches_the_report(tmp_path):
     assert not describe_images(t, TWO, {'arch': 'net'}, 'photo').fundus
 
 
-def test_what_was_taken_for_the_patients_is_shown_once():
+def test_the_column_of_the_patients_is_shown_once():
     line = "patients: column 'pid', 60 groups"
     text = page(table(60, 2), patients=line)
     assert '<th>column of the patients or groups</th><td>patients: column &#39;pid&#39;, 60 groups</td>' in text
@@ -335,7 +335,7 @@ EPOCHS = 'metrics of the epochs are of the most probable class, from one view'
         ('mirror', f'predictions averaged over 2 views of each image; {EPOCHS}'),
     ],
 )
-def test_the_views_of_the_validation_metrics_are_told(views, words):
+def test_the_views_of_the_validation_metrics_are_reported(views, words):
     assert validation_table(table(5, 4), TWO, views, n=20).attrs['notes'][0] == f'20 validation images, {words}'
 
 
@@ -348,9 +348,9 @@ def test_train_prints_the_gap_and_the_decision(monkeypatch, capsys, gap):
         lambda learn, folder, point: validation_table(t, TWO, 'quarter_turns', n=20),
     )
     commands._write_run(SimpleNamespace(record=record), None, {})
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     start = 'training minus validation (of the most probable class; a large gap means overfitting): '
-    assert (f'{start}auc 0.123, accuracy -0.050\n' in said) == bool(gap)
-    assert 'validation: 200 validation images, predictions averaged over 4 views' in said
-    assert 'operating point: positive from' in said
-    assert 'of 50 and 50 groups (patients)\n' in said
+    assert (f'{start}auc 0.123, accuracy -0.050\n' in output) == bool(gap)
+    assert 'validation: 200 validation images, predictions averaged over 4 views' in output
+    assert 'operating point: positive from' in output
+    assert 'of 50 and 50 groups (patients)\n' in output

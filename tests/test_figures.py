@@ -19,13 +19,13 @@ from dr_transfer.metrics.screening import plot_reliability
 
 
 def limits(container):
-    "Lower and upper end of each error bar (n, 2)"
+    "Lower and upper limit of each error bar (n, 2)"
     _, _, (bars,) = container
     return np.array([segment[:, 1] for segment in bars.get_segments()])
 
 
 def joins(ax):
-    "Number of points of each line that is drawn, those of reference lines (dotted) skipped"
+    "Number of points of each line, without reference lines (dotted)"
     return [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() in ('-', '--')]
 
 
@@ -35,13 +35,13 @@ def joins(ax):
 @pytest.mark.parametrize('n', [5, 40, 203])
 def test_reliability_bars_are_wilson_intervals_and_stay_within_0_and_1(n):
     rng = np.random.default_rng(n)
-    predicted = rng.random(n) ** 4  # most near 0, where no positive is observed
+    predicted = rng.random(n) ** 4  # most are near 0, where no positive is observed
     positive = rng.random(n) < predicted
     r = reliability(positive, predicted)
     ax = plot_reliability(positive, predicted, 'of referable').axes[0]
-    drawn = limits(ax.containers[0])
-    assert ((drawn >= 0) & (drawn <= 1)).all()
-    for (low, high), row in zip(drawn, r.itertuples()):
+    intervals = limits(ax.containers[0])
+    assert ((intervals >= 0) & (intervals <= 1)).all()
+    for (low, high), row in zip(intervals, r.itertuples()):
         ci = binomtest(round(row.observed * row.images), int(row.images)).proportion_ci(method='wilson')
         assert (low, high) == pytest.approx((max(ci.low, 0), ci.high), abs=1e-12)
     assert ax.get_xlabel() == 'mean predicted probability of referable'
@@ -104,7 +104,7 @@ def test_methods_are_not_joined_by_a_line():
     }
     t = pd.DataFrame.from_dict(rows, orient='index').rename_axis([None, 'metric'])
     for ax in plot_comparison(t).axes:
-        assert max(joins(ax), default=0) <= 2, 'only the line at no difference'
+        assert max(joins(ax), default=0) <= 2, 'more lines than that of no difference'
 
 
 def grad_cam_rows(value):
@@ -137,7 +137,7 @@ def test_a_line_joins_single_stages_alone_and_one_row_is_marked():
     t = profile('stem', 'stage1', 'stage2', 'stage1+stage2', 'stem+stage1')
     ax = plot_depth_profile(t).axes[0]
     assert joins(ax)[0] == 3
-    assert ax.lines[-1].get_xdata().tolist() == [4], 'the best one, without a name'
+    assert ax.lines[-1].get_xdata().tolist() == [4], 'not only the best stage is marked'
     marked = plot_depth_profile(t, 'stage1').axes[0]
     assert marked.lines[-1].get_xdata().tolist() == [1]
     assert marked.texts[0].get_text() == f'{t.score["stage1"]:.3f}'
@@ -168,7 +168,9 @@ def test_each_view_is_shown_with_a_name(views):
         'rotated by 180°': np.rot90(a, 2),
         'rotated by 270°': np.rot90(a, 3),
     }
-    assert by_name.keys() - known.keys() <= {'middle enlarged', 'mirrored, middle enlarged'}, 'a title of no view'
+    assert by_name.keys() - known.keys() <= {'middle enlarged', 'mirrored, middle enlarged'}, (
+        'a title does not name a view'
+    )
     for name in by_name.keys() & known.keys():
         assert np.array_equal(by_name[name], known[name]), name
 
@@ -207,4 +209,4 @@ def test_a_solved_head_is_epoch_0_of_what_follows():
 def test_confusion_has_standard_labels():
     ax = plot_confusion([0, 1], [0, 0], ['no', 'yes']).axes[0]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ('predicted class', 'true class')
-    assert to_hex(ax.texts[0].get_color()) == '#ffffff', 'white on dark blue'
+    assert to_hex(ax.texts[0].get_color()) == '#ffffff', 'not white on dark blue'

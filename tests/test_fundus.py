@@ -32,13 +32,13 @@ from dr_transfer.data.table import find_images, label_table
 from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 
-def photo(seed=0, size=256, grade=2):
+def fundus_image(seed=0, size=256, grade=2):
     image, truth = draw_fundus(grade, seed=seed, size=size)
     return Image.fromarray(image), truth['disc']
 
 
 def framed(im, disc, width, height, at, cut=0.0):
-    "In a black frame, with `cut` of the radius taken away above and below"
+    "In a black frame, with `cut` of the radius cropped at the top and bottom"
     frame = Image.new('RGB', (width, height))
     frame.paste(im, at)
     x = disc[0] + at[0]
@@ -72,9 +72,9 @@ CHANGES = {
         (900, 700, (500, 300)),
     ],
 )
-def test_the_circle_is_found_whole_or_cut_framed_dark_or_bright(width, height, at, cut, change):
+def test_the_circle_is_found_complete_or_cut_framed_dark_or_bright(width, height, at, cut, change):
     for seed in range(3):
-        im, (x, y, r) = framed(*photo(seed), width, height, at, cut)
+        im, (x, y, r) = framed(*fundus_image(seed), width, height, at, cut)
         d = find_disc(Image.fromarray(CHANGES[change](np.asarray(im, float)).clip(0, 255).astype(np.uint8)))
         assert d and np.hypot(d.x - x, d.y - y) < 5 and abs(d.r - r) < 5, (seed, d, (x, y, r))
 
@@ -94,10 +94,10 @@ def test_without_a_surround_there_is_no_disc_and_nothing_is_cut_off(im):
     assert crop_disc(im).size == (max(im.size),) * 2
 
 
-def test_crops_bring_discs_to_one_scale_and_points_come_back():
+def test_crops_have_the_same_scale_and_map_points_back():
     sizes = []
     for width, at, cut in ((256, (0, 0), 0), (700, (300, 20), 0), (700, (300, 20), 0.2)):
-        im, (x, y, r) = framed(*photo(1), width, 300, at, cut)
+        im, (x, y, r) = framed(*fundus_image(1), width, 300, at, cut)
         d = find_disc(im)
         crop = crop_disc(im)
         assert crop.size[0] == crop.size[1]
@@ -112,22 +112,22 @@ def test_crops_bring_discs_to_one_scale_and_points_come_back():
 @pytest.mark.parametrize('size', [64, 200, 512])
 @pytest.mark.parametrize('name', ['f.jpg', 'f.png'])
 def test_a_file_is_read_at_any_size_and_the_disc_is_in_its_pixels(tmp_path, name, size):
-    im, (x, y, r) = framed(*photo(2, 400), 1400, 900, (600, 300))
+    im, (x, y, r) = framed(*fundus_image(2, 400), 1400, 900, (600, 300))
     im.save(tmp_path / name, quality=95)
     crop, d = read_disc(tmp_path / name, size)
     assert crop.size == (size, size)
     assert abs(d.r - r) < 8
     assert np.hypot(d.x - x, d.y - y) < 8
-    whole = np.asarray(crop_disc(im).resize((size, size), Image.Resampling.BICUBIC), float)
-    assert np.abs(np.asarray(crop, float) - whole).mean() < 6
+    expected = np.asarray(crop_disc(im).resize((size, size), Image.Resampling.BICUBIC), float)
+    assert np.abs(np.asarray(crop, float) - expected).mean() < 6
     as_bytes, again = read_disc((tmp_path / name).read_bytes(), size)
     assert np.array_equal(as_bytes, crop)
     assert again == d
 
 
-def test_a_turned_photograph_is_upright(tmp_path):
+def test_a_rotated_image_is_upright(tmp_path):
     turned = tmp_path / 'turned.jpg'
-    im, _ = framed(*photo(3), 400, 300, (20, 10))
+    im, _ = framed(*fundus_image(3), 400, 300, (20, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
     im.save(turned, exif=exif)
@@ -141,7 +141,7 @@ def test_a_turned_photograph_is_upright(tmp_path):
 
 
 def test_colour_correction_takes_the_tint_away_and_can_be_undone():
-    crop = crop_disc(photo(4)[0])
+    crop = crop_disc(fundus_image(4)[0])
     inside = disc_mask(crop.width, 0.96)
     fixed, moments = correct_color(crop)
     a = np.asarray(fixed, float)[inside]
@@ -157,7 +157,7 @@ def test_colour_correction_takes_the_tint_away_and_can_be_undone():
 
 
 def test_local_correction_takes_uneven_light_away_and_keeps_detail():
-    crop = crop_disc(photo(5)[0])
+    crop = crop_disc(fundus_image(5)[0])
     n = crop.width
     side = (0.5 + np.arange(n) / n)[None, :, None]
     uneven = Image.fromarray((np.asarray(crop) * side).clip(0, 255).astype(np.uint8))
@@ -169,11 +169,11 @@ def test_local_correction_takes_uneven_light_away_and_keeps_detail():
     assert (np.asarray(correct_local(crop))[0, 0] == 128).all()
 
 
-def test_each_correction_says_what_it_keeps():
+def test_each_correction_keeps_what_it_documents():
     t = correction_table()
     assert list(t.index) == list(CORRECTIONS)
     assert (t.map(len) > 5).all().all()
-    im = crop_disc(photo(3)[0]).resize((128, 128))
+    im = crop_disc(fundus_image(3)[0]).resize((128, 128))
     assert CORRECTIONS['none'](im) is im
     even, moments = correct_color(im)
     assert np.array_equal(CORRECTIONS['colour'](im), even)
@@ -183,7 +183,7 @@ def test_each_correction_says_what_it_keeps():
     assert back[there & disc_mask(128)[..., None]].max() <= 2
     a, b = (
         np.asarray(i, float)[disc_mask(128, 0.9)] for i in (im, even)
-    )  # order within a channel: light relative to other light
+    )  # order within a channel: brightness relative to the surroundings
     for c in range(3):
         assert np.corrcoef(a[:, c], b[:, c])[0, 1] > 0.98
 
@@ -198,14 +198,14 @@ def test_each_correction_says_what_it_keeps():
     ],
     ids=['black', 'white', 'odd'],
 )
-def test_corrections_bear_any_picture(name, im):
+def test_corrections_accept_any_image(name, im):
     out = CORRECTIONS[name](im)
     assert out.size == im.size
     assert out.mode == 'RGB'
 
 
 def test_the_corrections_are_readers_too():
-    im = framed(*photo(6), 500, 300, (100, 20))[0]
+    im = framed(*fundus_image(6), 500, 300, (100, 20))[0]
     for r in READERS:
         assert read_image(im, 96, r, 'pad').size == (96, 96)
     assert not np.array_equal(read_image(im, 96, 'fundus_local', 'pad'), read_image(im, 96, 'fundus', 'pad'))
@@ -224,13 +224,13 @@ def test_the_corrections_are_readers_too():
     ],
 )
 def test_left_eyes_are_mirrored(eye, mirrored):
-    im = photo(7)[0]
+    im = fundus_image(7)[0]
     assert np.array_equal(np.asarray(to_right(im, eye)), np.asarray(im)[:, ::-1] if mirrored else np.asarray(im))
 
 
-# ---------------------------------------------------------------- can it be judged?
+# ---------------------------------------------------------------- gradability
 
-SPOILT = {
+DEGRADED = {
     'out of focus': lambda im: im.filter(ImageFilter.GaussianBlur(im.width / 60)),
     'too dark': lambda im: im.point(lambda v: v * 0.1),
     'too bright': lambda im: im.point(lambda v: min(255, v * 4)),
@@ -244,12 +244,12 @@ SPOILT = {
 
 
 @pytest.mark.parametrize('size', [256, 500])
-@pytest.mark.parametrize('reason', SPOILT)
-def test_a_spoilt_photograph_is_ungradable_for_the_right_reason(reason, size):
+@pytest.mark.parametrize('reason', DEGRADED)
+def test_a_degraded_image_is_ungradable_for_the_right_reason(reason, size):
     for seed in range(4):
-        crop = crop_disc(photo(seed, size, seed)[0])
+        crop = crop_disc(fundus_image(seed, size, seed)[0])
         good = gradability(crop)
-        bad = gradability(SPOILT[reason](crop))
+        bad = gradability(DEGRADED[reason](crop))
         assert good['gradability'] > 0.9
         assert good['reason'] == ''
         assert bad['gradability'] < 0.5
@@ -258,8 +258,8 @@ def test_a_spoilt_photograph_is_ungradable_for_the_right_reason(reason, size):
 
 
 def test_gradability_of_many_is_in_order():
-    crop = crop_disc(photo(1)[0])
-    t = gradability_table([crop, SPOILT['too dark'](crop), crop])
+    crop = crop_disc(fundus_image(1)[0])
+    t = gradability_table([crop, DEGRADED['too dark'](crop), crop])
     assert t.reason.tolist() == ['', 'too dark', '']
     assert t.gradability[0] == t.gradability[2]
 
@@ -268,9 +268,9 @@ def test_gradability_of_many_is_in_order():
 
 
 @pytest.fixture
-def eyes(tmp_path):
-    make_dr(tmp_path / 'eyes', n=10, size=120, unreadable=1, seed=3)
-    return tmp_path / 'eyes'
+def image_folder(tmp_path):
+    make_dr(tmp_path / 'fundus', n=10, size=120, unreadable=1, seed=3)
+    return tmp_path / 'fundus'
 
 
 @pytest.mark.parametrize(
@@ -281,11 +281,11 @@ def eyes(tmp_path):
         Preparation(64, 'local', True),
     ],
 )
-def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
+def test_a_folder_is_prepared_and_the_originals_stay(image_folder, tmp_path, how):
     out = tmp_path / 'out'
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()}
-    t = preprocess_folder(eyes, out, how)
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in eyes.rglob('*') if p.is_file()} == before
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in image_folder.rglob('*') if p.is_file()}
+    t = preprocess_folder(image_folder, out, how)
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in image_folder.rglob('*') if p.is_file()} == before
     good = t[t.error == '']
     assert len(t) == 10
     assert len(good) == 9
@@ -293,14 +293,17 @@ def test_a_folder_is_prepared_and_the_originals_stay(eyes, tmp_path, how):
         assert Image.open(out / f).size == (how.size,) * 2
     assert good.gradability.notna().all()
     assert pd.read_csv(out / 'images.csv').image.tolist() == t.image.tolist()
-    learnt = label_table(out, missing='skip')
-    assert len(learnt) == 9
-    assert learnt.label.tolist() == label_table(eyes).label.tolist()
-    assert learnt.group.notna().all()
+    prepared = label_table(out, missing='skip')
+    assert len(prepared) == 9
+    assert prepared.label.tolist() == label_table(image_folder).label.tolist()
+    assert prepared.group.notna().all()
 
 
-def test_left_eyes_are_turned_on_request(eyes, tmp_path):
-    a, _b = (preprocess_folder(eyes, tmp_path / n, Preparation(64, to_right=r)) for n, r in (('a', False), ('b', True)))
+def test_left_eyes_are_mirrored_on_request(image_folder, tmp_path):
+    a, _b = (
+        preprocess_folder(image_folder, tmp_path / n, Preparation(64, to_right=r))
+        for n, r in (('a', False), ('b', True))
+    )
     for f, e in zip(a.file, a.error):
         if e:
             continue
@@ -308,11 +311,11 @@ def test_left_eyes_are_turned_on_request(eyes, tmp_path):
         assert np.array_equal(x[:, ::-1] if 'left' in f else x, y)
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed_with_the_same_result(image_folder, tmp_path, monkeypatch):
     import dr_transfer.data.preprocess as module
 
     out = tmp_path / 'out'
-    whole = preprocess_folder(eyes, tmp_path / 'whole', Preparation(64))
+    expected = preprocess_folder(image_folder, tmp_path / 'complete', Preparation(64))
     real = module.prepare_image
     done = []
     lock = threading.Lock()
@@ -326,25 +329,25 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(eyes, tmp_path, monkeypat
 
     monkeypatch.setattr(module, 'prepare_image', stop)
     with pytest.raises(KeyboardInterrupt):
-        preprocess_folder(eyes, out, Preparation(64), workers=1)
+        preprocess_folder(image_folder, out, Preparation(64), workers=1)
     kept = len((out / 'journal.jsonl').read_text().splitlines())
     assert 1 <= kept <= 4
     assert not list(out.rglob('*.tmp'))
     again = []
     monkeypatch.setattr(module, 'prepare_image', lambda *a: again.append(a) or real(*a))
-    t = preprocess_folder(eyes, out, Preparation(64), workers=1)
+    t = preprocess_folder(image_folder, out, Preparation(64), workers=1)
     assert len(again) == 10 - kept
-    assert t.equals(whole)
+    assert t.equals(expected)
     for f in t.file[t.error == '']:
-        assert (out / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
+        assert (out / f).read_bytes() == (tmp_path / 'complete' / f).read_bytes()
 
 
-def test_what_cannot_be_is_refused(eyes, tmp_path):
+def test_invalid_requests_are_errors(image_folder, tmp_path):
     (tmp_path / 'empty').mkdir()
-    preprocess_folder(eyes, tmp_path / 'out', Preparation(64))
+    preprocess_folder(image_folder, tmp_path / 'out', Preparation(64))
     for run, words in (
-        (lambda: preprocess_folder(eyes, eyes), 'never changed'),
-        (lambda: preprocess_folder(eyes, tmp_path / 'out', Preparation(72)), 'prepared with other settings'),
+        (lambda: preprocess_folder(image_folder, image_folder), 'never changed'),
+        (lambda: preprocess_folder(image_folder, tmp_path / 'out', Preparation(72)), 'prepared with other settings'),
         (lambda: preprocess_folder(tmp_path / 'empty', tmp_path / 'o2'), 'no images'),
         (lambda: Preparation(correction='clour'), 'nearest first: colour'),
         (lambda: Preparation(format='gif'), "unknown format 'gif'"),
@@ -353,9 +356,9 @@ def test_what_cannot_be_is_refused(eyes, tmp_path):
         with pytest.raises(ValueError, match=words):
             run()
     assert not (tmp_path / 'o2').exists()
-    Image.new('RGB', (50, 50)).save(eyes / 'images' / f'{find_images(eyes)[0].stem}.bmp')
+    Image.new('RGB', (50, 50)).save(image_folder / 'images' / f'{find_images(image_folder)[0].stem}.bmp')
     with pytest.raises(ValueError, match='would have the same name'):
-        preprocess_folder(eyes, tmp_path / 'o3', Preparation(64))
+        preprocess_folder(image_folder, tmp_path / 'o3', Preparation(64))
 
 
 # ---------------------------------------------------------------- DICOM
@@ -392,8 +395,8 @@ def camera_file(path, pixels, patient='A17', side='L', interpretation='RGB', bit
     return path
 
 
-def test_a_dicom_photograph_is_read_like_any_other(tmp_path):
-    pixels = np.asarray(photo(1)[0])
+def test_a_dicom_fundus_image_is_read_like_any_other(tmp_path):
+    pixels = np.asarray(fundus_image(1)[0])
     file = camera_file(tmp_path / 'eye.dcm', pixels)
     assert is_dicom(file)
     assert np.array_equal(read_rgb(file), pixels)
@@ -414,7 +417,7 @@ def test_a_dicom_photograph_is_read_like_any_other(tmp_path):
         (8, 'MONOCHROME1'),
     ],
 )
-def test_grey_dicom_photographs(tmp_path, bits, interpretation):
+def test_grey_dicom_fundus_images(tmp_path, bits, interpretation):
     a = (np.arange(2400).reshape(40, 60) % 2**bits).astype(np.uint8 if bits == 8 else np.uint16)
     got = np.asarray(read_dicom(camera_file(tmp_path / 'g.dcm', a, interpretation=interpretation, bits=bits)), float)
     want = a.astype(float) * 255 / (2**bits - 1)
@@ -424,18 +427,18 @@ def test_grey_dicom_photographs(tmp_path, bits, interpretation):
 def test_patient_eye_and_camera_come_from_the_file(tmp_path):
     data = tmp_path / 'data'
     for i in range(4):
-        folder = data / ('ill' if i % 2 else 'well')
+        folder = data / ('disease' if i % 2 else 'healthy')
         folder.mkdir(parents=True, exist_ok=True)
-        camera_file(folder / f'{i}.dcm', np.asarray(photo(i)[0]), f'P{i // 2}', 'LR'[i % 2])
+        camera_file(folder / f'{i}.dcm', np.asarray(fundus_image(i)[0]), f'P{i // 2}', 'LR'[i % 2])
     t = label_table(data).sort_values('image', key=lambda s: s.str[-5:])
     assert t.group.tolist() == ['P0', 'P0', 'P1', 'P1']
     assert t.data_eye.tolist() == ['left', 'right'] * 2
     assert set(t.data_camera) == {'Lens'}
-    (data / 'ill' / '1.dcm').write_bytes(b'nothing')
+    (data / 'disease' / '1.dcm').write_bytes(b'nothing')
     assert len(label_table(data)) == 3
 
 
-def test_without_pydicom_the_error_says_what_to_install(monkeypatch):
+def test_without_pydicom_the_error_names_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, 'pydicom', None)

@@ -39,14 +39,14 @@ def disk(x, y, r):
 
 
 @pytest.fixture(scope='module')
-def eye():
+def example():
     "A fundus image with lesions, its truth, and its segmentation."
     pixels, truth = draw_fundus(3, seed=21, size=256, camera=7)
     return pixels, truth, segment(pixels)
 
 
 def painted(dark=(), bright=(), vessels=None):
-    "A segmentation with disks (x, y, radius) as spots"
+    "Return a segmentation with disks (x, y, radius) as spots"
     masks = [
         np.any([np.zeros((SEGMENT_SIZE, SEGMENT_SIZE), bool), *(disk(*o) for o in spots)], 0)
         for spots in (dark, bright)
@@ -59,7 +59,7 @@ def painted(dark=(), bright=(), vessels=None):
     )
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- features
 
 
 def test_painted_spots_are_counted_and_measured():
@@ -80,7 +80,7 @@ def test_painted_spots_are_counted_and_measured():
     assert t.diameter.max() == pytest.approx(20 / 256, rel=0.05)
 
 
-def test_without_lesions_all_that_is_of_lesions_is_zero():
+def test_without_lesions_their_features_are_zero():
     f = lesion_features(painted())
     away = {k for k in FEATURES if k.endswith('nearest_fovea')}
     assert tuple(f) == FEATURES
@@ -131,11 +131,11 @@ def test_scores_of_lesions():
     assert len(score_lesions(mask, [])[0]) == 0
 
 
-# ---------------------------------------------------------------- segmenting
+# ---------------------------------------------------------------- segmentation
 
 
-def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
-    _, _, seg = eye
+def test_masks_are_within_the_field_and_disjoint(example):
+    _, _, seg = example
     for mask in (seg.vessels, seg.dark, seg.bright, seg.nerve):
         assert mask.dtype == bool
         assert not (mask & ~seg.field).any()
@@ -146,8 +146,8 @@ def test_what_is_found_is_in_the_field_and_of_one_kind(eye):
     assert np.asarray(overlay(seg)).shape == (SEGMENT_SIZE, SEGMENT_SIZE, 3)
 
 
-def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
-    _, truth, seg = eye
+def test_most_haemorrhages_of_a_synthetic_fundus_image_are_found(example):
+    _, truth, seg = example
     blood = [
         (*seg.disc.to_crop([[q['x'], q['y']]], SEGMENT_SIZE)[0], q['radius'] * SEGMENT_SIZE / (2 * seg.disc.r))
         for q in truth['lesions']
@@ -162,7 +162,7 @@ def test_most_haemorrhages_of_a_drawn_eye_are_found(eye):
     assert abs(f['vessel_length'] / healthy['vessel_length'] - 1) < 0.25
 
 
-def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
+def test_half_of_the_small_and_bright_lesions_of_synthetic_fundus_images_are_found():
     found = {'microaneurysm': [], 'exudate': []}
     for seed, camera in ((22, 5), (24, 9)):
         pixels, truth = draw_fundus(3, seed=seed, size=512, camera=camera)
@@ -179,8 +179,8 @@ def test_half_of_the_small_and_of_the_bright_lesions_of_drawn_eyes_are_found():
         assert np.mean(found[kind]) > 0.4, kind
 
 
-def test_a_frame_and_less_light_change_little(eye):
-    pixels, _, seg = eye
+def test_a_frame_and_less_light_change_little(example):
+    pixels, _, seg = example
     frame = Image.new('RGB', (500, 420))
     frame.paste(Image.fromarray((pixels * 0.7).astype(np.uint8)), (120, 60))
     a = seg
@@ -196,7 +196,7 @@ def test_a_frame_and_less_light_change_little(eye):
         np.pad(np.full((40, 40, 3), 99, np.uint8), ((0, 300), (0, 300), (0, 0))),
     ],
 )
-def test_an_image_without_a_retina_is_refused(pixels):
+def test_an_image_without_a_retina_is_an_error(pixels):
     with pytest.raises(ValueError, match='no retina was detected'):
         segment(pixels)
 
@@ -206,13 +206,13 @@ def test_a_retina_of_one_colour_has_no_lesions():
     assert f['exudate_count'] == f['haemorrhage_count'] == f['vessel_area'] == 0
 
 
-# ---------------------------------------------------------------- many photographs
+# ---------------------------------------------------------------- many images
 
 
-def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monkeypatch):
+def test_features_are_stored_and_only_new_images_are_processed(example, tmp_path, monkeypatch):
     b_png = tmp_path / 'b.png'
     kept = tmp_path / 'kept'
-    pixels = eye[0]
+    pixels = example[0]
     other = draw_fundus(0, seed=3, size=200)[0]
     Image.fromarray(other).save(b_png)
     count = []
@@ -220,7 +220,7 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     monkeypatch.setattr(hand_crafted, 'segment', lambda *a: count.append(1) or real(*a))
     one = feature_frame([pixels], folder=kept)
     assert one.columns.tolist() == list(FEATURES)
-    assert np.allclose(one.iloc[0], list(lesion_features(eye[2]).values()), atol=1e-3)
+    assert np.allclose(one.iloc[0], list(lesion_features(example[2]).values()), atol=1e-3)
     both = feature_frame([b_png, pixels], folder=kept)
     assert len(count) == 2
     assert both.index.tolist() == [str(b_png), 1]
@@ -229,10 +229,10 @@ def test_features_are_kept_and_only_new_images_are_measured(eye, tmp_path, monke
     assert (feature_frame([tmp_path / 'c.png'], folder=kept).values[0] == both.values[0]).all()
     assert len(count) == 2
     feature_frame([pixels], hand_crafted.SegmentationLimits(dark=3.0), folder=kept)
-    assert len(count) == 3, 'another limit, another number'
+    assert len(count) == 3, 'the number does not depend on the limit'
 
 
-def test_errors_say_which_image_and_what_to_do(tmp_path):
+def test_errors_name_the_image_and_the_remedy(tmp_path):
     black = tmp_path / 'black.png'
     Image.new('RGB', (200, 200)).save(black)
     with pytest.raises(
@@ -245,10 +245,10 @@ def test_errors_say_which_image_and_what_to_do(tmp_path):
         feature_frame([])
 
 
-def test_without_scikit_image_the_error_says_what_to_install(eye, monkeypatch):
+def test_without_scikit_image_the_error_names_what_to_install(example, monkeypatch):
     monkeypatch.setitem(sys.modules, 'skimage', None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[segmentation\]'"):
-        feature_frame([eye[0]])
+        feature_frame([example[0]])
 
 
 # ---------------------------------------------------------------- the classifier
@@ -276,18 +276,18 @@ def test_the_classifier_learns_and_returns_probabilities(k):
     assert (clone(model).fit(x, y).predict_proba(xt) == p).all()
 
 
-def test_groups_stay_whole_in_the_inner_folds(monkeypatch):
+def test_groups_stay_together_in_the_inner_folds(monkeypatch):
     x, y = toy()
-    seen = []
+    recorded = []
     real = hand_crafted.grouped_folds
-    monkeypatch.setattr(hand_crafted, 'grouped_folds', lambda *a: seen.extend(r := real(*a)) or r)
+    monkeypatch.setattr(hand_crafted, 'grouped_folds', lambda *a: recorded.extend(r := real(*a)) or r)
     g = np.arange(150) // 2 // 2
     HandCraftedClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
-    assert len(seen) == 3
-    assert all(not set(g[a]) & set(g[b]) for a, b in seen)
+    assert len(recorded) == 3
+    assert all(not set(g[a]) & set(g[b]) for a, b in recorded)
 
 
-def test_bad_features_are_refused():
+def test_invalid_features_are_errors():
     x, y = toy()
     with pytest.raises(ValueError, match='NaN'):
         HandCraftedClassifier().fit(x.assign(area=np.nan), y)
@@ -300,15 +300,15 @@ def test_bad_features_are_refused():
 
 
 def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypatch):
-    make_dr(tmp_path / 'eyes', n=40, size=48, seed=4, grade_p=(1, 0, 0, 1, 0))
+    make_dr(tmp_path / 'fundus', n=40, size=48, seed=4, grade_p=(1, 0, 0, 1, 0))
     monkeypatch.setattr(
         hand_crafted,
         'feature_frame',
         lambda images: pd.DataFrame(np.random.default_rng(0).normal(size=(len(images), 3))),
-    )  # eyes of 48 pixels say nothing
+    )  # images of 48 pixels have no detectable lesions
     a, b = (
         cross_validate_hand_crafted(
-            tmp_path / 'eyes', folds=2, classifier=HandCraftedClassifier(grid=((c, 0.3),), folds=2)
+            tmp_path / 'fundus', folds=2, classifier=HandCraftedClassifier(grid=((c, 0.3),), folds=2)
         )
         for c in (0.1, 10.0)
     )
@@ -319,7 +319,7 @@ def test_cross_validation_gives_a_table_that_can_be_compared(tmp_path, monkeypat
 
 
 def test_predictions_of_folds_are_found_by_another_process(tmp_path):
-    "Functions have other addresses in the next run; what is kept must not depend on them."
+    "Functions have other addresses in the next run; stored predictions must not depend on them."
     from dataclasses import replace
 
     from dr_transfer.data.tasks import get_task

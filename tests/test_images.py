@@ -41,7 +41,7 @@ GREY = A[..., 0]
 # ---------------------------------------------------------------- modes
 
 
-def test_rgb_is_left_as_it_is(tmp_path):
+def test_rgb_is_not_changed(tmp_path):
     im = Image.fromarray(A)
     files = [through(im, kind) for kind in ('PNG', 'BMP', 'TIFF')]
     for source in (A, im, *files):
@@ -83,7 +83,7 @@ def test_palette(kind):
 
 @pytest.mark.parametrize('kind', ['PNG', 'GIF'])
 def test_palette_with_transparency(kind):
-    "What is transparent becomes black, whatever colour lies under it."
+    "Transparent pixels become black, whatever their colour."
     im = Image.fromarray(INDEX)
     im.putpalette(PALETTE.flatten().tolist())
     data = through(im, kind, transparency=1)
@@ -103,8 +103,8 @@ def test_alpha_is_over_black(mode):
     im = Image.merge(mode, [Image.fromarray(np.ascontiguousarray(c)) for c in channels])
     out = np.asarray(read_rgb(through(im, 'PNG')))
     assert out.shape == (32, 48, 3)
-    share = alpha[..., None] / 255
-    assert far(out, (base * share).round()).max() <= 1
+    opacity = alpha[..., None] / 255
+    assert far(out, (base * opacity).round()).max() <= 1
     assert out[:, 0].max() == 0
     opaque = np.broadcast_to(base, A.shape)[:, -1]
     assert far(out[:, -1], opaque).max() <= 1
@@ -120,7 +120,7 @@ def test_rgb_with_a_transparent_colour():
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'TIFF'])
-def test_16_bits_keep_their_shades(kind):
+def test_16_bits_keep_their_grey_levels(kind):
     shades = np.linspace(0, 65535, 48 * 32).round()
     deep = shades.astype(np.uint16).reshape(32, 48)
     data = through(Image.fromarray(deep), kind)
@@ -129,7 +129,7 @@ def test_16_bits_keep_their_shades(kind):
     out = np.asarray(read_rgb(data))
     want = (deep / 257)[..., None]
     assert far(out, want).max() <= 1
-    assert len(np.unique(out)) == 256  # clipping would leave a white picture
+    assert len(np.unique(out)) == 256  # clipping would give a white image
 
 
 def test_cmyk_jpeg():
@@ -167,12 +167,12 @@ def test_a_file_is_closed_and_an_image_is_not_changed(tmp_path):
     Image.fromarray(A).save(a_png)
     im = read_rgb(a_png)
     a_png.unlink()
-    np.testing.assert_array_equal(im, A)  # pixels are there, not only the promise of them
+    np.testing.assert_array_equal(im, A)  # the pixels are loaded
 
 
 # ---------------------------------------------------------------- orientation
 
-# How the standard (EXIF, tag 274) says that the stored rows and columns are to be shown, and so how to store them
+# How the standard (EXIF, tag 274) displays the stored rows and columns, and so how to store them
 SHOW = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -208,7 +208,7 @@ def test_every_orientation_is_upright(orientation, kind):
     assert im.size == (48, 32)
     assert far(im, A).max() <= loss
     again = to_rgb(im)
-    assert far(again, im).max() == 0  # once upright, it is not turned again
+    assert far(again, im).max() == 0  # an upright image is not rotated again
 
 
 @pytest.mark.parametrize('orientation', SHOW)
@@ -235,7 +235,7 @@ def test_orientation_of_grey_16_bits(orientation):
 @pytest.mark.parametrize('fit', FITS)
 def test_draft_decoding_agrees_with_full_decoding(mode, fit):
     rng = np.random.default_rng(0)
-    noise = rng.normal(0, 8, (900, 1200, 1))  # as of a camera
+    noise = rng.normal(0, 8, (900, 1200, 1))  # the size of a camera image
     a = np.clip(smooth(1200, 900) + noise, 0, 255).astype(np.uint8)
     im = Image.fromarray(a).convert(mode)
     data = through(im, 'JPEG', quality=92)
@@ -251,7 +251,7 @@ def test_draft_decoding_agrees_with_full_decoding(mode, fit):
 
 
 @pytest.mark.parametrize('size', [16, 64, 100, 150, 224, 300, 1000])
-def test_a_draft_is_never_smaller_than_what_is_needed(size):
+def test_a_draft_is_never_smaller_than_needed(size):
     data = through(Image.fromarray(smooth(640, 480)), 'JPEG')
     im = read_rgb(data, size)
     assert min(im.size) >= min(480, 2 * size)
@@ -273,11 +273,11 @@ def test_fits_of_a_wide_image():
     assert pad[:9].max() == pad[31:].max() == 0
     assert pad[12:28].max(-1).min() > 100
     assert pad[20, 2, 0] > 200
-    assert pad[20, 37, 2] > 200  # all of it, on black
+    assert pad[20, 37, 2] > 200  # the complete image, on black
     assert squish.max(-1).min() > 100
     assert squish[20, 2, 0] > 200
-    assert squish[20, 37, 2] > 200  # all of it, narrower
-    assert (crop == (0, 250, 0)).all()  # the middle of it
+    assert squish[20, 37, 2] > 200  # the complete image, narrower
+    assert (crop == (0, 250, 0)).all()  # its middle
 
 
 @pytest.mark.parametrize('fit', FITS)
@@ -301,7 +301,7 @@ def test_fit_takes_any_shape_and_is_deterministic(fit, shape):
     assert set(np.unique(a)) <= shades
 
 
-def test_a_square_of_the_right_size_is_left_alone():
+def test_a_square_of_the_right_size_is_not_changed():
     a = smooth(32, 32)
     im = Image.fromarray(a)
     for fit in FITS:
@@ -338,15 +338,15 @@ def test_black_borders_around_a_retina_change_nothing(borders, camera):
         moved = after - before - [left, top] * 2
         assert abs(moved).max() < step, moved
         plain, more = (read_image(o, 64, 'fundus', 'pad') for o in (a, b))
-        plain_photo, more_photo = (read_image(o, 64, 'photo', 'pad') for o in (a, b))
-        without = far(plain_photo, more_photo).mean()
+        plain_read, framed_read = (read_image(o, 64, 'photo', 'pad') for o in (a, b))
+        without = far(plain_read, framed_read).mean()
         assert without > 15
         most = 0 if step == 1 else without / 10
         assert far(plain, more).mean() <= most
 
 
-def test_borders_of_a_large_photograph():
-    "Found on an image that is reduced to find them; a JPEG's borders are not quite black."
+def test_borders_of_a_large_image():
+    "Found on a reduced image; borders in a JPEG are not exactly black."
     a, _ = draw_fundus(2, 1, 700)
     both = (a, framed(a, 20, 20, 300, 260))
     data = [through(Image.fromarray(o), 'JPEG', quality=92) for o in both]
@@ -354,10 +354,10 @@ def test_borders_of_a_large_photograph():
     assert far(plain, more).mean() < 3
 
 
-@pytest.mark.parametrize('picture', [np.zeros((40, 60, 3), np.uint8), np.full((40, 60, 3), 255, np.uint8), A])
-def test_a_picture_without_a_disc_is_kept_whole(picture):
-    got = read_image(picture, 32, 'fundus', 'squish')
-    want = read_image(picture, 32, 'photo', 'squish')
+@pytest.mark.parametrize('image', [np.zeros((40, 60, 3), np.uint8), np.full((40, 60, 3), 255, np.uint8), A])
+def test_an_image_without_a_disc_is_not_cropped(image):
+    got = read_image(image, 32, 'fundus', 'squish')
+    want = read_image(image, 32, 'photo', 'squish')
     np.testing.assert_array_equal(got, want)
 
 
@@ -377,8 +377,8 @@ def test_the_reader_is_the_same_from_file_bytes_image_and_array(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
-def test_one_picture_in_many_threads(tmp_path, kind):
-    "An image that PIL has not read yet, asked for by several threads at once, upright in each"
+def test_one_image_in_many_threads(tmp_path, kind):
+    "An image that PIL has not loaded yet, requested by several threads at once, is upright in each"
     file = tmp_path / 'p'
     exif = Image.Exif()
     exif[0x0112] = 6

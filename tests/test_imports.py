@@ -38,7 +38,7 @@ def loaded(code, **kwargs):
     return r.stdout, set(json.loads(r.stderr.splitlines()[-1]))
 
 
-def test_the_check_sees_what_is_loaded():
+def test_the_check_finds_loaded_packages():
     assert 'numpy' in loaded('import numpy')[1]
 
 
@@ -138,7 +138,7 @@ def test_the_installed_command(words, options):
     assert _parser().parse_args(example[1:]).run.__name__ == words[0]
 
 
-def test_failure_is_not_code_0_and_one_line(tmp_path):
+def test_failure_has_an_exit_code_and_one_line(tmp_path):
     "Of the real console script; a success is above, and Ctrl-C in test_cli."
     (tmp_path / 'mine.txt').write_text('mine')
     r = subprocess.run([COMMAND, 'demo', '--out', tmp_path], capture_output=True, text=True, timeout=120)
@@ -150,9 +150,9 @@ def test_failure_is_not_code_0_and_one_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
 
-def test_predicting_needs_no_fastai(run, eyes):
-    "A whole prediction, through the command."
-    image = sorted((eyes / 'images').iterdir())[0]
+def test_predicting_needs_no_fastai(run, fundus_data):
+    "A complete prediction with the command."
+    image = sorted((fundus_data / 'images').iterdir())[0]
     out, modules = loaded(
         f'from dr_transfer.cli import main; assert main(["predict", {str(run)!r}, {str(image)!r}]) == 0'
     )
@@ -179,7 +179,7 @@ def imported_at_once(name):
 
 
 def test_the_command_imports_the_library_only_inside_functions():
-    "The reason why it is quick, so that a violation is found where it is."
+    "Late imports keep the command fast; the test names the module that violates this."
     commands = ('subcommands', 'validation', 'shared', 'arguments')
     light = {'utils.checks', 'arguments', 'shared', *(f'commands.{name}' for name in commands)}
     for name in ('cli', 'utils/checks', *(f'commands/{name}' for name in commands)):

@@ -39,8 +39,8 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('leaks') / 'eyes'
+def fundus_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('leaks') / 'fundus'
     make_dr(folder, n=60, size=192, exact_duplicates=3, near_duplicates=3, cameras=2, seed=5)
     return folder
 
@@ -69,10 +69,10 @@ def jpeg(im):
     ],
     ids=['half', 'jpeg', 'brighter', 'trimmed'],
 )
-def test_a_changed_copy_is_near_and_another_eye_is_not(change):
-    pictures = [Image.fromarray(draw_fundus(s % 5, size=300, seed=s)[0]) for s in range(4)]
-    first = [bits(im, 'fundus') for im in pictures]
-    assert max(differ(h, bits(change(im), 'fundus')) for h, im in zip(first, pictures)) <= 40
+def test_a_changed_copy_is_near_and_another_image_is_not(change):
+    sources = [Image.fromarray(draw_fundus(s % 5, size=300, seed=s)[0]) for s in range(4)]
+    first = [bits(im, 'fundus') for im in sources]
+    assert max(differ(h, bits(change(im), 'fundus')) for h, im in zip(first, sources)) <= 40
     assert min(differ(first[i], first[j]) for i in range(4) for j in range(i)) > 60
 
 
@@ -95,7 +95,7 @@ def test_near_pairs_are_those_of_comparing_each_with_each():
             near_pairs(h, bad)
 
 
-def test_images_of_one_colour_are_no_near_copies():
+def test_images_of_one_colour_are_not_near_copies():
     flat = [Image.new('RGB', (50, 50), c) for c in ('red', 'black', 'white')]
     assert not np.any([bits(im) for im in flat])
     assert find_copies(flat).empty
@@ -109,25 +109,25 @@ def test_hashes_are_kept_by_content_and_a_changed_image_is_hashed_again(tmp_path
     for i, f in enumerate(files):
         Image.fromarray(draw_fundus(0, size=96, seed=i)[0]).save(f)
     a, _ = image_hashes(files)
-    seen = []
+    hashed = []
     monkeypatch.setattr(
-        leaks, 'detail_hash', lambda im: (im.getbbox() and seen.append(1)) or detail_hash(im)
-    )  # not the black ones that fill a batch
+        leaks, 'detail_hash', lambda im: (im.getbbox() and hashed.append(1)) or detail_hash(im)
+    )  # not the black images that fill up a batch
     b, _ = image_hashes(files)
-    assert not seen
+    assert not hashed
     assert (a == b).all()
     Image.fromarray(draw_fundus(0, size=96, seed=9)[0]).save(files[1])
     c, _ = image_hashes(files)
-    assert len(seen) == 1
+    assert len(hashed) == 1
     assert (c[[0, 2]] == a[[0, 2]]).all()
     assert differ(c[1], a[1]) > 60
 
 
-def test_exactly_the_duplicates_of_a_synthetic_set_are_found(eyes):
+def test_exactly_the_duplicates_of_a_synthetic_set_are_found(fundus_data):
     import json
 
-    truth = json.loads((eyes / 'truth.json').read_text())
-    t = label_table(eyes)
+    truth = json.loads((fundus_data / 'truth.json').read_text())
+    t = label_table(fundus_data)
     found = find_copies(t.image.tolist(), 'fundus')
     names = t.image.map(lambda p: p.rsplit('/', 1)[-1])
     pairs = {frozenset((names[r.a], names[r.b])) for r in found.itertuples()}
@@ -143,14 +143,14 @@ def test_exactly_the_duplicates_of_a_synthetic_set_are_found(eyes):
     assert set(found.kind) == {'same file', 'near copy'}
 
 
-def test_a_split_made_here_keeps_copies_and_patients_together(eyes):
+def test_a_split_made_here_keeps_copies_and_patients_together(fundus_data):
     for seed in range(6):
-        t = split_data(eyes, TASKS['dr'], REFERABLE, seed=seed)
+        t = split_data(fundus_data, TASKS['dr'], REFERABLE, seed=seed)
         assert split_leaks(t, find_copies(t.image.tolist(), 'fundus')).empty
         assert t.attrs['leaks'] == {}
     plain = [
         split_leaks(
-            t := task_table(label_table(eyes).assign(group=None), REFERABLE, seed=s),
+            t := task_table(label_table(fundus_data).assign(group=None), REFERABLE, seed=s),
             find_copies(t.image.tolist(), 'fundus'),
         )
         for s in range(6)
@@ -158,8 +158,8 @@ def test_a_split_made_here_keeps_copies_and_patients_together(eyes):
     assert any(len(p) for p in plain), 'otherwise the test above shows nothing'
 
 
-def test_groups_come_back_as_they_were(eyes):
-    assert split_data(eyes, TASKS['dr'], REFERABLE).group.tolist() == label_table(eyes).group.tolist()
+def test_groups_are_returned_unchanged(fundus_data):
+    assert split_data(fundus_data, TASKS['dr'], REFERABLE).group.tolist() == label_table(fundus_data).group.tolist()
 
 
 @pytest.mark.parametrize('groups', [[None, None, None, None], ['x', 'x', 'y', None]])
@@ -174,26 +174,26 @@ def test_joined_groups(groups):
 
 
 @pytest.mark.parametrize('kind', ['group', 'copies'])
-def test_build_learner_raises_an_error_for_a_leaking_split(eyes, kind):
-    t = split_data(eyes, TASKS['dr'], REFERABLE)
+def test_build_learner_raises_an_error_for_a_leaking_split(fundus_data, kind):
+    t = split_data(fundus_data, TASKS['dr'], REFERABLE)
     copies = find_copies(t.image.tolist(), 'fundus')
     if kind == 'copies':
         t, (a, b) = t.assign(group=None), (copies.a[0], copies.b[0])
     else:
         a, b = t[t.group == t.group.dropna().iloc[0]].index[:2]
     t.loc[[a, b], 'split'] = ['train', 'valid']
-    ask = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
+    arguments = dict(task='dr', arch='test_resnet', weights='random', size=48, bs=8)
     with pytest.raises(LeakError, match='are in two subsets') as e:
-        build_learner(t, **ask)
+        build_learner(t, **arguments)
     for word in (t.image[a], t.image[b], "Empty the column 'split'", 'allow_leaks=True'):
         assert word in str(e.value)
-    learn = build_learner(t, allow_leaks=True, **ask)
+    learn = build_learner(t, allow_leaks=True, **arguments)
     assert sum(learn.record.data.leaks.values()) >= 1
-    assert build_learner(t.assign(split=None), **ask).record.data.leaks == {}
+    assert build_learner(t.assign(split=None), **arguments).record.data.leaks == {}
 
 
-def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
-    t = label_table(eyes)
+def test_a_given_test_set_is_checked_for_leaks_too(fundus_data):
+    t = label_table(fundus_data)
     a, _b = find_copies(t.image.tolist(), 'fundus')[['a', 'b']].iloc[0]
     t = t.assign(group=None, split=None)
     t.loc[a, 'split'] = 'test'
@@ -202,7 +202,7 @@ def test_a_test_side_that_comes_with_the_data_is_guarded_too(eyes):
     assert split_data(t, TASKS['dr'], REFERABLE, allow_leaks=True).split[a] == 'test'
 
 
-def test_a_leak_is_worth_much(tmp_path):
+def test_a_leak_raises_the_score(tmp_path):
     "Random labels: on copies of its training images a model seems to predict them."
     rng = np.random.default_rng(0)
     rows = []
@@ -217,9 +217,9 @@ def test_a_leak_is_worth_much(tmp_path):
 
     def score(split):
         know = split == 'train'
-        ask = split == 'valid'
+        held_out = split == 'valid'
         model = KNeighborsClassifier(3, weights='distance').fit(x[know], t.label[know])
-        return auc(t.label[ask] == '2', model.predict_proba(x[ask])[:, 1])
+        return auc(t.label[held_out] == '2', model.predict_proba(x[held_out])[:, 1])
 
     seeds = range(5)
     leaky = np.mean([score(split_table(label_table(t), seed=s).split) for s in seeds])
@@ -250,8 +250,8 @@ def test_confounders_are_columns_that_chance_does_not_explain():
     assert mutual_info_score(y, y) > 1
 
 
-def test_the_report_names_what_it_found(eyes):
-    t = label_table(eyes)
+def test_the_report_names_what_it_found(fundus_data):
+    t = label_table(fundus_data)
     t['data_camera'] = np.where(t.label.astype(int) > 1, 'new', 'old')
     t['split'] = np.where(np.arange(len(t)) % 2, 'train', 'valid')
     r = leak_report(t, 'fundus')
@@ -265,8 +265,8 @@ def test_the_report_names_what_it_found(eyes):
     assert list(file_facts(t.image[:2]).columns) == ['suffix', 'width', 'height', 'kilobytes']
 
 
-def test_together_remembers_the_copies_of_the_last_table(eyes):
-    t = label_table(eyes)
+def test_together_caches_the_copies_of_the_last_table(fundus_data):
+    t = label_table(fundus_data)
     together = Together('fundus')
     assert len(together(t)) == len(t)
     assert len(together.copies) == 6

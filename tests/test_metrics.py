@@ -17,15 +17,15 @@ from dr_transfer.metrics.scores import accuracy, auc, confusion, quadratic_kappa
 SETS = [(n, k, seed) for n in (1, 2, 3, 7, 50, 400) for k in (2, 3, 5) for seed in range(8)]
 
 
-def draw(n, k, seed):
-    "Truth and predictions; every other seed omits classes, independently in the two."
+def random_labels(n, k, seed):
+    "Truth and predictions; every second seed omits classes, independently in both."
     rng = np.random.default_rng((n, k, seed))
 
-    def side():
+    def random_codes():
         return rng.choice(rng.choice(k, rng.integers(1, k + 1), replace=False) if seed % 2 else k, n)
 
-    y = side()
-    p = side()
+    y = random_codes()
+    p = random_codes()
     return y, np.where(rng.random(n) < 0.4, y, p)
 
 
@@ -40,16 +40,16 @@ def by_hand(f, *args, **kwargs):
         return float(f(*args, **kwargs))
 
 
-def test_sets_have_what_the_grid_is_for():
-    drawn = [draw(*s) for s in SETS]
-    assert any(len(set(y)) == 1 for y, p in drawn)
-    assert any(set(p) - set(y) for y, p in drawn)
-    assert any(set(y) - set(p) for y, p in drawn)
+def test_the_random_sets_cover_the_special_cases():
+    sets = [random_labels(*s) for s in SETS]
+    assert any(len(set(y)) == 1 for y, p in sets)
+    assert any(set(p) - set(y) for y, p in sets)
+    assert any(set(y) - set(p) for y, p in sets)
 
 
 @pytest.mark.parametrize('n,k,seed', SETS)
 def test_classes_agree_with_scikit_learn(n, k, seed):
-    y, p = draw(n, k, seed)
+    y, p = random_labels(n, k, seed)
     assert same(accuracy(y, p), sk.accuracy_score(y, p))
     np.testing.assert_array_equal(confusion(y, p, range(k)), sk.confusion_matrix(y, p, labels=range(k)))
     for c in range(k):
@@ -95,11 +95,12 @@ def test_auc_depends_on_the_order_only():
 def test_kappa_by_its_definition():
     "With the matrices of Cohen 1968, which the library does not use."
     for seed in range(20):
-        y, p = draw(60, 5, 2 * seed)
-        seen = confusion(y, p, range(5)).to_numpy() / 60
+        y, p = random_labels(60, 5, 2 * seed)
+        observed = confusion(y, p, range(5)).to_numpy() / 60
         weight = np.subtract.outer(np.arange(5), np.arange(5)) ** 2
         assert same(
-            quadratic_kappa(y, p), 1 - (weight * seen).sum() / (weight * np.outer(seen.sum(1), seen.sum(0))).sum()
+            quadratic_kappa(y, p),
+            1 - (weight * observed).sum() / (weight * np.outer(observed.sum(1), observed.sum(0))).sum(),
         )
         assert same(quadratic_kappa(y, p), quadratic_kappa(p, y))
         assert same(quadratic_kappa(y, p), quadratic_kappa(y + 3, p + 3))
@@ -137,9 +138,9 @@ def test_series_are_taken_by_position():
 
 
 def test_names_as_classes():
-    y = pd.Series(['no', 'ill', 'ill'])
-    p = np.array(['no', 'ill', 'no'])
-    assert (accuracy(y, p), sensitivity(y, p, 'ill'), specificity(y, p, 'ill')) == (2 / 3, 0.5, 1)
+    y = pd.Series(['no', 'disease', 'disease'])
+    p = np.array(['no', 'disease', 'no'])
+    assert (accuracy(y, p), sensitivity(y, p, 'disease'), specificity(y, p, 'disease')) == (2 / 3, 0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_names_as_classes():
         ([0, 1], ['0', '1'], 'both as'),
     ],
 )
-def test_what_does_not_fit_together_is_refused(f, y, p, why):
+def test_inconsistent_arguments_are_errors(f, y, p, why):
     with pytest.raises(ValueError, match=why):
         f(y, p)
 
@@ -174,19 +175,19 @@ def test_what_does_not_fit_together_is_refused(f, y, p, why):
         (lambda: quadratic_kappa(['a'], ['a']), "'a'"),
         (lambda: quadratic_kappa([0, np.inf], [0, 1]), 'inf'),
         (lambda: auc([0, 2], [0.1, 0.2]), 'truth: .*2.* Give 0 to 1'),
-        (lambda: auc(['no', 'ill'], ['.1', '.2']), 'is text. Give numbers'),
-        (lambda: sensitivity(['no', 'ill'], ['no', 'ill']), 'the positive class 1'),
-        (lambda: specificity([0, 1], [0, 1], 'ill'), "the positive class 'ill'"),
+        (lambda: auc(['no', 'disease'], ['.1', '.2']), 'is text. Give numbers'),
+        (lambda: sensitivity(['no', 'disease'], ['no', 'disease']), 'the positive class 1'),
+        (lambda: specificity([0, 1], [0, 1], 'disease'), "the positive class 'disease'"),
         (lambda: confusion([0, 2], [0, 1], 'ab'), 'truth: .*2.* Give 0 to 1'),
         (lambda: confusion(['a'], ['a'], 'ab'), "'a'"),
     ],
 )
-def test_values_that_are_no_classes_are_refused(call, why):
+def test_values_that_are_not_classes_are_errors(call, why):
     with pytest.raises(ValueError, match=why):
         call()
 
 
-def test_confusion_names_its_sides():
+def test_confusion_labels_its_axes():
     c = confusion([0, 0, 2], [1, 1, 2], ['no', 'mild', 3])
     assert (c.index.name, c.columns.name) == ('truth', 'predicted')
     assert (
@@ -236,7 +237,7 @@ def test_summary_of_two_classes(seed):
         (['00', '01', '02'], False),
     ],
 )
-def test_summary_gives_kappa_to_grades_only(classes, graded):
+def test_summary_has_kappa_for_grades_only(classes, graded):
     y, p = probs(90, 3, 7)
     s = summary(y, p, classes)
     assert same(s.pop('accuracy'), sk.accuracy_score(y, p.argmax(1)))
@@ -255,8 +256,8 @@ def test_summary_gives_kappa_to_grades_only(classes, graded):
 def test_summary_of_one_class_present(here, nan):
     _, p = probs(20, 2, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter('error')  # and no warning of a mean of nothing either
-        s = summary([here] * 20, p, ['no', 'ill'])
+        warnings.simplefilter('error')  # and there is no warning of an empty mean
+        s = summary([here] * 20, p, ['no', 'disease'])
     assert {k for k, v in s.items() if math.isnan(v)} == nan
     for v in s.values():
         assert type(v) is float
@@ -284,12 +285,12 @@ def test_summary_of_half_precision_and_float32():
         ([0], [[1.0]], 'a', 'two or more'),
     ],
 )
-def test_summary_refuses(y, p, classes, why):
+def test_summary_errors(y, p, classes, why):
     with pytest.raises(ValueError, match=why):
         summary(y, p, classes)
 
 
-def test_import_brings_no_framework():
+def test_import_loads_no_framework():
     frameworks = ('torch', 'fastai', 'timm', 'sklearn', 'matplotlib')
     code = f'import sys, dr_transfer.metrics.scores; print([m for m in {frameworks} if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -40,21 +40,21 @@ def flowers(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
-    make_dr(folder := tmp_path_factory.mktemp('eyes'), n=40, size=48, seed=0, workers=1)
+def fundus_data(tmp_path_factory):
+    make_dr(folder := tmp_path_factory.mktemp('fundus_data'), n=40, size=48, seed=0, workers=1)
     return folder
 
 
-def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
-    """FLW shuffles a table and joins codes that are numbered again. Here: shuffled with a seed, saved, read,
-    split, encoded, in batches.
+def test_mistake_1_label_codes_belong_to_their_images(flowers, tmp_path):
+    """FLW shuffles a table and joins codes by a new index. Here the table is shuffled with a seed, saved, read,
+    split, encoded and divided into batches.
     """
     shuffled = tmp_path / 'shuffled.csv'
     t = label_table(flowers).sample(frac=1, random_state=42)
     codes = pd.Series(pd.factorize(t.label)[0])
     wrong = t.assign(code=codes)  # as the text has it: joined by index
     assert (wrong.code.map(dict(enumerate(pd.unique(t.label)))) == wrong.label).mean() < 0.6, (
-        'or else this shows nothing'
+        'otherwise the test shows nothing'
     )
 
     t[['image', 'label']].to_csv(shuffled, index=False)
@@ -65,28 +65,28 @@ def test_mistake_1_codes_of_labels_are_those_of_their_images(flowers, tmp_path):
     ):
         assert [Path(i).parent.name for i in table.image] == table.label.tolist()
         task = get_task('flowers', 48, 'none')
-        goal = get_task('flowers').target()
-        dls = task_dataloaders(split_table(encode_target(table, goal), seed=1), task, goal, bs=8)
+        target = get_task('flowers').target()
+        dls = task_dataloaders(split_table(encode_target(table, target), seed=1), task, target, bs=8)
         for ds in (dls.train_ds, dls.valid_ds):
             assert [dls.vocab[int(y)] for _, y in ds] == [Path(i).parent.name for i in ds.items.image]
 
 
 class Watch(torch.nn.Module):
-    "Keeps the batch that a network is given"
+    "Store the batch that a network gets"
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def forward(self, x):
-        self.seen = x.detach().clone()
+        self.batch = x.detach().clone()
         return self.net(x)
 
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'efficientnet_lite0', 'torchvision.alexnet'])
 def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
-    """FLW passes BGR, with the preprocessing of another network. Here: what reaches the network in training,
-    and when it predicts.
+    """FLW passes BGR, with the preprocessing of another network. Here the input of the network is checked in training
+    and in prediction.
     """
     set_path = tmp_path / 'set'
     colour = np.array([250, 120, 10])
@@ -99,7 +99,7 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
     want = (colour / 255 - spec.mean) / spec.std
     bgr = (colour[::-1] / 255 - spec.mean) / spec.std
     other = (colour / 255 - 0.4) / 0.3
-    assert min(abs(want - bgr).max(), abs(want - other).max()) > 0.2, 'or else this shows nothing'
+    assert min(abs(want - bgr).max(), abs(want - other).max()) > 0.2, 'otherwise the test shows nothing'
     for dl in (learn.dls.valid, learn.dls.train):
         x = dl.one_batch()[0]
         assert np.allclose(x[:, 1:].mean((0, 2, 3)), want[1:], atol=1e-4)
@@ -124,13 +124,13 @@ def test_mistake_2_rgb_with_the_statistics_of_the_backbone(tmp_path, arch):
             'std': spec.std,
         },
     ).probs([set_path / 'a' / '0.png'])
-    assert np.allclose(watch.seen[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
+    assert np.allclose(watch.batch[0].mean((1, 2)), want, atol=1e-4)  # the rest of the batch is padding
     assert find_backbone('efficientnet_lite0').mean != find_backbone('torchvision.alexnet').mean
 
 
-def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
-    """DR says fluorescein angiography, which is grey. Said nowhere here but where the mistake is named;
-    and colour is kept all the way.
+def test_mistake_3_colour_fundus_images_and_not_angiography(fundus_data):
+    """DR states fluorescein angiography, which is grey. The library mentions it only where the mistake is described,
+    and colour is kept at each step.
     """
     pages = {
         p: '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
@@ -141,27 +141,27 @@ def test_mistake_3_colour_fundus_photographs_and_not_angiography(eyes):
         p: p.read_text(encoding='utf-8')
         for p in (ROOT / 'README.md', ROOT / 'settings.ini', *(ROOT / 'dr_transfer').rglob('*.py'))
     }
-    assert len(pages) > 140, 'or else this reads nothing'
-    said = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
-    assert said <= {'17_tasks.ipynb', 'checklist.ipynb'}
+    assert len(pages) > 140, 'otherwise nothing is read'
+    named_in = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
+    assert named_in <= {'17_tasks.ipynb', 'checklist.ipynb'}
     assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
     task = TASKS['dr']
     for a in task.augment.split('+'):
         assert AUGMENTATIONS[a].keeps_color
     assert not AUGMENTATIONS['colour_jitter'].keeps_color
-    image = label_table(eyes).image[0]
+    image = label_table(fundus_data).image[0]
     pixels = np.asarray(read_image(image, 48, task.reader, task.fit), int)
     assert (pixels[..., 0] - pixels[..., 2])[pixels.max(2) > 60].mean() > 30  # red, and not grey
 
 
-def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
-    """DR says "4 labels" and "binary layer" in one paragraph. Here: five grades or referable, by name,
+def test_mistake_4_five_grades_or_two_classes_have_names(fundus_data):
+    """DR states "4 labels" and "binary layer" in one paragraph. Here there are five grades or referable, by name,
     and the head has as many outputs.
     """
     assert (GRADE.classes, REFERABLE.classes) == (tuple('01234'), ('no', 'referable'))
     assert [t.name for t in TASKS['dr'].targets] == ['referable', 'grade']
     for target, n in (('grade', 5), ('referable', 2), (None, 2)):
-        learn = build_learner(eyes, 'dr', target=target, allow_leaks=True, **SMALL)
+        learn = build_learner(fundus_data, 'dr', target=target, allow_leaks=True, **SMALL)
         assert learn.dls.c == learn.model[1][-1].out_features == len(learn.dls.vocab) == n
         assert learn.record.target == (target or 'referable')
     few = pd.DataFrame({'image': list('abc'), 'label': ['0', '1', '4']})
@@ -169,7 +169,7 @@ def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
         'no',
         'no',
         'referable',
-    ]  # grade 1 is not referable, whatever is in the set
+    ]  # grade 1 is not referable in any set
     with pytest.raises(ValueError, match="unknown target of task 'dr' 'binary'"):
         get_task('dr').target('binary')
     with pytest.raises(ValueError, match='unknown grade'):
@@ -178,8 +178,8 @@ def test_mistake_4_five_grades_and_two_answers_have_names(eyes):
 
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_vit', 'torchvision.alexnet', 'efficientnet_lite0'])
 def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
-    """DR says "the top two layers" and means the two nearest to the input. Here:
-    frozen are those that see the image first.
+    """DR states "the top two layers" and means the two nearest to the input. Here
+    the groups nearest to the input are frozen.
     """
     body = create_body(arch, 'random')
     called = []
@@ -196,7 +196,7 @@ def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
         h.remove()
     first = [called.index(i) for i in range(max(called) + 1)]
     assert first == sorted(first)
-    assert len(first) >= 3  # group after group, from the image on
+    assert len(first) >= 3  # the groups in order from the input
     phase = PLANS['all_but_stem'].phases[-1]
     n = len(layer_groups(body)) + 1
     assert phase.frozen == 2
@@ -204,21 +204,21 @@ def test_mistake_5_the_first_two_groups_are_the_nearest_to_the_input(arch):
     assert PLANS['all_but_stem'].phases[-1].rates(n)[2:] == sorted(phase.rates(n)[2:])
 
 
-@pytest.mark.parametrize('what', ['flowers', 'eyes'])
-def test_mistake_6_no_patient_and_no_photographer_on_both_sides(request, what):
+@pytest.mark.parametrize('what', ['flowers', 'fundus_data'])
+def test_mistake_6_no_patient_and_no_photographer_in_two_subsets(request, what):
     "FLW splits at random; DR has two eyes of a patient, flowers many of a photographer."
     t = label_table(request.getfixturevalue(what))
     assert t.group.notna().all()
     assert t.group.value_counts().max() > 1
     a, b = train_test_split(t, test_size=0.2, random_state=42)
-    assert set(a.group) & set(b.group), 'or else this shows nothing'
-    task = TASKS['dr' if what == 'eyes' else 'flowers']
+    assert set(a.group) & set(b.group), 'otherwise the test shows nothing'
+    task = TASKS['dr' if what == 'fundus_data' else 'flowers']
     for seed in range(5):
         s = split_data(request.getfixturevalue(what), task, task.target(), seed=seed)
         train, valid = (set(s.group[s.split == k]) for k in ('train', 'valid'))
         assert train
         assert valid
         assert not train & valid
-    random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # one that comes so is refused
+    random = t.assign(split=np.where(t.index.isin(b.index), 'valid', 'train'))  # such a given split is an error
     with pytest.raises((LeakError, ValueError), match='two subsets'):
         split_data(random, task, task.target())

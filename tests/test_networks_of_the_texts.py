@@ -17,18 +17,18 @@ from dr_transfer.models.stages import layer_groups, stage_names
 from dr_transfer.synthetic.fundus import make_dr
 
 NAMES = ['googlenet', 'alexnet', 'cifarnet', 'resnet50', 'vgg16', 'inception_v3', 'xception']
-LARGE = NAMES[4:]  # these take 40 s, which only the longer run with the real photographs has
+LARGE = NAMES[4:]  # these take 40 s, so only the longer run with real images has them
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('eyes')
+def fundus_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('fundus')
     make_dr(folder, n=16, size=80, seed=0, workers=1)
     return folder
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, name):
+def test_each_network_trains_and_predicts(fundus_data, tmp_path, monkeypatch, request, name):
     w_safetensors = tmp_path / 'w.safetensors'
     if name in LARGE:
         request.getfixturevalue('data_root')
@@ -46,13 +46,15 @@ def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, 
     assert list(layer_groups(body)) == names
     assert body.weights.kind == 'file'
     theirs = {v.data_ptr(): v for v in net.state_dict().values()}
-    loaded = list(body.state_dict().values())  # the weights in the file, without the classifier
+    loaded = list(body.state_dict().values())  # the weights in the file without the classifier
     for v in loaded[:4]:
         assert any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values())
     assert len(loaded) < len(state)
 
-    learn = build_learner(eyes, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, runtime='plain', stage=names[-1])
-    assert learn.model[1][-1].out_features == 2  # in place of a thousand
+    learn = build_learner(
+        fundus_data, 'dr', arch=name, weights=w_safetensors, size=80, bs=4, runtime='plain', stage=names[-1]
+    )
+    assert learn.model[1][-1].out_features == 2  # instead of a thousand
     before = {k: v.clone() for k, v in learn.model[0].state_dict().items()}
     fit(learn, 'head', epochs=1, say=lambda s: None)  # frozen: bit for bit
     for k, v in learn.model[0].state_dict().items():
@@ -63,7 +65,7 @@ def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, 
     after = learn.model[0].state_dict()
     assert sum(not torch.equal(v, before[k]) for k, v in after.items() if v.is_floating_point()) > len(before) // 2
 
-    images = sorted((eyes / 'images').iterdir())[:3]
+    images = sorted((fundus_data / 'images').iterdir())[:3]
     f = image_features(images, name, weights=w_safetensors, size=80, reader='fundus', fit='pad')
     assert set(f.stages) == set(names)
     for n in names:
@@ -73,7 +75,7 @@ def test_each_network_trains_and_predicts(eyes, tmp_path, monkeypatch, request, 
 
 
 @pytest.mark.parametrize('name', ['googlenet', 'alexnet', 'resnet50'])
-def test_what_a_hub_sends_is_what_the_body_has(name, monkeypatch):
+def test_weights_of_a_hub_are_those_of_the_body(name, monkeypatch):
     torch.manual_seed(1)
     state = build_network(find_backbone(name)).state_dict()
     monkeypatch.setattr(module, '_download', lambda spec: state)

@@ -47,8 +47,8 @@ def made(
     decision=None,
     weights='random',
 ):
-    """A model whose BatchNorms have numbers of their own and whose answers differ,
-    so that no part can be omitted unnoticed
+    """A model with random BatchNorm statistics whose probabilities differ between images,
+    so that each part affects the result
     """
     torch.manual_seed(0)
     stages = create_body(arch, weights, n_stages=n_stages)
@@ -78,8 +78,8 @@ def made(
     return ImageModel(net, about)
 
 
-def pictures(n=5):
-    "Colour fields with noise, wider than high, so that the reader has something to do"
+def random_images(n=5):
+    "Colour fields with noise, wider than high, so that the reader changes them"
     rng = np.random.default_rng(1)
     return [
         np.uint8(np.linspace(*rng.uniform(0, 200, (2, 3)), 90)[None] + rng.uniform(0, 55, (70, 90, 3)))
@@ -88,13 +88,13 @@ def pictures(n=5):
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
+def small_model(tmp_path_factory):
     "A small model and its file"
     model = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    return model, export_onnx(model, tmp_path_factory.mktemp('onnx') / 'eyes.onnx')
+    return model, export_onnx(model, tmp_path_factory.mktemp('onnx') / 'fundus.onnx')
 
 
-# ---------------------------------------------------------------- the same answers
+# ---------------------------------------------------------------- the same probabilities
 
 
 @pytest.mark.parametrize(
@@ -109,48 +109,48 @@ def eyes(tmp_path_factory):
 )
 def test_the_same_probabilities_as_in_torch(tmp_path, how):
     model = made(**how)
-    images = pictures()
+    images = random_images()
     there = OnnxModel(export_onnx(model, tmp_path / 'm.onnx', images=images[:2]))
     p = model.probs(images)
-    assert np.ptp(p, axis=0).max() > 1e-3, 'or else this shows nothing'
+    assert np.ptp(p, axis=0).max() > 1e-3, 'otherwise the test shows nothing'
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)  # n is free
+    np.testing.assert_allclose(there.probs(images[:1]), p[:1], atol=1e-4, rtol=0)  # n is variable
 
 
-def test_of_four_turns_and_a_reader_and_a_temperature(eyes):
-    model = eyes[0]
-    images = pictures()
-    there = OnnxModel(eyes[1])
+def test_four_turns_a_reader_and_a_temperature(small_model):
+    model = small_model[0]
+    images = random_images()
+    there = OnnxModel(small_model[1])
     p = model.probs(images)
     np.testing.assert_allclose(there.probs(images), p, atol=1e-4, rtol=0)
     np.testing.assert_allclose(there.probs(images, calibrated=True), apply_temperature(p, 1.7), atol=1e-4, rtol=0)
-    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3, 'or else this shows nothing'
-    assert np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'or else this shows nothing'
+    assert np.abs(apply_temperature(p, 1.7) - p).max() > 1e-3, 'otherwise the test shows nothing'
+    assert np.abs(model.probs(images, 'none') - p).max() > 2e-4, 'otherwise the test shows nothing'
     assert there.probs([]).shape == (0, 2)
 
 
-def test_a_table_of_predictions_with_the_decision(eyes, tmp_path):
-    there = OnnxModel(eyes[1])
+def test_a_table_of_predictions_with_the_decision(small_model, tmp_path):
+    there = OnnxModel(small_model[1])
     there.card = replace(there.card, decision=Decision.from_dict({**DECISION, 'operating': POINT}))
-    for i, a in enumerate(pictures(3)):
+    for i, a in enumerate(random_images(3)):
         Image.fromarray(a).save(tmp_path / f'{i}.png')
     (tmp_path / 'no.png').write_text('text')
     paths = sorted(map(str, tmp_path.iterdir()))
     t = predict_table(there, paths)
-    want = predict_table(ImageModel(eyes[0].model, there.card), paths)
+    want = predict_table(ImageModel(small_model[0].model, there.card), paths)
     assert t.decision.notna().sum() == 3
     assert t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 
 
-# ---------------------------------------------------------------- what is in the file
+# ---------------------------------------------------------------- contents of the file
 
 
-def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
+def test_the_file_describes_its_input_and_not_the_machine(small_model):
     import onnx
 
-    model = eyes[0]
-    proto = onnx.load(eyes[1])
+    model = small_model[0]
+    proto = onnx.load(small_model[1])
     onnx.checker.check_model(proto, full_check=True)
     meta = {m.key: m.value for m in proto.metadata_props}
     assert json.loads(meta['classes']) == ['no', 'referable']
@@ -162,8 +162,8 @@ def test_the_file_says_what_it_expects_and_nothing_of_the_machine(eyes):
     assert json.loads(meta['about']) == model.about
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ['n', 3, 48, 48]
     assert {n.domain for n in proto.graph.node} == {''}
-    assert not any(t.external_data for t in proto.graph.initializer)  # known operations, numbers inside
-    raw = eyes[1].read_bytes()
+    assert not any(t.external_data for t in proto.graph.initializer)  # known operations, and the weights are included
+    raw = small_model[1].read_bytes()
     for word in (b'site-packages', b'dr_transfer/', b'.py', b'Traceback', sys.prefix.encode()):
         assert word not in raw, word
 
@@ -181,15 +181,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_predicting_loads_no_torch(eyes, tmp_path):
+def test_predicting_loads_no_torch(small_model, tmp_path):
     "In a process where torch cannot be imported at all, through the command."
     image = tmp_path / 'a.png'
-    Image.fromarray(pictures(1)[0]).save(image)
-    words = ['predict', str(eyes[1]), str(image), '--debug']
+    Image.fromarray(random_images(1)[0]).save(image)
+    words = ['predict', str(small_model[1]), str(image), '--debug']
     r = subprocess.run([sys.executable, '-c', WITHOUT_TORCH, *words], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     head, row = r.stdout.splitlines()
-    want = predict_table(eyes[0], [str(image)])
+    want = predict_table(small_model[0], [str(image)])
     assert head.split(',') == want.columns.tolist()
     assert abs(float(row.split(',')[3]) - want.p_referable[0]) < 1e-4
 
@@ -197,24 +197,24 @@ def test_predicting_loads_no_torch(eyes, tmp_path):
 # ---------------------------------------------------------------- what raises an error
 
 
-def test_a_file_that_says_something_else_is_not_written(eyes, tmp_path, monkeypatch):
-    import dr_transfer.inference.onnx_file as room
+def test_a_file_with_other_probabilities_is_not_written(small_model, tmp_path, monkeypatch):
+    import dr_transfer.inference.onnx_file as exporter
 
     other = made('small_cnn', 48, reader='fundus', decision=DECISION)
-    other.card = replace(other.card, mean=(0.55,) * 3)  # of another backbone: no shape tells
-    monkeypatch.setattr(room, '_serialized', lambda *args: eyes[1].read_bytes())
+    other.card = replace(other.card, mean=(0.55,) * 3)  # another backbone with equal shapes
+    monkeypatch.setattr(exporter, '_serialized', lambda *args: small_model[1].read_bytes())
     with pytest.raises(ValueError, match=r'differ from those of the model by up to 0.*no file was written'):
         export_onnx(other, tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_refused(eyes, tmp_path, monkeypatch):
+def test_invalid_exports_are_errors(small_model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'does not end in \.onnx: give a name such as .*m\.onnx'):
-        export_onnx(eyes[0], tmp_path / 'm.pt')
-    before = eyes[1].read_bytes()
+        export_onnx(small_model[0], tmp_path / 'm.pt')
+    before = small_model[1].read_bytes()
     with pytest.raises(ValueError, match='exists already'):
-        export_onnx(eyes[0], eyes[1])
-    assert eyes[1].read_bytes() == before
+        export_onnx(small_model[0], small_model[1])
+    assert small_model[1].read_bytes() == before
     (tmp_path / 'text.onnx').write_text('text')
     (tmp_path / 'cut.onnx').write_bytes(before[: len(before) // 2])
     for name, words in (
@@ -226,7 +226,7 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
             OnnxModel(tmp_path / f'{name}.onnx')
     import onnx
 
-    proto = onnx.load(eyes[1])
+    proto = onnx.load(small_model[1])
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / 'foreign.onnx')
     with pytest.raises(ModelError, match=r'it has no hash, because it is incomplete or another program wrote it'):
@@ -239,20 +239,20 @@ def test_what_is_refused(eyes, tmp_path, monkeypatch):
         OnnxModel(tmp_path / 'old.onnx')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ValueError, match=r"pip install 'dr_transfer\[onnx\]'"):
-        OnnxModel(eyes[1])
+        OnnxModel(small_model[1])
 
 
 def signed(data):
-    "An ONNX file with a new hash, as one would write it who changes a file on purpose"
+    "An ONNX file with a new hash, as an attacker would write it"
     from dr_transfer.inference.onnx_file import EMPTY_HASH, _hash, _hash_offset
 
     at = _hash_offset(data)
     return data[:at] + _hash(data, at) + data[at + len(EMPTY_HASH) :]
 
 
-def test_no_byte_can_change_unnoticed(eyes, tmp_path):
+def test_a_change_of_any_byte_is_detected(small_model, tmp_path):
     "Bits of weights, of the graph and of the metadata, and names that change places."
-    data = eyes[1].read_bytes()
+    data = small_model[1].read_bytes()
     file = tmp_path / 'm.onnx'
     places = [*range(0, 200), *np.random.default_rng(0).integers(0, len(data), 300), *range(len(data) - 600, len(data))]
     for at in map(int, places):
@@ -274,7 +274,7 @@ def test_no_byte_can_change_unnoticed(eyes, tmp_path):
             OnnxModel(file)
     file.write_bytes(signed(data))
     assert file.read_bytes() == data
-    assert OnnxModel(file).card == eyes[0].card
+    assert OnnxModel(file).card == small_model[0].card
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,11 @@ def test_no_byte_can_change_unnoticed(eyes, tmp_path):
         ({'versions': {'dr_transfer': '0.9.9'}, 'size': 'big'}, "written by dr_transfer '0.9.9'"),
     ],
 )
-def test_metadata_that_were_changed_and_signed_anew(eyes, tmp_path, change, words):
+def test_changed_metadata_with_a_new_hash(small_model, tmp_path, change, words):
     import onnx
 
-    proto = onnx.load(eyes[1])
-    about = {k: v for k, v in {**eyes[0].about, **change}.items() if v is not None}
+    proto = onnx.load(small_model[1])
+    about = {k: v for k, v in {**small_model[0].about, **change}.items() if v is not None}
     next(m for m in proto.metadata_props if m.key == 'about').value = json.dumps(about)
     (tmp_path / 'm.onnx').write_bytes(signed(proto.SerializeToString()))
     with pytest.raises(ModelError, match=words):
@@ -311,17 +311,17 @@ def test_metadata_that_were_changed_and_signed_anew(eyes, tmp_path, change, word
         ('3', "'description' is 3"),
     ],
 )
-def test_metadata_that_are_no_description(eyes, tmp_path, text, words):
+def test_metadata_that_are_not_a_description(small_model, tmp_path, text, words):
     import onnx
 
-    proto = onnx.load(eyes[1])
+    proto = onnx.load(small_model[1])
     next(m for m in proto.metadata_props if m.key == 'about').value = text
     (tmp_path / 'm.onnx').write_bytes(signed(proto.SerializeToString()))
     with pytest.raises(ModelError, match=words):
         OnnxModel(tmp_path / 'm.onnx')
 
 
-def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
+def test_weights_that_are_nan_are_not_exported(tmp_path):
     bad = made('small_cnn', 48)
     bad.model[1][3].weight.data[1, 7] = float('inf')
     with pytest.raises(ModelError, match=r"the tensor '1.3.weight' has NaN or infinity in 1 of 256 values"):
@@ -329,19 +329,19 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(eyes, tmp_path):
-    from test_cli import good, refused, rows_of
+def test_the_command(small_model, tmp_path):
+    from test_cli import error_line, good, rows_of
 
-    folder = save_model(eyes[0], tmp_path / 'model')
+    folder = save_model(small_model[0], tmp_path / 'model')
     out = tmp_path / 'm.onnx'
     assert 'the same predictions as the model' in good('export', folder, '--out', out, '--runtime', 'bf16').out
     import onnx
 
-    graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, eyes[1])]
+    graphs = [onnx.load(f).graph.SerializeToString(deterministic=True) for f in (out, small_model[1])]
     assert graphs[0] == graphs[1]  # 32-bit numbers, for any runtime of the machine
-    assert 'exists already' in refused('export', folder, '--out', out)
-    assert 'an ONNX file can only predict' in refused('evaluate', out, tmp_path)
-    Image.fromarray(pictures(1)[0]).save(tmp_path / 'a.png')
+    assert 'exists already' in error_line('export', folder, '--out', out)
+    assert 'an ONNX file can only predict' in error_line('evaluate', out, tmp_path)
+    Image.fromarray(random_images(1)[0]).save(tmp_path / 'a.png')
     a, b = (rows_of(good('predict', m, tmp_path / 'a.png', '--runtime', 'plain').out)[0] for m in (out, folder))
     assert a.keys() == b.keys()
     assert abs(float(a['p_no']) - float(b['p_no'])) < 1e-4

@@ -23,8 +23,8 @@ SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan
 
 
 @pytest.fixture(scope='module')
-def eyes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ordered') / 'eyes'
+def fundus_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ordered') / 'fundus'
     make_dr(folder, n=120, size=64, seed=4)
     return folder
 
@@ -51,7 +51,7 @@ def test_gradients_are_finite_far_from_the_cuts(name):
     assert torch.isfinite(score.grad).all()
 
 
-def test_the_cuts_rise_whatever_is_learnt():
+def test_the_cuts_are_always_increasing():
     layer = Cumulative(5)
     opt = torch.optim.SGD(layer.parameters(), lr=5.0)
     for _ in range(50):
@@ -78,8 +78,8 @@ def test_every_head_has_an_output_for_each_class(name):
         ('cumulative', 'fine_tune', 1),
     ],
 )
-def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, head, plan, epochs):
-    learn = build_learner(eyes, head=head, **TINY)
+def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(fundus_data, tmp_path, head, plan, epochs):
+    learn = build_learner(fundus_data, head=head, **TINY)
     start = {k: v.clone() for k, v in learn.model[1].state_dict().items()}
     fit(learn, plan, epochs, say=lambda s: None)
     assert any(not torch.equal(v, start[k]) for k, v in learn.model[1].state_dict().items())
@@ -90,7 +90,7 @@ def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(eyes, tmp_path, h
     assert image_model(learn).card.head.ordered == head
 
 
-def test_an_ordered_head_learns_the_order(eyes):
+def test_an_ordered_head_learns_the_order(fundus_data):
     y = torch.tensor(np.repeat(np.arange(5), 200))
     x = torch.cat([(y + 0.5 * torch.randn(1000))[:, None], torch.randn(1000, 3)], 1)
     for name in ORDERED:
@@ -109,7 +109,7 @@ def test_an_ordered_head_learns_the_order(eyes):
 # ---------------------------------------------------------------- balance
 
 
-def test_weights_make_all_classes_count_alike():
+def test_weights_balance_the_classes():
     t = pd.DataFrame({'target': ['a'] * 90 + ['b'] * 9 + ['c'] + ['a'], 'split': ['train'] * 100 + ['valid']})
     w = class_weights(t)
     n = t.target[t.split == 'train'].value_counts()
@@ -124,30 +124,30 @@ def test_weights_make_all_classes_count_alike():
 
 
 @pytest.mark.parametrize('stored', [True, False])
-def test_sampling_draws_rare_classes_as_often(eyes, stored):
-    learn = build_learner(eyes, balance='sampling', **TINY)
+def test_sampling_balances_the_classes(fundus_data, stored):
+    learn = build_learner(fundus_data, balance='sampling', **TINY)
     fit(learn, SHORT, stored=stored, say=lambda s: None)
     assert learn.record.balance == 'sampling'
-    drawn = np.concatenate(
+    sampled = np.concatenate(
         [np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train]
     )
-    share = pd.Series(drawn).value_counts(normalize=True)
+    fraction = pd.Series(sampled).value_counts(normalize=True)
     have = learn.table.target[learn.table.split == 'train'].value_counts(normalize=True)
-    assert share.max() / share.min() < 2 < have.max() / have.min()
+    assert fraction.max() / fraction.min() < 2 < have.max() / have.min()
 
 
 @pytest.mark.parametrize('balance', ['weights', 'sampling'])
-def test_every_balance_trains_with_every_kind_of_phase(eyes, balance):
+def test_every_balance_trains_with_every_kind_of_phase(fundus_data, balance):
     for plan in (SHORT, Plan('last stage', (Phase(-2, 1, 1e-3),))):
-        learn = fit(build_learner(eyes, balance=balance, plan=plan, **TINY), say=lambda s: None)
+        learn = fit(build_learner(fundus_data, balance=balance, plan=plan, **TINY), say=lambda s: None)
         assert np.isfinite(learn.record.history[-1]['train_loss'])
 
 
-def test_a_wrong_balance_is_refused(eyes):
+def test_an_invalid_balance_is_an_error(fundus_data):
     with pytest.raises(ValueError, match='nearest first: weights'):
-        build_learner(eyes, balance='weight', **TINY)
+        build_learner(fundus_data, balance='weight', **TINY)
     with pytest.raises(ValueError, match="use balance='sampling'"):
-        build_learner(eyes, balance='weights', head='regression', **TINY)
+        build_learner(fundus_data, balance='weights', head='regression', **TINY)
 
 
 # ---------------------------------------------------------------- cut points
@@ -198,9 +198,9 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 
 
 @pytest.mark.parametrize('head', [*ORDERED, Head((8,), ordered='regression')], ids=str)
-def test_flowers_have_no_order(tmp_path, head):
-    """A score that is cut into grades means nothing for daisies, roses and tulips,
-    and says so before anything is trained.
+def test_classes_without_an_order_are_an_error(tmp_path, head):
+    """A score with cut points is meaningless for daisies, roses and tulips,
+    so an error is raised before anything is trained.
     """
     from dr_transfer.data.tasks import Target, Task
     from dr_transfer.synthetic.flowers import make_flowers
@@ -219,8 +219,8 @@ def test_flowers_have_no_order(tmp_path, head):
     assert build_learner(flowers, buds, **tiny).record.head.ordered == kind
 
 
-def test_two_classes_are_in_order_either_way(eyes):
-    "There the ordered head is a logistic regression, which is right for any two classes."
-    learn = build_learner(eyes, **{**TINY, 'target': 'referable', 'head': 'cumulative'})
+def test_two_classes_are_ordered_in_either_direction(fundus_data):
+    "For two classes the ordered head is a logistic regression, which is correct for any classes."
+    learn = build_learner(fundus_data, **{**TINY, 'target': 'referable', 'head': 'cumulative'})
     assert learn.model[1].about.ordered == 'cumulative'
     assert learn.dls.c == 2

@@ -37,7 +37,7 @@ from dr_transfer.utils.places import OutputError, atomic_file, check_outside, is
 
 
 def tree(folder):
-    "Every name below a folder, and what the files hold."
+    "Every path below a folder, and the contents of the files."
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
         for p in sorted(Path(folder).rglob('*'))
@@ -45,7 +45,7 @@ def tree(folder):
 
 
 def enter(context):
-    "Enter a context and leave it again."
+    "Enter a context and exit it."
     with context:
         pass
 
@@ -66,8 +66,8 @@ def make_report(path, text='report', overwrite=False):
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    "A few small photographs in a folder."
+def image_folder(tmp_path):
+    "A few small images in a folder."
     folder = tmp_path / 'photos'
     (folder / 'images').mkdir(parents=True)
     for i in range(4):
@@ -87,11 +87,11 @@ def test_a_file_is_replaced_only_if_its_own_name_was_given_with_overwrite(tmp_pa
     assert tree(tmp_path) == {'p.csv': b'mine'}
     with new_file(file, overwrite=True) as f:
         f.write_text('new')
-        assert file.read_text() == 'mine', 'until the new one is complete'
+        assert file.read_text() == 'mine', 'the old file is gone before the new one is complete'
     assert tree(tmp_path) == {'p.csv': b'new'}
 
 
-def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+def test_only_regular_files_are_replaced(tmp_path):
     (tmp_path / 'folder').mkdir()
     os.mkfifo(tmp_path / 'pipe')
     for name in ('folder', 'pipe'):
@@ -104,7 +104,7 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(
     'context', [new_file, new_folder, lambda p: new_pair(p, '_t.csv'), lambda p: growing_folder(p, 'preprocess')]
 )
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, context):
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(tmp_path, context):
     loop = tmp_path / 'loop'
     (tmp_path / 'file').write_text('mine')
     os.symlink(tmp_path / 'nowhere', tmp_path / 'dangling')
@@ -126,7 +126,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, 
     assert not (tmp_path / 'nowhere').exists()
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, 'No space left on device')
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'name', ['x' * 254, 'x' * 250 + '.csv', 'é' * 127, '.hidden', ' ', 'a\nb', os.fsdecode(b'\xff\xfe')]
 )
-def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
+def test_any_name_that_the_file_system_accepts_is_valid(tmp_path, name):
     with new_file(tmp_path / name) as f:
         f.write_text('1')
     with new_file(tmp_path / name, overwrite=True) as f:
@@ -155,7 +155,7 @@ def test_any_name_that_the_file_system_takes_will_do(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_the_result_is_kept_where_it_cannot_get_its_name(tmp_path):
+def test_the_result_is_kept_under_another_name_if_it_cannot_be_renamed(tmp_path):
     run = tmp_path / 'run'
     kept = pytest.raises(OutputError, match=r'exists already.*kept in .*p\.csv\.kept')
     with kept, new_file(tmp_path / 'p.csv') as f:
@@ -212,7 +212,7 @@ def test_a_table_is_kept_if_its_page_fails(tmp_path, error, begun):
 
 
 def test_half_a_table_is_not_kept(tmp_path, monkeypatch):
-    "A disk that fills up while a table is written leaves no part that could be taken for all of it."
+    "If the disk fills up while a table is written, no incomplete table is left."
 
     def full(self, data):
         with open(self, 'wb') as f:
@@ -251,7 +251,7 @@ def test_a_link_is_followed(tmp_path):
 
 
 def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
-    "Even if it holds the names that a run has."
+    "Even if it contains the names of the files of a run."
     mine = tmp_path / 'mine'
     (mine / 'model').mkdir(parents=True)
     (mine / 'model' / 'years of work').write_text('mine')
@@ -267,7 +267,7 @@ def test_a_folder_without_a_marker_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize('put', ['notes.txt', 'model/notes.txt', 'plots/mine.png', 'link'])
-def test_a_folder_of_ours_that_holds_more_is_refused_by_name(tmp_path, put):
+def test_other_files_in_an_output_folder_are_an_error_that_names_them(tmp_path, put):
     run = tmp_path / 'run'
     make_run(run)
     (run / put).parent.mkdir(exist_ok=True)
@@ -301,7 +301,7 @@ def test_another_kind_of_output_is_not_replaced(tmp_path):
         enter(growing_folder(tmp_path / 'run', 'preprocess'))
 
 
-def test_a_folder_that_grows_is_left_as_it_was_if_nothing_comes_of_it(tmp_path):
+def test_a_growing_folder_is_restored_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), growing_folder(tmp_path / 'a' / 'b', 'demo'):
         raise RuntimeError
     assert tree(tmp_path) == {}
@@ -310,7 +310,7 @@ def test_a_folder_that_grows_is_left_as_it_was_if_nothing_comes_of_it(tmp_path):
     assert tree(tmp_path) == {'empty': None}
 
 
-def test_a_folder_that_grows_may_be_emptied_but_for_what_is_not_ours(tmp_path):
+def test_only_own_files_of_a_growing_folder_are_deleted(tmp_path):
     mine = tmp_path / 'demo' / 'run' / 'mine.txt'
 
     def once(overwrite):
@@ -367,7 +367,7 @@ def test_a_page_that_does_not_name_its_table_is_an_error(tmp_path):
     assert not (tmp_path / 'r.html').exists()
 
 
-def test_figures_carry_the_hash_too(tmp_path):
+def test_figures_contain_the_hash_too(tmp_path):
     from matplotlib.figure import Figure
 
     with new_pair(tmp_path / 'c.png', '_table.csv') as (figure, table):
@@ -376,18 +376,20 @@ def test_figures_carry_the_hash_too(tmp_path):
     assert written_together(tmp_path / 'c.png', tmp_path / 'c_table.csv')
 
 
-def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, capsys, monkeypatch):
+def test_evaluate_does_not_replace_the_labels(tmp_path, image_folder, capsys, monkeypatch):
     "evaluate ... --out DATA/labels.html --overwrite replaced labels.csv."
     from dr_transfer.cli import main
 
-    (photographs / 'labels.csv').write_text('image,label\n0.png,a\n')
+    (image_folder / 'labels.csv').write_text('image,label\n0.png,a\n')
     (tmp_path / 'labels.csv').write_text('mine')
     import dr_transfer.commands.validation as commands
     import dr_transfer.evaluation.report_page as report
 
     monkeypatch.setattr(commands, '_load', lambda model, runtime: None)
     before = tree(tmp_path)
-    assert main(['evaluate', 'model', str(photographs), '--out', str(photographs / 'labels.html'), '--overwrite']) == 1
+    assert (
+        main(['evaluate', 'model', str(image_folder), '--out', str(image_folder / 'labels.html'), '--overwrite']) == 1
+    )
     assert 'lies in the data folder' in capsys.readouterr().err
     assert tree(tmp_path) == before
 
@@ -404,7 +406,7 @@ def test_the_command_evaluate_leaves_the_labels_alone(tmp_path, photographs, cap
 # ---------------------------------------------------------------- two runs at once
 
 
-def test_the_second_run_is_told_at_once(tmp_path):
+def test_the_second_run_raises_an_error_at_once(tmp_path):
     calls = [new_file, new_folder, lambda p: new_pair(p, '_t.csv'), lambda p: growing_folder(p, 'demo')]
     for i, context in enumerate(calls):
         held = context(tmp_path / str(i))
@@ -431,7 +433,7 @@ with new_folder(sys.argv[1]) as tmp:
 
 
 def test_two_processes_with_one_name(tmp_path):
-    "By another spelling of it, too; and the command tells it before it trains."
+    "Also with another spelling of the name; the command raises the error before it trains."
     run = tmp_path / 'run'
     first = subprocess.Popen(
         [sys.executable, '-c', HOLD, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -466,7 +468,7 @@ for i in range(150):
 
 
 def test_a_lock_that_is_removed_while_others_wait_is_held_by_one(tmp_path):
-    "Each process that holds the name makes a file that must not exist yet."
+    "Each process that holds the lock makes a file that must not exist yet."
     runs = [
         subprocess.Popen([sys.executable, '-c', LOCKING, tmp_path], stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
@@ -493,8 +495,8 @@ def test_files_of_a_cache_wait_for_each_other(tmp_path):
 
 
 def killed_at(point, work):
-    """Do the work in a process that kills itself at its n-th call that changes the disk; how it ended,
-    and the calls if it did.
+    """Do the work in a process that kills itself at its n-th call that changes the disk; return its exit status,
+    and the number of calls if it finished.
     """
     read, write = os.pipe()
     pid = os.fork()
@@ -524,19 +526,19 @@ def killed_at(point, work):
         return os.waitstatus_to_exitcode(status), f.read()
 
 
-def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(tmp_path):
-    "At the first, second, ... call that changes the disk, to the last."
+def test_after_a_kill_the_next_run_finds_the_old_or_new_result_and_cleans_up(tmp_path):
+    "At each call that changes the disk, from the first to the last."
 
-    whole = tmp_path / 'whole'
+    complete = tmp_path / 'complete'
 
     def replace(folder, text, overwrite=True):
         make_run(folder / 'run', text, overwrite=overwrite)
         make_report(folder / 'r.html', text, overwrite=overwrite)
 
-    whole.mkdir()
-    replace(whole, 'old', overwrite=False)
-    code, steps = killed_at(-1, lambda: replace(whole, 'new'))
-    want = tree(whole)
+    complete.mkdir()
+    replace(complete, 'old', overwrite=False)
+    code, steps = killed_at(-1, lambda: replace(complete, 'new'))
+    want = tree(complete)
     assert code == 0
     assert int(steps) > 30
     assert b'new' in want['r.html']
@@ -544,17 +546,17 @@ def test_killed_at_any_step_the_next_run_finds_the_old_or_the_new_and_clears_up(
         folder = tmp_path / f'at {point}'
         folder.mkdir()
         replace(folder, 'old', overwrite=False)
-        ended, _ = killed_at(point, partial(replace, folder, 'new'))
-        assert ended == -signal.SIGKILL
+        exit_code, _ = killed_at(point, partial(replace, folder, 'new'))
+        assert exit_code == -signal.SIGKILL
         for name in ('run/record.json', 'r.html'):
             file = folder / name
-            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'never a half'
+            assert not file.exists() or file.read_bytes()[-3:] in (b'old', b'new'), 'an incomplete result'
         replace(folder, 'new')
         assert tree(folder) == want, f'killed at step {point} of {steps}'
 
 
 def test_a_kill_between_two_renames(tmp_path):
-    "The old folder comes back; a report that has its name gets its table."
+    "The old folder is restored; a renamed report gets its table."
     run = tmp_path / 'run'
     r_html = tmp_path / 'r.html'
     make_run(run, 'old')
@@ -576,21 +578,21 @@ def test_a_kill_between_two_renames(tmp_path):
     ]
 
 
-def test_what_a_killed_writer_of_a_cache_left_is_removed(tmp_path):
+def test_files_of_a_killed_process_are_removed_from_the_cache(tmp_path):
     (tmp_path / '.known.json.dr_transfer-tmp').write_text('half')
     (tmp_path / '.known.json.dr_transfer-lock').write_text('')
     with atomic_file(tmp_path / 'known.json') as f:
-        f.write_text('whole')
-    assert tree(tmp_path) == {'known.json': b'whole'}
+        f.write_text('complete')
+    assert tree(tmp_path) == {'known.json': b'complete'}
 
 
 # ---------------------------------------------------------------- outputs and data apart
 
 
-def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
+def test_outputs_cannot_be_in_the_data(tmp_path, image_folder, monkeypatch):
     link = tmp_path / 'link'
-    os.symlink(photographs, link)
-    monkeypatch.chdir(photographs)
+    os.symlink(image_folder, link)
+    monkeypatch.chdir(image_folder)
     for out in (
         '.',
         'run',
@@ -600,34 +602,34 @@ def test_outputs_do_not_lie_in_the_data(tmp_path, photographs, monkeypatch):
         '../link/images',
     ):
         with pytest.raises(OutputError, match='lies in the data folder'):
-            check_outside(out, photographs)
+            check_outside(out, image_folder)
     for out in (tmp_path / 'run', '..', '../photos_run'):
-        check_outside(out, photographs)
+        check_outside(out, image_folder)
     with pytest.raises(OutputError, match='is an input'):
-        check_outside(link / 'images' / '0.png', photographs / 'images' / '0.png')
-    assert is_inside(photographs, tmp_path)
-    assert not is_inside(tmp_path, photographs)
+        check_outside(link / 'images' / '0.png', image_folder / 'images' / '0.png')
+    assert is_inside(image_folder, tmp_path)
+    assert not is_inside(tmp_path, image_folder)
     assert not is_inside('x', tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('command', ['train', 'advise', 'compare', 'cross-validate'])
-def test_the_commands_refuse_to_write_into_the_data(photographs, capsys, command):
+def test_the_commands_do_not_write_into_the_data(image_folder, capsys, command):
     from dr_transfer.cli import main
 
-    before = tree(photographs)
-    assert main([command, str(photographs), '--out', str(photographs / 'out')]) == 1
+    before = tree(image_folder)
+    assert main([command, str(image_folder), '--out', str(image_folder / 'out')]) == 1
     assert 'lies in the data folder' in capsys.readouterr().err
-    assert tree(photographs) == before
+    assert tree(image_folder) == before
 
 
-def test_predict_does_not_replace_what_it_reads(photographs, capsys):
+def test_predict_does_not_replace_what_it_reads(image_folder, capsys):
     from dr_transfer.cli import main
 
-    before = tree(photographs)
-    image = str(photographs / 'images' / '0.png')
+    before = tree(image_folder)
+    image = str(image_folder / 'images' / '0.png')
     assert main(['predict', 'model', image, '--out', image, '--overwrite']) == 1
     assert 'is an input' in capsys.readouterr().err
-    assert tree(photographs) == before
+    assert tree(image_folder) == before
 
 
 def test_runs_are_never_read_as_data(tmp_path):
@@ -644,7 +646,7 @@ def test_runs_are_never_read_as_data(tmp_path):
     with pytest.raises(OutputError, match='is a run folder of dr_transfer, not data'):
         find_images(data / 'run')
     mark_folder(data / 'rose', 'preprocess')
-    assert len(find_images(data)) == 2, 'prepared photographs are data'
+    assert len(find_images(data)) == 2, 'prepared images are not data'
 
 
 # ---------------------------------------------------------------- preprocess
@@ -656,66 +658,66 @@ def prepare(folder, out, **kwargs):
     return preprocess_folder(folder, out, Preparation(48), **kwargs)
 
 
-def test_preprocess_never_writes_over_the_originals(tmp_path, photographs, monkeypatch):
-    "By a link, another spelling, or a folder within."
+def test_preprocess_never_writes_over_the_originals(tmp_path, image_folder, monkeypatch):
+    "With a link, another spelling, or a folder inside."
     link = tmp_path / 'link'
     inner = tmp_path / 'inner'
-    os.symlink(photographs, link)
-    os.symlink(photographs / 'images', inner)
-    monkeypatch.chdir(photographs)
+    os.symlink(image_folder, link)
+    os.symlink(image_folder / 'images', inner)
+    monkeypatch.chdir(image_folder)
     before = tree(tmp_path)
     for folder, out in (
-        (photographs, link),
-        (link, photographs),
-        (photographs, tmp_path / 'photos' / '..' / 'photos'),
-        ('.', photographs),
-        (photographs, '.'),
+        (image_folder, link),
+        (link, image_folder),
+        (image_folder, tmp_path / 'photos' / '..' / 'photos'),
+        ('.', image_folder),
+        (image_folder, '.'),
     ):
         with pytest.raises(OutputError, match='contains the originals, which are never changed'):
             prepare(folder, out)
-    for out in (photographs / 'small', link / 'small', inner, photographs / 'images'):
+    for out in (image_folder / 'small', link / 'small', inner, image_folder / 'images'):
         with pytest.raises(OutputError, match='would be read as photographs'):
-            prepare(photographs, out)
+            prepare(image_folder, out)
     for folder in ('images', inner):
         with pytest.raises(OutputError, match='contains the folder of photographs'):
             prepare(folder, '.')
     assert tree(tmp_path) == before
 
 
-def test_preprocess_does_not_write_through_a_link(tmp_path, photographs):
+def test_preprocess_does_not_write_through_a_link(tmp_path, image_folder):
     images = tmp_path / 'small' / 'images'
-    prepare(photographs, tmp_path / 'small')
+    prepare(image_folder, tmp_path / 'small')
     for p in images.iterdir():
         p.unlink()
     images.rmdir()
-    os.symlink(photographs / 'images', images)
-    before = tree(photographs)
+    os.symlink(image_folder / 'images', images)
+    before = tree(image_folder)
     with pytest.raises(OutputError, match='is a link to a folder outside'):
-        prepare(photographs, tmp_path / 'small')
-    assert tree(photographs) == before
+        prepare(image_folder, tmp_path / 'small')
+    assert tree(image_folder) == before
 
 
-def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, photographs):
+def test_preprocess_writes_into_no_folder_of_the_user(tmp_path, image_folder):
     mine = tmp_path / 'mine'
     small = tmp_path / 'small'
     (mine / 'images').mkdir(parents=True)
     (mine / 'images' / '0.png').write_text('mine')
     with pytest.raises(OutputError, match="exists already, holds 'images'"):
-        prepare(photographs, mine)
+        prepare(image_folder, mine)
     assert tree(mine) == {'images': None, 'images/0.png': b'mine'}
-    prepare(photographs, small)
+    prepare(image_folder, small)
     assert output_kind(small) == 'preprocess'
     assert unlisted_files(small) == []
 
 
-def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
+def test_a_damaged_result_is_prepared_again(tmp_path, image_folder):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     file = small / 'images' / '1.png'
     for damage in (b'', want['images/1.png'][:-1], want['images/1.png'][:-1] + b'x'):
         file.write_bytes(damage)
-        prepare(photographs, small)
+        prepare(image_folder, small)
         assert tree(small) == want
 
 
@@ -723,30 +725,30 @@ def test_a_result_that_was_damaged_is_prepared_again(tmp_path, photographs):
 @pytest.mark.parametrize(
     'damage', [b'', b'[]', b'\xff\xfe\0', b'{"image": 1}\n', b'not JSON\n' * 3, b'[' * 100000 + b'\n']
 )
-def test_what_is_damaged_is_named_and_done_again(tmp_path, photographs, recwarn, name, damage):
+def test_damaged_results_are_named_and_made_again(tmp_path, image_folder, recwarn, name, damage):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     (small / name).write_bytes(damage)
-    prepare(photographs, small)
+    prepare(image_folder, small)
     told = [str(w.message) for w in recwarn if w.category is TransferWarning]
     assert tree(small) == want
     if damage.endswith(b'\n') or name == 'preparation.json':
         assert any(t.startswith(f'{tmp_path / "small" / name} is damaged') for t in told)
 
 
-def test_a_line_that_a_kill_cut_off_is_no_damage(tmp_path, photographs, recwarn):
+def test_a_truncated_line_after_a_kill_is_not_reported(tmp_path, image_folder, recwarn):
     small = tmp_path / 'small'
-    prepare(photographs, small)
+    prepare(image_folder, small)
     want = tree(small)
     lines = want['journal.jsonl'].splitlines(True)
     (small / 'journal.jsonl').write_bytes(b''.join(lines[:2]) + lines[2][:20])
-    prepare(photographs, small)
+    prepare(image_folder, small)
     assert tree(small) == want
     assert not [w for w in recwarn if w.category is TransferWarning]
 
 
-def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, photographs, monkeypatch):
+def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, image_folder, monkeypatch):
     small = tmp_path / 'small'
     real = Image.Image.save
     n = []
@@ -760,11 +762,11 @@ def test_preprocess_on_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, pho
     with monkeypatch.context() as m:
         m.setattr(Image.Image, 'save', save)
         with pytest.raises(OutputError, match=r'2\.png could not be written \(No space left on device\).*run it again'):
-            prepare(photographs, small, workers=1)
+            prepare(image_folder, small, workers=1)
     assert len((small / 'journal.jsonl').read_text().splitlines()) == 2
-    prepare(photographs, small)
-    prepare(photographs, tmp_path / 'whole')
-    assert tree(small) == tree(tmp_path / 'whole')
+    prepare(image_folder, small)
+    prepare(image_folder, tmp_path / 'complete')
+    assert tree(small) == tree(tmp_path / 'complete')
 
 
 PREPARE = (
@@ -772,12 +774,12 @@ PREPARE = (
 )
 
 
-def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photographs):
+def test_files_of_a_killed_preprocess_are_removed_by_the_next_run(tmp_path, image_folder):
     small = tmp_path / 'small'
     images = tmp_path / 'small' / 'images'
-    want = prepare(photographs, tmp_path / 'whole')
+    want = prepare(image_folder, tmp_path / 'complete')
     run = subprocess.Popen(
-        [sys.executable, '-c', PREPARE, photographs, small, str(Path(__file__).parent)],
+        [sys.executable, '-c', PREPARE, image_folder, small, str(Path(__file__).parent)],
         stderr=subprocess.DEVNULL,
     )
     for _ in range(1000):
@@ -788,10 +790,10 @@ def test_preprocess_killed_leaves_nothing_after_the_next_run(tmp_path, photograp
     run.kill()
     run.wait()
     images.mkdir(exist_ok=True)
-    (images / '.9.png.dr_transfer-tmp').write_text('of a photograph that is gone since')
+    (images / '.9.png.dr_transfer-tmp').write_text('of an image that was deleted')
     (images / '.9.png.dr_transfer-lock').write_text('')
-    assert prepare(photographs, small).equals(want)
-    assert tree(small) == tree(tmp_path / 'whole')
+    assert prepare(image_folder, small).equals(want)
+    assert tree(small) == tree(tmp_path / 'complete')
 
 
 # ---------------------------------------------------------------- plots
@@ -820,7 +822,7 @@ def test_a_plot_that_fails_is_a_warning(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_the_marker_tells_what_was_written(tmp_path):
+def test_the_marker_lists_what_was_written(tmp_path):
     run = tmp_path / 'run'
     make_run(run)
     assert json.loads((run / MARKER).read_text()) == {

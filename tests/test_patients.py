@@ -14,8 +14,8 @@ from dr_transfer.metrics.groups import same_groups
 from dr_transfer.metrics.intervals import group_codes
 
 
-def photographs(folder, n=40, classes=None):
-    "Images of `n` sorts, each another noise, as files or in class folders."
+def write_images(folder, n=40, classes=None):
+    "Write `n` images of different noise, as files or in class folders."
     for i in range(n):
         place = folder / (classes[i % len(classes)] if classes else '')
         place.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def twenty(column='pid', n=40):
     )
 
 
-def said(t):
+def messages(t):
     lines = []
     report_table(t, lines.append)
     return lines
@@ -43,7 +43,7 @@ def said(t):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return photographs(tmp_path_factory.mktemp('patients'))
+    return write_images(tmp_path_factory.mktemp('patients'))
 
 
 # ---------------------------------------------------------------- which column
@@ -69,59 +69,59 @@ def folder(tmp_path_factory):
 )
 @pytest.mark.parametrize('way', ['csv', 'frame', 'labels'])
 def test_usual_names_keep_patients_together(tmp_path, column, way):
-    photographs(tmp_path)
+    write_images(tmp_path)
     twenty(column).to_csv(tmp_path / ('labels.csv' if way == 'csv' else 'other.csv'), index=False)
     t = label_table(
         tmp_path, {'csv': None, 'frame': twenty(column), 'labels': tmp_path / 'other.csv'}[way], verify=False
     )
     assert t.group.nunique() == 20
     assert split_table(t).groupby('group').split.nunique().max() == 1
-    (line,) = said(t)
+    (line,) = messages(t)
     assert line.endswith(f"column '{column}', 20 groups")
     assert line.split(':')[0] in ('patients', 'groups')
 
 
 def test_another_column_is_named(folder):
     t = label_table(folder, twenty('who knows'), verify=False)
-    assert said(t) == [NO_GROUPS]
+    assert messages(t) == [NO_GROUPS]
     assert t.group.isna().all()
     t = label_table(folder, twenty('who knows'), group_col='who knows', verify=False)
-    assert said(t) == ["patients: column 'who knows', 20 groups"]
+    assert messages(t) == ["patients: column 'who knows', 20 groups"]
     assert t.group.nunique() == 20
     with pytest.raises(ValueError, match="no column 'whom' for the groups"):
         label_table(folder, twenty(), group_col='whom')
 
 
-def test_none_is_used_if_none_is_wanted(folder):
+def test_no_column_is_used_on_request(folder):
     t = label_table(folder, twenty(), group_col='none', verify=False)
     assert t.group.isna().all()
-    assert 'none used' in said(t)[0]
+    assert 'none used' in messages(t)[0]
     assert label_table(t, verify=False).attrs['patients'] == t.attrs['patients']
 
 
-def test_patient_goes_before_group(folder):
+def test_patient_is_preferred_to_group(folder):
     t = label_table(folder, twenty().assign(group='control'), verify=False)
-    assert said(t) == ["patients: column 'pid', 20 groups"]
+    assert messages(t) == ["patients: column 'pid', 20 groups"]
 
 
-def test_the_label_is_no_patient(folder):
+def test_the_label_is_not_a_patient(folder):
     df = twenty('case').rename(columns={'label': 'arm'})
     t = label_table(folder, df, label_col='case', group_col=None, verify=False)
     assert t.label.nunique() == 20
-    assert said(t) == [NO_GROUPS]
+    assert messages(t) == [NO_GROUPS]
 
 
 def test_a_column_without_content(folder):
     df = twenty().assign(patient=None)
-    assert said(label_table(folder, df, verify=False)) == ["patients: column 'pid', 20 groups"]
+    assert messages(label_table(folder, df, verify=False)) == ["patients: column 'pid', 20 groups"]
     with pytest.raises(ValueError, match="column 'patient' is empty"):
         label_table(folder, df, group_col='patient')
-    assert said(label_table(folder, df.drop(columns='pid'), verify=False)) == [
+    assert messages(label_table(folder, df.drop(columns='pid'), verify=False)) == [
         f"column 'patient' is empty: {NO_GROUPS}"
     ]
 
 
-def test_two_columns_that_could_be_meant(folder):
+def test_two_possible_columns(folder):
     with pytest.raises(ValueError, match="'pid' and 'PID' both match"):
         label_table(folder, twenty().assign(PID='x'))
 
@@ -130,9 +130,9 @@ def test_a_table_that_was_read_keeps_its_patients(folder):
     t = label_table(folder, twenty(), verify=False)
     again = label_table(split_table(t), verify=False)
     assert again.group.tolist() == t.group.tolist()
-    assert said(again) == said(t)
+    assert messages(again) == messages(t)
     half = label_table(t[:20], verify=False)
-    assert said(half) == ["patients: column 'pid', 10 groups"]
+    assert messages(half) == ["patients: column 'pid', 10 groups"]
 
 
 @pytest.mark.parametrize('column', ['study', 'case', 'pid'])
@@ -152,19 +152,19 @@ def test_a_guessed_column_that_makes_a_split_impossible_is_named(folder, column)
 
 
 def test_csvs_beside_class_folders(tmp_path):
-    photographs(tmp_path, 12, ('rose', 'tulip'))
-    assert said(label_table(tmp_path)) == [NO_GROUPS]
+    write_images(tmp_path, 12, ('rose', 'tulip'))
+    assert messages(label_table(tmp_path)) == [NO_GROUPS]
     pd.DataFrame({'file': [f'{i:02}' for i in range(10)], 'Photo-Grapher': [f'p{i // 2}' for i in range(10)]}).to_csv(
         tmp_path / 'credits.CSV', index=False
     )
     (tmp_path / 'weather.csv').write_text('day,rain\n1,2\n')
     (tmp_path / '._credits.csv').write_bytes(b'\0\5\x16\7')
     t = label_table(tmp_path)
-    assert said(t) == [
+    assert messages(t) == [
         "groups: column 'Photo-Grapher' of credits.CSV, 5 groups, 2 images without one treated as independent"
     ]
     assert t.group.isna().sum() == 2
-    assert said(label_table(tmp_path, group_col='photographer')) == said(t)
+    assert messages(label_table(tmp_path, group_col='photographer')) == messages(t)
     assert label_table(tmp_path, group_col='none').group.isna().all()
     with pytest.raises(
         ValueError, match=r"no column 'pid' for the groups: .* holds class folders and credits.CSV, weather.csv"
@@ -174,7 +174,7 @@ def test_csvs_beside_class_folders(tmp_path):
 
 def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
     who = tmp_path / 'who.csv'
-    photographs(tmp_path, 8, ('rose', 'tulip'))
+    write_images(tmp_path, 8, ('rose', 'tulip'))
     with pytest.raises(ValueError, match='no CSV file'):
         label_table(tmp_path, group_col='pid')
     who.write_text('photo,pid\n00,a\n')
@@ -196,7 +196,7 @@ def test_a_csv_beside_class_folders_that_hides_the_patients(tmp_path):
 
 def test_a_split_of_folders_is_not_a_column(tmp_path):
     for s in ('train', 'valid'):
-        photographs(tmp_path / s, 8, ('rose', 'tulip'))
+        write_images(tmp_path / s, 8, ('rose', 'tulip'))
     pd.DataFrame(
         {
             'image': [
@@ -210,24 +210,24 @@ def test_a_split_of_folders_is_not_a_column(tmp_path):
         check_split(t)
 
 
-# ---------------------------------------------------------------- which names are one
+# ---------------------------------------------------------------- which names are equal
 
 
 @pytest.mark.parametrize(
     'names', [['P7', 'p7', ' P7 ', 'Ｐ７'], [1, 1.0, '1', '01', '1.0', ' 001'], ['Ann  Lee', 'ann lee', 'ANN LEE\t']]
 )
-def test_names_that_are_one(names):
+def test_equal_names_of_patients(names):
     assert len(set(same_groups(names))) == 1
     assert set(group_codes(names, len(names))) == {0}
 
 
-def test_names_that_are_several():
+def test_different_names_of_patients():
     names = ['1', '11', '1a', '1.5', 'a1', '10', '100']
     assert len(set(same_groups(names))) == len(names)
 
 
 @pytest.mark.parametrize('empty', [None, '', '  ', float('nan'), 'nan', 'NaN', 'None', 'NULL', '<NA>', pd.NA, pd.NaT])
-def test_names_that_are_none(empty):
+def test_empty_names_of_patients(empty):
     assert same_groups([empty, empty]) == [None, None]
     assert len(set(group_codes([empty, empty, 'a'], 3))) == 3
 
@@ -236,10 +236,10 @@ def test_several_spellings_of_one_patient(folder):
     df = twenty().assign(pid=[('P' if i % 2 else 'p') + str(i // 2) for i in range(40)])
     t = label_table(folder, df, verify=False)
     assert t.group.nunique() == 20
-    assert "'p0' and 'P0' are treated as one" in said(t)[0]
+    assert "'p0' and 'P0' are treated as one" in messages(t)[0]
     numbers = label_table(folder, df.assign(pid=[float(i // 2) if i else None for i in range(40)]), verify=False)
     assert numbers.group.nunique() == 20
-    assert '1 image without one treated as independent' in said(numbers)[0]
+    assert '1 image without one treated as independent' in messages(numbers)[0]
 
 
 # ---------------------------------------------------------------- rows that contradict one another
@@ -279,25 +279,25 @@ def test_rows_of_one_image_that_agree(folder):
     assert len(label_table(folder, df)) == 2
 
 
-# ---------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------- from tables to commands
 
 
 @pytest.fixture
 def small(tmp_path):
     set_path = tmp_path / 'set'
-    photographs(set_path, 24)
+    write_images(set_path, 24)
     twenty(n=24).to_csv(set_path / 'labels.csv', index=False)
     return set_path
 
 
-ASK = dict(arch='test_resnet', weights='random', size=32)
+REQUEST = dict(arch='test_resnet', weights='random', size=32)
 
 
-def test_learner_tells_and_records_the_patients(small):
+def test_learner_prints_and_records_the_patients(small):
     from dr_transfer.core import build_learner
 
     lines = []
-    learn = build_learner(small, 'flowers', bs=8, say=lines.append, **ASK)
+    learn = build_learner(small, 'flowers', bs=8, say=lines.append, **REQUEST)
     assert lines == ["patients: column 'pid', 12 groups"]
     assert learn.record.data.patients == lines[0]
     assert learn.table.groupby('group').split.nunique().max() == 1
@@ -305,44 +305,44 @@ def test_learner_tells_and_records_the_patients(small):
 
     assert image_model(learn).about['training']['data']['patients'] == lines[0]
     lines.clear()
-    learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **ASK)
+    learn = build_learner(small, 'flowers', bs=8, say=lines.append, group_col='none', **REQUEST)
     assert 'none used' in lines[0]
     assert learn.table.group.isna().all()
     with pytest.raises(ValueError, match="no column 'q' for the groups"):
-        build_learner(small, 'flowers', group_col='q', **ASK)
+        build_learner(small, 'flowers', group_col='q', **REQUEST)
 
 
 @pytest.mark.parametrize('way', ['advise', 'compare', 'folds', 'curve'])
 @pytest.mark.parametrize('column', ['pid', 'who'])
-def test_each_way_takes_and_tells_the_patients(small, way, column):
+def test_each_function_uses_and_reports_the_patients(small, way, column):
     from dr_transfer.data.tasks import get_task
     from dr_transfer.evaluation.compare import compare
     from dr_transfer.evaluation.cross_validation import fold_tables
     from dr_transfer.evaluation.experiments import learning_curve
     from dr_transfer.training.advisor import advise
 
-    class Told(Exception):
+    class Printed(Exception):
         pass
 
     def say(line):
-        raise Told(line)
+        raise Printed(line)
 
     twenty(column, 24).to_csv(small / 'labels.csv', index=False)
     task = get_task('flowers', 32)
-    ask = dict(group_col=column, say=say)
-    with pytest.raises(Told, match=f"patients: column '{column}', 12 groups"):
+    request = dict(group_col=column, say=say)
+    with pytest.raises(Printed, match=f"patients: column '{column}', 12 groups"):
         if way == 'advise':
-            advise(small, task, 'test_resnet', 'random', **ask)
+            advise(small, task, 'test_resnet', 'random', **request)
         if way == 'compare':
-            compare(small, task, ['test_resnet'], ['head'], weights='random', **ask)
+            compare(small, task, ['test_resnet'], ['head'], weights='random', **request)
         if way == 'folds':
-            fold_tables(small, task, **ask)
+            fold_tables(small, task, **request)
         if way == 'curve':
-            learning_curve(small, task, **ask)
+            learning_curve(small, task, **request)
 
 
-def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
-    "Copies of images of which only some have a patient: no split is given, so there is none to be emptied."
+def test_copies_with_a_partly_filled_group_column_are_not_a_leak(small):
+    "Copies of images of which only some have a patient: no split is given, so no subset can become empty."
     from dr_transfer.data.leaks import split_data
     from dr_transfer.data.tasks import TASKS
 
@@ -355,7 +355,7 @@ def test_a_group_column_filled_in_part_with_copies_is_no_leak(small):
         assert t.attrs['leaks'] == {}
 
 
-def test_identical_images_of_two_classes_are_told(small):
+def test_identical_images_of_two_classes_are_reported(small):
     from dr_transfer.data.leaks import split_data
     from dr_transfer.data.tasks import TASKS
 

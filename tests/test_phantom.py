@@ -18,13 +18,13 @@ def files(folder):
 
 
 def distance(truth, part):
-    "Distance of every lesion's middle from the middle of `part`"
+    "Distance of the centre of each lesion from the centre of `part`"
     x, y, *_ = truth[part]
     return np.array([np.hypot(q['x'] - x, q['y'] - y) for q in truth['lesions']])
 
 
 def lesions_by_kind(truth):
-    "How many lesions there are of each kind"
+    "The number of lesions of each kind"
     kinds = pd.Series([q['kind'] for q in truth['lesions']], dtype=object)
     return kinds.value_counts().reindex(LESION_KINDS, fill_value=0)
 
@@ -68,13 +68,13 @@ def test_sizes_and_cameras(size, camera):
         assert img[outside].max() == 0
         inside = img.max(2)[~outside]
         lit = (inside > 0).mean()
-        if camera % 2:  # an odd camera cuts the top and the bottom
+        if camera % 2:  # a camera with an odd number crops the top and bottom
             assert 0.75 < lit < 0.97
         else:
             assert lit > 0.97
 
 
-def test_a_seed_is_one_eye_at_any_size():
+def test_a_seed_gives_the_same_eye_at_any_size():
     small, large = (draw_fundus(3, 7, size)[1] for size in (96, 288))
     assert len(small['lesions']) == len(large['lesions'])
     for a, b in zip(small['lesions'], large['lesions']):
@@ -85,7 +85,7 @@ def test_a_seed_is_one_eye_at_any_size():
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_left_is_right_in_a_mirror(seed):
+def test_a_left_eye_is_a_mirrored_right_eye(seed):
     right, a = draw_fundus(3, seed, 128, 'right')
     left, b = draw_fundus(3, seed, 128, 'left')
     assert a['optic_nerve'][0] > a['disc'][0] > b['optic_nerve'][0]
@@ -104,33 +104,33 @@ def test_left_is_right_in_a_mirror(seed):
 def test_nothing_but_the_lesions_depends_on_the_grade(grade):
     for seed in range(2):
         sick, truth = draw_fundus(grade, seed, 128)
-        well, _ = draw_fundus(0, seed, 128)
+        normal, _ = draw_fundus(0, seed, 128)
         y, x = np.mgrid[:128, :128]
         near = np.zeros((128, 128), bool)
         for q in truth['lesions']:
             away = np.hypot(x - q['x'], y - q['y'])
             near |= away < q['radius'] + 5
-        np.testing.assert_array_equal(sick[~near], well[~near])
-        assert (sick != well).any()
+        np.testing.assert_array_equal(sick[~near], normal[~near])
+        assert (sick != normal).any()
 
 
 def test_blood_is_darker_and_exudates_brighter_than_what_was_there():
     change = {k: [] for k in LESION_KINDS}
     for seed in range(8):
         sick, truth = draw_fundus(3 + seed % 2, seed, 128)
-        well, _ = draw_fundus(0, seed, 128)
+        normal, _ = draw_fundus(0, seed, 128)
         for k in LESION_KINDS:
             others = tuple(set(LESION_KINDS) - {k})
             lonely = lesion_mask(truth, (k,)) & ~lesion_mask(truth, others)
             if lonely.any():
-                difference = sick[lonely].astype(float) - well[lonely]
+                difference = sick[lonely].astype(float) - normal[lonely]
                 change[k].append(difference[:, 1].mean())
     for k in ('haemorrhage', 'microaneurysm', 'new_vessel'):
         assert np.array(change[k]).max() < 0
     assert np.array(change['exudate']).min() > 0
 
 
-def test_two_eyes_of_a_person_share_looks():
+def test_two_eyes_of_a_person_are_alike():
     def colour(person, eye):
         image, _ = draw_fundus(0, (person, eye), 64)
         return image[20:44, 20:44].mean((0, 1))
@@ -153,7 +153,7 @@ def test_two_eyes_of_a_person_share_looks():
         (dict(seed=-1), 'give 0 or more'),
     ],
 )
-def test_refusals(bad, hint):
+def test_invalid_fundus_images_are_errors(bad, hint):
     with pytest.raises(ValueError, match=hint):
         draw_fundus(**dict(grade=0) | bad)
 
@@ -172,7 +172,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
 
 @pytest.mark.parametrize('knob', ['exact_duplicates', 'near_duplicates', 'unreadable', 'wrong_labels'])
 @pytest.mark.parametrize('count', [1, 5])
-def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
+def test_each_parameter_changes_only_what_it_documents(tmp_path, knob, count):
     images = tmp_path / 'flawed/images'
     plain = make_dr(tmp_path / 'plain', 7, 48)
     df = make_dr(tmp_path / 'flawed', 7, 48, **{knob: count})
@@ -193,26 +193,26 @@ def test_a_knob_does_what_it_says_and_no_more(tmp_path, knob, count):
         assert truth[f]['grade'] == truth[source]['grade']
     for f in changed:
         assert truth[f]['flaw'] == 'unreadable'
-        with pytest.raises((OSError, SyntaxError)):  # what Pillow raises for a damaged file
+        with pytest.raises((OSError, SyntaxError)):  # the error of Pillow for a damaged file
             Image.open(images / f).load()
     for f in set(after) - changed:
         Image.open(images / f).load()
 
 
-def test_truth_redraws_the_image(tmp_path):
+def test_truth_reproduces_the_image(tmp_path):
     make_dr(tmp_path / 'd', 3, 64, cameras=(4, 5))
     truths = json.loads((tmp_path / 'd/truth.json').read_text())
     for name, t in truths.items():
         img, truth = draw_fundus(t['grade'], t['seed'], t['size'], t['eye'], t['camera'])
         stored = np.asarray(Image.open(tmp_path / 'd/images' / name), float)
         difference = np.abs(stored - img)
-        assert difference.mean() < 6  # as far as JPEG goes
+        assert difference.mean() < 6  # up to the loss of JPEG
         assert t['lesions'] == truth['lesions']
         assert t['camera'] in (4, 5)
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
-def test_small_and_odd_numbers(tmp_path, n):
+def test_small_and_unusual_numbers(tmp_path, n):
     df = make_dr(tmp_path / 'd', n, 48)
     assert len(df) == n
     assert df.image.is_unique
@@ -245,7 +245,7 @@ def test_folders(tmp_path):
         (dict(n=3, unreadable=4), 'larger n'),
     ],
 )
-def test_make_dr_refusals(tmp_path, bad, hint):
+def test_make_dr_errors(tmp_path, bad, hint):
     with pytest.raises(ValueError, match=hint):
         make_dr(tmp_path / 'd', **dict(n=4) | bad)
     assert not (tmp_path / 'd').exists()
@@ -258,8 +258,8 @@ def test_flowers(tmp_path):
     folders = df.image.str.split('/').str[0]
     assert (folders == df.label).all()
     assert df.photographer.nunique() == 6
-    photographs = [f for f in files(flowers) if f.endswith('.jpg')]
-    assert sorted(df.image) == sorted(photographs)
+    image_files = [f for f in files(flowers) if f.endswith('.jpg')]
+    assert sorted(df.image) == sorted(image_files)
 
     def corner(f):
         "The mean colour of the four corners"

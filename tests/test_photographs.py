@@ -1,4 +1,4 @@
-"Test the main results on real photographs that were not used in training."
+"Test the main results on real images that were not used in training."
 
 import time
 from pathlib import Path
@@ -24,12 +24,12 @@ LIMIT = 180  # seconds for each on two idle cores; not asserted, because tests s
 
 
 def some(table, n, column, seed=0):
-    "`n` rows, classes in proportion"
-    share = n / len(table)
-    return pd.concat([g.sample(round(share * len(g)), random_state=seed) for _, g in table.groupby(column)])
+    "Return `n` rows, stratified by class"
+    fraction = n / len(table)
+    return pd.concat([g.sample(round(fraction * len(g)), random_state=seed) for _, g in table.groupby(column)])
 
 
-def test_flowers_of_unseen_photographers(data_root):
+def test_flowers_of_other_photographers(data_root):
     from sklearn.metrics import accuracy_score
 
     folder = data_root / 'flowers'
@@ -68,16 +68,16 @@ def test_referable_on_another_camera(data_root):
 
 
 def flowers_of(folder, classes, n):
-    "`n` photographs for training and `n` others, no photographer in two subsets"
+    "Return `n` images for training and `n` others, no photographer in both"
     t = pd.read_csv(folder / 'credits.csv')
     t = t[t.label.isin(classes)]
     people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
     one = t.photographer.isin(set(people[: len(people) // 2]))
-    return [some(side, n, 'label') for side in (t[one], t[~one])]
+    return [some(part, n, 'label') for part in (t[one], t[~one])]
 
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2', 'efficientnet_lite0'])
-def test_features_separate_two_flowers(data_root, name, monkeypatch):
+def test_features_separate_two_classes_of_flowers(data_root, name, monkeypatch):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -86,14 +86,14 @@ def test_features_separate_two_flowers(data_root, name, monkeypatch):
     if BACKBONES[name].weights == 'file' and not (weights / BACKBONES[name].file).is_file():
         pytest.skip(f'no {weights / BACKBONES[name].file}')
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
-    sides = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
-    f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in sides]
+    subsets = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
+    f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in subsets]
     f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).n_stages :])[:, 0] for x in f]
     for x in f:
         assert len(x) >= 58
         assert len(np.unique(x, axis=0)) > 50
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(f[0], sides[0].label)
-    assert probe.score(f[1], sides[1].label) > 0.8
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(f[0], subsets[0].label)
+    assert probe.score(f[1], subsets[1].label) > 0.8
 
 
 def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
@@ -102,10 +102,10 @@ def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
         pd.read_csv(data_root / 'flowers' / 'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label'
     )
     flowers['image'] = [str(data_root / 'flowers' / n) for n in flowers.image]
-    eyes = some(pd.read_csv(data_root / 'dr' / 'idrid' / 'labels.csv').dropna(subset='grade'), 120, 'grade')
-    eyes['image'] = [str(data_root / 'dr' / 'idrid' / 'images' / n) for n in eyes.image]
+    fundus_images = some(pd.read_csv(data_root / 'dr' / 'idrid' / 'labels.csv').dropna(subset='grade'), 120, 'grade')
+    fundus_images['image'] = [str(data_root / 'dr' / 'idrid' / 'images' / n) for n in fundus_images.image]
     near = advise(flowers[['image', 'label', 'group']], size=160)
-    far = advise(eyes[['image', 'grade']], 'dr', size=160)
+    far = advise(fundus_images[['image', 'grade']], 'dr', size=160)
     assert (near.scenario, far.scenario) == ('small, similar', 'small, different')
     assert near.profile.score.max() > 0.8
     for a in (near, far):
@@ -114,7 +114,7 @@ def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
 
 
 @pytest.mark.parametrize('i', [0, 1, 2])
-def test_lite_knows_daisies(data_root, i):
+def test_lite_recognises_daisies(data_root, i):
     "With the classifier from the wheel: daisy is class 985 of 1,000"
     import timm
 
@@ -136,15 +136,15 @@ def test_lite_knows_daisies(data_root, i):
     assert time.monotonic() - start < LIMIT
 
 
-def test_messidors_file_format_tells_of_the_grade_and_its_eyes_are_no_copies_of_one_another(data_root):
-    "The file format depends on the hospital; a perceptual hash of uncropped photographs finds false copies."
+def test_the_file_format_of_messidor_predicts_the_grade_and_its_images_are_not_copies(data_root):
+    "The file format depends on the hospital; a perceptual hash of uncropped images finds false copies."
     r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
     assert 'data_source_format' in r.confounders.column.tolist()
     assert len(r.copies) < 30
     assert r.leaks.empty
 
 
-def test_photographs_of_both_sets_are_gradable_and_have_a_disc(data_root):
+def test_images_of_both_sets_are_gradable_and_have_a_disc(data_root):
     for name in ('messidor2', 'idrid'):
         files = find_images(data_root / 'dr' / name / 'images')[::12]
         discs = [find_disc(read_rgb(f)) for f in files]

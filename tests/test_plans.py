@@ -46,8 +46,8 @@ warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the h
 
 
 @pytest.fixture(scope='session')
-def drawn(tmp_path_factory):
-    "Small synthetic sets, and tiny networks with their own weights: statistics that are not those of a new network"
+def data_folder(tmp_path_factory):
+    "Small synthetic sets, and tiny networks with random weights and statistics"
     folder = tmp_path_factory.mktemp('plans')
     make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
     make_dr(folder / 'dr', n=40, size=64)
@@ -60,19 +60,19 @@ def drawn(tmp_path_factory):
 
 
 @pytest.fixture
-def build(drawn):
+def build(data_folder):
     def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = drawn / f'{arch}.safetensors'
+        own = data_folder / f'{arch}.safetensors'
         if own.exists():
             kw = {'weights': own, **kw}
         kw = {'size': 64, 'bs': 8, 'runtime': 'plain', 'num_workers': 0, 'device': CPU, **kw}
-        return build_learner(drawn / task if data is None else data, task, arch, **kw)
+        return build_learner(data_folder / task if data is None else data, task, arch, **kw)
 
     return make
 
 
 def silent(learn, plan=None, *args, **kw):
-    torch.manual_seed(7)  # views are chosen alike, whatever happened before
+    torch.manual_seed(7)  # the same views for any earlier calls
     return fit(learn, plan, *args, say=kw.pop('say', lambda s: None), **kw)
 
 
@@ -106,8 +106,8 @@ def for_task(name, task):
     'name,task', [*(for_task(n, 'flowers') for n in PLANS), *(for_task(n, 'dr') for n in ('head', 'top2', 'fine_tune'))]
 )
 def test_every_plan(build, name, task):
-    """It runs; what it never trains is bit-identical, statistics too, and all else has moved;
-    the table says how many weights that are (F47)
+    """It runs; frozen weights and statistics are bit-identical, and all others have changed;
+    the table states the number of trained weights (F47)
     """
     own = PLANS[name]
     plan = PLANS[name].with_epochs(1)
@@ -117,12 +117,12 @@ def test_every_plan(build, name, task):
         plan=name,
         **({'weights': None, 'runtime': 'plain'} if own.weights else {}),
     )
-    said = []
+    lines = []
     before = groups(learn)
     n = len(learner_groups(learn))
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'the body is trained before')
-        assert fit(learn, epochs=1, say=said.append) is learn
+        assert fit(learn, epochs=1, say=lines.append) is learn
     k = frozen_first(learn, plan)
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
     rows = learn.record.history
@@ -132,9 +132,9 @@ def test_every_plan(build, name, task):
     endless = own.augment is not None
     assert [r['how'] != 'network' for r in rows] == [not endless and f.first_trained(n) > 0 for f in plan.phases]
     assert [r['how'] == 'solved' for r in rows] == [f.solves for f in plan.phases]
-    assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'no more than was asked for'
+    assert learn.record.passes == sum(r['how'] == 'network' for r in rows) <= 1, 'more epochs than requested'
     assert learn.record.plan.name == name
-    assert sum(s.startswith('phase ') for s in said) == len(plan.phases)
+    assert sum(s.startswith('phase ') for s in lines) == len(plan.phases)
     assert np.isfinite(probs(learn)).all()
     t = plan_table(learn, [name])
     for i, f in enumerate(plan.phases, 1):
@@ -176,7 +176,7 @@ def test_the_table_is_that_of_this_learner(build, arch):
         ].tolist() == [False, True, False]
 
 
-def test_a_plan_of_ones_own_is_one_expression(build):
+def test_a_custom_plan_is_one_expression(build):
     plan = Plan(
         'mine',
         (replace(HEAD_PHASE, epochs=2), Phase(-4, 1, 2e-4, lr_mult=10)),
@@ -208,7 +208,7 @@ def test_a_plan_of_ones_own_is_one_expression(build):
         (Plan('p', (HEAD_PHASE,), weights='random'), 'random weights'),
     ],
 )
-def test_a_plan_for_another_learner_is_refused(build, plan, word):
+def test_a_plan_for_another_learner_is_an_error(build, plan, word):
     learn = build()
     before = state_of(learn)
     with pytest.raises(ValueError, match=word) as e:
@@ -219,38 +219,38 @@ def test_a_plan_for_another_learner_is_refused(build, plan, word):
 
 
 @pytest.mark.parametrize('frozen', [6, -7])
-def test_more_groups_than_there_are(build, frozen):
+def test_more_groups_than_the_network_has(build, frozen):
     with pytest.raises(ValueError, match='6 groups'):
         silent(build(), Plan('p', (Phase(frozen, 1, 1e-3),)))
 
 
-# ---------------------------------------------------------------- rates
+# ---------------------------------------------------------------- learning rates
 
 
 class Rates(HeadFirst):
-    "Notes the rates and weight decays of every step"
+    "Record the learning rates and weight decays of each step"
 
-    seen: ClassVar = []
+    recorded: ClassVar = []
     order = 55
-    name = 'head_first'  # it takes its place
+    name = 'head_first'  # it replaces the learner's callback
 
     def before_step(self):
-        Rates.seen.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
+        Rates.recorded.append([(h['lr'], h['wd']) for h in self.learn.opt.hypers] + [len(self.learn.opt.param_lists)])
 
 
 @pytest.fixture
 def rates(monkeypatch):
-    Rates.seen = []
+    Rates.recorded = []
     monkeypatch.setattr(stored_part, 'HeadFirst', Rates)
     monkeypatch.setattr('dr_transfer.training.learner.HeadFirst', Rates)
-    return Rates.seen
+    return Rates.recorded
 
 
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
 @pytest.mark.parametrize('frozen', [-1, -3, 2, 0])
 def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
-    "Where only the groups that are trained exist, they have the last ones of all rates"
+    "If only the trained groups exist, they have the last of the learning rates"
     learn = build()
     f = Phase(frozen, 1, 1e-3, lr_mult=20, wd=0.07, schedule='none')
     silent(learn, Plan('p', (f,)), stored=stored)
@@ -270,7 +270,7 @@ def test_rates_are_those_of_the_phase(build, rates, frozen, stored):
 
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
-def test_one_cycle_keeps_their_proportion(build, rates, stored):
+def test_one_cycle_keeps_the_ratio_of_learning_rates(build, rates, stored):
     f = Phase(2, 2, 1e-3, lr_mult=20)
     silent(build(), Plan('p', (f,)), stored=stored)
     steps = np.array([[lr for lr, _ in r[:-1]][-4:] for r in rates])
@@ -281,9 +281,9 @@ def test_one_cycle_keeps_their_proportion(build, rates, stored):
     assert steps[:, -1].argmax() not in (0, len(steps) - 1)
 
 
-# ---------------------------------------------------------------- what is stored gives the same
-# SGD where a gradient is nothing but rounding (a shift before a BatchNorm, say), which Adam makes as long a step as any
-# other
+# ---------------------------------------------------------------- training on stored features gives the same result
+# SGD where a gradient is only a rounding error (of a shift before a BatchNorm, say), because Adam makes steps of
+# the same length from it
 
 VARIANTS = [
     *(dict(frozen=f, n_stages=t) for f, t in ((-2, 1), (-2, 4), (-3, 2), (2, 4))),
@@ -301,7 +301,7 @@ VARIANTS = [
 
 @warns_head
 @pytest.mark.parametrize('v', VARIANTS, ids=lambda v: '-'.join(getattr(o, '__name__', str(o)) for o in v.values()))
-def test_stored_is_the_same(build, v):
+def test_training_on_stored_features_is_the_same(build, v):
     v = dict(v)
     f = Phase(
         v.pop('frozen'),
@@ -325,14 +325,14 @@ def test_stored_is_the_same(build, v):
     assert farthest(a, b) < 1e-5
     assert (
         max(float((x - before[k]).abs().max()) for k, x in state_of(a).items() if k.endswith('weight')) > 1e-4
-    )  # and much has moved
+    )  # and the weights have changed
     assert pd.DataFrame(a.record.history).drop(columns='how').to_numpy() == pytest.approx(
         pd.DataFrame(b.record.history).drop(columns='how').to_numpy(), abs=1e-4
     )
 
 
 def test_steps_of_a_linear_head_are_the_same(build):
-    "But for the statistics of its BatchNorm, which are exact where they can be computed"
+    "Except for the statistics of its BatchNorm, which are exact where they can be computed"
     a = build('dr')
     b = build('dr')
     for learner, s in ((a, True), (b, False)):
@@ -346,7 +346,7 @@ def test_steps_of_a_linear_head_are_the_same(build):
 
 @warns_head
 def test_two_phases_are_the_same(build):
-    "Order and views go on where the phase before left them"
+    "Order and views continue where the previous phase ended"
     a = build()
     b = build()
     for learner, s in ((a, True), (b, False)):
@@ -390,8 +390,8 @@ class Own(Callback):
         ('callback', "'own'"),
     ],
 )
-def test_not_stored_and_why(build, monkeypatch, what, word):
-    said = []
+def test_reasons_for_not_storing(build, monkeypatch, what, word):
+    lines = []
     arch = 'test_resnet'
     kw = {}
     stored = True
@@ -410,8 +410,8 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
     learn = build(arch=arch, **kw)
     before = groups(learn)
     n = len(learner_groups(learn))
-    fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=said.append)
-    assert any('computed in every epoch' in s and word in s for s in said)
+    fit(learn, Plan('p', (Phase(frozen, 1, 1e-3),)), stored=stored, say=lines.append)
+    assert any('computed in every epoch' in s and word in s for s in lines)
     assert learn.record.history[0]['how'] == 'network'
     k = frozen % n
     assert moved(before, groups(learn)) == [False] * k + [True] * (n - k)
@@ -421,18 +421,18 @@ def test_not_stored_and_why(build, monkeypatch, what, word):
         assert learn.own.steps > 0
 
 
-def test_one_may_ask_whether_it_can_be_stored(build):
+def test_why_not_stored(build):
     learn = build()
     assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == [''] * 4
     assert why_not_stored(learn, 0) == 'nothing is frozen'
-    assert why_not_stored(build(arch='test_vit')) == ''  # whole, and frozen: features
+    assert why_not_stored(build(arch='test_vit')) == ''  # not divisible, but frozen: features are stored
 
 
 # ---------------------------------------------------------------- the head first
 
 
-def heard(f, *args, **kwargs):
-    "The warnings of a call that the body is trained before the head"
+def early_warnings(f, *args, **kwargs):
+    "Return the warnings that the body is trained before the head"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         f(*args, **kwargs)
@@ -440,29 +440,29 @@ def heard(f, *args, **kwargs):
 
 
 def test_a_body_before_its_head_warns(build):
-    "F37: not after the head, however it was trained; not if there are no pretrained weights"
+    "F37: no warning after the head was trained in any way, or without pretrained weights"
 
     def first(learner):
         learner.unfreeze()
         quiet(learner, 'fit_one_cycle', 1, 1e-3)
 
     learn = build()
-    ws = heard(first, learn)
+    ws = early_warnings(first, learn)
     assert len(ws) == 1
     assert 'learn.freeze()' in str(ws[0].message)
     assert 'fine_tune' in str(ws[0].message)
     one_epoch = Plan('p', (replace(HEAD_PHASE, epochs=1),))
     for train_head, *how in ((quiet, 'fit_one_cycle', 1, 1e-3), (silent, 'head'), (silent, one_epoch)):
         learn = build()
-        assert not heard(train_head, learn, *how)
-        assert not heard(first, learn)
-    assert not heard(quiet, build(), 'fine_tune', 1)
-    assert not heard(first, build(weights='random'))
-    assert not heard(silent, build(plan='fine_tune'), epochs=1)
+        assert not early_warnings(train_head, learn, *how)
+        assert not early_warnings(first, learn)
+    assert not early_warnings(quiet, build(), 'fine_tune', 1)
+    assert not early_warnings(first, build(weights='random'))
+    assert not early_warnings(silent, build(plan='fine_tune'), epochs=1)
 
 
-def test_looking_is_not_training(build):
-    "To validate and to predict neither counts as training of the head, nor warns"
+def test_validation_and_prediction_are_not_training(build):
+    "Validation and prediction do not count as training of the head, and do not warn"
 
     def look(learner):
         with learner.no_bar(), learner.no_logging():
@@ -470,23 +470,23 @@ def test_looking_is_not_training(build):
             learner.predict(learner.table.image[0])
 
     learn = build()
-    assert not heard(lambda: look(learn))
+    assert not early_warnings(lambda: look(learn))
     assert not learn.head_first.trained
     learn.unfreeze()
-    assert not heard(lambda: look(learn))
+    assert not early_warnings(lambda: look(learn))
     assert learn.record.runtime.train == ''
-    assert len(heard(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
+    assert len(early_warnings(lambda: quiet(learn, 'fit_one_cycle', 2, 1e-3))) == 1
     assert learn.head_first.trained
 
 
 @pytest.mark.parametrize('what', ['transform', 'loader', 'bs'])
-def test_loaders_that_were_changed_are_used(build, what):
+def test_changed_loaders_are_used(build, what):
     learn = build()
-    seen = []
+    recorded = []
 
     class Watch(Transform):
         def encodes(self, x: TensorImage):
-            seen.append(len(x))
+            recorded.append(len(x))
             return x
 
     assert why_not_stored(learn) == ''
@@ -496,26 +496,26 @@ def test_loaders_that_were_changed_are_used(build, what):
         learn.dls.loaders[0] = learn.dls.train.new(
             dataset=learn.dls.train.dataset, **({'bs': 3} if what == 'bs' else {'cls': type('Own', (TfmdDL,), {})})
         )
-    said = []
-    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=said.append)
+    lines = []
+    fit(learn, Plan('p', (replace(HEAD_PHASE, epochs=1),)), say=lines.append)
     if what == 'bs':
-        assert why_not_stored(learn) == ''  # it is the size of the batches of stored features as well
+        assert why_not_stored(learn) == ''  # it is also the batch size of stored features
     else:
-        assert 'the DataLoaders were changed' in ' '.join(said)
+        assert 'the DataLoaders were changed' in ' '.join(lines)
     if what == 'transform':
-        assert seen
+        assert recorded
 
 
 @pytest.mark.parametrize('stored', [True, False])
 def test_a_plan_that_begins_with_the_body_warns(build, stored):
     learn = build()
-    assert len(heard(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))) == 1
-    assert not heard(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))
+    assert len(early_warnings(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))) == 1
+    assert not early_warnings(lambda: silent(learn, Plan('p', (Phase(-2, 1, 1e-3),)), stored=stored))
 
 
 def damage(build, head_first):
     """How much training all layers changes the features of the first stages,
-    as a share of how much these differ
+    as a fraction of how much these differ
     """
     learn = build(arch='efficientnet_lite0', opt_func=SGD, augment='none', fixed_bn=True)
     x = (
@@ -524,25 +524,25 @@ def damage(build, head_first):
         - 1.0
     )
 
-    def said():
+    def features_of_stages():
         learn.model.eval()
         with torch.no_grad():
             return learn.model[0][0].stages[:3](x).mean((2, 3))
 
-    before = said()
+    before = features_of_stages()
     if head_first:
         silent(learn, 'head')
-    assert torch.equal(said(), before)
+    assert torch.equal(features_of_stages(), before)
     learn.unfreeze()
     quiet(learn, 'fit', 2, 1e-2, wd=0)
-    return float((said() - before).norm() / (before - before.mean(0)).norm())
+    return float((features_of_stages() - before).norm() / (before - before.mean(0)).norm())
 
 
 @warns_head
 def test_a_random_head_damages_early_features(build):
-    """F38: the same steps at the same high rate, of the whole of a pretrained network,
+    """F38: the same steps at the same high learning rate, of all layers of a pretrained network,
     after its head or with a random one. Steps in proportion to the gradient (SGD), statistics fixed: Adam takes steps
-    of one length whatever the gradient, and new statistics move more than either
+    of the same length for any gradient, and new statistics change more than either
     """
     first = damage(build, True)
     at_once = damage(build, False)
@@ -558,14 +558,14 @@ def tta(learn, *args, **kw):
 
 
 def squares(folder, t):
-    "Images as the network gets them, as files, so that a quarter turn keeps every pixel; with their labels"
+    "Files of images at the size of the input, so that a quarter turn keeps each pixel; with their labels"
     for i, r in t.iterrows():
         read_image(r.image, 64, 'fundus', 'pad').save(folder / f'{i}.png')
     return t.assign(image=[str(folder / f'{i}.png') for i in t.index])[['image', 'label', 'group']]
 
 
 def test_tta_is_exact(build, tmp_path):
-    "U9: the mean over the four turns, the same again, and the same for turned images"
+    "U9: the mean over the four rotations is reproducible, and the same for rotated images"
     learn = silent(
         build(replace(get_task('dr'), reader='photo', fit='crop'), data=squares(tmp_path, build('dr').table)),
         Plan('p', (STEPS,)),
@@ -600,8 +600,8 @@ def test_tta_is_exact(build, tmp_path):
         ('flowers', 'mirror'),
     ],
 )
-def test_tta_of_the_training_side(build, task, augment):
-    "Every image, in the order of the table, nothing at random; and training is augmented afterwards as it was before"
+def test_tta_of_the_training_images(build, task, augment):
+    "Each image in the order of the table, without randomness; training is augmented afterwards as before"
     learn = silent(build(task, augment=augment), Plan('p', (STEPS,)))
     p, y = tta(learn, 0)
     assert torch.equal(p, tta(learn, ds_idx=0)[0])
@@ -614,7 +614,7 @@ def test_tta_of_the_training_side(build, task, augment):
 
 
 def test_tta_of_fastai(build):
-    "With its own arguments, or where the views have no end"
+    "With its own arguments, or for random augmentation"
     for learn, kw in ((build(), dict(n=2, beta=0.0)), (build(augment='random_crop'), {})):
         silent(learn, Plan('p', (STEPS,)))
         torch.manual_seed(3)
@@ -628,20 +628,20 @@ def test_tta_of_fastai(build):
         assert not torch.equal(a, c)
     jitter = silent(
         build(augment='colour_jitter+random_crop'), Plan('p', (STEPS,))
-    )  # several at random, and views that are asked for
+    )  # several random ones, and requested views
     assert tta(jitter, 0, views='mirror')[0].numpy() == pytest.approx(
         predict_probs(jitter, images(jitter, 'train'), 'mirror'), abs=1e-5
     )
 
 
-# ---------------------------------------------------------------- a classifier as a learner
+# ---------------------------------------------------------------- classifiers as learners
 
 
-def classified(drawn, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
+def classified(data_folder, task, kind, stages, target='referable', arch='test_resnet', table=None, **kw):
     f = image_features(
         table.image.tolist(),
         arch,
-        drawn / f'{arch}.safetensors',
+        data_folder / f'{arch}.safetensors',
         'plain',
         64,
         stages=stages,
@@ -659,15 +659,15 @@ def classified(drawn, task, kind, stages, target='referable', arch='test_resnet'
         ('logistic', 'referable', ['stage2']),
     ],
 )
-def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages):
+def test_a_classifier_as_a_learner(build, data_folder, tmp_path, kind, target, stages):
     t = build('dr', target=target).table
-    c, f = classified(drawn, 'dr', kind, stages, table=t)
+    c, f = classified(data_folder, 'dr', kind, stages, table=t)
     want = c.predict_proba(f)
     learn = classifier_learner(
         c,
-        drawn / 'dr',
+        data_folder / 'dr',
         'dr',
-        weights=drawn / 'test_resnet.safetensors',
+        weights=data_folder / 'test_resnet.safetensors',
         target=target,
         runtime='plain',
         num_workers=0,
@@ -688,7 +688,7 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
         assert torch.equal(again.predict(t.image[0])[2], learn.predict(t.image[0])[2])
     before = groups(learn)
     learn.unfreeze()
-    assert not heard(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))  # its head is trained
+    assert not early_warnings(lambda: quiet(learn, 'fit_one_cycle', 1, slice(1e-5, 1e-4)))  # its head is trained
     assert all(moved(before, groups(learn)))
     silent(learn, Plan('p', (Phase(-2, 1, 1e-4),)))
     save_model(learn, tmp_path / 'tuned')
@@ -697,14 +697,14 @@ def test_a_classifier_as_a_learner(build, drawn, tmp_path, kind, target, stages)
     )
 
 
-def test_classifiers_that_cannot_be_learners(build, drawn):
+def test_classifiers_that_cannot_be_learners(build, data_folder):
     t = build('dr').table
     own = dict(runtime='plain', num_workers=0, device=CPU)
 
-    def make(c, weights=drawn / 'test_resnet.safetensors', **kw):
-        return classifier_learner(c, drawn / 'dr', 'dr', weights=weights, **own, **kw)
+    def make(c, weights=data_folder / 'test_resnet.safetensors', **kw):
+        return classifier_learner(c, data_folder / 'dr', 'dr', weights=weights, **own, **kw)
 
-    c, f = classified(drawn, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
+    c, f = classified(data_folder, 'dr', 'logistic', ['stage1', 'stage3', 'stage4'], table=t)
     with pytest.raises(ValueError, match='not consecutive'):
         make(c)
     good = FeatureClassifier(stages=['stage4']).fit(f, t.target, t.group)
@@ -722,7 +722,7 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
     both = image_features(
         t.image.tolist(),
         'test_resnet',
-        drawn / 'test_resnet.safetensors',
+        data_folder / 'test_resnet.safetensors',
         'plain',
         64,
         stages=['stage4'],
@@ -745,12 +745,12 @@ def test_classifiers_that_cannot_be_learners(build, drawn):
 )
 def test_a_solved_head_is_the_classifier(build, task, arch):
     learn = build(task, arch, seed=5)
-    said = []
+    lines = []
     before = groups(learn)
-    fit(learn, 'head', say=said.append)
+    fit(learn, 'head', say=lines.append)
     n = len(before)
     assert moved(before, groups(learn)) == [False] * (n - 1) + [True]
-    for s in said:
+    for s in lines:
         assert 'steps' not in s
     rows = learn.table[learn.table.split == 'train']
     c = FeatureClassifier(seed=5).fit(learner_features(learn, rows.image.tolist()), rows.target, rows.group)
@@ -772,18 +772,18 @@ def test_a_solved_head_is_the_classifier(build, task, arch):
     )
 
 
-def few(drawn):
+def few(data_folder):
     "A table in which one class has two groups for training, or fewer"
-    files = sorted((drawn / 'flowers').rglob('*.png')) or sorted((drawn / 'flowers').rglob('*.jpg'))
+    files = sorted((data_folder / 'flowers').rglob('*.png')) or sorted((data_folder / 'flowers').rglob('*.jpg'))
     t = pd.DataFrame({'image': [str(f) for f in files], 'label': [f.parent.name for f in files]})
     t['group'] = [f'{r.label}{i % (2 if r.label == "daisy" else 9)}' for i, r in t.iterrows()]
     return t
 
 
 @pytest.mark.parametrize('why', ['weights', 'smoothing', 'groups', 'own', 'dropout', 'many', 'endless', 'asked'])
-def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
+def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
     kw = {}
-    said = []
+    lines = []
     data = None
     plan = 'head'
     word = {
@@ -801,7 +801,7 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     if why == 'smoothing':
         kw['loss_func'] = CrossEntropyLossFlat(label_smoothing=0.1)
     if why == 'groups':
-        data = few(drawn)
+        data = few(data_folder)
     if why == 'own':
         kw['head'] = nn.Sequential(AveragePool(), nn.Linear(96, 3))
     if why == 'dropout':
@@ -816,12 +816,12 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
     monkeypatch.setattr(phases, 'HEAD_PASSES', 2)
     learn = build(data=data, **kw)
     before = groups(learn)
-    fit(learn, plan, say=said.append)
+    fit(learn, plan, say=lines.append)
     assert len(learn.record.history) == 2
     assert learn.record.C is None
     assert moved(before, groups(learn)) == [False] * 5 + [True]
-    assert any(word in s for s in said)
-    assert why in ('asked', 'endless') or any('in steps, because' in s for s in said)
+    assert any(word in s for s in lines)
+    assert why in ('asked', 'endless') or any('in steps, because' in s for s in lines)
     assert [r['how'] for r in learn.record.history] == ['network' if why == 'endless' else 'stored'] * 2
 
 
@@ -829,7 +829,7 @@ def test_a_head_that_cannot_be_solved(build, drawn, monkeypatch, why):
 
 
 class Stop:
-    "Counts the images that pass a module, and presses Ctrl-C before a given one"
+    "Count the images that pass a module, and interrupt before a given one"
 
     def __init__(self, module, at=None):
         self.n = 0
@@ -838,7 +838,7 @@ class Stop:
 
     def __call__(self, module, args):
         if not args[0].abs().sum():
-            return  # nothing but a question about shapes
+            return  # only a test of shapes
         if self.at is not None and self.n >= self.at:
             raise KeyboardInterrupt
         self.n += len(args[0])
@@ -861,7 +861,7 @@ class Stop:
     ids=['solved', 'steps', 'boundary'],
 )
 def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, plan):
-    "What was computed is not computed again, and the result is that of a run without interruption"
+    "Nothing is computed twice, and the result is that of a run without interruption"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'other'))
     with Stop((learner := build('dr')).model[0][0].stages[0]) as all_:
         silent(learner, plan)
@@ -891,8 +891,8 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
 
 @warns_head
 @pytest.mark.parametrize('stored', [True, False])
-def test_interrupted_while_it_learns(build, stored):
-    "The learner can be used, and trained on, and what is frozen is as it was"
+def test_interrupted_while_it_trains(build, stored):
+    "The learner can be used and trained further, and frozen layers are not changed"
     learn = build('dr')
     plan = Plan('p', (Phase(-2, 3, 1e-3),))
     before = groups(learn)
@@ -918,7 +918,7 @@ def test_interrupted_while_it_learns(build, stored):
 
 @pytest.mark.parametrize('plan', ['head', 'top1'])
 def test_a_learner_after_a_stored_phase(build, tmp_path, plan):
-    "It can be saved with its optimiser, loaded, trained by fastai, and asked"
+    "It can be saved with its optimiser, loaded, trained by fastai, and used for prediction"
     learn = silent(build(path=tmp_path), plan, epochs=1 if plan != 'head' else None)
     learn.save('here')
     again = build(path=tmp_path).load('here')
@@ -950,18 +950,18 @@ def test_a_head_is_solved_for_images_without_groups(tmp_path):
     "A table without patients: every image is its own group."
     t = make_flowers(tmp_path / 'flowers', n=40, size=48, classes=('daisy', 'tulips'))
     table = pd.DataFrame({'image': [str(tmp_path / 'flowers' / i) for i in t.image], 'label': t.label})
-    said = []
+    lines = []
     learn = fit(
-        build_learner(table, arch='test_resnet', weights='random', size=48, runtime='plain'), 'head', say=said.append
+        build_learner(table, arch='test_resnet', weights='random', size=48, runtime='plain'), 'head', say=lines.append
     )
     assert learn.record.C > 0
-    for s in said:
+    for s in lines:
         assert 'in steps' not in s
 
 
 @pytest.mark.parametrize('frozen', [-2, 2, 0])
 def test_predictions_follow_the_weights(build, frozen):
-    "Forward passes use a copy of the body: it is never older than the body"
+    "Forward passes use a copy of the body, which is never out of date"
     learn = build(arch='test_resnet', runtime='channels_last')
     images = learn.table[learn.table.split == 'valid'].image.tolist()
     fit(learn, Plan('own', (HEAD_PHASE, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
@@ -970,7 +970,7 @@ def test_predictions_follow_the_weights(build, frozen):
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
 
 
-def test_the_table_of_plans_knows_the_augmentation_of_a_plan(build):
+def test_the_table_of_plans_uses_the_augmentation_of_a_plan(build):
     "Random crops cannot be stored, so the head is not solved, with a learner as without."
     plan = replace(PLANS['head'], augment='+random_crop')
     assert plan_table(plans=[plan]).epochs.tolist() == ['at most 10']

@@ -32,7 +32,7 @@ from dr_transfer.models.stages import Stages
 pytestmark = pytest.mark.filterwarnings('ignore:The groups parameter is ignored')
 
 
-def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
+def known(n=120, k=2, seed=0, separations=(0.0, 0.4, 2.0, 0.8), channels=24, views=2, y=None):
     "Features in which the third stage separates the classes best."
     rng = np.random.default_rng(seed)
     if y is None:
@@ -40,9 +40,9 @@ def known(n=120, k=2, seed=0, strengths=(0.0, 0.4, 2.0, 0.8), channels=24, views
     means = rng.standard_normal((k, channels))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     stages = {}
-    for i, strength in enumerate(strengths):
+    for i, separation in enumerate(separations):
         noise = rng.standard_normal((n, views, channels))
-        features = strength * means[y][:, None] + noise * 0.7
+        features = separation * means[y][:, None] + noise * 0.7
         stages[f'stage{i}'] = features.astype('float32')
     return Known(**stages), y
 
@@ -158,19 +158,19 @@ def test_interval_is_that_of_nadeau_and_bengio():
 
 
 def test_intervals_cover():
-    "The expected score of a fold's classifier, from many images that it did not see, lies in nearly all intervals."
+    "The expected score of a fold's classifier, from many images not used in training, is in nearly all intervals."
     rng = np.random.default_rng(0)
     mean = rng.standard_normal(4) * 0.6
 
-    def draw(n):
+    def sample(n):
         y = np.arange(n) % 2
         x = y[:, None] * mean + rng.standard_normal((n, 4))
         return x.astype('float32')[:, None], y
 
-    big, y_big = draw(4000)
+    big, y_big = sample(4000)
     inside = []
     for i in range(60):
-        x, y = draw(80)
+        x, y = sample(80)
         table = depth_profile(Known(a=x), y, seed=i, metric='accuracy')
         train = x[:64, 0].astype(float)
         scores, gcv = ridge_path(train, plus_minus_one(y[:64], 2), big[:, 0])
@@ -215,8 +215,8 @@ def test_the_best_stage_is_found(k, metric):
     assert 0 < low < gain < high
 
 
-def test_stages_side_by_side():
-    f, y = known(160, strengths=(0, 1.0, 1.0), seed=3)
+def test_concatenated_stages():
+    f, y = known(160, separations=(0, 1.0, 1.0), seed=3)
     table = depth_profile(f, y, stages=['stage1', ('stage1', 'stage2')])
     assert list(table.index) == ['stage1', 'stage1+stage2']
     assert list(table.channels) == [24, 48]
@@ -253,7 +253,7 @@ def test_labels_may_be_names_and_grades_have_their_distance():
     assert near.score['stage1'] != far.score['stage1']
 
 
-def test_groups_are_kept_apart():
+def test_groups_are_not_divided():
     "Each group has its own mark and one class: a classifier that was trained on the group can predict its class."
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 4)
@@ -268,15 +268,15 @@ def test_groups_are_kept_apart():
     assert table.score.max() < 0.75
 
 
-def test_parts_are_nested_stratified_and_by_group():
+def test_subsets_are_nested_stratified_and_by_group():
     group = np.random.default_rng(0).integers(0, 60, 300)
     y = (group % 3 == 0).astype(int)
-    quarter, half, whole = probes._parts(y, group, (0.25, 0.5, 1), 0)
-    assert set(quarter) < set(half) < set(whole) == set(range(300))
-    for rows, share in ((quarter, 0.25), (half, 0.5)):
+    quarter, half, everything = probes._parts(y, group, (0.25, 0.5, 1), 0)
+    assert set(quarter) < set(half) < set(everything) == set(range(300))
+    for rows, fraction in ((quarter, 0.25), (half, 0.5)):
         others = np.delete(group, rows)
         assert not set(group[rows]) & set(others)
-        assert len(rows) / 300 == pytest.approx(share, abs=0.08)
+        assert len(rows) / 300 == pytest.approx(fraction, abs=0.08)
         assert y[rows].mean() == pytest.approx(y.mean(), abs=0.1)
     some = np.where(group < 30, group.astype(object), None)
     (rows,) = probes._parts(y, some, (0.5,), 0)
@@ -295,7 +295,7 @@ def test_parts_are_nested_stratified_and_by_group():
     ],
 )
 def test_tiny_sets_with_many_channels(n, k):
-    f, y = known(n, k, strengths=(0.0, 3.0), channels=600)
+    f, y = known(n, k, separations=(0.0, 3.0), channels=600)
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         table = depth_profile(f, y)
@@ -306,7 +306,7 @@ def test_tiny_sets_with_many_channels(n, k):
     assert np.isfinite(speed.score.iloc[-1])
 
 
-def test_a_fold_of_one_class_does_not_count():
+def test_a_fold_of_one_class_is_ignored():
     x = np.random.default_rng(0).standard_normal((20, 3))
     y = np.array([0] * 10 + [1] * 10)
     classes = np.array([0, 1])
@@ -324,7 +324,7 @@ def test_a_fold_of_one_class_does_not_count():
     assert np.isnan(list(row.values())).all()
 
 
-def test_measures_are_what_they_say():
+def test_metrics_equal_those_of_scikit_learn():
     y = np.array([0, 1, 2, 2])
     scores = np.eye(3)[[0, 1, 1, 2]]
     classes = np.array([0, 2, 4])
@@ -349,7 +349,7 @@ def test_measures_are_what_they_say():
         (dict(y=['a', 'b'] * 30, metric='kappa'), 'numbers'),
     ],
 )
-def test_input_that_cannot_be(change, says):
+def test_invalid_input(change, says):
     f, y = known(60)
     with pytest.raises((ValueError, KeyError), match=says):
         depth_profile(f, **{'y': y, **change})
@@ -379,8 +379,8 @@ def test_plot():
 # ---------------------------------------------------------------- learning speed
 
 
-def test_learning_speed_rises_where_there_is_something_to_learn():
-    f, y = known(600, strengths=(0.0, 0.7), channels=100, views=1)
+def test_learning_speed_is_positive_where_labels_can_be_predicted():
+    f, y = known(600, separations=(0.0, 0.7), channels=100, views=1)
     table = learning_speed(f, y, fractions=(0.1, 0.5, 1))
     assert list(table.columns) == ['images', 'score', 'low', 'high']
     assert list(table.index) == [0.1, 0.5, 1]
@@ -411,7 +411,7 @@ def test_learning_speed_rises_where_there_is_something_to_learn():
         (1, 1),
     ],
 )
-def test_fractions_that_cannot_be(fractions):
+def test_invalid_fractions(fractions):
     f, y = known(60)
     with pytest.raises(ValueError, match='fractions'):
         learning_speed(f, y, fractions=fractions)
@@ -428,7 +428,7 @@ class Spec:
 
 
 def small(seed=0):
-    "Two stages with BatchNorm of its own, in the body's place."
+    "Two stages with their own BatchNorm, used as a body."
     torch.manual_seed(seed)
     stages = Stages()
     for i, (a, b) in enumerate(((3, 8), (8, 12))):
@@ -439,7 +439,7 @@ def small(seed=0):
     return Body(stages).eval()
 
 
-def pictures(n, seed=0, shift=0):
+def random_images(n, seed=0, shift=0):
     rng = np.random.default_rng(seed)
     base = rng.integers(40, 160, (n, 8, 8, 3))
     small = (base + shift).astype(np.uint8)
@@ -447,14 +447,14 @@ def pictures(n, seed=0, shift=0):
 
 
 def normalised(images):
-    "Images as the network gets them"
+    "Normalised images, the input of the network"
     x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in images])
     return (x / 255 - 0.5) / 0.25
 
 
 @torch.no_grad()
 def before_the_first_norm(body, images):
-    "What goes into the first BatchNorm, by channel"
+    "The input of the first BatchNorm, by channel"
     convolution = body.stages.stage0[0]
     maps = convolution(normalised(images)).double()
     return maps.transpose(0, 1).flatten(1)
@@ -462,27 +462,27 @@ def before_the_first_norm(body, images):
 
 @pytest.fixture(scope='module')
 def trained():
-    "A body whose statistics are those of `pictures(200)`"
+    "A body whose statistics are those of `random_images(200)`"
     body = small()
     for m in body.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = None
     body.train()
     with torch.no_grad():
-        body.stages(normalised(pictures(200)))
+        body.stages(normalised(random_images(200)))
     return body.eval()
 
 
-def test_distance_is_nothing_at_home_and_grows_with_the_shift(trained):
-    far = [domain_distance(trained, pictures(200, shift=s), n=200) for s in (0, 20, 50, 90)]
+def test_distance_is_near_zero_on_the_training_images_and_grows_with_the_shift(trained):
+    far = [domain_distance(trained, random_images(200, shift=s), n=200) for s in (0, 20, 50, 90)]
     assert far[0] < 1e-3
     assert far[1] > 10 * far[0]
     assert far == sorted(far)
-    assert domain_distance(trained, pictures(64, seed=1)) < SIMILAR / 2
+    assert domain_distance(trained, random_images(64, seed=1)) < SIMILAR / 2
 
 
 def test_profile_is_by_layer_and_by_the_formula(trained):
-    images = pictures(30, seed=2, shift=40)
+    images = random_images(30, seed=2, shift=40)
     table = domain_profile(trained, images)
     assert list(table.index) == ['stage0.1', 'stage1.1']
     assert list(table.channels) == [8, 12]
@@ -501,8 +501,8 @@ def test_profile_is_by_layer_and_by_the_formula(trained):
     assert table.distance.iloc[0] == pytest.approx(np.median(distances.numpy()), rel=1e-3)
 
 
-def test_some_of_the_images_by_seed(trained):
-    images = pictures(40, seed=3)
+def test_a_random_subset_by_seed(trained):
+    images = random_images(40, seed=3)
     one, two, other = (domain_distance(trained, images, n=10, seed=s) for s in (0, 0, 1))
     assert one == two != other
     of_all = domain_distance(trained, images, n=40)
@@ -532,8 +532,8 @@ def test_threads_do_not_mix_their_batches(trained, threads):
         assert not m._forward_pre_hooks
 
 
-def test_no_distance_without_memory(trained):
-    images = pictures(4)
+def test_no_distance_without_running_statistics(trained):
+    images = random_images(4)
     assert np.isnan(domain_distance(small(), images))
     without_norms = Body(create_body('small_cnn', 'random'))
     assert np.isnan(domain_distance(without_norms, images, size=32))
@@ -549,29 +549,29 @@ def test_no_distance_without_memory(trained):
     assert list(domain_profile(half, images).index) == ['stage1.1']
 
 
-def test_hooks_are_gone_also_after_an_error(trained, tmp_path):
+def test_hooks_are_removed_after_an_error_too(trained, tmp_path):
     (tmp_path / 'bad.jpg').write_bytes(b'no image')
     with pytest.raises(ValueError, match=r'bad.jpg'):
         domain_distance(trained, [tmp_path / 'bad.jpg'])
     with pytest.raises(ValueError, match='at least one'):
         domain_distance(trained, [])
-    domain_distance(trained, pictures(2))
+    domain_distance(trained, random_images(2))
     assert not [m for m in trained.modules() if m._forward_pre_hooks]
 
 
-def test_photographs_of_flowers_are_similar_and_eyes_are_not(data_root):
+def test_images_of_flowers_are_similar_to_imagenet_and_fundus_images_are_not(data_root):
     body = Body(create_body('efficientnet_lite0'))
     flowers = sorted((data_root / 'flowers').glob('*/*.jpg'))
-    eyes = sorted((data_root / 'dr' / 'idrid' / 'images').iterdir())
-    if not flowers or not eyes:
-        pytest.skip('no flowers or no eyes')
+    fundus_images = sorted((data_root / 'dr' / 'idrid' / 'images').iterdir())
+    if not flowers or not fundus_images:
+        pytest.skip('no flowers or no fundus images')
     assert domain_distance(body, flowers, n=32) < 0.7 * SIMILAR
-    assert domain_distance(body, eyes, n=32, reader='fundus', fit='pad') > 1.4 * SIMILAR
+    assert domain_distance(body, fundus_images, n=32, reader='fundus', fit='pad') > 1.4 * SIMILAR
 
 
 def test_images_of_a_table(trained):
-    "A column of some of its rows, numbered as it is"
-    images = pictures(12)
+    "A column of some rows, with their index"
+    images = random_images(12)
     column = pd.Series(images, index=range(5, 17))
     assert domain_distance(trained, column) == domain_distance(trained, images)
     assert domain_distance(trained, column, n=6) == domain_distance(trained, images, n=6)

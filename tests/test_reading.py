@@ -78,7 +78,7 @@ def tiff(a, **tags):
 # ---------------------------------------------------------------- every mode in every format
 
 MODES = ('1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'LA', 'PA', 'I', 'F', 'I;16', 'I;16B')
-REFUSED = {'I', 'F'}  # in this grid their values go from 0 to 255, which nothing declares
+UNDECLARED = {'I', 'F'}  # in this grid their values are 0 to 255, which the file does not declare
 
 
 def in_mode(mode):
@@ -96,7 +96,7 @@ def grid():
     for mode in MODES:
         for kind in FORMATS:
             if mode.startswith('I;16') and kind not in ('PNG', 'TIFF', 'PPM'):
-                continue  # Pillow cuts the values when it writes
+                continue  # Pillow clips the values when it writes
             try:
                 yield pytest.param(mode, kind, saved(in_mode(mode), kind), id=f'{mode} {kind}')
             except (OSError, ValueError, KeyError):
@@ -118,10 +118,10 @@ def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, ki
     x_png.write_bytes(data)
     with Image.open(io.BytesIO(data)) as im:
         opened = im.mode
-    if opened in REFUSED and kind != 'PPM':
+    if opened in UNDECLARED and kind != 'PPM':
         assert 'white' in image_error(x_png)
         return
-    if opened in REFUSED:
+    if opened in UNDECLARED:
         im = None if image_error(x_png) else read_rgb(data)
         assert im is None or distance(im, COLOUR * 0 + GREY[..., None]) < 40
         return
@@ -138,8 +138,8 @@ def test_every_mode_and_format_shows_the_ramp_or_has_a_reason(tmp_path, mode, ki
 # ---------------------------------------------------------------- more than eight bits
 
 
-def test_ordinary_images_are_as_before():
-    "What version 0.1.0 gave for eight bits and for full sixteen bits, bit for bit."
+def test_ordinary_images_are_read_as_before():
+    "The same as version 0.1.0 for eight bits and for full sixteen bits, bit for bit."
     for kind in ('PNG', 'TIFF', 'BMP'):
         np.testing.assert_array_equal(read_rgb(saved(Image.fromarray(COLOUR), kind)), COLOUR)
     deep = (RAMP * 65535).round().astype(np.uint16)
@@ -201,7 +201,7 @@ def test_fewer_bits_in_sixteen_are_skipped_unless_they_are_declared(bits, kind):
     assert f'the brightest value is {2**bits - 1} of 65535' in text
     if kind == 'TIFF':
         data = tiff(a, t281=2**bits - 1)
-        assert 'the brightest value' in reason(tiff(a, t281=2**bits - 77))  # a statistic, not a range
+        assert 'the brightest value' in reason(tiff(a, t281=2**bits - 77))  # a statistic of the pixels, not a range
     else:
         data = png((b'sBIT', bytes([bits])), bits=16, colour=0, rows=a.astype('>u2'))
     assert distance(read_rgb(data), GREY[..., None]) <= 1
@@ -265,7 +265,7 @@ def test_few_bits_of_grey(bits):
 
 
 @pytest.mark.parametrize('maxval', [255, 1023, 4095, 65535])
-def test_a_pgm_declares_its_white(maxval):
+def test_a_pgm_declares_its_maximum(maxval):
     a = (RAMP * maxval).round().astype('>u2' if maxval > 255 else np.uint8)
     assert distance(read_rgb(f'P5 {WIDTH} {HEIGHT} {maxval}\n'.encode() + a.tobytes()), GREY[..., None]) <= 1
 
@@ -282,12 +282,12 @@ def test_a_pgm_declares_its_white(maxval):
         (None, 'give a path'),
     ],
 )
-def test_arrays_and_things_that_are_no_images(a, words):
+def test_arrays_and_values_that_are_not_images(a, words):
     with pytest.raises(ImageError, match=f'given as {type(a).__name__}.*{words}'):
         read_rgb(a)
 
 
-# ---------------------------------------------------------------- damage, orientation, other formats under a good name
+# ---------------------------------------------------------------- damage, orientation, wrong suffixes
 
 
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
@@ -314,7 +314,7 @@ def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize('value', [0, 9, 65535])
-def test_an_orientation_that_is_none_of_the_eight_is_not_followed(value):
+def test_an_invalid_orientation_is_ignored(value):
     exif = Image.Exif()
     exif[274] = value
     np.testing.assert_array_equal(read_rgb(saved(Image.fromarray(COLOUR), 'PNG', exif=exif)), COLOUR)
@@ -332,7 +332,7 @@ def isobmff(brand):
     return struct.pack('>I', 24) + b'ftyp' + brand + b'\0\0\0\0' + brand + b'mif1' + b'\0' * 100
 
 
-WHOLE = saved(Image.fromarray(COLOUR), 'PNG')
+COMPLETE = saved(Image.fromarray(COLOUR), 'PNG')
 JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JPEG')
 
 
@@ -344,10 +344,10 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
         (b'\0' * 5000, 'not an image'),
         (JPEG[: len(JPEG) // 2], 'cannot be decoded'),
         (JPEG[:20], 'a damaged JPEG file'),
-        (WHOLE[:40], 'a damaged PNG file'),
-        (WHOLE[:29] + b'\0\0\0\0' + WHOLE[33:], 'a damaged PNG file'),
-        (WHOLE[:-20] + b'\xff' * 4 + WHOLE[-16:], 'cannot be decoded'),
-        (WHOLE[:60], 'cannot be decoded'),
+        (COMPLETE[:40], 'a damaged PNG file'),
+        (COMPLETE[:29] + b'\0\0\0\0' + COMPLETE[33:], 'a damaged PNG file'),
+        (COMPLETE[:-20] + b'\xff' * 4 + COMPLETE[-16:], 'cannot be decoded'),
+        (COMPLETE[:60], 'cannot be decoded'),
         (saved(Image.fromarray(COLOUR), 'JPEG2000'), 'a JPEG 2000 file, which is not supported'),
         (isobmff(b'heic'), 'a HEIC file'),
         (isobmff(b'avif'), 'an? AVIF file'),
@@ -363,18 +363,18 @@ JPEG = saved(Image.fromarray(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8))), 'JP
         (Image.new('L', (2000, 90)), 'a strip'),
     ],
 )
-def test_what_is_skipped_and_why(tmp_path, data, words):
+def test_skipped_files_have_a_reason(tmp_path, data, words):
     import re
 
-    eye = tmp_path / 'eye.jpg'
+    file = tmp_path / 'image.jpg'
     data = saved(data, 'PNG') if isinstance(data, Image.Image) else data
     text = reason(data)
-    eye.write_bytes(data)
+    file.write_bytes(data)
     assert re.search(words, text)
-    assert image_error(eye) == text
+    assert image_error(file) == text
     for read in (lambda p: read_image(p, 32), lambda p: read_image(p, 32, 'fundus', 'pad'), lambda p: read_disc(p, 32)):
-        with pytest.raises(ImageError, match=r'eye.jpg: '):
-            read(eye)
+        with pytest.raises(ImageError, match=r'image.jpg: '):
+            read(file)
 
 
 @pytest.mark.parametrize('kind', ['GIF', 'WEBP', 'TIFF', 'PNG'])
@@ -407,19 +407,19 @@ def test_cmyk_with_and_without_adobes_mark():
 
 
 def test_postscript_named_jpg_starts_no_program(tmp_path, monkeypatch):
-    eye = tmp_path / 'eye.jpg'
+    file = tmp_path / 'image.jpg'
 
     def started(*args, **kwargs):
         raise AssertionError(f'a program is started: {args}')
 
     for name in ('Popen', 'run', 'check_call', 'check_output'):
         monkeypatch.setattr(subprocess, name, started)
-    eye.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
-    Image.open(eye)  # Pillow alone would take it
-    assert 'PostScript' in image_error(eye)
+    file.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\nshowpage\n')
+    Image.open(file)  # Pillow alone would open it
+    assert 'PostScript' in image_error(file)
 
 
-def test_no_place_opens_images_of_any_format():
+def test_no_module_opens_images_of_any_format():
     import re
 
     root = Path(__file__).parent.parent
@@ -437,7 +437,7 @@ def test_no_place_opens_images_of_any_format():
 
 @pytest.fixture
 def special(tmp_path):
-    "Good images, and everything else that can have a name with .jpg."
+    "Valid images, and other kinds of files with a name ending in .jpg."
     folder = tmp_path / 'data' / 'a'
     folder.mkdir(parents=True)
     Image.fromarray(COLOUR).save(folder / 'good.jpg')
@@ -459,7 +459,7 @@ def special(tmp_path):
     return folder.parent
 
 
-def test_pipes_sockets_devices_and_circles_have_a_reason(special):
+def test_pipes_sockets_devices_and_loops_have_a_reason(special):
     errors = {p.name: image_error(p) for p in find_images(special)}
     assert set(errors) == {
         'good.jpg',
@@ -486,7 +486,7 @@ def test_pipes_sockets_devices_and_circles_have_a_reason(special):
     assert len(skipped_images(t)) == 5
 
 
-def test_a_name_that_is_no_text(tmp_path):
+def test_a_name_that_is_not_text(tmp_path):
     (tmp_path / 'a').mkdir()
     name = os.fsencode(tmp_path / 'a') + b'/\xff\xfe.jpg'
     with open(name, 'wb') as f:
@@ -494,7 +494,7 @@ def test_a_name_that_is_no_text(tmp_path):
     assert [image_error(p) for p in find_images(tmp_path)] == ['']
 
 
-def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp_path):
+def test_an_image_deleted_after_the_check_is_named_and_the_others_are_kept(tmp_path):
     from dr_transfer.data.content import fill_stores, image_data
     from dr_transfer.data.views import map_batches
     from dr_transfer.utils.store import ArrayStore
@@ -520,7 +520,7 @@ def test_an_image_that_is_lost_after_the_check_is_named_and_the_rest_is_kept(tmp
     assert len(again) == 4
 
 
-def test_an_error_can_be_sent_from_another_process():
+def test_an_error_can_be_pickled():
     e = pickle.loads(pickle.dumps(ImageError('no such file', 'a.jpg')))
     assert isinstance(e, ValueError)
     assert (str(e), e.name, e.reason) == ('a.jpg: no such file', 'a.jpg', 'no such file')
@@ -541,7 +541,7 @@ def test_one_validator_of_sizes(size):
             call()
 
 
-def test_sizes_that_are_good():
+def test_valid_sizes():
     assert check_size(np.int64(224)) == 224
     assert type(Task('x', size=np.int64(32)).size) is int
     for size in (0, -1, True, 1.5):
@@ -549,7 +549,7 @@ def test_sizes_that_are_good():
             read_rgb(COLOUR, size)
 
 
-def test_a_bright_line_is_no_disc():
+def test_a_bright_line_is_not_a_disc():
     a = np.zeros((400, 400, 3), np.uint8)
     a[200:202] = 255
     a[:90, :3] = 255
@@ -691,11 +691,11 @@ def test_dicom_first_frame():
     ids=range(13),
 )
 def test_dicom_that_is_skipped(tmp_path, data, words):
-    eye = tmp_path / 'eye.dcm'
-    eye.write_bytes(data())
-    assert words in image_error(eye) != ''
-    with pytest.raises(ImageError, match=r'eye.dcm: '):
-        read_dicom(eye)
+    file = tmp_path / 'image.dcm'
+    file.write_bytes(data())
+    assert words in image_error(file) != ''
+    with pytest.raises(ImageError, match=r'image.dcm: '):
+        read_dicom(file)
 
 
 def test_a_deflated_file_of_usual_size_is_read():
@@ -768,7 +768,7 @@ def npy_header(shape, kind="'<i2'"):
         ('a.npy', npy_header((2, 2, 2), "'<U3'"), 'not of numbers'),
     ],
 )
-def test_arrays_that_are_refused(tmp_path, name, data, words):
+def test_arrays_that_are_not_volumes(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ImageError, match=f'{name}: .*{words}'):
         read_volume(tmp_path / name, (1, 1, 1))
@@ -788,7 +788,7 @@ def test_arrays_that_are_refused(tmp_path, name, data, words):
         ({'spacing': (1, 1, 1)}, "no array 'hu'"),
     ],
 )
-def test_npz_files_that_are_refused(tmp_path, arrays, words):
+def test_npz_files_that_are_not_volumes(tmp_path, arrays, words):
     np.savez(tmp_path / 'a.npz', **arrays)
     with pytest.raises(ValueError, match=words):
         read_volume(tmp_path / 'a.npz')
@@ -802,7 +802,7 @@ def test_a_small_npz_that_unpacks_to_gigabytes(tmp_path):
         read_volume(tmp_path / 'a.npz')
 
 
-def test_objects_are_no_volume():
+def test_objects_are_not_a_volume():
     for a in (CUBE.astype(object), CUBE.astype(str), CUBE > 0):
         with pytest.raises(ValueError, match='is not a volume'):
             Volume(a, (1, 1, 1))
@@ -834,7 +834,7 @@ def test_nifti_that_declares_too_much(tmp_path, suffix):
         read_volume(changed(70, '<hh', 128, 24))  # RGB
 
 
-def test_a_pipe_is_no_volume(tmp_path):
+def test_a_pipe_is_not_a_volume(tmp_path):
     os.mkfifo(tmp_path / 'a.npy')
     os.mkfifo(tmp_path / 'a.nii')
     for name in ('a.npy', 'a.nii'):
@@ -878,7 +878,7 @@ def test_hostile_files_take_little_memory(tmp_path):
 # ---------------------------------------------------------------- facts about files
 
 
-def test_the_facts_of_files_do_not_fail_for_one_that_is_bad(special):
+def test_facts_of_files_do_not_fail_for_a_damaged_file(special):
     from dr_transfer.data.leaks import file_facts
 
     facts = file_facts(find_images(special))
@@ -889,7 +889,7 @@ def test_the_facts_of_files_do_not_fail_for_one_that_is_bad(special):
     assert set(facts.suffix) == {'.jpg'}
 
 
-def test_the_facts_of_files_decode_nothing(tmp_path):
+def test_facts_of_files_decode_nothing(tmp_path):
     from dr_transfer.data.leaks import file_facts
 
     (tmp_path / 'cut.jpg').write_bytes(JPEG[: len(JPEG) // 2])
@@ -903,7 +903,7 @@ def test_the_facts_of_files_decode_nothing(tmp_path):
 
 
 def coded(a, code, syntax, **more):
-    "A DICOM file whose pixels are `code`, said to be of a transfer syntax."
+    "A DICOM file whose pixels are `code`, with a declared transfer syntax."
     pydicom = pytest.importorskip('pydicom')
     from pydicom.encaps import encapsulate
 
@@ -980,34 +980,36 @@ def as_code(a, kind='JPEG', **how):
         'RLE 12 bits',
     ],
 )
-def test_compressed_dicom_shows_what_was_compressed(data, want):
+def test_compressed_dicom_is_decoded(data, want):
     assert distance(read_rgb(data()), want) <= 3
 
 
 @pytest.mark.parametrize('syntax', ['JPEGLosslessSV1', 'JPEGLSLossless', 'HTJ2KLossless'])
-def test_a_compression_without_decoder_says_what_to_install(tmp_path, monkeypatch, syntax):
+def test_an_error_for_a_missing_decoder_names_what_to_install(tmp_path, monkeypatch, syntax):
     data = coded(U8, b'\xff\xd8\xff' + bytes(200), syntax)
     from pydicom.pixels.decoders.base import Decoder
 
     monkeypatch.setattr(Decoder, 'is_available', False)
-    (tmp_path / 'eye.dcm').write_bytes(data)
-    text = image_error(tmp_path / 'eye.dcm')
+    (tmp_path / 'image.dcm').write_bytes(data)
+    text = image_error(tmp_path / 'image.dcm')
     assert text.startswith('no decoder is installed for ')
     assert 'pip install pylibjpeg' in text
     assert '\n' not in text
 
 
 @pytest.mark.parametrize('syntax', ['MPEG2MPML', '1.2.3.4'])
-def test_what_pydicom_does_not_decode_is_named(tmp_path, syntax):
-    (tmp_path / 'eye.dcm').write_bytes(dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0' * 200, syntax))
-    assert 'which is not supported: save it without compression' in image_error(tmp_path / 'eye.dcm')
+def test_compressions_that_pydicom_does_not_decode_are_named(tmp_path, syntax):
+    (tmp_path / 'image.dcm').write_bytes(
+        dicom(U8, syntax=syntax) if syntax[0] == '1' else coded(U8, b'\0' * 200, syntax)
+    )
+    assert 'which is not supported: save it without compression' in image_error(tmp_path / 'image.dcm')
 
 
 # ---------------------------------------------------------------- TIFF of 9 to 15 bits
 
 
 def packed_tiff(bits, order='<', photometric=1):
-    "A grey TIFF whose values of a number of bits follow one another without gaps, as the standard has it."
+    "A grey TIFF whose values of a number of bits are packed without gaps, as the standard defines."
     a = (RAMP * (2**bits - 1)).round().astype(np.uint32)
     a = 2**bits - 1 - a if photometric == 0 else a
     rows = (a[..., None] >> np.arange(bits - 1, -1, -1)) & 1
@@ -1035,8 +1037,8 @@ def packed_tiff(bits, order='<', photometric=1):
 @pytest.mark.parametrize('order', ['<', '>'])
 @pytest.mark.parametrize('photometric', [0, 1])
 @pytest.mark.parametrize('bits', range(9, 17))
-def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, bits, photometric, order):
-    "Pillow reads 12 and 16 of them; others are skipped, and none is dark"
+def test_a_tiff_of_9_to_16_bits_is_scaled_by_its_range_or_has_a_reason(tmp_path, bits, photometric, order):
+    "Pillow reads 12 and 16 of them; others are skipped, and none is too dark"
     x_tif = tmp_path / 'x.tif'
     x_tif.write_bytes(
         packed_tiff(bits, order, photometric)
@@ -1054,7 +1056,7 @@ def test_a_tiff_of_9_to_16_bits_is_read_by_that_range_or_has_a_reason(tmp_path, 
 # ---------------------------------------------------------------- a lack of open files
 
 
-def test_an_image_is_not_blamed_for_too_many_open_files(tmp_path, monkeypatch):
+def test_an_error_of_too_many_open_files_does_not_name_an_image(tmp_path, monkeypatch):
     "The image is neither skipped nor predicted: the command stops."
     x_jpg = tmp_path / 'x.jpg'
     x_jpg.write_bytes(JPEG)

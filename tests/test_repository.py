@@ -261,10 +261,10 @@ def test_stored_outputs_are_small_and_stable(path):
         )
         assert len(out) < 20_000, f'{len(out)} characters after {shown}'
         for o in cell.get('outputs', []):
-            pictures = {k: v for k, v in o.get('data', {}).items() if k.startswith('image/')}
-            assert set(pictures) <= {'image/png', 'image/svg+xml'}, f'photographs are not stored: {shown}'
-            for v in pictures.values():
-                assert len(''.join(v)) * 3 / 4 < 120_000, f'a picture of more than 120 kB after {shown}'
+            images = {k: v for k, v in o.get('data', {}).items() if k.startswith('image/')}
+            assert set(images) <= {'image/png', 'image/svg+xml'}, f'an image of another type: {shown}'
+            for v in images.values():
+                assert len(''.join(v)) * 3 / 4 < 120_000, f'an image of more than 120 kB after {shown}'
 
 
 # ---------------------------------------------------------------- modules
@@ -310,7 +310,7 @@ def late_imports(text, module):
     return [o for o in imports_of(text, module) if o in PLACE and PLACE[o] >= PLACE[module]]
 
 
-def test_late_imports_are_seen():
+def test_late_imports_are_found():
     first, *_, last = sorted(PLACE, key=PLACE.get)
     up = '.' * (1 + first.count('.'))
     for line in (
@@ -328,7 +328,7 @@ def test_late_imports_are_seen():
     assert len(MODULES) > len(PLACE)
 
 
-def test_the_packages_lie_together_in_the_sidebar():
+def test_packages_are_contiguous_in_the_sidebar():
     packages = [m.rpartition('.')[0] for m in sorted(PLACE, key=PLACE.get)]
     changes = [p for i, p in enumerate(packages) if p and (i == 0 or packages[i - 1] != p)]
     assert len(changes) == len(set(changes)), changes

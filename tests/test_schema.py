@@ -104,7 +104,7 @@ def changed(value, path, change):
 
 
 def error_of(file, data):
-    "The ModelError of a model.json; None if it can be read. A slow regular expression took a minute"
+    "The ModelError of a model.json; None if it can be read. (A slow regular expression once took a minute.)"
     file.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogatepass'))
     start = time.process_time()
     try:
@@ -118,7 +118,7 @@ def error_of(file, data):
     return error
 
 
-# ---------------------------------------------------------------- what is right
+# ---------------------------------------------------------------- valid descriptions
 
 
 def test_a_description_of_version_0_1_0_is_read(tmp_path):
@@ -139,7 +139,7 @@ def test_a_description_of_version_0_1_0_is_read(tmp_path):
 @pytest.mark.parametrize(
     'change,graded',
     [
-        ({'task': 'mine', 'target': 'stage'}, True),  # 0.1.0 decided so for any five classes of these names
+        ({'task': 'mine', 'target': 'stage'}, True),  # version 0.1.0 did this for any five classes with these names
         ({'task': 'mine', 'target': 'stage', 'decision': None}, False),
         ({'decision': None}, True),
         ({'classes': ['A', 'B', 'C', 'D', 'E'], 'decision': None}, False),
@@ -153,7 +153,7 @@ def test_grades_of_version_0_1_0_are_grades(change, graded):
         assert classes.positive == GRADES.positive
 
 
-def test_what_a_newer_version_says_is_kept(tmp_path):
+def test_fields_of_a_newer_version_are_kept(tmp_path):
     new = {
         **ABOUT,
         'colours': {'space': ['P3', None, 1.5]},
@@ -168,7 +168,7 @@ def test_what_a_newer_version_says_is_kept(tmp_path):
     }
 
 
-def test_a_measure_that_was_not_defined_is_read(tmp_path):
+def test_an_undefined_metric_is_read(tmp_path):
     "0.1.0 wrote NaN for the specificity of a validation set without negatives."
     about = changed(ABOUT, ('decision', 'operating', 'specificity'), lambda o, k: o.update({k: float('nan')}))
     (tmp_path / 'model.json').write_text(stored(about))
@@ -177,7 +177,7 @@ def test_a_measure_that_was_not_defined_is_read(tmp_path):
     assert '"specificity": null' in card_text(card)
 
 
-# ---------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------- invalid descriptions
 
 REQUIRED = [(k,) for k in FIELDS] + [('decision', 'operating', k) for k in POINT]
 TYPED = list(paths(ABOUT))
@@ -297,7 +297,7 @@ def test_any_change_of_the_bytes(tmp_path, data):
     ],
     ids=range(18),
 )
-def test_what_is_no_description(tmp_path, data, words):
+def test_files_that_are_not_descriptions(tmp_path, data, words):
     assert words in error_of(tmp_path / 'model.json', data)
 
 
@@ -320,7 +320,7 @@ def test_what_is_no_description(tmp_path, data, words):
         ({'reader': ['fundus']}, "'reader' is"),
     ],
 )
-def test_what_does_not_go_together(tmp_path, change, words):
+def test_inconsistent_fields(tmp_path, change, words):
     assert words in error_of(tmp_path / 'model.json', stored({**ABOUT, **change}))
 
 
@@ -340,15 +340,15 @@ def test_what_does_not_go_together(tmp_path, change, words):
         (['Straße', 'STRASSE'], 'case'),
     ],
 )
-def test_class_names_that_cannot_be_told_apart(names, words):
+def test_ambiguous_class_names(names, words):
     with pytest.raises(ValueError, match=words):
         check_class_names(names)
     with pytest.raises(SchemaError, match="'classes"):
         ModelCard.from_dict({**ABOUT, 'decision': None, 'classes': names})
 
 
-def test_advice_depends_on_who_wrote_it(tmp_path):
-    "A copy does not help where another version left a field out."
+def test_advice_depends_on_the_version_of_the_file(tmp_path):
+    "Copying again does not help if another version omitted a field."
     model = tmp_path / 'model.json'
     here = {**ABOUT, 'versions': {}}
     assert 'changed by hand' in error_of(model, stored({**here, 'size': 'x'}))
@@ -359,11 +359,11 @@ def test_advice_depends_on_who_wrote_it(tmp_path):
     assert 'changed after it was saved' in error_of(model, stored(ABOUT).replace('"size": 48', '"size": 64'))
 
 
-# ---------------------------------------------------------------- what is not a file
+# ---------------------------------------------------------------- paths that are not files
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='pipes')
-def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
+def test_paths_that_are_not_regular_files_are_errors_at_once(tmp_path):
     file = tmp_path / 'model.json'
 
     def says():
@@ -395,7 +395,7 @@ def test_reading_a_description_loads_no_torch():
     assert done.stdout.strip() == '[]'
 
 
-def test_a_decision_there_and_back():
+def test_a_decision_is_restored():
     d = Decision(2.0, None, OperatingPoint(**POINT), ('why',))
     assert Decision.from_dict(json.loads(json.dumps(d.to_dict()))) == d
     assert d.to_dict() == {

@@ -1,4 +1,4 @@
-"Test intervals, calibration, the operating point, and the figures and report of a table of predictions."
+"Test intervals, calibration, the operating point, and the metrics and report of a table of predictions."
 
 import json
 import re
@@ -54,18 +54,18 @@ from dr_transfer.metrics.screening import (
 TWO = ['no', 'referable']
 
 
-def two(n=300, seed=0, sharp=1.0, person=1.0, eyes=2):
-    "Predictions of two eyes of n people"
+def two(n=300, seed=0, sharp=1.0, person=1.0, n_images=2):
+    "Predictions for two eyes of n people"
     rng = np.random.default_rng(seed)
-    ill = np.repeat(rng.random(n) < 0.35, eyes)
-    x = np.where(ill, 1.2, -1.2) + np.repeat(rng.normal(0, person, n), eyes) + rng.normal(0, 0.7, eyes * n)
+    positive = np.repeat(rng.random(n) < 0.35, n_images)
+    x = np.where(positive, 1.2, -1.2) + np.repeat(rng.normal(0, person, n), n_images) + rng.normal(0, 0.7, n_images * n)
     p = 1 / (1 + np.exp(-sharp * x))
     return pd.DataFrame(
         {
-            'image': [f'{i}.jpg' for i in range(eyes * n)],
-            'target': np.where(ill, *TWO[::-1]),
-            'group': np.repeat([f'p{i}' for i in range(n)], eyes),
-            'data_camera': np.repeat(rng.choice(['A', 'B'], n), eyes),
+            'image': [f'{i}.jpg' for i in range(n_images * n)],
+            'target': np.where(positive, *TWO[::-1]),
+            'group': np.repeat([f'p{i}' for i in range(n)], n_images),
+            'data_camera': np.repeat(rng.choice(['A', 'B'], n), n_images),
             'p_no': 1 - p,
             'p_referable': p,
         }
@@ -98,7 +98,7 @@ def five(n=300, seed=0):
         (['a'], 1),
     ],
 )
-def test_group_codes_number_groups_and_leave_the_others_alone(groups, n):
+def test_group_codes_number_the_groups(groups, n):
     c = group_codes(groups, n)
     assert sorted(set(c)) == list(range(c.max() + 1))
     for i in range(n):
@@ -106,7 +106,7 @@ def test_group_codes_number_groups_and_leave_the_others_alone(groups, n):
             assert (c[i] == c[j]) == (groups is not None and isinstance(groups[i], str) and groups[i] == groups[j])
 
 
-def test_draws_hold_whole_groups_as_many_as_there_are():
+def test_resamples_contain_complete_groups():
     codes = np.array([0, 0, 1, 2, 2, 2])
     for rows in resamples(codes, 50, seed=3):
         n = np.bincount(rows, minlength=6)
@@ -142,7 +142,7 @@ def test_intervals_over_patients_contain_the_true_value_and_those_over_eyes_do_n
 
 
 @pytest.mark.parametrize('k', [3, 12, 100])
-def test_a_share_of_0_or_1_has_the_exact_interval(k):
+def test_a_fraction_of_0_or_1_has_the_exact_interval(k):
     for happened in (True, False):
         exact = stats.binomtest(k * happened, k).proportion_ci(0.95, 'exact')
         assert fraction_interval([happened] * k)[1:] == pytest.approx((exact.low, exact.high))
@@ -153,7 +153,7 @@ def test_a_share_of_0_or_1_has_the_exact_interval(k):
         assert np.isnan(v)
 
 
-def test_a_figure_that_is_mostly_undefined_has_no_interval():
+def test_a_metric_that_is_mostly_undefined_has_no_interval():
     y = np.r_[1, np.zeros(30, int)]
     r = bootstrap(auc, y, np.arange(31.0), n=200).loc['value']
     assert r.value == 0
@@ -178,14 +178,14 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
 
 def test_reliability_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
-    said = rng.random(1000)
-    right = rng.random(1000) < said**2
-    r = reliability(right, said, 10)
-    seen, mean = calibration_curve(right, said, n_bins=10, strategy='quantile')
+    forecast = rng.random(1000)
+    right = rng.random(1000) < forecast**2
+    r = reliability(right, forecast, 10)
+    fractions, mean = calibration_curve(right, forecast, n_bins=10, strategy='quantile')
     assert r.images.sum() == 1000
-    assert np.allclose(r.observed, seen, atol=0.02)
+    assert np.allclose(r.observed, fractions, atol=0.02)
     assert np.allclose(r.predicted, mean, atol=0.01)
-    assert calibration_error(right, said) == pytest.approx(np.abs(seen - mean).mean(), abs=0.01)
+    assert calibration_error(right, forecast) == pytest.approx(np.abs(fractions - mean).mean(), abs=0.01)
 
 
 @pytest.mark.parametrize('sharp', [0.4, 1, 2.5])
@@ -201,19 +201,19 @@ def test_the_temperature_is_recovered(sharp):
 
 
 @pytest.mark.parametrize(
-    'right, said, words',
+    'right, forecast, words',
     [
         ([1], [2.0], 'outside 0 to 1'),
         ([1, 0], [0.5], 'shape'),
         ([], [], 'at least one'),
     ],
 )
-def test_bad_probabilities_are_refused(right, said, words):
+def test_invalid_probabilities_are_errors(right, forecast, words):
     with pytest.raises(ValueError, match=words):
-        reliability(right, said)
+        reliability(right, forecast)
 
 
-def test_deferral_keeps_the_surest():
+def test_selective_prediction_keeps_the_most_certain():
     c = referral_curve([True, True, False, True], [0.9, 0.8, 0.1, 0.7], fractions=(0, 0.25))
     assert c.accuracy.tolist() == [0.75, 1]
     assert c.remaining.tolist() == [4, 3]
@@ -222,22 +222,22 @@ def test_deferral_keeps_the_surest():
 # ---------------------------------------------------------------- the operating point
 
 
-@pytest.mark.parametrize('share', [0.5, 0.8, 0.87, 0.95])
+@pytest.mark.parametrize('minimum', [0.5, 0.8, 0.87, 0.95])
 @pytest.mark.parametrize('what', ['sensitivity', 'specificity'])
-def test_the_point_reaches_what_was_asked_and_none_gives_more_of_the_other(share, what):
+def test_the_operating_point_reaches_the_target_and_is_optimal(minimum, what):
     t = two(110, seed=2)
     y = (t.target == 'referable').astype(int).to_numpy()
     s = t.p_referable.to_numpy()
-    p = choose_operating_point(y, s, **{what: share})
+    p = choose_operating_point(y, s, **{what: minimum})
 
     def both(threshold):
         return (s[y == 1] >= threshold).mean(), (s[y == 0] < threshold).mean()
 
     assert both(p.threshold) == pytest.approx((recall_score(y, s >= p.threshold), recall_score(1 - y, s < p.threshold)))
     assert (p.sensitivity, p.specificity) == pytest.approx(both(p.threshold))
-    assert getattr(p, what) >= share
+    assert getattr(p, what) >= minimum
     other = 1 if what == 'sensitivity' else 0
-    reach = [both(v) for v in np.r_[s, 2.0] if both(v)[1 - other] >= share]
+    reach = [both(v) for v in np.r_[s, 2.0] if both(v)[1 - other] >= minimum]
     assert max(r[other] for r in reach) <= both(p.threshold)[other] + 1e-12
 
 
@@ -257,11 +257,11 @@ def test_too_few_positives_raise_an_error_with_the_reason():
 
 def test_predictive_values_are_those_of_a_population():
     rng = np.random.default_rng(0)
-    ill = rng.random(400_000) < 0.07
-    found = np.where(ill, rng.random(len(ill)) < 0.87, rng.random(len(ill)) < 0.09)
+    positive = rng.random(400_000) < 0.07
+    found = np.where(positive, rng.random(len(positive)) < 0.87, rng.random(len(positive)) < 0.09)
     v = predictive_values(0.87, 0.91, 0.07)
-    assert v['positive'] == pytest.approx(ill[found].mean(), abs=0.01)
-    assert v['negative'] == pytest.approx(1 - ill[~found].mean(), abs=0.003)
+    assert v['positive'] == pytest.approx(positive[found].mean(), abs=0.01)
+    assert v['negative'] == pytest.approx(1 - positive[~found].mean(), abs=0.003)
     with pytest.raises(ValueError, match='between 0 and 1'):
         predictive_values(0.9, 0.9, 7)
 
@@ -281,7 +281,7 @@ def test_the_table_at_the_point():
     )
 
 
-def test_predictive_values_have_the_interval_of_whole_patients():
+def test_predictive_values_have_intervals_over_patients():
     t = two(120)
     y = (t.target == 'referable').to_numpy(int)
     called = t.p_referable.to_numpy() > 0.6
@@ -292,7 +292,7 @@ def test_predictive_values_have_the_interval_of_whole_patients():
 
     own = bootstrap(ppv, y, called, groups=t.group, n=400).loc['value']
     assert np.allclose(o.loc['positive predictive value at 10%', ['value', 'low', 'high']].astype(float), own)
-    for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):  # no draw shows an error: the exact ends
+    for c in (y == 1, np.ones(len(y), bool), np.zeros(len(y), bool)):  # no resample has an error: the exact limits
         r = operating_table(y, c, t.group, prevalence=0.1, n=50).iloc[2:]
         ok = r.value.notna()
         assert ((r.low <= r.value) & (r.value <= r.high))[ok].all()
@@ -302,7 +302,7 @@ def test_predictive_values_have_the_interval_of_whole_patients():
 # ---------------------------------------------------------------- decisions
 
 
-def test_the_question_of_two_classes_and_of_five_grades():
+def test_the_decision_for_two_classes_and_for_five_grades():
     t = five()
     q = question(t, GRADES)
     assert q.name == 'referable'
@@ -321,7 +321,7 @@ def test_the_question_of_two_classes_and_of_five_grades():
         (five, GRADES),
     ],
 )
-def test_a_decision_survives_json_and_decides_what_was_chosen(make, classes):
+def test_a_decision_is_restored_from_json(make, classes):
     valid = make(seed=4)
     t = make(seed=5)
     d = Decision.from_dict(json.loads(json.dumps(choose_decision(valid, classes, sensitivity=0.9).to_dict())))
@@ -344,7 +344,7 @@ def test_an_image_without_a_prediction_gets_no_decision():
     assert apply_decision(t, TWO, None) is t
 
 
-def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
+def test_estimates_from_too_few_validation_images_are_omitted_with_the_reason():
     d = choose_decision(two(20), TWO, sensitivity=0.9)
     assert d.operating is None
     assert d.temperature == 1
@@ -355,10 +355,10 @@ def test_what_the_validation_images_cannot_carry_is_left_out_with_the_reason():
         )
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- metrics
 
 
-def test_measures_are_those_of_scikit_learn():
+def test_metrics_are_those_of_scikit_learn():
     t = two()
     f = five()
     y, p = table_arrays(t, TWO)
@@ -378,18 +378,18 @@ def test_measures_are_those_of_scikit_learn():
         (five, GRADES),
     ],
 )
-def test_every_figure_has_an_interval_that_holds_it(make, classes):
+def test_every_metric_is_within_its_interval(make, classes):
     t = apply_decision(make(), classes, choose_decision(make(seed=9), classes, sensitivity=0.9))
     m = measure_table(t, classes, prevalence=0.1, n=200)
     assert {'sensitivity', 'specificity', 'auc', 'accuracy', 'calibration error'} <= set(m.index)
     assert ('kappa' in m.index) == (len(classes) == 5)
-    m = m.drop('calibration error')  # a draw repeats images, and can only be worse calibrated
+    m = m.drop('calibration error')  # a resample repeats images, and can only be worse calibrated
     assert (m.low <= m.value).all()
     assert (m.value <= m.high).all()
     assert measure_table(t, classes, prevalence=0.1, n=200).equals(measure_table(t, classes, prevalence=0.1, n=200))
 
 
-def test_both_eyes_make_one_decision():
+def test_one_decision_for_both_eyes():
     t = apply_decision(two(), TWO, choose_decision(two(seed=9), TWO, sensitivity=0.9))
     p = by_patient(t, TWO)
     want = t.groupby('group', sort=False).p_referable.max()
@@ -418,7 +418,7 @@ def test_the_order_of_rows_does_not_matter_for_a_comparison_but_other_images_do(
         compare_tables(a, b.assign(target='no'), TWO)
 
 
-def test_subgroups_are_the_figures_of_their_rows():
+def test_subgroups_have_the_metrics_of_their_rows():
     t = two()
     t.loc[0, 'data_camera'] = None
     s = subgroup_table(t, TWO, ['data_camera'], n=50)
@@ -442,7 +442,7 @@ def test_the_worst_errors_are_wrong_and_in_order():
     assert w.predicted.value_counts().to_dict() == {'referable': 4, 'not referable': 4}
 
 
-def test_the_roc_band_holds_the_curve_and_widens_with_fewer_people():
+def test_the_roc_band_contains_the_curve_and_widens_with_fewer_patients():
     wide, narrow = (roc_band(question(t, TWO), t.group, n=200) for t in (two(40), two(600)))
     inner = slice(5, 96)
     for b in (wide, narrow):
@@ -464,7 +464,7 @@ def test_consistency_of_views():
 # ---------------------------------------------------------------- the report
 
 
-def test_endpoints_are_reached_by_the_whole_interval_only():
+def test_endpoints_are_met_by_the_complete_interval_only():
     m = pd.DataFrame(
         {'value': [0.9, 0.8], 'low': [0.851, 0.7], 'high': [0.95, 0.824], 'images': 1},
         index=['sensitivity', 'specificity'],
@@ -480,7 +480,7 @@ def test_endpoints_are_reached_by_the_whole_interval_only():
         (lambda: two()[:3], TWO),
     ],
 )
-def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_path, make, classes):
+def test_the_report_is_one_page_that_loads_nothing_and_shows_no_image(tmp_path, make, classes):
     t = make()
     t['image'] = [f'/secret/folder/<b>{i}' for i in t.image]
     decision = (
@@ -510,7 +510,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_no_photograph(tmp_p
     assert len(pd.read_csv(tmp_path / 'r_predictions.csv')) == len(t)
 
 
-def test_a_threshold_that_does_not_carry_over_is_said_so():
+def test_a_threshold_that_does_not_transfer_is_reported():
     decision = choose_decision(two(seed=9), TWO, sensitivity=0.9)
     words = 'choose a new threshold'
     t = two()
@@ -519,7 +519,7 @@ def test_a_threshold_that_does_not_carry_over_is_said_so():
     assert words in report_html(Evaluation(apply_decision(lighter, TWO, decision), TWO, {'decision': decision}), n=50)
 
 
-def test_the_report_says_why_there_is_no_operating_point():
+def test_the_report_gives_the_reason_for_no_operating_point():
     page = report_html(Evaluation(two(), TWO, {'decision': choose_decision(two(20), TWO, sensitivity=0.9)}), n=20)
     assert 'has no operating point' in page
     assert 'cannot be set on fewer than 30' in page
@@ -536,7 +536,7 @@ def test_predictive_values_need_a_prevalence():
     assert 'positive predictive value at 8%' in report_html(e, n=20)
 
 
-def test_five_classes_are_grades_only_where_the_target_says_so():
+def test_five_classes_are_grades_only_for_the_target_grade():
     "Names '0' to '4' may be the quality of an image: nothing is referable, and nothing has cut points."
     t = five()
     names = list(GRADES)
@@ -549,7 +549,7 @@ def test_five_classes_are_grades_only_where_the_target_says_so():
         choose_decision(t, names, sensitivity=0.9)
 
 
-def test_another_threshold_of_the_grades_is_another_question():
+def test_another_threshold_of_the_grades_is_another_target():
     t = five()
     sight = Classes(GRADES.names, Positive('sight-threatening', ('3', '4')), ordered=True)
     q = question(t, sight)
@@ -561,7 +561,7 @@ def test_another_threshold_of_the_grades_is_another_question():
     assert set(by_patient(t.assign(group=np.arange(len(t)) // 2), sight).target) == {'no', 'sight-threatening'}
 
 
-def test_a_positive_class_with_a_name_of_its_own_decides_for_patients_too():
+def test_a_named_positive_class_is_used_for_patients_too():
     classes = Classes(('no', 'referable'), Positive('tumour', ('referable',)))
     t = two(400)
     t = t.assign(group=np.arange(len(t)) // 2)

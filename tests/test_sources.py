@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import good, refused
+from helpers import good, error_line
 
 import dr_transfer as dt
 from dr_transfer.data.sources import SourceError, image_sources
@@ -72,7 +72,7 @@ def test_output_is_named_after_all_folders_and_outside_of_them(sites, tmp_path, 
     monkeypatch.chdir(tmp_path)
     good('train', sites / 'north', sites / 'south', *FAST, '--plan', 'head')
     assert (tmp_path / 'north_south_run' / 'record.json').is_file()
-    refused('train', sites / 'north', sites / 'south', *FAST, '--out', sites / 'south' / 'run')
+    error_line('train', sites / 'north', sites / 'south', *FAST, '--out', sites / 'south' / 'run')
 
 
 def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path):
@@ -90,10 +90,10 @@ def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path)
 
 def test_no_source_to_leave_out_is_an_error_before_training(sites, cameras, tmp_path):
     recipe = (*FAST, '--plan', 'head', '--by', 'source', '--out', tmp_path / 'r.html')
-    assert 'no source column found' in refused('cross-validate', sites / 'north', *recipe)
+    assert 'no source column found' in error_line('cross-validate', sites / 'north', *recipe)
     labels = pd.read_csv(cameras)
     labels.assign(Camera='A').to_csv(tmp_path / 'one.csv', index=False)
-    line = refused('cross-validate', sites / 'north', '--labels', tmp_path / 'one.csv', *recipe)
+    line = error_line('cross-validate', sites / 'north', '--labels', tmp_path / 'one.csv', *recipe)
     assert "all images have the source 'A'" in line
     assert not (tmp_path / 'r.html').exists()
 

@@ -52,11 +52,11 @@ def lively(net):
         'test_convnext',
     ],
 )
-def test_a_copy_says_the_same(arch):
+def test_a_copy_has_the_same_output(arch):
     torch.manual_seed(0)
     net = lively(create_body(arch, 'random'))
-    side = 160 if 'vit' in arch or 'convnext' in arch else 64
-    x = torch.randn(2, 3, side, side)
+    size = 160 if 'vit' in arch or 'convnext' in arch else 64
+    x = torch.randn(2, 3, size, size)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with torch.no_grad():
         want = net(x)
@@ -85,7 +85,7 @@ def test_what_is_folded(arch, left):
     ]
     assert (
         there[0] > there[1] == left if left is not None else there[0] > there[1] > 0
-    )  # one before a convolution cannot be folded
+    )  # a BatchNorm before a convolution cannot be folded
 
 
 def test_weights_in_bfloat16_only_where_autocast_would_put_them():
@@ -96,13 +96,13 @@ def test_weights_in_bfloat16_only_where_autocast_would_put_them():
     assert {v for k, v in kinds.items() if 'Norm' in k.__name__} == {torch.float32}
 
 
-def test_plain_is_the_network_itself():
+def test_the_plain_runtime_is_the_network_itself():
     net = create_body('test_resnet', 'random').eval()
     assert forward_copy(net, PLAIN, torch.randn(1, 3, 64, 64)) is net
 
 
 class Twice(nn.Module):
-    "What comes out of the convolution is used with BatchNorm and without"
+    "The output of the convolution is used with and without BatchNorm"
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ class Twice(nn.Module):
         return x + self.bn(x)
 
 
-def test_not_folded_where_that_would_be_wrong():
+def test_layers_that_cannot_be_folded():
     net = lively(Twice())
     x = torch.randn(2, 3, 8, 8)
     copy = forward_copy(net, FAST, x)
@@ -166,7 +166,7 @@ def test_a_copy_is_made_once(body, x):
     ],
     ids=['loaded', 'trained', 'replaced', 'statistics', 'runtime'],
 )
-def test_a_change_is_noticed(body, x, change):
+def test_a_change_is_detected(body, x, change):
     with torch.no_grad():
         old = body.fast_stages(x)
         change(body)
@@ -174,16 +174,16 @@ def test_a_change_is_noticed(body, x, change):
         assert torch.allclose(body(x), body.stages(x), atol=1e-3)
 
 
-def test_hooks_see_the_stages(body, x):
-    seen = []
-    hook = body.stages[-1].register_forward_hook(lambda m, i, o: seen.append(o))
+def test_hooks_are_called_by_the_stages(body, x):
+    recorded = []
+    hook = body.stages[-1].register_forward_hook(lambda m, i, o: recorded.append(o))
     with torch.no_grad():
         body(x)
-    assert len(seen) == 1
+    assert len(recorded) == 1
     hook.remove()
     with torch.no_grad():
         body(x)
-    assert len(seen) == 1
+    assert len(recorded) == 1
 
 
 def test_gradients_reach_the_weights(body, x):
@@ -238,7 +238,7 @@ def far(a, b):
         *((a, m) for a in ('efficientnet_lite0', 'test_resnet', 'small_cnn') for m in ('moving', 'mixed')),
     ],
 )
-def test_a_training_copy_takes_the_same_step(arch, mode):
+def test_a_training_copy_computes_the_same_step(arch, mode):
     torch.manual_seed(0)
     net = lively(create_body(arch, 'random')).double().to(memory_format=torch.channels_last).train(mode != 'fixed')
     x = FAST.place(torch.randn(4, 3, *[160 if 'convnext' in arch else 64] * 2, dtype=torch.double))
@@ -270,7 +270,7 @@ def test_a_training_copy_takes_the_same_step(arch, mode):
     )
 
 
-def test_an_optimiser_does_not_notice():
+def test_an_optimiser_works_with_a_training_copy():
     nets = []
     for runtime in (PLAIN, FAST):
         torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_an_optimiser_does_not_notice():
     assert far(moved[1], moved[0]) < 1e-4 < far(start, moved[0])
 
 
-def test_what_is_frozen_gets_no_gradient():
+def test_frozen_weights_get_no_gradient():
     body = Body(lively(create_body('test_resnet', 'random')), train_runtime=FAST)
     body.stages[:2].requires_grad_(False)
     body(torch.randn(2, 3, 64, 64)).square().mean().backward()
@@ -307,14 +307,14 @@ def test_what_is_frozen_gets_no_gradient():
     ],
     ids=['mode', 'runtime', 'replaced'],
 )
-def test_a_change_makes_the_training_copy_anew(body, x, change):
+def test_a_change_creates_a_new_training_copy(body, x, change):
     body.train_runtime = FAST
     old = body.fast_stages(x)
     assert body.fast_stages(x) is old is not body.stages
     with torch.no_grad():
         next(body.stages.parameters()).mul_(0.5)
     assert body.fast_stages(x) is old
-    assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are the network's own
+    assert torch.allclose(body(x), body.stages(x), rtol=1e-3, atol=1e-4)  # the weights are those of the network
     change(body)
     assert body.fast_stages(x) is not old
 
@@ -342,7 +342,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
         return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
 
     def a_step():
-        torch.zeros(2**26)  # 256 MB, asked for and freed
+        torch.zeros(2**26)  # 256 MB, allocated and freed
 
     before = resident()
     a_step()
@@ -354,7 +354,7 @@ def test_memory_is_kept_for_the_next_step_and_returned_at_the_end():
         assert resident() > before + 2**27
     assert resident() < before + 2**27
     with pytest.raises(KeyError), kept_memory():
-        raise KeyError  # it passes errors on
+        raise KeyError  # errors are raised
 
 
 # ---------------------------------------------------------------- threads
@@ -366,7 +366,7 @@ def pixels(i):
 
 @pytest.mark.parametrize('n', [0, 1, 7, 8, 50])
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
-def test_in_order(n, device):
+def test_results_are_in_order(n, device):
     def read(i):
         time.sleep(0.002 * (i % 3))
         return pixels(i)
@@ -378,18 +378,18 @@ def test_in_order(n, device):
 
 
 def test_threads_are_as_before_and_a_core_each():
-    "However few batches there are: the number of threads decides the last bits"
+    "For any number of batches, because the number of threads affects the last bits"
     before = torch.get_num_threads()
-    seen = []
+    recorded = []
     torch.set_num_threads(3)
 
     def count(x):
-        seen.append(torch.get_num_threads())
+        recorded.append(torch.get_num_threads())
         return x
 
     for sources in (list(range(64)), [1]):
         list(map_batches(count, sources, pixels, 2))
-    assert set(seen) == {1}
+    assert set(recorded) == {1}
     assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
@@ -397,7 +397,7 @@ def test_threads_are_as_before_and_a_core_each():
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 @pytest.mark.parametrize('n', [1, 5, 8, 9])
 def test_batches_have_one_shape(device, n):
-    "The last is filled up with black images, of which nothing comes out"
+    "The last is filled up with black images, which have no results"
     shapes = set()
     black = []
 
@@ -416,7 +416,7 @@ def test_batches_have_one_shape(device, n):
     )
 
 
-def test_only_a_few_are_ahead():
+def test_only_a_few_batches_are_read_ahead():
     read = []
     batches = map_batches(lambda x: x, list(range(1000)), lambda i: read.append(i) or pixels(i), 1)
     next(batches)
@@ -429,7 +429,7 @@ def test_only_a_few_are_ahead():
     assert not [t for t in threading.enumerate() if t.name.startswith('ThreadPoolExecutor') and t.is_alive()]
 
 
-def test_an_error_comes_out():
+def test_an_error_is_raised():
     def read(i):
         if i == 5:
             raise ValueError('five')
@@ -454,7 +454,7 @@ def test_channels_last_and_normalised():
     assert wide.shape == (2, 3, 5, 7)
 
 
-def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
+def test_the_runtime_of_an_unnamed_network_is_not_stored(monkeypatch, tmp_path):
     "Otherwise the next body would get its runtime."
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path))
     rates = iter(({'plain': 1, 'channels_last': 9, 'bf16': 1}, {'plain': 1, 'channels_last': 1, 'bf16': 9}))
@@ -463,8 +463,8 @@ def test_a_network_without_a_name_is_not_remembered(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_gradients_for_the_picture_after_a_prediction():
-    "The copy was made where no gradients were wanted"
+def test_gradients_of_the_image_after_a_prediction():
+    "The copy was made without gradients"
     body = Body(create_body('test_resnet', 'random').requires_grad_(False), FAST).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -476,7 +476,7 @@ def test_gradients_for_the_picture_after_a_prediction():
     assert x.grad.abs().sum() > 0
 
 
-def test_a_body_made_where_nothing_is_recorded():
+def test_a_body_created_under_inference_mode():
     with torch.inference_mode():
         body = Body(create_body('test_resnet', 'random'), FAST).eval()
         assert torch.allclose(body(torch.ones(1, 3, 32, 32)), body.stages(torch.ones(1, 3, 32, 32)), atol=1e-4)

@@ -33,7 +33,7 @@ N = 7
 BS = 2
 
 
-def pictures(n, start=0):
+def random_arrays(n, start=0):
     return [np.full((4, 4, 3), (i % 256, i // 256, 9), np.uint8) for i in range(start, start + n)]
 
 
@@ -59,18 +59,18 @@ WHAT = {
 }  # the mean colour, and a corner of the first channel
 
 
-def colours(seen=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=None):
-    "What is computed, of those that are asked for"
+def colours(batches=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, requested=None):
+    "A function that computes the requested fields"
 
     def compute(sources, names):
-        if asked is not None:
-            asked.append(names)
+        if requested is not None:
+            requested.append(names)
         for i in range(0, len(sources), bs):
             if stop is not None and i // bs >= stop:
                 raise KeyboardInterrupt
             part = sources[i : i + bs]
-            if seen is not None:
-                seen.extend(map(number, part))
+            if batches is not None:
+                batches.extend(map(number, part))
             if log:
                 with open(log, 'a') as f:
                     f.write(''.join(f'{os.getpid()} {number(s)}\n' for s in part))
@@ -81,7 +81,7 @@ def colours(seen=None, bs=BS, stop=None, log=None, pause=0.0, what=WHAT, asked=N
 
 
 def right(store, images, rows):
-    "Are the rows of the store those of the images?"
+    "Return whether the rows of the store are those of the images"
     want = np.stack([s[0, 0] for s in images])
     return np.array_equal(stored_array(store, 'colour')[rows], want) and np.array_equal(
         stored_array(store, 'corner')[rows][:, 1, 1], want[:, 0]
@@ -89,7 +89,7 @@ def right(store, images, rows):
 
 
 def child(code, *args, **kw):
-    "Another process that has what is defined here"
+    "Start another process that has the functions of this module"
     head = f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]; from test_store import *\n'
     return subprocess.Popen(
         [sys.executable, '-c', head + code, *map(str, args)], stdout=subprocess.PIPE, text=True, **kw
@@ -97,57 +97,57 @@ def child(code, *args, **kw):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    "The store that was never interrupted"
-    store = new(tmp_path_factory.mktemp('whole'))
-    fill(store, pictures(N), colours(), BS)
+def complete(tmp_path_factory):
+    "A store that was filled without interruption"
+    store = new(tmp_path_factory.mktemp('complete'))
+    fill(store, random_arrays(N), colours(), BS)
     return contents(store)
 
 
-# ---------------------------------------------------------------- what a store is
+# ---------------------------------------------------------------- the store
 
 
-def test_what_lies_in_the_folder(whole, tmp_path):
-    "Plain numbers and text, to be read without this library"
-    assert set(whole) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
-    about = json.loads(whole['about.json'])
-    lines = [json.loads(line) for line in whole['images.jsonl'].decode().splitlines()]
+def test_files_of_a_store(complete, tmp_path):
+    "Plain numbers and text, readable without this library"
+    assert set(complete) == {'about.json', 'images.jsonl', 'colour.bin', 'corner.bin'}
+    about = json.loads(complete['about.json'])
+    lines = [json.loads(line) for line in complete['images.jsonl'].decode().splitlines()]
     assert about == {'of': 'colour', 'format': 2, 'fields': {'colour': [[3], 'float32'], 'corner': [[2, 2], 'uint8']}}
     assert [line['row'] for line in lines] == list(range(N))
     for line in lines:
         assert len(line['sums']) == 2
-    assert [line['key'] for line in lines] == content_keys(pictures(N))
-    assert np.frombuffer(whole['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
-    assert len(whole['corner.bin']) == N * 4
+    assert [line['key'] for line in lines] == content_keys(random_arrays(N))
+    assert np.frombuffer(complete['colour.bin'], np.float32).reshape(-1, 3)[:, 0].tolist() == list(range(N))
+    assert len(complete['corner.bin']) == N * 4
 
 
-def test_rows_come_in_the_order_asked_for(tmp_path):
-    images = pictures(5)
-    seen = []
+def test_rows_are_in_the_requested_order(tmp_path):
+    images = random_arrays(5)
+    batches = []
     store = new(tmp_path)
-    fill(store, images[:3], colours(seen), BS)
-    asked = [images[i] for i in (4, 0, 3, 0, 2)]
-    rows = fill(store, asked, colours(seen), BS)
-    assert right(store, asked, rows)
+    fill(store, images[:3], colours(batches), BS)
+    requested = [images[i] for i in (4, 0, 3, 0, 2)]
+    rows = fill(store, requested, colours(batches), BS)
+    assert right(store, requested, rows)
     assert rows[1] == rows[3] == 0
-    assert seen == [0, 1, 2, 4, 3]
-    assert right(new(tmp_path), asked, fill(new(tmp_path), asked, colours(seen), BS))
-    assert len(seen) == 5
+    assert batches == [0, 1, 2, 4, 3]
+    assert right(new(tmp_path), requested, fill(new(tmp_path), requested, colours(batches), BS))
+    assert len(batches) == 5
 
 
 def test_the_same_image_twice_is_computed_once(tmp_path):
-    images = pictures(2)
-    seen = []
-    asked = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
+    images = random_arrays(2)
+    batches = []
+    requested = [images[0], Image.fromarray(images[0]), images[1], images[0].copy()]
 
     def compute(sources, names):
         for s in sources:
-            seen.append(number(np.asarray(s)))
+            batches.append(number(np.asarray(s)))
             yield {'colour': np.asarray(s)[:1, 0], 'corner': np.asarray(s)[None, :2, :2, 0]}
 
-    rows = fill(new(tmp_path), asked, compute, 1)
+    rows = fill(new(tmp_path), requested, compute, 1)
     assert rows.tolist() == [0, 0, 1, 0]
-    assert seen == [0, 1]
+    assert batches == [0, 1]
     assert len(new(tmp_path)) == 2
 
 
@@ -155,7 +155,7 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     store = new(tmp_path)
     assert stored_array(store, 'corner').shape == (0, 2, 2)
     assert stored_array(store, 'corner').dtype == np.uint8
-    fill(store, pictures(3), colours(), BS)
+    fill(store, random_arrays(3), colours(), BS)
     a = stored_array(store, 'colour')
     assert isinstance(a, np.memmap)
     assert a.shape == (3, 3)
@@ -163,7 +163,7 @@ def test_arrays_are_mapped_and_not_written(tmp_path):
     with pytest.raises(ValueError):
         a[0] = 1
     before = a.copy()
-    fill(new(tmp_path), pictures(N), colours(), BS)  # what others append does not move it
+    fill(new(tmp_path), random_arrays(N), colours(), BS)  # rows of other processes do not change it
     assert np.array_equal(a, before)
     assert len(stored_array(new(tmp_path), 'colour')) == N
 
@@ -175,7 +175,7 @@ def test_nothing_to_do_writes_nothing(tmp_path):
     assert not (tmp_path / 'y').exists()
 
 
-# ---------------------------------------------------------------- what is a change
+# ---------------------------------------------------------------- changes
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_nothing_to_do_writes_nothing(tmp_path):
     ids=str,
 )
 def test_another_description_is_another_store(tmp_path, change):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     other = ArrayStore(tmp_path, 's', {'of': 'colour', **change}, FIELDS)
     assert len(other) == 0
     assert len(new(tmp_path)) == 3
@@ -205,7 +205,7 @@ def test_another_description_is_another_store(tmp_path, change):
     ids=str,
 )
 def test_other_fields_are_another_store(tmp_path, fields):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     assert len(ArrayStore(tmp_path, 's', {'of': 'colour'}, fields)) == 0
 
 
@@ -215,14 +215,14 @@ def test_the_order_of_a_description_does_not_matter():
 
 
 def test_a_changed_image_is_computed_and_only_that(tmp_path):
-    images = pictures(N)
-    seen = []
-    fill(new(tmp_path), images, colours(seen), BS)
+    images = random_arrays(N)
+    batches = []
+    fill(new(tmp_path), images, colours(batches), BS)
     images[3] = images[3].copy()
-    images[3][3, 3, 2] += 1  # the least that can change
-    del seen[:]
-    rows = fill(new(tmp_path), images, colours(seen), BS)
-    assert seen == [3]
+    images[3][3, 3, 2] += 1  # the smallest possible change
+    del batches[:]
+    rows = fill(new(tmp_path), images, colours(batches), BS)
+    assert batches == [3]
     assert rows.tolist() == [0, 1, 2, 7, 4, 5, 6]
 
 
@@ -262,7 +262,7 @@ def transparencies():
 
 
 @pytest.mark.parametrize('pair', [palettes, orientations, transparencies])
-def test_these_are_different_pictures(pair):
+def test_the_arrays_are_different_images(pair):
     assert not np.array_equal(*(np.array(to_rgb(im)) for im in pair()))
 
 
@@ -275,33 +275,33 @@ def test_pil_images_that_read_differently_have_different_keys(pair):
 # ---------------------------------------------------------------- interruptions
 
 
-def finished(root, whole, left=None):
-    "Going on computes what is missing, and the bytes are those of the store that was never interrupted"
-    seen = []
+def finished(root, complete, left=None):
+    "The missing rows are computed, and the bytes are those of a store without interruption"
+    batches = []
     store = new(root)
     kept = len(store)
-    rows = fill(store, pictures(N), colours(seen), BS)
-    assert contents(store) == whole
+    rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert contents(store) == complete
     assert rows.tolist() == list(range(N))
-    assert right(store, pictures(N), rows)
-    assert seen == list(range(kept, N))
-    assert left is None or len(seen) == left
+    assert right(store, random_arrays(N), rows)
+    assert batches == list(range(kept, N))
+    assert left is None or len(batches) == left
 
 
 @pytest.mark.parametrize('stop', range(5))
-def test_interrupted_between_batches(tmp_path, whole, stop):
+def test_interrupted_between_batches(tmp_path, complete, stop):
     store = new(tmp_path)
     if stop * BS < N:
         with pytest.raises(KeyboardInterrupt):
-            fill(store, pictures(N), colours(stop=stop), BS)
+            fill(store, random_arrays(N), colours(stop=stop), BS)
     else:
-        fill(store, pictures(N), colours(stop=stop), BS)
+        fill(store, random_arrays(N), colours(stop=stop), BS)
     assert len(new(tmp_path)) == min(N, stop * BS)
-    finished(tmp_path, whole, N - min(N, stop * BS))
+    finished(tmp_path, complete, N - min(N, stop * BS))
 
 
 def opening(act, at):
-    "In place of `open`, to do something before a file of the store is written for the nth time"
+    "Replace `open` to do something before the nth write to a file of the store"
     n = count()
 
     class Opened:
@@ -335,48 +335,49 @@ def kill():
 
 @pytest.mark.parametrize('again', [False, True], ids=['a new store', 'the same store'])
 @pytest.mark.parametrize('at', range(12))
-def test_interrupted_between_files(tmp_path, monkeypatch, whole, at, again):
-    "Four batches of two arrays and the lines: each is once the first that is not written"
+def test_interrupted_between_files(tmp_path, monkeypatch, complete, at, again):
+    "Four batches of two arrays and the lines: each is once the first that is missing"
     store = new(tmp_path)
     opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
-            fill(store, pictures(N), colours(), BS)
+            fill(store, random_arrays(N), colours(), BS)
     assert len(new(tmp_path)) == at // 3 * BS
     if again:
-        assert right(store, pictures(N), fill(store, pictures(N), colours(), BS))
-    finished(tmp_path, whole)
+        assert right(store, random_arrays(N), fill(store, random_arrays(N), colours(), BS))
+    finished(tmp_path, complete)
 
 
-def test_there_are_twelve_such_places(tmp_path, monkeypatch):
+def test_there_are_twelve_writes(tmp_path, monkeypatch):
     opened, n = opening(halt, -1)
     monkeypatch.setattr(module, 'open_regular', opened)
-    fill(new(tmp_path), pictures(N), colours(), BS)
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     assert next(n) == 12
 
 
 @pytest.mark.parametrize('at', [4, 5])
-def test_killed_between_files(tmp_path, whole, at):
+def test_killed_between_files(tmp_path, complete, at):
     p = child(
-        'module.open_regular = opening(kill, int(sys.argv[2]))[0]; fill(new(sys.argv[1]), pictures(N), colours(), BS)',
+        'module.open_regular = opening(kill, int(sys.argv[2]))[0]; '
+        'fill(new(sys.argv[1]), random_arrays(N), colours(), BS)',
         tmp_path,
         at,
     )
     assert p.wait(30) == -signal.SIGKILL
     assert len(new(tmp_path)) == BS
-    finished(tmp_path, whole, N - BS)
+    finished(tmp_path, complete, N - BS)
 
 
 def test_killed_at_any_time(tmp_path):
-    "Again and again, until it is done"
-    images = pictures(40)
+    "Repeatedly, until the store is complete"
+    images = random_arrays(40)
     log = tmp_path / 'log'
     done = [0]
     log.touch()
     while done[-1] < 40:
         assert len(done) < 20
-        p = child('fill(new(sys.argv[1]), pictures(40), colours(log=sys.argv[2], pause=.01), BS)', tmp_path, log)
+        p = child('fill(new(sys.argv[1]), random_arrays(40), colours(log=sys.argv[2], pause=.01), BS)', tmp_path, log)
         started = time.monotonic()
         before = log.read_text().count('\n')
         while p.poll() is None and log.read_text().count('\n') < before + 14 and time.monotonic() < started + 30:
@@ -387,7 +388,7 @@ def test_killed_at_any_time(tmp_path):
         assert done[-1] > done[-2]  # what was computed is kept
         store = new(tmp_path)
         have = [s for s, k in zip(images, content_keys(images)) if k in store.keys]
-        assert right(store, have, fill(store, have, colours(stop=0), BS))  # and can be read
+        assert right(store, have, fill(store, have, colours(stop=0), BS))  # it can be read
     assert len(done) >= 3
     fill(new(tmp_path / 'at once'), images, colours(), BS)
     assert contents(new(tmp_path)) == contents(new(tmp_path / 'at once'))
@@ -408,7 +409,7 @@ def both(*fs):
     return lambda d: [f(d) for f in fs]
 
 
-TORN = {
+INCOMPLETE = {
     'part of a number more': (add('colour.bin', b'\1\2\3'), 4),
     'a row more': (add('corner.bin', b'\1' * 4), 4),
     'rows more': (both(add('colour.bin', b'\1' * 36), add('corner.bin', b'\1' * 12)), 4),
@@ -429,65 +430,65 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize('name', TORN)
-def test_torn_writes(tmp_path, whole, name):
-    harm, kept = TORN[name]
+@pytest.mark.parametrize('name', INCOMPLETE)
+def test_incomplete_writes(tmp_path, complete, name):
+    damage, kept = INCOMPLETE[name]
     with pytest.raises(KeyboardInterrupt):
-        fill(new(tmp_path), pictures(N), colours(stop=2), BS)
+        fill(new(tmp_path), random_arrays(N), colours(stop=2), BS)
     assert 350 < (new(tmp_path).folder / 'images.jsonl').stat().st_size < 4 * 110
-    harm(new(tmp_path).folder)
+    damage(new(tmp_path).folder)
     store = new(tmp_path)
     assert len(store) == kept
     assert (
-        right(store, pictures(kept), fill(store, pictures(kept), colours(stop=0), BS)) if kept else True
-    )  # read as it is
-    finished(tmp_path, whole, N - kept)
+        right(store, random_arrays(kept), fill(store, random_arrays(kept), colours(stop=0), BS)) if kept else True
+    )  # read without change
+    finished(tmp_path, complete, N - kept)
 
 
-def test_a_spoilt_line(tmp_path):
-    "It costs the rows that it stood for, no other, and is told"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+def test_a_damaged_line(tmp_path):
+    "Only its own rows are lost, with a warning"
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
-    seen = []
+    batches = []
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 3))
     store = new(tmp_path)
     with pytest.warns(UserWarning, match='damaged rows.*: 3 of 7'):
-        rows = fill(store, pictures(N), colours(seen), BS)
-    assert seen == [0, 1, 2]
-    assert right(store, pictures(N), rows)
+        rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert batches == [0, 1, 2]
+    assert right(store, random_arrays(N), rows)
     again_is_read(tmp_path)
 
 
-def test_a_row_that_nobody_owns_has_an_empty_key_in_the_file(tmp_path):
-    "So the files are those of earlier versions; in memory no image has an empty key"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+def test_a_row_without_an_image_has_an_empty_key_in_the_file(tmp_path):
+    "The files are those of earlier versions; in memory no image has an empty key"
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     lines = new(tmp_path).folder / 'images.jsonl'
     lines.write_bytes(lines.read_bytes().replace(b'{', b'\0', 1))
     store = new(tmp_path)
     with pytest.warns(UserWarning, match='damaged rows'):
-        fill(store, pictures(N), colours(), BS)
+        fill(store, random_arrays(N), colours(), BS)
     zeros = ', '.join('0' for _ in store.fields)
     assert lines.read_text().splitlines()[0] == f'{{"row": 0, "key": "", "name": "", "sums": [{zeros}]}}'
     assert '' not in new(tmp_path).keys
 
 
-# ---------------------------------------------------------------- what is there is not believed
+# ---------------------------------------------------------------- stored values are checked
 
 
-def again_is_read(root, seen=None):
-    "Everything is there and right, and nothing more is told of it"
+def again_is_read(root, batches=None):
+    "Everything is correct, and there is no further warning"
     store = new(root)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert right(store, pictures(N), fill(store, pictures(N), colours(stop=0), BS))
-        fill(new(root), pictures(N + 1), colours(), BS)  # the lock is taken: nothing is found damaged
+        assert right(store, random_arrays(N), fill(store, random_arrays(N), colours(stop=0), BS))
+        fill(new(root), random_arrays(N + 1), colours(), BS)  # the lock is held: nothing is found damaged
 
 
 def edit(name, change):
-    def harm(folder):
+    def damage(folder):
         (folder / name).write_bytes(change((folder / name).read_bytes()))
 
-    return harm
+    return damage
 
 
 def line_of(row, change):
@@ -498,7 +499,7 @@ def line_of(row, change):
 
 
 def other_key(line):
-    return line.replace(json.loads(line)['key'].encode(), content_key(pictures(N)[5]).encode())
+    return line.replace(json.loads(line)['key'].encode(), content_key(random_arrays(N)[5]).encode())
 
 
 def swapped(folder):
@@ -510,7 +511,7 @@ def swapped(folder):
     line_of(2, lambda line: json.dumps(b).encode() + b'\n')(folder)
 
 
-HARM = {
+DAMAGE = {
     'zeroed': (edit('colour.bin', lambda d: bytes(len(d))), range(N)),
     'a bit': (edit('corner.bin', lambda d: d[:9] + bytes([d[9] ^ 1]) + d[10:]), [2]),
     'a row of zeros': (edit('colour.bin', lambda d: d[:12] + bytes(12) + d[24:]), [1]),
@@ -529,74 +530,74 @@ HARM = {
 }
 
 
-QUIET = {'another key'}  # looks as a row that was computed again since
+QUIET = {'another key'}  # resembles a row that was computed again
 
 
-@pytest.mark.parametrize('name', HARM)
-def test_what_was_changed_is_computed_again_and_told(tmp_path, name):
-    "The numbers of the images, whatever was done to the files; nothing else is computed, and it is told once"
-    harm, lost = HARM[name]
-    fill(new(tmp_path), pictures(N), colours(), BS)
-    harm(new(tmp_path).folder)
+@pytest.mark.parametrize('name', DAMAGE)
+def test_changed_rows_are_computed_again_and_reported(tmp_path, name):
+    "The values are those of the images for any damage; nothing else is computed, and there is one warning"
+    damage, lost = DAMAGE[name]
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
+    damage(new(tmp_path).folder)
     store = new(tmp_path)
-    seen = []
-    with warnings.catch_warnings(record=True) as told:
+    batches = []
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
-        rows = fill(store, pictures(N), colours(seen), BS)
-    assert right(store, pictures(N), rows)
-    assert seen == list(lost)
-    assert len(told) == (bool(lost) and name not in QUIET)
-    for w in told:
+        rows = fill(store, random_arrays(N), colours(batches), BS)
+    assert right(store, random_arrays(N), rows)
+    assert batches == list(lost)
+    assert len(warned) == (bool(lost) and name not in QUIET)
+    for w in warned:
         assert str(store.folder) in str(w.message)
     if lost:
         again_is_read(tmp_path)
 
 
-def test_files_of_two_stores_swapped(tmp_path):
-    "Numbers of another description fit the files, and not the checksums"
+def test_swapped_files_of_two_stores(tmp_path):
+    "Values of another description fit the files, but not the checksums"
     for size in (1, 2):
-        fill(new(tmp_path, size=size), pictures(N), colours(), BS)
+        fill(new(tmp_path, size=size), random_arrays(N), colours(), BS)
     a, b = (new(tmp_path, size=size).folder for size in (1, 2))
     for name in ('images.jsonl', 'colour.bin', 'corner.bin'):
         shutil.copy(a / name, b / name)
-    seen = []
+    batches = []
     with pytest.warns(UserWarning, match='damaged'):
-        fill(new(tmp_path, size=2), pictures(N), colours(seen), BS)
-    assert seen == list(range(N))
+        fill(new(tmp_path, size=2), random_arrays(N), colours(batches), BS)
+    assert batches == list(range(N))
 
 
-def test_only_what_is_asked_for_is_checked(tmp_path):
-    fill(new(tmp_path), pictures(N), colours(), BS)
-    HARM['a row of zeros'][0](new(tmp_path).folder)
+def test_only_requested_rows_are_checked(tmp_path):
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
+    DAMAGE['a row of zeros'][0](new(tmp_path).folder)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert fill(new(tmp_path), pictures(1), colours(stop=0), BS).tolist() == [0]
+        assert fill(new(tmp_path), random_arrays(1), colours(stop=0), BS).tolist() == [0]
 
 
-def test_a_row_in_use_is_not_written_over(tmp_path):
-    "Who has the arrays in memory keeps the numbers that were checked"
-    fill(new(tmp_path), pictures(N), colours(), BS)
+def test_a_row_in_use_is_not_overwritten(tmp_path):
+    "Arrays in memory keep the values that were checked"
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
     before = stored_array(new(tmp_path), 'colour')
     want = before.copy()
     line_of(2, lambda line: b'')(new(tmp_path).folder)
     with pytest.warns(UserWarning, match='damaged'):
-        fill(new(tmp_path), pictures(N + 3), colours(), BS)
+        fill(new(tmp_path), random_arrays(N + 3), colours(), BS)
     assert np.array_equal(before, want)
 
 
-def test_a_description_that_was_changed(tmp_path, whole):
-    fill(new(tmp_path), pictures(3), colours(), BS)
+def test_a_changed_description(tmp_path, complete):
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
     (new(tmp_path).folder / 'about.json').write_text('{"of": "shape"}')
-    fill(new(tmp_path), pictures(N), colours(), BS)
-    assert contents(new(tmp_path)) == whole
+    fill(new(tmp_path), random_arrays(N), colours(), BS)
+    assert contents(new(tmp_path)) == complete
 
 
 @pytest.mark.parametrize('again', [True, False])
 def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, again):
-    "Its numbers are not kept under the key of what it was"
+    "Its values are not stored under the key of the old file"
     s_folder = tmp_path / 's'
     files = [tmp_path / f'{i}.png' for i in range(4)]
-    for f, a in zip(files, pictures(4)):
+    for f, a in zip(files, random_arrays(4)):
         Image.fromarray(a).save(f)
     was = files[2].read_bytes()
     keys = content_keys(files)
@@ -604,7 +605,7 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
     def compute(sources, names, change=True):
         for s in sources:
             if change and len(done) == 2:
-                Image.fromarray(pictures(1, 9)[0]).save(files[2])
+                Image.fromarray(random_arrays(1, 9)[0]).save(files[2])
             done.append(1)
             a = np.asarray(read_rgb(image_data(s)))
             yield {n: WHAT[n](a)[None] for n in names}
@@ -623,11 +624,11 @@ def test_a_file_replaced_between_hashing_and_reading(tmp_path, monkeypatch, agai
     assert (content_keys(files) == keys) == again
 
 
-# ---------------------------------------------------------------- links, pipes and folders of others
+# ---------------------------------------------------------------- links, pipes and folders of other users
 
 
-def test_a_link_is_not_written_through(tmp_path):
-    "Whatever file of the store it stands for, what it points to is left as it is"
+def test_links_are_not_followed_for_writing(tmp_path):
+    "For each file of the store, the target of a link is not changed"
     precious = tmp_path / 'precious'
     for name in ('colour.bin', 'images.jsonl', 'about.json', 'lock'):
         store = new(tmp_path / name)
@@ -635,37 +636,37 @@ def test_a_link_is_not_written_through(tmp_path):
         precious.write_bytes(b'thesis')
         (store.folder / name).symlink_to(precious)
         with pytest.raises(ValueError, match=f'{name}: it is a link.*Delete it'):
-            fill(new(tmp_path / name), pictures(3), colours(), BS)
+            fill(new(tmp_path / name), random_arrays(3), colours(), BS)
         assert precious.read_bytes() == b'thesis'
 
 
-def test_a_store_that_is_a_link_is_not_written_through(tmp_path, monkeypatch):
-    "The cache as a whole may be a link, to another disk."
+def test_a_store_that_is_a_link_is_not_used(tmp_path, monkeypatch):
+    "The cache itself may be a link to another disk."
     cache = tmp_path / 'cache'
     disk = tmp_path / 'disk'
-    mine = tmp_path / 'mine'
+    user_folder = tmp_path / 'mine'
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
     disk.mkdir()
     cache.symlink_to(disk)
     store = new(cache / 'store')
-    fill(store, pictures(3), colours(), BS)
+    fill(store, random_arrays(3), colours(), BS)
     assert (store.folder / 'images.jsonl').exists()
     assert store.folder.resolve().is_relative_to(disk)
-    mine.mkdir()
-    (mine / 'images.jsonl').write_text('thesis')
+    user_folder.mkdir()
+    (user_folder / 'images.jsonl').write_text('thesis')
     store = new(cache / 'other')
     store.folder.parent.mkdir(parents=True, exist_ok=True)
-    store.folder.symlink_to(mine)
+    store.folder.symlink_to(user_folder)
     with pytest.raises(ValueError, match=r'it is a link to .*mine.*Delete it'):
-        fill(store, pictures(3), colours(), BS)
-    assert os.listdir(mine) == ['images.jsonl']
-    assert (mine / 'images.jsonl').read_text() == 'thesis'
+        fill(store, random_arrays(3), colours(), BS)
+    assert os.listdir(user_folder) == ['images.jsonl']
+    assert (user_folder / 'images.jsonl').read_text() == 'thesis'
 
 
 @pytest.mark.parametrize('name', ['colour.bin', 'images.jsonl', 'about.json', 'lock'])
 @pytest.mark.parametrize('kind', ['pipe', 'folder'])
-def test_what_is_no_file(tmp_path, name, kind):
-    "It is not waited for"
+def test_paths_that_are_not_files(tmp_path, name, kind):
+    "The store does not wait for it"
     folder = new(tmp_path).folder
     folder.mkdir()
     if kind == 'pipe':
@@ -673,11 +674,11 @@ def test_what_is_no_file(tmp_path, name, kind):
     else:
         (folder / name).mkdir()
     with pytest.raises(ValueError, match=f'{name}: it is a .*{kind}.*Delete it'):
-        fill(new(tmp_path), pictures(3), colours(), BS)
+        fill(new(tmp_path), random_arrays(3), colours(), BS)
 
 
 @pytest.mark.parametrize('place', ['pipe', 'zero'])
-def test_a_source_that_is_no_file(tmp_path, place):
+def test_a_source_that_is_not_a_file(tmp_path, place):
     path = tmp_path / 'pipe.png'
     if place == 'pipe':
         os.mkfifo(path)
@@ -687,24 +688,24 @@ def test_a_source_that_is_no_file(tmp_path, place):
         content_keys([path])
 
 
-def test_folders_of_the_cache_are_of_their_owner(tmp_path):
-    fill(new(tmp_path / 'cache' / 'features'), pictures(3), colours(), BS)
+def test_folders_of_the_cache_are_private(tmp_path):
+    fill(new(tmp_path / 'cache' / 'features'), random_arrays(3), colours(), BS)
     folder = new(tmp_path / 'cache' / 'features').folder
     assert [p.stat().st_mode & 0o777 for p in (folder, *folder.parents[:2])] == [0o700] * 3
 
 
-def test_a_folder_that_everybody_can_write(tmp_path):
-    "It is told, once"
+def test_a_world_writable_folder(tmp_path):
+    "One warning"
     open_path = tmp_path / 'open'
     open_path.mkdir()
     open_path.chmod(0o777)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         for n in (3, 3, 5):
-            fill(new(open_path), pictures(n), colours(), BS)
-    assert len(told) == 1
-    assert str(open_path) in str(told[0].message)
-    assert 'everybody' in str(told[0].message)
+            fill(new(open_path), random_arrays(n), colours(), BS)
+    assert len(warned) == 1
+    assert str(open_path) in str(warned[0].message)
+    assert 'everybody' in str(warned[0].message)
 
 
 @pytest.mark.skipif(
@@ -712,21 +713,21 @@ def test_a_folder_that_everybody_can_write(tmp_path):
 )
 @pytest.mark.parametrize('whose', ['the folder', 'the one above'])
 def test_a_folder_of_another_user(tmp_path, monkeypatch, whose):
-    "It is told, once, of the folder itself and of those above it in the cache"
+    "One warning, for the folder itself and for those above it in the cache"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'cache'))
     root = tmp_path / 'cache' / 'features'
     root.mkdir(parents=True, mode=0o700)
     os.chown(root if whose == 'the folder' else root.parent, 12345, 12345)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         for n in (3, 5):
-            fill(new(root), pictures(n), colours(), BS)
-    assert len(told) == 1
-    assert 'belongs to another user' in str(told[0].message)
-    assert 'DR_TRANSFER_CACHE' in str(told[0].message)
+            fill(new(root), random_arrays(n), colours(), BS)
+    assert len(warned) == 1
+    assert 'belongs to another user' in str(warned[0].message)
+    assert 'DR_TRANSFER_CACHE' in str(warned[0].message)
 
 
-# ---------------------------------------------------------------- advice that fits
+# ---------------------------------------------------------------- errors of the system
 
 
 @pytest.mark.parametrize(
@@ -749,12 +750,12 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     opened, _n = opening(fail, at)
     monkeypatch.setattr(module, 'open_regular', opened)
     with pytest.raises(ValueError) as e:
-        fill(new(tmp_path), pictures(3), colours(), BS)
+        fill(new(tmp_path), random_arrays(3), colours(), BS)
     assert words in str(e.value)
     assert ('DR_TRANSFER_CACHE' in str(e.value)) == (number != errno.EMFILE)
     monkeypatch.undo()
     store = new(tmp_path)
-    assert right(store, pictures(3), fill(store, pictures(3), colours(), BS))
+    assert right(store, random_arrays(3), fill(store, random_arrays(3), colours(), BS))
 
 
 @pytest.mark.parametrize(
@@ -765,7 +766,7 @@ def test_each_error_of_the_disk_has_its_advice(tmp_path, monkeypatch, number, wo
     ],
     ids=['files', 'memory'],
 )
-def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatch, error):
+def test_errors_of_the_system_do_not_name_an_image(tmp_path, monkeypatch, error):
     def fail(*a, **k):
         raise error
 
@@ -775,46 +776,46 @@ def test_an_image_is_not_blamed_for_what_the_computer_lacks(tmp_path, monkeypatc
     assert 'remove or repair' not in str(e.value)
 
 
-def test_few_files_are_open_at_once(tmp_path):
-    "Forty stores, with few files allowed"
+def test_few_files_are_open_at_the_same_time(tmp_path):
+    "Forty stores, with a limit of a few files"
     code = (
         'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n'
         + """
 stores = [ArrayStore(sys.argv[1], f's{i}', {'of': i}, {f's{i}': ((3,), 'float32')}) for i in range(40)]
 what = {f's{i}': WHAT['colour'] for i in range(40)}
-fill_stores(stores, pictures(N), colours(what=what), BS)
+fill_stores(stores, random_arrays(N), colours(what=what), BS)
 """
     )
     assert child(code, tmp_path).wait(60) == 0
 
 
-def test_an_error_while_computing_keeps_what_was_done(tmp_path, whole):
+def test_an_error_while_computing_keeps_what_was_done(tmp_path, complete):
     def broken(sources, names):
         yield next(colours()(sources, names))
         raise OSError('the disk is gone')
 
     with pytest.raises(OSError, match='the disk is gone'):
-        fill(new(tmp_path), pictures(N), broken, BS)
+        fill(new(tmp_path), random_arrays(N), broken, BS)
     assert len(new(tmp_path)) == BS
-    finished(tmp_path, whole, N - BS)
+    finished(tmp_path, complete, N - BS)
 
 
-def test_arrays_of_another_shape_are_refused(tmp_path, whole):
+def test_arrays_of_another_shape_are_errors(tmp_path, complete):
     def broken(sources, names):
         for a in colours()(sources, names):
             yield {**a, 'corner': a['corner'][:, :1]}
 
     with pytest.raises(ValueError, match='corner has the shape'):
-        fill(new(tmp_path), pictures(N), broken, BS)
+        fill(new(tmp_path), random_arrays(N), broken, BS)
     assert len(new(tmp_path)) == 0
-    finished(tmp_path, whole, N)
+    finished(tmp_path, complete, N)
 
 
 # ---------------------------------------------------------------- at the same time
 
 AT_ONCE = """
 root, log, start, n = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-images = pictures(n, start)
+images = random_arrays(n, start)
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
 rows = fill(s := new(root), images, colours(log=log, pause=.02), BS)
@@ -831,7 +832,7 @@ assert right(s, images, rows)
     ids=['the same', 'some the same'],
 )
 def test_two_processes(tmp_path, second):
-    "The second waits; nothing is computed twice"
+    "The second waits, and nothing is computed twice"
     ps = [child(AT_ONCE, tmp_path, tmp_path / 'log', *a) for a in ((0, 20), second)]
     assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
     (tmp_path / 'go').touch()
@@ -840,13 +841,13 @@ def test_two_processes(tmp_path, second):
     total = max(20, sum(second))
     assert sorted(int(i) for _, i in computed) == list(range(total))  # each once
     turns = [p for i, (p, _) in enumerate(computed) if not i or computed[i - 1][0] != p]
-    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not in turns
+    assert len(turns) == len(set(turns)) == (1 if total == 20 else 2)  # and not alternately
     store = new(tmp_path)
     assert len(store) == total
-    assert right(store, pictures(total), fill(store, pictures(total), colours(stop=0), BS))
+    assert right(store, random_arrays(total), fill(store, random_arrays(total), colours(stop=0), BS))
 
 
-def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
+def test_the_second_continues_after_the_first_is_killed(tmp_path, complete):
     log = tmp_path / 'log'
     (tmp_path / 'go').touch()
     first = child(AT_ONCE.replace('.02', '.02 if number(images[0]) else 60'), tmp_path, log, 0, N)
@@ -861,23 +862,23 @@ def test_the_second_goes_on_when_the_first_is_killed(tmp_path, whole):
     first.kill()
     assert second.wait(30) == 0
     assert first.wait() == -signal.SIGKILL
-    assert contents(new(tmp_path)) == whole
+    assert contents(new(tmp_path)) == complete
 
 
-def test_threads(tmp_path, whole):
-    seen = []
+def test_threads(tmp_path, complete):
+    batches = []
 
     def one(_):
-        return fill(new(tmp_path), pictures(N), colours(seen, pause=0.01), BS).tolist()
+        return fill(new(tmp_path), random_arrays(N), colours(batches, pause=0.01), BS).tolist()
 
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(one, range(4)))
     assert rows == [list(range(N))] * 4
-    assert seen == list(range(N))
-    assert contents(new(tmp_path)) == whole
+    assert batches == list(range(N))
+    assert contents(new(tmp_path)) == complete
 
 
-# ---------------------------------------------------------------- some stores, filled in one pass
+# ---------------------------------------------------------------- several stores, filled in one pass
 
 STAGES = {'a': (3,), 'b': (2, 2), 'c': (1,)}
 DEEP = {'a': WHAT['colour'], 'b': WHAT['corner'], 'c': lambda s: s[:1, 0, 0] + np.float32(1000)}
@@ -888,11 +889,11 @@ def several(root, names='abc'):
 
 
 def fill_some(root, images, names='abc', **kw):
-    "What was computed, (sources, names) a call, after checking that all of it is right and stands there once"
-    seen = []
-    asked = []
+    "The computed (sources, names) of each call, after a check that each row is correct and stored once"
+    batches = []
+    requested = []
     stores = several(root, names)
-    rows = fill_stores(stores, images, colours(seen, what=DEEP, asked=asked, **kw), BS)
+    rows = fill_stores(stores, images, colours(batches, what=DEEP, requested=requested, **kw), BS)
     for s, n, r in zip(stores, names, rows):
         assert np.array_equal(stored_array(s, n)[r], np.stack([DEEP[n](i) for i in images]))
         assert (
@@ -900,30 +901,30 @@ def fill_some(root, images, names='abc', **kw):
             == len(s)
             == (s.folder / f'{n}.bin').stat().st_size // s.row_bytes(n)
         )
-    assert len(asked) <= 1
-    return seen, ''.join(asked[0]) if asked else ''
+    assert len(requested) <= 1
+    return batches, ''.join(requested[0]) if requested else ''
 
 
 @pytest.fixture(scope='module')
 def filled(tmp_path_factory):
-    "Three stores that were filled at once"
+    "Three stores that were filled in one pass"
     root = tmp_path_factory.mktemp('filled')
-    assert fill_some(root, pictures(N)) == (list(range(N)), 'abc')
+    assert fill_some(root, random_arrays(N)) == (list(range(N)), 'abc')
     return [contents(s) for s in several(root)]
 
 
 @pytest.mark.parametrize('names', ['b', 'ca', 'abc', ''])
-def test_fewer_are_read(tmp_path, names):
-    fill_some(tmp_path, pictures(N))
+def test_fewer_stores_are_read(tmp_path, names):
+    fill_some(tmp_path, random_arrays(N))
     before = [{p: p.stat().st_mtime_ns for p in s.folder.iterdir()} for s in several(tmp_path)]
-    assert fill_some(tmp_path, pictures(N)[::-1], names) == ([], '')
+    assert fill_some(tmp_path, random_arrays(N)[::-1], names) == ([], '')
     assert [{p: p.stat().st_mtime_ns for p in s.folder.iterdir()} for s in several(tmp_path)] == before
 
 
 @pytest.mark.parametrize('first', ['a', 'c', 'ba'])
-def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
-    fill_some(tmp_path, pictures(N), first)
-    assert fill_some(tmp_path, pictures(N)) == (list(range(N)), ''.join(n for n in 'abc' if n not in first))
+def test_only_missing_stores_are_computed_in_one_pass(tmp_path, filled, first):
+    fill_some(tmp_path, random_arrays(N), first)
+    assert fill_some(tmp_path, random_arrays(N)) == (list(range(N)), ''.join(n for n in 'abc' if n not in first))
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
@@ -938,22 +939,22 @@ def test_more_are_computed_alone_and_in_one_pass(tmp_path, filled, first):
     ],
     ids=str,
 )
-def test_one_is_behind(tmp_path, filled, have):
-    "One pass over what any of them lacks; what a store has is left as it is"
+def test_one_store_has_fewer_rows(tmp_path, filled, have):
+    "One pass over the rows that any of them lacks; existing rows are not changed"
     for n, k in zip('abc', have):
         if k:
-            fill_some(tmp_path, pictures(k), n)
-    assert fill_some(tmp_path, pictures(N)) == (
+            fill_some(tmp_path, random_arrays(k), n)
+    assert fill_some(tmp_path, random_arrays(N)) == (
         list(range(min(have), N)),
         ''.join(n for n, k in zip('abc', have) if k < N),
     )
     assert [contents(s) for s in several(tmp_path)] == filled
-    assert fill_some(tmp_path, pictures(N)) == ([], '')
+    assert fill_some(tmp_path, random_arrays(N)) == ([], '')
 
 
-def test_each_lacks_something_else(tmp_path):
-    "Stores with other images in another order"
-    images = pictures(N)
+def test_each_store_lacks_other_rows(tmp_path):
+    "Stores with different images in different orders"
+    images = random_arrays(N)
     for n, k in zip('abc', ([5, 0, 3], [6, 3, 1], [3])):
         fill_some(tmp_path, [images[i] for i in k], n)
     assert fill_some(tmp_path, images) == ([0, 1, 2, 4, 5, 6], 'abc')
@@ -962,15 +963,15 @@ def test_each_lacks_something_else(tmp_path):
 
 @pytest.mark.parametrize('at', range(0, 24, 5))
 def test_some_interrupted_between_files(tmp_path, monkeypatch, filled, at):
-    "Some stores have a batch that the others have not"
+    "Some stores have a batch that others do not have"
     opened, _n = opening(halt, at)
     with monkeypatch.context() as m:
         m.setattr(module, 'open_regular', opened)
         with pytest.raises(KeyboardInterrupt):
-            fill_some(tmp_path, pictures(N))
+            fill_some(tmp_path, random_arrays(N))
     have = [len(s) for s in several(tmp_path)]
     assert max(have) - min(have) in (0, BS, N % BS)
-    assert fill_some(tmp_path, pictures(N))[0] == list(range(min(have), N))
+    assert fill_some(tmp_path, random_arrays(N))[0] == list(range(min(have), N))
     assert [contents(s) for s in several(tmp_path)] == filled
 
 
@@ -985,8 +986,8 @@ def slowly(folder):
 module._locked = slowly
 print('ready', flush=True)
 while not (root/'go').exists(): time.sleep(.002)
-seen, asked = fill_some(root, pictures(N), names, log=log)
-print(len(seen), asked, flush=True)
+computed, requests = fill_some(root, random_arrays(N), names, log=log)
+print(len(computed), requests, flush=True)
 """
 
 
@@ -999,7 +1000,7 @@ print(len(seen), asked, flush=True)
     ids=' '.join,
 )
 def test_two_processes_with_stores_in_common(tmp_path, filled, names):
-    "Whatever their order, none waits for one that waits for it; what both want is computed by one"
+    "In any order there is no deadlock; what both processes need is computed by one"
     ps = [child(ONE_EACH, tmp_path, tmp_path / 'log', n) for n in names]
     try:
         assert [p.stdout.readline() for p in ps] == ['ready\n'] * 2
@@ -1009,8 +1010,8 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
         for p in ps:
             p.kill()
     done = [p.stdout.read().split() for p in ps]
-    asked = ''.join(d[1] for d in done if d[1:])
-    assert sorted(asked) == sorted(set(''.join(names)))
+    requested = ''.join(d[1] for d in done if d[1:])
+    assert sorted(requested) == sorted(set(''.join(names)))
     for d in done:
         if d[1:]:
             assert d[0] == str(N)
@@ -1018,24 +1019,24 @@ def test_two_processes_with_stores_in_common(tmp_path, filled, names):
         assert len(s) == 0 or contents(s) == was
 
 
-def test_room_is_that_of_all_of_them(tmp_path, monkeypatch):
-    "12 + 16 + 4 bytes an image, in those that lack it"
+def test_the_required_space_is_that_of_all_stores(tmp_path, monkeypatch):
+    "12 + 16 + 4 bytes per image, in the stores that lack it"
     free = [250]
     monkeypatch.setattr(shutil, 'disk_usage', lambda place: shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0]))
     with pytest.raises(ValueError, match='10 images'):
-        fill_some(tmp_path, pictures(10))  # though each alone has room
-    fill_some(tmp_path, pictures(7))
-    fill_some(tmp_path, pictures(10), 'ac')
+        fill_some(tmp_path, random_arrays(10))  # though there is enough space for each one
+    fill_some(tmp_path, random_arrays(7))
+    fill_some(tmp_path, random_arrays(10), 'ac')
     free[0] = 60
-    fill_some(tmp_path, pictures(10))  # 48 for three images in one store
+    fill_some(tmp_path, random_arrays(10))  # 48 for three images in one store
 
 
-# ---------------------------------------------------------------- places that will not do
+# ---------------------------------------------------------------- folders that cannot be used
 
 
 @contextmanager
-def nobody():
-    "Without the rights of root, for whom nothing is read-only"
+def without_root():
+    "Without the permissions of root, for whom nothing is read-only"
     if not hasattr(os, 'setresuid'):
         pytest.skip('no users here')
     was = os.getuid()
@@ -1050,7 +1051,7 @@ def nobody():
 
 @pytest.fixture
 def locked():
-    "A folder that can be read and not written"
+    "A folder that can be read but not written"
     folder = Path(tempfile.mkdtemp())
     yield folder
     for p in (folder, *folder.rglob('*')):
@@ -1061,80 +1062,80 @@ def locked():
 def test_a_folder_that_cannot_be_written(locked):
     locked.chmod(0o555)
     for place in (locked, locked / 'deeper' / 'still'):
-        with nobody(), pytest.raises(ValueError, match='nothing can be written') as e:
-            fill(new(place), pictures(N), colours(), BS)
+        with without_root(), pytest.raises(ValueError, match='nothing can be written') as e:
+            fill(new(place), random_arrays(N), colours(), BS)
         assert str(locked) in str(e.value)
         assert not list(locked.iterdir())
 
 
-def test_what_is_there_can_be_read_all_the_same(locked):
-    fill(new(locked), pictures(3), colours(), BS)
+def test_stored_rows_can_be_read_from_a_read_only_folder(locked):
+    fill(new(locked), random_arrays(3), colours(), BS)
     for p in (locked, *locked.rglob('*')):
         p.chmod(0o555 if p.is_dir() else 0o444)
-    with nobody():
+    with without_root():
         store = new(locked)
-        assert right(store, pictures(3), fill(store, pictures(3), colours(stop=0), BS))
+        assert right(store, random_arrays(3), fill(store, random_arrays(3), colours(stop=0), BS))
         with pytest.raises(ValueError, match='nothing can be written'):
-            fill(store, pictures(4), colours(), BS)
+            fill(store, random_arrays(4), colours(), BS)
 
 
 def test_a_store_that_cannot_be_written(locked):
-    fill(new(locked), pictures(3), colours(), BS)
+    fill(new(locked), random_arrays(3), colours(), BS)
     for p in locked.rglob('*'):
         p.chmod(0o555 if p.is_dir() else 0o444)
     locked.chmod(0o777)
-    with nobody(), pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(locked), pictures(4), colours(), BS)
+    with without_root(), pytest.raises(ValueError, match='nothing can be written'):
+        fill(new(locked), random_arrays(4), colours(), BS)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     file = tmp_path / 'file'
     file.touch()
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(file), pictures(3), colours(), BS)
+        fill(new(file), random_arrays(3), colours(), BS)
     with pytest.raises(ValueError, match='nothing can be written'):
-        fill(new(file / 'x'), pictures(3), colours(), BS)
+        fill(new(file / 'x'), random_arrays(3), colours(), BS)
 
 
-def test_a_folder_of_any_name_may_lie_beside_it(tmp_path):
+def test_a_folder_of_any_name_may_be_next_to_it(tmp_path):
     (tmp_path / 'new').mkdir()
     (tmp_path / 'new' / 'notes.txt').touch()
-    fill(new(tmp_path), pictures(3), colours(), BS)
+    fill(new(tmp_path), random_arrays(3), colours(), BS)
 
 
-def test_not_enough_room(tmp_path, monkeypatch, whole):
-    "16 bytes an image; known before anything is computed, and what is there already needs none"
+def test_not_enough_disk_space(tmp_path, monkeypatch, complete):
+    "16 bytes per image, checked before anything is computed; stored rows need no space"
     free = [N * 16]
-    asked = []
-    seen = []
+    requested = []
+    batches = []
 
     def usage(place):
-        asked.append(Path(place))
+        requested.append(Path(place))
         return shutil._ntuple_diskusage(10**9, 10**9 - free[0], free[0])
 
     monkeypatch.setattr(shutil, 'disk_usage', usage)
     with pytest.raises(ValueError) as e:
-        fill(new(tmp_path), pictures(N), colours(seen), BS)
+        fill(new(tmp_path), random_arrays(N), colours(batches), BS)
     text = str(e.value)
     assert '7 images' in text
     assert 'GB' in text
     assert 'DR_TRANSFER_CACHE' in text
     assert str(tmp_path) in text
-    assert not seen
-    for p in asked:
+    assert not batches
+    for p in requested:
         assert p.exists()
         assert tmp_path in (p, *p.parents)
-    twice = pictures(3) * 4
-    fill(new(tmp_path), twice, colours(seen), BS)  # twelve, but three to be computed
+    twice = random_arrays(3) * 4
+    fill(new(tmp_path), twice, colours(batches), BS)  # twelve images, of which three are computed
     free[0] = 80
-    fill(new(tmp_path), pictures(3), colours(stop=0), BS)
-    fill(new(tmp_path), pictures(4), colours(seen), BS)
+    fill(new(tmp_path), random_arrays(3), colours(stop=0), BS)
+    fill(new(tmp_path), random_arrays(4), colours(batches), BS)
     free[0] = 50
     with pytest.raises(ValueError, match='3 images'):
-        fill(new(tmp_path), pictures(N), colours(seen), BS)
+        fill(new(tmp_path), random_arrays(N), colours(batches), BS)
     free[0] = 10**6
-    finished(tmp_path, whole)
-    assert seen == [0, 1, 2, 3]
+    finished(tmp_path, complete)
+    assert batches == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------- names
@@ -1156,7 +1157,7 @@ NAMES = [
 
 
 def test_names(tmp_path):
-    "Only the content counts, and each name is written down so that it can be read again"
+    "Only the content counts, and each name is stored so that it can be read again"
     (tmp_path / 'x').mkdir()
     paths = []
     kept = []

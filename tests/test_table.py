@@ -20,11 +20,11 @@ pytestmark = pytest.mark.filterwarnings(
 COLUMNS = ['image', 'label', 'group', 'split']
 
 
-def draw(folder, *names, side=6):
-    "Small images of these names below `folder`, each of another colour."
+def write_images(folder, *names, size=6):
+    "Write small images with these names below `folder`, each of another colour."
     for i, n in enumerate(names):
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (side, side), (i % 256, i * 37 % 256, 9)).save(folder / n)
+        Image.new('RGB', (size, size), (i % 256, i * 37 % 256, 9)).save(folder / n)
     return folder
 
 
@@ -45,7 +45,7 @@ def content(folder):
 
 
 def test_find_images(tmp_path):
-    draw(tmp_path, 'b/2.png', 'a/1.jpg', 'a/deep/er/3.tif', '4.bmp', '.hidden/5.png', 'a/.6.png', 'B/7.JPG')
+    write_images(tmp_path, 'b/2.png', 'a/1.jpg', 'a/deep/er/3.tif', '4.bmp', '.hidden/5.png', 'a/.6.png', 'B/7.JPG')
     for n in ('a/notes.txt', 'a/png', 'a/x.png.bak', 'a/Thumbs.db'):
         (tmp_path / n).touch()
     found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
@@ -55,20 +55,20 @@ def test_find_images(tmp_path):
 
 @pytest.mark.parametrize(
     'suffix', [s for s in module.IMAGE_SUFFIXES if s not in ('.dcm', '.dicom')]
-)  # those are in test_fundus
+)  # tested in test_fundus
 @pytest.mark.parametrize('upper', [False, True])
 def test_every_suffix_is_found_and_read(tmp_path, suffix, upper):
     name = f'a/1{suffix.upper() if upper else suffix}'
-    draw(tmp_path, name)
+    write_images(tmp_path, name)
     assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [name]
     assert image_error(tmp_path / name) == ''
 
 
-def test_image_errors_are_in_order_and_in_words(tmp_path):
-    draw(tmp_path, *[f'{i}.png' for i in range(40)])
-    whole = (draw(tmp_path, 'big.jpg', side=200) / 'big.jpg').read_bytes()
+def test_image_errors_are_in_order_and_readable(tmp_path):
+    write_images(tmp_path, *[f'{i}.png' for i in range(40)])
+    complete = (write_images(tmp_path, 'big.jpg', size=200) / 'big.jpg').read_bytes()
     for i in range(0, 40, 5):
-        (tmp_path / f'{i}.png').write_bytes([b'', b'some text', whole[: len(whole) // 2]][i // 5 % 3])
+        (tmp_path / f'{i}.png').write_bytes([b'', b'some text', complete[: len(complete) // 2]][i // 5 % 3])
     paths = [tmp_path / f'{i}.png' for i in range(40)]
     errors = image_errors(paths)
     assert [bool(e) for e in errors] == [i % 5 == 0 for i in range(40)]
@@ -76,15 +76,15 @@ def test_image_errors_are_in_order_and_in_words(tmp_path):
     assert errors[5] == 'not an image'
     assert errors[10].startswith('cannot be decoded')
     assert image_error(tmp_path / 'none.png') == 'no such file'
-    for end in (len(whole) // 2, len(whole) - 40):
-        (tmp_path / 'cut.jpg').write_bytes(whole[:end])
+    for end in (len(complete) // 2, len(complete) - 40):
+        (tmp_path / 'cut.jpg').write_bytes(complete[:end])
         assert image_error(tmp_path / 'cut.jpg').startswith('cannot be decoded'), end
     (tmp_path / 'folder.png').mkdir()
     assert image_error(tmp_path / 'folder.png')
 
 
 def test_file_without_permission(tmp_path, monkeypatch):
-    draw(tmp_path, 'a/1.png', 'a/2.png', 'b/3.png')
+    write_images(tmp_path, 'a/1.png', 'a/2.png', 'b/3.png')
     real = os.open
 
     def opened(p, *args, **kwargs):
@@ -99,8 +99,8 @@ def test_file_without_permission(tmp_path, monkeypatch):
 
 
 def test_folder_without_permission(tmp_path, monkeypatch):
-    "Root may read everything, so the refusal of the system is put in its place."
-    draw(tmp_path, 'a/1.png', 'b/2.png')
+    "Root may read everything, so the error of the system is simulated."
+    write_images(tmp_path, 'a/1.png', 'b/2.png')
     real = os.scandir
 
     def scandir(p='.'):
@@ -117,7 +117,7 @@ def test_folder_without_permission(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
 def test_folder_without_permission_on_disk(tmp_path):
-    draw(tmp_path, 'a/1.png', 'b/2.png')
+    write_images(tmp_path, 'a/1.png', 'b/2.png')
     (tmp_path / 'b').chmod(0)
     try:
         with pytest.raises(ValueError, match='change its permissions'):
@@ -133,7 +133,7 @@ TRUE = {f: f.split('/')[0] for f in FILES}
 
 
 def test_class_folders(tmp_path):
-    t = label_table(draw(tmp_path, *reversed(FILES)))
+    t = label_table(write_images(tmp_path, *reversed(FILES)))
     assert list(t.columns) == COLUMNS
     assert labels(t, tmp_path) == TRUE
     assert t.image.is_monotonic_increasing
@@ -144,7 +144,7 @@ def test_class_folders(tmp_path):
 
 
 def test_class_folders_may_have_folders(tmp_path):
-    t = label_table(draw(tmp_path, 'rose/2024/1.png', 'rose/2.png', 'tulip/a/b/3.png'))
+    t = label_table(write_images(tmp_path, 'rose/2024/1.png', 'rose/2.png', 'tulip/a/b/3.png'))
     assert labels(t, tmp_path) == {'rose/2024/1.png': 'rose', 'rose/2.png': 'rose', 'tulip/a/b/3.png': 'tulip'}
 
 
@@ -157,16 +157,16 @@ def test_class_folders_may_have_folders(tmp_path):
     ],
 )
 def test_split_folders(tmp_path, names):
-    t = label_table(draw(tmp_path, *[f'{s}/{f}' for s in names for f in FILES]))
+    t = label_table(write_images(tmp_path, *[f'{s}/{f}' for s in names for f in FILES]))
     for path, label, split in zip(t.image, t.label, t.split):
         p = Path(path).relative_to(tmp_path).parts
         assert label == p[1]
         assert split == ('train', 'valid', 'test')[names.index(p[0])]
-    assert split_table(t).split.tolist() == t.split.tolist()  # sides that are named are kept
+    assert split_table(t).split.tolist() == t.split.tolist()  # given splits are kept
 
 
 def test_a_class_named_test_is_a_class(tmp_path):
-    assert label_table(draw(tmp_path, 'test/1.png', 'rose/2.png')).label.tolist() == ['rose', 'test']
+    assert label_table(write_images(tmp_path, 'test/1.png', 'rose/2.png')).label.tolist() == ['rose', 'test']
 
 
 def as_path(f):
@@ -189,7 +189,7 @@ def as_windows_path(f):
 @pytest.mark.parametrize('way', ['labels.csv', 'csv as source', 'csv elsewhere', 'frame'])
 def test_csv_layouts(tmp_path, form, way):
     (folder := tmp_path / 'set').mkdir()
-    draw(folder, *FILES, 'rose/unused.png')
+    write_images(folder, *FILES, 'rose/unused.png')
     df = pd.DataFrame(
         {
             'image': [form(f) for f in FILES],
@@ -212,7 +212,7 @@ def test_csv_layouts(tmp_path, form, way):
 
 
 def test_a_frame_of_paths(tmp_path):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     df = pd.DataFrame(
         {
             'file': [tmp_path / f for f in FILES],
@@ -233,7 +233,7 @@ def test_a_frame_of_paths(tmp_path):
 
 @pytest.mark.parametrize('image', [*IMAGE_COLUMNS, 'Image name', 'ID_CODE'])
 def test_usual_image_columns(tmp_path, image):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     assert labels(label_table(tmp_path, pd.DataFrame({image: FILES, 'label': 'x'})), tmp_path) == dict.fromkeys(
         FILES, 'x'
     )
@@ -244,12 +244,12 @@ def test_usual_image_columns(tmp_path, image):
 def test_usual_label_and_group_columns(tmp_path, label, group):
     if label == group:
         return
-    df = pd.DataFrame({'image': [str(draw(tmp_path, 'a.png') / 'a.png')], label: ['x'], group: ['p']})
+    df = pd.DataFrame({'image': [str(write_images(tmp_path, 'a.png') / 'a.png')], label: ['x'], group: ['p']})
     assert label_table(df, verify=False)[['label', 'group']].values.tolist() == [['x', 'p']]
 
 
 def test_columns_by_name(tmp_path):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     csv(
         tmp_path / 'labels.csv',
         'image,label,group,photo,what,who\n' + ''.join(f'x,y,z,{f},{i},p{i // 2}\n' for i, f in enumerate(FILES)),
@@ -267,7 +267,7 @@ def test_columns_by_name(tmp_path):
 
 
 def test_groups_from_a_csv_beside_class_folders(tmp_path):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     csv(
         tmp_path / 'credits.csv',
         'file,photographer,licence\nrose/rose0.png,Ann,CC\nrose1.png,Ann,CC\ntulip2,Bob,CC\nnot there.png,Eve,CC\n',
@@ -300,7 +300,7 @@ def test_groups_from_a_csv_beside_class_folders(tmp_path):
 @pytest.mark.parametrize('form', [as_path, as_name, as_stem])
 @pytest.mark.parametrize('bom', [False, True])
 def test_names_of_any_kind(tmp_path, name, form, bom):
-    draw(tmp_path, f'眼 底/{name}', 'b/other.png')
+    write_images(tmp_path, f'眼 底/{name}', 'b/other.png')
     pd.DataFrame({'image': [form(f'眼 底/{name}'), 'other'], 'label': ['健康', "l'œil"]}).to_csv(
         tmp_path / 'labels.csv', index=False, encoding='utf-8-sig' if bom else 'utf-8'
     )
@@ -308,13 +308,13 @@ def test_names_of_any_kind(tmp_path, name, form, bom):
 
 
 def test_names_of_any_kind_as_class_folders(tmp_path):
-    t = label_table(draw(tmp_path, '健康 眼/1.png', "l'œil/2.png", 'a,b/3.png'))
+    t = label_table(write_images(tmp_path, '健康 眼/1.png', "l'œil/2.png", 'a,b/3.png'))
     assert set(t.label) == {'健康 眼', "l'œil", 'a,b'}
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n'])
 def test_spaces_around_columns_and_labels(tmp_path, end):
-    draw(tmp_path, 'x/1.png', 'x/2.png')
+    write_images(tmp_path, 'x/1.png', 'x/2.png')
     csv(tmp_path / 'labels.csv', end.join(['image , label , patient', '1.png, a , p', '"2.png", "b c", p', '']))
     t = label_table(tmp_path)
     assert t.label.tolist() == ['a', 'b c']
@@ -322,42 +322,42 @@ def test_spaces_around_columns_and_labels(tmp_path, end):
 
 
 def test_labels_are_text_as_written(tmp_path):
-    draw(tmp_path, *[f'x/{i}.png' for i in range(4)])
+    write_images(tmp_path, *[f'x/{i}.png' for i in range(4)])
     csv(tmp_path / 'labels.csv', 'image,label\n0,007\n1,1.0\n2,1e3\n3,True\n')
     assert label_table(tmp_path).label.tolist() == ['007', '1.0', '1e3', 'True']
 
 
 def test_numbers_keep_their_zeros(tmp_path):
-    draw(tmp_path, 'x/0007.png', 'x/0010.png')
+    write_images(tmp_path, 'x/0007.png', 'x/0010.png')
     csv(tmp_path / 'labels.csv', 'image,label,patient\n0007,1,001\n0010,02,02\n')
     assert label_table(tmp_path)[['label', 'group']].values.tolist() == [['1', '001'], ['02', '02']]
 
 
 def test_same_name_in_two_folders(tmp_path):
-    draw(tmp_path, 'images/1.png', 'images/2.png', 'images/3.png', 'thumbs/1.png', 'thumbs/2.png')
+    write_images(tmp_path, 'images/1.png', 'images/2.png', 'images/3.png', 'thumbs/1.png', 'thumbs/2.png')
     df = pd.DataFrame({'image': ['1', '2.png', '3.png'], 'label': ['a', 'b', 'c']})
     assert labels(label_table(tmp_path, df), tmp_path) == {
         'images/1.png': 'a',
         'images/2.png': 'b',
         'images/3.png': 'c',
     }
-    draw(tmp_path, 'thumbs/3.png')
+    write_images(tmp_path, 'thumbs/3.png')
     with pytest.raises(ValueError, match=r"'1' matches .*: give the path relative to .* in the CSV"):
         label_table(tmp_path, df)
     assert labels(
         label_table(tmp_path, df.assign(image=['thumbs/1.png', 'images/2.png', 'thumbs/3.png'])), tmp_path
     ) == {'thumbs/1.png': 'a', 'images/2.png': 'b', 'thumbs/3.png': 'c'}
-    assert len(label_table(tmp_path)) == 6  # as class folders they are six images
+    assert len(label_table(tmp_path)) == 6  # without the CSV they are six images
 
 
 def test_a_row_twice_is_one_image(tmp_path):
-    draw(tmp_path, 'x/1.png', 'x/2.png')
+    write_images(tmp_path, 'x/1.png', 'x/2.png')
     assert len(label_table(tmp_path, pd.DataFrame({'image': ['1.png', '1', '2'], 'label': ['a', 'a', 'b']}))) == 2
 
 
 @pytest.mark.parametrize('split', [['train', 'valid', 'test'], ['train', 'valid', None]])
 def test_split_column(tmp_path, split):
-    draw(tmp_path, *(f'x/{i}.png' for i in range(3)))
+    write_images(tmp_path, *(f'x/{i}.png' for i in range(3)))
     pd.DataFrame({'image': range(3), 'label': list('aba'), 'split': split}).to_csv(tmp_path / 'labels.csv')
     assert [None if pd.isna(s) else s for s in label_table(tmp_path).split] == split
 
@@ -366,11 +366,11 @@ def test_split_column(tmp_path, split):
 
 
 def test_unreadable_files_are_listed_and_not_changed(tmp_path):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     (tmp_path / 'rose' / 'empty.jpg').touch()
     (tmp_path / 'rose' / 'text.jpg').write_text('no image')
-    whole = (draw(tmp_path, 'tulip/whole.jpg', side=300) / 'tulip' / 'whole.jpg').read_bytes()
-    (tmp_path / 'tulip' / 'cut.jpg').write_bytes(whole[: len(whole) * 2 // 3])
+    complete = (write_images(tmp_path, 'tulip/complete.jpg', size=300) / 'tulip' / 'complete.jpg').read_bytes()
+    (tmp_path / 'tulip' / 'cut.jpg').write_bytes(complete[: len(complete) * 2 // 3])
     before = content(tmp_path)
     t = label_table(tmp_path)
     skipped = skipped_images(t)
@@ -387,8 +387,8 @@ def test_unreadable_files_are_listed_and_not_changed(tmp_path):
     assert not len(skipped_images(label_table(tmp_path, verify=False)))
 
 
-def test_images_without_a_label_are_set_aside(tmp_path):
-    draw(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
+def test_images_without_a_label_are_skipped(tmp_path):
+    write_images(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
     csv(tmp_path / 'labels.csv', 'image,label\n1.png,a\n2.png,\n3.png,  \n')
     t = label_table(tmp_path)
     assert t.label.tolist() == ['a']
@@ -396,7 +396,7 @@ def test_images_without_a_label_are_set_aside(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    draw(tmp_path, 'x/1.png')
+    write_images(tmp_path, 'x/1.png')
     df = pd.DataFrame({'image': ['1'] + [f'lost{i}' for i in range(5)], 'label': 'a'})
     with pytest.raises(ValueError, match=r"5 of 6 rows .* lost0, lost1, lost2 and 2 more. Correct .* missing='skip'"):
         label_table(tmp_path, df)
@@ -444,7 +444,7 @@ def frame(**kwargs):
         (lambda d: label_table(d, frame()[:0]), 'no images in'),
         (lambda d: label_table(d, frame(label=[None, None])), r'none of 2 images can be used: .*1.png \(no label\)'),
         (
-            lambda d: label_table(draw(d, 'loose.png')),
+            lambda d: label_table(write_images(d, 'loose.png')),
             r'1 images are in .*, not in a class folder: loose.png. Put each .* \(labels=..., --labels\)',
         ),
         (lambda d: label_table((d / 'new').mkdir() or d / 'new'), 'no images in .*new: give a folder with .jpg'),
@@ -452,16 +452,16 @@ def frame(**kwargs):
     ],
 )
 def test_messages(tmp_path, call, why):
-    draw(tmp_path, 'x/1.png', 'x/2.png')
+    write_images(tmp_path, 'x/1.png', 'x/2.png')
     with pytest.raises(ValueError, match=why):
         call(tmp_path)
 
 
-# ---------------------------------------------------------------- what a person may well write into a CSV
+# ---------------------------------------------------------------- common contents of a CSV
 
 
 def split_of(folder, **columns):
-    draw(folder, *(f'x/{i:02}.png' for i in range(40)))
+    write_images(folder, *(f'x/{i:02}.png' for i in range(40)))
     pd.DataFrame({'image': [f'{i:02}' for i in range(40)], 'label': list('ab') * 20} | columns).to_csv(
         folder / 'labels.csv', index=False
     )
@@ -477,64 +477,64 @@ def split_of(folder, **columns):
         ('train ', 'valid ', 'test '),
     ],
 )
-def test_sides_in_a_csv_as_in_folders(tmp_path, names):
+def test_splits_in_a_csv_as_in_folders(tmp_path, names):
     given = [names[0]] * 20 + [names[1]] * 10 + [names[2]] * 10
     assert split_of(tmp_path, split=given).split.tolist() == ['train'] * 20 + ['valid'] * 10 + ['test'] * 10
 
 
-def test_an_unknown_side_in_a_csv_is_refused(tmp_path):
+def test_an_unknown_split_in_a_csv_is_an_error(tmp_path):
     with pytest.raises(ValueError, match='holdout'):
         split_of(tmp_path, split=['train'] * 30 + ['holdout'] * 10)
 
 
-def test_a_space_after_a_group_makes_no_other_group(tmp_path):
+def test_a_space_after_a_group_does_not_change_it(tmp_path):
     assert split_of(tmp_path, patient=[f'p{i // 4}{" " * (i % 2)}' for i in range(40)]).group.nunique() == 10
 
 
 @pytest.mark.parametrize('name', ['None', 'NA', 'null', 'nan'])
 def test_a_class_may_be_called_none(tmp_path, name):
-    draw(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
+    write_images(tmp_path, 'x/1.png', 'x/2.png', 'x/3.png')
     assert label_table(
         tmp_path, csv(tmp_path / 'l.csv', f'image,label\n1.png,{name}\n2.png,mild\n3.png,\n')
     ).label.tolist() == [name, 'mild']
 
 
-def test_two_labels_in_a_frame_are_refused(tmp_path):
-    p = str(draw(tmp_path, '1.png') / '1.png')
+def test_two_labels_in_a_frame_are_an_error(tmp_path):
+    p = str(write_images(tmp_path, '1.png') / '1.png')
     with pytest.raises(ValueError, match='two labels'):
         label_table(pd.DataFrame({'image': [p, p], 'label': ['a', 'b']}))
 
 
-def test_the_folder_may_be_the_one_we_are_in(tmp_path, monkeypatch):
-    monkeypatch.chdir(draw(tmp_path, 'x/1.png', 'x/2.png'))
+def test_the_current_folder_as_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_images(tmp_path, 'x/1.png', 'x/2.png'))
     assert label_table('.', pd.DataFrame({'image': ['1', '2'], 'label': ['a', 'b']})).label.tolist() == ['a', 'b']
 
 
 def test_two_csvs_beside_class_folders(tmp_path):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     csv(tmp_path / 'rose.csv', 'file,photographer\nrose0,Ann\n')
     csv(tmp_path / 'tulip.csv', 'file,photographer\ntulip0,Bob\n')
     assert label_table(tmp_path).group.dropna().tolist() == ['Ann', 'Bob']
 
 
 def test_a_space_after_an_image_name(tmp_path):
-    assert len(label_table(draw(tmp_path, 'x/1.png'), csv(tmp_path / 'l.csv', 'image,label\n1.png ,a\n'))) == 1
+    assert len(label_table(write_images(tmp_path, 'x/1.png'), csv(tmp_path / 'l.csv', 'image,label\n1.png ,a\n'))) == 1
 
 
 def test_a_folder_in_place_of_a_csv(tmp_path):
     with pytest.raises(ValueError):
-        label_table(draw(tmp_path, 'x/1.png'), tmp_path / 'x')
+        label_table(write_images(tmp_path, 'x/1.png'), tmp_path / 'x')
 
 
-def test_missing_takes_two_words(tmp_path):
+def test_missing_has_two_values(tmp_path):
     with pytest.raises(ValueError, match='ignore'):
-        label_table(draw(tmp_path, 'x/1.png'), pd.DataFrame({'image': ['1'], 'label': ['a']}), missing='ignore')
+        label_table(write_images(tmp_path, 'x/1.png'), pd.DataFrame({'image': ['1'], 'label': ['a']}), missing='ignore')
 
 
-def test_whole_paths_outside_the_folder(tmp_path):
+def test_absolute_paths_outside_the_folder(tmp_path):
     here = tmp_path / 'here'
-    draw(here, 'x/1.png', 'x/2.png')
-    far = draw(tmp_path / 'far', 'a.png') / 'a.png'
+    write_images(here, 'x/1.png', 'x/2.png')
+    far = write_images(tmp_path / 'far', 'a.png') / 'a.png'
     df = pd.DataFrame({'image': [far, here / 'x' / '1.png', '2'], 'label': list('aba')}).astype(str)
     assert sorted(label_table(here, df).image) == sorted(map(str, [far, *find_images(here)]))
     with pytest.raises(ValueError, match=r"1 of 1 rows .*missing='skip' \(--missing skip\)"):
@@ -547,7 +547,7 @@ def test_whole_paths_outside_the_folder(tmp_path):
 def test_names_that_are_hard_to_write(tmp_path, name):
     from dr_transfer.utils.csvfile import write_csv
 
-    draw(tmp_path, name, 'b.png')
+    write_images(tmp_path, name, 'b.png')
     write_csv(pd.DataFrame({'image': [name, 'b.png'], 'label': ['a', '=b']}), tmp_path / 'labels.csv')
     t = label_table(tmp_path)
     assert sorted(zip(t.image, t.label)) == sorted([(str(tmp_path / name), 'a'), (str(tmp_path / 'b.png'), '=b')])
@@ -563,7 +563,7 @@ def test_names_that_are_hard_to_write(tmp_path, name):
     ],
 )
 def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
-    draw(tmp_path, *FILES)
+    write_images(tmp_path, *FILES)
     csv(
         tmp_path / 'labels.csv',
         '\r\n'.join(f'{sep}'.join(r) for r in [('Image', 'Label'), *((f, 'ä ' + f[0]) for f in FILES)]),
@@ -590,8 +590,8 @@ def test_csvs_as_spreadsheets_write_them(tmp_path, sep, encoding):
         ('image,label,split\n1.png,a,test\n2.png,b,test\n', "every image is in the split 'test'"),
     ],
 )
-def test_csvs_that_are_refused(tmp_path, text, why):
-    draw(tmp_path, 'x/1.png', 'x/2.png')
+def test_csvs_that_are_errors(tmp_path, text, why):
+    write_images(tmp_path, 'x/1.png', 'x/2.png')
     csv(tmp_path / 'labels.csv', text)
     with pytest.raises(ValueError, match=why):
         split_table(label_table(tmp_path))
@@ -599,7 +599,7 @@ def test_csvs_that_are_refused(tmp_path, text, why):
 
 def test_a_pipe_in_place_of_a_csv(tmp_path):
     labels_csv = tmp_path / 'labels.csv'
-    draw(tmp_path, 'x/1.png')
+    write_images(tmp_path, 'x/1.png')
     os.mkfifo(labels_csv)
     for call in (
         lambda: label_table(tmp_path),
@@ -614,8 +614,8 @@ def test_a_pipe_in_place_of_a_csv(tmp_path):
         preprocess_folder(tmp_path, tmp_path.with_name('out of the pipe'))
 
 
-def test_rows_without_content_are_left_out(tmp_path):
-    draw(tmp_path, 'x/1.png')
+def test_empty_rows_are_ignored(tmp_path):
+    write_images(tmp_path, 'x/1.png')
     assert len(label_table(tmp_path, csv(tmp_path / 'l.csv', 'image,label,patient\n1.png,a,p\n,,\n,,\n'))) == 1
 
 
@@ -626,11 +626,11 @@ def test_lists_of_labels(tmp_path, label):
     with pytest.raises(
         ValueError, match=r'row 1: the label .* is a list. Several labels for an image are not supported yet'
     ):
-        label_table(draw(tmp_path, '1.png', '2.png'), df)
+        label_table(write_images(tmp_path, '1.png', '2.png'), df)
 
 
-def test_what_data_and_labels_may_be(tmp_path):
-    draw(tmp_path, 'x/1.png')
+def test_types_of_data_and_labels(tmp_path):
+    write_images(tmp_path, 'x/1.png')
     for call in (
         lambda: label_table(iter([])),
         lambda: label_table(frame(), frame()),
@@ -644,19 +644,19 @@ def test_what_data_and_labels_may_be(tmp_path):
         assert len(str(e.value)) < 1000
 
 
-def test_what_was_set_aside_is_still_known_when_a_table_is_read_again(tmp_path):
-    (draw(tmp_path, 'x/1.png', 'y/2.png') / 'x' / 'bad.png').touch()
+def test_skipped_files_are_kept_when_a_table_is_read_again(tmp_path):
+    (write_images(tmp_path, 'x/1.png', 'y/2.png') / 'x' / 'bad.png').touch()
     assert len(skipped_images(label_table(label_table(tmp_path)))) == 1
 
 
 @pytest.mark.parametrize('seed', [None, -1, 2**32, 10**30, 1.5, '1'])
-def test_seeds_that_are_none(seed):
+def test_invalid_seeds(seed):
     with pytest.raises(ValueError, match=r'seed=.*give a whole number from 0 to 4294967295'):
         split_table(random_set(0), seed=seed)
 
 
 def test_a_generator_of_images(tmp_path):
-    files = find_images(draw(tmp_path, 'x/1.png', 'x/2.png'))
+    files = find_images(write_images(tmp_path, 'x/1.png', 'x/2.png'))
     assert image_errors(f for f in files) == ['', '']
     with pytest.raises(ValueError, match='is one image or folder'):
         image_errors(str(files[0]))
@@ -666,7 +666,7 @@ def test_a_generator_of_images(tmp_path):
 
 
 def random_set(seed, n=150, grouped=True, classes=3):
-    "A table as `label_table` makes it: groups of one to four, in part of mixed classes, some images of no group."
+    "A table as `label_table` makes it: groups of one to four, some of mixed classes, some images without a group."
     rng = np.random.default_rng(seed)
     p = np.arange(classes, 0, -1) / np.arange(classes + 1).sum()
     group = np.repeat(np.arange(n), rng.integers(1, 5, n))[:n]
@@ -684,8 +684,8 @@ def random_set(seed, n=150, grouped=True, classes=3):
     return t.sample(frac=1, random_state=seed, ignore_index=True)
 
 
-def share(t, side):
-    return (t.split == side).mean()
+def split_fraction(t, size):
+    return (t.split == size).mean()
 
 
 @pytest.mark.parametrize(
@@ -706,13 +706,13 @@ def test_a_group_is_never_in_two_subsets(valid, test):
     for seed in range(6):
         t = split_table(before := random_set(seed), valid, test, seed)
         assert t.groupby('group').split.nunique().max() == 1
-        assert abs(share(t, 'valid') - valid) < 0.06 and abs(share(t, 'test') - test) < 0.06, (
-            share(t, 'valid'),
-            share(t, 'test'),
+        assert abs(split_fraction(t, 'valid') - valid) < 0.06 and abs(split_fraction(t, 'test') - test) < 0.06, (
+            split_fraction(t, 'valid'),
+            split_fraction(t, 'test'),
         )
         assert set(t.split) == ({'train', 'valid', 'test'} if test else {'train', 'valid'})
         assert set(t.label[t.split == 'train']) == set(t.label)
-        assert before.split.isna().all()  # what was given is not changed
+        assert before.split.isna().all()  # the given table is not changed
         pd.testing.assert_frame_equal(t.drop(columns='split'), before.drop(columns='split'))
 
 
@@ -731,7 +731,7 @@ def test_with_groups_classes_are_nearly_in_proportion(seed):
 
 
 @pytest.mark.parametrize('grouped', [True, False])
-def test_the_seed_decides_and_nothing_else(grouped):
+def test_only_the_seed_determines_the_split(grouped):
     t = random_set(1, grouped=grouped)
     np.random.seed(0)
     a = split_table(t, seed=5).split.tolist()
@@ -742,8 +742,8 @@ def test_the_seed_decides_and_nothing_else(grouped):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_small_sets_are_split_well_or_refused(seed):
-    "Never a leak and never an empty side, however few images there are."
+def test_small_sets_are_split_correctly_or_raise_an_error(seed):
+    "Never a leak and never an empty subset, for any number of images."
     made = 0
     for n in range(4, 24):
         t = random_set(100 * seed + n, n, classes=2)
@@ -759,14 +759,14 @@ def test_small_sets_are_split_well_or_refused(seed):
     assert made >= 10
 
 
-def test_an_image_listed_twice_stays_on_one_side():
+def test_an_image_listed_twice_stays_in_one_subset():
     t = random_set(2, 60, grouped=False)
     for seed in range(10):
         s = split_table(pd.concat([t, t], ignore_index=True), seed=seed)
         assert s.groupby('image').split.nunique().max() == 1
 
 
-def test_a_test_side_that_is_named_is_kept():
+def test_a_given_test_set_is_kept():
     t = random_set(3, 120)
     t['split'] = np.where(t.group.isin(sorted(set(t.group.dropna()))[:12]), 'test', None)
     s = split_table(t, 0.25)
@@ -774,17 +774,17 @@ def test_a_test_side_that_is_named_is_kept():
     assert s.split[t.split != 'test'].isin(['train', 'valid']).all()
 
 
-def test_split_summary_counts_what_is_there():
+def test_split_summary_counts_images_and_groups():
     t = split_table(random_set(4), 0.2, 0.2)
     s = split_summary(t)
     assert list(s.index) == ['train', 'valid', 'test']
     assert s.images.sum() == len(t)
     assert abs(s.fraction.sum() - 1) < 0.002
-    for side in s.index:
-        part = t[t.split == side]
-        assert s.loc[side, 'images'] == len(part)
-        assert s.loc[side, 'groups'] == part.group.nunique() + part.group.isna().sum()
-        assert {c: s.loc[side, c] for c in '012'} == part.label.value_counts().to_dict()
+    for size in s.index:
+        part = t[t.split == size]
+        assert s.loc[size, 'images'] == len(part)
+        assert s.loc[size, 'groups'] == part.group.nunique() + part.group.isna().sum()
+        assert {c: s.loc[size, c] for c in '012'} == part.label.value_counts().to_dict()
 
 
 def done(**kwargs):
@@ -826,13 +826,13 @@ def done(**kwargs):
         ),
     ],
 )
-def test_splits_that_are_refused(call, why):
+def test_invalid_splits(call, why):
     with pytest.raises(SplitError, match=why):
         call()
 
 
-def test_a_leak_with_a_named_test_side_is_refused():
+def test_a_leak_into_a_given_test_set_is_an_error():
     t = random_set(6).assign(group=[f'p{i // 2}' for i in range(150)])
-    t['split'] = ['test'] + [None] * 149  # the other image of p0 is free to go elsewhere
+    t['split'] = ['test'] + [None] * 149  # the other image of p0 may be in another subset
     with pytest.raises(SplitError, match='1 groups are in more than one of train, valid and test: p0'):
         split_table(t)

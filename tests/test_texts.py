@@ -24,13 +24,13 @@ from dr_transfer.utils.files import progress
 
 
 class Rates(Callback):
-    "Rate, decay and momenta of each step, for all that is trained"
+    "Learning rate, weight decay and momenta of each step, for all trained parameters"
 
     def __init__(self):
-        self.seen = []
+        self.recorded = []
 
     def before_step(self):
-        self.seen += [
+        self.recorded += [
             (h['lr'], h['wd'], h['mom'], h['sqr_mom'])
             for h, ps in zip(self.learn.opt.hypers, self.learn.opt.param_lists)
             if any(p.requires_grad for p in ps)
@@ -60,8 +60,8 @@ def test_labels_to_codes_to_one_hot_and_back(table):
     assert [dls.vocab[i] for i in one_hot.argmax(1)] == dls.valid_ds.items.target[: len(y)].tolist()
 
 
-def test_a_whole_set_as_an_array(table):
-    "Of images of unequal size, in the order of the table"
+def test_a_complete_set_as_an_array(table):
+    "From images of different sizes, in the order of the table"
     images = [read_image(i, 40) for i in table.image]
     array = stack_images(images).numpy()
     assert array.shape == (len(table), 3, 40, 40)
@@ -103,12 +103,12 @@ def test_reading_images_shows_progress(table, monkeypatch):
 
 
 @pytest.mark.parametrize('n', [0, 2])
-def test_as_many_workers_as_were_asked_for(table, n):
+def test_the_requested_number_of_workers(table, n):
     dls = loaders(table, num_workers=n)
     assert [dl.fake_l.num_workers for dl in dls] == [n, n]
 
 
-def test_batches_are_of_32_unless_asked():
+def test_the_default_batch_size_is_32():
     from inspect import signature
 
     from dr_transfer.core import build_learner
@@ -139,12 +139,12 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     assert len(history) == 30
     for h in history:
         assert 0 <= h['accuracy'] <= 1
-    assert set(rates.seen) == {(1e-3, 0.0, 0.9, 0.99)}, 'one rate, nothing decays'
+    assert set(rates.recorded) == {(1e-3, 0.0, 0.9, 0.99)}, 'more than one learning rate, or weight decay'
 
 
 def test_the_head_of_the_flowers_recipe_layer_by_layer():
-    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one number a class,
-    of which the loss takes the softmax; the places of the map are not averaged
+    """Flatten, BN, 2048 ReLU (He et al. 2015), BN, 1024 ReLU, BN, one output per class,
+    of which the loss computes the softmax; the positions of the map are not averaged
     """
     head = create_head('flw', 10 * 7 * 7, 5).train()
     kinds = [type(m) for m in head if not isinstance(m, nn.Dropout)]
@@ -161,25 +161,25 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
     ]
     for m in head:
         if isinstance(m, nn.Dropout):
-            assert m.p == 0, 'the recipe drops nothing'
+            assert m.p == 0, 'the recipe has dropout'
     dense = [m for m in head if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(490, 2048), (2048, 1024), (1024, 5)]
     for m in dense[:2]:
         assert abs(m.weight.std().item() * (m.in_features / 2) ** 0.5 - 1) < 0.02, (
-            'He: a variance of 2 by the number of inputs'
+            'not the variance of He: 2 / number of inputs'
         )
     assert head(torch.randn(3, 10, 7, 7)).shape == (3, 5)
 
 
-def test_turns_narrow_the_gap_between_training_and_validation(tmp_path):
-    "The gap between the sides, for a model with the turns and for one without"
+def test_rotations_reduce_the_gap_between_training_and_validation(tmp_path):
+    "The gap between the subsets, for a model with rotations and for one without"
     from dr_transfer.core import build_learner, fit, generalization_gap
 
-    make_dr(tmp_path / 'eyes', n=40, size=48, seed=0, workers=1)
+    make_dr(tmp_path / 'fundus', n=40, size=48, seed=0, workers=1)
     gaps = []
     for augment in ('none', 'quarter_turns'):
         learn = build_learner(
-            tmp_path / 'eyes',
+            tmp_path / 'fundus',
             'dr',
             arch='test_resnet',
             weights='random',

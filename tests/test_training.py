@@ -32,8 +32,8 @@ CLASSES = ('daisy', 'roses', 'sunflowers')
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Two strengths to choose from, few steps by the set: what is checked here is how a phase is run,
-    not how well it ends
+    """Two regularisation strengths and few steps: the tests check how a phase is run,
+    not its result
     """
     monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2))
     monkeypatch.setattr(phases, 'head_epochs', lambda n, bs: 4)
@@ -41,7 +41,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope='session')
 def set_of_flowers(tmp_path_factory):
-    "Some flowers of 32 pixels, and a tiny network whose weights are a file, as pretrained ones are"
+    "Some flowers of 32 pixels, and a tiny network with a weights file, as if pretrained"
     folder = tmp_path_factory.mktemp('training')
     make_flowers(folder / 'flowers', n=45, size=32, classes=CLASSES)
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def build(set_of_flowers, tmp_path):
 
 
 class Images:
-    "Counts the training images that go through the first stage of a body with gradients to follow, or in training mode"
+    "Count the training images that pass the first stage of a body with gradients, or in training mode"
 
     def __init__(self, learn):
         self.n = 0
@@ -82,7 +82,7 @@ class Images:
 
 
 class Batches(Callback):
-    "A callback of the user, which counts the steps that it sees"
+    "A callback of the user that counts the steps"
 
     steps = 0
 
@@ -90,8 +90,8 @@ class Batches(Callback):
         self.steps += 1
 
 
-def told(learn, *args, **kw):
-    "What `fit` tells"
+def printed_lines(learn, *args, **kw):
+    "Return what `fit` prints"
     lines = []
     fit(learn, *args, say=lines.append, **kw)
     return lines
@@ -111,21 +111,21 @@ def train_size(learn):
 @pytest.mark.parametrize('callback', [SaveModelCallback, MixUp, Batches])
 @pytest.mark.parametrize('plan', ['top1', 'fine_tune'])
 def test_one_epoch_is_one_pass(build, plan, callback):
-    "The head is solved before it, and the callback gets the batches of the phase that it is for"
+    "The head is solved first, and the callback gets the batches of its phase"
     learn = build(cbs=[callback()])
     images = Images(learn)
-    lines = told(learn, plan, epochs=1)
+    lines = printed_lines(learn, plan, epochs=1)
     assert ways(learn) == ['solved', 'network']
     assert learn.record.passes == 1
     batches = train_size(learn) // learn.dls.train.bs
-    assert images.n == batches * learn.dls.train.bs, 'once through the images, incomplete batch apart'
+    assert images.n == batches * learn.dls.train.bs, 'not one pass through the images, except for the incomplete batch'
     for line in lines:
         assert 'of 300' not in line
     if callback is Batches:
         assert learn.batches.steps == batches
 
 
-def test_the_total_is_told_before_anything_is_trained(build):
+def test_the_total_is_printed_before_anything_is_trained(build):
     learn = build(cbs=[Batches()])
     lines = []
 
@@ -140,7 +140,7 @@ def test_the_total_is_told_before_anything_is_trained(build):
         "plan 'top2': phase 1 of 2: head, solved on stored features; phase 2 of 2: head and last 2 groups, 2 epochs"
     )
     assert first.endswith(f'Total: 2 passes of {train_size(learn)} images through the network')
-    assert 'no pass through the network' in told(build(), 'head')[0]
+    assert 'no pass through the network' in printed_lines(build(), 'head')[0]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_the_total_is_told_before_anything_is_trained(build):
     ],
 )
 @pytest.mark.parametrize('stored', [True, False])
-def test_no_phase_passes_more_often_than_asked(build, how, stored):
-    "Whatever keeps a head from being solved or stored"
+def test_no_phase_has_more_passes_than_requested(build, how, stored):
+    "For each reason why a head is not solved or stored"
     learn = build(cbs=[Batches()], **how)
     images = Images(learn)
     fit(learn, 'top1', epochs=1, stored=stored, say=str)
@@ -169,7 +169,7 @@ def test_a_head_that_cannot_be_stored_has_a_small_number_of_passes(build):
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'))] == [('network', phases.HEAD_PASSES)]
     assert [(r.how, r.epochs) for r in phase_runs(learn, get_plan('head'), 3)] == [('network', 3)]
     assert [r.how for r in phase_runs(learn, get_plan('top1'))] == ['solved', 'network'], (
-        'a head that only prepares is solved'
+        'a head that only prepares is not solved'
     )
 
 
@@ -180,14 +180,14 @@ def test_a_number_of_its_own_is_bounded_too(build):
 
 
 def test_epochs_do_not_change_a_head_that_is_solved(build):
-    "Today's 1.000 was .458 with epochs=2"
+    "In an earlier version, the accuracy of 1.000 was .458 with epochs=2"
     plain = build()
-    asked = build()
+    two_epochs = build()
     fit(plain, 'head', say=str)
-    lines = told(asked, 'head', epochs=2)
-    assert same_state(state_of(plain), state_of(asked))
-    assert ways(asked) == ['solved']
-    assert asked.record.history == plain.record.history
+    lines = printed_lines(two_epochs, 'head', epochs=2)
+    assert same_state(state_of(plain), state_of(two_epochs))
+    assert ways(two_epochs) == ['solved']
+    assert two_epochs.record.history == plain.record.history
     assert any('epochs=2' in line and 'has no effect' in line for line in lines)
 
 
@@ -200,14 +200,14 @@ def test_epochs_do_not_change_a_head_in_steps_on_what_is_stored(build):
     assert same_state(state_of(a), state_of(b))
 
 
-def test_compare_with_epochs_has_no_gain_from_a_spoilt_head(set_of_flowers):
+def test_compare_with_epochs_does_not_damage_the_head(set_of_flowers):
     ask = dict(archs='small_cnn', plans='head', weights='random', size=32, runtime='plain', say=str)
     with_epochs, without = (compare(set_of_flowers / 'flowers', epochs=e, **ask) for e in (2, None))
     assert with_epochs.tables['head'].equals(without.tables['head'])
 
 
 @pytest.mark.parametrize('epochs', [0, -1, 1.5, True, '2', float('nan')])
-def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
+def test_invalid_numbers_of_epochs(build, set_of_flowers, epochs):
     learn = build()
     before = state_of(learn)
     for plan in ('head', 'top1'):
@@ -238,12 +238,12 @@ def test_numbers_of_epochs_that_are_none(build, set_of_flowers, epochs):
         {'frozen': True},
     ],
 )
-def test_rates_that_are_none(wrong):
+def test_invalid_learning_rates(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Phase(**{'frozen': 0, 'epochs': 1, 'lr': 1e-3, **wrong})
 
 
-def test_the_table_of_plans_tells_how_epochs_are_found():
+def test_the_table_of_plans_shows_how_epochs_are_determined():
     epochs = plan_table().epochs
     assert epochs['head'].tolist() == ['solved']
     assert epochs['top1'].tolist() == ['solved', 5]
@@ -268,13 +268,13 @@ def test_a_trained_head_is_not_trained_again(build):
     learn = build(plan='augmented_head')
     fit(learn, epochs=1, say=str)
     assert learn.record.passes == 1
-    lines = told(learn, 'top2', epochs=2)
+    lines = printed_lines(learn, 'top2', epochs=2)
     assert learn.record.passes == 3
     assert [r['phase'] for r in learn.record.history] == [1, 2, 2]
     assert 'phase 1 of 2: head, skipped, because the head is already trained' in lines[0]
 
 
-def test_the_second_fit_goes_on_where_the_first_ended(build):
+def test_the_second_fit_continues_the_first(build):
     learn = build()
     fit(learn, 'top1', epochs=1, say=str)
     fit(learn, 'top1', epochs=2, say=str)
@@ -286,7 +286,7 @@ def test_the_second_fit_goes_on_where_the_first_ended(build):
     ]
 
 
-def test_a_head_that_is_asked_for_is_solved_anew(build):
+def test_a_requested_head_is_solved_again(build):
     learn = build()
     fit(learn, 'head', say=str)
     solved = state_of(learn)
@@ -313,7 +313,7 @@ def wild(schedule='none', frozen=0, epochs=2, lr=1e4):
 
 @pytest.mark.parametrize('frozen', [0, -2])
 def test_a_training_that_diverges_is_an_error(build, frozen):
-    "With the reason, and the weights from before the phase: through the network, and from what is stored"
+    "With the reason, and with the weights from before the phase; through the network and on stored features"
     learn = build()
     fit(learn, 'head', say=str)
     before = state_of(learn)
@@ -327,11 +327,11 @@ def test_a_training_that_diverges_is_an_error(build, frozen):
     assert len(learn.record.history) == trained
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
     fit(learn, 'top1', epochs=1, say=str)
-    assert ways(learn)[-1] == 'stored', 'it can be trained again'
+    assert ways(learn)[-1] == 'stored', 'it cannot be trained again'
 
 
-def test_a_head_that_diverges_is_not_trained(build):
-    "So that the next plan does not skip it"
+def test_a_head_that_diverged_does_not_count_as_trained(build):
+    "The next plan does not skip it"
     learn = build(head='dense', loss_func=lambda p, y: (p * float('nan')).sum())
     with pytest.raises(TrainingError, match='went at once to nan'):
         fit(learn, 'head', say=str)
@@ -339,7 +339,7 @@ def test_a_head_that_diverges_is_not_trained(build):
 
 
 def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(build):
-    "Statistics of BatchNorm that were never near those of the images"
+    "The statistics of BatchNorm were never near those of the images"
     learn = build(weights='random')
 
     class Damage(Callback):
@@ -355,27 +355,27 @@ def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(bui
 
 def test_random_weights_under_a_plan_for_pretrained_ones(build):
     for plan in ('fine_tune', 'head'):
-        lines = told(build(weights='random'), plan, epochs=1)
+        lines = printed_lines(build(weights='random'), plan, epochs=1)
         warned = [line for line in lines if line.startswith('warning')]
         assert len(warned) == 1
         assert f"plan '{plan}'" in warned[0]
         assert '--plan random_start' in warned[0]
     for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
-        for line in told(learn, plan, epochs=1):
+        for line in printed_lines(learn, plan, epochs=1):
             assert not line.startswith('warning')
 
 
 def test_the_best_epoch_is_in_the_record(build):
     learn = build()
-    lines = told(learn, 'top1', epochs=3)
+    lines = printed_lines(learn, 'top1', epochs=3)
     rows = learn.record.history
     assert learn.record.best == min(rows, key=lambda r: r['valid_loss'])
-    told_so = any('valid_loss was lowest in' in line for line in lines)
-    assert told_so == (learn.record.best != rows[-1])
+    reported = any('valid_loss was lowest in' in line for line in lines)
+    assert reported == (learn.record.best != rows[-1])
 
 
 def test_the_best_epoch_can_be_kept(build):
-    "With fastai's callback, which before made of one epoch three hundred"
+    "With fastai's callback, which once turned one epoch into three hundred"
     learn = build(cbs=[SaveModelCallback(monitor='valid_loss')])
     fit(learn, Plan('p', (HEAD_PHASE, Phase(0, 4, 3e-3, schedule='none', fixed_bn=True))), say=str)
     rows = learn.record.history[1:]
@@ -394,7 +394,7 @@ def test_stopped_early(build):
 
 
 @pytest.mark.parametrize('bs', [1, 0, -2, True, 2.5])
-def test_batches_that_are_none(build, bs):
+def test_invalid_batches(build, bs):
     with pytest.raises(ValueError, match='bs='):
         build(bs=bs)
 
@@ -406,7 +406,7 @@ def test_a_batch_larger_than_the_set(build):
     assert learn.record.passes == 1
 
 
-def test_batches_of_one_image_are_told_of_by_name(build):
+def test_batches_of_one_image_are_an_error(build):
     learn = build()
     learn.dls.loaders[0] = learn.dls.train.new(bs=1)
     with pytest.raises(ValueError, match='BatchNorm needs batches of 2 images or more'):
@@ -428,13 +428,13 @@ def test_the_least_size_that_works_is_named():
             check_size(body, size)
 
 
-def test_compare_refuses_a_size_before_it_trains(set_of_flowers, monkeypatch):
+def test_compare_checks_the_size_before_it_trains(set_of_flowers, monkeypatch):
     monkeypatch.setattr(crossval, 'build_learner', lambda *a, **kw: pytest.fail('trained'))
     with pytest.raises(ValueError, match="'alexnet' does not accept images of 32 pixels"):
         compare(set_of_flowers / 'flowers', archs=['small_cnn', 'alexnet'], weights='random', size=32, say=str)
 
 
-def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
+def test_compare_prints_each_row_when_it_is_finished(set_of_flowers):
     lines = []
 
     class Broken(Exception):
@@ -462,7 +462,7 @@ def test_compare_tells_each_row_when_it_is_finished(set_of_flowers):
 
 
 @pytest.mark.parametrize('run', [learning_curve, training_curve])
-def test_a_plan_with_a_backbone_of_its_own_is_not_run_under_another_name(set_of_flowers, run):
+def test_a_plan_with_its_own_backbone_is_not_run_with_another(set_of_flowers, run):
     with pytest.raises(ValueError, match="plan 'scratch' needs the backbone 'small_cnn', not arch='googlenet'"):
         run(set_of_flowers / 'flowers', arch='googlenet', methods={'random': 'scratch'})
 
@@ -482,30 +482,30 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
         )
 
 
-# ---------------------------------------------------------------- the same again
+# ---------------------------------------------------------------- reproducibility
 
 
 @pytest.mark.parametrize('plan', ['head', 'dense', 'top1', 'fine_tune'])
-def test_the_same_weights_whatever_lies_in_the_cache(build, plan, monkeypatch, tmp_path):
+def test_the_same_weights_for_any_content_of_the_cache(build, plan, monkeypatch, tmp_path):
     """Bit for bit: with nothing stored, with half of the features, with all,
     and whatever random numbers were drawn in between
     """
     got = []
-    for folder, seen in (('new', 0), ('half', 20), ('half', 0)):
+    for folder, n_stored in (('new', 0), ('half', 20), ('half', 0)):
         monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / folder))
         learn = build(head='dense' if plan == 'dense' else Head())
-        if seen:
-            stored_part.learner_features(learn, learn.table.image[:seen].tolist())
+        if n_stored:
+            stored_part.learner_features(learn, learn.table.image[:n_stored].tolist())
             list(learn.dls.train)
-        torch.rand(seen + 1)
-        np.random.rand(seen + 1)
+        torch.rand(n_stored + 1)
+        np.random.rand(n_stored + 1)
         fit(learn, Plan('p', (Phase(-1, 3, 1e-3),)) if plan == 'dense' else plan, epochs=1, say=str)
         got.append(state_of(learn))
     assert same_state(got[0], got[1])
     assert same_state(got[0], got[2])
 
 
-def test_random_numbers_of_others_are_left_alone(build):
+def test_the_global_random_state_is_not_changed(build):
     learn = build()
     torch.manual_seed(3)
     np.random.seed(3)
@@ -518,9 +518,9 @@ def test_random_numbers_of_others_are_left_alone(build):
 
 
 @pytest.mark.parametrize('stored', [True, False])
-def test_after_ctrl_c_a_second_fit_ends_where_one_without_would(build, stored):
-    """Interrupted before the second phase: the head is not solved again,
-    and order and views are those of the run without
+def test_a_second_fit_after_ctrl_c_gives_the_same_result(build, stored):
+    """Interrupted before the second phase, the head is not solved again,
+    and order and views are those of the run without interruption
     """
     plain = build()
     learn = build()
@@ -546,7 +546,7 @@ def press(*args, **kwargs):
 @pytest.mark.filterwarnings('ignore:the body is trained before the head')
 @pytest.mark.parametrize('how', ['solved', 'stored', 'network'])
 def test_a_learner_after_ctrl_c(build, monkeypatch, how):
-    "It predicts, what is frozen is frozen, no callback is left behind, and it is trained on"
+    "It predicts, frozen layers are frozen, no callback is left, and training can continue"
     learn = build(bs=8)
     phase = {'solved': HEAD_PHASE, 'stored': Phase(-2, 2, 1e-3), 'network': Phase(0, 2, 1e-3)}[how]
     before = state_of(learn)
@@ -571,7 +571,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     assert np.isfinite(predict_probs(learn, learn.table.image.tolist())).all()
 
 
-# ---------------------------------------------------------------- the rate finder
+# ---------------------------------------------------------------- the learning rate finder
 
 
 def found_rate(learn, **kw):
@@ -589,9 +589,9 @@ def test_the_rate_finder_reads_each_image_once(build):
     assert same_state(before, state_of(learn))
     assert not learn.head_first.trained
     assert learn.dls.train.rng.getstate() == order
-    assert len(learn.recorder.losses) > 50, 'the plot of fastai can be drawn'
+    assert len(learn.recorder.losses) > 50, 'too few points for the plot of fastai'
     fit(learn, 'top1', epochs=1, say=str)
-    assert ways(learn) == ['solved', 'stored'], 'finding a rate is no training of the head'
+    assert ways(learn) == ['solved', 'stored'], 'the learning rate finder counts as training of the head'
 
 
 def test_the_rate_finder_through_the_network(build):
@@ -605,7 +605,7 @@ def test_the_rate_finder_through_the_network(build):
 
 
 def pressed_after(n, step):
-    "A step of a learner in which Ctrl-C is pressed once `n` have been taken"
+    "A step of a learner that is interrupted after `n` steps"
     taken = []
 
     def step_or_press(self):
@@ -618,7 +618,7 @@ def pressed_after(n, step):
 
 
 def test_the_rate_finder_interrupted(build, monkeypatch):
-    "Its steps at rates of ten are taken back"
+    "Its steps at high learning rates are undone"
     for unfreeze in (False, True):
         learn = build()
         if unfreeze:
@@ -633,7 +633,7 @@ def test_the_rate_finder_interrupted(build, monkeypatch):
         assert learn.head_first.trained == unfreeze
 
 
-def test_no_rate_for_what_is_frozen(build):
+def test_no_learning_rate_for_a_frozen_learner(build):
     learn = build()
     learn.model.requires_grad_(False)
     with pytest.raises(ValueError, match='all groups are frozen'):

@@ -350,7 +350,7 @@ print(len(f), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SE
 """
 
 
-def draw_many(folder, n, size=40):
+def write_images(folder, n, size=40):
     "Write n small images, all different: patches of synthetic flowers with noise."
     from PIL import Image
 
@@ -372,7 +372,7 @@ def scale(root, sizes=(1000, 10_000, 100_000)):
     "Measure time and memory of feature extraction over the number of images."
     out = []
     with tempfile.TemporaryDirectory() as d:
-        draw_many(Path(d), max(sizes))
+        write_images(Path(d), max(sizes))
         for n in sizes:
             r = subprocess.run(
                 [sys.executable, '-c', SCALE, f'{d}/many', str(n), f'{d}/store{n}'],

@@ -75,7 +75,7 @@ def lesion_truth(truth, disc, size):
 
 
 def lesion_counts(seg, truth, size):
-    "Count the lesions drawn and detected, and the spots and those that are lesions, of a segmentation."
+    "Count the true and the detected lesions, the spots and the correct spots of a segmentation."
     from dr_transfer.evaluation.segmentation import LESION_MASKS, score_lesions
 
     lesions = lesion_truth(truth, seg.disc, size)
@@ -88,9 +88,9 @@ def lesion_counts(seg, truth, size):
         spots = getattr(seg, mask)
         detected, correct = score_lesions(spots, places)
         for name in names:
-            drawn = kinds == name
-            row[f'{name} drawn'] = int(drawn.sum())
-            row[f'{name} detected'] = int(detected[drawn].sum())
+            of_kind = kinds == name
+            row[f'{name} drawn'] = int(of_kind.sum())
+            row[f'{name} detected'] = int(detected[of_kind].sum())
         row[f'{mask} drawn'] = len(own)
         row[f'{mask} detected'] = int(detected.sum())
         row[f'{mask} spots'] = len(correct)

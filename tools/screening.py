@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # C of logistic regression; the views of an image have a total weight of 1
+C_VALUES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # C of logistic regression; the views of an image have a total weight of 1
 STAGES = {'last': ['stage7'], 'last two': ['stage6', 'stage7'], 'last three': ['stage5', 'stage6', 'stage7']}
 READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_local'}
 
@@ -111,7 +111,7 @@ def _fit_logistic(x, y):
     )
     return scaler, [
         (m.coef_[0].copy(), m.intercept_[0])
-        for m in (model.set_params(C=c).fit(flat, labels, weights) for c in STRENGTHS)
+        for m in (model.set_params(C=c).fit(flat, labels, weights) for c in C_VALUES)
     ]
 
 
@@ -143,13 +143,13 @@ def cameras(root):
                 f'{a} to {b}': [auc(y[b], p) for p in _mean_probability(_fit_logistic(x[a], y[a]), x[b])]
                 for a, b in (('messidor2', 'idrid'), ('idrid', 'messidor2'))
             }
-            own = np.zeros((len(STRENGTHS), len(y['messidor2'])))
+            own = np.zeros((len(C_VALUES), len(y['messidor2'])))
             for train, test in folds:
                 own[:, test] = _mean_probability(
                     _fit_logistic(x['messidor2'][train], y['messidor2'][train]), x['messidor2'][test]
                 )
             out['messidor2, five folds'] = [auc(y['messidor2'], p) for p in own]
-            for i, c in enumerate(STRENGTHS):
+            for i, c in enumerate(C_VALUES):
                 yield {
                     'light': light,
                     'stages': stages,

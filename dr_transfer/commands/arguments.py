@@ -30,7 +30,7 @@ def whole_number(
         except ValueError:
             value = None
         if '_' in text or value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"'{text[:40]}' is not possible: give a whole number, {limits}")
+            raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a whole number, {limits}")
         return value
 
     return parse
@@ -45,7 +45,7 @@ def _fraction(
     except ValueError:
         value = math.nan
     if '_' in text or not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not possible: give a number between 0 and 1, such as 0.2")
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a number between 0 and 1, such as 0.2")
     return value
 
 
@@ -54,12 +54,12 @@ def path_name(
 ) -> str:
     "Read the name of a file or folder, which is not empty"
     if not text.strip() or '\0' in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is no name of a file or folder: give one')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a name of a file or folder: give one')
     return text
 
 # %% ../../nbs/commands/01_arguments.ipynb #7862659e
 class CommandParser(argparse.ArgumentParser):
-    "A parser that reports what is wrong in one line, without the usage"
+    "A parser that reports an error in one line, without the usage"
 
     def error(
         self,
@@ -99,19 +99,23 @@ def add_table_arguments(
         help='folder of class folders, or folder with images and labels.csv; several are sources, such as hospitals',
     )
     add('--labels', metavar='CSV', type=path_name, help='image names and labels, if not labels.csv in DATA')
-    add('--image-col', metavar='COLUMN', help='column of the labels that names the image (default: a usual name)')
-    add('--label-col', metavar='COLUMN', help='column of the labels that holds the label (default: a usual name)')
+    add('--image-col', metavar='COLUMN', help='column of the image names (default: one with a usual name)')
+    add('--label-col', metavar='COLUMN', help='column of the labels (default: one with a usual name)')
     add(
         '--patient',
         metavar='COLUMN',
-        help="column of the labels that names the patient, or 'none' (default: a usual name)",
+        help="column of the patients, or 'none' (default: one with a usual name)",
     )
     add(
         '--source',
         metavar='COLUMN',
-        help="column of the labels that names the camera, site or hospital, or 'none' (default: a usual name)",
+        help="column of the sources (camera, site or hospital), or 'none' (default: one with a usual name)",
     )
-    add('--missing', choices=('error', 'skip'), help='rows of the labels without a file (default: %(default)s)')
+    add(
+        '--missing',
+        choices=('error', 'skip'),
+        help='action for rows of the labels without a file (default: %(default)s)',
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class TaskOptions:
     task: str = 'flowers'  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or a file with a task
     target: str | None = None  # Name of the target; the task's first if None
     size: int | None = None  # Height and width in pixels; the task's own if None
-    seed: int = 42  # Decides the split and the order of the images
+    seed: int = 42  # Determines the split and the order of the images
 
 
 def add_task_arguments(
@@ -131,13 +135,23 @@ def add_task_arguments(
     add(
         '--task',
         metavar='TASK',
-        help='flowers, dr, ct_nodes, ct_lungs, or one of your own: FILE.toml or FILE.py:NAME (default: %(default)s)',
+        help='flowers, dr, ct_nodes, ct_lungs, or a custom task: FILE.toml or FILE.py:NAME (default: %(default)s)',
     )
-    add('--target', metavar='NAME', help='what is predicted: for dr, referable (default) or grade')
-    add('--size', metavar='N', type=whole_number(16, 4096), help="side of the images in pixels (default: the task's)")
-    add('--seed', metavar='N', type=whole_number(0, MAX_SEED), help='decides split and order (default: %(default)s)')
+    add('--target', metavar='NAME', help='target to predict: for dr, referable (default) or grade')
+    add(
+        '--size',
+        metavar='N',
+        type=whole_number(16, 4096),
+        help='height and width of the images in pixels (default: that of the task)',
+    )
+    add(
+        '--seed',
+        metavar='N',
+        type=whole_number(0, MAX_SEED),
+        help='seed of the split and the training (default: %(default)s)',
+    )
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #62911ec8
 @dataclass(frozen=True)
 class SplitOptions:
     "How images are split"
@@ -159,7 +173,7 @@ def add_split_arguments(
     add(
         '--allow-leaks',
         action='store_true',
-        help='go on with a split that shares patients or copies between its subsets',
+        help='allow a split with patients or copies in two subsets',
     )
 
 # %% ../../nbs/commands/01_arguments.ipynb #4496329b
@@ -180,9 +194,9 @@ def add_training_arguments(
         '--epochs',
         metavar='N',
         type=whole_number(1),
-        help="epochs of the plan's last phase; a head that is solved needs none",
+        help="epochs of the plan's last phase; not used for a head that is solved",
     )
-    add('--bs', metavar='N', type=whole_number(2), help='images in a batch (default: %(default)s)')
+    add('--bs', metavar='N', type=whole_number(2), help='batch size (default: %(default)s)')
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
 
 
@@ -191,7 +205,7 @@ class RecipeOptions:
     "Which network, plan, head and operating point"
 
     arch: str | None = None  # Backbone; efficientnet_lite0 if None
-    plan: str | None = None  # Name of a plan or 'advise'; by data and machine if None
+    plan: str | None = None  # Name of a plan or 'advise'; chosen for data and device if None
     head: str | None = None  # Name of a head; the plan's own if None
     balance: str = 'none'  # Of classes: 'none', 'weights' or 'sampling'
     sensitivity: float | None = None  # To reach on the validation images
@@ -206,10 +220,14 @@ def add_recipe_arguments(
     add(
         '--plan',
         metavar='NAME',
-        help='head, fine_tune, top1, ..., or advise: measure first (default: by set and machine)',
+        help='head, fine_tune, top1, ..., or advise: use the plan of the advisor (default: depends on data and device)',
     )
-    add('--head', metavar='NAME', help="linear, dense, or for grades cumulative or regression (default: the plan's)")
-    add('--balance', metavar='NAME', help='of classes: none, weights or sampling (default: %(default)s)')
+    add(
+        '--head',
+        metavar='NAME',
+        help='linear, dense, or for grades cumulative or regression (default: that of the plan)',
+    )
+    add('--balance', metavar='NAME', help='balance of classes: none, weights or sampling (default: %(default)s)')
     add(
         '--sensitivity',
         metavar='FRACTION',
@@ -220,7 +238,7 @@ def add_recipe_arguments(
         '--specificity',
         metavar='FRACTION',
         type=_fraction,
-        help='operating point: or specificity on the validation images',
+        help='operating point: specificity on the validation images, instead of a sensitivity',
     )
 
 # %% ../../nbs/commands/01_arguments.ipynb #80584c81
@@ -268,14 +286,14 @@ def add_report_arguments(
         '--prevalence',
         metavar='FRACTION',
         type=_fraction,
-        help='of the condition among the people tested, for predictive values',
+        help='prevalence of the condition among the people tested, for predictive values',
     )
     _add_resamples(add)
     add(
         '--out',
         metavar='HTML',
         type=path_name,
-        help='report to write; NAME_predictions.csv goes beside it (default: the name of DATA and _report.html)',
+        help='report to write; NAME_predictions.csv is written next to it (default: the name of DATA and _report.html)',
     )
 
 
@@ -284,7 +302,7 @@ def _add_resamples(add):
         '--resamples',
         metavar='N',
         type=whole_number(100, 1_000_000),
-        help='bootstrap resamples, 100 or more (default: %(default)s)',
+        help='number of bootstrap resamples, 100 or more (default: %(default)s)',
     )
 
 
@@ -303,7 +321,7 @@ def add_comparison_arguments(
 ):
     "Add the options of `ComparisonOptions`"
     add('--archs', metavar='NAME', nargs='+', help='backbones (default: efficientnet_lite0)')
-    add('--plans', metavar='NAME', nargs='+', help='plans, each with each backbone (default: head top1)')
+    add('--plans', metavar='NAME', nargs='+', help='plans, each combined with each backbone (default: head top1)')
     add('--metric', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
     _add_resamples(add)
 

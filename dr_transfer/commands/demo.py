@@ -52,7 +52,7 @@ def _demo_table(
 def _demo_figure(
     out: Path,  # Folder of the demonstration
 ) -> Path:  # A PNG
-    "Draw examples from the validation images"
+    "Plot examples of the validation images"
     if (out / 'demo.png').exists():
         return out / 'demo.png'
     from dr_transfer.metrics.plots import pick_examples, plot_predictions
@@ -72,19 +72,19 @@ def _demo_figure(
 # %% ../../nbs/commands/02_demo.ipynb #40d78cad
 def make_demo(
     out: str | Path,  # Folder to make; finished parts in it are kept
-    images: int = 400,  # Number of images to draw
+    images: int = 400,  # Number of images
     size: int = 256,  # Height and width in pixels
-    seed: int = 42,  # Decides the images, the split and the head
+    seed: int = 42,  # Determines the images, the split and the head
     runtime: str = 'auto',  # As `build_learner` takes it
     overwrite: bool = False,  # Replace another demonstration?
 ) -> pd.DataFrame:  # A row for each set of weights; also OUT/run, OUT/demo.png
-    "Draw a data set, and train on it with random and with ImageNet weights"
+    "Make a synthetic data set, and train on it with random and with ImageNet weights"
     out, what = Path(out), dict(n=images, size=size, seed=seed)
     with growing_folder(out, 'demo', ['demo.png', 'data/', *(f'{name}/' for name in _STARTS)], overwrite):
         if (out / 'data').is_dir():
-            make_dr(out / 'data', **what)  # it exists: an error if it is another data set
+            make_dr(out / 'data', **what)  # raises an error if it is another data set
         else:
-            print(f'drawing {images} synthetic fundus images', flush=True)
+            print(f'making {images} synthetic fundus images', flush=True)
             with new_folder(out / 'data', kind='drawn') as tmp:
                 make_dr(tmp, **what)
         for name in _STARTS:

@@ -20,7 +20,7 @@ def _data_name(table: TableOptions) -> str:
 
 
 def _output(output: OutputOptions, table: TableOptions, ending) -> tuple[Path, bool]:
-    "Return the path to write, which is not among the images, and whether it may be replaced"
+    "Return the path to write, which is outside the data, and whether it may be replaced"
     from dr_transfer.utils.places import check_outside
 
     named = output.out is not None
@@ -67,7 +67,7 @@ def _wanted_point(recipe: RecipeOptions, task, target) -> dict:
     named = (('sensitivity', recipe.sensitivity), ('specificity', recipe.specificity))
     wanted = {name: value for name, value in named if value is not None}
     if len(wanted) == 2:
-        raise ValueError('--sensitivity and --specificity: give one of the two')
+        raise ValueError('--sensitivity and --specificity: give only one of the two')
     if wanted and target.classes:
         _check_point(target.class_set())
     return wanted or ({'sensitivity': 0.9} if task.name == 'dr' else {})
@@ -78,7 +78,7 @@ def _check_point(classes):
     if classes.positive is None:
         names = ', '.join(classes[:5])
         raise ValueError(
-            f'--sensitivity and --specificity need two classes, or a positive class that the target states: '
+            f'--sensitivity and --specificity need two classes, or a target with a positive class: '
             f'the classes are {names}'
         )
 
@@ -115,7 +115,7 @@ def _printed_if_unwritable(table, file):
     try:
         yield
     except OSError as e:
-        if Path(file).exists():  # complete: a part of a table is never left
+        if Path(file).exists():  # the table is complete: an incomplete one is never left
             raise
         from dr_transfer.utils.csvfile import write_csv
         from dr_transfer.utils.places import OutputError
@@ -123,8 +123,8 @@ def _printed_if_unwritable(table, file):
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
         raise OutputError(
-            f'the table cannot be written ({e.strerror or e}): it was printed instead. Make room, and run '
-            'the command again, or save what was printed'
+            f'the table cannot be written ({e.strerror or e}): it was printed instead. Free disk space and run '
+            'the command again, or save the printed table'
         ) from e
 
 
@@ -135,7 +135,7 @@ def _as_utf8(stream):
 
 
 def _print_decision(decision):
-    "Print the operating point, and what could not be chosen"
+    "Print the operating point, or the reason why none was chosen"
     if decision.operating:
         print(f'operating point: {decision.point_words}')
     for line in decision.not_chosen:

@@ -61,7 +61,7 @@ def train(
 
 # %% ../../nbs/commands/04_subcommands.ipynb #82a3abfb
 def _build(images, found_task, task, split, training, recipe, runtime):
-    "Build a learner as the options say"
+    "Build a learner from the options"
     from dr_transfer.core import build_learner
 
     plan = recipe.plan
@@ -223,7 +223,7 @@ def export(
 
 # %% ../../nbs/commands/04_subcommands.ipynb #12a9b082
 def preprocess(
-    folder: str | Path,  # Folder of photographs; they are not changed
+    folder: str | Path,  # Folder of images; they are not changed
     out: str | Path,  # Folder for the results; finished ones are kept
     size: int = 512,  # Height and width of the results in pixels
     correction: str = 'none',  # Of light: 'none', 'colour' or 'local'
@@ -231,7 +231,7 @@ def preprocess(
     format: str = 'png',  # 'png', without loss, or 'jpg'
     workers: int | None = None,  # Threads; one for each core if None
 ) -> int:  # Exit code
-    "Prepare a folder of fundus photographs"
+    "Prepare a folder of fundus images"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
 
     t = preprocess_folder(folder, out, Preparation(size, correction, to_right, format), workers)
@@ -243,7 +243,7 @@ def preprocess(
     why = f' ({reasons})' if len(poor) else ''
     no_disc = t.x.isna().sum() - len(bad)
     print(
-        f'{len(t) - len(bad)} photographs in {out}, {len(bad)} could not be read; '
+        f'{len(t) - len(bad)} images in {out}, {len(bad)} could not be read; '
         f'{no_disc} without a visible disc; {len(poor)} ungradable{why}'
     )
     print(f'table: {Path(out) / "images.csv"}')
@@ -252,19 +252,19 @@ def preprocess(
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(
     out: str | Path = 'dr_transfer_demo',  # Folder to make
-    images: int = 400,  # Number of images to draw
+    images: int = 400,  # Number of images
     size: int = 256,  # Height and width in pixels
-    seed: int = 42,  # Decides the images, the split and the head
+    seed: int = 42,  # Determines the images, the split and the head
     runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
     overwrite: bool = False,  # Replace another demonstration?
 ) -> int:  # Exit code
-    "Draw a synthetic data set, train on it, and show the result"
+    "Make a synthetic data set, train on it and show the result"
     from dr_transfer.commands.demo import make_demo
 
     t = make_demo(out, images, size, seed, runtime, overwrite)
     out = Path(out)
     print(
-        '\nSynthetic fundus images of patients not seen in training, grade 2 or more '
+        '\nSynthetic fundus images of patients not used in training; positive is grade 2 or more '
         '(average over the views of each image):\n'
     )
     print(f'{t.round(3).to_string()}\n')

@@ -35,7 +35,7 @@ from dr_transfer.commands.shared import (
 
 # %% ../../nbs/commands/05_validation.ipynb #e273a641
 def _encode_targets(images, model, task):
-    "Add the class of each image to the table, as the model names classes"
+    "Add the class of each image to the table, with the class names of the model"
     from dr_transfer.data.task_file import load_task
     from dr_transfer.data.tasks import TASKS, Target, encode_target
 
@@ -66,7 +66,7 @@ def _print_report(e, resamples, page, predictions):
     if e.decision:
         _print_decision(e.decision)
     if e.known:
-        print(f'excluded: {len(e.known)} images, or near copies of them, that the model was made from')
+        print(f'excluded: {len(e.known)} images, or near copies of them, that the model was trained or validated on')
     if e.other:
         print(f'excluded: {len(e.other)} images that are not validation images of the model')
     if e.skipped:
@@ -88,9 +88,9 @@ def _print_files(main, label, table) -> int:
 def evaluate(
     model: str | Path,  # Run or model folder
     table: TableOptions,  # Labelled images
-    task: str | None = None,  # File with a task of your own; the model's task if None
-    split: str = 'new',  # Images that count: 'new' to the model, or its own 'valid' ones
-    allow_leaks: bool = False,  # Count images that the model was trained on, too?
+    task: str | None = None,  # File with a custom task; the task of the model if None
+    split: str = 'new',  # Images to include: 'new' to the model, or its 'valid' ones
+    allow_leaks: bool = False,  # Include images that the model was trained or validated on?
     report: ReportOptions = ReportOptions(),  # Report to write; NAME_report.html if not given
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _report_images(images, model):
-    "Print what is notable about the images, such as identical files with two classes"
+    "Print notable facts about the images, such as identical files with two classes"
     from dr_transfer.data.leaks import find_copies, note_contradictions
     from dr_transfer.data.table import report_table
 
@@ -149,8 +149,8 @@ def _check_cross(task, training, recipe):
     _check_recipe(recipe, training.epochs)
     if recipe.plan == 'advise':
         raise ValueError(
-            '--plan advise: advice is for one training, not for folds. '
-            'Run dr_transfer advise, and name the plan that it gives'
+            '--plan advise: advice is for a single training, not for folds. '
+            'Run dr_transfer advise, and give the recommended plan'
         )
 
 
@@ -210,7 +210,7 @@ def _recipe_card(found_task, target, task, recipe, decision) -> dict:
         'seed': task.seed,
         'decision': decision.to_dict(),
         'versions': versions(),
-        'training': {'plan': recipe.plan or 'chosen for set and machine', 'balance': recipe.balance},
+        'training': {'plan': recipe.plan or 'chosen for data and device', 'balance': recipe.balance},
     }
 
 # %% ../../nbs/commands/05_validation.ipynb #e5c259b1
@@ -267,7 +267,7 @@ def _write_comparison(compared, metric, resamples, figure, values):
     t = compared.table(resamples)
     n = len(next(iter(compared.tables.values())))
     shown = t.xs(metric, level='metric').round(3).to_string(na_rep='')
-    print(f'{metric}, on the same {n} images, and the difference to the first:\n{shown}')
+    print(f'{metric}, on the same {n} images, and the difference from the first:\n{shown}')
     write_csv(t.reset_index(), values)
     mark = {'dr_transfer-table': file_digest(values)}
     plot_comparison(t, metric).savefig(figure, dpi=120, format='png', metadata=mark)

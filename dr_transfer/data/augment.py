@@ -188,7 +188,7 @@ def augmentation_table() -> pd.DataFrame:  # One row per augmentation
     ).set_index('name')
 
 # %% ../../nbs/data/16_augment.ipynb #4f2d9c10
-_VIEW_NAMES = {
+_VIEW_TITLES = {
     'none': ('as it is',),
     'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
     'mirror': ('as it is', 'mirrored'),
@@ -205,7 +205,7 @@ def plot_views(
         raise unknown('set of views', views, VIEWS)
     x = stack_images([image])
     fig = Figure(figsize=(2 * len(VIEWS[views]), 2.3), layout='constrained')
-    for ax, view, name in zip(fig.subplots(1, len(VIEWS[views]), squeeze=False)[0], VIEWS[views], _VIEW_NAMES[views]):
+    for ax, view, name in zip(fig.subplots(1, len(VIEWS[views]), squeeze=False)[0], VIEWS[views], _VIEW_TITLES[views]):
         ax.imshow(view(x)[0].permute(1, 2, 0).numpy())
         ax.set_title(name, fontsize=9)
         ax.axis('off')

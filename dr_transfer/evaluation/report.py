@@ -79,7 +79,14 @@ class Evaluation:
         return [*data_columns(self.table), *(c for c in COMPUTED if c in self.table)]
 
 # %% ../../nbs/evaluation/02_report.ipynb #5f652d8e
-_OWN_COLUMNS = (*KNOWN, 'fold', 'prediction', 'decision', 'grade')  # columns that the library makes, besides p_CLASS
+_OWN_COLUMNS = (
+    *KNOWN,
+    'fold',
+    'prediction',
+    'decision',
+    'grade',
+    'unlike',
+)  # columns that the library makes, besides p_CLASS
 
 
 def describe_images(

@@ -37,7 +37,7 @@ from dr_transfer.utils.schema import (
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
 MAX_CLASSES = 10_000
-_VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')  # what predictions are averaged over
+_SETS_OF_VIEWS = ('none', 'quarter_turns', 'mirror', 'mirror_near')  # predictions are averaged over one of them
 _RUNTIME_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
 
 # %% ../../nbs/inference/01_card.ipynb #17b92613
@@ -71,7 +71,7 @@ class ModelCard:
     size: Annotated[int, Range(16, 4096)]  # Height and width of the images in pixels
     reader: Annotated[str, Known(READERS)]  # How an image is read
     fit: Annotated[str, Known(FITS)]  # How an image is made square
-    views: Annotated[str, Known(_VIEW_NAMES)]  # Views that predictions are averaged over
+    views: Annotated[str, Known(_SETS_OF_VIEWS)]  # Views that predictions are averaged over
     mean: tuple[_Mean, _Mean, _Mean]  # For normalisation, red, green, blue
     std: tuple[_Std, _Std, _Std]  # For normalisation, red, green, blue
     decision: Decision | None = None  # Temperature, threshold, cut points

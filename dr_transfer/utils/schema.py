@@ -95,9 +95,14 @@ def _valid(text) -> bool:
     return not any('\ud800' <= c <= '\udfff' for c in text)
 
 
+def _has_type(hint, value) -> bool:
+    "Whether a value has a plain type; a boolean is not a number"
+    return isinstance(value, _JSON_TYPES[hint]) and (hint is bool or not isinstance(value, bool))
+
+
 def _plain(hint, value, path) -> Any:
     "Return a number, text or boolean of the annotated type"
-    right = isinstance(value, _JSON_TYPES[hint]) and (hint is bool or not isinstance(value, bool))
+    right = _has_type(hint, value)
     if right and hint is float:
         right = _finite(value)
     if right and hint is str:
@@ -179,7 +184,7 @@ def _suits(hint, value) -> bool:
         return isinstance(value, dict)
     if get_origin(hint) is tuple:
         return isinstance(value, (list, tuple))
-    return isinstance(value, _JSON_TYPES[hint]) and (hint is bool or not isinstance(value, bool))
+    return _has_type(hint, value)
 
 
 def _one_of(hints, value, path) -> Any:

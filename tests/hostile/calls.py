@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 
-def draw(flowers, eyes):
+def draw(flowers, fundus_folder):
     "The sets that all cases share."
     from dr_transfer.synthetic.flowers import make_flowers
     from dr_transfer.synthetic.fundus import make_dr
 
     make_flowers(flowers, n=18, size=48, seed=0, classes=('daisy', 'roses'))
-    make_dr(eyes, n=24, size=64, seed=0, workers=1)
+    make_dr(fundus_folder, n=24, size=64, seed=0, workers=1)
 
 
 def draw_slice(path, spacing='null'):

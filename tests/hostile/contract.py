@@ -20,7 +20,9 @@ from observe import CPU, ERROR, MEMORY, differences, table_beside, text
 
 FORBIDDEN = ('Traceback (most recent call last)', 'Traceback of the server', 'Exception ignored', 'Segmentation fault')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', '.dcm', '.dicom')
-FORMULA = '=+-@\t\r'  # how a cell starts that a spreadsheet would compute: written with a quote before it
+FORMULA = (
+    '=+-@\t\r'  # the first characters of a cell that a spreadsheet would compute: it is written with a quote before it
+)
 
 # ---------------------------------------------------------------- every image is accounted for
 
@@ -35,7 +37,7 @@ def images_below(folder) -> list:
 
 
 def plain(cell) -> str:
-    "A cell as it was before it was written for a spreadsheet."
+    "The original text of a cell that was written for a spreadsheet."
     bare = cell.lstrip("'")
     return cell[1:] if cell[:1] == "'" and bare[:1] and bare[0] in FORMULA else cell
 
@@ -112,12 +114,12 @@ def unaccounted(outcome, at) -> list:
         return complaints + sets_differ(
             {r['image'] for r in rows}, {os.path.relpath(e, command.data) for e in expected}
         )
-    said = {os.path.basename(r['image']) for r in rows}
-    told = outcome.out + text(Path(command.outs[0]))
+    listed = {os.path.basename(r['image']) for r in rows}
+    printed = outcome.out + text(Path(command.outs[0]))
     return complaints + [
         f'not accounted for: {e!r}'
         for e in expected
-        if os.path.basename(e) not in said and os.path.basename(e) not in told
+        if os.path.basename(e) not in listed and os.path.basename(e) not in printed
     ]
 
 
@@ -130,7 +132,7 @@ def count_of_run(folder, expected) -> list:
 
 
 def sets_differ(found, expected) -> list:
-    "What is in one set only."
+    "The elements of one set only."
     return [f'not accounted for: {e!r}' for e in sorted(expected - found)] + [
         f'unknown row: {e!r}' for e in sorted(found - expected)
     ]
@@ -140,7 +142,7 @@ def sets_differ(found, expected) -> list:
 
 
 def words_of(command) -> list:
-    "What an error may name: paths and options that were given, long enough to be no accident."
+    "What an error may name: paths and options that were given, long enough not to match by chance."
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
     words += [
         w.encode(errors='backslashreplace').decode() for w in words
@@ -150,7 +152,7 @@ def words_of(command) -> list:
 
 
 def visible(line) -> str:
-    "A line without what an error may do with a name: quotes, escapes, white space."
+    "A line without the changes that an error may make to a name: quotes, escapes, white space."
     return re.sub(r'\s+', ' ', line)
 
 
@@ -172,7 +174,7 @@ def bad_error(outcome) -> list:
 
 
 def has_rows(outcome) -> bool:
-    "Did a prediction fail that still wrote its table, with the reason for each image?"
+    "Return whether a failed prediction still wrote its table, with the reason for each image."
     command = outcome.command
     path = os.fspath(command.outs[0]) if command.outs and command.verb == 'predict' else None
     return path in outcome.after and path not in outcome.before

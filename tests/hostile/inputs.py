@@ -32,7 +32,7 @@ KINDS = (
     'volumes',
     'preparations',
 )
-WHOLE = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also what is skipped to save time
+ALL_CASES = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also the cases that are usually skipped to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')
 PLAIN = ('--runtime', 'plain')
 CASES = []
@@ -84,7 +84,7 @@ def cases(*kinds) -> list:
     "The cases of some kinds, or of all: every case with DR_TRANSFER_HOSTILE=all, else those that always run."
     for kind in KINDS:
         importlib.import_module(f'inputs_{kind}')
-    return [c for c in CASES if (not kinds or c.kind in kinds) and (WHOLE or c.sampled)]
+    return [c for c in CASES if (not kinds or c.kind in kinds) and (ALL_CASES or c.sampled)]
 
 
 # ---------------------------------------------------------------- the place of a case
@@ -104,9 +104,9 @@ class Place:
         return self.root / name
 
     @property
-    def eyes(self) -> Path:
+    def fundus(self) -> Path:
         "Synthetic fundus images: images/ and labels.csv."
-        return self.shared / 'eyes'
+        return self.shared / 'fundus_set'
 
     @property
     def flowers(self) -> Path:
@@ -122,9 +122,9 @@ class Place:
         "The synthetic flowers as the data of this case."
         return Path(shutil.copytree(self.flowers, self.data, dirs_exist_ok=True))
 
-    def copy_eyes(self) -> Path:
+    def copy_fundus(self) -> Path:
         "The synthetic fundus images as the data of this case."
-        return Path(shutil.copytree(self.eyes, self.data, dirs_exist_ok=True))
+        return Path(shutil.copytree(self.fundus, self.data, dirs_exist_ok=True))
 
     def predict(self, *images, model='flower_run', **more) -> Command:
         "Predict some images, or the data folder, into a CSV."
@@ -140,7 +140,7 @@ class Place:
         more.setdefault('data', Path(data))
         return Command(['train', data, *SMALL, *PLAIN, '--out', out, *words], [out], **more)
 
-    def evaluate(self, *words, model='eye_run', **more) -> Command:
+    def evaluate(self, *words, model='fundus_run', **more) -> Command:
         "Evaluate a model on the data folder into a report."
         out = self.root / 'out.html'
         model = self.shared / model if isinstance(model, str) else model
@@ -237,12 +237,14 @@ def make_shared(runner, folder):
     "Synthetic sets and trained models; made once, changed by no case."
     at = place(folder.with_name(folder.name + ' making'), folder)
     folder.mkdir()
-    done(runner, at, Command(['draw', folder / 'flowers', folder / 'eyes'], [folder], call='draw'))
+    done(runner, at, Command(['draw', folder / 'flowers', folder / 'fundus_set'], [folder], call='draw'))
     done(runner, at, Command(['train', folder / 'flowers', *SMALL, *PLAIN, '--out', folder / 'flower_run'], [folder]))
     done(
         runner,
         at,
-        Command(['train', folder / 'eyes', *SMALL, *PLAIN, '--task', 'dr', '--out', folder / 'eye_run'], [folder]),
+        Command(
+            ['train', folder / 'fundus_set', *SMALL, *PLAIN, '--task', 'dr', '--out', folder / 'fundus_run'], [folder]
+        ),
     )
     done(
         runner,
@@ -251,7 +253,7 @@ def make_shared(runner, folder):
         needed='onnx',
     )
     done(runner, at, Command(['save_weights', folder / 'body.safetensors'], [folder], call='save_weights'))
-    done(runner, at, Command(['preprocess', folder / 'eyes', folder / 'prepared', '--size', '48'], [folder]))
+    done(runner, at, Command(['preprocess', folder / 'fundus_set', folder / 'prepared', '--size', '48'], [folder]))
     good = folder / 'flowers' / 'daisy' / '0000.jpg'
     done(runner, at, Command(['predict', folder / 'flower_run', good, *PLAIN, '--out', folder / 'good.csv'], [folder]))
     shutil.copytree(at.cache, folder / 'cache')

@@ -52,7 +52,7 @@ def train(at, pair):
     "A training with one value that may be wrong."
     option, value = pair
     task = ('--task', 'dr') if option != '--task' else ()
-    data = at.eyes if task else at.flowers
+    data = at.fundus if task else at.flowers
     more = (f'{option}={value}',) if option != '--overwrite' else (option, value)
     return at.train(
         *task, *more, data=data, images=24 if task else 18, named=(option.strip('-'), repr(value), value or option)
@@ -71,7 +71,7 @@ EVALUATE = {
 def evaluate(at, pair):
     "An evaluation with one value that may be wrong."
     option, value = pair
-    at.copy_eyes()
+    at.copy_fundus()
     return at.evaluate(f'{option}={value}', named=(option.strip('-'), value or option))
 
 
@@ -115,7 +115,7 @@ def other_command(at, words):
 def operating_point(at, value):
     "A sensitivity and a specificity together; or one of them for a target without a positive class."
     if value:
-        return at.train('--task', 'dr', '--sensitivity', value, '--specificity', value, data=at.eyes, images=24)
+        return at.train('--task', 'dr', '--sensitivity', value, '--specificity', value, data=at.fundus, images=24)
     return at.train(
         '--task',
         'dr',
@@ -123,7 +123,7 @@ def operating_point(at, value):
         'grade',
         '--sensitivity',
         '0.9',
-        data=at.eyes,
+        data=at.fundus,
         images=24,
         named=('grade', 'sensitivity'),
     )
@@ -168,7 +168,7 @@ def words(at, words):
 
 @case('arguments', {c: c for c in ('demo', 'train', 'predict', 'evaluate', 'preprocess')})
 def help_is_shown(at, command):
-    "--help ends well and computes nothing."
+    "--help exits with 0 and computes nothing."
     return Command([command, '--help'], also=lambda o: [] if 'usage' in o.out else ['no help'])
 
 
@@ -284,7 +284,7 @@ def printed(at, how):
         (at.data / '🌹' / '🥀.jpg').write_bytes(b'')
         made = at.train()
     else:
-        at.copy_eyes()
+        at.copy_fundus()
         text = (at.data / 'labels.csv').read_text().replace('patient,', '🏥,')
         (at.data / 'labels.csv').write_text(text)
         (at.data / 'images' / '🥀.jpg').write_bytes(b'')

@@ -49,7 +49,7 @@ def train(at, cache=None, **more):
 
 
 def same(at):
-    "The assertion that a run is the shared one."
+    "Check that a run equals the shared one."
 
     def complaints(outcome):
         if outcome.code:
@@ -256,10 +256,10 @@ def not_private(at, mode):
     if mode == 0o755:
         os.chown(at.cache, 12345, 12345)
     command = train(at)
-    told = command.also
+    check_warning = command.also
 
     def complaints(outcome):
-        yield from told(outcome)
+        yield from check_warning(outcome)
         if f'warning: the cache folder {at.cache} ' not in outcome.err:
             yield 'no warning that others can change the cache'
 
@@ -271,12 +271,12 @@ def not_private(at, mode):
 def few_open_files(at, what):
     "A process that may open few files: the usual result, or an error that says what to do."
     verb, files = what
-    at.copy_eyes()
+    at.copy_fundus()
     more = {'files': files, 'named': ('ulimit -n',)}
     if verb == 'train':
         return train(at, files=files)
     if verb == 'predict':
-        return at.predict(model='eye_run', **more)
+        return at.predict(model='fundus_run', **more)
     return at.evaluate(**more) if verb == 'evaluate' else at.preprocess(**more)
 
 
@@ -294,7 +294,7 @@ def speed(at, data):
 
 
 def good(at):
-    "The assertion that the good image has its prediction."
+    "Check that the good image has its prediction."
 
     def complaints(outcome):
         want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
@@ -304,11 +304,11 @@ def good(at):
     return complaints
 
 
-# ---------------------------------------------------------------- trainings that are kept for another time
+# ---------------------------------------------------------------- stored trainings
 
 
 def compare(at, runner_words=()):
-    "A comparison that keeps its trainings."
+    "A comparison that stores its trainings."
     out = at.root / 'out.png'
     return Command(
         [
@@ -355,10 +355,10 @@ def compare(at, runner_words=()):
     ),
 )
 def kept_training(at, change):
-    "A training that was kept is damaged: the comparison gives the same result."
+    "A stored training is damaged: the comparison gives the same result."
     shutil.copytree(at.shared / 'compared cache', at.cache)
     files = sorted(p for p in (at.cache / 'trainings').rglob('*') if p.is_file() and p.suffix == '.csv')
-    assert files, 'no training was kept'
+    assert files, 'no training was stored'
     for path in files:
         change(path)
     command = compare(at)

@@ -39,7 +39,7 @@ TAKEN = (
 
 
 def with_column(rows, name, value) -> list:
-    "Rows with one more column; `value` of the row's number."
+    "Rows with one more column; `value` gets the index of the row."
     return [[*rows[0], name], *([*r, value(i)] for i, r in enumerate(rows[1:]))]
 
 
@@ -51,7 +51,7 @@ def number(i) -> str:
 @case('columns', {repr(n): n for n in TAKEN})
 def evaluated(at, name):
     "A user's column with a name that the library uses itself: the predictions of the model must not be taken from it."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     command = at.evaluate(named=('labels.csv', name, 'split', 'column'))
     command.also = of_the_model(at, name)
@@ -59,7 +59,7 @@ def evaluated(at, name):
 
 
 def of_the_model(at, name):
-    "The assertion that no result of the model holds the user's numbers, and that the probabilities are its own."
+    "Check that no result of the model contains the user's values, and that the probabilities are its own."
     values = {i: number(i) for i in range(24)}
 
     def complaints(outcome):
@@ -89,7 +89,7 @@ def of_the_model(at, name):
 @case('columns', {repr(n): n for n in ('decision', 'p_age', 'prediction', 'target', 'label', 'error', 'p_no')})
 def trained(at, name):
     "The same in a training."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', with_column(rows_of(at), name, number))
     return at.train(*DR, images=24, named=('labels.csv', name))
 
@@ -116,7 +116,7 @@ DOUBLES = {
 
 @table(None, DOUBLES, named=('column', 'columns'))
 def header(rows, names):
-    "Columns of one name, or of names that are nearly one; the last column holds other numbers."
+    "Columns with equal or nearly equal names; the last column has other values."
     return [names, *([*r[:3], number(i)] for i, r in enumerate(rows[1:]))]
 
 
@@ -141,7 +141,7 @@ PATIENTS = (
 
 
 def together(at, labels='labels.csv', column=2):
-    "The assertion that no patient has images in training and in validation."
+    "Check that no patient has images in both training and validation."
 
     def complaints(outcome):
         rows = list(csv.reader(io.StringIO((at.data / labels).read_text())))[1:]
@@ -166,7 +166,7 @@ def patients(at, name, value=None) -> list:
 @case('columns', {repr(n): n for n in PATIENTS})
 def patients_asked_for(at, name):
     "Patients in a column that is named: they stay together."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, name))
     return at.train(*DR, '--patient', name, images=24, also=together(at), named=('labels.csv',))
 
@@ -174,20 +174,20 @@ def patients_asked_for(at, name):
 @case('columns', {repr(n): n for n in PATIENTS})
 def patients_found(at, name):
     "Patients in a column that is not named: they stay together, or the command reports that there is none."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, name))
 
-    def found_or_said(outcome):
-        said = outcome.out + outcome.err
-        return [] if 'no patient column' in said else list(together(at)(outcome))
+    def found_or_reported(outcome):
+        text = outcome.out + outcome.err
+        return [] if 'no patient column' in text else list(together(at)(outcome))
 
-    return at.train(*DR, images=24, also=found_or_said, named=('labels.csv',))
+    return at.train(*DR, images=24, also=found_or_reported, named=('labels.csv',))
 
 
 @case('columns', {k: k for k in ('evaluate', 'cross-validate', 'compare', 'advise')})
 def patients_in_every_command(at, which):
-    "The column of the patients named, in every command that reads labels."
-    at.copy_eyes()
+    "The name of the patient column is given, in each command that reads labels."
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, 'pid'))
     out = at.root / ('out.png' if which in ('compare', 'advise') else 'out.html')
     if which == 'evaluate':
@@ -231,7 +231,7 @@ def patients_in_every_command(at, which):
 @case('columns')
 def patients_of_nobody(at):
     "A column of patients that does not exist."
-    at.copy_eyes()
+    at.copy_fundus()
     return at.train(*DR, '--patient', 'nobody')
 
 
@@ -249,7 +249,7 @@ VALUES = {
 @case('columns', VALUES)
 def patients_written(at, value):
     "Patients written in several ways."
-    at.copy_eyes()
+    at.copy_fundus()
     write(at.data / 'labels.csv', patients(at, 'patient', value))
     return at.train(*DR, images=24, also=together(at), named=('labels.csv', 'group', 'patient'))
 
@@ -259,7 +259,7 @@ def patients_partly_known(at):
     "Half of the images have no patient, and are copies of images that have one."
     import shutil
 
-    at.copy_eyes()
+    at.copy_fundus()
     rows = [r[:3] for r in rows_of(at)]
     for r in rows[1:13]:
         name = r[0].replace('.jpg', ' copy.jpg')

@@ -55,7 +55,7 @@ def grey_image(good):
 
 @image('dicom', 'x.dcm', 'prediction')
 def colour(path, good):
-    "A good photograph."
+    "A valid fundus image."
     save(dataset(np.asarray(shown(good).resize((64, 64)))), path)
     return shown(good).resize((64, 64))
 
@@ -70,7 +70,7 @@ def deep(path, good, how):
 
 @image('dicom', 'x.dcm', 'error')
 def signed(path, good):
-    "Greys below and above 0, and no window that tells what is black."
+    "Greys below and above 0, and no window that defines black."
     save(dataset(((grey(good).astype(np.int32) - 128) * 256).astype(np.int16), 16, 1), path)
     return grey_image(good)
 
@@ -184,7 +184,7 @@ def nested(path, good):
     },
 )
 def other(path, good, data):
-    "A file that is no DICOM."
+    "A file that is not DICOM."
     need('pydicom')
     path.write_bytes(data)
 
@@ -194,10 +194,10 @@ PATIENTS = {'newline': 'a\nb', 'formula': '=cmd()', 'long': 'x' * 64, 'html': '<
 
 @case('dicom', PATIENTS)
 def patient(at, name):
-    "A set of DICOM photographs whose patients have odd names."
+    "A set of DICOM images whose patients have unusual names."
     from PIL import Image
 
-    for i, path in enumerate(sorted((at.eyes / 'images').iterdir())):
+    for i, path in enumerate(sorted((at.fundus / 'images').iterdir())):
         folder = at.data / ('daisy' if i % 2 else 'rose')
         folder.mkdir(exist_ok=True)
         with Image.open(path) as im:

@@ -1,4 +1,4 @@
-"Files that are not photographs but have the name of one: other file types, pipes, links and folders."
+"Files that are not images but have the name of one: other file types, pipes, links and folders."
 
 import io
 import os
@@ -98,7 +98,7 @@ def tar_archive(path, good):
 
 
 class Payload:
-    "Leaves a trace when it is unpickled."
+    "Makes a file when it is unpickled."
 
     def __reduce__(self):
         return os.system, ('true',)
@@ -185,7 +185,7 @@ def link_to_an_image(path, good):
 
 @image('files', 'x.jpg')
 def folder_named_as_an_image(path, good):
-    "A folder with an image in it: no image, but searched."
+    "A folder with an image in it: not an image, but it is searched."
     path.mkdir()
     (path / 'inside.jpg').write_bytes(good)
 

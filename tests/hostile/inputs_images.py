@@ -185,7 +185,7 @@ def animated_png(path, good, how):
     {'60000': (60_000, 60_000), '2 billion': (2**31 - 1, 2**31 - 1), '178 million pixels': (13_000, 13_000)},
 )
 def pretended_png(path, good, size):
-    "A PNG of a few bytes that says it has billions of pixels."
+    "A PNG of a few bytes that claims billions of pixels."
     path.write_bytes(png(*size, bytes(1000)))
 
 
@@ -197,7 +197,7 @@ def png_bomb(path, good):
 
 @image('images', 'x', 'error', {k: k for k in ('jpeg', 'gif', 'bmp', 'ppm', 'tiff', 'webp')})
 def pretended(path, good, kind):
-    "A file of a few bytes that says it has billions of pixels."
+    "A file of a few bytes that claims billions of pixels."
     data = bytearray(saved(good, kind, **({'lossless': True} if kind == 'webp' else {})))
     if kind == 'jpeg':
         at = data.index(b'\xff\xc0')
@@ -297,7 +297,7 @@ def odd_bmp(path, good, change):
 
 @image('images', 'x.bmp', '')
 def rle_bmp(path, good):
-    "A BMP compressed by run lengths that lead out of it."
+    "A BMP compressed with run lengths that exceed it."
     data = bytearray(saved(with_palette(good), 'bmp'))
     struct.pack_into('<I', data, 30, 1)
     path.write_bytes(bytes(data[:1100]) + b'\xff\x07' * 1000 + b'\0\x02\xff\xff' * 100 + b'\0\1')

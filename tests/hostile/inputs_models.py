@@ -1,4 +1,4 @@
-"Model folders and ONNX files that are damaged, or were made to do harm."
+"Model folders and ONNX files that are damaged, or were made for an attack."
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import pickle
 import shutil
 
 import numpy as np
-from inputs import PLAIN, WHOLE, case, need
+from inputs import ALL_CASES, PLAIN, case, need
 from observe import Command
 
 FIELDS = (
@@ -66,8 +66,8 @@ def predicted(at, run, **more):
     )
 
 
-def refused(outcome):
-    "The assertion that the model is not used."
+def must_fail(outcome):
+    "Check that the model is not used."
     return [] if outcome.code else ['the model is used: ' + outcome.out[:200] + json.dumps(outcome.rows)[:300]]
 
 
@@ -84,7 +84,7 @@ def field_missing(at, field):
         about.pop('sha256')
         about['sha256'] = digest(about)
     (run / 'model' / 'model.json').write_text(json.dumps(about))
-    return predicted(at, run, also=None if field in ('task', 'target', 'decision', 'weights') else refused)
+    return predicted(at, run, also=None if field in ('task', 'target', 'decision', 'weights') else must_fail)
 
 
 VALUES = {
@@ -101,7 +101,12 @@ VALUES = {
 
 @case(
     'models',
-    {f'{f} {n}': (f, v) for f in FIELDS[:14] for n, v in VALUES.items() if WHOLE or n in ('null', 'dict', 'number')},
+    {
+        f'{f} {n}': (f, v)
+        for f in FIELDS[:14]
+        for n, v in VALUES.items()
+        if ALL_CASES or n in ('null', 'dict', 'number')
+    },
 )
 def field_of_another_type(at, what):
     "A field of model.json has another type."
@@ -119,7 +124,7 @@ def set_field(**values):
     return lambda about: about.update(values)
 
 
-HARM = {
+ATTACKS = {
     'wide head': set_head(hidden=[10**9]),
     'deep head': set_head(hidden=[8] * 20_000),
     'negative head': set_head(hidden=[-1]),
@@ -180,16 +185,16 @@ MAY_WORK = {
 }
 
 
-@case('models', HARM)
-def harm(at, change):
-    "A value in model.json that takes all memory, or makes other numbers."
+@case('models', ATTACKS)
+def attack(at, change):
+    "A value in model.json that uses all memory, or changes the predictions."
     return predicted(at, model(at, change))
 
 
 @case(
     'models',
     {
-        k: HARM[k]
+        k: ATTACKS[k]
         for k in (
             'std 0',
             'std nan',
@@ -203,15 +208,15 @@ def harm(at, change):
         )
     },
 )
-def harm_is_seen(at, change):
+def harm_is_detected(at, change):
     "Values with which no prediction can be correct: an error."
-    return predicted(at, model(at, change), also=refused)
+    return predicted(at, model(at, change), also=must_fail)
 
 
 @case('models', {'swapped': ['roses', 'daisy'], 'other': ['a', 'b']})
 def classes_changed_by_hand(at, classes):
     "The class names of a model were edited: its digest does not fit."
-    return predicted(at, model(at, set_field(classes=classes), sign=False), also=refused)
+    return predicted(at, model(at, set_field(classes=classes), sign=False), also=must_fail)
 
 
 JSONS = {
@@ -236,7 +241,7 @@ def other_json(at, data):
     run = model(at)
     file = run / 'model' / 'model.json'
     file.write_bytes(file.read_bytes()[:300] if data is None else data)
-    return predicted(at, run, also=refused)
+    return predicted(at, run, also=must_fail)
 
 
 @case(
@@ -259,7 +264,7 @@ def file_of_a_model(at, what):
         path.mkdir()
     if kind in ('zero', 'dangling'):
         path.symlink_to('/dev/zero' if kind == 'zero' else 'nowhere')
-    return predicted(at, run, also=refused)
+    return predicted(at, run, also=must_fail)
 
 
 # ---------------------------------------------------------------- tensors
@@ -285,7 +290,7 @@ TENSORS = {
 @case('models', TENSORS)
 def tensors_changed(at, change):
     "Tensors that are not weights of this network, signed as if they were."
-    return predicted(at, model(at, tensors=change), also=refused)
+    return predicted(at, model(at, tensors=change), also=must_fail)
 
 
 @case('models', {'doubles': np.float64, 'halves': np.float16})
@@ -299,8 +304,8 @@ def tensors_of_another_type(at, kind):
 
 
 @case('models')
-def seen_changed(at):
-    "The hashes of the images that a model was made from have another shape."
+def hashes_changed(at):
+    "The hashes of the images that a model was trained on have another shape."
     return predicted(at, model(at, tensors=lambda t: {**t, 'seen': np.zeros((3, 5), np.float64)}))
 
 
@@ -319,7 +324,7 @@ def tensors_flipped(at, i):
     "One byte of the tensors has other bits."
     run = model(at)
     flipped(run / 'model' / 'model.safetensors', i)
-    return predicted(at, run, also=refused)
+    return predicted(at, run, also=must_fail)
 
 
 @case(
@@ -335,7 +340,7 @@ def other_tensors(at, data):
     about.pop('sha256')
     about['tensors_sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
     file.write_text(json.dumps({**about, 'sha256': digest(about)}))
-    return predicted(at, run, also=refused)
+    return predicted(at, run, also=must_fail)
 
 
 @case('models', {'evaluate': 'evaluate', 'export': 'export'})
@@ -344,6 +349,6 @@ def nan_in_other_commands(at, command):
     run = model(at, tensors=scaled(np.nan))
     if command == 'export':
         need('onnx')
-        return Command(['export', run, *PLAIN, '--out', at.root / 'out.onnx'], also=refused)
+        return Command(['export', run, *PLAIN, '--out', at.root / 'out.onnx'], also=must_fail)
     at.copy_flowers()
-    return at.evaluate(model=run, also=refused)
+    return at.evaluate(model=run, also=must_fail)

@@ -112,7 +112,7 @@ def many_names_at_once(at):
 def many_names_prepared(at):
     "All odd names in one folder, prepared."
     for i, name in enumerate(v for k, v in SAFE.items() if k != 'upper'):
-        shutil.copy(at.eyes / 'images' / sorted(os.listdir(at.eyes / 'images'))[i % 20], at.data / name)
+        shutil.copy(at.fundus / 'images' / sorted(os.listdir(at.fundus / 'images'))[i % 20], at.data / name)
     return at.preprocess()
 
 
@@ -122,7 +122,7 @@ def names_in_labels(at):
     (at.data / 'images').mkdir()
     names = [v for k, v in SAFE.items() if k not in ('not text', 'space before', 'space after', 'return')]
     for i, name in enumerate(names):
-        shutil.copy(sorted((at.eyes / 'images').iterdir())[i % 24], at.data / 'images' / name)
+        shutil.copy(sorted((at.fundus / 'images').iterdir())[i % 24], at.data / 'images' / name)
     pd.DataFrame({'image': names, 'grade': [i % 5 for i in range(len(names))]}).to_csv(
         at.data / 'labels.csv', index=False
     )
@@ -166,7 +166,7 @@ def class_twins(at, names):
 @case('names')
 def a_name_of_200000_characters(at):
     "A name in labels.csv that no file can have."
-    at.copy_eyes()
+    at.copy_fundus()
     with open(at.data / 'labels.csv', 'a', encoding='utf-8') as f:
         f.write('n' * 200_000 + '.jpg,1,p,left\n')
     return at.train('--task', 'dr', images=24, named=('labels.csv', 'nnn'))

@@ -7,7 +7,7 @@ import shutil
 
 from contract import read_rows
 from inputs import case, need
-from inputs_models import PLACES, flipped, predicted, refused
+from inputs_models import PLACES, flipped, must_fail, predicted
 
 
 def onnx(at):
@@ -22,11 +22,11 @@ def onnx_flipped(at, i):
     "One byte of an ONNX file has other bits: an error, never another prediction."
     path = onnx(at)
     flipped(path, i)
-    return predicted(at, path, named=('m.onnx',), also=same_or_refused(at))
+    return predicted(at, path, named=('m.onnx',), also=same_or_error(at))
 
 
-def same_or_refused(at):
-    "The assertion that a prediction is that of the undamaged model, if there is one."
+def same_or_error(at):
+    "Check that a prediction, if there is one, is that of the undamaged model."
     want = read_rows((at.shared / 'good.csv').read_text().splitlines())[0]
     return lambda o: (
         []
@@ -40,7 +40,7 @@ def other_onnx(at, data):
     "An ONNX file that contains something else."
     path = onnx(at)
     path.write_bytes(path.read_bytes()[:100_000] if data is None else data)
-    return predicted(at, path, named=('m.onnx',), also=refused)
+    return predicted(at, path, named=('m.onnx',), also=must_fail)
 
 
 @case(
@@ -54,7 +54,7 @@ def other_onnx(at, data):
         'list': None,
     },
 )
-def onnx_says_otherwise(at, change):
+def onnx_with_another_description(at, change):
     "The description in an ONNX file was changed by hand."
     path = onnx(at)
     import onnx as package
@@ -63,7 +63,7 @@ def onnx_says_otherwise(at, change):
     about = next(m for m in proto.metadata_props if m.key == 'about')
     about.value = '[]' if change is None else json.dumps({**json.loads(about.value), **change})
     package.save(proto, path)
-    return predicted(at, path, named=('m.onnx',), also=refused)
+    return predicted(at, path, named=('m.onnx',), also=must_fail)
 
 
 @case('onnx', {k: k for k in ('fifo', 'folder', 'zero', 'dangling')})
@@ -76,4 +76,4 @@ def onnx_path(at, kind):
         path.mkdir()
     else:
         path.symlink_to('/dev/zero' if kind == 'zero' else 'nowhere')
-    return predicted(at, path, named=('m.onnx',), also=refused)
+    return predicted(at, path, named=('m.onnx',), also=must_fail)

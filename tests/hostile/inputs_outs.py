@@ -3,10 +3,10 @@
 import os
 import shutil
 
-from inputs import PLAIN, WHOLE, case
+from inputs import ALL_CASES, PLAIN, case
 from observe import Command, table_beside
 
-COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', *(('export',) if WHOLE else ()))  # an export takes long
+COMMANDS = ('train', 'predict', 'evaluate', 'preprocess', *(('export',) if ALL_CASES else ()))  # an export takes long
 SUFFIX = {'predict': '.csv', 'evaluate': '.html', 'export': '.onnx'}
 
 
@@ -16,7 +16,7 @@ def of(at, command, out, *words, allowed=False):
         'train': lambda: at.train(data=at.flowers, images=18),
         'predict': lambda: at.predict(at.flower, images=[at.flower]),
         'evaluate': lambda: evaluated(at),
-        'preprocess': lambda: at.preprocess(source=at.eyes),
+        'preprocess': lambda: at.preprocess(source=at.fundus),
         'export': lambda: exported(at),
     }[command]()
     made.words = [out if w == made.outs[0] else w for w in made.words] + list(words)
@@ -34,10 +34,10 @@ def exported(at):
 
 
 def evaluated(at):
-    "An evaluation of the shared eyes."
+    "An evaluation on the shared fundus images."
     out = at.root / 'out.html'
     return Command(
-        ['evaluate', at.shared / 'eye_run', at.eyes, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
+        ['evaluate', at.shared / 'fundus_run', at.fundus, '--allow-leaks', '--resamples', '100', '--out', out, *PLAIN],
         [out, table_beside(out)],
     )
 
@@ -47,8 +47,8 @@ def each(*names):
     return {f'{c} {n}': (c, n) for c in COMMANDS for n in names}
 
 
-def refused(outcome):
-    "The assertion that nothing was done."
+def must_fail(outcome):
+    "Check that nothing was done."
     return [] if outcome.code else ['exit code 0, though there is nothing that it may write to']
 
 
@@ -85,7 +85,7 @@ def bad_place(at, which):
     each('file', 'file overwritten', 'folder', 'folder overwritten', 'run', 'run overwritten', 'home overwritten'),
 )
 def taken(at, which):
-    "--out is something of the user. With --overwrite a file may take a file's place; a folder stays."
+    "--out is a file or folder of the user. With --overwrite a file may be replaced, but never a folder."
     command, name = which
     out = at.root / f'mine{SUFFIX.get(command, "")}'
     if name.startswith('file'):
@@ -100,7 +100,7 @@ def taken(at, which):
         (out / 'thesis.txt').write_text('precious')
     replaceable = name == 'file overwritten' and command in SUFFIX
     made = of(at, command, out, *(['--overwrite'] if 'overwritten' in name else []), allowed=replaceable)
-    made.also = None if replaceable else refused
+    made.also = None if replaceable else must_fail
     return made
 
 
@@ -119,7 +119,7 @@ def ours_with_a_file_of_the_user(at, command):
     shutil.copytree(at.shared / 'flower_run', out)
     (out / 'model' / 'notes of mine.txt').write_text('precious')
     made = of(at, command, out, '--overwrite')
-    made.also = refused
+    made.also = must_fail
     return made
 
 
@@ -134,12 +134,12 @@ def link(at, which):
     if name == 'to folder':
         target.mkdir()
         (target / 'thesis.txt').write_text('precious')
-    at.copy_eyes()
+    at.copy_fundus()
     out.symlink_to({'loop': out.name, 'to data': at.data}.get(name, target))
     made = of(at, command, out, '--overwrite')
     if name == 'dangling' or (name == 'to file' and command in SUFFIX):
         made.outs = [out, table_beside(out), target]
-    made.also = None if name in ('dangling', 'to file') else refused
+    made.also = None if name in ('dangling', 'to file') else must_fail
     return made
 
 
@@ -154,7 +154,7 @@ def link(at, which):
 def near_the_data(at, which):
     "--out lies in the data, is the data, or holds the data; by name, or by a link."
     command, name = which
-    (at.copy_flowers if command == 'train' else at.copy_eyes)()
+    (at.copy_flowers if command == 'train' else at.copy_fundus)()
     linked = at.root / 'by link'
     linked.symlink_to(at.data)
     end = SUFFIX.get(command, '')
@@ -166,20 +166,20 @@ def near_the_data(at, which):
         ['--overwrite'] if 'inside' not in name else []
     )
     made.outs = []
-    made.also = refused
+    made.also = must_fail
     return made
 
 
 @case('outs', {c: c for c in COMMANDS})
 def name_that_is_no_text(at, command):
-    "--out with bytes that are not text: a good name on Linux."
+    "--out with bytes that are not text: a valid name on Linux."
     out = at.root / (os.fsdecode(b'\xff\xfe') + SUFFIX.get(command, ''))
     return of(at, command, out, allowed=True)
 
 
 @case('outs', {c: c for c in COMMANDS})
 def folder_that_is_not_there(at, command):
-    "--out in a folder that has to be made; what is made for it may stay."
+    "--out in a folder that does not exist; it is created and may remain."
     out = at.root / 'new' / 'folders' / f'out{SUFFIX.get(command, "")}'
     made = of(at, command, out, allowed=True)
     made.outs.append(at.root / 'new')
@@ -188,7 +188,7 @@ def folder_that_is_not_there(at, command):
 
 @case('outs', {'csv': 'out.csv', 'png': 'out.png', 'none': 'out', 'upper': 'out.HTML', 'hidden': '.html'})
 def suffix_of_a_report(at, name):
-    "A report whose name is that of its table, or of something else."
+    "A report with the suffix of its table, or of another kind of file."
     out = at.root / name
     made = of(at, 'evaluate', out, allowed=True)
     return made
@@ -196,10 +196,10 @@ def suffix_of_a_report(at, name):
 
 @case('outs')
 def table_beside_a_report_is_taken(at):
-    "The report's place is free, that of its table is not."
+    "The name of the report is free, but not that of its table."
     table_beside(at.root / 'out.html').write_text('precious')
     made = of(at, 'evaluate', at.root / 'out.html')
-    made.also = refused
+    made.also = must_fail
     return made
 
 
@@ -215,6 +215,6 @@ def model_is_the_place(at, command):
         made = of(at, command, run, '--overwrite')
         made.words[1] = run
     made.outs = []
-    made.also = refused
+    made.also = must_fail
     made.named = ('run', 'data', 'out')
     return made

@@ -1,4 +1,4 @@
-"Good images with pixels of other kinds: modes, depths, shapes. What they show is what they are predicted as."
+"Good images with pixels of other kinds: modes, depths, shapes. They are predicted as what they show."
 
 import shutil
 
@@ -27,7 +27,7 @@ def float_0_to_1(path, good):
 
 @image('pixels', 'x.tif', 'error')
 def float_0_to_255(path, good):
-    "A TIFF of real numbers from 0 to 255, of which nothing tells the range."
+    "A TIFF of real numbers from 0 to 255 without a declared range."
     Image.fromarray(grey(good).astype(np.float32)).save(path)
     return as_image(grey(good))
 
@@ -56,7 +56,7 @@ def float_infinite(path, good):
 
 @image('pixels', 'x.tif', '', {'bytes': 1, '65535': 257, 'negative': -1, 'billions': 8_000_000})
 def int32(path, good, factor):
-    "A TIFF of whole numbers of 32 bits."
+    "A TIFF of 32-bit integers."
     Image.fromarray(grey(good).astype(np.int32) * factor).save(path)
 
 
@@ -172,20 +172,20 @@ def one_colour(path, good, value):
 
 @image('pixels', 'x.gif', 'prediction')
 def animation(path, good):
-    "A GIF of frames that are unlike the first."
+    "A GIF with frames that differ from the first."
     first = shown(good).quantize(64)
     first.save(path, save_all=True, append_images=[Image.new('P', first.size, i) for i in range(5)])
     return first.convert('RGB')
 
 
 @image('pixels', 'x.jpg', 'prediction')
-def two_pictures(path, good):
+def two_images(path, good):
     "A JPEG of several images (MPO): the first counts."
     shown(good).save(path, 'MPO', save_all=True, quality=95, append_images=[Image.new('RGB', (30, 30))])
     return shown(good)
 
 
-@case('pixels', {c: c for c in ('predict eye_run', 'predict flowers.onnx', 'train', 'evaluate', 'preprocess')})
+@case('pixels', {c: c for c in ('predict fundus_run', 'predict flowers.onnx', 'train', 'evaluate', 'preprocess')})
 def all_images_at_once(at, which):
     "Every hostile image of the corpus in one folder, through each command."
     from inputs import need

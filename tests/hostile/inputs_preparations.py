@@ -10,16 +10,16 @@ from PIL import Image
 
 def prepared(at) -> list:
     "A finished preparation of the synthetic fundus images, as another run left it."
-    at.copy_eyes()
+    at.copy_fundus()
     shutil.copytree(at.shared / 'prepared', at.root / 'out')
     for path in at.data.rglob('*.jpg'):  # a copy has the times of the originals, which the journal knows
-        times = (at.eyes / path.relative_to(at.data)).stat()
+        times = (at.fundus / path.relative_to(at.data)).stat()
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return sorted((at.root / 'out').rglob('*.png'))
 
 
 def same(at):
-    "The assertion that the results are those of an undisturbed run."
+    "Check that the results are those of an undisturbed run."
 
     def complaints(outcome):
         if outcome.code:
@@ -33,7 +33,7 @@ def same(at):
 
 
 def again(at, **more):
-    "The same preparation once more, over what is there."
+    "The same preparation again, over existing results."
     return at.preprocess(also=same(at), named=('out', 'journal.jsonl', 'preparation.json', 'images.csv'), **more)
 
 
@@ -149,15 +149,15 @@ def journal_lies(at, what):
 # ---------------------------------------------------------------- originals and results
 
 
-def refused(outcome):
+def must_fail(outcome):
     "Check that nothing was written."
-    return [] if outcome.code else ['prepared, though the originals are there']
+    return [] if outcome.code else ['prepared, though the originals would be replaced']
 
 
 @case('preparations', {k: k for k in ('link', 'dots', 'relative', 'slash', 'link of the parent', 'capitals')})
 def one_place(at, how):
     "OUT is IN by another spelling."
-    at.copy_eyes()
+    at.copy_fundus()
     out = {
         'link': at.root / 'again',
         'dots': f'{at.work}/../data',
@@ -171,14 +171,14 @@ def one_place(at, how):
     if how == 'link of the parent':
         (at.root / 'parent').symlink_to(at.root)
     made = at.preprocess(out=out, named=('data',))
-    made.outs, made.also = ([out], None) if how == 'capitals' else ([], refused)
+    made.outs, made.also = ([out], None) if how == 'capitals' else ([], must_fail)
     return made
 
 
 @case('preparations', {k: k for k in ('out in it', 'out in it by link', 'it in out', 'out is its images')})
 def inside(at, how):
     "OUT lies in IN, or IN in OUT."
-    at.copy_eyes()
+    at.copy_fundus()
     (at.root / 'again').symlink_to(at.data)
     out = {
         'out in it': at.data / 'out',
@@ -188,14 +188,14 @@ def inside(at, how):
     }[how]
     made = at.preprocess(out=out, named=('data',))
     made.outs = []
-    made.also = refused
+    made.also = must_fail
     return made
 
 
 @case('preparations', {k: k for k in ('empty', 'cut', 'fifo', 'dangling', 'loop', 'folder', 'device', 'text')})
 def original_damaged(at, what):
     "One original is damaged: the others are prepared."
-    at.copy_eyes()
+    at.copy_fundus()
     path = sorted(at.data.rglob('*.jpg'))[2]
     data = path.read_bytes()
     path.unlink()
@@ -237,9 +237,9 @@ def originals_changed(at, what):
 )
 def two_of_one_name(at, names):
     "Two originals whose results would have one name, or names of the library's."
-    eyes = sorted((at.eyes / 'images').iterdir())
-    for name, eye in zip(names, eyes):
-        with Image.open(eye) as im:
+    images = sorted((at.fundus / 'images').iterdir())
+    for name, image in zip(names, images):
+        with Image.open(image) as im:
             im.save(at.data / name)
     return at.preprocess(named=names)
 
@@ -259,5 +259,5 @@ def two_of_one_name(at, names):
 )
 def words(at, words):
     "An option that cannot be used."
-    at.copy_eyes()
+    at.copy_fundus()
     return at.preprocess(*words, named=(words[0].strip('-'), words[1]))

@@ -12,7 +12,7 @@ DR = ('--task', 'dr')
 
 def rows_of(at) -> list:
     "The labels of the synthetic fundus images: image, grade, patient, eye."
-    return list(csv.reader((at.eyes / 'labels.csv').read_text().splitlines()))
+    return list(csv.reader((at.fundus / 'labels.csv').read_text().splitlines()))
 
 
 def as_text(rows) -> str:
@@ -25,12 +25,12 @@ def as_text(rows) -> str:
 def table(expects=None, each=None, words=DR, named=()):
     """Register a builder of a labels file, `build(rows)` or `build(rows, value)`: rows, text or bytes.
 
-    Eyes are trained with it. `expects` is how many images the run must account for where it is made.
+    A training on fundus images uses it. `expects` is how many images the run must account for if it is made.
     """
 
     def register(build):
         def command(at, *value):
-            at.copy_eyes()
+            at.copy_fundus()
             write(at.data / 'labels.csv', build(rows_of(at), *value))
             return at.train(*words, images=expects, data=at.data, named=('labels.csv', *named))
 
@@ -71,7 +71,7 @@ STRAY = {'one quote': '"', 'in a cell': 'a"b', 'before': '"a"b', 'single': "'", 
 
 @table(None, STRAY)
 def stray_quote(rows, quote):
-    "A quote that is never closed, in the patient of the fifth row: what follows it is not swallowed."
+    "A quote that is never closed, in the patient of the fifth row: the following rows are not lost."
     lines = as_text(rows).splitlines()
     lines[5] = lines[5].replace(rows[5][2], quote)
     return '\n'.join(lines)
@@ -177,7 +177,7 @@ def a_cell_of_200000_characters(rows, what):
 @case('tables', {k: k for k in ('fifo', 'folder', 'loop', 'dangling', 'zero', 'full', 'mem', 'socket')})
 def labels_that_are_no_file(at, what):
     "labels.csv is a pipe, a folder, a link or a device."
-    at.copy_eyes()
+    at.copy_fundus()
     path = at.data / 'labels.csv'
     path.unlink()
     if what == 'fifo':
@@ -196,7 +196,7 @@ def labels_that_are_no_file(at, what):
 @case('tables', {k: k for k in ('missing', 'fifo', 'folder', 'zero', 'image', 'empty')})
 def labels_argument(at, what):
     "--labels that does not name a CSV file."
-    at.copy_eyes()
+    at.copy_fundus()
     path = at.root / 'my labels.csv'
     if what == 'fifo':
         os.mkfifo(path)
@@ -263,7 +263,7 @@ def image_twice(rows, column):
 
 
 @table(None, named=('split', 'two'))
-def image_on_both_sides(rows):
+def image_in_two_splits(rows):
     "An image in two rows that name two splits."
     return [
         [*rows[0], 'split'],
@@ -275,7 +275,7 @@ def image_on_both_sides(rows):
 @table(24)
 def absolute_paths(rows):
     "Images with paths of another machine."
-    return [rows[0], *([f'/data/eyes/{r[0]}', *r[1:]] for r in rows[1:])]
+    return [rows[0], *([f'/data/fundus_set/{r[0]}', *r[1:]] for r in rows[1:])]
 
 
 # ---------------------------------------------------------------- labels

@@ -14,18 +14,18 @@ HU = np.full((4, 20, 20), -500, np.int16)
 
 
 def npz(path, **arrays):
-    "A volume file; its spacing is said if nothing else is."
+    "A volume file; by default it has only a spacing."
     np.savez(path, **{'hu': HU, 'spacing': (3.0, 1.0, 1.0), **{k: v for k, v in arrays.items() if v is not None}})
 
 
-def drawn(at, path, *words, **more):
-    "The middle slice of a volume, drawn."
+def windows_of(at, path, *words, **more):
+    "Three windows of the middle slice of a volume."
     return at.call('draw_slice', path, *words, named=('v.', 'volume', os.path.basename(path)), **more)
 
 
-def refused(outcome):
-    "The assertion that nothing was drawn."
-    return [] if outcome.code else ['drawn, though it is no volume: ' + outcome.out[:200]]
+def must_fail(outcome):
+    "Check that there is no result."
+    return [] if outcome.code else ['a result, though it is not a volume: ' + outcome.out[:200]]
 
 
 ARRAYS = {
@@ -58,7 +58,7 @@ ARRAYS = {
 def array(at, arrays):
     "A .npz whose arrays are not a volume."
     npz(at.data / 'v.npz', **arrays)
-    return drawn(at, at.data / 'v.npz')
+    return windows_of(at, at.data / 'v.npz')
 
 
 @case(
@@ -68,10 +68,10 @@ def array(at, arrays):
         for k in ('text spacing', 'complex', 'text', 'nan', 'negative', 'times', 'records', 'two dimensions')
     },
 )
-def array_is_refused(at, arrays):
-    "Arrays that are no Hounsfield units: an error."
+def values_that_are_not_hounsfield(at, arrays):
+    "Arrays that are not Hounsfield units: an error."
     npz(at.data / 'v.npz', **arrays)
-    return drawn(at, at.data / 'v.npz', also=refused)
+    return windows_of(at, at.data / 'v.npz', also=must_fail)
 
 
 class Payload:
@@ -92,7 +92,7 @@ def pickled(at, name):
         np.save(path, array)
     else:
         path.write_bytes(pickle.dumps(Payload()))
-    return drawn(at, path, '[3, 1, 1]', also=refused)
+    return windows_of(at, path, '[3, 1, 1]', also=must_fail)
 
 
 def header(shape, kind='<i2') -> bytes:
@@ -120,16 +120,16 @@ HEADERS = {
 def npy(at, data):
     "A .npy of a few bytes with a wrong header."
     (at.data / 'v.npy').write_bytes(data + bytes(100))
-    return drawn(at, at.data / 'v.npy', '[3, 1, 1]', also=refused)
+    return windows_of(at, at.data / 'v.npy', '[3, 1, 1]', also=must_fail)
 
 
 @case('volumes')
 def zip_bomb(at):
-    "A .npz of 200 KB whose array has 200 million bytes more than it says."
+    "A .npz of 200 KB whose array has 200 million bytes more than its header states."
     with zipfile.ZipFile(at.data / 'v.npz', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('hu.npy', header((2000, 1000, 1000)) + bytes(2 * 10**8), compresslevel=1)
         z.writestr('spacing.npy', header((3,), '<f8') + np.ones(3).tobytes())
-    return drawn(at, at.data / 'v.npz', also=refused)
+    return windows_of(at, at.data / 'v.npz', also=must_fail)
 
 
 @case('volumes', {'truncated': 0.5, 'a byte': 0.001, 'flipped': None})
@@ -140,7 +140,7 @@ def damaged_npz(at, part):
     if part is None:
         data[len(data) // 3] ^= 0xFF
     (at.data / 'v.npz').write_bytes(data if part is None else data[: max(1, int(len(data) * part))])
-    return drawn(at, at.data / 'v.npz', also=refused)
+    return windows_of(at, at.data / 'v.npz', also=must_fail)
 
 
 PATHS = {
@@ -169,7 +169,7 @@ def path(at, kind):
         path.symlink_to({'device': '/dev/zero', 'loop': path.name}.get(kind, 'nowhere'))
     elif kind == 'other':
         path.write_bytes(bytes(100))
-    return drawn(at, path, '[3, 1, 1]', also=refused)
+    return windows_of(at, path, '[3, 1, 1]', also=must_fail)
 
 
 # ---------------------------------------------------------------- NIfTI
@@ -234,12 +234,12 @@ def nifti_header(at, how):
     "A NIfTI file whose header has impossible values."
     change, suffix = how
     nifti(at.data / f'v{suffix}', change=change)
-    return drawn(at, at.data / f'v{suffix}')
+    return windows_of(at, at.data / f'v{suffix}')
 
 
 @case('volumes')
 def gzip_bomb(at):
-    "A .nii.gz of 2 MB that grows to 2 GB, as its header says."
+    "A .nii.gz of 2 MB that expands to 2 GB, as its header states."
     need('nibabel')
     import nibabel
 
@@ -249,7 +249,7 @@ def gzip_bomb(at):
     header.set_sform(np.eye(4), 1)
     header['vox_offset'], header['magic'] = 352, b'n+1'
     (at.data / 'v.nii.gz').write_bytes(gzipped(2000, header.binaryblock + bytes(4)))
-    return drawn(at, at.data / 'v.nii.gz')
+    return windows_of(at, at.data / 'v.nii.gz')
 
 
 @case(
@@ -266,7 +266,7 @@ def other_nifti(at, data):
     "A .nii.gz that contains something else."
     need('nibabel')
     (at.data / 'v.nii.gz').write_bytes(data)
-    return drawn(at, at.data / 'v.nii.gz', also=refused)
+    return windows_of(at, at.data / 'v.nii.gz', also=must_fail)
 
 
 # ---------------------------------------------------------------- DICOM series
@@ -334,7 +334,7 @@ SERIES = {
 def dicom_series(at, change):
     "A folder of slices that are not a regular series."
     series(at.data, change=change)
-    return drawn(at, at.data)
+    return windows_of(at, at.data)
 
 
 @case('volumes', {k: k for k in ('fifo', 'other file', 'dangling', 'loop', 'device', 'empty')})
@@ -348,7 +348,7 @@ def beside_a_series(at, what):
         path.symlink_to({'loop': path.name, 'device': '/dev/zero'}.get(what, 'nowhere'))
     else:
         path.write_bytes(b'' if what == 'empty' else b'notes')
-    return drawn(at, at.data)
+    return windows_of(at, at.data)
 
 
 # ---------------------------------------------------------------- tables of volumes

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CPU = 20  # seconds of processor time
-IDLE = 10  # seconds without any: a command that waits for ever
+IDLE = 10  # seconds without any: a command that waits forever
 WALL = 300  # seconds in all
 MEMORY = 1_500_000_000  # bytes beyond those of the imported library
-STOP = 6_000_000_000  # bytes of address space beyond those of the imported library: where the system says no
+STOP = 6_000_000_000  # bytes of address space beyond those of the imported library: where the system fails
 ERROR = re.compile(r'dr_transfer( [a-z-]+)?: error: \S')
 
 
@@ -27,7 +27,7 @@ def table_beside(out) -> Path:
 
 @dataclass
 class Command:
-    "A command, and what it may do."
+    "A command, and what it may change."
 
     words: list  # of `dr_transfer`, or arguments of `call`
     outs: list = field(default_factory=list)  # paths that it may create or replace
@@ -78,11 +78,11 @@ class Outcome:
         return 'completed' if self.code == 0 else 'error' if self.error else 'failed'
 
 
-# ---------------------------------------------------------------- what is on disk
+# ---------------------------------------------------------------- files on disk
 
 
 def content(path, info):
-    "What a file holds: a digest, or where a link points."
+    "The content of a file: a digest, or the target of a link."
     if stat.S_ISLNK(info.st_mode):
         return os.readlink(path)
     if not stat.S_ISREG(info.st_mode):

@@ -49,12 +49,12 @@ MODULES = (
         )
     ),
 )
-# Programs that the library and what it stands on start to learn about the machine.
+# Programs that the library and its dependencies start to get information on the machine.
 HARMLESS = ('uname', 'lscpu', 'nproc', 'ldconfig')
 
 
 def load():
-    "Import all that a command may need; what is not installed is skipped."
+    "Import everything that a command may need; packages that are not installed are skipped."
     import importlib
 
     for name in MODULES:

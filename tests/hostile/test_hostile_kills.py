@@ -8,17 +8,17 @@ import random
 import shutil
 
 import pytest
-from inputs import PLAIN, SMALL, WHOLE, place
+from inputs import ALL_CASES, PLAIN, SMALL, place
 from observe import WALL, Command, run, snapshot
 
-KILLS = 25 if WHOLE else 5  # of each command
+KILLS = 25 if ALL_CASES else 5  # of each command
 WORDS = {
     'train': lambda at, out: ['train', at.flowers, *SMALL, *PLAIN, '--out', out],
     'predict': lambda at, out: ['predict', at.shared / 'flower_run', at.flowers, *PLAIN, '--out', out],
     'evaluate': lambda at, out: [
         'evaluate',
-        at.shared / 'eye_run',
-        at.eyes,
+        at.shared / 'fundus_run',
+        at.fundus,
         '--allow-leaks',
         '--resamples',
         '100',
@@ -26,7 +26,7 @@ WORDS = {
         '--out',
         out,
     ],
-    'preprocess': lambda at, out: ['preprocess', at.eyes, out, '--size', '48', '--workers', '2'],
+    'preprocess': lambda at, out: ['preprocess', at.fundus, out, '--size', '48', '--workers', '2'],
 }
 NAMES = {'train': 'run', 'predict': 'out.csv', 'evaluate': 'out.html', 'preprocess': 'prepared'}
 OWN_NOTES = ('journal.jsonl',)  # in what order a preparation got on is no result

@@ -14,7 +14,7 @@ import pytest
 from contract import check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import WHOLE, place
+from inputs import ALL_CASES, place
 from observe import Command, run
 from PIL import Image
 
@@ -87,9 +87,9 @@ def is_one_line(error) -> bool:
     return bool(str(error).strip()) and 'Traceback' not in str(error)
 
 
-@settings(max_examples=2000 if WHOLE else 150, **RUNTIMES)
+@settings(max_examples=2000 if ALL_CASES else 150, **RUNTIMES)
 @given(rows=tables(), form=FORMS)
-def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
+def test_a_table_is_read_or_an_error(rows, form, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table, skipped_images
 
     file = tmp_path_factory.getbasetemp() / 'made up.csv'
@@ -107,7 +107,7 @@ def test_a_table_is_read_or_refused(rows, form, folder, tmp_path_factory):
     assert not set(table.image) & set(skipped_images(table).image), 'used and skipped'
 
 
-@settings(max_examples=2000 if WHOLE else 150, **RUNTIMES)
+@settings(max_examples=2000 if ALL_CASES else 150, **RUNTIMES)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_as_a_table(data, folder, tmp_path_factory):
     from dr_transfer.data.table import label_table
@@ -147,12 +147,12 @@ def changed(about, way, value):
     return about
 
 
-def test_a_model_with_any_description_is_used_or_refused(runner, shared, tmp_path_factory):
+def test_a_model_with_any_description_is_used_or_an_error(runner, shared, tmp_path_factory):
     about = json.loads((shared / 'flower_run' / 'model' / 'model.json').read_text())
     about.pop('sha256')
     ways = [w for w in paths(about) if w and w[0] not in ('versions', 'licence', 'training', 'tensors_sha256')]
 
-    @settings(max_examples=500 if WHOLE else 25, **RUNTIMES)
+    @settings(max_examples=500 if ALL_CASES else 25, **RUNTIMES)
     @given(way=st.sampled_from(ways), value=JSON)
     def one(way, value):
         at = place(tmp_path_factory.mktemp('record') / 'case', shared)
