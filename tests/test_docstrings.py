@@ -24,6 +24,7 @@ NAMES = (
     'export_onnx',
     'evaluate_model',
     'choose_operating_point',
+    'guaranteed_operating_point',
     'label_table',
     'image_features',
     'preprocess_folder',
