@@ -51,6 +51,8 @@ from .metrics.decision import question as question
 from .metrics.guarantee import guaranteed_operating_point as guaranteed_operating_point
 from .metrics.operating_point import choose_operating_point as choose_operating_point
 from .metrics.plots import plot_confusion as plot_confusion
+from .metrics.prediction_sets import choose_sets as choose_sets
+from .metrics.prediction_sets import coverage_table as coverage_table
 from .metrics.screening import by_patient as by_patient
 from .metrics.screening import compare_tables as compare_tables
 from .metrics.screening import measure_table as measure_table

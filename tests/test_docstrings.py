@@ -25,6 +25,8 @@ NAMES = (
     'evaluate_model',
     'choose_operating_point',
     'guaranteed_operating_point',
+    'choose_sets',
+    'coverage_table',
     'label_table',
     'image_features',
     'preprocess_folder',
