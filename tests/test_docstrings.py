@@ -27,6 +27,8 @@ NAMES = (
     'guaranteed_operating_point',
     'choose_sets',
     'coverage_table',
+    'estimate_prevalence',
+    'shift_prevalence',
     'label_table',
     'image_features',
     'preprocess_folder',
