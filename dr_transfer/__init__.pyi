@@ -48,6 +48,7 @@ from .metrics.classes import Positive as Positive
 from .metrics.decision import apply_decision as apply_decision
 from .metrics.decision import choose_decision as choose_decision
 from .metrics.decision import question as question
+from .metrics.expected import expected_metrics as expected_metrics
 from .metrics.guarantee import guaranteed_operating_point as guaranteed_operating_point
 from .metrics.operating_point import choose_operating_point as choose_operating_point
 from .metrics.plots import plot_confusion as plot_confusion

@@ -28,6 +28,7 @@ NAMES = (
     'choose_sets',
     'coverage_table',
     'estimate_prevalence',
+    'expected_metrics',
     'shift_prevalence',
     'label_table',
     'image_features',
