@@ -11,32 +11,38 @@ import pandas as pd
 
 from .calibration import apply_temperature, fit_temperature
 from .classes import as_classes
-from .decision import positive_score, table_arrays
+from .decision import table_arrays
 from .groups import table_groups
-from .intervals import group_codes, resamples
+from .intervals import check_resamples, group_codes, resamples
 from .scores import auc
 
 # %% ../../nbs/metrics/12_expected.ipynb #65a6e0ec
 def _expected_auc(p) -> float:
     "AUC if each image is positive with its own probability; NaN if it is not defined"
-    in_order = np.sort(p)
-    negatives = np.r_[0, np.cumsum(1 - in_order)]
-    below = negatives[np.searchsorted(in_order, p, 'left')]
-    not_above = negatives[np.searchsorted(in_order, p, 'right')]
-    itself = (p * (1 - p)).sum()
-    pairs = p.sum() * (1 - p).sum() - itself
-    ranked = (p * (below + not_above)).sum() / 2 - itself / 2
-    return float(ranked / pairs) if pairs > 1e-12 else float('nan')
+    p = np.sort(p)
+    negative = 1 - p
+    negatives = np.r_[0, np.cumsum(negative)]
+    below = negatives[np.searchsorted(p, p, 'left')]
+    not_above = negatives[np.searchsorted(p, p, 'right')]
+    itself = p @ negative
+    pairs = p.sum() * negative.sum() - itself
+    if pairs < 1e-12:
+        return float('nan')
+    ranked = p @ (below + not_above) - itself
+    return float(ranked / (2 * pairs))
 
 
 def _of_accuracy(correct, sure, new_sure) -> dict:
     "Estimates of the accuracy, from the confidence on validation and on new images"
-    n, wrong = len(correct), int((~correct).sum())
-    threshold = np.sort(sure)[wrong] if wrong < n else np.inf
+    accuracy = correct.mean()
+    expected = new_sure.mean()
+    wrong = int((~correct).sum())
+    with_infinity = np.r_[np.sort(sure), np.inf]
+    threshold = with_infinity[wrong]
     return {
-        ('validation', 'accuracy'): correct.mean(),
-        ('confidence', 'accuracy'): new_sure.mean(),
-        ('difference', 'accuracy'): np.clip(correct.mean() + new_sure.mean() - sure.mean(), 0, 1),
+        ('validation', 'accuracy'): accuracy,
+        ('confidence', 'accuracy'): expected,
+        ('difference', 'accuracy'): np.clip(accuracy + expected - sure.mean(), 0, 1),
         ('threshold', 'accuracy'): (new_sure >= threshold).mean(),
     }
 
@@ -57,13 +63,16 @@ def _estimates(y, valid, new, classes) -> dict:
     if len(set(y.tolist())) < 2:
         return {}
     temperature = fit_temperature(valid, y)
-    valid, new = apply_temperature(valid, temperature), apply_temperature(new, temperature)
-    found = _of_accuracy(valid.argmax(1) == y, valid.max(1), new.max(1))
+    valid = apply_temperature(valid, temperature)
+    new = apply_temperature(new, temperature)
+    correct = valid.argmax(1) == y
+    found = _of_accuracy(correct, valid.max(1), new.max(1))
     if classes.positive is None:
         return found
-    (_, score), (_, new_score) = positive_score(valid, classes), positive_score(new, classes)
-    positive = np.isin(y, classes.positive_indices)
-    return found | _of_auc(positive, score.clip(0, 1), new_score.clip(0, 1))
+    positives = classes.positive_indices
+    score = valid[:, positives].sum(1)
+    new_score = new[:, positives].sum(1)
+    return found | _of_auc(np.isin(y, positives), score.clip(0, 1), new_score.clip(0, 1))
 
 # %% ../../nbs/metrics/12_expected.ipynb #ab249304
 def _of_new(table, classes) -> np.ndarray:
@@ -83,8 +92,10 @@ def _check(probs, name):
 
 def _limits(draws, level) -> pd.DataFrame:
     "Percentiles over the resamples; NaN where an estimate is undefined in more than one of twenty"
-    low, high = draws.quantile((1 - level) / 2), draws.quantile((1 + level) / 2)
-    return pd.DataFrame({'low': low, 'high': high}).where(draws.notna().mean() > 0.95)
+    low = draws.quantile((1 - level) / 2)
+    high = draws.quantile((1 + level) / 2)
+    defined = draws.notna().mean() > 0.95
+    return pd.DataFrame({'low': low, 'high': high}).where(defined)
 
 
 def expected_metrics(
@@ -106,7 +117,8 @@ def expected_metrics(
     Raises
     ------
     ValueError
-        A table is empty or lacks a column, an image has no probabilities, or the validation images are of one class.
+        A table is empty or lacks a column, an image has no probabilities, the validation images are of one class, or
+        `n` or `level` is not valid.
 
     Notes
     -----
@@ -126,6 +138,9 @@ def expected_metrics(
     >>> dt.expected_metrics(table[:200], new, ['no', 'ill'], n=50).metric.unique().tolist()
     ['accuracy', 'auc']
     """
+    check_resamples(n)
+    if not 0 < level < 1:
+        raise ValueError(f'level={level}: give a fraction between 0 and 1, such as 0.95')
     classes = as_classes(classes)
     y, probs = table_arrays(valid, classes)
     new_probs = _of_new(new, classes)
@@ -137,8 +152,10 @@ def expected_metrics(
     found = pd.DataFrame({'value': value}).rename_axis(['method', 'metric'])
     codes = group_codes(table_groups(valid), len(valid))
     new_codes = group_codes(table_groups(new), len(new))
-    both = zip(resamples(codes, n, seed), resamples(new_codes, n, seed + 1))
     if codes.max() == 0 or new_codes.max() == 0:
         return found.assign(low=np.nan, high=np.nan).reset_index()
-    draws = pd.DataFrame([_estimates(y[r], probs[r], new_probs[s], classes) for r, s in both])
-    return found.join(_limits(draws.reindex(columns=found.index), level)).reset_index()
+    both = zip(resamples(codes, n, seed), resamples(new_codes, n, seed + 1))
+    draws = [_estimates(y[r], probs[r], new_probs[s], classes) for r, s in both]
+    draws = pd.DataFrame(draws).reindex(columns=found.index)
+    limits = _limits(draws, level)
+    return found.join(limits).reset_index()

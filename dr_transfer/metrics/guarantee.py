@@ -21,8 +21,10 @@ from dr_transfer.metrics.operating_point import (
 # %% ../../nbs/metrics/09_guarantee.ipynb #c10b37ce
 def _one_per_group(codes, selected, seed) -> np.ndarray:
     "Row of one random selected image of each group that has any"
-    rows = np.random.default_rng(seed).permutation(np.flatnonzero(selected))
-    return rows[np.unique(codes[rows], return_index=True)[1]]
+    rows = np.flatnonzero(selected)
+    rows = np.random.default_rng(seed).permutation(rows)
+    _, first = np.unique(codes[rows], return_index=True)
+    return rows[first]
 
 
 def _rank(n, minimum, delta) -> int:
@@ -88,7 +90,8 @@ def guaranteed_operating_point(
         raise ValueError(f'delta={delta}: give a fraction between 0 and 1, such as 0.1 for a confidence of 90 %')
     y, score = truth_and_score(y, score)
     codes = group_codes(groups, len(y))
-    picked = np.sort(score[_one_per_group(codes, y == (metric == 'sensitivity'), seed)])
+    selected = y == (metric == 'sensitivity')
+    picked = np.sort(score[_one_per_group(codes, selected, seed)])
     n = len(picked)
     k = _rank(n, minimum, delta)
     if not k:
