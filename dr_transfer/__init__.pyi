@@ -48,8 +48,14 @@ from .metrics.classes import Positive as Positive
 from .metrics.decision import apply_decision as apply_decision
 from .metrics.decision import choose_decision as choose_decision
 from .metrics.decision import question as question
+from .metrics.expected import expected_metrics as expected_metrics
+from .metrics.guarantee import guaranteed_operating_point as guaranteed_operating_point
 from .metrics.operating_point import choose_operating_point as choose_operating_point
 from .metrics.plots import plot_confusion as plot_confusion
+from .metrics.prediction_sets import choose_sets as choose_sets
+from .metrics.prediction_sets import coverage_table as coverage_table
+from .metrics.prevalence import estimate_prevalence as estimate_prevalence
+from .metrics.prevalence import shift_prevalence as shift_prevalence
 from .metrics.screening import by_patient as by_patient
 from .metrics.screening import compare_tables as compare_tables
 from .metrics.screening import measure_table as measure_table

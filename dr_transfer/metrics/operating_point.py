@@ -15,7 +15,7 @@ import pandas as pd
 from .groups import known_groups
 from .intervals import bootstrap, fraction_interval, group_codes
 from .scores import sensitivity, specificity
-from ..utils.schema import FORMERLY, Known, Range
+from ..utils.schema import FORMERLY, LATER, Known, Range
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #642a0588
 # Fewest groups (or images without a group) for a threshold: with fewer, 90 % has an interval of over 20 points
@@ -40,16 +40,20 @@ class OperatingPoint:
     negatives: Annotated[int, Range(0, 10**9)]  # Negative validation images (not patients)
     sensitivity: _Fraction | None  # On the validation images; None without positives
     specificity: _Fraction | None  # On the validation images; None without negatives
+    confidence: _Fraction | None = field(
+        default=None, metadata={LATER: True}
+    )  # Of the guarantee for new patients; None: no guarantee
 
     def decide(self, score) -> np.ndarray:
         "Whether each score is positive (n,)"
         return np.asarray(score, float) >= self.threshold
 
     def __str__(self):
-        return (
-            f'positive from {self.threshold:.3f} on, for a {self.metric} of {self.minimum:.0%} or more '
-            f'on {self.positives} positive and {self.negatives} other validation images'
-        )
+        images = f'{self.positives} positive and {self.negatives} other validation images'
+        required = f'positive from {self.threshold:.3f} on, for a {self.metric} of {self.minimum:.0%} or more'
+        if self.confidence is None:
+            return f'{required} on {images}'
+        return f'{required} on new patients with {self.confidence:.0%} confidence, chosen on {images}'
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4359a89c
 def choose_operating_point(
@@ -90,17 +94,8 @@ def choose_operating_point(
     >>> round(float(point.sensitivity), 2)
     0.9
     """
-    if sensitivity is not None and specificity is None:
-        metric, minimum = 'sensitivity', sensitivity
-    elif specificity is not None and sensitivity is None:
-        metric, minimum = 'specificity', specificity
-    else:
-        raise ValueError('give either sensitivity=0.9 or specificity=0.9, one of the two')
-    if not 0 < minimum < 1:
-        raise ValueError(f'{metric}={minimum}: give a fraction between 0 and 1, such as 0.9')
-    y, score = np.asarray(y, int), np.asarray(score, float)
-    if np.isnan(score).any():
-        raise ValueError('some scores are NaN: exclude these images')
+    metric, minimum = required_metric(sensitivity, specificity)
+    y, score = truth_and_score(y, score)
     selected = y == (metric == 'sensitivity')
     _check_enough(
         int(selected.sum()),
@@ -111,13 +106,8 @@ def choose_operating_point(
     )
     deciding = np.sort(score[selected])
     count = int(np.ceil(minimum * len(deciding) - 1e-9))
-    if metric == 'sensitivity':
-        at = deciding[len(deciding) - count]
-        t = (at + max(score[score < at], default=at)) / 2
-    else:
-        at = deciding[count - 1]
-        t = (at + min(score[score > at], default=at + 1)) / 2
-    return _point(y, score, float(t), metric, minimum)
+    at = deciding[len(deciding) - count] if metric == 'sensitivity' else deciding[count - 1]
+    return point_beside(y, score, at, metric, minimum)
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #0cf154c1
 def groups_in(
@@ -144,18 +134,57 @@ def _check_enough(images, groups, what, positive, min_groups):
         f'Add {more} to the validation set, or use the most probable class'
     )
 
+# %% ../../nbs/metrics/05_operating_point.ipynb #5b7c02d1
+def required_metric(
+    sensitivity: float | None,  # Required sensitivity, 0 to 1
+    specificity: float | None,  # Or required specificity, 0 to 1
+) -> tuple[str, float]:  # 'sensitivity' or 'specificity', its required value
+    "Return which metric is required; raise a ValueError unless it is one of the two, between 0 and 1"
+    if (sensitivity is None) == (specificity is None):
+        raise ValueError('give either sensitivity=0.9 or specificity=0.9, one of the two')
+    metric = 'specificity' if sensitivity is None else 'sensitivity'
+    minimum = specificity if sensitivity is None else sensitivity
+    if minimum is None or not 0 < minimum < 1:
+        raise ValueError(f'{metric}={minimum}: give a fraction between 0 and 1, such as 0.9')
+    return metric, minimum
 
-def _point(y, score, t, metric, minimum) -> OperatingPoint:
+
+def truth_and_score(
+    y,  # Truth of validation images (n,): 1 positive, 0 negative
+    score,  # Score (n,)
+) -> tuple[np.ndarray, np.ndarray]:  # Integers and numbers
+    "Return truth and scores as arrays; raise a ValueError if a score is NaN"
+    y, score = np.asarray(y, int), np.asarray(score, float)
+    if np.isnan(score).any():
+        raise ValueError('some scores are NaN: exclude these images')
+    return y, score
+
+
+def point_beside(
+    y: np.ndarray,  # Truth of validation images (n,): 1 positive, 0 negative
+    score: np.ndarray,  # Score (n,)
+    at: float,  # Last score that must be positive (sensitivity) or negative
+    metric: str,  # The required metric
+    minimum: float,  # Its required value
+    confidence: float | None = None,  # Of a guarantee; None: no guarantee
+) -> OperatingPoint:
+    "Operating point whose threshold lies halfway from a score to the next one"
+    if metric == 'sensitivity':
+        t = (at + max(score[score < at], default=at)) / 2
+    else:
+        above = (at + min(score[score > at], default=at + 1)) / 2
+        t = max(above, np.nextafter(at, np.inf))  # neighbouring numbers have no middle
     p = (score >= t).astype(int)
     positives, negatives = int(y.sum()), int((1 - y).sum())
     return OperatingPoint(
-        threshold=t,
+        threshold=float(t),
         metric=metric,
         minimum=minimum,
         positives=positives,
         negatives=negatives,
         sensitivity=sensitivity(y, p) if positives else None,
         specificity=specificity(y, p) if negatives else None,
+        confidence=confidence,
     )
 
 # %% ../../nbs/metrics/05_operating_point.ipynb #4c01358a

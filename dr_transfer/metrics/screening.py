@@ -210,6 +210,17 @@ def compare_tables(
 
     return paired_difference(measured, y, of_a, of_b, groups=table_groups(a), **kw)
 
+# %% ../../nbs/metrics/07_screening.ipynb #c3a97f40
+def column_values(
+    table: pd.DataFrame,  # One row per image
+    column: str,  # Name of a column
+) -> pd.Series:  # Text; 'not known' where the cell is empty
+    "Values of a column that defines subgroups; raise a ValueError if the table lacks it"
+    if column not in table:
+        raise ValueError(f"the table has no column '{column}': its columns are {', '.join(map(str, table.columns))}")
+    values = table[column]
+    return values.astype(object).where(values.notna(), 'not known').astype(str)
+
 # %% ../../nbs/metrics/07_screening.ipynb #58bc43ed
 def subgroup_table(
     table: pd.DataFrame,  # `target, p_CLASS...`, optionally `group`, and the columns
@@ -221,7 +232,7 @@ def subgroup_table(
     "Metrics with intervals for each value of each column"
     rows = {}
     for c in columns:
-        for level, t in table.groupby(table[c].astype(object).where(table[c].notna(), 'not known').astype(str)):
+        for level, t in table.groupby(column_values(table, c)):
             m = measure_table(t, classes, point, **kw)
             shown = [k for k in ('sensitivity', 'specificity', 'auc', 'kappa', 'accuracy') if k in m.index]
             rows[c, level] = {('images', ''): len(t)} | {
@@ -358,8 +369,12 @@ def referral_table(
     table: pd.DataFrame,  # `target, p_CLASS...`
     classes,  # Class names in order
     point: OperatingPoint | None = None,  # Decides; without it, the most probable class
+    column: str | None = None,  # One curve for each value of this column, such as a source
 ) -> pd.DataFrame:  # One row per fraction: referred, remaining, accuracy
     "Accuracy if the images nearest to the threshold are referred to a human (selective prediction)"
+    if column is not None:
+        curves = {value: referral_table(t, classes, point) for value, t in table.groupby(column_values(table, column))}
+        return pd.concat(curves, names=[column]).reset_index(level=0).reset_index(drop=True)
     q = question(table, classes)
     y, p = table_arrays(table, classes)
     decided = decisions(table, classes, point)
