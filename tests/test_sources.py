@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import good, error_line
+from helpers import error_line, good
 
 import dr_transfer as dt
 from dr_transfer.data.sources import SourceError, image_sources
