@@ -3,6 +3,7 @@ from .core import build_learner as build_learner
 from .core import fit as fit
 from .core import predict_probs as predict_probs
 from .core import valid_predictions as valid_predictions
+from .data.acquisition import changed_images as changed_images
 from .data.ct import Volume as Volume
 from .data.ct import read_volume as read_volume
 from .data.ct import three_planes as three_planes
@@ -15,6 +16,7 @@ from .data.fundus import read_image as read_image
 from .data.leaks import leak_report as leak_report
 from .data.preprocess import Preparation as Preparation
 from .data.preprocess import preprocess_folder as preprocess_folder
+from .data.sources import image_sources as image_sources
 from .data.split import split_summary as split_summary
 from .data.split import split_table as split_table
 from .data.table import class_counts as class_counts
@@ -25,6 +27,7 @@ from .data.tasks import encode_target as encode_target
 from .data.tasks import get_task as get_task
 from .data.views import VIEWS as VIEWS
 from .data.views import stack_images as stack_images
+from .evaluation.by_source import by_source_table as by_source_table
 from .evaluation.compare import compare as compare
 from .evaluation.compare import plot_comparison as plot_comparison
 from .evaluation.cross_validation import cross_validate as cross_validate
