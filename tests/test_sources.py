@@ -50,6 +50,15 @@ def test_folders_of_one_name_or_a_single_one_are_an_error(sites):
         dt.label_table([sites / 'north'])
 
 
+def test_a_column_of_the_user_is_not_replaced(sites, tmp_path):
+    for name in ('a', 'b'):
+        make_dr(tmp_path / name, n=10, size=48)
+        labels = pd.read_csv(tmp_path / name / 'labels.csv')
+        labels.assign(folder='mine').to_csv(tmp_path / name / 'labels.csv', index=False)
+    with pytest.raises(ValueError, match="have a column 'folder'"):
+        dt.label_table([tmp_path / 'a', tmp_path / 'b'])
+
+
 def test_column_is_found_named_or_not_used(sites, cameras):
     def line(**how):
         return dt.label_table(sites / 'north', cameras, **how).attrs['sources']

@@ -117,7 +117,7 @@ def add_table_arguments(
         help='action for rows of the labels without a file (default: %(default)s)',
     )
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #b3a4789b
 @dataclass(frozen=True)
 class TaskOptions:
     "What is predicted, from images of which size, and the seed"

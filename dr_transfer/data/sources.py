@@ -8,7 +8,6 @@ __all__ = ['image_sources', 'SourceError']
 # %% ../../nbs/data/11_sources.ipynb #dbea14e6
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import LeaveOneGroupOut
 
 from .columns import SOURCES, data_columns, find_column, shown_name, some
 
@@ -80,8 +79,10 @@ class SourceError(ValueError):
 def source_folds(
     y,  # Class of each image (n,)
     sources,  # Source of each image (n,)
-) -> list:  # (training rows, test rows) for each source, in the order of their names
+) -> list:  # (training rows, test rows) for each source, sorted by name
     "Folds that test on one source and train on the others; SourceError if they cannot be made"
+    from sklearn.model_selection import LeaveOneGroupOut  # predicting does not need it
+
     y = np.asarray(y)
     sources = np.asarray(sources, dtype=object).astype(str)
     names = np.unique(sources)

@@ -311,24 +311,21 @@ def label_table(
         if labels is not None:
             raise ValueError('both a table and labels were given: put the labels into the table, or give a folder')
         t, groups = _from_table(source, image_col, label_col, group_col)
-        verify = verify and source.attrs.get('checked') != _names_digest(
-            t.image
-        )  # not again if they were checked already
+        verify = verify and source.attrs.get('checked') != _names_digest(t.image)  # not again if already checked
         t = _finish(t, verify, groups, source.attrs.get('skipped', []))
         return with_sources(t, source_col, source.attrs.get('source_col'))
     source, labels = _place(source, labels)
-    folders = labels is None
-    if folders:
+    if labels is None:
         t, groups = _from_folders(source, image_col, group_col)
     else:
         t, groups = _from_csv(source, labels, image_col, label_col, group_col, missing)
     if not len(t):
         raise ValueError(f'no images in {source}: give a folder with {", ".join(IMAGE_SUFFIXES[:4])}, ... files')
     t = _finish(t, verify, groups, [])
-    t.attrs['split_from'] = 'folders' if folders else 'column'
+    t.attrs['split_from'] = 'folders' if labels is None else 'column'
     return with_sources(t, source_col)
 
-
+# %% ../../nbs/data/13_table.ipynb #0498362a
 _FOLDER = 'data_folder'  # column of the source where folders are given side by side
 
 
@@ -346,10 +343,15 @@ def _side_by_side(folders, labels, source_col, how) -> pd.DataFrame:
         raise ValueError(f'{what}: give two or more with different names, such as [CLINIC_A, CLINIC_B]')
     tables = [label_table(f, **how) for f in folders]
     for name, t in zip(names, tables):
+        if _FOLDER in t:
+            raise ValueError(
+                f"the labels of '{name}' have a column 'folder', but with several folders this is the name of each "
+                'source: give the column another name'
+            )
         t['group'] = t.group.map(lambda g, name=name: None if g is None else f'{name}/{g}')
         t[_FOLDER] = name
     attrs = [t.attrs for t in tables]
-    out = pd.concat([t.set_flags() for t in tables], ignore_index=True)
+    out = pd.concat(tables, ignore_index=True)
     out = out.sort_values('image', ignore_index=True)
     lines = [f'{name}: {a["patients"]}' for name, a in zip(names, attrs)]
     out.attrs = {
@@ -361,7 +363,7 @@ def _side_by_side(folders, labels, source_col, how) -> pd.DataFrame:
     }
     return with_sources(out, shown_name(_FOLDER))
 
-
+# %% ../../nbs/data/13_table.ipynb #2f9496aa
 def _place(source, labels) -> tuple:
     "Return the folder of the images and the labels, None for class folders"
     if not isinstance(source, (str, Path)):

@@ -222,7 +222,7 @@ def fold_tables(
     group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
     source_col: str | None = None,  # Column of the sources; a usual one if None, or 'none'
     say: Callable = print,  # Called with each message about patients and labels
-) -> dict[Any, pd.DataFrame]:  # Number or source of each fold -> table, with the fold as validation set
+) -> dict[Any, pd.DataFrame]:  # Number or source of a fold -> table, with it as validation set
     "Make the folds of cross-validation as tables for `build_learner`"
     if by not in ('group', 'source'):
         raise unknown('by', by, ('group', 'source'))
@@ -276,7 +276,7 @@ def cross_validate(
     folds: int = 5,  # Number of folds
     epochs: int | None = None,  # Epochs of the plan's last phase
     seed: int = 42,  # Seed of the folds and of the training
-    by: str = 'group',  # 'group': stratified folds; 'source': each fold is one source (camera, site)
+    by: str = 'group',  # 'group': stratified folds; 'source': one for each source
     group_col: str | None = None,  # Column of the patients; a usual one if None
     source_col: str | None = None,  # Column of the sources; a usual one if None
     say: Callable = print,  # Called with each progress message

@@ -9,7 +9,6 @@ __all__ = []
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 # %% ../../nbs/features/06_unlike.ipynb #c90dcd09
 _QUANTILE = 0.97  # fraction of held-out images of the same sites that are below the limit
@@ -54,7 +53,7 @@ class TrainingDistribution:
 # %% ../../nbs/features/06_unlike.ipynb #ba68131d
 def training_distribution(
     features,  # Features of training images (n, d)
-    held_out,  # Features of other images of the same sites (m, d), such as the validation images
+    held_out,  # Of other images of the same sites (m, d), as for validation
     quantile: float = _QUANTILE,  # Fraction of the held-out images that is below the limit
 ) -> TrainingDistribution | None:  # None for too few images
     """Describe the features of training images, to tell which new images are unlike them.
@@ -77,6 +76,8 @@ def training_distribution(
     """
     if not 0 < quantile < 1:
         raise ValueError(f'quantile={quantile}: give a fraction between 0 and 1, such as 0.97')
+    from sklearn.decomposition import PCA  # predicting does not need it
+
     x = np.asarray(features, np.float64)
     held_out = np.asarray(held_out, np.float64)
     if len(x) < _MIN_IMAGES or len(held_out) < _MIN_IMAGES // 2:

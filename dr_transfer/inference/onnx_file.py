@@ -131,7 +131,7 @@ class OnnxModel:
             parts.append(self.session.run(outputs, {'images': batch.transpose(0, 3, 1, 2) / 255}))
         return [np.concatenate(values) for values in zip(*parts)]
 
-
+# %% ../../nbs/inference/04_onnx_file.ipynb #bf33d10a
 def _onnx_card(file, session) -> ModelCard:
     "Read the card in the metadata of a file; ModelError if the graph does not match it"
     meta = session.get_modelmeta().custom_metadata_map
@@ -197,7 +197,7 @@ def _graph(model):
 
     return Graph().eval(), net
 
-
+# %% ../../nbs/inference/04_onnx_file.ipynb #86d81a01
 def _distance_module(distribution):
     "Make a module from the output of the body (n, ...) to the distance of each image (n,); None without a distribution"
     import torch

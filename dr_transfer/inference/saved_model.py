@@ -151,7 +151,7 @@ def image_model(
         raise ModelError(f'this learner cannot be saved as a model: {e}') from None
     return ImageModel(net, card, *_image_use(learn), _distribution(learn))
 
-
+# %% ../../nbs/inference/03_saved_model.ipynb #9a76493a
 _MOST_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
 
 

@@ -243,7 +243,7 @@ def view_outputs(
     *,
     bs: int | None = None,  # Batch size; `default_bs` if None
     average: bool = True,  # Average the probabilities over the views?
-) -> tuple[np.ndarray, np.ndarray]:  # Probabilities as of `view_probs`; features (n, d) of the unchanged image
+) -> tuple[np.ndarray, np.ndarray]:  # Probabilities; features (n, d) of the unchanged image
     "Predict class probabilities, and compute the features that the head gets from the unchanged image"
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
