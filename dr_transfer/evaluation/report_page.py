@@ -130,7 +130,7 @@ def _summary_rows(e) -> dict:
         rows[f'labelled {q.name}'] = f'{q.y.sum()} ({q.y.mean():.1%})'
     if 'unlike' in t and t.unlike.notna().any():
         unlike = t.unlike >= 1
-        rows['unlike the training images'] = f'{unlike.sum()} ({unlike.mean():.1%}): do not use their predictions'
+        rows['unlike the training images'] = f'{unlike.sum()} ({unlike.mean():.1%}), such as those of another camera'
     if 'gradability' in t:
         ungradable = t.gradability < 0.5
         rows['ungradable'] = (
