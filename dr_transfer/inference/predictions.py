@@ -58,7 +58,8 @@ def predict_table(
         A row for each file, in order: `image, prediction`, `p_CLASS` for each class, `decision` if the model has an
         operating point, `unlike`, and `error`. `unlike` is the distance from the training images: at 1 or more an
         image is unlike them (often 1 to 3 for another camera, more for another kind of image), and the metrics of the
-        model do not hold for it; NaN if the model does not know its training images. A file that cannot be read has no probabilities (NaN), and `error` gives the reason.
+        model do not hold for it; NaN if the model does not know its training images. A file
+        that cannot be read has no probabilities (NaN), and `error` gives the reason.
 
     Raises
     ------
