@@ -208,7 +208,7 @@ def test_grades_from_a_csv_and_a_seed_through_every_layer(tmp_path, fundus_data,
     assert [(h['phase'], h['how']) for h in r['history'][-2:]] == [(1, 'stored'), (2, 'network')]
     assert r['bs'] == 16
     out = rows_of(good('predict', tmp_path / 'a', p.image[0]).out)[0]
-    assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'error']
+    assert list(out) == ['image', 'prediction', 'p_0', 'p_1', 'p_2', 'p_3', 'p_4', 'unlike', 'error']
     assert out['prediction'] in '01234'
 
 
@@ -292,7 +292,7 @@ def test_predict_repeats_the_validation_predictions(run, tmp_path):
     assert result.out == ''
     assert '8 images predicted' in result.err
     assert [f.name for f in new.iterdir()] == ['p.csv']
-    assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'error']
+    assert list(p.columns) == ['image', 'prediction', 'p_no', 'p_referable', 'unlike', 'error']
     assert p.image.tolist() == t.image.tolist()
     assert p.prediction.tolist() == t.prediction.tolist()
     assert set(p.error) == {''}
