@@ -746,7 +746,7 @@ def test_equivalent_settings_give_the_same_images(synthetic_set, tmp_path):
 def test_labels_of_the_user_are_not_replaced(synthetic_set, tmp_path, text):
     "For any columns: the folder has no marker of the library."
     (tmp_path / 'labels.csv').write_text(text)
-    with pytest.raises(ValueError, match='is not a pictures folder'):
+    with pytest.raises(ValueError, match='is not a CT images folder'):
         candidate_images(synthetic_set[1], synthetic_set[0], tmp_path)
     assert (tmp_path / 'labels.csv').read_text() == text
     assert not (tmp_path / 'images').exists()

@@ -85,7 +85,7 @@ def make_demo(
             make_dr(out / 'data', **what)  # raises an error if it is another data set
         else:
             print(f'making {images} synthetic fundus images', flush=True)
-            with new_folder(out / 'data', kind='drawn') as tmp:
+            with new_folder(out / 'data', kind='synthetic') as tmp:
                 make_dr(tmp, **what)
         for name in _STARTS:
             _start(out, name, size, seed, runtime)

@@ -111,7 +111,7 @@ def _render(
         t = t.assign(group=t.volume)
     _check_volumes(t, folder)
     volumes = list(t.groupby('volume', sort=False))
-    with growing_folder(out, 'pictures', ['images/', 'labels.csv']):
+    with growing_folder(out, 'CT images', ['images/', 'labels.csv']):
         for _, rows in progress(volumes, label='volumes'):
             _draw_volume(rows, folder, images, draw)
         with atomic_file(out / 'labels.csv') as f:

@@ -351,7 +351,7 @@ def make_ct(
         raise ValueError(f'n={n}, every={every}: give at least 1 volume and a distance above 0 mm')
     mark = folder / 'drawn.json'
     if not (mark.is_file() and json.loads(mark.read_text()) == settings):
-        with new_folder(folder, kind='drawn') as new:
+        with new_folder(folder, kind='synthetic') as new:
             shared = dict(folder=str(new), spacing=spacing, nodes=nodes, every=every)
             seeds = _stream(seed, 9).integers(2**31, size=n).tolist()
             jobs = []

@@ -170,7 +170,7 @@ def new_pair(
 
 # %% ../../nbs/utils/03_files.ipynb #o0000020
 MARKER = '.dr_transfer.json'  # in each folder that the library creates
-DATA_KINDS = ('preprocess', 'drawn', 'pictures')  # kinds of output folders that are read as data
+DATA_KINDS = ('preprocess', 'synthetic', 'CT images')  # kinds of output folders that are read as data
 _MAX_MARKER_BYTES = 10**8  # bytes; the marker lists the files of the folder
 
 
