@@ -24,7 +24,7 @@ from ..utils.files import unknown
 def _recompressed(im, rng):
     file = io.BytesIO()
     im.save(file, 'JPEG', quality=40)
-    return Image.open(file).convert('RGB')
+    return read_rgb(file.getvalue())
 
 
 def _resampled(im, rng):
