@@ -380,4 +380,5 @@ def generalization_gap(
     for subset in ('train', 'valid'):
         rows[subset] = summary(*table_arrays(valid_predictions(learn, subset), classes), classes)
     t = pd.DataFrame(rows).T
-    return pd.concat([t, (t.loc['train'] - t.loc['valid']).rename('gap').to_frame().T])
+    t.loc['gap'] = t.loc['train'] - t.loc['valid']
+    return t

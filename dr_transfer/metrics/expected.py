@@ -155,7 +155,6 @@ def expected_metrics(
     if codes.max() == 0 or new_codes.max() == 0:
         return found.assign(low=np.nan, high=np.nan).reset_index()
     both = zip(resamples(codes, n, seed), resamples(new_codes, n, seed + 1))
-    draws = [_estimates(y[r], probs[r], new_probs[s], classes) for r, s in both]
-    draws = pd.DataFrame(draws).reindex(columns=found.index)
-    limits = _limits(draws, level)
+    values = [_estimates(y[r], probs[r], new_probs[s], classes) for r, s in both]
+    limits = _limits(pd.DataFrame(values).reindex(columns=found.index), level)
     return found.join(limits).reset_index()

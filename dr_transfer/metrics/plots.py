@@ -133,9 +133,9 @@ def pick_examples(
     probs = [f'p_{c}' for c in table_classes(table)]
     sure = table[probs].max(axis=1).to_numpy()
     t = table.iloc[np.argsort(-sure, kind='stable')]
-    correct = t.target == t.prediction
-    wrong = t[t.target != t.prediction].head(n // 2)
-    correct = t[correct].groupby('target', sort=True).head(n)
+    is_correct = t.target == t.prediction
+    wrong = t[~is_correct].head(n // 2)
+    correct = t[is_correct].groupby('target', sort=True).head(n)
     order = correct.groupby('target').cumcount()  # the first of each class, then the second of each
     correct = correct.assign(k=order).sort_values(['k', 'target'])
     return pd.concat([correct.head(n - len(wrong)), wrong]).drop(columns='k')
