@@ -814,11 +814,12 @@ def test_cross_validation_excludes_the_test_images(tmp_path, fundus_data):
         splits = {patient: split if patient in names[:4] else 'train' for patient in names}
         tables, lines = folds(with_split(tmp_path / split, fundus_data, splits))
         reported = f"{n} images with the split 'test' are excluded, the other {40 - n} are in the folds"
-        assert lines[1] == reported
+        assert lines[2] == reported
         assert [len(t) for t in tables] == [40 - n] * 3
         assert n == 0 or not set(tables[0].group) & set(names[:4])
     tables, lines = folds(fundus_data)
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[0].startswith('patients: ')
+    assert lines[1].startswith('no source column found')
     with pytest.raises(ValueError, match="every image is in the split 'test'"):
         folds(with_split(tmp_path / 'all', fundus_data, lambda p: 'test'))

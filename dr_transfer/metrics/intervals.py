@@ -108,7 +108,7 @@ def fraction_interval(
     correct = np.asarray(correct, dtype=float)
     if not len(correct):
         return (float('nan'),) * 3
-    value, low, high = bootstrap(np.mean, correct, groups=groups, level=level, **kw).loc['value'].to_list()
+    value, low, high = bootstrap(np.mean, correct, groups=groups, level=level, **kw).to_numpy()[0]
     n = count_groups(groups, len(correct))
     if value in (0, 1) and n > 1:
         low, high = stats.binomtest(int(value) * n, n).proportion_ci(level, 'exact')
