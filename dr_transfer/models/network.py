@@ -234,7 +234,7 @@ def default_bs(
 
 # %% ../../nbs/models/10_network.ipynb #7d1aaf4f
 def view_outputs(
-    model: nn.Sequential,  # Body and head; put into evaluation mode
+    model: nn.Module,  # Body and head; of another module the output is the features
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation
@@ -249,7 +249,7 @@ def view_outputs(
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
     bs = bs or default_bs(device)
-    body, head = model
+    body, head = model if isinstance(model, nn.Sequential) else (model, nn.Identity())
     pool = AveragePool()
 
     @torch.inference_mode()
@@ -276,7 +276,7 @@ def view_outputs(
 
 
 def view_probs(
-    model: nn.Sequential,  # Body and head; put into evaluation mode
+    model: nn.Module,  # Body and head; put into evaluation mode
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation
