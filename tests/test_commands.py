@@ -146,7 +146,7 @@ def test_cross_validate_writes_the_same_kind_of_page(many, weights, tmp_path):
     assert set(t.fold) == {1, 2, 3}
     assert (t.groupby('group').fold.nunique() == 1).all()
     assert t.decision.notna().all()
-    assert 'the threshold is that of the other folds' in (tmp_path / 'r.html').read_text()
+    assert 'of the 3 folds is chosen on the other folds' in (tmp_path / 'r.html').read_text()
     assert 'fold 3' in result.out
     again = good(*words, '--out', tmp_path / 'again.html')
     assert 'fold 1' not in again.out, 'finished folds are used'
