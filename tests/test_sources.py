@@ -9,6 +9,7 @@ from helpers import error_line, good
 
 import dr_transfer as dt
 from dr_transfer.data.sources import SourceError, image_sources
+from dr_transfer.evaluation.by_source import by_source_words
 from dr_transfer.evaluation.cross_validation import cross_validate
 from dr_transfer.synthetic.fundus import make_dr
 
@@ -112,3 +113,48 @@ def test_a_class_of_one_source_only_is_an_error(sites, cameras):
     t.loc[t.data_Camera == 'B', 'label'] = '0'
     with pytest.raises(SourceError, match="occurs only in the source 'A'"):
         cross_validate(t, 'dr', by='source', weights='random', arch='test_resnet', size=48)
+
+
+# ---------------------------------------------------------------- what is lost
+
+CLASSES = ['no', 'referable']
+
+
+def predicted(sources, y, noise, groups=None):
+    "Predictions as of `cross_validate`, with errors of a size."
+    p = 1 / (1 + np.exp(1 - 2 * y - np.random.default_rng(0).normal(0, noise, len(y))))
+    t = pd.DataFrame(
+        {'image': range(len(y)), 'target': np.where(y, 'referable', 'no'), 'p_no': 1 - p, 'p_referable': p}
+    )
+    t = t.assign(data_site=sources, group=groups)
+    t.attrs['source_col'] = 'data_site'
+    return t
+
+
+def compared(sources, y, groups=None):
+    return dt.by_source_table(predicted(sources, y, 0.5, groups), predicted(sources, y, 3.0, groups), CLASSES, n=100)
+
+
+def test_a_source_named_all_is_not_the_row_of_all_images():
+    y = np.arange(60) % 2
+    t = compared(np.repeat(['all', 'B'], [20, 40]), y)
+    assert t.images.to_dict() == {('all', 'all'): 60, ('source', 'B'): 40, ('source', 'all'): 20}
+
+
+def test_sources_without_positives_have_no_metric_of_their_own():
+    y = np.repeat([0, 1], 30)
+    t = compared(np.repeat(['A', 'B'], 30), y)  # the AUC is not defined in either
+    assert t.loc['source', 'left out'].isna().all()
+    words = by_source_words(t)
+    assert 'Lowest' not in words
+    assert 'nan' not in words
+    one = by_source_words(compared(np.repeat(['A', 'B'], [20, 40]), np.r_[np.zeros(20, int), np.arange(40) % 2]))
+    assert "Lowest on 'B'" in one
+
+
+def test_nothing_is_claimed_without_an_interval():
+    y = np.arange(60) % 2
+    words = by_source_words(compared(np.repeat(['A', 'B'], 30), y, groups=['one patient'] * 60))
+    assert 'too few patients' in words
+    assert '(no interval)' in words
+    assert 'holds on sources' not in words

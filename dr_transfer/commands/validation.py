@@ -129,6 +129,7 @@ def cross_validate(
     runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
     "Report how well a recipe predicts images that it was not trained on, by cross-validation"
+    from dr_transfer.evaluation.by_source import by_source_words
     from dr_transfer.utils.files import REPORT_TABLE, new_pair
 
     out, overwrite = _report_file(report, table)
@@ -139,7 +140,7 @@ def cross_validate(
         e.prevalence = report.prevalence
         _print_report(e, report.resamples, page, predictions)
         if e.by_source is not None:
-            print(e.by_source.attrs['words'])
+            print(by_source_words(e.by_source))
     return _print_files(out, 'report', REPORT_TABLE)
 
 # %% ../../nbs/commands/05_validation.ipynb #c9d14d12
@@ -156,6 +157,7 @@ def _check_cross(task, training, recipe):
 
 def _cross_evaluation(images, task, training, recipe, options, runtime):
     "Return the evaluation that a report of cross-validation shows"
+    from dr_transfer.evaluation.by_source import by_source_table
     from dr_transfer.evaluation.cross_validation import cross_validate, decide_across
     from dr_transfer.evaluation.report import describe_images
     from dr_transfer.metrics.decision import table_classes
@@ -184,17 +186,9 @@ def _cross_evaluation(images, task, training, recipe, options, runtime):
     e.skipped = [row['image'] for row in t.attrs['skipped']]
     e.how = f' The threshold of each of the {t.fold.nunique()} folds is chosen on the other folds.'
     if options.by == 'source':
-        e.by_source = _lost(cross_validate(images, found_task, task.target, **how), t, classes)
+        ordinary = cross_validate(images, found_task, task.target, **how)
+        e.by_source = by_source_table(ordinary, t, classes)
     return e
-
-
-def _lost(ordinary, by_source, classes):
-    "Compare leaving one source out with ordinary cross-validation, in a table and in words"
-    from dr_transfer.evaluation.by_source import by_source_table, by_source_words
-
-    table = by_source_table(ordinary, by_source, classes)
-    table.attrs['words'] = by_source_words(table)
-    return table
 
 
 def _recipe_card(found_task, target, task, recipe, decision) -> dict:

@@ -375,6 +375,13 @@ READERS = {
     'fundus_flat': _flat,
 }  # name -> (image, size) -> image before resizing; a changed function needs a new name
 
+
+def is_fundus(
+    reader: str | None,  # Name in `READERS`
+) -> bool:
+    "Whether a reader is for fundus photographs"
+    return str(reader).startswith('fundus')
+
 # %% ../../nbs/data/07_fundus.ipynb #fe8f48cf
 READING = 2  # increased when a reader, fit or view changes, so that stored features are computed again
 

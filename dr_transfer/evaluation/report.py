@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.columns import data_columns, with_data_names
+from ..data.fundus import is_fundus
 from ..data.gradability import gradability_table
 from ..data.leaks import MAX_COPY_BITS, file_facts, nearest_bits, seen_before
 from ..data.table import KNOWN, skipped_images
@@ -50,7 +51,7 @@ class Evaluation:
     other: list = field(default_factory=list)  # Excluded: not in the validation set
     patients: str = ''  # Column of the groups, in words, from `label_table`
     sources: str = ''  # Column of the sources, in words, from `label_table`
-    by_source: pd.DataFrame | None = None  # From `by_source_table`, with a sentence in `attrs['words']`
+    by_source: pd.DataFrame | None = None  # From `by_source_table`
 
     @property
     def decision(self) -> Decision | None:
@@ -71,7 +72,7 @@ class Evaluation:
     @property
     def fundus(self) -> bool:
         "Whether the model reads fundus photographs"
-        return str(self.about.get('reader')).split('_')[0] == 'fundus'
+        return is_fundus(self.about.get('reader'))
 
     @property
     def facts(self) -> list:
@@ -93,14 +94,14 @@ def describe_images(
     table: pd.DataFrame,  # Predictions: `image, target, p_CLASS...`
     classes,  # Class names in order, or `Classes`
     about: dict,  # Card of the model, as in model.json
-    reader: str,  # Name in `READERS`; gradability is for 'fundus'
+    reader: str,  # Name in `READERS`; gradability is for those of fundus images
     data: str = '',  # Name of the images
     prevalence: float | None = None,  # Prevalence of the positive class
 ) -> Evaluation:
     "Add properties of the files to predictions, and the gradability of fundus photographs"
     columns = {k: table.attrs.get(k, '') for k in ('patients', 'sources')}
     t = with_data_names(table.reset_index(drop=True), (*_OWN_COLUMNS, *(f'p_{c}' for c in classes)))
-    if reader == 'fundus':
+    if is_fundus(reader):
         t = t.join(gradability_table(t.image.tolist()))
         t = t.assign(gradable=np.where(t.gradability >= 0.5, 'gradable', 'ungradable'))
     facts = file_facts(t.image).astype({'width': str, 'height': str})

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from ..data.columns import shown_name
 from ..data.leaks import confounders
+from .by_source import by_source_words
 from .report import COMPUTED, GRADABLE, Evaluation, endpoint_table
 from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
@@ -273,20 +274,20 @@ def _elsewhere(e) -> str:
     "Show what is lost on a source that the model was not trained on"
     if e.by_source is None:
         return ''
-    t = e.by_source
-    shown = pd.DataFrame(
-        {
-            'images': t.images,
-            'trained on the others and on this source': t['others and itself'],
-            'trained on the others only': [
-                _interval_text(*row) for row in t[['others only', 'low', 'high']].itertuples(index=False)
-            ],
-            'lost': [_interval_text(*row) for row in t[['lost', 'lost low', 'lost high']].itertuples(index=False)],
-        }
-    )
-    return _html(
-        'elsewhere', words=t.attrs['words'], metric=_NAMES.get(t.attrs['metric'], t.attrs['metric']), t=_table(shown)
-    )
+    t, metric = e.by_source, e.by_source.attrs['metric']
+
+    def with_interval(*columns):
+        return [_interval_text(*row) for row in t[list(columns)].itertuples(index=False)]
+
+    columns = {
+        'images': t.images.tolist(),
+        'trained on all sources': t.ordinary.tolist(),
+        'trained on the other sources': with_interval('left out', 'low', 'high'),
+        'lost': with_interval('lost', 'lost low', 'lost high'),
+    }
+    names = ['all images', *t.loc['source'].index]
+    shown = pd.DataFrame(columns, index=pd.Index(names, name='source'))
+    return _html('elsewhere', words=by_source_words(t), metric=_NAMES.get(metric, metric), t=_table(shown))
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #00a915c6
 def _by_label(e) -> pd.DataFrame | None:

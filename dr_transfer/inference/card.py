@@ -25,6 +25,7 @@ from ..utils.regular import read_regular
 from dr_transfer.utils.schema import (
     FORMERLY,
     LATER,
+    JsonFields,
     Known,
     Length,
     Range,
@@ -32,7 +33,6 @@ from dr_transfer.utils.schema import (
     from_dict,
     read_json,
     required_fields,
-    to_dict,
 )
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
@@ -58,7 +58,7 @@ class Training:
 
 # %% ../../nbs/inference/01_card.ipynb #eefa5f63
 @dataclass(frozen=True)
-class ModelCard:
+class ModelCard(JsonFields):
     "Description of a trained model: what it expects, what it returns and how it was trained"
 
     arch: _Name  # Name of the backbone here, in timm or in torchvision
@@ -114,18 +114,6 @@ class ModelCard:
             return False
         decided = self.decision and (self.decision.cuts or self.decision.operating)
         return bool(decided) or (self.task, self.target) == ('dr', 'grade')
-
-    def to_dict(self) -> dict:
-        "Return the card as a dict for JSON"
-        return to_dict(self)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: dict,  # From `to_dict`, or read from a file
-    ) -> 'ModelCard':  # SchemaError names a field that is not valid
-        "Make a card from a dict"
-        return from_dict(cls, data)
 
 # %% ../../nbs/inference/01_card.ipynb #f6e0b492
 FIELDS = required_fields(ModelCard)

@@ -38,13 +38,6 @@ def gather_images(
 # %% ../../nbs/inference/02_predictions.ipynb #4e607b13
 NO_PROBABILITIES = 'the model returns no probabilities for this image: its values overflow (NaN)'
 
-# %% ../../nbs/inference/02_predictions.ipynb #52f36235
-def _outputs(model, images) -> tuple[np.ndarray, np.ndarray]:
-    "Return probabilities and distances from the training images; NaN for a model that only has `probs`"
-    if hasattr(model, 'outputs'):
-        return model.outputs(images)
-    return model.probs(images), np.full(len(images), np.nan)
-
 # %% ../../nbs/inference/02_predictions.ipynb #eba41024
 def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
@@ -88,7 +81,7 @@ def predict_table(
     p = np.full((len(images), len(model.classes)), np.nan)
     unlike = np.full(len(images), np.nan)
     if good.any():
-        p[good], unlike[good] = _outputs(model, [i for i, g in zip(images, good) if g])
+        p[good], unlike[good] = model.outputs([i for i, g in zip(images, good) if g])
     undefined = good & ~np.isfinite(p).all(axis=1)
     errors[undefined] = NO_PROBABILITIES
     p[undefined] = np.nan

@@ -18,7 +18,7 @@ from .classes import as_classes
 from .groups import table_groups
 from .operating_point import OperatingPoint, OperatingPointError, choose_operating_point, groups_in
 from .scores import quadratic_kappa
-from ..utils.schema import FORMERLY, LATER, Range, SchemaError, from_dict, to_dict
+from ..utils.schema import FORMERLY, LATER, JsonFields, Range, SchemaError
 
 # %% ../../nbs/metrics/06_decision.ipynb #1ac88f59
 def prediction_table(
@@ -159,9 +159,10 @@ GroupCount = Annotated[int, Range(0, 10**9)]
 
 # %% ../../nbs/metrics/06_decision.ipynb #2cfe2e62
 @dataclass(frozen=True)
-class Decision:
+class Decision(JsonFields):
     "How the probabilities of a model become decisions"
 
+    json_path = 'decision'
     temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # Divides the logits
     cuts: tuple[float, ...] | None = None  # Increasing: grade j from cut j on
     operating: OperatingPoint | None = None  # Threshold of the positive class
@@ -181,18 +182,6 @@ class Decision:
         if self.positive_groups is None or self.negative_groups is None:
             return f'{self.operating} (counted as images, not as patients)'
         return f'{self.operating}, of {self.positive_groups} and {self.negative_groups} groups (patients)'
-
-    def to_dict(self) -> dict:
-        "Convert to a dict for JSON"
-        return to_dict(self)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: dict,  # From `to_dict`, or read from a file
-    ) -> 'Decision':  # SchemaError for an invalid field
-        "Create a decision from a dict"
-        return from_dict(cls, data, 'decision')
 
     def check(
         self,

@@ -17,7 +17,7 @@ from .decision import table_arrays
 from .groups import table_groups
 from .intervals import count_groups, fraction_interval, group_codes
 from .screening import column_values
-from ..utils.schema import Length, Range, SchemaError, from_dict, to_dict
+from ..utils.schema import JsonFields, Length, Range, SchemaError
 
 # %% ../../nbs/metrics/11_prediction_sets.ipynb #89d31cb5
 _Fraction = Annotated[float, Range(0, 1)]
@@ -41,9 +41,10 @@ def _words(names, ordered) -> str:
 
 
 @dataclass(frozen=True)
-class PredictionSets:
+class PredictionSets(JsonFields):
     "Thresholds on the probabilities of the classes, which give each image a set of possible classes"
 
+    json_path = 'sets'
     classes: Annotated[_Names, Length(2, 10_000)]  # In the order of the probability columns
     coverage: _Fraction  # Required fraction of images whose set contains the true class
     thresholds: tuple[_Fraction, ...]  # Of each class: it is in the set from this probability on
@@ -55,18 +56,6 @@ class PredictionSets:
     def __post_init__(self):
         if len(self.thresholds) != len(self.classes):
             raise SchemaError('sets.thresholds', self.thresholds, f'{len(self.classes)} numbers, one for each class')
-
-    def to_dict(self) -> dict:
-        "Convert to a dict for JSON"
-        return to_dict(self)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: dict,  # From `to_dict`, or read from a file
-    ) -> 'PredictionSets':  # SchemaError for an invalid field
-        "Create prediction sets from a dict"
-        return from_dict(cls, data, 'sets')
 
     def apply(
         self,

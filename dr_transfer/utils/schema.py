@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 # %% ../../nbs/utils/06_schema.ipynb #2ecb4bb6
 class SchemaError(ValueError):
@@ -284,6 +284,24 @@ def to_dict(
     if isinstance(value, (list, tuple)):
         return [to_dict(v) for v in value]
     return value
+
+# %% ../../nbs/utils/06_schema.ipynb #589a95b9
+class JsonFields:
+    "A dataclass that can be written as JSON and read again"
+
+    json_path: ClassVar[str] = ''  # Name of the object in error messages
+
+    def to_dict(self) -> dict:
+        "Convert to a dict for JSON"
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: dict,  # From `to_dict`, or read from a file
+    ) -> Self:  # SchemaError for an invalid field
+        "Create an object from a dict"
+        return from_dict(cls, data, cls.json_path)
 
 # %% ../../nbs/utils/06_schema.ipynb #3d4b4aac
 _MAX_DEPTH = 20  # nesting of objects and lists
