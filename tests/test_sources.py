@@ -89,7 +89,7 @@ def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path)
     page = tmp_path / 'r.html'
     recipe = (*FAST, '--plan', 'head', '--folds', '2', '--resamples', '100')
     printed = good('cross-validate', sites / 'north', '--labels', cameras, *recipe, '--by', 'source', '--out', page).out
-    assert 'with all sources in training' in printed
+    assert 'in ordinary cross-validation' in printed
     assert 'by leaving one source out; lost:' in printed
     text = page.read_text()
     assert '<h2>Elsewhere</h2>' in text
