@@ -55,6 +55,9 @@ class Model:
         p = np.array(rows) / 2.1
         return p if average else np.repeat(p[:, None], 4, 1)
 
+    def outputs(self, images):
+        return self.probs(images), np.full(len(images), 0.5)
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

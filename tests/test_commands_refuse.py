@@ -236,8 +236,8 @@ def test_one_path_is_a_list_of_one(flowers):
         classes = ('a', 'b')
         card = SimpleNamespace(decision=None)
 
-        def probs(self, images):
-            return np.full((len(images), 2), 0.5)
+        def outputs(self, images):
+            return np.full((len(images), 2), 0.5), np.zeros(len(images))
 
     path = find_images(flowers)[0]
     for one in (path, str(path)):
