@@ -93,7 +93,7 @@ def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path)
     assert 'by leaving one source out; lost:' in printed
     text = page.read_text()
     assert '<h2>Elsewhere</h2>' in text
-    assert 'trained on the others only' in text
+    assert 'trained on the other sources' in text
     t = pd.read_csv(tmp_path / 'r_predictions.csv')
     assert (t.fold == t.data_Camera).all()
 
