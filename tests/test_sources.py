@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import error_line, good
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 import dr_transfer as dt
 from dr_transfer.data.sources import SourceError, image_sources
 from dr_transfer.evaluation.by_source import by_source_words
 from dr_transfer.evaluation.cross_validation import cross_validate
 from dr_transfer.synthetic.fundus import make_dr
+from dr_transfer.training.stored import learner_features
 
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 FAST = ('--task', 'dr', '--size', '48', '--weights', 'random', '--arch', 'test_resnet', '--runtime', 'plain')
@@ -158,3 +161,34 @@ def test_nothing_is_claimed_without_an_interval():
     assert 'too few patients' in words
     assert '(no interval)' in words
     assert 'holds on sources' not in words
+
+
+def test_a_head_is_solved_for_a_source_that_it_was_not_trained_on(sites, cameras):
+    "With sources, C is what is best by leaving one out; without, what is best in folds of groups"
+    lines = []
+    data = dt.label_table(sites / 'north', cameras)
+    kw = dict(task='dr', size=48, arch='test_resnet', runtime='plain', weights='random', allow_leaks=True)
+    learn = dt.fit(dt.build_learner(data, **kw, say=lines.append), 'head', say=lines.append)
+    assert learn.record.C_by == 'source'
+    assert sum('is chosen by leaving one of 2 sources out' in line for line in lines) == 1
+    train = learn.table[learn.table.split == 'train']
+    x = learner_features(learn, train.image.tolist()).numpy()
+    views = x.shape[1]
+    x = StandardScaler().fit_transform(x.reshape(-1, x.shape[-1]).astype(np.float64))
+    y = train.target.to_numpy()
+    sources = train.data_Camera.to_numpy()
+    loss = {}
+    for C in (r['C'] for r in learn.record.C_path):
+        right = np.zeros(len(y))
+        for source in 'AB':
+            seen = np.repeat(sources != source, views)
+            weight = np.full(seen.sum(), 1 / views)
+            model = LogisticRegression(C=C, max_iter=5000).fit(x[seen], np.repeat(y, views)[seen], weight)
+            probs = model.predict_proba(x[~seen]).reshape(-1, views, 2).mean(1)
+            of_truth = np.searchsorted(model.classes_, y[sources == source])
+            right[sources == source] = probs[np.arange(len(probs)), of_truth]
+        loss[C] = -np.log(right.clip(0.001)).mean()
+    assert loss == pytest.approx({r['C']: r['loss'] for r in learn.record.C_path}, abs=1e-3)
+    assert min(loss, key=loss.get) == learn.record.C
+    one = dt.build_learner(dt.label_table(sites / 'north', cameras, source_col='none'), **kw, say=lines.append)
+    assert dt.fit(one, 'head', say=lines.append).record.C_by == 'group'

@@ -47,8 +47,7 @@ STAGES = {
     'neck': ('neck',),
 }
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of logistic regression
-READERS = {'none': 'fundus', 'colour': 'fundus_colour', 'local': 'fundus_flat'}
-N_CHANGED = 120  # images of each source that are changed, the same for all candidates (flowers: three times as many)
+READERS = {'none': 'fundus', 'local': 'fundus_flat', 'colour': 'fundus_colour'}
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class ImageSet:
     size: int  # Pixels
     fit: str  # As in the task
     positive: bool  # Is the metric an AUC?
+    n_changed: int  # Images of each source that are changed, the same for all candidates
 
     def metric(self, probs, rows) -> float:
         "AUC or accuracy of probabilities (n, classes) for some rows"
@@ -84,7 +84,7 @@ def read_flowers(root) -> ImageSet:
     t = label_table(root / 'flowers', verify=False)
     y = t.label.astype('category').cat.codes.to_numpy()
     source = np.full(len(t), 'flowers')
-    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', False)
+    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', False, 360)
 
 
 def read_dr(root) -> ImageSet:
@@ -92,7 +92,7 @@ def read_dr(root) -> ImageSet:
     t = label_table([root / 'dr' / name for name in ('messidor2', 'idrid', 'eyepacs')], verify=False)
     y = (t.label.astype(int) >= 2).astype(int).to_numpy()
     groups = np.array([g if g is not None else f'image {i}' for i, g in enumerate(t.group)], object)
-    return ImageSet(t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', True)
+    return ImageSet(t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', True, 60)
 
 
 class FeatureReader:
@@ -103,8 +103,7 @@ class FeatureReader:
         self.all = cache(self._all)
         rng = np.random.default_rng(0)
         names = np.unique(data.sources)
-        n = N_CHANGED * 3 // len(names)
-        some = [rng.permutation(np.flatnonzero(data.sources == name))[:n] for name in names]
+        some = [rng.permutation(np.flatnonzero(data.sources == name))[: data.n_changed] for name in names]
         self.changed_rows = np.sort(np.concatenate(some))
 
     def _all(self, reader, change):

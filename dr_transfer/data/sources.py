@@ -13,6 +13,7 @@ from .columns import SOURCES, data_columns, find_column, shown_name, some
 
 # %% ../../nbs/data/11_sources.ipynb #0b711309
 NO_SOURCES = "no source column found: all images count as one source; name one with source_col='...' (--source COLUMN)"
+_NO_COLUMN = 'none'  # chosen by the user; columns of the user begin with `data_`
 _UNKNOWN = 'unknown'  # source of an image whose cell is empty
 
 
@@ -28,7 +29,7 @@ def find_source_column(
     source_col: str | None = None,  # Column of the sources; a usual one if None; or 'none'
 ) -> str | None:  # Name of the column, with `data_`
     "Find the column of the sources; raise a ValueError if there is no column of the requested name"
-    if source_col == 'none':
+    if source_col == _NO_COLUMN:
         return None
     shown = {shown_name(c): c for c in data_columns(table)}
     found = find_column(pd.DataFrame(columns=list(shown)), SOURCES, source_col, needed=False)
@@ -64,8 +65,9 @@ def with_sources(
     known: str | None = None,  # Column that was chosen before, with `data_`
 ) -> pd.DataFrame:  # The same table
     "Note in `attrs` which column has the sources (`source_col`), and a line that says so (`sources`)"
-    if source_col is None and known in table:
-        table.attrs['source_col'] = known
+    chosen_before = source_col is None and (known == _NO_COLUMN or known in table)
+    if chosen_before or source_col == _NO_COLUMN:
+        table.attrs['source_col'] = known if chosen_before else _NO_COLUMN
     else:
         table.attrs['source_col'] = find_source_column(table, source_col)
     table.attrs['sources'] = sources_line(table)

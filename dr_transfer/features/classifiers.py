@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from ..data.sources import source_folds
 from .extraction import Features, _chosen
 from ..metrics.intervals import group_codes
 from ..models.head import Head
@@ -76,10 +77,11 @@ def grouped_folds(
 class _ViewSet:
     "All views as rows, those of an image next to each other"
 
-    def __init__(self, x, y, groups, seed):
+    def __init__(self, x, y, groups, seed, sources=None):
         self.views = x.shape[1]
         self.labels = y
         self.groups = groups
+        self.sources = sources
         self.seed = seed
         self.x = x.reshape(-1, x.shape[-1])
         self.y = np.repeat(y, self.views)
@@ -94,8 +96,11 @@ class _ViewSet:
         return (first + np.arange(self.views)).ravel()
 
     def splits(self, n) -> list:
-        "(training, test) row numbers"
-        folds = grouped_folds(self.labels, self.groups, n, self.seed)
+        "(training, test) row numbers: one fold for each source, or `n` folds of groups if there are no sources"
+        if self.sources is not None:
+            folds = source_folds(self.labels, self.sources)
+        else:
+            folds = grouped_folds(self.labels, self.groups, n, self.seed)
         return [(self.rows(train), self.rows(test)) for train, test in folds]
 
     def cv_splits(self, cv) -> list:
@@ -310,10 +315,10 @@ def _scaled(self, x) -> np.ndarray:
     return self.scaler_.transform(x.reshape(-1, x.shape[-1]))
 
 
-def _train(self, x, codes, groups):
+def _train(self, x, codes, groups, sources):
     "Fit the estimator of a classifier"
     _check_name(self.classifier)
-    view_set = _ViewSet(_scaled(self, x).reshape(x.shape), codes, groups, self.seed)
+    view_set = _ViewSet(_scaled(self, x).reshape(x.shape), codes, groups, self.seed, sources)
     with threadpool_limits(1, user_api='blas'):
         if isinstance(self.classifier, str):
             return CLASSIFIERS[self.classifier](view_set)
@@ -412,14 +417,15 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         X,  # `Features`, or an array (images, views, channels) or (images, channels)
         y,  # Class of each image (n,)
         groups=None,  # Group of each image (n,), kept together
+        sources=None,  # Source of each image (n,): C is chosen by leaving one out
     ):
-        "Train on all views; ValueError if X, y and groups do not fit together"
+        "Train on all views; ValueError if the arguments do not fit together, SourceError for sources"
         x = _views_of(X, self.stages, self.pool)
         self.classes_, codes = _classes(y, len(x))
         self.n_features_in_ = x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
         self.source_ = _source(X, self.stages)
-        self.estimator_ = _train(self, x, codes, groups)
+        self.estimator_ = _train(self, x, codes, groups, sources)
         return self
 
     def predict_proba(self, X) -> np.ndarray:

@@ -24,6 +24,7 @@ from fastcore.imports import IN_NOTEBOOK
 from torch import nn
 
 from ..data.augment import views_of
+from ..data.sources import SourceError, image_sources
 from ..data.views import VIEWS
 from ..features.boundary import boundary_loader
 from ..features.classifiers import FeatureClassifier
@@ -123,13 +124,31 @@ def _unsolvable(learn, part, views) -> str:
     return ''
 
 
-def _solve_head(learn, run) -> list:
+def _fit_classifier(learn, x, y, say) -> FeatureClassifier:
+    "Fit logistic regression to features (n, views, d); C is chosen by leaving one source out, if there are sources"
+    train = learn.table[learn.table.split == 'train']
+    groups = train.group.to_numpy()
+    classifier = FeatureClassifier(seed=learn.record.seed)
+    sources = image_sources(train)
+    if sources is not None and sources.nunique() > 1:
+        try:
+            classifier.fit(x, y, groups, sources.to_numpy())
+        except SourceError as e:
+            say(f'C is chosen in folds of all sources: {e}')
+        else:
+            say(f'C = {classifier.estimator_.C:g} is chosen by leaving one of {sources.nunique()} sources out')
+            learn.record.C_by = 'source'
+            return classifier
+    learn.record.C_by = 'group'
+    return classifier.fit(x, y, groups)
+
+
+def _solve_head(learn, run, say) -> list:
     "Solve the head as logistic regression; return loss and metrics as one epoch"
     train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
     y = [o2i[t] for t in train.target]
     sub, maps = _sub_learner(learn, run)
-    classifier = FeatureClassifier(seed=learn.record.seed)
-    classifier.fit(maps.arrays[0], y, train.group.to_numpy())
+    classifier = _fit_classifier(learn, maps.arrays[0], y, say)
     learn.head.load_state_dict(classifier.head().state_dict())
     learn.record.C = classifier.estimator_.C
     learn.record.C_path = tuple({'C': C, 'loss': loss} for C, loss in classifier.estimator_.losses_.items())
@@ -305,7 +324,7 @@ def fit_phase(
         if run.how == 'network':
             return _run(learn, run, rates, say)
         learn.transfer.stored_body = weights_digest(part.body) if part.pooled else None
-        values = _solve_head(learn, run) if run.how == 'solved' else _fit_stored(learn, run, rates, say)
+        values = _solve_head(learn, run, say) if run.how == 'solved' else _fit_stored(learn, run, rates, say)
     learn.head_first.trained = True
     return values
 

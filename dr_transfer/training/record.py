@@ -66,6 +66,7 @@ class RunRecord:
     passes: int = 0  # Passes of the training images through the network
     best: dict | None = None  # The epoch of the last fit with the lowest valid_loss
     C: float | None = None  # Regularisation strength of a head that was solved
+    C_by: str | None = None  # C was chosen by leaving one 'group' or one 'source' out
     C_path: tuple[dict, ...] | None = None  # `C` and out-of-fold `loss` of each candidate
     interrupted: str | None = None  # Phase that was interrupted
     decision: Decision | None = None  # Decision rule for the probabilities
