@@ -31,7 +31,7 @@ from .metrics.decision import prediction_table, table_arrays
 from .metrics.scores import summary
 from .models.head import Head
 from .models.network import create_head, view_probs
-from .models.registry import DEFAULT_ARCH
+from .models.registry import DEFAULT_ARCH, find_backbone, head_stages
 from .models.stages import stage_names
 from .training.learner import LearnerConfig, TransferLearner, make_learner, resolve
 from .training.phases import fit_phase, phase_runs, runs_words
@@ -106,11 +106,13 @@ def build_learner(
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
     plan_arch(base, arch)  # raises an error if the plan needs another backbone
+    arch = resolve(arch, base.arch, DEFAULT_ARCH)
+    read = head_stages(find_backbone(arch), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
-        arch=resolve(arch, base.arch, DEFAULT_ARCH),
+        arch=arch,
         weights=resolve(weights, base.weights),
-        stage=resolve(stage, base.stage),
-        n_stages=resolve(n_stages, base.n_stages),
+        stage=read[0],
+        n_stages=read[1],
         head=resolve(head, base.head),
         plan=plan,
         runtime=runtime,

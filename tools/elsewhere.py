@@ -4,11 +4,13 @@
     python tools/elsewhere.py            # both parts; computes the features of about 20,000 images first
     python tools/elsewhere.py dr         # one part: flowers or dr
 
-A candidate is a light correction, a set of stages and a strength of regularisation. For each of them:
+A candidate is a light correction (or features without and with one, side by side), a set of stages and a strength of
+regularisation. For each of them:
 
     home      cross-validation by patient or photographer within each source, on the images as they are
     changed   the same folds, tested on images that were changed (dr_transfer.data.acquisition): mean over the changes
-    elsewhere trained on one source and tested on another: mean over the pairs (dr only)
+    elsewhere trained on one source, or on two, and tested on another: mean over the nine combinations (dr only)
+    adapted   the same, with the features of each source standardised by its own mean and spread, without labels
 
 The metric is accuracy for flowers and the AUC of referable retinopathy for dr. All candidates are listed, so you can
 see what each way of choosing would have chosen. The results are written to nbs/results/elsewhere.csv. Features have
@@ -47,7 +49,12 @@ STAGES = {
     'neck': ('neck',),
 }
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of logistic regression
-READERS = {'none': 'fundus', 'local': 'fundus_flat', 'colour': 'fundus_colour'}
+READERS = {
+    'none': ('fundus',),
+    'local': ('fundus_flat',),
+    'colour': ('fundus_colour',),
+    'none and local': ('fundus', 'fundus_flat'),
+}
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,9 @@ class FeatureReader:
 
     def array(self, candidate, change=''):
         "Features (n, channels) of the stages of a candidate; of `changed_rows` if there is a change"
-        reader = READERS.get(candidate.correction, 'photo')
-        x = self.all(reader, change).numpy(STAGES[candidate.stages])
-        return x[:, 0].astype(np.float64)
+        readers = READERS.get(candidate.correction, ('photo',))
+        x = [self.all(reader, change).numpy(STAGES[candidate.stages])[:, 0] for reader in readers]
+        return np.concatenate(x, 1).astype(np.float64)
 
 
 def fitted(candidate, x, y):
@@ -141,11 +148,10 @@ def out_of_fold(data, candidate, x, changed, rows, changed_rows):
     return probs, of_changed
 
 
-def score_candidate(data, reader, candidate) -> dict:
-    "Scores of a candidate: at home, under each change, and for each pair of sources; means over the sources"
-    x = reader.array(candidate)
+def at_home(data, reader, candidate, x) -> dict:
+    "Scores within the sources: on the images as they are, and under each change"
     changed = {change: reader.array(candidate, change) for change in CHANGES}
-    home, models = {}, {}
+    home = {}
     under = {change: [] for change in ('unchanged', *CHANGES)}
     for source in np.unique(data.sources):
         rows = np.flatnonzero(data.sources == source)
@@ -156,22 +162,55 @@ def score_candidate(data, reader, candidate) -> dict:
         under['unchanged'].append(data.metric(probs[some], some))
         for change in CHANGES:
             under[change].append(data.metric(of_changed[change][mine], some))
-        models[source] = rows, fitted(candidate, x[rows], data.y[rows])
-    pairs = {}
-    for a, b in permutations(models, 2):
-        model, rows = models[a][1], models[b][0]
-        pairs[f'{a} to {b}'] = data.metric(model.predict_proba(x[rows]), rows)
     means = {change: float(np.mean(values)) for change, values in under.items()}
-    out = {'home': float(np.mean(list(home.values()))), 'changed': float(np.mean([means[c] for c in CHANGES]))}
-    if pairs:
-        out['elsewhere'] = float(np.mean(list(pairs.values())))
-    return out | home | means | pairs
+    decides = {'home': float(np.mean(list(home.values()))), 'changed': float(np.mean([means[c] for c in CHANGES]))}
+    return decides | home | means
+
+
+def standardised(x, sources) -> np.ndarray:
+    "Features with mean 0 and spread 1 within each source"
+    out = np.empty_like(x)
+    for source in np.unique(sources):
+        out[sources == source] = StandardScaler().fit_transform(x[sources == source])
+    return out
+
+
+def combinations_of(sources) -> list:
+    "(training sources, test source): one or more sources, and another one"
+    names = [str(name) for name in np.unique(sources)]
+    pairs = [((a,), b) for a, b in permutations(names, 2)]
+    if len(names) < 3:
+        return pairs
+    return pairs + [(tuple(n for n in names if n != b), b) for b in names]
+
+
+def elsewhere(data, candidate, x) -> dict:
+    "Score on each source of models that were trained on others"
+    scores = {}
+    for train, test in combinations_of(data.sources):
+        rows = np.flatnonzero(np.isin(data.sources, train))
+        new = np.flatnonzero(data.sources == test)
+        model = fitted(candidate, x[rows], data.y[rows])
+        scores[f'{" and ".join(train)} to {test}'] = data.metric(model.predict_proba(x[new]), new)
+    return scores
+
+
+def score_candidate(data, reader, candidate) -> dict:
+    "Scores of a candidate: at home, under each change, and on sources that it was not trained on"
+    x = reader.array(candidate)
+    out = at_home(data, reader, candidate, x)
+    if len(np.unique(data.sources)) < 2:
+        return out
+    scores = elsewhere(data, candidate, x)
+    adapted = elsewhere(data, candidate, standardised(x, data.sources))
+    means = {'elsewhere': float(np.mean(list(scores.values()))), 'adapted': float(np.mean(list(adapted.values())))}
+    return out | means | scores | {f'{name}, adapted': score for name, score in adapted.items()}
 
 
 def choices(table) -> pd.DataFrame:
     "What each way of choosing would choose, and what it gives elsewhere"
     rows = {}
-    for way in ('home', 'changed', 'elsewhere'):
+    for way in ('home', 'changed', 'elsewhere', 'adapted'):
         if way in table and table[way].notna().all():
             rows[way] = table.loc[table[way].idxmax()]
     return pd.DataFrame(rows).T

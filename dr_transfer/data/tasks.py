@@ -131,12 +131,15 @@ class Task:
     fit: str = 'crop'  # 'pad', 'squish' or 'crop'
     augment: str = 'mirror'  # Names of augmentations joined with '+'
     metrics: dict = field(default_factory=dict)  # target -> names of metrics
+    neck: bool = False  # Does the head read the layer before ImageNet's classifier too?
 
     def __post_init__(self):
         if self.reader not in READERS:
             raise unknown('reader', self.reader, READERS)
         if self.fit not in FITS:
             raise unknown('fit', self.fit, FITS)
+        if not isinstance(self.neck, bool):
+            raise ValueError(f'neck={self.neck!r}: give True or False')
         object.__setattr__(self, 'size', check_size(self.size))
         augmentation(self.augment)
 
@@ -153,7 +156,7 @@ class Task:
 TASKS = {
     t.name: t
     for t in (
-        Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}),
+        Task('flowers', size=256, augment='mirror_near', metrics={'class': ('accuracy',)}, neck=True),
         Task(
             'dr',
             (REFERABLE, GRADE),

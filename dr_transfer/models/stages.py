@@ -152,7 +152,7 @@ def _last_is_features(net, calls) -> bool:
 
 
 def _stage_name(i, stage, until) -> str:
-    "`stem`, then `stage1` and so on; `neck` for the layers that are not used by default"
+    "`stem`, then `stage1` and so on; `neck` for the layers that ImageNet networks have before the classifier"
     if not i:
         return 'stem'
     return 'neck' if until and hasattr(stage, until) else f'stage{i}'

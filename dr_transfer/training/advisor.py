@@ -32,7 +32,7 @@ from dr_transfer.features.probes import (
     stage_gain,
 )
 from ..models.network import make_body
-from ..models.registry import DEFAULT_ARCH
+from ..models.registry import DEFAULT_ARCH, head_stages
 from ..models.stages import Stages
 from .plans import HEAD_PASSES, LARGE, PLANS, Plan, choose_plan
 from ..utils.files import plain_text
@@ -66,12 +66,20 @@ class Advice:
 
 # %% ../../nbs/training/02_advisor.ipynb #b72d86e9
 def _candidates(stages) -> dict:
-    "Row of the depth profile -> (last stage, number of stages): single stages, and two or four adjacent ones"
+    "Row of the depth profile -> (last stage, number of stages): single stages, adjacent ones, and two with the neck"
     own = [n for n in stages if n != 'neck']
     pairs = [(n, 1) for n in stages] + [
         (own[i], k) for i in range(len(own) // 2, len(own)) for k in (2, 4) if k <= i + 1
     ]
+    if 'neck' in stages:
+        pairs.append(('neck', 3))
     return {'+'.join(_last_stages(stages, *p)): p for p in pairs}
+
+
+def _default_stages(stages, spec, neck) -> tuple:
+    "Names of the stages that the head reads by default"
+    last, n = head_stages(spec, neck)
+    return _last_stages(stages, last or [n for n in stages if n != 'neck'][-1], n or spec.n_stages)
 
 
 def _last_stages(stages, last, k) -> tuple:
@@ -253,7 +261,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
     spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
-    own = [n for n in f.stages if n != 'neck'][-spec.n_stages :]
+    own = _default_stages(f.stages, spec, task.neck)
     default = '+'.join(own)
     candidates[default] = (own[-1], len(own))
     profile = depth_profile(
