@@ -219,6 +219,7 @@ def choices(table) -> pd.DataFrame:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=['flowers', 'dr'])
+    p.add_argument('--corrections', nargs='+', default=list(READERS), choices=list(READERS), help='for dr only')
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
     root = Path(
@@ -230,7 +231,9 @@ def main():
         reader = FeatureReader(data)
         rows = []
         with threadpool_limits(1, user_api='blas'):
-            for candidate in [Candidate(*c) for c in product(READERS if part == 'dr' else [''], STAGES, STRENGTHS)]:
+            for candidate in [
+                Candidate(*c) for c in product(a.corrections if part == 'dr' else [''], STAGES, STRENGTHS)
+            ]:
                 rows.append({'task': part, **asdict(candidate), **score_candidate(data, reader, candidate)})
                 print(*[f'{v:.3f}' if isinstance(v, float) else v for v in rows[-1].values()][:7], flush=True)
         table = pd.DataFrame(rows)
