@@ -354,6 +354,22 @@ def _errors(e) -> str:
     return _html('errors', tables=[(name, _table(p, index=False)) for name, p in parts.items() if len(p)])
 
 
+def _referral(e) -> str:
+    "Show the accuracy if the least certain images are referred to a human"
+    t = referral_table(e.table, e.classes, e.point)
+    t = t.assign(referred=[f'{r:.0%}' for r in t.referred])
+    t.columns = ['images referred', 'images remaining', 'accuracy on the remaining images']
+    return _html('referral', t=_table(t, index=False))
+
+
+def _turns(e) -> str:
+    "Show how often decisions change if images are rotated by quarter turns"
+    if not e.turns:
+        return ''
+    same = f'{e.turns["same decision"]:.1%}'
+    return _html('turns', same=same, images=e.turns['images'], score_range=f'{e.turns["score range"]:.3f}')
+
+# %% ../../nbs/evaluation/03_report_page.ipynb #a74937ce
 def _sets(e, n) -> str:
     "Show the coverage of the prediction sets, in all and by class and source"
     sets = e.decision.sets if e.decision else None
@@ -372,22 +388,6 @@ def _sets(e, n) -> str:
         index=[names[c] if c == 'all' else f'{names[c]} {value}' for c, value in found.index],
     )
     return _html('sets', coverage=f'{sets.coverage:.0%}', words=e.decision.set_words, t=_table(shown))
-
-
-def _referral(e) -> str:
-    "Show the accuracy if the least certain images are referred to a human"
-    t = referral_table(e.table, e.classes, e.point)
-    t = t.assign(referred=[f'{r:.0%}' for r in t.referred])
-    t.columns = ['images referred', 'images remaining', 'accuracy on the remaining images']
-    return _html('referral', t=_table(t, index=False))
-
-
-def _turns(e) -> str:
-    "Show how often decisions change if images are rotated by quarter turns"
-    if not e.turns:
-        return ''
-    same = f'{e.turns["same decision"]:.1%}'
-    return _html('turns', same=same, images=e.turns['images'], score_range=f'{e.turns["score range"]:.3f}')
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #13c8fefb
 def _training(t) -> dict:
