@@ -150,6 +150,7 @@ def _point_html(e, m) -> str:
         return ''
     if e.point is None:
         not_chosen = e.decision.not_chosen if e.decision else ()
+        not_chosen = [why for why in not_chosen if not why.startswith('no prediction sets')]
         reasons = '; '.join(why.removeprefix('no operating point: ') for why in not_chosen)
         return _html('no_point', why=reasons or 'none was chosen in training')
     endpoints = _table(endpoint_table(m)) if e.fundus else None
