@@ -82,7 +82,7 @@ def _made_from(model, table) -> MadeFrom:
         model=model.card.tensors_sha256,
         images=len(table),
         groups=count_groups(table_groups(table), len(table)),
-        prevalence=table.target.value_counts(normalize=True).sort_index().round(6).to_dict(),
+        prevalence=table.target.astype(str).value_counts(normalize=True).sort_index().round(6).to_dict(),
     )
 
 
