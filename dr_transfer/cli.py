@@ -16,6 +16,7 @@ from dr_transfer.commands.arguments import (
     CommandParser,
     add_comparison_arguments,
     add_fold_arguments,
+    add_guarantee_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_split_arguments,
@@ -27,6 +28,7 @@ from dr_transfer.commands.arguments import (
     path_name,
     whole_number,
 )
+from .commands.sites import recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
 from .utils.checks import MAX_SEED
@@ -77,6 +79,7 @@ def _parser() -> CommandParser:
         _add_evaluate,
         _add_cross_validate,
         _add_compare,
+        _add_recalibrate,
     ):
         add_command(commands)
     return p
@@ -228,6 +231,26 @@ def _add_compare(commands):
         metavar='PNG',
         type=path_name,
         help='figure to write; NAME_table.csv is written next to it (default: the name of DATA and _comparison.png)',
+    )
+
+# %% ../nbs/cli.ipynb #501e6612
+def _add_recalibrate(commands):
+    add = _command(
+        commands,
+        'recalibrate',
+        recalibrate,
+        'Make a trained model fit another site, by its labelled images',
+        'dr_transfer recalibrate messidor_run images/clinic --sensitivity 0.9 --out clinic_run',
+    )
+    add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train, or a model folder')
+    add_table_arguments(add)
+    add('--task', metavar='TASK', help="FILE.toml or FILE.py:NAME, for a task of your own (default: the model's)")
+    add_guarantee_arguments(add)
+    add(
+        '--out',
+        metavar='DIR',
+        type=path_name,
+        help='folder to write; DIR is not changed (default: the name of DATA and _recalibrated)',
     )
 
 # %% ../nbs/cli.ipynb #fdecb640

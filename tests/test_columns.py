@@ -138,6 +138,7 @@ ADDED = [
     'level',
     '_row',
     'said',
+    'set',
 ]
 
 

@@ -44,7 +44,7 @@ def test_a_run_keeps_its_decision_and_predict_gives_it(sure, many):
     assert decision['positive_groups'] >= 30
     assert decision['positive_groups'] < decision['operating']['positives']
     out = good('predict', sure, many / 'images').out
-    assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,unlike,error'
+    assert out.splitlines()[0] == 'image,prediction,p_no,p_referable,decision,set,unlike,error'
 
 
 def test_too_few_positives_are_reported_and_the_run_is_written(run):

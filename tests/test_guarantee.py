@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import tool
 from scipy.stats import binom, binomtest, norm
 
 from dr_transfer.metrics.classes import Classes, Positive
@@ -125,3 +126,19 @@ def test_neighbouring_scores_have_a_threshold_between_them():
     point = guaranteed_operating_point(y, score, specificity=0.9)
     assert not point.decide(score[:-1]).any()
     assert point.decide(score[-1])
+
+
+def test_the_study_on_photographs_measures_and_counts_what_is_refused():
+    "tools/guarantee.py, on simulated predictions."
+    study = tool('guarantee')
+    y, score, groups = patients(300, 0)
+    site = study.Site(y, score, groups)
+    t = study.results(site, numbers=(80, 10), draws=40).set_index(['patients', 'required', 'method'])
+    assert (t.refused[10].xs('guaranteed', level='method') == 40).all()
+    assert (t.refused.xs('usual', level='method') == 0).all()
+    enough = t.loc[80]
+    assert (enough['below, all'].xs('guaranteed', level='method') <= 0.2).all()
+    assert (enough['below, all'].xs('usual', level='method') >= 0.2).all()
+    everyone = np.ones(300, bool)
+    assert site.sensitivity(-np.inf, everyone) == 1
+    assert site.specificity(-np.inf, everyone) == 0

@@ -16,6 +16,7 @@ from dr_transfer.inference.onnx_file import OnnxModel, export_onnx
 from dr_transfer.inference.predictions import predict_table
 from dr_transfer.inference.saved_model import ImageModel, save_model
 from dr_transfer.metrics.calibration import apply_temperature
+from dr_transfer.metrics.class_sets import PredictionSets
 from dr_transfer.metrics.decision import Decision
 from dr_transfer.models.backbones import create_body
 from dr_transfer.models.network import Body, create_head, get_head, head_inputs
@@ -131,7 +132,8 @@ def test_four_turns_a_reader_and_a_temperature(small_model):
 
 def test_a_table_of_predictions_with_the_decision(small_model, tmp_path):
     there = OnnxModel(small_model[1])
-    there.card = replace(there.card, decision=Decision.from_dict({**DECISION, 'operating': POINT}))
+    sets = PredictionSets(('no', 'referable'), 0.9, (0.4, 0.4), False, False, 50)
+    there.card = replace(there.card, decision=replace(Decision.from_dict({**DECISION, 'operating': POINT}), sets=sets))
     for i, a in enumerate(random_images(3)):
         Image.fromarray(a).save(tmp_path / f'{i}.png')
     (tmp_path / 'no.png').write_text('text')
@@ -139,6 +141,8 @@ def test_a_table_of_predictions_with_the_decision(small_model, tmp_path):
     t = predict_table(there, paths)
     want = predict_table(ImageModel(small_model[0].model, there.card), paths)
     assert t.decision.notna().sum() == 3
+    assert (t.set != '').sum() == 3
+    assert t.columns.tolist()[-4:] == ['decision', 'set', 'unlike', 'error']
     assert t.drop(columns=['p_no', 'p_referable']).equals(want.drop(columns=['p_no', 'p_referable']))
     np.testing.assert_allclose(t.p_referable[:3], want.p_referable[:3], atol=1e-4)
 

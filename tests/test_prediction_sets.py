@@ -1,12 +1,17 @@
 "Test that prediction sets have the coverage that they promise, over patients and by class."
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dr_transfer.evaluation.report import Evaluation
+from dr_transfer.evaluation.report_page import report_html
 from dr_transfer.metrics.classes import Classes
+from dr_transfer.metrics.decision import Decision, apply_decision, choose_decision
 from dr_transfer.metrics.prediction_sets import PredictionSets, choose_sets, coverage_table
 from dr_transfer.metrics.screening import referral_table
 from dr_transfer.utils.schema import SchemaError
@@ -147,3 +152,52 @@ def test_one_referral_curve_for_each_source():
     assert list(both) == ['source', 'referred', 'remaining', 'accuracy']
     alone = referral_table(table[table.source == 'A'], GRADES)
     pd.testing.assert_frame_equal(both[both.source == 'A'].drop(columns='source').reset_index(drop=True), alone)
+
+
+# ---------------------------------------------------------------- in a decision
+
+
+def test_a_decision_has_sets_and_the_table_a_column():
+    valid = predictions(100, 0)
+    decision = choose_decision(valid, GRADES)
+    assert decision.sets.groups == 100
+    assert Decision.from_dict(decision.to_dict()) == decision
+    new = predictions(50, 1).assign(error='')
+    new.loc[0, [f'p_{c}' for c in NAMES]] = np.nan
+    t = apply_decision(new, GRADES, decision)
+    assert t.set[0] == ''
+    probs = t[[f'p_{c}' for c in NAMES]]
+    assert t.set.tolist() == decision.sets.words(probs)
+
+
+def test_few_patients_are_a_reason_and_older_decisions_have_no_sets():
+    few = choose_decision(predictions(8, 0, eyes=20), GRADES)
+    assert few.sets is None
+    assert any(w.startswith('no prediction sets: 8 groups') for w in few.not_chosen)
+    assert 'sets' not in Decision().to_dict()
+    assert 'set' not in apply_decision(predictions(8, 0), GRADES, Decision())
+    with pytest.raises(SchemaError, match=r'decision\.sets\.classes'):
+        Decision(sets=choose_sets(predictions(50, 0), GRADES)).check(['a', 'b'])
+
+
+def test_with_two_classes_the_sets_do_not_depend_on_the_temperature():
+    table = predictions(80, 0)
+    two = pd.DataFrame({'target': np.where(table.target == '0', 'no', 'yes'), 'group': table.group, 'p_no': table.p_0})
+    two = two.assign(p_yes=1 - two.p_no)
+    with_temperature = apply_decision(two, ['no', 'yes'], choose_decision(two, ['no', 'yes']))
+    plain = choose_sets(two, ['no', 'yes']).words(two[['p_no', 'p_yes']])
+    assert with_temperature.set.tolist() == plain
+
+
+def test_the_report_shows_the_coverage_by_class_and_source():
+    decision = choose_decision(predictions(100, 0), GRADES)
+    t = apply_decision(predictions(60, 1), GRADES, decision)
+    t = t.assign(image=t.image.astype(str), prediction=t.target, data_site=np.where(t.group < 30, 'north', 'south'))
+    about = {'arch': 'net', 'reader': 'photo', 'decision': decision.to_dict()}
+    e = Evaluation(t, GRADES, about, source_col='data_site')
+    page = report_html(e, n=20)
+    section = page.partition('<h2>Prediction sets</h2>')[2].partition('<h2>')[0]
+    for words in ('<th>all images</th>', '<th>class 3</th>', '<th>source north</th>', 'calibrated on 100 groups'):
+        assert words in section, words
+    assert '<h2>Prediction sets</h2>' not in report_html(replace(e, how='by folds'), n=20)
+    assert '<h2>Prediction sets</h2>' not in report_html(replace(e, about={'arch': 'net'}), n=20)

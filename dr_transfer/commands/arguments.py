@@ -261,6 +261,39 @@ def add_fold_arguments(
         help='group: folds of patients; source: also leave one source out, and compare (default: %(default)s)',
     )
 
+# %% ../../nbs/commands/01_arguments.ipynb #5b2204d3
+@dataclass(frozen=True)
+class GuaranteeOptions:
+    "The operating point that must hold for new patients, and with which confidence"
+
+    sensitivity: float | None = None  # To reach; that of the model, or 0.9, if None
+    specificity: float | None = None  # To reach instead
+    confidence: float = 0.9  # With which it holds for new patients
+
+
+def add_guarantee_arguments(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the options of `GuaranteeOptions`"
+    add(
+        '--sensitivity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: sensitivity on new patients (default: as required of the model, or 0.9)',
+    )
+    add(
+        '--specificity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: specificity on new patients, instead of a sensitivity',
+    )
+    add(
+        '--confidence',
+        metavar='FRACTION',
+        type=_fraction,
+        help='confidence with which it holds for new patients (default: %(default)s)',
+    )
+
 # %% ../../nbs/commands/01_arguments.ipynb #50803f3f
 @dataclass(frozen=True)
 class OutputOptions:

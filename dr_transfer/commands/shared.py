@@ -108,6 +108,28 @@ def _load(model, runtime):
     inside = Path(model) / 'model'
     return load_model(inside if inside.is_dir() else model, runtime)
 
+# %% ../../nbs/commands/03_shared.ipynb #b3bcf3a1
+def _encode_targets(images, model, task):
+    "Add the class of each image to the table, with the class names of the model"
+    from dr_transfer.data.task_file import load_task
+    from dr_transfer.data.tasks import TASKS, Target, encode_target
+
+    about = model.about
+    target = Target('class', tuple(model.classes))
+    if task or about['task'] in TASKS:
+        named = load_task(task or about['task']).target(about['target'])
+        target = named if named.classes else Target(named.name, tuple(model.classes))
+    return encode_target(images, target)
+
+
+def _report_images(images, model):
+    "Print notable facts about the images, such as identical files with two classes"
+    from dr_transfer.data.leaks import find_copies, note_contradictions
+    from dr_transfer.data.table import report_table
+
+    note_contradictions(images, find_copies(images.image.tolist(), model.about['reader']))
+    report_table(images)
+
 # %% ../../nbs/commands/03_shared.ipynb #b8d51959
 @contextmanager
 def _printed_if_unwritable(table, file):
@@ -135,9 +157,11 @@ def _as_utf8(stream):
 
 
 def _print_decision(decision):
-    "Print the operating point, or the reason why none was chosen"
+    "Print the operating point and the prediction sets, or the reasons why they were not chosen"
     if decision.operating:
         print(f'operating point: {decision.point_words}')
+    if decision.sets:
+        print(f'prediction sets: {decision.set_words}')
     for line in decision.not_chosen:
         print(line)
 

@@ -24,29 +24,18 @@ from dr_transfer.commands.shared import (
     _check_recipe,
     _classes,
     _data_name,
+    _encode_targets,
     _find_task,
     _load,
     _output,
     _print_decision,
     _printed_if_unwritable,
     _read_table,
+    _report_images,
     _wanted_point,
 )
 
 # %% ../../nbs/commands/05_validation.ipynb #e273a641
-def _encode_targets(images, model, task):
-    "Add the class of each image to the table, with the class names of the model"
-    from dr_transfer.data.task_file import load_task
-    from dr_transfer.data.tasks import TASKS, Target, encode_target
-
-    about = model.about
-    target = Target('class', tuple(model.classes))
-    if task or about['task'] in TASKS:
-        named = load_task(task or about['task']).target(about['target'])
-        target = named if named.classes else Target(named.name, tuple(model.classes))
-    return encode_target(images, target)
-
-
 def _report_file(output, table) -> tuple[Path, bool]:
     "Return the report to write, and whether it may replace an earlier one"
     out, overwrite = _output(output, table, 'report.html')
@@ -108,15 +97,6 @@ def evaluate(
         e = evaluate_model(loaded, images, report.prevalence, data=name, allow_leaks=allow_leaks, split=split)
         _print_report(e, report.resamples, page, predictions)
     return _print_files(out, 'report', REPORT_TABLE)
-
-
-def _report_images(images, model):
-    "Print notable facts about the images, such as identical files with two classes"
-    from dr_transfer.data.leaks import find_copies, note_contradictions
-    from dr_transfer.data.table import report_table
-
-    note_contradictions(images, find_copies(images.image.tolist(), model.about['reader']))
-    report_table(images)
 
 # %% ../../nbs/commands/05_validation.ipynb #ce8e5c81
 def cross_validate(

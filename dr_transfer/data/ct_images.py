@@ -173,7 +173,7 @@ def average_views(
     means = table.groupby(which)[probs].transform('mean')
     out = table.assign(**means)[~which.duplicated()].reset_index(drop=True)
     # these belong to one view: apply_decision computes those of the mean
-    out = out.drop(columns=[c for c in ('decision', 'grade') if c in out])
+    out = out.drop(columns=[c for c in ('decision', 'grade', 'set') if c in out])
     if 'prediction' in out:
         most_probable = out[probs].to_numpy().argmax(1)
         out['prediction'] = [classes[i] for i in most_probable]

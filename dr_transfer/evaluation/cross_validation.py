@@ -106,7 +106,7 @@ def _with_plan_weights(plan, kwargs) -> dict:
 def _read_results_table(file) -> pd.DataFrame:
     "Read a cached table and convert its cells"
     t = read_csv(file)
-    text = ('image', 'group', 'target', 'prediction', 'decision', 'how')
+    text = ('image', 'group', 'target', 'prediction', 'decision', 'set', 'how')
     for c in t:
         if c not in text:
             t[c] = pd.Series([_parsed_cell(v) for v in t[c]], t.index)

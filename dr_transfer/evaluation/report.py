@@ -51,6 +51,7 @@ class Evaluation:
     other: list = field(default_factory=list)  # Excluded: not in the validation set
     patients: str = ''  # Column of the groups, in words, from `label_table`
     sources: str = ''  # Column of the sources, in words, from `label_table`
+    source_col: str = ''  # Its name in the table; '' without sources
     by_source: pd.DataFrame | None = None  # From `by_source_table`
 
     @property
@@ -86,6 +87,7 @@ _OWN_COLUMNS = (
     'prediction',
     'decision',
     'grade',
+    'set',
     'unlike',
 )  # columns that the library makes, besides p_CLASS
 
@@ -99,7 +101,7 @@ def describe_images(
     prevalence: float | None = None,  # Prevalence of the positive class
 ) -> Evaluation:
     "Add properties of the files to predictions, and the gradability of fundus photographs"
-    columns = {k: table.attrs.get(k, '') for k in ('patients', 'sources')}
+    columns = {k: table.attrs.get(k) or '' for k in ('patients', 'sources', 'source_col')}
     t = with_data_names(table.reset_index(drop=True), (*_OWN_COLUMNS, *(f'p_{c}' for c in classes)))
     if is_fundus(reader):
         t = t.join(gradability_table(t.image.tolist()))
@@ -231,6 +233,7 @@ def evaluate_model(
     out.skipped = skipped_images(table).image.tolist()
     out.patients = table.attrs.get('patients', '')
     out.sources = table.attrs.get('sources', '')
+    out.source_col = table.attrs.get('source_col') or ''
     excluded = t.image[~included].tolist()
     if split == 'new':
         out.known = excluded

@@ -18,10 +18,12 @@ from markupsafe import Markup
 
 from ..data.columns import shown_name
 from ..data.leaks import confounders
+from ..data.summary import MadeFrom
 from .by_source import by_source_words
 from .report import COMPUTED, GRADABLE, Evaluation, endpoint_table
 from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
+from ..metrics.prediction_sets import coverage_table
 from dr_transfer.metrics.screening import (
     by_patient,
     measure_table,
@@ -34,6 +36,7 @@ from dr_transfer.metrics.screening import (
 )
 from ..utils.csvfile import write_csv
 from ..utils.files import REPORT_TABLE, file_digest, new_pair, package_version
+from ..utils.schema import from_dict
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #f11384b5
 @cache
@@ -147,6 +150,7 @@ def _point_html(e, m) -> str:
         return ''
     if e.point is None:
         not_chosen = e.decision.not_chosen if e.decision else ()
+        not_chosen = [why for why in not_chosen if not why.startswith('no prediction sets')]
         reasons = '; '.join(why.removeprefix('no operating point: ') for why in not_chosen)
         return _html('no_point', why=reasons or 'none was chosen in training')
     endpoints = _table(endpoint_table(m)) if e.fundus else None
@@ -366,6 +370,26 @@ def _turns(e) -> str:
     same = f'{e.turns["same decision"]:.1%}'
     return _html('turns', same=same, images=e.turns['images'], score_range=f'{e.turns["score range"]:.3f}')
 
+# %% ../../nbs/evaluation/03_report_page.ipynb #a74937ce
+def _sets(e, n) -> str:
+    "Show the coverage of the prediction sets, in all and by class and source"
+    sets = e.decision.sets if e.decision else None
+    if sets is None or e.how:  # the sets of cross-validation differ between folds
+        return ''
+    source = e.source_col if e.source_col in e.table else None
+    found = coverage_table(e.table, sets, [source] if source else [], n=n)
+    names = {'all': 'all images', 'class': 'class', source: 'source'}
+    shown = pd.DataFrame(
+        {
+            'coverage [95 % interval]': [_interval_text(r.coverage, r.low, r.high) for r in found.itertuples()],
+            'classes in a set': [f'{v:.2f}' for v in found.classes],
+            'sets of one class': [f'{v:.0%}' for v in found['one class']],
+            'images': found.images.tolist(),
+        },
+        index=[names[c] if c == 'all' else f'{names[c]} {value}' for c, value in found.index],
+    )
+    return _html('sets', coverage=f'{sets.coverage:.0%}', words=e.decision.set_words, t=_table(shown))
+
 # %% ../../nbs/evaluation/03_report_page.ipynb #13c8fefb
 def _training(t) -> dict:
     "Describe the training of a model: name -> value"
@@ -387,6 +411,11 @@ def _training(t) -> dict:
     }
 
 
+def _made_by(made_from) -> str:
+    "Describe how a model was made from another one; '' for a trained model"
+    return str(from_dict(MadeFrom, made_from)) if made_from else ''
+
+
 def _record(e) -> str:
     "Describe the model and its training"
     a = e.about
@@ -399,6 +428,7 @@ def _record(e) -> str:
         **_training(a.get('training') or {}),
         'views averaged in predictions': a.get('views'),
         'temperature': e.decision and e.decision.temperature,
+        'made by': _made_by(a.get('made_from')),
         'seed': a.get('seed'),
         'weights of the model, SHA-256': a.get('tensors_sha256'),
         'versions in training': ', '.join(f'{k} {v}' for k, v in (a.get('versions') or {}).items()),
@@ -423,6 +453,7 @@ def report_html(
         'By patient': _patients(e, n),
         'Elsewhere': _elsewhere(e),
         'Subgroups': _subgroups(e, min(n, 500)),
+        'Prediction sets': _sets(e, min(n, 500)),
         'Referral of uncertain images': _referral(e),
         'Rotated images': _turns(e),
         'Most confident errors': _errors(e),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from ..data.fundus import READERS
 from ..data.images import FITS
-from ..data.summary import DataSummary
+from ..data.summary import DataSummary, MadeFrom
 from ..metrics.classes import Classes, Positive
 from ..metrics.decision import Decision
 from ..models.head import Head
@@ -86,6 +86,7 @@ class ModelCard(JsonFields):
     )  # Memory format and precision on the CPU in training
     positive: Positive | None = field(default=None, metadata={LATER: True})  # The positive classes
     ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes ordered grades?
+    made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
     more: dict = field(default_factory=dict)  # Fields of another version
 
     def __post_init__(self):

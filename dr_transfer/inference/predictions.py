@@ -42,16 +42,17 @@ NO_PROBABILITIES = 'the model returns no probabilities for this image: its value
 def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
     images: list[str],  # Paths of image files, or one path
-) -> pd.DataFrame:  # Columns `image, prediction, p_CLASS..., decision, unlike, error`
+) -> pd.DataFrame:  # `image, prediction, p_CLASS..., decision, set, unlike, error`
     """Predict image files, with calibrated probabilities if the model has a temperature.
 
     Returns
     -------
     pandas.DataFrame
         A row for each file, in order: `image, prediction`, `p_CLASS` for each class, `decision` if the model has an
-        operating point, `unlike`, and `error`. `unlike` is the distance from the training images: at 1 or more an
-        image is unlike them (often 1 to 3 for another camera, more for another kind of image), and the metrics of the
-        model do not hold for it; NaN if the model does not know its training images. A file
+        operating point, `set` if it has prediction sets, `unlike`, and `error`. `set` has the classes that are possible
+        for the image, such as '2 or 3'; it is '' without a prediction. `unlike` is the distance from the training
+        images: at 1 or more an image is unlike them (often 1 to 3 for another camera, more for another kind of image),
+        and the metrics of the model do not hold for it; NaN if the model does not know its training images. A file
         that cannot be read has no probabilities (NaN), and `error` gives the reason.
 
     Raises

@@ -39,6 +39,15 @@ def validation_table(
     return t
 
 # %% ../../nbs/inference/06_run.ipynb #bdad2f65
+def write_record(
+    record,  # A `RunRecord`
+    folder: Path,  # Folder that exists
+):
+    "Write record.json"
+    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / 'record.json').write_text(text, encoding='utf-8', errors='surrogateescape')
+
+
 def write_run(
     learn,  # A trained learner
     folder: Path,  # Folder that exists
@@ -67,8 +76,7 @@ def write_run(
     learn.record.validation = of_most_probable
     learn.record.validation_table = metrics.to_dict('index')
     learn.record.skipped = tuple(learn.table.attrs.get('skipped', ()))
-    text = json.dumps(learn.record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / 'record.json').write_text(text, encoding='utf-8', errors='surrogateescape')
+    write_record(learn.record, folder)
     write_csv(t, folder / 'predictions.csv')
     _plot(folder / 'history.png', lambda: plot_history(learn.record.history, learn.record.C_path))
     _plot(folder / 'confusion.png', lambda: plot_confusion(y, probs.argmax(1), classes))

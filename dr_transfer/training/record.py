@@ -8,11 +8,11 @@ __all__ = ['RunRecord', 'read_record']
 # %% ../../nbs/training/06_record.ipynb #5d6a9207
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.summary import DataSummary
+from ..data.summary import DataSummary, MadeFrom
 from ..metrics.decision import Decision
 from ..models.backbones import Weights
 from ..models.head import Head
@@ -20,7 +20,7 @@ from .plans import Plan
 from ..utils.files import package_version
 from ..utils.places import reason
 from ..utils.regular import read_regular
-from ..utils.schema import SchemaError, from_dict, read_json, to_dict
+from ..utils.schema import LATER, SchemaError, from_dict, read_json, to_dict
 
 # %% ../../nbs/training/06_record.ipynb #d70d2b11
 _PACKAGES = ('dr_transfer', 'fastai', 'fastcore', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'pillow')
@@ -74,6 +74,7 @@ class RunRecord:
     validation: dict | None = None  # Metrics of the most probable class
     validation_table: dict | None = None  # Metric -> value, low, high, images
     skipped: tuple[dict, ...] = ()  # Images that could not be read, each with the reason
+    made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
 
     def add_epochs(
         self,
