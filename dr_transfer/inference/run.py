@@ -108,6 +108,40 @@ def _write_reference(learn, model, file: Path):
         file.unlink(missing_ok=True)
         warn(f'{file.name} could not be written ({type(e).__name__}: {e}), so dr_transfer check will compare less')
 
+# %% ../../nbs/inference/06_run.ipynb #bfe2e04d
+def _as_numbers(table, names, file) -> pd.DataFrame:
+    "Convert columns of text to numbers; raise a ValueError that names the file"
+    try:
+        return table.assign(**{c: pd.to_numeric(table[c]) for c in names})
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{file} was changed: {e}. Copy the original run again, or train again') from None
+
+
+def read_validation(
+    run: str | Path,  # Folder of a run, or of a model
+) -> pd.DataFrame | None:  # `target, p_CLASS...`, optionally `group`; None without them
+    "Read the validation predictions of a run"
+    from dr_transfer.utils.csvfile import read_csv
+
+    file = Path(run) / 'predictions.csv'
+    t = read_csv(file) if file.is_file() else None
+    if t is None or 'target' not in t:  # 0.1.0 wrote predictions without labels beside some models
+        return None
+    return _as_numbers(t, [c for c in t if c.startswith('p_')], file)
+
+
+def read_reference(
+    run: str | Path,  # Folder of a run
+) -> pd.DataFrame | None:  # From `reference_table`; None if there is none
+    "Read the description of the validation images of a run"
+    from dr_transfer.utils.csvfile import read_csv
+
+    file = Path(run) / 'reference.csv'
+    if not file.is_file():
+        return None
+    t = read_csv(file)
+    return _as_numbers(t, [c for c in t if c not in ('group', 'format')], file)
+
 # %% ../../nbs/inference/06_run.ipynb #a0a1a354
 def _plot(file: Path, draw: Callable):
     "Draw a figure into a file; a failure is only a warning, because the model does not depend on it"
