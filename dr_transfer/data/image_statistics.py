@@ -94,6 +94,13 @@ def _ratio(a, b) -> float:
     return float(a / b) if a > 0 and b > 0 else float('nan')
 
 
+def _vignetting(light, edge, centre) -> float:
+    "Logarithm of the light at the edge over that in the centre; NaN if one of them is not visible"
+    if not edge.any() or not centre.any():
+        return float('nan')
+    return float(np.log(_ratio(light[edge].mean(), light[centre].mean())))
+
+
 def _pixel_statistics(im: Image.Image, fundus: bool) -> dict:
     "Statistics of the pixels of an RGB image; none for a fundus image without a disc"
     square = crop_disc(im) if fundus else im
@@ -107,7 +114,6 @@ def _pixel_statistics(im: Image.Image, fundus: bool) -> dict:
     red, green, blue = (plane[inside].mean() for plane in planes)
     light = (planes[0] + planes[1] + planes[2]) / 3
     mean = light[inside].mean()
-    edge, centre = regions.edge & lit, regions.centre & lit
     return {
         'light': float(mean),
         'contrast': _ratio(light[inside].std(), mean),
@@ -115,7 +121,7 @@ def _pixel_statistics(im: Image.Image, fundus: bool) -> dict:
         'blue_green': float(np.log(_ratio(blue, green))),
         'sharpness': _sharpness(light, inside),
         'noise': _noise(light, inside),
-        'vignetting': _ratio(light[edge].mean(), light[centre].mean()) if edge.any() and centre.any() else np.nan,
+        'vignetting': _vignetting(light, regions.edge & lit, regions.centre & lit),
     }
 
 # %% ../../nbs/data/08_image_statistics.ipynb #687dd3d8
