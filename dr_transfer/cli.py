@@ -206,6 +206,11 @@ def _add_check(commands):
     )
     add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train')
     add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
+    add(
+        '--patient',
+        metavar='COLUMN',
+        help="column of the patients in a CSV file of the folder, or 'none' (default: one with a usual name)",
+    )
     add_resamples(add)
     add(
         '--out',

@@ -31,7 +31,7 @@ from dr_transfer.data.acquisition import CHANGES, changed_images
 from dr_transfer.data.sources import image_sources
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task
-from dr_transfer.evaluation.site_check import check_site
+from dr_transfer.evaluation.site_check import SiteImages, check_site
 from dr_transfer.features.classifiers import grouped_folds
 from dr_transfer.inference.run import read_reference, read_validation, write_run
 from dr_transfer.inference.saved_model import load_model
@@ -91,7 +91,8 @@ def rows_of(trained, table, name, change='', resamples=500) -> list[dict]:
     "Check images, and compare the estimates with their labels: one row for each metric"
     images = table.image.tolist()
     images = changed_images(images, change) if change else images
-    check = check_site(trained.model, images, trained.reference, trained.valid, resamples)
+    site = SiteImages(images, table.group.tolist())
+    check = check_site(trained.model, site, trained.reference, trained.valid, resamples)
     y, probs = table_arrays(check.table.assign(target=table.target.tolist()), trained.model.classes)
     true = metric_values(y, probs, trained.model.classes)
     drift, unlike = check.drift, check.table.unlike

@@ -42,7 +42,8 @@ def _print_check(check):
         words = site_drift_words(check.drift) or ['none was found']
         print('differences from the validation images:', *words, sep='\n  ')
     if check.expected is not None:
-        print(f'metrics to expect:\n{expected_words(check.expected).to_string()}')
+        warning = ' (do not rely on them: the site is too different)' if check.verdict.level == 2 else ''
+        print(f'metrics to expect{warning}:\n{expected_words(check.expected).to_string()}')
     for line in check.missing:
         print(f'not compared: {line}')
     for why in check.verdict.reasons:
@@ -53,12 +54,14 @@ def _print_check(check):
 def check(
     model: str | Path,  # Folder of a run
     images: str | Path | list,  # Files and folders, or one
+    patient: str | None = None,  # Column of the patients in a CSV file of a folder; a usual one if None
     out: str | Path | None = None,  # HTML page to write; NAME_check.html if None
     overwrite: bool = False,  # Replace a page of that name?
     resamples: int = 500,  # Bootstrap resamples for the intervals
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
 ) -> int:  # Exit code: 3 if the site is too different
     "Compare images of a new site, without labels, with those that a model was validated on"
+    from dr_transfer.data.table import file_groups
     from dr_transfer.inference.predictions import gather_images
     from dr_transfer.utils.files import REPORT_TABLE, companion, new_pair
 
@@ -67,11 +70,13 @@ def check(
     with new_pair(file, REPORT_TABLE, replace) as (page, table):
         files = gather_images(images)
         loaded = _load(model, runtime)
-        from dr_transfer.evaluation.site_check import check_site
+        from dr_transfer.evaluation.site_check import SiteImages, check_site
         from dr_transfer.evaluation.site_page import write_site_page
         from dr_transfer.inference.run import read_reference, read_validation
 
-        found = check_site(loaded, files, read_reference(model), read_validation(model), resamples, _name(images))
+        site = SiteImages(files, *file_groups(images, files, patient), _name(images))
+        print(site.patients)
+        found = check_site(loaded, site, read_reference(model), read_validation(model), resamples)
         _print_check(found)
         with _printed_if_unwritable(found.table, table):
             write_site_page(found, page, table)

@@ -92,6 +92,16 @@ def _level(verdict) -> int:
 
 # %% ../../nbs/evaluation/08_site_check.ipynb #6ba55d34
 @dataclass(frozen=True)
+class SiteImages:
+    "The images of a site, without labels"
+
+    images: list  # Paths of image files
+    groups: list | None = None  # Group (patient) of each image, None if missing
+    patients: str = ''  # Where the groups come from, in words
+    name: str = ''  # For the title of the page
+
+
+@dataclass(frozen=True)
 class SiteCheck:
     "The images of a site, compared with the validation images of a model"
 
@@ -102,7 +112,8 @@ class SiteCheck:
     expected: pd.DataFrame | None = None  # From `expected_metrics`
     usual_fraction: float = float('nan')  # Of the validation images: unlike the training images
     missing: tuple[str, ...] = ()  # What could not be compared, and what to do
-    data: str = ''  # Name of the images
+    patients: str = ''  # Where the groups of the images come from, in words
+    name: str = ''  # Of the images
 
     @property
     def readable(self) -> pd.DataFrame:
@@ -123,11 +134,12 @@ class SiteCheck:
 _TRAIN_AGAIN = 'train the model again with this version to compare them'
 
 
-def _described(model, images) -> pd.DataFrame:
-    "Predictions, features and image statistics of image files"
-    t = predict_with_features(model, images)
+def _described(model, site) -> pd.DataFrame:
+    "Predictions, features and image statistics of image files, with their groups"
+    t = predict_with_features(model, site.images)
     errors = t.pop('error')
-    return t.join(image_statistics(images, model.card.reader)).assign(error=errors)
+    t.insert(1, 'group', [None] * len(t) if site.groups is None else list(site.groups))
+    return t.join(image_statistics(site.images, model.card.reader)).assign(error=errors)
 
 
 def _usual_fraction(model, reference) -> float:
@@ -149,14 +161,13 @@ def _expected(valid, new, classes, n) -> tuple[pd.DataFrame | None, tuple]:
 
 def check_site(
     model: ImageModel,  # From `load_model`
-    images: list[str],  # Paths of image files
+    site: SiteImages,  # Images to compare
     reference: pd.DataFrame | None = None,  # From `read_reference`
     valid: pd.DataFrame | None = None,  # From `read_validation`
     n: int = 500,  # Number of bootstrap resamples
-    data: str = '',  # Name of the images
 ) -> SiteCheck:  # ValueError if no image can be read, or nothing can be compared
     "Compare the images of a site with the validation images of a model"
-    table = _described(model, images)
+    table = _described(model, site)
     readable = table[table.error == ''].reset_index(drop=True)
     if not len(readable):
         raise ValueError(f'none of the {len(table)} images can be used, such as {table.image[0]}: {table.error[0]}')
@@ -172,7 +183,7 @@ def check_site(
         raise ValueError(f'nothing can be compared with the training site. {"; ".join(missing)}')
     verdict = _verdict(readable.unlike.to_numpy(), drift, expected)
     usual = _usual_fraction(model, reference)
-    return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, data)
+    return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, site.patients, site.name)
 
 # %% ../../nbs/evaluation/08_site_check.ipynb #1cb01115
 _WORDS = {**STATISTIC_WORDS, 'unlike': ('less unlike the training images', 'more unlike the training images')}

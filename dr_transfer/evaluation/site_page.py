@@ -69,6 +69,8 @@ def _summary(check) -> str:
     "Count the images, and say what could not be compared"
     bad = len(check.table) - len(check.readable)
     rows = {'images': len(check.table), 'images that cannot be read': bad, 'verdict': check.verdict_words}
+    if check.patients:
+        rows['column of the patients or groups'] = check.patients
     if unlike_words(check):
         rows['unlike the training images (distance 1 or more)'] = unlike_words(check)
     return _html('site_summary', rows=_facts(rows), missing=check.missing)
@@ -100,7 +102,8 @@ def _expected(check) -> str:
     "Show the metrics to expect"
     if check.expected is None:
         return ''
-    return _html('site_expected', t=_table(expected_words(check.expected)), method=_BEST_METHOD)
+    t = _table(expected_words(check.expected))
+    return _html('site_expected', t=t, method=_BEST_METHOD, too_different=check.verdict.level == 2)
 
 
 def _images(check) -> str:
@@ -151,7 +154,7 @@ def site_html(
     verdict = check.verdict_words
     page = _html(
         'page',
-        title=f'{check.about.get("arch") or "a model"}: is {check.data or "this site"} like the training site?',
+        title=f'{check.about.get("arch") or "a model"}: is {check.name or "this site"} like the training site?',
         meaning=f'{verdict[:1].upper()}{verdict[1:]}.' + (f' Why: {reasons}.' if reasons else ''),
         sections=[(heading, text) for heading, text in sections.items() if text],
     )
