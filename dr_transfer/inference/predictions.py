@@ -59,8 +59,8 @@ def _predicted(model, images, outputs) -> pd.DataFrame:
 def predict_with_features(
     model,  # An `ImageModel`
     images: list[str],  # Paths of image files, or one path
-) -> pd.DataFrame:  # As of `predict_table`, with `feature_1, ...` if the model knows its training images
-    "Predict image files and describe their features, in one pass"
+) -> pd.DataFrame:  # As of `predict_table`, with `feature_1, ...`
+    "Predict image files and describe their features in one pass, if the model knows its training images"
     return _predicted(model, images, model.described)
 
 # %% ../../nbs/inference/02_predictions.ipynb #eba41024
