@@ -19,6 +19,7 @@ from dr_transfer.commands.arguments import (
     add_guarantee_arguments,
     add_recipe_arguments,
     add_report_arguments,
+    add_resamples,
     add_split_arguments,
     add_table_arguments,
     add_task_arguments,
@@ -28,6 +29,7 @@ from dr_transfer.commands.arguments import (
     path_name,
     whole_number,
 )
+from .commands.check import check
 from .commands.sites import recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
@@ -77,6 +79,7 @@ def _parser() -> CommandParser:
         _add_export,
         _add_preprocess,
         _add_evaluate,
+        _add_check,
         _add_cross_validate,
         _add_compare,
         _add_recalibrate,
@@ -195,6 +198,30 @@ def _add_evaluate(commands):
     add('--allow-leaks', action='store_true', help='include images that the model was trained or validated on')
     add_report_arguments(add)
 
+
+def _add_check(commands):
+    add = _command(
+        commands,
+        'check',
+        check,
+        'Compare images of a new site, without labels, with those of the training site',
+        'dr_transfer check messidor_run new_clinic --out new_clinic.html',
+    )
+    add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train')
+    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
+    add(
+        '--patient',
+        metavar='COLUMN',
+        help="column of the patients in a CSV file of the folder, or 'none' (default: one with a usual name)",
+    )
+    add_resamples(add)
+    add(
+        '--out',
+        metavar='HTML',
+        type=path_name,
+        help='page to write; NAME_predictions.csv is written next to it (default: the name of IMAGES and _check.html)',
+    )
+
 # %% ../nbs/cli.ipynb #f4e3956b
 def _add_cross_validate(commands):
     add = _command(
@@ -297,7 +324,7 @@ def _report_error(e):
 # %% ../nbs/cli.ipynb #a6a0cdd2
 def main(
     argv: list[str] | None = None,  # Arguments of the command; those of the process if None
-) -> int:  # Exit code: 0 only on success
+) -> int:  # Exit code: 0 only on success, 3 if `check` finds a site too different
     "Run the command `dr_transfer`"
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # closed before the command started

@@ -16,7 +16,15 @@ import pytest
 from helpers import COMMAND, FAST, Result, cli, content, error_line, good, rows_of, table
 from PIL import Image
 
-FILES = ['.dr_transfer.json', 'confusion.png', 'history.png', 'model', 'predictions.csv', 'record.json']
+FILES = [
+    '.dr_transfer.json',
+    'confusion.png',
+    'history.png',
+    'model',
+    'predictions.csv',
+    'record.json',
+    'reference.csv',
+]
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 
 

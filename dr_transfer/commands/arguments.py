@@ -321,7 +321,7 @@ def add_report_arguments(
         type=_fraction,
         help='prevalence of the condition among the people tested, for predictive values',
     )
-    _add_resamples(add)
+    add_resamples(add)
     add(
         '--out',
         metavar='HTML',
@@ -330,7 +330,10 @@ def add_report_arguments(
     )
 
 
-def _add_resamples(add):
+def add_resamples(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the number of bootstrap resamples"
     add(
         '--resamples',
         metavar='N',
@@ -356,7 +359,7 @@ def add_comparison_arguments(
     add('--archs', metavar='NAME', nargs='+', help='backbones (default: efficientnet_lite0)')
     add('--plans', metavar='NAME', nargs='+', help='plans, each combined with each backbone (default: head top1)')
     add('--metric', metavar='NAME', help='metric of the figure: auc, accuracy, ... (default: auc, or accuracy)')
-    _add_resamples(add)
+    add_resamples(add)
 
 # %% ../../nbs/commands/01_arguments.ipynb #c61105a7
 def option_defaults(

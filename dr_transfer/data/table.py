@@ -266,6 +266,26 @@ def _read_beside(csv) -> pd.DataFrame:
             "no groups with group_col='none' (--patient none)"
         ) from None
 
+# %% ../../nbs/data/13_table.ipynb #94bb431f
+def file_groups(
+    sources: list,  # Folders, and files, whose groups are not known
+    files: list[str],  # Image files of `gather_images` of these sources
+    group_col: str | None = None,  # Column of the patients; a usual one if None, or 'none'
+) -> tuple[list, str]:  # Group of each file, None if missing; the line that describes them
+    "Find the groups (patients) of images without labels in the CSV files of their folders"
+    folders = [str(s) for s in sources if os.path.isdir(s)]
+    known, source = {}, GroupSource(none=group_col == 'none')
+    if group_col not in (None, 'none') and not folders:
+        raise ValueError(f"group_col='{group_col}' (--patient {group_col}) needs a folder with a CSV file: give one")
+    for folder in folders:
+        found, of_folder = _groups_beside(Path(folder), find_images(folder), None, group_col)
+        source = of_folder if of_folder.column else source
+        prefix = f'{Path(folder).resolve().name}: ' if len(folders) > 1 else ''
+        names = {os.path.join(folder, os.path.relpath(f, folder)): g for f, g in found.items()}
+        known |= {f: None if group_key(g) is None else f'{prefix}{g}' for f, g in names.items()}
+    groups = [known.get(f) for f in files]
+    return groups, source.line(groups)
+
 # %% ../../nbs/data/13_table.ipynb #b01a1092
 def label_table(
     source: str | Path | pd.DataFrame | list,  # Folder, CSV beside its images, table, or folders side by side

@@ -491,6 +491,14 @@ def write_pages(
 ):
     "Write the report and its table into files that are already reserved; the page contains the hash of the table"
     write_csv(e.table, table)  # first, so that it exists if the page fails
-    text = report_html(e, n)
+    write_page(report_html(e, n), page, table)
+
+
+def write_page(
+    text: str,  # An HTML page
+    page: Path,  # HTML file to write
+    table: Path,  # CSV file that exists
+):
+    "Write a page with the hash of the table beside it"
     meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
     page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')

@@ -44,11 +44,23 @@ class TrainingDistribution:
         features,  # Features of images (n, d)
     ) -> np.ndarray:  # float64 (n,), 0 or more; NaN for features that are NaN
         "Mahalanobis distance of each image, relative to the limit: 1 or more is unlike the training images"
-        x = (np.asarray(features, np.float64) - self.mean) / self.scale
+        x = self._standardised(features)
         along = x @ self.directions.T.astype(np.float64)
         outside = (x**2).sum(1) - (along**2).sum(1)
         squared = (along**2 / self.variances).sum(1) + outside.clip(min=0) / self.rest
         return np.sqrt(squared) / self.limit
+
+    def coordinates(
+        self,
+        features,  # Features of images (n, d)
+        k: int = 8,  # Number of main directions
+    ) -> np.ndarray:  # float64 (n, k or fewer), in standard deviations of the training images
+        "Where each image is along the main directions"
+        along = self._standardised(features) @ self.directions[:k].T.astype(np.float64)
+        return along / np.sqrt(self.variances[:k])
+
+    def _standardised(self, features) -> np.ndarray:
+        return (np.asarray(features, np.float64) - self.mean) / self.scale
 
 # %% ../../nbs/features/06_unlike.ipynb #ba68131d
 def training_distribution(

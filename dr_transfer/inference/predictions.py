@@ -38,6 +38,31 @@ def gather_images(
 # %% ../../nbs/inference/02_predictions.ipynb #4e607b13
 NO_PROBABILITIES = 'the model returns no probabilities for this image: its values overflow (NaN)'
 
+# %% ../../nbs/inference/02_predictions.ipynb #395709ff
+def _predicted(model, images, outputs) -> pd.DataFrame:
+    "Table of predictions by a function that returns probabilities and a table with more columns, `unlike` first"
+    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    errors = np.array(image_errors(images), object)
+    good = errors == ''
+    p = np.full((len(images), len(model.classes)), np.nan)
+    about = pd.DataFrame({'unlike': []}, dtype=float)
+    if good.any():
+        p[good], about = outputs([i for i, g in zip(images, good) if g])
+    about = about.set_axis(np.flatnonzero(good)).reindex(range(len(images)))
+    undefined = good & ~np.isfinite(p).all(axis=1)
+    errors[undefined] = NO_PROBABILITIES
+    p[undefined] = np.nan
+    table = apply_decision(prediction_table(images, p, model.classes), model.classes, model.card.decision)
+    return table.join(about).assign(error=errors)
+
+
+def predict_with_features(
+    model,  # An `ImageModel`
+    images: list[str],  # Paths of image files, or one path
+) -> pd.DataFrame:  # As of `predict_table`, with `feature_1, ...`
+    "Predict image files and describe their features in one pass, if the model knows its training images"
+    return _predicted(model, images, model.described)
+
 # %% ../../nbs/inference/02_predictions.ipynb #eba41024
 def predict_table(
     model,  # From `load_model`, `image_model` or `OnnxModel`
@@ -76,15 +101,9 @@ def predict_table(
     >>> int((table.unlike >= 1).sum()), int(table.unlike.isna().sum())
     (0, 3)
     """
-    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    errors = np.array(image_errors(images), object)
-    good = errors == ''
-    p = np.full((len(images), len(model.classes)), np.nan)
-    unlike = np.full(len(images), np.nan)
-    if good.any():
-        p[good], unlike[good] = model.outputs([i for i, g in zip(images, good) if g])
-    undefined = good & ~np.isfinite(p).all(axis=1)
-    errors[undefined] = NO_PROBABILITIES
-    p[undefined] = np.nan
-    table = prediction_table(images, p, model.classes)
-    return apply_decision(table, model.classes, model.card.decision).assign(unlike=unlike, error=errors)
+
+    def outputs(readable):
+        probs, unlike = model.outputs(readable)
+        return probs, pd.DataFrame({'unlike': unlike})
+
+    return _predicted(model, images, outputs)

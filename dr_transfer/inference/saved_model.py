@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,20 @@ from ..utils.files import new_folder, usual_mode
 from ..utils.places import atomic_file, reason
 from ..utils.regular import open_regular
 from ..utils.schema import to_dict
+
+# %% ../../nbs/inference/03_saved_model.ipynb #152ac559
+def describe_features(
+    distribution: TrainingDistribution | None,  # Of the training images
+    features,  # Features of images (n, d)
+) -> pd.DataFrame:  # `unlike`, and `feature_1` to `feature_8` if there is a distribution
+    "Distance of images from the training images, and where they are along the main directions of the features"
+    if distribution is None or not len(features):
+        return pd.DataFrame({'unlike': np.full(len(features), np.nan)})
+    along = distribution.coordinates(features)
+    names = [f'feature_{i + 1}' for i in range(along.shape[1])]
+    t = pd.DataFrame(along, columns=names)
+    t.insert(0, 'unlike', distribution.distance(features))
+    return t
 
 # %% ../../nbs/inference/03_saved_model.ipynb #cec5e3d0
 class ImageModel:
@@ -80,11 +95,17 @@ class ImageModel:
         images: list,  # Paths, PIL images or arrays, all readable
     ) -> tuple[np.ndarray, np.ndarray]:  # Probabilities as of `probs`; distances (n,)
         "Predict, and tell how unlike the training images each image is: 1 or more is unlike them, NaN is not known"
+        probs, about = self.described(images)
+        return probs, about.unlike.to_numpy()
+
+    def described(
+        self,
+        images: list,  # Paths, PIL images or arrays, all readable
+    ) -> tuple[np.ndarray, pd.DataFrame]:  # Probabilities as of `probs`; from `describe_features`
+        "Predict, and describe the features of each image, in one pass"
         card, images = self.card, list(images)
         probs, features = view_outputs(self.model, images, self.read, card.mean, card.std, card.views)
-        if self.distribution is None or not images:
-            return probs, np.full(len(images), np.nan)
-        return probs, self.distribution.distance(features)
+        return probs, describe_features(self.distribution, features)
 
 # %% ../../nbs/inference/03_saved_model.ipynb #b2722424
 def check_tensors(
