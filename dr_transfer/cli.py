@@ -30,7 +30,7 @@ from dr_transfer.commands.arguments import (
     whole_number,
 )
 from .commands.check import check
-from .commands.sites import recalibrate
+from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
 from .utils.checks import MAX_SEED
@@ -83,6 +83,7 @@ def _parser() -> CommandParser:
         _add_cross_validate,
         _add_compare,
         _add_recalibrate,
+        _add_adapt,
     ):
         add_command(commands)
     return p
@@ -278,6 +279,25 @@ def _add_recalibrate(commands):
         metavar='DIR',
         type=path_name,
         help='folder to write; DIR is not changed (default: the name of DATA and _recalibrated)',
+    )
+
+
+def _add_adapt(commands):
+    add = _command(
+        commands,
+        'adapt',
+        adapt,
+        'Make a trained model fit another site by its images, without labels, if that is expected to help',
+        'dr_transfer adapt messidor_run new_images --out clinic_run',
+    )
+    add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train')
+    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
+    add_resamples(add)
+    add(
+        '--out',
+        metavar='DIR',
+        type=path_name,
+        help='folder to write; DIR is not changed (default: the name of IMAGES and _adapted)',
     )
 
 # %% ../nbs/cli.ipynb #fdecb640

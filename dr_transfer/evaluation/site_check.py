@@ -46,15 +46,18 @@ class Verdict:
         return _LEVELS[self.level]
 
 
-def _expected_row(expected, method) -> pd.Series:
-    "The AUC, or the accuracy if there is no AUC, by a method: `metric, value, low, high`"
+def expected_row(
+    expected: pd.DataFrame,  # From `expected_metrics`
+    method: str = _BEST_METHOD,  # Name of a method
+) -> pd.Series:  # `metric, value, low, high`
+    "The AUC, or the accuracy if there is no AUC, by a method"
     metric = 'auc' if (expected.metric == 'auc').any() else 'accuracy'
     return expected[(expected.method == method) & (expected.metric == metric)].iloc[0]
 
 
 def _loss_verdict(expected) -> Verdict:
     "Verdict on the expected AUC or accuracy"
-    home, here = _expected_row(expected, 'validation'), _expected_row(expected, _BEST_METHOD)
+    home, here = expected_row(expected, 'validation'), expected_row(expected)
     if pd.isna(here.high) or here.high >= home.value:
         return Verdict(0)
     name = {'auc': 'AUC'}.get(here.metric, here.metric)
@@ -209,8 +212,10 @@ def site_drift_words(
     return words
 
 
-def _with_interval(row) -> str:
-    "Format `value, low, high`"
+def with_interval(
+    row,  # `value, low, high`
+) -> str:
+    "Format a value with its interval"
     limits = '(no interval: too few)' if pd.isna(row.low) else f'[{row.low:.3f}, {row.high:.3f}]'
     return f'{row.value:.3f} {limits}'
 
@@ -219,7 +224,7 @@ def expected_words(
     expected: pd.DataFrame,  # From `expected_metrics`
 ) -> pd.DataFrame:  # One row per method, one column per metric, as text
     "Table of the metrics to expect, the method to trust first, the validation images last"
-    t = expected.assign(text=[_with_interval(row) for row in expected.itertuples()])
+    t = expected.assign(text=[with_interval(row) for row in expected.itertuples()])
     t = t.pivot(index='method', columns='metric', values='text').fillna('')
     first = [m for m in (_BEST_METHOD, *t.index) if m != 'validation']
     names = {'validation': 'validation images', _BEST_METHOD: f'{_BEST_METHOD} (trust this one)'}
