@@ -24,6 +24,8 @@ from ..models.network import AveragePool, view_outputs
 # %% ../../nbs/evaluation/11_adaptation.ipynb #a2117fa2
 _MIN_IMAGES = 50  # images of the new site, below which their mean and spread are too uncertain
 _WEIGHT_OF_TRAINING = 16  # the training site counts like this number of images
+_MAX_SHIFT = 3  # of a single feature, so that one that hardly varies in training does not decide
+_LEAST_SHIFT = 0.25  # of the features, in standard deviations, from which adapting helps
 
 
 class AdaptationError(ValueError):
@@ -36,6 +38,18 @@ def _first_norm(model) -> nn.BatchNorm1d:
     if isinstance(head[0], AveragePool) and isinstance(head[1], nn.BatchNorm1d):
         return head[1]
     raise AdaptationError('the head of this model does not read averaged features: adapt a model with a linear head')
+
+
+def feature_shift(
+    features,  # Of images of the new site (n, d)
+    mean,  # Of each feature in training (d,)
+    variance,  # Of each feature in training (d,)
+) -> float:  # In standard deviations
+    "How far the mean of the features has moved: the root of the mean square over features that vary in training"
+    varies = variance > 0
+    moved = (np.mean(features, 0) - mean)[varies] / np.sqrt(variance[varies])
+    limited = moved.clip(-_MAX_SHIFT, _MAX_SHIFT)
+    return float(np.sqrt(np.mean(limited**2)))
 
 
 @torch.no_grad()
@@ -56,7 +70,7 @@ def adapt_model(
     Raises
     ------
     AdaptationError
-        There are fewer than 50 images, or the head does not read averaged features.
+        There are fewer than 50 images, they are like the training images, or the head does not read averaged features.
 
     Notes
     -----
@@ -68,9 +82,15 @@ def adapt_model(
         raise AdaptationError(
             f'{len(images)} images: adapting a model needs {_MIN_IMAGES} or more images of the new site. Add images'
         )
-    _first_norm(model.model)
+    norm = _first_norm(model.model)
     card = model.card
     _, features = view_outputs(model.model, images, model.read, card.mean, card.std)
+    shift = feature_shift(features, norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy())
+    if shift < _LEAST_SHIFT:
+        raise AdaptationError(
+            'adapting would not help: the images are like the training images (their features have moved by '
+            f'{shift:.2f} standard deviations, and {_LEAST_SHIFT} or more is needed). Use the model as it is'
+        )
     network = copy.deepcopy(model.model)
     _set_statistics(_first_norm(network), features.astype(np.float64))
     made_from = MadeFrom('adapt', card.tensors_sha256, len(images), len(images))
@@ -80,22 +100,22 @@ def adapt_model(
 # %% ../../nbs/evaluation/11_adaptation.ipynb #ad7a1d7d
 @dataclass(frozen=True)
 class Adaptation:
-    "A model for another site, and the metrics to expect there"
+    "A model for another site, and the accuracy to expect there"
 
     model: ImageModel  # The adapted model
-    before: pd.Series  # Of the old model: `metric, value, low, high`
+    before: pd.Series  # Accuracy of the old model: `value, low, high`
     after: pd.Series  # Of the adapted model
 
     @property
     def words(self) -> str:
-        "The metric to expect before and after"
-        return f'{self.before.metric} to expect: {with_interval(self.before)} before, {with_interval(self.after)} now'
+        "The accuracy to expect before and after"
+        return f'accuracy to expect: {with_interval(self.before)} before, {with_interval(self.after)} now'
 
 
 def _to_expect(model, images, valid, n) -> pd.Series:
-    "The AUC or accuracy to expect on images"
+    "The accuracy to expect on images"
     expected = expected_metrics(valid, predict_table(model, images), model.classes, n)
-    return expected_row(expected)
+    return expected_row(expected[expected.metric == 'accuracy'])
 
 
 def adapt(
@@ -104,10 +124,10 @@ def adapt(
     valid: pd.DataFrame,  # Validation predictions, from `read_validation`
     n: int = 500,  # Bootstrap resamples
 ) -> Adaptation:  # AdaptationError if it is not expected to help
-    "Adapt a model to images of another site, if the metrics to expect become better"
+    "Adapt a model to images of another site, unless the accuracy to expect becomes clearly worse"
     adapted = adapt_model(model, images)
     result = Adaptation(adapted, _to_expect(model, images, valid, n), _to_expect(adapted, images, valid, n))
-    if result.after.value <= result.before.value:
+    if result.after.high < result.before.low:
         raise AdaptationError(
             f'adapting is not expected to help. {result.words}. Use the model as it is, or recalibrate it with '
             'labelled images (dr_transfer recalibrate)'
