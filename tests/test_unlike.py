@@ -1,0 +1,83 @@
+"""Images unlike the training images: other kinds of images are flagged, new patients of the same site are not."""
+
+import numpy as np
+import pytest
+from helpers import good
+from PIL import Image, ImageDraw
+
+import dr_transfer as dt
+from dr_transfer.features.unlike import training_distribution
+from dr_transfer.metrics.scores import auc
+from dr_transfer.synthetic.fundus import make_dr
+
+pytestmark = pytest.mark.usefixtures('with_shared_cache')
+N = 40  # images of each kind
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    "A model of synthetic fundus images."
+    root = tmp_path_factory.mktemp('unlike')
+    make_dr(root / 'fundus', n=240, size=96, seed=1)
+    how = ('--task', 'dr', '--size', '96', '--valid', '0.35', '--plan', 'head', '--runtime', 'plain')
+    good('train', root / 'fundus', *how, '--out', root / 'run')
+    return dt.load_model(root / 'run' / 'model')
+
+
+def shapes(rng):
+    "Rectangles of random colours"
+    im = Image.new('RGB', (96, 96), tuple(rng.integers(0, 256, 3).tolist()))
+    draw = ImageDraw.Draw(im)
+    for _ in range(6):
+        x = np.sort(rng.integers(0, 96, (2, 2)), axis=0)
+        draw.rectangle([*x[0].tolist(), *x[1].tolist()], fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return im
+
+
+def other_images(kind, folder):
+    rng = np.random.default_rng(3)
+    if kind == 'flowers':
+        return dt.label_table(dt.make_flowers(folder, n=N, size=96)).image.tolist()
+    if kind == 'noise':
+        return [Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(N)]
+    return [shapes(rng) for _ in range(N)]
+
+
+@pytest.fixture(scope='module')
+def unseen(tmp_path_factory, model):
+    "Distances of new patients of the same site."
+    folder = tmp_path_factory.mktemp('unseen') / 'fundus'
+    make_dr(folder, n=120, size=96, seed=7)
+    return model.outputs(dt.label_table(folder).image.tolist())[1]
+
+
+def test_few_new_patients_of_the_site_are_flagged(unseen):
+    assert (unseen >= 1).mean() <= 0.08  # 3 % are expected; 120 images of 60 patients
+
+
+@pytest.mark.parametrize('kind', ['flowers', 'noise', 'shapes'])
+def test_other_kinds_of_images_are_flagged(model, unseen, kind, tmp_path):
+    distances = model.outputs(other_images(kind, tmp_path / 'images'))[1]
+    assert (distances >= 1).mean() >= 0.95
+    y = np.repeat([0, 1], [len(unseen), len(distances)])
+    assert auc(y, np.concatenate([unseen, distances])) > 0.99
+
+
+def test_the_limit_is_a_quantile_of_the_held_out_images():
+    rng = np.random.default_rng(0)
+    train, held_out, new = (rng.normal(size=(n, 30)) for n in (400, 200, 2000))
+    d = training_distribution(train, held_out, quantile=0.9)
+    assert (d.distance(held_out) < 1).mean() == pytest.approx(0.9, abs=0.01)
+    assert (d.distance(new) < 1).mean() == pytest.approx(0.9, abs=0.05)
+    assert (d.distance(new + 3) > 1).mean() > 0.99
+    assert training_distribution(train[:49], held_out) is None
+    assert training_distribution(train, held_out[:24]) is None
+
+
+def test_it_is_saved_with_the_model_and_small(model, tmp_path):
+    folder = dt.save_model(model, tmp_path / 'model')
+    again = dt.load_model(folder)
+    images = [shapes(np.random.default_rng(i)) for i in range(3)]
+    assert np.array_equal(again.outputs(images)[1], model.outputs(images)[1])
+    arrays = [v for v in vars(model.distribution).values() if isinstance(v, np.ndarray)]
+    assert sum(a.nbytes for a in arrays) < 1_000_000
