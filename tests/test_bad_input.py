@@ -161,8 +161,8 @@ def test_training_skips_damaged_files(mixed, mixed_run):
     t = table(out / 'predictions.csv')
     assert {Path(i).name for i in t.image} & set(BAD) == set()
     assert {'玫瑰 rose', "tulip's", 'daisy'} == set(t.target)
-    assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose']
-    assert np.isfinite(t.iloc[:, 4:].to_numpy()).all()
+    assert list(t.columns)[4:] == ['p_daisy', "p_tulip's", 'p_玫瑰 rose', 'set']
+    assert np.isfinite(t.iloc[:, 4:7].to_numpy()).all()
     assert set(t.image) & set(odd), 'odd images in both subsets'
     assert set(odd) - set(t.image), 'odd images in both subsets'
 
