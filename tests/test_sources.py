@@ -192,3 +192,19 @@ def test_a_head_is_solved_for_a_source_that_it_was_not_trained_on(sites, cameras
     assert min(loss, key=loss.get) == learn.record.C
     one = dt.build_learner(dt.label_table(sites / 'north', cameras, source_col='none'), **kw, say=lines.append)
     assert dt.fit(one, 'head', say=lines.append).record.C_by == 'group'
+
+
+def test_cached_folds_are_those_of_the_same_patients_and_sources(sites, cameras, shared_cache):
+    "C depends on groups and sources, so a training with others is computed again"
+    labels = pd.read_csv(cameras)
+    how = dict(task='dr', size=48, arch='test_resnet', weights='random', runtime='plain', plan='head', folds=2)
+
+    def trained(**columns):
+        before = set(shared_cache.rglob('sums.json'))
+        cross_validate(dt.label_table(sites / 'north', labels, **columns), say=lambda line: None, **how)
+        return len(set(shared_cache.rglob('sums.json')) - before)
+
+    assert trained(source_col='Camera') == 2
+    assert trained(source_col='Camera') == 0
+    assert trained(source_col='none') == 2
+    assert trained(source_col='Camera', group_col='none') == 2

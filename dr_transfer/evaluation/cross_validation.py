@@ -43,7 +43,7 @@ from ..utils.safe_files import private_folder
 # %% ../../nbs/evaluation/01_cross_validation.ipynb #73e2fcf2
 _RESULT_FILES = ('predictions.csv', 'history.csv')
 _CHECKSUMS = 'sums.json'  # name of a file in `_RESULT_FILES` -> its hash
-_TRAINING_VERSION = 2  # increase it when training changes, so that cached results are computed again
+_TRAINING_VERSION = 3  # increase it when training changes, so that cached results are computed again
 
 
 def _quiet(line):
@@ -53,7 +53,7 @@ def _quiet(line):
 def _json_value(o):
     "Describe an argument for JSON; TypeError for one without a description, such as a module or a callback"
     if isinstance(o, Task):  # its targets are in the table
-        return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics')}
+        return {k: getattr(o, k) for k in ('name', 'size', 'reader', 'fit', 'augment', 'metrics', 'neck')}
     if is_dataclass(o):
         return asdict(o)
     if isinstance(o, Path):
@@ -71,9 +71,16 @@ def _weights(arch, weights) -> str:
     return file_hash(file) if file is not None and file.is_file() else str(weights)
 
 
+def _text(value) -> str | None:
+    "A cell as text; None for an empty one"
+    return None if pd.isna(value) else str(value)
+
+
 def _training_folder(table, settings) -> Path | None:
     "Return the cache folder of a training; None if one of its arguments has no description"
-    images = list(zip(content_keys(table.image.tolist()), table.target, table.split))  # in order
+    sources = image_sources(table)  # with the groups, they determine how C is chosen
+    roles = [table.target, table.split, table.group.map(_text), [None] * len(table) if sources is None else sources]
+    images = list(zip(content_keys(table.image.tolist()), *roles))  # in order
     about = [images, settings, versions(), READING, _TRAINING_VERSION]
     try:
         text = json.dumps(about, sort_keys=True, default=_json_value)
