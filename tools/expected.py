@@ -1,146 +1,153 @@
 """Measure what `dr_transfer check` says without labels against what labels show, where labels exist.
 
     export DR_TRANSFER_DATA=...          # the folder with flowers/ and dr/
-    python tools/expected.py             # both parts
+    python tools/expected.py             # both parts; computes the features of about 10,000 images first
     python tools/expected.py dr          # one part: flowers or dr
 
-A model is trained on some images and checked on others, whose labels are then used to see what was true:
+A linear classifier is trained on frozen features of some images; others are its validation images, by patient or
+photographer. It is checked on a third part of the same source, and on
 
-    dr        trained on one or two of messidor2, idrid and eyepacs; checked on a quarter of the patients of the same
-              sources, which it was not trained on, and on each of the other sources
-    flowers   trained on flowers; checked on a quarter of the photographers, unchanged and with each change of
-              acquisition (dr_transfer.data.acquisition)
+    dr        each other source of messidor2, idrid and eyepacs; trained on one of them or two
+    flowers   images of the third part with each change of acquisition (dr_transfer.data.acquisition)
 
 There is a row for each pair and metric: the metric on the validation images, the estimates of each method with their
-intervals, the true value, the distances from the training images, the drift and the verdict. Then the mean absolute
-error of each method is printed. The results are written to nbs/results/expected.csv; they are what the constants of
-dr_transfer.evaluation.site_check are chosen from. A model has a frozen backbone and a new head.
+intervals, the true value, the distances from the training images, the drift of the image statistics and the verdict.
+Then the mean absolute error of each method is printed. The results are written to nbs/results/expected.csv; the
+constants of dr_transfer.evaluation.site_check follow from them. Features have one view, of the default stages.
 """
 
 import argparse
 import os
-import tempfile
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from elsewhere import CHANGES, Candidate, FeatureReader, ImageSet, combinations_of, fitted, read_dr, read_flowers
+from threadpoolctl import threadpool_limits
 
-from dr_transfer.core import build_learner, fit
-from dr_transfer.data.acquisition import CHANGES, changed_images
-from dr_transfer.data.sources import image_sources
-from dr_transfer.data.table import label_table
-from dr_transfer.data.tasks import encode_target, get_task
-from dr_transfer.evaluation.site_check import SiteImages, check_site
+from dr_transfer.data.image_statistics import image_statistics
+from dr_transfer.data.tasks import get_task
+from dr_transfer.evaluation.site_check import _verdict
 from dr_transfer.features.classifiers import grouped_folds
-from dr_transfer.inference.run import read_reference, read_validation, write_run
-from dr_transfer.inference.saved_model import load_model
-from dr_transfer.metrics.decision import table_arrays
+from dr_transfer.features.unlike import training_distribution
+from dr_transfer.metrics.classes import Classes, as_classes
+from dr_transfer.metrics.decision import prediction_table, table_arrays
+from dr_transfer.metrics.drift import drift_table
+from dr_transfer.metrics.expected import expected_metrics
 from dr_transfer.metrics.screening import metric_values
 from dr_transfer.utils.csvfile import write_csv
 from dr_transfer.utils.places import atomic_file
 
 RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'expected.csv'
-SOURCES = ('messidor2', 'idrid', 'eyepacs')
 METHODS = ('difference', 'confidence', 'threshold')
-MOST_CHANGED = 400  # images that are changed
+CANDIDATES = {'dr': Candidate('none', 'stages 4 to 7', 0.01), 'flowers': Candidate('', 'stages 6, 7 and neck', 0.01)}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    "How models are trained"
+class Images:
+    "Features, labels and statistics of images that are checked"
 
-    task: str  # 'dr' or 'flowers'
-    size: int | None = None  # Pixels; that of the task if None
-    arch: str | None = None  # Backbone; the default if None
-    weights: str | None = None  # As of `build_learner`
-
-    def labelled(self, table) -> pd.DataFrame:
-        "Add the classes of the task's first target"
-        return encode_target(table, get_task(self.task).target())
+    x: np.ndarray  # Features (n, d)
+    y: np.ndarray  # Class numbers (n,)
+    groups: np.ndarray  # Patient or photographer (n,)
+    statistics: pd.DataFrame | None = None  # From `image_statistics`; None: not compared
 
 
-@dataclass(frozen=True)
 class Trained:
-    "A model, and what its run says about its validation images"
+    "A classifier with its validation images"
 
-    model: object
-    reference: pd.DataFrame
-    valid: pd.DataFrame
-    name: str  # Of the images that it was trained on
+    def __init__(self, classes: Classes, train: Images, valid: Images, candidate: Candidate):
+        self.classes = classes
+        self.model = fitted(candidate, train.x, train.y)
+        self.distribution = training_distribution(train.x, valid.x)
+        self.valid = self.table(valid)
+        self.reference = self.described(valid)
 
+    def table(self, images) -> pd.DataFrame:
+        "Predictions of images, with their classes and groups"
+        names = [str(i) for i in range(len(images.x))]
+        t = prediction_table(names, self.model.predict_proba(images.x), self.classes)
+        return t.assign(target=[self.classes[k] for k in images.y], group=images.groups)
 
-def train(table, recipe, name) -> Trained:
-    "Train a head on some images, and read its run"
-    how = dict(task=recipe.task, size=recipe.size, arch=recipe.arch, weights=recipe.weights)
-    learn = fit(build_learner(table.drop(columns='target'), **how), 'head')
-    with tempfile.TemporaryDirectory() as d:
-        write_run(learn, Path(d))
-        return Trained(load_model(Path(d) / 'model'), read_reference(d), read_validation(d), name)
-
-
-def held_out(table) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Divide a table by group: three quarters to train on, and a quarter"
-    y = table.target.astype('category').cat.codes.to_numpy()
-    groups = [f'image {i}' if g is None else g for i, g in enumerate(table.group)]
-    rows, others = next(iter(grouped_folds(y, pd.Series(groups).to_numpy(object), 4, seed=0)))
-    return table.iloc[rows].reset_index(drop=True), table.iloc[others].reset_index(drop=True)
+    def described(self, images) -> pd.DataFrame:
+        "Statistics of images, their distance from the training images, and their groups"
+        statistics = pd.DataFrame(index=range(len(images.x))) if images.statistics is None else images.statistics
+        described = statistics.reset_index(drop=True)
+        return described.assign(unlike=self.distribution.distance(images.x), group=images.groups)
 
 
-def rows_of(trained, table, name, change='', resamples=500) -> list[dict]:
-    "Check images, and compare the estimates with their labels: one row for each metric"
-    images = table.image.tolist()
-    images = changed_images(images, change) if change else images
-    site = SiteImages(images, table.group.tolist())
-    check = check_site(trained.model, site, trained.reference, trained.valid, resamples)
-    y, probs = table_arrays(check.table.assign(target=table.target.tolist()), trained.model.classes)
-    true = metric_values(y, probs, trained.model.classes)
-    drift, unlike = check.drift, check.table.unlike
-    about = {
-        'trained on': trained.name,
-        'checked on': name,
-        'change': change,
-        'images': len(table),
-        'median unlike': unlike.median(),
-        'fraction unlike': unlike.dropna().ge(1).mean(),
-        'drift p': drift.p.min(),
-        'drifted columns': int((drift.p < 0.05).sum()),
-        'largest difference': drift.difference.abs().max(),
-        'verdict': check.verdict.words,
-    }
+def checked(trained, new, about, resamples=500) -> list[dict]:
+    "Estimates for images, compared with their labels: a row for each metric"
+    table, described = trained.table(new), trained.described(new)
+    expected = expected_metrics(trained.valid, table.drop(columns='target'), trained.classes, resamples)
+    drift = None
+    if new.statistics is not None:
+        drift = drift_table(trained.reference, described, resamples)
+    verdict = _verdict(described.unlike.to_numpy(), drift, expected)
+    true = metric_values(*table_arrays(table, trained.classes), trained.classes)
     rows = []
-    for metric, estimates in check.expected.groupby('metric'):
-        row = {**about, 'metric': metric, 'true': true[metric]}
+    for metric, estimates in expected.groupby('metric'):
+        row = {**about, 'images': len(new.y), 'median unlike': described.unlike.median()}
+        row |= {'fraction unlike': described.unlike.ge(1).mean(), 'verdict': verdict.words}
+        row |= {'metric': metric, 'true': true[metric]}
         for r in estimates.itertuples():
             row |= {r.method: r.value, f'{r.method} low': r.low, f'{r.method} high': r.high}
         rows.append(row)
-    print(f'{trained.name} -> {name} {change}: {check.verdict.words}', flush=True)
+    print(*about.values(), verdict.words, sep=', ', flush=True)
     return rows
 
 
-def measure_dr(folders, recipe, **how) -> list[dict]:
-    "Rows of each pair of sources: trained on one or two of them, checked on the same and on the others"
-    table = recipe.labelled(label_table(folders))
-    source = image_sources(table)
-    names = list(dict.fromkeys(source))
-    rows = []
-    for chosen in [c for k in (1, 2) for c in combinations(names, k) if k < len(names)]:
-        home, same = held_out(table[source.isin(chosen)].reset_index(drop=True))
-        trained = train(home, recipe, ' + '.join(chosen))
-        rows += rows_of(trained, same, 'the same', **how)
-        for other in (n for n in names if n not in chosen):
-            rows += rows_of(trained, table[source == other].reset_index(drop=True), other, **how)
+class Parts:
+    "Divides images by group into training (half), validation (a quarter) and the others"
+
+    def __init__(self, data: ImageSet, x: np.ndarray, statistics: pd.DataFrame | None):
+        self.data, self.x, self.statistics = data, x, statistics
+
+    def images(self, rows) -> Images:
+        statistics = None if self.statistics is None else self.statistics.iloc[rows]
+        return Images(self.x[rows], self.data.y[rows], self.data.groups[rows], statistics)
+
+    def divided(self, rows) -> list:
+        "Row numbers of training, validation and the others"
+        folds = [test for _, test in grouped_folds(self.data.y[rows], self.data.groups[rows], 4, seed=0)]
+        return [rows[np.concatenate(folds[2:])], rows[folds[0]], rows[folds[1]]]
+
+
+def measure_dr(root) -> list[dict]:
+    "Rows of each pair of sources"
+    data = read_dr(root)
+    x = FeatureReader(data).array(CANDIDATES['dr'])
+    parts = Parts(data, x, image_statistics(data.images, 'fundus'))
+    classes = get_task('dr').target().class_set()
+    rows, models = [], {}
+    for names, other in combinations_of(data.sources):
+        name = ' and '.join(names)
+        if name not in models:
+            train, valid, same = parts.divided(np.flatnonzero(np.isin(data.sources, names)))
+            models[name] = Trained(classes, parts.images(train), parts.images(valid), CANDIDATES['dr'])
+            rows += checked(models[name], parts.images(same), {'trained on': name, 'checked on': 'the same'})
+        new = parts.images(np.flatnonzero(data.sources == other))
+        rows += checked(models[name], new, {'trained on': name, 'checked on': other})
     return rows
 
 
-def measure_flowers(folder, recipe, **how) -> list[dict]:
-    "Rows of held-out flowers, unchanged and with each change of acquisition"
-    home, same = held_out(recipe.labelled(label_table(folder)))
-    trained = train(home, recipe, 'flowers')
-    some = same.sample(min(len(same), MOST_CHANGED), random_state=0).sort_index().reset_index(drop=True)
-    rows = rows_of(trained, same, 'the same', **how)
+def measure_flowers(root) -> list[dict]:
+    "Rows of other photographers, unchanged and with each change of acquisition"
+    data = read_flowers(root)
+    reader = FeatureReader(data)
+    parts = Parts(data, reader.array(CANDIDATES['flowers']), None)
+    train, valid, same = parts.divided(np.arange(len(data.y)))
+    classes = as_classes([f'class {k}' for k in range(data.y.max() + 1)])
+    trained = Trained(classes, parts.images(train), parts.images(valid), CANDIDATES['flowers'])
+    about = {'trained on': 'flowers', 'checked on': 'the same'}
+    rows = checked(trained, parts.images(same), about)
+    new = np.isin(reader.changed_rows, same)
+    some = reader.changed_rows[new]
     for change in CHANGES:
-        rows += rows_of(trained, some, 'the same', change, **how)
+        x = reader.array(CANDIDATES['flowers'], change)[new]
+        images = Images(x, data.y[some], data.groups[some])
+        rows += checked(trained, images, {**about, 'checked on': change})
     return rows
 
 
@@ -159,20 +166,21 @@ def summary(table) -> pd.DataFrame:
 
 def main():
     "Measure, print and write the results"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='*', help='flowers or dr (default: both)')
-    parts = parser.parse_args().parts or ['dr', 'flowers']
-    root = Path(os.environ['DR_TRANSFER_DATA'])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('parts', nargs='*', default=['dr', 'flowers'])
+    p.add_argument('--out', type=Path, default=RESULT)
+    a = p.parse_args()
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with dr/ and flowers/')
+    )
     rows = []
-    if 'dr' in parts:
-        rows += measure_dr([root / 'dr' / name for name in SOURCES], Recipe('dr'))
-    if 'flowers' in parts:
-        rows += measure_flowers(root / 'flowers', Recipe('flowers'))
+    with threadpool_limits(1, user_api='blas'):
+        for part in a.parts:
+            rows += {'dr': measure_dr, 'flowers': measure_flowers}[part](root)
     table = pd.DataFrame(rows)
     print(summary(table).round(3).to_string())
-    if set(parts) == {'dr', 'flowers'}:
-        with atomic_file(RESULT) as file:
-            write_csv(table.round(4), file)
+    with atomic_file(a.out) as file:
+        write_csv(table.round(4), file)
 
 
 if __name__ == '__main__':
