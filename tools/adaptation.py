@@ -83,7 +83,14 @@ def with_fraction(data, rows, fraction, rng) -> np.ndarray:
     "The largest subset of rows with this fraction of positive images"
     positive, negative = (rows[data.y[rows] == k] for k in (1, 0))
     n = min(len(positive) / fraction, len(negative) / (1 - fraction))
-    chosen = [rng.choice(r, int(n * f), replace=False) for r, f in ((positive, fraction), (negative, 1 - fraction))]
+    chosen = [
+        rng.choice(
+            r,
+            int(n * f),
+            replace=False,
+        )
+        for r, f in ((positive, fraction), (negative, 1 - fraction))
+    ]
     return np.concatenate(chosen)
 
 
@@ -102,7 +109,13 @@ def trials(data) -> list:
         found.append(Trial(f'half of {source}', here, there))
         for fraction in (0.1, 0.6):
             some = with_fraction(data, there, fraction, rng)
-            found.append(Trial(f'half of {source}, {fraction:.0%} positive', here, some))
+            found.append(
+                Trial(
+                    f'half of {source}, {fraction:.0%} positive',
+                    here,
+                    some,
+                )
+            )
     return found
 
 
@@ -114,7 +127,16 @@ def main():
     data = read_dr(Path(root))
     x = FeatureReader(data).array(CANDIDATE)
     with threadpool_limits(1, user_api='blas'):
-        table = pd.DataFrame([trial_row(data, x, trial) for trial in trials(data)]).round(4)
+        table = pd.DataFrame(
+            [
+                trial_row(
+                    data,
+                    x,
+                    trial,
+                )
+                for trial in trials(data)
+            ]
+        ).round(4)
     print(table.to_string(index=False))
     with atomic_file(a.out) as f:
         write_csv(table, f)
