@@ -46,7 +46,8 @@ def shapes(rng):
 def other_images(kind, folder):
     rng = np.random.default_rng(3)
     if kind == 'flowers':
-        return dt.label_table(dt.make_flowers(folder, n=N, size=96)).image.tolist()
+        dt.make_flowers(folder, n=N, size=96)
+        return dt.label_table(folder).image.tolist()
     if kind == 'noise':
         return [
             Image.fromarray(
