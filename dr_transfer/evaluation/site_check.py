@@ -19,7 +19,7 @@ from ..metrics.drift import drift_table, drift_words, p_words
 from ..metrics.expected import expected_metrics
 
 # %% ../../nbs/evaluation/09_site_check.ipynb #be7647a4
-_BEST_METHOD = 'difference'  # of `expected_metrics`: the one that the verdict trusts
+_BEST_METHOD = 'difference'  # of `expected_metrics`: the one that the verdict uses
 _TOO_UNLIKE = 3.0  # median distance from the training images from which a site is too different
 _MOST_LOST = 0.1  # expected loss of AUC or accuracy from which a site is too different
 _LARGE = 0.5  # difference in standard deviations from which a drift counts for the verdict
@@ -223,11 +223,11 @@ def with_interval(
 def expected_words(
     expected: pd.DataFrame,  # From `expected_metrics`
 ) -> pd.DataFrame:  # One row per method, one column per metric, as text
-    "Table of the metrics to expect, the method to trust first, the validation images last"
+    "Table of the metrics to expect, the method of the verdict first, the validation images last"
     t = expected.assign(text=[with_interval(row) for row in expected.itertuples()])
     t = t.pivot(index='method', columns='metric', values='text').fillna('')
     first = [m for m in (_BEST_METHOD, *t.index) if m != 'validation']
-    names = {'validation': 'validation images', _BEST_METHOD: f'{_BEST_METHOD} (trust this one)'}
+    names = {'validation': 'validation images', _BEST_METHOD: f'{_BEST_METHOD} (used for the verdict)'}
     return t.loc[[*dict.fromkeys(first), 'validation']].rename(index=names).rename_axis(None, axis=1)
 
 

@@ -27,6 +27,16 @@ from ..utils.files import package_version
 
 # %% ../../nbs/evaluation/10_site_page.ipynb #02d38723
 _THUMBNAIL = 160  # pixels
+_COLUMN_NAMES = {
+    'unlike': 'distance from the training images',
+    'red_green': 'red against green',
+    'blue_green': 'blue against green',
+}
+
+
+def _column_names(drift) -> list[str]:
+    "Names of the compared columns for people"
+    return [_COLUMN_NAMES.get(name, str(name).replace('_', ' ')) for name in drift.index]
 
 
 def plot_drift(
@@ -40,7 +50,7 @@ def plot_drift(
     ax.hlines(rows, t['difference low'], t['difference high'], lw=1.5)
     ax.plot(t.difference, rows, 'o')
     ax.axvline(0, color='grey', lw=1, ls=':')
-    ax.set_yticks(rows, [str(name) for name in t.index], fontsize=8)
+    ax.set_yticks(rows, _column_names(t), fontsize=8)
     ax.set_xlabel('new images minus validation images\n(standard deviations)')
     return fig
 
@@ -93,7 +103,7 @@ def _drift(check) -> str:
         'probability of a higher value': interval('higher'),
         'p': ['< 0.001' if p < 0.001 else f'{p:.3f}' for p in t.p],
     }
-    shown = pd.DataFrame(columns, index=t.index)
+    shown = pd.DataFrame(columns, index=_column_names(t)).rename_axis('property')
     figure = _figure(plot_drift(t), 'Differences with 95 % intervals')
     return _html('site_drift', words=site_drift_words(t), t=_table(shown), figures=[figure])
 
@@ -154,7 +164,7 @@ def site_html(
     verdict = check.verdict_words
     page = _html(
         'page',
-        title=f'{check.about.get("arch") or "a model"}: is {check.name or "this site"} like the training site?',
+        title=f'Is "{check.name or "this site"}" like the training site?',
         meaning=f'{verdict[:1].upper()}{verdict[1:]}.' + (f' Why: {reasons}.' if reasons else ''),
         sections=[(heading, text) for heading, text in sections.items() if text],
     )
