@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from dr_transfer.cli import main
+from dr_transfer.data.acquisition import changed_images
 from dr_transfer.metrics.classes import Classes, Positive
 
 COMMAND = Path(sys.executable).with_name('dr_transfer')
@@ -84,3 +85,10 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def save_changed(images, change, folder):
+    "Save images as another site could have made them, as PNG files with their numbers as names."
+    folder.mkdir()
+    for i, image in enumerate(changed_images(images, change)):
+        image.read().save(folder / f'{i}.png')

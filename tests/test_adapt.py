@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import content, error_line, good
+from helpers import content, error_line, good, save_changed
 from PIL import Image
 
 import dr_transfer as dt
-from dr_transfer.data.acquisition import changed_images
 from dr_transfer.evaluation.adaptation import AdaptationError, adapt_model, feature_shift
 from dr_transfer.models.network import view_outputs
 from dr_transfer.synthetic.fundus import make_dr
@@ -23,22 +22,10 @@ def sites(tmp_path_factory):
     "A run, other images of its site, and images of a camera with warmer light."
     root = tmp_path_factory.mktemp('adapt')
     make_dr(root / 'home', n=160, size=48, seed=1)
-    good(
-        'train',
-        root / 'home',
-        *FAST,
-        '--plan',
-        'head',
-        '--valid',
-        '0.4',
-        '--out',
-        root / 'run',
-    )
+    good('train', root / 'home', *FAST, '--plan', 'head', '--valid', '0.4', '--out', root / 'run')
     make_dr(root / 'same', n=80, size=48, seed=2)
     images = dt.label_table(root / 'same').image.tolist()
-    (root / 'other').mkdir()
-    for i, image in enumerate(changed_images(images, 'warmer')):
-        image.read().save(root / 'other' / f'{i}.png')
+    save_changed(images, 'warmer', root / 'other')
     return root
 
 
@@ -55,11 +42,7 @@ def test_features_of_the_new_site_are_standardised_and_nothing_else_changes(site
     weight = len(other) / (len(other) + 16)
     for name, here in (('running_mean', features.mean(0)), ('running_var', features.var(0))):
         expected = weight * here + (1 - weight) * before[f'1.1.{name}'].numpy()
-        assert getattr(new.model[1][1], name).numpy() == pytest.approx(
-            expected,
-            rel=1e-3,
-            abs=1e-6,
-        )
+        assert getattr(new.model[1][1], name).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     after = new.model.state_dict()
     assert {k for k in after if not np.array_equal(before[k], after[k])} == {'1.1.running_mean', '1.1.running_var'}
     assert all(np.array_equal(before[k], v) for k, v in old.model.state_dict().items())
@@ -69,35 +52,17 @@ def test_features_of_the_new_site_are_standardised_and_nothing_else_changes(site
 def test_shift_is_the_root_mean_square_of_the_features():
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (4000, 50))
-    assert feature_shift(
-        x + 1,
-        np.full(50, 3.0),
-        np.full(50, 4.0),
-    ) == pytest.approx(0.5, abs=0.03)
+    assert feature_shift(x + 1, np.full(50, 3.0), np.full(50, 4.0)) == pytest.approx(0.5, abs=0.03)
     assert feature_shift(x, np.full(50, 3.0), np.full(50, 4.0)) < 0.05
-    constant = np.where(
-        np.arange(50) < 10,
-        0,
-        4.0,
-    )  # ten features that never vary in training
-    assert feature_shift(
-        x + 1,
-        np.full(50, 3.0),
-        constant,
-    ) == pytest.approx(0.5, abs=0.03)
+    constant = np.where(np.arange(50) < 10, 0, 4.0)  # ten features that never vary in training
+    assert feature_shift(x + 1, np.full(50, 3.0), constant) == pytest.approx(0.5, abs=0.03)
 
 
 def test_images_of_the_same_site_are_refused(sites):
     model = dt.load_model(sites / 'run' / 'model')
     with pytest.raises(AdaptationError, match='adapting would not help: the images are like the training images'):
         adapt_model(model, dt.label_table(sites / 'same').image.tolist())
-    line = error_line(
-        'adapt',
-        sites / 'run',
-        sites / 'same' / 'images',
-        '--out',
-        sites / 'none',
-    )
+    line = error_line('adapt', sites / 'run', sites / 'same' / 'images', '--out', sites / 'none')
     assert 'Use the model as it is' in line
     assert not (sites / 'none').exists()
 
@@ -106,15 +71,7 @@ def test_a_new_run_is_written_and_the_old_one_is_unchanged(sites, tmp_path):
     before = content(sites / 'run')
     (sites / 'other' / 'broken.png').write_bytes(b'no image')
     try:
-        printed = good(
-            'adapt',
-            sites / 'run',
-            sites / 'other',
-            '--resamples',
-            '100',
-            '--out',
-            tmp_path / 'new',
-        ).out
+        printed = good('adapt', sites / 'run', sites / 'other', '--resamples', '100', '--out', tmp_path / 'new').out
     finally:
         (sites / 'other' / 'broken.png').unlink()
     assert content(sites / 'run') == before
@@ -130,15 +87,7 @@ def test_a_new_run_is_written_and_the_old_one_is_unchanged(sites, tmp_path):
     p = pd.read_csv(tmp_path / 'p.csv')
     assert len(p) == 80
     assert model.card.made_from.images == 80
-    again = good(
-        'check',
-        tmp_path / 'new',
-        sites / 'other',
-        '--resamples',
-        '100',
-        '--out',
-        tmp_path / 'check.html',
-    )
+    again = good('check', tmp_path / 'new', sites / 'other', '--resamples', '100', '--out', tmp_path / 'check.html')
     assert 'the run has no reference.csv' in again.out
 
 
@@ -147,41 +96,17 @@ def test_a_few_images_are_too_few(sites, other, tmp_path, n):
     (tmp_path / 'few').mkdir()
     for image in other[:n]:
         Image.open(image).save(tmp_path / 'few' / image.name)
-    line = error_line(
-        'adapt',
-        sites / 'run',
-        tmp_path / 'few',
-        '--out',
-        tmp_path / 'new',
-    )
+    line = error_line('adapt', sites / 'run', tmp_path / 'few', '--out', tmp_path / 'new')
     assert f'{n} images: adapting a model needs 50 or more' in line
     assert not (tmp_path / 'new').exists()
 
 
 def test_places_that_are_not_written_and_models_that_cannot_be_adapted(sites, tmp_path):
-    assert 'lies in' in error_line(
-        'adapt',
-        sites / 'run',
-        sites / 'other',
-        '--out',
-        sites / 'run' / 'new',
-    )
-    assert 'lies in' in error_line(
-        'adapt',
-        sites / 'run',
-        sites / 'other',
-        '--out',
-        sites / 'other' / 'new',
-    )
+    assert 'lies in' in error_line('adapt', sites / 'run', sites / 'other', '--out', sites / 'run' / 'new')
+    assert 'lies in' in error_line('adapt', sites / 'run', sites / 'other', '--out', sites / 'other' / 'new')
     assert 'no predictions.csv' in error_line(
         'adapt', sites / 'run' / 'model', sites / 'other', '--out', tmp_path / 'x'
     )
-    line = error_line(
-        'adapt',
-        sites / 'home',
-        sites / 'other',
-        '--out',
-        tmp_path / 'x',
-    )
+    line = error_line('adapt', sites / 'home', sites / 'other', '--out', tmp_path / 'x')
     assert 'not a model folder' in line
     assert not (tmp_path / 'x').exists()

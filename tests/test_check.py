@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import cli, content, error_line, good, tool
+from helpers import cli, content, error_line, good, save_changed, tool
 from PIL import Image
 from scipy import stats
 
@@ -36,25 +36,15 @@ def sites(tmp_path_factory, shared_cache):
         good('train', root / 'home', '--task', 'dr', *FAST, '--out', root / 'run')
     make_dr(root / 'same', n=60, size=48, seed=1)
     make_flowers(root / 'flowers', n=12, size=48)
-    (root / 'darker').mkdir()
-    for i, image in enumerate(changed_images(sorted((root / 'same' / 'images').iterdir()), 'darker')):
-        image.read().save(root / 'darker' / f'{i}.png')
+    images = sorted((root / 'same' / 'images').iterdir())
+    save_changed(images, 'darker', root / 'darker')
     return root
 
 
 def checked(sites, *words, code=0, run='run'):
     "The output of a check that ends with a code; its page is not kept."
     page = sites / 'page.html'
-    result = cli(
-        'check',
-        sites / run,
-        *words,
-        '--out',
-        page,
-        '--resamples',
-        '100',
-        '--overwrite',
-    )
+    result = cli('check', sites / run, *words, '--out', page, '--resamples', '100', '--overwrite')
     assert result.code == code, result.err
     assert f'page: {page}' in result.out
     return result.out
@@ -109,13 +99,7 @@ def test_images_that_cannot_be_read(sites, tmp_path):
     assert '<td>not an image</td>' in (sites / 'page.html').read_text()
     (tmp_path / 'none').mkdir()
     (tmp_path / 'none' / 'bad.png').write_text('text')
-    line = error_line(
-        'check',
-        sites / 'run',
-        tmp_path / 'none',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    line = error_line('check', sites / 'run', tmp_path / 'none', '--out', tmp_path / 'x.html')
     assert 'none of the 1 images can be used' in line
     assert not (tmp_path / 'x.html').exists()
 
@@ -143,37 +127,13 @@ def test_a_model_of_0_1_0_cannot_be_compared(sites, tmp_path):
 
 def test_names_that_cannot_be_written(sites, tmp_path, monkeypatch):
     before = content(sites / 'run')
-    line = error_line(
-        'check',
-        sites / 'run',
-        sites / 'darker',
-        '--out',
-        sites / 'run' / 'x.html',
-    )
+    line = error_line('check', sites / 'run', sites / 'darker', '--out', sites / 'run' / 'x.html')
     assert 'choose a folder outside it' in line
-    line = error_line(
-        'check',
-        sites / 'run',
-        sites / 'darker',
-        '--out',
-        sites / 'darker' / 'x.html',
-    )
+    line = error_line('check', sites / 'run', sites / 'darker', '--out', sites / 'darker' / 'x.html')
     assert 'choose a folder outside it' in line
-    assert 'give a name such as' in error_line(
-        'check',
-        sites / 'run',
-        sites / 'darker',
-        '--out',
-        tmp_path / 'x.txt',
-    )
+    assert 'give a name such as' in error_line('check', sites / 'run', sites / 'darker', '--out', tmp_path / 'x.txt')
     (tmp_path / 'x.html').write_text('mine')
-    assert 'exists already' in error_line(
-        'check',
-        sites / 'run',
-        sites / 'darker',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    assert 'exists already' in error_line('check', sites / 'run', sites / 'darker', '--out', tmp_path / 'x.html')
     assert (tmp_path / 'x.html').read_text() == 'mine'
     assert content(sites / 'run') == before
     monkeypatch.chdir(tmp_path)
@@ -184,43 +144,16 @@ def test_names_that_cannot_be_written(sites, tmp_path, monkeypatch):
 
 def test_patients_can_be_named_or_not_used(sites, tmp_path):
     same = sites / 'same'
-    assert 'patients: none used, as requested' in checked(
-        sites,
-        same,
-        '--patient',
-        'none',
-    )
-    line = error_line(
-        'check',
-        sites / 'run',
-        same,
-        '--patient',
-        'who',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    assert 'patients: none used, as requested' in checked(sites, same, '--patient', 'none')
+    line = error_line('check', sites / 'run', same, '--patient', 'who', '--out', tmp_path / 'x.html')
     assert "there is no column 'who'" in line
     file = next((same / 'images').iterdir())
-    line = error_line(
-        'check',
-        sites / 'run',
-        file,
-        '--patient',
-        'who',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    line = error_line('check', sites / 'run', file, '--patient', 'who', '--out', tmp_path / 'x.html')
     assert 'needs a folder with a CSV file' in line
 
 
 def test_an_onnx_file_is_an_error(sites, tmp_path):
-    line = error_line(
-        'check',
-        tmp_path / 'm.onnx',
-        sites / 'darker',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    line = error_line('check', tmp_path / 'm.onnx', sites / 'darker', '--out', tmp_path / 'x.html')
     assert 'can only predict' in line
 
 
@@ -234,11 +167,7 @@ def test_the_reference_describes_the_validation_images(sites):
     images = valid.image.tolist()
     model = load_model(sites / 'run' / 'model', 'plain')
     probs, about = model.described(images)
-    np.testing.assert_allclose(
-        reference[about.columns],
-        about,
-        atol=1e-3,
-    )  # the same, in one pass with the predictions
+    np.testing.assert_allclose(reference[about.columns], about, atol=1e-3)  # the same, in one pass with the predictions
     np.testing.assert_array_equal(probs, model.probs(images))
     measured = image_statistics(images, 'fundus')
     assert reference.format.tolist() == measured.format.tolist()
@@ -249,13 +178,7 @@ def test_a_changed_reference_is_an_error(sites, tmp_path):
     shutil.copytree(sites / 'run', tmp_path / 'run')
     file = tmp_path / 'run' / 'reference.csv'
     file.write_text(file.read_text().replace('JPEG,0.', 'JPEG,dark', 1))
-    line = error_line(
-        'check',
-        tmp_path / 'run',
-        sites / 'darker',
-        '--out',
-        tmp_path / 'x.html',
-    )
+    line = error_line('check', tmp_path / 'run', sites / 'darker', '--out', tmp_path / 'x.html')
     assert 'reference.csv was changed' in line
 
 
@@ -306,32 +229,14 @@ def test_files_of_other_modes_are_measured(tmp_path, mode):
 def simulated(n, seed, shift=0.0):
     "Two images of each of n patients, with three properties; the first may be shifted."
     rng = np.random.default_rng(seed)
-    values = (
-        rng.normal(size=(n, 3)).repeat(2, axis=0)
-        + 0.3 * rng.normal(size=(2 * n, 3))
-        + [
-            shift,
-            0,
-            0,
-        ]
-    )
+    values = rng.normal(size=(n, 3)).repeat(2, axis=0) + 0.3 * rng.normal(size=(2 * n, 3)) + [shift, 0, 0]
     t = pd.DataFrame(values, columns=['a', 'b', 'c'])
     return t.assign(group=np.arange(n).repeat(2))
 
 
 def reported(draws, shift=0.0):
     "Fraction of comparisons of 60 with 40 patients that report a drift."
-    pairs = (
-        (
-            simulated(60, 2 * i),
-            simulated(
-                40,
-                2 * i + 1,
-                shift,
-            ),
-        )
-        for i in range(draws)
-    )
+    pairs = ((simulated(60, 2 * i), simulated(40, 2 * i + 1, shift)) for i in range(draws))
     return np.mean([drift_table(a, b, n=2).p.min() < 0.05 for a, b in pairs])
 
 
@@ -357,14 +262,7 @@ def test_p_values_are_those_of_scipy_on_patients():
 
 
 def test_holm_is_that_of_the_textbook():
-    assert _holm(
-        [
-            0.01,
-            0.02,
-            0.03,
-            0.005,
-        ]
-    ).tolist() == pytest.approx([0.03, 0.04, 0.04, 0.02])
+    assert _holm([0.01, 0.02, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.04, 0.04, 0.02])
     assert _holm([0.9, 0.8]).tolist() == [1, 1]
 
 
@@ -376,14 +274,7 @@ def test_columns_without_values_are_not_compared():
 
 def test_a_category_in_words():
     a, b = pd.DataFrame({'format': ['JPEG'] * 40}), pd.DataFrame({'format': ['PNG'] * 30 + ['JPEG'] * 10})
-    assert drift_words(
-        drift_table(
-            a,
-            b,
-            n=10,
-        ),
-        STATISTIC_WORDS,
-    ) == ['another file format (p < .001)']
+    assert drift_words(drift_table(a, b, n=10), STATISTIC_WORDS) == ['another file format (p < .001)']
     assert drift_words(drift_table(a, a, n=10), STATISTIC_WORDS) == []
 
 

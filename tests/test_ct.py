@@ -30,22 +30,16 @@ COARSE = (6, 3, 3)
 
 
 def noise(shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), seed=0):
-    return Volume(
-        np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16),
-        spacing,
-        origin,
-    )
+    return Volume(np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16), spacing, origin)
 
 
 def ramp(spacing, origin=(-31.0, -42.0, -53.0), size=(62, 84, 106), slope=(3.0, -2.0, 1.0)):
     "A volume whose values are a linear function of the position in mm, which linear interpolation reproduces exactly"
     shape = [int(s / d) + 1 for s, d in zip(size, spacing)]
     v = Volume(np.zeros(shape, np.float32), spacing, origin)
-    return Volume(
-        (v.mm(np.moveaxis(np.indices(shape), 0, -1)) @ slope).astype(np.float32),
-        spacing,
-        origin,
-    ), np.array(slope)
+    return Volume((v.mm(np.moveaxis(np.indices(shape), 0, -1)) @ slope).astype(np.float32), spacing, origin), np.array(
+        slope
+    )
 
 
 def pixels(im):
@@ -59,11 +53,7 @@ def pixels(im):
 def test_a_window_is_a_ramp_from_its_lower_to_its_upper_edge(which):
     level, width = get_window(which)
     hu = np.linspace(level - 2 * width, level + 2 * width, 101)
-    assert np.allclose(
-        window(hu, which),
-        np.clip((hu - level) / width + 0.5, 0, 1),
-        atol=1e-4,
-    )
+    assert np.allclose(window(hu, which), np.clip((hu - level) / width + 0.5, 0, 1), atol=1e-4)
     assert window(np.int16([-32768, 32767]), which).tolist() == [0, 1]
 
 
@@ -128,11 +118,7 @@ def test_planes_are_in_millimetres_for_any_voxel_size(spacing, size):
         'axial': g[:, None] * slope[1] + g * slope[2],
     }
     for p in PLANES:
-        assert np.allclose(
-            plane(v, place, p, 30, size),
-            place @ slope + want[p],
-            atol=0.01,
-        ), p
+        assert np.allclose(plane(v, place, p, 30, size), place @ slope + want[p], atol=0.01), p
 
 
 @pytest.mark.parametrize(
@@ -168,16 +154,7 @@ def test_the_planes_of_a_mirrored_volume_are_mirrored():
     ):
         now = Volume(np.flip(v.hu, axis), (1, 1, 1))
         for p in PLANES:
-            assert (
-                plane(
-                    now,
-                    c,
-                    p,
-                    15,
-                    15,
-                )
-                == (np.flip(was[p], changed[p]) if p in changed else was[p])
-            ).all(), (
+            assert (plane(now, c, p, 15, 15) == (np.flip(was[p], changed[p]) if p in changed else was[p])).all(), (
                 axis,
                 p,
             )
@@ -196,30 +173,8 @@ def test_rotating_a_volume_rotates_its_planes(axes, same):
     c = (10, 10, 10)
     r = np.zeros((3, 3))
     r[axes[0], axes[1]], r[axes[1], axes[0]], r[k := 3 - sum(axes), k] = -1, 1, 1
-    a, b = (
-        three_planes(
-            Volume(np.rot90(v.hu, n, axes), (1, 1, 1)),
-            c,
-            15,
-            15,
-        )
-        for n in (1, 3)
-    )
-    assert any(
-        (
-            pixels(
-                three_planes(
-                    v,
-                    c,
-                    15,
-                    15,
-                    turn=r,
-                )
-            )
-            == pixels(o)
-        ).all()
-        for o in (a, b)
-    )
+    a, b = (three_planes(Volume(np.rot90(v.hu, n, axes), (1, 1, 1)), c, 15, 15) for n in (1, 3))
+    assert any((pixels(three_planes(v, c, 15, 15, turn=r)) == pixels(o)).all() for o in (a, b))
     was = plane(v, c, same, 15, 15)
     now = plane(Volume(np.rot90(v.hu, 1, axes), (1, 1, 1)), c, same, 15, 15)
     assert any((now == np.rot90(was, n)).all() for n in (1, 3))
@@ -245,17 +200,7 @@ def test_air_is_beyond_the_border_and_points_outside_are_errors():
 
 def test_large_pixels_are_means_of_voxels():
     v = noise((40, 40, 40))
-    assert (
-        plane(v, (20, 20, 20), 'axial', 32, 4).std()
-        < 0.35
-        * plane(
-            v,
-            (20, 20, 20),
-            'axial',
-            32,
-            32,
-        ).std()
-    )
+    assert plane(v, (20, 20, 20), 'axial', 32, 4).std() < 0.35 * plane(v, (20, 20, 20), 'axial', 32, 32).std()
 
 
 @pytest.mark.parametrize(
@@ -264,14 +209,7 @@ def test_large_pixels_are_means_of_voxels():
         (lambda: Volume(np.zeros((2, 3)), (1, 1, 1)), 'not a volume'),
         (lambda: Volume(np.zeros((2, 3, 4)), (1, 1)), 'three numbers'),
         (lambda: Volume(np.zeros((2, 3, 4)), (1, -1, 1)), 'three numbers'),
-        (
-            lambda: Volume(
-                np.zeros((2, 3, 4)),
-                (1, 1, 1),
-                (0, np.nan, 0),
-            ),
-            'three numbers',
-        ),
+        (lambda: Volume(np.zeros((2, 3, 4)), (1, 1, 1), (0, np.nan, 0)), 'three numbers'),
         (lambda: plane(noise(), (5, 5, 5), 'top'), 'unknown plane'),
         (lambda: plane(noise(), (5, 5, 5), side=0), 'millimetres and pixels'),
     ],
@@ -367,17 +305,7 @@ def test_nifti_with_a_factor_an_offset_and_an_extra_dimension(tmp_path):
     v = read_volume(a_nii)
     assert v.hu.shape == (4, 3, 2)
     assert v.hu.dtype == np.int16
-    assert (
-        v.hu
-        == nib.load(a_nii)
-        .get_fdata()[..., 0]
-        .transpose(
-            2,
-            1,
-            0,
-        )
-        .round()
-    ).all()
+    assert (v.hu == nib.load(a_nii).get_fdata()[..., 0].transpose(2, 1, 0).round()).all()
 
 
 def test_nifti_without_orientation_or_units_is_an_error(tmp_path):
@@ -442,28 +370,14 @@ def test_folders_that_are_not_a_series_are_errors(tmp_path):
     f = files('twice')
     (tmp_path / 'twice' / 'again.dcm').write_bytes(f[0].read_bytes())
     files('two')
-    save_series(
-        v,
-        tmp_path / 'two',
-        uid='9.9',
-        names='b{}.dcm',
-        SeriesDescription='thick',
-    )
+    save_series(v, tmp_path / 'two', uid='9.9', names='b{}.dcm', SeriesDescription='thick')
     files('mr', Modality='MR')
     for p in files('one')[1:]:
         p.unlink()
     files('sizes')
-    save_series(
-        noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)),
-        tmp_path / 'sizes',
-        names='b{}.dcm',
-    )
+    save_series(noise((6, 7, 9), ODD['spacing'], (-200, 0, 0)), tmp_path / 'sizes', names='b{}.dcm')
     save_series(Volume(v.hu, v.spacing, (0, 0, 0)), tmp_path / 'uneven')
-    save_series(
-        Volume(v.hu, v.spacing, (30.9, 0, 0)),
-        tmp_path / 'uneven',
-        names='b{}.dcm',
-    )
+    save_series(Volume(v.hu, v.spacing, (30.9, 0, 0)), tmp_path / 'uneven', names='b{}.dcm')
     save_series(v, tmp_path / 'tilt', way=(1, 0, 0, 0, np.cos(0.2), np.sin(0.2)))
     (tmp_path / 'none').mkdir()
     for name, words in (
@@ -624,15 +538,7 @@ def test_objects_are_at_their_true_positions(seed):
 
 @pytest.mark.parametrize('pattern', PATTERNS[1:])
 def test_the_same_patient_with_a_disease_differs_in_the_lung_of_the_slices_that_have_it(pattern):
-    (healthy, _), (diseased, truth) = (
-        draw_ct(
-            5,
-            p,
-            spacing=(6, 2, 2),
-            noise=0,
-        )
-        for p in ('normal', pattern)
-    )
+    (healthy, _), (diseased, truth) = (draw_ct(5, p, spacing=(6, 2, 2), noise=0) for p in ('normal', pattern))
     fraction = {q['z']: q['fraction'] for q in truth['slices']}
     z = np.round(np.arange(len(diseased)) * 6 + truth['origin'][0], 2)
     for k, where in enumerate(z):
@@ -683,16 +589,7 @@ def synthetic_set(tmp_path_factory):
 
 def test_a_set_is_reproducible_and_never_overwritten_by_another(synthetic_set, tmp_path):
     _folder, candidates, slices = synthetic_set
-    sets = [
-        make_ct(
-            tmp_path / k,
-            n=2,
-            seed=3,
-            spacing=(6, 4, 4),
-            workers=w,
-        )
-        for k, w in (('a', 1), ('b', 2))
-    ]
+    sets = [make_ct(tmp_path / k, n=2, seed=3, spacing=(6, 4, 4), workers=w) for k, w in (('a', 1), ('b', 2))]
     for a, b in zip(*sets):
         assert a.equals(b)
     for p in (tmp_path / 'a' / 'volumes').iterdir():
@@ -760,7 +657,14 @@ def test_tables_come_as_files_and_volumes_in_every_format(synthetic_set, tmp_pat
 def test_candidates_without_labels_get_images_for_prediction(synthetic_set, tmp_path):
     folder, candidates, _ = synthetic_set
     assert 'label' not in candidate_images(
-        candidates[['volume', 'x', 'y', 'z']].head(3),
+        candidates[
+            [
+                'volume',
+                'x',
+                'y',
+                'z',
+            ]
+        ].head(3),
         folder,
         tmp_path,
     )
@@ -769,12 +673,7 @@ def test_candidates_without_labels_get_images_for_prediction(synthetic_set, tmp_
 def test_without_patients_the_images_of_a_volume_stay_together(synthetic_set, tmp_path):
     folder, candidates, slices = synthetic_set
     for t in (
-        candidate_images(
-            candidates.drop(columns='patient'),
-            folder,
-            tmp_path / 'a',
-            views=3,
-        ),
+        candidate_images(candidates.drop(columns='patient'), folder, tmp_path / 'a', views=3),
         slice_images(slices.drop(columns='patient'), folder, tmp_path / 'b'),
     ):
         task = get_task('ct_nodes' if 'view' in t else 'ct_lungs')
@@ -792,13 +691,7 @@ def test_views_are_of_one_candidate_and_are_averaged(synthetic_set, tmp_path):
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image))
     p = np.random.default_rng(0).random(15)
     rows = pd.DataFrame(
-        {
-            'image': t.image,
-            'target': t.label,
-            'prediction': 'node',
-            'p_other': 1 - p,
-            'p_node': p,
-        }
+        {'image': t.image, 'target': t.label, 'prediction': 'node', 'p_other': 1 - p, 'p_node': p}
     ).sample(frac=1, random_state=0)
     a = average_views(rows)
     assert len(a) == 3
@@ -843,22 +736,11 @@ def test_invalid_image_settings(synthetic_set, tmp_path, kw, words):
 
 def test_slices_are_those_of_the_table(synthetic_set, tmp_path):
     folder, _, slices = synthetic_set
-    t = slice_images(
-        slices,
-        folder,
-        tmp_path,
-        windows=('lung', 'soft_tissue', (0, 100)),
-    )
+    t = slice_images(slices, folder, tmp_path, windows=('lung', 'soft_tissue', (0, 100)))
     for i in (0, len(t) - 1):
         assert (
             pixels(t.image[i])
-            == pixels(
-                three_windows(
-                    read_volume(folder / t.volume[i]),
-                    t.z[i],
-                    ('lung', 'soft_tissue', (0, 100)),
-                )
-            )
+            == pixels(three_windows(read_volume(folder / t.volume[i]), t.z[i], ('lung', 'soft_tissue', (0, 100))))
         ).all()
 
 
@@ -874,20 +756,8 @@ def test_adjacent_slices_are_near_copies_and_those_of_two_patients_are_not(tmp_p
 
 def test_equivalent_settings_give_the_same_images(synthetic_set, tmp_path):
     few = synthetic_set[1].head(2)
-    a = candidate_images(
-        few,
-        synthetic_set[0],
-        tmp_path,
-        side=40,
-        window='soft tissue',
-    )
-    b = candidate_images(
-        few.astype(str),
-        synthetic_set[0],
-        tmp_path,
-        side=40.0,
-        window=(50, 400),
-    )
+    a = candidate_images(few, synthetic_set[0], tmp_path, side=40, window='soft tissue')
+    b = candidate_images(few.astype(str), synthetic_set[0], tmp_path, side=40.0, window=(50, 400))
     assert a.image.tolist() == b.image.tolist()
     assert len(list((tmp_path / 'images').iterdir())) == 2
 
@@ -917,22 +787,9 @@ def test_from_volumes_to_predictions_by_patient(synthetic_set, tmp_path, task, m
     from dr_transfer.metrics.screening import measure_table
 
     folder, candidates, slices = synthetic_set
-    make(
-        candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices,
-        folder,
-        tmp_path / 'p',
-    )
+    make(candidates.groupby(['patient', 'label']).head(3) if task == 'ct_nodes' else slices, folder, tmp_path / 'p')
     learn = fit(
-        build_learner(
-            tmp_path / 'p',
-            task,
-            size=64,
-            valid=0.5,
-            runtime='plain',
-            seed=1,
-        ),
-        'head',
-        say=lambda s: None,
+        build_learner(tmp_path / 'p', task, size=64, valid=0.5, runtime='plain', seed=1), 'head', say=lambda s: None
     )
     assert learn.table.groupby('group').split.nunique().max() == 1
     assert learn.table.group.nunique() == 10
@@ -947,10 +804,6 @@ def test_a_split_that_divides_a_patient_is_an_error(synthetic_set, tmp_path):
     from dr_transfer.core import build_learner
 
     folder, candidates, _ = synthetic_set
-    candidate_images(
-        candidates.assign(split=['train', 'valid'] * 50),
-        folder,
-        tmp_path / 'p',
-    )
+    candidate_images(candidates.assign(split=['train', 'valid'] * 50), folder, tmp_path / 'p')
     with pytest.raises(ValueError, match='are in two subsets'):
         build_learner(tmp_path / 'p', 'ct_nodes', 'small_cnn', 'random', size=32)

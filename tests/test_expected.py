@@ -39,14 +39,7 @@ def by_name(found):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.integers(0, 8),
-        min_size=2,
-        max_size=40,
-    ),
-    st.sampled_from([8, 10, 16]),
-)
+@given(st.lists(st.integers(0, 8), min_size=2, max_size=40), st.sampled_from([8, 10, 16]))
 def test_the_expected_auc_is_the_mean_over_all_labels(numbers, scale):
     "Against the weighted AUC of scikit-learn, without the pairs of an image with itself."
     p = np.array(numbers) / scale
@@ -55,11 +48,7 @@ def test_the_expected_auc_is_the_mean_over_all_labels(numbers, scale):
     if pairs <= 1e-12:
         assert np.isnan(_expected_auc(p))
         return
-    weighted = roc_auc_score(
-        np.repeat([1, 0], len(p)),
-        np.r_[p, p],
-        sample_weight=np.r_[p, 1 - p],
-    )
+    weighted = roc_auc_score(np.repeat([1, 0], len(p)), np.r_[p, p], sample_weight=np.r_[p, 1 - p])
     assert np.isclose(_expected_auc(p), (weighted * (pairs + same) - same / 2) / pairs)
 
 
@@ -68,22 +57,8 @@ def test_the_intervals_contain_the_truth_if_nothing_changes():
     true = {'accuracy': (p.argmax(1) == y).mean(), 'auc': roc_auc_score(y > 0, p[:, 1:].sum(1))}
     inside = []
     for seed in range(20):
-        found = expected_metrics(
-            table(100, 2 * seed),
-            table(100, 2 * seed + 1),
-            GRADES,
-            n=40,
-        )
-        inside.append(
-            [
-                low <= true[m] <= high
-                for m, low, high in zip(
-                    found.metric,
-                    found.low,
-                    found.high,
-                )
-            ]
-        )
+        found = expected_metrics(table(100, 2 * seed), table(100, 2 * seed + 1), GRADES, n=40)
+        inside.append([low <= true[m] <= high for m, low, high in zip(found.metric, found.low, found.high)])
     assert (np.mean(inside, axis=0) >= 0.75).all(), dict(zip(zip(found.method, found.metric), np.mean(inside, axis=0)))
 
 
@@ -103,66 +78,26 @@ def test_without_noise_from_sampling_the_estimates_are_the_truth():
 def test_errors_of_which_the_model_is_confident_are_not_noticed():
     "What the documentation says: another camera with more noise looks better than it is."
     y, p, groups = graded(3000, 1, blur=2.0)
-    found = by_name(
-        expected_metrics(
-            table(3000, 0),
-            as_table(y, p, groups),
-            GRADES,
-            n=20,
-        )
-    )
+    found = by_name(expected_metrics(table(3000, 0), as_table(y, p, groups), GRADES, n=20))
     assert found.low['difference', 'accuracy'] > (p.argmax(1) == y).mean() + 0.1
 
 
 def test_a_threshold_has_the_accuracy_of_the_validation_set_there():
     valid = table(300, 0)
-    found = by_name(
-        expected_metrics(
-            valid,
-            valid.drop(columns='target'),
-            GRADES,
-            n=2,
-        )
-    ).value
+    found = by_name(expected_metrics(valid, valid.drop(columns='target'), GRADES, n=2)).value
     assert found['threshold', 'accuracy'] == found['validation', 'accuracy']
     assert np.isclose(found['difference', 'accuracy'], found['validation', 'accuracy'])
     assert np.isclose(found['difference', 'auc'], found['validation', 'auc'])
 
 
 def test_classes_without_a_positive_one_have_no_auc():
-    assert set(
-        expected_metrics(
-            table(50, 0),
-            table(50, 1),
-            list(GRADES),
-            n=2,
-        ).metric
-    ) == {'accuracy'}
+    assert set(expected_metrics(table(50, 0), table(50, 1), list(GRADES), n=2).metric) == {'accuracy'}
 
 
 def test_patients_make_intervals_wider_than_images():
-    copies = [
-        pd.concat(
-            [
-                table(
-                    100,
-                    seed,
-                    eyes=1,
-                )
-            ]
-            * 4,
-            ignore_index=True,
-        )
-        for seed in (0, 1)
-    ]
+    copies = [pd.concat([table(100, seed, eyes=1)] * 4, ignore_index=True) for seed in (0, 1)]
     over_patients = by_name(expected_metrics(*copies, GRADES, n=80))
-    over_images = by_name(
-        expected_metrics(
-            *(t.drop(columns='group') for t in copies),
-            GRADES,
-            n=80,
-        )
-    )
+    over_images = by_name(expected_metrics(*(t.drop(columns='group') for t in copies), GRADES, n=80))
     width = (over_patients.high - over_patients.low) / (over_images.high - over_images.low)
     assert 1.5 < width['confidence', 'accuracy'] < 2.6, 'four copies: twice as wide'
 
@@ -193,11 +128,7 @@ def test_the_prevalence_of_three_classes_is_found(new):
     assert np.isclose(found.sum(), 1)
     assert np.abs(found - observed).max() < 0.04, found
     corrected = shift_prevalence(p, PRIOR, found)
-    assert np.allclose(
-        corrected.mean(0),
-        found,
-        atol=1e-4,
-    ), 'the estimate is the mean of the corrected probabilities'
+    assert np.allclose(corrected.mean(0), found, atol=1e-4), 'the estimate is the mean of the corrected probabilities'
     assert (corrected.argmax(1) == y).mean() >= (p.argmax(1) == y).mean() - 0.005
 
 
@@ -216,14 +147,7 @@ def test_a_shift_can_be_undone_and_done_in_steps():
     p = np.random.default_rng(0).dirichlet([1, 1, 1], 50)
     a, b = [0.2, 0.3, 0.5], [0.7, 0.2, 0.1]
     assert np.allclose(shift_prevalence(shift_prevalence(p, PRIOR, a), a, PRIOR), p)
-    assert np.allclose(
-        shift_prevalence(
-            shift_prevalence(p, PRIOR, a),
-            a,
-            b,
-        ),
-        shift_prevalence(p, PRIOR, b),
-    )
+    assert np.allclose(shift_prevalence(shift_prevalence(p, PRIOR, a), a, b), shift_prevalence(p, PRIOR, b))
     with pytest.raises(ValueError, match='1 images have the probability 0'):
         shift_prevalence([[0.0, 0.0, 1.0]], PRIOR, [0.5, 0.5, 0.0])
 
@@ -233,21 +157,9 @@ def test_an_estimated_prevalence_makes_the_expected_accuracy_right():
     corrected = shift_prevalence(p, PRIOR, estimate_prevalence(p, PRIOR))
     valid = table(4000, 7)
     truth = (corrected.argmax(1) == y).mean()
-    before = by_name(
-        expected_metrics(
-            valid,
-            as_table(y, p, groups),
-            GRADES,
-            n=2,
-        )
-    ).value['confidence', 'accuracy']
-    after = by_name(
-        expected_metrics(
-            valid,
-            as_table(y, corrected, groups),
-            GRADES,
-            n=2,
-        )
-    ).value['confidence', 'accuracy']
+    before = by_name(expected_metrics(valid, as_table(y, p, groups), GRADES, n=2)).value['confidence', 'accuracy']
+    after = by_name(expected_metrics(valid, as_table(y, corrected, groups), GRADES, n=2)).value[
+        'confidence', 'accuracy'
+    ]
     assert abs(after - truth) < 0.015
     assert abs(before - (p.argmax(1) == y).mean()) > 0.03

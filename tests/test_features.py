@@ -51,23 +51,13 @@ def enlarged(x):
     "The central 78 %, enlarged with `interpolate`."
     n = x.shape[-1]
     e = round(n * 0.11)
-    return torch.nn.functional.interpolate(
-        x[..., e : n - e, e : n - e],
-        (n, n),
-        mode='bilinear',
-        antialias=True,
-    )
+    return torch.nn.functional.interpolate(x[..., e : n - e, e : n - e], (n, n), mode='bilinear', antialias=True)
 
 
 TURNS = {
     'none': [lambda x: x],
     'mirror': [lambda x: x.flip(3)],
-    'mirror_near': [
-        lambda x: x,
-        lambda x: x.flip(3),
-        enlarged,
-        lambda x: enlarged(x.flip(3)),
-    ],
+    'mirror_near': [lambda x: x, lambda x: x.flip(3), enlarged, lambda x: enlarged(x.flip(3))],
     'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
 }
 TURNS['mirror'].insert(0, TURNS['none'][0])
@@ -86,16 +76,7 @@ def one_thread():
 def arrays():
     rng = np.random.default_rng(0)
     return [
-        np.kron(
-            rng.integers(
-                0,
-                256,
-                (8 + i, 9, 3),
-                dtype=np.uint8,
-            ),
-            np.ones((6, 6, 1), np.uint8),
-        )
-        for i in range(7)
+        np.kron(rng.integers(0, 256, (8 + i, 9, 3), dtype=np.uint8), np.ones((6, 6, 1), np.uint8)) for i in range(7)
     ]
 
 
@@ -262,13 +243,7 @@ def by_hand(net, name, paths, views, size=SIZE):
     places = PLACES[name].split()
     out = []
     for p in paths:
-        a = np.asarray(
-            ImageOps.fit(
-                Image.open(p),
-                (size, size),
-                Image.Resampling.BICUBIC,
-            )
-        )
+        a = np.asarray(ImageOps.fit(Image.open(p), (size, size), Image.Resampling.BICUBIC))
         x = ((torch.tensor(a).permute(2, 0, 1) / 255 - mean) / std)[None]
         for turn in TURNS[views]:
             if places:
@@ -289,11 +264,7 @@ def test_every_set_of_views_is_tested():
 @pytest.mark.parametrize(
     'name,views',
     [(n, 'quarter_turns') for n in PLACES]
-    + [
-        ('test_resnet', 'none'),
-        ('test_resnet', 'mirror'),
-        ('test_resnet', 'mirror_near'),
-    ],
+    + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')],
 )
 def test_features_are_those_of_the_network(name, views, paths, tmp_path):
     net = network(name)
@@ -333,16 +304,7 @@ def test_the_neck_is_the_input_of_the_classifier(paths, tmp_path):
     f = image_features(
         paths[:2], 'efficientnet_lite0', tmp_path / 'w.safetensors', 'plain', 64, folder=tmp_path, pools=['mean', 'max']
     )
-    x = torch.stack(
-        [
-            torch.from_numpy(np.array(read_image(p, 64))).permute(
-                2,
-                0,
-                1,
-            )
-            for p in paths[:2]
-        ]
-    )
+    x = torch.stack([torch.from_numpy(np.array(read_image(p, 64))).permute(2, 0, 1) for p in paths[:2]])
     x = (x.float() - 127) / 128
     with torch.no_grad():
         maps = net.forward_features(x)
@@ -356,14 +318,7 @@ def test_the_neck_is_the_input_of_the_classifier(paths, tmp_path):
 
 @pytest.mark.parametrize('bs', [1, 2, 7, 99, None])
 def test_any_batch_size(bs, body, paths, tmp_path):
-    want = extract_features(
-        paths,
-        body,
-        32,
-        views='mirror',
-        folder=tmp_path / '1',
-        bs=3,
-    )
+    want = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '1', bs=3)
     f = extract_features(paths, body, 32, views='mirror', folder=tmp_path / '2', bs=bs)
     assert not {d.name for d in folders(f).values()} & {
         d.name for d in folders(want).values()
@@ -374,16 +329,7 @@ def test_any_batch_size(bs, body, paths, tmp_path):
 
 @pytest.mark.parametrize('runtime', ['channels_last', 'bf16'])
 def test_runtimes_give_nearly_the_same(runtime, body, paths, tmp_path):
-    a, b = (
-        extract_features(
-            paths,
-            x,
-            32,
-            pools=('mean', 'max'),
-            folder=tmp_path,
-        )
-        for x in (body, fresh(runtime))
-    )
+    a, b = (extract_features(paths, x, 32, pools=('mean', 'max'), folder=tmp_path) for x in (body, fresh(runtime)))
     for k in a.stages:
         for p in ('mean', 'max'):
             x = a.numpy(k, p)
@@ -394,13 +340,7 @@ def test_runtimes_give_nearly_the_same(runtime, body, paths, tmp_path):
 
 def test_a_cut_network_gives_the_same(paths, tmp_path):
     "The same with some of its stages; the stores are the same"
-    f = extract_features(
-        paths,
-        fresh(),
-        32,
-        stages=['stem', 'stage1'],
-        folder=tmp_path,
-    )
+    f = extract_features(paths, fresh(), 32, stages=['stem', 'stage1'], folder=tmp_path)
     cut = fresh(stage='stage1')
     with counting(cut) as computed:
         g = extract_features(paths, cut, 32, folder=tmp_path)
@@ -432,38 +372,16 @@ def test_a_body_in_training_mode(body, paths, tmp_path):
 
 
 def test_a_network_that_does_not_accept_small_images(paths, tmp_path):
-    stages = Stages(
-        OrderedDict(
-            stem=nn.Sequential(
-                nn.Conv2d(
-                    3,
-                    4,
-                    70,
-                )
-            )
-        )
-    )  # as inception_v3 does
+    stages = Stages(OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 4, 70))))  # as inception_v3 does
     stages.spec = replace(find_backbone('small_cnn'), size=96)
-    assert extract_features(
-        paths[:1],
-        Body(stages),
-        96,
-        folder=tmp_path,
-    ).stages == {'stem': 4}
+    assert extract_features(paths[:1], Body(stages), 96, folder=tmp_path).stages == {'stem': 4}
 
 
 # ---------------------------------------------------------------- results
 
 
 def test_numpy(body, paths, tmp_path):
-    f = extract_features(
-        paths,
-        body,
-        32,
-        views='mirror',
-        pools=('max', 'mean'),
-        folder=tmp_path,
-    )
+    f = extract_features(paths, body, 32, views='mirror', pools=('max', 'mean'), folder=tmp_path)
     assert len(f) == 7
     assert f.views == 2
     assert f.images == paths
@@ -509,12 +427,7 @@ def test_pandas(body, paths, tmp_path):
     ids=str,
 )
 def test_take(body, paths, tmp_path, rows):
-    f = extract_features(
-        paths[::-1] + paths[:1],
-        body,
-        32,
-        folder=tmp_path,
-    )  # the last row repeats another
+    f = extract_features(paths[::-1] + paths[:1], body, 32, folder=tmp_path)  # the last row repeats another
     assert np.array_equal(f.numpy('stage1')[7], f.numpy('stage1')[6])
     f = f.take(slice(7))
     g = f.take(rows)
@@ -523,16 +436,7 @@ def test_take(body, paths, tmp_path, rows):
     assert len(g) == len(g.images)
     for k in g.stages:
         assert np.array_equal(g.numpy(k), f.numpy(k)[np.arange(7)[rows]])
-    assert np.array_equal(
-        g.take(
-            slice(
-                None,
-                None,
-                -1,
-            )
-        ).numpy('stem'),
-        g.numpy('stem')[::-1],
-    )
+    assert np.array_equal(g.take(slice(None, None, -1)).numpy('stem'), g.numpy('stem')[::-1])
 
 
 def test_rows_follow_the_list(body, paths, tmp_path):
@@ -629,22 +533,9 @@ def test_files_and_images_are_the_same(body, arrays, paths, tmp_path):
         'view': [np.asfortranarray(x) for x in arrays],
     }
     for n, sources in forms.items():
-        assert np.array_equal(
-            extract_features(
-                sources,
-                body,
-                32,
-                folder=tmp_path / n,
-            ).numpy(),
-            a.numpy(),
-        ), n
+        assert np.array_equal(extract_features(sources, body, 32, folder=tmp_path / n).numpy(), a.numpy()), n
     with counting(body) as computed:
-        extract_features(
-            [*forms['path'], *forms['bytes']],
-            body,
-            32,
-            folder=tmp_path / '1',
-        )
+        extract_features([*forms['path'], *forms['bytes']], body, 32, folder=tmp_path / '1')
     assert not computed  # a file is identified by its bytes
     with counting(body) as computed:
         extract_features(forms['PIL'], body, 32, folder=tmp_path / 'array')
@@ -653,13 +544,7 @@ def test_files_and_images_are_the_same(body, arrays, paths, tmp_path):
 
 def test_images_of_other_modes(body, arrays, tmp_path):
     im = Image.fromarray(arrays[0])
-    sources = [
-        im,
-        im.convert('L'),
-        im.convert('RGBA'),
-        im.convert('P'),
-        arrays[0][..., 0],
-    ]
+    sources = [im, im.convert('L'), im.convert('RGBA'), im.convert('P'), arrays[0][..., 0]]
     f = extract_features(sources, body, 32, folder=tmp_path)
     assert np.isfinite(f.numpy()).all()
     assert {len(s) for s in f.stores.values()} == {4}  # colours and an opaque alpha are the same
@@ -712,14 +597,7 @@ def test_names_of_files(body, paths, tmp_path):
 
 def test_the_same_request_is_read(body, paths, tmp_path):
     with counting(body) as computed:
-        a = extract_features(
-            paths + paths[:3],
-            body,
-            32,
-            views='mirror',
-            folder=tmp_path,
-            bs=2,
-        )
+        a = extract_features(paths + paths[:3], body, 32, views='mirror', folder=tmp_path, bs=2)
         assert sum(computed) == 2 * 7  # duplicates once
         before = contents(a)
         for again in (paths, paths[::-1], paths[2:4]):
@@ -759,12 +637,7 @@ def test_other_options_are_computed(name, body, paths, tmp_path):
     a = extract_features(paths, body, folder=tmp_path, **{'size': 32})
     kept = contents(a)
     with counting(body) as computed:
-        b = extract_features(
-            paths,
-            body,
-            folder=tmp_path,
-            **{'size': 32, **CHANGES[name]},
-        )
+        b = extract_features(paths, body, folder=tmp_path, **{'size': 32, **CHANGES[name]})
     shared = name in ('views', 'view_set')  # the first view is the image as it is
     assert sum(computed) == 7 * (b.views - shared)
     assert contents(a) == kept
@@ -772,12 +645,7 @@ def test_other_options_are_computed(name, body, paths, tmp_path):
     if name in ('size', 'fit', 'squish'):
         assert not np.allclose(a.numpy('stem'), b.numpy('stem'), atol=1e-3)
     with counting(body) as computed:
-        extract_features(
-            paths,
-            body,
-            32,
-            folder=tmp_path,
-        )  # the first store still exists
+        extract_features(paths, body, 32, folder=tmp_path)  # the first store still exists
     assert not computed
 
 
@@ -790,16 +658,7 @@ def test_another_normalisation_or_format_is_computed(body, paths, tmp_path):
     places = {*folders(a).values()}
     for b in bodies:
         with counting(b) as computed:
-            places |= {
-                *folders(
-                    extract_features(
-                        paths,
-                        b,
-                        32,
-                        folder=tmp_path,
-                    )
-                ).values()
-            }
+            places |= {*folders(extract_features(paths, b, 32, folder=tmp_path)).values()}
         assert sum(computed) == 7
     assert len(places) == 5 * len(a.stages)
 
@@ -918,12 +777,7 @@ def test_features_do_not_depend_on_the_batch(arch, size, runtime, arrays, tmp_pa
         want = extract_features(arrays, body, size, folder=tmp_path / 'all').numpy()
     for k, (n, rows) in enumerate(companies(arrays)):
         with threads(n):
-            got = extract_features(
-                [arrays[i] for i in rows],
-                body,
-                size,
-                folder=tmp_path / str(k),
-            )
+            got = extract_features([arrays[i] for i in rows], body, size, folder=tmp_path / str(k))
         assert np.array_equal(got.numpy(), want[list(rows)])
 
 
@@ -931,25 +785,12 @@ def test_features_do_not_depend_on_the_batch(arch, size, runtime, arrays, tmp_pa
 def test_predictions_do_not_depend_on_the_batch(runtime, arrays):
     torch.manual_seed(0)
     model = nn.Sequential(
-        Body(
-            create_body(
-                'efficientnet_lite0',
-                'random',
-                stage='neck',
-            ),
-            RUNTIMES[runtime],
-        ),
+        Body(create_body('efficientnet_lite0', 'random', stage='neck'), RUNTIMES[runtime]),
         create_head('dense', 1280, 3),
     ).eval()
 
     def probs(rows):
-        return view_probs(
-            model,
-            [arrays[i] for i in rows],
-            lambda a: read_image(a, 64),
-            *IMAGENET,
-            'mirror',
-        )
+        return view_probs(model, [arrays[i] for i in rows], lambda a: read_image(a, 64), *IMAGENET, 'mirror')
 
     with threads(1):
         want = probs(range(7))
@@ -965,16 +806,7 @@ def test_maps_do_not_depend_on_the_batch(runtime, arrays, tmp_path):
 
     def maps(rows, folder):
         m = boundary_maps(
-            [arrays[i] for i in rows],
-            front,
-            features.reading(
-                body,
-                64,
-                'photo',
-                'crop',
-                'mirror',
-            ),
-            folder,
+            [arrays[i] for i in rows], front, features.reading(body, 64, 'photo', 'crop', 'mirror'), folder
         )
         return m.arrays[0][m.rows]
 
@@ -991,21 +823,7 @@ def test_predictions_from_stored_features_do_not_depend_on_the_batch():
     x = torch.randn(300, 1280)
     with threads(1):
         want = map_rows(head, x)
-    for n, rows in (
-        (2, [0]),
-        (4, [299, 1]),
-        (
-            2,
-            list(
-                range(
-                    299,
-                    -1,
-                    -1,
-                )
-            ),
-        ),
-        (3, list(range(7, 200))),
-    ):
+    for n, rows in ((2, [0]), (4, [299, 1]), (2, list(range(299, -1, -1))), (3, list(range(7, 200)))):
         with threads(n):
             assert torch.equal(map_rows(head, x[rows]), want[rows])
             assert torch.get_num_threads() == n
@@ -1045,21 +863,8 @@ def test_an_image_replaced_while_it_is_used(body, arrays, paths, tmp_path, monke
         m.setattr(content, 'content_keys', hashed)
         with pytest.raises(ValueError, match=r'1.png changed'):
             extract_features(copies, body, 32, folder=f_folder)
-    want = extract_features(
-        [paths[0], paths[6], paths[2]],
-        body,
-        32,
-        folder=tmp_path / 'g',
-    ).numpy()
-    assert np.array_equal(
-        extract_features(
-            copies,
-            body,
-            32,
-            folder=f_folder,
-        ).numpy(),
-        want,
-    )
+    want = extract_features([paths[0], paths[6], paths[2]], body, 32, folder=tmp_path / 'g').numpy()
+    assert np.array_equal(extract_features(copies, body, 32, folder=f_folder).numpy(), want)
     copies[1].write_bytes(was)
     assert np.array_equal(
         extract_features(copies, body, 32, folder=f_folder).numpy()[1],
@@ -1138,14 +943,7 @@ HOW = dict(size=32, views='quarter_turns', pools=('mean', 'max'), bs=2)
 
 @pytest.fixture(scope='module')
 def complete(paths, tmp_path_factory):
-    return contents(
-        extract_features(
-            paths,
-            fresh(),
-            folder=tmp_path_factory.mktemp('complete'),
-            **HOW,
-        )
-    )
+    return contents(extract_features(paths, fresh(), folder=tmp_path_factory.mktemp('complete'), **HOW))
 
 
 ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
@@ -1156,7 +954,12 @@ ALL = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
     [
         ['stage3', 'stage1'],
         ['stage4'],
-        ['stem', 'stage1', 'stage2', 'stage3'],
+        [
+            'stem',
+            'stage1',
+            'stage2',
+            'stage3',
+        ],
     ],
     ids='+'.join,
 )
@@ -1187,16 +990,7 @@ def test_fewer_stages(fewer, body, paths, tmp_path, complete):
     assert times(f) == before
     assert list(g.stages) == [k for k in ALL if k in fewer]
     assert contents(g) == part(complete, g.stages)
-    assert np.array_equal(
-        g.numpy(),
-        f.take(
-            slice(
-                None,
-                None,
-                -1,
-            )
-        ).numpy(list(g.stages)),
-    )
+    assert np.array_equal(g.numpy(), f.take(slice(None, None, -1)).numpy(list(g.stages)))
 
 
 def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
@@ -1205,13 +999,7 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
     further = []
     body.stages.stage2.register_forward_pre_hook(lambda m, x: further.append(bool(x[0].any())))
     with counting(body) as computed:
-        f = extract_features(
-            paths,
-            body,
-            stages=['stage4', 'stage1'],
-            folder=tmp_path,
-            **HOW,
-        )
+        f = extract_features(paths, body, stages=['stage4', 'stage1'], folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 7
     assert sum(further) <= 1
     assert contents(f) == part(complete, f.stages)  # the one image determines the widths
@@ -1219,23 +1007,11 @@ def test_an_earlier_stage_afterwards(body, paths, tmp_path, complete):
 
 def test_more_views_afterwards(body, paths, tmp_path):
     "Features of the original images are not computed again with rotations; one view of many is found"
-    want = extract_features(
-        paths,
-        body,
-        32,
-        views='quarter_turns',
-        folder=tmp_path / 'complete',
-    )
+    want = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path / 'complete')
     with counting(body) as computed:
         straight = extract_features(paths[:5], body, 32, folder=tmp_path)
     with counting(body) as more:
-        f = extract_features(
-            paths[:5],
-            body,
-            32,
-            views='quarter_turns',
-            folder=tmp_path,
-        )
+        f = extract_features(paths[:5], body, 32, views='quarter_turns', folder=tmp_path)
     with counting(body) as all_of_it:
         g = extract_features(paths, body, 32, views='quarter_turns', folder=tmp_path)
     assert (sum(computed), sum(more), sum(all_of_it)) == (5, 3 * 5, 4 * 2)
@@ -1266,24 +1042,12 @@ def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
     extract_features(paths, body, stages=['stem', 'stage4'], folder=tmp_path, **HOW)
     extract_features(paths[:4], body, stages='stage2', folder=tmp_path, **HOW)
     with counting_requests(body) as requests, counting(body) as computed:
-        f = extract_features(
-            paths,
-            body,
-            stages=['stem', 'stage2', 'stage4'],
-            folder=tmp_path,
-            **HOW,
-        )
+        f = extract_features(paths, body, stages=['stem', 'stage2', 'stage4'], folder=tmp_path, **HOW)
     assert sum(computed) == 4 * 3
     assert requests == {'stage2': 4 * 3}
     assert contents(f) == part(complete, f.stages)
     with counting_requests(body) as requests:
-        g = extract_features(
-            paths[2:],
-            body,
-            stages=['stage3'],
-            folder=tmp_path,
-            **HOW,
-        )
+        g = extract_features(paths[2:], body, stages=['stage3'], folder=tmp_path, **HOW)
     with counting(body) as computed:
         h = extract_features(paths, body, folder=tmp_path, **HOW)
     assert requests == {'stage3': 4 * 5}
@@ -1300,25 +1064,9 @@ def test_a_stage_with_fewer_images(body, paths, tmp_path, complete):
 
 def test_stages_in_common_at_the_same_time(body, paths, tmp_path, complete):
     "Each stage is computed by one of the processes that need it, in any order."
-    wishes = [
-        ['stage4', 'stem'],
-        ['stem', 'stage2', 'stage4'],
-        ['stage2', 'stage1'],
-        None,
-    ]
+    wishes = [['stage4', 'stem'], ['stem', 'stage2', 'stage4'], ['stage2', 'stage1'], None]
     with counting_requests(body) as requests, ThreadPoolExecutor(4) as pool:
-        done = list(
-            pool.map(
-                lambda s: extract_features(
-                    paths,
-                    body,
-                    stages=s,
-                    folder=tmp_path,
-                    **HOW,
-                ),
-                wishes,
-            )
-        )
+        done = list(pool.map(lambda s: extract_features(paths, body, stages=s, folder=tmp_path, **HOW), wishes))
     assert requests == dict.fromkeys(ALL, 4 * 7)
     for f in done:
         assert contents(f) == part(complete, f.stages)
@@ -1326,27 +1074,11 @@ def test_stages_in_common_at_the_same_time(body, paths, tmp_path, complete):
 
 def test_two_processes_with_stages_in_common(body, paths, tmp_path, complete):
     def work(stages):
-        return lambda: extract_features(
-            paths,
-            body,
-            stages=stages,
-            folder=tmp_path,
-            **HOW,
-        )
+        return lambda: extract_features(paths, body, stages=stages, folder=tmp_path, **HOW)
 
     assert [
         exit_code(p)
-        for p in [
-            start_process(work(s))
-            for s in (
-                ['stage4', 'stage1', 'stem'],
-                [
-                    'stage1',
-                    'stage3',
-                    'stage4',
-                ],
-            )
-        ]
+        for p in [start_process(work(s)) for s in (['stage4', 'stage1', 'stem'], ['stage1', 'stage3', 'stage4'])]
     ] == [0, 0]
     with counting_requests(body) as requests:
         f = extract_features(paths, body, folder=tmp_path, **HOW)
@@ -1407,43 +1139,17 @@ def peak(f):
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     "From 300 to 800 images, stored values grow by 28 MB, and so does the peak if all of them are read"
     stages = Stages(
-        OrderedDict(
-            stem=nn.Sequential(nn.Conv2d(3, 900, 16)),
-            stage1=nn.Sequential(
-                nn.Conv2d(
-                    900,
-                    900,
-                    1,
-                    groups=900,
-                )
-            ),
-        )
+        OrderedDict(stem=nn.Sequential(nn.Conv2d(3, 900, 16)), stage1=nn.Sequential(nn.Conv2d(900, 900, 1, groups=900)))
     )
     stages.spec = find_backbone('small_cnn')
     rng = np.random.default_rng(0)  # many channels, but fast
     body = Body(stages)
     many = [tmp_path / f'{i}.ppm' for i in range(800)]
     for p in many:
-        p.write_bytes(
-            b'P6 24 24 255\n'
-            + rng.integers(
-                0,
-                256,
-                24 * 24 * 3,
-                dtype=np.uint8,
-            ).tobytes()
-        )
+        p.write_bytes(b'P6 24 24 255\n' + rng.integers(0, 256, 24 * 24 * 3, dtype=np.uint8).tobytes())
 
     def get(p):
-        return extract_features(
-            p,
-            body,
-            16,
-            views='quarter_turns',
-            pools=('mean', 'max'),
-            bs=25,
-            folder=tmp_path,
-        )
+        return extract_features(p, body, 16, views='quarter_turns', pools=('mean', 'max'), bs=25, folder=tmp_path)
 
     few, _ = peak(lambda: get(many[:300]))
     more, f = peak(lambda: get(many))
@@ -1471,17 +1177,7 @@ def test_incomplete_files(damaged_file, n, body, paths, tmp_path, complete):
 
 def test_two_at_the_same_time(body, paths, tmp_path, complete):
     with counting(body) as computed, ThreadPoolExecutor(3) as pool:
-        done = list(
-            pool.map(
-                lambda _: extract_features(
-                    paths,
-                    body,
-                    folder=tmp_path,
-                    **HOW,
-                ),
-                range(3),
-            )
-        )
+        done = list(pool.map(lambda _: extract_features(paths, body, folder=tmp_path, **HOW), range(3)))
     assert sum(computed) == 4 * 7
     for f in done:
         assert contents(f) == complete
@@ -1518,12 +1214,7 @@ def test_a_corrupt_image(how, body, paths, tmp_path, complete):
     assert not computed
     shutil.copytree(f_folder, tmp_path / 'g')
     with counting(body) as computed:
-        without = extract_features(
-            copies[:5] + copies[6:],
-            body,
-            folder=tmp_path / 'g',
-            **HOW,
-        )
+        without = extract_features(copies[:5] + copies[6:], body, folder=tmp_path / 'g', **HOW)
     assert sum(computed) == 4 * 2
     assert len(without) == 6
     assert np.array_equal(without.numpy()[:4], kept.numpy())
@@ -1556,36 +1247,13 @@ def test_unknown_names(body, paths, tmp_path):
     x_folder = tmp_path / 'x'
     f = extract_features(paths[:1], body, 32, folder=tmp_path / 'f')
     calls = {
-        'stage9': lambda: extract_features(
-            paths,
-            body,
-            32,
-            stages='stage9',
-            folder=x_folder,
-        ),
-        'min': lambda: extract_features(
-            paths,
-            body,
-            32,
-            pools=('mean', 'min'),
-            folder=x_folder,
-        ),
-        'half_turns': lambda: extract_features(
-            paths,
-            body,
-            32,
-            views='half_turns',
-            folder=x_folder,
-        ),
+        'stage9': lambda: extract_features(paths, body, 32, stages='stage9', folder=x_folder),
+        'min': lambda: extract_features(paths, body, 32, pools=('mean', 'min'), folder=x_folder),
+        'half_turns': lambda: extract_features(paths, body, 32, views='half_turns', folder=x_folder),
         'neck': lambda: f.numpy('neck'),
         'max': lambda: f.numpy('stem', 'max'),
         'std': lambda: f.pandas('stem', 'std'),
-        'list of images is empty': lambda: extract_features(
-            [],
-            body,
-            32,
-            folder=x_folder,
-        ),
+        'list of images is empty': lambda: extract_features([], body, 32, folder=x_folder),
         'resnet1888': lambda: image_features(paths, 'resnet1888', 'random'),
     }
     for word, call in calls.items():
@@ -1667,15 +1335,7 @@ def read(source):
 def probs_by_hand(net, images, views):
     def tensor(s):
         return (
-            torch.from_numpy(np.array(read(s)))
-            .permute(
-                2,
-                0,
-                1,
-            )[None]
-            .float()
-            / 255
-            - torch.tensor(MEAN)[:, None, None]
+            torch.from_numpy(np.array(read(s))).permute(2, 0, 1)[None].float() / 255 - torch.tensor(MEAN)[:, None, None]
         ) / torch.tensor(STD)[:, None, None]
 
     return torch.stack(
@@ -1698,18 +1358,7 @@ def test_view_probs(stages, arrays, views, bs):
 
 
 def test_no_images(stages):
-    assert (
-        len(
-            view_probs(
-                nn.Sequential(Body(stages), create_head('linear', 96, 2)),
-                [],
-                read,
-                MEAN,
-                STD,
-            )
-        )
-        == 0
-    )
+    assert len(view_probs(nn.Sequential(Body(stages), create_head('linear', 96, 2)), [], read, MEAN, STD)) == 0
 
 
 def test_pooled_equals_the_pooled_maps(stages):

@@ -35,62 +35,27 @@ def misses(thresholds, minimum):
     return int((true_sensitivity(np.array(thresholds)) < minimum).sum())
 
 
+def assert_rare(failed, n):
+    "The number of failures in n draws is not above a fraction DELTA, by more than chance"
+    test = binomtest(failed, n, DELTA, alternative='greater')
+    assert test.pvalue > 0.01, failed
+
+
 @pytest.mark.parametrize(('n', 'minimum'), [(70, 0.9), (120, 0.9), (120, 0.8)])
 def test_the_sensitivity_of_new_patients_is_below_the_required_one_in_at_most_delta_of_the_draws(n, minimum):
     draws = [patients(n, seed) for seed in range(600)]
-    found = [
-        guaranteed_operating_point(
-            y,
-            s,
-            minimum,
-            delta=DELTA,
-            groups=g,
-        ).threshold
-        for y, s, g in draws
-    ]
+    found = [guaranteed_operating_point(y, s, minimum, delta=DELTA, groups=g).threshold for y, s, g in draws]
     failed = misses(found, minimum)
-    assert (
-        binomtest(
-            failed,
-            len(draws),
-            DELTA,
-            alternative='greater',
-        ).pvalue
-        > 0.01
-    ), failed
-    usual = [
-        choose_operating_point(
-            y,
-            s,
-            minimum,
-            min_groups=1,
-        ).threshold
-        for y, s, g in draws
-    ]
+    assert_rare(failed, len(draws))
+    usual = [choose_operating_point(y, s, minimum, min_groups=1).threshold for y, s, g in draws]
     assert misses(usual, minimum) > 2 * DELTA * len(draws), 'the usual threshold has no guarantee'
 
 
 def test_the_specificity_of_new_patients_too():
     draws = [patients(120, seed) for seed in range(400)]
-    found = [
-        guaranteed_operating_point(
-            1 - y,
-            -s,
-            specificity=0.9,
-            groups=g,
-        ).threshold
-        for y, s, g in draws
-    ]
+    found = [guaranteed_operating_point(1 - y, -s, specificity=0.9, groups=g).threshold for y, s, g in draws]
     failed = misses([-t for t in found], 0.9)
-    assert (
-        binomtest(
-            failed,
-            len(draws),
-            DELTA,
-            alternative='greater',
-        ).pvalue
-        > 0.01
-    ), failed
+    assert_rare(failed, len(draws))
 
 
 def test_the_guarantee_uses_what_delta_allows():
@@ -111,42 +76,20 @@ def test_tied_scores_keep_the_guarantee():
     rng = np.random.default_rng(1)
     failed = 0
     for _ in range(300):
-        score = rng.integers(
-            0,
-            20,
-            60,
-        ).astype(float)  # 0 to 19, so that 18 of 20 values are 2 or more
+        score = rng.integers(0, 20, 60).astype(float)  # 0 to 19, so that 18 of 20 values are 2 or more
         t = guaranteed_operating_point(np.ones(60, int), score, 0.9).threshold
         failed += t > 2
-    assert binomtest(failed, 300, DELTA, alternative='greater').pvalue > 0.01
+    assert_rare(failed, 300)
 
 
-@pytest.mark.parametrize(
-    ('minimum', 'delta'),
-    [
-        (0.9, 0.1),
-        (0.95, 0.05),
-        (0.8, 0.2),
-        (0.5, 0.5),
-    ],
-)
+@pytest.mark.parametrize(('minimum', 'delta'), [(0.9, 0.1), (0.95, 0.05), (0.8, 0.2), (0.5, 0.5)])
 def test_the_error_has_the_number_that_is_needed(minimum, delta):
     needed = next(n for n in range(1, 1000) if minimum**n <= delta + 1e-12)
     if needed > 1:
         few = np.ones(needed - 1, int)
         with pytest.raises(OperatingPointError, match=f'needs {needed} or more'):
-            guaranteed_operating_point(
-                few,
-                np.arange(needed - 1.0),
-                minimum,
-                delta=delta,
-            )
-    enough = guaranteed_operating_point(
-        np.ones(needed, int),
-        np.arange(float(needed)),
-        minimum,
-        delta=delta,
-    )
+            guaranteed_operating_point(few, np.arange(needed - 1.0), minimum, delta=delta)
+    enough = guaranteed_operating_point(np.ones(needed, int), np.arange(float(needed)), minimum, delta=delta)
     assert enough.decide(np.arange(needed)).all(), 'none of so few patients may be missed'
 
 
@@ -155,14 +98,7 @@ def test_what_the_error_suggests_is_possible():
         with pytest.raises(OperatingPointError) as e:
             guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), 0.9)
         allowed = float(str(e.value).partition('sensitivity=')[2].split()[0])
-        assert (
-            guaranteed_operating_point(
-                np.ones(n, int),
-                np.arange(float(n)),
-                allowed,
-            ).minimum
-            == allowed
-        )
+        assert guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), allowed).minimum == allowed
 
 
 def test_many_images_of_few_patients_are_few():
@@ -184,11 +120,7 @@ def test_many_images_of_few_patients_are_few():
 )
 def test_fractions_are_checked(wrong):
     with pytest.raises(ValueError, match='between 0 and 1, such as'):
-        guaranteed_operating_point(
-            [1] * 30,
-            np.arange(30.0),
-            **{'sensitivity': 0.9, **wrong},
-        )
+        guaranteed_operating_point([1] * 30, np.arange(30.0), **{'sensitivity': 0.9, **wrong})
 
 
 def test_a_saved_decision_keeps_the_confidence():
@@ -215,11 +147,7 @@ def test_the_study_on_photographs_measures_and_counts_what_is_refused():
     study = tool('guarantee')
     y, score, groups = patients(300, 0)
     site = study.Site(y, score, groups)
-    t = study.results(
-        site,
-        numbers=(80, 10),
-        draws=40,
-    ).set_index(['patients', 'required', 'method'])
+    t = study.results(site, numbers=(80, 10), draws=40).set_index(['patients', 'required', 'method'])
     assert (t.refused[10].xs('guaranteed', level='method') == 40).all()
     assert (t.refused.xs('usual', level='method') == 0).all()
     enough = t.loc[80]

@@ -28,11 +28,7 @@ def predictions(n, seed, eyes=2, shared=0.9):
     noise = np.repeat(rng.normal(size=n), eyes) * shared**0.5 + rng.normal(size=n * eyes) * (1 - shared) ** 0.5
     odds = PRIOR * np.exp(-2 * (y + 0.8 * noise)[:, None] * -np.arange(4) - np.arange(4) ** 2)
     table = pd.DataFrame(odds / odds.sum(1, keepdims=True), columns=[f'p_{c}' for c in NAMES])
-    return table.assign(
-        target=y.astype(str),
-        group=np.repeat(np.arange(n), eyes),
-        image=np.arange(n * eyes),
-    )
+    return table.assign(target=y.astype(str), group=np.repeat(np.arange(n), eyes), image=np.arange(n * eyes))
 
 
 def arrays(table):
@@ -75,17 +71,7 @@ def test_a_patient_counts_once_however_many_images_there_are():
 def test_the_coverage_over_many_calibrations_is_the_required_one(classes):
     new = predictions(4000, seed=10_000)
     n, draws = 40, 150
-    rate = [
-        covered(
-            choose_sets(
-                predictions(n, s),
-                classes,
-                allow_empty=True,
-            ),
-            new,
-        ).mean()
-        for s in range(draws)
-    ]
+    rate = [covered(choose_sets(predictions(n, s), classes, allow_empty=True), new).mean() for s in range(draws)]
     chance = 3 * np.std(rate) / draws**0.5
     assert 0.9 - chance < np.mean(rate) < 0.9 + 2 / (n + 1) + chance
 
@@ -94,15 +80,7 @@ def test_the_coverage_of_each_class_is_the_required_one():
     new = predictions(4000, seed=10_000)
     rates = []
     for seed in range(100):
-        found = covered(
-            choose_sets(
-                predictions(150, seed),
-                NAMES,
-                by_class=True,
-                allow_empty=True,
-            ),
-            new,
-        )
+        found = covered(choose_sets(predictions(150, seed), NAMES, by_class=True, allow_empty=True), new)
         rates.append([found[new.target == c].mean() for c in NAMES])
     chance = 3 * np.std(rates, axis=0) / len(rates) ** 0.5
     assert (np.mean(rates, axis=0) > 0.9 - chance).all(), np.mean(rates, axis=0)
@@ -114,17 +92,7 @@ def test_sets_of_grades_have_no_gaps_and_are_not_empty(seed, by_class, coverage)
     sets = choose_sets(predictions(120, seed % 7), GRADES, coverage, by_class=by_class)
     probs = np.random.default_rng(seed).dirichlet(np.full(4, 0.3), 50)
     member = sets.apply(probs)
-    assert (
-        np.abs(
-            np.diff(
-                member.astype(int),
-                axis=1,
-                prepend=0,
-                append=0,
-            )
-        ).sum(1)
-        == 2
-    ).all()
+    assert (np.abs(np.diff(member.astype(int), axis=1, prepend=0, append=0)).sum(1) == 2).all()
     level = np.array(sets.thresholds)
     assert (member | ~(probs >= level)).all(), 'what reaches its threshold is in the set'
 
@@ -167,13 +135,7 @@ def test_a_set_in_a_file_is_checked():
 
 
 def test_the_table_of_coverage_counts_images_and_patients_by_class_and_source():
-    table = predictions(100, 1).assign(
-        source=lambda t: np.where(
-            t.group < 40,
-            'A',
-            'B',
-        )
-    )
+    table = predictions(100, 1).assign(source=lambda t: np.where(t.group < 40, 'A', 'B'))
     sets = choose_sets(predictions(100, 0), GRADES)
     t = coverage_table(table, sets, ['source'], n=50)
     assert t.loc[('all', 'all'), 'groups'] == 100
@@ -185,13 +147,7 @@ def test_the_table_of_coverage_counts_images_and_patients_by_class_and_source():
 
 
 def test_one_referral_curve_for_each_source():
-    table = predictions(100, 1).assign(
-        source=lambda t: np.where(
-            t.group < 40,
-            'A',
-            'B',
-        )
-    )
+    table = predictions(100, 1).assign(source=lambda t: np.where(t.group < 40, 'A', 'B'))
     both = referral_table(table, GRADES, column='source')
     assert list(both) == ['source', 'referred', 'remaining', 'accuracy']
     alone = referral_table(table[table.source == 'A'], GRADES)
@@ -226,19 +182,9 @@ def test_few_patients_are_a_reason_and_older_decisions_have_no_sets():
 
 def test_with_two_classes_the_sets_do_not_depend_on_the_temperature():
     table = predictions(80, 0)
-    two = pd.DataFrame(
-        {
-            'target': np.where(table.target == '0', 'no', 'yes'),
-            'group': table.group,
-            'p_no': table.p_0,
-        }
-    )
+    two = pd.DataFrame({'target': np.where(table.target == '0', 'no', 'yes'), 'group': table.group, 'p_no': table.p_0})
     two = two.assign(p_yes=1 - two.p_no)
-    with_temperature = apply_decision(
-        two,
-        ['no', 'yes'],
-        choose_decision(two, ['no', 'yes']),
-    )
+    with_temperature = apply_decision(two, ['no', 'yes'], choose_decision(two, ['no', 'yes']))
     plain = choose_sets(two, ['no', 'yes']).words(two[['p_no', 'p_yes']])
     assert with_temperature.set.tolist() == plain
 
@@ -246,11 +192,7 @@ def test_with_two_classes_the_sets_do_not_depend_on_the_temperature():
 def test_the_report_shows_the_coverage_by_class_and_source():
     decision = choose_decision(predictions(100, 0), GRADES)
     t = apply_decision(predictions(60, 1), GRADES, decision)
-    t = t.assign(
-        image=t.image.astype(str),
-        prediction=t.target,
-        data_site=np.where(t.group < 30, 'north', 'south'),
-    )
+    t = t.assign(image=t.image.astype(str), prediction=t.target, data_site=np.where(t.group < 30, 'north', 'south'))
     about = {'arch': 'net', 'reader': 'photo', 'decision': decision.to_dict()}
     e = Evaluation(t, GRADES, about, source_col='data_site')
     page = report_html(e, n=20)

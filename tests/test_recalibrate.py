@@ -36,21 +36,10 @@ def draw(folder, n, seed, classes=('0', '1', '2', '3', '4')):
     for i in range(2 * n):
         k = int(rng.integers(len(classes)))
         light = 90 + 20 * k + rng.normal(0, 25)
-        pixels = np.clip(
-            light + rng.normal(0, 40, (24, 24, 3)),
-            0,
-            255,
-        ).astype(np.uint8)
+        pixels = np.clip(light + rng.normal(0, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).resize((48, 48)).save(folder / f'{seed}_{i}.png')
         rows.append((f'{seed}_{i}.png', classes[k], f'{seed} p{i // 2}'))
-    pd.DataFrame(
-        rows,
-        columns=[
-            'image',
-            'label',
-            'patient',
-        ],
-    ).to_csv(folder / 'labels.csv', index=False)
+    pd.DataFrame(rows, columns=['image', 'label', 'patient']).to_csv(folder / 'labels.csv', index=False)
     return folder
 
 
@@ -71,17 +60,7 @@ def site(root):
 
 @pytest.fixture(scope='module')
 def trained(root, home_images, shared_cache):
-    good(
-        'train',
-        home_images,
-        '--task',
-        'dr',
-        *SMALL,
-        '--valid',
-        '0.5',
-        '--out',
-        root / 'run',
-    )
+    good('train', home_images, '--task', 'dr', *SMALL, '--valid', '0.5', '--out', root / 'run')
     return root / 'run'
 
 
@@ -148,33 +127,15 @@ def test_its_predictions_are_those_of_predict(made, site, tmp_path):
 
 def test_the_local_images_are_known_to_the_new_model(made, site, home_images, trained, tmp_path):
     _, new = made
-    assert 'validated on all of these images' in error_line(
-        'evaluate',
-        new,
-        site,
-        '--out',
-        tmp_path / 'r.html',
-    )
+    assert 'validated on all of these images' in error_line('evaluate', new, site, '--out', tmp_path / 'r.html')
     report = ('--resamples', '100', '--out', tmp_path / 'r.html')
     printed = good('evaluate', new, site, '--split', 'valid', *report).out
     assert 'excluded' not in printed
     page = (tmp_path / 'r.html').read_text()
     assert 'recalibrate, with 100 images of 50 groups (patients)' in page
     assert '<h2>Prediction sets</h2>' in page
-    assert 'all of these images' in error_line(
-        'recalibrate',
-        new,
-        site,
-        '--out',
-        tmp_path / 'again',
-    )
-    assert 'all of these images' in error_line(
-        'recalibrate',
-        trained,
-        home_images,
-        '--out',
-        tmp_path / 'again',
-    )
+    assert 'all of these images' in error_line('recalibrate', new, site, '--out', tmp_path / 'again')
+    assert 'all of these images' in error_line('recalibrate', trained, home_images, '--out', tmp_path / 'again')
 
 
 def test_the_old_temperature_has_no_effect(trained, site):
@@ -192,28 +153,12 @@ def test_the_old_temperature_has_no_effect(trained, site):
 def test_a_recalibrated_run_can_be_recalibrated(made, tmp_path):
     _, new = made
     other = draw(tmp_path / 'other', 50, 2)
-    good(
-        'recalibrate',
-        new,
-        other,
-        '--specificity',
-        '0.8',
-        '--confidence',
-        '0.95',
-        '--out',
-        tmp_path / 'third',
-    )
+    good('recalibrate', new, other, '--specificity', '0.8', '--confidence', '0.95', '--out', tmp_path / 'third')
     card = load_model(tmp_path / 'third' / 'model').card
     assert card.made_from.model == load_model(new / 'model').card.tensors_sha256
     assert (card.decision.operating.metric, card.decision.operating.confidence) == ('specificity', 0.95)
     assert len(load_model(tmp_path / 'third' / 'model').seen) == 120 + 100 + 100
-    again = good(
-        'recalibrate',
-        tmp_path / 'third',
-        draw(tmp_path / 'fourth', 50, 3),
-        '--out',
-        tmp_path / 'r',
-    ).out
+    again = good('recalibrate', tmp_path / 'third', draw(tmp_path / 'fourth', 50, 3), '--out', tmp_path / 'r').out
     assert 'guarantee: with 90% confidence, 80% or more of the images that are not referable' in again, (
         'that of the model'
     )
@@ -242,15 +187,7 @@ def some_labels(site, folder, keep):
 )
 def test_too_few_images_are_an_error_and_nothing_is_written(trained, site, tmp_path, keep, words):
     labels = some_labels(site, tmp_path, keep)
-    line = error_line(
-        'recalibrate',
-        trained,
-        site,
-        '--labels',
-        labels,
-        '--out',
-        tmp_path / 'new',
-    )
+    line = error_line('recalibrate', trained, site, '--labels', labels, '--out', tmp_path / 'new')
     assert words in line
     assert [p.name for p in tmp_path.iterdir() if p.name != 'cache'] == ['some.csv']
 
@@ -271,49 +208,22 @@ def test_too_few_patients_are_told_before_the_images_are_predicted(trained, site
     ],
 )
 def test_options_that_cannot_be(trained, site, tmp_path, options, words):
-    assert words in error_line(
-        'recalibrate',
-        trained,
-        site,
-        *options,
-        '--out',
-        tmp_path / 'new',
-    )
+    assert words in error_line('recalibrate', trained, site, *options, '--out', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
 def test_the_old_run_cannot_be_replaced(trained, site, tmp_path):
     before = content(trained)
     for out in (trained, trained / 'new', site / 'new'):
-        assert 'lies in' in error_line(
-            'recalibrate',
-            trained,
-            site,
-            '--overwrite',
-            '--out',
-            out,
-        )
+        assert 'lies in' in error_line('recalibrate', trained, site, '--overwrite', '--out', out)
     assert content(trained) == before
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'file').write_text('x')
-    assert 'not created by' in error_line(
-        'recalibrate',
-        trained,
-        site,
-        '--overwrite',
-        '--out',
-        tmp_path / 'mine',
-    )
+    assert 'not created by' in error_line('recalibrate', trained, site, '--overwrite', '--out', tmp_path / 'mine')
 
 
 def test_an_onnx_file_is_refused(site, tmp_path):
-    assert 'an ONNX file can only predict' in error_line(
-        'recalibrate',
-        'a.onnx',
-        site,
-        '--out',
-        tmp_path / 'new',
-    )
+    assert 'an ONNX file can only predict' in error_line('recalibrate', 'a.onnx', site, '--out', tmp_path / 'new')
 
 
 # ---------------------------------------------------------------- which images are used
@@ -341,13 +251,7 @@ def test_a_model_folder_has_no_record(trained, site, tmp_path):
     assert not (tmp_path / 'new' / 'record.json').exists()
     shutil.copytree(trained, tmp_path / 'run')
     (tmp_path / 'run' / 'record.json').write_text('{"format": "dr_transfer run 1"}')
-    printed = good(
-        'recalibrate',
-        tmp_path / 'run',
-        site,
-        '--out',
-        tmp_path / 'newer',
-    ).out
+    printed = good('recalibrate', tmp_path / 'run', site, '--out', tmp_path / 'newer').out
     assert 'no record.json: ' in printed
     assert content(tmp_path / 'new' / 'model') == content(tmp_path / 'newer' / 'model')
 
@@ -380,39 +284,17 @@ def test_without_a_positive_class_only_the_temperature_is_chosen(tmp_path):
     train = draw(tmp_path / 'train', 30, 5, colours)
     good('train', train, *SMALL, '--out', tmp_path / 'run')
     local = draw(tmp_path / 'local', 30, 6, colours)
-    printed = good(
-        'recalibrate',
-        tmp_path / 'run',
-        local,
-        '--out',
-        tmp_path / 'new',
-    ).out
+    printed = good('recalibrate', tmp_path / 'run', local, '--out', tmp_path / 'new').out
     assert 'no operating point, because no class is positive' in printed
     assert 'prevalence among these images: blue ' in printed
     assert 'guarantee' not in printed
     decision = load_model(tmp_path / 'new' / 'model').card.decision
     assert decision.operating is None
     assert decision.temperature != 1
-    line = error_line(
-        'recalibrate',
-        tmp_path / 'run',
-        local,
-        '--sensitivity',
-        '0.9',
-        '--out',
-        tmp_path / 'other',
-    )
+    line = error_line('recalibrate', tmp_path / 'run', local, '--sensitivity', '0.9', '--out', tmp_path / 'other')
     assert 'this model has none: blue, green, red' in line
     labels = some_labels(local, tmp_path, lambda t: t.index < 3)
-    line = error_line(
-        'recalibrate',
-        tmp_path / 'run',
-        local,
-        '--labels',
-        labels,
-        '--out',
-        tmp_path / 'other',
-    )
+    line = error_line('recalibrate', tmp_path / 'run', local, '--labels', labels, '--out', tmp_path / 'other')
     assert 'a temperature needs 50 or more' in line
 
 
@@ -438,11 +320,7 @@ def patients(n, rng):
 
 def prediction_rows(y, p):
     t = pd.DataFrame(p, columns=[f'p_{c}' for c in THREE])
-    return t.assign(
-        image=np.arange(len(y)),
-        target=np.array(THREE.names)[y],
-        group=np.arange(len(y)) // 3,
-    )
+    return t.assign(image=np.arange(len(y)), target=np.array(THREE.names)[y], group=np.arange(len(y)) // 3)
 
 
 def test_the_sensitivity_of_a_recalibrated_model_holds_for_new_patients():

@@ -75,16 +75,7 @@ def test_column_is_found_named_or_not_used(sites, cameras):
 
 
 def test_train_says_and_keeps_the_sources(sites, tmp_path):
-    printed = good(
-        'train',
-        sites / 'north',
-        sites / 'south',
-        *FAST,
-        '--plan',
-        'head',
-        '--out',
-        tmp_path / 'run',
-    ).out
+    printed = good('train', sites / 'north', sites / 'south', *FAST, '--plan', 'head', '--out', tmp_path / 'run').out
     line = "sources: column 'folder', 2 sources: north (80), south (80)"
     assert line in printed
     assert json.loads((tmp_path / 'run' / 'record.json').read_text())['data']['sources'] == line
@@ -94,30 +85,13 @@ def test_output_is_named_after_all_folders_and_outside_of_them(sites, tmp_path, 
     monkeypatch.chdir(tmp_path)
     good('train', sites / 'north', sites / 'south', *FAST, '--plan', 'head')
     assert (tmp_path / 'north_south_run' / 'record.json').is_file()
-    error_line(
-        'train',
-        sites / 'north',
-        sites / 'south',
-        *FAST,
-        '--out',
-        sites / 'south' / 'run',
-    )
+    error_line('train', sites / 'north', sites / 'south', *FAST, '--out', sites / 'south' / 'run')
 
 
 def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path):
     page = tmp_path / 'r.html'
     recipe = (*FAST, '--plan', 'head', '--folds', '2', '--resamples', '100')
-    printed = good(
-        'cross-validate',
-        sites / 'north',
-        '--labels',
-        cameras,
-        *recipe,
-        '--by',
-        'source',
-        '--out',
-        page,
-    ).out
+    printed = good('cross-validate', sites / 'north', '--labels', cameras, *recipe, '--by', 'source', '--out', page).out
     assert 'in ordinary cross-validation' in printed
     assert 'by leaving one source out; lost:' in printed
     text = page.read_text()
@@ -129,20 +103,10 @@ def test_cross_validate_by_source_reports_what_is_lost(sites, cameras, tmp_path)
 
 def test_no_source_to_leave_out_is_an_error_before_training(sites, cameras, tmp_path):
     recipe = (*FAST, '--plan', 'head', '--by', 'source', '--out', tmp_path / 'r.html')
-    assert 'no source column found' in error_line(
-        'cross-validate',
-        sites / 'north',
-        *recipe,
-    )
+    assert 'no source column found' in error_line('cross-validate', sites / 'north', *recipe)
     labels = pd.read_csv(cameras)
     labels.assign(Camera='A').to_csv(tmp_path / 'one.csv', index=False)
-    line = error_line(
-        'cross-validate',
-        sites / 'north',
-        '--labels',
-        tmp_path / 'one.csv',
-        *recipe,
-    )
+    line = error_line('cross-validate', sites / 'north', '--labels', tmp_path / 'one.csv', *recipe)
     assert "all images have the source 'A'" in line
     assert not (tmp_path / 'r.html').exists()
 
@@ -151,14 +115,7 @@ def test_a_class_of_one_source_only_is_an_error(sites, cameras):
     t = dt.label_table(sites / 'north', cameras)
     t.loc[t.data_Camera == 'B', 'label'] = '0'
     with pytest.raises(SourceError, match="occurs only in the source 'A'"):
-        cross_validate(
-            t,
-            'dr',
-            by='source',
-            weights='random',
-            arch='test_resnet',
-            size=48,
-        )
+        cross_validate(t, 'dr', by='source', weights='random', arch='test_resnet', size=48)
 
 
 # ---------------------------------------------------------------- what is lost
@@ -183,22 +140,13 @@ def predicted(sources, y, noise, groups=None):
 
 
 def compared(sources, y, groups=None):
-    return dt.by_source_table(
-        predicted(sources, y, 0.5, groups),
-        predicted(sources, y, 3.0, groups),
-        CLASSES,
-        n=100,
-    )
+    return dt.by_source_table(predicted(sources, y, 0.5, groups), predicted(sources, y, 3.0, groups), CLASSES, n=100)
 
 
 def test_a_source_named_all_is_not_the_row_of_all_images():
     y = np.arange(60) % 2
     t = compared(np.repeat(['all', 'B'], [20, 40]), y)
-    assert t.images.to_dict() == {
-        ('all', 'all'): 60,
-        ('source', 'B'): 40,
-        ('source', 'all'): 20,
-    }
+    assert t.images.to_dict() == {('all', 'all'): 60, ('source', 'B'): 40, ('source', 'all'): 20}
 
 
 def test_sources_without_positives_have_no_metric_of_their_own():
@@ -214,13 +162,7 @@ def test_sources_without_positives_have_no_metric_of_their_own():
 
 def test_nothing_is_claimed_without_an_interval():
     y = np.arange(60) % 2
-    words = by_source_words(
-        compared(
-            np.repeat(['A', 'B'], 30),
-            y,
-            groups=['one patient'] * 60,
-        )
-    )
+    words = by_source_words(compared(np.repeat(['A', 'B'], 30), y, groups=['one patient'] * 60))
     assert 'too few patients' in words
     assert '(no interval)' in words
     assert 'holds on sources' not in words
@@ -230,19 +172,8 @@ def test_a_head_is_solved_for_a_source_that_it_was_not_trained_on(sites, cameras
     "With sources, C is what is best by leaving one out; without, what is best in folds of groups"
     lines = []
     data = dt.label_table(sites / 'north', cameras)
-    kw = dict(
-        task='dr',
-        size=48,
-        arch='test_resnet',
-        runtime='plain',
-        weights='random',
-        allow_leaks=True,
-    )
-    learn = dt.fit(
-        dt.build_learner(data, **kw, say=lines.append),
-        'head',
-        say=lines.append,
-    )
+    kw = dict(task='dr', size=48, arch='test_resnet', runtime='plain', weights='random', allow_leaks=True)
+    learn = dt.fit(dt.build_learner(data, **kw, say=lines.append), 'head', say=lines.append)
     assert learn.record.C_by == 'source'
     assert sum('is chosen by leaving one of 2 sources out' in line for line in lines) == 1
     train = learn.table[learn.table.split == 'train']
@@ -257,45 +188,25 @@ def test_a_head_is_solved_for_a_source_that_it_was_not_trained_on(sites, cameras
         for source in 'AB':
             seen = np.repeat(sources != source, views)
             weight = np.full(seen.sum(), 1 / views)
-            model = LogisticRegression(C=C, max_iter=5000).fit(
-                x[seen],
-                np.repeat(y, views)[seen],
-                weight,
-            )
+            model = LogisticRegression(C=C, max_iter=5000).fit(x[seen], np.repeat(y, views)[seen], weight)
             probs = model.predict_proba(x[~seen]).reshape(-1, views, 2).mean(1)
             of_truth = np.searchsorted(model.classes_, y[sources == source])
             right[sources == source] = probs[np.arange(len(probs)), of_truth]
         loss[C] = -np.log(right.clip(0.001)).mean()
     assert loss == pytest.approx({r['C']: r['loss'] for r in learn.record.C_path}, abs=1e-3)
     assert min(loss, key=loss.get) == learn.record.C
-    one = dt.build_learner(
-        dt.label_table(sites / 'north', cameras, source_col='none'),
-        **kw,
-        say=lines.append,
-    )
+    one = dt.build_learner(dt.label_table(sites / 'north', cameras, source_col='none'), **kw, say=lines.append)
     assert dt.fit(one, 'head', say=lines.append).record.C_by == 'group'
 
 
 def test_cached_folds_are_those_of_the_same_patients_and_sources(sites, cameras, shared_cache):
     "C depends on groups and sources, so a training with others is computed again"
     labels = pd.read_csv(cameras)
-    how = dict(
-        task='dr',
-        size=48,
-        arch='test_resnet',
-        weights='random',
-        runtime='plain',
-        plan='head',
-        folds=2,
-    )
+    how = dict(task='dr', size=48, arch='test_resnet', weights='random', runtime='plain', plan='head', folds=2)
 
     def trained(**columns):
         before = set(shared_cache.rglob('sums.json'))
-        cross_validate(
-            dt.label_table(sites / 'north', labels, **columns),
-            say=lambda line: None,
-            **how,
-        )
+        cross_validate(dt.label_table(sites / 'north', labels, **columns), say=lambda line: None, **how)
         return len(set(shared_cache.rglob('sums.json')) - before)
 
     assert trained(source_col='Camera') == 2

@@ -30,16 +30,7 @@ def shapes(rng):
     draw = ImageDraw.Draw(im)
     for _ in range(6):
         x = np.sort(rng.integers(0, 96, (2, 2)), axis=0)
-        draw.rectangle(
-            [*x[0].tolist(), *x[1].tolist()],
-            fill=tuple(
-                rng.integers(
-                    0,
-                    256,
-                    3,
-                ).tolist()
-            ),
-        )
+        draw.rectangle([*x[0].tolist(), *x[1].tolist()], fill=tuple(rng.integers(0, 256, 3).tolist()))
     return im
 
 
@@ -49,17 +40,7 @@ def other_images(kind, folder):
         dt.make_flowers(folder, n=N, size=96)
         return dt.label_table(folder).image.tolist()
     if kind == 'noise':
-        return [
-            Image.fromarray(
-                rng.integers(
-                    0,
-                    256,
-                    (96, 96, 3),
-                    dtype=np.uint8,
-                )
-            )
-            for _ in range(N)
-        ]
+        return [Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(N)]
     return [shapes(rng) for _ in range(N)]
 
 

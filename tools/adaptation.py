@@ -81,17 +81,12 @@ def trial_row(data: ImageSet, x, trial) -> dict:
 
 def with_fraction(data, rows, fraction, rng) -> np.ndarray:
     "The largest subset of rows with this fraction of positive images"
-    positive, negative = (rows[data.y[rows] == k] for k in (1, 0))
+    positive = rows[data.y[rows] == 1]
+    negative = rows[data.y[rows] == 0]
     n = min(len(positive) / fraction, len(negative) / (1 - fraction))
-    chosen = [
-        rng.choice(
-            r,
-            int(n * f),
-            replace=False,
-        )
-        for r, f in ((positive, fraction), (negative, 1 - fraction))
-    ]
-    return np.concatenate(chosen)
+    some_positive = rng.choice(positive, int(n * fraction), replace=False)
+    some_negative = rng.choice(negative, int(n * (1 - fraction)), replace=False)
+    return np.concatenate([some_positive, some_negative])
 
 
 def trials(data) -> list:
@@ -99,8 +94,9 @@ def trials(data) -> list:
     rng = np.random.default_rng(0)
     found = []
     for train, test in combinations_of(data.sources):
-        rows = [np.flatnonzero(np.isin(data.sources, names)) for names in (train, [test])]
-        found.append(Trial(f'{" and ".join(train)} to {test}', *rows))
+        rows = np.flatnonzero(np.isin(data.sources, train))
+        others = np.flatnonzero(data.sources == test)
+        found.append(Trial(f'{" and ".join(train)} to {test}', rows, others))
     for source in np.unique(data.sources):
         rows = np.flatnonzero(data.sources == source)
         patients = rng.permutation(np.unique(data.groups[rows]))
@@ -109,13 +105,7 @@ def trials(data) -> list:
         found.append(Trial(f'half of {source}', here, there))
         for fraction in (0.1, 0.6):
             some = with_fraction(data, there, fraction, rng)
-            found.append(
-                Trial(
-                    f'half of {source}, {fraction:.0%} positive',
-                    here,
-                    some,
-                )
-            )
+            found.append(Trial(f'half of {source}, {fraction:.0%} positive', here, some))
     return found
 
 
@@ -127,16 +117,7 @@ def main():
     data = read_dr(Path(root))
     x = FeatureReader(data).array(CANDIDATE)
     with threadpool_limits(1, user_api='blas'):
-        table = pd.DataFrame(
-            [
-                trial_row(
-                    data,
-                    x,
-                    trial,
-                )
-                for trial in trials(data)
-            ]
-        ).round(4)
+        table = pd.DataFrame([trial_row(data, x, trial) for trial in trials(data)]).round(4)
     print(table.to_string(index=False))
     with atomic_file(a.out) as f:
         write_csv(table, f)

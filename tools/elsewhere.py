@@ -91,16 +91,7 @@ def read_flowers(root) -> ImageSet:
     t = label_table(root / 'flowers', verify=False)
     y = t.label.astype('category').cat.codes.to_numpy()
     source = np.full(len(t), 'flowers')
-    return ImageSet(
-        t.image.tolist(),
-        y,
-        t.group.to_numpy(object),
-        source,
-        256,
-        'crop',
-        False,
-        360,
-    )
+    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', False, 360)
 
 
 def read_dr(root) -> ImageSet:
@@ -108,16 +99,7 @@ def read_dr(root) -> ImageSet:
     t = label_table([root / 'dr' / name for name in ('messidor2', 'idrid', 'eyepacs')], verify=False)
     y = (t.label.astype(int) >= 2).astype(int).to_numpy()
     groups = np.array([g if g is not None else f'image {i}' for i, g in enumerate(t.group)], object)
-    return ImageSet(
-        t.image.tolist(),
-        y,
-        groups,
-        image_sources(t).to_numpy(object),
-        384,
-        'pad',
-        True,
-        60,
-    )
+    return ImageSet(t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', True, 60)
 
 
 class FeatureReader:
@@ -136,12 +118,7 @@ class FeatureReader:
         if change:
             images = changed_images([images[i] for i in self.changed_rows], change)
         stages = sorted({s for names in STAGES.values() for s in names})
-        how = dict(
-            size=self.data.size,
-            reader=reader,
-            fit=self.data.fit,
-            stages=stages,
-        )
+        how = dict(size=self.data.size, reader=reader, fit=self.data.fit, stages=stages)
         return image_features(images, **how)
 
     def array(self, candidate, change=''):
@@ -153,14 +130,7 @@ class FeatureReader:
 
 def fitted(candidate, x, y):
     "Train the classifier of a candidate"
-    model = make_pipeline(
-        StandardScaler(),
-        LogisticRegression(
-            C=candidate.C,
-            max_iter=1000,
-            tol=1e-3,
-        ),
-    )
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=candidate.C, max_iter=1000, tol=1e-3))
     return model.fit(x, y)
 
 
@@ -178,6 +148,12 @@ def out_of_fold(data, candidate, x, changed, rows, changed_rows):
     return probs, of_changed
 
 
+def mean(scores) -> float:
+    "Mean of the values of a dict or a list"
+    values = scores.values() if isinstance(scores, dict) else scores
+    return float(np.mean(list(values)))
+
+
 def at_home(data, reader, candidate, x) -> dict:
     "Scores within the sources: on the images as they are, and under each change"
     changed = {change: reader.array(candidate, change) for change in CHANGES}
@@ -185,22 +161,18 @@ def at_home(data, reader, candidate, x) -> dict:
     under = {change: [] for change in ('unchanged', *CHANGES)}
     for source in np.unique(data.sources):
         rows = np.flatnonzero(data.sources == source)
-        probs, of_changed = out_of_fold(
-            data,
-            candidate,
-            x,
-            changed,
-            rows,
-            reader.changed_rows,
-        )
+        probs, of_changed = out_of_fold(data, candidate, x, changed, rows, reader.changed_rows)
         home[f'home, {source}'] = data.metric(probs[rows], rows)
         mine = np.isin(reader.changed_rows, rows)
         some = reader.changed_rows[mine]
         under['unchanged'].append(data.metric(probs[some], some))
         for change in CHANGES:
             under[change].append(data.metric(of_changed[change][mine], some))
-    means = {change: float(np.mean(values)) for change, values in under.items()}
-    decides = {'home': float(np.mean(list(home.values()))), 'changed': float(np.mean([means[c] for c in CHANGES]))}
+    means = {change: mean(values) for change, values in under.items()}
+    decides = {
+        'home': mean(home),
+        'changed': mean([means[change] for change in CHANGES]),
+    }
     return decides | home | means
 
 
@@ -228,7 +200,9 @@ def elsewhere(data, candidate, x) -> dict:
         rows = np.flatnonzero(np.isin(data.sources, train))
         new = np.flatnonzero(data.sources == test)
         model = fitted(candidate, x[rows], data.y[rows])
-        scores[f'{" and ".join(train)} to {test}'] = data.metric(model.predict_proba(x[new]), new)
+        probs = model.predict_proba(x[new])
+        name = f'{" and ".join(train)} to {test}'
+        scores[name] = data.metric(probs, new)
     return scores
 
 
@@ -240,8 +214,9 @@ def score_candidate(data, reader, candidate) -> dict:
         return out
     scores = elsewhere(data, candidate, x)
     adapted = elsewhere(data, candidate, standardised(x, data.sources))
-    means = {'elsewhere': float(np.mean(list(scores.values()))), 'adapted': float(np.mean(list(adapted.values())))}
-    return out | means | scores | {f'{name}, adapted': score for name, score in adapted.items()}
+    means = {'elsewhere': mean(scores), 'adapted': mean(adapted)}
+    of_adapted = {f'{name}, adapted': score for name, score in adapted.items()}
+    return out | means | scores | of_adapted
 
 
 def choices(table) -> pd.DataFrame:
@@ -256,50 +231,24 @@ def choices(table) -> pd.DataFrame:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=['flowers', 'dr'])
-    p.add_argument(
-        '--corrections',
-        nargs='+',
-        default=list(READERS),
-        choices=list(READERS),
-        help='for dr only',
-    )
+    p.add_argument('--corrections', nargs='+', default=list(READERS), choices=list(READERS), help='for dr only')
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
     root = Path(
         os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
     )
-    tables = (
-        [
-            pd.read_csv(
-                a.out,
-                keep_default_na=False,
-                na_values=[''],
-            )
-        ]
-        if a.out.exists()
-        else []
-    )
+    tables = [pd.read_csv(a.out, keep_default_na=False, na_values=[''])] if a.out.exists() else []
     for part in a.parts:
         data = {'flowers': read_flowers, 'dr': read_dr}[part](root)
         reader = FeatureReader(data)
         rows = []
         with threadpool_limits(1, user_api='blas'):
             for candidate in [
-                Candidate(*c)
-                for c in product(
-                    a.corrections if part == 'dr' else [''],
-                    STAGES,
-                    STRENGTHS,
-                )
+                Candidate(*c) for c in product(a.corrections if part == 'dr' else [''], STAGES, STRENGTHS)
             ]:
-                rows.append(
-                    {
-                        'task': part,
-                        **asdict(candidate),
-                        **score_candidate(data, reader, candidate),
-                    }
-                )
-                print(*[f'{v:.3f}' if isinstance(v, float) else v for v in rows[-1].values()][:7], flush=True)
+                rows.append({'task': part, **asdict(candidate), **score_candidate(data, reader, candidate)})
+                first = list(rows[-1].values())[:7]
+                print(*[f'{v:.3f}' if isinstance(v, float) else v for v in first], flush=True)
         table = pd.DataFrame(rows)
         print(choices(table).iloc[:, :7].to_string())
         tables = [t[t.task != part] for t in tables] + [table]

@@ -41,14 +41,7 @@ from dr_transfer.utils.places import atomic_file
 
 RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'expected.csv'
 METHODS = ('difference', 'confidence', 'threshold')
-CANDIDATES = {
-    'dr': Candidate('none', 'stages 4 to 7', 0.01),
-    'flowers': Candidate(
-        '',
-        'stages 6, 7 and neck',
-        0.01,
-    ),
-}
+CANDIDATES = {'dr': Candidate('none', 'stages 4 to 7', 0.01), 'flowers': Candidate('', 'stages 6, 7 and neck', 0.01)}
 
 
 @dataclass(frozen=True)
@@ -79,20 +72,16 @@ class Trained:
 
     def described(self, images) -> pd.DataFrame:
         "Statistics of images, their distance from the training images, and their groups"
-        statistics = pd.DataFrame(index=range(len(images.x))) if images.statistics is None else images.statistics
-        described = statistics.reset_index(drop=True)
+        described = pd.DataFrame(index=range(len(images.x)))
+        if images.statistics is not None:
+            described = images.statistics.reset_index(drop=True)
         return described.assign(unlike=self.distribution.distance(images.x), group=images.groups)
 
 
 def checked(trained, new, about, resamples=500) -> list[dict]:
     "Estimates for images, compared with their labels: a row for each metric"
     table, described = trained.table(new), trained.described(new)
-    expected = expected_metrics(
-        trained.valid,
-        table.drop(columns='target'),
-        trained.classes,
-        resamples,
-    )
+    expected = expected_metrics(trained.valid, table.drop(columns='target'), trained.classes, resamples)
     drift = None
     if new.statistics is not None:
         drift = drift_table(trained.reference, described, resamples)
@@ -100,19 +89,11 @@ def checked(trained, new, about, resamples=500) -> list[dict]:
     true = metric_values(*table_arrays(table, trained.classes), trained.classes)
     rows = []
     for metric, estimates in expected.groupby('metric'):
-        row = {
-            **about,
-            'images': len(new.y),
-            'median unlike': described.unlike.median(),
-        }
+        row = {**about, 'images': len(new.y), 'median unlike': described.unlike.median()}
         row |= {'fraction unlike': described.unlike.ge(1).mean(), 'verdict': verdict.words}
         row |= {'metric': metric, 'true': true[metric]}
         for r in estimates.itertuples():
-            row |= {
-                r.method: r.value,
-                f'{r.method} low': r.low,
-                f'{r.method} high': r.high,
-            }
+            row |= {r.method: r.value, f'{r.method} low': r.low, f'{r.method} high': r.high}
         rows.append(row)
     print(*about.values(), verdict.words, sep=', ', flush=True)
     return rows
@@ -126,25 +107,13 @@ class Parts:
 
     def images(self, rows) -> Images:
         statistics = None if self.statistics is None else self.statistics.iloc[rows]
-        return Images(
-            self.x[rows],
-            self.data.y[rows],
-            self.data.groups[rows],
-            statistics,
-        )
+        return Images(self.x[rows], self.data.y[rows], self.data.groups[rows], statistics)
 
     def divided(self, rows) -> list:
         "Row numbers of training, validation and the others"
-        folds = [
-            test
-            for _, test in grouped_folds(
-                self.data.y[rows],
-                self.data.groups[rows],
-                4,
-                seed=0,
-            )
-        ]
-        return [rows[np.concatenate(folds[2:])], rows[folds[0]], rows[folds[1]]]
+        y, groups = self.data.y[rows], self.data.groups[rows]
+        valid, others, *training = (rows[test] for _, test in grouped_folds(y, groups, 4, seed=0))
+        return [np.concatenate(training), valid, others]
 
 
 def measure_dr(root) -> list[dict]:
@@ -158,17 +127,8 @@ def measure_dr(root) -> list[dict]:
         name = ' and '.join(names)
         if name not in models:
             train, valid, same = parts.divided(np.flatnonzero(np.isin(data.sources, names)))
-            models[name] = Trained(
-                classes,
-                parts.images(train),
-                parts.images(valid),
-                CANDIDATES['dr'],
-            )
-            rows += checked(
-                models[name],
-                parts.images(same),
-                {'trained on': name, 'checked on': 'the same'},
-            )
+            models[name] = Trained(classes, parts.images(train), parts.images(valid), CANDIDATES['dr'])
+            rows += checked(models[name], parts.images(same), {'trained on': name, 'checked on': 'the same'})
         new = parts.images(np.flatnonzero(data.sources == other))
         rows += checked(models[name], new, {'trained on': name, 'checked on': other})
     return rows
@@ -181,12 +141,7 @@ def measure_flowers(root) -> list[dict]:
     parts = Parts(data, reader.array(CANDIDATES['flowers']), None)
     train, valid, same = parts.divided(np.arange(len(data.y)))
     classes = as_classes([f'class {k}' for k in range(data.y.max() + 1)])
-    trained = Trained(
-        classes,
-        parts.images(train),
-        parts.images(valid),
-        CANDIDATES['flowers'],
-    )
+    trained = Trained(classes, parts.images(train), parts.images(valid), CANDIDATES['flowers'])
     about = {'trained on': 'flowers', 'checked on': 'the same'}
     rows = checked(trained, parts.images(same), about)
     new = np.isin(reader.changed_rows, same)

@@ -61,14 +61,15 @@ def data_summary(
 # %% ../../nbs/data/20_summary.ipynb #b5818398
 @dataclass(frozen=True)
 class MadeFrom:
-    "The model that another one was made from, and the labelled images that were used"
+    "The model that another one was made from, and the images of the new site that were used"
 
     command: str  # Such as 'recalibrate'
     model: str  # Hash of the weights of that model, as in its model.json
-    images: _Count  # Labelled images
+    images: _Count  # Images of the new site, with labels or without
     groups: _Count  # Their patients or other groups; an image without one counts as one
     prevalence: dict[str, float] = field(default_factory=dict)  # Class -> fraction of these images
     more: dict = field(default_factory=dict)  # Fields of other versions
 
     def __str__(self):
-        return f'{self.command}, with {self.images} images of {self.groups} groups (patients); model {self.model[:16]}'
+        groups = f' of {self.groups} groups (patients)' if self.groups < self.images else ''
+        return f'{self.command}, with {self.images} images{groups}; model {self.model[:16]}'
