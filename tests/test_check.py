@@ -229,7 +229,9 @@ def test_files_of_other_modes_are_measured(tmp_path, mode):
 def simulated(n, seed, shift=0.0):
     "Two images of each of n patients, with three properties; the first may be shifted."
     rng = np.random.default_rng(seed)
-    values = rng.normal(size=(n, 3)).repeat(2, axis=0) + 0.3 * rng.normal(size=(2 * n, 3)) + [shift, 0, 0]
+    of_patient = rng.normal(size=(n, 3)).repeat(2, axis=0)
+    of_image = rng.normal(size=(2 * n, 3))
+    values = of_patient + 0.3 * of_image + [shift, 0, 0]
     t = pd.DataFrame(values, columns=['a', 'b', 'c'])
     return t.assign(group=np.arange(n).repeat(2))
 
@@ -273,7 +275,8 @@ def test_columns_without_values_are_not_compared():
 
 
 def test_a_category_in_words():
-    a, b = pd.DataFrame({'format': ['JPEG'] * 40}), pd.DataFrame({'format': ['PNG'] * 30 + ['JPEG'] * 10})
+    a = pd.DataFrame({'format': ['JPEG'] * 40})
+    b = pd.DataFrame({'format': ['PNG'] * 30 + ['JPEG'] * 10})
     assert drift_words(drift_table(a, b, n=10), STATISTIC_WORDS) == ['another file format (p < .001)']
     assert drift_words(drift_table(a, a, n=10), STATISTIC_WORDS) == []
 

@@ -25,8 +25,12 @@ def predictions(n, seed, eyes=2, shared=0.9):
     "Predictions of several images of n patients, whose errors are nearly the same."
     rng = np.random.default_rng(seed)
     y = np.repeat(rng.choice(4, n, p=PRIOR), eyes)
-    noise = np.repeat(rng.normal(size=n), eyes) * shared**0.5 + rng.normal(size=n * eyes) * (1 - shared) ** 0.5
-    odds = PRIOR * np.exp(-2 * (y + 0.8 * noise)[:, None] * -np.arange(4) - np.arange(4) ** 2)
+    of_patient = np.repeat(rng.normal(size=n), eyes)
+    of_image = rng.normal(size=n * eyes)
+    noise = of_patient * shared**0.5 + of_image * (1 - shared) ** 0.5
+    x = y + 0.8 * noise
+    grades = np.arange(4)
+    odds = PRIOR * np.exp(2 * x[:, None] * grades - grades**2)
     table = pd.DataFrame(odds / odds.sum(1, keepdims=True), columns=[f'p_{c}' for c in NAMES])
     return table.assign(target=y.astype(str), group=np.repeat(np.arange(n), eyes), image=np.arange(n * eyes))
 
@@ -111,7 +115,9 @@ def test_too_few_patients_are_refused_with_the_number_that_is_needed():
 
 def test_a_class_with_too_few_patients_is_in_every_set():
     table = predictions(200, 0)
-    rare = table[(table.target != '3') | (table.group.isin(table.group[table.target == '3'].unique()[:8]))]
+    with_3 = table.target == '3'
+    few = table.group[with_3].unique()[:8]
+    rare = table[~with_3 | table.group.isin(few)]
     sets = choose_sets(rare, NAMES, by_class=True)
     assert sets.always == ('3',)
     assert sets.apply(arrays(table)[1])[:, 3].all()

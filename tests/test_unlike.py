@@ -30,7 +30,8 @@ def shapes(rng):
     draw = ImageDraw.Draw(im)
     for _ in range(6):
         x = np.sort(rng.integers(0, 96, (2, 2)), axis=0)
-        draw.rectangle([*x[0].tolist(), *x[1].tolist()], fill=tuple(rng.integers(0, 256, 3).tolist()))
+        color = rng.integers(0, 256, 3).tolist()
+        draw.rectangle(x.ravel().tolist(), fill=tuple(color))
     return im
 
 
