@@ -326,7 +326,8 @@ def test_predictions_of_folds_are_found_by_another_process(tmp_path):
     from dr_transfer.evaluation.cross_validation import _training_folder
 
     task = get_task('dr')
-    t = pd.DataFrame({'image': [np.zeros((4, 4, 3), np.uint8)], 'target': ['no'], 'split': ['train']})
+    image = np.zeros((4, 4, 3), np.uint8)
+    t = pd.DataFrame({'image': [image], 'target': ['no'], 'split': ['train'], 'group': ['a']})
 
     def again():
         return replace(task, targets=tuple(replace(g, of=eval('lambda l: l')) for g in task.targets))
