@@ -33,6 +33,7 @@ from .models.head import Head
 from .models.network import create_head, view_probs
 from .models.registry import DEFAULT_ARCH, find_backbone, head_stages
 from .models.stages import stage_names
+from .training.average import average_weights, copied_weights
 from .training.learner import LearnerConfig, TransferLearner, make_learner, resolve
 from .training.phases import fit_phase, phase_runs, runs_words
 from .training.plans import PLANS, choose_plan, get_plan, plan_arch
@@ -295,10 +296,15 @@ def fit(
             'it is the number of passes through the network, and this plan has none'
         )
     learn.record.plan = plan
+    before = None
     for i, run in enumerate(runs, 1):
+        if plan.average and i == len(runs):
+            before = copied_weights(learn)
         if run.how != 'skipped':
             _fit_one(learn, run, i, len(runs), say)
     _best(learn, first, say)
+    if before is not None:
+        average_weights(learn, before, say)
     return learn
 
 # %% ../nbs/core.ipynb #2c180cfd

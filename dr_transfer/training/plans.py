@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'Phase', 'Plan', 'get_plan', 'plan_table']
 
 # %% ../../nbs/training/01_plans.ipynb #993ff4f9
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -21,6 +21,7 @@ from ..models.network import HEADS, create_head, get_head, head_inputs
 from ..models.registry import find_backbone
 from ..models.stages import layer_groups
 from ..utils.files import unknown
+from ..utils.schema import LATER
 
 # %% ../../nbs/training/01_plans.ipynb #2f489706
 _SCHEDULES = ('one_cycle', 'flat_cos', 'none')  # fastai's fit_one_cycle, fit_flat_cos and fit
@@ -100,6 +101,11 @@ class Plan:
     augment: str | None = None  # Augmentation; '+NAME' adds to the task's; None: the task's
     arch: str | None = None  # Backbone, if the plan needs a certain one
     weights: str | None = None  # 'random' for random initialisation
+    average: bool = field(default=False, metadata={LATER: True})  # Average the weights before and after?
+
+    def __post_init__(self):
+        if self.average and self.phases[-1].frozen == -1:
+            raise ValueError('average=True: the last phase must train a part of the body, such as Phase(frozen=0, ...)')
 
     def with_epochs(self, epochs: int) -> 'Plan':
         "The plan with another number of epochs in its last phase; unchanged if the last phase solves the head"
@@ -162,6 +168,12 @@ PLANS = {
         Plan('top2', _then(-3), 'the head, then the last two groups with it'),
         Plan('all_but_stem', _then(2), 'the head, then all but the two groups nearest to the input'),
         Plan('fine_tune', _then(0), 'the head, then everything, at smaller learning rates towards the input'),
+        Plan(
+            'fine_tune_averaged',
+            _then(0),
+            'fine_tune, with weights averaged with those of the frozen network',
+            average=True,
+        ),
         Plan(
             'scratch',
             (Phase(0, 30, 3e-3, wd=0.05),),

@@ -69,6 +69,8 @@ class RunRecord:
     C_by: str | None = None  # C was chosen by leaving one 'group' or one 'source' out
     C_path: tuple[dict, ...] | None = None  # `C` and out-of-fold `loss` of each candidate
     interrupted: str | None = None  # Phase that was interrupted
+    average: float | None = field(default=None, metadata={LATER: True})  # Fraction of the fine-tuned weights
+    average_path: tuple[dict, ...] | None = field(default=None, metadata={LATER: True})  # `fraction` and `loss`
     decision: Decision | None = None  # Decision rule for the probabilities
     gap: dict[str, float | None] | None = None  # Metric -> training minus validation; None: not defined
     validation: dict | None = None  # Metrics of the most probable class
