@@ -7,7 +7,8 @@ A linear classifier is trained on one collection of fundus photographs, or on tw
 .90 in cross-validation. It is tested on another collection as it is, and with the features standardised by their mean
 and spread there (dr_transfer adapt). The rows 'half of' are the same collection: trained on half of the patients and
 tested on the others, also with other fractions of positive images. Nothing is chosen on the test images. The results
-are written to nbs/results/adaptation.csv. Features have one view; the last four stages, without light correction.
+are written to nbs/results/adaptation.csv. Features have one view; the last four
+stages, without light correction.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from elsewhere import Candidate, FeatureReader, ImageSet, combinations_of, fitted, read_dr
+from elsewhere import Candidate, FeatureReader, ImageSet, combinations_of, fitted_rows, read_dr
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
@@ -45,7 +46,7 @@ def threshold(data, x, rows) -> float:
     "Score that the required fraction of the positive images reach, in cross-validation"
     scores = np.zeros(len(rows))
     for train, test in grouped_folds(data.y[rows], data.groups[rows], 3, seed=0):
-        model = fitted(CANDIDATE, x[rows[train]], data.y[rows[train]])
+        model = fitted_rows(CANDIDATE, x[rows[train]], data.y[rows[train]])
         scores[test] = model.decision_function(x[rows[test]])
     return float(np.quantile(scores[data.y[rows] == 1], 1 - REQUIRED))
 
@@ -62,7 +63,7 @@ def adapted(model, x) -> np.ndarray:
 
 def trial_row(data: ImageSet, x, trial) -> dict:
     "Sensitivity, specificity and AUC before and after"
-    model = fitted(CANDIDATE, x[trial.train], data.y[trial.train])
+    model = fitted_rows(CANDIDATE, x[trial.train], data.y[trial.train])
     limit = threshold(data, x, trial.train)
     new, y = x[trial.test], data.y[trial.test]
     row = {
@@ -115,7 +116,7 @@ def main():
     a = p.parse_args()
     root = os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with dr/')
     data = read_dr(Path(root))
-    x = FeatureReader(data).array(CANDIDATE)
+    x = FeatureReader(data).array(CANDIDATE)[:, 0]
     with threadpool_limits(1, user_api='blas'):
         table = pd.DataFrame([trial_row(data, x, trial) for trial in trials(data)]).round(4)
     print(table.to_string(index=False))

@@ -13,8 +13,9 @@ regularisation. For each of them:
     adapted   the same, with the features of each source standardised by its own mean and spread, without labels
 
 The metric is accuracy for flowers and the AUC of referable retinopathy for dr. All candidates are listed, so you can
-see what each way of choosing would have chosen. The results are written to nbs/results/elsewhere.csv. Features have
-one view; the head of a plan uses all views.
+see what each way of choosing would have chosen. The results are written to nbs/results/elsewhere.csv. As in a plan,
+the classifier is trained on all views of an image, and its probabilities are averaged over them. Changed images have
+one view, and 'unchanged' is the same view of the same images.
 """
 
 import argparse
@@ -76,6 +77,7 @@ class ImageSet:
     sources: np.ndarray  # Name of the source (n,)
     size: int  # Pixels
     fit: str  # As in the task
+    views: str  # Name in `VIEWS`
     positive: bool  # Is the metric an AUC?
     n_changed: int  # Images of each source that are changed, the same for all candidates
 
@@ -91,7 +93,7 @@ def read_flowers(root) -> ImageSet:
     t = label_table(root / 'flowers', verify=False)
     y = t.label.astype('category').cat.codes.to_numpy()
     source = np.full(len(t), 'flowers')
-    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', False, 360)
+    return ImageSet(t.image.tolist(), y, t.group.to_numpy(object), source, 256, 'crop', 'mirror_near', False, 360)
 
 
 def read_dr(root) -> ImageSet:
@@ -99,7 +101,9 @@ def read_dr(root) -> ImageSet:
     t = label_table([root / 'dr' / name for name in ('messidor2', 'idrid', 'eyepacs')], verify=False)
     y = (t.label.astype(int) >= 2).astype(int).to_numpy()
     groups = np.array([g if g is not None else f'image {i}' for i, g in enumerate(t.group)], object)
-    return ImageSet(t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', True, 60)
+    return ImageSet(
+        t.image.tolist(), y, groups, image_sources(t).to_numpy(object), 384, 'pad', 'quarter_turns', True, 60
+    )
 
 
 class FeatureReader:
@@ -118,20 +122,39 @@ class FeatureReader:
         if change:
             images = changed_images([images[i] for i in self.changed_rows], change)
         stages = sorted({s for names in STAGES.values() for s in names})
-        how = dict(size=self.data.size, reader=reader, fit=self.data.fit, stages=stages)
+        views = 'none' if change else self.data.views
+        how = dict(size=self.data.size, reader=reader, fit=self.data.fit, views=views, stages=stages)
         return image_features(images, **how)
 
     def array(self, candidate, change=''):
-        "Features (n, channels) of the stages of a candidate; of `changed_rows` if there is a change"
+        "Features (n, views, channels) of the stages of a candidate; of `changed_rows` if there is a change"
         readers = READERS.get(candidate.correction, ('photo',))
-        x = [self.all(reader, change).numpy(STAGES[candidate.stages])[:, 0] for reader in readers]
-        return np.concatenate(x, 1).astype(np.float64)
+        x = [self.all(reader, change).numpy(STAGES[candidate.stages]) for reader in readers]
+        return np.concatenate(x, 2)
+
+
+def as_rows(x) -> np.ndarray:
+    "All views as rows, those of an image next to each other"
+    return x.reshape(-1, x.shape[-1])
+
+
+def fitted_rows(candidate, x, y, weights=None):
+    "Train the classifier of a candidate on rows of features (n, channels)"
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=candidate.C, max_iter=1000, tol=1e-3))
+    return model.fit(x, y, logisticregression__sample_weight=weights)
 
 
 def fitted(candidate, x, y):
-    "Train the classifier of a candidate"
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=candidate.C, max_iter=1000, tol=1e-3))
-    return model.fit(x, y)
+    "Train the classifier of a candidate on features (n, views, channels); an image counts once"
+    views = x.shape[1]
+    weights = np.full(len(y) * views, 1 / views)
+    return fitted_rows(candidate, as_rows(x), np.repeat(y, views), weights)
+
+
+def predicted(model, x) -> np.ndarray:
+    "Probabilities (n, classes), averaged over the views"
+    n, views, _ = x.shape
+    return model.predict_proba(as_rows(x)).reshape(n, views, -1).mean(1)
 
 
 def out_of_fold(data, candidate, x, changed, rows, changed_rows):
@@ -141,10 +164,10 @@ def out_of_fold(data, candidate, x, changed, rows, changed_rows):
     of_changed = {change: np.zeros((len(changed_rows), k)) for change in changed}
     for train, test in grouped_folds(data.y[rows], data.groups[rows], 3, seed=0):
         model = fitted(candidate, x[rows[train]], data.y[rows[train]])
-        probs[rows[test]] = model.predict_proba(x[rows[test]])
+        probs[rows[test]] = predicted(model, x[rows[test]])
         held_out = np.isin(changed_rows, rows[test])
         for change, values in changed.items():
-            of_changed[change][held_out] = model.predict_proba(values[held_out])
+            of_changed[change][held_out] = predicted(model, values[held_out])
     return probs, of_changed
 
 
@@ -157,16 +180,16 @@ def mean(scores) -> float:
 def at_home(data, reader, candidate, x) -> dict:
     "Scores within the sources: on the images as they are, and under each change"
     changed = {change: reader.array(candidate, change) for change in CHANGES}
+    changed['unchanged'] = x[reader.changed_rows][:, :1]
     home = {}
-    under = {change: [] for change in ('unchanged', *CHANGES)}
+    under = {change: [] for change in changed}
     for source in np.unique(data.sources):
         rows = np.flatnonzero(data.sources == source)
         probs, of_changed = out_of_fold(data, candidate, x, changed, rows, reader.changed_rows)
         home[f'home, {source}'] = data.metric(probs[rows], rows)
         mine = np.isin(reader.changed_rows, rows)
         some = reader.changed_rows[mine]
-        under['unchanged'].append(data.metric(probs[some], some))
-        for change in CHANGES:
+        for change in changed:
             under[change].append(data.metric(of_changed[change][mine], some))
     means = {change: mean(values) for change, values in under.items()}
     decides = {
@@ -180,7 +203,8 @@ def standardised(x, sources) -> np.ndarray:
     "Features with mean 0 and spread 1 within each source"
     out = np.empty_like(x)
     for source in np.unique(sources):
-        out[sources == source] = StandardScaler().fit_transform(x[sources == source])
+        own = x[sources == source]
+        out[sources == source] = StandardScaler().fit_transform(as_rows(own)).reshape(own.shape)
     return out
 
 
@@ -200,7 +224,7 @@ def elsewhere(data, candidate, x) -> dict:
         rows = np.flatnonzero(np.isin(data.sources, train))
         new = np.flatnonzero(data.sources == test)
         model = fitted(candidate, x[rows], data.y[rows])
-        probs = model.predict_proba(x[new])
+        probs = predicted(model, x[new])
         name = f'{" and ".join(train)} to {test}'
         scores[name] = data.metric(probs, new)
     return scores

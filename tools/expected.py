@@ -13,7 +13,7 @@ photographer. It is checked on a third part of the same source, and on
 There is a row for each pair and metric: the metric on the validation images, the estimates of each method with their
 intervals, the true value, the distances from the training images, the drift of the image statistics and the verdict.
 Then the mean absolute error of each method is printed. The results are written to nbs/results/expected.csv; the
-constants of dr_transfer.evaluation.site_check follow from them. Features have one view, of the default stages.
+constants of dr_transfer.evaluation.site_check follow from them. Models read one view, of the default stages.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from elsewhere import CHANGES, Candidate, FeatureReader, ImageSet, combinations_of, fitted, read_dr, read_flowers
+from elsewhere import CHANGES, Candidate, FeatureReader, ImageSet, combinations_of, fitted_rows, read_dr, read_flowers
 from threadpoolctl import threadpool_limits
 
 from dr_transfer.data.image_statistics import image_statistics
@@ -59,7 +59,7 @@ class Trained:
 
     def __init__(self, classes: Classes, train: Images, valid: Images, candidate: Candidate):
         self.classes = classes
-        self.model = fitted(candidate, train.x, train.y)
+        self.model = fitted_rows(candidate, train.x, train.y)
         self.distribution = training_distribution(train.x, valid.x)
         self.valid = self.table(valid)
         self.reference = self.described(valid)
@@ -119,7 +119,7 @@ class Parts:
 def measure_dr(root) -> list[dict]:
     "Rows of each pair of sources"
     data = read_dr(root)
-    x = FeatureReader(data).array(CANDIDATES['dr'])
+    x = FeatureReader(data).array(CANDIDATES['dr'])[:, 0]
     parts = Parts(data, x, image_statistics(data.images, 'fundus'))
     classes = get_task('dr').target().class_set()
     rows, models = [], {}
@@ -138,7 +138,7 @@ def measure_flowers(root) -> list[dict]:
     "Rows of other photographers, unchanged and with each change of acquisition"
     data = read_flowers(root)
     reader = FeatureReader(data)
-    parts = Parts(data, reader.array(CANDIDATES['flowers']), None)
+    parts = Parts(data, reader.array(CANDIDATES['flowers'])[:, 0], None)
     train, valid, same = parts.divided(np.arange(len(data.y)))
     classes = as_classes([f'class {k}' for k in range(data.y.max() + 1)])
     trained = Trained(classes, parts.images(train), parts.images(valid), CANDIDATES['flowers'])
@@ -147,7 +147,7 @@ def measure_flowers(root) -> list[dict]:
     new = np.isin(reader.changed_rows, same)
     some = reader.changed_rows[new]
     for change in CHANGES:
-        x = reader.array(CANDIDATES['flowers'], change)[new]
+        x = reader.array(CANDIDATES['flowers'], change)[new, 0]
         images = Images(x, data.y[some], data.groups[some])
         rows += checked(trained, images, {**about, 'checked on': change})
     return rows

@@ -1,0 +1,145 @@
+"""Measure what averaging the weights before and after fine-tuning does, at home and elsewhere, on real photographs.
+
+    export DR_TRANSFER_DATA=...          # the folder with flowers/ and dr/
+    python tools/averaging.py            # both parts; trains each network once
+    python tools/averaging.py dr         # one part: flowers or dr
+
+A quarter of the patients or photographers of a collection are test images. On the others, the default head is solved,
+and then everything is fine-tuned (plan fine_tune_averaged). There is a row for each fraction of the fine-tuned weights:
+
+    loss      mean log loss on changed validation images; the plan chooses the fraction with the smallest
+    home      the test images
+    changed   the test images with each change of acquisition (dr_transfer.data.acquisition): mean over the changes
+    NAME      another collection, for dr: trained on messidor2
+
+The metric is accuracy for flowers and the AUC of referable retinopathy for dr. Each image has one view. Nothing is
+chosen on test images. The results are written to nbs/results/averaging.csv.
+"""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from elsewhere import mean
+from sklearn.metrics import roc_auc_score
+
+from dr_transfer.core import build_learner, fit
+from dr_transfer.data.acquisition import CHANGES, changed_images
+from dr_transfer.data.table import label_table
+from dr_transfer.data.tasks import ReadImage
+from dr_transfer.features.classifiers import grouped_folds
+from dr_transfer.models.network import view_probs
+from dr_transfer.training.average import FRACTIONS, averaged, copied_weights
+from dr_transfer.utils.csvfile import write_csv
+from dr_transfer.utils.places import atomic_file
+
+RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'averaging.csv'
+FOLDERS = {'flowers': ('flowers', ()), 'dr': ('dr/messidor2', ('dr/idrid', 'dr/eyepacs'))}
+N_CHANGED = 150  # test images that are changed, each in every way
+
+
+@dataclass(frozen=True)
+class TestSet:
+    "Images that are read once, and their class numbers"
+
+    name: str
+    images: list
+    y: np.ndarray
+
+
+def class_numbers(learn, labels) -> np.ndarray:
+    "Numbers of the classes of labels"
+    return np.array([learn.dls.vocab.o2i[learn.target.of(label)] for label in labels])
+
+
+def read_all(learn, name, images, y) -> TestSet:
+    "Read images as the network needs them"
+    task = learn.task
+    read = ReadImage(task.size, task.reader, task.fit).image
+    with ThreadPoolExecutor(2) as pool:
+        return TestSet(name, list(pool.map(read, images)), y)
+
+
+def score(learn, test) -> float:
+    "Accuracy, or the AUC of two classes"
+    spec = learn.body.stages.spec
+    probs = view_probs(learn.model, test.images, lambda image: image, spec.mean, spec.std)
+    if probs.shape[1] == 2:
+        return float(roc_auc_score(test.y, probs[:, 1]))
+    return float((probs.argmax(1) == test.y).mean())
+
+
+def test_sets(learn, root, held_out, others) -> list[TestSet]:
+    "Test images as they are, with each change, and of other collections"
+    images = held_out.image.tolist()
+    y = class_numbers(learn, held_out.label)
+    some = np.random.default_rng(0).permutation(len(y))[:N_CHANGED]
+    sets = [read_all(learn, 'home', images, y)]
+    for change in CHANGES:
+        sets.append(read_all(learn, change, changed_images([images[i] for i in some], change), y[some]))
+    for folder in others:
+        t = label_table(root / folder, verify=False)
+        sets.append(read_all(learn, Path(folder).name, t.image.tolist(), class_numbers(learn, t.label)))
+    return sets
+
+
+def measure(root, task) -> list[dict]:
+    "Fine-tune once; a row for each fraction"
+    folder, others = FOLDERS[task]
+    t = label_table(root / folder, verify=False)
+    groups = t.group.where(t.group.notna(), t.image)
+    train, test = grouped_folds(t.label, groups.to_numpy(object), 4, seed=0)[0]
+    target = 'referable' if task == 'dr' else None
+    learn = build_learner(t.iloc[train].reset_index(drop=True), task, target=target, seed=0)
+    fit(learn, 'head')
+    before = copied_weights(learn)
+    sets = test_sets(learn, root, t.iloc[test], others)
+    after = fine_tuned(learn)
+    losses = {row['fraction']: row['loss'] for row in learn.record.average_path}
+    rows = []
+    for fraction in FRACTIONS:
+        learn.model.load_state_dict(averaged(before, after, fraction))
+        scores = {test.name: score(learn, test) for test in sets}
+        changed = mean([scores.pop(change) for change in CHANGES])
+        chosen = fraction == learn.record.average
+        row = {'task': task, 'fraction': fraction, 'chosen': chosen, 'loss': losses[fraction]}
+        rows.append(row | {'home': scores.pop('home'), 'changed': changed} | scores)
+        print(rows[-1], flush=True)
+    return rows
+
+
+def fine_tuned(learn) -> dict:
+    "Weights after fine-tuning and before averaging"
+    kept = {}
+
+    def say(line):
+        print(line, flush=True)
+        if line.startswith('phase 2'):
+            kept.update(copied_weights(learn))
+
+    fit(learn, 'fine_tune_averaged', say=say)
+    return kept
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('parts', nargs='*', default=list(FOLDERS))
+    p.add_argument('--out', type=Path, default=RESULT)
+    a = p.parse_args()
+    root = Path(
+        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
+    tables = [pd.read_csv(a.out)] if a.out.exists() else []
+    for part in a.parts:
+        table = pd.DataFrame(measure(root, part))
+        tables = [t[t.task != part] for t in tables] + [table]
+        with atomic_file(a.out) as f:
+            write_csv(pd.concat(tables, ignore_index=True).round(4), f)
+
+
+if __name__ == '__main__':
+    main()
