@@ -392,26 +392,35 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     assert np.isfinite([h['valid_loss'] for h in r.history]).all()
 
 
+def known_features(table, useful):
+    "A substitute for `extract_features`: the features of stage `useful(images)` depend on the class"
+
+    def features(images, *a, **k):
+        files = [getattr(image, 'path', image) for image in images]
+        y = table.set_index('image').label[files].eq('red').to_numpy()
+        rng = np.random.default_rng(0)
+        stages = {}
+        for stage in ROWS:
+            x = rng.standard_normal((len(y), 1, 6))
+            if stage in useful(images):
+                x += 3 * y[:, None, None]
+            stages[stage] = x.astype(np.float32)
+        return Known(**stages)
+
+    return features
+
+
+def are_changed(images):
+    return hasattr(images[0], 'change')
+
+
 def test_a_stage_with_better_features_is_found_and_used(dots, monkeypatch):
     "Only the features of the second stage depend on the class."
-
-    def known(sources, *a, **k):
-        y = dots.set_index('image').label[list(sources)].eq('red').to_numpy()
-        rng = np.random.default_rng(0)
-        return Known(
-            **{
-                s: (rng.standard_normal((len(y), 1, 6)) + (3 * y[:, None, None] if s == 'stage2' else 0)).astype(
-                    np.float32
-                )
-                for s in ROWS
-            }
-        )
-
-    monkeypatch.setattr(advisor, 'extract_features', known)
+    monkeypatch.setattr(advisor, 'extract_features', known_features(dots, lambda images: ('stage2',)))
     a = advise(dots, **TINY)
     assert (a.plan.stage, a.plan.n_stages) == ('stage2', 1)
     assert ' at stage2; +0.' in str(a)
-    assert 'against stage4' in str(a)
+    assert 'against stage4; tested on changed images' in str(a)
     assert a.confidence.startswith('good')
     learn = build_learner(dots, plan=a, **TINY)
     assert (learn.record.stage, learn.record.n_stages) == ('stage2', 1)
@@ -421,6 +430,49 @@ def test_a_stage_with_better_features_is_found_and_used(dots, monkeypatch):
     text = str(a)
     assert f"advised plan '{a.plan.name}': auc {a.profile.score['stage2']:.3f} [" in text
     assert f"default plan 'head': auc {a.profile.score['stage4']:.3f} [" in text
+    assert f'on changed images, {a.profile.home["stage2"]:.3f} at home, of stage2' in text
+
+
+def test_a_stage_that_is_better_at_home_only_is_not_chosen(dots, monkeypatch):
+    "Under a change of acquisition, the second stage says nothing about the class; the last one does."
+
+    def useful(images):
+        return ('stage4',) if are_changed(images) else ('stage2', 'stage4')
+
+    monkeypatch.setattr(advisor, 'extract_features', known_features(dots, useful))
+    a = advise(dots, **TINY)
+    assert a.profile.home['stage2'] > 0.95
+    assert a.profile.score['stage2'] < 0.75
+    assert a.stages == 'stage4'
+
+
+def test_two_sources_are_left_out_in_turn(dots, monkeypatch):
+    "Then no image is changed. A stage that depends on the class in one source only is useless at the other."
+    camera = ['old', 'new'] * 40
+    in_order = dots.assign(camera=camera)
+
+    def features(images, *a, **k):
+        assert not are_changed(images)
+        x = known_features(dots, lambda images: ('stage2', 'stage4'))(images)
+        old = in_order.set_index('image').camera[list(images)].eq('old').to_numpy()
+        x.arrays['stage2'][old] *= -1
+        return x
+
+    monkeypatch.setattr(advisor, 'extract_features', features)
+    a = advise(in_order, **TINY)
+    assert a.tested == 'each of 2 sources that was left out'
+    assert a.tested in str(a)
+    assert a.profile.score['stage2'] < 0.2 < 0.9 < a.profile.score['stage4']
+    assert a.profile.home['stage2'] > a.profile.score['stage2'] + 0.2
+    assert a.stages == 'stage4'
+
+
+def test_a_class_of_one_source_only_is_said(dots):
+    "Then images are changed instead."
+    lines = []
+    a = advise(dots.assign(camera=dots.label), say=lines.append, **TINY)
+    assert a.tested == 'changed images'
+    assert any('stages are compared on changed images: class' in line for line in lines)
 
 
 def marked(a):

@@ -316,7 +316,7 @@ def test_a_fold_of_one_class_is_ignored():
         (rows[5:], rows[:5]),
         (rows[::2], rows[1::2]),
     ]
-    scores = probes._fold_scores(x, y, classes, folds, 'auc')
+    scores = probes._fold_scores(probes._Validation(y, classes, 'auc', folds), x)
     assert np.isnan(scores[:2]).all()
     assert 0 <= scores[2] <= 1
     assert fold_interval(scores)[0] == scores[2]

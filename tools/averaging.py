@@ -67,23 +67,34 @@ def read_all(learn, name, images, y) -> TestSet:
 def score(learn, test) -> float:
     "Accuracy, or the AUC of two classes"
     spec = learn.body.stages.spec
-    probs = view_probs(learn.model, test.images, lambda image: image, spec.mean, spec.std)
+    probs = view_probs(learn.model, test.images, as_it_is, spec.mean, spec.std)
     if probs.shape[1] == 2:
         return float(roc_auc_score(test.y, probs[:, 1]))
-    return float((probs.argmax(1) == test.y).mean())
+    right = probs.argmax(1) == test.y
+    return float(right.mean())
+
+
+def as_it_is(image):
+    "The images are read already"
+    return image
 
 
 def test_sets(learn, root, held_out, others) -> list[TestSet]:
     "Test images as they are, with each change, and of other collections"
     images = held_out.image.tolist()
     y = class_numbers(learn, held_out.label)
-    some = np.random.default_rng(0).permutation(len(y))[:N_CHANGED]
+    order = np.random.default_rng(0).permutation(len(y))
+    some = order[:N_CHANGED]
+    to_change = [images[i] for i in some]
     sets = [read_all(learn, 'home', images, y)]
     for change in CHANGES:
-        sets.append(read_all(learn, change, changed_images([images[i] for i in some], change), y[some]))
+        changed = changed_images(to_change, change)
+        sets.append(read_all(learn, change, changed, y[some]))
     for folder in others:
         t = label_table(root / folder, verify=False)
-        sets.append(read_all(learn, Path(folder).name, t.image.tolist(), class_numbers(learn, t.label)))
+        name = Path(folder).name
+        y = class_numbers(learn, t.label)
+        sets.append(read_all(learn, name, t.image.tolist(), y))
     return sets
 
 
@@ -92,9 +103,10 @@ def measure(root, task) -> list[dict]:
     folder, others = FOLDERS[task]
     t = label_table(root / folder, verify=False)
     groups = t.group.where(t.group.notna(), t.image)
-    train, test = grouped_folds(t.label, groups.to_numpy(object), 4, seed=0)[0]
-    target = 'referable' if task == 'dr' else None
-    learn = build_learner(t.iloc[train].reset_index(drop=True), task, target=target, seed=0)
+    folds = grouped_folds(t.label, groups.to_numpy(object), 4, seed=0)
+    train, test = folds[0]
+    own = t.iloc[train].reset_index(drop=True)
+    learn = build_learner(own, task, seed=0)
     fit(learn, 'head')
     before = copied_weights(learn)
     sets = test_sets(learn, root, t.iloc[test], others)
@@ -104,10 +116,16 @@ def measure(root, task) -> list[dict]:
     for fraction in FRACTIONS:
         learn.model.load_state_dict(averaged(before, after, fraction))
         scores = {test.name: score(learn, test) for test in sets}
-        changed = mean([scores.pop(change) for change in CHANGES])
-        chosen = fraction == learn.record.average
-        row = {'task': task, 'fraction': fraction, 'chosen': chosen, 'loss': losses[fraction]}
-        rows.append(row | {'home': scores.pop('home'), 'changed': changed} | scores)
+        of_changes = [scores.pop(change) for change in CHANGES]
+        row = {
+            'task': task,
+            'fraction': fraction,
+            'chosen': fraction == learn.record.average,
+            'loss': losses[fraction],
+            'home': scores.pop('home'),
+            'changed': mean(of_changes),
+        }
+        rows.append(row | scores)
         print(rows[-1], flush=True)
     return rows
 

@@ -10,6 +10,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from ..data.sources import source_folds
 from .classifiers import grouped_folds
 from .extraction import Features, compute_views, reading
 from ..metrics.intervals import group_codes
@@ -165,26 +167,43 @@ def _row(scores, test_ratio, metric) -> dict:
     return {'score': score, 'low': max(low, least), 'high': min(high, 1.0)}
 
 # %% ../../nbs/features/03_probes.ipynb #cfbcf2ce
-def _fold_score(x, y, classes, train, test, metric) -> float:
+@dataclass(frozen=True)
+class _Validation:
+    "What is predicted, and the folds in which it is tested"
+
+    y: np.ndarray  # Class numbers (n,)
+    classes: np.ndarray  # Class names
+    metric: str  # Name in `METRICS`
+    folds: list  # (training rows, test rows)
+
+    @property
+    def test_ratio(self) -> float:
+        "Test images divided by training images, mean over the folds"
+        return float(np.mean([len(test) / len(train) for train, test in self.folds]))
+
+
+def _fold_score(validation, x, tested, train, test) -> float:
     "Score on the test images, with the penalty chosen by GCV; NaN if the training images have one class"
-    y_train = y[train]
+    y_train = validation.y[train]
     if len(np.unique(y_train)) < 2:
         return np.nan
-    one_hot = np.eye(len(classes))[y_train]
-    scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, x[test])
+    one_hot = np.eye(len(validation.classes))[y_train]
+    scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, tested[test])
     best = scores[gcv.argmin()]
-    return METRICS[metric](y[test], best, classes)
+    return METRICS[validation.metric](validation.y[test], best, validation.classes)
 
 
-def _fold_scores(x, y, classes, folds, metric) -> list:
-    "A score for each fold; the folds run in parallel, each on one core"
+def _fold_scores(validation, x, tested=None) -> list:
+    "A score for each fold, on other features if they are given; the folds run in parallel, each on one core"
+    if tested is None:
+        tested = x
 
     def score(fold):
-        return _fold_score(x, y, classes, *fold, metric)
+        return _fold_score(validation, x, tested, *fold)
 
-    workers = min(len(folds), os.cpu_count() or 1)
+    workers = min(len(validation.folds), os.cpu_count() or 1)
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(score, folds))
+        return list(pool.map(score, validation.folds))
 
 
 def _read(features, stages) -> np.ndarray:
@@ -196,10 +215,6 @@ def _read(features, stages) -> np.ndarray:
         raise ValueError(f'features of {stages}: {not_finite} images have NaN or infinite values: exclude them')
     return x
 
-
-def _test_ratio(folds) -> float:
-    return float(np.mean([len(test) / len(train) for train, test in folds]))
-
 # %% ../../nbs/features/03_probes.ipynb #a1cec6e3
 def depth_profile(
     features: Features,  # Features of n images
@@ -207,15 +222,24 @@ def depth_profile(
     groups=None,  # Patient or photographer of each image (n,)
     stages=None,  # Names, or tuples of names; every stage if None
     *,
-    folds: int = 5,  # Number of folds
+    sources=None,  # Source of each image (n,): test on one, train on the others
+    tested: Features | None = None,  # The same images, changed, to test on
+    folds: int = 5,  # Number of folds, if there are no sources
     repeats: int = 1,  # Number of repetitions with other folds
     metric: str | None = None,  # Name in `METRICS`; depends on the classes if None
     seed: int = 0,  # Random seed of the folds
 ) -> pd.DataFrame:  # One row for each candidate: channels, score, low, high
     "Cross-validate a linear classifier on each stage, with 95 % intervals (`fold_interval`)"
     codes, classes, groups, metric = _task(features, y, groups, metric)
-    parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
-    test_ratio = _test_ratio(parts)
+    if tested is not None:
+        _check_length(features, np.empty(len(tested)), 'images to test on')
+    if sources is not None:
+        sources = np.asarray(sources)
+        _check_length(features, sources, 'sources')
+        parts = source_folds(classes[codes], sources)
+    else:
+        parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
+    validation = _Validation(codes, classes, metric, parts)
     if stages is None:
         stages = list(features.stages)
     rows = {}
@@ -223,10 +247,10 @@ def depth_profile(
     for s in [stages] if isinstance(stages, str) else stages:
         x = _read(features, s)
         name = '+'.join(s) if isinstance(s, tuple) else s
-        scores[name] = _fold_scores(x, codes, classes, parts, metric)
-        rows[name] = {'channels': x.shape[1], **_row(scores[name], test_ratio, metric)}
+        scores[name] = _fold_scores(validation, x, None if tested is None else _read(tested, s))
+        rows[name] = {'channels': x.shape[1], **_row(scores[name], validation.test_ratio, metric)}
     out = pd.DataFrame.from_dict(rows, orient='index').rename_axis('stage')
-    out.attrs = {'metric': metric, 'test_ratio': test_ratio, 'folds': scores}
+    out.attrs = {'metric': metric, 'test_ratio': validation.test_ratio, 'folds': scores}
     return out
 
 # %% ../../nbs/features/03_probes.ipynb #7af6b27d
@@ -330,11 +354,11 @@ def learning_speed(
         train_groups = None if groups is None else groups[train]
         for runs, rows in zip(folds_of_fraction, _parts(codes[train], train_groups, fractions, seed)):
             runs.append((train[rows], test))
-    test_ratio = _test_ratio(parts)
+    test_ratio = _Validation(codes, classes, metric, parts).test_ratio
     scores = []
     rows = []
     for runs in folds_of_fraction:
-        fold_scores = np.array(_fold_scores(x, codes, classes, runs, metric))
+        fold_scores = np.array(_fold_scores(_Validation(codes, classes, metric, runs), x))
         scores.append(fold_scores)
         n = np.mean([len(train) for train, _ in runs])
         rows.append({'images': round(n), **_row(fold_scores, test_ratio, metric)})

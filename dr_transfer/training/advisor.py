@@ -15,14 +15,16 @@ import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib.figure import Figure
 
+from ..data.acquisition import CHANGES, ChangedImage
 from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.leaks import split_data
+from ..data.sources import SourceError, image_sources, source_folds
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
 from ..data.views import VIEWS
 from ..features.classifiers import grouped_folds
-from ..features.extraction import extract_features, whole_body
+from ..features.extraction import Features, extract_features, whole_body
 from dr_transfer.features.probes import (
     SIMILAR,
     depth_profile,
@@ -48,7 +50,8 @@ class Advice:
     reasons: tuple  # Measurements, one line each
     counts: dict  # Class -> number of training images
     distance: float  # Distance from natural images, see `domain_distance`
-    profile: pd.DataFrame  # From `depth_profile`
+    profile: pd.DataFrame  # From `depth_profile`; column `home`: score on the images as they are
+    tested: str  # What the scores of `profile` are of, in words
     speed: pd.DataFrame  # From `learning_speed`
     stages: str  # Row of `profile` with the recommended stages
     plans: pd.DataFrame  # Rows 'advised', 'default': metric, interval, passes
@@ -59,7 +62,7 @@ class Advice:
                 f'scenario: {self.scenario}',
                 *self.reasons,
                 f"advice: plan '{self.plan.name}', {self.plan.about}",
-                *_plans_words(self.plans),
+                *_plans_words(self.plans, self.tested),
                 f'confidence: {self.confidence}',
             ]
         )
@@ -147,7 +150,7 @@ def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
             'plan': plan.name,
             'stages': stages,
             'metric': profile.attrs['metric'],
-            **profile.loc[stages, ['score', 'low', 'high']].to_dict(),
+            **profile.loc[stages, ['score', 'low', 'high', 'home']].to_dict(),
             'measured': 'plan' if plan.phases[-1].solves else 'head only',
             'forward passes': forward,
             'training passes': training,
@@ -155,23 +158,61 @@ def _plan_rows(plans, own, profile, task) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient='index')
 
 
-def _plans_words(plans) -> list[str]:
+def _plans_words(plans, tested) -> list[str]:
     "Describe the advised and the default plan, one line each, with score and cost"
     advised, default = plans.loc['advised'], plans.loc['default']
     same = advised.equals(default)
     return [
-        _plan_words('advised', advised),
-        'default plan: the same' if same else _plan_words('default', default),
+        _plan_words('advised', advised, tested),
+        'default plan: the same' if same else _plan_words('default', default, tested),
     ]
 
 
-def _plan_words(role, row) -> str:
+def _plan_words(role, row, tested) -> str:
     interval = '' if np.isnan(row.low) else f' [{row.low:.3f}, {row.high:.3f}]'
-    score = f'{row.metric} {row.score:.3f}{interval}, cross-validated, on {row.stages}'
+    score = f'{row.metric} {row.score:.3f}{interval} on {tested}, {row.home:.3f} at home, of {row.stages}'
     if row.measured != 'plan':
         score = f'head only {score}; the gain from fine-tuning is not measured'
     passes = f'{row["forward passes"]} forward and {row["training passes"]} training passes of each training image'
     return f"{role} plan '{row.plan}': {score}; {passes}"
+
+# %% ../../nbs/training/02_advisor.ipynb #e9d0037b
+@dataclass(frozen=True)
+class _Scoring:
+    "On what the candidates are tested"
+
+    features: Features  # Of the training images
+    tested: str  # In words
+    arguments: dict  # Arguments of `depth_profile`
+
+
+def _sources_to_leave_out(t, say) -> np.ndarray | None:
+    "Source of each image; None if there are not two, or if one has a class of its own"
+    sources = image_sources(t)
+    if sources is None or sources.nunique() < 2:
+        return None
+    try:
+        source_folds(t.target, sources)
+    except SourceError as e:
+        say(f'stages are compared on changed images: {e}')
+        return None
+    return sources.to_numpy()
+
+
+def _scoring(t, body, task, say) -> _Scoring:
+    "Compute the features of a table of images, and of changed copies if there is one source"
+
+    def features(images, label):
+        return extract_features(images, body, task.size, task.reader, task.fit, label=label)
+
+    images = t.image.tolist()
+    own = features(images, 'features')
+    sources = _sources_to_leave_out(t, say)
+    if sources is not None:
+        return _Scoring(own, f'each of {len(set(sources))} sources that was left out', {'sources': sources})
+    names = list(CHANGES)
+    changed = [ChangedImage(image, names[i % len(names)]) for i, image in enumerate(images)]
+    return _Scoring(own, 'changed images', {'tested': features(changed, 'features of changed images')})
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
 MAX_IMAGES = 3000  # maximum number of images in the sample
@@ -209,7 +250,7 @@ def advise(
     """Measure the training images, and recommend a plan.
 
     Count the images of each class, measure their distance from natural images, and find the stage of the frozen
-    network that separates the classes best. The validation images are not used.
+    network that separates the classes best on another source or on changed images. The validation images are not used.
 
     Returns
     -------
@@ -250,33 +291,29 @@ def advise(
         # raises an error before the features are computed, if there are too few groups
         grouped_folds(sample.target, _groups(sample), seed=seed)
     body = make_body(stages, task.size, runtime)
-    f = extract_features(sample.image.tolist(), body, task.size, task.reader, task.fit)
-    advice = _advice(sample, counts, f, body, task, seed)
+    scoring = _scoring(sample, body, task, say)
+    advice = _advice(sample, counts, scoring, body, task, seed)
     plan = replace(advice.plan, arch=arch, weights=weights and str(weights))  # measured on this network
     return replace(advice, plan=plan)
 
 # %% ../../nbs/training/02_advisor.ipynb #c89aebb7
-def _advice(t, counts, f, body, task, seed) -> Advice:
+def _advice(t, counts, scoring, body, task, seed) -> Advice:
     "Make advice from the table of images, the class counts, and the features of a body"
-    spec, kw = body.stages.spec, dict(groups=_groups(t), seed=seed)
+    f, spec, kw = scoring.features, body.stages.spec, dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
     own = _default_stages(f.stages, spec, task.neck)
     default = '+'.join(own)
     candidates[default] = (own[-1], len(own))
-    profile = depth_profile(
-        f,
-        t.target,
-        stages=[_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()],
-        repeats=repeats,
-        **kw,
-    )
+    stages = [_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()]
+    profile = depth_profile(f, t.target, stages=stages, repeats=repeats, **scoring.arguments, **kw)
+    profile['home'] = depth_profile(f, t.target, stages=stages, repeats=repeats, **kw).score
     chosen, why = _choose_stage(profile, candidates, default)
     speed = learning_speed(f, t.target, stages=_last_stages(f.stages, *candidates[chosen]), **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
     scenario = choose_scenario(counts.sum(), distance)
     plan = choose_advised(scenario, *candidates[chosen], chosen == default)
-    reasons = _reasons(counts, len(t), distance, profile, chosen, why, speed)
+    reasons = _reasons(counts, len(t), distance, profile, chosen, f'{why}; tested on {scoring.tested}', speed)
     usual, _ = choose_plan(int(counts.sum()), gpu=default_device().type != 'cpu')
     plans = _plan_rows({'advised': (plan, chosen), 'default': (PLANS[usual], default)}, default, profile, task)
     return Advice(
@@ -287,6 +324,7 @@ def _advice(t, counts, f, body, task, seed) -> Advice:
         counts.to_dict(),
         distance,
         profile,
+        scoring.tested,
         speed,
         chosen,
         plans,
