@@ -222,7 +222,7 @@ def recalibrated_values(
     table: pd.DataFrame,  # `target, source, p_CLASS...`, optionally `group`
     classes,  # Class names in order
     decision: Decision,  # Of the model, with an operating point
-) -> pd.DataFrame:  # Index `source, labelled`; mean, 5 % (`low`) and 95 % (`high`) quantile
+) -> pd.DataFrame:  # By source and number; mean, quantiles 5 % (`low`), 95 % (`high`)
     "Operating points chosen on some patients of a source and measured on the others; `why` says why there is none"
     required = decision.operating.metric, decision.operating.minimum
     rows = {}
