@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from dr_transfer.data.sources import sources_line, was_trained_on
+from dr_transfer.evaluation.by_source import by_source_table
 from dr_transfer.evaluation.elsewhere import (
     LABELLED,
     hold_words,
@@ -108,7 +109,8 @@ def test_a_threshold_fails_where_scores_are_lower_and_local_labels_restore_it():
         assert low < row.sensitivity < high
         assert row.specificity < values.loc['away', 'specificity']
     words = hold_words(values, references(DECISION))
-    assert words.startswith('Does the performance hold? It holds at home; it does not hold at away: sensitivity 0.')
+    assert words.startswith('Does the performance (sensitivity, specificity, coverage) hold? It holds at home; it does')
+    assert 'it does not hold at away: sensitivity 0.' in words
     assert 'instead of 0.900 (required)' in words
 
 
@@ -200,7 +202,7 @@ def test_few_positives_are_never_enough():
     values = source_values(t, TWO, DECISION)
     local = recalibrated_values(t, TWO, DECISION)
     words = hold_words(values, compared)
-    assert words == 'Does the performance hold? It cannot be told at small: too few positives'
+    assert words == 'Does the performance (sensitivity) hold? It cannot be told at small: too few positives'
     assert local.loc[('small', 25), 'why'] == 'too few positives'
 
 
@@ -273,6 +275,20 @@ def test_folds_that_were_trained_on_each_source_are_not_shown():
     assert section(e) == ''
 
 
+def test_folds_by_source_are_shown_without_sets_and_validation():
+    "Each source was predicted by a model that was not trained on it; each fold has its own sets."
+    t = decided(HOME, AWAY)
+    e = evaluation(t, how=' by source')
+    e.table.attrs['source_col'] = 'data_site'
+    e.by_source = by_source_table(e.table, e.table, TWO, n=20)
+    shown = section(e)
+    assert 'Sources that were left out of training' in shown
+    assert 'Does the performance (sensitivity) hold? It holds at home; it does not hold at away' in shown
+    assert re.search(r'home 300 150 \d+ no', shown)
+    assert 'in validation' not in shown
+    assert 'prediction sets' not in shown
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -339,6 +355,7 @@ def test_without_a_positive_class_there_is_accuracy_and_no_threshold():
     assert 'It holds at garden; it does not hold at meadow: coverage 0.' in shown
     for words in ('sensitivity', 'labelled', 'threshold'):
         assert words not in shown, words
+    assert 'Does the performance (coverage; there is no reference for the accuracy) hold?' in shown
     plain = Evaluation(both, FLOWERS, {'arch': 'net'}, source_col='data_site')
     words = 'Whether the accuracy holds cannot be told: the model has no operating point'
     assert words in section(plain)

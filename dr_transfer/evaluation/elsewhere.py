@@ -164,7 +164,10 @@ def hold_words(
     parts += fails
     parts += [f'cannot be told at {some(names, MOST_SOURCES)}: {why}' for why, names in unknown.items()]
     found = '; it '.join(parts)
-    return f'Does the performance hold? It {found}'
+    what = ', '.join(compared)
+    if 'accuracy' in values:
+        what += '; there is no reference for the accuracy'
+    return f'Does the performance ({what}) hold? It {found}'
 
 # %% ../../nbs/evaluation/02_elsewhere.ipynb #9cd58598
 LABELLED = (25, 50, 100)  # patients with labels
