@@ -6,6 +6,8 @@
 __all__ = ['image_sources', 'SourceError']
 
 # %% ../../nbs/data/11_sources.ipynb #dbea14e6
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -72,6 +74,24 @@ def with_sources(
         table.attrs['source_col'] = find_source_column(table, source_col)
     table.attrs['sources'] = sources_line(table)
     return table
+
+# %% ../../nbs/data/11_sources.ipynb #4af6384e
+_LINE = re.compile(r"sources: column '(?P<column>.*)', (?P<number>[0-9]+) sources?: (?P<names>.*)", re.DOTALL)
+
+
+def was_trained_on(
+    source: str,  # Name of a source
+    column: str,  # Its column, with or without `data_`
+    line: str | None,  # From `sources_line`, of the training images
+) -> bool | None:  # None: not known
+    "Whether a model was trained on a source"
+    found = _LINE.fullmatch(line or '')
+    if found is None or found['column'] != shown_name(column) or source == _UNKNOWN:
+        return None
+    names = found['names']
+    if re.search(rf'(^|, ){re.escape(source)} \([0-9]+\)(, | and [0-9]+ more$|$)', names):
+        return True
+    return None if re.search(' and [0-9]+ more$', names) else False
 
 # %% ../../nbs/data/11_sources.ipynb #f19a94aa
 class SourceError(ValueError):

@@ -6,20 +6,15 @@
 __all__ = ['write_report']
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #1b8064e3
-import base64
-import io
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ..data.columns import shown_name
 from ..data.leaks import confounders
 from ..data.summary import MadeFrom
-from .by_source import by_source_words
+from .elsewhere_page import elsewhere_html
+from .page_parts import _facts, _figure, _html, _interval_text, _table, _with_interval
 from .report import COMPUTED, GRADABLE, Evaluation, endpoint_table
 from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
@@ -37,80 +32,6 @@ from dr_transfer.metrics.screening import (
 from ..utils.csvfile import write_csv
 from ..utils.files import REPORT_TABLE, file_digest, new_pair, package_version
 from ..utils.schema import from_dict
-
-# %% ../../nbs/evaluation/03_report_page.ipynb #f11384b5
-@cache
-def _template():
-    "Load the template of the page, with a macro for each section"
-    environment = Environment(
-        loader=PackageLoader('dr_transfer', 'evaluation'),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template('report.html.jinja').module
-
-
-def _html(section, **values) -> Markup:
-    "Render a section of the template as HTML"
-    return getattr(_template(), section)(**values)
-
-
-def _cell(value) -> str:
-    "Format a value for a table cell"
-    if not isinstance(value, (float, np.floating)):
-        return str(value)
-    return '' if np.isnan(value) else f'{value:.3f}'
-
-
-def _table(t, index=True) -> dict:
-    "Convert a table for the template: the head, and the name and the cells of each row"
-    head = [t.index.name or ''] if index else []
-    head += list(t.columns)
-    names = [str(i) for i in t.index] if index else [None] * len(t)
-    cells = [[_cell(v) for v in row] for row in t.to_numpy(object)]
-    return {'head': [str(c) for c in head], 'rows': list(zip(names, cells))}
-
-
-def _facts(rows) -> dict:
-    "Convert names and values to a table for the template"
-    return _table(pd.DataFrame({'': rows}))
-
-
-def _figure(fig, caption) -> dict:
-    "Convert a figure for the template, with a caption"
-    file = io.BytesIO()
-    fig.savefig(file, format='png', dpi=110)
-    return {'caption': caption, 'png': base64.b64encode(file.getvalue()).decode()}
-
-# %% ../../nbs/evaluation/03_report_page.ipynb #036c12e4
-_NAMES = {
-    'sensitivity': 'sensitivity at the operating point',
-    'specificity': 'specificity at the operating point',
-    'accuracy': 'accuracy of the most probable class',
-    'auc': 'area under the ROC curve',
-    'kappa': 'quadratic kappa of the most probable grade',
-    'kappa at the cut points': 'quadratic kappa at the cut points',
-    'calibration error': 'expected calibration error',
-}
-
-
-def _interval_text(value, low, high, undefined='not defined') -> str:
-    "Format a value and its interval, or the reason why there is none"
-    if pd.isna(value):
-        return undefined
-    limits = '(no interval: too few)' if pd.isna(low) else f'[{low:.3f}, {high:.3f}]'
-    return f'{value:.3f} {limits}'
-
-
-def _with_interval(m) -> pd.DataFrame:
-    "Format `value, low, high` as one column"
-    text = [_interval_text(r.value, r.low, r.high) for r in m.itertuples()]
-    return pd.DataFrame(
-        {'value [95 % interval]': text, 'images': m.images.astype(int).tolist()},
-        index=[_NAMES.get(k, k) for k in m.index],
-    )
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #430e4cc7
 def _summary_rows(e) -> dict:
@@ -273,26 +194,6 @@ def _patients(e, n) -> str:
     m = measure_table(by_patient(e.table, e.classes), patient_classes(e.classes), e.point, e.prevalence, n)
     return _html('patients', rule=rule, metrics=_table(_with_interval(m).rename(columns={'images': 'patients'})))
 
-# %% ../../nbs/evaluation/03_report_page.ipynb #25642aa7
-def _elsewhere(e) -> str:
-    "Show what is lost on a source that the model was not trained on"
-    if e.by_source is None:
-        return ''
-    t, metric = e.by_source, e.by_source.attrs['metric']
-
-    def with_interval(*columns):
-        return [_interval_text(*row) for row in t[list(columns)].itertuples(index=False)]
-
-    columns = {
-        'images': t.images.tolist(),
-        'trained on all sources': t.ordinary.tolist(),
-        'trained on the other sources': with_interval('left out', 'low', 'high'),
-        'lost': with_interval('lost', 'lost low', 'lost high'),
-    }
-    names = ['all images', *t.loc['source'].index]
-    shown = pd.DataFrame(columns, index=pd.Index(names, name='source'))
-    return _html('elsewhere', words=by_source_words(t), metric=_NAMES.get(metric, metric), t=_table(shown))
-
 # %% ../../nbs/evaluation/03_report_page.ipynb #00a915c6
 def _by_label(e) -> pd.DataFrame | None:
     "Count positive decisions for each label, where there are more labels than classes"
@@ -372,13 +273,11 @@ def _turns(e) -> str:
 
 # %% ../../nbs/evaluation/03_report_page.ipynb #a74937ce
 def _sets(e, n) -> str:
-    "Show the coverage of the prediction sets, in all and by class and source"
+    "Show the coverage of the prediction sets, in all and by class; that of the sources is in another section"
     sets = e.decision.sets if e.decision else None
     if sets is None or e.how:  # the sets of cross-validation differ between folds
         return ''
-    source = e.source_col if e.source_col in e.table else None
-    found = coverage_table(e.table, sets, [source] if source else [], n=n)
-    names = {'all': 'all images', 'class': 'class', source: 'source'}
+    found = coverage_table(e.table, sets, n=n)
     shown = pd.DataFrame(
         {
             'coverage [95 % interval]': [_interval_text(r.coverage, r.low, r.high) for r in found.itertuples()],
@@ -386,7 +285,7 @@ def _sets(e, n) -> str:
             'sets of one class': [f'{v:.0%}' for v in found['one class']],
             'images': found.images.tolist(),
         },
-        index=[names[c] if c == 'all' else f'{names[c]} {value}' for c, value in found.index],
+        index=['all images' if c == 'all' else f'class {value}' for c, value in found.index],
     )
     return _html('sets', coverage=f'{sets.coverage:.0%}', words=e.decision.set_words, t=_table(shown))
 
@@ -451,7 +350,7 @@ def report_html(
         'Summary': _summary(e, m),
         'Metrics': _how_good(e, m, n),
         'By patient': _patients(e, n),
-        'Elsewhere': _elsewhere(e),
+        'Elsewhere': elsewhere_html(e, min(n, 500)),
         'Subgroups': _subgroups(e, min(n, 500)),
         'Prediction sets': _sets(e, min(n, 500)),
         'Referral of uncertain images': _referral(e),

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from ..data.images import read_rgb
 from ..data.source import ImageError
-from .report_page import _facts, _figure, _html, _table, write_page
+from .page_parts import _facts, _figure, _html, _table
+from .report_page import write_page
 from dr_transfer.evaluation.site_check import (
     _BEST_METHOD,
     SiteCheck,
