@@ -18,7 +18,7 @@ from ..metrics.decision import Decision, decisions, question, table_arrays
 from ..metrics.groups import table_groups
 from ..metrics.intervals import count_groups, fraction_interval, group_codes
 from ..metrics.operating_point import OperatingPointError, choose_operating_point, operating_table
-from ..metrics.prediction_sets import _coverage_row
+from ..metrics.prediction_sets import coverage_row
 from ..metrics.scores import sensitivity, specificity
 from ..metrics.screening import referral_table
 from ..utils.files import plain_text
@@ -55,7 +55,7 @@ def _source_row(table, classes, decision, n) -> dict:
     else:
         row |= _interval_fields('accuracy', *fraction_interval(p.argmax(1) == y, groups, n=n))
     if decision is not None and decision.sets is not None:
-        found = _coverage_row(table, decision.sets.apply(p), y, {'n': n})
+        found = coverage_row(table, decision.sets.apply(p), y, {'n': n})
         row |= _interval_fields('coverage', found['coverage'], found['low'], found['high'])
         row['classes in a set'] = found['classes']
     return row

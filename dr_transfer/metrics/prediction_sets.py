@@ -60,8 +60,13 @@ def choose_sets(
     y, probs = table_arrays(table, classes)
     return calibrated_sets(y, probs, classes, table_groups(table), coverage, by_class, allow_empty)
 
-# %% ../../nbs/metrics/11_prediction_sets.ipynb #986d54d2
-def _coverage_row(table, member, y, kw) -> dict:
+# %% ../../nbs/metrics/11_prediction_sets.ipynb #81207818
+def coverage_row(
+    table: pd.DataFrame,  # Optionally with `group`
+    member: np.ndarray,  # Is a class in the set of an image? (n, classes)
+    y: np.ndarray,  # Class numbers (n,)
+    kw: dict,  # `n`, `level`, `seed` of `bootstrap`
+) -> dict:
     "Coverage and size of the sets of some images"
     groups = table_groups(table)
     covered = member[np.arange(len(y)), y]
@@ -77,7 +82,7 @@ def _coverage_row(table, member, y, kw) -> dict:
         'one class': (number == 1).mean(),
     }
 
-
+# %% ../../nbs/metrics/11_prediction_sets.ipynb #986d54d2
 def coverage_table(
     table: pd.DataFrame,  # `target, p_CLASS...`, optionally `group`, and the columns
     sets: PredictionSets,  # From `choose_sets` on other images
@@ -118,5 +123,5 @@ def coverage_table(
         names = [c for c in sets.classes if (of_images == c).any()] if column == 'class' else sorted(set(of_images))
         for name in names:
             here = (of_images == name).to_numpy()
-            rows[column, name] = _coverage_row(table[here], member[here], y[here], kw)
+            rows[column, name] = coverage_row(table[here], member[here], y[here], kw)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['column', 'value'])
