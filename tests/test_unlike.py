@@ -1,8 +1,11 @@
 """Images unlike the training images: other kinds of images are flagged, new patients of the same site are not."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
-from helpers import good
+from helpers import good, tool
 from PIL import Image, ImageDraw
 
 import dr_transfer as dt
@@ -83,3 +86,85 @@ def test_it_is_saved_with_the_model_and_small(model, tmp_path):
     assert np.array_equal(again.outputs(images)[1], model.outputs(images)[1])
     arrays = [v for v in vars(model.distribution).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) < 1_000_000
+
+
+# ---------------------------------------------------------------- the study on photographs
+
+
+@pytest.fixture
+def study(monkeypatch):
+    "tools/unlike_study.py, which uses another script."
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / 'tools')
+    return tool('unlike_study')
+
+
+def simulated(study):
+    "Features of 400 photographs of 200 patients; others are far away, or of the same kind."
+    rng = np.random.default_rng(0)
+    groups = np.array([f'p{i // 2}' for i in range(400)], object)
+    others = {
+        'far': rng.normal(4, 1, (60, 12)),
+        'same': rng.normal(size=(200, 12)),
+    }
+    return study.Model(
+        name='model',
+        x=rng.normal(size=(400, 12)),
+        y=np.arange(400) % 2,
+        groups=groups,
+        others=others,
+    )
+
+
+def test_the_study_compares_each_photograph_once_with_a_model_of_other_patients(study):
+    model = simulated(study)
+    parts = study.parts(model)
+    unseen = np.concatenate([part[2] for part in parts])
+    assert sorted(unseen) == list(range(400))
+    for train, valid, new in parts:
+        assert not set(model.groups[new]) & set(model.groups[train])
+        assert not set(model.groups[new]) & set(model.groups[valid])
+        assert not set(model.groups[valid]) & set(model.groups[train])
+        assert len(train) > 1.5 * len(valid)
+
+
+def test_the_study_measures_each_score_against_each_kind_of_image(study):
+    t = pd.DataFrame(study.measured(simulated(study)))
+    assert sorted(t.score) == sorted([*study.SCORES] * 2)
+    far = t[t['other images'] == 'far']
+    same = t[t['other images'] == 'same']
+    assert (far.auc > 0.999).all()
+    assert (far.flagged == 1).all()
+    assert (far.fpr < 0.02).all()
+    assert same.auc.between(0.4, 0.6).all()
+    assert (same.fpr > 0.85).all()
+    assert (t['unseen flagged'] < 0.08).all()
+    assert (t['unseen flagged, most'] >= t['unseen flagged']).all()
+    assert (t['flagged, least'] <= t.flagged).all()
+
+
+def test_the_study_counts_what_is_flagged(study):
+    found = study.compared(unseen=np.arange(100), other=np.arange(90, 110), limit=100)
+    assert found['auc'] == pytest.approx(0.975)
+    assert found['fpr'] == 0.1
+    assert found['flagged'] == 0.5
+    assert found['unseen flagged'] == 0
+
+
+def test_the_score_of_the_study_is_the_distance_of_the_library(study):
+    rng = np.random.default_rng(0)
+    train, valid, new = rng.normal(size=(3, 200, 10))
+    library = training_distribution(train, valid)
+    fitted = study.Library().fit(train, valid)
+    limit = np.quantile(fitted.distance(valid), study.QUANTILE, method='higher')
+    assert limit == pytest.approx(library.limit)
+    assert fitted.distance(new) / limit == pytest.approx(library.distance(new))
+
+
+@pytest.mark.parametrize('kind', ['synthetic CT', 'drawn shapes', 'noise'])
+def test_the_images_of_the_study_differ_and_are_the_same_each_time(study, kind):
+    images = study.MADE[kind](12)
+    content = [im.tobytes() for im in images]
+    again = [im.tobytes() for im in study.MADE[kind](12)]
+    assert content == again
+    assert len(set(content)) == 12
+    assert {im.mode for im in images} == {'RGB'}
