@@ -118,6 +118,37 @@ def test_an_earlier_run_without_a_reference(sites, tmp_path):
     assert f'verdict: {LIKE}, as far as it could be compared' in out
 
 
+def write_darker_site(folder, **images):
+    "A labelled folder as of a darker camera"
+    make_dr(folder, size=48, **images)
+    files = sorted((folder / 'images').iterdir())
+    for file, image in zip(files, changed_images(files, 'darker')):
+        image.read().save(file)
+
+
+def test_later_images_of_a_site_after_recalibration(sites):
+    "They are compared with the images of the recalibration, not with those of the training site."
+    write_darker_site(sites / 'local', n=160, seed=5)
+    write_darker_site(sites / 'later', n=60, seed=6)
+    words = ('--sensitivity', '0.8', '--confidence', '0.8', '--out', sites / 'local_run')
+    good('recalibrate', sites / 'run', sites / 'local', *words)
+    reference = read_reference(sites / 'local_run')
+    assert len(reference) == 160
+    assert set(reference) == set(read_reference(sites / 'run'))
+    assert f'verdict: {DIFFERENT}' in checked(sites, sites / 'later')
+    out = checked(sites, sites / 'later', run='local_run')
+    assert 'verdict: like the site that the model was made for\n' in out
+    assert 'darker by' not in out
+    assert '\n  brighter by ' in checked(sites, sites / 'same', run='local_run')
+
+
+def test_an_adapted_run_says_how_to_get_a_reference(sites):
+    write_darker_site(sites / 'unlabelled', n=160, seed=7)
+    good('adapt', sites / 'run', sites / 'unlabelled', '--out', sites / 'adapted_run')
+    out = checked(sites, sites / 'unlabelled', run='adapted_run')
+    assert 'the run has no reference.csv; recalibrate the run on labelled images' in out
+
+
 def test_a_model_of_0_1_0_cannot_be_compared(sites, tmp_path):
     folder = Path(__file__).parent / 'model_0_1_0'
     line = error_line('check', folder, sites / 'darker', '--out', tmp_path / 'x.html')

@@ -62,8 +62,16 @@ def _run_record(model):
         return None
 
 
+def _local_reference(model, table):
+    "Describe the local images, for `check`"
+    from dr_transfer.evaluation.site_check import SiteImages, site_reference
+
+    groups = table.group.tolist() if 'group' in table else None
+    return site_reference(model, SiteImages(table.image.tolist(), groups))
+
+
 def _write_site_run(model, table, record, folder):
-    "Write the run of a model that was made from another one: model, record and predictions of the local images"
+    "Write the run of a model that was made from another one: model, record, and what `check` needs of the local images"
     from dr_transfer.inference.run import validation_table, write_record
     from dr_transfer.inference.saved_model import save_model
     from dr_transfer.metrics.decision import table_arrays
@@ -72,6 +80,7 @@ def _write_site_run(model, table, record, folder):
 
     save_model(model, folder / 'model')
     write_csv(table, folder / 'predictions.csv')
+    write_csv(_local_reference(model, table), folder / 'reference.csv')
     if record is None:
         return
     card = model.card

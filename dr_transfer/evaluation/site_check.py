@@ -75,13 +75,14 @@ def _drift_verdict(drift) -> Verdict:
     return Verdict(1, (why,))
 
 
-def _verdict(unlike, drift=None, expected=None) -> Verdict:
+def _verdict(unlike, drift=None, expected=None, limit=1.0) -> Verdict:
     "Verdict from the distances of the images, the drift table and the expected metrics; NaN or None: not known"
     found = [Verdict(0)]
     median = np.median(unlike)
-    if median >= 1:
-        why = f'half of the images have a distance of {median:.1f} or more from the training images (1 is the limit)'
-        found.append(Verdict(2 if median >= _TOO_UNLIKE else 1, (why,)))
+    if median >= limit:
+        why = f'half of the images have a distance of {median:.1f} or more from the training images'
+        why += f' ({limit:.2g} is the limit)'
+        found.append(Verdict(2 if median >= _TOO_UNLIKE * limit else 1, (why,)))
     if drift is not None:
         found.append(_drift_verdict(drift))
     if expected is not None:
@@ -127,14 +128,22 @@ class SiteCheck:
     def verdict_words(self) -> str:
         "The verdict, with the limits of a comparison that found nothing"
         n = len(self.readable)
-        if self.verdict.level == 0 and n < _FEW:
-            return f'{self.verdict.words}, as far as {n} images can show (give {_FEW} or more)'
-        if self.verdict.level == 0 and self.missing:
-            return f'{self.verdict.words}, as far as it could be compared'
-        return self.verdict.words
+        if self.verdict.level:
+            return self.verdict.words
+        words = 'like the site that the model was made for' if self.about.get('made_from') else self.verdict.words
+        if n < _FEW:
+            return f'{words}, as far as {n} images can show (give {_FEW} or more)'
+        if self.missing:
+            return f'{words}, as far as it could be compared'
+        return words
 
 
 _TRAIN_AGAIN = 'train the model again with this version to compare them'
+_RECALIBRATE = 'recalibrate the run on labelled images of the site to compare them'
+
+
+def _is_feature(column) -> bool:
+    return str(column).startswith('feature_')
 
 
 def _described(model, site) -> pd.DataFrame:
@@ -143,6 +152,23 @@ def _described(model, site) -> pd.DataFrame:
     errors = t.pop('error')
     t.insert(1, 'group', [None] * len(t) if site.groups is None else list(site.groups))
     return t.join(image_statistics(site.images, model.card.reader)).assign(error=errors)
+
+
+def site_reference(
+    model: ImageModel,  # A model that is made for a site
+    site: SiteImages,  # Its images; all readable
+) -> pd.DataFrame:  # `group`, columns of `image_statistics`, `unlike, feature_1...`
+    "Describe the images of a site as training describes its validation images, so that later images are compared"
+    t = _described(model, site)
+    kept = [c for c in t if c in ('group', 'unlike', *STATISTIC_WORDS) or _is_feature(c)]
+    return t[kept].dropna(axis=1, how='all')
+
+
+def _unlike_limit(model, reference) -> float:
+    "Median distance from which images are different: 1, or more if the model was made for a site that is far away"
+    if model.card.made_from is None or reference is None or 'unlike' not in reference:
+        return 1.0
+    return max(1.0, 1.5 * float(reference.unlike.median()))
 
 
 def _usual_fraction(model, reference) -> float:
@@ -178,22 +204,19 @@ def check_site(
     if model.distribution is None:
         missing += (f'distance from the training images: the model does not know them; {_TRAIN_AGAIN}',)
     if reference is None:
-        missing += (f'image statistics and features: the run has no reference.csv; {_TRAIN_AGAIN}',)
+        how = _TRAIN_AGAIN if model.card.made_from is None else _RECALIBRATE
+        missing += (f'image statistics and features: the run has no reference.csv; {how}',)
     drift = None if reference is None else drift_table(reference, readable, n)
     expected, why_not = _expected(valid, readable, model.classes, n)
     missing += why_not
     if model.distribution is None and drift is None and expected is None:
         raise ValueError(f'nothing can be compared with the training site. {"; ".join(missing)}')
-    verdict = _verdict(readable.unlike.to_numpy(), drift, expected)
+    verdict = _verdict(readable.unlike.to_numpy(), drift, expected, _unlike_limit(model, reference))
     usual = _usual_fraction(model, reference)
     return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, site.patients, site.name)
 
 # %% ../../nbs/evaluation/09_site_check.ipynb #1cb01115
 _WORDS = {**STATISTIC_WORDS, 'unlike': ('less unlike the training images', 'more unlike the training images')}
-
-
-def _is_feature(column) -> bool:
-    return str(column).startswith('feature_')
 
 
 def site_drift_words(
