@@ -85,7 +85,8 @@ def labels(k):
 def evaluated(folder, model, table, **kwargs):
     known = dict(image_col='image', label_col='label', group_col='patient')
     t = label_table(folder, table, verify=False, **known)
-    e = evaluate_model(model, encode_target(t, Target('class', tuple(model.classes))), turns=4, **kwargs)
+    with_class = encode_target(t, Target('class', tuple(model.classes)))
+    e = evaluate_model(model, with_class, **{'turns': 4, **kwargs})
     return e, measure_table(e.table, e.classes, e.point, n=5)
 
 
@@ -148,6 +149,16 @@ CONTENTS = {
     'empty': lambda t: [''] * N,
     'numbers': lambda t: np.linspace(0, 1, N),
 }
+
+
+def test_no_image_is_turned_if_that_is_asked(folder):
+    model = MODELS['two']
+    table = labels(2)
+    e, _ = evaluated(folder, model, table, turns=0)
+    assert e.turns is None
+    assert len(e.table) == N
+    with pytest.raises(ValueError, match='turns=-1: give the number'):
+        evaluated(folder, model, table, turns=-1)
 
 
 @pytest.fixture(scope='module')

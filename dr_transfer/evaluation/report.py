@@ -181,7 +181,7 @@ def evaluate_model(
     model: ImageModel,  # From `load_model` or `image_model`
     table: pd.DataFrame,  # From `label_table`, with `target`; all readable
     prevalence: float | None = None,  # Prevalence of the positive class
-    turns: int = 200,  # Images whose quarter turns are compared
+    turns: int = 200,  # Images whose quarter turns are compared; 0: none
     data: str = '',  # Name of the images
     allow_leaks: bool = False,  # Include training and validation images?
     split: str = 'new',  # Images to include: 'new' or the model's 'valid' ones
@@ -220,6 +220,8 @@ def evaluate_model(
     (30, ['no', 'referable'])
     """
     check_prevalence(prevalence)
+    if turns < 0:
+        raise ValueError(f'turns={turns}: give the number of images whose quarter turns are compared, 0 or more')
     t = with_data_names(table.reset_index(drop=True), KNOWN)
     images = t.image.tolist()
     included = _included(model, images, split, allow_leaks)
@@ -239,9 +241,10 @@ def evaluate_model(
         out.known = excluded
     else:
         out.other = excluded
-    sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
-    probs = model.probs(sample, 'quarter_turns', average=False)
-    out.turns = {**consistency(probs, model.classes, out.point), 'images': len(sample)}
+    if turns:
+        sample = out.table.image.sample(min(turns, len(chosen)), random_state=0).tolist()
+        probs = model.probs(sample, 'quarter_turns', average=False)
+        out.turns = {**consistency(probs, model.classes, out.point), 'images': len(sample)}
     return out
 
 # %% ../../nbs/evaluation/02_report.ipynb #37aaf9c0
