@@ -494,7 +494,8 @@ def test_the_figure_marks_the_advised_stages_and_not_the_best_score(dots):
 def test_advice_names_the_gain_and_cost_of_each_plan(dots, monkeypatch):
     a = advise(dots, **TINY)
     row = a.profile.loc['stage4']
-    line = f"advised plan 'head': auc {row.score:.3f} [{row.low:.3f}, {row.high:.3f}], cross-validated, on stage4; "
+    line = f"advised plan 'head': auc {row.score:.3f} [{row.low:.3f}, {row.high:.3f}] on changed images, "
+    line += f'{row.home:.3f} at home, of stage4; '
     assert line + '4 forward and 0 training passes of each training image' in str(a).splitlines()
     assert 'default plan: the same' in str(a).splitlines()
     monkeypatch.setattr(advisor, 'LARGE', 50)
