@@ -8,7 +8,7 @@ known without labels:
 
     as it is        nothing is aligned
     standardised    the features of each source have its own mean and spread
-    CORAL           the features for training get the mean and the covariance of the test source (Sun et al. 2016, arXiv:1511.05547)
+    CORAL           the features for training get the mean and covariance of the test source (arXiv:1511.05547)
     AdaBN           the network has the BatchNorm statistics of each source (Li et al. 2017, arXiv:1603.04779)
     AdaBN, standardised    both
 
