@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dr_transfer.data.leaks import split_data
 from dr_transfer.data.sources import image_sources
-from dr_transfer.data.split import split_table
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import encode_target, get_task
 from dr_transfer.evaluation.cross_validation import train_once
@@ -74,7 +74,7 @@ def predicted_site(home, away, size, arch, weights) -> Site:
     task = get_task('dr', size)
     table = encode_target(label_table([home, away], verify=False), task.target('referable'))
     is_away = (image_sources(table) == Path(away).name).to_numpy()
-    split = split_table(table[~is_away], seed=0).set_index('image').split
+    split = split_data(table[~is_away], task, task.target('referable'), seed=0).set_index('image').split
     table['split'] = table.image.map(split).fillna('test')
     how = {'subset': 'test', 'arch': arch, 'weights': weights}
     predictions, _ = train_once(table, task, 'referable', plan='head', seed=0, **how)
