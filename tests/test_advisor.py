@@ -121,7 +121,7 @@ def test_the_plan_of_a_scenario():
         assert 'stage5' in p.name
     for s in ('large', 'large, similar', 'large, different'):
         for own in (True, False):
-            assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune']
+            assert choose_advised(s, 'stage5', 2, own) == PLANS['fine_tune_averaged']
 
 
 def profile(test_ratio=0.25, **folds):
@@ -383,7 +383,7 @@ def test_the_advice_runs(dots, monkeypatch, large, distance, row):
     fit(learn, epochs=1, say=str)
     r = learn.record
     other = row != 'stage4' and not large
-    assert r.plan.name == a.plan.name == ('fine_tune' if large else 'head_stage2_2' if other else 'head')
+    assert r.plan.name == a.plan.name == ('fine_tune_averaged' if large else 'head_stage2_2' if other else 'head')
     assert (
         r.stage,
         r.n_stages,
@@ -500,7 +500,7 @@ def test_advice_names_the_gain_and_cost_of_each_plan(dots, monkeypatch):
     assert 'default plan: the same' in str(a).splitlines()
     monkeypatch.setattr(advisor, 'LARGE', 50)
     b = advise(dots, **TINY)
-    assert b.plans.plan.to_dict() == {'advised': 'fine_tune', 'default': 'head'}
+    assert b.plans.plan.to_dict() == {'advised': 'fine_tune_averaged', 'default': 'head'}
     assert b.plans['training passes'].tolist() == [5, 0]
     assert 'the gain from fine-tuning is not measured; 4 forward and 5 training passes' in str(b)
 

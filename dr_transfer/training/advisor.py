@@ -117,7 +117,7 @@ def choose_advised(
     own: bool,  # Are these the default stages of the backbone?
 ) -> Plan:
     "The plan for a scenario: fine-tuning for a large set, or else a head on the measured stages"
-    plan = PLANS['fine_tune' if 'large' in scenario else 'head']
+    plan = PLANS['fine_tune_averaged' if 'large' in scenario else 'head']
     return (
         plan
         if own or 'large' in scenario
@@ -215,7 +215,7 @@ def _scoring(t, body, task, say) -> _Scoring:
     return _Scoring(own, 'changed images', {'tested': features(changed, 'features of changed images')})
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
-MAX_IMAGES = 3000  # maximum number of images in the sample
+MAX_IMAGES = 1500  # maximum number of images in the sample
 
 
 def _sample(t, seed) -> pd.DataFrame:
