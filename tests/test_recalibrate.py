@@ -84,6 +84,7 @@ def test_a_new_run_is_written(made, site, trained):
         'model',
         'predictions.csv',
         'record.json',
+        'reference.csv',
     ]
     record = read_record(new / 'record.json')
     about = record.made_from
