@@ -187,7 +187,7 @@ def test_advice_on_a_table(dots):
     assert list(a.profile.index)[:5] == ROWS
     assert a.profile.attrs['metric'] == 'auc'
     assert a.profile.score.between(0, 1).all()
-    assert 0.6 < a.profile.score.max() < 1, 'red and green can be told apart, with some errors'
+    assert 0.6 < a.profile.home.max() < 1, 'red and green can be told apart, with some errors'
     assert a.speed.index.tolist() == [0.25, 0.5, 1]
     assert a.speed.images.is_monotonic_increasing
     assert (a.profile.low <= a.profile.score).all()
