@@ -175,7 +175,7 @@ def test_candidates_are_adjacent_stages():
 # ---------------------------------------------------------------- what is measured
 
 
-def test_advice_on_a_table(dots):
+def test_advice_on_a_table(dots, one_network):
     a = advise(dots, **TINY)
     n = len(train_images(dots))
     assert n == 64
@@ -187,7 +187,7 @@ def test_advice_on_a_table(dots):
     assert list(a.profile.index)[:5] == ROWS
     assert a.profile.attrs['metric'] == 'auc'
     assert a.profile.score.between(0, 1).all()
-    assert 0.6 < a.profile.home.max() < 1, 'red and green can be told apart, with some errors'
+    assert a.profile.home.max() > 0.9, 'red and green can be told apart'
     assert a.speed.index.tolist() == [0.25, 0.5, 1]
     assert a.speed.images.is_monotonic_increasing
     assert (a.profile.low <= a.profile.score).all()
