@@ -143,7 +143,7 @@ def test_later_images_of_a_site_after_recalibration(sites):
 
 
 def test_an_adapted_run_says_how_to_get_a_reference(sites):
-    write_darker_site(sites / 'unlabelled', n=160, seed=7)
+    write_darker_site(sites / 'unlabelled', n=60, seed=7)
     good('adapt', sites / 'run', sites / 'unlabelled', '--out', sites / 'adapted_run')
     out = checked(sites, sites / 'unlabelled', run='adapted_run')
     assert 'the run has no reference.csv; recalibrate the run on labelled images' in out
