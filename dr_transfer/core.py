@@ -259,8 +259,8 @@ def fit(
     Returns
     -------
     TransferLearner
-        The same learner, trained, with the weights of the last epoch. `learn.record` holds the plan and the
-        metrics of each epoch (`history`).
+        The same learner, trained, with the weights of the last epoch, averaged with earlier ones if the plan says so.
+        `learn.record` holds the plan and the metrics of each epoch (`history`), before averaging.
 
     Raises
     ------

@@ -8,7 +8,7 @@ import torch
 
 import dr_transfer.training.average as average
 from dr_transfer.core import build_learner, fit
-from dr_transfer.data.acquisition import CHANGES
+from dr_transfer.data.acquisition import CHANGES, ChangedImage
 from dr_transfer.inference.run import write_run
 from dr_transfer.training.average import FRACTIONS, averaged, changed_validation, copied_weights
 from dr_transfer.training.record import read_record
@@ -93,13 +93,13 @@ def test_after_an_error_the_fine_tuned_weights_stay(flowers, monkeypatch):
 def test_each_change_occurs_among_the_validation_images(flowers, monkeypatch):
     learn = build_learner(flowers, valid=0.4, **TINY)
     read = []
-    real = average.ChangedImage.read
+    real = ChangedImage.read
 
     def noted(image, size=None):
         read.append(image)
         return real(image, size)
 
-    monkeypatch.setattr(average.ChangedImage, 'read', noted)
+    monkeypatch.setattr(ChangedImage, 'read', noted)
     monkeypatch.setattr(average, 'ThreadPoolExecutor', lambda n: ThreadPoolExecutor(1))  # in order
     names = list(CHANGES)
     images, y = changed_validation(learn)

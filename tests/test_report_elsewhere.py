@@ -155,22 +155,21 @@ def test_images_count_alone_without_groups():
     assert '25 labelled images' in section(evaluation(without))
 
 
-def test_a_required_specificity_is_decided_by_negatives():
+def with_specificity(**images):
+    "A decision for a required specificity, and the values of another source as it is and with local labels"
     decision = choose_decision(predictions(400, 0), TWO, specificity=0.8)
-    away = predictions(250, 2, 'away', shift=2)
-    t = apply_decision(away, TWO, decision)
-    values = source_values(t, TWO, decision)
-    local = recalibrated_values(t, TWO, decision)
+    t = apply_decision(predictions(source='away', **images), TWO, decision)
+    return decision, source_values(t, TWO, decision), recalibrated_values(t, TWO, decision)
+
+
+def test_a_required_specificity_is_decided_by_negatives():
+    _, values, local = with_specificity(n=250, seed=2, shift=2)
     assert values.loc['away', 'specificity'] < 0.5
     assert local.loc[('away', 100), 'specificity'] == pytest.approx(0.8, abs=0.04)
 
 
 def test_a_required_specificity_needs_negatives():
-    decision = choose_decision(predictions(400, 0), TWO, specificity=0.8)
-    sick = predictions(60, 3, 'away', prevalence=1)
-    t = apply_decision(sick, TWO, decision)
-    values = source_values(t, TWO, decision)
-    local = recalibrated_values(t, TWO, decision)
+    decision, values, local = with_specificity(n=60, seed=3, prevalence=1)
     assert local.loc[('away', 25), 'why'] == 'too few negatives'
     compared = {'specificity': references(decision)['specificity']}
     assert 'cannot be told at away: too few negatives' in hold_words(values, compared)

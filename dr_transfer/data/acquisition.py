@@ -148,3 +148,11 @@ def changed_images(
     if change not in CHANGES:
         raise unknown('change', change, CHANGES)
     return [ChangedImage(image, change) for image in images]
+
+# %% ../../nbs/data/09_acquisition.ipynb #ee025180
+def one_change_each(
+    images: list,  # Image files
+) -> list[ChangedImage]:
+    "Images with one change each: the first change for the first image, the second for the next, and so on"
+    names = list(CHANGES)
+    return [ChangedImage(image, names[i % len(names)]) for i, image in enumerate(images)]

@@ -23,6 +23,7 @@ _BEST_METHOD = 'difference'  # of `expected_metrics`: the one that the verdict u
 _TOO_UNLIKE = 3.0  # median distance from the training images from which a site is too different
 _MOST_LOST = 0.1  # expected loss of AUC or accuracy from which a site is too different
 _LARGE = 0.5  # difference in standard deviations from which a drift counts for the verdict
+_FARTHER = 1.5  # how many times as far as the images it was made for a site may be, if the model was made for one
 _P = 0.05  # level of the drift test
 _FEW = 30  # images below which small differences are not noticed
 
@@ -168,7 +169,7 @@ def _unlike_limit(model, reference) -> float:
     "Median distance from which images are different: 1, or more if the model was made for a site that is far away"
     if model.card.made_from is None or reference is None or 'unlike' not in reference:
         return 1.0
-    return max(1.0, 1.5 * float(reference.unlike.median()))
+    return max(1.0, _FARTHER * float(reference.unlike.median()))
 
 
 def _usual_fraction(model, reference) -> float:

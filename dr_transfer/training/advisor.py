@@ -15,7 +15,7 @@ import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib.figure import Figure
 
-from ..data.acquisition import CHANGES, ChangedImage
+from ..data.acquisition import one_change_each
 from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.leaks import split_data
@@ -210,9 +210,8 @@ def _scoring(t, body, task, say) -> _Scoring:
     sources = _sources_to_leave_out(t, say)
     if sources is not None:
         return _Scoring(own, f'each of {len(set(sources))} sources that was left out', {'sources': sources})
-    names = list(CHANGES)
-    changed = [ChangedImage(image, names[i % len(names)]) for i, image in enumerate(images)]
-    return _Scoring(own, 'changed images', {'tested': features(changed, 'features of changed images')})
+    changed = features(one_change_each(images), 'features of changed images')
+    return _Scoring(own, 'changed images', {'tested': changed})
 
 # %% ../../nbs/training/02_advisor.ipynb #d59c57ac
 MAX_IMAGES = 1500  # maximum number of images in the sample

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from ..data.acquisition import CHANGES, ChangedImage
+from ..data.acquisition import one_change_each
 from ..data.tasks import ReadImage
 from ..models.network import view_probs
 from .learner import TransferLearner
@@ -48,11 +48,9 @@ def changed_validation(
     rows = learn.table[learn.table.split == 'valid']
     chosen = np.random.default_rng(learn.record.seed).permutation(len(rows))[:_MAX_CHANGED]
     rows = rows.iloc[np.sort(chosen)]
-    names = list(CHANGES)
-    changed = [ChangedImage(image, names[i % len(names)]) for i, image in enumerate(rows.image)]
     read = ReadImage(learn.task.size, learn.task.reader, learn.task.fit).image
     with ThreadPoolExecutor(2) as pool:
-        images = list(pool.map(read, changed))
+        images = list(pool.map(read, one_change_each(rows.image)))
     return images, np.array([learn.dls.vocab.o2i[target] for target in rows.target])
 
 
