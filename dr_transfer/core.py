@@ -20,11 +20,11 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 # %% ../nbs/core.ipynb #9f8c5d60
-from .data.augment import views_of
+from .data.fundus import AND_LOCAL
 from .data.leaks import split_data
 from .data.table import report_table
 from .data.tasks import ReadImage, Task, get_task
-from .data.views import map_rows
+from .data.views import LOCAL, map_rows
 from .features.classifiers import FeatureClassifier
 from .features.extraction import weights_digest
 from .metrics.decision import prediction_table, table_arrays
@@ -151,7 +151,10 @@ def classifier_learner(
             f"pool='{classifier.pool}': the head of a network reads means. Fit the classifier with pool='mean'"
         )
     about, names = classifier.source_
-    task = replace(get_task(task), **{k: about[k] for k in ('size', 'reader', 'fit')}, augment=about['views'])
+    views = about['views']
+    reader = about['reader'] + (AND_LOCAL if views.endswith(LOCAL) else '')
+    how = dict(size=about['size'], reader=reader, fit=about['fit'], augment=views.removesuffix(LOCAL))
+    task = replace(get_task(task), **how)
     head: Any = classifier.head()
     head.trained = True
     learn = build_learner(data, task, about['arch'], stage=names[-1], n_stages=len(names), head=head, **kwargs)
@@ -318,9 +321,8 @@ def predict_probs(
     if not len(images):
         return np.zeros((0, learn.dls.c), np.float32)
     reader = ReadImage(task.size, task.reader, task.fit)
-    return view_probs(
-        learn.model, list(images), reader.image, spec.mean, spec.std, views or views_of(task.augment) or 'none'
-    )
+    views = views or task.stored_views
+    return view_probs(learn.model, list(images), reader.image, spec.mean, spec.std, views)
 
 
 @torch.inference_mode()

@@ -74,9 +74,9 @@ def test_a_model_is_safetensors_and_json_only(run, weights):
         'stage': 'stage4',
         'n_stages': 1,
         'head': {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''},
-        'reader': 'fundus',
+        'reader': 'fundus_and_local',
         'fit': 'pad',
-        'views': 'quarter_turns',
+        'views': 'quarter_turns+local',
         'seed': 3,
         'format': 'dr_transfer model 3',
     }
@@ -263,7 +263,8 @@ def test_any_head_at_any_stage_is_restored(tmp_path, fundus_data, weights, how):
     r = learn.record
     assert [m.about[k] for k in ('stage', 'n_stages', 'arch')] == [r.stage, r.n_stages, r.arch]
     assert m.about['head'] == to_dict(r.head)
-    assert m.about['views'] == (how.get('augment', 'none' if 'plan' in how else 'quarter_turns'))
+    augment = how.get('augment', 'none' if 'plan' in how else 'quarter_turns')
+    assert m.about['views'] == f'{augment}+local'
     assert m.model[1].about == learn.model[1].about
     assert (tmp_path / 'm' / 'model.safetensors').read_bytes() == (
         save_model(m, tmp_path / 'n') / 'model.safetensors'
@@ -285,7 +286,7 @@ def test_a_classifier_of_features_is_restored(tmp_path, fundus_data, weights):
         runtime='plain',
     )
     assert m.about['head']['hidden'] == [256]
-    assert m.about['views'] == 'quarter_turns'
+    assert m.about['views'] == 'quarter_turns+local'
     assert list(m.classes) == list(c.classes_)
     np.testing.assert_allclose(m.probs(t.image[:5]), c.predict_proba(f.take(range(5))), atol=1e-5)
 

@@ -94,7 +94,7 @@ def test_the_record(run, weights, fundus_data):
         'valid': 0.2,
         'seed': 3,
         'augment': 'quarter_turns',
-        'reader': 'fundus',
+        'reader': 'fundus_and_local',
         'fit': 'pad',
     }
     assert r['head'] == {'hidden': [], 'dropout': 0.0, 'flatten': False, 'ordered': ''}

@@ -85,7 +85,7 @@ def test_dr_keeps_the_complete_disc_and_its_colours():
         assert a.keeps_whole_image, n
         assert a.keeps_color, n
         assert a.keeps_left_right, n
-    assert d.reader == 'fundus'
+    assert d.reader == 'fundus_and_local'
     assert d.fit == 'pad'
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from dr_transfer.data import content
 from dr_transfer.data.fundus import read_image
-from dr_transfer.data.views import VIEWS, map_rows
+from dr_transfer.data.views import VIEWS, correct_light, map_rows
 from dr_transfer.features import extraction as features
 from dr_transfer.features.boundary import boundary_maps, split_body
 from dr_transfer.features.classifiers import FeatureClassifier
@@ -61,6 +61,8 @@ TURNS = {
     'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
 }
 TURNS['mirror'].insert(0, TURNS['none'][0])
+for name, turns in list(TURNS.items()):
+    TURNS[f'{name}+local'] = [*turns, *(lambda x, turn=turn: turn(correct_light(x)) for turn in turns)]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -264,7 +266,8 @@ def test_every_set_of_views_is_tested():
 @pytest.mark.parametrize(
     'name,views',
     [(n, 'quarter_turns') for n in PLACES]
-    + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')],
+    + [('test_resnet', 'none'), ('test_resnet', 'mirror'), ('test_resnet', 'mirror_near')]
+    + [('test_resnet', 'quarter_turns+local')],
 )
 def test_features_are_those_of_the_network(name, views, paths, tmp_path):
     net = network(name)

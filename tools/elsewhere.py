@@ -4,8 +4,8 @@
     python tools/elsewhere.py            # both parts; computes the features of about 20,000 images first
     python tools/elsewhere.py dr         # one part: flowers or dr
 
-A candidate is a light correction (or features without and with one, side by side), a set of stages and a strength of
-regularisation. For each of them:
+A candidate is a light correction (or features without and with one, side by side; or views of the image without and
+with one), a set of stages and a strength of regularisation. For each of them:
 
     home      cross-validation by patient or photographer within each source, on the images as they are
     changed   the same folds, tested on images that were changed (dr_transfer.data.acquisition): mean over the changes
@@ -34,8 +34,10 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from dr_transfer.data.acquisition import CHANGES, changed_images
+from dr_transfer.data.fundus import AND_LOCAL
 from dr_transfer.data.sources import image_sources
 from dr_transfer.data.table import label_table
+from dr_transfer.data.views import LOCAL, VIEWS
 from dr_transfer.features.classifiers import grouped_folds
 from dr_transfer.features.extraction import image_features
 from dr_transfer.utils.csvfile import write_csv
@@ -55,7 +57,8 @@ READERS = {
     'local': ('fundus_flat',),
     'colour': ('fundus_colour',),
     'none and local': ('fundus', 'fundus_flat'),
-}
+    'none, local': ('fundus_and_local',),
+}  # 'none and local': features side by side; 'none, local': views of an image, as rows of one classifier
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class FeatureReader:
             images = changed_images([images[i] for i in self.changed_rows], change)
         stages = sorted({s for names in STAGES.values() for s in names})
         views = 'none' if change else self.data.views
+        if reader.endswith(AND_LOCAL):
+            views += LOCAL
         how = dict(size=self.data.size, reader=reader, fit=self.data.fit, views=views, stages=stages)
         return image_features(images, **how)
 
@@ -180,7 +185,8 @@ def mean(scores) -> float:
 def at_home(data, reader, candidate, x) -> dict:
     "Scores within the sources: on the images as they are, and under each change"
     changed = {change: reader.array(candidate, change) for change in CHANGES}
-    changed['unchanged'] = x[reader.changed_rows][:, :1]
+    n_views = len(VIEWS[data.views])
+    changed['unchanged'] = x[reader.changed_rows][:, ::n_views]  # as it is, and perhaps with its light corrected
     home = {}
     under = {change: [] for change in changed}
     for source in np.unique(data.sources):
@@ -275,7 +281,7 @@ def main():
                 print(*[f'{v:.3f}' if isinstance(v, float) else v for v in first], flush=True)
         table = pd.DataFrame(rows)
         print(choices(table).iloc[:, :7].to_string())
-        tables = [t[t.task != part] for t in tables] + [table]
+        tables = [t[(t.task != part) | ~t.correction.fillna('').isin(table.correction)] for t in tables] + [table]
         with atomic_file(a.out) as f:
             write_csv(pd.concat(tables, ignore_index=True).round(4), f)
 

@@ -18,7 +18,8 @@ from fastai.vision.core import PILBase, PILMask, TensorImage, TensorMask
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .views import VIEWS, stack_images
+from .fundus import AND_LOCAL
+from .views import LOCAL, VIEWS, stack_images
 from ..utils.files import unknown
 
 # %% ../../nbs/data/16_augment.ipynb #dfc09c49
@@ -165,10 +166,13 @@ def augmentation(
 # %% ../../nbs/data/16_augment.ipynb #dc4d37f1
 def views_of(
     names: str,  # Names joined with '+'
+    reader: str = 'photo',  # Name in `READERS`
 ) -> str | None:  # Name in `VIEWS`, or None if the augmentation is not finite
-    "Return the name of the finite set of views of an augmentation"
+    "Return the name of the finite set of views of an augmentation and a reader"
     augmentation(names)
-    return names if names in VIEWS else None
+    if names not in VIEWS:
+        return None
+    return names + LOCAL if reader.endswith(AND_LOCAL) else names
 
 # %% ../../nbs/data/16_augment.ipynb #c2aad8ac
 def augmentation_table() -> pd.DataFrame:  # One row per augmentation
@@ -188,12 +192,20 @@ def augmentation_table() -> pd.DataFrame:  # One row per augmentation
     ).set_index('name')
 
 # %% ../../nbs/data/16_augment.ipynb #4f2d9c10
-_VIEW_TITLES = {
+_TITLES = {
     'none': ('as it is',),
     'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
     'mirror': ('as it is', 'mirrored'),
     'mirror_near': ('as it is', 'mirrored', 'middle enlarged', 'mirrored, middle enlarged'),
-}  # name in `VIEWS` -> names of its views, in order
+}
+
+
+def _view_titles(views) -> tuple:
+    "Names of the views of a set, in order"
+    titles = _TITLES[views.removesuffix(LOCAL)]
+    if not views.endswith(LOCAL):
+        return titles
+    return *titles, 'light corrected', *(f'{title}, light corrected' for title in titles[1:])
 
 
 def plot_views(
@@ -204,8 +216,11 @@ def plot_views(
     if views not in VIEWS:
         raise unknown('set of views', views, VIEWS)
     x = stack_images([image])
-    fig = Figure(figsize=(2 * len(VIEWS[views]), 2.3), layout='constrained')
-    for ax, view, name in zip(fig.subplots(1, len(VIEWS[views]), squeeze=False)[0], VIEWS[views], _VIEW_TITLES[views]):
+    n_rows = 2 if views.endswith(LOCAL) else 1
+    n_columns = len(VIEWS[views]) // n_rows
+    fig = Figure(figsize=(2 * n_columns, 2.3 * n_rows), layout='constrained')
+    axes = fig.subplots(n_rows, n_columns, squeeze=False)
+    for ax, view, name in zip(axes.flat, VIEWS[views], _view_titles(views)):
         ax.imshow(view(x)[0].permute(1, 2, 0).numpy())
         ax.set_title(name, fontsize=9)
         ax.axis('off')

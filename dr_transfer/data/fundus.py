@@ -373,6 +373,7 @@ READERS = {
     'fundus_colour': _disc_reader(CORRECTIONS['colour']),
     'fundus_local': _disc_reader(CORRECTIONS['local']),
     'fundus_flat': _flat,
+    'fundus_and_local': _trimmed,
 }  # name -> (image, size) -> image before resizing; a changed function needs a new name
 
 
@@ -381,6 +382,16 @@ def is_fundus(
 ) -> bool:
     "Whether a reader is for fundus photographs"
     return str(reader).startswith('fundus')
+
+
+AND_LOCAL = '_and_local'  # end of the name of a reader for images as they are and with corrected light
+
+
+def plain_reader(
+    reader: str,  # Name in `READERS`
+) -> str:
+    "The reader without the correction of light, which is done later (`correct_light`)"
+    return reader.removesuffix(AND_LOCAL)
 
 # %% ../../nbs/data/07_fundus.ipynb #fe8f48cf
 READING = 2  # increased when a reader, fit or view changes, so that stored features are computed again

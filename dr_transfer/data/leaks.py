@@ -21,7 +21,7 @@ from scipy.stats.contingency import association
 
 from .columns import data_columns, shown_name, some, with_data_names
 from .content import fill_stores, image_data, unreadable
-from .fundus import READING, read_image
+from .fundus import READING, plain_reader, read_image
 from .images import image_header
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
@@ -100,6 +100,7 @@ def image_hashes(
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 32); content number (n,)
     "Hashes of images, and a number that is equal for images with the same bytes"
     sources = image_list(sources)
+    reader = plain_reader(reader)
     about = {
         'size': _HASHED_SIZE,
         'reader': reader,

@@ -19,9 +19,9 @@ from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
 from fasttransform import Transform
 
-from .augment import augmentation
+from .augment import augmentation, views_of
 from .columns import group_errors, joint_note, number_note
-from .fundus import READERS, read_image
+from .fundus import AND_LOCAL, READERS, read_image
 from .images import FITS
 from .source import check_size
 from .split import split_table
@@ -143,6 +143,21 @@ class Task:
         object.__setattr__(self, 'size', check_size(self.size))
         augmentation(self.augment)
 
+    @property
+    def views(self) -> str | None:
+        "Name in `VIEWS` of the views that training and prediction average over; None if they are not finite"
+        return views_of(self.augment, self.reader)
+
+    @property
+    def corrects_light(self) -> bool:
+        "Does the network get each image as it is, and with its light corrected?"
+        return self.reader.endswith(AND_LOCAL)
+
+    @property
+    def stored_views(self) -> str:
+        "The views, or those without augmentation if they are not finite"
+        return self.views or views_of('none', self.reader)
+
     def target(self, name: str | None = None) -> Target:
         "Return a target by its name"
         if name is None:
@@ -161,7 +176,7 @@ TASKS = {
             'dr',
             (REFERABLE, GRADE),
             size=384,
-            reader='fundus',
+            reader='fundus_and_local',
             fit='pad',
             augment='quarter_turns',
             metrics={'referable': ('auc', 'sensitivity', 'specificity'), 'grade': ('accuracy', 'kappa')},

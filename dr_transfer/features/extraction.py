@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from ..data.content import fill_stores, image_data, unreadable
-from ..data.fundus import READERS, READING, read_image
+from ..data.fundus import READERS, READING, plain_reader, read_image
 from ..data.images import FITS
 from ..data.source import check_size
-from ..data.views import VIEWS, map_batches, normalize
+from ..data.views import VIEWS, map_batches, normalize, view_name
 from ..models.backbones import create_body
 from ..models.network import POOLS, Body, default_bs, make_body
 from ..models.registry import DEFAULT_ARCH, find_backbone
@@ -163,7 +163,7 @@ def reading(
     return {
         'arch': spec.name,
         'size': size,
-        'reader': reader,
+        'reader': plain_reader(reader),
         'fit': fit,
         'mean': list(spec.mean),
         'std': list(spec.std),
@@ -224,7 +224,7 @@ def compute_views(
         @torch.inference_mode()
         def views(x):
             x = normalize(x.to(device), about['mean'], about['std'])
-            out = [f(view(x), names) for view in VIEWS[about['views']]]
+            out = [f(view, names) for view in VIEWS[about['views']].of(x)]
             stacked = {k: np.stack([o[k] for o in out], 1) for k in out[0]}
             return {k: checked(k, a) for k, a in stacked.items()}
 
@@ -274,7 +274,7 @@ def _view_stores(body, about, names, folder) -> dict:
     digests = {n: weights_digest(body, n) for n in names}
     out = {}
     for v, n in product(range(len(VIEWS[about['views']])), names):
-        view = f'{about["views"]}-{v}' if v else 'none'
+        view = view_name(about['views'], v)
         field = _field(n, v)
         shape = (1, len(about['pools']), probe[n].shape[-1])
         what = {**about, 'views': view, 'stage': n, 'weights': digests[n]}
@@ -289,9 +289,9 @@ def _pooled_views(body, views, pools, x, fields) -> dict:
         stage, _, i = field.partition('.')
         stages[int(i or 0)][stage] = field
     out = {}
-    for i, view in enumerate(views):
+    for i, view in enumerate(views.of(x)):
         if stages[i]:
-            pooled = body.pooled(view(x), list(stages[i]), pools)
+            pooled = body.pooled(view, list(stages[i]), pools)
             out |= {stages[i][name]: a.cpu().numpy() for name, a in pooled.items()}
     return out
 

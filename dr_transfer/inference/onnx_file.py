@@ -188,7 +188,7 @@ def _graph(model):
 
         def forward(self, images):
             x = (images - self.mean) / self.std
-            maps = self.net[0](torch.cat([v(x) for v in views]))
+            maps = self.net[0](torch.cat(list(views.of(x))))
             p = self.net[1](maps).softmax(1).unflatten(0, (len(views), -1)).mean(0)
             out = (p.clamp(min=1e-12).log() / temperature).softmax(1), p
             if self.distance is None:

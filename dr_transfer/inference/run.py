@@ -25,7 +25,7 @@ _RUN_FILES = ('model', 'record.json', 'predictions.csv', 'reference.csv', 'histo
 def validation_table(
     table: pd.DataFrame,  # Validation predictions, as in predictions.csv
     classes,  # Class names in order
-    views: str = 'none',  # Views averaged for each image, a name in `VIEWS`
+    views: str = 'none',  # Views averaged for each image, a name in `VIEWS`; '' if not finite
     n: int = 1000,  # Bootstrap resamples
 ) -> pd.DataFrame:  # Columns `value, low, high, images`; `attrs['notes']`
     "Metrics on the validation images of a run, with 95 % intervals over groups"
@@ -70,7 +70,7 @@ def write_run(
     write_card(replace(model.card, decision=learn.record.decision), folder / 'model')
     t = apply_decision(t, classes, learn.record.decision)
     y, probs = table_arrays(t, classes)
-    metrics = validation_table(t, classes, learn.record.augment)
+    metrics = validation_table(t, classes, learn.task.views or '')
     of_most_probable = summary(y, probs, classes)  # metrics of the decision are in the table
     if features_stored(learn):
         learn.record.gap = generalization_gap(learn).loc['gap'].to_dict()  # fast where features are stored

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.fundus import read_image
-from ..data.views import VIEWS
 from ..features.unlike import TrainingDistribution, training_distribution
 from .card import ModelCard, ModelError, Training, card_error, card_text, read_card
 from ..metrics.classes import Classes
@@ -159,7 +158,7 @@ def image_model(
         'classes': list(learn.classes),
         'positive': to_dict(learn.target.positive),
         'ordered': learn.target.ordered,
-        'views': r.augment if r.augment in VIEWS else 'none',
+        'views': learn.task.stored_views,
         'mean': spec.mean,
         'std': spec.std,
         'runtime': runtime_name(body.forward_runtime) if on_cpu else '',

@@ -255,7 +255,7 @@ def view_outputs(
     @torch.inference_mode()
     def outputs(x):
         x = normalize(x.to(device), mean, std)
-        maps = [body(view(x)) for view in VIEWS[views]]  # the first view is the unchanged image
+        maps = [body(view) for view in VIEWS[views].of(x)]  # the first view is the unchanged image
         p = torch.stack([head(m).softmax(1) for m in maps], 1)
         p = p.mean(1) if average else p
         return {'probs': p.cpu().numpy(), 'features': pool(maps[0]).float().cpu().numpy()}

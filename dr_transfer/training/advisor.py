@@ -16,7 +16,6 @@ from fastai.torch_core import default_device
 from matplotlib.figure import Figure
 
 from ..data.acquisition import one_change_each
-from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.leaks import split_data
 from ..data.sources import SourceError, image_sources, source_folds
@@ -134,7 +133,7 @@ def choose_advised(
 def _passes(plan, task) -> tuple[int, int]:
     "Forward passes and training passes of each training image that a plan needs"
     training = sum(phase.epochs or 0 for phase in plan.phases)
-    views = views_of(plan.augmentation(task.augment))
+    views = get_task(task, augment=plan.augmentation(task.augment)).views
     if views is None and plan.phases[-1].solves:
         return 0, HEAD_PASSES  # features can be stored for a finite set of views only
     return len(VIEWS[views or 'none']), training

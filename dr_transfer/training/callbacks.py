@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from ..data.views import correct_light
 from ..metrics import scores as M
 from ..models.network import Body
 from ..models.speed import get_runtime
@@ -88,6 +90,19 @@ class HeadFirst(Callback):
 
     def after_train(self):
         self.trained = True
+
+# %% ../../nbs/training/03_callbacks.ipynb #deb79737
+class RandomLight(Callback):
+    "In training, correct the light of half of the images, chosen at random"
+
+    needs_batches, run_valid = False, False
+
+    def before_batch(self):
+        images, *others = self.xb
+        chosen = torch.rand(len(images)) < 0.5
+        images = images.clone()
+        images[chosen] = correct_light(images[chosen])
+        self.learn.xb = (images, *others)
 
 # %% ../../nbs/training/03_callbacks.ipynb #a1eb0bc3
 _DIVERGED_AT = 20.0  # a loss above this multiple of its initial value has diverged

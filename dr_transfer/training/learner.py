@@ -21,7 +21,6 @@ from fastai.vision.learner import vision_learner
 from torch import nn
 
 # %% ../../nbs/training/07_learner.ipynb #80cff9e2
-from ..data.augment import views_of
 from ..data.summary import data_summary
 from ..data.tasks import Target, Task, task_dataloaders
 from ..data.views import VIEWS
@@ -31,7 +30,7 @@ from ..models.balance import balanced_loss, image_weights
 from ..models.head import Head
 from ..models.network import create_head, get_head, head_inputs, make_body
 from ..models.stages import group_table, layer_groups, stage_names
-from .callbacks import METRICS, FrozenMode, HeadFirst, TrainRuntime
+from .callbacks import METRICS, FrozenMode, HeadFirst, RandomLight, TrainRuntime
 from .phases import find_rate
 from .plans import Plan
 from .record import RunRecord, UsedRuntimes, versions
@@ -172,7 +171,7 @@ class TransferLearner(Learner):
         "Predict, averaged over all views; fastai's `tta` if the augmentation is not a finite set of views"
         if views is not None and views not in VIEWS:
             raise unknown('views', views, VIEWS)
-        views = views or views_of(self.task.augment)
+        views = views or self.task.views
         if kwargs or views is None:
             return super().tta(ds_idx, dl, **kwargs)
         dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
@@ -302,6 +301,8 @@ def make_learner(
     plain = vision_learner(dls, _Arch(body), **given, **{**own, **kwargs})
     trained = getattr(head, 'trained', False)
     ours = [FrozenMode(config.fixed_bn), HeadFirst(trained), TrainRuntime(config.runtime, config.arch, task.size)]
+    if task.corrects_light:
+        ours.append(RandomLight())
     transfer = TransferState(task, target, table, config.plan, loader_summary(dls))
     learn = TransferLearner(plain, transfer, [*ours, *(cbs or [])])
     if pretrained:

@@ -23,7 +23,6 @@ from fastai.torch_core import no_random
 from fastcore.imports import IN_NOTEBOOK
 from torch import nn
 
-from ..data.augment import views_of
 from ..data.sources import SourceError, image_sources
 from ..data.views import VIEWS
 from ..features.boundary import boundary_loader
@@ -216,7 +215,7 @@ def _phase_run(learn, phase, request) -> PhaseRun:
     prepares = open_ended and not request.last
     if prepares and request.trained:
         return PhaseRun(phase, part, 'skipped', learn.dls.c, why='the head is already trained')
-    views = views_of(learn.task.augment) or ('none' if prepares else None)
+    views = learn.task.stored_views if prepares else learn.task.views
     blocked = _not_stored(learn, part, views) if request.stored else 'stored=False'
     unsolved = blocked or (_unsolvable(learn, part, views) if open_ended else 'a number of epochs was given')
     if not unsolved:
@@ -289,12 +288,11 @@ def _restored_weights(
 
 def _say_why(learn, run, say):
     "Print why a phase does not run in the fastest way"
-    views = views_of(learn.task.augment)
     if run.how == 'network' and run.part.k:
         say(f'the frozen part is computed in every epoch, because {run.why}')
     if run.how == 'stored' and run.phase.epochs is None:
         say(f'the head is trained in steps, because {run.why}')
-    if run.how in ('solved', 'stored') and views is None:
+    if run.how in ('solved', 'stored') and learn.task.views is None:
         say(
             f"the augmentation '{learn.task.augment}' is not a finite set of views: this head, "
             'which only prepares the next phase, is trained on the unchanged images'
@@ -352,9 +350,7 @@ def find_rate(
     with no_random(_seed(learn)), _restored_weights(learn), tempfile.TemporaryDirectory() as folder:
         finder = learn
         if k and not why_not_stored(learn, k):
-            run = PhaseRun(
-                Phase(k, 1, 1.0), _frozen_part(learn, k), 'stored', learn.dls.c, 1, views_of(learn.task.augment)
-            )
+            run = PhaseRun(Phase(k, 1, 1.0), _frozen_part(learn, k), 'stored', learn.dls.c, 1, learn.task.views)
             finder, _ = _sub_learner(learn, run)
         path, rng, finder.path = finder.path, finder.dls.train.rng, Path(folder)
         try:

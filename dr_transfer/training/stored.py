@@ -17,7 +17,6 @@ from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Learner, Recorder
 from torch import nn
 
-from ..data.augment import views_of
 from dr_transfer.features.boundary import (
     BoundaryMaps,
     TrainedStages,
@@ -78,7 +77,7 @@ def why_not_stored(
     frozen: int = -1,  # Number of frozen layer groups, as in a `Phase`
 ) -> str:  # The reason; '' if it can be stored
     "Why a phase cannot be trained on the stored output of the frozen part; '' if it can"
-    part, views = _frozen_part(learn, frozen), views_of(learn.task.augment)
+    part, views = _frozen_part(learn, frozen), learn.task.views
     if not part.k or views is None:
         return _not_stored(learn, part, views)
     return _batch_callback(learn) or _not_stored(learn, part, views)
@@ -132,9 +131,8 @@ def learner_features(
     "Compute the features of images in the body of a learner unless they are stored"
     task, body = learn.task, learn.body
     names = stage_names(body.stages)[-body.stages.n_stages :]
-    return extract_features(
-        images, body, task.size, task.reader, task.fit, views or views_of(task.augment) or 'none', names, label=label
-    )
+    views = views or task.stored_views
+    return extract_features(images, body, task.size, task.reader, task.fit, views, names, label=label)
 
 
 def _stored(learn, subset, run) -> tuple[BoundaryMaps, torch.Tensor]:
