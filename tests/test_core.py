@@ -673,8 +673,8 @@ def test_the_head_is_trained_on_the_features_of_the_body(build):
         want = torch.cat([learn.model[0](torch.Tensor(x)).mean((2, 3)) for x, _ in learn.dls.valid])
     assert f[:, 0] == pytest.approx(want.numpy(), abs=1e-4)
     f = learner_features(learn, rows.image.tolist())
-    assert f.views == 4
-    assert f.numpy().shape == (len(rows), 4, learn.model[0][0].stages.n_out)
+    assert f.views == 8
+    assert f.numpy().shape == (len(rows), 8, learn.model[0][0].stages.n_out)
 
 
 def test_random_augmentation_is_trained_without_stored_features(build):

@@ -870,14 +870,14 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
     before = state_of(learn)
     cbs = [type(c) for c in learn.cbs]
     with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
-        silent(learn, plan)  # 8 images x 4 views a batch
+        silent(learn, plan)  # 8 images x 8 views a batch
     for k, v in state_of(learn).items():
         assert torch.equal(v, before[k])
     assert [type(c) for c in learn.cbs] == cbs
     assert not learn.record.history
     with Stop(learn.model[0][0].stages[0]) as rest:
         silent(learn, plan)
-    assert all_.n == 4 * len(learn.table)
+    assert all_.n == 8 * len(learn.table)
     assert some.n == 72 - 72 % 8
     assert rest.n == all_.n - 64
     assert farthest(learn, learner) < 1e-6

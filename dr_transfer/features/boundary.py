@@ -84,11 +84,12 @@ def split_body(
 
 # %% ../../nbs/features/05_boundary.ipynb #7f4736a5
 class BoundaryMaps:
-    "Maps of images at a boundary: memory-mapped arrays (rows, views, ...), and the row of each image"
+    "Maps of images at a boundary: memory-mapped arrays (rows, views, ...), the row of each image, and the set of views"
 
-    def __init__(self, arrays: list, rows):
+    def __init__(self, arrays: list, rows, views: str):
         self.arrays = arrays
         self.rows = np.asarray(rows)
+        self.views = VIEWS[views]
 
     def batch(self, i, views) -> list:  # Tensors (n, ...)
         "The maps of a batch of images, each in one of its views"
@@ -149,7 +150,7 @@ def boundary_maps(
 
     compute = compute_views(f, frozen.body, about, label)
     (rows,) = fill_stores([store], list(sources), compute, about['batch'])
-    return BoundaryMaps([stored_array(store, k) for k in store.fields], rows)
+    return BoundaryMaps([stored_array(store, k) for k in store.fields], rows, about['views'])
 
 # %% ../../nbs/features/05_boundary.ipynb #0ca06218
 def boundary_loader(
@@ -162,14 +163,13 @@ def boundary_loader(
 ) -> DataLoader:  # Batches (map, ..., class numbers)
     "A DataLoader of stored maps; without `shuffle`, of the unchanged images"
     n = len(y)
-    n_views = maps.arrays[0].shape[1]
     device = device or 'cpu'
 
     def batch(rows):
         i = torch.as_tensor(rows)
         v = torch.zeros(len(i), dtype=torch.long)
         if shuffle:
-            v = torch.randint(n_views, (len(i),))
+            v = maps.views.random(len(i))
         tensors = maps.batch(i.numpy(), v.numpy())
         return (*(m.to(device) for m in tensors), y[i].to(device))
 

@@ -17,7 +17,7 @@ from fastai.metrics import AccumMetric, ActivationType
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from ..data.views import correct_light
+from ..data.views import correct_light, random_light
 from ..metrics import scores as M
 from ..models.network import Body
 from ..models.speed import get_runtime
@@ -99,7 +99,7 @@ class RandomLight(Callback):
 
     def before_batch(self):
         images, *others = self.xb
-        chosen = torch.rand(len(images)) < 0.5
+        chosen = random_light(len(images))
         images = images.clone()
         images[chosen] = correct_light(images[chosen])
         self.learn.xb = (images, *others)
