@@ -38,7 +38,7 @@ from .training.learner import LearnerConfig, TransferLearner, make_learner, reso
 from .training.phases import fit_phase, phase_runs, runs_words
 from .training.plans import PLANS, choose_plan, get_plan, plan_arch
 from .training.stored import learner_features
-from .utils.checks import check_seed, check_workers
+from .utils.checks import check_seed, check_workers, image_list
 
 # %% ../nbs/core.ipynb #f44ba57d
 def build_learner(
@@ -318,11 +318,12 @@ def predict_probs(
 ) -> np.ndarray:  # float32 (images, classes), in the order of learn.dls.vocab
     "Predict class probabilities, averaged over the views"
     task, spec = learn.task, learn.body.stages.spec
-    if not len(images):
+    images = image_list(images)
+    if not images:
         return np.zeros((0, learn.dls.c), np.float32)
     reader = ReadImage(task.size, task.reader, task.fit)
     views = views or task.stored_views
-    return view_probs(learn.model, list(images), reader.image, spec.mean, spec.std, views)
+    return view_probs(learn.model, images, reader.image, spec.mean, spec.std, views)
 
 
 @torch.inference_mode()

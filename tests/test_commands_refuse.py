@@ -368,3 +368,55 @@ def test_an_export_does_not_go_into_the_model(tmp_path, capsys):
             capsys, 'export', tmp_path / model, '--out', tmp_path / model / 'x.onnx'
         )
     assert [p.name for p in tmp_path.rglob('*')] == ['run', 'model']
+
+
+# ---------------------------------------------------------------- outputs, folders and arguments
+
+
+@pytest.mark.parametrize('command', ['advise', 'compare', 'check'])
+def test_overwrite_without_a_name_replaces_nothing(tmp_path, capsys, flowers, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    mine = {'advise': 'flowers_advice.png', 'compare': 'flowers_comparison.png', 'check': 'flowers_check.html'}[command]
+    (tmp_path / mine).write_text('mine')
+    words = ['check', tmp_path / 'run', flowers] if command == 'check' else [command, flowers]
+    line = failed(capsys, *words, '--overwrite')
+    assert f'--overwrite replaces only what --out names: give --out {mine}' in line
+    assert (tmp_path / mine).read_text() == 'mine'
+
+
+def test_a_class_folder_whose_name_is_not_text(tmp_path, capsys, flowers):
+    data = shutil.copytree(flowers, tmp_path / 'data')
+    os.rename(data / 'roses', os.fsencode(data) + b'/\xff\xfe')
+    line = failed(capsys, 'train', data, *SMALL, '--out', tmp_path / 'run')
+    assert 'rename the folder' in line
+    assert 'CSV' not in line
+
+
+def test_a_label_that_is_not_text_names_the_table(tmp_path):
+    make_flowers(tmp_path / 'flowers', n=4, size=32, classes=('daisy', 'roses'))
+    images = find_images(tmp_path / 'flowers')
+    rows = ''.join(f'{image},label{i % 2}\n' for i, image in enumerate(images))
+    (tmp_path / 'mine.csv').write_bytes(b'image,label\n' + rows.encode().replace(b'label1', b'label\xff'))
+    with pytest.raises(ValueError, match=r'mine\.csv cannot be read as a CSV file in UTF-8'):
+        label_table(tmp_path / 'flowers', tmp_path / 'mine.csv')
+
+
+@pytest.mark.parametrize('workers', [-1, 1.5, 'two', True])
+def test_workers_are_checked_wherever_they_are_an_argument(tmp_path, flowers, workers):
+    with pytest.raises(ValueError, match=r'workers=.*give the number of processes or threads'):
+        preprocess_folder(flowers, tmp_path / 'out', workers=workers)
+    with pytest.raises(ValueError, match=r'workers=.*give the number of processes or threads'):
+        make_dr(tmp_path / 'eyes', n=4, size=48, workers=workers)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_seed_of_synthetic_images(tmp_path):
+    with pytest.raises(ValueError, match='seed=None: give a whole number'):
+        make_dr(tmp_path / 'eyes', n=4, size=48, seed=None)
+
+
+def test_preprocess_prints_a_reason_without_the_name_of_its_class(tmp_path, capsys):
+    make_dr(tmp_path / 'eyes', n=6, size=64, unreadable=1, workers=1)
+    assert main(['preprocess', str(tmp_path / 'eyes' / 'images'), str(tmp_path / 'out'), '--size', '48']) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('not prepared')]
+    assert 'Error:' not in line

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.core import build_learner, fit, generalization_gap, predict_probs, valid_predictions
+from dr_transfer.explain.grad_cam import plot_grad_cam
+from dr_transfer.inference.saved_model import image_model
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.summary import data_summary
@@ -1018,3 +1020,13 @@ def test_on_a_gpu(build, plan):
 def test_device_number_zero_is_a_device(build):
     with pytest.raises((RuntimeError, AssertionError)):
         build(device=0)
+
+
+def test_one_path_is_not_a_list_of_images(build):
+    learn = build('dr')
+    names = learn.table.image[:2].tolist()
+    for function in (lambda o: predict_probs(learn, o), image_model(learn).probs, lambda o: plot_grad_cam(learn, o)):
+        with pytest.raises(ValueError, match='is one image or folder'):
+            function(str(names[0]))
+    from_generator = predict_probs(learn, (name for name in names))
+    assert np.array_equal(from_generator, predict_probs(learn, names))

@@ -207,3 +207,13 @@ def test_the_report_shows_the_coverage_by_class():
         assert words in section, words
     assert '<h2>Prediction sets</h2>' not in report_html(replace(e, how='by folds'), n=20)
     assert '<h2>Prediction sets</h2>' not in report_html(replace(e, about={'arch': 'net'}), n=20)
+
+
+def test_words_say_whether_patients_or_images_calibrated_the_sets():
+    table = predictions(60, 0)
+    with_groups = choose_decision(table, GRADES)
+    without = choose_decision(table.assign(group=None), GRADES)
+    assert 'calibrated on 60 groups (patients)' in with_groups.set_words
+    assert f'calibrated on {len(table)} images' in without.set_words
+    assert 'patients' not in without.set_words
+    assert type(without).from_dict(without.to_dict()) == without

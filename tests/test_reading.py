@@ -28,6 +28,7 @@ from dr_transfer.data.preprocess import Preparation, prepare_image
 from dr_transfer.data.source import IMAGE_LIMITS, ImageError, check_size
 from dr_transfer.data.table import find_images, label_table, skipped_images
 from dr_transfer.data.tasks import Task
+from dr_transfer.features.extraction import image_features
 
 WIDTH = 48
 HEIGHT = 32
@@ -536,6 +537,7 @@ def test_one_validator_of_sizes(size):
         lambda: Task('x', size=size),
         lambda: read_image(COLOUR, size),
         lambda: read_disc(COLOUR, size),
+        *([] if size is None else [lambda: image_features([COLOUR], 'test_resnet', 'random', size=size)]),
     ):
         with pytest.raises(ValueError, match='give a whole number of pixels from 16'):
             call()

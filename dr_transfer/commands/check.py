@@ -19,9 +19,7 @@ def _page_file(model, images, out, overwrite) -> tuple[Path, bool]:
     "Return the page to write, outside of run and images, and whether it may replace an earlier one"
     from dr_transfer.utils.places import check_outside
 
-    named = out is not None
-    output = OutputOptions(out if named else f'{Path(images[0]).resolve().stem}_check.html', overwrite and named)
-    file, replace = _output(output, TableOptions(images), 'check.html')
+    file, replace = _output(OutputOptions(out, overwrite), TableOptions(images), 'check.html')
     check_outside(file, model)
     if file.suffix != '.html':
         raise ValueError(f'--out {file}: the page is an HTML file, so give a name such as {file.with_suffix(".html")}')

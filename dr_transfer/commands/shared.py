@@ -28,6 +28,8 @@ def _output(output: OutputOptions, table: TableOptions, ending) -> tuple[Path, b
     for source in (*table.folders, table.labels):
         if source is not None:
             check_outside(out, source)
+    if output.overwrite and not named and out.exists():
+        raise ValueError(f'{out} exists already, and --overwrite replaces only what --out names: give --out {out}')
     return out, output.overwrite and named
 
 

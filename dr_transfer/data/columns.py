@@ -32,14 +32,22 @@ def read_labels(
         if bad:
             raise ValueError(_not_utf8(f'the name of column {bad[0] + 1}', labels))
         t = t.set_axis([c.strip() for c in t.columns], axis=1).set_axis(range(2, len(t) + 2))
+        t.attrs['file'] = str(labels)
     else:
         raise ValueError(f'labels={labels!r:.60}: give the path of a CSV file, or a table (DataFrame)')
     return t[t.notna().any(axis=1)]
 
 
+def table_name(
+    table: pd.DataFrame,  # From `read_labels`, or of the user
+) -> str:
+    "The CSV file of a table, for messages"
+    return table.attrs.get('file', 'the table')
+
+
 def _not_utf8(
     what: str,  # Where such bytes are
-    file='the CSV file',  # Name of the file
+    file,  # Name of the file
 ) -> str:
     "Error message for bytes that are not UTF-8"
     return (
@@ -238,7 +246,7 @@ def choose_groups(
     groups = table[column].tolist()
     bad = text_errors(groups)
     if bad:
-        raise ValueError(_not_utf8(f"row {table.index[bad[0]]} of column '{column}'"))
+        raise ValueError(_not_utf8(f"row {table.index[bad[0]]} of column '{column}'", table_name(table)))
     if group_col is not None and len(table) and not any(group_key(g) for g in groups):
         raise ValueError(
             f"column '{column}' is empty: {GROUPS.how} needs a column with patients, or pass "
@@ -280,6 +288,7 @@ _ONE_CLASS = (
 def check_labels(
     labels,  # Cells of the column of labels
     rows,  # Row number of each, for messages
+    file: str = 'the table',  # File with the labels, for messages
 ):
     "Raise a ValueError for labels that are lists, too long, or several labels in one cell"
     for row, label in zip(rows, labels):
@@ -294,7 +303,7 @@ def check_labels(
         if '\0' in text:
             raise ValueError(f'row {row}: the label {text!r} has a NUL character: remove it')
         if text_errors([text]):
-            raise ValueError(_not_utf8(f'the label {text!r} (row {row})'))
+            raise ValueError(_not_utf8(f'the label {text!r} (row {row})', file))
     _check_joint([str(label).strip() for label in labels if label is not None])
 
 

@@ -18,7 +18,9 @@ import pandas as pd
 from .columns import IMAGES, find_column, read_labels
 from .fundus import CORRECTIONS, read_disc, to_right
 from .gradability import gradability
+from .source import ImageError
 from .table import find_images
+from ..utils.checks import check_workers
 from ..utils.csvfile import known_columns, write_csv
 from ..utils.files import file_digest, growing_folder, mark_folder, progress, unknown, warn
 from ..utils.places import OutputError, atomic_file, is_inside, reason, too_many_open
@@ -55,7 +57,7 @@ def prepare_image(
     except Exception as e:
         if too_many_open(e):
             raise
-        return {'error': f'{type(e).__name__}: {e}'}
+        return {'error': str(e) if isinstance(e, ImageError) else f'{type(e).__name__}: {e}'}
     row = {
         'x': disc and disc.x,
         'y': disc and disc.y,
@@ -250,7 +252,7 @@ def preprocess_folder(
     >>> len(table), table.error.unique().tolist()
     (60, [''])
     """
-    folder, out = Path(folder), Path(out)
+    folder, out, workers = Path(folder), Path(out), check_workers(workers, 'workers')
     _check_apart(folder, out)
     places = _places(folder, out, how)
     if not places:

@@ -70,6 +70,10 @@ class MadeFrom:
     prevalence: dict[str, float] = field(default_factory=dict)  # Class -> fraction of these images
     more: dict = field(default_factory=dict)  # Fields of other versions
 
+    @property
+    def images_words(self) -> str:
+        "Number of the images, and of their groups if there are fewer"
+        return f'{self.images} images' + (f' of {self.groups} groups (patients)' if self.groups < self.images else '')
+
     def __str__(self):
-        groups = f' of {self.groups} groups (patients)' if self.groups < self.images else ''
-        return f'{self.command}, with {self.images} images{groups}; model {self.model[:16]}'
+        return f'{self.command}, with {self.images_words}; model {self.model[:16]}'

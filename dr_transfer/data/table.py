@@ -30,11 +30,13 @@ from dr_transfer.data.columns import (
     read_labels,
     shown_name,
     some,
+    table_name,
 )
 from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
 from .images import image_errors
 from .sources import with_sources
 from ..metrics.groups import group_key, same_groups
+from ..utils.csvfile import text_errors
 from ..utils.files import DATA_KINDS, MARKER, output_kind
 from ..utils.places import OutputError
 
@@ -168,7 +170,7 @@ def _read(df, image_col, label_col, group_col) -> tuple[pd.DataFrame, GroupSourc
     label = find_column(df, LABELS, label_col, (image,))
     if label == image:
         raise ValueError(f"column '{image}' is used for both the image names and the labels: give {LABELS.how}")
-    check_labels(df[label], df.index)
+    check_labels(df[label], df.index, table_name(df))
     groups, source = choose_groups(df, group_col, (image, label))
     t = pd.DataFrame({'image': _names(df, image), 'label': df[label].tolist(), 'group': groups}, dtype=object)
     t = _facts(t, df, image, label, source.column).assign(_row=df.index.tolist())
@@ -205,7 +207,13 @@ def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSour
             f'{len(loose)} images are in {folder}, not in a class folder: {some(f.name for f in loose)}. '
             'Put each into a folder with the name of its class, or give a CSV of labels (labels=..., --labels)'
         )
-    t = pd.DataFrame({'image': files, 'label': [p[1 if split else 0] for p in parts], 'group': None}, dtype=object)
+    labels = [p[1 if split else 0] for p in parts]
+    bad = text_errors(labels)
+    if bad:
+        raise ValueError(
+            f'the name of the folder {labels[bad[0]]!r} in {folder} has bytes that are not UTF-8: rename the folder'
+        )
+    t = pd.DataFrame({'image': files, 'label': labels, 'group': None}, dtype=object)
     if split:
         t['split'] = [SPLITS[p[0].lower()] for p in parts]
     groups, source = _groups_beside(folder, files, image_col, group_col)

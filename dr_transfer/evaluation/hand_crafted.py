@@ -39,6 +39,7 @@ from dr_transfer.evaluation.segmentation import (
 )
 from ..features.classifiers import grouped_folds
 from ..metrics.scores import auc
+from ..utils.checks import check_workers, image_list
 from ..utils.files import cache_folder, package_version, progress
 from ..utils.safe_files import is_shortage
 from ..utils.store import ArrayStore, stored_array
@@ -212,18 +213,15 @@ def feature_frame(
     bs: int = 8,  # Images that are stored together
 ) -> pd.DataFrame:  # A row per image, in order; columns `FEATURES`
     "Compute hand-crafted features, or read stored ones; ValueError for an image that cannot be read or segmented"
-    if isinstance(images, (str, bytes, Path)):
-        raise ValueError(
-            f'{images!r} is one image or folder: give a list, such as [{images!r}] or find_images({images!r})'
-        )
-    if not len(images):
+    images, workers = image_list(images), check_workers(workers, 'workers')
+    if not images:
         raise ValueError('no images: give a list with one image or more')
     _skimage()
     versions = [f'{p} {package_version(p)}' for p in ('scikit-image', 'scipy', 'pillow')]
     about = {'limits': asdict(limits), 'names': FEATURES, 'made by': ' '.join([f'method {_METHOD_VERSION}', *versions])}
     fields = {'features': ((len(FEATURES),), 'float32')}
     store = ArrayStore(folder or cache_folder() / 'hand_crafted', 'hand_crafted', about, fields)
-    (rows,) = fill_stores([store], list(images), _compute(limits, workers, bs), bs)
+    (rows,) = fill_stores([store], images, _compute(limits, workers, bs), bs)
     # An image in memory is named by its position
     names = [str(o) if isinstance(o, (str, Path)) else i for i, o in enumerate(images)]
     values = np.array(stored_array(store, 'features')[rows])

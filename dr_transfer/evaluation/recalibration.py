@@ -205,7 +205,7 @@ def site_words(
     "Describe what a recalibration has changed, and what follows from it"
     new, old = r.model.card.decision, r.old.card.decision
     made = r.model.card.made_from
-    lines = [f'{made.images} images of {made.groups} groups (patients)']
+    lines = [made.images_words]
     if r.known:
         lines.append(
             f'excluded: {len(r.known)} images, or near copies of them, that the model was trained or validated on'

@@ -27,6 +27,7 @@ from ..metrics.operating_point import OperatingPoint
 from ..metrics.screening import worst_errors
 from ..models.stages import Stages, _trace
 from ..synthetic.fundus import contact_sheet
+from ..utils.checks import image_list
 from ..utils.files import extra_module, plain_text, unknown
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #d2705b82
@@ -247,7 +248,7 @@ def plot_grad_cam(
     read = model_parts(model).read
     tiles = []
     titles = []
-    for image in images:
+    for image in image_list(images):
         im = read(image)
         tiles += [im, *(overlay(im, grad_cam(model, image, target_class, s)) for s in stages)]
         titles += ['', *('head' if s is None else s for s in stages)]

@@ -342,6 +342,6 @@ def image_features(
     (100, 1)
     """
     stages = whole_body(arch, weights)
-    size = size or stages.spec.size
+    size = stages.spec.size if size is None else check_size(size)
     body = make_body(stages, size, runtime)
     return extract_features(images, body, size, **kwargs)

@@ -454,7 +454,8 @@ def domain_profile(
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])
     sample = [images[i] for i in rows]
     layers = {k: m for k, m in body.named_modules() if _has_statistics(m)}
-    about = reading(body, size or body.stages.spec.size, reader, fit, 'none')
+    size = body.stages.spec.size if size is None else size
+    about = reading(body, size, reader, fit, 'none')
     rows = []
     for name, total in _total_moments(body, layers, sample, about).items():
         divergence = _divergence(layers[name], total / len(sample))

@@ -29,6 +29,7 @@ from ..models.network import create_head, head_inputs, make_body, view_outputs, 
 from ..models.registry import build_network, find_backbone
 from ..models.speed import get_runtime, runtime_name
 from ..models.weights import file_hash
+from ..utils.checks import image_list
 from ..utils.files import new_folder, usual_mode
 from ..utils.places import atomic_file, reason
 from ..utils.regular import open_regular
@@ -86,7 +87,7 @@ class ImageModel:
         average: bool = True,  # Average over the views?
     ) -> np.ndarray:  # float32 (images, classes), or (images, views, classes)
         "Return the class probabilities before calibration, averaged over the views"
-        card, images = self.card, list(images)
+        card, images = self.card, image_list(images)
         return view_probs(self.model, images, self.read, card.mean, card.std, views or card.views, average=average)
 
     def outputs(
@@ -102,7 +103,7 @@ class ImageModel:
         images: list,  # Paths, PIL images or arrays, all readable
     ) -> tuple[np.ndarray, pd.DataFrame]:  # Probabilities as of `probs`; from `describe_features`
         "Predict, and describe the features of each image, in one pass"
-        card, images = self.card, list(images)
+        card, images = self.card, image_list(images)
         probs, features = view_outputs(self.model, images, self.read, card.mean, card.std, card.views)
         return probs, describe_features(self.distribution, features)
 
@@ -317,7 +318,7 @@ def _read_folder(folder) -> ModelCard:
         if not os.path.lexists(folder / name):
             raise ModelError(
                 f'{folder} is not a model folder: {name} is missing. '
-                'Give a folder made by save_model or dr_transfer train'
+                'Give a folder made by save_model, or RUN/model of a folder RUN made by dr_transfer train'
             )
     card = read_card(folder / 'model.json')
     file = folder / 'model.safetensors'

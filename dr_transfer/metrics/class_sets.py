@@ -6,14 +6,15 @@
 __all__ = ['PredictionSets']
 
 # %% ../../nbs/metrics/05_class_sets.ipynb #29121789
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
 
 from .classes import as_classes
+from .groups import known_groups
 from .intervals import group_codes
-from ..utils.schema import JsonFields, Length, Range, SchemaError
+from ..utils.schema import LATER, JsonFields, Length, Range, SchemaError
 
 # %% ../../nbs/metrics/05_class_sets.ipynb #25ba4613
 _Fraction = Annotated[float, Range(0, 1)]
@@ -48,6 +49,12 @@ class PredictionSets(JsonFields):
     allow_empty: bool  # Otherwise the most probable class is added to an empty set
     groups: Annotated[int, Range(0, 10**9)]  # Groups (patients) of the images that calibrated them
     always: _Names = ()  # Classes that are in every set, because too few groups have them
+    grouped: bool = field(default=True, metadata={LATER: True})  # Were groups known? Otherwise images were counted
+
+    @property
+    def calibrated_on(self) -> str:
+        "Number of groups or images that calibrated the sets, in words"
+        return f'{self.groups} groups (patients)' if self.grouped else f'{self.groups} images'
 
     def __post_init__(self):
         if len(self.thresholds) != len(self.classes):
@@ -102,9 +109,8 @@ def _check_enough(groups, coverage, found, by_class):
         return
     needed = int(np.ceil(coverage / (1 - coverage) - 1e-9))
     each = ' of each class' if by_class else ''
-    less = (
-        '' if by_class or not groups else f', or require less: coverage={np.floor(100 * groups / (groups + 1)) / 100}'
-    )
+    possible = np.floor(100 * groups / (groups + 1)) / 100
+    less = '' if by_class or not groups else f', or require a coverage of {possible:.0%} or less'
     raise ValueError(
         f'{groups} groups (patients): prediction sets with a coverage of {coverage:.0%} need {needed} or more{each}, '
         f'otherwise each set has all classes. Add patients{less}'
@@ -141,5 +147,6 @@ def calibrated_sets(
         ordered=classes.ordered,
         allow_empty=allow_empty,
         groups=n_groups,
+        grouped=known_groups(groups) is not None,
         always=tuple(c for c, t in zip(classes, found) if t is None),
     )

@@ -190,7 +190,7 @@ class Decision(JsonFields):
         "Description of the prediction sets; '' without them"
         if self.sets is None:
             return ''
-        return f'coverage {self.sets.coverage:.0%}, calibrated on {self.sets.groups} groups (patients)'
+        return f'coverage {self.sets.coverage:.0%}, calibrated on {self.sets.calibrated_on}'
 
     def check(
         self,

@@ -41,7 +41,9 @@ def _too_few(n, metric, minimum, delta) -> OperatingPointError:
     if not n:
         return OperatingPointError(f'{words}Add patients with {kind} images')
     allowed = np.floor(100 * delta ** (1 / n)) / 100
-    return OperatingPointError(f'{words}Add patients, or require less: {metric}={allowed:.2f} is possible with {n}')
+    return OperatingPointError(
+        f'{words}Add patients, or require less: a {metric} of {allowed:.0%} is possible with {n}'
+    )
 
 
 def guaranteed_operating_point(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.source import NETWORK_SIZES
 from ..data.views import VIEWS, map_batches, normalize, stack_images
 from .head import Head
 from .ordered import ORDERED
@@ -132,7 +133,7 @@ def min_size(
     stages: nn.Module,  # From `create_body`
 ) -> int:  # Height and width in pixels
     "The smallest image size that a network accepts, up to its native size"
-    fails, works = 0, stages.spec.size
+    fails, works = NETWORK_SIZES[0] - 1, stages.spec.size
     while works - fails > 1:
         middle = (fails + works) // 2
         if _size_error(stages, middle):

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from .drawing import _field, _is_made, _map, _noise, _rgb, _stain, _stream
 from .eye import LESION_KINDS, _blob, _person, _place, _retina, _strokes, _tuft, _vessels
+from ..utils.checks import check_seed, check_workers
 
 # %% ../../nbs/synthetic/01_fundus.ipynb #cell024
 @dataclass(frozen=True)
@@ -384,7 +385,7 @@ def make_dr(
     workers: int | None = None,  # Number of processes; None: one per core
 ) -> pd.DataFrame:  # labels.csv: image, grade, patient, eye
     "Write `images/`, `labels.csv` and `truth.json` to a folder, unless it holds exactly these"
-    folder = Path(folder)
+    folder, seed, workers = Path(folder), check_seed(seed), check_workers(workers, 'workers')
     flaw_counts = dict(
         exact_duplicates=exact_duplicates,
         near_duplicates=near_duplicates,

@@ -36,14 +36,15 @@ def check_fraction(
 
 def check_workers(
     n,  # What was given
+    name: str = 'num_workers',  # Of the argument
 ) -> int | None:  # None: chosen automatically
-    "Return the number of processes that read images; raise a ValueError for an invalid number"
+    "Return the number of processes or threads that read images; raise a ValueError for an invalid number"
     if n is None:
         return None
     whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
     if not whole or not 0 <= n <= 256:
         raise ValueError(
-            f'num_workers={n!r:.60}: give the number of processes that read images, 0 to 256, or None '
+            f'{name}={n!r:.60}: give the number of processes or threads that read images, 0 to 256, or None '
             'to choose it automatically'
         )
     return int(n)

@@ -2,7 +2,8 @@
 
 Within a limit of time and memory a command ends in one of two ways:
 
-* exit code 0, and every image is predicted, listed in a row with the reason in `error`, or listed as skipped;
+* exit code 0 (or 3, for a `check` that finds a site too different), and every image is predicted, listed in a row with
+  the reason in `error`, or listed as skipped;
 * another exit code, and the last line on standard error is the only one that starts with `dr_transfer: error:` (or
   `dr_transfer COMMAND: error:` for arguments that the parser rejects). It names the input.
 
@@ -182,7 +183,7 @@ def has_rows(outcome) -> bool:
 
 def allowed(outcome) -> list:
     "What may have changed, besides the cache."
-    return outcome.command.outs if outcome.code == 0 or outcome.command.keeps or has_rows(outcome) else []
+    return outcome.command.outs if outcome.succeeded or outcome.command.keeps or has_rows(outcome) else []
 
 
 def limits(outcome) -> list:
@@ -202,7 +203,7 @@ def check(outcome, at) -> list:
     complaints += differences(outcome.before, outcome.after, [at.cache, at.logs, *allowed(outcome)])
     if outcome.stopped:
         return complaints
-    if outcome.code:
+    if not outcome.succeeded:
         complaints += bad_error(outcome) + (unaccounted(outcome, at) if has_rows(outcome) else [])
     else:
         complaints += ['exit code 0 with an error line'] if any(map(ERROR.match, outcome.err.splitlines())) else []

@@ -31,6 +31,7 @@ KINDS = (
     'caches',
     'volumes',
     'preparations',
+    'sites',
 )
 ALL_CASES = os.environ.get('DR_TRANSFER_HOSTILE') == 'all'  # also the cases that are usually skipped to save time
 SMALL = ('--arch', 'small_cnn', '--weights', 'random', '--size', '48', '--plan', 'head', '--epochs', '1')

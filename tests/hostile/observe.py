@@ -73,9 +73,14 @@ class Outcome:
         return lines[-1] if lines and ERROR.match(lines[-1]) else ''
 
     @property
+    def succeeded(self) -> bool:
+        "Did the command do what it was asked? `check` says by exit code 3 that a site is too different."
+        return self.code == 0 or (self.command.verb == 'check' and self.code == 3)
+
+    @property
     def kind(self) -> str:
         "In one word."
-        return 'completed' if self.code == 0 else 'error' if self.error else 'failed'
+        return 'completed' if self.succeeded else 'error' if self.error else 'failed'
 
 
 # ---------------------------------------------------------------- files on disk

@@ -3,6 +3,7 @@
 It computes nothing itself, so a child starts as a new process would. Requests and replies are lines of JSON.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 EXIT_UNCAUGHT = 70  # what the child returns when an exception passed all handlers; the traceback is on stderr
-MODULES = (
+MODULES = (  # of other packages
     'fastai.vision.all',
     'timm',
     'sklearn.linear_model',
@@ -28,26 +29,6 @@ MODULES = (
     'pydicom.pixels',
     'nibabel',
     'onnxruntime',
-    *(
-        f'dr_transfer.{m}'
-        for m in (
-            'cli',
-            'core',
-            'run',
-            'bundle',
-            'report',
-            'onnx_export',
-            'preprocess',
-            'evaluate',
-            'compare',
-            'crossval',
-            'experiments',
-            'advisor',
-            'demo',
-            'ct',
-            'ct_data',
-        )
-    ),
 )
 # Programs that the library and its dependencies start to get information on the machine.
 HARMLESS = ('uname', 'lscpu', 'nproc', 'ldconfig')
@@ -56,12 +37,15 @@ HARMLESS = ('uname', 'lscpu', 'nproc', 'ldconfig')
 def load():
     "Import everything that a command may need; packages that are not installed are skipped."
     import importlib
+    import pkgutil
+
+    import dr_transfer
 
     for name in MODULES:
-        try:
+        with contextlib.suppress(ImportError):  # some are optional
             importlib.import_module(name)
-        except ImportError:
-            continue
+    for module in pkgutil.walk_packages(dr_transfer.__path__, 'dr_transfer.'):
+        importlib.import_module(module.name)
 
 
 def memory(field):
