@@ -38,7 +38,8 @@ def test_features_of_the_new_site_are_standardised_and_nothing_else_changes(site
     old = dt.load_model(sites / 'run' / 'model')
     before = {k: v.clone() for k, v in old.model.state_dict().items()}
     new = adapt_model(old, other)
-    _, features = view_outputs(old.model, other, old.read, old.card.mean, old.card.std)
+    _, features = view_outputs(old.model, other, old.read, old.card.mean, old.card.std, old.card.views)
+    features = features.reshape(-1, features.shape[-1])
     weight = len(other) / (len(other) + 16)
     for name, here in (('running_mean', features.mean(0)), ('running_var', features.var(0))):
         expected = weight * here + (1 - weight) * before[f'1.1.{name}'].numpy()

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.core import build_learner, fit, generalization_gap, predict_probs, valid_predictions
-from dr_transfer.explain.grad_cam import plot_grad_cam
-from dr_transfer.inference.saved_model import image_model
 from dr_transfer.data.fundus import read_image
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.summary import data_summary
 from dr_transfer.data.tasks import Target, Task
+from dr_transfer.explain.grad_cam import plot_grad_cam
+from dr_transfer.inference.saved_model import image_model
 from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import Weights

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from scipy.stats import binomtest
 
 from dr_transfer.data.augment import plot_views
-from dr_transfer.data.views import VIEWS
+from dr_transfer.data.views import VIEWS, correct_light, stack_images
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.evaluation.experiments import BASELINE, METHODS, plot_learning_curve, plot_training_curve
 from dr_transfer.explain.activations import plot_neighbors
@@ -161,16 +161,19 @@ def test_each_view_is_shown_with_a_name(views):
     axes = plot_views(a, views).axes
     assert len({ax.get_title() for ax in axes}) == len(axes) == len(VIEWS[views])
     by_name = {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in axes}
-    known = {
-        'as it is': a,
-        'mirrored': a[:, ::-1],
-        'rotated by 90°': np.rot90(a),
-        'rotated by 180°': np.rot90(a, 2),
-        'rotated by 270°': np.rot90(a, 3),
+    turned = {
+        'mirrored': lambda image: image[:, ::-1],
+        'rotated by 90°': np.rot90,
+        'rotated by 180°': lambda image: np.rot90(image, 2),
+        'rotated by 270°': lambda image: np.rot90(image, 3),
     }
-    assert by_name.keys() - known.keys() <= {'middle enlarged', 'mirrored, middle enlarged'}, (
-        'a title does not name a view'
-    )
+    grey = correct_light(stack_images([a]))[0].permute(1, 2, 0).numpy()
+    known = {'as it is': a, 'light corrected': grey}
+    for name, turn in turned.items():
+        known |= {name: turn(a), f'{name}, light corrected': turn(grey)}
+    enlarged = {'middle enlarged', 'mirrored, middle enlarged'}
+    enlarged |= {f'{name}, light corrected' for name in enlarged}
+    assert by_name.keys() - known.keys() <= enlarged, 'a title does not name a view'
     for name in by_name.keys() & known.keys():
         assert np.array_equal(by_name[name], known[name]), name
 

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,13 +175,15 @@ def test_the_head_of_the_flowers_recipe_layer_by_layer():
 def test_rotations_reduce_the_gap_between_training_and_validation(tmp_path):
     "The gap between the subsets, for a model with rotations and for one without"
     from dr_transfer.core import build_learner, fit, generalization_gap
+    from dr_transfer.data.tasks import get_task
 
     make_dr(tmp_path / 'fundus', n=40, size=48, seed=0, workers=1)
     gaps = []
+    task = replace(get_task('dr'), reader='fundus')
     for augment in ('none', 'quarter_turns'):
         learn = build_learner(
             tmp_path / 'fundus',
-            'dr',
+            task,
             arch='test_resnet',
             weights='random',
             size=48,

@@ -307,6 +307,16 @@ def check_labels(
     _check_joint([str(label).strip() for label in labels if label is not None])
 
 
+def check_folder_names(
+    folder,  # Folder of class folders
+    names: list,  # Names of class folders
+):
+    "Raise a ValueError for the name of a class folder that is not UTF-8"
+    bad = text_errors(names)
+    if bad:
+        raise ValueError(f'the name of {names[bad[0]]!r} in {folder} has bytes that are not UTF-8: rename the folder')
+
+
 def _check_joint(labels):
     "Raise a ValueError for cells such as 'bolt;red' whose parts occur in other labels"
     kinds = dict.fromkeys(labels)

@@ -22,6 +22,7 @@ from dr_transfer.data.columns import (
     GroupSource,
     _no_label,
     _splits,
+    check_folder_names,
     check_labels,
     choose_groups,
     data_names,
@@ -36,7 +37,6 @@ from .dicom import DICOM_SUFFIXES, dicom_facts, is_dicom
 from .images import image_errors
 from .sources import with_sources
 from ..metrics.groups import group_key, same_groups
-from ..utils.csvfile import text_errors
 from ..utils.files import DATA_KINDS, MARKER, output_kind
 from ..utils.places import OutputError
 
@@ -208,11 +208,7 @@ def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSour
             'Put each into a folder with the name of its class, or give a CSV of labels (labels=..., --labels)'
         )
     labels = [p[1 if split else 0] for p in parts]
-    bad = text_errors(labels)
-    if bad:
-        raise ValueError(
-            f'the name of the folder {labels[bad[0]]!r} in {folder} has bytes that are not UTF-8: rename the folder'
-        )
+    check_folder_names(folder, labels)
     t = pd.DataFrame({'image': files, 'label': labels, 'group': None}, dtype=object)
     if split:
         t['split'] = [SPLITS[p[0].lower()] for p in parts]

@@ -53,9 +53,8 @@ def feature_shift(
 
 
 @torch.no_grad()
-def _set_statistics(norm, features):
-    "Replace the mean and variance of training by those of features (n, d); those of training keep a small weight"
-    n = len(features)
+def _set_statistics(norm, features, n):
+    "Replace mean and variance of training by those of features (rows, d) of n images; training keeps a small weight"
     new = n / (n + _WEIGHT_OF_TRAINING)
     norm.running_mean.lerp_(torch.from_numpy(features.mean(0)).to(norm.running_mean), new)
     norm.running_var.lerp_(torch.from_numpy(features.var(0)).to(norm.running_var), new)
@@ -84,7 +83,8 @@ def adapt_model(
         )
     norm = _first_norm(model.model)
     card = model.card
-    _, features = view_outputs(model.model, images, model.read, card.mean, card.std)
+    _, features = view_outputs(model.model, images, model.read, card.mean, card.std, card.views)
+    features = features.reshape(-1, features.shape[-1])  # all views, as in training
     shift = feature_shift(features, norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy())
     if shift < _LEAST_SHIFT:
         raise AdaptationError(
@@ -92,7 +92,7 @@ def adapt_model(
             f'{shift:.2f} standard deviations, and {_LEAST_SHIFT} or more is needed). Use the model as it is'
         )
     network = copy.deepcopy(model.model)
-    _set_statistics(_first_norm(network), features.astype(np.float64))
+    _set_statistics(_first_norm(network), features.astype(np.float64), len(images))
     made_from = MadeFrom('adapt', card.tensors_sha256, len(images), len(images))
     new_card = replace(card, made_from=made_from)
     return ImageModel(network, new_card, model.seen, model.seen_use, model.distribution)

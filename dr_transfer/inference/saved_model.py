@@ -105,7 +105,7 @@ class ImageModel:
         "Predict, and describe the features of each image, in one pass"
         card, images = self.card, image_list(images)
         probs, features = view_outputs(self.model, images, self.read, card.mean, card.std, card.views)
-        return probs, describe_features(self.distribution, features)
+        return probs, describe_features(self.distribution, features[:, 0])  # the first view is the unchanged image
 
 # %% ../../nbs/inference/03_saved_model.ipynb #b2722424
 def check_tensors(

@@ -244,8 +244,8 @@ def view_outputs(
     *,
     bs: int | None = None,  # Batch size; `default_bs` if None
     average: bool = True,  # Average the probabilities over the views?
-) -> tuple[np.ndarray, np.ndarray]:  # Probabilities; features (n, d) of the unchanged image
-    "Predict class probabilities, and compute the features that the head gets from the unchanged image"
+) -> tuple[np.ndarray, np.ndarray]:  # Probabilities; features (n, views, d)
+    "Predict class probabilities, and compute the features that the head gets from each view"
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
@@ -259,13 +259,14 @@ def view_outputs(
         maps = [body(view) for view in VIEWS[views].of(x)]  # the first view is the unchanged image
         p = torch.stack([head(m).softmax(1) for m in maps], 1)
         p = p.mean(1) if average else p
-        return {'probs': p.cpu().numpy(), 'features': pool(maps[0]).float().cpu().numpy()}
+        features = torch.stack([pool(m).float() for m in maps], 1)
+        return {'probs': p.cpu().numpy(), 'features': features.cpu().numpy()}
 
     n_batches = -(-len(sources) // bs)
     batches = map_batches(outputs, sources, read, bs, device)
     out = list(progress(batches, total=n_batches, label=f'predictions, batches of {bs}'))
     if not out:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+        return np.zeros((0, 0), np.float32), np.zeros((0, len(VIEWS[views]), 0), np.float32)
     all_probs, features = (np.concatenate([part[k] for part in out]) for k in ('probs', 'features'))
     if np.isfinite(all_probs).all():
         return all_probs, features

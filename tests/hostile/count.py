@@ -26,7 +26,7 @@ def outcome_of(outcome, complaints) -> str:
         return 'not here'
     if complaints:
         return 'contract broken'
-    return 'completed' if outcome.code == 0 else 'error'  # also without a message, if there is no reader
+    return 'completed' if outcome.succeeded else 'error'  # also without a message, if there is no reader
 
 
 def count(kinds, folder) -> dict:
