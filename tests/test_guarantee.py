@@ -1,5 +1,7 @@
 "Test that the guarantee of an operating point holds in simulations, and that too few patients are refused."
 
+import re
+
 import numpy as np
 import pytest
 from helpers import tool
@@ -97,7 +99,9 @@ def test_what_the_error_suggests_is_possible():
     for n in (1, 5, 12, 21):
         with pytest.raises(OperatingPointError) as e:
             guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), 0.9)
-        allowed = float(str(e.value).partition('sensitivity=')[2].split()[0])
+        in_python, on_the_command_line = re.search(r'\(sensitivity=(\S+), --sensitivity (\S+)\)', str(e.value)).groups()
+        assert in_python == on_the_command_line
+        allowed = float(in_python)
         assert guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), allowed).minimum == allowed
 
 
@@ -105,8 +109,15 @@ def test_many_images_of_few_patients_are_few():
     y, score, groups = np.ones(400, int), np.arange(400.0), np.arange(400) // 20
     with pytest.raises(OperatingPointError, match='20 positive patients'):
         guaranteed_operating_point(y, score, 0.9, groups=groups)
-    with pytest.raises(OperatingPointError, match='0 negative patients'):
-        guaranteed_operating_point(y, score, specificity=0.9)
+    with pytest.raises(OperatingPointError, match=r'0 negative patients.*Add patients with negative images'):
+        guaranteed_operating_point(y, score, specificity=0.9, groups=groups)
+
+
+def test_without_patients_the_error_counts_images():
+    for n, more in ((0, 'Add positive images'), (12, 'Add images, or require less')):
+        with pytest.raises(OperatingPointError, match=f'^{n} positive images: .*{more}') as e:
+            guaranteed_operating_point([0] * 5 + [1] * n, np.arange(5.0 + n), 0.9, groups=[None] * (5 + n))
+        assert 'patients' not in str(e.value)
 
 
 @pytest.mark.parametrize(

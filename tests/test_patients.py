@@ -11,6 +11,7 @@ from dr_transfer.data.columns import GROUP_COLUMNS, NO_GROUPS
 from dr_transfer.data.sources import NO_SOURCES
 from dr_transfer.data.split import SplitError, check_split, split_table
 from dr_transfer.data.table import label_table, report_table
+from dr_transfer.data.tasks import Target, task_table
 from dr_transfer.metrics.groups import same_groups
 from dr_transfer.metrics.intervals import group_codes
 
@@ -147,6 +148,36 @@ def test_a_guessed_column_that_makes_a_split_impossible_is_named(folder, column)
     given = label_table(folder, twenty(column).assign(**{column: 'one'}), group_col=column, verify=False)
     with pytest.raises(SplitError) as e:
         split_table(given)
+    assert 'chosen by its name' not in str(e.value)
+
+
+FOUR = ['train', 'train', 'valid', 'valid']
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'split': 'test'}, "every image is in the split 'test'"),
+        ({'split': 'valid'}, "no images in the split 'train'"),
+        ({'split': ['train', 'valid', 'train', 'later'] * 10}, 'a split other than'),
+        ({'label': 'a'}, 'only one class'),
+        ({'label': ['a'] * 39 + ['b']}, 'has one image'),
+        ({'label': list('ab') * 19 + ['c'] * 2, 'split': FOUR * 9 + ['valid'] * 4}, 'no image of class c'),
+    ],
+)
+def test_errors_that_groups_do_not_cause_name_no_column_of_groups(folder, change, words):
+    t = label_table(folder, twenty().assign(pid=range(40)), verify=False).assign(**change)
+    with pytest.raises(SplitError, match=words) as e:
+        split_table(t)
+    assert 'chosen by its name' not in str(e.value)
+
+
+def test_errors_that_groups_cause_name_their_column(folder):
+    t = label_table(folder, twenty(), verify=False)
+    with pytest.raises(SplitError, match=r'20 groups are in more than one.*--patient COLUMN'):
+        split_table(t.assign(split=['train', 'valid'] * 20))
+    with pytest.raises(ValueError, match='give fractions with a sum below 1') as e:
+        task_table(folder, Target('class'), twenty(), valid=2.0)
     assert 'chosen by its name' not in str(e.value)
 
 

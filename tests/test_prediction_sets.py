@@ -102,7 +102,7 @@ def test_sets_of_grades_have_no_gaps_and_are_not_empty(seed, by_class, coverage)
 
 
 def test_too_few_patients_are_refused_with_the_number_that_is_needed():
-    with pytest.raises(ValueError, match=r'8 groups .* need 9 or more.*coverage=0.88'):
+    with pytest.raises(ValueError, match=r'8 groups .* need 9 or more.*Add patients, .* of 88% or less'):
         choose_sets(predictions(8, 0), NAMES)
     assert choose_sets(predictions(8, 0), NAMES, coverage=0.88).groups == 8
     choose_sets(predictions(9, 0), NAMES)
@@ -217,3 +217,12 @@ def test_words_say_whether_patients_or_images_calibrated_the_sets():
     assert f'calibrated on {len(table)} images' in without.set_words
     assert 'patients' not in without.set_words
     assert type(without).from_dict(without.to_dict()) == without
+
+
+@pytest.mark.parametrize('groups', ['none', 'missing'])
+def test_too_few_images_without_patients_are_called_images(groups):
+    table = predictions(8, 0, eyes=1)
+    table = table.drop(columns='group') if groups == 'none' else table.assign(group=None)
+    with pytest.raises(ValueError, match=r'^8 images: .* need 9 or more.*Add images, or require') as e:
+        choose_sets(table, NAMES)
+    assert 'patients' not in str(e.value)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..metrics.groups import group_key, spellings
+from ..metrics.groups import GroupError, group_key, spellings
 from ..utils.csvfile import check_columns, known_columns, plain_name, read_csv, text_errors
 
 # %% ../../nbs/data/11_columns.ipynb #20598098
@@ -41,15 +41,17 @@ def read_labels(
 def table_name(
     table: pd.DataFrame,  # From `read_labels`, or of the user
 ) -> str:
-    "The CSV file of a table, for messages"
-    return table.attrs.get('file', 'the table')
+    "The CSV file of a table, for messages; '' if it was not read from a file"
+    return table.attrs.get('file', '')
 
 
 def _not_utf8(
     what: str,  # Where such bytes are
-    file,  # Name of the file
+    file,  # Name of the file; '' for a table of the user
 ) -> str:
     "Error message for bytes that are not UTF-8"
+    if not file:
+        return f'{what} is not valid text: it has bytes that are not UTF-8. Replace it'
     return (
         f'{file} cannot be read as a CSV file in UTF-8: {what} has bytes of another encoding, such as Latin-1. '
         'Save it as CSV UTF-8'
@@ -267,12 +269,12 @@ def described(
 def group_errors(
     table: pd.DataFrame,  # From `label_table`
 ):
-    "Add to errors of a split which column was found by its name and how to choose another"
+    "Add to a `GroupError` which column was found by its name and how to choose another"
     source = table.attrs.get('group_source')
     hint = source.hint if source is not None and table.group.notna().any() else ''
     try:
         yield
-    except ValueError as e:
+    except GroupError as e:
         if not hint or hint in str(e):
             raise
         raise type(e)(str(e).rstrip('.') + hint) from None
@@ -288,7 +290,7 @@ _ONE_CLASS = (
 def check_labels(
     labels,  # Cells of the column of labels
     rows,  # Row number of each, for messages
-    file: str = 'the table',  # File with the labels, for messages
+    file: str = '',  # CSV file with the labels, for messages
 ):
     "Raise a ValueError for labels that are lists, too long, or several labels in one cell"
     for row, label in zip(rows, labels):

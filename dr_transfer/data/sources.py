@@ -11,7 +11,8 @@ import re
 import numpy as np
 import pandas as pd
 
-from .columns import SOURCES, data_columns, find_column, shown_name, some
+from .columns import SOURCES, _not_utf8, data_columns, find_column, shown_name, some
+from ..utils.csvfile import text_errors
 
 # %% ../../nbs/data/11_sources.ipynb #0b711309
 NO_SOURCES = "no source column found: all images count as one source; name one with source_col='...' (--source COLUMN)"
@@ -61,10 +62,21 @@ def sources_line(
     return f"sources: column '{column}', {len(counts)} source{'' if len(counts) == 1 else 's'}: {names}"
 
 
+def _check_text(table, file):
+    "Raise a ValueError if the name of a source is not UTF-8"
+    column = table.attrs['source_col']
+    if column not in table:
+        return
+    bad = text_errors(table[column])
+    if bad:
+        raise ValueError(_not_utf8(f"column '{shown_name(column)}' of image {table.image.iloc[bad[0]]}", file))
+
+
 def with_sources(
     table: pd.DataFrame,  # A table whose user's columns begin with `data_`
     source_col: str | None = None,  # Column of the sources; a usual one if None; or 'none'
     known: str | None = None,  # Column that was chosen before, with `data_`
+    file: str = '',  # CSV file of the table, for messages
 ) -> pd.DataFrame:  # The same table
     "Note in `attrs` which column has the sources (`source_col`), and a line that says so (`sources`)"
     chosen_before = source_col is None and (known == _NO_COLUMN or known in table)
@@ -72,6 +84,7 @@ def with_sources(
         table.attrs['source_col'] = known if chosen_before else _NO_COLUMN
     else:
         table.attrs['source_col'] = find_source_column(table, source_col)
+    _check_text(table, file)
     table.attrs['sources'] = sources_line(table)
     return table
 

@@ -10,11 +10,16 @@ import numpy as np
 import pandas as pd
 
 from .columns import group_errors, some
+from ..metrics.groups import GroupError
 from ..utils.checks import check_fraction, check_seed
 
 # %% ../../nbs/data/15_split.ipynb #b50eab09
 class SplitError(ValueError):
     "A split that cannot be made or must not be used"
+
+
+class _GroupSplitError(SplitError, GroupError):
+    "A split that cannot be made or must not be used because of the groups"
 
 
 def _folds(t, k, seed) -> np.ndarray:
@@ -24,7 +29,7 @@ def _folds(t, k, seed) -> np.ndarray:
     groups = t.group.where(t.group.notna(), 'alone ' + t.image)
     grouped = groups.duplicated().any()
     if groups.nunique() < k:
-        raise SplitError(f'too few groups: {groups.nunique()}, but {k} are needed for this split. Add some')
+        raise _GroupSplitError(f'too few groups: {groups.nunique()}, but {k} are needed for this split. Add some')
     kf = (StratifiedGroupKFold if grouped else StratifiedKFold)(k, shuffle=True, random_state=seed)
     fold = np.zeros(len(t), int)
     for i, (_, chosen) in enumerate(kf.split(t, t.label, groups if grouped else None)):
@@ -66,11 +71,12 @@ def split_table(
     if t.split.eq('test').any():  # a test set exists
         test = 0.0
     with group_errors(t):
-        if not t.split.eq('valid').any():
+        made = not t.split.eq('valid').any()
+        if made:
             named = t.split.eq('train')
             _fill(t, valid, test, seed)
             _note_moved(t, named)
-        check_split(t, check)
+        check_split(t, check, made)
     return t
 
 
@@ -117,8 +123,10 @@ def _excluded(table) -> str:
 def check_split(
     table: pd.DataFrame,  # A table with its column `split` filled
     groups: bool = True,  # Whether a group in two subsets is an error
+    made: bool = False,  # Whether the split was made from the groups
 ):
     "Raise a `SplitError` if a group is in two subsets, a subset is empty, or a class is not in training"
+    error = _GroupSplitError if made else SplitError
     odd = table[~table.split.isin(['train', 'valid', 'test'])]
     if len(odd):
         raise SplitError(
@@ -128,21 +136,19 @@ def check_split(
     for subset in ('train', 'valid'):
         if not table.split.eq(subset).any():
             named = ', '.join(f'{k}: {v}' for k, v in table.split.value_counts().items())
-            raise SplitError(
+            raise error(
                 f"no images in the split '{subset}' ({named}): there are too few groups or images, or all are "
                 f'in another subset{_excluded(table)}'
             )
     subsets = table.groupby('group').split.nunique()
     if groups and (subsets > 1).any():
-        raise SplitError(
+        raise _GroupSplitError(
             f'{(subsets > 1).sum()} groups are in more than one of train, valid and test: '
             f'{some(subsets.index[subsets > 1])}. {split_advice(table)}'
         )
     gone = sorted(set(table.label) - set(table.label[table.split == 'train']))
     if gone:
-        raise SplitError(
-            f'no image of class {some(gone)} is left for training: add images or groups, or try another seed'
-        )
+        raise error(f'no image of class {some(gone)} is left for training: add images or groups, or try another seed')
 
 # %% ../../nbs/data/15_split.ipynb #ea5f9081
 def split_summary(

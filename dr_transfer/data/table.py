@@ -347,7 +347,7 @@ def label_table(
         raise ValueError(f'no images in {source}: give a folder with {", ".join(IMAGE_SUFFIXES[:4])}, ... files')
     t = _finish(t, verify, groups, [])
     t.attrs['split_from'] = 'folders' if labels is None else 'column'
-    return with_sources(t, source_col)
+    return with_sources(t, source_col, file=str(labels) if isinstance(labels, (str, Path)) else '')
 
 # %% ../../nbs/data/13_table.ipynb #0498362a
 _FOLDER = 'data_folder'  # column of the source where folders are given side by side

@@ -23,6 +23,7 @@ from ..data.tasks import Task, encode_target, get_task
 from .cross_validation import train_once, without_weights
 from ..features.probes import fold_interval
 from ..metrics.decision import table_arrays, table_classes
+from ..metrics.groups import GroupError
 from ..metrics.screening import main_metric, metric_values
 from ..training.plans import check_epochs, get_plan, plan_arch
 from ..utils.files import plain_text, unknown
@@ -79,7 +80,7 @@ def unseen_split(
     valid = held[is_valid]
     rest = held[~is_valid & ~held.group.isin(valid.group.dropna())][:max_test]
     if not len(rest):
-        raise ValueError(
+        raise GroupError(
             f'{len(held)} held-out images of {held.group.nunique()} groups are too few for a test set: '
             'give a larger test=, or more groups'
         )

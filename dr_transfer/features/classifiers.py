@@ -27,6 +27,7 @@ from torch import nn
 
 from ..data.sources import source_folds
 from .extraction import Features, _chosen
+from ..metrics.groups import GroupError
 from ..metrics.intervals import group_codes
 from ..models.head import Head
 from ..models.network import HEADS, create_head
@@ -51,7 +52,7 @@ def grouped_folds(
     n_groups = _group_counts(y, g)
     kind = 'images' if groups is None else 'groups'
     if n_groups.min() < 2:
-        raise ValueError(
+        raise GroupError(
             f"class '{n_groups.idxmin()}' has {n_groups.min()} {kind}: cross-validation needs 2 {kind} "
             f'or more of each class. Add {kind}, or exclude the class'
         )
@@ -68,7 +69,7 @@ def grouped_folds(
             out = list(splitter.split(np.zeros(len(y)), y, together))
             if all(has_every_class(train) for train, _ in out):
                 return out
-    raise ValueError(
+    raise GroupError(
         f"no folds have every class in training, because few {kind} contain class '{n_groups.idxmin()}': "
         f'add {kind}, or exclude the class'
     )

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 
 from .classes import as_classes
-from .groups import known_groups
+from .groups import counted, known_groups
 from .intervals import group_codes
 from ..utils.schema import LATER, JsonFields, Length, Range, SchemaError
 
@@ -54,7 +54,7 @@ class PredictionSets(JsonFields):
     @property
     def calibrated_on(self) -> str:
         "Number of groups or images that calibrated the sets, in words"
-        return f'{self.groups} groups (patients)' if self.grouped else f'{self.groups} images'
+        return counted(self.groups, self.grouped)
 
     def __post_init__(self):
         if len(self.thresholds) != len(self.classes):
@@ -103,7 +103,7 @@ def _threshold(probability, codes, coverage) -> float | None:
     return float(probability[order][covers.argmax()]) if covers.any() else None
 
 
-def _check_enough(groups, coverage, found, by_class):
+def _check_enough(groups, grouped, coverage, found, by_class):
     "Raise a ValueError if no class has a threshold"
     if any(t is not None for t in found):
         return
@@ -112,8 +112,8 @@ def _check_enough(groups, coverage, found, by_class):
     possible = np.floor(100 * groups / (groups + 1)) / 100
     less = '' if by_class or not groups else f', or require a coverage of {possible:.0%} or less'
     raise ValueError(
-        f'{groups} groups (patients): prediction sets with a coverage of {coverage:.0%} need {needed} or more{each}, '
-        f'otherwise each set has all classes. Add patients{less}'
+        f'{counted(groups, grouped)}: prediction sets with a coverage of {coverage:.0%} need {needed} or more{each}, '
+        f'otherwise each set has all classes. Add {"patients" if grouped else "images"}{less}'
     )
 
 
@@ -136,8 +136,8 @@ def calibrated_sets(
     of_truth = _set_scores(probs, classes.ordered)[np.arange(len(y)), y]
     used = [y == j for j in range(len(classes))] if by_class else [np.ones(len(y), bool)]
     found = [_threshold(of_truth[u], codes[u], coverage) for u in used]
-    n_groups = len(np.unique(codes))
-    _check_enough(n_groups, coverage, found, by_class)
+    n_groups, grouped = len(np.unique(codes)), known_groups(groups) is not None
+    _check_enough(n_groups, grouped, coverage, found, by_class)
     if not by_class:
         found = found * len(classes)
     return PredictionSets(
@@ -147,6 +147,6 @@ def calibrated_sets(
         ordered=classes.ordered,
         allow_empty=allow_empty,
         groups=n_groups,
-        grouped=known_groups(groups) is not None,
+        grouped=grouped,
         always=tuple(c for c, t in zip(classes, found) if t is None),
     )

@@ -66,3 +66,15 @@ def table_groups(
 ) -> list | None:  # Group name of each image (n,); None if all are missing
     "Return the column `group` of a table, or None if no group is known"
     return known_groups(table.group) if 'group' in table else None
+
+
+class GroupError(ValueError):
+    "An error that other groups could prevent"
+
+
+def counted(
+    n: int,  # Number
+    grouped: bool,  # Whether groups are known; otherwise images were counted
+) -> str:
+    "Format a number of groups, or of images"
+    return f'{n} groups (patients)' if grouped else f'{n} images'

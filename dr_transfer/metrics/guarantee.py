@@ -9,6 +9,7 @@ __all__ = ['guaranteed_operating_point']
 import numpy as np
 from scipy.stats import binom
 
+from .groups import known_groups
 from .intervals import group_codes
 from dr_transfer.metrics.operating_point import (
     OperatingPoint,
@@ -33,16 +34,17 @@ def _rank(n, minimum, delta) -> int:
     return int(np.searchsorted(failure, delta, side='right'))
 
 
-def _too_few(n, metric, minimum, delta) -> OperatingPointError:
-    "The error for too few patients, with the number that is needed and what this number allows"
+def _too_few(n, unit, metric, minimum, delta) -> OperatingPointError:
+    "The error for too few patients (or images), with the number that is needed and what this number allows"
     needed = int(np.ceil(np.log(delta) / np.log(minimum) - 1e-9))
     kind = 'positive' if metric == 'sensitivity' else 'negative'
-    words = f'{n} {kind} patients: a {metric} of {minimum:.0%} with {1 - delta:.0%} confidence needs {needed} or more. '
+    words = f'{n} {kind} {unit}: a {metric} of {minimum:.0%} with {1 - delta:.0%} confidence needs {needed} or more. '
     if not n:
-        return OperatingPointError(f'{words}Add patients with {kind} images')
+        return OperatingPointError(f'{words}Add {"patients with " if unit == "patients" else ""}{kind} images')
     allowed = np.floor(100 * delta ** (1 / n)) / 100
     return OperatingPointError(
-        f'{words}Add patients, or require less: a {metric} of {allowed:.0%} is possible with {n}'
+        f'{words}Add {unit}, or require less: a {metric} of {allowed:.0%} is possible with {n} '
+        f'({metric}={allowed:.2f}, --{metric} {allowed:.2f})'
     )
 
 
@@ -97,6 +99,6 @@ def guaranteed_operating_point(
     n = len(picked)
     k = _rank(n, minimum, delta)
     if not k:
-        raise _too_few(n, metric, minimum, delta)
+        raise _too_few(n, 'images' if known_groups(groups) is None else 'patients', metric, minimum, delta)
     at = picked[k - 1] if metric == 'sensitivity' else picked[n - k]
     return point_beside(y, score, at, metric, minimum, confidence=1 - delta)
