@@ -120,6 +120,15 @@ def test_the_permissions_are_those_of_any_file(run, tmp_path, name):
 # ---------------------------------------------------------------- round trip
 
 
+def test_a_run_in_place_of_its_model(run):
+    from dr_transfer.inference.card import ModelError
+    from dr_transfer.inference.saved_model import load_model
+
+    with pytest.raises(ModelError) as e:
+        load_model(run)
+    assert str(e.value).endswith(f'Give its model, {run / "model"}')
+
+
 def test_saved_again_it_is_the_same(tmp_path, run):
     from dr_transfer.inference.saved_model import load_model, save_model
 

@@ -17,6 +17,7 @@ from dr_transfer.data.table import find_images, label_table
 from dr_transfer.data.task_file import TaskFileError, load_task
 from dr_transfer.evaluation.compare import plot_comparison
 from dr_transfer.inference.predictions import gather_images, predict_table
+from dr_transfer.synthetic.ct import make_ct
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.utils.files import TransferWarning, has_marker
@@ -373,13 +374,24 @@ def test_an_export_does_not_go_into_the_model(tmp_path, capsys):
 # ---------------------------------------------------------------- outputs, folders and arguments
 
 
-@pytest.mark.parametrize('command', ['advise', 'compare', 'check'])
+UNNAMED = {
+    'advise': 'advice.png',
+    'compare': 'comparison.png',
+    'cross-validate': 'report.html',
+    'evaluate': 'report.html',
+    'check': 'check.html',
+    'recalibrate': 'recalibrated',
+    'adapt': 'adapted',
+}
+
+
+@pytest.mark.parametrize('command', UNNAMED)
 def test_overwrite_without_a_name_replaces_nothing(tmp_path, capsys, flowers, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    mine = {'advise': 'flowers_advice.png', 'compare': 'flowers_comparison.png', 'check': 'flowers_check.html'}[command]
+    mine = f'flowers_{UNNAMED[command]}'
     (tmp_path / mine).write_text('mine')
-    words = ['check', tmp_path / 'run', flowers] if command == 'check' else [command, flowers]
-    line = failed(capsys, *words, '--overwrite')
+    model = [] if command in ('advise', 'compare', 'cross-validate') else [tmp_path / 'run']
+    line = failed(capsys, command, *model, flowers, '--overwrite')
     assert f'--overwrite replaces only what --out names: give --out {mine}' in line
     assert (tmp_path / mine).read_text() == 'mine'
 
@@ -401,18 +413,43 @@ def test_a_label_that_is_not_text_names_the_table(tmp_path):
         label_table(tmp_path / 'flowers', tmp_path / 'mine.csv')
 
 
+@pytest.mark.parametrize('column', ['label', 'patient', 'camera'])
+def test_a_text_that_is_not_valid_in_a_table_of_the_user(flowers, column):
+    images = find_images(flowers)
+    table = pd.DataFrame({'image': images, 'label': 'a', 'patient': 'p', 'camera': 'c'})
+    table.loc[1::2, column] = 'x\udcff'
+    with pytest.raises(ValueError, match='is not valid text') as e:
+        label_table(table)
+    assert 'CSV' not in str(e.value)
+
+
+@pytest.mark.parametrize('column', ['label', 'patient', 'camera'])
+def test_each_column_that_is_not_text_names_the_file(tmp_path, flowers, column):
+    images = find_images(flowers)
+    table = pd.DataFrame({'image': images, 'label': 'a', 'patient': 'p', 'camera': 'c'})
+    table.loc[1::2, column] = 'xyz'
+    (tmp_path / 'mine.csv').write_bytes(table.to_csv(index=False).encode().replace(b'xyz', b'x\xff'))
+    with pytest.raises(ValueError, match=r'mine\.csv cannot be read as a CSV file in UTF-8'):
+        label_table(flowers, tmp_path / 'mine.csv')
+
+
 @pytest.mark.parametrize('workers', [-1, 1.5, 'two', True])
 def test_workers_are_checked_wherever_they_are_an_argument(tmp_path, flowers, workers):
     with pytest.raises(ValueError, match=r'workers=.*give the number of processes or threads'):
         preprocess_folder(flowers, tmp_path / 'out', workers=workers)
     with pytest.raises(ValueError, match=r'workers=.*give the number of processes or threads'):
         make_dr(tmp_path / 'eyes', n=4, size=48, workers=workers)
+    with pytest.raises(ValueError, match=r'workers=.*give the number of processes or threads'):
+        make_ct(tmp_path / 'volumes', n=1, workers=workers)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_seed_of_synthetic_images(tmp_path):
-    with pytest.raises(ValueError, match='seed=None: give a whole number'):
-        make_dr(tmp_path / 'eyes', n=4, size=48, seed=None)
+@pytest.mark.parametrize('make', [make_dr, make_flowers, make_ct])
+def test_seeds_of_synthetic_images(tmp_path, make):
+    for seed in (None, 1.5, -1, 'one'):
+        with pytest.raises(ValueError, match=r'seed=.*: give a whole number'):
+            make(tmp_path / 'made', seed=seed)
+    assert not any(tmp_path.iterdir())
 
 
 def test_preprocess_prints_a_reason_without_the_name_of_its_class(tmp_path, capsys):

@@ -23,10 +23,15 @@ from torch import nn
 
 from dr_transfer.core import build_learner, fit, generalization_gap, predict_probs, valid_predictions
 from dr_transfer.data.fundus import read_image
+from dr_transfer.data.gradability import gradability_table
+from dr_transfer.data.image_statistics import image_statistics
 from dr_transfer.data.split import SplitError
 from dr_transfer.data.summary import data_summary
 from dr_transfer.data.tasks import Target, Task
+from dr_transfer.evaluation.adaptation import adapt_model
+from dr_transfer.explain.activations import activation_table, plot_activations
 from dr_transfer.explain.grad_cam import plot_grad_cam
+from dr_transfer.features.probes import domain_profile
 from dr_transfer.inference.saved_model import image_model
 from dr_transfer.metrics.decision import prediction_table
 from dr_transfer.models import speed
@@ -1025,8 +1030,26 @@ def test_device_number_zero_is_a_device(build):
 def test_one_path_is_not_a_list_of_images(build):
     learn = build('dr')
     names = learn.table.image[:2].tolist()
-    for function in (lambda o: predict_probs(learn, o), image_model(learn).probs, lambda o: plot_grad_cam(learn, o)):
-        with pytest.raises(ValueError, match='is one image or folder'):
-            function(str(names[0]))
+    for function in functions_of_images(learn):
+        for path in (str(names[0]), Path(names[0])):
+            with pytest.raises(ValueError, match='is one image or folder'):
+                function(path)
     from_generator = predict_probs(learn, (name for name in names))
     assert np.array_equal(from_generator, predict_probs(learn, names))
+    assert activation_table(learn, (name for name in names)).equals(activation_table(learn, names))
+
+
+def functions_of_images(learn) -> list:
+    "Functions that take a list of images."
+    model = image_model(learn)
+    return [
+        lambda o: predict_probs(learn, o),
+        model.probs,
+        lambda o: plot_grad_cam(learn, o),
+        lambda o: activation_table(learn, o),
+        lambda o: plot_activations(learn, o),
+        lambda o: adapt_model(model, o),
+        lambda o: domain_profile(learn.body, o),
+        image_statistics,
+        gradability_table,
+    ]

@@ -212,6 +212,13 @@ def test_a_file_with_other_probabilities_is_not_written(small_model, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_path_is_not_a_list_of_images(small_model):
+    model = OnnxModel(small_model[1])
+    for function in (model.probs, model.outputs):
+        with pytest.raises(ValueError, match='is one image or folder'):
+            function('a.jpg')
+
+
 def test_invalid_exports_are_errors(small_model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'does not end in \.onnx: give a name such as .*m\.onnx'):
         export_onnx(small_model[0], tmp_path / 'm.pt')

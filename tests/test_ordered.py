@@ -146,7 +146,7 @@ def test_every_balance_trains_with_every_kind_of_phase(fundus_data, balance):
 def test_an_invalid_balance_is_an_error(fundus_data):
     with pytest.raises(ValueError, match='nearest first: weights'):
         build_learner(fundus_data, balance='weight', **TINY)
-    with pytest.raises(ValueError, match="use balance='sampling'"):
+    with pytest.raises(ValueError, match=r"use balance='sampling' \(--balance sampling\)"):
         build_learner(fundus_data, balance='weights', head='regression', **TINY)
 
 
@@ -211,7 +211,9 @@ def test_classes_without_an_order_are_an_error(tmp_path, head):
     kind = getattr(head, 'ordered', head)
     why = rf"head='{kind}' \(--head {kind}\) is for ordered classes"
     these = r"'class' \(daisy, roses, tulips\) is not"
-    with pytest.raises(ValueError, match=f"{why}.*{these}.*head='linear'"):
+    with pytest.raises(
+        ValueError, match=rf"{why}.*{these}.*head='linear' \(--head linear\).*ordered = true in a task file"
+    ):
         build_learner(flowers, size=48, **tiny)
     with pytest.raises(ValueError, match='is for ordered classes'):
         build_learner(flowers, size=48, **{**tiny, 'head': create_head(head, 128, 3)})

@@ -28,7 +28,9 @@ from dr_transfer.data.preprocess import Preparation, prepare_image
 from dr_transfer.data.source import IMAGE_LIMITS, ImageError, check_size
 from dr_transfer.data.table import find_images, label_table, skipped_images
 from dr_transfer.data.tasks import Task
-from dr_transfer.features.extraction import image_features
+from dr_transfer.features.extraction import image_features, whole_body
+from dr_transfer.features.probes import domain_profile
+from dr_transfer.models.network import make_body, min_size
 
 WIDTH = 48
 HEIGHT = 32
@@ -530,17 +532,30 @@ def test_an_error_can_be_pickled():
 # ---------------------------------------------------------------- sizes and shapes
 
 
-@pytest.mark.parametrize('size', [0, -1, 15, 224.0, True, False, None, '224', 10**9, np.nan])
+def sizes_of_a_network(size) -> list:
+    "Calls for which None is the size of the network itself."
+    return [
+        lambda: image_features([COLOUR], 'test_resnet', 'random', size=size),
+        lambda: domain_profile(make_body(whole_body('test_resnet', 'random'), 32, 'plain'), [COLOUR], size=size),
+    ]
+
+
+@pytest.mark.parametrize('size', [0, -1, 15, 4097, 224.0, True, False, None, '224', 10**9, np.nan])
 def test_one_validator_of_sizes(size):
     for call in (
         lambda: check_size(size),
         lambda: Task('x', size=size),
         lambda: read_image(COLOUR, size),
         lambda: read_disc(COLOUR, size),
-        *([] if size is None else [lambda: image_features([COLOUR], 'test_resnet', 'random', size=size)]),
+        *([] if size is None else sizes_of_a_network(size)),
     ):
         with pytest.raises(ValueError, match='give a whole number of pixels from 16'):
             call()
+
+
+def test_the_smallest_size_of_a_network_is_one_that_is_accepted():
+    smallest = min_size(whole_body('test_resnet', 'random'))
+    assert check_size(smallest) == smallest
 
 
 def test_valid_sizes():

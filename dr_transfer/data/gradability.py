@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from .fundus import disc_mask, read_disc
+from ..utils.checks import image_list
 from ..utils.files import progress
 
 # %% ../../nbs/data/08_gradability.ipynb #8320091f
@@ -97,6 +98,7 @@ def gradability_table(
     sources: list,  # Paths or images, all readable
 ) -> pd.DataFrame:  # One row per image: gradability, reason, values
     "Gradability of photographs, computed in threads"
+    sources = image_list(sources)
 
     def one(source):
         return gradability(read_disc(source, _MEASURED_SIZE)[0])

@@ -19,6 +19,7 @@ from PIL import Image
 from .fundus import crop_disc, disc_mask, is_fundus
 from .images import fit_square, image_header, read_rgb
 from .source import ImageError
+from ..utils.checks import image_list
 from ..utils.files import progress
 
 # %% ../../nbs/data/08_image_statistics.ipynb #4178afcd
@@ -150,7 +151,7 @@ def image_statistics(
 
     An image that cannot be read has a row of NaN; one that is not a file has no `pixels, bytes_per_pixel, format`.
     """
-    images = list(images)
+    images = image_list(images)
     fundus = is_fundus(reader)
 
     def one(source):

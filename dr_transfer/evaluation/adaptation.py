@@ -20,6 +20,7 @@ from ..inference.predictions import predict_table
 from ..inference.saved_model import ImageModel
 from ..metrics.expected import expected_metrics
 from ..models.network import AveragePool, view_outputs
+from ..utils.checks import image_list
 
 # %% ../../nbs/evaluation/11_adaptation.ipynb #a2117fa2
 _MIN_IMAGES = 50  # images of the new site, below which their mean and spread are too uncertain
@@ -76,7 +77,7 @@ def adapt_model(
     Statistics of the new site: Li et al. 2016 (arXiv:1603.04779), here for the first layer of the head only; with a
     weight of 16 images for the statistics of training: Schneider et al. 2020 (arXiv:2006.16971).
     """
-    images = list(images)
+    images = image_list(images)
     if len(images) < _MIN_IMAGES:
         raise AdaptationError(
             f'{len(images)} images: adapting a model needs {_MIN_IMAGES} or more images of the new site. Add images'

@@ -27,6 +27,7 @@ from ..features.extraction import Features, _chosen
 from ..metrics.intervals import bootstrap, group_codes
 from ..models.stages import Stages, stage_names
 from ..synthetic.fundus import contact_sheet
+from ..utils.checks import image_list
 from ..utils.files import plain_text
 
 # %% ../../nbs/explain/01_activations.ipynb #7d89336a
@@ -254,6 +255,7 @@ def activation_table(
     labels=None,  # Label of each image; rows by stage and label if given
 ) -> pd.DataFrame:  # `channels, size, mean, active` by stage (and label)
     "Mean activation and fraction of active units of every stage"
+    images = image_list(images)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f'{len(labels)} labels for {len(images)} images: give one for each')
     rows = [
@@ -287,6 +289,7 @@ def plot_activations(
     Each map has its own colour scale.
     """
     parts, names = _chain(model)
+    images = image_list(images)
     fig = Figure(figsize=(1.05 * (len(names) + 1), 1.1 * len(images) + 0.2), dpi=80, layout='constrained')
     axes = fig.subplots(len(images), len(names) + 1, squeeze=False)
     for ax, im in zip(axes[:, 0], images):

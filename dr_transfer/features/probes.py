@@ -26,6 +26,7 @@ from .extraction import Features, compute_views, reading
 from ..metrics.intervals import group_codes
 from ..metrics.scores import accuracy, auc, quadratic_kappa
 from ..models.network import Body
+from ..utils.checks import image_list
 from ..utils.files import unknown
 
 # %% ../../nbs/features/03_probes.ipynb #20e11a5f
@@ -448,7 +449,7 @@ def domain_profile(
     seed: int = 0,  # Random seed of the sample
 ) -> pd.DataFrame:  # One row for each BatchNorm layer: channels, distance
     "Distance of images from the statistics of each BatchNorm layer: the median divergence of its channels, in nats"
-    images = list(images)
+    images = image_list(images)
     if not images or n < 1:
         raise ValueError(f'{len(images)} images, n={n}: give at least one image; a hundred are better')
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n])

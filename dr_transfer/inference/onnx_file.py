@@ -19,6 +19,7 @@ from ..data.fundus import read_image
 from .card import ModelCard, ModelError, card_of
 from ..metrics.calibration import apply_temperature
 from ..metrics.classes import Classes
+from ..utils.checks import image_list
 from ..utils.files import extra_module, new_file
 from ..utils.places import reason
 from ..utils.regular import read_regular
@@ -114,7 +115,7 @@ class OnnxModel:
         images: list,  # Paths, PIL images or arrays, all readable
     ) -> tuple[np.ndarray, np.ndarray]:  # Probabilities before calibration; distances (n,)
         "Predict, and tell how unlike the training images each image is: 1 or more is unlike them, NaN is not known"
-        images = list(images)
+        images = image_list(images)
         if 'unlike' not in [output.name for output in self.session.get_outputs()]:
             return self.probs(images), np.full(len(images), np.nan)
         probs, unlike = self._run(images, ['uncalibrated', 'unlike'])
@@ -122,7 +123,7 @@ class OnnxModel:
 
     def _run(self, images, outputs, bs=8) -> list:
         "Values of outputs of the graph for images, in batches"
-        images = list(images)
+        images = image_list(images)
         if not images:
             return [np.zeros((0, len(self.classes)), np.float32)] * len(outputs)
         parts = []

@@ -314,12 +314,11 @@ def _check_memory(card, stored: int):
 
 def _read_folder(folder) -> ModelCard:
     "Read the card of a folder; ModelError if a file is missing or was changed"
+    inside = folder / 'model'
     for name in _MODEL_FILES:
         if not os.path.lexists(folder / name):
-            raise ModelError(
-                f'{folder} is not a model folder: {name} is missing. '
-                'Give a folder made by save_model, or RUN/model of a folder RUN made by dr_transfer train'
-            )
+            give = f'its model, {inside}' if os.path.lexists(inside / name) else 'a folder made by save_model'
+            raise ModelError(f'{folder} is not a model folder: {name} is missing. Give {give}')
     card = read_card(folder / 'model.json')
     file = folder / 'model.safetensors'
     try:

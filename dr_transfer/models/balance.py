@@ -45,7 +45,8 @@ def balanced_loss(
     "The loss for a head and a balance; ValueError if they do not fit together"
     if ordered == 'regression' and balance == 'weights':
         raise ValueError(
-            "balance='weights' needs a loss by class, and head='regression' has none: use balance='sampling'"
+            "balance='weights' needs a loss by class, and head='regression' has none: use balance='sampling' "
+            '(--balance sampling)'
         )
     if ordered == 'regression':
         return GradeLoss()

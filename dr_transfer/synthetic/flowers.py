@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from .drawing import _field, _is_made, _map, _noise, _rgb, _stream
+from ..utils.checks import check_seed
 
 # %% ../../nbs/synthetic/02_flowers.ipynb #cell053
 def _paint(
@@ -275,7 +276,7 @@ def make_flowers(
     classes: tuple = _CLASSES,  # Classes to draw
 ) -> pd.DataFrame:  # credits.csv: image, label, photographer
     "Write a folder for each class and `credits.csv`, unless the folder holds exactly these"
-    folder = Path(folder)
+    folder, seed = Path(folder), check_seed(seed)
     if len(classes) == 0 or set(classes) - set(_CLASSES):
         raise ValueError(f'classes={classes}: give some of {", ".join(_CLASSES)}')
     if n < len(classes) or size < 32:

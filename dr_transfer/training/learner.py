@@ -240,7 +240,8 @@ def _check_order(head, target, classes):
     shown = ', '.join(map(str, classes[:3])) + (', ...' if len(classes) > 3 else '')
     raise ValueError(
         f"head='{ordered}' (--head {ordered}) is for ordered classes, and target '{target.name}' ({shown}) is not: "
-        "use head='linear' (--head linear), or a target whose classes are ordered: Target(..., ordered=True)"
+        "use head='linear' (--head linear), or a target whose classes are ordered: Target(..., ordered=True), or "
+        'ordered = true in a task file (--task FILE.toml)'
     )
 
 
