@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 
-def draw(flowers, fundus_folder):
+def draw(flowers, fundus_folder, site):
     "The sets that all cases share."
     from dr_transfer.synthetic.flowers import make_flowers
     from dr_transfer.synthetic.fundus import make_dr
 
     make_flowers(flowers, n=18, size=48, seed=0, classes=('daisy', 'roses'))
     make_dr(fundus_folder, n=24, size=64, seed=0, workers=1)
+    make_dr(site, n=60, size=64, seed=7, cameras=(2,), workers=1)
 
 
 def draw_slice(path, spacing='null'):

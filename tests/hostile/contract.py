@@ -7,6 +7,8 @@ Within a limit of time and memory a command ends in one of two ways:
 * another exit code, and the last line on standard error is the only one that starts with `dr_transfer: error:` (or
   `dr_transfer COMMAND: error:` for arguments that the parser rejects). It names the input.
 
+What an error or a warning advises can be typed: advice for Python is not all that there is.
+
 There is never a traceback. No program is started and no connection opened. Outside `--out` and the cache no file is
 created, changed or deleted; after an error `--out` is unchanged.
 """
@@ -58,6 +60,7 @@ def table_of(outcome) -> list:
     path = {
         'predict': lambda o: o,
         'evaluate': table_beside,
+        'check': table_beside,
         'cross-validate': table_beside,
         'preprocess': lambda o: o / 'images.csv',
         'train': lambda o: o / 'predictions.csv',
@@ -96,7 +99,7 @@ def unaccounted(outcome, at) -> list:
     readable = command.outs or (kind == 'predict' and command.stdout == 'file')
     if command.call or '--help' in command.words or not readable:
         return []
-    if kind not in ('predict', 'evaluate', 'preprocess', 'train'):
+    if kind not in ('predict', 'evaluate', 'preprocess', 'train', 'check'):
         return []
     outcome.rows = rows = table_of(outcome)
     complaints = []
@@ -109,7 +112,7 @@ def unaccounted(outcome, at) -> list:
         return complaints + count_of_run(
             Path(command.outs[0]), expected if isinstance(expected, int) else len(expected)
         )
-    if kind == 'predict':
+    if kind in ('predict', 'check'):
         return complaints + sets_differ({absolute(r['image'], at) for r in rows}, {absolute(e, at) for e in expected})
     if kind == 'preprocess':
         return complaints + sets_differ(
@@ -143,7 +146,9 @@ def sets_differ(found, expected) -> list:
 
 
 def words_of(command) -> list:
-    "What an error may name: paths and options that were given, long enough not to match by chance."
+    "What an error may name: its culprit, or paths and options that were given, long enough not to match by chance."
+    if command.culprit:
+        return [w for o in map(str, command.culprit) for w in (o, o.encode(errors='backslashreplace').decode())]
     words = [str(w) for w in command.words[1:]] + [str(n) for n in command.named]
     words += [
         w.encode(errors='backslashreplace').decode() for w in words
@@ -174,6 +179,25 @@ def bad_error(outcome) -> list:
     )
 
 
+PYTHON = re.compile(
+    r"""(?<![-\w])[a-z]\w*=(?:['"\d]|True|None)"""
+)  # such as size=48: how an argument is written in Python
+
+
+def only_python(outcome) -> list:
+    "Return errors and warnings that say only in Python what to do, though a command was typed."
+    found = []
+    for line in outcome.err.splitlines():
+        if not re.match(r'dr_transfer( [a-z-]+)?: (error|warning):', line) or outcome.command.call:
+            continue
+        rest = line
+        for word in sorted(map(str, outcome.command.words), key=len, reverse=True):
+            rest = rest.replace(word, '')
+        if PYTHON.search(rest) and '--' not in line:
+            found.append(f'advice for Python only: {line[:300]}')
+    return found
+
+
 def has_rows(outcome) -> bool:
     "Return whether a failed prediction still wrote its table, with the reason for each image."
     command = outcome.command
@@ -199,6 +223,7 @@ def check(outcome, at) -> list:
     command = outcome.command
     complaints = limits(outcome)
     complaints += [f'{word!r} in what it printed' for word in FORBIDDEN if word in outcome.out + outcome.err]
+    complaints += only_python(outcome)
     complaints += [f'a program or connection: {e[:200]}' for e in outcome.events]
     complaints += differences(outcome.before, outcome.after, [at.cache, at.logs, *allowed(outcome)])
     if outcome.stopped:

@@ -127,6 +127,10 @@ class Place:
         "The synthetic fundus images as the data of this case."
         return Path(shutil.copytree(self.fundus, self.data, dirs_exist_ok=True))
 
+    def copy_site(self) -> Path:
+        "Other synthetic fundus images, of another camera, as the data of this case."
+        return Path(shutil.copytree(self.shared / 'site_set', self.data, dirs_exist_ok=True))
+
     def predict(self, *images, model='flower_run', **more) -> Command:
         "Predict some images, or the data folder, into a CSV."
         out = self.root / 'out.csv'
@@ -238,7 +242,11 @@ def make_shared(runner, folder):
     "Synthetic sets and trained models; made once, changed by no case."
     at = place(folder.with_name(folder.name + ' making'), folder)
     folder.mkdir()
-    done(runner, at, Command(['draw', folder / 'flowers', folder / 'fundus_set'], [folder], call='draw'))
+    done(
+        runner,
+        at,
+        Command(['draw', folder / 'flowers', folder / 'fundus_set', folder / 'site_set'], [folder], call='draw'),
+    )
     done(runner, at, Command(['train', folder / 'flowers', *SMALL, *PLAIN, '--out', folder / 'flower_run'], [folder]))
     done(
         runner,

@@ -22,7 +22,7 @@ def onnx_flipped(at, i):
     "One byte of an ONNX file has other bits: an error, never another prediction."
     path = onnx(at)
     flipped(path, i)
-    return predicted(at, path, named=('m.onnx',), also=same_or_error(at))
+    return predicted(at, path, culprit=('m.onnx',), also=same_or_error(at))
 
 
 def same_or_error(at):
@@ -40,7 +40,7 @@ def other_onnx(at, data):
     "An ONNX file that contains something else."
     path = onnx(at)
     path.write_bytes(path.read_bytes()[:100_000] if data is None else data)
-    return predicted(at, path, named=('m.onnx',), also=must_fail)
+    return predicted(at, path, culprit=('m.onnx',), also=must_fail)
 
 
 @case(
@@ -63,7 +63,7 @@ def onnx_with_another_description(at, change):
     about = next(m for m in proto.metadata_props if m.key == 'about')
     about.value = '[]' if change is None else json.dumps({**json.loads(about.value), **change})
     package.save(proto, path)
-    return predicted(at, path, named=('m.onnx',), also=must_fail)
+    return predicted(at, path, culprit=('m.onnx',), also=must_fail)
 
 
 @case('onnx', {k: k for k in ('fifo', 'folder', 'zero', 'dangling')})
@@ -76,4 +76,4 @@ def onnx_path(at, kind):
         path.mkdir()
     else:
         path.symlink_to('/dev/zero' if kind == 'zero' else 'nowhere')
-    return predicted(at, path, named=('m.onnx',), also=must_fail)
+    return predicted(at, path, culprit=('m.onnx',), also=must_fail)

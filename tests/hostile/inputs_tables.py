@@ -32,7 +32,7 @@ def table(expects=None, each=None, words=DR, named=()):
         def command(at, *value):
             at.copy_fundus()
             write(at.data / 'labels.csv', build(rows_of(at), *value))
-            return at.train(*words, images=expects, data=at.data, named=('labels.csv', *named))
+            return at.train(*words, images=expects, data=at.data, culprit=('labels.csv', 'row', 'column', *named))
 
         command.__name__ = build.__name__
         command.__doc__ = build.__doc__

@@ -34,6 +34,7 @@ class Command:
     data: Path | None = None  # folder whose images must be accounted for
     images: list | int | None = None  # those images, or how many, if not all below `data`
     named: tuple = ()  # an error must contain one of these, or a path or option of `words`
+    culprit: tuple = ()  # an error must contain one of these: a path or option of `words` is not enough
     call: str = ''  # a function in calls.py instead of the command
     environment: dict = field(default_factory=dict)
     stdout: str | None = 'file'  # 'file', 'broken pipe', a device, or None: closed
