@@ -53,7 +53,8 @@ def test_features_of_the_new_site_are_standardised_and_nothing_else_changes(site
 def test_shift_is_the_root_mean_square_of_the_features():
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (4000, 50))
-    assert feature_shift(x + 1, np.full(50, 3.0), np.full(50, 4.0)) == pytest.approx(0.5, abs=0.03)
+    result = feature_shift(x + 1, np.full(50, 3.0), np.full(50, 4.0))
+    assert result == pytest.approx(0.5, abs=0.03)
     assert feature_shift(x, np.full(50, 3.0), np.full(50, 4.0)) < 0.05
     constant = np.where(np.arange(50) < 10, 0, 4.0)  # ten features that never vary in training
     assert feature_shift(x + 1, np.full(50, 3.0), constant) == pytest.approx(0.5, abs=0.03)

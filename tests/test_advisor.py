@@ -188,7 +188,8 @@ def test_advice_on_a_table(dots, one_network):
     assert a.profile.attrs['metric'] == 'auc'
     assert a.profile.score.between(0, 1).all()
     assert a.profile.home.max() > 0.9, 'red and green can be told apart'
-    assert a.speed.index.tolist() == [0.25, 0.5, 1]
+    result = a.speed.index.tolist()
+    assert result == [0.25, 0.5, 1]
     assert a.speed.images.is_monotonic_increasing
     assert (a.profile.low <= a.profile.score).all()
     assert (a.profile.score <= a.profile.high).all()
@@ -240,7 +241,8 @@ def test_efficientnet_keeps_the_statistics_of_imagenet(fundus_data):
 
 def test_a_transformer(flowers):
     a = advise(flowers, arch='test_vit', weights='random', size=64, runtime='plain')
-    assert list(a.profile.index) == ['last']
+    result = list(a.profile.index)
+    assert result == ['last']
     assert a.scenario == 'small'
     assert a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, runtime='plain', plan=a)
@@ -327,7 +329,8 @@ def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeyp
     assert len(read_files) == len(t) == 44
     assert (t.group.value_counts() == 2).all()
     assert read_files < train_images(dots)
-    assert sum(a.counts.values()) == 64
+    result = sum(a.counts.values())
+    assert result == 64
     assert 'images: 64, 32 to 32 per class (50 or more are large), 44 of them were used' in str(a)
     assert a.scenario == 'large', 'the number of training images is large, not that of the images used'
 
@@ -351,7 +354,8 @@ def test_a_subset_of_a_table(monkeypatch):
     for g in some.group.dropna().unique():
         assert (some.group == g).sum() == (t.group == g).sum()
     rare = some[some.target == 'rare']
-    assert rare.group.fillna(rare.image).nunique() >= 10
+    result = rare.group.fillna(rare.image).nunique()
+    assert result >= 10
     assert advisor._sample(t, 1).equals(some)
     assert not advisor._sample(t, 2).equals(some)
     monkeypatch.setattr(advisor, 'MAX_IMAGES', 2000)
@@ -426,7 +430,8 @@ def test_a_stage_with_better_features_is_found_and_used(dots, monkeypatch):
     assert (learn.record.stage, learn.record.n_stages) == ('stage2', 1)
     assert a.plan.name in plot_advice(a).get_suptitle()
     assert marked(a) == a.stages == 'stage2'
-    assert a.plans.stages.tolist() == ['stage2', 'stage4']
+    result = a.plans.stages.tolist()
+    assert result == ['stage2', 'stage4']
     text = str(a)
     assert f"advised plan '{a.plan.name}': auc {a.profile.score['stage2']:.3f} [" in text
     assert f"default plan 'head': auc {a.profile.score['stage4']:.3f} [" in text
@@ -500,7 +505,8 @@ def test_advice_names_the_gain_and_cost_of_each_plan(dots, monkeypatch):
     assert 'default plan: the same' in str(a).splitlines()
     monkeypatch.setattr(advisor, 'LARGE', 50)
     b = advise(dots, **TINY)
-    assert b.plans.plan.to_dict() == {'advised': 'fine_tune_averaged', 'default': 'head'}
+    result = b.plans.plan.to_dict()
+    assert result == {'advised': 'fine_tune_averaged', 'default': 'head'}
     assert b.plans['training passes'].tolist() == [5, 0]
     assert 'the gain from fine-tuning is not measured; 4 forward and 5 training passes' in str(b)
 
@@ -514,7 +520,8 @@ def test_the_figure(dots):
     assert plt.get_fignums() == before
     assert fig.get_suptitle() == "small: plan 'head'"
     assert len(fig.axes) == 1
-    assert len(fig.axes[0].get_xticks()) == len(a.profile)
+    result = len(fig.axes[0].get_xticks())
+    assert result == len(a.profile)
     plt.close(mine)
 
 
@@ -758,5 +765,6 @@ def test_a_damaged_file_is_skipped(tmp_path, dots, read_files):
     t = dots.copy()
     text.write_text('not an image')
     t.loc[0, 'image'] = str(text)
-    assert sum(advise(t, **TINY).counts.values()) == len(read_files)
+    result = sum(advise(t, **TINY).counts.values())
+    assert result == len(read_files)
     assert str(text) not in read_files

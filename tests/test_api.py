@@ -58,7 +58,8 @@ def test_the_stub_gives_each_name_as_itself():
     tree = ast.parse((ROOT / 'dr_transfer' / '__init__.pyi').read_text(encoding='utf-8'))
     names = [a for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names]
     assert [a.name for a in names if a.asname != a.name] == []
-    assert sorted(a.name for a in names) == dir(dt)
+    result = sorted(a.name for a in names)
+    assert result == dir(dt)
 
 
 def test_what_type_checkers_need_is_packaged():

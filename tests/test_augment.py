@@ -81,7 +81,8 @@ ALLOWED = {'quarter_turns': {(t, False) for t in range(4)}, 'mirror': {(0, False
 
 def test_the_image_has_no_symmetry():
     a = asymmetric_image()
-    assert len({laid(a, *w).tobytes() for w in ALL}) == 8
+    result = len({laid(a, *w).tobytes() for w in ALL})
+    assert result == 8
 
 
 @pytest.mark.parametrize('name', CLASSES)

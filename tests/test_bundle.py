@@ -89,7 +89,8 @@ def test_a_model_is_safetensors_and_json_only(run, weights):
     assert about['weights']['name'] == weights.name
     sd = load_file(folder / 'model.safetensors')
     source = load_file(weights)
-    assert sum(v.numel() for v in sd.values()) > 1000
+    result = sum(v.numel() for v in sd.values())
+    assert result > 1000
     assert sd['1.3.weight'].shape[0] == 2
     stem = next(v for k, v in sd.items() if k.endswith('conv1.0.weight') or k.endswith('conv1.weight'))
     assert any(v.shape == stem.shape and bool((v == stem).all()) for v in source.values()), (
@@ -137,7 +138,8 @@ def test_saved_again_it_is_the_same(tmp_path, run):
     assert save_model(a, again) == again
     assert (again / 'model.safetensors').read_bytes() == (run / 'model' / 'model.safetensors').read_bytes()
     b = load_model(again, runtime='plain')
-    assert dict(a.about.items()) == dict(b.about.items())
+    result = dict(a.about.items())
+    assert result == dict(b.about.items())
     assert (
         list(a.classes)
         == list(b.classes)
@@ -374,7 +376,8 @@ def test_loading_uses_no_pickle_and_imports_nothing_by_name(run, image, monkeypa
         (os, 'system'),
     ):
         monkeypatch.setattr(module, name, never)
-    assert len(rows_of(good('predict', run, image).out)) == 1
+    result = len(rows_of(good('predict', run, image).out))
+    assert result == 1
 
 
 @pytest.mark.parametrize('signed', [False, True])
@@ -465,7 +468,8 @@ def test_a_change_with_a_new_hash_is_accepted(model, image):
     edit(model)
     assert good('predict', model, image).out == before
     edit(model, classes=['healthy', 'disease'])
-    assert rows_of(good('predict', model, image).out)[0].keys() >= {'p_healthy', 'p_disease'}
+    result = rows_of(good('predict', model, image).out)[0].keys()
+    assert result >= {'p_healthy', 'p_disease'}
 
 
 def test_an_unknown_reader_raises_an_error_in_the_library_too(model, image):

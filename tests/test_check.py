@@ -192,7 +192,8 @@ def test_an_onnx_file_is_an_error(sites, tmp_path):
 
 
 def test_the_reference_describes_the_validation_images(sites):
-    reference, valid = read_reference(sites / 'run'), read_validation(sites / 'run')
+    reference = read_reference(sites / 'run')
+    valid = read_validation(sites / 'run')
     assert reference.group.tolist() == valid.group.tolist()
     assert set(reference) == {'group', 'unlike', *STATISTIC_WORDS, *(f'feature_{i}' for i in range(1, 9))}
     images = valid.image.tolist()
@@ -217,7 +218,8 @@ def test_features_without_a_distribution():
     t = describe_features(None, np.zeros((3, 5)))
     assert t.columns.tolist() == ['unlike']
     assert t.unlike.isna().all()
-    assert len(describe_features(None, np.zeros((0, 0)))) == 0
+    result = len(describe_features(None, np.zeros((0, 0))))
+    assert result == 0
 
 
 # ---------------------------------------------------------------- image statistics
@@ -284,7 +286,8 @@ def test_a_shift_of_one_standard_deviation_is_found():
 
 
 def test_p_values_are_those_of_scipy_on_patients():
-    a, b = simulated(40, 0), simulated(30, 1, 1.0)
+    a = simulated(40, 0)
+    b = simulated(30, 1, 1.0)
     t = drift_table(a, b, n=50)
     means = [s.groupby('group').mean() for s in (a, b)]
     raw = [stats.ks_2samp(means[0][c], means[1][c]).pvalue for c in 'abc']
@@ -295,7 +298,8 @@ def test_p_values_are_those_of_scipy_on_patients():
 
 
 def test_holm_is_that_of_the_textbook():
-    assert _holm([0.01, 0.02, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.04, 0.04, 0.02])
+    result = _holm([0.01, 0.02, 0.03, 0.005]).tolist()
+    assert result == pytest.approx([0.03, 0.04, 0.04, 0.02])
     assert _holm([0.9, 0.8]).tolist() == [1, 1]
 
 
@@ -308,7 +312,8 @@ def test_columns_without_values_are_not_compared():
 def test_a_category_in_words():
     a = pd.DataFrame({'format': ['JPEG'] * 40})
     b = pd.DataFrame({'format': ['PNG'] * 30 + ['JPEG'] * 10})
-    assert drift_words(drift_table(a, b, n=10), STATISTIC_WORDS) == ['another file format (p < .001)']
+    result = drift_words(drift_table(a, b, n=10), STATISTIC_WORDS)
+    assert result == ['another file format (p < .001)']
     assert drift_words(drift_table(a, a, n=10), STATISTIC_WORDS) == []
 
 
@@ -344,7 +349,8 @@ def test_a_small_difference_is_none():
     a, b = (pd.DataFrame({'light': rng.normal(m, 1, 4000)}) for m in (0, 0.2))
     drift = drift_table(a, b, n=20)
     assert drift.p.iloc[0] < 0.001
-    assert _verdict(np.full(9, 0.5), drift) == Verdict(0)
+    result = _verdict(np.full(9, 0.5), drift)
+    assert result == Verdict(0)
 
 
 # ---------------------------------------------------------------- the scripts
@@ -368,7 +374,8 @@ def test_the_script_that_compares_with_labels(monkeypatch):
     rows = script.checked(trained, same, {'checked on': 'the same'}, resamples=100)
     t = pd.DataFrame(rows)
     assert t.metric.tolist() == ['accuracy', 'auc']
-    assert (t.difference - t.true).abs().max() < 0.03
+    result = (t.difference - t.true).abs().max()
+    assert result < 0.03
     assert t.verdict.tolist() == ['like the training site'] * 2
     assert set(script.summary(t).index.get_level_values(1)) == {'validation', *script.METHODS}
 

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures('with_shared_cache')
 
 def test_contents_of_a_run(run):
     assert sorted(p.name for p in run.iterdir()) == FILES
-    assert sorted(p.name for p in (run / 'model').iterdir()) == ['.dr_transfer.json', 'model.json', 'model.safetensors']
+    result = sorted(p.name for p in (run / 'model').iterdir())
+    assert result == ['.dr_transfer.json', 'model.json', 'model.safetensors']
     for name in ('history.png', 'confusion.png'):
         with Image.open(run / name) as im:
             im.load()
@@ -345,7 +346,8 @@ def test_predict_overwrites_only_with_overwrite(tmp_path, run, fundus_data):
     assert '--overwrite' in error_line('predict', run, image, '--out', out)
     assert out.read_text() == 'mine'
     good('predict', run, image, '--out', out, '--overwrite')
-    assert table(out).image.tolist() == [str(image)]
+    result = table(out).image.tolist()
+    assert result == [str(image)]
     assert [p.name for p in tmp_path.iterdir()] == ['p.csv']
 
 
@@ -365,7 +367,8 @@ def test_demo_twice(tmp_path):
     words = ('demo', '--images', '60', '--size', '64', '--out', out)
     first = good(*words)
     made = content(out)
-    assert len([f for f in made if f.startswith('data/images/')]) == 60
+    result = len([f for f in made if f.startswith('data/images/')])
+    assert result == 60
     assert {
         'demo.png',
         'run/model/model.safetensors',

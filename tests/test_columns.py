@@ -191,7 +191,8 @@ def test_each_column_of_the_user_keeps_its_own_name(folder, plain, column):
     pd.testing.assert_frame_equal(m, want)
     name = column if column.startswith('data_') else f'data_{column}'
     assert [c for c in e.facts if c not in before.facts] == [name]
-    assert e.table[name].tolist() == e.table.label.tolist()
+    result = e.table[name].tolist()
+    assert result == e.table.label.tolist()
 
 
 COLUMN = st.one_of(
@@ -254,7 +255,8 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
 def test_leaks_are_reported_with_the_names_of_the_user(folder):
     t = label_table(folder, labels(2).assign(width=labels(2).label, suffix='x'))
     r = leak_report(t)
-    assert r.confounders.column.tolist() == ['data_width']
+    result = r.confounders.column.tolist()
+    assert result == ['data_width']
     assert "column 'width' " in str(r)
 
 
@@ -289,7 +291,8 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
         names[p].write_bytes(Path(p).read_bytes())
     there = table.assign(image=table.image.map(names).map(str))
     e = evaluate_model(model, there, split='valid')
-    assert sorted(e.table.image) == sorted(str(names[p]) for p in valid)
+    result = sorted(e.table.image)
+    assert result == sorted(str(names[p]) for p in valid)
     assert len(e.other) == N - 12
     assert not e.known
     page = report_html(e, n=20)
@@ -514,7 +517,8 @@ def test_text_of_the_user_is_escaped_in_the_page_and_the_figures(tmp_path, name)
     assert '<script' not in body
     assert 'onerror=y>' not in body.replace('onerror=y&gt;', '')
     assert body.count('<img') == len(re.findall(r'<img alt=', body))
-    assert len(pd.read_csv(tmp_path / 'r_predictions.csv', encoding_errors='surrogateescape')) == len(t)
+    result = len(pd.read_csv(tmp_path / 'r_predictions.csv', encoding_errors='surrogateescape'))
+    assert result == len(t)
 
 
 EDGES = {

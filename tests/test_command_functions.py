@@ -142,7 +142,8 @@ def test_predict(run, fundus_data, tmp_path):
             subcommands.predict(run, images, tmp_path / f'{i}.csv')
         with pytest.raises(ValueError, match='lies in the data folder'):
             subcommands.predict(run, images, fundus_data / 'images' / 'predictions.csv')
-    assert subcommands.predict(run, images, tmp_path / '0.csv', overwrite=True) == 0
+    result = subcommands.predict(run, images, tmp_path / '0.csv', overwrite=True)
+    assert result == 0
 
 
 def test_export(run, fundus_data, tmp_path):
@@ -196,7 +197,8 @@ def test_cross_validate(fundus_data, tmp_path):
         runtime='plain',
     )
     assert printed.splitlines()[-2] == f'report: {tmp_path / "r.html"}'
-    assert set(pd.read_csv(tmp_path / 'r_predictions.csv').fold) == {1, 2}
+    result = set(pd.read_csv(tmp_path / 'r_predictions.csv').fold)
+    assert result == {1, 2}
 
 
 def test_compare(flowers, tmp_path):

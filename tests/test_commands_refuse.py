@@ -49,7 +49,8 @@ def flowers(tmp_path_factory):
 
 def failed(capsys, *words) -> str:
     "Return the error line of a command that fails"
-    assert main([str(w) for w in words]) == 1
+    result = main([str(w) for w in words])
+    assert result == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('dr_transfer: error:')]
     return line
 
@@ -143,7 +144,8 @@ def test_a_custom_task_on_the_command_line(tmp_path, capsys, flowers, form):
     (tmp_path / f't.{form}').write_text(BEDS[form])
     task = str(tmp_path / 't.toml') if form == 'toml' else f'{tmp_path / "t.py"}:T'
     small = [w for w in SMALL if w not in ('--size', '32')]
-    assert main(['train', str(flowers), *small, '--task', task, '--out', str(run)]) == 0
+    result = main(['train', str(flowers), *small, '--task', task, '--out', str(run)])
+    assert result == 0
     assert set(pd.read_csv(run / 'predictions.csv').target) == {'white', 'red'}
     done = main(
         [
@@ -218,7 +220,8 @@ def test_each_command_reports_identical_images_of_two_classes(tmp_path, capsys, 
     "Patients are reported once; identical images of two classes in evaluations too"
     data = shutil.copytree(flowers, tmp_path / ('a long name ' * 12) / 'data')
     (data / 'credits.csv').unlink(missing_ok=True)
-    assert main(['train', str(data), *SMALL, '--out', str(tmp_path / 'run')]) == 0
+    result = main(['train', str(data), *SMALL, '--out', str(tmp_path / 'run')])
+    assert result == 0
     shutil.copy(sorted((data / 'daisy').glob('*.jpg'))[0], data / 'roses' / 'copy.jpg')
     capsys.readouterr()
     for words in (
@@ -393,7 +396,8 @@ def test_overwrite_without_a_name_replaces_nothing(tmp_path, capsys, flowers, mo
     model = [] if command in ('advise', 'compare', 'cross-validate') else [tmp_path / 'run']
     line = failed(capsys, command, *model, flowers, '--overwrite')
     assert f'--overwrite replaces only what --out names: give --out {mine}' in line
-    assert (tmp_path / mine).read_text() == 'mine'
+    result = (tmp_path / mine).read_text()
+    assert result == 'mine'
 
 
 def test_a_class_folder_whose_name_is_not_text(tmp_path, capsys, flowers):
@@ -454,6 +458,7 @@ def test_seeds_of_synthetic_images(tmp_path, make):
 
 def test_preprocess_prints_a_reason_without_the_name_of_its_class(tmp_path, capsys):
     make_dr(tmp_path / 'eyes', n=6, size=64, unreadable=1, workers=1)
-    assert main(['preprocess', str(tmp_path / 'eyes' / 'images'), str(tmp_path / 'out'), '--size', '48']) == 0
+    result = main(['preprocess', str(tmp_path / 'eyes' / 'images'), str(tmp_path / 'out'), '--size', '48'])
+    assert result == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('not prepared')]
     assert 'Error:' not in line

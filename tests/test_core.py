@@ -134,7 +134,8 @@ def test_a_learner(build, arch):
     learn = build(arch=arch)
     assert type(learn) is TransferLearner
     assert isinstance(learn, Learner)
-    assert list(learn.dls.vocab) == list(CLASSES)
+    result = list(learn.dls.vocab)
+    assert result == list(CLASSES)
     assert learn.model[1][-1].out_features == 3
     t = learner_groups(learn)
     assert t.index[0] == 'stem'
@@ -176,7 +177,8 @@ def test_groups_stay_in_one_subset(build, root):
 def test_csv_table_and_labels(build, root, tmp_path):
     a = build('dr')
     assert a.target.name == 'referable'
-    assert list(a.dls.vocab) == ['no', 'referable']
+    result = list(a.dls.vocab)
+    assert result == ['no', 'referable']
     b = build('dr', data=root / 'dr' / 'labels.csv')
     c = build('dr', data=root / 'dr', labels=root / 'dr' / 'labels.csv')
     df = pd.read_csv(root / 'dr' / 'labels.csv')
@@ -308,7 +310,8 @@ def test_show_batch_and_results(build):
     plt.close('all')
     with learn.no_bar():
         learn.show_results(max_n=4)
-    assert len([a for a in plt.gcf().axes if a.images]) == 4
+    result = len([a for a in plt.gcf().axes if a.images])
+    assert result == 4
     plt.close('all')
 
 
@@ -417,7 +420,8 @@ def test_fixed_bn(build):
     assert stats
     for k in stats:
         assert torch.equal(before[k], after[k])
-    assert sum(not torch.equal(before[k], after[k]) for k in set(before) - stats) > 10
+    result = sum(not torch.equal(before[k], after[k]) for k in set(before) - stats)
+    assert result > 10
     free = build(fixed_bn=False)
     free.unfreeze()
     quiet(free, 'fit', 1, 1e-2)
@@ -463,7 +467,8 @@ def test_any_batch_size_trains(build, bs):
     n = (learn.table.split == 'train').sum()
     silent(learn, QUICK)
     assert learn.dls.train.bs == min(bs, n)
-    assert len(learn.record.history) > 1
+    result = len(learn.record.history)
+    assert result > 1
     for r in learn.record.history:
         assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
 
@@ -542,7 +547,8 @@ def test_plans_as_dataclasses():
         assert plan.phases[-1].epochs != 7
     t = plan_table()
     assert len(t) == sum(len(p.phases) for p in PLANS.values())
-    assert set(t.index.get_level_values(0)) == set(PLANS)
+    result = set(t.index.get_level_values(0))
+    assert result == set(PLANS)
     with pytest.raises(ValueError) as e:
         get_plan('finetune')
     assert 'fine_tune' in str(e.value)
@@ -609,7 +615,8 @@ def test_plans(build, arch, plan, frozen):
         assert np.isfinite([v for k, v in r.items() if k != 'how']).all()
     assert set(rows[0]) == {'phase', 'epoch', 'how', 'train_loss', 'valid_loss', 'auc', 'sensitivity', 'specificity'}
     assert learn.record.plan.name == plan
-    assert len(learn.record.plan.phases) == len(PLANS[plan].phases)
+    result = len(learn.record.plan.phases)
+    assert result == len(PLANS[plan].phases)
     assert learn.record.plan.phases[-1].epochs == (2 if later else None)
     assert sum(s.startswith('phase') for s in lines) == len(PLANS[plan].phases)
     if plan != 'head':
@@ -654,7 +661,8 @@ def test_a_head_trained_on_stored_features_is_that_of_the_learner(build, task, a
     assert learn.record.history[0]['how'] == 'stored'
     rows = learn.table[learn.table.split == 'valid']
     p = probs(learn).numpy()
-    assert predict_probs(learn, rows.image, 'none') == pytest.approx(p, abs=1e-4)
+    result = predict_probs(learn, rows.image, 'none')
+    assert result == pytest.approx(p, abs=1e-4)
     t = valid_predictions(learn)
     assert t.image.tolist() == rows.image.tolist()
     assert t.target.tolist() == rows.target.tolist()
@@ -714,7 +722,8 @@ def test_custom_head_on_pooled_features(build):
     assert why_not_stored(learn) == ''
     silent(learn, QUICK)
     rows = learn.table[learn.table.split == 'valid']
-    assert predict_probs(learn, rows.image, 'none') == pytest.approx(probs(learn).numpy(), abs=1e-4)
+    result = predict_probs(learn, rows.image, 'none')
+    assert result == pytest.approx(probs(learn).numpy(), abs=1e-4)
 
 
 def test_custom_head_on_feature_maps(build):
@@ -789,7 +798,8 @@ def test_custom_task(build, root):
     )
     learn = build_learner(df, task, 'test_resnet', root / 'test_resnet.safetensors', bs=8, runtime='plain', device=CPU)
     silent(learn, QUICK)
-    assert list(learn.dls.vocab) == ['left', 'right']
+    result = list(learn.dls.vocab)
+    assert result == ['left', 'right']
     assert learn.record.task == 'sides'
     assert learn.record.target == 'eye'
     assert learn.dls.one_batch()[0].shape == (8, 3, 48, 48)
@@ -818,7 +828,8 @@ def test_record(build):
     assert r.augment == 'quarter_turns'
     assert r.weights.kind == 'file'
     assert r.weights.name == 'test_resnet.safetensors'
-    assert len(r.weights.sha256) == 64
+    result = len(r.weights.sha256)
+    assert result == 64
     assert r.runtime == UsedRuntimes('fp32', 'fp32')
     assert r.versions == versions()
     assert r.versions['torch']
@@ -844,7 +855,8 @@ def test_fingerprint_of_the_data(build):
     other.loc[0, 'target'] = {'no': 'referable', 'referable': 'no'}[other.loc[0, 'target']]
     other_split = t.copy()
     other_split.loc[0, 'split'] = {'train': 'valid', 'valid': 'train'}[other_split.loc[0, 'split']]
-    assert len({want, *(data_summary(x).fingerprint for x in (other, other_split, t[1:]))}) == 4
+    result = len({want, *(data_summary(x).fingerprint for x in (other, other_split, t[1:]))})
+    assert result == 4
 
 
 def test_the_same_twice(build):
@@ -904,7 +916,8 @@ def test_runtimes(build, name, lines):
     assert kinds == {torch.bfloat16 if name == 'bf16' else torch.float32}
     assert p.dtype == torch.float32
     assert {v.dtype for v in learn.model.parameters()} == {torch.float32}
-    assert p.sum(1).numpy() == pytest.approx(np.ones(len(p)), abs=1e-5)
+    result = p.sum(1).numpy()
+    assert result == pytest.approx(np.ones(len(p)), abs=1e-5)
     conv = next(
         m for m in learn.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1 and m.in_channels > 3
     )
@@ -959,7 +972,8 @@ def test_auto_stores_the_runtime(build, cache_dir):
 def test_prediction_table():
     t = prediction_table(['a', 'b'], np.array([[0.2, 0.8], [0.7, 0.3]]), ['x', 'y'])
     assert t.to_dict('list') == {'image': ['a', 'b'], 'prediction': ['y', 'x'], 'p_x': [0.2, 0.7], 'p_y': [0.8, 0.3]}
-    assert prediction_table([], np.zeros((0, 2)), ['x', 'y']).columns.tolist() == ['image', 'prediction', 'p_x', 'p_y']
+    result = prediction_table([], np.zeros((0, 2)), ['x', 'y']).columns.tolist()
+    assert result == ['image', 'prediction', 'p_x', 'p_y']
 
 
 def test_metrics_are_those_of_the_predictions(build):
@@ -1018,7 +1032,8 @@ def test_on_a_gpu(build, plan):
     assert predict_probs(learn, learn.table.image[:3]).shape == (3, learn.dls.c)
     silent(learn, plan, epochs=1)
     assert where() == {'cuda'}
-    assert valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
+    result = valid_predictions(learn).filter(like='p_').sum(axis=1).to_numpy()
+    assert result == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here a device number has a device')

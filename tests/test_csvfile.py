@@ -112,7 +112,8 @@ def test_numbers_stay_numbers(tmp_path):
     assert list(back.columns)[3] == "'=x"
     assert back["'=x"].tolist() == ['-3', "'=2", '-1e5']
     write_csv(t.set_index('n'), tmp_path / 'i.csv', index=True)
-    assert read_csv(tmp_path / 'i.csv').n.tolist() == ['1', '-2', '3']
+    result = read_csv(tmp_path / 'i.csv').n.tolist()
+    assert result == ['1', '-2', '3']
 
 
 def test_file_names_that_are_not_utf8(tmp_path, capsysbinary):
@@ -235,7 +236,8 @@ def test_texts_that_are_not_numbers(text):
 
 def test_known_columns():
     t = pd.DataFrame({'Patient-ID': ['a'], 'p_id': ['b'], 'x': ['c']})
-    assert known_columns(t, ('patient_id', 'pid')) == ['Patient-ID', 'p_id']
+    result = known_columns(t, ('patient_id', 'pid'))
+    assert result == ['Patient-ID', 'p_id']
     assert known_columns(t, ('group',)) == []
     assert known_columns(t.assign(**{'Patient-ID': None}), ('patient_id', 'pid')) == [
         'p_id'

@@ -54,7 +54,8 @@ def test_a_window_is_a_ramp_from_its_lower_to_its_upper_edge(which):
     level, width = get_window(which)
     hu = np.linspace(level - 2 * width, level + 2 * width, 101)
     assert np.allclose(window(hu, which), np.clip((hu - level) / width + 0.5, 0, 1), atol=1e-4)
-    assert window(np.int16([-32768, 32767]), which).tolist() == [0, 1]
+    result = window(np.int16([-32768, 32767]), which).tolist()
+    assert result == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -649,7 +650,8 @@ def test_tables_come_as_files_and_volumes_in_every_format(synthetic_set, tmp_pat
     pd.concat([rows.assign(volume=n) for n in ('scan.nii.gz', 'series')]).to_csv(tmp_path / 't.csv', index=False)
     t = candidate_images(tmp_path / 't.csv', tmp_path, tmp_path / 'p')
     want = candidate_images(rows, folder, tmp_path / 'q')
-    assert len(set(t.image)) == 4
+    result = len(set(t.image))
+    assert result == 4
     for i in range(4):
         assert np.abs(pixels(t.image[i]).astype(int) - pixels(want.image[i % 2])).max() <= 1
 
@@ -687,7 +689,8 @@ def test_views_are_of_one_candidate_and_are_averaged(synthetic_set, tmp_path):
     folder, candidates, _ = synthetic_set
     t = candidate_images(candidates.head(3), folder, tmp_path, views=5)
     again = candidate_images(candidates.head(3), folder, tmp_path / 'again', views=5)
-    assert len({pixels(i).tobytes() for i in t.image}) == 15
+    result = len({pixels(i).tobytes() for i in t.image})
+    assert result == 15
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(t.image, again.image))
     p = np.random.default_rng(0).random(15)
     rows = pd.DataFrame(
@@ -759,7 +762,8 @@ def test_equivalent_settings_give_the_same_images(synthetic_set, tmp_path):
     a = candidate_images(few, synthetic_set[0], tmp_path, side=40, window='soft tissue')
     b = candidate_images(few.astype(str), synthetic_set[0], tmp_path, side=40.0, window=(50, 400))
     assert a.image.tolist() == b.image.tolist()
-    assert len(list((tmp_path / 'images').iterdir())) == 2
+    result = len(list((tmp_path / 'images').iterdir()))
+    assert result == 2
 
 
 @pytest.mark.parametrize('text', ['image,label\na.jpg,1\n', 'image,volume,label\na.jpg,v.npz,1\n'])
@@ -791,7 +795,8 @@ def test_from_volumes_to_predictions_by_patient(synthetic_set, tmp_path, task, m
     learn = fit(
         build_learner(tmp_path / 'p', task, size=64, valid=0.5, runtime='plain', seed=1), 'head', say=lambda s: None
     )
-    assert learn.table.groupby('group').split.nunique().max() == 1
+    result = learn.table.groupby('group').split.nunique().max()
+    assert result == 1
     assert learn.table.group.nunique() == 10
     t = valid_predictions(learn)
     m = measure_table(t, list(learn.dls.vocab), n=50)

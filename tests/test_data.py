@@ -103,7 +103,8 @@ def test_dr_keeps_the_complete_disc_and_its_colours():
 )
 def test_grades(label, grade, referable):
     t = pd.DataFrame({'image': ['a.jpg'], 'label': [label]})
-    assert encode_target(t, GRADE).target.tolist() == [grade]
+    result = encode_target(t, GRADE).target.tolist()
+    assert result == [grade]
     assert encode_target(t, REFERABLE).target.tolist() == [referable]
     assert GRADE.classes == ('0', '1', '2', '3', '4')
     assert len(REFERABLE.classes) == 2
@@ -123,7 +124,8 @@ def test_labels_that_are_not_grades(label, target):
 
 def test_class_names():
     t = pd.DataFrame({'image': list('abc'), 'label': ['x', 'b', 'x'], 'target': ['x', 'b', 'x']})
-    assert class_names(t, Target('class')) == ['b', 'x']
+    result = class_names(t, Target('class'))
+    assert result == ['b', 'x']
     assert class_names(t.assign(target='0'), GRADE) == ['0', '1', '2', '3', '4']  # also those that do not occur
     out = encode_target(t.drop(columns='target'), Target('class'))
     assert out.target.tolist() == out.label.tolist()
@@ -140,7 +142,8 @@ def test_a_table_is_split_by_the_target(dr):
     assert set(t.target) == {'no', 'referable'}
     assert t.target.tolist() == encode_target(t.drop(columns='target'), REFERABLE).target.tolist()
     assert len(t) == 48
-    assert t.groupby('group').split.nunique().max() == 1
+    result = t.groupby('group').split.nunique().max()
+    assert result == 1
     assert set(t.split) == {'train', 'valid'}
     fraction = t.target.eq('referable').groupby(t.split).mean()
     assert abs(fraction.train - fraction.valid) < 0.2
@@ -280,7 +283,8 @@ def test_a_flower_image_is_neither_trimmed_nor_squeezed():
     f = get_task('flowers', size=64)
     out = np.asarray(read_image(Image.fromarray(a), 64, f.reader, f.fit)).max(2) > 127
     ys, xs = np.nonzero(out)
-    assert abs(np.ptp(xs) - np.ptp(ys)) <= 1
+    result = abs(np.ptp(xs) - np.ptp(ys))
+    assert result <= 1
     assert abs(np.ptp(ys) + 1 - 32) <= 2
 
 
@@ -394,7 +398,8 @@ def test_invalid_batch_sizes(dr, bs):
 def test_a_set_smaller_than_a_batch(dr):
     t, _, dls = loaders(dr, bs=500)
     assert len(dls.train) == 1
-    assert len(dls.train.one_batch()[0]) == (t.split == 'train').sum()
+    result = len(dls.train.one_batch()[0])
+    assert result == (t.split == 'train').sum()
 
 
 # ---------------------------------------------------------------- labels that are not classes
@@ -417,7 +422,8 @@ def test_invalid_grades(label):
     ],
 )
 def test_grades_in_common_spellings(label, grade):
-    assert encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist() == [grade]
+    result = encode_target(pd.DataFrame({'image': ['a.png'], 'label': [label]}), GRADE).target.tolist()
+    assert result == [grade]
 
 
 def test_measurements_are_not_classes():

@@ -93,7 +93,8 @@ def test_each_position_of_a_score_map_equals_the_head_on_its_window(arch, size, 
     out = everywhere(big)
     h, w = stages(x).shape[-2:]
     assert out.shape[2:] == (maps.shape[2] - h + 1, maps.shape[3] - w + 1)
-    assert min(out.shape[2:]) > 1
+    result = min(out.shape[2:])
+    assert result > 1
     for i, j in ((0, 0), (out.shape[2] - 1, out.shape[3] - 1)):
         assert torch.allclose(out[..., i, j], head(maps[..., i : i + h, j : j + w]), atol=1e-5, rtol=1e-5)
 
@@ -138,7 +139,8 @@ def test_a_score_map_is_of_probabilities_and_finds_the_bright_half():
     right = p[0, 2:-2, -2]  # windows far from the edge between the halves
     assert np.ptp(left) < 0.02
     assert np.ptp(right) < 0.02
-    assert abs(left.mean() - right.mean()) > np.ptp(left)
+    result = abs(left.mean() - right.mean())
+    assert result > np.ptp(left)
 
 
 @pytest.mark.parametrize('n', [2, 5])

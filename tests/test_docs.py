@@ -33,7 +33,8 @@ def test_good_links_pass(tmp_path):
 
 @pytest.mark.parametrize('link', ['gone.html', '#gone', 'sub/page.html#gone', '../index.html', '/index.html', 'sub/'])
 def test_broken_link_is_found(tmp_path, link):
-    assert broken(tmp_path, index=f'<p id="x"></p><a href="{link}"></a>', sub__page='') == [('index.html', link)]
+    result = broken(tmp_path, index=f'<p id="x"></p><a href="{link}"></a>', sub__page='')
+    assert result == [('index.html', link)]
 
 
 def test_missing_image_is_found(tmp_path):
@@ -88,7 +89,8 @@ def test_names_exported_for_other_modules_only_have_no_address():
 def test_readme_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tool('build_readme').output_md
-    assert out(dict(output_type='stream', text=['a\n', 'b\n']), 'x') == '```\na\nb\n```'
+    result = out(dict(output_type='stream', text=['a\n', 'b\n']), 'x')
+    assert result == '```\na\nb\n```'
     assert (
         out(dict(data={'text/plain': ['1'], 'text/html': ['<style scoped>\n.d {}\n</style>\n', '<table>']}), 'x')
         == '<table>'

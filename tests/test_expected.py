@@ -160,7 +160,8 @@ def test_the_estimate_has_the_greatest_likelihood():
 
 def test_a_shift_can_be_undone_and_done_in_steps():
     p = np.random.default_rng(0).dirichlet([1, 1, 1], 50)
-    a, b = [0.2, 0.3, 0.5], [0.7, 0.2, 0.1]
+    a = [0.2, 0.3, 0.5]
+    b = [0.7, 0.2, 0.1]
     assert np.allclose(shift_prevalence(shift_prevalence(p, PRIOR, a), a, PRIOR), p)
     assert np.allclose(shift_prevalence(shift_prevalence(p, PRIOR, a), a, b), shift_prevalence(p, PRIOR, b))
     with pytest.raises(ValueError, match='1 images have the probability 0'):

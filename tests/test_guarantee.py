@@ -62,7 +62,8 @@ def test_the_specificity_of_new_patients_too():
 
 def test_the_guarantee_uses_what_delta_allows():
     "With one image per patient and continuous scores, the probability of a failure is known."
-    n, minimum = 100, 0.9
+    n = 100
+    minimum = 0.9
     k = max(k for k in range(1, n) if binom.cdf(k - 1, n, 1 - minimum) <= DELTA)
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2000, n))

@@ -25,8 +25,17 @@ BODY = Plan('body', (Phase(frozen=0, epochs=1, lr=1e-4),))
 
 def eyes(n=4, size=96):
     "Synthetic photographs as uint8 (n, 3, size, size)"
-    images = [read_image(draw_fundus(grade=3, seed=seed, size=size)[0], size, 'fundus', 'pad') for seed in range(n)]
+    images = []
+    for seed in range(n):
+        drawn, *_ = draw_fundus(grade=3, seed=seed, size=size)
+        image = read_image(drawn, size, 'fundus', 'pad')
+        images.append(image)
     return stack_images(images)
+
+
+def mean_difference(a, b):
+    difference = a.float() - b.float()
+    return difference.abs().mean()
 
 
 def normalized(x):
@@ -35,18 +44,24 @@ def normalized(x):
 
 def test_the_correction_resembles_that_of_the_reader():
     image = draw_fundus(grade=3, seed=1, size=192)[0]
-    x = stack_images([read_image(image, 192, 'fundus', 'pad')])
-    want = np.asarray(read_image(image, 192, 'fundus_flat', 'pad')).transpose(2, 0, 1).astype(float)
-    got = correct_light(x)[0].numpy().astype(float)
-    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.8
+    plain = read_image(image, 192, 'fundus', 'pad')
+    x = stack_images([plain])
+    flat = read_image(image, 192, 'fundus_flat', 'pad')
+    want = stack_images([flat])
+    got = correct_light(x)
+    both = [values.numpy().ravel().astype(float) for values in (got, want)]
+    correlation = np.corrcoef(*both)
+    assert correlation[0, 1] > 0.8
 
 
 def test_another_light_makes_hardly_a_difference():
     x = eyes()
     across = torch.linspace(0.75, 1, x.shape[-1])
     dim = (x * across).round().to(torch.uint8)
-    before = (x.float() - dim.float()).abs().mean()
-    after = (correct_light(x).float() - correct_light(dim).float()).abs().mean()
+    before = mean_difference(x, dim)
+    corrected = correct_light(x)
+    corrected_dim = correct_light(dim)
+    after = mean_difference(corrected, corrected_dim)
     assert after < 0.2 * before
 
 
@@ -86,9 +101,13 @@ def test_an_image_of_one_value_is_grey(value):
 def test_all_views_of_a_batch_are_those_of_the_functions(name):
     x = normalized(eyes(2, 48))
     views = VIEWS[name]
-    assert len(views) == len(list(views)) == len(list(views.of(x)))
-    for view, of_all in zip(views, views.of(x), strict=True):
-        assert torch.equal(view(x), of_all)
+    functions = list(views)
+    all_views = list(views.of(x))
+    assert len(functions) == len(views)
+    assert len(all_views) == len(views)
+    for view, of_all in zip(functions, all_views):
+        alone = view(x)
+        assert torch.equal(alone, of_all)
     with pytest.raises(IndexError):
         views[len(views)]
 
@@ -99,9 +118,11 @@ def test_a_name_belongs_to_one_view():
     results = {}
     for name, views in VIEWS.items():
         for i, out in enumerate(views.of(x)):
-            results.setdefault(view_name(name, i), []).append(out)
-    for outs in results.values():
-        assert all(torch.equal(out, outs[0]) for out in outs)
+            of_name = results.setdefault(view_name(name, i), [])
+            of_name.append(out)
+    for first, *others in results.values():
+        for out in others:
+            assert torch.equal(out, first)
     assert len(results['none']) == len(VIEWS)
 
 
@@ -110,8 +131,11 @@ def test_readers_with_both_lights():
     assert twice == ['fundus_and_local']
     image = draw_fundus(grade=2, seed=0, size=80)[0]
     for name in twice:
-        pixels = [np.asarray(read_image(image, 64, reader, 'pad')) for reader in (name, plain_reader(name))]
-        assert np.array_equal(*pixels)
+        plain = plain_reader(name)
+        assert plain in READERS
+        given = read_image(image, 64, name, 'pad')
+        want = read_image(image, 64, plain, 'pad')
+        assert np.array_equal(given, want)
 
 
 def test_the_task_names_the_views():
@@ -176,10 +200,15 @@ def test_batches_keep_the_colours_and_the_learner_corrects_half_of_them(build):
     learn.xb = (x,)
     callback.before_batch()
     (given,) = learn.xb
-    as_it_is = [torch.equal(a, b) for a, b in zip(x, given)]
-    corrected = [torch.allclose(correct_light(a), b, atol=1e-5) for a, b in zip(x, given)]
-    assert [a != b for a, b in zip(as_it_is, corrected)] == [True] * len(x)
-    assert 0 < sum(as_it_is) < len(x)
+    n_unchanged = 0
+    for before, after in zip(x, given):
+        unchanged = torch.equal(before, after)
+        want = correct_light(before)
+        corrected = torch.allclose(want, after, atol=1e-5)
+        assert unchanged != corrected
+        n_unchanged += unchanged
+    assert n_unchanged > 0
+    assert n_unchanged < len(x)
 
 
 def test_only_tasks_with_both_lights_have_the_callback(fundus_data, weights):
@@ -216,5 +245,9 @@ def test_tta_and_the_saved_model_average_over_both(build):
     assert model.card.views == 'quarter_turns+local'
     each = model.probs(images, average=False)
     assert each.shape[1] == 8
-    np.testing.assert_allclose(each.mean(1), p, atol=1e-4)
-    assert np.abs(each[:, :4].mean(1) - each[:, 4:].mean(1)).max() > 1e-3
+    mean = each.mean(1)
+    np.testing.assert_allclose(mean, p, atol=1e-4)
+    as_it_is = each[:, :4].mean(1)
+    corrected = each[:, 4:].mean(1)
+    difference = np.abs(as_it_is - corrected)
+    assert difference.max() > 1e-3

@@ -74,7 +74,8 @@ def test_a_patient_counts_once_however_many_images_there_are():
 @pytest.mark.parametrize('classes', [NAMES, GRADES], ids=['names', 'grades'])
 def test_the_coverage_over_many_calibrations_is_the_required_one(classes):
     new = predictions(4000, seed=10_000)
-    n, draws = 40, 150
+    n = 40
+    draws = 150
     rate = [covered(choose_sets(predictions(n, s), classes, allow_empty=True), new).mean() for s in range(draws)]
     chance = 3 * np.std(rate) / draws**0.5
     assert 0.9 - chance < np.mean(rate) < 0.9 + 2 / (n + 1) + chance

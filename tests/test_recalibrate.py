@@ -143,7 +143,8 @@ def test_the_old_temperature_has_no_effect(trained, site):
     model = load_model(trained / 'model')
     hot = ImageModel(model.model, replace(model.card, decision=replace(model.card.decision, temperature=7.0)))
     t = targets(site)
-    a, b = recalibrate(model, t), recalibrate(hot, t)
+    a = recalibrate(model, t)
+    b = recalibrate(hot, t)
     assert a.model.card.decision == b.model.card.decision
     raw = model.probs(t.image.tolist())
     want = apply_temperature(raw, a.model.card.decision.temperature)

@@ -131,7 +131,8 @@ def test_a_description_of_version_0_1_0_is_read(tmp_path):
     assert card.training.data.groups == 120
     model.write_text(card_text(card))
     assert read_card(model) == card
-    written, expected = json.loads(card_text(card)), json.loads(stored(ABOUT))
+    written = json.loads(card_text(card))
+    expected = json.loads(stored(ABOUT))
     own = ('format', 'sha256')
     assert {k: v for k, v in written.items() if k not in own} == {k: v for k, v in expected.items() if k not in own}
 
