@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dr_transfer.core import build_learner, classifier_learner, fit, predict_probs
-from dr_transfer.data.fundus import AND_LOCAL, READERS, plain_reader, read_image
+from dr_transfer.data.fundus import READERS, corrects_light, plain_reader, read_image
 from dr_transfer.data.tasks import TASKS, get_task
 from dr_transfer.data.views import LOCAL, VIEWS, correct_light, stack_images, view_name
 from dr_transfer.features.classifiers import FeatureClassifier
@@ -127,7 +127,7 @@ def test_a_name_belongs_to_one_view():
 
 
 def test_readers_with_both_lights():
-    twice = [name for name in READERS if name.endswith(AND_LOCAL)]
+    twice = [name for name in READERS if corrects_light(name)]
     assert twice == ['fundus_and_local']
     image = draw_fundus(grade=2, seed=0, size=80)[0]
     for name in twice:
@@ -140,16 +140,17 @@ def test_readers_with_both_lights():
 
 def test_the_task_names_the_views():
     dr = get_task('dr')
-    assert dr.corrects_light
+    assert corrects_light(dr.reader)
     assert dr.augment == 'quarter_turns'
     assert dr.views == dr.stored_views == 'quarter_turns+local'
     one = replace(dr, reader='fundus')
-    assert not one.corrects_light
+    assert not corrects_light(one.reader)
     assert one.views == 'quarter_turns'
     endless = replace(dr, augment='random_crop')
     assert endless.views is None
     assert endless.stored_views == 'none+local'
-    assert not any(task.corrects_light for name, task in TASKS.items() if name != 'dr')
+    others = [task.reader for name, task in TASKS.items() if name != 'dr']
+    assert not any(map(corrects_light, others))
 
 
 # ---------------------------------------------------------------- features

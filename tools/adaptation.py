@@ -7,19 +7,21 @@ A linear classifier is trained on one collection of fundus photographs, or on tw
 .90 in cross-validation. It is tested on another collection as it is, and with the features standardised by their mean
 and spread there (dr_transfer adapt). The rows 'half of' are the same collection: trained on half of the patients and
 tested on the others, also with other fractions of positive images. Nothing is chosen on the test images. The results
-are written to nbs/results/adaptation.csv. Features have one view; the last four
-stages, without light correction.
+are written to nbs/results/adaptation.csv. The features are those that the task dr reads: the last four stages, of all
+views, as the photographs are and with their light corrected.
 """
 
 import argparse
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from elsewhere import Candidate, FeatureReader, ImageSet, combinations_of, fitted_rows, read_dr
+from elsewhere import Candidate, FeatureReader, ImageSet, as_rows, combinations_of, fitted, predicted, read_dr
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from dr_transfer.evaluation.adaptation import feature_shift
@@ -28,7 +30,7 @@ from dr_transfer.utils.csvfile import write_csv
 from dr_transfer.utils.places import atomic_file
 
 RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'adaptation.csv'
-CANDIDATE = Candidate('none', 'stages 4 to 7', 0.01)
+CANDIDATE = Candidate('none, local', 'stages 4 to 7', 0.01)
 REQUIRED = 0.9  # sensitivity
 WEIGHT_OF_TRAINING = 16  # images, as in dr_transfer.evaluation.adaptation
 
@@ -42,28 +44,34 @@ class Trial:
     test: np.ndarray
 
 
+def scored(model, x) -> np.ndarray:
+    "Probability of the positive class (n,) from features (n, views, channels)"
+    return predicted(model, x)[:, 1]
+
+
 def threshold(data, x, rows) -> float:
     "Score that the required fraction of the positive images reach, in cross-validation"
     scores = np.zeros(len(rows))
     for train, test in grouped_folds(data.y[rows], data.groups[rows], 3, seed=0):
-        model = fitted_rows(CANDIDATE, x[rows[train]], data.y[rows[train]])
-        scores[test] = model.decision_function(x[rows[test]])
+        model = fitted(CANDIDATE, x[rows[train]], data.y[rows[train]])
+        scores[test] = scored(model, x[rows[test]])
     return float(np.quantile(scores[data.y[rows] == 1], 1 - REQUIRED))
 
 
-def adapted(model, x) -> np.ndarray:
-    "Scores with the mean and spread of the test images"
-    scaler, classifier = model[0], model[1]
-    z = scaler.transform(x)
-    new = len(z) / (len(z) + WEIGHT_OF_TRAINING)
-    mean = new * z.mean(0)
-    variance = new * z.var(0) + 1 - new
-    return classifier.decision_function((z - mean) / np.sqrt(variance))
+def adapted(model, x):
+    "The model with the mean and spread of the features of the test images (n, views, channels)"
+    scaler, classifier = model
+    rows = scaler.transform(as_rows(x))
+    new = len(x) / (len(x) + WEIGHT_OF_TRAINING)
+    here = copy.deepcopy(scaler)
+    here.mean_ = scaler.mean_ + scaler.scale_ * new * rows.mean(0)
+    here.scale_ = scaler.scale_ * np.sqrt(new * rows.var(0) + 1 - new)
+    return make_pipeline(here, classifier)
 
 
 def trial_row(data: ImageSet, x, trial) -> dict:
     "Sensitivity, specificity and AUC before and after"
-    model = fitted_rows(CANDIDATE, x[trial.train], data.y[trial.train])
+    model = fitted(CANDIDATE, x[trial.train], data.y[trial.train])
     limit = threshold(data, x, trial.train)
     new, y = x[trial.test], data.y[trial.test]
     row = {
@@ -71,9 +79,10 @@ def trial_row(data: ImageSet, x, trial) -> dict:
         'images': len(y),
         'positive in training': data.y[trial.train].mean(),
         'positive here': y.mean(),
-        'shift': feature_shift(new, model[0].mean_, model[0].var_),
+        'shift': feature_shift(as_rows(new), model[0].mean_, model[0].var_),
     }
-    for name, scores in (('', model.decision_function(new)), (', adapted', adapted(model, new))):
+    for name, of_name in (('', model), (', adapted', adapted(model, new))):
+        scores = scored(of_name, new)
         row[f'sensitivity{name}'] = (scores[y == 1] >= limit).mean()
         row[f'specificity{name}'] = (scores[y == 0] < limit).mean()
         row[f'auc{name}'] = roc_auc_score(y, scores)
@@ -116,7 +125,7 @@ def main():
     a = p.parse_args()
     root = os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with dr/')
     data = read_dr(Path(root))
-    x = FeatureReader(data).array(CANDIDATE)[:, 0]
+    x = FeatureReader(data).array(CANDIDATE)
     with threadpool_limits(1, user_api='blas'):
         table = pd.DataFrame([trial_row(data, x, trial) for trial in trials(data)]).round(4)
     print(table.to_string(index=False))

@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from dr_transfer.data.acquisition import CHANGES, changed_images
-from dr_transfer.data.fundus import AND_LOCAL
+from dr_transfer.data.fundus import corrects_light
 from dr_transfer.data.sources import image_sources
 from dr_transfer.data.table import label_table
 from dr_transfer.data.views import LOCAL, VIEWS
@@ -126,7 +126,7 @@ class FeatureReader:
             images = changed_images([images[i] for i in self.changed_rows], change)
         stages = sorted({s for names in STAGES.values() for s in names})
         views = 'none' if change else self.data.views
-        if reader.endswith(AND_LOCAL):
+        if corrects_light(reader):
             views += LOCAL
         how = dict(size=self.data.size, reader=reader, fit=self.data.fit, views=views, stages=stages)
         return image_features(images, **how)

@@ -18,7 +18,7 @@ from fastai.vision.core import PILBase, PILMask, TensorImage, TensorMask
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .fundus import AND_LOCAL
+from .fundus import corrects_light
 from .views import LOCAL, VIEWS, stack_images
 from ..utils.files import unknown
 
@@ -172,7 +172,7 @@ def views_of(
     augmentation(names)
     if names not in VIEWS:
         return None
-    return names + LOCAL if reader.endswith(AND_LOCAL) else names
+    return names + LOCAL if corrects_light(reader) else names
 
 # %% ../../nbs/data/16_augment.ipynb #c2aad8ac
 def augmentation_table() -> pd.DataFrame:  # One row per augmentation

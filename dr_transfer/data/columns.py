@@ -30,7 +30,7 @@ def read_labels(
         t = read_csv(labels)
         bad = text_errors(t.columns)
         if bad:
-            raise ValueError(_not_utf8(f'the name of column {bad[0] + 1}', labels))
+            raise ValueError(not_utf8(f'the name of column {bad[0] + 1}', labels))
         t = t.set_axis([c.strip() for c in t.columns], axis=1).set_axis(range(2, len(t) + 2))
         t.attrs['file'] = str(labels)
     else:
@@ -45,7 +45,7 @@ def table_name(
     return table.attrs.get('file', '')
 
 
-def _not_utf8(
+def not_utf8(
     what: str,  # Where such bytes are
     file,  # Name of the file; '' for a table of the user
 ) -> str:
@@ -248,7 +248,7 @@ def choose_groups(
     groups = table[column].tolist()
     bad = text_errors(groups)
     if bad:
-        raise ValueError(_not_utf8(f"row {table.index[bad[0]]} of column '{column}'", table_name(table)))
+        raise ValueError(not_utf8(f"row {table.index[bad[0]]} of column '{column}'", table_name(table)))
     if group_col is not None and len(table) and not any(group_key(g) for g in groups):
         raise ValueError(
             f"column '{column}' is empty: {GROUPS.how} needs a column with patients, or pass "
@@ -305,7 +305,7 @@ def check_labels(
         if '\0' in text:
             raise ValueError(f'row {row}: the label {text!r} has a NUL character: remove it')
         if text_errors([text]):
-            raise ValueError(_not_utf8(f'the label {text!r} (row {row})', file))
+            raise ValueError(not_utf8(f'the label {text!r} (row {row})', file))
     _check_joint([str(label).strip() for label in labels if label is not None])
 
 

@@ -387,6 +387,13 @@ def is_fundus(
 AND_LOCAL = '_and_local'  # end of the name of a reader for images as they are and with corrected light
 
 
+def corrects_light(
+    reader: str,  # Name in `READERS`
+) -> bool:
+    "Whether the network gets each image as it is, and with its light corrected (`correct_light`)"
+    return reader.endswith(AND_LOCAL)
+
+
 def plain_reader(
     reader: str,  # Name in `READERS`
 ) -> str:

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from .columns import SOURCES, _not_utf8, data_columns, find_column, shown_name, some
+from .columns import SOURCES, data_columns, find_column, not_utf8, shown_name, some
 from ..utils.csvfile import text_errors
 
 # %% ../../nbs/data/11_sources.ipynb #0b711309
@@ -69,7 +69,7 @@ def _check_text(table, file):
         return
     bad = text_errors(table[column])
     if bad:
-        raise ValueError(_not_utf8(f"column '{shown_name(column)}' of image {table.image.iloc[bad[0]]}", file))
+        raise ValueError(not_utf8(f"column '{shown_name(column)}' of image {table.image.iloc[bad[0]]}", file))
 
 
 def with_sources(

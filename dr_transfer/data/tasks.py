@@ -21,7 +21,7 @@ from fasttransform import Transform
 
 from .augment import augmentation, views_of
 from .columns import group_errors, joint_note, number_note
-from .fundus import AND_LOCAL, READERS, read_image
+from .fundus import READERS, read_image
 from .images import FITS
 from .source import check_size
 from .split import split_table
@@ -147,11 +147,6 @@ class Task:
     def views(self) -> str | None:
         "Name in `VIEWS` of the views that training and prediction average over; None if they are not finite"
         return views_of(self.augment, self.reader)
-
-    @property
-    def corrects_light(self) -> bool:
-        "Does the network get each image as it is, and with its light corrected?"
-        return self.reader.endswith(AND_LOCAL)
 
     @property
     def stored_views(self) -> str:

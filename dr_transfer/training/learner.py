@@ -21,6 +21,7 @@ from fastai.vision.learner import vision_learner
 from torch import nn
 
 # %% ../../nbs/training/07_learner.ipynb #80cff9e2
+from ..data.fundus import corrects_light
 from ..data.summary import data_summary
 from ..data.tasks import Target, Task, task_dataloaders
 from ..data.views import VIEWS
@@ -302,7 +303,7 @@ def make_learner(
     plain = vision_learner(dls, _Arch(body), **given, **{**own, **kwargs})
     trained = getattr(head, 'trained', False)
     ours = [FrozenMode(config.fixed_bn), HeadFirst(trained), TrainRuntime(config.runtime, config.arch, task.size)]
-    if task.corrects_light:
+    if corrects_light(task.reader):
         ours.append(RandomLight())
     transfer = TransferState(task, target, table, config.plan, loader_summary(dls))
     learn = TransferLearner(plain, transfer, [*ours, *(cbs or [])])
