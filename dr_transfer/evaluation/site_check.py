@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/evaluation/09_site_check.ipynb #71796f41
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +160,9 @@ def site_reference(
     site: SiteImages,  # Its images; all readable
 ) -> pd.DataFrame:  # `group`, columns of `image_statistics`, `unlike, feature_1...`
     "Describe the images of a site as training describes its validation images, so that later images are compared"
-    t = _described(model, site)
+    # features are of the image as it is, so its other views are not needed
+    of_one_view = ImageModel(model.model, replace(model.card, views='none'), distribution=model.distribution)
+    t = _described(of_one_view, site)
     kept = [c for c in t if c in ('group', 'unlike', *STATISTIC_WORDS) or _is_feature(c)]
     return t[kept].dropna(axis=1, how='all')
 
