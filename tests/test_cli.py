@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -522,23 +523,19 @@ def test_interrupted_at_any_point(tmp_path, fundus_data, weights, monkeypatch, w
     assert len(list(tmp_path.iterdir())) == old
 
 
-@pytest.mark.parametrize(
-    'where',
-    [
-        'dr_transfer.core.valid_predictions',
-        'dr_transfer.metrics.decision.choose_decision',
-        'dr_transfer.utils.csvfile.write_csv',
-        'dr_transfer.metrics.plots.plot_confusion',
-    ],
+AFTER_TRAINING = (
+    'dr_transfer.core.valid_predictions',
+    'dr_transfer.metrics.decision.choose_decision',
+    'dr_transfer.utils.csvfile.write_csv',
+    'dr_transfer.metrics.plots.plot_confusion',
 )
-@pytest.mark.parametrize(
-    'error',
-    [
-        KeyboardInterrupt(),
-        OSError(28, 'No space left on device'),
-        MemoryError(),
-    ],
-)
+FAILURES = [
+    *product(AFTER_TRAINING, (KeyboardInterrupt(), OSError(28, 'No space left on device'))),
+    (AFTER_TRAINING[0], MemoryError()),
+]
+
+
+@pytest.mark.parametrize('where,error', FAILURES)
 def test_errors_after_training_do_not_lose_the_model(tmp_path, fundus_data, weights, run, monkeypatch, where, error):
     "The model is written first, and kept in the parent folder of the run."
     import dr_transfer.inference.saved_model  # noqa: F401

@@ -22,7 +22,7 @@ def model(tmp_path_factory):
     "A model of synthetic fundus images."
     root = tmp_path_factory.mktemp('unlike')
     make_dr(root / 'fundus', n=240, size=96, seed=1)
-    how = ('--task', 'dr', '--size', '96', '--valid', '0.35', '--plan', 'head', '--runtime', 'plain')
+    how = ('--task', 'dr', '--size', '64', '--valid', '0.35', '--plan', 'head', '--runtime', 'plain')
     good('train', root / 'fundus', *how, '--out', root / 'run')
     return dt.load_model(root / 'run' / 'model')
 

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -446,6 +447,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get('DR_TRANSFER_CACHE') or Path.home() / '.cache' / 'dr_transfer')
 
 # %% ../../nbs/utils/03_files.ipynb #a7f31c02
+@cache
 def package_version(
     name: str,  # As on PyPI
 ) -> str:  # '' if it is not installed
