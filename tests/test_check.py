@@ -275,7 +275,7 @@ def reported(draws, shift=0.0):
     return np.mean([drift_table(a, b, n=2).p.min() < 0.05 for a, b in pairs])
 
 
-def test_false_alarms_are_rare():
+def test_false_positives_are_rare():
     "5 % or fewer, with patients of two images; 18 of 200 is the most by chance (one-sided, 1 %)."
     limit = stats.binom.ppf(0.99, 200, 0.05) / 200
     assert reported(200) <= limit
