@@ -70,12 +70,46 @@ def test_links_to_notebooks_become_links_to_pages():
     )
 
 
+HOME = 'https://example.org/'
+PUBLIC = {'advise': 'training/advisor.html#advise'}
+
+
+def corrected(text, page='core.html'):
+    return tool('build_docs').correct_links(text, HOME, {'data/table.html#some'}, PUBLIC, page)
+
+
 def test_names_that_no_page_describes_are_not_linked():
-    docs = tool('build_docs')
-    home, hidden = 'https://example.org/', {'data/table.html#some'}
     link = '[`label_table`](https://example.org/data/table.html#label_table)'
     text = f'`x` [`some`](https://example.org/data/table.html#some) {link}'
-    assert docs.unlink(text, home, hidden) == f'`x` `some` {link}'
+    assert corrected(text) == f'`x` `some` {link}'
+
+
+def test_a_name_in_a_link_is_not_linked_again():
+    link = '[`fit`](https://example.org/core.html#fit)'
+    assert corrected(f'[{link}](core.ipynb), {link}') == f'[`fit`](core.ipynb), {link}'
+    both = f'[see {link} and {link} here](core.ipynb) [x](y)'
+    assert corrected(both) == '[see `fit` and `fit` here](core.ipynb) [x](y)'
+
+
+def test_a_name_leads_to_the_public_function_and_not_to_the_command():
+    command = '[`advise`](https://example.org/commands/subcommands.html#advise)'
+    function = '[`advise`](https://example.org/training/advisor.html#advise)'
+    assert corrected(command) == function
+    assert corrected(function) == function
+    assert corrected(command, 'commands/subcommands.html') == command  # the page of the command means the command
+    assert corrected('[`advise`](../training/02_advisor.ipynb)') == '[`advise`](../training/02_advisor.ipynb)'
+
+
+def test_each_public_name_has_an_address():
+    pytest.importorskip('nbdev')
+    addresses = tool('build_docs').public_addresses()
+    assert addresses['advise'] == 'training/advisor.html#advise'
+    assert {'build_learner', 'Task', 'cross_validate'} <= set(addresses)
+
+
+def test_a_link_that_was_not_rendered_is_found(tmp_path):
+    raw = '[<a href="index.html"><code>fit</code></a>](core.ipynb) and <code>[a](b)</code>'
+    assert broken(tmp_path, index=raw) == [('index.html', '](core.ipynb)')]
 
 
 def test_names_exported_for_other_modules_only_have_no_address():

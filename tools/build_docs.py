@@ -28,6 +28,9 @@ LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-
 # nbdev also links names between backticks in the comments of a signature, where Markdown is not rendered.
 CODE = re.compile(r'```python\\n.*?```', re.S)
 LINKED = re.compile(r'\[(`[^`\]]+`)\]\(([^)\s]+)\)')
+# nbdev links a name in the text of a link too, which Markdown does not allow.
+NESTED = re.compile(r'(\[[^\[\]]*)\[(`[^`\]]+`)\]\([^)\s]+\)(?=[^\[\]]*(?:\[`[^`\]]+`\]\([^)\s]+\)[^\[\]]*)*\]\()')
+PUBLIC = re.compile(r'^from \.(\S+) import (\w+) as \2$', re.M)
 
 
 def process(workers):
@@ -64,9 +67,36 @@ def hidden_names() -> set[str]:
     }
 
 
-def unlink(text: str, home: str, hidden: set[str]) -> str:
-    "Remove the links that nbdev made to names that no page describes."
-    return LINKED.sub(lambda m: m[1] if m[2].removeprefix(home) in hidden else m[0], text)
+def public_addresses() -> dict[str, str]:
+    "Return the address, such as `training/advisor.html#advise`, of each public name: a command may have the same name."
+    symbols = runpy.run_path(str(ROOT / 'dr_transfer' / '_modidx.py'))['d']['syms']
+    stub = (ROOT / 'dr_transfer' / '__init__.pyi').read_text(encoding='utf-8')
+    return {
+        name: symbols[f'dr_transfer.{module}'][f'dr_transfer.{module}.{name}'][0]
+        for module, name in PUBLIC.findall(stub)
+        if f'dr_transfer.{module}.{name}' in symbols[f'dr_transfer.{module}']
+    }
+
+
+def unnest(text: str) -> str:
+    "Remove the links that nbdev made within the text of a link."
+    while (plain := NESTED.sub(r'\1\2', text)) != text:
+        text = plain
+    return text
+
+
+def correct_links(text: str, home: str, hidden: set[str], public: dict[str, str], page: str) -> str:
+    "Correct the links that nbdev made: none to names that no page describes, nor to a command for a public name."
+
+    def link(m):
+        where = m[2].removeprefix(home)
+        if where in hidden:
+            return m[1]
+        named = public.get(m[1].strip('`'))
+        other = where != m[2] and named and where.partition('#')[0] != page
+        return f'[{m[1]}]({home}{named})' if other else m[0]
+
+    return LINKED.sub(link, unnest(text))
 
 
 def stage():
@@ -77,6 +107,7 @@ def stage():
     address = cfg.doc_host + cfg.doc_baseurl + '/'
     home = re.compile(r'(\]\(|href=\\?["\'])' + re.escape(address))
     hidden = hidden_names()
+    public = public_addresses()
     shutil.rmtree(STAGE, ignore_errors=True)
     for src in sorted(PROC.rglob('*')):
         name = src.relative_to(PROC)
@@ -88,7 +119,8 @@ def stage():
         if name.suffix == '.ipynb':
             # nbdev names the page in the front matter, which only Quarto reads; renaming the file works for both
             text = re.sub(r'^\s*"output-file: .*\n', '', src.read_text(encoding='utf-8'), flags=re.M)
-            text = unlink(text, address, hidden)
+            page = NUMBERED.sub('', name.as_posix()).replace('.ipynb', '.html')
+            text = correct_links(text, address, hidden, public, page)
             text = LINK.sub(r'\1', text)
             text = home.sub(r'\1' + '../' * (len(name.parts) - 1), text)
             text = CODE.sub(lambda m: LINKED.sub(r'\1', m[0]), text)

@@ -1,29 +1,45 @@
 """Check all internal links of a built site: each address must be a file, and each fragment the id of an element.
 
+A link in Markdown that is part of the text was not rendered, because it is inside another link.
+
 The script shares no code with the tool that built the site, and needs only the standard library:
     python tools/check_links.py _docs
 """
 
 import posixpath
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+NOT_RENDERED = re.compile(r'\]\([^()\s]+\)')
+VERBATIM = ('code', 'pre', 'script', 'style')
+
 
 class Page(HTMLParser):
-    "The links of a page and the ids of its elements."
+    "The links of a page, those that were not rendered, and the ids of its elements."
 
     def __init__(self, text):
         super().__init__()
         self.links, self.ids = [], {'', 'top'}
+        self.not_rendered = []
+        self.verbatim = 0  # number of open elements whose text is not Markdown
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.verbatim += tag in VERBATIM
         self.ids |= {attrs[k] for k in ('id', 'name') if attrs.get(k)}
         # The button of a menu is a link with an empty href.
         self.links += [attrs[k] for k in ('href', 'src') if attrs.get(k)]
+
+    def handle_endtag(self, tag):
+        self.verbatim -= tag in VERBATIM
+
+    def handle_data(self, data):
+        if not self.verbatim:
+            self.not_rendered += NOT_RENDERED.findall(data)
 
 
 def broken_links(
@@ -34,6 +50,7 @@ def broken_links(
     pages = {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in sorted(site.rglob('*.html'))}
     broken = []
     for name, page in pages.items():
+        broken += [(name, link, 'not rendered, because it is inside another link') for link in page.not_rendered]
         for link in page.links:
             url = urlsplit(link)
             if url.scheme or url.netloc:
