@@ -67,8 +67,9 @@ _docs/index.html: $(PAGES) $(LIBRARY) _quarto.yml settings.ini tools/build_docs.
 	$(QUIET) $(BIN)/python tools/build_docs.py --workers $(WORKERS)
 
 # The export rewrites modules that did not change as well, so the stamp comes last.
-.make/prepare: $(NOTEBOOKS) settings.ini tools/build_index.py tools/build_readme.py | .venv/.installed-dev
+.make/prepare: $(NOTEBOOKS) settings.ini tools/build_index.py tools/build_readme.py tools/write_parameters.py | .venv/.installed-dev
 	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/python tools/write_parameters.py
 	$(BIN)/python tools/build_index.py
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export

@@ -73,6 +73,55 @@ def build_learner(
     table from `label_table`. The images are checked, split by group (patient, photographer) with copies kept
     together, and made into DataLoaders. Arguments that are not given come from the plan or the task.
 
+    Parameters
+    ----------
+    data : str | Path | pd.DataFrame
+        Folder, CSV or table of images
+    task : str | Task, default 'flowers'
+        'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    arch : str | None, default None
+        Backbone: registry, timm or torchvision; efficientnet_lite0
+    weights : str | Path | None, default None
+        None: pretrained; a file; or 'random'
+    target : str | None, default None
+        Name of the target; the task's first if None
+    labels : str | Path | pd.DataFrame | None, default None
+        CSV of labels beside a folder
+    size : int | None, default None
+        Height and width in pixels; the task's if None
+    bs : int, default 32
+        Batch size
+    valid : float, default 0.2
+        Fraction of the images for validation
+    seed : int, default 42
+        Random seed of the split, the head and the order
+    augment : str | None, default None
+        Names of augmentations; the task's if None
+    plan : Any, default None
+        Name, `Plan` or `Advice` for `fit`; chosen if None
+    stage : str | int | None, default None
+        Last stage, by name or from the end; default if None
+    n_stages : int | None, default None
+        Number of last stages that the head reads
+    head : str | Head | nn.Module | None, default None
+        Name, `Head` or your own module
+    runtime : str, default 'auto'
+        Memory format and precision on the CPU, or 'plain'
+    num_workers : int | None, default None
+        Number of worker processes; chosen if None
+    fixed_bn : bool | None, default None
+        Fix BatchNorm of the body? The backbone's default if None
+    balance : str, default 'none'
+        'none', 'weights' in the loss, or 'sampling'
+    allow_leaks : bool, default False
+        Accept a split whose subsets share patients or copies?
+    group_col : str | None, default None
+        Column of the patients; a usual one if None, or 'none'
+    say : Callable, optional
+        Called with messages about patients and labels
+    **kwargs
+        More arguments of `vision_learner`
+
     Returns
     -------
     TransferLearner
@@ -93,6 +142,10 @@ def build_learner(
     -----
     The frozen body also keeps its BatchNorm statistics. Layer groups follow depth, for discriminative learning rates
     as in ULMFiT (Howard and Ruder 2018, arXiv:1801.06146).
+
+    `**kwargs` are arguments of fastai's `vision_learner` and `Learner`, such as `device`, `cbs`, `metrics`,
+    `loss_func`, `opt_func`, `wd` and `path`. This function sets `normalize`, `pretrained`, `custom_head`, `splitter`
+    and `train_bn` itself.
 
     Examples
     --------
@@ -259,6 +312,19 @@ def fit(
 
     `plan` is a name from `PLANS`, a `Plan`, or the `Advice` of `advise`. `say` is called with progress messages.
 
+    Parameters
+    ----------
+    learn : Learner
+        From `build_learner`
+    plan : Any, default None
+        Name, `Plan` or `Advice`; as built, or chosen, if None
+    epochs : int | None, default None
+        Passes through the network in the last phase
+    stored : bool, default True
+        Store the frozen part's output (up to 50 GB a phase)?
+    say : Callable, optional
+        Called with progress messages
+
     Returns
     -------
     TransferLearner
@@ -349,6 +415,13 @@ def valid_predictions(
     subset: str = 'valid',  # 'train', 'valid' or 'test'
 ) -> pd.DataFrame:  # `image, target, group, prediction, p_CLASS...`
     """Predict a subset of the learner's images, averaged over the views.
+
+    Parameters
+    ----------
+    learn : Learner
+        From `build_learner`
+    subset : str, default 'valid'
+        'train', 'valid' or 'test'
 
     Returns
     -------

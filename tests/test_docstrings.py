@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import re
 from pathlib import Path
 
@@ -51,9 +52,22 @@ def section(name, title):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_docstring_has_returns_raises_and_examples(name):
-    for title in ('Returns', 'Raises', 'Examples'):
+    for title in ('Parameters', 'Returns', 'Raises', 'Examples'):
         assert section(name, title), f'{name}: no section {title}'
     assert re.match(r'[A-Z].*[^ ]\n', getattr(dt, name).__doc__), 'the summary is one line'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_parameters_are_those_of_the_signature(name):
+    described = re.findall(r'^ *(\*{0,2}\w+)(?: : .*)?\n +\S.*$', section(name, 'Parameters'), re.M)
+    parameters = inspect.signature(getattr(dt, name)).parameters.values()
+    assert described == [str(p).partition(':')[0].partition('=')[0] for p in parameters]
+
+
+def test_the_parameters_are_made_from_the_comments():
+    write = tool('write_parameters')
+    changed = [path.name for path in (ROOT / 'nbs').rglob('*.ipynb') if write.would_change(path)]
+    assert changed == [], 'run make prepare'
 
 
 @pytest.fixture(scope='module')

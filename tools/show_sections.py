@@ -1,8 +1,9 @@
 """Render the documentation of a function for the site: as nbdev does, followed by the sections of its docstring.
 
 nbdev shows the summary of a numpydoc docstring without its sections, and its parser does not keep the list of errors
-that are raised. So this script reads the sections. The parameters are shown in the signature only, with their
-comments. `settings.ini` names the class `SectionsRenderer`, and `tools/build_docs.py` uses it.
+that are raised. So this script reads the sections. The parameters are shown in the signature only, with the comments
+from which their section was made (`tools/write_parameters.py`). `settings.ini` names the class `SectionsRenderer`, and
+`tools/build_docs.py` uses it.
 """
 
 import inspect
@@ -11,7 +12,7 @@ from textwrap import dedent
 
 from nbdev.showdoc import BasicMarkdownRenderer
 
-TITLE = re.compile(r'^(Returns|Raises|Notes|Examples)\n-+\n', re.M)
+TITLE = re.compile(r'^(Parameters|Returns|Raises|Notes|Examples)\n-+\n', re.M)
 ENTRY = re.compile(r'^(\S.*)\n((?:[ ]+.*(?:\n|\Z))+)', re.M)
 
 
@@ -33,6 +34,8 @@ def sections(sym):  # list of paragraphs of Markdown
     out = []
     for title, text in zip(parts[::2], parts[1::2]):
         body = text.strip('\n')
+        if title == 'Parameters':
+            continue
         if title in ('Returns', 'Raises'):
             try:
                 body = entries(body)

@@ -122,6 +122,13 @@ def changed_images(
 ) -> list[ChangedImage]:  # For every function that takes images; the files are not changed
     """Images as another site could have made them.
 
+    Parameters
+    ----------
+    images : list
+        Image files
+    change : str
+        Name of a change
+
     Returns
     -------
     list of ChangedImage

@@ -228,6 +228,17 @@ def preprocess_folder(
 
     Existing results with the same settings are kept, so an interrupted run continues.
 
+    Parameters
+    ----------
+    folder : str | Path
+        Folder of photographs, with its subfolders
+    out : str | Path
+        Folder of the results, with the same names
+    how : Preparation, optional
+        How it is prepared
+    workers : int | None, default None
+        Number of threads; one per core if None
+
     Returns
     -------
     pandas.DataFrame

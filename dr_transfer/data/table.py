@@ -307,6 +307,25 @@ def label_table(
     Columns are found by their usual names, patients and sources (cameras, sites) as well; images that cannot be
     decoded are excluded, and listed in `attrs['skipped']`. Folders in a list are sources of one table.
 
+    Parameters
+    ----------
+    source : str | Path | pd.DataFrame | list
+        Folder, CSV beside its images, table, or folders side by side
+    labels : str | Path | pd.DataFrame | None, default None
+        CSV or table of image names and labels
+    image_col : str | None, default None
+        Column of the image names; a usual one if None
+    label_col : str | None, default None
+        Column of the labels; a usual one if None
+    group_col : str | None, default None
+        Column of the patients; a usual one if None, or 'none'
+    source_col : str | None, default None
+        Column of the sources; a usual one if None, or 'none'
+    verify : bool, default True
+        Whether to decode all images and skip unreadable ones
+    missing : str, default 'error'
+        Rows without a file: 'error' or 'skip'
+
     Returns
     -------
     pandas.DataFrame

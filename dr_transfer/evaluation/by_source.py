@@ -42,6 +42,19 @@ def by_source_table(
 ) -> pd.DataFrame:  # One row for all images and one per source
     """Compare cross-validation by source with ordinary cross-validation on the same images.
 
+    Parameters
+    ----------
+    ordinary : pd.DataFrame
+        From `cross_validate`
+    by_source : pd.DataFrame
+        From `cross_validate(by='source')`
+    classes
+        Class names in order
+    metric : str | None, default None
+        Metric to compare; auc, or accuracy, if None
+    n : int, default 1000
+        Bootstrap resamples
+
     Returns
     -------
     pandas.DataFrame

@@ -118,6 +118,37 @@ def compare(
 ) -> Comparison:
     """Train each backbone with each plan on one split, and compare their predictions.
 
+    Parameters
+    ----------
+    data : str | Path | pd.DataFrame
+        Folder, CSV or table of images
+    task : str | Task, default 'flowers'
+        'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    archs : optional
+        Backbones
+    plans : default ('head', 'top1')
+        Names in `PLANS`, or plans
+    target : str | None, default None
+        Name of the target; the task's first if None
+    labels : str | Path | pd.DataFrame | None, default None
+        CSV of labels beside a folder
+    valid : float, default 0.2
+        Fraction of the images for validation
+    seed : int, default 42
+        Seed of the split and of the training
+    size : int | None, default None
+        Image size in pixels; the task's own if None
+    epochs : int | None, default None
+        Epochs of each plan's last phase
+    allow_leaks : bool, default False
+        Allow patients or copies in two subsets?
+    group_col : str | None, default None
+        Column of the patients; a usual one if None, or 'none'
+    say : Callable, optional
+        Called with each progress message
+    **kwargs
+        `bs, augment, balance, runtime, ...` of `build_learner`
+
     Returns
     -------
     Comparison

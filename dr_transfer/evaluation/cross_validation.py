@@ -291,6 +291,33 @@ def cross_validate(
 ) -> pd.DataFrame:  # `image, target, group, fold, prediction, p_CLASS..., data_...`
     """Predict every image with a model that was trained on neither it, nor its group, nor a copy of it.
 
+    Parameters
+    ----------
+    data : str | Path | pd.DataFrame
+        Folder, CSV or table of images
+    task : str | Task, default 'flowers'
+        'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    target : str | None, default None
+        Name of the target; the task's first if None
+    labels : str | Path | pd.DataFrame | None, default None
+        CSV of labels beside a folder
+    folds : int, default 5
+        Number of folds
+    epochs : int | None, default None
+        Epochs of the plan's last phase
+    seed : int, default 42
+        Seed of the folds and of the training
+    by : str, default 'group'
+        'group': stratified folds; 'source': one for each source
+    group_col : str | None, default None
+        Column of the patients; a usual one if None
+    source_col : str | None, default None
+        Column of the sources; a usual one if None
+    say : Callable, optional
+        Called with each progress message
+    **kwargs
+        `arch, weights, size, augment, plan, runtime, ...` of `build_learner`
+
     Returns
     -------
     pandas.DataFrame

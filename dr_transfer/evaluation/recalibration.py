@@ -106,6 +106,19 @@ def recalibrate(
 ) -> Recalibration:
     """Choose the decision of a model again, on labelled images of the site where it is used.
 
+    Parameters
+    ----------
+    model : ImageModel
+        From `load_model` or `image_model`; it is not changed
+    table : pd.DataFrame
+        From `label_table`, with `target`; all readable
+    sensitivity : float | None, default None
+        Required on new patients, 0 to 1
+    specificity : float | None, default None
+        Or required specificity, 0 to 1
+    confidence : float, default 0.9
+        Of the guarantee, 0 to 1
+
     Returns
     -------
     Recalibration

@@ -190,6 +190,23 @@ def evaluate_model(
 
     Images that the model was trained or validated on are excluded, by their content; see `allow_leaks`.
 
+    Parameters
+    ----------
+    model : ImageModel
+        From `load_model` or `image_model`
+    table : pd.DataFrame
+        From `label_table`, with `target`; all readable
+    prevalence : float | None, default None
+        Prevalence of the positive class
+    turns : int, default 200
+        Images whose quarter turns are compared; 0: none
+    data : str, default ''
+        Name of the images
+    allow_leaks : bool, default False
+        Include training and validation images?
+    split : str, default 'new'
+        Images to include: 'new' or the model's 'valid' ones
+
     Returns
     -------
     Evaluation

@@ -314,6 +314,21 @@ def image_features(
 ) -> Features:
     """Compute the features of images at every stage of a backbone, up to the layer before its classifier.
 
+    Parameters
+    ----------
+    images : list
+        Paths or images
+    arch : str, optional
+        Backbone: registry, timm or torchvision
+    weights : str | Path | None, default None
+        None: pretrained; a file; or 'random'
+    runtime : str, default 'auto'
+        Memory format and precision on the CPU, or 'plain'
+    size : int | None, default None
+        Height and width; the backbone's if None
+    **kwargs
+        `reader, fit, views, stages, pools, folder, bs` of `extract_features`
+
     Returns
     -------
     Features

@@ -70,6 +70,15 @@ def training_distribution(
 ) -> TrainingDistribution | None:  # None for too few images
     """Describe the features of training images, to tell which new images are unlike them.
 
+    Parameters
+    ----------
+    features
+        Features of training images (n, d)
+    held_out
+        Of other images of the same sites (m, d), as for validation
+    quantile : float, optional
+        Fraction of the held-out images that is below the limit
+
     Returns
     -------
     TrainingDistribution or None

@@ -324,6 +324,19 @@ def export_onnx(
 
     Normalisation, views and softmax are part of the file. `OnnxModel(file)` predicts with it, without torch.
 
+    Parameters
+    ----------
+    learn : Any
+        An `ImageModel`, or a learner from `build_learner`
+    file : str | Path
+        File to write, ends in .onnx
+    images : list | None, default None
+        For the comparison; synthetic ones if None
+    tolerance : float, default 0.0001
+        Largest allowed difference of probabilities
+    overwrite : bool, default False
+        Replace an existing file?
+
     Returns
     -------
     pathlib.Path

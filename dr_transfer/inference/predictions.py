@@ -70,6 +70,13 @@ def predict_table(
 ) -> pd.DataFrame:  # `image, prediction, p_CLASS..., decision, set, unlike, error`
     """Predict image files, with calibrated probabilities if the model has a temperature.
 
+    Parameters
+    ----------
+    model
+        From `load_model`, `image_model` or `OnnxModel`
+    images : list[str]
+        Paths of image files, or one path
+
     Returns
     -------
     pandas.DataFrame

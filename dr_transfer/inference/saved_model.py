@@ -266,6 +266,15 @@ def save_model(
 ) -> Path:  # The folder
     """Save a trained model as a folder of two files: `model.safetensors` and `model.json`.
 
+    Parameters
+    ----------
+    learn : Any
+        A learner from `build_learner`, or an `ImageModel`
+    folder : str | Path
+        Folder to write
+    overwrite : bool, default False
+        Replace an existing folder?
+
     Returns
     -------
     pathlib.Path
@@ -410,6 +419,13 @@ def load_model(
     runtime: str = 'auto',  # On the CPU; 'auto': as in training, 'plain': fp32
 ) -> ImageModel:
     """Load a saved model, without fastai and without running code from it.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Made by `save_model` or `dr_transfer train`
+    runtime : str, default 'auto'
+        On the CPU; 'auto': as in training, 'plain': fp32
 
     Returns
     -------

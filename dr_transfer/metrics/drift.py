@@ -83,6 +83,19 @@ def drift_table(
 ) -> pd.DataFrame:  # One row per column, the most different first
     """Test each column of two sets of images for a difference, with effect sizes over groups.
 
+    Parameters
+    ----------
+    reference : pd.DataFrame
+        One row per image, optionally `group`
+    new : pd.DataFrame
+        The same columns, for the new images
+    n : int, default 500
+        Number of bootstrap resamples
+    level : float, default 0.95
+        Confidence level
+    seed : int, default 0
+        Seed of the resamples
+
     Returns
     -------
     DataFrame

@@ -108,6 +108,21 @@ def expected_metrics(
 ) -> pd.DataFrame:  # `method, metric, value, low, high`
     """Estimate accuracy and AUC on images without labels, with intervals over patients.
 
+    Parameters
+    ----------
+    valid : pd.DataFrame
+        With labels: `target, p_CLASS...`, optionally `group`
+    new : pd.DataFrame
+        Without labels: `p_CLASS...`, optionally `group`
+    classes
+        Class names in order
+    n : int, default 500
+        Number of bootstrap resamples
+    level : float, default 0.95
+        Confidence level
+    seed : int, default 0
+        Seed of the resamples
+
     Returns
     -------
     DataFrame

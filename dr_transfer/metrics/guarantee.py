@@ -59,6 +59,23 @@ def guaranteed_operating_point(
 ) -> OperatingPoint:  # `confidence` is 1 - delta
     """Choose a threshold whose sensitivity or specificity holds for new patients with confidence 1 - delta.
 
+    Parameters
+    ----------
+    y
+        Truth of validation images (n,): 1 positive, 0 negative
+    score
+        Score (n,): the higher, the more likely positive
+    sensitivity : float | None, default None
+        Required sensitivity, 0 to 1
+    specificity : float | None, default None
+        Or required specificity, 0 to 1
+    delta : float, default 0.1
+        Accepted probability that the guarantee fails
+    groups : default None
+        Group (patient) of each image (n,); None: each its own
+    seed : int, default 0
+        Seed of the choice of one image per patient
+
     Returns
     -------
     OperatingPoint

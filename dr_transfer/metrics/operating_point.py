@@ -66,6 +66,21 @@ def choose_operating_point(
 ) -> OperatingPoint:  # OperatingPointError if there are too few
     """Choose the threshold for a required sensitivity or specificity on validation images.
 
+    Parameters
+    ----------
+    y
+        Truth of validation images (n,): 1 positive, 0 negative
+    score
+        Score (n,): the higher, the more likely positive
+    sensitivity : float | None, default None
+        Required sensitivity, 0 to 1
+    specificity : float | None, default None
+        Or required specificity, 0 to 1
+    min_groups : int, optional
+        Fewest distinct groups of the images that decide
+    groups : default None
+        Group (patient) of each image (n,); None: each counts
+
     Returns
     -------
     OperatingPoint

@@ -26,6 +26,19 @@ def choose_sets(
 ) -> PredictionSets:
     """Calibrate prediction sets that contain the true class with a stated probability.
 
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Calibration: `target, p_CLASS...`, optionally `group`
+    classes
+        Class names in order; sets of ordered `Classes` have no gaps
+    coverage : float, default 0.9
+        Required probability that a set has the true class
+    by_class : bool, default False
+        Whether each class is covered with this probability
+    allow_empty : bool, default False
+        Whether sets may be empty
+
     Returns
     -------
     PredictionSets
@@ -90,6 +103,17 @@ def coverage_table(
     **kw,  # `n`, `level`, `seed` of `bootstrap`
 ) -> pd.DataFrame:  # One row for all images, each class, and each value of the columns
     """Coverage and size of prediction sets on images with labels, by class and by other columns.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        `target, p_CLASS...`, optionally `group`, and the columns
+    sets : PredictionSets
+        From `choose_sets` on other images
+    columns : default ()
+        Columns whose values are shown too, such as a source
+    **kw
+        `n`, `level`, `seed` of `bootstrap`
 
     Returns
     -------

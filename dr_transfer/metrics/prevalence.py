@@ -43,6 +43,15 @@ def shift_prevalence(
 ) -> np.ndarray:  # Probabilities (n, k)
     """Probabilities for a site where the classes occur more or less often than in training.
 
+    Parameters
+    ----------
+    probs
+        Probabilities (n, k)
+    prior
+        Prevalence of each class where the model was trained (k,)
+    new
+        Prevalence of each class where it is used (k,)
+
     Returns
     -------
     ndarray
@@ -85,6 +94,15 @@ def estimate_prevalence(
     max_steps: int = 10_000,  # Largest number of EM steps
 ) -> np.ndarray:  # Prevalence of each class (k,)
     """Estimate how often each class occurs among images without labels.
+
+    Parameters
+    ----------
+    probs
+        Probabilities on images without labels (n, k)
+    prior
+        Prevalence of each class where the model was trained (k,)
+    max_steps : int, default 10000
+        Largest number of EM steps
 
     Returns
     -------

@@ -250,6 +250,33 @@ def advise(
     Count the images of each class, measure their distance from natural images, and find the stage of the frozen
     network that separates the classes best on another source or on changed images. The validation images are not used.
 
+    Parameters
+    ----------
+    data : str | Path | pd.DataFrame
+        Folder, CSV or table of images
+    task : str | Task, default 'flowers'
+        'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
+    arch : str, optional
+        Backbone: registry, timm or torchvision
+    weights : str | Path | None, default None
+        None: pretrained; a file; or 'random'
+    target : str | None, default None
+        Name of the target; the task's first if None
+    labels : str | Path | pd.DataFrame | None, default None
+        CSV of labels beside a folder
+    size : int | None, default None
+        Height and width in pixels; the task's if None
+    valid : float, default 0.2
+        Fraction of validation images, which are not used
+    seed : int, default 42
+        Random seed of the split, as in `build_learner`, and the folds
+    runtime : str, default 'auto'
+        Memory format and precision on the CPU, or 'plain'
+    group_col : str | None, default None
+        Column of the patients; a usual one if None, or 'none'
+    say : Callable, optional
+        Called with messages about patients and labels
+
     Returns
     -------
     Advice
