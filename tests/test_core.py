@@ -247,7 +247,11 @@ def test_normalisation_is_that_of_the_backbone(build, arch, mean, std):
 
 def test_device_by_name(build):
     learn = build(device='cpu')
+    assert learn.dls.device == CPU
     quiet(learn, 'fit', 1)
+    assert {p.device for p in learn.model.parameters()} == {CPU}
+    (epoch,) = learn.recorder.values
+    assert np.isfinite(epoch).all()
 
 
 def test_other_arguments_reach_vision_learner(build, tmp_path):
@@ -770,7 +774,13 @@ def deep_head(width):
 
 
 def test_custom_head_with_a_batchnorm_inside(build):
-    silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
+    learn = build(head=deep_head(16))
+    silent(learn, Plan('p', (Phase(-1, 1, 1e-3),)))
+    (epoch,) = learn.record.history
+    assert epoch['how'] == 'stored'
+    with learn.no_bar():
+        loss = float(learn.validate()[0])
+    assert loss == pytest.approx(epoch['valid_loss'], abs=0.1)
 
 
 def test_custom_head_with_a_batchnorm_of_the_same_width(build):
