@@ -87,6 +87,13 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+def saved(image, kind, **options):
+    "Return the bytes of an image file of a kind, such as PNG."
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
 def save_changed(images, change, folder):
     "Save images as another site could have made them, as PNG files with their numbers as names."
     folder.mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import content
 from PIL import Image
 
 from dr_transfer.data import table as module
@@ -35,10 +36,6 @@ def csv(path, text, encoding='utf-8'):
 
 def labels(t, folder):
     return {Path(i).relative_to(folder).as_posix(): label for i, label in zip(t.image, t.label)}
-
-
-def content(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 # ---------------------------------------------------------------- files
