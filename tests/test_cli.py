@@ -246,12 +246,14 @@ def test_flowers_by_default_in_a_folder_named_after_the_data(tmp_path, flowers, 
 
 def test_overwrite(tmp_path, fundus_data, run, weights):
     "Nothing is replaced without it; with it, a run is replaced, and nothing else."
-    shutil.copytree(run, out := tmp_path / 'run')
+    out = tmp_path / 'run'
+    shutil.copytree(run, out)
     (out / 'record.json').write_text('the old one')
     (out / 'history.png').unlink()
     before = content(out)
     words = ('train', fundus_data, '--task', 'dr', '--weights', weights, *FAST, '--seed', '3', '--out', out)
-    assert str(out) in (line := error_line(*words))
+    line = error_line(*words)
+    assert str(out) in line
     assert '--overwrite' in line
     assert content(out) == before
     with pytest.raises(ValueError, match='exists already'):

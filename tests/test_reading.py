@@ -653,7 +653,8 @@ def test_dicom_grey_and_colour_show_the_ramp(tmp_path, data):
     assert is_dicom(im0001)
     assert image_error(im0001) == ''
     assert distance(read_rgb(im0001), GREY[..., None]) <= 2
-    assert (h := image_header(im0001)).format == 'DICOM'
+    h = image_header(im0001)
+    assert h.format == 'DICOM'
     assert h.size == (WIDTH, HEIGHT)
 
 
