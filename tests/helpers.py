@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -38,6 +39,15 @@ def good(*words):
     result = cli(*words)
     assert result.code == 0, result.err
     return result
+
+
+def parsed(*words):
+    "Return the function and the options of a command line, which is not run."
+    with patch('dr_transfer.cli.call_command', return_value=0) as call:
+        good(*words)
+    call.assert_called_once()
+    function, options = call.call_args.args
+    return function, vars(options)
 
 
 def error_line(*words, start='dr_transfer: '):
@@ -85,6 +95,13 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def saved(image, kind, **options):
+    "Return the bytes of an image file of a kind, such as PNG."
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
 
 
 def save_changed(images, change, folder):

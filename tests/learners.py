@@ -1,10 +1,44 @@
-"Helpers for tests of networks and learners: states to compare, and networks with random statistics."
+"Helpers for tests of networks and learners: states to compare, sets to train on, and networks with random statistics."
 
 import numpy as np
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from dr_transfer.core import build_learner
 from dr_transfer.models.stages import Stages, layer_groups
+from dr_transfer.synthetic.flowers import make_flowers
+from dr_transfer.synthetic.fundus import make_dr
+
+ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
+CLASSES = ('daisy', 'roses', 'sunflowers')
+CPU = torch.device('cpu')
+
+
+def make_sets(folder, n_flowers):
+    "Make small synthetic sets, and tiny networks with random weights and statistics."
+    make_flowers(folder / 'flowers', n=n_flowers, size=64, classes=CLASSES)
+    make_dr(folder / 'dr', n=40, size=64)
+    for arch in ARCHS:
+        torch.manual_seed(0)
+        net = timm.create_model(arch)
+        disturb(net)
+        save_file(net.state_dict(), folder / f'{arch}.safetensors')
+
+
+def learner_builder(folder, **defaults):
+    "Return a function that builds learners on the sets of `make_sets`, whose weights count as pretrained."
+
+    def build(task='flowers', arch='test_resnet', data=None, **options):
+        settings = {'size': 64, 'runtime': 'plain', 'num_workers': 0, 'device': CPU, **defaults}
+        weights = folder / f'{arch}.safetensors'
+        if weights.exists():
+            settings['weights'] = weights
+        settings.update(options)
+        return build_learner(folder / task if data is None else data, task, arch, **settings)
+
+    return build
 
 
 def quiet(learn, what, *args, **kwargs):
@@ -25,13 +59,13 @@ def same_state(a, b):
 
 def groups(learn):
     "A copy of every parameter and buffer by group, head last."
-    body = learn.model[0][0].stages
+    body = learn.body.stages
     if isinstance(body, Stages):
         parts = [stage.state_dict() for stage in body]
     else:
         assert not list(body.buffers())
         parts = [dict(enumerate(parameters)) for parameters in layer_groups(body).values()]
-    parts.append(learn.model[1].state_dict())
+    parts.append(learn.head.state_dict())
     return [{k: v.detach().clone() for k, v in part.items()} for part in parts]
 
 

@@ -629,7 +629,8 @@ def test_the_figure_is_replaced_only_with_overwrite(tmp_path, flowers):
             raise AssertionError('it was computed before the error')
 
         m.setattr(advisor, 'advise', never)
-        assert str(out) in (line := error_line('advise', flowers, *WORDS, '--out', out))
+        line = error_line('advise', flowers, *WORDS, '--out', out)
+        assert str(out) in line
         assert '--overwrite' in line
     assert content(tmp_path) == {'new/p.png': b'mine'}
     good('advise', flowers, *WORDS, '--out', out, '--overwrite')

@@ -290,7 +290,8 @@ def test_a_classifier_of_features_is_restored(tmp_path, fundus_data, weights):
     from dr_transfer.training.stored import learner_features
 
     learn = build_learner(fundus_data, 'dr', 'test_resnet', weights, size=64, runtime='plain')
-    f = learner_features(learn, (t := learn.table).image.tolist())
+    t = learn.table
+    f = learner_features(learn, t.image.tolist())
     c = FeatureClassifier('dense').fit(f, t.target, t.group)
     m = load_model(
         save_model(classifier_learner(c, fundus_data, 'dr', weights=weights, runtime='plain'), tmp_path / 'm'),
@@ -392,7 +393,10 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
     else:
         torch.save({'x': Payload(hit)}, model / file)
     data = (model / file).read_bytes()
-    torch.load(io.BytesIO(data), weights_only=False) if way == 'torch' else pickle.loads(data)
+    if way == 'torch':
+        torch.load(io.BytesIO(data), weights_only=False)
+    else:
+        pickle.loads(data)
     hit.rmdir()  # pickle would run it
     if signed and file == 'model.safetensors':
         sign_tensors(model)

@@ -250,8 +250,8 @@ def test_one_path_is_a_list_of_one(flowers):
     assert len(gather_images(flowers)) == 24
 
 
-def test_a_value_outside_its_interval_is_plotted():
-    "The figure of a comparison is written nevertheless"
+def test_a_value_outside_its_interval_is_plotted(tmp_path):
+    "The figure of a comparison is written, and each line joins the value and the far end of its interval"
     index = pd.MultiIndex.from_tuples([('a', 'auc'), ('b', 'auc')], names=['method', 'metric'])
     t = pd.DataFrame(
         {
@@ -264,7 +264,19 @@ def test_a_value_outside_its_interval_is_plotted():
         },
         index,
     )
-    plot_comparison(t, 'auc').savefig(os.devnull, format='png')
+    fig = plot_comparison(t, 'auc')
+    file = tmp_path / 'comparison.png'
+    fig.savefig(file, format='png')
+    with Image.open(file) as image:
+        image.load()
+        assert image.format == 'PNG'
+    limits = []
+    for axes in fig.axes:
+        (intervals,) = axes.collections
+        segments = np.array(intervals.get_segments())
+        limits.append(segments[:, :, 0])
+    assert limits[0] == pytest.approx(np.array([[0.6, 0.9], [0.6, 0.7]]))
+    assert limits[1] == pytest.approx(np.array([[0.1, 0.3]]))
 
 
 def test_the_module_is_the_command():

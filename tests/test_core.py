@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
-from learners import disturb, groups, moved, quiet, same_state, state_of
+from learners import ARCHS, CLASSES, CPU, groups, learner_builder, make_sets, moved, quiet, same_state, state_of
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.core import build_learner, fit, generalization_gap, predict_probs, valid_predictions
@@ -42,49 +40,24 @@ from dr_transfer.models.registry import IMAGENET
 from dr_transfer.models.stages import Stages, layer_groups
 from dr_transfer.models.weights import WeightsError
 from dr_transfer.synthetic.flowers import make_flowers
-from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.learner import TransferLearner, learner_groups
 from dr_transfer.training.plans import PLANS, Phase, Plan, choose_plan, get_plan, head_epochs, plan_table
 from dr_transfer.training.record import RunRecord, UsedRuntimes, versions
 from dr_transfer.training.stored import learner_features, why_not_stored
 
-CLASSES = ('daisy', 'roses', 'sunflowers')
-CPU = torch.device('cpu')
-ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
 QUICK = Plan('quick', (Phase(-1, 1, 1e-3), Phase(0, 1, 1e-3, lr_mult=20)))
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp('core')
-    make_flowers(folder / 'flowers', n=48, size=64, classes=CLASSES)
-    make_dr(folder / 'dr', n=40, size=64)
-    for arch in ARCHS:
-        torch.manual_seed(0)
-        net = timm.create_model(arch)
-        disturb(net)
-        save_file(net.state_dict(), folder / f'{arch}.safetensors')
+    make_sets(folder, n_flowers=48)
     return folder
 
 
 @pytest.fixture
 def build(root):
-    "Learners on synthetic images, whose weights count as pretrained."
-
-    def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = root / f'{arch}.safetensors'
-        kw = {
-            'weights': own if own.exists() else 'random',
-            'size': 64,
-            'bs': 16,
-            'runtime': 'plain',
-            'num_workers': 0,
-            'device': CPU,
-            **kw,
-        }
-        return build_learner(root / task if data is None else data, task, arch, **kw)
-
-    return make
+    return learner_builder(root, bs=16, weights='random')
 
 
 def silent(learn, *args, **kw):
@@ -247,7 +220,11 @@ def test_normalisation_is_that_of_the_backbone(build, arch, mean, std):
 
 def test_device_by_name(build):
     learn = build(device='cpu')
+    assert learn.dls.device == CPU
     quiet(learn, 'fit', 1)
+    assert {p.device for p in learn.model.parameters()} == {CPU}
+    (epoch,) = learn.recorder.values
+    assert np.isfinite(epoch).all()
 
 
 def test_other_arguments_reach_vision_learner(build, tmp_path):
@@ -445,7 +422,7 @@ def test_learning_rates_increase_towards_the_head(build, arch):
     learn = build(arch=arch)
     learn.unfreeze()
     quiet(learn, 'fit', 1, slice(1e-5, 1e-3))
-    body = learn.model[0][0].stages
+    body = learn.body.stages
     rates = [h['lr'] for h in learn.opt.hypers]
     stages = len(body) if isinstance(body, Stages) else len(layer_groups(body))
     assert len(rates) == len(learner_groups(learn)) >= stages + 1 >= 5
@@ -689,7 +666,7 @@ def test_the_head_is_trained_on_the_features_of_the_body(build):
     assert f[:, 0] == pytest.approx(want.numpy(), abs=1e-4)
     f = learner_features(learn, rows.image.tolist())
     assert f.views == 8
-    assert f.numpy().shape == (len(rows), 8, learn.model[0][0].stages.n_out)
+    assert f.numpy().shape == (len(rows), 8, learn.body.stages.n_out)
 
 
 def test_random_augmentation_is_trained_without_stored_features(build):
@@ -770,7 +747,13 @@ def deep_head(width):
 
 
 def test_custom_head_with_a_batchnorm_inside(build):
-    silent(build(head=deep_head(16)), Plan('p', (Phase(-1, 1, 1e-3),)))
+    learn = build(head=deep_head(16))
+    silent(learn, Plan('p', (Phase(-1, 1, 1e-3),)))
+    (epoch,) = learn.record.history
+    assert epoch['how'] == 'stored'
+    with learn.no_bar():
+        loss = float(learn.validate()[0])
+    assert loss == pytest.approx(epoch['valid_loss'], abs=0.1)
 
 
 def test_custom_head_with_a_batchnorm_of_the_same_width(build):
@@ -908,7 +891,7 @@ def test_the_same_in_another_process(build, root, tmp_path):
 def test_runtimes(build, name, lines):
     learn = build(runtime=name)
     kinds = set()
-    hook = learn.model[0][0].stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
+    hook = learn.body.stages[-1].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
     silent(learn, QUICK)
     p = probs(learn)
     hook.remove()

@@ -173,7 +173,11 @@ def test_rotating_a_volume_rotates_its_planes(axes, same):
     v = noise((21, 21, 21))
     c = (10, 10, 10)
     r = np.zeros((3, 3))
-    r[axes[0], axes[1]], r[axes[1], axes[0]], r[k := 3 - sum(axes), k] = -1, 1, 1
+    first, second = axes
+    kept = 3 - first - second
+    r[first, second] = -1
+    r[second, first] = 1
+    r[kept, kept] = 1
     a, b = (three_planes(Volume(np.rot90(v.hu, n, axes), (1, 1, 1)), c, 15, 15) for n in (1, 3))
     assert any((pixels(three_planes(v, c, 15, 15, turn=r)) == pixels(o)).all() for o in (a, b))
     was = plane(v, c, same, 15, 15)

@@ -61,8 +61,19 @@ TURNS = {
     'quarter_turns': [lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(4)],
 }
 TURNS['mirror'].insert(0, TURNS['none'][0])
+
+
+def after_light(turn):
+    "A view of the image with corrected light."
+
+    def view(x):
+        return turn(correct_light(x))
+
+    return view
+
+
 for name, turns in list(TURNS.items()):
-    TURNS[f'{name}+local'] = [*turns, *(lambda x, turn=turn: turn(correct_light(x)) for turn in turns)]
+    TURNS[f'{name}+local'] = turns + [after_light(turn) for turn in turns]
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -24,17 +24,30 @@ def patients(n, seed, both=0.6, positives=0.5):
     first = rng.random(n) < positives
     second = first & (rng.random(n) < both)
     y = np.c_[first, second].astype(int)
-    noise = 0.8 * rng.normal(size=(n, 1)) + 0.6 * rng.normal(size=(n, 2))
-    return y.ravel(), (y * (1.5 + second[:, None]) + noise).ravel(), np.repeat(np.arange(n), 2)
+    of_patient = rng.normal(size=(n, 1))
+    of_image = rng.normal(size=(n, 2))
+    noise = 0.8 * of_patient + 0.6 * of_image
+    height = 1.5 + second[:, None]
+    scores = y * height + noise
+    groups = np.repeat(np.arange(n), 2)
+    return y.ravel(), scores.ravel(), groups
 
 
 def true_sensitivity(t, both=0.6):
     "Mean over positive patients of the fraction of positive images that are found."
-    return both * norm.sf(t - 2.5) + (1 - both) * norm.sf(t - 1.5)
+    of_two = norm.sf(t - 2.5)
+    of_one = norm.sf(t - 1.5)
+    return both * of_two + (1 - both) * of_one
 
 
 def misses(thresholds, minimum):
-    return int((true_sensitivity(np.array(thresholds)) < minimum).sum())
+    sensitivity = true_sensitivity(np.array(thresholds))
+    return int((sensitivity < minimum).sum())
+
+
+def positive_point(n, minimum, **options):
+    "The operating point of n positive images with the scores 0, 1, ..., n - 1."
+    return guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), minimum, **options)
 
 
 def assert_rare(failed, n):
@@ -45,69 +58,87 @@ def assert_rare(failed, n):
 
 @pytest.mark.parametrize(('n', 'minimum'), [(70, 0.9), (120, 0.9), (120, 0.8)])
 def test_the_sensitivity_of_new_patients_is_below_the_required_one_in_at_most_delta_of_the_draws(n, minimum):
-    draws = [patients(n, seed) for seed in range(600)]
-    found = [guaranteed_operating_point(y, s, minimum, delta=DELTA, groups=g).threshold for y, s, g in draws]
-    failed = misses(found, minimum)
-    assert_rare(failed, len(draws))
-    usual = [choose_operating_point(y, s, minimum, min_groups=1).threshold for y, s, g in draws]
-    assert misses(usual, minimum) > 2 * DELTA * len(draws), 'the usual threshold has no guarantee'
+    n_draws = 600
+    found = []
+    usual = []
+    for seed in range(n_draws):
+        y, score, groups = patients(n, seed)
+        point = guaranteed_operating_point(y, score, minimum, delta=DELTA, groups=groups)
+        found.append(point.threshold)
+        point = choose_operating_point(y, score, minimum, min_groups=1)
+        usual.append(point.threshold)
+    assert_rare(misses(found, minimum), n_draws)
+    assert misses(usual, minimum) > 2 * DELTA * n_draws, 'the usual threshold has no guarantee'
 
 
 def test_the_specificity_of_new_patients_too():
-    draws = [patients(120, seed) for seed in range(400)]
-    found = [guaranteed_operating_point(1 - y, -s, specificity=0.9, groups=g).threshold for y, s, g in draws]
-    failed = misses([-t for t in found], 0.9)
-    assert_rare(failed, len(draws))
+    n_draws = 400
+    found = []
+    for seed in range(n_draws):
+        y, score, groups = patients(120, seed)
+        point = guaranteed_operating_point(1 - y, -score, specificity=0.9, groups=groups)
+        found.append(-point.threshold)
+    assert_rare(misses(found, 0.9), n_draws)
 
 
 def test_the_guarantee_uses_what_delta_allows():
     "With one image per patient and continuous scores, the probability of a failure is known."
     n = 100
     minimum = 0.9
-    k = max(k for k in range(1, n) if binom.cdf(k - 1, n, 1 - minimum) <= DELTA)
+    failures = binom.cdf(np.arange(n), n, 1 - minimum)  # by the number of positive images that are missed
+    missed = np.flatnonzero(failures[:-1] <= DELTA).max()
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2000, n))
-    at = np.sort(scores, axis=1)[:, k - 1]
-    failed = (norm.sf(at) < minimum).mean()
-    assert abs(failed - binom.cdf(k - 1, n, 1 - minimum)) < 0.02
+    ordered = np.sort(scores, axis=1)
+    sensitivity = norm.sf(ordered[:, missed])
+    failed = (sensitivity < minimum).mean()
+    assert abs(failed - failures[missed]) < 0.02
+    y = np.ones(n, int)
     for score in scores[:20]:
-        point = guaranteed_operating_point(np.ones(n, int), score, minimum)
-        assert (score < point.threshold).sum() == k - 1
+        point = guaranteed_operating_point(y, score, minimum)
+        assert (score < point.threshold).sum() == missed
 
 
 def test_tied_scores_keep_the_guarantee():
     rng = np.random.default_rng(1)
+    y = np.ones(60, int)
     failed = 0
     for _ in range(300):
         score = rng.integers(0, 20, 60).astype(float)  # 0 to 19, so that 18 of 20 values are 2 or more
-        t = guaranteed_operating_point(np.ones(60, int), score, 0.9).threshold
-        failed += t > 2
+        point = guaranteed_operating_point(y, score, 0.9)
+        failed += point.threshold > 2
     assert_rare(failed, 300)
 
 
 @pytest.mark.parametrize(('minimum', 'delta'), [(0.9, 0.1), (0.95, 0.05), (0.8, 0.2), (0.5, 0.5)])
 def test_the_error_has_the_number_that_is_needed(minimum, delta):
-    needed = next(n for n in range(1, 1000) if minimum**n <= delta + 1e-12)
+    needed = 1
+    while minimum**needed > delta + 1e-12:
+        needed += 1
     if needed > 1:
-        few = np.ones(needed - 1, int)
         with pytest.raises(OperatingPointError, match=f'needs {needed} or more'):
-            guaranteed_operating_point(few, np.arange(needed - 1.0), minimum, delta=delta)
-    enough = guaranteed_operating_point(np.ones(needed, int), np.arange(float(needed)), minimum, delta=delta)
-    assert enough.decide(np.arange(needed)).all(), 'none of so few patients may be missed'
+            positive_point(needed - 1, minimum, delta=delta)
+    enough = positive_point(needed, minimum, delta=delta)
+    decided = enough.decide(np.arange(needed))
+    assert decided.all(), 'none of so few patients may be missed'
 
 
 def test_what_the_error_suggests_is_possible():
     for n in (1, 5, 12, 21):
         with pytest.raises(OperatingPointError) as e:
-            guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), 0.9)
-        in_python, on_the_command_line = re.search(r'\(sensitivity=(\S+), --sensitivity (\S+)\)', str(e.value)).groups()
+            positive_point(n, 0.9)
+        advice = re.search(r'\(sensitivity=(\S+), --sensitivity (\S+)\)', str(e.value))
+        in_python, on_the_command_line = advice.groups()
         assert in_python == on_the_command_line
         allowed = float(in_python)
-        assert guaranteed_operating_point(np.ones(n, int), np.arange(float(n)), allowed).minimum == allowed
+        point = positive_point(n, allowed)
+        assert point.minimum == allowed
 
 
 def test_many_images_of_few_patients_are_few():
-    y, score, groups = np.ones(400, int), np.arange(400.0), np.arange(400) // 20
+    y = np.ones(400, int)
+    score = np.arange(400.0)
+    groups = np.arange(400) // 20
     with pytest.raises(OperatingPointError, match='20 positive patients'):
         guaranteed_operating_point(y, score, 0.9, groups=groups)
     with pytest.raises(OperatingPointError, match=r'0 negative patients.*Add patients with negative images'):
@@ -115,9 +146,13 @@ def test_many_images_of_few_patients_are_few():
 
 
 def test_without_patients_the_error_counts_images():
-    for n, more in ((0, 'Add positive images'), (12, 'Add images, or require less')):
+    advice = {0: 'Add positive images', 12: 'Add images, or require less'}
+    for n, more in advice.items():
+        y = [0] * 5 + [1] * n
+        score = np.arange(5.0 + n)
+        groups = [None] * len(y)
         with pytest.raises(OperatingPointError, match=f'^{n} positive images: .*{more}') as e:
-            guaranteed_operating_point([0] * 5 + [1] * n, np.arange(5.0 + n), 0.9, groups=[None] * (5 + n))
+            guaranteed_operating_point(y, score, 0.9, groups=groups)
         assert 'patients' not in str(e.value)
 
 
@@ -131,24 +166,31 @@ def test_without_patients_the_error_counts_images():
     ],
 )
 def test_fractions_are_checked(wrong):
+    fractions = {'sensitivity': 0.9, **wrong}
+    score = np.arange(30.0)
     with pytest.raises(ValueError, match='between 0 and 1, such as'):
-        guaranteed_operating_point([1] * 30, np.arange(30.0), **{'sensitivity': 0.9, **wrong})
+        guaranteed_operating_point([1] * 30, score, **fractions)
 
 
 def test_a_saved_decision_keeps_the_confidence():
-    point = guaranteed_operating_point(np.ones(30, int), np.arange(30.0), 0.9)
-    saved = Decision(operating=point).to_dict()
+    point = positive_point(30, 0.9)
+    decision = Decision(operating=point)
+    saved = decision.to_dict()
     assert saved['operating']['confidence'] == 0.9
     assert Decision.from_dict(saved).operating == point
-    plain = choose_operating_point(np.ones(30, int), np.arange(30.0), 0.9)
-    assert 'confidence' not in Decision(operating=plain).to_dict()['operating'], 'files stay as they were'
-    Decision(operating=point).check(Classes(('0', '1', '2'), Positive('referable', ('1', '2'))))
+    usual = choose_operating_point(np.ones(30, int), np.arange(30.0), 0.9)
+    plain = Decision(operating=usual).to_dict()
+    assert 'confidence' not in plain['operating'], 'files stay as they were'
+    referable = Positive('referable', ('1', '2'))
+    classes = Classes(('0', '1', '2'), referable)
+    decision.check(classes)
 
 
 def test_neighbouring_scores_have_a_threshold_between_them():
     score = np.full(30, 0.5)
-    y = np.r_[np.zeros(29, int), 1]
     score[-1] = np.nextafter(0.5, 1)
+    y = np.zeros(30, int)
+    y[-1] = 1
     point = guaranteed_operating_point(y, score, specificity=0.9)
     assert not point.decide(score[:-1]).any()
     assert point.decide(score[-1])
@@ -159,12 +201,15 @@ def test_the_study_on_photographs_measures_and_counts_what_is_refused():
     study = tool('guarantee')
     y, score, groups = patients(300, 0)
     site = study.Site(y, score, groups)
-    t = study.results(site, numbers=(80, 10), draws=40).set_index(['patients', 'required', 'method'])
-    assert (t.refused[10].xs('guaranteed', level='method') == 40).all()
-    assert (t.refused.xs('usual', level='method') == 0).all()
-    enough = t.loc[80]
-    assert (enough['below, all'].xs('guaranteed', level='method') <= 0.2).all()
-    assert (enough['below, all'].xs('usual', level='method') >= 0.2).all()
+    t = study.results(site, numbers=(80, 10), draws=40)
+    by_method = t.set_index(['method', 'patients', 'required'])
+    usual = by_method.loc['usual']
+    guaranteed = by_method.loc['guaranteed']
+    assert (guaranteed.loc[10].refused == 40).all()
+    assert (usual.refused == 0).all()
+    below = 'below, all'
+    assert (guaranteed.loc[80][below] <= 0.2).all()
+    assert (usual.loc[80][below] >= 0.2).all()
     everyone = np.ones(300, bool)
     assert site.sensitivity(-np.inf, everyone) == 1
     assert site.specificity(-np.inf, everyone) == 0

@@ -280,7 +280,13 @@ def test_groups_stay_together_in_the_inner_folds(monkeypatch):
     x, y = toy()
     recorded = []
     real = hand_crafted.grouped_folds
-    monkeypatch.setattr(hand_crafted, 'grouped_folds', lambda *a: recorded.extend(r := real(*a)) or r)
+
+    def recording(*args):
+        folds = real(*args)
+        recorded.extend(folds)
+        return folds
+
+    monkeypatch.setattr(hand_crafted, 'grouped_folds', recording)
     g = np.arange(150) // 2 // 2
     HandCraftedClassifier(grid=((1.0, 1.0),), folds=3).fit(x, y, g)
     assert len(recorded) == 3

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from helpers import saved
 from PIL import Image
 
 from dr_transfer.data.fundus import READERS, disc_box, read_image
@@ -23,13 +24,6 @@ def smooth(w=48, h=32):
     return np.stack([red, green, blue], -1).round().astype(np.uint8)
 
 
-def through(im, kind, **kwargs):
-    "The bytes of a file."
-    out = io.BytesIO()
-    im.save(out, kind, **kwargs)
-    return out.getvalue()
-
-
 def far(a, b):
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
 
@@ -43,7 +37,7 @@ GREY = A[..., 0]
 
 def test_rgb_is_not_changed(tmp_path):
     im = Image.fromarray(A)
-    files = [through(im, kind) for kind in ('PNG', 'BMP', 'TIFF')]
+    files = [saved(im, kind) for kind in ('PNG', 'BMP', 'TIFF')]
     for source in (A, im, *files):
         np.testing.assert_array_equal(read_rgb(source), A)
     path = tmp_path / '眼 底.png'
@@ -56,7 +50,7 @@ def test_rgb_is_not_changed(tmp_path):
 def test_grey(kind):
     options = {'quality': 100} if kind == 'JPEG' else {}
     loss = 3 if kind == 'JPEG' else 0
-    im = read_rgb(through(Image.fromarray(GREY), kind, **options))
+    im = read_rgb(saved(Image.fromarray(GREY), kind, **options))
     assert im.mode == 'RGB'
     assert far(im, GREY[..., None]).max() <= loss
 
@@ -64,7 +58,7 @@ def test_grey(kind):
 def test_one_bit():
     bits = GREY > 128
     assert 0 < bits.mean() < 1
-    im = read_rgb(through(Image.fromarray(bits), 'PNG'))
+    im = read_rgb(saved(Image.fromarray(bits), 'PNG'))
     want = 255 * np.repeat(bits[..., None], 3, -1)
     np.testing.assert_array_equal(im, want)
 
@@ -78,7 +72,7 @@ def test_palette(kind):
     few = PALETTE[INDEX]
     im = Image.fromarray(few).quantize(3)
     assert im.mode == 'P'
-    np.testing.assert_array_equal(read_rgb(through(im, kind)), few)
+    np.testing.assert_array_equal(read_rgb(saved(im, kind)), few)
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'GIF'])
@@ -86,7 +80,7 @@ def test_palette_with_transparency(kind):
     "Transparent pixels become black, whatever their colour."
     im = Image.fromarray(INDEX)
     im.putpalette(PALETTE.flatten().tolist())
-    data = through(im, kind, transparency=1)
+    data = saved(im, kind, transparency=1)
     opened = Image.open(io.BytesIO(data))
     assert 'transparency' in opened.info
     shown = PALETTE.copy()
@@ -101,7 +95,7 @@ def test_alpha_is_over_black(mode):
     base = A if mode == 'RGBA' else GREY[..., None]
     channels = (*np.moveaxis(base, -1, 0), alpha)
     im = Image.merge(mode, [Image.fromarray(np.ascontiguousarray(c)) for c in channels])
-    out = np.asarray(read_rgb(through(im, 'PNG')))
+    out = np.asarray(read_rgb(saved(im, 'PNG')))
     assert out.shape == (32, 48, 3)
     opacity = alpha[..., None] / 255
     assert far(out, (base * opacity).round()).max() <= 1
@@ -113,7 +107,7 @@ def test_alpha_is_over_black(mode):
 def test_rgb_with_a_transparent_colour():
     a = A.copy()
     a[:8] = (1, 2, 3)
-    data = through(Image.fromarray(a), 'PNG', transparency=(1, 2, 3))
+    data = saved(Image.fromarray(a), 'PNG', transparency=(1, 2, 3))
     out = np.asarray(read_rgb(data))
     assert out[:8].max() == 0
     np.testing.assert_array_equal(out[8:], a[8:])
@@ -123,7 +117,7 @@ def test_rgb_with_a_transparent_colour():
 def test_16_bits_keep_their_grey_levels(kind):
     shades = np.linspace(0, 65535, 48 * 32).round()
     deep = shades.astype(np.uint16).reshape(32, 48)
-    data = through(Image.fromarray(deep), kind)
+    data = saved(Image.fromarray(deep), kind)
     opened = Image.open(io.BytesIO(data))
     assert opened.mode.startswith('I')
     out = np.asarray(read_rgb(data))
@@ -134,7 +128,7 @@ def test_16_bits_keep_their_grey_levels(kind):
 
 def test_cmyk_jpeg():
     im = Image.fromarray(A).convert('CMYK')
-    data = through(im, 'JPEG', quality=100, subsampling=0)
+    data = saved(im, 'JPEG', quality=100, subsampling=0)
     opened = Image.open(io.BytesIO(data))
     assert opened.mode == 'CMYK'
     for size in (None, 8):
@@ -153,7 +147,7 @@ def test_any_mode_to_a_square(mode, fit):
 
 def test_first_frame_of_an_animation():
     first, second = (Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue'))
-    data = through(first, 'GIF', save_all=True, append_images=[second])
+    data = saved(first, 'GIF', save_all=True, append_images=[second])
     assert read_rgb(data).getpixel((4, 4)) == (255, 0, 0)
 
 
@@ -191,7 +185,7 @@ def turned(a, orientation, kind, **kwargs):
     exif = Image.Exif()
     exif[274] = orientation
     stored = np.ascontiguousarray(STORE[orientation](a))
-    return through(Image.fromarray(stored), kind, exif=exif, **kwargs)
+    return saved(Image.fromarray(stored), kind, exif=exif, **kwargs)
 
 
 @pytest.mark.parametrize('orientation', SHOW)
@@ -238,7 +232,7 @@ def test_draft_decoding_agrees_with_full_decoding(mode, fit):
     noise = rng.normal(0, 8, (900, 1200, 1))  # the size of a camera image
     a = np.clip(smooth(1200, 900) + noise, 0, 255).astype(np.uint8)
     im = Image.fromarray(a).convert(mode)
-    data = through(im, 'JPEG', quality=92)
+    data = saved(im, 'JPEG', quality=92)
     full = read_rgb(data)
     draft = read_rgb(data, 96)
     assert full.size == (1200, 900)
@@ -252,7 +246,7 @@ def test_draft_decoding_agrees_with_full_decoding(mode, fit):
 
 @pytest.mark.parametrize('size', [16, 64, 100, 150, 224, 300, 1000])
 def test_a_draft_is_never_smaller_than_needed(size):
-    data = through(Image.fromarray(smooth(640, 480)), 'JPEG')
+    data = saved(Image.fromarray(smooth(640, 480)), 'JPEG')
     im = read_rgb(data, size)
     assert min(im.size) >= min(480, 2 * size)
     assert max(im.size) <= 640
@@ -349,7 +343,7 @@ def test_borders_of_a_large_image():
     "Found on a reduced image; borders in a JPEG are not exactly black."
     a, _ = draw_fundus(2, 1, 700)
     both = (a, framed(a, 20, 20, 300, 260))
-    data = [through(Image.fromarray(o), 'JPEG', quality=92) for o in both]
+    data = [saved(Image.fromarray(o), 'JPEG', quality=92) for o in both]
     plain, more = (read_image(d, 96, 'fundus', 'pad') for d in data)
     assert far(plain, more).mean() < 3
 

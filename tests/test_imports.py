@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import COMMAND
+from helpers import COMMAND, parsed
 
 import dr_transfer
 
@@ -131,11 +131,10 @@ def test_the_installed_command(words, options):
     assert [o for o in options if o not in r.stdout] == []
     if not words:
         return
-    from dr_transfer.cli import _parser
-
     example = r.stdout.split('example:\n')[1].split()
     assert example[:2] == ['dr_transfer', words[0]]
-    assert _parser().parse_args(example[1:]).run.__name__ == words[0]
+    function, _ = parsed(*example[1:])
+    assert function.__name__ == words[0]
 
 
 def test_failure_has_an_exit_code_and_one_line(tmp_path):

@@ -24,7 +24,6 @@ from dr_transfer.models.network import create_head
 from dr_transfer.models.registry import find_backbone
 from dr_transfer.models.stages import layer_groups
 from dr_transfer.synthetic.flowers import make_flowers
-from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,13 +34,8 @@ SMALL = dict(
 
 @pytest.fixture(scope='module')
 def flowers(tmp_path_factory):
-    make_flowers(folder := tmp_path_factory.mktemp('flowers'), n=40, size=48, seed=0)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def fundus_data(tmp_path_factory):
-    make_dr(folder := tmp_path_factory.mktemp('fundus_data'), n=40, size=48, seed=0, workers=1)
+    folder = tmp_path_factory.mktemp('flowers')
+    make_flowers(folder, n=40, size=48, seed=0)
     return folder
 
 

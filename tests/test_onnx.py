@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from helpers import error_line, good, rows_of
 from PIL import Image
 from torch import nn
 
@@ -341,8 +342,6 @@ def test_weights_that_are_nan_are_not_exported(tmp_path):
 
 
 def test_the_command(small_model, tmp_path):
-    from test_cli import error_line, good, rows_of
-
     folder = save_model(small_model[0], tmp_path / 'model')
     out = tmp_path / 'm.onnx'
     assert 'the same predictions as the model' in good('export', folder, '--out', out, '--runtime', 'bf16').out

@@ -1,10 +1,13 @@
 "Test heads for ordered grades, class balance, and cut points."
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import GRADES
+from learners import groups, moved
 from sklearn.metrics import cohen_kappa_score
 from torch import nn
 
@@ -18,6 +21,7 @@ from dr_transfer.models.ordered import ORDERED, Cumulative, GradeLoss
 from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training.plans import Phase, Plan
 
+COLUMNS = [f'p_{grade}' for grade in GRADES]
 TINY = dict(task='dr', target='grade', arch='test_resnet', weights='random', size=48, bs=16, runtime='plain')
 SHORT = Plan('short', (Phase(-1, 3, 3e-3),), 'three epochs of the head; the plan of the library takes 600 steps')
 
@@ -33,21 +37,36 @@ def fundus_data(tmp_path_factory):
 @pytest.mark.parametrize('k', [3, 5])
 def test_a_higher_score_is_a_higher_grade_and_probabilities_sum_to_one(name, k):
     layer = ORDERED[name](k)
-    for cuts in ([0.0] + [0.01] * (k - 2), None):
-        if cuts and name == 'cumulative':
-            layer.load_state_dict({'first': torch.tensor(cuts[0]), 'gaps': torch.tensor(cuts[1:])})
-        p = layer(torch.linspace(-20, 20, 400)[:, None]).exp().detach()
+    scores = torch.linspace(-20, 20, 400)[:, None]
+    extreme = torch.tensor([[-1e4], [1e4]])
+    grades = torch.arange(float(k))
+    for near in (True, False):
+        if near and name == 'cumulative':
+            gaps = torch.full((k - 2,), 0.01)
+            layer.load_state_dict({'first': torch.tensor(0.0), 'gaps': gaps})
+        p = layer(scores).exp().detach()
         assert torch.allclose(p.sum(1), torch.ones(400), atol=1e-3)
         assert (p >= 0).all()
-        assert ((p @ torch.arange(float(k))).diff() > -1e-4).all()
-        assert torch.isfinite(layer(torch.tensor([[-1e4], [1e4]]))).all()
+        mean = p @ grades
+        assert (mean.diff() > -1e-4).all()
+        assert torch.isfinite(layer(extreme)).all()
+
+
+def loss_of(name):
+    return GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
+
+
+def kappa(y, grades):
+    return cohen_kappa_score(y, grades, weights='quadratic')
 
 
 @pytest.mark.parametrize('name', ORDERED)
 def test_gradients_are_finite_far_from_the_cuts(name):
     score = torch.tensor([[-50.0], [0.0], [50.0]], requires_grad=True)
-    loss = GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
-    loss(ORDERED[name](5)(score), torch.tensor([4, 2, 0])).backward()
+    target = torch.tensor([4, 2, 0])
+    layer = ORDERED[name](5)
+    loss = loss_of(name)(layer(score), target)
+    loss.backward()
     assert torch.isfinite(score.grad).all()
 
 
@@ -56,7 +75,10 @@ def test_the_cuts_are_always_increasing():
     opt = torch.optim.SGD(layer.parameters(), lr=5.0)
     for _ in range(50):
         opt.zero_grad()
-        nn.functional.cross_entropy(layer(torch.randn(64, 1)), torch.randint(0, 5, (64,))).backward()
+        output = layer(torch.randn(64, 1))
+        target = torch.randint(0, 5, (64,))
+        loss = nn.functional.cross_entropy(output, target)
+        loss.backward()
         opt.step()
         assert (layer.cuts.diff() > 0).all()
 
@@ -80,46 +102,59 @@ def test_every_head_has_an_output_for_each_class(name):
 )
 def test_a_model_of_ordered_grades_is_trained_saved_and_loaded(fundus_data, tmp_path, head, plan, epochs):
     learn = build_learner(fundus_data, head=head, **TINY)
-    start = {k: v.clone() for k, v in learn.model[1].state_dict().items()}
+    before = groups(learn)
     fit(learn, plan, epochs, say=lambda s: None)
-    assert any(not torch.equal(v, start[k]) for k, v in learn.model[1].state_dict().items())
+    *_, head_moved = moved(before, groups(learn))
+    assert head_moved
     t = valid_predictions(learn)
-    p = t[[f'p_{g}' for g in GRADES]].to_numpy()
+    p = t[COLUMNS].to_numpy()
     assert np.allclose(p.sum(1), 1, atol=1e-3)
-    assert np.abs(load_model(save_model(learn, tmp_path / 'm'), 'plain').probs(t.image.tolist()) - p).max() < 1e-4
+    folder = save_model(learn, tmp_path / 'm')
+    model = load_model(folder, 'plain')
+    error = model.probs(t.image.tolist()) - p
+    assert np.abs(error).max() < 1e-4
     assert image_model(learn).card.head.ordered == head
 
 
 def test_an_ordered_head_learns_the_order(fundus_data):
     y = torch.tensor(np.repeat(np.arange(5), 200))
-    x = torch.cat([(y + 0.5 * torch.randn(1000))[:, None], torch.randn(1000, 3)], 1)
+    noise = torch.randn(1000)
+    x = torch.randn(1000, 4)
+    x[:, 0] = y + 0.5 * noise
     for name in ORDERED:
         torch.manual_seed(0)
         h = create_head(name, 4, 5)
         opt = torch.optim.Adam(h.parameters(), 0.05)
-        loss = GradeLoss() if name == 'regression' else nn.CrossEntropyLoss()
+        loss_function = loss_of(name)
         for _ in range(150):
             opt.zero_grad()
-            loss(h(x), y).backward()
+            loss = loss_function(h(x), y)
+            loss.backward()
             opt.step()
-        e = expected_grade(h.eval()(x).softmax(1).detach())
-        assert cohen_kappa_score(y, e.round(), weights='quadratic') > 0.85
+        h.eval()
+        p = h(x).softmax(1).detach()
+        found = expected_grade(p)
+        assert kappa(y, found.round()) > 0.85
 
 
 # ---------------------------------------------------------------- balance
 
 
 def test_weights_balance_the_classes():
-    t = pd.DataFrame({'target': ['a'] * 90 + ['b'] * 9 + ['c'] + ['a'], 'split': ['train'] * 100 + ['valid']})
+    classes = ['a', 'b', 'c']
+    targets = np.repeat([*classes, 'a'], [90, 9, 1, 1])
+    t = pd.DataFrame({'target': targets, 'split': 'train'})
+    t.loc[100, 'split'] = 'valid'
     w = class_weights(t)
     n = t.target[t.split == 'train'].value_counts()
     assert np.allclose(w * n, 100 / 3)
     assert image_weights(t, 'sampling') == w[t.target].tolist()
     assert image_weights(t, 'weights') is None
-    loss = balanced_loss(t, ['a', 'b', 'c'], 'weights')
-    assert loss.func.weight.dtype == torch.float32
-    assert loss.func.weight.tolist() == pytest.approx(w[['a', 'b', 'c']].tolist())
-    assert balanced_loss(t, ['a', 'b', 'c']) is None
+    loss = balanced_loss(t, classes, 'weights')
+    weight = loss.func.weight
+    assert weight.dtype == torch.float32
+    assert weight.tolist() == pytest.approx(w[classes].tolist())
+    assert balanced_loss(t, classes) is None
     assert isinstance(balanced_loss(t, ['a'], 'sampling', 'regression'), GradeLoss)
 
 
@@ -128,19 +163,26 @@ def test_sampling_balances_the_classes(fundus_data, stored):
     learn = build_learner(fundus_data, balance='sampling', **TINY)
     fit(learn, SHORT, stored=stored, say=lambda s: None)
     assert learn.record.balance == 'sampling'
-    sampled = np.concatenate(
-        [np.array([learn.dls.vocab[int(i)] for i in b[1]]) for _ in range(6) for b in learn.dls.train]
-    )
-    fraction = pd.Series(sampled).value_counts(normalize=True)
-    have = learn.table.target[learn.table.split == 'train'].value_counts(normalize=True)
-    assert fraction.max() / fraction.min() < 2 < have.max() / have.min()
+    sampled = []
+    for _ in range(6):
+        for _, codes in learn.dls.train:
+            sampled.extend(codes.tolist())
+    n_classes = len(learn.dls.vocab)
+    drawn = np.bincount(sampled, minlength=n_classes)
+    assert drawn.max() / drawn.min() < 2
+    train = learn.table[learn.table.split == 'train']
+    have = train.target.value_counts()
+    assert have.max() / have.min() > 2
 
 
 @pytest.mark.parametrize('balance', ['weights', 'sampling'])
 def test_every_balance_trains_with_every_kind_of_phase(fundus_data, balance):
-    for plan in (SHORT, Plan('last stage', (Phase(-2, 1, 1e-3),))):
-        learn = fit(build_learner(fundus_data, balance=balance, plan=plan, **TINY), say=lambda s: None)
-        assert np.isfinite(learn.record.history[-1]['train_loss'])
+    last_stage = Plan('last stage', (Phase(-2, 1, 1e-3),))
+    for plan in (SHORT, last_stage):
+        learn = build_learner(fundus_data, balance=balance, plan=plan, **TINY)
+        fit(learn, say=lambda s: None)
+        last = learn.record.history[-1]
+        assert np.isfinite(last['train_loss'])
 
 
 def test_an_invalid_balance_is_an_error(fundus_data):
@@ -159,14 +201,14 @@ def test_fitted_cuts_are_as_good_as_any_on_a_grid_and_better_than_halves():
     x = 0.6 * y + rng.normal(0, 0.35, 400)
     cuts = fit_cut_points(x, y, 3)
     places = np.quantile(x, np.linspace(0.02, 0.98, 60))
-    best = max(
-        cohen_kappa_score(y, np.digitize(x, [a, b]), weights='quadratic')
-        for i, a in enumerate(places)
-        for b in places[i + 1 :]
-    )
-    ours = cohen_kappa_score(y, np.digitize(x, cuts), weights='quadratic')
-    assert ours > best - 0.01
-    assert ours > cohen_kappa_score(y, np.digitize(x, [0.5, 1.5]), weights='quadratic')
+    on_the_grid = []
+    for pair in combinations(places, 2):
+        grades = np.digitize(x, pair)
+        on_the_grid.append(kappa(y, grades))
+    ours = kappa(y, np.digitize(x, cuts))
+    halves = np.digitize(x, [0.5, 1.5])
+    assert ours > max(on_the_grid) - 0.01
+    assert ours > kappa(y, halves)
     assert (np.diff(cuts) > 0).all()
 
 
@@ -175,23 +217,24 @@ def test_cut_points_are_kept_with_the_model_and_give_grades():
 
     def table(n):
         y = rng.choice(5, n, p=[0.5, 0.2, 0.2, 0.06, 0.04])
-        p = np.exp(-((np.arange(5) - (0.6 * y + rng.normal(0, 0.4, n))[:, None]) ** 2))
-        return pd.DataFrame(
-            {'target': y.astype(str), **dict(zip([f'p_{g}' for g in GRADES], (p / p.sum(1, keepdims=True)).T))}
-        )
+        x = 0.6 * y + rng.normal(0, 0.4, n)
+        distance = np.arange(5) - x[:, None]
+        odds = np.exp(-(distance**2))
+        p = odds / odds.sum(1, keepdims=True)
+        t = pd.DataFrame(p, columns=COLUMNS)
+        return t.assign(target=y.astype(str))
 
     valid = table(800)
     t = table(800)
     d = choose_decision(valid, GRADES)
     out = apply_decision(t, GRADES, d)
     y = t.target.astype(int)
-    kappa = {
-        k: cohen_kappa_score(y, v, weights='quadratic')
-        for k, v in (('cuts', out.grade.astype(int)), ('likeliest', t.filter(like='p_').to_numpy().argmax(1)))
-    }
-    assert kappa['cuts'] > kappa['likeliest'] + 0.03
+    p = t[COLUMNS].to_numpy()
+    likeliest = p.argmax(1)
+    assert kappa(y, out.grade.astype(int)) > kappa(y, likeliest) + 0.03
     assert set(out.grade) <= set(range(5))
-    assert choose_decision(valid[valid.target != '4'], GRADES).cuts is None
+    without_4 = valid[valid.target != '4']
+    assert choose_decision(without_4, GRADES).cuts is None
 
 
 # ---------------------------------------------------------------- no order, no ordered head

@@ -6,15 +6,12 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import content
 from PIL import Image
 
 from dr_transfer.synthetic.eye import LESION_KINDS
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.synthetic.fundus import contact_sheet, draw_fundus, lesion_mask, make_dr
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 def distance(truth, part):
@@ -162,12 +159,12 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     knobs = dict(n=18, size=64, cameras=3, exact_duplicates=1, near_duplicates=1, unreadable=1, wrong_labels=1)
     for w in (1, 2, 3):
         make_dr(tmp_path / str(w), workers=w, **knobs)
-    assert files(tmp_path / '1') == files(tmp_path / '2') == files(tmp_path / '3')
+    assert content(tmp_path / '1') == content(tmp_path / '2') == content(tmp_path / '3')
     make_dr(tmp_path / 'seed', seed=1, **knobs)
-    assert files(tmp_path / '1') != files(tmp_path / 'seed')
+    assert content(tmp_path / '1') != content(tmp_path / 'seed')
     for f in 'ab':
         make_flowers(tmp_path / f, 20, 48)
-    assert files(tmp_path / 'a') == files(tmp_path / 'b')
+    assert content(tmp_path / 'a') == content(tmp_path / 'b')
 
 
 @pytest.mark.parametrize('knob', ['exact_duplicates', 'near_duplicates', 'unreadable', 'wrong_labels'])
@@ -177,8 +174,8 @@ def test_each_parameter_changes_only_what_it_documents(tmp_path, knob, count):
     plain = make_dr(tmp_path / 'plain', 7, 48)
     df = make_dr(tmp_path / 'flawed', 7, 48, **{knob: count})
     truth = json.loads((tmp_path / 'flawed/truth.json').read_text())
-    before = files(tmp_path / 'plain/images')
-    after = files(images)
+    before = content(tmp_path / 'plain/images')
+    after = content(images)
     extra = set(after) - set(before)
     changed = {f for f in before if after[f] != before[f]}
     assert list(truth) == sorted(truth) == df.image.tolist() == sorted(after)
@@ -232,7 +229,7 @@ def test_folders(tmp_path):
             make(folder, 10, 48)
     (tmp_path / 'empty').mkdir()
     assert len(make_dr(str(tmp_path / 'empty'), 2, 48)) == 2
-    assert files(tmp_path)['notes.txt'] == b'mine'
+    assert content(tmp_path)['notes.txt'] == b'mine'
 
 
 @pytest.mark.parametrize(
@@ -258,7 +255,7 @@ def test_flowers(tmp_path):
     folders = df.image.str.split('/').str[0]
     assert (folders == df.label).all()
     assert df.photographer.nunique() == 6
-    image_files = [f for f in files(flowers) if f.endswith('.jpg')]
+    image_files = [f for f in content(flowers) if f.endswith('.jpg')]
     assert sorted(df.image) == sorted(image_files)
 
     def corner(f):

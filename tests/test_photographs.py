@@ -26,7 +26,15 @@ LIMIT = 180  # seconds for each on two idle cores; not asserted, because tests s
 def some(table, n, column, seed=0):
     "Return `n` rows, stratified by class"
     fraction = n / len(table)
-    return pd.concat([g.sample(round(fraction * len(g)), random_state=seed) for _, g in table.groupby(column)])
+    parts = []
+    for _, rows in table.groupby(column):
+        count = round(fraction * len(rows))
+        parts.append(rows.sample(count, random_state=seed))
+    return pd.concat(parts)
+
+
+def paths(folder, names):
+    return [folder / name for name in names]
 
 
 def test_flowers_of_other_photographers(data_root):
@@ -36,33 +44,45 @@ def test_flowers_of_other_photographers(data_root):
     learn = build_learner(folder)
     fit(learn, say=lambda s: None)
     credits = pd.read_csv(folder / 'credits.csv')
-    who = dict(zip(credits.image, credits.photographer))
-    t = learn.table.assign(who=[who[Path(n).relative_to(folder).as_posix()] for n in learn.table.image])
+    t = learn.table
     assert len(t) == len(credits)
     assert [Path(n).parent.name for n in t.image] == t.target.tolist()
-    train, valid = (set(t.who[t.split == s]) for s in ('train', 'valid'))
+    photographer = credits.set_index('image').photographer
+    names = [Path(n).relative_to(folder).as_posix() for n in t.image]
+    who = photographer.loc[names].to_numpy()
+    in_valid = (t.split == 'valid').to_numpy()
+    in_train = (t.split == 'train').to_numpy()
+    train = set(who[in_train])
+    valid = set(who[in_valid])
     assert train
     assert valid
     assert not train & valid
-    assert 0.15 < (t.split == 'valid').mean() < 0.25
+    assert 0.15 < in_valid.mean() < 0.25
     p = valid_predictions(learn)
-    assert set(p.image) == set(t.image[t.split == 'valid'])
-    assert accuracy_score([Path(n).parent.name for n in p.image], p.prediction) >= 0.90
+    assert set(p.image) == set(t.image[in_valid])
+    truth = [Path(n).parent.name for n in p.image]
+    assert accuracy_score(truth, p.prediction) >= 0.90
 
 
 def test_referable_on_another_camera(data_root):
     from sklearn.metrics import roc_auc_score
 
-    here, there = (pd.read_csv(data_root / 'dr' / n / 'labels.csv') for n in ('messidor2', 'idrid'))
-    here = some(here.dropna(subset='grade'), 500, 'grade')
-    here['image'] = [str(data_root / 'dr' / 'messidor2' / 'images' / n) for n in here.image]
-    there = some(there.assign(referable=there.grade >= 2), 120, 'referable')
+    messidor = data_root / 'dr' / 'messidor2'
+    idrid = data_root / 'dr' / 'idrid'
+    here = pd.read_csv(messidor / 'labels.csv')
+    here = here.dropna(subset='grade')
+    here = some(here, 500, 'grade')
+    here['image'] = [str(file) for file in paths(messidor / 'images', here.image)]
+    there = pd.read_csv(idrid / 'labels.csv')
+    there['referable'] = there.grade >= 2
+    there = some(there, 120, 'referable')
     learn = build_learner(here[['image', 'grade']], 'dr', target='referable')
     fit(learn, 'head', say=lambda s: None)
     assert abs(len(learn.table) - 500) < 4
     for r in learn.record.history:
         assert r['how'] in ('solved', 'stored')
-    p = predict_probs(learn, [data_root / 'dr' / 'idrid' / 'images' / n for n in there.image])
+    images = paths(idrid / 'images', there.image)
+    p = predict_probs(learn, images)
     assert p.shape == (len(there), 2)
     assert roc_auc_score(there.referable, p[:, 1]) >= 0.90
 
@@ -71,9 +91,14 @@ def flowers_of(folder, classes, n):
     "Return `n` images for training and `n` others, no photographer in both"
     t = pd.read_csv(folder / 'credits.csv')
     t = t[t.label.isin(classes)]
-    people = pd.Series(t.photographer.unique()).sample(frac=1, random_state=0)
-    one = t.photographer.isin(set(people[: len(people) // 2]))
-    return [some(part, n, 'label') for part in (t[one], t[~one])]
+    people = pd.Series(t.photographer.unique())
+    people = people.sample(frac=1, random_state=0)
+    half = len(people) // 2
+    first = set(people[:half])
+    in_first = t.photographer.isin(first)
+    train = some(t[in_first], n, 'label')
+    others = some(t[~in_first], n, 'label')
+    return train, others
 
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'mobilenet_v2', 'efficientnet_lite0'])
@@ -83,33 +108,47 @@ def test_features_separate_two_classes_of_flowers(data_root, name, monkeypatch):
     from sklearn.preprocessing import StandardScaler
 
     weights = data_root.parent / 'weights'
-    if BACKBONES[name].weights == 'file' and not (weights / BACKBONES[name].file).is_file():
-        pytest.skip(f'no {weights / BACKBONES[name].file}')
+    backbone = BACKBONES[name]
+    if backbone.weights == 'file':
+        file = weights / backbone.file
+        if not file.is_file():
+            pytest.skip(f'no {file}')
     monkeypatch.setenv('DR_TRANSFER_WEIGHTS', str(weights))
-    subsets = flowers_of(data_root / 'flowers', ('daisy', 'roses'), 60)
-    f = [image_features([data_root / 'flowers' / n for n in s.image], name, size=160) for s in subsets]
-    f = [x.numpy([n for n in x.stages if n != 'neck'][-find_backbone(name).n_stages :])[:, 0] for x in f]
-    for x in f:
+    folder = data_root / 'flowers'
+    n_stages = find_backbone(name).n_stages
+    train, others = flowers_of(folder, ('daisy', 'roses'), 60)
+    features = []
+    for subset in (train, others):
+        found = image_features(paths(folder, subset.image), name, size=160)
+        stages = [stage for stage in found.stages if stage != 'neck']
+        x = found.numpy(stages[-n_stages:])[:, 0]
         assert len(x) >= 58
         assert len(np.unique(x, axis=0)) > 50
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(f[0], subsets[0].label)
-    assert probe.score(f[1], subsets[1].label) > 0.8
+        features.append(x)
+    x_train, x_others = features
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
+    probe.fit(x_train, train.label)
+    assert probe.score(x_others, others.label) > 0.8
 
 
 def test_flowers_resemble_imagenet_and_fundus_images_do_not(data_root):
     "Check the text of the advice, from a part of each set."
-    flowers = some(
-        pd.read_csv(data_root / 'flowers' / 'credits.csv').rename(columns={'photographer': 'group'}), 150, 'label'
-    )
-    flowers['image'] = [str(data_root / 'flowers' / n) for n in flowers.image]
-    fundus_images = some(pd.read_csv(data_root / 'dr' / 'idrid' / 'labels.csv').dropna(subset='grade'), 120, 'grade')
-    fundus_images['image'] = [str(data_root / 'dr' / 'idrid' / 'images' / n) for n in fundus_images.image]
+    folder = data_root / 'flowers'
+    flowers = pd.read_csv(folder / 'credits.csv')
+    flowers = flowers.rename(columns={'photographer': 'group'})
+    flowers = some(flowers, 150, 'label')
+    flowers['image'] = [str(file) for file in paths(folder, flowers.image)]
+    idrid = data_root / 'dr' / 'idrid'
+    fundus_images = pd.read_csv(idrid / 'labels.csv')
+    fundus_images = fundus_images.dropna(subset='grade')
+    fundus_images = some(fundus_images, 120, 'grade')
+    fundus_images['image'] = [str(file) for file in paths(idrid / 'images', fundus_images.image)]
     near = advise(flowers[['image', 'label', 'group']], size=160)
     far = advise(fundus_images[['image', 'grade']], 'dr', size=160)
-    assert (near.scenario, far.scenario) == ('small, similar', 'small, different')
+    assert near.scenario == 'small, similar'
+    assert far.scenario == 'small, different'
     assert near.profile.score.max() > 0.8
-    for a in (near, far):
-        assert a.plan.phases == far.plan.phases
+    assert near.plan.phases == far.plan.phases
     assert len(far.plan.phases) == 1
 
 
@@ -121,24 +160,39 @@ def test_lite_recognises_daisies(data_root, i):
     from dr_transfer.models.backbones import _find_file
 
     spec = find_backbone(f'efficientnet_lite{i}')
-    net = timm.create_model(f'tf_efficientnet_lite{i}').eval()
-    there = torch.load(_find_file(spec), map_location='cpu', weights_only=True)
-    net.load_state_dict(dict(zip(net.state_dict(), there.values())))
-    names = sorted((data_root / 'flowers' / 'daisy').glob('*.jpg'))[:24]
-    ims = [ImageOps.fit(Image.open(p).convert('RGB'), (spec.size, spec.size), Image.Resampling.BICUBIC) for p in names]
-    x = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in ims]).float()
-    x = (x / 255 - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
+    net = timm.create_model(f'tf_efficientnet_lite{i}')
+    net.eval()
+    file = _find_file(spec)
+    there = torch.load(file, map_location='cpu', weights_only=True)
+    named = dict(zip(net.state_dict(), there.values()))
+    net.load_state_dict(named)
+    folder = data_root / 'flowers' / 'daisy'
+    names = sorted(folder.glob('*.jpg'))
+    size = (spec.size, spec.size)
+    images = []
+    for name in names[:24]:
+        image = Image.open(name).convert('RGB')
+        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        images.append(np.array(image))
+    x = np.stack(images) / 255
+    x = (x - spec.mean) / spec.std
+    x = torch.tensor(x, dtype=torch.float32)
+    x = x.permute(0, 3, 1, 2)
     body = create_body(spec.name, n_stages=1)
     start = time.monotonic()
     with torch.inference_mode():
-        top = net.forward_head(net.bn2(net.conv_head(body(x)))).argmax(1)
+        maps = net.conv_head(body(x))
+        maps = net.bn2(maps)
+        output = net.forward_head(maps)
+    top = output.argmax(1)
     assert (top == 985).float().mean() >= 0.75
     assert time.monotonic() - start < LIMIT
 
 
 def test_the_file_format_of_messidor_predicts_the_grade_and_its_images_are_not_copies(data_root):
     "The file format depends on the hospital; a perceptual hash of uncropped images finds false copies."
-    r = leak_report(label_table(data_root / 'dr' / 'messidor2'), 'fundus')
+    t = label_table(data_root / 'dr' / 'messidor2')
+    r = leak_report(t, 'fundus')
     assert 'data_source_format' in r.confounders.column.tolist()
     assert len(r.copies) < 30
     assert r.leaks.empty
@@ -146,9 +200,12 @@ def test_the_file_format_of_messidor_predicts_the_grade_and_its_images_are_not_c
 
 def test_images_of_both_sets_are_gradable_and_have_a_disc(data_root):
     for name in ('messidor2', 'idrid'):
-        files = find_images(data_root / 'dr' / name / 'images')[::12]
-        discs = [find_disc(read_rgb(f)) for f in files]
-        for d in discs:
-            assert d is not None
-            assert d.fit > 0.9
-        assert (gradability_table(files).gradability >= 0.5).mean() > 0.95
+        folder = data_root / 'dr' / name / 'images'
+        files = find_images(folder)[::12]
+        for file in files:
+            disc = find_disc(read_rgb(file))
+            assert disc is not None
+            assert disc.fit > 0.9
+        t = gradability_table(files)
+        gradable = t.gradability >= 0.5
+        assert gradable.mean() > 0.95

@@ -7,7 +7,6 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import TfmdDL
@@ -16,9 +15,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
-from learners import disturb, groups, moved, quiet, state_of
+from learners import ARCHS, CPU, groups, learner_builder, make_sets, moved, quiet, state_of
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.core import build_learner, classifier_learner, fit, predict_probs, valid_predictions
@@ -31,7 +29,6 @@ from dr_transfer.models.head import Head
 from dr_transfer.models.network import AveragePool
 from dr_transfer.models.speed import RUNTIMES
 from dr_transfer.synthetic.flowers import make_flowers
-from dr_transfer.synthetic.fundus import make_dr
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
 from dr_transfer.training.callbacks import HeadFirst
@@ -39,36 +36,20 @@ from dr_transfer.training.learner import learner_groups
 from dr_transfer.training.plans import HEAD_PHASE, PLANS, Phase, Plan, plan_table
 from dr_transfer.training.stored import learner_features, why_not_stored
 
-CPU = torch.device('cpu')
-ARCHS = ('test_resnet', 'test_efficientnet', 'test_vit')
 STEPS = replace(HEAD_PHASE, epochs=3, lr=1e-2)
 warns_head = pytest.mark.filterwarnings('ignore:the body is trained before the head')
 
 
 @pytest.fixture(scope='session')
 def data_folder(tmp_path_factory):
-    "Small synthetic sets, and tiny networks with random weights and statistics"
     folder = tmp_path_factory.mktemp('plans')
-    make_flowers(folder / 'flowers', n=30, size=64, classes=('daisy', 'roses', 'sunflowers'))
-    make_dr(folder / 'dr', n=40, size=64)
-    for arch in ARCHS:
-        torch.manual_seed(0)
-        net = timm.create_model(arch)
-        disturb(net)
-        save_file(net.state_dict(), folder / f'{arch}.safetensors')
+    make_sets(folder, n_flowers=30)
     return folder
 
 
 @pytest.fixture
 def build(data_folder):
-    def make(task='flowers', arch='test_resnet', data=None, **kw):
-        own = data_folder / f'{arch}.safetensors'
-        if own.exists():
-            kw = {'weights': own, **kw}
-        kw = {'size': 64, 'bs': 8, 'runtime': 'plain', 'num_workers': 0, 'device': CPU, **kw}
-        return build_learner(data_folder / task if data is None else data, task, arch, **kw)
-
-    return make
+    return learner_builder(data_folder, bs=8)
 
 
 def silent(learn, plan=None, *args, **kw):
@@ -148,7 +129,7 @@ def test_every_plan(build, name, task):
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_table_is_that_of_this_learner(build, arch):
     "Also if it was built with another stage, n_stages or head."
-    width = build(arch=arch).model[0][0].stages.n_out
+    width = build(arch=arch).body.stages.n_out
     own = nn.Sequential(AveragePool(), nn.Linear(width, 3))
     cases = [({}, 'linear'), ({'head': 'dense'}, 'dense'), ({'head': own}, 'custom module')]
     if arch != 'test_vit':
@@ -527,7 +508,7 @@ def damage(build, head_first):
     def features_of_stages():
         learn.model.eval()
         with torch.no_grad():
-            return learn.model[0][0].stages[:3](x).mean((2, 3))
+            return learn.body.stages[:3](x).mean((2, 3))
 
     before = features_of_stages()
     if head_first:
@@ -863,19 +844,20 @@ class Stop:
 def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, plan):
     "Nothing is computed twice, and the result is that of a run without interruption"
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'other'))
-    with Stop((learner := build('dr')).model[0][0].stages[0]) as all_:
+    learner = build('dr')
+    with Stop(learner.body.stages[0]) as all_:
         silent(learner, plan)
     monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'mine'))
     learn = build('dr')
     before = state_of(learn)
     cbs = [type(c) for c in learn.cbs]
-    with Stop(learn.model[0][0].stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
+    with Stop(learn.body.stages[0], at=70) as some, pytest.raises(KeyboardInterrupt):
         silent(learn, plan)  # 8 images x 8 views a batch
     for k, v in state_of(learn).items():
         assert torch.equal(v, before[k])
     assert [type(c) for c in learn.cbs] == cbs
     assert not learn.record.history
-    with Stop(learn.model[0][0].stages[0]) as rest:
+    with Stop(learn.body.stages[0]) as rest:
         silent(learn, plan)
     assert all_.n == 8 * len(learn.table)
     assert some.n == 72 - 72 % 8
@@ -884,7 +866,7 @@ def test_interrupted_while_features_are_computed(build, monkeypatch, tmp_path, p
     assert pd.DataFrame(learn.record.history).drop(columns='how').to_numpy(float) == pytest.approx(
         pd.DataFrame(learner.record.history).drop(columns='how').to_numpy(float)
     )
-    with Stop(build('dr').model[0][0].stages[0]) as none:
+    with Stop(build('dr').body.stages[0]) as none:
         silent(build('dr'), plan)
     assert none.n == 0
 
@@ -966,7 +948,7 @@ def test_predictions_follow_the_weights(build, frozen):
     images = learn.table[learn.table.split == 'valid'].image.tolist()
     fit(learn, Plan('own', (HEAD_PHASE, Phase(frozen, 1, 1e-2, fixed_bn=True))), say=lambda s: None)
     ours = predict_probs(learn, images)
-    learn.model[0][0].forward_runtime = RUNTIMES['plain']  # no copy
+    learn.body.forward_runtime = RUNTIMES['plain']  # no copy
     assert np.allclose(ours, predict_probs(learn, images), atol=1e-4)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import saved
 from PIL import Image, TiffImagePlugin
 
 from dr_transfer.data.ct import Volume, read_volume
@@ -37,12 +38,6 @@ HEIGHT = 32
 RAMP = np.linspace(0, 1, WIDTH)[None].repeat(HEIGHT, 0)  # grey from black at the left to white at the right
 GREY = (RAMP * 255).round().astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[:, ::-1], GREY // 2 + 60], -1)
-
-
-def saved(im, kind, **options):
-    out = io.BytesIO()
-    im.save(out, kind, **options)
-    return out.getvalue()
 
 
 def distance(a, b):
@@ -658,7 +653,8 @@ def test_dicom_grey_and_colour_show_the_ramp(tmp_path, data):
     assert is_dicom(im0001)
     assert image_error(im0001) == ''
     assert distance(read_rgb(im0001), GREY[..., None]) <= 2
-    assert (h := image_header(im0001)).format == 'DICOM'
+    h = image_header(im0001)
+    assert h.format == 'DICOM'
     assert h.size == (WIDTH, HEIGHT)
 
 

@@ -180,17 +180,27 @@ def readable(paths):
             continue
 
 
+def files_with(pattern):
+    "The files in which a pattern is found, each with the first match."
+    found = []
+    for file, text in readable(TRACKED):
+        match = pattern.search(text)
+        if match:
+            found.append((file, match.group()))
+    return found
+
+
 def test_no_machine_paths():
     # A path of a machine starts a word; `../work/` in a sentence or an address does not.
     pattern = re.compile(r'(?<![\w.)}>*-])(?:' + '|'.join(map(re.escape, PATHS)) + ')')
     assert pattern.search('at ' + PATHS[0] + 'somebody')
     assert not pattern.search('https://example.org' + PATHS[0])
-    assert not [(n, m.group()) for n, text in readable(TRACKED) if (m := pattern.search(text))]
+    assert not files_with(pattern)
 
 
 def test_no_unfinished_marks():
     pattern = re.compile(r'\b(?:' + '|'.join(MARKS) + r')\b')
-    assert not [(n, m.group()) for n, text in readable(TRACKED) if (m := pattern.search(text))]
+    assert not files_with(pattern)
 
 
 def test_version_and_pins():
@@ -272,8 +282,11 @@ def test_stored_outputs_are_small_and_stable(path):
 
 def exported_module(path):
     "The module that a notebook exports, such as `data.split`; None if it exports none."
-    found = [m.group(1) for c in cells(path) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))]
-    return found[0] if found else None
+    for cell in cells(path):
+        directive = re.search(r'^#\|\s*default_exp\s+(\S+)', source(cell), re.M)
+        if directive:
+            return directive.group(1)
+    return None
 
 
 def module_name(path):
@@ -283,7 +296,8 @@ def module_name(path):
 
 PAGES = re.findall(r'^ +- ([\w/]+\.ipynb)$', (ROOT / '_quarto.yml').read_text(encoding='utf-8'), re.M)
 # The sidebar lists the notebooks in the order in which they build on one another: module -> its place there
-PLACE = {m: i for i, page in enumerate(PAGES) if (m := exported_module(ROOT / 'nbs' / page))}
+PLACE = {exported_module(ROOT / 'nbs' / page): i for i, page in enumerate(PAGES)}
+PLACE.pop(None, None)  # pages that export nothing
 
 
 def imports_of(text, module):

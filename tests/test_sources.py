@@ -55,12 +55,15 @@ def test_folders_of_one_name_or_a_single_one_are_an_error(sites):
 
 
 def test_a_column_of_the_user_is_not_replaced(sites, tmp_path):
-    for name in ('a', 'b'):
-        make_dr(tmp_path / name, n=10, size=48)
-        labels = pd.read_csv(tmp_path / name / 'labels.csv')
-        labels.assign(folder='mine').to_csv(tmp_path / name / 'labels.csv', index=False)
+    folders = [tmp_path / 'a', tmp_path / 'b']
+    for folder in folders:
+        make_dr(folder, n=10, size=48)
+        file = folder / 'labels.csv'
+        labels = pd.read_csv(file)
+        labels['folder'] = 'mine'
+        labels.to_csv(file, index=False)
     with pytest.raises(ValueError, match="have a column 'folder'"):
-        dt.label_table([tmp_path / 'a', tmp_path / 'b'])
+        dt.label_table(folders)
 
 
 def test_column_is_found_named_or_not_used(sites, cameras):
@@ -125,22 +128,23 @@ CLASSES = ['no', 'referable']
 
 def predicted(sources, y, noise, groups=None):
     "Predictions as of `cross_validate`, with errors of a size."
-    p = 1 / (1 + np.exp(1 - 2 * y - np.random.default_rng(0).normal(0, noise, len(y))))
-    t = pd.DataFrame(
-        {
-            'image': range(len(y)),
-            'target': np.where(y, 'referable', 'no'),
-            'p_no': 1 - p,
-            'p_referable': p,
-        }
-    )
-    t = t.assign(data_site=sources, group=groups)
+    rng = np.random.default_rng(0)
+    errors = rng.normal(0, noise, len(y))
+    p = 1 / (1 + np.exp(1 - 2 * y - errors))
+    t = pd.DataFrame({'image': range(len(y))})
+    t['target'] = np.where(y, 'referable', 'no')
+    t['p_no'] = 1 - p
+    t['p_referable'] = p
+    t['data_site'] = sources
+    t['group'] = groups
     t.attrs['source_col'] = 'data_site'
     return t
 
 
 def compared(sources, y, groups=None):
-    return dt.by_source_table(predicted(sources, y, 0.5, groups), predicted(sources, y, 3.0, groups), CLASSES, n=100)
+    known = predicted(sources, y, 0.5, groups)
+    left_out = predicted(sources, y, 3.0, groups)
+    return dt.by_source_table(known, left_out, CLASSES, n=100)
 
 
 def test_a_source_named_all_is_not_the_row_of_all_images():
@@ -156,13 +160,18 @@ def test_sources_without_positives_have_no_metric_of_their_own():
     words = by_source_words(t)
     assert 'Lowest' not in words
     assert 'nan' not in words
-    one = by_source_words(compared(np.repeat(['A', 'B'], [20, 40]), np.r_[np.zeros(20, int), np.arange(40) % 2]))
-    assert "Lowest on 'B'" in one
+    sources = np.repeat(['A', 'B'], [20, 40])
+    y = np.arange(60) % 2
+    y[:20] = 0
+    one = compared(sources, y)
+    assert "Lowest on 'B'" in by_source_words(one)
 
 
 def test_nothing_is_claimed_without_an_interval():
     y = np.arange(60) % 2
-    words = by_source_words(compared(np.repeat(['A', 'B'], 30), y, groups=['one patient'] * 60))
+    sources = np.repeat(['A', 'B'], 30)
+    t = compared(sources, y, groups=['one patient'] * 60)
+    words = by_source_words(t)
     assert 'too few patients' in words
     assert '(no interval)' in words
     assert 'holds on sources' not in words

@@ -1098,9 +1098,16 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 def test_a_folder_of_any_name_may_be_next_to_it(tmp_path):
-    (tmp_path / 'new').mkdir()
-    (tmp_path / 'new' / 'notes.txt').touch()
-    fill(new(tmp_path), random_arrays(3), colours(), BS)
+    folder = tmp_path / 'new'
+    notes = folder / 'notes.txt'
+    folder.mkdir()
+    notes.write_text('mine')
+    store = new(tmp_path)
+    images = random_arrays(3)
+    rows = fill(store, images, colours(), BS)
+    assert right(store, images, rows)
+    assert [p.name for p in folder.iterdir()] == ['notes.txt']
+    assert notes.read_text() == 'mine'
 
 
 def test_not_enough_disk_space(tmp_path, monkeypatch, complete):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import content
 from PIL import Image
 
 from dr_transfer.data import table as module
@@ -35,10 +36,6 @@ def csv(path, text, encoding='utf-8'):
 
 def labels(t, folder):
     return {Path(i).relative_to(folder).as_posix(): label for i, label in zip(t.image, t.label)}
-
-
-def content(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 # ---------------------------------------------------------------- files
@@ -188,7 +185,8 @@ def as_windows_path(f):
 @pytest.mark.parametrize('form', [as_path, as_name, as_stem, as_windows_path])
 @pytest.mark.parametrize('way', ['labels.csv', 'csv as source', 'csv elsewhere', 'frame'])
 def test_csv_layouts(tmp_path, form, way):
-    (folder := tmp_path / 'set').mkdir()
+    folder = tmp_path / 'set'
+    folder.mkdir()
     write_images(folder, *FILES, 'rose/unused.png')
     df = pd.DataFrame(
         {
@@ -704,7 +702,8 @@ def split_fraction(t, size):
 )
 def test_a_group_is_never_in_two_subsets(valid, test):
     for seed in range(6):
-        t = split_table(before := random_set(seed), valid, test, seed)
+        before = random_set(seed)
+        t = split_table(before, valid, test, seed)
         assert t.groupby('group').split.nunique().max() == 1
         assert abs(split_fraction(t, 'valid') - valid) < 0.06 and abs(split_fraction(t, 'test') - test) < 0.06, (
             split_fraction(t, 'valid'),

@@ -40,7 +40,8 @@ class Rates(Callback):
 
 @pytest.fixture(scope='module')
 def table(tmp_path_factory):
-    make_flowers(folder := tmp_path_factory.mktemp('flowers'), n=24, size=48, seed=0)
+    folder = tmp_path_factory.mktemp('flowers')
+    make_flowers(folder, n=24, size=48, seed=0)
     return label_table(folder)
 
 
@@ -98,7 +99,8 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_with_a_count_in_a_log():
 
 
 def test_reading_images_shows_progress(table, monkeypatch):
-    monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
     image_errors(table.image.tolist())
     assert f'{len(table)}/{len(table)}' in terminal.getvalue()
 
@@ -122,6 +124,7 @@ def test_the_default_batch_size_is_32():
 def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
     from dr_transfer.core import build_learner, fit
 
+    rates = Rates()
     learn = build_learner(
         table,
         'flowers',
@@ -131,7 +134,7 @@ def test_the_flowers_recipe_is_thirty_epochs_of_adam_at_one_rate(table):
         size=32,
         runtime='plain',
         allow_leaks=True,
-        cbs=[rates := Rates()],
+        cbs=[rates],
     )
     assert learn.opt_func is Adam
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)

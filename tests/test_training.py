@@ -74,7 +74,7 @@ class Images:
     def __init__(self, learn):
         self.n = 0
         self.learn = learn
-        self.hook = learn.model[0][0].stages[0].register_forward_pre_hook(self)
+        self.hook = learn.body.stages[0].register_forward_pre_hook(self)
 
     def __call__(self, module, args):
         if self.learn.training and torch.is_grad_enabled():
@@ -559,7 +559,7 @@ def test_a_learner_after_ctrl_c(build, monkeypatch, how):
     assert learn.record.interrupted == 'in phase 1 of 1'
     assert not learn.record.history
     assert sorted(type(c).__name__ for c in learn.cbs) == callbacks
-    free = [any(p.requires_grad for p in s.parameters()) for s in learn.model[0][0].stages]
+    free = [any(p.requires_grad for p in s.parameters()) for s in learn.body.stages]
     assert free == [i >= phase.first_trained(6) for i in range(5)]
     for p in learn.model[1].parameters():
         assert p.requires_grad

@@ -48,33 +48,48 @@ def other_images(kind, folder):
     return [shapes(rng) for _ in range(N)]
 
 
+def distances_of(model, images):
+    _, distances = model.outputs(images)
+    return distances
+
+
 @pytest.fixture(scope='module')
 def unseen(tmp_path_factory, model):
     "Distances of new patients of the same site."
     folder = tmp_path_factory.mktemp('unseen') / 'fundus'
     make_dr(folder, n=120, size=96, seed=7)
-    return model.outputs(dt.label_table(folder).image.tolist())[1]
+    images = dt.label_table(folder).image.tolist()
+    return distances_of(model, images)
 
 
 def test_few_new_patients_of_the_site_are_flagged(unseen):
-    assert (unseen >= 1).mean() <= 0.08  # 3 % are expected; 120 images of 60 patients
+    flagged = unseen >= 1
+    assert flagged.mean() <= 0.08  # 3 % are expected; 120 images of 60 patients
 
 
 @pytest.mark.parametrize('kind', ['flowers', 'noise', 'shapes'])
 def test_other_kinds_of_images_are_flagged(model, unseen, kind, tmp_path):
-    distances = model.outputs(other_images(kind, tmp_path / 'images'))[1]
-    assert (distances >= 1).mean() >= 0.95
+    images = other_images(kind, tmp_path / 'images')
+    distances = distances_of(model, images)
+    flagged = distances >= 1
+    assert flagged.mean() >= 0.95
     y = np.repeat([0, 1], [len(unseen), len(distances)])
-    assert auc(y, np.concatenate([unseen, distances])) > 0.99
+    scores = np.concatenate([unseen, distances])
+    assert auc(y, scores) > 0.99
 
 
 def test_the_limit_is_a_quantile_of_the_held_out_images():
     rng = np.random.default_rng(0)
-    train, held_out, new = (rng.normal(size=(n, 30)) for n in (400, 200, 2000))
+    train = rng.normal(size=(400, 30))
+    held_out = rng.normal(size=(200, 30))
+    new = rng.normal(size=(2000, 30))
     d = training_distribution(train, held_out, quantile=0.9)
-    assert (d.distance(held_out) < 1).mean() == pytest.approx(0.9, abs=0.01)
-    assert (d.distance(new) < 1).mean() == pytest.approx(0.9, abs=0.05)
-    assert (d.distance(new + 3) > 1).mean() > 0.99
+    within = d.distance(held_out) < 1
+    assert within.mean() == pytest.approx(0.9, abs=0.01)
+    within = d.distance(new) < 1
+    assert within.mean() == pytest.approx(0.9, abs=0.05)
+    beyond = d.distance(new + 3) > 1
+    assert beyond.mean() > 0.99
     assert training_distribution(train[:49], held_out) is None
     assert training_distribution(train, held_out[:24]) is None
 
@@ -82,10 +97,16 @@ def test_the_limit_is_a_quantile_of_the_held_out_images():
 def test_it_is_saved_with_the_model_and_small(model, tmp_path):
     folder = dt.save_model(model, tmp_path / 'model')
     again = dt.load_model(folder)
-    images = [shapes(np.random.default_rng(i)) for i in range(3)]
-    assert np.array_equal(again.outputs(images)[1], model.outputs(images)[1])
-    arrays = [v for v in vars(model.distribution).values() if isinstance(v, np.ndarray)]
-    assert sum(a.nbytes for a in arrays) < 1_000_000
+    rng = np.random.default_rng(0)
+    images = [shapes(rng) for _ in range(3)]
+    before = distances_of(model, images)
+    after = distances_of(again, images)
+    assert np.array_equal(after, before)
+    size = 0
+    for value in vars(model.distribution).values():
+        if isinstance(value, np.ndarray):
+            size += value.nbytes
+    assert size < 1_000_000
 
 
 # ---------------------------------------------------------------- the study on photographs

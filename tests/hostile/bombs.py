@@ -1,5 +1,6 @@
-"Compressed streams that are small and expand to very many zeros."
+"Compressed streams that are small and expand to very many zeros, and a pickle that starts a program."
 
+import os
 import zlib
 from functools import cache
 
@@ -29,3 +30,10 @@ def compressed(millions) -> bytes:
 def gzipped(millions, before=b'') -> bytes:
     "Some bytes and some million zeros in gzip format, with a wrong checksum."
     return b'\x1f\x8b\x08' + bytes(6) + b'\x03' + deflated(millions, before) + bytes(8)
+
+
+class Payload:
+    "Starts a program when it is unpickled."
+
+    def __reduce__(self):
+        return os.system, ('touch unpickled',)

@@ -218,6 +218,13 @@ def limits(outcome) -> list:
     return complaints + ([f'{outcome.peak / 1e9:.1f} GB of memory'] if outcome.peak > MEMORY else [])
 
 
+def must_fail(outcome) -> list:
+    "An additional check of a command that must fail: there is no result."
+    if outcome.code:
+        return []
+    return ['exit code 0, though it must fail: ' + outcome.out[:200] + json.dumps(outcome.rows)[:300]]
+
+
 def check(outcome, at) -> list:
     "Return all violations of the rules by a command."
     command = outcome.command

@@ -8,7 +8,7 @@ import socket
 import tarfile
 import zipfile
 
-from bombs import gzipped
+from bombs import Payload, gzipped
 from inputs import NotHere, case, image
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -95,13 +95,6 @@ def tar_archive(path, good):
         info = tarfile.TarInfo('../../escaped.jpg')
         info.size = len(good)
         t.addfile(info, io.BytesIO(good))
-
-
-class Payload:
-    "Makes a file when it is unpickled."
-
-    def __reduce__(self):
-        return os.system, ('true',)
 
 
 @image('files', 'x.png', 'error')

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import numpy as np
+from contract import must_fail
 from inputs import ALL_CASES, PLAIN, case, need
 from observe import Command
 
@@ -64,11 +65,6 @@ def predicted(at, run, **more):
     return at.predict(
         at.flower, model=run, images=[at.flower], named=('model', 'model.json', *more.pop('named', ())), **more
     )
-
-
-def must_fail(outcome):
-    "Check that the model is not used."
-    return [] if outcome.code else ['the model is used: ' + outcome.out[:200] + json.dumps(outcome.rows)[:300]]
 
 
 # ---------------------------------------------------------------- model.json

@@ -5,9 +5,9 @@ import os
 import pickle
 import shutil
 
-from contract import read_rows
+from contract import must_fail, read_rows
 from inputs import case, need
-from inputs_models import PLACES, flipped, must_fail, predicted
+from inputs_models import PLACES, flipped, predicted
 
 
 def onnx(at):

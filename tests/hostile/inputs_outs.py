@@ -3,6 +3,7 @@
 import os
 import shutil
 
+from contract import must_fail
 from inputs import ALL_CASES, PLAIN, case
 from observe import Command, table_beside
 
@@ -45,11 +46,6 @@ def evaluated(at):
 def each(*names):
     "Each command with each of some names."
     return {f'{c} {n}': (c, n) for c in COMMANDS for n in names}
-
-
-def must_fail(outcome):
-    "Check that nothing was done."
-    return [] if outcome.code else ['exit code 0, though there is nothing that it may write to']
 
 
 BAD = {

@@ -4,10 +4,10 @@ import os
 import shutil
 from itertools import product
 
+from contract import must_fail
 from inputs import PLAIN, case
 from inputs_columns import number, with_column
 from inputs_files import EPS
-from inputs_outs import must_fail
 from inputs_tables import write
 from observe import Command, table_beside
 
