@@ -19,7 +19,7 @@ from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import AveragePool, check_size, min_size
+from dr_transfer.models.network import AveragePool, check_network_size, min_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
@@ -420,12 +420,12 @@ def test_the_least_size_that_works_is_named():
     body = create_body('alexnet', 'random')
     least = min_size(body)
     assert least < 224
-    check_size(body, least)
+    check_network_size(body, least)
     for size in (16, least - 1):
         with pytest.raises(
             ValueError, match=f'smallest size that works is {least}: give size={least} .--size {least}.'
         ):
-            check_size(body, size)
+            check_network_size(body, size)
 
 
 def test_compare_checks_the_size_before_it_trains(set_of_flowers, monkeypatch):

@@ -192,7 +192,7 @@ def augmentation_table() -> pd.DataFrame:  # One row per augmentation
     ).set_index('name')
 
 # %% ../../nbs/data/16_augment.ipynb #4f2d9c10
-_TITLES = {
+_VIEW_TITLES = {
     'none': ('as it is',),
     'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
     'mirror': ('as it is', 'mirrored'),
@@ -202,7 +202,7 @@ _TITLES = {
 
 def _view_titles(views) -> tuple:
     "Names of the views of a set, in order"
-    titles = _TITLES[views.removesuffix(LOCAL)]
+    titles = _VIEW_TITLES[views.removesuffix(LOCAL)]
     if not views.endswith(LOCAL):
         return titles
     return *titles, 'light corrected', *(f'{title}, light corrected' for title in titles[1:])

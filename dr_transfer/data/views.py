@@ -50,7 +50,7 @@ def _mirrored_near(x):
     return _near(_mirrored(x))
 
 
-_OF_THE_IMAGE = {
+_IMAGE_VIEWS = {
     'none': (_same,),
     'quarter_turns': tuple(partial(_turn, k=k) for k in range(4)),
     'mirror': (_same, _mirrored),
@@ -161,14 +161,14 @@ def view_name(
 ) -> str:
     "Name of a view; the unchanged image, and an image whose light is not corrected, has one name in all sets"
     image = views.removesuffix(LOCAL)
-    n = len(_OF_THE_IMAGE[image])
+    n = len(_IMAGE_VIEWS[image])
     if i >= n:
         return f'{views}-{i - n}'
     return f'{image}-{i}' if i else 'none'
 
 # %% ../../nbs/data/09_views.ipynb #864e200f
 VIEWS = {  # name -> set of views
-    name + LOCAL * local: ViewSet(views, local) for local in (False, True) for name, views in _OF_THE_IMAGE.items()
+    name + LOCAL * local: ViewSet(views, local) for local in (False, True) for name, views in _IMAGE_VIEWS.items()
 }
 
 # %% ../../nbs/data/09_views.ipynb #659c2101

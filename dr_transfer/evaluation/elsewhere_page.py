@@ -14,9 +14,9 @@ from ..data.sources import image_sources, was_trained_on
 from .by_source import by_source_words
 from dr_transfer.evaluation.elsewhere import (
     DRAWS,
-    FEWEST,
     LABELLED,
     MARGIN,
+    MIN_PATIENTS,
     hold_words,
     plot_referral,
     recalibrated_values,
@@ -159,7 +159,7 @@ def _at_sources(e, n) -> str:
         values=_shown_values(e, values, with_groups),
         not_shown=t.source.nunique() - len(values),
         draws=draws,
-        rules={'draws': DRAWS, 'fewest': FEWEST, 'unit': unit, 'point': e.point},
+        rules={'draws': DRAWS, 'fewest': MIN_PATIENTS, 'unit': unit, 'point': e.point},
         curve=None if figure is None else _figure(figure, caption),
     )
 

@@ -173,7 +173,7 @@ def image_model(
     return ImageModel(net, card, *_image_use(learn), _distribution(learn))
 
 # %% ../../nbs/inference/03_saved_model.ipynb #9a76493a
-_MOST_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
+_MAX_FEATURE_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
 
 
 def _distribution(learn) -> TrainingDistribution | None:
@@ -183,7 +183,7 @@ def _distribution(learn) -> TrainingDistribution | None:
     parts = []
     for subset in ('train', 'valid'):
         images = learn.table.image[learn.table.split == subset]
-        images = images.sample(min(len(images), _MOST_IMAGES), random_state=0).tolist()
+        images = images.sample(min(len(images), _MAX_FEATURE_IMAGES), random_state=0).tolist()
         if not images:
             return None
         parts.append(learner_features(learn, images, 'none', f'features ({subset})').numpy()[:, 0])

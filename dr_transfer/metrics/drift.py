@@ -71,7 +71,7 @@ def _holm(p) -> np.ndarray:
     return corrected[np.argsort(order)]
 
 # %% ../../nbs/metrics/13_drift.ipynb #45de1c28
-_COLUMNS = ('p', 'difference', 'difference low', 'difference high', 'higher', 'higher low', 'higher high')
+_DRIFT_COLUMNS = ('p', 'difference', 'difference low', 'difference high', 'higher', 'higher low', 'higher high')
 
 
 def drift_table(
@@ -117,7 +117,7 @@ def drift_table(
             rows[column] = _compare_categories(_most_frequent(old_values, codes), _most_frequent(new_values, new_codes))
     if not rows:
         raise ValueError('the two tables have no column with values in common: give tables with the same columns')
-    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=list(_COLUMNS)).rename_axis('column')
+    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=list(_DRIFT_COLUMNS)).rename_axis('column')
     order = t.difference.abs().sort_values(ascending=False, kind='stable', na_position='last').index
     return t.assign(p=_holm(t.p)).loc[order]
 

@@ -143,7 +143,7 @@ def min_size(
     return works
 
 
-def check_size(
+def check_network_size(
     stages: nn.Module,  # From `create_body`
     size: int,  # Height and width of the images in pixels
 ):
@@ -165,7 +165,7 @@ def make_body(
     device=None,  # Device; `_best_device` if None
 ) -> Body:  # On that device
     "Make a body in its fastest runtime; ValueError if the network does not accept images of that size"
-    check_size(stages, size)
+    check_network_size(stages, size)
     device = _best_device() if device is None else torch.device(device)
     if runtime == 'auto' and device.type != 'cpu':
         runtime = 'plain'

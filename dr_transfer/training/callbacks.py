@@ -224,7 +224,7 @@ def _by_class(f, name):
     return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 
-METRICS = {
+LEARNER_METRICS = {
     'accuracy': partial(_by_class, M.accuracy, 'accuracy'),
     'kappa': partial(_by_class, M.quadratic_kappa, 'kappa'),
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'),
