@@ -200,7 +200,7 @@ def _warn_random(learn, plan, say):
     what = 'the body stays random' if frozen else 'its learning rates and fixed BatchNorm suit pretrained weights'
     say(
         f"warning: the weights are random, and plan '{plan.name}' is for pretrained weights ({what}): "
-        "use plan='random_start' (--plan random_start)"
+        "use plan='random_init' (--plan random_init)"
     )
 
 

@@ -87,7 +87,7 @@ def _quality_values(
 def gradability(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from 0.5 on), values
-    "Score whether a photograph can be graded"
+    "Score whether an image can be graded"
     values = _quality_values(im)
     answers = {k: float(np.clip((values[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in QUALITY_LIMITS.items()}
     worst = min(answers, key=answers.get)
@@ -97,11 +97,11 @@ def gradability(
 def gradability_table(
     sources: list,  # Paths or images, all readable
 ) -> pd.DataFrame:  # One row per image: gradability, reason, values
-    "Gradability of photographs, computed in threads"
+    "Gradability of images, computed in threads"
     sources = image_list(sources)
 
     def one(source):
         return gradability(read_disc(source, _MEASURED_SIZE)[0])
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
-        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='photographs scored')))
+        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='images scored')))

@@ -239,7 +239,7 @@ def phase_runs(
     random_weights = learn.record.weights.kind == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
         run = _phase_run(learn, phase, _Request(epochs, stored, i == len(plan.phases), trained))
-        runs.append(replace(run, fallback='random_start' if random_weights else 'head'))
+        runs.append(replace(run, fallback='random_init' if random_weights else 'head'))
         trained = True
     return runs
 
