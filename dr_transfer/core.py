@@ -102,7 +102,8 @@ def build_learner(
     >>> list(learn.dls.vocab)
     ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
     """
-    seed, num_workers = check_seed(seed), check_workers(num_workers)
+    seed = check_seed(seed)
+    num_workers = check_workers(num_workers)
     task = get_task(task, size)
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given

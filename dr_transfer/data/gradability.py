@@ -66,7 +66,8 @@ def _quality_values(
         np.float32,
     )
     red, green, blue = np.ascontiguousarray(a.transpose(2, 0, 1))  # planes, which are faster to compare
-    light, dark = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    light = np.maximum(np.maximum(red, green), blue)
+    dark = np.minimum(np.minimum(red, green), blue)
     lit = light > max(8.0, 0.12 * np.percentile(light, 99))
     inner = lit & _inner_disc()
     if inner.sum() < 1000:

@@ -120,7 +120,8 @@ def _eyes(folder) -> dict:
     if not (folder / 'labels.csv').exists():
         return {}
     t = read_labels(folder / 'labels.csv')
-    image, eye = find_column(t, IMAGES, needed=False), next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
+    image = find_column(t, IMAGES, needed=False)
+    eye = next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
     return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f77
@@ -199,7 +200,9 @@ class _Job:
 
     def prepare(self, source: Path) -> tuple[dict, bool]:
         "Prepare an image; return its row and whether it is new"
-        name, place, stamp = source.relative_to(self.folder).as_posix(), self.places[source], _stamp(source)
+        name = source.relative_to(self.folder).as_posix()
+        place = self.places[source]
+        stamp = _stamp(source)
         old = self.done.get(name)
         if old is not None and old.get('stamp') == stamp and old['file'] == place and _intact(old, self.out):
             return old, False
@@ -249,7 +252,9 @@ def preprocess_folder(
     >>> len(table), table.error.unique().tolist()
     (60, [''])
     """
-    folder, out, workers = Path(folder), Path(out), check_workers(workers, 'workers')
+    folder = Path(folder)
+    out = Path(out)
+    workers = check_workers(workers, 'workers')
     _check_apart(folder, out)
     places = _places(folder, out, how)
     if not places:
@@ -280,7 +285,9 @@ def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
 
 def _run(job: _Job, workers: int | None) -> list[dict]:
     "Prepare all images; each is recorded when it is finished, so that Ctrl-C keeps the results"
-    rows, lost, sources = [], [], list(job.places)
+    rows = []
+    lost = []
+    sources = list(job.places)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         with open(job.out / _JOURNAL_FILE, 'a', encoding='utf-8') as f:

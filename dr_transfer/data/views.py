@@ -224,7 +224,8 @@ def map_batches(
     device='cpu',  # Device of f; on the CPU, f runs in the reading threads
 ) -> Iterator[Any]:  # Result of f for each batch, without padding
     "Apply a function to images in batches; the result of an image does not depend on the others"
-    parts, threads = [sources[i : i + bs] for i in range(0, len(sources), bs)], torch.get_num_threads()
+    parts = [sources[i : i + bs] for i in range(0, len(sources), bs)]
+    threads = torch.get_num_threads()
     here = torch.device(device).type == 'cpu'
     workers = max(1, min(threads if here else os.cpu_count() or 1, len(parts)))
 
@@ -239,7 +240,8 @@ def map_batches(
         x, n = job.result()
         return _rows(f(x), n)
 
-    pool, ahead = ThreadPoolExecutor(workers), deque()
+    pool = ThreadPoolExecutor(workers)
+    ahead = deque()
     try:
         for part in parts:
             ahead.append(pool.submit(work, part))

@@ -127,7 +127,9 @@ def _source_verdict(row, compared) -> tuple[str, list]:
     "Whether the values of a source hold ('yes', 'no' or 'not known'), and the reasons why not"
     failed, unknown = [], []
     for metric, reference in compared.items():
-        value, low, high = row[metric], row[f'{metric} low'], row[f'{metric} high']
+        value = row[metric]
+        low = row[f'{metric} low']
+        high = row[f'{metric} high']
         verdict = reference.verdict(value, low, high)
         if verdict == 'no':
             failed.append(

@@ -102,7 +102,9 @@ def _draws_text(row) -> str:
         return row['why']
     parts = []
     for metric in ('sensitivity', 'specificity'):
-        value, low, high = row[metric], row[f'{metric} low'], row[f'{metric} high']
+        value = row[metric]
+        low = row[f'{metric} low']
+        high = row[f'{metric} high']
         limits = 'not defined' if pd.isna(value) else f'{value:.3f} ({low:.3f} to {high:.3f})'
         parts.append(f'{metric} {limits}')
     return ', '.join(parts)

@@ -213,7 +213,8 @@ def feature_frame(
     bs: int = 8,  # Images that are stored together
 ) -> pd.DataFrame:  # A row per image, in order; columns `FEATURES`
     "Compute hand-crafted features, or read stored ones; ValueError for an image that cannot be read or segmented"
-    images, workers = image_list(images), check_workers(workers, 'workers')
+    images = image_list(images)
+    workers = check_workers(workers, 'workers')
     if not images:
         raise ValueError('no images: give a list with one image or more')
     _skimage()

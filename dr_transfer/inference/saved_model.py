@@ -435,7 +435,8 @@ def load_model(
     folder = Path(folder)
     if runtime != 'auto':
         runtime = get_runtime(runtime)
-    card, file = _read_folder(folder), folder / 'model.safetensors'
+    card = _read_folder(folder)
+    file = folder / 'model.safetensors'
     if runtime == 'auto' and card.runtime:
         runtime = get_runtime(card.runtime)  # another one changes the probabilities
     found = _header(file)

@@ -144,7 +144,9 @@ def fit_cut_points(
     "Fit cut points that maximise quadratic kappa, by coordinate ascent"
     x, y = np.asarray(expected, float), np.asarray(y)
     places = np.unique(np.quantile(x, np.linspace(0, 1, candidates)))
-    places, cuts, before = (places[1:] + places[:-1]) / 2, np.arange(k - 1) + 0.5, None
+    places = (places[1:] + places[:-1]) / 2
+    cuts = np.arange(k - 1) + 0.5
+    before = None
     while before is None or (cuts != before).any():
         before = cuts.copy()
         for j in range(k - 1):

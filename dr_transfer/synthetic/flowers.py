@@ -276,7 +276,8 @@ def make_flowers(
     classes: tuple = _CLASSES,  # Classes to draw
 ) -> pd.DataFrame:  # credits.csv: image, label, photographer
     "Write a folder for each class and `credits.csv`, unless the folder holds exactly these"
-    folder, seed = Path(folder), check_seed(seed)
+    folder = Path(folder)
+    seed = check_seed(seed)
     if len(classes) == 0 or set(classes) - set(_CLASSES):
         raise ValueError(f'classes={classes}: give some of {", ".join(_CLASSES)}')
     if n < len(classes) or size < 32:

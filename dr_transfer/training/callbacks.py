@@ -141,7 +141,8 @@ class LossGuard(Callback):
                 'no training step was possible, because there are fewer training images than a batch has: '
                 'give a smaller bs= (--bs)'
             )
-        names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
+        names = self.recorder.metric_names[1:]
+        values = self.recorder.values[-1]
         loss = dict(zip(names, values)).get('valid_loss')
         if loss is not None:
             self.check('validation', float(loss), far=self.epoch + 1 == self.n_epoch)

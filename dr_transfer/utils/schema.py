@@ -249,7 +249,9 @@ def from_dict(
     def inside(name):
         return f'{path}.{name}' if path else str(name)
 
-    hints, values, used = _hints(cls), {}, set()
+    hints = _hints(cls)
+    values = {}
+    used = set()
     for f in fields(cls):
         key = _key(f, data)
         if key in data and key != _MORE:
