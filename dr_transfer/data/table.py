@@ -220,8 +220,7 @@ def _from_folders(folder, image_col, group_col) -> tuple[pd.DataFrame, GroupSour
 def _groups_beside(folder, files, image_col, group_col) -> tuple[dict, GroupSource]:
     "Read the group of each file from the CSVs beside class folders"
     tables = {} if group_col == 'none' else {f: _read_beside(f) for f in sorted(folder.iterdir()) if _is_csv(f)}
-    known = {}
-    source = GroupSource(none=group_col == 'none')
+    known, source = {}, GroupSource(none=group_col == 'none')
     for csv, df in tables.items():
         column = find_column(df, GROUPS, group_col if _has(df, GROUPS, group_col) else None, needed=False)
         if column is None or (group_col is not None and not _has(df, GROUPS, group_col)):
@@ -279,8 +278,7 @@ def file_groups(
 ) -> tuple[list, str]:  # Group of each file, None if missing; the line that describes them
     "Find the groups (patients) of images without labels in the CSV files of their folders"
     folders = [str(s) for s in sources if os.path.isdir(s)]
-    known = {}
-    source = GroupSource(none=group_col == 'none')
+    known, source = {}, GroupSource(none=group_col == 'none')
     if group_col not in (None, 'none') and not folders:
         raise ValueError(f"group_col='{group_col}' (--patient {group_col}) needs a folder with a CSV file: give one")
     for folder in folders:
