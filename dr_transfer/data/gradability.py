@@ -88,7 +88,7 @@ def _quality_values(
 def gradability(
     im: Image.Image,  # Square crop of a disc, RGB
 ) -> dict:  # 'gradability' 0 to 1, 'reason' ('' from 0.5 on), values
-    "Score whether an image can be graded"
+    "Score whether a photograph can be graded"
     values = _quality_values(im)
     answers = {k: float(np.clip((values[k] - bad) / (good - bad), 0, 1)) for k, (bad, good) in QUALITY_LIMITS.items()}
     worst = min(answers, key=answers.get)

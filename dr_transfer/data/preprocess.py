@@ -29,7 +29,7 @@ from ..utils.regular import read_regular
 # %% ../../nbs/data/14_preprocess.ipynb #4a282bab
 @dataclass(frozen=True)
 class Preparation:
-    "How each image is prepared"
+    "How each photograph is prepared"
 
     size: int = 512  # Size of the results in pixels
     correction: str = 'none'  # Name in `CORRECTIONS`
