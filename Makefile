@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-latest docs prepare outputs clean
+.PHONY: help demo test lint test-latest docs dist prepare outputs clean
 
 PACKAGING := settings.ini setup.py pyproject.toml
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' 2>/dev/null)
@@ -51,6 +51,14 @@ test-latest: .venv-latest/.installed ## pytest with the newest fastai and fastco
 
 docs: _docs/index.html ## Build the site into _docs/ and check its links
 	$(BIN)/python tools/check_links.py _docs
+
+dist: .venv-build/.installed ## Build wheel and sdist into dist/, check them, and run the wheel in an empty environment
+	rm -rf build dist .venv-wheel
+	.venv-build/bin/python -m build
+	.venv-build/bin/python -m twine check --strict dist/*
+	@$(MAKE) --no-print-directory .venv-wheel/bin/python
+	$(call install,.venv-wheel,dist/*.whl)
+	env -u PYTHONPATH .venv-wheel/bin/dr_transfer --help >/dev/null
 
 prepare: .make/prepare ## Format, clean the notebooks, export the library, rebuild README.md
 
@@ -104,4 +112,8 @@ install = $(1)/bin/uv pip install --compile-bytecode --python $(1)/bin/python $(
 .venv-latest/.installed: $(PACKAGING) | .venv-latest/bin/python
 	$(call install,.venv-latest,-e ".[all]" fastai fastcore pytest pytest-xdist hypothesis)
 	$(@D)/bin/python tools/check_latest.py
+	@touch $@
+
+.venv-build/.installed: | .venv-build/bin/python
+	$(call install,.venv-build,build twine)
 	@touch $@

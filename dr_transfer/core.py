@@ -155,7 +155,8 @@ def build_learner(
     >>> list(learn.dls.vocab)
     ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
     """
-    seed, num_workers = check_seed(seed), check_workers(num_workers)
+    seed = check_seed(seed)
+    num_workers = check_workers(num_workers)
     task = get_task(task, size)
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
@@ -253,7 +254,7 @@ def _warn_random(learn, plan, say):
     what = 'the body stays random' if frozen else 'its learning rates and fixed BatchNorm suit pretrained weights'
     say(
         f"warning: the weights are random, and plan '{plan.name}' is for pretrained weights ({what}): "
-        "use plan='random_start' (--plan random_start)"
+        "use plan='random_init' (--plan random_init)"
     )
 
 

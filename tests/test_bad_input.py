@@ -733,7 +733,7 @@ def test_googlenet_from_random_weights_is_an_error(tmp_path, fundus_data, epochs
     assert result.code == 1
     assert len(errors) == 1
     assert errors[0].startswith('dr_transfer: error: training diverged in epoch')
-    assert '--plan random_start' in errors[0]
+    assert '--plan random_init' in errors[0]
     assert '--plan head' not in errors[0]
     assert "warning: the weights are random, and plan 'fine_tune' is for pretrained weights" in result.out
     assert not (tmp_path / 'run').exists()

@@ -14,7 +14,7 @@ from scipy import stats
 from dr_transfer.data.acquisition import changed_images
 from dr_transfer.data.image_statistics import STATISTIC_WORDS, image_statistics
 from dr_transfer.data.tasks import get_task
-from dr_transfer.evaluation.site_check import _LEVELS, Verdict, _verdict
+from dr_transfer.evaluation.site_check import _VERDICTS, Verdict, _verdict
 from dr_transfer.inference.run import read_reference, read_validation
 from dr_transfer.inference.saved_model import describe_features, load_model
 from dr_transfer.metrics.drift import _holm, drift_table, drift_words
@@ -23,7 +23,7 @@ from dr_transfer.synthetic.fundus import draw_fundus, make_dr
 
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 FAST = ('--arch', 'test_resnet', '--weights', 'random', '--size', '48', '--plan', 'head', '--runtime', 'plain')
-LIKE, DIFFERENT, TOO_DIFFERENT = _LEVELS
+LIKE, DIFFERENT, TOO_DIFFERENT = _VERDICTS
 
 
 @pytest.fixture(scope='module')

@@ -676,10 +676,10 @@ def test_preprocess_never_writes_over_the_originals(tmp_path, image_folder, monk
         with pytest.raises(OutputError, match='contains the originals, which are never changed'):
             prepare(folder, out)
     for out in (image_folder / 'small', link / 'small', inner, image_folder / 'images'):
-        with pytest.raises(OutputError, match='would be read as photographs'):
+        with pytest.raises(OutputError, match='would be read as images'):
             prepare(image_folder, out)
     for folder in ('images', inner):
-        with pytest.raises(OutputError, match='contains the folder of photographs'):
+        with pytest.raises(OutputError, match='contains the folder of images'):
             prepare(folder, '.')
     assert tree(tmp_path) == before
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from dr_transfer.features import probes
 from dr_transfer.features.probes import (
-    METRICS,
     PENALTIES,
+    PROBE_METRICS,
     SIMILAR,
     depth_profile,
     domain_distance,
@@ -328,12 +328,12 @@ def test_metrics_equal_those_of_scikit_learn():
     y = np.array([0, 1, 2, 2])
     scores = np.eye(3)[[0, 1, 1, 2]]
     classes = np.array([0, 2, 4])
-    assert METRICS['accuracy'](y, scores, classes) == 0.75
+    assert PROBE_METRICS['accuracy'](y, scores, classes) == 0.75
     by_chance = 4 * 36 + 4 * 24 - 2 * 10 * 8
     kappa = 1 - 4 * 4 / by_chance
-    assert METRICS['kappa'](y, scores, classes) == pytest.approx(kappa)
+    assert PROBE_METRICS['kappa'](y, scores, classes) == pytest.approx(kappa)
     two = np.array([0, 1])
-    assert METRICS['auc'](two, np.eye(2), classes[:2]) == 1
+    assert PROBE_METRICS['auc'](two, np.eye(2), classes[:2]) == 1
 
 
 @pytest.mark.parametrize(

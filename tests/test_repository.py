@@ -381,6 +381,29 @@ def test_no_class_is_changed_after_it_was_made(path):
     assert not changed_classes(path.read_text(encoding='utf-8'))
 
 
+def constants(text):
+    "Name and value, as written, of each constant of a module: a name of capital letters, private ones too"
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        named = [t.id for t in targets if isinstance(t, ast.Name)]
+        yield from ((n, ast.unparse(node.value)) for n in named if n.isupper() and node.value is not None)
+
+
+def conflicts(texts):
+    "Constants that have two values or more in modules given as name -> text: constant -> value by module"
+    values = {}
+    for module, text in texts.items():
+        for constant, value in constants(text):
+            values.setdefault(constant, {})[module] = value
+    return {constant: v for constant, v in values.items() if len(set(v.values())) > 1}
+
+
+def test_a_constant_has_one_value():
+    assert conflicts({'a': '_MIN = 1\nx = 2', 'b': '_MIN: int = 2\nx = 3'}) == {'_MIN': {'a': '1', 'b': '2'}}
+    assert not conflicts({'a': 'MIN = 1', 'b': 'MIN = 1'})
+    assert not conflicts({name(p): p.read_text(encoding='utf-8') for p in MODULES})
+
+
 def test_public_names_are_few():
     "Names that only the library needs are under `#| exporti` or begin with an underscore."
     names = tool('public_names').library_names()

@@ -19,7 +19,7 @@ from dr_transfer.evaluation.experiments import learning_curve, training_curve
 from dr_transfer.features import classifiers
 from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import AveragePool, check_size, min_size
+from dr_transfer.models.network import AveragePool, check_network_size, min_size
 from dr_transfer.synthetic.flowers import make_flowers
 from dr_transfer.training import phases
 from dr_transfer.training import stored as stored_part
@@ -247,7 +247,7 @@ def test_the_table_of_plans_shows_how_epochs_are_determined():
     epochs = plan_table().epochs
     assert epochs['head'].tolist() == ['solved']
     assert epochs['top1'].tolist() == ['solved', 5]
-    assert epochs['random_start'].tolist() == ['by number of images']
+    assert epochs['random_init'].tolist() == ['by number of images']
     assert epochs['flw'].tolist() == [30]
     mine = [
         Plan('dense', (HEAD_PHASE,), head='dense'),
@@ -350,7 +350,7 @@ def test_a_loss_that_is_high_at_the_end_on_the_validation_images_is_an_error(bui
 
     learn.add_cb(Damage())
     with pytest.raises(TrainingError, match='validation loss'):
-        fit(learn, 'random_start', epochs=1, say=str)
+        fit(learn, 'random_init', epochs=1, say=str)
 
 
 def test_random_weights_under_a_plan_for_pretrained_ones(build):
@@ -359,8 +359,8 @@ def test_random_weights_under_a_plan_for_pretrained_ones(build):
         warned = [line for line in lines if line.startswith('warning')]
         assert len(warned) == 1
         assert f"plan '{plan}'" in warned[0]
-        assert '--plan random_start' in warned[0]
-    for learn, plan in ((build(weights='random'), 'random_start'), (build(), 'fine_tune')):
+        assert '--plan random_init' in warned[0]
+    for learn, plan in ((build(weights='random'), 'random_init'), (build(), 'fine_tune')):
         for line in printed_lines(learn, plan, epochs=1):
             assert not line.startswith('warning')
 
@@ -420,12 +420,12 @@ def test_the_least_size_that_works_is_named():
     body = create_body('alexnet', 'random')
     least = min_size(body)
     assert least < 224
-    check_size(body, least)
+    check_network_size(body, least)
     for size in (16, least - 1):
         with pytest.raises(
             ValueError, match=f'smallest size that works is {least}: give size={least} .--size {least}.'
         ):
-            check_size(body, size)
+            check_network_size(body, size)
 
 
 def test_compare_checks_the_size_before_it_trains(set_of_flowers, monkeypatch):
@@ -477,7 +477,7 @@ def test_a_backbone_or_weights_that_contradict_the_plan(build, set_of_flowers):
             set_of_flowers / 'flowers',
             arch='test_resnet',
             weights=set_of_flowers / 'weights.safetensors',
-            plan='random_start',
+            plan='random_init',
             say=str,
         )
 

@@ -79,7 +79,8 @@ def make_demo(
     overwrite: bool = False,  # Replace another demonstration?
 ) -> pd.DataFrame:  # A row for each set of weights; also OUT/run, OUT/demo.png
     "Make a synthetic data set, and train on it with random and with ImageNet weights"
-    out, what = Path(out), dict(n=images, size=size, seed=seed)
+    out = Path(out)
+    what = dict(n=images, size=size, seed=seed)
     with growing_folder(out, 'demo', ['demo.png', 'data/', *(f'{name}/' for name in _STARTS)], overwrite):
         if (out / 'data').is_dir():
             make_dr(out / 'data', **what)  # raises an error if it is another data set

@@ -99,7 +99,8 @@ def flowers_matrix(x) -> torch.Tensor:
     "Random affine maps of the recipe of FLW for a batch, (n, 3, 3)"
     n = len(x)
     one, zero = torch.ones(n), torch.zeros(n)
-    t, s = _uniform(n, -40, 40) * math.pi / 180, _uniform(n, -0.2, 0.2)
+    t = _uniform(n, -40, 40) * math.pi / 180
+    s = _uniform(n, -0.2, 0.2)
     turn = _matrix(t.cos(), -t.sin(), 2 * _uniform(n, -0.4, 0.4), t.sin(), t.cos(), 2 * _uniform(n, -0.4, 0.4))
     shear = _matrix(one, -s.sin(), zero, zero, s.cos(), zero)
     flip = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
@@ -112,8 +113,10 @@ def _crop_matrix(x, least: float = 0.35) -> torch.Tensor:
     "Affine maps (n, 3, 3) to a random crop of each image with at least `least` of its area"
     n = len(x)
     zero = torch.zeros(n)
-    area, aspect = _uniform(n, least, 1), _uniform(n, -0.25, 0.25).exp()
-    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    area = _uniform(n, least, 1)
+    aspect = _uniform(n, -0.25, 0.25).exp()
+    w = (area * aspect).sqrt().clamp(max=1)
+    h = (area / aspect).sqrt().clamp(max=1)
     return _matrix(w, zero, _uniform(n, -1, 1) * (1 - w), zero, h, _uniform(n, -1, 1) * (1 - h)).to(x.device)
 
 # %% ../../nbs/data/16_augment.ipynb #fdbbec08
@@ -192,7 +195,7 @@ def augmentation_table() -> pd.DataFrame:  # One row per augmentation
     ).set_index('name')
 
 # %% ../../nbs/data/16_augment.ipynb #4f2d9c10
-_TITLES = {
+_VIEW_TITLES = {
     'none': ('as it is',),
     'quarter_turns': ('as it is', 'rotated by 90°', 'rotated by 180°', 'rotated by 270°'),  # counter-clockwise
     'mirror': ('as it is', 'mirrored'),
@@ -202,7 +205,7 @@ _TITLES = {
 
 def _view_titles(views) -> tuple:
     "Names of the views of a set, in order"
-    titles = _TITLES[views.removesuffix(LOCAL)]
+    titles = _VIEW_TITLES[views.removesuffix(LOCAL)]
     if not views.endswith(LOCAL):
         return titles
     return *titles, 'light corrected', *(f'{title}, light corrected' for title in titles[1:])

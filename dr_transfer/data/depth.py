@@ -74,7 +74,11 @@ def _tiff_depth(tags) -> _Depth:
     bits = _number(tags, _BITS_PER_SAMPLE) or 1
     most = _number(tags, _MAX_SAMPLE_VALUE) or 0
     full = most > 255 and most & (most + 1) == 0  # such as 1023 or 4095
-    top = most if full else 2**bits - 1 if 8 < bits < 16 else None
+    top = None
+    if full:
+        top = most
+    elif 8 < bits < 16:
+        top = 2**bits - 1
     unsigned = _number(tags, _SAMPLE_FORMAT) in (None, 1, 4)
     return _Depth(top, None, unsigned and 8 < bits <= 16, _number(tags, _PHOTOMETRIC) == 0)
 

@@ -109,9 +109,11 @@ def _windowed(a, ds, bits) -> np.ndarray:
 
     low, high = _stored_range(ds, bits)
     if ds.get('VOILUTSequence'):
-        low, high = 0, 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        low = 0
+        high = 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1
     elif ds.get('ModalityLUTSequence'):
-        low, high = 0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        low = 0
+        high = 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     elif None not in (ds.get('RescaleSlope'), ds.get('RescaleIntercept')):
         low, high = (v * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for v in (low, high))
     shown = apply_voi_lut(apply_modality_lut(a, ds), ds, index=0)

@@ -66,7 +66,8 @@ def _quality_values(
         np.float32,
     )
     red, green, blue = np.ascontiguousarray(a.transpose(2, 0, 1))  # planes, which are faster to compare
-    light, dark = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    light = np.maximum(np.maximum(red, green), blue)
+    dark = np.minimum(np.minimum(red, green), blue)
     lit = light > max(8.0, 0.12 * np.percentile(light, 99))
     inner = lit & _inner_disc()
     if inner.sum() < 1000:
@@ -97,11 +98,11 @@ def gradability(
 def gradability_table(
     sources: list,  # Paths or images, all readable
 ) -> pd.DataFrame:  # One row per image: gradability, reason, values
-    "Gradability of photographs, computed in threads"
+    "Gradability of images, computed in threads"
     sources = image_list(sources)
 
     def one(source):
         return gradability(read_disc(source, _MEASURED_SIZE)[0])
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
-        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='photographs scored')))
+        return pd.DataFrame(list(progress(pool.map(one, sources), total=len(sources), label='images scored')))

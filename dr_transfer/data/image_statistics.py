@@ -24,7 +24,7 @@ from ..utils.files import progress
 
 # %% ../../nbs/data/08_image_statistics.ipynb #4178afcd
 _SIZE = 256  # height and width in pixels at which images are measured
-_FEWEST_PIXELS = 1000  # of the disc, below which nothing is measured
+_MIN_DISC_PIXELS = 1000  # of the disc, below which nothing is measured
 
 STATISTIC_WORDS = {
     'pixels': ('fewer pixels', 'more pixels'),
@@ -110,7 +110,7 @@ def _pixel_statistics(im: Image.Image, fundus: bool) -> dict:
     regions = _regions(fundus)
     lit = _lit(planes, fundus)
     inside = regions.inside & lit
-    if inside.sum() < _FEWEST_PIXELS:
+    if inside.sum() < _MIN_DISC_PIXELS:
         return {}
     red, green, blue = (plane[inside].mean() for plane in planes)
     light = (planes[0] + planes[1] + planes[2]) / 3

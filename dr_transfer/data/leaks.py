@@ -154,29 +154,29 @@ def find_copies(
 # %% ../../nbs/data/18_leaks.ipynb #15947275
 def nearest_bits(
     sources: list,  # Paths or images, all readable
-    seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
+    others: np.ndarray,  # Hashes of other images, uint8 (m, 32)
     reader: str = 'photo',  # Name in `READERS`
     folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
 ) -> np.ndarray:  # (n,) 0 to 256; 256 if there are no other images
     "Number of bits in which each image differs from the nearest other image"
-    if not len(sources) or not len(seen):
+    if not len(sources) or not len(others):
         return np.full(len(sources), HASH_BITS)
     hashes, _ = image_hashes(sources, reader, folder)
     x = _signs(hashes)
-    known = _signs(seen).T
+    known = _signs(others).T
     alike = np.concatenate([(x[a : a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
     return np.where(x.any(1), (HASH_BITS - alike) / 2, HASH_BITS).astype(int)
 
 
-def seen_before(
+def are_copies(
     sources: list,  # Paths or images, all readable
-    seen: np.ndarray,  # Hashes of other images, uint8 (m, 32)
+    others: np.ndarray,  # Hashes of other images, uint8 (m, 32)
     reader: str = 'photo',  # Name in `READERS`
     max_bits: int = MAX_COPY_BITS,  # Bits that may differ
     folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
 ) -> np.ndarray:  # (n,) booleans
     "Whether each image is a copy or near copy of one of the other images"
-    return nearest_bits(image_list(sources), seen, reader, folder) <= max_bits
+    return nearest_bits(image_list(sources), others, reader, folder) <= max_bits
 
 # %% ../../nbs/data/18_leaks.ipynb #80de8d29
 def joined_groups(

@@ -46,12 +46,12 @@ class Preparation:
 
 # %% ../../nbs/data/14_preprocess.ipynb #f2afc7ee
 def prepare_image(
-    source: str | Path,  # A photograph
+    source: str | Path,  # A fundus photograph
     target: str | Path,  # File to write
     how: Preparation,  # How it is prepared
     eye: str = '',  # 'left' or 'right', if known
 ) -> dict:  # Disc in pixels of the original, gradability; `error`
-    "Prepare one photograph; return the reason if it cannot be read"
+    "Prepare one image; return the reason if it cannot be read"
     try:
         im, disc = read_disc(source, how.size)
     except Exception as e:
@@ -96,7 +96,7 @@ def _same_settings(out: Path, how: Preparation) -> bool:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or set(found) != set(asdict(how)):
-        warn(f'{file} is damaged: all photographs are prepared again')
+        warn(f'{file} is damaged: all images are prepared again')
         return False
     if found != asdict(how):
         raise ValueError(
@@ -120,7 +120,8 @@ def _eyes(folder) -> dict:
     if not (folder / 'labels.csv').exists():
         return {}
     t = read_labels(folder / 'labels.csv')
-    image, eye = find_column(t, IMAGES, needed=False), next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
+    image = find_column(t, IMAGES, needed=False)
+    eye = next(iter(known_columns(t, ('eye', 'laterality', 'side'))), None)
     return dict(zip(t[image].map(lambda n: Path(str(n)).name), t[eye])) if image and eye else {}
 
 # %% ../../nbs/data/14_preprocess.ipynb #5fe64f77
@@ -132,15 +133,12 @@ def _finished(out: Path, how: Preparation) -> dict:
     try:
         lines = read_regular(file, _MAX_JOURNAL_BYTES).decode('utf-8', 'replace').split('\n')
     except ValueError as e:
-        warn(f'{file} is damaged ({e}): all photographs are prepared again')
+        warn(f'{file} is damaged ({e}): all images are prepared again')
         return {}
     rows = [_row(line) for line in lines[:-1]]  # the last line may be incomplete
     bad = rows.count(None)
     if bad:
-        warn(
-            f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): '
-            'their photographs are prepared again'
-        )
+        warn(f'{file} is damaged in {bad} lines (first: line {rows.index(None) + 1}): their images are prepared again')
     return {r['image']: r for r in rows if r is not None}
 
 
@@ -164,10 +162,10 @@ def _check_apart(folder: Path, out: Path):
         raise OutputError(f'{out} contains the originals, which are never changed: give another folder for the results')
     if is_inside(out, folder):
         raise OutputError(
-            f'{out} is inside {folder}, and the results would be read as photographs: give a folder outside it'
+            f'{out} is inside {folder}, and the results would be read as images: give a folder outside it'
         )
     if is_inside(folder, out):
-        raise OutputError(f'{out} contains the folder of photographs {folder}: give another folder for the results')
+        raise OutputError(f'{out} contains the folder of images {folder}: give another folder for the results')
 
 
 def _places(folder: Path, out: Path, how: Preparation) -> dict:
@@ -201,8 +199,10 @@ class _Job:
         return old is not None and not old['error'] and all(old.get(k) == row[k] for k in ('file', 'stamp'))
 
     def prepare(self, source: Path) -> tuple[dict, bool]:
-        "Prepare a photograph; return its row and whether it is new"
-        name, place, stamp = source.relative_to(self.folder).as_posix(), self.places[source], _stamp(source)
+        "Prepare an image; return its row and whether it is new"
+        name = source.relative_to(self.folder).as_posix()
+        place = self.places[source]
+        stamp = _stamp(source)
         old = self.done.get(name)
         if old is not None and old.get('stamp') == stamp and old['file'] == place and _intact(old, self.out):
             return old, False
@@ -263,11 +263,13 @@ def preprocess_folder(
     >>> len(table), table.error.unique().tolist()
     (60, [''])
     """
-    folder, out, workers = Path(folder), Path(out), check_workers(workers, 'workers')
+    folder = Path(folder)
+    out = Path(out)
+    workers = check_workers(workers, 'workers')
     _check_apart(folder, out)
     places = _places(folder, out, how)
     if not places:
-        raise ValueError(f'no images in {folder}: give a folder of photographs')
+        raise ValueError(f'no images in {folder}: give a folder of fundus images')
     with growing_folder(out, 'preprocess') as held:
         job = _Job(folder, held, how, places, _eyes(folder), _finished(held, how))
         return _prepare_all(job, workers)
@@ -277,7 +279,7 @@ _PREPARED_COLUMNS = ['image', 'file', 'x', 'y', 'r', 'gradability', 'reason', 'e
 
 
 def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
-    "Prepare the photographs and write the tables"
+    "Prepare the images and write the tables"
     with atomic_file(job.out / _SETTINGS_FILE) as f:
         f.write_text(json.dumps(asdict(job.how)))
     _write_journal(job.out, list(job.done.values()))
@@ -293,12 +295,14 @@ def _prepare_all(job: _Job, workers: int | None) -> pd.DataFrame:
 
 
 def _run(job: _Job, workers: int | None) -> list[dict]:
-    "Prepare all photographs; each is recorded when it is finished, so that Ctrl-C keeps the results"
-    rows, lost, sources = [], [], list(job.places)
+    "Prepare all images; each is recorded when it is finished, so that Ctrl-C keeps the results"
+    rows = []
+    lost = []
+    sources = list(job.places)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         with open(job.out / _JOURNAL_FILE, 'a', encoding='utf-8') as f:
-            for row, new in progress(pool.map(job.prepare, sources), total=len(sources), label='photographs prepared'):
+            for row, new in progress(pool.map(job.prepare, sources), total=len(sources), label='images prepared'):
                 if new:
                     f.write(json.dumps(row) + '\n')
                     f.flush()

@@ -97,7 +97,8 @@ def _fill(t, valid, test, seed):
     _need_two(rest)
     k = next((m for m in range(2, 20) if all(abs(s * m - round(s * m)) < 1e-6 for s in (valid, test))), 20)
     k = min(k, rest.label.value_counts().max())
-    n_valid, n_test = max(1, round(valid * k)), max(int(test > 0), round(test * k))
+    n_valid = max(1, round(valid * k))
+    n_test = max(int(test > 0), round(test * k))
     fold = _folds(rest, k, seed)
     t.loc[rest.index, 'split'] = np.where(fold < n_valid, 'valid', np.where(fold < n_valid + n_test, 'test', 'train'))
 

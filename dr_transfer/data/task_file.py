@@ -40,7 +40,8 @@ def _classes_and_labels(
     where: str,  # File and target, for messages
 ) -> tuple[list | None, dict | None]:  # Class names; label -> class
     "Return classes and labels of a target; without classes, those of the labels"
-    classes, labels = spec.get('classes'), spec.get('labels')
+    classes = spec.get('classes')
+    labels = spec.get('labels')
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise TaskFileError(
             f"{where}: classes is {classes!r}: give a list of names, such as classes = ['no', 'disease']"

@@ -50,7 +50,7 @@ def _mirrored_near(x):
     return _near(_mirrored(x))
 
 
-_OF_THE_IMAGE = {
+_IMAGE_VIEWS = {
     'none': (_same,),
     'quarter_turns': tuple(partial(_turn, k=k) for k in range(4)),
     'mirror': (_same, _mirrored),
@@ -161,14 +161,14 @@ def view_name(
 ) -> str:
     "Name of a view; the unchanged image, and an image whose light is not corrected, has one name in all sets"
     image = views.removesuffix(LOCAL)
-    n = len(_OF_THE_IMAGE[image])
+    n = len(_IMAGE_VIEWS[image])
     if i >= n:
         return f'{views}-{i - n}'
     return f'{image}-{i}' if i else 'none'
 
 # %% ../../nbs/data/09_views.ipynb #864e200f
 VIEWS = {  # name -> set of views
-    name + LOCAL * local: ViewSet(views, local) for local in (False, True) for name, views in _OF_THE_IMAGE.items()
+    name + LOCAL * local: ViewSet(views, local) for local in (False, True) for name, views in _IMAGE_VIEWS.items()
 }
 
 # %% ../../nbs/data/09_views.ipynb #659c2101
@@ -224,7 +224,8 @@ def map_batches(
     device='cpu',  # Device of f; on the CPU, f runs in the reading threads
 ) -> Iterator[Any]:  # Result of f for each batch, without padding
     "Apply a function to images in batches; the result of an image does not depend on the others"
-    parts, threads = [sources[i : i + bs] for i in range(0, len(sources), bs)], torch.get_num_threads()
+    parts = [sources[i : i + bs] for i in range(0, len(sources), bs)]
+    threads = torch.get_num_threads()
     here = torch.device(device).type == 'cpu'
     workers = max(1, min(threads if here else os.cpu_count() or 1, len(parts)))
 
@@ -239,7 +240,8 @@ def map_batches(
         x, n = job.result()
         return _rows(f(x), n)
 
-    pool, ahead = ThreadPoolExecutor(workers), deque()
+    pool = ThreadPoolExecutor(workers)
+    ahead = deque()
     try:
         for part in parts:
             ahead.append(pool.submit(work, part))

@@ -23,10 +23,10 @@ from ..models.network import AveragePool, view_outputs
 from ..utils.checks import image_list
 
 # %% ../../nbs/evaluation/11_adaptation.ipynb #a2117fa2
-_MIN_IMAGES = 50  # images of the new site, below which their mean and spread are too uncertain
+_MIN_SITE_IMAGES = 50  # images of the new site, below which their mean and spread are too uncertain
 _WEIGHT_OF_TRAINING = 16  # the training site counts like this number of images
-_MAX_SHIFT = 3  # of a single feature, so that one that hardly varies in training does not decide
-_LEAST_SHIFT = 0.25  # of the features, in standard deviations, from which adapting helps
+_MAX_FEATURE_SHIFT = 3  # of a single feature, so that one that hardly varies in training does not decide
+_MIN_SHIFT = 0.25  # of the features, in standard deviations, from which adapting helps
 
 
 class AdaptationError(ValueError):
@@ -49,7 +49,7 @@ def feature_shift(
     "How far the mean of the features has moved: the root of the mean square over features that vary in training"
     varies = variance > 0
     moved = (np.mean(features, 0) - mean)[varies] / np.sqrt(variance[varies])
-    limited = moved.clip(-_MAX_SHIFT, _MAX_SHIFT)
+    limited = moved.clip(-_MAX_FEATURE_SHIFT, _MAX_FEATURE_SHIFT)
     return float(np.sqrt(np.mean(limited**2)))
 
 
@@ -78,19 +78,20 @@ def adapt_model(
     weight of 16 images for the statistics of training: Schneider et al. 2020 (arXiv:2006.16971).
     """
     images = image_list(images)
-    if len(images) < _MIN_IMAGES:
+    if len(images) < _MIN_SITE_IMAGES:
         raise AdaptationError(
-            f'{len(images)} images: adapting a model needs {_MIN_IMAGES} or more images of the new site. Add images'
+            f'{len(images)} images: adapting a model needs {_MIN_SITE_IMAGES} or more images of the new site. '
+            'Add images'
         )
     norm = _first_norm(model.model)
     card = model.card
     _, features = view_outputs(model.model, images, model.read, card.mean, card.std, card.views)
     features = features.reshape(-1, features.shape[-1])  # all views, as in training
     shift = feature_shift(features, norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy())
-    if shift < _LEAST_SHIFT:
+    if shift < _MIN_SHIFT:
         raise AdaptationError(
             'adapting would not help: the images are like the training images (their features have moved by '
-            f'{shift:.2f} standard deviations, and {_LEAST_SHIFT} or more is needed). Use the model as it is'
+            f'{shift:.2f} standard deviations, and {_MIN_SHIFT} or more is needed). Use the model as it is'
         )
     network = copy.deepcopy(model.model)
     _set_statistics(_first_norm(network), features.astype(np.float64), len(images))

@@ -110,7 +110,9 @@ def by_source_words(
     table: pd.DataFrame,  # From `by_source_table`
 ) -> str:
     "Describe how much is lost on a source that the model was not trained on"
-    pooled, each, metric = table.loc[('all', 'all')], table.loc['source', 'left out'].dropna(), table.attrs['metric']
+    pooled = table.loc[('all', 'all')]
+    each = table.loc['source', 'left out'].dropna()
+    metric = table.attrs['metric']
     low, high = pooled['lost low'], pooled['lost high']
     interval = '(no interval)' if np.isnan(low) else f'[{low:+.3f}, {high:+.3f}]'
     words = [

@@ -22,7 +22,7 @@ from ..metrics.classes import Classes
 from ..metrics.decision import table_arrays, table_classes
 from ..metrics.screening import compare_tables, main_metric, measure_table, metric_values
 from ..models.backbones import create_body
-from ..models.network import check_size
+from ..models.network import check_network_size
 from ..models.registry import DEFAULT_ARCH, find_backbone
 from ..training.plans import Plan, check_epochs, get_plan
 from ..utils.files import plain_text
@@ -89,7 +89,7 @@ def _check_recipes(recipes, size, weights):
     "Check before any training that the weights exist and that each network accepts the image size"
     for arch, plan in recipes.values():
         body = create_body(arch, plan.weights or weights, plan.n_stages, plan.stage)
-        check_size(body, size)
+        check_network_size(body, size)
 
 
 def _row_words(p, classes) -> str:

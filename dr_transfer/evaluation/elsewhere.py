@@ -24,12 +24,12 @@ from ..metrics.screening import referral_table
 from ..utils.files import plain_text
 
 # %% ../../nbs/evaluation/02_elsewhere.ipynb #c5b00f02
-MOST_SOURCES = 12  # shown, the largest ones
+MAX_SHOWN_SOURCES = 12  # shown, the largest ones
 
 
 def largest_sources(
     sources: pd.Series,  # Source of each image
-    most: int = MOST_SOURCES,  # Number of sources
+    most: int = MAX_SHOWN_SOURCES,  # Number of sources
 ) -> list[str]:
     "Names of the sources with the most images, the largest first"
     counts = sources.value_counts().sort_index().sort_values(ascending=False, kind='stable')
@@ -127,7 +127,9 @@ def _source_verdict(row, compared) -> tuple[str, list]:
     "Whether the values of a source hold ('yes', 'no' or 'not known'), and the reasons why not"
     failed, unknown = [], []
     for metric, reference in compared.items():
-        value, low, high = row[metric], row[f'{metric} low'], row[f'{metric} high']
+        value = row[metric]
+        low = row[f'{metric} low']
+        high = row[f'{metric} high']
         verdict = reference.verdict(value, low, high)
         if verdict == 'no':
             failed.append(
@@ -160,9 +162,9 @@ def hold_words(
             fails.append(f'does not hold at {some([source])}: {", ".join(reasons)}')
         else:
             unknown.setdefault(', '.join(reasons), []).append(source)
-    parts = [f'holds at {some(holds, MOST_SOURCES)}'] if holds else []
+    parts = [f'holds at {some(holds, MAX_SHOWN_SOURCES)}'] if holds else []
     parts += fails
-    parts += [f'cannot be told at {some(names, MOST_SOURCES)}: {why}' for why, names in unknown.items()]
+    parts += [f'cannot be told at {some(names, MAX_SHOWN_SOURCES)}: {why}' for why, names in unknown.items()]
     found = '; it '.join(parts)
     what = ', '.join(compared)
     if 'accuracy' in values:
@@ -172,10 +174,10 @@ def hold_words(
 # %% ../../nbs/evaluation/02_elsewhere.ipynb #9cd58598
 LABELLED = (25, 50, 100)  # patients with labels
 DRAWS = 50
-FEWEST = 5  # fewest patients on which a metric is chosen or measured
-_MOST_FAILED = 0.1  # fraction of the draws
+MIN_PATIENTS = 5  # fewest patients on which a metric is chosen or measured
+_MAX_FAILED_DRAWS = 0.1  # fraction of the draws
 _METRICS = ('sensitivity', 'specificity')
-_COLUMNS = ['why', *(f'{metric}{end}' for metric in _METRICS for end in ('', ' low', ' high'))]
+_RECALIBRATED_COLUMNS = ['why', *(f'{metric}{end}' for metric in _METRICS for end in ('', ' low', ' high'))]
 
 
 def _on_others(y, score, codes, drawn, required) -> tuple | None:
@@ -183,10 +185,12 @@ def _on_others(y, score, codes, drawn, required) -> tuple | None:
     metric, minimum = required
     here = drawn[codes]
     deciding = y == (metric == 'sensitivity')
-    if len(np.unique(codes[~here & deciding])) < FEWEST:
+    if len(np.unique(codes[~here & deciding])) < MIN_PATIENTS:
         return None
     try:
-        point = choose_operating_point(y[here], score[here], **{metric: minimum}, min_groups=FEWEST, groups=codes[here])
+        point = choose_operating_point(
+            y[here], score[here], **{metric: minimum}, min_groups=MIN_PATIENTS, groups=codes[here]
+        )
     except OperatingPointError:
         return None
     decided = point.decide(score[~here]).astype(int)
@@ -216,7 +220,7 @@ def _draws_of_source(y, score, codes, required) -> dict:
         found = [_on_others(y, score, codes, order < number, required) for order in orders]
         found = [values for values in found if values is not None]
         few = 'too few positives' if required[0] == 'sensitivity' else 'too few negatives'
-        enough = len(found) >= (1 - _MOST_FAILED) * DRAWS
+        enough = len(found) >= (1 - _MAX_FAILED_DRAWS) * DRAWS
         rows[number] = _draw_fields(found) if enough else {'why': few}
     return rows
 
@@ -235,12 +239,12 @@ def recalibrated_values(
         codes = group_codes(table_groups(t), len(t))
         for number, fields in _draws_of_source(q.y, q.score, codes, required).items():
             rows[source, number] = {'why': ''} | fields
-    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=_COLUMNS)
+    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=_RECALIBRATED_COLUMNS)
     return t.rename_axis(['source', 'labelled'])
 
 # %% ../../nbs/evaluation/02_elsewhere.ipynb #bb89e408
-_MOST_CURVES = 6
-_CURVE_IMAGES = 20  # fewest images of a curve
+_MAX_CURVES = 6
+_MIN_CURVE_IMAGES = 20  # fewest images of a curve
 
 
 def plot_referral(
@@ -250,7 +254,7 @@ def plot_referral(
 ) -> Figure | None:  # None if each source has too few images
     "Plot the accuracy on the remaining images against the fraction that is referred to a human, for each source"
     counts = table.source.value_counts()
-    names = [s for s in largest_sources(table.source, _MOST_CURVES) if counts[s] >= _CURVE_IMAGES]
+    names = [s for s in largest_sources(table.source, _MAX_CURVES) if counts[s] >= _MIN_CURVE_IMAGES]
     if not names:
         return None
     point = decision.operating if decision is not None else None

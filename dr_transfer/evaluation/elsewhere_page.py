@@ -14,9 +14,9 @@ from ..data.sources import image_sources, was_trained_on
 from .by_source import by_source_words
 from dr_transfer.evaluation.elsewhere import (
     DRAWS,
-    FEWEST,
     LABELLED,
     MARGIN,
+    MIN_PATIENTS,
     hold_words,
     plot_referral,
     recalibrated_values,
@@ -102,7 +102,9 @@ def _draws_text(row) -> str:
         return row['why']
     parts = []
     for metric in ('sensitivity', 'specificity'):
-        value, low, high = row[metric], row[f'{metric} low'], row[f'{metric} high']
+        value = row[metric]
+        low = row[f'{metric} low']
+        high = row[f'{metric} high']
         limits = 'not defined' if pd.isna(value) else f'{value:.3f} ({low:.3f} to {high:.3f})'
         parts.append(f'{metric} {limits}')
     return ', '.join(parts)
@@ -159,7 +161,7 @@ def _at_sources(e, n) -> str:
         values=_shown_values(e, values, with_groups),
         not_shown=t.source.nunique() - len(values),
         draws=draws,
-        rules={'draws': DRAWS, 'fewest': FEWEST, 'unit': unit, 'point': e.point},
+        rules={'draws': DRAWS, 'fewest': MIN_PATIENTS, 'unit': unit, 'point': e.point},
         curve=None if figure is None else _figure(figure, caption),
     )
 

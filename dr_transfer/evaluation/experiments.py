@@ -33,7 +33,7 @@ BASELINE = 'random initialisation'
 
 # %% ../../nbs/evaluation/05_experiments.ipynb #46e17349
 METHODS = {
-    BASELINE: get_plan('random_start'),
+    BASELINE: get_plan('random_init'),
     'frozen': get_plan('head'),
     'fine-tuned': get_plan('fine_tune'),
 }  # name -> plan

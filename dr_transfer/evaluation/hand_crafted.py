@@ -46,7 +46,7 @@ from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/evaluation/07_hand_crafted.ipynb #4dba4f8e
 _SMALL = 0.026  # radii: a dark spot that is no wider is a microaneurysm
-_LEVELS = (1.5, 2.0, 3.0)  # times the limit
+_LIMIT_FACTORS = (1.5, 2.0, 3.0)  # times the limit
 _SHAPES = ('count', 'area', 'largest', 'eccentricity', 'solidity', 'strength')
 FEATURES = (
     'vessel_area',
@@ -56,7 +56,7 @@ FEATURES = (
     'vessel_tortuosity',
     'vessel_dimension',
     *(f'{k}_{m}' for k in ('microaneurysm', 'haemorrhage', 'exudate') for m in _SHAPES),
-    *(f'{k}_over_{v:g}' for k in LESION_MASKS for v in _LEVELS),
+    *(f'{k}_over_{v:g}' for k in LESION_MASKS for v in _LIMIT_FACTORS),
     *(f'{k}_{m}' for k in LESION_MASKS for m in ('quadrants', 'near_fovea', 'nearest_fovea')),
 )
 
@@ -167,7 +167,7 @@ def lesion_features(
             out[f'{kind}_{name}'] = value
     for mask in LESION_MASKS:
         p = table[table['mask'] == mask]
-        for level in _LEVELS:
+        for level in _LIMIT_FACTORS:
             out[f'{mask}_over_{level:g}'] = (p.strength > level).sum()
         for name, value in _position_features(p, seg.fovea).items():
             out[f'{mask}_{name}'] = value
@@ -213,7 +213,8 @@ def feature_frame(
     bs: int = 8,  # Images that are stored together
 ) -> pd.DataFrame:  # A row per image, in order; columns `FEATURES`
     "Compute hand-crafted features, or read stored ones; ValueError for an image that cannot be read or segmented"
-    images, workers = image_list(images), check_workers(workers, 'workers')
+    images = image_list(images)
+    workers = check_workers(workers, 'workers')
     if not images:
         raise ValueError('no images: give a list with one image or more')
     _skimage()

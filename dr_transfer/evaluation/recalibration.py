@@ -17,7 +17,13 @@ from ..data.summary import MadeFrom
 from ..data.table import KNOWN, skipped_images
 from .report import _is_known_image, _predicted
 from ..inference.saved_model import ImageModel
-from ..metrics.decision import _MIN_IMAGES, _group_counts, apply_decision, choose_decision, question
+from dr_transfer.metrics.decision import (
+    _MIN_CALIBRATION_IMAGES,
+    _group_counts,
+    apply_decision,
+    choose_decision,
+    question,
+)
 from ..metrics.groups import table_groups
 from ..metrics.guarantee import guaranteed_operating_point
 from ..metrics.intervals import count_groups
@@ -45,10 +51,10 @@ def _check_enough(table, classes, required, delta):
         y = table.target.astype(str).isin(classes.positive.classes).astype(int)
         guaranteed_operating_point(y, y, **required, delta=delta, groups=table_groups(table))
     k = table.target.nunique()
-    if len(table) < _MIN_IMAGES or k < 2:
+    if len(table) < _MIN_CALIBRATION_IMAGES or k < 2:
         raise ValueError(
-            f'{len(table)} images of {k} class{"" if k == 1 else "es"}: a temperature needs {_MIN_IMAGES} or more, '
-            'of two or more classes. Add labelled images'
+            f'{len(table)} images of {k} class{"" if k == 1 else "es"}: a temperature needs '
+            f'{_MIN_CALIBRATION_IMAGES} or more, of two or more classes. Add labelled images'
         )
 
 # %% ../../nbs/evaluation/08_recalibration.ipynb #4d02d28b

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.columns import data_columns, with_data_names
 from ..data.fundus import is_fundus
 from ..data.gradability import gradability_table
-from ..data.leaks import MAX_COPY_BITS, file_facts, nearest_bits, seen_before
+from ..data.leaks import MAX_COPY_BITS, are_copies, file_facts, nearest_bits
 from ..data.table import KNOWN, skipped_images
 from ..inference.predictions import NO_PROBABILITIES, predict_table
 from ..inference.saved_model import ImageModel
@@ -117,23 +117,23 @@ _IMAGE_SETS = ('new', 'valid')  # images that `evaluate_model` can include
 
 def _is_validation(model, images) -> np.ndarray:
     "Return which images are validation images of the model, by their content (n,)"
-    seen = getattr(model, 'seen', None)
+    hashes = getattr(model, 'seen', None)
     use = getattr(model, 'seen_use', None)
-    if seen is None or use is None:
+    if hashes is None or use is None:
         raise ValueError(
             'this model was saved by dr_transfer 0.1.0 and does not list its validation images: '
             'read predictions.csv of its run, or train it again'
         )
     reader = model.about['reader']
-    trained = nearest_bits(images, seen[use & 1 > 0], reader)
-    valid = nearest_bits(images, seen[use & 2 > 0], reader)
+    trained = nearest_bits(images, hashes[use & 1 > 0], reader)
+    valid = nearest_bits(images, hashes[use & 2 > 0], reader)
     return (valid <= MAX_COPY_BITS) & (valid < trained)
 
 
 def _is_known_image(model, images) -> np.ndarray:
     "Return which images are training or validation images of the model, or near copies of them (n,)"
-    seen = getattr(model, 'seen', None)
-    return np.zeros(len(images), bool) if seen is None else seen_before(images, seen, model.about['reader'])
+    hashes = getattr(model, 'seen', None)
+    return np.zeros(len(images), bool) if hashes is None else are_copies(images, hashes, model.about['reader'])
 
 
 def _included(model, images, split, allow_leaks) -> np.ndarray:

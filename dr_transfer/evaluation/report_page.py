@@ -399,5 +399,5 @@ def write_page(
     table: Path,  # CSV file that exists
 ):
     "Write a page with the hash of the table beside it"
-    meta = f'<meta name="dr_transfer-table" content="{file_digest(table)}"></head>'
-    page.write_text(text.replace('</head>', meta, 1), encoding='utf-8', errors='surrogateescape')
+    mark = _html('table_mark', digest=file_digest(table))
+    page.write_text(text.replace('</head>', f'{mark}</head>', 1), encoding='utf-8', errors='surrogateescape')

@@ -324,8 +324,8 @@ def overlay(
 ) -> Image.Image:  # (512, 512)
     "Draw vessels in blue, dark lesions in white, bright ones in green and a ring around the optic nerve"
     a = seg.image.copy()
-    for kind, colour in _OVERLAY_COLORS.items():
-        a[getattr(seg, kind)] = colour
+    for kind, color in _OVERLAY_COLORS.items():
+        a[getattr(seg, kind)] = color
     inside = binary_erosion(seg.nerve, iterations=2)
     a[seg.nerve & ~inside] = (255, 0, 255)
     return Image.fromarray(a)

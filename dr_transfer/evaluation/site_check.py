@@ -21,13 +21,13 @@ from ..metrics.expected import expected_metrics
 # %% ../../nbs/evaluation/09_site_check.ipynb #be7647a4
 _BEST_METHOD = 'difference'  # of `expected_metrics`: the one that the verdict uses
 _TOO_UNLIKE = 3.0  # median distance from the training images from which a site is too different
-_MOST_LOST = 0.1  # expected loss of AUC or accuracy from which a site is too different
+_MAX_EXPECTED_LOSS = 0.1  # expected loss of AUC or accuracy from which a site is too different
 _LARGE = 0.5  # difference in standard deviations from which a drift counts for the verdict
 _FARTHER = 1.5  # how many times as far as the images it was made for a site may be, if the model was made for one
 _P = 0.05  # level of the drift test
-_FEW = 30  # images below which small differences are not noticed
+_MIN_CONCLUSIVE_IMAGES = 30  # images below which small differences are not noticed
 
-_LEVELS = (
+_VERDICTS = (
     'like the training site',
     'different: evaluate on labelled images or recalibrate before use',
     'too different: do not use the model as it is',
@@ -44,7 +44,7 @@ class Verdict:
     @property
     def words(self) -> str:
         "The verdict in plain words"
-        return _LEVELS[self.level]
+        return _VERDICTS[self.level]
 
 
 def expected_row(
@@ -63,7 +63,7 @@ def _loss_verdict(expected) -> Verdict:
         return Verdict(0)
     name = {'auc': 'AUC'}.get(here.metric, here.metric)
     why = f'the expected {name} is {here.high:.2f} or lower; on the validation images it is {home.value:.2f}'
-    return Verdict(2 if here.high < home.value - _MOST_LOST else 1, (why,))
+    return Verdict(2 if here.high < home.value - _MAX_EXPECTED_LOSS else 1, (why,))
 
 
 def _drift_verdict(drift) -> Verdict:
@@ -132,8 +132,8 @@ class SiteCheck:
         if self.verdict.level:
             return self.verdict.words
         words = 'like the site that the model was made for' if self.about.get('made_from') else self.verdict.words
-        if n < _FEW:
-            return f'{words}, as far as {n} images can show (give {_FEW} or more)'
+        if n < _MIN_CONCLUSIVE_IMAGES:
+            return f'{words}, as far as {n} images can show (give {_MIN_CONCLUSIVE_IMAGES} or more)'
         if self.missing:
             return f'{words}, as far as it could be compared'
         return words
@@ -219,7 +219,7 @@ def check_site(
     return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, site.patients, site.name)
 
 # %% ../../nbs/evaluation/09_site_check.ipynb #1cb01115
-_WORDS = {**STATISTIC_WORDS, 'unlike': ('less unlike the training images', 'more unlike the training images')}
+_DRIFT_WORDS = {**STATISTIC_WORDS, 'unlike': ('less unlike the training images', 'more unlike the training images')}
 
 
 def site_drift_words(
@@ -227,7 +227,7 @@ def site_drift_words(
 ) -> list[str]:  # The most different first; the features in one line, last
     "Name the differences of a site"
     features = drift[[_is_feature(c) for c in drift.index]]
-    words = drift_words(drift.drop(features.index), _WORDS, _P)
+    words = drift_words(drift.drop(features.index), _DRIFT_WORDS, _P)
     changed = features[features.p < _P]
     if len(changed):
         most = changed.difference.abs().max()

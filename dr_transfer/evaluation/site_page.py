@@ -87,6 +87,15 @@ def _summary(check) -> str:
     return _html('site_summary', rows=_facts(rows), missing=check.missing)
 
 
+def _interval_cell(value, low, high) -> str:
+    "A value with its interval; nothing if there is none"
+    if pd.isna(value):
+        return ''
+    if pd.isna(low):
+        return f'{value:.2f}'
+    return f'{value:.2f} [{low:.2f}, {high:.2f}]'
+
+
 def _drift(check) -> str:
     "Show the differences from the validation images"
     if check.drift is None:
@@ -94,10 +103,8 @@ def _drift(check) -> str:
     t = check.drift
 
     def interval(name):
-        return [
-            '' if pd.isna(v) else f'{v:.2f}' if pd.isna(low) else f'{v:.2f} [{low:.2f}, {high:.2f}]'
-            for v, low, high in zip(t[name], t[f'{name} low'], t[f'{name} high'])
-        ]
+        values = zip(t[name], t[f'{name} low'], t[f'{name} high'])
+        return [_interval_cell(value, low, high) for value, low, high in values]
 
     columns = {
         'difference': interval('difference'),

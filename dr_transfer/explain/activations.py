@@ -329,7 +329,8 @@ def nearest_images(
     "The images nearest to a query image at every stage, by the cosine of centred pooled features"
     if not 0 <= i < len(features):
         raise ValueError(f'i={i}: there are {len(features)} images, give 0 to {len(features) - 1}')
-    g, rows = group_codes(groups, len(features)), []
+    g = group_codes(groups, len(features))
+    rows = []
     if not 0 < k <= (g != g[i]).sum():
         raise ValueError(f'k={k}: image {i} has {(g != g[i]).sum()} images of other groups: give 1 to that number')
     for stage in _chosen(stages, features.stages):

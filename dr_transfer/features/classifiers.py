@@ -310,35 +310,6 @@ def _check_name(classifier):
         hint = 'You can also give an estimator of scikit-learn, such as LogisticRegression()'
         raise unknown('classifier', classifier, CLASSIFIERS, hint)
 
-
-def _scaled(self, x) -> np.ndarray:
-    "Standardise features (images, views, channels); one row for each view"
-    return self.scaler_.transform(x.reshape(-1, x.shape[-1]))
-
-
-def _train(self, x, codes, groups, sources):
-    "Fit the estimator of a classifier"
-    _check_name(self.classifier)
-    view_set = _ViewSet(_scaled(self, x).reshape(x.shape), codes, groups, self.seed, sources)
-    with threadpool_limits(1, user_api='blas'):
-        if isinstance(self.classifier, str):
-            return CLASSIFIERS[self.classifier](view_set)
-        return _fit_given(self.classifier, view_set, self.classes_[view_set.y])
-
-
-def _mean_proba(self, X) -> np.ndarray:
-    check_is_fitted(self)
-    x = _views_of(X, self.stages, self.pool)
-    if x.shape[-1] != self.n_features_in_:
-        raise ValueError(
-            f'features with {x.shape[-1]} channels: this classifier was trained on {self.n_features_in_}. '
-            'Give the same stages and pool'
-        )
-    rows = _scaled(self, x)
-    with threadpool_limits(1, user_api='blas'):
-        p = self.estimator_.predict_proba(rows)
-    return p.reshape(*x.shape[:2], -1).mean(1)
-
 # %% ../../nbs/features/02_classifiers.ipynb #c998cd1b
 _NO_HEAD = {
     'forest': 'a forest is not a linear layer',
@@ -426,12 +397,35 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.n_features_in_ = x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
         self.source_ = _source(X, self.stages)
-        self.estimator_ = _train(self, x, codes, groups, sources)
+        self.estimator_ = self._train(x, codes, groups, sources)
         return self
+
+    def _scaled(self, x) -> np.ndarray:
+        "Standardise features (images, views, channels); one row for each view"
+        return self.scaler_.transform(x.reshape(-1, x.shape[-1]))
+
+    def _train(self, x, codes, groups, sources):
+        "Fit the estimator of a classifier"
+        _check_name(self.classifier)
+        view_set = _ViewSet(self._scaled(x).reshape(x.shape), codes, groups, self.seed, sources)
+        with threadpool_limits(1, user_api='blas'):
+            if isinstance(self.classifier, str):
+                return CLASSIFIERS[self.classifier](view_set)
+            return _fit_given(self.classifier, view_set, self.classes_[view_set.y])
 
     def predict_proba(self, X) -> np.ndarray:
         "Probabilities (images, classes), the mean over the views; columns in the order of `classes_`"
-        return _mean_proba(self, X)
+        check_is_fitted(self)
+        x = _views_of(X, self.stages, self.pool)
+        if x.shape[-1] != self.n_features_in_:
+            raise ValueError(
+                f'features with {x.shape[-1]} channels: this classifier was trained on {self.n_features_in_}. '
+                'Give the same stages and pool'
+            )
+        rows = self._scaled(x)
+        with threadpool_limits(1, user_api='blas'):
+            p = self.estimator_.predict_proba(rows)
+        return p.reshape(*x.shape[:2], -1).mean(1)
 
     def predict(self, X) -> np.ndarray:
         "The most probable class of each image"

@@ -97,7 +97,7 @@ def _kappa(y, scores, classes):
     return quadratic_kappa(classes[y], classes[scores.argmax(1)])
 
 
-METRICS = {
+PROBE_METRICS = {
     'accuracy': _accuracy,
     'auc': _auc,
     'kappa': _kappa,
@@ -113,8 +113,8 @@ def _check_length(features, values, what):
 
 def _check_metric(metric, classes):
     "Raise a ValueError for an unknown metric, or one that does not suit the classes"
-    if metric not in METRICS:
-        raise unknown('metric', metric, METRICS)
+    if metric not in PROBE_METRICS:
+        raise unknown('metric', metric, PROBE_METRICS)
     if metric == 'auc' and len(classes) > 2:
         raise ValueError(f"metric 'auc' is for two classes, and there are {len(classes)}: use 'accuracy' or 'kappa'")
     if metric == 'kappa' and classes.dtype.kind not in 'biuf':
@@ -174,7 +174,7 @@ class _Validation:
 
     y: np.ndarray  # Class numbers (n,)
     classes: np.ndarray  # Class names
-    metric: str  # Name in `METRICS`
+    metric: str  # Name in `PROBE_METRICS`
     folds: list  # (training rows, test rows)
 
     @property
@@ -191,7 +191,7 @@ def _fold_score(validation, x, tested, train, test) -> float:
     one_hot = np.eye(len(validation.classes))[y_train]
     scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, tested[test])
     best = scores[gcv.argmin()]
-    return METRICS[validation.metric](validation.y[test], best, validation.classes)
+    return PROBE_METRICS[validation.metric](validation.y[test], best, validation.classes)
 
 
 def _fold_scores(validation, x, tested=None) -> list:
@@ -227,7 +227,7 @@ def depth_profile(
     tested: Features | None = None,  # The same images, changed, to test on
     folds: int = 5,  # Number of folds, if there are no sources
     repeats: int = 1,  # Number of repetitions with other folds
-    metric: str | None = None,  # Name in `METRICS`; depends on the classes if None
+    metric: str | None = None,  # Name in `PROBE_METRICS`; depends on the classes if None
     seed: int = 0,  # Random seed of the folds
 ) -> pd.DataFrame:  # One row for each candidate: channels, score, low, high
     "Cross-validate a linear classifier on each stage, with 95 % intervals (`fold_interval`)"
@@ -269,7 +269,7 @@ def stage_gain(
     return fold_interval(np.subtract(known[stage], known[other]), table.attrs['test_ratio'], level)
 
 # %% ../../nbs/features/03_probes.ipynb #5a04a8c4
-_TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
+_METRIC_TITLES = {'accuracy': 'accuracy', 'auc': 'area under the ROC curve', 'kappa': 'quadratic kappa'}
 
 
 def plot_depth_profile(
@@ -296,7 +296,7 @@ def plot_depth_profile(
     ax.set_xticks(range(n), labels, fontsize=8)
     ax.set(
         xlabel='stage and number of channels' + (', then combined stages' if len(single) < n else ''),
-        ylabel=f'{_TITLES[table.attrs["metric"]]},\ncross-validated',
+        ylabel=f'{_METRIC_TITLES[table.attrs["metric"]]},\ncross-validated',
         xlim=(-0.5, n - 0.5),
     )
     ax.spines[['top', 'right']].set_visible(False)
@@ -339,7 +339,7 @@ def learning_speed(
     *,
     fractions: tuple = (0.25, 0.5, 1),  # Fractions of the training images, increasing
     folds: int = 5,  # Number of folds
-    metric: str | None = None,  # Name in `METRICS`; depends on the classes if None
+    metric: str | None = None,  # Name in `PROBE_METRICS`; depends on the classes if None
     seed: int = 0,  # Random seed of the folds
 ) -> pd.DataFrame:  # One row for each fraction; attrs: gain and its interval
     "Score of a linear classifier on increasing fractions of the training images, and the gain of the last doubling"

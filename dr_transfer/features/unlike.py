@@ -13,7 +13,7 @@ import numpy as np
 # %% ../../nbs/features/06_unlike.ipynb #c90dcd09
 _QUANTILE = 0.97  # fraction of held-out images of the same sites that are below the limit
 _DIRECTIONS = 64  # main directions that have a variance of their own
-_MIN_IMAGES = 50  # training images, and half as many held-out images, below which nothing is described
+_MIN_TRAINING_IMAGES = 50  # training images, and half as many held-out images, below which nothing is described
 
 # %% ../../nbs/features/06_unlike.ipynb #9e66ecd6
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def training_distribution(
 
     x = np.asarray(features, np.float64)
     held_out = np.asarray(held_out, np.float64)
-    if len(x) < _MIN_IMAGES or len(held_out) < _MIN_IMAGES // 2:
+    if len(x) < _MIN_TRAINING_IMAGES or len(held_out) < _MIN_TRAINING_IMAGES // 2:
         return None
     if not (np.isfinite(x).all() and np.isfinite(held_out).all()):
         raise ValueError('features are NaN or infinite: compute them again, or exclude these images')

@@ -37,8 +37,11 @@ from dr_transfer.utils.schema import (
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
 MAX_CLASSES = 10_000
-_OF_THE_IMAGE = ('none', 'quarter_turns', 'mirror', 'mirror_near')
-_SETS_OF_VIEWS = (*_OF_THE_IMAGE, *(f'{name}+local' for name in _OF_THE_IMAGE))  # predictions are averaged over one
+_VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')
+_SETS_OF_VIEWS = (
+    *_VIEW_NAMES,
+    *(f'{name}+local' for name in _VIEW_NAMES),
+)  # predictions are averaged over one
 _RUNTIME_NAMES = ('plain', 'channels_last', 'bf16')  # how a network is run on a CPU
 
 # %% ../../nbs/inference/01_card.ipynb #17b92613

@@ -41,7 +41,8 @@ def _hash_offset(data: bytes) -> int | None:
 
 def _hash(data: bytes, at: int) -> bytes:
     "Compute the hash of a file, with a placeholder in place of its hash, as hexadecimal digits"
-    h, view = hashlib.sha256(), memoryview(data)
+    h = hashlib.sha256()
+    view = memoryview(data)
     for part in (view[:at], EMPTY_HASH, view[at + len(EMPTY_HASH) :]):
         h.update(part)
     return h.hexdigest().encode()
@@ -277,7 +278,8 @@ def _serialized(graph, card) -> bytes:
 # %% ../../nbs/inference/04_onnx_file.ipynb #b7e23469
 def _example_images(size) -> list:
     "Make images with different colours at different scales"
-    rng, at = np.random.default_rng(0), np.linspace(0, 1, size)
+    rng = np.random.default_rng(0)
+    at = np.linspace(0, 1, size)
     waves = [
         [np.sin(2 * np.pi * (f * at[None] + g * at[:, None]) + h) for f, g, h in rng.uniform(-s, s, (3, 3))]
         for s in (1, 4, 16)

@@ -85,7 +85,7 @@ def write_run(
     return metrics
 
 # %% ../../nbs/inference/06_run.ipynb #51a7a75d
-_MOST_IMAGES = 1000  # validation images that a reference describes
+_MAX_REFERENCE_IMAGES = 1000  # validation images that a reference describes
 
 
 def reference_table(
@@ -97,7 +97,7 @@ def reference_table(
     from dr_transfer.training.stored import learner_features
 
     valid = learn.table[learn.table.split == 'valid']
-    some = valid.sample(min(len(valid), _MOST_IMAGES), random_state=0).sort_index()
+    some = valid.sample(min(len(valid), _MAX_REFERENCE_IMAGES), random_state=0).sort_index()
     images = some.image.tolist()
     features = learner_features(learn, images, 'none', 'features (valid)').numpy()[:, 0]  # stored by `image_model`
     about = describe_features(model.distribution, features)

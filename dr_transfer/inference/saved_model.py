@@ -63,7 +63,8 @@ class ImageModel:
     ):
         self.model = model.eval()
         self.card = about if isinstance(about, ModelCard) else ModelCard.from_dict(about)
-        self.seen, self.seen_use = seen, seen_use
+        self.seen = seen
+        self.seen_use = seen_use
         self.distribution = distribution
 
     @property
@@ -173,7 +174,7 @@ def image_model(
     return ImageModel(net, card, *_image_use(learn), _distribution(learn))
 
 # %% ../../nbs/inference/03_saved_model.ipynb #9a76493a
-_MOST_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
+_MAX_FEATURE_IMAGES = 2000  # images of a subset from which the distribution of features is estimated
 
 
 def _distribution(learn) -> TrainingDistribution | None:
@@ -183,7 +184,7 @@ def _distribution(learn) -> TrainingDistribution | None:
     parts = []
     for subset in ('train', 'valid'):
         images = learn.table.image[learn.table.split == subset]
-        images = images.sample(min(len(images), _MOST_IMAGES), random_state=0).tolist()
+        images = images.sample(min(len(images), _MAX_FEATURE_IMAGES), random_state=0).tolist()
         if not images:
             return None
         parts.append(learner_features(learn, images, 'none', f'features ({subset})').numpy()[:, 0])
@@ -196,15 +197,15 @@ def _image_use(learn) -> tuple[np.ndarray, np.ndarray]:
 
     used = learn.table[learn.table.split != 'test']
     hashes, *_ = image_hashes(used.image.tolist(), learn.task.reader)
-    seen, row = np.unique(hashes, axis=0, return_inverse=True)
+    unique, row = np.unique(hashes, axis=0, return_inverse=True)
     bits = np.where(used.split == 'valid', 2, 1).astype(np.uint8)
-    use = np.zeros(len(seen), np.uint8)
+    use = np.zeros(len(unique), np.uint8)
     np.bitwise_or.at(use, row.ravel(), bits)
-    return seen, use
+    return unique, use
 
 # %% ../../nbs/inference/03_saved_model.ipynb #621cca0c
 _MODEL_FILES = ('model.json', 'model.safetensors')
-_SEEN_TENSORS = ('seen', 'seen_use')  # stored beside the weights; 0.1.0 has no seen_use
+_HASH_TENSORS = ('seen', 'seen_use')  # stored beside the weights; 0.1.0 has no seen_use
 _DISTRIBUTION = 'distribution.'  # prefix of the tensors of a `TrainingDistribution`; 0.1.0 has none
 
 
@@ -250,7 +251,7 @@ def _write_model(
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.model.state_dict().items()}
     check_tensors(tensors, 'the model')
     _check_memory(model.card, sum(v.nbytes for v in tensors.values()))
-    for name in _SEEN_TENSORS:
+    for name in _HASH_TENSORS:
         if getattr(model, name) is not None:
             tensors[name] = torch.from_numpy(getattr(model, name))
     tensors |= _distribution_tensors(model.distribution)
@@ -391,7 +392,7 @@ def _build_model(card, found, runtime) -> nn.Module:
     return nn.Sequential(body, create_head(*shape))
 
 # %% ../../nbs/inference/03_saved_model.ipynb #0c14f1dd
-def _check_seen(file, found: dict):
+def _check_hashes(file, found: dict):
     "Raise a ModelError if the hashes of the training images have a wrong shape or type"
     rows = found.get('seen', ((0, 32), 'U8'))[0][:1]
     wanted = {'seen': (*rows, 32), 'seen_use': rows}
@@ -450,18 +451,19 @@ def load_model(
     folder = Path(folder)
     if runtime != 'auto':
         runtime = get_runtime(runtime)
-    card, file = _read_folder(folder), folder / 'model.safetensors'
+    card = _read_folder(folder)
+    file = folder / 'model.safetensors'
     if runtime == 'auto' and card.runtime:
         runtime = get_runtime(card.runtime)  # another one changes the probabilities
     found = _header(file)
-    _check_seen(file, {name: found.pop(name) for name in _SEEN_TENSORS if name in found})
+    _check_hashes(file, {name: found.pop(name) for name in _HASH_TENSORS if name in found})
     found = {name: shape for name, shape in found.items() if not name.startswith(_DISTRIBUTION)}
     with _naming(folder / 'model.json', card):
         _check_memory(card, file.stat().st_size)
         model = _build_model(card, found, runtime)
     tensors = load_file(file)
     check_tensors(tensors, file)
-    seen = {name: tensors.pop(name).numpy() for name in _SEEN_TENSORS if name in tensors}
+    used = {name: tensors.pop(name).numpy() for name in _HASH_TENSORS if name in tensors}
     distribution = _read_distribution(file, tensors)
     model.load_state_dict(tensors)
-    return ImageModel(model, card, **seen, distribution=distribution)
+    return ImageModel(model, card, **used, distribution=distribution)

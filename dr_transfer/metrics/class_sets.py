@@ -136,7 +136,8 @@ def calibrated_sets(
     of_truth = _set_scores(probs, classes.ordered)[np.arange(len(y)), y]
     used = [y == j for j in range(len(classes))] if by_class else [np.ones(len(y), bool)]
     found = [_threshold(of_truth[u], codes[u], coverage) for u in used]
-    n_groups, grouped = len(np.unique(codes)), known_groups(groups) is not None
+    n_groups = len(np.unique(codes))
+    grouped = known_groups(groups) is not None
     _check_enough(n_groups, grouped, coverage, found, by_class)
     if not by_class:
         found = found * len(classes)

@@ -144,7 +144,9 @@ def fit_cut_points(
     "Fit cut points that maximise quadratic kappa, by coordinate ascent"
     x, y = np.asarray(expected, float), np.asarray(y)
     places = np.unique(np.quantile(x, np.linspace(0, 1, candidates)))
-    places, cuts, before = (places[1:] + places[:-1]) / 2, np.arange(k - 1) + 0.5, None
+    places = (places[1:] + places[:-1]) / 2
+    cuts = np.arange(k - 1) + 0.5
+    before = None
     while before is None or (cuts != before).any():
         before = cuts.copy()
         for j in range(k - 1):
@@ -210,12 +212,12 @@ class Decision(JsonFields):
             raise SchemaError('decision.sets.classes', self.sets.classes, f'the classes {", ".join(classes)}')
 
 # %% ../../nbs/metrics/06_decision.ipynb #49939fc3
-_MIN_IMAGES = 50  # validation images on which a temperature is fitted
+_MIN_CALIBRATION_IMAGES = 50  # validation images on which a temperature is fitted
 
 
 def _choose_temperature(y, p) -> tuple[float, list]:
     "Return a temperature, and the reason if none can be fitted"
-    if len(y) >= _MIN_IMAGES and len(set(y)) > 1:
+    if len(y) >= _MIN_CALIBRATION_IMAGES and len(set(y)) > 1:
         return fit_temperature(p, y), []
     return 1.0, [f'no temperature: {len(y)} validation images of {len(set(y))} classes']
 
@@ -224,7 +226,7 @@ def _choose_cuts(y, p, classes) -> tuple[tuple | None, list]:
     "Return cut points of grades, and the reason if none can be fitted"
     if not classes.are_grades:
         return None, []
-    if len(y) >= _MIN_IMAGES and len(set(y)) == len(classes):
+    if len(y) >= _MIN_CALIBRATION_IMAGES and len(set(y)) == len(classes):
         return tuple(fit_cut_points(expected_grade(p), y, len(classes)).tolist()), []
     return None, [f'no cut points: {len(y)} validation images of {len(set(y))} grades']
 

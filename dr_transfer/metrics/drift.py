@@ -21,17 +21,25 @@ def _spread(values) -> float:
     return float(np.var(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def _in_deviations(change, spread) -> float:
+    "A change in standard deviations; infinite if the values do not vary"
+    if spread:
+        return change / spread
+    return np.inf * np.sign(change) if change else 0.0
+
+
 def _effect(reference, new) -> dict:
     "Difference of the means in standard deviations, and probability that a new value is higher"
     change = new.mean() - reference.mean()
     spread = np.sqrt((_spread(reference) + _spread(new)) / 2)
-    if spread <= 1e-9 * max(1.0, abs(reference.mean())):
+    if spread <= 1e-9 * max(1.0, abs(reference.mean())):  # no more than rounding
         spread = 0.0
         change = 0.0 if np.isclose(change, 0) else change
-    difference = change / spread if spread else np.inf * np.sign(change) if change else 0.0
     ordered = np.sort(reference)
-    below = np.searchsorted(ordered, new, 'left') + np.searchsorted(ordered, new, 'right')
-    return {'difference': difference, 'higher': below.mean() / (2 * len(ordered))}
+    lower = np.searchsorted(ordered, new, 'left')
+    lower_or_equal = np.searchsorted(ordered, new, 'right')
+    higher = (lower + lower_or_equal).mean() / (2 * len(ordered))
+    return {'difference': _in_deviations(change, spread), 'higher': higher}
 
 # %% ../../nbs/metrics/13_drift.ipynb #0630ef9e
 def _by_group(values, codes) -> np.ndarray:
@@ -50,28 +58,35 @@ def _compare_numbers(reference, new, n, level, seed) -> dict:
     row = {'p': stats.ks_2samp(reference, new).pvalue, **_effect(reference, new)}
     if len(reference) < 2 or len(new) < 2:
         return row
-    both = zip(resamples(np.arange(len(reference)), n, seed), resamples(np.arange(len(new)), n, seed + 1))
-    draws = pd.DataFrame([_effect(reference[r], new[s]) for r, s in both])
-    for name, values in draws.items():
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method='nearest')
-        row |= {f'{name} low': low, f'{name} high': high}
+    rows = resamples(np.arange(len(reference)), n, seed)
+    new_rows = resamples(np.arange(len(new)), n, seed + 1)
+    effects = pd.DataFrame([_effect(reference[r], new[s]) for r, s in zip(rows, new_rows)])
+    limits = [(1 - level) / 2, (1 + level) / 2]
+    for name, values in effects.items():
+        low, high = np.quantile(values, limits, method='nearest')
+        row[f'{name} low'] = low
+        row[f'{name} high'] = high
     return row
 
 
 def _compare_categories(reference, new) -> dict:
     "Test of a category, of one value for each group; there is no difference if only one category occurs"
     counts = pd.DataFrame({'reference': reference.value_counts(), 'new': new.value_counts()}).fillna(0)
-    return {'p': stats.chi2_contingency(counts).pvalue if len(counts) > 1 else 1.0}
+    if len(counts) < 2:
+        return {'p': 1.0}
+    return {'p': stats.chi2_contingency(counts).pvalue}
 
 
 def _holm(p) -> np.ndarray:
     "Holm's correction of p-values for their number"
+    p = np.asarray(p)
     order = np.argsort(p)
-    corrected = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    number_left = np.arange(len(p), 0, -1)
+    corrected = np.maximum.accumulate(p[order] * number_left).clip(max=1)
     return corrected[np.argsort(order)]
 
 # %% ../../nbs/metrics/13_drift.ipynb #45de1c28
-_COLUMNS = ('p', 'difference', 'difference low', 'difference high', 'higher', 'higher low', 'higher high')
+_DRIFT_COLUMNS = ('p', 'difference', 'difference low', 'difference high', 'higher', 'higher low', 'higher high')
 
 
 def drift_table(
@@ -119,18 +134,24 @@ def drift_table(
     codes = group_codes(table_groups(reference), len(reference))
     new_codes = group_codes(table_groups(new), len(new))
     rows = {}
-    for column in (c for c in reference if c in new and c != 'group'):
-        old_values, new_values = reference[column].to_numpy(), new[column].to_numpy()
+    common = [c for c in reference if c in new and c != 'group']
+    for column in common:
+        old_values = reference[column].to_numpy()
+        new_values = new[column].to_numpy()
         if pd.isna(old_values).all() or pd.isna(new_values).all():
             continue
         if pd.api.types.is_numeric_dtype(reference[column]):
-            values = _by_group(old_values, codes), _by_group(new_values, new_codes)
-            rows[column] = _compare_numbers(*values, n, level, seed)
+            old_means = _by_group(old_values, codes)
+            new_means = _by_group(new_values, new_codes)
+            rows[column] = _compare_numbers(old_means, new_means, n, level, seed)
         else:
-            rows[column] = _compare_categories(_most_frequent(old_values, codes), _most_frequent(new_values, new_codes))
+            old_categories = _most_frequent(old_values, codes)
+            new_categories = _most_frequent(new_values, new_codes)
+            rows[column] = _compare_categories(old_categories, new_categories)
     if not rows:
         raise ValueError('the two tables have no column with values in common: give tables with the same columns')
-    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=list(_COLUMNS)).rename_axis('column')
+    t = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=list(_DRIFT_COLUMNS))
+    t = t.rename_axis('column')
     order = t.difference.abs().sort_values(ascending=False, kind='stable', na_position='last').index
     return t.assign(p=_holm(t.p)).loc[order]
 

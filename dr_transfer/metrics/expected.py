@@ -32,18 +32,18 @@ def _expected_auc(p) -> float:
     return float(ranked / (2 * pairs))
 
 
-def _of_accuracy(correct, sure, new_sure) -> dict:
+def _of_accuracy(correct, confidence, new_confidence) -> dict:
     "Estimates of the accuracy, from the confidence on validation and on new images"
     accuracy = correct.mean()
-    expected = new_sure.mean()
+    expected = new_confidence.mean()
     wrong = int((~correct).sum())
-    with_infinity = np.r_[np.sort(sure), np.inf]
+    with_infinity = np.r_[np.sort(confidence), np.inf]
     threshold = with_infinity[wrong]
     return {
         ('validation', 'accuracy'): accuracy,
         ('confidence', 'accuracy'): expected,
-        ('difference', 'accuracy'): np.clip(accuracy + expected - sure.mean(), 0, 1),
-        ('threshold', 'accuracy'): (new_sure >= threshold).mean(),
+        ('difference', 'accuracy'): np.clip(accuracy + expected - confidence.mean(), 0, 1),
+        ('threshold', 'accuracy'): (new_confidence >= threshold).mean(),
     }
 
 

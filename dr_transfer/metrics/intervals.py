@@ -51,7 +51,9 @@ def resamples(
 ):
     "Yield the image rows of each bootstrap resample of the groups"
     check_resamples(n)
-    rng, k, rows = np.random.default_rng(seed), codes.max() + 1, np.arange(len(codes))
+    rng = np.random.default_rng(seed)
+    k = codes.max() + 1
+    rows = np.arange(len(codes))
     for _ in range(n):
         yield np.repeat(rows, np.bincount(rng.integers(k, size=k), minlength=k)[codes])
 

@@ -130,7 +130,8 @@ def groups_in(
     groups=None,  # Group (patient) of each image (n,), None if missing
 ) -> int | None:  # An image without a group counts as one; None if none is known
     "Number of distinct groups among the selected images"
-    selected, groups = np.asarray(selected, bool), known_groups(groups)
+    selected = np.asarray(selected, bool)
+    groups = known_groups(groups)
     if groups is None:
         return None
     return len(set(group_codes(groups, len(selected))[selected].tolist()))
@@ -140,7 +141,9 @@ def _check_enough(images, groups, what, positive, min_groups):
     "Raise an OperatingPointError if too few groups decide (or images, if no group is known)"
     if (images if groups is None else groups) >= min_groups:
         return
-    many, unit, more = f'{images} {"positive" if positive else "negative"} validation images', '', 'images'
+    many = f'{images} {"positive" if positive else "negative"} validation images'
+    unit = ''
+    more = 'images'
     if groups is not None:
         many += f' of {groups} groups (patients)'
         unit, more = ' groups, because images of one patient are not independent', 'patients'
@@ -190,7 +193,8 @@ def point_beside(
         above = (at + min(score[score > at], default=at + 1)) / 2
         t = max(above, np.nextafter(at, np.inf))  # neighbouring numbers have no middle
     p = (score >= t).astype(int)
-    positives, negatives = int(y.sum()), int((1 - y).sum())
+    positives = int(y.sum())
+    negatives = int((1 - y).sum())
     return OperatingPoint(
         threshold=float(t),
         metric=metric,

@@ -131,8 +131,8 @@ def pick_examples(
 ) -> pd.DataFrame:  # n rows: correct ones, then wrong ones
     "Choose example images: the most confident correct and wrong predictions"
     probs = [f'p_{c}' for c in table_classes(table)]
-    sure = table[probs].max(axis=1).to_numpy()
-    t = table.iloc[np.argsort(-sure, kind='stable')]
+    confidence = table[probs].max(axis=1).to_numpy()
+    t = table.iloc[np.argsort(-confidence, kind='stable')]
     is_correct = t.target == t.prediction
     wrong = t[~is_correct].head(n // 2)
     correct = t[is_correct].groupby('target', sort=True).head(n)

@@ -172,7 +172,8 @@ def measure_table(
     if classes.are_grades and 'grade' in table and table.grade.notna().all():
         kappa = bootstrap(quadratic_kappa, y, table.grade.astype(int), groups=table_groups(table), n=n, seed=seed)
         t = pd.concat([t, kappa.set_axis(['kappa at the cut points']).assign(images=len(y))])
-    q, decided = question(table, classes), decisions(table, classes, point)
+    q = question(table, classes)
+    decided = decisions(table, classes, point)
     notes = [interval_note(table)]
     if q is not None and decided is not None:
         t = pd.concat([operating_table(q.y, decided, table_groups(table), prevalence, n=n, seed=seed), t])
@@ -247,16 +248,18 @@ def worst_errors(
     n: int = 20,  # At most n of each kind
 ) -> pd.DataFrame:  # `image, target, predicted, probability`, by confidence
     "The most confident wrong predictions; with a decision, up to n false negatives and n false positives"
-    q, (y, p), decided = question(table, classes), table_arrays(table, classes), decisions(table, classes, point)
+    q = question(table, classes)
+    y, p = table_arrays(table, classes)
+    decided = decisions(table, classes, point)
     if q is not None and decided is not None:
-        wrong, confidence, predicted = (
-            decided != (q.y == 1),
-            np.where(decided, q.score, 1 - q.score),
-            np.where(decided, q.name, f'not {q.name}'),
-        )
+        wrong = decided != (q.y == 1)
+        confidence = np.where(decided, q.score, 1 - q.score)
+        predicted = np.where(decided, q.name, f'not {q.name}')
         certainty = np.abs(q.score - (point.threshold if point else 0.5))
     else:
-        wrong, confidence, predicted = p.argmax(1) != y, p.max(1), np.array(list(classes), object)[p.argmax(1)]
+        wrong = p.argmax(1) != y
+        confidence = p.max(1)
+        predicted = np.array(list(classes), object)[p.argmax(1)]
         certainty = confidence
     t = pd.DataFrame(
         {
@@ -267,7 +270,8 @@ def worst_errors(
         }
     )[wrong]
     t = t.iloc[np.argsort(-certainty[wrong], kind='stable')]
-    return (t.head(n) if decided is None else t.groupby('predicted', sort=False).head(n)).reset_index(drop=True)
+    shown = t.head(n) if decided is None else t.groupby('predicted', sort=False).head(n)
+    return shown.reset_index(drop=True)
 
 # %% ../../nbs/metrics/07_screening.ipynb #90071d03
 def roc_band(
@@ -303,7 +307,8 @@ def plot_roc(
     n: int = 1000,  # Number of bootstrap resamples
 ) -> Figure:
     "Plot the ROC curve with its interval over patients and the operating point"
-    b, fig = roc_band(q, groups, n), Figure(figsize=(4.2, 3.6), layout='constrained')
+    b = roc_band(q, groups, n)
+    fig = Figure(figsize=(4.2, 3.6), layout='constrained')
     ax = fig.subplots()
     if b.low.notna().any():
         ax.fill_between(b.false_positive_rate, b.low, b.high, alpha=0.25, lw=0, label='95 % interval over groups')

@@ -148,7 +148,8 @@ def save_weights(
 def _images_a_second(net, size, n=8) -> float:
     "Images a second in forward passes of a batch, the fastest of three; the weights are zeros"
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    x, times = torch.zeros(n, 3, size, size, device=device), []
+    x = torch.zeros(n, 3, size, size, device=device)
+    times = []
     net = net.to_empty(device=device)
     for v in (*net.parameters(), *net.buffers()):
         v.detach().zero_()

@@ -74,7 +74,9 @@ class Body(nn.Module):
         "The stages, or on a CPU a faster copy with the same output"
         if x.device.type != 'cpu':
             return self.stages
-        trains, runtime, modules = self.trains_stages(), self.runtime(x), list(self.stages.modules())
+        trains = self.trains_stages()
+        runtime = self.runtime(x)
+        modules = list(self.stages.modules())
         if any(m._forward_hooks or m._forward_pre_hooks or (m.training and not trains) for m in modules):
             return self.stages
         now = [trains, runtime]
@@ -87,18 +89,21 @@ class Body(nn.Module):
             return self._copy[1]
 
     def forward(self, x):
-        runtime, stages = self.runtime(x), self.fast_stages(x)
+        runtime = self.runtime(x)
+        stages = self.fast_stages(x)
         with runtime.cast(x.device.type):
             return stages(runtime.place(x)).float()
 
     def pooled(self, x: torch.Tensor, names: list, pools: tuple = ('mean',)) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
-        runtime, stages = self.runtime(x), self.fast_stages(x)
+        runtime = self.runtime(x)
+        stages = self.fast_stages(x)
         with runtime.cast(x.device.type):
             if not isinstance(stages, Stages):
                 return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
             last = max(map(stage_names(stages).index, names))
-            out, x = {}, runtime.place(x)
+            out = {}
+            x = runtime.place(x)
             for name, stage in list(stages.named_children())[: last + 1]:
                 x = stage(x)
                 if name in names:
@@ -116,7 +121,9 @@ class Body(nn.Module):
 # %% ../../nbs/models/10_network.ipynb #72235fd2
 def _best_device() -> torch.device:
     "A GPU if there is one, otherwise the CPU"
-    return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if torch.cuda.is_available():
+        return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 
 @torch.no_grad()
@@ -143,7 +150,7 @@ def min_size(
     return works
 
 
-def check_size(
+def check_network_size(
     stages: nn.Module,  # From `create_body`
     size: int,  # Height and width of the images in pixels
 ):
@@ -165,7 +172,7 @@ def make_body(
     device=None,  # Device; `_best_device` if None
 ) -> Body:  # On that device
     "Make a body in its fastest runtime; ValueError if the network does not accept images of that size"
-    check_size(stages, size)
+    check_network_size(stages, size)
     device = _best_device() if device is None else torch.device(device)
     if runtime == 'auto' and device.type != 'cpu':
         runtime = 'plain'

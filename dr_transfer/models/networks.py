@@ -24,7 +24,8 @@ class SmallCNN(nn.Module):
                 for a, b in zip((3, *widths), widths)
             ]
         )
-        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(widths[-1], n_out)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(widths[-1], n_out)
 
     def forward(self, x):
         return self.classifier(self.pool(self.features(x)).flatten(1))

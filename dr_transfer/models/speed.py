@@ -39,11 +39,10 @@ class Runtime:
 
     def place(self, x: torch.Tensor) -> torch.Tensor:
         "Convert a batch (n, c, h, w) to the memory format"
-        return (
-            x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-            if x.ndim == 4
-            else x
-        )
+        if x.ndim != 4:
+            return x
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=memory_format)
 
     def cast(self, device: str = 'cpu'):
         "Context manager for the precision, in which the network is called"
@@ -89,9 +88,11 @@ def _fold(net, pairs, join):
 @torch.no_grad()
 def _foldable(net, x) -> list:
     "The pairs that can be folded: all, or none if the output would change"
-    net, dtype = copy.deepcopy(net).eval(), next((p.dtype for p in net.parameters()), torch.float32)
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    net = copy.deepcopy(net).eval()
     x = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(0), dtype=dtype)
-    expected, pairs = net(x), _pairs(net)
+    expected = net(x)
+    pairs = _pairs(net)
     if not expected.isfinite().all():
         return []  # nothing to compare; the caller raises the error
     same = torch.allclose(
@@ -196,7 +197,8 @@ def measure_runtimes(
 ) -> dict[str, float]:  # Images a second by name in `RUNTIMES`
     "Measure how fast a network runs with each runtime on this CPU"
     bs = bs or (16 if train else 4)
-    x, times = torch.rand(bs, 3, size, size, generator=torch.Generator().manual_seed(0)), {k: [] for k in RUNTIMES}
+    x = torch.rand(bs, 3, size, size, generator=torch.Generator().manual_seed(0))
+    times = {k: [] for k in RUNTIMES}
 
     def ready(s):
         net = copy.deepcopy(model).eval()
@@ -280,7 +282,8 @@ def fastest_runtime(
     train: bool = False,  # For training steps instead of forward passes?
 ) -> Runtime:
     "The fastest runtime for a network on this CPU; measured the first time, then stored"
-    file, key = cache_folder() / 'speed.json', f'{name} size={size} {"train" if train else "forward"} | {_cpu()}'
+    file = cache_folder() / 'speed.json'
+    key = f'{name} size={size} {"train" if train else "forward"} | {_cpu()}'
     known = _stored_choices(file) if name else {}
     if key in known:
         return RUNTIMES[known[key]]

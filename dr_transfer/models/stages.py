@@ -97,7 +97,9 @@ class PooledNetwork(nn.Module):
 def _depth_of(net, calls, library) -> list[int]:
     "The depth of each call: from timm, or increased where the resolution falls"
     if library == 'torchvision' or not hasattr(net, 'group_matcher'):
-        sizes, d, depth = [o.shape[-1] for *_, o in calls], 0, []
+        sizes = [o.shape[-1] for *_, o in calls]
+        d = 0
+        depth = []
         for i, s in enumerate(sizes):
             d += bool(i and s < sizes[i - 1])
             depth.append(d)

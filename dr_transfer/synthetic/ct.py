@@ -346,7 +346,9 @@ def make_ct(
     workers: int | None = None,  # Number of processes; None: one per core
 ) -> tuple:  # Tables of candidates and of slices
     "Write `volumes/`, `candidates.csv`, `slices.csv` and `truth.json`, unless the folder holds exactly these"
-    folder, seed, workers = Path(folder), check_seed(seed), check_workers(workers, 'workers')
+    folder = Path(folder)
+    seed = check_seed(seed)
+    workers = check_workers(workers, 'workers')
     settings = dict(maker='make_ct', n=n, seed=seed, spacing=list(spacing), nodes=nodes, every=every)
     if n < 1 or every <= 0:
         raise ValueError(f'n={n}, every={every}: give at least 1 volume and a distance above 0 mm')

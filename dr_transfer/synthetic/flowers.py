@@ -21,11 +21,11 @@ from ..utils.checks import check_seed
 def _paint(
     img: np.ndarray,  # (3, height, width), changed in place
     alpha: np.ndarray,  # Covered fraction of each pixel
-    colour: tuple,
+    color: tuple,
     tone: np.ndarray | float,  # Brightness at each pixel
 ):
     "Blend a colour into an image"
-    img += np.clip(alpha, 0, 1) * (tone * _rgb(*colour) - img)
+    img += np.clip(alpha, 0, 1) * (tone * _rgb(*color) - img)
 
 
 def _petal(
@@ -34,7 +34,7 @@ def _petal(
     off: np.ndarray,  # Distance from the axis
     width: float,
     tip: float,  # How blunt the tip is: the larger, the more pointed
-    colour: tuple,
+    color: tuple,
     tone: np.ndarray | float = 1.0,
 ):
     "Paint petals, darker at the foot and at the rims"
@@ -45,7 +45,7 @@ def _petal(
     alpha = (50 * (half - off) + 0.5) * within
     rim = np.minimum(off / half, 1) ** 2
     shade = 0.65 + 0.35 * along - 0.25 * rim
-    _paint(img, alpha, colour, shade * tone)
+    _paint(img, alpha, color, shade * tone)
 
 # %% ../../nbs/synthetic/02_flowers.ipynb #7bcbab43
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Rings:
     less: float  # Decrease of the length per ring
     width: float  # Of a petal
     tip: float  # Of a petal
-    colour: tuple
+    color: tuple
     centre: float  # Its radius
     brown: tuple  # Colour of the centre
 
@@ -90,7 +90,7 @@ def _above(
         off = np.abs(at - nearest) * 2 * np.pi / n * r
         reach = 1.05 - flower.less * ring + 0.06 * rng.normal(size=n)
         tones = 1 + 0.06 * rng.normal(size=n)
-        _petal(img, r / reach[which], off, flower.width, flower.tip, flower.colour, tones[which])
+        _petal(img, r / reach[which], off, flower.width, flower.tip, flower.color, tones[which])
     spiral = 22 * np.sqrt(r)
     swirl = np.sin(13 * phi + spiral) * np.sin(21 * phi - spiral)
     tone = 0.9 + 0.6 * flower.centre * (swirl - (r < 0.4 * flower.centre))
@@ -121,7 +121,7 @@ def _rose(
 ):
     "Draw a rose of unit radius: whorls of petals with bright rims around a dark centre"
     _above(img, x / 1.3, y / 1.3, rng, 'sepals')
-    colour = _ROSES[rng.integers(4)]
+    color = _ROSES[rng.integers(4)]
     for whorl in range(9):
         turn = 2.4 * whorl + rng.uniform(0, 0.5)
         scale = 0.83**whorl
@@ -130,7 +130,7 @@ def _rose(
         waves = np.abs(np.sin(1.5 * np.arctan2(v, u) + turn))
         t = np.hypot(u, v) / scale / (0.86 + 0.14 * waves)
         tone = 0.35 + 0.7 * np.minimum(t, 1) ** 2.5
-        _paint(img, (1 - t) * 40 * scale, colour, tone)
+        _paint(img, (1 - t) * 40 * scale, color, tone)
 
 
 def _tulip(
@@ -140,7 +140,7 @@ def _tulip(
     rng: np.random.Generator,
 ):
     "Draw a tulip from the side: stem, two leaves, a cup of five petals"
-    colour = np.array(_TULIPS[rng.integers(6)])
+    color = np.array(_TULIPS[rng.integers(6)])
     stem = 0.07 - np.abs(x - 0.1 * (y - 0.5) ** 2)
     _paint(img, stem * 40 * (y > 0.3), (0.35, 0.58, 0.22), 1.0)
 
@@ -153,7 +153,7 @@ def _tulip(
     for lean, height in ((-0.75, left), (0.6, right)):
         blade(2.1, height, 0.17, lean, (0.25, 0.5, 0.2))
     for lean, dark in ((0.2, 0.75), (-0.2, 0.75), (-0.48, 0.9), (0.48, 0.9), (0, 1)):
-        blade(0.6, 1.45, 0.33, lean, colour * dark)
+        blade(0.6, 1.45, 0.33, lean, color * dark)
 
 # %% ../../nbs/synthetic/02_flowers.ipynb #cell056
 _PLACES = (
@@ -276,7 +276,8 @@ def make_flowers(
     classes: tuple = _CLASSES,  # Classes to draw
 ) -> pd.DataFrame:  # credits.csv: image, label, photographer
     "Write a folder for each class and `credits.csv`, unless the folder holds exactly these"
-    folder, seed = Path(folder), check_seed(seed)
+    folder = Path(folder)
+    seed = check_seed(seed)
     if len(classes) == 0 or set(classes) - set(_CLASSES):
         raise ValueError(f'classes={classes}: give some of {", ".join(_CLASSES)}')
     if n < len(classes) or size < 32:

@@ -224,7 +224,8 @@ def draw_fundus(
     img, x = drawn.img, drawn.x
     left = eye == 'left'
     if left:
-        img, x = img[..., ::-1], -x[:, ::-1]
+        img = img[..., ::-1]
+        x = -x[:, ::-1]
 
     def at(x, y, r):
         return (round(size - 1 - x, 2) if left else x, y, r)
@@ -385,7 +386,9 @@ def make_dr(
     workers: int | None = None,  # Number of processes; None: one per core
 ) -> pd.DataFrame:  # labels.csv: image, grade, patient, eye
     "Write `images/`, `labels.csv` and `truth.json` to a folder, unless it holds exactly these"
-    folder, seed, workers = Path(folder), check_seed(seed), check_workers(workers, 'workers')
+    folder = Path(folder)
+    seed = check_seed(seed)
+    workers = check_workers(workers, 'workers')
     flaw_counts = dict(
         exact_duplicates=exact_duplicates,
         near_duplicates=near_duplicates,

@@ -306,12 +306,14 @@ def advise(
     >>> learn = dt.build_learner('flowers', size=48, plan=advice)
     """
     task = get_task(task, size)
-    target, stages = task.target(target), whole_body(arch, weights)
+    target = task.target(target)
+    stages = whole_body(arch, weights)
     # the validation images are not used
     t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
     t = t[t.split == 'train']
-    sample, counts = _sample(t, seed), t.target.value_counts()
+    sample = _sample(t, seed)
+    counts = t.target.value_counts()
     with group_errors(sample):
         # raises an error before the features are computed, if there are too few groups
         grouped_folds(sample.target, _groups(sample), seed=seed)
@@ -324,7 +326,9 @@ def advise(
 # %% ../../nbs/training/02_advisor.ipynb #c89aebb7
 def _advice(t, counts, scoring, body, task, seed) -> Advice:
     "Make advice from the table of images, the class counts, and the features of a body"
-    f, spec, kw = scoring.features, body.stages.spec, dict(groups=_groups(t), seed=seed)
+    f = scoring.features
+    spec = body.stages.spec
+    kw = dict(groups=_groups(t), seed=seed)
     repeats = 1 if len(t) >= 1000 else 3
     candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
     own = _default_stages(f.stages, spec, task.neck)
@@ -342,23 +346,25 @@ def _advice(t, counts, scoring, body, task, seed) -> Advice:
     usual, _ = choose_plan(int(counts.sum()), gpu=default_device().type != 'cpu')
     plans = _plan_rows({'advised': (plan, chosen), 'default': (PLANS[usual], default)}, default, profile, task)
     return Advice(
-        plan,
-        scenario,
-        _confidence(profile.loc[chosen]),
-        reasons,
-        counts.to_dict(),
-        distance,
-        profile,
-        scoring.tested,
-        speed,
-        chosen,
-        plans,
+        plan=plan,
+        scenario=scenario,
+        confidence=_confidence(profile.loc[chosen]),
+        reasons=reasons,
+        counts=counts.to_dict(),
+        distance=distance,
+        profile=profile,
+        tested=scoring.tested,
+        speed=speed,
+        stages=chosen,
+        plans=plans,
     )
 
 # %% ../../nbs/training/02_advisor.ipynb #fc537afb
 def _reasons(counts, n_used, distance, profile, chosen, why, speed) -> tuple:
     "The measurements, one line each"
-    n, r, a = counts.sum(), profile.loc[chosen], speed.attrs
+    n = counts.sum()
+    r = profile.loc[chosen]
+    a = speed.attrs
     used = f', {n_used} of them were used' if n_used < n else ''
     compared = (
         'unknown, the network has no BatchNorm statistics'

@@ -141,7 +141,8 @@ class LossGuard(Callback):
                 'no training step was possible, because there are fewer training images than a batch has: '
                 'give a smaller bs= (--bs)'
             )
-        names, values = self.recorder.metric_names[1:], self.recorder.values[-1]
+        names = self.recorder.metric_names[1:]
+        values = self.recorder.values[-1]
         loss = dict(zip(names, values)).get('valid_loss')
         if loss is not None:
             self.check('validation', float(loss), far=self.epoch + 1 == self.n_epoch)
@@ -224,7 +225,7 @@ def _by_class(f, name):
     return AccumMetric(f, dim_argmax=-1, to_np=True, invert_arg=True, name=name)
 
 
-METRICS = {
+LEARNER_METRICS = {
     'accuracy': partial(_by_class, M.accuracy, 'accuracy'),
     'kappa': partial(_by_class, M.quadratic_kappa, 'kappa'),
     'sensitivity': partial(_by_class, M.sensitivity, 'sensitivity'),

@@ -31,7 +31,7 @@ from ..models.balance import balanced_loss, image_weights
 from ..models.head import Head
 from ..models.network import create_head, get_head, head_inputs, make_body
 from ..models.stages import group_table, layer_groups, stage_names
-from .callbacks import METRICS, FrozenMode, HeadFirst, RandomLight, TrainRuntime
+from .callbacks import LEARNER_METRICS, FrozenMode, HeadFirst, RandomLight, TrainRuntime
 from .phases import find_rate
 from .plans import Plan
 from .record import RunRecord, UsedRuntimes, versions
@@ -288,7 +288,7 @@ def make_learner(
     _check_order(head, target, dls.vocab)
     if not isinstance(head, nn.Module):
         head = create_head(head, head_inputs(stages, head, task.size), dls.c)
-    own = {'metrics': [METRICS[m]() for m in task.metrics.get(target.name, ('accuracy',))], 'init': None}
+    own = {'metrics': [LEARNER_METRICS[m]() for m in task.metrics.get(target.name, ('accuracy',))], 'init': None}
     loss = balanced_loss(table, dls.vocab, config.balance, _ordered_kind(head), dls.device)
     if loss is not None:
         own['loss_func'] = loss

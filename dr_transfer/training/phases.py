@@ -105,7 +105,8 @@ MAX_STORED_NUMBERS = 4e8  # limit of features x views x images for solving the h
 
 def _unsolvable(learn, part, views) -> str:
     "Why the head cannot be solved as logistic regression; '' if it can"
-    train, loss = learn.table[learn.table.split == 'train'], learn.loss_func
+    train = learn.table[learn.table.split == 'train']
+    loss = learn.loss_func
     if getattr(learn.head, 'about', None) != Head():
         return 'the head is not a linear classifier'
     if not part.pooled:
@@ -144,7 +145,8 @@ def _fit_classifier(learn, x, y, say) -> FeatureClassifier:
 
 def _solve_head(learn, run, say) -> list:
     "Solve the head as logistic regression; return loss and metrics as one epoch"
-    train, o2i = learn.table[learn.table.split == 'train'], learn.dls.vocab.o2i
+    train = learn.table[learn.table.split == 'train']
+    o2i = learn.dls.vocab.o2i
     y = [o2i[t] for t in train.target]
     sub, maps = _sub_learner(learn, run)
     classifier = _fit_classifier(learn, maps.arrays[0], y, say)
@@ -153,7 +155,8 @@ def _solve_head(learn, run, say) -> list:
     learn.record.C_path = tuple({'C': C, 'loss': loss} for C, loss in classifier.estimator_.losses_.items())
     every = boundary_loader(maps, torch.tensor(y), 256, device=learn.dls.device)  # each image once, unchanged
     with sub.no_bar(), sub.no_logging():
-        (loss, *_), valid = sub.validate(dl=every), sub.validate(1)
+        loss, *_ = sub.validate(dl=every)
+        valid = sub.validate(1)
     return [[loss, *valid]]
 
 # %% ../../nbs/training/05_phases.ipynb #85e22df7
@@ -239,22 +242,30 @@ def phase_runs(
     random_weights = learn.record.weights.kind == 'random' and plan.weights != 'random'
     for i, phase in enumerate(plan.phases, 1):
         run = _phase_run(learn, phase, _Request(epochs, stored, i == len(plan.phases), trained))
-        runs.append(replace(run, fallback='random_start' if random_weights else 'head'))
+        runs.append(replace(run, fallback='random_init' if random_weights else 'head'))
         trained = True
     return runs
 
 
+def _trained_words(part) -> str:
+    "Description of what a phase trains"
+    n = len(layer_groups(part.body.stages)) - part.k
+    if n == 0:
+        return 'head'
+    if part.k == 0:
+        return 'everything'
+    return f'head and last {n} group{"s" if n > 1 else ""}'
+
+
 def _run_words(run) -> str:
     "Description of a phase"
-    n = len(layer_groups(run.part.body.stages)) - run.part.k
-    what = 'head' if n == 0 else 'everything' if run.part.k == 0 else f'head and last {n} group{"s" if n > 1 else ""}'
     how = {
         'skipped': f'skipped, because {run.why}',
         'solved': 'solved on stored features',
         'stored': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} on stored output',
         'network': f'{run.epochs} epoch{"s" if run.epochs > 1 else ""} through the network',
     }
-    return f'{what}, {how[run.how]}'
+    return f'{_trained_words(run.part)}, {how[run.how]}'
 
 
 def runs_words(
@@ -263,12 +274,11 @@ def runs_words(
 ) -> str:
     "Description of the phases, with the total number of passes through the network"
     passes = sum(r.epochs for r in runs if r.how == 'network')
-    total = (
-        f'{passes} pass{"es" if passes > 1 else ""} of {n} images through the network'
-        if passes
-        else 'no pass through the network'
-    )
-    return '; '.join(f'phase {i} of {len(runs)}: {_run_words(r)}' for i, r in enumerate(runs, 1)) + f'. Total: {total}'
+    total = 'no pass through the network'
+    if passes:
+        total = f'{passes} pass{"es" if passes > 1 else ""} of {n} images through the network'
+    phases = [f'phase {i} of {len(runs)}: {_run_words(r)}' for i, r in enumerate(runs, 1)]
+    return f'{"; ".join(phases)}. Total: {total}'
 
 # %% ../../nbs/training/05_phases.ipynb #d1578a11
 @contextmanager
@@ -277,7 +287,8 @@ def _restored_weights(
     errors=BaseException,  # Errors after which the weights are restored
 ):
     "Restore the weights of a learner if the block fails"
-    before, trained = {k: v.detach().clone() for k, v in learn.model.state_dict().items()}, learn.head_first.trained
+    before = {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
+    trained = learn.head_first.trained
     try:
         yield
     except errors:
@@ -307,7 +318,8 @@ def fit_phase(
     say: Callable = print,  # Called with progress messages
 ) -> list:  # For each epoch: training loss, validation loss, metrics
     "Run one phase; if the loss diverges, restore the weights and raise a TrainingError"
-    part, run = run.part, replace(run, seed=_seed(learn))
+    part = run.part
+    run = replace(run, seed=_seed(learn))
     learn.opt = None  # each phase has its own optimiser
     learn.freeze_to(part.k)
     _say_why(learn, run, say)
@@ -352,7 +364,9 @@ def find_rate(
         if k and not why_not_stored(learn, k):
             run = PhaseRun(Phase(k, 1, 1.0), _frozen_part(learn, k), 'stored', learn.dls.c, 1, learn.task.views)
             finder, _ = _sub_learner(learn, run)
-        path, rng, finder.path = finder.path, finder.dls.train.rng, Path(folder)
+        path = finder.path
+        rng = finder.dls.train.rng
+        finder.path = Path(folder)
         try:
             with finder.no_bar():
                 suggestion = Learner.lr_find(finder, *args, **kwargs)

@@ -133,7 +133,7 @@ def plan_arch(
         return plan.arch or arch
     raise ValueError(
         f"plan '{plan.name}' needs the backbone '{plan.arch}', not arch='{arch}' (--arch {arch}): "
-        f"omit arch, or use plan 'random_start', which trains any backbone from random initialisation"
+        f"omit arch, or use plan 'random_init', which trains any backbone from random initialisation"
     )
 
 # %% ../../nbs/training/01_plans.ipynb #a03a06eb
@@ -182,13 +182,16 @@ PLANS = {
             weights='random',
         ),
         Plan(
-            'random_start',
+            'random_init',
             (Phase(0, None, 3e-3, wd=0.05, fixed_bn=False),),
             'any backbone from random initialisation',
             weights='random',
         ),
     )
 }
+
+
+_OLD_NAMES = {'random_start': 'random_init'}  # names of earlier versions, which are accepted as well
 
 
 def get_plan(
@@ -198,9 +201,10 @@ def get_plan(
     "Find a plan by name"
     plan = getattr(plan, 'plan', plan)
     if not isinstance(plan, Plan):
-        if not isinstance(plan, str) or plan not in PLANS:
+        name = _OLD_NAMES.get(plan, plan) if isinstance(plan, str) else None
+        if name not in PLANS:
             raise unknown('plan', plan, PLANS)
-        plan = PLANS[plan]
+        plan = PLANS[name]
     return plan if epochs is None else plan.with_epochs(epochs)
 
 # %% ../../nbs/training/01_plans.ipynb #b6912de3

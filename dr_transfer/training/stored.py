@@ -138,7 +138,8 @@ def learner_features(
 def _stored(learn, subset, run) -> tuple[BoundaryMaps, torch.Tensor]:
     "The output of the frozen part for the images of a subset, and their class numbers"
     rows = learn.table[learn.table.split == subset]
-    images, y = rows.image.tolist(), torch.tensor([learn.dls.vocab.o2i[t] for t in rows.target])
+    images = rows.image.tolist()
+    y = torch.tensor([learn.dls.vocab.o2i[t] for t in rows.target])
     if run.part.pooled:
         features = learner_features(learn, images, run.views, f'features ({subset})').numpy()
         return BoundaryMaps([features], np.arange(len(y)), run.views), y
@@ -161,7 +162,8 @@ def _stored_loaders(learn, run) -> tuple[DataLoaders, BoundaryMaps]:
     "DataLoaders of the stored output, and the maps of the training images"
     maps, y = _stored(learn, 'train', run)
     maps_v, y_v = _stored(learn, 'valid', run)
-    device, bs = learn.dls.device, min(learn.dls.train.bs or len(y), len(y))
+    device = learn.dls.device
+    bs = min(learn.dls.train.bs or len(y), len(y))
     train = boundary_loader(maps, y, bs, True, device, getattr(learn.dls.train, 'wgts', None))
     valid = boundary_loader(maps_v, y_v, 256 if run.part.pooled else 2 * bs, False, device)
     return DataLoaders(train, valid, device=device), maps

@@ -135,7 +135,9 @@ class _Lines:
     "Iterator over the lines of a text that keeps the lines of the last row"
 
     def __init__(self, text):
-        self.lines, self.number, self.last = io.StringIO(text, newline=''), 0, []
+        self.lines = io.StringIO(text, newline='')
+        self.number = 0
+        self.last = []
 
     def __iter__(self):
         return self

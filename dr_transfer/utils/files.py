@@ -229,7 +229,8 @@ def unlisted_files(
     folder: str | Path,  # An output folder
 ) -> list[str]:  # Names below it
     "Files in an output folder that its marker does not list"
-    listed, unlisted = set(_marker(folder).get('files', ())), []
+    listed = set(_marker(folder).get('files', ()))
+    unlisted = []
     for name in _entries(folder, own=listed):
         if name.endswith('/') and has_marker(Path(folder) / name):
             unlisted += [name + inner for inner in unlisted_files(Path(folder) / name)]
@@ -407,7 +408,8 @@ def progress(
 ) -> Iterator:  # The same items
     "Iterate over `items` with a progress bar on a terminal, or with plain lines in a log"
     file = file or sys.stderr
-    total = total if total is not None else len(items) if hasattr(items, '__len__') else None
+    if total is None and hasattr(items, '__len__'):
+        total = len(items)
     if file.isatty():
         from tqdm import tqdm
 
@@ -430,7 +432,8 @@ def unknown(
     hint: str = '',  # Further advice
 ) -> ValueError:  # The error to raise
     "Return a ValueError for an unknown name that lists the known names, nearest first"
-    name, known = str(name)[:200], list(known)  # the comparison takes the square of the length
+    name = str(name)[:200]  # the comparison takes the square of the length
+    known = list(known)
 
     def likeness(other):
         return difflib.SequenceMatcher(None, name.lower(), str(other).lower()).ratio()

@@ -37,7 +37,8 @@ def check_private(
     folder: str | Path,  # A folder of the cache; it may be missing
 ):
     "Warn once if other users can change a folder of the cache or one of its parents in the cache"
-    folder, root = Path(folder).absolute(), cache_folder().absolute()
+    folder = Path(folder).absolute()
+    root = cache_folder().absolute()
     inside = root == folder or root in folder.parents
     for p in (folder, *folder.parents):
         if p not in _WARNED and p.is_dir() and (why := _shared(p)):

@@ -78,7 +78,7 @@ class Known:
         return 'that is one of ' + ', '.join(f"'{n}'" for n in self.names)
 
 # %% ../../nbs/utils/06_schema.ipynb #bf504ee6
-_WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'an object'}
+_TYPE_WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'an object'}
 _JSON_TYPES = {bool: bool, int: Integral, float: Real, str: str, dict: dict}
 
 
@@ -108,7 +108,7 @@ def _plain(hint, value, path) -> Any:
     if right and hint is str:
         right = _valid(value)
     if not right:
-        raise SchemaError(path, value, _WORDS[hint])
+        raise SchemaError(path, value, _TYPE_WORDS[hint])
     return hint(value)
 
 
@@ -138,7 +138,7 @@ def _describe(
     if origin is tuple:
         inner = _describe(args[0])
         return f'a list, each item {inner}' if args[-1] is Ellipsis else f'a list of {len(args)}, each item {inner}'
-    return _WORDS.get(hint, _WORDS[dict])
+    return _TYPE_WORDS.get(hint, _TYPE_WORDS[dict])
 
 
 def _convert(
@@ -249,7 +249,9 @@ def from_dict(
     def inside(name):
         return f'{path}.{name}' if path else str(name)
 
-    hints, values, used = _hints(cls), {}, set()
+    hints = _hints(cls)
+    values = {}
+    used = set()
     for f in fields(cls):
         key = _key(f, data)
         if key in data and key != _MORE:

@@ -199,7 +199,8 @@ def _locked(folder):
 
 def _repair(store):
     "Rewrite the index of a store if it is damaged, and truncate unfinished rows"
-    about, index = store.folder / 'about.json', store.folder / 'images.jsonl'
+    about = store.folder / 'about.json'
+    index = store.folder / 'images.jsonl'
     text = json.dumps(store.about, indent=1)
     if not _size(about) or read_regular(about, follow=False) != text.encode():
         with atomic_file(about) as f:
