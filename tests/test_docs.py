@@ -1,6 +1,7 @@
 "Test the tools that build the site and the README, and the site itself if it has been built."
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,18 @@ def test_sidebar_lists_every_notebook():
     have = {p.as_posix() for p in notebooks()}
     assert set(listed) - have == set(), 'in the sidebar of _quarto.yml, but not in nbs/'
     assert have - set(listed) == set(), 'in nbs/, but not in the sidebar of _quarto.yml'
+
+
+def test_notebooks_are_numbered_in_the_order_of_the_sidebar():
+    yaml = pytest.importorskip('yaml')
+    text = (ROOT / '_quarto.yml').read_text(encoding='utf-8')
+    listed = re.findall(r'(\w+)/(\d\d)_\w+\.ipynb', yaml.safe_dump(yaml.safe_load(text), sort_keys=False))
+    numbers = {}
+    for package, number in listed:
+        numbers.setdefault(package, []).append(int(number))
+    assert len(numbers) > 10
+    for package, found in numbers.items():
+        assert found == list(range(1, len(found) + 1)), package
 
 
 def test_site_has_a_page_for_every_notebook_and_name():

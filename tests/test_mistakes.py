@@ -137,8 +137,8 @@ def test_mistake_3_colour_fundus_images_and_not_angiography(fundus_data):
     }
     assert len(pages) > 140, 'otherwise nothing is read'
     named_in = {p.name for p, text in pages.items() if re.search('angiogra', text, re.I)}
-    assert named_in <= {'17_tasks.ipynb', 'checklist.ipynb'}
-    assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '17_tasks.ipynb']
+    assert named_in <= {'20_tasks.ipynb', 'checklist.ipynb'}
+    assert '*colour fundus photographs*' in pages[ROOT / 'nbs' / 'data' / '20_tasks.ipynb']
     task = TASKS['dr']
     for a in task.augment.split('+'):
         assert AUGMENTATIONS[a].keeps_color

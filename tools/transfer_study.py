@@ -102,7 +102,7 @@ def ct(root):
             score, lr, weights = pretrain(root, arch, d)
             methods = {
                 **METHODS,
-                BASELINE: Plan('random_start', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
+                BASELINE: Plan('random_init', (Phase(0, None, lr, wd=0.05, fixed_bn=False),), weights='random'),
             }
             how = dict(task='ct_nodes', size=64, arch=arch, weights=weights, runtime='channels_last', say=say)
             about = dict(arch=arch, source='flowers', source_accuracy=score, rate=lr)

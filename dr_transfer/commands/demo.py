@@ -19,7 +19,7 @@ from ..utils.files import growing_folder, new_folder
 from ..utils.places import atomic_file
 
 # %% ../../nbs/commands/02_demo.ipynb #d0357530
-_STARTS = {'random_start': 'random', 'run': None}  # folder -> weights
+_STARTS = {'random_init': 'random', 'run': None}  # folder -> weights
 
 
 def _start(out, name, size, seed, runtime):

@@ -191,9 +191,6 @@ PLANS = {
 }
 
 
-_OLD_NAMES = {'random_start': 'random_init'}  # names of earlier versions, which are accepted as well
-
-
 def get_plan(
     plan: Any,  # Name in `PLANS`, a plan, or advice
     epochs: int | None = None,  # Epochs of its last phase; unchanged if None
@@ -201,10 +198,9 @@ def get_plan(
     "Find a plan by name"
     plan = getattr(plan, 'plan', plan)
     if not isinstance(plan, Plan):
-        name = _OLD_NAMES.get(plan, plan) if isinstance(plan, str) else None
-        if name not in PLANS:
+        if not isinstance(plan, str) or plan not in PLANS:
             raise unknown('plan', plan, PLANS)
-        plan = PLANS[name]
+        plan = PLANS[plan]
     return plan if epochs is None else plan.with_epochs(epochs)
 
 # %% ../../nbs/training/01_plans.ipynb #b6912de3
