@@ -1,4 +1,4 @@
-"""Run notebooks and store their outputs: `make outputs`, or `make outputs NB=nbs/synthetic/01_fundus.ipynb`.
+"""Run notebooks and store their outputs: `make outputs`, or `make outputs NB=nbs/synthetic/03_fundus.ipynb`.
 
 All cells are run, also those with the flag `slow`. Cells with `eval: false`, and cells with `cuda` on a machine
 without CUDA, are not run and keep their outputs.
