@@ -333,7 +333,7 @@ def choose_plan(
     "Choose a plan for the size of the training set and the machine"
     if not gpu:
         why = 'on a CPU, features are computed once and the head is trained in seconds'
-        more = "; plan 'fine_tune_averaged' takes minutes more, and can gain a point or two (study 'elsewhere')"
+        more = "; plan 'fine_tune_averaged' takes longer, and can gain a point or more (study 'elsewhere')"
         return 'head', why if n_train < LARGE else why + more
     if n_train < LARGE:
         return 'head', f'{n_train} training images are too few to train the body'
