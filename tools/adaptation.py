@@ -13,13 +13,22 @@ views, as the photographs are and with their light corrected.
 
 import argparse
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from elsewhere import Candidate, FeatureReader, ImageSet, as_rows, combinations_of, fitted, predicted, read_dr
+from elsewhere import (
+    Candidate,
+    FeatureReader,
+    ImageSet,
+    as_rows,
+    combinations_of,
+    data_folder,
+    fitted,
+    predicted,
+    read_dr,
+)
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
@@ -123,8 +132,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
-    root = os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with dr/')
-    data = read_dr(Path(root))
+    root = data_folder(p)
+    data = read_dr(root)
     x = FeatureReader(data).array(CANDIDATE)
     with threadpool_limits(1, user_api='blas'):
         table = pd.DataFrame([trial_row(data, x, trial) for trial in trials(data)]).round(4)

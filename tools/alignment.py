@@ -18,7 +18,6 @@ correction.
 """
 
 import argparse
-import os
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -31,6 +30,7 @@ from elsewhere import (
     FeatureReader,
     ImageSet,
     combinations_of,
+    data_folder,
     fitted_rows,
     mean,
     read_dr,
@@ -153,7 +153,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
-    root = Path(os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with dr/'))
+    root = data_folder(p)
     with threadpool_limits(1, user_api='blas'):
         table = pd.DataFrame(measure(read_dr(root)))
     with atomic_file(a.out) as f:

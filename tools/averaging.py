@@ -17,14 +17,12 @@ chosen on test images. The results are written to nbs/results/averaging.csv.
 """
 
 import argparse
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from elsewhere import mean
+from elsewhere import data_folder, mean, write_part
 from sklearn.metrics import roc_auc_score
 
 from dr_transfer.core import build_learner, fit
@@ -34,8 +32,6 @@ from dr_transfer.data.tasks import ReadImage
 from dr_transfer.features.classifiers import grouped_folds
 from dr_transfer.models.network import view_probs
 from dr_transfer.training.average import FRACTIONS, averaged, copied_weights
-from dr_transfer.utils.csvfile import write_csv
-from dr_transfer.utils.places import atomic_file
 
 RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'averaging.csv'
 FOLDERS = {'flowers': ('flowers', ()), 'dr': ('dr/messidor2', ('dr/idrid', 'dr/eyepacs'))}
@@ -148,15 +144,9 @@ def main():
     p.add_argument('parts', nargs='*', default=list(FOLDERS))
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
-    root = Path(
-        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
-    )
-    tables = [pd.read_csv(a.out)] if a.out.exists() else []
+    root = data_folder(p)
     for part in a.parts:
-        table = pd.DataFrame(measure(root, part))
-        tables = [t[t.task != part] for t in tables] + [table]
-        with atomic_file(a.out) as f:
-            write_csv(pd.concat(tables, ignore_index=True).round(4), f)
+        write_part(a.out, part, measure(root, part))
 
 
 if __name__ == '__main__':

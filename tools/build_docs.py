@@ -28,8 +28,8 @@ LINK = re.compile(r'((?:\]\(|href=\\?["\'])(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=[\w-
 # nbdev also links names between backticks in the comments of a signature, where Markdown is not rendered.
 CODE = re.compile(r'```python\\n.*?```', re.S)
 LINKED = re.compile(r'\[(`[^`\]]+`)\]\(([^)\s]+)\)')
-# nbdev links a name in the text of a link too, which Markdown does not allow.
-NESTED = re.compile(r'(\[[^\[\]]*)\[(`[^`\]]+`)\]\([^)\s]+\)(?=[^\[\]]*(?:\[`[^`\]]+`\]\([^)\s]+\)[^\[\]]*)*\]\()')
+# nbdev links a name in the text of a link too, which Markdown does not allow: the text of a link, then `](`.
+OUTER = re.compile(rf'\[((?:[^\[\]\n]|{LINKED.pattern})+)\]\(')
 PUBLIC = re.compile(r'^from \.(\S+) import (\w+) as \2$', re.M)
 
 
@@ -80,21 +80,27 @@ def public_addresses() -> dict[str, str]:
 
 def unnest(text: str) -> str:
     "Remove the links that nbdev made within the text of a link."
-    while (plain := NESTED.sub(r'\1\2', text)) != text:
-        text = plain
-    return text
+
+    def plain(m):
+        words = LINKED.sub(r'\1', m[1])
+        return f'[{words}]('
+
+    return OUTER.sub(plain, text)
 
 
 def correct_links(text: str, home: str, hidden: set[str], public: dict[str, str], page: str) -> str:
     "Correct the links that nbdev made: none to names that no page describes, nor to a command for a public name."
 
     def link(m):
-        where = m[2].removeprefix(home)
+        name, address = m[1], m[2]
+        if not address.startswith(home):
+            return m[0]  # written by a person
+        where = address.removeprefix(home)
         if where in hidden:
-            return m[1]
-        named = public.get(m[1].strip('`'))
-        other = where != m[2] and named and where.partition('#')[0] != page
-        return f'[{m[1]}]({home}{named})' if other else m[0]
+            return name
+        right = public.get(name.strip('`'))
+        on_this_page = where.partition('#')[0] == page
+        return m[0] if right is None or on_this_page else f'[{name}]({home}{right})'
 
     return LINKED.sub(link, unnest(text))
 

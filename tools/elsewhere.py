@@ -258,15 +258,30 @@ def choices(table) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def data_folder(parser) -> Path:
+    "The folder with flowers/ and dr/; an error of the parser without it"
+    return Path(
+        os.environ.get('DR_TRANSFER_DATA') or parser.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
+    )
+
+
+def write_part(path, task, rows):
+    "Replace the rows of a task in a file of results"
+    tables = [pd.DataFrame(rows)]
+    if path.exists():
+        old = pd.read_csv(path)
+        tables.insert(0, old[old.task != task])
+    with atomic_file(path) as f:
+        write_csv(pd.concat(tables, ignore_index=True).round(4), f)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=['flowers', 'dr'])
     p.add_argument('--corrections', nargs='+', default=list(READERS), choices=list(READERS), help='for dr only')
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
-    root = Path(
-        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
-    )
+    root = data_folder(p)
     tables = [pd.read_csv(a.out, keep_default_na=False, na_values=[''])] if a.out.exists() else []
     for part in a.parts:
         data = {'flowers': read_flowers, 'dr': read_dr}[part](root)

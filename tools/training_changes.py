@@ -19,13 +19,11 @@ and with its light corrected. Nothing is chosen. The results are written to nbs/
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from elsewhere import (
     STAGES,
     Candidate,
@@ -33,11 +31,13 @@ from elsewhere import (
     ImageSet,
     as_rows,
     combinations_of,
+    data_folder,
     fitted_rows,
     mean,
     predicted,
     read_dr,
     read_flowers,
+    write_part,
 )
 from threadpoolctl import threadpool_limits
 
@@ -45,8 +45,6 @@ from dr_transfer.data.acquisition import CHANGES, ChangedImage, changed_images
 from dr_transfer.data.views import LOCAL
 from dr_transfer.features.classifiers import grouped_folds
 from dr_transfer.features.extraction import image_features
-from dr_transfer.utils.csvfile import write_csv
-from dr_transfer.utils.places import atomic_file
 
 RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'training_changes.csv'
 RECIPES = {
@@ -159,10 +157,7 @@ def main():
     p.add_argument('parts', nargs='*', default=list(RECIPES))
     p.add_argument('--out', type=Path, default=RESULT)
     a = p.parse_args()
-    root = Path(
-        os.environ.get('DR_TRANSFER_DATA') or p.error('set DR_TRANSFER_DATA to the folder with flowers/ and dr/')
-    )
-    tables = [pd.read_csv(a.out)] if a.out.exists() else []
+    root = data_folder(p)
     for part in a.parts:
         f = read_features(part, root)
         rows = []
@@ -170,9 +165,7 @@ def main():
             for C, n in product(STRENGTHS, N_COPIES):
                 rows.append({'task': part, 'copies': n, 'C': C} | at_home(f, n, C) | elsewhere(f, n, C))
                 print(*[f'{v:.4f}' if isinstance(v, float) else v for v in rows[-1].values()], flush=True)
-        tables = [t[t.task != part] for t in tables] + [pd.DataFrame(rows)]
-        with atomic_file(a.out) as file:
-            write_csv(pd.concat(tables, ignore_index=True).round(4), file)
+        write_part(a.out, part, rows)
 
 
 if __name__ == '__main__':
