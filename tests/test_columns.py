@@ -243,6 +243,7 @@ def test_a_table_that_label_table_did_not_make_is_kept_apart_too(folder):
     own = encode_target(t, Target('class')).assign(decision='1', p_0=5, prediction='9', known=1)
     e = evaluate_model(MODELS['two'], own)
     assert {'data_decision', 'data_p_0', 'data_prediction', 'data_known'} <= set(e.table)
+    assert 'used to train or validate the model' not in report_html(e, n=20)
     assert set(e.table.decision) == {
         '1',
         'not 1',
@@ -306,6 +307,7 @@ def test_validation_images_are_found_by_their_content(folder, tmp_path):
     leaks = evaluate_model(model, there, allow_leaks=True)
     assert len(leaks.table) == N
     assert (leaks.table.known == 'yes').sum() == 32
+    assert '32 of these images, or near copies of them, were used to train or' in report_html(leaks, n=20)
     with pytest.raises(ValueError, match=r'--split valid'):
         evaluate_model(model, there[there.image.isin([str(names[p]) for p in train + valid])])
     with pytest.raises(ValueError, match='none of these images is a validation image'):

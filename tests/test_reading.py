@@ -285,6 +285,16 @@ def test_arrays_and_values_that_are_not_images(a, words):
         read_rgb(a)
 
 
+@pytest.mark.parametrize('mode', ['RGBX', 'RGBa', 'La'])
+def test_modes_that_no_file_has(mode):
+    grey = Image.fromarray(GREY)
+    im = {'RGBX': grey.convert('RGB'), 'RGBa': grey.convert('RGBA'), 'La': grey.convert('LA')}[mode].convert(mode)
+    assert im.mode == mode
+    rgb = read_rgb(im)
+    assert rgb.mode == 'RGB'
+    assert distance(rgb, GREY[..., None].repeat(3, -1)) <= 2
+
+
 # ---------------------------------------------------------------- damage, orientation, wrong suffixes
 
 

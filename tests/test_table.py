@@ -393,6 +393,13 @@ def test_images_without_a_label_are_skipped(tmp_path):
     assert skipped_images(t).reason.tolist() == ['no label'] * 2
 
 
+def test_a_name_longer_than_any_path(tmp_path):
+    write_images(tmp_path, 'x/1.png')
+    df = pd.DataFrame({'image': ['1', 'n' * 4097], 'label': 'a'})
+    with pytest.raises(ValueError, match=r"row \d+ has an image name of 4097 characters in column 'image', more than"):
+        label_table(tmp_path, df)
+
+
 def test_missing_files(tmp_path):
     write_images(tmp_path, 'x/1.png')
     df = pd.DataFrame({'image': ['1'] + [f'lost{i}' for i in range(5)], 'label': 'a'})

@@ -104,7 +104,9 @@ def to_rgb(
     im = _upright(im)
     if im.mode.startswith('I') or im.mode == 'F':
         im = to_gray(im, depth)
-    if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
+    if im.mode == 'La':
+        im = im.convert('LA')  # the only mode that Pillow converts it to
+    if im.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im).convert('RGB')
     return im.convert('RGB')

@@ -1,8 +1,17 @@
 "Test that the rules of contract.py find what they forbid."
 
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import contract
 import pytest
 from observe import Command, Outcome
+
+COUNTED = Path(__file__).resolve().parents[2] / 'nbs' / 'results' / 'hostile.csv'
 
 
 def outcome(line, *words, **more) -> Outcome:
@@ -32,3 +41,14 @@ def test_the_culprit_is_required_where_it_is_known():
     assert contract.bad_error(outcome(line, 'data', culprit=('roses', 'labels.csv')))
     assert not contract.bad_error(outcome(line + ', in labels.csv', 'data', culprit=('roses', 'labels.csv')))
     assert not contract.bad_error(outcome(line + r', \udcff', 'data', culprit=('\udcff',)))
+
+
+def test_the_published_numbers_are_of_these_cases():
+    code = 'import collections, inputs, json; print(json.dumps(collections.Counter(c.kind for c in inputs.cases())))'
+    env = {**os.environ, 'DR_TRANSFER_HOSTILE': 'all'}  # also the cases that are usually skipped
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, '-c', code], env=env, cwd=here, capture_output=True, text=True, check=True)
+    with open(COUNTED, newline='', encoding='utf-8') as f:
+        published = {row.pop('kind'): sum(map(int, row.values())) for row in csv.DictReader(f)}
+    assert published == json.loads(done.stdout), 'run python tests/hostile/count.py'
+    assert sum(published.values()) >= 300
