@@ -34,8 +34,9 @@ def unusual(fundus_data, tmp_path_factory):
 
 
 @pytest.fixture
-def never_trained(monkeypatch):
-    "Fail if anything is trained."
+def never_trained(with_shared_cache, tmp_path, monkeypatch):
+    "Fail if anything is trained; the cache is empty, because a stored training would be used again."
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'empty cache'))
 
     def fit(*args, **kwargs):
         raise AssertionError('it was trained')
