@@ -31,7 +31,15 @@ from .metrics.decision import prediction_table, table_arrays
 from .metrics.scores import summary
 from .models.head import Head
 from .models.network import create_head, view_probs
-from .models.registry import DEFAULT_ARCH, find_backbone, head_stages
+from dr_transfer.models.registry import (
+    DEFAULT_ARCH,
+    JOIN,
+    find_backbone,
+    head_stages,
+    joined_name,
+    nearest_size,
+    patch_size,
+)
 from .models.stages import stage_names
 from .training.average import average_weights, copied_weights
 from .training.learner import LearnerConfig, TransferLearner, make_learner, resolve
@@ -40,11 +48,21 @@ from .training.plans import PLANS, choose_plan, get_plan, plan_arch
 from .training.stored import learner_features
 from .utils.checks import check_seed, check_workers, image_list
 
+# %% ../nbs/core.ipynb #ea9a5707
+def _fitting_task(task, spec, say) -> Task:
+    "A task with the nearest image size that the patches of a transformer allow"
+    size = nearest_size(spec, task.size)
+    if size == task.size:
+        return task
+    patch = patch_size(spec)
+    say(f"size {size} instead of {task.size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
+    return get_task(task, size)
+
 # %% ../nbs/core.ipynb #f44ba57d
 def build_learner(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch: str | None = None,  # Backbone: registry, timm or torchvision; efficientnet_lite0
+    arch: str | list | None = None,  # Backbone, or several side by side; efficientnet_lite0
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
     target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
@@ -57,6 +75,8 @@ def build_learner(
     plan: Any = None,  # Name, `Plan` or `Advice` for `fit`; chosen if None
     stage: str | int | None = None,  # Last stage, by name or from the end; default if None
     n_stages: int | None = None,  # Number of last stages that the head reads
+    block_stages: int | None = None,  # Number of stages that transformer blocks form
+    pool: str | None = None,  # Of a transformer: 'mean', 'token' or 'both'; its own if None
     head: str | Head | nn.Module | None = None,  # Name, `Head` or your own module
     runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
     num_workers: int | None = None,  # Number of worker processes; chosen if None
@@ -79,8 +99,8 @@ def build_learner(
         Folder, CSV or table of images
     task : str | Task, default 'flowers'
         'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch : str | None, default None
-        Backbone: registry, timm or torchvision; efficientnet_lite0
+    arch : str | list | None, default None
+        Backbone, or several side by side; efficientnet_lite0
     weights : str | Path | None, default None
         None: pretrained; a file; or 'random'
     target : str | None, default None
@@ -103,6 +123,10 @@ def build_learner(
         Last stage, by name or from the end; default if None
     n_stages : int | None, default None
         Number of last stages that the head reads
+    block_stages : int | None, default None
+        Number of stages that transformer blocks form
+    pool : str | None, default None
+        Of a transformer: 'mean', 'token' or 'both'; its own if None
     head : str | Head | nn.Module | None, default None
         Name, `Head` or your own module
     runtime : str, default 'auto'
@@ -161,7 +185,7 @@ def build_learner(
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
     plan_arch(base, arch)  # raises an error if the plan needs another backbone
-    arch = resolve(arch, base.arch, DEFAULT_ARCH)
+    arch = joined_name(resolve(arch, base.arch, DEFAULT_ARCH))
     read = head_stages(find_backbone(arch), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
         arch=arch,
@@ -177,7 +201,10 @@ def build_learner(
         balance=balance,
         valid=valid,
         seed=seed,
+        pool=pool,
+        block_stages=block_stages,
     )
+    task = _fitting_task(task, find_backbone(arch), say)
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
     task_target = task.target(target)
     set_seed(seed, reproducible=True)
@@ -222,8 +249,19 @@ def classifier_learner(
     return learn
 
 # %% ../nbs/core.ipynb #effbc6ab
+def _check_joined(learn, plan):
+    "Raise a ValueError if a plan trains the body, and the body is several networks"
+    trains = any(phase.frozen != -1 for phase in plan.phases)
+    if JOIN in learn.record.arch and trains:
+        raise ValueError(
+            f"plan '{plan.name}' trains the body, and '{learn.record.arch}' are several networks, of which only the "
+            "head can be trained: use plan='head' (--plan head), or one network"
+        )
+
+
 def _check_plan(learn, plan):
     "Raise a ValueError if the learner was not built for a plan"
+    _check_joined(learn, plan)
     r = learn.record
     if plan.arch not in (None, r.arch):
         what = f"the backbone '{plan.arch}'"
@@ -297,6 +335,9 @@ def _default_plan(learn, say):
     "The plan with which the learner was built, or the default plan"
     if learn.plan:
         return learn.plan
+    if JOIN in learn.record.arch:
+        say("plan 'head': several networks side by side are frozen")
+        return 'head'
     plan, why = choose_plan(int((learn.table.split == 'train').sum()), gpu=learn.dls.device.type != 'cpu')
     say(f"plan '{plan}': {why}")
     return plan

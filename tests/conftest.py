@@ -12,7 +12,7 @@ os.environ['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1) // _workers))
 
 import pytest  # noqa: E402  (numpy and torch read the environment when they are imported, so it is set first)
 
-pytest.register_assert_rewrite('helpers', 'learners')
+pytest.register_assert_rewrite('helpers', 'learners', 'families')
 
 from helpers import FAST, good  # noqa: E402  (as above)
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from families import NOT_A_CHAIN
 from learners import disturb
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
@@ -181,7 +182,7 @@ def test_a_head_may_use_features_of_several_stages(small):
         with pytest.raises(ValueError, match=f'n_stages={n_stages}'):
             create_body('test_resnet', path, n_stages=n_stages)
     with pytest.raises(ValueError, match='n_stages=2'):
-        create_body('test_vit', 'random', n_stages=2)
+        create_body(NOT_A_CHAIN, 'random', n_stages=2)
 
 
 # ---------------------------------------------------------------- cut at any stage
@@ -318,15 +319,24 @@ def test_invalid_cuts(stage):
 
 @pytest.mark.parametrize('stage', ['stem', 'neck', -2, 0])
 def test_a_network_that_is_not_a_chain_cannot_be_cut(stage):
-    with pytest.raises(ValueError, match=f"test_vit.*cut at '{stage}'"):
-        create_body('test_vit', 'random', stage=stage)
+    with pytest.raises(ValueError, match=f"{NOT_A_CHAIN}.*cut at '{stage}'"):
+        create_body(NOT_A_CHAIN, 'random', stage=stage)
 
 
 @pytest.mark.parametrize('stage', ['last', -1])
 def test_the_end_of_a_network_that_is_not_a_chain(stage):
-    body = create_body('test_vit', 'random', stage=stage)
+    body = create_body(NOT_A_CHAIN, 'random', stage=stage)
     assert stage_names(body) == ['last']
-    assert body.n_out == 64
+    assert body.n_out == 32
+
+
+@torch.no_grad()
+def test_a_transformer_can_pool_its_features_itself():
+    "`last` is what a transformer was before its blocks were stages; saved models have this name."
+    body = create_body('test_vit', 'random', stage='last')
+    assert stage_names(body) == ['last']
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(body(x), body.net.forward_head(body.net.forward_features(x), pre_logits=True))
 
 
 @pytest.mark.parametrize('input_size', [64, 70, 97, 129, (70, 97)])

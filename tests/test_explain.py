@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import NOT_A_CHAIN
 from torch import nn
 from torch.nn import functional as F
 
@@ -173,7 +174,7 @@ def test_activations_are_those_of_the_stages():
     with pytest.raises(ValueError, match='no images'):
         activation_table(m, [])
     with pytest.raises(ValueError, match='not a chain of stages'):
-        activation_table(image_model('test_vit', size=160), images)
+        activation_table(image_model(NOT_A_CHAIN), images)
 
 
 def test_neighbours_by_hand_and_their_chance():
@@ -311,8 +312,8 @@ def test_transformers_have_grad_cam_on_their_tokens(arch, size):
     assert np.ptp(other - attribution) > 0.5
     for x in m.model.modules():
         assert not x._forward_hooks
-    with pytest.raises(ValueError, match="unknown stage 'stage3'"):
-        grad_cam(m, im, stage='stage3')
+    with pytest.raises(ValueError, match="unknown stage 'stage9'"):
+        grad_cam(m, im, stage='stage9')
 
 
 @needs_captum

@@ -35,7 +35,8 @@ from dr_transfer.features.extraction import Features, extract_features, image_fe
 from dr_transfer.models import speed
 from dr_transfer.models.backbones import create_body
 from dr_transfer.models.head import Head
-from dr_transfer.models.network import HEADS, POOLS, AveragePool, Body, create_head, view_probs
+from dr_transfer.models.layout import POOLS
+from dr_transfer.models.network import HEADS, AveragePool, Body, create_head, view_probs
 from dr_transfer.models.networks import SmallCNN
 from dr_transfer.models.registry import find_backbone
 from dr_transfer.models.speed import RUNTIMES
@@ -212,7 +213,7 @@ PLACES = {
     'small_cnn': 'features.0 features.1 features.2 features.3',
     'squeezenet1_1': 'features.1 features.4 features.7 features.12',
     'mobilenet_v2': 'features.1 features.3 features.6 features.13 features.18',
-    'test_vit': '',
+    'test_vit': 'norm_pre blocks.1 blocks.3 blocks.4 norm',
 }
 NORMS = dict(zip(PLACES, (FIVE, IMAGENET, HALF, IMAGENET, IMAGENET, FIVE)))
 SIZE = 72
@@ -259,13 +260,11 @@ def by_hand(net, name, paths, views, size=SIZE):
         a = np.asarray(ImageOps.fit(Image.open(p), (size, size), Image.Resampling.BICUBIC))
         x = ((torch.tensor(a).permute(2, 0, 1) / 255 - mean) / std)[None]
         for turn in TURNS[views]:
-            if places:
-                maps = maps_at(net, places, turn(x))
-                out.append([torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps])
-            else:
-                last = net.forward_head(net.forward_features(turn(x)), pre_logits=True)
-                out.append([torch.stack([last[0]] * 2)])
-    names = ['stem', *[f'stage{i}' for i in range(1, 9)]] if places else ['last']
+            maps = maps_at(net, places, turn(x))
+            if name == 'test_vit':
+                maps = [tokens[:, 1:].transpose(1, 2)[..., None] for tokens in maps]
+            out.append([torch.stack([m.mean((2, 3)), m.amax((2, 3))], 1)[0] for m in maps])
+    names = ['stem', *[f'stage{i}' for i in range(1, 9)]]
     each = {name: torch.stack(values) for name, values in zip(names, zip(*out))}
     return {name: values.unflatten(0, (len(paths), -1)).numpy() for name, values in each.items()}
 
@@ -308,8 +307,7 @@ def test_features_are_those_of_the_network(name, views, paths, tmp_path):
         assert np.abs(w[0] - w[1]).max() > 1e-3 * scale  # images, views and pools differ
         if views != 'none':
             assert np.abs(w[:, 0] - w[:, 1]).max() > 1e-3 * scale
-        if name != 'test_vit':
-            assert np.abs(w[:, :, 0] - w[:, :, 1]).max() > 1e-3 * scale
+        assert np.abs(w[:, :, 0] - w[:, :, 1]).max() > 1e-3 * scale
 
 
 def test_the_neck_is_the_input_of_the_classifier(paths, tmp_path):

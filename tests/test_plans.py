@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import NOT_A_CHAIN
 from fastai.callback.core import Callback
 from fastai.data.core import TfmdDL
 from fastai.learner import load_learner
@@ -380,7 +381,7 @@ def test_reasons_for_not_storing(build, monkeypatch, what, word):
     if what == 'augment':
         kw['augment'] = 'mirror+random_crop'
     if what == 'chain':
-        arch = 'test_vit'
+        arch = NOT_A_CHAIN
         frozen = 1
     if what == 'room':
         monkeypatch.setattr(stored_part, 'MAX_STORED_GB', 1e-9)
@@ -406,7 +407,7 @@ def test_why_not_stored(build):
     learn = build()
     assert [why_not_stored(learn, k) for k in (-1, -2, 2, 1)] == [''] * 4
     assert why_not_stored(learn, 0) == 'nothing is frozen'
-    assert why_not_stored(build(arch='test_vit')) == ''  # not divisible, but frozen: features are stored
+    assert why_not_stored(build(arch=NOT_A_CHAIN)) == ''  # not divisible, but frozen: features are stored
 
 
 # ---------------------------------------------------------------- the head first

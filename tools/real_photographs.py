@@ -4,12 +4,14 @@
     python tools/real_photographs.py       # prints the table and writes nbs/results/real_photographs.csv
 
 Each seed gives another split (of the flowers by photographer) and another training. Models of Messidor-2 are also
-tested on IDRiD, which comes from another country and camera and is not cropped. Rows that the file already contains
-are not computed again. The first training of a task computes the features of its images, the others read them from
-the cache. To measure the time of the first training, start with an empty cache (DR_TRANSFER_CACHE).
+tested on IDRiD, which comes from another country and camera and is not cropped, and on EyePACS, from many cameras.
+Rows that the file already contains are not computed again. The first training of a task computes the features of its
+images, the others read them from the cache. To measure the time of the first training, start with an empty cache
+(DR_TRANSFER_CACHE).
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -23,7 +25,7 @@ from dr_transfer.utils.places import atomic_file
 COLUMNS = ['task', 'plan', 'seed', 'metric', 'value', 'minutes']
 
 
-def train(data, words, seed, out):
+def train(data, words, seed, out) -> float:
     "Run `dr_transfer train` and return the minutes that it took."
     start = time.monotonic()
     if main(['train', str(data), *words, '--seed', str(seed), '--out', str(out)]):
@@ -31,32 +33,34 @@ def train(data, words, seed, out):
     return (time.monotonic() - start) / 60
 
 
-def one_seed(root, task, plan, seed):
-    "Train once and return the rows (metric, value, minutes)."
-    import json
+def validation(run, metric) -> float:
+    "A metric on the validation images of a run"
+    return json.loads((run / 'record.json').read_text())['validation'][metric]
 
+
+def auc_of(run, folder) -> float:
+    "AUC for referable retinopathy of a run on the images of another set"
     from dr_transfer.inference.saved_model import load_model
     from dr_transfer.metrics.scores import auc
 
+    other = pd.read_csv(folder / 'labels.csv')
+    probs = load_model(run / 'model').probs([folder / 'images' / name for name in other.image])
+    return auc((other.grade >= 2).astype(int), probs[:, 1])
+
+
+def one_seed(root, task, plan, seed) -> list[tuple]:
+    "Train once and return the rows (metric, value, minutes)."
     words = ['--plan', plan] if plan != 'default' else []
     with tempfile.TemporaryDirectory() as d:
         out = Path(d) / 'run'
         if task == 'flowers':
             minutes = train(root / 'flowers', words, seed, out)
-            return [
-                (
-                    'accuracy, unseen photographers',
-                    json.loads((out / 'record.json').read_text())['validation']['accuracy'],
-                    minutes,
-                )
-            ]
+            return [('accuracy, unseen photographers', validation(out, 'accuracy'), minutes)]
         minutes = train(root / 'dr' / 'messidor2', ['--task', 'dr', '--target', 'referable', *words], seed, out)
-        record = json.loads((out / 'record.json').read_text())
-        other = pd.read_csv(root / 'dr' / 'idrid' / 'labels.csv')
-        probs = load_model(out / 'model').probs([root / 'dr' / 'idrid' / 'images' / n for n in other.image])
         return [
-            ('AUC, unseen Messidor-2', record['validation']['auc'], minutes),
-            ('AUC, IDRiD', auc((other.grade >= 2).astype(int), probs[:, 1]), minutes),
+            ('AUC, unseen Messidor-2', validation(out, 'auc'), minutes),
+            ('AUC, IDRiD', auc_of(out, root / 'dr' / 'idrid'), minutes),
+            ('AUC, EyePACS', auc_of(out, root / 'dr' / 'eyepacs'), minutes),
         ]
 
 

@@ -7,8 +7,6 @@ __all__ = ['grad_cam', 'plot_grad_cam']
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #e3209137
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,8 @@ from ..metrics.classes import as_classes
 from ..metrics.intervals import bootstrap
 from ..metrics.operating_point import OperatingPoint
 from ..metrics.screening import worst_errors
+from ..models.joined import JoinedNetworks
+from ..models.layout import ChannelsFirst, ChannelsLast, Tokens
 from ..models.stages import Stages, _trace
 from ..synthetic.fundus import contact_sheet
 from ..utils.checks import image_list
@@ -74,61 +74,22 @@ def _head_maps(parts, x, c) -> list:
     return out
 
 # %% ../../nbs/explain/02_grad_cam.ipynb #f52e344b
-class _ChannelsFirst:
-    "An output (n, c, h, w)"
-
-    def to_maps(self, out):
-        return out
-
-    def back(self, maps, out):
-        return maps
-
-
-class _ChannelsLast:
-    "An output (n, h, w, c)"
-
-    def to_maps(self, out):
-        return out.permute(0, 3, 1, 2)
-
-    def back(self, maps, out):
-        return maps.permute(0, 2, 3, 1)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    "An output (n, prefix + size * size, c) of a transformer"
-
-    prefix: int  # Tokens without a position, such as the class token
-    size: int  # Height and width of the grid of tokens
-
-    def to_maps(self, out):
-        positions = out[:, self.prefix :].transpose(1, 2)
-        return positions.unflatten(2, (self.size, self.size))
-
-    def back(self, maps, out):
-        positions = maps.flatten(2).transpose(1, 2)
-        return torch.cat([out[:, : self.prefix], positions], 1)
-
-
 def _layout(out, prefix, last):
     "How the output of a layer is converted to maps (n, c, h, w) and back; None if it has no positions"
     if not torch.is_tensor(out):
         return None
     if out.ndim == 4:
-        return _ChannelsLast() if last else _ChannelsFirst()
-    if out.ndim != 3:
-        return None
-    positions = max(0, out.shape[1] - prefix)
-    size = isqrt(positions)
-    if size < 2 or size * size != positions:
-        return None
-    return _Tokens(prefix, size)
+        return ChannelsLast() if last else ChannelsFirst()
+    layout = Tokens(prefix)
+    return layout if out.ndim == 3 and layout.grid(out) > 1 else None
 
 
 def _layers(stages, x) -> dict:
     "The layers whose outputs have positions: name -> (module, layout), nearest to the input first"
     if isinstance(stages, Stages):
-        return {name: (module, _ChannelsFirst()) for name, module in stages.named_children()}
+        return {name: (module, stages.layout) for name, module in stages.named_children() if name != 'neck'}
+    if isinstance(stages, JoinedNetworks):
+        raise ValueError(f"'{stages.spec.name}' are several networks: use a model of one of them")
     prefix = getattr(stages.net, 'num_prefix_tokens', 0) or 0
     calls = _trace(stages.net, x, stages.net.forward_features)
     maps = [out for *_, out in calls if torch.is_tensor(out) and out.ndim == 4]
@@ -166,7 +127,7 @@ def _layer_map(parts, x, c, layer) -> torch.Tensor:
 
 def _signed_maps(parts, x, c, stage) -> list:
     "Signed maps (n, 1, h, w), to be added at the size of the largest"
-    if stage is None and isinstance(parts.stages, Stages):
+    if stage is None and getattr(parts.stages, 'layout', None) == ChannelsFirst():
         return _head_maps(parts, x, c)
     layers = _layers(parts.stages, x)
     if stage is not None:

@@ -46,7 +46,7 @@ class _FrozenStages(nn.Module):
             for i in range(self.k):
                 x = stages[i](x)
                 if i in self.keep:
-                    out[f'side_{i}'] = x.mean((2, 3), dtype=torch.float32) if self.means else x
+                    out[f'side_{i}'] = stages.pooled(x) if self.means else x
         return {'boundary': x, **out}
 
 # %% ../../nbs/features/05_boundary.ipynb #4f87ed8c
@@ -57,7 +57,7 @@ class TrainedStages(Body):
         trained = Stages(OrderedDict(list(body.stages.named_children())[k:]))
         trained.spec = body.stages.spec
         trained.weights = body.stages.weights
-        trained.n_stages = body.stages.n_stages
+        trained.like(body.stages)
         super().__init__(trained, body.forward_runtime, body.train_runtime)
 
     def forward(self, x, *earlier):
@@ -66,8 +66,8 @@ class TrainedStages(Body):
         s = self.runtime(x)
         stages = self.fast_stages(x)
         with s.cast(x.device.type):
-            maps = stages.maps(s.place(x if s.bf16 else x.float()))
-            return stages.joined([*earlier, x, *maps]).float()
+            later = stages.activations(s.place(x if s.bf16 else x.float()))
+            return stages.joined([*earlier, x, *later]).float()
 
 
 def split_body(

@@ -21,8 +21,9 @@ from ..data.images import FITS
 from ..data.source import check_size
 from ..data.views import VIEWS, map_batches, normalize, view_name
 from ..models.backbones import create_body
-from ..models.network import POOLS, Body, default_bs, make_body
-from ..models.registry import DEFAULT_ARCH, find_backbone
+from ..models.joined import JoinedNetworks
+from ..models.network import Body, default_bs, make_body
+from ..models.registry import DEFAULT_ARCH, find_backbone, joined_name
 from ..models.stages import Stages, stage_names
 from ..utils.checks import image_list
 from ..utils.files import cache_folder, package_version, progress, unknown
@@ -93,10 +94,11 @@ class Features:
     def numpy(
         self,
         stages=None,  # Name or names of stages; all if None
-        pool: str = 'mean',  # 'mean' or 'max'
+        pool: str | None = None,  # One of `pools`; the first if None
     ) -> np.ndarray:  # float32 (images, views, channels)
         "Features as an array; one stage of one view of all images is memory-mapped and not copied"
         pools = self.about['pools']
+        pool = pools[0] if pool is None else pool
         if pool not in pools:
             raise unknown('pool', pool, pools, 'Extract others with pools=(...)')
         arrays = []
@@ -109,7 +111,7 @@ class Features:
     def pandas(
         self,
         stages=None,  # Name or names of stages; all if None
-        pool: str = 'mean',  # 'mean' or 'max'
+        pool: str | None = None,  # One of `pools`; the first if None
     ) -> pd.DataFrame:  # One row for each image, columns like `stage6_017`
         "Features as a table, the mean over the views"
         names = _chosen(stages, self.stages)
@@ -124,7 +126,9 @@ def weights_digest(
 ) -> str:  # 16 hexadecimal digits of a SHA-256
     "Hash of the current weights and statistics of a body"
     stages = body.stages
-    if last and isinstance(stages, Stages):
+    if last and isinstance(stages, JoinedNetworks):
+        stages = stages.bodies[last]
+    elif last and isinstance(stages, Stages):
         stages = stages[: stage_names(stages).index(last) + 1]
     h = hashlib.sha256()
     for k, v in stages.state_dict().items():
@@ -244,7 +248,7 @@ def extract_features(
     views: str = 'none',  # Name in `VIEWS`
     stages=None,  # Names of stages; all if None
     *,
-    pools=('mean',),  # 'mean', 'max' or both
+    pools=None,  # Kinds of pooling, such as ('mean', 'max'); that of the head if None
     folder: str | Path | None = None,  # Folder of the stores; the cache if None
     bs: int | None = None,  # Batch size, part of the description; chosen if None
     label: str = 'features',  # Label of the progress bar
@@ -255,7 +259,7 @@ def extract_features(
         raise ValueError('the list of images is empty: give one image or more')
     known = stage_names(body.stages)
     chosen = _chosen(stages, known)
-    pools = _chosen(pools, POOLS, 'pool')
+    pools = list(body.pools) if pools is None else _chosen(pools, body.all_pools, 'pool')
     names = [n for n in known if n in chosen]
     about = {**reading(body, size, reader, fit, views, bs), 'pools': pools}
     stores = _view_stores(body, about, names, folder or cache_folder() / 'features')
@@ -299,14 +303,15 @@ def _pooled_views(body, views, pools, x, fields) -> dict:
 def whole_body(
     arch: str,  # Backbone: registry, timm or torchvision
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
+    size: int | None = None,  # Height and width of the images; the native size if None
 ) -> torch.nn.Module:  # `Stages` or `PooledNetwork`
     "Make a backbone with every stage up to the layer before its classifier"
-    return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None)
+    return create_body(arch, weights, stage='neck' if find_backbone(arch).until else None, size=size)
 
 # %% ../../nbs/features/01_extraction.ipynb #a52a63c7
 def image_features(
     images: list,  # Paths or images
-    arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
+    arch: str | list = DEFAULT_ARCH,  # Backbone, or several side by side
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
     runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
     size: int | None = None,  # Height and width; the backbone's if None
@@ -318,8 +323,8 @@ def image_features(
     ----------
     images : list
         Paths or images
-    arch : str, optional
-        Backbone: registry, timm or torchvision
+    arch : str | list, optional
+        Backbone, or several side by side
     weights : str | Path | None, default None
         None: pretrained; a file; or 'random'
     runtime : str, default 'auto'
@@ -356,7 +361,7 @@ def image_features(
     >>> len(features), features.views
     (100, 1)
     """
-    stages = whole_body(arch, weights)
+    stages = whole_body(joined_name(arch), weights, size if size is None else check_size(size))
     size = stages.spec.size if size is None else check_size(size)
     body = make_body(stages, size, runtime)
     return extract_features(images, body, size, **kwargs)

@@ -91,6 +91,10 @@ class ModelCard(JsonFields):
     positive: Positive | None = field(default=None, metadata={LATER: True})  # The positive classes
     ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes ordered grades?
     made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
+    block_stages: Annotated[int, Range(1, 1000)] | None = field(
+        default=None, metadata={LATER: True}
+    )  # Number of stages that the blocks of a transformer form
+    pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
     more: dict = field(default_factory=dict)  # Fields of another version
 
     def __post_init__(self):

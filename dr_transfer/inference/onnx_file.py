@@ -174,6 +174,8 @@ def _graph(model):
     for m in net.modules():
         if getattr(m, 'inplace', False):
             m.inplace = False  # converts faster
+        if hasattr(m, 'fused_attn'):
+            m.fused_attn = False  # attention of timm; the fused one is converted only in 4 dimensions
     card = model.card
     views = VIEWS[card.views]
     temperature = _temperature(card)

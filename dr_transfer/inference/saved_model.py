@@ -143,6 +143,8 @@ def image_model(
         'arch',
         'stage',
         'n_stages',
+        'block_stages',
+        'pool',
         'head',
         'task',
         'target',
@@ -383,7 +385,8 @@ def _build_model(card, found, runtime) -> nn.Module:
     "Build the network of a card; ValueError if its tensors differ from those found in the file"
     in_body = {k: v for k, v in found.items() if k.startswith('0.')}
     in_head = {k: v for k, v in found.items() if k not in in_body}
-    stages = create_body(card.arch, 'random', card.n_stages, card.stage)
+    how = {'size': card.size, 'block_stages': card.block_stages, 'pool': card.pool or None}
+    stages = create_body(card.arch, 'random', card.n_stages, card.stage, **how)
     _compare({f'0.stages.{k}': v for k, v in stages.state_dict().items()}, in_body)
     body = make_body(stages, card.size, runtime, 'cpu')
     shape = card.head, head_inputs(stages, card.head, card.size), len(card.classes)

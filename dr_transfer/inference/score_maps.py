@@ -13,9 +13,9 @@ from torch import nn
 from ..data.fundus import read_image
 from ..data.views import normalize, stack_images
 from .saved_model import ImageModel
+from ..models.layout import ChannelsFirst
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
-from ..models.stages import Stages
 
 # %% ../../nbs/inference/05_score_maps.ipynb #e1261664
 class _PerPosition(nn.Module):
@@ -106,7 +106,7 @@ def dense_model(
 ) -> nn.Sequential:  # Images (n, 3, h, w) to logits (n, k, h', w')
     "Convert a model to one that scores each window of a larger image; (n, k, 1, 1) at its own size"
     stages = getattr(model[0], 'stages', model[0]).eval()
-    if not isinstance(stages, Stages):
+    if getattr(stages, 'layout', None) != ChannelsFirst():
         raise ValueError(
             f"'{stages.spec.name}' is not a chain of convolutions, so it cannot score windows. Use another backbone"
         )

@@ -6,11 +6,13 @@
 __all__ = ['create_body', 'save_weights', 'backbone_table']
 
 # %% ../../nbs/models/06_backbones.ipynb #428c16ee
+import hashlib
 import importlib
 import os
 import time
 import urllib.parse
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .registry import BACKBONES, build_network, find_backbone
+from .joined import JoinedNetworks
+from .registry import BACKBONES, JOIN, build_network, find_backbone
 from .stages import Stages, find_stages, probe_batch, stage_names
 from .weights import WeightsError, fill, hashed_weights, reachable, weights_folders
-from ..utils.files import new_file, usual_mode
+from ..utils.files import new_file, unknown, usual_mode
 
 # %% ../../nbs/models/06_backbones.ipynb #f016f548
 def _find_file(spec) -> Path | None:
@@ -84,23 +87,106 @@ def create_body(
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
     n_stages: int | None = None,  # Number of last stages in the output; default if None
     stage: str | int | None = None,  # Last stage, by name or from the end (-1); default if None
+    *,
+    size: int | None = None,  # Height and width of the images; the native size if None
+    block_stages: int | None = None,  # Number of stages that transformer blocks form
+    pool: str | None = None,  # 'mean', 'token' or 'both'; the network's if None
 ) -> nn.Module:  # `Stages` or `PooledNetwork`, with `spec`, `weights` and `n_out`
     "Make a backbone without its classifier, in evaluation mode; `WeightsError` if its weights cannot be loaded"
     spec = find_backbone(arch)
+    if spec.library == 'joined':
+        return _joined_body(spec, weights, n_stages, stage, size)
     net = build_network(spec).eval()
-    body = find_stages(net, spec, stage)
-    inside = {id(v) for v in body.state_dict(keep_vars=True).values()}
-    needed = {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
-    body.weights = _load(net, spec, weights, needed)
+    body = find_stages(net, spec, stage, block_stages)
+    body_weights = _load(net, spec, weights, _names_within(net, body))
+    sized = spec
+    if size not in (None, spec.size) and _is_resized(net, size):
+        sized = replace(spec, size=size)
+        body = find_stages(net, sized, stage, block_stages)
+    body.weights = body_weights
     body.spec = spec
+    body.block_stages = block_stages
     if n_stages is None:
         n_stages = spec.n_stages if stage is None else 1
     body.n_stages = _checked_n_stages(body, n_stages)
-    with torch.no_grad():
-        body.n_out = body.eval()(probe_batch(net, spec)).shape[1]
+    body.pool = _checked_pool(body, pool)
+    body.n_out = _n_out(body, probe_batch(net, sized).shape[-1])
     return body
 
 # %% ../../nbs/models/06_backbones.ipynb #6a795f71
+def _joined_body(spec, weights, n_stages, stage, size) -> JoinedNetworks:
+    "Networks side by side, each cut before or after its neck"
+    if weights not in (None, 'random'):
+        raise WeightsError(
+            f"weights={str(weights)!r:.60} are for one network, and '{spec.name}' are several networks: "
+            "leave weights out, or give 'random'"
+        )
+    if stage not in (None, 'last', 'neck'):
+        raise ValueError(f"'{spec.name}' are several networks and cannot be cut at '{stage}': give no stage")
+    if n_stages is None:
+        n_stages = spec.with_neck if stage == 'neck' else spec.n_stages
+    bodies = OrderedDict()
+    for name in spec.name.split(JOIN):
+        ends_at = 'neck' if stage == 'neck' and find_backbone(name).until else None
+        part = create_body(name, weights, 1, ends_at, size=size)
+        if isinstance(part, Stages):
+            part.n_stages = min(n_stages, len(part))
+            part.n_out = _n_out(part, size or part.spec.size)
+        bodies[name] = part
+    body = JoinedNetworks(bodies, n_stages, stage or 'last')
+    body.spec = spec
+    body.block_stages = None
+    body.weights = _joined_weights([b.weights for b in bodies.values()])
+    body.n_out = sum(b.n_out for b in bodies.values())
+    return body.eval()
+
+
+@torch.no_grad()
+def _n_out(body, size) -> int:
+    "Number of channels of the output of a body"
+    return body.eval()(torch.zeros(1, 3, size, size)).shape[1]
+
+
+def _joined_weights(parts) -> Weights:
+    "The sources of the weights of several networks"
+    kinds = dict.fromkeys(w.kind for w in parts)
+    hashes = ''.join(w.sha256 for w in parts)
+    return Weights(
+        kind=' and '.join(kinds),
+        name=', '.join(w.name for w in parts if w.name),
+        sha256=hashlib.sha256(hashes.encode()).hexdigest() if hashes else '',
+    )
+
+
+def _names_within(net, body) -> set:
+    "Names in a network of the tensors that a body uses"
+    inside = {id(v) for v in body.state_dict(keep_vars=True).values()}
+    return {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
+
+
+def _is_resized(net, size) -> bool:
+    "Adapt windows and position embedding to another size, as timm does; False if the network has neither"
+    if not hasattr(net, 'set_input_size'):
+        return False
+    try:
+        net.set_input_size(img_size=size)
+    except (AssertionError, RuntimeError, TypeError, ValueError):
+        return False  # the size is checked where the body is used
+    return True
+
+
+def _checked_pool(body, pool) -> str:
+    if not isinstance(body, Stages):
+        if pool is not None:
+            raise ValueError(f"pool='{pool}': '{body.spec.name}' pools its features itself. Leave it out")
+        return 'mean'
+    if pool is None:
+        return body.layout.default_pool
+    if pool not in body.layout.pools:
+        raise unknown(f'pool of {body.spec.name}', pool, body.layout.pools)
+    return pool
+
+
 def _checked_n_stages(body, n_stages) -> int:
     maximum = len(body) if isinstance(body, Stages) else 1
     if not 1 <= n_stages <= maximum:
@@ -133,12 +219,14 @@ def save_weights(
     "Save the weights of a body to a file for `weights=`; ValueError if the file exists or `body` is not a body"
     if not hasattr(body, 'spec'):
         raise ValueError(f'{type(body).__name__} is not a body from create_body: for a learner, give learn.body.stages')
+    if isinstance(body, JoinedNetworks):
+        raise ValueError(f"'{body.spec.name}' are several networks: save the weights of each by itself")
     net = build_network(body.spec).eval()
-    twin = find_stages(net, body.spec, stage_names(body)[-1])
+    twin = find_stages(net, body.spec, stage_names(body)[-1], body.block_stages)
     twin.load_state_dict(body.state_dict())
-    inside = {id(v) for v in twin.state_dict(keep_vars=True).values()}
+    names = _names_within(net, twin)
     with new_file(file, overwrite) as tmp:
-        tensors = {k: v.detach().contiguous() for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
+        tensors = {k: v.detach().contiguous() for k, v in net.state_dict().items() if k in names}
         save_file(tensors, tmp)
         usual_mode(tmp)
     return Path(file)

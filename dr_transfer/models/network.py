@@ -16,25 +16,12 @@ from torch import nn
 from ..data.source import NETWORK_SIZES
 from ..data.views import VIEWS, map_batches, normalize, stack_images
 from .head import Head
+from .joined import JoinedNetworks
 from .ordered import ORDERED
+from .registry import nearest_size, patch_size
 from .speed import Runtime, forward_copy, get_runtime, training_copy
 from .stages import Stages, stage_names
 from ..utils.files import progress, unknown
-
-# %% ../../nbs/models/10_network.ipynb #31ab6f21
-def _mean(x):
-    "Mean over the image in float32; in the order of memory if the channels are last"
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
-    return x.mean((2, 3), dtype=torch.float32)
-
-
-def _max(x):
-    "Maximum over the image in float32"
-    return x.amax((2, 3)).float()
-
-
-POOLS = {'mean': _mean, 'max': _max}  # name -> function of maps (n, c, h, w)
 
 # %% ../../nbs/models/10_network.ipynb #19d5f4c5
 _COPY_LOCK = threading.Lock()  # threads that predict share one copy of a body
@@ -59,6 +46,16 @@ class Body(nn.Module):
         self._copy = None
         if self.forward_runtime.channels_last:
             self.to(memory_format=torch.channels_last)
+
+    @property
+    def pools(self) -> tuple:
+        "The kind of pooling that the head reads, as a tuple"
+        return (getattr(self.stages, 'pool', 'mean'),)
+
+    @property
+    def all_pools(self) -> tuple:
+        "The kinds of pooling that are possible"
+        return self.stages.layout.pools if isinstance(self.stages, Stages) else ('mean', 'max')
 
     def trains_stages(self) -> bool:
         "Are gradients of the stages needed?"
@@ -94,11 +91,14 @@ class Body(nn.Module):
         with runtime.cast(x.device.type):
             return stages(runtime.place(x)).float()
 
-    def pooled(self, x: torch.Tensor, names: list, pools: tuple = ('mean',)) -> dict:
+    def pooled(self, x: torch.Tensor, names: list, pools: tuple = ()) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
+        pools = pools or self.pools
         runtime = self.runtime(x)
         stages = self.fast_stages(x)
         with runtime.cast(x.device.type):
+            if isinstance(stages, JoinedNetworks):
+                return {k: v[:, None].expand(-1, len(pools), -1) for k, v in stages.features(runtime.place(x)).items()}
             if not isinstance(stages, Stages):
                 return {'last': torch.stack([stages(x).float()] * len(pools), 1)}
             last = max(map(stage_names(stages).index, names))
@@ -107,7 +107,7 @@ class Body(nn.Module):
             for name, stage in list(stages.named_children())[: last + 1]:
                 x = stage(x)
                 if name in names:
-                    out[name] = torch.stack([POOLS[p](x) for p in pools], 1)
+                    out[name] = torch.stack([stages.pooled(x, p) for p in pools], 1)
         return out
 
     def train(self, mode=True):
@@ -158,6 +158,12 @@ def check_network_size(
     why = _size_error(stages, size)
     if not why:
         return
+    nearest = nearest_size(stages.spec, size)
+    if nearest != size:
+        raise ValueError(
+            f"'{stages.spec.name}' reads patches of {patch_size(stages.spec)} by {patch_size(stages.spec)} pixels, "
+            f'and images of {size} pixels do not consist of them: give size={nearest} (--size {nearest})'
+        )
     smallest = min_size(stages)
     raise ValueError(
         f"'{stages.spec.name}' does not accept images of {size} pixels ({why}). "

@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/models/04_registry.ipynb #f2603016
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import timm
 import torch
@@ -58,6 +59,7 @@ def _lite(i, size):
 
 
 DEFAULT_ARCH = 'efficientnet_lite0'  # the default of `arch=`
+JOIN = '+'  # between the names of networks side by side
 
 # %% ../../nbs/models/04_registry.ipynb #2a52e072
 def head_stages(
@@ -105,11 +107,38 @@ BACKBONES = {
 }
 
 # %% ../../nbs/models/04_registry.ipynb #cec9438f
+@cache
 def _meta(factory):
-    "A timm network on the meta device"
+    "A timm network without values, on the meta device"
     with torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return timm.create_model(factory)
+
+
+def _joined(parts) -> Backbone:
+    "The description of several networks side by side, in the normalisation of the first"
+    names = [part.name for part in parts]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the backbone '{twice[0]}' is given twice in '{JOIN.join(names)}': give each once")
+    return replace(
+        parts[0],
+        name=JOIN.join(names),
+        library='joined',
+        licence=', '.join(dict.fromkeys(part.licence for part in parts)),
+        weights='joined',
+        file='',
+        until=next((part.until for part in parts if part.until), ''),
+        n_stages=4,
+        with_neck=3,
+    )
+
+
+def joined_name(
+    arch: str | list,  # Name of a backbone, or several names
+) -> str:
+    "The name of several networks side by side; a single name is returned unchanged"
+    return arch if isinstance(arch, str) else JOIN.join(arch)
 
 
 def find_backbone(
@@ -120,6 +149,8 @@ def find_backbone(
         raise unknown('backbone', name, BACKBONES, 'You can also use any name of timm or torchvision')
     if name in BACKBONES:
         return BACKBONES[name]
+    if JOIN in name:
+        return _joined([find_backbone(part) for part in name.split(JOIN)])
     library, _, rest = name.partition('.') if name.startswith(('timm.', 'torchvision.')) else ('', '', name)
     if library != 'torchvision' and timm.is_model(rest):
         cfg = timm.get_pretrained_cfg(rest) or timm.models.PretrainedCfg(**_meta(rest).pretrained_cfg)
@@ -156,14 +187,38 @@ def find_backbone(
     )
 
 # %% ../../nbs/models/04_registry.ipynb #b24464b0
+_ANY_SIZE = ('deit', 'eva', 'vision_transformer')  # transformers of timm that resample their position embedding
+
+
+def patch_size(
+    spec: Backbone,  # From `find_backbone`
+) -> int:  # 1 for a network that is not such a transformer
+    "Height and width of the patches of a transformer that accepts any multiple of them as image size"
+    if spec.library != 'timm' or not timm.models.is_model_in_modules(spec.factory, _ANY_SIZE):
+        return 1
+    return max(_meta(spec.factory).patch_embed.patch_size)
+
+
+def nearest_size(
+    spec: Backbone,  # From `find_backbone`
+    size: int,  # Height and width of the images in pixels
+) -> int:
+    "The nearest image size that consists of whole patches; the same size for other networks"
+    patch = patch_size(spec)
+    return max(patch, round(size / patch) * patch)
+
+
 def build_network(
     spec: Backbone,  # From `find_backbone`
 ) -> nn.Module:  # With its classifier
-    "Make a network with random weights"
+    "Make a network with random weights; a list of networks if several are joined"
+    if spec.library == 'joined':
+        return nn.ModuleList(build_network(find_backbone(name)) for name in spec.name.split(JOIN))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if spec.library == 'timm':
-            return timm.create_model(spec.factory, pretrained=False)
+            any_size = {'dynamic_img_size': True} if timm.models.is_model_in_modules(spec.factory, _ANY_SIZE) else {}
+            return timm.create_model(spec.factory, pretrained=False, **any_size)
         if spec.library == 'dr_transfer':
             return NETWORKS[spec.factory]()
         kw = {'aux_logits': False} if spec.factory in ('googlenet', 'inception_v3') else {}

@@ -6,14 +6,18 @@
 __all__ = ['layer_groups']
 
 # %% ../../nbs/models/05_stages.ipynb #c49a70df
+import copy
 from collections import OrderedDict
 from numbers import Integral
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
 from torch import nn
 
+from .joined import JoinedNetworks
+from .layout import ChannelsFirst, ChannelsLast, Tokens
 from .registry import Backbone
 from ..utils.files import unknown
 
@@ -60,29 +64,50 @@ def _resized(m, size) -> torch.Tensor:
 
 
 class Stages(nn.Sequential):
-    "A network as a chain of stages; its output is the maps of the last `n_stages` stages, concatenated"
+    "A network as a chain of stages; its output is that of the last `n_stages` stages: maps, or pooled tokens"
 
     n_stages = 1
+    layout = ChannelsFirst()
+    pool = 'mean'
 
-    def maps(self, x) -> list:
-        "The maps of every stage, nearest to the input first"
+    def like(self, other: 'Stages') -> 'Stages':
+        "Take over how the output of other stages is read"
+        self.layout = other.layout
+        self.pool = other.pool
+        self.n_stages = other.n_stages
+        return self
+
+    def activations(self, x) -> list:
+        "The output of every stage, nearest to the input first"
         out = []
         for stage in self:
             out.append(x := stage(x))
         return out
 
-    def joined(self, maps: list) -> torch.Tensor:
-        "Concatenate the last `n_stages` maps at the size of the last"
+    def maps(self, x) -> list:
+        "The maps (n, c, h, w) of every stage, nearest to the input first"
+        return [self.layout.to_maps(a) for a in self.activations(x)]
+
+    def pooled(self, x, pool=None) -> torch.Tensor:
+        "Pool the output of a stage over the image: (n, channels)"
+        return self.layout.pooled(x, pool or self.pool)
+
+    def joined(self, activations: list) -> torch.Tensor:
+        "Concatenate the outputs of the last `n_stages` stages: maps at the size of the last, or pooled tokens"
+        read = activations[-self.n_stages :]
+        if isinstance(self.layout, Tokens):
+            return torch.cat([a if a.ndim == 2 else self.pooled(a) for a in read], 1)
+        read = [a if a.ndim == 2 else self.layout.to_maps(a) for a in read]
         if self.n_stages == 1:
-            return maps[-1]
-        return torch.cat([_resized(m.float(), maps[-1].shape[-2:]) for m in maps[-self.n_stages :]], 1)
+            return read[-1]
+        return torch.cat([_resized(m.float(), read[-1].shape[-2:]) for m in read], 1)
 
     def forward(self, x):
-        return self.joined(self.maps(x)) if self.n_stages > 1 else super().forward(x)
+        return self.joined(self.activations(x))
 
 # %% ../../nbs/models/05_stages.ipynb #fa2c6707
 class PooledNetwork(nn.Module):
-    "A network that is not a chain of stages, such as a transformer with a class token; its output is pooled features"
+    "A network that is not a chain of stages; its output is the features that it pools itself"
 
     n_stages = 1
 
@@ -118,8 +143,8 @@ def probe_batch(
     spec: Backbone,  # From `find_backbone`
     n: int = 1,  # Images
 ) -> torch.Tensor:  # (n, 3, size, size)
-    "A small random batch: of 64 pixels, or of the native size if the network accepts no other"
-    for size in dict.fromkeys((64, spec.size)):
+    "A small random batch: of 64 or 112 pixels, or of the native size if the network accepts no other"
+    for size in dict.fromkeys((64, 112, spec.size)):
         x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
@@ -141,16 +166,22 @@ def _with_weights(stages) -> list:
     return out
 
 # %% ../../nbs/models/05_stages.ipynb #b63b10da
-def _called_once(calls) -> bool:
-    "Is each unit called once, and does each return maps?"
+def _called_once(calls, ndim) -> bool:
+    "Is each unit called once, and does each return activations of this number of dimensions?"
     names = {name for name, *_ in calls}
-    return bool(calls) and len(names) == len(calls) and all(torch.is_tensor(o) and o.ndim == 4 for *_, o in calls)
+    return bool(calls) and len(names) == len(calls) and all(torch.is_tensor(o) and o.ndim == ndim for *_, o in calls)
 
 
-def _last_is_features(net, calls) -> bool:
+def _map_layout(calls):
+    "The layout of maps; images are square, so that equal sizes tell where the channels are"
+    last = any(o.shape[1] == o.shape[2] != o.shape[3] for *_, o in calls)
+    return ChannelsLast() if last else ChannelsFirst()
+
+
+def _last_is_features(net, calls, layout) -> bool:
     "Does the last output have the number of channels that timm states for a stage or the features?"
     channels = {f['num_chs'] for f in net.feature_info} | {net.num_features}
-    return calls[-1][2].shape[1] in channels
+    return layout.to_maps(calls[-1][2]).shape[1] in channels
 
 
 def _stage_name(i, stage, until) -> str:
@@ -160,16 +191,23 @@ def _stage_name(i, stage, until) -> str:
     return 'neck' if until and hasattr(stage, until) else f'stage{i}'
 
 
-def find_chain(
-    net: nn.Module,  # From `build_network`, in evaluation mode
-    spec: Backbone,  # From `find_backbone`
-):  # `Stages`, or None if the network is not a chain
-    "Convert a network to a chain of stages with exactly the same output"
-    x = probe_batch(net, spec, n=2)
-    calls = _trace(net, x, net.forward_features if spec.library == 'timm' else net)
+def _same_output(chain, x, expected) -> bool:
+    "Is the output of a chain exactly that of the network?"
+    try:
+        with torch.no_grad():
+            return torch.equal(chain.activations(x)[-1], expected)
+    except Exception:  # a network that is not a chain can raise any error
+        return False
+
+
+def _chain_of_units(net, spec, x, calls):
+    "A network whose units are called one after the other, as a chain of stages; None if it is none"
     ends = [i for i, (_, module, _) in enumerate(calls) if isinstance(module, _ENDS)]
     calls = calls[: ends[0]] if ends else calls
-    if not _called_once(calls) or (spec.library == 'timm' and not _last_is_features(net, calls)):
+    if not _called_once(calls, ndim=4):
+        return None
+    layout = _map_layout(calls)
+    if spec.library == 'timm' and not _last_is_features(net, calls, layout):
         return None
     names = [name for name, *_ in calls]
     neck = names.index(spec.until) if spec.until in names else len(names)
@@ -177,13 +215,132 @@ def find_chain(
     for i, ((name, module, _), depth) in enumerate(zip(calls, _depth_of(net, calls, spec.library))):
         stages.setdefault((i >= neck, depth), []).append((name.replace('.', '_'), module))
     stages = _with_weights([nn.Sequential(OrderedDict(s)) for s in stages.values()])
-    body = Stages(OrderedDict((_stage_name(i, s, spec.until), s) for i, s in enumerate(stages)))
-    try:
-        with torch.no_grad():
-            same = torch.equal(body(x), calls[-1][2])
-    except Exception:  # a network that is not a chain can raise any error
+    if layout == ChannelsLast() and isinstance(stages[-1][0], nn.LayerNorm):
+        norm = stages.pop()
+        stages[-1].add_module('norm', norm[0])
+    chain = Stages(OrderedDict((_stage_name(i, s, spec.until), s) for i, s in enumerate(stages)))
+    chain.layout = layout
+    return chain if _same_output(chain, x, calls[-1][2]) else None
+
+# %% ../../nbs/models/05_stages.ipynb #0c7d038f
+def _only(net, keep) -> nn.Module:
+    "A network that shares the weights of another, with the identity for its modules that are not named"
+    twin = copy.copy(net)
+    twin._parameters = dict(net._parameters)
+    twin._modules = {name: m if name in keep else nn.Identity() for name, m in net._modules.items()}
+    return twin
+
+
+class Stem(nn.Module):
+    "A transformer up to its first block: patches, class token, registers and position embedding"
+
+    def __init__(self, net: nn.Module, keep: set):
+        super().__init__()
+        self.net = _only(net, keep)
+        self.net.blocks = nn.Sequential()
+
+    def forward(self, x):
+        return self.net.forward_features(x)
+
+
+class RotaryBlocks(nn.Sequential):
+    "Blocks that get a rotary position embedding, which a module of the stem computes"
+
+    def __init__(self, blocks: OrderedDict, stem: Stem, first: int, layout: Tokens):
+        super().__init__(blocks)
+        self.stem = [stem]  # in a list: its weights belong to the first stage
+        self.first = first
+        self.layout = layout
+
+    def forward(self, x):
+        net = self.stem[0].net
+        embedding = net.rope.get_embed(shape=(self.layout.grid(x),) * 2)
+        for i, block in enumerate(self, self.first):
+            x = block(x, rope=embedding[i] if net.rope_mixed else embedding)
+        return x
+
+
+class PoolingNeck(nn.Module):
+    "The layers with which a transformer pools its tokens: (n, tokens, c) to (n, c)"
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = _only(net, {'attn_pool', 'fc_norm'})
+        self.net._parameters = {}
+
+    def forward(self, x):
+        return self.net.forward_head(x, pre_logits=True)
+
+# %% ../../nbs/models/05_stages.ipynb #f53cca42
+def _group_sizes(shapes, n, name) -> list[int]:
+    "Number of blocks in each stage: equal if their number `n` is given, otherwise up to each change of shape, or 4"
+    n_blocks = len(shapes)
+    if n is not None and not 1 <= n <= n_blocks:
+        raise ValueError(f"block_stages={n}: the {n_blocks} blocks of '{name}' can form 1 to {n_blocks} stages")
+    starts = [i for i in range(1, n_blocks) if shapes[i] != shapes[i - 1]]
+    if n is None and starts:
+        return np.diff([0, *starts, n_blocks]).tolist()
+    return [len(part) for part in np.array_split(range(n_blocks), n or min(4, n_blocks))]
+
+
+def _token_layout(net, outputs) -> Tokens:
+    "The layout of the tokens that blocks return"
+    embeds = getattr(net, 'embeds', net)
+    class_token = getattr(embeds, 'cls_token', None) is not None
+    order = {}
+    if hasattr(net, 'reroll'):  # Hiera
+        for i, out in enumerate(outputs):
+            tokens = torch.arange(out.shape[1])[None, :, None]
+            order[out.shape[1]] = net.reroll(tokens, i).flatten()
+    return Tokens(
+        prefix=getattr(net, 'num_prefix_tokens', 0),
+        default_pool='token' if class_token and getattr(net, 'global_pool', '') == 'token' else 'mean',
+        class_token=class_token,
+        order=order,
+    )
+
+
+def _chain_of_blocks(net, spec, x, calls, n=None):
+    "A transformer as a chain of stages, its blocks in `n` of them; None if it has no blocks that form a chain"
+    at = [i for i, (name, *_) in enumerate(calls) if name.startswith('blocks.')]
+    if not at or len(at) != len(getattr(net, 'blocks', ())) or not _called_once([calls[i] for i in at], ndim=3):
         return None
-    return body if same else None
+    outputs = [calls[i][2] for i in at]
+    layout = _token_layout(net, outputs)
+    stem = Stem(net, {name.partition('.')[0] for name, *_ in calls[: at[0]]} | {'rope'})
+    stages = OrderedDict(stem=stem)
+    first = 0
+    for i, size in enumerate(_group_sizes([o.shape for o in outputs], n, spec.name), 1):
+        blocks = OrderedDict((f'blocks_{j}', net.blocks[j]) for j in range(first, first + size))
+        if getattr(net, 'rope', None) is not None:
+            blocks = OrderedDict(blocks=RotaryBlocks(blocks, stem, first, layout))
+        stages[f'stage{i}'] = nn.Sequential(blocks)
+        first += size
+    for name, module, _ in calls[at[-1] + 1 :]:
+        stages[f'stage{i}'].add_module(name.replace('.', '_'), module)
+    chain = Stages(stages)
+    if not _same_output(chain, x, calls[-1][2]):
+        return None
+    chain.layout = layout
+    if getattr(net, 'attn_pool', None) is not None:
+        chain.add_module('neck', PoolingNeck(net))
+    return chain
+
+# %% ../../nbs/models/05_stages.ipynb #e2263f26
+def find_chain(
+    net: nn.Module,  # From `build_network`, in evaluation mode
+    spec: Backbone,  # From `find_backbone`
+    block_stages: int | None = None,  # Number of stages that the blocks of a transformer form
+):  # `Stages`, or None if the network is not a chain
+    "Convert a network to a chain of stages with exactly the same output"
+    x = probe_batch(net, spec, n=2)
+    calls = _trace(net, x, net.forward_features if spec.library == 'timm' else net)
+    has_blocks = any(name.startswith('blocks.') and torch.is_tensor(o) and o.ndim == 3 for name, _, o in calls)
+    if spec.library == 'timm' and has_blocks:
+        return _chain_of_blocks(net, spec, x, calls, block_stages)
+    if block_stages is not None:
+        raise ValueError(f"block_stages={block_stages}: '{spec.name}' has no blocks of a transformer. Leave it out")
+    return _chain_of_units(net, spec, x, calls)
 
 # %% ../../nbs/models/05_stages.ipynb #861628ba
 def layer_groups(
@@ -192,6 +349,8 @@ def layer_groups(
     "The parameters of a body by depth"
     if isinstance(body, Stages):
         return OrderedDict((n, list(m.parameters())) for n, m in body.named_children())
+    if isinstance(body, JoinedNetworks):
+        return OrderedDict((n, list(m.parameters())) for n, m in body.bodies.items())
     net, groups = body.net, OrderedDict()
     depth = timm.models.group_parameters(net, net.group_matcher(coarse=True), reverse=True)
     for name, p in net.named_parameters():
@@ -219,8 +378,24 @@ def group_table(
 def stage_names(
     body: nn.Module,  # `Stages`, or anything else
 ) -> list[str]:  # Nearest to the input first
-    "The stages at which a network can be cut; only 'last' if it is not a chain"
+    "The stages at which a network can be cut; only 'last' if it is not a chain; the names of joined networks"
+    if isinstance(body, JoinedNetworks):
+        return list(body.bodies)
     return [n for n, _ in body.named_children()] if isinstance(body, Stages) else ['last']
+
+
+def last_stage(
+    body: nn.Module,  # From `create_body`
+) -> str:
+    "The value of `stage` with which `create_body` makes the same body again"
+    return body.stage if isinstance(body, JoinedNetworks) else stage_names(body)[-1]
+
+
+def reads_tokens(
+    body: nn.Module,  # `Stages`, or anything else
+) -> bool:
+    "Is a body a chain of stages whose output is tokens?"
+    return isinstance(body, Stages) and isinstance(body.layout, Tokens)
 
 
 def _cut_chain(
@@ -240,7 +415,7 @@ def _cut_chain(
             f'{unknown(f"stage of {spec.name}", stage, names)}. Give one of these, '
             f'or count from the end, -1 to -{len(own)}'
         )
-    return Stages(OrderedDict(list(chain.named_children())[: names.index(stage) + 1]))
+    return Stages(OrderedDict(list(chain.named_children())[: names.index(stage) + 1])).like(chain)
 
 
 def _pooled_network(
@@ -263,7 +438,9 @@ def find_stages(
     net: nn.Module,  # From `build_network`, in evaluation mode
     spec: Backbone,  # From `find_backbone`
     stage: str | int | None = None,  # Last stage, by name or from the end; its default if None
+    block_stages: int | None = None,  # Number of stages that the blocks of a transformer form
 ) -> nn.Module:  # `Stages` or `PooledNetwork`
     "A network without its classifier, cut after a stage if one is given"
-    chain = find_chain(net, spec)
-    return _pooled_network(net, spec, stage) if chain is None else _cut_chain(chain, spec, stage)
+    chain = find_chain(net, spec, block_stages)
+    pools_itself = stage == 'last' and reads_tokens(chain)
+    return _pooled_network(net, spec, stage) if chain is None or pools_itself else _cut_chain(chain, spec, stage)

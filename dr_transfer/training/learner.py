@@ -30,7 +30,7 @@ from ..models.backbones import create_body
 from ..models.balance import balanced_loss, image_weights
 from ..models.head import Head
 from ..models.network import create_head, get_head, head_inputs, make_body
-from ..models.stages import group_table, layer_groups, stage_names
+from ..models.stages import group_table, last_stage, layer_groups, reads_tokens
 from .callbacks import LEARNER_METRICS, FrozenMode, HeadFirst, RandomLight, TrainRuntime
 from .phases import find_rate
 from .plans import Plan
@@ -56,6 +56,8 @@ class LearnerConfig:
     balance: str  # Balance of the classes
     valid: float  # Fraction of the images for validation
     seed: int  # Random seed of the split, the head and the order
+    pool: str | None = None  # How tokens are pooled; the backbone's default if None
+    block_stages: int | None = None  # Stages that transformer blocks form
 
 # %% ../../nbs/training/07_learner.ipynb #884eafcd
 def resolve(
@@ -257,8 +259,10 @@ def _first_record(learn, config) -> RunRecord:
         seed=config.seed,
         balance=config.balance,
         weights=body.stages.weights,
-        stage=stage_names(body.stages)[-1],
+        stage=last_stage(body.stages),
         n_stages=body.stages.n_stages,
+        block_stages=config.block_stages,
+        pool=body.pools[0] if reads_tokens(body.stages) else '',
         head=getattr(learn.head, 'about', None),
         size=task.size,
         bs=learn.dls.train.bs,
@@ -281,7 +285,8 @@ def make_learner(
     **kwargs,  # More arguments of `vision_learner`
 ) -> TransferLearner:
     "Make a learner for a split table; raises WeightsError, or ValueError for a head that does not fit"
-    stages = create_body(config.arch, config.weights, config.n_stages, config.stage)
+    how = {'size': task.size, 'block_stages': config.block_stages, 'pool': config.pool}
+    stages = create_body(config.arch, config.weights, config.n_stages, config.stage, **how)
     body = make_body(stages, task.size, config.runtime, default_device() if device is None else device)
     dls = _loaders(config, task, target, table, body)
     head = config.head

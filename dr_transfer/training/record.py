@@ -77,6 +77,8 @@ class RunRecord:
     validation_table: dict | None = None  # Metric -> value, low, high, images
     skipped: tuple[dict, ...] = ()  # Images that could not be read, each with the reason
     made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
+    block_stages: int | None = field(default=None, metadata={LATER: True})  # Stages that transformer blocks form
+    pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
 
     def add_epochs(
         self,
