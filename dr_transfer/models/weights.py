@@ -12,9 +12,7 @@ import io
 import os
 import pickle
 import re
-import socket
 import sys
-import urllib.parse
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,17 +311,3 @@ def fill(
         _check_tensor(k, v, own[k], what)
     net.load_state_dict(fitting, strict=False)
     return table
-
-# %% ../../nbs/models/03_weights.ipynb #ac097387
-def reachable(
-    address: str,  # Address of a hub
-    seconds: float = 3.0,  # Timeout in seconds
-) -> bool:
-    "Can the host of an address be reached? (The retries of the hubs would take most of a minute)"
-    if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')):
-        return True
-    try:
-        socket.create_connection((urllib.parse.urlparse(address).hostname or 'huggingface.co', 443), seconds).close()
-    except OSError:
-        return False
-    return True
