@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .downloads import forget, hub_file, url_file
-from .registry import BACKBONES, build_network, by_hand, find_backbone
+from .registry import BACKBONES, build_network, by_hand, commercial_use, find_backbone
 from .stages import Stages, find_stages, probe_batch, stage_names
 from .weights import WeightsError, fill, read_weights_file, table_line, weights_folders
 from ..utils.files import new_file, usual_mode
@@ -193,11 +193,11 @@ def backbone_table(
     names: list | None = None,  # Names; those of the registry if None
     speed: bool = False,  # Measure images a second on this machine, in float32?
 ) -> pd.DataFrame:  # One row for each backbone
-    "Table of backbones: parameters, multiply-adds at the native size, normalisation, licence, source of the weights"
+    "Table of backbones: size, cost, normalisation, licence, what each was trained on, source of the weights"
     rows = []
     for spec in map(find_backbone, names or BACKBONES):
         with torch.device('meta'):
-            net = build_network(spec).eval()
+            net = build_network(spec).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
         rows.append(
@@ -210,8 +210,10 @@ def backbone_table(
                 'mean': tuple(round(m, 3) for m in spec.mean),
                 'std': tuple(round(s, 3) for s in spec.std),
                 'licence': spec.licence,
+                'commercial_use': commercial_use(spec.licence),
+                'pretrained_on': ', '.join(spec.pretrained_on),
                 'weights': spec.weights,
-                'from': spec.file,
+                'from': spec.page or spec.file,
             }
         )
     return pd.DataFrame(rows).set_index('name')

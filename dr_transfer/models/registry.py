@@ -54,6 +54,7 @@ class Backbone:
     args: tuple = ()  # More arguments of the factory: (name, value)
     n_features: int = 0  # Number of its last features; 0: not known
     pretrained_on: tuple[str, ...] = ()  # Sets of images
+    tasks: tuple[str, ...] = ()  # Tasks whose images it was trained on
 
 # %% ../../nbs/models/04_registry.ipynb #4904cf42
 def _lite(i, size):
@@ -69,6 +70,7 @@ def _lite(i, size):
         until='conv_head',
         n_stages=4,
         with_neck=3,
+        pretrained_on=('ImageNet-1k',),
     )
 
 
@@ -87,7 +89,7 @@ def head_stages(
     return 'neck', spec.with_neck if n_stages is None else n_stages
 
 # %% ../../nbs/models/04_registry.ipynb #006b0cbe
-BACKBONES = {
+_CONVOLUTIONAL = {
     b.name: b
     for b in (
         _lite(0, 224),
@@ -102,6 +104,7 @@ BACKBONES = {
             'Apache-2.0',
             'file',
             'squeezenet1_1.safetensors',
+            pretrained_on=('ImageNet-1k',),
         ),
         Backbone(
             'mobilenet_v2',
@@ -113,11 +116,83 @@ BACKBONES = {
             'file',
             'mobilenet_v2_features.safetensors',
             fixed_bn=True,
+            pretrained_on=('ImageNet-1k',),
         ),
         Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'),
         Backbone('cifarnet', 'dr_transfer', 'cifarnet', 32, *HALF, weights='none'),
     )
 }
+
+# %% ../../nbs/models/04_registry.ipynb #72eea5119410473aa328ad9291626812
+_FUNDUS_DR = ('ImageNet-1k', 'APTOS', 'EyePACS', 'IDRiD', 'DDR')
+
+
+def _timm(name, factory, licence, pretrained_on, **more) -> Backbone:
+    "A network of timm, with the size, the normalisation and the repository that timm has for it"
+    cfg = timm.get_pretrained_cfg(factory)
+    about = {'size': cfg.input_size[-1], 'mean': tuple(cfg.mean), 'std': tuple(cfg.std), 'hub': cfg.hf_hub_id}
+    about |= {'licence': licence, 'pretrained_on': pretrained_on, **more}
+    about.setdefault('file', f'https://huggingface.co/{about["hub"]}')
+    return Backbone(name, 'timm', factory, **about)
+
+
+def _gated(name, factory, repo, pretrained_on) -> Backbone:
+    "A network of RETFound: its file is downloaded by hand"
+    where = {'weights': 'file', 'file': f'{repo}.pth', 'page': f'https://huggingface.co/YukunZhou/{repo}', 'hub': ''}
+    return _timm(name, factory, 'CC BY-NC 4.0', pretrained_on, size=224, tasks=('dr',), **where)
+
+
+def _graded(name, factory) -> Backbone:
+    "A network that was trained to grade diabetic retinopathy"
+    hub = f'ClementP/FundusDRGrading-{factory}'
+    normal = {'mean': IMAGENET[0], 'std': IMAGENET[1]}
+    return _timm(f'fundus_dr_{name}', factory, 'MIT', _FUNDUS_DR, size=512, tasks=('dr',), hub=hub, **normal)
+
+# %% ../../nbs/models/04_registry.ipynb #8edb47106e1a46a883d545849b8ab81b
+_SELF_SUPERVISED = (
+    _timm('dinov2_small', 'vit_small_patch14_dinov2.lvd142m', 'Apache-2.0', ('LVD-142M',), size=224),
+    _timm('dinov3_small', 'vit_small_patch16_dinov3.lvd1689m', 'DINOv3 License', ('LVD-1689M',)),
+    _timm('convnext_tiny_dinov3', 'convnext_tiny.dinov3_lvd1689m', 'DINOv3 License', ('LVD-1689M',)),
+    _timm('pe_core_small', 'vit_pe_core_small_patch16_384.fb', 'Apache-2.0', ('images of the web with texts',)),
+    _timm('siglip2_base', 'vit_base_patch16_siglip_224.v2_webli', 'Apache-2.0', ('WebLI',)),
+    _timm('mobileclip_s0', 'fastvit_mci0.apple_mclip', 'Apple AMLR', ('DataCompDR',)),
+)
+_RETFOUND_MAE = ('ImageNet-1k', 'MEH-MIDAS', 'EyePACS')
+_GREEN = 'https://github.com/justinengelmann/RETFound_Green/releases'
+_RETINAL = (
+    _gated('retfound_mae', 'vit_large_patch16_224.mae', 'RETFound_mae_natureCFP', _RETFOUND_MAE),
+    _gated('retfound_dinov2', 'vit_large_patch14_dinov2.lvd142m', 'RETFound_dinov2_meh', ('LVD-142M', 'MEH-MIDAS')),
+    _timm(
+        'retfound_green',
+        'vit_small_patch14_reg4_dinov2.lvd142m',
+        'CNCRL (non-commercial research)',
+        ('LVD-142M', 'AIROGS', 'DDR', 'ODIR'),
+        size=392,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        hub='',
+        file=f'{_GREEN}/download/v0.1/retfoundgreen_statedict.pth',
+        tasks=('dr',),
+    ),
+    _graded('mobilenet', 'mobilenetv3_small_100'),
+    _graded('efficientnet', 'efficientnet_b0'),
+    _graded('resnet', 'resnet50'),
+    _graded('convnext', 'convnext_small'),
+)
+BACKBONES = {**_CONVOLUTIONAL, **{b.name: b for b in (*_SELF_SUPERVISED, *_RETINAL)}}
+
+# %% ../../nbs/models/04_registry.ipynb #10185d26023b46108eb7d9f57d49d2b3
+def commercial_use(
+    licence: str,  # Licence of the weights
+) -> str:  # 'yes', 'no' or 'ask'; '' without a licence
+    "Whether a licence allows commercial use; 'ask' where it has conditions, or is not known"
+    words = licence.lower()
+    if not words:
+        return ''
+    if any(w in words for w in ('by-nc', 'non-commercial', 'noncommercial', 'amlr')):
+        return 'no'
+    free = ('apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0')
+    return 'yes' if words in free else 'ask'
 
 # %% ../../nbs/models/04_registry.ipynb #7fb27b941602401d91542211134fc71a
 _SOURCES = ('hf_hub:', 'hf-hub:', 'local-dir:')
