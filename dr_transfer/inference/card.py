@@ -91,6 +91,7 @@ class ModelCard(JsonFields):
     positive: Positive | None = field(default=None, metadata={LATER: True})  # The positive classes
     ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes ordered grades?
     made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
+    pretrained_on: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Sets of the pretraining
     more: dict = field(default_factory=dict)  # Fields of another version
 
     def __post_init__(self):

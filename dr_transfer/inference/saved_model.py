@@ -165,6 +165,7 @@ def image_model(
         'std': spec.std,
         'runtime': runtime_name(body.forward_runtime) if on_cpu else '',
         'licence': spec.licence,
+        'pretrained_on': spec.pretrained_on if r.weights.kind != 'random' else (),
         'training': to_dict(training),
     }
     try:

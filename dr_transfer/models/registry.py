@@ -125,6 +125,7 @@ _CONVOLUTIONAL = {
 
 # %% ../../nbs/models/04_registry.ipynb #72eea5119410473aa328ad9291626812
 _FUNDUS_DR = ('ImageNet-1k', 'APTOS', 'EyePACS', 'IDRiD', 'DDR')
+_GRADED = 'ClementP/FundusDRGrading-'
 
 
 def _timm(name, factory, licence, pretrained_on, **more) -> Backbone:
@@ -144,7 +145,7 @@ def _gated(name, factory, repo, pretrained_on) -> Backbone:
 
 def _graded(name, factory) -> Backbone:
     "A network that was trained to grade diabetic retinopathy"
-    hub = f'ClementP/FundusDRGrading-{factory}'
+    hub = f'{_GRADED}{factory}'
     normal = {'mean': IMAGENET[0], 'std': IMAGENET[1]}
     return _timm(f'fundus_dr_{name}', factory, 'MIT', _FUNDUS_DR, size=512, tasks=('dr',), hub=hub, **normal)
 
@@ -280,13 +281,22 @@ def _of_folder(name, folder) -> Backbone:
     return _described(name, file, weights='file', file='model.safetensors', folder=str(file.parent))
 
 
+def _trained_on(repo) -> dict:
+    "What the registry knows of a repository: the sets on which its network was trained"
+    name = repo.partition('@')[0]
+    if name.startswith(_GRADED):
+        return {'pretrained_on': _FUNDUS_DR, 'tasks': ('dr',)}
+    known = next((b for b in BACKBONES.values() if b.hub == name), None)
+    return {'pretrained_on': known.pretrained_on, 'tasks': known.tasks} if known else {}
+
+
 def _of_hub(name, repo) -> Backbone:
     "The backbone of a repository of the hub, or of a folder in which its files were put by hand"
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?', repo):
         raise ValueError(f"arch='{name}': give a repository as hf_hub:owner/name")
     address = f'{hub_address()}/{repo.partition("@")[0]}'
     folder = _hand_folder(repo)
-    where = {'weights': 'hub', 'file': address, 'hub': repo, 'folder': str(folder)}
+    where = {'weights': 'hub', 'file': address, 'hub': repo, 'folder': str(folder), **_trained_on(repo)}
     if (folder / 'config.json').is_file():
         return _described(name, folder / 'config.json', **where)
     try:
