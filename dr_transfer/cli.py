@@ -130,7 +130,7 @@ def _add_advise(commands):
     )
     for group in (add_table_arguments, add_task_arguments, add_split_arguments):
         group(add)
-    add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
+    add('--arch', metavar='NAME', help='backbone: see dr_transfer backbones (default: efficientnet_lite0)')
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 

@@ -452,6 +452,7 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'arch': 'timm.test_vit?embed_dim=100000'}, 'would take too much memory'),
         ({'arch': 'timm.test_vit?checkpoint_path=x.pth'}, 'checkpoint_path'),
         ({'arch': 'timm.test_vit?pretrained=true'}, 'pretrained'),
+        ({'arch': 'timm.test_vit?foo=3'}, 'cannot be made with foo=3'),
     ],
 )
 def test_a_changed_description_with_a_new_hash(tmp_path, model, image, monkeypatch, change, why):

@@ -153,6 +153,25 @@ def test_folders_without_files(folder, tmp_path):
         find_backbone(f'local-dir:{tmp_path / "none"}')
 
 
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        ('foo=3', 'cannot be made with foo=3'),
+        ('img_size=97', 'img_size=97'),
+        ('img_size=x', "img_size='x'"),
+        ('depth=-1', 'depth'),
+    ],
+)
+def test_arguments_that_do_not_fit(args, words):
+    "Some odd numbers make a network, such as one without blocks; no other error than ValueError is raised"
+    try:
+        build_network(find_backbone(f'timm.test_vit?{args}'))
+    except ValueError as e:
+        assert words in str(e)
+    else:
+        assert args in ('depth=-1', 'img_size=97')
+
+
 # ---------------------------------------------------------------- a hub
 
 

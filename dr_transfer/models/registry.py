@@ -274,7 +274,7 @@ def _described(name, config_file, **where) -> Backbone:
 def _of_folder(name, folder) -> Backbone:
     "The backbone of a folder"
     file = Path(folder).expanduser() / 'config.json'
-    if not file.is_file():
+    if not folder or not file.is_file():
         raise ValueError(
             f"arch='{name}': there is no file {file}. Give a folder with config.json and model.safetensors"
         )
@@ -422,6 +422,20 @@ def _size_args(spec) -> dict:
     return {'img_size': spec.size} if depends or 'img_size' in dict(spec.args) else {}
 
 
+def _timm_network(spec) -> nn.Module:
+    args = dict(spec.args) | _size_args(spec)
+    try:
+        return timm.create_model(spec.factory, pretrained=False, **args)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as e:
+        if not args:
+            raise
+        shown = ', '.join(f'{k}={v!r:.40}' for k, v in args.items())
+        raise ValueError(
+            f"the network '{spec.factory}' of timm cannot be made with {shown} ({type(e).__name__}: {str(e)[:120]}). "
+            'Give another size, or the name of the network without arguments'
+        ) from None
+
+
 def build_network(
     spec: Backbone,  # From `find_backbone`
 ) -> nn.Module:  # With its classifier
@@ -429,7 +443,7 @@ def build_network(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if spec.library == 'timm':
-            return timm.create_model(spec.factory, pretrained=False, **dict(spec.args) | _size_args(spec))
+            return _timm_network(spec)
         if spec.library == 'dr_transfer':
             return NETWORKS[spec.factory]()
         kw = {'aux_logits': False} if spec.factory in ('googlenet', 'inception_v3') else {}
