@@ -29,6 +29,7 @@ from dr_transfer.commands.arguments import (
     path_name,
     whole_number,
 )
+from .commands.backbones import backbones
 from .commands.check import check
 from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
@@ -51,7 +52,7 @@ def _command(commands, name, function, about, example):
     interrupted = 'finished parts are kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted, **option_defaults(function))
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    if function is not preprocess:  # it uses no network, and keeps the results that exist
+    if function not in (preprocess, backbones):  # they train no network, and replace nothing
         p.add_argument(
             '--runtime',
             help=(
@@ -84,6 +85,7 @@ def _parser() -> CommandParser:
         _add_compare,
         _add_recalibrate,
         _add_adapt,
+        _add_backbones,
     ):
         add_command(commands)
     return p
@@ -128,7 +130,7 @@ def _add_advise(commands):
     )
     for group in (add_table_arguments, add_task_arguments, add_split_arguments):
         group(add)
-    add('--arch', metavar='NAME', help='backbone (default: efficientnet_lite0)')
+    add('--arch', metavar='NAME', help='backbone: see dr_transfer backbones (default: efficientnet_lite0)')
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
@@ -299,6 +301,18 @@ def _add_adapt(commands):
         type=path_name,
         help='folder to write; DIR is not changed (default: the name of IMAGES and _adapted)',
     )
+
+
+def _add_backbones(commands):
+    add = _command(
+        commands,
+        'backbones',
+        backbones,
+        'List pretrained networks: size, cost, licence, what each was trained on, and where to get it',
+        'dr_transfer backbones --task dr',
+    )
+    add('--task', metavar='TASK', help='networks trained on images of this task first, without those of other tasks')
+    add('--speed', action='store_true', help='measure images a second on this machine, in float32')
 
 # %% ../nbs/cli.ipynb #fdecb640
 def _show_any_name(stream):

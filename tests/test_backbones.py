@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dr_transfer.models import backbones as module
-from dr_transfer.models import speed
+from dr_transfer.models import downloads, speed
 from dr_transfer.models import stages as stages_module
 from dr_transfer.models.backbones import backbone_table, create_body
 from dr_transfer.models.registry import BACKBONES, HALF, IMAGENET, build_network, find_backbone
 from dr_transfer.models.speed import RUNTIMES, Runtime, choose_runtime, fastest_runtime, get_runtime, measure_runtimes
 from dr_transfer.models.stages import find_chain, group_table, layer_groups, stage_names
-from dr_transfer.models.weights import WeightsError, read_weights, weights_folders
+from dr_transfer.models.weights import WeightsError, file_hash, read_weights, weights_folders
 
 TIMM = [
     'test_resnet',
@@ -48,8 +48,10 @@ def no_network(monkeypatch, tmp_path):
     def raise_error(*a, **k):
         raise AssertionError('a test went to the network')
 
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', raise_error)
-    monkeypatch.setattr(module, 'reachable', lambda *a, **k: False)
+    monkeypatch.setattr(downloads, 'http_get', raise_error)
+    monkeypatch.setattr(downloads, 'hf_hub_download', raise_error)
+    monkeypatch.setattr(downloads, 'try_to_load_from_cache', lambda *a, **k: None)
+    monkeypatch.setattr(downloads, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.delenv('DR_TRANSFER_WEIGHTS', raising=False)
@@ -198,7 +200,21 @@ def all_stages(name):
     return seeded(name, stage='neck' if 'lite' in name else None, n_stages=1)
 
 
-@pytest.mark.parametrize('name', [*sorted(BACKBONES), 'test_resnet', 'test_efficientnet', 'shufflenet_v2_x0_5'])
+CHAINS = [
+    'cifarnet',
+    'efficientnet_lite0',
+    'efficientnet_lite1',
+    'efficientnet_lite2',
+    'mobilenet_v2',
+    'small_cnn',
+    'squeezenet1_1',
+    'test_resnet',
+    'test_efficientnet',
+    'shufflenet_v2_x0_5',
+]
+
+
+@pytest.mark.parametrize('name', CHAINS)
 def test_every_stage_can_be_the_last(name, monkeypatch):
     "The network is built once and cut at many stages."
     net = build_network(find_backbone(name)).eval()
@@ -855,14 +871,6 @@ def test_other_entries_of_a_file_are_ignored(small, tmp_path):
 def test_without_a_network_the_error_names_a_file_and_a_folder(name, offline, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', offline)
 
-    def raise_error(*a, **k):
-        raise OSError('stub: no network')
-
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', raise_error)
-    make = timm.create_model
-    monkeypatch.setattr(
-        timm, 'create_model', lambda n, pretrained=False, **k: raise_error() if pretrained else make(n, **k)
-    )
     with pytest.raises(WeightsError) as e:
         create_body(name)
     text = str(e.value)
@@ -925,48 +933,45 @@ def test_a_network_that_has_no_weights():
     assert "weights='random'" in str(e.value)
 
 
+def stub_of_download(queries, path):
+    "Note what is asked for, and return a file"
+
+    def stub(where, names=None):
+        queries.append(where)
+        return path
+
+    return stub
+
+
 def test_download_from_timm(monkeypatch, small):
-    net = small[0]
+    net, path = small
     queries = []
-    make = timm.create_model
-
-    def stub(n, pretrained=False, **k):
-        if not pretrained:
-            return make(n, **k)
-        queries.append(n)
-        return net
-
-    monkeypatch.setattr(timm, 'create_model', stub)
-    error_of(None, 'could not be downloaded')
-    assert not queries  # not reachable: not even tried
-    monkeypatch.setattr(module, 'reachable', lambda address, *a: 'huggingface.co' in address)
+    error_of(None, 'could not be downloaded', 'the host cannot be reached')
+    monkeypatch.setattr(module, 'hub_file', stub_of_download(queries, path))
     body = create_body('test_resnet')
-    assert queries == ['test_resnet']
+    assert queries == [timm.get_pretrained_cfg('test_resnet').hf_hub_id]
     assert same(body, net)
     assert body.weights.kind == 'hub'
-    assert body.weights.name.startswith('https://')
+    assert body.weights.name == f'https://huggingface.co/{queries[0]}'
+    assert body.weights.sha256 == file_hash(path)
 
 
-def test_download_from_torchvision(monkeypatch):
+def test_download_from_torchvision(monkeypatch, tmp_path):
     net = network('torchvision.resnet18')
     queries = []
-
-    def stub(url, **k):
-        queries.append(url)
-        return net.state_dict()
-
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', stub)
-    monkeypatch.setattr(module, 'reachable', lambda *a: True)
+    torch.save(net.state_dict(), tmp_path / 'w.pth')
+    monkeypatch.setattr(module, 'url_file', stub_of_download(queries, tmp_path / 'w.pth'))
     body = create_body('torchvision.resnet18')
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(body(x), maps(net, x), atol=1e-5)
     assert queries == [torchvision.models.ResNet18_Weights.DEFAULT.url] == [body.weights.name]
+    assert body.weights.sha256 == file_hash(tmp_path / 'w.pth')
 
 
-def test_a_download_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: {'x': torch.ones(1)})
-    monkeypatch.setattr(module, 'reachable', lambda *a: True)
+def test_a_download_that_does_not_fit(monkeypatch, tmp_path):
+    torch.save({'x': torch.ones(1)}, tmp_path / 'w.pth')
+    monkeypatch.setattr(module, 'url_file', stub_of_download([], tmp_path / 'w.pth'))
     error_of(None, 'torchvision.resnet18', arch='torchvision.resnet18')
 
 
@@ -1000,9 +1005,9 @@ def test_reachable_tests_the_host(monkeypatch):
             raise OSError
         return Line()
 
-    monkeypatch.setattr('dr_transfer.models.weights.socket.create_connection', connect)
-    assert module.reachable('https://download.pytorch.org/models/x.pth')
-    assert not module.reachable('https://huggingface.co/timm/x')
+    monkeypatch.setattr('dr_transfer.models.downloads.socket.create_connection', connect)
+    assert downloads.reachable('https://download.pytorch.org/models/x.pth')
+    assert not downloads.reachable('https://huggingface.co/timm/x')
     assert queries == [('download.pytorch.org', 443), ('huggingface.co', 443)]
 
 

@@ -638,9 +638,9 @@ def test_weights_in_a_list(tmp_path, flowers):
 
 def test_pretrained_weights_that_cannot_be_downloaded(tmp_path, flowers, monkeypatch):
     "Without a network: an error that says where to put the file, without a long wait."
-    from dr_transfer.models import backbones
+    from dr_transfer.models import downloads
 
-    monkeypatch.setattr(backbones, 'reachable', lambda *a, **k: False)
+    monkeypatch.setattr(downloads, 'reachable', lambda *a, **k: False)
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     line = broken(tmp_path, flowers, quick=FAST)
     assert 'test_resnet' in line

@@ -449,6 +449,10 @@ def test_a_pickle_in_place_of_a_file(tmp_path, model, image, way, file, signed):
         ({'decision': {'temperature': 0}}, "'decision.temperature' is 0"),
         ({'decision': {'operating': {'threshold': 0.5}}}, "'decision.operating.metric' is missing"),
         ({'arch': 'vit_7b_patch16_dinov3'}, 'would take too much memory'),
+        ({'arch': 'timm.test_vit?embed_dim=100000'}, 'would take too much memory'),
+        ({'arch': 'timm.test_vit?checkpoint_path=x.pth'}, 'checkpoint_path'),
+        ({'arch': 'timm.test_vit?pretrained=true'}, 'pretrained'),
+        ({'arch': 'timm.test_vit?foo=3'}, 'cannot be made with foo=3'),
     ],
 )
 def test_a_changed_description_with_a_new_hash(tmp_path, model, image, monkeypatch, change, why):

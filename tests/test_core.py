@@ -132,7 +132,7 @@ def test_random_weights_are_not_frozen(build):
 
 def test_missing_weights_are_an_error(build, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
-    monkeypatch.setattr('dr_transfer.models.backbones.reachable', lambda *a: False)
+    monkeypatch.setattr('dr_transfer.models.downloads.reachable', lambda *a: False)
     with pytest.raises(WeightsError, match='resnet18'):
         build(arch='resnet18', weights=None)
 

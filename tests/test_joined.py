@@ -94,6 +94,7 @@ def test_only_the_head_is_trained(learn):
         ('test_resnet+test_resnet', {}, "'test_resnet' is given twice"),
         ('test_resnet+', {}, "unknown backbone ''"),
         ('test_resnet+nothing', {}, "unknown backbone 'nothing'"),
+        ('test_resnet+hf_hub:owner/name', {}, "'hf_hub:owner/name' cannot be joined with others"),
         (SMALL, {'stage': 'stage2'}, "cannot be cut at 'stage2'"),
         (SMALL, {'weights': 'file.pth'}, 'are for one network'),
     ],

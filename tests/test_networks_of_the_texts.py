@@ -75,10 +75,11 @@ def test_each_network_trains_and_predicts(fundus_data, tmp_path, monkeypatch, re
 
 
 @pytest.mark.parametrize('name', ['googlenet', 'alexnet', 'resnet50'])
-def test_weights_of_a_hub_are_those_of_the_body(name, monkeypatch):
+def test_weights_of_a_hub_are_those_of_the_body(name, monkeypatch, tmp_path):
     torch.manual_seed(1)
     state = build_network(find_backbone(name)).state_dict()
-    monkeypatch.setattr(module, '_download', lambda spec: state)
+    save_file(state, tmp_path / 'w.safetensors')
+    monkeypatch.setattr(module, '_download', lambda spec: tmp_path / 'w.safetensors')
     monkeypatch.setattr(module, '_find_file', lambda spec: None)
     body = create_body(name)
     assert body.weights.kind == 'hub'

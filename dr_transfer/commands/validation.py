@@ -110,13 +110,15 @@ def cross_validate(
 ) -> int:  # Exit code
     "Report how well a recipe predicts images that it was not trained on, by cross-validation"
     from dr_transfer.evaluation.by_source import by_source_words
-    from dr_transfer.utils.files import REPORT_TABLE, new_pair
+    from dr_transfer.utils.files import REPORT_TABLE, new_pair, warn
 
     out, overwrite = _report_file(report, table)
     with new_pair(out, REPORT_TABLE, overwrite) as (page, predictions):
         _check_cross(task, training, recipe)
         e = _cross_evaluation(_read_table(table), task, training, recipe, folds, runtime)
         e.data = _data_name(table)
+        if e.pretraining:
+            warn(e.pretraining)
         e.prevalence = report.prevalence
         _print_report(e, report.resamples, page, predictions)
         if e.by_source is not None:
@@ -161,7 +163,7 @@ def _cross_evaluation(images, task, training, recipe, options, runtime):
     t = cross_validate(images, found_task, task.target, by=options.by, **how)
     classes = target.class_set(table_classes(t))
     decided, decision = decide_across(t, classes, **point)
-    about = _recipe_card(found_task, target, task, recipe, decision)
+    about = _recipe_card(found_task, target, task, recipe, decision, training.weights == 'random')
     e = describe_images(decided, classes, about, found_task.reader)
     e.skipped = [row['image'] for row in t.attrs['skipped']]
     e.how = f' The threshold of each of the {t.fold.nunique()} folds is chosen on the other folds.'
@@ -171,13 +173,15 @@ def _cross_evaluation(images, task, training, recipe, options, runtime):
     return e
 
 
-def _recipe_card(found_task, target, task, recipe, decision) -> dict:
+def _recipe_card(found_task, target, task, recipe, decision, random) -> dict:
     "Describe a recipe as the card of a model does"
-    from dr_transfer.models.registry import DEFAULT_ARCH
+    from dr_transfer.models.registry import DEFAULT_ARCH, find_backbone
     from dr_transfer.training.record import versions
 
+    arch = recipe.arch or DEFAULT_ARCH
     return {
-        'arch': recipe.arch or DEFAULT_ARCH,
+        'arch': arch,
+        'pretrained_on': () if random else find_backbone(arch).pretrained_on,
         'task': found_task.name,
         'target': target.name,
         'size': found_task.size,

@@ -23,6 +23,7 @@ from .columns import data_columns, shown_name, some, with_data_names
 from .content import fill_stores, image_data, unreadable
 from .fundus import READING, plain_reader, read_image
 from .images import image_header
+from .known_sets import seen_words
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
 from .table import KNOWN
@@ -266,6 +267,7 @@ class LeakReport:
     leaks: pd.DataFrame  # `kind, first, second, subsets, how`: pairs in two subsets
     copies: pd.DataFrame  # `kind, first, second, bits`: in one subset, or no split
     confounders: pd.DataFrame  # From `confounders`
+    pretraining: str = ''  # Warning about sets of the pretraining
 
     def __str__(self):
         counts = self.leaks.kind.value_counts().to_dict()
@@ -275,6 +277,8 @@ class LeakReport:
             lines.append(f'  {r.kind}: {r.first} and {r.second} ({r.subsets}; {r.how})')
         for r in self.confounders.itertuples():
             lines.append(f"column '{shown_name(r.column)}' is associated with the label: Cramer's V {r.v:.2f}")
+        if self.pretraining:
+            lines.append(self.pretraining)
         return '\n'.join(lines)
 
 # %% ../../nbs/data/21_leaks.ipynb #60fe5bde
@@ -302,6 +306,7 @@ def leak_report(
     table: pd.DataFrame,  # From `label_table` or `task_table`
     reader: str = 'photo',  # Name in `READERS`
     folder: str | Path | None = None,  # Folder of stored hashes; in the cache if None
+    pretrained_on: tuple = (),  # Sets of the pretraining of a network, as in the registry
 ) -> LeakReport:
     "Report patients, copies and near copies in two subsets, and columns associated with the label"
     t = table.reset_index(drop=True)
@@ -321,7 +326,8 @@ def leak_report(
     is_split = t.split.notna().any()
     leaks = split_leaks(t, copies) if is_split else split_leaks(t[:0], copies[:0])
     label = 'target' if 'target' in t else 'label'
-    return LeakReport(leaks, inside, confounders(facts, t[label]))
+    seen = seen_words(pretrained_on, names.tolist())
+    return LeakReport(leaks, inside, confounders(facts, t[label]), seen)
 
 # %% ../../nbs/data/21_leaks.ipynb #c6c645b9
 class LeakError(SplitError):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..data.known_sets import seen_words
 from ..data.leaks import split_data
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
@@ -97,6 +98,14 @@ def _row_words(p, classes) -> str:
     y, probs = table_arrays(p, classes)
     metrics = metric_values(y, probs, classes)
     return ', '.join(f'{k} {v:.3f}' for k, v in metrics.items())
+
+
+def _say_seen(recipes, weights, table, say):
+    "Say which backbones were pretrained on the images"
+    for arch in dict.fromkeys(arch for arch, plan in recipes.values() if 'random' not in (plan.weights, weights)):
+        words = seen_words(find_backbone(arch).pretrained_on, table.image.tolist())
+        if words:
+            say(f'{arch}: {words}')
 
 # %% ../../nbs/evaluation/08_compare.ipynb #f1419bb8
 def compare(
@@ -182,6 +191,7 @@ def compare(
     task_target = task.target(target)
     t = split_data(data, task, task_target, labels, valid, seed, allow_leaks, group_col=group_col)
     report_table(t, say)
+    _say_seen(recipes, kwargs.get('weights'), t, say)
     tables = {}
     for i, (name, (arch, plan)) in enumerate(recipes.items(), 1):
         how = {**without_weights(plan, kwargs), 'arch': arch, 'allow_leaks': allow_leaks}

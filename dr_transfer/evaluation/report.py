@@ -14,6 +14,7 @@ import pandas as pd
 from ..data.columns import data_columns, with_data_names
 from ..data.fundus import is_fundus
 from ..data.gradability import gradability_table
+from ..data.known_sets import seen_words
 from ..data.leaks import MAX_COPY_BITS, are_copies, file_facts, nearest_bits
 from ..data.table import KNOWN, skipped_images
 from ..inference.predictions import NO_PROBABILITIES, predict_table
@@ -22,7 +23,7 @@ from ..metrics.classes import Classes, as_classes
 from ..metrics.decision import Decision, question
 from ..metrics.operating_point import OperatingPoint, check_prevalence
 from ..metrics.screening import consistency
-from ..utils.files import unknown
+from ..utils.files import unknown, warn
 
 # %% ../../nbs/evaluation/05_report.ipynb #72cc52a0
 COMPUTED = {
@@ -74,6 +75,11 @@ class Evaluation:
     def fundus(self) -> bool:
         "Whether the model reads fundus photographs"
         return is_fundus(self.about.get('reader'))
+
+    @property
+    def pretraining(self) -> str:
+        "Warning if the network was pretrained on these images; '' if not, as far as their names tell"
+        return seen_words(tuple(self.about.get('pretrained_on') or ()), self.table.image.tolist(), self.data)
 
     @property
     def facts(self) -> list:
@@ -254,6 +260,8 @@ def evaluate_model(
     out.sources = table.attrs.get('sources', '')
     out.source_col = table.attrs.get('source_col') or ''
     excluded = t.image[~included].tolist()
+    if out.pretraining:
+        warn(out.pretraining)
     if split == 'new':
         out.known = excluded
     else:

@@ -82,7 +82,9 @@ def _summary(e, m) -> str:
     "Summarise the images and the operating point"
     n_known = (e.table.known == 'yes').sum() if 'known' in e.table else None
     rows = _facts(_summary_rows(e))
-    return _html('summary', rows=rows, validated=e.split == 'valid', n_known=n_known) + _point_html(e, m)
+    return _html('summary', rows=rows, validated=e.split == 'valid', n_known=n_known, seen=e.pretraining) + _point_html(
+        e, m
+    )
 
 # %% ../../nbs/evaluation/07_report_page.ipynb #82a6e9f5
 _SCOPE = (

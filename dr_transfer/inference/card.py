@@ -95,6 +95,7 @@ class ModelCard(JsonFields):
         default=None, metadata={LATER: True}
     )  # Number of stages that the blocks of a transformer form
     pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
+    pretrained_on: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Sets of the pretraining
     more: dict = field(default_factory=dict)  # Fields of another version
 
     def __post_init__(self):

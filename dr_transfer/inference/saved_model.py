@@ -26,7 +26,7 @@ from .card import ModelCard, ModelError, Training, card_error, card_text, read_c
 from ..metrics.classes import Classes
 from ..models.backbones import create_body
 from ..models.network import create_head, head_inputs, make_body, view_outputs, view_probs
-from ..models.registry import build_network, find_backbone
+from ..models.registry import build_network, saved_arch, saved_backbone
 from ..models.speed import get_runtime, runtime_name
 from ..models.weights import file_hash
 from ..utils.checks import image_list
@@ -140,7 +140,6 @@ def image_model(
     spec = body.stages.spec
     on_cpu = next(body.parameters()).device.type == 'cpu'
     copied = (
-        'arch',
         'stage',
         'n_stages',
         'block_stages',
@@ -158,6 +157,7 @@ def image_model(
     training = Training(plan=r.plan.name if r.plan else None, balance=r.balance, data=r.data)
     about = {
         **{name: to_dict(getattr(r, name)) for name in copied},
+        'arch': saved_arch(r.arch, spec),
         'weights': to_dict(r.weights),
         'classes': list(learn.classes),
         'positive': to_dict(learn.target.positive),
@@ -167,6 +167,7 @@ def image_model(
         'std': spec.std,
         'runtime': runtime_name(body.forward_runtime) if on_cpu else '',
         'licence': spec.licence,
+        'pretrained_on': spec.pretrained_on if r.weights.kind != 'random' else (),
         'training': to_dict(training),
     }
     try:
@@ -314,7 +315,7 @@ _SPARE_BYTES = 2 * 2**30  # bytes of weights that a backbone may have beyond tho
 def _check_memory(card, stored: int):
     "Raise a ModelError if the backbone needs far more memory than the weights in the file"
     with torch.device('meta'):
-        net = build_network(find_backbone(card.arch))
+        net = build_network(saved_backbone(card.arch))
     needed = sum(v.nbytes for v in net.state_dict().values())
     if needed > _SPARE_BYTES + 4 * stored:
         raise ModelError(

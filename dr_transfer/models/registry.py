@@ -6,17 +6,26 @@
 __all__ = []
 
 # %% ../../nbs/models/04_registry.ipynb #f2603016
+import json
+import math
+import re
+import urllib.parse
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import timm
 import torch
 import torchvision
 from torch import nn
 
+from .downloads import forget, hub_address, hub_file
 from .networks import NETWORKS
+from .weights import WeightsError, weights_folders
 from ..utils.files import unknown
+from ..utils.regular import read_regular
+from ..utils.schema import read_json
 
 # %% ../../nbs/models/04_registry.ipynb #97d51476
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,6 +49,13 @@ class Backbone:
     n_stages: int = 1  # Number of last stages that the head reads, without the neck
     with_neck: int = 1  # Number of last stages that the head reads, with the neck
     fixed_bn: bool = False  # Must BatchNorm stay fixed?
+    hub: str = ''  # Repository of the Hugging Face Hub: owner/name
+    folder: str = ''  # Folder with config.json and the weights
+    page: str = ''  # Where to get a weights file
+    args: tuple = ()  # More arguments of the factory: (name, value)
+    n_features: int = 0  # Number of its last features; 0: not known
+    pretrained_on: tuple[str, ...] = ()  # Sets of images
+    tasks: tuple[str, ...] = ()  # Tasks whose images it was trained on
 
 # %% ../../nbs/models/04_registry.ipynb #4904cf42
 def _lite(i, size):
@@ -55,6 +71,7 @@ def _lite(i, size):
         until='conv_head',
         n_stages=4,
         with_neck=3,
+        pretrained_on=('ImageNet-1k',),
     )
 
 
@@ -74,7 +91,7 @@ def head_stages(
     return 'neck', spec.with_neck if n_stages is None else n_stages
 
 # %% ../../nbs/models/04_registry.ipynb #006b0cbe
-BACKBONES = {
+_CONVOLUTIONAL = {
     b.name: b
     for b in (
         _lite(0, 224),
@@ -89,6 +106,7 @@ BACKBONES = {
             'Apache-2.0',
             'file',
             'squeezenet1_1.safetensors',
+            pretrained_on=('ImageNet-1k',),
         ),
         Backbone(
             'mobilenet_v2',
@@ -100,11 +118,238 @@ BACKBONES = {
             'file',
             'mobilenet_v2_features.safetensors',
             fixed_bn=True,
+            pretrained_on=('ImageNet-1k',),
         ),
         Backbone('small_cnn', 'dr_transfer', 'small_cnn', 160, *HALF, weights='none'),
         Backbone('cifarnet', 'dr_transfer', 'cifarnet', 32, *HALF, weights='none'),
     )
 }
+
+# %% ../../nbs/models/04_registry.ipynb #72eea5119410473aa328ad9291626812
+_FUNDUS_DR = ('ImageNet-1k', 'APTOS', 'EyePACS', 'IDRiD', 'DDR')
+_GRADED = 'ClementP/FundusDRGrading-'
+
+
+def _timm(name, factory, licence, pretrained_on, **more) -> Backbone:
+    "A network of timm, with the size, the normalisation and the repository that timm has for it"
+    cfg = timm.get_pretrained_cfg(factory)
+    about = {'size': cfg.input_size[-1], 'mean': tuple(cfg.mean), 'std': tuple(cfg.std), 'hub': cfg.hf_hub_id}
+    about |= {'licence': licence, 'pretrained_on': pretrained_on, **more}
+    about.setdefault('file', f'https://huggingface.co/{about["hub"]}')
+    return Backbone(name, 'timm', factory, **about)
+
+
+def _gated(name, factory, repo, pretrained_on) -> Backbone:
+    "A network of RETFound: its file is downloaded by hand"
+    where = {'weights': 'file', 'file': f'{repo}.pth', 'page': f'https://huggingface.co/YukunZhou/{repo}', 'hub': ''}
+    return _timm(name, factory, 'CC BY-NC 4.0', pretrained_on, size=224, tasks=('dr',), **where)
+
+
+def _graded(name, factory) -> Backbone:
+    "A network that was trained to grade diabetic retinopathy"
+    hub = f'{_GRADED}{factory}'
+    normal = {'mean': IMAGENET[0], 'std': IMAGENET[1]}
+    return _timm(f'fundus_dr_{name}', factory, 'MIT', _FUNDUS_DR, size=512, tasks=('dr',), hub=hub, **normal)
+
+# %% ../../nbs/models/04_registry.ipynb #8edb47106e1a46a883d545849b8ab81b
+_SELF_SUPERVISED = (
+    _timm('dinov2_small', 'vit_small_patch14_dinov2.lvd142m', 'Apache-2.0', ('LVD-142M',), size=224),
+    _timm('dinov3_small', 'vit_small_patch16_dinov3.lvd1689m', 'DINOv3 License', ('LVD-1689M',)),
+    _timm('convnext_tiny_dinov3', 'convnext_tiny.dinov3_lvd1689m', 'DINOv3 License', ('LVD-1689M',)),
+    _timm('pe_core_small', 'vit_pe_core_small_patch16_384.fb', 'Apache-2.0', ('images of the web with texts',)),
+    _timm('siglip2_base', 'vit_base_patch16_siglip_224.v2_webli', 'Apache-2.0', ('WebLI',)),
+    _timm('mobileclip_s0', 'fastvit_mci0.apple_mclip', 'Apple AMLR', ('DataCompDR',)),
+)
+_RETFOUND_MAE = ('ImageNet-1k', 'MEH-MIDAS', 'EyePACS')
+_GREEN = 'https://github.com/justinengelmann/RETFound_Green/releases'
+_RETINAL = (
+    _gated('retfound_mae', 'vit_large_patch16_224.mae', 'RETFound_mae_natureCFP', _RETFOUND_MAE),
+    _gated('retfound_dinov2', 'vit_large_patch14_dinov2.lvd142m', 'RETFound_dinov2_meh', ('LVD-142M', 'MEH-MIDAS')),
+    _timm(
+        'retfound_green',
+        'vit_small_patch14_reg4_dinov2.lvd142m',
+        'CNCRL (non-commercial research)',
+        ('LVD-142M', 'AIROGS', 'DDR', 'ODIR'),
+        size=392,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        hub='',
+        file=f'{_GREEN}/download/v0.1/retfoundgreen_statedict.pth',
+        tasks=('dr',),
+    ),
+    _graded('mobilenet', 'mobilenetv3_small_100'),
+    _graded('efficientnet', 'efficientnet_b0'),
+    _graded('resnet', 'resnet50'),
+    _graded('convnext', 'convnext_small'),
+)
+BACKBONES = {**_CONVOLUTIONAL, **{b.name: b for b in (*_SELF_SUPERVISED, *_RETINAL)}}
+
+# %% ../../nbs/models/04_registry.ipynb #10185d26023b46108eb7d9f57d49d2b3
+def commercial_use(
+    licence: str,  # Licence of the weights
+) -> str:  # 'yes', 'no' or 'ask'; '' without a licence
+    "Whether a licence allows commercial use; 'ask' where it has conditions, or is not known"
+    words = licence.lower()
+    if not words:
+        return ''
+    if any(w in words for w in ('by-nc', 'non-commercial', 'noncommercial', 'amlr')):
+        return 'no'
+    free = ('apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0')
+    return 'yes' if words in free else 'ask'
+
+# %% ../../nbs/models/04_registry.ipynb #7fb27b941602401d91542211134fc71a
+_SOURCES = ('hf_hub:', 'hf-hub:', 'local-dir:')
+_MAX_CONFIG_BYTES = 2**20
+_NOT_ARGS = ('checkpoint_path', 'cache_dir', 'features_only', 'out_indices', 'scriptable', 'exportable', 'no_jit')
+
+
+def _config(file, shown) -> dict:
+    "The fields of a config.json of timm; ValueError if it has none"
+    try:
+        config = read_json(read_regular(file, _MAX_CONFIG_BYTES))
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{shown} is not a JSON file ({str(e)[:100]})') from None
+    if not isinstance(config, dict):
+        raise ValueError(f'{shown} holds a {type(config).__name__}, not the description of a network')
+    if not isinstance(config.get('architecture'), str) or not timm.is_model(config['architecture']):
+        found = config.get('architecture', config.get('model_type', 'none'))
+        raise ValueError(
+            f"{shown} does not describe a network of timm (architecture: '{found!s:.60}'). "
+            'Give a name of timm with arch=NAME, and the weights with weights=FILE'
+        )
+    return config
+
+
+def _three(values, name, shown) -> tuple:
+    "Three finite numbers, one for each channel"
+    numbers = [v for v in values or () if isinstance(v, (int, float)) and math.isfinite(v)]
+    if len(numbers) != 3:
+        raise ValueError(f'{shown}: {name} is {values!r:.60}, not three numbers. Only networks for RGB images are used')
+    return tuple(map(float, numbers))
+
+
+def _factory_args(config, shown) -> tuple:
+    "The arguments of the factory in a config.json"
+    args = dict(config.get('model_args') or {})
+    if args.pop('in_chans', 3) != 3:
+        raise ValueError(f'{shown}: the network reads {config["model_args"]["in_chans"]} channels, and images are RGB')
+    args.pop('num_classes', None)  # the classifier is replaced
+    size = args.get('img_size')
+    if isinstance(size, list) and len(set(map(str, size))) == 1:
+        args['img_size'] = size[0]
+    for k, v in args.items():
+        if k in _NOT_ARGS or k.startswith('pretrained') or not isinstance(v, (int, float, str)):
+            raise ValueError(
+                f'{shown}: the argument {k!s:.40}={v!r:.60} cannot be used. Give the name of the network with arch=NAME'
+            )
+    return tuple(sorted(args.items()))
+
+# %% ../../nbs/models/04_registry.ipynb #acae54e37e7d407bbb7b55eff062a284
+def _described(name, config_file, **where) -> Backbone:
+    "The backbone that a config.json describes"
+    shown = where.pop('shown', config_file)
+    config = _config(config_file, shown)
+    about = config.get('pretrained_cfg') or config
+    known = timm.get_pretrained_cfg(config['architecture']) or timm.models.PretrainedCfg()
+    size = about.get('input_size') or known.input_size
+    if len(_three(size, 'input_size', shown)) != 3 or size[0] != 3 or not 8 <= size[-1] <= 4096:
+        raise ValueError(f'{shown}: input_size is {size}, not 3 channels of 8 to 4096 pixels: images are RGB')
+    std = _three(about.get('std') or known.std, 'std', shown)
+    if min(std) <= 0:
+        raise ValueError(f'{shown}: std is {std}, and must be greater than 0')
+    n = config.get('num_features')
+    args = _factory_args(config, shown)
+    return Backbone(
+        name,
+        'timm',
+        config['architecture'],
+        int(dict(args).get('img_size', size[-1])),
+        _three(about.get('mean') or known.mean, 'mean', shown),
+        std,
+        str(about.get('license') or 'not stated'),
+        args=args,
+        n_features=n if isinstance(n, int) else 0,
+        **where,
+    )
+
+
+def _of_folder(name, folder) -> Backbone:
+    "The backbone of a folder"
+    file = Path(folder).expanduser() / 'config.json'
+    if not folder or not file.is_file():
+        raise ValueError(
+            f"arch='{name}': there is no file {file}. Give a folder with config.json and model.safetensors"
+        )
+    return _described(name, file, weights='file', file='model.safetensors', folder=str(file.parent))
+
+
+def _trained_on(repo) -> dict:
+    "What the registry knows of a repository: the sets on which its network was trained"
+    name = repo.partition('@')[0]
+    if name.startswith(_GRADED):
+        return {'pretrained_on': _FUNDUS_DR, 'tasks': ('dr',)}
+    known = next((b for b in BACKBONES.values() if b.hub == name), None)
+    return {'pretrained_on': known.pretrained_on, 'tasks': known.tasks} if known else {}
+
+
+def _of_hub(name, repo) -> Backbone:
+    "The backbone of a repository of the hub, or of a folder in which its files were put by hand"
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?', repo):
+        raise ValueError(f"arch='{name}': give a repository as hf_hub:owner/name")
+    address = f'{hub_address()}/{repo.partition("@")[0]}'
+    folder = _hand_folder(repo)
+    where = {'weights': 'hub', 'file': address, 'hub': repo, 'folder': str(folder), **_trained_on(repo)}
+    if (folder / 'config.json').is_file():
+        return _described(name, folder / 'config.json', **where)
+    try:
+        file = hub_file(repo, ('config.json',))
+    except OSError as e:
+        raise WeightsError(
+            f"arch='{name}': {address}/resolve/main/config.json could not be downloaded: {e}. Or download config.json "
+            f'and model.safetensors by hand, and put both into {folder}'
+        ) from None
+    try:
+        return _described(name, file, shown=f'{address}/resolve/main/config.json', **where)
+    except ValueError as e:
+        forget(file)
+        raise ValueError(f"arch='{name}': {e}") from None
+
+# %% ../../nbs/models/04_registry.ipynb #9a63283cbaf04dbcab1f6479b197f3a8
+def _hand_folder(repo) -> Path:
+    "The folder for files of a repository that were downloaded by hand: the first that has them"
+    folders = [d / repo.replace('/', '--') for d in weights_folders()[:-1]]
+    return next((d for d in folders if (d / 'config.json').is_file()), folders[-1])
+
+
+def by_hand(
+    spec: Backbone,  # From `find_backbone`
+) -> Path:  # The file that is read there
+    "Where to put a weights file that was downloaded by hand"
+    if spec.folder:
+        return Path(spec.folder) / 'model.safetensors'
+    return weights_folders()[-2] / f'{spec.name}.safetensors'
+
+
+def saved_arch(
+    arch: str,  # As it was given
+    spec: Backbone,  # From `find_backbone`
+) -> str:  # For `find_backbone`, on any machine
+    "The name of a backbone for a saved model, which is loaded without the hub or the folder"
+    if not arch.startswith(_SOURCES):
+        return arch
+    return f'timm.{spec.factory}' + ('?' + urllib.parse.urlencode(spec.args) if spec.args else '')
+
+
+def _with_args(name) -> Backbone:
+    "The backbone of a name with arguments, from `saved_arch`"
+    factory, _, args = name.partition('?')
+    pairs = urllib.parse.parse_qsl(args)
+    values = {k: json.loads(v) if re.fullmatch(r'-?[0-9.e+-]+|true|false', v) else v for k, v in pairs}
+    spec = find_backbone(factory)
+    if spec.library != 'timm':
+        raise ValueError(f"arch='{name}': only networks of timm take arguments")
+    size = values.get('img_size', spec.size)
+    return replace(spec, name=name, size=size, args=_factory_args({'model_args': values}, name))
 
 # %% ../../nbs/models/04_registry.ipynb #cec9438f
 @cache
@@ -115,22 +360,32 @@ def _meta(factory):
         return timm.create_model(factory)
 
 
-def _joined(parts) -> Backbone:
+def _joined(name) -> Backbone:
     "The description of several networks side by side, in the normalisation of the first"
-    names = [part.name for part in parts]
-    twice = [name for name in names if names.count(name) > 1]
+    names = name.split(JOIN)
+    twice = [part for part in names if names.count(part) > 1]
     if twice:
-        raise ValueError(f"the backbone '{twice[0]}' is given twice in '{JOIN.join(names)}': give each once")
-    return replace(
-        parts[0],
-        name=JOIN.join(names),
-        library='joined',
-        licence=', '.join(dict.fromkeys(part.licence for part in parts)),
-        weights='joined',
-        file='',
+        raise ValueError(f"the backbone '{twice[0]}' is given twice in '{name}': give each once")
+    outside = [part for part in names if part.startswith(_SOURCES)]
+    if outside:
+        raise ValueError(
+            f"'{outside[0]}' cannot be joined with others: give names of the registry, timm or torchvision"
+        )
+    parts = [find_backbone(part) for part in names]
+    seen = [known for part in parts for known in part.pretrained_on]
+    return Backbone(
+        name,
+        'joined',
+        name,
+        parts[0].size,
+        parts[0].mean,
+        parts[0].std,
+        ', '.join(dict.fromkeys(part.licence for part in parts)),
+        'joined',
         until=next((part.until for part in parts if part.until), ''),
         n_stages=4,
         with_neck=3,
+        pretrained_on=tuple(dict.fromkeys(seen)),
     )
 
 
@@ -149,12 +404,17 @@ def find_backbone(
         raise unknown('backbone', name, BACKBONES, 'You can also use any name of timm or torchvision')
     if name in BACKBONES:
         return BACKBONES[name]
+    if name.startswith(_SOURCES):
+        source, _, rest = name.partition(':')
+        return _of_folder(name, rest) if source == 'local-dir' else _of_hub(name, rest)
+    if '?' in name:
+        return _with_args(name)
     if JOIN in name:
-        return _joined([find_backbone(part) for part in name.split(JOIN)])
+        return _joined(name)
     library, _, rest = name.partition('.') if name.startswith(('timm.', 'torchvision.')) else ('', '', name)
     if library != 'torchvision' and timm.is_model(rest):
         cfg = timm.get_pretrained_cfg(rest) or timm.models.PretrainedCfg(**_meta(rest).pretrained_cfg)
-        address = cfg.url or (f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else '')
+        address = f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url or ''
         return Backbone(
             name,
             'timm',
@@ -165,6 +425,7 @@ def find_backbone(
             cfg.license or 'see timm',
             'hub',
             address,
+            hub=cfg.hf_hub_id or '',
         )
     tv = torchvision.models.list_models(module=torchvision.models)
     if library != 'timm' and rest in tv:
@@ -182,9 +443,17 @@ def find_backbone(
             'hub',
             w.url,
         )
-    raise unknown(
-        'backbone', name, [*BACKBONES, *timm.list_models(), *tv], 'You can also use any name of timm or torchvision'
-    )
+    also = 'You can also use any name of timm or torchvision, hf_hub:owner/name, or local-dir:FOLDER'
+    raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], also)
+
+
+def saved_backbone(
+    name: str,  # From `saved_arch`
+) -> Backbone:
+    "Find the backbone of a saved model; ValueError for a name that leads to a folder or a hub"
+    if name.startswith(_SOURCES):
+        raise unknown('backbone', name, BACKBONES)
+    return find_backbone(name)
 
 # %% ../../nbs/models/04_registry.ipynb #b24464b0
 _ANY_SIZE = ('deit', 'eva', 'vision_transformer')  # transformers of timm that resample their position embedding
@@ -208,6 +477,32 @@ def nearest_size(
     return max(patch, round(size / patch) * patch)
 
 
+def _any_size(spec) -> dict:
+    "The argument with which a transformer accepts images of any size"
+    return {'dynamic_img_size': True} if timm.models.is_model_in_modules(spec.factory, _ANY_SIZE) else {}
+
+
+def _size_args(spec) -> dict:
+    "The argument for the size of a network whose weights depend on it, if it is not that of timm"
+    known = timm.get_pretrained_cfg(spec.factory)
+    depends = known is not None and known.fixed_input_size and known.input_size[-1] != spec.size
+    return {'img_size': spec.size} if depends or 'img_size' in dict(spec.args) else {}
+
+
+def _timm_network(spec) -> nn.Module:
+    args = _any_size(spec) | dict(spec.args) | _size_args(spec)
+    try:
+        return timm.create_model(spec.factory, pretrained=False, **args)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as e:
+        if not args:
+            raise
+        shown = ', '.join(f'{k}={v!r:.40}' for k, v in args.items())
+        raise ValueError(
+            f"the network '{spec.factory}' of timm cannot be made with {shown} ({type(e).__name__}: {str(e)[:120]}). "
+            'Give another size, or the name of the network without arguments'
+        ) from None
+
+
 def build_network(
     spec: Backbone,  # From `find_backbone`
 ) -> nn.Module:  # With its classifier
@@ -217,8 +512,7 @@ def build_network(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if spec.library == 'timm':
-            any_size = {'dynamic_img_size': True} if timm.models.is_model_in_modules(spec.factory, _ANY_SIZE) else {}
-            return timm.create_model(spec.factory, pretrained=False, **any_size)
+            return _timm_network(spec)
         if spec.library == 'dr_transfer':
             return NETWORKS[spec.factory]()
         kw = {'aux_logits': False} if spec.factory in ('googlenet', 'inception_v3') else {}

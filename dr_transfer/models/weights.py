@@ -6,14 +6,18 @@
 __all__ = ['WeightsError']
 
 # %% ../../nbs/models/03_weights.ipynb #c6ec0ac4
+import argparse
 import hashlib
 import io
 import os
-import socket
-import urllib.parse
+import pickle
+import re
+import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
@@ -73,42 +77,78 @@ def _check_archive(data):
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
         raise ValueError('its members are compressed or larger than the file, which PyTorch does not write')
 
+# %% ../../nbs/models/03_weights.ipynb #acae54e37e7d407bbb7b55eff062a284
+_ENTRIES = ('teacher', 'model_ema', 'state_dict_ema', 'state_dict', 'model', 'model_state_dict')  # the first is used
 
-def _tensors(data, suffix) -> dict:
-    "The tensors in the content of a file by name; an error if it cannot be read"
-    if suffix == '.safetensors':
-        sd = safetensors.torch.load(data)
-    else:
-        _check_archive(data)
-        sd = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+
+def _entry(sd) -> tuple[dict, str]:
+    "The weights in a checkpoint, and the name of the entry that holds them"
+    names = []
+    for _ in range(4):  # entries may be nested
+        name = next((k for k in _ENTRIES if isinstance(sd.get(k), dict)), None)
+        if name is None:
+            break
+        names.append(name)
+        sd = sd[name]
+    return sd, '.'.join(names)
+
+
+def _unpickled(data):
+    "The content of a .pth file: tensors, plain values and `argparse.Namespace`; nothing in it is run"
+    _check_archive(data)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r'GLOBAL ([\w.]+)', str(e))
+        if found is None:
+            raise ValueError('it is not a file of torch.save, or it contains more than tensors') from None
+        raise ValueError(
+            f"it contains code or objects ('{found[1]}'), and reading them could run commands, so only tensors are "
+            "read. Ask for a file of the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+        ) from None
+
+
+def _tensors(data, suffix) -> tuple[dict, str]:
+    "The tensors in the content of a file by name, and the entry that holds them; an error if it cannot be read"
+    sd = safetensors.torch.load(data) if suffix == '.safetensors' else _unpickled(data)
     if not isinstance(sd, dict):
         raise TypeError(f'it contains a {type(sd).__name__}')
-    for key in ('state_dict', 'model', 'model_state_dict'):
-        if isinstance(sd.get(key), dict):
-            sd = sd[key]
-    return {k.removeprefix('module.'): v for k, v in sd.items() if isinstance(k, str) and torch.is_tensor(v)}
+    sd, entry = _entry(sd)
+    return {k: v for k, v in sd.items() if isinstance(k, str) and torch.is_tensor(v)}, entry
 
 # %% ../../nbs/models/03_weights.ipynb #7e9eeb64
-def hashed_weights(
+@dataclass(frozen=True)
+class WeightsFile:
+    "The content of a weights file"
+
+    tensors: dict  # Name -> tensor
+    sha256: str  # Hash of the bytes that were read
+    entry: str  # Entry of a checkpoint that holds the tensors; '' if none
+
+
+def read_weights_file(
     path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
-) -> tuple[dict, str]:  # Name -> tensor; SHA-256 of the bytes that were read
+) -> WeightsFile:
     "Read the tensors of a weights file and its hash; no code in the file is run"
     path = Path(path)
     data = _content(path)
     try:
-        sd = _tensors(data, path.suffix)
-        if not sd:
+        tensors, entry = _tensors(data, path.suffix)
+        if not tensors:
             raise ValueError('it contains no named tensors')
+    except ValueError as e:
+        raise WeightsError(f'{path} cannot be read as a state dict: {str(e)[:300]}') from None
     except Exception as e:
         raise WeightsError(f'{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})') from None
-    return sd, hashlib.sha256(data).hexdigest()
+    return WeightsFile(tensors, hashlib.sha256(data).hexdigest(), entry)
 
 
 def read_weights(
     path: str | Path,  # .safetensors, or a .pth/.pt/.bin state dict
 ) -> dict:  # Name -> tensor
     "Read the tensors of a weights file; no code in the file is run"
-    return hashed_weights(path)[0]
+    return read_weights_file(path).tensors
 
 
 def file_hash(
@@ -117,6 +157,57 @@ def file_hash(
     "Hash of the content of a file"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../../nbs/models/03_weights.ipynb #8edb47106e1a46a883d545849b8ab81b
+_WRAPPERS = ('module.', '_orig_mod.', 'teacher.', 'model.', 'backbone.', 'features.', 'net.')
+
+
+def _without_wrappers(sd, own) -> dict:
+    "The tensors without the prefixes of wrappers that the network does not have"
+    for _ in _WRAPPERS:  # wrappers may be nested
+        prefix = next((p for p in _WRAPPERS if any(k.startswith(p) for k in sd)), None)
+        if prefix is None or any(k.startswith(prefix) for k in own):
+            break
+        inside = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
+        sd = {k: v for k, v in sd.items() if not k.startswith(prefix)} | inside
+    return sd
+
+
+def _current_name(name, own) -> str:
+    "The name of a tensor of DINOv2 in timm, if the network has it"
+    new = re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', name)
+    new = new.replace('.mlp.w12.', '.mlp.fc1.').replace('.mlp.w3.', '.mlp.fc2.')
+    return new if name not in own and new in own else name
+
+
+def _converted(net, sd) -> dict:
+    "The tensors as the function of timm for this architecture converts them"
+    convert = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
+    if convert is None:
+        return sd
+    if 'register_tokens' in sd:
+        sd = {'mask_token': torch.zeros(1), **sd}  # by this name timm knows the weights of DINOv2
+    try:
+        sd = convert(dict(sd), net)
+    except Exception:
+        return sd  # other names and shapes: `fill` says which tensors are missing
+    return {k: v for k, v in sd.items() if torch.is_tensor(v)}
+
+
+def network_tensors(
+    net: nn.Module,  # A network
+    sd: dict,  # Name -> tensor, from `read_weights`
+) -> dict:  # Name -> tensor; those of no use to the network are still there
+    "Tensors of a file under the names and in the shapes of a network, where the file has another layout"
+    own = net.state_dict()
+    sd = _without_wrappers(sd, own)
+    sd = {_current_name(k, own): v for k, v in sd.items()}
+    sd = _converted(net, sd)
+    for prefix in ('features.', 'net.'):
+        if not set(sd) & set(own):
+            with_prefix = {prefix + k: v for k, v in sd.items()}
+            sd = with_prefix if set(with_prefix) & set(own) else sd
+    return sd
 
 # %% ../../nbs/models/03_weights.ipynb #1da98a58
 def _check_tensor(name, v, own, what):
@@ -142,6 +233,65 @@ def _check_tensor(name, v, own, what):
             'Give another file, or download it again'
         )
 
+# %% ../../nbs/models/03_weights.ipynb #8763a12b2bbd4a93a75aff182afb95dc
+def _shape_words(v) -> str:
+    return 'x'.join(map(str, v.shape)) or 'one number'
+
+
+def tensor_table(
+    own: dict,  # Name -> tensor of the network
+    sd: dict,  # Name -> tensor, from `network_tensors`
+    needed: set,  # Names of the tensors that must be present
+) -> pd.DataFrame:  # part, tensors, status and why, one row for each part
+    "Which tensors of a file are used, which are dropped, and which are missing"
+    rows = []
+    for k, v in sd.items():
+        if k not in own:
+            rows.append((k, 'dropped', 'not in the network'))
+        elif v.shape != own[k].shape:
+            rows.append((k, 'dropped', f'has shape {_shape_words(v)}, not {_shape_words(own[k])}'))
+        else:
+            rows.append((k, 'used', ''))
+    used = {k for k, status, _ in rows if status == 'used'}
+    counters = {k for k in own if k.endswith('num_batches_tracked')}
+    for k in own.keys() - used - counters:
+        rows.append((k, 'missing', 'needed' if k in needed else 'not needed'))
+    t = pd.DataFrame(rows, columns=['part', 'status', 'why'])
+    t['part'] = t.part.str.partition('.')[0]
+    t['status'] = pd.Categorical(t.status, ['used', 'dropped', 'missing'], ordered=True)
+    grouped = t.groupby(['status', 'part'], observed=True, sort=True)
+    return grouped.agg(tensors=('why', 'size'), why=('why', 'first')).reset_index()[
+        ['part', 'tensors', 'status', 'why']
+    ]
+
+
+def table_line(
+    table: pd.DataFrame,  # From `fill`
+) -> str:
+    "Describe a table of used, dropped and missing tensors in one line"
+    lines = []
+    for status, rows in table.groupby('status', observed=True):
+        parts = ', '.join(f'{r.part} {r.tensors}' for r in rows.head(5).itertuples())
+        more = f' and {len(rows) - 5} more parts' if len(rows) > 5 else ''
+        shown = '' if status == 'used' else f' ({parts}{more})'
+        lines.append(f'{rows.tensors.sum()} tensors {status}{shown}')
+    return '; '.join(lines)
+
+# %% ../../nbs/models/03_weights.ipynb #7623eae2785240b9bd12b16a66d81610
+def _check_complete(own, sd, needed, what, table):
+    "Raise `WeightsError` if a needed tensor is missing or has another shape"
+    counted = [k for k in own if k in needed and not k.endswith('num_batches_tracked')]
+    missing = [k for k in counted if k not in sd or sd[k].shape != own[k].shape]
+    if not missing:
+        return
+    k = missing[0]
+    why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is missing'
+    another = '. These are weights of another network: give its name with arch=' if len(missing) == len(counted) else ''
+    raise WeightsError(
+        f'{what} does not fit: {len(missing)} of {len(needed)} tensors are missing or have another shape; '
+        f"'{k}' {why} ({table_line(table)}){another}"
+    )
+
 
 def fill(
     net: nn.Module,  # Network into which the weights are loaded
@@ -149,39 +299,15 @@ def fill(
     needed: set,  # Names of the tensors that must be present
     what: str,  # Name of the tensors for the error message
     by_order: bool = False,  # Match tensors by order instead of by name?
-):
+) -> pd.DataFrame:  # From `tensor_table`
     "Load the tensors of `sd` into `net`; `WeightsError` if one of `needed` is missing or does not fit"
     own = net.state_dict()
-    if by_order and len(sd) == len(own):
-        sd = dict(zip(own, sd.values()))
-    for prefix in ('features.', 'net.'):
-        if not set(sd) & set(own):
-            sd = {prefix + k: v for k, v in sd.items()}
-        if not set(sd) & set(own):
-            sd = {k.removeprefix(prefix): v for k, v in sd.items()}
+    in_order = by_order and len(sd) == len(own)
+    sd = dict(zip(own, sd.values())) if in_order else network_tensors(net, sd)
+    table = tensor_table(own, sd, needed)
+    _check_complete(own, sd, needed, what, table)
     fitting = {k: v for k, v in sd.items() if k in own and v.shape == own[k].shape}
-    missing = [k for k in own if k in needed and k not in fitting and not k.endswith('num_batches_tracked')]
-    if missing:
-        k = missing[0]
-        why = f'has shape {tuple(sd[k].shape)}, not {tuple(own[k].shape)}' if k in sd else 'is missing'
-        raise WeightsError(
-            f'{what} does not fit: {len(missing)} of {len(needed)} tensors are missing or have another shape; '
-            f"'{k}' {why}"
-        )
     for k, v in fitting.items():
         _check_tensor(k, v, own[k], what)
     net.load_state_dict(fitting, strict=False)
-
-# %% ../../nbs/models/03_weights.ipynb #ac097387
-def reachable(
-    address: str,  # Address of a hub
-    seconds: float = 3.0,  # Timeout in seconds
-) -> bool:
-    "Can the host of an address be reached? (The retries of the hubs would take most of a minute)"
-    if any(os.environ.get(k) for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')):
-        return True
-    try:
-        socket.create_connection((urllib.parse.urlparse(address).hostname or 'huggingface.co', 443), seconds).close()
-    except OSError:
-        return False
-    return True
+    return table
