@@ -227,18 +227,18 @@ def classifier_learner(
             'this classifier was not fitted on Features: '
             'give what image_features or learner_features returns to its fit'
         )
-    if classifier.pool != 'mean':
-        raise ValueError(
-            f"pool='{classifier.pool}': the head of a network reads means. Fit the classifier with pool='mean'"
-        )
     about, names = classifier.source_
+    pool = classifier.pool or about['pools'][0]
+    if pool == 'max':
+        raise ValueError("pool='max': the head of a network reads means. Fit the classifier with pool='mean'")
     views = about['views']
     reader = about['reader'] + (AND_LOCAL if views.endswith(LOCAL) else '')
     how = dict(size=about['size'], reader=reader, fit=about['fit'], augment=views.removesuffix(LOCAL))
     task = replace(get_task(task), **how)
     head: Any = classifier.head()
     head.trained = True
-    learn = build_learner(data, task, about['arch'], stage=names[-1], n_stages=len(names), head=head, **kwargs)
+    read = dict(stage=names[-1], n_stages=len(names), pool=pool)
+    learn = build_learner(data, task, about['arch'], head=head, **read, **kwargs)
     body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
         raise ValueError(f'stages {names} are not consecutive: fit the classifier on consecutive stages')

@@ -3,6 +3,7 @@
 import numpy as np
 import timm
 import torch
+from families import NOT_A_CHAIN
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,7 +21,7 @@ def make_sets(folder, n_flowers):
     "Make small synthetic sets, and tiny networks with random weights and statistics."
     make_flowers(folder / 'flowers', n=n_flowers, size=64, classes=CLASSES)
     make_dr(folder / 'dr', n=40, size=64)
-    for arch in ARCHS:
+    for arch in (*ARCHS, NOT_A_CHAIN):
         torch.manual_seed(0)
         net = timm.create_model(arch)
         disturb(net)

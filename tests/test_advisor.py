@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -242,12 +241,13 @@ def test_efficientnet_keeps_the_statistics_of_imagenet(fundus_data):
 def test_a_transformer(flowers):
     a = advise(flowers, arch='test_vit', weights='random', size=64, runtime='plain')
     result = list(a.profile.index)
-    assert result == ['last']
+    assert result[:3] == ['stem', 'stage1', 'stage2']
+    assert 'stage3+stage4' in result
     assert a.scenario == 'small'
-    assert a.plan == replace(PLANS['head'], arch='test_vit', weights='random')
+    assert (a.plan.arch, a.plan.weights, a.plan.phases) == ('test_vit', 'random', PLANS['head'].phases)
     learn = build_learner(flowers, arch='test_vit', weights='random', size=64, runtime='plain', plan=a)
     fit(learn, epochs=1, say=str)
-    assert learn.record.plan.name == 'head'
+    assert learn.record.plan.name.startswith('head')
     assert isinstance(plot_advice(a), Figure)
 
 

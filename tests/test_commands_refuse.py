@@ -324,7 +324,7 @@ def test_several_labels_in_one_cell_are_an_error(tmp_path, labels):
         (dict(valid=True), 'valid=True: give a fraction'),
         (dict(weights=5), 'weights=5: give a'),
         (dict(arch=5), "unknown backbone '5'"),
-        (dict(arch=['resnet18']), 'unknown backbone'),
+        (dict(arch=['resnet18', 5]), 'unknown backbone'),
     ],
 )
 def test_arguments_of_another_type_are_named(tmp_path, wrong, words):

@@ -376,7 +376,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self,
         classifier='logistic',  # Name in `CLASSIFIERS`, or an estimator
         stages=None,  # Stages of `Features` that are used; all if None
-        pool: str = 'mean',  # 'mean' or 'max', for `Features`
+        pool: str | None = None,  # For `Features`: 'mean', 'max', ...; their usual one if None
         seed: int = 0,  # Random seed of the folds and the estimator
     ):
         self.classifier = classifier

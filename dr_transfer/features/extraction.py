@@ -77,6 +77,10 @@ class Features:
         return {**next(iter(self.stores.values())).about, 'views': self.view_set}
 
     @property
+    def usual_pool(self) -> str:  # 'mean' if it was computed, else the first
+        return 'mean' if 'mean' in self.about['pools'] else self.about['pools'][0]
+
+    @property
     def stages(self) -> dict:  # Name -> number of channels, nearest to the input first
         return {k: s.fields[k][0][-1] for k, s in self.stores.items() if '.' not in k}
 
@@ -94,11 +98,11 @@ class Features:
     def numpy(
         self,
         stages=None,  # Name or names of stages; all if None
-        pool: str | None = None,  # One of `pools`; the first if None
+        pool: str | None = None,  # One of `pools`; `usual_pool` if None
     ) -> np.ndarray:  # float32 (images, views, channels)
         "Features as an array; one stage of one view of all images is memory-mapped and not copied"
         pools = self.about['pools']
-        pool = pools[0] if pool is None else pool
+        pool = self.usual_pool if pool is None else pool
         if pool not in pools:
             raise unknown('pool', pool, pools, 'Extract others with pools=(...)')
         arrays = []
@@ -111,7 +115,7 @@ class Features:
     def pandas(
         self,
         stages=None,  # Name or names of stages; all if None
-        pool: str | None = None,  # One of `pools`; the first if None
+        pool: str | None = None,  # One of `pools`; `usual_pool` if None
     ) -> pd.DataFrame:  # One row for each image, columns like `stage6_017`
         "Features as a table, the mean over the views"
         names = _chosen(stages, self.stages)

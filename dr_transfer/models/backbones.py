@@ -109,7 +109,7 @@ def create_body(
     body = find_stages(net, spec, stage, block_stages)
     body_weights = _load(net, spec, weights, _names_within(net, body))
     sized = spec
-    if size not in (None, spec.size) and _is_resized(net, size):
+    if size not in (None, spec.size) and _is_resized(net, spec, size):
         sized = replace(spec, size=size)
         body = find_stages(net, sized, stage, block_stages)
     body.weights = body_weights
@@ -173,20 +173,39 @@ def _names_within(net, body) -> set:
     return {k for k, v in net.state_dict(keep_vars=True).items() if id(v) in inside}
 
 
-def _is_resized(net, size) -> bool:
-    "Adapt windows and position embedding to another size, as timm does; False if the network has neither"
-    if not hasattr(net, 'set_input_size'):
-        return False
+_SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)
+
+
+def _runs_at(net, size) -> bool:
+    "Adapt windows and position embedding to a size, as timm does, and run the network: does it work?"
     try:
         net.set_input_size(img_size=size)
-    except (AssertionError, RuntimeError, TypeError, ValueError):
-        return False  # the size is checked where the body is used
+        net(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+    except _SIZE_ERRORS:
+        return False
     return True
+
+
+@torch.no_grad()
+def _is_resized(net, spec, size) -> bool:
+    "Adapt a network to another size; False if it has nothing to adapt, ValueError with the nearest size that works"
+    if not hasattr(net, 'set_input_size'):
+        return False
+    if _runs_at(net, size):
+        return True
+    with torch.device('meta'):
+        other = build_network(spec).eval()
+    nearby = sorted(range(max(16, size - 64), size + 65), key=lambda s: (abs(s - size), s))
+    works = next((s for s in nearby if _runs_at(other, s)), spec.size)
+    raise ValueError(
+        f"'{spec.name}' does not accept images of {size} pixels. The nearest size that works is {works}: "
+        f'give size={works} (--size {works})'
+    )
 
 
 def _checked_pool(body, pool) -> str:
     if not isinstance(body, Stages):
-        if pool is not None:
+        if pool not in (None, 'mean'):
             raise ValueError(f"pool='{pool}': '{body.spec.name}' pools its features itself. Leave it out")
         return 'mean'
     if pool is None:

@@ -392,8 +392,9 @@ def _joined(name) -> Backbone:
 def joined_name(
     arch: str | list,  # Name of a backbone, or several names
 ) -> str:
-    "The name of several networks side by side; a single name is returned unchanged"
-    return arch if isinstance(arch, str) else JOIN.join(arch)
+    "The name of several networks side by side; anything else is returned unchanged"
+    several = isinstance(arch, (list, tuple)) and arch and all(isinstance(name, str) for name in arch)
+    return JOIN.join(arch) if several else arch
 
 
 def find_backbone(
