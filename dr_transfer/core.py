@@ -180,13 +180,14 @@ def build_learner(
     ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
     """
     seed = check_seed(seed)
-    num_workers = check_workers(num_workers)
-    task = get_task(task, size)
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
     plan_arch(base, arch)  # raises an error if the plan needs another backbone
     arch = joined_name(resolve(arch, base.arch, DEFAULT_ARCH))
-    read = head_stages(find_backbone(arch), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
+    spec = find_backbone(arch)
+    task = _fitting_task(get_task(task, size), spec, say)
+    task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
+    read = head_stages(spec, task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
         arch=arch,
         weights=resolve(weights, base.weights),
@@ -197,20 +198,17 @@ def build_learner(
         runtime=runtime,
         fixed_bn=fixed_bn,
         bs=bs,
-        num_workers=num_workers,
+        num_workers=check_workers(num_workers),
         balance=balance,
         valid=valid,
         seed=seed,
         pool=pool,
         block_stages=block_stages,
     )
-    task = _fitting_task(task, find_backbone(arch), say)
-    task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
     task_target = task.target(target)
     set_seed(seed, reproducible=True)
-    table = split_data(
-        data, task, task_target, labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col
-    )
+    how = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
+    table = split_data(data, task, task_target, **how)
     report_table(table, say)
     return make_learner(config, task, task_target, table, **kwargs)
 

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_dinov2_in_its_own_layout(tmp_path, capsys):
     torch.save(content, tmp_path / 'w.pth')
     body = create_body('dinov2_small', tmp_path / 'w.pth')
     state = body.state_dict()
-    key = next(k for k in state if k.endswith('blocks.11.mlp.fc2.weight'))
+    key = next(k for k in state if k.endswith('blocks_11.mlp.fc2.weight'))
     assert torch.equal(state[key], trunk['blocks.11.mlp.fc2.weight'])
     assert next(v for k, v in state.items() if k.endswith('pos_embed')).shape[1] == 16 * 16 + 1
     assert "(entry 'teacher'): " in capsys.readouterr().out

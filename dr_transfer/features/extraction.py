@@ -24,7 +24,7 @@ from ..models.backbones import create_body
 from ..models.joined import JoinedNetworks
 from ..models.network import Body, default_bs, make_body
 from ..models.registry import DEFAULT_ARCH, find_backbone, joined_name
-from ..models.stages import Stages, stage_names
+from ..models.stages import Stages, known_pools, stage_names
 from ..utils.checks import image_list
 from ..utils.files import cache_folder, package_version, progress, unknown
 from ..utils.store import ArrayStore, stored_array
@@ -263,7 +263,7 @@ def extract_features(
         raise ValueError('the list of images is empty: give one image or more')
     known = stage_names(body.stages)
     chosen = _chosen(stages, known)
-    pools = list(body.pools) if pools is None else _chosen(pools, body.all_pools, 'pool')
+    pools = [body.stages.pool] if pools is None else _chosen(pools, known_pools(body.stages), 'pool')
     names = [n for n in known if n in chosen]
     about = {**reading(body, size, reader, fit, views, bs), 'pools': pools}
     stores = _view_stores(body, about, names, folder or cache_folder() / 'features')

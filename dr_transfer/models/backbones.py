@@ -166,7 +166,7 @@ def _joined_weights(parts) -> Weights:
         sha256=hashlib.sha256(hashes.encode()).hexdigest() if hashes else '',
     )
 
-
+# %% ../../nbs/models/09_backbones.ipynb #84cf3c06
 def _names_within(net, body) -> set:
     "Names in a network of the tensors that a body uses"
     inside = {id(v) for v in body.state_dict(keep_vars=True).values()}
@@ -202,7 +202,7 @@ def _is_resized(net, spec, size) -> bool:
         f'give size={works} (--size {works})'
     )
 
-
+# %% ../../nbs/models/09_backbones.ipynb #32750cac
 def _checked_pool(body, pool) -> str:
     if not isinstance(body, Stages):
         if pool not in (None, 'mean'):

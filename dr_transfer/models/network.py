@@ -47,16 +47,6 @@ class Body(nn.Module):
         if self.forward_runtime.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    @property
-    def pools(self) -> tuple:
-        "The kind of pooling that the head reads, as a tuple"
-        return (getattr(self.stages, 'pool', 'mean'),)
-
-    @property
-    def all_pools(self) -> tuple:
-        "The kinds of pooling that are possible"
-        return self.stages.layout.pools if isinstance(self.stages, Stages) else ('mean', 'max')
-
     def trains_stages(self) -> bool:
         "Are gradients of the stages needed?"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.stages.parameters())
@@ -93,7 +83,7 @@ class Body(nn.Module):
 
     def pooled(self, x: torch.Tensor, names: list, pools: tuple = ()) -> dict:
         "The outputs of the named stages for a batch (n, 3, h, w), pooled over the image: name -> (n, pools, channels)"
-        pools = pools or self.pools
+        pools = pools or (self.stages.pool,)
         runtime = self.runtime(x)
         stages = self.fast_stages(x)
         with runtime.cast(x.device.type):

@@ -396,7 +396,7 @@ def joined_name(
     several = isinstance(arch, (list, tuple)) and arch and all(isinstance(name, str) for name in arch)
     return JOIN.join(arch) if several else arch
 
-
+# %% ../../nbs/models/05_registry.ipynb #14df4568
 def find_backbone(
     name: str,  # Name in `BACKBONES`, of timm or of torchvision
 ) -> Backbone:
@@ -416,18 +416,8 @@ def find_backbone(
     if library != 'torchvision' and timm.is_model(rest):
         cfg = timm.get_pretrained_cfg(rest) or timm.models.PretrainedCfg(**_meta(rest).pretrained_cfg)
         address = f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url or ''
-        return Backbone(
-            name,
-            'timm',
-            rest,
-            cfg.input_size[-1],
-            tuple(cfg.mean),
-            tuple(cfg.std),
-            cfg.license or 'see timm',
-            'hub',
-            address,
-            hub=cfg.hf_hub_id or '',
-        )
+        how = (cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), cfg.license or 'see timm')
+        return Backbone(name, 'timm', rest, *how, 'hub', address, hub=cfg.hf_hub_id or '')
     tv = torchvision.models.list_models(module=torchvision.models)
     if library != 'timm' and rest in tv:
         w = torchvision.models.get_model_weights(rest).DEFAULT
@@ -491,9 +481,9 @@ def _size_args(spec) -> dict:
 
 
 def _timm_network(spec) -> nn.Module:
-    args = _any_size(spec) | dict(spec.args) | _size_args(spec)
+    args = dict(spec.args) | _size_args(spec)
     try:
-        return timm.create_model(spec.factory, pretrained=False, **args)
+        return timm.create_model(spec.factory, pretrained=False, **_any_size(spec) | args)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as e:
         if not args:
             raise

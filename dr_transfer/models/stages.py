@@ -110,6 +110,7 @@ class PooledNetwork(nn.Module):
     "A network that is not a chain of stages; its output is the features that it pools itself"
 
     n_stages = 1
+    pool = 'mean'
 
     def __init__(self, net):
         super().__init__()
@@ -382,6 +383,13 @@ def stage_names(
     if isinstance(body, JoinedNetworks):
         return list(body.bodies)
     return [n for n, _ in body.named_children()] if isinstance(body, Stages) else ['last']
+
+
+def known_pools(
+    body: nn.Module,  # From `create_body`
+) -> tuple:  # 'mean' and 'max', and for tokens more
+    "The ways in which the output of a body can be pooled"
+    return body.layout.pools if isinstance(body, Stages) else ChannelsFirst.pools
 
 
 def last_stage(

@@ -262,7 +262,7 @@ def _first_record(learn, config) -> RunRecord:
         stage=last_stage(body.stages),
         n_stages=body.stages.n_stages,
         block_stages=config.block_stages,
-        pool=body.pools[0] if reads_tokens(body.stages) else '',
+        pool=body.stages.pool if reads_tokens(body.stages) else '',
         head=getattr(learn.head, 'about', None),
         size=task.size,
         bs=learn.dls.train.bs,
