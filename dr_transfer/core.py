@@ -182,14 +182,14 @@ def build_learner(
     seed = check_seed(seed)
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
-    plan_arch(base, arch)  # raises an error if the plan needs another backbone
-    arch = joined_name(resolve(arch, base.arch, DEFAULT_ARCH))
-    spec = find_backbone(arch)
+    plan_arch(base, joined_name(arch))  # raises an error if the plan needs another backbone
+    name: str = resolve(joined_name(arch), base.arch, DEFAULT_ARCH)
+    spec = find_backbone(name)
     task = _fitting_task(get_task(task, size), spec, say)
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
     read = head_stages(spec, task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
-        arch=arch,
+        arch=name,
         weights=resolve(weights, base.weights),
         stage=read[0],
         n_stages=read[1],
@@ -207,7 +207,7 @@ def build_learner(
     )
     task_target = task.target(target)
     set_seed(seed, reproducible=True)
-    how = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
+    how: Any = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
     table = split_data(data, task, task_target, **how)
     report_table(table, say)
     return make_learner(config, task, task_target, table, **kwargs)

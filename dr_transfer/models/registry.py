@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -390,8 +391,8 @@ def _joined(name) -> Backbone:
 
 
 def joined_name(
-    arch: str | list,  # Name of a backbone, or several names
-) -> str:
+    arch: Any,  # Name of a backbone, or several names
+) -> Any:
     "The name of several networks side by side; anything else is returned unchanged"
     several = isinstance(arch, (list, tuple)) and arch and all(isinstance(name, str) for name in arch)
     return JOIN.join(arch) if several else arch
