@@ -149,6 +149,17 @@ def test_the_pooling_of_the_network_is_its_neck(name, sets):
     assert 'neck' not in stage_names(body_of(sets, name))
 
 
+@pytest.mark.parametrize('name', [*TOKENS, 'small_swin'])
+@torch.no_grad()
+def test_models_of_earlier_versions_have_one_stage(name, sets):
+    "A transformer was one stage, `last`: its own pooled features."
+    body, net, x = body_of(sets, name, stage='last'), network(sets, name), batch(name)
+    assert stage_names(body) == ['last']
+    net.reset_classifier(0)
+    assert torch.equal(body(x), net.forward_head(net.forward_features(x), pre_logits=True))
+    assert all(key.startswith('net.') for key in body.state_dict())
+
+
 @pytest.mark.parametrize('name', TOKENS)
 @torch.no_grad()
 def test_pools(name, sets):

@@ -450,5 +450,5 @@ def find_stages(
 ) -> nn.Module:  # `Stages` or `PooledNetwork`
     "A network without its classifier, cut after a stage if one is given"
     chain = find_chain(net, spec, block_stages)
-    pools_itself = stage == 'last' and reads_tokens(chain)
+    pools_itself = stage == 'last' and getattr(chain, 'layout', None) != ChannelsFirst()
     return _pooled_network(net, spec, stage) if chain is None or pools_itself else _cut_chain(chain, spec, stage)
