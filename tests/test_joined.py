@@ -1,8 +1,10 @@
 "Test several pretrained networks side by side, whose features one head reads."
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from helpers import good
 from learners import learner_builder, make_sets
 
 from dr_transfer.core import fit, predict_probs, valid_predictions
@@ -81,6 +83,13 @@ def test_saved_loaded_and_exported(learn, sets, tmp_path):
     stored = valid_predictions(learn)
     computed = predict_probs(learn, stored.image.tolist())
     assert np.abs(stored[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() - computed).max() < 1e-4
+
+
+def test_the_command(sets, tmp_path):
+    options = ['--arch', LITE, '--size', '64', '--plan', 'head', '--out', tmp_path / 'run']
+    good('train', sets / 'flowers', *options)
+    good('predict', tmp_path / 'run', sets / 'flowers', '--out', tmp_path / 'predictions.csv')
+    assert len(pd.read_csv(tmp_path / 'predictions.csv')) == 30
 
 
 def test_only_the_head_is_trained(learn):

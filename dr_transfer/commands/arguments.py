@@ -216,7 +216,11 @@ def add_recipe_arguments(
     add: Callable,  # `add_argument` of a parser
 ):
     "Add the options of `RecipeOptions`"
-    add('--arch', metavar='NAME', help='backbone: see dr_transfer backbones (default: efficientnet_lite0)')
+    add(
+        '--arch',
+        metavar='NAME',
+        help='backbone: see dr_transfer backbones; several side by side: NAME+NAME (default: efficientnet_lite0)',
+    )
     add(
         '--plan',
         metavar='NAME',
