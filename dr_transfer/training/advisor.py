@@ -33,7 +33,7 @@ from dr_transfer.features.probes import (
     stage_gain,
 )
 from ..models.network import make_body
-from ..models.registry import DEFAULT_ARCH, head_stages
+from ..models.registry import DEFAULT_ARCH, JOIN, head_stages
 from ..models.stages import Stages
 from .plans import HEAD_PASSES, LARGE, PLANS, Plan, choose_plan
 from ..utils.files import plain_text
@@ -229,6 +229,15 @@ def _sample(t, seed) -> pd.DataFrame:
 def _groups(t):
     return t.group.to_numpy() if t.group.notna().any() else None
 
+# %% ../../nbs/training/02_advisor.ipynb #730aac5f
+def _check_single(arch):
+    "Raise a ValueError for several networks side by side"
+    if JOIN in arch:
+        raise ValueError(
+            f"arch='{arch}' are several networks, and the advisor compares the stages of one: give one name, or train "
+            "on them with plan='head' (--plan head)"
+        )
+
 # %% ../../nbs/training/02_advisor.ipynb #220d881f
 def advise(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
@@ -307,6 +316,7 @@ def advise(
     """
     task = get_task(task, size)
     target = task.target(target)
+    _check_single(arch)
     stages = whole_body(arch, weights)
     # the validation images are not used
     t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
