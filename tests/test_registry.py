@@ -116,6 +116,12 @@ def test_a_checkpoint_of_dinov2_in_its_own_layout(tmp_path, capsys):
     assert "(entry 'teacher'): " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('name, pool', [('retfound_green', 'mean'), ('dinov2_small', 'token')])
+def test_tokens_are_pooled_as_in_the_pretraining(name, pool):
+    assert create_body(name, 'random').pool == pool
+    assert create_body(name, 'random', pool='max').pool == 'max'
+
+
 # ---------------------------------------------------------------- the command
 
 

@@ -209,7 +209,7 @@ def _checked_pool(body, pool) -> str:
             raise ValueError(f"pool='{pool}': '{body.spec.name}' pools its features itself. Leave it out")
         return 'mean'
     if pool is None:
-        return body.layout.default_pool
+        return body.spec.pool or body.layout.default_pool
     if pool not in body.layout.pools:
         raise unknown(f'pool of {body.spec.name}', pool, body.layout.pools)
     return pool

@@ -57,6 +57,7 @@ class Backbone:
     n_features: int = 0  # Number of its last features; 0: not known
     pretrained_on: tuple[str, ...] = ()  # Sets of images
     tasks: tuple[str, ...] = ()  # Tasks whose images it was trained on
+    pool: str = ''  # How its tokens are pooled; '' for the default of timm
 
 # %% ../../nbs/models/05_registry.ipynb #4904cf42
 def _lite(i, size):
@@ -140,10 +141,10 @@ def _timm(name, factory, licence, pretrained_on, **more) -> Backbone:
     return Backbone(name, 'timm', factory, **about)
 
 
-def _gated(name, factory, repo, pretrained_on) -> Backbone:
+def _gated(name, factory, repo, pretrained_on, pool='') -> Backbone:
     "A network of RETFound: its file is downloaded by hand"
     where = {'weights': 'file', 'file': f'{repo}.pth', 'page': f'https://huggingface.co/YukunZhou/{repo}', 'hub': ''}
-    return _timm(name, factory, 'CC BY-NC 4.0', pretrained_on, size=224, tasks=('dr',), **where)
+    return _timm(name, factory, 'CC BY-NC 4.0', pretrained_on, size=224, pool=pool, tasks=('dr',), **where)
 
 
 def _graded(name, factory) -> Backbone:
@@ -164,7 +165,7 @@ _SELF_SUPERVISED = (
 _RETFOUND_MAE = ('ImageNet-1k', 'MEH-MIDAS', 'EyePACS')
 _GREEN = 'https://github.com/justinengelmann/RETFound_Green/releases'
 _RETINAL = (
-    _gated('retfound_mae', 'vit_large_patch16_224.mae', 'RETFound_mae_natureCFP', _RETFOUND_MAE),
+    _gated('retfound_mae', 'vit_large_patch16_224.mae', 'RETFound_mae_natureCFP', _RETFOUND_MAE, pool='mean'),
     _gated('retfound_dinov2', 'vit_large_patch14_dinov2.lvd142m', 'RETFound_dinov2_meh', ('LVD-142M', 'MEH-MIDAS')),
     _timm(
         'retfound_green',
@@ -172,6 +173,7 @@ _RETINAL = (
         'CNCRL (non-commercial research)',
         ('LVD-142M', 'AIROGS', 'DDR', 'ODIR'),
         size=392,
+        pool='mean',
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         hub='',
@@ -425,16 +427,8 @@ def find_backbone(
         p = w.transforms()
         # with these weights, torchvision converts from the ImageNet normalisation inside the network
         half = rest in ('googlenet', 'inception_v3')
-        return Backbone(
-            name,
-            'torchvision',
-            rest,
-            p.crop_size[0],
-            *[(0.5,) * 3 if half else tuple(v) for v in (p.mean, p.std)],
-            'see torchvision',
-            'hub',
-            w.url,
-        )
+        normal = [(0.5,) * 3 if half else tuple(v) for v in (p.mean, p.std)]
+        return Backbone(name, 'torchvision', rest, p.crop_size[0], *normal, 'see torchvision', 'hub', w.url)
     also = 'You can also use any name of timm or torchvision, hf_hub:owner/name, or local-dir:FOLDER'
     raise unknown('backbone', name, [*BACKBONES, *timm.list_models(), *tv], also)
 
