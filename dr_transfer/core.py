@@ -226,8 +226,7 @@ def classifier_learner(
             'give what image_features or learner_features returns to its fit'
         )
     about, names = classifier.source_
-    pool = classifier.pool or about['pools'][0]
-    if pool == 'max':
+    if about['pool'] == 'max':
         raise ValueError("pool='max': the head of a network reads means. Fit the classifier with pool='mean'")
     views = about['views']
     reader = about['reader'] + (AND_LOCAL if views.endswith(LOCAL) else '')
@@ -235,12 +234,15 @@ def classifier_learner(
     task = replace(get_task(task), **how)
     head: Any = classifier.head()
     head.trained = True
-    read = dict(stage=names[-1], n_stages=len(names), pool=pool)
+    spec = find_backbone(about['arch'])
+    read = dict(stage=names[-1], n_stages=len(names), pool=about['pool'])
+    if spec.library == 'joined':  # its stages are the networks, as `image_features` cuts them
+        read = dict(stage='neck' if spec.until else 'last')
     learn = build_learner(data, task, about['arch'], head=head, **read, **kwargs)
     body: Any = learn.body
     if stage_names(body.stages)[-len(names) :] != names:
         raise ValueError(f'stages {names} are not consecutive: fit the classifier on consecutive stages')
-    if weights_digest(body) != about['weights_of'][names[-1]]:
+    if weights_digest(body, names[-1]) != about['weights_of'][names[-1]]:
         raise ValueError('the features come from other weights: give the same weights=FILE')
     if list(map(str, classifier.classes_)) != list(map(str, learn.dls.vocab)):
         raise ValueError(f'the classifier has classes {list(classifier.classes_)}, the data {list(learn.dls.vocab)}')

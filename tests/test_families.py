@@ -8,7 +8,7 @@ from families import FAMILIES, TOKENS, size_of
 from learners import groups, learner_builder, make_sets, moved, quiet
 from safetensors.torch import load_file, save_file
 
-from dr_transfer.core import fit, predict_probs
+from dr_transfer.core import fit, predict_probs, valid_predictions
 from dr_transfer.explain.grad_cam import grad_cam
 from dr_transfer.features.boundary import split_body
 from dr_transfer.inference.onnx_file import OnnxModel, export_onnx
@@ -145,6 +145,8 @@ def test_the_pooling_of_the_network_is_its_neck(name, sets):
     assert stage_names(body)[-1] == 'neck'
     expected = net.forward_head(net.forward_features(x), pre_logits=True)
     assert torch.allclose(body(x), expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(Body(body).pooled(x, ['neck'])['neck'][:, 0], body(x))
+    assert body.maps(x)[-1].shape == (2, 32, 1, 1)
     assert layer_groups(body)['neck']
     assert 'neck' not in stage_names(body_of(sets, name))
 
@@ -270,6 +272,16 @@ def test_options_are_kept(build, tmp_path):
     model = load_model(save_model(learn, tmp_path / 'model'))
     assert (model.card.block_stages, model.card.pool) == (4, 'both')
     assert np.abs(model.probs(images) - predict_probs(learn, images)).max() < 1e-5
+
+
+def test_a_head_on_the_neck(build, tmp_path):
+    "Its stored features are those that the network computes when it predicts."
+    learn = fit(build(arch='small_siglip', stage='neck'), 'head', say=str)
+    stored = valid_predictions(learn)
+    computed = predict_probs(learn, stored.image.tolist())
+    assert np.abs(stored[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() - computed).max() < 1e-5
+    model = load_model(save_model(learn, tmp_path / 'model'))
+    assert np.abs(model.probs(stored.image.tolist()) - computed).max() < 1e-5
 
 
 def test_the_nearest_size_of_patches(build):

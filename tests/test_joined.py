@@ -7,8 +7,10 @@ import torch
 from helpers import good
 from learners import learner_builder, make_sets
 
-from dr_transfer.core import fit, predict_probs, valid_predictions
+from dr_transfer.core import classifier_learner, fit, predict_probs, valid_predictions
+from dr_transfer.data.table import label_table
 from dr_transfer.explain.grad_cam import grad_cam
+from dr_transfer.features.classifiers import FeatureClassifier
 from dr_transfer.features.extraction import image_features
 from dr_transfer.inference.onnx_file import OnnxModel, export_onnx
 from dr_transfer.inference.saved_model import load_model, save_model
@@ -84,6 +86,15 @@ def test_saved_loaded_and_exported(learn, sets, tmp_path):
     stored = valid_predictions(learn)
     computed = predict_probs(learn, stored.image.tolist())
     assert np.abs(stored[[f'p_{c}' for c in learn.dls.vocab]].to_numpy() - computed).max() < 1e-4
+
+
+def test_a_classifier_on_joined_features(sets):
+    t = label_table(sets / 'flowers', verify=False)
+    features = image_features(t.image.tolist(), LITE, size=64, runtime='plain')
+    classifier = FeatureClassifier().fit(features, t.label)
+    learn = classifier_learner(classifier, sets / 'flowers', size=64, runtime='plain', say=str)
+    probs = predict_probs(learn, t.image.tolist(), views='none')
+    assert np.abs(probs - classifier.predict_proba(features)).max() < 1e-4
 
 
 def test_the_command(sets, tmp_path):

@@ -295,12 +295,12 @@ def _classes(y, n):
     return classes, codes
 
 # %% ../../nbs/features/02_classifiers.ipynb #406450da
-def _source(X, stages):
-    "Description of the features with the weights of each stage, and the names of the stages; None for an array"
+def _source(X, stages, pool):
+    "Description of the features that are used, and the names of their stages; None for an array"
     if not isinstance(X, Features):
         return None
     weights = {n: X.stores[n].about['weights'] for n in X.stages}
-    return {**X.about, 'weights_of': weights}, _chosen(stages, X.stages)
+    return {**X.about, 'weights_of': weights, 'pool': pool or X.usual_pool}, _chosen(stages, X.stages)
 
 
 def _check_name(classifier):
@@ -396,7 +396,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, codes = _classes(y, len(x))
         self.n_features_in_ = x.shape[-1]
         self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
-        self.source_ = _source(X, self.stages)
+        self.source_ = _source(X, self.stages, self.pool)
         self.estimator_ = self._train(x, codes, groups, sources)
         return self
 

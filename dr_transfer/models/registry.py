@@ -442,16 +442,19 @@ def saved_backbone(
     return find_backbone(name)
 
 # %% ../../nbs/models/05_registry.ipynb #b24464b0
-_ANY_SIZE = ('deit', 'eva', 'vision_transformer')  # transformers of timm that resample their position embedding
+_ANY_SIZE = ('deit', 'eva', 'vision_transformer')  # modules of timm
+
+
+def _accepts_any_size(spec) -> bool:
+    "Is this a transformer of timm that resamples its position embedding?"
+    return spec.library == 'timm' and timm.models.is_model_in_modules(spec.factory, _ANY_SIZE)
 
 
 def patch_size(
     spec: Backbone,  # From `find_backbone`
 ) -> int:  # 1 for a network that is not such a transformer
     "Height and width of the patches of a transformer that accepts any multiple of them as image size"
-    if spec.library != 'timm' or not timm.models.is_model_in_modules(spec.factory, _ANY_SIZE):
-        return 1
-    return max(_meta(spec.factory).patch_embed.patch_size)
+    return max(_meta(spec.factory).patch_embed.patch_size) if _accepts_any_size(spec) else 1
 
 
 def nearest_size(
@@ -463,11 +466,6 @@ def nearest_size(
     return max(patch, round(size / patch) * patch)
 
 
-def _any_size(spec) -> dict:
-    "The argument with which a transformer accepts images of any size"
-    return {'dynamic_img_size': True} if timm.models.is_model_in_modules(spec.factory, _ANY_SIZE) else {}
-
-
 def _size_args(spec) -> dict:
     "The argument for the size of a network whose weights depend on it, if it is not that of timm"
     known = timm.get_pretrained_cfg(spec.factory)
@@ -477,8 +475,9 @@ def _size_args(spec) -> dict:
 
 def _timm_network(spec) -> nn.Module:
     args = dict(spec.args) | _size_args(spec)
+    any_size = {'dynamic_img_size': True} if _accepts_any_size(spec) else {}
     try:
-        return timm.create_model(spec.factory, pretrained=False, **_any_size(spec) | args)
+        return timm.create_model(spec.factory, pretrained=False, **any_size | args)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as e:
         if not args:
             raise

@@ -85,18 +85,18 @@ class Stages(nn.Sequential):
         return out
 
     def maps(self, x) -> list:
-        "The maps (n, c, h, w) of every stage, nearest to the input first"
-        return [self.layout.to_maps(a) for a in self.activations(x)]
+        "The maps (n, c, h, w) of every stage, nearest to the input first; of pooled features 1 by 1"
+        return [a[..., None, None] if a.ndim == 2 else self.layout.to_maps(a) for a in self.activations(x)]
 
     def pooled(self, x, pool=None) -> torch.Tensor:
-        "Pool the output of a stage over the image: (n, channels)"
-        return self.layout.pooled(x, pool or self.pool)
+        "Pool the output of a stage over the image: (n, channels), which is also what a neck returns"
+        return x.float() if x.ndim == 2 else self.layout.pooled(x, pool or self.pool)
 
     def joined(self, activations: list) -> torch.Tensor:
         "Concatenate the outputs of the last `n_stages` stages: maps at the size of the last, or pooled tokens"
         read = activations[-self.n_stages :]
         if isinstance(self.layout, Tokens):
-            return torch.cat([a if a.ndim == 2 else self.pooled(a) for a in read], 1)
+            return torch.cat([self.pooled(a) for a in read], 1)
         read = [a if a.ndim == 2 else self.layout.to_maps(a) for a in read]
         if self.n_stages == 1:
             return read[-1]
