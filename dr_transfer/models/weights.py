@@ -140,7 +140,10 @@ def read_weights_file(
     except ValueError as e:
         raise WeightsError(f'{path} cannot be read as a state dict: {str(e)[:300]}') from None
     except Exception as e:
-        raise WeightsError(f'{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]})') from None
+        raise WeightsError(
+            f'{path} cannot be read as a state dict ({type(e).__name__}: {str(e)[:200]}). It may be incomplete or '
+            'damaged: copy or download it again'
+        ) from None
     return WeightsFile(tensors, hashlib.sha256(data).hexdigest(), entry)
 
 
@@ -274,7 +277,8 @@ def table_line(
         parts = ', '.join(f'{r.part} {r.tensors}' for r in rows.head(5).itertuples())
         more = f' and {len(rows) - 5} more parts' if len(rows) > 5 else ''
         shown = '' if status == 'used' else f' ({parts}{more})'
-        lines.append(f'{rows.tensors.sum()} tensors {status}{shown}')
+        n = rows.tensors.sum()
+        lines.append(f'{n} tensor{"s" if n != 1 else ""} {status}{shown}')
     return '; '.join(lines)
 
 # %% ../../nbs/models/03_weights.ipynb #7623eae2785240b9bd12b16a66d81610
